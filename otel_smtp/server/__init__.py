@@ -1,0 +1,1 @@
+"""The listening side: sockets, one connection, deadlines, TLS, users, PROXY headers."""

@@ -1,0 +1,251 @@
+"""Replies: the value type, and every reply that the gateway ever sends, by name.
+
+Codes are those of RFC 5321 4.2.3; enhanced status codes those of RFC 3463, RFC 5248 and the extension's own RFC.
+A constant says what is sent; where it is sent is the engine's business. Texts are for people: no exception text, no
+octet that a peer chose (P13), and no address.
+"""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Final, Self
+
+
+class ErrorType(StrEnum):
+    """Low-cardinality class of a reply >= 400: ``error.type`` on the Error event."""
+
+    SYNTAX = "syntax"  # the command or an argument cannot be understood
+    SEQUENCE = "sequence"  # understood, not now
+    UNSUPPORTED = "unsupported"  # understood, not here
+    POLICY = "policy"  # relay, TLS or AUTH required, limits of policy
+    AUTH = "auth"  # credentials refused
+    ADDRESS = "address"  # a mailbox or domain is not acceptable
+    CONTENT = "content"  # the message itself is not acceptable
+    LIMIT = "limit"  # one of the documented limits is reached
+    PROTOCOL = "protocol"  # smuggling, injection, early talker
+    UPSTREAM_REFUSED = "upstream_refused"  # the upstream's own 4xx or 5xx, passed on
+    UPSTREAM_UNAVAILABLE = "upstream_unavailable"  # no upstream could be asked
+    UPSTREAM_TLS = "upstream_tls"  # the upstream's TLS could not be had or trusted
+    UPSTREAM_PROTOCOL = "upstream_protocol"  # the upstream's reply made no sense
+    OUTCOME_UNKNOWN = "outcome_unknown"  # lost between our final dot and its reply
+    STORAGE = "storage"  # our disk
+    TIMEOUT = "timeout"
+    SHUTDOWN = "shutdown"
+    TLS = "tls"  # the client's handshake failed
+    INTERNAL = "internal"  # our bug
+
+
+_ENHANCED = re.compile(r"([245])\.(\d{1,3})\.(\d{1,3})(?:[ \t]+|$)")
+_UNSAFE = re.compile(r"[^\x20-\x7e]+")
+
+
+@dataclass(frozen=True, slots=True)
+class EnhancedStatus:
+    """An enhanced status code: class, subject, detail (RFC 3463 2)."""
+
+    klass: int
+    subject: int
+    detail: int
+
+    def __str__(self) -> str:
+        return f"{self.klass}.{self.subject}.{self.detail}"
+
+    @classmethod
+    def parse(cls, text: str) -> tuple[Self | None, str]:
+        """Split `text` into its leading enhanced code, if it has one, and the rest."""
+        match = _ENHANCED.match(text)
+        if match is None:
+            return None, text
+        return cls(int(match[1]), int(match[2]), int(match[3])), text[match.end() :]
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """One SMTP reply: code, enhanced status code, one or more lines of text.
+
+    Attributes:
+        code: 200 to 599.
+        enhanced: as RFC 2034 puts it at the head of each line; None for the greeting, EHLO, 3yz and relayed
+            replies that had none.
+        lines: text without codes or line ends, at least one (it may be empty).
+        error_type: what telemetry calls it; set for every code >= 400.
+        closes: the connection ends after this reply.
+    """
+
+    code: int
+    enhanced: EnhancedStatus | None
+    lines: tuple[str, ...]
+    error_type: ErrorType | None = None
+    closes: bool = False
+    wire: bytes = field(init=False, repr=False, compare=False)  # the octets to send, CRLF included
+
+    def __post_init__(self) -> None:
+        prefix = f"{self.enhanced} " if self.enhanced is not None else ""
+        last = len(self.lines) - 1
+        object.__setattr__(
+            self,
+            "wire",
+            "".join(
+                f"{self.code}{' ' if number == last else '-'}{prefix}{line}\r\n"
+                for number, line in enumerate(self.lines)
+            ).encode("ascii"),
+        )
+
+    def __str__(self) -> str:
+        return self.wire.decode("ascii").rstrip("\r\n").replace("\r\n", " | ")
+
+    @property
+    def text(self) -> str:
+        """All lines in one, for logs and spans."""
+        return " ".join(line for line in self.lines if line)
+
+    @property
+    def is_positive(self) -> bool:
+        """Whether this is a 2yz: the thing asked for is done."""
+        return 200 <= self.code < 300
+
+    @property
+    def is_transient(self) -> bool:
+        """Whether this is a 4yz: the same again may succeed later."""
+        return 400 <= self.code < 500
+
+    @property
+    def is_permanent(self) -> bool:
+        """Whether this is a 5yz: the same again will fail again."""
+        return self.code >= 500
+
+    def with_text(self, *lines: str) -> Self:
+        """The same reply with other text."""
+        return replace(self, lines=lines)
+
+
+def safe_text(text: str, *, limit: int = 512) -> str:
+    """`text` fit for a reply, a log line or a span: printable ASCII, at most `limit` characters.
+
+    What a peer wrote must not bring line ends, control octets or terminal escapes to where we repeat it (P13).
+    """
+    return _UNSAFE.sub("?", text)[:limit]
+
+
+def _enhanced(text: str) -> EnhancedStatus:
+    status, rest = EnhancedStatus.parse(text)
+    assert status is not None, text
+    assert rest == "", text
+    return status
+
+
+def _reply(code: int, enhanced: str, text: str, error_type: ErrorType | None = None, *, closes: bool = False) -> Reply:
+    return Reply(code, _enhanced(enhanced) if enhanced else None, (text,), error_type, closes)
+
+
+# 2yz and 3yz --------------------------------------------------------------------------------------------------
+
+
+def greeting(hostname: str, *, protocol: str = "ESMTP") -> Reply:
+    """The 220 that opens a session; its first word is our name (RFC 5321 4.3.1)."""
+    return Reply(220, None, (f"{hostname} {protocol} otel_smtp",))
+
+
+def hello(hostname: str, keywords: Iterable[str] = ()) -> Reply:
+    """The 250 to HELO, EHLO or LHLO; one extension keyword a line (RFC 5321 4.1.1.1)."""
+    return Reply(250, None, (hostname, *keywords))
+
+
+def message_accepted(trace_id: str | None = None) -> Reply:
+    """The final 250 of a message, with the trace id that leads people to its trace."""
+    return _reply(250, "2.0.0", "Ok" if trace_id is None else f"Ok trace={trace_id}")
+
+
+def chunk_received(octets: int) -> Reply:
+    """The 250 to a BDAT chunk that is not the last (RFC 3030 2)."""
+    return _reply(250, "2.0.0", f"{octets} octets received")
+
+
+def challenge(text: str) -> Reply:
+    """334 with a base64 challenge (RFC 4954 4)."""
+    return Reply(334, None, (text,))
+
+
+HELP: Final = _reply(214, "2.0.0", "See RFC 5321; this gateway relays to its upstream")
+CLOSING: Final = _reply(221, "2.0.0", "Bye", closes=True)
+TLS_READY: Final = _reply(220, "2.0.0", "Ready to start TLS")
+AUTH_SUCCEEDED: Final = _reply(235, "2.7.0", "Authentication succeeded")
+OK: Final = _reply(250, "2.0.0", "Ok")
+SENDER_OK: Final = _reply(250, "2.1.0", "Sender ok")
+RECIPIENT_OK: Final = _reply(250, "2.1.5", "Recipient ok")
+CANNOT_VERIFY: Final = _reply(252, "2.5.0", "Cannot VRFY user, but will take a message and attempt delivery")
+SEND_CONTENT: Final = Reply(354, None, ("End data with <CR><LF>.<CR><LF>",))
+
+# 4yz ----------------------------------------------------------------------------------------------------------
+
+SHUTTING_DOWN: Final = _reply(421, "4.3.2", "Shutting down, try again", ErrorType.SHUTDOWN, closes=True)
+TOO_MANY_CONNECTIONS: Final = _reply(421, "4.3.2", "Too many connections", ErrorType.LIMIT, closes=True)
+TOO_MANY_ERRORS: Final = _reply(421, "4.7.0", "Too many errors", ErrorType.LIMIT, closes=True)
+TOO_MANY_JUNK_COMMANDS: Final = _reply(421, "4.7.0", "Too many commands without mail", ErrorType.LIMIT, closes=True)
+TOO_MANY_MESSAGES: Final = _reply(421, "4.3.2", "Too many messages on one connection", ErrorType.LIMIT, closes=True)
+TOO_MANY_AUTH_FAILURES: Final = _reply(421, "4.7.0", "Too many failed authentications", ErrorType.AUTH, closes=True)
+LINE_DISCARD_EXCEEDED: Final = _reply(421, "4.5.2", "Line too long by far", ErrorType.LIMIT, closes=True)
+TIMED_OUT: Final = _reply(421, "4.4.2", "Timeout, closing", ErrorType.TIMEOUT, closes=True)
+INTERNAL_CLOSING: Final = _reply(421, "4.3.0", "Internal error, closing", ErrorType.INTERNAL, closes=True)
+
+INTERNAL: Final = _reply(451, "4.3.0", "Internal error, try again later", ErrorType.INTERNAL)
+UPSTREAM_UNAVAILABLE: Final = _reply(
+    451, "4.4.1", "No upstream can be reached, try again later", ErrorType.UPSTREAM_UNAVAILABLE
+)
+OUTCOME_UNKNOWN: Final = _reply(
+    451, "4.4.2", "Connection to the upstream lost, outcome unknown", ErrorType.OUTCOME_UNKNOWN
+)
+UPSTREAM_PROTOCOL: Final = _reply(451, "4.5.0", "The upstream's reply made no sense", ErrorType.UPSTREAM_PROTOCOL)
+UPSTREAM_TLS: Final = _reply(451, "4.7.5", "The upstream's TLS could not be verified", ErrorType.UPSTREAM_TLS)
+OTHER_ROUTE: Final = _reply(
+    451, "4.5.3", "Another upstream serves this recipient, send it in its own transaction", ErrorType.LIMIT
+)
+STORAGE_FULL: Final = _reply(452, "4.3.1", "Insufficient storage, try again later", ErrorType.STORAGE)
+STORAGE_FAILED: Final = _reply(451, "4.3.0", "Storage failed, try again later", ErrorType.STORAGE)
+TOO_MANY_RECIPIENTS: Final = _reply(452, "4.5.3", "Too many recipients", ErrorType.LIMIT)
+TLS_UNAVAILABLE: Final = _reply(454, "4.7.0", "TLS not available now", ErrorType.TLS)
+AUTH_UNAVAILABLE: Final = _reply(454, "4.7.0", "Temporary authentication failure", ErrorType.AUTH)
+
+# 5yz ----------------------------------------------------------------------------------------------------------
+
+LINE_TOO_LONG: Final = _reply(500, "5.5.2", "Line too long", ErrorType.SYNTAX)
+UNKNOWN_COMMAND: Final = _reply(500, "5.5.2", "Command not recognized", ErrorType.SYNTAX)
+AUTH_LINE_TOO_LONG: Final = _reply(500, "5.5.6", "Authentication exchange line too long", ErrorType.SYNTAX)
+BAD_ARGUMENT: Final = _reply(501, "5.5.4", "Syntax error in arguments", ErrorType.SYNTAX)
+CONTROL_OCTETS: Final = _reply(501, "5.5.4", "Control character in command", ErrorType.SYNTAX)
+BAD_SENDER: Final = _reply(501, "5.1.7", "Bad sender address syntax", ErrorType.ADDRESS)
+BAD_RECIPIENT: Final = _reply(501, "5.1.3", "Bad recipient address syntax", ErrorType.ADDRESS)
+BAD_BASE64: Final = _reply(501, "5.5.2", "Cannot decode that base64", ErrorType.SYNTAX)
+AUTH_CANCELLED: Final = _reply(501, "5.7.0", "Authentication cancelled", ErrorType.AUTH)
+NOT_IMPLEMENTED: Final = _reply(502, "5.5.1", "Command not implemented", ErrorType.UNSUPPORTED)
+BAD_SEQUENCE: Final = _reply(503, "5.5.1", "Bad sequence of commands", ErrorType.SEQUENCE)
+NO_VALID_RECIPIENTS: Final = _reply(503, "5.5.1", "No valid recipients", ErrorType.SEQUENCE)
+ALREADY_AUTHENTICATED: Final = _reply(503, "5.5.1", "Already authenticated", ErrorType.SEQUENCE)
+TLS_ALREADY_ON: Final = _reply(503, "5.5.1", "TLS is already on", ErrorType.SEQUENCE)
+UNKNOWN_MECHANISM: Final = _reply(504, "5.5.4", "Unrecognized authentication mechanism", ErrorType.UNSUPPORTED)
+TLS_REQUIRED: Final = _reply(530, "5.7.0", "Must issue a STARTTLS command first", ErrorType.POLICY)
+AUTH_REQUIRED: Final = _reply(530, "5.7.0", "Authentication required", ErrorType.POLICY)
+AUTH_FAILED: Final = _reply(535, "5.7.8", "Authentication credentials invalid", ErrorType.AUTH)
+ENCRYPTION_REQUIRED: Final = _reply(538, "5.7.11", "Encryption required for this mechanism", ErrorType.POLICY)
+RELAY_DENIED: Final = _reply(550, "5.7.1", "Relaying denied", ErrorType.POLICY)
+BARE_LINE_END: Final = _reply(550, "5.6.11", "Bare CR or LF in content", ErrorType.CONTENT)
+MESSAGE_TOO_BIG: Final = _reply(552, "5.3.4", "Message exceeds the size limit", ErrorType.LIMIT)
+NEEDS_SMTPUTF8: Final = _reply(553, "5.6.7", "Non-ASCII address not permitted here", ErrorType.ADDRESS)
+EARLY_TALKER: Final = _reply(554, "5.5.1", "Command before the greeting", ErrorType.PROTOCOL, closes=True)
+OCTETS_BEHIND_STARTTLS: Final = _reply(554, "5.5.1", "Data behind STARTTLS", ErrorType.PROTOCOL, closes=True)
+LINE_IN_CONTENT_TOO_LONG: Final = _reply(554, "5.6.0", "Line in content too long", ErrorType.CONTENT)
+HEADER_TOO_BIG: Final = _reply(554, "5.6.0", "Header block too long", ErrorType.CONTENT)
+NUL_IN_CONTENT: Final = _reply(554, "5.6.0", "NUL in content", ErrorType.CONTENT)
+TOO_MANY_HOPS: Final = _reply(554, "5.4.6", "Too many hops", ErrorType.CONTENT)
+NEEDS_8BITMIME: Final = _reply(554, "5.6.3", "The upstream does not take 8-bit content", ErrorType.CONTENT)
+NEEDS_BINARYMIME: Final = _reply(554, "5.6.3", "The upstream does not take binary content", ErrorType.CONTENT)
+REQUIRETLS_UNSUPPORTED: Final = _reply(
+    550, "5.7.30", "REQUIRETLS cannot be kept towards the upstream", ErrorType.POLICY
+)
+UNKNOWN_PARAMETER: Final = _reply(555, "5.5.4", "MAIL or RCPT parameter not recognized", ErrorType.UNSUPPORTED)
+
+
+def named() -> dict[str, Reply]:
+    """Every reply constant of this module, by its name: for tests and for the documentation."""
+    return {name: value for name, value in globals().items() if isinstance(value, Reply)}

@@ -1,0 +1,1 @@
+"""The HTTP side: probes, metrics, live connections and recent traces, for people and machines."""
