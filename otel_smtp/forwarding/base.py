@@ -61,6 +61,11 @@ class ContentAborted(Exception):
 class MailTransaction(Protocol):
     """One transaction, from MAIL on; its calls come in the order recipients*, content | abort."""
 
+    @property
+    def spool_id(self) -> str | None:
+        """The id under which the message was made durable; None where it was not, or not yet."""
+        ...
+
     async def recipients(self, batch: Sequence[Recipient]) -> Sequence[Reply]:
         """Answer a pipelined group of recipients, one reply each, in order.
 

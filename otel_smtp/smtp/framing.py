@@ -1,0 +1,315 @@
+"""The receive buffer and what is cut out of it: lines, content by DATA, content by BDAT, the header block.
+
+Content goes through three small machines, each fed with octets in pieces of any size:
+
+`DotReader` (DATA) or `ChunkReader` (BDAT) find the end and undo dot transparency; `ContentInspector` counts and checks;
+`HeaderSplitter` holds the header block back until it is whole.
+
+Rules that hold throughout:
+
+* Cutting the input differently never changes the result. What cannot be decided yet is held back, never guessed.
+* Only CRLF.CRLF ends DATA (P4). Any other line end in content is bare: it is normalised to CRLF or refused, and the dots of
+  the lines that it begins are treated after that, so that no receiver can read an end where we saw none.
+* No loop over single octets: everything is done by searches and replacements over whole pieces.
+"""
+
+import re
+from typing import Final
+
+END_OF_DATA: Final = b"\r\n.\r\n"
+
+# What the end of a piece may leave undecided: a CR that may become CRLF, a line end that a dot may follow, a dot at
+# the start of a line that may be stuffed, stand alone, or begin the end of data.
+_UNDECIDED = re.compile(rb"(?:\r\n?|\n)(?:\.\r?)?\Z")
+_LINE_END = re.compile(rb"\r\n|\r|\n")
+# RFC 5321 4.5.2: a leading dot is deleted if there are other characters on the line.
+_STUFFED_DOT = re.compile(rb"(\r\n)\.(?!\r\n)")
+_ALL_BUT_LINE_ENDS: Final = bytes(octet for octet in range(256) if octet not in b"\r\n")
+# Consecutive well-formed header fields with their folded lines (RFC 5322 2.2), as far as they go.
+_FIELDS = re.compile(rb"(?:[!-9;-~]+[ \t]*:[^\n]*\n(?:[ \t][^\n]*\n)*+)*+")
+
+
+class ReceiveBuffer:
+    """Octets received and not yet used; it belongs to the engine, which knows the state they were received in."""
+
+    __slots__ = ("_data", "_start")
+
+    def __init__(self) -> None:
+        self._data = b""
+        self._start = 0
+
+    def __len__(self) -> int:
+        return len(self._data) - self._start
+
+    def feed(self, data: bytes) -> None:
+        """Add octets from the peer."""
+        self._data = data if self._start == len(self._data) else self._data[self._start :] + data
+        self._start = 0
+
+    def find_line(self, limit_octets: int) -> int:
+        """Length of the first line, its CRLF included; 0 where it is not complete yet, -1 where it is longer than
+        `limit_octets`."""
+        end = self._data.find(b"\r\n", self._start, self._start + limit_octets)
+        if end >= 0:
+            return end + 2 - self._start
+        return -1 if len(self) >= limit_octets else 0
+
+    def discard_line(self) -> tuple[int, bool]:
+        """Throw octets away up to and including the next CRLF: how many, and whether the CRLF was there."""
+        end = self._data.find(b"\r\n", self._start)
+        if end >= 0:
+            discarded = end + 2 - self._start
+            self._start = end + 2
+            return discarded, True
+        # A CR at the very end may be half of the CRLF that ends the line: it stays.
+        keep = 1 if self._data.endswith(b"\r") and len(self) else 0
+        discarded = len(self) - keep
+        self._start = len(self._data) - keep
+        return discarded, False
+
+    def starts_with(self, prefix: bytes) -> bool:
+        """Whether what is held begins with `prefix`."""
+        return self._data.startswith(prefix, self._start)
+
+    def peek(self, octets: int) -> bytes:
+        """The first `octets` octets, or fewer, without taking them."""
+        return self._data[self._start : self._start + octets]
+
+    def take(self, octets: int) -> bytes:
+        """Take the first `octets` octets, or all where there are fewer."""
+        if self._start == 0 and octets >= len(self._data):
+            data, self._data = self._data, b""
+            return data
+        data = self._data[self._start : self._start + octets]
+        self._start += len(data)
+        return data
+
+    def give_back(self, data: bytes) -> None:
+        """Put octets back to the front: the rest behind the end of data."""
+        if data:
+            self._data = data + self._data[self._start :]
+            self._start = 0
+
+    def clear(self) -> None:
+        """Forget everything held."""
+        self._data = b""
+        self._start = 0
+
+
+def has_bare_line_end(data: bytes) -> bool:
+    """Whether `data` holds a CR or LF that is not part of a CRLF; a CRLF must not be cut by its ends.
+
+    Deleting everything else first costs a quarter of a regular expression that looks for bare ones.
+    """
+    line_ends = data.translate(None, _ALL_BUT_LINE_ENDS)
+    return line_ends != b"\r\n" * (len(line_ends) >> 1)
+
+
+class DotReader:
+    """Content by DATA, up to CRLF.CRLF (RFC 5321 4.1.1.4, 4.5.2).
+
+    Attributes:
+        rest: what followed the end of data; set when `is_ended`.
+        bare_line_ends: whether a bare CR or LF was seen.
+    """
+
+    __slots__ = ("_at_start", "_held", "bare_line_ends", "is_ended", "rest")
+
+    def __init__(self) -> None:
+        self._held = b""
+        self._at_start = True
+        self.bare_line_ends = False
+        self.is_ended = False
+        self.rest = b""
+
+    def feed(self, data: bytes) -> bytes:
+        """Take octets; give the content that is decided, dots unstuffed, line ends normalised to CRLF.
+
+        Holds back at most four octets.
+        """
+        if self._held:
+            data = self._held + data
+            self._held = b""
+        if self._at_start:
+            # The CRLF of the DATA command is the first half of an end that stands at the very beginning. This must be
+            # looked at before searching, or what follows would be swallowed as content.
+            if data.startswith(b".\r\n"):
+                self.is_ended = True
+                self.rest = data[3:]
+                return b""
+            if data in (b".", b".\r"):
+                self._held = data
+                return b""
+        end = data.find(END_OF_DATA)
+        if end >= 0:
+            self.is_ended = True
+            self.rest = data[end + 5 :]
+            data = data[: end + 2]
+        else:
+            undecided = _UNDECIDED.search(data, max(0, len(data) - 4))
+            if undecided is not None:
+                self._held = data[undecided.start() :]
+                data = data[: undecided.start()]
+        return self._decode(data) if data else b""
+
+    def _decode(self, data: bytes) -> bytes:
+        at_start, self._at_start = self._at_start, False
+        if has_bare_line_end(data):
+            self.bare_line_ends = True
+            data = _STUFFED_DOT.sub(rb"\1", _LINE_END.sub(b"\r\n", data))
+            return data[1:] if at_start and data.startswith(b".") and not data.startswith(b".\r\n") else data
+        # Every dot behind a CRLF is a stuffed one: a line of one dot would have been the end.
+        data = data.replace(b"\r\n.", b"\r\n")
+        return data[1:] if at_start and data.startswith(b".") else data
+
+
+class ChunkReader:
+    """Content by BDAT: chunks of announced length, no dots (RFC 3030 2).
+
+    Args:
+        is_binary: BODY=BINARYMIME was declared, so that nothing is normalised.
+    """
+
+    __slots__ = ("_held", "_is_binary", "bare_line_ends")
+
+    def __init__(self, *, is_binary: bool) -> None:
+        self._is_binary = is_binary
+        self._held = b""
+        self.bare_line_ends = False
+
+    def feed(self, data: bytes) -> bytes:
+        """Take octets of a chunk; give the content that is decided. Holds back at most one octet."""
+        if self._is_binary:
+            return data
+        if self._held:
+            data = self._held + data
+            self._held = b""
+        if data.endswith(b"\r"):
+            self._held = b"\r"
+            data = data[:-1]
+        return self._decode(data)
+
+    def finish(self) -> bytes:
+        """The last octets, after the last chunk."""
+        held, self._held = self._held, b""
+        return self._decode(held)
+
+    def _decode(self, data: bytes) -> bytes:
+        if has_bare_line_end(data):
+            self.bare_line_ends = True
+            return _LINE_END.sub(b"\r\n", data)
+        return data
+
+
+class ContentInspector:
+    """Counts content and notes what makes it unacceptable; it never stops, so that the verdict does not depend on
+    how the content was cut.
+
+    Attributes:
+        octets: content so far, as RFC 1870 counts it (CRLF included, stuffed dots not).
+        has_nul: a NUL octet was seen.
+        has_long_line: a line longer than the limit was seen, its CRLF included (RFC 5321 4.5.3.1.6 counts so).
+    """
+
+    __slots__ = ("_line_octets", "_text_line_limit", "has_long_line", "has_nul", "octets")
+
+    def __init__(self, text_line_limit_octets: int) -> None:
+        self._text_line_limit = text_line_limit_octets
+        self._line_octets = 0  # of the line that is not ended yet
+        self.octets = 0
+        self.has_nul = False
+        self.has_long_line = False
+
+    def inspect(self, content: bytes) -> None:
+        """Look at the next content; a CRLF is never cut by its ends."""
+        size = len(content)
+        self.octets += size
+        if b"\0" in content:
+            self.has_nul = True
+        if self._line_octets + size > self._text_line_limit and not self.has_long_line:
+            self.has_long_line = self._longest_line(content) > self._text_line_limit
+        last = content.rfind(b"\n")
+        self._line_octets = size - last - 1 if last >= 0 else self._line_octets + size
+
+    def _longest_line(self, content: bytes) -> int:
+        first, *others = content.split(b"\r\n")
+        if not others:
+            return self._line_octets + len(first)
+        last = others.pop()
+        return max(self._line_octets + len(first) + 2, len(last), *(len(line) + 2 for line in others))
+
+
+class HeaderSplitter:
+    """Holds the header block back until it is whole (RFC 5322 2.1).
+
+    The block ends before the first empty line. Where none comes within the limits, it ends before the first line that is
+    not a header field, so that a long text without a header is content and not an endless header.
+
+    Attributes:
+        block: the header block, None until it is known.
+        is_too_big: it is larger than the limits; then `block` stays None.
+    """
+
+    __slots__ = ("_held", "_line_limit", "_octet_limit", "block", "is_too_big")
+
+    def __init__(self, octet_limit: int, line_limit: int) -> None:
+        self._octet_limit = octet_limit
+        self._line_limit = line_limit
+        self._held = b""
+        self.block: bytes | None = None
+        self.is_too_big = False
+
+    def feed(self, content: bytes) -> bytes:
+        """Take content; once `block` is known, give what follows it (first the empty line), before that nothing."""
+        if self.block is not None:
+            return content
+        if self.is_too_big:
+            return b""
+        searched = max(0, len(self._held) - 3)
+        held = self._held = self._held + content if self._held else content
+        if held.startswith(b"\r\n"):
+            return self._split(0)
+        end = held.find(b"\r\n\r\n", searched)
+        if end >= 0 and self._fits(held, end + 2):
+            return self._split(end + 2)
+        # Two octets more than the limit: by then the empty line behind a block of just that size has been seen.
+        if end >= 0 or len(held) > self._octet_limit + 2:
+            return self._split_at_last_field()
+        return b""
+
+    def finish(self) -> bytes:
+        """The content is over: what follows the block."""
+        if self.block is not None or self.is_too_big:
+            return b""
+        end = self._fields_end()
+        if not self._fits(self._held, end):
+            self.is_too_big = True
+            return b""
+        return self._split(end)
+
+    def _fits(self, held: bytes, end: int) -> bool:
+        return end <= self._octet_limit and held.count(b"\n", 0, end) <= self._line_limit
+
+    def _fields_end(self) -> int:
+        match = _FIELDS.match(self._held)
+        return match.end() if match is not None else 0
+
+    def _split_at_last_field(self) -> bytes:
+        # Only what lies within the limit counts, and only if a line follows that is no field: then the decision is the
+        # same however much has been received.
+        self._held, rest = self._held[: self._octet_limit], self._held[self._octet_limit :]
+        end = self._fields_end()
+        line = self._held[end:]
+        is_cut = b"\n" not in line and (not line or re.fullmatch(rb"[!-9;-~]+[ \t]*(?::.*)?|[ \t].*", line, re.S))
+        self._held += rest
+        if is_cut or not self._fits(self._held, end):
+            self.is_too_big = True
+            self._held = b""
+            return b""
+        return self._split(end)
+
+    def _split(self, end: int) -> bytes:
+        self.block = self._held[:end]
+        rest = self._held[end:]
+        self._held = b""
+        return rest
