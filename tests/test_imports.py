@@ -1,0 +1,400 @@
+"""The layering of the house, checked on the syntax trees of the package.
+
+Who may import whom is one table, `ROOMS`. Every import counts: at the head of a file, inside a function, under
+`TYPE_CHECKING`, by `importlib.import_module`. A refused import is a question of the design, to be answered there and
+not by widening a row here.
+
+The checks are functions from source text to findings, so that each of them is shown to fail on a small bad source
+before it is trusted with the package.
+"""
+
+import ast
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import pytest
+
+ROOT: Final = Path(__file__).resolve().parent.parent
+PACKAGE: Final = "otel_smtp"
+
+# What of SMTP the other rooms may know without speaking it.
+SMTP_TYPES: Final = tuple(
+    f"otel_smtp.smtp.{module}" for module in ("envelope", "errors", "events", "replies", "states", "extensions")
+)
+# Standard library without a clock, socket, file, logger, thread or event loop.
+PURE_LIBRARY: Final = frozenset(
+    {
+        "abc",
+        "base64",
+        "binascii",
+        "collections",
+        "dataclasses",
+        "enum",
+        "functools",
+        "hashlib",
+        "hmac",
+        "ipaddress",
+        "itertools",
+        "operator",
+        "re",
+        "string",
+        "struct",
+        "types",
+        "typing",
+        "unicodedata",
+    }
+)
+INPUT_OUTPUT: Final = frozenset(
+    {
+        "asyncio",
+        "concurrent",
+        "http",
+        "multiprocessing",
+        "selectors",
+        "socket",
+        "ssl",
+        "subprocess",
+        "threading",
+        "urllib",
+    }
+)
+_LIBRARY: Final = frozenset(sys.stdlib_module_names)
+
+
+@dataclass(frozen=True)
+class Room:
+    """What the modules of one room may import.
+
+    Attributes:
+        house: prefixes of our own modules, the room itself aside.
+        libraries: packages that are not of the standard library; None: any.
+        standard: modules of the standard library.
+        reads_environment: `os.environ` may be read.
+    """
+
+    house: tuple[str, ...]
+    libraries: frozenset[str] | None = frozenset()
+    standard: frozenset[str] = _LIBRARY - {"argparse"}
+    reads_environment: bool = False
+
+
+_EVERYTHING: Final = Room((PACKAGE,), None, _LIBRARY, reads_environment=True)
+_ADAPTER: Final = ("otel_smtp.smtp", "otel_smtp.observer", "otel_smtp.net", "otel_smtp.forwarding.base")
+
+# The longest prefix that fits a module is its room.
+ROOMS: Final = {
+    "otel_smtp": Room(("otel_smtp.app", "otel_smtp.observer", *SMTP_TYPES)),
+    "otel_smtp.smtp": Room((), standard=PURE_LIBRARY),
+    "otel_smtp.observer": Room(SMTP_TYPES, standard=PURE_LIBRARY | {"logging"}),
+    "otel_smtp.net": Room(("otel_smtp.observer", *SMTP_TYPES)),
+    "otel_smtp.forwarding.base": Room(("otel_smtp.observer", *SMTP_TYPES), standard=PURE_LIBRARY),
+    "otel_smtp.forwarding": Room(_ADAPTER, frozenset({"httpx", "scramp"})),
+    "otel_smtp.server": Room(_ADAPTER, frozenset({"argon2", "scramp"})),
+    "otel_smtp.spool": Room(_ADAPTER),
+    "otel_smtp.telemetry": Room(
+        ("otel_smtp.observer", *SMTP_TYPES), frozenset({"opentelemetry", "prometheus_client", "structlog", "google"})
+    ),
+    "otel_smtp.telemetry.setup": Room(
+        ("otel_smtp.observer", "otel_smtp.telemetry", *SMTP_TYPES),
+        frozenset({"opentelemetry"}),
+        reads_environment=True,
+    ),
+    "otel_smtp.status": Room(
+        ("otel_smtp.observer", *SMTP_TYPES), frozenset({"starlette", "uvicorn", "prometheus_client"})
+    ),
+    "otel_smtp.config": Room(
+        ("otel_smtp.observer", "otel_smtp.setting_values", *SMTP_TYPES),
+        frozenset({"msgspec"}),
+        _LIBRARY - INPUT_OUTPUT - {"argparse"},
+        reads_environment=True,
+    ),
+    "otel_smtp.setting_values": Room(
+        ("otel_smtp.observer", *SMTP_TYPES),
+        frozenset({"msgspec"}),
+        (_LIBRARY - INPUT_OUTPUT - {"argparse"}) | {"urllib"},
+    ),
+    "otel_smtp.app": _EVERYTHING,
+    "otel_smtp.cli": _EVERYTHING,
+}
+# Above everything else: nothing below may import them.
+TOP: Final = ("otel_smtp.app", "otel_smtp.cli")
+BANNED_NAMES: Final = ("util", "utils", "helper", "helpers", "manager", "managers", "common", "misc")
+
+
+class Finding(NamedTuple):
+    """One broken rule."""
+
+    module: str
+    line: int
+    what: str
+
+
+class Import(NamedTuple):
+    """One name that an import statement, or a call that imports, brings in."""
+
+    name: str
+    line: int
+    is_relative: bool = False
+
+
+def is_within(name: str, prefix: str) -> bool:
+    """Whether the module or attribute `name` is `prefix` or lies below it."""
+    return name == prefix or name.startswith(f"{prefix}.")
+
+
+def room_of(module: str) -> Room | None:
+    """The room with the longest prefix; the bare package's row is for its `__init__` alone."""
+    fitting = [prefix for prefix in ROOMS if is_within(module, prefix) and (prefix != PACKAGE or module == PACKAGE)]
+    return ROOMS[max(fitting, key=len)] if fitting else None
+
+
+def home_of(module: str) -> str:
+    """The prefix that a room's modules share: what they may always import."""
+    parts = module.split(".")
+    return ".".join(parts[:2])
+
+
+def imports_of(tree: ast.AST) -> Iterator[Import]:
+    """Every import of a module, wherever it stands; `from a import b` gives a.b, as b may be a module."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Import(names=names):
+                for alias in names:
+                    yield Import(alias.name, node.lineno)
+            case ast.ImportFrom(module=source, names=names, level=level):
+                for alias in names:
+                    yield Import(f"{source}.{alias.name}" if source else alias.name, node.lineno, level > 0)
+            case ast.Call(func=ast.Name(id="__import__") | ast.Attribute(attr="import_module"), args=[first, *_]):
+                # A computed name can't be judged, so it is judged as the whole package.
+                name = first.value if isinstance(first, ast.Constant) and isinstance(first.value, str) else PACKAGE
+                yield Import(name, node.lineno)
+
+
+def layering(module: str, tree: ast.AST) -> Iterator[Finding]:
+    """Imports that the module's room may not make."""
+    room = room_of(module)
+    if room is None:
+        yield Finding(module, 1, "belongs to no room of the house")
+        return
+    for name, line, is_relative in imports_of(tree):
+        top = name.partition(".")[0]
+        if is_relative:
+            yield Finding(module, line, "relative import")
+        elif top in (PACKAGE, "tests"):
+            if top == "tests" or not may_import(module, room, name):
+                yield Finding(module, line, f"imports {name}")
+        elif top in _LIBRARY:
+            if top not in room.standard:
+                yield Finding(module, line, f"imports {name}")
+        elif room.libraries is not None and top not in room.libraries:
+            yield Finding(module, line, f"imports {name}")
+
+
+def may_import(module: str, room: Room, name: str) -> bool:
+    """Whether `module` may import our own `name`."""
+    own = home_of(module)
+    # The base of forwarding is what others build on: it knows nothing of its siblings.
+    if own != PACKAGE and module != "otel_smtp.forwarding.base" and is_within(name, own):
+        return True
+    return any(is_within(name, prefix) for prefix in room.house)
+
+
+def environment(module: str, tree: ast.AST) -> Iterator[Finding]:
+    """Readings of the environment outside the rooms that may."""
+    room = room_of(module)
+    if room is None or room.reads_environment:
+        return
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(value=ast.Name(id="os"), attr="environ" | "environb" | "getenv" | "putenv" as attribute):
+                yield Finding(module, node.lineno, f"reads os.{attribute}")
+            case ast.ImportFrom(module="os", names=names):
+                for alias in names:
+                    if alias.name in ("environ", "environb", "getenv", "putenv"):
+                        yield Finding(module, node.lineno, f"reads os.{alias.name}")
+
+
+def awaiting(module: str, tree: ast.AST) -> Iterator[Finding]:
+    """Coroutines in the value machine."""
+    if not is_within(module, "otel_smtp.smtp"):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.AsyncFunctionDef | ast.Await | ast.AsyncFor | ast.AsyncWith):
+            yield Finding(module, node.lineno, "awaits")
+
+
+def is_private(name: str) -> bool:
+    """Whether a name is somebody's own business; `__dunder__` names are the language's."""
+    return name.startswith("_") and not (name.startswith("__") and name.endswith("__"))
+
+
+def _own_private_names(tree: ast.AST) -> frozenset[str]:
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(value=ast.Name(id="self" | "cls"), attr=name, ctx=ast.Store()):
+                names.add(name)
+            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
+                names.add(name)
+            case ast.Name(id=name, ctx=ast.Store()):
+                names.add(name)
+    return frozenset(names)
+
+
+def foreign_privates(module: str, tree: ast.AST) -> Iterator[Finding]:
+    """Uses of a private name that this file does not define: asyncio's, a library's, another module's."""
+    own = _own_private_names(tree)
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(value=ast.Name(id="self" | "cls")):
+                pass
+            case ast.Attribute(value=ast.Call(func=ast.Name(id="super"))):
+                pass
+            case ast.Attribute(attr=attribute) if is_private(attribute) and attribute not in own:
+                yield Finding(module, node.lineno, f"touches {attribute}")
+            case ast.ImportFrom(names=names) | ast.Import(names=names):
+                for alias in names:
+                    if any(is_private(part) for part in alias.name.split(".")):
+                        yield Finding(module, node.lineno, f"imports {alias.name}")
+            case ast.Call(
+                func=ast.Name(id="getattr" | "setattr" | "hasattr"), args=[_, ast.Constant(value=str(name)), *_]
+            ):
+                if is_private(name) and name not in own:
+                    yield Finding(module, node.lineno, f"touches {name}")
+
+
+def naming(module: str, tree: ast.AST) -> Iterator[Finding]:
+    """Names that say nothing."""
+    for part in module.split("."):
+        if any(word in BANNED_NAMES for word in part.split("_")):
+            yield Finding(module, 1, f"is named {part}")
+
+
+CHECKS: Final = (layering, environment, awaiting, foreign_privates, naming)
+
+
+def check(module: str, source: str) -> list[Finding]:
+    """All findings in one module's source."""
+    tree = ast.parse(source)
+    return [finding for checking in CHECKS for finding in checking(module, tree)]
+
+
+def module_name(path: Path) -> str:
+    """The dotted name of a file below the repository's root."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+SOURCES: Final = {module_name(path): path for path in sorted((ROOT / PACKAGE).rglob("*.py"))}
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_a_module_keeps_to_its_room(module: str) -> None:
+    assert check(module, SOURCES[module].read_text(encoding="utf-8")) == []
+
+
+def test_modules_of_the_tests_have_names_that_say_something() -> None:
+    paths = (ROOT / "tests").rglob("*.py")
+    assert [finding for path in paths for finding in naming(module_name(path), ast.Module([], []))] == []
+
+
+def test_every_room_of_the_table_is_one_that_a_module_can_be_in() -> None:
+    assert all(room_of(prefix) is room for prefix, room in ROOMS.items())
+
+
+GOOD = [
+    ("otel_smtp.smtp.server", "from otel_smtp.smtp import replies\nimport re\nfrom collections import deque"),
+    ("otel_smtp.smtp.server", "class A:\n    def f(self, other):\n        self._x = other._x"),
+    ("otel_smtp.server.connection", "from otel_smtp.forwarding.base import Forwarder\nimport asyncio"),
+    ("otel_smtp.server.connection", "from otel_smtp import net\nfrom otel_smtp.server import tls"),
+    ("otel_smtp.forwarding.pool", "from otel_smtp.forwarding.connection import Connection\nimport time"),
+    ("otel_smtp.forwarding.connection", "from otel_smtp.smtp.client import ClientProtocol"),
+    ("otel_smtp.telemetry.tracing", "def f():\n    from opentelemetry import trace"),
+    ("otel_smtp.telemetry.setup", "import os\nx = os.environ['OTEL_TRACES_EXPORTER']"),
+    ("otel_smtp.app", "from otel_smtp.config import Config\nfrom otel_smtp.telemetry.setup import start"),
+    ("otel_smtp", "from otel_smtp.app import Gateway\nfrom otel_smtp.smtp.states import ConnState"),
+]
+
+
+@pytest.mark.parametrize(("module", "source"), GOOD)
+def test_what_the_design_allows_is_allowed(module: str, source: str) -> None:
+    assert check(module, source) == []
+
+
+BAD = [
+    # the value machine: no clock, socket, logger, loop, file, and nothing of the house above it
+    ("otel_smtp.smtp.server", "import asyncio", "imports asyncio"),
+    ("otel_smtp.smtp.server", "import time", "imports time"),
+    ("otel_smtp.smtp.server", "from logging import getLogger", "imports logging.getLogger"),
+    ("otel_smtp.smtp.server", "import scramp", "imports scramp"),
+    ("otel_smtp.smtp.server", "from otel_smtp.observer import TlsInfo", "imports otel_smtp.observer.TlsInfo"),
+    ("otel_smtp.smtp.server", "async def f() -> None: ...", "awaits"),
+    # an import is an import wherever it stands
+    ("otel_smtp.smtp.server", "def f():\n    import socket", "imports socket"),
+    (
+        "otel_smtp.smtp.server",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import ssl",
+        "imports ssl",
+    ),
+    ("otel_smtp.smtp.server", "import importlib\n", "imports importlib"),
+    ("otel_smtp.server.tls", "import importlib\nimportlib.import_module('opentelemetry')", "imports opentelemetry"),
+    ("otel_smtp.server.tls", "__import__('argparse')", "imports argparse"),
+    ("otel_smtp.server.tls", "import importlib\nimportlib.import_module(name)", "imports otel_smtp"),
+    ("otel_smtp.smtp.server", "from . import replies", "relative import"),
+    ("otel_smtp.server.listener", "from .connection import Connection", "relative import"),
+    # the adapters do not know one another
+    (
+        "otel_smtp.server.connection",
+        "from otel_smtp.forwarding.pool import Pool",
+        "imports otel_smtp.forwarding.pool.Pool",
+    ),
+    ("otel_smtp.server.connection", "from otel_smtp.forwarding import pool", "imports otel_smtp.forwarding.pool"),
+    ("otel_smtp.server.connection", "import otel_smtp.spool.store", "imports otel_smtp.spool.store"),
+    (
+        "otel_smtp.spool.runner",
+        "from otel_smtp.forwarding.upstream import X",
+        "imports otel_smtp.forwarding.upstream.X",
+    ),
+    ("otel_smtp.forwarding.upstream", "from otel_smtp.server import tls", "imports otel_smtp.server.tls"),
+    (
+        "otel_smtp.forwarding.base",
+        "from otel_smtp.forwarding.pool import Pool",
+        "imports otel_smtp.forwarding.pool.Pool",
+    ),
+    ("otel_smtp.telemetry.tracing", "from otel_smtp.smtp.server import X", "imports otel_smtp.smtp.server.X"),
+    ("otel_smtp.status.pages", "from otel_smtp.telemetry import tracing", "imports otel_smtp.telemetry.tracing"),
+    ("otel_smtp.observer", "from otel_smtp.smtp.server import X", "imports otel_smtp.smtp.server.X"),
+    ("otel_smtp.observer", "import asyncio", "imports asyncio"),
+    # one room knows OpenTelemetry; each library has its room
+    ("otel_smtp.server.connection", "from opentelemetry import trace", "imports opentelemetry.trace"),
+    ("otel_smtp.status.pages", "import opentelemetry.sdk", "imports opentelemetry.sdk"),
+    ("otel_smtp.server.connection", "import starlette", "imports starlette"),
+    # settings stay above
+    ("otel_smtp.server.connection", "from otel_smtp.config import Config", "imports otel_smtp.config.Config"),
+    ("otel_smtp.telemetry.setup", "from otel_smtp import config", "imports otel_smtp.config"),
+    ("otel_smtp.spool.store", "from otel_smtp.app import Gateway", "imports otel_smtp.app.Gateway"),
+    ("otel_smtp.spool.store", "import argparse", "imports argparse"),
+    ("otel_smtp.spool.store", "import os\nx = os.environ.get('X')", "reads os.environ"),
+    ("otel_smtp.spool.store", "import os\nx = os.getenv('X')", "reads os.getenv"),
+    ("otel_smtp.spool.store", "from os import environ", "reads os.environ"),
+    ("otel_smtp.telemetry.tracing", "import os\nx = os.environ['OTEL_X']", "reads os.environ"),
+    ("otel_smtp.config", "import socket", "imports socket"),
+    ("otel_smtp.app", "import tests.support", "imports tests.support"),
+    # other people's privates
+    ("otel_smtp.net", "def f(transport):\n    return transport._sock", "touches _sock"),
+    ("otel_smtp.net", "def f(transport):\n    return getattr(transport, '_loop')", "touches _loop"),
+    ("otel_smtp.net", "from asyncio.sslproto import _SSLProtocolTransport", "imports _SSLProtocolTransport"),
+    ("otel_smtp.net", "def f(self):\n    return self.transport._ssl_protocol", "touches _ssl_protocol"),
+    # names, rooms
+    ("otel_smtp.server.utils", "", "is named utils"),
+    ("otel_smtp.server.connection_manager", "", "is named connection_manager"),
+    ("otel_smtp.shed", "", "belongs to no room of the house"),
+]
+
+
+@pytest.mark.parametrize(("module", "source", "finding"), BAD)
+def test_what_the_design_forbids_is_found(module: str, source: str, finding: str) -> None:
+    assert [found.what for found in check(module, source)] == [finding]
