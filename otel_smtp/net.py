@@ -1,0 +1,645 @@
+"""The stream port: octets to and from a peer, over asyncio's or uvloop's transports.
+
+`Stream` is all that server and upstream know of the network. It is a `BufferedProtocol` on purpose: asyncio's plain
+protocols allocate 256 KiB for each read and give it back at once, which costs one mmap, mremap and munmap a read and a
+third of the rate. Here the whole process reads into one buffer and copies out what arrived.
+
+Three rules:
+
+* Memory is bounded: reading pauses while more than `HIGH_WATER_OCTETS` are unread, `drain` waits while more than that
+  are unsent.
+* Time is bounded: `deadline` holds for reads, `drain` and `start_tls` take theirs, `close` gives unsent octets
+  `LINGER_SECONDS`. Moving the deadline costs next to nothing: one timer re-arms itself when it fires early.
+* A Stream has one owner: one task reads, one drains. Nothing here retries.
+
+Not here: which octets may be read before TLS. That is for the protocol engines, which know the state.
+"""
+
+import asyncio
+import errno
+import ipaddress
+import os
+import socket
+import ssl
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from itertools import chain, zip_longest
+from typing import Any, Final, cast
+
+from otel_smtp.observer import Endpoint, TlsInfo
+
+RECEIVE_BUFFER_OCTETS: Final = 256 * 1024  # what asyncio itself asks of one recv
+HIGH_WATER_OCTETS: Final = 256 * 1024  # unread, or unsent: beyond, the faster side waits
+LOW_WATER_OCTETS: Final = 64 * 1024
+DRAIN_SECONDS: Final = 180.0  # RFC 5321 4.5.3.2.5: three minutes for a block of content
+LINGER_SECONDS: Final = 10.0  # for the last reply to leave, when the peer does not read
+TLS_SHUTDOWN_SECONDS: Final = 2.0  # for the peer's close_notify; few peers send one
+HAPPY_EYEBALLS_SECONDS: Final = 0.25  # RFC 8305 5: "Connection Attempt Delay"
+BACKLOG: Final = 1024  # cut by net.core.somaxconn; a burst must not meet refused connections
+_CLOCK_SLACK_SECONDS: Final = 0.002  # uvloop's timers count whole milliseconds
+
+_RECEIVE_BUFFER: Final = memoryview(bytearray(RECEIVE_BUFFER_OCTETS))
+
+
+class Stream(asyncio.BufferedProtocol):
+    """One connection, in clear or under TLS.
+
+    Args:
+        on_connected: called with the stream as soon as it has its transport; None for connections that we open.
+
+    Attributes:
+        peer: the other end. A unix socket's client has no name: `Endpoint("")`; so has a peer that left before
+            it could be asked for.
+        local: this end.
+        tls: what the handshake agreed on; None in clear.
+        octets_received, octets_sent: of the application: TLS is not counted.
+        is_eof: nothing more will arrive: the peer has sent its end of stream, or the connection is lost.
+        is_lost: the transport is gone.
+        on_lost: called once, when `is_eof` becomes true; for whoever keeps a connection and does not read from it.
+    """
+
+    __slots__ = (
+        "_chunks",
+        "_closed",
+        "_deadline",
+        "_drained",
+        "_has_expired",
+        "_is_tls",
+        "_linger",
+        "_loop",
+        "_loss",
+        "_on_connected",
+        "_owner_pauses",
+        "_reader",
+        "_timer",
+        "_timer_at",
+        "_transport",
+        "_unread",
+        "_water_pauses",
+        "_write_paused",
+        "is_eof",
+        "is_lost",
+        "local",
+        "octets_received",
+        "octets_sent",
+        "on_lost",
+        "peer",
+        "tls",
+    )
+
+    peer: Endpoint
+    local: Endpoint
+
+    def __init__(self, on_connected: "Callable[[Stream], None] | None" = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._on_connected = on_connected
+        self._transport: asyncio.Transport | None = None
+        self._chunks: list[bytes] = []
+        self._unread = 0
+        self._reader: asyncio.Future[None] | None = None
+        self._drained: asyncio.Future[None] | None = None
+        self._closed: asyncio.Future[None] | None = None
+        self._deadline: float | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
+        self._linger: asyncio.TimerHandle | None = None
+        self._has_expired = False
+        self._owner_pauses = False
+        self._water_pauses = False
+        self._write_paused = False
+        self._is_tls = False
+        self._loss: Exception | None = None
+        self.tls: TlsInfo | None = None
+        self.octets_received = 0
+        self.octets_sent = 0
+        self.is_eof = False
+        self.is_lost = False
+        self.on_lost: Callable[[], None] | None = None
+
+    def __repr__(self) -> str:
+        ends = f"{self.local} <-> {self.peer}" if self._transport is not None else "not connected"
+        state = "lost" if self.is_lost else "eof" if self.is_eof else "tls" if self.tls else "clear"
+        return f"<Stream {ends} {state}>"
+
+    # Reading ----------------------------------------------------------------------------------------------
+
+    @property
+    def deadline(self) -> float | None:
+        """When reads give up, by the loop's clock; None: never. May be moved at any time, also while a read waits."""
+        return self._deadline
+
+    @deadline.setter
+    def deadline(self, deadline: float | None) -> None:
+        self._deadline = deadline
+        self._has_expired = False
+        if deadline is None or self.is_lost:
+            return
+        if self._timer is None:
+            self._arm(deadline)
+        elif deadline < self._timer_at:
+            self._timer.cancel()
+            self._arm(deadline)
+
+    async def read(self) -> bytes:
+        """Whatever has arrived, in one piece, waiting for at least one octet.
+
+        Returns:
+            b"" at the end of the stream, or when the connection is lost.
+
+        Raises:
+            TimeoutError: the deadline has passed, also where octets keep trickling in. It stays so until the
+                deadline is moved; nothing that arrived is lost.
+        """
+        if not self._chunks and not self.is_eof and not self._has_expired:
+            if self._reader is not None:
+                raise RuntimeError("two tasks read from one stream")
+            self._reader = self._loop.create_future()
+            try:
+                await self._reader
+            finally:
+                self._reader = None
+        if self._has_expired:
+            raise TimeoutError("read deadline has passed")
+        return self.take_pending()
+
+    def take_pending(self) -> bytes:
+        """What has arrived and was not read, without waiting; b"" where nothing has."""
+        chunks = self._chunks
+        if not chunks:
+            return b""
+        data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        chunks.clear()
+        self._unread = 0
+        if self._water_pauses:
+            self._water_pauses = False
+            self._apply_pause()
+        return data
+
+    def pause_reading(self) -> None:
+        """Leave what arrives with the kernel until `resume_reading` or `start_tls`."""
+        self._owner_pauses = True
+        self._apply_pause()
+
+    def resume_reading(self) -> None:
+        """Undo `pause_reading`."""
+        self._owner_pauses = False
+        self._apply_pause()
+
+    # Writing ----------------------------------------------------------------------------------------------
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Send `data`, without waiting; one call is one send where the kernel takes it. Lost connections take all."""
+        if self._transport is None or self.is_lost or not data:
+            return
+        self.octets_sent += len(data)
+        self._transport.write(data)
+
+    async def drain(self, *, timeout_seconds: float = DRAIN_SECONDS) -> None:
+        """Wait until less than `LOW_WATER_OCTETS` are unsent, if more than `HIGH_WATER_OCTETS` are.
+
+        Raises:
+            ConnectionError: the connection is lost.
+            TimeoutError: the peer does not read. The stream can only be aborted then.
+        """
+        if self.is_lost:
+            raise self._connection_error()
+        if not self._write_paused:
+            return
+        if self._drained is not None:
+            raise RuntimeError("two tasks drain one stream")
+        self._drained = self._loop.create_future()
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                await self._drained
+        finally:
+            self._drained = None
+
+    # Ending -----------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Send what is unsent, then close; abort after `LINGER_SECONDS`. Idempotent."""
+        if self._transport is None or self.is_lost or self._linger is not None:
+            return
+        self._stop_timer()
+        self._linger = self._loop.call_later(LINGER_SECONDS, self.abort)
+        self._transport.close()
+
+    def abort(self) -> None:
+        """Close at once; what is unsent is dropped. Idempotent."""
+        if self._transport is not None and not self.is_lost:
+            self._stop_timer()
+            self._transport.abort()
+
+    async def wait_closed(self) -> None:
+        """Wait until the transport is gone."""
+        if not self.is_lost:
+            if self._closed is None:
+                self._closed = self._loop.create_future()
+            await asyncio.shield(self._closed)
+
+    # TLS --------------------------------------------------------------------------------------------------
+
+    async def start_tls(
+        self,
+        context: ssl.SSLContext,
+        *,
+        server_side: bool,
+        server_hostname: str | None = None,
+        timeout_seconds: float,
+    ) -> TlsInfo:
+        """Put the connection under TLS.
+
+        A server calls `pause_reading` before it writes the 220 that invites the ClientHello; else a quick client's
+        ClientHello is read as clear text and the handshake hangs. Octets read in clear before this call are the
+        caller's to judge (`take_pending`); none of them is ever handed to TLS.
+
+        Raises:
+            ssl.SSLError: the handshake failed; ssl.SSLCertVerificationError: the peer's certificate is no good.
+            TimeoutError: it took longer than `timeout_seconds`.
+            ConnectionError: the peer went away.
+
+        After an error the connection is gone.
+        """
+        if self._transport is None or self.is_lost:
+            raise self._connection_error()
+        await self.drain()
+        clear = self._transport
+        self._is_tls = True
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                transport = await self._loop.start_tls(
+                    clear,
+                    self,
+                    context,
+                    server_side=server_side,
+                    server_hostname=server_hostname,
+                    ssl_handshake_timeout=timeout_seconds + 60,  # ours comes first, and is told apart
+                    ssl_shutdown_timeout=TLS_SHUTDOWN_SECONDS,
+                )
+                # asyncio hands out no transport, and no error, where the peer left in mid-handshake.
+                if transport is None:
+                    raise ConnectionResetError("connection lost in the TLS handshake")
+        except BaseException as error:
+            # A transport that is lost in mid-handshake tells the TLS layer, and that does not tell us.
+            clear.abort()
+            self.connection_lost(error if isinstance(error, Exception) else None)
+            raise
+        self._transport = transport
+        transport.set_write_buffer_limits(high=HIGH_WATER_OCTETS, low=LOW_WATER_OCTETS)
+        self._owner_pauses = False
+        self._apply_pause()
+        self.tls = _tls_info(transport.get_extra_info("ssl_object"), server_hostname)
+        return self.tls
+
+    @property
+    def tls_object(self) -> ssl.SSLObject | None:
+        """The TLS session of the standard library, for certificates and session tickets; None in clear."""
+        if self._transport is None:
+            return None
+        return cast("ssl.SSLObject | None", self._transport.get_extra_info("ssl_object"))
+
+    # asyncio.BufferedProtocol -----------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Take the transport, and tell who waits for the connection."""
+        self._transport = cast("asyncio.Transport", transport)
+        self._transport.set_write_buffer_limits(high=HIGH_WATER_OCTETS, low=LOW_WATER_OCTETS)
+        self.peer = _endpoint(transport.get_extra_info("peername"))
+        self.local = _endpoint(transport.get_extra_info("sockname"))
+        if self._on_connected is not None:
+            self._on_connected(self)
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """The buffer of the process: it is filled and emptied within one call of the loop."""
+        return _RECEIVE_BUFFER
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Copy out what arrived, and wake the reader."""
+        self._chunks.append(bytes(_RECEIVE_BUFFER[:nbytes]))
+        self.octets_received += nbytes
+        self._unread += nbytes
+        if self._unread > HIGH_WATER_OCTETS and not self._water_pauses:
+            self._water_pauses = True
+            self._apply_pause()
+        self._wake_reader()
+
+    def eof_received(self) -> bool:
+        """The peer's end of stream. In clear we may still answer; TLS connections close themselves."""
+        self._end_of_input()
+        return not self._is_tls
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The transport is gone."""
+        if self.is_lost:
+            return
+        self.is_lost = True
+        self._loss = exc
+        self._stop_timer()
+        if self._linger is not None:
+            self._linger.cancel()
+        if self._drained is not None and not self._drained.done():
+            self._drained.set_exception(self._connection_error())
+        if self._closed is not None and not self._closed.done():
+            self._closed.set_result(None)
+        self._end_of_input()
+
+    def pause_writing(self) -> None:
+        """More than the high-water mark is unsent."""
+        self._write_paused = True
+
+    def resume_writing(self) -> None:
+        """Less than the low-water mark is unsent."""
+        self._write_paused = False
+        if self._drained is not None and not self._drained.done():
+            self._drained.set_result(None)
+
+    # ------------------------------------------------------------------------------------------------------
+
+    def _end_of_input(self) -> None:
+        if not self.is_eof:
+            self.is_eof = True
+            self._wake_reader()
+            if self.on_lost is not None:
+                self.on_lost()
+
+    def _wake_reader(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+    def _arm(self, deadline: float) -> None:
+        self._timer_at = deadline
+        self._timer = self._loop.call_at(deadline, self._look_at_clock)
+
+    def _look_at_clock(self) -> None:
+        self._timer = None
+        deadline = self._deadline
+        if deadline is None:
+            return
+        if self._loop.time() < deadline - _CLOCK_SLACK_SECONDS:
+            self._arm(deadline)
+            return
+        self._has_expired = True
+        self._wake_reader()
+
+    def _stop_timer(self) -> None:
+        self._deadline = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _apply_pause(self) -> None:
+        if self._transport is None or self.is_eof or self._transport.is_closing():
+            return
+        if self._owner_pauses or self._water_pauses:
+            self._transport.pause_reading()
+        else:
+            self._transport.resume_reading()
+
+    def _connection_error(self) -> ConnectionError:
+        error = ConnectionResetError("connection lost")
+        error.__cause__ = self._loss
+        return error
+
+
+# Opening ------------------------------------------------------------------------------------------------------
+
+
+async def connect(
+    host: str,
+    port: int,
+    *,
+    timeout_seconds: float,
+    context: ssl.SSLContext | None = None,
+    server_hostname: str | None = None,
+) -> Stream:
+    """Connect by TCP, to whichever address of `host` answers first; under TLS where a `context` is given.
+
+    Addresses are tried in the resolver's order, families interleaved, the next one as soon as one fails or after
+    `HAPPY_EYEBALLS_SECONDS` (RFC 8305). Done here since uvloop has no such option.
+
+    Args:
+        timeout_seconds: for name, connection and handshake together.
+        server_hostname: the name that the certificate must have; `host` where None.
+
+    Raises:
+        OSError: no address could be had, or none connected; ConnectionError among them.
+        ssl.SSLError: the handshake failed.
+        TimeoutError: all together took too long.
+    """
+    loop = asyncio.get_running_loop()
+    end = loop.time() + timeout_seconds
+    async with asyncio.timeout(timeout_seconds):
+        connected = await _race(await _resolve(host, port))
+        try:
+            _, stream = await loop.create_connection(Stream, sock=connected)
+        except BaseException:
+            connected.close()
+            raise
+    if context is not None:
+        await stream.start_tls(
+            context,
+            server_side=False,
+            server_hostname=server_hostname or host,
+            timeout_seconds=max(0.0, end - loop.time()),
+        )
+    return stream
+
+
+async def connect_unix(path: str, *, timeout_seconds: float) -> Stream:
+    """Connect to the unix socket at `path`.
+
+    Raises:
+        OSError: nobody listens there; TimeoutError among them.
+    """
+    async with asyncio.timeout(timeout_seconds):
+        _, stream = await asyncio.get_running_loop().create_unix_connection(Stream, path)
+    return stream
+
+
+_Address = tuple[socket.AddressFamily, Any]
+
+
+async def _resolve(host: str, port: int) -> Sequence[_Address]:
+    """The addresses of `host`, families interleaved, the resolver's favourite first (RFC 8305 4)."""
+    with suppress(ValueError):  # a literal needs no resolver and no thread
+        address = ipaddress.ip_address(host)
+        if address.version == 4:
+            return [(socket.AF_INET, (host, port))]
+        if not getattr(address, "scope_id", None):
+            return [(socket.AF_INET6, (host, port, 0, 0))]
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    by_family: dict[socket.AddressFamily, list[_Address]] = {}
+    for family, _, _, _, address_of_family in found:
+        by_family.setdefault(family, []).append((family, address_of_family))
+    return [address for address in chain.from_iterable(zip_longest(*by_family.values())) if address is not None]
+
+
+async def _connect_socket(address: _Address) -> socket.socket:
+    family, where = address
+    connecting = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        connecting.setblocking(False)
+        _set_no_delay(connecting)
+        await asyncio.get_running_loop().sock_connect(connecting, where)
+    except BaseException:
+        connecting.close()
+        raise
+    return connecting
+
+
+async def _race(addresses: Sequence[_Address]) -> socket.socket:
+    """The first of `addresses` that connects; what else is on its way is closed."""
+    if len(addresses) == 1:
+        return await _connect_socket(addresses[0])
+    left = list(addresses)
+    running: set[asyncio.Task[socket.socket]] = set()
+    winner: socket.socket | None = None
+    failures: list[OSError] = []
+    try:
+        while winner is None and (left or running):
+            if left:
+                running.add(asyncio.ensure_future(_connect_socket(left.pop(0))))
+            done, running = await asyncio.wait(
+                running, timeout=HAPPY_EYEBALLS_SECONDS if left else None, return_when=asyncio.FIRST_COMPLETED
+            )
+            for attempt in done:
+                error = attempt.exception()
+                if isinstance(error, OSError):
+                    failures.append(error)
+                elif error is not None:
+                    raise error
+                elif winner is None:
+                    winner = attempt.result()
+                else:
+                    attempt.result().close()
+    finally:
+        for attempt in running:
+            attempt.cancel()
+            attempt.add_done_callback(_close_late)
+    if winner is None:
+        raise failures[0] if failures else OSError(errno.EADDRNOTAVAIL, "the name has no address")
+    return winner
+
+
+def _close_late(attempt: "asyncio.Task[socket.socket]") -> None:
+    """Close the socket of an attempt that won after the race was over; take note of its error, if any."""
+    if not attempt.cancelled() and attempt.exception() is None:
+        attempt.result().close()
+
+
+# Listening ----------------------------------------------------------------------------------------------------
+
+
+class Listener:
+    """What `listen` opened.
+
+    Attributes:
+        addresses: where it listens, with the ports that the kernel chose.
+    """
+
+    __slots__ = ("_server", "_unix", "addresses")
+
+    def __init__(self, server: asyncio.Server, addresses: Sequence[Endpoint], unix: tuple[str, int] | None) -> None:
+        self._server = server
+        self._unix = unix  # path and inode
+        self.addresses = tuple(addresses)
+
+    def __repr__(self) -> str:
+        return f"<Listener {', '.join(map(str, self.addresses))}>"
+
+    def close(self) -> None:
+        """Stop accepting; connections live on. A unix socket's path is removed if it is still ours. Idempotent."""
+        self._server.close()
+        if self._unix is not None:
+            path, inode = self._unix
+            self._unix = None
+            # A successor may have put its own socket there already.
+            with suppress(OSError):
+                if os.stat(path).st_ino == inode:
+                    os.unlink(path)
+
+
+async def listen(
+    on_connection: Callable[[Stream], None],
+    *,
+    host: str | None = None,
+    port: int = 0,
+    path: str | None = None,
+    sock: socket.socket | None = None,
+    reuse_port: bool = False,
+    backlog: int = BACKLOG,
+) -> Listener:
+    """Listen at `host` and `port`, at the unix socket `path`, or on the bound socket `sock`: one of the three.
+
+    Args:
+        on_connection: called with each stream at accept, synchronously, before anything was read from it. It keeps
+            the stream. Implicit TLS is its caller's: `start_tls` at once; what the client sent meanwhile is not lost
+            if `pause_reading` is called first.
+        port: 0: the kernel chooses; see `Listener.addresses`.
+        reuse_port: several processes share the port (SO_REUSEPORT).
+
+    Raises:
+        OSError: the address cannot be had.
+    """
+    loop = asyncio.get_running_loop()
+
+    def factory() -> Stream:
+        return Stream(on_connection)
+
+    unix: tuple[str, int] | None = None
+    if path is not None:
+        # A socket file that a killed process left behind is removed by the loop, any other file is not.
+        server = await loop.create_unix_server(factory, path, backlog=backlog)
+        unix = (path, os.stat(path).st_ino)
+    elif sock is not None:
+        server = await loop.create_server(factory, sock=sock, backlog=backlog)
+    else:
+        server = await loop.create_server(factory, host, port, reuse_port=reuse_port or None, backlog=backlog)
+    return Listener(server, [_endpoint(listening.getsockname()) for listening in server.sockets], unix)
+
+
+_EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
+
+def is_accept_exhausted(context: Mapping[str, Any]) -> bool:
+    """Whether an event loop's exception handler was called because accept ran out of descriptors or memory.
+
+    The loop goes on by itself after a second and reports each time: worth counting, and one log line in a while.
+
+    Args:
+        context: as `loop.set_exception_handler` hands it over.
+    """
+    error = context.get("exception")
+    return isinstance(error, OSError) and error.errno in _EXHAUSTED
+
+
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def _set_no_delay(sock: socket.socket) -> None:
+    """Switch Nagle's algorithm off: with the peer's delayed ACK it costs 40 ms a group of commands."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+def _endpoint(name: Any) -> Endpoint:
+    """What getpeername and getsockname say, as an Endpoint; IPv4 seen through an IPv6 socket is IPv4."""
+    match name:
+        case (str(host), int(port), *_):
+            return Endpoint(host.removeprefix("::ffff:") if "." in host else host, port)
+        case str():
+            return Endpoint(name)
+        case bytes():  # Linux's abstract namespace
+            return Endpoint(os.fsdecode(name).replace("\0", "@"))
+        case _:
+            return Endpoint("")
+
+
+def _tls_info(tls: ssl.SSLObject, server_name: str | None) -> TlsInfo:
+    version = tls.version() or ""
+    cipher = tls.cipher()
+    return TlsInfo(
+        version=version.removeprefix("TLSv"),
+        cipher=cipher[0] if cipher is not None else "",
+        resumed=bool(tls.session_reused),
+        server_name=server_name,
+    )

@@ -1,0 +1,551 @@
+"""The stream port over real sockets, on both event loops."""
+
+import asyncio
+import errno
+import os
+import socket
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import pytest
+import trustme
+
+from otel_smtp.net import (
+    HIGH_WATER_OCTETS,
+    Listener,
+    Stream,
+    _race,
+    connect,
+    connect_unix,
+    is_accept_exhausted,
+    listen,
+)
+from otel_smtp.observer import Endpoint
+from tests.support.waiting import SECONDS, until
+
+pytestmark = pytest.mark.both_loops
+
+
+class Pair:
+    """A client's stream and the server's, joined over the loopback interface."""
+
+    def __init__(self, client: Stream, server: Stream) -> None:
+        self.client = client
+        self.server = server
+
+
+async def accept_one(host: str = "127.0.0.1") -> tuple[Listener, "asyncio.Future[Stream]"]:
+    accepted: asyncio.Future[Stream] = asyncio.get_running_loop().create_future()
+    return await listen(accepted.set_result, host=host), accepted
+
+
+@asynccontextmanager
+async def joined() -> AsyncIterator[Pair]:
+    listener, accepted = await accept_one()
+    client = await connect("127.0.0.1", listener.addresses[0].port or 0, timeout_seconds=SECONDS)
+    server = await asyncio.wait_for(accepted, SECONDS)
+    try:
+        yield Pair(client, server)
+    finally:
+        listener.close()
+        for stream in (client, server):
+            stream.abort()
+            await asyncio.wait_for(stream.wait_closed(), SECONDS)
+
+
+async def read_exactly(stream: Stream, octets: int) -> bytes:
+    data = b""
+    async with asyncio.timeout(SECONDS):
+        while len(data) < octets:
+            piece = await stream.read()
+            assert piece, f"ended after {len(data)} of {octets}"
+            data += piece
+    return data
+
+
+# Reading and writing ------------------------------------------------------------------------------------------
+
+
+async def test_octets_arrive_and_are_counted_on_both_sides() -> None:
+    async with joined() as pair:
+        pair.client.write(b"EHLO me\r\n")
+        assert await read_exactly(pair.server, 9) == b"EHLO me\r\n"
+        assert pair.client.octets_sent == pair.server.octets_received == 9
+        assert pair.client.peer == pair.server.local
+        assert pair.server.peer == pair.client.local
+        assert pair.client.peer.host == "127.0.0.1"
+
+
+async def test_nagle_is_off_on_both_sides() -> None:
+    async with joined() as pair:
+        for stream in (pair.client, pair.server):
+            assert stream._transport is not None
+            number = os.dup(stream._transport.get_extra_info("socket").fileno())
+            with socket.socket(fileno=number) as sock:
+                assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
+
+
+async def test_pieces_that_arrived_together_are_read_together() -> None:
+    async with joined() as pair:
+        for number in range(3):
+            pair.client.write(b"%d" % number)
+            await until(lambda expected=number: pair.server.octets_received == expected + 1)  # type: ignore[misc]
+        assert await pair.server.read() == b"012"
+        assert pair.server.take_pending() == b""
+
+
+async def test_two_streams_do_not_mix_though_they_share_one_buffer() -> None:
+    async with joined() as one, joined() as other:
+        one.client.write(b"a" * 50_000)
+        other.client.write(b"b" * 50_000)
+        assert set(await read_exactly(one.server, 50_000)) == {ord("a")}
+        assert set(await read_exactly(other.server, 50_000)) == {ord("b")}
+
+
+async def test_end_of_stream_is_read_after_what_came_before_and_we_can_still_answer() -> None:
+    async with joined() as pair:
+        pair.client.write(b"QUIT\r\n")
+        assert pair.client._transport is not None
+        pair.client._transport.write_eof()
+        assert await read_exactly(pair.server, 6) == b"QUIT\r\n"
+        assert await asyncio.wait_for(pair.server.read(), SECONDS) == b""
+        assert pair.server.is_eof
+        assert not pair.server.is_lost
+        pair.server.write(b"221 Bye\r\n")
+        assert await read_exactly(pair.client, 9) == b"221 Bye\r\n"
+
+
+async def test_close_sends_what_is_unsent_first() -> None:
+    async with joined() as pair:
+        pair.server.write(b"x" * 2_000_000)
+        pair.server.close()
+        pair.server.close()
+        assert len(await read_exactly(pair.client, 2_000_000)) == 2_000_000
+        assert await asyncio.wait_for(pair.client.read(), SECONDS) == b""
+        await asyncio.wait_for(pair.server.wait_closed(), SECONDS)
+        assert pair.server.is_lost
+        assert await pair.server.read() == b""
+
+
+async def test_writing_to_a_lost_connection_is_silent_and_draining_it_is_not() -> None:
+    async with joined() as pair:
+        pair.server.abort()
+        await pair.server.wait_closed()
+        pair.server.write(b"250 Ok\r\n")
+        assert pair.server.octets_sent == 0
+        with pytest.raises(ConnectionError):
+            await pair.server.drain()
+
+
+async def test_a_lost_connection_is_told_at_once_without_a_read() -> None:
+    async with joined() as pair:
+        told: list[str] = []
+        pair.client.on_lost = lambda: told.append("lost")
+        pair.server.close()
+        await until(lambda: bool(told))
+        assert pair.client.is_eof
+        pair.client.abort()
+        await pair.client.wait_closed()
+        assert told == ["lost"]
+
+
+async def test_two_readers_are_refused() -> None:
+    async with joined() as pair:
+        first = asyncio.ensure_future(pair.server.read())
+        await asyncio.sleep(0)
+        with pytest.raises(RuntimeError):
+            await pair.server.read()
+        pair.client.write(b"x")
+        assert await asyncio.wait_for(first, SECONDS) == b"x"
+
+
+async def test_a_cancelled_read_loses_nothing() -> None:
+    async with joined() as pair:
+        reader = asyncio.ensure_future(pair.server.read())
+        await asyncio.sleep(0)
+        reader.cancel()
+        with suppress(asyncio.CancelledError):
+            await reader
+        pair.client.write(b"x")
+        assert await read_exactly(pair.server, 1) == b"x"
+
+
+# Bounds -------------------------------------------------------------------------------------------------------
+
+
+async def test_reading_stops_above_the_high_water_mark_and_goes_on_when_read() -> None:
+    async with joined() as pair:
+        total = 16 * HIGH_WATER_OCTETS
+        pair.client.write(bytes(total))
+        await until(lambda: pair.server.octets_received > HIGH_WATER_OCTETS)
+        for _ in range(50):
+            await asyncio.sleep(0)
+        assert pair.server.octets_received <= 2 * HIGH_WATER_OCTETS
+        assert len(await read_exactly(pair.server, total)) == total
+
+
+async def test_paused_reading_leaves_octets_with_the_kernel() -> None:
+    async with joined() as pair:
+        pair.server.pause_reading()
+        pair.client.write(b"early")
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert pair.server.take_pending() == b""
+        pair.server.resume_reading()
+        assert await read_exactly(pair.server, 5) == b"early"
+
+
+async def test_drain_waits_for_a_slow_peer_and_gives_up_on_a_dead_one() -> None:
+    async with joined() as pair:
+        pair.client.pause_reading()
+        pair.server.write(bytes(20_000_000))
+        with pytest.raises(TimeoutError):
+            await pair.server.drain(timeout_seconds=0.02)
+        draining = asyncio.ensure_future(pair.server.drain(timeout_seconds=SECONDS))
+        pair.client.resume_reading()
+        await read_exactly(pair.client, 20_000_000)
+        await draining
+
+
+async def test_drain_ends_when_the_connection_is_lost() -> None:
+    async with joined() as pair:
+        pair.client.pause_reading()
+        pair.server.write(bytes(20_000_000))
+        draining = asyncio.ensure_future(pair.server.drain(timeout_seconds=SECONDS))
+        await asyncio.sleep(0)
+        pair.server.abort()
+        with pytest.raises(ConnectionError):
+            await draining
+
+
+async def test_a_read_ends_at_its_deadline_and_works_again_with_a_new_one() -> None:
+    async with joined() as pair:
+        now = asyncio.get_running_loop().time()
+        pair.server.deadline = now + 0.02
+        with pytest.raises(TimeoutError):
+            await pair.server.read()
+        with pytest.raises(TimeoutError):
+            await pair.server.read()
+        pair.client.write(b"late")
+        await until(lambda: pair.server.octets_received == 4)
+        pair.server.deadline = now + SECONDS
+        assert await pair.server.read() == b"late"
+
+
+async def test_a_deadline_ends_a_trickle_that_never_lets_a_read_wait() -> None:
+    async with joined() as pair:
+        pair.server.deadline = asyncio.get_running_loop().time() + 0.02
+
+        async def trickle() -> None:
+            while True:
+                pair.client.write(b"x")
+                await until(lambda: pair.server._unread or pair.server._has_expired)
+                await pair.server.read()
+
+        with pytest.raises(TimeoutError):
+            await trickle()
+        assert pair.server._has_expired
+
+
+async def test_a_deadline_can_be_moved_while_a_read_waits() -> None:
+    async with joined() as pair:
+        loop = asyncio.get_running_loop()
+        pair.server.deadline = loop.time() + 600
+        reader = asyncio.ensure_future(pair.server.read())
+        await asyncio.sleep(0)
+        pair.server.deadline = loop.time() + 0.01
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(reader, SECONDS)
+        pair.server.deadline = loop.time() + 0.01
+        pair.server.deadline = loop.time() + 0.05  # later: the armed timer fires early and re-arms itself
+        pair.server.deadline = None
+        reader = asyncio.ensure_future(pair.server.read())
+        await asyncio.sleep(0.06)
+        assert not reader.done()
+        pair.client.write(b"x")
+        assert await reader == b"x"
+
+
+async def test_no_timer_outlives_the_stream() -> None:
+    async with joined() as pair:
+        pair.server.deadline = asyncio.get_running_loop().time() + 600
+        pair.server.abort()
+        await pair.server.wait_closed()
+        pair.server.deadline = asyncio.get_running_loop().time() + 600
+        assert pair.server._timer is None
+
+
+async def test_a_peer_that_does_not_read_cannot_hold_a_closed_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("otel_smtp.net.LINGER_SECONDS", 0.02)
+    async with joined() as pair:
+        pair.client.pause_reading()
+        pair.server.write(bytes(20_000_000))
+        pair.server.close()
+        await asyncio.wait_for(pair.server.wait_closed(), SECONDS)
+
+
+# Opening and listening ----------------------------------------------------------------------------------------
+
+
+async def test_ipv6_and_names_connect() -> None:
+    listener, accepted = await accept_one("::1")
+    port = listener.addresses[0].port or 0
+    client = await connect("::1", port, timeout_seconds=SECONDS)
+    assert client.peer == Endpoint("::1", port)
+    assert str(client.peer) == f"[::1]:{port}"
+    client.abort()
+    (await accepted).abort()
+    listener.close()
+    listener, accepted = await accept_one("127.0.0.1")
+    # "localhost" may be ::1 first: nobody listens there, and the next address is tried at once.
+    client = await connect("localhost", listener.addresses[0].port or 0, timeout_seconds=SECONDS)
+    assert client.peer.host == "127.0.0.1"
+    client.abort()
+    (await accepted).abort()
+    listener.close()
+
+
+async def test_a_dead_first_address_does_not_hold_up_the_second() -> None:
+    # A full backlog swallows connection attempts: a black hole on the loopback interface.
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as hole:
+        fillers = []
+        for _ in range(4):
+            filler = socket.socket()
+            filler.setblocking(False)
+            filler.connect_ex(hole.getsockname())
+            fillers.append(filler)
+        listener, accepted = await accept_one()
+        dead = (socket.AF_INET, hole.getsockname())
+        alive = (socket.AF_INET, ("127.0.0.1", listener.addresses[0].port))
+        winner = await asyncio.wait_for(_race([dead, alive]), SECONDS)
+        assert winner.getpeername()[1] == listener.addresses[0].port
+        winner.close()
+        (await accepted).abort()
+        with pytest.raises(TimeoutError):
+            await connect("127.0.0.1", hole.getsockname()[1], timeout_seconds=0.05)
+        listener.close()
+        for filler in fillers:
+            filler.close()
+
+
+async def test_a_refused_connection_is_an_os_error() -> None:
+    listener, _ = await accept_one()
+    listener.close()
+    port = listener.addresses[0].port or 0
+    with pytest.raises(ConnectionRefusedError):
+        await connect("127.0.0.1", port, timeout_seconds=SECONDS)
+    with pytest.raises(OSError):
+        await _race([(socket.AF_INET, ("127.0.0.1", port)), (socket.AF_INET, ("127.0.0.1", port))])
+    with pytest.raises(OSError):
+        await connect("name.invalid", 25, timeout_seconds=SECONDS)
+
+
+async def test_unix_sockets_listen_and_leave_no_file(tmp_path: Path) -> None:
+    path = str(tmp_path / "smtp")
+    accepted: asyncio.Future[Stream] = asyncio.get_running_loop().create_future()
+    listener = await listen(accepted.set_result, path=path)
+    client = await connect_unix(path, timeout_seconds=SECONDS)
+    server = await accepted
+    client.write(b"LHLO me\r\n")
+    assert await read_exactly(server, 9) == b"LHLO me\r\n"
+    assert client.peer == server.local == listener.addresses[0] == Endpoint(path)
+    assert server.peer == Endpoint("")
+    client.abort()
+    server.abort()
+    listener.close()
+    listener.close()
+    assert not os.path.exists(path)
+
+
+async def test_a_successors_unix_socket_is_left_alone(tmp_path: Path) -> None:
+    path = str(tmp_path / "smtp")
+    first = await listen(Stream.abort, path=path)
+    os.unlink(path)
+    second = await listen(Stream.abort, path=path)
+    first.close()
+    assert os.path.exists(path)
+    second.close()
+
+
+async def test_a_bound_socket_is_served_and_ports_can_be_shared() -> None:
+    bound = socket.socket()
+    bound.bind(("127.0.0.1", 0))
+    accepted: asyncio.Future[Stream] = asyncio.get_running_loop().create_future()
+    listener = await listen(accepted.set_result, sock=bound)
+    client = await connect("127.0.0.1", listener.addresses[0].port or 0, timeout_seconds=SECONDS)
+    (await accepted).abort()
+    client.abort()
+    listener.close()
+
+    one = await listen(Stream.abort, host="127.0.0.1", reuse_port=True)
+    other = await listen(Stream.abort, host="127.0.0.1", port=one.addresses[0].port or 0, reuse_port=True)
+    assert one.addresses == other.addresses
+    one.close()
+    other.close()
+
+
+def test_exhaustion_at_accept_is_recognised() -> None:
+    assert is_accept_exhausted({"message": "m", "exception": OSError(errno.EMFILE, "too many")})
+    assert not is_accept_exhausted({"message": "m", "exception": OSError(errno.EPIPE, "broken")})
+    assert not is_accept_exhausted({"message": "m"})
+
+
+# TLS ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+@pytest.fixture(scope="module")
+def server_context(authority: trustme.CA) -> ssl.SSLContext:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("localhost", "127.0.0.1").configure_cert(context)
+    return context
+
+
+@pytest.fixture(scope="module")
+def client_context(authority: trustme.CA) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    return context
+
+
+@pytest.mark.parametrize("delay_seconds", [0.0, 0.001, 0.05, 0.2])
+async def test_starttls_whenever_the_client_hello_comes(
+    server_context: ssl.SSLContext, client_context: ssl.SSLContext, delay_seconds: float
+) -> None:
+    async with joined() as pair:
+
+        async def serve() -> None:
+            assert await read_exactly(pair.server, 10) == b"STARTTLS\r\n"
+            pair.server.pause_reading()
+            pair.server.write(b"220 go\r\n")
+            # Time for an early ClientHello to be there before TLS is.
+            await asyncio.sleep(0.2 - delay_seconds)
+            assert pair.server.take_pending() == b""
+            tls = await pair.server.start_tls(server_context, server_side=True, timeout_seconds=SECONDS)
+            assert tls.version == "1.3"
+            assert await read_exactly(pair.server, 9) == b"EHLO me\r\n"
+            pair.server.write(b"250 me\r\n")
+
+        serving = asyncio.ensure_future(serve())
+        pair.client.write(b"STARTTLS\r\n")
+        assert await read_exactly(pair.client, 8) == b"220 go\r\n"
+        await asyncio.sleep(delay_seconds)
+        tls = await pair.client.start_tls(
+            client_context, server_side=False, server_hostname="localhost", timeout_seconds=SECONDS
+        )
+        assert tls.server_name == "localhost"
+        assert tls.cipher
+        pair.client.write(b"EHLO me\r\n")
+        assert await read_exactly(pair.client, 8) == b"250 me\r\n"
+        await serving
+        assert pair.client.tls_object is not None
+        assert pair.server.octets_received == 19  # what the application saw; not the handshake
+
+
+async def serving_tls(context: ssl.SSLContext) -> tuple[Listener, list[Stream], list[BaseException | None]]:
+    streams: list[Stream] = []
+    ends: list[BaseException | None] = []
+    tasks = []
+
+    def accepted(stream: Stream) -> None:
+        async def shake_hands() -> None:
+            try:
+                await stream.start_tls(context, server_side=True, timeout_seconds=SECONDS)
+                ends.append(None)
+            except (OSError, ssl.SSLError) as error:
+                ends.append(error)
+
+        stream.pause_reading()
+        streams.append(stream)
+        tasks.append(asyncio.ensure_future(shake_hands()))
+
+    return await listen(accepted, host="127.0.0.1"), streams, ends
+
+
+async def test_implicit_tls_carries_large_content_both_ways_and_closes_cleanly(
+    server_context: ssl.SSLContext, client_context: ssl.SSLContext
+) -> None:
+    listener, streams, ends = await serving_tls(server_context)
+    client = await connect(
+        "127.0.0.1", listener.addresses[0].port or 0, timeout_seconds=SECONDS, context=client_context
+    )
+    await until(lambda: ends == [None])
+    client.write(b"c" * 3_000_000)
+    assert len(await read_exactly(streams[0], 3_000_000)) == 3_000_000
+    streams[0].write(b"s" * 3_000_000)
+    await asyncio.gather(streams[0].drain(), read_exactly(client, 3_000_000))
+    streams[0].close()
+    assert await asyncio.wait_for(client.read(), SECONDS) == b""
+    client.close()
+    for stream in (client, streams[0]):
+        await asyncio.wait_for(stream.wait_closed(), SECONDS)
+    listener.close()
+
+
+async def test_an_untrusted_certificate_is_an_ssl_error_and_ends_the_connection(
+    server_context: ssl.SSLContext, client_context: ssl.SSLContext
+) -> None:
+    listener, streams, ends = await serving_tls(server_context)
+    port = listener.addresses[0].port or 0
+    with pytest.raises(ssl.SSLCertVerificationError):
+        await connect("127.0.0.1", port, timeout_seconds=SECONDS, context=ssl.create_default_context())
+    with pytest.raises(ssl.SSLCertVerificationError):
+        await connect(
+            "127.0.0.1", port, timeout_seconds=SECONDS, context=client_context, server_hostname="other.example"
+        )
+    await until(lambda: len(ends) == 2)
+    for stream in streams:
+        stream.abort()
+        await asyncio.wait_for(stream.wait_closed(), SECONDS)
+    listener.close()
+
+
+async def test_a_handshake_that_stalls_is_a_timeout(client_context: ssl.SSLContext) -> None:
+    async with joined() as pair:
+        with pytest.raises(TimeoutError):
+            await pair.client.start_tls(
+                client_context, server_side=False, server_hostname="localhost", timeout_seconds=0.05
+            )
+        assert pair.client.is_lost
+        assert await pair.client.read() == b""
+
+
+async def test_a_peer_that_leaves_in_mid_handshake_is_a_connection_error(client_context: ssl.SSLContext) -> None:
+    async with joined() as pair:
+        shaking = asyncio.ensure_future(
+            pair.client.start_tls(
+                client_context, server_side=False, server_hostname="localhost", timeout_seconds=SECONDS
+            )
+        )
+        await read_exactly(pair.server, 1)  # the ClientHello
+        pair.server.abort()
+        with pytest.raises((ConnectionError, ssl.SSLError)):
+            await shaking
+        assert pair.client.is_lost
+
+
+async def test_clear_text_where_a_client_hello_is_due_is_an_ssl_error(server_context: ssl.SSLContext) -> None:
+    async with joined() as pair:
+        pair.server.pause_reading()
+        pair.client.write(b"EHLO me\r\n")
+        with pytest.raises(ssl.SSLError):
+            await pair.server.start_tls(server_context, server_side=True, timeout_seconds=SECONDS)
+
+
+async def test_a_cancelled_handshake_leaves_nothing_behind(client_context: ssl.SSLContext) -> None:
+    async with joined() as pair:
+        shaking = asyncio.ensure_future(
+            pair.client.start_tls(client_context, server_side=False, server_hostname="h", timeout_seconds=SECONDS)
+        )
+        await read_exactly(pair.server, 1)
+        shaking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await shaking
+        assert pair.client.is_lost
+        assert await asyncio.wait_for(pair.server.read(), SECONDS) == b""
