@@ -1,0 +1,62 @@
+"""Settings: what can be set, what holds where nothing is set, and what is refused at start.
+
+Theory of operation
+-------------------
+The structures of `settings` are the one truth: a field is a setting, its name is the key, its default is the default,
+and the `Key` beside it says what the value means, how it is written and where the default comes from. `loading` merges
+the sources and reads each value by its kind (`values`), `contradictions` checks what cannot hold together, `refusals`
+says what is wrong, `shown` draws the effective settings and the README's table.
+
+Settings come from four places, each over the one before: defaults, the TOML file, the environment
+(`OTELSMTP_LIMITS__RECIPIENTS`, `OTELSMTP_LISTENER__0__TLS`), flags (`--set limits.recipients=50`). They are merged key
+by key, never one source instead of another. `Settings.origins` remembers where each value came from.
+
+Everything that is wrong is collected and told at once: source, key, value, what is allowed. The value of a secret is
+never told. What is set for OpenTelemetry's export by `OTEL_*` variables has no second name here.
+
+The loader reads files and nothing else: no name is looked up, no socket opened; that is what `check --connect` is for.
+"""
+
+from otel_smtp.config.loading import PREFIX, Flag, assignment, load
+from otel_smtp.config.refusals import Problem, SettingsError
+from otel_smtp.config.settings import (
+    Delivery,
+    Limits,
+    Listener,
+    Log,
+    Settings,
+    Spool,
+    Status,
+    Telemetry,
+    Timeouts,
+    Upstream,
+    UpstreamTimeout,
+)
+from otel_smtp.config.shown import Row, describe, settings_table
+from otel_smtp.config.values import Network, Secret, UpstreamUrl
+
+__all__ = [
+    "PREFIX",
+    "Delivery",
+    "Flag",
+    "Limits",
+    "Listener",
+    "Log",
+    "Network",
+    "Problem",
+    "Row",
+    "Secret",
+    "Settings",
+    "SettingsError",
+    "Spool",
+    "Status",
+    "Telemetry",
+    "Timeouts",
+    "Upstream",
+    "UpstreamTimeout",
+    "UpstreamUrl",
+    "assignment",
+    "describe",
+    "load",
+    "settings_table",
+]

@@ -1,0 +1,431 @@
+"""Every setting: its key, what it means, how it is written, its default and where that comes from.
+
+A field is a setting, its name is the key, its default is the default. Loading, refusals, `otel-smtp check` and the
+README's table all read them here. A structure holds what was checked; who uses a setting gets the few values that it
+needs, never these structures.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Final, Literal, NamedTuple, get_args
+
+import msgspec
+
+from otel_smtp.config.values import (
+    DAY,
+    HOST_NAME_PATTERN,
+    HOUR,
+    KIB,
+    LOOPBACK_NETWORKS,
+    MIB,
+    MINUTE,
+    AddressPattern,
+    Boolean,
+    Choice,
+    Duration,
+    FilePath,
+    Integer,
+    Kind,
+    ListenAddress,
+    Many,
+    Network,
+    NetworkKind,
+    Secret,
+    SecretText,
+    Size,
+    Text,
+    UpstreamUrl,
+    UpstreamUrlKind,
+    is_local,
+)
+from otel_smtp.observer import Endpoint
+from otel_smtp.smtp.states import TlsMode
+
+ListenerProtocol = Literal["smtp", "lmtp"]
+AuthPolicy = Literal["off", "optional", "required"]
+TraceContextIn = Literal["auto", "parent", "link", "ignore"]
+TraceContextOut = Literal["inject", "strip", "keep"]
+DeliveryMode = Literal["direct", "queue", "direct-then-queue"]
+DeliveryStrategy = Literal["transparent", "buffered"]
+ContentNewlines = Literal["normalize", "reject"]
+UpstreamAuth = Literal["auto", "plain", "login", "scram-sha-256", "xoauth2", "off"]
+BouncePolicy = Literal["mail", "log", "off"]
+AddressPolicy = Literal["domain", "none", "hash", "full"]
+ClientIpPolicy = Literal["full", "prefix", "none"]
+StateEvents = Literal["span", "log", "both"]
+LogFormat = Literal["auto", "json", "text"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """What is known of one setting.
+
+    Attributes:
+        meaning: for the README's table.
+        kind: how its value is written.
+        source: where the default comes from, where that is not plain.
+        default: what the table shows where the default is derived from other settings.
+        secret: never shown; may also be given as a file, by the key with `_file` behind it.
+        must_be_readable: names a file that is read at start.
+    """
+
+    meaning: str
+    kind: Kind
+    source: str = ""
+    default: str = ""
+    secret: bool = False
+    must_be_readable: bool = False
+
+
+class Table(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A table of settings."""
+
+
+_NAME: Final = Text("letters, digits and ._:/[]- , at most 64", r"[A-Za-z0-9\[/][A-Za-z0-9._:/\[\]-]{0,63}")
+_COUNT: Final = Integer()
+
+
+class Listener(Table, frozen=True, kw_only=True):
+    """Where clients connect, and what they may do there."""
+
+    name: Annotated[str, Key("the listener's name in spans, metrics and logs", _NAME)] = "local"
+    address: Annotated[
+        tuple[Endpoint, ...],
+        Key("where to listen: `host:port`, `[v6]:port` or `unix:/path`", Many(ListenAddress(), may_be_empty=False)),
+    ] = (Endpoint("127.0.0.1", 2525), Endpoint("::1", 2525))
+    protocol: Annotated[ListenerProtocol, Key("what is spoken", Choice(get_args(ListenerProtocol)))] = "smtp"
+    tls: Annotated[TlsMode, Key("how TLS comes to a connection", Choice(tuple(TlsMode), TlsMode))] = TlsMode.OFF
+    tls_cert: Annotated[Path | None, Key("certificate chain, PEM", FilePath(), must_be_readable=True)] = None
+    tls_key: Annotated[Path | None, Key("its private key, PEM", FilePath(), must_be_readable=True)] = None
+    tls_required: Annotated[bool, Key("answer 530 to mail before STARTTLS", Boolean(), "RFC 3207 4")] = False
+    auth: Annotated[AuthPolicy, Key("whether clients log in", Choice(get_args(AuthPolicy)))] = "off"
+    auth_users_file: Annotated[
+        Path | None,
+        Key("a line a user, `NAME:HASH`, made by `otel-smtp passwd`", FilePath(), must_be_readable=True),
+    ] = None
+    auth_in_clear: Annotated[bool, Key("offer AUTH on connections without TLS", Boolean(), "RFC 4954 4")] = False
+    allow: Annotated[tuple[Network, ...], Key("networks that may relay without AUTH", Many(NetworkKind()))] = (
+        LOOPBACK_NETWORKS
+    )
+    proxy_protocol_from: Annotated[
+        tuple[Network, ...], Key("networks whose PROXY header is required and believed", Many(NetworkKind()))
+    ] = ()
+    trace_context: Annotated[
+        TraceContextIn,
+        Key(
+            "a client's `traceparent`: `auto` is `parent` for loopback and authenticated clients, else `link`",
+            Choice(get_args(TraceContextIn)),
+        ),
+    ] = "auto"
+
+    @property
+    def is_exposed(self) -> bool:
+        """Whether others than this machine can reach it."""
+        return not all(is_local(address) for address in self.address)
+
+
+class Limits(Table, frozen=True, kw_only=True):
+    """Bounds of everything that a client can make grow."""
+
+    message_size: Annotated[
+        int,
+        Key("octets of one message; less where the upstream's SIZE is less", Size(), "RFC 1870; what providers take"),
+    ] = 25 * MIB
+    recipients: Annotated[
+        int, Key("recipients of one transaction", _COUNT, "RFC 5321 4.5.3.1.8 asks for 100; Postfix takes 1000")
+    ] = 1000
+    connections: Annotated[
+        int, Key("connections at once, at most a quarter of the process's file limit", _COUNT, "1024 files / 4")
+    ] = 256
+    connections_per_client: Annotated[
+        int, Key("of these, of one client address that is not loopback", _COUNT, "a quarter of the connections")
+    ] = 64
+    messages_per_connection: Annotated[
+        int, Key("messages on one connection, then 421", _COUNT, "bounds the life of a connection and its trace")
+    ] = 1000
+    errors: Annotated[
+        int, Key("refused commands on one connection, then 421", _COUNT, "Postfix disconnects at 20 and stalls at 10")
+    ] = 10
+    junk_commands: Annotated[
+        int, Key("NOOP, RSET, VRFY, EHLO without mail between them, then 421", _COUNT, "Postfix: 100")
+    ] = 100
+    command_line: Annotated[
+        int, Key("octets of a command line", Size(512, MIB), "RFC 5321 4.5.3.1.4 asks for 512; Postfix takes 2048")
+    ] = 2048
+    text_line: Annotated[
+        int, Key("octets of a line of content", Size(1000, MIB), "RFC 5321 4.5.3.1.6 asks for 1000; senders exceed it")
+    ] = 65535
+    header_size: Annotated[int, Key("octets of the header block", Size(1000, 16 * MIB))] = 256 * KIB
+    header_lines: Annotated[int, Key("lines of the header block", _COUNT)] = 1000
+    hops: Annotated[int, Key("Received fields in a message: more is a loop", _COUNT, "RFC 5321 6.3 asks for 100")] = 100
+    auth_failures: Annotated[
+        int, Key("failed logins on one connection, then 421", _COUNT, "RFC 4954: not before three")
+    ] = 3
+
+
+class Timeouts(Table, frozen=True, kw_only=True):
+    """How long a client is waited for."""
+
+    command: Annotated[float, Key("idle between commands", Duration(), "RFC 5321 4.5.3.2.7: at least 5 minutes")] = (
+        5 * MINUTE
+    )
+    data: Annotated[float, Key("the whole content of a message, however slow the client", Duration())] = 20 * MINUTE
+    session: Annotated[float | None, Key("the life of a whole connection", Duration(may_be_off=True))] = None
+    tls_handshake: Annotated[float, Key("a TLS handshake", Duration())] = 30.0
+    shutdown_grace: Annotated[
+        float,
+        Key("open transactions at shutdown", Duration(0.0), "below the 30 s that Kubernetes waits before it kills"),
+    ] = 25.0
+
+
+class Delivery(Table, frozen=True, kw_only=True):
+    """When and how mail goes on."""
+
+    mode: Annotated[
+        DeliveryMode,
+        Key(
+            "`direct`: the upstream's answer is the client's; `queue`: durable on disk, then 250; "
+            "`direct-then-queue`: direct, and what fails for now is made durable",
+            Choice(get_args(DeliveryMode)),
+        ),
+    ] = "direct"
+    strategy: Annotated[
+        DeliveryStrategy,
+        Key(
+            "`transparent`: each recipient is asked upstream; `buffered`: the whole transaction in one burst",
+            Choice(get_args(DeliveryStrategy)),
+        ),
+    ] = "transparent"
+    content_newlines: Annotated[
+        ContentNewlines,
+        Key("bare CR or LF in content: made CRLF, or 550", Choice(get_args(ContentNewlines)), "RFC 5321 2.3.8"),
+    ] = "normalize"
+
+
+class UpstreamTimeout(Table, frozen=True, kw_only=True):
+    """How long an upstream is waited for."""
+
+    connect: Annotated[float, Key("TCP connection", Duration())] = 30.0
+    greeting: Annotated[
+        float, Key("greeting, and TLS handshake", Duration(), "RFC 5321 4.5.3.2.1 says 300 s; our client waits too")
+    ] = MINUTE
+    command: Annotated[float, Key("reply to EHLO, AUTH, MAIL, RCPT", Duration(), "RFC 5321 4.5.3.2.2, 4.5.3.2.3")] = (
+        5 * MINUTE
+    )
+    data: Annotated[float, Key("354 after DATA", Duration(), "RFC 5321 4.5.3.2.4")] = 2 * MINUTE
+    block: Annotated[float, Key("room for the next block of content", Duration(), "RFC 5321 4.5.3.2.5")] = 3 * MINUTE
+    reply: Annotated[
+        float,
+        Key(
+            "final reply after the content",
+            Duration(),
+            "RFC 5321 4.5.3.2.6 says 600 s; our client waits as long, so we must answer before",
+            default="570s; 10m in mode queue",
+        ),
+    ] = 570.0
+
+
+class Upstream(Table, frozen=True, kw_only=True):
+    """Where mail goes on to; several in order of preference."""
+
+    name: Annotated[str, Key("its name in spans, metrics and logs", _NAME, default="its host and port")] = ""
+    url: Annotated[
+        UpstreamUrl,
+        Key(
+            "`smtp://` clear, `smtp+starttls://` TLS required and verified, `smtps://` implicit TLS, `lmtp://`; "
+            "default ports 25, 587, 465, 24",
+            UpstreamUrlKind(),
+            default="(required)",
+        ),
+    ]
+    username: Annotated[str, Key("log in as; not over clear text to another machine", Text())] = ""
+    password: Annotated[Secret | None, Key("password, or the access token of xoauth2", SecretText(), secret=True)] = (
+        None
+    )
+    password_file: Annotated[Path | None, Key("file that holds it", FilePath(), must_be_readable=True)] = None
+    auth: Annotated[UpstreamAuth, Key("SASL mechanism", Choice(get_args(UpstreamAuth)))] = "auto"
+    ca_file: Annotated[
+        Path | None,
+        Key("authorities to trust, PEM", FilePath(), default="the system's", must_be_readable=True),
+    ] = None
+    server_name: Annotated[
+        str, Key("name to verify", Text("a host name", HOST_NAME_PATTERN), default="the URL's host")
+    ] = ""
+    connections: Annotated[int, Key("connections at once", _COUNT, "Postfix: 20 to one destination")] = 20
+    senders: Annotated[
+        tuple[str, ...], Key("serve only these senders, as `*@example.com`; none: all", Many(AddressPattern()))
+    ] = ()
+    recipients: Annotated[tuple[str, ...], Key("serve only these recipients; none: all", Many(AddressPattern()))] = ()
+    trace_context: Annotated[
+        TraceContextOut | None,
+        Key(
+            "`inject` our `traceparent`, `strip` the client's, or `keep` it",
+            Choice(get_args(TraceContextOut)),
+            default="inject for loopback, else strip",
+        ),
+    ] = None
+    timeout: UpstreamTimeout = UpstreamTimeout()
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            msgspec.structs.force_setattr(self, "name", str(self.url.endpoint))
+        if self.trace_context is None:
+            # A trace id is no secret, but what lies behind a provider has no business with ours.
+            msgspec.structs.force_setattr(self, "trace_context", "inject" if self.url.is_local else "strip")
+
+
+class Spool(Table, frozen=True, kw_only=True):
+    """The durable store of the queue modes."""
+
+    directory: Annotated[Path | None, Key("where queued mail lies; one gateway owns it", FilePath())] = None
+    url: Annotated[
+        Secret | None,
+        Key(
+            "or `postgresql://...`: several gateways on one queue",
+            SecretText("postgresql://user@host/database", "postgres(?:ql)?://.+"),
+            secret=True,
+        ),
+    ] = None
+    url_file: Annotated[Path | None, Key("file that holds the URL", FilePath(), must_be_readable=True)] = None
+    retry: Annotated[
+        tuple[float, ...],
+        Key(
+            "waits between attempts, each +-20 %; the last repeats",
+            Many(Duration(1.0), may_be_empty=False),
+            "RFC 5321 4.5.4.1: 30 minutes at least once the first attempts have failed",
+        ),
+    ] = (30.0, MINUTE, 2 * MINUTE, 5 * MINUTE, 10 * MINUTE, 20 * MINUTE, 40 * MINUTE, HOUR)
+    max_age: Annotated[float, Key("give up and bounce after", Duration(1.0), "RFC 5321 4.5.4.1: 4 to 5 days")] = 5 * DAY
+    warn_after: Annotated[
+        float | None, Key("tell the sender of a delay after, once", Duration(1.0, may_be_off=True), "sendmail: 4 h")
+    ] = 4 * HOUR
+    bounce: Annotated[
+        BouncePolicy,
+        Key("what fails for good: a bounce mail, a log line only, or neither", Choice(get_args(BouncePolicy))),
+    ] = "mail"
+
+
+class Telemetry(Table, frozen=True, kw_only=True):
+    """What telemetry shows. Where it goes is told by OpenTelemetry's own `OTEL_*` variables."""
+
+    addresses: Annotated[
+        AddressPolicy,
+        Key(
+            "mail addresses and user names: domain only, none, keyed hash, or in full", Choice(get_args(AddressPolicy))
+        ),
+    ] = "domain"
+    addresses_hash_key: Annotated[Secret | None, Key("key of the hash", SecretText(), secret=True)] = None
+    addresses_hash_key_file: Annotated[Path | None, Key("file that holds it", FilePath(), must_be_readable=True)] = None
+    client_ip: Annotated[
+        ClientIpPolicy,
+        Key("client addresses: in full, network only (/24, /48), or none", Choice(get_args(ClientIpPolicy))),
+    ] = "full"
+    state_events: Annotated[
+        StateEvents, Key("state transitions as span events, log events, or both", Choice(get_args(StateEvents)))
+    ] = "span"
+    segment_events: Annotated[
+        int, Key("events on a connection's span, then a new linked span", Integer(16, 100_000), "a trace below 1 MB")
+    ] = 500
+    segment_age: Annotated[
+        float, Key("age of a connection's span, then a new linked span", Duration(1.0), "long connections are seen")
+    ] = 5 * MINUTE
+    trace_in_reply: Annotated[bool, Key("`trace=<id>` in the final 250", Boolean())] = True
+    probes: Annotated[bool, Key("export spans of connections that sent nothing", Boolean())] = False
+
+
+class Status(Table, frozen=True, kw_only=True):
+    """The HTTP side: livez, readyz, metrics, the page."""
+
+    address: Annotated[
+        Endpoint | None,
+        Key(
+            "where to listen, or `off`",
+            ListenAddress(may_be_unix=False, may_be_off=True),
+            "8080 and 9090 collide in pods",
+        ),
+    ] = Endpoint("127.0.0.1", 9925)
+
+
+class Log(Table, frozen=True, kw_only=True):
+    """Log lines, to standard error."""
+
+    format: Annotated[LogFormat, Key("`auto`: text on a terminal, else JSON", Choice(get_args(LogFormat)))] = "auto"
+    level: Annotated[LogLevel, Key("the least that is logged", Choice(get_args(LogLevel)))] = "info"
+
+
+def _own_name() -> str:
+    name = os.uname().nodename
+    return name if re.fullmatch(HOST_NAME_PATTERN, name) else "localhost"
+
+
+class Settings(Table, frozen=True, kw_only=True):
+    """All settings of one gateway, checked.
+
+    Attributes:
+        origins: key path -> where it was set; what is not in it is a default.
+        warnings: what is allowed and yet worth a word at start.
+    """
+
+    hostname: Annotated[
+        str,
+        Key(
+            "the gateway's name in greeting, EHLO and Received",
+            Text("a host name", HOST_NAME_PATTERN),
+            "RFC 5321 4.1.1.1",
+            default="the machine's own name",
+        ),
+    ] = msgspec.field(default_factory=_own_name)
+    workers: Annotated[int, Key("processes that share the listeners' ports", Integer(1, 256))] = 1
+    listener: tuple[Listener, ...] = (Listener(),)
+    limits: Limits = Limits()
+    timeouts: Timeouts = Timeouts()
+    delivery: Delivery = Delivery()
+    upstream: tuple[Upstream, ...] = ()
+    spool: Spool = Spool()
+    telemetry: Telemetry = Telemetry()
+    status: Status = Status()
+    log: Log = Log()
+
+    origins: Mapping[str, str] = msgspec.field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
+# The schema, read off the structures ---------------------------------------------------------------------------
+
+
+class Tables(NamedTuple):
+    """A list of tables, as [[listener]]."""
+
+    item: type[Table]
+
+
+Entry = Key | type[Table] | Tables
+
+_KEYS_ASIDE: Final = frozenset({"origins", "warnings"})
+
+
+def _entries(table: type[Table]) -> dict[str, Entry]:
+    """What a table may hold, by key."""
+    entries: dict[str, Entry] = {}
+    for name, annotation in table.__annotations__.items():
+        if name in _KEYS_ASIDE:
+            continue
+        if isinstance(annotation, type) and issubclass(annotation, Table):
+            entries[name] = annotation
+        elif metadata := getattr(annotation, "__metadata__", None):
+            entries[name] = metadata[0]
+        else:
+            entries[name] = Tables(get_args(annotation)[0])
+    return entries
+
+
+SCHEMA: Final[dict[type[Table], dict[str, Entry]]] = {
+    table: _entries(table)
+    for table in (
+        Settings, Listener, Limits, Timeouts, Delivery, Upstream, UpstreamTimeout, Spool, Telemetry, Status, Log,
+    )
+}  # fmt: skip

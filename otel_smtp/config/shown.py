@@ -1,0 +1,71 @@
+"""Settings as people see them: the rows of `otel-smtp check`, the README's table."""
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import msgspec
+
+from otel_smtp.config.settings import SCHEMA, Key, Settings, Table, Tables
+from otel_smtp.config.values import Choice
+
+
+class Row(NamedTuple):
+    """A setting as it holds: key path, value as one would write it, where it was set."""
+
+    key: str
+    value: str
+    origin: str
+
+
+def describe(settings: Settings) -> list[Row]:
+    """Every setting as it holds, secrets masked, with the origin of each value."""
+    return list(_rows(settings, "", settings.origins))
+
+
+def _rows(table: Table, prefix: str, origins: Mapping[str, str]) -> Iterator[Row]:
+    for name, entry in SCHEMA[type(table)].items():
+        value = getattr(table, name)
+        path = f"{prefix}{name}"
+        if isinstance(entry, Key):
+            shown = "" if value is None and not _may_be_none(entry) else entry.kind.show(value)
+            yield Row(path, shown, origins.get(path, "default"))
+        elif isinstance(entry, Tables):
+            for index, item in enumerate(value):
+                yield from _rows(item, f"{path}.{index}.", origins)
+        else:
+            yield from _rows(value, f"{path}.", origins)
+
+
+def _may_be_none(key: Key) -> bool:
+    """Whether None is a value of its own ("off") and not the absence of one."""
+    return bool(getattr(key.kind, "may_be_off", False))
+
+
+def settings_table() -> str:
+    """The README's table of settings, as Markdown: key, default, meaning with the source of the default."""
+    rows = ["| key | default | meaning |", "|---|---|---|"]
+    rows += (f"| `{key}` | {default} | {meaning} |" for key, default, meaning in _documented(Settings, ""))
+    return "\n".join(rows)
+
+
+def _documented(table: type[Table], prefix: str) -> Iterator[tuple[str, str, str]]:
+    defaults = {field.name: field for field in msgspec.structs.fields(table)}
+    for name, entry in SCHEMA[table].items():
+        path = f"{prefix}{name}"
+        if isinstance(entry, Key):
+            default = entry.default or _default_text(entry, defaults[name].default)
+            meaning = f"{entry.meaning} ({entry.source})" if entry.source else entry.meaning
+            if isinstance(entry.kind, Choice) and not all(f"`{word}`" in meaning for word in entry.kind.words):
+                meaning = f"{', '.join(f'`{word}`' for word in entry.kind.words)}: {meaning}"
+            yield path, default, meaning
+        elif isinstance(entry, Tables):
+            yield from _documented(entry.item, f"{path}[].")
+        else:
+            yield from _documented(entry, f"{path}.")
+
+
+def _default_text(key: Key, default: object) -> str:
+    if default is None and not _may_be_none(key):
+        return ""
+    shown = key.kind.show(default)
+    return f"`{shown}`" if shown else ""

@@ -1,0 +1,189 @@
+"""Settings that are each readable and cannot hold together; the open relay above all."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from otel_smtp.config import Settings, SettingsError, load
+
+
+@pytest.fixture(autouse=True)
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that settings name, in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("cert", "key", "users", "ca"):
+        (tmp_path / name).touch()
+
+
+LOCAL: dict[str, Any] = {"url": "smtp://127.0.0.1:1025"}
+TLS = {"tls": "starttls", "tls_cert": "cert", "tls_key": "key"}
+AUTH = {"auth": "required", "auth_users_file": "users"}
+EVERYWHERE = {"address": ["0.0.0.0:2525"]}
+
+
+def load_with(listener: dict[str, Any] | None = None, /, **values: Any) -> Settings:
+    values.setdefault("upstream", [LOCAL])
+    return load(values=values | ({"listener": [listener]} if listener else {}))
+
+
+def refusal_of(listener: dict[str, Any] | None = None, /, **values: Any) -> str:
+    with pytest.raises(SettingsError) as refusal:
+        load_with(listener, **values)
+    return str(refusal.value)
+
+
+# Open relay (P6) ----------------------------------------------------------------------------------------------
+
+ANY_RELAYS = "others than this machine can reach it, so say who may relay"
+
+
+@pytest.mark.parametrize(
+    "listener",
+    [
+        EVERYWHERE,
+        {"address": ["[::]:2525"]},
+        {"address": ["10.0.0.1:2525"]},
+        {"address": ["gw.example.com:2525"]},
+        {"address": ["127.0.0.1:2525", "0.0.0.0:2526"]},
+        EVERYWHERE | TLS,
+        EVERYWHERE | AUTH | {"auth_in_clear": True},
+        EVERYWHERE | TLS | AUTH | {"auth_in_clear": True},
+    ],
+)
+def test_a_listener_that_others_reach_is_refused_unless_it_says_who_may_relay(listener: dict[str, Any]) -> None:
+    assert ANY_RELAYS in refusal_of(listener)
+
+
+@pytest.mark.parametrize(
+    "listener",
+    [
+        {"address": ["127.0.0.1:2525", "[::1]:2525", "localhost:2526"]},
+        {"address": ["unix:/run/gw.sock"]},
+        EVERYWHERE | {"allow": ["10.0.0.0/8"]},
+        EVERYWHERE | {"allow": []},
+        EVERYWHERE | TLS | AUTH,
+        EVERYWHERE | TLS | AUTH | {"auth": "optional"},
+    ],
+)
+def test_a_listener_that_says_who_may_relay_is_taken(listener: dict[str, Any]) -> None:
+    assert load_with(listener).warnings == ()
+
+
+@pytest.mark.parametrize("network", ["0.0.0.0/0", "::/0"])
+def test_relaying_for_the_whole_world_is_worth_a_word(network: str) -> None:
+    (warning,) = load_with(EVERYWHERE | {"allow": [network]}).warnings
+    assert warning == f"settings: listener.0.allow has {network}: whoever reaches 0.0.0.0:2525 may relay"
+
+
+def test_passwords_in_clear_on_a_network_are_worth_a_word() -> None:
+    (warning,) = load_with(EVERYWHERE | AUTH | {"auth_in_clear": True, "allow": []}).warnings
+    assert warning == "listener.0.auth_in_clear: passwords cross the network in clear at 0.0.0.0:2525"
+
+
+# Everything else ----------------------------------------------------------------------------------------------
+
+SECURE = {"url": "smtps://m.example", "username": "u", "password": "p"}
+
+
+@pytest.mark.parametrize(
+    ("listener", "expected"),
+    [
+        ({"tls": "starttls"}, "listener.0.tls = \"starttls\": needs listener.0.tls_cert\n"),
+        ({"tls": "implicit", "tls_cert": "cert"}, 'listener.0.tls = "implicit": needs listener.0.tls_key'),
+        ({"tls_cert": "cert", "tls_key": "key"}, 'listener.0.tls_cert = "cert": has no effect with tls = off'),
+        ({"tls_required": True}, "listener.0.tls_required = true: cannot be with listener.0.tls = off"),
+        ({"auth": "optional"} | TLS, 'listener.0.auth = "optional": needs listener.0.auth_users_file'),
+        (AUTH, 'listener.0.auth = "required": is offered over TLS only'),
+        ({"protocol": "lmtp", "address": ["127.0.0.1:25"]}, "LMTP is not spoken on port 25"),
+        ({"address": ["127.0.0.1:2525", "127.0.0.1:2525"]}, "is listened on twice, also by listener.0"),
+        ({"address": ["127.0.0.1:9925"]}, 'status.address = "127.0.0.1:9925": is also the address of listener.0'),
+    ],
+)  # fmt: skip
+def test_contradictions_of_a_listener_are_refused(listener: dict[str, Any], expected: str) -> None:
+    assert expected in refusal_of(listener) + "\n"
+
+
+def test_auth_in_clear_on_loopback_is_taken() -> None:
+    assert load_with(AUTH | {"auth_in_clear": True}).listener[0].auth == "required"
+
+
+def test_two_listeners_of_one_name_are_refused() -> None:
+    listeners = [{"address": ["127.0.0.1:0"]}, {"address": ["127.0.0.1:0"]}]
+    assert 'listener.1.name = "local": is also the name of listener.0' in refusal_of(listener=listeners)
+
+
+@pytest.mark.parametrize(
+    ("upstream", "expected"),
+    [
+        (SECURE | {"url": "smtp://m.example"}, "upstream.0.username = \"u\": would be sent in clear to smtp://m.example:25"),
+        ({"url": "smtps://m.example", "username": "u"}, "needs upstream.0.password_file or upstream.0.password"),
+        ({"url": "smtps://m.example", "password": "p"}, 'upstream.0.password = "***": needs upstream.0.username'),
+        ({"url": "smtps://m.example", "auth": "plain"}, 'upstream.0.auth = "plain": needs upstream.0.username'),
+        (SECURE | {"auth": "off"}, 'upstream.0.auth = "off": contradicts upstream.0.username'),
+        (LOCAL | {"ca_file": "ca"}, 'upstream.0.ca_file = "ca": has no effect with smtp://127.0.0.1:1025'),
+        (LOCAL | {"server_name": "m.example"}, 'upstream.0.server_name = "m.example": has no effect'),
+    ],
+)  # fmt: skip
+def test_contradictions_of_an_upstream_are_refused(upstream: dict[str, Any], expected: str) -> None:
+    assert expected in refusal_of(upstream=[upstream])
+
+
+@pytest.mark.parametrize("url", ["smtp://127.0.0.1:1025", "smtp://[::1]:1025", "lmtp:///run/lmtp", "smtp+starttls://h"])
+def test_credentials_go_over_loopback_or_verified_tls(url: str) -> None:
+    assert load_with(upstream=[SECURE | {"url": url}]).upstream[0].username == "u"
+
+
+def test_two_upstreams_of_one_name_are_refused() -> None:
+    upstreams = [{"url": "smtp://a.example", "name": "a"}, {"url": "smtp://b.example", "name": "a"}]
+    assert 'upstream.1.name = "a": is also the name of upstream.0' in refusal_of(upstream=upstreams)
+    assert 'upstream.1.name = "127.0.0.1:1025": is also' in refusal_of(upstream=[LOCAL, LOCAL])
+
+
+@pytest.mark.parametrize(
+    ("address", "url", "is_loop"),
+    [
+        ("127.0.0.1:2525", "smtp://127.0.0.1:2525", True),
+        ("127.0.0.1:2525", "smtp://localhost:2525", True),
+        ("localhost:2525", "smtp://[::1]:2525", True),
+        ("127.0.0.1:2525", "smtp://127.0.0.1:2526", False),
+        ("127.0.0.1:2525", "smtp://[::1]:2525", False),  # a server on the other family is another server
+        ("0.0.0.0:2525", "smtp://127.0.0.1:2525", True),
+        ("[::]:2525", "smtp://localhost:2525", True),
+        ("0.0.0.0:25", "smtp://gw.example.com", True),
+        ("0.0.0.0:25", "smtp://m.example.com", False),
+        ("10.0.0.1:25", "smtp://10.0.0.1", True),
+        ("unix:/run/gw", "lmtp:///run/gw", True),
+        ("unix:/run/gw", "lmtp:///run/other", False),
+    ],
+)
+def test_an_upstream_that_is_our_own_listener_is_refused(address: str, url: str, is_loop: bool) -> None:
+    values: dict[str, Any] = {
+        "hostname": "gw.example.com",
+        "listener": [{"address": [address], "allow": ["10.0.0.0/8"]}],
+        "upstream": [{"url": url}],
+    }
+    if is_loop:
+        assert "mail would go in circles" in refusal_of(**values)
+    else:
+        load_with(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"delivery": {"mode": "queue"}}, 'delivery.mode = "queue": needs spool.directory'),
+        ({"delivery": {"mode": "direct-then-queue"}}, "needs spool.directory"),
+        ({"spool": {"directory": "s", "url": "postgresql://h/d"}}, 'spool.url = "***": spool.directory is given too'),
+        ({"spool": {"warn_after": "5d"}}, 'spool.warn_after = "5d": must be before spool.max_age, or "off"'),
+        ({"telemetry": {"addresses": "hash"}}, 'telemetry.addresses = "hash": needs telemetry.addresses_hash_key_file'),
+    ],
+)
+def test_other_contradictions_are_refused(values: dict[str, Any], expected: str) -> None:
+    assert expected in refusal_of(**values)
+
+
+def test_what_follows_from_a_refused_value_is_not_told_too() -> None:
+    refusal = refusal_of({"address": ["0.0.0.0"], "tls": "starttls"})
+    assert refusal.count("\n") == 0
+    assert "listener.0.address" in refusal

@@ -1,0 +1,77 @@
+"""The effective settings and the documented ones."""
+
+from otel_smtp.config import Row, describe, load, settings_table
+from otel_smtp.config.settings import SCHEMA, Settings, Table
+
+# The normative names, one line a table.
+NAMES = """
+hostname workers
+listener[]: name address protocol tls tls_cert tls_key tls_required auth auth_users_file auth_in_clear allow
+listener[]: proxy_protocol_from trace_context
+limits: message_size recipients connections connections_per_client messages_per_connection errors junk_commands
+limits: command_line text_line header_size header_lines hops auth_failures
+timeouts: command data session tls_handshake shutdown_grace
+delivery: mode strategy content_newlines
+upstream[]: name url username password password_file auth ca_file server_name connections senders recipients
+upstream[]: trace_context
+upstream[].timeout: connect greeting command data block reply
+spool: directory url url_file retry max_age warn_after bounce
+telemetry: addresses addresses_hash_key addresses_hash_key_file client_ip state_events segment_events segment_age
+telemetry: trace_in_reply probes
+status: address
+log: format level
+"""
+
+
+def names() -> list[str]:
+    found = []
+    for line in NAMES.strip().splitlines():
+        table, _, keys = line.rpartition(": ")
+        found += [f"{table}.{key}" if table else key for key in keys.split()]
+    return found
+
+
+def test_the_table_holds_exactly_the_settings_names() -> None:
+    rows = settings_table().splitlines()
+    assert rows[0] == "| key | default | meaning |"
+    assert [row.split("`")[1] for row in rows[2:]] == names()
+    assert all(row.count(" | ") == 2 and row.startswith("| ") and row.endswith(" |") for row in rows[2:])
+
+
+def test_every_structure_is_in_the_schema() -> None:
+    def below(table: type[Table]) -> set[type[Table]]:
+        return {table}.union(*(below(child) for child in table.__subclasses__()))
+
+    assert below(Table) - {Table} == set(SCHEMA)
+    assert Settings in SCHEMA
+
+
+def test_the_table_tells_the_default_and_its_source() -> None:
+    assert (
+        "| `limits.recipients` | `1000` | recipients of one transaction "
+        "(RFC 5321 4.5.3.1.8 asks for 100; Postfix takes 1000) |" in settings_table()
+    )
+    assert "| `listener[].tls` | `off` | `off`, `starttls`, `implicit`: " in settings_table()
+
+
+def test_every_value_is_described_with_its_origin_and_without_secrets() -> None:
+    environ = {
+        "OTELSMTP_UPSTREAM": "smtps://m.example",
+        "OTELSMTP_UPSTREAM__0__USERNAME": "relay",
+        "OTELSMTP_UPSTREAM__0__PASSWORD": "hunter2",
+        "OTELSMTP_LISTEN": "unix:/run/gw,127.0.0.1:0",
+    }
+    rows = describe(load(environ=environ))
+    assert [row.key.replace(".0.", "[].") for row in rows] == names()
+    by_key = {row.key: row for row in rows}
+    assert by_key["upstream.0.password"] == Row(
+        "upstream.0.password", "***", "environment OTELSMTP_UPSTREAM__0__PASSWORD"
+    )
+    assert by_key["upstream.0.url"].value == "smtps://m.example:465"
+    assert by_key["listener.0.address"] == Row(
+        "listener.0.address", "unix:/run/gw, 127.0.0.1:0", "environment OTELSMTP_LISTEN"
+    )
+    assert by_key["listener.0.allow"] == Row("listener.0.allow", "127.0.0.0/8, ::1/128", "default")
+    assert by_key["timeouts.session"].value == "off"
+    assert by_key["spool.directory"].value == ""
+    assert "hunter2" not in repr(rows)
