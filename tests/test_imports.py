@@ -106,16 +106,12 @@ ROOMS: Final = {
         ("otel_smtp.observer", *SMTP_TYPES), frozenset({"starlette", "uvicorn", "prometheus_client"})
     ),
     "otel_smtp.config": Room(
-        ("otel_smtp.observer", "otel_smtp.setting_values", *SMTP_TYPES),
-        frozenset({"msgspec"}),
-        _LIBRARY - INPUT_OUTPUT - {"argparse"},
-        reads_environment=True,
-    ),
-    "otel_smtp.setting_values": Room(
         ("otel_smtp.observer", *SMTP_TYPES),
         frozenset({"msgspec"}),
-        (_LIBRARY - INPUT_OUTPUT - {"argparse"}) | {"urllib"},
+        _LIBRARY - INPUT_OUTPUT - {"argparse"},
     ),
+    # What people see in a terminal; it draws values and asks nobody for more.
+    "otel_smtp.terminal": Room((), frozenset({"rich"}), _LIBRARY - INPUT_OUTPUT - {"argparse"}),
     "otel_smtp.app": _EVERYTHING,
     "otel_smtp.cli": _EVERYTHING,
 }
