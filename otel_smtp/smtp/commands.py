@@ -1,0 +1,344 @@
+"""Commands: a command line becomes a typed command, or the reply that refuses it (RFC 5321 4.1.1).
+
+Theory of operation
+-------------------
+Most lines that a relay sees are MAIL and RCPT with a short ASCII mailbox; one regular expression each takes them whole.
+Everything else goes through `parse_by_grammar`, which also accepts every line that the expressions accept and gives the
+same result for it: the tests compare the two. The expressions are possessive; nothing here goes back over its input.
+
+Rules that hold for every line:
+
+* The verb is what stands before the first space, in any case. A verb that is not ours is 500, whatever follows.
+* Blanks (space, TAB) at the end of a line are dropped (RFC 5321 4.1.1: "SMTP receivers SHOULD tolerate trailing white
+  space"). Any other control octet, a TAB inside the line included, is 501: in SMTP's grammar only the space separates,
+  and who reads a TAB as one would find other arguments in the line than we do.
+* A non-ASCII line must be UTF-8 (RFC 6531 3.3). No octet of an argument is ever repeated in a reply.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import ClassVar, Final
+
+from otel_smtp.smtp import replies
+from otel_smtp.smtp.envelope import Body, Mail, Recipient
+from otel_smtp.smtp.extensions import ParameterRefused, mail_with, recipient_with
+from otel_smtp.smtp.paths import (
+    MAX_DOMAIN_OCTETS,
+    PathSyntaxError,
+    forward_path,
+    is_address_literal,
+    is_visible,
+    octets,
+    reverse_path,
+)
+from otel_smtp.smtp.replies import Reply
+
+
+class Verb(StrEnum):
+    """The verbs that the gateway knows; telemetry calls any other "other"."""
+
+    HELO = "HELO"
+    EHLO = "EHLO"
+    LHLO = "LHLO"
+    MAIL = "MAIL"
+    RCPT = "RCPT"
+    DATA = "DATA"
+    BDAT = "BDAT"
+    RSET = "RSET"
+    NOOP = "NOOP"
+    QUIT = "QUIT"
+    VRFY = "VRFY"
+    EXPN = "EXPN"
+    HELP = "HELP"
+    STARTTLS = "STARTTLS"
+    AUTH = "AUTH"
+
+
+class CommandRefused(Exception):
+    """A command line that is no command.
+
+    Attributes:
+        verb: the verb, None where it is unknown.
+        reply: what to answer.
+    """
+
+    def __init__(self, verb: Verb | None, reply: Reply) -> None:
+        super().__init__(f"{verb or 'other'}: {reply}")
+        self.verb = verb
+        self.reply = reply
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """HELO, EHLO or LHLO (RFC 5321 4.1.1.1, RFC 2033 4.1)."""
+
+    verb: Verb
+    name: str  # printable, no spaces, at most 255 octets; the peer's word, never proof of anything
+
+
+@dataclass(frozen=True, slots=True)
+class MailFrom:
+    """MAIL (RFC 5321 4.1.1.2)."""
+
+    verb: ClassVar[Verb] = Verb.MAIL
+    mail: Mail
+
+
+@dataclass(frozen=True, slots=True)
+class RcptTo:
+    """RCPT (RFC 5321 4.1.1.3). A non-ASCII address is for the engine to judge: it knows whether MAIL had SMTPUTF8."""
+
+    verb: ClassVar[Verb] = Verb.RCPT
+    recipient: Recipient
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """DATA (RFC 5321 4.1.1.4)."""
+
+    verb: ClassVar[Verb] = Verb.DATA
+
+
+@dataclass(frozen=True, slots=True)
+class Bdat:
+    """BDAT (RFC 3030 2)."""
+
+    verb: ClassVar[Verb] = Verb.BDAT
+    size: int  # octets of the chunk that follows: up to twenty digits, not yet held against any limit
+    last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Auth:
+    """AUTH (RFC 4954 4)."""
+
+    verb: ClassVar[Verb] = Verb.AUTH
+    mechanism: str  # upper case; a SASL name by its form, known or not
+    initial_response: str | None  # as given: base64, not yet decoded, or "="
+
+
+@dataclass(frozen=True, slots=True)
+class StartTls:
+    """STARTTLS (RFC 3207 4)."""
+
+    verb: ClassVar[Verb] = Verb.STARTTLS
+
+
+@dataclass(frozen=True, slots=True)
+class Rset:
+    """RSET (RFC 5321 4.1.1.5)."""
+
+    verb: ClassVar[Verb] = Verb.RSET
+
+
+@dataclass(frozen=True, slots=True)
+class Noop:
+    """NOOP (RFC 5321 4.1.1.9)."""
+
+    verb: ClassVar[Verb] = Verb.NOOP
+
+
+@dataclass(frozen=True, slots=True)
+class Quit:
+    """QUIT (RFC 5321 4.1.1.10)."""
+
+    verb: ClassVar[Verb] = Verb.QUIT
+
+
+@dataclass(frozen=True, slots=True)
+class Vrfy:
+    """VRFY (RFC 5321 4.1.1.6); whom it asks for is not kept, so that no answer can depend on it."""
+
+    verb: ClassVar[Verb] = Verb.VRFY
+
+
+@dataclass(frozen=True, slots=True)
+class Expn:
+    """EXPN (RFC 5321 4.1.1.7)."""
+
+    verb: ClassVar[Verb] = Verb.EXPN
+
+
+@dataclass(frozen=True, slots=True)
+class Help:
+    """HELP (RFC 5321 4.1.1.8)."""
+
+    verb: ClassVar[Verb] = Verb.HELP
+
+
+Command = Hello | MailFrom | RcptTo | Data | Bdat | Auth | StartTls | Rset | Noop | Quit | Vrfy | Expn | Help
+
+_MAILBOX = (
+    rb"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]++(?:\.[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]++)*+"
+    rb"@[A-Za-z0-9]++(?:(?:\.|-++)[A-Za-z0-9]++)*+"
+)
+_COMMON_MAIL = re.compile(
+    rb"(?i:MAIL FROM:)<(%b)>(?: (?i:SIZE)=([0-9]{1,20}))?(?: (?i:BODY)=(7BIT|8BITMIME))?" % _MAILBOX
+)
+_COMMON_RCPT = re.compile(rb"(?i:RCPT TO:)<(%b)>" % _MAILBOX)
+_COMMON_MAILBOX_OCTETS: Final = 64  # so short that neither local part nor label nor path can be over its limit
+_COMMON_BODIES: Final[Mapping[bytes | None, Body | None]] = {
+    None: None,
+    b"7BIT": Body.SEVEN_BIT,
+    b"8BITMIME": Body.EIGHT_BIT_MIME,
+}
+
+_CONTROL = re.compile(rb"[\x00-\x1f\x7f]")
+_FROM = re.compile(r"FROM: *", re.IGNORECASE | re.ASCII)
+_TO = re.compile(r"TO: *", re.IGNORECASE | re.ASCII)
+_CHUNK = re.compile(rb"([0-9]{1,20})(?: +(LAST))?", re.IGNORECASE)
+# sasl-mech = 1*20mech-char (RFC 4422 3.1); the initial response is base64 or "=", judged when it is decoded
+_AUTH = re.compile(rb"([A-Za-z0-9_-]{1,20})(?: +([!-~]++))?")
+# Names as real machines have them: underscores, hyphens anywhere, a dot at the end, non-ASCII; a bare IPv4 address is
+# among them.
+_HELLO_NAME = re.compile("[A-Za-z0-9_\x80-\U0010ffff-]++(?:\\.[A-Za-z0-9_\x80-\U0010ffff-]++)*+\\.?")
+# An IPv6 address without brackets or without its tag, with or without a zone index, as several mail libraries send it.
+_HELLO_IPV6 = re.compile(r"(\[)?[0-9A-Fa-f.]*+:[0-9A-Fa-f.:]++(?:%[A-Za-z0-9_.-]++)?(?(1)\]|)")
+
+
+def parse_command(line: bytes) -> Command:
+    """Parse one command line.
+
+    Args:
+        line: a command line without its CRLF, any octets, of bounded length.
+
+    Raises:
+        CommandRefused: the line is no command, or its arguments are wrong.
+    """
+    match = _COMMON_RCPT.fullmatch(line)
+    if match is not None and match.end(1) - match.start(1) <= _COMMON_MAILBOX_OCTETS:
+        return RcptTo(Recipient(match[1].decode("ascii")))
+    match = _COMMON_MAIL.fullmatch(line)
+    if match is not None and match.end(1) - match.start(1) <= _COMMON_MAILBOX_OCTETS:
+        mailbox, size, body = match.groups()
+        return MailFrom(
+            Mail(mailbox.decode("ascii"), None if size is None else int(size), _COMMON_BODIES[body]),
+        )
+    return parse_by_grammar(line)
+
+
+def parse_by_grammar(line: bytes) -> Command:
+    """`parse_command` without its short cut; the same result for every line."""
+    line = line.rstrip(b" \t")
+    head, _, argument = line.partition(b" ")
+    known = _COMMANDS.get(head.upper())
+    if known is None:
+        # "QUIT" NUL "x" is a known verb with a control octet, not an unknown verb.
+        known = _COMMANDS.get(_CONTROL.split(head, maxsplit=1)[0].upper())
+        if known is None:
+            raise CommandRefused(None, replies.UNKNOWN_COMMAND)
+    verb, parse = known
+    if _CONTROL.search(line) is not None:
+        raise CommandRefused(verb, replies.CONTROL_OCTETS)
+    return parse(verb, argument.lstrip(b" "))
+
+
+def _hello(verb: Verb, argument: bytes) -> Hello:
+    name = _decoded(verb, argument, otherwise=replies.BAD_ARGUMENT)
+    is_name = _HELLO_NAME.fullmatch(name) or _HELLO_IPV6.fullmatch(name) or is_address_literal(name)
+    if not is_name or not is_visible(name) or octets(name) > MAX_DOMAIN_OCTETS:
+        raise CommandRefused(verb, replies.BAD_ARGUMENT)
+    return Hello(verb, name)
+
+
+def _mail(verb: Verb, argument: bytes) -> MailFrom:
+    text = _decoded(verb, argument, otherwise=replies.BAD_SENDER)
+    mailbox, parameters = _path(verb, text, _FROM, reverse_path, replies.BAD_SENDER)
+    try:
+        mail = mail_with(mailbox, parameters)
+    except ParameterRefused as refused:
+        raise CommandRefused(verb, refused.reply) from None
+    if not mail.smtputf8 and not mailbox.isascii():
+        raise CommandRefused(verb, replies.NEEDS_SMTPUTF8)
+    return MailFrom(mail)
+
+
+def _rcpt(verb: Verb, argument: bytes) -> RcptTo:
+    text = _decoded(verb, argument, otherwise=replies.BAD_RECIPIENT)
+    mailbox, parameters = _path(verb, text, _TO, forward_path, replies.BAD_RECIPIENT)
+    try:
+        return RcptTo(recipient_with(mailbox, parameters))
+    except ParameterRefused as refused:
+        raise CommandRefused(verb, refused.reply) from None
+
+
+def _path(
+    verb: Verb, text: str, label: re.Pattern[str], take: Callable[[str, int], tuple[str, int]], bad_address: Reply
+) -> tuple[str, str]:
+    """The mailbox behind `label`, and the text behind the path."""
+    match = label.match(text)
+    if match is None:
+        raise CommandRefused(verb, replies.BAD_ARGUMENT)
+    try:
+        mailbox, end = take(text, match.end())
+    except PathSyntaxError:
+        raise CommandRefused(verb, bad_address) from None
+    if end < len(text) and text[end] != " ":
+        raise CommandRefused(verb, bad_address)
+    return mailbox, text[end:]
+
+
+def _bdat(verb: Verb, argument: bytes) -> Bdat:
+    match = _CHUNK.fullmatch(argument)
+    if match is None:
+        raise CommandRefused(verb, replies.BAD_ARGUMENT)
+    return Bdat(int(match[1]), match[2] is not None)
+
+
+def _auth(verb: Verb, argument: bytes) -> Auth:
+    match = _AUTH.fullmatch(argument)
+    if match is None:
+        raise CommandRefused(verb, replies.BAD_ARGUMENT)
+    initial_response = None if match[2] is None else match[2].decode("ascii")
+    return Auth(match[1].decode("ascii").upper(), initial_response)
+
+
+def _vrfy(verb: Verb, argument: bytes) -> Vrfy:
+    if not argument:
+        raise CommandRefused(verb, replies.BAD_ARGUMENT)
+    return Vrfy()
+
+
+def _alone(command: Command) -> Callable[[Verb, bytes], Command]:
+    def parse(verb: Verb, argument: bytes) -> Command:
+        # STARTTLS most of all: RFC 3207 4, and whatever stands behind it was sent in clear.
+        if argument:
+            raise CommandRefused(verb, replies.BAD_ARGUMENT)
+        return command
+
+    return parse
+
+
+def _with_anything(command: Command) -> Callable[[Verb, bytes], Command]:
+    # The argument of NOOP and HELP is for nobody (RFC 5321 4.1.1.9: "the parameter ... is ignored"); EXPN is refused
+    # whatever it asks.
+    return lambda verb, argument: command
+
+
+def _decoded(verb: Verb, argument: bytes, *, otherwise: Reply) -> str:
+    try:
+        return argument.decode("utf-8")
+    except UnicodeDecodeError:
+        raise CommandRefused(verb, otherwise) from None
+
+
+_PARSERS: Final[Mapping[Verb, Callable[[Verb, bytes], Command]]] = {
+    Verb.HELO: _hello,
+    Verb.EHLO: _hello,
+    Verb.LHLO: _hello,
+    Verb.MAIL: _mail,
+    Verb.RCPT: _rcpt,
+    Verb.DATA: _alone(Data()),
+    Verb.BDAT: _bdat,
+    Verb.RSET: _alone(Rset()),
+    Verb.NOOP: _with_anything(Noop()),
+    Verb.QUIT: _alone(Quit()),
+    Verb.VRFY: _vrfy,
+    Verb.EXPN: _with_anything(Expn()),
+    Verb.HELP: _with_anything(Help()),
+    Verb.STARTTLS: _alone(StartTls()),
+    Verb.AUTH: _auth,
+}
+_COMMANDS: Final = {verb.encode("ascii"): (verb, parse) for verb, parse in _PARSERS.items()}

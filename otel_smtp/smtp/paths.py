@@ -1,0 +1,218 @@
+"""Mailboxes, domains and paths: the grammar of RFC 5321 4.1.2, opened to UTF-8 by RFC 6531 3.3.
+
+Theory of operation
+-------------------
+Every pattern here is possessive (``++``, ``*+``) over classes that do not overlap, so that nothing is ever tried twice:
+a hostile megabyte costs one pass. The parser is positional, because only the grammar knows where a path ends: a quoted
+local part may hold spaces and angle brackets.
+
+Addresses are kept exactly as the client wrote them (RFC 6531 3.2: no transcoding; F5 of confusions between U-labels
+and A-labels). Whether a non-ASCII address may be used is not grammar; see `extensions`.
+
+Three deviations, each because refusing breaks mail that every upstream takes, and none adds an octet that could end a
+command or a header:
+
+* an underscore in a domain label (container and service names have them);
+* a path without its angle brackets, as Postfix and Exim take it; what we send on always has them;
+* a source route is taken and dropped (RFC 5321 4.1.1.3 and appendix C: "MUST be accepted ... SHOULD be ignored").
+"""
+
+import ipaddress
+import re
+from typing import Final
+
+MAX_LOCAL_PART_OCTETS: Final = 64
+"""RFC 5321 4.5.3.1.1; quotes count."""
+
+MAX_DOMAIN_OCTETS: Final = 255
+"""RFC 5321 4.5.3.1.2. A path's limit leaves a domain 252 at most; the larger one holds where a domain stands alone."""
+
+MAX_PATH_OCTETS: Final = 256
+"""RFC 5321 4.5.3.1.3, angle brackets and source route included: a mailbox has at most 254."""
+
+MAX_LABEL_OCTETS: Final = 63
+"""RFC 1035 2.3.4."""
+
+# Everything above ASCII is UTF8-non-ascii in RFC 6531 3.3; `_INVISIBLE` takes the dangerous ones out again.
+_UTF8 = "\x80-\U0010ffff"
+_ATEXT = rf"[A-Za-z0-9!#$%&'*+/=?^_`{{|}}~\-{_UTF8}]"
+_LET_DIG = rf"[A-Za-z0-9_{_UTF8}]"
+_LABEL = rf"{_LET_DIG}++(?:-++{_LET_DIG}++)*+"
+_DOMAIN_PATTERN = rf"{_LABEL}(?:\.{_LABEL})*+"
+
+_DOT_STRING = re.compile(rf"{_ATEXT}++(?:\.{_ATEXT}++)*+")
+# QcontentSMTP = qtextSMTP / quoted-pairSMTP
+_QUOTED_STRING = re.compile(rf'"(?:[ !#-\[\]-~{_UTF8}]++|\\[ -~])*+"')
+_DOMAIN = re.compile(_DOMAIN_PATTERN)
+_SOURCE_ROUTE = re.compile(rf"@{_DOMAIN_PATTERN}(?:,@{_DOMAIN_PATTERN})*+:")
+# General-address-literal = Standardized-tag ":" 1*dcontent, where dcontent is %d33-90 / %d94-126
+_LITERAL = re.compile(r"\[([!-Z^-~]++)\]")
+_GENERAL_LITERAL = re.compile(r"[A-Za-z0-9]++(?:-++[A-Za-z0-9]++)*+:[!-Z^-~]++")
+_LONG_LABEL = re.compile(rf"[A-Za-z0-9_-]{{{MAX_LABEL_OCTETS + 1}}}")
+
+# What no mailbox or host name needs and what misleads whoever reads it in a log, a trace or a header: C0, DEL, C1 and
+# NO-BREAK SPACE, soft hyphen, other white space, line separators, direction marks and overrides, byte order marks,
+# noncharacters, tags. The zero-width joiners U+200C and U+200D stay: names in several scripts need them (RFC 5892 A.1).
+_INVISIBLE = re.compile(
+    "[\x00-\x1f\x7f-\xa0\xad\u061c\u1680\u180e\u2000-\u200b\u200e\u200f\u2028-\u202f\u205f-\u206f\u3000"
+    "\ud800-\udfff\ufdd0-\ufdef\ufeff\ufff0-\uffff\U000e0000-\U000e007f]"
+)
+
+
+class PathSyntaxError(ValueError):
+    """Not a path, a mailbox or a domain; says what is wrong and never repeats the address."""
+
+
+def octets(text: str) -> int:
+    """How many octets `text` has on the wire."""
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+
+
+def is_visible(text: str) -> bool:
+    """Whether `text` is free of control characters, of non-ASCII white space and of characters that hide or mislead."""
+    return text.isprintable() if text.isascii() else _INVISIBLE.search(text) is None
+
+
+def reverse_path(text: str, start: int = 0) -> tuple[str, int]:
+    """Take the reverse-path that begins at `text[start]` (RFC 5321 4.1.1.2).
+
+    Returns:
+        The mailbox as written, "" for the null path, and the index just behind the path.
+
+    Raises:
+        PathSyntaxError: there is no path at that place, or it is longer than a limit.
+    """
+    if text.startswith("<>", start):
+        return "", start + 2
+    mailbox, has_domain, end = _take_path(text, start)
+    if not has_domain:
+        raise PathSyntaxError("a reverse-path needs a domain")
+    return mailbox, end
+
+
+def forward_path(text: str, start: int = 0) -> tuple[str, int]:
+    """Take the forward-path that begins at `text[start]` (RFC 5321 4.1.1.3).
+
+    "Postmaster", in any case, needs no domain there; the null path is none.
+
+    Returns:
+        The mailbox as written, and the index just behind the path.
+
+    Raises:
+        PathSyntaxError: there is no path at that place, or it is longer than a limit.
+    """
+    mailbox, has_domain, end = _take_path(text, start)
+    if not has_domain and mailbox.lower() != "postmaster":
+        raise PathSyntaxError("a forward-path needs a domain")
+    return mailbox, end
+
+
+def is_mailbox(text: str) -> bool:
+    """Whether `text`, whole, is a mailbox within the limits: local part, "@", domain or address literal."""
+    try:
+        has_domain, end = _take_mailbox(text, 0)
+    except PathSyntaxError:
+        return False
+    return has_domain and end == len(text) and octets(text) <= MAX_PATH_OCTETS - 2
+
+
+def is_domain(text: str) -> bool:
+    """Whether `text`, whole, is a domain within the limits: labels of letters, digits, hyphens and underscores."""
+    try:
+        return _take_domain(text, 0) == len(text)
+    except PathSyntaxError:
+        return False
+
+
+def is_address_literal(text: str) -> bool:
+    """Whether `text`, whole, is a bracketed address literal: IPv4, "IPv6:" or a tagged general one."""
+    match = _LITERAL.fullmatch(text)
+    return match is not None and _is_literal_content(match[1])
+
+
+def address_literal(host: str) -> str:
+    """The literal of an IP address, as EHLO and Received want it: "[192.0.2.1]", "[IPv6:2001:db8::1]".
+
+    A zone index ("fe80::1%eth0") is dropped: it means nothing on another machine and has no place in the grammar.
+
+    Raises:
+        ValueError: `host` is not an IP address.
+    """
+    address = ipaddress.ip_address(host.partition("%")[0])
+    return f"[IPv6:{address}]" if address.version == 6 else f"[{address}]"
+
+
+def _take_path(text: str, start: int) -> tuple[str, bool, int]:
+    is_bracketed = text.startswith("<", start)
+    mailbox_start = start
+    if is_bracketed:
+        mailbox_start += 1
+        route = _SOURCE_ROUTE.match(text, mailbox_start)
+        if route is not None:
+            mailbox_start = route.end()
+    has_domain, mailbox_end = _take_mailbox(text, mailbox_start)
+    end = mailbox_end
+    if is_bracketed:
+        if not text.startswith(">", mailbox_end):
+            raise PathSyntaxError("no closing angle bracket behind the mailbox")
+        end += 1
+    if octets(text[start:end]) + (0 if is_bracketed else 2) > MAX_PATH_OCTETS:
+        raise PathSyntaxError("path too long")
+    return text[mailbox_start:mailbox_end], has_domain, end
+
+
+def _take_mailbox(text: str, start: int) -> tuple[bool, int]:
+    """Whether the mailbox at `start` has a domain, and the index behind it."""
+    local_part = _DOT_STRING.match(text, start) or _QUOTED_STRING.match(text, start)
+    if local_part is None:
+        raise PathSyntaxError("no local part")
+    _check_visible(local_part[0])
+    if octets(local_part[0]) > MAX_LOCAL_PART_OCTETS:
+        raise PathSyntaxError("local part too long")
+    end = local_part.end()
+    if not text.startswith("@", end):
+        return False, end
+    if text.startswith("[", end + 1):
+        literal = _LITERAL.match(text, end + 1)
+        if literal is None or not _is_literal_content(literal[1]):
+            raise PathSyntaxError("not an address literal")
+        return True, literal.end()
+    return True, _take_domain(text, end + 1)
+
+
+def _take_domain(text: str, start: int) -> int:
+    domain = _DOMAIN.match(text, start)
+    if domain is None:
+        raise PathSyntaxError("no domain")
+    _check_visible(domain[0])
+    # The limit of a U-label holds for its A-label form (RFC 5890 2.3.2.1), which is not ours to compute; the domain's
+    # own limit bounds it.
+    if octets(domain[0]) > MAX_DOMAIN_OCTETS or _LONG_LABEL.search(domain[0]) is not None:
+        raise PathSyntaxError("domain or label too long")
+    return domain.end()
+
+
+def _check_visible(text: str) -> None:
+    if not is_visible(text):
+        raise PathSyntaxError("invisible or misleading character")
+
+
+def _is_literal_content(content: str) -> bool:
+    if len(content) > MAX_DOMAIN_OCTETS - 2:
+        return False
+    if content[:5].lower() == "ipv6:":
+        return _is_ip(ipaddress.IPv6Address, content[5:])
+    if ":" in content:
+        # An IPv6 address that lacks its tag has the form of a general literal; some take it for the one, some for the
+        # other.
+        return _GENERAL_LITERAL.fullmatch(content) is not None and not _is_ip(ipaddress.IPv6Address, content)
+    # A leading zero is refused though Snum allows it: some parsers read it as octal, that is, as another host.
+    return _is_ip(ipaddress.IPv4Address, content)
+
+
+def _is_ip(kind: type[ipaddress.IPv4Address] | type[ipaddress.IPv6Address], text: str) -> bool:
+    try:
+        kind(text)
+    except ValueError:
+        return False
+    return "%" not in text  # a zone index is this machine's word, not the peer's
