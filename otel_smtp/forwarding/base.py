@@ -2,8 +2,8 @@
 
 The server does not know which it talks to. What it may rely on:
 
-* `MailTransaction.content` answers 2yz only if the upstream said 2yz to the end of data, or the message is durable (P1).
-  Doubt is a 4yz (P2).
+* `MailTransaction.content` answers 2yz only if the upstream said 2yz to the end of data, or the message is durable
+  (P1). Doubt is a 4yz (P2).
 * After an exception out of the `chunks` iterator, or after a cancel, nothing of the message is with the upstream: no
   final dot was sent, no last chunk.
 * `abort` is idempotent, never raises, and frees what the transaction holds. It is called after every transaction that

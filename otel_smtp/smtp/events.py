@@ -9,6 +9,7 @@ from enum import Enum, auto
 from typing import Final
 
 from otel_smtp.smtp.envelope import Mail, Recipient
+from otel_smtp.smtp.received import HeaderFacts
 from otel_smtp.smtp.replies import Reply
 from otel_smtp.smtp.states import CloseReason
 
@@ -83,9 +84,11 @@ class HeaderReceived:
     Attributes:
         block: the header lines, each with its CRLF, without the empty line that ends them; b"" where the content
             has no header.
+        facts: what the block says of hops and traces.
     """
 
     block: bytes
+    facts: HeaderFacts
 
 
 @dataclass(frozen=True, slots=True)

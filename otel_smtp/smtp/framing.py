@@ -8,8 +8,8 @@ Content goes through three small machines, each fed with octets in pieces of any
 Rules that hold throughout:
 
 * Cutting the input differently never changes the result. What cannot be decided yet is held back, never guessed.
-* Only CRLF.CRLF ends DATA (P4). Any other line end in content is bare: it is normalised to CRLF or refused, and the dots of
-  the lines that it begins are treated after that, so that no receiver can read an end where we saw none.
+* Only CRLF.CRLF ends DATA (P4). Any other line end in content is bare: it is normalised to CRLF or refused, and the
+  dots of the lines that it begins are treated after that, so that no receiver can read an end where we saw none.
 * No loop over single octets: everything is done by searches and replacements over whole pieces.
 """
 
@@ -22,9 +22,9 @@ END_OF_DATA: Final = b"\r\n.\r\n"
 # the start of a line that may be stuffed, stand alone, or begin the end of data.
 _UNDECIDED = re.compile(rb"(?:\r\n?|\n)(?:\.\r?)?\Z")
 _LINE_END = re.compile(rb"\r\n|\r|\n")
-# RFC 5321 4.5.2: a leading dot is deleted if there are other characters on the line.
-_STUFFED_DOT = re.compile(rb"(\r\n)\.(?!\r\n)")
-_ALL_BUT_LINE_ENDS: Final = bytes(octet for octet in range(256) if octet not in b"\r\n")
+# RFC 5321 4.5.2: a leading dot is deleted if there are other characters on the line. At the end of a piece there are
+# none: a dot is only left there if a line end follows it.
+_STUFFED_DOT = re.compile(rb"(\r\n)\.(?!\r\n|\Z)")
 # Consecutive well-formed header fields with their folded lines (RFC 5322 2.2), as far as they go.
 _FIELDS = re.compile(rb"(?:[!-9;-~]+[ \t]*:[^\n]*\n(?:[ \t][^\n]*\n)*+)*+")
 
@@ -99,10 +99,10 @@ class ReceiveBuffer:
 def has_bare_line_end(data: bytes) -> bool:
     """Whether `data` holds a CR or LF that is not part of a CRLF; a CRLF must not be cut by its ends.
 
-    Deleting everything else first costs a quarter of a regular expression that looks for bare ones.
+    Three counts cost a tenth of a regular expression that looks for bare ones. Deleting all other octets and comparing
+    what is left would be faster still, and wrong: CR, x, LF would pass.
     """
-    line_ends = data.translate(None, _ALL_BUT_LINE_ENDS)
-    return line_ends != b"\r\n" * (len(line_ends) >> 1)
+    return data.count(b"\r\n") * 2 != data.count(b"\r") + data.count(b"\n")
 
 
 class DotReader:
@@ -153,14 +153,15 @@ class DotReader:
         return self._decode(data) if data else b""
 
     def _decode(self, data: bytes) -> bytes:
-        at_start, self._at_start = self._at_start, False
-        if has_bare_line_end(data):
+        is_first, self._at_start = self._at_start, False
+        if has_bare_line_end(data) or data.endswith(b"\r\n."):
+            # The second: a dot alone on a line whose bare line end is still held back.
             self.bare_line_ends = True
             data = _STUFFED_DOT.sub(rb"\1", _LINE_END.sub(b"\r\n", data))
-            return data[1:] if at_start and data.startswith(b".") and not data.startswith(b".\r\n") else data
+            return data[1:] if is_first and data.startswith(b".") and data[1:3] not in (b"", b"\r\n") else data
         # Every dot behind a CRLF is a stuffed one: a line of one dot would have been the end.
         data = data.replace(b"\r\n.", b"\r\n")
-        return data[1:] if at_start and data.startswith(b".") else data
+        return data[1:] if is_first and data.startswith(b".") and data != b"." else data
 
 
 class ChunkReader:
@@ -242,8 +243,8 @@ class ContentInspector:
 class HeaderSplitter:
     """Holds the header block back until it is whole (RFC 5322 2.1).
 
-    The block ends before the first empty line. Where none comes within the limits, it ends before the first line that is
-    not a header field, so that a long text without a header is content and not an endless header.
+    The block ends before the first empty line. Where none comes within the limits, it ends before the first line that
+    is not a header field, so that a long text without a header is content and not an endless header.
 
     Attributes:
         block: the header block, None until it is known.

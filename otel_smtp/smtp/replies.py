@@ -232,6 +232,7 @@ BARE_LINE_END: Final = _reply(550, "5.6.11", "Bare CR or LF in content", ErrorTy
 MESSAGE_TOO_BIG: Final = _reply(552, "5.3.4", "Message exceeds the size limit", ErrorType.LIMIT)
 NEEDS_SMTPUTF8: Final = _reply(553, "5.6.7", "Non-ASCII address not permitted here", ErrorType.ADDRESS)
 ACCESS_DENIED: Final = _reply(554, "5.7.1", "Access denied", ErrorType.POLICY, closes=True)
+BAD_PROXY_HEADER: Final = _reply(554, "5.5.0", "Bad PROXY header", ErrorType.PROTOCOL, closes=True)
 EARLY_TALKER: Final = _reply(554, "5.5.1", "Command before the greeting", ErrorType.PROTOCOL, closes=True)
 OCTETS_BEHIND_STARTTLS: Final = _reply(554, "5.5.1", "Data behind STARTTLS", ErrorType.PROTOCOL, closes=True)
 LINE_IN_CONTENT_TOO_LONG: Final = _reply(554, "5.6.0", "Line in content too long", ErrorType.CONTENT)
