@@ -181,6 +181,7 @@ class Connection:
         "_info",
         "_is_extended",
         "_load",
+        "_loop",
         "_offer",
         "_policy",
         "_protocol",
@@ -207,6 +208,7 @@ class Connection:
         refusal: Reply | None = None,
         on_illegal: Callable[[IllegalTransition], None],
     ) -> None:
+        self._loop = asyncio.get_running_loop()
         self._stream = stream
         self._info = info
         self._client = info.peer
@@ -262,7 +264,7 @@ class Connection:
     def drain(self) -> None:
         """The gateway shuts down: end the session now if it is between transactions, else after the open one."""
         if not self._protocol.is_in_transaction:
-            self._stream.interrupt()
+            self._stream.deadline = self._loop.time()
 
     async def _finish(self, reason: CloseReason) -> None:
         await self._abort_transaction(Outcome.ABORTED, None)
@@ -286,7 +288,7 @@ class Connection:
     async def _serve(self) -> None:
         timeouts = self._policy.timeouts
         if timeouts.session is not None:
-            self._session_ends = self._stream.now() + timeouts.session
+            self._session_ends = self._loop.time() + timeouts.session
         if is_in(self._policy.proxy_protocol_from, self._info.peer.host) and not await self._read_proxy_header():
             return
         refusal = self._refusal or self._access_refusal()
@@ -355,7 +357,7 @@ class Connection:
     # Reading and writing -----------------------------------------------------------------------------------------
 
     def _begin_request(self) -> None:
-        self._request_began = self._stream.now()
+        self._request_began = self._loop.time()
         self._request_octets = self._stream.octets_received
 
     async def _read_more(self) -> None:
@@ -395,7 +397,7 @@ class Connection:
         """Read the PROXY header that a listed network must send; whether the connection goes on."""
         stream = self._stream
         parser = ProxyHeaderParser()
-        stream.deadline = stream.now() + PROXY_HEADER_SECONDS
+        stream.deadline = self._loop.time() + PROXY_HEADER_SECONDS
         try:
             header = None
             while header is None:
@@ -410,7 +412,8 @@ class Connection:
         if header.source is not None and header.destination is not None:
             self._client = header.source
             self._seen.proxied(header.source, header.destination)
-        stream.unread(header.rest)
+        if header.rest:
+            self._protocol.receive_data(header.rest)
         return True
 
     def _access_refusal(self) -> Reply | None:

@@ -172,10 +172,11 @@ class ServerPolicy:
 class _Transaction:
     """One mail transaction, from the accepted MAIL to its end."""
 
-    __slots__ = ("chunks", "dots", "facts", "header", "inspector", "mail", "number", "recipients", "size_limit")
+    __slots__ = ("chunks", "dots", "facts", "header", "inspector", "mail", "number", "offer", "recipients", "size_limit")
 
-    def __init__(self, mail: Mail, number: int, size_limit: int) -> None:
+    def __init__(self, mail: Mail, number: int, offer: Offer, size_limit: int) -> None:
         self.mail = mail
+        self.offer = offer
         self.number = number
         self.size_limit = size_limit
         self.recipients = 0  # accepted
@@ -236,6 +237,7 @@ class ServerProtocol:
         "_reason",
         "_said_ending",
         "_states",
+        "_told",
         "_transaction",
         "_transactions",
         "_unanswered",
@@ -275,6 +277,7 @@ class ServerProtocol:
         self._eof = False
         self._reason: CloseReason | None = None
         self._said_ending = False
+        self._told: Offer | None = None  # what the last EHLO of this session offered
         self._ehlo_reply: tuple[Offer, Reply] | None = None
 
     # What the driver tells -------------------------------------------------------------------------------------
@@ -324,6 +327,7 @@ class ServerProtocol:
             raise LocalProtocolError("tls_started without a handshake")
         self._in.clear()
         self._is_tls = True
+        self._told = None
         self._ehlo_reply = None
         self._phase = Phase.CONNECTED if self._policy.tls_mode is TlsMode.STARTTLS else Phase.UNGREETED
         self._states.enter(ConnState.ACTIVE, tls_version=version, tls_cipher=cipher)
@@ -462,7 +466,9 @@ class ServerProtocol:
             self._send(reply, Verb.MAIL)
             return
         self._transactions += 1
-        self._transaction = _Transaction(mail, self._transactions, self._message_size_limit())
+        self._transaction = _Transaction(
+            mail, self._transactions, self._told or self._own_offer(), self._message_size_limit()
+        )
         self._phase = Phase.MAIL
         self._states.enter(ConnState.ACTIVE)  # recorded only where the level was Idle
         self._send(reply, Verb.MAIL)
@@ -537,8 +543,8 @@ class ServerProtocol:
             length = self._in.find_line(limit)
             if length > 0:
                 return self._in.take(length)[:-2]
-            if length == 0:
-                return None
+            if length == 0 or self._unanswered:
+                return None  # a line that is too long is answered in its turn
             self._discard_limit = limit * _DISCARD_FACTOR
         discarded, is_whole = self._in.discard_line()
         self._discarded += discarded
@@ -595,7 +601,7 @@ class ServerProtocol:
             isinstance(command, RcptTo)
             and transaction is not None
             and transaction.recipients + len(self._unanswered) < self._policy.limits.recipients
-            and unsupported_recipient(command.recipient, transaction.mail, self._offer()) is None
+            and unsupported_recipient(command.recipient, transaction.mail, transaction.offer) is None
         )
 
     # Commands ----------------------------------------------------------------------------------------------------
@@ -688,11 +694,13 @@ class ServerProtocol:
     def _ehlo(self) -> Reply:
         offer = self._offer()
         if self._ehlo_reply is None or self._ehlo_reply[0] is not offer:
-            self._ehlo_reply = (offer, replies.hello(self._policy.hostname, keywords(self._own_offer(offer))))
+            self._told = self._own_offer()
+            self._ehlo_reply = (offer, replies.hello(self._policy.hostname, keywords(self._told)))
         return self._ehlo_reply[1]
 
-    def _own_offer(self, offer: Offer) -> Offer:
+    def _own_offer(self) -> Offer:
         limits = self._policy.limits
+        offer = self._offer()
         return replace(
             offer,
             size=self._message_size_limit(),
@@ -721,7 +729,8 @@ class ServerProtocol:
         elif mail.size is not None and mail.size > self._message_size_limit():
             # RFC 1870 6.1: refused before a single octet of it is sent.
             self._send(replies.MESSAGE_TOO_BIG, Verb.MAIL)
-        elif (refusal := unsupported(mail, self._offer(), is_tls=self._is_tls)) is not None:
+        elif (refusal := unsupported(mail, self._told or self._own_offer())) is not None:
+            # Held against what this session was told; whether the upstream still keeps it is asked above.
             self._send(refusal, Verb.MAIL)
         else:
             self._ask(MailRequested(mail))
@@ -730,7 +739,7 @@ class ServerProtocol:
         assert self._transaction is not None
         if self._transaction.recipients >= self._policy.limits.recipients:
             self._send(replies.TOO_MANY_RECIPIENTS, Verb.RCPT)
-        elif (refusal := unsupported_recipient(command.recipient, self._transaction.mail, self._offer())) is not None:
+        elif (refusal := unsupported_recipient(command.recipient, self._transaction.mail, self._transaction.offer)) is not None:
             self._send(refusal, Verb.RCPT)
         else:
             self._ask(RecipientRequested(command.recipient))
