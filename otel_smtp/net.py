@@ -70,6 +70,7 @@ class Stream(asyncio.BufferedProtocol):
         "_loss",
         "_on_connected",
         "_owner_pauses",
+        "_ration",
         "_reader",
         "_timer",
         "_timer_at",
@@ -104,6 +105,7 @@ class Stream(asyncio.BufferedProtocol):
         self._timer_at = 0.0
         self._linger: asyncio.TimerHandle | None = None
         self._has_expired = False
+        self._ration = 0  # octets to take from the kernel at once, then pause; 0: all there are
         self._owner_pauses = False
         self._water_pauses = False
         self._write_paused = False
@@ -174,6 +176,22 @@ class Stream(asyncio.BufferedProtocol):
             self._water_pauses = False
             self._apply_pause()
         return data
+
+    async def read_sparingly(self, octets: int) -> bytes:
+        """At most `octets`; what follows stays with the kernel, for whoever reads next (TLS behind a PROXY header).
+
+        Reading must have been paused since the connection was accepted, and is paused when this returns.
+
+        Raises:
+            TimeoutError: as `read`.
+        """
+        self._ration = octets
+        self.resume_reading()
+        try:
+            return await self.read()
+        finally:
+            self._ration = 0
+            self.pause_reading()
 
     def pause_reading(self) -> None:
         """Leave what arrives with the kernel until `resume_reading` or `start_tls`."""
@@ -311,13 +329,15 @@ class Stream(asyncio.BufferedProtocol):
 
     def get_buffer(self, sizehint: int) -> memoryview:
         """The buffer of the process: it is filled and emptied within one call of the loop."""
-        return _RECEIVE_BUFFER
+        return _RECEIVE_BUFFER[: self._ration] if self._ration else _RECEIVE_BUFFER
 
     def buffer_updated(self, nbytes: int) -> None:
         """Copy out what arrived, and wake the reader."""
         self._chunks.append(bytes(_RECEIVE_BUFFER[:nbytes]))
         self.octets_received += nbytes
         self._unread += nbytes
+        if self._ration:
+            self.pause_reading()
         if self._unread > HIGH_WATER_OCTETS and not self._water_pauses:
             self._water_pauses = True
             self._apply_pause()

@@ -35,7 +35,12 @@ from otel_smtp.observer import (
     TraceHeaders,
     TransactionObserver,
 )
-from otel_smtp.server.proxy_protocol import ProxyError, ProxyHeaderParser
+from otel_smtp.server.proxy_protocol import (
+    SHORTEST_HEADER_OCTETS,
+    ProxyHeader,
+    ProxyHeaderParser,
+    ProxyProtocolError,
+)
 from otel_smtp.server.users import Accepted, Authenticator, Challenge, Exchange
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Recipient
@@ -291,6 +296,8 @@ class Connection:
             self._session_ends = self._loop.time() + timeouts.session
         if is_in(self._policy.proxy_protocol_from, self._info.peer.host) and not await self._read_proxy_header():
             return
+        if self._info.tls_mode is not TlsMode.IMPLICIT:
+            self._stream.resume_reading()
         refusal = self._refusal or self._access_refusal()
         if refusal is not None:
             self._protocol.refuse(refusal)
@@ -398,22 +405,22 @@ class Connection:
         stream = self._stream
         parser = ProxyHeaderParser()
         stream.deadline = self._loop.time() + PROXY_HEADER_SECONDS
+        header: ProxyHeader | None = None
+        octets = SHORTEST_HEADER_OCTETS
         try:
-            header = None
             while header is None:
-                data = await stream.read()
+                data = await stream.read_sparingly(octets)
                 if not data:
                     return False
                 header = parser.feed(data)
-        except (ProxyError, TimeoutError):
+                octets = 1
+        except (ProxyProtocolError, TimeoutError):
             logger.warning("bad PROXY header", extra={"connection_id": self._info.id})
             self._protocol.refuse(replies.BAD_PROXY_HEADER)
             return False
         if header.source is not None and header.destination is not None:
             self._client = header.source
             self._seen.proxied(header.source, header.destination)
-        if header.rest:
-            self._protocol.receive_data(header.rest)
         return True
 
     def _access_refusal(self) -> Reply | None:

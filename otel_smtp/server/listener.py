@@ -16,7 +16,7 @@ from otel_smtp.server.connection import Connection, ListenerPolicy
 from otel_smtp.server.users import FailureRate
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.replies import Reply
-from otel_smtp.smtp.states import IllegalTransition
+from otel_smtp.smtp.states import IllegalTransition, TlsMode
 
 logger: Final = logging.getLogger("otel_smtp.server.listener")
 
@@ -91,7 +91,13 @@ class Server:
             for listening in self._listeners:
                 addresses = bound.setdefault(listening.policy.name, [])
                 for address in listening.addresses:
-                    listener = await listen(address, self._acceptor(listening.policy), reuse_port=self._reuse_port)
+                    acceptor = self._acceptor(listening.policy)
+                    if address.port is None:
+                        listener = await listen(acceptor, path=address.host)
+                    else:
+                        listener = await listen(
+                            acceptor, host=address.host, port=address.port, reuse_port=self._reuse_port
+                        )
                     self._listening.append(listener)
                     addresses.extend(listener.addresses)
         except OSError:
@@ -128,6 +134,12 @@ class Server:
         """Count a failed AUTH against its address."""
         self._auth_failures.count(client.host, asyncio.get_running_loop().time())
 
+    async def _listen(self, policy: ListenerPolicy, address: Endpoint) -> Listener:
+        acceptor = self._acceptor(policy)
+        if address.port is None:
+            return await listen(acceptor, path=address.host)
+        return await listen(acceptor, host=address.host, port=address.port, reuse_port=self._reuse_port)
+
     def _acceptor(self, policy: ListenerPolicy) -> Callable[[Stream], None]:
         def accept(stream: Stream) -> None:
             self._accept(policy, stream)
@@ -144,6 +156,9 @@ class Server:
             transport="tcp" if stream.peer.port is not None else "unix",
             tls_mode=policy.protocol.tls_mode,
         )
+        if policy.protocol.tls_mode is TlsMode.IMPLICIT or policy.proxy_protocol_from:
+            # What comes first is for the TLS layer, or is a PROXY header and not one octet more.
+            stream.pause_reading()
         client = _countable(stream.peer)
         refusal = self._capacity_refusal(client)
         connection = Connection(
