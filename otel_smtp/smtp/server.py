@@ -172,7 +172,18 @@ class ServerPolicy:
 class _Transaction:
     """One mail transaction, from the accepted MAIL to its end."""
 
-    __slots__ = ("chunks", "dots", "facts", "header", "inspector", "mail", "number", "offer", "recipients", "size_limit")
+    __slots__ = (
+        "chunks",
+        "dots",
+        "facts",
+        "header",
+        "inspector",
+        "mail",
+        "number",
+        "offer",
+        "recipients",
+        "size_limit",
+    )
 
     def __init__(self, mail: Mail, number: int, offer: Offer, size_limit: int) -> None:
         self.mail = mail
@@ -739,7 +750,9 @@ class ServerProtocol:
         assert self._transaction is not None
         if self._transaction.recipients >= self._policy.limits.recipients:
             self._send(replies.TOO_MANY_RECIPIENTS, Verb.RCPT)
-        elif (refusal := unsupported_recipient(command.recipient, self._transaction.mail, self._transaction.offer)) is not None:
+        elif (
+            refusal := unsupported_recipient(command.recipient, self._transaction.mail, self._transaction.offer)
+        ) is not None:
             self._send(refusal, Verb.RCPT)
         else:
             self._ask(RecipientRequested(command.recipient))
