@@ -1,0 +1,220 @@
+"""Spans and events in words: what stands beside a bar, in the order in which one wants to read it."""
+
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
+
+Attributes = Mapping[str, Any]
+
+
+class Word(NamedTuple):
+    """A piece of text that is not broken across lines, and how it looks (a style of rich)."""
+
+    text: str
+    style: str = ""
+
+
+# What the row says in other ways: by its name, its place, its time.
+_SAID_OTHERWISE: Final = frozenset(
+    {
+        "smtp.connection.id",
+        "smtp.listener",
+        "smtp.state",
+        "smtp.state.previous",
+        "smtp.state.level",
+        "smtp.state.sequence",
+        "smtp.state.previous_duration",
+        "smtp.transaction.number",
+        "smtp.upstream.name",
+        "smtp.message.id",
+        "network.transport",
+        "network.type",
+        "network.protocol.name",
+        "peer.service",
+        "service.peer.name",
+    }
+)
+
+STATE_STYLES: Final[Mapping[str, str]] = {
+    "New": "bold",
+    "StartTLS": "blue",
+    "Active": "green",
+    "Auth": "magenta",
+    "Data": "cyan",
+    "Reset": "yellow",
+    "Idle": "dim",
+    "Error": "bold red",
+    "Closed": "bold",
+}
+
+_OUTCOME_STYLES: Final[Mapping[str, str]] = {
+    "relayed": "green",
+    "queued": "green",
+    "refused": "red",
+    "deferred": "yellow",
+    "aborted": "yellow",
+    "unknown": "bold red",
+}
+
+
+def code_style(code: int) -> str:
+    """The colour of a reply code by its class (RFC 5321 4.2.1)."""
+    return {2: "green", 3: "cyan", 4: "yellow", 5: "red"}.get(code // 100, "")
+
+
+def outcome_style(outcome: str) -> str:
+    """The colour of an outcome."""
+    return _OUTCOME_STYLES.get(outcome, "")
+
+
+def octets(count: int) -> str:
+    """A size for people: 1 decimal from a kibibyte on."""
+    for unit, factor in (("MiB", 1024 * 1024), ("KiB", 1024)):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count} B"
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 recipient`, `2 recipients`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def duration(nanoseconds: int) -> str:
+    """A length of time for people, three digits or so."""
+    milliseconds = nanoseconds / 1e6
+    if milliseconds < 10:
+        return f"{milliseconds:.2f} ms"
+    if milliseconds < 1000:
+        return f"{milliseconds:.1f} ms"
+    return f"{milliseconds / 1000:.2f} s"
+
+
+class _Reader:
+    """Takes attributes one after the other; what nobody took is told at the end as it is."""
+
+    def __init__(self, attributes: Attributes) -> None:
+        self._left = dict(attributes)
+        self.words: list[Word] = []
+
+    def take(self, key: str) -> Any:
+        return self._left.pop(key, None)
+
+    def add(self, key: str, style: str = "") -> None:
+        value = self.take(key)
+        if value not in (None, ""):
+            self.words.append(Word(plain(value), style))
+
+    def add_reply(self) -> None:
+        """Verb, code, enhanced code and text of a reply."""
+        self.add("smtp.verb", "bold")
+        code, enhanced = self.take("smtp.reply.code"), self.take("smtp.reply.enhanced_code")
+        text = self.take("smtp.reply.text")
+        if code is not None:
+            self.words.append(Word(plain(f"{code} {enhanced}" if enhanced else code), code_style(int(code))))
+        if text:
+            self.words.append(Word(plain(text)))
+
+    def add_tls(self) -> None:
+        version = self.take("tls.protocol.version")
+        if version:
+            self.words.append(Word(f"TLS {plain(version)}", "blue"))
+        self.add("tls.cipher", "dim")
+
+    def rest(self) -> list[Word]:
+        left = sorted((key, value) for key, value in self._left.items() if key not in _SAID_OTHERWISE)
+        return self.words + [Word(f"{key.removeprefix('smtp.')}={plain(value)}", "dim") for key, value in left]
+
+
+def plain(value: Any) -> str:
+    """An attribute's value as text of one line."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, (list, tuple)):
+        return ",".join(plain(item) for item in value)
+    # A peer's text must not steer the terminal, whoever cleaned it before.
+    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in str(value))
+
+
+def _endpoint(reader: _Reader, side: str) -> str:
+    address, port = reader.take(f"{side}.address"), reader.take(f"{side}.port")
+    if address is None:
+        return ""
+    host = f"[{plain(address)}]" if ":" in str(address) else plain(address)
+    return host if port is None else f"{host}:{plain(port)}"
+
+
+def event_words(name: str, attributes: Attributes) -> list[Word]:
+    """What an event says beside its name."""
+    reader = _Reader(attributes)
+    reader.add("smtp.auth.mechanism", "magenta")
+    mode = reader.take("smtp.tls.mode")
+    if mode not in (None, "off"):
+        reader.words.append(Word(plain(mode), "blue"))
+    if (number := reader.take("smtp.transaction.number")) is not None:
+        reader.words.append(Word(f"message {plain(number)}"))
+    if (count := reader.take("smtp.transaction.recipient_count")) is not None:
+        reader.words.append(Word(counted(int(count), "recipient")))
+    reader.add("smtp.reset.cause")
+    reader.add_reply()
+    reader.add("error.type", "red")
+    reader.add("smtp.close.reason")
+    reader.add_tls()
+    if name.endswith(".closed"):
+        _add_totals(reader)
+    return reader.rest()
+
+
+def _add_totals(reader: _Reader) -> None:
+    if (messages := reader.take("smtp.connection.messages")) is not None:
+        reader.words.append(Word(counted(int(messages), "message")))
+    received, sent = reader.take("smtp.connection.octets_received"), reader.take("smtp.connection.octets_sent")
+    if received is not None and sent is not None:
+        reader.words.append(Word(f"{octets(int(received))} in, {octets(int(sent))} out", "dim"))
+    errors = reader.take("smtp.connection.errors")
+    if errors:
+        reader.words.append(Word(counted(int(errors), "error"), "red"))
+
+
+def span_words(name: str, attributes: Attributes) -> list[Word]:
+    """What a span says beside its name, its duration aside."""
+    reader = _Reader(attributes)
+    match name:
+        case "smtp.connection":
+            client, server = _endpoint(reader, "client"), _endpoint(reader, "server")
+            reader.words += [Word(client)] if client else []
+            reader.words += [Word(f"→ {server}")] if server else []
+            if helo := reader.take("smtp.helo"):
+                reader.words.append(Word(f"“{plain(helo)}”", "italic"))
+            for side in ("network.peer.address", "network.peer.port", "smtp.close.reason", "smtp.tls.mode"):
+                reader.take(side)
+            _add_totals(reader)
+        case "smtp.transaction":
+            if outcome := reader.take("smtp.outcome"):
+                reader.words.append(Word(plain(outcome), outcome_style(str(outcome))))
+            reader.add_reply()
+            sender, recipients = reader.take("smtp.mail.from.domain"), reader.take("smtp.rcpt.domains")
+            if sender is not None or recipients:
+                reader.words.append(Word(f"{plain(sender or '<>')} → {plain(recipients or '?')}"))
+            if (count := reader.take("smtp.transaction.recipient_count")) is not None:
+                reader.words.append(Word(counted(int(count), "recipient")))
+            if refused := reader.take("smtp.transaction.recipients_refused"):
+                reader.words.append(Word(f"{plain(refused)} refused", "red"))
+            if (size := reader.take("smtp.message.size")) is not None:
+                reader.words.append(Word(octets(int(size))))
+            reader.add("smtp.body", "dim")
+        case "smtp.delivery":
+            reader.add_reply()
+            if server := _endpoint(reader, "server"):
+                reader.words.append(Word(f"→ {server}"))
+            if attempt := reader.take("smtp.delivery.attempt"):
+                reader.words += [Word(f"attempt {plain(attempt)}", "yellow")] if int(attempt) > 1 else []
+            if reader.take("smtp.pool.reused"):
+                reader.words.append(Word("reused", "green"))
+            if wait := reader.take("smtp.pool.wait"):
+                reader.words.append(Word(f"pool {duration(int(float(wait) * 1e9))}", "dim"))
+            if (trips := reader.take("smtp.round_trips")) is not None:
+                reader.words.append(Word(counted(int(trips), "round trip"), "dim"))
+            reader.take("smtp.outcome")
+    reader.add("error.type", "red")
+    reader.add_tls()
+    return reader.rest()
