@@ -1,23 +1,64 @@
-"""The header block of a message: what it says of hops and traces."""
+"""The header block in passing: our Received field, the count of hops, trace headers in and out.
+
+Theory of operation
+-------------------
+The block is searched, never parsed: whole-block `lower`, `find` and `count` cost microseconds where a loop over lines
+costs tens. A field begins at the start of the block or behind an LF, with its name in any case, blanks and a colon
+(the blanks before the colon are RFC 5322 4.5's obsolete form, which readers must understand). A line that begins with
+a blank belongs to the field before it.
+
+A bare LF counts as a line end here although content normally has none left: whoever reads the message behind us may
+take it for one, and then a trace header behind it would be a header to them (P13).
+
+No field but the trace headers is ever changed, no octet of any other is touched (P5).
+"""
 
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
 from typing import Final
 
-_FIELD: Final = re.compile(
-    rb"^(received|traceparent|tracestate|message-id)[ \t]*:((?:[^\r\n]|\r\n[ \t])*)", re.IGNORECASE | re.MULTILINE
-)
+from otel_smtp.smtp.errors import LocalProtocolError
+from otel_smtp.smtp.paths import address_literal, is_address_literal, is_domain, is_mailbox
+
+MAX_TRACE_VALUE_OCTETS: Final = 512
+"""Longest trace header value that is read; W3C Trace Context 3.3.1.5 asks for at least this much of tracestate."""
+
+MAX_MESSAGE_ID_OCTETS: Final = 998
+"""Longest Message-ID that is read: a line of RFC 5322 2.1.1."""
+
+# Each pattern is for the lower-case block with an LF put in front; a match begins with the LF before the field and ends
+# before the field's own last LF, so that what is left without it is whole lines again. Literal beginnings and
+# possessive loops keep the search fast and linear.
+_BODY = rb"[ \t]*+:([^\n]*+(?:\n[ \t][^\n]*+)*+)"
+_WANTED = re.compile(rb"\n(received|traceparent|tracestate|message-id)[ \t]*+:")
+_TRACEPARENT = re.compile(rb"\ntraceparent" + _BODY)
+_TRACESTATE = re.compile(rb"\ntracestate" + _BODY)
+_TRACE_FIELD = re.compile(rb"\ntrace(?:parent|state)" + _BODY)
+_MESSAGE_ID = re.compile(rb"\nmessage-id" + _BODY)
+
+_ATOM = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~.-]+")
+_WORDS = re.compile(r"[A-Za-z0-9 ,:+._-]+")  # of a date, of a TLS comment
+_FIELD_NAME = re.compile(r"[!-9;-~]+")  # ftext (RFC 5322 2.2)
+_FIELD_VALUE = re.compile(r"[ -~]{0,998}")
+
+_DAYS: Final = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+_MONTHS: Final = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
 
 @dataclass(frozen=True, slots=True)
 class HeaderFacts:
-    """What is read out of a header block.
+    """What the gateway wants to know of a header block.
 
     Attributes:
-        hops: Received fields (RFC 5321 6.3).
-        traceparents: values of traceparent fields, unfolded, at most two: two are ignored as one forged.
-        tracestate: the value of the first tracestate field, "" where none.
-        message_id: the value of the first Message-ID field, None where none.
+        hops: number of Received fields.
+        traceparents: the values of the traceparent fields, unfolded and not yet judged, at most two: a second one is
+            reason enough to believe none. A value that is too long or not ASCII is "".
+        tracestate: the value of the first tracestate field, as above; "" where there is none.
+        message_id: the value of the first Message-ID field, with its angle brackets; None where there is none. The
+            client's word: any printable or unprintable character.
     """
 
     hops: int = 0
@@ -26,23 +67,177 @@ class HeaderFacts:
     message_id: str | None = None
 
 
+def with_protocol(*, is_extended: bool, is_lmtp: bool, is_tls: bool, is_authenticated: bool, is_utf8: bool) -> str:
+    """The word of Received's "with" clause (RFC 3848, RFC 6531 4.3; IANA "Mail Transmission Types").
+
+    Args:
+        is_extended: the client greeted with EHLO, not with HELO.
+        is_lmtp: it greeted with LHLO.
+        is_utf8: MAIL of this message had SMTPUTF8.
+    """
+    if not is_extended and not is_lmtp:
+        return "SMTP"  # without extensions there is no AUTH, and no registered word for TLS
+    prefix = "UTF8" if is_utf8 else "" if is_lmtp else "E"
+    return f"{prefix}{'LMTP' if is_lmtp else 'SMTP'}{'S' if is_tls else ''}{'A' if is_authenticated else ''}"
+
+
+def rfc5322_date(unix_seconds: float) -> str:
+    """A moment as date-time of RFC 5322 3.3, in UTC: "Thu, 1 Jan 1970 00:00:00 +0000".
+
+    Args:
+        unix_seconds: since 1970-01-01 00:00 UTC; the fraction is dropped.
+    """
+    return _date_of_second(int(unix_seconds // 1))
+
+
+def received_header(
+    *,
+    helo: str,
+    peer_host: str,
+    by: str,
+    with_protocol: str,
+    identifier: str,
+    date: str,
+    recipient: str | None = None,
+    tls: str | None = None,
+) -> bytes:
+    """The Received field to put on top of a message (RFC 5321 4.4), folded, with its CRLF.
+
+    Only what has the form of its token goes in, so that nothing a client says can end the field or forge another one
+    (F2): a greeting name that is no domain or literal gives way to the client's address, a recipient that is no
+    mailbox is left out.
+
+    Args:
+        helo: the client's name as it gave it.
+        peer_host: the client's IP address; anything else (the path of a unix socket) becomes "(local)".
+        by: our own host name.
+        with_protocol: see the function of that name.
+        identifier: the message's id with us: letters, digits and what else an atom has.
+        date: see `rfc5322_date`.
+        recipient: the mailbox for the "for" clause, where there is exactly one (RFC 5321 7.2: more would disclose
+            blind copies). A non-ASCII one stands only in an internationalised message.
+        tls: version and cipher, for people.
+
+    Raises:
+        LocalProtocolError: one of our own words is malformed.
+    """
+    host = _peer(peer_host)
+    if not (helo.isascii() and (is_domain(helo) or is_address_literal(helo))):
+        helo = host or "unknown"
+    for word, pattern in ((with_protocol, _ATOM), (identifier, _ATOM), (date, _WORDS), (tls or "-", _WORDS)):
+        if pattern.fullmatch(word) is None:
+            raise LocalProtocolError(f"malformed word for the Received field: {word!r}")
+    if not _is_own_name(by):
+        raise LocalProtocolError(f"not a host name for the Received field: {by!r}")
+    tls_comment = f" ({tls})" if tls else ""
+    for_clause = ""
+    if recipient is not None and is_mailbox(recipient):
+        for_clause = f"\r\n for <{recipient}>" if recipient.isascii() or with_protocol.startswith("UTF8") else ""
+    return (
+        f"Received: from {helo} ({host or 'local'})\r\n"
+        f" by {by} with {with_protocol}{tls_comment}\r\n"
+        f" id {identifier}{for_clause};\r\n"
+        f" {date}\r\n"
+    ).encode()
+
+
 def inspect_header(block: bytes) -> HeaderFacts:
-    """Read the facts out of a header block, in one pass."""
-    hops = 0
-    traceparents: list[str] = []
+    """Count the hops and read trace headers and Message-ID.
+
+    Args:
+        block: the header lines, each with its line end, without the empty line behind them; b"" for none.
+    """
+    lower = b"\n" + block.lower()
+    wanted = _WANTED.findall(lower)
+    traceparents: tuple[str, ...] = ()
     tracestate = ""
-    message_id: str | None = None
-    for match in _FIELD.finditer(block):
-        name = match[1].lower()
-        if name == b"received":
-            hops += 1
-            continue
-        value = match[2].replace(b"\r\n", b"").strip().decode("ascii", "replace")
-        if name == b"traceparent":
-            if len(traceparents) < 2:
-                traceparents.append(value)
-        elif name == b"tracestate":
-            tracestate = tracestate or value
-        elif message_id is None:
-            message_id = value
-    return HeaderFacts(hops, tuple(traceparents), tracestate, message_id)
+    message_id = None
+    if b"traceparent" in wanted:
+        traceparents = tuple(_trace_value(block, field) for field in islice(_TRACEPARENT.finditer(lower), 2))
+    if b"tracestate" in wanted and (field := _TRACESTATE.search(lower)) is not None:
+        tracestate = _trace_value(block, field)
+    if b"message-id" in wanted and (field := _MESSAGE_ID.search(lower)) is not None:
+        message_id = _value(block, field)[:MAX_MESSAGE_ID_OCTETS].decode("utf-8", "replace")
+    return HeaderFacts(wanted.count(b"received"), traceparents, tracestate, message_id)
+
+
+def replace_trace_headers(block: bytes, carrier: Mapping[str, str] | None) -> bytes:
+    """Take every traceparent and tracestate field out of `block` and put those of `carrier` on top.
+
+    Args:
+        block: as for `inspect_header`.
+        carrier: fields by name, as a propagator writes them; empty: only take out; None: leave the block as it is.
+            What is not fit for a header line is left out: a lost trace is better than a lost mail.
+    """
+    if carrier is None:
+        return block
+    lower = b"\n" + block.lower()
+    if b"\ntrace" in lower:
+        block = _without(block, _TRACE_FIELD.finditer(lower))
+    fields = "".join(
+        f"{name}: {value}\r\n"
+        for name, value in carrier.items()
+        if _FIELD_NAME.fullmatch(name) is not None and _FIELD_VALUE.fullmatch(value) is not None
+    )
+    return fields.encode("ascii") + block
+
+
+@lru_cache(maxsize=4096)
+def _peer(host: str) -> str:
+    """The address literal of `host`, "" if it is no IP address."""
+    try:
+        return address_literal(host)
+    except ValueError:
+        return ""
+
+
+@lru_cache(maxsize=16)
+def _is_own_name(name: str) -> bool:
+    return name.isascii() and (is_domain(name) or is_address_literal(name))
+
+
+@lru_cache(maxsize=4)
+def _date_of_second(unix_seconds: int) -> str:
+    days, second_of_day = divmod(unix_seconds, 86400)
+    hour, second_of_hour = divmod(second_of_day, 3600)
+    minute, second = divmod(second_of_hour, 60)
+    return f"{_day(days)} {hour:02}:{minute:02}:{second:02} +0000"
+
+
+@lru_cache(maxsize=4)
+def _day(days: int) -> str:
+    """The proleptic Gregorian date of a day since 1970-01-01, which was a Thursday.
+
+    Reckoned in eras of 400 years (146097 days) that begin on 1 March, so that the leap day is a year's last.
+    """
+    era, day_of_era = divmod(days + 719468, 146097)  # 719468 days from 0000-03-01 to 1970-01-01
+    year_of_era = (day_of_era - day_of_era // 1460 + day_of_era // 36524 - day_of_era // 146096) // 365
+    day_of_year = day_of_era - (365 * year_of_era + year_of_era // 4 - year_of_era // 100)
+    month_from_march = (5 * day_of_year + 2) // 153  # five months from March on have 153 days
+    day = day_of_year - (153 * month_from_march + 2) // 5 + 1
+    month = (month_from_march + 2) % 12
+    year = era * 400 + year_of_era + (month < 2)
+    return f"{_DAYS[(days + 3) % 7]}, {day} {_MONTHS[month]} {year:04}"
+
+
+def _without(block: bytes, fields: Iterable[re.Match[bytes]]) -> bytes:
+    block = b"\n" + block
+    kept = []
+    position = 0
+    for field in fields:
+        kept.append(block[position : field.start()])
+        position = field.end()
+    # A last field without its LF was taken with the LF before it; that one belongs to the line before.
+    kept.append(block[position:] or b"\n")
+    return b"".join(kept)[1:]
+
+
+def _value(block: bytes, field: re.Match[bytes]) -> bytes:
+    """The unfolded value (RFC 5322 2.2.3) of a field found in the copy, which has one octet more in front."""
+    start, end = field.span(1)
+    return block[start - 1 : end - 1].replace(b"\r", b"").replace(b"\n", b"").strip(b" \t")
+
+
+def _trace_value(block: bytes, field: re.Match[bytes]) -> str:
+    value = _value(block, field)
+    return value.decode("ascii") if len(value) <= MAX_TRACE_VALUE_OCTETS and value.isascii() else ""
