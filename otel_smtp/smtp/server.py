@@ -203,11 +203,20 @@ class _Chunk:
 
     __slots__ = ("is_last", "refusal", "remaining", "size")
 
-    def __init__(self, size: int, *, is_last: bool, refusal: Reply | None) -> None:
+    def __init__(self, size: int, *, is_last: bool) -> None:
         self.size = size
         self.remaining = size
         self.is_last = is_last
-        self.refusal = refusal  # the octets are only read off, then this is said
+        self.refusal: _Refusal | None = None  # the octets are only read off, then this is said
+
+
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    """What is said to a BDAT that is refused, once its octets are read off."""
+
+    reply: Reply
+    copies: int  # the reply is sent so many times: once for each recipient over LMTP
+    phase: Phase  # where the session then stands
 
 
 class ServerProtocol:
@@ -338,6 +347,8 @@ class ServerProtocol:
             raise LocalProtocolError("tls_started without a handshake")
         self._in.clear()
         self._is_tls = True
+        self._is_authenticated = False  # whoever was in the middle may have said it
+        self._auth_mechanism = None
         self._told = None
         self._ehlo_reply = None
         self._phase = Phase.CONNECTED if self._policy.tls_mode is TlsMode.STARTTLS else Phase.UNGREETED
@@ -491,10 +502,12 @@ class ServerProtocol:
         self._send(reply, Verb.RCPT)
 
     def _answer_starttls(self, reply: Reply) -> None:
-        if reply.code != 220:
+        if len(self._in):
+            # Octets behind STARTTLS would be run inside TLS as if the client had sent them there (CVE-2011-0411).
+            self._in.clear()
+            self._send(replies.OCTETS_BEHIND_STARTTLS, Verb.STARTTLS)
+        elif reply.code != 220:
             self._send(reply, Verb.STARTTLS)
-        elif len(self._in):
-            self._refuse_injection()
         else:
             self._phase = Phase.HANDSHAKE
             self._states.enter(ConnState.STARTTLS, tls_mode=TlsMode.STARTTLS)
@@ -670,7 +683,7 @@ class ServerProtocol:
             self._fail_auth(refused.reply)
         elif refused.verb is Verb.BDAT and self._phase is Phase.CHUNKING:
             # How many octets follow is not known, so the message cannot go on.
-            self._refuse_message(refused.reply)
+            self._refuse_message(refused.reply, Verb.BDAT)
         else:
             self._send(refused.reply, refused.verb or "other")
 
@@ -684,6 +697,9 @@ class ServerProtocol:
                 self._read_off(command, replies.NO_VALID_RECIPIENTS if self._phase is Phase.MAIL else reply)
             case Data() if self._phase is Phase.MAIL:
                 self._send(replies.NO_VALID_RECIPIENTS, verb)
+            case Data() if self._phase is Phase.CHUNKING:
+                # RFC 3030 2: DATA after BDAT is a 503 and leaves nothing that could go on.
+                self._refuse_message(reply, verb)
             case _:
                 self._send(reply, verb)
 
@@ -777,12 +793,13 @@ class ServerProtocol:
             if self._phase is Phase.CHUNKING:
                 self._messages += 1
             self._drop_transaction(replies.MESSAGE_TOO_BIG)
-            self._read_off(command, replies.MESSAGE_TOO_BIG)
+            copies = self._final_replies(transaction) if command.last else 1
+            self._read_off(command, replies.MESSAGE_TOO_BIG, copies=copies)
             return
         if transaction.chunks is None:
             transaction.chunks = ChunkReader(is_binary=transaction.mail.body is Body.BINARY_MIME)
             self._begin_content(transaction)
-        self._chunk = _Chunk(command.size, is_last=command.last, refusal=None)
+        self._chunk = _Chunk(command.size, is_last=command.last)
         self._phase = Phase.CONTENT
 
     def _begin_content(self, transaction: _Transaction) -> None:
@@ -792,13 +809,14 @@ class ServerProtocol:
         self._states.enter(ConnState.DATA, transaction=transaction.number, recipients=transaction.recipients)
         self._events.append(ContentStarted())
 
-    def _read_off(self, command: Bdat, reply: Reply) -> None:
+    def _read_off(self, command: Bdat, reply: Reply, *, copies: int = 1) -> None:
         """Refuse a BDAT, reading its octets off so that they are not run as commands (RFC 3030 2)."""
         if command.size > 2 * self._policy.limits.message_size:
             # Too much to read off: the session ends, or a client could hold it for as long as it liked.
             self._send(replace(replies.BAD_ARGUMENT, closes=True), Verb.BDAT)
             return
-        self._chunk = _Chunk(command.size, is_last=command.last, refusal=reply)
+        self._chunk = _Chunk(command.size, is_last=command.last)
+        self._chunk.refusal = _Refusal(reply, copies, self._phase)
         self._phase = Phase.CONTENT
 
     def _run_auth(self, command: Auth) -> None:
@@ -858,15 +876,9 @@ class ServerProtocol:
             self._send(replies.TLS_ALREADY_ON, Verb.STARTTLS)
         elif self._policy.tls_mode is not TlsMode.STARTTLS:
             self._send(replies.NOT_IMPLEMENTED, Verb.STARTTLS)
-        elif len(self._in):
-            self._refuse_injection()
         else:
+            # Octets behind it are looked for when it is answered: that is the last moment at which they may come.
             self._ask(TlsRequested())
-
-    def _refuse_injection(self) -> None:
-        # Octets behind STARTTLS would be run inside TLS as if the client had sent them there (CVE-2011-0411).
-        self._in.clear()
-        self._send(replies.OCTETS_BEHIND_STARTTLS, Verb.STARTTLS)
 
     # Content -----------------------------------------------------------------------------------------------------
 
@@ -885,7 +897,7 @@ class ServerProtocol:
         assert transaction.inspector is not None
         if transaction.inspector.octets > 2 * transaction.size_limit:
             # The rest is read off within a bound; then the connection ends, or one client could send for ever.
-            self._refuse_message(replace(replies.MESSAGE_TOO_BIG, closes=True))
+            self._refuse_message(replace(replies.MESSAGE_TOO_BIG, closes=True), Verb.DATA)
         elif dots.is_ended:
             self._in.give_back(dots.rest)
             self._finish_content(transaction)
@@ -914,24 +926,18 @@ class ServerProtocol:
             self._take_content(transaction, chunks.finish())
             self._finish_content(transaction)
         elif (refusal := self._content_refusal(transaction)) is not None:
-            self._refuse_message(refusal)
+            self._refuse_message(refusal, Verb.BDAT)
         else:
             self._phase = Phase.CHUNKING
             self._send(replies.chunk_received(chunk.size), Verb.BDAT)
 
-    def _end_refused_chunk(self, refusal: Reply) -> None:
+    def _end_refused_chunk(self, refusal: _Refusal) -> None:
         self._chunk = None
-        self._phase = self._phase_by_transaction()
-        self._send(refusal, Verb.BDAT)
+        self._phase = refusal.phase
+        for _ in range(refusal.copies):
+            self._send(refusal.reply, Verb.BDAT)
         if self._states.level is ConnState.DATA and self._transaction is None:
             self._settle()
-
-    def _phase_by_transaction(self) -> Phase:
-        if self._transaction is None:
-            return Phase.READY
-        if self._transaction.chunks is not None:
-            return Phase.CHUNKING
-        return Phase.RECIPIENTS if self._transaction.recipients else Phase.MAIL
 
     def _take_content(self, transaction: _Transaction, content: bytes) -> None:
         if not content:
@@ -982,17 +988,21 @@ class ServerProtocol:
             self._hand_up(transaction, header.block, body)
         refusal = self._content_refusal(transaction)
         if refusal is not None:
-            self._refuse_message(refusal)
+            self._refuse_message(refusal, self._content_verb(), copies=self._final_replies(transaction))
         else:
             self._ask(ContentEnded(inspector.octets))
 
-    def _refuse_message(self, reply: Reply) -> None:
+    def _refuse_message(self, reply: Reply, verb: Verb, *, copies: int = 1) -> None:
         """Refuse the message that is being received: Error, then Idle."""
-        verb = self._content_verb()
         self._messages += 1
         self._drop_transaction(reply)
-        self._send(reply, verb)
+        for _ in range(copies):
+            self._send(reply, verb)
         self._settle()
+
+    def _final_replies(self, transaction: _Transaction) -> int:
+        """How many replies answer the end of the content: one for each recipient over LMTP (RFC 2033 4.2, 4.3)."""
+        return transaction.recipients if self._policy.is_lmtp else 1
 
     def _content_verb(self) -> Verb:
         return Verb.BDAT if self._transaction is not None and self._transaction.chunks is not None else Verb.DATA
