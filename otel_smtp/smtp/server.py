@@ -225,8 +225,9 @@ class ServerProtocol:
     Args:
         policy: how the listener speaks.
         on_transition: called with each recorded state.
-        offer: what content and envelope extensions can be promised now; asked at each EHLO and MAIL. Its `starttls` and
-            `auth_mechanisms` are ignored: those are the engine's own.
+        offer: what content and envelope extensions can be promised now; asked at each EHLO and MAIL, and cheapest if
+            the same object comes back while nothing has changed. Its `starttls` and `auth_mechanisms` are ignored:
+            those are the engine's own.
         on_reply: called with the verb and each reply, right before it becomes visible in `data_to_send`.
         on_illegal: see `StateMachine`.
 
@@ -239,7 +240,6 @@ class ServerProtocol:
         "_chunk",
         "_discard_limit",
         "_discarded",
-        "_ehlo_reply",
         "_eof",
         "_errors",
         "_events",
@@ -252,6 +252,7 @@ class ServerProtocol:
         "_offer",
         "_on_reply",
         "_out",
+        "_own",
         "_phase",
         "_policy",
         "_reason",
@@ -298,7 +299,7 @@ class ServerProtocol:
         self._reason: CloseReason | None = None
         self._said_ending = False
         self._told: Offer | None = None  # what the last EHLO of this session offered
-        self._ehlo_reply: tuple[Offer, Reply] | None = None
+        self._own: tuple[Offer, Offer, Reply] | None = None  # offered behind us; by us; how EHLO says it
 
     # What the driver tells -------------------------------------------------------------------------------------
 
@@ -350,7 +351,7 @@ class ServerProtocol:
         self._is_authenticated = False  # whoever was in the middle may have said it
         self._auth_mechanism = None
         self._told = None
-        self._ehlo_reply = None
+        self._own = None
         self._phase = Phase.CONNECTED if self._policy.tls_mode is TlsMode.STARTTLS else Phase.UNGREETED
         self._states.enter(ConnState.ACTIVE, tls_version=version, tls_cipher=cipher)
 
@@ -719,23 +720,25 @@ class ServerProtocol:
             self._send(self._ehlo(), command.verb)
 
     def _ehlo(self) -> Reply:
-        offer = self._offer()
-        if self._ehlo_reply is None or self._ehlo_reply[0] is not offer:
-            self._told = self._own_offer()
-            self._ehlo_reply = (offer, replies.hello(self._policy.hostname, keywords(self._told)))
-        return self._ehlo_reply[1]
+        self._told = self._own_offer()
+        assert self._own is not None
+        return self._own[2]
 
     def _own_offer(self) -> Offer:
-        limits = self._policy.limits
+        """What this session can be offered now: what lies behind, our limits, TLS and AUTH."""
         offer = self._offer()
-        return replace(
-            offer,
-            size=self._message_size_limit(),
-            starttls=self._policy.tls_mode is TlsMode.STARTTLS and not self._is_tls,
-            auth_mechanisms=self._offered_mechanisms(),
-            require_tls=offer.require_tls and self._is_tls,
-            limits={"MAILMAX": limits.messages_per_connection, "RCPTMAX": limits.recipients},
-        )
+        if self._own is None or self._own[0] is not offer:
+            limits = self._policy.limits
+            own = replace(
+                offer,
+                size=self._message_size_limit(),
+                starttls=self._policy.tls_mode is TlsMode.STARTTLS and not self._is_tls,
+                auth_mechanisms=self._offered_mechanisms(),
+                require_tls=offer.require_tls and self._is_tls,
+                limits={"MAILMAX": limits.messages_per_connection, "RCPTMAX": limits.recipients},
+            )
+            self._own = (offer, own, replies.hello(self._policy.hostname, keywords(own)))
+        return self._own[1]
 
     def _offered_mechanisms(self) -> tuple[str, ...]:
         if self._is_tls or self._policy.auth_in_clear:
