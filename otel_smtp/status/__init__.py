@@ -1,1 +1,1 @@
-"""The HTTP side: probes, metrics, live connections and recent traces, for people and machines."""
+"""The status side: probes, metrics, and a page that shows live connections and recent traces."""

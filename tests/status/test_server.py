@@ -1,0 +1,354 @@
+"""The status port over real sockets: probes, who may see what, the stream, and its end."""
+
+import asyncio
+import contextlib
+import ipaddress
+import json
+import signal
+import socket
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+
+from otel_smtp.observer import ConnectionInfo, Endpoint
+from otel_smtp.smtp.states import ConnState, StateMachine
+from otel_smtp.status import server as status_server
+from otel_smtp.status.live import LiveView
+from otel_smtp.status.server import StatusServer
+from otel_smtp.status.traces import RecentTraces
+from otel_smtp.status.views import QueuedMessage, QueueView, UpstreamView
+from tests.support.spans import mail_trace
+
+LOOPBACK = Endpoint("127.0.0.1", 0)
+
+
+def metrics(accept: str) -> tuple[bytes, str]:
+    return b"smtp_server_probes_total 1\n", "application/openmetrics-text" if "openmetrics" in accept else "text/plain"
+
+
+async def queue() -> QueueView:
+    message = QueuedMessage("01J", "due", 60.0, 2, 1, ("example.net",), 30.0, "451 4.4.1", "ab" * 16)
+    return QueueView({"due": 1}, 60.0, [message])
+
+
+class Port:
+    """A running status port, what it shows, and a client."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.live = LiveView(shown_host=str, shown_name=str)
+        self.traces = RecentTraces()
+        self.not_ready: dict[str, str] = {}
+        self.server = StatusServer(
+            settings.pop("address", LOOPBACK),
+            live=self.live,
+            traces=self.traces,
+            checks={"listeners": lambda: self.not_ready.get("listeners"), "spool": lambda: self.not_ready.get("spool")},
+            metrics=metrics,
+            upstreams=lambda: [UpstreamView("provider", "192.0.2.1:587", "starttls", idle=1, busy=2, limit=20)],
+            **settings,
+        )
+
+    def connection(self, number: int = 1) -> StateMachine:
+        info = ConnectionInfo(f"{number:032x}", Endpoint("192.0.2.7", number), Endpoint("127.0.0.1", 2525), "local")
+        machine = StateMachine(self.live.connection_opened(info).conn_state)
+        machine.enter(ConnState.NEW)
+        return machine
+
+
+@contextlib.asynccontextmanager
+async def running(**settings: Any) -> AsyncIterator[tuple[Port, httpx.AsyncClient]]:
+    port = Port(**settings)
+    address = await port.server.start()
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{address.port}", trust_env=False, timeout=5) as client:
+        try:
+            yield port, client
+        finally:
+            await port.server.stop()
+
+
+async def test_livez_answers_while_the_loop_turns() -> None:
+    async with running() as (_, client):
+        answer = await client.get("/livez")
+    assert (answer.status_code, answer.json()["status"]) == (200, "alive")
+
+
+async def test_readyz_tells_why_it_is_not_ready() -> None:
+    async with running() as (port, client):
+        ready = await client.get("/readyz")
+        port.not_ready["spool"] = "the disk is full"
+        refused = await client.get("/readyz")
+        alive = await client.get("/livez")
+    assert (ready.status_code, ready.json()) == (200, {"status": "ready", "reasons": {}})
+    assert (refused.status_code, refused.json()) == (
+        503,
+        {"status": "not ready", "reasons": {"spool": "the disk is full"}},
+    )
+    assert alive.status_code == 200, "a gateway that cannot take mail is not to be killed for it"
+
+
+async def test_metrics_come_in_the_form_that_was_asked_for() -> None:
+    async with running() as (_, client):
+        answer = await client.get("/metrics", headers={"accept": "application/openmetrics-text"})
+    assert answer.text == "smtp_server_probes_total 1\n"
+    assert answer.headers["content-type"] == "application/openmetrics-text"
+
+
+async def test_the_api_shows_connections_upstreams_and_queue() -> None:
+    async with running(queue=queue, trace_url="http://jaeger/trace/{trace_id}") as (port, client):
+        port.connection().enter(ConnState.ACTIVE)
+        connections = (await client.get("/api/connections")).json()["connections"]
+        upstreams = (await client.get("/api/upstreams")).json()["upstreams"]
+        queued = (await client.get("/api/queue")).json()["queue"]
+        status = (await client.get("/api/status")).json()
+    assert [row["state"] for row in connections] == ["Active"]
+    assert (upstreams[0]["name"], upstreams[0]["breaker"]) == ("provider", "closed")
+    assert queued["messages"][0]["spool_id"] == "01J"
+    assert status["counters"]["connections_open"] == 1
+    assert status["trace_url"] == "http://jaeger/trace/{trace_id}"
+
+
+async def test_without_a_spool_there_is_no_queue() -> None:
+    async with running() as (_, client):
+        assert (await client.get("/api/queue")).json() == {"queue": None}
+
+
+async def test_errors_come_first_unless_the_newest_are_asked_for() -> None:
+    async with running() as (port, client):
+        for number, failed in enumerate([False, True, False], start=1):
+            for span in mail_trace(number, has_failed=failed):
+                port.traces.add(span)
+        for span in mail_trace(4, states="New Active Error Closed"):
+            port.traces.add(span)
+        errors_first = (await client.get("/api/traces")).json()
+        newest_first = (await client.get("/api/traces", params={"order": "newest"})).json()
+        found = (await client.get("/api/traces", params={"q": "FAILED provider"})).json()
+
+    def numbers(answer: Any) -> list[int]:
+        return [int(trace["trace_id"], 16) for trace in answer["traces"]]
+
+    assert numbers(errors_first) == [2, 4, 3, 1]
+    assert numbers(newest_first) == [4, 3, 2, 1]
+    assert numbers(found) == [2]
+    assert errors_first["by_severity"] == {"failed": 1, "refused": 1, "ok": 2}
+
+
+async def test_a_long_search_lets_mail_through_between_traces() -> None:
+    async with running() as (port, client):
+        for number in range(1, 301):
+            for span in mail_trace(number):
+                port.traces.add(span)
+        turns = 0
+        is_searching = True
+
+        async def mail() -> None:
+            nonlocal turns
+            while is_searching:
+                turns += 1
+                await asyncio.sleep(0)
+
+        other = asyncio.create_task(mail())
+        answer = (await client.get("/api/traces")).json()
+        is_searching = False
+        await other
+    assert (len(answer["traces"]), answer["found"]) == (100, 300)
+    assert turns >= 300 // 32
+
+
+async def test_one_trace_is_given_in_full_and_an_unknown_one_is_not_found() -> None:
+    async with running(resource={"service.name": "gateway"}) as (port, client):
+        for span in mail_trace(0xAB):
+            port.traces.add(span)
+        known = await client.get("/api/traces/ab")
+        unknown = await client.get("/api/traces/ac")
+    [resource_spans] = known.json()["resourceSpans"]
+    assert resource_spans["resource"]["attributes"][0]["value"] == {"stringValue": "gateway"}
+    assert len(resource_spans["scopeSpans"][0]["spans"]) == 3
+    assert unknown.status_code == 404
+
+
+async def test_every_answer_binds_the_browser() -> None:
+    async with running() as (_, client):
+        for path in ("/", "/page.css", "/page.js", "/icon.svg", "/livez", "/api/traces", "/nowhere"):
+            answer = await client.get(path)
+            policy = answer.headers["content-security-policy"]
+            assert "default-src 'none'" in policy, path
+            assert "unsafe" not in policy, path
+            assert answer.headers["x-content-type-options"] == "nosniff", path
+            assert answer.headers["cache-control"] == "no-store", path
+
+
+async def test_nothing_can_be_written() -> None:
+    async with running() as (_, client):
+        for method in ("POST", "PUT", "DELETE", "PATCH"):
+            assert (await client.request(method, "/api/connections")).status_code == 405, method
+
+
+@pytest.mark.parametrize(
+    ("host", "is_answered"),
+    [
+        ("127.0.0.1:9925", True),
+        ("127.0.0.1", True),
+        ("[::1]:9925", True),
+        ("[::1]", True),
+        ("localhost:9925", True),
+        ("LOCALHOST", True),
+        ("gateway.localhost:9925", True),
+        ("10.1.2.3:9925", True),  # a probe to a pod's address; no name is rebound to it
+        ("evil.example", False),
+        ("evil.example:9925", False),
+        ("localhost.evil.example", False),
+        ("127.0.0.1.evil.example", False),
+        ("", False),
+    ],
+)
+async def test_a_loopback_port_answers_to_no_foreign_name(host: str, is_answered: bool) -> None:
+    async with running() as (_, client):
+        for path in ("/", "/readyz", "/api/connections"):
+            status = (await client.get(path, headers={"host": host})).status_code
+            assert (status != 421) is is_answered, path
+
+
+async def test_an_exposed_port_shows_probes_and_metrics_to_everybody_and_the_page_to_listed_networks() -> None:
+    elsewhere = [ipaddress.ip_network("192.0.2.0/24")]
+    async with running(address=Endpoint("0.0.0.0", 0), allow=elsewhere) as (_, client):
+        for path in ("/livez", "/readyz", "/metrics"):
+            assert (await client.get(path, headers={"host": "gateway.mail.svc"})).status_code == 200, path
+        for path in ("/", "/page.js", "/api/status", "/api/connections", "/api/traces", "/api/stream"):
+            assert (await client.get(path)).status_code == 403, path
+            assert (await client.get(path, headers={"x-forwarded-for": "192.0.2.1"})).status_code == 403, path
+    async with running(address=Endpoint("0.0.0.0", 0)) as (_, client):
+        assert (await client.get("/api/connections")).status_code == 200
+
+
+async def test_ipv6_loopback_is_served() -> None:
+    port = Port(address=Endpoint("::1", 0))
+    address = await port.server.start()
+    try:
+        async with httpx.AsyncClient(trust_env=False) as client:
+            assert (await client.get(f"http://{address}/api/connections")).status_code == 200
+    finally:
+        await port.server.stop()
+
+
+async def next_picture(lines: AsyncIterator[str]) -> Any:
+    async with asyncio.timeout(5):
+        async for line in lines:
+            if line.startswith("data: "):
+                return json.loads(line.removeprefix("data: "))
+    raise AssertionError("the stream ended")
+
+
+async def test_the_stream_tells_changes_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(status_server, "STREAM_INTERVAL_SECONDS", 0.01)
+    monkeypatch.setattr(status_server, "UNVERSIONED_SECONDS", 0.01)
+    async with running() as (port, client), client.stream("GET", "/api/stream") as stream:
+        assert stream.headers["content-type"].startswith("text/event-stream")
+        lines = stream.aiter_lines()
+        assert (await next_picture(lines))["connections"] == []
+        machine = port.connection()
+        assert [row["state"] for row in (await next_picture(lines))["connections"]] == ["New"]
+        machine.enter(ConnState.ACTIVE)
+        assert [row["state"] for row in (await next_picture(lines))["connections"]] == ["Active"]
+        port.not_ready["listeners"] = "draining"
+        assert (await next_picture(lines))["not_ready"] == {"listeners": "draining"}
+
+
+async def test_streams_are_bounded_and_a_closed_one_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(status_server, "STREAMS", 1)
+    monkeypatch.setattr(status_server, "STREAM_INTERVAL_SECONDS", 0.01)
+    async with running() as (_, client):
+        async with client.stream("GET", "/api/stream") as stream:
+            await next_picture(stream.aiter_lines())
+            assert (await client.get("/api/stream")).status_code == 503
+        async with asyncio.timeout(5):
+            while True:
+                async with client.stream("GET", "/api/stream") as again:
+                    if again.status_code == 200:
+                        await next_picture(again.aiter_lines())
+                        break
+
+
+async def end_of(sock: socket.socket) -> bytes:
+    """What is read from `sock` until the far end closes it, b"reset" where it does so rudely."""
+    sock.setblocking(False)
+    try:
+        async with asyncio.timeout(5):
+            return await asyncio.get_running_loop().sock_recv(sock, 100)
+    except ConnectionResetError:
+        return b"reset"
+
+
+async def test_who_connects_and_says_nothing_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(status_server, "REQUEST_SECONDS", 0.05)
+    port = Port()
+    address = await port.server.start()
+    for sent in (b"", b"GET /livez HTTP/1.1\r\nHost: localhost\r\nX-Slow: "):
+        with socket.create_connection((address.host, address.port)) as sock:
+            sock.sendall(sent)
+            assert await end_of(sock) == b""
+    await port.server.stop()
+
+
+async def test_connections_beyond_the_bound_are_closed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(status_server, "HTTP_CONNECTIONS", 2)
+    port = Port()
+    address = await port.server.start()
+    with contextlib.ExitStack() as stack:
+        first, second, third = (
+            stack.enter_context(socket.create_connection((address.host, address.port))) for _ in range(3)
+        )
+        assert await end_of(third) in (b"", b"reset")
+        for sock in (first, second):
+            sock.sendall(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert (await end_of(sock)).startswith(b"HTTP/1.1 200")
+    await port.server.stop()
+
+
+async def test_signals_stay_the_gateways() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    async with running() as (_, client):
+        await client.get("/livez")
+        assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+async def test_it_stops_although_somebody_still_watches() -> None:
+    port = Port()
+    address = await port.server.start()
+    async with (
+        httpx.AsyncClient(base_url=f"http://{address}", trust_env=False) as client,
+        client.stream("GET", "/api/stream") as stream,
+    ):
+        lines = stream.aiter_lines()
+        await next_picture(lines)
+        async with asyncio.timeout(5):
+            await port.server.stop()
+        assert [line async for line in lines if line.startswith("data: ")] == []
+    await port.server.stop()
+
+
+async def test_an_address_in_use_is_told_at_start() -> None:
+    async with running() as (_, client):
+        taken = Port(address=Endpoint("127.0.0.1", client.base_url.port))
+        with pytest.raises(OSError, match="in use"):
+            await taken.server.start()
+        await taken.server.stop()
+
+
+async def test_a_broken_check_is_an_error_and_tells_nothing_of_itself() -> None:
+    def broken() -> str | None:
+        raise RuntimeError("secret")
+
+    server = StatusServer(
+        LOOPBACK, live=LiveView(shown_host=str, shown_name=str), traces=RecentTraces(),
+        checks={"broken": broken}, metrics=metrics,
+    )  # fmt: skip
+    address = await server.start()
+    try:
+        async with httpx.AsyncClient(trust_env=False) as client:
+            answer = await client.get(f"http://{address}/readyz")
+        assert answer.status_code == 500
+        assert "secret" not in answer.text
+    finally:
+        await server.stop()

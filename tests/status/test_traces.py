@@ -1,0 +1,160 @@
+"""Recent traces: what is kept, what is dropped, what is found."""
+
+import json
+from collections.abc import Sequence
+
+import pytest
+
+from otel_smtp.status.traces import TRACE_ITEMS, RecentTraces, Severity, Trace
+from tests.support.spans import Span, mail_trace
+
+RESOURCE = {"service.name": "otel-smtp"}
+
+
+def kept(*spans: Sequence[Span], recent_items: int = 1000, failed_items: int = 1000) -> RecentTraces:
+    traces = RecentTraces(recent_items=recent_items, failed_items=failed_items)
+    for each in spans:
+        for span in each:
+            traces.add(span)
+    return traces
+
+
+def only(traces: RecentTraces) -> Trace:
+    [trace] = traces.newest_first()
+    return trace
+
+
+def test_the_summary_tells_the_mail_in_short() -> None:
+    summary = only(kept(mail_trace(0xABC))).summary()
+    assert summary["trace_id"] == f"{0xABC:032x}"
+    assert summary["duration_milliseconds"] == 11
+    assert (summary["spans"], summary["events"]) == (3, 8)
+    assert summary["outcomes"] == ["relayed"]
+    assert summary["domains"] == ["example.net"]
+    assert summary["upstreams"] == ["provider"]
+    assert summary["states"] == ["New", "Active", "Data", "Active", "Idle", "Closed"]
+    assert summary["replies"] == [], "replies below 400 are no news"
+
+
+def test_the_summary_is_worked_out_again_after_a_late_span() -> None:
+    delivery, *rest = mail_trace(1)
+    traces = kept(rest)
+    before = only(traces).summary()["spans"]
+    traces.add(delivery)
+    assert (before, only(traces).summary()["spans"]) == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("states", "has_failed", "severity"),
+    [
+        ("New Active Data Active Idle Closed", False, Severity.OK),
+        ("New Active Error Closed", False, Severity.REFUSED),
+        ("New Active Data Error Idle Closed", True, Severity.FAILED),
+    ],
+)
+def test_severity_tells_our_failures_from_refusals(states: str, has_failed: bool, severity: Severity) -> None:
+    assert only(kept(mail_trace(1, states=states, has_failed=has_failed))).severity is severity
+
+
+MAIL = mail_trace(
+    0x00_4BF92F3577B34DA6A3CE929D0E0E47,
+    states="New Active Data Error Idle Closed", outcome="deferred", code=451, domain="Gmail.example", has_failed=True,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("query", "is_found"),
+    [
+        ("", True),
+        ("004bf92f3577b34da6a3ce929d0e0e47", True),
+        ("4bf92f3577b34da6a3ce929d0e0e47", True),  # as Tempo prints it
+        ("004bf92f", True),
+        ("4bf92f", True),
+        ("4bf93f", False),
+        ("f3577b34", False),  # an id's middle is not its beginning
+        ("451", True),
+        ("550", False),
+        ("250", False),
+        ("deferred", True),
+        ("relayed", False),
+        ("gmail", True),
+        ("gmail.example", True),
+        ("shop.example", True),
+        ("provider", True),
+        ("upstream_unavailable", True),
+        ("failed", True),
+        ("refused", False),
+        ("local", True),
+        ("127.0.0.1", True),
+        ("data", True),
+        ("starttls", False),
+        ("gmail 451", True),
+        ("gmail 550", False),
+    ],
+)
+def test_search(query: str, is_found: bool) -> None:
+    assert only(kept(MAIL)).matches(query.split()) is is_found
+
+
+def test_the_oldest_traces_go_first_and_the_bound_counts_events() -> None:
+    traces = kept(*(mail_trace(number) for number in range(1, 101)), recent_items=110)
+    held = [int(trace.trace_id, 16) for trace in traces.newest_first()]
+    assert held == list(range(100, 90, -1)), "a mail is 3 spans and 8 events"
+
+
+def test_a_failed_trace_outlives_the_others() -> None:
+    traces = kept(
+        mail_trace(1, states="New Active Error Closed"),
+        mail_trace(2),
+        *(mail_trace(number) for number in range(3, 101)),
+        recent_items=110,
+    )
+    assert traces.get("1") is not None
+    assert traces.get("2") is None
+
+
+def test_a_retry_joins_its_trace_on_the_shelf_of_failures() -> None:
+    traces = kept(
+        mail_trace(1, has_failed=True), *(mail_trace(number) for number in range(2, 100)), mail_trace(1),
+        recent_items=110,
+    )  # fmt: skip
+    trace = traces.get("1")
+    assert trace is not None
+    assert len(trace.spans) == 6
+
+
+def test_failures_are_bounded_too() -> None:
+    traces = kept(*(mail_trace(n, has_failed=True) for n in range(1, 101)), recent_items=55, failed_items=55)
+    assert len(traces) <= 10
+
+
+def test_one_endless_trace_keeps_its_newest_spans() -> None:
+    traces = RecentTraces()
+    for _ in range(TRACE_ITEMS):
+        for span in mail_trace(7):
+            traces.add(span)
+    trace = only(traces)
+    assert trace.items <= TRACE_ITEMS
+    assert trace.dropped_spans == 3 * TRACE_ITEMS - len(trace.spans)
+    assert trace.summary()["dropped_spans"] == trace.dropped_spans
+
+
+def test_the_full_trace_is_otlp_json() -> None:
+    answer = json.loads(json.dumps(only(kept(MAIL)).otlp_json(RESOURCE)))
+    [resource_spans] = answer["resourceSpans"]
+    assert resource_spans["resource"]["attributes"] == [{"key": "service.name", "value": {"stringValue": "otel-smtp"}}]
+    connection, transaction, delivery = resource_spans["scopeSpans"][0]["spans"]
+    assert connection["kind"] == 2
+    assert "parentSpanId" not in connection
+    assert transaction["parentSpanId"] == connection["spanId"] == "0000000000000001"
+    assert connection["startTimeUnixNano"] == "1800000000000000000", "64-bit numbers are text"
+    assert delivery["status"] == {"code": 2}
+    assert {"key": "smtp.reply.code", "value": {"intValue": "451"}} in delivery["attributes"]
+    assert {"key": "smtp.pool.reused", "value": {"boolValue": True}} in delivery["events"][0]["attributes"]
+    domains = {"key": "smtp.rcpt.domains", "value": {"arrayValue": {"values": [{"stringValue": "Gmail.example"}]}}}
+    assert domains in transaction["attributes"]
+
+
+@pytest.mark.parametrize("trace_id", ["", "x", "0x1", "1" * 33, "-1", " 1"])
+def test_what_is_no_trace_id_is_not_looked_up(trace_id: str) -> None:
+    assert kept(mail_trace(1)).get(trace_id) is None
