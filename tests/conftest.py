@@ -5,6 +5,12 @@ from collections.abc import Callable, Mapping
 
 import pytest
 import uvloop
+from hypothesis import HealthCheck, settings
+
+# A deadline measures the machine's other tenants. The long profile is for a night or a change of the engine.
+settings.register_profile("default", max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("long", parent=settings.get_profile("default"), max_examples=5000)
+settings.load_profile("default")
 
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 

@@ -6,12 +6,13 @@ Replies, states, events and content must be the same in every mode: how the netw
 import random
 from collections import deque
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Final
 
 import pytest
 
 from otel_smtp.smtp import replies
-from otel_smtp.smtp.states import CloseReason
+from otel_smtp.smtp.states import LEGAL, CloseReason, ConnState
 from tests.support.dialogue import (
     Act,
     BadDialogue,
@@ -178,6 +179,16 @@ def assert_same(record: Record, reference: Record) -> None:
 
 def test_every_golden_sequence_of_the_specification_is_a_dialogue() -> None:
     assert len([dialogue for dialogue in DIALOGUES if dialogue.file == "golden"]) == 12
+
+
+def test_the_dialogues_walk_every_legal_step() -> None:
+    walked: set[tuple[ConnState, ConnState]] = set()
+    for dialogue in DIALOGUES:
+        states = [transition.state for transition in EngineRun(dialogue, whole).play().transitions]
+        walked.update(pairwise(states))
+    legal = {(before, after) for before, following in LEGAL.items() for after in following}
+    # Gone before the greeting; gone between Reset and the Active that always follows it in the same call.
+    assert legal - walked == {(ConnState.NEW, ConnState.CLOSED), (ConnState.RESET, ConnState.CLOSED)}
 
 
 # The runner itself: a dialogue that is wrong must fail ------------------------------------------------------------

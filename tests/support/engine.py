@@ -260,6 +260,10 @@ class EngineDriver:
         if policy.tls_mode is TlsMode.IMPLICIT:
             self.protocol.handshake_begins()
 
+    def refuse_next_content(self, reply: Reply) -> None:
+        """The upstream will answer the next message with `reply`."""
+        self._content_replies.append(reply)
+
     def feed(self, pieces: Iterable[bytes]) -> None:
         """Hand octets to the engine, piece by piece, and let it go as far as it can after each."""
         for piece in pieces:
