@@ -1,0 +1,399 @@
+"""Load on an SMTP server: many sessions in one thread over non-blocking sockets, every message timed.
+
+It measures, so it must cost little itself: one epoll loop (poll where there is none), one read and one write a round
+trip, all commands made beforehand, no parsing beyond the reply's code. `otel-smtp bench` shows it to people,
+the project's benchmark runs it in a process of its own.
+
+A session speaks as most applications do: one command, one reply, no PIPELINING. A message's latency is the time from
+its MAIL (from its connect, where each message has a connection of its own) to the final reply after the content.
+"""
+
+import errno
+import select
+import socket
+from array import array
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from time import perf_counter, perf_counter_ns
+from typing import Final
+
+_READ_OCTETS: Final = 65536
+_LINE: Final = b"0123456789" * 7 + b"abcdef\r\n"
+_PROGRESS_SECONDS: Final = 0.1
+_READABLE: Final = select.POLLIN | select.POLLERR | select.POLLHUP
+_WRITABLE: Final = select.POLLOUT
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadPlan:
+    """What to send; it ends at `messages` or after `seconds`, whichever comes first.
+
+    Attributes:
+        messages: None: as many as there is time for.
+        seconds: no message begins after these, counted from the first one; None: no limit.
+        sessions: connections at once.
+        size_octets: of one message as sent, its final dot aside; at least its header block.
+        keeps_connections: many messages a connection, else one each.
+        timeout_seconds: without any reply for so long, what is open has failed and the run ends.
+    """
+
+    host: str
+    port: int
+    sender: str = "load@example.com"
+    recipient: str = "sink@example.com"
+    messages: int | None = None
+    seconds: float | None = None
+    sessions: int = 10
+    size_octets: int = 10_240
+    keeps_connections: bool = True
+    timeout_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.messages is None and self.seconds is None:
+            raise ValueError("a load without an end: neither messages nor seconds")
+
+
+@dataclass(slots=True)
+class LoadResult:
+    """What came of it.
+
+    Attributes:
+        accepted: messages whose final reply was 2yz.
+        failed: messages refused or lost; `failures` counts them by reason.
+        reconnects: kept connections that the server ended with 421 between two messages; nobody's failure.
+        seconds: from the first message's begin to the last one's end.
+        latencies_ns: of the accepted messages, in the order of their ends.
+    """
+
+    accepted: int = 0
+    failed: int = 0
+    reconnects: int = 0
+    seconds: float = 0.0
+    failures: Counter[str] = field(default_factory=Counter)
+    latencies_ns: "array[int]" = field(default_factory=lambda: array("Q"))
+
+    @property
+    def messages_per_second(self) -> float:
+        """Accepted messages by time."""
+        return self.accepted / self.seconds if self.seconds else 0.0
+
+    def percentiles_ms(self, *percents: float) -> list[float]:
+        """Latencies in milliseconds below which that many per cent of the messages stayed (nearest rank)."""
+        ordered = sorted(self.latencies_ns)
+        if not ordered:
+            return [0.0 for _ in percents]
+        return [ordered[min(len(ordered) - 1, int(len(ordered) * percent / 100))] / 1e6 for percent in percents]
+
+
+def message(plan: LoadPlan) -> bytes:
+    """The content that every message has: a small header block and lines of 78 octets, `plan.size_octets` in all."""
+    header = (
+        f"From: <{plan.sender}>\r\nTo: <{plan.recipient}>\r\nSubject: load\r\n"
+        "Date: Mon, 01 Jan 2024 00:00:00 +0000\r\nMessage-ID: <load@example.com>\r\n\r\n"
+    ).encode()
+    room = plan.size_octets - len(header)
+    if room < 2:
+        return header
+    body = (_LINE * (room // len(_LINE) + 1))[: room - 2]
+    # A cut between CR and LF would leave a bare CR, which is not a message.
+    return header + body.rstrip(b"\r\n").ljust(room - 2, b".") + b"\r\n"
+
+
+class _Failed(Exception):
+    """This session's message came to nothing; the argument is the reason."""
+
+
+class _Session:
+    """One client: a connection and the step of its dialogue that it stands at."""
+
+    __slots__ = ("_unsent", "began_ns", "fd", "has_served", "is_open", "load", "on_reply", "received", "socket")
+
+    def __init__(self, load: "Load") -> None:
+        self.load = load
+        self.on_reply: Callable[[bytes], None] = self.greeted
+        self.received = b""
+        self.is_open = False  # a message is under way
+        self.has_served = False  # this connection has taken one already
+        self.began_ns = 0
+        self._unsent: memoryview | None = None
+        self.connect()
+
+    def connect(self) -> None:
+        self.received = b""
+        self.has_served = False
+        self._unsent = None
+        self.on_reply = self.greeted
+        self.socket = socket.socket(self.load.family, socket.SOCK_STREAM)
+        self.socket.setblocking(False)
+        # Our writes are whole turns of the dialogue: Nagle would only wait for the peer's delayed acknowledgement.
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.fd = self.socket.fileno()
+        self.load.sessions[self.fd] = self
+        self.load.poller.register(self.fd, _READABLE)
+        if (code := self.socket.connect_ex(self.load.address)) not in (0, errno.EINPROGRESS):
+            raise _Failed(f"connect: {errno.errorcode.get(code, code)}")
+
+    def close(self) -> None:
+        if self.load.sessions.pop(self.fd, None) is not None:
+            self.load.poller.unregister(self.fd)
+            self.socket.close()
+
+    def send(self, data: bytes) -> None:
+        try:
+            sent = self.socket.send(data)
+        except BlockingIOError:
+            sent = 0
+        if sent != len(data):
+            self._unsent = memoryview(data)[sent:]
+            self.load.poller.modify(self.fd, _READABLE | _WRITABLE)
+
+    def writable(self) -> None:
+        if self._unsent is not None:
+            self._unsent = self._unsent[self.socket.send(self._unsent) :]
+        if not self._unsent:
+            self._unsent = None
+            self.load.poller.modify(self.fd, _READABLE)
+
+    def readable(self) -> None:
+        data = self.socket.recv(_READ_OCTETS)
+        if not data:
+            raise _Failed("connection closed")
+        if self.received:
+            data = self.received + data
+        # A reply is whole when its last line is: "250 " and not "250-" (RFC 5321 4.2.1).
+        if data[-2:] == b"\r\n" and (data[3:4] == b" " or data[data.rfind(b"\n", 0, -1) + 4 :][:1] == b" "):
+            self.received = b""
+            self.on_reply(data)
+        else:
+            self.received = data
+
+    def refuse(self, verb: str, reply: bytes) -> None:
+        raise _Failed(f"{verb}: {reply.splitlines()[-1].decode('ascii', 'replace')[:80]}")
+
+    def greeted(self, reply: bytes) -> None:
+        if reply[:3] != b"220":
+            self.refuse("connect", reply)
+        self.on_reply = self.helloed
+        self.send(b"EHLO load.example.com\r\n")
+
+    def helloed(self, reply: bytes) -> None:
+        if reply[:3] != b"250":
+            self.refuse("EHLO", reply)
+        self.load.ready(self)
+
+    def begin(self) -> None:
+        """Send MAIL, on a connection that is ready for it."""
+        if self.load.plan.keeps_connections:
+            self.began_ns = perf_counter_ns()
+        self.on_reply = self.mail_answered
+        self.send(self.load.mail)
+
+    def mail_answered(self, reply: bytes) -> None:
+        if reply[:3] != b"250":
+            self.refuse("MAIL", reply)
+        self.on_reply = self.recipient_answered
+        self.send(self.load.rcpt)
+
+    def recipient_answered(self, reply: bytes) -> None:
+        if reply[:2] != b"25":
+            self.refuse("RCPT", reply)
+        self.on_reply = self.data_answered
+        self.send(b"DATA\r\n")
+
+    def data_answered(self, reply: bytes) -> None:
+        if reply[:3] != b"354":
+            self.refuse("DATA", reply)
+        self.on_reply = self.content_answered
+        self.send(self.load.content)
+
+    def content_answered(self, reply: bytes) -> None:
+        if reply[:1] != b"2":
+            self.refuse("content", reply)
+        self.load.result.latencies_ns.append(perf_counter_ns() - self.began_ns)
+        self.is_open = False
+        self.has_served = True
+        self.load.accepted(self)
+
+    def quit(self) -> None:
+        self.on_reply = self.parted
+        self.send(b"QUIT\r\n")
+
+    def parted(self, reply: bytes) -> None:
+        self.close()
+        self.load.parted()
+
+    @property
+    def is_retired(self) -> bool:
+        """Whether the server ended this connection between two messages, as one that counts them does."""
+        return self.on_reply == self.mail_answered and self.has_served
+
+
+class Load:
+    """One run of a plan; use it once.
+
+    Args:
+        progress: called about ten times a second with the result so far, from the thread that runs it; it may raise
+            to end the run.
+    """
+
+    def __init__(self, plan: LoadPlan, progress: Callable[[LoadResult], None] | None = None) -> None:
+        self.plan = plan
+        self.result = LoadResult()
+        self.family = socket.AF_INET
+        self.address: tuple[object, ...] = ()
+        self.sessions: dict[int, _Session] = {}
+        self.poller = select.epoll() if hasattr(select, "epoll") else select.poll()
+        self.mail = f"MAIL FROM:<{plan.sender}>\r\n".encode()
+        self.rcpt = f"RCPT TO:<{plan.recipient}>\r\n".encode()
+        self.content = message(plan) + b".\r\n"
+        self._progress = progress
+        self._progress_due = 0.0
+        self._waiting: list[_Session] = []
+        self._has_begun = False
+        self._began = 0.0
+        self._ended = 0.0
+        self._unstarted = plan.messages if plan.messages is not None else -1  # negative: no limit
+
+    def run(self) -> LoadResult:
+        """Send it all.
+
+        Raises:
+            OSError: the host has no address.
+        """
+        found = socket.getaddrinfo(self.plan.host, self.plan.port, type=socket.SOCK_STREAM)[0]
+        self.family, self.address = found[0], found[4]
+        wanted = self.plan.sessions if self.plan.messages is None else min(self.plan.sessions, self.plan.messages)
+        if not self.plan.keeps_connections:
+            self._start_clock()
+        try:
+            for _ in range(wanted):
+                self._open()
+            self._loop()
+        finally:
+            for session in list(self.sessions.values()):
+                session.close()
+            if isinstance(self.poller, select.epoll):
+                self.poller.close()
+        self.result.accepted = len(self.result.latencies_ns)
+        self.result.seconds = (self._ended or perf_counter()) - self._began if self._has_begun else 0.0
+        return self.result
+
+    def ready(self, session: _Session) -> None:
+        """A session has its EHLO answered. With kept connections the clock starts when all have."""
+        if session.is_open:
+            session.begin()
+        elif self._has_begun:
+            self._next_message(session)
+        else:
+            self._waiting.append(session)
+            self._begin_when_all_wait()
+
+    def accepted(self, session: _Session) -> None:
+        """A session's message is through."""
+        self._ended = perf_counter()
+        if self.plan.keeps_connections:
+            self._next_message(session)
+        else:
+            session.quit()
+
+    def parted(self) -> None:
+        """A session has ended in good order. Where each message has its own connection, the next one follows."""
+        if not self.plan.keeps_connections:
+            self._open()
+
+    def _begin_when_all_wait(self) -> None:
+        if not self._has_begun and len(self._waiting) >= len(self.sessions):
+            self._start_clock()
+            for waiting in self._waiting:
+                self._next_message(waiting)
+            self._waiting.clear()
+
+    def _start_clock(self) -> None:
+        self._has_begun = True
+        self._began = perf_counter()
+
+    def _may_begin(self) -> bool:
+        if self._unstarted == 0:
+            return False
+        return self.plan.seconds is None or perf_counter() - self._began < self.plan.seconds
+
+    def _next_message(self, session: _Session) -> None:
+        if not self._may_begin():
+            session.quit()
+            return
+        self._unstarted -= 1
+        session.is_open = True
+        session.begin()
+
+    def _open(self) -> None:
+        """A new session; where each message has its own connection, its message begins here."""
+        if self._has_begun and not self._may_begin():
+            return
+        began_ns = perf_counter_ns()
+        is_open = not self.plan.keeps_connections
+        if is_open:
+            self._unstarted -= 1
+        try:
+            session = _Session(self)
+        except (OSError, _Failed) as refusal:
+            # Nobody listens: the next try would meet the same, and at once.
+            self._fail(str(refusal))
+            self._unstarted = 0
+            return
+        session.began_ns = began_ns
+        session.is_open = is_open
+
+    def _fail(self, reason: str) -> None:
+        self._ended = perf_counter()
+        self.result.failed += 1
+        self.result.failures[reason] += 1
+
+    def _loop(self) -> None:
+        # epoll counts in seconds, poll in milliseconds.
+        timeout = (
+            self.plan.timeout_seconds if isinstance(self.poller, select.epoll) else self.plan.timeout_seconds * 1e3
+        )
+        while self.sessions:
+            happened = self.poller.poll(timeout)
+            if not happened:
+                for silent in list(self.sessions.values()):
+                    self._fail(f"no reply within {self.plan.timeout_seconds:g} s")
+                    silent.close()
+                return
+            for fd, mask in happened:
+                session = self.sessions.get(fd)
+                if session is None:
+                    continue  # closed by what came before it in this very list
+                try:
+                    if mask & _WRITABLE:
+                        session.writable()
+                    if mask & _READABLE:
+                        session.readable()
+                except BlockingIOError:
+                    continue
+                except OSError as error:
+                    self._replace(session, f"connection: {error.strerror}")
+                except _Failed as failure:
+                    self._replace(session, str(failure))
+            if self._progress is not None and (now := perf_counter()) >= self._progress_due:
+                self._progress_due = now + _PROGRESS_SECONDS
+                self.result.accepted = len(self.result.latencies_ns)
+                self.result.seconds = now - self._began if self._has_begun else 0.0
+                self._progress(self.result)
+
+    def _replace(self, session: _Session, reason: str) -> None:
+        """A connection failed: what it carried is counted, and another takes its place."""
+        session.close()
+        if session.on_reply == session.parted:
+            self.parted()  # gone without its 221: the mail was through
+        elif session.is_retired:
+            self.result.reconnects += 1
+            session.connect()
+        else:
+            self._fail(reason)
+            if self._has_begun and session.on_reply != session.greeted:
+                self._open()
+            else:
+                # Who does not greet one session will not greet its successor; the run goes on with the others.
+                self._begin_when_all_wait()
