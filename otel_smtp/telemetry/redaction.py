@@ -1,0 +1,181 @@
+"""What of a person may be shown: one family of functions for spans, events, logs and metrics alike.
+
+Two settings rule it: `addresses` for mailboxes, host names of clients and user names, `client_ip` for IP addresses of
+clients. AUTH arguments and content never come to this package at all. Whatever a peer wrote goes through `clean`,
+since one lone surrogate in a name or a status makes the OpenTelemetry SDK lose a whole batch, and a terminal escape
+in a log line is an attack on who reads it.
+"""
+
+import hashlib
+import hmac
+import ipaddress
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+from otel_smtp.smtp.envelope import Recipient, domain_of, domains
+from otel_smtp.telemetry.attributes import MAX_DOMAINS, MAX_VALUE_CHARACTERS, USER_HASH, USER_NAME
+
+
+class Addresses(StrEnum):
+    """How much of a mailbox is shown."""
+
+    DOMAIN = "domain"  # the part behind the @
+    NONE = "none"
+    HASH = "hash"  # the keyed hash of the whole: equal addresses stay recognisable, nothing can be read
+    FULL = "full"
+
+
+class ClientIp(StrEnum):
+    """How much of a client's IP address is shown."""
+
+    FULL = "full"
+    PREFIX = "prefix"  # /24, /48
+    NONE = "none"
+
+
+# Control characters, line and paragraph separators, what turns the reading direction or hides characters, and lone
+# surrogates, which cannot be encoded.
+_UNSAFE: Final = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff]")
+_REPLACEMENT: Final = "\ufffd"
+
+# A mailbox inside free text, wider than RFC 5321's grammar on purpose: a quoted or bare local part up to the @, then
+# anything that could be a domain or an address literal.
+_MAILBOX: Final = re.compile(r"""(?:"(?:[^"\\]|\\.){0,256}"|[^\s<>()\[\],;:"'@]{1,256})@(\[[^\]\s]{0,64}\]|[\w.-]*)""")
+_HASH_DIGITS: Final = 16  # 64 bits: no two of a billion addresses are likely to meet
+
+
+def clean(text: str, limit: int = MAX_VALUE_CHARACTERS) -> str:
+    """`text` fit for any attribute, name or log line: bounded, without control characters and lone surrogates."""
+    text = text[:limit]
+    if text.isascii() and text.isprintable():
+        return text
+    return _UNSAFE.sub(_REPLACEMENT, text)
+
+
+@dataclass(frozen=True, slots=True)
+class Redaction:
+    """The operator's choice.
+
+    Attributes:
+        hash_key: secret of `Addresses.HASH`; the same in all processes whose hashes are to be compared.
+    """
+
+    addresses: Addresses = Addresses.DOMAIN
+    client_ip: ClientIp = ClientIp.FULL
+    hash_key: bytes = b""
+
+    def __post_init__(self) -> None:
+        if self.addresses is Addresses.HASH and not self.hash_key:
+            raise ValueError("addresses = hash needs a key: without one, addresses can be found by trying them")
+
+    def mailbox(self, address: str) -> str | None:
+        """The mailbox itself, in `full`, or its hash, in `hash`; None else."""
+        match self.addresses:
+            case Addresses.FULL:
+                return clean(address)
+            case Addresses.HASH:
+                return self._hash(address) if address else ""
+            case _:
+                return None
+
+    def mailboxes(self, recipients: Iterable[Recipient]) -> tuple[str, ...]:
+        """The first mailboxes of `recipients`, as `mailbox` shows them."""
+        if self.addresses not in (Addresses.FULL, Addresses.HASH):
+            return ()
+        shown: list[str] = []
+        for recipient in recipients:
+            mailbox = self.mailbox(recipient.address)
+            if mailbox is not None and len(shown) < MAX_DOMAINS:
+                shown.append(mailbox)
+        return tuple(shown)
+
+    def domain(self, address: str) -> str | None:
+        """The domain of a mailbox, "" where it has none, in `domain` and `full`; None else."""
+        if self.addresses in (Addresses.DOMAIN, Addresses.FULL):
+            return self._literal_or_name(domain_of(address))
+        return None
+
+    def domains(self, recipients: Iterable[Recipient]) -> tuple[str, ...]:
+        """The first distinct domains of `recipients`, in `domain` and `full`."""
+        if self.addresses in (Addresses.DOMAIN, Addresses.FULL):
+            return tuple(clean(domain) for domain in domains(recipients, limit=MAX_DOMAINS))
+        return ()
+
+    def host_name(self, name: str) -> str | None:
+        """What a client calls itself. A laptop is often called after its owner, so it follows `addresses`."""
+        if name.startswith("["):
+            return self._literal_or_name(name)
+        match self.addresses:
+            case Addresses.NONE:
+                return None
+            case Addresses.HASH:
+                return self._hash(name)
+            case _:
+                return clean(name)
+
+    def user(self, name: str) -> Mapping[str, str]:
+        """The attribute that tells an authenticated user: the name in `full`, its hash in `hash`, none else."""
+        match self.addresses:
+            case Addresses.FULL:
+                return {USER_NAME: clean(name)}
+            case Addresses.HASH:
+                return {USER_HASH: self._hash(name)}
+            case _:
+                return {}
+
+    def ip(self, host: str) -> str | None:
+        """An IP address of a client; a unix socket's path is nobody's and stays."""
+        match self.client_ip:
+            case ClientIp.FULL:
+                return clean(host)
+            case ClientIp.NONE:
+                return clean(host) if host.startswith("/") else None
+            case ClientIp.PREFIX:
+                return prefix_of(host)
+
+    def text(self, text: str, limit: int = MAX_VALUE_CHARACTERS) -> str:
+        """Free text of a peer: upstreams like to repeat the address that they refuse.
+
+        The text is cut before it is searched, so that the search is bounded, and at double the limit, so that no
+        half of an address stays where it was cut.
+        """
+        if "@" in text and self.addresses is not Addresses.FULL:
+            text = _MAILBOX.sub(self._in_text, text[: 2 * limit])
+        return clean(text, limit)
+
+    def _in_text(self, found: re.Match[str]) -> str:
+        match self.addresses:
+            case Addresses.DOMAIN:
+                return f"...@{self._literal_or_name(found[1]) or ''}"
+            case Addresses.HASH:
+                return self._hash(found[0].strip('"'))
+            case _:
+                return "..."
+
+    def _literal_or_name(self, domain: str) -> str | None:
+        """A domain, or an address literal (RFC 5321 4.1.3), which is an IP address and follows `client_ip`."""
+        if not domain.startswith("["):
+            return clean(domain)
+        shown = self.ip(domain.strip("[]").removeprefix("IPv6:").removeprefix("ipv6:"))
+        return None if shown is None else f"[{shown}]"
+
+    def _hash(self, text: str) -> str:
+        octets = text.lower().encode("utf-8", "surrogatepass")
+        return hmac.new(self.hash_key, octets, hashlib.sha256).hexdigest()[:_HASH_DIGITS]
+
+
+def prefix_of(host: str) -> str | None:
+    """The network of an IP address, /24 or /48, as an address; None for what is no IP address, a path aside."""
+    if host.startswith("/"):
+        return clean(host)
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return None
+    mapped = getattr(address, "ipv4_mapped", None)
+    address = mapped or address
+    length = 24 if address.version == 4 else 48
+    return str(ipaddress.ip_network((address, length), strict=False).network_address)

@@ -1,0 +1,92 @@
+"""Ids and sampling decisions, both by OpenTelemetry's own objects."""
+
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+from opentelemetry.context import Context
+from opentelemetry.sdk.trace.id_generator import IdGenerator
+from opentelemetry.sdk.trace.sampling import Decision, Sampler
+from opentelemetry.trace import Link, NonRecordingSpan, SpanContext, SpanKind, TraceFlags, set_span_in_context
+from opentelemetry.trace.span import TraceState
+
+from otel_smtp.telemetry.attributes import Attributes
+from otel_smtp.telemetry.propagation import RANDOM, SAMPLED, TraceContext
+from otel_smtp.telemetry.records import LinkRecord
+
+# Of these the decision for a child of our own span follows from the span's, so nobody has to be asked again.
+_STATIC: Final = ("AlwaysOnSampler", "AlwaysOffSampler", "TraceIdRatioBased{")
+_PARENT_BASED: Final = "localParentSampled:AlwaysOnSampler,localParentNotSampled:AlwaysOffSampler"
+
+
+class Sampled(NamedTuple):
+    """A new span's identity, and what was decided about it."""
+
+    context: TraceContext
+    is_recording: bool
+    attributes: Attributes  # what the sampler adds
+
+
+_NOTHING: Final[Attributes] = {}
+
+
+class Sampling:
+    """Makes the identities of new spans."""
+
+    __slots__ = ("_generate_span_id", "_generate_trace_id", "_inherits", "_root_flags", "_sampler")
+
+    def __init__(self, sampler: Sampler, id_generator: IdGenerator) -> None:
+        self._sampler = sampler
+        self._generate_trace_id = id_generator.generate_trace_id
+        self._generate_span_id = id_generator.generate_span_id
+        self._root_flags = RANDOM if id_generator.is_trace_id_random() else 0
+        description = sampler.get_description()
+        self._inherits = description.startswith(_STATIC) or (
+            description.startswith("ParentBased{") and _PARENT_BASED in description
+        )
+
+    def decide(
+        self,
+        name: str,
+        kind: SpanKind,
+        parent: TraceContext | None,
+        attributes: Attributes,
+        links: Sequence[LinkRecord] = (),
+    ) -> Sampled:
+        """A new span below `parent`, a root where it is None.
+
+        Args:
+            attributes: those that are known at its start; a sampler sees no others.
+        """
+        if parent is not None and self._inherits and not parent.is_remote:
+            context = TraceContext(parent.trace_id, self._generate_span_id(), parent.flags, False, parent.trace_state)
+            return Sampled(context, parent.is_sampled, _NOTHING)
+        trace_id = self._generate_trace_id() if parent is None else parent.trace_id
+        result = self._sampler.should_sample(
+            _as_current(parent), trace_id, name, kind, attributes, [sdk_link(link) for link in links]
+        )
+        flags = (self._root_flags if parent is None else parent.flags & RANDOM) | (
+            SAMPLED if result.decision is Decision.RECORD_AND_SAMPLE else 0
+        )
+        state = "" if result.trace_state is None else result.trace_state.to_header()
+        added = {key: value for key, value in result.attributes.items() if key not in attributes}
+        return Sampled(
+            TraceContext(trace_id, self._generate_span_id(), flags, False, state),
+            result.decision is not Decision.DROP,
+            added,
+        )
+
+
+def _as_current(parent: TraceContext | None) -> Context:
+    # An empty context, never None: None would mean whatever span happens to be current.
+    return Context() if parent is None else set_span_in_context(NonRecordingSpan(sdk_context(parent)), Context())
+
+
+def sdk_context(context: TraceContext) -> SpanContext:
+    """`context` as the SDK's type."""
+    state = TraceState.from_header([context.trace_state]) if context.trace_state else None
+    return SpanContext(context.trace_id, context.span_id, context.is_remote, TraceFlags(context.flags), state)
+
+
+def sdk_link(link: LinkRecord) -> Link:
+    """`link` as the SDK's type."""
+    return Link(sdk_context(link.context), link.attributes)

@@ -1,0 +1,224 @@
+"""Telemetry as the standard OTEL_* variables ask for it.
+
+The one place below `app` that reads the environment, since these variables are OpenTelemetry's own. Some of them
+(OTEL_TRACES_EXPORTER, OTEL_EXPORTER_OTLP_PROTOCOL) are read by the Python distribution's configurator only, which we do
+not run; so they are read here. Without an endpoint nothing is dialled: a default that dials localhost fills logs.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from opentelemetry.sdk.environment_variables import (
+    OTEL_EXPORTER_OTLP_ENDPOINT,
+    OTEL_EXPORTER_OTLP_PROTOCOL,
+    OTEL_EXPORTER_OTLP_TRACES_ENDPOINT,
+    OTEL_EXPORTER_OTLP_TRACES_PROTOCOL,
+    OTEL_SDK_DISABLED,
+    OTEL_SERVICE_NAME,
+    OTEL_TRACES_SAMPLER,
+    OTEL_TRACES_SAMPLER_ARG,
+)
+from opentelemetry.sdk.resources import SERVICE_NAME, Resource
+from opentelemetry.sdk.trace import SpanProcessor
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter, SimpleSpanProcessor, SpanExporter
+from opentelemetry.sdk.trace.sampling import (
+    ALWAYS_OFF,
+    ALWAYS_ON,
+    ParentBased,
+    Sampler,
+    TraceIdRatioBased,
+)
+
+from otel_smtp.observer import Observer
+from otel_smtp.telemetry.attributes import DEFAULT_SERVICE_NAME
+from otel_smtp.telemetry.propagation import InboundPolicy
+from otel_smtp.telemetry.records import SpanSink
+from otel_smtp.telemetry.redaction import Redaction
+from otel_smtp.telemetry.sdk_spans import SdkSpans
+from otel_smtp.telemetry.state_events import StateEvents
+from otel_smtp.telemetry.tracing import DEFAULT_SEGMENT_AGE_SECONDS, DEFAULT_SEGMENT_EVENTS, Tracing
+
+OTEL_TRACES_EXPORTER: Final = "OTEL_TRACES_EXPORTER"
+DEFAULT_FLUSH_SECONDS: Final = 2.0
+
+_SAMPLERS: Final[Mapping[str, Callable[[float], Sampler]]] = {
+    "always_on": lambda ratio: ALWAYS_ON,
+    "always_off": lambda ratio: ALWAYS_OFF,
+    "traceidratio": TraceIdRatioBased,
+    "parentbased_always_on": lambda ratio: ParentBased(ALWAYS_ON),
+    "parentbased_always_off": lambda ratio: ParentBased(ALWAYS_OFF),
+    "parentbased_traceidratio": lambda ratio: ParentBased(TraceIdRatioBased(ratio)),
+}
+
+
+class TelemetrySettingError(ValueError):
+    """An OTEL_* variable that we can't follow; the message names it, its value and what is allowed."""
+
+    def __init__(self, variable: str, value: str, allowed: str) -> None:
+        super().__init__(f"{variable}={value!r}: allowed is {allowed}")
+        self.variable = variable
+
+
+@dataclass(frozen=True)
+class TelemetryOptions:
+    """Our own settings of telemetry (config.md, [telemetry]).
+
+    Attributes:
+        policies: what to make of a message's trace context, by listener's name.
+        listeners: take every finished span, also those that are not sampled.
+    """
+
+    version: str = ""
+    redaction: Redaction = field(default_factory=Redaction)
+    policies: Mapping[str, InboundPolicy] = field(default_factory=dict)
+    state_events: StateEvents = StateEvents.SPAN
+    segment_events: int = DEFAULT_SEGMENT_EVENTS
+    segment_age_seconds: float = DEFAULT_SEGMENT_AGE_SECONDS
+    probes: bool = False
+    listeners: Sequence[SpanSink] = ()
+
+
+class Telemetry:
+    """What was set up: the observer to be told, and the end of it.
+
+    Attributes:
+        observer: to be told everything; a silent one where OTEL_SDK_DISABLED is true.
+    """
+
+    def __init__(self, observer: Observer, tracing: Tracing | None, processors: Sequence["LazyProcessor"]) -> None:
+        self.observer = observer
+        self._tracing = tracing
+        self._processors = processors
+
+    def rotate(self) -> None:
+        """Begin new segments where the old ones are too old; call it every few seconds."""
+        if self._tracing is not None:
+            self._tracing.rotate()
+
+    def flush_and_shutdown(self, budget_seconds: float = DEFAULT_FLUSH_SECONDS) -> bool:
+        """Export what is left, and return within the budget whatever the collector does. Blocks: not for the loop.
+
+        Returns:
+            Whether everything was done in time.
+        """
+        # The SDK's shutdown blocks for up to half a minute on a dead collector; the thread is left behind.
+        worker = threading.Thread(target=self._shut_down, name="telemetry-shutdown", daemon=True)
+        worker.start()
+        worker.join(budget_seconds)
+        return not worker.is_alive()
+
+    def _shut_down(self) -> None:
+        for processor in self._processors:
+            processor.shutdown()
+
+
+class LazyProcessor(SpanProcessor):
+    """A span processor that is made with its first span: its thread must not be there before a fork."""
+
+    def __init__(self, make: Callable[[], SpanProcessor]) -> None:
+        self._make = make
+        self._made: SpanProcessor | None = None
+
+    def on_end(self, span: object) -> None:
+        """Give a span on."""
+        if self._made is None:
+            self._made = self._make()
+        self._made.on_end(span)  # type: ignore[arg-type]  # whatever its caller has
+
+    def shutdown(self) -> None:
+        """Shut down what was made."""
+        if self._made is not None:
+            self._made.shutdown()
+
+
+def set_up(options: TelemetryOptions, environ: Mapping[str, str] = os.environ) -> Telemetry:
+    """Set telemetry up.
+
+    Raises:
+        TelemetrySettingError: an OTEL_* variable has a value that can't be followed.
+    """
+    if _flag(environ, OTEL_SDK_DISABLED):
+        return Telemetry(Observer(), None, ())
+    resource = resource_of(environ)
+    processors = [LazyProcessor(make) for make in _span_processors(environ)]
+    tracing = Tracing(
+        sinks=[SdkSpans(processor, resource, options.version) for processor in processors],
+        listeners=options.listeners,
+        sampler=sampler_of(environ),
+        redaction=options.redaction,
+        policies=options.policies,
+        state_events=options.state_events,
+        segment_events=options.segment_events,
+        segment_age_seconds=options.segment_age_seconds,
+        probes=options.probes,
+    )
+    return Telemetry(tracing, tracing, processors)
+
+
+def resource_of(environ: Mapping[str, str]) -> Resource:
+    """Who we are: OTEL_SERVICE_NAME, OTEL_RESOURCE_ATTRIBUTES and the SDK's detectors, `otel-smtp` if nobody says."""
+    resource = Resource.create()
+    is_named = environ.get(OTEL_SERVICE_NAME) or not str(resource.attributes[SERVICE_NAME]).startswith(
+        "unknown_service"
+    )
+    return resource if is_named else resource.merge(Resource({SERVICE_NAME: DEFAULT_SERVICE_NAME}))
+
+
+def sampler_of(environ: Mapping[str, str]) -> Sampler:
+    """The SDK's sampler that OTEL_TRACES_SAMPLER names."""
+    name = environ.get(OTEL_TRACES_SAMPLER, "").strip().lower() or "parentbased_always_on"
+    if name not in _SAMPLERS:
+        raise TelemetrySettingError(OTEL_TRACES_SAMPLER, name, ", ".join(_SAMPLERS))
+    argument = environ.get(OTEL_TRACES_SAMPLER_ARG, "").strip()
+    try:
+        return _SAMPLERS[name](float(argument or "1"))
+    except ValueError:
+        raise TelemetrySettingError(OTEL_TRACES_SAMPLER_ARG, argument, "a number from 0 to 1") from None
+
+
+def _span_processors(environ: Mapping[str, str]) -> list[Callable[[], SpanProcessor]]:
+    has_endpoint = any(environ.get(name) for name in (OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_EXPORTER_OTLP_TRACES_ENDPOINT))
+    wanted = environ.get(OTEL_TRACES_EXPORTER, "").strip() or ("otlp" if has_endpoint else "none")
+    makers: list[Callable[[], SpanProcessor]] = []
+    for exporter in [part.strip() for part in wanted.split(",") if part.strip()]:
+        match exporter:
+            case "none":
+                pass
+            case "console":
+                makers.append(lambda: SimpleSpanProcessor(ConsoleSpanExporter()))
+            case "otlp":
+                makers.append(_batching(_otlp_exporter(environ)))
+            case _:
+                raise TelemetrySettingError(OTEL_TRACES_EXPORTER, wanted, "none, console, otlp, or a list of them")
+    return makers
+
+
+def _batching(make_exporter: Callable[[], SpanExporter]) -> Callable[[], SpanProcessor]:
+    return lambda: BatchSpanProcessor(make_exporter())
+
+
+def _otlp_exporter(environ: Mapping[str, str]) -> Callable[[], SpanExporter]:
+    for variable in (OTEL_EXPORTER_OTLP_TRACES_PROTOCOL, OTEL_EXPORTER_OTLP_PROTOCOL):
+        protocol = environ.get(variable, "").strip()
+        if protocol == "grpc":
+            # On demand: 148 ms and 19 MB that the default does not need.
+            from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as GrpcSpanExporter
+
+            return GrpcSpanExporter
+        if protocol == "http/protobuf":
+            break
+        if protocol:
+            raise TelemetrySettingError(variable, protocol, "http/protobuf, grpc")
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+
+    return OTLPSpanExporter
+
+
+def _flag(environ: Mapping[str, str], variable: str) -> bool:
+    value = environ.get(variable, "").strip().lower()
+    if value not in ("", "true", "false"):
+        raise TelemetrySettingError(variable, value, "true, false")
+    return value == "true"
