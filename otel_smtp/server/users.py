@@ -1,0 +1,571 @@
+"""Who may authenticate: the users file, the AUTH exchanges, and the count of failures.
+
+The users file is UTF-8 text, a user a line, ``NAME:HASH``; blank lines and lines that begin with ``#`` are passed over.
+HASH is one of
+
+* ``$argon2id$v=19$m=...,t=...,p=...$SALT$HASH`` (the PHC string that argon2 tools write): the harder one to guess if
+  the file is stolen; it serves PLAIN and LOGIN;
+* ``SCRAM-SHA-256$ITERATIONS:SALT$STOREDKEY:SERVERKEY`` (RFC 5803 with SHA-256, as PostgreSQL keeps it): serves
+  SCRAM-SHA-256, PLAIN and LOGIN, and the password itself is in no place but the user's.
+
+SCRAM-SHA-256 is announced only if every user has the second kind: clients prefer it, and would fail with the first.
+
+An unknown name costs what a known one with a wrong password costs: a real hash, of the parameters that most users have,
+is computed and compared (D7). Nothing that blocks runs on the event loop, and hashing is bounded in threads, so that a
+crowd of guessers can take neither the loop nor the memory.
+"""
+
+import asyncio
+import base64
+import hashlib
+import hmac
+import ipaddress
+import logging
+import re
+import secrets
+import stat
+import unicodedata
+from collections import Counter, OrderedDict, deque
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Protocol
+
+import argon2
+import scramp
+
+from otel_smtp.smtp.errors import LocalProtocolError
+from otel_smtp.smtp.sasl import (
+    LOGIN_CHALLENGES,
+    OAUTH_REFUSED,
+    BearerToken,
+    Password,
+    SaslError,
+    decode_base64,
+    parse_login,
+    parse_oauthbearer,
+    parse_plain,
+    parse_xoauth2,
+    prepare_name,
+)
+
+logger: Final = logging.getLogger("otel_smtp.server.users")
+
+SCRAM_ITERATIONS: Final = 15_000
+"""RFC 7677 4 asks for at least 4096; MongoDB's default, some milliseconds for a client."""
+
+MAX_SCRAM_ITERATIONS: Final = 1_000_000
+"""A line that asks for more would hold a hashing thread for seconds at each PLAIN."""
+
+HASHING_THREADS: Final = 2
+"""Hashes at once: 19 MiB each with our own parameters, in a process that may be a sidecar of 128 MiB."""
+
+TOKEN_VERIFIER_SECONDS: Final = 10.0
+
+# OWASP's and RFC 9106's advice for machines without memory to spare: 19 MiB, two passes, one lane; some 25 ms.
+_HASHER: Final = argon2.PasswordHasher(time_cost=2, memory_cost=19 * 1024, parallelism=1)
+_SCRAM: Final = scramp.ScramMechanism("SCRAM-SHA-256")
+_PHC = re.compile(r"\$argon2id\$v=19\$m=[0-9]{1,8},t=[0-9]{1,4},p=[0-9]{1,3}\$[A-Za-z0-9+/]{11,}\$[A-Za-z0-9+/]{16,}")
+_SCRAM_LINE = re.compile(r"SCRAM-SHA-256\$([0-9]{4,7}):([^$:]+)\$([^$:]+):([^$:]+)")
+
+TokenVerifier = Callable[[str, str], Awaitable[str | None]]
+"""Given the name a client claims ("" for none) and its bearer token, the name the token proves, or None."""
+
+
+# The users file --------------------------------------------------------------------------------------------------
+
+
+class UsersFileError(Exception):
+    """The users file cannot be used; names file and line, never the hash."""
+
+    def __init__(self, path: Path, line_number: int | None, problem: str) -> None:
+        super().__init__(f"{path}{'' if line_number is None else f', line {line_number}'}: {problem}")
+        self.path = path
+        self.line_number = line_number
+
+
+class Proof(Protocol):
+    """What a user's password is checked against."""
+
+    def is_proven_by(self, password: str) -> bool:
+        """Whether `password` is the one; takes milliseconds by design, so never on the event loop."""
+        ...
+
+    def like_this(self) -> "Proof":
+        """Another one of the same cost, that no password proves."""
+        ...
+
+    @property
+    def cost(self) -> str:
+        """What its check costs: equal for equal cost."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Argon2Hash:
+    """An argon2id hash in PHC form."""
+
+    phc: str = field(repr=False)
+
+    def is_proven_by(self, password: str) -> bool:
+        """See `Proof`."""
+        try:
+            return _HASHER.verify(self.phc, _prepared(password))
+        except argon2.exceptions.VerifyMismatchError:
+            return False
+
+    def like_this(self) -> "Argon2Hash":
+        """See `Proof`."""
+        parameters = argon2.extract_parameters(self.phc)
+        return Argon2Hash(argon2.PasswordHasher.from_parameters(parameters).hash(secrets.token_hex()))
+
+    @property
+    def cost(self) -> str:
+        """See `Proof`."""
+        return "argon2id " + self.phc.split("$")[3]  # m, t and p
+
+
+@dataclass(frozen=True, slots=True)
+class ScramKeys:
+    """What a SCRAM-SHA-256 server keeps of a password (RFC 5802 3)."""
+
+    iterations: int
+    salt: bytes = field(repr=False)
+    stored_key: bytes = field(repr=False)
+    server_key: bytes = field(repr=False)
+
+    def is_proven_by(self, password: str) -> bool:
+        """See `Proof`."""
+        try:
+            _, stored_key, _, _ = _SCRAM.make_auth_info(password, iteration_count=self.iterations, salt=self.salt)
+        except scramp.ScramException:  # characters that SASLprep forbids
+            return False
+        return hmac.compare_digest(stored_key, self.stored_key)
+
+    def like_this(self) -> "ScramKeys":
+        """See `Proof`."""
+        return ScramKeys(
+            self.iterations, secrets.token_bytes(len(self.salt)), secrets.token_bytes(32), secrets.token_bytes(32)
+        )
+
+    @property
+    def cost(self) -> str:
+        """See `Proof`."""
+        return f"SCRAM-SHA-256 i={self.iterations}"
+
+
+class Users:
+    """The users of a listener and the check of their passwords.
+
+    Args:
+        proofs: by name, as `prepare_name` has it.
+    """
+
+    def __init__(self, proofs: Mapping[str, Proof]) -> None:
+        self._proofs = dict(proofs)
+        self._stranger = _typical(list(self._proofs.values())).like_this()
+        # A digest of what was right last, per user and under a key that dies with the process: the second AUTH of an
+        # application costs microseconds, a wrong guess the full hash.
+        self._proven: dict[str, bytes] = {}
+        self._proven_key = secrets.token_bytes(32)
+        self._threads = ThreadPoolExecutor(HASHING_THREADS, "otel-smtp-passwords")
+        # From the file, not from chance: the salts that strangers are shown must not change from one connection, or
+        # one worker process, to the next, or they could be told from users'.
+        secret = hashlib.sha256(b"strangers")
+        for name, proof in sorted(self._proofs.items()):
+            secret.update(f"{name}\0{proof.server_key.hex() if isinstance(proof, ScramKeys) else ''}\0".encode())
+        self._stranger_secret = secret.digest()
+
+    def __len__(self) -> int:
+        return len(self._proofs)
+
+    @property
+    def mechanisms(self) -> tuple[str, ...]:
+        """What every user can authenticate by, the best first."""
+        if self._proofs and all(isinstance(proof, ScramKeys) for proof in self._proofs.values()):
+            return ("SCRAM-SHA-256", "PLAIN", "LOGIN")
+        return ("PLAIN", "LOGIN")
+
+    async def has(self, credentials: Password) -> bool:
+        """Whether there is a user of that name and with that password."""
+        name, password = credentials.name, credentials.password
+        digest = hashlib.blake2b(f"{name}\0{password}".encode(), key=self._proven_key).digest()
+        if hmac.compare_digest(self._proven.get(name, b""), digest):
+            return True
+        proof = self._proofs.get(name, self._stranger)
+        is_proven = await asyncio.get_running_loop().run_in_executor(self._threads, proof.is_proven_by, password)
+        if not is_proven or name not in self._proofs:
+            return False
+        self._proven[name] = digest
+        return True
+
+    def knows(self, name: str) -> bool:
+        """Whether there is a user of that name. Never let a client see the answer."""
+        return name in self._proofs
+
+    def scram_keys(self, name: str) -> ScramKeys:
+        """The keys of a user; for anybody else keys that look the same each time, and that no password fits."""
+        stranger_keys = self._stranger_keys(name)
+        keys = self._proofs.get(name)
+        return keys if isinstance(keys, ScramKeys) else stranger_keys
+
+    def _stranger_keys(self, name: str) -> ScramKeys:
+        def derive(purpose: str) -> bytes:
+            return hmac.digest(self._stranger_secret, f"{purpose}\0{name}".encode(), "sha256")
+
+        typical = self._stranger if isinstance(self._stranger, ScramKeys) else None
+        salt_octets = len(typical.salt) if typical else 32
+        iterations = typical.iterations if typical else SCRAM_ITERATIONS
+        return ScramKeys(iterations, derive("salt")[:salt_octets], derive("stored"), derive("server"))
+
+
+def load_users(path: str | Path) -> Users:
+    """Read a users file.
+
+    Raises:
+        UsersFileError: it cannot be read, or a line is malformed.
+    """
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+        if path.stat().st_mode & stat.S_IROTH:
+            logger.warning("the users file can be read by every user", extra={"path": str(path)})
+    except OSError as error:
+        raise UsersFileError(path, None, f"cannot be read: {error.strerror}") from error
+    proofs: dict[str, Proof] = {}
+    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
+        try:
+            text = line.decode("utf-8").strip()
+            if not text or text.startswith("#"):
+                continue
+            name, proof = _parse_line(text)
+            if name in proofs:
+                raise ValueError("a user of that name stands in an earlier line")
+            proofs[name] = proof
+        except UnicodeDecodeError:
+            raise UsersFileError(path, number, "not UTF-8") from None
+        except ValueError as error:
+            raise UsersFileError(path, number, str(error)) from None
+    return Users(proofs)
+
+
+def users_line(name: str, password: str, *, scram: bool = False) -> str:
+    """A line for the users file, without its line end.
+
+    Args:
+        scram: keep SCRAM-SHA-256 keys instead of an argon2id hash.
+
+    Raises:
+        ValueError: that name cannot stand in the file, or that password cannot be sent.
+    """
+    name = _checked_name(name)
+    if not password or "\0" in password:
+        raise ValueError("a password is not empty and holds no NUL")
+    if not scram:
+        return f"{name}:{_HASHER.hash(_prepared(password))}"
+    try:
+        salt, stored_key, server_key, iterations = _SCRAM.make_auth_info(password, iteration_count=SCRAM_ITERATIONS)
+    except scramp.ScramException as error:
+        raise ValueError("the password holds characters that SCRAM forbids") from error
+    return f"{name}:SCRAM-SHA-256${iterations}:{_b64(salt)}${_b64(stored_key)}:{_b64(server_key)}"
+
+
+def _parse_line(text: str) -> tuple[str, Proof]:
+    name, colon, hashed = text.partition(":")
+    if not colon:
+        raise ValueError("no colon between name and hash")
+    name = _checked_name(name)
+    if _PHC.fullmatch(hashed) is not None:
+        try:
+            argon2.extract_parameters(hashed)
+        except argon2.exceptions.InvalidHashError:
+            raise ValueError("malformed argon2id hash") from None
+        return name, Argon2Hash(hashed)
+    match = _SCRAM_LINE.fullmatch(hashed)
+    if match is None:
+        raise ValueError("not a hash that this program makes (see `otel-smtp passwd`)")
+    iterations = int(match[1])
+    try:
+        salt, stored_key, server_key = (decode_base64(part.encode()) for part in match.groups()[1:])
+    except SaslError as error:
+        raise ValueError(f"malformed SCRAM keys: {error}") from None
+    if not 4096 <= iterations <= MAX_SCRAM_ITERATIONS or len(salt) < 12 or {len(stored_key), len(server_key)} != {32}:
+        raise ValueError("SCRAM keys out of range")
+    return name, ScramKeys(iterations, salt, stored_key, server_key)
+
+
+def _checked_name(name: str) -> str:
+    try:
+        prepared = prepare_name(name)
+    except SaslError:
+        raise ValueError("not a user name: empty, longer than 255 octets, or with control characters") from None
+    if ":" in prepared or prepared.startswith("#") or prepared != prepared.strip():
+        raise ValueError("a user name holds no colon, does not begin with '#' and has no blanks around it")
+    return prepared
+
+
+def _typical(proofs: list[Proof]) -> Proof:
+    """One of the proofs that cost what most of them cost."""
+    if not proofs:
+        return Argon2Hash(_HASHER.hash(secrets.token_hex()))
+    costs = [proof.cost for proof in proofs]
+    return proofs[costs.index(Counter(costs).most_common(1)[0][0])]
+
+
+def _prepared(password: str) -> str:
+    # Keyboards differ in how they compose an accented letter (RFC 8265 4.2.1: NFC).
+    return unicodedata.normalize("NFC", password)
+
+
+def _b64(octets: bytes) -> str:
+    return base64.b64encode(octets).decode("ascii")
+
+
+# The exchanges ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Challenge:
+    """Ask the client for one more response (334)."""
+
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The client is who it says (235)."""
+
+    user: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """It is not, or its messages were malformed (535); the same answer for every reason."""
+
+
+Step = Challenge | Accepted | Rejected
+
+
+class Exchange(Protocol):
+    """One AUTH command, from its first response to its end.
+
+    Attributes:
+        mechanism: its name, one of `sasl.MECHANISMS`.
+    """
+
+    mechanism: str
+
+    async def step(self, response: bytes | None) -> Step:
+        """Take the client's next response, decoded.
+
+        Args:
+            response: None only at first, where AUTH came without an initial response.
+
+        Raises:
+            Exception: the check itself failed (no memory, a token verifier that raises or is late): nothing is known
+                of the credentials, so the client is to try again later (454).
+        """
+        ...
+
+
+class Authenticator:
+    """Begins exchanges with those who know the users.
+
+    Args:
+        users: for PLAIN, LOGIN and SCRAM-SHA-256; None: these are not offered.
+        token_verifier: for XOAUTH2 and OAUTHBEARER; None: these are not offered.
+    """
+
+    def __init__(self, users: Users | None = None, *, token_verifier: TokenVerifier | None = None) -> None:
+        self._users = users
+        self._token_verifier = token_verifier
+
+    @property
+    def mechanisms(self) -> tuple[str, ...]:
+        """What to announce, in order."""
+        by_password = () if self._users is None else self._users.mechanisms
+        by_token = () if self._token_verifier is None else ("OAUTHBEARER", "XOAUTH2")
+        return by_password + by_token
+
+    def replace_users(self, users: Users) -> None:
+        """Use other users from the next exchange on: the file was read again."""
+        self._users = users
+
+    def begin(self, mechanism: str) -> Exchange:
+        """A new exchange.
+
+        Raises:
+            LocalProtocolError: the mechanism is none of `mechanisms`.
+        """
+        users, verifier = self._users, self._token_verifier
+        if users is not None:
+            match mechanism:
+                case "PLAIN":
+                    return _PlainExchange(users)
+                case "LOGIN":
+                    return _LoginExchange(users)
+                case "SCRAM-SHA-256":
+                    return _ScramExchange(users)
+        if verifier is not None:
+            match mechanism:
+                case "XOAUTH2":
+                    return _TokenExchange(mechanism, parse_xoauth2, verifier)
+                case "OAUTHBEARER":
+                    return _TokenExchange(mechanism, parse_oauthbearer, verifier)
+        raise LocalProtocolError(f"AUTH {mechanism!r} was not offered")
+
+
+async def _check(users: Users, credentials: Password) -> Step:
+    return Accepted(credentials.name) if await users.has(credentials) else Rejected()
+
+
+class _PlainExchange:
+    __slots__ = ("_users",)
+    mechanism = "PLAIN"
+
+    def __init__(self, users: Users) -> None:
+        self._users = users
+
+    async def step(self, response: bytes | None) -> Step:
+        if response is None:
+            return Challenge(b"")
+        try:
+            credentials = parse_plain(response)
+        except SaslError:
+            return Rejected()
+        return await _check(self._users, credentials)
+
+
+class _LoginExchange:
+    __slots__ = ("_answers", "_users")
+    mechanism = "LOGIN"
+
+    def __init__(self, users: Users) -> None:
+        self._users = users
+        self._answers: list[bytes] = []
+
+    async def step(self, response: bytes | None) -> Step:
+        if response is not None:
+            self._answers.append(response)
+        if len(self._answers) < len(LOGIN_CHALLENGES):
+            return Challenge(LOGIN_CHALLENGES[len(self._answers)])
+        try:
+            credentials = parse_login(*self._answers)
+        except SaslError:
+            return Rejected()
+        return await _check(self._users, credentials)
+
+
+class _ScramExchange:
+    """RFC 5802. Our proof of knowing the keys goes in a last challenge, which the client answers with nothing."""
+
+    __slots__ = ("_is_proven", "_name", "_server", "_users")
+    mechanism = "SCRAM-SHA-256"
+
+    def __init__(self, users: Users) -> None:
+        self._users = users
+        self._name = ""
+        self._is_proven = False
+        self._server = _SCRAM.make_server(self._keys)
+
+    async def step(self, response: bytes | None) -> Step:
+        if response is None:
+            return Challenge(b"")
+        if self._is_proven:
+            return Rejected() if response else Accepted(self._name)
+        try:
+            message = response.decode("utf-8")
+            if not self._name:
+                self._server.set_client_first(message)
+                return Challenge(self._server.get_server_first().encode())
+            self._server.set_client_final(message)
+            server_final = self._server.get_server_final().encode()
+        except (scramp.ScramException, ValueError):
+            return Rejected()
+        # Nobody knows a password that fits a stranger's keys; still, only a user may come in.
+        self._is_proven = self._users.knows(self._name)
+        return Challenge(server_final) if self._is_proven else Rejected()
+
+    def _keys(self, name: str) -> tuple[bytes, bytes, bytes, int]:
+        self._name = prepare_name(name)
+        keys = self._users.scram_keys(self._name)
+        return keys.salt, keys.stored_key, keys.server_key, keys.iterations
+
+
+class _TokenExchange:
+    __slots__ = ("_is_refused", "_parse", "_verifier", "mechanism")
+
+    def __init__(self, mechanism: str, parse: Callable[[bytes], BearerToken], verifier: TokenVerifier) -> None:
+        self.mechanism = mechanism
+        self._parse = parse
+        self._verifier = verifier
+        self._is_refused = False
+
+    async def step(self, response: bytes | None) -> Step:
+        if self._is_refused:
+            return Rejected()
+        if response is None:
+            return Challenge(b"")
+        try:
+            token = self._parse(response)
+        except SaslError:
+            return Rejected()
+        async with asyncio.timeout(TOKEN_VERIFIER_SECONDS):
+            user = await self._verifier(token.name, token.token)
+        if user is not None:
+            return Accepted(user)
+        self._is_refused = True
+        return Challenge(OAUTH_REFUSED)
+
+
+# The failures ----------------------------------------------------------------------------------------------------
+
+
+class FailureRate:
+    """Failed authentications per client address, over a sliding window.
+
+    An IPv6 client is its /64: that is what one customer gets, and within it addresses cost nothing.
+
+    Args:
+        limit: so many failures within the window are too many.
+        window_seconds: the window.
+        addresses: how many addresses are kept; beyond that the one that failed longest ago is forgotten.
+    """
+
+    def __init__(self, *, limit: int = 10, window_seconds: float = 60.0, addresses: int = 4096) -> None:
+        self._limit = limit
+        self._window_seconds = window_seconds
+        self._addresses = addresses
+        self._failures: OrderedDict[str, deque[float]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._failures)
+
+    def count(self, host: str, now: float) -> None:
+        """Note a failure of `host` at the moment `now` (seconds of any clock that does not go back)."""
+        client = _network_of(host)
+        moments = self._failures.setdefault(client, deque(maxlen=self._limit))
+        moments.append(now)
+        self._failures.move_to_end(client)
+        if len(self._failures) > self._addresses:
+            self._failures.popitem(last=False)
+
+    def is_exceeded(self, host: str, now: float) -> bool:
+        """Whether `host` has failed too often within the window that ends `now`."""
+        if not self._failures:
+            return False
+        moments = self._failures.get(_network_of(host))
+        return moments is not None and len(moments) == self._limit and now - moments[0] < self._window_seconds
+
+
+def _network_of(host: str) -> str:
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return host
+    if address.version == 4:
+        return str(address)
+    if address.ipv4_mapped is not None:
+        return str(address.ipv4_mapped)
+    return str(ipaddress.ip_network((address, 64), strict=False))
