@@ -1,0 +1,102 @@
+"""The parts that tests rely on: an oracle that sees nothing proves nothing."""
+
+import smtplib
+import socket
+from pathlib import Path
+
+import pytest
+
+from tests.support.capture import CapturingUpstream
+from tests.support.dialogue import UpstreamScript, scripted_reply
+from tests.support.process import until
+from tests.support.tools import smtp_sink, swaks, tool
+
+
+def test_the_upstream_keeps_content_to_the_octet() -> None:
+    content = b"Subject: x\r\n\r\n.\r\n..a\r\n\x80\xff\r\n.b"
+    with CapturingUpstream() as upstream, smtplib.SMTP("127.0.0.1", upstream.port) as client:
+        client.sendmail("a@client.example", ["b@there.example"], content)
+        client.sendmail("", ["c@there.example"], content)
+        first, second = upstream.wait_for_messages(2)
+    assert first.content == content + b"\r\n"
+    assert first.addresses == "a@client.example > b@there.example"
+    assert second.addresses == "> c@there.example"
+    assert upstream.violations == []
+    assert upstream.connections[0].is_over
+
+
+def test_the_upstream_says_what_it_is_told() -> None:
+    script = UpstreamScript(
+        mail=(scripted_reply("451 4.4.1 Later"),),
+        content=(scripted_reply("554 5.7.1 No"),),
+        recipients={"gone@there.example": scripted_reply("550 5.1.1 Gone")},
+        lacks=frozenset({"DSN"}),
+        size=1000,
+    )
+    with CapturingUpstream(script) as upstream, smtplib.SMTP("127.0.0.1", upstream.port) as client:
+        assert client.ehlo()[0] == 250
+        assert client.esmtp_features["size"] == "1000"
+        assert not client.has_extn("dsn")
+        assert client.mail("a@client.example")[0] == 451
+        assert client.mail("a@client.example")[0] == 250
+        assert client.rcpt("gone@there.example")[0] == 550
+        assert client.rcpt("b@there.example")[0] == 250
+        assert client.data(b"x")[0] == 554
+        assert not upstream.messages[0].is_taken
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"DATA\r\na\nb\r\n.\r\n",
+        b"DATA\r\na\rb\r\n.\r\n",
+        b"DATA\r\na\0b\r\n.\r\n",
+        b"DATA\r\n.a\r\n.\r\n",
+        b"BDAT 3 LAST\r\na\nb",
+        b"MAIL FROM:<again@client.example>\r\n",
+        b"FROBNICATE\r\n",
+        b"NOOP \x7f\r\n",
+    ],
+)
+def test_the_upstream_notes_what_the_gateway_must_not_do(said: bytes) -> None:
+    with CapturingUpstream() as upstream, socket.create_connection(("127.0.0.1", upstream.port), 10) as client:
+        client.sendall(b"EHLO x\r\nMAIL FROM:<a@client.example>\r\nRCPT TO:<b@there.example>\r\n" + said + b"QUIT\r\n")
+        while client.recv(4096):
+            pass
+    assert len(upstream.violations) == 1
+
+
+def test_the_upstream_waits_where_it_is_held() -> None:
+    with CapturingUpstream() as upstream, smtplib.SMTP("127.0.0.1", upstream.port) as client:
+        held = upstream.hold("RCPT")
+        client.putcmd("EHLO x")
+        client.getreply()
+        client.putcmd("MAIL FROM:<a@client.example>")
+        client.getreply()
+        client.putcmd("RCPT TO:<b@there.example>")
+        assert held.reached.wait(10)
+        held.release()
+        assert client.getreply()[0] == 250
+
+
+def test_postfix_s_sink_shows_what_it_got(tmp_path: Path) -> None:
+    with smtp_sink(tmp_path) as sink:
+        sent = swaks(sink.port, "--from", "a@client.example", "--to", "b@there.example", body=b"Subject: x\n\n.dot\n")
+        assert sent.returncode == 0, sent.stdout
+        (content,) = until(lambda: sink.contents() or None, "a dump")
+    assert content.startswith(b"Subject: x\n\n.dot\n")
+
+
+def test_a_missing_program_is_a_skip_on_a_desk_and_a_failure_in_ci(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.support.tools.shutil.which", lambda *_, **__: None)
+    monkeypatch.setenv("CI", "")
+    with pytest.raises(pytest.skip.Exception, match="Debian package postfix"):
+        tool("smtp-sink")
+    monkeypatch.setenv("CI", "true")
+    with pytest.raises(pytest.fail.Exception, match="Debian package postfix"):
+        tool("smtp-sink")
+
+
+def test_until_gives_up() -> None:
+    with pytest.raises(TimeoutError, match="what never comes"):
+        until(lambda: None, "what never comes", timeout_seconds=0.01)
