@@ -58,6 +58,9 @@ SCRAM_ITERATIONS: Final = 15_000
 MAX_SCRAM_ITERATIONS: Final = 1_000_000
 """A line that asks for more would hold a hashing thread for seconds at each PLAIN."""
 
+MAX_ARGON2_KIB: Final = 1024 * 1024
+"""A GiB, for one check; the strongest advice of RFC 9106 4 is two of them, which is no size for a relay."""
+
 HASHING_THREADS: Final = 2
 """Hashes at once: 19 MiB each with our own parameters, in a process that may be a sidecar of 128 MiB."""
 
@@ -277,10 +280,10 @@ def _parse_line(text: str) -> tuple[str, Proof]:
         raise ValueError("no colon between name and hash")
     name = _checked_name(name)
     if _PHC.fullmatch(hashed) is not None:
-        try:
-            argon2.extract_parameters(hashed)
-        except argon2.exceptions.InvalidHashError:
-            raise ValueError("malformed argon2id hash") from None
+        cost = argon2.extract_parameters(hashed)
+        lanes = cost.parallelism
+        if lanes < 1 or cost.time_cost < 1 or not 8 * lanes <= cost.memory_cost <= MAX_ARGON2_KIB:  # RFC 9106 3.1
+            raise ValueError("argon2id parameters out of range")
         return name, Argon2Hash(hashed)
     match = _SCRAM_LINE.fullmatch(hashed)
     if match is None:

@@ -121,6 +121,9 @@ SALT = base64.b64encode(bytes(16)).decode()
         (f"tim:{PHC.replace('argon2id', 'argon2i')}", "not a hash"),
         (f"tim:{PHC[:40]}", "not a hash"),
         (f"tim: {PHC}", "not a hash"),
+        (f"tim:{PHC.replace('t=1', 't=0')}", "argon2id parameters out of range"),
+        (f"tim:{PHC.replace('p=1', 'p=2')}", "argon2id parameters out of range"),  # 8 KiB a lane are the least
+        (f"tim:{PHC.replace('m=8', 'm=1048577')}", "argon2id parameters out of range"),
         (f"tim:{PHC} # a comment", "not a hash"),
         (f"tim:SCRAM-SHA-256$4095:{SALT}${KEYS}:{KEYS}", "out of range"),
         (f"tim:SCRAM-SHA-256$9999999:{SALT}${KEYS}:{KEYS}", "out of range"),
@@ -167,6 +170,10 @@ def test_a_file_that_all_can_read_is_warned_of(tmp_path: Path, caplog: pytest.Lo
         path.chmod(0o644)
         load_users(path)
     assert [record.message for record in caplog.records] == ["the users file can be read by every user"]
+
+
+async def test_a_password_that_scram_forbids_is_wrong_and_no_error(scram_users: Users) -> None:
+    assert not await scram_users.has(Password("tim", "\u0007"))
 
 
 async def test_an_empty_file_lets_nobody_in(tmp_path: Path) -> None:
