@@ -1,0 +1,312 @@
+"""One connection: what it makes of its forwarder, of time, and of a client that vanishes."""
+
+import asyncio
+import ipaddress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+import pytest
+
+from otel_smtp.forwarding.base import DeliveryFailed, Permanent, Transient
+from otel_smtp.observer import ConnectionInfo, Endpoint, Outcome
+from otel_smtp.server.connection import Connection, ListenerPolicy, ServerTimeouts, is_in
+from otel_smtp.smtp import replies
+from otel_smtp.smtp.server import ServerPolicy
+from otel_smtp.smtp.states import CloseReason, raise_illegal
+from tests.server.keeping import KeepingForwarder, NotingConnection
+from tests.support.fake_stream import LOCAL, PEER, FakeStream
+from tests.support.waiting import until
+
+EVERYONE = (ipaddress.ip_network("0.0.0.0/0"),)
+POLICY = ListenerPolicy("local", ServerPolicy("gw.example.com"), ServerTimeouts(), allow=EVERYONE)
+INFO = ConnectionInfo("c" * 32, PEER, LOCAL, "local")
+ENVELOPE = b"EHLO client.example\r\nMAIL FROM:<a@example.com>\r\nRCPT TO:<b@example.org>\r\n"
+CONTENT = b"Subject: hello\r\n\r\nbody\r\n"
+MESSAGE = ENVELOPE + b"DATA\r\n" + CONTENT + b".\r\n"
+
+
+class Load:
+    """The listener as a connection sees it."""
+
+    is_stressed = False
+    is_draining = False
+
+    def may_authenticate(self, client: Endpoint) -> bool:
+        return True
+
+    def auth_failed(self, client: Endpoint) -> None:
+        raise AssertionError("no AUTH here")
+
+
+class Served:
+    """A connection being served, and both of its sides."""
+
+    def __init__(self, policy: ListenerPolicy = POLICY) -> None:
+        self.stream = FakeStream()
+        self.forwarder = KeepingForwarder()
+        self.seen = NotingConnection(INFO)
+        self.load = Load()
+        self.connection = Connection(
+            self.stream, INFO, policy, self.forwarder, self.seen, self.load, on_illegal=raise_illegal
+        )
+        self.task = asyncio.get_running_loop().create_task(self.connection.run())
+
+    async def greeted(self) -> None:
+        await self.stream.sends(b"otel_smtp\r\n")
+
+    async def ended(self) -> None:
+        async with asyncio.timeout(5):
+            await self.task
+
+
+@asynccontextmanager
+async def serving(policy: ListenerPolicy = POLICY) -> AsyncIterator[Served]:
+    served = Served(policy)
+    try:
+        await served.greeted()
+        yield served
+    finally:
+        served.task.cancel()
+        await asyncio.gather(served.task, return_exceptions=True)
+
+
+async def test_a_mail_goes_through_and_its_reply_names_the_trace() -> None:
+    async with serving() as served:
+        served.stream.feed(MESSAGE + b"QUIT\r\n")
+        await served.ended()
+        assert b"250 2.0.0 Ok trace=" + b"5" * 32 + b"\r\n221" in served.stream.sent
+        (kept,) = served.forwarder.kept
+        assert kept.is_accepted
+        received, subject, content = kept.content.partition(b"Subject")
+        assert received.startswith(b"Received: from client.example")
+        assert b"5" * 32 in received
+        assert subject + content == CONTENT
+        assert served.seen.states == "New Active Data Active Idle Closed"
+        assert served.seen.close_reason is CloseReason.QUIT
+        assert served.seen.transactions[0].outcome is Outcome.RELAYED
+        assert served.seen.transactions[0].octets == len(CONTENT)
+
+
+async def test_a_pipelined_group_of_recipients_is_one_batch_and_its_replies_one_write() -> None:
+    async with serving() as served:
+        served.forwarder.refuses["bad@example.org"] = replies.RELAY_DENIED
+        before = len(served.stream.writes)
+        recipients = [b"b@example.org", b"bad@example.org", b"d@example.org"]
+        served.stream.feed(
+            b"EHLO c\r\nMAIL FROM:<>\r\n" + b"".join(b"RCPT TO:<%s>\r\n" % r for r in recipients) + b"DATA\r\n"
+        )
+        await served.stream.sends(b"354 ")
+        assert served.forwarder.batches == [3]
+        assert len(served.stream.writes) == before + 1
+        assert served.seen.transactions[0].answers == [250, 550, 250]
+
+
+async def test_without_a_trace_in_the_reply_it_is_plain() -> None:
+    async with serving(replace(POLICY, trace_in_reply=False)) as served:
+        served.stream.feed(MESSAGE)
+        await served.stream.sends(b"250 2.0.0 Ok\r\n")
+
+
+@pytest.mark.parametrize("step", ["begin", "recipients", "content"])
+async def test_a_bug_in_the_forwarder_is_451_and_the_session_lives(step: str) -> None:
+    async with serving() as served:
+
+        def fail(at: str) -> None:
+            if at == step:
+                raise ValueError("bug")
+
+        served.forwarder.at = fail
+        served.stream.feed(MESSAGE if step == "content" else ENVELOPE)
+        sent = await served.stream.sends(b"451 4.3.0 Internal error, try again later\r\n")
+        assert b"bug" not in sent
+        served.forwarder.at = lambda at: None
+        served.stream.feed(b"RSET\r\n" + MESSAGE)
+        await served.stream.sends(b"250 2.0.0 Ok trace=")
+        assert served.forwarder.kept[-1].is_accepted
+
+
+@pytest.mark.parametrize(
+    ("failure", "outcome"),
+    [
+        (Transient(replies.UPSTREAM_UNAVAILABLE), Outcome.DEFERRED),
+        (Permanent(replies.NEEDS_8BITMIME), Outcome.REFUSED),
+        (Transient(replies.OUTCOME_UNKNOWN), Outcome.UNKNOWN),
+    ],
+)
+async def test_a_failed_delivery_is_told_to_the_client_as_it_is(failure: DeliveryFailed, outcome: Outcome) -> None:
+    async with serving() as served:
+        served.forwarder.final = failure
+        served.stream.feed(MESSAGE)
+        await served.stream.sends(failure.reply.wire)
+        assert served.seen.transactions[0].outcome is outcome
+        assert served.seen.states == "New Active Data Error Idle"
+
+
+async def test_a_forwarder_that_answers_early_is_heard_when_the_content_is_over() -> None:
+    async with serving() as served:
+        served.forwarder.reads_content = False
+        served.forwarder.final = replies.STORAGE_FULL
+        served.stream.feed(ENVELOPE + b"DATA\r\n" + CONTENT)
+        await served.stream.sends(b"354 ")
+        assert served.seen.states == "New Active Data"
+        served.stream.feed(b".\r\nNOOP\r\n")
+        await served.stream.sends(b"452 4.3.1")
+        await served.stream.sends(b"250 2.0.0")
+
+
+async def test_a_client_that_vanishes_in_data_leaves_nothing_upstream() -> None:
+    async with serving() as served:
+        served.stream.feed(ENVELOPE + b"DATA\r\n" + CONTENT)
+        await served.stream.sends(b"354 ")
+        served.stream.lose()
+        await served.ended()
+        (kept,) = served.forwarder.kept
+        assert kept.is_aborted
+        assert not kept.is_accepted
+        assert served.seen.transactions[0].outcome is Outcome.ABORTED
+        assert served.seen.states == "New Active Data Closed"
+        assert served.seen.close_reason is CloseReason.CLIENT_DISCONNECT
+
+
+async def test_a_client_that_vanishes_after_its_final_dot_changes_no_outcome() -> None:
+    async with serving() as served:
+        served.forwarder.hold = asyncio.Event()
+        served.stream.feed(MESSAGE)
+        await until(lambda: served.forwarder.kept and served.forwarder.kept[0].content.endswith(CONTENT[-4:]))
+        served.stream.lose()
+        served.forwarder.hold.set()
+        await served.ended()
+        assert served.forwarder.kept[0].is_accepted
+        assert served.seen.transactions[0].outcome is Outcome.RELAYED
+
+
+async def test_a_client_that_only_closes_its_sending_side_still_gets_its_reply() -> None:
+    async with serving() as served:
+        served.stream.feed(MESSAGE)
+        served.stream.feed_eof()
+        await served.stream.sends(b"250 2.0.0 Ok trace=")
+        await served.ended()
+        assert served.seen.states == "New Active Data Active Idle Closed"
+
+
+async def test_a_transaction_without_recipients_ends_as_its_last_refusal() -> None:
+    async with serving() as served:
+        served.forwarder.refuses["b@example.org"] = replies.RELAY_DENIED
+        served.stream.feed(ENVELOPE + b"QUIT\r\n")
+        await served.ended()
+        assert served.seen.transactions[0].outcome is Outcome.REFUSED
+        assert served.seen.transactions[0].reply is replies.RELAY_DENIED
+        assert served.forwarder.kept[0].is_aborted
+
+
+@pytest.mark.parametrize("before", [b"", b"EHLO c\r\nMAIL FROM:<>\r\n", ENVELOPE + b"DATA\r\nhalf a li", b"NOO"])
+async def test_a_client_that_says_nothing_more_is_told_421_and_closed(before: bytes) -> None:
+    timeouts = ServerTimeouts(command=0.01, data=0.01)
+    async with serving(replace(POLICY, timeouts=timeouts)) as served:
+        served.stream.feed(before)
+        await served.ended()
+        assert served.stream.sent.endswith(replies.TIMED_OUT.wire)
+        assert served.seen.close_reason is CloseReason.TIMEOUT
+        assert served.seen.states.endswith("Error Closed")
+
+
+async def test_octets_that_trickle_do_not_extend_the_deadline_of_a_command() -> None:
+    async with serving(replace(POLICY, timeouts=ServerTimeouts(command=0.05))) as served:
+        while not served.task.done():
+            served.stream.feed(b"x")
+            await asyncio.sleep(0)
+        assert served.seen.close_reason in (CloseReason.TIMEOUT, CloseReason.TOO_MANY_ERRORS)
+        assert served.seen.states == "New Active Error Closed"
+
+
+async def test_under_stress_idle_clients_give_way_sooner() -> None:
+    timeouts = ServerTimeouts(command=300, command_under_stress=0.01)
+    async with serving(replace(POLICY, timeouts=timeouts)) as served:
+        served.load.is_stressed = True
+        served.stream.feed(b"NOOP\r\n")
+        await served.ended()
+        assert served.seen.close_reason is CloseReason.TIMEOUT
+
+
+async def test_a_session_has_a_life_where_one_is_set() -> None:
+    async with serving(replace(POLICY, timeouts=ServerTimeouts(session=0.05))) as served:
+        await served.ended()
+        assert served.seen.close_reason is CloseReason.TIMEOUT
+
+
+async def test_at_the_drain_an_idle_client_is_told_421() -> None:
+    async with serving() as served:
+        served.load.is_draining = True
+        served.connection.drain()
+        await served.ended()
+        assert served.stream.sent.endswith(replies.SHUTTING_DOWN.wire)
+        assert served.seen.close_reason is CloseReason.SHUTDOWN
+
+
+async def test_at_the_drain_an_open_transaction_is_finished_first() -> None:
+    async with serving() as served:
+        served.stream.feed(ENVELOPE + b"DATA\r\n")
+        await served.stream.sends(b"354 ")
+        served.load.is_draining = True
+        served.connection.drain()
+        served.stream.feed(CONTENT + b".\r\n")
+        await served.stream.sends(b"250 2.0.0 Ok trace=")
+        await served.ended()
+        assert served.stream.sent.endswith(replies.SHUTTING_DOWN.wire)
+        assert served.forwarder.kept[0].is_accepted
+
+
+async def test_cancelled_in_data_nothing_is_accepted_and_the_client_is_told() -> None:
+    async with serving() as served:
+        served.stream.feed(ENVELOPE + b"DATA\r\n" + CONTENT)
+        await served.stream.sends(b"354 ")
+        served.task.cancel()
+        await asyncio.gather(served.task, return_exceptions=True)
+        assert served.stream.sent.endswith(replies.SHUTTING_DOWN.wire)
+        assert not served.forwarder.kept[0].is_accepted
+        assert served.seen.close_reason is CloseReason.SHUTDOWN
+        assert served.seen.transactions[0].outcome is Outcome.ABORTED
+
+
+async def test_a_client_of_no_allowed_network_is_refused_at_once() -> None:
+    served = Served(replace(POLICY, allow=(ipaddress.ip_network("127.0.0.0/8"),)))
+    await served.ended()
+    assert served.stream.sent == replies.ACCESS_DENIED.wire
+    assert served.seen.states == "New Error Closed"
+    assert served.seen.close_reason is CloseReason.REFUSED
+
+
+@pytest.mark.parametrize(
+    ("early", "sent", "reason", "states"),
+    [
+        (b"EHLO c\r\n", replies.EARLY_TALKER.wire, CloseReason.REFUSED, "New Error Closed"),
+        (b"GET / HTTP/1.1\r\n", b"", CloseReason.PROTOCOL_MISMATCH, "New Closed"),
+        (b"\x16\x03\x01\x02\x00\x01", b"", CloseReason.PROTOCOL_MISMATCH, "New Closed"),
+    ],
+)
+async def test_a_client_that_speaks_before_the_greeting_is_not_served(
+    early: bytes, sent: bytes, reason: CloseReason, states: str
+) -> None:
+    served = Served()
+    served.stream.feed(early)
+    await served.ended()
+    assert served.stream.sent == sent
+    assert served.seen.close_reason is reason
+    assert served.seen.states == states
+
+
+@pytest.mark.parametrize(
+    ("host", "is_listed"),
+    [
+        ("10.1.2.3", True),
+        ("::ffff:10.1.2.3", True),  # IPv4 seen through an IPv6 socket
+        ("11.1.2.3", False),
+        ("fe80::1%eth0", True),
+        ("2001:db8::1", False),
+        ("", False),  # a unix socket's client has no address
+    ],
+)
+def test_networks_hold_addresses_of_both_families(host: str, is_listed: bool) -> None:
+    networks = (ipaddress.ip_network("10.0.0.0/8"), ipaddress.ip_network("fe80::/10"))
+    assert is_in(networks, host) is is_listed

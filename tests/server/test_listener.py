@@ -1,0 +1,165 @@
+"""The listening side over real sockets: limits, refusals, the drain."""
+
+import asyncio
+import ipaddress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from otel_smtp.observer import Endpoint
+from otel_smtp.server.connection import ListenerPolicy, ServerTimeouts
+from otel_smtp.server.listener import Listening, Server
+from otel_smtp.smtp.server import ServerPolicy
+from otel_smtp.smtp.states import CloseReason
+from tests.server.keeping import KeepingForwarder, Noting
+from tests.support.waiting import until
+
+POLICY = ListenerPolicy(
+    "local", ServerPolicy("gw.example.com"), ServerTimeouts(), allow=(ipaddress.ip_network("127.0.0.0/8"),)
+)
+LOOPBACK = Endpoint("127.0.0.1", 0)
+MESSAGE = b"EHLO c\r\nMAIL FROM:<a@example.com>\r\nRCPT TO:<b@example.org>\r\nDATA\r\nSubject: x\r\n\r\ny\r\n.\r\n"
+
+
+@dataclass
+class Running:
+    server: Server
+    forwarder: KeepingForwarder
+    seen: Noting
+    address: Endpoint
+    clients: list[asyncio.StreamWriter] = field(default_factory=list)
+
+    async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        if self.address.port is None:
+            reader, writer = await asyncio.open_unix_connection(self.address.host)
+        else:
+            reader, writer = await asyncio.open_connection(self.address.host, self.address.port)
+        self.clients.append(writer)
+        return reader, writer
+
+    async def disconnect(self) -> None:
+        for writer in self.clients:
+            writer.close()
+            with suppress(ConnectionError):
+                await writer.wait_closed()
+
+
+@asynccontextmanager
+async def running(
+    address: Endpoint = LOOPBACK, *, connections: int = 8, connections_per_client: int = 4
+) -> AsyncIterator[Running]:
+    forwarder, seen = KeepingForwarder(), Noting()
+    server = Server(
+        [Listening(POLICY, (address,))],
+        forwarder,
+        seen,
+        connections=connections,
+        connections_per_client=connections_per_client,
+    )
+    ((address,),) = (await server.start()).values()
+    gateway = Running(server, forwarder, seen, address)
+    try:
+        yield gateway
+    finally:
+        await server.drain(0)
+        await gateway.disconnect()
+
+
+@pytest.mark.both_loops
+async def test_a_connection_beyond_the_limit_is_refused_with_a_trace_of_its_own() -> None:
+    async with running(connections=2) as gateway:
+        first = await gateway.connect()
+        second = await gateway.connect()
+        assert (await first[0].readline()).startswith(b"220 ")
+        assert (await second[0].readline()).startswith(b"220 ")
+        third = await gateway.connect()
+        assert await third[0].read() == b"421 4.3.2 Too many connections\r\n"
+        await until(lambda: gateway.seen.connections[2].close_reason)
+        assert gateway.seen.connections[2].states == "New Error Closed"
+        assert gateway.seen.connections[2].close_reason is CloseReason.REFUSED
+        assert gateway.seen.refused == ["capacity"]
+        first[1].close()
+        await until(lambda: gateway.seen.connections[0].close_reason)
+        fourth = await gateway.connect()
+        assert (await fourth[0].readline()).startswith(b"220 ")
+
+
+async def test_loopback_clients_are_not_limited_one_by_one() -> None:
+    async with running(connections=8, connections_per_client=1) as gateway:
+        for _ in range(3):
+            reader, _writer = await gateway.connect()
+            assert (await reader.readline()).startswith(b"220 ")
+
+
+async def test_a_unix_socket_serves_and_its_clients_may_relay(tmp_path: Path) -> None:
+    async with running(Endpoint(str(tmp_path / "smtp"))) as gateway:
+        reader, writer = await gateway.connect()
+        assert (await reader.readline()).startswith(b"220 ")
+        writer.write(MESSAGE + b"QUIT\r\n")
+        assert b"250 2.0.0 Ok" in await reader.read()
+        assert gateway.forwarder.kept[0].is_accepted
+        assert gateway.seen.connections[0].info.transport == "unix"
+
+
+async def test_the_drain_lets_an_open_transaction_end_and_refuses_newcomers() -> None:
+    async with running() as gateway:
+        idle, busy = await gateway.connect(), await gateway.connect()
+        for reader, _ in (idle, busy):
+            assert (await reader.readline()).startswith(b"220 ")
+        head, _, body = MESSAGE.partition(b"Subject")
+        busy[1].write(head)
+        await busy[0].readuntil(b"354 ")
+        drain = asyncio.create_task(gateway.server.drain(5))
+        assert await idle[0].read() == b"421 4.3.2 Shutting down, try again\r\n"
+        with pytest.raises(ConnectionError):
+            await gateway.connect()
+        busy[1].write(b"Subject" + body)
+        rest = await busy[0].read()
+        assert b"250 2.0.0 Ok" in rest
+        assert rest.endswith(b"421 4.3.2 Shutting down, try again\r\n")
+        await drain
+        assert gateway.forwarder.kept[0].is_accepted
+
+
+async def test_what_does_not_end_within_the_grace_is_ended_and_nothing_is_accepted() -> None:
+    async with running() as gateway:
+        reader, writer = await gateway.connect()
+        await reader.readline()
+        writer.write(MESSAGE.removesuffix(b".\r\n"))
+        await reader.readuntil(b"354 ")
+        await gateway.server.drain(0.01)
+        assert (await reader.read()).endswith(b"421 4.3.2 Shutting down, try again\r\n")
+        assert not gateway.forwarder.kept[0].is_accepted
+        assert gateway.seen.connections[0].close_reason is CloseReason.SHUTDOWN
+
+
+async def test_an_address_in_use_leaves_nothing_listening() -> None:
+    async with running() as gateway:
+        other = Server(
+            [Listening(POLICY, (LOOPBACK, gateway.address))],
+            gateway.forwarder,
+            gateway.seen,
+            connections=1,
+            connections_per_client=1,
+        )
+        with pytest.raises(OSError, match="address already in use"):
+            await other.start()
+
+
+@pytest.mark.both_loops
+async def test_hundreds_of_clients_at_once_are_served_each_its_own_mail() -> None:
+    async with running(connections=200) as gateway:
+
+        async def one(number: int) -> bytes:
+            reader, writer = await gateway.connect()
+            await reader.readline()
+            writer.write(MESSAGE.replace(b"Subject: x", b"Subject: %d" % number) + b"QUIT\r\n")
+            return await reader.read()
+
+        answers = await asyncio.gather(*(one(number) for number in range(150)))
+        assert all(b"\r\n250 2.0.0 Ok" in answer for answer in answers)
+        subjects = {kept.content.partition(b"Subject: ")[2].split(b"\r\n")[0] for kept in gateway.forwarder.kept}
+        assert subjects == {b"%d" % number for number in range(150)}
