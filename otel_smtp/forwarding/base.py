@@ -97,7 +97,10 @@ class Forwarder(Protocol):
     """Where accepted mail goes."""
 
     def capabilities(self) -> Capabilities:
-        """What may be offered to clients now. Cheap, called at each EHLO and MAIL; the same object while nothing changes."""
+        """What may be offered to clients now.
+
+        Cheap: called at each EHLO and MAIL. The same object while nothing changes.
+        """
         ...
 
     async def begin(self, mail: Mail, seen: TransactionObserver) -> MailTransaction:
