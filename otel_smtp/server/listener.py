@@ -13,7 +13,7 @@ from otel_smtp.forwarding.base import Forwarder
 from otel_smtp.net import Listener, Stream, listen
 from otel_smtp.observer import ConnectionInfo, Endpoint, Observer
 from otel_smtp.server.connection import Connection, ListenerPolicy
-from otel_smtp.server.users import FailureRate
+from otel_smtp.server.failure_rate import FailureRate
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.replies import Reply
 from otel_smtp.smtp.states import IllegalTransition, TlsMode

@@ -1,4 +1,4 @@
-"""Who may authenticate: the users file, the AUTH exchanges, and the count of failures.
+"""Who may authenticate: the users file and the AUTH exchanges.
 
 The users file is UTF-8 text, a user a line, ``NAME:HASH``; blank lines and lines that begin with ``#`` are passed over.
 HASH is one of
@@ -19,13 +19,12 @@ import asyncio
 import base64
 import hashlib
 import hmac
-import ipaddress
 import logging
 import re
 import secrets
 import stat
 import unicodedata
-from collections import Counter, OrderedDict, deque
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -520,55 +519,3 @@ class _TokenExchange:
             return Accepted(user)
         self._is_refused = True
         return Challenge(OAUTH_REFUSED)
-
-
-# The failures ----------------------------------------------------------------------------------------------------
-
-
-class FailureRate:
-    """Failed authentications per client address, over a sliding window.
-
-    An IPv6 client is its /64: that is what one customer gets, and within it addresses cost nothing.
-
-    Args:
-        limit: so many failures within the window are too many.
-        window_seconds: the window.
-        addresses: how many addresses are kept; beyond that the one that failed longest ago is forgotten.
-    """
-
-    def __init__(self, *, limit: int = 10, window_seconds: float = 60.0, addresses: int = 4096) -> None:
-        self._limit = limit
-        self._window_seconds = window_seconds
-        self._addresses = addresses
-        self._failures: OrderedDict[str, deque[float]] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._failures)
-
-    def count(self, host: str, now: float) -> None:
-        """Note a failure of `host` at the moment `now` (seconds of any clock that does not go back)."""
-        client = _network_of(host)
-        moments = self._failures.setdefault(client, deque(maxlen=self._limit))
-        moments.append(now)
-        self._failures.move_to_end(client)
-        if len(self._failures) > self._addresses:
-            self._failures.popitem(last=False)
-
-    def is_exceeded(self, host: str, now: float) -> bool:
-        """Whether `host` has failed too often within the window that ends `now`."""
-        if not self._failures:
-            return False
-        moments = self._failures.get(_network_of(host))
-        return moments is not None and len(moments) == self._limit and now - moments[0] < self._window_seconds
-
-
-def _network_of(host: str) -> str:
-    try:
-        address = ipaddress.ip_address(host.partition("%")[0])
-    except ValueError:
-        return host
-    if address.version == 4:
-        return str(address)
-    if address.ipv4_mapped is not None:
-        return str(address.ipv4_mapped)
-    return str(ipaddress.ip_network((address, 64), strict=False))

@@ -1,0 +1,53 @@
+"""How often a client address has failed to authenticate: a sliding window in bounded memory (D6)."""
+
+import ipaddress
+from collections import OrderedDict, deque
+
+
+class FailureRate:
+    """Failed authentications per client address, over a sliding window.
+
+    An IPv6 client is its /64: that is what one customer gets, and within it addresses cost nothing.
+
+    Args:
+        limit: so many failures within the window are too many.
+        window_seconds: the window.
+        addresses: how many addresses are kept; beyond that the one that failed longest ago is forgotten.
+    """
+
+    def __init__(self, *, limit: int = 10, window_seconds: float = 60.0, addresses: int = 4096) -> None:
+        self._limit = limit
+        self._window_seconds = window_seconds
+        self._addresses = addresses
+        self._failures: OrderedDict[str, deque[float]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._failures)
+
+    def count(self, host: str, now: float) -> None:
+        """Note a failure of `host` at the moment `now` (seconds of any clock that does not go back)."""
+        client = _network_of(host)
+        moments = self._failures.setdefault(client, deque(maxlen=self._limit))
+        moments.append(now)
+        self._failures.move_to_end(client)
+        if len(self._failures) > self._addresses:
+            self._failures.popitem(last=False)
+
+    def is_exceeded(self, host: str, now: float) -> bool:
+        """Whether `host` has failed too often within the window that ends `now`."""
+        if not self._failures:
+            return False
+        moments = self._failures.get(_network_of(host))
+        return moments is not None and len(moments) == self._limit and now - moments[0] < self._window_seconds
+
+
+def _network_of(host: str) -> str:
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return host
+    if address.version == 4:
+        return str(address)
+    if address.ipv4_mapped is not None:
+        return str(address.ipv4_mapped)
+    return str(ipaddress.ip_network((address, 64), strict=False))
