@@ -5,7 +5,7 @@ A file ``tests/dialogues/SUBJECT.smtp`` holds dialogues, each under a line ``== 
 
 Before anything is said
     ``set limits.recipients = 2``        a setting by its name in the settings file, with a TOML value
-    ``only: engine``                     not run over a socket; a comment says why
+    ``only: in memory``                  not run over a socket; a comment says why
     ``upstream: content 451 4.3.0 No``   the upstream's reply at one point: ``mail``, ``rcpt ADDRESS`` or ``content``.
                                          Several for one point hold for the first, second ... time; then all is well
     ``upstream lacks: SMTPUTF8 DSN``     extensions that the upstream does not offer; ``SIZE 1000`` limits its size
@@ -115,7 +115,7 @@ class Dialogue:
     file: str
     line: int
     settings: dict[str, Any]  # "limits.recipients": 2
-    only_engine: bool
+    only_in_memory: bool
     upstream: UpstreamScript
     steps: tuple[Step, ...]
     states: tuple[str, ...]
@@ -211,7 +211,7 @@ class _Reader:
         self.name = name
         self.line = line
         self.settings: dict[str, Any] = {}
-        self.only_engine = False
+        self.only_in_memory = False
         self.mail: list[Reply] = []
         self.content: list[Reply] = []
         self.recipients: dict[str, Reply] = {}
@@ -231,7 +231,9 @@ class _Reader:
                 name, _, given = value.partition(" = ")
                 self.settings[name] = tomllib.loads(f"value = {given}")["value"]
             case "only:":
-                self.only_engine = value == "engine"
+                if value != "in memory":
+                    raise BadDialogue(f"only: {value}")
+                self.only_in_memory = True
             case "upstream:":
                 self._read_upstream(*value.split(" ", 1))
             case "upstream" if value.startswith("lacks: "):
@@ -297,7 +299,7 @@ class _Reader:
             self.file,
             self.line,
             self.settings,
-            self.only_engine,
+            self.only_in_memory,
             UpstreamScript(tuple(self.mail), tuple(self.content), self.recipients, self.lacks, self.size),
             tuple(self.steps),
             self.states,

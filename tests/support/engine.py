@@ -33,6 +33,7 @@ from otel_smtp.smtp.events import (
 )
 from otel_smtp.smtp.extensions import Offer
 from otel_smtp.smtp.replies import Reply
+from otel_smtp.smtp.sasl import LOGIN_CHALLENGES, Password, SaslError, parse_login, parse_plain
 from otel_smtp.smtp.server import ServerLimits, ServerPolicy, ServerProtocol
 from otel_smtp.smtp.states import CloseReason, ConnState, TlsMode, Transition
 from tests.support.dialogue import ReplyReader, UpstreamScript
@@ -123,22 +124,14 @@ class _Exchange:
         """The verdict, or the next challenge."""
         if answer is not None:
             self._answers.append(answer)
-        if self._mechanism == "PLAIN":
-            return self._plain() if self._answers else b""
-        if len(self._answers) < 2:
-            return (b"Username:", b"Password:")[len(self._answers)]
-        return self._verdict(self._answers == [USER.encode(), PASSWORD.encode()])
-
-    def _plain(self) -> Reply:
-        parts = self._answers[0].split(b"\0")
-        if len(parts) != 3:
-            return replies.BAD_BASE64
-        identity, user, password = parts
-        return self._verdict(identity in (b"", user) and (user, password) == (USER.encode(), PASSWORD.encode()))
-
-    @staticmethod
-    def _verdict(is_right: bool) -> Reply:
-        return replies.AUTH_SUCCEEDED if is_right else replies.AUTH_FAILED
+        challenges = (b"",) if self._mechanism == "PLAIN" else LOGIN_CHALLENGES
+        if len(self._answers) < len(challenges):
+            return challenges[len(self._answers)]
+        try:
+            claimed = parse_plain(*self._answers) if self._mechanism == "PLAIN" else parse_login(*self._answers)
+        except SaslError:
+            return replies.AUTH_FAILED
+        return replies.AUTH_SUCCEEDED if claimed == Password(USER, PASSWORD) else replies.AUTH_FAILED
 
 
 @dataclass

@@ -1,0 +1,67 @@
+"""A forwarder in memory that says what a dialogue's upstream says, and keeps what it was given."""
+
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+
+from otel_smtp.forwarding.base import Capabilities, DeliveryFailed
+from otel_smtp.observer import TransactionObserver
+from otel_smtp.smtp import replies
+from otel_smtp.smtp.envelope import Mail, Recipient
+from otel_smtp.smtp.replies import Reply
+from tests.support.dialogue import UpstreamScript
+from tests.support.engine import Message
+
+
+class ScriptedForwarder:
+    """Takes mail as `script` says.
+
+    Attributes:
+        messages: those that were taken; content with our own Received field on top.
+    """
+
+    def __init__(self, script: UpstreamScript) -> None:
+        self.script = script
+        self.messages: list[Message] = []
+        self.mail_replies = deque(script.mail)
+        self.content_replies = deque(script.content)
+        self._can = Capabilities(
+            size=script.size,
+            eight_bit_mime="8BITMIME" not in script.lacks,
+            smtputf8="SMTPUTF8" not in script.lacks,
+            binary_mime="BINARYMIME" not in script.lacks,
+            dsn="DSN" not in script.lacks,
+        )
+
+    def capabilities(self) -> Capabilities:
+        return self._can
+
+    async def begin(self, mail: Mail, seen: TransactionObserver) -> "_Transaction":
+        reply = self.mail_replies.popleft() if self.mail_replies else replies.SENDER_OK
+        if not reply.is_positive:
+            raise DeliveryFailed(reply)
+        return _Transaction(self, mail)
+
+
+class _Transaction:
+    spool_id: str | None = None
+
+    def __init__(self, forwarder: ScriptedForwarder, mail: Mail) -> None:
+        self._forwarder = forwarder
+        self._mail = mail
+        self._recipients: list[Recipient] = []
+
+    async def recipients(self, batch: Sequence[Recipient]) -> Sequence[Reply]:
+        answers = [self._forwarder.script.recipients.get(one.address, replies.RECIPIENT_OK) for one in batch]
+        self._recipients += [one for one, answer in zip(batch, answers, strict=True) if answer.is_positive]
+        return answers
+
+    async def content(self, chunks: AsyncIterator[bytes]) -> Reply:
+        content = b"".join([chunk async for chunk in chunks])
+        answers = self._forwarder.content_replies
+        reply = answers.popleft() if answers else replies.message_accepted()
+        if reply.is_positive:
+            self._forwarder.messages.append(Message(self._mail, tuple(self._recipients), content))
+        return reply
+
+    async def abort(self) -> None:
+        pass
