@@ -153,7 +153,7 @@ class Integer:
 
     def parse(self, given: Given) -> int:
         value = given.value
-        if given.is_text and isinstance(value, str) and re.fullmatch(r"\s*-?[0-9]{1,18}\s*", value):
+        if given.is_text and isinstance(value, str) and re.fullmatch(r"[ \t]*-?[0-9]{1,18}[ \t]*", value):
             value = int(value)
         if isinstance(value, bool) or not isinstance(value, int) or not self.minimum <= value <= self.maximum:
             raise BadValue
@@ -287,7 +287,10 @@ class FilePath:
             raise BadValue
         path = Path(text)
         if text.startswith("~"):
-            path = path.expanduser()
+            try:
+                path = path.expanduser()
+            except RuntimeError:
+                raise BadValue("there is no such home directory") from None
         return path if given.directory is None else given.directory / path
 
     def show(self, value: Path) -> str:
