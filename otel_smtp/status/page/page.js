@@ -1,0 +1,110 @@
+// The page of one gateway: what the stream tells is shown at once; traces and queue are asked for when they change.
+
+import { age, element, reconcile, write } from "/draw.js";
+import { showConnections, tickConnections } from "/connections.js";
+import { showQueue, showUpstreams } from "/places.js";
+import { open, search, startTraces } from "/traces.js";
+
+const TICK_MILLISECONDS = 250;
+const TRACES_MILLISECONDS = 1000; // the list is asked for at most this often
+const QUEUE_MILLISECONDS = 5000;
+
+const readiness = document.getElementById("readiness");
+const totals = document.getElementById("totals");
+
+let clockOffset = 0; // gateway's clock minus ours, milliseconds
+let startedAt = Date.now();
+let tracesVersion = -1;
+let tracesTimer = 0;
+
+async function start() {
+  const status = await (await fetch("/api/status")).json();
+  clockOffset = status.now_unix_milliseconds - Date.now();
+  startedAt = Date.now() - status.uptime_seconds * 1000;
+  const { name, ...facts } = status.about;
+  if (name) {
+    write(document.getElementById("name"), name);
+    document.title = `${name} – otel-smtp`;
+  }
+  document.getElementById("about").replaceChildren(
+    ...Object.entries(facts).map(([what, value]) => element("span", {}, `${what} `, element("b", {}, value))),
+    element("span", {}, "up ", element("b", { id: "uptime" }, age(status.uptime_seconds))),
+  );
+  startTraces(status.trace_url);
+  if (status.has_queue) {
+    document.getElementById("queue").hidden = false;
+    watchQueue();
+  }
+  setInterval(tick, TICK_MILLISECONDS);
+  listen();
+}
+
+function listen() {
+  const stream = new EventSource("/api/stream");
+  stream.addEventListener("picture", (event) => show(JSON.parse(event.data)));
+  // The browser tries again by itself; an answer that is no stream (a gateway that drains) ends that.
+  stream.addEventListener("error", () => {
+    setReadiness("lost", "Connection lost, trying again…");
+    if (stream.readyState === EventSource.CLOSED) setTimeout(listen, 2000);
+  });
+}
+
+function show(picture) {
+  const reasons = Object.entries(picture.not_ready);
+  if (reasons.length === 0) setReadiness("ready", "Ready");
+  else setReadiness("not-ready", `Not ready: ${reasons.map(([check, reason]) => `${check}: ${reason}`).join("; ")}`);
+  showTotals(picture.counters);
+  showConnections(picture.connections, picture.counters.connections_open);
+  showUpstreams(picture.upstreams);
+  tick();
+  if (picture.traces_version !== tracesVersion) {
+    tracesVersion = picture.traces_version;
+    if (tracesTimer === 0) {
+      search();
+      tracesTimer = setTimeout(() => {
+        tracesTimer = 0;
+        search();
+      }, TRACES_MILLISECONDS);
+    }
+  }
+}
+
+function setReadiness(state, text) {
+  readiness.dataset.state = state;
+  write(readiness, text);
+}
+
+function showTotals(counters) {
+  const outcomes = counters.transactions;
+  const refused = Object.values(counters.connections_refused).reduce((sum, each) => sum + each, 0);
+  const tiles = [
+    ["open now", counters.connections_open, ""],
+    ["accepted", counters.connections_accepted, ""],
+    ["relayed", outcomes.relayed ?? 0, "good"],
+    ["queued", outcomes.queued ?? 0, ""],
+    ["deferred", outcomes.deferred ?? 0, "warn"],
+    ["refused", outcomes.refused ?? 0, "warn"],
+    ["aborted", outcomes.aborted ?? 0, ""],
+    ["outcome unknown", outcomes.unknown ?? 0, "alarm"],
+    ["turned away", refused, "warn"],
+  ];
+  reconcile(totals, tiles, ([name]) => name,
+    ([name]) => element("li", {}, element("b"), element("span", {}, name)),
+    (tile, [, value, tone]) => {
+      write(tile.firstChild, value.toLocaleString());
+      tile.dataset.tone = value > 0 ? tone : "";
+    });
+}
+
+function tick() {
+  tickConnections(Date.now() + clockOffset);
+  write(document.getElementById("uptime"), age((Date.now() - startedAt) / 1000));
+}
+
+async function watchQueue() {
+  const answer = await fetch("/api/queue").catch(() => null); // the stream tells that the gateway is gone
+  if (answer?.ok) showQueue((await answer.json()).queue, open);
+  setTimeout(watchQueue, QUEUE_MILLISECONDS);
+}
+
+start();

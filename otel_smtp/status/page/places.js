@@ -1,0 +1,72 @@
+// Where mail goes: the upstreams with their pools, and the queue.
+
+import { age, element, plural, reconcile, write } from "/draw.js";
+
+const upstreamList = document.getElementById("upstreams");
+const upstreamsEmpty = document.getElementById("upstreams-empty");
+const queueBody = document.querySelector("#queue-messages tbody");
+const queueEmpty = document.getElementById("queue-empty");
+const queueCount = document.getElementById("queue-count");
+
+const BREAKER = { closed: "in use", open: "not tried", "half-open": "one probe" };
+const TLS = { off: "in clear", starttls: "STARTTLS", implicit: "TLS" };
+
+/** Show the upstreams in their order of preference. */
+export function showUpstreams(upstreams) {
+  upstreamsEmpty.hidden = upstreams.length > 0;
+  reconcile(upstreamList, upstreams, (each) => each.name, () => element("li"), fillUpstream);
+}
+
+function fillUpstream(item, facts) {
+  const seen = JSON.stringify(facts);
+  if (item.seen === seen) return;
+  item.seen = seen;
+  const free = Math.max(0, facts.limit - facts.busy - facts.idle);
+  const words = `${facts.busy} busy, ${facts.idle} idle, ${free} free of ${facts.limit} connections`;
+  const meter = element("div", { class: "meter", role: "img", "aria-label": words, title: words });
+  for (const [kind, size] of [["busy", facts.busy], ["idle", facts.idle], ["free", free]]) {
+    const part = element("span", { "data-part": kind });
+    part.style.flexGrow = String(size);
+    if (size > 0) meter.append(part);
+  }
+  let retry = BREAKER[facts.breaker] ?? facts.breaker;
+  if (facts.breaker === "open" && facts.retry_seconds !== null) retry += `, again in ${age(facts.retry_seconds)}`;
+  item.replaceChildren(
+    element("div", { class: "upstream-head" },
+      element("strong", {}, facts.name),
+      element("span", { class: "faint mono" }, facts.address),
+      element("span", { class: "tag" }, TLS[facts.tls] ?? facts.tls),
+      element("span", { class: "breaker", "data-breaker": facts.breaker }, retry)),
+    meter,
+    element("p", { class: "faint" },
+      `${facts.busy} busy · ${facts.idle} idle · ${facts.limit} at most`,
+      facts.waiting ? ` · ${plural(facts.waiting, "transaction waits", "transactions wait")}` : "",
+      facts.last_success_seconds === null ? " · no success yet" : ` · last success ${age(facts.last_success_seconds)} ago`,
+      facts.last_failure_seconds === null ? null : element("span", { class: "bad" },
+        ` · last failure ${age(facts.last_failure_seconds)} ago${facts.last_failure ? ` (${facts.last_failure})` : ""}`)),
+  );
+}
+
+/** Show the queue; `open(traceId)` opens a trace. */
+export function showQueue(queue, open) {
+  const states = Object.entries(queue.counts).map(([state, number]) => `${number.toLocaleString()} ${state}`);
+  const oldest = queue.oldest_age_seconds === null ? [] : [`oldest ${age(queue.oldest_age_seconds)}`];
+  write(queueCount, [...states, ...oldest].join(" · "));
+  queueEmpty.hidden = queue.messages.length > 0;
+  queueBody.parentElement.hidden = queue.messages.length === 0;
+  reconcile(queueBody, queue.messages, (each) => each.spool_id, () => element("tr"), (row, facts) => {
+    const seen = JSON.stringify(facts);
+    if (row.seen === seen) return;
+    row.seen = seen;
+    row.replaceChildren(
+      element("th", { scope: "row", class: "mono" }, facts.trace_id === null ? facts.spool_id
+        : element("button", { class: "link mono", type: "button", onclick: () => open(facts.trace_id) }, facts.spool_id)),
+      element("td", {}, facts.state),
+      element("td", {}, facts.domains.join(", ") || plural(facts.recipients, "recipient")),
+      element("td", { class: "number" }, age(facts.age_seconds)),
+      element("td", { class: "number" }, String(facts.attempts)),
+      element("td", { class: "number" }, facts.next_attempt_seconds === null ? "–" : age(facts.next_attempt_seconds)),
+      element("td", { class: "mono" }, facts.last_reply ?? "–"),
+    );
+  });
+}

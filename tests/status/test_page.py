@@ -1,0 +1,265 @@
+"""The page in a real browser: what it shows, that it lives, that a peer's text stays text, that a keyboard suffices."""
+
+import json
+import os
+import re
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib import resources
+from typing import Final
+
+import pytest
+
+from otel_smtp.smtp.states import ConnState
+from tests.support.busy_gateway import HOSTILE, BusyGateway, busy_gateway
+from tests.support.chromium import PROGRAM, Page, chromium
+from tests.support.spans import mail_trace
+
+FILES: Final = {
+    each.name: each.read_text() for each in (resources.files("otel_smtp.status") / "page").iterdir() if each.is_file()
+}
+TRACE: Final = "c0ffee0000000000000000000000beef"
+ALL_SHOWN: Final = "document.querySelectorAll('#connections tbody tr').length === 3"
+
+in_a_browser = pytest.mark.skipif(
+    PROGRAM is None and not os.environ.get("CI"), reason="no Chromium here (Debian: chromium)"
+)
+
+
+@asynccontextmanager
+async def shown(fragment: str = "", **how: bool) -> AsyncIterator[tuple[BusyGateway, Page]]:
+    assert PROGRAM is not None, "CI installs Chromium"
+    async with busy_gateway() as (gateway, url), chromium() as page:
+        await page.open(url + fragment, **how)
+        await page.until(ALL_SHOWN)
+        yield gateway, page
+        assert list(page.problems) == []
+
+
+def test_no_script_makes_markup_out_of_text() -> None:
+    for name, text in FILES.items():
+        for way in (
+            "innerHTML",
+            "outerHTML",
+            "insertAdjacentHTML",
+            "document.write",
+            "eval(",
+            "new Function",
+            "srcdoc",
+        ):
+            assert way not in text, f"{way} in {name}"
+
+
+def test_the_page_loads_nothing_from_elsewhere_and_runs_nothing_inline() -> None:
+    for name, text in FILES.items():
+        for url in re.findall(r"(?:https?:)?//[\w.-]+\.\w+[^\s\"']*", re.sub(r"(?m)//\s.*$", "", text)):
+            assert url == "http://www.w3.org/2000/svg", f"{url} in {name}"
+    markup = FILES["index.html"]
+    assert not re.search(r"\son\w+=|\sstyle=|<style|<script(?![^>]*\bsrc=)", markup)
+
+
+@in_a_browser
+async def test_it_shows_connections_traces_upstreams_and_queue() -> None:
+    async with shown() as (_, page):
+        await page.until("document.querySelectorAll('#queue-messages tbody tr').length === 2")
+        await page.until("document.querySelectorAll('#trace-list li').length === 25")
+        assert await page.evaluate("document.getElementById('readiness').textContent") == "Ready"
+        rows = await page.evaluate(
+            "[...document.querySelectorAll('#connections tbody tr')].map((row) => row.cells[1].textContent)"
+        )
+        assert rows == ["Data", "Idle", "Active"]
+        verdicts = await page.evaluate(
+            "[...document.querySelectorAll('#trace-list .verdict')].map((each) => each.dataset.severity)"
+        )
+        assert verdicts == sorted(verdicts, key=["failed", "refused", "ok"].index), "errors first"
+        breakers = await page.evaluate("[...document.querySelectorAll('.breaker')].map((each) => each.dataset.breaker)")
+        assert breakers == ["closed", "open"]
+
+
+@in_a_browser
+async def test_it_follows_the_gateway_without_a_reload() -> None:
+    async with shown() as (gateway, page):
+        await page.evaluate("window.stayed = true")
+        gateway.machines[1].enter(ConnState.ACTIVE)
+        await page.until(
+            "document.querySelector('#connections tbody tr:nth-child(2)').cells[1].textContent === 'Active'"
+        )
+        for span in mail_trace(0xFEED, domain="fresh.example", start_ns=time.time_ns()):
+            gateway.traces.add(span)
+        await page.until("document.getElementById('trace-list').textContent.includes('fresh.example')")
+        gateway.not_ready = "draining"
+        await page.until("document.getElementById('readiness').textContent === 'Not ready: mail: draining'")
+        assert await page.evaluate("window.stayed") is True
+
+
+@in_a_browser
+async def test_what_a_peer_wrote_stays_text() -> None:
+    async with shown() as (_, page):
+        await page.until("document.querySelectorAll('#queue-messages tbody tr').length === 2")
+        await page.until("document.querySelectorAll('#trace-list li').length === 25")
+        for place in ("#connections", "#trace-list", "#queue"):
+            text = await page.evaluate(f"document.querySelector({json.dumps(place)}).textContent")
+            assert HOSTILE[:40] in text, place
+        # A trace whose attributes hold the same text.
+        await page.evaluate(
+            "[...document.querySelectorAll('.trace-item')].find((each) => each.title.includes('<img')).click()"
+        )
+        await page.until("document.querySelectorAll('.mark').length === 8")
+        await page.evaluate("[...document.querySelectorAll('button.label')].at(1).click()")
+        assert HOSTILE in await page.evaluate("document.querySelector('.details').textContent")
+        assert await page.evaluate("document.querySelectorAll('main img, main script').length") == 0
+        assert await page.evaluate("document.title") == "gw.example.com – otel-smtp"
+
+
+@in_a_browser
+async def test_a_mark_tells_its_event_when_hovered_and_stays_told_when_clicked() -> None:
+    async with shown(f"#trace={TRACE}") as (_, page):
+        await page.until("document.querySelectorAll('.mark').length === 24")
+        await page.hover(".mark[data-state=Auth]")
+        await page.until("!document.getElementById('tip').hidden")
+        tip = await page.evaluate("document.getElementById('tip').innerText")
+        assert "Auth" in tip
+        assert "SCRAM-SHA-256" in tip
+        assert await page.evaluate("document.querySelector('.events tr.lit').textContent.includes('Auth')")
+        await page.click(".mark[data-state=Auth]")
+        await page.hover("footer")
+        assert await page.evaluate("document.getElementById('tip').hidden") is True
+        details = await page.evaluate("document.querySelector('.details').textContent")
+        assert "smtp.auth.mechanism" in details
+        assert await page.evaluate("document.querySelector('.mark[aria-pressed=true]').dataset.state") == "Auth"
+
+
+@in_a_browser
+async def test_marks_stand_where_their_time_is() -> None:
+    async with shown(f"#trace={TRACE}") as (_, page):
+        await page.until("document.querySelectorAll('.axis span').length > 0")
+        lefts = await page.evaluate(
+            "[...document.querySelectorAll('.axis-row + .row .mark')].map((mark) => parseFloat(mark.style.left))"
+        )
+        width = await page.evaluate("document.querySelector('.axis').clientWidth")
+        assert lefts == pytest.approx([number * 7 / 86 * width for number in range(13)], abs=0.5)
+        await page.evaluate("[...document.querySelectorAll('button.label')].at(-1).click()")
+        await page.click(".details h4 .link")
+        shown_marks = await page.evaluate(
+            "[...document.querySelectorAll('.mark')].filter((mark) => !mark.hidden).length"
+        )
+        assert 11 <= shown_marks < 24, "zoomed to the delivery"
+        await page.click(".axis-row .link")
+        assert await page.evaluate("[...document.querySelectorAll('.mark')].every((mark) => !mark.hidden)")
+
+
+@in_a_browser
+async def test_the_keyboard_reaches_every_event() -> None:
+    async with shown(f"#trace={TRACE}") as (_, page):
+        await page.until("document.querySelectorAll('.mark').length === 24")
+        tabbable = await page.evaluate(
+            "[...document.querySelectorAll('.mark')].filter((mark) => mark.tabIndex === 0).length"
+        )
+        assert tabbable == 1, "a waterfall is one stop, its marks are reached by arrows"
+        await page.evaluate("document.querySelector('.mark').focus()")
+        names = [await page.evaluate("document.activeElement.ariaLabel")]
+        for _ in range(23):
+            await page.press("ArrowRight")
+            names.append(await page.evaluate("document.activeElement.ariaLabel"))
+        assert len(set(names)) == 24
+        assert names[0] == "New at 0 µs"
+        assert names[5] == "Error at 35.0 ms: RCPT · 550 · address"
+        await page.press("ArrowLeft", times=18)
+        await page.press("Enter")
+        assert "550" in await page.evaluate("document.querySelector('.details').textContent")
+
+
+@in_a_browser
+async def test_search_and_order_by_keyboard() -> None:
+    async with shown() as (_, page):
+        await page.until("document.querySelectorAll('#trace-list li').length === 25")
+        await page.evaluate("document.getElementById('query').focus()")
+        await page.type("451 deferred")
+        await page.until("document.querySelectorAll('#trace-list li').length === 4")
+        assert await page.evaluate("document.getElementById('traces-count').textContent") == "4 failed"
+        await page.press("Tab")
+        await page.press("ArrowRight")
+        await page.until("location.hash === '#q=451+deferred&order=newest'")
+        await page.evaluate("document.querySelector('.trace-item').focus()")
+        await page.press("ArrowDown")
+        await page.press("Enter")
+        await page.until("document.querySelectorAll('.mark').length > 0")
+        assert "trace=" in await page.evaluate("location.hash"), "a view can be sent to a colleague"
+
+
+@in_a_browser
+async def test_a_trace_leads_to_the_backend_and_out_of_the_queue() -> None:
+    async with shown() as (_, page):
+        await page.until("document.querySelector('#queue-messages button')")
+        await page.click("#queue-messages button")
+        await page.until("document.querySelector('.trace-head h3')")
+        assert await page.evaluate("document.querySelector('.trace-head h3').textContent") == TRACE
+        links = await page.evaluate("[...document.querySelectorAll('.trace-head a')].map((link) => link.href)")
+        assert links[0] == f"http://127.0.0.1:16686/trace/{TRACE}"
+        assert links[1].endswith(f"/api/traces/{TRACE}")
+
+
+@in_a_browser
+async def test_every_control_has_a_name_and_no_page_scrolls_sideways() -> None:
+    async with shown(f"#trace={TRACE}") as (_, page):
+        await page.until("document.querySelectorAll('.mark').length === 24")
+        nameless = await page.evaluate(
+            """[...document.querySelectorAll('button, input, a, [role=img], [role=region], table th')]
+            .filter((each) => !(each.ariaLabel || each.textContent.trim() || each.labels?.length
+                || each.getAttribute('aria-labelledby'))).map((each) => each.outerHTML)"""
+        )
+        assert nameless == []
+        for width in (1400, 900, 420):
+            await page.call(
+                "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False
+            )
+            assert await page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+_CONTRAST: Final = """(() => {
+    const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
+    const rgb = (color) => { canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = color; canvas.fillRect(0, 0, 1, 1);
+        return [...canvas.getImageData(0, 0, 1, 1).data]; };
+    const light = (color) => color.slice(0, 3).map((part) => part / 255)
+        .map((part) => part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4)
+        .reduce((sum, part, index) => sum + part * [0.2126, 0.7152, 0.0722][index], 0);
+    const ground = (element) => { for (let at = element; at; at = at.parentElement) {
+        const color = rgb(getComputedStyle(at).backgroundColor); if (color[3] === 255) return color; } };
+    const poor = [];
+    for (const element of document.querySelectorAll("body *")) {
+        const isText = [...element.childNodes].some((node) => node.nodeType === 3 && node.data.trim());
+        if (!isText || !element.checkVisibility() || element.closest(".skip, .unseen, noscript")) continue;
+        const style = getComputedStyle(element);
+        if (parseFloat(style.fontSize) === 0) continue;
+        const [a, b] = [light(rgb(style.color)), light(ground(element))].sort((x, y) => y - x);
+        const ratio = (a + 0.05) / (b + 0.05);
+        if (ratio < 4.5) poor.push(`${element.className} ${element.textContent.slice(0, 20)} ${ratio.toFixed(2)}`);
+    }
+    return poor;
+})()"""
+
+
+@in_a_browser
+@pytest.mark.parametrize("dark", [False, True])
+async def test_all_text_stands_out_from_its_ground(dark: bool) -> None:
+    """WCAG 2.2 1.4.3: 4.5 to 1, in the light and in the dark."""
+    async with shown(f"#trace={TRACE}", dark=dark) as (_, page):
+        await page.until("document.querySelectorAll('.mark').length === 24")
+        await page.until("document.querySelectorAll('#queue-messages tbody tr').length === 2")
+        assert await page.evaluate(_CONTRAST) == []
+
+
+@in_a_browser
+async def test_a_lost_gateway_is_told_and_a_trace_that_left_memory_too() -> None:
+    async with busy_gateway() as (_, url), chromium() as page:
+        await page.open(f"{url}#trace=abcdef")
+        await page.until("document.getElementById('trace').textContent.includes('has left')")
+        page.problems.clear()  # the browser logs the 404
+        leaving = url
+    assert leaving
+    async with chromium() as page:
+        async with busy_gateway() as (_, url):
+            await page.open(url)
+            await page.until(ALL_SHOWN)
+        await page.until("document.getElementById('readiness').dataset.state === 'lost'")

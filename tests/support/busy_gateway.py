@@ -1,0 +1,159 @@
+"""A status port with everything on it that the page can show."""
+
+import contextlib
+import time
+from collections.abc import AsyncIterator
+
+from otel_smtp.observer import ConnectionInfo, ConnectionObserver, Endpoint, Outcome, TlsInfo
+from otel_smtp.smtp.envelope import Mail
+from otel_smtp.smtp.states import ConnState, StateMachine
+from otel_smtp.status.live import LiveView
+from otel_smtp.status.server import StatusServer
+from otel_smtp.status.traces import RecentTraces
+from otel_smtp.status.views import QueuedMessage, QueueView, UpstreamView
+from tests.support.spans import MILLISECOND, Event, Identity, Kind, Link, Span, Value, mail_trace, state_events
+
+HOSTILE = '<img src=x onerror="document.title=1"><script>document.title=2</script>&amp;'
+
+
+def refused_trace(trace_id: int, start_ns: int, client: str) -> list[Span]:
+    """A connection whose recipients were refused, on which a mail was sent at last."""
+    connection = Identity(trace_id, 1)
+    states = "New StartTLS Active Auth Active Error Error Reset Active Data Active Idle Closed"
+    events = state_events(states, start_ns, step_ns=7 * MILLISECOND)
+    events[2].attributes["tls.protocol.version"] = "1.3"  # type: ignore[index]  # a dict behind its Mapping
+    events[3].attributes["smtp.auth.mechanism"] = "SCRAM-SHA-256"  # type: ignore[index]  # as above
+    events[12].attributes["smtp.close.reason"] = "quit"  # type: ignore[index]  # as above
+    spans = []
+    for number, (outcome, begin, end) in enumerate([("aborted", 30, 50), ("relayed", 58, 72)], start=1):
+        transaction = Identity(trace_id, 10 * number)
+        attributes: dict[str, Value] = {
+            "smtp.outcome": outcome,
+            "smtp.rcpt.domains": ("example.org",),
+            "smtp.transaction.number": number,
+        }
+        spans.append(
+            Span(
+                "smtp.transaction", Kind.INTERNAL, transaction, connection,
+                start_ns + begin * MILLISECOND, start_ns + end * MILLISECOND, attributes, [],
+                [Link(Identity(0xAB, 5), {"smtp.link.type": "application"})], False,
+            )
+        )  # fmt: skip
+    begin = start_ns + 59 * MILLISECOND
+    names = ["pool", "connect", "greeting", "ehlo", "starttls", "ehlo", "mail", "rcpt", "data", "content", "reply"]
+    spans.append(
+        Span(
+            "smtp.delivery", Kind.CLIENT, Identity(trace_id, 30), Identity(trace_id, 20),
+            begin, begin + 12 * MILLISECOND,
+            {"smtp.upstream.name": "provider", "smtp.outcome": "relayed", "smtp.reply.code": 250,
+             "smtp.reply.text": "Ok: queued as 4XyZ12", "smtp.round_trips": 6, "smtp.pool.reused": False},
+            [Event(f"smtp.upstream.{name}", begin + n * MILLISECOND, {} if n < 2 else {"smtp.reply.code": 250})
+             for n, name in enumerate(names)],
+            [], False,
+        )
+    )  # fmt: skip
+    spans.append(
+        Span(
+            "smtp.connection", Kind.SERVER, connection, None, start_ns, start_ns + 86 * MILLISECOND,
+            {"smtp.listener": "submission", "client.address": client, "smtp.close.reason": "quit",
+             "smtp.tls.mode": "starttls", "tls.protocol.version": "1.3"},
+            events, [], False,
+        )
+    )  # fmt: skip
+    return spans
+
+
+def fill_traces(traces: RecentTraces) -> None:
+    """Some good mails, one refused, one failed, one hostile."""
+    now = time.time_ns()
+    kinds = [
+        {"domain": "example.net"},
+        {"domain": "gmail.example", "upstream": "provider"},
+        {"states": "New Active Error Closed", "outcome": "refused", "code": 550, "domain": "example.org"},
+        {"domain": "example.com"},
+        {"states": "New Active Data Error Idle Closed", "outcome": "deferred", "code": 451, "has_failed": True},
+        {"domain": HOSTILE, "outcome": "queued"},
+    ]
+    for number in range(24):
+        start = now - (60 - 2 * number) * 1_000_000_000
+        identity = 0x4BF92F3577B34DA6A3CE929D0E0E4736 + number * 0x1F3D5B790000000000000000
+        for span in mail_trace(identity, start_ns=start, **kinds[number % len(kinds)]):  # type: ignore[arg-type]  # as above
+            traces.add(span)
+    for span in refused_trace(0xC0FFEE0000000000000000000000BEEF, now - 3_000_000_000, "203.0.113.9"):
+        traces.add(span)
+
+
+class BusyGateway:
+    """What the page shows."""
+
+    def __init__(self) -> None:
+        self.live = LiveView(shown_host=str, shown_name=str)
+        self.traces = RecentTraces()
+        self.not_ready: str | None = None
+        self.machines: list[StateMachine] = []
+        fill_traces(self.traces)
+        self._open("192.0.2.17", "worker-3.shop.example", "New Active Data Active Idle Active Data")
+        self._open("2001:db8::25", "reports", "New StartTLS Active Auth Error Auth Active Idle", tls=True)
+        self._open("127.0.0.1", HOSTILE, "New Active Error Error Reset Active")
+        for outcome, count in {Outcome.RELAYED: 18342, Outcome.REFUSED: 17, Outcome.DEFERRED: 4}.items():
+            self.live.outcomes.counts[outcome] = count
+
+    def _open(self, host: str, name: str, states: str, *, tls: bool = False) -> ConnectionObserver:
+        number = len(self.machines) + 1
+        info = ConnectionInfo(f"{number:032x}", Endpoint(host, 40000 + number), Endpoint("127.0.0.1", 2525), "local")
+        handle = self.live.connection_opened(info)
+        machine = StateMachine(handle.conn_state, lambda step: None)
+        for state in states.split():
+            code = 550 if state == "Error" else None
+            machine.enter(ConnState(state), reply_code=code, messages=1 if state == "Idle" else None)
+        handle.hello("EHLO", name)
+        handle.transaction_begun(Mail(""), 1)
+        if tls:
+            handle.tls_established(TlsInfo("1.3", "TLS_AES_256_GCM_SHA384"))
+            handle.authenticated("reports", "SCRAM-SHA-256")
+        self.machines.append(machine)
+        return handle
+
+    async def queue(self) -> QueueView:
+        """A queue with a message that waits and one that is held."""
+        return QueueView(
+            {"due": 2, "held": 1},
+            4210.0,
+            [
+                QueuedMessage("01J9ZQ4T3M", "due", 4210, 6, 1, ("gmail.example",), 310.0, "451 4.4.1",
+                              "c0ffee0000000000000000000000beef"),
+                QueuedMessage("01J9ZR0HHE", "held", 95, 1, 3, (HOSTILE,), None, "550 5.7.1", None),
+            ],
+        )  # fmt: skip
+
+    def upstreams(self) -> list[UpstreamView]:
+        """One in use, one that is not tried."""
+        return [
+            UpstreamView("provider", "smtp.example.com:587", "starttls", idle=3, busy=6, limit=20,
+                         last_success_seconds=0.4),
+            UpstreamView("fallback", "192.0.2.80:465", "implicit", idle=0, busy=0, limit=10, waiting=2, breaker="open",
+                         retry_seconds=22.0, last_success_seconds=5400.0, last_failure_seconds=8.0,
+                         last_failure="upstream_unavailable"),
+        ]  # fmt: skip
+
+
+@contextlib.asynccontextmanager
+async def busy_gateway() -> AsyncIterator[tuple[BusyGateway, str]]:
+    """A busy gateway and the address of its page."""
+    gateway = BusyGateway()
+    server = StatusServer(
+        Endpoint("127.0.0.1", 0),
+        live=gateway.live,
+        traces=gateway.traces,
+        checks={"mail": lambda: gateway.not_ready},
+        metrics=lambda accept: (b"", "text/plain"),
+        upstreams=gateway.upstreams,
+        queue=gateway.queue,
+        trace_url="http://127.0.0.1:16686/trace/{trace_id}",
+        about={"name": "gw.example.com", "version": "0.1.0", "traces to": "http://collector:4318"},
+    )
+    address = await server.start()
+    try:
+        yield gateway, f"http://{address}/"
+    finally:
+        await server.stop()
