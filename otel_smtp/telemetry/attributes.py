@@ -287,7 +287,7 @@ OCTETS_SENT: Final = _attribute(
 CONNECTION_DURATION: Final = _attribute(
     "smtp.connection.duration",
     Type.DOUBLE,
-    (On.CONNECTION, On.STATE, On.LOG),
+    (On.CONNECTION, On.STATE),
     "when closed: seconds since accept, over all segments",
     "0.184",
 )
@@ -632,7 +632,7 @@ LOG_LOGGER: Final = "logger"
 LOG_EVENT: Final = "event"
 LOG_TRACE_ID: Final = "trace_id"
 LOG_SPAN_ID: Final = "span_id"
-LOG_EXCEPTION: Final = "exception"
+LOG_TRACEBACK: Final = "traceback"
 LOG_DURATION: Final = "duration"  # seconds from the start to the end of what a line tells
 LOG_FIELDS: Final[Mapping[str, str]] = {
     LOG_TIMESTAMP: "ISO 8601, UTC, microseconds",
@@ -642,7 +642,7 @@ LOG_FIELDS: Final[Mapping[str, str]] = {
     LOG_TRACE_ID: "32 hexadecimal digits, where there is a trace",
     LOG_SPAN_ID: "16 hexadecimal digits, with the trace id",
     LOG_DURATION: "seconds, on the lines that end a connection, transaction or delivery",
-    LOG_EXCEPTION: "a traceback in one line, on unexpected errors",
+    LOG_TRACEBACK: "in one line, on unexpected errors",
 }
 
 

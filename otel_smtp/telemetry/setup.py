@@ -34,6 +34,7 @@ from opentelemetry.sdk.trace.sampling import (
 
 from otel_smtp.observer import Observer
 from otel_smtp.telemetry.attributes import DEFAULT_SERVICE_NAME
+from otel_smtp.telemetry.logs import AccessLog, StateLogger
 from otel_smtp.telemetry.propagation import InboundPolicy
 from otel_smtp.telemetry.records import SpanSink
 from otel_smtp.telemetry.redaction import Redaction
@@ -68,6 +69,7 @@ class TelemetryOptions:
 
     Attributes:
         policies: what to make of a message's trace context, by listener's name.
+        access_log: write a line for each connection, transaction and delivery, if the log's level lets it through.
         listeners: take every finished span, also those that are not sampled.
     """
 
@@ -78,6 +80,7 @@ class TelemetryOptions:
     segment_events: int = DEFAULT_SEGMENT_EVENTS
     segment_age_seconds: float = DEFAULT_SEGMENT_AGE_SECONDS
     probes: bool = False
+    access_log: bool = True
     listeners: Sequence[SpanSink] = ()
 
 
@@ -144,13 +147,16 @@ def set_up(options: TelemetryOptions, environ: Mapping[str, str] = os.environ) -
         return Telemetry(Observer(), None, ())
     resource = resource_of(environ)
     processors = [LazyProcessor(make) for make in _span_processors(environ)]
+    access_log = AccessLog()
+    listeners = [*options.listeners, *([access_log] if options.access_log and access_log.is_wanted() else [])]
     tracing = Tracing(
         sinks=[SdkSpans(processor, resource, options.version) for processor in processors],
-        listeners=options.listeners,
+        listeners=listeners,
         sampler=sampler_of(environ),
         redaction=options.redaction,
         policies=options.policies,
         state_events=options.state_events,
+        state_log=StateLogger() if options.state_events.in_log else None,
         segment_events=options.segment_events,
         segment_age_seconds=options.segment_age_seconds,
         probes=options.probes,

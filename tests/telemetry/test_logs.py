@@ -1,0 +1,196 @@
+"""Log lines: one event, one line, readable by machines and by people, forged by nobody."""
+
+import io
+import json
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
+
+from otel_smtp.observer import Outcome
+from otel_smtp.smtp import replies
+from otel_smtp.smtp.replies import ErrorType
+from otel_smtp.telemetry.logs import AccessLog, JsonRenderer, LineFormatter, StateLogger, TextRenderer, set_up_logging
+from otel_smtp.telemetry.state_events import StateEvents
+from otel_smtp.telemetry.tracing import Tracing
+from tests.telemetry.driving import Client, Kept
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    root, ours = logging.getLogger(), logging.getLogger("otel_smtp")
+    kept = (list(root.handlers), root.level, ours.level)
+    yield
+    root.handlers[:], root.level = kept[0], kept[1]
+    ours.setLevel(kept[2])
+    root.setLevel(kept[1])
+
+
+def lines(stream: io.StringIO) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in stream.getvalue().splitlines()]
+
+
+def test_a_line_has_time_level_logger_event_and_values() -> None:
+    stream = io.StringIO()
+    set_up_logging("json", "info", stream)
+    logging.getLogger("otel_smtp.server.tls").warning("certificate reloaded", extra={"certificate": "/x.pem", "n": 3})
+    [line] = lines(stream)
+    assert line.pop("timestamp").endswith("Z")
+    assert line == {
+        "level": "warning",
+        "logger": "otel_smtp.server.tls",
+        "event": "certificate reloaded",
+        "certificate": "/x.pem",
+        "n": 3,
+    }
+
+
+@pytest.mark.parametrize(
+    ("format_", "stream", "is_json"),
+    [
+        ("auto", io.StringIO(), True),
+        ("auto", Terminal(), False),
+        ("json", Terminal(), True),
+        ("text", io.StringIO(), False),
+    ],
+)
+def test_auto_means_text_on_a_terminal_and_json_elsewhere(format_: str, stream: io.StringIO, is_json: bool) -> None:
+    set_up_logging(format_, "info", stream)
+    logging.getLogger("otel_smtp.x").info("hello")
+    assert stream.getvalue().startswith("{") is is_json
+
+
+def test_the_level_is_for_what_is_ours_libraries_are_heard_from_warning_on() -> None:
+    stream = io.StringIO()
+    set_up_logging("json", "debug", stream)
+    logging.getLogger("otel_smtp.x").debug("ours")
+    logging.getLogger("asyncio").info("chatter")
+    logging.getLogger("asyncio").warning("theirs")
+    assert [line["event"] for line in lines(stream)] == ["ours", "theirs"]
+
+
+def test_setting_up_again_replaces_what_was_set_up() -> None:
+    first, second = io.StringIO(), io.StringIO()
+    set_up_logging("json", "info", first)
+    set_up_logging("json", "info", second)
+    logging.getLogger("otel_smtp.x").info("hello")
+    assert (first.getvalue(), len(lines(second))) == ("", 1)
+
+
+@pytest.mark.parametrize(("format_", "level"), [("yaml", "info"), ("json", "loud")])
+def test_an_unknown_format_or_level_is_refused(format_: str, level: str) -> None:
+    with pytest.raises(ValueError, match=r"yaml|loud"):
+        set_up_logging(format_, level, io.StringIO())
+
+
+@pytest.mark.parametrize("format_", ["json", "text"])
+def test_a_traceback_is_one_line(format_: str) -> None:
+    stream = io.StringIO()
+    set_up_logging(format_, "info", stream)
+    try:
+        raise OSError("disk\nfull")
+    except OSError:
+        logging.getLogger("otel_smtp.x").exception("failed")
+    [line] = stream.getvalue().splitlines()
+    assert "OSError" in line
+    assert "test_logs.py" in line
+
+
+@pytest.mark.parametrize("render", [JsonRenderer(), TextRenderer(colors=False)])
+@given(text=st.text(st.sampled_from('a\0\n\r\t\x1b\x7f\x85\x9b\u2028\u2029\u202e\ud800\udfffé|="')))
+def test_whatever_is_logged_stays_in_its_line(render: JsonRenderer | TextRenderer, text: str) -> None:
+    record = logging.makeLogRecord({"name": "x", "levelname": "INFO", "msg": "%s", "args": (text,), "value": text})
+    line = LineFormatter(render).format(record)
+    assert len(line.splitlines()) == 1
+    assert not any(character < " " or "\x7f" <= character < "\xa0" for character in line)
+    line.encode("utf-8")
+
+
+def access_lines(
+    observer_more: dict[str, Any], client_peer: str = "192.0.2.7", **scenario: Any
+) -> list[dict[str, Any]]:
+    stream = io.StringIO()
+    set_up_logging("json", "info", stream)
+    client = Client(Tracing(listeners=[AccessLog()], **observer_more), peer=client_peer).ehlo().mail().rcpt()
+    client.data().header()
+    client.deliver(scenario.get("upstream_reply"), scenario["outcome"], error_type=scenario.get("error_type"))
+    client.final(scenario.get("reply"), scenario["outcome"]).quit()
+    return lines(stream)
+
+
+def test_a_mail_leaves_a_line_for_its_delivery_its_transaction_and_its_connection() -> None:
+    delivery, transaction, connection = access_lines({}, outcome=Outcome.RELAYED, upstream_reply=replies.OK)
+    assert [line["event"] for line in (delivery, transaction, connection)] == [
+        "smtp.delivery",
+        "smtp.transaction",
+        "smtp.connection",
+    ]
+    assert {line["trace_id"] for line in (delivery, transaction, connection)} == {connection["trace_id"]}
+    assert len({line["span_id"] for line in (delivery, transaction, connection)}) == 3
+    assert {line["smtp.connection.id"] for line in (delivery, transaction, connection)} == {
+        connection["smtp.connection.id"]
+    }
+    assert transaction["smtp.mail.from.domain"] == "example.com"
+    assert transaction["smtp.rcpt.domains"] == ["example.net"]
+    assert transaction["smtp.outcome"] == "relayed"
+    assert delivery["smtp.upstream.name"] == "provider"
+    assert connection["client.address"] == "192.0.2.7"
+    assert connection["smtp.close.reason"] == "quit"
+    assert connection["duration"] > transaction["duration"] > delivery["duration"] > 0
+    assert {line["level"] for line in (delivery, transaction, connection)} == {"info"}
+
+
+def test_lines_do_not_depend_on_sampling() -> None:
+    assert len(access_lines({"sampler": ALWAYS_OFF}, outcome=Outcome.RELAYED, upstream_reply=replies.OK)) == 3
+
+
+def test_a_failure_of_ours_is_a_warning() -> None:
+    delivery, transaction, connection = access_lines(
+        {}, outcome=Outcome.DEFERRED, error_type=ErrorType.UPSTREAM_UNAVAILABLE, reply=replies.UPSTREAM_UNAVAILABLE
+    )
+    assert (delivery["level"], transaction["level"], connection["level"]) == ("warning", "warning", "info")
+    assert (delivery["error.type"], transaction["error.type"]) == ("upstream_unavailable", "upstream_unavailable")
+
+
+def test_a_segment_that_is_over_is_not_a_connection_that_is_closed() -> None:
+    stream = io.StringIO()
+    set_up_logging("json", "info", stream)
+    Client(Tracing(listeners=[AccessLog()], sinks=[Kept()], segment_events=2)).ehlo().rset().rset().quit()
+    assert [line["event"] for line in lines(stream)] == ["smtp.connection"]
+
+
+def test_lines_that_nobody_would_see_are_not_wanted() -> None:
+    set_up_logging("json", "warning", io.StringIO())
+    assert not AccessLog().is_wanted()
+    set_up_logging("json", "info", io.StringIO())
+    assert AccessLog().is_wanted()
+
+
+def test_state_events_in_the_log_are_lines_that_name_their_span() -> None:
+    stream, kept = io.StringIO(), Kept()
+    set_up_logging("json", "info", stream)
+    observer = Tracing(sinks=[kept], state_events=StateEvents.LOG, state_log=StateLogger())
+    client = Client(observer).ehlo().refused("RCPT", replies.BAD_SEQUENCE)
+    client.quit()
+    written = lines(stream)
+    assert [(line["event"], line["level"]) for line in written] == [
+        ("smtp.state.new", "info"),
+        ("smtp.state.active", "info"),
+        ("smtp.state.error", "warning"),
+        ("smtp.state.closed", "info"),
+    ]
+    [connection] = kept.records
+    assert connection.events == []
+    for number, line in enumerate(written, 1):
+        assert (line["trace_id"], line["span_id"]) == (connection.context.trace_id_hex, connection.context.span_id_hex)
+        assert line["smtp.connection.id"] == client.info.id
+        assert line["smtp.state.sequence"] == number
