@@ -193,6 +193,11 @@ class Stream(asyncio.BufferedProtocol):
             self._ration = 0
             self.pause_reading()
 
+    @property
+    def has_unread(self) -> bool:
+        """Whether octets have arrived that were not read."""
+        return bool(self._chunks)
+
     def pause_reading(self) -> None:
         """Leave what arrives with the kernel until `resume_reading` or `start_tls`."""
         self._owner_pauses = True

@@ -181,6 +181,7 @@ class ClientProtocol:
     __slots__ = (
         "_accepted",
         "_buffer",
+        "_chunk_left",
         "_content_left",
         "_is_closing",
         "_is_lmtp",
@@ -218,6 +219,7 @@ class ClientProtocol:
         self._out: list[bytes] = []
         self._pending: deque[Verb] = deque((Verb.GREETING,))
         self._accepted = 0  # recipients of the transaction
+        self._chunk_left = 0  # octets of a chunk that is sent in pieces
         self._content_left = 0  # LMTP: replies to the content that are still to come
         self._is_open = False  # 354 was given and the content is not ended
         self._tail = b"\r\n"  # the last two octets of the content: whether the next one begins a line
@@ -253,6 +255,7 @@ class ClientProtocol:
         return (
             self.is_settled
             and not self._is_open
+            and not self._chunk_left
             and not self._is_closing
             and self._refusal is None
             and not self._has_surplus()
@@ -288,14 +291,21 @@ class ClientProtocol:
         if reply.code == 421:
             self._is_closing = True
         if not self._pending:
-            if reply.code != 421:
-                raise self._broken("a reply that nobody had asked for")
-            return Answer(None, reply)
+            return self._unasked(reply)
         verb = self._pending[0]
         if str(reply.code)[0] not in f"{_POSITIVE[verb]}45":
             raise self._broken(f"{verb} answered with {reply.code}")
         self._settle(verb, reply, lines)
         return Answer(verb, reply)
+
+    def _unasked(self, reply: Reply) -> Answer:
+        """A reply without a command: a farewell, or a refusal of the content before its end."""
+        if reply.code >= 400 and self._is_open:
+            self._is_closing = True  # in the midst of the content there is no way back
+            return Answer(Verb.CONTENT, reply)
+        if reply.code != 421:
+            raise self._broken("a reply that nobody had asked for")
+        return Answer(None, reply)
 
     def _settle(self, verb: Verb, reply: Reply, lines: Sequence[bytes]) -> None:
         """Note what `reply` changes."""
@@ -319,6 +329,8 @@ class ClientProtocol:
                 pass
 
     def _settle_content(self, reply: Reply) -> None:
+        if self._chunk_left and reply.is_positive:
+            raise self._broken("content accepted before its end")
         # RFC 2033 4.2: one reply "for each previously successful RCPT command"; a BDAT LAST without any has one 503.
         if self._is_lmtp and self._content_left == 0:
             self._content_left = max(1, self._accepted)
@@ -488,6 +500,8 @@ class ClientProtocol:
         """
         if not self._is_open:
             raise LocalProtocolError("a final dot without a 354")
+        if self._has_surplus():
+            raise self._broken("a reply that nobody had asked for")
         self._out.append(b".\r\n" if self._tail == b"\r\n" else b"\r\n.\r\n")
         self._is_open = False
         self._tail = b"\r\n"
@@ -500,6 +514,32 @@ class ClientProtocol:
     def send_last_chunk(self, chunk: bytes) -> None:
         """BDAT LAST: the end of the message."""
         self._chunk(Verb.CONTENT, b"BDAT %d LAST\r\n" % len(chunk), chunk)
+
+    def begin_last_chunk(self, octets: int) -> None:
+        """BDAT LAST for content that comes in pieces: `send_chunk_octets` must bring exactly `octets` of them.
+
+        Raises:
+            LocalProtocolError: something else is queued or unanswered.
+        """
+        if not self.extensions.chunking:
+            raise LocalProtocolError("BDAT without CHUNKING")
+        if not self.is_settled:
+            raise LocalProtocolError("a chunk in pieces cannot wait for its turn")
+        self._enqueue(Verb.CONTENT, b"BDAT %d LAST\r\n" % octets)
+        self._out.append(self._queue.pop().octets)
+        self._pending.append(Verb.CONTENT)
+        self._chunk_left = octets
+
+    def send_chunk_octets(self, piece: bytes) -> None:
+        """Some octets of the chunk that was begun.
+
+        Raises:
+            LocalProtocolError: more than it was said to have.
+        """
+        if len(piece) > self._chunk_left:
+            raise LocalProtocolError("more octets than the chunk has")
+        self._chunk_left -= len(piece)
+        self._out.append(piece)
 
     def send_reset(self) -> None:
         """RSET."""
@@ -535,7 +575,7 @@ class ClientProtocol:
     def _enqueue(self, verb: Verb, octets: bytes) -> None:
         if self._refusal is not None:
             raise self._refusal
-        if self._is_open or self._tls_is_due:
+        if self._is_open or self._tls_is_due or self._chunk_left:
             raise LocalProtocolError(f"{verb} is out of order")
         if not self._pending and not self._queue and self._has_surplus():
             # Sending now would let a late reply answer this command (G3).

@@ -201,6 +201,9 @@ UPSTREAM_TLS: Final = _reply(451, "4.7.5", "The upstream's TLS could not be veri
 OTHER_ROUTE: Final = _reply(
     451, "4.5.3", "Another upstream serves this recipient, send it in its own transaction", ErrorType.LIMIT
 )
+SOME_RECIPIENTS_REFUSED: Final = _reply(
+    451, "4.2.0", "Not delivered to all recipients, try again later", ErrorType.UPSTREAM_REFUSED
+)
 STORAGE_FULL: Final = _reply(452, "4.3.1", "Insufficient storage, try again later", ErrorType.STORAGE)
 STORAGE_FAILED: Final = _reply(451, "4.3.0", "Storage failed, try again later", ErrorType.STORAGE)
 TOO_MANY_RECIPIENTS: Final = _reply(452, "4.5.3", "Too many recipients", ErrorType.LIMIT)

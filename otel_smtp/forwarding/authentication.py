@@ -1,0 +1,199 @@
+"""Saying to an upstream who we are: PLAIN, LOGIN, SCRAM-SHA-256, XOAUTH2.
+
+A mechanism is an object that answers challenges. It knows nothing of SMTP, and the connection knows nothing of it.
+"""
+
+import asyncio
+import re
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol, TypeVar
+
+import scramp
+
+from otel_smtp.forwarding.settings import Credentials
+from otel_smtp.smtp import sasl
+
+T = TypeVar("T")
+
+# The best first. PLAIN is before LOGIN as it needs one round trip less; both go over verified TLS only.
+PREFERENCE: Final = ("SCRAM-SHA-256", "PLAIN", "LOGIN")
+MAX_ITERATIONS: Final = 1_000_000
+"""PBKDF2 rounds that we let an upstream ask of us: about a second of one core. RFC 7677 4 says at least 4096."""
+
+_ITERATIONS: Final = re.compile(r"(?:^|,)i=([0-9]{1,9})(?:,|$)")
+
+
+class ExchangeFailed(Exception):
+    """The upstream's challenge cannot be answered, or it did not prove to know our password."""
+
+
+class Mechanism(Protocol):
+    """One SASL exchange, seen from the client."""
+
+    name: str
+
+    async def initial_response(self) -> bytes | None:
+        """What goes with AUTH; None: nothing, a challenge comes first."""
+        ...
+
+    async def respond(self, challenge: bytes) -> bytes:
+        """The answer to a challenge.
+
+        Raises:
+            ExchangeFailed: break the exchange off.
+        """
+        ...
+
+    def check_success(self) -> None:
+        """The upstream says 235.
+
+        Raises:
+            ExchangeFailed: it may not.
+        """
+        ...
+
+
+def choose(wanted: str, offered: Sequence[str], credentials: Credentials) -> Mechanism | None:
+    """The mechanism to use, None where the upstream offers none that is wanted.
+
+    Args:
+        wanted: "auto", or a mechanism in lower case.
+        offered: by the upstream's EHLO, in capitals.
+
+    Raises:
+        ExchangeFailed: the credentials cannot be sent by it.
+    """
+    if wanted != "auto":
+        names: Sequence[str] = (wanted.upper(),)
+    else:
+        names = ("XOAUTH2",) if credentials.tokens is not None else PREFERENCE
+    for name in names:
+        if name in offered:
+            return _mechanism(name, credentials)
+    return None
+
+
+def _built(build: Callable[[], T]) -> T:
+    try:
+        return build()
+    except sasl.SaslError as error:
+        raise ExchangeFailed(str(error)) from error
+
+
+def _mechanism(name: str, credentials: Credentials) -> Mechanism:
+    match name:
+        case "SCRAM-SHA-256":
+            return _Scram(credentials)
+        case "PLAIN":
+            return _Plain(credentials)
+        case "LOGIN":
+            return _Login(credentials)
+        case "XOAUTH2":
+            return _XOAuth2(credentials)
+        case _:
+            raise ValueError(f"unknown mechanism {name!r}")
+
+
+class _Plain:
+    """RFC 4616."""
+
+    name = "PLAIN"
+
+    def __init__(self, credentials: Credentials) -> None:
+        self._credentials = credentials
+
+    async def initial_response(self) -> bytes | None:
+        return _built(lambda: sasl.build_plain(self._credentials.username, self._credentials.password))
+
+    async def respond(self, challenge: bytes) -> bytes:
+        raise ExchangeFailed("a challenge after PLAIN")
+
+    def check_success(self) -> None:
+        pass
+
+
+class _Login:
+    """Never standardised: two questions, whose text does not matter."""
+
+    name = "LOGIN"
+
+    def __init__(self, credentials: Credentials) -> None:
+        self._answers = list(_built(lambda: sasl.build_login(credentials.username, credentials.password)))
+
+    async def initial_response(self) -> bytes | None:
+        return None
+
+    async def respond(self, challenge: bytes) -> bytes:
+        if not self._answers:
+            raise ExchangeFailed("a third question of LOGIN")
+        return self._answers.pop(0)
+
+    def check_success(self) -> None:
+        pass
+
+
+class _Scram:
+    """RFC 5802 and RFC 7677; the upstream proves that it knows the password too."""
+
+    name = "SCRAM-SHA-256"
+
+    def __init__(self, credentials: Credentials) -> None:
+        self._client = scramp.ScramClient([self.name], credentials.username, credentials.password)
+        self._step = 0
+
+    async def initial_response(self) -> bytes | None:
+        first: str = self._client.get_client_first()
+        return first.encode()
+
+    async def respond(self, challenge: bytes) -> bytes:
+        self._step += 1
+        try:
+            text = challenge.decode()
+            if self._step == 1:
+                rounds = _ITERATIONS.search(text)
+                if rounds is None or int(rounds[1]) > MAX_ITERATIONS:
+                    raise ExchangeFailed("no bearable number of iterations")
+                return await asyncio.to_thread(self._client_final, text)  # milliseconds of hashing, by design
+            if self._step == 2:
+                self._client.set_server_final(text)
+                return b""
+        except (scramp.ScramException, UnicodeDecodeError, ValueError) as error:
+            raise ExchangeFailed("SCRAM failed") from error
+        raise ExchangeFailed("a challenge too many")
+
+    def _client_final(self, server_first: str) -> bytes:
+        self._client.set_server_first(server_first)
+        final: str = self._client.get_client_final()
+        return final.encode()
+
+    def check_success(self) -> None:
+        if self._step != 2:
+            raise ExchangeFailed("the upstream did not prove that it knows the password")
+
+
+class _XOAuth2:
+    """The bearer token of large providers, as they document it."""
+
+    name = "XOAUTH2"
+
+    def __init__(self, credentials: Credentials) -> None:
+        self._credentials = credentials
+
+    async def initial_response(self) -> bytes | None:
+        tokens = self._credentials.tokens
+        if tokens is None:
+            raise ExchangeFailed("XOAUTH2 without a source of tokens")
+        try:
+            token = await tokens.token()
+        except OSError as error:
+            raise ExchangeFailed("no token to be had") from error
+        return _built(lambda: sasl.build_xoauth2(self._credentials.username, token))
+
+    async def respond(self, challenge: bytes) -> bytes:
+        # The token was refused; the challenge says why, and an empty answer brings the 535.
+        if self._credentials.tokens is not None:
+            self._credentials.tokens.invalidate()
+        return b""
+
+    def check_success(self) -> None:
+        pass

@@ -1,0 +1,241 @@
+"""The connections to one upstream: who may use which, who waits, what is to be closed. Decides; does no I/O.
+
+A mail asks with a `Ticket`. It is decided at once or later, when something is released: use that connection, open one,
+or nothing to be had. What the pool wants closed it hands to whoever drives it. Idle connections are used last in, first
+out, so that a low load keeps few connections warm and lets the others age away. Tickets are served in their order.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Generic, Protocol, TypeVar
+
+from otel_smtp.forwarding.breaker import Breaker, BreakerState
+from otel_smtp.forwarding.settings import PoolLimits
+
+
+class Pooled(Protocol):
+    """What the pool asks of a connection."""
+
+    @property
+    def is_alive(self) -> bool:
+        """Nothing has been heard of it since it was released."""
+        ...
+
+    def is_reusable(self, now: float, limits: PoolLimits) -> bool:
+        """Another transaction may be begun on it."""
+        ...
+
+
+C = TypeVar("C", bound=Pooled)
+
+
+class Decision(Enum):
+    """What became of a ticket."""
+
+    WAITING = auto()
+    REUSE = auto()  # `connection` is it
+    OPEN = auto()  # open one, then tell `opened`, `failed` or `gave_up`
+    NONE = auto()  # nothing to be had: the upstream is being given a rest, or the pool is closed
+
+
+class Ticket(Generic[C]):
+    """One mail's wish for a connection.
+
+    Attributes:
+        on_decided: called when a waiting ticket is decided.
+    """
+
+    __slots__ = ("connection", "decision", "on_decided", "wants_fresh")
+
+    def __init__(self, *, wants_fresh: bool) -> None:
+        self.wants_fresh = wants_fresh
+        self.decision = Decision.WAITING
+        self.connection: C | None = None
+        self.on_decided: Callable[[], None] | None = None
+
+    def decide(self, decision: Decision, connection: C | None = None) -> None:
+        self.decision = decision
+        self.connection = connection
+        if self.on_decided is not None:
+            self.on_decided()
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSnapshot:
+    """A pool at one moment, for people."""
+
+    idle: int
+    busy: int
+    opening: int
+    waiting: int
+    most: int
+    window: int
+    breaker: BreakerState
+
+
+class Pool(Generic[C]):
+    """The connections to one upstream.
+
+    All times are by one monotonic clock. Methods may be called in any order; each leaves the pool within its limits.
+    """
+
+    __slots__ = ("_busy", "_closing", "_idle", "_is_closed", "_limits", "_opening", "_waiting", "breaker")
+
+    def __init__(self, limits: PoolLimits) -> None:
+        self._limits = limits
+        self.breaker = Breaker(limits.connections)
+        self._idle: deque[tuple[C, float]] = deque()  # with the time of release, the latest on the right
+        self._busy = 0
+        self._opening = 0
+        self._waiting: deque[Ticket[C]] = deque()
+        self._closing: list[C] = []
+        self._is_closed = False
+
+    def __repr__(self) -> str:
+        return (
+            f"<Pool {len(self._idle)} idle, {self._busy} busy, {self._opening} opening, {len(self._waiting)} waiting,"
+            f" {self.breaker!r}>"
+        )
+
+    def snapshot(self) -> PoolSnapshot:
+        """The pool at this moment."""
+        return PoolSnapshot(
+            idle=len(self._idle),
+            busy=self._busy,
+            opening=self._opening,
+            waiting=len(self._waiting),
+            most=self._limits.connections,
+            window=int(self.breaker.window),
+            breaker=self.breaker.state,
+        )
+
+    # What mails do ----------------------------------------------------------------------------------------
+
+    def ask(self, now: float, *, fresh: bool = False) -> Ticket[C]:
+        """Ask for a connection; `fresh`: one that was not used before."""
+        ticket: Ticket[C] = Ticket(wants_fresh=fresh)
+        self._waiting.append(ticket)
+        self._assign(now)
+        return ticket
+
+    def withdraw(self, ticket: Ticket[C], now: float) -> None:
+        """Whoever asked is gone, or has waited for too long. What it was given is given back."""
+        match ticket.decision:
+            case Decision.WAITING:
+                self._waiting.remove(ticket)
+            case Decision.REUSE:
+                assert ticket.connection is not None
+                self.release(ticket.connection, now)
+            case Decision.OPEN:
+                self.gave_up(now)
+            case Decision.NONE:
+                pass
+        ticket.decision = Decision.NONE
+
+    def release(self, connection: C, now: float) -> None:
+        """A mail is done with its connection."""
+        self._busy -= 1
+        if not self._is_closed and connection.is_reusable(now, self._limits):
+            self._idle.append((connection, now))
+        else:
+            self._closing.append(connection)
+        self._assign(now)
+
+    def opened(self) -> None:
+        """The connection that a ticket allowed is open, and in use by the ticket's mail."""
+        self._opening -= 1
+        self._busy += 1
+        self.breaker.succeeded()
+
+    def failed(self, now: float) -> None:
+        """It could not be opened."""
+        self._opening -= 1
+        self.breaker.failed(now)
+        self._assign(now)
+
+    def gave_up(self, now: float) -> None:
+        """Nobody wants it any more: no verdict."""
+        self._opening -= 1
+        self.breaker.give_up()
+        self._assign(now)
+
+    def answered(self, now: float) -> None:
+        """A mail had its answer: the upstream is well."""
+        self.breaker.succeeded()
+        if self._waiting:
+            self._assign(now)
+
+    # What time and peers do -------------------------------------------------------------------------------
+
+    def lost(self, connection: C, now: float) -> None:
+        """An idle connection died."""
+        for entry in self._idle:
+            if entry[0] is connection:
+                self._idle.remove(entry)
+                self._closing.append(connection)
+                self._assign(now)
+                return
+
+    def expire(self, now: float) -> float | None:
+        """Give up the connections that have been idle for too long.
+
+        Returns:
+            When to call again; None: when something was released.
+        """
+        while self._idle and now - self._idle[0][1] >= self._limits.idle_seconds:
+            self._closing.append(self._idle.popleft()[0])
+        return self._idle[0][1] + self._limits.idle_seconds if self._idle else None
+
+    def close(self) -> None:
+        """No ticket is served any more; connections in use are closed when they are released."""
+        self._is_closed = True
+        self._closing.extend(connection for connection, _ in self._idle)
+        self._idle.clear()
+        while self._waiting:
+            self._waiting.popleft().decide(Decision.NONE)
+
+    def take_closing(self) -> list[C]:
+        """The connections to be closed now; each is given once."""
+        closing, self._closing = self._closing, []
+        return closing
+
+    # ------------------------------------------------------------------------------------------------------
+
+    def _assign(self, now: float) -> None:
+        """Serve the tickets that can be served, in their order."""
+        while self._waiting:
+            decision, connection = self._decide(self._waiting[0], now)
+            if decision is Decision.WAITING:
+                return
+            self._waiting.popleft().decide(decision, connection)
+
+    def _decide(self, ticket: Ticket[C], now: float) -> tuple[Decision, C | None]:
+        if self._is_closed:
+            return Decision.NONE, None
+        # An idle connection is proof enough of the upstream's health, whatever the breaker says.
+        while self._idle and not ticket.wants_fresh:
+            connection, _ = self._idle.pop()
+            if connection.is_reusable(now, self._limits):
+                self._busy += 1
+                return Decision.REUSE, connection
+            self._closing.append(connection)
+        if self._may_open(now):
+            self.breaker.begin(now)
+            self._opening += 1
+            return Decision.OPEN, None
+        if self.breaker.is_dead(now):
+            return Decision.NONE, None
+        return Decision.WAITING, None
+
+    def _may_open(self, now: float) -> bool:
+        in_use = self._busy + self._opening
+        if in_use >= self._limits.connections:
+            return False
+        if not self.breaker.allows(now, in_use):
+            return False
+        # A fresh one is wanted though others lie idle: the oldest makes room.
+        if in_use + len(self._idle) >= self._limits.connections:
+            self._closing.append(self._idle.popleft()[0])
+        return True

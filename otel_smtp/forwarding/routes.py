@@ -1,0 +1,64 @@
+"""Which upstreams serve which mail: patterns of senders and recipients, in the order of preference."""
+
+import re
+from collections.abc import Sequence
+from fnmatch import translate
+from typing import Generic, Protocol, TypeVar
+
+from otel_smtp.smtp.envelope import Mail, Recipient
+
+
+class Routed(Protocol):
+    """What has patterns."""
+
+    @property
+    def senders(self) -> tuple[str, ...]:
+        """Patterns of reverse-paths; none: all."""
+        ...
+
+    @property
+    def recipients(self) -> tuple[str, ...]:
+        """Patterns of recipients; none: all."""
+        ...
+
+
+T = TypeVar("T")
+
+
+class _Row(Generic[T]):
+    __slots__ = ("recipients", "senders", "upstream")
+
+    def __init__(self, settings: Routed, upstream: T) -> None:
+        self.senders = _pattern(settings.senders)
+        self.recipients = _pattern(settings.recipients)
+        self.upstream = upstream
+
+
+class Routes(Generic[T]):
+    """The routes to a list of upstreams.
+
+    Args:
+        upstreams: with their patterns, the preferred one first. `*` stands for anything, `?` for one character; case
+            does not matter; the null reverse-path is matched by "" and by "*".
+    """
+
+    __slots__ = ("_rows",)
+
+    def __init__(self, upstreams: Sequence[tuple[Routed, T]]) -> None:
+        self._rows = [_Row(settings, upstream) for settings, upstream in upstreams]
+
+    def for_mail(self, mail: Mail) -> "Sequence[_Row[T]]":
+        """The rows that serve the sender; hand them to `for_recipient`."""
+        return [row for row in self._rows if row.senders is None or row.senders.match(mail.reverse_path)]
+
+    @staticmethod
+    def for_recipient(rows: "Sequence[_Row[T]]", recipient: Recipient) -> Sequence[T]:
+        """The upstreams among `rows` that serve a recipient, the preferred one first."""
+        return [row.upstream for row in rows if row.recipients is None or row.recipients.match(recipient.address)]
+
+
+def _pattern(patterns: Sequence[str]) -> re.Pattern[str] | None:
+    """One expression for all of `patterns`; None where there are none."""
+    if not patterns:
+        return None
+    return re.compile("|".join(translate(pattern) for pattern in patterns), re.IGNORECASE)

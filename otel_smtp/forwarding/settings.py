@@ -1,0 +1,149 @@
+"""What an upstream relay needs to be told, as plain values; `app` fills them from the settings."""
+
+import ssl
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Final, Protocol
+
+from otel_smtp.observer import Endpoint
+from otel_smtp.smtp.states import TlsMode
+
+
+class Strategy(StrEnum):
+    """When the upstream is asked.
+
+    TRANSPARENT: at RCPT, so that each recipient gets the upstream's own verdict.
+    BUFFERED: at the end of the content, all in one group; recipients were accepted by us, and a refusal of any
+        refuses the message.
+    """
+
+    TRANSPARENT = "transparent"
+    BUFFERED = "buffered"
+
+
+class TracePolicy(StrEnum):
+    """What becomes of the trace headers of a relayed message.
+
+    INJECT: they are replaced by those of the delivery. STRIP: they are removed. KEEP: they are left as they came.
+    """
+
+    INJECT = "inject"
+    STRIP = "strip"
+    KEEP = "keep"
+
+
+class TokenSource(Protocol):
+    """Where XOAUTH2 gets its access token."""
+
+    async def token(self) -> str:
+        """A token that is good for a while.
+
+        Raises:
+            OSError: none can be had now.
+        """
+        ...
+
+    def invalidate(self) -> None:
+        """The upstream refused the token: do not hand it out again."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """Who we are for the upstream: a password, or a source of tokens (then XOAUTH2 is the mechanism)."""
+
+    username: str
+    password: str = field(default="", repr=False)
+    tokens: TokenSource | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """How long the upstream may take, in seconds; each command has its own time (RFC 5321 4.5.3.2).
+
+    Attributes:
+        connect: name, connection and TLS handshake together.
+        command: EHLO, AUTH, MAIL, RCPT and whatever has no time of its own.
+        data: DATA to 354.
+        block: a block of content to be taken.
+        reply: the end of the content to the reply. RFC 5321 4.5.3.2.6 gives it 10 minutes; ours is shorter, as the
+            client that waits for us counts its own 10.
+        pool: wait for a free connection.
+    """
+
+    connect: float = 30.0
+    greeting: float = 60.0
+    command: float = 300.0
+    data: float = 120.0
+    block: float = 180.0
+    reply: float = 570.0
+    pool: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class PoolLimits:
+    """How many connections are kept, and how long.
+
+    Attributes:
+        connections: at most, busy and idle together.
+        messages: after which a connection is closed.
+        age_seconds: after which a connection is not used again.
+        idle_seconds: after which an unused connection is closed; shorter than any upstream's patience.
+    """
+
+    connections: int = 20
+    messages: int = 100
+    age_seconds: float = 300.0
+    idle_seconds: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamSettings:
+    """One upstream.
+
+    Attributes:
+        name: what telemetry and the status page call it.
+        host: name, address, or the path of a unix socket (then `port` is None).
+        is_lmtp: it speaks LMTP (RFC 2033).
+        tls: OFF; STARTTLS: required and verified; IMPLICIT: from the first octet, verified.
+        auth: "auto" takes the best that is offered; else the mechanism's name in lower case; "off".
+        ca_file: PEM; None: the system's authorities.
+        certificate_file, key_file: PEM, our own, where the upstream asks for one.
+        server_name: the name that its certificate must have, where it differs from `host`.
+        tls_context: used instead of one made from the files above.
+        senders, recipients: patterns like "*@example.com" of what it serves; none: all.
+        trace_context: see `TracePolicy`.
+    """
+
+    name: str
+    host: str
+    port: int | None = 25
+    is_lmtp: bool = False
+    tls: TlsMode = TlsMode.OFF
+    credentials: Credentials | None = None
+    auth: str = "auto"
+    ca_file: str | None = None
+    certificate_file: str | None = None
+    key_file: str | None = None
+    server_name: str | None = None
+    tls_context: ssl.SSLContext | None = None
+    limits: PoolLimits = PoolLimits()
+    timeouts: Timeouts = Timeouts()
+    senders: tuple[str, ...] = ()
+    recipients: tuple[str, ...] = ()
+    trace_context: TracePolicy = TracePolicy.STRIP
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """Where it is, as configured."""
+        return Endpoint(self.host, self.port)
+
+    @property
+    def verified_name(self) -> str:
+        """The name that its certificate must have."""
+        return self.server_name or self.host
+
+
+MEMORY_LIMIT_OCTETS: Final = 256 * 1024
+"""Content up to this size is held in memory, beyond it in a temporary file. Nine of ten mails are smaller than 256 KiB,
+and 256 transactions of it are 64 MiB."""

@@ -1,0 +1,595 @@
+"""The upstream relay over real sockets: what goes well. What goes wrong is in test_faults.py."""
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import pytest
+
+from otel_smtp.forwarding.base import Capabilities, Permanent
+from otel_smtp.forwarding.settings import PoolLimits, Strategy, Timeouts, TracePolicy, UpstreamSettings
+from otel_smtp.forwarding.upstream import UpstreamForwarder
+from otel_smtp.observer import DeliveryPhase, Endpoint, Outcome
+from otel_smtp.smtp import replies
+from otel_smtp.smtp.envelope import Body, DsnReturn, Mail, Notify, Recipient
+from otel_smtp.smtp.replies import Reply
+from tests.support.deliveries import RecordedTransaction, in_chunks
+from tests.support.upstream import EXTENSIONS, Fault, Kind, Phase, ScriptedUpstream
+from tests.support.waiting import until
+
+HEADER = b"Received: from me by gw; now\r\nSubject: x\r\n"
+BODY = b"\r\nhello\r\n.dot\r\n..\r\n"
+CHUNKS = (HEADER, BODY)
+MAIL = Mail("a@example.com")
+BOB = Recipient("bob@example.net")
+CAROL = Recipient("carol@example.net")
+QUICK = Timeouts(connect=2, greeting=2, command=2, data=2, block=2, reply=2, pool=2)
+
+both_strategies = pytest.mark.parametrize("strategy", list(Strategy))
+
+
+def settings(upstream: ScriptedUpstream, name: str = "up", **more: object) -> UpstreamSettings:
+    return UpstreamSettings(name, "127.0.0.1", upstream.port, **{"timeouts": QUICK, **more})  # type: ignore[arg-type]
+
+
+@asynccontextmanager
+async def relaying(*upstreams: UpstreamSettings, **more: object) -> AsyncIterator[UpstreamForwarder]:
+    forwarder = UpstreamForwarder(upstreams, hostname="gw.example", **more)  # type: ignore[arg-type]
+    try:
+        yield forwarder
+    finally:
+        await forwarder.close()
+
+
+@dataclass
+class Relayed:
+    """How one mail went."""
+
+    recipients: Sequence[Reply]
+    reply: Reply | None  # None: no recipient was accepted, so no content was given
+    seen: RecordedTransaction
+
+    @property
+    def codes(self) -> list[int]:
+        return [reply.code for reply in self.recipients]
+
+
+async def relay(
+    forwarder: UpstreamForwarder,
+    *recipients: Recipient,
+    mail: Mail = MAIL,
+    chunks: Sequence[bytes] = CHUNKS,
+) -> Relayed:
+    seen = RecordedTransaction()
+    transaction = await forwarder.begin(mail, seen)
+    answers = await transaction.recipients(recipients or (BOB,))
+    reply = None
+    if any(answer.is_positive for answer in answers):
+        reply = await transaction.content(in_chunks(chunks))
+    await transaction.abort()
+    assert transaction.spool_id is None
+    assert all(delivery.ends == 1 for delivery in seen.deliveries)
+    return Relayed(answers, reply, seen)
+
+
+def without(*names: str) -> list[str]:
+    return [keyword for keyword in EXTENSIONS if keyword.split()[0] not in names]
+
+
+# Content and its way ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("extensions", [EXTENSIONS, without("CHUNKING"), without("PIPELINING"), ()])
+@both_strategies
+async def test_a_mail_arrives_octet_for_octet(strategy: Strategy, extensions: Sequence[str]) -> None:
+    async with (
+        ScriptedUpstream(extensions=extensions) as upstream,
+        relaying(settings(upstream), strategy=strategy) as forwarder,
+    ):
+        relayed = await relay(forwarder, BOB, CAROL)
+        assert relayed.codes == [250, 250]
+        assert relayed.reply is not None
+        assert relayed.reply.wire == b"250 2.0.0 kept as 1\r\n"
+        (kept,) = upstream.kept
+        assert kept.content == HEADER + BODY
+        assert kept.addresses == ("bob@example.net", "carol@example.net")
+        (delivery,) = relayed.seen.deliveries
+        assert (delivery.outcome, delivery.reply, delivery.error_type) == (Outcome.RELAYED, relayed.reply, None)
+        assert (delivery.upstream, delivery.server) == ("up", Endpoint("127.0.0.1", upstream.port))
+        assert delivery.peers == [(Endpoint("127.0.0.1", upstream.port), None)]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "extensions", "recipients", "expected"),
+    [
+        (Strategy.BUFFERED, EXTENSIONS, 1, 1),
+        (Strategy.BUFFERED, EXTENSIONS, 2, 2),  # nothing may be delivered if one of them is refused
+        (Strategy.BUFFERED, without("CHUNKING"), 1, 2),
+        (Strategy.BUFFERED, without("CHUNKING"), 2, 2),
+        (Strategy.BUFFERED, without("PIPELINING"), 1, 3),
+        (Strategy.BUFFERED, (), 1, 4),
+        (Strategy.TRANSPARENT, EXTENSIONS, 1, 2),
+        (Strategy.TRANSPARENT, EXTENSIONS, 2, 2),
+        (Strategy.TRANSPARENT, without("CHUNKING"), 1, 3),
+        (Strategy.TRANSPARENT, without("PIPELINING"), 1, 3),
+        (Strategy.TRANSPARENT, (), 2, 5),
+    ],
+)
+async def test_round_trips_on_a_kept_connection(
+    strategy: Strategy, extensions: Sequence[str], recipients: int, expected: int
+) -> None:
+    async with (
+        ScriptedUpstream(extensions=extensions) as upstream,
+        relaying(settings(upstream), strategy=strategy) as forwarder,
+    ):
+        await relay(forwarder)
+        before = upstream.round_trips
+        relayed = await relay(forwarder, *(BOB, CAROL)[:recipients])
+        assert upstream.round_trips - before == expected
+        assert relayed.seen.deliveries[0].round_trips == expected
+        assert relayed.seen.deliveries[0].reused == [True]
+        assert upstream.connections == 1
+        assert "RSET" not in upstream.verbs
+
+
+async def test_a_new_connections_round_trips_are_counted_with_its_first_mail() -> None:
+    async with ScriptedUpstream() as upstream, relaying(settings(upstream), strategy=Strategy.BUFFERED) as forwarder:
+        relayed = await relay(forwarder)
+        assert relayed.seen.deliveries[0].round_trips == 2  # EHLO, and the mail
+        assert [phase for phase, _ in relayed.seen.deliveries[0].phases] == [
+            DeliveryPhase.POOL,
+            DeliveryPhase.CONNECT,
+            DeliveryPhase.GREETING,
+            DeliveryPhase.EHLO,
+            DeliveryPhase.CONTENT,
+            DeliveryPhase.MAIL,
+            DeliveryPhase.RCPT,
+            DeliveryPhase.REPLY,
+        ]
+
+
+@pytest.mark.parametrize("extensions", [EXTENSIONS, without("CHUNKING")])
+@both_strategies
+async def test_large_content_goes_through_a_file_and_arrives_whole(
+    strategy: Strategy, extensions: Sequence[str]
+) -> None:
+    line = b"." + b"x" * 75 + b"\r\n"
+    body = (b"\r\n", *([line * 1000] * 12))  # 936 kB; each line begins with a dot
+    async with (
+        ScriptedUpstream(extensions=extensions) as upstream,
+        relaying(settings(upstream), strategy=strategy, memory_limit_octets=100_000) as forwarder,
+    ):
+        relayed = await relay(forwarder, chunks=(HEADER, *body))
+        assert relayed.reply is not None
+        assert relayed.reply.code == 250
+        assert upstream.kept[0].content == HEADER + b"".join(body)
+
+
+@both_strategies
+async def test_content_without_a_body_or_a_last_line_end(strategy: Strategy) -> None:
+    async with (
+        ScriptedUpstream(extensions=without("CHUNKING")) as upstream,
+        relaying(settings(upstream), strategy=strategy) as forwarder,
+    ):
+        await relay(forwarder, chunks=(HEADER,))
+        await relay(forwarder, chunks=(HEADER, b"\r\nno end"))
+        assert [kept.content for kept in upstream.kept] == [HEADER, HEADER + b"\r\nno end\r\n"]
+
+
+@both_strategies
+async def test_parameters_travel_and_the_real_size_where_it_is_known(strategy: Strategy) -> None:
+    mail = Mail("a@example.com", 7, Body.EIGHT_BIT_MIME, smtputf8=True, ret=DsnReturn.HEADERS, envid="e1")
+    recipient = Recipient("b\u00fc@example.net", Notify.NEVER)
+    async with ScriptedUpstream() as upstream, relaying(settings(upstream), strategy=strategy) as forwarder:
+        await relay(forwarder, recipient, mail=mail)
+        size = 7 if strategy is Strategy.TRANSPARENT else len(HEADER + BODY)
+        assert upstream.kept[0].mail == f"<a@example.com> SIZE={size} BODY=8BITMIME SMTPUTF8 RET=HDRS ENVID=e1".encode()
+        assert upstream.kept[0].recipients == ("<b\u00fc@example.net> NOTIFY=NEVER".encode(),)
+
+
+# Trace headers ------------------------------------------------------------------------------------------------
+
+TRACED = b"Received: x\r\ntraceparent: 00-11111111111111111111111111111111-2222222222222222-01\r\nSubject: x\r\n"
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        (TracePolicy.KEEP, TRACED),
+        (TracePolicy.STRIP, b"Received: x\r\nSubject: x\r\n"),
+        (
+            TracePolicy.INJECT,
+            b"traceparent: 00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01\r\nReceived: x\r\nSubject: x\r\n",
+        ),
+    ],
+)
+@both_strategies
+async def test_trace_headers_follow_the_upstreams_policy(
+    strategy: Strategy, policy: TracePolicy, expected: bytes
+) -> None:
+    async with (
+        ScriptedUpstream() as upstream,
+        relaying(settings(upstream, trace_context=policy), strategy=strategy) as forwarder,
+    ):
+        await relay(forwarder, chunks=(TRACED, BODY))
+        assert upstream.kept[0].content == expected + BODY
+
+
+# Verdicts -----------------------------------------------------------------------------------------------------
+
+
+def verdict(address: str) -> bytes | None:
+    return {
+        "gone@example.net": b"550 5.1.1 no such user\r\n",
+        "full@example.net": b"452 4.2.2 mailbox full\r\n",
+    }.get(address)
+
+
+GONE = Recipient("gone@example.net")
+FULL = Recipient("full@example.net")
+
+
+@pytest.mark.parametrize("extensions", [EXTENSIONS, ()])
+async def test_transparent_each_recipient_has_the_upstreams_own_verdict(extensions: Sequence[str]) -> None:
+    async with (
+        ScriptedUpstream(extensions=extensions, verdict=verdict) as upstream,
+        relaying(settings(upstream)) as forwarder,
+    ):
+        seen = RecordedTransaction()
+        transaction = await forwarder.begin(MAIL, seen)
+        first = await transaction.recipients([BOB, GONE])
+        second = await transaction.recipients([FULL, CAROL])
+        assert [str(reply) for reply in (*first, *second)] == [
+            "250 2.1.5 recipient ok",
+            "550 5.1.1 no such user",
+            "452 4.2.2 mailbox full",
+            "250 2.1.5 recipient ok",
+        ]
+        assert (await transaction.content(in_chunks(CHUNKS))).code == 250
+        assert upstream.kept[0].addresses == ("bob@example.net", "carol@example.net")
+        assert upstream.verbs.count("MAIL") == 1
+
+
+@pytest.mark.parametrize("extensions", [EXTENSIONS, without("CHUNKING"), without("PIPELINING"), ()])
+@pytest.mark.parametrize("group", [(GONE,), (BOB, GONE), (FULL, BOB), (GONE, FULL)])
+async def test_buffered_a_refused_recipient_refuses_the_whole(
+    group: Sequence[Recipient], extensions: Sequence[str]
+) -> None:
+    async with (
+        ScriptedUpstream(extensions=extensions, verdict=verdict) as upstream,
+        relaying(settings(upstream), strategy=Strategy.BUFFERED) as forwarder,
+    ):
+        relayed = await relay(forwarder, *group)
+        assert relayed.codes == [250] * len(group)
+        refused = next(recipient for recipient in group if verdict(recipient.address))
+        assert relayed.reply is not None
+        assert relayed.reply.wire == verdict(refused.address)
+        outcome = Outcome.DEFERRED if refused is FULL else Outcome.REFUSED
+        assert relayed.seen.outcomes == [("up", outcome)]
+        # Nobody got anything, not even an empty message; and the next mail is well.
+        assert upstream.kept == []
+        assert (await relay(forwarder)).reply is not None
+        assert [kept.addresses for kept in upstream.kept] == [("bob@example.net",)]
+        assert upstream.kept[0].content == HEADER + BODY
+
+
+async def test_buffered_a_354_without_recipients_is_ended_by_a_lone_dot() -> None:
+    extensions = [*without("CHUNKING"), "X-EAGER-354"]
+    async with (
+        ScriptedUpstream(extensions=extensions, verdict=verdict) as upstream,
+        relaying(settings(upstream), strategy=Strategy.BUFFERED) as forwarder,
+    ):
+        relayed = await relay(forwarder, GONE)
+        assert relayed.reply is not None
+        assert relayed.reply.code == 550
+        assert upstream.kept == []
+        await relay(forwarder)
+        assert upstream.connections == 1
+        assert len(upstream.kept) == 1
+
+
+async def test_a_refused_sender_refuses_its_recipients() -> None:
+    faults = {Phase.MAIL: Fault(Kind.REFUSE, b"550 5.7.1 not you\r\n", times=1)}
+    async with ScriptedUpstream(faults=faults) as upstream, relaying(settings(upstream)) as forwarder:
+        seen = RecordedTransaction()
+        transaction = await forwarder.begin(MAIL, seen)
+        answers = [*await transaction.recipients([BOB, CAROL]), *await transaction.recipients([BOB])]
+        assert [str(answer) for answer in answers] == ["550 5.7.1 not you"] * 3
+        await transaction.abort()
+        assert seen.outcomes == [("up", Outcome.REFUSED)]
+        assert upstream.verbs.count("MAIL") == 1
+        assert (await relay(forwarder)).codes == [250]
+        assert upstream.connections == 1
+
+
+async def test_an_aborted_transaction_is_reset_in_the_next_group() -> None:
+    async with ScriptedUpstream() as upstream, relaying(settings(upstream)) as forwarder:
+        seen = RecordedTransaction()
+        transaction = await forwarder.begin(MAIL, seen)
+        await transaction.recipients([BOB])
+        await transaction.abort()
+        await transaction.abort()
+        assert seen.outcomes == [("up", Outcome.ABORTED)]
+        relayed = await relay(forwarder, CAROL)
+        assert relayed.seen.deliveries[0].round_trips == 2
+        assert upstream.verbs == ["EHLO", "MAIL", "RCPT", "RSET", "MAIL", "RCPT", "BDAT"]
+        assert [kept.addresses for kept in upstream.kept] == [("carol@example.net",)]
+
+
+# What is known beforehand -------------------------------------------------------------------------------------
+
+
+async def test_capabilities_are_those_of_the_last_ehlo() -> None:
+    async with (
+        ScriptedUpstream(extensions=("SIZE 1000", "8BITMIME")) as upstream,
+        relaying(settings(upstream)) as forwarder,
+    ):
+        assert forwarder.capabilities() == Capabilities()
+        await relay(forwarder)
+        assert forwarder.capabilities() == Capabilities(1000, True, False, False, False, False)
+        assert forwarder.capabilities() is forwarder.capabilities()
+
+
+NEEDY = [
+    (Mail("a@example.com", smtputf8=True), replies.NEEDS_SMTPUTF8),
+    (Mail("a@example.com", body=Body.EIGHT_BIT_MIME), replies.NEEDS_8BITMIME),
+    (Mail("a@example.com", body=Body.BINARY_MIME), replies.NEEDS_BINARYMIME),
+    (Mail("a@example.com", require_tls=True), replies.REQUIRETLS_UNSUPPORTED),
+    (Mail("a@example.com", size=1001), replies.MESSAGE_TOO_BIG),
+]
+
+
+@pytest.mark.parametrize(("mail", "refusal"), NEEDY)
+@both_strategies
+async def test_what_the_upstream_lacks_is_refused_when_it_is_known_and_when_it_is_met(
+    strategy: Strategy, mail: Mail, refusal: Reply
+) -> None:
+    async with (
+        ScriptedUpstream(extensions=("SIZE 1000",)) as upstream,
+        relaying(settings(upstream), strategy=strategy) as forwarder,
+    ):
+        transaction = await forwarder.begin(mail, seen := RecordedTransaction())
+        if strategy is Strategy.TRANSPARENT:
+            with pytest.raises(Permanent) as caught:
+                await transaction.recipients([BOB])
+            assert caught.value.reply is refusal
+        else:
+            assert [reply.code for reply in await transaction.recipients([BOB])] == [250]
+            assert await transaction.content(in_chunks(CHUNKS)) is refusal
+        await transaction.abort()
+        assert seen.outcomes == [("up", Outcome.REFUSED)]
+        with pytest.raises(Permanent) as caught:
+            await forwarder.begin(mail, RecordedTransaction())
+        assert caught.value.reply is refusal
+        assert (await relay(forwarder)).codes == [250]
+        assert upstream.connections == 1
+
+
+@both_strategies
+async def test_content_that_turns_out_too_big_is_refused_before_it_is_sent(strategy: Strategy) -> None:
+    async with (
+        ScriptedUpstream(extensions=("PIPELINING", "SIZE 1000")) as upstream,
+        relaying(settings(upstream), strategy=strategy) as forwarder,
+    ):
+        relayed = await relay(forwarder, chunks=(HEADER, b"\r\n" + b"x" * 1000))
+        assert relayed.reply is replies.MESSAGE_TOO_BIG
+        assert upstream.kept == []
+        assert (await relay(forwarder)).codes == [250]
+        assert len(upstream.kept) == 1
+
+
+async def test_another_upstream_has_what_the_first_one_lacks() -> None:
+    async with (
+        ScriptedUpstream(extensions=()) as plain,
+        ScriptedUpstream() as able,
+        relaying(settings(plain, "plain"), settings(able, "able")) as forwarder,
+    ):
+        await relay(forwarder)
+        relayed = await relay(forwarder, Recipient("b\u00fc@example.net"), mail=Mail("a@example.com", smtputf8=True))
+        assert relayed.codes == [250]
+        assert relayed.seen.outcomes == [("plain", Outcome.REFUSED), ("able", Outcome.RELAYED)]
+
+
+async def test_rcptmax_is_kept() -> None:
+    async with (
+        ScriptedUpstream(extensions=("PIPELINING", "LIMITS RCPTMAX=1 MAILMAX=1")) as upstream,
+        relaying(settings(upstream), strategy=Strategy.BUFFERED) as forwarder,
+    ):
+        await relay(forwarder)
+        relayed = await relay(forwarder, BOB, CAROL)
+        assert relayed.codes == [250, 452]
+        assert upstream.connections == 2  # MAILMAX
+
+
+@pytest.mark.parametrize("address", ["a\r\nRCPT TO:<x@example.com>", "a@b> SIZE=1", "", "a@b\x7f"])
+@both_strategies
+async def test_unsafe_addresses_reach_no_upstream(strategy: Strategy, address: str) -> None:
+    async with ScriptedUpstream() as upstream, relaying(settings(upstream), strategy=strategy) as forwarder:
+        if address:
+            with pytest.raises(Permanent) as caught:
+                await forwarder.begin(Mail(address), RecordedTransaction())
+            assert caught.value.reply is replies.BAD_SENDER
+        relayed = await relay(forwarder, Recipient(address))
+        assert list(relayed.recipients) == [replies.BAD_RECIPIENT]
+        relayed = await relay(forwarder, Recipient("\u00fc@example.com"))
+        assert list(relayed.recipients) == [replies.NEEDS_SMTPUTF8]
+        assert upstream.commands == []
+
+
+# Connections --------------------------------------------------------------------------------------------------
+
+
+@both_strategies
+async def test_many_mails_at_once_share_few_connections(strategy: Strategy) -> None:
+    limits = PoolLimits(connections=3)
+    async with (
+        ScriptedUpstream() as upstream,
+        relaying(settings(upstream, limits=limits), strategy=strategy) as forwarder,
+    ):
+        relayed = await asyncio.gather(*(relay(forwarder) for _ in range(30)))
+        assert all(one.reply is not None and one.reply.code == 250 for one in relayed)
+        assert len(upstream.kept) == 30
+        assert 1 < upstream.connections <= 3
+        (snapshot,) = forwarder.snapshot()
+        assert (snapshot.pool.busy, snapshot.pool.opening, snapshot.pool.waiting) == (0, 0, 0)
+        assert snapshot.pool.idle == upstream.connections
+        await forwarder.close()
+        await until(lambda: not upstream.open_connections)
+        assert upstream.verbs.count("QUIT") == upstream.connections
+
+
+async def test_a_connection_is_retired_after_its_messages_and_its_age() -> None:
+    async with ScriptedUpstream() as upstream:
+        async with relaying(settings(upstream, limits=PoolLimits(messages=2))) as forwarder:
+            for _ in range(5):
+                await relay(forwarder)
+            assert [kept.connection for kept in upstream.kept] == [1, 1, 2, 2, 3]
+        async with relaying(settings(upstream, limits=PoolLimits(age_seconds=0))) as forwarder:
+            for _ in range(2):
+                await relay(forwarder)
+            assert [kept.connection for kept in upstream.kept[5:]] == [4, 5]
+
+
+async def test_an_idle_connection_is_closed_after_a_while() -> None:
+    async with (
+        ScriptedUpstream() as upstream,
+        relaying(settings(upstream, limits=PoolLimits(idle_seconds=0.01))) as forwarder,
+    ):
+        await relay(forwarder)
+        await until(lambda: not upstream.open_connections)
+        assert forwarder.snapshot()[0].pool.idle == 0
+        assert upstream.verbs[-1] == "QUIT"
+
+
+async def test_the_death_of_an_idle_connection_is_noticed_at_once() -> None:
+    async with ScriptedUpstream() as upstream, relaying(settings(upstream)) as forwarder:
+        await relay(forwarder)
+        upstream.drop_connections()
+        await until(lambda: forwarder.snapshot()[0].pool.idle == 0)
+        relayed = await relay(forwarder)
+        assert relayed.seen.deliveries[0].reused == [False]
+
+
+@both_strategies
+async def test_a_new_connection_a_mail_is_not_made(strategy: Strategy) -> None:
+    """What relays of the field do: connect, say EHLO, and QUIT for each mail."""
+    async with ScriptedUpstream() as upstream, relaying(settings(upstream), strategy=strategy) as forwarder:
+        for _ in range(20):
+            await relay(forwarder)
+        assert upstream.connections == 1
+        assert upstream.verbs.count("EHLO") == 1
+
+
+# Routes -------------------------------------------------------------------------------------------------------
+
+
+@both_strategies
+async def test_senders_and_recipients_choose_the_upstream(strategy: Strategy) -> None:
+    async with (
+        ScriptedUpstream() as inner,
+        ScriptedUpstream() as sales,
+        ScriptedUpstream() as other,
+        relaying(
+            settings(inner, "inner", recipients=("*@example.net",)),
+            settings(sales, "sales", senders=("*@SALES.example",)),
+            settings(other, "other", senders=("*@example.com",)),
+            strategy=strategy,
+        ) as forwarder,
+    ):
+        await relay(forwarder, BOB)
+        await relay(forwarder, Recipient("x@example.org"))
+        await relay(forwarder, Recipient("y@example.org"), mail=Mail("z@sales.example"))
+        assert [kept.addresses for kept in inner.kept] == [("bob@example.net",)]
+        assert [kept.addresses for kept in other.kept] == [("x@example.org",)]
+        assert [kept.addresses for kept in sales.kept] == [("y@example.org",)]
+        mixed = await relay(forwarder, BOB, Recipient("x@example.org"), CAROL)
+        assert list(mixed.recipients)[1] is replies.OTHER_ROUTE
+        assert mixed.codes == [250, 451, 250]
+        assert inner.kept[-1].addresses == ("bob@example.net", "carol@example.net")
+
+
+async def test_nobody_serves_a_sender_or_a_recipient() -> None:
+    async with (
+        ScriptedUpstream() as upstream,
+        relaying(settings(upstream, senders=("*@example.com",), recipients=("*@example.net",))) as forwarder,
+    ):
+        with pytest.raises(Permanent) as caught:
+            await forwarder.begin(Mail("a@example.org"), RecordedTransaction())
+        assert caught.value.reply is replies.RELAY_DENIED
+        assert list((await relay(forwarder, Recipient("x@example.org"))).recipients) == [replies.RELAY_DENIED]
+        assert upstream.connections == 0
+
+
+# LMTP ---------------------------------------------------------------------------------------------------------
+
+
+def lmtp_verdict(address: str) -> bytes | None:
+    return {"gone@example.net": b"550 5.1.1 gone\r\n", "full@example.net": b"452 4.2.2 full\r\n"}.get(address)
+
+
+@pytest.mark.parametrize("extensions", [EXTENSIONS, without("CHUNKING"), ()])
+@pytest.mark.parametrize(
+    ("recipients", "expected", "outcome"),
+    [
+        ((BOB,), b"250 2.0.0 delivered\r\n", Outcome.RELAYED),
+        ((BOB, CAROL), b"250 2.0.0 delivered\r\n", Outcome.RELAYED),
+        ((GONE,), b"550 5.1.1 gone\r\n", Outcome.REFUSED),
+        ((GONE, FULL), b"452 4.2.2 full\r\n", Outcome.DEFERRED),
+        ((BOB, GONE), replies.SOME_RECIPIENTS_REFUSED.wire, Outcome.DEFERRED),
+        ((FULL, BOB), replies.SOME_RECIPIENTS_REFUSED.wire, Outcome.DEFERRED),
+    ],
+)
+@both_strategies
+async def test_lmtp_answers_are_folded_into_one(
+    strategy: Strategy,
+    recipients: Sequence[Recipient],
+    expected: bytes,
+    outcome: Outcome,
+    extensions: Sequence[str],
+) -> None:
+    async with (
+        ScriptedUpstream(is_lmtp=True, extensions=extensions, lmtp_verdict=lmtp_verdict) as upstream,
+        relaying(settings(upstream, is_lmtp=True), strategy=strategy) as forwarder,
+    ):
+        relayed = await relay(forwarder, *recipients)
+        assert relayed.reply is not None
+        assert relayed.reply.wire == expected
+        assert relayed.seen.outcomes == [("up", outcome)]
+        assert upstream.verbs[0] == "LHLO"
+        relayed = await relay(forwarder)
+        assert relayed.reply is not None
+        assert relayed.reply.code == 250
+        assert upstream.connections == 1
+
+
+async def test_lmtp_over_a_unix_socket(tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = str(tmp_path_factory.mktemp("s") / "lmtp")
+    upstream = ScriptedUpstream(is_lmtp=True)
+    await upstream.start_unix(path)
+    async with upstream, relaying(UpstreamSettings("local", path, None, is_lmtp=True)) as forwarder:
+        relayed = await relay(forwarder)
+        assert relayed.seen.deliveries[0].peers == [(Endpoint(path), None)]
+        assert len(upstream.kept) == 1
+
+
+# Others -------------------------------------------------------------------------------------------------------
+
+
+def test_a_relay_needs_an_upstream() -> None:
+    with pytest.raises(ValueError):
+        UpstreamForwarder([], hostname="gw.example")
+
+
+async def test_reprs_tell_the_state_and_no_secret() -> None:
+    async with ScriptedUpstream() as upstream, relaying(settings(upstream)) as forwarder:
+        await relay(forwarder)
+        assert re.search(r"_Transparent.*up 127\.0\.0\.1:\d+ <Pool 1 idle, 0 busy.*closed", repr(forwarder))
+
+
+async def test_an_old_server_that_knows_only_helo_is_served() -> None:
+    async with ScriptedUpstream(knows_ehlo=False) as upstream, relaying(settings(upstream)) as forwarder:
+        assert (await relay(forwarder)).codes == [250]
+        assert upstream.verbs[:2] == ["EHLO", "HELO"]
+        assert len(upstream.kept) == 1
