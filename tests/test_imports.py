@@ -115,6 +115,8 @@ ROOMS: Final = {
     # A client that only measures: it shares nothing with the engine, lest a fault of ours hide from its own measure.
     "otel_smtp.load": Room((), standard=_LIBRARY - {"argparse"}),
     "otel_smtp.bench_command": Room(("otel_smtp.load",), frozenset({"typer", "rich"}), _LIBRARY - {"argparse"}),
+    # Processes, signals and a pipe; what a worker does is given in.
+    "otel_smtp.workers": Room(("otel_smtp.observer",)),
     "otel_smtp.app": _EVERYTHING,
     "otel_smtp.cli": _EVERYTHING,
 }
@@ -225,8 +227,14 @@ def awaiting(module: str, tree: ast.AST) -> Iterator[Finding]:
             yield Finding(module, node.lineno, "awaits")
 
 
+# Documented, and public in spite of their names.
+PUBLIC_ALL_THE_SAME: Final = frozenset({"_exit"})
+
+
 def is_private(name: str) -> bool:
     """Whether a name is somebody's own business; `__dunder__` names are the language's."""
+    if name in PUBLIC_ALL_THE_SAME:
+        return False
     return name.startswith("_") and not (name.startswith("__") and name.endswith("__"))
 
 

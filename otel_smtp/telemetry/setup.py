@@ -164,6 +164,18 @@ def set_up(options: TelemetryOptions, environ: Mapping[str, str] = os.environ) -
     return Telemetry(tracing, tracing, processors)
 
 
+def describe_destination(environ: Mapping[str, str] = os.environ) -> str:
+    """Where traces go, in a few words: for the line that says that the gateway is ready."""
+    if environ.get(OTEL_SDK_DISABLED, "").strip().lower() == "true":
+        return "nowhere (OTEL_SDK_DISABLED)"
+    endpoint = environ.get(OTEL_EXPORTER_OTLP_TRACES_ENDPOINT) or environ.get(OTEL_EXPORTER_OTLP_ENDPOINT) or ""
+    wanted = environ.get(OTEL_TRACES_EXPORTER, "").strip() or ("otlp" if endpoint else "none")
+    protocol = environ.get(OTEL_EXPORTER_OTLP_TRACES_PROTOCOL) or environ.get(OTEL_EXPORTER_OTLP_PROTOCOL)
+    otlp = f"{protocol or 'http/protobuf'} {endpoint or 'localhost'}"
+    words = {"none": "nowhere (no OTLP endpoint set)", "otlp": otlp}
+    return ", ".join(words.get(part.strip(), part.strip()) for part in wanted.split(",") if part.strip())
+
+
 def resource_of(environ: Mapping[str, str]) -> Resource:
     """Who we are: OTEL_SERVICE_NAME, OTEL_RESOURCE_ATTRIBUTES and the SDK's detectors, `otel-smtp` if nobody says."""
     resource = Resource.create()

@@ -1,0 +1,385 @@
+"""The composition root: builds the gateway out of its rooms, starts it, drains it, and flushes what it knows.
+
+There is no `if` about mail here. Adapters meet only as constructor arguments.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import ssl
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+import msgspec
+
+from otel_smtp import __version__
+from otel_smtp.config import Listener, Settings, Upstream
+from otel_smtp.forwarding.settings import (
+    Credentials,
+    PoolLimits,
+    Strategy,
+    Timeouts,
+    TracePolicy,
+    UpstreamSettings,
+)
+from otel_smtp.forwarding.upstream import UpstreamForwarder
+from otel_smtp.net import is_accept_exhausted
+from otel_smtp.observer import ConnectionInfo, Endpoint, Observer, StateCallback, fan_out
+from otel_smtp.server.connection import ListenerPolicy, ServerTimeouts
+from otel_smtp.server.listener import Listening, Server
+from otel_smtp.server.tls import CertificateError, ServerTls
+from otel_smtp.server.users import Authenticator, UsersFileError, load_users
+from otel_smtp.smtp.server import ServerLimits, ServerPolicy
+from otel_smtp.smtp.states import TlsMode, Transition
+from otel_smtp.telemetry.propagation import InboundPolicy
+from otel_smtp.telemetry.records import SpanSink
+from otel_smtp.telemetry.redaction import Addresses, ClientIp, Redaction
+from otel_smtp.telemetry.setup import TelemetryOptions, TelemetrySettingError, describe_destination, set_up
+from otel_smtp.telemetry.state_events import StateEvents
+from otel_smtp.workers import Supervisor, reserve
+
+logger: Final = logging.getLogger("otel_smtp.app")
+
+# telemetry.md: the flush at exit has a budget of its own, so that a dead collector cannot hold a pod's shutdown.
+TELEMETRY_FLUSH_SECONDS: Final = 2.0
+# How often old spans of living connections are looked for; segment_age is minutes.
+SEGMENT_ROTATION_SECONDS: Final = 5.0
+# asyncio alone wrote over a thousand tracebacks in five seconds when descriptors ran out.
+EXHAUSTION_LOG_SECONDS: Final = 10.0
+
+
+class Ready(NamedTuple):
+    """What is told when the gateway serves.
+
+    Attributes:
+        addresses: of each listener by its name, with real ports.
+        traces_to: where traces go, for people.
+    """
+
+    settings: Settings
+    addresses: Mapping[str, Sequence[Endpoint]]
+    traces_to: str
+
+
+class Gateway:
+    """One gateway in one process.
+
+    Args:
+        settings: checked settings.
+        observers: told of everything that happens, beside the gateway's own telemetry.
+        conn_state: called at each state transition of each client connection. One that raises is logged once and
+            dropped.
+        span_sinks: given each finished span, exported or not: for views in this process.
+        reuse_port: other processes listen on the same ports.
+
+    Use as an asynchronous context manager, or call `start` and `stop`.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        observers: Sequence[Observer] = (),
+        conn_state: Callable[[ConnectionInfo, Transition], None] | None = None,
+        span_sinks: Sequence[SpanSink] = (),
+        reuse_port: bool = False,
+    ) -> None:
+        self._settings = settings
+        self._telemetry = set_up(_telemetry_options(settings, span_sinks))
+        members = [self._telemetry.observer, *observers]
+        if conn_state is not None:
+            members.append(StateCallback(conn_state))
+        self._observer = fan_out(members)
+        self._forwarder = UpstreamForwarder(
+            [_upstream(upstream) for upstream in settings.upstream],
+            strategy=Strategy(settings.delivery.strategy),
+            hostname=settings.hostname,
+        )
+        self._rotation: asyncio.Task[None] | None = None
+        self._tls: list[ServerTls] = []
+        self._server = Server(
+            [self._listening(listener) for listener in settings.listener],
+            self._forwarder,
+            self._observer,
+            connections=settings.limits.connections,
+            connections_per_client=settings.limits.connections_per_client,
+            reuse_port=reuse_port,
+        )
+        self.addresses: dict[str, list[Endpoint]] = {}
+
+    @property
+    def ready(self) -> Ready:
+        """What is told when the gateway serves."""
+        return Ready(self._settings, self.addresses, describe_destination(os.environ))
+
+    async def start(self) -> None:
+        """Bind the listeners and accept connections; `addresses` tells where.
+
+        Raises:
+            OSError: an address cannot be bound.
+        """
+        self.addresses = await self._server.start()
+        self._rotation = asyncio.get_running_loop().create_task(self._rotate_segments())
+
+    async def stop(self, *, immediately: bool = False) -> None:
+        """Drain: stop accepting, 421 to idle connections, the grace for open transactions, close the pool, flush.
+
+        Args:
+            immediately: without the grace.
+        """
+        await self._server.drain(0.0 if immediately else self._settings.timeouts.shutdown_grace)
+        await self._forwarder.close()
+        if self._rotation is not None:
+            self._rotation.cancel()
+        await asyncio.to_thread(self._telemetry.flush_and_shutdown, TELEMETRY_FLUSH_SECONDS)
+
+    async def _rotate_segments(self) -> None:
+        """Let connections that live long be seen while they live: their spans end and begin anew."""
+        while True:
+            await asyncio.sleep(SEGMENT_ROTATION_SECONDS)
+            self._telemetry.rotate()
+
+    def reload_certificates(self) -> None:
+        """Read the certificates again; open connections keep theirs, and a broken file keeps the old one in use."""
+        for tls in self._tls:
+            tls.reload()
+
+    async def __aenter__(self) -> "Gateway":
+        await self.start()
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.stop()
+
+    def _listening(self, listener: Listener) -> Listening:
+        settings = self._settings
+        context: Callable[[], ssl.SSLContext] | None = None
+        if listener.tls is not TlsMode.OFF:
+            assert listener.tls_cert is not None
+            assert listener.tls_key is not None
+            tls = ServerTls(listener.tls_cert, listener.tls_key)
+            self._tls.append(tls)
+            context = tls.context
+        authenticator: Authenticator | None = None
+        if listener.auth != "off" and listener.auth_users_file is not None:
+            authenticator = Authenticator(load_users(listener.auth_users_file))
+        protocol = ServerPolicy(
+            hostname=settings.hostname,
+            is_lmtp=listener.protocol == "lmtp",
+            tls_mode=listener.tls,
+            tls_required=listener.tls_required,
+            auth_mechanisms=authenticator.mechanisms if authenticator is not None else (),
+            auth_required=listener.auth == "required",
+            auth_in_clear=listener.auth_in_clear,
+            rejects_bare_line_ends=settings.delivery.content_newlines == "reject",
+            limits=_limits(settings),
+        )
+        timeouts = settings.timeouts
+        return Listening(
+            ListenerPolicy(
+                name=listener.name,
+                protocol=protocol,
+                timeouts=ServerTimeouts(
+                    command=timeouts.command,
+                    data=timeouts.data,
+                    tls_handshake=timeouts.tls_handshake,
+                    session=timeouts.session,
+                ),
+                tls_context=context,
+                authenticator=authenticator,
+                allow=listener.allow,
+                proxy_protocol_from=listener.proxy_protocol_from,
+                trace_in_reply=settings.telemetry.trace_in_reply,
+            ),
+            listener.address,
+        )
+
+
+def _limits(settings: Settings) -> ServerLimits:
+    limits = settings.limits
+    return ServerLimits(
+        message_size=limits.message_size,
+        recipients=limits.recipients,
+        messages_per_connection=limits.messages_per_connection,
+        errors=limits.errors,
+        junk_commands=limits.junk_commands,
+        command_line=limits.command_line,
+        text_line=limits.text_line,
+        header_size=limits.header_size,
+        header_lines=limits.header_lines,
+        hops=limits.hops,
+        auth_failures=limits.auth_failures,
+    )
+
+
+def _telemetry_options(settings: Settings, span_sinks: Sequence[SpanSink]) -> TelemetryOptions:
+    telemetry = settings.telemetry
+    key = telemetry.addresses_hash_key
+    return TelemetryOptions(
+        version=__version__,
+        redaction=Redaction(
+            addresses=Addresses(telemetry.addresses),
+            client_ip=ClientIp(telemetry.client_ip),
+            hash_key=key.reveal().encode() if key is not None else b"",
+        ),
+        policies={listener.name: InboundPolicy(listener.trace_context) for listener in settings.listener},
+        state_events=StateEvents(telemetry.state_events),
+        segment_events=telemetry.segment_events,
+        segment_age_seconds=telemetry.segment_age,
+        probes=telemetry.probes,
+        listeners=span_sinks,
+    )
+
+
+def _upstream(upstream: Upstream) -> UpstreamSettings:
+    """An upstream of the settings, in the forwarding's own words."""
+    credentials: Credentials | None = None
+    if upstream.username and upstream.auth != "off":
+        credentials = Credentials(
+            upstream.username, upstream.password.reveal() if upstream.password is not None else ""
+        )
+    timeout = upstream.timeout
+    assert upstream.trace_context is not None
+    return UpstreamSettings(
+        name=upstream.name,
+        host=upstream.url.endpoint.host,
+        port=upstream.url.endpoint.port,
+        is_lmtp=upstream.url.protocol == "lmtp",
+        tls=upstream.url.tls,
+        credentials=credentials,
+        auth=upstream.auth,
+        ca_file=str(upstream.ca_file) if upstream.ca_file is not None else None,
+        server_name=upstream.server_name or None,
+        limits=PoolLimits(connections=upstream.connections),
+        timeouts=Timeouts(
+            connect=timeout.connect,
+            greeting=timeout.greeting,
+            command=timeout.command,
+            data=timeout.data,
+            block=timeout.block,
+            reply=timeout.reply,
+        ),
+        senders=upstream.senders,
+        recipients=upstream.recipients,
+        trace_context=TracePolicy(upstream.trace_context),
+    )
+
+
+class _LoopFaults:
+    """The event loop's exception handler: accept that runs out of descriptors is one log line in a while, not a flood.
+
+    The loop itself goes on: it tries again after a second, and clients wait in the kernel's queue.
+    """
+
+    def __init__(self) -> None:
+        self._quiet_until = 0.0
+        self._count = 0
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        if not is_accept_exhausted(context):
+            loop.default_exception_handler(context)
+            return
+        self._count += 1
+        if loop.time() >= self._quiet_until:
+            logger.error("no file descriptors left to accept connections", extra={"times": self._count})
+            self._quiet_until = loop.time() + EXHAUSTION_LOG_SECONDS
+            self._count = 0
+
+
+OnReady = Callable[[Ready], None]
+
+
+async def serve(settings: Settings, on_ready: OnReady, *, reuse_port: bool = False) -> None:
+    """Run a gateway until SIGTERM or SIGINT; a second signal ends the drain at once. SIGHUP reloads certificates.
+
+    Raises:
+        OSError: an address cannot be bound.
+    """
+    gateway = Gateway(settings, reuse_port=reuse_port)
+    await gateway.start()
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(_LoopFaults())
+    asked = asyncio.Event()
+    again = asyncio.Event()
+
+    def on_signal() -> None:
+        (again if asked.is_set() else asked).set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    loop.add_signal_handler(signal.SIGHUP, gateway.reload_certificates)
+    on_ready(gateway.ready)
+    await asked.wait()
+    logger.info("draining", extra={"grace_seconds": settings.timeouts.shutdown_grace})
+    drain = loop.create_task(gateway.stop())
+    second = loop.create_task(again.wait())
+    await asyncio.wait({drain, second}, return_when=asyncio.FIRST_COMPLETED)
+    if not drain.done():
+        logger.warning("second signal: stopping at once")
+        drain.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await drain
+        await gateway.stop(immediately=True)
+    second.cancel()
+    await asyncio.gather(drain, return_exceptions=True)
+
+
+def run(settings: Settings, *, on_ready: OnReady) -> int:
+    """Run the gateway, on uvloop where it is installed, in as many processes as the settings say.
+
+    Returns:
+        The exit status: 0 after a drain, 1 where it could not start, 2 where a setting of telemetry is wrong.
+    """
+    if settings.workers == 1:
+        return _run_here(settings, on_ready)
+    try:
+        settings, held = _with_fixed_ports(settings)
+    except OSError as error:
+        logger.error("cannot start: %s", error)
+        return 1
+
+    def work(number: int, announce: Callable[[], None]) -> int:
+        return _run_here(settings, lambda _: announce(), reuse_port=True)
+
+    addresses = {listener.name: listener.address for listener in settings.listener}
+    ready = Ready(settings, addresses, describe_destination(os.environ))
+    try:
+        return Supervisor(settings.workers, work, on_ready=lambda: on_ready(ready)).run()
+    finally:
+        for sock in held:
+            sock.close()
+
+
+def _run_here(settings: Settings, on_ready: OnReady, *, reuse_port: bool = False) -> int:
+    try:
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            runner.run(serve(settings, on_ready, reuse_port=reuse_port))
+    except TelemetrySettingError as error:
+        logger.error("cannot start: %s", error)
+        return 2
+    except (OSError, CertificateError, UsersFileError) as error:
+        logger.error("cannot start: %s", error)
+        return 1
+    return 0
+
+
+def _with_fixed_ports(settings: Settings) -> tuple[Settings, list[socket.socket]]:
+    """The settings with every port 0 replaced by one that all workers share, and the sockets that hold those."""
+    listeners: list[Listener] = []
+    held: list[socket.socket] = []
+    for listener in settings.listener:
+        addresses, sockets = reserve(listener.address)
+        held += sockets
+        listeners.append(msgspec.structs.replace(listener, address=tuple(addresses)))
+    return msgspec.structs.replace(settings, listener=tuple(listeners)), held
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
