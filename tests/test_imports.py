@@ -86,7 +86,7 @@ _ADAPTER: Final = ("otel_smtp.smtp", "otel_smtp.observer", "otel_smtp.net", "ote
 
 # The longest prefix that fits a module is its room.
 ROOMS: Final = {
-    "otel_smtp": Room(("otel_smtp.app", "otel_smtp.observer", *SMTP_TYPES)),
+    "otel_smtp": Room(("otel_smtp.app", "otel_smtp.config", "otel_smtp.observer", *SMTP_TYPES)),
     "otel_smtp.smtp": Room((), standard=PURE_LIBRARY),
     "otel_smtp.observer": Room(SMTP_TYPES, standard=PURE_LIBRARY | {"logging"}),
     "otel_smtp.net": Room(("otel_smtp.observer", *SMTP_TYPES)),
