@@ -17,7 +17,7 @@ A message's way through the house
         print(gateway.addresses)
 """
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from otel_smtp.observer import ConnectionInfo, Observer
 from otel_smtp.smtp.states import ConnState, Transition
@@ -29,13 +29,21 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["ConnState", "ConnectionInfo", "Gateway", "Observer", "Settings", "Transition", "load"]
 
-_LATE: Final = {"Gateway": "otel_smtp.app", "Settings": "otel_smtp.config", "load": "otel_smtp.config"}
-
 
 def __getattr__(name: str) -> Any:
     """Import what is heavy when it is first asked for: a command that only needs the version stays quick."""
-    if name not in _LATE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import importlib
+    match name:
+        case "Gateway":
+            from otel_smtp.app import Gateway
 
-    return getattr(importlib.import_module(_LATE[name]), name)
+            return Gateway
+        case "Settings":
+            from otel_smtp.config import Settings
+
+            return Settings
+        case "load":
+            from otel_smtp.config import load
+
+            return load
+        case _:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
