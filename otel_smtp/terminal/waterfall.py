@@ -18,11 +18,12 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Final
 
 from rich.cells import cell_len, set_cell_size
 from rich.text import Text
 
+from otel_smtp.terminal.spans import DrawnEvent, DrawnSpan
 from otel_smtp.terminal.words import (
     STATE_STYLES,
     Word,
@@ -33,38 +34,6 @@ from otel_smtp.terminal.words import (
     plain,
     span_words,
 )
-
-
-class DrawnEvent(Protocol):
-    """An event of a span."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def time_ns(self) -> int: ...
-    @property
-    def attributes(self) -> Mapping[str, Any]: ...
-
-
-class DrawnSpan(Protocol):
-    """A finished span; `parent_id` is 0 where it has none."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def trace_id(self) -> int: ...
-    @property
-    def span_id(self) -> int: ...
-    @property
-    def parent_id(self) -> int: ...
-    @property
-    def start_ns(self) -> int: ...
-    @property
-    def end_ns(self) -> int: ...
-    @property
-    def attributes(self) -> Mapping[str, Any]: ...
-    @property
-    def events(self) -> Sequence[DrawnEvent]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,9 +115,9 @@ def waterfall(spans: Iterable[DrawnSpan], *, width: int, glyphs: Glyphs = UNICOD
             if index == most_rows // 2:
                 lines.append(Text(f"... {counted(len(rows) - 2 * (most_rows // 2), 'more row')}", "dim"))
             continue
-        beside = [span for span in ordered if first_rows[span.span_id] <= index <= last_rows[span.span_id]]
-        open_lanes = {lanes[span.span_id] for span in beside}
-        ending = {lanes[span.span_id] for span in beside if last_rows[span.span_id] == index}
+        beside = [span_id for span_id, first in first_rows.items() if first <= index <= last_rows[span_id]]
+        open_lanes = {lanes[span_id] for span_id in beside}
+        ending = {lanes[span_id] for span_id in beside if last_rows[span_id] == index}
         lines += _lines(row, open_lanes, ending, columns, start_ns, end_ns, glyphs)
     return lines
 
@@ -161,10 +130,11 @@ def _lanes(ordered: Sequence[DrawnSpan], most: int) -> dict[int, int]:
     lanes: dict[int, int] = {}
     busy_until: dict[int, int] = {}
     for span in ordered:
-        lane = min(lanes[span.parent_id] + 1, most - 1) if span.parent_id in lanes else 0
+        above = [of.span_id for of in (span.parent, *(link.context for link in span.links)) if of is not None]
+        lane = next((min(lanes[span_id] + 1, most - 1) for span_id in above if span_id in lanes), 0)
         while busy_until.get(lane, -1) > span.start_ns and lane < most - 1:
             lane += 1
-        lanes[span.span_id] = lane
+        lanes[span.context.span_id] = lane
         busy_until[lane] = max(span.end_ns, busy_until.get(lane, 0))
     return lanes
 
@@ -172,7 +142,7 @@ def _lanes(ordered: Sequence[DrawnSpan], most: int) -> dict[int, int]:
 def _rows(ordered: Sequence[DrawnSpan], lanes: Mapping[int, int], glyphs: Glyphs) -> list[_Row]:
     rows = []
     for depth, span in enumerate(ordered):
-        lane = lanes[span.span_id]
+        lane = lanes[span.context.span_id]
         lane_style = _LANE_STYLES[lane % len(_LANE_STYLES)]
         words = [Word(duration(span.end_ns - span.start_ns), "bold"), *span_words(span.name, span.attributes)]
         rows.append(_Row(span.start_ns, lane, depth, span.name, "bold", glyphs.span, lane_style, words, span))
@@ -201,15 +171,15 @@ def _extents(
 ) -> tuple[dict[int, int], dict[int, int]]:
     """The rows at which the line of each span begins and ends."""
     times = [row.time_ns for row in rows]
-    first = {row.span.span_id: index for index, row in enumerate(rows) if row.span is not None}
+    first = {row.span.context.span_id: index for index, row in enumerate(rows) if row.span is not None}
     last: dict[int, int] = {}
     lane_taken_at: dict[int, int] = {}
     for span in reversed(ordered):
-        lane = lanes[span.span_id]
+        lane = lanes[span.context.span_id]
         # What begins where this one ends, in the same lane, needs the place.
         end = min(bisect_right(times, span.end_ns), lane_taken_at.get(lane, len(rows))) - 1
-        last[span.span_id] = max(end, first[span.span_id])
-        lane_taken_at[lane] = first[span.span_id]
+        last[span.context.span_id] = max(end, first[span.context.span_id])
+        lane_taken_at[lane] = first[span.context.span_id]
     return first, last
 
 
@@ -238,8 +208,8 @@ def _at(offset_ns: int, total_ns: int) -> str:
 
 def _heading(ordered: Sequence[DrawnSpan], total_ns: int, width: int, glyphs: Glyphs) -> list[Text]:
     """The trace id, and in one line how it ended."""
-    traces = dict.fromkeys(span.trace_id for span in ordered)
-    line = Text("trace ", "dim").append(f"{next(iter(traces)):032x}", "bold")
+    traces = dict.fromkeys(span.context.trace_id for span in ordered)
+    line = Text().append("trace ", "dim").append(f"{next(iter(traces)):032x}", "bold")
     outcomes = Counter(
         (plain(span.attributes["smtp.outcome"]), span.attributes.get("smtp.reply.code"))
         for span in ordered
@@ -328,7 +298,7 @@ def _filled(words: Sequence[Word], width: int) -> list[Text]:
         while text:
             piece = _head(text, width)
             text = text[len(piece) :].lstrip()
-            lines.append(Text(piece.rstrip(), word.style))
+            lines.append(Text().append(piece.rstrip(), word.style))
             room = width - cell_len(piece)
     return lines
 

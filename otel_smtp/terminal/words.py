@@ -23,6 +23,11 @@ _SAID_OTHERWISE: Final = frozenset(
         "smtp.state.level",
         "smtp.state.sequence",
         "smtp.state.previous_duration",
+        "smtp.connection.duration",
+        "smtp.schema.version",
+        "network.local.address",
+        "network.local.port",
+        "network.peer.port",
         "smtp.transaction.number",
         "smtp.upstream.name",
         "smtp.message.id",
@@ -127,6 +132,8 @@ class _Reader:
 
 def plain(value: Any) -> str:
     """An attribute's value as text of one line."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, (list, tuple)):
@@ -158,9 +165,11 @@ def event_words(name: str, attributes: Attributes) -> list[Word]:
     reader.add_reply()
     reader.add("error.type", "red")
     reader.add("smtp.close.reason")
+    _add_pool(reader)
     reader.add_tls()
-    if name.endswith(".closed"):
-        _add_totals(reader)
+    _add_totals(reader)
+    for address in ("network.peer.address", "smtp.connection.segment"):
+        reader.take(address)
     return reader.rest()
 
 
@@ -170,9 +179,15 @@ def _add_totals(reader: _Reader) -> None:
     received, sent = reader.take("smtp.connection.octets_received"), reader.take("smtp.connection.octets_sent")
     if received is not None and sent is not None:
         reader.words.append(Word(f"{octets(int(received))} in, {octets(int(sent))} out", "dim"))
-    errors = reader.take("smtp.connection.errors")
-    if errors:
-        reader.words.append(Word(counted(int(errors), "error"), "red"))
+
+
+def _add_pool(reader: _Reader) -> None:
+    reused, wait = reader.take("smtp.pool.reused"), reader.take("smtp.pool.wait")
+    if reused is not None:
+        reader.words.append(Word("connection reused", "green") if reused else Word("new connection"))
+    # Below a tenth of a millisecond nobody waited.
+    if wait is not None and float(wait) >= 0.0001:
+        reader.words.append(Word(f"waited {duration(int(float(wait) * 1e9))}", "yellow"))
 
 
 def span_words(name: str, attributes: Attributes) -> list[Word]:
@@ -180,41 +195,68 @@ def span_words(name: str, attributes: Attributes) -> list[Word]:
     reader = _Reader(attributes)
     match name:
         case "smtp.connection":
-            client, server = _endpoint(reader, "client"), _endpoint(reader, "server")
-            reader.words += [Word(client)] if client else []
-            reader.words += [Word(f"→ {server}")] if server else []
-            if helo := reader.take("smtp.helo"):
-                reader.words.append(Word(f"“{plain(helo)}”", "italic"))
-            for side in ("network.peer.address", "network.peer.port", "smtp.close.reason", "smtp.tls.mode"):
-                reader.take(side)
-            _add_totals(reader)
+            _add_connection(reader)
         case "smtp.transaction":
-            if outcome := reader.take("smtp.outcome"):
-                reader.words.append(Word(plain(outcome), outcome_style(str(outcome))))
-            reader.add_reply()
-            sender, recipients = reader.take("smtp.mail.from.domain"), reader.take("smtp.rcpt.domains")
-            if sender is not None or recipients:
-                reader.words.append(Word(f"{plain(sender or '<>')} → {plain(recipients or '?')}"))
-            if (count := reader.take("smtp.transaction.recipient_count")) is not None:
-                reader.words.append(Word(counted(int(count), "recipient")))
-            if refused := reader.take("smtp.transaction.recipients_refused"):
-                reader.words.append(Word(f"{plain(refused)} refused", "red"))
-            if (size := reader.take("smtp.message.size")) is not None:
-                reader.words.append(Word(octets(int(size))))
-            reader.add("smtp.body", "dim")
+            _add_transaction(reader)
         case "smtp.delivery":
-            reader.add_reply()
-            if server := _endpoint(reader, "server"):
-                reader.words.append(Word(f"→ {server}"))
-            if attempt := reader.take("smtp.delivery.attempt"):
-                reader.words += [Word(f"attempt {plain(attempt)}", "yellow")] if int(attempt) > 1 else []
-            if reader.take("smtp.pool.reused"):
-                reader.words.append(Word("reused", "green"))
-            if wait := reader.take("smtp.pool.wait"):
-                reader.words.append(Word(f"pool {duration(int(float(wait) * 1e9))}", "dim"))
-            if (trips := reader.take("smtp.round_trips")) is not None:
-                reader.words.append(Word(counted(int(trips), "round trip"), "dim"))
-            reader.take("smtp.outcome")
+            _add_delivery(reader)
     reader.add("error.type", "red")
     reader.add_tls()
     return reader.rest()
+
+
+def _add_connection(reader: _Reader) -> None:
+    client, server = _endpoint(reader, "client"), _endpoint(reader, "server")
+    peer = reader.take("network.peer.address")
+    if client:
+        reader.words.append(Word(client))
+    if peer is not None and plain(peer) not in client:
+        reader.words.append(Word(f"by {plain(peer)}", "dim"))  # a PROXY header told the client
+    if server:
+        reader.words.append(Word(f"→ {server}"))
+    if helo := reader.take("smtp.helo"):
+        reader.words.append(Word(f"“{plain(helo)}”", "italic"))
+    if errors := reader.take("smtp.connection.errors"):
+        reader.words.append(Word(counted(int(errors), "error"), "red"))
+    segment = reader.take("smtp.connection.segment")
+    if segment is not None and int(segment) > 1:
+        reader.words.append(Word(f"segment {segment}"))
+    # Its last event says these.
+    for key in ("smtp.close.reason", "smtp.tls.mode", "smtp.connection.messages"):
+        reader.take(key)
+    for key in ("smtp.connection.octets_received", "smtp.connection.octets_sent"):
+        reader.take(key)
+
+
+def _add_transaction(reader: _Reader) -> None:
+    if outcome := reader.take("smtp.outcome"):
+        reader.words.append(Word(plain(outcome), outcome_style(str(outcome))))
+    reader.add_reply()
+    sender, recipients = reader.take("smtp.mail.from.domain"), reader.take("smtp.rcpt.domains")
+    if sender is not None or recipients:
+        to = f" → {plain(recipients)}" if recipients else ""
+        reader.words.append(Word(f"{'' if to else 'from '}{plain(sender or '<>')}{to}"))
+    if count := reader.take("smtp.transaction.recipient_count"):
+        reader.words.append(Word(counted(int(count), "recipient")))
+    if refused := reader.take("smtp.transaction.recipients_refused"):
+        reader.words.append(Word(f"{plain(refused)} refused", "red"))
+    if (size := reader.take("smtp.message.size")) is not None:
+        reader.words.append(Word(octets(int(size))))
+    reader.add("smtp.body", "dim")
+
+
+def _add_delivery(reader: _Reader) -> None:
+    reader.add_reply()
+    peer = reader.take("network.peer.address")
+    if server := _endpoint(reader, "server"):
+        reader.words.append(Word(f"→ {server}"))
+    if peer is not None and plain(peer) not in server:
+        reader.words.append(Word(plain(peer), "dim"))  # what the name stood for
+    attempt = reader.take("smtp.delivery.attempt")
+    if attempt is not None and int(attempt) > 1:
+        reader.words.append(Word(f"attempt {plain(attempt)}", "yellow"))
+    if (trips := reader.take("smtp.round_trips")) is not None:
+        reader.words.append(Word(counted(int(trips), "round trip"), "dim"))
+    # Its event "pool" says these, and its code the outcome.
+    for key in ("smtp.outcome", "smtp.pool.reused", "smtp.pool.wait"):
+        reader.take(key)

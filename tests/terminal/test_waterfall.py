@@ -60,6 +60,13 @@ def test_nothing_but_text_when_piped_and_colours_on_a_terminal() -> None:
     assert "\x1b[32m250 2.1.0" in coloured  # 2yz is green
 
 
+def test_a_style_ends_with_its_word() -> None:
+    line = next(line for line in waterfall(refused_mail(), width=120) if "shop.example" in line.plain)
+    for span in line.spans:
+        assert (span.style == "red") == ("refused" in line.plain[span.start : span.end])
+    assert line.style == ""
+
+
 @pytest.mark.parametrize("width", range(40, 200, 7))
 def test_no_line_is_wider_than_the_terminal(width: int) -> None:
     for trace in TRACES.values():

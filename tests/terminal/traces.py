@@ -14,6 +14,17 @@ class Event:
 
 
 @dataclass(frozen=True)
+class Context:
+    trace_id: int
+    span_id: int
+
+
+@dataclass(frozen=True)
+class Link:
+    context: Context
+
+
+@dataclass(frozen=True)
 class Span:
     name: str
     span_id: int
@@ -22,7 +33,19 @@ class Span:
     end_ns: int
     attributes: dict[str, Any] = field(default_factory=dict)
     events: tuple[Event, ...] = ()
-    trace_id: int = TRACE_ID
+    links_to: int | None = None
+
+    @property
+    def context(self) -> Context:
+        return Context(TRACE_ID, self.span_id)
+
+    @property
+    def parent(self) -> Context | None:
+        return Context(TRACE_ID, self.parent_id) if self.parent_id else None
+
+    @property
+    def links(self) -> tuple[Link, ...]:
+        return (Link(Context(TRACE_ID, self.links_to)),) if self.links_to else ()
 
 
 def at(milliseconds: float) -> int:

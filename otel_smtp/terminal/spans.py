@@ -1,0 +1,109 @@
+"""Finished spans as they are drawn: what is asked of them, and how those that tell one story are brought together."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, Protocol
+
+# Spans whose connection is still open, or whose connection is long gone (a spooled mail's later attempts).
+MOST_WAITING: Final = 10_000
+
+ROOT: Final = "smtp.connection"
+
+
+class Identity(Protocol):
+    """What a span is known by."""
+
+    @property
+    def trace_id(self) -> int: ...
+    @property
+    def span_id(self) -> int: ...
+
+
+class Link(Protocol):
+    """A link to another span."""
+
+    @property
+    def context(self) -> Identity: ...
+
+
+class DrawnEvent(Protocol):
+    """An event of a span."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def time_ns(self) -> int: ...
+    @property
+    def attributes(self) -> Mapping[str, Any]: ...
+
+
+class DrawnSpan(Protocol):
+    """A finished span; times are nanoseconds since the epoch."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def context(self) -> Identity: ...
+    @property
+    def parent(self) -> Identity | None: ...
+    @property
+    def links(self) -> Sequence[Link]: ...
+    @property
+    def start_ns(self) -> int: ...
+    @property
+    def end_ns(self) -> int: ...
+    @property
+    def attributes(self) -> Mapping[str, Any]: ...
+    @property
+    def events(self) -> Sequence[DrawnEvent]: ...
+
+
+class Stories:
+    """Brings together the spans of one connection.
+
+    A connection's span ends last, so what belongs to it has been seen by then: its children, their children, and a
+    transaction that stands in the application's trace and links back to its connection.
+    """
+
+    def __init__(self, *, most_waiting: int = MOST_WAITING) -> None:
+        self._most_waiting = most_waiting
+        self._waiting: dict[int, DrawnSpan] = {}
+        self._below: dict[int, set[int]] = {}
+
+    def __len__(self) -> int:
+        """Spans that wait for their connection to end."""
+        return len(self._waiting)
+
+    def take(self, span: DrawnSpan) -> list[DrawnSpan] | None:
+        """Take a finished span.
+
+        Returns:
+            All spans of a connection, its own first, once that has ended; None before.
+        """
+        if span.name == ROOT:
+            return [span, *self._collect(span.context.span_id)]
+        self._waiting[span.context.span_id] = span
+        for above in _above(span):
+            self._below.setdefault(above, set()).add(span.context.span_id)
+        if len(self._waiting) > self._most_waiting:
+            self._release(next(iter(self._waiting)))
+        return None
+
+    def _collect(self, span_id: int) -> list[DrawnSpan]:
+        found: list[DrawnSpan] = []
+        for below in tuple(self._below.get(span_id, ())):
+            if below in self._waiting:
+                found += [self._release(below), *self._collect(below)]
+        return found
+
+    def _release(self, span_id: int) -> DrawnSpan:
+        span = self._waiting.pop(span_id)
+        for above in _above(span):
+            self._below[above].discard(span_id)
+            if not self._below[above]:
+                del self._below[above]
+        return span
+
+
+def _above(span: DrawnSpan) -> set[int]:
+    """The spans that a span belongs under: its parent, and what it links to."""
+    return {of.span_id for of in (span.parent, *(link.context for link in span.links)) if of is not None}
