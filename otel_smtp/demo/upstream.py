@@ -1,0 +1,129 @@
+"""An upstream that keeps what arrives, in memory, and refuses what it is told to refuse.
+
+It is the gateway's own server with another `Forwarder` behind it: real sockets, the whole protocol, and mail that ends
+in a list.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Collection, Sequence
+from dataclasses import dataclass
+from ipaddress import IPv4Network
+from typing import Final
+
+from otel_smtp.forwarding.base import Capabilities
+from otel_smtp.observer import Endpoint, Observer, TransactionObserver
+from otel_smtp.server.connection import ListenerPolicy, ServerTimeouts
+from otel_smtp.server.listener import Listening, Server
+from otel_smtp.smtp import replies
+from otel_smtp.smtp.envelope import Mail, Recipient
+from otel_smtp.smtp.replies import EnhancedStatus, ErrorType, Reply
+from otel_smtp.smtp.server import ServerPolicy
+
+NO_SUCH_USER: Final = Reply(550, EnhancedStatus(5, 1, 1), ("No such user here",), ErrorType.ADDRESS)
+REFUSED_ADDRESS: Final = "refused@example.com"
+
+_CAPABILITIES: Final = Capabilities(require_tls=False)
+_LOOPBACK: Final = (IPv4Network("127.0.0.0/8"),)
+# Bounds of a demonstration: what is kept, and who may connect.
+_MOST_KEPT: Final = 100
+_MOST_KEPT_OCTETS: Final = 64 * 1024 * 1024
+_MOST_CONNECTIONS: Final = 64
+
+
+@dataclass(frozen=True, slots=True)
+class KeptMail:
+    """A mail as it arrived."""
+
+    mail: Mail
+    recipients: tuple[Recipient, ...]
+    content: bytes
+
+
+class KeepingForwarder:
+    """Keeps mail in memory, the newest `_MOST_KEPT` of it.
+
+    Args:
+        refused: addresses that get 550 5.1.1.
+        answer_after_seconds: how long the end of a message waits for its reply.
+    """
+
+    def __init__(self, *, refused: Collection[str] = (REFUSED_ADDRESS,), answer_after_seconds: float = 0.0) -> None:
+        self.refused = frozenset(address.lower() for address in refused)
+        self.answer_after_seconds = answer_after_seconds
+        self.kept: deque[KeptMail] = deque()
+        self._kept_octets = 0
+
+    def capabilities(self) -> Capabilities:
+        """Everything that needs nobody else."""
+        return _CAPABILITIES
+
+    async def begin(self, mail: Mail, seen: TransactionObserver) -> "_KeepingTransaction":
+        """Take any sender."""
+        return _KeepingTransaction(self, mail)
+
+    def keep(self, mail: KeptMail) -> Reply:
+        """Keep a mail, and forget the oldest where there is no room."""
+        self.kept.append(mail)
+        self._kept_octets += len(mail.content)
+        while len(self.kept) > 1 and (len(self.kept) > _MOST_KEPT or self._kept_octets > _MOST_KEPT_OCTETS):
+            self._kept_octets -= len(self.kept.popleft().content)
+        return replies.OK
+
+
+class _KeepingTransaction:
+    spool_id = None  # memory is not durable
+
+    def __init__(self, forwarder: KeepingForwarder, mail: Mail) -> None:
+        self._forwarder = forwarder
+        self._mail = mail
+        self._recipients: list[Recipient] = []
+
+    async def recipients(self, batch: Sequence[Recipient]) -> Sequence[Reply]:
+        return [self._recipient(recipient) for recipient in batch]
+
+    def _recipient(self, recipient: Recipient) -> Reply:
+        if recipient.address.lower() in self._forwarder.refused:
+            return NO_SUCH_USER
+        self._recipients.append(recipient)
+        return replies.RECIPIENT_OK
+
+    async def content(self, chunks: AsyncIterator[bytes]) -> Reply:
+        content = b"".join([chunk async for chunk in chunks])
+        if self._forwarder.answer_after_seconds:
+            await asyncio.sleep(self._forwarder.answer_after_seconds)
+        return self._forwarder.keep(KeptMail(self._mail, tuple(self._recipients), content))
+
+    async def abort(self) -> None:
+        self._recipients.clear()
+
+
+class KeepingUpstream:
+    """A `KeepingForwarder` on a port of the loopback interface that the kernel chooses."""
+
+    def __init__(self, forwarder: KeepingForwarder) -> None:
+        policy = ListenerPolicy(
+            "keeper", ServerPolicy("keeper.example"), ServerTimeouts(), allow=_LOOPBACK, trace_in_reply=False
+        )
+        self._server = Server(
+            [Listening(policy, (Endpoint("127.0.0.1", 0),))],
+            forwarder,
+            Observer(),
+            connections=_MOST_CONNECTIONS,
+            connections_per_client=_MOST_CONNECTIONS,
+        )
+
+    async def start(self) -> Endpoint:
+        """Listen.
+
+        Returns:
+            Where.
+
+        Raises:
+            OSError: no port can be had.
+        """
+        return (await self._server.start())["keeper"][0]
+
+    async def stop(self) -> None:
+        """Close everything at once."""
+        await self._server.drain(0.0)
