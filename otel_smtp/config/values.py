@@ -8,10 +8,11 @@ A value comes either typed, out of TOML, or as text, out of the environment or a
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from pathlib import Path
 from typing import Any, Final, Protocol
+
+import msgspec
 
 from otel_smtp.observer import Endpoint
 from otel_smtp.smtp.states import TlsMode
@@ -31,8 +32,7 @@ class BadValue(ValueError):
     """A value that its kind does not allow; the message, if any, says more than the kind's own `allowed`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Given:
+class Given(msgspec.Struct, frozen=True):
     """A value as an operator gave it.
 
     Attributes:
@@ -102,8 +102,7 @@ def _as_text(given: Given) -> str:
 # Plain values -------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Text:
+class Text(msgspec.Struct, frozen=True):
     """Text that matches `pattern` as a whole."""
 
     allowed: str = "text without control characters"
@@ -119,8 +118,7 @@ class Text:
         return value
 
 
-@dataclass(frozen=True, slots=True)
-class Boolean:
+class Boolean(msgspec.Struct, frozen=True):
     """true or false; in the environment also 1, 0, yes, no, on, off, which people write there."""
 
     allowed: str = "true or false"
@@ -140,8 +138,7 @@ class Boolean:
         return "true" if value else "false"
 
 
-@dataclass(frozen=True, slots=True)
-class Integer:
+class Integer(msgspec.Struct, frozen=True):
     """A whole number."""
 
     minimum: int = 1
@@ -176,8 +173,7 @@ def duration_text(seconds: float) -> str:
     return f"{number:.3f}".rstrip("0").rstrip(".") + unit
 
 
-@dataclass(frozen=True, slots=True)
-class Duration:
+class Duration(msgspec.Struct, frozen=True):
     """Seconds as a number, or text such as "30s" and "5d"; None where "off" is allowed and given."""
 
     minimum: float = 0.001
@@ -224,8 +220,7 @@ def size_text(octets: int) -> str:
     return str(octets)
 
 
-@dataclass(frozen=True, slots=True)
-class Size:
+class Size(msgspec.Struct, frozen=True):
     """Octets as a number, or text such as "25MiB"."""
 
     minimum: int = 1
@@ -254,8 +249,7 @@ class Size:
         return size_text(value)
 
 
-@dataclass(frozen=True, slots=True)
-class Choice:
+class Choice(msgspec.Struct, frozen=True):
     """One word of a closed set; `make` turns it into the enumeration it belongs to."""
 
     words: tuple[str, ...]
@@ -275,8 +269,7 @@ class Choice:
         return str(value)
 
 
-@dataclass(frozen=True, slots=True)
-class FilePath:
+class FilePath(msgspec.Struct, frozen=True):
     """A file or directory. In a settings file a relative path is relative to that file."""
 
     allowed: str = "a path"
@@ -297,8 +290,7 @@ class FilePath:
         return str(value)
 
 
-@dataclass(frozen=True, slots=True)
-class SecretText:
+class SecretText(msgspec.Struct, frozen=True):
     """A secret, one line that matches `pattern` as a whole; see `Secret`."""
 
     allowed: str = "text of one line"
@@ -315,8 +307,7 @@ class SecretText:
         return "***"
 
 
-@dataclass(frozen=True, slots=True)
-class Many:
+class Many(msgspec.Struct, frozen=True):
     """A list; as text, its items stand between commas."""
 
     item: Kind
@@ -395,8 +386,7 @@ def _host_and_port(text: str, *, lowest_port: int) -> tuple[str, int | None]:
     return match[1] or _host(match[2]), port
 
 
-@dataclass(frozen=True, slots=True)
-class ListenAddress:
+class ListenAddress(msgspec.Struct, frozen=True):
     """Where to listen: host and port (0: the kernel chooses), or a unix socket."""
 
     may_be_unix: bool = True
@@ -429,8 +419,7 @@ class ListenAddress:
         return str(value) if value.port is not None else f"unix:{value.host}"
 
 
-@dataclass(frozen=True, slots=True)
-class NetworkKind:
+class NetworkKind(msgspec.Struct, frozen=True):
     """A network, or one address."""
 
     allowed: str = 'a network such as "10.0.0.0/8", "fd00::/8", or an address'
@@ -452,8 +441,7 @@ class NetworkKind:
         return str(value)
 
 
-@dataclass(frozen=True, slots=True)
-class UpstreamUrl:
+class UpstreamUrl(msgspec.Struct, frozen=True):
     """Where an upstream is and how it is spoken to.
 
     Attributes:
@@ -483,20 +471,28 @@ _SCHEMES: Final[dict[str, tuple[TlsMode, str, int]]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class UpstreamUrlKind:
-    """The URL of an upstream."""
+_SCHEME_FORMS: Final = {
+    "smtp": "smtp://host:port (clear)",
+    "smtp+starttls": "smtp+starttls://host:port (TLS required and verified)",
+    "smtps": "smtps://host:port (implicit TLS)",
+    "lmtp": "lmtp://host:port, lmtp:///path/of/socket",
+}
 
-    allowed: str = (
-        "smtp://host:port (clear), smtp+starttls://host:port (TLS required and verified), smtps://host:port "
-        "(implicit TLS), lmtp://host:port, lmtp:///path/of/socket"
-    )
+
+class UpstreamUrlKind(msgspec.Struct, frozen=True):
+    """The URL of an SMTP or LMTP server."""
+
+    schemes: tuple[str, ...] = tuple(_SCHEMES)
+
+    @property
+    def allowed(self) -> str:
+        return ", ".join(_SCHEME_FORMS[scheme] for scheme in self.schemes)
 
     def parse(self, given: Given) -> UpstreamUrl:
         text = _as_text(given).strip()
         scheme, separator, rest = text.partition("://")
         scheme = scheme.lower()
-        if not separator or scheme not in _SCHEMES:
+        if not separator or scheme not in self.schemes:
             raise BadValue
         tls, protocol, default_port = _SCHEMES[scheme]
         if "@" in rest:
@@ -515,8 +511,7 @@ class UpstreamUrlKind:
         return str(value)
 
 
-@dataclass(frozen=True, slots=True)
-class AddressPattern:
+class AddressPattern(msgspec.Struct, frozen=True):
     """Which senders or recipients a route serves; `*` stands for any text without "@"."""
 
     allowed: str = (
