@@ -1,0 +1,190 @@
+"""`check --connect`: listeners, certificates and collectors that are right, wrong, away or somebody else."""
+
+import socket
+import threading
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+import trustme
+
+from otel_smtp.checking import Finding, check_certificate, check_collector, check_listeners, collector
+from otel_smtp.config import Listener, load
+from otel_smtp.smtp.states import TlsMode
+from tests.support.otlp_receiver import OtlpReceiver
+
+
+async def listed(findings: AsyncIterator[Finding]) -> list[Finding]:
+    return [finding async for finding in findings]
+
+
+async def findings_for(address: str) -> list[Finding]:
+    values = {"upstream": [{"url": "smtp://127.0.0.1:1"}], "listener": [{"address": [address]}]}
+    return await listed(check_listeners(load(values=values)))
+
+
+# Listeners ----------------------------------------------------------------------------------------------------
+
+
+async def test_an_address_that_nobody_has_is_free() -> None:
+    (finding,) = await findings_for("127.0.0.1:0")
+    assert finding == Finding("ok", "listener local 127.0.0.1:0", "is free")
+
+
+async def test_an_address_of_another_machine_cannot_be_bound() -> None:
+    values = {
+        "upstream": [{"url": "smtp://127.0.0.1:1"}],
+        "listener": [{"address": ["192.0.2.1:2525"], "allow": ["192.0.2.0/24"]}],
+    }
+    (finding,) = await listed(check_listeners(load(values=values)))
+    assert finding.verdict == "failed"
+    assert "cannot be bound: Cannot assign requested address" in finding.detail
+
+
+@pytest.mark.parametrize(
+    ("greeting", "verdict", "detail"),
+    [
+        (b"220 gw.example ESMTP otel_smtp\r\n", "ok", "a gateway answers: 220 gw.example ESMTP otel_smtp"),
+        (b"220 mail.example ESMTP Postfix\r\n", "failed", "is taken by another server: 220 mail.example ESMTP Postfix"),
+        (b"SSH-2.0-OpenSSH\x1b[2J\r\n", "failed", "is taken by something that is no SMTP server: SSH-2.0-OpenSSH?[2J"),
+        (b"", "failed", "is taken by something that is no SMTP server: nothing"),
+    ],
+)
+async def test_an_address_that_is_taken_is_asked_who_has_it(greeting: bytes, verdict: str, detail: str) -> None:
+    with _Says(greeting) as server:
+        (finding,) = await findings_for(f"127.0.0.1:{server.port}")
+    assert (finding.verdict, finding.detail) == (verdict, detail)
+
+
+async def test_a_path_that_is_no_socket_or_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (finding,) = await findings_for(f"unix:{tmp_path}/file")
+    assert (finding.verdict, finding.detail) == ("failed", "is there, and is no socket")
+    (finding,) = await findings_for(f"unix:{tmp_path}/nowhere/s")
+    assert finding.verdict == "failed"
+    assert "cannot be made" in finding.detail
+    (finding,) = await findings_for(f"unix:{tmp_path}/s")
+    assert finding.verdict == "ok"
+
+
+# Certificates -------------------------------------------------------------------------------------------------
+
+
+def listener_with(tmp_path: Path, certificate: trustme.LeafCert) -> Listener:
+    (tmp_path / "key.pem").write_bytes(certificate.private_key_pem.bytes())
+    (tmp_path / "cert.pem").write_bytes(b"".join(blob.bytes() for blob in certificate.cert_chain_pems))
+    return Listener(tls=TlsMode.STARTTLS, tls_cert=tmp_path / "cert.pem", tls_key=tmp_path / "key.pem")
+
+
+def test_a_good_certificate_tells_its_names_and_its_end(tmp_path: Path) -> None:
+    finding = check_certificate(listener_with(tmp_path, trustme.CA().issue_cert("gw.example", "127.0.0.1")))
+    assert finding.verdict == "ok"
+    assert finding.detail.startswith("is for gw.example, 127.0.0.1, until ")
+
+
+@pytest.mark.parametrize(
+    ("days", "verdict", "detail"),
+    [(3, "warning", "(2 days)"), (-1, "failed", "cannot be used: certificate has expired")],
+)
+def test_a_certificate_that_ends_is_told_in_time(tmp_path: Path, days: int, verdict: str, detail: str) -> None:
+    ends = datetime.now(UTC) + timedelta(days=days)
+    leaf = trustme.CA().issue_cert("gw.example", not_before=ends - timedelta(days=30), not_after=ends)
+    finding = check_certificate(listener_with(tmp_path, leaf))
+    assert finding.verdict == verdict
+    assert detail in finding.detail
+
+
+def test_a_certificate_that_does_not_fit_its_key(tmp_path: Path) -> None:
+    ca = trustme.CA()
+    listener = listener_with(tmp_path, ca.issue_cert("gw.example"))
+    (tmp_path / "key.pem").write_bytes(ca.issue_cert("gw.example").private_key_pem.bytes())
+    finding = check_certificate(listener)
+    assert (finding.verdict, finding.detail) == ("failed", "cannot be used: KEY_VALUES_MISMATCH")
+    (tmp_path / "key.pem").unlink()
+    assert check_certificate(listener).detail == "cannot be read: No such file or directory"
+
+
+# The collector ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, None),
+        ({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4318/"}, ("http://c:4318/v1/traces", "http/protobuf")),
+        ({"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://c:4318/x"}, ("http://c:4318/x", "http/protobuf")),
+        ({"OTEL_TRACES_EXPORTER": "otlp"}, ("http://localhost:4318/v1/traces", "http/protobuf")),
+        ({"OTEL_TRACES_EXPORTER": "console", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4318"}, None),
+        ({"OTEL_SDK_DISABLED": "true", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4318"}, None),
+        (
+            {"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4317"},
+            ("http://c:4317", "grpc"),
+        ),
+        (
+            {"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "grpc", "OTEL_TRACES_EXPORTER": "otlp"},
+            ("http://localhost:4317", "grpc"),
+        ),
+    ],
+)
+def test_where_traces_go(environ: dict[str, str], expected: tuple[str, str] | None) -> None:
+    assert collector(environ) == expected
+
+
+@pytest.mark.parametrize(
+    ("protocol", "port_of", "verdict", "detail"),
+    [
+        ("http/protobuf", "http", "ok", "takes traces"),
+        ("grpc", "grpc", "ok", "speaks HTTP/2, as gRPC does"),
+        ("http/protobuf", "grpc", "failed", "set OTEL_EXPORTER_OTLP_PROTOCOL=grpc, or use the port for http/protobuf"),
+        ("grpc", "http", "failed", "set OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf, or use the port for gRPC"),
+    ],
+)
+async def test_a_collector_that_speaks_the_other_protocol_is_told(
+    protocol: str, port_of: str, verdict: str, detail: str
+) -> None:
+    with OtlpReceiver() as receiver:
+        endpoint = receiver.http_endpoint if port_of == "http" else receiver.grpc_endpoint
+        endpoint = endpoint if "://" in endpoint else f"http://{endpoint}"
+        finding = await check_collector(
+            {"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint, "OTEL_EXPORTER_OTLP_PROTOCOL": protocol}
+        )
+        assert finding.verdict == verdict
+        assert detail in finding.detail
+        assert receiver.spans == []
+
+
+async def test_a_collector_that_is_away_and_a_wrong_path() -> None:
+    with OtlpReceiver(with_grpc=False) as receiver:
+        finding = await check_collector({"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": f"{receiver.http_endpoint}/nowhere"})
+        assert (finding.verdict, finding.detail) == ("failed", "there is nothing at /nowhere (404): is the path right?")
+        receiver.refuse()
+        finding = await check_collector({"OTEL_EXPORTER_OTLP_ENDPOINT": receiver.http_endpoint})
+        assert (finding.verdict, finding.detail) == ("failed", "cannot be reached: Connection refused")
+
+
+async def test_without_a_collector_nothing_is_dialled() -> None:
+    assert (await check_collector({})).detail == "none is set: traces are not exported"
+
+
+class _Says:
+    """A server that says one thing to whoever connects, and hangs up."""
+
+    def __init__(self, line: bytes) -> None:
+        self._line = line
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self.port = self._socket.getsockname()[1]
+
+    def __enter__(self) -> "_Says":
+        self._thread = threading.Thread(target=self._serve)
+        self._thread.start()
+        return self
+
+    def _serve(self) -> None:
+        connected, _ = self._socket.accept()
+        with connected:
+            connected.sendall(self._line)
+
+    def __exit__(self, *exception: object) -> None:
+        self._thread.join()
+        self._socket.close()
