@@ -117,8 +117,14 @@ ROOMS: Final = {
     "otel_smtp.bench_command": Room(("otel_smtp.load",), frozenset({"typer", "rich"}), _LIBRARY - {"argparse"}),
     # Processes, signals and a pipe; what a worker does is given in.
     "otel_smtp.workers": Room(("otel_smtp.observer",)),
+    # Commands with a subject of their own; all are called by `cli` alone.
+    "otel_smtp.checking": Room((*_ADAPTER, "otel_smtp.config", "otel_smtp.forwarding")),
+    "otel_smtp.sending": Room(("otel_smtp.config", *SMTP_TYPES)),
+    "otel_smtp.demo": Room((*_ADAPTER, "otel_smtp.config", "otel_smtp.server", "otel_smtp.terminal")),
+    "otel_smtp.demo.show": _EVERYTHING,
     "otel_smtp.app": _EVERYTHING,
     "otel_smtp.cli": _EVERYTHING,
+    "otel_smtp.__main__": Room(("otel_smtp.cli",)),
 }
 # Above everything else: nothing below may import them.
 TOP: Final = ("otel_smtp.app", "otel_smtp.cli")
