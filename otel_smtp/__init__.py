@@ -32,12 +32,18 @@ __all__ = ["ConnState", "ConnectionInfo", "Gateway", "Observer", "Settings", "Tr
 
 def __getattr__(name: str) -> Any:
     """Import what is heavy when it is first asked for: a command that only needs the version stays quick."""
-    if name == "Gateway":
-        from otel_smtp.app import Gateway
+    match name:
+        case "Gateway":
+            from otel_smtp.app import Gateway
 
-        return Gateway
-    if name in ("Settings", "load"):
-        from otel_smtp import config
+            return Gateway
+        case "Settings":
+            from otel_smtp.config import Settings
 
-        return getattr(config, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            return Settings
+        case "load":
+            from otel_smtp.config import load
+
+            return load
+        case _:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
