@@ -21,7 +21,7 @@ import ipaddress
 import os
 import socket
 import ssl
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from itertools import chain, zip_longest
 from typing import Any, Final, cast
@@ -188,10 +188,15 @@ class Stream(asyncio.BufferedProtocol):
         self._ration = octets
         self.resume_reading()
         try:
-            return await self.read()
+            data = await self.read()
         finally:
             self._ration = 0
             self.pause_reading()
+        if len(data) > octets:
+            # uvloop begins to read right after a pause made at accept, so more may have come than was asked for.
+            self._chunks.insert(0, data[octets:])
+            self._unread += len(data) - octets
+        return data[:octets]
 
     @property
     def has_unread(self) -> bool:
@@ -269,12 +274,17 @@ class Stream(asyncio.BufferedProtocol):
         server_side: bool,
         server_hostname: str | None = None,
         timeout_seconds: float,
+        from_first_octet: bool = False,
     ) -> TlsInfo:
         """Put the connection under TLS.
 
         A server calls `pause_reading` before it writes the 220 that invites the ClientHello; else a quick client's
         ClientHello is read as clear text and the handshake hangs. Octets read in clear before this call are the
         caller's to judge (`take_pending`); none of them is ever handed to TLS.
+
+        Args:
+            from_first_octet: TLS begins where the connection does (or its PROXY header ends), so what was read and not
+                taken is TLS's. Never for STARTTLS: there it was said in clear.
 
         Raises:
             ssl.SSLError: the handshake failed; ssl.SSLCertVerificationError: the peer's certificate is no good.
@@ -290,7 +300,7 @@ class Stream(asyncio.BufferedProtocol):
         self._is_tls = True
         try:
             async with asyncio.timeout(timeout_seconds):
-                transport = await self._loop.start_tls(
+                handshake = self._loop.start_tls(
                     clear,
                     self,
                     context,
@@ -299,6 +309,7 @@ class Stream(asyncio.BufferedProtocol):
                     ssl_handshake_timeout=timeout_seconds + 60,  # ours comes first, and is told apart
                     ssl_shutdown_timeout=TLS_SHUTDOWN_SECONDS,
                 )
+                transport = await (self._handed_over(handshake, clear) if from_first_octet else handshake)
                 # asyncio hands out no transport, and no error, where the peer left in mid-handshake.
                 if transport is None:
                     raise ConnectionResetError("connection lost in the TLS handshake")
@@ -313,6 +324,20 @@ class Stream(asyncio.BufferedProtocol):
         self._apply_pause()
         self.tls = _tls_info(transport.get_extra_info("ssl_object"), server_hostname)
         return self.tls
+
+    async def _handed_over(
+        self, handshake: Coroutine[Any, Any, asyncio.Transport | None], clear: asyncio.Transport
+    ) -> asyncio.Transport | None:
+        """Run a handshake, with what was read before it as its first octets.
+
+        uvloop reads at accept, whatever `connection_made` asked for, and a quick client's ClientHello is there by then.
+        """
+        task = self._loop.create_task(handshake)
+        await asyncio.sleep(0)  # the loop puts its TLS layer in our place and reads no more until that is connected
+        if data := self.take_pending():
+            self._loop.call_soon(_deliver, clear, data)  # behind its `connection_made`, before it reads
+            self.octets_received -= len(data)  # what the application sees is counted, not the handshake
+        return await task
 
     @property
     def tls_object(self) -> ssl.SSLObject | None:
@@ -424,6 +449,17 @@ class Stream(asyncio.BufferedProtocol):
         error = ConnectionResetError("connection lost")
         error.__cause__ = self._loss
         return error
+
+
+def _deliver(transport: asyncio.Transport, data: bytes) -> None:
+    """Give `data` to the transport's protocol as if it had just arrived."""
+    layer = cast("asyncio.BufferedProtocol", transport.get_protocol())
+    while data:
+        buffer = memoryview(layer.get_buffer(len(data)))
+        piece = data[: len(buffer)]
+        buffer[: len(piece)] = piece
+        layer.buffer_updated(len(piece))
+        data = data[len(piece) :]
 
 
 # Opening ------------------------------------------------------------------------------------------------------

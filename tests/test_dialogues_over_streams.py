@@ -45,6 +45,7 @@ class HandshakingStream(FakeStream):
         server_side: bool,
         server_hostname: str | None = None,
         timeout_seconds: float,
+        from_first_octet: bool = False,
     ) -> TlsInfo:
         self.is_shaking_hands = True
         self.begun.set()

@@ -488,6 +488,98 @@ async def test_implicit_tls_carries_large_content_both_ways_and_closes_cleanly(
     listener.close()
 
 
+class QuickClient:
+    """A client in clear sight of whose first octets nobody has looked yet: they are sent before accept."""
+
+    def __init__(self, port: int, first: bytes) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", port), SECONDS)
+        self.socket.sendall(first)
+        self.socket.setblocking(False)
+
+    async def shakes_hands(self, session: ssl.SSLObject, received: ssl.MemoryBIO, sent: ssl.MemoryBIO) -> None:
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(SECONDS):
+            while True:
+                with suppress(ssl.SSLWantReadError):
+                    session.do_handshake()
+                    await loop.sock_sendall(self.socket, sent.read())
+                    return
+                await loop.sock_sendall(self.socket, sent.read())
+                received.write(await loop.sock_recv(self.socket, 65536))
+
+
+def client_hello(context: ssl.SSLContext) -> tuple[bytes, ssl.SSLObject, ssl.MemoryBIO, ssl.MemoryBIO]:
+    received, sent = ssl.MemoryBIO(), ssl.MemoryBIO()
+    session = context.wrap_bio(received, sent, server_hostname="localhost")
+    with suppress(ssl.SSLWantReadError):
+        session.do_handshake()
+    return sent.read(), session, received, sent
+
+
+async def test_implicit_tls_with_a_client_hello_that_comes_with_the_connection(
+    server_context: ssl.SSLContext, client_context: ssl.SSLContext
+) -> None:
+    async def shake_hands(stream: Stream) -> None:
+        # Time for the ClientHello to be read in clear, where the loop does not heed the pause.
+        await asyncio.sleep(0.02)
+        await stream.start_tls(server_context, server_side=True, timeout_seconds=SECONDS, from_first_octet=True)
+
+    def accepted(stream: Stream) -> None:
+        stream.pause_reading()
+        streams.append((stream, asyncio.ensure_future(shake_hands(stream))))
+
+    streams: list[tuple[Stream, asyncio.Future[None]]] = []
+    listener = await listen(accepted, host="127.0.0.1")
+    hello, session, received, sent = client_hello(client_context)
+    client = QuickClient(listener.addresses[0].port or 0, hello)
+    await client.shakes_hands(session, received, sent)
+    (stream, handshake) = streams[0]
+    await asyncio.wait_for(handshake, SECONDS)
+    session.write(b"EHLO me\r\n")
+    await asyncio.get_running_loop().sock_sendall(client.socket, sent.read())
+    assert await read_exactly(stream, 9) == b"EHLO me\r\n"
+    assert stream.octets_received == 9
+    client.socket.close()
+    stream.abort()
+    await asyncio.wait_for(stream.wait_closed(), SECONDS)
+    listener.close()
+
+
+async def test_octets_of_starttls_read_in_clear_are_not_handed_to_tls(
+    server_context: ssl.SSLContext, client_context: ssl.SSLContext
+) -> None:
+    async with joined() as pair:
+        hello, *_ = client_hello(client_context)
+        pair.client.write(hello)
+        await until(lambda: pair.server.has_unread)
+        pair.server.pause_reading()
+        with pytest.raises(TimeoutError):
+            await pair.server.start_tls(server_context, server_side=True, timeout_seconds=0.05)
+
+
+async def test_what_comes_with_the_connection_is_read_sparingly() -> None:
+    async def read(stream: Stream) -> tuple[bytes, bytes, bytes]:
+        await asyncio.sleep(0.02)
+        first = await stream.read_sparingly(3)
+        second = await stream.read_sparingly(2)
+        stream.resume_reading()
+        return first, second, await stream.read()
+
+    def accepted(stream: Stream) -> None:
+        stream.pause_reading()
+        streams.append((stream, asyncio.ensure_future(read(stream))))
+
+    streams: list[tuple[Stream, asyncio.Future[tuple[bytes, bytes, bytes]]]] = []
+    listener = await listen(accepted, host="127.0.0.1")
+    client = QuickClient(listener.addresses[0].port or 0, b"PROXY rest")
+    await until(lambda: streams)
+    assert await asyncio.wait_for(streams[0][1], SECONDS) == (b"PRO", b"XY", b" rest")
+    client.socket.close()
+    streams[0][0].abort()
+    await asyncio.wait_for(streams[0][0].wait_closed(), SECONDS)
+    listener.close()
+
+
 async def test_an_untrusted_certificate_is_an_ssl_error_and_ends_the_connection(
     server_context: ssl.SSLContext, client_context: ssl.SSLContext
 ) -> None:

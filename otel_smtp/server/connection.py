@@ -448,7 +448,10 @@ class Connection:
         assert context is not None
         try:
             tls = await self._stream.start_tls(
-                context(), server_side=True, timeout_seconds=self._policy.timeouts.tls_handshake
+                context(),
+                server_side=True,
+                timeout_seconds=self._policy.timeouts.tls_handshake,
+                from_first_octet=self._info.tls_mode is TlsMode.IMPLICIT,
             )
         except (OSError, TimeoutError) as error:  # ssl.SSLError is an OSError
             logger.info("TLS handshake failed", extra={"connection_id": self._info.id, "error": type(error).__name__})

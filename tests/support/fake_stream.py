@@ -126,6 +126,7 @@ class FakeStream(Stream):
         server_side: bool,
         server_hostname: str | None = None,
         timeout_seconds: float,
+        from_first_octet: bool = False,
     ) -> TlsInfo:
         """Succeed at once, or fail with `tls_fault`."""
         if self.tls_fault is not None:
