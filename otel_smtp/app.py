@@ -11,12 +11,13 @@ import signal
 import socket
 import ssl
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
 
 from otel_smtp import __version__
-from otel_smtp.config import Listener, Settings, Upstream
+from otel_smtp.config import Listener, Settings, Status, Upstream
+from otel_smtp.forwarding.breaker import BreakerState
 from otel_smtp.forwarding.settings import (
     Credentials,
     PoolLimits,
@@ -25,7 +26,7 @@ from otel_smtp.forwarding.settings import (
     TracePolicy,
     UpstreamSettings,
 )
-from otel_smtp.forwarding.upstream import UpstreamForwarder
+from otel_smtp.forwarding.upstream import UpstreamForwarder, UpstreamSnapshot
 from otel_smtp.net import is_accept_exhausted
 from otel_smtp.observer import ConnectionInfo, Endpoint, Observer, StateCallback, fan_out
 from otel_smtp.server.connection import ListenerPolicy, ServerTimeouts
@@ -34,12 +35,18 @@ from otel_smtp.server.tls import CertificateError, ServerTls
 from otel_smtp.server.users import Authenticator, UsersFileError, load_users
 from otel_smtp.smtp.server import ServerLimits, ServerPolicy
 from otel_smtp.smtp.states import TlsMode, Transition
+from otel_smtp.status.live import LiveView
+from otel_smtp.status.traces import RecentTraces
+from otel_smtp.status.views import UpstreamView
 from otel_smtp.telemetry.propagation import InboundPolicy
-from otel_smtp.telemetry.records import SpanSink
+from otel_smtp.telemetry.records import SpanRecord, SpanSink
 from otel_smtp.telemetry.redaction import Addresses, ClientIp, Redaction
 from otel_smtp.telemetry.setup import TelemetryOptions, TelemetrySettingError, describe_destination, set_up
 from otel_smtp.telemetry.state_events import StateEvents
 from otel_smtp.workers import Supervisor, reserve
+
+if TYPE_CHECKING:
+    from otel_smtp.status.server import StatusServer
 
 logger: Final = logging.getLogger("otel_smtp.app")
 
@@ -57,11 +64,13 @@ class Ready(NamedTuple):
     Attributes:
         addresses: of each listener by its name, with real ports.
         traces_to: where traces go, for people.
+        status: where the status port listens; None: nowhere.
     """
 
     settings: Settings
     addresses: Mapping[str, Sequence[Endpoint]]
     traces_to: str
+    status: Endpoint | None
 
 
 class Gateway:
@@ -88,8 +97,15 @@ class Gateway:
         reuse_port: bool = False,
     ) -> None:
         self._settings = settings
-        self._telemetry = set_up(_telemetry_options(settings, span_sinks))
-        members = [self._telemetry.observer, *observers]
+        redaction = _redaction(settings)
+        members = list(observers)
+        self._status_port: _StatusPort | None = None
+        if settings.status.address is not None:
+            self._status_port = _StatusPort(self, settings.status.address, redaction)
+            members.append(self._status_port.live)
+            span_sinks = [*span_sinks, self._status_port]
+        self._telemetry = set_up(_telemetry_options(settings, redaction, span_sinks))
+        members.insert(0, self._telemetry.observer)
         if conn_state is not None:
             members.append(StateCallback(conn_state))
         self._observer = fan_out(members)
@@ -113,7 +129,36 @@ class Gateway:
     @property
     def ready(self) -> Ready:
         """What is told when the gateway serves."""
-        return Ready(self._settings, self.addresses, describe_destination(os.environ))
+        return Ready(
+            self._settings,
+            self.addresses,
+            describe_destination(os.environ),
+            self._status_port.listening if self._status_port is not None else None,
+        )
+
+    @property
+    def settings(self) -> Settings:
+        """The settings that the gateway runs with."""
+        return self._settings
+
+    def metrics(self, accept: str) -> tuple[bytes, str]:
+        """The metrics page, and its content type, for a scraper that accepts `accept`."""
+        from prometheus_client import CollectorRegistry, ProcessCollector
+        from prometheus_client.exposition import choose_encoder
+
+        encode, content_type = choose_encoder(accept)
+        registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        return encode(registry), content_type
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether the gateway shuts down."""
+        return self._server.is_draining
+
+    def upstreams(self) -> Sequence[UpstreamSnapshot]:
+        """The upstreams at this moment, in the order of preference."""
+        return self._forwarder.snapshot()
 
     async def start(self) -> None:
         """Bind the listeners and accept connections; `addresses` tells where.
@@ -122,6 +167,9 @@ class Gateway:
             OSError: an address cannot be bound.
         """
         self.addresses = await self._server.start()
+        if self._status_port is not None:
+            # Last: a cold start is measured to the first greeting, and this imports a web server.
+            await self._status_port.start(is_required="status.address" in self._settings.origins)
         self._rotation = asyncio.get_running_loop().create_task(self._rotate_segments())
 
     async def stop(self, *, immediately: bool = False) -> None:
@@ -134,6 +182,8 @@ class Gateway:
         await self._forwarder.close()
         if self._rotation is not None:
             self._rotation.cancel()
+        if self._status_port is not None:
+            await self._status_port.stop()
         await asyncio.to_thread(self._telemetry.flush_and_shutdown, TELEMETRY_FLUSH_SECONDS)
 
     async def _rotate_segments(self) -> None:
@@ -215,16 +265,95 @@ def _limits(settings: Settings) -> ServerLimits:
     )
 
 
-def _telemetry_options(settings: Settings, span_sinks: Sequence[SpanSink]) -> TelemetryOptions:
+class _StatusPort:
+    """The status page and probes of one gateway: what they show, and the server, imported when it starts."""
+
+    def __init__(self, gateway: Gateway, address: Endpoint, redaction: Redaction) -> None:
+        self._gateway = gateway
+        self._address = address
+        self._traces = RecentTraces()
+        self._server: StatusServer | None = None
+        self.live = LiveView(shown_host=redaction.ip, shown_name=redaction.host_name)
+        self.listening: Endpoint | None = None
+
+    def take(self, record: SpanRecord) -> None:
+        """Keep a finished span for the page."""
+        self._traces.add(record)
+
+    async def start(self, *, is_required: bool) -> None:
+        """Listen.
+
+        Args:
+            is_required: the operator asked for this very address; else mail goes on without a status port where its
+                default is taken, by another gateway say.
+
+        Raises:
+            OSError: the address cannot be bound, and it is required.
+        """
+        from otel_smtp.status.server import StatusServer
+
+        gateway = self._gateway
+        self._server = StatusServer(
+            self._address,
+            live=self.live,
+            traces=self._traces,
+            checks={"draining": self._draining, "upstream": self._no_upstream},
+            metrics=gateway.metrics,
+            upstreams=self._upstreams,
+            about={"hostname": gateway.settings.hostname, "version": __version__, "traces": gateway.ready.traces_to},
+        )
+        try:
+            self.listening = await self._server.start()
+        except OSError as error:
+            if is_required:
+                raise
+            logger.warning("no status port: %s is taken", self._address, extra={"error": str(error)})
+
+    async def stop(self) -> None:
+        """Stop listening."""
+        if self._server is not None and self.listening is not None:
+            await self._server.stop()
+
+    def _draining(self) -> str | None:
+        return "shutting down" if self._gateway.is_draining else None
+
+    def _no_upstream(self) -> str | None:
+        states = [snapshot.pool.breaker for snapshot in self._gateway.upstreams()]
+        return None if any(state is not BreakerState.OPEN for state in states) else "no upstream can be reached"
+
+    def _upstreams(self) -> Sequence[UpstreamView]:
+        tls = {upstream.name: str(upstream.url.tls) for upstream in self._gateway.settings.upstream}
+        words = {BreakerState.PROBING: "half-open"}
+        return [
+            UpstreamView(
+                name=snapshot.name,
+                address=str(snapshot.endpoint),
+                tls=tls[snapshot.name],
+                idle=snapshot.pool.idle,
+                busy=snapshot.pool.busy + snapshot.pool.opening,
+                limit=snapshot.pool.most,
+                waiting=snapshot.pool.waiting,
+                breaker=words.get(snapshot.pool.breaker, str(snapshot.pool.breaker)),
+            )
+            for snapshot in self._gateway.upstreams()
+        ]
+
+
+def _redaction(settings: Settings) -> Redaction:
     telemetry = settings.telemetry
     key = telemetry.addresses_hash_key
+    return Redaction(
+        addresses=Addresses(telemetry.addresses),
+        client_ip=ClientIp(telemetry.client_ip),
+        hash_key=key.reveal().encode() if key is not None else b"",
+    )
+
+
+def _telemetry_options(settings: Settings, redaction: Redaction, span_sinks: Sequence[SpanSink]) -> TelemetryOptions:
+    telemetry = settings.telemetry
     return TelemetryOptions(
         version=__version__,
-        redaction=Redaction(
-            addresses=Addresses(telemetry.addresses),
-            client_ip=ClientIp(telemetry.client_ip),
-            hash_key=key.reveal().encode() if key is not None else b"",
-        ),
+        redaction=redaction,
         policies={listener.name: InboundPolicy(listener.trace_context) for listener in settings.listener},
         state_events=StateEvents(telemetry.state_events),
         segment_events=telemetry.segment_events,
@@ -333,6 +462,9 @@ def run(settings: Settings, *, on_ready: OnReady) -> int:
     Returns:
         The exit status: 0 after a drain, 1 where it could not start, 2 where a setting of telemetry is wrong.
     """
+    if (problem := _not_built(settings)) is not None:
+        logger.error("cannot start: %s", problem)
+        return 2
     if settings.workers == 1:
         return _run_here(settings, on_ready)
     try:
@@ -342,15 +474,24 @@ def run(settings: Settings, *, on_ready: OnReady) -> int:
         return 1
 
     def work(number: int, announce: Callable[[], None]) -> int:
-        return _run_here(settings, lambda _: announce(), reuse_port=True)
+        # One process has the status port; the others' connections are not on its page.
+        own = settings if number == 0 else msgspec.structs.replace(settings, status=Status(address=None))
+        return _run_here(own, lambda _: announce(), reuse_port=True)
 
     addresses = {listener.name: listener.address for listener in settings.listener}
-    ready = Ready(settings, addresses, describe_destination(os.environ))
+    ready = Ready(settings, addresses, describe_destination(os.environ), settings.status.address)
     try:
         return Supervisor(settings.workers, work, on_ready=lambda: on_ready(ready)).run()
     finally:
         for sock in held:
             sock.close()
+
+
+def _not_built(settings: Settings) -> str | None:
+    """What the settings ask for that this version cannot do: refused, rather than done otherwise in silence."""
+    if settings.delivery.mode != "direct":
+        return f"delivery.mode = {settings.delivery.mode}: this version has no spool; the mode is direct"
+    return None
 
 
 def _run_here(settings: Settings, on_ready: OnReady, *, reuse_port: bool = False) -> int:

@@ -187,7 +187,7 @@ def ready_line(ready: "Ready") -> str:
         f"{upstream.name} {upstream.url}" if upstream.name != str(upstream.url.endpoint) else str(upstream.url)
         for upstream in settings.upstream
     )
-    status = f"http://{settings.status.address}" if settings.status.address is not None else "off"
+    status = f"http://{ready.status}" if ready.status is not None else "off"
     return f"otel-smtp ready: {', '.join(parts)} -> {upstreams}; status {status}; traces -> {ready.traces_to}"
 
 
