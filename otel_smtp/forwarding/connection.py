@@ -13,7 +13,7 @@ from typing import Final
 
 from otel_smtp.forwarding import authentication
 from otel_smtp.forwarding.faults import ConnectFailed, ConnectionLost, OutOfStep, TimedOut, UpstreamFault
-from otel_smtp.forwarding.settings import Credentials, PoolLimits, UpstreamSettings
+from otel_smtp.forwarding.settings import Credentials, PoolLimits, Timeouts, UpstreamSettings
 from otel_smtp.net import Stream, connect, connect_unix
 from otel_smtp.observer import DeliveryObserver, DeliveryPhase
 from otel_smtp.smtp import replies
@@ -41,6 +41,7 @@ class UpstreamConnection:
         "_has_sent",
         "_is_out_of_step",
         "_loop",
+        "_timeouts",
         "messages",
         "needs_reset",
         "opened_at",
@@ -50,7 +51,7 @@ class UpstreamConnection:
         "used_at",
     )
 
-    def __init__(self, stream: Stream, *, is_lmtp: bool = False) -> None:
+    def __init__(self, stream: Stream, timeouts: Timeouts, *, is_lmtp: bool = False) -> None:
         self._loop = asyncio.get_running_loop()
         self.stream = stream
         self.protocol = ClientProtocol(is_lmtp=is_lmtp)
@@ -58,6 +59,7 @@ class UpstreamConnection:
         self.opened_at = self.used_at = self._loop.time()
         self.needs_reset = False
         self.round_trips = 0
+        self._timeouts = timeouts
         self._has_sent = False
         self._is_out_of_step = False
 
@@ -89,17 +91,27 @@ class UpstreamConnection:
             and not self.stream.has_unread
         )
 
+    def ensure_alive(self) -> None:
+        """Look, before an exchange begins: what is sent to a connection that is known to be dead has no known outcome.
+
+        Raises:
+            ConnectionLost: the upstream is gone, or has said 421.
+            OutOfStep: it has said something else.
+        """
+        if not self.is_alive:
+            if self.take_answer() is not None:
+                raise OutOfStep("a reply that nobody had asked for")
+            raise ConnectionLost("connection lost between two exchanges")
+
     async def settle(
         self,
-        timeout_seconds: float,
         *,
         stop_at: AbstractSet[Verb] = _NOTHING,
         answers: list[Answer] | None = None,
     ) -> list[Answer]:
-        """Send what is queued, and wait until everything is answered.
+        """Send what is queued, and wait until everything is answered; each answer has its own time.
 
         Args:
-            timeout_seconds: for each answer.
             stop_at: verbs whose refusal makes what is queued and not sent yet pointless; it is taken back.
             answers: where the answers go; so they are known too when this is cut short, and can be gone on with by
                 another call.
@@ -112,13 +124,13 @@ class UpstreamConnection:
             answers = []
         self._is_out_of_step = True
         try:
-            await self._settle(answers, timeout_seconds, stop_at)
+            await self._settle(answers, stop_at)
         except RemoteProtocolError as error:
             raise OutOfStep(str(error)) from error
         self._is_out_of_step = False
         return answers
 
-    async def _settle(self, answers: list[Answer], timeout_seconds: float, stop_at: AbstractSet[Verb]) -> None:
+    async def _settle(self, answers: list[Answer], stop_at: AbstractSet[Verb]) -> None:
         protocol, stream = self.protocol, self.stream
         self.flush()
         is_fresh = True
@@ -135,7 +147,7 @@ class UpstreamConnection:
                 is_fresh = True
                 continue
             if is_fresh:
-                stream.deadline = self._loop.time() + timeout_seconds
+                stream.deadline = self._loop.time() + self._seconds_for(protocol.awaited)
                 is_fresh = False
             if self._has_sent:
                 self._has_sent = False
@@ -148,13 +160,24 @@ class UpstreamConnection:
                 raise ConnectionLost("connection lost")
             protocol.receive_data(data)
 
+    def _seconds_for(self, verb: Verb | None) -> float:
+        match verb:
+            case Verb.CONTENT:
+                return self._timeouts.reply
+            case Verb.GREETING:
+                return self._timeouts.greeting
+            case Verb.DATA:
+                return self._timeouts.data
+            case _:
+                return self._timeouts.command
+
     def flush(self) -> None:
         """Write what may travel now, in one piece."""
         if data := self.protocol.data_to_send():
             self._has_sent = True
             self.stream.write(data)
 
-    async def write_content(self, timeout_seconds: float) -> None:
+    async def write_content(self) -> None:
         """Write a piece of content, and wait while the upstream takes it slower than we give it.
 
         Raises:
@@ -163,7 +186,7 @@ class UpstreamConnection:
         self._is_out_of_step = True
         self.flush()
         try:
-            await self.stream.drain(timeout_seconds=timeout_seconds)
+            await self.stream.drain(timeout_seconds=self._timeouts.block)
         except TimeoutError as error:
             raise TimedOut("the upstream takes no more content") from error
         except ConnectionError as error:
@@ -176,8 +199,6 @@ class UpstreamConnection:
             ConnectionLost: it is a 421.
             OutOfStep: it is not a refusal of the content that is being sent.
         """
-        if not self.stream.has_unread:
-            return None
         self.protocol.receive_data(self.stream.take_pending())
         try:
             answer = self.protocol.next_answer()
@@ -221,15 +242,9 @@ async def open_connection(
     """
     stream = await _connect(settings, context)
     seen.phase(DeliveryPhase.CONNECT)
-    connection = UpstreamConnection(stream, is_lmtp=settings.is_lmtp)
+    connection = UpstreamConnection(stream, settings.timeouts, is_lmtp=settings.is_lmtp)
     try:
-        await _introduce(connection, settings, context, hostname, seen)
-    except ConnectFailed:
-        stream.abort()
-        raise
-    except UpstreamFault as fault:
-        stream.abort()
-        raise ConnectFailed(str(fault), fault.reply, fault.upstream_reply) from fault
+        await introduce(connection, settings, context, hostname, seen)
     except BaseException:
         stream.abort()
         raise
@@ -258,6 +273,24 @@ def _tls_failure(error: ssl.SSLError) -> str:
     return f"TLS: {getattr(error, 'verify_message', None) or error.reason or 'handshake failed'}"
 
 
+async def introduce(
+    connection: UpstreamConnection,
+    settings: UpstreamSettings,
+    context: ssl.SSLContext | None,
+    hostname: str,
+    seen: DeliveryObserver,
+) -> None:
+    """All that comes before the first mail on a new connection; arguments and errors as `open_connection`."""
+    try:
+        await _introduce(connection, settings, context, hostname, seen)
+    except ConnectFailed:
+        raise
+    except UpstreamFault as fault:
+        raise ConnectFailed(str(fault), fault.reply, fault.upstream_reply) from fault
+    except RemoteProtocolError as error:
+        raise ConnectFailed(str(error), error.reply) from error
+
+
 async def _introduce(
     connection: UpstreamConnection,
     settings: UpstreamSettings,
@@ -265,7 +298,7 @@ async def _introduce(
     hostname: str,
     seen: DeliveryObserver,
 ) -> None:
-    greeting = (await connection.settle(settings.timeouts.greeting))[0].reply
+    greeting = (await connection.settle())[0].reply
     seen.phase(DeliveryPhase.GREETING, greeting)
     if greeting.code != 220:
         # A 5yz here is about our configuration, not about anybody's mail: never passed on.
@@ -283,11 +316,11 @@ async def _hello(
     connection: UpstreamConnection, settings: UpstreamSettings, hostname: str, seen: DeliveryObserver
 ) -> None:
     connection.protocol.send_hello(hostname)
-    reply = (await connection.settle(settings.timeouts.command))[0].reply
+    reply = (await connection.settle())[0].reply
     # RFC 5321 3.2: a client falls back to HELO where EHLO is refused. LMTP has no such thing.
     if reply.is_permanent and not settings.is_lmtp:
         connection.protocol.send_helo(hostname)
-        reply = (await connection.settle(settings.timeouts.command))[0].reply
+        reply = (await connection.settle())[0].reply
     seen.phase(DeliveryPhase.EHLO, reply)
     if not reply.is_positive:
         raise ConnectFailed("EHLO refused", upstream_reply=reply)
@@ -299,7 +332,7 @@ async def _start_tls(
     if not connection.extensions.starttls:
         raise ConnectFailed("STARTTLS is not offered", replies.UPSTREAM_TLS)
     connection.protocol.send_starttls()
-    reply = (await connection.settle(settings.timeouts.command))[0].reply
+    reply = (await connection.settle())[0].reply
     if not reply.is_positive:
         seen.phase(DeliveryPhase.STARTTLS, reply)
         raise ConnectFailed("STARTTLS refused", replies.UPSTREAM_TLS, reply)
@@ -314,8 +347,6 @@ async def _start_tls(
             server_hostname=settings.verified_name,
             timeout_seconds=settings.timeouts.connect,
         )
-    except RemoteProtocolError as error:
-        raise OutOfStep(str(error)) from error
     except ssl.SSLError as error:
         raise ConnectFailed(_tls_failure(error), replies.UPSTREAM_TLS) from error
     except OSError as error:
@@ -334,16 +365,14 @@ async def _authenticate(
         if mechanism is None:
             raise ConnectFailed("no wanted AUTH mechanism is offered")
         protocol.send_auth(mechanism.name, await mechanism.initial_response())
-        reply = (await connection.settle(settings.timeouts.command))[0].reply
+        reply = (await connection.settle())[0].reply
         while reply.code < 400 and not reply.is_positive:
             protocol.send_auth_response(await mechanism.respond(challenge_of(reply)))
-            reply = (await connection.settle(settings.timeouts.command))[0].reply
+            reply = (await connection.settle())[0].reply
         if reply.is_positive:
             mechanism.check_success()
     except authentication.ExchangeFailed as error:
         raise ConnectFailed(f"AUTH broken off: {error}") from error
-    except RemoteProtocolError as error:
-        raise OutOfStep(str(error)) from error
     seen.phase(DeliveryPhase.AUTH, _without_text(reply))
     if not reply.is_positive:
         raise ConnectFailed("AUTH refused", upstream_reply=_without_text(reply))

@@ -129,7 +129,7 @@ class Delivery:
             self._begin(None)
         for recipient in recipients:
             protocol.send_recipient(recipient)
-        answers = await self._settle(self.smarthost.settings.timeouts.command, _MAIL)
+        answers = await self._settle(_MAIL)
         refusal = next(
             (answer.reply for answer in answers if answer.verb is Verb.MAIL and answer.reply.code >= 400), None
         )
@@ -144,12 +144,13 @@ class Delivery:
         Raises:
             UpstreamFault: no usable answer; see `has_ended_content`.
         """
+        self._connection.ensure_alive()
         header = self._header(content)
         if self._is_too_big(len(header) + content.body_octets):
             return replies.MESSAGE_TOO_BIG
         if not self._connection.extensions.chunking:
             self._connection.protocol.send_data()
-            refusal = (await self._settle(self.smarthost.settings.timeouts.data))[0].reply
+            refusal = (await self._settle())[0].reply
             if refusal.code >= 400:
                 return refusal
         return await self._write(header, content)
@@ -165,7 +166,7 @@ class Delivery:
         Raises:
             UpstreamFault: no usable answer; see `has_ended_content`.
         """
-        connection, timeouts = self._connection, self.smarthost.settings.timeouts
+        connection = self._connection
         protocol, extensions = connection.protocol, connection.extensions
         header = self._header(content)
         octets = len(header) + content.body_octets
@@ -182,14 +183,16 @@ class Delivery:
             return await self.outcome()
         if extensions.pipelining and not extensions.chunking:
             protocol.send_data()
-        answers = await self._settle(timeouts.command, _ENVELOPE)
+        answers = await self._settle(_ENVELOPE)
         self.is_open = answers[0].reply.is_positive
         if (refusal := _refusal(answers)) is not None:
             await self._take_back_data(answers)
             return refusal
+        if answers[-1].verb is Verb.DATA and answers[-1].reply.code >= 400:
+            return answers[-1].reply
         if not extensions.pipelining and not extensions.chunking:
             protocol.send_data()
-            answer = (await self._settle(timeouts.data))[0]
+            answer = (await self._settle())[0]
             if answer.reply.code >= 400:
                 return answer.reply
         return await self._write(header, content)
@@ -206,7 +209,7 @@ class Delivery:
         # RFC 2920 3.1: "the client cannot assume that the DATA command will be rejected just because none of the RCPT
         # TO commands worked"; then a lone dot ends it, and nobody is there to get the empty message.
         self._connection.protocol.end_content()
-        await self._settle(self.smarthost.settings.timeouts.command)
+        await self._settle()
 
     # Content ----------------------------------------------------------------------------------------------
 
@@ -232,7 +235,7 @@ class Delivery:
         else:
             # The piece before is written when there is another one: the last one leaves together with the end.
             async for piece in content.body():
-                await self._connection.write_content(self.smarthost.settings.timeouts.block)
+                await self._connection.write_content()
                 if (refusal := self._early_refusal()) is not None:
                     return refusal
                 put(piece)
@@ -261,9 +264,8 @@ class Delivery:
             ConnectionLost: by a 421 that says that the message was not taken: `has_ended_content` is false again.
             UpstreamFault: nobody knows.
         """
-        seconds = self.smarthost.settings.timeouts.reply
         try:
-            await self._connection.settle(seconds, answers=self._answers)
+            await self._connection.settle(answers=self._answers)
         except UpstreamFault as fault:
             return self._outcome_of_fault(fault)
         self._tell_phases()
@@ -316,14 +318,15 @@ class Delivery:
 
     def _begin(self, octets: int | None) -> None:
         protocol = self._connection.protocol
+        self._connection.ensure_alive()
         if self._connection.needs_reset:
             self._connection.needs_reset = False
             protocol.send_reset()
         protocol.send_mail(self._mail, size=octets)
 
-    async def _settle(self, timeout_seconds: float, stop_at: frozenset[Verb] = frozenset()) -> list[Answer]:
+    async def _settle(self, stop_at: frozenset[Verb] = frozenset()) -> list[Answer]:
         try:
-            await self._connection.settle(timeout_seconds, stop_at=stop_at, answers=self._answers)
+            await self._connection.settle(stop_at=stop_at, answers=self._answers)
         finally:
             self._tell_phases()
             answers = self._take_answers()

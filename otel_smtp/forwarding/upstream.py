@@ -20,7 +20,7 @@ from typing import Any, Final, TypeVar
 from otel_smtp.forwarding.base import Capabilities, DeliveryFailed, MailTransaction, Permanent, Transient
 from otel_smtp.forwarding.content import Content, collect
 from otel_smtp.forwarding.delivery import Delivery, lacking
-from otel_smtp.forwarding.faults import ConnectionLost, NoConnectionFree, TimedOut, Unsuitable, UpstreamFault
+from otel_smtp.forwarding.faults import ConnectionLost, NoConnectionFree, OutOfStep, TimedOut, Unsuitable, UpstreamFault
 from otel_smtp.forwarding.pool import PoolSnapshot
 from otel_smtp.forwarding.routes import Routes
 from otel_smtp.forwarding.settings import MEMORY_LIMIT_OCTETS, Strategy, UpstreamSettings
@@ -29,6 +29,7 @@ from otel_smtp.observer import DeliveryObserver, Endpoint, Outcome, TransactionO
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.client import Extensions, is_safe_path
 from otel_smtp.smtp.envelope import Mail, Recipient
+from otel_smtp.smtp.errors import RemoteProtocolError
 from otel_smtp.smtp.replies import ErrorType, Reply
 from otel_smtp.smtp.states import TlsMode
 
@@ -177,11 +178,15 @@ class _Walk:
         while True:
             if self.delivery is None:
                 self.delivery = await self._begin()
+            delivery = self.delivery
             try:
-                return await work(self.delivery)
+                return await work(delivery)
             except UpstreamFault as fault:
-                delivery, self.delivery = self.delivery, None
+                self.delivery = None
                 self._fail(delivery, fault)
+            except RemoteProtocolError as error:  # found when a command was about to be sent: a late reply was there
+                self.delivery = None
+                self._fail(delivery, OutOfStep(str(error)))
 
     def _fail(self, delivery: Delivery, fault: UpstreamFault) -> None:
         smarthost = delivery.smarthost

@@ -245,6 +245,11 @@ class ClientProtocol:
         return self._is_closing
 
     @property
+    def awaited(self) -> Verb | None:
+        """What the next reply will answer; None where none is due."""
+        return self._pending[0] if self._pending else None
+
+    @property
     def is_settled(self) -> bool:
         """Every command that was queued has its answer."""
         return not self._pending and not self._queue

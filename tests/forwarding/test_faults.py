@@ -1,0 +1,679 @@
+"""Upstreams that misbehave: every phase, every fault, both strategies.
+
+For each: what the client is told, what the upstreams hold (nothing lost that was acknowledged, nothing twice), what the
+observer is told, and that nothing out of step is kept.
+"""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
+
+import pytest
+
+from otel_smtp.forwarding import breaker
+from otel_smtp.forwarding.base import ContentAborted
+from otel_smtp.forwarding.breaker import BreakerState
+from otel_smtp.forwarding.settings import PoolLimits, Strategy, Timeouts, UpstreamSettings
+from otel_smtp.observer import Outcome
+from otel_smtp.smtp import replies
+from otel_smtp.smtp.replies import ErrorType, Reply
+from tests.support.deliveries import RecordedTransaction, in_chunks
+from tests.support.fault_proxy import FaultProxy
+from tests.support.relaying import (
+    BOB,
+    BODY,
+    CAROL,
+    CHUNKS,
+    HEADER,
+    MAIL,
+    both_strategies,
+    relay,
+    relaying,
+    settings,
+    without,
+)
+from tests.support.upstream import EXTENSIONS, Fault, Kind, Phase, ScriptedUpstream
+from tests.support.waiting import SECONDS, until
+
+PATIENT = Timeouts(connect=5, greeting=5, command=5, data=5, block=5, reply=5, pool=5)
+SHORT = 0.25
+NO_CHUNKING = tuple(without("CHUNKING"))
+NO_PIPELINING = tuple(without("CHUNKING", "PIPELINING"))
+
+
+def impatient_at(phase: Phase, kind: Kind) -> Timeouts:
+    """Timeouts that are short only where the fault is a silence."""
+    if kind is not Kind.STALL:
+        return PATIENT
+    match phase:
+        case Phase.CONNECT | Phase.GREETING:
+            return Timeouts(5, SHORT, 5, 5, 5, 5, 5)
+        case Phase.DATA:
+            return Timeouts(5, 5, 5, SHORT, 5, SHORT, 5)
+        case Phase.REPLY:
+            return Timeouts(5, 5, 5, 5, 5, SHORT, 5)
+        case _:
+            return Timeouts(5, 5, SHORT, SHORT, 5, SHORT, 5)
+
+
+def nothing_is_kept_out_of_step(forwarder_snapshot: Sequence[object]) -> bool:
+    return all(
+        (upstream.pool.busy, upstream.pool.opening, upstream.pool.waiting) == (0, 0, 0)  # type: ignore[attr-defined]
+        for upstream in forwarder_snapshot
+    )
+
+
+BROKEN_REPLIES = (Kind.GARBAGE, Kind.ENDLESS_LINE, Kind.ENDLESS_LINES)
+LOST = (Kind.CLOSE, Kind.RESET, Kind.STALL)
+# Phase and kind, for a new connection, with what is told when there is no other upstream.
+BEFORE_MAIL = [
+    *((phase, kind, replies.UPSTREAM_UNAVAILABLE) for phase in (Phase.GREETING, Phase.EHLO) for kind in LOST),
+    *((phase, Kind.GOODBYE, replies.UPSTREAM_UNAVAILABLE) for phase in (Phase.GREETING, Phase.EHLO)),
+    *((phase, Kind.REFUSE, replies.UPSTREAM_UNAVAILABLE) for phase in (Phase.GREETING, Phase.EHLO)),
+    *((phase, kind, replies.UPSTREAM_PROTOCOL) for phase in (Phase.GREETING, Phase.EHLO) for kind in BROKEN_REPLIES),
+    (Phase.GREETING, Kind.TWICE, replies.UPSTREAM_PROTOCOL),
+    (Phase.CONNECT, Kind.CLOSE, replies.UPSTREAM_UNAVAILABLE),
+    (Phase.CONNECT, Kind.RESET, replies.UPSTREAM_UNAVAILABLE),
+]
+
+
+@pytest.mark.parametrize(("phase", "kind", "told"), BEFORE_MAIL)
+@both_strategies
+async def test_a_fault_before_the_mail(strategy: Strategy, phase: Phase, kind: Kind, told: Reply) -> None:
+    """No upstream: 4yz, never 554. Another upstream: it has the mail, and the client notices nothing."""
+    faults = {phase: Fault(kind)}
+    timeouts = impatient_at(phase, kind)
+    async with ScriptedUpstream(faults=faults) as bad, ScriptedUpstream() as good:
+        async with relaying(settings(bad, "bad", timeouts=timeouts), strategy=strategy) as forwarder:
+            relayed = await relay(forwarder)
+            assert relayed.told is told
+            assert relayed.seen.outcomes == [("bad", Outcome.DEFERRED)]
+            assert relayed.seen.deliveries[0].error_type is told.error_type
+            assert nothing_is_kept_out_of_step(forwarder.snapshot())
+            assert forwarder.snapshot()[0].pool.idle == 0
+        async with relaying(
+            settings(bad, "bad", timeouts=timeouts), settings(good, "good"), strategy=strategy
+        ) as forwarder:
+            relayed = await relay(forwarder)
+            assert relayed.told.code == 250
+            assert relayed.seen.outcomes == [("bad", Outcome.DEFERRED), ("good", Outcome.RELAYED)]
+            assert [delivery.attempt for delivery in relayed.seen.deliveries] == [1, 2]
+        assert (len(bad.kept), len(good.kept)) == (0, 1)
+
+
+def ended_before(strategy: Strategy, extensions: Sequence[str], phase: Phase) -> bool:
+    """Whether the content had left with its end before the reply of `phase` could be read."""
+    in_one = strategy is Strategy.BUFFERED and "CHUNKING" in extensions
+    return phase is Phase.REPLY or (in_one and phase in (Phase.MAIL, Phase.RCPT))
+
+
+WAYS = {"chunking": EXTENSIONS, "data": NO_CHUNKING, "plain": NO_PIPELINING}
+MAIL_PHASES = (Phase.MAIL, Phase.RCPT, Phase.DATA, Phase.REPLY)
+
+
+def ways(*names: str) -> pytest.MarkDecorator:
+    """How the content travels, and each phase that there is on that way."""
+    return pytest.mark.parametrize(
+        ("extensions", "phase"),
+        [
+            pytest.param(WAYS[name], phase, id=f"{name}-{phase}")
+            for name in names
+            for phase in MAIL_PHASES
+            if phase is not Phase.DATA or name != "chunking"
+        ],
+    )
+
+
+@pytest.mark.parametrize("kind", [*LOST, Kind.GOODBYE, *BROKEN_REPLIES])
+@ways("chunking", "data")
+@both_strategies
+async def test_a_fault_within_the_mail(strategy: Strategy, extensions: Sequence[str], phase: Phase, kind: Kind) -> None:
+    """Before the content has left: the next upstream. After: never again, and the client is told that nobody knows."""
+    faults = {phase: Fault(kind)}
+    ended = ended_before(strategy, extensions, phase)
+    async with (
+        ScriptedUpstream(extensions=extensions, faults=faults) as bad,
+        ScriptedUpstream() as good,
+        relaying(
+            settings(bad, "bad", timeouts=impatient_at(phase, kind)), settings(good, "good"), strategy=strategy
+        ) as forwarder,
+    ):
+        relayed = await relay(forwarder)
+        assert nothing_is_kept_out_of_step(forwarder.snapshot())
+        assert forwarder.snapshot()[0].pool.idle == 0
+        assert bad.kept == []
+        if kind in BROKEN_REPLIES:
+            assert relayed.told is replies.UPSTREAM_PROTOCOL
+            assert good.kept == []
+            assert relayed.seen.outcomes == [("bad", Outcome.UNKNOWN if ended else Outcome.DEFERRED)]
+        elif ended and kind is not Kind.GOODBYE:
+            assert relayed.told is replies.OUTCOME_UNKNOWN
+            assert good.kept == []
+            assert relayed.seen.outcomes == [("bad", Outcome.UNKNOWN)]
+            assert relayed.seen.deliveries[0].error_type is ErrorType.OUTCOME_UNKNOWN
+        else:
+            assert relayed.told.code == 250
+            assert [kept.content for kept in good.kept] == [HEADER + BODY]
+            assert relayed.seen.outcomes[-1] == ("good", Outcome.RELAYED)
+            assert relayed.seen.outcomes[0] == ("bad", Outcome.DEFERRED)
+            codes = [delivery.reply.code if delivery.reply else None for delivery in relayed.seen.deliveries]
+            assert codes[0] == (421 if kind is Kind.GOODBYE else None)
+
+
+@pytest.mark.parametrize("code", [b"451 4.7.1 grey\r\n", b"550 5.7.1 spam\r\n", b"552-5.2.2 one\r\n552 5.2.2 two\r\n"])
+@ways("chunking", "data", "plain")
+@both_strategies
+async def test_a_refusal_is_passed_on_as_it_is(
+    strategy: Strategy, phase: Phase, code: bytes, extensions: Sequence[str]
+) -> None:
+    faults = {phase: Fault(Kind.REFUSE, code, times=1)}
+    async with (
+        ScriptedUpstream(extensions=extensions, faults=faults) as upstream,
+        ScriptedUpstream() as other,
+        relaying(settings(upstream), settings(other, "other"), strategy=strategy) as forwarder,
+    ):
+        relayed = await relay(forwarder)
+        assert relayed.told.wire == code
+        assert relayed.told.error_type is ErrorType.UPSTREAM_REFUSED
+        assert relayed.seen.outcomes == [("up", Outcome.DEFERRED if code[:1] == b"4" else Outcome.REFUSED)]
+        assert relayed.seen.deliveries[0].reply == relayed.told
+        assert (len(upstream.kept), len(other.kept)) == (0, 0)
+        # The connection is as good as before, and nothing of the refused mail is left on it.
+        assert (await relay(forwarder)).told.code == 250
+        assert [kept.content for kept in upstream.kept] == [HEADER + BODY]
+        assert upstream.connections == 1
+
+
+@pytest.mark.parametrize("phase", [Phase.GREETING, Phase.EHLO, Phase.MAIL, Phase.RCPT, Phase.DATA, Phase.REPLY])
+@both_strategies
+async def test_replies_in_pieces_are_replies(strategy: Strategy, phase: Phase) -> None:
+    faults = {phase: Fault(Kind.PIECES)}
+    async with (
+        ScriptedUpstream(extensions=NO_CHUNKING, faults=faults) as upstream,
+        relaying(settings(upstream), strategy=strategy) as forwarder,
+    ):
+        assert (await relay(forwarder)).told.code == 250
+        assert len(upstream.kept) == 1
+
+
+@pytest.mark.parametrize("phase", [Phase.MAIL, Phase.RCPT, Phase.REPLY])
+@pytest.mark.parametrize("wrong", [b"354 go\r\n", b"334 go\r\n", b"199 wait\r\n", b"600 what\r\n"])
+@both_strategies
+async def test_a_reply_of_the_wrong_class_is_never_passed_on(strategy: Strategy, phase: Phase, wrong: bytes) -> None:
+    faults = {phase: Fault(Kind.REFUSE, wrong)}
+    async with (
+        ScriptedUpstream(faults=faults) as upstream,
+        relaying(settings(upstream), strategy=strategy) as forwarder,
+    ):
+        assert (await relay(forwarder)).told is replies.UPSTREAM_PROTOCOL
+        assert forwarder.snapshot()[0].pool.idle == 0
+
+
+@both_strategies
+async def test_a_2yz_to_data_is_never_passed_on(strategy: Strategy) -> None:
+    faults = {Phase.DATA: Fault(Kind.REFUSE, b"250 2.0.0 delivered, trust me\r\n")}
+    async with (
+        ScriptedUpstream(extensions=NO_CHUNKING, faults=faults) as upstream,
+        relaying(settings(upstream), strategy=strategy) as forwarder,
+    ):
+        assert (await relay(forwarder)).told is replies.UPSTREAM_PROTOCOL
+
+
+@pytest.mark.parametrize("phase", [Phase.MAIL, Phase.RCPT, Phase.REPLY])
+@pytest.mark.parametrize("extensions", [EXTENSIONS, NO_CHUNKING], ids=["chunking", "data"])
+@both_strategies
+async def test_one_reply_too_many_spoils_the_connection_and_no_later_mail(
+    strategy: Strategy, extensions: Sequence[str], phase: Phase
+) -> None:
+    faults = {phase: Fault(Kind.TWICE, times=1)}
+    async with (
+        ScriptedUpstream(extensions=extensions, faults=faults) as upstream,
+        relaying(settings(upstream), strategy=strategy) as forwarder,
+    ):
+        first = await relay(forwarder)
+        assert first.told is replies.UPSTREAM_PROTOCOL
+        held = len(upstream.kept)
+        second = await relay(forwarder)
+        assert second.told.code == 250
+        assert len(upstream.kept) == held + 1
+        assert upstream.connections == 2
+
+
+# Kept connections ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [Kind.CLOSE, Kind.RESET, Kind.GOODBYE])
+@pytest.mark.parametrize("phase", [Phase.MAIL, Phase.RCPT])
+@pytest.mark.parametrize(
+    ("strategy", "extensions"),
+    [(Strategy.TRANSPARENT, EXTENSIONS), (Strategy.TRANSPARENT, NO_CHUNKING), (Strategy.BUFFERED, NO_CHUNKING)],
+)
+async def test_a_stale_connection_is_replaced_by_a_fresh_one_within_the_same_attempt(
+    strategy: Strategy, extensions: Sequence[str], phase: Phase, kind: Kind
+) -> None:
+    async with (
+        ScriptedUpstream(extensions=extensions) as upstream,
+        ScriptedUpstream() as other,
+        relaying(settings(upstream), settings(other, "other"), strategy=strategy) as forwarder,
+    ):
+        await relay(forwarder)
+        upstream.faults[phase] = Fault(kind, times=1)
+        relayed = await relay(forwarder)
+        assert relayed.told.code == 250
+        assert relayed.seen.outcomes == [("up", Outcome.RELAYED)]
+        assert relayed.seen.deliveries[0].reused == [True, False]
+        assert (len(upstream.kept), len(other.kept), upstream.connections) == (2, 0, 2)
+        assert forwarder.snapshot()[0].pool.breaker is BreakerState.CLOSED
+
+
+async def test_a_421_to_a_whole_burst_is_no_doubt() -> None:
+    """The first reply says that nothing of it was taken, so it is safe to go elsewhere."""
+    async with ScriptedUpstream() as upstream, relaying(settings(upstream), strategy=Strategy.BUFFERED) as forwarder:
+        await relay(forwarder)
+        upstream.faults[Phase.MAIL] = Fault(Kind.GOODBYE, times=1)
+        relayed = await relay(forwarder)
+        assert relayed.told.code == 250
+        assert len(upstream.kept) == 2
+
+
+@pytest.mark.parametrize("phase", [Phase.MAIL, Phase.RCPT])
+async def test_a_refusal_within_a_burst_is_known_though_the_rest_is_lost(phase: Phase) -> None:
+    async with ScriptedUpstream() as upstream, relaying(settings(upstream), strategy=Strategy.BUFFERED) as forwarder:
+        upstream.faults[phase] = Fault(Kind.REFUSE, b"550 5.7.1 no\r\n")
+        upstream.faults[Phase.CONTENT] = Fault(Kind.CLOSE)
+        relayed = await relay(forwarder, chunks=(HEADER, b"\r\n" + b"x" * 200_000))
+        assert relayed.told.code == 550
+
+
+async def test_a_connection_that_idled_for_long_is_asked_before_it_is_given_content(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("otel_smtp.forwarding.delivery.STALE_AFTER_SECONDS", -1.0)
+    async with ScriptedUpstream() as upstream, relaying(settings(upstream), strategy=Strategy.BUFFERED) as forwarder:
+        await relay(forwarder)
+        upstream.faults[Phase.MAIL] = Fault(Kind.CLOSE, times=1)
+        relayed = await relay(forwarder)
+        assert relayed.told.code == 250
+        assert len(upstream.kept) == 2
+
+
+async def drop(upstream: ScriptedUpstream) -> None:
+    """Reset the upstream's connections, and give our side the turns of the loop that it needs to see it."""
+    upstream.drop_connections()
+    await until(lambda: not upstream.open_connections)
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+async def test_a_transaction_survives_the_loss_of_its_connection_while_the_client_is_slow() -> None:
+    async with ScriptedUpstream() as upstream, relaying(settings(upstream)) as forwarder:
+        seen = RecordedTransaction()
+        transaction = await forwarder.begin(MAIL, seen)
+        assert [reply.code for reply in await transaction.recipients([BOB])] == [250]
+        await drop(upstream)
+        assert [reply.code for reply in await transaction.recipients([CAROL])] == [250]
+        await drop(upstream)
+        # Lost a second time: this upstream had its second chance, and there is no other.
+        assert await transaction.content(in_chunks(CHUNKS)) is replies.UPSTREAM_UNAVAILABLE
+        assert upstream.kept == []
+
+        transaction = await forwarder.begin(MAIL, seen)
+        await transaction.recipients([BOB, CAROL])
+        await drop(upstream)
+        assert (await transaction.content(in_chunks(CHUNKS))).code == 250
+        assert upstream.kept[0].addresses == ("bob@example.net", "carol@example.net")
+
+
+async def test_what_was_accepted_elsewhere_and_is_refused_here_defers_the_mail() -> None:
+    def no_bob(address: str) -> bytes | None:
+        return b"550 5.1.1 no bob\r\n" if address.startswith("bob") else None
+
+    async with (
+        ScriptedUpstream() as first,
+        ScriptedUpstream(verdict=no_bob) as second,
+        relaying(settings(first, "first"), settings(second, "second")) as forwarder,
+    ):
+        seen = RecordedTransaction()
+        transaction = await forwarder.begin(MAIL, seen)
+        assert [reply.code for reply in await transaction.recipients([BOB])] == [250]
+        await first.stop()
+        assert await transaction.content(in_chunks(CHUNKS)) is replies.UPSTREAM_UNAVAILABLE
+        assert second.kept == []
+
+
+# The window after the final dot -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("extensions", [EXTENSIONS, NO_CHUNKING], ids=["chunking", "data"])
+@both_strategies
+async def test_a_message_whose_reply_is_lost_is_never_sent_twice_by_us(
+    strategy: Strategy, extensions: Sequence[str]
+) -> None:
+    faults = {Phase.REPLY: Fault(Kind.KEPT_THEN_LOST)}
+    async with (
+        ScriptedUpstream(extensions=extensions, faults=faults) as upstream,
+        ScriptedUpstream() as other,
+        relaying(settings(upstream), settings(other, "other"), strategy=strategy) as forwarder,
+    ):
+        for number in range(5):
+            assert (await relay(forwarder)).told is replies.OUTCOME_UNKNOWN
+            assert (len(upstream.kept), len(other.kept)) == (number + 1, 0)
+
+
+@pytest.mark.parametrize("extensions", [EXTENSIONS, NO_CHUNKING], ids=["chunking", "data"])
+@both_strategies
+async def test_a_client_that_leaves_after_the_final_dot_has_its_outcome_recorded(
+    strategy: Strategy, extensions: Sequence[str]
+) -> None:
+    faults = {Phase.REPLY: Fault(Kind.LATE, times=1)}
+    async with (
+        ScriptedUpstream(extensions=extensions, faults=faults) as upstream,
+        relaying(settings(upstream), strategy=strategy) as forwarder,
+    ):
+        seen = RecordedTransaction()
+        transaction = await forwarder.begin(MAIL, seen)
+        await transaction.recipients([BOB])
+        content = asyncio.ensure_future(transaction.content(in_chunks(CHUNKS)))
+        await until(lambda: upstream.stalled)
+        content.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await content
+        await transaction.abort()
+        assert seen.outcomes == [("up", None)]
+        upstream.let_go.set()
+        await until(lambda: seen.deliveries[0].ends)
+        assert seen.outcomes == [("up", Outcome.RELAYED)]
+        assert len(upstream.kept) == 1
+        # The connection came back in step, and serves the next.
+        assert (await relay(forwarder)).told.code == 250
+        assert upstream.connections == 1
+
+
+async def test_closing_does_not_wait_for_ever_for_a_message_without_a_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("otel_smtp.forwarding.upstream.CLOSE_GRACE_SECONDS", 0.01)
+    faults = {Phase.REPLY: Fault(Kind.STALL)}
+    async with ScriptedUpstream(faults=faults) as upstream, relaying(settings(upstream)) as forwarder:
+        seen = RecordedTransaction()
+        transaction = await forwarder.begin(MAIL, seen)
+        await transaction.recipients([BOB])
+        content = asyncio.ensure_future(transaction.content(in_chunks(CHUNKS)))
+        await until(lambda: upstream.stalled)
+        content.cancel()
+        with suppress(asyncio.CancelledError):
+            await content
+        await forwarder.close()
+        await until(lambda: seen.deliveries[0].ends)
+        assert seen.outcomes == [("up", Outcome.UNKNOWN)]
+
+
+# The client goes before the final dot -------------------------------------------------------------------------
+
+
+async def breaking_off(chunks: Sequence[bytes], error: Exception) -> AsyncIterator[bytes]:
+    for chunk in chunks:
+        yield chunk
+    raise error
+
+
+@pytest.mark.parametrize("error", [ContentAborted(), ConnectionResetError(), RuntimeError("a bug")])
+@both_strategies
+async def test_content_that_breaks_off_is_never_ended(strategy: Strategy, error: Exception) -> None:
+    async with (
+        ScriptedUpstream(extensions=NO_CHUNKING) as upstream,
+        relaying(settings(upstream), strategy=strategy, memory_limit_octets=10) as forwarder,
+    ):
+        seen = RecordedTransaction()
+        transaction = await forwarder.begin(MAIL, seen)
+        await transaction.recipients([BOB])
+        with pytest.raises(type(error)):
+            await transaction.content(breaking_off(CHUNKS, error))
+        await transaction.abort()
+        assert upstream.kept == []
+        assert seen.outcomes == ([("up", Outcome.ABORTED)] if strategy is Strategy.TRANSPARENT else [])
+        assert (await relay(forwarder)).told.code == 250
+        assert len(upstream.kept) == 1
+
+
+@pytest.mark.parametrize("phase", [Phase.GREETING, Phase.MAIL, Phase.RCPT])
+async def test_a_cancel_while_the_upstream_is_asked_closes_its_connection(phase: Phase) -> None:
+    faults = {phase: Fault(Kind.LATE, times=1)}
+    async with ScriptedUpstream(faults=faults) as upstream, relaying(settings(upstream)) as forwarder:
+        seen = RecordedTransaction()
+        transaction = await forwarder.begin(MAIL, seen)
+        asking = asyncio.ensure_future(transaction.recipients([BOB]))
+        await until(lambda: upstream.stalled)
+        asking.cancel()
+        with suppress(asyncio.CancelledError):
+            await asking
+        await transaction.abort()
+        assert seen.outcomes == [("up", Outcome.ABORTED)]
+        upstream.let_go.set()
+        # Its late reply answers nobody else's command.
+        assert (await relay(forwarder)).told.code == 250
+        assert upstream.connections == 2
+        assert nothing_is_kept_out_of_step(forwarder.snapshot())
+
+
+@pytest.mark.parametrize("extensions", [EXTENSIONS, NO_CHUNKING], ids=["chunking", "data"])
+async def test_a_cancel_in_the_middle_of_large_content_never_ends_it(extensions: Sequence[str]) -> None:
+    faults = {Phase.CONTENT: Fault(Kind.LATE, times=1)}
+    body = [b"\r\n", *[(b"x" * 78 + b"\r\n") * 1000] * 100]
+    async with (
+        ScriptedUpstream(extensions=extensions, faults=faults) as upstream,
+        relaying(settings(upstream, timeouts=PATIENT)) as forwarder,
+    ):
+        seen = RecordedTransaction()
+        transaction = await forwarder.begin(MAIL, seen)
+        await transaction.recipients([BOB])
+        content = asyncio.ensure_future(transaction.content(in_chunks([HEADER, *body])))
+        await until(lambda: upstream.stalled)
+        content.cancel()
+        with suppress(asyncio.CancelledError):
+            await content
+        await transaction.abort()
+        upstream.let_go.set()
+        await until(lambda: not upstream.open_connections)
+        assert upstream.kept == []
+        assert seen.outcomes == [("up", Outcome.ABORTED)]
+
+
+# Content that the upstream does not want to the end --------------------------------------------------------------
+
+LARGE = (HEADER, b"\r\n", *[(b"x" * 78 + b"\r\n") * 1000] * 100)  # 8 MB: more than all buffers between us
+
+
+@pytest.mark.parametrize("extensions", [EXTENSIONS, NO_CHUNKING], ids=["chunking", "data"])
+@pytest.mark.parametrize("kind", [Kind.CLOSE, Kind.RESET, Kind.GOODBYE])
+@both_strategies
+async def test_content_that_is_cut_off_goes_to_the_next_upstream(
+    strategy: Strategy, kind: Kind, extensions: Sequence[str]
+) -> None:
+    faults = {Phase.CONTENT: Fault(kind)}
+    async with (
+        ScriptedUpstream(extensions=extensions, faults=faults) as bad,
+        ScriptedUpstream() as good,
+        relaying(
+            settings(bad, "bad", timeouts=PATIENT), settings(good, "good", timeouts=PATIENT), strategy=strategy
+        ) as forwarder,
+    ):
+        relayed = await relay(forwarder, chunks=LARGE)
+        assert relayed.told.code == 250
+        assert [kept.content for kept in good.kept] == [b"".join(LARGE)]
+        assert bad.kept == []
+        assert relayed.seen.outcomes == [("bad", Outcome.DEFERRED), ("good", Outcome.RELAYED)]
+
+
+@pytest.mark.parametrize("extensions", [EXTENSIONS, NO_CHUNKING], ids=["chunking", "data"])
+@both_strategies
+async def test_a_refusal_in_the_middle_of_the_content_is_passed_on(
+    strategy: Strategy, extensions: Sequence[str]
+) -> None:
+    faults = {Phase.CONTENT: Fault(Kind.REFUSE, b"552 5.3.4 enough\r\n", times=1)}
+    async with (
+        ScriptedUpstream(extensions=extensions, faults=faults) as upstream,
+        relaying(settings(upstream, timeouts=PATIENT), strategy=strategy) as forwarder,
+    ):
+        # The scripted upstream holds its reply back until it has to wait; an endless content never lets it.
+        relayed = await relay(forwarder, chunks=LARGE)
+        assert relayed.told.code == 552
+        assert upstream.kept == []
+        assert forwarder.snapshot()[0].pool.idle == 0
+
+
+@pytest.mark.parametrize("extensions", [EXTENSIONS, NO_CHUNKING], ids=["chunking", "data"])
+async def test_an_upstream_that_does_not_read_is_given_up(extensions: Sequence[str]) -> None:
+    faults = {Phase.CONTENT: Fault(Kind.LATE)}
+    timeouts = Timeouts(5, 5, 5, 5, SHORT, 5, 5)
+    async with (
+        ScriptedUpstream(extensions=extensions, faults=faults) as upstream,
+        relaying(settings(upstream, timeouts=timeouts)) as forwarder,
+    ):
+        relayed = await relay(forwarder, chunks=LARGE)
+        assert relayed.told is replies.UPSTREAM_UNAVAILABLE
+        assert upstream.kept == []
+
+
+# Failover and the breaker -------------------------------------------------------------------------------------
+
+
+def nobody() -> UpstreamSettings:
+    """An upstream at a port where nobody listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return UpstreamSettings("nobody", "127.0.0.1", free.getsockname()[1], timeouts=PATIENT)
+
+
+@both_strategies
+async def test_an_upstream_that_is_down_is_a_4yz_and_never_a_554(strategy: Strategy) -> None:
+    """What relays of the field do: 554 for their own broken configuration, and the mail bounces."""
+    async with relaying(nobody(), strategy=strategy) as forwarder:
+        for _ in range(6):  # also with the breaker open
+            assert (await relay(forwarder)).told is replies.UPSTREAM_UNAVAILABLE
+
+
+@both_strategies
+async def test_upstreams_are_for_failover_and_not_for_copies(strategy: Strategy) -> None:
+    """What relays of the field do: send the mail to every configured upstream."""
+    async with (
+        ScriptedUpstream() as first,
+        ScriptedUpstream() as second,
+        relaying(settings(first, "first"), settings(second, "second"), strategy=strategy) as forwarder,
+    ):
+        for _ in range(3):
+            assert (await relay(forwarder)).told.code == 250
+        assert (len(first.kept), len(second.kept), second.connections) == (3, 0, 0)
+
+
+@both_strategies
+async def test_a_dead_upstream_is_left_alone_and_found_again(
+    strategy: Strategy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(breaker, "FIRST_REST_SECONDS", 0.05)
+    faults = {Phase.GREETING: Fault(Kind.REFUSE, b"554 5.3.2 closed\r\n")}
+    async with (
+        ScriptedUpstream(faults=faults) as bad,
+        ScriptedUpstream() as good,
+        relaying(settings(bad, "bad"), settings(good, "good"), strategy=strategy) as forwarder,
+    ):
+        while forwarder.snapshot()[0].pool.breaker is BreakerState.CLOSED:
+            assert (await relay(forwarder)).told.code == 250
+        assert 3 <= bad.connections <= 10
+        del bad.faults[Phase.GREETING]
+        async with asyncio.timeout(SECONDS):
+            while not bad.kept:
+                assert (await relay(forwarder)).told.code == 250
+        assert forwarder.snapshot()[0].pool.breaker is BreakerState.CLOSED
+        relayed = await relay(forwarder)
+        assert relayed.seen.outcomes == [("bad", Outcome.RELAYED)]
+
+
+async def test_refused_mails_say_nothing_about_the_upstreams_health() -> None:
+    faults = {Phase.REPLY: Fault(Kind.REFUSE, b"451 4.3.0 later\r\n")}
+    async with ScriptedUpstream(faults=faults) as upstream, relaying(settings(upstream)) as forwarder:
+        for _ in range(10):
+            assert (await relay(forwarder)).told.code == 451
+        assert forwarder.snapshot()[0].pool.breaker is BreakerState.CLOSED
+        assert upstream.connections == 1
+
+
+async def test_a_mail_waits_for_a_connection_and_not_for_ever() -> None:
+    faults = {Phase.RCPT: Fault(Kind.LATE, times=1)}
+    limits = PoolLimits(connections=1)
+    timeouts = Timeouts(5, 5, 5, 5, 5, 5, SHORT)
+    async with (
+        ScriptedUpstream(faults=faults) as upstream,
+        relaying(settings(upstream, limits=limits, timeouts=timeouts)) as forwarder,
+    ):
+        first = asyncio.ensure_future(relay(forwarder))
+        await until(lambda: upstream.stalled)
+        assert (await relay(forwarder)).told is replies.UPSTREAM_UNAVAILABLE
+        waiting = asyncio.ensure_future(relay(forwarder))
+        gone = asyncio.ensure_future(relay(forwarder))
+        await until(lambda: forwarder.snapshot()[0].pool.waiting == 2)
+        gone.cancel()
+        upstream.let_go.set()
+        assert (await first).told.code == 250
+        assert (await waiting).told.code == 250
+        assert upstream.connections == 1
+        assert nothing_is_kept_out_of_step(forwarder.snapshot())
+
+
+# The network between us ---------------------------------------------------------------------------------------
+
+
+@both_strategies
+async def test_a_black_hole_is_given_up_and_the_next_upstream_has_the_mail(strategy: Strategy) -> None:
+    async with ScriptedUpstream() as upstream, FaultProxy(upstream.port) as proxy:
+        proxy.swallow()
+        hole = UpstreamSettings("hole", "127.0.0.1", proxy.port, timeouts=Timeouts(5, SHORT, 5, 5, 5, 5, 5))
+        async with relaying(hole, settings(upstream), strategy=strategy) as forwarder:
+            relayed = await relay(forwarder)
+            assert relayed.told.code == 250
+            assert relayed.seen.outcomes == [("hole", Outcome.DEFERRED), ("up", Outcome.RELAYED)]
+
+
+@both_strategies
+async def test_a_half_open_connection_is_given_up_without_a_second_delivery(strategy: Strategy) -> None:
+    async with ScriptedUpstream() as upstream, FaultProxy(upstream.port) as proxy:
+        through = UpstreamSettings("up", "127.0.0.1", proxy.port, timeouts=Timeouts(5, 5, SHORT, 5, 5, SHORT, 5))
+        async with relaying(through, strategy=strategy) as forwarder:
+            assert (await relay(forwarder)).told.code == 250
+            proxy.swallow_replies()
+            relayed = await relay(forwarder)
+            assert not relayed.told.is_positive
+            assert relayed.told.is_transient
+            assert forwarder.snapshot()[0].pool.idle == 0
+            held = len(upstream.kept)
+            proxy.heal()
+            assert (await relay(forwarder)).told.code == 250
+            assert len(upstream.kept) == held + 1
+
+
+@both_strategies
+async def test_latency_and_a_narrow_pipe_only_take_longer(strategy: Strategy) -> None:
+    async with ScriptedUpstream() as upstream, FaultProxy(upstream.port, latency_seconds=0.01) as proxy:
+        proxy.octets_per_second = 4_000_000
+        through = UpstreamSettings("up", "127.0.0.1", proxy.port, timeouts=PATIENT)
+        async with relaying(through, strategy=strategy, memory_limit_octets=100_000) as forwarder:
+            relayed = await relay(forwarder, chunks=LARGE[:10])
+            assert relayed.told.code == 250
+            assert upstream.kept[0].content == b"".join(LARGE[:10])
+
+
+@pytest.mark.parametrize("after_octets", [1, 60, 100, 5_000, 100_000, 1_000_000])
+@both_strategies
+async def test_a_connection_that_is_reset_at_any_octet_loses_and_doubles_nothing(
+    strategy: Strategy, after_octets: int
+) -> None:
+    async with ScriptedUpstream() as upstream, ScriptedUpstream() as other, FaultProxy(upstream.port) as proxy:
+        proxy.reset_after_octets = after_octets
+        through = UpstreamSettings("up", "127.0.0.1", proxy.port, timeouts=PATIENT)
+        async with relaying(through, settings(other, "other"), strategy=strategy) as forwarder:
+            relayed = await relay(forwarder, chunks=LARGE[:20])
+            held = len(upstream.kept) + len(other.kept)
+            if relayed.told.code == 250:
+                assert held == 1
+            else:
+                assert relayed.told.is_transient
+                assert held <= 1

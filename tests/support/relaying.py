@@ -1,0 +1,83 @@
+"""A mail through an `UpstreamForwarder`, as the server would hand it over."""
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import pytest
+
+from otel_smtp.forwarding.base import DeliveryFailed
+from otel_smtp.forwarding.settings import Strategy, Timeouts, UpstreamSettings
+from otel_smtp.forwarding.upstream import UpstreamForwarder
+from otel_smtp.smtp.envelope import Mail, Recipient
+from otel_smtp.smtp.replies import Reply
+from tests.support.deliveries import RecordedTransaction, in_chunks
+from tests.support.upstream import EXTENSIONS, ScriptedUpstream
+
+HEADER = b"Received: from me by gw; now\r\nSubject: x\r\n"
+BODY = b"\r\nhello\r\n.dot\r\n..\r\n"
+CHUNKS = (HEADER, BODY)
+MAIL = Mail("a@example.com")
+BOB = Recipient("bob@example.net")
+CAROL = Recipient("carol@example.net")
+QUICK = Timeouts(connect=2, greeting=2, command=2, data=2, block=2, reply=2, pool=2)
+
+both_strategies = pytest.mark.parametrize("strategy", list(Strategy))
+
+
+def settings(upstream: ScriptedUpstream, name: str = "up", **more: object) -> UpstreamSettings:
+    return UpstreamSettings(name, "127.0.0.1", upstream.port, **{"timeouts": QUICK, **more})  # type: ignore[arg-type]
+
+
+@asynccontextmanager
+async def relaying(*upstreams: UpstreamSettings, **more: object) -> AsyncIterator[UpstreamForwarder]:
+    forwarder = UpstreamForwarder(upstreams, hostname="gw.example", **more)  # type: ignore[arg-type]
+    try:
+        yield forwarder
+    finally:
+        await forwarder.close()
+
+
+@dataclass
+class Relayed:
+    """How one mail went."""
+
+    recipients: Sequence[Reply]
+    reply: Reply | None  # None: no recipient was accepted, so no content was given
+    seen: RecordedTransaction
+
+    @property
+    def told(self) -> Reply:
+        """What the client was told in the end: of the message, else of its first recipient."""
+        return self.reply if self.reply is not None else self.recipients[0]
+
+    @property
+    def codes(self) -> list[int]:
+        return [reply.code for reply in self.recipients]
+
+
+async def relay(
+    forwarder: UpstreamForwarder,
+    *recipients: Recipient,
+    mail: Mail = MAIL,
+    chunks: Sequence[bytes] = CHUNKS,
+) -> Relayed:
+    seen = RecordedTransaction()
+    recipients = recipients or (BOB,)
+    transaction = await forwarder.begin(mail, seen)
+    answers: Sequence[Reply]
+    try:
+        answers = await transaction.recipients(recipients)
+    except DeliveryFailed as failed:
+        answers = [failed.reply] * len(recipients)
+    reply = None
+    if any(answer.is_positive for answer in answers):
+        reply = await transaction.content(in_chunks(chunks))
+    await transaction.abort()
+    assert transaction.spool_id is None
+    assert all(delivery.ends == 1 for delivery in seen.deliveries)
+    return Relayed(answers, reply, seen)
+
+
+def without(*names: str) -> list[str]:
+    return [keyword for keyword in EXTENSIONS if keyword.split()[0] not in names]
