@@ -187,9 +187,8 @@ class ScriptedUpstream:
         finally:
             self._sessions.discard(task)
             self._writers.discard(writer)
+            # Not waited for: asyncio's streams never hear of the end of a connection lost in its TLS handshake.
             writer.close()
-            with contextlib.suppress(OSError, ssl.SSLError, asyncio.CancelledError):
-                await writer.wait_closed()
 
 
 class _Session:
@@ -392,7 +391,10 @@ class _Session:
     async def auth_scram_sha_256(self, initial: bytes | None) -> str | None:
         mechanism = scramp.ScramMechanism("SCRAM-SHA-256")
 
+        names: list[str] = []
+
         def stored(name: str) -> Any:
+            names.append(name)
             return mechanism.make_auth_info(self.upstream.users[name], iteration_count=4096)
 
         server = mechanism.make_server(stored)
@@ -402,8 +404,7 @@ class _Session:
             await self.challenge(server.get_server_final().encode())
         except (scramp.ScramException, KeyError):
             return None
-        user: str = server.user
-        return user
+        return names[0]
 
     async def auth_xoauth2(self, initial: bytes | None) -> str | None:
         user, auth, *_ = (initial or b"").decode().split("\x01")

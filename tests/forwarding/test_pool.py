@@ -1,0 +1,355 @@
+"""The pool and the breaker decide; a clock and connections are made up here."""
+
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from otel_smtp.forwarding.breaker import FIRST_REST_SECONDS, INITIAL_WINDOW, LONGEST_REST_SECONDS, Breaker, BreakerState
+from otel_smtp.forwarding.pool import Decision, Pool, Ticket
+from otel_smtp.forwarding.settings import PoolLimits
+
+
+@dataclass(eq=False)
+class Connection:
+    is_alive: bool = True
+    uses: int = 0
+
+    def is_reusable(self, now: float, limits: PoolLimits) -> bool:
+        return self.is_alive and self.uses < limits.messages
+
+
+Connections = Pool[Connection]
+
+
+def opened(pool: Connections, ticket: Ticket[Connection]) -> Connection:
+    assert decided(ticket, Decision.OPEN)
+    pool.opened()
+    return Connection()
+
+
+def decided(ticket: Ticket[Connection], decision: Decision) -> bool:
+    return ticket.decision is decision
+
+
+def is_closed(breaker: Breaker) -> bool:
+    return breaker.state is BreakerState.CLOSED
+
+
+def grown(connections: int = 20, **more: object) -> Connections:
+    """A pool whose upstream has proved itself."""
+    pool: Connections = Pool(PoolLimits(connections=connections, **more))  # type: ignore[arg-type]
+    for _ in range(1000):
+        pool.breaker.succeeded()
+    return pool
+
+
+def test_the_connection_used_last_is_used_next() -> None:
+    pool = grown()
+    first, second = (opened(pool, pool.ask(0)) for _ in range(2))
+    pool.release(first, 1)
+    pool.release(second, 2)
+    ticket = pool.ask(3)
+    assert (ticket.decision, ticket.connection) == (Decision.REUSE, second)
+
+
+def test_a_dead_connection_is_not_handed_out_but_closed() -> None:
+    pool = grown()
+    connection = opened(pool, pool.ask(0))
+    pool.release(connection, 1)
+    connection.is_alive = False
+    assert pool.ask(2).decision is Decision.OPEN
+    assert pool.take_closing() == [connection]
+    assert pool.take_closing() == []
+
+
+def test_who_waits_is_served_in_order_by_what_is_released() -> None:
+    pool = grown(connections=1)
+    connection = opened(pool, pool.ask(0))
+    waiting = [pool.ask(1) for _ in range(3)]
+    told: list[int] = []
+    for number, ticket in enumerate(waiting):
+        ticket.on_decided = lambda number=number: told.append(number)
+    assert {ticket.decision for ticket in waiting} == {Decision.WAITING}
+    pool.withdraw(waiting[1], 2)
+    pool.release(connection, 3)
+    assert (waiting[0].decision, waiting[0].connection) == (Decision.REUSE, connection)
+    connection.is_alive = False
+    pool.release(connection, 4)
+    assert waiting[2].decision is Decision.OPEN
+    assert told == [0, 2]
+
+
+def test_what_was_given_to_somebody_who_is_gone_is_given_on() -> None:
+    pool = grown(connections=1)
+    connection = opened(pool, pool.ask(0))
+    gone, next_one = pool.ask(1), pool.ask(1)
+    pool.release(connection, 2)
+    pool.withdraw(gone, 3)
+    assert next_one.connection is connection
+    pool.withdraw(next_one, 4)
+    pool.withdraw(next_one, 4)
+    assert pool.snapshot().idle == 1
+    opening = grown(connections=1)
+    gone, next_one = opening.ask(0), opening.ask(0)
+    opening.withdraw(gone, 1)
+    assert decided(next_one, Decision.OPEN)
+
+
+def test_a_fresh_connection_takes_the_place_of_the_oldest_idle_one() -> None:
+    pool = grown(connections=2)
+    first, second = (opened(pool, pool.ask(0)) for _ in range(2))
+    pool.release(first, 1)
+    pool.release(second, 2)
+    ticket = pool.ask(3, fresh=True)
+    assert decided(ticket, Decision.OPEN)
+    assert pool.take_closing() == [first]
+
+
+def test_idle_connections_expire_the_oldest_first() -> None:
+    pool = grown(idle_seconds=30)
+    first, second = (opened(pool, pool.ask(0)) for _ in range(2))
+    pool.release(first, 0)
+    pool.release(second, 10)
+    assert pool.expire(20) == 30
+    assert pool.expire(30) == 40
+    assert pool.take_closing() == [first]
+    assert pool.expire(40) is None
+    assert pool.take_closing() == [second]
+
+
+def test_a_lost_idle_connection_is_forgotten_and_a_busy_one_is_not_touched() -> None:
+    pool = grown()
+    idle, busy = (opened(pool, pool.ask(0)) for _ in range(2))
+    pool.release(idle, 1)
+    pool.lost(busy, 2)
+    assert pool.take_closing() == []
+    pool.lost(idle, 2)
+    assert pool.take_closing() == [idle]
+    assert pool.snapshot().busy == 1
+
+
+def test_a_closed_pool_gives_nothing_and_closes_what_comes_back() -> None:
+    pool = grown(connections=2)
+    idle, busy = (opened(pool, pool.ask(0)) for _ in range(2))
+    pool.release(idle, 2)
+    pool.close()
+    assert pool.ask(3).decision is Decision.NONE
+    pool.release(busy, 4)
+    assert set(map(id, pool.take_closing())) == {id(idle), id(busy)}
+    other: Connections = grown(connections=1)
+    other.ask(0)
+    waiting = other.ask(0)
+    other.close()
+    assert decided(waiting, Decision.NONE)
+
+
+def test_an_upstream_is_met_with_few_connections_at_first_and_more_with_each_success() -> None:
+    pool: Connections = Pool(PoolLimits())
+    tickets = [pool.ask(0) for _ in range(40)]
+    assert sum(ticket.decision is Decision.OPEN for ticket in tickets) == INITIAL_WINDOW
+    for _ in range(1000):
+        pool.answered(0)
+    assert sum(ticket.decision is Decision.OPEN for ticket in tickets) == 20
+
+
+def test_repeated_failures_send_everybody_away_at_once() -> None:
+    pool: Connections = Pool(PoolLimits())
+    tickets = [pool.ask(0) for _ in range(10)]
+    opening = [ticket for ticket in tickets if ticket.decision is Decision.OPEN]
+    while opening and pool.breaker.state is BreakerState.CLOSED:
+        pool.failed(1)
+        opening.pop()
+    assert pool.breaker.state is BreakerState.OPEN
+    for _ in opening:
+        pool.failed(1)
+    assert not [ticket for ticket in tickets if ticket.decision is Decision.WAITING]
+    assert pool.ask(1).decision is Decision.NONE
+    probe = pool.ask(1 + FIRST_REST_SECONDS)
+    assert decided(probe, Decision.OPEN)
+    waiting = pool.ask(2)
+    assert decided(waiting, Decision.WAITING)  # for the probe's verdict
+    opened(pool, probe)
+    pool.answered(2)
+    assert decided(waiting, Decision.OPEN)
+
+
+def test_a_failed_probe_sends_away_who_waited_for_it() -> None:
+    pool: Connections = Pool(PoolLimits())
+    for _ in range(10):
+        if pool.ask(0).decision is Decision.OPEN:
+            pool.failed(0)
+    assert pool.breaker.state is BreakerState.OPEN
+    probe, waiting = pool.ask(5), pool.ask(5)
+    assert decided(probe, Decision.OPEN)
+    pool.failed(6)
+    assert decided(waiting, Decision.NONE)
+
+
+def test_a_probe_without_a_verdict_leaves_the_next_one_to_probe() -> None:
+    pool: Connections = Pool(PoolLimits())
+    for _ in range(10):
+        if pool.ask(0).decision is Decision.OPEN:
+            pool.failed(0)
+    probe, waiting = pool.ask(5), pool.ask(5)
+    pool.withdraw(probe, 6)
+    assert decided(waiting, Decision.OPEN)
+
+
+# The breaker --------------------------------------------------------------------------------------------------
+
+
+def dead(most: int = 20) -> Breaker:
+    breaker = Breaker(most)
+    while is_closed(breaker):
+        breaker.failed(0)
+    return breaker
+
+
+@pytest.mark.parametrize("most", [1, 2, 5, 20])
+def test_one_failure_kills_nobody(most: int) -> None:
+    breaker = Breaker(most)
+    breaker.failed(0)
+    breaker.failed(0)
+    assert is_closed(breaker)
+    breaker.succeeded()
+    breaker.failed(0)
+    breaker.failed(0)
+    assert is_closed(breaker)
+
+
+def test_the_rest_grows_with_each_failed_probe_up_to_a_bound() -> None:
+    breaker = dead()
+    now, rests = 0.0, []
+    for _ in range(10):
+        assert breaker.resting_until is not None
+        rests.append(breaker.resting_until - now)
+        now = breaker.resting_until
+        assert breaker.is_dead(now - 0.01)
+        assert not breaker.is_dead(now)
+        assert breaker.allows(now, 0)
+        breaker.begin(now)
+        assert not breaker.allows(now, 0)
+        breaker.failed(now)
+    assert rests[:4] == [1, 2, 4, 8]
+    assert rests[-1] == LONGEST_REST_SECONDS
+
+
+def test_who_comes_back_is_met_slowly_and_with_a_short_rest() -> None:
+    breaker = dead()
+    breaker.begin(1)
+    breaker.failed(1)
+    breaker.begin(9)
+    breaker.succeeded()
+    assert breaker.window == 2
+    assert not breaker.is_dead(9)
+    while is_closed(breaker):
+        breaker.failed(10)
+    assert breaker.resting_until == 10 + FIRST_REST_SECONDS
+    breaker.failed(11)  # begun before the verdict: adds nothing
+    assert breaker.resting_until == 10 + FIRST_REST_SECONDS
+
+
+# Any order of events ------------------------------------------------------------------------------------------
+
+
+class AnyOrder(RuleBasedStateMachine):
+    """Whatever happens in whatever order, the pool stays within its limits and forgets nobody."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.limits = PoolLimits(connections=4, messages=5, idle_seconds=10)
+        self.pool: Connections = Pool(self.limits)
+        self.now = 0.0
+        self.open_tickets: list[Ticket[Connection]] = []
+        self.busy: list[Connection] = []
+        self.waiting: list[Ticket[Connection]] = []
+        self.idle_or_closed: list[Connection] = []
+        self.closed: list[Connection] = []
+
+    def sort(self) -> None:
+        for ticket in [ticket for ticket in self.waiting if ticket.decision is not Decision.WAITING]:
+            self.waiting.remove(ticket)
+            if ticket.decision is Decision.OPEN:
+                self.open_tickets.append(ticket)
+            elif ticket.decision is Decision.REUSE:
+                assert ticket.connection is not None
+                assert ticket.connection.is_reusable(self.now, self.limits)
+                ticket.connection.uses += 1
+                self.busy.append(ticket.connection)
+        for connection in self.pool.take_closing():
+            assert connection not in self.closed
+            self.closed.append(connection)
+
+    @rule(fresh=st.booleans())
+    def ask(self, fresh: bool) -> None:
+        self.waiting.append(self.pool.ask(self.now, fresh=fresh))
+        self.sort()
+
+    @precondition(lambda self: self.waiting)
+    @rule(data=st.data())
+    def withdraw(self, data: st.DataObject) -> None:
+        ticket = data.draw(st.sampled_from(self.waiting))
+        self.waiting.remove(ticket)
+        self.pool.withdraw(ticket, self.now)
+        self.sort()
+
+    @precondition(lambda self: self.open_tickets)
+    @rule(verdict=st.sampled_from(["opened", "failed", "gave up"]))
+    def end_opening(self, verdict: str) -> None:
+        self.open_tickets.pop()
+        if verdict == "opened":
+            self.pool.opened()
+            self.busy.append(Connection(uses=1))
+        elif verdict == "failed":
+            self.pool.failed(self.now)
+        else:
+            self.pool.gave_up(self.now)
+        self.sort()
+
+    @precondition(lambda self: self.busy)
+    @rule(data=st.data(), alive=st.booleans(), answered=st.booleans())
+    def release(self, data: st.DataObject, alive: bool, answered: bool) -> None:
+        connection = data.draw(st.sampled_from(self.busy))
+        self.busy.remove(connection)
+        connection.is_alive = alive
+        if answered:
+            self.pool.answered(self.now)
+        self.pool.release(connection, self.now)
+        self.idle_or_closed.append(connection)
+        self.sort()
+
+    @precondition(lambda self: self.idle_or_closed)
+    @rule(data=st.data())
+    def lose(self, data: st.DataObject) -> None:
+        connection = data.draw(st.sampled_from(self.idle_or_closed))
+        if connection not in self.busy:
+            connection.is_alive = False
+            self.pool.lost(connection, self.now)
+            self.sort()
+
+    @rule(seconds=st.floats(0, 20))
+    def pass_time(self, seconds: float) -> None:
+        self.now += seconds
+        self.pool.expire(self.now)
+        self.sort()
+
+    @invariant()
+    def it_is_within_its_limits(self) -> None:
+        snapshot = self.pool.snapshot()
+        assert snapshot.busy == len(self.busy)
+        assert snapshot.opening == len(self.open_tickets)
+        assert snapshot.waiting == len(self.waiting)
+        assert snapshot.idle + snapshot.busy + snapshot.opening <= self.limits.connections
+
+    @invariant()
+    def nobody_waits_for_nothing(self) -> None:
+        """Whoever waits will be served by an event that must still come."""
+        if self.waiting:
+            assert self.busy or self.open_tickets
+
+
+AnyOrder.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestAnyOrder = AnyOrder.TestCase

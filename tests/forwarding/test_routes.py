@@ -1,0 +1,46 @@
+"""Which upstreams serve which mail."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+
+from otel_smtp.forwarding.routes import Routes
+from otel_smtp.smtp.envelope import Mail, Recipient
+
+
+@dataclass
+class Row:
+    senders: tuple[str, ...] = ()
+    recipients: tuple[str, ...] = ()
+
+
+@pytest.mark.parametrize(
+    ("senders", "recipients", "sender", "recipient", "serves"),
+    [
+        ((), (), "a@x.example", "b@y.example", True),
+        (("*@x.example",), (), "a@x.example", "b@y.example", True),
+        (("*@x.example",), (), "a@X.EXAMPLE", "b@y.example", True),
+        (("*@x.example",), (), "a@sub.x.example", "b@y.example", False),
+        (("*@x.example", "*@*.x.example"), (), "a@sub.x.example", "b@y.example", True),
+        (("*@x.example",), (), "a@x.example.evil", "b@y.example", False),
+        (("*@x.example",), (), "", "b@y.example", False),
+        (("",), (), "", "b@y.example", True),  # bounces
+        (("*",), (), "", "b@y.example", True),
+        ((), ("b@y.example",), "a@x.example", "b@y.example", True),
+        ((), ("?@y.example",), "a@x.example", "bb@y.example", False),
+        ((), ("postmaster",), "a@x.example", "Postmaster", True),
+        (("*@x.example",), ("*@y.example",), "a@x.example", "b@z.example", False),
+    ],
+)
+def test_patterns(senders: Sequence[str], recipients: Sequence[str], sender: str, recipient: str, serves: bool) -> None:
+    routes = Routes([(Row(tuple(senders), tuple(recipients)), "up")])
+    found = routes.for_recipient(routes.for_mail(Mail(sender)), Recipient(recipient))
+    assert list(found) == (["up"] if serves else [])
+
+
+def test_the_order_of_preference_is_kept() -> None:
+    routes = Routes([(Row(recipients=("*@y.example",)), "first"), (Row(), "second"), (Row(senders=("x",)), "third")])
+    serving = routes.for_mail(Mail("a@x.example"))
+    assert list(routes.for_recipient(serving, Recipient("b@y.example"))) == ["first", "second"]
+    assert list(routes.for_recipient(serving, Recipient("b@z.example"))) == ["second"]
