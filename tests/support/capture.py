@@ -138,8 +138,9 @@ class CapturingUpstream:
         self.violations: list[str] = []
         self.changed = threading.Condition()
         self._held: dict[str, Held] = {}
-        self._mail_replies = deque(reply.wire for reply in self.script.mail)
-        self._content_replies = deque(reply.wire for reply in self.script.content)
+        self._mail_replies: deque[bytes] = deque()
+        self._content_replies: deque[bytes] = deque()
+        self.say(self.script)
         self._listening = socket.create_server(("127.0.0.1", 0), backlog=200)
         self.port: int = self._listening.getsockname()[1]
         self._sockets: set[socket.socket] = set()
@@ -171,6 +172,13 @@ class CapturingUpstream:
                 connected.shutdown(socket.SHUT_RDWR)
         for thread in self._threads:
             thread.join(10)
+
+    def say(self, script: UpstreamScript) -> None:
+        """Follow another script from now on."""
+        with self.changed:
+            self.script = script
+            self._mail_replies = deque(reply.wire for reply in script.mail)
+            self._content_replies = deque(reply.wire for reply in script.content)
 
     def wait_for_messages(self, count: int, timeout_seconds: float = 15) -> list[CapturedMessage]:
         """All messages so far, once there are `count` of them.

@@ -114,8 +114,12 @@ class GatewayProcess:
 
     def stop(self) -> int:
         """SIGTERM: its exit status after the drain."""
+        return self.stop_within(STOP_SECONDS)
+
+    def stop_within(self, seconds: float) -> int:
+        """SIGTERM: its exit status after a drain that may take `seconds`."""
         self.signal(signal.SIGTERM)
-        return self.wait()
+        return self.wait(seconds)
 
     def _wait_for_ready_line(self) -> str:
         assert self._process.stdout is not None
