@@ -26,7 +26,7 @@ from otel_smtp.forwarding.settings import (
     TracePolicy,
     UpstreamSettings,
 )
-from otel_smtp.forwarding.upstream import UpstreamForwarder, UpstreamSnapshot
+from otel_smtp.forwarding.upstream import CLOSE_GRACE_SECONDS, UpstreamForwarder, UpstreamSnapshot
 from otel_smtp.net import is_accept_exhausted
 from otel_smtp.observer import ConnectionInfo, Endpoint, Observer, StateCallback, fan_out
 from otel_smtp.server.connection import ListenerPolicy, ServerTimeouts
@@ -176,10 +176,10 @@ class Gateway:
         """Drain: stop accepting, 421 to idle connections, the grace for open transactions, close the pool, flush.
 
         Args:
-            immediately: without the grace.
+            immediately: without any grace.
         """
         await self._server.drain(0.0 if immediately else self._settings.timeouts.shutdown_grace)
-        await self._forwarder.close()
+        await self._forwarder.close(grace_seconds=0.0 if immediately else CLOSE_GRACE_SECONDS)
         if self._rotation is not None:
             self._rotation.cancel()
         if self._status_port is not None:

@@ -123,10 +123,14 @@ class UpstreamForwarder:
             for smarthost in self._smarthosts
         ]
 
-    async def close(self) -> None:
-        """Close the connections, those in use when their mail is done with them. Idempotent."""
+    async def close(self, *, grace_seconds: float = CLOSE_GRACE_SECONDS) -> None:
+        """Close the connections, those in use when their mail is done with them. Idempotent.
+
+        Args:
+            grace_seconds: how long messages whose client is gone may wait for their reply.
+        """
         if self._unwatched:
-            await asyncio.wait(self._unwatched, timeout=CLOSE_GRACE_SECONDS)
+            await asyncio.wait(self._unwatched, timeout=grace_seconds)
         for task in self._unwatched:
             task.cancel()
         for smarthost in self._smarthosts:

@@ -390,8 +390,7 @@ async def test_a_client_that_leaves_after_the_final_dot_has_its_outcome_recorded
         assert upstream.connections == 1
 
 
-async def test_closing_does_not_wait_for_ever_for_a_message_without_a_client(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("otel_smtp.forwarding.upstream.CLOSE_GRACE_SECONDS", 0.01)
+async def test_closing_does_not_wait_for_ever_for_a_message_without_a_client() -> None:
     faults = {Phase.REPLY: Fault(Kind.STALL)}
     async with ScriptedUpstream(faults=faults) as upstream, relaying(settings(upstream)) as forwarder:
         seen = RecordedTransaction()
@@ -402,7 +401,7 @@ async def test_closing_does_not_wait_for_ever_for_a_message_without_a_client(mon
         content.cancel()
         with suppress(asyncio.CancelledError):
             await content
-        await forwarder.close()
+        await forwarder.close(grace_seconds=0.01)
         await until(lambda: seen.deliveries[0].ends)
         assert seen.outcomes == [("up", Outcome.UNKNOWN)]
 
