@@ -18,6 +18,7 @@ import msgspec
 from otel_smtp import __version__
 from otel_smtp.config import Listener, Settings, Status, Upstream
 from otel_smtp.forwarding.breaker import BreakerState
+from otel_smtp.forwarding.oauth import OAuthSettings, OAuthTokens
 from otel_smtp.forwarding.settings import (
     Credentials,
     PoolLimits,
@@ -32,7 +33,7 @@ from otel_smtp.observer import ConnectionInfo, Endpoint, Observer, StateCallback
 from otel_smtp.server.connection import ListenerPolicy, ServerTimeouts
 from otel_smtp.server.listener import Listening, Server
 from otel_smtp.server.tls import CertificateError, ServerTls
-from otel_smtp.server.users import Authenticator, UsersFileError, load_users
+from otel_smtp.server.users import Authenticator, TokenVerifier, UsersFileError, load_users
 from otel_smtp.smtp.server import ServerLimits, ServerPolicy
 from otel_smtp.smtp.states import TlsMode, Transition
 from otel_smtp.status.live import LiveView
@@ -82,6 +83,7 @@ class Gateway:
         conn_state: called at each state transition of each client connection. One that raises is logged once and
             dropped.
         span_sinks: given each finished span, exported or not: for views in this process.
+        token_verifier: judges the bearer tokens of XOAUTH2 and OAUTHBEARER clients, where a listener's `auth` is on.
         reuse_port: other processes listen on the same ports.
 
     Use as an asynchronous context manager, or call `start` and `stop`.
@@ -94,6 +96,7 @@ class Gateway:
         observers: Sequence[Observer] = (),
         conn_state: Callable[[ConnectionInfo, Transition], None] | None = None,
         span_sinks: Sequence[SpanSink] = (),
+        token_verifier: TokenVerifier | None = None,
         reuse_port: bool = False,
     ) -> None:
         self._settings = settings
@@ -116,6 +119,7 @@ class Gateway:
         )
         self._rotation: asyncio.Task[None] | None = None
         self._tls: list[ServerTls] = []
+        self._token_verifier = token_verifier
         self._server = Server(
             [self._listening(listener) for listener in settings.listener],
             self._forwarder,
@@ -214,8 +218,9 @@ class Gateway:
             self._tls.append(tls)
             context = tls.context
         authenticator: Authenticator | None = None
-        if listener.auth != "off" and listener.auth_users_file is not None:
-            authenticator = Authenticator(load_users(listener.auth_users_file))
+        if listener.auth != "off":
+            users = load_users(listener.auth_users_file) if listener.auth_users_file is not None else None
+            authenticator = Authenticator(users, token_verifier=self._token_verifier)
         protocol = ServerPolicy(
             hostname=settings.hostname,
             is_lmtp=listener.protocol == "lmtp",
@@ -363,12 +368,29 @@ def _telemetry_options(settings: Settings, redaction: Redaction, span_sinks: Seq
     )
 
 
+def _tokens(upstream: Upstream) -> OAuthTokens | None:
+    if not upstream.token_url:
+        return None
+    secret, refresh = upstream.client_secret, upstream.refresh_token
+    return OAuthTokens(
+        OAuthSettings(
+            upstream.token_url,
+            upstream.client_id,
+            client_secret=secret.reveal() if secret is not None else "",
+            refresh_token=refresh.reveal() if refresh is not None else "",
+            scope=upstream.scope,
+        )
+    )
+
+
 def _upstream(upstream: Upstream) -> UpstreamSettings:
     """An upstream of the settings, in the forwarding's own words."""
     credentials: Credentials | None = None
     if upstream.username and upstream.auth != "off":
         credentials = Credentials(
-            upstream.username, upstream.password.reveal() if upstream.password is not None else ""
+            upstream.username,
+            upstream.password.reveal() if upstream.password is not None else "",
+            _tokens(upstream),
         )
     timeout = upstream.timeout
     assert upstream.trace_context is not None
@@ -381,6 +403,8 @@ def _upstream(upstream: Upstream) -> UpstreamSettings:
         credentials=credentials,
         auth=upstream.auth,
         ca_file=str(upstream.ca_file) if upstream.ca_file is not None else None,
+        certificate_file=str(upstream.tls_cert) if upstream.tls_cert is not None else None,
+        key_file=str(upstream.tls_key) if upstream.tls_key is not None else None,
         server_name=upstream.server_name or None,
         limits=PoolLimits(connections=upstream.connections),
         timeouts=Timeouts(

@@ -131,7 +131,7 @@ class Contradictions:
     def _upstream(self, path: str, upstream: Upstream) -> None:
         url = upstream.url
         if upstream.username:
-            if upstream.password is None:
+            if upstream.password is None and not upstream.token_url:
                 self._refuse(f"{path}.username", upstream.username, f"needs {path}.password_file or {path}.password")
             if url.tls is TlsMode.OFF and not url.is_local:
                 self._refuse(
@@ -145,12 +145,32 @@ class Contradictions:
                 self._refuse(f"{path}.password", "***", f"needs {path}.username")
             if upstream.auth not in ("auto", "off"):
                 self._refuse(f"{path}.auth", upstream.auth, f"needs {path}.username")
+        self._upstream_tokens(path, upstream)
+        if (upstream.tls_cert is None) is not (upstream.tls_key is None):
+            self._refuse(f"{path}.tls_cert", str(upstream.tls_cert), f"stands together with {path}.tls_key")
         if url.tls is TlsMode.OFF:
             # Who names an authority believes that TLS is on.
-            for name in ("ca_file", "server_name"):
+            for name in ("ca_file", "server_name", "tls_cert"):
                 if f"{path}.{name}" in self._origins:
                     told = str(getattr(upstream, name))
                     self._refuse(f"{path}.{name}", told, f"has no effect with {url}; use smtp+starttls:// or smtps://")
+
+    def _upstream_tokens(self, path: str, upstream: Upstream) -> None:
+        if upstream.token_url:
+            if not upstream.username or not upstream.client_id:
+                self._refuse(f"{path}.token_url", upstream.token_url, f"needs {path}.username and {path}.client_id")
+            if upstream.password is not None:
+                self._refuse(f"{path}.password", "***", f"contradicts {path}.token_url")
+            if upstream.auth not in ("auto", "xoauth2"):
+                self._refuse(f"{path}.auth", upstream.auth, f"contradicts {path}.token_url: xoauth2 or auto")
+            if upstream.client_secret is None and upstream.refresh_token is None:
+                self._refuse(
+                    f"{path}.token_url", upstream.token_url, f"needs {path}.client_secret or {path}.refresh_token"
+                )
+            return
+        for name in ("client_id", "client_secret", "refresh_token", "scope"):
+            if getattr(upstream, name):
+                self._refuse(f"{path}.{name}", "***" if "_" in name else upstream.scope, f"needs {path}.token_url")
 
     def _loop(self, path: str, upstream: Upstream, listeners: Sequence[tuple[str, Listener]]) -> None:
         """Mail to our own listener would go round until the hop limit."""

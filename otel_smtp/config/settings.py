@@ -246,10 +246,34 @@ class Upstream(Table, frozen=True, kw_only=True):
     )
     password_file: Annotated[Path | None, Key("file that holds it", FilePath(), must_be_readable=True)] = None
     auth: Annotated[UpstreamAuth, Key("SASL mechanism", Choice(get_args(UpstreamAuth)))] = "auto"
+    token_url: Annotated[
+        str,
+        Key(
+            "OAuth 2 token endpoint, for xoauth2; then tokens are fetched and renewed off the mail path",
+            Text(
+                "an https URL, or http on this machine",
+                r"(?:https://|http://(?:127\.0\.0\.1|localhost|\[::1\])[:/])\S+",
+            ),
+            default="no token is fetched",
+        ),
+    ] = ""
+    client_id: Annotated[str, Key("OAuth 2 client", Text())] = ""
+    client_secret: Annotated[Secret | None, Key("its secret", SecretText(), secret=True)] = None
+    client_secret_file: Annotated[Path | None, Key("file that holds it", FilePath(), must_be_readable=True)] = None
+    refresh_token: Annotated[
+        Secret | None,
+        Key("OAuth 2 refresh token; without one, client credentials", SecretText(), "RFC 6749 4.4, 6", secret=True),
+    ] = None
+    refresh_token_file: Annotated[Path | None, Key("file that holds it", FilePath(), must_be_readable=True)] = None
+    scope: Annotated[str, Key("OAuth 2 scope, where the provider wants one", Text())] = ""
     ca_file: Annotated[
         Path | None,
         Key("authorities to trust, PEM", FilePath(), default="the system's", must_be_readable=True),
     ] = None
+    tls_cert: Annotated[
+        Path | None, Key("our own certificate, PEM, where the upstream asks for one", FilePath(), must_be_readable=True)
+    ] = None
+    tls_key: Annotated[Path | None, Key("its private key, PEM", FilePath(), must_be_readable=True)] = None
     server_name: Annotated[
         str, Key("name to verify", Text("a host name", HOST_NAME_PATTERN), default="the URL's host")
     ] = ""

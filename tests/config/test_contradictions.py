@@ -183,6 +183,41 @@ def test_other_contradictions_are_refused(values: dict[str, Any], expected: str)
     assert expected in refusal_of(**values)
 
 
+TOKENS = {
+    "url": "smtps://m.example",
+    "username": "relay@example.com",
+    "token_url": "https://login.example/token",
+    "client_id": "id",
+    "client_secret": "secret",
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, None),
+        ({"auth": "xoauth2"}, None),
+        ({"client_secret": None, "refresh_token": "r"}, None),
+        ({"username": None}, "needs upstream.0.username"),
+        ({"client_id": None}, "upstream.0.client_id"),
+        ({"client_secret": None}, "needs upstream.0.client_secret or upstream.0.refresh_token"),
+        ({"password": "p"}, "contradicts upstream.0.token_url"),
+        ({"auth": "plain"}, 'upstream.0.auth = "plain": contradicts upstream.0.token_url'),
+        ({"token_url": None, "password": "p"}, "needs upstream.0.token_url"),
+        ({"token_url": "http://login.example/token"}, "an https URL"),  # a secret would go in clear
+        ({"tls_cert": __file__}, "stands together with upstream.0.tls_key"),
+    ],
+)
+def test_tokens_and_client_certificates_are_whole_or_refused(change: dict[str, Any], expected: str | None) -> None:
+    upstream = {key: value for key, value in {**TOKENS, **change}.items() if value is not None}
+    if expected is None:
+        load_with(upstream=[upstream])
+    else:
+        refusal = refusal_of(upstream=[upstream])
+        assert expected in refusal
+        assert '"secret"' not in refusal
+
+
 def test_what_follows_from_a_refused_value_is_not_told_too() -> None:
     refusal = refusal_of({"address": ["0.0.0.0"], "tls": "starttls"})
     assert refusal.count("\n") == 0

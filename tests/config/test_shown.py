@@ -12,7 +12,8 @@ limits: message_size recipients connections connections_per_client messages_per_
 limits: command_line text_line header_size header_lines hops auth_failures
 timeouts: command data session tls_handshake shutdown_grace
 delivery: mode strategy content_newlines
-upstream[]: name url username password password_file auth ca_file server_name connections senders recipients
+upstream[]: name url username password password_file auth token_url client_id client_secret client_secret_file
+upstream[]: refresh_token refresh_token_file scope ca_file tls_cert tls_key server_name connections senders recipients
 upstream[]: trace_context
 upstream[].timeout: connect greeting command data block reply
 spool: directory url url_file retry max_age warn_after bounce
