@@ -39,6 +39,13 @@ def until(found: Callable[[], T | None], what: str, *, timeout_seconds: float = 
     return result
 
 
+def listening_sockets(port: int) -> int:
+    """How many sockets listen on a TCP port: one for each process that shares it."""
+    lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
+    sockets = [line.split() for line in lines]
+    return sum(fields[3] == "0A" and int(fields[1].partition(":")[2], 16) == port for fields in sockets)
+
+
 def settings_file(settings: Mapping[str, Any], directory: Path) -> Path:
     """Write a settings file.
 
@@ -80,6 +87,18 @@ class GatewayProcess:
     def pid(self) -> int:
         """Its process id."""
         return self._process.pid
+
+    @property
+    def children(self) -> frozenset[int]:
+        """The process ids of its children: its workers."""
+        found = set()
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):  # it ended meanwhile
+                # pid (command) state ppid ...; the command may hold anything
+                state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+                if int(parent) == self.pid and state != "Z":
+                    found.add(int(stat.parent.name))
+        return frozenset(found)
 
     @property
     def is_running(self) -> bool:
