@@ -58,6 +58,9 @@ SEGMENT_ROTATION_SECONDS: Final = 5.0
 # asyncio alone wrote over a thousand tracebacks in five seconds when descriptors ran out.
 EXHAUSTION_LOG_SECONDS: Final = 10.0
 
+WRONG_FILES: Final = (TelemetrySettingError, CertificateError, UsersFileError)
+"""What a gateway raises when it is made of settings that are right and name what is not."""
+
 
 class Ready(NamedTuple):
     """What is told when the gateway serves.
@@ -99,7 +102,7 @@ class Gateway:
         token_verifier: TokenVerifier | None = None,
         reuse_port: bool = False,
     ) -> None:
-        self._settings = settings
+        self._settings = settings = _on_present_addresses(settings)
         redaction = _redaction(settings)
         members = list(observers)
         self._status_port: _StatusPort | None = None
@@ -113,7 +116,7 @@ class Gateway:
             members.append(StateCallback(conn_state))
         self._observer = fan_out(members)
         self._forwarder = UpstreamForwarder(
-            [_upstream(upstream) for upstream in settings.upstream],
+            [upstream_settings(upstream) for upstream in settings.upstream],
             strategy=Strategy(settings.delivery.strategy),
             hostname=settings.hostname,
         )
@@ -383,7 +386,7 @@ def _tokens(upstream: Upstream) -> OAuthTokens | None:
     )
 
 
-def _upstream(upstream: Upstream) -> UpstreamSettings:
+def upstream_settings(upstream: Upstream) -> UpstreamSettings:
     """An upstream of the settings, in the forwarding's own words."""
     credentials: Credentials | None = None
     if upstream.username and upstream.auth != "off":
@@ -484,13 +487,14 @@ def run(settings: Settings, *, on_ready: OnReady) -> int:
     """Run the gateway, on uvloop where it is installed, in as many processes as the settings say.
 
     Returns:
-        The exit status: 0 after a drain, 1 where it could not start, 2 where a setting of telemetry is wrong.
+        The exit status: 0 after a drain, 1 where it could not start, 2 where what the settings name is wrong.
     """
     if (problem := _not_built(settings)) is not None:
         logger.error("cannot start: %s", problem)
         return 2
     if settings.workers == 1:
         return _run_here(settings, on_ready)
+    settings = _on_present_addresses(settings)
     try:
         settings, held = _with_fixed_ports(settings)
     except OSError as error:
@@ -511,6 +515,31 @@ def run(settings: Settings, *, on_ready: OnReady) -> int:
             sock.close()
 
 
+def _on_present_addresses(settings: Settings) -> Settings:
+    """The default listens on both loopback addresses; a machine without IPv6, as many containers are, has one of them.
+
+    Addresses that somebody asked for are left as they are: there, a missing one is an error.
+    """
+    if _has_ipv6_loopback():
+        return settings
+    listeners = tuple(
+        listener
+        if f"listener.{index}.address" in settings.origins
+        else msgspec.structs.replace(listener, address=tuple(each for each in listener.address if each.host != "::1"))
+        for index, listener in enumerate(settings.listener)
+    )
+    return msgspec.structs.replace(settings, listener=listeners)
+
+
+def _has_ipv6_loopback() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
 def _not_built(settings: Settings) -> str | None:
     """What the settings ask for that this version cannot do: refused, rather than done otherwise in silence."""
     if settings.delivery.mode != "direct":
@@ -522,10 +551,10 @@ def _run_here(settings: Settings, on_ready: OnReady, *, reuse_port: bool = False
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(serve(settings, on_ready, reuse_port=reuse_port))
-    except TelemetrySettingError as error:
+    except WRONG_FILES as error:
         logger.error("cannot start: %s", error)
         return 2
-    except (OSError, CertificateError, UsersFileError) as error:
+    except OSError as error:
         logger.error("cannot start: %s", error)
         return 1
     return 0

@@ -19,14 +19,21 @@ from typing import Any, Final, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 from otel_smtp.config import Listener, Settings
-from otel_smtp.config.values import is_local, literal_address
-from otel_smtp.observer import Endpoint
+from otel_smtp.config.values import is_local, literal_address, size_text
+from otel_smtp.forwarding.faults import UpstreamFault
+from otel_smtp.forwarding.settings import UpstreamSettings
+from otel_smtp.forwarding.smarthost import Smarthost
+from otel_smtp.observer import DeliveryObserver, DeliveryPhase, Endpoint, TlsInfo
+from otel_smtp.smtp.client import Extensions
+from otel_smtp.smtp.replies import Reply
 from otel_smtp.smtp.states import TlsMode
 
 Verdict = Literal["ok", "warning", "failed"]
 
 # People wait for the answer.
 PATIENCE_SECONDS: Final = 5.0
+# A greeting may be held back on purpose, against spam.
+UPSTREAM_PATIENCE_SECONDS: Final = 15.0
 # Enough to order a new certificate by hand.
 _EXPIRES_SOON: Final = timedelta(days=14)
 # RFC 2606 2: nobody is reached there, should a server take the recipient.
@@ -60,6 +67,20 @@ async def check_listeners(settings: Settings) -> AsyncIterator[Finding]:
             yield greeting
             if greeting.verdict == "ok" and not is_local(address) and listener.tls is not TlsMode.IMPLICIT:
                 yield await _probe_relay(subject, listener, address)
+
+
+def check_status(settings: Settings) -> Finding | None:
+    """Whether the status port can be had; None where none is wanted. The default does without one that is taken."""
+    address = settings.status.address
+    if address is None:
+        return None
+    subject = f"status {address}"
+    finding = _bind(subject, address) or Finding("failed", subject, "is taken")
+    if finding.verdict == "failed" and "status.address" not in settings.origins:
+        return finding._replace(
+            verdict="warning", detail=f"{finding.detail}; it is a default, so the gateway would run"
+        )
+    return finding
 
 
 def _bind(subject: str, address: Endpoint) -> Finding | None:
@@ -97,11 +118,9 @@ async def _greeting(subject: str, listener: Listener, address: Endpoint) -> Find
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     try:
         async with asyncio.timeout(PATIENCE_SECONDS):
-            reader, writer = await _open(_reachable(address), context)
-            try:
+            async with _connection(_reachable(address), context) as (reader, writer):
                 line = await reader.readline()
-            finally:
-                writer.close()
+                writer.write(b"QUIT\r\n")
     except (OSError, TimeoutError, ValueError) as error:
         return Finding("failed", subject, f"is taken, and nobody answers: {_why(error)}")
     if not line.startswith(b"220"):
@@ -116,18 +135,18 @@ async def _probe_relay(subject: str, listener: Listener, address: Endpoint) -> F
     target = address if not _is_everywhere(address) else Endpoint(_own_address(address), address.port)
     try:
         async with asyncio.timeout(PATIENCE_SECONDS):
-            reader, writer = await _open(target, None)
-            try:
+            async with _connection(target, None) as (reader, writer):
                 own = str(writer.get_extra_info("sockname")[0])
                 await _exchange(reader, writer, None)
                 for command in ("EHLO relay-probe.invalid", "MAIL FROM:<>", f"RCPT TO:<{_STRANGER}>"):
                     code, reply = await _exchange(reader, writer, command)
                     if code >= 400:
-                        return Finding("ok", subject, f"does not relay for {own}: {reply}")
-            finally:
-                writer.close()
+                        break
+                writer.write(b"QUIT\r\n")
     except (OSError, TimeoutError, ValueError) as error:
         return Finding("warning", subject, f"could not be asked to relay: {_why(error)}")
+    if code >= 400:
+        return Finding("ok", subject, f"does not relay for {own}: {reply}")
     source = literal_address(own)
     if source is not None and any(source in network for network in listener.allow):
         return Finding("ok", subject, f"relays for {own}, which is in allow")
@@ -211,15 +230,100 @@ def _own_address(address: Endpoint) -> str:
         return str(probe.getsockname()[0])
 
 
-async def _open(
-    address: Endpoint, context: ssl.SSLContext | None, *, server_name: str | None = None
-) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+@contextlib.asynccontextmanager
+async def _connection(
+    address: Endpoint, context: ssl.SSLContext | None
+) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """A connection that is gone afterwards."""
     if address.port is None:
-        return await asyncio.open_unix_connection(address.host, limit=_LONGEST_LINE_OCTETS)
-    server_hostname = (server_name or address.host) if context is not None else None
-    return await asyncio.open_connection(
-        address.host, address.port, ssl=context, server_hostname=server_hostname, limit=_LONGEST_LINE_OCTETS
-    )
+        reader, writer = await asyncio.open_unix_connection(address.host, limit=_LONGEST_LINE_OCTETS)
+    else:
+        reader, writer = await asyncio.open_connection(
+            address.host, address.port, ssl=context, limit=_LONGEST_LINE_OCTETS
+        )
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+
+
+# Upstreams -----------------------------------------------------------------------------------------------------
+
+
+class _Phases(DeliveryObserver):
+    """Remembers how far a connection came."""
+
+    def __init__(self) -> None:
+        self.last: DeliveryPhase | None = None
+        self.peer = ""
+        self.tls: TlsInfo | None = None
+
+    def phase(self, phase: DeliveryPhase, reply: Reply | None = None) -> None:
+        self.last = phase
+
+    def connected(self, peer: Endpoint, tls: TlsInfo | None) -> None:
+        self.peer, self.tls = str(peer), tls
+
+
+async def check_upstream(settings: UpstreamSettings, hostname: str) -> Finding:
+    """Connect as for a mail, with TLS and AUTH, and tell what the upstream offers; no mail is begun."""
+    where = str(settings.endpoint)
+    subject = f"upstream {where}" if settings.name == where else f"upstream {settings.name} {where}"
+    seen = _Phases()
+    try:
+        smarthost = Smarthost(settings, hostname)
+    except OSError as error:
+        return Finding("failed", subject, f"its TLS files cannot be used: {_why(error)}")
+    try:
+        async with asyncio.timeout(UPSTREAM_PATIENCE_SECONDS):
+            connection, _ = await smarthost.acquire(seen)
+            smarthost.release(connection, answered=True)
+            smarthost.close()
+            await connection.stream.wait_closed()
+    except TimeoutError:
+        return Finding("failed", subject, f"no answer within {UPSTREAM_PATIENCE_SECONDS:g} s, {_after(seen)}")
+    except UpstreamFault as fault:
+        said = f": {fault.upstream_reply}" if fault.upstream_reply is not None else ""
+        return Finding("failed", subject, f"{fault}{said}, {_after(seen)}{_hint(fault)}")
+    finally:
+        smarthost.close()
+    words = [f"answers at {seen.peer}" if seen.peer != str(settings.endpoint) else "answers"]
+    words.append(f"TLS {seen.tls.version}, verified" if seen.tls is not None else "no TLS")
+    if settings.credentials is not None:
+        words.append(f"logged in as {settings.credentials.username}")
+    words.append(f"offers {_offered(connection.extensions)}")
+    is_naked = settings.tls is TlsMode.OFF and not is_local(settings.endpoint)
+    return Finding("warning" if is_naked else "ok", subject, "; ".join(words))
+
+
+def _hint(fault: UpstreamFault) -> str:
+    """What an error of TLS that nobody remembers usually means."""
+    if "WRONG_VERSION_NUMBER" in str(fault):
+        return "; this port does not begin with TLS: is smtp+starttls:// meant?"
+    if "unable to get local issuer" in str(fault) or "self-signed" in str(fault):
+        return "; name its authority by ca_file"
+    return ""
+
+
+def _after(seen: _Phases) -> str:
+    return f"after {seen.last}" if seen.last not in (None, DeliveryPhase.POOL) else "before a connection"
+
+
+def _offered(extensions: Extensions) -> str:
+    names = {
+        "PIPELINING": extensions.pipelining,
+        "8BITMIME": extensions.eight_bit_mime,
+        "SMTPUTF8": extensions.smtputf8,
+        "CHUNKING": extensions.chunking,
+        "DSN": extensions.dsn,
+        "REQUIRETLS": extensions.require_tls,
+    }
+    words = [name for name, is_offered in names.items() if is_offered]
+    if extensions.size is not None:
+        words.append(f"SIZE {size_text(extensions.size)}")
+    return ", ".join(words) or "nothing beyond SMTP"
 
 
 # The collector -------------------------------------------------------------------------------------------------
@@ -273,13 +377,10 @@ async def check_collector(environ: Mapping[str, str]) -> Finding:
     where = Endpoint(parts.hostname or "", port)
     try:
         async with asyncio.timeout(PATIENCE_SECONDS):
-            reader, writer = await _open(where, context)
-            try:
+            async with _connection(where, context) as (reader, writer):
                 if target.protocol == "grpc":
                     return await _ask_grpc(subject, reader, writer)
                 return await _ask_http(subject, reader, writer, parts.path or "/", parts.netloc)
-            finally:
-                writer.close()
     except (OSError, TimeoutError, ValueError) as error:
         return Finding("failed", subject, f"cannot be reached: {_why(error)}")
 

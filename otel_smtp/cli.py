@@ -20,7 +20,7 @@ from otel_smtp.config import Flag, Settings, SettingsError, assignment, load
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from otel_smtp.app import Ready
+    from otel_smtp.app import Gateway, Ready
     from otel_smtp.config.values import Kind
 
 FAILED: Final = 1
@@ -198,17 +198,70 @@ def ready_line(ready: "Ready") -> str:
 def check(
     context: typer.Context,
     everything: Annotated[bool, typer.Option("--all", "-a", help="Show every setting, defaults too.")] = False,
+    connect: Annotated[
+        bool, typer.Option("--connect", help="Try listeners, upstreams and collector; no mail is sent.")
+    ] = False,
     listen: ListenOption = None,
     upstream: UpstreamOption = None,
     config: ConfigOption = None,
     assignments: SetOption = None,
 ) -> None:
-    """Read the settings and print what would run."""
+    """Read the settings and print what would run; with --connect, try it. Exit status 1 where something fails."""
+    from otel_smtp.telemetry.logs import set_up_logging
+
+    set_up_logging("auto", "warning", sys.stderr)
     settings = _settings(context, config=config, assignments=assignments, listen=listen or (), upstream=upstream or ())
-    _print_plan(settings, everything=everything)
+    gateway = _never_started(settings)
+    settings = gateway.settings
+    _print_plan(settings, traces_to=gateway.ready.traces_to, everything=everything)
+    if connect and not _try_everything(settings):
+        raise typer.Exit(FAILED)
 
 
-def _print_plan(settings: Settings, *, everything: bool) -> None:
+def _never_started(settings: Settings) -> "Gateway":
+    """A gateway that is made only, so that certificates, users and OTEL_* variables are read too."""
+    from otel_smtp.app import WRONG_FILES, Gateway
+
+    try:
+        return Gateway(settings)
+    except WRONG_FILES as error:
+        _complain("what the settings name is refused", str(error))
+        raise typer.Exit(WRONG) from None
+
+
+def _try_everything(settings: Settings) -> bool:
+    """Print each finding as it comes; whether nothing failed."""
+    import asyncio
+
+    from otel_smtp.app import upstream_settings
+    from otel_smtp.checking import Finding, check_collector, check_listeners, check_status, check_upstream
+    from otel_smtp.telemetry.logs import set_up_logging
+    from otel_smtp.terminal.tables import verdict_line
+
+    # What goes wrong is a finding here, and needs no log line too.
+    set_up_logging("auto", "error", sys.stderr)
+    console = _console()
+    console.print()
+    found: list[Finding] = []
+
+    def tell(finding: Finding) -> None:
+        found.append(finding)
+        console.print(verdict_line(*finding), soft_wrap=True)
+
+    async def check_all() -> None:
+        async for finding in check_listeners(settings):
+            tell(finding)
+        if (status := check_status(settings)) is not None:
+            tell(status)
+        for upstream in settings.upstream:
+            tell(await check_upstream(upstream_settings(upstream), settings.hostname))
+        tell(await check_collector(os.environ))
+
+    asyncio.run(check_all())
+    return all(finding.verdict != "failed" for finding in found)
+
+
+def _print_plan(settings: Settings, *, traces_to: str, everything: bool) -> None:
     from otel_smtp.config import describe
     from otel_smtp.terminal.tables import table, verdict_line
 
@@ -250,11 +303,13 @@ def _print_plan(settings: Settings, *, everything: bool) -> None:
         )
     )
     console.print()
+    console.print(f"[bold]Status[/] {shown['status.address']}   [bold]Traces[/] to {traces_to}", soft_wrap=True)
+    console.print()
     wanted = [row for row in rows if everything or row.origin != "default"]
     title = "Settings" if everything else "Settings that are set"
     console.print(table(title, ("key", "value", "set in"), wanted))
     for warning in settings.warnings:
-        console.print(verdict_line("warning", "warning", warning))
+        console.print(verdict_line("warning", "warning", warning), soft_wrap=True)
 
 
 def _serves(senders: Sequence[str], recipients: Sequence[str]) -> str:
@@ -305,7 +360,7 @@ def send(
             sender=sender,
             recipients=to,
             content=content,
-            tell=lambda said, code, text: console.print(exchange_line(said, code, text)),
+            tell=lambda said, code, text: console.print(exchange_line(said, code, text), soft_wrap=True),
             user=user,
             password=password,
             ca_file=str(ca_file) if ca_file else None,

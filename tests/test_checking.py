@@ -1,17 +1,32 @@
 """`check --connect`: listeners, certificates and collectors that are right, wrong, away or somebody else."""
 
+import asyncio
 import socket
+import ssl
 import threading
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import msgspec
 import pytest
 import trustme
 
-from otel_smtp.checking import Finding, check_certificate, check_collector, check_listeners, collector
-from otel_smtp.config import Listener, load
+from otel_smtp.checking import (
+    Finding,
+    check_certificate,
+    check_collector,
+    check_listeners,
+    check_status,
+    check_upstream,
+    collector,
+)
+from otel_smtp.config import Listener, Status, load
+from otel_smtp.forwarding.settings import UpstreamSettings
+from otel_smtp.observer import Endpoint
 from otel_smtp.smtp.states import TlsMode
+from tests.support.capture import CapturingUpstream
 from tests.support.otlp_receiver import OtlpReceiver
 
 
@@ -57,6 +72,54 @@ async def test_an_address_that_is_taken_is_asked_who_has_it(greeting: bytes, ver
     assert (finding.verdict, finding.detail) == (verdict, detail)
 
 
+@pytest.mark.parametrize(
+    ("recipient_reply", "allows_us", "verdict", "detail"),
+    [
+        (b"250 2.1.5 Ok", False, "failed", "RELAYS FOR ANYBODY"),
+        (b"250 2.1.5 Ok", True, "ok", "which is in allow"),
+        (b"550 5.7.1 Relaying denied", False, "ok", "550 5.7.1 Relaying denied"),
+    ],
+)
+async def test_a_gateway_that_others_reach_is_asked_to_relay_for_a_stranger(
+    recipient_reply: bytes, allows_us: bool, verdict: str, detail: str
+) -> None:
+    own = own_address()
+    heard: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"220 gw.example ESMTP otel_smtp\r\n")
+        while line := await reader.readline():
+            heard.append(line.split()[0])
+            is_recipient = line.startswith(b"RCPT")
+            writer.write((recipient_reply if is_recipient else b"250-gw\r\n250 Ok") + b"\r\n")
+        writer.close()
+
+    server = await asyncio.start_server(serve, "0.0.0.0", 0)
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        allow = [f"{own}/32"] if allows_us else []
+        values = {
+            "upstream": [{"url": "smtp://127.0.0.1:1"}],
+            "listener": [{"address": [f"0.0.0.0:{port}"], "allow": allow}],
+        }
+        who, relays = await listed(check_listeners(load(values=values)))
+    assert who.verdict == "ok"
+    assert relays.verdict == verdict
+    assert own in relays.detail
+    assert detail in relays.detail
+    assert [verb for verb in heard if verb != b"QUIT"] == [b"EHLO", b"MAIL", b"RCPT"]
+
+
+def own_address() -> str:
+    """This machine's address that is not loopback; what is sent to it never leaves the machine."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))
+        except OSError:
+            pytest.skip("this machine has the loopback interface only")
+        return str(probe.getsockname()[0])
+
+
 async def test_a_path_that_is_no_socket_or_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (finding,) = await findings_for(f"unix:{tmp_path}/file")
@@ -66,6 +129,82 @@ async def test_a_path_that_is_no_socket_or_cannot_be_made(tmp_path: Path) -> Non
     assert "cannot be made" in finding.detail
     (finding,) = await findings_for(f"unix:{tmp_path}/s")
     assert finding.verdict == "ok"
+
+
+@pytest.mark.parametrize(("is_asked_for", "verdict"), [(True, "failed"), (False, "warning")])
+def test_a_status_port_that_is_taken(is_asked_for: bool, verdict: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = Endpoint("127.0.0.1", taken.getsockname()[1])
+        settings = load(values={"upstream": [{"url": "smtp://127.0.0.1:1"}], "status": {"address": str(address)}})
+        if not is_asked_for:
+            settings = msgspec.structs.replace(settings, origins={})
+        finding = check_status(settings)
+    assert finding is not None
+    assert finding.verdict == verdict
+    assert "is taken" in finding.detail
+    assert check_status(msgspec.structs.replace(settings, status=Status(address=None))) is None
+
+
+# Upstreams ----------------------------------------------------------------------------------------------------
+
+
+async def test_an_upstream_is_connected_to_and_no_mail_is_begun() -> None:
+    with CapturingUpstream() as upstream:
+        settings = UpstreamSettings("provider", "127.0.0.1", upstream.port)
+        finding = await check_upstream(settings, "gw.example")
+        (connection,) = upstream.connections
+        assert [line.split()[0] for line in connection.commands][:1] == [b"EHLO"]
+        assert not any(line.startswith(b"MAIL") for line in connection.commands)
+        assert finding.verdict == "ok"
+        assert finding.detail.startswith(
+            "answers; no TLS; offers PIPELINING, 8BITMIME, SMTPUTF8, CHUNKING, DSN, SIZE 50MiB"
+        )
+        assert finding.subject == f"upstream provider 127.0.0.1:{upstream.port}"
+
+
+async def test_an_upstreams_tls_is_verified_and_told(tmp_path: Path) -> None:
+    ca = trustme.CA()
+    ca.cert_pem.write_to_path(tmp_path / "ca.pem")
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    ca.issue_cert("127.0.0.1").configure_cert(context)
+    with CapturingUpstream(tls=context) as upstream:
+        settings = UpstreamSettings(
+            "p", "127.0.0.1", upstream.port, tls=TlsMode.STARTTLS, ca_file=str(tmp_path / "ca.pem")
+        )
+        assert "TLS 1.3, verified" in (await check_upstream(settings, "gw.example")).detail
+        unknown = replace(settings, ca_file=None)
+        finding = await check_upstream(unknown, "gw.example")
+        assert finding.verdict == "failed"
+        assert finding.detail.endswith("after ehlo; name its authority by ca_file")
+        finding = await check_upstream(replace(settings, server_name="other.example"), "gw.example")
+        assert "IP address mismatch" in finding.detail or "Hostname mismatch" in finding.detail
+
+
+async def test_an_upstream_without_tls_where_it_is_wanted() -> None:
+    with CapturingUpstream() as upstream:
+        settings = UpstreamSettings("p", "127.0.0.1", upstream.port, tls=TlsMode.STARTTLS)
+        finding = await check_upstream(settings, "gw.example")
+        assert (finding.verdict, finding.detail) == ("failed", "STARTTLS is not offered, after ehlo")
+        finding = await check_upstream(replace(settings, tls=TlsMode.IMPLICIT), "gw.example")
+        assert "is smtp+starttls:// meant?" in finding.detail
+
+
+async def test_an_upstream_that_refuses_is_quoted() -> None:
+    with _Says(b"554 5.7.1 not you\r\n") as server:
+        finding = await check_upstream(UpstreamSettings("p", "127.0.0.1", server.port), "gw.example")
+    assert finding.verdict == "failed"
+    assert "554 5.7.1 not you, after greeting" in finding.detail
+
+
+async def test_an_upstream_that_is_away() -> None:
+    finding = await check_upstream(UpstreamSettings("p", "127.0.0.1", 1), "gw.example")
+    assert finding == Finding(
+        "failed", "upstream p 127.0.0.1:1", "no connection: ConnectionRefusedError, before a connection"
+    )
+    finding = await check_upstream(
+        UpstreamSettings("p", "127.0.0.1", 1, tls=TlsMode.IMPLICIT, ca_file="/nowhere"), "gw.example"
+    )
+    assert finding.detail == "its TLS files cannot be used: No such file or directory"
 
 
 # Certificates -------------------------------------------------------------------------------------------------
