@@ -77,9 +77,7 @@ def check_status(settings: Settings) -> Finding | None:
     subject = f"status {address}"
     finding = _bind(subject, address) or Finding("failed", subject, "is taken")
     if finding.verdict == "failed" and "status.address" not in settings.origins:
-        return finding._replace(
-            verdict="warning", detail=f"{finding.detail}; it is a default, so the gateway would run"
-        )
+        return Finding("warning", subject, f"{finding.detail}; it is a default, so the gateway would run")
     return finding
 
 
