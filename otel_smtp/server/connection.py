@@ -194,7 +194,6 @@ class Connection:
         "_session_ends",
         "_stream",
         "_transaction",
-        "_user",
     )
 
     def __init__(
@@ -227,7 +226,6 @@ class Connection:
         self._auth: Exchange | None = None
         self._helo = ""
         self._is_extended = False
-        self._user: str | None = None
         self._request_began = 0.0
         self._request_octets = 0
         self._returned: Event | None = None
@@ -483,7 +481,6 @@ class Connection:
             case Challenge(data):
                 self._protocol.challenge(data)
             case Accepted(user):
-                self._user = user
                 self._seen.authenticated(user, exchange.mechanism)
                 self._protocol.reply(replies.AUTH_SUCCEEDED)
             case _:
@@ -510,7 +507,7 @@ class Connection:
 
     async def _begin_transaction(self, event: MailRequested) -> None:
         mail = event.mail
-        if self._policy.protocol.auth_mechanisms and not self._is_allowed() and self._user is None:
+        if self._policy.protocol.auth_mechanisms and not (self._is_allowed() or self._protocol.is_authenticated):
             self._protocol.reply(replies.AUTH_REQUIRED)
             return
         seen = self._seen.transaction_begun(mail, self._protocol.transactions + 1)

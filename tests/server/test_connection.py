@@ -2,18 +2,20 @@
 
 import asyncio
 import ipaddress
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 
 from otel_smtp.forwarding.base import DeliveryFailed, Permanent, Transient
 from otel_smtp.observer import ConnectionInfo, Endpoint, Outcome
 from otel_smtp.server.connection import Connection, ListenerPolicy, ServerTimeouts, is_in
+from otel_smtp.server.users import Authenticator, Users
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.server import ServerPolicy
-from otel_smtp.smtp.states import CloseReason, raise_illegal
+from otel_smtp.smtp.states import CloseReason, TlsMode, raise_illegal
 from tests.server.keeping import KeepingForwarder, NotingConnection
 from tests.support.fake_stream import LOCAL, PEER, FakeStream
 from tests.support.waiting import until
@@ -310,3 +312,50 @@ async def test_a_client_that_speaks_before_the_greeting_is_not_served(
 def test_networks_hold_addresses_of_both_families(host: str, is_listed: bool) -> None:
     networks = (ipaddress.ip_network("10.0.0.0/8"), ipaddress.ip_network("fe80::/10"))
     assert is_in(networks, host) is is_listed
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """A password that is checked at no cost."""
+
+    password: str
+
+    def is_proven_by(self, password: str) -> bool:
+        return password == self.password
+
+    def like_this(self) -> "Known":
+        return Known("nobody's")
+
+    @property
+    def cost(self) -> str:
+        return "none"
+
+
+STRANGERS = replace(
+    POLICY,
+    allow=(),
+    protocol=ServerPolicy("gw.example.com", tls_mode=TlsMode.STARTTLS, auth_mechanisms=("PLAIN",), auth_in_clear=True),
+    tls_context=lambda: ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER),
+    authenticator=Authenticator(Users({"user": Known("secret")})),
+)
+LOGIN = b"AUTH PLAIN AHVzZXIAc2VjcmV0\r\n"
+
+
+async def test_who_may_not_relay_by_address_must_authenticate() -> None:
+    async with serving(STRANGERS) as served:
+        served.stream.feed(b"EHLO c\r\nMAIL FROM:<a@example.com>\r\n")
+        await served.stream.sends(b"530 5.7.0 ")
+        served.stream.feed(LOGIN)
+        await served.stream.sends(b"235 ")
+        served.stream.feed(b"MAIL FROM:<a@example.com>\r\n")
+        await served.stream.sends(b"250 2.1.0 ")
+
+
+async def test_who_authenticated_in_clear_is_a_stranger_again_under_tls() -> None:
+    async with serving(STRANGERS) as served:
+        served.stream.feed(b"EHLO c\r\n" + LOGIN)
+        await served.stream.sends(b"235 ")
+        served.stream.feed(b"STARTTLS\r\n")
+        await served.stream.sends(b"220 2.0.0 ")
+        served.stream.feed(b"EHLO c\r\nMAIL FROM:<a@example.com>\r\n")
+        await served.stream.sends(b"530 5.7.0 ")
