@@ -392,6 +392,49 @@ def test_exhaustion_at_accept_is_recognised() -> None:
     assert not is_accept_exhausted({"message": "m"})
 
 
+async def test_a_second_drainer_is_refused() -> None:
+    async with joined() as pair:
+        pair.client.pause_reading()
+        pair.server.write(bytes(20_000_000))
+        first = asyncio.ensure_future(pair.server.drain())
+        await asyncio.sleep(0)
+        with pytest.raises(RuntimeError):
+            await pair.server.drain()
+        first.cancel()
+        with suppress(asyncio.CancelledError):
+            await first
+
+
+async def test_a_repr_tells_ends_and_state() -> None:
+    assert repr(Stream()) == "<Stream not connected clear>"
+    async with joined() as pair:
+        assert repr(pair.server) == f"<Stream {pair.server.local} <-> {pair.server.peer} clear>"
+        pair.client.abort()
+        await until(lambda: pair.server.is_eof)
+        await pair.client.wait_closed()
+        assert repr(pair.client).endswith(" lost>")
+
+
+async def test_a_cancelled_connect_leaves_no_connection() -> None:
+    listener, accepted = await accept_one()
+    connecting = asyncio.ensure_future(_race([(socket.AF_INET, ("127.0.0.1", listener.addresses[0].port))] * 3))
+    await asyncio.sleep(0)
+    connecting.cancel()
+    with suppress(asyncio.CancelledError):
+        await connecting
+    for _ in range(20):
+        await asyncio.sleep(0)
+    if accepted.done():
+        assert await asyncio.wait_for((await accepted).read(), SECONDS) == b""
+        (await accepted).abort()
+    listener.close()
+
+
+async def test_a_name_without_an_address_is_an_os_error() -> None:
+    with pytest.raises(OSError):
+        await _race([])
+
+
 # TLS ----------------------------------------------------------------------------------------------------------
 
 

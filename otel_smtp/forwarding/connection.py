@@ -143,7 +143,8 @@ class UpstreamConnection:
                     raise ConnectionLost("421", upstream_reply=answer.reply)
                 if answer.reply.code >= 400 and answer.verb in stop_at:
                     protocol.cancel_queued()
-                self.flush()
+                if protocol.has_queued:
+                    self.flush()
                 is_fresh = True
                 continue
             if is_fresh:

@@ -71,6 +71,7 @@ class Delivery:
         "_answers",
         "_connection",
         "_first_round_trip",
+        "_has_begun",
         "_is_over",
         "_mail",
         "_seen",
@@ -100,6 +101,7 @@ class Delivery:
         self._first_round_trip = connection.round_trips if was_reused else 0
         self._answers: list[Answer] = []  # of the exchange that is under way
         self._is_over = False
+        self._has_begun = False  # MAIL was sent
         self._was_taken = False  # the upstream said 2yz to the message
 
     def check(self) -> None:
@@ -125,6 +127,7 @@ class Delivery:
             UpstreamFault: no usable answer.
         """
         protocol = self._connection.protocol
+        self._connection.ensure_alive()
         if not self.is_open:
             self._begin(None)
         for recipient in recipients:
@@ -172,6 +175,7 @@ class Delivery:
         octets = len(header) + content.body_octets
         if self._is_too_big(octets):
             return replies.MESSAGE_TOO_BIG
+        connection.ensure_alive()
         self._begin(octets)
         for recipient in recipients:
             protocol.send_recipient(recipient)
@@ -270,8 +274,7 @@ class Delivery:
             return self._outcome_of_fault(fault)
         self._tell_phases()
         answers = self._take_answers()
-        if answers[0].verb is Verb.RSET and answers[0].reply.code >= 400:
-            raise OutOfStep("RSET refused")
+        self._check_reset(answers)
         reply = _refusal(answers) or _fold([reply for verb, reply in answers if verb is Verb.CONTENT])
         self._was_taken = reply.is_positive
         return reply
@@ -305,8 +308,9 @@ class Delivery:
             return
         self._is_over = True
         round_trips = self._connection.round_trips - self._first_round_trip
-        # RFC 3030 2 wants RSET after a chunk that was refused too.
-        self._connection.needs_reset = not self._was_taken
+        if self._has_begun:
+            # RFC 3030 2 wants RSET after a chunk that was refused too.
+            self._connection.needs_reset = not self._was_taken
         self.smarthost.release(self._connection, answered=answered)
         self._seen.ended(outcome, reply, round_trips=round_trips, error_type=error_type)
 
@@ -318,10 +322,9 @@ class Delivery:
 
     def _begin(self, octets: int | None) -> None:
         protocol = self._connection.protocol
-        self._connection.ensure_alive()
         if self._connection.needs_reset:
-            self._connection.needs_reset = False
             protocol.send_reset()
+        self._has_begun = True
         protocol.send_mail(self._mail, size=octets)
 
     async def _settle(self, stop_at: frozenset[Verb] = frozenset()) -> list[Answer]:
@@ -330,9 +333,14 @@ class Delivery:
         finally:
             self._tell_phases()
             answers = self._take_answers()
-        if answers and answers[0].verb is Verb.RSET and answers.pop(0).reply.code >= 400:
+        self._check_reset(answers)
+        return [answer for answer in answers if answer.verb is not Verb.RSET]
+
+    def _check_reset(self, answers: Sequence[Answer]) -> None:
+        if answers and answers[0].verb is Verb.RSET and answers[0].reply.code >= 400:
+            # What it keeps of the transaction before is anybody's guess.
+            self._connection.close()
             raise OutOfStep("RSET refused")
-        return answers
 
     def _tell_phases(self) -> None:
         for verb, reply in self._answers:

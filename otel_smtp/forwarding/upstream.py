@@ -12,6 +12,7 @@ a transaction, is tried once more on a fresh one, before the next in order.
 
 import asyncio
 import logging
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
@@ -262,7 +263,7 @@ class _Walk:
         return Permanent(tried[0].reply) if tried else Transient(replies.UPSTREAM_UNAVAILABLE)
 
 
-class _Transaction:
+class _Transaction(ABC):
     """What both strategies share: recipients and their routes, the content, and the end."""
 
     def __init__(
@@ -322,8 +323,9 @@ class _Transaction:
         delivery.end(_outcome_of(reply), own, error_type=reply.error_type, answered=True)
         return reply
 
+    @abstractmethod
     async def _send(self, delivery: Delivery, content: Content) -> Reply:
-        raise NotImplementedError
+        """Put what is still to be put, and send the content."""
 
     def _let_finish(self) -> None:
         """The client is gone, and the message is out of our hands: its outcome is recorded all the same."""

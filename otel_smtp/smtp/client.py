@@ -58,20 +58,12 @@ class Verb(StrEnum):
     QUIT = "QUIT"
 
 
-# The first digits that make sense (RFC 5321 4.3.2). 4 and 5 always do.
-_POSITIVE: Final[Mapping[Verb, str]] = {
-    Verb.GREETING: "2",
-    Verb.EHLO: "2",
-    Verb.STARTTLS: "2",
-    Verb.AUTH: "23",
-    Verb.MAIL: "2",
-    Verb.RCPT: "2",
-    Verb.DATA: "3",
-    Verb.CHUNK: "2",
-    Verb.CONTENT: "2",
-    Verb.RSET: "2",
-    Verb.NOOP: "2",
-    Verb.QUIT: "2",
+# The classes of codes that make sense (RFC 5321 4.3.2): 4yz and 5yz always do.
+_DONE: Final = frozenset({2, 4, 5})
+_CLASSES: Final[Mapping[Verb, frozenset[int]]] = {
+    **dict.fromkeys(Verb, _DONE),
+    Verb.DATA: frozenset({3, 4, 5}),
+    Verb.AUTH: frozenset({2, 3, 4, 5}),
 }
 # RFC 2920 3.1: "can only appear as the last command in a group, since their success or failure produces a change of
 # state which the client SMTP must accommodate". The last chunk ends a group since nothing may follow it unanswered.
@@ -250,6 +242,11 @@ class ClientProtocol:
         return self._pending[0] if self._pending else None
 
     @property
+    def has_queued(self) -> bool:
+        """Something may be there for `data_to_send`."""
+        return bool(self._queue or self._out)
+
+    @property
     def is_settled(self) -> bool:
         """Every command that was queued has its answer."""
         return not self._pending and not self._queue
@@ -298,7 +295,7 @@ class ClientProtocol:
         if not self._pending:
             return self._unasked(reply)
         verb = self._pending[0]
-        if str(reply.code)[0] not in f"{_POSITIVE[verb]}45":
+        if reply.code // 100 not in _CLASSES[verb]:
             raise self._broken(f"{verb} answered with {reply.code}")
         self._settle(verb, reply, lines)
         return Answer(verb, reply)
@@ -352,12 +349,13 @@ class ClientProtocol:
     def _take_reply(self) -> list[bytes] | None:
         """The lines of the next whole reply, without their line ends; None where it is not whole."""
         while True:
-            end = self._buffer.find(b"\n", self._position)
-            if (len(self._buffer) if end < 0 else end + 1) - self._position > self._max_line_octets:
+            buffer, position = self._buffer, self._position
+            end = buffer.find(b"\n", position)
+            if (len(buffer) if end < 0 else end + 1) - position > self._max_line_octets:
                 raise self._broken("reply line too long")
             if end < 0:
                 return None
-            line = self._buffer[self._position : end].removesuffix(b"\r")
+            line = buffer[position:end].removesuffix(b"\r")
             self._position = end + 1
             match = _REPLY_LINE.fullmatch(line)
             if match is None or (self._lines and self._lines[0][:3] != line[:3]):

@@ -12,7 +12,7 @@ from contextlib import suppress
 import pytest
 
 from otel_smtp.forwarding import breaker
-from otel_smtp.forwarding.base import ContentAborted
+from otel_smtp.forwarding.base import ContentAborted, Transient
 from otel_smtp.forwarding.breaker import BreakerState
 from otel_smtp.forwarding.settings import PoolLimits, Strategy, Timeouts, UpstreamSettings
 from otel_smtp.observer import Outcome
@@ -221,7 +221,7 @@ async def test_a_2yz_to_data_is_never_passed_on(strategy: Strategy) -> None:
 
 
 @pytest.mark.parametrize("phase", [Phase.MAIL, Phase.RCPT, Phase.REPLY])
-@pytest.mark.parametrize("extensions", [EXTENSIONS, NO_CHUNKING], ids=["chunking", "data"])
+@pytest.mark.parametrize("extensions", WAYS.values(), ids=WAYS)
 @both_strategies
 async def test_one_reply_too_many_spoils_the_connection_and_no_later_mail(
     strategy: Strategy, extensions: Sequence[str], phase: Phase
@@ -238,6 +238,62 @@ async def test_one_reply_too_many_spoils_the_connection_and_no_later_mail(
         assert second.told.code == 250
         assert len(upstream.kept) == held + 1
         assert upstream.connections == 2
+
+
+async def test_one_reply_too_many_between_two_groups_of_recipients() -> None:
+    faults = {Phase.RCPT: Fault(Kind.TWICE, times=1)}
+    async with ScriptedUpstream(faults=faults) as upstream, relaying(settings(upstream)) as forwarder:
+        seen = RecordedTransaction()
+        transaction = await forwarder.begin(MAIL, seen)
+        assert [reply.code for reply in await transaction.recipients([BOB])] == [250]
+        with pytest.raises(Transient) as caught:
+            await transaction.recipients([CAROL])
+        assert caught.value.reply is replies.UPSTREAM_PROTOCOL
+        await transaction.abort()
+        assert forwarder.snapshot()[0].pool.idle == 0
+
+
+async def test_a_421_between_two_groups_of_recipients_is_a_lost_connection() -> None:
+    async with ScriptedUpstream() as upstream, relaying(settings(upstream)) as forwarder:
+        transaction = await forwarder.begin(MAIL, RecordedTransaction())
+        await transaction.recipients([BOB])
+        await upstream.say_all(b"421 4.3.2 shutting down\r\n")
+        assert [reply.code for reply in await transaction.recipients([CAROL])] == [250]
+        assert (await transaction.content(in_chunks(CHUNKS))).code == 250
+        assert upstream.connections == 2
+        assert upstream.kept[0].addresses == ("bob@example.net", "carol@example.net")
+
+
+@both_strategies
+async def test_a_refused_reset_ends_the_connection_and_is_no_verdict(strategy: Strategy) -> None:
+    faults = {
+        Phase.REPLY: Fault(Kind.REFUSE, b"550 5.7.1 spam\r\n", times=1),
+        Phase.RSET: Fault(Kind.REFUSE, b"500 5.5.2 what\r\n", times=1),
+    }
+    async with (
+        ScriptedUpstream(faults=faults) as upstream,
+        relaying(settings(upstream), strategy=strategy) as forwarder,
+    ):
+        assert (await relay(forwarder)).told.code == 550
+        assert (await relay(forwarder)).told is replies.UPSTREAM_PROTOCOL
+        assert (await relay(forwarder)).told.code == 250
+        assert upstream.connections == 2
+
+
+async def test_lmtp_that_breaks_off_between_its_verdicts() -> None:
+    """One recipient has the mail: the client must keep it for the other, whatever that costs the first."""
+    for verdict, told, outcome in (
+        (b"421 4.3.2 bye\r\n", replies.SOME_RECIPIENTS_REFUSED, Outcome.DEFERRED),
+        (b"", replies.OUTCOME_UNKNOWN, Outcome.UNKNOWN),
+    ):
+        answers = {"bob@example.net": b"250 2.0.0 delivered\r\n", "carol@example.net": verdict}
+        async with ScriptedUpstream(is_lmtp=True, lmtp_verdict=answers.get) as upstream:
+            timeouts = Timeouts(5, 5, 5, 5, 5, SHORT, 5)
+            async with relaying(settings(upstream, is_lmtp=True, timeouts=timeouts)) as forwarder:
+                relayed = await relay(forwarder, BOB, CAROL)
+                assert relayed.told is told
+                assert relayed.seen.outcomes == [("up", outcome)]
+                assert forwarder.snapshot()[0].pool.idle == 0
 
 
 # Kept connections ---------------------------------------------------------------------------------------------

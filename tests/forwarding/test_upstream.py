@@ -462,6 +462,31 @@ async def test_senders_and_recipients_choose_the_upstream(strategy: Strategy) ->
         assert inner.kept[-1].addresses == ("bob@example.net", "carol@example.net")
 
 
+async def test_recipients_with_one_preferred_upstream_share_only_the_spare_ones_of_all() -> None:
+    """The second upstream is for example.net alone: it may not get a mail that has other recipients too."""
+    faults = {Phase.GREETING: Fault(Kind.CLOSE)}
+    other = Recipient("x@example.org")
+    async with ScriptedUpstream(faults=faults) as first, ScriptedUpstream() as second, ScriptedUpstream() as third:
+        async with relaying(
+            settings(first, "first"),
+            settings(second, "second", recipients=("*@example.net",)),
+            settings(third, "third"),
+            strategy=Strategy.BUFFERED,
+        ) as forwarder:
+            assert (await relay(forwarder, BOB, other)).told.code == 250
+            assert (len(second.kept), len(third.kept)) == (0, 1)
+        async with relaying(
+            settings(first, "first"),
+            settings(second, "second", recipients=("*@example.net",)),
+            settings(third, "third"),
+        ) as forwarder:
+            seen = RecordedTransaction()
+            transaction = await forwarder.begin(MAIL, seen)
+            assert [reply.code for reply in await transaction.recipients([BOB])] == [250]
+            assert await transaction.recipients([other]) == [replies.OTHER_ROUTE]  # the second has the mail by now
+            await transaction.abort()
+
+
 async def test_nobody_serves_a_sender_or_a_recipient() -> None:
     async with (
         ScriptedUpstream() as upstream,

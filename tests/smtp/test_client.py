@@ -467,6 +467,56 @@ def test_a_421_behind_the_final_250_leaves_it_true() -> None:
     assert not client.is_in_step
 
 
+def test_a_refusal_before_the_end_of_the_content_is_an_answer_to_it() -> None:
+    client = greeted(("PIPELINING",))
+    client.send_data()
+    client.data_to_send()
+    fed(client, b"354 go\r\n")
+    client.send_content(b"much\r\n")
+    assert fed(client, b"552 enough\r\n") == [(Verb.CONTENT, 552)]
+    assert not client.is_in_step
+
+
+def test_a_reply_to_content_that_has_not_ended_is_a_fault() -> None:
+    client = greeted(("PIPELINING",))
+    client.send_data()
+    client.data_to_send()
+    fed(client, b"354 go\r\n")
+    client.receive_data(b"250 taken\r\n")
+    with pytest.raises(RemoteProtocolError):
+        client.end_content()  # it would be taken for the answer to the message
+    chunked = greeted()
+    chunked.begin_last_chunk(10)
+    chunked.send_chunk_octets(b"12345")
+    chunked.data_to_send()
+    chunked.receive_data(b"250 taken\r\n")
+    with pytest.raises(RemoteProtocolError):
+        chunked.next_answer()
+
+
+def test_a_chunk_in_pieces() -> None:
+    client = greeted()
+    client.send_noop()
+    with pytest.raises(LocalProtocolError):
+        client.begin_last_chunk(5)  # something is queued before it
+    assert client.data_to_send() == b"NOOP\r\n"
+    assert client.awaited == Verb.NOOP
+    assert fed(client, b"250 ok\r\n") == [(Verb.NOOP, 250)]
+    assert not client.awaited
+    client.begin_last_chunk(5)
+    client.send_chunk_octets(b"123")
+    with pytest.raises(LocalProtocolError):
+        client.send_reset()
+    with pytest.raises(LocalProtocolError):
+        client.send_chunk_octets(b"456")
+    client.send_chunk_octets(b"45")
+    assert client.data_to_send() == b"BDAT 5 LAST\r\n12345"
+    assert fed(client, b"250 ok\r\n") == [(Verb.CONTENT, 250)]
+    assert client.is_in_step
+    with pytest.raises(LocalProtocolError):
+        greeted(("PIPELINING",)).begin_last_chunk(5)
+
+
 # STARTTLS and AUTH --------------------------------------------------------------------------------------------
 
 
@@ -500,6 +550,13 @@ def test_octets_between_the_220_and_tls_are_an_injection(injected: bytes, in_one
     client.receive_data(injected)
     with pytest.raises(RemoteProtocolError):
         client.tls_started()
+    read = greeted()
+    read.send_starttls()
+    read.data_to_send()
+    fed(read, b"220 go\r\n")
+    read.receive_data(injected)
+    with pytest.raises(RemoteProtocolError):
+        read.next_answer()
 
 
 def test_tls_cannot_start_unasked() -> None:

@@ -165,6 +165,14 @@ class ScriptedUpstream:
         for writer in list(self._writers):
             writer.transport.abort()
 
+    async def say_all(self, unasked: bytes) -> None:
+        """Say something on every connection, unasked, and give the other side the time to hear it."""
+        for writer in self._writers:
+            writer.write(unasked)
+            await writer.drain()
+        for _ in range(5):
+            await asyncio.sleep(0)
+
     @property
     def open_connections(self) -> int:
         return len(self._writers)
@@ -466,7 +474,7 @@ class _Session:
         self.clear()
         if self.upstream.is_lmtp and kept.recipients:
             verdicts = [self.upstream.lmtp_verdict(address) for address in kept.addresses]
-            usual = b"".join(verdict or b"250 2.0.0 delivered\r\n" for verdict in verdicts)
+            usual = b"".join(b"250 2.0.0 delivered\r\n" if verdict is None else verdict for verdict in verdicts)
             taken = not all(verdicts)
         else:
             usual, taken = f"250 2.0.0 kept as {len(self.upstream.kept) + 1}\r\n".encode(), bool(kept.recipients)
