@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 import ssl
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
@@ -29,6 +29,7 @@ from otel_smtp.forwarding.settings import (
 )
 from otel_smtp.forwarding.upstream import CLOSE_GRACE_SECONDS, UpstreamForwarder, UpstreamSnapshot
 from otel_smtp.net import is_accept_exhausted
+from otel_smtp.notify import ServiceManager
 from otel_smtp.observer import ConnectionInfo, Endpoint, Observer, StateCallback, fan_out
 from otel_smtp.server.connection import ListenerPolicy, ServerTimeouts
 from otel_smtp.server.listener import Listening, Server
@@ -110,7 +111,7 @@ class Gateway:
             self._status_port = _StatusPort(self, settings.status.address, redaction)
             members.append(self._status_port.live)
             span_sinks = [*span_sinks, self._status_port]
-        self._telemetry = set_up(_telemetry_options(settings, redaction, span_sinks))
+        self._telemetry = set_up(_telemetry_options(settings, redaction, span_sinks, self._upstream_connections))
         members.insert(0, self._telemetry.observer)
         if conn_state is not None:
             members.append(StateCallback(conn_state))
@@ -150,18 +151,18 @@ class Gateway:
 
     def metrics(self, accept: str) -> tuple[bytes, str]:
         """The metrics page, and its content type, for a scraper that accepts `accept`."""
-        from prometheus_client import CollectorRegistry, ProcessCollector
-        from prometheus_client.exposition import choose_encoder
-
-        encode, content_type = choose_encoder(accept)
-        registry = CollectorRegistry()
-        ProcessCollector(registry=registry)
-        return encode(registry), content_type
+        return self._telemetry.metrics_page(accept)
 
     @property
     def is_draining(self) -> bool:
         """Whether the gateway shuts down."""
         return self._server.is_draining
+
+    def _upstream_connections(self) -> Iterator[tuple[str, str, int]]:
+        for upstream in self._forwarder.snapshot():
+            yield upstream.name, "idle", upstream.pool.idle
+            yield upstream.name, "busy", upstream.pool.busy
+            yield upstream.name, "opening", upstream.pool.opening
 
     def upstreams(self) -> Sequence[UpstreamSnapshot]:
         """The upstreams at this moment, in the order of preference."""
@@ -308,6 +309,8 @@ class _StatusPort:
             checks={"draining": self._draining, "upstream": self._no_upstream},
             metrics=gateway.metrics,
             upstreams=self._upstreams,
+            trace_url=gateway.settings.status.trace_url,
+            allow=gateway.settings.status.allow,
             about={"hostname": gateway.settings.hostname, "version": __version__, "traces": gateway.ready.traces_to},
         )
         try:
@@ -357,7 +360,12 @@ def _redaction(settings: Settings) -> Redaction:
     )
 
 
-def _telemetry_options(settings: Settings, redaction: Redaction, span_sinks: Sequence[SpanSink]) -> TelemetryOptions:
+def _telemetry_options(
+    settings: Settings,
+    redaction: Redaction,
+    span_sinks: Sequence[SpanSink],
+    upstream_connections: Callable[[], Iterator[tuple[str, str, int]]],
+) -> TelemetryOptions:
     telemetry = settings.telemetry
     return TelemetryOptions(
         version=__version__,
@@ -368,6 +376,7 @@ def _telemetry_options(settings: Settings, redaction: Redaction, span_sinks: Seq
         segment_age_seconds=telemetry.segment_age,
         probes=telemetry.probes,
         listeners=span_sinks,
+        upstream_connections=upstream_connections,
     )
 
 
@@ -468,7 +477,10 @@ async def serve(settings: Settings, on_ready: OnReady, *, reuse_port: bool = Fal
         loop.add_signal_handler(number, on_signal)
     loop.add_signal_handler(signal.SIGHUP, gateway.reload_certificates)
     on_ready(gateway.ready)
+    manager = ServiceManager(os.environ.get("NOTIFY_SOCKET"))
+    manager.ready(f"relaying, pid {os.getpid()}")
     await asked.wait()
+    manager.stopping(settings.timeouts.shutdown_grace)
     logger.info("draining", extra={"grace_seconds": settings.timeouts.shutdown_grace})
     drain = loop.create_task(gateway.stop())
     second = loop.create_task(again.wait())

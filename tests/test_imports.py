@@ -122,6 +122,8 @@ ROOMS: Final = {
     "otel_smtp.sending": Room(("otel_smtp.config", *SMTP_TYPES)),
     "otel_smtp.demo": Room((*_ADAPTER, "otel_smtp.config", "otel_smtp.server", "otel_smtp.terminal")),
     "otel_smtp.demo.show": _EVERYTHING,
+    # One datagram to whoever started us.
+    "otel_smtp.notify": Room(()),
     "otel_smtp.app": _EVERYTHING,
     "otel_smtp.cli": _EVERYTHING,
     "otel_smtp.__main__": Room(("otel_smtp.cli",)),

@@ -370,6 +370,18 @@ class Status(Table, frozen=True, kw_only=True):
             "8080 and 9090 collide in pods",
         ),
     ] = Endpoint("127.0.0.1", 9925)
+    allow: Annotated[
+        tuple[Network, ...],
+        Key("networks that see the page and its API; probes and metrics answer everybody", Many(NetworkKind())),
+    ] = LOOPBACK_NETWORKS
+    trace_url: Annotated[
+        str,
+        Key(
+            "where a backend shows a trace; the page links there",
+            Text("an http or https URL with {trace_id} in it", r"https?://[^\s{}]+\{trace_id\}[^\s{}]*"),
+            default="no link",
+        ),
+    ] = ""
 
 
 class Log(Table, frozen=True, kw_only=True):

@@ -35,6 +35,7 @@ from opentelemetry.sdk.trace.sampling import (
 from otel_smtp.observer import Observer
 from otel_smtp.telemetry.attributes import DEFAULT_SERVICE_NAME
 from otel_smtp.telemetry.logs import AccessLog, StateLogger
+from otel_smtp.telemetry.metrics import ConnectionCounts, Metrics
 from otel_smtp.telemetry.propagation import InboundPolicy
 from otel_smtp.telemetry.records import SpanSink
 from otel_smtp.telemetry.redaction import Redaction
@@ -71,6 +72,7 @@ class TelemetryOptions:
         policies: what to make of a message's trace context, by listener's name.
         access_log: write a line for each connection, transaction and delivery, if the log's level lets it through.
         listeners: take every finished span, also those that are not sampled.
+        upstream_connections: connections to upstreams now, for the metrics.
     """
 
     version: str = ""
@@ -82,19 +84,25 @@ class TelemetryOptions:
     probes: bool = False
     access_log: bool = True
     listeners: Sequence[SpanSink] = ()
+    upstream_connections: ConnectionCounts = tuple
 
 
 class Telemetry:
     """What was set up: the observer to be told, and the end of it.
 
     Attributes:
-        observer: to be told everything; a silent one where OTEL_SDK_DISABLED is true.
+        observer: to be told everything. Where OTEL_SDK_DISABLED is true it makes no trace, and counts all the same.
     """
 
-    def __init__(self, observer: Observer, tracing: Tracing | None, processors: Sequence["LazyProcessor"]) -> None:
-        self.observer = observer
+    def __init__(self, metrics: Metrics, tracing: Tracing | None, processors: Sequence["LazyProcessor"]) -> None:
+        self.observer: Observer = metrics
+        self._metrics = metrics
         self._tracing = tracing
         self._processors = processors
+
+    def metrics_page(self, accept: str) -> tuple[bytes, str]:
+        """The metrics for a scraper that accepts `accept`, and their content type."""
+        return self._metrics.page(accept)
 
     def rotate(self) -> None:
         """Begin new segments where the old ones are too old; call it every few seconds."""
@@ -144,7 +152,7 @@ def set_up(options: TelemetryOptions, environ: Mapping[str, str] = os.environ) -
         TelemetrySettingError: an OTEL_* variable has a value that can't be followed.
     """
     if _flag(environ, OTEL_SDK_DISABLED):
-        return Telemetry(Observer(), None, ())
+        return Telemetry(Metrics(Observer(), connections=options.upstream_connections), None, ())
     resource = resource_of(environ)
     processors = [LazyProcessor(make) for make in _span_processors(environ)]
     access_log = AccessLog()
@@ -161,7 +169,7 @@ def set_up(options: TelemetryOptions, environ: Mapping[str, str] = os.environ) -
         segment_age_seconds=options.segment_age_seconds,
         probes=options.probes,
     )
-    return Telemetry(tracing, tracing, processors)
+    return Telemetry(Metrics(tracing, connections=options.upstream_connections), tracing, processors)
 
 
 def describe_destination(environ: Mapping[str, str] = os.environ) -> str:

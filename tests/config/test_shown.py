@@ -19,7 +19,7 @@ upstream[].timeout: connect greeting command data block reply
 spool: directory url url_file retry max_age warn_after bounce
 telemetry: addresses addresses_hash_key addresses_hash_key_file client_ip state_events segment_events segment_age
 telemetry: trace_in_reply probes
-status: address
+status: address allow trace_url
 log: format level
 """
 
