@@ -18,10 +18,12 @@ from tests.support.process import until
 PACKAGES: Final = {
     "curl": "curl",
     "msmtp": "msmtp",
+    "promtool": "prometheus",
     "smtp-sink": "postfix",
     "smtp-source": "postfix",
     "strace": "strace",
     "swaks": "swaks",
+    "systemd-analyze": "systemd",
 }
 
 
