@@ -1,0 +1,176 @@
+"""Other relays: Python's and Node's usual parts put together, Haraka, Postfix."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Final
+
+from tests.bench.process import Child, free_port
+from tests.bench.targets.base import Place, Running, Target, UnavailableError
+from tests.bench.targets.gateway import collector
+
+_HERE: Final = Path(__file__).parent
+_NPM_SECONDS: Final = 240
+
+
+def _aiosmtpd(place: Place, *, traced: bool) -> Running:
+    port = free_port()
+    child = Child(
+        [
+            sys.executable, "-m", "tests.bench.targets.aiosmtpd_relay", str(port), str(place.upstream_port),
+            *(["--otel"] if traced else []),
+        ],
+        # Room for a segment's events: the SDK's own bound of 128 would drop the oldest and spare their encoding.
+        environment={**collector(place.collector_port), "OTEL_SPAN_EVENT_COUNT_LIMIT": "512"} if traced else None,
+        log=place.directory / "log",
+    )  # fmt: skip
+    return Running(child, port)
+
+
+def _npm(place: Place, *packages: str) -> Path:
+    """A directory with these packages installed; kept in the cache."""
+    home = place.cache / packages[0].lower()
+    if not (home / "node_modules" / packages[0]).is_dir():
+        if shutil.which("npm") is None:
+            raise UnavailableError("not installed: npm")
+        home.mkdir(parents=True, exist_ok=True)
+        (home / "package.json").write_text("{}", encoding="ascii")
+        try:
+            done = subprocess.run(
+                ["npm", "install", "--no-audit", "--no-fund", *packages],
+                cwd=home, capture_output=True, text=True, timeout=_NPM_SECONDS, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired as late:
+            raise UnavailableError(f"npm install {' '.join(packages)}: not done in {_NPM_SECONDS} s") from late
+        if done.returncode:
+            raise UnavailableError(f"npm install {' '.join(packages)}: {done.stderr.strip().splitlines()[-1]}")
+    return home
+
+
+def _nodemailer(place: Place) -> Running:
+    home = _npm(place, "nodemailer", "smtp-server")
+    port = free_port()
+    child = Child(
+        ["node", _HERE / "nodemailer_relay.js", str(port), str(place.upstream_port)],
+        environment={"NODE_PATH": str(home / "node_modules"), "NODE_ENV": "production"},
+        log=place.directory / "log",
+    )
+    return Running(child, port)
+
+
+def _haraka(place: Place) -> Running:
+    home = _npm(place, "Haraka")
+    port = free_port()
+    config = place.directory / "config"
+    config.mkdir()
+    for name, text in {
+        "smtp.ini": f"listen=127.0.0.1:{port}\nnodes=0\n",
+        "plugins": "relay\nqueue/smtp_forward\n",
+        "relay.ini": "[relay]\nacl=true\n",
+        "relay_acl_allow": "127.0.0.1/32\n",
+        "smtp_forward.ini": f"host=127.0.0.1\nport={place.upstream_port}\nenable_outbound=true\n",
+        "loglevel": "ERROR\n",
+        "databytes": "104857600\n",
+        "me": "relay.example.com\n",
+        "host_list": "",
+        "connection.ini": "[message]\ngreeting[]=relay.example.com\n[max]\nbytes=104857600\n",
+    }.items():
+        (config / name).write_text(text, encoding="ascii")
+    child = Child(
+        ["node", home / "node_modules" / "Haraka" / "bin" / "haraka", "-c", place.directory],
+        environment={"NODE_ENV": "production"},
+        log=place.directory / "log",
+    )
+    return Running(child, port)
+
+
+_POSTFIX_MAIN: Final = """
+compatibility_level = 3.6
+queue_directory = {home}/queue
+data_directory = {home}/data
+inet_interfaces = 127.0.0.1
+inet_protocols = ipv4
+myhostname = relay.example.com
+mydestination =
+mynetworks = 127.0.0.0/8
+alias_maps =
+local_recipient_maps =
+relayhost = [127.0.0.1]:{upstream_port}
+disable_dns_lookups = yes
+smtpd_peername_lookup = no
+smtpd_relay_restrictions = permit_mynetworks, reject
+smtpd_client_connection_count_limit = 0
+default_process_limit = 100
+default_destination_concurrency_limit = 20
+message_size_limit = 104857600
+mailbox_size_limit = 0
+smtp_connection_cache_on_demand = yes
+"""
+_POSTFIX_SERVICES: Final = """
+127.0.0.1:{port} inet n - n - - smtpd {options}
+cleanup unix n - n - 0 cleanup
+qmgr unix n - n 300 1 qmgr
+rewrite unix - - n - - trivial-rewrite
+bounce unix - - n - 0 bounce
+defer unix - - n - 0 bounce
+trace unix - - n - 0 bounce
+verify unix - - n - 1 verify
+flush unix n - n 1000? 0 flush
+proxymap unix - - n - - proxymap
+smtp unix - - n - - smtp
+relay unix - - n - - smtp
+error unix - - n - - error
+retry unix - - n - - error
+anvil unix - - n - 1 anvil
+scache unix - - n - 1 scache
+tlsmgr unix - - n 1000? 1 tlsmgr
+"""
+_QUEUES: Final = ("active", "bounce", "corrupt", "defer", "deferred", "flush", "hold", "incoming", "private", "saved")
+
+
+def _postfix(place: Place, *, options: str) -> Running:
+    master = Path("/usr/lib/postfix/sbin/master")
+    if not master.exists():
+        raise UnavailableError(f"not installed: {master}")
+    if os.geteuid() != 0:
+        raise UnavailableError("Postfix starts as root only")
+    home = place.directory
+    port = free_port()
+    config = home / "config"
+    for directory, mode, owner, group in [
+        (config, 0o755, "root", "root"),
+        (home / "queue", 0o755, "root", "root"),
+        (home / "queue/pid", 0o755, "root", "root"),
+        (home / "data", 0o700, "postfix", "postfix"),
+        (home / "queue/public", 0o2710, "postfix", "postdrop"),
+        (home / "queue/maildrop", 0o1730, "postfix", "postdrop"),
+        *((home / "queue" / name, 0o700, "postfix", "root") for name in (*_QUEUES, "trace")),
+    ]:
+        directory.mkdir()
+        shutil.chown(directory, owner, group)
+        directory.chmod(mode)
+    (config / "main.cf").write_text(_POSTFIX_MAIN.format(home=home, upstream_port=place.upstream_port))
+    (config / "master.cf").write_text(_POSTFIX_SERVICES.format(port=port, options=options))
+    # -d: stays in our process group, so that all of it ends with us.
+    return Running(Child([master, "-c", config, "-d"], log=home / "log"), port)
+
+
+AIOSMTPD = Target("aiosmtpd + aiosmtplib", lambda place: _aiosmtpd(place, traced=False))
+AIOSMTPD_TRACED = Target(
+    "aiosmtpd + aiosmtplib + OpenTelemetry SDK", lambda place: _aiosmtpd(place, traced=True), exports_spans=True
+)
+NODEMAILER = Target("nodemailer", _nodemailer)
+HARAKA = Target("Haraka smtp_forward", _haraka)
+POSTFIX_QUEUE = Target(
+    "Postfix queue",
+    lambda place: _postfix(place, options=""),
+    answers_before_delivery=True,
+    has_process_per_connection=True,
+)
+POSTFIX_PROXY = Target(
+    "Postfix smtpd_proxy_filter",
+    lambda place: _postfix(place, options=f"-o smtpd_proxy_filter=127.0.0.1:{place.upstream_port}"),
+    has_process_per_connection=True,
+)
