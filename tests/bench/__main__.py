@@ -70,7 +70,7 @@ def main() -> int:
             bench.load_rounds(chosen, cells, rounds=rounds, seconds=seconds)
             resting = _among(RESTING, chosen)
             bench.cold_start(resting, rounds=2 if options.quick else 5)
-            bench.idle_memory(resting, connections=200 if options.quick else 5000)
+            bench.idle_memory(resting, connections=200 if options.quick else 4900)
             bench.large_mails(_among((gateway.GATEWAY_TRACED,), chosen), mails=4 if options.quick else 100)
             if not options.quick:
                 bench.second_opinion(

@@ -19,7 +19,7 @@ EXPORT = {
 }
 # Loads are meant to reach the machine's bounds and not these. A client's bound does not hold on the loopback.
 _UNBOUNDED = {
-    "OTELSMTP_LIMITS__CONNECTIONS": "6000",
+    "OTELSMTP_LIMITS__CONNECTIONS": "5000",
     "OTELSMTP_LIMITS__MESSAGES_PER_CONNECTION": "100000000",
     "OTELSMTP_LIMITS__MESSAGE_SIZE": "100MiB",
     "OTELSMTP_STATUS__ADDRESS": "off",
