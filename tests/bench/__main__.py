@@ -55,7 +55,7 @@ RESTING: Final = (gateway.GATEWAY_OFF, gateway.GATEWAY_TRACED, peers.AIOSMTPD, p
 def main() -> int:
     """Measure and report; 0 if something was measured."""
     options = _options()
-    chosen = QUICK if options.quick else TARGETS
+    chosen: tuple[Target, ...] = QUICK if options.quick else TARGETS
     if options.only:
         chosen = tuple(target for target in chosen if any(part in target.name for part in options.only))
     cells = (HEADLINE,) if options.quick or options.headline else EVERY if options.every_cell else STANDARD

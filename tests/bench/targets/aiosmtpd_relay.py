@@ -57,7 +57,7 @@ class Relay:
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
 
-    async def handle_DATA(self, server: SMTP, session: Session, envelope: Envelope) -> str:  # noqa: N802 - aiosmtpd's
+    async def handle_DATA(self, server: SMTP, session: Session, envelope: Envelope) -> str:
         try:
             said = await self._pool.send(envelope, trace.INVALID_SPAN)
         except aiosmtplib.SMTPException:
@@ -142,7 +142,7 @@ class TracedRelay:
         self._pool = pool
         self._tracer = tracer
 
-    async def handle_MAIL(  # noqa: N802 - aiosmtpd's
+    async def handle_MAIL(
         self, server: TracedServer, session: Session, envelope: Envelope, address: str, options: list[str]
     ) -> str:
         envelope.mail_from = address
@@ -153,7 +153,7 @@ class TracedRelay:
         envelope.began_ns = time.time_ns()  # type: ignore[attr-defined]  # an attribute of our own on its envelope
         return "250 OK"
 
-    async def handle_DATA(self, server: TracedServer, session: Session, envelope: Envelope) -> str:  # noqa: N802 - aiosmtpd's
+    async def handle_DATA(self, server: TracedServer, session: Session, envelope: Envelope) -> str:
         states = server.states
         assert states is not None
         states.messages += 1

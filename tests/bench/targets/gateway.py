@@ -59,7 +59,7 @@ def start(
 
 
 def _hide_uvloop(directory: Path) -> Path:
-    """A directory for the module path in which uvloop is a module that can't be imported, as where it isn't installed."""
+    """A directory for the module path in which uvloop cannot be imported, as where it is not installed."""
     hiding = directory / "without_uvloop"
     hiding.mkdir(exist_ok=True)
     (hiding / "uvloop.py").write_text("raise ImportError('hidden by the benchmark')\n", encoding="ascii")
