@@ -16,8 +16,6 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any, Final, TextIO
 
-import structlog
-
 from otel_smtp.smtp.states import ConnState
 from otel_smtp.telemetry import attributes as names
 from otel_smtp.telemetry.attributes import ATTRIBUTES, Attributes, On
@@ -86,18 +84,19 @@ class JsonRenderer:
 
     def __init__(self) -> None:
         # One encoder for all lines: json.dumps makes a new one at each call that has arguments.
-        encode = json.JSONEncoder(ensure_ascii=True, default=str).encode
-        self._render = structlog.processors.JSONRenderer(serializer=lambda fields, **_: encode(fields))
+        self._encode = json.JSONEncoder(ensure_ascii=True, default=str).encode
 
     def __call__(self, fields: MutableMapping[str, Any]) -> str:
         """The line."""
-        return str(self._render(None, "", fields))
+        return self._encode(fields)
 
 
 class TextRenderer:
     """A line for people: time, level, event, then the values."""
 
     def __init__(self, *, colors: bool) -> None:
+        import structlog  # late: it brings rich, a fifth of the start-up of a gateway that writes JSON
+
         self._render = structlog.dev.ConsoleRenderer(colors=colors, pad_event_to=0)
 
     def __call__(self, fields: MutableMapping[str, Any]) -> str:
