@@ -120,12 +120,16 @@ class Demonstration:
     # What is printed
 
     def _say_where(self, gateway: Gateway, upstream: Endpoint) -> None:
-        where = " ".join(str(address) for address in gateway.addresses["local"])
-        self._console.print(Text.assemble(("gateway   ", "dim"), (where, "bold"), "  takes mail"))
-        self._console.print(
-            Text.assemble(("upstream  ", "dim"), str(upstream), f"  keeps it, refuses {REFUSED_ADDRESS}")
-        )
-        self._console.print(Text.assemble(("traces    ", "dim"), f"below, and {gateway.ready.traces_to}"))
+        ready = gateway.ready
+        where = " ".join(str(address) for address in ready.addresses["local"])
+        self._say("gateway", (where, "bold"), "  takes mail")
+        self._say("upstream", str(upstream), f"  keeps it, refuses {REFUSED_ADDRESS}")
+        if ready.status is not None:
+            self._say("page", (f"http://{ready.status}", "bold"), "  shows connections and traces as they happen")
+        self._say("traces", f"below; exported to {ready.traces_to}")
+
+    def _say(self, head: str, *parts: str | tuple[str, str]) -> None:
+        self._console.print(Text.assemble((head.ljust(10), "dim"), *parts), soft_wrap=True)
 
     def _draw(self, title: str, story: Sequence[DrawnSpan]) -> None:
         console = self._console
