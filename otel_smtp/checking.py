@@ -250,6 +250,9 @@ async def _connection(
 # Upstreams -----------------------------------------------------------------------------------------------------
 
 
+_NOT_CONNECTED: Final = (None, DeliveryPhase.POOL)
+
+
 class _Phases(DeliveryObserver):
     """Remembers how far a connection came."""
 
@@ -284,7 +287,14 @@ async def check_upstream(settings: UpstreamSettings, hostname: str) -> Finding:
         return Finding("failed", subject, f"no answer within {UPSTREAM_PATIENCE_SECONDS:g} s, {_after(seen)}")
     except UpstreamFault as fault:
         said = f": {fault.upstream_reply}" if fault.upstream_reply is not None else ""
-        return Finding("failed", subject, f"{fault}{said}, {_after(seen)}{_hint(fault)}")
+        cause = fault.__cause__
+        is_plain = isinstance(cause, OSError) and not isinstance(cause, ssl.SSLError)
+        what = (
+            f"no connection: {_why(cause)}"
+            if cause is not None and is_plain and seen.last in _NOT_CONNECTED
+            else str(fault)
+        )
+        return Finding("failed", subject, f"{what}{said}, {_after(seen)}{_hint(fault)}")
     finally:
         smarthost.close()
     words = [f"answers at {seen.peer}" if seen.peer != str(settings.endpoint) else "answers"]
@@ -306,7 +316,7 @@ def _hint(fault: UpstreamFault) -> str:
 
 
 def _after(seen: _Phases) -> str:
-    return f"after {seen.last}" if seen.last not in (None, DeliveryPhase.POOL) else "before a connection"
+    return f"after {seen.last}" if seen.last not in _NOT_CONNECTED else "before a connection"
 
 
 def _offered(extensions: Extensions) -> str:
@@ -437,7 +447,7 @@ def _is_http2(answer: bytes) -> bool:
 # Words ---------------------------------------------------------------------------------------------------------
 
 
-def _why(error: Exception) -> str:
+def _why(error: BaseException) -> str:
     if isinstance(error, TimeoutError):
         return f"no answer within {PATIENCE_SECONDS:g} s"
     if isinstance(error, ssl.SSLError):
