@@ -4,12 +4,15 @@ A command is one function, registered by `@app.command()`; it gets its settings 
 ones with exit status 2. Exit status: 0 done, 1 failed, 2 wrong use or settings.
 """
 
+import inspect
+import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Annotated, Any, Final, cast
 
 import typer
 
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
 
     from otel_smtp.app import Gateway, Ready
     from otel_smtp.config.values import Kind
+
+logger: Final = logging.getLogger("otel_smtp.cli")
 
 FAILED: Final = 1
 WRONG: Final = 2
@@ -82,7 +87,6 @@ def _settings(
     config: Path | None = None,
     assignments: Sequence[str] | None = None,
     flags: Sequence[Flag] = (),
-    needs_upstream: bool = True,
     **more: Any,
 ) -> Settings:
     """The settings of a command: what stood in front of it, what stands behind it, the environment, the file."""
@@ -93,12 +97,11 @@ def _settings(
             file=config or given.config,
             environ=os.environ,
             flags=[*assigned, *flags],
-            needs_upstream=needs_upstream,
             **more,
         )
     except SettingsError as error:
         _complain("the settings are refused", *(str(problem) for problem in error.problems))
-        raise typer.Exit(WRONG) from None
+        raise SystemExit(WRONG) from None
 
 
 def _parsed(kind: "Kind", text: str, source: str) -> Any:
@@ -109,7 +112,7 @@ def _parsed(kind: "Kind", text: str, source: str) -> Any:
         return kind.parse(Given(text, source, is_text=True))
     except BadValue as why:
         _complain(f'{source} = "{text}": {str(why) or f"allowed: {kind.allowed}"}')
-        raise typer.Exit(WRONG) from None
+        raise SystemExit(WRONG) from None
 
 
 def _complain(what: str, *why: str) -> None:
@@ -130,7 +133,9 @@ def serve(
     context: typer.Context,
     listen: ListenOption = None,
     upstream: UpstreamOption = None,
-    workers: Annotated[int | None, typer.Option("--workers", "-w", help="Processes that share the ports.")] = None,
+    workers: Annotated[
+        str | None, typer.Option("--workers", "-w", metavar="NUMBER", help="Processes that share the ports.")
+    ] = None,
     status: Annotated[
         str | None, typer.Option("--status", metavar="HOST:PORT|off", help="Where the status page listens.")
     ] = None,
@@ -140,21 +145,21 @@ def serve(
 ) -> None:
     """Run the gateway; SIGTERM drains it, a second one stops it at once."""
     _raise_file_limit()
-    named = {"workers": workers, "status.address": status, "log.level": log_level}
-    flags = [
-        Flag(f"--{key.partition('.')[0] if key != 'log.level' else 'log-level'}", key, str(value))
-        for key, value in named.items()
-        if value is not None
-    ]
+    named = {
+        "--workers": ("workers", workers),
+        "--status": ("status.address", status),
+        "--log-level": ("log.level", log_level),
+    }
+    flags = [Flag(flag, key, value) for flag, (key, value) in named.items() if value is not None]
     settings = _settings(
         context, config=config, assignments=assignments, flags=flags, listen=listen or (), upstream=upstream or ()
     )
-    for warning in settings.warnings:
-        _complain(f"warning: {warning}")
     _set_up_logging(settings)
+    for warning in settings.warnings:
+        logger.warning("a setting to think about", extra={"setting": warning})
     from otel_smtp.app import run
 
-    raise typer.Exit(run(settings, on_ready=lambda ready: print(ready_line(ready), flush=True)))
+    raise SystemExit(run(settings, on_ready=lambda ready: print(ready_line(ready), flush=True)))
 
 
 def _set_up_logging(settings: Settings) -> None:
@@ -215,7 +220,7 @@ def check(
     settings = gateway.settings
     _print_plan(settings, traces_to=gateway.ready.traces_to, everything=everything)
     if connect and not _try_everything(settings):
-        raise typer.Exit(FAILED)
+        raise SystemExit(FAILED)
 
 
 def _never_started(settings: Settings) -> "Gateway":
@@ -226,7 +231,7 @@ def _never_started(settings: Settings) -> "Gateway":
         return Gateway(settings)
     except WRONG_FILES as error:
         _complain("what the settings name is refused", str(error))
-        raise typer.Exit(WRONG) from None
+        raise SystemExit(WRONG) from None
 
 
 def _try_everything(settings: Settings) -> bool:
@@ -353,7 +358,7 @@ def send(
         password = Secret(password_file.read_text().splitlines()[0]) if password_file else None
     except (OSError, IndexError) as why:
         _complain(f"cannot read the message or the password: {why}")
-        raise typer.Exit(WRONG) from None
+        raise SystemExit(WRONG) from None
     try:
         sent = send_message(
             where,
@@ -368,12 +373,12 @@ def send(
         )
     except SendingFailed as why:
         _complain(str(why))
-        raise typer.Exit(FAILED) from None
+        raise SystemExit(FAILED) from None
     if sent.trace_id:
         console.print(f"trace {sent.trace_id}", style="bold")
     if sent.refused:
         _complain(f"refused for {', '.join(sent.refused)}")
-        raise typer.Exit(FAILED)
+        raise SystemExit(FAILED)
 
 
 # passwd --------------------------------------------------------------------------------------------------------
@@ -395,7 +400,7 @@ def passwd(
         line = users_line(name, password, scram=scram)
     except ValueError as why:
         _complain(str(why))
-        raise typer.Exit(WRONG) from None
+        raise SystemExit(WRONG) from None
     print(line)
 
 
@@ -432,10 +437,10 @@ def demo(
         asyncio.run(demonstration.run(once=once))
     except SettingsError as error:
         _complain("the settings are refused", *(str(problem) for problem in error.problems))
-        raise typer.Exit(WRONG) from None
+        raise SystemExit(WRONG) from None
     except (OSError, VisitFailed) as error:
         _complain(f"the demonstration failed: {error}")
-        raise typer.Exit(FAILED) from None
+        raise SystemExit(FAILED) from None
     except KeyboardInterrupt:
         pass
 
@@ -445,7 +450,40 @@ app.command()(bench)
 
 def main() -> None:
     """The entry point."""
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["serve"] and (given := plain_arguments(serve, arguments[1:])) is not None:
+        # All that a command uses of typer's context is what stood in front of it: nothing.
+        serve(cast(typer.Context, SimpleNamespace(obj=_Given())), **given)
     app(prog_name="otel-smtp")
+
+
+def plain_arguments(command: Callable[..., None], words: Sequence[str]) -> dict[str, Any] | None:
+    """Options with their values, as the command declares them; None where something else is said.
+
+    Building its commands costs typer a fifth of the gateway's start-up, since it brings a validation library for it.
+    A command whose options are all text can do without; help and wrong use are typer's in any case.
+    """
+    named: dict[str, tuple[str, bool]] = {}
+    for name, parameter in inspect.signature(command).parameters.items():
+        if metadata := getattr(parameter.annotation, "__metadata__", None):
+            is_repeatable = "list" in str(parameter.annotation)
+            # In an annotation the first name stands where else a default would.
+            options = (metadata[0].default, *metadata[0].param_decls)
+            named.update(dict.fromkeys(options, (name, is_repeatable)))
+    given: dict[str, Any] = {}
+    rest = iter(words)
+    for word in rest:
+        option, has_value, value = word.partition("=") if word.startswith("--") else (word, "", "")
+        if option not in named:
+            return None
+        if not has_value and (value := next(rest, "")) == "":
+            return None
+        name, is_repeatable = named[option]
+        if is_repeatable:
+            given.setdefault(name, []).append(value)
+        else:
+            given[name] = value
+    return given
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from otel_smtp import __version__
+from otel_smtp.cli import plain_arguments, serve
 from otel_smtp.server.users import load_users
 from tests.support.capture import CapturingUpstream
 from tests.support.otlp_receiver import OtlpReceiver
@@ -84,6 +85,32 @@ def test_an_otel_variable_that_cannot_be_followed_is_exit_status_2() -> None:
         result = run(command, "-u", "smtp://127.0.0.1:1", "-l", "127.0.0.1:0", OTEL_TRACES_EXPORTER="zipkin")
         assert result.returncode == 2
         assert "OTEL_TRACES_EXPORTER='zipkin'" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], {}),
+        (["-l", "a:1", "--listen=b:2", "--status", "off"], {"listen": ["a:1", "b:2"], "status": "off"}),
+        (["--set", "x=1", "-s", "y=2"], {"assignments": ["x=1", "y=2"]}),
+        (["-c", "f", "--workers", "2"], {"config": "f", "workers": "2"}),
+        (["--help"], None),  # what follows is typer's to answer
+        (["--nonsense", "1"], None),
+        (["--status"], None),
+        (["stray"], None),
+        (["-lhost:1"], None),
+    ],
+)
+def test_plain_options_are_read_as_the_command_declares_them(
+    words: list[str], expected: dict[str, object] | None
+) -> None:
+    assert plain_arguments(serve, words) == expected
+
+
+def test_plain_options_do_not_bring_the_validation_library() -> None:
+    code = "import sys, otel_smtp.cli as c; c.plain_arguments(c.serve, ['-w', '2']); print('pydantic' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=True)
+    assert result.stdout == "False\n"
 
 
 # serve --------------------------------------------------------------------------------------------------------
