@@ -311,7 +311,7 @@ class _StatusPort:
             upstreams=self._upstreams,
             trace_url=gateway.settings.status.trace_url,
             allow=gateway.settings.status.allow,
-            about={"hostname": gateway.settings.hostname, "version": __version__, "traces": gateway.ready.traces_to},
+            about={"hostname": gateway.settings.hostname, "version": __version__, "traces to": gateway.ready.traces_to},
         )
         try:
             self.listening = await self._server.start()

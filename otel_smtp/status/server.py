@@ -97,7 +97,7 @@ class StatusServer:
         resource: OpenTelemetry resource attributes, for the traces given out.
         trace_url: where a backend shows a trace: a URL with `{trace_id}` in it; "" for none.
         allow: networks that may see the page and its API.
-        about: what the page's head says of this gateway: name, version, where traces go.
+        about: what the page's head says of this gateway: its `hostname`, and whatever else, each with its name.
     """
 
     def __init__(

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from typing import Any, Final, Protocol
 
+from otel_smtp.observer import Outcome
+
 AttributeValue = str | bool | int | float | Sequence[str]
 
 
@@ -80,14 +82,15 @@ class FinishedSpan(Protocol):
 class Severity(StrEnum):
     """How a trace went."""
 
-    FAILED = "failed"  # a span has the status ERROR: the gateway, or what it depends on
-    REFUSED = "refused"  # an Error event, no ERROR status: a client's fault, or policy
+    FAILED = "failed"  # the gateway, or what it depends on
+    REFUSED = "refused"  # a client's fault, policy, or the upstream's verdict on the mail
     OK = "ok"
 
 
 # Names of telemetry.md that a trace's summary is read from.
 _ERROR_EVENT: Final = "smtp.state.error"
 _STATE: Final = "smtp.state"
+_OUTCOME: Final = "smtp.outcome"
 _REPLY_CODE: Final = "smtp.reply.code"
 _ERROR_TYPE: Final = "error.type"
 _SPAN_CONNECTION: Final = "smtp.connection"
@@ -141,10 +144,15 @@ class Trace:
 
     @property
     def severity(self) -> Severity:
-        """How it went, as far as it is known."""
-        if any(span.has_failed for span in self.spans):
+        """How it went, as far as it is known.
+
+        A delivery that ended in a 5yz has the status ERROR, as conventions for clients want it; yet the upstream did
+        its work.
+        """
+        failed = [span for span in self.spans if span.has_failed]
+        if any(span.attributes.get(_OUTCOME) != Outcome.REFUSED for span in failed):
             return Severity.FAILED
-        if any(event.name == _ERROR_EVENT for span in self.spans for event in span.events):
+        if failed or any(event.name == _ERROR_EVENT for span in self.spans for event in span.events):
             return Severity.REFUSED
         return Severity.OK
 
@@ -175,7 +183,7 @@ class Trace:
             "clients": _values(spans, "client.address"),
             "senders": _values(spans, "smtp.mail.from.domain"),
             "domains": _values(spans, "smtp.rcpt.domains"),
-            "outcomes": _values((span for span in spans if span.name == _SPAN_TRANSACTION), "smtp.outcome"),
+            "outcomes": _values((span for span in spans if span.name == _SPAN_TRANSACTION), _OUTCOME),
             "upstreams": _values(spans, "smtp.upstream.name"),
             "replies": _distinct(code for code in codes if isinstance(code, int) and code >= 400),
             "codes": _distinct(code for code in codes if isinstance(code, int)),

@@ -56,6 +56,14 @@ def test_severity_tells_our_failures_from_refusals(states: str, has_failed: bool
     assert only(kept(mail_trace(1, states=states, has_failed=has_failed))).severity is severity
 
 
+@pytest.mark.parametrize(
+    ("outcome", "severity"), [("refused", "refused"), ("deferred", "failed"), ("unknown", "failed")]
+)
+def test_an_upstreams_verdict_on_a_mail_is_no_failure_of_ours(outcome: str, severity: str) -> None:
+    trace = only(kept(mail_trace(1, outcome=outcome, code=550, has_failed=True)))
+    assert trace.severity == severity
+
+
 MAIL = mail_trace(
     0x00_4BF92F3577B34DA6A3CE929D0E0E47,
     states="New Active Data Error Idle Closed", outcome="deferred", code=451, domain="Gmail.example", has_failed=True,

@@ -150,7 +150,7 @@ async def busy_gateway() -> AsyncIterator[tuple[BusyGateway, str]]:
         upstreams=gateway.upstreams,
         queue=gateway.queue,
         trace_url="http://127.0.0.1:16686/trace/{trace_id}",
-        about={"name": "gw.example.com", "version": "0.1.0", "traces to": "http://collector:4318"},
+        about={"hostname": "gw.example.com", "version": "0.1.0", "traces to": "http://collector:4318"},
     )
     address = await server.start()
     try:

@@ -21,10 +21,10 @@ async function start() {
   const status = await (await fetch("/api/status")).json();
   clockOffset = status.now_unix_milliseconds - Date.now();
   startedAt = Date.now() - status.uptime_seconds * 1000;
-  const { name, ...facts } = status.about;
-  if (name) {
-    write(document.getElementById("name"), name);
-    document.title = `${name} – otel-smtp`;
+  const { hostname, ...facts } = status.about;
+  if (hostname) {
+    write(document.getElementById("name"), hostname);
+    document.title = `${hostname} – otel-smtp`;
   }
   document.getElementById("about").replaceChildren(
     ...Object.entries(facts).map(([what, value]) => element("span", {}, `${what} `, element("b", {}, value))),
