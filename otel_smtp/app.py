@@ -186,8 +186,12 @@ class Gateway:
         Args:
             immediately: without any grace.
         """
-        await self._server.drain(0.0 if immediately else self._settings.timeouts.shutdown_grace)
-        await self._forwarder.close(grace_seconds=0.0 if immediately else CLOSE_GRACE_SECONDS)
+        loop = asyncio.get_running_loop()
+        # One grace for all: what the drain leaves of it, deliveries have whose client is gone. Together with the flush
+        # it stays below the 30 s after which Kubernetes kills.
+        ends = loop.time() + (0.0 if immediately else self._settings.timeouts.shutdown_grace)
+        await self._server.drain(max(0.0, ends - loop.time()))
+        await self._forwarder.close(grace_seconds=min(CLOSE_GRACE_SECONDS, max(0.0, ends - loop.time())))
         if self._rotation is not None:
             self._rotation.cancel()
         if self._status_port is not None:

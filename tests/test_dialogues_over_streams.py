@@ -62,6 +62,9 @@ class Load:
     def __init__(self) -> None:
         self.is_draining = False
 
+    def admit(self, connection: Connection, client: Endpoint) -> Reply | None:
+        return None
+
     def may_authenticate(self, client: Endpoint) -> bool:
         return True
 

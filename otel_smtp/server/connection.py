@@ -126,6 +126,10 @@ class Load(Protocol):
         """Whether the gateway shuts down."""
         ...
 
+    def admit(self, connection: "Connection", client: Endpoint) -> Reply | None:
+        """Count a client that its PROXY header named; the refusal, where it has too many connections."""
+        ...
+
     def may_authenticate(self, client: Endpoint) -> bool:
         """Whether this address has not failed to authenticate too often."""
         ...
@@ -414,6 +418,7 @@ class Connection:
         if header.source is not None and header.destination is not None:
             self._client = header.source
             self._seen.proxied(header.source, header.destination)
+            self._refusal = self._refusal or self._load.admit(self, header.source)
         return True
 
     def _access_refusal(self) -> Reply | None:

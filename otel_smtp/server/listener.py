@@ -12,7 +12,7 @@ from typing import Final
 from otel_smtp.forwarding.base import Forwarder
 from otel_smtp.net import Listener, Stream, listen
 from otel_smtp.observer import ConnectionInfo, Endpoint, Observer
-from otel_smtp.server.connection import Connection, ListenerPolicy
+from otel_smtp.server.connection import Connection, ListenerPolicy, is_in
 from otel_smtp.server.failure_rate import FailureRate
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.replies import Reply
@@ -127,8 +127,14 @@ class Server:
             await asyncio.wait(left)
 
     def may_authenticate(self, client: Endpoint) -> bool:
-        """Whether this address has not failed to authenticate too often."""
-        return not self._auth_failures.is_exceeded(client.host, asyncio.get_running_loop().time())
+        """Whether this address has not failed to authenticate too often.
+
+        Loopback and unix sockets always may: they are many applications, and one with a wrong password must not shut
+        the others out. The limit per connection holds for them too.
+        """
+        return _countable(client) is None or not self._auth_failures.is_exceeded(
+            client.host, asyncio.get_running_loop().time()
+        )
 
     def auth_failed(self, client: Endpoint) -> None:
         """Count a failed AUTH against its address."""
@@ -159,7 +165,8 @@ class Server:
         if policy.protocol.tls_mode is TlsMode.IMPLICIT or policy.proxy_protocol_from:
             # What comes first is for the TLS layer, or is a PROXY header and not one octet more.
             stream.pause_reading()
-        client = _countable(stream.peer)
+        # Behind a balancer the client is not known before its PROXY header; see `admit`.
+        client = None if is_in(policy.proxy_protocol_from, stream.peer.host) else _countable(stream.peer)
         refusal = self._capacity_refusal(client)
         connection = Connection(
             stream,
@@ -177,6 +184,24 @@ class Server:
             self._per_client[client] += 1
         task.add_done_callback(self._forget(client))
 
+    def admit(self, connection: Connection, client: Endpoint) -> Reply | None:
+        """Count a client that its PROXY header named; the refusal, where it has too many connections."""
+        host = _countable(client)
+        if host is None:
+            return None
+        if self._per_client[host] >= self._limit_per_client:
+            self._observer.connection_refused("client_limit")
+            return replies.TOO_MANY_CONNECTIONS
+        self._per_client[host] += 1
+        task = next(task for task, served in self._tasks.items() if served is connection)
+        task.add_done_callback(lambda _: self._leave(host))
+        return None
+
+    def _leave(self, client: str) -> None:
+        self._per_client[client] -= 1
+        if not self._per_client[client]:
+            del self._per_client[client]
+
     def _capacity_refusal(self, client: str | None) -> Reply | None:
         if self.is_draining:
             return replies.SHUTTING_DOWN
@@ -192,9 +217,7 @@ class Server:
         def forget(task: asyncio.Task[None]) -> None:
             self._tasks.pop(task, None)
             if client is not None:
-                self._per_client[client] -= 1
-                if not self._per_client[client]:
-                    del self._per_client[client]
+                self._leave(client)
             with contextlib.suppress(asyncio.CancelledError):
                 if (error := task.exception()) is not None:
                     logger.error("connection task failed", exc_info=error)

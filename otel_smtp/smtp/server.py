@@ -26,7 +26,6 @@ What the engine promises:
 """
 
 import base64
-import binascii
 import re
 from collections import deque
 from collections.abc import Callable
@@ -77,7 +76,7 @@ from otel_smtp.smtp.extensions import Offer, keywords, unsupported, unsupported_
 from otel_smtp.smtp.framing import ChunkReader, ContentInspector, DotReader, HeaderSplitter, ReceiveBuffer
 from otel_smtp.smtp.received import HeaderFacts, inspect_header
 from otel_smtp.smtp.replies import ErrorType, Reply
-from otel_smtp.smtp.sasl import MECHANISMS
+from otel_smtp.smtp.sasl import MECHANISMS, SaslError, decode_base64
 from otel_smtp.smtp.sequence import IN_TRANSACTION, Phase, is_legal
 from otel_smtp.smtp.states import (
     CloseReason,
@@ -838,7 +837,7 @@ class ServerProtocol:
         else:
             initial = command.initial_response
             # RFC 4954 4: "=" is an initial response of no octets.
-            decoded = None if initial is None else b"" if initial == "=" else _decode_base64(initial.encode())
+            decoded = None if initial is None else b"" if initial == "=" else _decoded(initial.encode())
             if initial is not None and decoded is None:
                 self._fail_auth(replies.BAD_BASE64)
             else:
@@ -867,7 +866,7 @@ class ServerProtocol:
             # RFC 4954 4: the client cancels.
             self._phase = Phase.READY
             self._fail_auth(replies.AUTH_CANCELLED)
-        elif (response := _decode_base64(line)) is None:
+        elif (response := _decoded(line)) is None:
             self._phase = Phase.READY
             self._fail_auth(replies.BAD_BASE64)
         else:
@@ -1076,8 +1075,8 @@ class ServerProtocol:
         return reply
 
 
-def _decode_base64(text: bytes) -> bytes | None:
+def _decoded(text: bytes) -> bytes | None:
     try:
-        return base64.b64decode(text, validate=True)
-    except binascii.Error:
+        return decode_base64(text)
+    except SaslError:
         return None

@@ -14,6 +14,7 @@ from otel_smtp.observer import ConnectionInfo, Endpoint, Outcome
 from otel_smtp.server.connection import Connection, ListenerPolicy, ServerTimeouts, is_in
 from otel_smtp.server.users import Authenticator, Users
 from otel_smtp.smtp import replies
+from otel_smtp.smtp.replies import Reply
 from otel_smtp.smtp.server import ServerPolicy
 from otel_smtp.smtp.states import CloseReason, TlsMode, raise_illegal
 from tests.server.keeping import KeepingForwarder, NotingConnection
@@ -33,6 +34,9 @@ class Load:
 
     is_stressed = False
     is_draining = False
+
+    def admit(self, connection: Connection, client: Endpoint) -> Reply | None:
+        return None
 
     def may_authenticate(self, client: Endpoint) -> bool:
         return True

@@ -4,7 +4,7 @@ import asyncio
 import ipaddress
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ import pytest
 from otel_smtp.observer import Endpoint
 from otel_smtp.server.connection import ListenerPolicy, ServerTimeouts
 from otel_smtp.server.listener import Listening, Server
+from otel_smtp.smtp import replies
 from otel_smtp.smtp.server import ServerPolicy
 from otel_smtp.smtp.states import CloseReason
 from tests.server.keeping import KeepingForwarder, Noting
@@ -49,11 +50,15 @@ class Running:
 
 @asynccontextmanager
 async def running(
-    address: Endpoint = LOOPBACK, *, connections: int = 8, connections_per_client: int = 4
+    address: Endpoint = LOOPBACK,
+    *,
+    connections: int = 8,
+    connections_per_client: int = 4,
+    policy: ListenerPolicy = POLICY,
 ) -> AsyncIterator[Running]:
     forwarder, seen = KeepingForwarder(), Noting()
     server = Server(
-        [Listening(POLICY, (address,))],
+        [Listening(policy, (address,))],
         forwarder,
         seen,
         connections=connections,
@@ -163,3 +168,31 @@ async def test_hundreds_of_clients_at_once_are_served_each_its_own_mail() -> Non
         assert all(b"\r\n250 2.0.0 Ok" in answer for answer in answers)
         subjects = {kept.content.partition(b"Subject: ")[2].split(b"\r\n")[0] for kept in gateway.forwarder.kept}
         assert subjects == {b"%d" % number for number in range(150)}
+
+
+BALANCED = replace(POLICY, proxy_protocol_from=POLICY.allow, allow=(ipaddress.ip_network("0.0.0.0/0"),))
+
+
+async def test_behind_a_balancer_each_client_is_counted_by_its_own_address() -> None:
+    async with running(connections_per_client=1, policy=BALANCED) as gateway:
+
+        async def greeting_of(client: str) -> bytes:
+            reader, writer = await gateway.connect()
+            writer.write(f"PROXY TCP4 {client} 192.0.2.1 40000 25\r\n".encode())
+            return await reader.readline()
+
+        assert (await greeting_of("198.51.100.1")).startswith(b"220 ")
+        assert (await greeting_of("198.51.100.2")).startswith(b"220 ")
+        assert await greeting_of("198.51.100.1") == replies.TOO_MANY_CONNECTIONS.wire
+        gateway.clients[0].close()
+        await until(lambda: gateway.seen.connections[0].close_reason)
+        assert (await greeting_of("198.51.100.1")).startswith(b"220 ")
+
+
+async def test_one_local_application_with_a_wrong_password_does_not_lock_the_others_out() -> None:
+    async with running() as gateway:
+        for client in (Endpoint("127.0.0.1", 40000), Endpoint("198.51.100.1", 40000)):
+            for _ in range(20):
+                gateway.server.auth_failed(client)
+        assert gateway.server.may_authenticate(Endpoint("127.0.0.1", 40001))
+        assert not gateway.server.may_authenticate(Endpoint("198.51.100.1", 40001))
