@@ -439,7 +439,7 @@ def demo(
         _complain("the settings are refused", *(str(problem) for problem in error.problems))
         raise SystemExit(WRONG) from None
     except (OSError, VisitFailed) as error:
-        _complain(f"the demonstration failed: {error}")
+        _complain(f"the demonstration failed: {str(error) or type(error).__name__}")
         raise SystemExit(FAILED) from None
     except KeyboardInterrupt:
         pass

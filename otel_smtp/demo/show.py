@@ -81,6 +81,7 @@ class Demonstration:
                 "listener": [{"name": "local", "address": list(self._listen)}],
                 "upstream": [{"name": "keeper", "url": f"smtp://{upstream}"}],
                 "status": {"address": usual_addresses(9925)[0]},
+                "timeouts": {"shutdown_grace": "1s"},  # Ctrl-C is meant
             },
             flags=self._flags,
         )

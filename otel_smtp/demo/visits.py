@@ -1,8 +1,10 @@
 """Clients that pay the gateway a visit, each to show one thing; they speak over real sockets, line by line."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from email.message import EmailMessage
 from email.utils import format_datetime, make_msgid
 from typing import Final
@@ -24,15 +26,6 @@ class Visitor:
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
         self._writer = writer
-
-    @classmethod
-    async def connect(cls, gateway: Endpoint) -> "Visitor":
-        """Connect, and read the greeting."""
-        async with asyncio.timeout(_PATIENCE_SECONDS):
-            reader, writer = await asyncio.open_connection(gateway.host, gateway.port)
-        visitor = cls(reader, writer)
-        await visitor.hear(220)
-        return visitor
 
     async def hear(self, *expected: int) -> int:
         """Read one reply.
@@ -70,17 +63,28 @@ class Visitor:
     async def quit(self) -> None:
         """Take leave."""
         await self.say("QUIT", 221)
-        self._writer.close()
-        await self._writer.wait_closed()
 
     def vanish(self) -> None:
         """Be gone without a word."""
         self._writer.transport.abort()
 
 
-def _message(subject: str, *, attachment_octets: int = 0) -> bytes:
-    from datetime import UTC, datetime
+@contextlib.asynccontextmanager
+async def connected(gateway: Endpoint) -> AsyncIterator[Visitor]:
+    """A visitor that has been greeted; the connection is gone afterwards, however the visit went."""
+    async with asyncio.timeout(_PATIENCE_SECONDS):
+        reader, writer = await asyncio.open_connection(gateway.host, gateway.port)
+    try:
+        visitor = Visitor(reader, writer)
+        await visitor.hear(220)
+        yield visitor
+    finally:
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
 
+
+def _message(subject: str, *, attachment_octets: int = 0) -> bytes:
     message = EmailMessage()
     message["From"], message["To"] = "Shop <orders@shop.example>", "Alice <alice@example.com>"
     message["Subject"], message["Date"] = subject, format_datetime(datetime.now(UTC))
@@ -95,45 +99,45 @@ def _message(subject: str, *, attachment_octets: int = 0) -> bytes:
 
 async def accepted(gateway: Endpoint) -> None:
     """A mail with an attachment, relayed."""
-    visitor = await Visitor.connect(gateway)
-    await visitor.say("EHLO app.shop.example", 250)
-    await visitor.say("MAIL FROM:<orders@shop.example> BODY=8BITMIME", 250)
-    await visitor.say("RCPT TO:<alice@example.com>", 250)
-    await visitor.say("DATA", 354)
-    await visitor.content(_message("Your receipt", attachment_octets=200_000), 250)
-    await visitor.quit()
+    async with connected(gateway) as visitor:
+        await visitor.say("EHLO app.shop.example", 250)
+        await visitor.say("MAIL FROM:<orders@shop.example> BODY=8BITMIME", 250)
+        await visitor.say("RCPT TO:<alice@example.com>", 250)
+        await visitor.say("DATA", 354)
+        await visitor.content(_message("Your receipt", attachment_octets=200_000), 250)
+        await visitor.quit()
 
 
 async def one_of_two_refused(gateway: Endpoint) -> None:
     """Two recipients, of whom the upstream knows one."""
-    visitor = await Visitor.connect(gateway)
-    await visitor.say("EHLO app.shop.example", 250)
-    await visitor.say("MAIL FROM:<orders@shop.example>", 250)
-    await visitor.say("RCPT TO:<bob@example.net>", 250)
-    await visitor.say(f"RCPT TO:<{REFUSED_ADDRESS}>", 550)
-    await visitor.say("DATA", 354)
-    await visitor.content(_message("Your order has shipped"), 250)
-    await visitor.quit()
+    async with connected(gateway) as visitor:
+        await visitor.say("EHLO app.shop.example", 250)
+        await visitor.say("MAIL FROM:<orders@shop.example>", 250)
+        await visitor.say("RCPT TO:<bob@example.net>", 250)
+        await visitor.say(f"RCPT TO:<{REFUSED_ADDRESS}>", 550)
+        await visitor.say("DATA", 354)
+        await visitor.content(_message("Your order has shipped"), 250)
+        await visitor.quit()
 
 
 async def refused(gateway: Endpoint) -> None:
     """A mail that the upstream refuses."""
-    visitor = await Visitor.connect(gateway)
-    await visitor.say("EHLO app.shop.example", 250)
-    await visitor.say("MAIL FROM:<orders@shop.example>", 250)
-    await visitor.say(f"RCPT TO:<{REFUSED_ADDRESS}>", 550)
-    await visitor.quit()
+    async with connected(gateway) as visitor:
+        await visitor.say("EHLO app.shop.example", 250)
+        await visitor.say("MAIL FROM:<orders@shop.example>", 250)
+        await visitor.say(f"RCPT TO:<{REFUSED_ADDRESS}>", 550)
+        await visitor.quit()
 
 
 async def vanished(gateway: Endpoint) -> None:
     """A client that vanishes in the middle of its message."""
-    visitor = await Visitor.connect(gateway)
-    await visitor.say("EHLO app.shop.example", 250)
-    await visitor.say("MAIL FROM:<orders@shop.example>", 250)
-    await visitor.say("RCPT TO:<alice@example.com>", 250)
-    await visitor.say("DATA", 354)
-    await visitor.some_content(_message("You will never read this")[:-20])
-    visitor.vanish()
+    async with connected(gateway) as visitor:
+        await visitor.say("EHLO app.shop.example", 250)
+        await visitor.say("MAIL FROM:<orders@shop.example>", 250)
+        await visitor.say("RCPT TO:<alice@example.com>", 250)
+        await visitor.say("DATA", 354)
+        await visitor.some_content(_message("You will never read this")[:-20])
+        visitor.vanish()
 
 
 @dataclass(frozen=True, slots=True)
