@@ -62,7 +62,7 @@ class Load:
     def __init__(self) -> None:
         self.is_draining = False
 
-    def admit(self, connection: Connection, client: Endpoint) -> Reply | None:
+    def admit(self, connection: Connection, client: Endpoint) -> replies.Reply | None:
         return None
 
     def may_authenticate(self, client: Endpoint) -> bool:
