@@ -73,6 +73,7 @@ async def opened(settings: UpstreamSettings) -> UpstreamConnection:
 
 
 @pytest.mark.parametrize("implicit", [False, True], ids=["starttls", "implicit"])
+@pytest.mark.both_loops
 async def test_a_mail_over_tls_with_auth(authority: trustme.CA, ca_file: str, implicit: bool) -> None:
     async with (
         ScriptedUpstream(tls=server_context(authority), implicit_tls=implicit, users=USERS) as upstream,
@@ -100,6 +101,7 @@ async def test_a_mail_over_tls_with_auth(authority: trustme.CA, ca_file: str, im
 
 @pytest.mark.parametrize("implicit", [False, True], ids=["starttls", "implicit"])
 @pytest.mark.parametrize("flaw", ["other authority", "other name", "expired", "tls 1.1"])
+@pytest.mark.both_loops
 async def test_a_flawed_certificate_gets_no_credential_and_no_mail(
     authority: trustme.CA, ca_file: str, flaw: str, implicit: bool
 ) -> None:
@@ -145,6 +147,7 @@ async def test_the_systems_authorities_are_asked_where_none_is_given(authority: 
         (True, Fault(Kind.TWICE), replies.UPSTREAM_PROTOCOL),
     ],
 )
+@pytest.mark.both_loops
 async def test_starttls_that_is_not_to_be_had_is_never_done_without(
     authority: trustme.CA, ca_file: str, offers: bool, fault: Fault | None, told: replies.Reply
 ) -> None:
@@ -159,6 +162,7 @@ async def test_starttls_that_is_not_to_be_had_is_never_done_without(
 
 
 @pytest.mark.parametrize("injected", [b"250-up\r\n250 AUTH PLAIN\r\n", b"250 ok\r\n", b"x"])
+@pytest.mark.both_loops
 async def test_octets_injected_before_tls_end_the_connection(
     authority: trustme.CA, ca_file: str, injected: bytes
 ) -> None:
@@ -171,6 +175,7 @@ async def test_octets_injected_before_tls_end_the_connection(
         assert upstream.verbs == ["EHLO", "STARTTLS"]
 
 
+@pytest.mark.both_loops
 async def test_tls_sessions_are_resumed(authority: trustme.CA, ca_file: str) -> None:
     async with (
         ScriptedUpstream(tls=server_context(authority)) as upstream,

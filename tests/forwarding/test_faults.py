@@ -305,6 +305,7 @@ async def test_lmtp_that_breaks_off_between_its_verdicts() -> None:
     ("strategy", "extensions"),
     [(Strategy.TRANSPARENT, EXTENSIONS), (Strategy.TRANSPARENT, NO_CHUNKING), (Strategy.BUFFERED, NO_CHUNKING)],
 )
+@pytest.mark.both_loops
 async def test_a_stale_connection_is_replaced_by_a_fresh_one_within_the_same_attempt(
     strategy: Strategy, extensions: Sequence[str], phase: Phase, kind: Kind
 ) -> None:
@@ -419,6 +420,7 @@ async def test_a_message_whose_reply_is_lost_is_never_sent_twice_by_us(
 
 @pytest.mark.parametrize("extensions", [EXTENSIONS, NO_CHUNKING], ids=["chunking", "data"])
 @both_strategies
+@pytest.mark.both_loops
 async def test_a_client_that_leaves_after_the_final_dot_has_its_outcome_recorded(
     strategy: Strategy, extensions: Sequence[str]
 ) -> None:
@@ -511,6 +513,7 @@ async def test_a_cancel_while_the_upstream_is_asked_closes_its_connection(phase:
 
 
 @pytest.mark.parametrize("extensions", [EXTENSIONS, NO_CHUNKING], ids=["chunking", "data"])
+@pytest.mark.both_loops
 async def test_a_cancel_in_the_middle_of_large_content_never_ends_it(extensions: Sequence[str]) -> None:
     faults = {Phase.CONTENT: Fault(Kind.LATE, times=1)}
     body = [b"\r\n", *[(b"x" * 78 + b"\r\n") * 1000] * 100]
@@ -541,6 +544,7 @@ LARGE = (HEADER, b"\r\n", *[(b"x" * 78 + b"\r\n") * 1000] * 100)  # 8 MB: more t
 @pytest.mark.parametrize("extensions", [EXTENSIONS, NO_CHUNKING], ids=["chunking", "data"])
 @pytest.mark.parametrize("kind", [Kind.CLOSE, Kind.RESET, Kind.GOODBYE])
 @both_strategies
+@pytest.mark.both_loops
 async def test_content_that_is_cut_off_goes_to_the_next_upstream(
     strategy: Strategy, kind: Kind, extensions: Sequence[str]
 ) -> None:
@@ -577,6 +581,7 @@ async def test_a_refusal_in_the_middle_of_the_content_is_passed_on(
 
 
 @pytest.mark.parametrize("extensions", [EXTENSIONS, NO_CHUNKING], ids=["chunking", "data"])
+@pytest.mark.both_loops
 async def test_an_upstream_that_does_not_read_is_given_up(extensions: Sequence[str]) -> None:
     faults = {Phase.CONTENT: Fault(Kind.LATE)}
     timeouts = Timeouts(5, 5, 5, 5, SHORT, 5, 5)

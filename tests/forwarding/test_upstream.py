@@ -35,6 +35,7 @@ from tests.support.waiting import until
 
 @pytest.mark.parametrize("extensions", [EXTENSIONS, without("CHUNKING"), without("PIPELINING"), ()])
 @both_strategies
+@pytest.mark.both_loops
 async def test_a_mail_arrives_octet_for_octet(strategy: Strategy, extensions: Sequence[str]) -> None:
     async with (
         ScriptedUpstream(extensions=extensions) as upstream,
@@ -104,6 +105,7 @@ async def test_a_new_connections_round_trips_are_counted_with_its_first_mail() -
 
 @pytest.mark.parametrize("extensions", [EXTENSIONS, without("CHUNKING")])
 @both_strategies
+@pytest.mark.both_loops
 async def test_large_content_goes_through_a_file_and_arrives_whole(
     strategy: Strategy, extensions: Sequence[str]
 ) -> None:
@@ -374,6 +376,7 @@ async def test_unsafe_addresses_reach_no_upstream(strategy: Strategy, address: s
 
 
 @both_strategies
+@pytest.mark.both_loops
 async def test_many_mails_at_once_share_few_connections(strategy: Strategy) -> None:
     limits = PoolLimits(connections=3)
     async with (
@@ -404,6 +407,7 @@ async def test_a_connection_is_retired_after_its_messages_and_its_age() -> None:
             assert [kept.connection for kept in upstream.kept[5:]] == [4, 5]
 
 
+@pytest.mark.both_loops
 async def test_an_idle_connection_is_closed_after_a_while() -> None:
     async with (
         ScriptedUpstream() as upstream,
@@ -415,6 +419,7 @@ async def test_an_idle_connection_is_closed_after_a_while() -> None:
         assert upstream.verbs[-1] == "QUIT"
 
 
+@pytest.mark.both_loops
 async def test_the_death_of_an_idle_connection_is_noticed_at_once() -> None:
     async with ScriptedUpstream() as upstream, relaying(settings(upstream)) as forwarder:
         await relay(forwarder)
