@@ -15,7 +15,7 @@ from typing import Final
 
 from otel_smtp.forwarding.connection import UpstreamConnection
 from otel_smtp.forwarding.content import Content
-from otel_smtp.forwarding.faults import OutOfStep, Unsuitable, UpstreamFault
+from otel_smtp.forwarding.faults import OutOfStep, Reclaimed, Unsuitable, UpstreamFault
 from otel_smtp.forwarding.settings import TracePolicy
 from otel_smtp.forwarding.smarthost import Smarthost
 from otel_smtp.observer import DeliveryObserver, DeliveryPhase, Outcome
@@ -73,6 +73,8 @@ class Delivery:
         "_first_round_trip",
         "_has_begun",
         "_is_over",
+        "_is_parked",
+        "_is_reclaimed",
         "_mail",
         "_seen",
         "_was_taken",
@@ -101,6 +103,8 @@ class Delivery:
         self._first_round_trip = connection.round_trips if was_reused else 0
         self._answers: list[Answer] = []  # of the exchange that is under way
         self._is_over = False
+        self._is_parked = False  # the client has nothing to say; the connection may be taken away
+        self._is_reclaimed = False  # it was: it is another mail's now
         self._has_begun = False  # MAIL was sent
         self._was_taken = False  # the upstream said 2yz to the message
 
@@ -115,6 +119,31 @@ class Delivery:
         if refusal is not None:
             raise Unsuitable("the upstream lacks an extension that the mail needs", refusal)
 
+    def park(self) -> None:
+        """Leave the connection alone until the client says something: it may be taken away meanwhile."""
+        if not self._is_over:
+            self._is_parked = True
+            self.smarthost.park(self._connection, self._give_up_connection)
+
+    def _give_up_connection(self) -> None:
+        self._is_parked = False
+        self._is_reclaimed = True
+        self._connection.needs_reset = True
+
+    def _go_on(self) -> None:
+        """Take the connection up again, and look at it.
+
+        Raises:
+            Reclaimed: it is another mail's.
+            UpstreamFault: it cannot be used.
+        """
+        if self._is_parked:
+            self._is_parked = False
+            self.smarthost.unpark(self._connection)
+        if self._is_reclaimed:
+            raise Reclaimed("the connection was needed more elsewhere")
+        self._connection.ensure_alive()
+
     # The transparent way ----------------------------------------------------------------------------------
 
     async def ask(self, recipients: Sequence[Recipient]) -> list[Reply]:
@@ -127,7 +156,7 @@ class Delivery:
             UpstreamFault: no usable answer.
         """
         protocol = self._connection.protocol
-        self._connection.ensure_alive()
+        self._go_on()
         if not self.is_open:
             self._begin(None)
         for recipient in recipients:
@@ -147,7 +176,7 @@ class Delivery:
         Raises:
             UpstreamFault: no usable answer; see `has_ended_content`.
         """
-        self._connection.ensure_alive()
+        self._go_on()
         header = self._header(content)
         if self._is_too_big(len(header) + content.body_octets):
             return replies.MESSAGE_TOO_BIG
@@ -175,7 +204,7 @@ class Delivery:
         octets = len(header) + content.body_octets
         if self._is_too_big(octets):
             return replies.MESSAGE_TOO_BIG
-        connection.ensure_alive()
+        self._go_on()
         self._begin(octets)
         for recipient in recipients:
             protocol.send_recipient(recipient)
@@ -308,17 +337,24 @@ class Delivery:
             return
         self._is_over = True
         round_trips = self._connection.round_trips - self._first_round_trip
-        if self._has_begun:
-            # RFC 3030 2 wants RSET after a chunk that was refused too.
-            self._connection.needs_reset = not self._was_taken
-        self.smarthost.release(self._connection, answered=answered)
-        self._seen.ended(outcome, reply, round_trips=round_trips, error_type=error_type)
+        self._release(answered=answered)
+        self._seen.ended(outcome, reply, round_trips=0 if self._is_reclaimed else round_trips, error_type=error_type)
 
     def hand_over(self) -> DeliveryObserver:
         """Be over without saying so: the observer goes to the attempt on a fresh connection that takes its place."""
         self._is_over = True
-        self.smarthost.release(self._connection, answered=False)
+        self._release(answered=False)
         return self._seen
+
+    def _release(self, *, answered: bool) -> None:
+        if self._is_reclaimed:
+            return
+        if self._is_parked:
+            self.smarthost.unpark(self._connection)
+        if self._has_begun:
+            # RFC 3030 2 wants RSET after a chunk that was refused too.
+            self._connection.needs_reset = not self._was_taken
+        self.smarthost.release(self._connection, answered=answered)
 
     def _begin(self, octets: int | None) -> None:
         protocol = self._connection.protocol

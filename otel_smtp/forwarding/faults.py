@@ -45,6 +45,10 @@ class TimedOut(ConnectionLost):
     """It stayed silent for too long, or took no more content."""
 
 
+class Reclaimed(ConnectionLost):
+    """It was taken away for another mail while the client was silent: nobody's fault."""
+
+
 class OutOfStep(UpstreamFault):
     """It broke the protocol."""
 

@@ -3,13 +3,17 @@
 A mail asks with a `Ticket`. It is decided at once or later, when something is released: use that connection, open one,
 or nothing to be had. What the pool wants closed it hands to whoever drives it. Idle connections are used last in, first
 out, so that a low load keeps few connections warm and lets the others age away. Tickets are served in their order.
+
+A connection may be in the middle of a transaction whose client has nothing to say: it is *parked*. When somebody waits
+and a connection has been parked for a while, it is reclaimed: its transaction can be begun anew on another connection.
+Else as many slow clients as there are connections would stop all mail.
 """
 
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Generic, Protocol, TypeVar
+from typing import Final, Generic, Protocol, TypeVar
 
 from otel_smtp.forwarding.breaker import Breaker, BreakerState
 from otel_smtp.forwarding.settings import PoolLimits
@@ -29,6 +33,10 @@ class Pooled(Protocol):
 
 
 C = TypeVar("C", bound=Pooled)
+
+
+RECLAIM_AFTER_SECONDS: Final = 1.0
+"""A client on the same continent sends its content within a few round trips; who takes longer is slow, or gone."""
 
 
 class Decision(Enum):
@@ -81,13 +89,14 @@ class Pool(Generic[C]):
     All times are by one monotonic clock. Methods may be called in any order; each leaves the pool within its limits.
     """
 
-    __slots__ = ("_busy", "_closing", "_idle", "_is_closed", "_limits", "_opening", "_waiting", "breaker")
+    __slots__ = ("_busy", "_closing", "_idle", "_is_closed", "_limits", "_opening", "_parked", "_waiting", "breaker")
 
     def __init__(self, limits: PoolLimits) -> None:
         self._limits = limits
         self.breaker = Breaker(limits.connections)
         self._idle: deque[tuple[C, float]] = deque()  # with the time of release, the latest on the right
-        self._busy = 0
+        self._busy = 0  # the parked ones among them
+        self._parked: dict[C, tuple[float, Callable[[], None]]] = {}  # since when, the longest first; whom to tell
         self._opening = 0
         self._waiting: deque[Ticket[C]] = deque()
         self._closing: list[C] = []
@@ -143,6 +152,14 @@ class Pool(Generic[C]):
             self._closing.append(connection)
         self._assign(now)
 
+    def park(self, connection: C, now: float, on_reclaimed: Callable[[], None]) -> None:
+        """A mail leaves its connection alone for now; from the call of `on_reclaimed` on, it is another mail's."""
+        self._parked[connection] = (now, on_reclaimed)
+
+    def unpark(self, connection: C) -> None:
+        """The mail goes on with its connection."""
+        self._parked.pop(connection, None)
+
     def opened(self) -> None:
         """The connection that a ticket allowed is open, and in use by the ticket's mail."""
         self._opening -= 1
@@ -177,6 +194,18 @@ class Pool(Generic[C]):
                 self._closing.append(connection)
                 self._assign(now)
                 return
+
+    def reclaim(self, now: float) -> float | None:
+        """Serve those who wait with connections that have been parked for long enough.
+
+        Returns:
+            When to call again; None: when somebody waits again.
+        """
+        self._assign(now)
+        if not self._waiting:
+            return None
+        parked_since = next((since for since, _ in self._parked.values()), now)
+        return max(parked_since + RECLAIM_AFTER_SECONDS, now + RECLAIM_AFTER_SECONDS / 10)
 
     def expire(self, now: float) -> float | None:
         """Give up the connections that have been idle for too long.
@@ -225,9 +254,25 @@ class Pool(Generic[C]):
             self.breaker.begin(now)
             self._opening += 1
             return Decision.OPEN, None
+        if (reclaimed := self._reclaimed(now)) is not None:
+            if reclaimed.is_reusable(now, self._limits) and not ticket.wants_fresh:
+                return Decision.REUSE, reclaimed
+            self._closing.append(reclaimed)
+            self._busy -= 1
+            return self._decide(ticket, now)
         if self.breaker.is_dead(now):
             return Decision.NONE, None
         return Decision.WAITING, None
+
+    def _reclaimed(self, now: float) -> C | None:
+        """The connection that has been parked for the longest, if that is long enough; its mail is told."""
+        for connection, (since, on_reclaimed) in self._parked.items():
+            if now - since < RECLAIM_AFTER_SECONDS:
+                return None
+            del self._parked[connection]
+            on_reclaimed()
+            return connection
+        return None
 
     def _may_open(self, now: float) -> bool:
         in_use = self._busy + self._opening

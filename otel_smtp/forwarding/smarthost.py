@@ -3,11 +3,12 @@
 import asyncio
 import logging
 import ssl
+from collections.abc import Callable
 from typing import Final
 
 from otel_smtp.forwarding.connection import UpstreamConnection, open_connection
 from otel_smtp.forwarding.faults import ConnectFailed, NoConnectionFree
-from otel_smtp.forwarding.pool import Decision, Pool, PoolSnapshot, Ticket
+from otel_smtp.forwarding.pool import RECLAIM_AFTER_SECONDS, Decision, Pool, PoolSnapshot, Ticket
 from otel_smtp.forwarding.settings import UpstreamSettings
 from otel_smtp.forwarding.tls import UpstreamTlsContext
 from otel_smtp.observer import DeliveryObserver, DeliveryPhase
@@ -31,7 +32,7 @@ class Smarthost:
         OSError: a file of its TLS settings cannot be read.
     """
 
-    __slots__ = ("_context", "_expiry", "_hostname", "_loop", "_pool", "extensions", "settings")
+    __slots__ = ("_context", "_expiry", "_hostname", "_loop", "_pool", "_reclaiming", "extensions", "settings")
 
     def __init__(self, settings: UpstreamSettings, hostname: str) -> None:
         self.settings = settings
@@ -44,6 +45,7 @@ class Smarthost:
             )
         self._pool: Pool[UpstreamConnection] = Pool(settings.limits)
         self._expiry: asyncio.TimerHandle | None = None
+        self._reclaiming: asyncio.TimerHandle | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def __repr__(self) -> str:
@@ -83,6 +85,19 @@ class Smarthost:
         connection.messages += 1
         return connection, reused
 
+    def park(self, connection: UpstreamConnection, on_reclaimed: Callable[[], None]) -> None:
+        """Leave a connection alone in the middle of a transaction; others may need it more.
+
+        Args:
+            on_reclaimed: called when it was given to another mail.
+        """
+        assert self._loop is not None
+        self._pool.park(connection, self._loop.time(), on_reclaimed)
+
+    def unpark(self, connection: UpstreamConnection) -> None:
+        """Go on with it."""
+        self._pool.unpark(connection)
+
     def release(self, connection: UpstreamConnection, *, answered: bool) -> None:
         """Give a connection back; it is kept if it is in step, else closed.
 
@@ -109,6 +124,9 @@ class Smarthost:
         if self._expiry is not None:
             self._expiry.cancel()
             self._expiry = None
+        if self._reclaiming is not None:
+            self._reclaiming.cancel()
+            self._reclaiming = None
 
     async def _wait(self, ticket: Ticket[UpstreamConnection], loop: asyncio.AbstractEventLoop) -> None:
         decided: asyncio.Future[None] = loop.create_future()
@@ -118,6 +136,8 @@ class Smarthost:
                 decided.set_result(None)
 
         ticket.on_decided = wake
+        if self._reclaiming is None:
+            self._reclaiming = loop.call_later(RECLAIM_AFTER_SECONDS, self._reclaim)
         try:
             async with asyncio.timeout(self.settings.timeouts.pool):
                 await decided
@@ -162,6 +182,12 @@ class Smarthost:
         assert self._loop is not None
         again_at = self._pool.expire(self._loop.time())
         self._expiry = None if again_at is None else self._loop.call_at(again_at, self._expire)
+        self._close_what_is_over()
+
+    def _reclaim(self) -> None:
+        assert self._loop is not None
+        again_at = self._pool.reclaim(self._loop.time())
+        self._reclaiming = None if again_at is None else self._loop.call_at(again_at, self._reclaim)
         self._close_what_is_over()
 
     def _close_what_is_over(self) -> None:

@@ -21,7 +21,15 @@ from typing import Any, Final, TypeVar
 from otel_smtp.forwarding.base import Capabilities, DeliveryFailed, MailTransaction, Permanent, Transient
 from otel_smtp.forwarding.content import Content, collect
 from otel_smtp.forwarding.delivery import Delivery, lacking
-from otel_smtp.forwarding.faults import ConnectionLost, NoConnectionFree, OutOfStep, TimedOut, Unsuitable, UpstreamFault
+from otel_smtp.forwarding.faults import (
+    ConnectionLost,
+    NoConnectionFree,
+    OutOfStep,
+    Reclaimed,
+    TimedOut,
+    Unsuitable,
+    UpstreamFault,
+)
 from otel_smtp.forwarding.pool import PoolSnapshot
 from otel_smtp.forwarding.routes import Routes
 from otel_smtp.forwarding.settings import MEMORY_LIMIT_OCTETS, Strategy, UpstreamSettings
@@ -162,6 +170,7 @@ class _Walk:
         self._seen = seen
         self._left: deque[Smarthost] | None = None  # not tried yet; None before the route is known
         self._once_more: tuple[Smarthost, DeliveryObserver] | None = None
+        self._wants_fresh = False  # `_once_more`: on a connection that was not used before
         self._tried_again: set[Smarthost] = set()
         self._faults: list[UpstreamFault] = []
         self._attempts = 0
@@ -201,6 +210,10 @@ class _Walk:
             delivery.end(Outcome.UNKNOWN, None, error_type=ErrorType.OUTCOME_UNKNOWN)
             logger.error("outcome of a delivery unknown", extra={"upstream": smarthost.settings.name})
             raise Transient(unknown) from fault
+        if isinstance(fault, Reclaimed):
+            self._once_more = (smarthost, delivery.hand_over())
+            self._wants_fresh = False
+            return
         if (
             isinstance(fault, ConnectionLost)
             and not isinstance(fault, TimedOut)
@@ -209,6 +222,7 @@ class _Walk:
         ):
             self._tried_again.add(smarthost)
             self._once_more = (smarthost, delivery.hand_over())
+            self._wants_fresh = True
             return
         delivery.end(Outcome.DEFERRED, fault.upstream_reply, error_type=fault.reply.error_type)
         self._faults.append(fault)
@@ -221,7 +235,7 @@ class _Walk:
         while True:
             if self._once_more is not None:
                 (smarthost, seen), self._once_more = self._once_more, None
-                delivery = await self._open(smarthost, seen, fresh=True)
+                delivery = await self._open(smarthost, seen, fresh=self._wants_fresh)
             elif self._left:
                 smarthost = self._left.popleft()
                 self._attempts += 1
@@ -388,7 +402,9 @@ class _Transparent(_Transaction):
             else:
                 self._refusal = verdict
         delivery = self._walk.delivery
-        if delivery is not None and not delivery.is_open:
+        if delivery is not None and delivery.is_open:
+            delivery.park()
+        elif delivery is not None:
             self._walk.delivery = None
             delivery.end(_outcome_of(verdicts[0]), verdicts[0], error_type=verdicts[0].error_type, answered=True)
         return verdicts

@@ -11,7 +11,7 @@ from contextlib import suppress
 
 import pytest
 
-from otel_smtp.forwarding import breaker
+from otel_smtp.forwarding import breaker, pool, smarthost
 from otel_smtp.forwarding.base import ContentAborted, Transient
 from otel_smtp.forwarding.breaker import BreakerState
 from otel_smtp.forwarding.settings import PoolLimits, Strategy, Timeouts, UpstreamSettings
@@ -677,6 +677,34 @@ async def test_a_mail_waits_for_a_connection_and_not_for_ever() -> None:
         assert (await waiting).told.code == 250
         assert upstream.connections == 1
         assert nothing_is_kept_out_of_step(forwarder.snapshot())
+
+
+async def test_slow_clients_do_not_keep_the_upstreams_connections_from_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "RECLAIM_AFTER_SECONDS", 0.02)
+    monkeypatch.setattr(smarthost, "RECLAIM_AFTER_SECONDS", 0.02)
+    limits = PoolLimits(connections=2)
+    async with ScriptedUpstream() as upstream, relaying(settings(upstream, limits=limits)) as forwarder:
+        slow = []
+        for _ in range(5):
+            transaction = await forwarder.begin(MAIL, seen := RecordedTransaction())
+            assert [reply.code for reply in await transaction.recipients([BOB])] == [250]
+            slow.append((transaction, seen))
+        assert (await relay(forwarder)).told.code == 250
+        aborted, seen = slow.pop(0)
+        await aborted.abort()
+        assert seen.outcomes == [("up", Outcome.ABORTED)]
+        for transaction, _ in slow:
+            assert [reply.code for reply in await transaction.recipients([CAROL])] == [250]
+        for transaction, seen in slow:
+            assert (await transaction.content(in_chunks(CHUNKS))).code == 250
+            assert seen.outcomes == [("up", Outcome.RELAYED)]
+        assert upstream.connections == 2
+        assert sorted(kept.addresses for kept in upstream.kept) == [
+            *[("bob@example.net",)],
+            *[("bob@example.net", "carol@example.net")] * 4,
+        ]
+        assert nothing_is_kept_out_of_step(forwarder.snapshot())
+        assert forwarder.snapshot()[0].pool.idle == 2
 
 
 # The network between us ---------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from otel_smtp.forwarding.breaker import FIRST_REST_SECONDS, INITIAL_WINDOW, LONGEST_REST_SECONDS, Breaker, BreakerState
-from otel_smtp.forwarding.pool import Decision, Pool, Ticket
+from otel_smtp.forwarding.pool import RECLAIM_AFTER_SECONDS, Decision, Pool, Ticket
 from otel_smtp.forwarding.settings import PoolLimits
 
 
@@ -106,6 +106,37 @@ def test_a_fresh_connection_takes_the_place_of_the_oldest_idle_one() -> None:
     ticket = pool.ask(3, fresh=True)
     assert decided(ticket, Decision.OPEN)
     assert pool.take_closing() == [first]
+
+
+def test_a_parked_connection_is_reclaimed_for_who_waits_and_not_at_once() -> None:
+    pool = grown(connections=2)
+    told: list[str] = []
+    first, second = (opened(pool, pool.ask(0)) for _ in range(2))
+    pool.park(first, 0, lambda: told.append("first"))
+    pool.park(second, 0.5, lambda: told.append("second"))
+    waiting = pool.ask(0.5)
+    assert decided(waiting, Decision.WAITING)
+    assert pool.reclaim(0.9) == RECLAIM_AFTER_SECONDS
+    assert pool.reclaim(1) is None
+    assert (waiting.connection, told) == (first, ["first"])
+    pool.unpark(second)
+    assert decided(pool.ask(9), Decision.WAITING)
+    pool.park(second, 9, lambda: told.append("second"))
+    fresh = pool.ask(9, fresh=True)
+    assert pool.reclaim(10) == 10 + RECLAIM_AFTER_SECONDS  # one was served, one still waits
+    assert told == ["first", "second"]
+    assert pool.snapshot().busy == 2
+    pool.release(first, 10)
+    assert decided(fresh, Decision.OPEN)
+
+
+def test_a_parked_connection_that_cannot_be_used_again_makes_room() -> None:
+    pool = grown(connections=1)
+    connection = opened(pool, pool.ask(0))
+    pool.park(connection, 0, lambda: None)
+    connection.is_alive = False
+    assert decided(pool.ask(5), Decision.OPEN)
+    assert pool.take_closing() == [connection]
 
 
 def test_idle_connections_expire_the_oldest_first() -> None:
@@ -268,6 +299,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.waiting: list[Ticket[Connection]] = []
         self.idle_or_closed: list[Connection] = []
         self.closed: list[Connection] = []
+        self.parked: list[Connection] = []
 
     def sort(self) -> None:
         for ticket in [ticket for ticket in self.waiting if ticket.decision is not Decision.WAITING]:
@@ -313,6 +345,7 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(data=st.data(), alive=st.booleans(), answered=st.booleans())
     def release(self, data: st.DataObject, alive: bool, answered: bool) -> None:
         connection = data.draw(st.sampled_from(self.busy))
+        self.unpark(connection)
         self.busy.remove(connection)
         connection.is_alive = alive
         if answered:
@@ -320,6 +353,28 @@ class AnyOrder(RuleBasedStateMachine):
         self.pool.release(connection, self.now)
         self.idle_or_closed.append(connection)
         self.sort()
+
+    @precondition(lambda self: self.busy)
+    @rule(data=st.data(), unpark=st.booleans())
+    def park(self, data: st.DataObject, unpark: bool) -> None:
+        connection = data.draw(st.sampled_from(self.busy))
+        if connection in self.parked:
+            return
+
+        def reclaimed() -> None:
+            self.busy.remove(connection)
+            self.parked.remove(connection)
+            self.idle_or_closed.append(connection)
+
+        self.parked.append(connection)
+        self.pool.park(connection, self.now, reclaimed)
+        if unpark:
+            self.unpark(connection)
+
+    def unpark(self, connection: Connection) -> None:
+        self.pool.unpark(connection)
+        if connection in self.parked:
+            self.parked.remove(connection)
 
     @precondition(lambda self: self.idle_or_closed)
     @rule(data=st.data())
@@ -334,6 +389,7 @@ class AnyOrder(RuleBasedStateMachine):
     def pass_time(self, seconds: float) -> None:
         self.now += seconds
         self.pool.expire(self.now)
+        self.pool.reclaim(self.now)
         self.sort()
 
     @invariant()
