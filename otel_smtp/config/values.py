@@ -512,7 +512,11 @@ class UpstreamUrlKind(msgspec.Struct, frozen=True):
 
 
 class AddressPattern(msgspec.Struct, frozen=True):
-    """Which senders or recipients a route serves; `*` stands for any text without "@"."""
+    """Which senders or recipients a route serves: `*` stands for any text, `?` for one character.
+
+    The null path, written "<>", is the empty text that it is in an envelope. Brackets, which matching would read as
+    sets of characters, are left out, and address literals with them.
+    """
 
     allowed: str = (
         'a pattern such as "*@example.com", "*@*.example.com", "alice@example.com", "*"; "<>" is the null path'
@@ -520,11 +524,13 @@ class AddressPattern(msgspec.Struct, frozen=True):
 
     def parse(self, given: Given) -> str:
         text = _as_text(given).strip()
-        if not text or re.search(r"[\x00-\x20\x7f]", text) or text.count("@") > 1:
+        if text == "<>":
+            return ""
+        if not text or re.search(r"[\x00-\x20\x7f\[\]]", text) or text.count("@") > 1:
             raise BadValue
-        if text not in ("*", "<>") and ("@" not in text or text.startswith("@") or text.endswith("@")):
+        if text != "*" and ("@" not in text or text.startswith("@") or text.endswith("@")):
             raise BadValue
         return text
 
     def show(self, value: str) -> str:
-        return value
+        return value or "<>"

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from otel_smtp.config import Flag, Secret, Settings, SettingsError, assignment, load
+from otel_smtp.config import Flag, Secret, Settings, SettingsError, assignment, describe, load
 from otel_smtp.observer import Endpoint
 from otel_smtp.smtp.states import TlsMode
 
@@ -364,3 +364,10 @@ def test_settings_cannot_be_changed() -> None:
     settings: Settings = load(environ=UPSTREAM)
     with pytest.raises(AttributeError):
         settings.workers = 2  # type: ignore[misc]
+
+
+def test_a_route_for_bounces_is_the_empty_reverse_path() -> None:
+    upstream = {"url": "smtps://m.example", "senders": ["<>", "*@example.com"]}
+    settings = load(values={"upstream": [upstream]})
+    assert settings.upstream[0].senders == ("", "*@example.com")
+    assert {row.key: row.value for row in describe(settings)}["upstream.0.senders"] == "<>, *@example.com"
