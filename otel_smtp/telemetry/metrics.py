@@ -92,13 +92,15 @@ class Measurements:
 
 
 class _DeliveryMetrics(DeliveryObserver):
-    __slots__ = ("_began", "_metrics", "_trace_id", "_traced", "_upstream")
+    __slots__ = ("_began", "_metrics", "_traced", "_transaction", "_upstream")
 
-    def __init__(self, metrics: "Metrics", traced: DeliveryObserver, upstream: str, trace_id: str | None) -> None:
+    def __init__(
+        self, metrics: "Metrics", traced: DeliveryObserver, upstream: str, transaction: "_TransactionMetrics"
+    ) -> None:
         self._metrics = metrics
         self._traced = traced
         self._upstream = upstream
-        self._trace_id = trace_id
+        self._transaction = transaction
         self._began = time.perf_counter()
 
     def phase(self, phase: DeliveryPhase, reply: Reply | None = None) -> None:
@@ -106,7 +108,7 @@ class _DeliveryMetrics(DeliveryObserver):
 
     def pooled(self, *, wait_seconds: float, reused: bool) -> None:
         self._traced.pooled(wait_seconds=wait_seconds, reused=reused)
-        self._metrics.pool_wait.add((self._upstream,), wait_seconds, self._trace_id)
+        self._metrics.pool_wait.add((self._upstream,), wait_seconds, self._transaction.known_trace_id())
 
     def connected(self, peer: Endpoint, tls: TlsInfo | None) -> None:
         self._traced.connected(peer, tls)
@@ -119,22 +121,29 @@ class _DeliveryMetrics(DeliveryObserver):
     ) -> None:
         self._traced.ended(outcome, reply, round_trips=round_trips, error_type=error_type)
         self._metrics.delivery_duration.add(
-            (self._upstream, outcome.value), time.perf_counter() - self._began, self._trace_id
+            (self._upstream, outcome.value), time.perf_counter() - self._began, self._transaction.known_trace_id()
         )
 
 
 class _TransactionMetrics(TransactionObserver):
-    __slots__ = ("_metrics", "_traced")
+    __slots__ = ("_has_header", "_metrics", "_traced")
 
     def __init__(self, metrics: "Metrics", traced: TransactionObserver) -> None:
         self._metrics = metrics
         self._traced = traced
+        self._has_header = False
+
+    def known_trace_id(self) -> str | None:
+        """The trace's id, once the header is read. Asking before would settle the trace before the application's own
+        traceparent was seen."""
+        return self._traced.trace_id() if self._has_header else None
 
     def recipient_answered(self, recipient: Recipient, reply: Reply) -> None:
         self._traced.recipient_answered(recipient, reply)
 
     def header_received(self, trace: TraceHeaders, *, message_id: str | None) -> None:
         self._traced.header_received(trace, message_id=message_id)
+        self._has_header = True
 
     def spooled(self, spool_id: str) -> None:
         self._traced.spooled(spool_id)
@@ -147,11 +156,11 @@ class _TransactionMetrics(TransactionObserver):
 
     def content_received(self, octets: int) -> None:
         self._traced.content_received(octets)
-        self._metrics.message_size.add((), octets, self._traced.trace_id())
+        self._metrics.message_size.add((), octets, self.known_trace_id())
 
     def delivery_begun(self, upstream: str, server: Endpoint, *, attempt: int = 1) -> DeliveryObserver:
         traced = self._traced.delivery_begun(upstream, server, attempt=attempt)
-        return _DeliveryMetrics(self._metrics, traced, upstream, self._traced.trace_id())
+        return _DeliveryMetrics(self._metrics, traced, upstream, self)
 
     def ended(self, outcome: Outcome, reply: Reply | None, *, error_type: ErrorType | None = None) -> None:
         self._traced.ended(outcome, reply, error_type=error_type)

@@ -6,7 +6,7 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from otel_smtp.observer import ConnectionInfo, Endpoint, Observer, Outcome
+from otel_smtp.observer import ConnectionInfo, Endpoint, Observer, Outcome, TraceHeaders
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Mail
 from otel_smtp.smtp.extensions import Offer
@@ -14,6 +14,7 @@ from otel_smtp.smtp.server import ServerPolicy, ServerProtocol
 from otel_smtp.smtp.states import CloseReason, TlsMode, raise_illegal
 from otel_smtp.telemetry import attributes
 from otel_smtp.telemetry.metrics import Metrics
+from otel_smtp.telemetry.propagation import InboundPolicy
 from otel_smtp.telemetry.setup import TelemetryOptions, set_up
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
@@ -31,7 +32,7 @@ def samples(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], f
     }
 
 
-def relay_a_mail(observer: Observer) -> None:
+def relay_a_mail(observer: Observer, *traceparents: str) -> None:
     """A connection with one mail, told by the engine and as the server tells it."""
     connection = observer.connection_opened(INFO)
     offer = Offer()
@@ -50,9 +51,10 @@ def relay_a_mail(observer: Observer) -> None:
             break
     engine.reply(replies.SENDER_OK)
     transaction = connection.transaction_begun(Mail("a@example.com"), 1)
-    transaction.content_received(5000)
     delivery = transaction.delivery_begun("provider", Endpoint("upstream.example", 587))
     delivery.pooled(wait_seconds=0.25, reused=False)
+    transaction.header_received(TraceHeaders(traceparents), message_id=None)
+    transaction.content_received(5000)
     delivery.ended(Outcome.RELAYED, replies.OK, round_trips=2)
     transaction.ended(Outcome.RELAYED, replies.OK)
     engine.closed(CloseReason.QUIT)
@@ -110,6 +112,14 @@ def test_measurements_name_a_trace_where_it_is_asked_for() -> None:
     ]
     assert exemplars
     assert all(len(trace_id) == 32 for trace_id in exemplars)
+
+
+def test_counting_does_not_settle_the_trace_before_the_application_named_its_own() -> None:
+    telemetry = set_up(
+        TelemetryOptions(access_log=False, policies={"local": InboundPolicy.PARENT}), {"OTEL_SDK_DISABLED": "false"}
+    )
+    relay_a_mail(telemetry.observer, f"00-{'a' * 32}-{'b' * 16}-01")
+    assert f'trace_id="{"a" * 32}"' in telemetry.metrics_page(OPENMETRICS)[0].decode()
 
 
 def test_no_client_can_make_the_series_grow() -> None:
