@@ -315,7 +315,7 @@ class _StatusPort:
             upstreams=self._upstreams,
             trace_url=gateway.settings.status.trace_url,
             allow=gateway.settings.status.allow,
-            about={"hostname": gateway.settings.hostname, "version": __version__, "traces to": gateway.ready.traces_to},
+            about=_about(gateway.settings, gateway.ready.traces_to),
         )
         try:
             self.listening = await self._server.start()
@@ -352,6 +352,14 @@ class _StatusPort:
             )
             for snapshot in self._gateway.upstreams()
         ]
+
+
+def _about(settings: Settings, traces_to: str) -> Mapping[str, str]:
+    """What the page's head says."""
+    about = {"hostname": settings.hostname, "version": __version__, "traces to": traces_to}
+    if settings.workers > 1:
+        about["shows"] = f"one of {settings.workers} processes"
+    return about
 
 
 def _redaction(settings: Settings) -> Redaction:

@@ -33,7 +33,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from otel_smtp.observer import Endpoint
 from otel_smtp.status.live import LiveView
-from otel_smtp.status.traces import AttributeValue, RecentTraces, Severity
+from otel_smtp.status.traces import AttributeValue, FinishedSpan, RecentTraces, Severity
 from otel_smtp.status.views import QueueView, UpstreamView
 
 logger: Final = logging.getLogger("otel_smtp.status.server")
@@ -55,6 +55,7 @@ STOP_SECONDS: Final = 1
 TRACES_SHOWN: Final = 100
 # Traces looked at before mail gets its turn: a summary takes up to 0.1 ms when it is worked out.
 _SEARCH_STRIDE: Final = 32
+_GROUP_STRIDE: Final = 2000  # spans; half a millisecond
 _QUERY_CHARACTERS: Final = 200
 
 # The page loads what the package brings and nothing else; a peer's text that slipped through could run nothing.
@@ -246,9 +247,11 @@ class StatusServer:
         terms = request.query_params.get("q", "")[:_QUERY_CHARACTERS].lower().split()
         by_severity: dict[str, list[Mapping[str, Any]]] = {severity: [] for severity in Severity}
         newest: list[Mapping[str, Any]] = []
-        for looked_at, trace in enumerate(self._traces.newest_first()):
+        held = await self._held_traces()
+        for looked_at, (trace_id, spans) in enumerate(held.items()):
             if looked_at % _SEARCH_STRIDE == _SEARCH_STRIDE - 1:
                 await asyncio.sleep(0)
+            trace = self._traces.trace(trace_id, spans)
             if trace.matches(terms):
                 summary = trace.summary()
                 by_severity[summary["severity"]].append(summary)
@@ -259,10 +262,20 @@ class StatusServer:
             {
                 "traces": newest[:TRACES_SHOWN],
                 "found": len(newest),
-                "held": len(self._traces),
+                "held": len(held),
                 "by_severity": {severity: len(summaries) for severity, summaries in by_severity.items()},
             }
         )
+
+    async def _held_traces(self) -> Mapping[int, Sequence[FinishedSpan]]:
+        """The spans held now by their trace, the newest first."""
+        held: dict[int, list[FinishedSpan]] = {}
+        spans = self._traces.spans()
+        for start in range(0, len(spans), _GROUP_STRIDE):
+            self._traces.group(spans[start : start + _GROUP_STRIDE], held)
+            await asyncio.sleep(0)
+        self._traces.forget_all_but(held)
+        return held
 
     async def _show_trace(self, request: Request) -> Response:
         trace = self._traces.get(request.path_params["trace_id"])

@@ -1,15 +1,16 @@
 """Recent traces, kept in memory so that a mail can be looked up without any backend.
 
-Spans come one by one as they end, of any trace in any order. Adding one is a lookup and an append; what a trace says in
-short (`Trace.summary`) and in full (`Trace.otlp_json`) is worked out for who looks.
+Spans come one by one as they end, of any trace in any order. Adding one is an append; which spans make a trace, what it
+says in short (`Trace.summary`) and in full (`Trace.otlp_json`) is worked out for who looks.
 
-Two bounded shelves: the recent traces, and behind them those that failed, so that an error of last night is still
-found after ten thousand good mails. The bound is on spans and events together, since they are what takes memory.
+Two bounded shelves: the recent spans, and behind them those of traces in which something failed, so that an error of
+last night is still found after ten thousand good mails. The bound is on spans and events together, since they are
+what takes memory.
 """
 
 import re
-from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from typing import Any, Final, Protocol
 
@@ -93,6 +94,7 @@ _STATE: Final = "smtp.state"
 _OUTCOME: Final = "smtp.outcome"
 _REPLY_CODE: Final = "smtp.reply.code"
 _ERROR_TYPE: Final = "error.type"
+_CONNECTION_ERRORS: Final = "smtp.connection.errors"
 _SPAN_CONNECTION: Final = "smtp.connection"
 _SPAN_TRANSACTION: Final = "smtp.transaction"
 _SPAN_DELIVERY: Final = "smtp.delivery"
@@ -107,6 +109,7 @@ RECENT_ITEMS: Final = 20_000
 FAILED_ITEMS: Final = 10_000
 # A batch job may send a hundred thousand mails in one trace of its own.
 TRACE_ITEMS: Final = 2_000
+FAILED_TRACES: Final = 2_000
 _STATES_SHOWN: Final = 64
 _VALUES_SHOWN: Final = 10
 
@@ -116,31 +119,21 @@ _CODE: Final = re.compile(r"[2-5]\d\d")
 
 
 class Trace:
-    """The finished spans of one trace."""
+    """Finished spans of one trace, in the order in which they ended: the newest of them where they are very many."""
 
-    __slots__ = ("_summary", "dropped_spans", "items", "spans", "trace_id")
+    __slots__ = ("_summary", "dropped_spans", "held", "spans", "trace_id")
 
-    def __init__(self, trace_id: int) -> None:
+    def __init__(self, trace_id: int, spans: Sequence[FinishedSpan]) -> None:
         self.trace_id = f"{trace_id:032x}"
-        self.spans: deque[FinishedSpan] = deque()
-        self.items = 0  # spans and events held
-        self.dropped_spans = 0
+        self.held = len(spans)  # tells whether more have come since
+        items = 0
+        first = len(spans)
+        while first and (first == len(spans) or items + 1 + len(spans[first - 1].events) <= TRACE_ITEMS):
+            first -= 1
+            items += 1 + len(spans[first].events)
+        self.spans = spans[first:]
+        self.dropped_spans = first
         self._summary: dict[str, Any] | None = None
-
-    def add(self, span: FinishedSpan) -> int:
-        """Keep `span`, and drop the trace's oldest ones where it would grow beyond its bound.
-
-        Returns:
-            By how many items the trace has grown.
-        """
-        before = self.items
-        self.spans.append(span)
-        self.items += 1 + len(span.events)
-        self._summary = None
-        while self.items > TRACE_ITEMS and len(self.spans) > 1:
-            self.items -= 1 + len(self.spans.popleft().events)
-            self.dropped_spans += 1
-        return self.items - before
 
     @property
     def severity(self) -> Severity:
@@ -243,73 +236,87 @@ class Trace:
 
 
 class RecentTraces:
-    """Finished spans by trace, the oldest dropped first; failed traces outlive the others.
+    """Finished spans, the oldest dropped first; those of traces in which something failed outlive the others.
 
     Args:
         recent_items, failed_items: how many spans and events each shelf may hold.
+
+    Attributes:
+        version: grows with every span.
     """
 
     def __init__(self, *, recent_items: int = RECENT_ITEMS, failed_items: int = FAILED_ITEMS) -> None:
-        self._recent = _Shelf(recent_items)
-        self._failed = _Shelf(failed_items)
+        self._recent: deque[FinishedSpan] = deque()
+        self._recent_room = recent_items
+        self._failed: deque[FinishedSpan] = deque()
+        self._failed_room = failed_items
+        self._failed_traces: dict[int, None] = {}  # in order of their first failure
+        self._known: dict[int, Trace] = {}
         self.version = 0
 
-    def __len__(self) -> int:
-        return len(self._recent.traces) + len(self._failed.traces)
-
     def add(self, span: FinishedSpan) -> None:
-        """Keep a finished span. Called on the mail path: one lookup, one append."""
+        """Keep a finished span. Called on the mail path."""
         self.version += 1
-        trace_id = span.context.trace_id
-        shelf = self._failed if trace_id in self._failed.traces else self._recent
-        for evicted in shelf.add(trace_id, span):
-            if shelf is self._recent and evicted.severity is not Severity.OK:
-                self._failed.put(evicted)
+        self._recent.append(span)
+        self._recent_room -= 1 + len(span.events)
+        if span.has_failed or span.attributes.get(_CONNECTION_ERRORS):
+            self._note_failure(span.context.trace_id)
+        while self._recent_room < 0 and len(self._recent) > 1:
+            oldest = self._recent.popleft()
+            self._recent_room += 1 + len(oldest.events)
+            if oldest.context.trace_id in self._failed_traces:
+                self._outlive(oldest)
+
+    def spans(self) -> list[FinishedSpan]:
+        """All that is held now, the newest first."""
+        return [*reversed(self._recent), *reversed(self._failed)]
+
+    def group(self, spans: Iterable[FinishedSpan], found: dict[int, list[FinishedSpan]]) -> None:
+        """Put `spans`, newest first, into `found` by their trace; may be called piece by piece."""
+        for span in spans:
+            trace_id = span.context.trace_id
+            if trace_id in found:
+                found[trace_id].append(span)
+            else:
+                found[trace_id] = [span]
+
+    def trace(self, trace_id: int, spans: Sequence[FinishedSpan]) -> Trace:
+        """The trace of `spans`, newest first; the same object as last time while nothing was added."""
+        known = self._known.get(trace_id)
+        if known is None or known.held != len(spans):
+            known = self._known[trace_id] = Trace(trace_id, spans[::-1])
+        return known
+
+    def forget_all_but(self, trace_ids: Container[int]) -> None:
+        """Forget what was worked out for traces that are gone."""
+        for trace_id in [known for known in self._known if known not in trace_ids]:
+            del self._known[trace_id]
 
     def get(self, trace_id: str) -> Trace | None:
         """The trace with this id in hexadecimal; leading zeros may be missing."""
         if not _HEXADECIMAL.fullmatch(trace_id):
             return None
         number = int(trace_id, 16)
-        return self._recent.traces.get(number) or self._failed.traces.get(number)
+        spans = [span for span in self.spans() if span.context.trace_id == number]
+        return Trace(number, spans[::-1]) if spans else None
 
     def newest_first(self) -> Iterator[Trace]:
-        """All traces as they are now, by the arrival of their first span; adding while it runs is safe."""
-        yield from reversed(list(self._recent.traces.values()))
-        yield from reversed(list(self._failed.traces.values()))
+        """All traces as they are now, by the end of their last span."""
+        found: dict[int, list[FinishedSpan]] = {}
+        self.group(self.spans(), found)
+        for trace_id, spans in found.items():
+            yield self.trace(trace_id, spans)
 
+    def _note_failure(self, trace_id: int) -> None:
+        self._failed_traces[trace_id] = None
+        if len(self._failed_traces) > FAILED_TRACES:
+            del self._failed_traces[next(iter(self._failed_traces))]
 
-class _Shelf:
-    """Traces in order of arrival, within a bound of spans and events."""
-
-    __slots__ = ("_items", "_limit", "traces")
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._items = 0
-        self.traces: OrderedDict[int, Trace] = OrderedDict()
-
-    def add(self, trace_id: int, span: FinishedSpan) -> Sequence[Trace]:
-        """Keep `span`; the traces that had to go."""
-        trace = self.traces.get(trace_id)
-        if trace is None:
-            trace = self.traces[trace_id] = Trace(trace_id)
-        self._items += trace.add(span)
-        return self._evict() if self._items > self._limit else ()
-
-    def put(self, trace: Trace) -> None:
-        """Keep a whole trace."""
-        self.traces[int(trace.trace_id, 16)] = trace
-        self._items += trace.items
-        self._evict()
-
-    def _evict(self) -> list[Trace]:
-        evicted = []
-        while self._items > self._limit and len(self.traces) > 1:
-            _, trace = self.traces.popitem(last=False)
-            self._items -= trace.items
-            evicted.append(trace)
-        return evicted
+    def _outlive(self, span: FinishedSpan) -> None:
+        self._failed.append(span)
+        self._failed_room -= 1 + len(span.events)
+        while self._failed_room < 0 and len(self._failed) > 1:
+            self._failed_room += 1 + len(self._failed.popleft().events)
 
 
 def _distinct(values: Iterable[Any]) -> list[Any]:

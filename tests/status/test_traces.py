@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 
+from otel_smtp.status import traces as traces_module
 from otel_smtp.status.traces import TRACE_ITEMS, RecentTraces, Severity, Trace
 from tests.support.spans import Span, mail_trace
 
@@ -133,18 +134,39 @@ def test_a_retry_joins_its_trace_on_the_shelf_of_failures() -> None:
 
 def test_failures_are_bounded_too() -> None:
     traces = kept(*(mail_trace(n, has_failed=True) for n in range(1, 101)), recent_items=55, failed_items=55)
-    assert len(traces) <= 10
+    assert len(traces.spans()) <= 2 * 5 * 3
+    assert traces.get("1") is None
 
 
-def test_one_endless_trace_keeps_its_newest_spans() -> None:
-    traces = RecentTraces()
+def test_the_failures_that_are_remembered_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(traces_module, "FAILED_TRACES", 3)
+    traces = kept(*(mail_trace(n, has_failed=True) for n in range(1, 11)), recent_items=11)
+    assert sorted(int(trace.trace_id, 16) for trace in traces.newest_first())[-4:] == [7, 8, 9, 10]
+
+
+def test_one_endless_trace_shows_its_newest_spans() -> None:
+    traces = RecentTraces(recent_items=10 * TRACE_ITEMS)
     for _ in range(TRACE_ITEMS):
         for span in mail_trace(7):
             traces.add(span)
     trace = only(traces)
-    assert trace.items <= TRACE_ITEMS
-    assert trace.dropped_spans == 3 * TRACE_ITEMS - len(trace.spans)
+    assert sum(1 + len(span.events) for span in trace.spans) <= TRACE_ITEMS
+    assert trace.dropped_spans > 0
+    assert trace.spans[-1] is traces.spans()[0]
     assert trace.summary()["dropped_spans"] == trace.dropped_spans
+
+
+def test_a_span_larger_than_the_bound_is_held_all_the_same() -> None:
+    traces = kept(mail_trace(1), recent_items=3)
+    assert [span.name for span in traces.spans()] == ["smtp.connection"]
+
+
+def test_what_was_worked_out_is_kept_while_nothing_was_added_and_forgotten_with_its_trace() -> None:
+    traces = kept(mail_trace(1))
+    first = only(traces)
+    assert only(traces) is first
+    traces.forget_all_but(())
+    assert only(traces) is not first
 
 
 def test_the_full_trace_is_otlp_json() -> None:

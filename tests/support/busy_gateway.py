@@ -56,7 +56,7 @@ def refused_trace(trace_id: int, start_ns: int, client: str) -> list[Span]:
         Span(
             "smtp.connection", Kind.SERVER, connection, None, start_ns, start_ns + 86 * MILLISECOND,
             {"smtp.listener": "submission", "client.address": client, "smtp.close.reason": "quit",
-             "smtp.tls.mode": "starttls", "tls.protocol.version": "1.3"},
+             "smtp.tls.mode": "starttls", "smtp.connection.errors": 2, "tls.protocol.version": "1.3"},
             events, [], False,
         )
     )  # fmt: skip

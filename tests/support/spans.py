@@ -101,7 +101,10 @@ def mail_trace(
         ),
         Span(
             "smtp.connection", Kind.SERVER, connection, None, start_ns, start_ns + 11 * MILLISECOND,
-            {"smtp.listener": "local", "client.address": "127.0.0.1", "smtp.connection.messages": 1},
+            {
+                "smtp.listener": "local", "client.address": "127.0.0.1", "smtp.connection.messages": 1,
+                "smtp.connection.errors": states.split().count("Error"),
+            },
             state_events(states, start_ns, code=code), [], False,
         ),
     ]  # fmt: skip

@@ -41,7 +41,7 @@ function fillUpstream(item, facts) {
     element("p", { class: "faint" },
       `${facts.busy} busy · ${facts.idle} idle · ${facts.limit} at most`,
       facts.waiting ? ` · ${plural(facts.waiting, "transaction waits", "transactions wait")}` : "",
-      facts.last_success_seconds === null ? " · no success yet" : ` · last success ${age(facts.last_success_seconds)} ago`,
+      facts.last_success_seconds === null ? "" : ` · last success ${age(facts.last_success_seconds)} ago`,
       facts.last_failure_seconds === null ? null : element("span", { class: "bad" },
         ` · last failure ${age(facts.last_failure_seconds)} ago${facts.last_failure ? ` (${facts.last_failure})` : ""}`)),
   );
