@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import smtplib
 import threading
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from aiosmtpd.smtp import SMTP, Envelope, Session
 
 from tests.end_to_end.conftest import Client, StartGateway
 from tests.end_to_end.messages import DOTS, EIGHT_BIT, MESSAGES
+from tests.support import nodemailer
 from tests.support.capture import CapturingUpstream
 from tests.support.process import GatewayProcess, gateway, until
 from tests.support.tools import run, smtp_sink, swaks
@@ -57,12 +59,21 @@ def by_msmtp(port: int, content: bytes, directory: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def by_nodemailer(port: int, content: bytes, directory: Path) -> None:
+    file = directory / "message.eml"
+    file.write_bytes(content)
+    done = nodemailer.send({"host": "127.0.0.1", "port": port}, SENDER, RECIPIENTS, file)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["accepted"] == RECIPIENTS
+
+
 CLIENTS: Final[dict[str, Callable[[int, bytes, Path], None]]] = {
     "smtplib": by_smtplib,
     "aiosmtplib": by_aiosmtplib,
     "swaks": by_swaks,
     "curl": by_curl,
     "msmtp": by_msmtp,
+    "nodemailer": by_nodemailer,
 }
 
 

@@ -1,5 +1,6 @@
 """Listeners as operators set them up: TLS, AUTH and PROXY headers, with other people's clients; upstreams over TLS."""
 
+import asyncio
 import base64
 import contextlib
 import smtplib
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import aiosmtplib
 import pytest
 import trustme
 
@@ -17,6 +19,7 @@ from otel_smtp.server.users import users_line
 from tests.end_to_end.conftest import Client, StartGateway
 from tests.end_to_end.messages import DOTS
 from tests.end_to_end.test_traces import connection_of, exporting, story
+from tests.support import nodemailer
 from tests.support.capture import CapturingUpstream
 from tests.support.otlp_receiver import OtlpReceiver
 from tests.support.tools import run, swaks
@@ -132,11 +135,48 @@ def by_msmtp(port: int, files: Files, tls: str, directory: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def by_aiosmtplib(port: int, files: Files, tls: str, directory: Path) -> None:
+    async def send() -> None:
+        client = aiosmtplib.SMTP(
+            hostname="localhost",
+            port=port,
+            timeout=15,
+            use_tls=tls == "implicit",
+            start_tls=tls == "starttls",
+            tls_context=files.client_context(),
+        )
+        async with client:
+            await client.ehlo()
+            # As text, its login takes ASCII passwords only.
+            await client.auth_plain(b"app", PASSWORD.encode())
+            refused, _ = await client.sendmail(SENDER, [RECIPIENT], DOTS)
+            assert refused == {}
+
+    asyncio.run(send())
+
+
+def by_nodemailer(port: int, files: Files, tls: str, directory: Path) -> None:
+    file = directory / "message.eml"
+    file.write_bytes(DOTS)
+    options = {
+        "host": "localhost",
+        "port": port,
+        "secure": tls == "implicit",
+        "requireTLS": tls == "starttls",
+        "tls": {"ca": files.ca_file},
+        "auth": {"user": "app", "pass": PASSWORD},
+    }
+    done = nodemailer.send(options, SENDER, [RECIPIENT], file)
+    assert done.returncode == 0, done.stderr
+
+
 CLIENTS: Final[dict[str, Callable[[int, Files, str, Path], None]]] = {
     "smtplib": by_smtplib,
+    "aiosmtplib": by_aiosmtplib,
     "swaks": by_swaks,
     "curl": by_curl,
     "msmtp": by_msmtp,
+    "nodemailer": by_nodemailer,
 }
 
 

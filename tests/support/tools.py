@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 
 import pytest
 
@@ -18,6 +18,8 @@ from tests.support.process import until
 PACKAGES: Final = {
     "curl": "curl",
     "msmtp": "msmtp",
+    "node": "nodejs",
+    "npm": "npm",
     "promtool": "prometheus",
     "smtp-sink": "postfix",
     "smtp-source": "postfix",
@@ -34,11 +36,15 @@ def tool(name: str) -> str:
     """
     path = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
     if path is None:
-        missing = f"{name} is not installed (Debian package {PACKAGES[name]})"
-        if os.environ.get("CI") == "true":
-            pytest.fail(missing)
-        pytest.skip(missing)
+        missing(f"{name} is not installed (Debian package {PACKAGES[name]})")
     return path
+
+
+def missing(what: str) -> NoReturn:
+    """Skip the test, or fail it where CI=true."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(what)
+    pytest.skip(what)
 
 
 def run(
