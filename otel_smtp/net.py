@@ -9,7 +9,8 @@ Three rules:
 * Memory is bounded: reading pauses while more than `HIGH_WATER_OCTETS` are unread, `drain` waits while more than that
   are unsent.
 * Time is bounded: `deadline` holds for reads, `drain` and `start_tls` take theirs, `close` gives unsent octets
-  `LINGER_SECONDS`. Moving the deadline costs next to nothing: one timer re-arms itself when it fires early.
+  `LINGER_SECONDS`, `close_gently` gives the peer `READ_OFF_SECONDS`. Moving the deadline costs next to nothing: one
+  timer re-arms itself when it fires early.
 * A Stream has one owner: one task reads, one drains. Nothing here retries.
 
 Not here: which octets may be read before TLS. That is for the protocol engines, which know the state.
@@ -33,6 +34,8 @@ HIGH_WATER_OCTETS: Final = 256 * 1024  # unread, or unsent: beyond, the faster s
 LOW_WATER_OCTETS: Final = 64 * 1024
 DRAIN_SECONDS: Final = 180.0  # RFC 5321 4.5.3.2.5: three minutes for a block of content
 LINGER_SECONDS: Final = 10.0  # for the last reply to leave, when the peer does not read
+READ_OFF_SECONDS: Final = 2.0  # for a peer that is still sending to read our last reply and to end
+READ_OFF_OCTETS: Final = 1024 * 1024  # more than sockets' buffers hold on their way to us by default
 TLS_SHUTDOWN_SECONDS: Final = 2.0  # for the peer's close_notify; few peers send one
 HAPPY_EYEBALLS_SECONDS: Final = 0.25  # RFC 8305 5: "Connection Attempt Delay"
 BACKLOG: Final = 1024  # cut by net.core.somaxconn; a burst must not meet refused connections
@@ -251,6 +254,29 @@ class Stream(asyncio.BufferedProtocol):
         self._stop_timer()
         self._linger = self._loop.call_later(LINGER_SECONDS, self.abort)
         self._transport.close()
+
+    async def close_gently(self) -> None:
+        """End our side, read off what the peer still sends until it ends its own, then `close`.
+
+        For a peer that may be in the middle of sending. The kernel answers octets that nobody has read, or that come
+        after the close, with a reset: what the peer then gets is an error at its next send, and not our last reply.
+
+        Reads off at most `READ_OFF_OCTETS`, for at most `READ_OFF_SECONDS`. Under TLS it is `close`: there the
+        connection goes on until the peer's close_notify anyway.
+        """
+        transport = self._transport
+        try:
+            if transport is None or self._is_tls or self.is_eof or transport.is_closing():
+                return
+            transport.write_eof()  # behind what is unsent
+            self.deadline = self._loop.time() + READ_OFF_SECONDS
+            self.resume_reading()
+            left = READ_OFF_OCTETS
+            with suppress(TimeoutError):
+                while left > 0 and (data := await self.read()):
+                    left -= len(data)
+        finally:
+            self.close()
 
     def abort(self) -> None:
         """Close at once; what is unsent is dropped. Idempotent."""

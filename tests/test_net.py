@@ -14,6 +14,7 @@ import trustme
 
 from otel_smtp.net import (
     HIGH_WATER_OCTETS,
+    READ_OFF_OCTETS,
     Listener,
     Stream,
     _race,
@@ -127,6 +128,55 @@ async def test_close_sends_what_is_unsent_first() -> None:
         await asyncio.wait_for(pair.server.wait_closed(), SECONDS)
         assert pair.server.is_lost
         assert await pair.server.read() == b""
+
+
+async def test_a_peer_that_is_still_sending_gets_the_last_reply_and_no_reset() -> None:
+    async with joined() as pair:
+        pair.server.pause_reading()
+        pair.client.write(b"x" * (READ_OFF_OCTETS // 2))
+        pair.server.write(b"421 Bye\r\n")
+        closing = asyncio.create_task(pair.server.close_gently())
+        assert await read_exactly(pair.client, 9) == b"421 Bye\r\n"
+        assert await asyncio.wait_for(pair.client.read(), SECONDS) == b""
+        assert not pair.client.is_lost
+        pair.client.write(b"x" * 100)
+        pair.client.close()
+        await asyncio.wait_for(closing, SECONDS)
+        await asyncio.wait_for(pair.server.wait_closed(), SECONDS)
+        assert pair.server.octets_received == READ_OFF_OCTETS // 2 + 100
+        assert pair.client._loss is None
+
+
+async def test_what_is_read_off_at_the_end_is_bounded() -> None:
+    async with joined() as pair:
+        pair.client.write(b"x" * (8 * READ_OFF_OCTETS))
+        await asyncio.wait_for(pair.server.close_gently(), SECONDS)
+        await asyncio.wait_for(pair.server.wait_closed(), SECONDS)
+        assert READ_OFF_OCTETS <= pair.server.octets_received <= READ_OFF_OCTETS + 2 * HIGH_WATER_OCTETS
+
+
+async def test_a_silent_peer_cannot_hold_a_gentle_close(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("otel_smtp.net.READ_OFF_SECONDS", 0.01)
+    async with joined() as pair:
+        await asyncio.wait_for(pair.server.close_gently(), SECONDS)
+        await asyncio.wait_for(pair.server.wait_closed(), SECONDS)
+
+
+async def test_a_gentle_close_that_is_cancelled_closes() -> None:
+    async with joined() as pair:
+        closing = asyncio.create_task(pair.server.close_gently())
+        assert await asyncio.wait_for(pair.client.read(), SECONDS) == b""
+        closing.cancel()
+        await asyncio.wait_for(pair.server.wait_closed(), SECONDS)
+
+
+async def test_a_gentle_close_of_what_is_closed_does_nothing() -> None:
+    async with joined() as pair:
+        pair.client.close()
+        await asyncio.wait_for(pair.server.read(), SECONDS)
+        await asyncio.wait_for(pair.server.close_gently(), SECONDS)
+        await asyncio.wait_for(pair.server.wait_closed(), SECONDS)
+        await asyncio.wait_for(pair.server.close_gently(), SECONDS)
 
 
 async def test_writing_to_a_lost_connection_is_silent_and_draining_it_is_not() -> None:

@@ -71,6 +71,11 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 MINIMUM_OCTETS_PER_SECOND: Final = 500
 # A PROXY header comes from our own load balancer, at once; Postfix gives it the same five seconds.
 PROXY_HEADER_SECONDS: Final = 5.0
+# We end the session while the client may be in the middle of sending: it gets the time to read why. Not at a shutdown,
+# which has one grace for all, nor where the client has ended it or speaks another protocol.
+_GENTLE_ENDS: Final = frozenset(
+    {CloseReason.TIMEOUT, CloseReason.TOO_MANY_ERRORS, CloseReason.REFUSED, CloseReason.INTERNAL_ERROR}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +190,7 @@ class Connection:
         "_helo",
         "_info",
         "_is_extended",
+        "_is_served",
         "_load",
         "_loop",
         "_offer",
@@ -230,6 +236,7 @@ class Connection:
         self._auth: Exchange | None = None
         self._helo = ""
         self._is_extended = False
+        self._is_served = False  # not refused at accept: a flood of those must not hold sockets
         self._request_began = 0.0
         self._request_octets = 0
         self._returned: Event | None = None
@@ -243,7 +250,7 @@ class Connection:
     # The whole life ----------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Serve the connection to its end. Raises nothing but CancelledError; the transport is gone when it returns."""
+        """Serve the connection to its end, when the transport is closing. Raises nothing but CancelledError."""
         protocol = self._protocol
         reason = CloseReason.CLIENT_DISCONNECT
         try:
@@ -276,12 +283,14 @@ class Connection:
         if data := protocol.data_to_send():
             stream.write(data)
         protocol.closed(reason)
-        stream.close()
-        self._seen.closed(
-            protocol.close_reason or reason,
-            octets_received=stream.octets_received,
-            octets_sent=stream.octets_sent,
-        )
+        reason = protocol.close_reason or reason
+        ends_gently = self._is_served and reason in _GENTLE_ENDS
+        if not ends_gently:
+            stream.close()
+        self._seen.closed(reason, octets_received=stream.octets_received, octets_sent=stream.octets_sent)
+        if ends_gently:
+            # Within this task, so that the socket counts towards the limit of connections while it is open.
+            await stream.close_gently()
 
     def _fail_on_deadline(self) -> None:
         if self._load.is_draining:
@@ -311,6 +320,7 @@ class Connection:
         await asyncio.sleep(0)
         if early := self._stream.take_pending():
             self._protocol.receive_data(early)
+        self._is_served = True
         self._protocol.greet()
         await self._converse()
 

@@ -92,6 +92,19 @@ async def test_a_connection_beyond_the_limit_is_refused_with_a_trace_of_its_own(
         assert (await fourth[0].readline()).startswith(b"220 ")
 
 
+@pytest.mark.both_loops
+async def test_who_is_still_sending_learns_why_it_is_closed_on() -> None:
+    async with running() as gateway:
+        reader, writer = await gateway.connect()
+        assert (await reader.readline()).startswith(b"220 ")
+        writer.write(b"FROBNICATE\r\n" * 60_000)
+        # An error of the connection would be raised here.
+        said = await reader.read()
+        assert said.endswith(replies.TOO_MANY_ERRORS.wire)
+        assert len(gateway.seen.connections) == 1
+        assert gateway.seen.connections[0].close_reason is CloseReason.TOO_MANY_ERRORS
+
+
 async def test_loopback_clients_are_not_limited_one_by_one() -> None:
     async with running(connections=8, connections_per_client=1) as gateway:
         for _ in range(3):

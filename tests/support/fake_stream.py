@@ -42,6 +42,9 @@ class _MemoryTransport(asyncio.Transport):
     def write(self, data: bytes | bytearray | memoryview) -> None:
         self._stream.far_received(bytes(data))
 
+    def write_eof(self) -> None:
+        asyncio.get_running_loop().call_soon(self.end)  # the far end hangs up in its turn
+
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
         pass
 
