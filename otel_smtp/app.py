@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 import ssl
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import msgspec
@@ -45,7 +45,7 @@ from otel_smtp.telemetry.records import SpanRecord, SpanSink
 from otel_smtp.telemetry.redaction import Addresses, ClientIp, Redaction
 from otel_smtp.telemetry.setup import TelemetryOptions, TelemetrySettingError, describe_destination, set_up
 from otel_smtp.telemetry.state_events import StateEvents
-from otel_smtp.workers import Supervisor, reserve
+from otel_smtp.workers import AT_ONCE, Supervisor, reserve
 
 if TYPE_CHECKING:
     from otel_smtp.status.server import StatusServer
@@ -469,8 +469,15 @@ class _LoopFaults:
 OnReady = Callable[[Ready], None]
 
 
-async def serve(settings: Settings, on_ready: OnReady, *, reuse_port: bool = False) -> None:
-    """Run a gateway until SIGTERM or SIGINT; a second signal ends the drain at once. SIGHUP reloads certificates.
+async def serve(
+    settings: Settings, on_ready: OnReady, *, reuse_port: bool = False, at_once: signal.Signals | None = None
+) -> None:
+    """Run a gateway until SIGTERM or SIGINT, and its drain. SIGHUP reloads certificates.
+
+    Args:
+        on_ready: called when the gateway serves.
+        reuse_port: other processes listen on the same ports.
+        at_once: the signal that ends the drain at once; None: a second SIGTERM or SIGINT.
 
     Raises:
         OSError: an address cannot be bound.
@@ -483,10 +490,18 @@ async def serve(settings: Settings, on_ready: OnReady, *, reuse_port: bool = Fal
     again = asyncio.Event()
 
     def on_signal() -> None:
-        (again if asked.is_set() else asked).set()
+        if asked.is_set() and at_once is None:
+            again.set()
+        asked.set()
+
+    def on_at_once() -> None:
+        asked.set()
+        again.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
+    if at_once is not None:
+        loop.add_signal_handler(at_once, on_at_once)
     loop.add_signal_handler(signal.SIGHUP, gateway.reload_certificates)
     on_ready(gateway.ready)
     manager = ServiceManager(os.environ.get("NOTIFY_SOCKET"))
@@ -498,7 +513,7 @@ async def serve(settings: Settings, on_ready: OnReady, *, reuse_port: bool = Fal
     second = loop.create_task(again.wait())
     await asyncio.wait({drain, second}, return_when=asyncio.FIRST_COMPLETED)
     if not drain.done():
-        logger.warning("second signal: stopping at once")
+        logger.warning("told again: stopping at once")
         drain.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await drain
@@ -517,7 +532,7 @@ def run(settings: Settings, *, on_ready: OnReady) -> int:
         logger.error("cannot start: %s", problem)
         return 2
     if settings.workers == 1:
-        return _run_here(settings, on_ready)
+        return _run_here(serve(settings, on_ready))
     settings = _on_present_addresses(settings)
     try:
         settings, held = _with_fixed_ports(settings)
@@ -528,7 +543,7 @@ def run(settings: Settings, *, on_ready: OnReady) -> int:
     def work(number: int, announce: Callable[[], None]) -> int:
         # One process has the status port; the others' connections are not on its page.
         own = settings if number == 0 else msgspec.structs.replace(settings, status=Status(address=None))
-        return _run_here(own, lambda _: announce(), reuse_port=True)
+        return _run_here(serve(own, lambda _: announce(), reuse_port=True, at_once=AT_ONCE))
 
     addresses = {listener.name: listener.address for listener in settings.listener}
     ready = Ready(settings, addresses, describe_destination(os.environ), settings.status.address)
@@ -571,10 +586,10 @@ def _not_built(settings: Settings) -> str | None:
     return None
 
 
-def _run_here(settings: Settings, on_ready: OnReady, *, reuse_port: bool = False) -> int:
+def _run_here(serving: Coroutine[Any, Any, None]) -> int:
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            runner.run(serve(settings, on_ready, reuse_port=reuse_port))
+            runner.run(serving)
     except WRONG_FILES as error:
         logger.error("cannot start: %s", error)
         return 2

@@ -3,6 +3,10 @@
 The kernel spreads connections over the workers' sockets (SO_REUSEPORT). The parent never runs an event loop, opens no
 exporter and starts no thread, so forking is safe at any time. It forwards SIGTERM, SIGINT and SIGHUP, starts again what
 dies, and on SIGUSR2 replaces the workers one by one, each only when its successor is ready.
+
+A terminal's Ctrl-C, and whoever signals the process group, reaches parent and workers alike, so that a worker is told
+twice what was said once. Therefore the parent alone counts: for a worker any number of SIGTERM and SIGINT is one, and
+"at once" is `AT_ONCE`, which the parent sends when it is told a second time.
 """
 
 import contextlib
@@ -27,6 +31,9 @@ FIRST_RESTART_SECONDS: Final = 1.0
 LONGEST_RESTART_SECONDS: Final = 30.0
 # One that has lived this long was healthy: its successor starts without delay.
 HEALTHY_SECONDS: Final = 30.0
+
+AT_ONCE: Final = signal.SIGUSR1
+"""What tells a worker to end its drain."""
 
 _FORWARDED: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _HANDLED: Final = (*_FORWARDED, signal.SIGCHLD, signal.SIGUSR2)
@@ -165,9 +172,12 @@ class Supervisor:
             elif number == signal.SIGUSR2:
                 self._replace = [worker for worker in self._workers.values() if not worker.is_leaving]
                 self._replace_next()
+            elif number == signal.SIGHUP:
+                self._forward(number)
+            elif self._is_stopping:
+                self._forward(AT_ONCE)
             else:
-                if number != signal.SIGHUP:
-                    self._stop()
+                self._stop()
                 self._forward(number)
 
     def _stop(self) -> None:

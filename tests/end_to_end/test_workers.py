@@ -3,7 +3,10 @@
 import os
 import signal
 import smtplib
+import time
 from collections.abc import Callable
+
+import pytest
 
 from tests.end_to_end.conftest import Client, StartGateway
 from tests.support.capture import CapturingUpstream
@@ -15,8 +18,8 @@ def send(port: int) -> None:
         client.sendmail("a@client.example", ["b@there.example"], "Subject: x\r\n\r\nHello\r\n")
 
 
-def two_workers(upstream: CapturingUpstream, start: StartGateway) -> GatewayProcess:
-    running = start({"upstream.url": upstream.url, "workers": 2})
+def two_workers(upstream: CapturingUpstream, start: StartGateway, *, uses_uvloop: bool = True) -> GatewayProcess:
+    running = start({"upstream.url": upstream.url, "workers": 2}, uses_uvloop=uses_uvloop)
     assert len(running.children) == 2
     return running
 
@@ -37,6 +40,48 @@ def test_workers_share_the_port_and_drain_together(
         assert client.reply().startswith("421 4.3.2 ")
     assert running.wait() == 0
     assert len(upstream.messages) == 28
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("uses_uvloop", [True, False], ids=["uvloop", "asyncio"])
+def test_a_signal_to_the_whole_process_group_is_one_signal(
+    uses_uvloop: bool,
+    number: signal.Signals,
+    upstream: CapturingUpstream,
+    start: StartGateway,
+    connect: Callable[[int], Client],
+) -> None:
+    running = two_workers(upstream, start, uses_uvloop=uses_uvloop)
+    idle, clients = connect(running.port), [connect(running.port) for _ in range(6)]
+    idle.opens()
+    for client in clients:
+        client.opens_content()
+    os.killpg(running.pid, number)  # as a terminal's Ctrl-C does: workers hear it, and hear it again from their parent
+    assert idle.reply().startswith("421 4.3.2 ")
+    for client in clients:
+        assert client.asks("Subject: y\r\n\r\n.").startswith("250 ")
+        assert client.reply().startswith("421 4.3.2 ")
+    assert running.wait() == 0
+    assert len(upstream.messages) == 6
+    assert "stopping at once" not in running.stderr
+
+
+def test_told_twice_the_workers_stop_at_once(
+    upstream: CapturingUpstream, start: StartGateway, connect: Callable[[int], Client]
+) -> None:
+    running = two_workers(upstream, start)
+    clients = [connect(running.port) for _ in range(6)]
+    for client in clients:
+        client.opens_content()
+    os.killpg(running.pid, signal.SIGINT)
+    until(lambda: (listening_sockets(running.port) == 0) or None, "nobody listens any more")
+    began = time.monotonic()
+    os.killpg(running.pid, signal.SIGINT)
+    assert running.wait() == 0
+    assert time.monotonic() - began < 10  # less than the grace
+    for client in clients:
+        assert client.reply().startswith("421 4.3.2 ")
+    assert upstream.messages == []
 
 
 def test_a_worker_that_dies_is_started_again(upstream: CapturingUpstream, start: StartGateway) -> None:
