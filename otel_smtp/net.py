@@ -39,6 +39,9 @@ READ_OFF_OCTETS: Final = 1024 * 1024  # more than sockets' buffers hold on their
 TLS_SHUTDOWN_SECONDS: Final = 2.0  # for the peer's close_notify; few peers send one
 HAPPY_EYEBALLS_SECONDS: Final = 0.25  # RFC 8305 5: "Connection Attempt Delay"
 BACKLOG: Final = 1024  # cut by net.core.somaxconn; a burst must not meet refused connections
+# asyncio accepts as many connections as its backlog is long before it serves one of them. Those that are refused at
+# once would be open all together, and 300 at once take all files of a process that may open 256.
+ACCEPTS_AT_ONCE: Final = 4
 _CLOCK_SLACK_SECONDS: Final = 0.002  # uvloop's timers count whole milliseconds
 
 _RECEIVE_BUFFER: Final = memoryview(bytearray(RECEIVE_BUFFER_OCTETS))
@@ -676,12 +679,16 @@ async def listen(
     unix: tuple[str, int] | None = None
     if path is not None:
         # A socket file that a killed process left behind is removed by the loop, any other file is not.
-        server = await loop.create_unix_server(factory, path, backlog=backlog)
+        server = await loop.create_unix_server(factory, path, backlog=ACCEPTS_AT_ONCE)
         unix = (path, os.stat(path).st_ino)
     elif sock is not None:
-        server = await loop.create_server(factory, sock=sock, backlog=backlog)
+        server = await loop.create_server(factory, sock=sock, backlog=ACCEPTS_AT_ONCE)
     else:
-        server = await loop.create_server(factory, host, port, reuse_port=reuse_port or None, backlog=backlog)
+        server = await loop.create_server(factory, host, port, reuse_port=reuse_port or None, backlog=ACCEPTS_AT_ONCE)
+    for listening in server.sockets:
+        # How many wait in the kernel is another matter.
+        with socket.socket(fileno=os.dup(listening.fileno())) as same:
+            same.listen(backlog)
     return Listener(server, [_endpoint(listening.getsockname()) for listening in server.sockets], unix)
 
 

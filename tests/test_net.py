@@ -6,13 +6,14 @@ import os
 import socket
 import ssl
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
 import trustme
 
 from otel_smtp.net import (
+    ACCEPTS_AT_ONCE,
     HIGH_WATER_OCTETS,
     READ_OFF_OCTETS,
     Listener,
@@ -434,6 +435,27 @@ async def test_a_bound_socket_is_served_and_ports_can_be_shared() -> None:
     assert one.addresses == other.addresses
     one.close()
     other.close()
+
+
+async def test_a_burst_waits_in_the_kernel_and_few_are_accepted_at_once() -> None:
+    accepted: list[Stream] = []
+    most_at_once = 0
+    listener = await listen(accepted.append, host="127.0.0.1")
+    with ExitStack() as burst:
+        # Nobody accepts while this thread connects.
+        for _ in range(200):
+            address = ("127.0.0.1", listener.addresses[0].port or 0)
+            burst.enter_context(socket.create_connection(address, SECONDS))
+        while len(accepted) < 200:
+            before = len(accepted)
+            await asyncio.sleep(0)
+            most_at_once = max(most_at_once, len(accepted) - before)
+        if type(asyncio.get_running_loop()).__module__ != "uvloop":  # which accepts as it likes
+            assert most_at_once <= ACCEPTS_AT_ONCE
+        for stream in accepted:
+            stream.abort()
+            await asyncio.wait_for(stream.wait_closed(), SECONDS)
+    listener.close()
 
 
 def test_exhaustion_at_accept_is_recognised() -> None:

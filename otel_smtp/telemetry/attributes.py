@@ -634,6 +634,7 @@ LOG_TRACE_ID: Final = "trace_id"
 LOG_SPAN_ID: Final = "span_id"
 LOG_TRACEBACK: Final = "traceback"
 LOG_DURATION: Final = "duration"  # seconds from the start to the end of what a line tells
+LOG_SUPPRESSED: Final = "suppressed"
 LOG_FIELDS: Final[Mapping[str, str]] = {
     LOG_TIMESTAMP: "ISO 8601, UTC, microseconds",
     LOG_LEVEL: "debug, info, warning, error, critical",
@@ -643,6 +644,7 @@ LOG_FIELDS: Final[Mapping[str, str]] = {
     LOG_SPAN_ID: "16 hexadecimal digits, with the trace id",
     LOG_DURATION: "seconds, on the lines that end a connection, transaction or delivery",
     LOG_TRACEBACK: "in one line, on unexpected errors",
+    LOG_SUPPRESSED: "where lines like it were left out, too many in one second: how many",
 }
 
 

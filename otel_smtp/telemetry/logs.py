@@ -4,6 +4,9 @@ Whoever has something to say uses the standard library's `logging`, a constant t
 line comes out of that, and the two sources of lines that belong to telemetry: `AccessLog`, a line for each connection,
 transaction and delivery that is over, and `StateLogger`, a line for each state transition where those are wanted.
 
+Whoever can connect can make lines, a refused connection each time: `FloodGate` bounds what comes of that. Lines of mail
+are never left out.
+
 A line holds nothing that a peer could forge it with: JSON escapes what is not printable ASCII, text is cleaned. Lines
 of telemetry carry the attributes of the span, so what `redaction` keeps back stays back here too.
 """
@@ -37,6 +40,8 @@ _STANDARD: Final = frozenset(logging.LogRecord("", 0, "", 0, "", None, None).__d
     "taskName",  # from Python 3.12 on
     EVENT_TIME_NS,
 }
+LINES_A_SECOND: Final = 50  # for people to see what is going on; how often, the metrics tell
+_MAX_TEXTS: Final = 1000
 # A traceback may be long, and its end is what counts; everything else has its own bound before it comes here.
 _MAX_TRACEBACK_CHARACTERS: Final = 8192
 _MAX_TEXT_CHARACTERS: Final = 1024
@@ -71,12 +76,44 @@ def set_up_logging(format_: str, level: str, stream: TextIO) -> None:
     is_text = shape is LogFormat.TEXT or (shape is LogFormat.AUTO and stream.isatty())
     handler = logging.StreamHandler(stream)
     handler.setFormatter(LineFormatter(TextRenderer(colors=stream.isatty()) if is_text else JsonRenderer()))
+    handler.addFilter(FloodGate())
     root = logging.getLogger()
     for old in [old for old in root.handlers if isinstance(old.formatter, LineFormatter)]:
         root.removeHandler(old)
     root.addHandler(handler)
     root.setLevel(logging.WARNING)
     logging.getLogger(ROOT).setLevel(levels[level.upper()])
+
+
+class FloodGate:
+    """A filter of log records: at most `LINES_A_SECOND` alike, that is of one logger and one text; then a count.
+
+    State events, transactions, deliveries and connections that carried mail pass always. Without mail, every accepted
+    socket is a line, so that a flood of connections would be a flood of lines, and fill the disk behind it.
+    """
+
+    def __init__(self) -> None:
+        self._seconds: dict[tuple[str, str], tuple[int, int]] = {}  # alike -> the second, and the lines in it so far
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the line is written; the first one of a second tells how many were not."""
+        if record.name == STATES or (record.name == ACCESS and _is_of_mail(record)):
+            return True
+        alike = (record.name, str(record.msg))
+        now = int(record.created)
+        second, lines = self._seconds.get(alike, (now, 0))
+        if second != now:
+            if lines > LINES_A_SECOND:
+                setattr(record, names.LOG_SUPPRESSED, lines - LINES_A_SECOND)
+            lines = 0
+        if alike not in self._seconds and len(self._seconds) >= _MAX_TEXTS:
+            self._seconds.clear()  # a library that writes values into its texts
+        self._seconds[alike] = (now, lines + 1)
+        return lines < LINES_A_SECOND
+
+
+def _is_of_mail(record: logging.LogRecord) -> bool:
+    return record.msg != names.SPAN_CONNECTION or bool(record.__dict__.get(names.CONNECTION_MESSAGES))
 
 
 class JsonRenderer:

@@ -36,11 +36,17 @@ def start(tmp_path: Path) -> Iterator[StartGateway]:
     with contextlib.ExitStack() as running:
 
         def start_gateway(
-            settings: dict[str, Any], environ: dict[str, str] | None = None, *, uses_uvloop: bool = True
+            settings: dict[str, Any],
+            environ: dict[str, str] | None = None,
+            *,
+            uses_uvloop: bool = True,
+            file_limit: int | None = None,
         ) -> GatewayProcess:
             directory = tmp_path / f"gateway{len(list(tmp_path.glob('gateway*')))}"
             directory.mkdir()
-            return running.enter_context(gateway(settings, directory, environ=environ, uses_uvloop=uses_uvloop))
+            return running.enter_context(
+                gateway(settings, directory, environ=environ, uses_uvloop=uses_uvloop, file_limit=file_limit)
+            )
 
         yield start_gateway
 

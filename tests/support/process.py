@@ -187,6 +187,7 @@ def gateway(
     *,
     environ: Mapping[str, str] | None = None,
     uses_uvloop: bool = True,
+    file_limit: int | None = None,
 ) -> Iterator[GatewayProcess]:
     """Run a gateway.
 
@@ -195,12 +196,16 @@ def gateway(
         directory: for its settings file and its log.
         environ: `OTEL_*` and the like.
         uses_uvloop: False: as where uvloop is not installed.
+        file_limit: how many files it may open; None: as many as we.
     """
     path = settings_file({**DEFAULTS, **settings}, directory)
+    command = [sys.executable, "-m", "otel_smtp.cli", "serve", "--config", str(path)]
+    if file_limit is not None:
+        command = ["sh", "-c", f'ulimit -n {file_limit} && exec "$0" "$@"', *command]
     log = directory / "stderr.log"
     with log.open("wb") as stderr:
         process = subprocess.Popen(
-            [sys.executable, "-m", "otel_smtp.cli", "serve", "--config", str(path)],
+            command,
             cwd=directory,
             env=environment(environ or {}, directory, uses_uvloop=uses_uvloop),
             stdin=subprocess.DEVNULL,

@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,19 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 from otel_smtp.observer import Outcome
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.replies import ErrorType
-from otel_smtp.telemetry.logs import AccessLog, JsonRenderer, LineFormatter, StateLogger, TextRenderer, set_up_logging
+from otel_smtp.telemetry import attributes as names
+from otel_smtp.telemetry.logs import (
+    ACCESS,
+    LINES_A_SECOND,
+    STATES,
+    AccessLog,
+    FloodGate,
+    JsonRenderer,
+    LineFormatter,
+    StateLogger,
+    TextRenderer,
+    set_up_logging,
+)
 from otel_smtp.telemetry.state_events import StateEvents
 from otel_smtp.telemetry.tracing import Tracing
 from tests.telemetry.driving import Client, Kept
@@ -159,6 +172,56 @@ def test_a_failure_of_ours_is_a_warning() -> None:
     )
     assert (delivery["level"], transaction["level"], connection["level"]) == ("warning", "warning", "info")
     assert (delivery["error.type"], transaction["error.type"]) == ("upstream_unavailable", "upstream_unavailable")
+
+
+def through(gate: FloodGate, *, second: int, times: int, name: str = "otel_smtp.x", **fields: Any) -> list[int]:
+    """The numbers of suppressed lines that the lines that pass tell, 0 where they tell none."""
+    records = [
+        logging.makeLogRecord({"name": name, "msg": "no descriptors left", "created": second + 0.5, **fields})
+        for _ in range(times)
+    ]
+    return [getattr(record, names.LOG_SUPPRESSED, 0) for record in records if gate.filter(record)]
+
+
+def test_lines_alike_are_bounded_in_a_second_and_those_left_out_are_counted() -> None:
+    gate = FloodGate()
+    assert through(gate, second=1, times=LINES_A_SECOND) == [0] * LINES_A_SECOND
+    assert through(gate, second=1, times=1) == []
+    assert through(gate, second=1, times=1, msg="another text") == [0]
+    assert through(gate, second=1, times=1, name="otel_smtp.y") == [0]
+    assert through(gate, second=1, times=9) == []
+    assert through(gate, second=2, times=2) == [10, 0]
+    assert through(gate, second=3, times=1) == [0]
+
+
+def test_what_tells_of_mail_is_never_left_out() -> None:
+    gate = FloodGate()
+    many = 3 * LINES_A_SECOND
+    assert len(through(gate, second=1, times=many, name=STATES, msg="smtp.state")) == many
+    assert len(through(gate, second=1, times=many, name=ACCESS, msg=names.SPAN_TRANSACTION)) == many
+    assert len(through(gate, second=1, times=many, name=ACCESS, msg=names.SPAN_DELIVERY)) == many
+    carried = {names.CONNECTION_MESSAGES: 1}
+    assert len(through(gate, second=1, times=many, name=ACCESS, msg=names.SPAN_CONNECTION, **carried)) == many
+    for_nothing = {names.CONNECTION_MESSAGES: 0}
+    passed = through(gate, second=1, times=many, name=ACCESS, msg=names.SPAN_CONNECTION, **for_nothing)
+    assert len(passed) == LINES_A_SECOND
+
+
+def test_texts_without_number_take_bounded_memory() -> None:
+    gate = FloodGate()
+    for number in range(2500):
+        assert through(gate, second=1, times=1, msg=f"value {number}") == [0]
+    assert len(gate._seconds) <= 1000
+
+
+def test_a_flood_is_bounded_on_the_stream() -> None:
+    stream = io.StringIO()
+    set_up_logging("json", "info", stream)
+    for _ in range(5000):
+        logging.getLogger("otel_smtp.x").warning("refused")
+    # However many seconds that takes, in none of them may be more.
+    seconds = Counter(line["timestamp"][:19] for line in lines(stream))
+    assert max(seconds.values()) == LINES_A_SECOND
 
 
 def test_a_segment_that_is_over_is_not_a_connection_that_is_closed() -> None:
