@@ -88,7 +88,12 @@ class Gateway:
             dropped.
         span_sinks: given each finished span, exported or not: for views in this process.
         token_verifier: judges the bearer tokens of XOAUTH2 and OAUTHBEARER clients, where a listener's `auth` is on.
+            `load` has to know of it (`verifies_tokens`) where a listener has no users file.
         reuse_port: other processes listen on the same ports.
+
+    Raises:
+        TelemetrySettingError, CertificateError, UsersFileError: see `WRONG_FILES`.
+        ValueError: a listener asks for AUTH, and there is neither a users file nor a token verifier.
 
     Use as an asynchronous context manager, or call `start` and `stop`.
     """
@@ -228,6 +233,8 @@ class Gateway:
         authenticator: Authenticator | None = None
         if listener.auth != "off":
             users = load_users(listener.auth_users_file) if listener.auth_users_file is not None else None
+            if users is None and self._token_verifier is None:
+                raise ValueError(f"listener {listener.name!r} has AUTH, but neither a users file nor a token verifier")
             authenticator = Authenticator(users, token_verifier=self._token_verifier)
         protocol = ServerPolicy(
             hostname=settings.hostname,

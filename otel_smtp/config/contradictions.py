@@ -16,10 +16,16 @@ class Contradictions:
     """Contradictions between settings, each of them readable in its own right.
 
     A table of which something was refused already is left out: what follows from a wrong value would only confuse.
+
+    Args:
+        verifies_tokens: clients can log in without a users file.
     """
 
-    def __init__(self, settings: Settings, origins: Mapping[str, str], broken: Sequence[str]) -> None:
+    def __init__(
+        self, settings: Settings, origins: Mapping[str, str], broken: Sequence[str], *, verifies_tokens: bool = False
+    ) -> None:
         self._settings = settings
+        self._verifies_tokens = verifies_tokens
         self._origins = origins
         self._broken = broken
         self.problems: list[Problem] = []
@@ -80,7 +86,7 @@ class Contradictions:
     def _listener_auth(self, path: str, listener: Listener) -> None:
         if listener.auth == "off":
             return
-        if listener.auth_users_file is None:
+        if listener.auth_users_file is None and not self._verifies_tokens:
             self._refuse(f"{path}.auth", listener.auth, f"needs {path}.auth_users_file")
         if listener.tls is TlsMode.OFF and not listener.auth_in_clear:
             self._refuse(

@@ -317,6 +317,7 @@ def load(
     upstream: Sequence[str] = (),
     values: Mapping[str, object] | None = None,
     needs_upstream: bool = True,
+    verifies_tokens: bool = False,
     file_limit: int | None = None,
 ) -> Settings:
     """Read, merge and check the settings.
@@ -329,6 +330,8 @@ def load(
         upstream: URLs of `--upstream`, in order of preference.
         values: a tree of plain values in place of a file, for programs that embed the gateway.
         needs_upstream: refuse settings that name no upstream.
+        verifies_tokens: the program gives its `Gateway` a token verifier, so that a listener with AUTH needs no
+            users file.
         file_limit: how many files the process may open; by default asked of the system.
 
     Raises:
@@ -351,7 +354,7 @@ def load(
         loader.one(flag)
     settings = loader.build(needs_upstream=needs_upstream)
 
-    checks = Contradictions(settings, loader.origins, loader.broken)
+    checks = Contradictions(settings, loader.origins, loader.broken, verifies_tokens=verifies_tokens)
     checks.run()
     connections = checks.connections(_file_limit() if file_limit is None else file_limit)
     if problems := loader.problems + checks.problems:

@@ -108,6 +108,13 @@ def test_auth_in_clear_on_loopback_is_taken() -> None:
     assert load_with(AUTH | {"auth_in_clear": True}).listener[0].auth == "required"
 
 
+def test_only_a_program_that_verifies_tokens_needs_no_users_file() -> None:
+    listener = TLS | {"auth": "required"}
+    assert "needs listener.0.auth_users_file" in refusal_of(listener)
+    settings = load(values={"upstream": [LOCAL], "listener": [listener]}, verifies_tokens=True)
+    assert settings.listener[0].auth_users_file is None
+
+
 def test_two_listeners_of_one_name_are_refused() -> None:
     listeners = [{"address": ["127.0.0.1:0"]}, {"address": ["127.0.0.1:0"]}]
     assert 'listener.1.name = "local": is also the name of listener.0' in refusal_of(listener=listeners)
