@@ -22,6 +22,7 @@ from otel_smtp.forwarding.oauth import OAuthSettings, OAuthTokens
 from otel_smtp.forwarding.settings import (
     Credentials,
     PoolLimits,
+    ReplyLimits,
     Strategy,
     Timeouts,
     TracePolicy,
@@ -135,6 +136,8 @@ class Gateway:
             self._observer,
             connections=settings.limits.connections,
             connections_per_client=settings.limits.connections_per_client,
+            stress_percent=settings.limits.stress,
+            auth_failures_per_minute=settings.limits.auth_failures_per_minute,
             reuse_port=reuse_port,
         )
         self.addresses: dict[str, list[Endpoint]] = {}
@@ -254,9 +257,11 @@ class Gateway:
                 protocol=protocol,
                 timeouts=ServerTimeouts(
                     command=timeouts.command,
+                    command_under_stress=timeouts.command_under_stress,
                     data=timeouts.data,
                     tls_handshake=timeouts.tls_handshake,
                     session=timeouts.session,
+                    octets_per_second=settings.limits.octets_per_second,
                 ),
                 tls_context=context,
                 authenticator=authenticator,
@@ -277,6 +282,7 @@ def _limits(settings: Settings) -> ServerLimits:
         errors=limits.errors,
         junk_commands=limits.junk_commands,
         command_line=limits.command_line,
+        auth_line=limits.auth_line,
         text_line=limits.text_line,
         header_size=limits.header_size,
         header_lines=limits.header_lines,
@@ -437,7 +443,13 @@ def upstream_settings(upstream: Upstream) -> UpstreamSettings:
         certificate_file=str(upstream.tls_cert) if upstream.tls_cert is not None else None,
         key_file=str(upstream.tls_key) if upstream.tls_key is not None else None,
         server_name=upstream.server_name or None,
-        limits=PoolLimits(connections=upstream.connections),
+        limits=PoolLimits(
+            connections=upstream.connections,
+            messages=upstream.messages_per_connection,
+            age_seconds=upstream.connection_age,
+            idle_seconds=upstream.connection_idle,
+        ),
+        reply_limits=ReplyLimits(upstream.reply_line, upstream.reply_lines),
         timeouts=Timeouts(
             connect=timeout.connect,
             greeting=timeout.greeting,

@@ -42,7 +42,7 @@ BACKLOG: Final = 1024  # cut by net.core.somaxconn; a burst must not meet refuse
 # asyncio accepts as many connections as its backlog is long before it serves one of them. Those that are refused at
 # once would be open all together, and 300 at once take all files of a process that may open 256.
 ACCEPTS_AT_ONCE: Final = 4
-_CLOCK_SLACK_SECONDS: Final = 0.002  # uvloop's timers count whole milliseconds
+CLOCK_SLACK_SECONDS: Final = 0.002  # uvloop's timers count whole milliseconds
 
 _RECEIVE_BUFFER: Final = memoryview(bytearray(RECEIVE_BUFFER_OCTETS))
 
@@ -454,7 +454,7 @@ class Stream(asyncio.BufferedProtocol):
         deadline = self._deadline
         if deadline is None:
             return
-        if self._loop.time() < deadline - _CLOCK_SLACK_SECONDS:
+        if self._loop.time() < deadline - CLOCK_SLACK_SECONDS:
             self._arm(deadline)
             return
         self._has_expired = True

@@ -7,6 +7,8 @@ import pytest
 import uvloop
 from hypothesis import HealthCheck, settings
 
+from tests.support.clock import MovableClockLoop
+
 # A deadline measures the machine's other tenants. The long profile is for a night or a change of the engine.
 settings.register_profile("default", max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("long", parent=settings.get_profile("default"), max_examples=5000)
@@ -16,10 +18,13 @@ LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "movable_clock: run on a loop whose clock the test moves")
     config.addinivalue_line("markers", "both_loops: run once on asyncio's own event loop and once on uvloop")
 
 
 def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> Mapping[str, LoopFactory]:
     if item.get_closest_marker("both_loops") is not None:
         return {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+    if item.get_closest_marker("movable_clock") is not None:
+        return {"movable": MovableClockLoop}
     return {"asyncio": asyncio.new_event_loop}

@@ -19,6 +19,7 @@ from otel_smtp.server.connection import Connection, ListenerPolicy, ServerTimeou
 from otel_smtp.server.users import Authenticator, Users
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.states import raise_illegal
+from tests.support.clock import advance
 from tests.support.dialogue import Act, Dialogue, Expect, ReplyReader, Say, ServerCloses, Step, load, matches
 from tests.support.engine import PASSWORD, USER, policy_from
 from tests.support.fake_stream import LOCAL, PEER, FakeStream
@@ -214,9 +215,10 @@ class StreamRun:
             case "timeout":
                 for _ in range(5):  # what was said before is taken first
                     await asyncio.sleep(0)
-                stream.deadline = asyncio.get_running_loop().time()
+                advance(ServerTimeouts().data)
 
 
+@pytest.mark.movable_clock
 @pytest.mark.parametrize("dialogue", DIALOGUES, ids=str)
 async def test_dialogue_over_a_stream(dialogue: Dialogue, users: Users) -> None:
     await StreamRun(dialogue, users).play()

@@ -142,6 +142,10 @@ class Limits(Table, frozen=True, kw_only=True):
     connections_per_client: Annotated[
         int, Key("of these, of one client address that is not loopback", _COUNT, "a quarter of the connections")
     ] = 64
+    stress: Annotated[
+        int,
+        Key("percent of the connections; while more are taken, `timeouts.command_under_stress` holds", Integer(1, 100)),
+    ] = 80
     messages_per_connection: Annotated[
         int, Key("messages on one connection, then 421", _COUNT, "bounds the life of a connection and its trace")
     ] = 1000
@@ -154,6 +158,9 @@ class Limits(Table, frozen=True, kw_only=True):
     command_line: Annotated[
         int, Key("octets of a command line", Size(512, MIB), "RFC 5321 4.5.3.1.4 asks for 512; Postfix takes 2048")
     ] = 2048
+    auth_line: Annotated[
+        int, Key("octets of an AUTH command, and of a line of its exchange", Size(512, MIB), "RFC 4954 4")
+    ] = 12288
     text_line: Annotated[
         int, Key("octets of a line of content", Size(1000, MIB), "RFC 5321 4.5.3.1.6 asks for 1000; senders exceed it")
     ] = 65535
@@ -163,6 +170,12 @@ class Limits(Table, frozen=True, kw_only=True):
     auth_failures: Annotated[
         int, Key("failed logins on one connection, then 421", _COUNT, "RFC 4954: not before three")
     ] = 3
+    auth_failures_per_minute: Annotated[
+        int, Key("of one client address that is not loopback, then 421 to its connections", _COUNT)
+    ] = 10
+    octets_per_second: Annotated[
+        int, Key("slower than this no client may send its content", _COUNT, "Postfix: smtpd_min_data_rate")
+    ] = 500
 
 
 class Timeouts(Table, frozen=True, kw_only=True):
@@ -171,6 +184,9 @@ class Timeouts(Table, frozen=True, kw_only=True):
     command: Annotated[float, Key("idle between commands", Duration(), "RFC 5321 4.5.3.2.7: at least 5 minutes")] = (
         5 * MINUTE
     )
+    command_under_stress: Annotated[
+        float, Key("the same, while most of the connections are taken (`limits.stress`)", Duration(), "Postfix: 10 s")
+    ] = 10.0
     data: Annotated[float, Key("the whole content of a message, however slow the client", Duration())] = 20 * MINUTE
     session: Annotated[float | None, Key("the life of a whole connection", Duration(may_be_off=True))] = None
     tls_handshake: Annotated[float, Key("a TLS handshake", Duration())] = 30.0
@@ -278,6 +294,17 @@ class Upstream(Table, frozen=True, kw_only=True):
         str, Key("name to verify", Text("a host name", HOST_NAME_PATTERN), default="the URL's host")
     ] = ""
     connections: Annotated[int, Key("connections at once", _COUNT, "Postfix: 20 to one destination")] = 20
+    messages_per_connection: Annotated[int, Key("messages on one connection, then a new one", _COUNT)] = 100
+    connection_age: Annotated[
+        float, Key("after which a connection is not used again", Duration(), "Postfix: 300 s")
+    ] = 5 * MINUTE
+    connection_idle: Annotated[
+        float, Key("after which an unused connection is closed", Duration(), "below the patience of upstreams")
+    ] = 30.0
+    reply_line: Annotated[
+        int, Key("octets of a line of a reply; more: close", Size(512, MIB), "RFC 5321 4.5.3.1.5 asks for 512")
+    ] = 2048
+    reply_lines: Annotated[int, Key("lines of a reply; more: close", _COUNT)] = 100
     senders: Annotated[
         tuple[str, ...], Key("serve only these senders, as `*@example.com`; none: all", Many(AddressPattern()))
     ] = ()

@@ -13,7 +13,7 @@ from typing import Final
 
 from otel_smtp.forwarding import authentication
 from otel_smtp.forwarding.faults import ConnectFailed, ConnectionLost, OutOfStep, TimedOut, UpstreamFault
-from otel_smtp.forwarding.settings import Credentials, PoolLimits, Timeouts, UpstreamSettings
+from otel_smtp.forwarding.settings import Credentials, PoolLimits, ReplyLimits, Timeouts, UpstreamSettings
 from otel_smtp.net import Stream, connect, connect_unix
 from otel_smtp.observer import DeliveryObserver, DeliveryPhase
 from otel_smtp.smtp import replies
@@ -51,10 +51,21 @@ class UpstreamConnection:
         "used_at",
     )
 
-    def __init__(self, stream: Stream, timeouts: Timeouts, *, is_lmtp: bool = False) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        timeouts: Timeouts,
+        *,
+        is_lmtp: bool = False,
+        reply_limits: ReplyLimits = ReplyLimits(),  # noqa: B008 - frozen
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self.stream = stream
-        self.protocol = ClientProtocol(is_lmtp=is_lmtp)
+        self.protocol = ClientProtocol(
+            is_lmtp=is_lmtp,
+            max_reply_line_octets=reply_limits.line_octets,
+            max_reply_lines=reply_limits.lines,
+        )
         self.messages = 0
         self.opened_at = self.used_at = self._loop.time()
         self.needs_reset = False
@@ -243,7 +254,9 @@ async def open_connection(
     """
     stream = await _connect(settings, context)
     seen.phase(DeliveryPhase.CONNECT)
-    connection = UpstreamConnection(stream, settings.timeouts, is_lmtp=settings.is_lmtp)
+    connection = UpstreamConnection(
+        stream, settings.timeouts, is_lmtp=settings.is_lmtp, reply_limits=settings.reply_limits
+    )
     try:
         await introduce(connection, settings, context, hostname, seen)
     except BaseException:

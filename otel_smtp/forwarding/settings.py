@@ -6,6 +6,7 @@ from enum import StrEnum
 from typing import Final, Protocol
 
 from otel_smtp.observer import Endpoint
+from otel_smtp.smtp.client import MAX_REPLY_LINE_OCTETS, MAX_REPLY_LINES
 from otel_smtp.smtp.states import TlsMode
 
 
@@ -98,6 +99,14 @@ class PoolLimits:
 
 
 @dataclass(frozen=True, slots=True)
+class ReplyLimits:
+    """What an upstream may make grow; beyond, its connection is closed."""
+
+    line_octets: int = MAX_REPLY_LINE_OCTETS
+    lines: int = MAX_REPLY_LINES
+
+
+@dataclass(frozen=True, slots=True)
 class UpstreamSettings:
     """One upstream.
 
@@ -128,6 +137,7 @@ class UpstreamSettings:
     server_name: str | None = None
     tls_context: ssl.SSLContext | None = None
     limits: PoolLimits = PoolLimits()
+    reply_limits: ReplyLimits = ReplyLimits()
     timeouts: Timeouts = Timeouts()
     senders: tuple[str, ...] = ()
     recipients: tuple[str, ...] = ()

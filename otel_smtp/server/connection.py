@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Final, Protocol, Self
 
 from otel_smtp.forwarding.base import Capabilities, ContentAborted, DeliveryFailed, Forwarder, MailTransaction
-from otel_smtp.net import Stream
+from otel_smtp.net import CLOCK_SLACK_SECONDS, Stream
 from otel_smtp.observer import (
     ConnectionInfo,
     ConnectionObserver,
@@ -67,8 +67,6 @@ logger: Final = logging.getLogger("otel_smtp.server.connection")
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
-# A client that is slower than this in DATA or within a command line is cut off; Postfix's smtpd_min_data_rate.
-MINIMUM_OCTETS_PER_SECOND: Final = 500
 # A PROXY header comes from our own load balancer, at once; Postfix gives it the same five seconds.
 PROXY_HEADER_SECONDS: Final = 5.0
 # We end the session while the client may be in the middle of sending: it gets the time to read why. Not at a shutdown,
@@ -88,6 +86,7 @@ class ServerTimeouts:
         data: a whole DATA or BDAT exchange.
         tls_handshake: one handshake.
         session: the whole connection; None: no bound.
+        octets_per_second: content buys time beyond `command` at this rate; Postfix's smtpd_min_data_rate.
     """
 
     command: float = 300.0
@@ -95,6 +94,7 @@ class ServerTimeouts:
     data: float = 1200.0
     tls_handshake: float = 30.0
     session: float | None = None
+    octets_per_second: int = 500
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,6 +277,11 @@ class Connection:
         if not self._protocol.is_in_transaction:
             self._stream.deadline = self._loop.time()
 
+    def hurry(self) -> None:
+        """Most of the allowed connections are taken from now on: the wait that is under way gets shorter too."""
+        if self._is_served:
+            self._stream.deadline = self._read_deadline()
+
     async def _finish(self, reason: CloseReason) -> None:
         await self._abort_transaction(Outcome.ABORTED, None)
         stream, protocol = self._stream, self._protocol
@@ -387,19 +392,29 @@ class Connection:
         if self._load.is_draining and not protocol.is_in_transaction:
             protocol.fail(replies.SHUTTING_DOWN, CloseReason.SHUTDOWN)
             return
-        stream.deadline = self._read_deadline()
-        data = await stream.read()
+        data = await self._read_in_time()
         if data:
             protocol.receive_data(data)
         else:
             protocol.receive_eof()
+
+    async def _read_in_time(self) -> bytes:
+        stream = self._stream
+        while True:
+            stream.deadline = self._read_deadline()
+            try:
+                return await stream.read()
+            except TimeoutError:
+                # Stress that is over again, while we waited, cost nobody its connection.
+                if self._load.is_draining or self._loop.time() >= self._read_deadline() - CLOCK_SLACK_SECONDS:
+                    raise
 
     def _read_deadline(self) -> float:
         """When the request at hand must be complete: octets buy time at the minimum rate, within a hard bound."""
         timeouts = self._policy.timeouts
         began = self._request_began
         if self._protocol.awaits_content:
-            bought = (self._stream.octets_received - self._request_octets) / MINIMUM_OCTETS_PER_SECOND
+            bought = (self._stream.octets_received - self._request_octets) / timeouts.octets_per_second
             deadline = began + min(timeouts.command + bought, timeouts.data)
         elif self._load.is_stressed:
             deadline = began + min(timeouts.command, timeouts.command_under_stress)

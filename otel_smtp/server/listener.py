@@ -20,9 +20,6 @@ from otel_smtp.smtp.states import IllegalTransition, TlsMode
 
 logger: Final = logging.getLogger("otel_smtp.server.listener")
 
-# Postfix shortens its timers ("stress") when its processes run out; ours, before that.
-STRESS_SHARE: Final = 0.8
-
 
 @dataclass(frozen=True, slots=True)
 class Listening:
@@ -41,6 +38,9 @@ class Server:
         observer: told of every accepted socket, refused ones too.
         connections: how many at once, over all listeners; more are refused with 421.
         connections_per_client: how many at once from one address that is not loopback.
+        stress_percent: of `connections`; while more are taken, idle ones give way sooner. Postfix shortens its timers
+            when its processes run out; ours, before that.
+        auth_failures_per_minute: failed logins from one address that is not loopback, then it is refused.
         reuse_port: let several processes listen on the same port.
     """
 
@@ -52,6 +52,8 @@ class Server:
         *,
         connections: int,
         connections_per_client: int,
+        stress_percent: int = 80,
+        auth_failures_per_minute: int = 10,
         reuse_port: bool = False,
     ) -> None:
         self._listeners = listeners
@@ -59,18 +61,19 @@ class Server:
         self._observer = observer
         self._limit = connections
         self._limit_per_client = connections_per_client
+        self._stress_percent = stress_percent
         self._reuse_port = reuse_port
         self._listening: list[Listener] = []
         self._tasks: dict[asyncio.Task[None], Connection] = {}
         self._per_client: Counter[str] = Counter()
-        self._auth_failures = FailureRate()
+        self._auth_failures = FailureRate(limit=auth_failures_per_minute)
         self._illegal_steps = 0
         self.is_draining = False
 
     @property
     def is_stressed(self) -> bool:
         """Whether so many of the allowed connections are taken that idle ones must give way."""
-        return len(self._tasks) > self._limit * STRESS_SHARE
+        return len(self._tasks) * 100 > self._limit * self._stress_percent
 
     @property
     def illegal_steps(self) -> int:
@@ -91,13 +94,7 @@ class Server:
             for listening in self._listeners:
                 addresses = bound.setdefault(listening.policy.name, [])
                 for address in listening.addresses:
-                    acceptor = self._acceptor(listening.policy)
-                    if address.port is None:
-                        listener = await listen(acceptor, path=address.host)
-                    else:
-                        listener = await listen(
-                            acceptor, host=address.host, port=address.port, reuse_port=self._reuse_port
-                        )
+                    listener = await self._listen(listening.policy, address)
                     self._listening.append(listener)
                     addresses.extend(listener.addresses)
         except OSError:
@@ -179,7 +176,11 @@ class Server:
             on_illegal=self._note_illegal,
         )
         task = asyncio.get_running_loop().create_task(connection.run(), name=f"connection {info.id}")
+        was_stressed = self.is_stressed
         self._tasks[task] = connection
+        if self.is_stressed and not was_stressed:
+            for other in self._tasks.values():
+                other.hurry()
         if client is not None:
             self._per_client[client] += 1
         task.add_done_callback(self._forget(client))

@@ -8,12 +8,14 @@ NAMES = """
 hostname workers
 listener[]: name address protocol tls tls_cert tls_key tls_required auth auth_users_file auth_in_clear allow
 listener[]: proxy_protocol_from trace_context
-limits: message_size recipients connections connections_per_client messages_per_connection errors junk_commands
-limits: command_line text_line header_size header_lines hops auth_failures
-timeouts: command data session tls_handshake shutdown_grace
+limits: message_size recipients connections connections_per_client stress messages_per_connection errors junk_commands
+limits: command_line auth_line text_line header_size header_lines hops auth_failures auth_failures_per_minute
+limits: octets_per_second
+timeouts: command command_under_stress data session tls_handshake shutdown_grace
 delivery: mode strategy content_newlines
 upstream[]: name url username password password_file auth token_url client_id client_secret client_secret_file
-upstream[]: refresh_token refresh_token_file scope ca_file tls_cert tls_key server_name connections senders recipients
+upstream[]: refresh_token refresh_token_file scope ca_file tls_cert tls_key server_name connections
+upstream[]: messages_per_connection connection_age connection_idle reply_line reply_lines senders recipients
 upstream[]: trace_context
 upstream[].timeout: connect greeting command data block reply
 spool: directory url url_file retry max_age warn_after bounce

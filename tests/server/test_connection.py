@@ -18,6 +18,7 @@ from otel_smtp.smtp.replies import Reply
 from otel_smtp.smtp.server import ServerPolicy
 from otel_smtp.smtp.states import CloseReason, TlsMode, raise_illegal
 from tests.server.keeping import KeepingForwarder, NotingConnection
+from tests.support.clock import advance
 from tests.support.fake_stream import LOCAL, PEER, FakeStream
 from tests.support.waiting import until
 
@@ -231,6 +232,34 @@ async def test_under_stress_idle_clients_give_way_sooner() -> None:
     async with serving(replace(POLICY, timeouts=timeouts)) as served:
         served.load.is_stressed = True
         served.stream.feed(b"NOOP\r\n")
+        await served.ended()
+        assert served.seen.close_reason is CloseReason.TIMEOUT
+
+
+@pytest.mark.movable_clock
+async def test_a_client_that_is_idle_when_stress_begins_gives_way_too() -> None:
+    async with serving() as served:
+        served.stream.feed(b"NOOP\r\n")
+        await served.stream.sends(b"250 2.0.0")
+        advance(100)
+        served.load.is_stressed = True
+        served.connection.hurry()
+        await served.ended()
+        assert served.seen.close_reason is CloseReason.TIMEOUT
+
+
+@pytest.mark.movable_clock
+async def test_stress_that_is_over_again_costs_nobody_its_connection() -> None:
+    async with serving() as served:
+        served.load.is_stressed = True
+        served.connection.hurry()
+        served.load.is_stressed = False
+        advance(299)
+        for _ in range(5):  # in which the shorter deadline is met
+            await asyncio.sleep(0)
+        served.stream.feed(b"NOOP\r\n")
+        await served.stream.sends(b"250 2.0.0")
+        advance(301)
         await served.ended()
         assert served.seen.close_reason is CloseReason.TIMEOUT
 

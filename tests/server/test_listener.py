@@ -16,6 +16,7 @@ from otel_smtp.smtp import replies
 from otel_smtp.smtp.server import ServerPolicy
 from otel_smtp.smtp.states import CloseReason
 from tests.server.keeping import KeepingForwarder, Noting
+from tests.support.clock import advance
 from tests.support.waiting import until
 
 POLICY = ListenerPolicy(
@@ -103,6 +104,24 @@ async def test_who_is_still_sending_learns_why_it_is_closed_on() -> None:
         assert said.endswith(replies.TOO_MANY_ERRORS.wire)
         assert len(gateway.seen.connections) == 1
         assert gateway.seen.connections[0].close_reason is CloseReason.TOO_MANY_ERRORS
+
+
+@pytest.mark.movable_clock
+async def test_when_most_connections_are_taken_those_that_idled_for_long_give_way() -> None:
+    async with running(connections=5) as gateway:
+        clients = [await gateway.connect() for _ in range(4)]
+        for reader, _ in clients:
+            assert (await reader.readline()).startswith(b"220 ")
+        advance(20)
+        clients[0][1].write(b"NOOP\r\n")
+        assert await clients[0][0].readline() == replies.OK.wire
+        assert not gateway.server.is_stressed
+        newcomer, _ = await gateway.connect()
+        assert (await newcomer.readline()).startswith(b"220 ")
+        for reader, _ in clients[1:]:
+            assert await reader.read() == replies.TIMED_OUT.wire
+        clients[0][1].write(b"NOOP\r\n")
+        assert await clients[0][0].readline() == replies.OK.wire
 
 
 async def test_loopback_clients_are_not_limited_one_by_one() -> None:
