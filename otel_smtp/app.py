@@ -38,6 +38,7 @@ from otel_smtp.server.tls import CertificateError, ServerTls
 from otel_smtp.server.users import Authenticator, TokenVerifier, UsersFileError, load_users
 from otel_smtp.smtp.server import ServerLimits, ServerPolicy
 from otel_smtp.smtp.states import TlsMode, Transition
+from otel_smtp.spool.messages import SpoolError
 from otel_smtp.status.live import LiveView
 from otel_smtp.status.traces import RecentTraces
 from otel_smtp.status.views import UpstreamView
@@ -49,6 +50,7 @@ from otel_smtp.telemetry.state_events import StateEvents
 from otel_smtp.workers import AT_ONCE, Supervisor, reserve
 
 if TYPE_CHECKING:
+    from otel_smtp.spool.service import Spool
     from otel_smtp.status.server import StatusServer
 
 logger: Final = logging.getLogger("otel_smtp.app")
@@ -127,12 +129,13 @@ class Gateway:
             strategy=Strategy(settings.delivery.strategy),
             hostname=settings.hostname,
         )
+        self._spool = self._make_spool()
         self._rotation: asyncio.Task[None] | None = None
         self._tls: list[ServerTls] = []
         self._token_verifier = token_verifier
         self._server = Server(
             [self._listening(listener) for listener in settings.listener],
-            self._forwarder,
+            self._forwarder if self._spool is None else self._spool.forwarder,
             self._observer,
             connections=settings.limits.connections,
             connections_per_client=settings.limits.connections_per_client,
@@ -181,7 +184,10 @@ class Gateway:
 
         Raises:
             OSError: an address cannot be bound.
+            SpoolError: the spool cannot be used.
         """
+        if self._spool is not None:
+            await self._spool.start()
         self.addresses = await self._server.start()
         if self._status_port is not None:
             # Last: a cold start is measured to the first greeting, and this imports a web server.
@@ -199,6 +205,8 @@ class Gateway:
         # it stays below the 30 s after which Kubernetes kills.
         ends = loop.time() + (0.0 if immediately else self._settings.timeouts.shutdown_grace)
         await self._server.drain(max(0.0, ends - loop.time()))
+        if self._spool is not None:
+            await self._spool.stop(grace_seconds=max(0.0, ends - loop.time()))
         await self._forwarder.close(grace_seconds=min(CLOSE_GRACE_SECONDS, max(0.0, ends - loop.time())))
         if self._rotation is not None:
             self._rotation.cancel()
@@ -223,6 +231,31 @@ class Gateway:
 
     async def __aexit__(self, *exception: object) -> None:
         await self.stop()
+
+    def _make_spool(self) -> "Spool | None":
+        settings = self._settings
+        mode, spool = settings.delivery.mode, settings.spool
+        if mode == "direct":
+            return None
+        from otel_smtp.spool.schedule import Schedule
+        from otel_smtp.spool.service import Spool, SpoolSettings
+
+        assert spool.directory is not None
+        wanted = SpoolSettings(
+            directory=spool.directory,
+            schedule=Schedule(spool.retry, max_age_seconds=spool.max_age, warn_after_seconds=spool.warn_after),
+            bounce=spool.bounce,
+            hostname=settings.hostname,
+            least_free_octets=settings.limits.message_size * 3 // 2,
+        )
+        relay = self._forwarder.transparent()
+        direct = self._forwarder if mode == "direct-then-queue" else None
+        return Spool(wanted, relay, direct, self._observer)
+
+    @property
+    def spool(self) -> "Spool | None":
+        """The durable queue; None in mode direct."""
+        return self._spool
 
     def _listening(self, listener: Listener) -> Listening:
         settings = self._settings
@@ -323,7 +356,7 @@ class _StatusPort:
             self._address,
             live=self.live,
             traces=self._traces,
-            checks={"draining": self._draining, "upstream": self._no_upstream},
+            checks={"draining": self._draining, **self._delivery_checks()},
             metrics=gateway.metrics,
             upstreams=self._upstreams,
             trace_url=gateway.settings.status.trace_url,
@@ -348,6 +381,11 @@ class _StatusPort:
     def _no_upstream(self) -> str | None:
         states = [snapshot.pool.breaker for snapshot in self._gateway.upstreams()]
         return None if any(state is not BreakerState.OPEN for state in states) else "no upstream can be reached"
+
+    def _delivery_checks(self) -> Mapping[str, Callable[[], str | None]]:
+        """What keeps mail from being taken: with a queue, its own state; an upstream that is away is what it is for."""
+        spool = self._gateway.spool
+        return {"upstream": self._no_upstream} if spool is None else {"spool": spool.problem}
 
     def _upstreams(self) -> Sequence[UpstreamView]:
         tls = {upstream.name: str(upstream.url.tls) for upstream in self._gateway.settings.upstream}
@@ -547,9 +585,6 @@ def run(settings: Settings, *, on_ready: OnReady) -> int:
     Returns:
         The exit status: 0 after a drain, 1 where it could not start, 2 where what the settings name is wrong.
     """
-    if (problem := _not_built(settings)) is not None:
-        logger.error("cannot start: %s", problem)
-        return 2
     if settings.workers == 1:
         return _run_here(serve(settings, on_ready))
     settings = _on_present_addresses(settings)
@@ -598,13 +633,6 @@ def _has_ipv6_loopback() -> bool:
     return True
 
 
-def _not_built(settings: Settings) -> str | None:
-    """What the settings ask for that this version cannot do: refused, rather than done otherwise in silence."""
-    if settings.delivery.mode != "direct":
-        return f"delivery.mode = {settings.delivery.mode}: this version has no spool; the mode is direct"
-    return None
-
-
 def _run_here(serving: Coroutine[Any, Any, None]) -> int:
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
@@ -612,7 +640,7 @@ def _run_here(serving: Coroutine[Any, Any, None]) -> int:
     except WRONG_FILES as error:
         logger.error("cannot start: %s", error)
         return 2
-    except OSError as error:
+    except (OSError, SpoolError) as error:
         logger.error("cannot start: %s", error)
         return 1
     return 0

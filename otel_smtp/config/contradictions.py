@@ -209,10 +209,12 @@ class Contradictions:
 
     def _spool(self, settings: Settings) -> None:
         spool, mode = settings.spool, settings.delivery.mode
-        if mode != "direct" and spool.directory is None and spool.url is None:
+        if mode != "direct" and spool.directory is None:
             self._refuse("delivery.mode", mode, "needs spool.directory, where mail is durable")
-        if spool.directory is not None and spool.url is not None:
-            self._refuse("spool.url", "***", "spool.directory is given too; give one of them")
+        if spool.url is not None:
+            self._refuse("spool.url", "***", "this version keeps its spool in a directory; give spool.directory")
+        if mode != "direct" and settings.workers > 1:
+            self._refuse("workers", settings.workers, f"with delivery.mode = {mode}, one process owns the spool: 1")
         if spool.warn_after is not None and spool.warn_after >= spool.max_age:
             told = Duration().show(spool.warn_after)
             self._refuse("spool.warn_after", told, 'must be before spool.max_age, or "off"')

@@ -110,3 +110,19 @@ class Forwarder(Protocol):
             DeliveryFailed: MAIL is refused with its reply.
         """
         ...
+
+
+class Relay(Forwarder, Protocol):
+    """A forwarder that the spool delivers through: it says beforehand who would be asked, and how many may ask."""
+
+    def refusal(self, mail: Mail) -> Reply | None:
+        """Why `begin` would refuse a mail for good, as far as is known without asking anybody."""
+        ...
+
+    def destination(self, mail: Mail, recipient: Recipient) -> str | Reply:
+        """The name of whatever serves a recipient, or why nobody does. Recipients of one name travel together."""
+        ...
+
+    def concurrency(self, destination: str) -> int:
+        """How many deliveries to `destination` may be under way now: none while all of it is given a rest."""
+        ...

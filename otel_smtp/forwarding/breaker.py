@@ -70,6 +70,12 @@ class Breaker:
         """Whether waiting is pointless: the upstream is being given a rest."""
         return self._state is BreakerState.OPEN and now < self._resting_until
 
+    def concurrency(self, now: float) -> int:
+        """How many mails may be under way: the window; one, which decides, after a rest; none during it."""
+        if self._state is BreakerState.CLOSED:
+            return int(self.window)
+        return 0 if self.is_dead(now) else 1
+
     def begin(self, now: float) -> None:
         """An attempt to open begins; the first one after a rest is the probe."""
         if self._state is BreakerState.OPEN:

@@ -55,6 +55,10 @@ class Smarthost:
         """Its pool at this moment."""
         return self._pool.snapshot()
 
+    def concurrency(self) -> int:
+        """How many mails may be under way to it now."""
+        return self._pool.breaker.concurrency(asyncio.get_running_loop().time())
+
     async def acquire(self, seen: DeliveryObserver, *, fresh: bool = False) -> tuple[UpstreamConnection, bool]:
         """A connection that can take a mail, and whether it was used before; give it back by `release`.
 

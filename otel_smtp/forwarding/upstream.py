@@ -11,6 +11,7 @@ a transaction, is tried once more on a fresh one, before the next in order.
 """
 
 import asyncio
+import copy
 import logging
 from abc import ABC, abstractmethod
 from collections import deque
@@ -115,15 +116,40 @@ class UpstreamForwarder:
         Raises:
             Permanent: no upstream serves the sender, or each that does is known to lack what the mail needs.
         """
+        if (refusal := self.refusal(mail)) is not None:
+            raise Permanent(refusal)
+        serving = self._routes.for_mail(mail)
+        return self._transaction(self, mail, seen, lambda recipient: Routes.for_recipient(serving, recipient))
+
+    def refusal(self, mail: Mail) -> Reply | None:
+        """Why a mail is refused without asking anybody: see `begin`."""
         if not is_safe_path(mail.reverse_path):
-            raise Permanent(replies.BAD_SENDER)
+            return replies.BAD_SENDER
         serving = self._routes.for_mail(mail)
         if not serving:
-            raise Permanent(replies.RELAY_DENIED)
+            return replies.RELAY_DENIED
         refusals = [_known_lack(mail, row.upstream) for row in serving]
-        if refusals[0] is not None and all(refusals):
-            raise Permanent(refusals[0])
-        return self._transaction(self, mail, seen, lambda recipient: Routes.for_recipient(serving, recipient))
+        return refusals[0] if all(refusals) else None
+
+    def destination(self, mail: Mail, recipient: Recipient) -> str | Reply:
+        """The names of the upstreams that serve a recipient, the preferred one first, or why none does."""
+        if (refusal := _bad_recipient(mail, recipient)) is not None:
+            return refusal
+        route = Routes.for_recipient(self._routes.for_mail(mail), recipient)
+        return ",".join(smarthost.settings.name for smarthost in route) if route else replies.RELAY_DENIED
+
+    def concurrency(self, destination: str) -> int:
+        """How many mails may be under way: as many as the one of its upstreams bears that bears most."""
+        names = destination.split(",")
+        # The settings may have changed since the name was noted; the route is then found anew, whatever it is.
+        named = [smarthost for smarthost in self._smarthosts if smarthost.settings.name in names] or self._smarthosts
+        return max(smarthost.concurrency() for smarthost in named)
+
+    def transparent(self) -> "UpstreamForwarder":
+        """The same upstreams and connections, with the strategy that gives each recipient its own verdict."""
+        other = copy.copy(self)
+        other._transaction = _Transparent
+        return other
 
     def snapshot(self) -> Sequence[UpstreamSnapshot]:
         """The upstreams at this moment, in the order of preference."""
@@ -154,6 +180,14 @@ class UpstreamForwarder:
         task = asyncio.get_running_loop().create_task(finishing)
         self._unwatched.add(task)
         task.add_done_callback(self._unwatched.discard)
+
+
+def _bad_recipient(mail: Mail, recipient: Recipient) -> Reply | None:
+    if not is_safe_path(recipient.address) or not recipient.address:
+        return replies.BAD_RECIPIENT
+    if not recipient.address.isascii() and not mail.smtputf8:
+        return replies.NEEDS_SMTPUTF8
+    return None
 
 
 def _known_lack(mail: Mail, smarthost: Smarthost) -> Reply | None:
@@ -350,10 +384,8 @@ class _Transaction(ABC):
 
     def _judge(self, recipient: Recipient) -> Reply | None:
         """What can be said of a recipient without asking anybody; None where somebody must be asked."""
-        if not is_safe_path(recipient.address) or not recipient.address:
-            return replies.BAD_RECIPIENT
-        if not recipient.address.isascii() and not self._mail.smtputf8:
-            return replies.NEEDS_SMTPUTF8
+        if (refusal := _bad_recipient(self._mail, recipient)) is not None:
+            return refusal
         route = self._route_of(recipient)
         if not route:
             return replies.RELAY_DENIED

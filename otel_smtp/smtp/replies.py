@@ -206,6 +206,7 @@ SOME_RECIPIENTS_REFUSED: Final = _reply(
 )
 STORAGE_FULL: Final = _reply(452, "4.3.1", "Insufficient storage, try again later", ErrorType.STORAGE)
 STORAGE_FAILED: Final = _reply(451, "4.3.0", "Storage failed, try again later", ErrorType.STORAGE)
+EXPIRED: Final = _reply(451, "4.4.7", "Delivery time expired", ErrorType.TIMEOUT)
 TOO_MANY_RECIPIENTS: Final = _reply(452, "4.5.3", "Too many recipients", ErrorType.LIMIT)
 TLS_UNAVAILABLE: Final = _reply(454, "4.7.0", "TLS not available now", ErrorType.TLS)
 AUTH_UNAVAILABLE: Final = _reply(454, "4.7.0", "Temporary authentication failure", ErrorType.AUTH)

@@ -1,0 +1,327 @@
+"""What operators do with the spool: asked over a unix socket of the gateway that owns it, or done here while none does.
+
+One line of JSON asks, lines of JSON answer, one for each message, then a last one that says `done` or `error`. The
+socket lies in the spool's directory, which belongs to the gateway's user alone; who can reach it could read the mail
+anyway.
+
+Nothing vanishes without a record: what is removed is logged, and counted with the recipients that it had.
+"""
+
+import asyncio
+import base64
+import contextlib
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+from otel_smtp.spool.files import SpoolDirectory
+from otel_smtp.spool.index import Index
+from otel_smtp.spool.messages import DeliveryState, Shown, SpoolError
+from otel_smtp.spool.store import Recovery, SpoolStore, Store
+
+logger: Final = logging.getLogger("otel_smtp.spool.control")
+
+PAGE: Final = 200  # messages that are read at a time: mail must not wait for a long list
+PIECE_OCTETS: Final = 48 * 1024  # of content, in a line of an answer
+MOST_REQUEST_OCTETS: Final = 4 * 1024 * 1024
+COMMANDS: Final = ("list", "show", "retry", "hold", "release", "expire", "delete", "reset", "export", "counts")
+
+Answer = Mapping[str, Any]
+
+
+class Woken(Protocol):
+    """The runner, as far as operators need it."""
+
+    def wake(self, destinations: Sequence[str] = ()) -> None:
+        """Something is due."""
+        ...
+
+    def sweep_soon(self) -> None:
+        """Something is too old."""
+        ...
+
+
+class Operations:
+    """The operators' commands.
+
+    Args:
+        runner: None: none runs here.
+        max_age_seconds: what `reset` gives a message again.
+    """
+
+    def __init__(self, store: Store, runner: Woken | None, *, max_age_seconds: float) -> None:
+        self._store = store
+        self._runner = runner
+        self._max_age_seconds = max_age_seconds
+
+    async def run(self, request: Answer) -> AsyncIterator[Answer]:
+        """Do one command.
+
+        Args:
+            request: `command`; `ids`, or `all`; for `show` and `export`, `content`.
+
+        Raises:
+            SpoolError: it is not understood, or the spool is broken.
+        """
+        match request.get("command"):
+            case "counts":
+                yield await self._counts()
+            case "list":
+                async for shown in self._all():
+                    yield as_answer(shown)
+            case "show" | "export" as command:
+                for message_id in _ids(request):
+                    async for answer in self._show(message_id, with_content=command == "export"):
+                        yield answer
+            case "retry" | "hold" | "release" | "expire" | "delete" | "reset" as command:
+                async for answer in self._change(command, request):
+                    yield answer
+            case command:
+                raise SpoolError(f"no command {command!r}; there are {', '.join(COMMANDS)}")
+
+    async def _counts(self) -> Answer:
+        now = time.time()
+        counts, tally = await self._store.apply(lambda index: (index.counts(now), index.tally()))
+        return {
+            "ready": counts.ready,
+            "deferred": counts.deferred,
+            "active": counts.active,
+            "held": counts.held,
+            "corrupt": counts.corrupt,
+            "oldest_arrival_time": counts.oldest_arrived_at,
+            "recipients": dict(tally),
+        }
+
+    async def _all(self) -> AsyncIterator[Shown]:
+        after = ""
+        while page := await self._store.apply(lambda index, after=after: index.page(after, PAGE)):  # type: ignore[misc]
+            for shown in page:
+                yield shown
+            after = page[-1].id
+
+    async def _show(self, message_id: str, *, with_content: bool) -> AsyncIterator[Answer]:
+        shown, (placement, _) = await self._store.apply(
+            lambda index: (index.show(message_id), index.placement(message_id))
+        )
+        yield as_answer(shown)
+        if with_content:
+            for start in range(0, placement.octets, PIECE_OCTETS):
+                piece = await self._store.content(placement, start, PIECE_OCTETS)
+                yield {"queue_id": message_id, "content": base64.b64encode(piece).decode("ascii")}
+
+    async def _change(self, command: str, request: Answer) -> AsyncIterator[Answer]:
+        if request.get("all"):
+            # The ids first: a message that comes meanwhile was not meant.
+            ids = [shown.id async for shown in self._all() if _concerns(command, shown)]
+        else:
+            ids = list(_ids(request))
+        yield {"messages": len(ids)}
+        for message_id in ids:
+            try:
+                changed = await self._store.record(self._work(command, message_id))
+            except SpoolError as error:
+                yield {"queue_id": message_id, "error": str(error)}
+                continue
+            if changed:
+                level = logging.WARNING if command in ("delete", "expire") else logging.INFO
+                logger.log(
+                    level, "an operator changed a queued message",
+                    extra={"spool_id": message_id, "command": command, "recipients": int(changed)},
+                )  # fmt: skip
+            yield {"queue_id": message_id, "changed": bool(changed)}
+        if self._runner is not None:
+            self._runner.sweep_soon() if command == "expire" else self._runner.wake()
+
+    def _work(self, command: str, message_id: str) -> Callable[[Index], int]:
+        now = time.time()
+        match command:
+            case "retry":
+                return lambda index: index.retry(message_id, now)
+            case "hold":
+                return lambda index: index.hold(message_id, now)
+            case "release":
+                return lambda index: index.release(message_id, now)
+            case "expire":
+                return lambda index: index.expire(message_id, now)
+            case "delete":
+                return lambda index: index.delete(message_id)
+            case _:
+                return lambda index: index.reset(message_id, now, now + self._max_age_seconds)
+
+
+def _concerns(command: str, shown: Shown) -> bool:
+    """Whether `command` for all messages means this one."""
+    if command == "release":
+        return shown.state in (DeliveryState.HELD, DeliveryState.CORRUPT)
+    return command == "delete" or shown.state is not DeliveryState.CORRUPT
+
+
+def _ids(request: Answer) -> Sequence[str]:
+    ids = request.get("ids")
+    if not isinstance(ids, list) or not ids or not all(isinstance(one, str) for one in ids):
+        raise SpoolError("which messages? give their ids")
+    return ids
+
+
+def as_answer(shown: Shown) -> Answer:
+    """A message as operators' tools read it; the names are those of Postfix's `postqueue -j` where it has them."""
+    parts = shown.carrier.get("traceparent", "").split("-")
+    return {
+        "queue_name": _queue_name(shown),
+        "queue_id": shown.id,
+        "kind": shown.kind.value,
+        "state": shown.state.value,
+        "arrival_time": shown.arrived_at,
+        "expires": shown.expires_at,
+        "forced_expire": shown.is_forced_to_expire,
+        "message_size": shown.octets,
+        "sender": shown.reverse_path,
+        "recipients": [
+            {"address": address, "state": state.value, **({"delay_reason": last} if last else {})}
+            for address, state, last in shown.recipients
+        ],
+        "attempts": shown.attempts,
+        "next_attempt": shown.next_attempt_at,
+        "trace_id": parts[1] if len(parts) >= 4 else None,
+    }
+
+
+def _queue_name(shown: Shown) -> str:
+    match shown.state:
+        case DeliveryState.LEASED:
+            return "active"
+        case DeliveryState.HELD:
+            return "hold"
+        case DeliveryState.CORRUPT:
+            return "corrupt"
+        case DeliveryState.READY:
+            return "deferred" if shown.attempts else "incoming"
+
+
+# Over the socket ----------------------------------------------------------------------------------------------
+
+
+class ControlSocket:
+    """Hears operators' commands for as long as the gateway runs."""
+
+    def __init__(self, path: Path, operations: Operations) -> None:
+        self._path = path
+        self._operations = operations
+        self._server: asyncio.AbstractServer | None = None
+        self._conversations: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Listen.
+
+        Raises:
+            OSError: it cannot be bound.
+        """
+        self._path.unlink(missing_ok=True)  # we own the directory: whatever is there is of one that died
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            with _reachable(self._path) as address:
+                sock.bind(address)
+            self._path.chmod(0o600)
+            self._server = await asyncio.start_unix_server(self._serve, sock=sock, limit=MOST_REQUEST_OCTETS)
+        except BaseException:
+            sock.close()
+            raise
+
+    async def stop(self) -> None:
+        """Stop. Idempotent."""
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+            self._path.unlink(missing_ok=True)
+        for conversation in list(self._conversations):
+            conversation.cancel()
+        await asyncio.gather(*self._conversations, return_exceptions=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._conversations.add(task)
+        try:
+            with contextlib.suppress(OSError):
+                await self._converse(reader, writer)
+        except Exception:
+            logger.exception("an operator's command failed")
+        finally:
+            self._conversations.discard(task)
+            writer.close()
+
+    async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            request = json.loads(await reader.readline() or b"null")
+            if not isinstance(request, dict):
+                raise SpoolError("a command is a JSON object")
+            async for answer in self._operations.run(request):
+                writer.write(json.dumps(answer).encode() + b"\n")
+                await writer.drain()
+            last: Answer = {"done": True}
+        except (SpoolError, ValueError) as error:
+            last = {"error": str(error)}
+        writer.write(json.dumps(last).encode() + b"\n")
+        await writer.drain()
+
+
+async def ask(directory: Path, request: Answer, *, max_age_seconds: float) -> AsyncIterator[Answer]:
+    """Have a command done by the gateway that owns the spool, or, where none runs, here.
+
+    Raises:
+        SpoolError: what went wrong.
+    """
+    control = SpoolDirectory(directory).control_path
+    try:
+        with _reachable(control) as address:
+            reader, writer = await asyncio.open_unix_connection(address, limit=MOST_REQUEST_OCTETS)
+    except (FileNotFoundError, ConnectionRefusedError):
+        async for answer in _do_here(directory, request, max_age_seconds=max_age_seconds):
+            yield answer
+        return
+    except OSError as error:
+        raise SpoolError(f"{control}: {error.strerror}") from error
+    try:
+        writer.write(json.dumps(request).encode() + b"\n")
+        while line := await reader.readline():
+            answer = json.loads(line)
+            if answer.get("done"):
+                return
+            if "error" in answer and "queue_id" not in answer:
+                raise SpoolError(answer["error"])
+            yield answer
+        raise SpoolError("the gateway broke the conversation off")
+    finally:
+        writer.close()
+
+
+async def _do_here(directory: Path, request: Answer, *, max_age_seconds: float) -> AsyncIterator[Answer]:
+    if not await asyncio.to_thread(directory.is_dir):
+        raise SpoolError(f"{directory}: there is no spool")
+    store = SpoolStore(SpoolDirectory(directory))
+    recovery: Recovery = await store.open()
+    if recovery.lost:
+        logger.critical("contents are missing", extra={"spool_ids": list(recovery.lost)})
+    try:
+        async for answer in Operations(store, None, max_age_seconds=max_age_seconds).run(request):
+            yield answer
+    finally:
+        await store.close()
+
+
+@contextlib.contextmanager
+def _reachable(path: Path) -> Iterator[str]:
+    """The socket's name as the kernel takes it: at most 107 octets, however deep the directory lies."""
+    if len(os.fsencode(path)) <= 107:
+        yield str(path)
+        return
+    directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"/proc/self/fd/{directory}/{path.name}"
+    finally:
+        os.close(directory)

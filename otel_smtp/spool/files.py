@@ -1,0 +1,297 @@
+"""The spool's directory: contents as files, what makes them durable, and the reserve for a full disk.
+
+::
+
+    LOCK      locked by the owner for its whole life; the lock, not the file, says that somebody is there
+    reserve   room that is given back to the disk when it is full, so that results can still be recorded
+    clean     there while nobody runs and the last one ended well
+    tmp/      contents being received; whatever lies here at start was never answered 250
+    body/x/   complete contents, 32 directories by the last character of the name
+
+A file is synced before it gets its name in body/, and the directory is synced after: only then may the index speak of
+it. An error of a sync is never tried again: Linux drops the pages that it could not write, and a second sync would
+succeed over lost data.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+from otel_smtp.spool.messages import Placement, SpoolError, StorageBroken, StorageFull, new_id
+
+RESERVE_OCTETS: Final = 16 * 1024 * 1024
+_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+# Their locks and shared memory do not keep SQLite's index whole.
+_REMOTE_FILE_SYSTEMS: Final = frozenset(
+    {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "virtiofs", "ceph", "glusterfs", "fuse.sshfs", "fuse.s3fs"}
+)
+_BUCKETS: Final = "0123456789abcdefghjkmnpqrstvwxyz"
+
+
+def storage_error(error: OSError) -> SpoolError:
+    """What an error of the disk means for a message."""
+    if error.errno in _FULL:
+        return StorageFull(f"the disk is full: {error}")
+    return StorageBroken(f"the disk failed: {error}")
+
+
+class SpoolDirectory:
+    """The directory of one spool, owned by this process from `open` to `close`.
+
+    Blocks: for use in the store's thread, or before the event loop runs.
+    """
+
+    def __init__(self, path: Path, *, reserve_octets: int = RESERVE_OCTETS) -> None:
+        self.path = path
+        self._reserve_octets = reserve_octets
+        self._lock: int | None = None
+        self._buckets: dict[str, int] = {}
+        self.was_clean = False
+
+    @property
+    def index_path(self) -> Path:
+        """Where the index lies."""
+        return self.path / "spool.db"
+
+    @property
+    def control_path(self) -> Path:
+        """Where operators' commands are heard."""
+        return self.path / "control"
+
+    def open(self) -> None:
+        """Make what is missing, and own it.
+
+        Raises:
+            SpoolError: it belongs to another process, lies on a network file system, or cannot be written.
+        """
+        try:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if (kind := file_system_of(self.path)) in _REMOTE_FILE_SYSTEMS:
+                raise SpoolError(f"{self.path}: a spool cannot be kept safe on {kind}; use a local file system")
+            self._own()
+            for name in ("tmp", "body", *(f"body/{bucket}" for bucket in _BUCKETS)):
+                (self.path / name).mkdir(mode=0o700, exist_ok=True)
+            for name in ("body", "."):
+                sync_directory(self.path / name)
+            self._buckets = {
+                bucket: os.open(self.path / "body" / bucket, os.O_RDONLY | os.O_DIRECTORY) for bucket in _BUCKETS
+            }
+            for left in (self.path / "tmp").iterdir():
+                left.unlink()
+            self.was_clean = (self.path / "clean").exists() or not self.index_path.exists()
+            (self.path / "clean").unlink(missing_ok=True)
+        except OSError as error:
+            self.close(is_clean=False)
+            raise SpoolError(f"{self.path}: {error.strerror}") from error
+        except SpoolError:
+            self.close(is_clean=False)
+            raise
+
+    def _own(self) -> None:
+        lock = os.open(self.path / "LOCK", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.pread(lock, 32, 0).decode("ascii", "replace").strip()
+            os.close(lock)
+            raise SpoolError(f"{self.path} belongs to another process{f', pid {owner}' if owner else ''}") from None
+        self._lock = lock
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+
+    def close(self, *, is_clean: bool) -> None:
+        """Give it up. Idempotent."""
+        if self._lock is None:
+            return
+        if is_clean:
+            with contextlib.suppress(OSError):
+                (self.path / "clean").touch(mode=0o600)
+                sync_directory(self.path)
+        for bucket in self._buckets.values():
+            os.close(bucket)
+        self._buckets.clear()
+        os.close(self._lock)
+        self._lock = None
+
+    # Contents ---------------------------------------------------------------------------------------------
+
+    def temporary(self) -> Path:
+        """A name for a content that is being received."""
+        return self.path / "tmp" / new_id()
+
+    def keep_together(self, contents: Sequence[Sequence[bytes]]) -> list[Placement]:
+        """Make small contents durable, all in one file: one sync for whatever came at the same time.
+
+        Raises:
+            StorageFull, StorageBroken: none of them is kept.
+        """
+        temporary = self.temporary()
+        placements: list[Placement] = []
+        offset = 0
+        try:
+            file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                for content in contents:
+                    digest = hashlib.sha256()
+                    octets = 0
+                    for chunk in content:
+                        digest.update(chunk)
+                        octets += len(chunk)
+                    placements.append(Placement(temporary.name, offset, octets, digest.digest()))
+                    offset += octets
+                write_all(file, b"".join(chunk for content in contents for chunk in content))
+                self._seal(file, temporary, offset)
+            finally:
+                os.close(file)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise storage_error(error) from error
+        return placements
+
+    def keep(self, temporary: Path, octets: int, digest: bytes) -> Placement:
+        """Make a content durable that was written to a file of `temporary`; errors as `keep_together`."""
+        try:
+            file = os.open(temporary, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                self._seal(file, temporary, octets)
+            finally:
+                os.close(file)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise storage_error(error) from error
+        return Placement(temporary.name, 0, octets, digest)
+
+    def _seal(self, file: int, temporary: Path, octets: int) -> None:
+        os.fdatasync(file)
+        if os.fstat(file).st_size != octets:
+            raise OSError(errno.EIO, f"{temporary} is not as long as what was written")
+        bucket = temporary.name[-1]
+        os.rename(temporary, self._body(temporary.name))
+        os.fsync(self._buckets[bucket])
+
+    def read(self, placement: Placement, start: int, octets: int) -> bytes:
+        """A part of a content, from `start`.
+
+        Raises:
+            StorageBroken: it cannot be read.
+        """
+        try:
+            file = os.open(self._body(placement.file), os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                return _read_all(file, placement.offset + start, min(octets, placement.octets - start))
+            finally:
+                os.close(file)
+        except OSError as error:
+            raise StorageBroken(f"a content cannot be read: {error}") from error
+
+    def is_intact(self, placement: Placement) -> bool:
+        """Whether a content is there and is what was written."""
+        digest = hashlib.sha256()
+        try:
+            file = os.open(self._body(placement.file), os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise StorageBroken(f"a content cannot be read: {error}") from error
+        try:
+            done = 0
+            while done < placement.octets:
+                piece = _read_all(file, placement.offset + done, min(1 << 18, placement.octets - done))
+                if not piece:
+                    return False
+                digest.update(piece)
+                done += len(piece)
+        except OSError as error:
+            raise StorageBroken(f"a content cannot be read: {error}") from error
+        finally:
+            os.close(file)
+        return digest.digest() == placement.digest
+
+    def remove(self, files: Iterable[str]) -> None:
+        """Remove contents that nobody needs; one that stays is removed at the next start."""
+        for name in files:
+            with contextlib.suppress(OSError):
+                self._body(name).unlink(missing_ok=True)
+
+    def files(self) -> Iterator[str]:
+        """The names of all complete contents."""
+        for bucket in _BUCKETS:
+            with os.scandir(self.path / "body" / bucket) as entries:
+                yield from (entry.name for entry in entries)
+
+    def _body(self, name: str) -> Path:
+        return self.path / "body" / name[-1] / name
+
+    # Room -------------------------------------------------------------------------------------------------
+
+    def fill_reserve(self) -> bool:
+        """Take the reserve from the disk, if it has that much; whether it is there."""
+        reserve = self.path / "reserve"
+        try:
+            file = os.open(reserve, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                os.posix_fallocate(file, 0, self._reserve_octets)
+            finally:
+                os.close(file)
+        except OSError:
+            self.release_reserve()
+            return False
+        return True
+
+    def release_reserve(self) -> bool:
+        """Give the reserve to the disk; whether there was one."""
+        try:
+            (self.path / "reserve").unlink()
+        except OSError:
+            return False
+        return True
+
+    def room(self) -> tuple[int, float]:
+        """Free octets, and the share of free inodes (1.0 where the file system does not count them)."""
+        found = os.statvfs(self.path)
+        return found.f_bavail * found.f_frsize, found.f_favail / found.f_files if found.f_files else 1.0
+
+
+def write_all(file: int, data: bytes) -> None:
+    """Write all of `data`: the system may take less than it is given without saying that anything is wrong."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(file, rest) :]
+
+
+def _read_all(file: int, offset: int, octets: int) -> bytes:
+    pieces: list[bytes] = []
+    while octets > 0 and (piece := os.pread(file, octets, offset)):
+        pieces.append(piece)
+        offset += len(piece)
+        octets -= len(piece)
+    return b"".join(pieces)
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable."""
+    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def file_system_of(path: Path) -> str:
+    """The kind of file system that `path` lies on, as the kernel calls it; "" where it does not say."""
+    best, kind = "", ""
+    with contextlib.suppress(OSError):
+        real = os.path.realpath(path)
+        with open("/proc/self/mounts", encoding="utf-8", errors="replace") as mounts:
+            for line in mounts:
+                _, mounted_on, found, *_ = line.split(" ")
+                mounted_on = mounted_on.encode().decode("unicode_escape")
+                is_below = mounted_on == "/" or real == mounted_on or real.startswith(f"{mounted_on}/")
+                if is_below and len(mounted_on) >= len(best):
+                    best, kind = mounted_on, found
+    return kind

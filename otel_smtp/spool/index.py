@@ -1,0 +1,614 @@
+"""The index of the spool: which message waits for what, in one SQLite database.
+
+One connection, in one thread, for the whole life of the spool: two connections that checkpoint at once have corrupted
+databases of versions that are still in use. WAL with synchronous=FULL, since only FULL syncs the log at each commit.
+
+Times are milliseconds since the epoch. The columns of the lease (owner, until, epoch) are those that a database shared
+by several gateways needs; here the lock of the directory says already that there is one owner.
+"""
+
+import json
+import sqlite3
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from otel_smtp.smtp.envelope import Body, DsnReturn, Mail, Notify, Recipient
+from otel_smtp.spool.messages import (
+    Counts,
+    DeliveryState,
+    Kind,
+    Lease,
+    NewMessage,
+    NoSuchMessage,
+    Placement,
+    Shown,
+    SpooledRecipient,
+    SpoolError,
+    StaleLease,
+    StorageBroken,
+    Verdict,
+)
+
+SCHEMA_VERSION: Final = 1
+
+_SCHEMA: Final = """
+CREATE TABLE msg(
+  id TEXT PRIMARY KEY, kind TEXT NOT NULL, arrived_at INTEGER NOT NULL, expires_at INTEGER NOT NULL,
+  warned INTEGER NOT NULL DEFAULT 0, held_at INTEGER, forced INTEGER NOT NULL DEFAULT 0,
+  reverse_path TEXT NOT NULL, parameters TEXT NOT NULL, carrier TEXT NOT NULL,
+  file TEXT NOT NULL, offset INTEGER NOT NULL, octets INTEGER NOT NULL, header_octets INTEGER NOT NULL,
+  digest BLOB NOT NULL) WITHOUT ROWID;
+CREATE INDEX msg_file ON msg(file);
+CREATE INDEX msg_expiry ON msg(expires_at) WHERE held_at IS NULL;
+CREATE INDEX msg_arrival ON msg(arrived_at);
+CREATE INDEX msg_unwarned ON msg(arrived_at) WHERE warned = 0;
+CREATE TABLE dlv(
+  id INTEGER PRIMARY KEY, msg_id TEXT NOT NULL REFERENCES msg(id), dest TEXT NOT NULL, state TEXT NOT NULL,
+  attempts INTEGER NOT NULL DEFAULT 0, crashes INTEGER NOT NULL DEFAULT 0, next_at INTEGER NOT NULL,
+  lease_owner TEXT, lease_until INTEGER, lease_epoch INTEGER NOT NULL DEFAULT 0,
+  possible_duplicate INTEGER NOT NULL DEFAULT 0);
+CREATE INDEX dlv_msg ON dlv(msg_id);
+CREATE INDEX dlv_due ON dlv(dest, attempts > 0, next_at) WHERE state = 'ready';
+CREATE INDEX dlv_other ON dlv(state) WHERE state <> 'ready';
+CREATE TABLE rcpt(
+  dlv_id INTEGER NOT NULL REFERENCES dlv(id), n INTEGER NOT NULL, addr TEXT NOT NULL, notify INTEGER, orcpt TEXT,
+  last TEXT NOT NULL DEFAULT '', PRIMARY KEY(dlv_id, n)) WITHOUT ROWID;
+CREATE TABLE tally(name TEXT PRIMARY KEY, recipients INTEGER NOT NULL) WITHOUT ROWID;
+"""
+_LEASE_COLUMNS: Final = (
+    "dlv.id, dlv.lease_epoch, msg.id, kind, reverse_path, parameters, dest, attempts, arrived_at, expires_at, carrier, "
+    "file, offset, octets, digest, header_octets, possible_duplicate"
+)
+
+
+class Index:
+    """The database, opened; to be used by the thread that opened it. Nothing is committed but by `commit`.
+
+    Attributes:
+        messages: how many there are.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open it, or make it.
+
+        Raises:
+            SpoolError: it was made by a newer version.
+            sqlite3.Error: it cannot be opened.
+        """
+        self._database = sqlite3.connect(path, isolation_level=None, cached_statements=256)
+        database = self._database
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("PRAGMA synchronous = FULL")
+        database.execute("PRAGMA foreign_keys = ON")
+        (version,) = database.execute("PRAGMA user_version").fetchone()
+        if version > SCHEMA_VERSION:
+            database.close()
+            raise SpoolError(f"{path}: made by a newer version (schema {version}; this one knows {SCHEMA_VERSION})")
+        if version == 0:
+            database.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+        self._ended: Counter[str] = Counter()
+        self._emptied: set[str] = set()
+        self._gained = 0
+        (self.messages,) = database.execute("SELECT count(*) FROM msg").fetchone()
+
+    def close(self) -> None:
+        """Close it; what the log holds goes into the database."""
+        self._database.close()
+
+    def check(self) -> None:
+        """Read all of it.
+
+        Raises:
+            StorageBroken: it is damaged.
+        """
+        (found,) = self._database.execute("PRAGMA integrity_check(1)").fetchone()
+        if found != "ok":
+            raise StorageBroken(f"the index is damaged: {found}")
+
+    # Transactions -----------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Begin a group of changes."""
+        self._ended.clear()
+        self._emptied.clear()
+        self._gained = 0
+        self._database.execute("BEGIN IMMEDIATE")
+
+    def commit(self) -> Sequence[str]:
+        """Make the changes durable, and give the files that lost their last message."""
+        self._database.executemany(
+            "INSERT INTO tally VALUES (?, ?) ON CONFLICT DO UPDATE SET recipients = recipients + excluded.recipients",
+            list(self._ended.items()),
+        )
+        files = [
+            file
+            for file in self._emptied
+            if self._database.execute("SELECT 1 FROM msg WHERE file = ? LIMIT 1", (file,)).fetchone() is None
+        ]
+        self._database.execute("COMMIT")
+        self.messages += self._gained
+        return files
+
+    def roll_back(self) -> None:
+        """Forget the changes since `begin`."""
+        if self._database.in_transaction:
+            self._database.execute("ROLLBACK")
+
+    # Messages in and out ----------------------------------------------------------------------------------
+
+    def insert(self, message: NewMessage, placement: Placement, *, owner: str | None) -> Sequence[Lease]:
+        """Add a message.
+
+        Args:
+            owner: who attempts its deliveries at once; None: they wait until somebody asks for them.
+
+        Returns:
+            The deliveries, where there is an owner.
+        """
+        mail, arrived_at, expires_at = message.mail, _ms(message.arrived_at), _ms(message.expires_at)
+        due_at = arrived_at if message.due_at is None else _ms(message.due_at)
+        execute = self._database.execute
+        execute(
+            "INSERT INTO msg(id, kind, arrived_at, expires_at, warned, reverse_path, parameters, carrier, file, offset,"
+            " octets, header_octets, digest) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                message.id, message.kind.value, arrived_at, expires_at, int(not mail.reverse_path), mail.reverse_path,
+                _parameters(mail), json.dumps(dict(message.carrier)), placement.file, placement.offset,
+                placement.octets, message.header_octets, placement.digest,
+            ),
+        )  # fmt: skip
+        self._gained += 1
+        leases: list[Lease] = []
+        is_leased = owner is not None
+        state = DeliveryState.LEASED if is_leased else DeliveryState.READY
+        for destination, recipients in message.deliveries.items():
+            row = execute(
+                "INSERT INTO dlv(msg_id, dest, state, attempts, next_at, lease_owner, lease_epoch, possible_duplicate)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    message.id, destination, state.value, int(is_leased), due_at, owner, int(is_leased),
+                    int(message.is_possible_duplicate),
+                ),
+            ).lastrowid  # fmt: skip
+            assert row is not None
+            self._database.executemany(
+                "INSERT INTO rcpt(dlv_id, n, addr, notify, orcpt) VALUES (?, ?, ?, ?, ?)",
+                [
+                    (row, n, one.address, one.notify.value if one.notify is not None else None, one.orcpt)
+                    for n, one in enumerate(recipients)
+                ],
+            )
+            self._ended["accepted" if message.kind is Kind.MAIL else "notified"] += len(recipients)
+            if is_leased:
+                leases.append(
+                    Lease(
+                        row, 1, message.id, message.kind, mail, destination,
+                        [SpooledRecipient(n, one) for n, one in enumerate(recipients)],
+                        1, message.arrived_at, message.expires_at, message.carrier, placement,
+                        message.header_octets, message.is_possible_duplicate,
+                    )
+                )  # fmt: skip
+        return leases
+
+    def due(self, now: float, wanted: Mapping[str, int], owner: str, until: float) -> Sequence[Lease]:
+        """Lease what is due, and count the attempt.
+
+        New messages and those tried before take turns, so that a backlog never starves new mail. Among those, the ones
+        due first, one of each sender after the other within a sample, so that one sender's thousands do not hold up
+        all others.
+
+        Args:
+            wanted: how many at most, by destination.
+        """
+        leases: list[Lease] = []
+        for destination, most in wanted.items():
+            again, new = (self._sample(destination, now, most, was_tried=tried) for tried in (True, False))
+            chosen = [row for pair in _interleave(new, again) for row in pair][:most]
+            for (row,) in chosen:
+                self._database.execute(
+                    "UPDATE dlv SET state = 'leased', attempts = attempts + 1, lease_owner = ?, lease_until = ?,"
+                    " lease_epoch = lease_epoch + 1 WHERE id = ?",
+                    (owner, _ms(until), row),
+                )
+                leases.append(self._lease(row))
+        return leases
+
+    def _sample(self, destination: str, now: float, most: int, *, was_tried: bool) -> list[tuple[int]]:
+        rows = self._database.execute(
+            "SELECT dlv.id, reverse_path FROM dlv JOIN msg ON msg.id = msg_id WHERE state = 'ready' AND dest = ?"
+            " AND (attempts > 0) = ? AND next_at <= ? AND expires_at > ? ORDER BY next_at LIMIT ?",
+            (destination, int(was_tried), _ms(now), _ms(now), 8 * most),
+        ).fetchall()
+        turns: dict[str, int] = {}
+        ordered: list[tuple[int, int]] = []
+        for row, reverse_path in rows:
+            turn = turns[reverse_path] = turns.get(reverse_path, 0) + 1
+            ordered.append((turn, row))
+        ordered.sort(key=lambda entry: entry[0])
+        return [(row,) for _, row in ordered[:most]]
+
+    def next_due(self, destinations: Iterable[str]) -> float | None:
+        """When the next delivery to one of `destinations` is due; None: none waits."""
+        times = [
+            at
+            for destination in destinations
+            for tried in (0, 1)
+            for (at,) in self._database.execute(
+                "SELECT next_at FROM dlv WHERE state = 'ready' AND dest = ? AND (attempts > 0) = ?"
+                " ORDER BY next_at LIMIT 1",
+                (destination, tried),
+            )
+        ]
+        return min(times) / 1000 if times else None
+
+    def destinations(self) -> Sequence[str]:
+        """All destinations that anything waits for."""
+        return [dest for (dest,) in self._database.execute("SELECT DISTINCT dest FROM dlv")]
+
+    def overdue(self, now: float, most: int, owner: str) -> Sequence[Lease]:
+        """Lease what is too old, without counting an attempt: to be ended."""
+        rows = self._database.execute(
+            "SELECT dlv.id FROM msg JOIN dlv ON msg_id = msg.id WHERE expires_at <= ? AND held_at IS NULL"
+            " AND state = 'ready' ORDER BY expires_at LIMIT ?",
+            (_ms(now), most),
+        ).fetchall()
+        for (row,) in rows:
+            self._database.execute(
+                "UPDATE dlv SET state = 'leased', lease_owner = ?, lease_epoch = lease_epoch + 1 WHERE id = ?",
+                (owner, row),
+            )
+        return [self._lease(row) for (row,) in rows]
+
+    def unwarned(self, arrived_before: float, most: int) -> Sequence[Lease]:
+        """Deliveries whose sender is due a warning; not leased, only shown."""
+        rows = self._database.execute(
+            "SELECT dlv.id FROM msg JOIN dlv ON msg_id = msg.id WHERE warned = 0 AND arrived_at <= ?"
+            " AND state = 'ready' AND attempts > 0 AND kind = 'mail' AND reverse_path <> ''"
+            " ORDER BY arrived_at LIMIT ?",
+            (_ms(arrived_before), most),
+        ).fetchall()
+        return [self._lease(row) for (row,) in rows]
+
+    def warned(self, message_id: str) -> bool:
+        """Note that the sender was warned; False where that was noted before, or the message is gone."""
+        found = self._database.execute("UPDATE msg SET warned = 1 WHERE id = ? AND warned = 0", (message_id,))
+        return found.rowcount == 1
+
+    def finish(
+        self,
+        lease: Lease,
+        verdicts: Sequence[Verdict],
+        *,
+        next_at: float,
+        is_possible_duplicate: bool = False,
+        counts_attempt: bool = True,
+        hold: bool = False,
+    ) -> None:
+        """Note what an attempt came to.
+
+        Args:
+            next_at: when what has not ended is due again.
+            is_possible_duplicate: an upstream may have taken it without our knowing.
+            counts_attempt: False: nobody was asked; it was no attempt.
+            hold: what has not ended waits for an operator.
+
+        Raises:
+            StaleLease: the lease is not its delivery's last one.
+        """
+        self._own(lease)
+        ended = [verdict for verdict in verdicts if verdict.end is not None]
+        for verdict in ended:
+            self._database.execute("DELETE FROM rcpt WHERE dlv_id = ? AND n = ?", (lease.delivery, verdict.number))
+            assert verdict.end is not None
+            name = verdict.end.value if lease.kind is Kind.MAIL else f"notified_{verdict.end.value}"
+            self._ended[name] += 1
+        if len(ended) == len(lease.recipients):
+            self._drop_delivery(lease.delivery, lease.message_id)
+            return
+        self._database.executemany(
+            "UPDATE rcpt SET last = ? WHERE dlv_id = ? AND n = ?",
+            [
+                (str(verdict.reply), lease.delivery, verdict.number)
+                for verdict in verdicts
+                if verdict.end is None and verdict.reply is not None
+            ],
+        )
+        self._database.execute(
+            "UPDATE dlv SET state = ?, next_at = ?, crashes = 0, attempts = attempts - ?, lease_owner = NULL,"
+            " possible_duplicate = max(possible_duplicate, ?) WHERE id = ?",
+            (
+                (DeliveryState.HELD if hold else DeliveryState.READY).value, _ms(next_at), int(not counts_attempt),
+                int(is_possible_duplicate), lease.delivery,
+            ),
+        )  # fmt: skip
+        if hold:
+            self._database.execute(
+                "UPDATE msg SET held_at = ? WHERE id = ? AND held_at IS NULL", (_ms(next_at), lease.message_id)
+            )
+
+    def mark_corrupt(self, lease: Lease) -> None:
+        """Its content is damaged: it waits for an operator, and counts as nothing else."""
+        self._own(lease)
+        self._database.execute("UPDATE dlv SET state = 'corrupt', lease_owner = NULL WHERE id = ?", (lease.delivery,))
+
+    def _own(self, lease: Lease) -> None:
+        found = self._database.execute("SELECT state, lease_epoch FROM dlv WHERE id = ?", (lease.delivery,)).fetchone()
+        if found != (DeliveryState.LEASED.value, lease.epoch):
+            raise StaleLease(f"delivery {lease.delivery} of {lease.message_id} is not ours any more")
+
+    def _drop_delivery(self, delivery: int, message_id: str) -> None:
+        execute = self._database.execute
+        execute("DELETE FROM rcpt WHERE dlv_id = ?", (delivery,))
+        execute("DELETE FROM dlv WHERE id = ?", (delivery,))
+        if execute("SELECT 1 FROM dlv WHERE msg_id = ? LIMIT 1", (message_id,)).fetchone() is None:
+            (file,) = execute("DELETE FROM msg WHERE id = ? RETURNING file", (message_id,)).fetchone()
+            self._emptied.add(file)
+            self._gained -= 1
+
+    def _lease(self, delivery: int) -> Lease:
+        row = self._database.execute(
+            f"SELECT {_LEASE_COLUMNS} FROM dlv JOIN msg ON msg.id = msg_id WHERE dlv.id = ?",  # noqa: S608 - constants
+            (delivery,),
+        ).fetchone()
+        (
+            number, epoch, message_id, kind, reverse_path, parameters, destination, attempts, arrived_at, expires_at,
+            carrier, file, offset, octets, digest, header_octets, possible_duplicate,
+        ) = row  # fmt: skip
+        recipients = [
+            SpooledRecipient(n, Recipient(addr, Notify(notify) if notify is not None else None, orcpt), last)
+            for n, addr, notify, orcpt, last in self._database.execute(
+                "SELECT n, addr, notify, orcpt, last FROM rcpt WHERE dlv_id = ? ORDER BY n", (delivery,)
+            )
+        ]
+        return Lease(
+            number, epoch, message_id, Kind(kind), _mail(reverse_path, parameters), destination, recipients, attempts,
+            arrived_at / 1000, expires_at / 1000, json.loads(carrier), Placement(file, offset, octets, digest),
+            header_octets, bool(possible_duplicate),
+        )  # fmt: skip
+
+    # At start and at stop ---------------------------------------------------------------------------------
+
+    def take_back_leases(self, *, crashes_allowed: int | None, now: float) -> tuple[int, Sequence[str]]:
+        """Take back what is leased, since nobody can be attempting it.
+
+        Args:
+            crashes_allowed: the process that had them died in the midst: that many times a message may be part of a
+                crash before it is held, since it may be the cause. None: they were given back in good order.
+
+        Returns:
+            How many there were, and the messages that are held now.
+        """
+        if crashes_allowed is None:
+            found = self._database.execute(
+                "UPDATE dlv SET state = 'ready', next_at = min(next_at, ?), attempts = attempts - 1, lease_owner = NULL"
+                " WHERE state = 'leased'",
+                (_ms(now),),
+            )
+            return found.rowcount, ()
+        found = self._database.execute(
+            "UPDATE dlv SET state = 'ready', next_at = ?, crashes = crashes + 1, lease_owner = NULL,"
+            " possible_duplicate = 1 WHERE state = 'leased'",
+            (_ms(now),),
+        )
+        held = [
+            message_id
+            for (message_id,) in self._database.execute(
+                "UPDATE dlv SET state = 'held' WHERE state = 'ready' AND crashes >= ? RETURNING msg_id",
+                (crashes_allowed,),
+            ).fetchall()
+        ]
+        for message_id in held:
+            self._database.execute("UPDATE msg SET held_at = ? WHERE id = ?", (_ms(now), message_id))
+        return found.rowcount, held
+
+    def files(self) -> set[str]:
+        """The files that messages need."""
+        return {file for (file,) in self._database.execute("SELECT DISTINCT file FROM msg")}
+
+    def without_file(self, files: Iterable[str]) -> Sequence[str]:
+        """Mark the messages in `files`, which are not there, as corrupt; their ids."""
+        lost: list[str] = []
+        for file in files:
+            for (message_id,) in self._database.execute("SELECT id FROM msg WHERE file = ?", (file,)).fetchall():
+                self._database.execute("UPDATE dlv SET state = 'corrupt' WHERE msg_id = ?", (message_id,))
+                lost.append(message_id)
+        return lost
+
+    def pull_in(self, now: float, longest_wait: float) -> int:
+        """Let nothing wait for longer than any schedule says, as it would after a clock was set back; how many did."""
+        latest = _ms(now + longest_wait)
+        return self._database.execute(
+            "UPDATE dlv SET next_at = ? WHERE state = 'ready' AND next_at > ?", (latest, latest)
+        ).rowcount
+
+    # What operators see and do ----------------------------------------------------------------------------
+
+    def counts(self, now: float) -> Counts:
+        """How much there is of what."""
+        states = dict(self._database.execute("SELECT state, count(*) FROM dlv GROUP BY state").fetchall())
+        deferred, next_due_at = self._database.execute(
+            "SELECT count(*), min(next_at) FROM dlv WHERE state = 'ready' AND next_at > ?", (_ms(now),)
+        ).fetchone()
+        (oldest,) = self._database.execute("SELECT min(arrived_at) FROM msg").fetchone()
+        return Counts(
+            ready=states.get("ready", 0) - deferred,
+            deferred=deferred,
+            active=states.get("leased", 0),
+            held=states.get("held", 0),
+            corrupt=states.get("corrupt", 0),
+            oldest_arrived_at=oldest / 1000 if oldest is not None else None,
+            next_due_at=next_due_at / 1000 if next_due_at is not None else None,
+        )
+
+    def tally(self) -> Mapping[str, int]:
+        """Recipients that were ever accepted, and how many of them ended in which way."""
+        return dict(self._database.execute("SELECT name, recipients FROM tally").fetchall())
+
+    def page(self, after: str, most: int) -> Sequence[Shown]:
+        """At most `most` messages whose ids follow `after`, in the order of their ids, which is that of arrival."""
+        ids = self._database.execute("SELECT id FROM msg WHERE id > ? ORDER BY id LIMIT ?", (after, most)).fetchall()
+        return [self.show(message_id) for (message_id,) in ids]
+
+    def show(self, message_id: str) -> Shown:
+        """One message.
+
+        Raises:
+            NoSuchMessage: there is none of that id.
+        """
+        row = self._database.execute(
+            "SELECT kind, arrived_at, expires_at, octets, reverse_path, carrier, forced FROM msg WHERE id = ?",
+            (message_id,),
+        ).fetchone()
+        if row is None:
+            raise NoSuchMessage(f"no message {message_id}")
+        kind, arrived_at, expires_at, octets, reverse_path, carrier, forced = row
+        deliveries = self._database.execute(
+            "SELECT id, state, attempts, next_at FROM dlv WHERE msg_id = ? ORDER BY next_at", (message_id,)
+        ).fetchall()
+        states = [DeliveryState(state) for _, state, _, _ in deliveries]
+        recipients = [
+            (addr, DeliveryState(state), last)
+            for delivery, state, _, _ in deliveries
+            for addr, last in self._database.execute(
+                "SELECT addr, last FROM rcpt WHERE dlv_id = ? ORDER BY n", (delivery,)
+            )
+        ]
+        return Shown(
+            id=message_id,
+            kind=Kind(kind),
+            state=next((state for state in _MOST_TELLING if state in states), DeliveryState.READY),
+            arrived_at=arrived_at / 1000,
+            expires_at=expires_at / 1000,
+            octets=octets,
+            reverse_path=reverse_path,
+            recipients=recipients,
+            attempts=max((attempts for _, _, attempts, _ in deliveries), default=0),
+            next_attempt_at=deliveries[0][3] / 1000 if deliveries else 0.0,
+            carrier=json.loads(carrier),
+            is_forced_to_expire=bool(forced),
+        )
+
+    def placement(self, message_id: str) -> tuple[Placement, int]:
+        """Where a message's content lies, and the length of its header block; errors as `show`."""
+        row = self._database.execute(
+            "SELECT file, offset, octets, digest, header_octets FROM msg WHERE id = ?", (message_id,)
+        ).fetchone()
+        if row is None:
+            raise NoSuchMessage(f"no message {message_id}")
+        return Placement(*row[:4]), row[4]
+
+    def retry(self, message_id: str, now: float) -> bool:
+        """Make a message due now; whether anything changed. Errors as `show`."""
+        self._exists(message_id)
+        return self._changed("UPDATE dlv SET next_at = ? WHERE msg_id = ? AND state = 'ready'", _ms(now), message_id)
+
+    def hold(self, message_id: str, now: float) -> bool:
+        """Let a message wait for an operator; it does not age meanwhile. What is being attempted is left alone."""
+        self._exists(message_id)
+        if not self._changed("UPDATE dlv SET state = 'held' WHERE msg_id = ? AND state = 'ready'", message_id):
+            return False
+        self._changed("UPDATE msg SET held_at = ? WHERE id = ? AND held_at IS NULL", _ms(now), message_id)
+        return True
+
+    def release(self, message_id: str, now: float) -> bool:
+        """Let a held message, or a corrupt one, go on."""
+        self._exists(message_id)
+        if not self._changed(
+            "UPDATE dlv SET state = 'ready', crashes = 0, next_at = ?"
+            " WHERE msg_id = ? AND state IN ('held', 'corrupt')",
+            _ms(now), message_id,
+        ):  # fmt: skip
+            return False
+        self._changed(
+            "UPDATE msg SET expires_at = expires_at + (? - held_at), held_at = NULL"
+            " WHERE id = ? AND held_at IS NOT NULL",
+            _ms(now), message_id,
+        )  # fmt: skip
+        return True
+
+    def expire(self, message_id: str, now: float) -> bool:
+        """Let a message be too old: it goes back to its sender. Held ones are released for that."""
+        self._exists(message_id)
+        self._changed(
+            "UPDATE dlv SET state = 'ready', next_at = ? WHERE msg_id = ? AND state = 'held'", _ms(now), message_id
+        )
+        return self._changed(
+            "UPDATE msg SET expires_at = min(expires_at, ?), held_at = NULL, forced = 1 WHERE id = ?",
+            _ms(now), message_id,
+        )  # fmt: skip
+
+    def reset(self, message_id: str, now: float, expires_at: float) -> bool:
+        """Begin anew: no attempt was made, and it has just arrived."""
+        self._exists(message_id)
+        self._changed(
+            "UPDATE msg SET expires_at = ?, warned = (reverse_path = ''), forced = 0 WHERE id = ?",
+            _ms(expires_at), message_id,
+        )  # fmt: skip
+        return self._changed(
+            "UPDATE dlv SET attempts = 0, crashes = 0, next_at = ? WHERE msg_id = ? AND state = 'ready'",
+            _ms(now), message_id,
+        )  # fmt: skip
+
+    def delete(self, message_id: str) -> int:
+        """Remove a message.
+
+        Returns:
+            How many recipients will not get it.
+
+        Raises:
+            NoSuchMessage: there is none of that id.
+            SpoolError: it is being attempted: nobody can say what it would come to.
+        """
+        self._exists(message_id)
+        deliveries = self._database.execute("SELECT id, state FROM dlv WHERE msg_id = ?", (message_id,)).fetchall()
+        if any(state == DeliveryState.LEASED for _, state in deliveries):
+            raise SpoolError(f"{message_id} is being delivered; hold it, or try again")
+        removed = 0
+        (kind,) = self._database.execute("SELECT kind FROM msg WHERE id = ?", (message_id,)).fetchone()
+        for delivery, _ in deliveries:
+            (recipients,) = self._database.execute("SELECT count(*) FROM rcpt WHERE dlv_id = ?", (delivery,)).fetchone()
+            removed += recipients
+            self._drop_delivery(delivery, message_id)
+        self._ended["removed" if kind == Kind.MAIL else "notified_removed"] += removed
+        return removed
+
+    def _exists(self, message_id: str) -> None:
+        if self._database.execute("SELECT 1 FROM msg WHERE id = ?", (message_id,)).fetchone() is None:
+            raise NoSuchMessage(f"no message {message_id}")
+
+    def _changed(self, statement: str, *values: Any) -> bool:
+        return self._database.execute(statement, values).rowcount > 0
+
+
+_MOST_TELLING: Final = (DeliveryState.LEASED, DeliveryState.CORRUPT, DeliveryState.HELD, DeliveryState.READY)
+
+
+def _ms(seconds: float) -> int:
+    return round(seconds * 1000)
+
+
+def _interleave(first: Sequence[tuple[int]], second: Sequence[tuple[int]]) -> Iterator[Sequence[tuple[int]]]:
+    for index in range(max(len(first), len(second))):
+        yield [*first[index : index + 1], *second[index : index + 1]]
+
+
+def _parameters(mail: Mail) -> str:
+    """MAIL's parameters as JSON, those that were given."""
+    given = {
+        "size": mail.size,
+        "body": mail.body,
+        "smtputf8": mail.smtputf8 or None,
+        "ret": mail.ret,
+        "envid": mail.envid,
+        "require_tls": mail.require_tls or None,
+        "auth": mail.auth,
+    }
+    return json.dumps({name: value for name, value in given.items() if value is not None})
+
+
+def _mail(reverse_path: str, parameters: str) -> Mail:
+    given = json.loads(parameters)
+    body, ret = given.pop("body", None), given.pop("ret", None)
+    return Mail(reverse_path, body=body and Body(body), ret=ret and DsnReturn(ret), **given)

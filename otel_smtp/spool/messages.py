@@ -1,0 +1,199 @@
+"""What the spool holds, as values."""
+
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Final
+
+from otel_smtp.smtp.envelope import Mail, Recipient
+from otel_smtp.smtp.replies import Reply
+
+_ALPHABET: Final = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32: nothing that people confuse
+_TIME_BITS, _RANDOM_BITS, _DIGITS = 48, 80, 26
+
+
+def new_id(time_ms: int | None = None) -> str:
+    """A name for a message or a file that was never used before and never will be: 26 characters, sorted by time.
+
+    Short ids that come again have made operators delete the wrong mail; 80 random bits a millisecond do not.
+    """
+    now = time.time_ns() // 1_000_000 if time_ms is None else time_ms
+    number = (now & ((1 << _TIME_BITS) - 1)) << _RANDOM_BITS | secrets.randbits(_RANDOM_BITS)
+    return "".join(_ALPHABET[number >> shift & 31] for shift in range(5 * (_DIGITS - 1), -1, -5))
+
+
+class SpoolError(Exception):
+    """The spool cannot do what is asked; the text says why, for operators."""
+
+
+class StorageFull(SpoolError):
+    """No room: the mail is refused with 452, and nothing that is queued is touched."""
+
+
+class StorageBroken(SpoolError):
+    """The disk or the index failed. Nothing is accepted or delivered until the gateway was started anew."""
+
+
+class StaleLease(SpoolError):
+    """A result came from somebody who does not own the delivery any more; it is refused."""
+
+
+class NoSuchMessage(SpoolError):
+    """There is no message of that id."""
+
+
+class DeliveryState(StrEnum):
+    """Where a delivery stands: the messages of one destination within one message."""
+
+    READY = "ready"  # due, now or later
+    LEASED = "leased"  # being attempted
+    HELD = "held"  # only an operator lets it go on
+    CORRUPT = "corrupt"  # its content is damaged or gone
+
+
+class End(StrEnum):
+    """How an accepted recipient ended; each ends as exactly one of these (P3)."""
+
+    DELIVERED = "delivered"
+    FAILED = "failed"  # refused for good; bounced where the sender wants to know
+    EXPIRED = "expired"  # too old; bounced as above
+    REMOVED = "removed"  # by an operator
+
+
+class Kind(StrEnum):
+    """Whose message it is."""
+
+    MAIL = "mail"  # a client's
+    NOTIFICATION = "notification"  # a bounce or a warning of ours
+
+
+@dataclass(frozen=True, slots=True)
+class NewMessage:
+    """A message on its way into the spool.
+
+    Attributes:
+        deliveries: its recipients by destination, the name of the upstreams that serve them.
+        header_octets: length of the header block at the head of the content.
+        carrier: the trace context of its transaction.
+        expires_at, due_at: seconds since the epoch; None: due at once.
+        is_possible_duplicate: an upstream may have it already.
+    """
+
+    id: str
+    mail: Mail
+    deliveries: Mapping[str, Sequence[Recipient]]
+    header_octets: int
+    arrived_at: float  # seconds since the epoch
+    expires_at: float
+    carrier: Mapping[str, str] = field(default_factory=dict)
+    kind: Kind = Kind.MAIL
+    is_possible_duplicate: bool = False
+    due_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a content lies: a part of a file, which it may share with others that came at the same time."""
+
+    file: str
+    offset: int
+    octets: int
+    digest: bytes  # SHA-256
+
+
+@dataclass(frozen=True, slots=True)
+class SpooledRecipient:
+    """A recipient that has not ended."""
+
+    number: int  # within its delivery
+    recipient: Recipient
+    last_reply: str = ""  # what the upstream, or we, said last; "" before the first attempt
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """One delivery, given to one runner for one attempt.
+
+    Attributes:
+        attempt: which this is, from 1; it was committed before this lease was given.
+        epoch: a result with an older one is refused.
+        is_possible_duplicate: an attempt before may have been taken by an upstream.
+    """
+
+    delivery: int
+    epoch: int
+    message_id: str
+    kind: Kind
+    mail: Mail
+    destination: str
+    recipients: Sequence[SpooledRecipient]
+    attempt: int
+    arrived_at: float
+    expires_at: float
+    carrier: Mapping[str, str]
+    placement: Placement
+    header_octets: int
+    is_possible_duplicate: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What an attempt made of one recipient.
+
+    Attributes:
+        end: None: it is tried again.
+        reply: of the upstream, or ours; None where there was none.
+    """
+
+    number: int
+    end: End | None
+    reply: Reply | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A queued message as operators see it; times are seconds since the epoch.
+
+    Attributes:
+        recipients: address, state of its delivery, last reply.
+        next_attempt_at: of the delivery that is due first.
+    """
+
+    id: str
+    kind: Kind
+    state: DeliveryState
+    arrived_at: float
+    expires_at: float
+    octets: int
+    reverse_path: str
+    recipients: Sequence[tuple[str, DeliveryState, str]]
+    attempts: int
+    next_attempt_at: float
+    carrier: Mapping[str, str]
+    is_forced_to_expire: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """The spool at one moment: messages by state, and the age of the oldest.
+
+    Attributes:
+        ready: due now. deferred: due later. active: being attempted.
+        oldest_arrived_at: seconds since the epoch; None while it is empty.
+        next_due_at: of those that are due later.
+    """
+
+    ready: int = 0
+    deferred: int = 0
+    active: int = 0
+    held: int = 0
+    corrupt: int = 0
+    oldest_arrived_at: float | None = None
+    next_due_at: float | None = None
+
+    @property
+    def total(self) -> int:
+        """All deliveries."""
+        return self.ready + self.deferred + self.active + self.held + self.corrupt

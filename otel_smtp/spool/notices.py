@@ -1,0 +1,124 @@
+"""Messages of our own: bounces, warnings of a delay, and notes of success for those who asked for them.
+
+What they say is `bounce`'s business; whether and where they go is decided here. They are stored in the same commit as
+the end of what they tell of, so that neither can be lost without the other.
+"""
+
+import logging
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Final, Literal
+
+from otel_smtp.forwarding.base import Relay
+from otel_smtp.smtp.envelope import DsnReturn
+from otel_smtp.smtp.replies import Reply
+from otel_smtp.spool.bounce import Kind as NoticeKind
+from otel_smtp.spool.bounce import Status, envelope, notification, wanted
+from otel_smtp.spool.messages import Kind, Lease, NewMessage, SpooledRecipient, new_id
+from otel_smtp.spool.store import Store
+
+logger: Final = logging.getLogger("otel_smtp.spool.notices")
+
+NOTICE_MAX_AGE_SECONDS: Final = 86400.0
+"""A bounce that cannot be delivered for a day is kept for an operator instead; RFC 5321 4.5.4.1 lets it be shorter."""
+RETURNED_CONTENT_OCTETS: Final = 50_000  # as Postfix returns at most
+
+BouncePolicy = Literal["mail", "log", "off"]
+
+
+class Notices:
+    """Makes notices, where they are wanted.
+
+    Args:
+        policy: `mail`: sent; `log`: a line only; `off`: neither.
+        hostname: ours: the reporting MTA.
+    """
+
+    def __init__(self, store: Store, relay: Relay, *, policy: BouncePolicy, hostname: str) -> None:
+        self._store = store
+        self._relay = relay
+        self._policy = policy
+        self._hostname = hostname
+
+    async def of(
+        self,
+        kind: NoticeKind,
+        lease: Lease,
+        recipients: Sequence[tuple[SpooledRecipient, Reply | None]],
+        *,
+        remote: str | None = None,
+        retry_until: float | None = None,
+    ) -> Sequence[tuple[NewMessage, bytes]]:
+        """The notice that some recipients ended, or wait, as `kind` says: one, or none.
+
+        Raises:
+            SpoolError: the original cannot be read.
+        """
+        asking = [(one, reply) for one, reply in recipients if self._is_wanted(kind, lease, one)]
+        if not asking:
+            return ()
+        if self._policy != "mail":
+            if self._policy == "log":
+                logger.warning(
+                    "a notice is due, and none is sent",
+                    extra={"spool_id": lease.message_id, "notice": kind.value, "recipients": len(asking)},
+                )
+            return ()
+        mail, recipient = envelope(lease.mail)
+        destination = self._relay.destination(mail, recipient)
+        if isinstance(destination, Reply):
+            logger.warning("no upstream takes the notice", extra={"spool_id": lease.message_id, "notice": kind.value})
+            return ()
+        now = time.time()
+        message_id = new_id()
+        returns_all = lease.mail.ret is DsnReturn.FULL and lease.placement.octets <= RETURNED_CONTENT_OCTETS
+        octets = lease.placement.octets if returns_all else min(lease.header_octets, RETURNED_CONTENT_OCTETS)
+        original = await self._store.content(lease.placement, 0, octets)
+        content = notification(
+            kind,
+            mail=lease.mail,
+            statuses=[
+                Status(
+                    one.recipient,
+                    reply,
+                    remote=remote,
+                    last_attempt=_date(now) if remote is not None else None,
+                    will_retry_until=_date(retry_until) if retry_until is not None else None,
+                )
+                for one, reply in asking
+            ],
+            header=original[: lease.header_octets],
+            content=original if returns_all else None,
+            reporting_mta=self._hostname,
+            spool_id=lease.message_id,
+            arrived=_date(lease.arrived_at),
+            now=_date(now),
+            message_id=f"<{message_id}@{self._hostname}>",
+            trace_id=_trace_id(lease),
+        )
+        header_octets = content.find(b"\r\n\r\n") + 2
+        notice = NewMessage(
+            id=message_id,
+            mail=mail,
+            deliveries={destination: [recipient]},
+            header_octets=header_octets,
+            arrived_at=now,
+            expires_at=now + NOTICE_MAX_AGE_SECONDS,
+            carrier=lease.carrier,
+            kind=Kind.NOTIFICATION,
+        )
+        return [(notice, content)]
+
+    def _is_wanted(self, kind: NoticeKind, lease: Lease, one: SpooledRecipient) -> bool:
+        # "MUST NOT" answer a notice with a notice: mail would go round for ever (RFC 5321 6.1).
+        return lease.kind is Kind.MAIL and wanted(kind, one.recipient, lease.mail)
+
+
+def _date(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC)
+
+
+def _trace_id(lease: Lease) -> str | None:
+    parts = lease.carrier.get("traceparent", "").split("-")
+    return parts[1] if len(parts) >= 4 else None

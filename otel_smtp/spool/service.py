@@ -1,0 +1,114 @@
+"""The spool as one thing: what `app` builds, starts and stops."""
+
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from otel_smtp.forwarding.base import Forwarder, Relay
+from otel_smtp.observer import Observer
+from otel_smtp.spool.control import ControlSocket, Operations
+from otel_smtp.spool.files import SpoolDirectory
+from otel_smtp.spool.forwarder import DirectThenQueueForwarder, Intake, SpoolForwarder
+from otel_smtp.spool.messages import Counts, Shown, SpoolError
+from otel_smtp.spool.notices import BouncePolicy, Notices
+from otel_smtp.spool.runner import Runner
+from otel_smtp.spool.schedule import Schedule
+from otel_smtp.spool.store import DEFAULT_LEAST_FREE_OCTETS, SpoolStore
+
+logger: Final = logging.getLogger("otel_smtp.spool.service")
+
+SHOWN_MOST: Final = 50
+
+
+@dataclass(frozen=True, slots=True)
+class SpoolSettings:
+    """What a spool is to be.
+
+    Attributes:
+        hostname: ours, for notices.
+        least_free_octets: below, no new mail is taken.
+    """
+
+    directory: Path
+    schedule: Schedule
+    bounce: BouncePolicy
+    hostname: str
+    least_free_octets: int = DEFAULT_LEAST_FREE_OCTETS
+
+
+class Spool:
+    """One spool with everything that belongs to it.
+
+    Args:
+        relay: delivers what is due, with a verdict for each recipient.
+        direct: asked first, before anything is queued; None: everything is queued.
+        observer: told of each attempt.
+    """
+
+    def __init__(self, settings: SpoolSettings, relay: Relay, direct: Forwarder | None, observer: Observer) -> None:
+        schedule = settings.schedule
+        self._store = SpoolStore(SpoolDirectory(settings.directory), least_free_octets=settings.least_free_octets)
+        notices = Notices(self._store, relay, policy=settings.bounce, hostname=settings.hostname)
+        self._runner = Runner(self._store, relay, observer, notices, schedule)
+        intake = Intake(
+            self._store,
+            relay,
+            self._runner,
+            max_age_seconds=schedule.max_age_seconds,
+            first_wait_seconds=lambda: schedule.next_delay(1, random.random()),  # noqa: S311 - jitter, no secret
+        )
+        self.forwarder: Forwarder = SpoolForwarder(intake)
+        if direct is not None:
+            self.forwarder = DirectThenQueueForwarder(direct, intake)
+        operations = Operations(self._store, self._runner, max_age_seconds=schedule.max_age_seconds)
+        self._control = ControlSocket(self._store.directory.control_path, operations)
+
+    async def start(self) -> None:
+        """Own the directory, and begin with what is in it.
+
+        Raises:
+            SpoolError: it cannot be used.
+            OSError: the operators' socket cannot be bound.
+        """
+        recovery = await self._store.open()
+        if recovery.messages:
+            logger.info(
+                "mail is queued",
+                extra={"messages": recovery.messages, "interrupted_attempts": recovery.interrupted},
+            )
+        for message_id in recovery.held:
+            logger.critical("held: it was part of too many crashes", extra={"spool_id": message_id})
+        for message_id in recovery.lost:
+            logger.critical("its content is missing", extra={"spool_id": message_id})
+        await self._control.start()
+        await self._runner.start()
+
+    async def stop(self, *, grace_seconds: float) -> None:
+        """Begin no attempt any more, let those under way end within the grace, and give the directory up."""
+        await self._control.stop()
+        await self._runner.stop(grace_seconds=grace_seconds)
+        await self._store.close()
+
+    def problem(self) -> str | None:
+        """Why no mail can be taken now, for probes."""
+        refusal = self._store.refusal()
+        return str(refusal) if refusal is not None else None
+
+    @property
+    def counts(self) -> Counts:
+        """How much there is of what, a few seconds old."""
+        return self._runner.counts
+
+    async def first_messages(self) -> Sequence[Shown]:
+        """The oldest messages, for people.
+
+        Raises:
+            SpoolError: the spool is broken.
+        """
+        return await self._store.apply(lambda index: index.page("", SHOWN_MOST))
+
+
+__all__ = ["Spool", "SpoolError", "SpoolSettings"]
