@@ -248,7 +248,7 @@ class Gateway:
             hostname=settings.hostname,
             least_free_octets=settings.limits.message_size * 3 // 2,
         )
-        relay = self._forwarder.transparent()
+        relay = self._forwarder.for_spool()
         direct = self._forwarder if mode == "direct-then-queue" else None
         return Spool(wanted, relay, direct, self._observer)
 

@@ -85,7 +85,7 @@ class UpstreamForwarder:
             raise ValueError("an upstream relay needs an upstream")
         self._smarthosts = [Smarthost(settings, hostname) for settings in upstreams]
         self._routes = Routes(list(zip(upstreams, self._smarthosts, strict=True)))
-        self._transaction = _Transparent if strategy is Strategy.TRANSPARENT else _Buffered
+        self._transaction: type[_Transaction] = _Transparent if strategy is Strategy.TRANSPARENT else _Buffered
         self._memory_limit = memory_limit_octets
         self._extensions: Extensions | None = None
         self._capabilities = Capabilities()
@@ -145,10 +145,10 @@ class UpstreamForwarder:
         named = [smarthost for smarthost in self._smarthosts if smarthost.settings.name in names] or self._smarthosts
         return max(smarthost.concurrency() for smarthost in named)
 
-    def transparent(self) -> "UpstreamForwarder":
-        """The same upstreams and connections, with the strategy that gives each recipient its own verdict."""
+    def for_spool(self) -> "UpstreamForwarder":
+        """The same upstreams and connections, for mail whose client is gone: each recipient has its own verdict."""
         other = copy.copy(self)
-        other._transaction = _Transparent
+        other._transaction = _Spooled
         return other
 
     def snapshot(self) -> Sequence[UpstreamSnapshot]:
@@ -473,6 +473,28 @@ class _Buffered(_Transaction):
 
     async def _send(self, delivery: Delivery, content: Content) -> Reply:
         return await delivery.burst(self._accepted, content)
+
+
+class _Spooled(_Transparent):
+    """Recipients are put to the upstream together; a single one with the content, as its refusal is the message's."""
+
+    _is_burst = False
+
+    async def recipients(self, batch: Sequence[Recipient]) -> Sequence[Reply]:
+        """See `MailTransaction.recipients`."""
+        if len(batch) > 1 or self._accepted:
+            return await super().recipients(batch)
+        refusal = self._judge(batch[0])
+        if refusal is not None:
+            return [refusal]
+        self._accepted.append(batch[0])
+        self._is_burst = True
+        return [replies.RECIPIENT_OK]
+
+    async def _send(self, delivery: Delivery, content: Content) -> Reply:
+        if self._is_burst:
+            return await delivery.burst(self._accepted, content)
+        return await super()._send(delivery, content)
 
 
 def _outcome_of(reply: Reply) -> Outcome:

@@ -194,17 +194,12 @@ class Runner:
             # Room comes with the end of an attempt, which wakes us, or with that of an upstream's rest.
             return BLOCKED_POLL_SECONDS
         now = time.time()
-
-        def lease(index: Index) -> tuple[Sequence[Lease], float | None]:
-            leases = index.due(now, wanted, self._store.owner, now + LEASE_SECONDS)
-            return leases, index.next_due(wanted)
-
-        leases, next_due_at = await self._store.apply(lease)
-        found = Counter(lease.destination for lease in leases)
+        leases, next_due_at = await self._store.lease(now, wanted, now + LEASE_SECONDS)
+        found = Counter(lease.destination for lease, _ in leases)
         for destination, most in wanted.items():
             (self._has_backlog.add if found[destination] == most else self._has_backlog.discard)(destination)
-        for leased in leases:
-            self._begin(leased, None)
+        for lease, content in leases:
+            self._begin(lease, content)
         waits = [self._sweep_seconds]
         if len(wanted) < len(rooms):
             waits.append(BLOCKED_POLL_SECONDS)
@@ -221,7 +216,7 @@ class Runner:
     def _free(self) -> int:
         return self._most_at_once - self._under_way.total()
 
-    def _begin(self, lease: Lease, content: Sequence[bytes] | None) -> None:
+    def _begin(self, lease: Lease, content: bytes | Sequence[bytes] | None) -> None:
         self._under_way[lease.destination] += 1
         task = asyncio.get_running_loop().create_task(self._attempt(lease, content))
         self._attempts.add(task)
@@ -234,7 +229,7 @@ class Runner:
 
     # One attempt ------------------------------------------------------------------------------------------
 
-    async def _attempt(self, lease: Lease, content: Sequence[bytes] | None) -> None:
+    async def _attempt(self, lease: Lease, content: bytes | Sequence[bytes] | None) -> None:
         seen = _Attempt(self._observer.delivery_resumed(lease.message_id, lease.carrier, lease.mail), lease.attempt)
         if lease.is_possible_duplicate:
             logger.warning("attempted again: the upstream may have it already", extra=_told(lease))
@@ -259,7 +254,9 @@ class Runner:
             verdicts = [Verdict(one.number, None, replies.INTERNAL) for one in lease.recipients]
         await self._settle(lease, verdicts, seen)
 
-    async def _deliver(self, lease: Lease, content: Sequence[bytes] | None, seen: "_Attempt") -> Sequence[Verdict]:
+    async def _deliver(
+        self, lease: Lease, content: bytes | Sequence[bytes] | None, seen: "_Attempt"
+    ) -> Sequence[Verdict]:
         try:
             transaction = await self._relay.begin(lease.mail, seen)
         except DeliveryFailed as failure:
@@ -277,19 +274,18 @@ class Runner:
             await transaction.abort()
         return [_verdict(one.number, answer) for one, answer in zip(lease.recipients, answers, strict=True)]
 
-    async def _chunks(self, lease: Lease, content: Sequence[bytes] | None) -> AsyncIterator[bytes]:
+    async def _chunks(self, lease: Lease, content: bytes | Sequence[bytes] | None) -> AsyncIterator[bytes]:
+        placement, octets = lease.placement, lease.placement.octets
+        if content is None and octets <= READ_OCTETS:
+            content = await self._store.content(placement, 0, octets)
+        if isinstance(content, bytes):  # it comes from the disk
+            if hashlib.sha256(content).digest() != placement.digest:
+                raise _Damaged
+            content = [content[: lease.header_octets], content[lease.header_octets :]]
         if content is not None:
             for chunk in content:
-                yield chunk
-            return
-        placement, octets = lease.placement, lease.placement.octets
-        if octets <= READ_OCTETS:
-            whole = await self._store.content(placement, 0, octets)
-            if hashlib.sha256(whole).digest() != placement.digest:
-                raise _Damaged
-            yield whole[: lease.header_octets]
-            if octets > lease.header_octets:
-                yield whole[lease.header_octets :]
+                if chunk:
+                    yield chunk
             return
         if not await self._store.is_intact(placement):
             raise _Damaged

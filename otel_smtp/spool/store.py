@@ -18,12 +18,12 @@ import sqlite3
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Generic, Protocol, TypeVar
 
-from otel_smtp.spool.draft import Draft
+from otel_smtp.spool.draft import MEMORY_LIMIT_OCTETS, Draft
 from otel_smtp.spool.files import SpoolDirectory
 from otel_smtp.spool.index import Index
 from otel_smtp.spool.messages import Lease, NewMessage, Placement, SpoolError, StorageBroken, StorageFull
@@ -109,6 +109,16 @@ class Store(Protocol):
 
     async def apply(self, work: Callable[[Index], T]) -> T:
         """Look something up, or change something for good; errors as `Index`'s method."""
+        ...
+
+    async def lease(
+        self, now: float, wanted: Mapping[str, int], until: float
+    ) -> tuple[Sequence[tuple[Lease, bytes | None]], float | None]:
+        """Lease what is due: see `Index.due`.
+
+        Returns:
+            The leases, small contents with them, and when the next delivery to one of the destinations is due.
+        """
         ...
 
     async def record(self, work: Callable[[Index], T], notices: Sequence[tuple[NewMessage, bytes]] = ()) -> T:
@@ -235,6 +245,25 @@ class SpoolStore:
     async def apply(self, work: Callable[[Index], T]) -> T:
         """See `Store.apply`."""
         return await self._do(lambda index, _: work(index))
+
+    async def lease(
+        self, now: float, wanted: Mapping[str, int], until: float
+    ) -> tuple[Sequence[tuple[Lease, bytes | None]], float | None]:
+        """See `Store.lease`."""
+
+        def due(index: Index) -> tuple[Sequence[tuple[Lease, bytes | None]], float | None]:
+            leases = index.due(now, wanted, self.owner, until)
+            return [(lease, self._small_content(lease)) for lease in leases], index.next_due(wanted)
+
+        return await self.apply(due)
+
+    def _small_content(self, lease: Lease) -> bytes | None:
+        if lease.placement.octets > MEMORY_LIMIT_OCTETS:
+            return None
+        try:
+            return self.directory.read(lease.placement, 0, lease.placement.octets)
+        except StorageBroken:  # whoever needs it will see for themselves, and say so
+            return None
 
     async def record(self, work: Callable[[Index], T], notices: Sequence[tuple[NewMessage, bytes]] = ()) -> T:
         """See `Store.record`."""
