@@ -334,6 +334,10 @@ class _Transaction(ABC):
         """Nothing is made durable here."""
         return None
 
+    @abstractmethod
+    async def recipients(self, batch: Sequence[Recipient]) -> Sequence[Reply]:
+        """See `MailTransaction.recipients`."""
+
     async def content(self, chunks: AsyncIterator[bytes]) -> Reply:
         """See `MailTransaction.content`."""
         try:

@@ -64,10 +64,14 @@ def wanted(kind: Kind, recipient: Recipient, mail: Mail) -> bool:
     return asked[kind] in recipient.notify
 
 
-def envelope(mail: Mail) -> tuple[Mail, Recipient]:
-    """The envelope of a notice for `mail`: from nobody, to its sender, and never answered (RFC 3461 6.1)."""
+def envelope(mail: Mail, *, is_ascii: bool) -> tuple[Mail, Recipient]:
+    """The envelope of a notice for `mail`: from nobody, to its sender, and never answered (RFC 3461 6.1).
+
+    Args:
+        is_ascii: the notice holds nothing else, so that any upstream can take it.
+    """
     return (
-        Mail("", body=Body.EIGHT_BIT_MIME, smtputf8=not mail.reverse_path.isascii()),
+        Mail("", body=None if is_ascii else Body.EIGHT_BIT_MIME, smtputf8=not mail.reverse_path.isascii()),
         Recipient(mail.reverse_path, Notify.NEVER),
     )
 

@@ -65,11 +65,6 @@ class Notices:
                     extra={"spool_id": lease.message_id, "notice": kind.value, "recipients": len(asking)},
                 )
             return ()
-        mail, recipient = envelope(lease.mail)
-        destination = self._relay.destination(mail, recipient)
-        if isinstance(destination, Reply):
-            logger.warning("no upstream takes the notice", extra={"spool_id": lease.message_id, "notice": kind.value})
-            return ()
         now = time.time()
         message_id = new_id()
         returns_all = lease.mail.ret is DsnReturn.FULL and lease.placement.octets <= RETURNED_CONTENT_OCTETS
@@ -97,6 +92,11 @@ class Notices:
             message_id=f"<{message_id}@{self._hostname}>",
             trace_id=_trace_id(lease),
         )
+        mail, recipient = envelope(lease.mail, is_ascii=content.isascii())
+        destination = self._relay.destination(mail, recipient)
+        if isinstance(destination, Reply):
+            logger.warning("no upstream takes the notice", extra={"spool_id": lease.message_id, "notice": kind.value})
+            return ()
         header_octets = content.find(b"\r\n\r\n") + 2
         notice = NewMessage(
             id=message_id,

@@ -205,7 +205,7 @@ class Runner:
             waits.append(BLOCKED_POLL_SECONDS)
         if next_due_at is not None and not leases:
             # What is due and was not leased is too old, and the sweep's business.
-            waits.append(max(next_due_at - now, BLOCKED_POLL_SECONDS))
+            waits.append(next_due_at - now if next_due_at > now else BLOCKED_POLL_SECONDS)
         return min(waits) if not leases else 0.0
 
     def _room(self, destination: str) -> int:

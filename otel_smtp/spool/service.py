@@ -46,25 +46,28 @@ class Spool:
         relay: delivers what is due, with a verdict for each recipient.
         direct: asked first, before anything is queued; None: everything is queued.
         observer: told of each attempt.
+
+    Attributes:
+        store, runner: for whoever looks into them.
     """
 
     def __init__(self, settings: SpoolSettings, relay: Relay, direct: Forwarder | None, observer: Observer) -> None:
         schedule = settings.schedule
-        self._store = SpoolStore(SpoolDirectory(settings.directory), least_free_octets=settings.least_free_octets)
-        notices = Notices(self._store, relay, policy=settings.bounce, hostname=settings.hostname)
-        self._runner = Runner(self._store, relay, observer, notices, schedule)
+        self.store = SpoolStore(SpoolDirectory(settings.directory), least_free_octets=settings.least_free_octets)
+        notices = Notices(self.store, relay, policy=settings.bounce, hostname=settings.hostname)
+        self.runner = Runner(self.store, relay, observer, notices, schedule)
         intake = Intake(
-            self._store,
+            self.store,
             relay,
-            self._runner,
+            self.runner,
             max_age_seconds=schedule.max_age_seconds,
             first_wait_seconds=lambda: schedule.next_delay(1, random.random()),  # noqa: S311 - jitter, no secret
         )
         self.forwarder: Forwarder = SpoolForwarder(intake)
         if direct is not None:
             self.forwarder = DirectThenQueueForwarder(direct, intake)
-        operations = Operations(self._store, self._runner, max_age_seconds=schedule.max_age_seconds)
-        self._control = ControlSocket(self._store.directory.control_path, operations)
+        operations = Operations(self.store, self.runner, max_age_seconds=schedule.max_age_seconds)
+        self._control = ControlSocket(self.store.directory.control_path, operations)
 
     async def start(self) -> None:
         """Own the directory, and begin with what is in it.
@@ -73,7 +76,7 @@ class Spool:
             SpoolError: it cannot be used.
             OSError: the operators' socket cannot be bound.
         """
-        recovery = await self._store.open()
+        recovery = await self.store.open()
         if recovery.messages:
             logger.info(
                 "mail is queued",
@@ -84,23 +87,23 @@ class Spool:
         for message_id in recovery.lost:
             logger.critical("its content is missing", extra={"spool_id": message_id})
         await self._control.start()
-        await self._runner.start()
+        await self.runner.start()
 
     async def stop(self, *, grace_seconds: float) -> None:
         """Begin no attempt any more, let those under way end within the grace, and give the directory up."""
         await self._control.stop()
-        await self._runner.stop(grace_seconds=grace_seconds)
-        await self._store.close()
+        await self.runner.stop(grace_seconds=grace_seconds)
+        await self.store.close()
 
     def problem(self) -> str | None:
         """Why no mail can be taken now, for probes."""
-        refusal = self._store.refusal()
+        refusal = self.store.refusal()
         return str(refusal) if refusal is not None else None
 
     @property
     def counts(self) -> Counts:
         """How much there is of what, a few seconds old."""
-        return self._runner.counts
+        return self.runner.counts
 
     async def first_messages(self) -> Sequence[Shown]:
         """The oldest messages, for people.
@@ -108,7 +111,7 @@ class Spool:
         Raises:
             SpoolError: the spool is broken.
         """
-        return await self._store.apply(lambda index: index.page("", SHOWN_MOST))
+        return await self.store.apply(lambda index: index.page("", SHOWN_MOST))
 
 
 __all__ = ["Spool", "SpoolError", "SpoolSettings"]

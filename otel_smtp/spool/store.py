@@ -146,6 +146,9 @@ class SpoolStore:
         most_messages: beyond, new mail is refused.
         least_free_octets: below, new mail is refused.
         crashes_allowed: how many crashes a message may be part of before it is held.
+
+    Attributes:
+        most_messages: as above.
     """
 
     def __init__(
@@ -157,7 +160,7 @@ class SpoolStore:
         crashes_allowed: int = CRASHES_ALLOWED,
     ) -> None:
         self.directory = directory
-        self._most_messages = most_messages
+        self.most_messages = most_messages
         self._least_free = least_free_octets
         self._crashes_allowed = crashes_allowed
         self._jobs: deque[_Job[Any]] = deque()
@@ -209,7 +212,7 @@ class SpoolStore:
         """Why no mail can be taken now, if so. Cheap: asked at each MAIL."""
         if self._fault is not None:
             return self._fault
-        if self._messages >= self._most_messages:
+        if self._messages >= self.most_messages:
             return StorageFull(f"the spool holds {self._messages} messages already")
         now = time.monotonic()
         if now - self._room_checked_at >= ROOM_CHECK_SECONDS:

@@ -469,7 +469,7 @@ class _Session:
             self.mail, tuple(self.recipients), self.content, self.number, self.is_tls, self.user, self.by_chunks
         )
         fault = self.upstream.faults.get(Phase.REPLY)
-        if fault is not None and fault.kind is Kind.KEPT_THEN_LOST:
+        if fault is not None and fault.kind is Kind.KEPT_THEN_LOST and (fault.times is None or fault.times > 0):
             self.upstream.kept.append(kept)
         self.clear()
         if self.upstream.is_lmtp and kept.recipients:

@@ -1,0 +1,142 @@
+"""What operators do with the spool, over the gateway's socket and without a gateway."""
+
+import base64
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from otel_smtp.spool.control import COMMANDS, Answer, ask
+from otel_smtp.spool.files import SpoolDirectory
+from otel_smtp.spool.messages import SpoolError
+from otel_smtp.spool.store import SpoolStore
+from tests.spool.messages import BODY, HEADER, TRACE_ID, message, queued
+from tests.spool.queueing import NEVER_AGAIN, eventually, queueing
+from tests.support.relaying import BOB, settings
+from tests.support.upstream import Fault, Kind, Phase, ScriptedUpstream
+
+
+async def asked(directory: Path, command: str, *ids: str, **more: Any) -> list[Answer]:
+    request: dict[str, Any] = {"command": command, **more}
+    if ids:
+        request["ids"] = list(ids)
+    return [answer async for answer in ask(directory, request, max_age_seconds=432000)]
+
+
+@asynccontextmanager
+async def filled(directory: Path, count: int = 3) -> AsyncIterator[list[str]]:
+    """A spool that nobody owns, with some messages in it; their ids."""
+    store = SpoolStore(SpoolDirectory(directory, reserve_octets=4096), least_free_octets=0)
+    await store.open()
+    ids = [await queued(store, message(f"user{number}@example.net")) for number in range(count)]
+    await store.close()
+    yield ids
+
+
+async def test_a_list_without_a_gateway(tmp_path: Path) -> None:
+    async with filled(tmp_path / "spool") as ids:
+        answers = await asked(tmp_path / "spool", "list")
+        assert [answer["queue_id"] for answer in answers] == ids
+        first = answers[0]
+        assert first["queue_name"] == "incoming"
+        assert first["sender"] == "app@example.com"
+        assert first["recipients"] == [{"address": "user0@example.net", "state": "ready"}]
+        assert first["message_size"] == len(HEADER + BODY)
+        assert first["trace_id"] == TRACE_ID
+
+
+async def test_hold_release_expire_reset_and_delete(tmp_path: Path) -> None:
+    spool = tmp_path / "spool"
+    async with filled(spool) as (one, two, three):
+        assert await asked(spool, "hold", one, two) == [
+            {"messages": 2},
+            {"queue_id": one, "changed": True},
+            {"queue_id": two, "changed": True},
+        ]
+        assert [answer["queue_name"] for answer in await asked(spool, "list")] == ["hold", "hold", "incoming"]
+        assert (await asked(spool, "release", all=True))[0] == {"messages": 2}
+        assert (await asked(spool, "expire", three))[1]["changed"]
+        assert [answer["forced_expire"] for answer in await asked(spool, "show", three)] == [True]
+        assert (await asked(spool, "reset", three))[1]["changed"]
+        assert (await asked(spool, "delete", one, "nothing")) == [
+            {"messages": 2},
+            {"queue_id": one, "changed": True},
+            {"queue_id": "nothing", "error": "no message nothing"},
+        ]
+        assert (await asked(spool, "delete", all=True))[0] == {"messages": 2}
+        (counts,) = await asked(spool, "counts")
+        assert counts["recipients"] == {"accepted": 3, "removed": 3}
+
+
+async def test_an_export_is_the_message_as_it_came(tmp_path: Path) -> None:
+    async with filled(tmp_path / "spool", 1) as (only,):
+        shown, *pieces = await asked(tmp_path / "spool", "export", only)
+        assert shown["queue_id"] == only
+        assert b"".join(base64.b64decode(piece["content"]) for piece in pieces) == HEADER + BODY
+
+
+@pytest.mark.parametrize("depth", [1, 12])  # a socket's name may have 107 octets
+async def test_a_running_gateway_does_it(tmp_path: Path, depth: int) -> None:
+    directory = tmp_path.joinpath(*["a-rather-long-name"] * depth)
+    async with ScriptedUpstream() as upstream, queueing(directory, settings(upstream), schedule=NEVER_AGAIN) as queue:
+        upstream.faults[Phase.REPLY] = Fault(Kind.REFUSE, times=1)
+        await queue.take(BOB)
+
+        async def is_deferred() -> bool:
+            return (await asked(directory / "spool", "list"))[0]["queue_name"] == "deferred"
+
+        await eventually(is_deferred)
+        (shown,) = await asked(directory / "spool", "list")
+        assert shown["recipients"][0]["delay_reason"].startswith("451 4.3.2 scripted")
+        await asked(directory / "spool", "retry", shown["queue_id"])
+        await queue.empties()
+        assert len(upstream.kept) == 1
+
+
+async def test_expire_sends_it_back_at_once(tmp_path: Path) -> None:
+    async with ScriptedUpstream() as upstream, queueing(tmp_path, settings(upstream), schedule=NEVER_AGAIN) as queue:
+        upstream.verdict = lambda address: b"450 4.2.1 busy\r\n" if address == BOB.address else None
+        await queue.take(BOB)
+        await eventually(lambda: queue.observer.resumed)
+
+        async def is_deferred() -> bool:
+            return (await asked(tmp_path / "spool", "list"))[0]["queue_name"] == "deferred"
+
+        await eventually(is_deferred)
+        await asked(tmp_path / "spool", "expire", all=True)
+        await queue.empties()
+        assert upstream.kept[0].addresses == ("a@example.com",)
+
+
+@pytest.mark.parametrize(
+    ("request_", "told"),
+    [
+        ({"command": "burn"}, f"no command 'burn'; there are {', '.join(COMMANDS)}"),
+        ({}, "no command None"),
+        ({"command": "hold"}, "which messages"),
+        ({"command": "hold", "ids": [1]}, "which messages"),
+        ({"command": "show", "ids": ["nothing"]}, "no message nothing"),
+    ],
+)
+async def test_what_is_not_understood_is_said(tmp_path: Path, request_: Answer, told: str) -> None:
+    async with filled(tmp_path / "idle", 0):
+        with pytest.raises(SpoolError, match=told.replace("(", r"\(")):
+            [answer async for answer in ask(tmp_path / "idle", request_, max_age_seconds=1)]
+    async with ScriptedUpstream() as upstream, queueing(tmp_path, settings(upstream)):
+        with pytest.raises(SpoolError, match=told):
+            [answer async for answer in ask(tmp_path / "spool", request_, max_age_seconds=1)]
+
+
+async def test_no_spool_is_told_as_such(tmp_path: Path) -> None:
+    with pytest.raises(SpoolError, match="there is no spool"):
+        await asked(tmp_path / "nowhere", "list")
+    assert not (tmp_path / "nowhere").exists()
+
+
+async def test_a_gateway_that_does_not_listen_is_not_pushed_aside(tmp_path: Path) -> None:
+    async with ScriptedUpstream() as upstream, queueing(tmp_path, settings(upstream)):
+        (tmp_path / "spool" / "control").unlink()
+        with pytest.raises(SpoolError, match="belongs to another process"):
+            await asked(tmp_path / "spool", "list")
