@@ -85,7 +85,7 @@ async def test_a_running_gateway_does_it(tmp_path: Path, depth: int) -> None:
         await queue.take(BOB)
 
         async def is_deferred() -> bool:
-            return (await asked(directory / "spool", "list"))[0]["queue_name"] == "deferred"
+            return bool((await asked(directory / "spool", "list"))[0]["queue_name"] == "deferred")
 
         await eventually(is_deferred)
         (shown,) = await asked(directory / "spool", "list")
@@ -102,7 +102,7 @@ async def test_expire_sends_it_back_at_once(tmp_path: Path) -> None:
         await eventually(lambda: queue.observer.resumed)
 
         async def is_deferred() -> bool:
-            return (await asked(tmp_path / "spool", "list"))[0]["queue_name"] == "deferred"
+            return bool((await asked(tmp_path / "spool", "list"))[0]["queue_name"] == "deferred")
 
         await eventually(is_deferred)
         await asked(tmp_path / "spool", "expire", all=True)

@@ -126,7 +126,7 @@ async def test_where_the_spool_takes_nothing_the_upstreams_word_is_the_clients(t
 
 @both_strategies
 async def test_an_upstream_that_dies_at_any_octet_loses_nothing(tmp_path: Path, strategy: Strategy) -> None:
-    """Reset after each so-many octets of the conversation: 250 all the same, and one copy, or two where it is unknown."""
+    """Reset in the midst of the conversation: 250 all the same, and one copy, or two where it is unknown."""
     async with (
         ScriptedUpstream(extensions=without("CHUNKING")) as upstream,
         FaultProxy(upstream.port) as proxy,
