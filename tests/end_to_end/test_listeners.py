@@ -7,16 +7,13 @@ import smtplib
 import socket
 import ssl
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import aiosmtplib
 import pytest
-import trustme
 
-from otel_smtp.server.users import users_line
-from tests.end_to_end.conftest import Client, StartGateway
+from tests.end_to_end.conftest import PASSWORD, Client, Files, StartGateway
 from tests.end_to_end.messages import DOTS
 from tests.end_to_end.test_traces import connection_of, exporting, story
 from tests.support import nodemailer
@@ -26,54 +23,6 @@ from tests.support.tools import run, swaks
 
 SENDER: Final = "a@client.example"
 RECIPIENT: Final = "b@there.example"
-PASSWORD: Final = "pass wörd"
-
-
-@dataclass(frozen=True, slots=True)
-class Files:
-    """Certificates and users, as an operator keeps them."""
-
-    authority: trustme.CA
-    directory: Path
-
-    @property
-    def ca_file(self) -> str:
-        """The authority's certificate."""
-        return str(self.directory / "ca.pem")
-
-    def listener(self, tls: str, auth: str = "required") -> dict[str, Any]:
-        """Settings of a listener with TLS and AUTH."""
-        return {
-            "listener.tls": tls,
-            "listener.tls_cert": str(self.directory / "cert.pem"),
-            "listener.tls_key": str(self.directory / "key.pem"),
-            "listener.auth": auth,
-            "listener.auth_users_file": str(self.directory / "users"),
-        }
-
-    def client_context(self) -> ssl.SSLContext:
-        """A context that trusts the authority."""
-        return ssl.create_default_context(cafile=self.ca_file)
-
-    def server_context(self, *names: str) -> ssl.SSLContext:
-        """A context with a certificate of the authority."""
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        self.authority.issue_cert(*names).configure_cert(context)
-        return context
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    directory = tmp_path_factory.mktemp("files")
-    authority = trustme.CA()
-    authority.cert_pem.write_to_path(str(directory / "ca.pem"))
-    certificate = authority.issue_cert("localhost", "127.0.0.1")
-    certificate.private_key_pem.write_to_path(str(directory / "key.pem"))
-    for number, blob in enumerate(certificate.cert_chain_pems):
-        blob.write_to_path(str(directory / "cert.pem"), append=number > 0)
-    (directory / "users").write_text(users_line("app", PASSWORD, scram=True) + "\n", encoding="utf-8")
-    (directory / "users").chmod(0o600)
-    return Files(authority, directory)
 
 
 def by_smtplib(port: int, files: Files, tls: str, directory: Path) -> None:
