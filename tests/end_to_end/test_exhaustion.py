@@ -1,10 +1,11 @@
-"""Few file descriptors and many connections: who is served stays served, others are refused, and then it is over."""
+"""What is scarce: file descriptors under a flood of connections, memory and disk under large messages."""
 
 import contextlib
 import selectors
 import socket
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
@@ -12,6 +13,7 @@ import pytest
 
 from otel_smtp.telemetry.logs import LINES_A_SECOND
 from tests.end_to_end.conftest import Client, StartGateway
+from tests.end_to_end.messages import MIB
 from tests.support.capture import CapturingUpstream
 from tests.support.process import GatewayProcess, until
 
@@ -81,3 +83,70 @@ def test_a_flood_of_connections_is_survived_with_64_files(
     assert "no file descriptors left" not in running.stderr  # refusals alone do not use them up
     assert running.stop() == 0
     assert len(upstream.messages) == 4
+
+
+LARGE: Final = 8 * MIB
+LINE: Final = b"0123456789abcdef" * 4 + b"\r\n"
+
+
+def memory(running: GatewayProcess, name: str) -> int:
+    """Octets of memory that the process holds (VmRSS), or has ever held (VmHWM)."""
+    status = Path(f"/proc/{running.pid}/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(f"{name}:"))
+
+
+def send_large(client: Client) -> None:
+    """Send the content, but for its end."""
+    client.socket.sendall(b"Subject: large\r\n\r\n")
+    piece = LINE * (MIB // len(LINE))
+    for _ in range(LARGE // len(piece)):
+        client.socket.sendall(piece)
+
+
+def test_large_messages_side_by_side_stand_in_files_and_not_in_memory(
+    upstream: CapturingUpstream, start: StartGateway, connect: Callable[[int], Client]
+) -> None:
+    running = start({"upstream.url": upstream.url})
+    clients = [connect(running.port) for _ in range(8)]
+    for client in clients:
+        client.opens_content()
+    before = memory(running, "VmRSS")
+    with ThreadPoolExecutor(len(clients)) as threads:
+        list(threads.map(send_large, clients))
+        for client in clients:
+            client.say(".")
+        assert [client.reply()[:4] for client in clients] == ["250 "] * len(clients)
+    # 64 MiB went through; a stream holds a quarter of one MiB on each side.
+    assert memory(running, "VmHWM") - before < 24 * MIB
+    assert all(len(message.content) > LARGE - MIB for message in upstream.messages)
+
+
+def test_large_messages_that_are_broken_off_again_and_again_leave_nothing(
+    upstream: CapturingUpstream, start: StartGateway, connect: Callable[[int], Client]
+) -> None:
+    running = start({"upstream.url": upstream.url, "upstream.connections": 1})
+
+    def break_off() -> None:
+        client = connect(running.port)
+        client.opens_content()
+        send_large(client)
+        client.close()
+
+    break_off()
+    until(lambda: no_temporary_files(running), "the first file is gone")
+    files, before = open_files(running), memory(running, "VmRSS")
+    for _ in range(12):
+        break_off()
+    until(lambda: no_temporary_files(running), "all files are gone")
+    until(lambda: (open_files(running) <= files) or None, "all sockets are closed")
+    assert memory(running, "VmRSS") - before < 8 * MIB
+    assert upstream.messages == []
+
+
+def no_temporary_files(running: GatewayProcess) -> bool | None:
+    """True where it holds no file without a name, as content lies in."""
+    links = []
+    for descriptor in Path(f"/proc/{running.pid}/fd").iterdir():
+        with contextlib.suppress(OSError):  # closed meanwhile
+            links.append(str(descriptor.readlink()))
+    return not any("(deleted)" in link for link in links) or None

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from otel_smtp.forwarding.base import DeliveryFailed, Permanent, Transient
+from otel_smtp.forwarding.base import Capabilities, DeliveryFailed, Permanent, Transient
 from otel_smtp.observer import ConnectionInfo, Endpoint, Outcome
 from otel_smtp.server.connection import Connection, ListenerPolicy, ServerTimeouts, is_in
 from otel_smtp.server.users import Authenticator, Users
@@ -78,6 +78,12 @@ async def serving(policy: ListenerPolicy = POLICY) -> AsyncIterator[Served]:
         await asyncio.gather(served.task, return_exceptions=True)
 
 
+async def turns() -> None:
+    """Let the connection do what it can do at once."""
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
 async def test_a_mail_goes_through_and_its_reply_names_the_trace() -> None:
     async with serving() as served:
         served.stream.feed(MESSAGE + b"QUIT\r\n")
@@ -131,6 +137,23 @@ async def test_a_bug_in_the_forwarder_is_451_and_the_session_lives(step: str) ->
         served.stream.feed(b"RSET\r\n" + MESSAGE)
         await served.stream.sends(b"250 2.0.0 Ok trace=")
         assert served.forwarder.kept[-1].is_accepted
+
+
+async def test_a_bug_of_ours_ends_its_connection_and_the_text_of_it_stays_with_us(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with serving() as served:
+
+        def fail() -> Capabilities:
+            raise ValueError("bug")
+
+        served.forwarder.capabilities = fail  # type: ignore[method-assign]  # nothing that is asked may raise, and this does
+        served.stream.feed(b"EHLO c\r\nNOOP\r\n")
+        await served.ended()
+        assert served.stream.sent.endswith(replies.INTERNAL_CLOSING.wire)
+        assert b"bug" not in served.stream.sent
+        assert served.seen.close_reason is CloseReason.INTERNAL_ERROR
+        assert "ValueError: bug" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -227,6 +250,44 @@ async def test_octets_that_trickle_do_not_extend_the_deadline_of_a_command() -> 
         assert served.seen.states == "New Active Error Closed"
 
 
+BALANCED = replace(POLICY, proxy_protocol_from=EVERYONE)
+
+
+@pytest.mark.movable_clock
+@pytest.mark.parametrize("said", [b"", b"PROXY", b"PROXY TCP4 198.51.100.1 192.0.2.1 40000 2"])
+async def test_a_proxy_header_that_does_not_end_is_waited_for_five_seconds(said: bytes) -> None:
+    served = Served(BALANCED)
+    served.stream.feed(said)
+    await turns()
+    advance(4.9)
+    await turns()
+    assert not served.task.done()
+    advance(0.2)
+    await served.ended()
+    assert served.stream.sent == replies.BAD_PROXY_HEADER.wire
+    assert served.seen.states == "New Error Closed"
+
+
+@pytest.mark.parametrize("said", [b"PROXY TCP4 " + b"1" * 5000, b"PROXY UNKNOWN " + b" " * 5000])
+async def test_a_proxy_header_without_end_is_not_read_on(said: bytes) -> None:
+    served = Served(BALANCED)
+    served.stream.pause_reading()  # as its listener does at accept
+    served.stream.feed(said)
+    await served.ended()
+    assert served.stream.sent == replies.BAD_PROXY_HEADER.wire
+    assert served.stream.octets_received < 1000
+
+
+async def test_a_second_proxy_header_is_no_header() -> None:
+    header = b"PROXY TCP4 198.51.100.1 192.0.2.1 40000 25\r\n"
+    served = Served(BALANCED)
+    served.stream.feed(header)
+    await served.greeted()
+    served.stream.feed(header.replace(b"198.51.100.1", b"127.0.0.1") + b"QUIT\r\n")
+    await served.ended()
+    assert served.stream.sent == replies.UNKNOWN_COMMAND.wire + replies.CLOSING.wire
+
+
 async def test_under_stress_idle_clients_give_way_sooner() -> None:
     timeouts = ServerTimeouts(command=300, command_under_stress=0.01)
     async with serving(replace(POLICY, timeouts=timeouts)) as served:
@@ -255,8 +316,7 @@ async def test_stress_that_is_over_again_costs_nobody_its_connection() -> None:
         served.connection.hurry()
         served.load.is_stressed = False
         advance(299)
-        for _ in range(5):  # in which the shorter deadline is met
-            await asyncio.sleep(0)
+        await turns()  # in which the shorter deadline is met
         served.stream.feed(b"NOOP\r\n")
         await served.stream.sends(b"250 2.0.0")
         advance(301)

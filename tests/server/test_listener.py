@@ -202,6 +202,58 @@ async def test_hundreds_of_clients_at_once_are_served_each_its_own_mail() -> Non
         assert subjects == {b"%d" % number for number in range(150)}
 
 
+async def test_bugs_in_some_sessions_cost_the_others_nothing() -> None:
+    async with running(connections=100) as gateway:
+        step = 0
+
+        def fail(at: str) -> None:
+            nonlocal step
+            step += 1
+            if step % 7 < 2:  # now at MAIL, now at RCPT, now at the content
+                raise ValueError("bug")
+
+        gateway.forwarder.at = fail
+
+        async def one() -> bytes:
+            reader, writer = await gateway.connect()
+            await reader.readline()
+            writer.write(MESSAGE + b"QUIT\r\n")
+            return await reader.read()
+
+        answers = await asyncio.gather(*(one() for _ in range(60)))
+        failed = [answer for answer in answers if b"451 4.3.0 Internal error" in answer]
+        well = [answer for answer in answers if b"250 2.0.0 Ok trace=" in answer]
+        assert len(failed) + len(well) == 60
+        assert len(failed) > 10
+        assert len(well) > 10
+        assert sum(kept.is_accepted for kept in gateway.forwarder.kept) == len(well)
+        assert all(answer.endswith(replies.CLOSING.wire) for answer in answers)  # those with a bug too
+
+
+@pytest.mark.movable_clock
+async def test_trickling_clients_are_cut_off_and_delay_nobody() -> None:
+    slow = replace(POLICY, timeouts=ServerTimeouts(command=60, data=300))
+    async with running(connections=200, policy=slow) as gateway:
+        in_command = [await gateway.connect() for _ in range(50)]
+        in_data = [await gateway.connect() for _ in range(50)]
+        for reader, _ in in_command + in_data:
+            assert (await reader.readline()).startswith(b"220 ")
+        for reader, writer in in_data:
+            writer.write(MESSAGE[: MESSAGE.index(b"Subject")])
+            await reader.readuntil(b"354 ")
+        for _second in range(62):
+            for _, writer in in_command + in_data:
+                writer.write(b"x")
+            advance(1)
+            reader, writer = await gateway.connect()
+            await reader.readline()
+            writer.write(MESSAGE + b"QUIT\r\n")
+            assert b"250 2.0.0 Ok trace=" in await reader.read()
+        for reader, _ in in_command + in_data:
+            assert (await reader.read()).endswith(replies.TIMED_OUT.wire)
+        assert sum(kept.is_accepted for kept in gateway.forwarder.kept) == 62
+
+
 BALANCED = replace(POLICY, proxy_protocol_from=POLICY.allow, allow=(ipaddress.ip_network("0.0.0.0/0"),))
 
 
