@@ -279,7 +279,7 @@ class Connection:
 
     def hurry(self) -> None:
         """Most of the allowed connections are taken from now on: the wait that is under way gets shorter too."""
-        if self._is_served:
+        if self._is_served and self._protocol.close_reason is None:
             self._stream.deadline = self._read_deadline()
 
     async def _finish(self, reason: CloseReason) -> None:
