@@ -580,7 +580,7 @@ class ServerProtocol:
         return None
 
     def _refuse_long_line(self) -> None:
-        # RFC 4954 6 has 5.5.6 for a line of an AUTH exchange, as a SHOULD; one code for whatever line is easier to find.
+        # RFC 4954 6 has 5.5.6 for lines of an AUTH exchange, as a SHOULD; one code for every line is easier to find.
         if self._phase is Phase.AUTHENTICATING:
             self._phase = Phase.READY
             self._fail_auth(replies.LINE_TOO_LONG)
