@@ -20,6 +20,7 @@ from tests.support import nodemailer
 from tests.support.capture import CapturingUpstream
 from tests.support.otlp_receiver import OtlpReceiver
 from tests.support.tools import run, swaks
+from tests.support.waiting import until
 
 SENDER: Final = "a@client.example"
 RECIPIENT: Final = "b@there.example"
@@ -95,11 +96,15 @@ def by_aiosmtplib(port: int, files: Files, tls: str, directory: Path) -> None:
             tls_context=files.client_context(),
         )
         async with client:
+            assert client.transport is not None
+            connected = client.transport.get_extra_info("socket")
             await client.ehlo()
             # As text, its login takes ASCII passwords only.
             await client.auth_plain(b"app", PASSWORD.encode())
             refused, _ = await client.sendmail(SENDER, [RECIPIENT], DOTS)
             assert refused == {}
+        # Its close does not wait for the end of TLS, and what is open when the loop ends is warned of.
+        await until(lambda: connected.fileno() == -1)
 
     asyncio.run(send())
 
