@@ -19,6 +19,7 @@ import typer
 from otel_smtp import __version__
 from otel_smtp.bench_command import bench
 from otel_smtp.config import Flag, Settings, SettingsError, assignment, load
+from otel_smtp.queue_command import queue
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -61,6 +62,10 @@ class _Given:
 
     config: Path | None = None
     assignments: list[str] = field(default_factory=list)
+
+    def settings(self) -> Settings:
+        """The settings, for commands that have no options for them behind their name."""
+        return _settings(cast(typer.Context, SimpleNamespace(obj=self)))
 
 
 def _version(asked: bool) -> None:
@@ -446,6 +451,7 @@ def demo(
 
 
 app.command()(bench)
+app.add_typer(queue, name="queue")
 
 
 def main() -> None:
