@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import ssl
+import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
@@ -36,12 +37,13 @@ from otel_smtp.server.connection import ListenerPolicy, ServerTimeouts
 from otel_smtp.server.listener import Listening, Server
 from otel_smtp.server.tls import CertificateError, ServerTls
 from otel_smtp.server.users import Authenticator, TokenVerifier, UsersFileError, load_users
+from otel_smtp.smtp.envelope import Recipient
 from otel_smtp.smtp.server import ServerLimits, ServerPolicy
 from otel_smtp.smtp.states import TlsMode, Transition
-from otel_smtp.spool.messages import SpoolError
+from otel_smtp.spool.messages import Counts, DeliveryState, Shown, SpoolError
 from otel_smtp.status.live import LiveView
 from otel_smtp.status.traces import RecentTraces
-from otel_smtp.status.views import UpstreamView
+from otel_smtp.status.views import QueuedMessage, QueueView, UpstreamView
 from otel_smtp.telemetry.propagation import InboundPolicy
 from otel_smtp.telemetry.records import SpanRecord, SpanSink
 from otel_smtp.telemetry.redaction import Addresses, ClientIp, Redaction
@@ -119,7 +121,10 @@ class Gateway:
             self._status_port = _StatusPort(self, settings.status.address, redaction)
             members.append(self._status_port.live)
             span_sinks = [*span_sinks, self._status_port]
-        self._telemetry = set_up(_telemetry_options(settings, redaction, span_sinks, self._upstream_connections))
+        self._spool: Spool | None = None
+        self._telemetry = set_up(
+            _telemetry_options(settings, redaction, span_sinks, self._upstream_connections, self._spool_counts)
+        )
         members.insert(0, self._telemetry.observer)
         if conn_state is not None:
             members.append(StateCallback(conn_state))
@@ -174,6 +179,12 @@ class Gateway:
             yield upstream.name, "idle", upstream.pool.idle
             yield upstream.name, "busy", upstream.pool.busy
             yield upstream.name, "opening", upstream.pool.opening
+
+    def _spool_counts(self) -> tuple[Mapping[str, int], float] | None:
+        if self._spool is None:
+            return None
+        counts = self._spool.counts
+        return _by_state(counts), _age(counts.oldest_arrived_at) or 0.0
 
     def upstreams(self) -> Sequence[UpstreamSnapshot]:
         """The upstreams at this moment, in the order of preference."""
@@ -330,6 +341,7 @@ class _StatusPort:
     def __init__(self, gateway: Gateway, address: Endpoint, redaction: Redaction) -> None:
         self._gateway = gateway
         self._address = address
+        self._redaction = redaction
         self._traces = RecentTraces()
         self._server: StatusServer | None = None
         self.live = LiveView(shown_host=redaction.ip, shown_name=redaction.host_name)
@@ -359,6 +371,7 @@ class _StatusPort:
             checks={"draining": self._draining, **self._delivery_checks()},
             metrics=gateway.metrics,
             upstreams=self._upstreams,
+            queue=self._queue if gateway.spool is not None else None,
             trace_url=gateway.settings.status.trace_url,
             allow=gateway.settings.status.allow,
             about=_about(gateway.settings, gateway.ready.traces_to),
@@ -382,6 +395,16 @@ class _StatusPort:
         states = [snapshot.pool.breaker for snapshot in self._gateway.upstreams()]
         return None if any(state is not BreakerState.OPEN for state in states) else "no upstream can be reached"
 
+    async def _queue(self) -> QueueView:
+        spool = self._gateway.spool
+        assert spool is not None
+        now = time.time()
+        return QueueView(
+            counts=_by_state(spool.counts),
+            oldest_age_seconds=_age(spool.counts.oldest_arrived_at),
+            messages=[_queued(message, now, self._redaction) for message in spool.oldest],
+        )
+
     def _delivery_checks(self) -> Mapping[str, Callable[[], str | None]]:
         """What keeps mail from being taken: with a queue, its own state; an upstream that is away is what it is for."""
         spool = self._gateway.spool
@@ -403,6 +426,39 @@ class _StatusPort:
             )
             for snapshot in self._gateway.upstreams()
         ]
+
+
+def _by_state(counts: Counts) -> Mapping[str, int]:
+    return {
+        "ready": counts.ready,
+        "deferred": counts.deferred,
+        "active": counts.active,
+        "held": counts.held,
+        "corrupt": counts.corrupt,
+    }
+
+
+def _age(since: float | None) -> float | None:
+    return None if since is None else max(0.0, time.time() - since)
+
+
+def _queued(message: Shown, now: float, redaction: Redaction) -> QueuedMessage:
+    """A queued message for the page: domains, no addresses."""
+    replies = [last for _, _, last in message.recipients if last]
+    trace = message.carrier.get("traceparent", "").split("-")
+    return QueuedMessage(
+        spool_id=message.id,
+        state=message.state.value,
+        age_seconds=max(0.0, now - message.arrived_at),
+        attempts=message.attempts,
+        recipients=len(message.recipients),
+        domains=redaction.domains([Recipient(address) for address, _, _ in message.recipients]) or (),
+        next_attempt_seconds=(
+            max(0.0, message.next_attempt_at - now) if message.state is DeliveryState.READY else None
+        ),
+        last_reply=" ".join(replies[0].split()[:2]) if replies else None,
+        trace_id=trace[1] if len(trace) == 4 else None,
+    )
 
 
 def _about(settings: Settings, traces_to: str) -> Mapping[str, str]:
@@ -428,6 +484,7 @@ def _telemetry_options(
     redaction: Redaction,
     span_sinks: Sequence[SpanSink],
     upstream_connections: Callable[[], Iterator[tuple[str, str, int]]],
+    spool: Callable[[], tuple[Mapping[str, int], float] | None],
 ) -> TelemetryOptions:
     telemetry = settings.telemetry
     return TelemetryOptions(
@@ -440,6 +497,7 @@ def _telemetry_options(
         probes=telemetry.probes,
         listeners=span_sinks,
         upstream_connections=upstream_connections,
+        spool=spool,
     )
 
 

@@ -115,6 +115,9 @@ ROOMS: Final = {
     # A client that only measures: it shares nothing with the engine, lest a fault of ours hide from its own measure.
     "otel_smtp.load": Room((), standard=_LIBRARY - {"argparse"}),
     "otel_smtp.bench_command": Room(("otel_smtp.load",), frozenset({"typer", "rich"}), _LIBRARY - {"argparse"}),
+    "otel_smtp.queue_command": Room(
+        ("otel_smtp.spool", "otel_smtp.terminal", *SMTP_TYPES), frozenset({"typer", "rich"}), _LIBRARY - {"argparse"}
+    ),
     # Processes, signals and a pipe; what a worker does is given in.
     "otel_smtp.workers": Room(("otel_smtp.observer",)),
     # Commands with a subject of their own; all are called by `cli` alone.

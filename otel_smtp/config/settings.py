@@ -334,7 +334,7 @@ class Spool(Table, frozen=True, kw_only=True):
     url: Annotated[
         Secret | None,
         Key(
-            "or `postgresql://...`: several gateways on one queue",
+            "`postgresql://...`: several gateways on one queue; not in this version, which refuses it",
             SecretText("postgresql://user@host/database", "postgres(?:ql)?://.+"),
             secret=True,
         ),

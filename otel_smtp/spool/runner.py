@@ -30,6 +30,7 @@ from otel_smtp.spool.messages import (
     Kind,
     Lease,
     NewMessage,
+    Shown,
     SpoolError,
     StaleLease,
     StorageBroken,
@@ -47,6 +48,7 @@ SWEEP_SECONDS: Final = 60.0
 SWEEP_MOST: Final = 100  # ended for their age in one sweep, or a hundredth of the spool if that is more
 BLOCKED_POLL_SECONDS: Final = 0.5  # how often a resting upstream is looked at while mail waits for it
 COUNT_SECONDS: Final = 2.0
+SHOWN_MOST: Final = 50
 CLOCK_JUMP_SECONDS: Final = 60.0
 RECORD_AGAIN_SECONDS: Final = 1.0
 LEASE_SECONDS: Final = 3600.0  # longer than any attempt may take; matters where gateways share a store
@@ -63,6 +65,9 @@ class Runner:
         relay: gives each recipient its own verdict.
         observer: told of each attempt, as part of the message's own trace.
         chance: a number from 0 to 1, for jitter.
+
+    Attributes:
+        counts, oldest: the spool a few seconds ago, and its oldest messages, for people.
     """
 
     def __init__(
@@ -95,7 +100,9 @@ class Runner:
         self._is_stopping = False
         self._counted_at = float("-inf")
         self._clocks = (time.time(), time.monotonic())
+        self._has_changed = True
         self.counts = Counts()
+        self.oldest: Sequence[Shown] = ()
 
     # Life -------------------------------------------------------------------------------------------------
 
@@ -148,6 +155,7 @@ class Runner:
     def wake(self, destinations: Sequence[str] = ()) -> None:
         """See `Attempts.wake`."""
         self._destinations.update(destinations)
+        self._has_changed = True
         self._wake.set()
 
     def sweep_soon(self) -> None:
@@ -167,7 +175,7 @@ class Runner:
                     self._sweep_is_due, swept_at = False, now
                     await self._sweep()
                 wait_seconds = await self._begin_what_is_due()
-                await self._count()
+                wait_seconds = min(wait_seconds, await self._count())
             except SpoolError as error:
                 if isinstance(error, StorageBroken):
                     logger.critical("the runner stops: the spool failed", extra={"fault": str(error)})
@@ -225,6 +233,7 @@ class Runner:
     def _ended(self, task: asyncio.Task[None], destination: str) -> None:
         self._attempts.discard(task)
         self._under_way[destination] -= 1
+        self._has_changed = True
         self._wake.set()
 
     # One attempt ------------------------------------------------------------------------------------------
@@ -390,11 +399,16 @@ class Runner:
             pulled = await self._store.apply(lambda index: index.pull_in(wall, longest))
             logger.warning("the clock jumped", extra={"seconds": round(jump), "attempts_moved": pulled})
 
-    async def _count(self) -> None:
-        now = time.monotonic()
-        if now - self._counted_at >= COUNT_SECONDS:
-            self._counted_at = now
-            self.counts = await self._store.apply(lambda index: index.counts(time.time()))
+    async def _count(self) -> float:
+        """Look at the spool as a whole, now and then; when to do so next, in seconds."""
+        since = time.monotonic() - self._counted_at
+        if since < COUNT_SECONDS:
+            return COUNT_SECONDS - since if self._has_changed else self._sweep_seconds
+        self._counted_at, self._has_changed = time.monotonic(), False
+        self.counts, self.oldest = await self._store.apply(
+            lambda index: (index.counts(time.time()), index.page("", SHOWN_MOST))
+        )
+        return self._sweep_seconds
 
 
 class _Attempt(TransactionObserver):

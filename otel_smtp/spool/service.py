@@ -20,8 +20,6 @@ from otel_smtp.spool.store import DEFAULT_LEAST_FREE_OCTETS, SpoolStore
 
 logger: Final = logging.getLogger("otel_smtp.spool.service")
 
-SHOWN_MOST: Final = 50
-
 
 @dataclass(frozen=True, slots=True)
 class SpoolSettings:
@@ -105,13 +103,10 @@ class Spool:
         """How much there is of what, a few seconds old."""
         return self.runner.counts
 
-    async def first_messages(self) -> Sequence[Shown]:
-        """The oldest messages, for people.
-
-        Raises:
-            SpoolError: the spool is broken.
-        """
-        return await self.store.apply(lambda index: index.page("", SHOWN_MOST))
+    @property
+    def oldest(self) -> Sequence[Shown]:
+        """The oldest messages, a few seconds ago."""
+        return self.runner.oldest
 
 
 __all__ = ["Spool", "SpoolError", "SpoolSettings"]

@@ -515,7 +515,7 @@ UPSTREAM_CONNECTION_STATE: Final = _attribute(
     "smtp.upstream.connection.state", Type.STRING, (On.METRIC,), "always: idle, busy", "idle"
 )
 SPOOL_STATE: Final = _attribute(
-    "smtp.spool.state", Type.STRING, (On.METRIC,), "always: the state of a spooled message", "due"
+    "smtp.spool.state", Type.STRING, (On.METRIC,), "always: ready, deferred, active, held, corrupt", "deferred"
 )
 SIGNAL: Final = _attribute(
     "smtp.telemetry.signal", Type.STRING, (On.METRIC,), "always: traces, logs, metrics", "traces"

@@ -41,6 +41,7 @@ from otel_smtp.telemetry.attributes import Metric
 Labels = tuple[str, ...]
 ConnectionCounts = Callable[[], Iterable[tuple[str, str, int]]]
 """Connections to upstreams now: upstream, state, how many."""
+SpoolCounts = Callable[[], tuple[Mapping[str, int], float] | None]
 
 _UNITS: Final[Mapping[str, str]] = {"s": "seconds", "By": "bytes"}
 
@@ -236,6 +237,7 @@ class Metrics(Observer):
     Args:
         traced: the observer that knows the traces.
         connections: connections to upstreams now.
+        spool: messages in the spool by state, and the age of the oldest in seconds; None where there is no spool.
         dropped: what telemetry itself has lost so far: signal, reason, how many.
     """
 
@@ -244,10 +246,12 @@ class Metrics(Observer):
         traced: Observer,
         *,
         connections: ConnectionCounts = lambda: (),
+        spool: SpoolCounts = lambda: None,
         dropped: ConnectionCounts = lambda: (),
     ) -> None:
         self._traced = traced
         self._connections = connections
+        self._spool = spool
         self._dropped = dropped
         self.active_connections = Counts(names.ACTIVE_CONNECTIONS)
         self.transitions = Counts(names.TRANSITIONS)
@@ -287,6 +291,11 @@ class Metrics(Observer):
         yield _family(GaugeMetricFamily, names.ACTIVE_CONNECTIONS, list(self.active_connections.values.items()))
         rows = [((upstream, state), count) for upstream, state, count in self._connections()]
         yield _family(GaugeMetricFamily, names.CLIENT_CONNECTIONS, rows)
+        if (spool := self._spool()) is not None:
+            states, oldest_age_seconds = spool
+            spooled = [((state,), count) for state, count in states.items()]
+            yield _family(GaugeMetricFamily, names.SPOOL_MESSAGES, spooled)
+            yield _family(GaugeMetricFamily, names.SPOOL_AGE, [((), oldest_age_seconds)])
         lost = [((signal, reason), count) for signal, reason, count in self._dropped()]
         yield _family(CounterMetricFamily, names.TELEMETRY_DROPPED, lost)
         for measured in (
@@ -310,7 +319,7 @@ def _label_names(metric: Metric) -> Sequence[str]:
 
 
 def _family(
-    make: type[CounterMetricFamily] | type[GaugeMetricFamily], metric: Metric, rows: Sequence[tuple[Labels, int]]
+    make: type[CounterMetricFamily] | type[GaugeMetricFamily], metric: Metric, rows: Sequence[tuple[Labels, float]]
 ) -> MetricFamily:
     family = make(_prometheus_name(metric), metric.description, labels=_label_names(metric))
     for labels, value in rows:

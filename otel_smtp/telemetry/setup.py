@@ -35,7 +35,7 @@ from opentelemetry.sdk.trace.sampling import (
 from otel_smtp.observer import Observer
 from otel_smtp.telemetry.attributes import DEFAULT_SERVICE_NAME
 from otel_smtp.telemetry.logs import AccessLog, StateLogger
-from otel_smtp.telemetry.metrics import ConnectionCounts, Metrics
+from otel_smtp.telemetry.metrics import ConnectionCounts, Metrics, SpoolCounts
 from otel_smtp.telemetry.propagation import InboundPolicy
 from otel_smtp.telemetry.records import SpanSink
 from otel_smtp.telemetry.redaction import Redaction
@@ -73,6 +73,7 @@ class TelemetryOptions:
         access_log: write a line for each connection, transaction and delivery, if the log's level lets it through.
         listeners: take every finished span, also those that are not sampled.
         upstream_connections: connections to upstreams now, for the metrics.
+        spool: what is queued now, for the metrics.
     """
 
     version: str = ""
@@ -85,6 +86,7 @@ class TelemetryOptions:
     access_log: bool = True
     listeners: Sequence[SpanSink] = ()
     upstream_connections: ConnectionCounts = tuple
+    spool: SpoolCounts = lambda: None
 
 
 class Telemetry:
@@ -152,7 +154,7 @@ def set_up(options: TelemetryOptions, environ: Mapping[str, str] = os.environ) -
         TelemetrySettingError: an OTEL_* variable has a value that can't be followed.
     """
     if _flag(environ, OTEL_SDK_DISABLED):
-        return Telemetry(Metrics(Observer(), connections=options.upstream_connections), None, ())
+        return Telemetry(Metrics(Observer(), connections=options.upstream_connections, spool=options.spool), None, ())
     resource = resource_of(environ)
     processors = [LazyProcessor(make) for make in _span_processors(environ)]
     access_log = AccessLog()
@@ -169,7 +171,9 @@ def set_up(options: TelemetryOptions, environ: Mapping[str, str] = os.environ) -
         segment_age_seconds=options.segment_age_seconds,
         probes=options.probes,
     )
-    return Telemetry(Metrics(tracing, connections=options.upstream_connections), tracing, processors)
+    return Telemetry(
+        Metrics(tracing, connections=options.upstream_connections, spool=options.spool), tracing, processors
+    )
 
 
 def describe_destination(environ: Mapping[str, str] = os.environ) -> str:
