@@ -446,9 +446,10 @@ def _queued(message: Shown, now: float, redaction: Redaction) -> QueuedMessage:
     """A queued message for the page: domains, no addresses."""
     replies = [last for _, _, last in message.recipients if last]
     trace = message.carrier.get("traceparent", "").split("-")
+    is_deferred = message.state is DeliveryState.READY and message.next_attempt_at > now
     return QueuedMessage(
         spool_id=message.id,
-        state=message.state.value,
+        state="deferred" if is_deferred else message.state.value,
         age_seconds=max(0.0, now - message.arrived_at),
         attempts=message.attempts,
         recipients=len(message.recipients),
