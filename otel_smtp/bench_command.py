@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from otel_smtp.load import Load, LoadPlan, LoadResult
+from otel_smtp.load_generator import Load, LoadPlan, LoadResult
 
 
 def bench(

@@ -3,10 +3,12 @@
 import asyncio
 import base64
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Final
 
 import pytest
 
+import otel_smtp
 from otel_smtp import ConnectionInfo, Gateway, Settings, Transition, load
 from tests.support.capture import CapturingUpstream
 
@@ -87,3 +89,9 @@ async def test_who_promised_to_verify_tokens_and_does_not_has_no_gateway(upstrea
     settings = settings_for(upstream, BY_TOKEN, verifies_tokens=True)
     with pytest.raises(ValueError, match="listener 'tokens' has AUTH, but neither a users file nor a token verifier"):
         Gateway(settings)
+
+
+def test_no_module_takes_the_place_of_a_name_that_programs_import() -> None:
+    # A submodule, once imported, is an attribute of its package: `load` was one, and no function any more.
+    modules = {path.stem for path in Path(otel_smtp.__file__).parent.iterdir()}
+    assert modules.isdisjoint(otel_smtp.__all__)

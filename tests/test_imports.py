@@ -113,8 +113,10 @@ ROOMS: Final = {
     # What people see in a terminal; it draws values and asks nobody for more.
     "otel_smtp.terminal": Room((), frozenset({"rich"}), _LIBRARY - INPUT_OUTPUT - {"argparse"}),
     # A client that only measures: it shares nothing with the engine, lest a fault of ours hide from its own measure.
-    "otel_smtp.load": Room((), standard=_LIBRARY - {"argparse"}),
-    "otel_smtp.bench_command": Room(("otel_smtp.load",), frozenset({"typer", "rich"}), _LIBRARY - {"argparse"}),
+    "otel_smtp.load_generator": Room((), standard=_LIBRARY - {"argparse"}),
+    "otel_smtp.bench_command": Room(
+        ("otel_smtp.load_generator",), frozenset({"typer", "rich"}), _LIBRARY - {"argparse"}
+    ),
     "otel_smtp.queue_command": Room(
         ("otel_smtp.spool", "otel_smtp.terminal", *SMTP_TYPES), frozenset({"typer", "rich"}), _LIBRARY - {"argparse"}
     ),

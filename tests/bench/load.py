@@ -10,7 +10,7 @@ import resource
 import socket
 import sys
 
-from otel_smtp.load import Load, LoadPlan
+from otel_smtp.load_generator import Load, LoadPlan
 
 
 def send(plan: LoadPlan) -> dict[str, object]:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from otel_smtp.load import Load, LoadPlan, LoadResult, message
+from otel_smtp.load_generator import Load, LoadPlan, LoadResult, message
 from tests.bench.process import Child, free_port
 from tests.support.sink_process import running_sink
 
