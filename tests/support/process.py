@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -188,6 +188,7 @@ def gateway(
     environ: Mapping[str, str] | None = None,
     uses_uvloop: bool = True,
     file_limit: int | None = None,
+    under: Sequence[str] = (),
 ) -> Iterator[GatewayProcess]:
     """Run a gateway.
 
@@ -197,9 +198,10 @@ def gateway(
         environ: `OTEL_*` and the like.
         uses_uvloop: False: as where uvloop is not installed.
         file_limit: how many files it may open; None: as many as we.
+        under: a command that runs it, as strace with its options.
     """
     path = settings_file({**DEFAULTS, **settings}, directory)
-    command = [sys.executable, "-m", "otel_smtp.cli", "serve", "--config", str(path)]
+    command = [*under, sys.executable, "-m", "otel_smtp.cli", "serve", "--config", str(path)]
     if file_limit is not None:
         command = ["sh", "-c", f'ulimit -n {file_limit} && exec "$0" "$@"', *command]
     log = directory / "stderr.log"

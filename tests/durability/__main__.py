@@ -1,0 +1,47 @@
+"""`python -m tests.durability kill|faults|full`: the long proofs; `tests/spool/test_durability.py` runs short ones."""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.durability.failing import CALLS, fill, inject
+from tests.durability.killing import kill_again_and_again
+
+
+def main() -> int:
+    """Run one of them; the exit status is 1 where a claim does not hold."""
+    parser = argparse.ArgumentParser(prog="python -m tests.durability", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    kill = commands.add_parser("kill", help="kill -9 at random moments, under load")
+    kill.add_argument("--kills", type=int, default=200)
+    kill.add_argument("--seed", type=int, default=1)
+    faults = commands.add_parser("faults", help="errors injected into one system call after the other")
+    faults.add_argument("--most", type=int, default=8, help="the last call of each kind that fails")
+    commands.add_parser("full", help="a disk that fills up")
+    parser.add_argument("--directory", type=Path, default=None, help="on the disk that is to be tried")
+    arguments = parser.parse_args()
+    directory = Path(tempfile.mkdtemp(prefix="otel-smtp-durability-", dir=arguments.directory))
+    print(f"in {directory}", flush=True)
+    match arguments.command:
+        case "kill":
+            books = kill_again_and_again(
+                arguments.kills, directory, seed=arguments.seed, tell=lambda line: print(line, flush=True)
+            )
+            print(books.told())
+            return int(bool(books.lost or books.unmarked_duplicates or not books.is_balanced))
+        case "faults":
+            is_wrong = False
+            for call, error in CALLS:
+                for when in range(1, arguments.most + 1):
+                    outcome = inject(call, error, when, directory / f"{call}-{error}-{when}")
+                    is_wrong |= bool(outcome.lost) or not outcome.survived
+                    print(f"{call} {error} at call {when}: {outcome.told()}", flush=True)
+            return int(is_wrong)
+        case _:
+            full = fill(directory / "full")
+            print(full.told())
+            return int(bool(full.lost) or not full.refused)
+
+
+sys.exit(main())

@@ -1,0 +1,91 @@
+"""An upstream that lives in this process while gateways are killed in front of it, and that is not always willing."""
+
+import contextlib
+import random
+import socketserver
+import threading
+import time
+from collections import Counter
+from types import TracebackType
+from typing import Self
+
+UNWILLING: float = 0.1  # share of messages that are deferred
+
+
+class CountingUpstream:
+    """Counts the messages that it answered 250, by the value of their `X-Id` field.
+
+    Attributes:
+        taken: how often each was taken.
+        is_willing: False: it defers a share of what it is offered.
+        is_closed: it lets nobody in.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.taken: Counter[str] = Counter()
+        self.is_willing = False
+        self.is_closed = False
+        self._chance = random.Random(seed)
+        self._lock = threading.Lock()
+        upstream = self
+
+        class Session(socketserver.StreamRequestHandler):
+            def handle(self) -> None:
+                with contextlib.suppress(OSError, ValueError):  # its client was killed
+                    upstream._converse(self)
+
+        class Server(socketserver.ThreadingTCPServer):
+            daemon_threads = True
+            request_queue_size = 128
+
+            def handle_error(self, request: object, client_address: object) -> None:
+                pass
+
+        self._server = Server(("127.0.0.1", 0), Session)
+        self.port = int(self._server.server_address[1])
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def refuses(self) -> bool:
+        """Whether the next one is deferred."""
+        with self._lock:
+            return not self.is_willing and self._chance.random() < UNWILLING
+
+    def _converse(self, session: socketserver.StreamRequestHandler) -> None:
+        def say(text: str) -> None:
+            session.wfile.write(text.encode() + b"\r\n")
+
+        if self.is_closed:
+            return
+        say("220 counting.example")
+        while line := session.rfile.readline():
+            verb = line[:4].upper()
+            if verb == b"EHLO":
+                say("250-counting.example\r\n250-PIPELINING\r\n250 8BITMIME")
+            elif verb == b"DATA":
+                say("354 go on")
+                content = b""
+                while (line := session.rfile.readline()) != b".\r\n":
+                    if not line:
+                        return
+                    content += line
+                time.sleep(self._chance.random() / 200)  # so that some kills come just here
+                if self.refuses():
+                    say("451 4.3.0 not now")
+                    continue
+                with self._lock:
+                    self.taken[content.partition(b"X-Id: ")[2].partition(b"\r\n")[0].decode()] += 1
+                say("250 2.0.0 taken")
+            elif verb == b"QUIT":
+                say("221 bye")
+                return
+            else:
+                say("250 2.0.0 ok")
