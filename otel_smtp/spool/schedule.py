@@ -1,5 +1,6 @@
 """When a message is attempted again, when its sender is told of a delay, and when it is given up."""
 
+import math
 from dataclasses import dataclass
 from typing import Final
 
@@ -35,12 +36,14 @@ class Schedule:
     warn_after_seconds: float | None = 4 * _HOUR
 
     def __post_init__(self) -> None:
-        if not self.waits_seconds or min(self.waits_seconds) <= 0:
+        if not self.waits_seconds or not all(0 < wait < math.inf for wait in self.waits_seconds):
             raise ValueError(f"waits are one or more positive numbers, not {self.waits_seconds}")
         if not 0 <= self.jitter < 1:
             raise ValueError(f"jitter is from 0 to below 1, not {self.jitter}")
-        if self.max_age_seconds <= 0:
+        if not self.max_age_seconds > 0:
             raise ValueError(f"a message may become some seconds old, not {self.max_age_seconds}")
+        if self.warn_after_seconds is not None and not self.warn_after_seconds > 0:
+            raise ValueError(f"a warning comes after some seconds, not {self.warn_after_seconds}")
 
     @property
     def longest_seconds(self) -> float:
