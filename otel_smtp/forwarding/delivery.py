@@ -50,7 +50,9 @@ def lacking(mail: Mail, extensions: Extensions, *, is_tls: bool) -> Reply | None
         return replies.NEEDS_BINARYMIME
     if mail.body is Body.EIGHT_BIT_MIME and not extensions.eight_bit_mime:
         return replies.NEEDS_8BITMIME
-    if mail.require_tls and not (extensions.require_tls and is_tls):
+    # "When the MAIL FROM return-path is empty, the REQUIRETLS parameter SHOULD NOT cause a bounce message to be
+    # discarded" (RFC 8689 5): it is asked for where it is offered.
+    if mail.require_tls and mail.reverse_path and not (extensions.require_tls and is_tls):
         return replies.REQUIRETLS_UNSUPPORTED
     if mail.size is not None and extensions.size is not None and mail.size > extensions.size:
         return replies.MESSAGE_TOO_BIG

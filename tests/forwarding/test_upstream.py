@@ -295,6 +295,13 @@ NEEDY = [
 ]
 
 
+async def test_a_bounce_is_not_lost_for_want_of_requiretls() -> None:
+    """RFC 8689 5: SHOULD NOT be discarded where the next hop does not offer it."""
+    async with ScriptedUpstream(extensions=("SIZE 1000",)) as upstream, relaying(settings(upstream)) as forwarder:
+        assert (await relay(forwarder, mail=Mail("", require_tls=True))).told.code == 250
+        assert b"REQUIRETLS" not in upstream.kept[0].mail
+
+
 @pytest.mark.parametrize(("mail", "refusal"), NEEDY)
 @both_strategies
 async def test_what_the_upstream_lacks_is_refused_when_it_is_known_and_when_it_is_met(
