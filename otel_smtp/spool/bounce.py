@@ -4,12 +4,21 @@ A notice is a `multipart/report` (RFC 6522) of three parts: words for people, `m
 (RFC 3464), and the header block of the original, or all of it (RFC 3461 4.3). It is put together octet by octet: the
 standard library's email package would fold, reorder or re-encode what is returned.
 
-Whatever a peer wrote (addresses, ENVID, ORCPT, the upstream's replies, the original) stands here as text only: control
-octets are replaced before it is placed, so that nothing of it can begin a field, a part, or a message (P13). A boundary
-that occurs in the original is exchanged for another one.
+Two rules hold for every part:
+
+* Whatever a peer wrote (addresses, ENVID, ORCPT, the upstream's replies, its name) stands in one place each, as the
+  value that `_clean` leaves of it: nothing of it can begin a line, a field, a part, or a message (P13). A boundary that
+  occurs in a part is exchanged for another one.
+* The original is returned as it came, or not at all. A header block that is no plain text is encoded, which
+  `text/rfc822-headers` may be; `message/rfc822` may not (RFC 2046 5.2.1), so that an original with octets that no
+  mail can carry goes back as its header block alone.
+
+A notice is ASCII where it can be, so that every upstream can take it. Octets beyond are left in a returned original,
+and in the parts that RFC 6533 has for internationalised mail; `envelope` then asks for 8BITMIME.
 """
 
 import re
+from binascii import b2a_qp
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -17,22 +26,39 @@ from email.utils import format_datetime
 from enum import StrEnum
 from typing import Final
 
-from otel_smtp.smtp.envelope import Body, Mail, Notify, Recipient
+from otel_smtp.smtp.envelope import Body, DsnReturn, Mail, Notify, Recipient
+from otel_smtp.smtp.extensions import decode_xtext
+from otel_smtp.smtp.framing import has_bare_line_end
+from otel_smtp.smtp.paths import address_literal, is_visible
+from otel_smtp.smtp.received import inspect_header
 from otel_smtp.smtp.replies import Reply
 
 LINE_OCTETS: Final = 998  # RFC 5322 2.1.1, without CRLF
+HEADER_OCTETS: Final = 50_000
+"""Most of a header block that is returned: who sends a larger one does not get it back as often as it likes."""
+
 _WRAP_CHARACTERS: Final = 72
-_FIELD_OCTETS: Final = 900
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+")
-_XTEXT = re.compile(r"\+([0-9A-F]{2})")
+_VALUE_OCTETS: Final = 900  # the rest of a line is for what stands before a value
+_MESSAGE_ID = re.compile(r"<[!-;=?-~]{1,900}>")
+_ADDRESS_TYPE = re.compile(r"[!-:<-~]{1,64}")
+# What an address must not hold in its 7-bit form: xtext-specials and all beyond ASCII (RFC 6533 3).
+_NOT_QCHAR = re.compile(r"[^!-*,-<>-\[\]-~]")
 
 
 class Kind(StrEnum):
-    """What a notice tells; the values are those of the Action field (RFC 3464 2.3.3)."""
+    """What a notice tells; the values are those of the Action field (RFC 3464 2.3.3).
+
+    What expired has failed, with status 4.4.7 (RFC 3463 3.5). "delivered" and "expanded" are for those who own
+    mailboxes and lists.
+    """
 
     FAILED = "failed"
     DELAYED = "delayed"
     RELAYED = "relayed"  # to an upstream that will not tell of success
+
+
+# Which classes of status may stand beside an action, the usual one first: what fails by its age has "4.X.X".
+_CLASSES: Final = {Kind.FAILED: (5, 4), Kind.DELAYED: (4,), Kind.RELAYED: (2,)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +68,7 @@ class Status:
     Attributes:
         reply: the upstream's last one, or ours; None where there is none.
         remote: the upstream's host name, where it was its reply.
+        before: where `reply` only says that we give up: what was said at the last attempt, as text; else "".
     """
 
     recipient: Recipient
@@ -49,12 +76,14 @@ class Status:
     remote: str | None = None
     last_attempt: datetime | None = None
     will_retry_until: datetime | None = None
+    before: str = ""
 
 
 def wanted(kind: Kind, recipient: Recipient, mail: Mail) -> bool:
     """Whether the sender wants a notice of this kind (RFC 3461 4.1 and 5.2).
 
-    Without NOTIFY: of failures and delays. Never for the null reverse-path: "MUST NOT" (RFC 5321 6.1).
+    Without NOTIFY: of failures and delays. Never for the null reverse-path: "MUST NOT" (RFC 5321 6.1). That success is
+    told only if the upstream will not do so itself is the caller's to know (RFC 3461 5.2.1).
     """
     if not mail.reverse_path:
         return False
@@ -64,14 +93,30 @@ def wanted(kind: Kind, recipient: Recipient, mail: Mail) -> bool:
     return asked[kind] in recipient.notify
 
 
+def returns_content(kind: Kind, mail: Mail) -> bool:
+    """Whether a notice returns the whole original, where that is not too large.
+
+    RET=FULL speaks of failures alone (RFC 3461 4.3). "If both RET=FULL and REQUIRETLS are present, the RET=FULL MUST
+    be disregarded" (RFC 8689 5).
+    """
+    return kind is Kind.FAILED and mail.ret is DsnReturn.FULL and not mail.require_tls
+
+
 def envelope(mail: Mail, *, is_ascii: bool) -> tuple[Mail, Recipient]:
     """The envelope of a notice for `mail`: from nobody, to its sender, and never answered (RFC 3461 6.1).
+
+    It needs the TLS that `mail` needed, whose header it repeats (RFC 8689 5).
 
     Args:
         is_ascii: the notice holds nothing else, so that any upstream can take it.
     """
     return (
-        Mail("", body=None if is_ascii else Body.EIGHT_BIT_MIME, smtputf8=not mail.reverse_path.isascii()),
+        Mail(
+            "",
+            body=None if is_ascii else Body.EIGHT_BIT_MIME,
+            smtputf8=not mail.reverse_path.isascii(),
+            require_tls=mail.require_tls,
+        ),
         Recipient(mail.reverse_path, Notify.NEVER),
     )
 
@@ -89,49 +134,48 @@ def notification(
     now: datetime,
     message_id: str,
     trace_id: str | None = None,
+    eight_bit: bool = True,
 ) -> bytes:
     """The whole content of a notice: CRLF line ends, no NUL, no line over 998 octets.
 
     Args:
         statuses: of the recipients that it tells of, one or more.
-        header: the original's header block, complete or cut.
-        content: the whole original, where that is returned.
-        spool_id, message_id: the original's id here; the notice's own Message-ID, angle brackets included.
+        header: the original's header block, complete or cut anywhere, without the empty line behind it.
+        content: the whole original, header block included, where that is to be returned and not too large.
+        reporting_mta: our host name.
+        spool_id, message_id: the original's id here, an atom; the notice's own Message-ID, angle brackets included.
+        eight_bit: False: the notice is for somebody who takes 7-bit content only (but for a reverse-path beyond ASCII,
+            which says so itself).
+
+    Returns:
+        The notice; what it holds beyond ASCII, `envelope` must be told of.
     """
-    returned = _returned(header if content is None else content)
-    boundary = _boundary(spool_id, returned)
-    is_utf8 = mail.smtputf8
-    report = "\r\n".join(_report(kind, mail, statuses, reporting_mta, spool_id, arrived)).encode()
-    words = "\r\n".join(_words(kind, mail, statuses, reporting_mta, spool_id, arrived, trace_id)).encode()
-    # RFC 6533 3 and 4: with addresses beyond ASCII the parts have types of their own.
-    status_type = "message/global-delivery-status" if is_utf8 else "message/delivery-status"
-    if content is None:
-        returned_type = "message/global-headers" if is_utf8 else "text/rfc822-headers"
-    else:
-        returned_type = "message/global" if is_utf8 else "message/rfc822"
-    head = [
+    is_international = mail.smtputf8 and eight_bit
+    report = _Report(kind, mail, statuses, reporting_mta, spool_id, arrived, trace_id)
+    parts = (
+        _words_part(report.words()),
+        _status_part(report, is_international=is_international),
+        _returned_part(header, content, is_international=is_international, eight_bit=eight_bit),
+    )
+    boundary = _boundary(spool_id, parts)
+    fields = [
         f"From: Mail Delivery System <MAILER-DAEMON@{_clean(reporting_mta)}>",
         f"To: {_clean(mail.reverse_path)}",
         f"Subject: {_SUBJECTS[kind]}",
         f"Date: {format_datetime(now)}",
         f"Message-ID: {message_id}",
+        *_threading(header),
         # RFC 3834 5: so that no other program answers it.
         "Auto-Submitted: auto-replied",
         "MIME-Version: 1.0",
         "Content-Type: multipart/report; report-type=delivery-status;",
         f' boundary="{boundary}"',
     ]
-    parts = (
-        ("text/plain; charset=utf-8", words),
-        (status_type, report),
-        (returned_type, returned),
-    )
-    pieces = ["\r\n".join(head).encode(), b"\r\n\r\nThis is a report in MIME format.\r\n"]
-    for content_type, octets in parts:
-        encoding = "7bit" if octets.isascii() else "8bit"
-        fields = f"Content-Type: {content_type}\r\nContent-Transfer-Encoding: {encoding}"
-        pieces.append(f"\r\n--{boundary}\r\n{fields}\r\n\r\n".encode())
-        pieces.append(octets)
+    if any(part.encoding == "8bit" for part in parts):
+        fields.append("Content-Transfer-Encoding: 8bit")  # a multipart has the widest of its parts' (RFC 2045 6.4)
+    pieces = ["\r\n".join(fields).encode(), b"\r\n\r\nThis is a report in MIME format.\r\n"]
+    for part in parts:
+        pieces += (f"\r\n--{boundary}\r\n".encode(), part.head(), part.octets)
     pieces.append(f"\r\n--{boundary}--\r\n".encode())
     return b"".join(pieces)
 
@@ -142,107 +186,250 @@ _SUBJECTS: Final = {
     Kind.RELAYED: "Mail was handed on",
 }
 _FIRST_WORDS: Final = {
-    Kind.FAILED: "Your message could not be delivered to the recipients below. It will not be tried again.",
+    Kind.FAILED: "Your message could not be delivered to the recipients below, and will not be tried again. Where the "
+    "reason is an address or the message itself, correct it and send the message anew; else ask your postmaster, who "
+    "finds it by its id.",
     Kind.DELAYED: "Your message has not been delivered yet to the recipients below. You need not do anything: it is "
     "tried again until the time that is given, and you will be told if that was in vain.",
-    Kind.RELAYED: "Your message was accepted for the recipients below by a server that does not report on delivery.",
+    Kind.RELAYED: "Your message was accepted for the recipients below by a server that does not report on delivery. "
+    "You need not do anything; should it fail beyond that server, you may be told.",
 }
 
 
-def _words(
-    kind: Kind,
-    mail: Mail,
-    statuses: Sequence[Status],
-    reporting_mta: str,
-    spool_id: str,
-    arrived: datetime,
-    trace_id: str | None,
-) -> Iterable[str]:
-    yield f"This is the mail gateway at {_clean(reporting_mta)}."
-    yield ""
-    yield from _wrapped(_FIRST_WORDS[kind])
-    for status in statuses:
+# What is told -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Report:
+    """The same facts twice: for people and for programs."""
+
+    kind: Kind
+    mail: Mail
+    statuses: Sequence[Status]
+    reporting_mta: str
+    spool_id: str
+    arrived: datetime
+    trace_id: str | None
+
+    def words(self) -> Iterable[str]:
+        """Lines for people."""
+        yield f"This is the mail gateway at {_clean(self.reporting_mta)}."
         yield ""
-        yield f"  {_clean(status.recipient.address)}"
-        if status.reply is not None:
-            said = f"{_clean(status.remote)} said" if status.remote else "reason"
-            yield from (f"    {line}" for line in _wrapped(f"{said}: {_clean(str(status.reply))}"))
+        yield from _wrapped(_FIRST_WORDS[self.kind])
+        for status in self.statuses:
+            yield ""
+            yield f"  {_clean(status.recipient.address)}"
+            yield from (f"    {line}" for line in _told(status))
+        yield ""
+        yield f"The message came here on {format_datetime(self.arrived)} and has the id"
+        yield f"{self.spool_id}."
+        if self.trace_id is not None:
+            yield f"Its trace: {_clean(self.trace_id)}"
+
+    def fields(self, *, is_international: bool) -> Iterable[str]:
+        """The fields for programs: of the message, then of each recipient, an empty line before each."""
+        yield f"Reporting-MTA: {_host(self.reporting_mta)}"
+        if self.mail.envid:
+            yield f"Original-Envelope-Id: {_clean(_decoded(self.mail.envid))}"
+        yield f"Arrival-Date: {format_datetime(self.arrived)}"
+        # "Extension fields ... beginning with "X-"" (RFC 3464 2.4)
+        yield f"X-Spool-Id: {self.spool_id}"
+        if self.trace_id is not None:
+            yield f"X-Trace-Id: {_clean(self.trace_id)}"
+        for status in self.statuses:
+            yield ""
+            yield from self._fields_of(status, is_international=is_international)
+
+    def _fields_of(self, status: Status, *, is_international: bool) -> Iterable[str]:
+        if original := _original_recipient(status.recipient, is_international=is_international):
+            yield f"Original-Recipient: {original}"
+        yield f"Final-Recipient: {_address(status.recipient.address, is_international=is_international)}"
+        yield f"Action: {self.kind.value}"
+        yield f"Status: {_status_code(self.kind, status.reply)}"
+        if status.remote:
+            yield f"Remote-MTA: {_host(status.remote)}"
+        diagnostic = status.before or (str(status.reply) if status.reply is not None else "")
+        if diagnostic and self.kind is not Kind.RELAYED:
+            # Folded, since replies are long and this is read by people too.
+            yield "\r\n ".join(_wrapped(f"Diagnostic-Code: smtp; {_clean(diagnostic)}"))
+        if status.last_attempt is not None:
+            yield f"Last-Attempt-Date: {format_datetime(status.last_attempt)}"
         if status.will_retry_until is not None:
-            yield f"    is tried until {format_datetime(status.will_retry_until)}"
-    yield ""
-    yield f"The message came here on {format_datetime(arrived)} and has the id {spool_id}."
-    if trace_id is not None:
-        yield f"Its trace: {trace_id}"
+            yield f"Will-Retry-Until: {format_datetime(status.will_retry_until)}"
 
 
-def _report(
-    kind: Kind, mail: Mail, statuses: Sequence[Status], reporting_mta: str, spool_id: str, arrived: datetime
-) -> Iterable[str]:
-    yield f"Reporting-MTA: dns; {_clean(reporting_mta)}"
-    if mail.envid:
-        yield f"Original-Envelope-Id: {_clean(_decoded(mail.envid))}"
-    yield f"Arrival-Date: {format_datetime(arrived)}"
-    yield f"X-Spool-Id: {spool_id}"
-    for status in statuses:
-        yield ""
-        yield from _fields(kind, mail, status)
-    yield ""
-
-
-def _fields(kind: Kind, mail: Mail, status: Status) -> Iterable[str]:
-    address, reply = status.recipient.address, status.reply
-    if status.recipient.orcpt:
-        address_type, _, original = status.recipient.orcpt.partition(";")
-        yield f"Original-Recipient: {_clean(address_type)}; {_clean(_decoded(original))}"
-    yield f"Final-Recipient: {'rfc822' if address.isascii() else 'utf-8'}; {_clean(address)}"
-    yield f"Action: {kind.value}"
-    yield f"Status: {_status_code(kind, reply)}"
-    if status.remote:
-        yield f"Remote-MTA: dns; {_clean(status.remote)}"
-    if reply is not None and kind is not Kind.RELAYED:
-        yield f"Diagnostic-Code: smtp; {_clean(str(reply))}"
-    if status.last_attempt is not None:
-        yield f"Last-Attempt-Date: {format_datetime(status.last_attempt)}"
+def _told(status: Status) -> Iterable[str]:
+    if status.reply is not None:
+        said = f"{_clean(status.remote)} said" if status.remote else "reason"
+        yield from _wrapped(f"{said}: {_clean(str(status.reply))}")
+    if status.before:
+        yield from _wrapped(f"at the last attempt: {_clean(status.before)}")
     if status.will_retry_until is not None:
-        yield f"Will-Retry-Until: {format_datetime(status.will_retry_until)}"
+        yield f"is tried until {format_datetime(status.will_retry_until)}"
 
 
 def _status_code(kind: Kind, reply: Reply | None) -> str:
-    """The enhanced code; the reply's, or, where it gave none, the one that says as much (RFC 3463 3)."""
-    klass = {Kind.FAILED: 5, Kind.DELAYED: 4, Kind.RELAYED: 2}[kind]
-    if reply is None or (kind is Kind.RELAYED and reply.enhanced is None):
-        return f"{klass}.0.0"
-    if reply.enhanced is not None:
+    """The reply's enhanced code; where it has none that fits, the one that says as much (RFC 3463 3)."""
+    classes = _CLASSES[kind]
+    if reply is None or reply.code // 100 not in classes:
+        return f"{classes[0]}.0.0"
+    if reply.enhanced is not None and reply.enhanced.klass == reply.code // 100:
         return str(reply.enhanced)
     return f"{reply.code // 100}.0.0"
 
 
-def _returned(original: bytes) -> bytes:
-    """The original as it may stand in a part: lines within bounds, no NUL, CRLF only."""
-    clean = original.replace(b"\0", b"?").replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-    lines = [line[start : start + LINE_OCTETS] for line in clean.split(b"\n") for start in _starts(line)]
-    return b"\r\n".join(lines)
+def _host(name: str) -> str:
+    """A host with its type, "dns" (RFC 3464 2.1.2); "[192.0.2.1]" where all that is known is its address."""
+    try:
+        return f"dns; {address_literal(name)}"
+    except ValueError:
+        return f"dns; {_clean(name)}"
 
 
-def _starts(line: bytes) -> Sequence[int]:
-    return range(0, len(line), LINE_OCTETS) if line else (0,)
+def _original_recipient(recipient: Recipient, *, is_international: bool) -> str:
+    """ORCPT as it may stand in its field; "" where there is none."""
+    address_type, _, xtext = (recipient.orcpt or "").partition(";")
+    if not xtext or _ADDRESS_TYPE.fullmatch(address_type) is None:
+        return ""
+    original = _clean(_decoded(xtext))
+    if not original.isascii() and not is_international:
+        original = _seven_bit(original)
+    return f"{address_type}; {original}"
 
 
-def _boundary(spool_id: str, returned: bytes) -> str:
+def _address(address: str, *, is_international: bool) -> str:
+    """A recipient with its type (RFC 3464 2.3.2, RFC 6533 3)."""
+    clean = _clean(address)
+    if clean.isascii():
+        return f"rfc822; {clean}"
+    return f"utf-8; {clean if is_international else _seven_bit(clean)}"
+
+
+def _seven_bit(address: str) -> str:
+    """utf-8-addr-xtext, as much of it as a line can hold: the form for a part that is ASCII (RFC 6533 3)."""
+    if "\\x{" in address:  # only in an ORCPT that came in this form, in part at least
+        return "".join(char if char.isascii() else _embedded(char) for char in address)[:_VALUE_OCTETS]
+    return _NOT_QCHAR.sub(lambda match: _embedded(match[0]), address)[:_VALUE_OCTETS]
+
+
+def _embedded(char: str) -> str:
+    return f"\\x{{{ord(char):02X}}}"
+
+
+def _threading(header: bytes) -> Iterable[str]:
+    """What lets a mail program show the notice beside the mail that it is about (RFC 3834 3.1.5)."""
+    message_id = inspect_header(header).message_id or ""
+    if _MESSAGE_ID.fullmatch(message_id) is not None:
+        yield f"In-Reply-To: {message_id}"
+        yield f"References: {message_id}"
+
+
+# The parts ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A part of the report, ready to be sent.
+
+    Attributes:
+        encoding: 7bit, 8bit or quoted-printable.
+    """
+
+    content_type: str
+    description: str
+    encoding: str
+    octets: bytes
+
+    def head(self) -> bytes:
+        """Its own header block."""
+        return (
+            f"Content-Type: {self.content_type}\r\n"
+            f"Content-Description: {self.description}\r\n"
+            f"Content-Transfer-Encoding: {self.encoding}\r\n\r\n"
+        ).encode()
+
+
+def _words_part(lines: Iterable[str]) -> _Part:
+    octets = "\r\n".join(lines).encode()
+    if octets.isascii():
+        return _Part("text/plain; charset=us-ascii", "Notification", "7bit", octets)
+    return _Part("text/plain; charset=utf-8", "Notification", "quoted-printable", _quoted_printable(octets))
+
+
+def _status_part(report: _Report, *, is_international: bool) -> _Part:
+    lines = "".join(f"{line}\r\n" for line in report.fields(is_international=is_international))
+    if lines.isascii() or not is_international:
+        # Addresses have a form for this; whatever else is beyond ASCII here, nobody was allowed to say.
+        return _Part("message/delivery-status", "Delivery report", "7bit", lines.encode("ascii", "replace"))
+    return _Part("message/global-delivery-status", "Delivery report", "8bit", lines.encode())
+
+
+def _returned_part(header: bytes, content: bytes | None, *, is_international: bool, eight_bit: bool) -> _Part:
+    if content is not None and _is_sendable(content) and (eight_bit or content.isascii()):
+        encoding = "7bit" if content.isascii() else "8bit"
+        # "message/global" is for header fields beyond ASCII (RFC 6532 3.7).
+        is_global = is_international and not header.isascii()
+        return _Part("message/global" if is_global else "message/rfc822", "Undelivered message", encoding, content)
+    header = _cut(header)
+    if header.isascii() and _is_sendable(header):
+        return _Part("text/rfc822-headers", "Header of the message", "7bit", header)
+    if is_international and _is_utf8(header) and _is_sendable(header):
+        return _Part("message/global-headers", "Header of the message", "8bit", header)
+    # "If the headers ... require encoding to make them legal 7-bit content, they may be encoded using quoted-printable"
+    # (RFC 6522 4)
+    return _Part("text/rfc822-headers", "Header of the message", "quoted-printable", _quoted_printable(header))
+
+
+def _cut(header: bytes) -> bytes:
+    """As many whole lines of a header block as are returned; what the caller cut in two is left out."""
+    end = header.rfind(b"\r\n", 0, HEADER_OCTETS)
+    return header[: end + 2] if end >= 0 else header[:HEADER_OCTETS]
+
+
+def _is_sendable(octets: bytes) -> bool:
+    """Whether a mail can hold `octets` as they are: CRLF line ends only, lines within bounds, no NUL (RFC 5322 2.3)."""
+    if b"\0" in octets or has_bare_line_end(octets):
+        return False
+    return max(map(len, octets.split(b"\r\n"))) <= LINE_OCTETS
+
+
+def _is_utf8(octets: bytes) -> bool:
+    try:
+        octets.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _quoted_printable(octets: bytes) -> bytes:
+    """RFC 2045 6.7; a CR or LF that stands alone is no line end, and encoded as any other octet."""
+    return b"\r\n".join(b2a_qp(line, istext=False).replace(b"=\n", b"=\r\n") for line in octets.split(b"\r\n"))
+
+
+def _boundary(spool_id: str, parts: Iterable[_Part]) -> str:
+    whole = b"\r\n".join(part.octets for part in parts)
     number = 0
-    while f"--=_{spool_id}.{number}".encode() in returned:
+    while f"--=_{spool_id}.{number}".encode() in whole:
         number += 1
     return f"=_{spool_id}.{number}"
 
 
+# Text of others -----------------------------------------------------------------------------------------------
+
+
 def _decoded(xtext: str) -> str:
-    """Decode xtext (RFC 3461 4)."""
-    return _XTEXT.sub(lambda match: chr(int(match[1], 16)), xtext)
+    """What xtext stands for (RFC 3461 4); itself where it is none."""
+    try:
+        return decode_xtext(xtext)
+    except ValueError:
+        return xtext
 
 
 def _clean(text: str) -> str:
-    """`text` without control octets, as much of it as a line can hold beside a field's name."""
-    return _CONTROL.sub("?", text).encode()[:_FIELD_OCTETS].decode(errors="ignore")
+    """`text` in one line, without control and invisible characters, as much of it as a line can hold."""
+    if not is_visible(text):
+        text = "".join(char if is_visible(char) else "?" for char in text)
+    return text if len(text) * 4 <= _VALUE_OCTETS else text.encode()[:_VALUE_OCTETS].decode(errors="ignore")
 
 
 def _wrapped(text: str) -> Iterable[str]:

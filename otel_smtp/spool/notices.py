@@ -11,10 +11,10 @@ from datetime import UTC, datetime
 from typing import Final, Literal
 
 from otel_smtp.forwarding.base import Relay
-from otel_smtp.smtp.envelope import DsnReturn
+from otel_smtp.smtp import replies
 from otel_smtp.smtp.replies import Reply
+from otel_smtp.spool.bounce import HEADER_OCTETS, Status, envelope, notification, returns_content, wanted
 from otel_smtp.spool.bounce import Kind as NoticeKind
-from otel_smtp.spool.bounce import Status, envelope, notification, wanted
 from otel_smtp.spool.messages import Kind, Lease, NewMessage, SpooledRecipient, new_id
 from otel_smtp.spool.store import Store
 
@@ -67,8 +67,8 @@ class Notices:
             return ()
         now = time.time()
         message_id = new_id()
-        returns_all = lease.mail.ret is DsnReturn.FULL and lease.placement.octets <= RETURNED_CONTENT_OCTETS
-        octets = lease.placement.octets if returns_all else min(lease.header_octets, RETURNED_CONTENT_OCTETS)
+        returns_all = returns_content(kind, lease.mail) and lease.placement.octets <= RETURNED_CONTENT_OCTETS
+        octets = lease.placement.octets if returns_all else min(lease.header_octets, HEADER_OCTETS)
         original = await self._store.content(lease.placement, 0, octets)
         content = notification(
             kind,
@@ -80,6 +80,7 @@ class Notices:
                     remote=remote,
                     last_attempt=_date(now) if remote is not None else None,
                     will_retry_until=_date(retry_until) if retry_until is not None else None,
+                    before=one.last_reply if reply is replies.EXPIRED else "",
                 )
                 for one, reply in asking
             ],
@@ -91,6 +92,7 @@ class Notices:
             now=_date(now),
             message_id=f"<{message_id}@{self._hostname}>",
             trace_id=_trace_id(lease),
+            eight_bit=self._relay.capabilities().eight_bit_mime,
         )
         mail, recipient = envelope(lease.mail, is_ascii=content.isascii())
         destination = self._relay.destination(mail, recipient)

@@ -233,6 +233,22 @@ async def test_the_whole_message_goes_back_where_that_was_asked_for(tmp_path: Pa
         assert b"\r\n\r\nhello\r\n.dot\r\n..\r\n" in upstream.kept[0].content
 
 
+@pytest.mark.parametrize("takes_eight_bit", [True, False])
+async def test_a_bounce_fits_what_the_upstream_takes(tmp_path: Path, takes_eight_bit: bool) -> None:
+    extensions = without() if takes_eight_bit else without("8BITMIME", "SMTPUTF8", "BINARYMIME")
+    async with (
+        ScriptedUpstream(extensions=extensions) as upstream,
+        queueing(tmp_path, settings(upstream)) as queue,
+    ):
+        upstream.verdict = refuse(BOB.address, b"550 5.1.1 unknown\r\n")
+        await queue.take(mail=Mail(MAIL.reverse_path, ret=DsnReturn.FULL), chunks=(HEADER, b"\r\n\xff\r\n"))
+        await queue.empties()
+        (bounce,) = upstream.kept
+        assert (b"BODY=8BITMIME" in bounce.mail) is takes_eight_bit
+        assert (b"\r\n\r\n\xff\r\n" in bounce.content) is takes_eight_bit
+        assert bounce.content.isascii() is not takes_eight_bit
+
+
 @pytest.mark.parametrize(
     ("mail", "recipient", "bounce"),
     [
@@ -301,7 +317,7 @@ async def test_what_is_too_old_goes_back_and_a_warning_goes_before(tmp_path: Pat
     schedule = Schedule((0.02,), max_age_seconds=0.6, warn_after_seconds=0.1)
     async with ScriptedUpstream() as upstream, queueing(tmp_path, settings(upstream), schedule=schedule) as queue:
         upstream.verdict = refuse(BOB.address, b"450 4.2.1 mailbox busy\r\n")
-        await queue.take()
+        await queue.take(mail=Mail(MAIL.reverse_path, ret=DsnReturn.FULL))
         for count in (1, 2):
             while len(upstream.kept) < count:
                 queue.spool.runner.sweep_soon()
@@ -311,6 +327,10 @@ async def test_what_is_too_old_goes_back_and_a_warning_goes_before(tmp_path: Pat
         assert (report_of(warning)[1]["Action"], report_of(warning)[1]["Status"]) == ("delayed", "4.2.1")
         assert "Will-Retry-Until" in report_of(warning)[1]
         assert (report_of(bounce)[1]["Action"], report_of(bounce)[1]["Status"]) == ("failed", "4.4.7")
+        assert report_of(bounce)[1]["Diagnostic-Code"] == "smtp; 450 4.2.1 mailbox busy"  # what it was, at last
+        # RET=FULL speaks of failures alone.
+        assert b"hello" not in warning.content
+        assert b"hello" in bounce.content
         tally = await queue.tally()
         assert tally == {"accepted": 1, "expired": 1, "notified": 2, "notified_delivered": 2}
 
