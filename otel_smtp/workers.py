@@ -235,7 +235,9 @@ class Supervisor:
             self._selector.unregister(worker.ready)
             os.close(worker.ready)
         if self._is_stopping:
-            self._status = self._status or (status if status >= 0 else 1)
+            # A worker that was told before it could listen ends by the signal itself; that is no failure.
+            if -status not in (*_FORWARDED, AT_ONCE):
+                self._status = self._status or (status if status >= 0 else 1)
         elif worker.is_leaving:
             logger.info("worker replaced", extra={"worker": worker.number})
         elif not self._is_announced:
