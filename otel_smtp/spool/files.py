@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
-from otel_smtp.spool.messages import Placement, SpoolError, StorageBroken, StorageFull, new_id
+from otel_smtp.spool.messages import ContentLost, Placement, SpoolError, StorageBroken, StorageFull, new_id
 
 RESERVE_OCTETS: Final = 16 * 1024 * 1024
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -178,16 +178,23 @@ class SpoolDirectory:
         """A part of a content, from `start`.
 
         Raises:
+            ContentLost: it is not there.
             StorageBroken: it cannot be read.
         """
+        wanted = min(octets, placement.octets - start)
         try:
             file = os.open(self._body(placement.file), os.O_RDONLY | os.O_CLOEXEC)
             try:
-                return _read_all(file, placement.offset + start, min(octets, placement.octets - start))
+                found = _read_all(file, placement.offset + start, wanted)
             finally:
                 os.close(file)
+        except FileNotFoundError as error:
+            raise ContentLost(f"a content is gone: {error}") from error
         except OSError as error:
             raise StorageBroken(f"a content cannot be read: {error}") from error
+        if len(found) < wanted:
+            raise ContentLost(f"a content is {wanted - len(found)} octets short")
+        return found
 
     def is_intact(self, placement: Placement) -> bool:
         """Whether a content is there and is what was written."""

@@ -36,6 +36,10 @@ class StorageBroken(SpoolError):
     """The disk or the index failed. Nothing is accepted or delivered until the gateway was started anew."""
 
 
+class ContentLost(SpoolError):
+    """A content is not there, or not all of it."""
+
+
 class StaleLease(SpoolError):
     """A result came from somebody who does not own the delivery any more; it is refused."""
 

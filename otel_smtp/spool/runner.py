@@ -25,6 +25,7 @@ from otel_smtp.smtp.replies import EnhancedStatus, ErrorType, Reply
 from otel_smtp.spool.bounce import Kind as NoticeKind
 from otel_smtp.spool.index import Index
 from otel_smtp.spool.messages import (
+    ContentLost,
     Counts,
     End,
     Kind,
@@ -234,7 +235,8 @@ class Runner:
         self._attempts.discard(task)
         self._under_way[destination] -= 1
         self._has_changed = True
-        self._wake.set()
+        if destination in self._has_backlog and self._room(destination) > self._relay.concurrency(destination) // 4:
+            self._wake.set()  # a few at a time: each look into the index costs as much as some deliveries
 
     # One attempt ------------------------------------------------------------------------------------------
 
@@ -244,7 +246,7 @@ class Runner:
             logger.warning("attempted again: the upstream may have it already", extra=_told(lease))
         try:
             verdicts = await self._deliver(lease, content, seen)
-        except _Damaged:
+        except (_Damaged, ContentLost):
             logger.critical("a queued content is damaged; the message is set aside", extra=_told(lease))
             await self._record(lease, lambda index: index.mark_corrupt(lease))
             return
@@ -327,17 +329,23 @@ class Runner:
             lease,
             lambda index: index.finish(lease, verdicts, next_at=next_at, is_possible_duplicate=unknown),
             notices,
+            is_urgent=False,
         )
-        if notices:
+        if notices or waiting:
             self.wake([destination for notice, _ in notices for destination in notice.deliveries])
 
     async def _record(
-        self, lease: Lease, work: Callable[[Index], None], notices: Sequence[tuple[NewMessage, bytes]] = ()
+        self,
+        lease: Lease,
+        work: Callable[[Index], None],
+        notices: Sequence[tuple[NewMessage, bytes]] = (),
+        *,
+        is_urgent: bool = True,
     ) -> None:
         """Record a result, as often as it takes: an attempt whose result is not recorded will be made again."""
         while True:
             try:
-                await self._store.record(work, notices)
+                await self._store.record(work, notices, is_urgent=is_urgent)
             except StaleLease as error:
                 logger.error("a result came too late", extra={**_told(lease), "fault": str(error)})
             except StorageBroken as error:

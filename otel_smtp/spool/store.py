@@ -31,6 +31,7 @@ from otel_smtp.spool.messages import Lease, NewMessage, Placement, SpoolError, S
 logger: Final = logging.getLogger("otel_smtp.spool.store")
 
 GROUP_MOST: Final = 256  # jobs that share a commit: beyond, the first would wait for the last
+GATHER_SECONDS: Final = 0.005  # a delivery's result waits so long for a message that comes in, to share its sync
 GROUP_OCTETS: Final = 4 * 1024 * 1024  # of contents that share a file
 DEFAULT_MOST_MESSAGES: Final = 100_000  # Postfix's operators saw directories of more become slow
 DEFAULT_LEAST_FREE_OCTETS: Final = 40 * 1024 * 1024  # 1.5 times the largest message, as Postfix asks before MAIL
@@ -121,8 +122,18 @@ class Store(Protocol):
         """
         ...
 
-    async def record(self, work: Callable[[Index], T], notices: Sequence[tuple[NewMessage, bytes]] = ()) -> T:
-        """Record a result, together with the messages that tell of it: all or nothing. The reserve is for this."""
+    async def record(
+        self,
+        work: Callable[[Index], T],
+        notices: Sequence[tuple[NewMessage, bytes]] = (),
+        *,
+        is_urgent: bool = True,
+    ) -> T:
+        """Record a result, together with the messages that tell of it: all or nothing. The reserve is for this.
+
+        Args:
+            is_urgent: False: it may wait a moment for others to share its sync.
+        """
         ...
 
     async def content(self, placement: Placement, start: int, octets: int) -> bytes:
@@ -173,6 +184,7 @@ class SpoolStore:
         self._room_checked_at = 0.0
         self._has_room = True
         self._messages = 0
+        self._nudge: asyncio.TimerHandle | None = None  # wakes the thread for what is not urgent
 
     @property
     def owner(self) -> str:
@@ -265,13 +277,19 @@ class SpoolStore:
             return None
         try:
             return self.directory.read(lease.placement, 0, lease.placement.octets)
-        except StorageBroken:  # whoever needs it will see for themselves, and say so
+        except SpoolError:  # whoever needs it will see for themselves, and say so
             return None
 
-    async def record(self, work: Callable[[Index], T], notices: Sequence[tuple[NewMessage, bytes]] = ()) -> T:
+    async def record(
+        self,
+        work: Callable[[Index], T],
+        notices: Sequence[tuple[NewMessage, bytes]] = (),
+        *,
+        is_urgent: bool = True,
+    ) -> T:
         """See `Store.record`."""
         if not notices:
-            return await self._do(lambda index, _: work(index), is_result=True)
+            return await self._do(lambda index, _: work(index), is_result=True, is_urgent=is_urgent)
 
         def both(index: Index, placement: Placement | None) -> T:
             assert placement is not None
@@ -305,6 +323,7 @@ class SpoolStore:
         contents: Sequence[bytes] | None = None,
         file: tuple[Path, int, bytes] | None = None,
         is_result: bool = False,
+        is_urgent: bool = True,
     ) -> T:
         if self._fault is not None:
             raise self._fault
@@ -313,7 +332,10 @@ class SpoolStore:
         assert self._loop is not None
         job = _Job(apply, self._loop.create_future(), contents=contents, file=file, is_result=is_result)
         self._jobs.append(job)
-        self._there_is_work.set()
+        if is_urgent or self._is_stopping:
+            self._there_is_work.set()
+        elif self._nudge is None or self._nudge.when() < self._loop.time():
+            self._nudge = self._loop.call_later(GATHER_SECONDS, self._there_is_work.set)
         # A job that was begun ends, whoever waits: its outcome is on disk.
         return await asyncio.shield(job.waiter)
 
@@ -447,9 +469,11 @@ class SpoolStore:
             for job in jobs:
                 job.outcome = fault
         self.directory.remove(files)
-        self.directory.remove(
-            job.placement.file for job in jobs if job.has_failed and job.file is not None and job.placement is not None
-        )
+        if self._fault is None:
+            # With a fault nobody knows: what could not be synced may stand in the index after the next start.
+            needed = {job.placement.file for job in jobs if job.placement is not None and not job.has_failed}
+            left = {job.placement.file for job in jobs if job.placement is not None and job.has_failed}
+            self.directory.remove(left - needed)
 
     def _roll_back(self, index: Index) -> None:
         try:

@@ -15,12 +15,12 @@ from tests.bench.measure import Bench
 from tests.bench.targets import gateway, peers
 from tests.bench.targets.base import Target
 
-HEADLINE: Final = Cell(10, 1 * KIB)
+HEADLINE: Final = Cell(10, 10 * KIB)
 MANY: Final = Cell(50, 10 * KIB)
 STANDARD: Final = (
     HEADLINE,
     Cell(1, 10 * KIB),
-    Cell(10, 10 * KIB),
+    Cell(10, 1 * KIB),
     MANY,
     Cell(10, 10 * KIB, keeps_connections=False),
     Cell(10, 100 * KIB),
@@ -41,6 +41,8 @@ TARGETS: Final = (
     gateway.GATEWAY_BUFFERED_TRACED,
     gateway.GATEWAY_TWO,
     gateway.GATEWAY_TWO_TRACED,
+    gateway.GATEWAY_QUEUE,
+    gateway.GATEWAY_QUEUE_TRACED,
     peers.AIOSMTPD,
     peers.AIOSMTPD_TRACED,
     peers.NODEMAILER,
@@ -59,6 +61,10 @@ def main() -> int:
     if options.only:
         chosen = tuple(target for target in chosen if any(part in target.name for part in options.only))
     cells = (HEADLINE,) if options.quick or options.headline else EVERY if options.every_cell else STANDARD
+    if options.durable:
+        chosen = tuple(target for target in TARGETS if "queue" in target.name)
+        cells = tuple(Cell(sessions, 10 * KIB) for sessions in (1, 10, 50))
+        options.loads = True
     rounds = options.rounds or (1 if options.quick else 5)
     seconds = options.seconds or (0.3 if options.quick else 1.0)
     cache = Path(tempfile.gettempdir()) / f"otel-smtp-bench-{os.getuid()}"
@@ -68,11 +74,12 @@ def main() -> int:
         Path(directory).chmod(0o755)
         with Bench(Path(directory), cache, lambda text: print(text, file=sys.stderr, flush=True)) as bench:
             bench.load_rounds(chosen, cells, rounds=rounds, seconds=seconds)
-            resting = _among(RESTING, chosen)
+            resting = _among(RESTING, chosen) if not options.loads else []
             bench.cold_start(resting, rounds=2 if options.quick else 5)
             bench.idle_memory(resting, connections=200 if options.quick else 4900)
-            bench.large_mails(_among((gateway.GATEWAY_TRACED,), chosen), mails=4 if options.quick else 100)
-            if not options.quick:
+            if not options.loads:
+                bench.large_mails(_among((gateway.GATEWAY_TRACED,), chosen), mails=4 if options.quick else 100)
+            if not options.quick and not options.loads:
                 bench.second_opinion(
                     _among((gateway.GATEWAY_OFF, gateway.GATEWAY_TRACED, peers.AIOSMTPD), chosen), rounds=3
                 )
@@ -97,6 +104,8 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--headline", action="store_true", help=f"one load only: {HEADLINE}")
     parser.add_argument("--every-cell", action="store_true", help=f"all {len(EVERY)} loads instead of {len(STANDARD)}")
+    parser.add_argument("--durable", action="store_true", help="queues only, at 1, 10 and 50 sessions")
+    parser.add_argument("--loads", action="store_true", help="loads only: no cold start, no memory, no second opinion")
     parser.add_argument("--only", metavar="TEXT", action="append", help="relays whose name holds TEXT; repeatable")
     parser.add_argument("--rounds", type=int, help="rounds of each load (default 5)")
     parser.add_argument("--seconds", type=float, help="seconds of one run (default 1)")

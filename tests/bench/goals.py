@@ -10,6 +10,7 @@ TRACED = gateway.GATEWAY_TRACED.name
 OFF = gateway.GATEWAY_OFF.name
 SAMPLED = gateway.GATEWAY_SAMPLED.name
 TWO = gateway.GATEWAY_TWO.name
+QUEUE = gateway.GATEWAY_QUEUE.name
 AIOSMTPD = peers.AIOSMTPD.name
 AIOSMTPD_TRACED = peers.AIOSMTPD_TRACED.name
 NODEMAILER = peers.NODEMAILER.name
@@ -56,6 +57,7 @@ def goals(results: Results, cell: Cell, many: Cell) -> Iterator[Goal]:
     )
     yield at_least("messages/s, sampled to nothing : tracing off", SAMPLED, OFF, 0.95)
     yield at_least("messages/s, 2 workers : 1 (tracing off)", TWO, OFF, 1.7, many)
+    yield at_least("durable messages/s, queue : Postfix queue", QUEUE, POSTFIX_QUEUE, 5)
     idle = results.idle_octets.get(TRACED)
     yield Goal(
         "memory of an idle connection, fully traced",

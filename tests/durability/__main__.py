@@ -35,7 +35,7 @@ def main() -> int:
             for call, error in CALLS:
                 for when in range(1, arguments.most + 1):
                     outcome = inject(call, error, when, directory / f"{call}-{error}-{when}")
-                    is_wrong |= bool(outcome.lost) or not outcome.survived
+                    is_wrong |= bool(outcome.lost) or outcome.is_damaged or not outcome.survived
                     print(f"{call} {error} at call {when}: {outcome.told()}", flush=True)
             return int(is_wrong)
         case _:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from tests.durability.killing import queue_command
+from tests.durability.killing import is_empty, queue_command
 from tests.durability.upstream import CountingUpstream
 from tests.support.process import GatewayProcess, gateway, until
 from tests.support.tools import tool
@@ -40,12 +40,14 @@ class Outcome:
     survived: bool = True
     log: str = ""
     lost: set[str] = field(default_factory=set)
+    is_damaged: bool = False  # the next start missed something
 
     def told(self) -> str:
         """One line."""
         if not self.started:
             return "refused to start"
-        return f"replies {self.replies}, {'alive' if self.survived else 'DEAD'}, {len(self.lost)} lost"
+        state = "alive" if self.survived else "DEAD"
+        return f"replies {self.replies}, {state}, {len(self.lost)} lost{', DAMAGED' if self.is_damaged else ''}"
 
 
 def _closed_port() -> int:
@@ -110,11 +112,9 @@ def _deliver_what_is_left(outcome: Outcome, spool: Path, directory: Path) -> Non
         upstream.is_willing = True
         with gateway(settings_of(spool, upstream.port), directory) as again:
             queue_command(spool, "release", "--all")
-            until(
-                lambda: not queue_command(spool, "list", "--json") or None, "everything is delivered",
-                timeout_seconds=60,
-            )  # fmt: skip
+            until(lambda: is_empty(spool) or None, "everything is delivered", timeout_seconds=60)
             again.stop()
+            outcome.is_damaged = "its content is missing" in again.stderr
         outcome.lost = {one for one in outcome.accepted if not upstream.taken[one]}
 
 

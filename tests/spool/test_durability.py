@@ -64,13 +64,20 @@ def test_a_process_that_is_killed_loses_nothing_that_it_answered_250(tmp_path: P
 @pytest.mark.parametrize(
     ("call", "error", "when"),
     # In the thread of the spool: the content's first sync, a directory's, and a write into the index's log.
-    [("fdatasync", "EIO", 1), ("rename", "EIO", 2), ("fsync", "EIO", 3), ("pwrite64", "ENOSPC", 12)],
+    [
+        ("fdatasync", "EIO", 1),
+        ("fdatasync", "EIO", 10),
+        ("rename", "EIO", 2),
+        ("fsync", "EIO", 3),
+        ("pwrite64", "ENOSPC", 12),
+    ],
 )
 def test_a_disk_that_fails_is_never_250(tmp_path: Path, call: str, error: str, when: int) -> None:
     outcome = inject(call, error, when, tmp_path / "run")
     assert outcome.started
     assert outcome.survived
     assert outcome.lost == set()
+    assert not outcome.is_damaged
     if error == "EIO":
         # From the fault on nothing is taken, and the log says why.
         refused = outcome.replies.index(451)

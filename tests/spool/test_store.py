@@ -11,6 +11,7 @@ from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Body, DsnReturn, Mail, Notify, Recipient
 from otel_smtp.spool.files import SpoolDirectory
 from otel_smtp.spool.messages import (
+    ContentLost,
     DeliveryState,
     End,
     Kind,
@@ -207,6 +208,10 @@ async def test_a_missing_content_is_an_alarm_and_never_a_delivery(store: SpoolSt
     assert (await after.open()).lost == [lost]
     assert await leased(after) == []
     assert (await after.apply(lambda index: index.counts(time.time()))).corrupt == 1
+    (shown,) = await after.apply(lambda index: index.page("", 2))
+    placement, _ = await after.apply(lambda index: index.placement(shown.id))
+    with pytest.raises(ContentLost):
+        await after.content(placement, 0, 10)
     await after.close()
 
 

@@ -67,17 +67,24 @@ def _hide_uvloop(directory: Path) -> Path:
 
 
 def _gateway(
-    name: str, environment: Mapping[str, str], *, traced: bool = False, without_uvloop: bool = False
+    name: str,
+    environment: Mapping[str, str],
+    *,
+    traced: bool = False,
+    without_uvloop: bool = False,
+    is_durable: bool = False,
 ) -> Target:
     def begin(place: Place) -> Running:
         traces = collector(place.collector_port) if "OTEL_SDK_DISABLED" not in environment else {}
-        return start(place, {**traces, **environment}, without_uvloop=without_uvloop)
+        spool = {"OTELSMTP_SPOOL__DIRECTORY": str(place.directory / "spool")} if is_durable else {}
+        return start(place, {**traces, **spool, **environment}, without_uvloop=without_uvloop)
 
-    return Target(name, begin, exports_spans=traced)
+    return Target(name, begin, exports_spans=traced, answers_before_delivery=is_durable)
 
 
 _BUFFERED = {"OTELSMTP_DELIVERY__STRATEGY": "buffered"}
 _TWO = {"OTELSMTP_WORKERS": "2"}
+_QUEUE = {"OTELSMTP_DELIVERY__MODE": "queue"}
 
 GATEWAY_OFF = _gateway("gateway, tracing off", TRACING_OFF)
 GATEWAY_SAMPLED = _gateway("gateway, sampled to nothing", SAMPLED_TO_NOTHING)
@@ -87,3 +94,5 @@ GATEWAY_BUFFERED = _gateway("gateway, buffered, tracing off", {**TRACING_OFF, **
 GATEWAY_BUFFERED_TRACED = _gateway("gateway, buffered, all exported", _BUFFERED, traced=True)
 GATEWAY_TWO = _gateway("gateway, 2 workers, tracing off", {**TRACING_OFF, **_TWO})
 GATEWAY_TWO_TRACED = _gateway("gateway, 2 workers, all exported", _TWO, traced=True)
+GATEWAY_QUEUE = _gateway("gateway, queue, tracing off", {**TRACING_OFF, **_QUEUE}, is_durable=True)
+GATEWAY_QUEUE_TRACED = _gateway("gateway, queue, all exported", _QUEUE, traced=True, is_durable=True)
