@@ -28,14 +28,52 @@ DEFAULT_MAX_AGE_SECONDS: Final = 5 * 86400.0
 
 @queue.command("list")
 def list_(context: typer.Context, spool: SpoolOption = None, as_json: JsonOption = False) -> None:
-    """List what is queued, the oldest first."""
-    _show_rows(context, spool, {"command": "list"}, as_json=as_json, draw="listing")
+    """List what is queued, the oldest first, and why it is still there."""
+
+    async def work(answers: AsyncIterator[Any]) -> None:
+        if as_json:
+            async for answer in answers:
+                _print_row(answer, as_json=True)
+            return
+        from rich.console import Console
+
+        from otel_smtp.terminal.queue import Listing
+
+        console = Console(highlight=False)
+        listing = Listing(width=console.width if console.is_terminal else None)
+        lines = listing.heading()
+        async for answer in answers:
+            for line in (*lines, *listing.lines(answer)):
+                console.print(line, soft_wrap=not console.is_terminal)
+            lines = ()
+        for line in listing.summary():
+            console.print(line, soft_wrap=not console.is_terminal)
+
+    _do(context, spool, {"command": "list"}, work)
 
 
 @queue.command()
-def shape(context: typer.Context, spool: SpoolOption = None) -> None:
-    """Show how old the mail for each recipient domain is."""
-    _show_rows(context, spool, {"command": "list"}, as_json=False, draw="shape")
+def shape(
+    context: typer.Context,
+    by: Annotated[str, typer.Option("--by", metavar="domain|sender|reason", help="What to count by.")] = "domain",
+    spool: SpoolOption = None,
+) -> None:
+    """Show how old the mail is: for each recipient domain, for each sender's, or for each reason to wait."""
+    from rich.console import Console
+
+    from otel_smtp.terminal.queue import Grouping, Shape
+
+    if by not in list(Grouping):
+        typer.echo(f"otel-smtp queue shape: --by {by}: allowed: {', '.join(Grouping)}", err=True)
+        raise typer.Exit(WRONG)
+    drawn = Shape(Grouping(by))
+
+    async def work(answers: AsyncIterator[Any]) -> None:
+        async for answer in answers:
+            drawn.add(answer)
+
+    _do(context, spool, {"command": "list"}, work)
+    Console(highlight=False).print(drawn.table())
 
 
 @queue.command()
@@ -158,24 +196,6 @@ def counts(context: typer.Context, spool: SpoolOption = None) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------
-
-
-def _show_rows(
-    context: typer.Context, spool: Path | None, request: dict[str, Any], *, as_json: bool, draw: str
-) -> None:
-    async def work(answers: AsyncIterator[Any]) -> None:
-        if as_json:
-            async for answer in answers:
-                _print_row(answer, as_json=True)
-            return
-        from rich.console import Console
-
-        from otel_smtp.terminal import queue as drawing
-
-        rows = [answer async for answer in answers]
-        Console(highlight=False).print(getattr(drawing, draw)(rows))
-
-    _do(context, spool, request, work)
 
 
 def _print_row(row: dict[str, Any], *, as_json: bool) -> None:

@@ -61,6 +61,10 @@ def test_with_a_gateway_and_after_it(running: GatewayProcess, tmp_path: Path) ->
     listed = queue(spool, "list").stdout
     assert all(one in listed for one in ids)
     assert "3 messages" in listed
+    assert listed.count("451 4.7.1 later") == 3  # why they wait, and each message in one line for who searches
+    assert len(listed.splitlines()) == 6
+    shape = queue(spool, "shape", "--by", "reason").stdout
+    assert ["451", "4.7.1", "later", "3", "3"] in [line.split() for line in shape.splitlines()]
     assert queue(spool, "hold", ids[0]).stdout == "1 held\n"
     assert f"{ids[0]}!" in queue(spool, "list").stdout
     assert queue(spool, "delete", "-", stdin=f"{ids[1]}\n").stdout == "1 removed\n"
@@ -97,6 +101,7 @@ def test_the_trace_of_a_queued_message_is_told(running: GatewayProcess, tmp_path
         (("hold",), 2, "which messages?"),
         (("delete", "--all"), 2, "add --yes to mean it"),
         (("show", "nothing"), 1, "no message nothing"),
+        (("shape", "--by", "colour"), 2, "allowed: domain, sender, reason"),
         (("hold", "nothing"), 1, "no message nothing"),
     ],
 )
