@@ -44,10 +44,11 @@ from otel_smtp.spool.messages import Counts, DeliveryState, Shown, SpoolError
 from otel_smtp.status.live import LiveView
 from otel_smtp.status.traces import RecentTraces
 from otel_smtp.status.views import QueuedMessage, QueueView, UpstreamView
+from otel_smtp.telemetry.environment import TelemetrySettingError
 from otel_smtp.telemetry.propagation import InboundPolicy
 from otel_smtp.telemetry.records import SpanRecord, SpanSink
 from otel_smtp.telemetry.redaction import Addresses, ClientIp, Redaction
-from otel_smtp.telemetry.setup import TelemetryOptions, TelemetrySettingError, describe_destination, set_up
+from otel_smtp.telemetry.setup import TelemetryOptions, describe_destination, set_up
 from otel_smtp.telemetry.state_events import StateEvents
 from otel_smtp.workers import AT_ONCE, Supervisor, reserve
 

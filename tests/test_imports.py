@@ -97,6 +97,8 @@ ROOMS: Final = {
     "otel_smtp.telemetry": Room(
         ("otel_smtp.observer", *SMTP_TYPES), frozenset({"opentelemetry", "prometheus_client", "structlog", "google"})
     ),
+    # The way to a collector: its libraries are imported by the thread that exports.
+    "otel_smtp.telemetry.collector": Room((), frozenset({"grpc", "httpx", "google", "opentelemetry"})),
     "otel_smtp.telemetry.setup": Room(
         ("otel_smtp.observer", "otel_smtp.telemetry", *SMTP_TYPES),
         frozenset({"opentelemetry"}),

@@ -524,7 +524,7 @@ DROP_REASON: Final = _attribute(
     "smtp.telemetry.drop_reason",
     Type.STRING,
     (On.METRIC,),
-    "always: queue_full, export_failed, shutdown, too_large",
+    "always: queue_full, too_large, export_failed, rejected, shutdown",
     "queue_full",
 )
 

@@ -181,7 +181,7 @@ _Head = Callable[..., bytes]
 
 
 class TraceEncoder:
-    """Encodes the spans of one resource. Belongs to one thread.
+    """Encodes the spans of one resource. `span` belongs to one thread; `request` may be called by another.
 
     Args:
         resource: who we are.

@@ -7,6 +7,7 @@ not run; so they are read here. Without an endpoint nothing is dialled: a defaul
 
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -34,8 +35,20 @@ from opentelemetry.sdk.trace.sampling import (
 
 from otel_smtp.observer import Observer
 from otel_smtp.telemetry.attributes import DEFAULT_SERVICE_NAME
+from otel_smtp.telemetry.collector import Protocol, connect
+from otel_smtp.telemetry.environment import (
+    TelemetrySettingError,
+    batch_settings,
+    collector_settings,
+    flag,
+    has_endpoint,
+    needs_sdk_exporter,
+    protocol_of,
+)
+from otel_smtp.telemetry.exporting import TraceExport
 from otel_smtp.telemetry.logs import AccessLog, StateLogger
 from otel_smtp.telemetry.metrics import ConnectionCounts, Metrics, SpoolCounts
+from otel_smtp.telemetry.otlp import TraceEncoder
 from otel_smtp.telemetry.propagation import InboundPolicy
 from otel_smtp.telemetry.records import SpanSink
 from otel_smtp.telemetry.redaction import Redaction
@@ -56,14 +69,6 @@ _SAMPLERS: Final[Mapping[str, Callable[[float], Sampler]]] = {
 }
 
 
-class TelemetrySettingError(ValueError):
-    """An OTEL_* variable that we can't follow; the message names it, its value and what is allowed."""
-
-    def __init__(self, variable: str, value: str, allowed: str) -> None:
-        super().__init__(f"{variable}={value!r}: allowed is {allowed}")
-        self.variable = variable
-
-
 @dataclass(frozen=True)
 class TelemetryOptions:
     """Our own settings of telemetry (config.md, [telemetry]).
@@ -74,6 +79,8 @@ class TelemetryOptions:
         listeners: take every finished span, also those that are not sampled.
         upstream_connections: connections to upstreams now, for the metrics.
         spool: what is queued now, for the metrics.
+        processors: of the SDK; each takes every recorded span as the SDK would give it, and is shut down at the end.
+        own_encoder: OTLP by `otlp` and `exporting`; by the SDK's exporter else, to compare the two.
     """
 
     version: str = ""
@@ -87,6 +94,8 @@ class TelemetryOptions:
     listeners: Sequence[SpanSink] = ()
     upstream_connections: ConnectionCounts = tuple
     spool: SpoolCounts = lambda: None
+    processors: Sequence[SpanProcessor] = ()
+    own_encoder: bool = True
 
 
 class Telemetry:
@@ -96,11 +105,18 @@ class Telemetry:
         observer: to be told everything. Where OTEL_SDK_DISABLED is true it makes no trace, and counts all the same.
     """
 
-    def __init__(self, metrics: Metrics, tracing: Tracing | None, processors: Sequence["LazyProcessor"]) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        tracing: Tracing | None = None,
+        processors: Sequence[SpanProcessor] = (),
+        export: TraceExport | None = None,
+    ) -> None:
         self.observer: Observer = metrics
         self._metrics = metrics
         self._tracing = tracing
         self._processors = processors
+        self._export = export
 
     def metrics_page(self, accept: str) -> tuple[bytes, str]:
         """The metrics for a scraper that accepts `accept`, and their content type."""
@@ -117,11 +133,13 @@ class Telemetry:
         Returns:
             Whether everything was done in time.
         """
+        ends = time.monotonic() + budget_seconds
         # The SDK's shutdown blocks for up to half a minute on a dead collector; the thread is left behind.
         worker = threading.Thread(target=self._shut_down, name="telemetry-shutdown", daemon=True)
         worker.start()
-        worker.join(budget_seconds)
-        return not worker.is_alive()
+        is_done = self._export is None or self._export.shutdown(budget_seconds)
+        worker.join(max(0.0, ends - time.monotonic()))
+        return is_done and not worker.is_alive()
 
     def _shut_down(self) -> None:
         for processor in self._processors:
@@ -153,14 +171,23 @@ def set_up(options: TelemetryOptions, environ: Mapping[str, str] = os.environ) -
     Raises:
         TelemetrySettingError: an OTEL_* variable has a value that can't be followed.
     """
-    if _flag(environ, OTEL_SDK_DISABLED):
-        return Telemetry(Metrics(Observer(), connections=options.upstream_connections, spool=options.spool), None, ())
+    if flag(environ, OTEL_SDK_DISABLED):
+        return Telemetry(Metrics(Observer(), connections=options.upstream_connections, spool=options.spool))
     resource = resource_of(environ)
-    processors = [LazyProcessor(make) for make in _span_processors(environ)]
+    wanted = _wanted_exporters(environ)
+    processors = [*options.processors]
+    export: TraceExport | None = None
+    if "console" in wanted:
+        processors.append(LazyProcessor(lambda: SimpleSpanProcessor(ConsoleSpanExporter())))
+    if "otlp" in wanted and options.own_encoder and not needs_sdk_exporter(environ):
+        export = _trace_export(environ, resource, options.version)
+    elif "otlp" in wanted:
+        make_exporter = _sdk_exporter(environ)
+        processors.append(LazyProcessor(lambda: BatchSpanProcessor(make_exporter())))
     access_log = AccessLog()
     listeners = [*options.listeners, *([access_log] if options.access_log and access_log.is_wanted() else [])]
     tracing = Tracing(
-        sinks=[SdkSpans(processor, resource, options.version) for processor in processors],
+        sinks=[*([export] if export else []), *(SdkSpans(made, resource, options.version) for made in processors)],
         listeners=listeners,
         sampler=sampler_of(environ),
         redaction=options.redaction,
@@ -171,8 +198,19 @@ def set_up(options: TelemetryOptions, environ: Mapping[str, str] = os.environ) -
         segment_age_seconds=options.segment_age_seconds,
         probes=options.probes,
     )
-    return Telemetry(
-        Metrics(tracing, connections=options.upstream_connections, spool=options.spool), tracing, processors
+    metrics = Metrics(
+        tracing,
+        connections=options.upstream_connections,
+        spool=options.spool,
+        dropped=export.dropped if export is not None else tuple,
+    )
+    return Telemetry(metrics, tracing, processors, export)
+
+
+def _trace_export(environ: Mapping[str, str], resource: Resource, version: str) -> TraceExport:
+    settings = collector_settings(environ, version)
+    return TraceExport(
+        TraceEncoder(resource, version), lambda: connect(settings), batch_settings(environ), address=settings.address
     )
 
 
@@ -209,46 +247,19 @@ def sampler_of(environ: Mapping[str, str]) -> Sampler:
         raise TelemetrySettingError(OTEL_TRACES_SAMPLER_ARG, argument, "a number from 0 to 1") from None
 
 
-def _span_processors(environ: Mapping[str, str]) -> list[Callable[[], SpanProcessor]]:
-    has_endpoint = any(environ.get(name) for name in (OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_EXPORTER_OTLP_TRACES_ENDPOINT))
-    wanted = environ.get(OTEL_TRACES_EXPORTER, "").strip() or ("otlp" if has_endpoint else "none")
-    makers: list[Callable[[], SpanProcessor]] = []
-    for exporter in [part.strip() for part in wanted.split(",") if part.strip()]:
-        match exporter:
-            case "none":
-                pass
-            case "console":
-                makers.append(lambda: SimpleSpanProcessor(ConsoleSpanExporter()))
-            case "otlp":
-                makers.append(_batching(_otlp_exporter(environ)))
-            case _:
-                raise TelemetrySettingError(OTEL_TRACES_EXPORTER, wanted, "none, console, otlp, or a list of them")
-    return makers
+def _wanted_exporters(environ: Mapping[str, str]) -> list[str]:
+    wanted = environ.get(OTEL_TRACES_EXPORTER, "").strip() or ("otlp" if has_endpoint(environ) else "none")
+    exporters = [part.strip() for part in wanted.split(",") if part.strip()]
+    if not {*exporters} <= {"none", "console", "otlp"}:
+        raise TelemetrySettingError(OTEL_TRACES_EXPORTER, wanted, "none, console, otlp, or a list of them")
+    return exporters
 
 
-def _batching(make_exporter: Callable[[], SpanExporter]) -> Callable[[], SpanProcessor]:
-    return lambda: BatchSpanProcessor(make_exporter())
+def _sdk_exporter(environ: Mapping[str, str]) -> Callable[[], SpanExporter]:
+    if protocol_of(environ) is Protocol.GRPC:
+        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as GrpcSpanExporter
 
-
-def _otlp_exporter(environ: Mapping[str, str]) -> Callable[[], SpanExporter]:
-    for variable in (OTEL_EXPORTER_OTLP_TRACES_PROTOCOL, OTEL_EXPORTER_OTLP_PROTOCOL):
-        protocol = environ.get(variable, "").strip()
-        if protocol == "grpc":
-            # On demand: 148 ms and 19 MB that the default does not need.
-            from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as GrpcSpanExporter
-
-            return GrpcSpanExporter
-        if protocol == "http/protobuf":
-            break
-        if protocol:
-            raise TelemetrySettingError(variable, protocol, "http/protobuf, grpc")
+        return GrpcSpanExporter
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
     return OTLPSpanExporter
-
-
-def _flag(environ: Mapping[str, str], variable: str) -> bool:
-    value = environ.get(variable, "").strip().lower()
-    if value not in ("", "true", "false"):
-        raise TelemetrySettingError(variable, value, "true, false")
-    return value == "true"

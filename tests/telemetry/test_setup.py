@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from otel_smtp.telemetry.environment import TelemetrySettingError
 from otel_smtp.telemetry.setup import (
     Telemetry,
     TelemetryOptions,
-    TelemetrySettingError,
     describe_destination,
     set_up,
 )

@@ -1,0 +1,310 @@
+"""The collector: how a batch of spans gets to it over http/protobuf or grpc, and what its answer means.
+
+A collector is somebody else's program at the end of a network. Its answer may never come, never end, be nonsense, or
+send us elsewhere: so what is read of it is bounded in octets and in time, redirects are not followed (they would take
+the operator's headers, and with them a key, to another host), and what cannot be read is taken for no more than the
+status that came with it.
+
+The libraries are imported by whoever makes a collector, which is the exporting thread: neither is needed to relay mail.
+"""
+
+import email.utils
+import gzip
+import time
+import zlib
+from dataclasses import dataclass, field
+from enum import Enum, StrEnum, auto
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Protocol as Interface
+from urllib.parse import urlsplit
+
+from otel_smtp.telemetry.redaction import clean
+
+if TYPE_CHECKING:
+    import ssl
+
+    import grpc
+    import httpx
+
+MAX_REPLY_OCTETS: Final = 64 * 1024  # a count and a line of text are a hundred octets
+# OTLP/HTTP, "Retryable Response Codes".
+_RETRYABLE_STATUSES: Final = frozenset({429, 502, 503, 504})
+# OTLP/gRPC, "Failures"; RESOURCE_EXHAUSTED only with a RetryInfo.
+_RETRYABLE_CODES: Final = frozenset(
+    {"CANCELLED", "DEADLINE_EXCEEDED", "ABORTED", "OUT_OF_RANGE", "UNAVAILABLE", "DATA_LOSS"}
+)
+_EXPORT: Final = "/opentelemetry.proto.collector.trace.v1.TraceService/Export"
+# What collectors answer where all is well: nothing, or a partial success of which every field is zero.
+_ALL_TAKEN: Final = (b"", b"\x0a\x00")
+# An idle connection is kept over some batches: a TLS handshake for each would cost more than the batch.
+_KEEP_ALIVE_SECONDS: Final = 60.0
+
+
+class Protocol(StrEnum):
+    """What OTLP is spoken over: OTEL_EXPORTER_OTLP_PROTOCOL."""
+
+    HTTP = "http/protobuf"
+    GRPC = "grpc"
+
+
+class Compression(StrEnum):
+    """OTEL_EXPORTER_OTLP_COMPRESSION."""
+
+    NONE = "none"
+    GZIP = "gzip"
+    DEFLATE = "deflate"
+
+
+@dataclass(frozen=True, slots=True)
+class CollectorSettings:
+    """How to reach a collector.
+
+    Attributes:
+        endpoint: over http/protobuf the whole URL; over grpc a URL or host and port.
+        is_insecure: grpc without TLS; over http the URL says it.
+        headers: sent with each batch; they may hold a key.
+        certificate, client_key, client_certificate: paths of PEM files; empty: the system's authorities, no client
+            certificate.
+    """
+
+    endpoint: str
+    protocol: Protocol = Protocol.HTTP
+    is_insecure: bool = True
+    headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    compression: Compression = Compression.NONE
+    certificate: str = ""
+    client_key: str = ""
+    client_certificate: str = ""
+    user_agent: str = "otel-smtp"
+
+    @property
+    def address(self) -> str:
+        """Host and port, as they may be shown: a URL can hold a password or a key."""
+        return urlsplit(self.endpoint).netloc.rpartition("@")[2] or self.endpoint
+
+
+class Verdict(Enum):
+    """What became of a batch."""
+
+    TAKEN = auto()
+    AGAIN = auto()  # not taken, but it may be if it is sent again
+    REJECTED = auto()  # not taken, and never will be
+
+
+class Answer(NamedTuple):
+    """A collector's answer, or what came instead of one.
+
+    Attributes:
+        why: status, error class: a word for the log; empty where all was taken.
+        retry_after_seconds: when to come again, if it said.
+        rejected: so many spans of a batch that was taken were not.
+    """
+
+    verdict: Verdict
+    why: str = ""
+    retry_after_seconds: float | None = None
+    rejected: int = 0
+
+
+class Collector(Interface):
+    """Takes batches; belongs to one thread."""
+
+    def send(self, request: bytes, timeout_seconds: float) -> Answer:
+        """Send an encoded `ExportTraceServiceRequest` and wait for the answer. Raises nothing that the network does."""
+        ...
+
+    def close(self) -> None:
+        """Close the connection."""
+        ...
+
+
+def connect(settings: CollectorSettings) -> Collector:
+    """The collector that `settings` name; nothing is dialled yet.
+
+    Raises:
+        OSError: a certificate or key cannot be read or used.
+    """
+    return GrpcCollector(settings) if settings.protocol is Protocol.GRPC else HttpCollector(settings)
+
+
+class HttpCollector:
+    """OTLP over http/protobuf."""
+
+    def __init__(self, settings: CollectorSettings) -> None:
+        import httpx
+
+        self._url = settings.endpoint
+        self._compression = settings.compression
+        self._headers = {
+            "user-agent": settings.user_agent,
+            "content-type": "application/x-protobuf",
+            # A reply that is small needs no compression, and one that is not could be a bomb.
+            "accept-encoding": "identity",
+            **({} if settings.compression is Compression.NONE else {"content-encoding": settings.compression.value}),
+            **dict(settings.headers),
+        }
+        self._errors = (httpx.HTTPError, httpx.InvalidURL, OSError)
+        self._client = httpx.Client(
+            verify=_tls(settings) if self._url.startswith("https:") else False,
+            limits=httpx.Limits(max_connections=1, keepalive_expiry=_KEEP_ALIVE_SECONDS),
+            follow_redirects=False,
+        )
+
+    def send(self, request: bytes, timeout_seconds: float) -> Answer:
+        """Post it."""
+        deadline = time.monotonic() + timeout_seconds
+        body = _compressed(request, self._compression)
+        try:
+            with self._client.stream(
+                "POST", self._url, content=body, headers=self._headers, timeout=timeout_seconds
+            ) as response:
+                reply = _bounded(response, deadline) if response.is_success else b""
+        except self._errors as error:
+            return Answer(Verdict.AGAIN, type(error).__name__)
+        if response.is_success:
+            return _taken(reply)
+        why = str(response.status_code)
+        if response.status_code in _RETRYABLE_STATUSES:
+            return Answer(Verdict.AGAIN, why, retry_after_seconds(response.headers.get("retry-after", "")))
+        return Answer(Verdict.REJECTED, why)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._client.close()
+
+
+class GrpcCollector:
+    """OTLP over grpc. The messages are octets here already, so nothing is serialized."""
+
+    def __init__(self, settings: CollectorSettings) -> None:
+        # On demand: 70 ms and 16 MiB that http/protobuf does not need.
+        import grpc
+
+        self._rpc_error = grpc.RpcError
+        target = urlsplit(settings.endpoint).netloc or settings.endpoint
+        compression = grpc.Compression[
+            {Compression.NONE: "NoCompression", Compression.GZIP: "Gzip", Compression.DEFLATE: "Deflate"}[
+                settings.compression
+            ]
+        ]
+        options = (
+            ("grpc.primary_user_agent", settings.user_agent),
+            ("grpc.max_receive_message_length", MAX_REPLY_OCTETS),
+            # By default it waits up to two minutes before it dials again a collector that has long come back.
+            ("grpc.max_reconnect_backoff_ms", 5000),
+        )
+        if settings.is_insecure:
+            self._channel = grpc.insecure_channel(target, options=options, compression=compression)
+        else:
+            self._channel = grpc.secure_channel(
+                target, _grpc_credentials(settings), options=options, compression=compression
+            )
+        self._metadata = tuple((name.lower(), value) for name, value in settings.headers)
+        self._export: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(_EXPORT)
+
+    def send(self, request: bytes, timeout_seconds: float) -> Answer:
+        """Call Export."""
+        try:
+            reply = self._export(request, timeout=timeout_seconds, metadata=self._metadata)
+        except self._rpc_error as error:
+            return self._failed(error)
+        return _taken(reply)
+
+    @staticmethod
+    def _failed(error: "grpc.RpcError") -> Answer:
+        # What a call raises is also the call, which knows how it ended.
+        code: str = error.code().name
+        details = [told.value for told in error.trailing_metadata() or () if told.key == "grpc-status-details-bin"]
+        delay = _retry_delay(details[0]) if details else None
+        is_retryable = code in _RETRYABLE_CODES or (code == "RESOURCE_EXHAUSTED" and delay is not None)
+        return Answer(Verdict.AGAIN if is_retryable else Verdict.REJECTED, code, delay)
+
+    def close(self) -> None:
+        """Close the channel."""
+        self._channel.close()
+
+
+def _tls(settings: CollectorSettings) -> "ssl.SSLContext":
+    import ssl
+
+    context = ssl.create_default_context(cafile=settings.certificate or None)
+    if settings.client_certificate:
+        context.load_cert_chain(settings.client_certificate, settings.client_key or None)
+    return context
+
+
+def _grpc_credentials(settings: CollectorSettings) -> "grpc.ChannelCredentials":
+    import grpc
+
+    def read(path: str) -> bytes | None:
+        return Path(path).read_bytes() if path else None
+
+    return grpc.ssl_channel_credentials(
+        read(settings.certificate), read(settings.client_key), read(settings.client_certificate)
+    )
+
+
+def _compressed(request: bytes, compression: Compression) -> bytes:
+    # The lowest level: it finds what there is to find in attributes that repeat, and costs a fifth of the default.
+    match compression:
+        case Compression.GZIP:
+            return gzip.compress(request, 1)
+        case Compression.DEFLATE:
+            return zlib.compress(request, 1)
+        case _:
+            return request
+
+
+def _bounded(response: "httpx.Response", deadline: float) -> bytes:
+    """The reply's body; nothing where there is more than we read, or it does not come."""
+    body = bytearray()
+    for chunk in response.iter_raw():
+        body += chunk
+        # A timeout of the library is for each read: one octet every nine seconds would keep us for ever.
+        if len(body) > MAX_REPLY_OCTETS or time.monotonic() > deadline:
+            return b""
+    return bytes(body)
+
+
+def _taken(reply: bytes) -> Answer:
+    """The answer that an `ExportTraceServiceResponse` gives: all taken, or not all (OTLP, "Partial Success")."""
+    if reply in _ALL_TAKEN:
+        return Answer(Verdict.TAKEN)
+    from google.protobuf.message import DecodeError
+    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
+
+    try:
+        partial = ExportTraceServiceResponse.FromString(reply).partial_success
+    except DecodeError:
+        return Answer(Verdict.TAKEN)  # it said so, by its status
+    return Answer(Verdict.TAKEN, clean(partial.error_message), rejected=max(0, partial.rejected_spans))
+
+
+def retry_after_seconds(value: str) -> float | None:
+    """What a Retry-After field says (RFC 9110 10.2.3): seconds, or a date; None where it says neither."""
+    value = value.strip()
+    if value.isascii() and value.isdecimal():
+        return float(value)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except (ValueError, OverflowError):
+        return None
+
+
+def _retry_delay(details: bytes | str) -> float | None:
+    """What a google.rpc.Status says about coming again, in its RetryInfo (OTLP/gRPC, "Throttling")."""
+    if not isinstance(details, bytes):
+        return None
+    from google.protobuf.message import DecodeError
+    from google.rpc.error_details_pb2 import RetryInfo  # type: ignore[import-untyped]
+    from google.rpc.status_pb2 import Status  # type: ignore[import-untyped]
+
+    try:
+        for detail in Status.FromString(details).details:
+            info = RetryInfo()
+            if detail.Unpack(info):
+                return float(max(0, info.retry_delay.ToNanoseconds()) / 1e9)
+    except DecodeError:
+        pass
+    return None
