@@ -13,6 +13,7 @@ from typing import Any, Final
 import pytest
 from aiosmtpd.handlers import Message as MessageHandler
 from aiosmtpd.smtp import SMTP
+from flufl.bounce import all_failures
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -640,6 +641,25 @@ class Keeping(MessageHandler):
 
     def handle_message(self, message: Message) -> None:
         """Nothing more: it is kept as it came."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "statuses", "waiting", "failed"),
+    [
+        (Kind.FAILED, [Status(BOB, REFUSED), Status(Recipient("carol@x.example"), replies.EXPIRED)], 0, 2),
+        (Kind.FAILED, [Status(Recipient("pelé@example.net", orcpt="rfc822;alias@example.com"), REFUSED)], 0, 1),
+        (Kind.DELAYED, [Status(BOB, BUSY, will_retry_until=NOW)], 1, 0),
+        (Kind.RELAYED, [Status(BOB, TAKEN)], 0, 0),
+    ],
+)
+def test_a_mailing_list_server_knows_what_it_is_told(
+    kind: Kind, statuses: list[Status], waiting: int, failed: int
+) -> None:
+    """By the code of GNU Mailman, which unsubscribes whom it finds."""
+    temporary, permanent = all_failures(email.message_from_bytes(notice(kind, *statuses)))
+    assert (len(temporary), len(permanent)) == (waiting, failed)
+    told = {status.recipient.orcpt or status.recipient.address for status in statuses}
+    assert {address.decode() for address in temporary | permanent} <= {one.rpartition(";")[2] for one in told}
 
 
 @pytest.mark.parametrize("body", [b"\r\nHello.\r\n.\r\n..\r\n", b"\r\n\xff\xfe\r\n"], ids=["7bit", "8bit"])
