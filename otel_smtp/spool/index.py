@@ -33,6 +33,7 @@ from otel_smtp.spool.messages import (
 
 SCHEMA_VERSION: Final = 1
 
+# Few indexes: each costs a page of the log in every commit. What looks at everything does so once a minute at most.
 _SCHEMA: Final = """
 CREATE TABLE msg(
   id TEXT PRIMARY KEY, kind TEXT NOT NULL, arrived_at INTEGER NOT NULL, expires_at INTEGER NOT NULL,
@@ -40,27 +41,24 @@ CREATE TABLE msg(
   reverse_path TEXT NOT NULL, parameters TEXT NOT NULL, carrier TEXT NOT NULL,
   file TEXT NOT NULL, offset INTEGER NOT NULL, octets INTEGER NOT NULL, header_octets INTEGER NOT NULL,
   digest BLOB NOT NULL) WITHOUT ROWID;
-CREATE INDEX msg_file ON msg(file);
-CREATE INDEX msg_expiry ON msg(expires_at) WHERE held_at IS NULL;
-CREATE INDEX msg_arrival ON msg(arrived_at);
-CREATE INDEX msg_unwarned ON msg(arrived_at) WHERE warned = 0;
 CREATE TABLE dlv(
-  id INTEGER PRIMARY KEY, msg_id TEXT NOT NULL REFERENCES msg(id), dest TEXT NOT NULL, state TEXT NOT NULL,
+  msg_id TEXT NOT NULL REFERENCES msg(id), d INTEGER NOT NULL, dest TEXT NOT NULL, state TEXT NOT NULL,
   attempts INTEGER NOT NULL DEFAULT 0, crashes INTEGER NOT NULL DEFAULT 0, next_at INTEGER NOT NULL,
   lease_owner TEXT, lease_until INTEGER, lease_epoch INTEGER NOT NULL DEFAULT 0,
-  possible_duplicate INTEGER NOT NULL DEFAULT 0);
-CREATE INDEX dlv_msg ON dlv(msg_id);
+  possible_duplicate INTEGER NOT NULL DEFAULT 0, PRIMARY KEY(msg_id, d)) WITHOUT ROWID;
 CREATE INDEX dlv_due ON dlv(dest, attempts > 0, next_at) WHERE state = 'ready';
-CREATE INDEX dlv_other ON dlv(state) WHERE state <> 'ready';
 CREATE TABLE rcpt(
-  dlv_id INTEGER NOT NULL REFERENCES dlv(id), n INTEGER NOT NULL, addr TEXT NOT NULL, notify INTEGER, orcpt TEXT,
-  last TEXT NOT NULL DEFAULT '', PRIMARY KEY(dlv_id, n)) WITHOUT ROWID;
+  msg_id TEXT NOT NULL, d INTEGER NOT NULL, n INTEGER NOT NULL, addr TEXT NOT NULL, notify INTEGER, orcpt TEXT,
+  last TEXT NOT NULL DEFAULT '', PRIMARY KEY(msg_id, d, n),
+  FOREIGN KEY(msg_id, d) REFERENCES dlv(msg_id, d)) WITHOUT ROWID;
 CREATE TABLE tally(name TEXT PRIMARY KEY, recipients INTEGER NOT NULL) WITHOUT ROWID;
 """
 _LEASE_COLUMNS: Final = (
-    "dlv.id, dlv.lease_epoch, msg.id, kind, reverse_path, parameters, dest, attempts, arrived_at, expires_at, carrier, "
+    "d, dlv.lease_epoch, msg.id, kind, reverse_path, parameters, dest, attempts, arrived_at, expires_at, carrier, "
     "file, offset, octets, digest, header_octets, possible_duplicate"
 )
+
+_Row = tuple[str, int]  # a delivery: the message's id, and which of its deliveries
 
 
 class Index:
@@ -89,9 +87,10 @@ class Index:
         if version == 0:
             database.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
         self._ended: Counter[str] = Counter()
-        self._emptied: set[str] = set()
-        self._gained = 0
-        (self.messages,) = database.execute("SELECT count(*) FROM msg").fetchone()
+        # How many messages lie in each file; an index for it would cost a page of the log in each commit.
+        self._uses = Counter(dict(database.execute("SELECT file, count(*) FROM msg GROUP BY file").fetchall()))
+        self._uses_changed: Counter[str] = Counter()
+        self.messages = self._uses.total()
 
     def close(self) -> None:
         """Close it; what the log holds goes into the database."""
@@ -112,8 +111,7 @@ class Index:
     def begin(self) -> None:
         """Begin a group of changes."""
         self._ended.clear()
-        self._emptied.clear()
-        self._gained = 0
+        self._uses_changed.clear()
         self._database.execute("BEGIN IMMEDIATE")
 
     def commit(self) -> Sequence[str]:
@@ -122,14 +120,15 @@ class Index:
             "INSERT INTO tally VALUES (?, ?) ON CONFLICT DO UPDATE SET recipients = recipients + excluded.recipients",
             list(self._ended.items()),
         )
-        files = [
-            file
-            for file in self._emptied
-            if self._database.execute("SELECT 1 FROM msg WHERE file = ? LIMIT 1", (file,)).fetchone() is None
-        ]
         self._database.execute("COMMIT")
-        self.messages += self._gained
-        return files
+        emptied: list[str] = []
+        for file, change in self._uses_changed.items():
+            self.messages += change
+            self._uses[file] += change
+            if not self._uses[file]:
+                del self._uses[file]
+                emptied.append(file)
+        return emptied
 
     def roll_back(self) -> None:
         """Forget the changes since `begin`."""
@@ -159,24 +158,23 @@ class Index:
                 placement.octets, message.header_octets, placement.digest,
             ),
         )  # fmt: skip
-        self._gained += 1
+        self._uses_changed[placement.file] += 1
         leases: list[Lease] = []
         is_leased = owner is not None
         state = DeliveryState.LEASED if is_leased else DeliveryState.READY
-        for destination, recipients in message.deliveries.items():
-            row = execute(
-                "INSERT INTO dlv(msg_id, dest, state, attempts, next_at, lease_owner, lease_epoch, possible_duplicate)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        for row, (destination, recipients) in enumerate(message.deliveries.items()):
+            execute(
+                "INSERT INTO dlv(msg_id, d, dest, state, attempts, next_at, lease_owner, lease_epoch,"
+                " possible_duplicate) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
-                    message.id, destination, state.value, int(is_leased), due_at, owner, int(is_leased),
+                    message.id, row, destination, state.value, int(is_leased), due_at, owner, int(is_leased),
                     int(message.is_possible_duplicate),
                 ),
-            ).lastrowid  # fmt: skip
-            assert row is not None
+            )  # fmt: skip
             self._database.executemany(
-                "INSERT INTO rcpt(dlv_id, n, addr, notify, orcpt) VALUES (?, ?, ?, ?, ?)",
+                "INSERT INTO rcpt(msg_id, d, n, addr, notify, orcpt) VALUES (?, ?, ?, ?, ?, ?)",
                 [
-                    (row, n, one.address, one.notify.value if one.notify is not None else None, one.orcpt)
+                    (message.id, row, n, one.address, one.notify.value if one.notify is not None else None, one.orcpt)
                     for n, one in enumerate(recipients)
                 ],
             )
@@ -206,28 +204,28 @@ class Index:
         for destination, most in wanted.items():
             again, new = (self._sample(destination, now, most, was_tried=tried) for tried in (True, False))
             chosen = [row for pair in _interleave(new, again) for row in pair][:most]
-            for (row,) in chosen:
+            for row in chosen:
                 self._database.execute(
                     "UPDATE dlv SET state = 'leased', attempts = attempts + 1, lease_owner = ?, lease_until = ?,"
-                    " lease_epoch = lease_epoch + 1 WHERE id = ?",
-                    (owner, _ms(until), row),
+                    " lease_epoch = lease_epoch + 1 WHERE msg_id = ? AND d = ?",
+                    (owner, _ms(until), *row),
                 )
-                leases.append(self._lease(row))
+                leases.append(self._lease(*row))
         return leases
 
-    def _sample(self, destination: str, now: float, most: int, *, was_tried: bool) -> list[tuple[int]]:
+    def _sample(self, destination: str, now: float, most: int, *, was_tried: bool) -> Sequence[_Row]:
         rows = self._database.execute(
-            "SELECT dlv.id, reverse_path FROM dlv JOIN msg ON msg.id = msg_id WHERE state = 'ready' AND dest = ?"
+            "SELECT msg_id, d, reverse_path FROM dlv JOIN msg ON msg.id = msg_id WHERE state = 'ready' AND dest = ?"
             " AND (attempts > 0) = ? AND next_at <= ? AND expires_at > ? ORDER BY next_at LIMIT ?",
             (destination, int(was_tried), _ms(now), _ms(now), 8 * most),
         ).fetchall()
         turns: dict[str, int] = {}
-        ordered: list[tuple[int, int]] = []
-        for row, reverse_path in rows:
+        ordered: list[tuple[int, _Row]] = []
+        for message_id, delivery, reverse_path in rows:
             turn = turns[reverse_path] = turns.get(reverse_path, 0) + 1
-            ordered.append((turn, row))
+            ordered.append((turn, (message_id, delivery)))
         ordered.sort(key=lambda entry: entry[0])
-        return [(row,) for _, row in ordered[:most]]
+        return [row for _, row in ordered[:most]]
 
     def next_due(self, destinations: Iterable[str]) -> float | None:
         """When the next delivery to one of `destinations` is due; None: none waits."""
@@ -250,26 +248,26 @@ class Index:
     def overdue(self, now: float, most: int, owner: str) -> Sequence[Lease]:
         """Lease what is too old, without counting an attempt: to be ended."""
         rows = self._database.execute(
-            "SELECT dlv.id FROM msg JOIN dlv ON msg_id = msg.id WHERE expires_at <= ? AND held_at IS NULL"
-            " AND state = 'ready' ORDER BY expires_at LIMIT ?",
+            "SELECT msg_id, d FROM msg JOIN dlv ON msg_id = msg.id WHERE expires_at <= ? AND held_at IS NULL"
+            " AND state = 'ready' LIMIT ?",
             (_ms(now), most),
         ).fetchall()
-        for (row,) in rows:
+        for row in rows:
             self._database.execute(
-                "UPDATE dlv SET state = 'leased', lease_owner = ?, lease_epoch = lease_epoch + 1 WHERE id = ?",
-                (owner, row),
+                "UPDATE dlv SET state = 'leased', lease_owner = ?, lease_epoch = lease_epoch + 1"
+                " WHERE msg_id = ? AND d = ?",
+                (owner, *row),
             )
-        return [self._lease(row) for (row,) in rows]
+        return [self._lease(*row) for row in rows]
 
     def unwarned(self, arrived_before: float, most: int) -> Sequence[Lease]:
         """Deliveries whose sender is due a warning; not leased, only shown."""
         rows = self._database.execute(
-            "SELECT dlv.id FROM msg JOIN dlv ON msg_id = msg.id WHERE warned = 0 AND arrived_at <= ?"
-            " AND state = 'ready' AND attempts > 0 AND kind = 'mail' AND reverse_path <> ''"
-            " ORDER BY arrived_at LIMIT ?",
+            "SELECT msg_id, d FROM msg JOIN dlv ON msg_id = msg.id WHERE warned = 0 AND arrived_at <= ?"
+            " AND state = 'ready' AND attempts > 0 AND kind = 'mail' LIMIT ?",
             (_ms(arrived_before), most),
         ).fetchall()
-        return [self._lease(row) for (row,) in rows]
+        return [self._lease(*row) for row in rows]
 
     def warned(self, message_id: str) -> bool:
         """Note that the sender was warned; False where that was noted before, or the message is gone."""
@@ -300,27 +298,30 @@ class Index:
         self._own(lease)
         ended = [verdict for verdict in verdicts if verdict.end is not None]
         for verdict in ended:
-            self._database.execute("DELETE FROM rcpt WHERE dlv_id = ? AND n = ?", (lease.delivery, verdict.number))
+            self._database.execute(
+                "DELETE FROM rcpt WHERE msg_id = ? AND d = ? AND n = ?",
+                (lease.message_id, lease.delivery, verdict.number),
+            )
             assert verdict.end is not None
             name = verdict.end.value if lease.kind is Kind.MAIL else f"notified_{verdict.end.value}"
             self._ended[name] += 1
         if len(ended) == len(lease.recipients):
-            self._drop_delivery(lease.delivery, lease.message_id)
+            self._drop_delivery(lease.message_id, lease.delivery)
             return
         self._database.executemany(
-            "UPDATE rcpt SET last = ? WHERE dlv_id = ? AND n = ?",
+            "UPDATE rcpt SET last = ? WHERE msg_id = ? AND d = ? AND n = ?",
             [
-                (str(verdict.reply), lease.delivery, verdict.number)
+                (str(verdict.reply), lease.message_id, lease.delivery, verdict.number)
                 for verdict in verdicts
                 if verdict.end is None and verdict.reply is not None
             ],
         )
         self._database.execute(
             "UPDATE dlv SET state = ?, next_at = ?, crashes = 0, attempts = attempts - ?, lease_owner = NULL,"
-            " possible_duplicate = max(possible_duplicate, ?) WHERE id = ?",
+            " possible_duplicate = max(possible_duplicate, ?) WHERE msg_id = ? AND d = ?",
             (
                 (DeliveryState.HELD if hold else DeliveryState.READY).value, _ms(next_at), int(not counts_attempt),
-                int(is_possible_duplicate), lease.delivery,
+                int(is_possible_duplicate), lease.message_id, lease.delivery,
             ),
         )  # fmt: skip
         if hold:
@@ -331,26 +332,30 @@ class Index:
     def mark_corrupt(self, lease: Lease) -> None:
         """Its content is damaged: it waits for an operator, and counts as nothing else."""
         self._own(lease)
-        self._database.execute("UPDATE dlv SET state = 'corrupt', lease_owner = NULL WHERE id = ?", (lease.delivery,))
+        self._database.execute(
+            "UPDATE dlv SET state = 'corrupt', lease_owner = NULL WHERE msg_id = ? AND d = ?",
+            (lease.message_id, lease.delivery),
+        )
 
     def _own(self, lease: Lease) -> None:
-        found = self._database.execute("SELECT state, lease_epoch FROM dlv WHERE id = ?", (lease.delivery,)).fetchone()
+        found = self._database.execute(
+            "SELECT state, lease_epoch FROM dlv WHERE msg_id = ? AND d = ?", (lease.message_id, lease.delivery)
+        ).fetchone()
         if found != (DeliveryState.LEASED.value, lease.epoch):
             raise StaleLease(f"delivery {lease.delivery} of {lease.message_id} is not ours any more")
 
-    def _drop_delivery(self, delivery: int, message_id: str) -> None:
+    def _drop_delivery(self, message_id: str, delivery: int) -> None:
         execute = self._database.execute
-        execute("DELETE FROM rcpt WHERE dlv_id = ?", (delivery,))
-        execute("DELETE FROM dlv WHERE id = ?", (delivery,))
+        execute("DELETE FROM rcpt WHERE msg_id = ? AND d = ?", (message_id, delivery))
+        execute("DELETE FROM dlv WHERE msg_id = ? AND d = ?", (message_id, delivery))
         if execute("SELECT 1 FROM dlv WHERE msg_id = ? LIMIT 1", (message_id,)).fetchone() is None:
             (file,) = execute("DELETE FROM msg WHERE id = ? RETURNING file", (message_id,)).fetchone()
-            self._emptied.add(file)
-            self._gained -= 1
+            self._uses_changed[file] -= 1
 
-    def _lease(self, delivery: int) -> Lease:
+    def _lease(self, message_id: str, delivery: int) -> Lease:
         row = self._database.execute(
-            f"SELECT {_LEASE_COLUMNS} FROM dlv JOIN msg ON msg.id = msg_id WHERE dlv.id = ?",  # noqa: S608 - constants
-            (delivery,),
+            f"SELECT {_LEASE_COLUMNS} FROM dlv JOIN msg ON msg.id = msg_id WHERE msg_id = ? AND d = ?",  # noqa: S608
+            (message_id, delivery),
         ).fetchone()
         (
             number, epoch, message_id, kind, reverse_path, parameters, destination, attempts, arrived_at, expires_at,
@@ -359,7 +364,8 @@ class Index:
         recipients = [
             SpooledRecipient(n, Recipient(addr, Notify(notify) if notify is not None else None, orcpt), last)
             for n, addr, notify, orcpt, last in self._database.execute(
-                "SELECT n, addr, notify, orcpt, last FROM rcpt WHERE dlv_id = ? ORDER BY n", (delivery,)
+                "SELECT n, addr, notify, orcpt, last FROM rcpt WHERE msg_id = ? AND d = ? ORDER BY n",
+                (message_id, delivery),
             )
         ]
         return Lease(
@@ -431,14 +437,15 @@ class Index:
         deferred, next_due_at = self._database.execute(
             "SELECT count(*), min(next_at) FROM dlv WHERE state = 'ready' AND next_at > ?", (_ms(now),)
         ).fetchone()
-        (oldest,) = self._database.execute("SELECT min(arrived_at) FROM msg").fetchone()
+        # The ids begin with the time.
+        first = self._database.execute("SELECT arrived_at FROM msg ORDER BY id LIMIT 1").fetchone()
         return Counts(
             ready=states.get("ready", 0) - deferred,
             deferred=deferred,
             active=states.get("leased", 0),
             held=states.get("held", 0),
             corrupt=states.get("corrupt", 0),
-            oldest_arrived_at=oldest / 1000 if oldest is not None else None,
+            oldest_arrived_at=first[0] / 1000 if first is not None else None,
             next_due_at=next_due_at / 1000 if next_due_at is not None else None,
         )
 
@@ -465,14 +472,14 @@ class Index:
             raise NoSuchMessage(f"no message {message_id}")
         kind, arrived_at, expires_at, octets, reverse_path, carrier, forced = row
         deliveries = self._database.execute(
-            "SELECT id, state, attempts, next_at FROM dlv WHERE msg_id = ? ORDER BY next_at", (message_id,)
+            "SELECT d, state, attempts, next_at FROM dlv WHERE msg_id = ? ORDER BY next_at", (message_id,)
         ).fetchall()
         states = [DeliveryState(state) for _, state, _, _ in deliveries]
         recipients = [
             (addr, DeliveryState(state), last)
             for delivery, state, _, _ in deliveries
             for addr, last in self._database.execute(
-                "SELECT addr, last FROM rcpt WHERE dlv_id = ? ORDER BY n", (delivery,)
+                "SELECT addr, last FROM rcpt WHERE msg_id = ? AND d = ? ORDER BY n", (message_id, delivery)
             )
         ]
         return Shown(
@@ -562,15 +569,17 @@ class Index:
             SpoolError: it is being attempted: nobody can say what it would come to.
         """
         self._exists(message_id)
-        deliveries = self._database.execute("SELECT id, state FROM dlv WHERE msg_id = ?", (message_id,)).fetchall()
+        deliveries = self._database.execute("SELECT d, state FROM dlv WHERE msg_id = ?", (message_id,)).fetchall()
         if any(state == DeliveryState.LEASED for _, state in deliveries):
             raise SpoolError(f"{message_id} is being delivered; hold it, or try again")
         removed = 0
         (kind,) = self._database.execute("SELECT kind FROM msg WHERE id = ?", (message_id,)).fetchone()
         for delivery, _ in deliveries:
-            (recipients,) = self._database.execute("SELECT count(*) FROM rcpt WHERE dlv_id = ?", (delivery,)).fetchone()
+            (recipients,) = self._database.execute(
+                "SELECT count(*) FROM rcpt WHERE msg_id = ? AND d = ?", (message_id, delivery)
+            ).fetchone()
             removed += recipients
-            self._drop_delivery(delivery, message_id)
+            self._drop_delivery(message_id, delivery)
         self._ended["removed" if kind == Kind.MAIL else "notified_removed"] += removed
         return removed
 
@@ -589,7 +598,7 @@ def _ms(seconds: float) -> int:
     return round(seconds * 1000)
 
 
-def _interleave(first: Sequence[tuple[int]], second: Sequence[tuple[int]]) -> Iterator[Sequence[tuple[int]]]:
+def _interleave(first: Sequence[_Row], second: Sequence[_Row]) -> Iterator[Sequence[_Row]]:
     for index in range(max(len(first), len(second))):
         yield [*first[index : index + 1], *second[index : index + 1]]
 

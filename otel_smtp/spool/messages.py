@@ -1,6 +1,7 @@
 """What the spool holds, as values."""
 
 import secrets
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,13 +15,22 @@ _ALPHABET: Final = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32: no
 _TIME_BITS, _RANDOM_BITS, _DIGITS = 48, 80, 26
 
 
-def new_id(time_ms: int | None = None) -> str:
+_last = 0
+_making = threading.Lock()
+
+
+def new_id() -> str:
     """A name for a message or a file that was never used before and never will be: 26 characters, sorted by time.
 
-    Short ids that come again have made operators delete the wrong mail; 80 random bits a millisecond do not.
+    Short ids that come again have made operators delete the wrong mail; 80 random bits a millisecond do not. Within one
+    process they only grow, also within a millisecond and while the clock is set back.
     """
-    now = time.time_ns() // 1_000_000 if time_ms is None else time_ms
-    number = (now & ((1 << _TIME_BITS) - 1)) << _RANDOM_BITS | secrets.randbits(_RANDOM_BITS)
+    global _last
+    now = time.time_ns() // 1_000_000
+    with _making:
+        number = _last = max(
+            _last + 1, (now & ((1 << _TIME_BITS) - 1)) << _RANDOM_BITS | secrets.randbits(_RANDOM_BITS)
+        )
     return "".join(_ALPHABET[number >> shift & 31] for shift in range(5 * (_DIGITS - 1), -1, -5))
 
 
