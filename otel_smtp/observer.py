@@ -205,8 +205,14 @@ class Observer:
     def connection_refused(self, reason: str) -> None:
         """A connection was refused at accept; `reason` comes from a closed set (capacity, client_limit, ...)."""
 
-    def delivery_resumed(self, spool_id: str, carrier: Mapping[str, str], mail: Mail) -> TransactionObserver:
-        """A spooled message is attempted again; `carrier` is what `TransactionObserver.carrier` gave at its time."""
+    def delivery_resumed(
+        self, spool_id: str, carrier: Mapping[str, str], mail: Mail, *, is_possible_duplicate: bool = False
+    ) -> TransactionObserver:
+        """A spooled message is attempted again; `carrier` is what `TransactionObserver.carrier` gave at its time.
+
+        Args:
+            is_possible_duplicate: an attempt before may have been taken by an upstream.
+        """
         return TransactionObserver()
 
 
@@ -357,8 +363,12 @@ class _ObserverFan(_Fan, Observer):
     def connection_refused(self, reason: str) -> None:
         self._tell("connection_refused", reason)
 
-    def delivery_resumed(self, spool_id: str, carrier: Mapping[str, str], mail: Mail) -> TransactionObserver:
-        return _TransactionFan(self._ask("delivery_resumed", spool_id, carrier, mail))
+    def delivery_resumed(
+        self, spool_id: str, carrier: Mapping[str, str], mail: Mail, *, is_possible_duplicate: bool = False
+    ) -> TransactionObserver:
+        return _TransactionFan(
+            self._ask("delivery_resumed", spool_id, carrier, mail, is_possible_duplicate=is_possible_duplicate)
+        )
 
 
 def fan_out(observers: Iterable[Observer]) -> Observer:

@@ -241,7 +241,10 @@ class Runner:
     # One attempt ------------------------------------------------------------------------------------------
 
     async def _attempt(self, lease: Lease, content: bytes | Sequence[bytes] | None) -> None:
-        seen = _Attempt(self._observer.delivery_resumed(lease.message_id, lease.carrier, lease.mail), lease.attempt)
+        resumed = self._observer.delivery_resumed(
+            lease.message_id, lease.carrier, lease.mail, is_possible_duplicate=lease.is_possible_duplicate
+        )
+        seen = _Attempt(resumed, lease.attempt)
         if lease.is_possible_duplicate:
             logger.warning("attempted again: the upstream may have it already", extra=_told(lease))
         try:

@@ -476,6 +476,13 @@ SERVICE_PEER_NAME: Final = _attribute(
     "service.peer.name", Type.STRING, (On.DELIVERY,), "always: the same under its newer name", "provider"
 )
 DELIVERY_ATTEMPT: Final = _attribute("smtp.delivery.attempt", Type.INT, (On.DELIVERY, On.LOG), "always; from 1", "1")
+POSSIBLE_DUPLICATE: Final = _attribute(
+    "smtp.delivery.possible_duplicate",
+    Type.BOOLEAN,
+    (On.DELIVERY, On.LOG),
+    "from the spool, where an attempt before may have been taken: its reply was lost, or we were killed",
+    "true",
+)
 POOL_REUSED: Final = _attribute(
     "smtp.pool.reused",
     Type.BOOLEAN,

@@ -29,6 +29,7 @@ from otel_smtp.telemetry.redaction import clean
 ROOT: Final = "otel_smtp"
 ACCESS: Final = "otel_smtp.access"
 STATES: Final = "otel_smtp.state"
+SPOOL: Final = "otel_smtp.spool."  # each line tells of a message: its end, or what became of it
 
 # On records of ours: when it happened, in nanoseconds since the epoch. Never in a line, which has `timestamp`.
 EVENT_TIME_NS: Final = "event_time_ns"
@@ -88,7 +89,7 @@ def set_up_logging(format_: str, level: str, stream: TextIO) -> None:
 class FloodGate:
     """A filter of log records: at most `LINES_A_SECOND` alike, that is of one logger and one text; then a count.
 
-    State events, transactions, deliveries and connections that carried mail pass always. Without mail, every accepted
+    State events, transactions, deliveries, what the spool says and connections that carried mail pass always. Without mail, every accepted
     socket is a line, so that a flood of connections would be a flood of lines, and fill the disk behind it.
     """
 
@@ -97,7 +98,7 @@ class FloodGate:
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether the line is written; the first one of a second tells how many were not."""
-        if record.name == STATES or (record.name == ACCESS and _is_of_mail(record)):
+        if record.name == STATES or record.name.startswith(SPOOL) or (record.name == ACCESS and _is_of_mail(record)):
             return True
         alike = (record.name, str(record.msg))
         now = int(record.created)

@@ -276,8 +276,11 @@ class Metrics(Observer):
         self._traced.connection_refused(reason)
         self.refused.add((reason,))
 
-    def delivery_resumed(self, spool_id: str, carrier: Mapping[str, str], mail: Mail) -> TransactionObserver:
-        return _TransactionMetrics(self, self._traced.delivery_resumed(spool_id, carrier, mail))
+    def delivery_resumed(
+        self, spool_id: str, carrier: Mapping[str, str], mail: Mail, *, is_possible_duplicate: bool = False
+    ) -> TransactionObserver:
+        traced = self._traced.delivery_resumed(spool_id, carrier, mail, is_possible_duplicate=is_possible_duplicate)
+        return _TransactionMetrics(self, traced)
 
     def page(self, accept: str) -> tuple[bytes, str]:
         """The metrics page for a scraper that accepts `accept`, and its content type (OpenMetrics where asked for)."""

@@ -129,9 +129,11 @@ class Tracing(Observer):
         self.live[traced] = None
         return traced
 
-    def delivery_resumed(self, spool_id: str, carrier: Mapping[str, str], mail: Mail) -> "ResumedTransaction":
+    def delivery_resumed(
+        self, spool_id: str, carrier: Mapping[str, str], mail: Mail, *, is_possible_duplicate: bool = False
+    ) -> "ResumedTransaction":
         """A spooled message is attempted again."""
-        return ResumedTransaction(self, spool_id, carrier)
+        return ResumedTransaction(self, spool_id, carrier, is_possible_duplicate=is_possible_duplicate)
 
     def rotate(self) -> None:
         """Begin a new segment of each connection whose segment is too old; to be called every few seconds."""
@@ -597,10 +599,13 @@ class TracedTransaction(TransactionObserver):
 class ResumedTransaction(TransactionObserver):
     """A message from the spool. Its transaction's span is long over; the attempts stand below it, in the same trace."""
 
-    __slots__ = ("_spool_id", "_stored", "_tracing", "wall_offset_ns")
+    __slots__ = ("_is_possible_duplicate", "_spool_id", "_stored", "_tracing", "wall_offset_ns")
 
-    def __init__(self, tracing: Tracing, spool_id: str, carrier: Mapping[str, str]) -> None:
+    def __init__(
+        self, tracing: Tracing, spool_id: str, carrier: Mapping[str, str], *, is_possible_duplicate: bool
+    ) -> None:
         self._tracing = tracing
+        self._is_possible_duplicate = is_possible_duplicate
         self._spool_id = clean(spool_id)
         self._stored = propagation.from_carrier(carrier)
         self.wall_offset_ns = tracing.time_ns() - tracing.monotonic_ns()
@@ -611,6 +616,8 @@ class ResumedTransaction(TransactionObserver):
         if self._stored is not None:
             links = (LinkRecord(self._stored, {names.LINK_TYPE: LinkType.SPOOLED_TRANSACTION.value}),)
         attributes: dict[str, AttributeValue] = {names.SPOOL_ID: self._spool_id, names.DELIVERY_ATTEMPT: attempt}
+        if self._is_possible_duplicate:
+            attributes[names.POSSIBLE_DUPLICATE] = True
         return TracedDelivery(self._tracing, self, upstream, server, attributes, links)
 
     def carrier(self) -> Mapping[str, str]:

@@ -31,9 +31,13 @@ class ResumedDeliveries(Observer):
     """Notes the attempts that the runner makes."""
 
     def __init__(self) -> None:
+        self.possible_duplicates = 0
         self.resumed: list[tuple[str, dict[str, str], RecordedTransaction]] = []
 
-    def delivery_resumed(self, spool_id: str, carrier: object, mail: Mail) -> TransactionObserver:
+    def delivery_resumed(
+        self, spool_id: str, carrier: object, mail: Mail, *, is_possible_duplicate: bool = False
+    ) -> TransactionObserver:
+        self.possible_duplicates += is_possible_duplicate
         seen = RecordedTransaction()
         self.resumed.append((spool_id, dict(carrier), seen))  # type: ignore[call-overload]
         return seen

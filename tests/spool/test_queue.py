@@ -369,6 +369,7 @@ async def test_a_lost_reply_is_tried_again_and_known_as_a_possible_duplicate(tmp
         await queue.empties()
         assert len(upstream.kept) == 2
         assert [seen.outcomes[-1][1] for _, _, seen in queue.observer.resumed] == [Outcome.UNKNOWN, Outcome.RELAYED]
+        assert queue.observer.possible_duplicates == 1
         assert await queue.tally() == {"accepted": 1, "delivered": 1}
 
 

@@ -618,6 +618,16 @@ def test_an_attempt_from_the_spool_stands_in_the_stored_trace_hours_and_processe
     assert carried["traceparent"][3:35] == delivery.context.trace_id_hex
 
 
+def test_an_attempt_that_may_be_a_duplicate_says_so() -> None:
+    for is_possible_duplicate in (False, True):
+        kept = Kept()
+        resumed = tracing(kept).delivery_resumed(
+            "01J9ZQ4T3M", {}, Mail("news@example.com"), is_possible_duplicate=is_possible_duplicate
+        )
+        deliver(resumed, attempt=2)
+        assert kept.one(DELIVERY).attributes.get("smtp.delivery.possible_duplicate", False) is is_possible_duplicate
+
+
 def test_an_attempt_from_the_spool_without_a_stored_trace_is_a_root() -> None:
     kept = Kept()
     resume(tracing(kept), {}, 2)
