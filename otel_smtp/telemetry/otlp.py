@@ -18,6 +18,7 @@ encoding (protobuf.dev/programming-guides/encoding).
 
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Final
 
 from opentelemetry.sdk.resources import Resource
@@ -33,9 +34,10 @@ _MAX_CACHED_PAIRS: Final = 4096
 _MAX_CACHED_SHAPES: Final = 2048
 _MAX_CACHED_HEADS: Final = 64
 
-# Names whose values are integers or booleans, always. In a cache 1, 1.0 and True are one key; under one of these names
-# only one of them occurs.
-_ONE_TYPE: Final = frozenset(a.name for a in ATTRIBUTES.values() if a.type in (Type.INT, Type.BOOLEAN))
+# Our own names, with the class of their values, always. In a cache 1, 1.0 and True are one key; under one of these
+# names only one of them occurs. Strings are never taken for anything else, floats are not cached at all.
+_CLASSES: Final[Mapping[Type, type]] = {Type.INT: int, Type.BOOLEAN: bool, Type.STRINGS: tuple}
+_CACHEABLE: Final = {a.name: _CLASSES[a.type] for a in ATTRIBUTES.values() if a.type in _CLASSES}
 
 _KINDS: Final[Mapping[SpanKind, int]] = {
     SpanKind.INTERNAL: 1,
@@ -63,8 +65,16 @@ def varint(value: int) -> bytes:
     return bytes(octets)
 
 
+_TAGS: Final = tuple(_tag(number, _OCTETS) for number in range(17))
+_LENGTHS: Final = tuple(varint(length) for length in range(1024))
+
+
+def _length(octets: int) -> bytes:
+    return _LENGTHS[octets] if octets < 1024 else varint(octets)
+
+
 def _field(number: int, content: bytes) -> bytes:
-    return _tag(number, _OCTETS) + varint(len(content)) + content
+    return _TAGS[number] + _length(len(content)) + content
 
 
 def _text(number: int, text: str) -> bytes:
@@ -79,7 +89,7 @@ def _utf8(text: str) -> bytes:
 
 # AnyValue: string 1, bool 2, int 3, double 4, array 5, key-value list 6, bytes 7. It is one of them, so it is
 # written even where it is zero or empty.
-_DOUBLE_VALUE: Final = _tag(4, _FIXED64)
+_BOOL_VALUE, _INT_VALUE, _DOUBLE_VALUE = _tag(2, _VARINT), _tag(3, _VARINT), _tag(4, _FIXED64)
 _pack_double: Final = struct.Struct("<d").pack
 _pack_time: Final = struct.Struct("<Q").pack
 
@@ -95,14 +105,14 @@ def _any_value(value: object) -> bytes:
         case None:
             return b""
         case bool():
-            return _tag(2, _VARINT) + varint(value)
+            return _BOOL_VALUE + varint(value)
         case str():
             return _field(1, _utf8(value))
         case int():
             if not -(1 << 63) <= value < 1 << 63:
                 raise ValueError(f"{value} is no 64-bit integer")
             # Two's complement: a negative number has ten octets.
-            return _tag(3, _VARINT) + varint(value & 0xFFFF_FFFF_FFFF_FFFF)
+            return _INT_VALUE + varint(value & 0xFFFF_FFFF_FFFF_FFFF)
         case float():
             return _DOUBLE_VALUE + _pack_double(value)
         case bytes():
@@ -115,9 +125,14 @@ def _any_value(value: object) -> bytes:
             raise TypeError(f"an attribute cannot hold {type(value)}")
 
 
+@lru_cache(maxsize=1024)
+def _key(key: str) -> bytes:
+    return _text(1, key)
+
+
 def _key_value(key: str, value: object) -> bytes:
     """The fields of a KeyValue."""
-    return _text(1, key) + _field(2, _any_value(value))
+    return _key(key) + _field(2, _any_value(value))
 
 
 class _Pairs(dict[tuple[str, object], bytes]):
@@ -144,7 +159,7 @@ class _Pairs(dict[tuple[str, object], bytes]):
             field = _field(self._number, _key_value(key, value))
         except (ValueError, TypeError):
             return b""  # the SDK leaves such an attribute out too
-        if kind is str or key in _ONE_TYPE:
+        if kind is str or _CACHEABLE.get(key) is kind:
             if len(self) >= _MAX_CACHED_PAIRS:
                 self.clear()
             self[item] = field
@@ -163,14 +178,14 @@ _FLAGS: Final = {False: 0x100, True: 0x300}
 _SPAN_FLAGS: Final = {is_remote: _tag(16, _FIXED32) + struct.pack("<I", flags) for is_remote, flags in _FLAGS.items()}
 _LINK_FLAGS: Final = {is_remote: _tag(6, _FIXED32) + struct.pack("<I", flags) for is_remote, flags in _FLAGS.items()}
 
-_TRACE_ID, _SPAN_ID, _PARENT_ID = _tag(1, _OCTETS) + b"\x10", _tag(2, _OCTETS) + b"\x08", _tag(4, _OCTETS) + b"\x08"
+_TRACE_ID, _SPAN_ID, _PARENT_ID = _TAGS[1] + b"\x10", _TAGS[2] + b"\x08", _TAGS[4] + b"\x08"
 _START, _END = _tag(7, _FIXED64), _tag(8, _FIXED64)
 # What is before an event's time, by the octets that come after it. An event is kept under 1 KiB by its maker.
 _EVENT_TIME: Final = _tag(1, _FIXED64)
 
 
 def _before_time(octets: int) -> bytes:
-    return _tag(11, _OCTETS) + varint(len(_EVENT_TIME) + 8 + octets) + _EVENT_TIME
+    return _TAGS[11] + _length(len(_EVENT_TIME) + 8 + octets) + _EVENT_TIME
 
 
 _BEFORE_TIME: Final = tuple(_before_time(octets) for octets in range(1024))
@@ -207,22 +222,17 @@ class TraceEncoder:
 
     def span(self, record: SpanRecord) -> bytes:
         """`record` as the field of a request that holds it. Raises nothing."""
-        context, parent = record.context, record.parent
-        head = self._heads.get((record.name, record.kind)) or self._head(record.name, record.kind)
+        name, kind, context, parent, start_ns, end_ns, attributes, events, links, has_failed, _ = record
+        head = self._heads.get((name, kind)) or self._head(name, kind)
         parts = [
-            head(
-                context.trace_id.to_bytes(16, "big"),
-                context.span_id.to_bytes(8, "big"),
-                record.start_ns,
-                record.end_ns,
-            ),
-            *map(self._of_spans.__getitem__, record.attributes.items()),
+            head(context.trace_id.to_bytes(16, "big"), context.span_id.to_bytes(8, "big"), start_ns, end_ns),
+            *map(self._of_spans.__getitem__, attributes.items()),
         ]
-        if record.events:
-            self._add_events(parts, record.events)
-        if record.links:
-            parts += map(self._link, record.links)
-        parts.append(_STATUS[record.has_failed])
+        if events:
+            self._add_events(parts, events)
+        if links:
+            parts += map(self._link, links)
+        parts.append(_STATUS[has_failed])
         if parent is None:
             parts.append(_SPAN_FLAGS[False])
         else:
@@ -230,15 +240,15 @@ class TraceEncoder:
         if context.trace_state:
             parts.append(_text(3, context.trace_state))
         body = b"".join(parts)
-        return b"\x12" + varint(len(body)) + body
+        return _TAGS[2] + _length(len(body)) + body
 
     def request(self, spans: Sequence[bytes]) -> bytes:
         """An `ExportTraceServiceRequest` of spans that `span` has encoded."""
         resource, resource_end = self._resource
         in_scope = len(self._scope) + sum(map(len, spans)) + len(self._scope_end)
-        scope = _tag(2, _OCTETS) + varint(in_scope)
+        scope = _TAGS[2] + _length(in_scope)
         in_resource = len(resource) + len(scope) + in_scope + len(resource_end)
-        start = _tag(1, _OCTETS) + varint(in_resource)
+        start = _TAGS[1] + _length(in_resource)
         # One join: to nest messages by concatenation would copy half a megabyte four times.
         return b"".join([start, resource, scope, self._scope, *spans, self._scope_end, resource_end])
 
