@@ -104,11 +104,11 @@ def batch_settings(environ: Mapping[str, str]) -> BatchSettings:
         TelemetrySettingError: a variable has a value that can't be followed.
     """
 
-    def number(variable: str, default: float) -> float:
-        return _number(variable, environ.get(variable, "").strip(), default=default)
+    def seconds(variable: str, default: float) -> float:
+        return _number(variable, environ.get(variable, "").strip(), default=default) / 1000
 
-    spans = int(number(OTEL_BSP_MAX_QUEUE_SIZE, 2048))
-    batch = int(number(OTEL_BSP_MAX_EXPORT_BATCH_SIZE, min(512, spans)))
+    spans = _count(environ, OTEL_BSP_MAX_QUEUE_SIZE, 2048)
+    batch = _count(environ, OTEL_BSP_MAX_EXPORT_BATCH_SIZE, min(512, spans))
     if batch > spans:
         raise TelemetrySettingError(
             OTEL_BSP_MAX_EXPORT_BATCH_SIZE, str(batch), f"a number up to OTEL_BSP_MAX_QUEUE_SIZE, {spans}"
@@ -116,8 +116,8 @@ def batch_settings(environ: Mapping[str, str]) -> BatchSettings:
     return BatchSettings(
         queue_spans=spans,
         batch_spans=batch,
-        delay_seconds=number(OTEL_BSP_SCHEDULE_DELAY, 5000) / 1000,
-        export_seconds=number(OTEL_BSP_EXPORT_TIMEOUT, 30_000) / 1000,
+        delay_seconds=seconds(OTEL_BSP_SCHEDULE_DELAY, 5000),
+        export_seconds=seconds(OTEL_BSP_EXPORT_TIMEOUT, 30_000),
         request_seconds=_number(*_otlp(environ, "TIMEOUT"), default=10.0),
     )
 
@@ -154,6 +154,15 @@ def _compression(environ: Mapping[str, str]) -> Compression:
     if value not in ("", *Compression):
         raise TelemetrySettingError(variable, value, ", ".join(Compression))
     return Compression(value or Compression.NONE)
+
+
+def _count(environ: Mapping[str, str], variable: str, default: int) -> int:
+    value = environ.get(variable, "").strip()
+    if not value:
+        return default
+    if not (value.isascii() and value.isdecimal() and 0 < int(value[:10]) <= 1_000_000):
+        raise TelemetrySettingError(variable, value, "a number from 1 to 1000000")
+    return int(value)
 
 
 def _number(variable: str, value: str, *, default: float) -> float:

@@ -1,8 +1,12 @@
 """Set-up by the standard variables, and the way of spans to a real receiver."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 
 import pytest
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import format_span_id, format_trace_id
 
 from otel_smtp.telemetry.environment import TelemetrySettingError
 from otel_smtp.telemetry.setup import (
@@ -11,7 +15,7 @@ from otel_smtp.telemetry.setup import (
     describe_destination,
     set_up,
 )
-from tests.support.otlp_receiver import OtlpReceiver, named
+from tests.support.otlp_receiver import Fault, FaultKind, OtlpReceiver, named
 from tests.telemetry.driving import Client
 
 
@@ -49,6 +53,72 @@ def test_a_mail_arrives_at_a_receiver_as_three_spans(
     assert all(span.dropped == 0 for span in spans)
     assert connection.resource["service.name"] == "otel-smtp"
     assert connection.scope == "otel_smtp"
+
+
+@pytest.mark.parametrize("own_encoder", [True, False])
+def test_a_processor_of_the_sdk_sees_what_the_collector_sees(
+    receiver: OtlpReceiver, own_encoder: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environ = {"OTEL_EXPORTER_OTLP_ENDPOINT": receiver.http_endpoint}
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.http_endpoint)  # the SDK's exporter reads it itself
+    memory = InMemorySpanExporter()
+    options = TelemetryOptions(version="1.2.3", processors=[SimpleSpanProcessor(memory)], own_encoder=own_encoder)
+    telemetry = set_up(options, environ)
+    Client(telemetry.observer).ehlo().message().rset().message(f"00-{'a' * 32}-{'b' * 16}-01").quit()
+    assert telemetry.flush_and_shutdown(10)
+    received = {span.span_id: span for span in receiver.wait_for_spans(5)}
+    seen = memory.get_finished_spans()
+    assert len(seen) == len(received) == 5
+    for span in seen:
+        context, parent = span.get_span_context(), span.parent
+        assert context is not None
+        other = received[format_span_id(context.span_id)]
+        assert other.trace_id == format_trace_id(context.trace_id)
+        assert other.parent_span_id == ("" if parent is None else format_span_id(parent.span_id))
+        assert (other.name, other.kind, other.status) == (span.name, span.kind.name, span.status.status_code.name)
+        assert (other.start_ns, other.end_ns) == (span.start_time, span.end_time)
+        assert other.attributes == plain(span.attributes)
+        assert other.resource == plain(span.resource.attributes)
+        assert [(event.name, event.time_ns, event.attributes) for event in other.events] == [
+            (event.name, event.timestamp, plain(event.attributes)) for event in span.events
+        ]
+        assert [(link.span_id, link.attributes, link.is_remote) for link in other.links] == [
+            (format_span_id(link.context.span_id), plain(link.attributes), link.context.is_remote)
+            for link in span.links
+        ]
+
+
+def plain(attributes: Mapping[str, object] | None) -> dict[str, object]:
+    """Attributes as a receiver has them: sequences are lists."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in (attributes or {}).items()}
+
+
+def test_a_dead_collector_costs_spans_which_are_counted_and_no_time(receiver: OtlpReceiver) -> None:
+    receiver.refuse()
+    telemetry = set_up(TelemetryOptions(), {"OTEL_EXPORTER_OTLP_ENDPOINT": receiver.http_endpoint})
+    assert 'smtp_telemetry_drop_reason="export_failed",smtp_telemetry_signal="traces"} 0.0' in page(telemetry)
+    one_mail(telemetry)
+    assert telemetry.flush_and_shutdown(10)
+    assert 'smtp_telemetry_drop_reason="export_failed",smtp_telemetry_signal="traces"} 3.0' in page(telemetry)
+
+
+def test_a_black_hole_holds_the_end_no_longer_than_its_budget(receiver: OtlpReceiver) -> None:
+    receiver.fault = Fault(FaultKind.BLACK_HOLE)
+    telemetry = set_up(TelemetryOptions(), {"OTEL_EXPORTER_OTLP_ENDPOINT": receiver.http_endpoint})
+    one_mail(telemetry)
+    began = time.monotonic()
+    assert not telemetry.flush_and_shutdown(0.1)
+    assert time.monotonic() - began < 5
+    assert 'smtp_telemetry_drop_reason="shutdown",smtp_telemetry_signal="traces"} 3.0' in page(telemetry)
+    receiver.fault = Fault()
+
+
+def page(telemetry: Telemetry) -> str:
+    return "\n".join(
+        ",".join(sorted(line.partition("{")[2].partition("}")[0].split(","))) + "}" + line.rpartition("}")[2]
+        for line in telemetry.metrics_page("text/plain")[0].decode().splitlines()
+        if line.startswith("smtp_telemetry_dropped_total")
+    )
 
 
 def test_without_an_endpoint_nothing_is_dialled_and_traces_have_ids() -> None:

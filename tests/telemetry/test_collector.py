@@ -1,0 +1,272 @@
+"""What a collector's answers mean, hostile ones too: octets on real sockets."""
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from pathlib import Path
+
+import pytest
+import trustme
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
+    ExportTracePartialSuccess,
+    ExportTraceServiceResponse,
+)
+
+from otel_smtp.telemetry.collector import (
+    MAX_REPLY_OCTETS,
+    Answer,
+    CollectorSettings,
+    Protocol,
+    Verdict,
+    connect,
+    retry_after_seconds,
+)
+from tests.support.otlp_receiver import OtlpReceiver
+
+WAIT_SECONDS = 10.0
+Play = Callable[[socket.socket], None]
+
+
+@contextmanager
+def playing(play: Play) -> Iterator[str]:
+    """A server that reads one request on each connection, then does `play`; gives its URL."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            while True:
+                try:
+                    connection, _ = listener.accept()
+                except OSError:
+                    return
+                with connection:
+                    read = b""
+                    while b"\r\n\r\n" not in read:
+                        read += connection.recv(65536)
+                    try:
+                        play(connection)
+                    except OSError:
+                        continue  # it has hung up, as it should
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1/traces"
+        listener.shutdown(socket.SHUT_RDWR)
+    thread.join(WAIT_SECONDS)
+
+
+def ask(url: str, timeout_seconds: float = WAIT_SECONDS) -> Answer:
+    collector = connect(CollectorSettings(url))
+    try:
+        return collector.send(b"", timeout_seconds)
+    finally:
+        collector.close()
+
+
+def saying(octets: bytes) -> Play:
+    return lambda connection: connection.sendall(octets)
+
+
+def reply(body: bytes, head: str = "200 OK") -> Play:
+    fields = f"HTTP/1.1 {head}\r\nContent-Length: {len(body)}\r\nContent-Type: application/x-protobuf\r\n\r\n"
+    return saying(fields.encode() + body)
+
+
+def partial(rejected: int, message: str = "") -> bytes:
+    return ExportTraceServiceResponse(
+        partial_success=ExportTracePartialSuccess(rejected_spans=rejected, error_message=message)
+    ).SerializeToString()
+
+
+TAKEN = Answer(Verdict.TAKEN)
+MEANINGS = [
+    ("nothing", reply(b""), TAKEN),
+    ("202", reply(b"", "202 Accepted"), TAKEN),
+    ("an empty partial success", reply(partial(0)), TAKEN),
+    ("a warning", reply(partial(0, "slow\x00\ud800"[:5])), Answer(Verdict.TAKEN, "slow\N{REPLACEMENT CHARACTER}")),
+    ("a partial success", reply(partial(3, "too old")), Answer(Verdict.TAKEN, "too old", rejected=3)),
+    ("a negative count", reply(partial(-3)), TAKEN),
+    ("text of 10 KiB", reply(partial(1, "x" * 10_240)), Answer(Verdict.TAKEN, "x" * 256, rejected=1)),
+    ("nonsense", reply(b"\xff" * 300), TAKEN),
+    ("a web page", reply(b"<html>It works!</html>"), TAKEN),
+    ("more than we read", reply(partial(1, "x" * MAX_REPLY_OCTETS)), TAKEN),
+    ("400", reply(b"", "400 Bad Request"), Answer(Verdict.REJECTED, "400")),
+    ("401", reply(b"", "401 Unauthorized"), Answer(Verdict.REJECTED, "401")),
+    ("404", reply(b"", "404 Not Found"), Answer(Verdict.REJECTED, "404")),
+    ("500 is not for a retry", reply(b"", "500 Oops"), Answer(Verdict.REJECTED, "500")),
+    ("502", reply(b"", "502 Bad Gateway"), Answer(Verdict.AGAIN, "502")),
+    ("503", reply(b"", "503 Unavailable"), Answer(Verdict.AGAIN, "503")),
+    ("504", reply(b"", "504 Timeout"), Answer(Verdict.AGAIN, "504")),
+    ("429, later", reply(b"", "429 Slow\r\nRetry-After: 7"), Answer(Verdict.AGAIN, "429", 7.0)),
+    ("no HTTP", saying(b"220 mail.example ESMTP\r\n"), Answer(Verdict.AGAIN, "RemoteProtocolError")),
+    ("hung up", lambda connection: None, Answer(Verdict.AGAIN, "RemoteProtocolError")),
+    ("hung up within", saying(b"HTTP/1.1 200 OK\r\nContent-Len"), Answer(Verdict.AGAIN, "RemoteProtocolError")),
+    (
+        "header without end",
+        saying(b"HTTP/1.1 200 OK\r\nx: " + b"x" * 300_000),
+        Answer(Verdict.AGAIN, "RemoteProtocolError"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("play", "meaning"), [row[1:] for row in MEANINGS], ids=[row[0] for row in MEANINGS])
+def test_an_answer_means(play: Play, meaning: Answer) -> None:
+    with playing(play) as url:
+        assert ask(url) == meaning
+
+
+def test_a_redirect_is_not_followed() -> None:
+    with OtlpReceiver(with_grpc=False) as elsewhere:
+        where = f"307 Elsewhere\r\nLocation: {elsewhere.http_endpoint}/v1/traces"
+        with playing(reply(b"", where)) as url:
+            assert ask(url) == Answer(Verdict.REJECTED, "307")
+        assert elsewhere.requests == 0
+
+
+def test_an_endless_answer_is_left() -> None:
+    sent = threading.Event()
+
+    def pour(connection: socket.socket) -> None:
+        connection.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
+        try:
+            while True:
+                connection.sendall(b"1000\r\n" + b"x" * 4096 + b"\r\n")
+        finally:
+            sent.set()
+
+    with playing(pour) as url:
+        assert ask(url) == TAKEN
+        assert sent.wait(WAIT_SECONDS)
+
+
+def test_an_answer_that_drips_is_left_when_its_time_is_over() -> None:
+    left = threading.Event()
+
+    def drip(connection: socket.socket) -> None:
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 60000\r\n\r\n")
+        try:
+            while not left.wait(0.01):
+                connection.sendall(b"x")
+        finally:
+            left.set()
+
+    with playing(drip) as url:
+        began = time.monotonic()
+        assert ask(url, 0.2) == TAKEN
+        assert time.monotonic() - began < WAIT_SECONDS
+        assert left.wait(WAIT_SECONDS)
+
+
+def test_an_answer_that_never_comes_is_a_reason_to_come_again() -> None:
+    over = threading.Event()
+
+    def wait(connection: socket.socket) -> None:
+        over.wait(WAIT_SECONDS)
+
+    with playing(wait) as url:
+        assert ask(url, 0.05) == Answer(Verdict.AGAIN, "ReadTimeout")
+        over.set()
+
+
+def test_a_connection_is_used_again_and_one_that_was_closed_is_not() -> None:
+    connections = 0
+
+    def twice(connection: socket.socket) -> None:
+        nonlocal connections
+        connections += 1
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+        if connection.recv(65536):
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+
+    with playing(twice) as url:
+        collector = connect(CollectorSettings(url))
+        assert [collector.send(b"", WAIT_SECONDS) for _ in range(2)] == [TAKEN, TAKEN]
+        assert connections == 1
+        collector.close()
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [("0", 0), ("120", 120), (" 5 ", 5), ("", None), ("soon", None), ("-1", None), ("1e9", None), ("²", None)],
+)
+def test_retry_after_is_seconds(value: str, seconds: float | None) -> None:
+    assert retry_after_seconds(value) == seconds
+
+
+def test_retry_after_is_a_date() -> None:
+    soon = format_datetime(datetime.now(UTC) + timedelta(seconds=100), usegmt=True)
+    seconds = retry_after_seconds(soon)
+    assert seconds is not None
+    assert 50 < seconds <= 100
+    assert retry_after_seconds("Mon, 01 Jan 2001 00:00:00 GMT") == 0
+
+
+# TLS ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_certificate_that_cannot_be_read_is_an_os_error(tmp_path: Path) -> None:
+    with pytest.raises(OSError):
+        connect(CollectorSettings("https://127.0.0.1:1/", certificate=str(tmp_path / "none.pem")))
+
+
+@pytest.mark.parametrize("trusts", [True, False])
+def test_the_collectors_certificate_is_verified_and_ours_shown(tmp_path: Path, trusts: bool) -> None:
+    import ssl
+
+    authority, stranger = trustme.CA(), trustme.CA()
+    certificate, ours = authority.issue_cert("127.0.0.1"), authority.issue_cert("gw.example.com")
+    (authority if trusts else stranger).cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    ours.private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "ours.pem"))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    certificate.configure_cert(context)
+    authority.configure_trust(context)
+    context.verify_mode = ssl.CERT_REQUIRED
+    shown: list[object] = []
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                try:
+                    with context.wrap_socket(connection, server_side=True) as encrypted:
+                        shown.append(encrypted.getpeercert())
+                        encrypted.recv(65536)
+                        encrypted.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+                except OSError:
+                    pass  # it would not have our certificate
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        settings = CollectorSettings(
+            f"https://127.0.0.1:{listener.getsockname()[1]}/v1/traces",
+            certificate=str(tmp_path / "ca.pem"),
+            client_certificate=str(tmp_path / "ours.pem"),
+        )
+        collector = connect(settings)
+        answer = collector.send(b"", WAIT_SECONDS)
+        collector.close()
+        thread.join(WAIT_SECONDS)
+    assert answer == (TAKEN if trusts else Answer(Verdict.AGAIN, "ConnectError"))
+    assert bool(shown and shown[0]) is trusts
+
+
+def test_grpc_without_a_trusted_certificate_takes_nothing() -> None:
+    with OtlpReceiver() as receiver:
+        settings = CollectorSettings(receiver.grpc_endpoint, protocol=Protocol.GRPC, is_insecure=False)
+        collector = connect(settings)
+        assert collector.send(b"", 0.5).verdict is Verdict.AGAIN
+        collector.close()
+        assert receiver.requests == 0
+
+
+# What may be shown --------------------------------------------------------------------------------------------------
+
+
+def test_settings_show_no_key() -> None:
+    settings = CollectorSettings("https://user:secret@collector:4318/v1/traces", headers=(("api-key", "hidden"),))
+    assert settings.address == "collector:4318"
+    assert "hidden" not in repr(settings)

@@ -1,0 +1,111 @@
+"""OTEL_* variables of exporting: what they mean, and how wrong ones are told."""
+
+from typing import Any
+
+import pytest
+
+from otel_smtp.telemetry.collector import Compression, Protocol
+from otel_smtp.telemetry.environment import (
+    TelemetrySettingError,
+    batch_settings,
+    collector_settings,
+    has_endpoint,
+    needs_sdk_exporter,
+)
+
+OTLP, TRACES = "OTEL_EXPORTER_OTLP_", "OTEL_EXPORTER_OTLP_TRACES_"
+GRPC = {OTLP + "PROTOCOL": "grpc"}
+
+COLLECTOR: list[tuple[dict[str, str], str, Any]] = [
+    # the path is added to the endpoint for all signals, and to no other
+    ({}, "endpoint", "http://localhost:4318/v1/traces"),
+    ({OTLP + "ENDPOINT": "http://c:4318"}, "endpoint", "http://c:4318/v1/traces"),
+    ({OTLP + "ENDPOINT": "https://c/otlp/"}, "endpoint", "https://c/otlp/v1/traces"),
+    ({OTLP + "ENDPOINT": "http://a:1", TRACES + "ENDPOINT": "http://b:2/x"}, "endpoint", "http://b:2/x"),
+    ({OTLP + "ENDPOINT": "http://a:1", TRACES + "ENDPOINT": ""}, "endpoint", "http://a:1/v1/traces"),
+    (GRPC, "endpoint", "http://localhost:4317"),
+    (GRPC | {OTLP + "ENDPOINT": "https://c:4317"}, "endpoint", "https://c:4317"),
+    # grpc is encrypted unless the scheme or, where there is none, the variable says otherwise
+    (GRPC | {OTLP + "ENDPOINT": "https://c:4317"}, "is_insecure", False),
+    (GRPC | {OTLP + "ENDPOINT": "https://c:4317", OTLP + "INSECURE": "true"}, "is_insecure", False),
+    (GRPC | {OTLP + "ENDPOINT": "http://c:4317"}, "is_insecure", True),
+    (GRPC | {OTLP + "ENDPOINT": "c:4317"}, "is_insecure", False),
+    (GRPC | {OTLP + "ENDPOINT": "c:4317", OTLP + "INSECURE": "true"}, "is_insecure", True),
+    ({}, "protocol", Protocol.HTTP),
+    (GRPC | {TRACES + "PROTOCOL": "http/protobuf"}, "protocol", Protocol.HTTP),
+    ({OTLP + "HEADERS": "Api-Key=a%20b, x=y=z"}, "headers", (("api-key", "a b"), ("x", "y=z"))),
+    ({OTLP + "HEADERS": "a=1", TRACES + "HEADERS": "b=2"}, "headers", (("b", "2"),)),
+    ({OTLP + "COMPRESSION": "gzip"}, "compression", Compression.GZIP),
+    ({OTLP + "COMPRESSION": "gzip", TRACES + "COMPRESSION": "none"}, "compression", Compression.NONE),
+    ({OTLP + "CERTIFICATE": "/ca.pem"}, "certificate", "/ca.pem"),
+    ({TRACES + "CLIENT_KEY": "/k.pem"}, "client_key", "/k.pem"),
+    ({TRACES + "CLIENT_CERTIFICATE": "/c.pem"}, "client_certificate", "/c.pem"),
+    ({}, "user_agent", "otel-smtp/1.2"),
+]
+
+
+@pytest.mark.parametrize(("environ", "field", "value"), COLLECTOR)
+def test_a_variable_sets_how_to_reach_the_collector(environ: dict[str, str], field: str, value: object) -> None:
+    assert getattr(collector_settings(environ, "1.2"), field) == value
+
+
+BATCH: list[tuple[dict[str, str], str, float]] = [
+    ({}, "queue_spans", 2048),
+    ({}, "batch_spans", 512),
+    ({}, "delay_seconds", 5.0),
+    ({}, "export_seconds", 30.0),
+    ({}, "request_seconds", 10.0),
+    ({"OTEL_BSP_MAX_QUEUE_SIZE": "100"}, "queue_spans", 100),
+    ({"OTEL_BSP_MAX_QUEUE_SIZE": "100"}, "batch_spans", 100),
+    ({"OTEL_BSP_MAX_EXPORT_BATCH_SIZE": "64"}, "batch_spans", 64),
+    ({"OTEL_BSP_SCHEDULE_DELAY": "200"}, "delay_seconds", 0.2),  # milliseconds
+    ({"OTEL_BSP_EXPORT_TIMEOUT": "1500"}, "export_seconds", 1.5),
+    ({OTLP + "TIMEOUT": "3"}, "request_seconds", 3.0),  # seconds
+    ({OTLP + "TIMEOUT": "3", TRACES + "TIMEOUT": "4.5"}, "request_seconds", 4.5),
+]
+
+
+@pytest.mark.parametrize(("environ", "field", "value"), BATCH)
+def test_a_variable_sets_how_spans_travel(environ: dict[str, str], field: str, value: float) -> None:
+    assert getattr(batch_settings(environ), field) == value
+
+
+BAD = [
+    (OTLP + "ENDPOINT", "collector:4318", "http://collector:4318"),
+    (OTLP + "ENDPOINT", "ftp://collector", "http://collector:4318"),
+    (TRACES + "ENDPOINT", "http://", "http://collector:4318"),
+    (TRACES + "ENDPOINT", "http://c:port", "http://collector:4318"),
+    (TRACES + "ENDPOINT", "http://[::1", "http://collector:4318"),
+    (OTLP + "COMPRESSION", "zstd", "none, gzip, deflate"),
+    (OTLP + "PROTOCOL", "http/json", "http/protobuf, grpc"),
+    (OTLP + "INSECURE", "yes", "true, false"),
+    (TRACES + "TIMEOUT", "soon", "a number above 0"),
+    (OTLP + "TIMEOUT", "0", "a number above 0"),
+    (OTLP + "TIMEOUT", "nan", "a number above 0"),
+    ("OTEL_BSP_MAX_QUEUE_SIZE", "-1", "a number from 1"),
+    ("OTEL_BSP_MAX_QUEUE_SIZE", "0.5", "a number from 1"),
+    ("OTEL_BSP_SCHEDULE_DELAY", "inf", "a number above 0"),
+    ("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "4096", "up to OTEL_BSP_MAX_QUEUE_SIZE"),
+]
+
+
+@pytest.mark.parametrize(("variable", "value", "allowed"), BAD)
+def test_a_value_that_cannot_be_followed_is_told_with_its_variable(variable: str, value: str, allowed: str) -> None:
+    environ = {variable: value} | ({OTLP + "PROTOCOL": "grpc"} if variable.endswith("INSECURE") else {})
+    if variable.endswith("INSECURE"):
+        environ[OTLP + "ENDPOINT"] = "collector:4317"
+    with pytest.raises(TelemetrySettingError) as caught:
+        _ = collector_settings(environ, ""), batch_settings(environ)
+    assert caught.value.variable == variable
+    assert allowed in str(caught.value)
+
+
+def test_an_endpoint_is_one_for_traces_or_for_all() -> None:
+    assert not has_endpoint({OTLP + "METRICS_ENDPOINT": "http://c", OTLP + "ENDPOINT": " "})
+    assert has_endpoint({OTLP + "ENDPOINT": "http://c"})
+    assert has_endpoint({TRACES + "ENDPOINT": "http://c"})
+
+
+def test_a_credential_provider_is_for_the_sdk() -> None:
+    assert not needs_sdk_exporter({})
+    assert needs_sdk_exporter({"OTEL_PYTHON_EXPORTER_OTLP_HTTP_CREDENTIAL_PROVIDER": "gcp"})
