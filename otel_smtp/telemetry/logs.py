@@ -89,8 +89,9 @@ def set_up_logging(format_: str, level: str, stream: TextIO) -> None:
 class FloodGate:
     """A filter of log records: at most `LINES_A_SECOND` alike, that is of one logger and one text; then a count.
 
-    State events, transactions, deliveries, what the spool says and connections that carried mail pass always. Without mail, every accepted
-    socket is a line, so that a flood of connections would be a flood of lines, and fill the disk behind it.
+    State events, transactions, deliveries, what the spool says and connections that carried mail pass always. Without
+    mail, every accepted socket is a line, so that a flood of connections would be a flood of lines, and fill the disk
+    behind it.
     """
 
     def __init__(self) -> None:
