@@ -81,6 +81,8 @@ class TraceHeaders:
 class Outcome(StrEnum):
     """How a transaction, or a delivery, ended: `smtp.outcome`."""
 
+    __hash__ = str.__hash__  # of Enum it is a function of Python, called several times an event
+
     RELAYED = "relayed"  # the upstream said 2yz to the end of data
     QUEUED = "queued"  # durable in the spool
     REFUSED = "refused"  # 5yz
@@ -91,6 +93,8 @@ class Outcome(StrEnum):
 
 class DeliveryPhase(StrEnum):
     """A step of one delivery attempt: the last part of the delivery event's name."""
+
+    __hash__ = str.__hash__  # of Enum it is a function of Python, called several times an event
 
     POOL = "pool"
     CONNECT = "connect"
@@ -258,6 +262,8 @@ class _Fan:
                 except Exception:  # noqa: BLE001 - telemetry never touches mail (P10)
                     member.drop(method)
 
+    # What comes many times a message is told by a loop of its own, below: naming the method costs as much as the call.
+
     def _ask(self, method: str, *args: Any, **kwargs: Any) -> list[tuple[_Member, Any]]:
         answers: list[tuple[_Member, Any]] = []
         for member, handle in self._handles:
@@ -273,7 +279,12 @@ class _DeliveryFan(_Fan, DeliveryObserver):
     __slots__ = ()
 
     def phase(self, phase: DeliveryPhase, reply: Reply | None = None) -> None:
-        self._tell("phase", phase, reply)
+        for member, handle in self._handles:
+            if not member.raised:
+                try:
+                    handle.phase(phase, reply)
+                except Exception:  # noqa: BLE001 - telemetry never touches mail (P10)
+                    member.drop("phase")
 
     def pooled(self, *, wait_seconds: float, reused: bool) -> None:
         self._tell("pooled", wait_seconds=wait_seconds, reused=reused)
@@ -327,7 +338,12 @@ class _ConnectionFan(_Fan, ConnectionObserver):
     __slots__ = ()
 
     def conn_state(self, transition: Transition) -> None:
-        self._tell("conn_state", transition)
+        for member, handle in self._handles:
+            if not member.raised:
+                try:
+                    handle.conn_state(transition)
+                except Exception:  # noqa: BLE001 - telemetry never touches mail (P10)
+                    member.drop("conn_state")
 
     def proxied(self, client: Endpoint, server: Endpoint) -> None:
         self._tell("proxied", client, server)
@@ -345,7 +361,12 @@ class _ConnectionFan(_Fan, ConnectionObserver):
         self._tell("auth_failed", mechanism)
 
     def replied(self, verb: str | None, reply: Reply) -> None:
-        self._tell("replied", verb, reply)
+        for member, handle in self._handles:
+            if not member.raised:
+                try:
+                    handle.replied(verb, reply)
+                except Exception:  # noqa: BLE001 - telemetry never touches mail (P10)
+                    member.drop("replied")
 
     def transaction_begun(self, mail: Mail, number: int) -> TransactionObserver:
         return _TransactionFan(self._ask("transaction_begun", mail, number))

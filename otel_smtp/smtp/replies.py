@@ -15,6 +15,8 @@ from typing import Final, Self
 class ErrorType(StrEnum):
     """Low-cardinality class of a reply >= 400: ``error.type`` on the Error event."""
 
+    __hash__ = str.__hash__  # of Enum it is a function of Python, called several times an event
+
     SYNTAX = "syntax"  # the command or an argument cannot be understood
     SEQUENCE = "sequence"  # understood, not now
     UNSUPPORTED = "unsupported"  # understood, not here

@@ -29,6 +29,8 @@ from otel_smtp.smtp.errors import LocalProtocolError
 class ConnState(StrEnum):
     """A state of a client connection; the value is the name that telemetry shows."""
 
+    __hash__ = str.__hash__  # of Enum it is a function of Python, called several times an event
+
     NEW = "New"
     ACTIVE = "Active"
     AUTH = "Auth"
@@ -69,6 +71,8 @@ class ResetCause(StrEnum):
 
 class TlsMode(StrEnum):
     """How TLS comes to a connection."""
+
+    __hash__ = str.__hash__  # of Enum it is a function of Python, called several times an event
 
     OFF = "off"
     STARTTLS = "starttls"
