@@ -183,6 +183,8 @@ class Connection:
     """
 
     __slots__ = (
+        "_allowed_client",
+        "_allows",
         "_auth",
         "_can",
         "_client",
@@ -222,6 +224,8 @@ class Connection:
         self._stream = stream
         self._info = info
         self._client = info.peer
+        self._allowed_client: Endpoint | None = None  # the one that `_allows` is about
+        self._allows = False
         self._policy = policy
         self._forwarder = forwarder
         self._seen = seen
@@ -454,8 +458,11 @@ class Connection:
         return replies.ACCESS_DENIED
 
     def _is_allowed(self) -> bool:
-        """Whether this client may relay without AUTH."""
-        return self._info.transport == "unix" or is_in(self._policy.allow, self._client.host)
+        """Whether this client may relay without AUTH; asked at each MAIL, and looked up once for each client."""
+        if self._allowed_client is not self._client:
+            self._allowed_client = self._client
+            self._allows = self._info.transport == "unix" or is_in(self._policy.allow, self._client.host)
+        return self._allows
 
     # TLS and AUTH ------------------------------------------------------------------------------------------------
 
