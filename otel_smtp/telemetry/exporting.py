@@ -114,6 +114,7 @@ class TraceExport:
         self._wake = threading.Event()
         self._stopping = threading.Event()
         self._stop_by = float("inf")
+        self._is_abandoned = False
         self._sending = 0
         self._collector: Collector | None = None
         self._not_before = 0.0
@@ -166,13 +167,15 @@ class TraceExport:
         Returns:
             Whether everything was sent or given up in time.
         """
-        self._stop_by = time.monotonic() + budget_seconds
+        # A last request that hangs ends before the budget does, and is counted by whoever sent it.
+        self._stop_by = time.monotonic() + 0.9 * budget_seconds
         self._stopping.set()
         self._wake.set()
         if self._thread is not None:
             self._thread.join(budget_seconds)
             if self._thread.is_alive():
-                # A request that hangs: it is left to itself, with the thread.
+                # A request that began long ago: it is left to itself, with the thread.
+                self._is_abandoned = True
                 self._lost[DropReason.SHUTDOWN] += len(self._queue) + self._sending
                 self._queue.clear()
         lost = sum(self._lost.values()) - self._lost_when_told
@@ -258,6 +261,8 @@ class TraceExport:
 
     def _settle(self, spans: int, answer: Answer, reason: DropReason) -> None:
         """Count what became of a batch, and tell when that changes."""
+        if self._is_abandoned:
+            return  # it was counted as lost
         self._sending = 0
         if answer.verdict is not Verdict.TAKEN:
             self._lost[reason] += spans
