@@ -36,9 +36,9 @@ SIGNAL: Final = "traces"
 # grpc takes 4 MiB by default, and collectors bound what they read over HTTP too; a request has its resource beside the
 # spans, and some room is left.
 MAX_BATCH_OCTETS: Final = 3 * 1024 * 1024
-# The default queue, 2048 spans of some 1.7 KiB, is 3.5 MiB. Connections with hundreds of errors make spans of 100 KiB;
-# for them this is the bound, and what a client can make us hold while the collector is down.
-MAX_QUEUE_OCTETS: Final = 32 * 1024 * 1024
+# A span has some 1.7 KiB, so the default queue of 2048 is 3.5 MiB. Connections with hundreds of errors make spans of
+# 100 KiB; for them this is the bound, 32 MiB by default: what clients can make us hold while the collector is down.
+QUEUE_OCTETS_A_SPAN: Final = 16 * 1024
 # As OTLP exporters of other languages do: 1, 2, 4, 5, 5 s; each a little off, lest all gateways come back at once.
 _FIRST_BACKOFF_SECONDS: Final = 1.0
 _LONGEST_BACKOFF_SECONDS: Final = 5.0
@@ -79,6 +79,11 @@ class BatchSettings:
     request_seconds: float = 10.0
     first_backoff_seconds: float = _FIRST_BACKOFF_SECONDS
 
+    @property
+    def queue_octets(self) -> int:
+        """So many wait, encoded; room for two batches at least."""
+        return max(self.queue_spans * QUEUE_OCTETS_A_SPAN, 2 * MAX_BATCH_OCTETS)
+
 
 class TraceExport:
     """A sink that sends sampled spans to a collector.
@@ -100,6 +105,7 @@ class TraceExport:
         self._connect = connect
         self._settings = settings or BatchSettings()
         self._address = address
+        self._queue_octets = self._settings.queue_octets
         self._lost = dict.fromkeys(DropReason, 0)
         self._begin()
         # A fork while the thread runs: the child has no thread, and the parent sends what was queued.
@@ -150,7 +156,7 @@ class TraceExport:
             self._lost[DropReason.TOO_LARGE] += 1
             return
         waiting = self._octets_in - self._octets_out + len(span)
-        if waiting > MAX_QUEUE_OCTETS:
+        if waiting > self._queue_octets:
             self._lost[DropReason.QUEUE_FULL] += 1
             return
         self._queue.append(span)

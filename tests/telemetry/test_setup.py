@@ -1,5 +1,7 @@
 """Set-up by the standard variables, and the way of spans to a real receiver."""
 
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping
 
@@ -55,14 +57,14 @@ def test_a_mail_arrives_at_a_receiver_as_three_spans(
     assert connection.scope == "otel_smtp"
 
 
-@pytest.mark.parametrize("own_encoder", [True, False])
+@pytest.mark.parametrize("exporter", ["otlp", "otlp_proto_http"])
 def test_a_processor_of_the_sdk_sees_what_the_collector_sees(
-    receiver: OtlpReceiver, own_encoder: bool, monkeypatch: pytest.MonkeyPatch
+    receiver: OtlpReceiver, exporter: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    environ = {"OTEL_EXPORTER_OTLP_ENDPOINT": receiver.http_endpoint}
+    environ = {"OTEL_EXPORTER_OTLP_ENDPOINT": receiver.http_endpoint, "OTEL_TRACES_EXPORTER": exporter}
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.http_endpoint)  # the SDK's exporter reads it itself
     memory = InMemorySpanExporter()
-    options = TelemetryOptions(version="1.2.3", processors=[SimpleSpanProcessor(memory)], own_encoder=own_encoder)
+    options = TelemetryOptions(version="1.2.3", processors=[SimpleSpanProcessor(memory)])
     telemetry = set_up(options, environ)
     Client(telemetry.observer).ehlo().message().rset().message(f"00-{'a' * 32}-{'b' * 16}-01").quit()
     assert telemetry.flush_and_shutdown(10)
@@ -119,6 +121,19 @@ def page(telemetry: Telemetry) -> str:
         for line in telemetry.metrics_page("text/plain")[0].decode().splitlines()
         if line.startswith("smtp_telemetry_dropped_total")
     )
+
+
+FIRST_SPAN = """
+import sys
+from otel_smtp.telemetry.setup import TelemetryOptions, set_up
+telemetry = set_up(TelemetryOptions(), {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1"})
+found = {"google.protobuf", "grpc", "httpx", "requests"} & sys.modules.keys()
+assert not found, found
+"""
+
+
+def test_setting_up_imports_nothing_that_only_exporting_needs() -> None:
+    subprocess.run([sys.executable, "-c", FIRST_SPAN], check=True, timeout=60)
 
 
 def test_without_an_endpoint_nothing_is_dialled_and_traces_have_ids() -> None:
