@@ -193,7 +193,7 @@ _CHUNK = re.compile(rb"([0-9]{1,20})(?: +(LAST))?", re.IGNORECASE)
 _AUTH = re.compile(rb"([A-Za-z0-9_-]{1,20})(?: +([!-~]++))?")
 # Names as real machines have them: underscores, hyphens anywhere, a dot at the end, non-ASCII; a bare IPv4 address is
 # among them.
-_HELLO_NAME = re.compile("[A-Za-z0-9_\x80-\U0010ffff-]++(?:\\.[A-Za-z0-9_\x80-\U0010ffff-]++)*+\\.?")
+_HELLO_NAME = re.compile(r"[^\x00-,./:-@\[-^`{-\x7f]++(?:\.[^\x00-,./:-@\[-^`{-\x7f]++)*+\.?")
 # An IPv6 address without brackets or without its tag, with or without a zone index, as several mail libraries send it.
 _HELLO_IPV6 = re.compile(r"(\[)?[0-9A-Fa-f.]*+:[0-9A-Fa-f.:]++(?:%[A-Za-z0-9_.-]++)?(?(1)\]|)")
 

@@ -34,15 +34,15 @@ MAX_LABEL_OCTETS: Final = 63
 """RFC 1035 2.3.4."""
 
 # Everything above ASCII is UTF8-non-ascii in RFC 6531 3.3; `_INVISIBLE` takes the dangerous ones out again.
-_UTF8 = "\x80-\U0010ffff"
-_ATEXT = rf"[A-Za-z0-9!#$%&'*+/=?^_`{{|}}~\-{_UTF8}]"
-_LET_DIG = rf"[A-Za-z0-9_{_UTF8}]"
+# The classes name what is not in them: to compile one that names a million characters takes ten milliseconds.
+_ATEXT = r'[^\x00-\x20"(),.:;<>@\[\\\]\x7f]'
+_LET_DIG = r"[^\x00-/:-@\[-^`{-\x7f]"  # and the underscore, as in names that exist
 _LABEL = rf"{_LET_DIG}++(?:-++{_LET_DIG}++)*+"
 _DOMAIN_PATTERN = rf"{_LABEL}(?:\.{_LABEL})*+"
 
 _DOT_STRING = re.compile(rf"{_ATEXT}++(?:\.{_ATEXT}++)*+")
 # QcontentSMTP = qtextSMTP / quoted-pairSMTP
-_QUOTED_STRING = re.compile(rf'"(?:[ !#-\[\]-~{_UTF8}]++|\\[ -~])*+"')
+_QUOTED_STRING = re.compile(r'"(?:[^\x00-\x1f"\\\x7f]++|\\[ -~])*+"')
 _DOMAIN = re.compile(_DOMAIN_PATTERN)
 _SOURCE_ROUTE = re.compile(rf"@{_DOMAIN_PATTERN}(?:,@{_DOMAIN_PATTERN})*+:")
 # General-address-literal = Standardized-tag ":" 1*dcontent, where dcontent is %d33-90 / %d94-126

@@ -27,7 +27,6 @@ What the engine promises:
 
 import base64
 import re
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Final, assert_never
@@ -278,8 +277,9 @@ class ServerProtocol:
         self._states = StateMachine(on_transition, on_illegal)
         self._in = ReceiveBuffer()
         self._out: list[bytes] = []
-        self._events: deque[Event] = deque()
-        self._unanswered: deque[Event] = deque()
+        # Lists, as they hold one event or a pipelined group: an empty deque takes 600 octets of each connection.
+        self._events: list[Event] = []
+        self._unanswered: list[Event] = []
         self._held: Command | CommandRefused | None = None  # parsed, waits for the unanswered recipients
         self._phase = Phase.UNGREETED
         self._transaction: _Transaction | None = None
@@ -435,7 +435,7 @@ class ServerProtocol:
         """What happens next; see events.py."""
         while True:
             if self._events:
-                return self._events.popleft()
+                return self._events.pop(0)
             if self._phase is Phase.ENDING:
                 if self._said_ending:
                     return PAUSED
@@ -461,7 +461,7 @@ class ServerProtocol:
             return  # the session was ended from outside while the decision was being made
         if not self._unanswered:
             raise LocalProtocolError("reply without an unanswered event")
-        match self._unanswered.popleft():
+        match self._unanswered.pop(0):
             case MailRequested(mail):
                 self._answer_mail(mail, reply)
             case RecipientRequested():
@@ -479,7 +479,7 @@ class ServerProtocol:
         """Go on with the AUTH exchange: 334 with `data`."""
         if not self._unanswered or not isinstance(self._unanswered[0], AuthRequested | AuthResponded):
             raise LocalProtocolError("challenge outside an AUTH exchange")
-        self._unanswered.popleft()
+        self._unanswered.pop(0)
         self._phase = Phase.AUTHENTICATING
         self._send(replies.challenge(base64.b64encode(data).decode("ascii")), Verb.AUTH)
 
