@@ -112,8 +112,22 @@ class Forwarder(Protocol):
         ...
 
 
+class RelayTransaction(MailTransaction, Protocol):
+    """A transaction with an upstream, which may have more than one word on a message."""
+
+    @property
+    def verdicts(self) -> Sequence[Reply]:
+        """After `content`: the upstream's own reply for each accepted recipient, in their order, where it gave one for
+        each (RFC 2033 4.2). It may have given the first few only; what `content` returned holds for the others."""
+        ...
+
+
 class Relay(Forwarder, Protocol):
     """A forwarder that the spool delivers through: it says beforehand who would be asked, and how many may ask."""
+
+    async def begin(self, mail: Mail, seen: TransactionObserver) -> RelayTransaction:
+        """See `Forwarder.begin`."""
+        ...
 
     def refusal(self, mail: Mail) -> Reply | None:
         """Why `begin` would refuse a mail for good, as far as is known without asking anybody."""

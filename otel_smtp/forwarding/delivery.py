@@ -67,6 +67,7 @@ class Delivery:
         was_reused: its connection had served another mail before.
         is_open: the upstream has answered MAIL with 2yz on this connection.
         has_ended_content: see above.
+        verdicts: the replies to the content, one for each recipient where the upstream speaks LMTP.
     """
 
     __slots__ = (
@@ -83,6 +84,7 @@ class Delivery:
         "has_ended_content",
         "is_open",
         "smarthost",
+        "verdicts",
         "was_reused",
     )
 
@@ -99,6 +101,7 @@ class Delivery:
         self.was_reused = was_reused
         self.is_open = False
         self.has_ended_content = False
+        self.verdicts: Sequence[Reply] = ()
         self._connection = connection
         self._mail = mail
         self._seen = seen
@@ -306,7 +309,8 @@ class Delivery:
         self._tell_phases()
         answers = self._take_answers()
         self._check_reset(answers)
-        reply = _refusal(answers) or _fold([reply for verb, reply in answers if verb is Verb.CONTENT])
+        self.verdicts = [reply for verb, reply in answers if verb is Verb.CONTENT]
+        reply = _refusal(answers) or _fold(self.verdicts)
         self._was_taken = reply.is_positive
         return reply
 
@@ -316,7 +320,8 @@ class Delivery:
         answers = self._take_answers()
         if answers and answers[-1].reply.code == 421:
             # LMTP: some recipients may have got it before.
-            if any(verb is Verb.CONTENT and reply.is_positive for verb, reply in answers):
+            self.verdicts = [reply for verb, reply in answers if verb is Verb.CONTENT]
+            if any(verdict.is_positive for verdict in self.verdicts):
                 return replies.SOME_RECIPIENTS_REFUSED
             self.has_ended_content = False
             raise fault

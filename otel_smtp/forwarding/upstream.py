@@ -19,7 +19,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Seque
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
-from otel_smtp.forwarding.base import Capabilities, DeliveryFailed, MailTransaction, Permanent, Transient
+from otel_smtp.forwarding.base import Capabilities, DeliveryFailed, Permanent, RelayTransaction, Transient
 from otel_smtp.forwarding.content import Content, collect
 from otel_smtp.forwarding.delivery import Delivery, lacking
 from otel_smtp.forwarding.faults import (
@@ -110,7 +110,7 @@ class UpstreamForwarder:
             )
         return self._capabilities
 
-    async def begin(self, mail: Mail, seen: TransactionObserver) -> MailTransaction:
+    async def begin(self, mail: Mail, seen: TransactionObserver) -> RelayTransaction:
         """Open a transaction. Nobody is asked yet.
 
         Raises:
@@ -328,6 +328,7 @@ class _Transaction(ABC):
         self._accepted: list[Recipient] = []
         self._walk = _Walk(mail, seen)
         self._refusal: Reply | None = None  # the last one, of a recipient or of MAIL
+        self.verdicts: Sequence[Reply] = ()
 
     @property
     def spool_id(self) -> str | None:
@@ -370,6 +371,7 @@ class _Transaction(ABC):
 
     async def _deliver(self, delivery: Delivery, content: Content) -> Reply:
         reply = await self._send(delivery, content)
+        self.verdicts = delivery.verdicts
         self._walk.delivery = None
         own = None if reply.error_type not in (None, ErrorType.UPSTREAM_REFUSED) else reply
         delivery.end(_outcome_of(reply), own, error_type=reply.error_type, answered=True)

@@ -283,7 +283,9 @@ class Runner:
             if any(answer.is_positive for answer in answers):
                 seen.has_content_left = True
                 final = await transaction.content(self._chunks(lease, content))
-                answers = [final if answer.is_positive else answer for answer in answers]
+                # Who has it already must not get it again because another recipient was refused.
+                own = iter(transaction.verdicts if len(transaction.verdicts) > 1 else ())
+                answers = [next(own, final) if answer.is_positive else answer for answer in answers]
         finally:
             await transaction.abort()
         return [_verdict(one.number, answer) for one, answer in zip(lease.recipients, answers, strict=True)]

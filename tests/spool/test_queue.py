@@ -125,6 +125,26 @@ async def test_each_recipient_has_its_own_end(tmp_path: Path) -> None:
         assert await queue.tally() == {"accepted": 3, "delivered": 2, "failed": 1}
 
 
+async def test_each_lmtp_recipient_has_the_mail_once(tmp_path: Path) -> None:
+    delivered: list[str] = []
+
+    def verdict(address: str) -> bytes | None:
+        delivered.append(address)
+        if address == CAROL.address and delivered.count(address) == 1:
+            return b"452 4.2.2 mailbox full\r\n"
+        return b"550 5.2.1 closed\r\n" if address.startswith("dave") else None
+
+    dave = Recipient("dave@example.net")
+    async with (
+        ScriptedUpstream(is_lmtp=True, lmtp_verdict=verdict) as upstream,
+        queueing(tmp_path, settings(upstream, is_lmtp=True), bounce="off") as queue,
+    ):
+        await queue.take(BOB, CAROL, dave)
+        await queue.empties()
+        assert delivered == [BOB.address, CAROL.address, dave.address, CAROL.address]
+        assert await queue.tally() == {"accepted": 3, "delivered": 2, "failed": 1}
+
+
 async def test_what_is_more_than_one_transaction_takes_follows_at_once(tmp_path: Path) -> None:
     many = [Recipient(f"user{number}@example.net") for number in range(7)]
     async with (
