@@ -45,7 +45,7 @@ def known_series() -> dict[str, set[str]]:
         for name, metric in attributes.METRICS.items()
     }
     series = {"up": set[str]()}
-    for family in Metrics(Observer()).collect():
+    for family in Metrics(Observer(), spool=lambda: ({"deferred": 1}, 0.0)).collect():
         metric = max((name for name in labels if family.name.startswith(name)), key=len)
         suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_count", "_sum")}.get(family.type, ("",))
         series |= {family.name + suffix: labels[metric] for suffix in suffixes}
@@ -118,6 +118,13 @@ RAISED: Final = {
         ],
         "7h",
         [],
+    ),
+    "mail waits in the queue": ([series("smtp_spool_age_seconds", "0+60x60")], "50m", ["SmtpQueueOld"]),
+    "mail in the queue is young": ([series("smtp_spool_age_seconds", "5x60")], "50m", []),
+    "a queued mail is held": (
+        [series('smtp_spool_messages{smtp_spool_state="held"}', "1x60")],
+        "20m",
+        ["SmtpQueueNeedsOperator"],
     ),
     "the gateway is down": ([series('up{job="otel-smtp"}', "0x10")], "5m", ["SmtpGatewayDown"]),
     "the upstream is away": (
