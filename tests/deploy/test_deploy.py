@@ -9,6 +9,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
 
@@ -122,8 +123,6 @@ def manifests() -> list[Path]:
     "path", [path for path in manifests() if path.name != "kustomization.yaml"], ids=lambda path: path.name
 )
 def test_a_manifest_is_valid_by_kubernetes_own_schema(path: Path) -> None:
-    # Its schemas weigh 118 MB, so it is not among the requirements.
-    kubernetes_validate = pytest.importorskip("kubernetes_validate")
     for document in documents(path):
         kubernetes_validate.validate(document, "1.34", strict=True)
 
