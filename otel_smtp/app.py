@@ -200,7 +200,12 @@ class Gateway:
         """
         if self._spool is not None:
             await self._spool.start()
-        self.addresses = await self._server.start()
+        try:
+            self.addresses = await self._server.start()
+        except BaseException:
+            if self._spool is not None:
+                await self._spool.stop(grace_seconds=0)
+            raise
         if self._status_port is not None:
             # Last: a cold start is measured to the first greeting, and this imports a web server.
             await self._status_port.start(is_required="status.address" in self._settings.origins)

@@ -15,7 +15,7 @@ from otel_smtp.smtp import replies
 from otel_smtp.smtp.replies import Reply
 from otel_smtp.spool.bounce import HEADER_OCTETS, Status, envelope, notification, returns_content, wanted
 from otel_smtp.spool.bounce import Kind as NoticeKind
-from otel_smtp.spool.messages import Kind, Lease, NewMessage, SpooledRecipient, new_id
+from otel_smtp.spool.messages import ContentLost, Kind, Lease, NewMessage, SpooledRecipient, new_id
 from otel_smtp.spool.store import Store
 
 logger: Final = logging.getLogger("otel_smtp.spool.notices")
@@ -53,7 +53,7 @@ class Notices:
         """The notice that some recipients ended, or wait, as `kind` says: one, or none.
 
         Raises:
-            SpoolError: the original cannot be read.
+            StorageBroken: the original cannot be read.
         """
         asking = [(one, reply) for one, reply in recipients if self._is_wanted(kind, lease, one)]
         if not asking:
@@ -69,7 +69,11 @@ class Notices:
         message_id = new_id()
         returns_all = returns_content(kind, lease.mail) and lease.placement.octets <= RETURNED_CONTENT_OCTETS
         octets = lease.placement.octets if returns_all else min(lease.header_octets, HEADER_OCTETS)
-        original = await self._store.content(lease.placement, 0, octets)
+        try:
+            original = await self._store.content(lease.placement, 0, octets)
+        except ContentLost:
+            logger.critical("a notice goes without the original, which is lost", extra={"spool_id": lease.message_id})
+            original = b""
         content = notification(
             kind,
             mail=lease.mail,

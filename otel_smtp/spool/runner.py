@@ -66,6 +66,7 @@ class Runner:
         relay: gives each recipient its own verdict.
         observer: told of each attempt, as part of the message's own trace.
         chance: a number from 0 to 1, for jitter.
+        clock: the wall clock, in seconds since the epoch.
 
     Attributes:
         counts, oldest: the spool a few seconds ago, and its oldest messages, for people.
@@ -82,7 +83,9 @@ class Runner:
         most_at_once: int = MOST_AT_ONCE,
         sweep_seconds: float = SWEEP_SECONDS,
         chance: Callable[[], float] = random.random,
+        clock: Callable[[], float] = time.time,
     ) -> None:
+        self._clock = clock
         self._store = store
         self._relay = relay
         self._observer = observer
@@ -100,7 +103,7 @@ class Runner:
         self._loop_task: asyncio.Task[None] | None = None
         self._is_stopping = False
         self._counted_at = float("-inf")
-        self._clocks = (time.time(), time.monotonic())
+        self._clocks = (self._clock(), time.monotonic())
         self._has_changed = True
         self.counts = Counts()
         self.oldest: Sequence[Shown] = ()
@@ -115,7 +118,7 @@ class Runner:
         """
         longest = self._schedule.longest_seconds
         self._destinations |= set(await self._store.apply(lambda index: index.destinations()))
-        await self._store.apply(lambda index: index.pull_in(time.time(), longest))
+        await self._store.apply(lambda index: index.pull_in(self._clock(), longest))
         self._loop_task = asyncio.get_running_loop().create_task(self._run())
 
     async def stop(self, *, grace_seconds: float) -> None:
@@ -202,7 +205,7 @@ class Runner:
         if not wanted:
             # Room comes with the end of an attempt, which wakes us, or with that of an upstream's rest.
             return BLOCKED_POLL_SECONDS
-        now = time.time()
+        now = self._clock()
         leases, next_due_at = await self._store.lease(now, wanted, now + LEASE_SECONDS)
         found = Counter(lease.destination for lease, _ in leases)
         for destination, most in wanted.items():
@@ -260,13 +263,34 @@ class Runner:
         except asyncio.CancelledError:
             await self._record(
                 lease,
-                lambda index: index.finish(lease, [], next_at=time.time(), is_possible_duplicate=seen.has_content_left),
+                lambda index: index.finish(
+                    lease, [], next_at=self._clock(), is_possible_duplicate=seen.has_content_left
+                ),
             )
             raise
         except Exception:
             logger.exception("an attempt failed by our fault", extra=_told(lease))
             verdicts = [Verdict(one.number, None, replies.INTERNAL) for one in lease.recipients]
         await self._settle(lease, verdicts, seen)
+
+    async def _notices_of(
+        self, lease: Lease, verdicts: Sequence[Verdict], remote: str | None
+    ) -> Sequence[tuple[NewMessage, bytes]]:
+        """The notices that are due for what ended."""
+        by_number = {one.number: one for one in lease.recipients}
+        notices: list[tuple[NewMessage, bytes]] = []
+        for end, kind in ((End.FAILED, NoticeKind.FAILED), (End.DELIVERED, NoticeKind.RELAYED)):
+            ended = [(by_number[verdict.number], verdict.reply) for verdict in verdicts if verdict.end is end]
+            if not ended:
+                continue
+            if end is End.FAILED:
+                logger.warning(
+                    "refused for good", extra={**_told(lease), "recipients": len(ended), **_codes(ended[0][1])}
+                )
+            elif self._relay.capabilities().dsn:
+                continue  # the upstream has taken over to tell of success (RFC 3461 5.2.1)
+            notices += await self._notices.of(kind, lease, ended, remote=remote)
+        return notices
 
     async def _deliver(
         self, lease: Lease, content: bytes | Sequence[bytes] | None, seen: "_Attempt"
@@ -311,25 +335,19 @@ class Runner:
 
     async def _settle(self, lease: Lease, verdicts: Sequence[Verdict], seen: "_Attempt") -> None:
         """Record what an attempt came to, with the notices that are due for it."""
-        now = time.time()
+        now = self._clock()
         next_at = now + self._schedule.next_delay(lease.attempt, self._chance())
         waiting = [verdict for verdict in verdicts if verdict.end is None]
         if len(waiting) < len(verdicts) and all(_wants_another_transaction(verdict.reply) for verdict in waiting):
             next_at = now  # "should be ... sent in another transaction" (RFC 5321 4.5.3.1.10): at once
         unknown = any(verdict.reply is not None and _is_unknown(verdict.reply) for verdict in verdicts)
-        by_number = {one.number: one for one in lease.recipients}
-        notices: list[tuple[NewMessage, bytes]] = []
-        for end, kind in ((End.FAILED, NoticeKind.FAILED), (End.DELIVERED, NoticeKind.RELAYED)):
-            ended = [(by_number[verdict.number], verdict.reply) for verdict in verdicts if verdict.end is end]
-            if not ended:
-                continue
-            if end is End.FAILED:
-                logger.warning(
-                    "refused for good", extra={**_told(lease), "recipients": len(ended), **_codes(ended[0][1])}
-                )
-            elif self._relay.capabilities().dsn:
-                continue  # the upstream has taken over to tell of success (RFC 3461 5.2.1)
-            notices += await self._notices.of(kind, lease, ended, remote=seen.remote)
+        notices: Sequence[tuple[NewMessage, bytes]] = ()
+        try:
+            notices = await self._notices_of(lease, verdicts, seen.remote)
+        except Exception:
+            # Who has the mail must not get it again for that; who was refused is asked once more, and told of then.
+            logger.exception("a notice could not be made", extra=_told(lease))
+            verdicts = [one if one.end is End.DELIVERED else Verdict(one.number, None, one.reply) for one in verdicts]
         await self._record(
             lease,
             lambda index: index.finish(lease, verdicts, next_at=next_at, is_possible_duplicate=unknown),
@@ -357,8 +375,9 @@ class Runner:
                 logger.critical("a result cannot be recorded", extra={**_told(lease), "fault": str(error)})
             except SpoolError as error:
                 logger.error("a result cannot be recorded yet", extra={**_told(lease), "fault": str(error)})
-                await asyncio.sleep(RECORD_AGAIN_SECONDS)
-                continue
+                if not self._is_stopping:
+                    await asyncio.sleep(RECORD_AGAIN_SECONDS)
+                    continue
             return
 
     # What time does ---------------------------------------------------------------------------------------
@@ -366,7 +385,7 @@ class Runner:
     async def _sweep(self) -> None:
         await self._store.refresh()
         await self._look_at_clocks()
-        now = time.time()
+        now = self._clock()
         most = max(SWEEP_MOST, self.counts.total // 100)
         for lease in await self._store.apply(lambda index: index.overdue(now, most, self._store.owner)):
             await self._end(lease)
@@ -379,7 +398,7 @@ class Runner:
         """Give up what is too old; a notice of ours goes to an operator instead."""
         if lease.kind is Kind.NOTIFICATION:
             logger.error("a notice cannot be delivered, and is held", extra=_told(lease))
-            await self._record(lease, lambda index: index.finish(lease, [], next_at=time.time(), hold=True))
+            await self._record(lease, lambda index: index.finish(lease, [], next_at=self._clock(), hold=True))
             return
         logger.warning("given up for its age", extra={**_told(lease), "recipients": len(lease.recipients)})
         told = [(one, replies.EXPIRED) for one in lease.recipients]
@@ -404,7 +423,7 @@ class Runner:
         self.wake([destination for notice, _ in notices for destination in notice.deliveries])
 
     async def _look_at_clocks(self) -> None:
-        wall, monotonic = time.time(), time.monotonic()
+        wall, monotonic = self._clock(), time.monotonic()
         jump = (wall - self._clocks[0]) - (monotonic - self._clocks[1])
         self._clocks = (wall, monotonic)
         if abs(jump) >= CLOCK_JUMP_SECONDS:
@@ -419,7 +438,7 @@ class Runner:
             return COUNT_SECONDS - since if self._has_changed else self._sweep_seconds
         self._counted_at, self._has_changed = time.monotonic(), False
         self.counts, self.oldest = await self._store.apply(
-            lambda index: (index.counts(time.time()), index.page("", SHOWN_MOST))
+            lambda index: (index.counts(self._clock()), index.page("", SHOWN_MOST))
         )
         return self._sweep_seconds
 

@@ -2,7 +2,8 @@
 
 import logging
 import random
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -44,16 +45,25 @@ class Spool:
         relay: delivers what is due, with a verdict for each recipient.
         direct: asked first, before anything is queued; None: everything is queued.
         observer: told of each attempt.
+        clock: the wall clock, in seconds since the epoch, by which mail ages.
 
     Attributes:
         store, runner: for whoever looks into them.
     """
 
-    def __init__(self, settings: SpoolSettings, relay: Relay, direct: Forwarder | None, observer: Observer) -> None:
+    def __init__(
+        self,
+        settings: SpoolSettings,
+        relay: Relay,
+        direct: Forwarder | None,
+        observer: Observer,
+        *,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         schedule = settings.schedule
         self.store = SpoolStore(SpoolDirectory(settings.directory), least_free_octets=settings.least_free_octets)
         notices = Notices(self.store, relay, policy=settings.bounce, hostname=settings.hostname)
-        self.runner = Runner(self.store, relay, observer, notices, schedule)
+        self.runner = Runner(self.store, relay, observer, notices, schedule, clock=clock)
         intake = Intake(
             self.store,
             relay,

@@ -409,8 +409,15 @@ class SpoolStore:
             for job in group:
                 job.outcome = self._fault
         else:
-            self._keep_contents(group)
-            self._commit(index, [job for job in group if not job.has_failed])
+            try:
+                self._keep_contents(group)
+                self._commit(index, [job for job in group if not job.has_failed])
+            except Exception:
+                # Our bug fails the group it met, and nothing else: the thread serves on.
+                logger.exception("the spool failed by our fault")
+                self._roll_back(index)
+                for job in group:
+                    job.outcome = SpoolError("internal error")
         self._messages = index.messages
         assert self._loop is not None
         try:

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -114,12 +115,13 @@ async def queueing(
     schedule: Schedule = AT_ONCE,
     bounce: BouncePolicy = "mail",
     direct: Strategy | None = None,
+    clock: Callable[[], float] = time.time,
 ) -> AsyncIterator[Queueing]:
     """A spool that runs, in front of `upstreams`; `direct`: these are asked first."""
     relay = UpstreamForwarder(upstreams, hostname="gw.example", strategy=direct or Strategy.TRANSPARENT)
     observer = ResumedDeliveries()
     settings = SpoolSettings(directory / "spool", schedule, bounce, "gw.example", least_free_octets=0)
-    spool = Spool(settings, relay.for_spool(), relay if direct is not None else None, observer)
+    spool = Spool(settings, relay.for_spool(), relay if direct is not None else None, observer, clock=clock)
     await spool.start()
     try:
         yield Queueing(spool, relay, observer)

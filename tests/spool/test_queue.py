@@ -273,6 +273,23 @@ async def test_a_bounce_fits_what_the_upstream_takes(tmp_path: Path, takes_eight
         assert bounce.content.isascii() is not takes_eight_bit
 
 
+async def test_a_bounce_goes_without_an_original_that_is_lost(tmp_path: Path) -> None:
+    async with ScriptedUpstream() as upstream, queueing(tmp_path, settings(upstream)) as queue:
+
+        def verdict(address: str) -> bytes | None:
+            if address != BOB.address:
+                return None
+            for file in (tmp_path / "spool" / "body").glob("*/*"):
+                file.unlink()
+            return b"550 5.1.1 unknown\r\n"
+
+        upstream.verdict = verdict
+        await queue.take()
+        await queue.empties()
+        (bounce,) = upstream.kept
+        assert report_of(bounce)[1]["Status"] == "5.1.1"
+
+
 @pytest.mark.parametrize(
     ("mail", "recipient", "bounce"),
     [
@@ -377,6 +394,51 @@ async def test_a_notice_that_is_too_old_is_held(tmp_path: Path) -> None:
             return (await queue.index(lambda index: index.show(notice.id))).state is DeliveryState.HELD
 
         await eventually(is_held)
+
+
+async def test_a_clock_that_jumps_ahead_ends_only_a_part_of_the_spool_at_a_time(tmp_path: Path) -> None:
+    jump = 0.0
+    schedule = Schedule((3600.0,), max_age_seconds=86400.0, warn_after_seconds=None)
+    async with (
+        ScriptedUpstream() as upstream,
+        queueing(
+            tmp_path, settings(upstream), schedule=schedule, bounce="off", clock=lambda: time.time() + jump
+        ) as queue,
+    ):
+        upstream.verdict = lambda _: b"450 4.2.1 busy\r\n"
+        for _ in range(130):
+            await queue.take()
+
+        async def all_wait() -> bool:
+            return not await queue.index(lambda index: index.due(time.time(), {"up": 1}, "nobody", 0))
+
+        await eventually(lambda: len(queue.observer.resumed) == 130)
+        await eventually(all_wait)
+        jump = 30 * 86400.0
+        queue.spool.runner.sweep_soon()
+
+        async def a_hundred_are_ended() -> bool:
+            return (await queue.tally()).get("expired", 0) >= 100
+
+        await eventually(a_hundred_are_ended)
+        # The others are due now, and get their chance before the next sweep.
+        assert (await queue.tally())["expired"] == 100
+
+
+async def test_a_clock_that_is_set_back_keeps_nothing_waiting(tmp_path: Path) -> None:
+    jump = 0.0
+    async with (
+        ScriptedUpstream() as upstream,
+        queueing(tmp_path, settings(upstream), clock=lambda: time.time() + jump) as queue,
+    ):
+        upstream.verdict = lambda _: b"450 4.2.1 busy\r\n"
+        await queue.take()
+        await eventually(lambda: len(queue.observer.resumed) >= 2)
+        upstream.verdict = lambda _: None
+        jump = -86400.0
+        queue.spool.runner.sweep_soon()
+        await queue.empties()
+        assert len(upstream.kept) == 1
 
 
 # Ends and crashes ---------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import pytest
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Body, DsnReturn, Mail, Notify, Recipient
 from otel_smtp.spool.files import SpoolDirectory
+from otel_smtp.spool.index import Index
 from otel_smtp.spool.messages import (
     ContentLost,
     DeliveryState,
@@ -289,6 +290,18 @@ async def test_no_mail_is_taken_where_the_disk_is_nearly_full(tmp_path: Path) ->
     await store.open()
     assert isinstance(store.refusal(), StorageFull)
     await store.close()
+
+
+async def test_a_bug_of_ours_fails_what_it_met_and_nothing_else(store: SpoolStore) -> None:
+    def fail(index: Index) -> None:
+        index.delete(kept)
+        raise RuntimeError("a bug")
+
+    kept = await queued(store)
+    with pytest.raises(SpoolError, match="internal error"):
+        await store.record(fail)
+    assert store.refusal() is None
+    assert [shown.id for shown in await store.apply(lambda index: index.page("", 2))] == [kept]
 
 
 # Operators ----------------------------------------------------------------------------------------------------
