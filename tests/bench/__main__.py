@@ -36,6 +36,7 @@ TARGETS: Final = (
     gateway.GATEWAY_OFF,
     gateway.GATEWAY_SAMPLED,
     gateway.GATEWAY_TRACED,
+    gateway.GATEWAY_SDK,
     gateway.GATEWAY_ASYNCIO,
     gateway.GATEWAY_BUFFERED,
     gateway.GATEWAY_BUFFERED_TRACED,

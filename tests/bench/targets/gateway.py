@@ -89,6 +89,9 @@ _QUEUE = {"OTELSMTP_DELIVERY__MODE": "queue"}
 GATEWAY_OFF = _gateway("gateway, tracing off", TRACING_OFF)
 GATEWAY_SAMPLED = _gateway("gateway, sampled to nothing", SAMPLED_TO_NOTHING)
 GATEWAY_TRACED = _gateway("gateway, all exported", {}, traced=True)
+GATEWAY_SDK = _gateway(
+    "gateway, all exported by the SDK's exporter", {"OTEL_TRACES_EXPORTER": "otlp_proto_http"}, traced=True
+)
 GATEWAY_ASYNCIO = _gateway("gateway, all exported, asyncio's loop", {}, traced=True, without_uvloop=True)
 GATEWAY_BUFFERED = _gateway("gateway, buffered, tracing off", {**TRACING_OFF, **_BUFFERED})
 GATEWAY_BUFFERED_TRACED = _gateway("gateway, buffered, all exported", _BUFFERED, traced=True)
