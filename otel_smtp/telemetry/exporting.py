@@ -27,6 +27,7 @@ from typing import Final
 
 from otel_smtp.telemetry.collector import Answer, Collector, Verdict
 from otel_smtp.telemetry.otlp import TraceEncoder
+from otel_smtp.telemetry.propagation import SAMPLED
 from otel_smtp.telemetry.records import SpanRecord
 
 logger: Final = logging.getLogger("otel_smtp.telemetry.exporting")
@@ -141,30 +142,31 @@ class TraceExport:
 
     def take(self, record: SpanRecord) -> None:
         """Queue a span, unless it was only recorded for ourselves."""
-        if not record.context.is_sampled:
+        if not record.context.flags & SAMPLED:
             return
-        settings = self._settings
+        queue, settings = self._queue, self._settings
         if self._stopping.is_set():
             self._lost[DropReason.SHUTDOWN] += 1
             return
         # The newest is lost, not the oldest: what led to the trouble is worth more than what came after.
-        if len(self._queue) >= settings.queue_spans:
+        if len(queue) >= settings.queue_spans:
             self._lost[DropReason.QUEUE_FULL] += 1
             return
         span = self._encoder.span(record)
-        if len(span) > MAX_BATCH_OCTETS:
+        octets = len(span)
+        if octets > MAX_BATCH_OCTETS:
             self._lost[DropReason.TOO_LARGE] += 1
             return
-        waiting = self._octets_in - self._octets_out + len(span)
+        waiting = self._octets_in - self._octets_out + octets
         if waiting > self._queue_octets:
             self._lost[DropReason.QUEUE_FULL] += 1
             return
-        self._queue.append(span)
-        self._octets_in += len(span)
+        queue.append(span)
+        self._octets_in += octets
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="otlp-traces", daemon=True)
             self._thread.start()
-        if (len(self._queue) >= settings.batch_spans or waiting > MAX_BATCH_OCTETS) and not self._wake.is_set():
+        if (len(queue) >= settings.batch_spans or waiting > MAX_BATCH_OCTETS) and not self._wake.is_set():
             self._wake.set()
 
     def shutdown(self, budget_seconds: float) -> bool:

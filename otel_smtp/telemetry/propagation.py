@@ -9,6 +9,7 @@ import ipaddress
 import re
 from collections.abc import Mapping
 from enum import StrEnum
+from functools import lru_cache
 from typing import Final, NamedTuple
 
 from otel_smtp.observer import TraceHeaders
@@ -78,6 +79,7 @@ def decide(policy: InboundPolicy, *, client: str, is_local: bool, is_authenticat
     return InboundPolicy.PARENT if is_authenticated or is_local or is_loopback(client) else InboundPolicy.LINK
 
 
+@lru_cache(maxsize=1024)  # asked for every message of every client
 def is_loopback(host: str) -> bool:
     """Whether `host` is an IP address of this machine's loopback network."""
     try:
