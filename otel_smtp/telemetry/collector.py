@@ -81,7 +81,7 @@ class CollectorSettings:
     @property
     def address(self) -> str:
         """Host and port, as they may be shown: a URL can hold a password or a key."""
-        return urlsplit(self.endpoint).netloc.rpartition("@")[2] or self.endpoint
+        return (urlsplit(self.endpoint).netloc or self.endpoint).rpartition("@")[2]
 
 
 class Verdict(Enum):

@@ -185,7 +185,6 @@ class TraceExport:
                 # A request that began long ago: it is left to itself, with the thread.
                 self._is_abandoned = True
                 self._lost[DropReason.SHUTDOWN] += len(self._queue) + self._sending
-                self._queue.clear()
         lost = sum(self._lost.values()) - self._lost_when_told
         if lost:
             logger.warning("spans were lost at the end", extra={"spans": lost, "collector": self._address})
@@ -207,7 +206,7 @@ class TraceExport:
 
     def _send_queued(self, wanted: int) -> None:
         """Send at least `wanted` spans of those that wait, and else only full batches."""
-        while self._queue and (wanted > 0 or self._has_full_batch()):
+        while self._queue and not self._is_abandoned and (wanted > 0 or self._has_full_batch()):
             batch = self._next_batch()
             wanted -= len(batch)
             try:

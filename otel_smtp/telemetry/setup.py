@@ -6,6 +6,7 @@ not run; so they are read here. Without an endpoint nothing is dialled: a defaul
 """
 
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -219,7 +220,8 @@ def describe_destination(environ: Mapping[str, str] = os.environ) -> str:
     endpoint = environ.get(OTEL_EXPORTER_OTLP_TRACES_ENDPOINT) or environ.get(OTEL_EXPORTER_OTLP_ENDPOINT) or ""
     wanted = environ.get(OTEL_TRACES_EXPORTER, "").strip() or ("otlp" if endpoint else "none")
     protocol = environ.get(OTEL_EXPORTER_OTLP_TRACES_PROTOCOL) or environ.get(OTEL_EXPORTER_OTLP_PROTOCOL)
-    otlp = f"{protocol or 'http/protobuf'} {endpoint or 'localhost'}"
+    # A URL may hold a password.
+    otlp = f"{protocol or 'http/protobuf'} {re.sub('//[^/@]*@', '//', endpoint) or 'localhost'}"
     words = {"none": "nowhere (no OTLP endpoint set)", "otlp": otlp}
     return ", ".join(words.get(part.strip(), part.strip()) for part in wanted.split(",") if part.strip())
 

@@ -269,4 +269,5 @@ def test_grpc_without_a_trusted_certificate_takes_nothing() -> None:
 def test_settings_show_no_key() -> None:
     settings = CollectorSettings("https://user:secret@collector:4318/v1/traces", headers=(("api-key", "hidden"),))
     assert settings.address == "collector:4318"
+    assert CollectorSettings("user:secret@collector:4317").address == "collector:4317"
     assert "hidden" not in repr(settings)

@@ -146,6 +146,11 @@ def test_without_an_endpoint_nothing_is_dialled_and_traces_have_ids() -> None:
     assert len(trace_id) == 32
 
 
+def test_the_destination_is_told_without_its_password() -> None:
+    environ = {"OTEL_EXPORTER_OTLP_ENDPOINT": "https://user:secret@collector:4318/otlp"}
+    assert describe_destination(environ) == "http/protobuf https://collector:4318/otlp"
+
+
 def test_a_disabled_sdk_observes_nothing() -> None:
     client = Client(set_up(TelemetryOptions(), {"OTEL_SDK_DISABLED": "True"}).observer).ehlo().mail()
     assert client.transaction is not None
