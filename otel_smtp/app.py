@@ -40,7 +40,7 @@ from otel_smtp.server.users import Authenticator, TokenVerifier, UsersFileError,
 from otel_smtp.smtp.envelope import Recipient
 from otel_smtp.smtp.server import ServerLimits, ServerPolicy
 from otel_smtp.smtp.states import TlsMode, Transition
-from otel_smtp.spool.messages import Counts, DeliveryState, Shown, SpoolError
+from otel_smtp.spool.messages import DeliveryState, Shown, SpoolError
 from otel_smtp.status.live import LiveView
 from otel_smtp.status.traces import RecentTraces
 from otel_smtp.status.views import QueuedMessage, QueueView, UpstreamView
@@ -185,7 +185,7 @@ class Gateway:
         if self._spool is None:
             return None
         counts = self._spool.counts
-        return _by_state(counts), _age(counts.oldest_arrived_at) or 0.0
+        return counts.by_state(), _age(counts.oldest_arrived_at) or 0.0
 
     def upstreams(self) -> Sequence[UpstreamSnapshot]:
         """The upstreams at this moment, in the order of preference."""
@@ -406,7 +406,7 @@ class _StatusPort:
         assert spool is not None
         now = time.time()
         return QueueView(
-            counts=_by_state(spool.counts),
+            counts=spool.counts.by_state(),
             oldest_age_seconds=_age(spool.counts.oldest_arrived_at),
             messages=[_queued(message, now, self._redaction) for message in spool.oldest],
         )
@@ -432,16 +432,6 @@ class _StatusPort:
             )
             for snapshot in self._gateway.upstreams()
         ]
-
-
-def _by_state(counts: Counts) -> Mapping[str, int]:
-    return {
-        "ready": counts.ready,
-        "deferred": counts.deferred,
-        "active": counts.active,
-        "held": counts.held,
-        "corrupt": counts.corrupt,
-    }
 
 
 def _age(since: float | None) -> float | None:

@@ -97,49 +97,29 @@ def show(
     _do(context, spool, {"command": "export" if content else "show", "ids": [message]}, work)
 
 
-@queue.command()
-def retry(
-    context: typer.Context, ids: IdsArgument = None, every: AllOption = False, spool: SpoolOption = None,
-    as_json: JsonOption = False,
-) -> None:  # fmt: skip
-    """Attempt messages now; how many at once is still the upstream's window."""
-    _change(context, "retry", ids, every=every, spool=spool, as_json=as_json)
+def _changing(command: str) -> Callable[..., None]:
+    """The command that changes messages in the way of this name."""
+
+    def change(
+        context: typer.Context,
+        ids: IdsArgument = None,
+        every: AllOption = False,
+        spool: SpoolOption = None,
+        as_json: JsonOption = False,
+    ) -> None:
+        _change(context, command, ids, every=every, spool=spool, as_json=as_json)
+
+    return change
 
 
-@queue.command()
-def hold(
-    context: typer.Context, ids: IdsArgument = None, every: AllOption = False, spool: SpoolOption = None,
-    as_json: JsonOption = False,
-) -> None:  # fmt: skip
-    """Keep messages from being attempted; they do not age meanwhile."""
-    _change(context, "hold", ids, every=every, spool=spool, as_json=as_json)
-
-
-@queue.command()
-def release(
-    context: typer.Context, ids: IdsArgument = None, every: AllOption = False, spool: SpoolOption = None,
-    as_json: JsonOption = False,
-) -> None:  # fmt: skip
-    """Let held messages go on."""
-    _change(context, "release", ids, every=every, spool=spool, as_json=as_json)
-
-
-@queue.command()
-def expire(
-    context: typer.Context, ids: IdsArgument = None, every: AllOption = False, spool: SpoolOption = None,
-    as_json: JsonOption = False,
-) -> None:  # fmt: skip
-    """Give messages up: they go back to their senders, when a gateway runs."""
-    _change(context, "expire", ids, every=every, spool=spool, as_json=as_json)
-
-
-@queue.command()
-def reset(
-    context: typer.Context, ids: IdsArgument = None, every: AllOption = False, spool: SpoolOption = None,
-    as_json: JsonOption = False,
-) -> None:  # fmt: skip
-    """Treat messages as if they had just arrived: attempts and age begin anew."""
-    _change(context, "reset", ids, every=every, spool=spool, as_json=as_json)
+for _name, _help in {
+    "retry": "Attempt messages now; how many at once is still the upstream's window.",
+    "hold": "Keep messages from being attempted; they do not age meanwhile.",
+    "release": "Let held messages go on.",
+    "expire": "Give messages up: they go back to their senders, when a gateway runs.",
+    "reset": "Treat messages as if they had just arrived: attempts and age begin anew.",
+}.items():
+    queue.command(_name, help=_help)(_changing(_name))
 
 
 @queue.command()

@@ -88,11 +88,7 @@ class Operations:
         now = time.time()
         counts, tally = await self._store.apply(lambda index: (index.counts(now), index.tally()))
         return {
-            "ready": counts.ready,
-            "deferred": counts.deferred,
-            "active": counts.active,
-            "held": counts.held,
-            "corrupt": counts.corrupt,
+            **counts.by_state(),
             "oldest_arrival_time": counts.oldest_arrived_at,
             "recipients": dict(tally),
         }

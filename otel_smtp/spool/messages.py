@@ -207,6 +207,10 @@ class Counts:
     oldest_arrived_at: float | None = None
     next_due_at: float | None = None
 
+    def by_state(self) -> Mapping[str, int]:
+        """How many there are of each state, by its name."""
+        return {name: getattr(self, name) for name in ("ready", "deferred", "active", "held", "corrupt")}
+
     @property
     def total(self) -> int:
         """All deliveries."""
