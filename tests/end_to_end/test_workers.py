@@ -9,7 +9,9 @@ from collections.abc import Callable
 import pytest
 
 from tests.end_to_end.conftest import Client, StartGateway
+from tests.end_to_end.test_traces import exporting
 from tests.support.capture import CapturingUpstream
+from tests.support.otlp_receiver import OtlpReceiver
 from tests.support.process import GatewayProcess, listening_sockets, until
 
 
@@ -40,6 +42,20 @@ def test_workers_share_the_port_and_drain_together(
         assert client.reply().startswith("421 4.3.2 ")
     assert running.wait() == 0
     assert len(upstream.messages) == 28
+
+
+@pytest.mark.parametrize("protocol", ["http/protobuf", "grpc"])
+def test_every_worker_exports_its_own_traces(
+    protocol: str, upstream: CapturingUpstream, receiver: OtlpReceiver, start: StartGateway
+) -> None:
+    running = start({"upstream.url": upstream.url, "workers": 2}, exporting(receiver, protocol))
+    for _ in range(20):
+        send(running.port)
+    assert running.stop() == 0
+    spans = receiver.spans
+    # Ids are random; processes that were forked must not draw the same.
+    assert len({span.span_id for span in spans}) == len(spans) == 60
+    assert len({span.trace_id for span in spans}) == 20
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
