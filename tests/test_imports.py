@@ -99,6 +99,9 @@ ROOMS: Final = {
     ),
     # The way to a collector: its libraries are imported by the thread that exports.
     "otel_smtp.telemetry.collector": Room((), frozenset({"grpc", "httpx", "google", "opentelemetry"})),
+    # What applications import: the one door to it, and the API alone behind the door.
+    "otel_smtp.client": Room(("otel_smtp.telemetry.client",)),
+    "otel_smtp.telemetry.client": Room((), frozenset({"opentelemetry"})),
     "otel_smtp.telemetry.setup": Room(
         ("otel_smtp.observer", "otel_smtp.telemetry", *SMTP_TYPES),
         frozenset({"opentelemetry"}),
