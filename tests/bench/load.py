@@ -9,6 +9,7 @@ import json
 import resource
 import socket
 import sys
+import time
 
 from otel_smtp.load_generator import Load, LoadPlan
 
@@ -28,12 +29,18 @@ def send(plan: LoadPlan) -> dict[str, object]:
     }
 
 
+HOLD_SECONDS = 60  # a relay that takes longer for its connections is left out
+
+
 def hold(port: int, count: int) -> None:
     """Keep `count` connections open after their EHLO, until standard input ends."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     held: list[socket.socket] = []
+    ends = time.monotonic() + HOLD_SECONDS
     for _ in range(count):
+        if time.monotonic() > ends:
+            raise SystemExit(f"only {len(held)} connections in {HOLD_SECONDS} s")
         connection = socket.create_connection(("127.0.0.1", port), timeout=30)
         _reply(connection)
         connection.sendall(b"EHLO idle.example.com\r\n")
