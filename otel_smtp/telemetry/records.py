@@ -27,7 +27,10 @@ class EventShape:
 
 
 class EventRecord(NamedTuple):
-    """A span event: its shape, and the attributes that vary from event to event."""
+    """A span event: its shape, and the attributes that vary from event to event.
+
+    No name stands twice, neither in `varying` nor in both: an encoder writes one after the other.
+    """
 
     time_ns: int  # since the epoch
     shape: EventShape
