@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import lru_cache
 from typing import Final, Self
 
 
@@ -54,12 +55,18 @@ class EnhancedStatus:
         return f"{self.klass}.{self.subject}.{self.detail}"
 
     @classmethod
-    def parse(cls, text: str) -> tuple[Self | None, str]:
+    def parse(cls, text: str) -> tuple["EnhancedStatus | None", str]:
         """Split `text` into its leading enhanced code, if it has one, and the rest."""
         match = _ENHANCED.match(text)
         if match is None:
             return None, text
-        return cls(int(match[1]), int(match[2]), int(match[3])), text[match.end() :]
+        return _status(match[1], match[2], match[3]), text[match.end() :]
+
+
+@lru_cache(maxsize=256)
+def _status(klass: str, subject: str, detail: str) -> EnhancedStatus:
+    """The code of these numbers: an upstream says the same few in each of its replies."""
+    return EnhancedStatus(int(klass), int(subject), int(detail))
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,19 +87,20 @@ class Reply:
     lines: tuple[str, ...]
     error_type: ErrorType | None = None
     closes: bool = False
-    wire: bytes = field(init=False, repr=False, compare=False)  # the octets to send, CRLF included
+    _wire: bytes = field(init=False, repr=False, compare=False, default=b"")
 
-    def __post_init__(self) -> None:
-        prefix = f"{self.enhanced} " if self.enhanced is not None else ""
-        last = len(self.lines) - 1
-        object.__setattr__(
-            self,
-            "wire",
-            "".join(
+    @property
+    def wire(self) -> bytes:
+        """The octets to send, CRLF included; made when first asked for, as most replies of upstreams never are."""
+        if not self._wire:
+            prefix = f"{self.enhanced} " if self.enhanced is not None else ""
+            last = len(self.lines) - 1
+            lines = (
                 f"{self.code}{' ' if number == last else '-'}{prefix}{line}\r\n"
                 for number, line in enumerate(self.lines)
-            ).encode("ascii"),
-        )
+            )
+            object.__setattr__(self, "_wire", "".join(lines).encode("ascii"))
+        return self._wire
 
     def __str__(self) -> str:
         return self.wire.decode("ascii").rstrip("\r\n").replace("\r\n", " | ")
