@@ -178,7 +178,6 @@ class ClientProtocol:
         "_is_closing",
         "_is_lmtp",
         "_is_open",
-        "_kept",
         "_lines",
         "_max_line_octets",
         "_max_lines",

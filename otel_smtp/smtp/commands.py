@@ -17,7 +17,7 @@ Rules that hold for every line:
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import ClassVar, Final
 
@@ -116,7 +116,7 @@ class Auth:
 
     verb: ClassVar[Verb] = Verb.AUTH
     mechanism: str  # upper case; a SASL name by its form, known or not
-    initial_response: str | None  # as given: base64, not yet decoded, or "="
+    initial_response: str | None = field(repr=False)  # as given: base64, not yet decoded, or "="
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ Events marked *decide* wait for `ServerProtocol.reply` and are answered in the o
 The others only tell; the engine has answered, or nothing needs an answer.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Final
 
@@ -62,14 +62,14 @@ class AuthRequested:
     """*decide*: AUTH. Answer with `challenge` or with a final reply."""
 
     mechanism: str  # one that we offered
-    initial_response: bytes | None  # decoded; None where none was given, b"" for "="
+    initial_response: bytes | None = field(repr=False)  # decoded; None where none was given, b"" for "="
 
 
 @dataclass(frozen=True, slots=True)
 class AuthResponded:
     """*decide*: the client's answer to a challenge, decoded. Answer as `AuthRequested`."""
 
-    response: bytes
+    response: bytes = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)

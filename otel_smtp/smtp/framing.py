@@ -82,6 +82,8 @@ class ReceiveBuffer:
             return data
         data = self._data[self._start : self._start + octets]
         self._start += len(data)
+        if self._start == len(self._data):
+            self.clear()  # a client that falls silent must not keep what its last read brought
         return data
 
     def give_back(self, data: bytes) -> None:

@@ -5,7 +5,11 @@
 
 * a state is recorded before the reply that reveals it can be seen;
 * Error is recorded exactly once for each reply >= 400, right before it, with its code and verb;
-* every step is one of `LEGAL`: the engine's own check raises (it is not switched off here).
+* every step is one of `LEGAL`: the engine's own check raises (it is not switched off here);
+* every reply line is printable ASCII and fits into 512 octets (RFC 5321 4.5.3.1.5);
+* content comes only within a transaction that has an accepted MAIL and RCPT of its own, and without NUL and bare line
+  ends unless it was declared binary;
+* no text of a state is the client's, and no `repr` of an event shows an argument of AUTH.
 """
 
 import base64
@@ -15,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from otel_smtp.smtp import replies
+from otel_smtp.smtp.commands import Verb
 from otel_smtp.smtp.envelope import Body, Mail, Notify, Recipient
 from otel_smtp.smtp.events import (
     AuthRequested,
@@ -32,15 +37,22 @@ from otel_smtp.smtp.events import (
     Wait,
 )
 from otel_smtp.smtp.extensions import Offer
-from otel_smtp.smtp.replies import Reply
-from otel_smtp.smtp.sasl import LOGIN_CHALLENGES, Password, SaslError, parse_login, parse_plain
+from otel_smtp.smtp.framing import has_bare_line_end
+from otel_smtp.smtp.replies import ErrorType, Reply
+from otel_smtp.smtp.sasl import LOGIN_CHALLENGES, MECHANISMS, Password, SaslError, parse_login, parse_plain
+from otel_smtp.smtp.sequence import Phase
 from otel_smtp.smtp.server import ServerLimits, ServerPolicy, ServerProtocol
 from otel_smtp.smtp.states import CloseReason, ConnState, TlsMode, Transition
 from tests.support.dialogue import ReplyReader, UpstreamScript
 
 HOSTNAME: Final = "gateway.example"
+MAX_REPLY_LINE_OCTETS: Final = 512  # RFC 5321 4.5.3.1.5
 USER: Final = "user"
 PASSWORD: Final = "secret"
+
+_VERBS: Final = frozenset({None, "other", *Verb})
+_MECHANISMS: Final = frozenset({None, "other", *MECHANISMS})
+_ERROR_TYPES: Final = frozenset({None, *ErrorType})
 
 Decision = MailRequested | RecipientRequested | TlsRequested | AuthRequested | AuthResponded | ContentEnded
 
@@ -181,6 +193,18 @@ class Record:
             if not isinstance(after, Transition):
                 self._check_reveal(before, *after)
         assert bytes(self.wire) == b"".join(reply.wire for _, reply in self.replies)
+        for line in bytes(self.wire).splitlines(keepends=True):
+            assert len(line) <= MAX_REPLY_LINE_OCTETS, f"reply line of {len(line)} octets"
+        for transition in self.transitions:
+            assert transition.verb in _VERBS
+            assert transition.mechanism in _MECHANISMS
+            assert transition.error_type in _ERROR_TYPES
+        for event in self.events:
+            match event:
+                case AuthRequested(mechanism, _):
+                    assert repr(event) == f"AuthRequested(mechanism={mechanism!r})"
+                case AuthResponded():
+                    assert repr(event) == "AuthResponded()"
 
     @staticmethod
     def _check_reveal(before: Transition | tuple[str | None, Reply], verb: str | None, reply: Reply) -> None:
@@ -281,6 +305,25 @@ class EngineDriver:
         self.record.check()
         return self.record
 
+    @property
+    def waits_for_data(self) -> bool:
+        """Whether all that was fed is used up."""
+        return self.ending is None and not self._waiting and self.protocol.phase is not Phase.HANDSHAKE
+
+    @property
+    def waits_for_handshake(self) -> bool:
+        """Whether the next octets are TLS's, or will be once STARTTLS is answered."""
+        return self.protocol.phase is Phase.HANDSHAKE
+
+    def waits_for(self, kind: type[Decision]) -> bool:
+        """Whether a decision of this kind has not been made yet."""
+        return any(isinstance(event, kind) for event in self._waiting)
+
+    @property
+    def recipient_count(self) -> int:
+        """Accepted recipients of the open transaction."""
+        return len(self._recipients)
+
     def sent(self) -> list[str]:
         """The replies since the last call, as `dialogue.joined` writes them."""
         data = self.protocol.data_to_send()
@@ -316,9 +359,15 @@ class EngineDriver:
             ):
                 self._waiting.append(event)
             case ContentStarted():
+                assert self._mail is not None, "content without MAIL"
+                assert self._recipients, "content without RCPT"
                 self._content.clear()
             case HeaderReceived(data) | ContentReceived(data):
                 self._content += data
+            case TransactionAborted():
+                # Nothing of it may reach the next one.
+                self._mail = None
+                self._recipients = []
             case ConnectionEnding(reason):
                 self.ending = reason
                 self._waiting.clear()
@@ -326,18 +375,20 @@ class EngineDriver:
     def _answer(self, event: Decision) -> None:
         match event:
             case MailRequested(mail):
-                reply = self._mail_replies.popleft() if self._mail_replies else replies.SENDER_OK
+                reply = self.mail_reply()
                 if reply.is_positive:
+                    assert self._mail is None, "MAIL within a transaction"
                     self._mail = mail
                     self._recipients = []
                 self.protocol.reply(reply)
             case RecipientRequested(recipient):
-                reply = self._script.recipients.get(recipient.address, replies.RECIPIENT_OK)
+                assert self._mail is not None, "RCPT without MAIL"
+                reply = self.recipient_reply(recipient)
                 if reply.is_positive:
                     self._recipients.append(recipient)
                 self.protocol.reply(reply)
             case TlsRequested():
-                self.protocol.reply(replies.TLS_READY)
+                self.protocol.reply(self.tls_reply())
             case AuthRequested(mechanism, initial):
                 self._exchange = _Exchange(mechanism)
                 self._authenticate(initial)
@@ -345,6 +396,24 @@ class EngineDriver:
                 self._authenticate(response)
             case ContentEnded():
                 self._answer_content()
+
+    # What the upstream and the listener say; a subclass may decide otherwise.
+
+    def mail_reply(self) -> Reply:
+        """The verdict on MAIL."""
+        return self._mail_replies.popleft() if self._mail_replies else replies.SENDER_OK
+
+    def recipient_reply(self, recipient: Recipient) -> Reply:
+        """The verdict on one recipient."""
+        return self._script.recipients.get(recipient.address, replies.RECIPIENT_OK)
+
+    def tls_reply(self) -> Reply:
+        """The answer to STARTTLS."""
+        return replies.TLS_READY
+
+    def content_replies(self, count: int) -> list[Reply]:
+        """The verdicts on the message: `count`, more than one only over LMTP."""
+        return [self._content_replies.popleft() if self._content_replies else replies.message_accepted()] * count
 
     def _authenticate(self, answer: bytes | None) -> None:
         assert self._exchange is not None
@@ -355,14 +424,14 @@ class EngineDriver:
             self.protocol.challenge(verdict)
 
     def _answer_content(self) -> None:
-        reply = self._content_replies.popleft() if self._content_replies else replies.message_accepted()
         assert self._mail is not None, "content without MAIL"
         assert self._recipients, "content without RCPT"
-        if reply.is_positive:
-            message = Message(self._mail, tuple(self._recipients), bytes(self._content))
-            assert self._mail.body is Body.BINARY_MIME or b"\0" not in message.content
-            self.record.messages.append(message)
-        self.protocol.reply(*[reply] * (len(self._recipients) if self.policy.is_lmtp else 1))
+        content = bytes(self._content)
+        assert self._mail.body is Body.BINARY_MIME or not (b"\0" in content or has_bare_line_end(content))
+        verdicts = self.content_replies(len(self._recipients) if self.policy.is_lmtp else 1)
+        if any(reply.is_positive for reply in verdicts):
+            self.record.messages.append(Message(self._mail, tuple(self._recipients), content))
+        self.protocol.reply(*verdicts)
         self._mail = None
         self._recipients = []
 
