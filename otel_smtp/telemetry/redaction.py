@@ -160,7 +160,7 @@ class Redaction:
         if not domain.startswith("["):
             return clean(domain)
         shown = self.ip(domain.strip("[]").removeprefix("IPv6:").removeprefix("ipv6:"))
-        return None if shown is None else f"[{shown}]"
+        return None if shown is None else f"[{shown[: MAX_VALUE_CHARACTERS - 2]}]"
 
     def _hash(self, text: str) -> str:
         octets = text.lower().encode("utf-8", "surrogatepass")

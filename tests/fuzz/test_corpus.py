@@ -27,7 +27,7 @@ def test_kept_inputs_hold(path: Path) -> None:
 
 
 def test_the_corpus_is_small_and_names_no_unknown_target() -> None:
-    assert {path.name for path in CORPUS.iterdir()} == set(TARGETS)
+    assert {path.name for path in CORPUS.iterdir()} <= set(TARGETS)
     files = list(CORPUS.glob("*/*"))
     assert len(files) < MAX_FILES
-    assert max(path.stat().st_size for path in files) < MAX_OCTETS
+    assert all(path.stat().st_size < MAX_OCTETS for path in files)

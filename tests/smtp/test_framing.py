@@ -14,6 +14,7 @@ from otel_smtp.smtp.framing import (
     ReceiveBuffer,
     has_bare_line_end,
 )
+from tests.support.held import held_octets
 
 
 def cut(data: bytes, places: list[int]) -> list[bytes]:
@@ -212,3 +213,14 @@ def test_discarding_stops_behind_the_crlf_even_when_it_is_cut() -> None:
     buffer.feed(b"\nNOOP\r\n")
     assert buffer.discard_line() == (2, True)
     assert buffer.peek(4) == b"NOOP"
+
+
+def test_what_is_used_up_is_not_held() -> None:
+    """Or each connection that falls silent behind a large message keeps what its last read brought."""
+    buffer = ReceiveBuffer()
+    buffer.feed(b"NOOP\r\n" + b"x" * 1000)
+    assert buffer.take(6) == b"NOOP\r\n"
+    assert buffer.take(1000) == b"x" * 1000
+    assert held_octets(buffer) == 0
+    buffer.feed(b"QUIT\r\n")
+    assert buffer.take(6) == b"QUIT\r\n"

@@ -7,7 +7,16 @@ from typing import Final
 import pytest
 
 from otel_smtp.smtp import replies
-from otel_smtp.smtp.events import ConnectionEnding, ContentEnded, MailRequested, RecipientRequested, Wait
+from otel_smtp.smtp.commands import Auth
+from otel_smtp.smtp.events import (
+    AuthRequested,
+    AuthResponded,
+    ConnectionEnding,
+    ContentEnded,
+    MailRequested,
+    RecipientRequested,
+    Wait,
+)
 from otel_smtp.smtp.extensions import Offer
 from otel_smtp.smtp.replies import Reply
 from otel_smtp.smtp.server import ServerLimits, ServerPolicy, ServerProtocol
@@ -150,3 +159,14 @@ def test_no_client_makes_the_engine_grow(
     assert driver.last.code == last if isinstance(last, int) else driver.last is last
     assert peak - before < BOUND
     assert after - before < BOUND
+
+
+def test_no_repr_shows_what_a_client_said_in_auth() -> None:
+    """A repr ends up in an exception's text, and that in a log."""
+    for said in (
+        Auth("PLAIN", "AHVzZXIAc2VjcmV0"),
+        AuthRequested("PLAIN", b"\0user\0secret"),
+        AuthResponded(b"secret"),
+    ):
+        assert "secret" not in repr(said)
+        assert "c2VjcmV0" not in repr(said)
