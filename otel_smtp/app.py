@@ -209,6 +209,7 @@ class Gateway:
         if self._status_port is not None:
             # Last: a cold start is measured to the first greeting, and this imports a web server.
             await self._status_port.start(is_required="status.address" in self._settings.origins)
+        self._telemetry.start()
         self._rotation = asyncio.get_running_loop().create_task(self._rotate_segments())
 
     async def stop(self, *, immediately: bool = False) -> None:

@@ -102,6 +102,8 @@ ROOMS: Final = {
     # What applications import: the one door to it, and the API alone behind the door.
     "otel_smtp.client": Room(("otel_smtp.telemetry.client",)),
     "otel_smtp.telemetry.client": Room((), frozenset({"opentelemetry"})),
+    "otel_smtp.telemetry.metric_export": Room(("otel_smtp.telemetry",), frozenset({"opentelemetry"})),
+    "otel_smtp.telemetry.log_export": Room(("otel_smtp.telemetry",)),
     "otel_smtp.telemetry.setup": Room(
         ("otel_smtp.observer", "otel_smtp.telemetry", *SMTP_TYPES),
         frozenset({"opentelemetry"}),

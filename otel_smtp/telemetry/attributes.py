@@ -392,6 +392,19 @@ ERROR_TYPE: Final = _attribute(
     "on Error events; on spans that failed: a class of ErrorType, else the reply code",
     "upstream_unavailable",
 )
+LOGGER: Final = _attribute(
+    "smtp.logger", Type.STRING, (On.LOG,), "in OTLP, always: the module that speaks", "otel_smtp.access"
+)
+EXCEPTION_TYPE: Final = _attribute(
+    "exception.type", Type.STRING, (On.LOG,), "in OTLP, on unexpected errors", "ConnectionResetError"
+)
+EXCEPTION_STACKTRACE: Final = _attribute(
+    "exception.stacktrace",
+    Type.STRING,
+    (On.LOG,),
+    "in OTLP, on unexpected errors; the end of a long one",
+    "Traceback ...",
+)
 
 # Attributes: the mail ----------------------------------------------------------------------------------------------
 

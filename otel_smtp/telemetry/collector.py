@@ -1,4 +1,4 @@
-"""The collector: how a batch of spans gets to it over http/protobuf or grpc, and what its answer means.
+"""The collector: how a batch gets to it over http/protobuf or grpc, and what its answer means.
 
 A collector is somebody else's program at the end of a network. Its answer may never come, never end, be nonsense, or
 send us elsewhere: so what is read of it is bounded in octets and in time, redirects are not followed (they would take
@@ -34,11 +34,25 @@ _RETRYABLE_STATUSES: Final = frozenset({429, 502, 503, 504})
 _RETRYABLE_CODES: Final = frozenset(
     {"CANCELLED", "DEADLINE_EXCEEDED", "ABORTED", "OUT_OF_RANGE", "UNAVAILABLE", "DATA_LOSS"}
 )
-_EXPORT: Final = "/opentelemetry.proto.collector.trace.v1.TraceService/Export"
 # What collectors answer where all is well: nothing, or a partial success of which every field is zero.
 _ALL_TAKEN: Final = (b"", b"\x0a\x00")
 # An idle connection is kept over some batches: a TLS handshake for each would cost more than the batch.
 _KEEP_ALIVE_SECONDS: Final = 60.0
+
+
+class Signal(StrEnum):
+    """What is exported: the last part of its path over HTTP, and in capitals the middle of its variables' names."""
+
+    TRACES = "traces"
+    METRICS = "metrics"
+    LOGS = "logs"
+
+
+_EXPORTS: Final = {
+    Signal.TRACES: "/opentelemetry.proto.collector.trace.v1.TraceService/Export",
+    Signal.METRICS: "/opentelemetry.proto.collector.metrics.v1.MetricsService/Export",
+    Signal.LOGS: "/opentelemetry.proto.collector.logs.v1.LogsService/Export",
+}
 
 
 class Protocol(StrEnum):
@@ -70,6 +84,7 @@ class CollectorSettings:
 
     endpoint: str
     protocol: Protocol = Protocol.HTTP
+    signal: Signal = Signal.TRACES
     is_insecure: bool = True
     headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     compression: Compression = Compression.NONE
@@ -98,7 +113,7 @@ class Answer(NamedTuple):
     Attributes:
         why: status, error class: a word for the log; empty where all was taken.
         retry_after_seconds: when to come again, if it said.
-        rejected: so many spans of a batch that was taken were not.
+        rejected: so many spans, data points or log records of a batch that was taken were not.
     """
 
     verdict: Verdict
@@ -111,7 +126,7 @@ class Collector(Interface):
     """Takes batches; belongs to one thread."""
 
     def send(self, request: bytes, timeout_seconds: float) -> Answer:
-        """Send an encoded `ExportTraceServiceRequest` and wait for the answer. Raises nothing that the network does."""
+        """Send an encoded request of the signal and wait for the answer. Raises nothing that the network does."""
         ...
 
     def close(self) -> None:
@@ -201,7 +216,7 @@ class GrpcCollector:
                 target, _grpc_credentials(settings), options=options, compression=compression
             )
         self._metadata = tuple((name.lower(), value) for name, value in settings.headers)
-        self._export: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(_EXPORT)
+        self._export: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(_EXPORTS[settings.signal])
 
     def send(self, request: bytes, timeout_seconds: float) -> Answer:
         """Call Export."""
@@ -268,7 +283,10 @@ def _bounded(response: "httpx.Response", deadline: float) -> bytes:
 
 
 def _taken(reply: bytes) -> Answer:
-    """The answer that an `ExportTraceServiceResponse` gives: all taken, or not all (OTLP, "Partial Success")."""
+    """The answer that a reply gives: all taken, or not all (OTLP, "Partial Success").
+
+    The replies of all signals have the same fields, by other names.
+    """
     if reply in _ALL_TAKEN:
         return Answer(Verdict.TAKEN)
     from google.protobuf.message import DecodeError

@@ -16,7 +16,12 @@ from typing import Final
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.exposition import choose_encoder
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+)
 from prometheus_client.metrics_core import Metric as MetricFamily
 from prometheus_client.samples import Exemplar
 
@@ -36,7 +41,7 @@ from otel_smtp.smtp.envelope import Mail, Recipient
 from otel_smtp.smtp.replies import ErrorType, Reply
 from otel_smtp.smtp.states import PULSES, CloseReason, ConnState, Transition
 from otel_smtp.telemetry import attributes as names
-from otel_smtp.telemetry.attributes import Metric
+from otel_smtp.telemetry.attributes import Instrument, Metric
 
 Labels = tuple[str, ...]
 ConnectionCounts = Callable[[], Iterable[tuple[str, str, int]]]
@@ -62,15 +67,17 @@ class Counts:
         self.values[labels] += by
 
 
-class _Buckets:
+class Buckets:
     """The measurements of one series of a histogram."""
 
-    __slots__ = ("counts", "exemplars", "total")
+    __slots__ = ("counts", "exemplars", "least", "most", "total")
 
     def __init__(self, bounds: int) -> None:
         self.counts = [0] * (bounds + 1)
         self.exemplars: list[tuple[str, float, float] | None] = [None] * (bounds + 1)
         self.total = 0.0
+        self.least = float("inf")
+        self.most = float("-inf")
 
 
 class Measurements:
@@ -80,16 +87,20 @@ class Measurements:
 
     def __init__(self, metric: Metric) -> None:
         self.metric = metric
-        self.series: dict[Labels, _Buckets] = {}
+        self.series: dict[Labels, Buckets] = {}
 
     def add(self, labels: Labels, value: float, trace_id: str | None = None) -> None:
         """Measure; `trace_id` names a trace in which it can be seen."""
         buckets = self.series.get(labels)
         if buckets is None:
-            buckets = self.series[labels] = _Buckets(len(self.metric.bounds))
+            buckets = self.series[labels] = Buckets(len(self.metric.bounds))
         place = bisect_left(self.metric.bounds, value)
         buckets.counts[place] += 1
         buckets.total += value
+        if value < buckets.least:
+            buckets.least = value
+        if value > buckets.most:
+            buckets.most = value
         if trace_id is not None:
             buckets.exemplars[place] = (trace_id, value, time.time())
 
@@ -241,6 +252,10 @@ class Metrics(Observer):
         connections: connections to upstreams now.
         spool: messages in the spool by state, and the age of the oldest in seconds; None where there is no spool.
         dropped: what telemetry itself has lost so far: signal, reason, how many.
+        resource: who we are, by attribute, for the page.
+
+    Attributes:
+        measurements: all histograms.
     """
 
     def __init__(
@@ -250,11 +265,13 @@ class Metrics(Observer):
         connections: ConnectionCounts = lambda: (),
         spool: SpoolCounts = lambda: None,
         dropped: ConnectionCounts = lambda: (),
+        resource: Mapping[str, object] | None = None,
     ) -> None:
         self._traced = traced
         self._connections = connections
         self._spool = spool
         self._dropped = dropped
+        self._resource = {name.replace(".", "_"): str(value) for name, value in (resource or {}).items()}
         self.active_connections = Counts(names.ACTIVE_CONNECTIONS)
         self.transitions = Counts(names.TRANSITIONS)
         self.replies = Counts(names.REPLIES)
@@ -267,6 +284,13 @@ class Metrics(Observer):
         self.message_size = Measurements(names.SERVER_MESSAGE_SIZE)
         self.delivery_duration = Measurements(names.DELIVERY_DURATION)
         self.pool_wait = Measurements(names.CLIENT_POOL_WAIT)
+        self.measurements: Final = (
+            self.connection_duration,
+            self.state_duration,
+            self.message_size,
+            self.delivery_duration,
+            self.pool_wait,
+        )
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
@@ -289,28 +313,33 @@ class Metrics(Observer):
         encode, content_type = choose_encoder(accept)
         return encode(self._registry), content_type
 
-    def collect(self) -> Iterator[MetricFamily]:
-        """Everything now, as prometheus_client wants it of a collector."""
+    def numbers(self) -> Iterator[tuple[Metric, list[tuple[Labels, float]]]]:
+        """Everything now but the histograms: each counter and gauge with its rows. For any thread."""
         for counts in (self.transitions, self.replies, self.transactions, self.auth, self.refused, self.probes):
-            yield _family(CounterMetricFamily, counts.metric, list(counts.values.items()))
-        yield _family(GaugeMetricFamily, names.ACTIVE_CONNECTIONS, list(self.active_connections.values.items()))
-        rows = [((upstream, state), count) for upstream, state, count in self._connections()]
-        yield _family(GaugeMetricFamily, names.CLIENT_CONNECTIONS, rows)
+            yield counts.metric, list(counts.values.items())
+        yield names.ACTIVE_CONNECTIONS, list(self.active_connections.values.items())
+        yield names.CLIENT_CONNECTIONS, [((upstream, state), n) for upstream, state, n in self._connections()]
         if (spool := self._spool()) is not None:
             states, oldest_age_seconds = spool
-            spooled = [((state,), count) for state, count in states.items()]
-            yield _family(GaugeMetricFamily, names.SPOOL_MESSAGES, spooled)
-            yield _family(GaugeMetricFamily, names.SPOOL_AGE, [((), oldest_age_seconds)])
-        lost = [((signal, reason), count) for signal, reason, count in self._dropped()]
-        yield _family(CounterMetricFamily, names.TELEMETRY_DROPPED, lost)
-        for measured in (
-            self.connection_duration,
-            self.state_duration,
-            self.message_size,
-            self.delivery_duration,
-            self.pool_wait,
-        ):
+            yield names.SPOOL_MESSAGES, [((state,), count) for state, count in states.items()]
+            yield names.SPOOL_AGE, [((), oldest_age_seconds)]
+        yield names.TELEMETRY_DROPPED, [((signal, reason), count) for signal, reason, count in self._dropped()]
+
+    def collect(self) -> Iterator[MetricFamily]:
+        """Everything now, as prometheus_client wants it of a collector."""
+        if self._resource:
+            yield InfoMetricFamily("target", "Who is measured: the resource of all telemetry", self._resource)
+        for metric, rows in self.numbers():
+            yield _family(_FAMILIES[metric.instrument], metric, rows)
+        for measured in self.measurements:
             yield _histogram(measured)
+
+
+_Number = CounterMetricFamily | GaugeMetricFamily
+_FAMILIES: Final[Mapping[Instrument, type[_Number]]] = {
+    Instrument.COUNTER: CounterMetricFamily,
+    Instrument.UP_DOWN: GaugeMetricFamily,
+}
 
 
 def _prometheus_name(metric: Metric) -> str:
@@ -323,9 +352,7 @@ def _label_names(metric: Metric) -> Sequence[str]:
     return [label.replace(".", "_") for label in metric.labels]
 
 
-def _family(
-    make: type[CounterMetricFamily] | type[GaugeMetricFamily], metric: Metric, rows: Sequence[tuple[Labels, float]]
-) -> MetricFamily:
+def _family(make: type[_Number], metric: Metric, rows: Sequence[tuple[Labels, float]]) -> MetricFamily:
     family = make(_prometheus_name(metric), metric.description, labels=_label_names(metric))
     for labels, value in rows:
         family.add_metric(list(labels), value)

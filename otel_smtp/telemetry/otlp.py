@@ -1,4 +1,4 @@
-"""Finished spans as OTLP: the octets of an `ExportTraceServiceRequest`, written by hand.
+"""Finished spans and log records as OTLP: the octets of a request to export them, written by hand.
 
 The protobuf wire format is a list of fields: a tag (number and type of the field), for most types a length, the value.
 So a message that was written once is a constant, and what our spans are made of is mostly constant: names, kinds,
@@ -12,8 +12,8 @@ events that differ in their time, attributes that are the same for every mail. A
 
 What is written equals what the SDK's exporter writes of the same span, field by field; a test compares the two.
 
-Sources: opentelemetry-proto 1.x (trace.proto, common.proto, resource.proto: fields are only ever added), protobuf
-encoding (protobuf.dev/programming-guides/encoding).
+Sources: opentelemetry-proto 1.x (trace.proto, logs.proto, common.proto, resource.proto: fields are only ever
+added), protobuf encoding (protobuf.dev/programming-guides/encoding).
 """
 
 import struct
@@ -25,7 +25,7 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.trace import SpanKind
 
 from otel_smtp.telemetry.attributes import ATTRIBUTES, SCHEMA_URL, SCOPE_NAME, Type
-from otel_smtp.telemetry.records import EventRecord, EventShape, LinkRecord, SpanRecord
+from otel_smtp.telemetry.records import EventRecord, EventShape, LinkRecord, LogRecord, SpanRecord
 
 # Values that never come back (ports, queue ids, sizes) push out those that do. The cache is emptied when it is full:
 # the hundred attributes of a gateway that are constant are then made again, once in thousands of spans.
@@ -33,6 +33,7 @@ _MAX_CACHED_PAIRS: Final = 4096
 # As `state_events` bounds its shapes, for the same reason: an upstream can invent enhanced codes.
 _MAX_CACHED_SHAPES: Final = 2048
 _MAX_CACHED_HEADS: Final = 64
+_MAX_CACHED_OCTETS: Final = 1024  # tracebacks have more
 
 # Our own names, with the class of their values, always. In a cache 1, 1.0 and True are one key; under one of these
 # names only one of them occurs. Strings are never taken for anything else, floats are not cached at all.
@@ -159,7 +160,7 @@ class _Pairs(dict[tuple[str, object], bytes]):
             field = _field(self._number, _key_value(key, value))
         except (ValueError, TypeError):
             return b""  # the SDK leaves such an attribute out too
-        if kind is str or _CACHEABLE.get(key) is kind:
+        if len(field) <= _MAX_CACHED_OCTETS and (kind is str or _CACHEABLE.get(key) is kind):
             if len(self) >= _MAX_CACHED_PAIRS:
                 self.clear()
             self[item] = field
@@ -195,7 +196,36 @@ _STATUS: Final = {False: _field(15, b""), True: _field(15, _tag(3, _VARINT) + va
 _Head = Callable[..., bytes]
 
 
-class TraceEncoder:
+class RequestFrame:
+    """Requests of one resource: what is around the spans, or the log records, which have the same fields around them.
+
+    Args:
+        resource: who we are.
+        version: of the gateway: the instrumentation scope's.
+    """
+
+    __slots__ = ("_resource", "_scope", "_scope_end")
+
+    def __init__(self, resource: Resource, version: str) -> None:
+        attributes = b"".join(_Pairs(1)[item] for item in resource.attributes.items())
+        # ResourceSpans, ResourceLogs: resource 1, scope_spans or scope_logs 2, schema_url 3.
+        self._resource = (_field(1, attributes), _text(3, resource.schema_url))
+        # ScopeSpans, ScopeLogs: scope 1, spans or log_records 2, schema_url 3.
+        self._scope = _field(1, _text(1, SCOPE_NAME) + _text(2, version))
+        self._scope_end = _text(3, SCHEMA_URL)
+
+    def request(self, items: Sequence[bytes]) -> bytes:
+        """An `ExportTraceServiceRequest` or `ExportLogsServiceRequest` of spans or records that are encoded."""
+        resource, resource_end = self._resource
+        in_scope = len(self._scope) + sum(map(len, items)) + len(self._scope_end)
+        scope = _TAGS[2] + _length(in_scope)
+        in_resource = len(resource) + len(scope) + in_scope + len(resource_end)
+        start = _TAGS[1] + _length(in_resource)
+        # One join: to nest messages by concatenation would copy half a megabyte four times.
+        return b"".join([start, resource, scope, self._scope, *items, self._scope_end, resource_end])
+
+
+class TraceEncoder(RequestFrame):
     """Encodes the spans of one resource. `span` belongs to one thread; `request` may be called by another.
 
     Args:
@@ -205,15 +235,10 @@ class TraceEncoder:
     Holds at most some 12,000 encoded attributes and 2,000 shapes, of at most 1 KiB each; mostly far below 1 MiB in all.
     """
 
-    __slots__ = ("_events", "_heads", "_links", "_of_events", "_of_spans", "_resource", "_scope", "_scope_end")
+    __slots__ = ("_events", "_heads", "_links", "_of_events", "_of_spans")
 
     def __init__(self, resource: Resource, version: str) -> None:
-        attributes = b"".join(_Pairs(1)[item] for item in resource.attributes.items())
-        # ResourceSpans: resource 1, scope_spans 2, schema_url 3.
-        self._resource = (_field(1, attributes), _text(3, resource.schema_url))
-        # ScopeSpans: scope 1, spans 2, schema_url 3.
-        self._scope = _field(1, _text(1, SCOPE_NAME) + _text(2, version))
-        self._scope_end = _text(3, SCHEMA_URL)
+        super().__init__(resource, version)
         self._of_spans = _Pairs(9)
         self._of_events = _Pairs(3)
         self._links = _Pairs(4)
@@ -241,16 +266,6 @@ class TraceEncoder:
             parts.append(_text(3, context.trace_state))
         body = b"".join(parts)
         return _TAGS[2] + _length(len(body)) + body
-
-    def request(self, spans: Sequence[bytes]) -> bytes:
-        """An `ExportTraceServiceRequest` of spans that `span` has encoded."""
-        resource, resource_end = self._resource
-        in_scope = len(self._scope) + sum(map(len, spans)) + len(self._scope_end)
-        scope = _TAGS[2] + _length(in_scope)
-        in_resource = len(resource) + len(scope) + in_scope + len(resource_end)
-        start = _TAGS[1] + _length(in_resource)
-        # One join: to nest messages by concatenation would copy half a megabyte four times.
-        return b"".join([start, resource, scope, self._scope, *spans, self._scope_end, resource_end])
 
     @property
     def held(self) -> int:
@@ -304,3 +319,36 @@ class TraceEncoder:
                 ]
             ),
         )
+
+
+_LOG_TIME, _OBSERVED_TIME = _tag(1, _FIXED64), _tag(11, _FIXED64)
+_SEVERITY: Final = _tag(2, _VARINT)
+
+
+class LogEncoder(RequestFrame):
+    """Encodes the log records of one resource. `record` is for one thread at a time; `request` for any.
+
+    LogRecord: time 1, severity_number 2, severity_text 3, body 5, attributes 6, trace_id 9, span_id 10, observed_time
+    11, event_name 12.
+    """
+
+    __slots__ = ("_pairs",)
+
+    def __init__(self, resource: Resource, version: str) -> None:
+        super().__init__(resource, version)
+        self._pairs = _Pairs(6)
+
+    def record(self, record: LogRecord) -> bytes:
+        """`record` as the field of a request that holds it."""
+        parts = [
+            _LOG_TIME + _pack_time(record.time_ns) + _SEVERITY + varint(record.severity),
+            _text(3, record.severity_text),
+            _field(5, _any_value(record.body)),
+            *map(self._pairs.__getitem__, record.attributes.items()),
+        ]
+        if record.trace_id:
+            parts.append(_field(9, record.trace_id))
+        if record.span_id:
+            parts.append(_field(10, record.span_id))
+        parts.append(_OBSERVED_TIME + _pack_time(record.observed_ns) + _text(12, record.event_name))
+        return _field(2, b"".join(parts))

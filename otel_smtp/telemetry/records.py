@@ -95,3 +95,23 @@ class StateLog(Protocol):
     def take(self, name: str, time_ns: int, attributes: Attributes, context: TraceContext) -> None:
         """Take one event that occurred within the span of `context`."""
         ...
+
+
+class LogRecord(NamedTuple):
+    """A log record, as OTLP has it.
+
+    Attributes:
+        severity: from 1 to 24.
+        event_name: "" for what is no event.
+        trace_id, span_id: 16 and 8 octets, or none.
+    """
+
+    time_ns: int
+    observed_ns: int
+    severity: int
+    severity_text: str
+    body: str
+    attributes: Mapping[str, AttributeValue]
+    event_name: str = ""
+    trace_id: bytes = b""
+    span_id: bytes = b""

@@ -36,22 +36,26 @@ from opentelemetry.sdk.trace.sampling import (
 
 from otel_smtp.observer import Observer
 from otel_smtp.telemetry.attributes import DEFAULT_SERVICE_NAME
-from otel_smtp.telemetry.collector import Protocol, connect
+from otel_smtp.telemetry.collector import Protocol, Signal, connect
 from otel_smtp.telemetry.environment import (
     TelemetrySettingError,
     batch_settings,
     collector_settings,
     flag,
-    has_endpoint,
+    metrics_interval_seconds,
     needs_sdk_exporter,
     protocol_of,
+    request_seconds,
+    wanted_exporters,
 )
-from otel_smtp.telemetry.exporting import TraceExport
+from otel_smtp.telemetry.exporting import Export, TraceExport
+from otel_smtp.telemetry.log_export import LogExportHandler
 from otel_smtp.telemetry.logs import AccessLog, StateLogger
+from otel_smtp.telemetry.metric_export import MetricExport, MetricsReading
 from otel_smtp.telemetry.metrics import ConnectionCounts, Metrics, SpoolCounts
-from otel_smtp.telemetry.otlp import TraceEncoder
+from otel_smtp.telemetry.otlp import LogEncoder, TraceEncoder
 from otel_smtp.telemetry.propagation import InboundPolicy
-from otel_smtp.telemetry.records import SpanSink
+from otel_smtp.telemetry.records import LogRecord, SpanSink
 from otel_smtp.telemetry.redaction import Redaction
 from otel_smtp.telemetry.sdk_spans import SdkSpans
 from otel_smtp.telemetry.state_events import StateEvents
@@ -110,12 +114,24 @@ class Telemetry:
         tracing: Tracing | None = None,
         processors: Sequence[SpanProcessor] = (),
         export: TraceExport | None = None,
+        log_export: Export[LogRecord] | None = None,
+        metric_exports: Sequence[MetricExport] = (),
     ) -> None:
         self.observer: Observer = metrics
         self._metrics = metrics
         self._tracing = tracing
         self._processors = processors
         self._export = export
+        self._log_export = log_export
+        self._log_handler = LogExportHandler(log_export) if log_export is not None else None
+        self._metric_exports = metric_exports
+
+    def start(self) -> None:
+        """Start what exports by itself: log records and metrics. After a fork, never before."""
+        if self._log_handler is not None:
+            self._log_handler.attach()
+        for export in self._metric_exports:
+            export.start()
 
     def metrics_page(self, accept: str) -> tuple[bytes, str]:
         """The metrics for a scraper that accepts `accept`, and their content type."""
@@ -136,9 +152,18 @@ class Telemetry:
         # The SDK's shutdown blocks for up to half a minute on a dead collector; the thread is left behind.
         worker = threading.Thread(target=self._shut_down, name="telemetry-shutdown", daemon=True)
         worker.start()
+        # All at the same time, each with the whole budget: one collector that hangs must not cost the others theirs.
+        others: list[Export[LogRecord] | MetricExport] = [*self._metric_exports]
+        if self._log_handler is not None and self._log_export is not None:
+            self._log_handler.detach()
+            others.insert(0, self._log_export)
+        ending = [threading.Thread(target=one.shutdown, args=(budget_seconds,), daemon=True) for one in others]
+        for thread in ending:
+            thread.start()
         is_done = self._export is None or self._export.shutdown(budget_seconds)
-        worker.join(max(0.0, ends - time.monotonic()))
-        return is_done and not worker.is_alive()
+        for thread in (*ending, worker):
+            thread.join(max(0.0, ends - time.monotonic()))
+        return is_done and not any(thread.is_alive() for thread in (*ending, worker))
 
     def _shut_down(self) -> None:
         for processor in self._processors:
@@ -170,10 +195,14 @@ def set_up(options: TelemetryOptions, environ: Mapping[str, str] = os.environ) -
     Raises:
         TelemetrySettingError: an OTEL_* variable has a value that can't be followed.
     """
-    if flag(environ, OTEL_SDK_DISABLED):
-        return Telemetry(Metrics(Observer(), connections=options.upstream_connections, spool=options.spool))
     resource = resource_of(environ)
-    wanted = _wanted_exporters(environ)
+    if flag(environ, OTEL_SDK_DISABLED):
+        counting = Metrics(
+            Observer(), connections=options.upstream_connections, spool=options.spool, resource=resource.attributes
+        )
+        return Telemetry(counting)
+    wanted = wanted_exporters(environ, Signal.TRACES, ("none", "console", "otlp", *_SDK_NAMES))
+    log_export = _log_export(environ, resource, options.version)
     processors = [*options.processors]
     export: TraceExport | None = None
     if "console" in wanted:
@@ -201,9 +230,50 @@ def set_up(options: TelemetryOptions, environ: Mapping[str, str] = os.environ) -
         tracing,
         connections=options.upstream_connections,
         spool=options.spool,
-        dropped=export.dropped if export is not None else tuple,
+        dropped=lambda: [lost for one in exports for lost in one.dropped()],
+        resource=resource.attributes,
     )
-    return Telemetry(metrics, tracing, processors, export)
+    metric_exports = _metric_exports(environ, MetricsReading(metrics, resource, options.version), options.version)
+    exports: list[TraceExport | Export[LogRecord] | MetricExport] = [*metric_exports]
+    exports += [one for one in (export, log_export) if one is not None]
+    return Telemetry(metrics, tracing, processors, export, log_export, metric_exports)
+
+
+def _log_export(environ: Mapping[str, str], resource: Resource, version: str) -> Export[LogRecord] | None:
+    # "console" is what the log is anyway.
+    if "otlp" not in wanted_exporters(environ, Signal.LOGS):
+        return None
+    settings = collector_settings(environ, version, Signal.LOGS)
+    encoder = LogEncoder(resource, version)
+    return Export(
+        Signal.LOGS,
+        "log_records",
+        encoder.record,
+        encoder.request,
+        lambda: connect(settings),
+        batch_settings(environ, Signal.LOGS),
+        address=settings.address,
+    )
+
+
+def _metric_exports(environ: Mapping[str, str], reading: MetricsReading, version: str) -> list[MetricExport]:
+    # "prometheus" is the page of the status port, which is there anyway.
+    wanted = wanted_exporters(environ, Signal.METRICS, ("none", "console", "otlp", "prometheus"))
+    exports: list[MetricExport] = []
+    if "otlp" in wanted:
+        settings = collector_settings(environ, version, Signal.METRICS)
+        exports.append(
+            MetricExport(
+                reading.read,
+                lambda: connect(settings),
+                interval_seconds=metrics_interval_seconds(environ),
+                request_seconds=request_seconds(environ, Signal.METRICS),
+                address=settings.address,
+            )
+        )
+    if "console" in wanted:
+        exports.append(MetricExport(reading.read, None, interval_seconds=metrics_interval_seconds(environ)))
+    return exports
 
 
 def _trace_export(environ: Mapping[str, str], resource: Resource, version: str) -> TraceExport:
@@ -245,15 +315,6 @@ def sampler_of(environ: Mapping[str, str]) -> Sampler:
         return _SAMPLERS[name](float(argument or "1"))
     except ValueError:
         raise TelemetrySettingError(OTEL_TRACES_SAMPLER_ARG, argument, "a number from 0 to 1") from None
-
-
-def _wanted_exporters(environ: Mapping[str, str]) -> list[str]:
-    wanted = environ.get(OTEL_TRACES_EXPORTER, "").strip() or ("otlp" if has_endpoint(environ) else "none")
-    exporters = [part.strip() for part in wanted.split(",") if part.strip()]
-    if not {*exporters} <= {"none", "console", "otlp", *_SDK_NAMES}:
-        allowed = f"none, console, otlp, {', '.join(_SDK_NAMES)}, or a list of them"
-        raise TelemetrySettingError(OTEL_TRACES_EXPORTER, wanted, allowed)
-    return exporters
 
 
 def _sdk_http_exporter() -> Callable[[], SpanExporter]:

@@ -1,0 +1,102 @@
+"""Log lines as OTLP log records: what the gateway says in its log, a collector gets too.
+
+The handler stands beside the one that writes lines, on our own loggers only: what the libraries of exporting say
+never comes here. Nor does what `exporting` says, or a collector that is down would be told about its being down for
+ever. A record becomes its octets where the line is made, under the handler's lock, and then waits in a bounded queue.
+
+Scope and resource are those of the spans; the module that speaks is the attribute `smtp.logger`. An event of
+OpenTelemetry (a record with an event name) is what `StateLogger` writes: a state transition.
+"""
+
+import logging
+from typing import Final
+
+from otel_smtp.telemetry import attributes as names
+from otel_smtp.telemetry.attributes import MAX_VALUE_CHARACTERS, AttributeValue
+from otel_smtp.telemetry.exporting import Export
+from otel_smtp.telemetry.logs import EVENT_TIME_NS, ROOT, STATES, FloodGate, exception_of, extra_of
+from otel_smtp.telemetry.records import LogRecord
+from otel_smtp.telemetry.redaction import clean
+
+_OWN: Final = ("otel_smtp.telemetry.exporting", "otel_smtp.telemetry.metric_export")
+# OpenTelemetry's log data model, "Severity": the lowest number of each range.
+_SEVERITIES: Final = ((logging.CRITICAL, 21), (logging.ERROR, 17), (logging.WARNING, 13), (logging.INFO, 9))
+_SEVERITY_DEBUG: Final = 5
+_MAX_BODY_CHARACTERS: Final = 1024
+
+
+class LogExportHandler(logging.Handler):
+    """Gives log records to an export.
+
+    Args:
+        export: takes them; whoever made it ends it.
+    """
+
+    def __init__(self, export: Export[LogRecord]) -> None:
+        super().__init__()
+        self._export = export
+        self.addFilter(FloodGate())
+        self.addFilter(lambda record: record.name not in _OWN)
+
+    def attach(self) -> None:
+        """Hear what our loggers say from now on."""
+        logging.getLogger(ROOT).addHandler(self)
+
+    def detach(self) -> None:
+        """Hear no more."""
+        logging.getLogger(ROOT).removeHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Queue a record; a full queue loses it, and counts it."""
+        try:
+            self._export.take(log_record_of(record))
+        except Exception:  # noqa: BLE001 - the handler's contract: a line that can't be made is told of, never raised
+            self.handleError(record)
+
+
+def log_record_of(record: logging.LogRecord) -> LogRecord:
+    """A record of the standard library as one of OTLP's data model."""
+    attributes: dict[str, AttributeValue] = {names.LOGGER: record.name}
+    for name, value in extra_of(record).items():
+        attributes[name] = _value(value)
+    trace_id, span_id = attributes.pop(names.LOG_TRACE_ID, ""), attributes.pop(names.LOG_SPAN_ID, "")
+    if record.exc_info and record.exc_info[0] is not None:
+        attributes[names.EXCEPTION_TYPE] = record.exc_info[0].__qualname__
+        attributes[names.EXCEPTION_STACKTRACE] = exception_of(record)
+    observed_ns = int(record.created * 1e9)
+    return LogRecord(
+        time_ns=record.__dict__.get(EVENT_TIME_NS, observed_ns),
+        observed_ns=observed_ns,
+        severity=_severity(record.levelno),
+        severity_text=record.levelname,
+        body=clean(record.getMessage(), _MAX_BODY_CHARACTERS),
+        attributes=attributes,
+        event_name=record.msg if record.name == STATES else "",
+        trace_id=_id(trace_id, 16),
+        span_id=_id(span_id, 8),
+    )
+
+
+def _severity(level: int) -> int:
+    return next((number for least, number in _SEVERITIES if level >= least), _SEVERITY_DEBUG)
+
+
+def _value(value: object) -> AttributeValue:
+    match value:
+        case bool() | float():
+            return value
+        case int() if -(1 << 63) <= value < 1 << 63:
+            return value
+        case tuple() | list():
+            return tuple(clean(str(one), MAX_VALUE_CHARACTERS) for one in value)
+        case _:
+            return clean(str(value), MAX_VALUE_CHARACTERS)
+
+
+def _id(digits: object, octets: int) -> bytes:
+    """The octets of an id in hexadecimal digits; none where there is none."""
+    try:
+        decoded = bytes.fromhex(str(digits))
+    except ValueError:
+        return b""
+    return decoded if len(decoded) == octets else b""

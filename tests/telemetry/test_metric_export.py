@@ -1,0 +1,201 @@
+"""Metrics over OTLP: the counts of the metrics page, as a real receiver gets them."""
+
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from otel_smtp.telemetry import attributes
+from otel_smtp.telemetry.attributes import Instrument
+from otel_smtp.telemetry.environment import TelemetrySettingError
+from otel_smtp.telemetry.setup import Telemetry, TelemetryOptions, set_up
+from tests.support.otlp_receiver import Fault, FaultKind, OtlpReceiver, ReceivedMetric
+from tests.support.process import until
+from tests.telemetry.driving import Client
+
+SOON = {"OTEL_METRIC_EXPORT_INTERVAL": "20", "OTEL_TRACES_EXPORTER": "none", "OTEL_LOGS_EXPORTER": "none"}
+OPTIONS = TelemetryOptions(
+    version="1.2.3",
+    access_log=False,
+    upstream_connections=lambda: [("provider", "idle", 3)],
+    spool=lambda: ({"deferred": 2}, 61.5),
+)
+
+
+@pytest.fixture
+def receiver() -> Iterator[OtlpReceiver]:
+    with OtlpReceiver() as receiver:
+        yield receiver
+
+
+def exporting(receiver: OtlpReceiver, protocol: str = "http/protobuf", **more: str) -> Telemetry:
+    endpoint = receiver.grpc_endpoint if protocol == "grpc" else receiver.http_endpoint
+    environ = {"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint, "OTEL_EXPORTER_OTLP_PROTOCOL": protocol, **SOON, **more}
+    telemetry = set_up(OPTIONS, environ)
+    telemetry.start()
+    return telemetry
+
+
+def latest(metrics: list[ReceivedMetric]) -> dict[str, ReceivedMetric]:
+    """Each metric as it came last."""
+    return {metric.name: metric for metric in metrics}
+
+
+def value(metric: ReceivedMetric, **labels: str) -> float | None:
+    wanted = {name.replace("_", "."): label for name, label in labels.items()}
+    [point] = [point for point in metric.points if wanted.items() <= point.attributes.items()]
+    return point.value
+
+
+@pytest.mark.parametrize("protocol", ["http/protobuf", "grpc"])
+def test_a_mail_is_counted_at_the_collector(receiver: OtlpReceiver, protocol: str) -> None:
+    telemetry = exporting(receiver, protocol)
+    Client(telemetry.observer).ehlo().message().quit()
+    assert telemetry.flush_and_shutdown(10)
+    metrics = latest(receiver.metrics)
+    assert value(metrics["smtp.server.transactions"], smtp_outcome="relayed") == 1
+    assert value(metrics["smtp.server.transitions"], smtp_state_previous="New", smtp_state="Active") == 1
+    assert value(metrics["smtp.client.connections"], smtp_upstream_name="provider") == 3
+    assert value(metrics["smtp.spool.age"]) == 61.5
+    assert metrics["smtp.server.transitions"].is_monotonic
+    assert not metrics["smtp.client.connections"].is_monotonic
+    [size] = metrics["smtp.server.message.size"].points
+    assert (size.count, len(size.buckets)) == (1, len(size.bounds) + 1)
+    assert sum(size.buckets) == size.count
+    assert metrics["smtp.server.message.size"].resource["service.name"] == "otel-smtp"
+    assert metrics["smtp.server.message.size"].resource["service.instance.id"]
+
+
+def test_what_arrives_is_what_the_registry_says(receiver: OtlpReceiver) -> None:
+    telemetry = exporting(receiver)
+    Client(telemetry.observer).ehlo().message().quit()
+    assert telemetry.flush_and_shutdown(10)
+    for name, metric in latest(receiver.metrics).items():
+        registered = attributes.METRICS[name]
+        assert metric.unit == registered.unit
+        assert metric.kind == ("histogram" if registered.instrument is Instrument.HISTOGRAM else "sum")
+        assert metric.is_monotonic == (registered.instrument is Instrument.COUNTER)
+        for point in metric.points:
+            assert point.attributes.keys() <= {*registered.labels}
+
+
+def test_the_first_transition_has_no_state_before_it(receiver: OtlpReceiver) -> None:
+    telemetry = exporting(receiver)
+    Client(telemetry.observer).ehlo().quit()
+    assert telemetry.flush_and_shutdown(10)
+    points = latest(receiver.metrics)["smtp.server.transitions"].points
+    assert [point.value for point in points if point.attributes == {"smtp.state": "New"}] == [1]
+
+
+def test_a_measurement_names_its_trace(receiver: OtlpReceiver) -> None:
+    telemetry = exporting(receiver)
+    client = Client(telemetry.observer).ehlo().message()
+    assert telemetry.flush_and_shutdown(10)
+    assert client.transaction is None or client.transaction.trace_id()
+    [size] = latest(receiver.metrics)["smtp.server.message.size"].points
+    [trace_id] = size.exemplar_trace_ids
+    assert len(trace_id.strip("0")) > 8
+    assert len(trace_id) == 32
+
+
+def test_counts_go_on_from_the_start_and_are_sent_at_an_interval(receiver: OtlpReceiver) -> None:
+    telemetry = exporting(receiver)
+    for mails in (1, 2):
+        Client(telemetry.observer).ehlo().message().quit()
+        receiver.wait_for_metrics(lambda metrics, mails=mails: _relayed(metrics) == mails)  # type: ignore[misc]  # a lambda
+    assert telemetry.flush_and_shutdown(10)
+
+
+def _relayed(metrics: list[ReceivedMetric]) -> float | None:
+    transactions = latest(metrics).get("smtp.server.transactions")
+    return value(transactions, smtp_outcome="relayed") if transactions is not None else None
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"), [(FaultKind.UNAVAILABLE, "export_failed"), (FaultKind.REJECTED, "rejected")]
+)
+def test_what_a_collector_does_not_take_is_counted_and_the_next_export_makes_it_good(
+    receiver: OtlpReceiver, kind: FaultKind, reason: str
+) -> None:
+    receiver.fault = Fault(kind)
+    telemetry = exporting(receiver)
+    Client(telemetry.observer).ehlo().message().quit()
+    until(lambda: _dropped(telemetry, reason) or None, "a loss is counted")
+    receiver.fault = Fault()
+    receiver.wait_for_metrics(lambda metrics: _relayed(metrics) == 1)
+    assert telemetry.flush_and_shutdown(10)
+    told = {
+        point.attributes["smtp.telemetry.drop_reason"]: point.value
+        for point in latest(receiver.metrics)["smtp.telemetry.dropped"].points
+        if point.attributes["smtp.telemetry.signal"] == "metrics"
+    }
+    assert told[reason] == _dropped(telemetry, reason) > 0
+
+
+def _dropped(telemetry: Telemetry, reason: str) -> float:
+    return sum(
+        float(line.rpartition(" ")[2])
+        for line in telemetry.metrics_page("text/plain")[0].decode().splitlines()
+        if line.startswith("smtp_telemetry_dropped_total") and f'"{reason}"' in line and '"metrics"' in line
+    )
+
+
+def test_a_black_hole_holds_the_end_no_longer_than_its_budget(receiver: OtlpReceiver) -> None:
+    receiver.fault = Fault(FaultKind.BLACK_HOLE)
+    telemetry = exporting(receiver)
+    began = time.monotonic()
+    telemetry.flush_and_shutdown(0.2)
+    assert time.monotonic() - began < 5
+    receiver.fault = Fault()
+
+
+def test_nothing_is_sent_unless_an_endpoint_or_the_variable_says_so(receiver: OtlpReceiver) -> None:
+    for exporter in ("none", "prometheus"):
+        telemetry = exporting(receiver, OTEL_METRICS_EXPORTER=exporter)
+        assert telemetry.flush_and_shutdown(10)
+    telemetry = set_up(OPTIONS, {})
+    telemetry.start()
+    assert telemetry.flush_and_shutdown(10)
+    assert receiver.requests == 0
+
+
+def test_an_endpoint_for_metrics_alone_sends_metrics_alone(receiver: OtlpReceiver) -> None:
+    environ = {"OTEL_EXPORTER_OTLP_METRICS_ENDPOINT": f"{receiver.http_endpoint}/v1/metrics"}
+    telemetry = set_up(OPTIONS, environ)
+    telemetry.start()
+    Client(telemetry.observer).ehlo().message().quit()
+    assert telemetry.flush_and_shutdown(10)
+    assert receiver.requests == 1
+    assert _relayed(receiver.metrics) == 1
+
+
+def test_on_the_console_metrics_are_json(capsys: pytest.CaptureFixture[str]) -> None:
+    telemetry = set_up(OPTIONS, {"OTEL_METRICS_EXPORTER": "console"})
+    telemetry.start()
+    Client(telemetry.observer).ehlo().message().quit()
+    assert telemetry.flush_and_shutdown(10)
+    assert '"smtp.server.transactions"' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("variable", "wrong"),
+    [
+        ("OTEL_METRICS_EXPORTER", "statsd"),
+        ("OTEL_METRIC_EXPORT_INTERVAL", "often"),
+        ("OTEL_EXPORTER_OTLP_METRICS_PROTOCOL", "http/json"),
+        ("OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE", "delta"),
+        ("OTEL_LOGS_EXPORTER", "syslog"),
+        ("OTEL_BLRP_MAX_QUEUE_SIZE", "0"),
+    ],
+)
+def test_a_value_that_cannot_be_followed_names_its_variable(variable: str, wrong: str) -> None:
+    with pytest.raises(TelemetrySettingError) as caught:
+        set_up(OPTIONS, {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1", variable: wrong})
+    assert caught.value.variable == variable
+
+
+def test_the_page_tells_the_resource() -> None:
+    page = set_up(OPTIONS, {}).metrics_page("text/plain")[0].decode()
+    [target] = [line for line in page.splitlines() if line.startswith("target_info{")]
+    assert 'service_name="otel-smtp"' in target
+    assert target.endswith(" 1.0")
