@@ -72,6 +72,20 @@ async def test_contents_of_any_size_are_kept_whole(store: SpoolStore, octets: in
     assert not list((store.directory.path / "tmp").iterdir())
 
 
+@pytest.mark.parametrize("octets", [1000, 200_000])
+async def test_a_disk_that_takes_less_than_it_is_given_is_given_the_rest(
+    store: SpoolStore, octets: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda file, data: write(file, data[: max(1, len(data) // 3)]))
+    body = os.urandom(octets)
+    await queued(store, None, HEADER, body)
+    monkeypatch.undo()
+    (lease,) = await leased(store)
+    assert await store.content(lease.placement, len(HEADER), octets) == body
+    assert await store.is_intact(lease.placement)
+
+
 async def test_what_comes_at_the_same_time_shares_a_file_which_goes_with_the_last_of_it(store: SpoolStore) -> None:
     await asyncio.gather(*[queued(store, None, HEADER, f"\r\n{number}\r\n".encode()) for number in range(20)])
     leases = await leased(store, most=20)
