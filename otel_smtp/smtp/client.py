@@ -78,12 +78,13 @@ _PATH: Final = re.compile(
     r'(?:"(?:[^"\\\x00-\x1f\x7f]|\\[ -~])*+"|[^\s<>"\x00-\x20\x7f]*+)(?:@[^\s<>"\x00-\x20\x7f]++)?'
 )
 _PARAMETER_VALUE: Final = re.compile(r"[^\s\x00-\x20\x7f]+")
-_CONTROLS: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # what anyone takes for the end of a line
+# What anyone takes for the end of a line, and lone surrogates, which no octets stand for.
+_CONTROLS: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 def is_safe_path(address: str) -> bool:
     """Whether `address` can stand between the angle brackets of MAIL and RCPT without being read as anything else."""
-    return _PATH.fullmatch(address) is not None
+    return _PATH.fullmatch(address) is not None and _CONTROLS.search(address) is None
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,14 +58,10 @@ class ReceiveBuffer:
         """Throw octets away up to and including the next CRLF: how many, and whether the CRLF was there."""
         end = self._data.find(b"\r\n", self._start)
         if end >= 0:
-            discarded = end + 2 - self._start
-            self._start = end + 2
-            return discarded, True
+            return len(self.take(end + 2 - self._start)), True
         # A CR at the very end may be half of the CRLF that ends the line: it stays.
         keep = 1 if self._data.endswith(b"\r") and len(self) else 0
-        discarded = len(self) - keep
-        self._start = len(self._data) - keep
-        return discarded, False
+        return len(self.take(len(self) - keep)), False
 
     def starts_with(self, prefix: bytes) -> bool:
         """Whether what is held begins with `prefix`."""

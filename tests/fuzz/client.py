@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Final
 
-from otel_smtp.smtp.client import Answer, ClientProtocol, Verb, challenge_of
+from otel_smtp.smtp.client import Answer, ClientProtocol, Verb, challenge_of, is_safe_path
 from otel_smtp.smtp.envelope import Body, DsnReturn, Mail, Notify, Recipient
 from otel_smtp.smtp.errors import LocalProtocolError, RemoteProtocolError
 from tests.fuzz.server import pieces
@@ -245,6 +245,9 @@ def run(data: bytes) -> None:
     """One conversation twice: whole flights, and cut."""
     if len(data) < HEAD_OCTETS:
         return
+    for address in data[HEAD_OCTETS:].decode("utf-8", "surrogateescape").split("\n")[:5]:
+        if is_safe_path(address) and address.isascii():
+            ClientProtocol().send_recipient(Recipient(address))  # what is called safe is not refused
     whole = _converse(data, is_cut=False)
     cut = _converse(data, is_cut=True)
     assert cut.answers[: len(whole.answers)] == whole.answers

@@ -96,6 +96,7 @@ class Driver(EngineDriver):
 
     def __init__(self, policy: ServerPolicy, second: int, decisions: bytes, *, is_late: bool) -> None:
         self._decisions = cycle(decisions)
+        self.largest_piece_octets = 0
         self.line = bytearray()  # what was said of the command that is being said
         late = cycle((True, False, True, True, False)) if is_late else None
         super().__init__(
@@ -214,11 +215,12 @@ def _happens(driver: Driver, act: int) -> bool:
 
 
 def _check_bound(driver: Driver, fed_octets: int) -> None:
+    driver.largest_piece_octets = max(driver.largest_piece_octets, fed_octets)
     driver.sent()  # replies that wait to be written are the driver's to take
     if driver.waits_for_data:
         limits = driver.policy.limits
-        # One line, what was fed last, one header block, and what the readers cannot decide yet.
-        bound = max(limits.command_line, limits.auth_line) + fed_octets + limits.header_size + 16
+        # One line, what one read brought, one header block, and what the readers cannot decide yet.
+        bound = max(limits.command_line, limits.auth_line) + driver.largest_piece_octets + limits.header_size + 16
         assert held_octets(driver.protocol) <= bound, "more is held than the limits allow"
 
 

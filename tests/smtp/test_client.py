@@ -262,6 +262,9 @@ def test_no_control_character_leaves_in_any_argument(ask: Callable[[ClientProtoc
         '"a\\"@example.com',  # the quote that seems to close is escaped
         "a@exam ple.com",
         "a@b@c> X",
+        '"a\x85b"@example.com',  # the end of a line to some
+        '"a\u2028b"@example.com',
+        "a\udcffb@example.com",  # stands for no octets
     ],
 )
 def test_a_path_that_could_be_read_as_more_than_a_path_is_refused(address: str) -> None:

@@ -224,3 +224,13 @@ def test_what_is_used_up_is_not_held() -> None:
     assert held_octets(buffer) == 0
     buffer.feed(b"QUIT\r\n")
     assert buffer.take(6) == b"QUIT\r\n"
+
+
+def test_what_was_thrown_away_is_not_held() -> None:
+    buffer = ReceiveBuffer()
+    buffer.feed(b"x" * 1000)
+    assert buffer.discard_line() == (1000, False)
+    assert held_octets(buffer) == 0
+    buffer.feed(b"x" * 10 + b"\r\n")
+    assert buffer.discard_line() == (12, True)
+    assert held_octets(buffer) == 0
