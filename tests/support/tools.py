@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import shutil
+import socket
 import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ PACKAGES: Final = {
     "msmtp": "msmtp",
     "node": "nodejs",
     "npm": "npm",
+    "prometheus": "prometheus",
     "promtool": "prometheus",
     "smtp-sink": "postfix",
     "smtp-source": "postfix",
@@ -54,6 +56,15 @@ def run(
     return subprocess.run(
         [tool(name), *arguments], input=stdin, capture_output=True, timeout=timeout_seconds, check=False
     )
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that were free a moment ago, for programs that must be told one and cannot take the kernel's choice."""
+    held = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports: list[int] = [one.getsockname()[1] for one in held]
+    for one in held:
+        one.close()
+    return ports
 
 
 @dataclass(frozen=True, slots=True)

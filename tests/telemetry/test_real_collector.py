@@ -1,77 +1,19 @@
 """Our spans through somebody else's collector: rotel takes them, decodes them, and passes them on to our receiver."""
 
-import socket
-import subprocess
-import threading
-import time
 from collections.abc import Iterator
-from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
 from otel_smtp.telemetry.setup import TelemetryOptions, set_up
-from tests.support.otlp_receiver import OtlpReceiver, named
+from tests.support.otlp_receiver import named
+from tests.support.rotel import Chain, collector
 from tests.telemetry.driving import Client
-
-rotel = pytest.importorskip("rotel")
-START_SECONDS = 20.0
-
-
-class Chain(NamedTuple):
-    """A collector, and the receiver behind it."""
-
-    http_endpoint: str
-    grpc_endpoint: str
-    receiver: OtlpReceiver
 
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
-    directory = tmp_path_factory.mktemp("rotel")
-    http_port, grpc_port = free_ports(2)
-    with OtlpReceiver() as receiver:
-        agent = Path(str(rotel.__file__)).with_name("rotel-agent")
-        log = directory / "log"
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                [
-                    agent, "start", "--disable-batching",
-                    "--pid-file", directory / "pid",
-                    "--otlp-http-endpoint", f"127.0.0.1:{http_port}",
-                    "--otlp-grpc-endpoint", f"127.0.0.1:{grpc_port}",
-                    "--exporter", "otlp", "--otlp-exporter-endpoint", receiver.grpc_endpoint,
-                ],
-                cwd=directory, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-            )  # fmt: skip
-        try:
-            for port in (http_port, grpc_port):
-                wait_for_port(port, process, log)
-            yield Chain(f"http://127.0.0.1:{http_port}", f"http://127.0.0.1:{grpc_port}", receiver)
-        finally:
-            process.terminate()
-            process.wait(START_SECONDS)
-
-
-def free_ports(count: int) -> list[int]:
-    held = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [one.getsockname()[1] for one in held]
-    for one in held:
-        one.close()
-    return ports
-
-
-def wait_for_port(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
-    ends = time.monotonic() + START_SECONDS
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-        except OSError:
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < ends, log.read_text()
-            threading.Event().wait(0.02)
-        else:
-            return
+    with collector(tmp_path_factory.mktemp("rotel")) as running:
+        yield running
 
 
 @pytest.mark.parametrize("compression", ["none", "gzip"])

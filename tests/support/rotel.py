@@ -1,0 +1,64 @@
+"""rotel, an OpenTelemetry collector that others wrote: it takes OTLP, decodes it, and passes it on to our receiver."""
+
+import contextlib
+import importlib.util
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.support.otlp_receiver import OtlpReceiver
+from tests.support.process import listening_sockets, until
+from tests.support.tools import free_ports, missing
+
+START_SECONDS = 20.0
+
+
+class Chain(NamedTuple):
+    """The collector, and the receiver behind it.
+
+    Attributes:
+        log: what the collector prints of all that goes through it.
+    """
+
+    http_endpoint: str
+    grpc_endpoint: str
+    receiver: OtlpReceiver
+    log: Path
+
+
+@contextlib.contextmanager
+def collector(directory: Path) -> Iterator[Chain]:
+    """Run rotel between whoever sends and an `OtlpReceiver`."""
+    found = importlib.util.find_spec("rotel")
+    if found is None or found.origin is None:
+        missing("rotel is not installed (from PyPI, with the test extra)")
+    agent = Path(found.origin).with_name("rotel-agent")
+    log = directory / "rotel.log"
+    http_port, grpc_port = free_ports(2)
+    with OtlpReceiver() as receiver, log.open("wb") as output:
+        process = subprocess.Popen(
+            [
+                agent, "start", "--disable-batching",
+                "--pid-file", directory / "rotel.pid",
+                "--debug-log", "traces", "--debug-log", "metrics", "--debug-log", "logs",
+                "--debug-log-verbosity", "detailed",
+                "--otlp-http-endpoint", f"127.0.0.1:{http_port}",
+                "--otlp-grpc-endpoint", f"127.0.0.1:{grpc_port}",
+                "--exporter", "otlp", "--otlp-exporter-endpoint", receiver.grpc_endpoint,
+            ],
+            cwd=directory, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+            env={name: value for name, value in os.environ.items() if not name.startswith(("OTEL", "ROTEL"))},
+        )  # fmt: skip
+        try:
+            for port in (http_port, grpc_port):
+                until(
+                    lambda port=port: listening_sockets(port) or None,  # type: ignore[misc]  # a lambda's default
+                    f"rotel listens: {log.read_text()}",
+                    timeout_seconds=START_SECONDS,
+                )
+            yield Chain(f"http://127.0.0.1:{http_port}", f"http://127.0.0.1:{grpc_port}", receiver, log)
+        finally:
+            process.terminate()
+            process.wait(START_SECONDS)
