@@ -247,8 +247,9 @@ class Index:
 
     def overdue(self, now: float, most: int, owner: str) -> Sequence[Lease]:
         """Lease what is too old, without counting an attempt: to be ended."""
+        # CROSS JOIN is SQLite's way to say which table leads: few messages are too old, and all have deliveries.
         rows = self._database.execute(
-            "SELECT msg_id, d FROM msg JOIN dlv ON msg_id = msg.id WHERE expires_at <= ? AND held_at IS NULL"
+            "SELECT msg_id, d FROM msg CROSS JOIN dlv ON msg_id = msg.id WHERE expires_at <= ? AND held_at IS NULL"
             " AND state = 'ready' LIMIT ?",
             (_ms(now), most),
         ).fetchall()
@@ -263,7 +264,7 @@ class Index:
     def unwarned(self, arrived_before: float, most: int) -> Sequence[Lease]:
         """Deliveries whose sender is due a warning; not leased, only shown."""
         rows = self._database.execute(
-            "SELECT msg_id, d FROM msg JOIN dlv ON msg_id = msg.id WHERE warned = 0 AND arrived_at <= ?"
+            "SELECT msg_id, d FROM msg CROSS JOIN dlv ON msg_id = msg.id WHERE warned = 0 AND arrived_at <= ?"
             " AND state = 'ready' AND attempts > 0 AND kind = 'mail' LIMIT ?",
             (_ms(arrived_before), most),
         ).fetchall()
