@@ -27,6 +27,8 @@ from otel_smtp.observer import DeliveryObserver, DeliveryPhase, Endpoint, TlsInf
 from otel_smtp.smtp.client import Extensions
 from otel_smtp.smtp.replies import Reply
 from otel_smtp.smtp.states import TlsMode
+from otel_smtp.spool.files import SpoolDirectory
+from otel_smtp.spool.messages import SpoolError
 
 Verdict = Literal["ok", "warning", "failed"]
 
@@ -79,6 +81,26 @@ def check_status(settings: Settings) -> Finding | None:
     if finding.verdict == "failed" and "status.address" not in settings.origins:
         return Finding("warning", subject, f"{finding.detail}; it is a default, so the gateway would run")
     return finding
+
+
+def check_spool(settings: Settings) -> Finding | None:
+    """Whether the spool's directory could be had; None where no mode needs one."""
+    directory = settings.spool.directory
+    if settings.delivery.mode == "direct" or directory is None:
+        return None
+    subject = f"spool {directory}"
+    spool = SpoolDirectory(directory)
+    try:
+        owner = spool.try_out()
+        octets, _ = SpoolDirectory(next(path for path in (directory, *directory.parents) if path.is_dir())).room()
+    except (SpoolError, OSError) as error:
+        return Finding("failed", subject, str(error))
+    if owner is not None:
+        return Finding("ok", subject, f"a gateway owns it: {owner}")
+    needed = settings.limits.message_size * 3 // 2
+    if octets < needed:
+        return Finding("failed", subject, f"has {octets >> 20} MiB free; below {needed >> 20} MiB no mail is taken")
+    return Finding("ok", subject, f"can be had, {octets >> 20} MiB free")
 
 
 def _bind(subject: str, address: Endpoint) -> Finding | None:

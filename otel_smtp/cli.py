@@ -244,7 +244,7 @@ def _try_everything(settings: Settings) -> bool:
     import asyncio
 
     from otel_smtp.app import upstream_settings
-    from otel_smtp.checking import Finding, check_collector, check_listeners, check_status, check_upstream
+    from otel_smtp.checking import Finding, check_collector, check_listeners, check_spool, check_status, check_upstream
     from otel_smtp.telemetry.logs import set_up_logging
     from otel_smtp.terminal.tables import verdict_line
 
@@ -263,6 +263,8 @@ def _try_everything(settings: Settings) -> bool:
             tell(finding)
         if (status := check_status(settings)) is not None:
             tell(status)
+        if (spool := check_spool(settings)) is not None:
+            tell(spool)
         for upstream in settings.upstream:
             tell(await check_upstream(upstream_settings(upstream), settings.hostname))
         tell(await check_collector(os.environ))

@@ -1,6 +1,7 @@
 """`check --connect`: listeners, certificates and collectors that are right, wrong, away or somebody else."""
 
 import asyncio
+import os
 import socket
 import ssl
 import threading
@@ -18,14 +19,17 @@ from otel_smtp.checking import (
     check_certificate,
     check_collector,
     check_listeners,
+    check_spool,
     check_status,
     check_upstream,
     collector,
 )
-from otel_smtp.config import Listener, Status, load
+from otel_smtp.config import Listener, Settings, Status, load
 from otel_smtp.forwarding.settings import UpstreamSettings
 from otel_smtp.observer import Endpoint
 from otel_smtp.smtp.states import TlsMode
+from otel_smtp.spool.files import SpoolDirectory
+from otel_smtp.spool.store import SpoolStore
 from tests.support.capture import CapturingUpstream
 from tests.support.otlp_receiver import OtlpReceiver
 
@@ -143,6 +147,42 @@ def test_a_status_port_that_is_taken(is_asked_for: bool, verdict: str) -> None:
     assert finding.verdict == verdict
     assert "is taken" in finding.detail
     assert check_status(msgspec.structs.replace(settings, status=Status(address=None))) is None
+
+
+# The spool ----------------------------------------------------------------------------------------------------
+
+
+def queue(directory: Path, **limits: object) -> Settings:
+    return load(
+        values={
+            "upstream": [{"url": "smtp://127.0.0.1:9"}],
+            "delivery": {"mode": "queue"},
+            "spool": {"directory": str(directory)},
+            "limits": limits,
+        }
+    )
+
+
+async def test_a_spool_is_tried_without_being_touched(tmp_path: Path) -> None:
+    assert check_spool(load(values={"upstream": [{"url": "smtp://127.0.0.1:9"}]})) is None
+    finding = check_spool(queue(tmp_path / "deep" / "spool"))
+    assert finding is not None
+    assert (finding.verdict, finding.detail.startswith("can be had, ")) == ("ok", True)
+    assert list(tmp_path.iterdir()) == []
+    store = SpoolStore(SpoolDirectory(tmp_path / "spool", reserve_octets=4096))
+    await store.open()
+    owned = check_spool(queue(tmp_path / "spool"))
+    await store.close()
+    assert owned == ("ok", f"spool {tmp_path}/spool", f"a gateway owns it: pid {os.getpid()}")
+    again = check_spool(queue(tmp_path / "spool"))
+    assert again is not None
+    assert again.detail.startswith("can be had")
+
+
+def test_a_spool_that_cannot_be_had_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    finding = check_spool(queue(tmp_path / "file" / "spool"))
+    assert finding == ("failed", f"spool {tmp_path}/file/spool", f"{tmp_path}/file is no directory")
 
 
 # Upstreams ----------------------------------------------------------------------------------------------------

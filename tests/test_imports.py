@@ -130,7 +130,7 @@ ROOMS: Final = {
     # Processes, signals and a pipe; what a worker does is given in.
     "otel_smtp.workers": Room(("otel_smtp.observer",)),
     # Commands with a subject of their own; all are called by `cli` alone.
-    "otel_smtp.checking": Room((*_ADAPTER, "otel_smtp.config", "otel_smtp.forwarding")),
+    "otel_smtp.checking": Room((*_ADAPTER, "otel_smtp.config", "otel_smtp.forwarding", "otel_smtp.spool")),
     "otel_smtp.sending": Room(("otel_smtp.config", *SMTP_TYPES)),
     "otel_smtp.demo": Room((*_ADAPTER, "otel_smtp.config", "otel_smtp.server", "otel_smtp.terminal")),
     "otel_smtp.demo.show": _EVERYTHING,

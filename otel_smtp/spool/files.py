@@ -63,6 +63,36 @@ class SpoolDirectory:
         """Where operators' commands are heard."""
         return self.path / "control"
 
+    def try_out(self) -> str | None:
+        """Whether it could be opened, without touching what is in it.
+
+        Returns:
+            The process that owns it, in words; None: nobody does.
+
+        Raises:
+            SpoolError: why it could not.
+        """
+        there = next(path for path in (self.path, *self.path.parents) if path.exists())
+        if (kind := file_system_of(there)) in _REMOTE_FILE_SYSTEMS:
+            raise SpoolError(f"a spool cannot be kept safe on {kind}; use a local file system")
+        if not there.is_dir():
+            raise SpoolError(f"{there} is no directory")
+        if not os.access(there, os.R_OK | os.W_OK | os.X_OK):
+            raise SpoolError(f"{there} cannot be written by this user")
+        try:
+            lock = os.open(self.path / "LOCK", os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise SpoolError(f"{self.path}/LOCK: {error.strerror}") from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return f"pid {os.pread(lock, 32, 0).decode('ascii', 'replace').strip()}"
+        finally:
+            os.close(lock)
+        return None
+
     def open(self) -> None:
         """Make what is missing, and own it.
 
