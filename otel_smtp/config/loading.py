@@ -259,6 +259,8 @@ class _Loader:
             return
         try:
             path: Path = FilePath().parse(given)
+            if not path.is_file():
+                return  # told of when `<key>_file` itself was read; a device or pipe would be read for ever
             # One line end at the end belongs to the file, as editors and `echo` write it; more belongs to the secret.
             text = path.read_text(encoding="utf-8").removesuffix("\n").removesuffix("\r")
             fields[name] = key.kind.parse(Given(text, given.source))

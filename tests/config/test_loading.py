@@ -1,5 +1,6 @@
 """Where settings come from, which source wins, and how each refusal reads."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,14 @@ def test_a_file_that_holds_no_secret_is_refused_without_telling_it(write: Any, c
     path.write_bytes(content)
     (problem, *_) = problems_of(file=write(SUBMISSION + 'password_file = "password"\n'))
     assert problem.endswith(f'upstream.0.password_file = "password": {expected}')
+
+
+@pytest.mark.timeout(20)  # an open of the pipe would wait for a writer that never comes
+def test_a_pipe_in_place_of_a_secret_is_refused_and_not_waited_for(write: Any) -> None:
+    file = write(SUBMISSION + 'password_file = "pipe"\n')
+    os.mkfifo(file.parent / "pipe")
+    problems = problems_of(file=file)
+    assert any('password_file = "pipe": there is no such file' in problem for problem in problems)
 
 
 def test_no_secret_stands_in_a_refusal_or_in_a_representation(write: Any) -> None:

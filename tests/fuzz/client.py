@@ -21,7 +21,7 @@ from tests.support.held import held_octets
 
 HEAD_OCTETS: Final = 4
 MAX_LINE_OCTETS: Final = 200
-MAX_LINES: Final = 5
+MAX_LINES: Final = 12
 
 _COMMAND: Final = re.compile(rb"(?:[ -~]|[\xc2-\xf4][\x80-\xbf]+)*")
 _REPLY: Final = re.compile(rb"(?:([2-5][0-9][0-9])-[^\n]*\n)*([2-5][0-9][0-9])(?: [^\n]*|\r?)\n")
