@@ -323,6 +323,8 @@ class _Session:
                 self._send(b"250 2.0.0 Ok\r\n")
             case "NOOP":
                 self._send(b"250 2.0.0 Ok\r\n")
+            case "AUTH" if any(word.startswith("AUTH ") for word in self._upstream.keywords):
+                self._send(b"235 2.7.0 Whoever you are\r\n")
             case "STARTTLS" if self._upstream.tls is not None:
                 if self._held:
                     self._upstream.violated("octets behind STARTTLS")
