@@ -189,7 +189,7 @@ PHASE_EVENTS: Final[Mapping[DeliveryPhase, str]] = {
         DeliveryPhase.STARTTLS: "TLS is established",
         DeliveryPhase.AUTH: "AUTH was answered",
         DeliveryPhase.MAIL: "MAIL was answered",
-        DeliveryPhase.RCPT: "the recipients were answered",
+        DeliveryPhase.RCPT: "the recipients were answered; answers alike in a row are one event",
         DeliveryPhase.DATA: "DATA was answered",
         DeliveryPhase.CONTENT: "the content was written to its end",
         DeliveryPhase.REPLY: "the final reply was read",

@@ -55,6 +55,8 @@ from otel_smtp.telemetry.redaction import Redaction, clean
 from otel_smtp.telemetry.sampling import Sampled, Sampling
 from otel_smtp.telemetry.state_events import StateEvents, add_reply_codes, phase_event, state_event
 
+# Below the 128 events that the SDK keeps of a span; an attempt has about ten beside those of its recipients.
+_MAX_PHASES: Final = 64
 DEFAULT_SEGMENT_EVENTS: Final = 500
 DEFAULT_SEGMENT_AGE_SECONDS: Final = 300.0
 
@@ -686,8 +688,19 @@ class TracedDelivery(DeliveryObserver):
     # What happens ------------------------------------------------------------------------------------------------
 
     def phase(self, phase: DeliveryPhase, reply: Reply | None = None) -> None:
-        """Note it: whether the attempt is recorded may not be known yet."""
-        self._phases.append((self._tracing.monotonic_ns(), phase, reply))
+        """Note it: whether the attempt is recorded may not be known yet.
+
+        A thousand recipients are not a thousand events: of answers alike in a row the last stands for all, and beyond
+        `_MAX_PHASES` for those that differ too.
+        """
+        noted = self._phases
+        one = (self._tracing.monotonic_ns(), phase, reply)
+        if phase is DeliveryPhase.RCPT and noted and noted[-1][1] is phase:
+            before = noted[-1][2]
+            if len(noted) >= _MAX_PHASES or (before and before.code) == (reply and reply.code):
+                noted[-1] = one
+                return
+        noted.append(one)
 
     def pooled(self, *, wait_seconds: float, reused: bool) -> None:
         """A connection is at hand."""

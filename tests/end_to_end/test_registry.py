@@ -279,8 +279,9 @@ _PYTHON: Final = {
 def test_values_have_the_type_that_the_registry_says(played: dict[str, Played]) -> None:
     pairs: list[tuple[str, Any]] = []
     for span in spans_of(played):
-        for attributes in (span.attributes, *(each.attributes for each in (*span.events, *span.links))):
-            pairs += attributes.items()
+        pairs += span.attributes.items()
+        pairs += [pair for event in span.events for pair in event.attributes.items()]
+        pairs += [pair for link in span.links for pair in link.attributes.items()]
     wrong = {name: value for name, value in pairs if type(value) is not _PYTHON[names.ATTRIBUTES[name].type]}
     assert wrong == {}
 

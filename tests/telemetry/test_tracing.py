@@ -559,6 +559,26 @@ def test_an_attempt_fails_by_any_final_refusal_and_any_fault_of_transport(
     assert delivery.attributes["smtp.outcome"] == outcome.value
 
 
+def test_answers_to_recipients_make_few_events_however_many_they_are() -> None:
+    kept = Kept()
+    client = Client(tracing(kept)).ehlo().mail().rcpt()
+    assert client.transaction is not None
+    for answers in ([250] * 1000, [250, 250, 550, 250], [250, 550] * 1000):
+        delivery = client.transaction.delivery_begun("provider", UPSTREAM, attempt=1)
+        delivery.phase(DeliveryPhase.MAIL, replies.SENDER_OK)
+        for code in answers:
+            delivery.phase(DeliveryPhase.RCPT, Reply(code, None, ("as it is",)))
+        delivery.phase(DeliveryPhase.REPLY, QUEUED)
+        delivery.ended(Outcome.RELAYED, QUEUED, round_trips=2)
+    client.data().header().final().quit()
+    alike, mixed, alternating = (
+        [event.attributes["smtp.reply.code"] for event in record.events] for record in kept.named(DELIVERY)
+    )
+    assert alike == [250, 250, 250]
+    assert mixed == [250, 250, 550, 250, 250]
+    assert (len(alternating), alternating[-2:]) == (65, [550, 250])
+
+
 def test_an_attempt_that_ended_before_the_header_joins_the_trace_that_the_header_names() -> None:
     kept = Kept()
     client = Client(tracing(kept, policies={"local": InboundPolicy.PARENT})).ehlo().mail()
