@@ -14,11 +14,13 @@ from typing import Final
 from otel_smtp.telemetry import attributes as names
 from otel_smtp.telemetry.attributes import MAX_VALUE_CHARACTERS, AttributeValue
 from otel_smtp.telemetry.exporting import Export
-from otel_smtp.telemetry.logs import EVENT_TIME_NS, ROOT, STATES, FloodGate, exception_of, extra_of
+from otel_smtp.telemetry.logs import ACCESS, EVENT_TIME_NS, ROOT, STATES, FloodGate, exception_of, extra_of
 from otel_smtp.telemetry.records import LogRecord
 from otel_smtp.telemetry.redaction import clean
 
 _OWN: Final = ("otel_smtp.telemetry.exporting", "otel_smtp.telemetry.metric_export")
+# Their values are those of a span's attributes, bounded and cleaned long before.
+_OF_SPANS: Final = frozenset({ACCESS, STATES})
 # OpenTelemetry's log data model, "Severity": the lowest number of each range.
 _SEVERITIES: Final = ((logging.CRITICAL, 21), (logging.ERROR, 17), (logging.WARNING, 13), (logging.INFO, 9))
 _SEVERITY_DEBUG: Final = 5
@@ -57,8 +59,10 @@ class LogExportHandler(logging.Handler):
 def log_record_of(record: logging.LogRecord) -> LogRecord:
     """A record of the standard library as one of OTLP's data model."""
     attributes: dict[str, AttributeValue] = {names.LOGGER: record.name}
-    for name, value in extra_of(record).items():
-        attributes[name] = _value(value)
+    if record.name in _OF_SPANS:
+        attributes.update(extra_of(record))
+    else:
+        attributes.update({name: _value(value) for name, value in extra_of(record).items()})
     trace_id, span_id = attributes.pop(names.LOG_TRACE_ID, ""), attributes.pop(names.LOG_SPAN_ID, "")
     if record.exc_info and record.exc_info[0] is not None:
         attributes[names.EXCEPTION_TYPE] = record.exc_info[0].__qualname__
@@ -78,7 +82,10 @@ def log_record_of(record: logging.LogRecord) -> LogRecord:
 
 
 def _severity(level: int) -> int:
-    return next((number for least, number in _SEVERITIES if level >= least), _SEVERITY_DEBUG)
+    for least, number in _SEVERITIES:
+        if level >= least:
+            return number
+    return _SEVERITY_DEBUG
 
 
 def _value(value: object) -> AttributeValue:

@@ -105,7 +105,12 @@ async def exit_status(arguments: list[str]) -> int:
 
 
 def test_every_variable_is_one_that_the_program_or_the_sdk_reads() -> None:
-    sdk = {"OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_RESOURCE_ATTRIBUTES", "OTEL_SERVICE_NAME"}
+    sdk = {
+        "OTEL_EXPORTER_OTLP_ENDPOINT",
+        "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
+        "OTEL_RESOURCE_ATTRIBUTES",
+        "OTEL_SERVICE_NAME",
+    }
     read = (ROOT / "otel_smtp/telemetry/setup.py").read_text(encoding="utf-8")
     for path in sorted(DEPLOY.rglob("*")):
         if path.is_file():

@@ -60,8 +60,8 @@ def test_a_compose_project_sets_what_the_program_reads_and_mounts_what_is_there(
         for name in service.get("depends_on", ()):
             assert name in project["services"]
         assert not service.get("image", "x:1").endswith(":latest")
-    collector = gateway["environment"]["OTEL_EXPORTER_OTLP_ENDPOINT"]
-    assert re.fullmatch(r"http://([a-z]+):4318", collector)[1] in project["services"]  # type: ignore[index]
+    collector = gateway["environment"]["OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"]
+    assert re.fullmatch(r"http://([a-z]+):4318/v1/traces", collector)[1] in project["services"]  # type: ignore[index]
 
 
 @pytest.mark.parametrize("path", COMPOSE, ids=lambda path: path.name)

@@ -152,8 +152,7 @@ def test_a_record_is_encoded_as_the_protocol_has_it() -> None:
             "event_time_ns": 123,
             "trace_id": "a" * 32,
             "span_id": "b" * 16,
-            "huge": 1 << 70,
-            "text": "line\nbreak \ud800",
+            "smtp.state": "New",
         }
     )
     encoder = LogEncoder(Resource({"service.name": "gw"}, "https://resource/1"), "1.2")
@@ -168,6 +167,21 @@ def test_a_record_is_encoded_as_the_protocol_has_it() -> None:
     assert (log.trace_id, log.span_id) == (bytes.fromhex("a" * 32), bytes.fromhex("b" * 16))
     assert log.observed_time_unix_nano > 0
     attributes = {pair.key: pair.value.string_value for pair in log.attributes}
+    assert attributes == {"smtp.logger": "otel_smtp.state", "smtp.state": "New"}
+
+
+def test_values_of_an_operators_line_are_made_fit() -> None:
+    record = logging.makeLogRecord(
+        {
+            "name": "otel_smtp.app",
+            "levelno": 20,
+            "msg": "x",
+            "huge": 1 << 70,
+            "text": "line\nbreak \ud800",
+            "long": "x" * 5000,
+        }
+    )
+    attributes = log_record_of(record).attributes
     assert attributes["huge"] == str(1 << 70)
-    assert "\n" not in attributes["text"]
-    assert "\ud800" not in attributes["text"]
+    assert len(str(attributes["long"])) == 256
+    assert not {"\n", "\ud800"} & {*str(attributes["text"])}
