@@ -291,3 +291,15 @@ def test_the_access_log_has_registered_fields_only(played: dict[str, Played]) ->
     lines = [line for one in played.values() for line in one.running.log if line["event"].startswith("smtp.")]
     assert {line["event"] for line in lines} >= {*names.SPANS, *names.STATE_EVENTS.values()}
     assert {field for line in lines for field in line} <= {*names.ATTRIBUTES, *names.LOG_FIELDS}
+
+
+@pytest.mark.xdist_group("registry")
+def test_metrics_are_those_of_the_registry_with_its_labels(played: dict[str, Played]) -> None:
+    metrics = [metric for one in played.values() for metric in one.receiver.metrics]
+    emitted = {(metric.name, label) for metric in metrics for point in metric.points for label in point.attributes}
+    assert emitted <= {(metric.name, label) for metric in names.METRICS.values() for label in metric.labels}
+    assert {metric.unit for metric in metrics} <= {metric.unit for metric in names.METRICS.values()}
+    # Queue mode and connections that are refused or lost are not part of the visit.
+    spool = {names.SPOOL_MESSAGES.name, names.SPOOL_AGE.name}
+    missing = set(names.METRICS) - {metric.name for metric in metrics} - spool
+    assert missing <= {names.REFUSED.name, names.TELEMETRY_DROPPED.name}
