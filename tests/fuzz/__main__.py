@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from tests.fuzz.choosing import choose
 from tests.fuzz.seeds import seeds
 from tests.fuzz.targets import CORPUS, MAX_INPUT_OCTETS, TARGETS
 
@@ -102,7 +103,7 @@ def _run(target: str, directory: Path, options: argparse.Namespace) -> Result:
         if kind in ("crash", "timeout", "oom"):
             (kept / f"crash-{digest[:12]}").write_bytes(artifact.read_bytes())
     if options.keep:
-        _keep(target, directory, work)
+        _keep(target, work)
     found = _STATUS.findall(done)
     runs = [int(status[0]) for status in found]
     return Result(
@@ -117,18 +118,15 @@ def _run(target: str, directory: Path, options: argparse.Namespace) -> Result:
     )
 
 
-def _keep(target: str, directory: Path, work: Path) -> None:
-    """Replace the kept inputs by the smallest that together reach most; those that once failed stay."""
-    merged = directory / f"{target}.merged"
-    merged.mkdir()
-    _fuzzer(target, "-merge=1", f"-max_len={KEPT_OCTETS}", str(merged), str(work), str(CORPUS / target))
-    for path in (CORPUS / target).glob("seed-*"):
+def _keep(target: str, work: Path) -> None:
+    """Choose anew which inputs are kept; those that once failed stay."""
+    kept = CORPUS / target
+    inputs = [path.read_bytes() for path in (*work.iterdir(), *kept.glob("seed-*"))]
+    chosen = choose(target, inputs, most=KEPT_FILES, most_octets=KEPT_OCTETS)
+    for path in kept.glob("seed-*"):
         path.unlink()
-    inputs = sorted(merged.iterdir(), key=lambda path: path.stat().st_size)
-    step = max(1, len(inputs) / KEPT_FILES)
-    for number in range(min(KEPT_FILES, len(inputs))):
-        octets = inputs[int(number * step)].read_bytes()
-        (CORPUS / target / f"seed-{number:02}").write_bytes(octets)
+    for number, octets in enumerate(chosen):
+        (kept / f"seed-{number:02}").write_bytes(octets)
 
 
 def _fuzzer(target: str, *arguments: str) -> str:
