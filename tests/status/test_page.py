@@ -61,7 +61,6 @@ def test_the_page_loads_nothing_from_elsewhere_and_runs_nothing_inline() -> None
 
 
 @in_a_browser
-@pytest.mark.flaky(reruns=4)
 async def test_it_shows_connections_traces_upstreams_and_queue() -> None:
     async with shown() as (_, page):
         await page.until("document.querySelectorAll('#queue-messages tbody tr').length === 2")
@@ -80,7 +79,6 @@ async def test_it_shows_connections_traces_upstreams_and_queue() -> None:
 
 
 @in_a_browser
-@pytest.mark.flaky(reruns=4)
 async def test_it_follows_the_gateway_without_a_reload() -> None:
     async with shown() as (gateway, page):
         await page.evaluate("window.stayed = true")
@@ -97,7 +95,6 @@ async def test_it_follows_the_gateway_without_a_reload() -> None:
 
 
 @in_a_browser
-@pytest.mark.flaky(reruns=4)
 async def test_what_a_peer_wrote_stays_text() -> None:
     async with shown() as (_, page):
         await page.until("document.querySelectorAll('#queue-messages tbody tr').length === 2")
@@ -117,7 +114,6 @@ async def test_what_a_peer_wrote_stays_text() -> None:
 
 
 @in_a_browser
-@pytest.mark.flaky(reruns=4)
 async def test_a_mark_tells_its_event_when_hovered_and_stays_told_when_clicked() -> None:
     async with shown(f"#trace={TRACE}") as (_, page):
         await page.until("document.querySelectorAll('.mark').length === 24")
@@ -139,7 +135,6 @@ async def test_a_mark_tells_its_event_when_hovered_and_stays_told_when_clicked()
 
 
 @in_a_browser
-@pytest.mark.flaky(reruns=4)
 async def test_marks_stand_where_their_time_is() -> None:
     async with shown(f"#trace={TRACE}") as (_, page):
         await page.until("document.querySelectorAll('.axis span').length > 0")
@@ -159,7 +154,6 @@ async def test_marks_stand_where_their_time_is() -> None:
 
 
 @in_a_browser
-@pytest.mark.flaky(reruns=4)
 async def test_the_keyboard_reaches_every_event() -> None:
     async with shown(f"#trace={TRACE}") as (_, page):
         await page.until("document.querySelectorAll('.mark').length === 24")
@@ -181,7 +175,6 @@ async def test_the_keyboard_reaches_every_event() -> None:
 
 
 @in_a_browser
-@pytest.mark.flaky(reruns=4)
 async def test_search_and_order_by_keyboard() -> None:
     async with shown() as (_, page):
         await page.until("document.querySelectorAll('#trace-list li').length === 25")
@@ -200,7 +193,6 @@ async def test_search_and_order_by_keyboard() -> None:
 
 
 @in_a_browser
-@pytest.mark.flaky(reruns=4)
 async def test_a_trace_leads_to_the_backend_and_out_of_the_queue() -> None:
     async with shown() as (_, page):
         await page.until("document.querySelector('#queue-messages button')")
@@ -213,7 +205,6 @@ async def test_a_trace_leads_to_the_backend_and_out_of_the_queue() -> None:
 
 
 @in_a_browser
-@pytest.mark.flaky(reruns=4)
 async def test_every_control_has_a_name_and_no_page_scrolls_sideways() -> None:
     async with shown(f"#trace={TRACE}") as (_, page):
         await page.until("document.querySelectorAll('.mark').length === 24")
@@ -254,7 +245,6 @@ _CONTRAST: Final = """(() => {
 
 
 @in_a_browser
-@pytest.mark.flaky(reruns=4)
 @pytest.mark.parametrize("dark", [False, True])
 async def test_all_text_stands_out_from_its_ground(dark: bool) -> None:
     """WCAG 2.2 1.4.3: 4.5 to 1, in the light and in the dark."""
@@ -265,7 +255,6 @@ async def test_all_text_stands_out_from_its_ground(dark: bool) -> None:
 
 
 @in_a_browser
-@pytest.mark.flaky(reruns=4)
 async def test_a_lost_gateway_is_told_and_a_trace_that_left_memory_too() -> None:
     async with busy_gateway() as (_, url), chromium() as page:
         await page.open(f"{url}#trace=abcdef")

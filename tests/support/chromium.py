@@ -104,15 +104,31 @@ class Page:
         await self.call("Input.insertText", text=text)
 
     async def hover(self, selector: str) -> None:
-        """Move the mouse to the middle of an element."""
-        await self._mouse("mouseMoved", await self._middle(selector))
+        """Move the mouse to the middle of an element.
+
+        The page lives: an element may move between the look at its place and the mouse's arrival. So the browser is
+        asked whether the mouse is on it, and it is brought there again until it is.
+        """
+        async with asyncio.timeout(_SECONDS):
+            while True:
+                await self._mouse("mouseMoved", await self._middle(selector))
+                if await self.evaluate(f"document.querySelector({json.dumps(selector)}).matches(':hover')"):
+                    return
 
     async def click(self, selector: str) -> None:
-        """Click the middle of an element."""
-        middle = await self._middle(selector)
-        await self._mouse("mouseMoved", middle)
-        for kind in ("mousePressed", "mouseReleased"):
-            await self._mouse(kind, middle, button="left", clickCount=1)
+        """Click the middle of an element; see `hover`."""
+        noted = f"""document.addEventListener("click", (event) => {{
+            window.clicked = event.target.closest({json.dumps(selector)}) !== null;
+        }}, {{capture: true, once: true}})"""
+        async with asyncio.timeout(_SECONDS):
+            while True:
+                await self.hover(selector)
+                middle = await self._middle(selector)
+                await self.evaluate(f"void (window.clicked = false, {noted})")
+                for kind in ("mousePressed", "mouseReleased"):
+                    await self._mouse(kind, middle, button="left", clickCount=1)
+                if await self.evaluate("window.clicked"):
+                    return
 
     async def screenshot(self, path: Path, *, full: bool = False) -> None:
         """Write what is shown, or the full page, as PNG."""
