@@ -330,7 +330,7 @@ AUTH_MECHANISM: Final = _attribute(
     "after AUTH; a known name or other",
     "SCRAM-SHA-256",
 )
-AUTH_RESULT: Final = _attribute("smtp.auth.result", Type.STRING, (On.METRIC,), "always: succeeded, failed", "succeeded")
+AUTH_RESULT: Final = _attribute("smtp.auth.result", Type.STRING, (On.METRIC,), "always: accepted, refused", "accepted")
 
 # Attributes: states ----------------------------------------------------------------------------------------------
 
@@ -532,7 +532,7 @@ REFUSED_REASON: Final = _attribute(
     "smtp.refused.reason", Type.STRING, (On.METRIC,), "always: capacity, client_limit, ..., other", "capacity"
 )
 UPSTREAM_CONNECTION_STATE: Final = _attribute(
-    "smtp.upstream.connection.state", Type.STRING, (On.METRIC,), "always: idle, busy", "idle"
+    "smtp.upstream.connection.state", Type.STRING, (On.METRIC,), "always: idle, busy, opening", "idle"
 )
 SPOOL_STATE: Final = _attribute(
     "smtp.spool.state", Type.STRING, (On.METRIC,), "always: ready, deferred, active, held, corrupt", "deferred"
