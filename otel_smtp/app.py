@@ -493,6 +493,7 @@ def _telemetry_options(
         segment_events=telemetry.segment_events,
         segment_age_seconds=telemetry.segment_age,
         probes=telemetry.probes,
+        with_message_id=telemetry.message_id,
         listeners=span_sinks,
         upstream_connections=upstream_connections,
         spool=spool,

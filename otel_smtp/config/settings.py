@@ -384,6 +384,9 @@ class Telemetry(Table, frozen=True, kw_only=True):
     ] = 5 * MINUTE
     trace_in_reply: Annotated[bool, Key("`trace=<id>` in the final 250", Boolean())] = True
     probes: Annotated[bool, Key("export spans of connections that sent nothing", Boolean())] = False
+    message_id: Annotated[
+        bool, Key("put the mail's Message-ID on its span; it may hold a host's or a person's name", Boolean())
+    ] = False
 
 
 class Status(Table, frozen=True, kw_only=True):

@@ -94,6 +94,7 @@ class TelemetryOptions:
     segment_events: int = DEFAULT_SEGMENT_EVENTS
     segment_age_seconds: float = DEFAULT_SEGMENT_AGE_SECONDS
     probes: bool = False
+    with_message_id: bool = False
     access_log: bool = True
     listeners: Sequence[SpanSink] = ()
     upstream_connections: ConnectionCounts = tuple
@@ -225,6 +226,7 @@ def set_up(options: TelemetryOptions, environ: Mapping[str, str] = os.environ) -
         segment_events=options.segment_events,
         segment_age_seconds=options.segment_age_seconds,
         probes=options.probes,
+        with_message_id=options.with_message_id,
     )
     metrics = Metrics(
         tracing,

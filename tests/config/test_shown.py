@@ -20,7 +20,7 @@ upstream[]: trace_context
 upstream[].timeout: connect greeting command data block reply
 spool: directory url url_file retry max_age warn_after bounce
 telemetry: addresses addresses_hash_key addresses_hash_key_file client_ip state_events segment_events segment_age
-telemetry: trace_in_reply probes
+telemetry: trace_in_reply probes message_id
 status: address allow trace_url
 log: format level
 """

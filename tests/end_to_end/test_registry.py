@@ -220,7 +220,7 @@ NOT_IN_THE_VISIT: Final = {
     (names.SPOOL_ID, On.TRANSACTION): "queue mode",
     (names.SPOOL_ID, On.DELIVERY): "queue mode",
     (names.POSSIBLE_DUPLICATE, On.DELIVERY): "queue mode",
-    (names.MESSAGE_ID, On.TRANSACTION): "opted in by programs that embed the gateway",
+    (names.MESSAGE_ID, On.TRANSACTION): "opted in by telemetry.message_id",
     (names.ERROR_TYPE, On.CONNECTION): "a bug of ours",
     (names.ERROR_TYPE, On.TRANSACTION): "a failure of ours: this upstream refuses",
 }

@@ -129,6 +129,21 @@ def test_a_connection_that_never_says_a_word_has_its_span(
     assert span.attributes["smtp.close.reason"] == "client_disconnect"
 
 
+def test_the_message_id_is_shown_to_those_who_ask_for_it(
+    upstream: CapturingUpstream, receiver: OtlpReceiver, start: StartGateway
+) -> None:
+    mail = b"Message-ID: <one@client.example>\r\nSubject: x\r\n\r\nx\r\n"
+    for is_wanted in (False, True):
+        receiver.clear()
+        running = start({"upstream.url": upstream.url, "telemetry.message_id": is_wanted}, exporting(receiver))
+        with smtplib.SMTP("127.0.0.1", running.port) as client:
+            client.sendmail("a@client.example", ["b@there.example"], mail)
+        assert running.stop() == 0
+        (transaction,) = named(receiver.spans, "smtp.transaction")
+        shown = transaction.attributes.get("smtp.message.id")
+        assert shown == ("<one@client.example>" if is_wanted else None)
+
+
 def test_probes_are_not_exported_unless_asked_for(
     upstream: CapturingUpstream, receiver: OtlpReceiver, start: StartGateway, connect: Connect
 ) -> None:
