@@ -187,6 +187,11 @@ class Gateway:
         counts = self._spool.counts
         return counts.by_state(), _age(counts.oldest_arrived_at) or 0.0
 
+    def can_reach_an_upstream(self) -> bool:
+        """Whether an upstream can be reached, as far as is known; what is long ago is looked at anew meanwhile."""
+        self._forwarder.look_if_stale()
+        return self._forwarder.is_reachable
+
     def upstreams(self) -> Sequence[UpstreamSnapshot]:
         """The upstreams at this moment, in the order of preference."""
         return self._forwarder.snapshot()
@@ -399,8 +404,7 @@ class _StatusPort:
         return "shutting down" if self._gateway.is_draining else None
 
     def _no_upstream(self) -> str | None:
-        states = [snapshot.pool.breaker for snapshot in self._gateway.upstreams()]
-        return None if any(state is not BreakerState.OPEN for state in states) else "no upstream can be reached"
+        return None if self._gateway.can_reach_an_upstream() else "no upstream can be reached"
 
     async def _queue(self) -> QueueView:
         spool = self._gateway.spool
@@ -430,6 +434,9 @@ class _StatusPort:
                 limit=snapshot.pool.most,
                 waiting=snapshot.pool.waiting,
                 breaker=words.get(snapshot.pool.breaker, str(snapshot.pool.breaker)),
+                last_success_seconds=snapshot.last_success_seconds,
+                last_failure_seconds=snapshot.last_failure_seconds,
+                last_failure=snapshot.last_failure,
             )
             for snapshot in self._gateway.upstreams()
         ]

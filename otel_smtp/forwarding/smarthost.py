@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Final
 
 from otel_smtp.forwarding.connection import UpstreamConnection, open_connection
-from otel_smtp.forwarding.faults import ConnectFailed, NoConnectionFree
+from otel_smtp.forwarding.faults import ConnectFailed, NoConnectionFree, UpstreamFault
 from otel_smtp.forwarding.pool import RECLAIM_AFTER_SECONDS, Decision, Pool, PoolSnapshot, Ticket
 from otel_smtp.forwarding.settings import UpstreamSettings
 from otel_smtp.forwarding.tls import UpstreamTlsContext
@@ -27,16 +27,33 @@ class Smarthost:
     Attributes:
         settings: as configured.
         extensions: what its last EHLO offered; None before the first.
+        heard_at: when it last was of use, a connection or an answer; the loop's clock; None: never.
+        failed_at, failure: when a connection to it last failed, and what became of it, in a word; None: never.
 
     Raises:
         OSError: a file of its TLS settings cannot be read.
     """
 
-    __slots__ = ("_context", "_expiry", "_hostname", "_loop", "_pool", "_reclaiming", "extensions", "settings")
+    __slots__ = (
+        "_context",
+        "_expiry",
+        "_hostname",
+        "_loop",
+        "_pool",
+        "_reclaiming",
+        "extensions",
+        "failed_at",
+        "failure",
+        "heard_at",
+        "settings",
+    )
 
     def __init__(self, settings: UpstreamSettings, hostname: str) -> None:
         self.settings = settings
         self.extensions: Extensions | None = None
+        self.heard_at: float | None = None
+        self.failed_at: float | None = None
+        self.failure: str | None = None
         self._hostname = hostname
         self._context: ssl.SSLContext | None = None
         if settings.tls is not TlsMode.OFF:
@@ -54,6 +71,19 @@ class Smarthost:
     def snapshot(self) -> PoolSnapshot:
         """Its pool at this moment."""
         return self._pool.snapshot()
+
+    @property
+    def is_reachable(self) -> bool:
+        """Whether the last that is known of it is good, or nothing is known."""
+        return self.failed_at is None or (self.heard_at is not None and self.heard_at >= self.failed_at)
+
+    async def look(self) -> None:
+        """Connect to it and say EHLO, if it may be asked now; the connection is kept for the next mail."""
+        try:
+            connection, _ = await self.acquire(DeliveryObserver())
+        except UpstreamFault:
+            return  # noted where it happened
+        self.release(connection, answered=False)
 
     def concurrency(self) -> int:
         """How many mails may be under way to it now."""
@@ -112,6 +142,7 @@ class Smarthost:
         assert loop is not None
         now = connection.used_at = loop.time()
         if answered:
+            self.heard_at = now
             self._pool.answered(now)
         if isinstance(self._context, UpstreamTlsContext) and connection.messages == 1:
             self._context.keep_session(connection.stream.tls_object)
@@ -160,6 +191,7 @@ class Smarthost:
         try:
             connection = await open_connection(self.settings, self._context, self._hostname, seen)
         except ConnectFailed as fault:
+            self.failed_at, self.failure = loop.time(), str(fault.reply.error_type)
             self._pool.failed(loop.time())
             logger.warning(
                 "no connection to the upstream",
@@ -174,6 +206,7 @@ class Smarthost:
             self._pool.gave_up(loop.time())
             raise
         self._pool.opened()
+        self.heard_at = loop.time()
         self.extensions = connection.extensions
         return connection
 

@@ -13,6 +13,7 @@ a transaction, is tried once more on a fresh one, before the next in order.
 import asyncio
 import copy
 import logging
+import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
@@ -45,6 +46,8 @@ from otel_smtp.smtp.states import TlsMode
 
 logger: Final = logging.getLogger("otel_smtp.forwarding.upstream")
 
+LOOK_SECONDS: Final = 60.0  # how old what a probe is told may be; a provider need not see us more often
+LOOK_AGAIN_SECONDS: Final = 5.0  # while none can be reached, so that its return is soon known
 CLOSE_GRACE_SECONDS: Final = 5.0
 """How long `close` waits for the reply to messages whose client is gone already."""
 
@@ -58,6 +61,10 @@ class UpstreamSnapshot:
     name: str
     endpoint: Endpoint
     pool: PoolSnapshot
+    is_reachable: bool = True
+    last_success_seconds: float | None = None  # ago
+    last_failure_seconds: float | None = None  # ago
+    last_failure: str | None = None
 
 
 class UpstreamForwarder:
@@ -90,6 +97,8 @@ class UpstreamForwarder:
         self._extensions: Extensions | None = None
         self._capabilities = Capabilities()
         self._unwatched: set[asyncio.Task[None]] = set()
+        self._looking: set[asyncio.Task[None]] = set()
+        self._look_again_at = 0.0
 
     def __repr__(self) -> str:
         return f"<UpstreamForwarder {self._transaction.__name__} {self._smarthosts!r}>"
@@ -153,10 +162,46 @@ class UpstreamForwarder:
 
     def snapshot(self) -> Sequence[UpstreamSnapshot]:
         """The upstreams at this moment, in the order of preference."""
+        now = time.monotonic()  # the loop's clock, also where no loop runs
         return [
-            UpstreamSnapshot(smarthost.settings.name, smarthost.settings.endpoint, smarthost.snapshot())
+            UpstreamSnapshot(
+                smarthost.settings.name,
+                smarthost.settings.endpoint,
+                smarthost.snapshot(),
+                smarthost.is_reachable,
+                None if smarthost.heard_at is None else max(0.0, now - smarthost.heard_at),
+                None if smarthost.failed_at is None else max(0.0, now - smarthost.failed_at),
+                smarthost.failure,
+            )
             for smarthost in self._smarthosts
         ]
+
+    def look_if_stale(self) -> None:
+        """Find out in the background which upstreams can be reached, where nothing has been heard of them for long.
+
+        For probes, which ask often and must not wait: the answer is there when they ask again. No mail is sent.
+        """
+        now = asyncio.get_running_loop().time()
+        if self._looking or now < self._look_again_at:
+            return
+        known = max((smarthost.heard_at or 0.0 for smarthost in self._smarthosts), default=0.0)
+        if known and now - known < LOOK_SECONDS:
+            return
+        self._look_again_at = now + (LOOK_SECONDS if self.is_reachable else LOOK_AGAIN_SECONDS)
+        for smarthost in self._smarthosts:
+            task = asyncio.get_running_loop().create_task(smarthost.look())
+            self._looking.add(task)
+            task.add_done_callback(self._looking.discard)
+
+    @property
+    def is_looking(self) -> bool:
+        """Whether it is being found out which can be reached."""
+        return bool(self._looking)
+
+    @property
+    def is_reachable(self) -> bool:
+        """Whether any upstream can be reached, as far as is known."""
+        return any(smarthost.is_reachable for smarthost in self._smarthosts)
 
     async def close(self, *, grace_seconds: float = CLOSE_GRACE_SECONDS) -> None:
         """Close the connections, those in use when their mail is done with them. Idempotent.
@@ -166,7 +211,7 @@ class UpstreamForwarder:
         """
         if self._unwatched:
             await asyncio.wait(self._unwatched, timeout=grace_seconds)
-        for task in self._unwatched:
+        for task in [*self._unwatched, *self._looking]:
             task.cancel()
         for smarthost in self._smarthosts:
             smarthost.close()

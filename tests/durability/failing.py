@@ -8,7 +8,6 @@ import contextlib
 import os
 import shutil
 import smtplib
-import socket
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from typing import Any, Final
 
 from tests.durability.killing import is_empty, queue_command
 from tests.durability.upstream import CountingUpstream
-from tests.support.process import GatewayProcess, gateway, until
+from tests.support.process import GatewayProcess, closed_port, gateway, until
 from tests.support.tools import tool
 
 CALLS: Final = (
@@ -50,12 +49,6 @@ class Outcome:
         return f"replies {self.replies}, {state}, {len(self.lost)} lost{', DAMAGED' if self.is_damaged else ''}"
 
 
-def _closed_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
 def settings_of(spool: Path, upstream_port: int) -> dict[str, Any]:
     """Mode queue, attempts that come again at once."""
     return {
@@ -86,14 +79,14 @@ def inject(call: str, error: str, when: int, directory: Path) -> Outcome:
     outcome = Outcome()
     directory.mkdir()
     spool = directory / "spool"
-    with gateway(settings_of(spool, _closed_port()), directory) as first:  # so that the fault hits mail, not the start
+    with gateway(settings_of(spool, closed_port()), directory) as first:  # so that the fault hits mail, not the start
         first.stop()
     strace = [
         tool("strace"), "-f", "-qq", "-o", os.devnull, "--seccomp-bpf",
         "-e", f"trace={call}", "-e", f"inject={call}:error={error}:when={when}",
     ]  # fmt: skip
     try:
-        with gateway(settings_of(spool, _closed_port()), directory, under=strace) as running:
+        with gateway(settings_of(spool, closed_port()), directory, under=strace) as running:
             for number in range(MAILS):
                 code = send(running.port, str(number), octets=200_000 if number % 3 == 2 else 100)
                 outcome.replies.append(code)

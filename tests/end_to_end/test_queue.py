@@ -2,7 +2,6 @@
 
 import json
 import smtplib
-import socket
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ from tests.durability.failing import may_mount, small_disk
 from tests.durability.upstream import CountingUpstream
 from tests.end_to_end.conftest import StartGateway
 from tests.support.otlp_receiver import OtlpReceiver, named
-from tests.support.process import gateway, until
+from tests.support.process import closed_port, gateway, until
 
 MAIL = b"X-Id: one\r\nSubject: queued\r\n\r\nHello.\r\n"
 
@@ -34,12 +33,6 @@ def settings(upstream: CountingUpstream, directory: Path, mode: str) -> dict[str
         "spool.directory": str(directory / "spool"),
         "spool.retry": ["1s"],
     }
-
-
-def closed_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 @pytest.mark.parametrize("mode", ["queue", "direct-then-queue"])
