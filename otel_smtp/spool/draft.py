@@ -48,11 +48,16 @@ class Draft:
         """All of it; None where it is in a file."""
         return self._held if self._path is None else None
 
-    @property
-    def in_file(self) -> tuple[Path, int, bytes]:
-        """The file, its octets, and their SHA-256."""
-        assert self._path is not None
-        return self._path, self.octets, self._digest.digest()
+    def hand_over(self) -> tuple[Sequence[bytes] | None, tuple[Path, int, bytes] | None]:
+        """Give the complete content away: `discard` does not touch it any more.
+
+        Returns:
+            Its chunks, or else its file, the file's octets, and their SHA-256.
+        """
+        if self._path is None:
+            return tuple(self._held), None
+        path, self._path = self._path, None
+        return None, (path, self.octets, self._digest.digest())
 
     async def add(self, chunk: bytes) -> None:
         """Add some more; the first chunk is the header block.

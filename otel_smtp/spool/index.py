@@ -388,9 +388,10 @@ class Index:
             How many there were, and the messages that are held now.
         """
         if crashes_allowed is None:
+            # Whoever was cut short has recorded it; what is left came to an end that nobody could record.
             found = self._database.execute(
-                "UPDATE dlv SET state = 'ready', next_at = min(next_at, ?), attempts = attempts - 1, lease_owner = NULL"
-                " WHERE state = 'leased'",
+                "UPDATE dlv SET state = 'ready', next_at = min(next_at, ?), attempts = attempts - 1,"
+                " lease_owner = NULL, possible_duplicate = 1 WHERE state = 'leased'",
                 (_ms(now),),
             )
             return found.rowcount, ()

@@ -254,8 +254,9 @@ class SpoolStore:
             assert placement is not None
             return index.insert(message, placement, owner=owner)
 
-        contents = draft.in_memory
-        return await self._do(insert, contents=contents, file=draft.in_file if contents is None else None)
+        # A caller that is cancelled discards its draft, while the thread is at work with what was handed over.
+        contents, file = draft.hand_over()
+        return await self._do(insert, contents=contents, file=file)
 
     async def apply(self, work: Callable[[Index], T]) -> T:
         """See `Store.apply`."""

@@ -157,6 +157,24 @@ async def test_nothing_is_leased_before_its_time_or_beyond_its_age(store: SpoolS
     assert len(overdue) == 1
 
 
+@pytest.mark.parametrize("octets", [100, 300_000], ids=["in memory", "in a file"])
+async def test_who_gives_up_waiting_leaves_a_whole_message_or_none(store: SpoolStore, octets: int) -> None:
+    body = os.urandom(octets)
+
+    for _ in range(20):
+        async with store.draft() as draft:
+            await written(draft, HEADER, body)
+            submitting = asyncio.create_task(store.submit(message(), draft, is_leased=False))
+            await asyncio.sleep(0)  # the thread has got it, and is at work
+            submitting.cancel()
+        await asyncio.gather(submitting, return_exceptions=True)
+    assert store.fault is None
+    for lease in await leased(store, most=100):
+        assert await store.is_intact(lease.placement)
+        assert await store.content(lease.placement, len(HEADER), octets + 1) == body
+    assert store.refusal() is None
+
+
 # Crashes ------------------------------------------------------------------------------------------------------
 
 
@@ -211,7 +229,7 @@ async def test_an_orderly_end_gives_leases_back_uncounted(store: SpoolStore) -> 
     again = reopened(store)
     assert (await again.open()).interrupted == 0
     (lease,) = await leased(again)
-    assert (lease.attempt, lease.is_possible_duplicate) == (1, False)
+    assert (lease.attempt, lease.is_possible_duplicate) == (1, True)
     await again.close()
 
 
