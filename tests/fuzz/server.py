@@ -111,8 +111,9 @@ class Driver(EngineDriver):
         return self._verdict(replies.SENDER_OK)
 
     def recipient_reply(self, recipient: Recipient) -> Reply:
-        """See `EngineDriver`."""
-        return self._verdict(replies.RECIPIENT_OK)
+        """See `EngineDriver`. Never a 421: it would end the session with the rest of its group handed up already."""
+        verdict = self._verdict(replies.RECIPIENT_OK)
+        return verdict if verdict.code != 421 else replies.UPSTREAM_UNAVAILABLE
 
     def tls_reply(self) -> Reply:
         """See `EngineDriver`."""
