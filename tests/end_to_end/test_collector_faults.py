@@ -48,13 +48,15 @@ def test_mail_is_as_quick_whatever_the_collector_does(tmp_path: Path) -> None:
             clients[name] = stack.enter_context(smtplib.SMTP("127.0.0.1", running.port))
             latencies(clients[name])
         # The turns alternate, so that whatever else the machine does is done to all of them.
-        found: dict[str, list[float]] = {name: [] for name in endpoints}
+        found: dict[str, list[list[float]]] = {name: [] for name in endpoints}
         for _ in range(ROUNDS):
             for name, client in clients.items():
-                found[name] += latencies(client)
-    p50 = {name: statistics.median(each) for name, each in found.items()}
-    p99 = {name: statistics.quantiles(each, n=100)[98] for name, each in found.items()}
-    print({name: (round(p50[name], 2), round(p99[name], 2)) for name in found})
+                found[name].append(sorted(latencies(client)))
+    # A round's middle and its slowest mail but two (p95); of the rounds the median, so that a machine which stands
+    # still for a moment decides nothing, while a collector's fault is there in every round.
+    middle = {name: statistics.median(statistics.median(each) for each in rounds) for name, rounds in found.items()}
+    slow = {name: statistics.median(each[-3] for each in rounds) for name, rounds in found.items()}
+    print({name: (round(middle[name], 2), round(slow[name], 2)) for name in found})
     for name in found:
-        assert p50[name] < p50["NONE"] * 1.5 + 0.5, p50
-        assert p99[name] < p99["NONE"] * 3 + 20, p99
+        assert middle[name] < middle["NONE"] * 1.5 + 0.5, middle
+        assert slow[name] < slow["NONE"] * 3 + 20, slow

@@ -138,10 +138,11 @@ async def test_a_mark_tells_its_event_when_hovered_and_stays_told_when_clicked()
 async def test_marks_stand_where_their_time_is() -> None:
     async with shown(f"#trace={TRACE}") as (_, page):
         await page.until("document.querySelectorAll('.axis span').length > 0")
-        lefts = await page.evaluate(
-            "[...document.querySelectorAll('.axis-row + .row .mark')].map((mark) => parseFloat(mark.style.left))"
+        # Asked in one go, since the page may be laid out again between two questions.
+        lefts, width = await page.evaluate(
+            "[[...document.querySelectorAll('.axis-row + .row .mark')].map((mark) => parseFloat(mark.style.left)),"
+            " document.querySelector('.axis').clientWidth]"
         )
-        width = await page.evaluate("document.querySelector('.axis').clientWidth")
         assert lefts == pytest.approx([number * 7 / 86 * width for number in range(13)], abs=0.5)
         await page.evaluate("[...document.querySelectorAll('button.label')].at(-1).click()")
         await page.click(".details h4 .link")
@@ -151,6 +152,36 @@ async def test_marks_stand_where_their_time_is() -> None:
         assert 11 <= shown_marks < 24, "zoomed to the delivery"
         await page.click(".axis-row .link")
         assert await page.evaluate("[...document.querySelectorAll('.mark')].every((mark) => !mark.hidden)")
+
+
+@in_a_browser
+async def test_a_trace_on_its_way_is_not_asked_for_again() -> None:
+    """The list comes while it is fetched, and says how many spans it has; a second drawing would undo a selection."""
+    async with shown() as (_, page):
+        await page.until("document.querySelectorAll('#trace-list li').length === 25")
+        await page.evaluate(
+            """void (() => {
+                const there = window.fetch;
+                window.lists = window.traces = 0;
+                const held = new Promise((release) => { window.release = release; });
+                window.fetch = async (url, ...rest) => {
+                    if (url.startsWith("/api/traces/")) { window.traces += 1; await held; return there(url, ...rest); }
+                    const answer = await there(url, ...rest);
+                    return { ok: answer.ok, json: async () => {
+                        const found = await answer.json();
+                        setTimeout(() => { window.lists += 1; }); // once the page has looked at it
+                        return found;
+                    } };
+                };
+            })()"""
+        )
+        await page.evaluate(f"void (location.hash = '#trace={TRACE}')")
+        await page.until("window.traces === 1")
+        await page.evaluate("void document.getElementById('search').requestSubmit()")
+        await page.until("window.lists >= 1")
+        await page.evaluate("void window.release()")
+        await page.until("document.querySelectorAll('.mark').length === 24")
+        assert await page.evaluate("window.traces") == 1
 
 
 @in_a_browser

@@ -16,6 +16,7 @@ const QUIET_MILLISECONDS = 150; // typing: one search when the fingers rest
 let traceUrl = "";
 let opened = "";
 let openedSpans = 0;
+let coming = ""; // the trace that was asked for and has not come
 let asked = 0;
 
 /** Begin; `template` is where a backend shows a trace, with {trace_id} in it. */
@@ -56,7 +57,8 @@ export async function search() {
   const shown = found.found > found.traces.length ? `${found.traces.length} of ${found.found.toLocaleString()} shown · ` : "";
   write(count, shown + (verdicts.map(([name, number]) => `${number.toLocaleString()} ${VERDICT[name]}`).join(" · ") || "none"));
   const summary = found.traces.find((trace) => trace.trace_id === opened);
-  if (summary !== undefined && summary.spans !== openedSpans) open(opened);
+  // What is on its way is not asked for again: a second drawing would take the place of what is being read.
+  if (summary !== undefined && coming !== opened && summary.spans !== openedSpans) open(opened);
 }
 
 function makeItem(trace) {
@@ -95,19 +97,25 @@ function moveFocus(event) {
 /** Open a trace by its id. */
 export async function open(traceId) {
   opened = traceId;
+  coming = traceId;
   for (const button of list.querySelectorAll("button")) {
     button.setAttribute("aria-pressed", String(button.parentElement.dataset.key === traceId));
   }
   remember();
-  const answer = await fetch(`/api/traces/${encodeURIComponent(traceId)}`);
+  let found;
+  try {
+    const answer = await fetch(`/api/traces/${encodeURIComponent(traceId)}`);
+    found = answer.ok ? await answer.json() : null;
+  } finally {
+    if (coming === traceId) coming = "";
+  }
   if (opened !== traceId) return;
-  if (!answer.ok) {
+  if (found === null) {
     openedSpans = 0;
     pane.replaceChildren(element("p", { class: "empty" }, "This trace has left the gateway's memory."), links(traceId));
     return;
   }
-  const [resourceSpans] = (await answer.json()).resourceSpans;
-  const spans = resourceSpans.scopeSpans[0].spans;
+  const spans = found.resourceSpans[0].scopeSpans[0].spans;
   openedSpans = spans.length;
   const drawn = waterfall(spans, open);
   const started = new Date(Number(BigInt(spans[0].startTimeUnixNano) / 1000000n));
@@ -120,6 +128,7 @@ export async function open(traceId) {
       links(traceId)),
     drawn.view,
   );
+  drawn.place(); // before it is seen: until now it had no width
 }
 
 function links(traceId) {

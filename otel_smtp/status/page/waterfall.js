@@ -8,14 +8,15 @@ const LANES = 4; // beyond this, marks overlap: a row stays a row
 const KINDS = { 1: "internal", 2: "server", 3: "client" };
 const SHORT = { "smtp.connection": "connection", "smtp.transaction": "transaction", "smtp.delivery": "delivery" };
 
-/** Draw OTLP spans; `open(traceId)` follows a link. Gives the view, the duration and the number of events. */
+/** Draw OTLP spans; `open(traceId)` follows a link. Gives the view, what to call once it is in the page, the duration and
+ *  the number of events. */
 export function waterfall(otlpSpans, open) {
   const spans = inTreeOrder(otlpSpans.map(read));
   const start = Math.min(...spans.map((each) => each.start));
   const end = Math.max(...spans.map((each) => each.end));
   const events = spans.flatMap((each) => each.events).sort((a, b) => a.at - b.at || a.sequence - b.sequence);
   const view = new Waterfall(spans, events, start, end, open);
-  return { view: view.root, milliseconds: end - start, events: events.length };
+  return { view: view.root, place: () => view.place(), milliseconds: end - start, events: events.length };
 }
 
 // Nanoseconds since 1970 need more than a double's 53 bits; differences do not.
