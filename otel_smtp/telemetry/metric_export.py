@@ -133,6 +133,9 @@ class MetricExport:
         self._stopping = threading.Event()
         self._stop_by = float("inf")
         self._thread: threading.Thread | None = None
+        self._points = 0  # of the latest reading; one that fails would have had about as many
+        self._counting = threading.Lock()  # what is lost: by the thread, or by the shutdown that gave it up
+        self._is_abandoned = False
         self._is_told = False
 
     def dropped(self) -> Iterator[tuple[str, str, int]]:
@@ -149,6 +152,9 @@ class MetricExport:
     def shutdown(self, budget_seconds: float) -> bool:
         """Send everything a last time, within the budget. Blocks: not for the event loop.
 
+        A request that hangs from before cannot be hurried: with the budget, it and the thread are left to themselves,
+        and what the last export would have said is counted as lost.
+
         Returns:
             Whether the thread has ended in time.
         """
@@ -158,16 +164,23 @@ class MetricExport:
         if self._thread is None:
             return True
         self._thread.join(budget_seconds)
-        return not self._thread.is_alive()
+        with self._counting:
+            self._is_abandoned = self._thread.is_alive()
+            if self._is_abandoned:
+                self._lost[DropReason.SHUTDOWN] += self._points
+        if self._is_abandoned:
+            logger.warning("metrics were lost at the end", extra={"points": self._points, "collector": self._address})
+        return not self._is_abandoned
 
     # The thread --------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while True:
+        while not self._is_abandoned:
             is_last = self._stopping.wait(self._interval_seconds)
             try:
                 self._export()
             except Exception as error:  # noqa: BLE001 - the top of the thread; told once, tried again next time
+                self._lose(DropReason.EXPORT_FAILED, max(self._points, 1))
                 self._failed(type(error).__name__, with_traceback=True)
             if is_last:
                 break
@@ -176,25 +189,29 @@ class MetricExport:
 
     def _export(self) -> None:
         data = self._read()
+        self._points = sum(len(metric.data.data_points) for metric in data.resource_metrics[0].scope_metrics[0].metrics)
         if self._connect is None:
             sys.stdout.write(data.to_json() + "\n")
             sys.stdout.flush()
             return
         from opentelemetry.exporter.otlp.proto.common.metrics_encoder import encode_metrics
 
-        request = encode_metrics(data).SerializeToString()
-        points = sum(len(metric.data.data_points) for metric in data.resource_metrics[0].scope_metrics[0].metrics)
-        answer = self._send(request)
+        answer = self._send(encode_metrics(data).SerializeToString())
         if answer.verdict is not Verdict.TAKEN:
             again = DropReason.SHUTDOWN if self._stopping.is_set() else DropReason.EXPORT_FAILED
-            self._lost[DropReason.REJECTED if answer.verdict is Verdict.REJECTED else again] += points
+            self._lose(DropReason.REJECTED if answer.verdict is Verdict.REJECTED else again, self._points)
             self._failed(answer.why)
         elif answer.rejected:
-            self._lost[DropReason.REJECTED] += min(answer.rejected, points)
+            self._lose(DropReason.REJECTED, min(answer.rejected, self._points))
             self._failed(answer.why or "partial success")
         elif self._is_told:
             self._is_told = False
             logger.info("metrics are exported again", extra={"collector": self._address})
+
+    def _lose(self, reason: DropReason, points: int) -> None:
+        with self._counting:
+            if not self._is_abandoned:  # else they were counted
+                self._lost[reason] += points
 
     def _send(self, request: bytes) -> Answer:
         assert self._connect is not None

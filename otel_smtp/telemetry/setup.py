@@ -153,18 +153,24 @@ class Telemetry:
         # The SDK's shutdown blocks for up to half a minute on a dead collector; the thread is left behind.
         worker = threading.Thread(target=self._shut_down, name="telemetry-shutdown", daemon=True)
         worker.start()
-        # All at the same time, each with the whole budget: one collector that hangs must not cost the others theirs.
+        # All at the same time, each with nearly the whole budget: one collector that hangs must not cost the others
+        # theirs, and each is to have counted what it lost when this returns.
+        their_seconds = 0.95 * budget_seconds
         others: list[Export[LogRecord] | MetricExport] = [*self._metric_exports]
         if self._log_handler is not None and self._log_export is not None:
             self._log_handler.detach()
             others.insert(0, self._log_export)
-        ending = [threading.Thread(target=one.shutdown, args=(budget_seconds,), daemon=True) for one in others]
+        done: list[bool] = []  # appended by several threads
+        ending = [
+            threading.Thread(target=lambda one=one: done.append(one.shutdown(their_seconds)), daemon=True)
+            for one in others
+        ]
         for thread in ending:
             thread.start()
-        is_done = self._export is None or self._export.shutdown(budget_seconds)
+        is_done = self._export is None or self._export.shutdown(their_seconds)
         for thread in (*ending, worker):
             thread.join(max(0.0, ends - time.monotonic()))
-        return is_done and not any(thread.is_alive() for thread in (*ending, worker))
+        return is_done and len(done) == len(ending) and all(done) and not worker.is_alive()
 
     def _shut_down(self) -> None:
         for processor in self._processors:

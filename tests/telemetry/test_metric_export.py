@@ -1,13 +1,17 @@
 """Metrics over OTLP: the counts of the metrics page, as a real receiver gets them."""
 
+import logging
+import threading
 import time
 from collections.abc import Iterator
 
 import pytest
+from opentelemetry.sdk.metrics.export import MetricsData
 
 from otel_smtp.telemetry import attributes
 from otel_smtp.telemetry.attributes import Instrument
 from otel_smtp.telemetry.environment import TelemetrySettingError
+from otel_smtp.telemetry.metric_export import MetricExport
 from otel_smtp.telemetry.setup import Telemetry, TelemetryOptions, set_up
 from tests.support.otlp_receiver import Fault, FaultKind, OtlpReceiver, ReceivedMetric
 from tests.support.process import until
@@ -20,6 +24,15 @@ OPTIONS = TelemetryOptions(
     upstream_connections=lambda: [("provider", "idle", 3)],
     spool=lambda: ({"deferred": 2}, 61.5),
 )
+
+
+WAIT_SECONDS = 10.0
+
+
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.set_level(logging.INFO, "otel_smtp.telemetry.metric_export")
+    return caplog
 
 
 @pytest.fixture
@@ -140,13 +153,56 @@ def _dropped(telemetry: Telemetry, reason: str) -> float:
     )
 
 
-def test_a_black_hole_holds_the_end_no_longer_than_its_budget(receiver: OtlpReceiver) -> None:
+BUDGET_SECONDS = 0.5
+
+
+def test_a_black_hole_holds_the_end_no_longer_than_its_budget(
+    receiver: OtlpReceiver, log: pytest.LogCaptureFixture
+) -> None:
     receiver.fault = Fault(FaultKind.BLACK_HOLE)
-    telemetry = exporting(receiver)
+    telemetry = exporting(receiver, OTEL_METRIC_EXPORT_INTERVAL="3600000")
+    Client(telemetry.observer).ehlo().message().quit()
     began = time.monotonic()
-    telemetry.flush_and_shutdown(0.2)
+    assert telemetry.flush_and_shutdown(BUDGET_SECONDS), "the last request ends before its budget does"
     assert time.monotonic() - began < 5
+    assert receiver.requests == 1, "the last export was tried"
+    assert _dropped(telemetry, "shutdown") > 0
+    assert "metrics cannot be exported" in [record.message for record in log.records]
+
+
+def test_a_request_that_hangs_from_before_is_given_up_with_the_budget_and_counted(
+    receiver: OtlpReceiver, log: pytest.LogCaptureFixture
+) -> None:
+    receiver.fault = Fault(FaultKind.BLACK_HOLE)
+    telemetry = exporting(receiver, OTEL_METRIC_EXPORT_TIMEOUT="60000", OTEL_EXPORTER_OTLP_TIMEOUT="60000")
+    Client(telemetry.observer).ehlo().message().quit()
+    receiver.wait_for_requests(1)
+    began = time.monotonic()
+    assert not telemetry.flush_and_shutdown(BUDGET_SECONDS)
+    assert BUDGET_SECONDS * 0.8 <= time.monotonic() - began < 5
+    lost = _dropped(telemetry, "shutdown")
+    assert lost > 0
+    assert [record.message for record in log.records] == ["metrics were lost at the end"]
+    # The request ends at last, and says nothing that was not counted.
     receiver.fault = Fault()
+    [thread] = [each for each in threading.enumerate() if each.name == "otlp-metrics"]
+    thread.join(WAIT_SECONDS)
+    assert not thread.is_alive()
+    assert _dropped(telemetry, "shutdown") == lost
+    assert _dropped(telemetry, "export_failed") == 0
+
+
+def test_numbers_that_cannot_be_read_are_counted_as_lost(log: pytest.LogCaptureFixture) -> None:
+    def read() -> MetricsData:
+        raise RuntimeError("a fault of ours")
+
+    export = MetricExport(read, None, interval_seconds=3600)
+    export.start()
+    assert export.shutdown(WAIT_SECONDS)
+    assert {reason: count for _, reason, count in export.dropped() if count} == {"export_failed": 1}
+    [record] = log.records
+    assert record.message == "metrics cannot be exported"
+    assert record.exc_info is not None
 
 
 def test_nothing_is_sent_unless_an_endpoint_or_the_variable_says_so(receiver: OtlpReceiver) -> None:
