@@ -87,17 +87,27 @@ async def test_calls_of_a_message(
     assert counted <= most, named.most_common(20)
 
 
+def system_calls_of_a_message(settings: dict[str, Any], directory: Path) -> tuple[float, float]:
+    """How many writes and reads of sockets one message costs on a kept connection; a read that finds nothing is one."""
+    trace = directory / "trace"
+    strace = [tool("strace"), "-f", "-qq", "-o", str(trace), "-e", "trace=sendto,sendmsg,recvfrom,recvmsg"]
+    # asyncio's own loop writes and reads sockets by these calls alone.
+    with gateway(settings, directory, under=strace, uses_uvloop=False, environ={"OTEL_SDK_DISABLED": "true"}) as made:
+        send(made.port, MESSAGES)
+    calls = collections.Counter(re.findall(r"^\d+ +(\w+)\(", trace.read_text(errors="replace"), re.MULTILINE))
+    return (calls["sendto"] + calls["sendmsg"]) / MESSAGES, (calls["recvfrom"] + calls["recvmsg"]) / MESSAGES
+
+
 @pytest.mark.parametrize(("strategy", "writes", "reads"), [("transparent", 6.7, 6.7), ("buffered", 5.7, 5.8)])
 def test_system_calls_of_a_message(
     strategy: str, writes: float, reads: float, upstream: CapturingUpstream, tmp_path: Path
 ) -> None:
-    trace = tmp_path / "trace"
-    strace = [tool("strace"), "-f", "-qq", "-o", str(trace), "-e", "trace=sendto,sendmsg,recvfrom,recvmsg"]
     settings = {"upstream.url": upstream.url, "delivery.strategy": strategy}
-    # asyncio's own loop writes and reads sockets by these calls alone.
-    with gateway(settings, tmp_path, under=strace, uses_uvloop=False, environ={"OTEL_SDK_DISABLED": "true"}) as running:
-        send(running.port, MESSAGES)
-    made = collections.Counter(re.findall(r"^\d+ +(\w+)\(", trace.read_text(errors="replace"), re.MULTILINE))
-    assert (made["sendto"] + made["sendmsg"]) / MESSAGES <= writes
-    # A read that finds nothing is one too.
-    assert (made["recvfrom"] + made["recvmsg"]) / MESSAGES <= reads
+    found = []
+    # On a busy machine a reply arrives in pieces and is read in pieces; what we cause is there each time.
+    for attempt in ("first", "second", "third"):
+        (tmp_path / attempt).mkdir()
+        found.append(system_calls_of_a_message(settings, tmp_path / attempt))
+        if found[-1][0] <= writes and found[-1][1] <= reads:
+            return
+    pytest.fail(f"writes and reads a message, bounds {writes} and {reads}: {found}")
