@@ -60,6 +60,29 @@ def _nodemailer(place: Place) -> Running:
     return Running(child, port)
 
 
+# A file of one's own stands for the whole of its defaults: what is missing here is undefined there, and throws.
+_HARAKA_CONNECTION: Final = """
+[main]
+smtputf8=true
+[headers]
+add_received=true
+max_lines=1000
+max_received=100
+[max]
+bytes=104857600
+mime_parts=1000
+line_length=512
+data_line_length=992
+[message]
+greeting[]=relay.example.com
+helo=hello
+close=closing
+[uuid]
+banner_chars=0
+deny_chars=0
+"""
+
+
 def _haraka(place: Place) -> Running:
     home = _npm(place, "Haraka")
     port = free_port()
@@ -75,7 +98,7 @@ def _haraka(place: Place) -> Running:
         "databytes": "104857600\n",
         "me": "relay.example.com\n",
         "host_list": "",
-        "connection.ini": "[message]\ngreeting[]=relay.example.com\n[max]\nbytes=104857600\n",
+        "connection.ini": _HARAKA_CONNECTION,
     }.items():
         (config / name).write_text(text, encoding="ascii")
     child = Child(
