@@ -24,6 +24,7 @@ from typing import Final
 
 from otel_smtp.spool.messages import ContentLost, Placement, SpoolError, StorageBroken, StorageFull, new_id
 
+_TEMPORARY: Final = "tmp"
 RESERVE_OCTETS: Final = 16 * 1024 * 1024
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 # Their locks and shared memory do not keep SQLite's index whole.
@@ -48,6 +49,7 @@ class SpoolDirectory:
 
     def __init__(self, path: Path, *, reserve_octets: int = RESERVE_OCTETS) -> None:
         self.path = path
+        self._root = str(path)  # what is done for each mail does without pathlib, which costs more than the call
         self._reserve_octets = reserve_octets
         self._lock: int | None = None
         self._buckets: dict[str, int] = {}
@@ -152,7 +154,7 @@ class SpoolDirectory:
 
     def temporary(self) -> Path:
         """A name for a content that is being received."""
-        return self.path / "tmp" / new_id()
+        return self.path / _TEMPORARY / new_id()
 
     def keep_together(self, contents: Sequence[Sequence[bytes]]) -> list[Placement]:
         """Make small contents durable, all in one file: one sync for whatever came at the same time.
@@ -160,7 +162,8 @@ class SpoolDirectory:
         Raises:
             StorageFull, StorageBroken: none of them is kept.
         """
-        temporary = self.temporary()
+        name = new_id()
+        temporary = f"{self._root}/{_TEMPORARY}/{name}"
         placements: list[Placement] = []
         offset = 0
         try:
@@ -172,14 +175,15 @@ class SpoolDirectory:
                     for chunk in content:
                         digest.update(chunk)
                         octets += len(chunk)
-                    placements.append(Placement(temporary.name, offset, octets, digest.digest()))
+                    placements.append(Placement(name, offset, octets, digest.digest()))
                     offset += octets
                 write_all(file, b"".join(chunk for content in contents for chunk in content))
-                self._seal(file, temporary, offset)
+                self._seal(file, temporary, name, offset)
             finally:
                 os.close(file)
         except OSError as error:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
             raise storage_error(error) from error
         return placements
 
@@ -188,7 +192,7 @@ class SpoolDirectory:
         try:
             file = os.open(temporary, os.O_RDWR | os.O_CLOEXEC)
             try:
-                self._seal(file, temporary, octets)
+                self._seal(file, str(temporary), temporary.name, octets)
             finally:
                 os.close(file)
         except OSError as error:
@@ -196,13 +200,12 @@ class SpoolDirectory:
             raise storage_error(error) from error
         return Placement(temporary.name, 0, octets, digest)
 
-    def _seal(self, file: int, temporary: Path, octets: int) -> None:
+    def _seal(self, file: int, temporary: str, name: str, octets: int) -> None:
         os.fdatasync(file)
         if os.fstat(file).st_size != octets:
             raise OSError(errno.EIO, f"{temporary} is not as long as what was written")
-        bucket = temporary.name[-1]
-        os.rename(temporary, self._body(temporary.name))
-        os.fsync(self._buckets[bucket])
+        os.rename(temporary, self._body(name))
+        os.fsync(self._buckets[name[-1]])
 
     def read(self, placement: Placement, start: int, octets: int) -> bytes:
         """A part of a content, from `start`.
@@ -253,7 +256,7 @@ class SpoolDirectory:
         """Remove contents that nobody needs; one that stays is removed at the next start."""
         for name in files:
             with contextlib.suppress(OSError):
-                self._body(name).unlink(missing_ok=True)
+                os.unlink(self._body(name))
 
     def files(self) -> Iterator[str]:
         """The names of all complete contents."""
@@ -261,8 +264,8 @@ class SpoolDirectory:
             with os.scandir(self.path / "body" / bucket) as entries:
                 yield from (entry.name for entry in entries)
 
-    def _body(self, name: str) -> Path:
-        return self.path / "body" / name[-1] / name
+    def _body(self, name: str) -> str:
+        return f"{self._root}/body/{name[-1]}/{name}"
 
     # Room -------------------------------------------------------------------------------------------------
 

@@ -42,7 +42,8 @@ CREATE TABLE msg(
   file TEXT NOT NULL, offset INTEGER NOT NULL, octets INTEGER NOT NULL, header_octets INTEGER NOT NULL,
   digest BLOB NOT NULL) WITHOUT ROWID;
 CREATE TABLE dlv(
-  msg_id TEXT NOT NULL REFERENCES msg(id), d INTEGER NOT NULL, dest TEXT NOT NULL, state TEXT NOT NULL,
+  msg_id TEXT NOT NULL REFERENCES msg(id) ON DELETE CASCADE, d INTEGER NOT NULL, dest TEXT NOT NULL,
+  state TEXT NOT NULL,
   attempts INTEGER NOT NULL DEFAULT 0, crashes INTEGER NOT NULL DEFAULT 0, next_at INTEGER NOT NULL,
   lease_owner TEXT, lease_until INTEGER, lease_epoch INTEGER NOT NULL DEFAULT 0,
   possible_duplicate INTEGER NOT NULL DEFAULT 0, PRIMARY KEY(msg_id, d)) WITHOUT ROWID;
@@ -50,9 +51,21 @@ CREATE INDEX dlv_due ON dlv(dest, attempts > 0, next_at) WHERE state = 'ready';
 CREATE TABLE rcpt(
   msg_id TEXT NOT NULL, d INTEGER NOT NULL, n INTEGER NOT NULL, addr TEXT NOT NULL, notify INTEGER, orcpt TEXT,
   last TEXT NOT NULL DEFAULT '', PRIMARY KEY(msg_id, d, n),
-  FOREIGN KEY(msg_id, d) REFERENCES dlv(msg_id, d)) WITHOUT ROWID;
+  FOREIGN KEY(msg_id, d) REFERENCES dlv(msg_id, d) ON DELETE CASCADE) WITHOUT ROWID;
 CREATE TABLE tally(name TEXT PRIMARY KEY, recipients INTEGER NOT NULL) WITHOUT ROWID;
 """
+_ROWS_AT_ONCE: Final = 32  # of a statement: its texts are kept prepared, one for each number of rows
+_INSERT_MESSAGES: Final = (
+    "INSERT INTO msg(id, kind, arrived_at, expires_at, warned, reverse_path, parameters, carrier, file, offset, octets,"
+    " header_octets, digest) VALUES {}"
+)
+_INSERT_DELIVERIES: Final = (
+    "INSERT INTO dlv(msg_id, d, dest, state, attempts, next_at, lease_owner, lease_epoch, possible_duplicate) VALUES {}"
+)
+_INSERT_RECIPIENTS: Final = "INSERT INTO rcpt(msg_id, d, n, addr, notify, orcpt) VALUES {}"
+_ADD_TO_TALLY: Final = (
+    "INSERT INTO tally VALUES {} ON CONFLICT DO UPDATE SET recipients = recipients + excluded.recipients"
+)
 _LEASE_COLUMNS: Final = (
     "d, dlv.lease_epoch, msg.id, kind, reverse_path, parameters, dest, attempts, arrived_at, expires_at, carrier, "
     "file, offset, octets, digest, header_octets, possible_duplicate"
@@ -75,8 +88,7 @@ class Index:
             SpoolError: it was made by a newer version.
             sqlite3.Error: it cannot be opened.
         """
-        self._database = sqlite3.connect(path, isolation_level=None, cached_statements=256)
-        database = self._database
+        database = self._connection = sqlite3.connect(path, isolation_level=None, cached_statements=256)
         database.execute("PRAGMA journal_mode = WAL")
         database.execute("PRAGMA synchronous = FULL")
         database.execute("PRAGMA foreign_keys = ON")
@@ -86,15 +98,45 @@ class Index:
             raise SpoolError(f"{path}: made by a newer version (schema {version}; this one knows {SCHEMA_VERSION})")
         if version == 0:
             database.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+        # Rows of new messages, written together: each statement is a moment in which the event loop takes the
+        # interpreter, and this thread waits to have it back.
+        self._new: dict[str, list[tuple[Any, ...]]] = {
+            _INSERT_MESSAGES: [],
+            _INSERT_DELIVERIES: [],
+            _INSERT_RECIPIENTS: [],
+        }
+        self._has_new = False
         self._ended: Counter[str] = Counter()
         # How many messages lie in each file; an index for it would cost a page of the log in each commit.
         self._uses = Counter(dict(database.execute("SELECT file, count(*) FROM msg GROUP BY file").fetchall()))
         self._uses_changed: Counter[str] = Counter()
         self.messages = self._uses.total()
 
+    @property
+    def _database(self) -> sqlite3.Connection:
+        """The database, with all that was added."""
+        if self._has_new:
+            self._write_new()
+        return self._connection
+
+    def _write_new(self) -> None:
+        self._has_new = False
+        for statement, rows in self._new.items():  # messages before their deliveries, and those before recipients
+            self._execute_for_all(statement, rows)
+            rows.clear()
+
+    def _execute_for_all(self, statement: str, rows: Sequence[tuple[Any, ...]]) -> None:
+        """Execute `INSERT ... VALUES {}` for many rows at once."""
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            part = rows[start : start + _ROWS_AT_ONCE]
+            row = f"({', '.join('?' * len(part[0]))})"
+            self._connection.execute(
+                statement.format(", ".join([row] * len(part))), [value for values in part for value in values]
+            )
+
     def close(self) -> None:
         """Close it; what the log holds goes into the database."""
-        self._database.close()
+        self._connection.close()
 
     def check(self) -> None:
         """Read all of it.
@@ -110,17 +152,21 @@ class Index:
 
     def begin(self) -> None:
         """Begin a group of changes."""
+        self._forget()
+        self._connection.execute("BEGIN IMMEDIATE")
+
+    def _forget(self) -> None:
         self._ended.clear()
         self._uses_changed.clear()
-        self._database.execute("BEGIN IMMEDIATE")
+        self._has_new = False
+        for rows in self._new.values():
+            rows.clear()
 
     def commit(self) -> Sequence[str]:
         """Make the changes durable, and give the files that lost their last message."""
-        self._database.executemany(
-            "INSERT INTO tally VALUES (?, ?) ON CONFLICT DO UPDATE SET recipients = recipients + excluded.recipients",
-            list(self._ended.items()),
-        )
-        self._database.execute("COMMIT")
+        database = self._database
+        self._execute_for_all(_ADD_TO_TALLY, list(self._ended.items()))
+        database.execute("COMMIT")
         emptied: list[str] = []
         for file, change in self._uses_changed.items():
             self.messages += change
@@ -132,8 +178,9 @@ class Index:
 
     def roll_back(self) -> None:
         """Forget the changes since `begin`."""
-        if self._database.in_transaction:
-            self._database.execute("ROLLBACK")
+        self._forget()
+        if self._connection.in_transaction:
+            self._connection.execute("ROLLBACK")
 
     # Messages in and out ----------------------------------------------------------------------------------
 
@@ -148,35 +195,28 @@ class Index:
         """
         mail, arrived_at, expires_at = message.mail, _ms(message.arrived_at), _ms(message.expires_at)
         due_at = arrived_at if message.due_at is None else _ms(message.due_at)
-        execute = self._database.execute
-        execute(
-            "INSERT INTO msg(id, kind, arrived_at, expires_at, warned, reverse_path, parameters, carrier, file, offset,"
-            " octets, header_octets, digest) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        self._has_new = True
+        self._new[_INSERT_MESSAGES].append(
             (
                 message.id, message.kind.value, arrived_at, expires_at, int(not mail.reverse_path), mail.reverse_path,
                 _parameters(mail), json.dumps(dict(message.carrier)), placement.file, placement.offset,
                 placement.octets, message.header_octets, placement.digest,
-            ),
+            )
         )  # fmt: skip
         self._uses_changed[placement.file] += 1
         leases: list[Lease] = []
         is_leased = owner is not None
         state = DeliveryState.LEASED if is_leased else DeliveryState.READY
         for row, (destination, recipients) in enumerate(message.deliveries.items()):
-            execute(
-                "INSERT INTO dlv(msg_id, d, dest, state, attempts, next_at, lease_owner, lease_epoch,"
-                " possible_duplicate) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            self._new[_INSERT_DELIVERIES].append(
                 (
                     message.id, row, destination, state.value, int(is_leased), due_at, owner, int(is_leased),
                     int(message.is_possible_duplicate),
-                ),
+                )
             )  # fmt: skip
-            self._database.executemany(
-                "INSERT INTO rcpt(msg_id, d, n, addr, notify, orcpt) VALUES (?, ?, ?, ?, ?, ?)",
-                [
-                    (message.id, row, n, one.address, one.notify.value if one.notify is not None else None, one.orcpt)
-                    for n, one in enumerate(recipients)
-                ],
+            self._new[_INSERT_RECIPIENTS].extend(
+                (message.id, row, n, one.address, one.notify.value if one.notify is not None else None, one.orcpt)
+                for n, one in enumerate(recipients)
             )
             self._ended["accepted" if message.kind is Kind.MAIL else "notified"] += len(recipients)
             if is_leased:
@@ -296,19 +336,22 @@ class Index:
         Raises:
             StaleLease: the lease is not its delivery's last one.
         """
-        self._own(lease)
         ended = [verdict for verdict in verdicts if verdict.end is not None]
+        is_over = len(ended) == len(lease.recipients)
+        if not (is_over and self._drop_message_of_one_delivery(lease)):
+            self._own(lease)
+            if is_over:
+                self._drop_delivery(lease.message_id, lease.delivery)
         for verdict in ended:
-            self._database.execute(
-                "DELETE FROM rcpt WHERE msg_id = ? AND d = ? AND n = ?",
-                (lease.message_id, lease.delivery, verdict.number),
-            )
             assert verdict.end is not None
             name = verdict.end.value if lease.kind is Kind.MAIL else f"notified_{verdict.end.value}"
             self._ended[name] += 1
-        if len(ended) == len(lease.recipients):
-            self._drop_delivery(lease.message_id, lease.delivery)
+        if is_over:
             return
+        self._database.executemany(
+            "DELETE FROM rcpt WHERE msg_id = ? AND d = ? AND n = ?",
+            [(lease.message_id, lease.delivery, verdict.number) for verdict in ended],
+        )
         self._database.executemany(
             "UPDATE rcpt SET last = ? WHERE msg_id = ? AND d = ? AND n = ?",
             [
@@ -345,9 +388,20 @@ class Index:
         if found != (DeliveryState.LEASED.value, lease.epoch):
             raise StaleLease(f"delivery {lease.delivery} of {lease.message_id} is not ours any more")
 
+    def _drop_message_of_one_delivery(self, lease: Lease) -> bool:
+        """What becomes of nearly every message, in one statement; False where it has other deliveries, or is lost."""
+        found = self._database.execute(
+            "DELETE FROM msg WHERE id = ?1 AND (SELECT count(*) = 1 AND max(d = ?2 AND state = 'leased' AND"
+            " lease_epoch = ?3) FROM dlv WHERE msg_id = ?1)",
+            (lease.message_id, lease.delivery, lease.epoch),
+        )
+        if not found.rowcount:
+            return False
+        self._uses_changed[lease.placement.file] -= 1
+        return True
+
     def _drop_delivery(self, message_id: str, delivery: int) -> None:
         execute = self._database.execute
-        execute("DELETE FROM rcpt WHERE msg_id = ? AND d = ?", (message_id, delivery))
         execute("DELETE FROM dlv WHERE msg_id = ? AND d = ?", (message_id, delivery))
         if execute("SELECT 1 FROM dlv WHERE msg_id = ? LIMIT 1", (message_id,)).fetchone() is None:
             (file,) = execute("DELETE FROM msg WHERE id = ? RETURNING file", (message_id,)).fetchone()

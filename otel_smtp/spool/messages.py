@@ -1,6 +1,6 @@
 """What the spool holds, as values."""
 
-import secrets
+import random
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from otel_smtp.smtp.replies import Reply
 
 _ALPHABET: Final = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32: nothing that people confuse
 _TIME_BITS, _RANDOM_BITS, _DIGITS = 48, 80, 26
-
+_PAIRS: Final = tuple(first + second for first in _ALPHABET for second in _ALPHABET)
 
 _last = 0
 _making = threading.Lock()
@@ -23,15 +23,17 @@ def new_id() -> str:
     """A name for a message or a file that was never used before and never will be: 26 characters, sorted by time.
 
     Short ids that come again have made operators delete the wrong mail; 80 random bits a millisecond do not. Within one
-    process they only grow, also within a millisecond and while the clock is set back.
+    process they only grow, also within a millisecond and while the clock is set back. They are names and no secrets: a
+    generator that asks the kernel each time would cost the spool's thread its turn.
     """
     global _last
     now = time.time_ns() // 1_000_000
     with _making:
         number = _last = max(
-            _last + 1, (now & ((1 << _TIME_BITS) - 1)) << _RANDOM_BITS | secrets.randbits(_RANDOM_BITS)
+            _last + 1,
+            (now & ((1 << _TIME_BITS) - 1)) << _RANDOM_BITS | random.getrandbits(_RANDOM_BITS),
         )
-    return "".join(_ALPHABET[number >> shift & 31] for shift in range(5 * (_DIGITS - 1), -1, -5))
+    return "".join([_PAIRS[number >> shift & 1023] for shift in range(5 * (_DIGITS - 2), -1, -10)])
 
 
 class SpoolError(Exception):

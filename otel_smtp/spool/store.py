@@ -458,7 +458,8 @@ class SpoolStore:
         files: Sequence[str] = ()
         try:
             index.begin()
-            for job in jobs:
+            # New messages last: nothing of this group can speak of them yet, and their rows are written together.
+            for job in sorted(jobs, key=_is_new_message):
                 try:
                     job.outcome = job.apply(index, job.placement)
                 except SpoolError as error:  # it looked before it wrote, and wrote nothing
@@ -505,6 +506,10 @@ class SpoolStore:
                 )
         else:
             logger.error("a message was not made durable", extra={"fault": str(error)})
+
+
+def _is_new_message(job: _Job[Any]) -> bool:
+    return job.placement is not None and not job.is_result
 
 
 def _part(placement: Placement, offset: int, content: bytes) -> Placement:
