@@ -52,6 +52,7 @@ class SpoolDirectory:
         self._root = str(path)  # what is done for each mail does without pathlib, which costs more than the call
         self._reserve_octets = reserve_octets
         self._lock: int | None = None
+        self._prepared: tuple[str, str, int] | None = None  # name, path and descriptor of an empty file
         self._buckets: dict[str, int] = {}
         self.was_clean = False
 
@@ -140,6 +141,11 @@ class SpoolDirectory:
         """Give it up. Idempotent."""
         if self._lock is None:
             return
+        if self._prepared is not None:
+            os.close(self._prepared[2])
+            with contextlib.suppress(OSError):
+                os.unlink(self._prepared[1])
+            self._prepared = None
         if is_clean:
             with contextlib.suppress(OSError):
                 (self.path / "clean").touch(mode=0o600)
@@ -162,12 +168,14 @@ class SpoolDirectory:
         Raises:
             StorageFull, StorageBroken: none of them is kept.
         """
-        name = new_id()
-        temporary = f"{self._root}/{_TEMPORARY}/{name}"
         placements: list[Placement] = []
         offset = 0
         try:
-            file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            name, temporary, file = self._prepared or self._new_file()
+        except OSError as error:
+            raise storage_error(error) from error
+        self._prepared = None
+        try:
             try:
                 for content in contents:
                     digest = hashlib.sha256()
@@ -186,6 +194,17 @@ class SpoolDirectory:
                 os.unlink(temporary)
             raise storage_error(error) from error
         return placements
+
+    def prepare(self) -> None:
+        """Make the file for the next contents while nobody waits: to create one takes as long as to sync it."""
+        if self._prepared is None:
+            with contextlib.suppress(OSError):  # whoever needs it tries again, and says why it failed
+                self._prepared = self._new_file()
+
+    def _new_file(self) -> tuple[str, str, int]:
+        name = new_id()
+        temporary = f"{self._root}/{_TEMPORARY}/{name}"
+        return name, temporary, os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
 
     def keep(self, temporary: Path, octets: int, digest: bytes) -> Placement:
         """Make a content durable that was written to a file of `temporary`; errors as `keep_together`."""

@@ -180,6 +180,7 @@ class SpoolStore:
         self._thread: threading.Thread | None = None
         self._is_stopping = False
         self._fault: StorageBroken | None = None
+        self._unneeded: set[str] = set()  # files that lost their last message
         self._is_full = False
         self._room_checked_at = 0.0
         self._has_room = True
@@ -360,6 +361,7 @@ class SpoolStore:
                 self._there_is_work.clear()
                 while self._jobs:
                     self._serve(index)
+                self.directory.prepare()
         finally:
             self._close(index)
 
@@ -425,6 +427,9 @@ class SpoolStore:
             self._loop.call_soon_threadsafe(_tell, group)
         except RuntimeError:  # the loop is closed: nobody waits any more
             logger.warning("the spool's last results had nobody to be told")
+        # Afterwards: nobody needs to wait for it.
+        self.directory.remove(self._unneeded)
+        self._unneeded.clear()
 
     def _keep_contents(self, group: Sequence[_Job[Any]]) -> None:
         together = [job for job in group if job.contents is not None]
@@ -455,7 +460,6 @@ class SpoolStore:
     def _commit(self, index: Index, jobs: Sequence[_Job[Any]]) -> None:
         if not jobs:
             return
-        files: Sequence[str] = ()
         try:
             index.begin()
             # New messages last: nothing of this group can speak of them yet, and their rows are written together.
@@ -464,7 +468,7 @@ class SpoolStore:
                     job.outcome = job.apply(index, job.placement)
                 except SpoolError as error:  # it looked before it wrote, and wrote nothing
                     job.outcome = error
-            files = index.commit()
+            self._unneeded.update(index.commit())
         except sqlite3.Error as error:
             fault = _index_error(error)
             self._roll_back(index)
@@ -477,12 +481,11 @@ class SpoolStore:
             self._note(fault)
             for job in jobs:
                 job.outcome = fault
-        self.directory.remove(files)
         if self._fault is None:
             # With a fault nobody knows: what could not be synced may stand in the index after the next start.
             needed = {job.placement.file for job in jobs if job.placement is not None and not job.has_failed}
             left = {job.placement.file for job in jobs if job.placement is not None and job.has_failed}
-            self.directory.remove(left - needed)
+            self._unneeded.update(left - needed)
 
     def _roll_back(self, index: Index) -> None:
         try:

@@ -61,6 +61,24 @@ async def test_a_message_comes_back_as_it_went_in(store: SpoolStore) -> None:
     assert await store.is_intact(lease.placement)
 
 
+def test_a_file_made_ready_takes_the_next_contents_and_is_gone_at_the_end(tmp_path: Path) -> None:
+    directory = SpoolDirectory(tmp_path / "spool", reserve_octets=0)
+    directory.open()
+    try:
+        directory.prepare()
+        directory.prepare()
+        (ready,) = (directory.path / "tmp").iterdir()
+        (first,) = directory.keep_together([[HEADER, BODY]])
+        (second,) = directory.keep_together([[BODY]])
+        assert first.file == ready.name != second.file
+        assert directory.read(first, 0, first.octets) == HEADER + BODY
+        assert directory.read(second, 0, second.octets) == BODY
+        directory.prepare()
+    finally:
+        directory.close(is_clean=True)
+    assert not list((directory.path / "tmp").iterdir())
+
+
 @pytest.mark.parametrize("octets", [0, 1, 64 * 1024 - len(HEADER), 64 * 1024, 1_000_000])
 async def test_contents_of_any_size_are_kept_whole(store: SpoolStore, octets: int) -> None:
     body = os.urandom(octets)
@@ -69,7 +87,8 @@ async def test_contents_of_any_size_are_kept_whole(store: SpoolStore, octets: in
     (lease,) = await leased(store)
     assert await store.content(lease.placement, len(HEADER), octets + 1) == body
     assert await store.is_intact(lease.placement)
-    assert not list((store.directory.path / "tmp").iterdir())
+    await store.close()
+    assert not list((store.directory.path / "tmp").iterdir()), "not even the file that was made ready for the next"
 
 
 @pytest.mark.parametrize("octets", [1000, 200_000])
