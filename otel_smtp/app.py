@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import secrets
 import signal
 import socket
 import ssl
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import msgspec
 
 from otel_smtp import __version__
-from otel_smtp.config import Listener, Settings, Status, Upstream
+from otel_smtp.config import Listener, Settings, Upstream
 from otel_smtp.forwarding.breaker import BreakerState
 from otel_smtp.forwarding.oauth import OAuthSettings, OAuthTokens
 from otel_smtp.forwarding.settings import (
@@ -69,6 +70,21 @@ WRONG_FILES: Final = (TelemetrySettingError, CertificateError, UsersFileError)
 """What a gateway raises when it is made of settings that are right and name what is not."""
 
 
+class Process(NamedTuple):
+    """One of the processes of a gateway.
+
+    Attributes:
+        number: its own.
+        status_ports: where each process, by its number, tells its status on the loopback; the first's is not used: it
+            has the operator's status port.
+        token: what they answer to.
+    """
+
+    number: int
+    status_ports: Sequence[int]
+    token: str
+
+
 class Ready(NamedTuple):
     """What is told when the gateway serves.
 
@@ -95,7 +111,7 @@ class Gateway:
         span_sinks: given each finished span, exported or not: for views in this process.
         token_verifier: judges the bearer tokens of XOAUTH2 and OAUTHBEARER clients, where a listener's `auth` is on.
             `load` has to know of it (`verifies_tokens`) where a listener has no users file.
-        reuse_port: other processes listen on the same ports.
+        process: other processes listen on the same ports; which of them this one is.
 
     Raises:
         TelemetrySettingError, CertificateError, UsersFileError: see `WRONG_FILES`.
@@ -112,14 +128,14 @@ class Gateway:
         conn_state: Callable[[ConnectionInfo, Transition], None] | None = None,
         span_sinks: Sequence[SpanSink] = (),
         token_verifier: TokenVerifier | None = None,
-        reuse_port: bool = False,
+        process: Process | None = None,
     ) -> None:
         self._settings = settings = _on_present_addresses(settings)
         redaction = _redaction(settings)
         members = list(observers)
         self._status_port: _StatusPort | None = None
         if settings.status.address is not None:
-            self._status_port = _StatusPort(self, settings.status.address, redaction)
+            self._status_port = _StatusPort(self, settings.status.address, redaction, process)
             members.append(self._status_port.live)
             span_sinks = [*span_sinks, self._status_port]
         self._spool: Spool | None = None
@@ -147,7 +163,7 @@ class Gateway:
             connections_per_client=settings.limits.connections_per_client,
             stress_percent=settings.limits.stress,
             auth_failures_per_minute=settings.limits.auth_failures_per_minute,
-            reuse_port=reuse_port,
+            reuse_port=process is not None,
         )
         self.addresses: dict[str, list[Endpoint]] = {}
 
@@ -350,8 +366,11 @@ def _limits(settings: Settings) -> ServerLimits:
 class _StatusPort:
     """The status page and probes of one gateway: what they show, and the server, imported when it starts."""
 
-    def __init__(self, gateway: Gateway, address: Endpoint, redaction: Redaction) -> None:
+    def __init__(
+        self, gateway: Gateway, address: Endpoint, redaction: Redaction, process: Process | None = None
+    ) -> None:
         self._gateway = gateway
+        self._process = process
         self._address = address
         self._redaction = redaction
         self._traces = RecentTraces()
@@ -373,11 +392,21 @@ class _StatusPort:
         Raises:
             OSError: the address cannot be bound, and it is required.
         """
-        from otel_smtp.status.server import StatusServer
+        from otel_smtp.status.server import LOOPBACK, Network, StatusServer
+        from otel_smtp.status.siblings import Siblings
 
-        gateway = self._gateway
+        gateway, process = self._gateway, self._process
+        siblings: Siblings | None = None
+        address, token = self._address, ""
+        allow: Sequence[Network] = gateway.settings.status.allow
+        if process is not None and process.number == 0:
+            siblings = Siblings(0, dict(enumerate(process.status_ports[1:], start=1)), process.token)
+        elif process is not None:
+            is_required = False
+            address, allow = Endpoint("127.0.0.1", process.status_ports[process.number]), LOOPBACK
+            token = process.token
         self._server = StatusServer(
-            self._address,
+            address,
             live=self.live,
             traces=self._traces,
             checks={"draining": self._draining, **self._delivery_checks()},
@@ -385,15 +414,18 @@ class _StatusPort:
             upstreams=self._upstreams,
             queue=self._queue if gateway.spool is not None else None,
             trace_url=gateway.settings.status.trace_url,
-            allow=gateway.settings.status.allow,
+            allow=allow,
             about=_about(gateway.settings, gateway.ready.traces_to),
+            siblings=siblings,
+            token=token,
+            reuse_port=process is not None,
         )
         try:
             self.listening = await self._server.start()
         except OSError as error:
             if is_required:
                 raise
-            logger.warning("no status port: %s is taken", self._address, extra={"error": str(error)})
+            logger.warning("no status port: %s is taken", address, extra={"error": str(error)})
 
     async def stop(self) -> None:
         """Stop listening."""
@@ -470,7 +502,7 @@ def _about(settings: Settings, traces_to: str) -> Mapping[str, str]:
     """What the page's head says."""
     about = {"hostname": settings.hostname, "version": __version__, "traces to": traces_to}
     if settings.workers > 1:
-        about["shows"] = f"one of {settings.workers} processes"
+        about["processes"] = str(settings.workers)
     return about
 
 
@@ -591,19 +623,19 @@ OnReady = Callable[[Ready], None]
 
 
 async def serve(
-    settings: Settings, on_ready: OnReady, *, reuse_port: bool = False, at_once: signal.Signals | None = None
+    settings: Settings, on_ready: OnReady, *, process: Process | None = None, at_once: signal.Signals | None = None
 ) -> None:
     """Run a gateway until SIGTERM or SIGINT, and its drain. SIGHUP reloads certificates.
 
     Args:
         on_ready: called when the gateway serves.
-        reuse_port: other processes listen on the same ports.
+        process: other processes listen on the same ports; which of them this one is.
         at_once: the signal that ends the drain at once; None: a second SIGTERM or SIGINT.
 
     Raises:
         OSError: an address cannot be bound.
     """
-    gateway = Gateway(settings, reuse_port=reuse_port)
+    gateway = Gateway(settings, process=process)
     await gateway.start()
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(_LoopFaults())
@@ -652,16 +684,21 @@ def run(settings: Settings, *, on_ready: OnReady) -> int:
     if settings.workers == 1:
         return _run_here(serve(settings, on_ready))
     settings = _on_present_addresses(settings)
+    held: list[socket.socket] = []
     try:
-        settings, held = _with_fixed_ports(settings)
+        settings = _with_fixed_ports(_with_status_port(settings, held), held)
+        status_ports = _status_ports(settings, held)
     except OSError as error:
+        for sock in held:
+            sock.close()
         logger.error("cannot start: %s", error)
         return 1
+    token = secrets.token_hex()
 
     def work(number: int, announce: Callable[[], None]) -> int:
-        # One process has the status port; the others' connections are not on its page.
-        own = settings if number == 0 else msgspec.structs.replace(settings, status=Status(address=None))
-        return _run_here(serve(own, lambda _: announce(), reuse_port=True, at_once=AT_ONCE))
+        # The first has the operator's status port, and asks the others for what they have to tell.
+        process = Process(number, status_ports, token)
+        return _run_here(serve(settings, lambda _: announce(), process=process, at_once=AT_ONCE))
 
     addresses = {listener.name: listener.address for listener in settings.listener}
     ready = Ready(settings, addresses, describe_destination(os.environ), settings.status.address)
@@ -710,15 +747,64 @@ def _run_here(serving: Coroutine[Any, Any, None]) -> int:
     return 0
 
 
-def _with_fixed_ports(settings: Settings) -> tuple[Settings, list[socket.socket]]:
-    """The settings with every port 0 replaced by one that all workers share, and the sockets that hold those."""
+def _with_fixed_ports(settings: Settings, held: list[socket.socket]) -> Settings:
+    """The settings with every port 0 replaced by one that all workers share.
+
+    Args:
+        held: gets the sockets that hold those ports.
+    """
     listeners: list[Listener] = []
-    held: list[socket.socket] = []
     for listener in settings.listener:
         addresses, sockets = reserve(listener.address)
         held += sockets
         listeners.append(msgspec.structs.replace(listener, address=tuple(addresses)))
-    return msgspec.structs.replace(settings, listener=tuple(listeners)), held
+    return msgspec.structs.replace(settings, listener=tuple(listeners))
+
+
+def _with_status_port(settings: Settings, held: list[socket.socket]) -> Settings:
+    """The settings with a status port that one worker after the other can have; without one where it is taken.
+
+    Raises:
+        OSError: it is taken, and the operator asked for it. See `_with_fixed_ports` for `held`.
+    """
+    address = settings.status.address
+    if address is None:
+        return settings
+    try:
+        # Alone first: a port that is to be shared with whoever asks would be shared with another gateway, too.
+        with _bound(address, socket.SO_REUSEADDR) as alone:
+            address = Endpoint(address.host, alone.getsockname()[1])
+        held.append(_bound(address, socket.SO_REUSEADDR, socket.SO_REUSEPORT))
+    except OSError as error:
+        if "status.address" in settings.origins:
+            raise
+        logger.warning("no status port: %s is taken", address, extra={"error": str(error)})
+        address = None
+    return msgspec.structs.replace(settings, status=msgspec.structs.replace(settings.status, address=address))
+
+
+def _bound(address: Endpoint, *options: int) -> socket.socket:
+    family, kind, protocol, _, name = socket.getaddrinfo(
+        address.host, address.port or 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    sock = socket.socket(family, kind, protocol)
+    try:
+        for option in options:
+            sock.setsockopt(socket.SOL_SOCKET, option, 1)
+        sock.bind(name)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def _status_ports(settings: Settings, held: list[socket.socket]) -> Sequence[int]:
+    """A loopback port for each worker's status; none where nobody is to ask. `held` as above."""
+    if settings.status.address is None:
+        return ()
+    addresses, sockets = reserve([Endpoint("127.0.0.1", 0)] * settings.workers)
+    held += sockets
+    return [address.port for address in addresses if address.port is not None]
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

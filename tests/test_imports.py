@@ -109,9 +109,7 @@ ROOMS: Final = {
         frozenset({"opentelemetry"}),
         reads_environment=True,
     ),
-    "otel_smtp.status": Room(
-        ("otel_smtp.observer", *SMTP_TYPES), frozenset({"starlette", "uvicorn", "prometheus_client"})
-    ),
+    "otel_smtp.status": Room(("otel_smtp.observer", *SMTP_TYPES), frozenset({"starlette", "uvicorn", "httpx"})),
     "otel_smtp.config": Room(
         ("otel_smtp.observer", *SMTP_TYPES),
         frozenset({"msgspec"}),

@@ -13,6 +13,7 @@ Importing this module loads the HTTP library (a fifth of a second); whoever runs
 
 import asyncio
 import contextlib
+import hmac
 import ipaddress
 import json
 import logging
@@ -22,6 +23,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from dataclasses import asdict
 from importlib import resources
 from typing import Any, Final
+from urllib.parse import quote
 
 import uvicorn
 from starlette.applications import Starlette
@@ -32,7 +34,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from otel_smtp.observer import Endpoint
-from otel_smtp.status.live import LiveView
+from otel_smtp.status import siblings as several
+from otel_smtp.status.live import CONNECTIONS_SHOWN, LiveView
+from otel_smtp.status.siblings import TOKEN_HEADER, Siblings
 from otel_smtp.status.traces import AttributeValue, FinishedSpan, RecentTraces, Severity
 from otel_smtp.status.views import QueueView, UpstreamView
 
@@ -99,6 +103,10 @@ class StatusServer:
         trace_url: where a backend shows a trace: a URL with `{trace_id}` in it; "" for none.
         allow: networks that may see the page and its API.
         about: what the page's head says of this gateway: its `hostname`, and whatever else, each with its name.
+        siblings: the gateway's other processes, of which all answers tell too; None: there are none, or another process
+            asks this one.
+        token: only who gives it in `TOKEN_HEADER` is answered; "": everybody is.
+        reuse_port: a process that takes this one's place listens on the same port for a while.
     """
 
     def __init__(
@@ -115,6 +123,9 @@ class StatusServer:
         trace_url: str = "",
         allow: Sequence[Network] = LOOPBACK,
         about: Mapping[str, str] | None = None,
+        siblings: Siblings | None = None,
+        token: str = "",
+        reuse_port: bool = False,
     ) -> None:
         self._address = address
         self._live = live
@@ -127,9 +138,14 @@ class StatusServer:
         self._trace_url = trace_url
         self._allow = allow
         self._about = about or {}
+        self._siblings = siblings
+        self._token = token
+        self._reuse_port = reuse_port
+        self._heard: Mapping[int, Mapping[str, Any]] = {}  # the siblings' pictures
+        self._heard_at = float("-inf")
         self._started_at = time.monotonic()
         self._streams = 0
-        self._picture: tuple[tuple[int, int, float], str] | None = None
+        self._picture: tuple[tuple[int, int, float, float], str] | None = None
         self._stopping = asyncio.Event()
         self._server: _Server | None = None
         self._serving: asyncio.Task[None] | None = None
@@ -143,7 +159,7 @@ class StatusServer:
         Raises:
             OSError: the address cannot be bound.
         """
-        sock = _listening_socket(self._address)
+        sock = _listening_socket(self._address, reuse_port=self._reuse_port)
         host, port = sock.getsockname()[:2]
         self._server = _Server(
             uvicorn.Config(
@@ -172,6 +188,8 @@ class StatusServer:
         if self._server is not None and self._serving is not None:
             self._server.should_exit = True
             await self._serving
+        if self._siblings is not None:
+            await self._siblings.close()
 
     async def _serve(self, server: "_Server", sock: socket.socket) -> None:
         try:
@@ -192,10 +210,11 @@ class StatusServer:
             Route("/api/traces/{trace_id}", self._show_trace),
             Route("/api/upstreams", self._show_upstreams),
             Route("/api/queue", self._show_queue),
+            Route("/api/picture", self._show_picture),
             Route("/api/stream", self._stream),
             *(Route(path, _file(name, kind)) for path, (name, kind) in _PAGE.items()),
         ]
-        return _Guard(Starlette(routes=routes), self._allow, is_loopback=is_loopback)
+        return _Guard(Starlette(routes=routes), self._allow, is_loopback=is_loopback, token=self._token)
 
     # Probes and metrics
 
@@ -204,12 +223,21 @@ class StatusServer:
 
     async def _readyz(self, request: Request) -> Response:
         reasons = self._not_ready()
+        if self._siblings is not None:
+            answers = await self._siblings.ask("/readyz")
+            told = {number: json.loads(body)["reasons"] for number, (_, body) in answers.items()}
+            reasons = several.merged_reasons({self._siblings.number: reasons, **told})
         return JSONResponse(
             {"status": "not ready" if reasons else "ready", "reasons": reasons}, status_code=503 if reasons else 200
         )
 
     async def _show_metrics(self, request: Request) -> Response:
-        text, content_type = self._metrics(request.headers.get("accept", ""))
+        accept = request.headers.get("accept", "")
+        text, content_type = self._metrics(accept)
+        if self._siblings is not None:
+            answers = await self._siblings.ask("/metrics", accept=accept)
+            told = {number: page for number, (status, page) in answers.items() if status == 200}
+            text = several.merged_metrics({self._siblings.number: text, **told})
         return Response(text, headers={"content-type": content_type})
 
     def _not_ready(self) -> Mapping[str, str]:
@@ -221,6 +249,7 @@ class StatusServer:
     # What the page reads
 
     async def _show_status(self, request: Request) -> Response:
+        picture = await self._present_picture()
         return JSONResponse(
             {
                 "about": self._about,
@@ -228,17 +257,20 @@ class StatusServer:
                 "uptime_seconds": self._uptime(),
                 "now_unix_milliseconds": self._live.unix_milliseconds(self._live.clock()),
                 "checks": list(self._checks),
-                "not_ready": self._not_ready(),
-                "counters": self._live.counters(),
+                "not_ready": picture["not_ready"],
+                "counters": picture["counters"],
                 "has_queue": self._queue is not None,
             }
         )
 
     async def _show_connections(self, request: Request) -> Response:
-        return JSONResponse({"connections": self._live.snapshot()})
+        return JSONResponse({"connections": (await self._present_picture())["connections"]})
 
     async def _show_upstreams(self, request: Request) -> Response:
-        return JSONResponse({"upstreams": [asdict(upstream) for upstream in self._upstreams()]})
+        return JSONResponse({"upstreams": (await self._present_picture())["upstreams"]})
+
+    async def _show_picture(self, request: Request) -> Response:
+        return JSONResponse(self._own_picture())
 
     async def _show_queue(self, request: Request) -> Response:
         return JSONResponse({"queue": None if self._queue is None else asdict(await self._queue())})
@@ -256,16 +288,19 @@ class StatusServer:
                 summary = trace.summary()
                 by_severity[summary["severity"]].append(summary)
                 newest.append(summary)
-        if request.query_params.get("order") != "newest":
+        is_newest_first = request.query_params.get("order") == "newest"
+        if not is_newest_first:
             newest = [summary for severity in Severity for summary in by_severity[severity]]
-        return JSONResponse(
-            {
-                "traces": newest[:TRACES_SHOWN],
-                "found": len(newest),
-                "held": len(held),
-                "by_severity": {severity: len(summaries) for severity, summaries in by_severity.items()},
-            }
-        )
+        answer = {
+            "traces": newest[:TRACES_SHOWN],
+            "found": len(newest),
+            "held": len(held),
+            "by_severity": {severity: len(summaries) for severity, summaries in by_severity.items()},
+        }
+        if self._siblings is not None:
+            told = await self._siblings.ask_json(f"/api/traces?{request.url.query}")
+            answer = several.merged_searches([answer, *told.values()], newest_first=is_newest_first, shown=TRACES_SHOWN)
+        return JSONResponse(answer)
 
     async def _held_traces(self) -> Mapping[int, Sequence[FinishedSpan]]:
         """The spans held now by their trace, the newest first."""
@@ -278,10 +313,15 @@ class StatusServer:
         return held
 
     async def _show_trace(self, request: Request) -> Response:
-        trace = self._traces.get(request.path_params["trace_id"])
-        if trace is None:
-            return JSONResponse({"error": "no such trace here; it may have left this process's memory"}, 404)
-        return JSONResponse(trace.otlp_json(self._resource))
+        trace_id = request.path_params["trace_id"]
+        trace = self._traces.get(trace_id)
+        parts = [] if trace is None else [trace.otlp_json(self._resource)]
+        if self._siblings is not None:
+            # An application's trace may hold mails that several processes relayed.
+            parts += (await self._siblings.ask_json(f"/api/traces/{quote(trace_id, safe='')}")).values()
+        if not parts:
+            return JSONResponse({"error": "no such trace here; it may have left this gateway's memory"}, 404)
+        return JSONResponse({"resourceSpans": [spans for part in parts for spans in part["resourceSpans"]]})
 
     # The stream
 
@@ -297,7 +337,7 @@ class StatusServer:
         try:
             shown, shown_at = "", 0.0
             while not self._stopping.is_set():
-                picture = self._current_picture()
+                picture = await self._current_picture()
                 now = time.monotonic()
                 if picture != shown:
                     shown, shown_at = picture, now
@@ -310,27 +350,47 @@ class StatusServer:
         finally:
             self._streams -= 1
 
-    def _current_picture(self) -> str:
+    async def _current_picture(self) -> str:
         """The live part of the page as one line of JSON; made once for all streams, at most twice an interval."""
+        if self._siblings is not None and time.monotonic() - self._heard_at >= UNVERSIONED_SECONDS:
+            await self._hear(self._siblings)
         now = time.monotonic()
         picture = self._picture
         if picture is not None:
-            (live, traces, made_at), text = picture
-            is_same = live == self._live.version and traces == self._traces.version
+            (live, traces, heard_at, made_at), text = picture
+            is_same = (live, traces, heard_at) == (self._live.version, self._traces.version, self._heard_at)
             if now - made_at < (UNVERSIONED_SECONDS if is_same else STREAM_INTERVAL_SECONDS / 2):
                 return text
-        text = json.dumps(
-            {
-                "not_ready": self._not_ready(),
-                "counters": self._live.counters(),
-                "connections": self._live.snapshot(),
-                "upstreams": [asdict(upstream) for upstream in self._upstreams()],
-                "traces_version": self._traces.version,
-            },
-            separators=(",", ":"),
-        )
-        self._picture = ((self._live.version, self._traces.version, now), text)
+        text = json.dumps(self._whole_picture(), separators=(",", ":"))
+        self._picture = ((self._live.version, self._traces.version, self._heard_at, now), text)
         return text
+
+    async def _present_picture(self) -> Mapping[str, Any]:
+        """The live part of the page as it is now."""
+        if self._siblings is not None:
+            await self._hear(self._siblings)
+        return self._whole_picture()
+
+    async def _hear(self, siblings: Siblings) -> None:
+        self._heard_at = time.monotonic()  # first: whoever else shows a picture meanwhile need not ask too
+        self._heard = await siblings.ask_json("/api/picture")
+
+    def _whole_picture(self) -> Mapping[str, Any]:
+        own = self._own_picture()
+        if self._siblings is None:
+            return own
+        told = {self._siblings.number: own, **self._heard}
+        silent = [number for number in self._siblings.numbers if number not in self._heard]
+        return {**several.merged_pictures(told, connections_shown=CONNECTIONS_SHOWN), "silent_processes": silent}
+
+    def _own_picture(self) -> Mapping[str, Any]:
+        return {
+            "not_ready": self._not_ready(),
+            "counters": self._live.counters(),
+            "connections": self._live.snapshot(),
+            "upstreams": [asdict(upstream) for upstream in self._upstreams()],
+            "traces_version": self._traces.version,
+        }
 
 
 class _Server(uvicorn.Server):
@@ -364,8 +424,9 @@ class _BoundedProtocol(H11Protocol):
 class _Guard:
     """Asks of every request who it is and by which name; puts on every answer the headers that bind a browser."""
 
-    def __init__(self, inner: ASGIApp, allow: Sequence[Network], *, is_loopback: bool) -> None:
+    def __init__(self, inner: ASGIApp, allow: Sequence[Network], *, is_loopback: bool, token: str) -> None:
         self._inner = inner
+        self._token = token
         self._allow = allow
         self._is_loopback = is_loopback
 
@@ -381,6 +442,10 @@ class _Guard:
     def _refusal(self, request: Request) -> Response | None:
         if self._is_loopback and not _is_own_name(request.headers.get("host", "")):
             return PlainTextResponse("this port answers to localhost or an address\n", 421)
+        if self._token and not hmac.compare_digest(
+            request.headers.get(TOKEN_HEADER, "").encode(), self._token.encode()
+        ):
+            return PlainTextResponse("this port is for the other processes of the gateway\n", 403)
         if request.url.path in _OPEN_PATHS:
             return None
         if request.client is None or not self._is_allowed(request.client.host):
@@ -407,13 +472,15 @@ def _is_own_name(host: str) -> bool:
     return True
 
 
-def _listening_socket(address: Endpoint) -> socket.socket:
+def _listening_socket(address: Endpoint, *, reuse_port: bool) -> socket.socket:
     family, kind, protocol, _, name = socket.getaddrinfo(
         address.host, address.port or 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )[0]
     sock = socket.socket(family, kind, protocol)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if reuse_port:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         sock.bind(name)
         sock.listen()
     except OSError:

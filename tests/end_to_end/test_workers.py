@@ -1,10 +1,15 @@
 """Several processes on one port, supervised."""
 
+import json
 import os
+import re
 import signal
 import smtplib
+import subprocess
 import time
+import urllib.request
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -12,7 +17,8 @@ from tests.end_to_end.conftest import Client, StartGateway
 from tests.end_to_end.test_traces import exporting
 from tests.support.capture import CapturingUpstream
 from tests.support.otlp_receiver import OtlpReceiver
-from tests.support.process import GatewayProcess, listening_sockets, until
+from tests.support.process import GatewayProcess, closed_port, listening_sockets, until
+from tests.support.tools import tool
 
 
 def send(port: int) -> None:
@@ -124,3 +130,69 @@ def test_workers_are_replaced_one_by_one(upstream: CapturingUpstream, start: Sta
         send(running.port)
     assert len(upstream.messages) == 10
     assert running.stop() == 0
+
+
+def asked(status: int, path: str) -> str:
+    with urllib.request.urlopen(f"http://127.0.0.1:{status}{path}", timeout=10) as answer:
+        return str(answer.read().decode())
+
+
+def relayed_by_process(status: int) -> dict[str, float]:
+    sample = r'smtp_server_transactions_total\{worker="(\d)",smtp_outcome="relayed"\} ([\d.]+)'
+    return {number: float(count) for number, count in re.findall(sample, asked(status, "/metrics"))}
+
+
+def shown(status: int, count: int) -> list[dict[str, Any]] | None:
+    """The connections on the page, once they are as many."""
+    rows: list[dict[str, Any]] = json.loads(asked(status, "/api/connections"))["connections"]
+    return rows if len(rows) == count else None
+
+
+def test_one_status_page_tells_of_all_workers(
+    upstream: CapturingUpstream, start: StartGateway, connect: Callable[[int], Client]
+) -> None:
+    status = closed_port()
+    running = start({"upstream.url": upstream.url, "workers": 2, "status.address": f"127.0.0.1:{status}"})
+    sent = 0
+    while sent < 200 and len(relayed_by_process(status)) < 2:  # the kernel spreads by the client's port
+        send(running.port)
+        sent += 1
+    assert sum(relayed_by_process(status).values()) == sent
+    clients = [connect(running.port) for _ in range(40)]
+    rows = until(lambda: shown(status, len(clients)), "all are shown")
+    assert {row["worker"] for row in rows} == {0, 1}
+    found = json.loads(asked(status, "/api/traces"))
+    assert found["found"] == sent
+    for trace in found["traces"]:
+        assert json.loads(asked(status, f"/api/traces/{trace['trace_id']}"))["resourceSpans"]
+    assert json.loads(asked(status, "/readyz"))["reasons"] == {}
+    page = asked(status, "/metrics")
+    promtool = [tool("promtool"), "check", "metrics"]
+    checked = subprocess.run(promtool, input=page, capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    # Both are replaced, and the page goes over to their successors.
+    before = running.children
+    running.signal(signal.SIGUSR2)
+    until(lambda: (len(running.children) == 2 and not running.children & before) or None, "two new workers")
+
+    more = [connect(running.port) for _ in range(40)]
+
+    def of_successors() -> list[dict[str, Any]] | None:
+        try:
+            return shown(status, len(more))
+        except OSError:  # the last that the old one was asked
+            return None
+
+    rows = until(of_successors, "the page tells of the successors")
+    assert {row["worker"] for row in rows} == {0, 1}
+    assert running.stop() == 0
+
+
+def test_a_status_port_that_is_taken_is_not_shared(upstream: CapturingUpstream, start: StartGateway) -> None:
+    first = start(
+        {"upstream.url": upstream.url, "workers": 2, "status.address": f"127.0.0.1:{(status := closed_port())}"}
+    )
+    until(lambda: asked(status, "/livez"), "it serves")
+    with pytest.raises(AssertionError, match="in use"):
+        start({"upstream.url": upstream.url, "workers": 2, "status.address": f"127.0.0.1:{status}"})
+    assert first.stop() == 0

@@ -46,7 +46,8 @@ function fillRow(row, facts) {
     if (before !== undefined) state.firstChild.classList.add("fresh");
   }
   path.replaceChildren(steps(facts.path));
-  write(listener, facts.protocol === "smtp" ? facts.listener : `${facts.listener} (${facts.protocol})`);
+  const name = facts.protocol === "smtp" ? facts.listener : `${facts.listener} (${facts.protocol})`;
+  write(listener, facts.worker === undefined ? name : `${name} · process ${facts.worker}`);
   write(tls, facts.tls === null ? "–" : facts.tls.version);
   tls.title = facts.tls === null ? "no TLS" : facts.tls.cipher;
   write(login, facts.auth ?? "–");

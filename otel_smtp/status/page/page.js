@@ -51,7 +51,9 @@ function listen() {
 
 function show(picture) {
   const reasons = Object.entries(picture.not_ready);
-  if (reasons.length === 0) setReadiness("ready", "Ready");
+  const silent = picture.silent_processes ?? [];
+  if (reasons.length === 0 && silent.length === 0) setReadiness("ready", "Ready");
+  else if (reasons.length === 0) setReadiness("ready", `Ready; nothing is known of process ${silent.join(" and ")}`);
   else setReadiness("not-ready", `Not ready: ${reasons.map(([check, reason]) => `${check}: ${reason}`).join("; ")}`);
   showTotals(picture.counters);
   showConnections(picture.connections, picture.counters.connections_open);

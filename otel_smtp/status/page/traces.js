@@ -115,7 +115,7 @@ export async function open(traceId) {
     pane.replaceChildren(element("p", { class: "empty" }, "This trace has left the gateway's memory."), links(traceId));
     return;
   }
-  const spans = found.resourceSpans[0].scopeSpans[0].spans;
+  const spans = found.resourceSpans.flatMap((each) => each.scopeSpans.flatMap((scope) => scope.spans));
   openedSpans = spans.length;
   const drawn = waterfall(spans, open);
   const started = new Date(Number(BigInt(spans[0].startTimeUnixNano) / 1000000n));
