@@ -5,6 +5,7 @@ There is no `if` about mail here. Adapters meet only as constructor arguments.
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import secrets
@@ -621,6 +622,21 @@ class _LoopFaults:
 
 OnReady = Callable[[Ready], None]
 
+# State events live until their segment ends, so Python's own 700 lets the collector look at them again and again: 26 us
+# a message of fully traced load. With this, a look takes 1.4 ms; with 20,000 it would take 7.
+COLLECTED_AFTER: Final = 5000
+
+
+def settle_garbage_collection() -> None:
+    """Let Python's collector of cyclic garbage look at what mail makes, and no more at what start-up made.
+
+    That is some hundred thousand objects that live as long as the process: to look through them stopped all mail for 37
+    ms each time. For a process that is a gateway; whoever uses the library decides for themselves.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(COLLECTED_AFTER, *gc.get_threshold()[1:])
+
 
 async def serve(
     settings: Settings, on_ready: OnReady, *, process: Process | None = None, at_once: signal.Signals | None = None
@@ -637,6 +653,7 @@ async def serve(
     """
     gateway = Gateway(settings, process=process)
     await gateway.start()
+    settle_garbage_collection()
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(_LoopFaults())
     asked = asyncio.Event()

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -10,6 +11,7 @@ import pytest
 
 import otel_smtp
 from otel_smtp import ConnectionInfo, Gateway, Settings, Transition, load
+from otel_smtp.app import COLLECTED_AFTER, settle_garbage_collection
 from tests.support.capture import CapturingUpstream
 
 BY_TOKEN: Final = {
@@ -95,3 +97,15 @@ def test_no_module_takes_the_place_of_a_name_that_programs_import() -> None:
     # A submodule, once imported, is an attribute of its package: `load` was one, and no function any more.
     modules = {path.stem for path in Path(otel_smtp.__file__).parent.iterdir()}
     assert modules.isdisjoint(otel_smtp.__all__)
+
+
+def test_the_collector_does_not_look_at_what_start_up_made() -> None:
+    threshold = gc.get_threshold()
+    try:
+        settle_garbage_collection()
+        assert gc.get_freeze_count() > 1000
+        assert len(gc.get_objects()) < 1000
+        assert gc.get_threshold() == (COLLECTED_AFTER, *threshold[1:])
+    finally:
+        gc.unfreeze()
+        gc.set_threshold(*threshold)

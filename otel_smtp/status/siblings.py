@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 TOKEN_HEADER: Final = "x-otel-smtp-token"  # noqa: S105 - the name of a header
-# All live on one machine: who needs longer is stopped, or drowning in mail and better not waited for.
+# All live on one machine: who needs longer is stopped, or drowning in mail and better not waited for. Kubernetes gives
+# a probe one second.
 ANSWER_SECONDS: Final = 0.5
 
 _SAMPLE: Final = re.compile(r"([a-zA-Z_:][a-zA-Z0-9_:]*)(\{\}?)?")
@@ -30,16 +31,20 @@ class Siblings:
         number: this process's.
         ports: where the others answer on the loopback, by their numbers.
         token: what they answer to.
+        answer_seconds: who has not answered by then is left out.
     """
 
-    def __init__(self, number: int, ports: Mapping[int, int], token: str) -> None:
+    def __init__(
+        self, number: int, ports: Mapping[int, int], token: str, *, answer_seconds: float = ANSWER_SECONDS
+    ) -> None:
         import httpx
 
         self.number = number
         self._unanswered = (httpx.HTTPError, TimeoutError)
         self._ports = dict(ports)
+        self._answer_seconds = answer_seconds
         self._client = httpx.AsyncClient(
-            headers={TOKEN_HEADER: token}, trust_env=False, timeout=ANSWER_SECONDS, follow_redirects=False
+            headers={TOKEN_HEADER: token}, trust_env=False, timeout=answer_seconds, follow_redirects=False
         )
 
     @property
@@ -62,7 +67,7 @@ class Siblings:
 
     async def _ask_one(self, port: int, path: str, accept: str) -> tuple[int, bytes] | None:
         try:
-            async with asyncio.timeout(ANSWER_SECONDS):
+            async with asyncio.timeout(self._answer_seconds):
                 answer = await self._client.get(f"http://127.0.0.1:{port}{path}", headers={"accept": accept})
         except self._unanswered:
             return None
