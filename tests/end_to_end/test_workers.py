@@ -1,5 +1,6 @@
 """Several processes on one port, supervised."""
 
+import functools
 import json
 import os
 import re
@@ -180,8 +181,8 @@ def test_one_status_page_tells_of_all_workers(
     rows = until(lambda: shown(status, len(clients)), "all are shown")
     assert {row["worker"] for row in rows} == {0, 1}
     traces = until(lambda: found(status, sent), "all traces are found")
-    for trace in traces:
-        until(lambda trace=trace: spans_of(status, trace["trace_id"]), "each can be opened")
+    for trace_id in [trace["trace_id"] for trace in traces]:
+        until(functools.partial(spans_of, status, trace_id), "each can be opened")
     assert json.loads(asked(status, "/readyz"))["reasons"] == {}
     page = asked(status, "/metrics")
     promtool = [tool("promtool"), "check", "metrics"]
