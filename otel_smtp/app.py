@@ -52,7 +52,7 @@ from otel_smtp.telemetry.records import SpanRecord, SpanSink
 from otel_smtp.telemetry.redaction import Addresses, ClientIp, Redaction
 from otel_smtp.telemetry.setup import TelemetryOptions, describe_destination, set_up
 from otel_smtp.telemetry.state_events import StateEvents
-from otel_smtp.workers import AT_ONCE, Supervisor, reserve
+from otel_smtp.workers import AT_ONCE, REPLACED, Supervisor, reserve
 
 if TYPE_CHECKING:
     from otel_smtp.spool.service import Spool
@@ -253,6 +253,16 @@ class Gateway:
         if self._status_port is not None:
             await self._status_port.stop()
         await asyncio.to_thread(self._telemetry.flush_and_shutdown, TELEMETRY_FLUSH_SECONDS)
+
+    async def leave_status_port(self) -> None:
+        """Stop listening on the status port, within about a second, and go on with everything else.
+
+        For a process whose successor listens on the same port. Shared for as long as a drain takes, the port would
+        answer for either by turns: probes would take a healthy gateway for one that shuts down, and every change from
+        one process's counters to the other's would be a reset that never was.
+        """
+        if self._status_port is not None:
+            await self._status_port.stop()
 
     async def _rotate_segments(self) -> None:
         """Let connections that live long be seen while they live: their spans end and begin anew."""
@@ -635,7 +645,12 @@ def leave_out_of_garbage_collection() -> None:
 
 
 async def serve(
-    settings: Settings, on_ready: OnReady, *, process: Process | None = None, at_once: signal.Signals | None = None
+    settings: Settings,
+    on_ready: OnReady,
+    *,
+    process: Process | None = None,
+    at_once: signal.Signals | None = None,
+    replaced: signal.Signals | None = None,
 ) -> None:
     """Run a gateway until SIGTERM or SIGINT, and its drain. SIGHUP reloads certificates.
 
@@ -643,6 +658,7 @@ async def serve(
         on_ready: called when the gateway serves.
         process: other processes listen on the same ports; which of them this one is.
         at_once: the signal that ends the drain at once; None: a second SIGTERM or SIGINT.
+        replaced: the signal that begins the drain and says that a successor has the status port; None: there is none.
 
     Raises:
         OSError: an address cannot be bound.
@@ -654,6 +670,7 @@ async def serve(
     loop.set_exception_handler(_LoopFaults())
     asked = asyncio.Event()
     again = asyncio.Event()
+    has_successor = asyncio.Event()
 
     def on_signal() -> None:
         if asked.is_set() and at_once is None:
@@ -664,10 +681,21 @@ async def serve(
         asked.set()
         again.set()
 
+    def on_replaced() -> None:
+        has_successor.set()
+        asked.set()
+
+    async def drained() -> None:
+        if has_successor.is_set():
+            await gateway.leave_status_port()  # first: it would tell of a drain that is its own affair
+        await gateway.stop()
+
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
     if at_once is not None:
         loop.add_signal_handler(at_once, on_at_once)
+    if replaced is not None:
+        loop.add_signal_handler(replaced, on_replaced)
     loop.add_signal_handler(signal.SIGHUP, gateway.reload_certificates)
     on_ready(gateway.ready)
     manager = ServiceManager(os.environ.get("NOTIFY_SOCKET"))
@@ -675,7 +703,7 @@ async def serve(
     await asked.wait()
     manager.stopping(settings.timeouts.shutdown_grace)
     logger.info("draining", extra={"grace_seconds": settings.timeouts.shutdown_grace})
-    drain = loop.create_task(gateway.stop())
+    drain = loop.create_task(drained())
     second = loop.create_task(again.wait())
     await asyncio.wait({drain, second}, return_when=asyncio.FIRST_COMPLETED)
     if not drain.done():
@@ -711,7 +739,8 @@ def run(settings: Settings, *, on_ready: OnReady) -> int:
     def work(number: int, announce: Callable[[], None]) -> int:
         # The first has the operator's status port, and asks the others for what they have to tell.
         process = Process(number, status_ports, token)
-        return _run_here(serve(settings, lambda _: announce(), process=process, at_once=AT_ONCE))
+        serving = serve(settings, lambda _: announce(), process=process, at_once=AT_ONCE, replaced=REPLACED)
+        return _run_here(serving)
 
     addresses = {listener.name: listener.address for listener in settings.listener}
     ready = Ready(settings, addresses, describe_destination(os.environ), settings.status.address)

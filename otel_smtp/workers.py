@@ -35,6 +35,10 @@ HEALTHY_SECONDS: Final = 30.0
 AT_ONCE: Final = signal.SIGUSR1
 """What tells a worker to end its drain."""
 
+REPLACED: Final = signal.SIGUSR2
+"""What tells a worker that its successor serves: to drain as on SIGTERM, and to leave to the successor at once what
+only one of the two can be asked for."""
+
 _FORWARDED: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _HANDLED: Final = (*_FORWARDED, signal.SIGCHLD, signal.SIGUSR2)
 
@@ -210,7 +214,7 @@ class Supervisor:
         if worker.replaces is not None:
             worker.replaces.is_leaving = True
             with contextlib.suppress(ProcessLookupError):
-                os.kill(worker.replaces.process_id, signal.SIGTERM)
+                os.kill(worker.replaces.process_id, REPLACED)
             worker.replaces = None
             self._replace_next()
         if not self._is_announced and all(other.ready == -1 for other in self._workers.values()):
@@ -236,7 +240,7 @@ class Supervisor:
             os.close(worker.ready)
         if self._is_stopping:
             # A worker that was told before it could listen ends by the signal itself; that is no failure.
-            if -status not in (*_FORWARDED, AT_ONCE):
+            if -status not in (*_FORWARDED, AT_ONCE, REPLACED):
                 self._status = self._status or (status if status >= 0 else 1)
         elif worker.is_leaving:
             logger.info("worker replaced", extra={"worker": worker.number})

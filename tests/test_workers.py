@@ -14,7 +14,7 @@ import pytest
 ROOT: Final = Path(__file__).resolve().parent.parent
 PROGRAM: Final = """
 import os, signal, sys, time
-from otel_smtp.workers import AT_ONCE, Supervisor
+from otel_smtp.workers import AT_ONCE, REPLACED, Supervisor
 
 def deaf(number, ready):  # has no handlers yet, as while it starts
     ready()
@@ -26,10 +26,10 @@ def hears(number, ready):  # tells what it hears, and ends with the last signal
     def hear(number, frame):
         heard.append(told(number).name)
         os.write(1, f"{told(number).name}\\n".encode())
-    for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, AT_ONCE):
+    for each in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, AT_ONCE, REPLACED):
         signal.signal(each, hear)
     ready()
-    while AT_ONCE.name not in heard:
+    while not {AT_ONCE.name, REPLACED.name} & set(heard):
         signal.pause()
     return 0
 
@@ -78,6 +78,18 @@ def test_the_second_signal_reaches_a_worker_as_at_once() -> None:
         for number, heard in [(signal.SIGHUP, "SIGHUP"), (signal.SIGTERM, "SIGTERM"), (signal.SIGTERM, "SIGUSR1")]:
             process.send_signal(number)
             assert next_line(process) == heard
+        assert process.wait(15) == 0
+
+
+def test_a_worker_whose_successor_is_ready_is_told_that_it_is_replaced() -> None:
+    with supervising("hears") as process:
+        assert next_line(process) == "ready"
+        process.send_signal(signal.SIGUSR2)
+        assert next_line(process) == "SIGUSR2"  # the first, which ends
+        process.send_signal(signal.SIGTERM)
+        assert next_line(process) == "SIGTERM"  # its successor, as any worker
+        process.send_signal(signal.SIGTERM)
+        assert next_line(process) == "SIGUSR1"
         assert process.wait(15) == 0
 
 

@@ -224,8 +224,8 @@ class StatusServer:
     async def _readyz(self, request: Request) -> Response:
         reasons = self._not_ready()
         if self._siblings is not None:
-            answers = await self._siblings.ask("/readyz")
-            told = {number: json.loads(body)["reasons"] for number, (_, body) in answers.items()}
+            answers = await self._siblings.ask_json("/readyz", statuses=(200, 503))
+            told = {number: answer["reasons"] for number, answer in answers.items()}
             reasons = several.merged_reasons({self._siblings.number: reasons, **told})
         return JSONResponse(
             {"status": "not ready" if reasons else "ready", "reasons": reasons}, status_code=503 if reasons else 200

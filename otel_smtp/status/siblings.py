@@ -8,10 +8,11 @@ The HTTP client is imported by who asks: a gateway of one process never does.
 """
 
 import asyncio
+import contextlib
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any, Final
 
 TOKEN_HEADER: Final = "x-otel-smtp-token"  # noqa: S105 - the name of a header
@@ -57,9 +58,14 @@ class Siblings:
         answers = await asyncio.gather(*(self._ask_one(self._ports[number], path, accept) for number in self.numbers))
         return {number: answer for number, answer in zip(self.numbers, answers, strict=True) if answer is not None}
 
-    async def ask_json(self, path: str) -> Mapping[int, Any]:
-        """As `ask`: what was told with status 200, as values."""
-        return {number: json.loads(body) for number, (status, body) in (await self.ask(path)).items() if status == 200}
+    async def ask_json(self, path: str, *, statuses: Container[int] = (200,)) -> Mapping[int, Any]:
+        """As `ask`: what was told with one of `statuses`, as values; without what is no JSON."""
+        told: dict[int, Any] = {}
+        for number, (status, body) in (await self.ask(path)).items():
+            if status in statuses:
+                with contextlib.suppress(ValueError):
+                    told[number] = json.loads(body)
+        return told
 
     async def close(self) -> None:
         """Give up whatever is being asked."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 
 from tests.end_to_end.conftest import Client, StartGateway
 from tests.end_to_end.test_traces import exporting
@@ -22,6 +23,8 @@ from tests.support.capture import CapturingUpstream
 from tests.support.otlp_receiver import OtlpReceiver
 from tests.support.process import GatewayProcess, closed_port, listening_sockets, until
 from tests.support.tools import tool
+
+OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 
 
 def send(port: int) -> None:
@@ -143,9 +146,21 @@ def test_workers_are_replaced_one_by_one(upstream: CapturingUpstream, start: Sta
     assert running.stop() == 0
 
 
-def asked(status: int, path: str) -> str:
-    with urllib.request.urlopen(f"http://127.0.0.1:{status}{path}", timeout=10) as answer:
+def asked(status: int, path: str, accept: str = "*/*") -> str:
+    request = urllib.request.Request(f"http://127.0.0.1:{status}{path}", headers={"accept": accept})
+    with urllib.request.urlopen(request, timeout=10) as answer:
         return str(answer.read().decode())
+
+
+def silent_processes(status: int) -> list[int]:
+    """The processes of which the page says that they do not answer; all, where there is no page."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{status}/api/stream", timeout=3) as stream:
+            picture = next(line for line in stream if line.startswith(b"data: "))
+    except (OSError, StopIteration):
+        return [0, 1]
+    silent: list[int] = json.loads(picture[6:])["silent_processes"]
+    return silent
 
 
 def relayed_by_process(status: int) -> dict[str, float]:
@@ -197,6 +212,8 @@ def test_one_status_page_tells_of_all_workers(
     promtool = [tool("promtool"), "check", "metrics"]
     checked = subprocess.run(promtool, input=page, capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stdout + checked.stderr
+    families = list(parse_openmetrics(asked(status, "/metrics", OPENMETRICS)))  # type: ignore[no-untyped-call]  # as it is
+    assert len({family.name for family in families}) == len(families)
     # Both are replaced, and the page goes over to their successors.
     before = running.children
     running.signal(signal.SIGUSR2)
@@ -212,6 +229,50 @@ def test_one_status_page_tells_of_all_workers(
 
     rows = until(of_successors, "the page tells of the successors")
     assert {row["worker"] for row in rows} == {0, 1}
+    assert running.stop() == 0
+
+
+def test_while_workers_are_replaced_the_page_tells_of_the_successors_alone(
+    upstream: CapturingUpstream, start: StartGateway, connect: Callable[[int], Client]
+) -> None:
+    status = closed_port()
+    running = start({"upstream.url": upstream.url, "workers": 2, "status.address": f"127.0.0.1:{status}"})
+    sent = 0
+    while sent < 200 and len(relayed_by_process(status)) < 2:
+        send(running.port)
+        sent += 1
+    clients = [connect(running.port) for _ in range(16)]
+    for client in clients:
+        client.opens_content()  # so that both predecessors drain for as long as this test takes
+    running.signal(signal.SIGUSR2)
+    until(lambda: (running.stderr.count('"draining"') == 2) or None, "both successors serve")
+    # A drain begins with the listeners, once the status port is left: then there are the two successors' alone.
+    until(lambda: (listening_sockets(running.port) == 2) or None, "both predecessors drain")
+    for _ in range(10):
+        assert json.loads(asked(status, "/readyz")) == {"status": "ready", "reasons": {}}
+        assert relayed_by_process(status) == {}
+    assert len(running.children) == 4
+    for client in clients:
+        assert client.asks("Subject: y\r\n\r\n.").startswith("250 ")
+    until(lambda: (len(running.children) == 2) or None, "the predecessors have ended")
+    assert len(upstream.messages) == sent + len(clients)
+    assert running.stop() == 0
+
+
+def test_the_page_names_a_worker_that_is_gone_until_it_is_back(
+    upstream: CapturingUpstream, start: StartGateway
+) -> None:
+    status = closed_port()
+    running = start({"upstream.url": upstream.url, "workers": 2, "status.address": f"127.0.0.1:{status}"})
+    assert silent_processes(status) == []
+    missed = []
+    for victim in running.children:
+        os.kill(victim, signal.SIGSTOP)  # it holds its ports, and answers nobody
+        missed.append(until(lambda: silent_processes(status) or None, "the page misses it"))
+        os.kill(victim, signal.SIGKILL)
+        until(lambda: (silent_processes(status) == []) or None, "the page tells of all again")
+    assert sorted(missed) == [[0, 1], [1]]  # without the first there is no page
+    assert json.loads(asked(status, "/readyz"))["reasons"] == {}
     assert running.stop() == 0
 
 

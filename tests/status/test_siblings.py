@@ -1,5 +1,6 @@
 """Several status ports as one: what is put together, and what becomes of a process that does not answer."""
 
+import asyncio
 import contextlib
 import json
 import socket
@@ -185,6 +186,29 @@ async def test_a_process_that_hangs_holds_nobody_up() -> None:
             assert await siblings.ask("/readyz") == {}
         finally:
             await siblings.close()
+
+
+@pytest.mark.parametrize(
+    ("status", "body"), [("200 OK", b"{"), ("200 OK", b"\xff"), ("403 Forbidden", b"{}")], ids=["cut", "octets", "403"]
+)
+async def test_an_answer_that_is_no_siblings_is_none(status: str, body: bytes) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(f"HTTP/1.1 {status}\r\ncontent-length: {len(body)}\r\nconnection: close\r\n\r\n".encode() + body)
+        await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as foreign:
+        number = foreign.sockets[0].getsockname()[1]
+        first = Port(siblings=Siblings(0, {1: number}, TOKEN))
+        shown = await first.server.start()
+        try:
+            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{shown.port}", trust_env=False) as client:
+                for path in ("/readyz", "/api/status", "/api/connections", "/api/upstreams", "/api/traces"):
+                    assert (await client.get(path)).status_code == 200, path
+                assert (await client.get(f"/api/traces/{0xD:032x}")).status_code == 404
+        finally:
+            await first.server.stop()
 
 
 @pytest.mark.parametrize("others", [False, True])
