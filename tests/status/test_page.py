@@ -9,12 +9,15 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib import resources
 from typing import Final
+from urllib.parse import urlsplit
 
 import pytest
 
 from otel_smtp.smtp.states import ConnState
+from otel_smtp.status.siblings import Siblings
 from tests.support.busy_gateway import HOSTILE, BusyGateway, busy_gateway
 from tests.support.chromium import PROGRAM, Page, chromium
+from tests.support.process import closed_port
 from tests.support.spans import mail_trace
 
 FILES: Final = {
@@ -298,3 +301,21 @@ async def test_a_lost_gateway_is_told_and_a_trace_that_left_memory_too() -> None
             await page.open(url)
             await page.until(ALL_SHOWN)
         await page.until("document.getElementById('readiness').dataset.state === 'lost'")
+
+
+@in_a_browser
+async def test_rows_of_several_processes_name_theirs_and_the_head_who_is_silent() -> None:
+    token = "5e" * 32
+    async with busy_gateway(token=token) as (other, address), chromium() as page:
+        port = urlsplit(address).port
+        assert port is not None
+        async with busy_gateway(siblings=Siblings(0, {1: port, 2: closed_port()}, token)) as (_, url):
+            await page.open(url)
+            await page.until("document.querySelectorAll('#connections tbody tr').length === 6")
+            rows = "document.querySelector('#connections tbody').textContent"
+            await page.until(f"{rows}.includes('local · process 0') && {rows}.includes('local · process 1')")
+            head = "document.getElementById('readiness').textContent"
+            await page.until(f"{head}.includes('Ready; nothing is known of process 2')")
+            other.not_ready = "no upstream"
+            await page.until(f"{head}.includes('mail (process 1): no upstream; nothing is known of process 2')")
+            assert list(page.problems) == []

@@ -9,6 +9,7 @@ from otel_smtp.smtp.envelope import Mail
 from otel_smtp.smtp.states import ConnState, StateMachine
 from otel_smtp.status.live import LiveView
 from otel_smtp.status.server import StatusServer
+from otel_smtp.status.siblings import Siblings
 from otel_smtp.status.traces import RecentTraces
 from otel_smtp.status.views import QueuedMessage, QueueView, UpstreamView
 from tests.support.spans import MILLISECOND, Event, Identity, Kind, Link, Span, Value, mail_trace, state_events
@@ -138,8 +139,8 @@ class BusyGateway:
 
 
 @contextlib.asynccontextmanager
-async def busy_gateway() -> AsyncIterator[tuple[BusyGateway, str]]:
-    """A busy gateway and the address of its page."""
+async def busy_gateway(*, siblings: Siblings | None = None, token: str = "") -> AsyncIterator[tuple[BusyGateway, str]]:
+    """A busy gateway and the address of its page; `siblings` and `token` as `StatusServer` takes them."""
     gateway = BusyGateway()
     server = StatusServer(
         Endpoint("127.0.0.1", 0),
@@ -151,6 +152,8 @@ async def busy_gateway() -> AsyncIterator[tuple[BusyGateway, str]]:
         queue=gateway.queue,
         trace_url="http://127.0.0.1:16686/trace/{trace_id}",
         about={"hostname": "gw.example.com", "version": "0.1.0", "traces to": "http://collector:4318"},
+        siblings=siblings,
+        token=token,
     )
     address = await server.start()
     try:

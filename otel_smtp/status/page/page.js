@@ -52,9 +52,9 @@ function listen() {
 function show(picture) {
   const reasons = Object.entries(picture.not_ready);
   const silent = picture.silent_processes ?? [];
-  if (reasons.length === 0 && silent.length === 0) setReadiness("ready", "Ready");
-  else if (reasons.length === 0) setReadiness("ready", `Ready; nothing is known of process ${silent.join(" and ")}`);
-  else setReadiness("not-ready", `Not ready: ${reasons.map(([check, reason]) => `${check}: ${reason}`).join("; ")}`);
+  const unknown = silent.length === 0 ? "" : `; nothing is known of process ${silent.join(" and ")}`;
+  if (reasons.length === 0) setReadiness("ready", `Ready${unknown}`);
+  else setReadiness("not-ready", `Not ready: ${reasons.map(([check, reason]) => `${check}: ${reason}`).join("; ")}${unknown}`);
   showTotals(picture.counters);
   showConnections(picture.connections, picture.counters.connections_open);
   showUpstreams(picture.upstreams);
