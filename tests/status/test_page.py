@@ -318,4 +318,5 @@ async def test_rows_of_several_processes_name_theirs_and_the_head_who_is_silent(
             await page.until(f"{head}.includes('Ready; nothing is known of process 2')")
             other.not_ready = "no upstream"
             await page.until(f"{head}.includes('mail (process 1): no upstream; nothing is known of process 2')")
+            assert await page.evaluate("document.querySelectorAll('#connections tbody tr').length") == 6
             assert list(page.problems) == []

@@ -1,6 +1,7 @@
 """A status port with everything on it that the page can show."""
 
 import contextlib
+import os
 import time
 from collections.abc import AsyncIterator
 
@@ -101,7 +102,9 @@ class BusyGateway:
 
     def _open(self, host: str, name: str, states: str, *, tls: bool = False) -> ConnectionObserver:
         number = len(self.machines) + 1
-        info = ConnectionInfo(f"{number:032x}", Endpoint(host, 40000 + number), Endpoint("127.0.0.1", 2525), "local")
+        info = ConnectionInfo(
+            os.urandom(16).hex(), Endpoint(host, 40000 + number), Endpoint("127.0.0.1", 2525), "local"
+        )
         handle = self.live.connection_opened(info)
         machine = StateMachine(handle.conn_state, lambda step: None)
         for state in states.split():
