@@ -28,8 +28,9 @@ QUICKLY: Final = {
 }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chain]:
+    """A collector of its own for each test: one that is shared passes the last test's end on into the next."""
     with collector(tmp_path_factory.mktemp("rotel")) as running:
         yield running
 
@@ -49,7 +50,6 @@ def send_a_mail(running: GatewayProcess) -> str:
 def test_a_collector_gets_the_spans_metrics_and_logs_of_a_mail(
     protocol: str, chain: Chain, upstream: CapturingUpstream, start: StartGateway
 ) -> None:
-    chain.receiver.clear()
     endpoint = chain.grpc_endpoint if protocol == "grpc" else chain.http_endpoint
     environ = {"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint, "OTEL_EXPORTER_OTLP_PROTOCOL": protocol, **QUICKLY}
     running = start({"upstream.url": upstream.url, "telemetry.state_events": "both"}, environ)
@@ -94,7 +94,6 @@ def test_a_collector_gets_the_spans_metrics_and_logs_of_a_mail(
 
 
 def test_every_worker_tells_who_it_is(chain: Chain, upstream: CapturingUpstream, start: StartGateway) -> None:
-    chain.receiver.clear()
     environ = {"OTEL_EXPORTER_OTLP_ENDPOINT": chain.http_endpoint, **QUICKLY}
     running = start({"upstream.url": upstream.url, "workers": 2}, environ)
     chain.receiver.wait_for_metrics(
@@ -104,7 +103,6 @@ def test_every_worker_tells_who_it_is(chain: Chain, upstream: CapturingUpstream,
 
 
 def test_the_end_exports_what_was_counted_last(chain: Chain, upstream: CapturingUpstream, start: StartGateway) -> None:
-    chain.receiver.clear()
     environ = {"OTEL_EXPORTER_OTLP_ENDPOINT": chain.http_endpoint}  # nothing is due before the end
     running = start({"upstream.url": upstream.url}, environ)
     trace_id = send_a_mail(running)
