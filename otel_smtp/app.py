@@ -637,10 +637,9 @@ def leave_out_of_garbage_collection() -> None:
     """Let Python's collector of cyclic garbage look no more at what start-up made.
 
     That is some hundred thousand objects that live as long as the process: to look through them stopped all mail for 37
-    ms each time; without them it takes 4. For a process that is a gateway; whoever uses the library decides for
-    themselves.
+    ms each time; without them it takes 4. They are not looked through a last time either, since the first client may be
+    waiting for its greeting. For a process that is a gateway; whoever uses the library decides for themselves.
     """
-    gc.collect()
     gc.freeze()
 
 

@@ -169,6 +169,21 @@ def relayed_by_process(status: int) -> dict[str, float]:
     return {number: float(count) for number, count in re.findall(sample, asked(status, "/metrics"))}
 
 
+def two_workers_with_a_page(upstream: CapturingUpstream, start: StartGateway) -> tuple[GatewayProcess, int]:
+    """The gateway, and its status port."""
+    status = closed_port()
+    return start({"upstream.url": upstream.url, "workers": 2, "status.address": f"127.0.0.1:{status}"}), status
+
+
+def send_until_both_have_relayed(running: GatewayProcess, status: int) -> int:
+    """How many mails that took: the kernel spreads connections by the client's port."""
+    sent = 0
+    while sent < 200 and len(relayed_by_process(status)) < 2:
+        send(running.port)
+        sent += 1
+    return sent
+
+
 def shown(status: int, count: int) -> list[dict[str, Any]] | None:
     """The connections on the page, once they are as many."""
     rows: list[dict[str, Any]] = json.loads(asked(status, "/api/connections"))["connections"]
@@ -194,12 +209,8 @@ def spans_of(status: int, trace_id: str) -> int | None:
 def test_one_status_page_tells_of_all_workers(
     upstream: CapturingUpstream, start: StartGateway, connect: Callable[[int], Client]
 ) -> None:
-    status = closed_port()
-    running = start({"upstream.url": upstream.url, "workers": 2, "status.address": f"127.0.0.1:{status}"})
-    sent = 0
-    while sent < 200 and len(relayed_by_process(status)) < 2:  # the kernel spreads by the client's port
-        send(running.port)
-        sent += 1
+    running, status = two_workers_with_a_page(upstream, start)
+    sent = send_until_both_have_relayed(running, status)
     until(lambda: sum(relayed_by_process(status).values()) == sent or None, "both tell what they relayed")
     clients = [connect(running.port) for _ in range(40)]
     rows = until(lambda: shown(status, len(clients)), "all are shown")
@@ -235,12 +246,8 @@ def test_one_status_page_tells_of_all_workers(
 def test_while_workers_are_replaced_the_page_tells_of_the_successors_alone(
     upstream: CapturingUpstream, start: StartGateway, connect: Callable[[int], Client]
 ) -> None:
-    status = closed_port()
-    running = start({"upstream.url": upstream.url, "workers": 2, "status.address": f"127.0.0.1:{status}"})
-    sent = 0
-    while sent < 200 and len(relayed_by_process(status)) < 2:
-        send(running.port)
-        sent += 1
+    running, status = two_workers_with_a_page(upstream, start)
+    sent = send_until_both_have_relayed(running, status)
     clients = [connect(running.port) for _ in range(16)]
     for client in clients:
         client.opens_content()  # so that both predecessors drain for as long as this test takes
@@ -262,8 +269,7 @@ def test_while_workers_are_replaced_the_page_tells_of_the_successors_alone(
 def test_the_page_names_a_worker_that_is_gone_until_it_is_back(
     upstream: CapturingUpstream, start: StartGateway
 ) -> None:
-    status = closed_port()
-    running = start({"upstream.url": upstream.url, "workers": 2, "status.address": f"127.0.0.1:{status}"})
+    running, status = two_workers_with_a_page(upstream, start)
     assert silent_processes(status) == []
     missed = []
     for victim in running.children:
@@ -277,9 +283,7 @@ def test_the_page_names_a_worker_that_is_gone_until_it_is_back(
 
 
 def test_a_status_port_that_is_taken_is_not_shared(upstream: CapturingUpstream, start: StartGateway) -> None:
-    first = start(
-        {"upstream.url": upstream.url, "workers": 2, "status.address": f"127.0.0.1:{(status := closed_port())}"}
-    )
+    first, status = two_workers_with_a_page(upstream, start)
     until(lambda: asked(status, "/livez"), "it serves")
     with pytest.raises(AssertionError, match="in use"):
         start({"upstream.url": upstream.url, "workers": 2, "status.address": f"127.0.0.1:{status}"})
