@@ -23,8 +23,8 @@ from otel_smtp.observer import ConnectionInfo, Observer
 from otel_smtp.smtp.states import ConnState, Transition
 
 if TYPE_CHECKING:
-    from otel_smtp.app import Gateway
     from otel_smtp.config import Settings, load
+    from otel_smtp.gateway.app import Gateway
 
 __version__ = "0.1.0"
 __all__ = ["ConnState", "ConnectionInfo", "Gateway", "Observer", "Settings", "Transition", "load"]
@@ -34,7 +34,7 @@ def __getattr__(name: str) -> Any:
     """Import what is heavy when it is first asked for: a command that only needs the version stays quick."""
     match name:
         case "Gateway":
-            from otel_smtp.app import Gateway
+            from otel_smtp.gateway.app import Gateway
 
             return Gateway
         case "Settings":

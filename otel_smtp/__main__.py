@@ -1,5 +1,5 @@
 """`python -m otel_smtp` is `otel-smtp`."""
 
-from otel_smtp.cli import main
+from otel_smtp.commands.cli import main
 
 main()

@@ -73,12 +73,14 @@ class Room:
         libraries: packages that are not of the standard library; None: any.
         standard: modules of the standard library.
         reads_environment: `os.environ` may be read.
+        stands_apart: knows nothing of the modules beside it, though they share a package with it.
     """
 
     house: tuple[str, ...]
     libraries: frozenset[str] | None = frozenset()
     standard: frozenset[str] = _LIBRARY - {"argparse"}
     reads_environment: bool = False
+    stands_apart: bool = False
 
 
 _EVERYTHING: Final = Room((PACKAGE,), None, _LIBRARY, reads_environment=True)
@@ -86,11 +88,11 @@ _ADAPTER: Final = ("otel_smtp.smtp", "otel_smtp.observer", "otel_smtp.net", "ote
 
 # The longest prefix that fits a module is its room.
 ROOMS: Final = {
-    "otel_smtp": Room(("otel_smtp.app", "otel_smtp.config", "otel_smtp.observer", *SMTP_TYPES)),
+    "otel_smtp": Room(("otel_smtp.gateway.app", "otel_smtp.config", "otel_smtp.observer", *SMTP_TYPES)),
     "otel_smtp.smtp": Room((), standard=PURE_LIBRARY),
     "otel_smtp.observer": Room(SMTP_TYPES, standard=PURE_LIBRARY | {"logging"}),
     "otel_smtp.net": Room(("otel_smtp.observer", *SMTP_TYPES)),
-    "otel_smtp.forwarding.base": Room(("otel_smtp.observer", *SMTP_TYPES), standard=PURE_LIBRARY),
+    "otel_smtp.forwarding.base": Room(("otel_smtp.observer", *SMTP_TYPES), standard=PURE_LIBRARY, stands_apart=True),
     "otel_smtp.forwarding": Room(_ADAPTER, frozenset({"httpx", "scramp"})),
     "otel_smtp.server": Room(_ADAPTER, frozenset({"argon2", "scramp"})),
     "otel_smtp.spool": Room(_ADAPTER),
@@ -115,31 +117,21 @@ ROOMS: Final = {
         frozenset({"msgspec"}),
         _LIBRARY - INPUT_OUTPUT - {"argparse"},
     ),
+    # What people type; each command may use the rooms that it is about.
+    "otel_smtp.commands": _EVERYTHING,
     # What people see in a terminal; it draws values and asks nobody for more.
-    "otel_smtp.terminal": Room((), frozenset({"rich"}), _LIBRARY - INPUT_OUTPUT - {"argparse"}),
+    "otel_smtp.commands.terminal": Room(
+        (), frozenset({"rich"}), _LIBRARY - INPUT_OUTPUT - {"argparse"}, stands_apart=True
+    ),
     # A client that only measures: it shares nothing with the engine, lest a fault of ours hide from its own measure.
-    "otel_smtp.load_generator": Room((), standard=_LIBRARY - {"argparse"}),
-    "otel_smtp.bench_command": Room(
-        ("otel_smtp.load_generator",), frozenset({"typer", "rich"}), _LIBRARY - {"argparse"}
-    ),
-    "otel_smtp.queue_command": Room(
-        ("otel_smtp.spool", "otel_smtp.terminal", *SMTP_TYPES), frozenset({"typer", "rich"}), _LIBRARY - {"argparse"}
-    ),
+    "otel_smtp.commands.load_generator": Room((), standard=_LIBRARY - {"argparse"}, stands_apart=True),
+    "otel_smtp.gateway": _EVERYTHING,
     # Processes, signals and a pipe; what a worker does is given in.
-    "otel_smtp.workers": Room(("otel_smtp.observer",)),
-    # Commands with a subject of their own; all are called by `cli` alone.
-    "otel_smtp.checking": Room((*_ADAPTER, "otel_smtp.config", "otel_smtp.forwarding", "otel_smtp.spool")),
-    "otel_smtp.sending": Room(("otel_smtp.config", *SMTP_TYPES)),
-    "otel_smtp.demo": Room((*_ADAPTER, "otel_smtp.config", "otel_smtp.server", "otel_smtp.terminal")),
-    "otel_smtp.demo.show": _EVERYTHING,
-    # One datagram to whoever started us.
-    "otel_smtp.notify": Room(()),
-    "otel_smtp.app": _EVERYTHING,
-    "otel_smtp.cli": _EVERYTHING,
-    "otel_smtp.__main__": Room(("otel_smtp.cli",)),
+    "otel_smtp.gateway.workers": Room(("otel_smtp.observer", "otel_smtp.gateway.systemd"), stands_apart=True),
+    # One datagram to the service manager.
+    "otel_smtp.gateway.systemd": Room((), stands_apart=True),
+    "otel_smtp.__main__": Room(("otel_smtp.commands.cli",)),
 }
-# Above everything else: nothing below may import them.
-TOP: Final = ("otel_smtp.app", "otel_smtp.cli")
 BANNED_NAMES: Final = ("util", "utils", "helper", "helpers", "manager", "managers", "common", "misc")
 
 
@@ -214,9 +206,8 @@ def layering(module: str, tree: ast.AST) -> Iterator[Finding]:
 
 def may_import(module: str, room: Room, name: str) -> bool:
     """Whether `module` may import our own `name`."""
-    own = home_of(module)
-    # The base of forwarding is what others build on: it knows nothing of its siblings.
-    if own != PACKAGE and module != "otel_smtp.forwarding.base" and is_within(name, own):
+    own = next(prefix for prefix, other in ROOMS.items() if other is room) if room.stands_apart else home_of(module)
+    if own != PACKAGE and is_within(name, own):
         return True
     return any(is_within(name, prefix) for prefix in room.house)
 
@@ -339,8 +330,8 @@ GOOD = [
     ("otel_smtp.forwarding.connection", "from otel_smtp.smtp.client import ClientProtocol"),
     ("otel_smtp.telemetry.tracing", "def f():\n    from opentelemetry import trace"),
     ("otel_smtp.telemetry.setup", "import os\nx = os.environ['OTEL_TRACES_EXPORTER']"),
-    ("otel_smtp.app", "from otel_smtp.config import Config\nfrom otel_smtp.telemetry.setup import start"),
-    ("otel_smtp", "from otel_smtp.app import Gateway\nfrom otel_smtp.smtp.states import ConnState"),
+    ("otel_smtp.gateway.app", "from otel_smtp.config import Config\nfrom otel_smtp.telemetry.setup import start"),
+    ("otel_smtp", "from otel_smtp.gateway.app import Gateway\nfrom otel_smtp.smtp.states import ConnState"),
 ]
 
 
@@ -400,14 +391,19 @@ BAD = [
     # settings stay above
     ("otel_smtp.server.connection", "from otel_smtp.config import Config", "imports otel_smtp.config.Config"),
     ("otel_smtp.telemetry.setup", "from otel_smtp import config", "imports otel_smtp.config"),
-    ("otel_smtp.spool.store", "from otel_smtp.app import Gateway", "imports otel_smtp.app.Gateway"),
+    ("otel_smtp.spool.store", "from otel_smtp.gateway.app import Gateway", "imports otel_smtp.gateway.app.Gateway"),
     ("otel_smtp.spool.store", "import argparse", "imports argparse"),
     ("otel_smtp.spool.store", "import os\nx = os.environ.get('X')", "reads os.environ"),
     ("otel_smtp.spool.store", "import os\nx = os.getenv('X')", "reads os.getenv"),
     ("otel_smtp.spool.store", "from os import environ", "reads os.environ"),
     ("otel_smtp.telemetry.tracing", "import os\nx = os.environ['OTEL_X']", "reads os.environ"),
     ("otel_smtp.config", "import socket", "imports socket"),
-    ("otel_smtp.app", "import tests.support", "imports tests.support"),
+    ("otel_smtp.gateway.app", "import tests.support", "imports tests.support"),
+    (
+        "otel_smtp.commands.terminal.words",
+        "from otel_smtp.commands import send",
+        "imports otel_smtp.commands.send",
+    ),
     # other people's privates
     ("otel_smtp.net", "def f(transport):\n    return transport._sock", "touches _sock"),
     ("otel_smtp.net", "def f(transport):\n    return getattr(transport, '_loop')", "touches _loop"),

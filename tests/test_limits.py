@@ -20,11 +20,11 @@ import pytest
 import trustme
 
 from otel_smtp import Gateway, Settings, load
-from otel_smtp.app import upstream_settings
 from otel_smtp.config.settings import SCHEMA, Key, Limits, Table, Timeouts, Upstream, UpstreamTimeout
 from otel_smtp.config.values import Duration, Integer, Size
 from otel_smtp.forwarding.connection import UpstreamConnection
 from otel_smtp.forwarding.faults import TimedOut
+from otel_smtp.gateway.app import upstream_settings
 from tests.support.clock import advance
 from tests.support.fake_stream import FakeStream
 from tests.support.upstream import EXTENSIONS, Fault, Kind, Phase, ScriptedUpstream

@@ -50,7 +50,7 @@ def test_each_command_and_flag_in_it_exists(line: str) -> None:
     words = line.split("#")[0].split("otel-smtp ")[1].split()
     command = words[:2] if words[0] == "queue" else words[:1]
     told = subprocess.run(
-        [sys.executable, "-m", "otel_smtp.cli", *command, "--help"],
+        [sys.executable, "-m", "otel_smtp.commands.cli", *command, "--help"],
         capture_output=True,
         text=True,
         timeout=60,

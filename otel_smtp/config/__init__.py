@@ -18,7 +18,7 @@ The loader reads files and nothing else: no name is looked up, no socket opened;
 """
 
 from otel_smtp.config.loading import PREFIX, Flag, assignment, load
-from otel_smtp.config.refusals import Problem, SettingsError
+from otel_smtp.config.problems import Problem, SettingsError
 from otel_smtp.config.settings import (
     Delivery,
     Limits,

@@ -8,8 +8,8 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from otel_smtp.config.contradictions import Contradictions
-from otel_smtp.config.refusals import Problem, SettingsError, unknown_key
+from otel_smtp.config.consistency import Contradictions
+from otel_smtp.config.problems import Problem, SettingsError, unknown_key
 from otel_smtp.config.settings import SCHEMA, Key, Settings, Table, Tables, Upstream
 from otel_smtp.config.values import MINUTE, BadValue, FilePath, Given, UpstreamUrl, UpstreamUrlKind
 from otel_smtp.observer import Endpoint

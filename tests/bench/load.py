@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 
-from otel_smtp.load_generator import Load, LoadPlan
+from otel_smtp.commands.load_generator import Load, LoadPlan
 
 
 def send(plan: LoadPlan) -> dict[str, object]:

@@ -14,7 +14,7 @@ import pytest
 import typer
 import yaml
 
-from otel_smtp.cli import app
+from otel_smtp.commands.cli import app
 from otel_smtp.observer import Endpoint
 from otel_smtp.status.live import LiveView
 from otel_smtp.status.server import StatusServer

@@ -41,7 +41,7 @@ def test_it_runs_from_an_environment_of_its_own(wheel: Path, tmp_path: Path) -> 
         archive.extractall(packages)
     (packages / "libraries.pth").write_text(LIBRARIES)
     script = (
-        "import otel_smtp, sys; from otel_smtp.cli import main; sys.argv = ['otel-smtp', '--version']; "
+        "import otel_smtp, sys; from otel_smtp.commands.cli import main; sys.argv = ['otel-smtp', '--version']; "
         "assert otel_smtp.__file__.startswith(sys.prefix), otel_smtp.__file__; main()"
     )
     done = subprocess.run(

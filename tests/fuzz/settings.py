@@ -11,7 +11,7 @@ import tomllib
 from typing import Final
 
 from otel_smtp.config.loading import load
-from otel_smtp.config.refusals import SettingsError
+from otel_smtp.config.problems import SettingsError
 
 # A path that is absolute would be opened.
 _ELSEWHERE: Final = re.compile(r"[/~]")

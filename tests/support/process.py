@@ -209,7 +209,7 @@ def gateway(
         under: a command that runs it, as strace with its options.
     """
     path = settings_file({**DEFAULTS, **settings}, directory)
-    command = [*under, sys.executable, "-m", "otel_smtp.cli", "serve", "--config", str(path)]
+    command = [*under, sys.executable, "-m", "otel_smtp.commands.cli", "serve", "--config", str(path)]
     if file_limit is not None:
         command = ["sh", "-c", f'ulimit -n {file_limit} && exec "$0" "$@"', *command]
     log = directory / "stderr.log"

@@ -46,7 +46,7 @@ def start(
     place: Place,
     environment: Mapping[str, str],
     *,
-    program: Sequence[str] = ("-m", "otel_smtp.cli"),
+    program: Sequence[str] = ("-m", "otel_smtp.commands.cli"),
     without_uvloop: bool = False,
 ) -> Running:
     """Start it; `program` is the command line of a Python that runs it, as a profiler's wrapper."""

@@ -1,0 +1,173 @@
+"""The demonstration as a whole: upstream, gateway, visits, and each trace drawn as its connection ends."""
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import Sequence
+from typing import Final
+
+from rich.console import Console
+from rich.text import Text
+
+from otel_smtp.commands.demo.upstream import REFUSED_ADDRESS, KeepingForwarder, KeepingUpstream
+from otel_smtp.commands.demo.visits import VISITS
+from otel_smtp.commands.terminal.spans import DrawnSpan, Stories
+from otel_smtp.commands.terminal.waterfall import ASCII, UNICODE, waterfall
+from otel_smtp.config import Flag, Settings, load
+from otel_smtp.gateway.app import Gateway
+from otel_smtp.observer import Endpoint
+
+# A trace is drawn when its connection has ended, which takes no longer than the visit itself.
+_PATIENCE_SECONDS: Final = 20.0
+# Stories that wait to be drawn; a load test against the demonstration is not drawn to its end.
+_MOST_STORIES: Final = 1000
+
+
+class Demonstration:
+    """Draws what the gateway does.
+
+    Args:
+        console: where to.
+        listen: addresses to listen on; by default the usual ones, or others where those are taken.
+        flags: further settings.
+        answer_after_seconds: how long the upstream thinks at the end of each message.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        *,
+        listen: Sequence[str] = (),
+        flags: Sequence[Flag] = (),
+        answer_after_seconds: float = 0.0,
+    ) -> None:
+        self._console = console
+        self._listen = listen or usual_addresses(2525)
+        self._flags = flags
+        self._upstream = KeepingUpstream(KeepingForwarder(answer_after_seconds=answer_after_seconds))
+        self._stories = Stories()
+        self._told: asyncio.Queue[list[DrawnSpan]] = asyncio.Queue(_MOST_STORIES)
+        self._missed = 0
+
+    async def run(self, *, once: bool) -> None:
+        """Show the visits; then draw every further connection until SIGINT or SIGTERM, unless `once`.
+
+        Raises:
+            SettingsError: the settings are refused.
+            OSError: an address cannot be bound.
+            VisitFailed: the gateway did not do what it should.
+        """
+        upstream = await self._upstream.start()
+        try:
+            async with Gateway(self._settings(upstream), span_sinks=[self]) as gateway:
+                address = gateway.addresses["local"][0]
+                self._say_where(gateway, upstream)
+                for number, visit in enumerate(VISITS, 1):
+                    await visit.pay(address)
+                    async with asyncio.timeout(_PATIENCE_SECONDS):
+                        story = await self._told.get()
+                    self._draw(f"{number}  {visit.title}", story)
+                if not once:
+                    self._invite(address)
+                    await self._stay()
+        finally:
+            await self._upstream.stop()
+
+    def _settings(self, upstream: Endpoint) -> Settings:
+        # The environment is left out on purpose: an upstream named there is real, and would get the visitors' mail.
+        return load(
+            values={
+                "listener": [{"name": "local", "address": list(self._listen)}],
+                "upstream": [{"name": "keeper", "url": f"smtp://{upstream}"}],
+                "status": {"address": usual_addresses(9925)[0]},
+                "timeouts": {"shutdown_grace": "1s"},  # Ctrl-C is meant
+            },
+            flags=self._flags,
+        )
+
+    def take(self, span: DrawnSpan) -> None:
+        """Take a finished span from the gateway."""
+        story = self._stories.take(span)
+        if story is not None:
+            try:
+                self._told.put_nowait(story)
+            except asyncio.QueueFull:
+                self._missed += 1
+
+    async def _stay(self) -> None:
+        loop = asyncio.get_running_loop()
+        asked = asyncio.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, asked.set)
+        drawing = loop.create_task(self._draw_further())
+        try:
+            await asked.wait()
+        finally:
+            drawing.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await drawing
+
+    async def _draw_further(self) -> None:
+        number = len(VISITS)
+        while True:
+            story = await self._told.get()
+            number += 1
+            self._draw(f"{number}  Yours", story)
+            if self._missed:
+                self._console.print(f"({self._missed} more connections were not drawn)", style="dim")
+                self._missed = 0
+
+    # What is printed
+
+    def _say_where(self, gateway: Gateway, upstream: Endpoint) -> None:
+        ready = gateway.ready
+        where = " ".join(str(address) for address in ready.addresses["local"])
+        self._say("gateway", (where, "bold"), "  takes mail")
+        self._say("upstream", str(upstream), f"  keeps it, refuses {REFUSED_ADDRESS}")
+        if ready.status is not None:
+            self._say("page", (f"http://{ready.status}", "bold"), "  shows connections and traces as they happen")
+        self._say("traces", f"below; exported to {ready.traces_to}")
+
+    def _say(self, head: str, *parts: str | tuple[str, str]) -> None:
+        self._console.print(Text.assemble((head.ljust(10), "dim"), *parts), soft_wrap=True)
+
+    def _draw(self, title: str, story: Sequence[DrawnSpan]) -> None:
+        console = self._console
+        console.print()
+        console.rule(Text(title, "bold"), align="left", characters="─" if self._has_unicode else "-", style="dim")
+        glyphs = UNICODE if self._has_unicode else ASCII
+        for line in waterfall(story, width=max(40, console.width), glyphs=glyphs):
+            console.print(line, no_wrap=True, overflow="ignore", crop=False)
+
+    @property
+    def _has_unicode(self) -> bool:
+        return self._console.encoding.lower().startswith("utf")
+
+    def _invite(self, address: Endpoint) -> None:
+        console = self._console
+        console.print()
+        console.print("Now you; each connection is drawn as it ends, Ctrl-C ends it all:", style="bold")
+        lines = [
+            f"otel-smtp send --to you@example.net {address}",
+            f"swaks --server {address} --from me@example.org --to {REFUSED_ADDRESS}",
+            f"curl smtp://{address} --mail-from me@example.org --mail-rcpt you@example.net -T README.md",
+        ]
+        for line in lines:
+            console.print(f"  {line}", style="cyan", soft_wrap=True)
+
+
+def usual_addresses(port: int) -> list[str]:
+    """`port` on the loopback interface, on both its addresses, if it is free; else one that the kernel will choose."""
+    free = [host for host in ("127.0.0.1", "::1") if _is_free(host, port)]
+    return [str(Endpoint(host, port)) for host in free] if "127.0.0.1" in free else ["127.0.0.1:0"]
+
+
+def _is_free(host: str, port: int) -> bool:
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except OSError:  # taken, or a machine without IPv6
+        return False
+    return True

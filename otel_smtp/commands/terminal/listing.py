@@ -1,0 +1,230 @@
+"""The queue as a terminal shows it. Rows are what `spool.control` answers, one mapping a message.
+
+A list is told message by message, as they come, since a queue that one has to look at may be long: who they are in one
+line, and why they are still here below it. Where nobody looks (a pipe, a file) it is one line for each message, however
+long, so that it can be searched and cut.
+"""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from typing import Any, Final
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from otel_smtp.commands.terminal.tables import table
+from otel_smtp.commands.terminal.words import code_style, counted, octets, plain
+
+Row = Mapping[str, Any]
+
+# As in Postfix's mailq.
+MARKS: Final = {"active": "*", "hold": "!", "corrupt": "?"}
+FORCED_MARK: Final = "#"
+_MARK_STYLES: Final = {"*": "green", "!": "yellow", "?": "bold red", "#": "red"}
+LEGEND: Final = "* being delivered  ! held  ? damaged  # given up by an operator"
+
+# Each four times the one before, as in Postfix's qshape, whose finer steps speak of other people's servers.
+AGES_SECONDS: Final = (300, 1200, 4800, 19200, 76800, 307200)
+_AGE_NAMES: Final = ("5m", "20m", "80m", "5h", "21h", "3.5d", "older")
+
+_ID_CHARACTERS: Final = 26
+_HEADING: Final = f"{'id':<{_ID_CHARACTERS + 1}} {'age':>7} {'size':>10}  {'next attempt':<13}"
+_INDENT: Final = 4
+_MOST_REASONS: Final = 3  # of one message; `details` shows all
+
+
+def json_line(row: Row) -> str:
+    """A message as one line of JSON."""
+    return json.dumps(row, ensure_ascii=True)
+
+
+class Listing:
+    """Messages as they come, and their sum.
+
+    Args:
+        width: cells of a line; None: nobody looks, and each message is one line.
+        now: seconds since the epoch.
+    """
+
+    def __init__(self, *, width: int | None, now: float | None = None) -> None:
+        self._width = width
+        self._now = time.time() if now is None else now
+        self._messages = 0
+        self._octets = 0
+
+    def heading(self) -> Sequence[RenderableType]:
+        """What stands above the columns."""
+        if self._width is not None and self._width < len(_HEADING):
+            return []
+        return [Text(f"{_HEADING}  sender -> recipients" if self._has_one_line else _HEADING, "dim")]
+
+    def lines(self, row: Row) -> Sequence[RenderableType]:
+        """One message."""
+        self._messages += 1
+        self._octets += row["message_size"]
+        mark = _mark(row)
+        name = Text.assemble((plain(row["queue_id"]), "cyan"), (mark, _MARK_STYLES.get(mark, "")))
+        facts = (age(self._now - row["arrival_time"]), octets(row["message_size"]), _waits(row, self._now))
+        route = Text(f"{plain(row['sender']) or '<>'} -> {_recipients(row)}")
+        reasons = _reasons(row)
+        if self._width is not None and self._width < len(_HEADING):
+            return [name, *map(_indented, (Text("  ".join(facts)), route, *reasons))]
+        name.pad_right(_ID_CHARACTERS + 1 - name.cell_len)
+        head = name.append(f" {facts[0]:>7} {facts[1]:>10}  {facts[2]:<13}")
+        if self._width is None:
+            return [Text("  ").join([head, route, *reasons])]
+        if self._has_one_line and head.cell_len + 2 + route.cell_len <= self._width:
+            return [head.append("  ").append(route), *map(_indented, reasons)]
+        return [head, *map(_indented, (route, *reasons))]
+
+    def summary(self) -> Sequence[RenderableType]:
+        """How many there were, and what the marks mean."""
+        if not self._messages:
+            return [Text("the queue is empty")]
+        return [Text(f"{counted(self._messages, 'message')}, {octets(self._octets)}", "bold"), Text(LEGEND, "dim")]
+
+    @property
+    def _has_one_line(self) -> bool:
+        """Whether there is room for addresses beside the columns."""
+        return self._width is None or self._width >= len(_HEADING) + 36
+
+
+class Grouping(StrEnum):
+    """What the rows of a shape are."""
+
+    DOMAIN = "domain"  # of the recipients
+    SENDER = "sender"  # its domain
+    REASON = "reason"  # why a recipient waits
+
+
+class Shape:
+    """How old mail is that has something in common: a row for each group, the largest first, a column for each age.
+
+    A column says up to which age, from the one before; ages that nothing has are left out.
+
+    Args:
+        most: rows; what is left is told as one more.
+        now: seconds since the epoch.
+    """
+
+    def __init__(self, by: Grouping = Grouping.DOMAIN, *, most: int = 50, now: float | None = None) -> None:
+        self._by = by
+        self._most = most
+        self._now = time.time() if now is None else now
+        self._all: Counter[int] = Counter()
+        self._groups: dict[str, Counter[int]] = {}
+
+    def add(self, row: Row) -> None:
+        """Count a message, once in each group that it belongs to."""
+        column = sum(self._now - row["arrival_time"] > bound for bound in AGES_SECONDS)
+        self._all[column] += 1
+        for group in _groups(row, self._by):
+            self._groups.setdefault(group, Counter())[column] += 1
+
+    def table(self) -> Table:
+        """The counts so far."""
+        ordered = sorted(self._groups.items(), key=lambda item: (-item[1].total(), item[0]))
+        shown = [("all", self._all), *ordered[: self._most]]
+        if others := ordered[self._most :]:
+            shown.append((f"({counted(len(others), 'other')})", sum((count for _, count in others), Counter())))
+        columns = [column for column in range(len(_AGE_NAMES)) if self._all[column]]
+        heads = (self._by.value, "messages", *(_AGE_NAMES[column] for column in columns))
+        drawn = _table(
+            heads,
+            [[name, str(count.total()), *(str(count[column] or "") for column in columns)] for name, count in shown],
+        )
+        for numbers in drawn.columns[1:]:
+            numbers.justify, numbers.no_wrap = "right", True
+        return drawn
+
+
+def details(row: Row, *, now: float | None = None) -> Group:
+    """Everything about one message."""
+    now = time.time() if now is None else now
+    facts = [
+        ("id", plain(row["queue_id"])),
+        ("state", f"{row['queue_name']}{' (given up)' if row['forced_expire'] else ''}"),
+        ("sender", plain(row["sender"]) or "<> (a bounce, or what asks for none)"),
+        ("size", octets(row["message_size"])),
+        ("arrived", f"{_moment(row['arrival_time'])}, {age(now - row['arrival_time'])} ago"),
+        ("expires", _moment(row["expires"])),
+        ("attempts", str(row["attempts"])),
+        ("next attempt", _waits(row, now)),
+        ("trace", plain(row["trace_id"] or "none")),
+    ]
+    recipients = [
+        (plain(one["address"]), one["state"], plain(one.get("delay_reason", ""))) for one in row["recipients"]
+    ]
+    return Group(_table(("", ""), facts), Text(""), _table(("recipient", "state", "last reply"), recipients))
+
+
+def age(seconds: float) -> str:
+    """A time span in the largest unit that leaves two figures or so."""
+    for bound, unit, name in ((120, 1, "s"), (7200, 60, "min"), (172800, 3600, "h")):
+        if seconds < bound:
+            return f"{max(0, seconds) / unit:.0f} {name}"
+    return f"{seconds / 86400:.1f} d"
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    drawn = table("", heads, rows)
+    drawn.title = None
+    return drawn
+
+
+def _indented(text: Text) -> RenderableType:
+    return Padding(text, (0, 0, 0, _INDENT), expand=False)
+
+
+def _mark(row: Row) -> str:
+    return MARKS.get(row["queue_name"], FORCED_MARK if row["forced_expire"] else "")
+
+
+def _recipients(row: Row) -> str:
+    first = plain(row["recipients"][0]["address"]) if row["recipients"] else "none"
+    return first if len(row["recipients"]) < 2 else f"{first} (+{len(row['recipients']) - 1})"
+
+
+def _reasons(row: Row) -> Sequence[Text]:
+    """What was said of its recipients, the most frequent first."""
+    found = Counter(one["delay_reason"] for one in row["recipients"] if one.get("delay_reason")).most_common()
+    lines = []
+    for reason, times in found[:_MOST_REASONS]:
+        code = int(reason[:3]) if reason[:3].isdecimal() else 0
+        lines.append(
+            Text.assemble((plain(reason), code_style(code)), (f" ({times} times)" if times > 1 else "", "dim"))
+        )
+    if len(found) > _MOST_REASONS:
+        lines.append(Text(f"({len(found) - _MOST_REASONS} more)", "dim"))
+    return lines
+
+
+def _groups(row: Row, by: Grouping) -> set[str]:
+    match by:
+        case Grouping.DOMAIN:
+            return {_domain(one["address"]) for one in row["recipients"]}
+        case Grouping.SENDER:
+            return {_domain(row["sender"]) if row["sender"] else "<>"}
+        case Grouping.REASON:
+            return {plain(one.get("delay_reason") or "(not tried yet)") for one in row["recipients"]}
+
+
+def _domain(address: str) -> str:
+    return plain(address.rpartition("@")[2].lower()) if "@" in address else "(none)"
+
+
+def _waits(row: Row, now: float) -> str:
+    if row["queue_name"] in ("hold", "corrupt"):
+        return "when released"
+    if row["queue_name"] == "active":
+        return "now"
+    return "now" if row["next_attempt"] <= now else f"in {age(row['next_attempt'] - now)}"
+
+
+def _moment(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))

@@ -1,0 +1,1 @@
+"""The gateway as one thing: wiring, running, processes."""

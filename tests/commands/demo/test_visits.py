@@ -1,0 +1,59 @@
+"""The visitors of the demonstration: what they expect, and what they say when it does not happen."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+import pytest_asyncio
+
+from otel_smtp.commands.demo.show import usual_addresses
+from otel_smtp.commands.demo.upstream import KeepingForwarder, KeepingUpstream
+from otel_smtp.commands.demo.visits import VISITS, Visit, VisitFailed, accepted
+from otel_smtp.observer import Endpoint
+
+
+@pytest_asyncio.fixture
+async def kept() -> AsyncIterator[tuple[Endpoint, KeepingForwarder]]:
+    forwarder = KeepingForwarder()
+    upstream = KeepingUpstream(forwarder)
+    yield await upstream.start(), forwarder
+    await upstream.stop()
+
+
+@pytest.mark.parametrize("visit", VISITS, ids=lambda visit: visit.pay.__name__)
+async def test_a_visit_goes_as_its_title_says(visit: Visit, kept: tuple[Endpoint, KeepingForwarder]) -> None:
+    address, forwarder = kept
+    await visit.pay(address)
+    recipients = [[recipient.address for recipient in mail.recipients] for mail in forwarder.kept]
+    assert (
+        recipients
+        == {
+            "accepted": [["alice@example.com"]],
+            "one_of_two_refused": [["bob@example.net"]],
+            "refused": [],
+            "vanished": [],
+        }[visit.pay.__name__]
+    )
+
+
+async def test_a_visit_that_goes_otherwise_says_what_it_was_told() -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"220 here\r\n")
+        await reader.readline()
+        writer.write(b"250-here\r\n250 OK\r\n")
+        await reader.readline()
+        writer.write(b"451 4.3.0 not today\r\n")
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    async with server:
+        host, port = server.sockets[0].getsockname()
+        with pytest.raises(VisitFailed, match=r"expected \(250,\), got b'451 4\.3\.0 not today"):
+            await accepted(Endpoint(host, port))
+
+
+async def test_a_port_that_is_taken_is_left_to_the_kernel() -> None:
+    server = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
+    async with server:
+        assert usual_addresses(server.sockets[0].getsockname()[1]) == ["127.0.0.1:0"]
+    assert usual_addresses(0)[0] == "127.0.0.1:0"

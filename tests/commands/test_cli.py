@@ -1,0 +1,289 @@
+"""The commands as processes: what they print where, and their exit status."""
+
+import json
+import os
+import re
+import signal
+import smtplib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from otel_smtp import __version__
+from otel_smtp.commands.cli import plain_arguments, serve
+from otel_smtp.server.users import load_users
+from tests.support.capture import CapturingUpstream
+from tests.support.otlp_receiver import OtlpReceiver
+from tests.support.process import ROOT, gateway, until
+
+Result = subprocess.CompletedProcess[str]
+
+
+def environment(**more: str) -> dict[str, str]:
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("OTEL", "PYTHONPATH", "COLUMNS"))}
+    return {**own, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error", **more}
+
+
+def run(*arguments: str, stdin: str = "", **environ: str) -> Result:
+    return subprocess.run(
+        [sys.executable, "-m", "otel_smtp", *arguments],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=60,
+        check=False,
+        env=environment(PYTHONIOENCODING="utf-8", **environ),
+    )
+
+
+# Wrong use ----------------------------------------------------------------------------------------------------
+
+
+def test_the_version_and_the_commands() -> None:
+    assert run("--version").stdout == f"otel-smtp {__version__}\n"
+    told = run("--help", COLUMNS="100")
+    assert told.returncode == 0
+    for command in ("serve", "demo", "check", "send", "passwd", "bench"):
+        assert re.search(rf"^│ {command} ", told.stdout, re.MULTILINE), command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["serv"], "No such command 'serv'"),
+        (["serve", "--nonsense"], "No such option: --nonsense"),
+        (["send"], "Missing option '--to'"),
+        (["serve"], "settings: upstream: none is set"),
+        (["serve", "--config", "/nonexistent.toml"], "/nonexistent.toml: cannot be read: No such file or directory"),
+        (["check", "--set", "limits.recipients"], '--set = "limits.recipients": allowed: key=value'),
+        (["check", "-u", "smtp://h", "-s", "limits.recipient=1"], "unknown key; did you mean recipients?"),
+        (["serve", "-u", "smtp://h", "--status", "here"], '--status: status.address = "here": allowed'),
+        (["serve", "-u", "smtp://h", "--workers", "0"], "--workers: workers = \"0\": allowed: a whole number"),
+        (["serve", "-u", "smtp://h", "--log-level", "loud"], '--log-level: log.level = "loud": allowed: debug'),
+        (["serve", "-u", "smtp://h", "-l", "0.0.0.0:2525"], "say who may relay"),
+        (["send", "-t", "a@b.example", "lmtp://h"], 'GATEWAY = "lmtp://h": allowed: smtp://host:port'),
+        (["send", "-t", "a@b.example", "--size", "big"], '--size = "big": allowed: octets'),
+        (["send", "-t", "a@b.example", "--file", "/nonexistent"], "cannot read the message"),
+        (["passwd", "a:b"], "a user name holds no colon"),
+        (["demo", "--slow", "soon"], '--slow = "soon": allowed: seconds'),
+        (["demo", "--once", "-s", "limits.hops=x"], '--set limits.hops: limits.hops = "x"'),
+    ],
+)  # fmt: skip
+def test_wrong_use_is_exit_status_2_with_a_reason_on_stderr(arguments: list[str], expected: str) -> None:
+    result = run(*arguments, stdin="password\n", COLUMNS="200")
+    assert result.returncode == 2
+    assert expected in result.stderr
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+
+
+def test_an_otel_variable_that_cannot_be_followed_is_exit_status_2() -> None:
+    for command in ("check", "serve"):
+        result = run(command, "-u", "smtp://127.0.0.1:1", "-l", "127.0.0.1:0", OTEL_TRACES_EXPORTER="zipkin")
+        assert result.returncode == 2
+        assert "OTEL_TRACES_EXPORTER='zipkin'" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], {}),
+        (["-l", "a:1", "--listen=b:2", "--status", "off"], {"listen": ["a:1", "b:2"], "status": "off"}),
+        (["--set", "x=1", "-s", "y=2"], {"assignments": ["x=1", "y=2"]}),
+        (["-c", "f", "--workers", "2"], {"config": "f", "workers": "2"}),
+        (["--help"], None),  # what follows is typer's to answer
+        (["--nonsense", "1"], None),
+        (["--status"], None),
+        (["stray"], None),
+        (["-lhost:1"], None),
+    ],
+)
+def test_plain_options_are_read_as_the_command_declares_them(
+    words: list[str], expected: dict[str, object] | None
+) -> None:
+    assert plain_arguments(serve, words) == expected
+
+
+def test_plain_options_do_not_bring_the_validation_library() -> None:
+    code = (
+        "import sys, otel_smtp.commands.cli as c; "
+        "c.plain_arguments(c.serve, ['-w', '2']); print('pydantic' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), check=True)
+    assert result.stdout == "False\n"
+
+
+# serve --------------------------------------------------------------------------------------------------------
+
+
+def test_serve_says_one_line_relays_and_drains(tmp_path: Path) -> None:
+    with CapturingUpstream() as upstream:
+        settings = {"upstream.url": upstream.url, "upstream.name": "provider", "status.address": "127.0.0.1:0"}
+        with gateway(settings, tmp_path) as running:
+            pattern = (
+                r"otel-smtp ready: smtp 127\.0\.0\.1:[1-9]\d* -> provider smtp://127\.0\.0\.1:\d+; "
+                r"status http://127\.0\.0\.1:[1-9]\d*; traces -> nowhere \(no OTLP endpoint set\)"
+            )
+            assert re.fullmatch(pattern, running.ready_line)
+            with smtplib.SMTP("127.0.0.1", running.port, timeout=20) as client:
+                client.sendmail("a@example.org", ["b@example.net"], b"Subject: x\r\n\r\nHello\r\n")
+            assert upstream.wait_for_messages(1)
+            assert running.stop() == 0
+
+
+def test_serve_that_cannot_bind_is_exit_status_1() -> None:
+    with CapturingUpstream() as taken:
+        result = run("serve", "-u", "smtp://127.0.0.1:1", "-l", f"127.0.0.1:{taken.port}")
+    assert result.returncode == 1
+    assert "cannot start" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_flags_stand_over_the_environment_over_the_file(tmp_path: Path) -> None:
+    (tmp_path / "gw.toml").write_text('workers = 2\n[limits]\nerrors = 2\nhops = 2\n[[upstream]]\nurl = "smtp://a"\n')
+    result = run(
+        "--set", "limits.hops=4", "check", "--config", str(tmp_path / "gw.toml"), "--set", "workers=1",
+        OTELSMTP_LIMITS__ERRORS="3", OTELSMTP_LIMITS__HOPS="3", OTELSMTP_UPSTREAM="smtp://b", COLUMNS="160",
+    )  # fmt: skip
+    assert result.returncode == 0
+    rows = {tuple(re.split(r" {2,}", line.strip())) for line in result.stdout.splitlines()}
+    assert ("workers", "1", "--set workers") in rows
+    assert ("limits.errors", "3", "environment OTELSMTP_LIMITS__ERRORS") in rows
+    assert ("limits.hops", "4", "--set limits.hops") in rows
+    assert ("upstream.0.url", "smtp://b:25", "environment OTELSMTP_UPSTREAM") in rows
+
+
+# check --------------------------------------------------------------------------------------------------------
+
+
+def test_check_shows_what_would_run_and_no_secret() -> None:
+    result = run(
+        "check", "--all", "-u", "smtps://mail.example.com", "-s", "upstream.0.username=relay",
+        OTELSMTP_UPSTREAM__0__PASSWORD="hunter2", COLUMNS="160",
+    )  # fmt: skip
+    assert result.returncode == 0
+    assert result.stderr == ""
+    assert "relay (auto)" in result.stdout
+    assert "timeouts.session" in result.stdout
+    assert "hunter2" not in result.stdout
+    assert "\x1b" not in result.stdout
+
+
+def test_check_connect_tells_each_finding_and_fails_with_them() -> None:
+    with CapturingUpstream() as upstream, OtlpReceiver(with_grpc=False) as receiver:
+        arguments = ["check", "--connect", "-l", "127.0.0.1:0", "-s", "status.address=off", "-u", upstream.url]
+        result = run(*arguments, OTEL_EXPORTER_OTLP_ENDPOINT=receiver.http_endpoint)
+        assert result.returncode == 0
+        findings = [line for line in result.stdout.splitlines() if line.startswith(("✓", "✗", "!"))]
+        assert [line.split()[:2] for line in findings] == [["✓", "listener"], ["✓", "upstream"], ["✓", "collector"]]
+        receiver.refuse()
+        result = run(*arguments, OTEL_EXPORTER_OTLP_ENDPOINT=receiver.http_endpoint)
+        assert result.returncode == 1
+        assert f"✗ collector http/protobuf {receiver.http_endpoint}/v1/traces  cannot be reached" in result.stdout
+        assert upstream.messages == []
+
+
+# send, passwd -------------------------------------------------------------------------------------------------
+
+
+def test_send_prints_replies_and_the_trace_id(tmp_path: Path) -> None:
+    with CapturingUpstream() as upstream, gateway({"upstream.url": upstream.url}, tmp_path) as running:
+        result = run("send", "--to", "you@example.net", f"127.0.0.1:{running.port}", "--size", "100KiB")
+        assert result.returncode == 0, result.stderr
+        trace = re.search(r"^trace ([0-9a-f]{32})$", result.stdout, re.MULTILINE)
+        assert trace is not None
+        assert f"(content)  250 2.0.0 Ok trace={trace[1]}" in result.stdout
+        (message,) = upstream.wait_for_messages(1)
+        assert len(message.content) > 100 * 1024
+        access = until(
+            lambda: [line for line in running.log if line["event"] == "smtp.transaction"] or None, "its line"
+        )
+        assert access[0]["trace_id"] == trace[1]
+
+
+def test_send_sends_a_file_and_fails_where_the_gateway_refuses(tmp_path: Path) -> None:
+    (tmp_path / "mail.eml").write_bytes(b"Subject: mine\n\nmine\n")
+    with CapturingUpstream() as upstream:
+        where = f"127.0.0.1:{upstream.port}"
+        assert run("send", "-t", "you@example.net", where, "--file", str(tmp_path / "mail.eml")).returncode == 0
+        assert upstream.wait_for_messages(1)[0].content == b"Subject: mine\r\n\r\nmine\r\n"
+    result = run("send", "-t", "you@example.net", where)
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"otel-smtp: connecting to smtp://{where} failed")
+
+
+@pytest.mark.parametrize("arguments", [[], ["--scram"]])
+def test_passwd_prints_a_line_that_the_gateway_reads(tmp_path: Path, arguments: list[str]) -> None:
+    result = run("passwd", "app", *arguments, stdin="pass word\n")
+    assert result.returncode == 0
+    assert "pass word" not in result.stdout + result.stderr
+    (tmp_path / "users").write_text(result.stdout)
+    assert load_users(tmp_path / "users").knows("app")
+
+
+# demo ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_demonstration_shows_four_traces_and_exports_the_same() -> None:
+    with OtlpReceiver(with_grpc=False) as receiver:
+        result = run(
+            "demo", "--once", "--listen", "127.0.0.1:0", "--slow", "0",
+            OTEL_EXPORTER_OTLP_ENDPOINT=receiver.http_endpoint,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        exported = {span.trace_id for span in receiver.wait_for_spans(12)}
+    assert result.stderr == ""
+    assert "\x1b" not in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    shown = re.findall(r"^trace ([0-9a-f]{32})$", result.stdout, re.MULTILINE)
+    assert len(shown) == 4
+    assert set(shown) == exported
+    outcomes = re.findall(r"^[✓✗] (\w+)(?: (\d+))?", result.stdout, re.MULTILINE)
+    assert outcomes == [("relayed", "250"), ("relayed", "250"), ("refused", "550"), ("aborted", "")]
+    assert "550 5.1.1" in result.stdout
+    assert "client_disconnect" in result.stdout
+
+
+def test_the_demonstration_draws_your_mail_too_until_it_is_told_to_stop(tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    with output.open("wb") as stdout:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "otel_smtp", "demo", "--listen", "127.0.0.1:0", "--slow", "0"],
+            stdout=stdout,
+            env=environment(PYTHONIOENCODING="utf-8", PYTHONUNBUFFERED="1", COLUMNS="60"),
+        )
+    try:
+
+        def text() -> str:
+            return output.read_text(encoding="utf-8")
+
+        def printed(pattern: str) -> re.Match[str]:
+            return until(
+                lambda: re.search(pattern, output.read_text(encoding="utf-8"), re.MULTILINE),
+                pattern,
+                timeout_seconds=30,
+            )
+
+        port = int(printed(r"^gateway   127\.0\.0\.1:(\d+)")[1])
+        printed(r"^Now you")
+        with smtplib.SMTP("127.0.0.1", port, timeout=20) as client:
+            client.sendmail("me@example.org", ["you@example.net"], b"Subject: x\r\n\r\nHello\r\n")
+        printed(r"(?s)^5  Yours.*● +Closed")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()
+    # What is to be copied stands in one line whatever the width.
+    drawn = [line for line in output.read_text(encoding="utf-8").splitlines() if not line.startswith("  ")]
+    assert max(map(len, drawn)) <= 80
+
+
+def test_bench_is_one_of_the_commands() -> None:
+    with CapturingUpstream() as upstream:
+        result = run("bench", "--port", str(upstream.port), "--messages", "5", "--sessions", "1", "--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["accepted"] == 5

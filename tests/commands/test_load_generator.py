@@ -1,0 +1,173 @@
+"""The load engine against a sink that counts, and against servers that refuse, drop, stall or are not there."""
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from otel_smtp.commands.load_generator import Load, LoadPlan, LoadResult, message
+from tests.bench.process import Child, free_port
+from tests.support.sink_process import running_sink
+
+
+@pytest.fixture(scope="module")
+def sink() -> Iterator[tuple[int, Child]]:
+    with running_sink() as running:
+        yield running
+
+
+def plan(port: int, **what: object) -> LoadPlan:
+    return LoadPlan(host="127.0.0.1", port=port, **{"messages": 20, "sessions": 3, **what})  # type: ignore[arg-type]  # a table of settings
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        {},
+        {"sessions": 1},
+        {"sessions": 50},  # more sessions than messages
+        {"keeps_connections": False},
+        {"size_octets": 1},  # the header block alone
+        {"size_octets": 3_000_000, "messages": 4},  # far above the socket's buffers
+    ],
+)
+def test_every_message_arrives_once_and_is_timed(sink: tuple[int, Child], what: dict[str, object]) -> None:
+    port, process = sink
+    before = process.ask()
+    sent = plan(port, **what)
+    result = Load(sent).run()
+    after = process.ask()
+    assert (result.accepted, result.failed) == (sent.messages, 0)
+    assert after["messages"] - before["messages"] == sent.messages
+    assert after["octets"] - before["octets"] == result.accepted * (len(message(sent)) + len(b".\r\n"))
+    assert len(result.latencies_ns) == result.accepted
+    assert result.messages_per_second > 0
+    connections = after["connections"] - before["connections"]
+    assert connections == (min(sent.sessions, result.accepted) if sent.keeps_connections else result.accepted)
+
+
+def test_a_load_by_time_ends_in_time(sink: tuple[int, Child]) -> None:
+    result = Load(plan(sink[0], messages=None, seconds=0.05)).run()
+    assert result.accepted > 0
+    assert not result.failed
+
+
+def test_a_load_without_an_end_is_refused() -> None:
+    with pytest.raises(ValueError, match="without an end"):
+        LoadPlan(host="127.0.0.1", port=1)
+
+
+@pytest.mark.parametrize("octets", [*range(150, 400), 10_240, 100_000])
+def test_a_message_has_the_octets_asked_for_and_whole_lines(octets: int) -> None:
+    content = message(plan(1, size_octets=octets))
+    assert content.endswith(b"\r\n")
+    assert content.count(b"\r\n") == content.count(b"\r") == content.count(b"\n")
+    assert not content.startswith(b".")
+    assert b"\r\n." not in content  # nothing that would have to be dot-stuffed
+    if octets > 200:
+        assert len(content) == octets
+
+
+def test_progress_is_told_and_may_end_the_run(sink: tuple[int, Child]) -> None:
+    class Enough(Exception):
+        pass
+
+    def stop(result: LoadResult) -> None:
+        assert result.failed == 0
+        raise Enough
+
+    with pytest.raises(Enough):
+        Load(plan(sink[0], messages=1_000_000), stop).run()
+
+
+@contextmanager
+def server(answer: Callable[[socket.socket], None]) -> Iterator[int]:
+    """A listener that lets `answer` speak on each connection in turn, until the test closes it."""
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        while True:
+            try:
+                connection, _ = listening.accept()
+            except OSError:
+                return
+            with connection:
+                try:
+                    answer(connection)
+                except OSError:
+                    continue
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        yield listening.getsockname()[1]
+    finally:
+        listening.shutdown(socket.SHUT_RDWR)
+        listening.close()
+        thread.join()
+
+
+def scripted(*replies: bytes) -> Callable[[socket.socket], None]:
+    """Send the first reply at once and each next one after something was read; then close."""
+
+    def answer(connection: socket.socket) -> None:
+        connection.sendall(replies[0])
+        for reply in replies[1:]:
+            if not connection.recv(65536):
+                return
+            connection.sendall(reply)
+
+    return answer
+
+
+FAILURES = [
+    ((b"554 no\r\n",), 1, "connect: 554 no"),
+    ((b"220-many\r\n220 x\r\n", b"500 what\r\n"), 2, "EHLO: 500 what"),
+    ((b"220 x\r\n", b"250 x\r\n", b"451 later\r\n"), 2, "MAIL: 451 later"),
+    ((b"220 x\r\n", b"250 x\r\n", b"421 at once\r\n"), 2, "MAIL: 421 at once"),  # nothing was taken before: a failure
+    ((b"220 x\r\n", b"250-x\r\n250 Y\r\n", b"250 k\r\n", b"550 nobody\r\n"), 2, "RCPT: 550 nobody"),
+    ((b"220 x\r\n", b"250 x\r\n", b"250 k\r\n", b"250 k\r\n", b"554 no\r\n"), 2, "DATA: 554 no"),
+    ((b"220 x\r\n", b"250 x\r\n", b"250 k\r\n", b"250 k\r\n", b"354 go\r\n", b"552 big\r\n"), 2, "content: 552 big"),
+    ((b"220 x\r\n", b"250 x\r\n", b"250 k\r\n"), 2, "connection closed"),
+    ((b"",), 1, "connection closed"),
+]
+
+
+@pytest.mark.parametrize(("replies", "messages", "reason"), FAILURES)
+def test_a_failure_is_counted_by_its_reason_and_the_run_ends(
+    replies: tuple[bytes, ...], messages: int, reason: str
+) -> None:
+    with server(scripted(*replies)) as port:
+        result = Load(plan(port, messages=messages, sessions=1)).run()
+    assert result.accepted == 0
+    assert result.failed >= 1
+    assert set(result.failures) <= {reason, "connection: Connection reset by peer"}
+    assert reason in result.failures
+
+
+def test_a_server_that_counts_messages_costs_a_reconnect_and_no_message() -> None:
+    one = (b"220 x\r\n", b"250 x\r\n", b"250 k\r\n", b"250 k\r\n", b"354 go\r\n", b"250 taken\r\n", b"421 enough\r\n")
+    with server(scripted(*one)) as port:
+        result = Load(plan(port, messages=3, sessions=1)).run()
+    assert (result.accepted, result.failed) == (3, 0)
+    assert result.reconnects == 2
+
+
+def test_silence_ends_the_run() -> None:
+    released = threading.Event()
+
+    def silent(connection: socket.socket) -> None:
+        released.wait()
+
+    with server(silent) as port:
+        result = Load(plan(port, messages=1, sessions=1, timeout_seconds=0.05)).run()
+        released.set()
+    assert result.failures == {"no reply within 0.05 s": 1}
+
+
+def test_nobody_listening_is_a_failure_and_not_an_exception() -> None:
+    result = Load(plan(free_port(), messages=5, sessions=1)).run()
+    assert result.accepted == 0
+    assert result.failed == 1

@@ -1,0 +1,120 @@
+"""`otel-smtp queue` as a process: with a gateway that owns the spool, and without one."""
+
+import json
+import smtplib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from otel_smtp.smtp.replies import Reply
+from tests.commands.test_cli import Result, run
+from tests.support.capture import CapturingUpstream
+from tests.support.dialogue import UpstreamScript
+from tests.support.process import GatewayProcess, gateway, until
+
+MAIL = b"Subject: a queued one\r\n\r\nHello.\r\n"
+
+
+def queue(spool: Path, *arguments: str, stdin: str = "") -> Result:
+    return run("queue", *arguments, "--spool", str(spool), stdin=stdin, COLUMNS="120")
+
+
+def rows(spool: Path) -> list[dict[str, Any]]:
+    told = queue(spool, "list", "--json")
+    assert told.returncode == 0, told.stderr
+    return [json.loads(line) for line in told.stdout.splitlines()]
+
+
+@pytest.fixture
+def running(tmp_path: Path, upstream: CapturingUpstream) -> Iterator[GatewayProcess]:
+    """A gateway in mode queue, whose upstream says 451 to everything, with three messages in its spool."""
+    upstream.say(UpstreamScript(mail=(Reply(451, None, ("4.7.1 later",)),) * 100))
+    settings = {
+        "upstream.url": upstream.url,
+        "delivery.mode": "queue",
+        "spool.directory": str(tmp_path / "spool"),
+        "spool.retry": ["1h"],
+    }
+    with gateway(settings, tmp_path) as process:
+        with smtplib.SMTP("127.0.0.1", process.port) as client:
+            for number in range(3):
+                client.sendmail("app@example.com", [f"user{number}@example.net"], MAIL)
+        until(
+            lambda: all(row["queue_name"] == "deferred" for row in rows(tmp_path / "spool")) or None,
+            "all three were attempted",
+        )
+        yield process
+
+
+@pytest.fixture
+def upstream() -> Iterator[CapturingUpstream]:
+    with CapturingUpstream() as upstream:
+        yield upstream
+
+
+def test_with_a_gateway_and_after_it(running: GatewayProcess, tmp_path: Path) -> None:
+    spool = tmp_path / "spool"
+    ids = [row["queue_id"] for row in rows(spool)]
+    assert len(ids) == 3
+    listed = queue(spool, "list").stdout
+    assert all(one in listed for one in ids)
+    assert "3 messages" in listed
+    assert listed.count("451 4.7.1 later") == 3  # why they wait, and each message in one line for who searches
+    assert len(listed.splitlines()) == 6
+    shape = queue(spool, "shape", "--by", "reason").stdout
+    assert ["451", "4.7.1", "later", "3", "3"] in [line.split() for line in shape.splitlines()]
+    assert queue(spool, "hold", ids[0]).stdout == "1 held\n"
+    assert f"{ids[0]}!" in queue(spool, "list").stdout
+    assert queue(spool, "delete", "-", stdin=f"{ids[1]}\n").stdout == "1 removed\n"
+    assert "451 4.7.1 later" in queue(spool, "show", ids[0]).stdout
+    assert any(line.get("event") == "an operator changed a queued message" for line in running.log)
+    assert running.stop() == 0
+    # The same, now that nobody runs.
+    assert [row["queue_id"] for row in rows(spool)] == [ids[0], ids[2]]
+    assert queue(spool, "release", "--all").stdout == "1 released\n"
+    counted = json.loads(queue(spool, "counts").stdout)
+    assert counted["recipients"] == {"accepted": 3, "removed": 1}
+
+
+def test_an_export_has_the_message_and_its_envelope(running: GatewayProcess, tmp_path: Path) -> None:
+    told = queue(tmp_path / "spool", "export", "--all", "--to", str(tmp_path / "out"))
+    assert told.returncode == 0
+    files = sorted((tmp_path / "out").glob("*.eml"))
+    assert len(files) == 3
+    assert all(file.read_bytes().endswith(MAIL) for file in files)
+    envelope = json.loads(files[0].with_suffix(".json").read_text())
+    assert envelope["sender"] == "app@example.com"
+    shown = queue(tmp_path / "spool", "show", files[0].stem, "--content").stdout
+    assert shown.endswith(MAIL.decode().replace("\r\n", "\n"))
+
+
+def test_the_trace_of_a_queued_message_is_told(running: GatewayProcess, tmp_path: Path) -> None:
+    traces = {line["smtp.spool.id"]: line["trace_id"] for line in running.log if line["event"] == "smtp.transaction"}
+    assert {row["queue_id"]: row["trace_id"] for row in rows(tmp_path / "spool")} == traces
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "told"),
+    [
+        (("hold",), 2, "which messages?"),
+        (("delete", "--all"), 2, "add --yes to mean it"),
+        (("show", "nothing"), 1, "no message nothing"),
+        (("shape", "--by", "colour"), 2, "allowed: domain, sender, reason"),
+        (("hold", "nothing"), 1, "no message nothing"),
+    ],
+)
+def test_wrong_use_is_said(
+    running: GatewayProcess, tmp_path: Path, arguments: tuple[str, ...], status: int, told: str
+) -> None:
+    result = queue(tmp_path / "spool", *arguments)
+    assert result.returncode == status
+    assert told in result.stderr
+    assert len(rows(tmp_path / "spool")) == 3
+
+
+def test_no_spool_is_an_error(tmp_path: Path) -> None:
+    told = queue(tmp_path / "nowhere", "list")
+    assert told.returncode == 1
+    assert "there is no spool" in told.stderr

@@ -1,0 +1,108 @@
+"""The gateway as a part of another program."""
+
+import asyncio
+import base64
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+import otel_smtp
+from otel_smtp import ConnectionInfo, Gateway, Settings, Transition, load
+from otel_smtp.gateway.app import leave_out_of_garbage_collection
+from tests.support.capture import CapturingUpstream
+
+BY_TOKEN: Final = {
+    "name": "tokens",
+    "address": ["127.0.0.1:0"],
+    "auth": "required",
+    "auth_in_clear": True,
+}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_exported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
+
+
+@pytest.fixture
+def upstream() -> Iterator[CapturingUpstream]:
+    with CapturingUpstream() as capturing:
+        yield capturing
+    assert capturing.violations == []
+
+
+def settings_for(upstream: CapturingUpstream, listener: dict[str, Any], *, verifies_tokens: bool = False) -> Settings:
+    values = {"listener": [listener], "upstream": [{"url": upstream.url}], "status": {"address": "off"}}
+    return load(values=values, verifies_tokens=verifies_tokens)
+
+
+async def conversation(gateway: Gateway, listener: str, *flights: str) -> list[str]:
+    """Say each flight once the last was answered; the last line of each answer, the greeting first."""
+    (address,) = gateway.addresses[listener]
+    reader, writer = await asyncio.open_connection(address.host, address.port)
+    answers = []
+    try:
+        async with asyncio.timeout(10):
+            for flight in ("", *flights):
+                writer.write(f"{flight}\r\n".encode() if flight else b"")
+                while (line := (await reader.readline()).decode())[3:4] == "-":
+                    pass
+                answers.append(line.strip())
+    finally:
+        writer.close()
+        await writer.wait_closed()
+    return answers
+
+
+async def verify(name: str, token: str) -> str | None:
+    return name if token == "right" else None
+
+
+def xoauth2(token: str) -> str:
+    return "AUTH XOAUTH2 " + base64.b64encode(f"user=app\x01auth=Bearer {token}\x01\x01".encode()).decode()
+
+
+MAIL: Final = "MAIL FROM:<a@client.example>"
+
+
+async def test_a_program_verifies_tokens_and_has_no_users_file(upstream: CapturingUpstream) -> None:
+    settings = settings_for(upstream, BY_TOKEN, verifies_tokens=True)
+    seen: list[str] = []
+
+    def conn_state(connection: ConnectionInfo, transition: Transition) -> None:
+        seen.append(str(transition.state))
+
+    async with Gateway(settings, token_verifier=verify, conn_state=conn_state) as gateway:
+        # RFC 7628 3.2.3: a refused token is told why by a challenge, which the client answers.
+        wrong = await conversation(gateway, "tokens", "EHLO me", xoauth2("wrong"), "AQ==", MAIL)
+        assert [answer[:3] for answer in wrong] == ["220", "250", "334", "535", "530"]
+        right = await conversation(
+            gateway, "tokens", "EHLO me", xoauth2("right"), MAIL, "RCPT TO:<b@there.example>", "DATA", "."
+        )
+        assert [answer[:3] for answer in right] == ["220", "250", "235", "250", "250", "354", "250"]
+    assert len(upstream.messages) == 1
+    assert seen.count("Auth") == 2
+
+
+async def test_who_promised_to_verify_tokens_and_does_not_has_no_gateway(upstream: CapturingUpstream) -> None:
+    settings = settings_for(upstream, BY_TOKEN, verifies_tokens=True)
+    with pytest.raises(ValueError, match="listener 'tokens' has AUTH, but neither a users file nor a token verifier"):
+        Gateway(settings)
+
+
+def test_no_module_takes_the_place_of_a_name_that_programs_import() -> None:
+    # A submodule, once imported, is an attribute of its package: `load` was one, and no function any more.
+    modules = {path.stem for path in Path(otel_smtp.__file__).parent.iterdir()}
+    assert modules.isdisjoint(otel_smtp.__all__)
+
+
+def test_the_collector_does_not_look_at_what_start_up_made() -> None:
+    try:
+        leave_out_of_garbage_collection()
+        assert gc.get_freeze_count() > 1000
+        assert len(gc.get_objects()) < 1000
+    finally:
+        gc.unfreeze()

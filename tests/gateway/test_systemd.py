@@ -1,0 +1,60 @@
+"""What a service manager is told, over a real datagram socket."""
+
+import logging
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from otel_smtp.gateway.systemd import ServiceManager
+
+
+@pytest.fixture(params=["path", "abstract"])
+def manager(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, socket.socket]]:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        name = str(tmp_path / "notify")
+        sock.bind(name if request.param == "path" else "\0" + name)
+        sock.settimeout(5)
+        yield name if request.param == "path" else "@" + name, sock
+
+
+def told(sock: socket.socket) -> list[str]:
+    return sock.recv(4096).decode().split("\n")
+
+
+def test_ready_stopping_and_reloading_are_told(manager: tuple[str, socket.socket]) -> None:
+    address, sock = manager
+    before = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+    ServiceManager(address).ready("smtp 127.0.0.1:2525\nREADY=0")
+    ready = told(sock)
+    assert ready[:2] == ["READY=1", "STATUS=smtp 127.0.0.1:2525 READY=0"], "a line break would be a message of its own"
+    assert int(ready[2].removeprefix("MONOTONIC_USEC=")) >= before
+    ServiceManager(address).stopping(25.0)
+    assert told(sock)[::2] == ["STOPPING=1", "EXTEND_TIMEOUT_USEC=25000000"]
+    ServiceManager(address).reloading()
+    assert told(sock)[0] == "RELOADING=1"
+
+
+@pytest.mark.parametrize("address", [None, ""])
+def test_without_a_manager_nothing_happens(address: str | None, caplog: pytest.LogCaptureFixture) -> None:
+    ServiceManager(address).ready("up")
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("address", ["/nowhere/notify", "@nobody", "x" * 300])
+def test_a_manager_that_cannot_be_told_is_logged_and_no_more(address: str, caplog: pytest.LogCaptureFixture) -> None:
+    ServiceManager(address).ready("up")
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+
+
+def test_a_manager_that_does_not_listen_blocks_nobody(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    name = str(tmp_path / "full")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(name)
+        for _ in range(2000):
+            if caplog.records:
+                break
+            ServiceManager(name).ready("up")
+    assert caplog.records, "its queue is full and we were told so at once"
