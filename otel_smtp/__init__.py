@@ -19,7 +19,7 @@ A message's way through the house
 
 from typing import TYPE_CHECKING, Any
 
-from otel_smtp.observer import ConnectionInfo, Observer
+from otel_smtp.observing import ConnectionInfo, Observer
 from otel_smtp.smtp.states import ConnState, Transition
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from typing import Final
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from otel_smtp.observer import ConnectionInfo, Endpoint, Observer, Outcome, TraceHeaders, TransactionObserver
+from otel_smtp.observing import ConnectionInfo, Endpoint, Observer, Outcome, TraceHeaders, TransactionObserver
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.events import (
     AuthRequested,

@@ -14,7 +14,7 @@ from typing import Final
 
 import pytest
 
-from otel_smtp.observer import ConnectionInfo, Endpoint, TlsInfo
+from otel_smtp.observing import ConnectionInfo, Endpoint, TlsInfo
 from otel_smtp.server.connection import Connection, ListenerPolicy, ServerTimeouts
 from otel_smtp.server.users import Authenticator, Users
 from otel_smtp.smtp import replies

@@ -84,20 +84,20 @@ class Room:
 
 
 _EVERYTHING: Final = Room((PACKAGE,), None, _LIBRARY, reads_environment=True)
-_ADAPTER: Final = ("otel_smtp.smtp", "otel_smtp.observer", "otel_smtp.net", "otel_smtp.forwarding.base")
+_ADAPTER: Final = ("otel_smtp.smtp", "otel_smtp.observing", "otel_smtp.net", "otel_smtp.forwarding.base")
 
 # The longest prefix that fits a module is its room.
 ROOMS: Final = {
-    "otel_smtp": Room(("otel_smtp.gateway.app", "otel_smtp.config", "otel_smtp.observer", *SMTP_TYPES)),
+    "otel_smtp": Room(("otel_smtp.gateway.app", "otel_smtp.config", "otel_smtp.observing", *SMTP_TYPES)),
     "otel_smtp.smtp": Room((), standard=PURE_LIBRARY),
-    "otel_smtp.observer": Room(SMTP_TYPES, standard=PURE_LIBRARY | {"logging"}),
-    "otel_smtp.net": Room(("otel_smtp.observer", *SMTP_TYPES)),
-    "otel_smtp.forwarding.base": Room(("otel_smtp.observer", *SMTP_TYPES), standard=PURE_LIBRARY, stands_apart=True),
+    "otel_smtp.observing": Room(SMTP_TYPES, standard=PURE_LIBRARY | {"logging"}),
+    "otel_smtp.net": Room(("otel_smtp.observing", *SMTP_TYPES)),
+    "otel_smtp.forwarding.base": Room(("otel_smtp.observing", *SMTP_TYPES), standard=PURE_LIBRARY, stands_apart=True),
     "otel_smtp.forwarding": Room(_ADAPTER, frozenset({"httpx", "scramp"})),
     "otel_smtp.server": Room(_ADAPTER, frozenset({"argon2", "scramp"})),
     "otel_smtp.spool": Room(_ADAPTER),
     "otel_smtp.telemetry": Room(
-        ("otel_smtp.observer", *SMTP_TYPES), frozenset({"opentelemetry", "prometheus_client", "structlog", "google"})
+        ("otel_smtp.observing", *SMTP_TYPES), frozenset({"opentelemetry", "prometheus_client", "structlog", "google"})
     ),
     # The way to a collector: its libraries are imported by the thread that exports.
     "otel_smtp.telemetry.collector": Room((), frozenset({"grpc", "httpx", "google", "opentelemetry"})),
@@ -107,13 +107,13 @@ ROOMS: Final = {
     "otel_smtp.telemetry.metric_export": Room(("otel_smtp.telemetry",), frozenset({"opentelemetry"})),
     "otel_smtp.telemetry.log_export": Room(("otel_smtp.telemetry",)),
     "otel_smtp.telemetry.setup": Room(
-        ("otel_smtp.observer", "otel_smtp.telemetry", *SMTP_TYPES),
+        ("otel_smtp.observing", "otel_smtp.telemetry", *SMTP_TYPES),
         frozenset({"opentelemetry"}),
         reads_environment=True,
     ),
-    "otel_smtp.status": Room(("otel_smtp.observer", *SMTP_TYPES), frozenset({"starlette", "uvicorn", "httpx"})),
+    "otel_smtp.status": Room(("otel_smtp.observing", *SMTP_TYPES), frozenset({"starlette", "uvicorn", "httpx"})),
     "otel_smtp.config": Room(
-        ("otel_smtp.observer", *SMTP_TYPES),
+        ("otel_smtp.observing", *SMTP_TYPES),
         frozenset({"msgspec"}),
         _LIBRARY - INPUT_OUTPUT - {"argparse"},
     ),
@@ -127,7 +127,7 @@ ROOMS: Final = {
     "otel_smtp.commands.load_generator": Room((), standard=_LIBRARY - {"argparse"}, stands_apart=True),
     "otel_smtp.gateway": _EVERYTHING,
     # Processes, signals and a pipe; what a worker does is given in.
-    "otel_smtp.gateway.workers": Room(("otel_smtp.observer", "otel_smtp.gateway.systemd"), stands_apart=True),
+    "otel_smtp.gateway.workers": Room(("otel_smtp.observing", "otel_smtp.gateway.systemd"), stands_apart=True),
     # One datagram to the service manager.
     "otel_smtp.gateway.systemd": Room((), stands_apart=True),
     "otel_smtp.__main__": Room(("otel_smtp.commands.cli",)),
@@ -346,7 +346,7 @@ BAD = [
     ("otel_smtp.smtp.server", "import time", "imports time"),
     ("otel_smtp.smtp.server", "from logging import getLogger", "imports logging.getLogger"),
     ("otel_smtp.smtp.server", "import scramp", "imports scramp"),
-    ("otel_smtp.smtp.server", "from otel_smtp.observer import TlsInfo", "imports otel_smtp.observer.TlsInfo"),
+    ("otel_smtp.smtp.server", "from otel_smtp.observing import TlsInfo", "imports otel_smtp.observing.TlsInfo"),
     ("otel_smtp.smtp.server", "async def f() -> None: ...", "awaits"),
     # an import is an import wherever it stands
     ("otel_smtp.smtp.server", "def f():\n    import socket", "imports socket"),
@@ -382,8 +382,8 @@ BAD = [
     ),
     ("otel_smtp.telemetry.tracing", "from otel_smtp.smtp.server import X", "imports otel_smtp.smtp.server.X"),
     ("otel_smtp.status.pages", "from otel_smtp.telemetry import tracing", "imports otel_smtp.telemetry.tracing"),
-    ("otel_smtp.observer", "from otel_smtp.smtp.server import X", "imports otel_smtp.smtp.server.X"),
-    ("otel_smtp.observer", "import asyncio", "imports asyncio"),
+    ("otel_smtp.observing", "from otel_smtp.smtp.server import X", "imports otel_smtp.smtp.server.X"),
+    ("otel_smtp.observing", "import asyncio", "imports asyncio"),
     # one room knows OpenTelemetry; each library has its room
     ("otel_smtp.server.connection", "from opentelemetry import trace", "imports opentelemetry.trace"),
     ("otel_smtp.status.pages", "import opentelemetry.sdk", "imports opentelemetry.sdk"),

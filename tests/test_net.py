@@ -24,7 +24,7 @@ from otel_smtp.net import (
     is_accept_exhausted,
     listen,
 )
-from otel_smtp.observer import Endpoint
+from otel_smtp.observing import Endpoint
 from tests.support.waiting import SECONDS, until
 
 pytestmark = pytest.mark.both_loops

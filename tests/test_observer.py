@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import pytest
 
-from otel_smtp.observer import (
+from otel_smtp.observing import (
     ConnectionInfo,
     ConnectionObserver,
     DeliveryObserver,

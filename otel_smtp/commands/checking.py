@@ -23,7 +23,7 @@ from otel_smtp.config.values import is_local, literal_address, size_text
 from otel_smtp.forwarding.faults import UpstreamFault
 from otel_smtp.forwarding.settings import UpstreamSettings
 from otel_smtp.forwarding.smarthost import Smarthost
-from otel_smtp.observer import DeliveryObserver, DeliveryPhase, Endpoint, TlsInfo
+from otel_smtp.observing import DeliveryObserver, DeliveryPhase, Endpoint, TlsInfo
 from otel_smtp.smtp.client import Extensions
 from otel_smtp.smtp.replies import Reply
 from otel_smtp.smtp.states import TlsMode

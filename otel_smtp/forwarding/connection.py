@@ -15,7 +15,7 @@ from otel_smtp.forwarding import authentication
 from otel_smtp.forwarding.faults import ConnectFailed, ConnectionLost, OutOfStep, TimedOut, UpstreamFault
 from otel_smtp.forwarding.settings import Credentials, PoolLimits, ReplyLimits, Timeouts, UpstreamSettings
 from otel_smtp.net import Stream, connect, connect_unix
-from otel_smtp.observer import DeliveryObserver, DeliveryPhase
+from otel_smtp.observing import DeliveryObserver, DeliveryPhase
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.client import Answer, ClientProtocol, Extensions, Verb, challenge_of
 from otel_smtp.smtp.errors import RemoteProtocolError

@@ -18,7 +18,7 @@ from otel_smtp.forwarding.content import Content
 from otel_smtp.forwarding.faults import OutOfStep, Reclaimed, Unsuitable, UpstreamFault
 from otel_smtp.forwarding.settings import TracePolicy
 from otel_smtp.forwarding.smarthost import Smarthost
-from otel_smtp.observer import DeliveryObserver, DeliveryPhase, Outcome
+from otel_smtp.observing import DeliveryObserver, DeliveryPhase, Outcome
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.client import Answer, Extensions, Verb
 from otel_smtp.smtp.envelope import Body, Mail, Recipient

@@ -11,7 +11,7 @@ from otel_smtp.forwarding.faults import ConnectFailed, NoConnectionFree, Upstrea
 from otel_smtp.forwarding.pool import RECLAIM_AFTER_SECONDS, Decision, Pool, PoolSnapshot, Ticket
 from otel_smtp.forwarding.settings import UpstreamSettings
 from otel_smtp.forwarding.tls import UpstreamTlsContext
-from otel_smtp.observer import DeliveryObserver, DeliveryPhase
+from otel_smtp.observing import DeliveryObserver, DeliveryPhase
 from otel_smtp.smtp.client import Extensions
 from otel_smtp.smtp.states import TlsMode
 

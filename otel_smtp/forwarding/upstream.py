@@ -36,7 +36,7 @@ from otel_smtp.forwarding.pool import PoolSnapshot
 from otel_smtp.forwarding.routes import Routes
 from otel_smtp.forwarding.settings import MEMORY_LIMIT_OCTETS, Strategy, UpstreamSettings
 from otel_smtp.forwarding.smarthost import Smarthost
-from otel_smtp.observer import DeliveryObserver, Endpoint, Outcome, TransactionObserver
+from otel_smtp.observing import DeliveryObserver, Endpoint, Outcome, TransactionObserver
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.client import Extensions, is_safe_path
 from otel_smtp.smtp.envelope import Mail, Recipient

@@ -35,7 +35,7 @@ from otel_smtp.forwarding.upstream import CLOSE_GRACE_SECONDS, UpstreamForwarder
 from otel_smtp.gateway.systemd import ServiceManager
 from otel_smtp.gateway.workers import AT_ONCE, REPLACED, Supervisor, reserve
 from otel_smtp.net import is_accept_exhausted
-from otel_smtp.observer import ConnectionInfo, Endpoint, Observer, StateCallback, fan_out
+from otel_smtp.observing import ConnectionInfo, Endpoint, Observer, StateCallback, fan_out
 from otel_smtp.server.connection import ListenerPolicy, ServerTimeouts
 from otel_smtp.server.listener import Listening, Server
 from otel_smtp.server.tls import CertificateError, ServerTls

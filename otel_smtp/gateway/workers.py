@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NoReturn
 
-from otel_smtp.observer import Endpoint
+from otel_smtp.observing import Endpoint
 
 logger: Final = logging.getLogger("otel_smtp.gateway.workers")
 

@@ -27,7 +27,7 @@ from typing import Final, Protocol, Self
 
 from otel_smtp.forwarding.base import Capabilities, ContentAborted, DeliveryFailed, Forwarder, MailTransaction
 from otel_smtp.net import CLOCK_SLACK_SECONDS, Stream
-from otel_smtp.observer import (
+from otel_smtp.observing import (
     ConnectionInfo,
     ConnectionObserver,
     Endpoint,

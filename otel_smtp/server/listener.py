@@ -11,7 +11,7 @@ from typing import Final
 
 from otel_smtp.forwarding.base import Forwarder
 from otel_smtp.net import Listener, Stream, listen
-from otel_smtp.observer import ConnectionInfo, Endpoint, Observer
+from otel_smtp.observing import ConnectionInfo, Endpoint, Observer
 from otel_smtp.server.connection import Connection, ListenerPolicy, is_in
 from otel_smtp.server.failure_rate import FailureRate
 from otel_smtp.smtp import replies

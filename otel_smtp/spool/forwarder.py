@@ -17,7 +17,7 @@ from otel_smtp.forwarding.base import (
     Relay,
     Transient,
 )
-from otel_smtp.observer import TransactionObserver
+from otel_smtp.observing import TransactionObserver
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Mail, Recipient
 from otel_smtp.smtp.replies import ErrorType, Reply

@@ -19,7 +19,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Final
 
 from otel_smtp.forwarding.base import DeliveryFailed, Relay
-from otel_smtp.observer import DeliveryObserver, Endpoint, Observer, TransactionObserver
+from otel_smtp.observing import DeliveryObserver, Endpoint, Observer, TransactionObserver
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.replies import EnhancedStatus, ErrorType, Reply
 from otel_smtp.spool.bounce import Kind as NoticeKind

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from otel_smtp.forwarding.base import Forwarder, Relay
-from otel_smtp.observer import Observer
+from otel_smtp.observing import Observer
 from otel_smtp.spool.control import ControlSocket, Operations
 from otel_smtp.spool.files import SpoolDirectory
 from otel_smtp.spool.forwarder import DirectThenQueueForwarder, Intake, SpoolForwarder

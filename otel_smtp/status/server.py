@@ -33,7 +33,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from otel_smtp.observer import Endpoint
+from otel_smtp.observing import Endpoint
 from otel_smtp.status import siblings as several
 from otel_smtp.status.live import CONNECTIONS_SHOWN, LiveView
 from otel_smtp.status.siblings import TOKEN_HEADER, Siblings

@@ -14,7 +14,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from typing import Any, Final, Protocol
 
-from otel_smtp.observer import Outcome
+from otel_smtp.observing import Outcome
 
 AttributeValue = str | bool | int | float | Sequence[str]
 

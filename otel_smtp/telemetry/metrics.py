@@ -25,7 +25,7 @@ from prometheus_client.metrics_core import (
 from prometheus_client.metrics_core import Metric as MetricFamily
 from prometheus_client.samples import Exemplar
 
-from otel_smtp.observer import (
+from otel_smtp.observing import (
     ConnectionInfo,
     ConnectionObserver,
     DeliveryObserver,

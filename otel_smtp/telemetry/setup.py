@@ -34,7 +34,7 @@ from opentelemetry.sdk.trace.sampling import (
     TraceIdRatioBased,
 )
 
-from otel_smtp.observer import Observer
+from otel_smtp.observing import Observer
 from otel_smtp.telemetry.attributes import DEFAULT_SERVICE_NAME
 from otel_smtp.telemetry.collector import Protocol, Signal, connect
 from otel_smtp.telemetry.environment import (

@@ -7,7 +7,7 @@ this module and the one call of it in `tracing` are what that will change.
 from enum import StrEnum
 from typing import Final
 
-from otel_smtp.observer import DeliveryPhase
+from otel_smtp.observing import DeliveryPhase
 from otel_smtp.smtp.replies import Reply
 from otel_smtp.smtp.states import Transition
 from otel_smtp.telemetry import attributes as names

@@ -31,7 +31,7 @@ from opentelemetry.sdk.trace.id_generator import IdGenerator, RandomIdGenerator
 from opentelemetry.sdk.trace.sampling import DEFAULT_ON, Sampler
 from opentelemetry.trace import SpanKind
 
-from otel_smtp.observer import (
+from otel_smtp.observing import (
     ConnectionInfo,
     ConnectionObserver,
     DeliveryObserver,

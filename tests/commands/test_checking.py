@@ -26,7 +26,7 @@ from otel_smtp.commands.checking import (
 )
 from otel_smtp.config import Listener, Settings, Status, load
 from otel_smtp.forwarding.settings import UpstreamSettings
-from otel_smtp.observer import Endpoint
+from otel_smtp.observing import Endpoint
 from otel_smtp.smtp.states import TlsMode
 from otel_smtp.spool.files import SpoolDirectory
 from otel_smtp.spool.store import SpoolStore

@@ -15,7 +15,7 @@ import typer
 import yaml
 
 from otel_smtp.commands.cli import app
-from otel_smtp.observer import Endpoint
+from otel_smtp.observing import Endpoint
 from otel_smtp.status.live import LiveView
 from otel_smtp.status.server import StatusServer
 from otel_smtp.status.traces import RecentTraces

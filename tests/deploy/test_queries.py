@@ -9,7 +9,7 @@ from typing import Any, Final
 import pytest
 import yaml
 
-from otel_smtp.observer import Observer
+from otel_smtp.observing import Observer
 from otel_smtp.telemetry import attributes
 from otel_smtp.telemetry.metrics import Metrics
 from tests.support.tools import tool

@@ -14,7 +14,7 @@ from otel_smtp.forwarding.connection import UpstreamConnection, introduce, open_
 from otel_smtp.forwarding.faults import ConnectFailed
 from otel_smtp.forwarding.settings import Credentials, Timeouts, UpstreamSettings
 from otel_smtp.forwarding.tls import UpstreamTlsContext
-from otel_smtp.observer import DeliveryObserver, DeliveryPhase, Endpoint
+from otel_smtp.observing import DeliveryObserver, DeliveryPhase, Endpoint
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.states import TlsMode
 from tests.support.deliveries import RecordedDelivery

@@ -15,7 +15,7 @@ from otel_smtp.forwarding import breaker, pool, smarthost
 from otel_smtp.forwarding.base import ContentAborted, Transient
 from otel_smtp.forwarding.breaker import BreakerState
 from otel_smtp.forwarding.settings import PoolLimits, Strategy, Timeouts, UpstreamSettings
-from otel_smtp.observer import Outcome
+from otel_smtp.observing import Outcome
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.replies import ErrorType, Reply
 from tests.support.deliveries import RecordedTransaction, in_chunks

@@ -9,7 +9,7 @@ taken is written back as it was.
 import re
 from typing import Final
 
-from otel_smtp.observer import TraceHeaders
+from otel_smtp.observing import TraceHeaders
 from otel_smtp.smtp.received import (
     MAX_TRACE_VALUE_OCTETS,
     inspect_header,

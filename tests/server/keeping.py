@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from otel_smtp.forwarding.base import Capabilities, ContentAborted
-from otel_smtp.observer import (
+from otel_smtp.observing import (
     ConnectionInfo,
     ConnectionObserver,
     Observer,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 from otel_smtp.forwarding.base import Capabilities, DeliveryFailed, Permanent, Transient
-from otel_smtp.observer import ConnectionInfo, Endpoint, Outcome
+from otel_smtp.observing import ConnectionInfo, Endpoint, Outcome
 from otel_smtp.server.connection import Connection, ListenerPolicy, ServerTimeouts, is_in
 from otel_smtp.server.users import Authenticator, Users
 from otel_smtp.smtp import replies

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from otel_smtp.observer import Endpoint
+from otel_smtp.observing import Endpoint
 from otel_smtp.server.connection import ListenerPolicy, ServerTimeouts
 from otel_smtp.server.listener import Listening, Server
 from otel_smtp.smtp import replies

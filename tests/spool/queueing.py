@@ -12,7 +12,7 @@ from typing import TypeVar
 from otel_smtp.forwarding.base import DeliveryFailed
 from otel_smtp.forwarding.settings import Strategy, UpstreamSettings
 from otel_smtp.forwarding.upstream import UpstreamForwarder
-from otel_smtp.observer import Observer, TransactionObserver
+from otel_smtp.observing import Observer, TransactionObserver
 from otel_smtp.smtp.envelope import Mail, Recipient
 from otel_smtp.smtp.replies import Reply
 from otel_smtp.spool.index import Index

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from otel_smtp.observer import Outcome
+from otel_smtp.observing import Outcome
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import DsnReturn, Mail, Notify, Recipient
 from otel_smtp.spool.messages import DeliveryState

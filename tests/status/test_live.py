@@ -1,6 +1,6 @@
 """The picture of open connections: what a handle is told is what the page shows, redacted, and gone when closed."""
 
-from otel_smtp.observer import ConnectionInfo, Endpoint, Outcome, TlsInfo
+from otel_smtp.observing import ConnectionInfo, Endpoint, Outcome, TlsInfo
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Mail
 from otel_smtp.smtp.states import CloseReason, ConnState, StateMachine

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from otel_smtp.observer import ConnectionInfo, Endpoint
+from otel_smtp.observing import ConnectionInfo, Endpoint
 from otel_smtp.smtp.states import ConnState, StateMachine
 from otel_smtp.status import server as status_server
 from otel_smtp.status.live import LiveView

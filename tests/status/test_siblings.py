@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from otel_smtp.observer import Endpoint, Outcome
+from otel_smtp.observing import Endpoint, Outcome
 from otel_smtp.smtp.states import ConnState
 from otel_smtp.status.siblings import TOKEN_HEADER, Siblings, merged_metrics, merged_pictures, merged_searches
 from tests.status.test_server import LOOPBACK, Port

@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import AsyncIterator
 
-from otel_smtp.observer import ConnectionInfo, ConnectionObserver, Endpoint, Outcome, TlsInfo
+from otel_smtp.observing import ConnectionInfo, ConnectionObserver, Endpoint, Outcome, TlsInfo
 from otel_smtp.smtp.envelope import Mail
 from otel_smtp.smtp.states import ConnState, StateMachine
 from otel_smtp.status.live import LiveView

@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from otel_smtp.observer import DeliveryObserver, DeliveryPhase, Endpoint, Outcome, TlsInfo, TransactionObserver
+from otel_smtp.observing import DeliveryObserver, DeliveryPhase, Endpoint, Outcome, TlsInfo, TransactionObserver
 from otel_smtp.smtp.replies import ErrorType, Reply
 
 

@@ -1,6 +1,6 @@
 """Observers that note what they are told, in order."""
 
-from otel_smtp.observer import ConnectionInfo, ConnectionObserver, Observer
+from otel_smtp.observing import ConnectionInfo, ConnectionObserver, Observer
 from otel_smtp.smtp.replies import Reply
 from otel_smtp.smtp.states import CloseReason, Transition
 from tests.support.engine import Record

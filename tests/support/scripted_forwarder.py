@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Sequence
 
 from otel_smtp.forwarding.base import Capabilities, DeliveryFailed
-from otel_smtp.observer import TransactionObserver
+from otel_smtp.observing import TransactionObserver
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Mail, Recipient
 from otel_smtp.smtp.replies import Reply

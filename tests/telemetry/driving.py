@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Self
 
-from otel_smtp.observer import (
+from otel_smtp.observing import (
     ConnectionInfo,
     ConnectionObserver,
     DeliveryObserver,

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 
-from otel_smtp.observer import Outcome
+from otel_smtp.observing import Outcome
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.replies import ErrorType
 from otel_smtp.telemetry import attributes as names

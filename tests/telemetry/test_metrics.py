@@ -4,7 +4,7 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from otel_smtp.observer import ConnectionInfo, Endpoint, Observer, Outcome, TraceHeaders
+from otel_smtp.observing import ConnectionInfo, Endpoint, Observer, Outcome, TraceHeaders
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Mail
 from otel_smtp.smtp.extensions import Offer

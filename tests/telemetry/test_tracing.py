@@ -11,7 +11,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, ParentBased, Sampler, TraceIdRatioBased
 from opentelemetry.trace import SpanKind, StatusCode
 
-from otel_smtp.observer import DeliveryPhase, Endpoint, Outcome
+from otel_smtp.observing import DeliveryPhase, Endpoint, Outcome
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Body, Mail
 from otel_smtp.smtp.replies import ErrorType, Reply

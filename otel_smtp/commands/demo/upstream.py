@@ -12,7 +12,7 @@ from ipaddress import IPv4Network
 from typing import Final
 
 from otel_smtp.forwarding.base import Capabilities
-from otel_smtp.observer import Endpoint, Observer, TransactionObserver
+from otel_smtp.observing import Endpoint, Observer, TransactionObserver
 from otel_smtp.server.connection import ListenerPolicy, ServerTimeouts
 from otel_smtp.server.listener import Listening, Server
 from otel_smtp.smtp import replies

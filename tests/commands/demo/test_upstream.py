@@ -9,7 +9,7 @@ import pytest
 import pytest_asyncio
 
 from otel_smtp.commands.demo.upstream import REFUSED_ADDRESS, KeepingForwarder, KeepingUpstream
-from otel_smtp.observer import Endpoint, TransactionObserver
+from otel_smtp.observing import Endpoint, TransactionObserver
 from otel_smtp.smtp.envelope import Mail, Recipient
 
 T = TypeVar("T")
