@@ -1,9 +1,13 @@
 """How one listener speaks: its policy and its limits, as the engine is given them."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import NamedTuple
 
+from otel_smtp.smtp import replies
 from otel_smtp.smtp.content import ContentLimits
+from otel_smtp.smtp.extensions import Offer, keywords
+from otel_smtp.smtp.replies import Reply
 from otel_smtp.smtp.states import TlsMode
 
 
@@ -30,6 +34,20 @@ class ServerLimits:
     commands_per_turn: int = 100
 
 
+class OwnOffer(NamedTuple):
+    """What a listener offers.
+
+    Attributes:
+        behind: what can be offered on behalf of what lies behind; the very object that this was made from.
+        offer: that, and what is our own: limits, TLS, AUTH.
+        reply: how EHLO says it.
+    """
+
+    behind: Offer
+    offer: Offer
+    reply: Reply
+
+
 @dataclass(frozen=True)
 class ServerPolicy:
     """How one listener speaks.
@@ -54,6 +72,34 @@ class ServerPolicy:
     auth_in_clear: bool = False
     rejects_bare_line_ends: bool = False
     limits: ServerLimits = field(default_factory=ServerLimits)
+
+    _offers: dict[bool, OwnOffer] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def own_offer(self, behind: Offer, *, is_tls: bool) -> OwnOffer:
+        """What a session is offered now. One value serves all sessions, until `behind` changes."""
+        own = self._offers.get(is_tls)
+        if own is None or own.behind is not behind:
+            limits = self.limits
+            offer = replace(
+                behind,
+                size=self.message_size_limit(behind),
+                starttls=self.tls_mode is TlsMode.STARTTLS and not is_tls,
+                auth_mechanisms=self.mechanisms(is_tls=is_tls),
+                require_tls=behind.require_tls and is_tls,
+                limits={"MAILMAX": limits.messages_per_connection, "RCPTMAX": limits.recipients},
+            )
+            own = OwnOffer(behind, offer, replies.hello(self.hostname, keywords(offer)))
+            self._offers[is_tls] = own
+        return own
+
+    def mechanisms(self, *, is_tls: bool) -> tuple[str, ...]:
+        """The SASL mechanisms that are offered."""
+        return self.auth_mechanisms if is_tls or self.auth_in_clear else ()
+
+    def message_size_limit(self, behind: Offer) -> int:
+        """Octets of the largest message: our limit, or the upstream's where that is less."""
+        own = self.limits.message_size
+        return own if behind.size is None else min(own, behind.size)
 
     @cached_property
     def content_limits(self) -> ContentLimits:

@@ -49,7 +49,7 @@ from otel_smtp.smtp.commands import (
 from otel_smtp.smtp.content import ContentSink, IncomingContent
 from otel_smtp.smtp.envelope import Body, Mail, Recipient
 from otel_smtp.smtp.errors import LocalProtocolError
-from otel_smtp.smtp.extensions import Offer, keywords, unsupported, unsupported_recipient
+from otel_smtp.smtp.extensions import Offer, unsupported, unsupported_recipient
 from otel_smtp.smtp.framing import ReceiveBuffer
 from otel_smtp.smtp.policy import ServerLimits, ServerPolicy
 from otel_smtp.smtp.replies import ErrorType, Reply
@@ -270,9 +270,7 @@ class ServerProtocol:
         "_mail",
         "_offer",
         "_out",
-        "_own",
         "_policy",
-        "_size_limit",
         "_told",
         "_transaction",
         "close_reason",
@@ -313,8 +311,7 @@ class ServerProtocol:
         self._in = ReceiveBuffer()
         self._out: list[bytes] = []
         self._asked = _Asked.NOTHING
-        self._mail: Mail | None = None  # that was asked about, with the limit that then held for its content
-        self._size_limit = 0
+        self._mail: _Transaction | None = None  # that was asked about
         self._batch: list[Recipient] = []  # to be asked about, or asked about
         self._held: Command | CommandRefused | None = None  # parsed; waits for the answer to the batch
         self._transaction: _Transaction | None = None
@@ -328,7 +325,6 @@ class ServerProtocol:
         self._eof = False
         self._is_running = False
         self._told: Offer | None = None  # what the last EHLO of this session offered
-        self._own: tuple[Offer, Offer, Reply] | None = None  # offered behind us; by us; how EHLO says it
 
     # What the driver tells -------------------------------------------------------------------------------------
 
@@ -406,7 +402,6 @@ class ServerProtocol:
         self.is_tls = True
         self.is_authenticated = False  # somebody in the middle may have said it
         self._told = None
-        self._own = None
         self.phase = Phase.CONNECTED if self._policy.tls_mode is TlsMode.STARTTLS else Phase.UNGREETED
         self.states.enter(ConnState.ACTIVE, TlsAgreed(version, cipher))
 
@@ -443,6 +438,11 @@ class ServerProtocol:
     def awaits_decision(self) -> bool:
         """Whether the handler was asked and has not answered: nothing is run until it does."""
         return self._asked is not _Asked.NOTHING
+
+    @property
+    def has_input(self) -> bool:
+        """Whether octets are held that have not been run."""
+        return bool(self._in.held)
 
     @property
     def is_in_transaction(self) -> bool:
@@ -501,13 +501,13 @@ class ServerProtocol:
         self.run()
 
     def _answer_mail(self, reply: Reply) -> None:
-        mail, self._mail = self._mail, None
+        transaction, self._mail = self._mail, None
         if not reply.is_positive:
             self._send(reply, Verb.MAIL)
             return
-        assert mail is not None
+        assert transaction is not None
         self.transactions += 1
-        self._transaction = _Transaction(mail, self.transactions, self._told or self._own_offer(), self._size_limit)
+        self._transaction = transaction
         self.phase = Phase.MAIL
         self.states.enter(ConnState.ACTIVE)  # recorded only where the level was Idle
         self._send(reply, Verb.MAIL)
@@ -735,40 +735,15 @@ class ServerProtocol:
         if command.verb is Verb.HELO:
             self._send(replies.hello(self._policy.hostname), command.verb)
         else:
-            self._send(self._ehlo(), command.verb)
-
-    def _ehlo(self) -> Reply:
-        self._told = self._own_offer()
-        assert self._own is not None
-        return self._own[2]
-
-    def _own_offer(self) -> Offer:
-        """What this session can be offered now: what lies behind, our limits, TLS and AUTH."""
-        offer = self._offer()
-        if self._own is None or self._own[0] is not offer:
-            limits = self._policy.limits
-            own = replace(
-                offer,
-                size=self._message_size_limit(offer),
-                starttls=self._policy.tls_mode is TlsMode.STARTTLS and not self.is_tls,
-                auth_mechanisms=self._offered_mechanisms(),
-                require_tls=offer.require_tls and self.is_tls,
-                limits={"MAILMAX": limits.messages_per_connection, "RCPTMAX": limits.recipients},
-            )
-            self._own = (offer, own, replies.hello(self._policy.hostname, keywords(own)))
-        return self._own[1]
-
-    def _offered_mechanisms(self) -> tuple[str, ...]:
-        if self.is_tls or self._policy.auth_in_clear:
-            return self._policy.auth_mechanisms
-        return ()
-
-    def _message_size_limit(self, offer: Offer) -> int:
-        own = self._policy.limits.message_size
-        return own if offer.size is None else min(own, offer.size)
+            own = self._policy.own_offer(self._offer(), is_tls=self.is_tls)
+            self._told = own.offer
+            self._send(own.reply, command.verb)
 
     def _run_mail(self, mail: Mail) -> None:
-        size_limit = self._message_size_limit(self._offer())
+        behind = self._offer()
+        size_limit = self._policy.message_size_limit(behind)
+        # Held against what this session was told; whether the upstream still keeps it is asked above.
+        offer = self._told or self._policy.own_offer(behind, is_tls=self.is_tls).offer
         if self._policy.auth_required and not self.is_authenticated:
             self._send(replies.AUTH_REQUIRED, Verb.MAIL)
         elif self.messages >= self._policy.limits.messages_per_connection:
@@ -776,12 +751,10 @@ class ServerProtocol:
         elif mail.size is not None and mail.size > size_limit:
             # RFC 1870 6.1: refused before a single octet of it is sent.
             self._send(replies.MESSAGE_TOO_BIG, Verb.MAIL)
-        elif (refusal := unsupported(mail, self._told or self._own_offer())) is not None:
-            # Held against what this session was told; whether the upstream still keeps it is asked above.
+        elif (refusal := unsupported(mail, offer)) is not None:
             self._send(refusal, Verb.MAIL)
         else:
-            self._mail = mail
-            self._size_limit = size_limit
+            self._mail = _Transaction(mail, self.transactions + 1, offer, size_limit)
             self._asked = _Asked.MAIL
             self._handler.mail_requested(mail)
 
@@ -865,7 +838,7 @@ class ServerProtocol:
             self._fail_auth(replies.ALREADY_AUTHENTICATED)
         elif command.mechanism not in policy.auth_mechanisms:
             self._fail_auth(replies.UNKNOWN_MECHANISM)
-        elif command.mechanism not in self._offered_mechanisms():
+        elif command.mechanism not in policy.mechanisms(is_tls=self.is_tls):
             self._fail_auth(replies.ENCRYPTION_REQUIRED)
         else:
             initial = command.initial_response
