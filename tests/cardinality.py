@@ -19,6 +19,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from otel_smtp.observing import ConnectionInfo, Endpoint, Observer, Outcome, TraceHeaders, TransactionObserver
 from otel_smtp.smtp import replies
+from otel_smtp.smtp.extensions import Offer
+from otel_smtp.smtp.policy import ServerLimits, ServerPolicy
+from otel_smtp.smtp.server import ServerProtocol
+from otel_smtp.smtp.states import CloseReason, TlsMode, raise_illegal
+from otel_smtp.telemetry.setup import Telemetry, TelemetryOptions, set_up
 from tests.support.events import (
     AuthRequested,
     AuthResponded,
@@ -32,10 +37,6 @@ from tests.support.events import (
     TransactionAborted,
     Wait,
 )
-from otel_smtp.smtp.extensions import Offer
-from otel_smtp.smtp.server import ServerLimits, ServerPolicy, ServerProtocol
-from otel_smtp.smtp.states import CloseReason, TlsMode, raise_illegal
-from otel_smtp.telemetry.setup import Telemetry, TelemetryOptions, set_up
 
 WORDS: Final = 1_000_000
 FIRST_WORDS: Final = 5_000

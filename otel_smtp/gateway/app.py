@@ -41,7 +41,7 @@ from otel_smtp.server.listener import Listening, Server
 from otel_smtp.server.tls import CertificateError, ServerTls
 from otel_smtp.server.users import Authenticator, TokenVerifier, UsersFileError, load_users
 from otel_smtp.smtp.envelope import Recipient
-from otel_smtp.smtp.server import ServerLimits, ServerPolicy
+from otel_smtp.smtp.policy import ServerLimits, ServerPolicy
 from otel_smtp.smtp.states import TlsMode, Transition
 from otel_smtp.spool.messages import DeliveryState, Shown, SpoolError
 from otel_smtp.status.live import LiveView

@@ -67,9 +67,7 @@ _CLASSES: Final[Mapping[Verb, frozenset[int]]] = {
 }
 # RFC 2920 3.1: "can only appear as the last command in a group, since their success or failure produces a change of
 # state which the client SMTP must accommodate". The last chunk ends a group since nothing may follow it unanswered.
-_ENDS_GROUP: Final = frozenset(
-    {Verb.GREETING, Verb.EHLO, Verb.STARTTLS, Verb.AUTH, Verb.DATA, Verb.CONTENT, Verb.QUIT}
-)
+_ENDS_GROUP: Final = frozenset({Verb.GREETING, Verb.EHLO, Verb.STARTTLS, Verb.AUTH, Verb.DATA, Verb.CONTENT, Verb.QUIT})
 
 _REPLY_LINE: Final = re.compile(rb"([2-5][0-9]{2})(?:([ -])(.*))?", re.DOTALL)
 # A path as RFC 5321 4.1.2 lets it look to a reader that searches its end: blanks and angle brackets only within the

@@ -26,7 +26,7 @@ from otel_smtp.net import Stream, Sweep
 from otel_smtp.observing import FanOut, fan_out
 from otel_smtp.server.listener import Server
 from otel_smtp.server.session import ListenerPolicy, ServerTimeouts
-from otel_smtp.smtp.server import ServerLimits, ServerPolicy
+from otel_smtp.smtp.policy import ServerLimits, ServerPolicy
 
 KIB: Final = 1024
 _HEADER: Final = (
@@ -167,7 +167,12 @@ class Figures(NamedTuple):
 
 
 async def measure(
-    observers: Observers, *, octets: int = KIB, strategy: str = "transparent", batches: int = 40, mails: int = 200,
+    observers: Observers,
+    *,
+    octets: int = KIB,
+    strategy: str = "transparent",
+    batches: int = 40,
+    mails: int = 200,
     counts: bool = False,
 ) -> Figures:
     """Send batches of mails through a gateway in memory."""
@@ -177,11 +182,16 @@ async def measure(
     try:
         forwarder = UpstreamForwarder(
             [UpstreamSettings(name="sink", host="127.0.0.1", port=2525)],
-            strategy=Strategy(strategy), hostname="gateway.example.com", observer=observer, sweep=sweep,
+            strategy=Strategy(strategy),
+            hostname="gateway.example.com",
+            observer=observer,
+            sweep=sweep,
         )
         limits = ServerLimits(messages_per_connection=sys.maxsize)
         policy = ListenerPolicy(
-            "local", ServerPolicy("gateway.example.com", limits=limits), ServerTimeouts(),
+            "local",
+            ServerPolicy("gateway.example.com", limits=limits),
+            ServerTimeouts(),
             allow=(ipaddress.ip_network("127.0.0.0/8"),),
         )
         server = Server([], forwarder, observer, connections=1000, connections_per_client=1000, sweep=sweep)
@@ -254,7 +264,10 @@ def main() -> None:
     options = parser.parse_args()
     for name in options.observers or OBSERVERS:
         work = measure(
-            OBSERVERS[name], octets=options.size, strategy=options.strategy, batches=options.batches,
+            OBSERVERS[name],
+            octets=options.size,
+            strategy=options.strategy,
+            batches=options.batches,
             counts=options.calls,
         )
         if options.loop == "uvloop":

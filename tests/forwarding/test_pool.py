@@ -7,7 +7,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from otel_smtp.forwarding.breaker import FIRST_BACKOFF_SECONDS, INITIAL_WINDOW, LONGEST_BACKOFF_SECONDS, Breaker, BreakerState
+from otel_smtp.forwarding.breaker import (
+    FIRST_BACKOFF_SECONDS,
+    INITIAL_WINDOW,
+    LONGEST_BACKOFF_SECONDS,
+    Breaker,
+    BreakerState,
+)
 from otel_smtp.forwarding.pool import RECLAIM_AFTER_SECONDS, Decision, Pool, Ticket
 from otel_smtp.forwarding.settings import PoolLimits
 

@@ -8,7 +8,8 @@ from otel_smtp.observing import ConnectionInfo, Endpoint, Observer, Outcome, Tra
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Mail
 from otel_smtp.smtp.extensions import Offer
-from otel_smtp.smtp.server import ServerPolicy, ServerProtocol
+from otel_smtp.smtp.policy import ServerPolicy
+from otel_smtp.smtp.server import ServerProtocol
 from otel_smtp.smtp.states import CloseReason, TlsMode, raise_illegal
 from otel_smtp.telemetry import attributes
 from otel_smtp.telemetry.metrics import Metrics

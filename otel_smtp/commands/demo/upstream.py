@@ -17,8 +17,8 @@ from otel_smtp.server.connection import ListenerPolicy, ServerTimeouts
 from otel_smtp.server.listener import Listening, Server
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Mail, Recipient
+from otel_smtp.smtp.policy import ServerPolicy
 from otel_smtp.smtp.replies import EnhancedStatus, ErrorType, Reply
-from otel_smtp.smtp.server import ServerPolicy
 
 NO_SUCH_USER: Final = Reply(550, EnhancedStatus(5, 1, 1), ("No such user here",), ErrorType.ADDRESS)
 REFUSED_ADDRESS: Final = "refused@example.com"
