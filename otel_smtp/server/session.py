@@ -439,7 +439,8 @@ class Session:
                 self._began = self._loop.time()
         if protocol.close_reason is not None:
             self._finish(protocol.close_reason)
-        elif protocol.received.held or self._pauses:
+            return
+        if protocol.received.held or self._pauses:
             self._manage_reading()
         if len(record.transitions) >= self._most_transitions:
             self._end_segment()
