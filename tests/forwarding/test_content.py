@@ -43,8 +43,8 @@ async def piece_at(content: Content, offset: int) -> bytes | None:
 
 
 async def whole(content: Content) -> bytes:
-    if content.pieces_in_memory is not None:
-        return b"".join(content.pieces_in_memory)
+    if content.pieces is not None:
+        return b"".join(content.pieces)
     body = b""
     while len(body) < content.body_octets:
         piece = await piece_at(content, len(body))
@@ -74,7 +74,7 @@ async def test_content_comes_out_as_it_went_in_as_often_as_it_is_wanted(
     assert content.failure is None
     assert content.header == b"".join(chunks[:1])
     assert content.body_octets == len(body)
-    assert (content.pieces_in_memory is not None) is in_memory
+    assert (content.pieces is not None) is in_memory
     for _ in range(3):
         assert await whole(content) == body
     content.close()
@@ -114,7 +114,7 @@ async def test_memory_stays_within_the_limit_and_the_file_has_no_name(
             resumed.clear()
             held = 0
     await completed(content)
-    assert content.pieces_in_memory is None
+    assert content.pieces is None
     assert given
     assert max(given) <= 60_000
     assert os.listdir(tmp_path) == []

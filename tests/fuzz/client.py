@@ -294,7 +294,7 @@ def _converse(data: bytes, *, is_cut: bool) -> Story:
 
 
 def _check_bound(client: ClientProtocol) -> None:
-    if client.fault is None and not client.has_queued:
+    if client.fault is None and not client.queued:
         # The lines of one reply, and one that is not whole.
         assert held_octets(client) <= MAX_LINE_OCTETS * (MAX_LINES + 1)
 

@@ -537,7 +537,7 @@ def test_a_chunk_in_pieces() -> None:
     with pytest.raises(LocalProtocolError):
         client.begin_last_chunk(5)  # something is queued before it
     assert client.data_to_send() == b"RSET\r\n"
-    assert client.awaited == Verb.RSET
+    assert list(client.awaited) == [Verb.RSET]
     assert fed(client, b"250 ok\r\n") == [(Verb.RSET, 250)]
     assert not client.awaited
     client.begin_last_chunk(5)
