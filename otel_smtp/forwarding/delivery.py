@@ -1,48 +1,33 @@
-"""One transaction upstream: one mail on its way along the upstreams that serve it, one attempt after the other.
+"""One transaction upstream: what is said on a connection for one mail, and what the answers mean.
 
 A `Delivery` is told what to do (`ask` about recipients, `send` the content, `burst` all of it), and says by one call
 back what came of it. In between it goes on by itself: each step queues commands, begins an exchange on its connection,
-and names the step that takes the answers. Here is decided what travels together, when the message is given out of hand,
-and which upstream may be tried next.
+and names the step that takes the answers. Whatever is not an answer goes to `attempts`, which finds the next
+connection; there what was accepted for the client is put to the upstream first, and must be accepted again.
 
 * MAIL and the first recipients are one group, or all of a small message is.
-* `has_ended_content` says that the final dot, or the last chunk, is on its way. From there on nobody else may be tried:
-  a lost connection means that nobody knows whether the mail was delivered, and a second try might deliver it twice.
-* Before that, an upstream that gives no usable answer makes way for the next one. What was accepted for the client is
-  put to that one first, and must be accepted again.
-* One connection that dies says little about its upstream. So an upstream that is lost with a kept connection, or in the
-  middle of a transaction, is tried once more on a fresh one, before the next in order, and within the same attempt.
+* `has_ended_content` says that the final dot, or the last chunk, is on its way.
 
-A refused recipient in `burst` must refuse the whole. So nothing that ends the content is sent before all are known to be
-accepted, but for a single recipient: where that is refused, the last chunk has nobody to go to.
+A refused recipient in `burst` must refuse the whole. So nothing that ends the content is sent before all are known to
+be accepted, but for a single recipient: where that is refused, the last chunk has nobody to go to.
 """
 
-import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from time import monotonic_ns
 from typing import Final
 
+from otel_smtp.forwarding.attempts import Attempts
 from otel_smtp.forwarding.connection import UpstreamConnection
 from otel_smtp.forwarding.content import Content
-from otel_smtp.forwarding.faults import (
-    ConnectionLost,
-    NoConnectionFree,
-    OutOfStep,
-    TimedOut,
-    Unsuitable,
-    UpstreamFault,
-)
-from otel_smtp.forwarding.pool import Decision, Ticket
+from otel_smtp.forwarding.faults import OutOfStep, UpstreamFault
 from otel_smtp.forwarding.settings import TracePolicy
-from otel_smtp.forwarding.smarthost import Smarthost
-from otel_smtp.forwarding.verdicts import fold, missing_extension, outcome_of
-from otel_smtp.observing import DeliveryPhase, DeliveryRecord, Observer, Outcome, TransactionRecord
+from otel_smtp.forwarding.verdicts import fold, outcome_of
+from otel_smtp.observing import DeliveryPhase, Observer, Outcome, TransactionRecord
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.client import Answer, Verb
 from otel_smtp.smtp.envelope import Mail, Recipient
-from otel_smtp.smtp.errors import RemoteProtocolError
 from otel_smtp.smtp.received import replace_trace_headers
 from otel_smtp.smtp.replies import ErrorType, Reply
 
@@ -69,100 +54,44 @@ Delivered = Callable[[Reply, Sequence[Reply]], None]
 """Takes the final reply, and from an LMTP upstream each recipient's own, where there are several."""
 
 
-class Delivery:
+class Delivery(Attempts):
     """One transaction upstream.
 
-    Args:
-        record: gets a `DeliveryRecord` for each attempt.
-        ended_alone: called when an attempt is over that went on without its client, after `abort`.
-
     Attributes:
-        route: the upstreams that were not tried yet, the preferred one first.
         accepted: recipients that go with the content; those of `ask` are added here as they are accepted.
-        has_ended_content: see above.
-        is_under_way: an attempt has begun and is not over.
     """
 
     __slots__ = (
         "_after",
         "_asked",
-        "_attempt",
-        "_connection",
         "_content",
         "_delivered",
-        "_ended_alone",
-        "_faults",
-        "_first_round_trip",
         "_header",
-        "_is_aborted",
-        "_is_connected",
-        "_is_open",
-        "_is_parked",
         "_judged",
-        "_mail",
         "_mail_refusal",
-        "_observer",
-        "_opening",
-        "_record",
         "_refusal",
-        "_retries_fresh",
-        "_retries_same",
         "_sent_octets",
         "_sent_pieces",
-        "_smarthost",
-        "_ticket",
-        "_tried_again",
-        "_was_reused",
-        "_work",
         "accepted",
-        "has_ended_content",
-        "is_under_way",
-        "route",
     )
 
-    # Of the attempt; they are set when it begins, and when it has got its connection.
-    _attempt: DeliveryRecord
-    _smarthost: Smarthost
-    _connection: UpstreamConnection
-    _first_round_trip: int
-    _was_reused: bool
-    # Of the work; they are set when it is asked for.
+    _after: "Callable[[Delivery, list[Answer]], None]"  # the step that takes the answers
+    # Set when they are needed.
     _content: Content
     _header: bytes
     _sent_octets: int
     _sent_pieces: int
-    _after: Callable[[list[Answer]], None]
-    _work: Callable[[], None]
 
     def __init__(
         self, mail: Mail, record: TransactionRecord, observer: Observer, ended_alone: "Callable[[Delivery], None]"
     ) -> None:
-        self._mail = mail
-        self._record = record
-        self._observer = observer
-        self._ended_alone = ended_alone
-        self._is_aborted = False
-        # The way.
-        self.route: Sequence[Smarthost] = ()
-        self._faults: list[UpstreamFault] = []
-        self._tried_again: frozenset[Smarthost] = frozenset()
-        self._retries_same = False  # the next connection is one to the same upstream, within the same attempt
-        self._retries_fresh = False  # and one that was not used before
-        self._ticket: Ticket[UpstreamConnection] | None = None
-        self._opening: asyncio.Task[None] | None = None
-        # The transaction.
-        self.is_under_way = False
-        self._is_connected = False
-        self._is_parked = False  # the client has nothing to say; the connection may be taken away
-        self._is_open = False  # the upstream has answered MAIL with 2yz on this connection
-        self.has_ended_content = False
+        super().__init__(mail, record, observer, ended_alone)
         self.accepted: list[Recipient] = []
-        self._refusal: Reply | None = None  # the last one, of a recipient or of MAIL
-        self._mail_refusal: Reply | None = None
-        # What is asked, and who waits for it.
         self._asked: Sequence[Recipient] = ()
         self._judged: RecipientsJudged | None = None
         self._delivered: Delivered | None = None
+        self._refusal: Reply | None = None  # the last one, of a recipient or of MAIL
+        self._mail_refusal: Reply | None = None
 
     # What a transaction asks ------------------------------------------------------------------------------
 
@@ -176,14 +105,14 @@ class Delivery:
             return
         self._asked = recipients
         self._judged = judged
-        self._work = self._put
+        self._work = Delivery._put
         self._proceed()
 
     def send(self, content: Content, delivered: Delivered) -> None:
         """Send the content to the recipients that were accepted."""
         self._content = content
         self._delivered = delivered
-        self._work = self._send
+        self._work = Delivery._send
         self._proceed()
 
     def burst(self, content: Content, delivered: Delivered) -> None:
@@ -193,7 +122,7 @@ class Delivery:
         """
         self._content = content
         self._delivered = delivered
-        self._work = self._burst
+        self._work = Delivery._burst
         self._proceed()
 
     def abort(self) -> None:
@@ -202,44 +131,14 @@ class Delivery:
         self._judged = self._delivered = None
         if not self.is_under_way or self.has_ended_content:
             return
-        if self._ticket is not None:
-            ticket, self._ticket = self._ticket, None
-            ticket.on_decided = None
-            self._smarthost.withdraw(ticket)
-        if self._opening is not None:
-            opening, self._opening = self._opening, None
-            opening.cancel()
+        self._stop()
         refusal = self._refusal
         if refusal is not None and not self.accepted and self._is_connected:
             self._end(outcome_of(refusal), refusal, refusal.error_type, answered=True)
         else:
             self._end(Outcome.ABORTED, None, None)
 
-    def is_served_by(self, smarthosts: Sequence[Smarthost]) -> bool:
-        """Whether the upstream that has the transaction now, perhaps not the preferred one, is among `smarthosts`."""
-        return not self.is_under_way or self._smarthost in smarthosts
-
-    def give_up(self) -> None:
-        """End an attempt that goes on without its client: nobody will know what came of it."""
-        if self.is_under_way:
-            self._end(Outcome.UNKNOWN, None, ErrorType.OUTCOME_UNKNOWN)
-
-    # Steps and their faults -------------------------------------------------------------------------------
-
-    def _proceed(self) -> None:
-        """Do the work, on the connection at hand, else on the next that is available."""
-        try:
-            if not self._is_connected:
-                self._next_attempt()
-                return
-            if self._is_parked:
-                self._is_parked = False
-                self._smarthost.unpark(self._connection)
-            if not self._connection.is_alive:
-                self._connection.ensure_alive()
-            self._work()
-        except Exception as error:  # noqa: BLE001 - see `_recover`
-            self._recover(error)
+    # Answers ----------------------------------------------------------------------------------------------
 
     def _settled(self, answers: list[Answer], fault: UpstreamFault | None) -> None:
         """An exchange is over: note what was answered, and take the next step."""
@@ -256,62 +155,9 @@ class Delivery:
                 return
             if answers[0][0] is Verb.RSET:
                 self._check_reset(answers.pop(0).reply)
-            self._after(answers)
+            self._after(self, answers)
         except Exception as error:  # noqa: BLE001 - see `_recover`
             self._recover(error)
-
-    def _recover(self, error: Exception) -> None:
-        """Decide what follows from whatever went wrong in a step. Nothing of it reaches those who called us."""
-        while True:  # each turn uses up an upstream, a second chance, or the answer
-            try:
-                if isinstance(error, UpstreamFault):
-                    self._fail(error)
-                elif isinstance(error, RemoteProtocolError):  # a late reply was there when a command was to be sent
-                    self._fail(OutOfStep(str(error)))
-                else:
-                    logger.error("delivery attempt failed: internal error", exc_info=error)
-                    self._fail_internally()
-            except Exception as another:  # noqa: BLE001 - the next attempt failed at once
-                error = another
-            else:
-                return
-
-    def _fail_internally(self) -> None:
-        if self.has_ended_content:
-            self._end(Outcome.UNKNOWN, None, ErrorType.OUTCOME_UNKNOWN)
-        else:
-            self._end(Outcome.ABORTED, None, ErrorType.INTERNAL)
-        self._answer_for_all(replies.INTERNAL)
-
-    def _fail(self, fault: UpstreamFault) -> None:
-        """Decide what follows from an attempt without a usable answer."""
-        was_connected = self._is_connected
-        if self.has_ended_content:
-            # The one case that must never be tried again: it may have been delivered.
-            self._end(Outcome.UNKNOWN, None, ErrorType.OUTCOME_UNKNOWN)
-            logger.error("outcome of a delivery unknown", extra={"upstream": self._attempt.upstream})
-            self._answer_for_all(replies.OUTCOME_UNKNOWN if isinstance(fault, ConnectionLost) else fault.reply)
-            return
-        if (
-            was_connected
-            and isinstance(fault, ConnectionLost)
-            and not isinstance(fault, TimedOut)
-            and (self._was_reused or self._is_open)
-            and not self._is_aborted
-            and self._smarthost not in self._tried_again
-        ):
-            self._tried_again |= {self._smarthost}
-            self._retries_same = self._retries_fresh = True
-            self._let_go(answered=False)
-            self._next_attempt()
-            return
-        self._end(Outcome.DEFERRED, fault.upstream_reply, fault.reply.error_type)
-        self._faults.append(fault)
-        if was_connected and fault.reply is replies.UPSTREAM_PROTOCOL:
-            # What it makes of the mail is anybody's guess; the next upstream would be asked behind its back.
-            self._answer_for_all(fault.reply)
-        elif not self._is_aborted:
-            self._next_attempt()
 
     def _cut_short(self, answers: list[Answer], fault: UpstreamFault) -> None:
         """The answers ended early; what is known of the message all the same counts."""
@@ -344,108 +190,6 @@ class Delivery:
         elif delivered is not None:
             delivered(reply, ())
 
-    # The way along the upstreams --------------------------------------------------------------------------
-
-    def _next_attempt(self) -> None:
-        """Get a connection for the next attempt, or once more for this one, and do the work on it."""
-        is_fresh = False
-        if self._retries_same:
-            self._retries_same = False
-            is_fresh = self._retries_fresh
-        elif self.route:
-            smarthost, *self.route = self.route
-            deliveries = self._record.deliveries
-            self._attempt = DeliveryRecord(
-                self._record, smarthost.settings.name, smarthost.endpoint, len(deliveries) + 1, monotonic_ns()
-            )
-            deliveries.append(self._attempt)
-            self._smarthost = smarthost
-            self.is_under_way = True
-        else:
-            self._answer_for_all(self._nobody_left())
-            return
-        connection = None if is_fresh else self._smarthost.take()
-        if connection is not None:
-            self._begin(connection, 0)
-            return
-        ticket = self._ticket = self._smarthost.ask(fresh=is_fresh)
-        if ticket.decision is Decision.WAITING:
-            ticket.on_decided = partial(self._decided, ticket, monotonic_ns())
-        else:
-            self._take_decision(ticket, 0)
-
-    def _decided(self, ticket: Ticket[UpstreamConnection], asked_ns: int) -> None:
-        try:
-            self._take_decision(ticket, monotonic_ns() - asked_ns)
-        except Exception as error:  # noqa: BLE001 - see `_recover`
-            self._recover(error)
-
-    def _take_decision(self, ticket: Ticket[UpstreamConnection], wait_ns: int) -> None:
-        self._ticket = None
-        if ticket.connection is not None:
-            ticket.connection.messages += 1
-            self._begin(ticket.connection, wait_ns)
-            return
-        attempt = self._attempt
-        attempt.pool_wait_ns = wait_ns
-        attempt.is_reused = False
-        attempt.phases.append((monotonic_ns(), DeliveryPhase.POOL, None))
-        if ticket.decision is Decision.NONE:
-            raise NoConnectionFree("no connection is free, or the upstream is in backoff")
-        self._opening = self._smarthost.open(self._note_phase, self._opened)
-
-    def _opened(self, connection: UpstreamConnection | None, fault: UpstreamFault | None) -> None:
-        self._opening = None
-        try:
-            if connection is not None:
-                self._begin(connection, None)
-            elif fault is not None:
-                self._fail(fault)
-        except Exception as error:  # noqa: BLE001 - see `_recover`
-            self._recover(error)
-
-    def _begin(self, connection: UpstreamConnection, wait_ns: int | None) -> None:
-        """Do the work on a connection that has just been got.
-
-        Args:
-            wait_ns: for a connection that was used before; None: it was opened for this attempt.
-        """
-        attempt = self._attempt
-        if wait_ns is not None:
-            attempt.pool_wait_ns = wait_ns
-            attempt.is_reused = True
-            attempt.phases.append((monotonic_ns(), DeliveryPhase.POOL, None))
-        self._connection = connection
-        self._is_connected = True
-        self._is_open = False
-        self._was_reused = attempt.is_reused
-        self._first_round_trip = connection.round_trips if wait_ns is not None else 0
-        attempt.peer = connection.stream.peer
-        attempt.tls = connection.stream.tls
-        refusal = missing_extension(self._mail, connection.protocol.extensions, is_tls=attempt.tls is not None)
-        if refusal is not None:
-            self._faults.append(Unsuitable("the upstream lacks an extension that the mail needs", refusal))
-            self._end(Outcome.REFUSED, None, refusal.error_type)
-            self._next_attempt()
-            return
-        self._work()
-
-    def _nobody_left(self) -> Reply:
-        """What the client is told: rather that it may try again than that it may not."""
-        faults = self._faults
-        tried = [fault for fault in faults if not isinstance(fault, NoConnectionFree)] or faults
-        reply = next((fault.reply for fault in reversed(tried) if fault.reply.is_transient), None)
-        if reply is not None:
-            return reply
-        return tried[0].reply if tried else replies.UPSTREAM_UNAVAILABLE
-
-    def _reclaimed(self) -> None:
-        """The parked connection is another mail's; ours begins once more when the client says something."""
-        self._connection.needs_reset = True
-        self._is_connected = self._is_parked = False
-        self._retries_same = True
-        self._retries_fresh = False
-
     # The transparent way ----------------------------------------------------------------------------------
 
     def _put(self) -> None:
@@ -455,7 +199,7 @@ class Delivery:
             self._send_envelope(None)
         for recipient in self._asked:
             protocol.send_recipient(recipient)
-        self._after = self._recipients_answered
+        self._after = Delivery._recipients_answered
         self._connection.exchange(self._settled, stop_at=_MAIL)
 
     def _recipients_answered(self, answers: list[Answer]) -> None:
@@ -494,7 +238,7 @@ class Delivery:
         if not self._is_open:
             # What was accepted elsewhere is put to this upstream before it gets the content.
             self._send_envelope(None)
-            self._after = self._reopened
+            self._after = Delivery._reopened
             self._connection.exchange(self._settled, stop_at=_MAIL)
         elif self._is_too_big():
             self._conclude(replies.MESSAGE_TOO_BIG)
@@ -523,7 +267,7 @@ class Delivery:
             return
         if extensions.pipelining and not extensions.chunking:
             protocol.send_data()
-        self._after = self._envelope_answered
+        self._after = Delivery._envelope_answered
         self._connection.exchange(self._settled, stop_at=_ENVELOPE)
 
     def _may_be_all_in_one(self) -> bool:
@@ -557,8 +301,13 @@ class Delivery:
         # RFC 2920 3.1: "the client cannot assume that the DATA command will be rejected just because none of the RCPT
         # TO commands worked"; then a lone dot ends it, and nobody is there to get the empty message.
         protocol.end_content()
-        self._after = lambda _: self._conclude(refusal)
+        self._refusal = refusal
+        self._after = Delivery._data_taken_back
         self._connection.exchange(self._settled)
+
+    def _data_taken_back(self, _: list[Answer]) -> None:
+        if self._refusal is not None:
+            self._conclude(self._refusal)
 
     # Content ----------------------------------------------------------------------------------------------
 
@@ -576,7 +325,7 @@ class Delivery:
 
     def _ask_for_content(self) -> None:
         self._connection.protocol.send_data()
-        self._after = self._data_answered
+        self._after = Delivery._data_answered
         self._connection.exchange(self._settled)
 
     def _data_answered(self, answers: list[Answer]) -> None:
@@ -607,7 +356,7 @@ class Delivery:
         if protocol.extensions.chunking:
             protocol.begin_last_chunk(octets)
         self._sent_octets = self._sent_pieces = 0
-        self._after = self._refused_early
+        self._after = Delivery._refused_early
         self._put_content(self._header)
         if self._connection.send_content(self._settled, self._writable):
             self._write_more()
@@ -666,7 +415,7 @@ class Delivery:
         """Send what is queued, the end of the content with it, and wait for the reply to the message."""
         self.has_ended_content = True
         self._attempt.phases.append((monotonic_ns(), DeliveryPhase.CONTENT, None))
-        self._after = self._message_answered
+        self._after = Delivery._message_answered
         self._connection.exchange(self._settled)
 
     def _message_answered(self, answers: list[Answer]) -> None:
@@ -691,39 +440,6 @@ class Delivery:
         else:
             logger.info("outcome of a message whose client is gone", extra={"code": reply.code})
 
-    def _end(
-        self, outcome: Outcome, reply: Reply | None, error_type: ErrorType | None, *, answered: bool = False
-    ) -> None:
-        """The attempt is over: complete its record, and give the connection back. Idempotent.
-
-        Args:
-            reply: the upstream's own.
-            answered: the upstream is well.
-        """
-        if not self.is_under_way:
-            return
-        self.is_under_way = False
-        attempt, record = self._attempt, self._record
-        if self._is_connected:
-            attempt.round_trips = self._connection.round_trips - self._first_round_trip
-        attempt.end(outcome, reply, error_type, monotonic_ns())
-        if self._is_connected:
-            self._let_go(answered=answered)
-        if record.ended_ns or record.connection is None:
-            self._observer.delivery_ended(attempt)
-        if self._is_aborted:
-            self._ended_alone(self)
-
-    def _let_go(self, *, answered: bool) -> None:
-        connection = self._connection
-        self._is_connected = False
-        if self._is_parked:
-            self._is_parked = False
-            self._smarthost.unpark(connection)
-        if not connection.is_alive:
-            connection.abandon()
-        self._smarthost.release(connection, answered=answered)
-
     # ------------------------------------------------------------------------------------------------------
 
     def _send_envelope(self, octets: int | None) -> None:
@@ -736,9 +452,6 @@ class Delivery:
         connection.protocol.send_mail(self._mail, size=octets)
         for recipient in self.accepted:
             connection.protocol.send_recipient(recipient)
-
-    def _note_phase(self, phase: DeliveryPhase, reply: Reply | None) -> None:
-        self._attempt.phases.append((monotonic_ns(), phase, reply))
 
 
 def _refusal(answers: Sequence[Answer]) -> Reply | None:

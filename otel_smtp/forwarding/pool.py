@@ -72,8 +72,9 @@ class Ticket(Generic[C]):
     def decide(self, decision: Decision, connection: C | None = None) -> None:
         self.decision = decision
         self.connection = connection
-        if self.on_decided is not None:
-            self.on_decided()
+        on_decided, self.on_decided = self.on_decided, None
+        if on_decided is not None:
+            on_decided()
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +135,8 @@ class Pool(Generic[C]):
     def take(self, now: float) -> C | None:
         """An idle connection; None: there is none, see `ask`. It is given back by `release`.
 
-        It is proof enough of the upstream's health, whatever the breaker says. It is taken from nobody: where connections
-        are idle, those who wait want fresh ones.
+        It is proof enough of the upstream's health, whatever the breaker says. It is taken from nobody: where
+        connections are idle, those who wait want fresh ones.
         """
         while self._idle:
             connection, _ = self._idle.pop()

@@ -116,20 +116,21 @@ class UpstreamForwarder:
             )
         return self._capabilities
 
-    def begin(self, mail: Mail, record: TransactionRecord) -> MailTransaction:
+    def begin(
+        self, mail: Mail, record: TransactionRecord, *, strategy: type[Transaction] | None = None
+    ) -> MailTransaction:
         """Open a transaction. Nobody is asked yet.
+
+        Args:
+            strategy: where it is not ours.
 
         Raises:
             Permanent: no upstream serves the sender, or each that does is known to lack what the mail needs.
         """
-        return self.open(self._strategy, mail, record)
-
-    def open(self, strategy: type[Transaction], mail: Mail, record: TransactionRecord) -> MailTransaction:
-        """`begin`, by a strategy that is not ours."""
         serving = self._routes.for_mail(mail)
         if (refusal := _refusal(mail, serving)) is not None:
             raise Permanent(refusal)
-        return strategy(self, mail, record, serving)
+        return (strategy or self._strategy)(self, mail, record, serving)
 
     # Relay ------------------------------------------------------------------------------------------------
 
@@ -257,7 +258,7 @@ class SpoolRelay:
 
     def begin(self, mail: Mail, record: TransactionRecord) -> MailTransaction:
         """As `UpstreamForwarder`."""
-        return self._forwarder.open(Spooled, mail, record)
+        return self._forwarder.begin(mail, record, strategy=Spooled)
 
     def refusal(self, mail: Mail) -> Reply | None:
         """As `UpstreamForwarder`."""

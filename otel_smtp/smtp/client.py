@@ -356,13 +356,13 @@ class ClientProtocol:
         return True
 
     def _settle_content(self, reply: Reply, surplus: bytes) -> bool:
-        """Note what the reply to the content changes; whether it stands. `surplus` is how what lies behind it begins."""
+        """Note what the reply to the content changes; whether it stands. `surplus`: how what lies behind it begins."""
         is_positive = reply.code < 400
         if self._chunk_left and is_positive:
             self._break("content accepted before its end")
             return False
         if self._is_lmtp:
-            # RFC 2033 4.2: one reply "for each previously successful RCPT command"; a BDAT LAST without any has one 503.
+            # RFC 2033 4.2: one reply "for each previously successful RCPT command"; BDAT LAST without any has one 503.
             if self._content_left == 0:
                 self._content_left = max(1, self._accepted)
             self._content_left -= 1
@@ -371,8 +371,8 @@ class ClientProtocol:
                 return True
             self._content_left = 0
         self._accepted = 0
-        # With one reply too many, this one was perhaps not meant for the message, and doubt is never success. What is, or
-        # may become, a farewell leaves no doubt.
+        # With one reply too many, this one was perhaps not meant for the message, and doubt is never success. What is,
+        # or may become, a farewell leaves no doubt.
         if is_positive and not b"421".startswith(surplus):
             self._break("more replies than commands")
             return False
