@@ -26,9 +26,7 @@ from enum import StrEnum
 from typing import Final, Generic, TypeVar
 
 from otel_smtp.telemetry.collector import Answer, Collector, Signal, Verdict
-from otel_smtp.telemetry.otlp import TraceEncoder
-from otel_smtp.telemetry.propagation import SAMPLED
-from otel_smtp.telemetry.records import SpanRecord
+from otel_smtp.telemetry.otlp import RequestFrame
 
 logger: Final = logging.getLogger("otel_smtp.telemetry.exporting")
 
@@ -318,20 +316,23 @@ class Export(Generic[T]):
             self._lost_when_told += lost
 
 
-class TraceExport(Export[SpanRecord]):
-    """A sink that sends sampled spans to a collector; see `Export`."""
+class TraceExport(Export[bytes]):
+    """Sends spans that are encoded already; see `Export`.
+
+    Args:
+        frame: what is around them in a request.
+    """
 
     def __init__(
         self,
-        encoder: TraceEncoder,
+        frame: RequestFrame,
         connect: Callable[[], Collector],
         settings: BatchSettings | None = None,
         *,
         address: str = "",
     ) -> None:
-        super().__init__(Signal.TRACES, "spans", encoder.span, encoder.request, connect, settings, address=address)
+        super().__init__(Signal.TRACES, "spans", _as_it_is, frame.request, connect, settings, address=address)
 
-    def take(self, record: SpanRecord) -> None:
-        """Queue a span, unless it was only recorded for ourselves."""
-        if record.context.flags & SAMPLED:
-            super().take(record)
+
+def _as_it_is(span: bytes) -> bytes:
+    return span
