@@ -15,6 +15,7 @@ from otel_smtp.smtp.replies import Reply
 from otel_smtp.smtp.states import (
     AuthBegun,
     ConnectionOver,
+    ConnState,
     ContentBegun,
     ErrorReply,
     ResetBy,
@@ -151,16 +152,21 @@ def state_event(
     return EventRecord(transition.at_ns + wall_offset_ns, shape.name, attributes)
 
 
+# These have attributes that their transition does not carry: addresses, octets.
+WITH_MORE: Final = frozenset({ConnState.NEW, ConnState.CLOSED})
 _sequence: Final = event_integers(names.STATE_SEQUENCE)
 
 
 def encode_states(
-    transitions: Iterable[Transition], before_ns: int | None, wall_offset_ns: int, more: dict[int, Sequence[Pair]]
+    transitions: Iterable[Transition],
+    before_ns: int | None,
+    wall_offset_ns: int,
+    more: Callable[[Transition], Sequence[Pair]],
 ) -> list[bytes]:
     """The events that tell `transitions`, as pieces of their span; else as `state_event`.
 
     Args:
-        more: attributes beside those of the transition, by its sequence.
+        more: what a state in `WITH_MORE` has beside what its transition carries.
     """
     pieces: list[bytes] = []
     for transition in transitions:
@@ -171,8 +177,8 @@ def encode_states(
             octets += EVENT_PAIRS[names.STATE_PREVIOUS_DURATION, (at_ns - before_ns) / 1e9]
         for integers, value in zip(shape.integers, values, strict=True):
             octets += integers(value)
-        if transition.sequence in more:
-            octets += b"".join(map(EVENT_PAIRS.__getitem__, more[transition.sequence]))
+        if transition.state in WITH_MORE:
+            octets += b"".join(map(EVENT_PAIRS.__getitem__, more(transition)))
         pieces += (before_time(len(octets)), pack_time(at_ns + wall_offset_ns), octets)
         before_ns = at_ns
     return pieces

@@ -128,11 +128,10 @@ class Tracing(Observer):
         if identity.is_recording and self._encodes:
             pieces: Sequence[bytes] = ()
             if has_events:
-                more = {
-                    transition.sequence: pairs
-                    for transition in (*connection.transitions[:1], *connection.transitions[-1:])
-                    if (pairs := self.more_of_state(connection, transition))
-                }
+
+                def more(transition: Transition) -> Sequence[Pair]:
+                    return self.more_of_state(connection, transition)
+
                 pieces = encode_states(connection.transitions, before_segment_ns(connection), offset, more)
             self._give(identity, described, times, pieces, is_trouble=connection.errors > 0)
         if self._is_read(identity):

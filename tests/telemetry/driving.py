@@ -1,7 +1,7 @@
 """A connection as the session would record and tell it, without a server: the real records and state machine."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol, Self
 
 from otel_smtp.observing import (
@@ -15,6 +15,7 @@ from otel_smtp.observing import (
     TlsInfo,
     TraceHeaders,
     TransactionRecord,
+    fan_out,
 )
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Mail, Recipient
@@ -96,7 +97,7 @@ class Client:
 
     def __init__(
         self,
-        observer: Observer,
+        observer: Observer | Sequence[Observer],
         *,
         peer: str = "192.0.2.7",
         listener: str = "local",
@@ -110,7 +111,7 @@ class Client:
         local = Endpoint("/run/smtp.sock") if transport == "unix" else Endpoint("127.0.0.1", 2525)
         remote = Endpoint("") if transport == "unix" else Endpoint(peer, 50732)
         self.info = ConnectionInfo(f"{Client.ids:032x}", remote, local, listener, "smtp", transport, tls_mode)
-        self.observer = observer
+        self.observer = observer = observer if isinstance(observer, Observer) else fan_out(observer)
         self.clock = clock
         self._segment_events = segment_events
         self._segment_age_ns = int(segment_age_seconds * 1e9)

@@ -9,7 +9,15 @@ import pytest
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, ParentBased, Sampler, TraceIdRatioBased
+from opentelemetry.sdk.trace.sampling import (
+    ALWAYS_OFF,
+    ALWAYS_ON,
+    Decision,
+    ParentBased,
+    Sampler,
+    SamplingResult,
+    TraceIdRatioBased,
+)
 from opentelemetry.trace import SpanKind, StatusCode
 
 from otel_smtp.observing import DeliveryPhase, Endpoint, Outcome, fan_out
@@ -20,6 +28,7 @@ from otel_smtp.smtp.states import CloseReason, TlsMode
 from otel_smtp.telemetry.propagation import InboundPolicy
 from otel_smtp.telemetry.records import SpanRecord
 from otel_smtp.telemetry.sdk_spans import SdkSpans
+from otel_smtp.telemetry.shapes import EncodedSpan
 from otel_smtp.telemetry.state_events import StateEvents
 from otel_smtp.telemetry.tracing import StateTelling, Tracing
 from tests.telemetry.driving import QUEUED, Client, FakeClock, Kept, begin_delivery, finish_delivery, resume
@@ -783,6 +792,54 @@ def test_what_is_not_sampled_is_not_recorded_and_still_has_ids() -> None:
     assert client.deliver()["traceparent"].endswith("-02")
     client.final().quit()
     assert kept.records == []
+
+
+def test_a_span_that_is_recorded_but_not_sampled_is_kept_and_not_exported() -> None:
+    class RecordOnly(Sampler):
+        def should_sample(self, parent_context: Any, trace_id: int, name: str, *more: Any, **others: Any) -> Any:
+            return SamplingResult(Decision.RECORD_ONLY)
+
+        def get_description(self) -> str:
+            return "RecordOnly"
+
+    exported: list[EncodedSpan] = []
+    kept: list[tuple[str, bool]] = []
+    observer = Tracing(
+        exports=[exported.append],
+        memories=[lambda span, is_trouble: kept.append((span.to_record().name, is_trouble))],
+        sampler=RecordOnly(),
+    )
+    Client(observer).ehlo().message().quit()
+    assert exported == []
+    assert kept == [(DELIVERY, False), (TRANSACTION, False), (CONNECTION, False)]
+
+
+def test_those_who_remember_are_told_what_went_wrong() -> None:
+    kept: list[tuple[str, bool]] = []
+    observer = Tracing(memories=[lambda span, is_trouble: kept.append((span.to_record().name, is_trouble))])
+    client = Client(observer).ehlo().mail().rcpt(reply=replies.RELAY_DENIED).rcpt().data().header()
+    client.deliver(None, Outcome.DEFERRED, error_type=ErrorType.UPSTREAM_UNAVAILABLE)
+    client.deliver()
+    client.final(replies.MESSAGE_TOO_BIG, Outcome.REFUSED).quit()
+    assert kept == [(DELIVERY, True), (DELIVERY, False), (TRANSACTION, False), (CONNECTION, True)]
+
+
+def test_what_a_sampler_adds_is_on_the_span_and_never_twice() -> None:
+    class Adding(Sampler):
+        def should_sample(self, parent_context: Any, trace_id: int, name: str, *more: Any, **others: Any) -> Any:
+            return SamplingResult(Decision.RECORD_AND_SAMPLE, {"rate": 0.5, "smtp.outcome": "mine"})
+
+        def get_description(self) -> str:
+            return "Adding"
+
+    kept = Kept()
+    exported: list[EncodedSpan] = []
+    Client(Tracing(exports=[exported.append], sinks=[kept], sampler=Adding())).ehlo().message().quit()
+    for span, record in zip(exported, kept.records, strict=True):
+        assert span.to_record().attributes == record.attributes
+        assert record.attributes["rate"] == 0.5
+    assert kept.one(TRANSACTION).attributes["smtp.outcome"] == "relayed"
+    assert kept.one(CONNECTION).attributes["smtp.outcome"] == "mine"
 
 
 def test_listeners_get_every_span_those_not_sampled_without_events() -> None:
