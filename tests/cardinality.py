@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from otel_smtp.observing import ConnectionInfo, Endpoint, Observer, Outcome, TraceHeaders, TransactionObserver
 from otel_smtp.smtp import replies
-from otel_smtp.smtp.events import (
+from tests.support.events import (
     AuthRequested,
     AuthResponded,
     ConnectionEnding,

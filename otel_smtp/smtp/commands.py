@@ -207,16 +207,30 @@ def parse_command(line: bytes) -> Command:
     Raises:
         CommandRefused: the line is no command, or its arguments are wrong.
     """
-    match = _COMMON_RCPT.fullmatch(line)
-    if match is not None and match.end(1) - match.start(1) <= _COMMON_MAILBOX_OCTETS:
-        return RcptTo(Recipient(match[1].decode("ascii")))
-    match = _COMMON_MAIL.fullmatch(line)
-    if match is not None and match.end(1) - match.start(1) <= _COMMON_MAILBOX_OCTETS:
-        mailbox, size, body = match.groups()
-        return MailFrom(
-            Mail(mailbox.decode("ascii"), None if size is None else int(size), _COMMON_BODIES[body]),
-        )
+    recipient = common_recipient(line)
+    if recipient is not None:
+        return RcptTo(recipient)
+    mail = common_mail(line)
+    if mail is not None:
+        return MailFrom(mail)
     return parse_by_grammar(line)
+
+
+def common_recipient(line: bytes) -> Recipient | None:
+    """The recipient of a RCPT with a short ASCII mailbox and nothing else; None for any other line."""
+    match = _COMMON_RCPT.fullmatch(line)
+    if match is None or match.end(1) - match.start(1) > _COMMON_MAILBOX_OCTETS:
+        return None
+    return Recipient(match[1].decode("ascii"))
+
+
+def common_mail(line: bytes) -> Mail | None:
+    """The mail of a MAIL with a short ASCII mailbox, and SIZE and BODY at most; None for any other line."""
+    match = _COMMON_MAIL.fullmatch(line)
+    if match is None or match.end(1) - match.start(1) > _COMMON_MAILBOX_OCTETS:
+        return None
+    mailbox, size, body = match.groups()
+    return Mail(mailbox.decode("ascii"), None if size is None else int(size), _COMMON_BODIES[body])
 
 
 def parse_by_grammar(line: bytes) -> Command:

@@ -16,7 +16,7 @@ from typing import Final
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.commands import Verb
 from otel_smtp.smtp.envelope import Recipient
-from otel_smtp.smtp.events import TlsRequested
+from tests.support.events import TlsRequested
 from otel_smtp.smtp.replies import Reply
 from otel_smtp.smtp.sequence import Phase
 from otel_smtp.smtp.server import ServerLimits, ServerPolicy

@@ -11,8 +11,8 @@ from otel_smtp.smtp import replies
 from otel_smtp.smtp.client import Answer, ClientProtocol, Extensions, Verb, challenge_of, is_safe_path
 from otel_smtp.smtp.envelope import Body, DsnReturn, Mail, Notify, Recipient
 from otel_smtp.smtp.errors import LocalProtocolError, RemoteProtocolError
-from otel_smtp.smtp.events import NEED_DATA
 from otel_smtp.smtp.replies import ErrorType
+from tests.support.events import NEED_DATA
 
 EVERYTHING = (
     "PIPELINING", "SIZE 1000000", "8BITMIME", "SMTPUTF8", "BINARYMIME", "CHUNKING", "DSN", "ENHANCEDSTATUSCODES",
