@@ -239,29 +239,22 @@ class Trace:
 class _Shelf:
     """Spans in order, bounded in number and octets; it always has room for one."""
 
-    __slots__ = ("_octets", "_octets_room", "_spans_room", "spans")
+    __slots__ = ("octets", "octets_room", "spans", "spans_room")
 
     def __init__(self, spans_room: int, octets_room: int) -> None:
         self.spans: deque[EncodedSpan] = deque()
-        self._spans_room = spans_room
-        self._octets_room = octets_room
-        self._octets = 0
+        self.octets = 0
+        self.spans_room = spans_room
+        self.octets_room = octets_room
 
-    def add(self, span: EncodedSpan) -> None:
-        """Put `span` on it."""
-        self.spans.append(span)
-        self._octets += len(span) + _OCTETS_BESIDE
-
-    def is_overfull(self) -> bool:
-        """Whether the oldest span has to go."""
-        held = len(self.spans)
-        return held > 1 and (self._octets > self._octets_room or held > self._spans_room)
-
-    def take_oldest(self) -> EncodedSpan:
-        """Take the oldest span off."""
-        span = self.spans.popleft()
-        self._octets -= len(span) + _OCTETS_BESIDE
-        return span
+    def make_room(self) -> list[EncodedSpan]:
+        """Take off the oldest spans while there are too many; returns these."""
+        spans = self.spans
+        gone = []
+        while len(spans) > 1 and (self.octets > self.octets_room or len(spans) > self.spans_room):
+            gone.append(spans.popleft())
+            self.octets -= len(gone[-1]) + _OCTETS_BESIDE
+        return gone
 
 
 class RecentTraces:
@@ -298,11 +291,10 @@ class RecentTraces:
         if is_trouble:
             self._note_failure(span.trace_id)
         recent = self._recent
-        recent.add(span)
-        while recent.is_overfull():
-            oldest = recent.take_oldest()
-            if self._failed_traces and oldest.trace_id in self._failed_traces:
-                self._outlive(oldest)
+        recent.spans.append(span)
+        recent.octets += len(span) + _OCTETS_BESIDE
+        if recent.octets > recent.octets_room or len(recent.spans) > recent.spans_room:
+            self._outlive(recent.make_room())
 
     def spans(self) -> list[EncodedSpan]:
         """All that is held now, the newest first."""
@@ -349,11 +341,14 @@ class RecentTraces:
         if len(self._failed_traces) > FAILED_TRACES:
             del self._failed_traces[next(iter(self._failed_traces))]
 
-    def _outlive(self, span: EncodedSpan) -> None:
+    def _outlive(self, gone: Iterable[EncodedSpan]) -> None:
+        """Keep those whose trace has failed."""
         failed = self._failed
-        failed.add(span)
-        while failed.is_overfull():
-            failed.take_oldest()
+        for span in gone:
+            if span.trace_id in self._failed_traces:
+                failed.spans.append(span)
+                failed.octets += len(span) + _OCTETS_BESIDE
+        failed.make_room()
 
 
 def _severity(spans: Sequence[FinishedSpan]) -> Severity:

@@ -10,7 +10,7 @@ a bound that no client can move.
 """
 
 from bisect import bisect_left
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Final
@@ -26,13 +26,13 @@ from prometheus_client.metrics_core import (
 from prometheus_client.metrics_core import Metric as MetricFamily
 from prometheus_client.samples import Exemplar
 
-from otel_smtp.observing import ConnectionRecord, DeliveryRecord, Observer, TransactionRecord
+from otel_smtp.observing import ConnectionRecord, DeliveryRecord, Observer, Outcome, TransactionRecord
 from otel_smtp.smtp.replies import AUTH_FAILED
 from otel_smtp.smtp.states import ConnState, Transition
 from otel_smtp.telemetry import attributes as names
 from otel_smtp.telemetry.attributes import Instrument, Metric
 from otel_smtp.telemetry.propagation import TraceContext
-from otel_smtp.telemetry.tracing import known_context
+from otel_smtp.telemetry.sampling import Identity
 
 Labels = tuple[str, ...]
 ConnectionCounts = Callable[[], Iterable[tuple[str, str, int]]]
@@ -43,6 +43,7 @@ SpoolCounts = Callable[[], tuple[Mapping[str, int], float] | None]
 
 # A look-up is quicker than `value`, which is a descriptor in Python.
 _NAMES: Final[Mapping[ConnState, str]] = {state: state.value for state in ConnState}
+_OUTCOMES: Final[Mapping[Outcome, str]] = {outcome: outcome.value for outcome in Outcome}
 _UNITS: Final[Mapping[str, str]] = {"s": "seconds", "By": "bytes"}
 _ACCEPTED, _REFUSED = "accepted", "refused"
 _NO_VERB: Final = "none"
@@ -87,10 +88,33 @@ class Buckets:
         if context is not None:
             self._latest[place] = (context, value, unix_ns / 1e9)
 
+    def add_all(self, values: Iterable[float]) -> None:
+        """Measure many, of which none names a trace."""
+        bounds, counts = self._bounds, self.counts
+        for value in values:
+            counts[bisect_left(bounds, value)] += 1
+            self.total += value
+        self.least = min(self.least, *values)
+        self.most = max(self.most, *values)
+
     @property
     def exemplars(self) -> list[tuple[str, float, float] | None]:
         """For each bucket the latest measurement with a trace: the trace's id, the value, seconds since the epoch."""
         return [kept and (kept[0].trace_id_hex, kept[1], kept[2]) for kept in self._latest]
+
+
+class _Series(dict[Labels, Buckets]):
+    """Buckets by label values, made when first asked for."""
+
+    __slots__ = ("_bounds",)
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        super().__init__()
+        self._bounds = bounds
+
+    def __missing__(self, labels: Labels) -> Buckets:
+        buckets = self[labels] = Buckets(self._bounds)
+        return buckets
 
 
 class Measurements:
@@ -100,14 +124,7 @@ class Measurements:
 
     def __init__(self, metric: Metric) -> None:
         self.metric = metric
-        self.series: dict[Labels, Buckets] = {}
-
-    def of(self, labels: Labels) -> Buckets:
-        """The series with these label values."""
-        buckets = self.series.get(labels)
-        if buckets is None:
-            buckets = self.series[labels] = Buckets(self.metric.bounds)
-        return buckets
+        self.series: dict[Labels, Buckets] = _Series(metric.bounds)
 
 
 class Metrics(Observer):
@@ -139,7 +156,7 @@ class Metrics(Observer):
         self._dropped = dropped
         self._resource = {name.replace(".", "_"): str(value) for name, value in (resource or {}).items()}
         self._active: dict[Labels, int] = {}
-        self._transitions: Counter[tuple[ConnState | None, ConnState]] = Counter()
+        self._transitions: defaultdict[tuple[ConnState | None, ConnState], int] = defaultdict(int)
         self._replies: defaultdict[tuple[str | None, int], int] = defaultdict(int)
         self._transactions = Counts(names.TRANSACTIONS)
         self._auth = Counts(names.SERVER_AUTH)
@@ -175,34 +192,36 @@ class Metrics(Observer):
         """Count what the last segment holds, and the connection."""
         self._fold(connection)
         labels = (connection.info.listener,)
-        self._connection_duration.of(labels).add((connection.closed_ns - connection.opened_ns) / 1e9)
+        self._connection_duration.series[labels].add((connection.closed_ns - connection.opened_ns) / 1e9)
         if connection.octets_received == 0:
             self._probes.add(labels)
 
     def transaction_ended(self, transaction: TransactionRecord) -> None:
         """Count it, and its deliveries that are over."""
-        context = known_context(transaction)
+        trace: Identity | None = transaction.trace
+        context = None if trace is None else trace.context
         if transaction.outcome is not None:
-            self._transactions.values[(transaction.outcome.value,)] += 1
+            self._transactions.values[(_OUTCOMES[transaction.outcome],)] += 1
         if transaction.octets is not None:
             unix_ns = transaction.ended_ns + transaction.wall_offset_ns
-            self._message_size.of(()).add(transaction.octets, context, unix_ns)
+            self._message_size.series[()].add(transaction.octets, context, unix_ns)
         for delivery in transaction.deliveries:
             if delivery.ended_ns:
                 self._measure(delivery, context)
 
     def delivery_ended(self, delivery: DeliveryRecord) -> None:
         """Count an attempt that outlived its transaction."""
-        self._measure(delivery, known_context(delivery.transaction))
+        trace: Identity | None = delivery.transaction.trace
+        self._measure(delivery, None if trace is None else trace.context)
 
     def _measure(self, delivery: DeliveryRecord, context: TraceContext | None) -> None:
         unix_ns = delivery.ended_ns + delivery.transaction.wall_offset_ns
         upstream = delivery.upstream
         if delivery.pool_wait_ns is not None:
-            self._pool_wait.of((upstream,)).add(delivery.pool_wait_ns / 1e9, context, unix_ns)
+            self._pool_wait.series[(upstream,)].add(delivery.pool_wait_ns / 1e9, context, unix_ns)
         if delivery.outcome is not None:
             seconds = (delivery.ended_ns - delivery.begun_ns) / 1e9
-            self._delivery_duration.of((upstream, delivery.outcome.value)).add(seconds, context, unix_ns)
+            self._delivery_duration.series[upstream, _OUTCOMES[delivery.outcome]].add(seconds, context, unix_ns)
 
     def _fold(self, connection: ConnectionRecord) -> None:
         """Count the transitions and replies of the present segment that have not been counted."""
@@ -215,15 +234,17 @@ class Metrics(Observer):
         elif connection.earlier:
             before = connection.earlier[-1]
         by_states = self._transitions
-        durations = self._state_duration
+        durations: defaultdict[ConnState, list[float]] = defaultdict(list)
         for transition in islice(transitions, counted, None):
             state, previous, _, _, at_ns, _ = transition
             by_states[previous, state] += 1
             if before is not None:
-                durations.of((_NAMES[before.state],)).add((at_ns - before.at_ns) / 1e9)
+                durations[before.state].append((at_ns - before.at_ns) / 1e9)
                 if before.state is ConnState.AUTH:
                     self._count_auth(before, transition)
             before = transition
+        for state, seconds in durations.items():
+            self._state_duration.series[(_NAMES[state],)].add_all(seconds)
         by_reply = self._replies
         for verb, reply in islice(replies, counted_replies, None):
             by_reply[verb, reply.code] += 1

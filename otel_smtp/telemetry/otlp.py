@@ -133,15 +133,19 @@ class Integers:
     Args:
         number: of the field that holds an attribute.
         name: of the attribute.
+
+    Attributes:
+        small: the whole attribute, for each value of one octet.
+        two_octets: what stands before a value of two.
     """
 
-    __slots__ = ("_name", "_number", "_small", "_two_octets")
+    __slots__ = ("_name", "_number", "small", "two_octets")
 
     def __init__(self, number: int, name: str) -> None:
         self._number = number
         self._name = name
-        self._small = tuple(field(number, key_value(name, value)) for value in range(0x80))
-        self._two_octets = field(number, key_value(name, 0x80))[:-2]
+        self.small = tuple(field(number, key_value(name, value)) for value in range(0x80))
+        self.two_octets = field(number, key_value(name, 0x80))[:-2]
 
     def __call__(self, value: int) -> bytes:
         """The attribute with `value`, as a field.
@@ -150,9 +154,9 @@ class Integers:
             ValueError: an integer of more than 64 bits.
         """
         if 0 <= value < 0x80:
-            return self._small[value]
+            return self.small[value]
         if 0x80 <= value < 0x4000:
-            return self._two_octets + bytes((value & 0x7F | 0x80, value >> 7))
+            return self.two_octets + bytes((value & 0x7F | 0x80, value >> 7))
         return field(self._number, key_value(self._name, value))
 
 

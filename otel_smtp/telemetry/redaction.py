@@ -64,21 +64,25 @@ class Redaction:
     """The operator's choice.
 
     Attributes:
+        shows_domains: domains of mailboxes are shown.
+        shows_mailboxes: mailboxes are shown, or their hashes.
         hash_key: secret of `Addresses.HASH`; the same in all processes whose hashes are to be compared.
     """
 
     addresses: Addresses = Addresses.DOMAIN
     client_ip: ClientIp = ClientIp.FULL
     hash_key: bytes = b""
-    _shows_domains: bool = field(init=False, repr=False, compare=False)
+    shows_domains: bool = field(init=False, repr=False, compare=False)
+    shows_mailboxes: bool = field(init=False, repr=False, compare=False)
     _sender_domain: Callable[[str], str | None] = field(init=False, repr=False, compare=False)
     _recipient_domain: Callable[[str], str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.addresses is Addresses.HASH and not self.hash_key:
             raise ValueError("addresses = hash needs a key: without one, addresses can be found by trying them")
+        object.__setattr__(self, "shows_domains", self.addresses in (Addresses.DOMAIN, Addresses.FULL))
+        object.__setattr__(self, "shows_mailboxes", self.addresses in (Addresses.FULL, Addresses.HASH))
         # A gateway sees the same few domains in mail after mail.
-        object.__setattr__(self, "_shows_domains", self.addresses in (Addresses.DOMAIN, Addresses.FULL))
         object.__setattr__(self, "_sender_domain", lru_cache(_DOMAINS_REMEMBERED)(self._lower_literal_or_name))
         object.__setattr__(self, "_recipient_domain", lru_cache(_DOMAINS_REMEMBERED)(_lower))
 
@@ -94,7 +98,7 @@ class Redaction:
 
     def mailboxes(self, recipients: Iterable[Recipient]) -> tuple[str, ...]:
         """The first mailboxes of `recipients`, as `mailbox` shows them."""
-        if self.addresses not in (Addresses.FULL, Addresses.HASH):
+        if not self.shows_mailboxes:
             return ()
         shown: list[str] = []
         for recipient in recipients:
@@ -105,14 +109,14 @@ class Redaction:
 
     def domain(self, address: str) -> str | None:
         """The domain of a mailbox, "" where it has none, in `domain` and `full`; None else."""
-        if not self._shows_domains:
+        if not self.shows_domains:
             return None
         _, at, domain = address.rpartition("@")
         return self._sender_domain(domain if at else "")
 
     def domains(self, recipients: Iterable[Recipient]) -> tuple[str, ...]:
         """The first distinct domains of `recipients`, in `domain` and `full`."""
-        if not self._shows_domains:
+        if not self.shows_domains:
             return ()
         found: dict[str, None] = {}
         for recipient in recipients:

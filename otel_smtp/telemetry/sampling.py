@@ -44,11 +44,6 @@ class Identity:
         self.is_recording = is_recording
         self.attributes = attributes
 
-    @property
-    def is_in_application(self) -> bool:
-        """Whether it stands below an application's span."""
-        return self.parent is not None and self.parent.is_remote
-
 
 class Sampling:
     """Makes the identities of new spans."""

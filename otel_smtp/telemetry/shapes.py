@@ -21,7 +21,7 @@ from opentelemetry.trace import SpanKind
 
 from otel_smtp.telemetry import attributes as names
 from otel_smtp.telemetry.attributes import Attributes, AttributeValue
-from otel_smtp.telemetry.otlp import FIXED32, FIXED64, TAGS, VARINT, Integers, Pairs, field, length, pack_time, tag
+from otel_smtp.telemetry.otlp import FIXED32, FIXED64, LENGTHS, TAGS, VARINT, Integers, Pairs, field, length, pack_time, tag
 from otel_smtp.telemetry.otlp import text as text_field
 from otel_smtp.telemetry.otlp import varint
 from otel_smtp.telemetry.propagation import TraceContext
@@ -244,14 +244,15 @@ def encode(
         parts += (_PARENT_ID, parent.span_id.to_bytes(8, "big"), _SPAN_FLAGS[parent.is_remote])
     if context.trace_state:
         parts.append(text_field(3, context.trace_state))
-    body = b"".join(parts)
-    return EncodedSpan(b"".join((TAGS[2], length(len(body)), body)))
+    size = sum(map(len, parts))
+    return EncodedSpan(b"".join((TAGS[2], LENGTHS[size] if size < 2048 else length(size), *parts)))
 
 
 def encode_event(time_ns: int, shape: EventShape, varying: Iterable[Pair]) -> bytes:
     """An event as octets, with attributes of any kind beside those of its shape."""
     octets = b"".join((shape.octets, *map(EVENT_PAIRS.__getitem__, varying)))
-    return before_time(len(octets)) + pack_time(time_ns) + octets
+    size = len(octets)
+    return b"".join((BEFORE_TIME[size] if size < 1024 else before_time(size), pack_time(time_ns), octets))
 
 
 def _link(link: LinkRecord) -> bytes:

@@ -3,6 +3,7 @@
 Each is described by a shape (`shapes`), found by the values that come from small sets, and by the pairs that vary.
 """
 
+from collections.abc import Iterable
 from typing import Final
 
 from opentelemetry.trace import SpanKind
@@ -15,7 +16,7 @@ from otel_smtp.telemetry import attributes as names
 from otel_smtp.telemetry.attributes import Attributes
 from otel_smtp.telemetry.redaction import Redaction, clean
 from otel_smtp.telemetry.shapes import Column, Pair, SpanShape, span_table
-from otel_smtp.telemetry.state_events import ENHANCED_CODE, enhanced_row, pool_pairs
+from otel_smtp.telemetry.state_events import ENHANCED_CODE
 
 Described = tuple[SpanShape, list[Pair]]
 """What a span consists of, beside ids, times, events and links."""
@@ -189,7 +190,7 @@ class SpanAttributes:
             mail.body,
             record.outcome,
             None if reply is None else reply.code,
-            None if reply is None else enhanced_row(reply),
+            None if reply is None else reply.enhanced,
             our_failure(record.outcome, reply, record.error_type),
         ]
         connection = record.connection
@@ -204,12 +205,13 @@ class SpanAttributes:
         redaction = self.redaction
         if (domain := redaction.domain(mail.reverse_path)) is not None:
             pairs.append((names.MAIL_FROM_DOMAIN, domain))
-        if (address := redaction.mailbox(mail.reverse_path)) is not None:
-            pairs.append((names.MAIL_FROM_ADDRESS, address))
         if domains := redaction.domains(accepted):
             pairs.append((names.RCPT_DOMAINS, domains))
-        if addresses := redaction.mailboxes(accepted):
-            pairs.append((names.RCPT_ADDRESSES, addresses))
+        if redaction.shows_mailboxes:
+            if (address := redaction.mailbox(mail.reverse_path)) is not None:
+                pairs.append((names.MAIL_FROM_ADDRESS, address))
+            if addresses := redaction.mailboxes(accepted):
+                pairs.append((names.RCPT_ADDRESSES, addresses))
         return shape, pairs
 
     @staticmethod
@@ -220,8 +222,12 @@ class SpanAttributes:
 
     # Deliveries --------------------------------------------------------------------------------------------------
 
-    def delivery(self, record: DeliveryRecord) -> Described:
-        """An attempt at an upstream."""
+    def delivery(self, record: DeliveryRecord, pool: Iterable[Pair]) -> Described:
+        """An attempt at an upstream.
+
+        Args:
+            pool: its `pool_pairs`.
+        """
         reply, transaction, peer, tls = record.reply, record.transaction, record.peer, record.tls
         upstream = record.upstream
         shape = _DELIVERIES[
@@ -240,11 +246,11 @@ class SpanAttributes:
             record.round_trips,
             record.outcome,
             None if reply is None else reply.code,
-            None if reply is None else enhanced_row(reply),
+            None if reply is None else reply.enhanced,
             attempt_failure(record.outcome, reply, record.error_type),
         ]
         pairs: list[Pair] = [_origin(transaction)]
-        pairs += pool_pairs(record)
+        pairs += pool
         if reply is not None:
             lines = reply.lines
             pairs.append((names.REPLY_TEXT, self.redaction.text(lines[0] if len(lines) == 1 else reply.text)))

@@ -1,17 +1,16 @@
 """State transitions and phases of deliveries as events: which attributes each has, and where state events go.
 
-`describe_transition` and `describe_phase` say what an event consists of; it is encoded, or made a value, of that alone.
+`describe_transitions` and `describe_phases` say what an event consists of; it is encoded, or made a value, of that alone.
 The span event API of OpenTelemetry is being retired in favour of log-based events; this module and its two callers in
 `tracing` are what that will change.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
 from operator import itemgetter
 from typing import Any, Final, NamedTuple
 
 from otel_smtp.observing import DeliveryPhase, DeliveryRecord
-from otel_smtp.smtp.replies import Reply
 from otel_smtp.smtp.states import (
     AuthBegun,
     ConnectionOver,
@@ -26,9 +25,10 @@ from otel_smtp.smtp.states import (
 )
 from otel_smtp.telemetry import attributes as names
 from otel_smtp.telemetry.attributes import AttributeValue
-from otel_smtp.telemetry.otlp import pack_time
+from otel_smtp.telemetry.otlp import pack_double, pack_time
 from otel_smtp.telemetry.records import EventRecord
 from otel_smtp.telemetry.shapes import (
+    BEFORE_TIME,
     EVENT_PAIRS,
     Column,
     EventShape,
@@ -59,17 +59,7 @@ class StateEvents(StrEnum):
         return self is not StateEvents.SPAN
 
 
-def enhanced_row(reply: Reply) -> tuple[int, int, int] | None:
-    """The enhanced code of `reply` as a value of a row."""
-    status = reply.enhanced
-    return None if status is None else (status.klass, status.subject, status.detail)
-
-
-def _dotted(code: tuple[int, int, int]) -> str:
-    return "{}.{}.{}".format(*code)
-
-
-ENHANCED_CODE: Final = Column(names.REPLY_ENHANCED_CODE, _dotted)
+ENHANCED_CODE: Final = Column(names.REPLY_ENHANCED_CODE, str)
 
 
 # Transitions -------------------------------------------------------------------------------------------------------
@@ -104,7 +94,7 @@ def _kind(
 
 def _error(detail: ErrorReply) -> Row:
     reply = detail.reply
-    code, enhanced = (None, None) if reply is None else (reply.code, enhanced_row(reply))
+    code, enhanced = (None, None) if reply is None else (reply.code, reply.enhanced)
     return detail.verb, code, enhanced, detail.error_type
 
 
@@ -123,63 +113,85 @@ _KINDS: Final[dict[type, _Kind]] = {
 }
 
 
-def describe_transition(transition: Transition) -> tuple[EventShape, tuple[int, ...]]:
-    """What the event of `transition` consists of: its shape, and values for the shape's varying attributes.
+def describe_transitions(
+    transitions: Iterable[Transition],
+) -> list[tuple[Transition, EventShape, tuple[int, ...]]]:
+    """What the events of `transitions` consist of: each with its shape, and values for what varies in that.
 
     Beside these, each has its sequence and, but for New, the seconds since the transition before.
     """
-    state, previous, level, _, _, detail = transition
-    shapes, constant, varying = _KINDS[detail.__class__]
-    row: Row = (state, previous, level) if constant is None else (state, previous, level, *constant(detail))
-    return shapes[row], () if varying is None else varying(detail)
+    described = []
+    for transition in transitions:
+        state, previous, level, _, _, detail = transition
+        shapes, constant, varying = _KINDS[detail.__class__]
+        row: Row = (state, previous, level) if constant is None else (state, previous, level, *constant(detail))
+        described.append((transition, shapes[row], () if varying is None else varying(detail)))
+    return described
 
 
-def state_event(
-    transition: Transition, before_ns: int | None, wall_offset_ns: int, more: Iterable[Pair] = ()
-) -> EventRecord:
-    """The event that tells `transition`, as a value.
+def state_events(
+    transitions: Iterable[Transition],
+    before_ns: int | None,
+    wall_offset_ns: int,
+    more: Callable[[Transition], Iterable[Pair]],
+) -> list[EventRecord]:
+    """The events that tell `transitions`, as values.
 
     Args:
-        before_ns: when the transition before it was; None on New.
-        more: attributes of the state's row that the transition does not carry (addresses, octets).
+        before_ns: when the transition before the first of them was; None if that is New.
+        more: attributes that a state in `WITH_MORE` has beside what its transition carries.
     """
-    shape, values = describe_transition(transition)
-    attributes: dict[str, AttributeValue] = {**shape.constant, names.STATE_SEQUENCE: transition.sequence}
-    if before_ns is not None:
-        attributes[names.STATE_PREVIOUS_DURATION] = (transition.at_ns - before_ns) / 1e9
-    attributes.update(zip(shape.varying, values, strict=True))
-    attributes.update(more)
-    return EventRecord(transition.at_ns + wall_offset_ns, shape.name, attributes)
+    events = []
+    for transition, shape, values in describe_transitions(transitions):
+        attributes: dict[str, AttributeValue] = {**shape.constant, names.STATE_SEQUENCE: transition.sequence}
+        if before_ns is not None:
+            attributes[names.STATE_PREVIOUS_DURATION] = (transition.at_ns - before_ns) / 1e9
+        attributes.update(zip(shape.varying, values, strict=True))
+        if transition.state in WITH_MORE:
+            attributes.update(more(transition))
+        events.append(EventRecord(transition.at_ns + wall_offset_ns, shape.name, attributes))
+        before_ns = transition.at_ns
+    return events
 
 
 # These have attributes that their transition does not carry: addresses, octets.
 WITH_MORE: Final = frozenset({ConnState.NEW, ConnState.CLOSED})
-_sequence: Final = event_integers(names.STATE_SEQUENCE)
+_sequences: Final = event_integers(names.STATE_SEQUENCE)
+_DURATION: Final = EVENT_PAIRS[names.STATE_PREVIOUS_DURATION, 0.0][:-8]
 
 
 def encode_states(
     transitions: Iterable[Transition],
     before_ns: int | None,
     wall_offset_ns: int,
-    more: Callable[[Transition], Sequence[Pair]],
+    more: Callable[[Transition], Iterable[Pair]],
 ) -> list[bytes]:
-    """The events that tell `transitions`, as pieces of their span; else as `state_event`.
-
-    Args:
-        more: what a state in `WITH_MORE` has beside what its transition carries.
-    """
+    """The events that tell `transitions`, as pieces of their span; else as `state_events`."""
     pieces: list[bytes] = []
-    for transition in transitions:
-        shape, values = describe_transition(transition)
-        at_ns = transition.at_ns
-        octets = shape.octets + _sequence(transition.sequence)
+    # Written out where a call per event would be felt: a mail has four of them.
+    small, two_octets = _sequences.small, _sequences.two_octets
+    for transition, shape, values in describe_transitions(transitions):
+        state, _, _, sequence, at_ns, _ = transition
+        octets = shape.octets
+        if sequence < 0x80:
+            octets += small[sequence]
+        elif sequence < 0x4000:
+            octets += two_octets + bytes((sequence & 0x7F | 0x80, sequence >> 7))
+        else:
+            octets += _sequences(sequence)
         if before_ns is not None:
-            octets += EVENT_PAIRS[names.STATE_PREVIOUS_DURATION, (at_ns - before_ns) / 1e9]
-        for integers, value in zip(shape.integers, values, strict=True):
-            octets += integers(value)
-        if transition.state in WITH_MORE:
+            octets += _DURATION + pack_double((at_ns - before_ns) / 1e9)
+        if values:
+            for integers, value in zip(shape.integers, values, strict=True):
+                octets += integers(value)
+        if state in WITH_MORE:
             octets += b"".join(map(EVENT_PAIRS.__getitem__, more(transition)))
-        pieces += (before_time(len(octets)), pack_time(at_ns + wall_offset_ns), octets)
+        size = len(octets)
+        pieces += (
+            BEFORE_TIME[size] if size < 1024 else before_time(size),
+            pack_time(at_ns + wall_offset_ns),
+            octets,
+        )
         before_ns = at_ns
     return pieces
 
@@ -196,14 +208,16 @@ def _phase_shape(row: Row, attributes: names.Attributes) -> EventShape:
 _PHASES: Final = ShapeTable((None, names.REPLY_CODE, ENHANCED_CODE), _phase_shape)
 
 
-def describe_phase(phase: DeliveryPhase, reply: Reply | None) -> EventShape:
-    """What the event consists of that tells the end of a phase; the wait for a connection has `pool_pairs` beside."""
-    if reply is None:
-        return _PHASES[phase, None, None]
-    status = reply.enhanced
-    return _PHASES[
-        phase, reply.code, None if status is None else (status.klass, status.subject, status.detail)
-    ]
+def describe_phases(delivery: DeliveryRecord) -> list[tuple[int, EventShape]]:
+    """What the events consist of that tell the phases of a delivery: when they are over, and their shapes.
+
+    That of the wait for a connection has `pool_pairs` beside.
+    """
+    shapes, described = _PHASES, []
+    for at_ns, phase, reply in delivery.phases:
+        row: Row = (phase, None, None) if reply is None else (phase, reply.code, reply.enhanced)
+        described.append((at_ns, shapes[row]))
+    return described
 
 
 def pool_pairs(delivery: DeliveryRecord) -> tuple[Pair, ...]:
@@ -213,23 +227,37 @@ def pool_pairs(delivery: DeliveryRecord) -> tuple[Pair, ...]:
     return (names.POOL_WAIT, delivery.pool_wait_ns / 1e9), (names.POOL_REUSED, delivery.is_reused)
 
 
-def phase_events(delivery: DeliveryRecord) -> Iterator[EventRecord]:
-    """The phases of a delivery, as values."""
+_POOL: Final = names.PHASE_EVENTS[DeliveryPhase.POOL]
+
+
+def phase_events(delivery: DeliveryRecord, pool: Iterable[Pair]) -> list[EventRecord]:
+    """The phases of a delivery, as values.
+
+    Args:
+        pool: its `pool_pairs`.
+    """
     offset = delivery.transaction.wall_offset_ns
-    for at_ns, phase, reply in delivery.phases:
-        shape = describe_phase(phase, reply)
-        more = pool_pairs(delivery) if phase is DeliveryPhase.POOL else ()
-        yield EventRecord(at_ns + offset, shape.name, {**shape.constant, **dict(more)})
+    return [
+        EventRecord(
+            at_ns + offset,
+            shape.name,
+            {**shape.constant, **dict(pool)} if shape.name == _POOL else shape.constant,
+        )
+        for at_ns, shape in describe_phases(delivery)
+    ]
 
 
-def encode_phases(delivery: DeliveryRecord) -> list[bytes]:
-    """The phases of a delivery, as pieces of its span."""
+def encode_phases(delivery: DeliveryRecord, pool: Iterable[Pair]) -> list[bytes]:
+    """The phases of a delivery, as pieces of its span.
+
+    Args:
+        pool: its `pool_pairs`.
+    """
     offset = delivery.transaction.wall_offset_ns
     pieces: list[bytes] = []
-    for at_ns, phase, reply in delivery.phases:
-        shape = describe_phase(phase, reply)
-        if phase is DeliveryPhase.POOL:
-            pieces.append(encode_event(at_ns + offset, shape, pool_pairs(delivery)))
+    for at_ns, shape in describe_phases(delivery):
+        if shape.name == _POOL:
+            pieces.append(encode_event(at_ns + offset, shape, pool))
         else:
             pieces += (shape.before, pack_time(at_ns + offset), shape.octets)
     return pieces

@@ -39,7 +39,7 @@ from otel_smtp.telemetry.redaction import Redaction
 from otel_smtp.telemetry.sampling import Identity, Sampling
 from otel_smtp.telemetry.shapes import EncodedSpan, Pair, SpanShape, encode
 from otel_smtp.telemetry.span_attributes import Described, SpanAttributes, is_probe
-from otel_smtp.telemetry.state_events import StateEvents, encode_phases, encode_states, phase_events, state_event
+from otel_smtp.telemetry.state_events import StateEvents, encode_phases, encode_states, phase_events, pool_pairs, state_events
 
 DEFAULT_SEGMENT_EVENTS: Final = 500
 DEFAULT_SEGMENT_AGE_SECONDS: Final = 300.0
@@ -86,6 +86,9 @@ class Tracing(Observer):
         self._encodes = bool(exports or memories)
         self._sinks = tuple(sinks)
         self._listeners = tuple(listeners)
+        # Whether anybody takes a span, and whether anybody reads one as a value: of those that are recorded, and else.
+        self._wants = {True: bool(exports or memories or sinks or listeners), False: bool(listeners)}
+        self._reads = {True: bool(sinks or listeners), False: bool(listeners)}
         self._sampling = Sampling(sampler, id_generator or RandomIdGenerator())
         self._policies = dict(policies or {})
         self._events_on_span = state_events.on_span
@@ -119,55 +122,46 @@ class Tracing(Observer):
 
     def _finish_segment(self, connection: ConnectionRecord, end_ns: int, *, is_closed: bool) -> None:
         identity = identity_of(connection)
-        if not self._is_wanted(identity):
+        if not self._wants[identity.is_recording]:
             return
         described = self.attributes.connection(connection, is_closed=is_closed)
         offset = connection.wall_offset_ns
         times = connection.begun_ns + offset, end_ns + offset
-        has_events = self._events_on_span and identity.is_recording
-        if identity.is_recording and self._encodes:
-            pieces: Sequence[bytes] = ()
-            if has_events:
-
-                def more(transition: Transition) -> Sequence[Pair]:
-                    return self.more_of_state(connection, transition)
-
-                pieces = encode_states(connection.transitions, before_segment_ns(connection), offset, more)
-            self._give(identity, described, times, pieces, is_trouble=connection.errors > 0)
-        if self._is_read(identity):
-            self._show(identity, described, times, self._state_events(connection) if has_events else [])
-
-    def _state_events(self, connection: ConnectionRecord) -> list[EventRecord]:
-        events = []
+        transitions = connection.transitions if self._events_on_span and identity.is_recording else []
         before_ns = before_segment_ns(connection)
-        for transition in connection.transitions:
-            more = self.more_of_state(connection, transition)
-            events.append(state_event(transition, before_ns, connection.wall_offset_ns, more))
-            before_ns = transition.at_ns
-        return events
+
+        def more(transition: Transition) -> Sequence[Pair]:
+            return self.more_of_state(connection, transition)
+
+        if identity.is_recording and self._encodes:
+            events = encode_states(transitions, before_ns, offset, more)
+            self._give(identity, described, times, events, is_trouble=connection.errors > 0)
+        if self._reads[identity.is_recording]:
+            self._show(identity, described, times, state_events(transitions, before_ns, offset, more))
 
     def more_of_state(self, connection: ConnectionRecord, transition: Transition) -> Sequence[Pair]:
-        """What a state's row holds beside what its transition carries."""
-        if transition.state is ConnState.NEW:
-            return self.attributes.addresses(connection)
-        return self.attributes.totals(connection) if transition.state is ConnState.CLOSED else ()
+        """What a state in `WITH_MORE` has beside what its transition carries."""
+        is_new = transition.state is ConnState.NEW
+        return self.attributes.addresses(connection) if is_new else self.attributes.totals(connection)
 
     # Transactions and their deliveries ---------------------------------------------------------------------------
 
     def transaction_ended(self, transaction: TransactionRecord) -> None:
         """Make the spans of the transaction and of its deliveries that are over."""
-        identity = self._settle(transaction)
+        identity: Identity | None = transaction.trace or self._settle(transaction)
         for delivery in transaction.deliveries:
             if delivery.ended_ns:
                 self._finish_delivery(delivery)
-        if identity is None or not self._is_wanted(identity):
+        if identity is None or not self._wants[identity.is_recording]:
             return
-        described = self.attributes.transaction(transaction, is_in_application=identity.is_in_application)
+        parent = identity.parent
+        is_in_application = parent is not None and parent.is_remote
+        described = self.attributes.transaction(transaction, is_in_application=is_in_application)
         offset = transaction.wall_offset_ns
         times = transaction.begun_ns + offset, transaction.ended_ns + offset
         if identity.is_recording and self._encodes:
             self._give(identity, described, times, ())
-        if self._is_read(identity):
+        if self._reads[identity.is_recording]:
             self._show(identity, described, times, ())
 
     def delivery_ended(self, delivery: DeliveryRecord) -> None:
@@ -176,8 +170,8 @@ class Tracing(Observer):
 
     def trace_id(self, transaction: TransactionRecord) -> str | None:
         """The trace id, sampled or not."""
-        identity = self._settle(transaction)
-        return None if identity is None else identity.context.trace_id_hex
+        identity: Identity | None = transaction.trace or self._settle(transaction)
+        return None if identity is None else f"{identity.context.trace_id:032x}"
 
     def carrier(self, transaction: TransactionRecord) -> Mapping[str, str]:
         """The transaction's own context; of a message from the spool the stored one."""
@@ -199,7 +193,7 @@ class Tracing(Observer):
 
     def _join(self, transaction: TransactionRecord, connection: ConnectionRecord) -> Identity:
         """Place the transaction below its connection or below the application's span, with a link to the other."""
-        parent = identity_of(connection).context
+        parent: TraceContext = connection.trace.context
         links: tuple[LinkRecord, ...] = ()
         kind = SpanKind.INTERNAL
         headers = transaction.trace_headers
@@ -232,7 +226,7 @@ class Tracing(Observer):
     def _settle_delivery(self, delivery: DeliveryRecord) -> Identity:
         identity: Identity | None = delivery.trace
         if identity is None:
-            transaction = self._settle(delivery.transaction)
+            transaction: Identity | None = delivery.transaction.trace or self._settle(delivery.transaction)
             parent = None if transaction is None else transaction.context
             links: tuple[LinkRecord, ...] = ()
             if parent is not None and delivery.transaction.connection is None:
@@ -246,26 +240,19 @@ class Tracing(Observer):
         return identity
 
     def _finish_delivery(self, delivery: DeliveryRecord) -> None:
-        identity = self._settle_delivery(delivery)
-        if not self._is_wanted(identity):
+        identity = delivery.trace or self._settle_delivery(delivery)
+        if not self._wants[identity.is_recording]:
             return
-        described = self.attributes.delivery(delivery)
+        pool = pool_pairs(delivery)
+        described = self.attributes.delivery(delivery, pool)
         offset = delivery.transaction.wall_offset_ns
         times = delivery.begun_ns + offset, delivery.ended_ns + offset
         if identity.is_recording and self._encodes:
-            self._give(identity, described, times, encode_phases(delivery))
-        if self._is_read(identity):
-            self._show(identity, described, times, list(phase_events(delivery)) if identity.is_recording else ())
+            self._give(identity, described, times, encode_phases(delivery, pool))
+        if self._reads[identity.is_recording]:
+            self._show(identity, described, times, phase_events(delivery, pool) if identity.is_recording else ())
 
     # Giving away -------------------------------------------------------------------------------------------------
-
-    def _is_wanted(self, identity: Identity) -> bool:
-        """Whether anybody would take the span."""
-        return bool(self._listeners) or (identity.is_recording and (self._encodes or bool(self._sinks)))
-
-    def _is_read(self, identity: Identity) -> bool:
-        """Whether anybody wants the span as a value."""
-        return bool(self._listeners) or (identity.is_recording and bool(self._sinks))
 
     def _give(
         self,
@@ -339,8 +326,11 @@ class StateTelling(Observer):
             if before.sequence < transition.sequence:
                 before_ns = before.at_ns
                 break
-        more = self._tracing.more_of_state(connection, transition)
-        event = state_event(transition, before_ns, connection.wall_offset_ns, more)
+
+        def more(transition: Transition) -> Sequence[Pair]:
+            return self._tracing.more_of_state(connection, transition)
+
+        [event] = state_events([transition], before_ns, connection.wall_offset_ns, more)
         attributes = {names.CONNECTION_ID: connection.info.id, **event.attributes}
         self._log.take(event.name, event.time_ns, attributes, identity_of(connection).context)
 
@@ -354,12 +344,6 @@ def identity_of(connection: ConnectionRecord) -> Identity:
 def before_segment_ns(connection: ConnectionRecord) -> int | None:
     """When the last transition before the present segment was; None where there was none."""
     return connection.earlier[-1].at_ns if connection.earlier else None
-
-
-def known_context(transaction: TransactionRecord) -> TraceContext | None:
-    """The context of a transaction whose identity is settled; None where there is no trace."""
-    identity: Identity | None = transaction.trace
-    return None if identity is None else identity.context
 
 
 def _stored(transaction: TransactionRecord) -> Identity | None:
