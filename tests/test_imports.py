@@ -22,7 +22,8 @@ PACKAGE: Final = "otel_smtp"
 
 # What of SMTP the other rooms may know without speaking it.
 SMTP_TYPES: Final = tuple(
-    f"otel_smtp.smtp.{module}" for module in ("envelope", "errors", "events", "replies", "states", "extensions")
+    f"otel_smtp.smtp.{module}"
+    for module in ("characters", "envelope", "errors", "events", "replies", "states", "extensions")
 )
 # Standard library without a clock, socket, file, logger, thread or event loop.
 PURE_LIBRARY: Final = frozenset(
@@ -111,7 +112,12 @@ ROOMS: Final = {
         frozenset({"opentelemetry"}),
         reads_environment=True,
     ),
-    "otel_smtp.status": Room(("otel_smtp.observing", *SMTP_TYPES), frozenset({"starlette", "uvicorn", "httpx"})),
+    # The names alone, which know nothing of the libraries: whoever shows telemetry reads them there.
+    "otel_smtp.telemetry.attributes": Room(("otel_smtp.observing", *SMTP_TYPES)),
+    "otel_smtp.status": Room(
+        ("otel_smtp.observing", "otel_smtp.telemetry.attributes", *SMTP_TYPES),
+        frozenset({"starlette", "uvicorn", "httpx"}),
+    ),
     "otel_smtp.config": Room(
         ("otel_smtp.observing", *SMTP_TYPES),
         frozenset({"msgspec"}),

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import lru_cache
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
 
 class ErrorType(StrEnum):
@@ -43,8 +43,7 @@ _ENHANCED = re.compile(r"([245])\.(\d{1,3})\.(\d{1,3})(?:[ \t]+|$)")
 _UNSAFE = re.compile(r"[^\x20-\x7e]+")
 
 
-@dataclass(frozen=True, slots=True)
-class EnhancedStatus:
+class EnhancedStatus(NamedTuple):
     """An enhanced status code: class, subject, detail (RFC 3463 2)."""
 
     klass: int

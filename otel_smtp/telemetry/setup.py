@@ -52,14 +52,14 @@ from otel_smtp.telemetry.exporting import Export, TraceExport
 from otel_smtp.telemetry.log_export import LogExportHandler
 from otel_smtp.telemetry.logs import AccessLog, StateLogger
 from otel_smtp.telemetry.metric_export import MetricExport, MetricsReading
-from otel_smtp.telemetry.metrics import ConnectionCounts, Metrics, SpoolCounts
-from otel_smtp.telemetry.otlp import LogEncoder, TraceEncoder
+from otel_smtp.telemetry.metrics import ConnectionCounts, Metrics, OpenConnections, SpoolCounts
+from otel_smtp.telemetry.otlp import LogEncoder, RequestFrame
 from otel_smtp.telemetry.propagation import InboundPolicy
 from otel_smtp.telemetry.records import LogRecord, SpanSink
 from otel_smtp.telemetry.redaction import Redaction
 from otel_smtp.telemetry.sdk_spans import SdkSpans
 from otel_smtp.telemetry.state_events import StateEvents
-from otel_smtp.telemetry.tracing import DEFAULT_SEGMENT_AGE_SECONDS, DEFAULT_SEGMENT_EVENTS, Tracing
+from otel_smtp.telemetry.tracing import Keep, StateTelling, Tracing
 
 OTEL_TRACES_EXPORTER: Final = "OTEL_TRACES_EXPORTER"
 DEFAULT_FLUSH_SECONDS: Final = 2.0
@@ -82,6 +82,8 @@ class TelemetryOptions:
         policies: what to make of a message's trace context, by listener's name.
         access_log: write a line for each connection, transaction and delivery, if the log's level lets it through.
         listeners: take every finished span, also those that are not sampled.
+        memories: take every recorded span as octets, and whether something in it went wrong.
+        open_connections: the client connections that are open now, for the metrics; asked on the event loop.
         upstream_connections: connections to upstreams now, for the metrics.
         spool: what is queued now, for the metrics.
         processors: of the SDK; each takes every recorded span as the SDK would give it, and is shut down at the end.
@@ -91,12 +93,12 @@ class TelemetryOptions:
     redaction: Redaction = field(default_factory=Redaction)
     policies: Mapping[str, InboundPolicy] = field(default_factory=dict)
     state_events: StateEvents = StateEvents.SPAN
-    segment_events: int = DEFAULT_SEGMENT_EVENTS
-    segment_age_seconds: float = DEFAULT_SEGMENT_AGE_SECONDS
     probes: bool = False
     with_message_id: bool = False
     access_log: bool = True
     listeners: Sequence[SpanSink] = ()
+    memories: Sequence[Keep] = ()
+    open_connections: OpenConnections = tuple
     upstream_connections: ConnectionCounts = tuple
     spool: SpoolCounts = lambda: None
     processors: Sequence[SpanProcessor] = ()
@@ -106,21 +108,21 @@ class Telemetry:
     """What was set up: the observer to be told, and the end of it.
 
     Attributes:
-        observer: to be told everything. Where OTEL_SDK_DISABLED is true it makes no trace, and counts all the same.
+        observers: to be told everything, in this order. Where OTEL_SDK_DISABLED is true they make no trace, and count
+            all the same.
     """
 
     def __init__(
         self,
         metrics: Metrics,
-        tracing: Tracing | None = None,
+        tracing: Sequence[Observer] = (),
         processors: Sequence[SpanProcessor] = (),
         export: TraceExport | None = None,
         log_export: Export[LogRecord] | None = None,
         metric_exports: Sequence[MetricExport] = (),
     ) -> None:
-        self.observer: Observer = metrics
+        self.observers: Sequence[Observer] = (*tracing, metrics)
         self._metrics = metrics
-        self._tracing = tracing
         self._processors = processors
         self._export = export
         self._log_export = log_export
@@ -138,10 +140,9 @@ class Telemetry:
         """The metrics for a scraper that accepts `accept`, and their content type."""
         return self._metrics.page(accept)
 
-    def rotate(self) -> None:
-        """Begin new segments where the old ones are too old; call it every few seconds."""
-        if self._tracing is not None:
-            self._tracing.rotate()
+    def catch_up(self) -> None:
+        """Count what open connections have done so far, for exports of metrics; call it every few seconds on the loop."""
+        self._metrics.catch_up()
 
     def flush_and_shutdown(self, budget_seconds: float = DEFAULT_FLUSH_SECONDS) -> bool:
         """Export what is left, and return within the budget whatever the collector does. Blocks: not for the loop.
@@ -205,7 +206,10 @@ def set_up(options: TelemetryOptions, environ: Mapping[str, str] = os.environ) -
     resource = resource_of(environ)
     if flag(environ, OTEL_SDK_DISABLED):
         counting = Metrics(
-            Observer(), connections=options.upstream_connections, spool=options.spool, resource=resource.attributes
+            open_connections=options.open_connections,
+            connections=options.upstream_connections,
+            spool=options.spool,
+            resource=resource.attributes,
         )
         return Telemetry(counting)
     wanted = wanted_exporters(environ, Signal.TRACES, ("none", "console", "otlp", *_SDK_NAMES))
@@ -222,20 +226,19 @@ def set_up(options: TelemetryOptions, environ: Mapping[str, str] = os.environ) -
     access_log = AccessLog()
     listeners = [*options.listeners, *([access_log] if options.access_log and access_log.is_wanted() else [])]
     tracing = Tracing(
-        sinks=[*([export] if export else []), *(SdkSpans(made, resource, options.version) for made in processors)],
+        exports=[export.take] if export else [],
+        memories=options.memories,
+        sinks=[SdkSpans(made, resource, options.version) for made in processors],
         listeners=listeners,
         sampler=sampler_of(environ),
         redaction=options.redaction,
         policies=options.policies,
         state_events=options.state_events,
-        state_log=StateLogger() if options.state_events.in_log else None,
-        segment_events=options.segment_events,
-        segment_age_seconds=options.segment_age_seconds,
         probes=options.probes,
         with_message_id=options.with_message_id,
     )
     metrics = Metrics(
-        tracing,
+        open_connections=options.open_connections,
         connections=options.upstream_connections,
         spool=options.spool,
         dropped=lambda: [lost for one in exports for lost in one.dropped()],
@@ -244,7 +247,8 @@ def set_up(options: TelemetryOptions, environ: Mapping[str, str] = os.environ) -
     metric_exports = _metric_exports(environ, MetricsReading(metrics, resource, options.version), options.version)
     exports: list[TraceExport | Export[LogRecord] | MetricExport] = [*metric_exports]
     exports += [one for one in (export, log_export) if one is not None]
-    return Telemetry(metrics, tracing, processors, export, log_export, metric_exports)
+    telling = [StateTelling(tracing, StateLogger())] if options.state_events.in_log else []
+    return Telemetry(metrics, [tracing, *telling], processors, export, log_export, metric_exports)
 
 
 def _log_export(environ: Mapping[str, str], resource: Resource, version: str) -> Export[LogRecord] | None:
@@ -287,7 +291,7 @@ def _metric_exports(environ: Mapping[str, str], reading: MetricsReading, version
 def _trace_export(environ: Mapping[str, str], resource: Resource, version: str) -> TraceExport:
     settings = collector_settings(environ, version)
     return TraceExport(
-        TraceEncoder(resource, version), lambda: connect(settings), batch_settings(environ), address=settings.address
+        RequestFrame(resource, version), lambda: connect(settings), batch_settings(environ), address=settings.address
     )
 
 
