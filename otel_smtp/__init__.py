@@ -11,7 +11,7 @@ A message's way through the house
 4. All that happens is told to `observer.Observer`: `telemetry` makes spans, events, metrics and log lines of it,
    `status` shows it, and a `conn_state` callback gets each transition.
 
-`app.Gateway` joins the rooms. It and the settings are what programs that embed the gateway need::
+`gateway.Gateway` joins the rooms. It and the settings are what programs that embed the gateway need::
 
     async with Gateway(load(upstream=["smtp://127.0.0.1:1025"]), conn_state=callback) as gateway:
         print(gateway.addresses)
@@ -24,7 +24,7 @@ from otel_smtp.smtp.states import ConnState, Transition
 
 if TYPE_CHECKING:
     from otel_smtp.config import Settings, load
-    from otel_smtp.gateway.app import Gateway
+    from otel_smtp.gateway import Gateway
 
 __version__ = "0.1.0"
 __all__ = ["ConnState", "ConnectionInfo", "Gateway", "Observer", "Settings", "Transition", "load"]
@@ -34,7 +34,7 @@ def __getattr__(name: str) -> Any:
     """Import what is heavy when it is first asked for: a command that only needs the version stays quick."""
     match name:
         case "Gateway":
-            from otel_smtp.gateway.app import Gateway
+            from otel_smtp.gateway import Gateway
 
             return Gateway
         case "Settings":

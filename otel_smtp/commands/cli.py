@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from otel_smtp.config.values import Kind
-    from otel_smtp.gateway.app import Gateway, Ready
+    from otel_smtp.gateway.gateway import Gateway, Ready
 
 logger: Final = logging.getLogger("otel_smtp.commands.cli")
 
@@ -162,7 +162,7 @@ def serve(
     _set_up_logging(settings)
     for warning in settings.warnings:
         logger.warning("a setting to think about", extra={"setting": warning})
-    from otel_smtp.gateway.app import run
+    from otel_smtp.gateway.running import run
 
     raise SystemExit(run(settings, on_ready=lambda ready: print(ready_line(ready), flush=True)))
 
@@ -230,7 +230,7 @@ def check(
 
 def _never_started(settings: Settings) -> "Gateway":
     """A gateway that is made only, so that certificates, users and OTEL_* variables are read too."""
-    from otel_smtp.gateway.app import WRONG_FILES, Gateway
+    from otel_smtp.gateway.gateway import WRONG_FILES, Gateway
 
     try:
         return Gateway(settings)
@@ -252,7 +252,7 @@ def _try_everything(settings: Settings) -> bool:
         check_upstream,
     )
     from otel_smtp.commands.terminal.tables import verdict_line
-    from otel_smtp.gateway.app import upstream_settings
+    from otel_smtp.gateway.wiring import upstream_settings
     from otel_smtp.telemetry.logs import set_up_logging
 
     # What goes wrong is a finding here, and needs no log line too.

@@ -14,14 +14,11 @@ import logging
 import os
 import selectors
 import signal
-import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, NoReturn
-
-from otel_smtp.observer import Endpoint
 
 logger: Final = logging.getLogger("otel_smtp.gateway.workers")
 
@@ -44,34 +41,6 @@ _HANDLED: Final = (*_FORWARDED, signal.SIGCHLD, signal.SIGUSR2)
 
 Work = Callable[[int, Callable[[], None]], int]
 """What a worker does: given its number and what to call when it is ready, it returns its exit status."""
-
-
-def reserve(addresses: Sequence[Endpoint]) -> tuple[list[Endpoint], list[socket.socket]]:
-    """Bind `addresses` without listening, so that port 0 becomes one port that all workers can share.
-
-    Returns:
-        The addresses with their ports, and the sockets that hold them: keep them while workers start.
-
-    Raises:
-        OSError: an address cannot be bound.
-    """
-    resolved: list[Endpoint] = []
-    held: list[socket.socket] = []
-    for address in addresses:
-        if address.port is None:
-            resolved.append(address)
-            continue
-        family, kind, protocol, _, name = socket.getaddrinfo(
-            address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        sock = socket.socket(family, kind, protocol)
-        held.append(sock)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        sock.bind(name)
-        resolved.append(Endpoint(address.host, sock.getsockname()[1]))
-    return resolved, held
 
 
 @dataclass(slots=True)

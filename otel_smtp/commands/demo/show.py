@@ -15,7 +15,7 @@ from otel_smtp.commands.demo.visits import VISITS
 from otel_smtp.commands.terminal.spans import DrawnSpan, Stories
 from otel_smtp.commands.terminal.waterfall import ASCII, UNICODE, waterfall
 from otel_smtp.config import Flag, Settings, load
-from otel_smtp.gateway.app import Gateway
+from otel_smtp.gateway import Gateway
 from otel_smtp.observer import Endpoint
 
 # A trace is drawn when its connection has ended, which takes no longer than the visit itself.
