@@ -106,10 +106,12 @@ ROOMS: Final = {
     "otel_smtp.telemetry.client": Room((), frozenset({"opentelemetry"})),
     "otel_smtp.telemetry.metric_export": Room(("otel_smtp.telemetry",), frozenset({"opentelemetry"})),
     "otel_smtp.telemetry.log_export": Room(("otel_smtp.telemetry",)),
+    # The one reading of the OTEL_* variables.
+    "otel_smtp.telemetry.environment": Room(
+        ("otel_smtp.telemetry",), frozenset({"opentelemetry"}), reads_environment=True
+    ),
     "otel_smtp.telemetry.setup": Room(
-        ("otel_smtp.observer", "otel_smtp.telemetry", *SMTP_TYPES),
-        frozenset({"opentelemetry"}),
-        reads_environment=True,
+        ("otel_smtp.observer", "otel_smtp.telemetry", *SMTP_TYPES), frozenset({"opentelemetry"})
     ),
     "otel_smtp.status": Room(("otel_smtp.observer", *SMTP_TYPES), frozenset({"starlette", "uvicorn", "httpx"})),
     "otel_smtp.config": Room(
@@ -329,7 +331,7 @@ GOOD = [
     ("otel_smtp.forwarding.pool", "from otel_smtp.forwarding.connection import Connection\nimport time"),
     ("otel_smtp.forwarding.connection", "from otel_smtp.smtp.client import ClientProtocol"),
     ("otel_smtp.telemetry.tracing", "def f():\n    from opentelemetry import trace"),
-    ("otel_smtp.telemetry.setup", "import os\nx = os.environ['OTEL_TRACES_EXPORTER']"),
+    ("otel_smtp.telemetry.environment", "import os\nx = os.environ['OTEL_TRACES_EXPORTER']"),
     ("otel_smtp.gateway.wiring", "from otel_smtp.config import Config\nfrom otel_smtp.telemetry.setup import start"),
     ("otel_smtp", "from otel_smtp.gateway import Gateway\nfrom otel_smtp.smtp.states import ConnState"),
 ]
@@ -397,6 +399,7 @@ BAD = [
     ("otel_smtp.spool.store", "import os\nx = os.getenv('X')", "reads os.getenv"),
     ("otel_smtp.spool.store", "from os import environ", "reads os.environ"),
     ("otel_smtp.telemetry.tracing", "import os\nx = os.environ['OTEL_X']", "reads os.environ"),
+    ("otel_smtp.telemetry.setup", "import os\nx = os.environ['OTEL_X']", "reads os.environ"),
     ("otel_smtp.config", "import socket", "imports socket"),
     ("otel_smtp.gateway.wiring", "import tests.support", "imports tests.support"),
     (

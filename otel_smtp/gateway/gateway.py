@@ -4,7 +4,6 @@ There is no `if` about mail here. Adapters meet only as constructor arguments.
 """
 
 import asyncio
-import os
 import ssl
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -22,7 +21,7 @@ from otel_smtp.server.users import Authenticator, TokenVerifier, UsersFileError,
 from otel_smtp.smtp.states import TlsMode, Transition
 from otel_smtp.telemetry.environment import TelemetrySettingError
 from otel_smtp.telemetry.records import SpanSink
-from otel_smtp.telemetry.setup import describe_destination, set_up
+from otel_smtp.telemetry.setup import set_up
 
 if TYPE_CHECKING:
     from otel_smtp.spool.service import Spool
@@ -130,7 +129,7 @@ class Gateway:
         return Ready(
             self._settings,
             self.addresses,
-            describe_destination(os.environ),
+            self._telemetry.traces_to,
             self._status_port.listening if self._status_port is not None else None,
         )
 

@@ -18,7 +18,7 @@ from otel_smtp.gateway.systemd import ServiceManager
 from otel_smtp.gateway.workers import AT_ONCE, REPLACED, Supervisor
 from otel_smtp.net import is_accept_exhausted
 from otel_smtp.spool.messages import SpoolError
-from otel_smtp.telemetry.setup import describe_destination
+from otel_smtp.telemetry import environment
 
 logger: Final = logging.getLogger("otel_smtp.gateway.running")
 
@@ -38,41 +38,40 @@ def run(settings: Settings, *, on_ready: OnReady) -> int:
         The exit status: 0 after a drain, 1 if it could not start, 2 if a file or variable it reads is wrong.
     """
     if settings.workers == 1:
-        return _run_here(serve(settings, on_ready))
+        return _exit_status(lambda: _run_here(serve(settings, on_ready)))
+    return _exit_status(lambda: _supervise(settings, on_ready))
+
+
+def _exit_status(running: Callable[[], int]) -> int:
     try:
-        shared = SharedPorts(with_present_addresses(settings))
-    except OSError as error:
-        logger.error("cannot start: %s", error)
-        return FAILED
-    with shared:
-        return _supervise(shared, on_ready)
-
-
-def _supervise(shared: SharedPorts, on_ready: OnReady) -> int:
-    settings = shared.settings
-    token = secrets.token_hex()
-
-    def work(number: int, announce: Callable[[], None]) -> int:
-        process = Process(number, shared.worker_status_ports, token)
-        serving = serve(settings, lambda _: announce(), process=process, at_once=AT_ONCE, replaced=REPLACED)
-        return _run_here(serving)
-
-    addresses = {listener.name: listener.address for listener in settings.listener}
-    ready = Ready(settings, addresses, describe_destination(os.environ), settings.status.address)
-    return Supervisor(settings.workers, work, on_ready=lambda: on_ready(ready)).run()
-
-
-def _run_here(serving: Coroutine[Any, Any, None]) -> int:
-    try:
-        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            runner.run(serving)
+        return running()
     except WRONG_FILES as error:
         logger.error("cannot start: %s", error)
         return WRONG
     except (OSError, SpoolError) as error:
         logger.error("cannot start: %s", error)
         return FAILED
+
+
+def _run_here(serving: Coroutine[Any, Any, None]) -> int:
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(serving)
     return 0
+
+
+def _supervise(settings: Settings, on_ready: OnReady) -> int:
+    traces_to = environment.read().describe_traces()
+    token = secrets.token_hex()
+    with SharedPorts(with_present_addresses(settings)) as shared:
+
+        def work(number: int, announce: Callable[[], None]) -> int:
+            process = Process(number, shared.worker_status_ports, token)
+            serving = serve(shared.settings, lambda _: announce(), process=process, at_once=AT_ONCE, replaced=REPLACED)
+            return _exit_status(lambda: _run_here(serving))
+
+        addresses = {listener.name: listener.address for listener in shared.settings.listener}
+        ready = Ready(shared.settings, addresses, traces_to, shared.settings.status.address)
+        return Supervisor(settings.workers, work, on_ready=lambda: on_ready(ready)).run()
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:

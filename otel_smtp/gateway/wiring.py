@@ -166,8 +166,13 @@ def spool_settings(settings: Settings) -> "SpoolSettings":
         schedule=Schedule(spool.retry, max_age_seconds=spool.max_age, warn_after_seconds=spool.warn_after),
         bounce=spool.bounce,
         hostname=settings.hostname,
-        least_free_octets=settings.limits.message_size * 3 // 2,
+        least_free_octets=least_free_octets(settings),
     )
+
+
+def least_free_octets(settings: Settings) -> int:
+    """Free space below which the spool refuses mail: the largest message, and half as much again."""
+    return settings.limits.message_size * 3 // 2
 
 
 def redaction(settings: Settings) -> Redaction:
