@@ -1,15 +1,18 @@
 """Settings to the values that each room takes: the one place that knows both.
 
 Each function takes settings that `config` has checked, and returns the value object of one room. Nothing is opened or
-started here, and no file is read.
+started here, and no file is read. Every default value is written in `config.settings`; tests/gateway/test_wiring.py
+compares those that a room has too, for use without settings.
 """
 
+import dataclasses
 import ssl
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from otel_smtp import __version__
 from otel_smtp.config import Listener, Settings, Upstream
+from otel_smtp.config.settings import Table
 from otel_smtp.forwarding.oauth import OAuthSettings, OAuthTokens
 from otel_smtp.forwarding.settings import (
     Credentials,
@@ -31,6 +34,8 @@ from otel_smtp.telemetry.state_events import StateEvents
 if TYPE_CHECKING:
     from otel_smtp.spool.service import SpoolSettings
 
+T = TypeVar("T")
+
 
 def listener_policy(
     settings: Settings,
@@ -45,7 +50,6 @@ def listener_policy(
         tls_context: returns the context for the next handshake; None where the listener speaks no TLS.
         authenticator: verifies logins; None where the listener offers no AUTH.
     """
-    timeouts = settings.timeouts
     return ListenerPolicy(
         name=listener.name,
         protocol=ServerPolicy(
@@ -57,16 +61,9 @@ def listener_policy(
             auth_required=listener.auth == "required",
             auth_in_clear=listener.auth_in_clear,
             rejects_bare_line_ends=settings.delivery.content_newlines == "reject",
-            limits=server_limits(settings),
+            limits=_by_name(ServerLimits, settings.limits),
         ),
-        timeouts=ServerTimeouts(
-            command=timeouts.command,
-            command_under_stress=timeouts.command_under_stress,
-            data=timeouts.data,
-            tls_handshake=timeouts.tls_handshake,
-            session=timeouts.session,
-            octets_per_second=settings.limits.octets_per_second,
-        ),
+        timeouts=_by_name(ServerTimeouts, settings.timeouts, octets_per_second=settings.limits.octets_per_second),
         tls_context=tls_context,
         authenticator=authenticator,
         allow=listener.allow,
@@ -75,23 +72,20 @@ def listener_policy(
     )
 
 
-def server_limits(settings: Settings) -> ServerLimits:
-    """The bounds of one connection and one transaction."""
-    limits = settings.limits
-    return ServerLimits(
-        message_size=limits.message_size,
-        recipients=limits.recipients,
-        messages_per_connection=limits.messages_per_connection,
-        errors=limits.errors,
-        junk_commands=limits.junk_commands,
-        command_line=limits.command_line,
-        auth_line=limits.auth_line,
-        text_line=limits.text_line,
-        header_size=limits.header_size,
-        header_lines=limits.header_lines,
-        hops=limits.hops,
-        auth_failures=limits.auth_failures,
-    )
+def _by_name(room: Callable[..., T], table: Table, *, without: Collection[str] = (), **others: object) -> T:
+    """A room's value object, filled with the settings of the same names.
+
+    Args:
+        room: its dataclass.
+        without: fields that are no settings, and keep the room's default.
+        others: fields whose setting has another name, or is in another table.
+
+    Raises:
+        AttributeError: a field is neither of these nor a setting of the table.
+    """
+    names = [field.name for field in dataclasses.fields(cast(Any, room))]
+    same = {name: getattr(table, name) for name in names if name not in others and name not in without}
+    return room(**same, **others)
 
 
 def upstream_settings(upstream: Upstream) -> UpstreamSettings:
@@ -103,7 +97,6 @@ def upstream_settings(upstream: Upstream) -> UpstreamSettings:
             upstream.password.reveal() if upstream.password is not None else "",
             _tokens(upstream),
         )
-    timeout = upstream.timeout
     assert upstream.trace_context is not None
     return UpstreamSettings(
         name=upstream.name,
@@ -124,14 +117,7 @@ def upstream_settings(upstream: Upstream) -> UpstreamSettings:
             idle_seconds=upstream.connection_idle,
         ),
         reply_limits=ReplyLimits(upstream.reply_line, upstream.reply_lines),
-        timeouts=Timeouts(
-            connect=timeout.connect,
-            greeting=timeout.greeting,
-            command=timeout.command,
-            data=timeout.data,
-            block=timeout.block,
-            reply=timeout.reply,
-        ),
+        timeouts=_by_name(Timeouts, upstream.timeout, without=("pool",)),
         senders=upstream.senders,
         recipients=upstream.recipients,
         trace_context=TracePolicy(upstream.trace_context),
