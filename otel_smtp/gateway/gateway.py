@@ -185,7 +185,7 @@ class Gateway:
             raise
         if self._status_port is not None:
             # Last: it imports a web server, and a client may be waiting for its greeting.
-            await self._status_port.start(is_required="status.address" in self._settings.origins)
+            self._status_port.start(is_required="status.address" in self._settings.origins)
         self._telemetry.start()
         self._rotation = asyncio.get_running_loop().create_task(self._rotate_segments())
 

@@ -73,7 +73,7 @@ class SharedPorts:
         except OSError as error:
             if "status.address" in settings.origins:
                 raise
-            logger.warning("no status port: %s is taken", address, extra={"error": str(error)})
+            logger.warning("no status port: address in use", extra={"address": str(address), "error": str(error)})
             address = None
         return msgspec.structs.replace(settings, status=msgspec.structs.replace(settings.status, address=address))
 

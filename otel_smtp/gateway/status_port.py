@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from otel_smtp import __version__
 from otel_smtp.config import Settings
 from otel_smtp.forwarding.breaker import BreakerState
+from otel_smtp.gateway.ports import bind
 from otel_smtp.observer import Endpoint
 from otel_smtp.smtp.envelope import Recipient
 from otel_smtp.spool.messages import DeliveryState, Shown
@@ -68,7 +69,7 @@ class StatusPort:
         """Keep a finished span for the page."""
         self._traces.add(record)
 
-    async def start(self, *, is_required: bool) -> None:
+    def start(self, *, is_required: bool) -> None:
         """Listen.
 
         Args:
@@ -79,7 +80,8 @@ class StatusPort:
             OSError: the address cannot be bound, and it is required.
         """
         # Imported here: a cold start is measured to the first greeting, and this brings a web server.
-        from otel_smtp.status.server import LOOPBACK, Network, StatusServer
+        from otel_smtp.status.http import LOOPBACK, Network
+        from otel_smtp.status.server import StatusServer
         from otel_smtp.status.siblings import Siblings
 
         gateway, process = self._gateway, self._process
@@ -93,7 +95,6 @@ class StatusPort:
             address, allow = Endpoint("127.0.0.1", process.status_ports[process.number]), LOOPBACK
             token = process.token
         self._server = StatusServer(
-            address,
             live=self.live,
             traces=self._traces,
             checks={"draining": self._draining, **self._delivery_checks()},
@@ -105,14 +106,15 @@ class StatusPort:
             about=_about(gateway.settings, gateway.ready.traces_to),
             siblings=siblings,
             token=token,
-            reuse_port=process is not None,
         )
         try:
-            self.listening = await self._server.start()
+            sock = bind(address, is_shared=process is not None, is_dual_stack=True)
         except OSError as error:
             if is_required:
                 raise
-            logger.warning("no status port: %s is taken", address, extra={"error": str(error)})
+            logger.warning("no status port: address in use", extra={"address": str(address), "error": str(error)})
+            return
+        self.listening = Endpoint(address.host, self._server.start(sock).port)
 
     async def stop(self) -> None:
         """Stop listening."""

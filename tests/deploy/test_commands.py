@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from otel_smtp.commands.cli import cli
+from otel_smtp.gateway.ports import bind
 from otel_smtp.observer import Endpoint
 from otel_smtp.status.live import LiveView
 from otel_smtp.status.server import StatusServer
@@ -95,10 +96,10 @@ async def test_the_images_health_check_tells_a_live_gateway_from_none() -> None:
     (line,) = re.findall(r"HEALTHCHECK [^\n]*\\\n\s+CMD (.*)$", DOCKERFILE, re.MULTILINE)
     _, *arguments = json.loads(line)
     server = StatusServer(
-        Endpoint("127.0.0.1", 0), live=LiveView(shown_host=str, shown_name=str), traces=RecentTraces(), checks={},
+        live=LiveView(shown_host=str, shown_name=str), traces=RecentTraces(), checks={},
         metrics=lambda accept: (b"", "text/plain"),
     )  # fmt: skip
-    address = await server.start()
+    address = server.start(bind(Endpoint("127.0.0.1", 0)))
     here = [word.replace("127.0.0.1:9925", f"127.0.0.1:{address.port}") for word in arguments]
     assert here != arguments
     assert await exit_status(here) == 0
