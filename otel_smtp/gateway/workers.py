@@ -91,11 +91,12 @@ class Supervisor:
             for number in range(self._count):
                 self._start(number)
             while self._workers or self._restarts:
-                for key, _ in self._selector.select(self._next_restart()):
-                    if key.fd == wake_reader:
-                        self._on_signals(os.read(wake_reader, 512))
-                    else:
-                        self._on_ready_pipe(key.fd)
+                readable = {key.fd for key, _ in self._selector.select(self._next_restart())}
+                # Pipes first: signals may end workers, and close the pipes of those that were never ready.
+                for reader in readable - {wake_reader}:
+                    self._on_ready_pipe(reader)
+                if wake_reader in readable:
+                    self._on_signals(os.read(wake_reader, 512))
                 self._start_due()
             return self._status
         finally:
