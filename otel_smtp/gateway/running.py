@@ -106,52 +106,71 @@ async def serve(
     leave_out_of_garbage_collection()
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(_LoopFaults())
-    asked = asyncio.Event()
-    again = asyncio.Event()
-    has_successor = asyncio.Event()
-
-    def on_signal() -> None:
-        if asked.is_set() and at_once is None:
-            again.set()
-        asked.set()
-
-    def on_at_once() -> None:
-        asked.set()
-        again.set()
-
-    def on_replaced() -> None:
-        has_successor.set()
-        asked.set()
-
-    async def drained() -> None:
-        if has_successor.is_set():
-            await gateway.leave_status_port()  # first: probes ask about the gateway, not about this process's drain
-        await gateway.stop()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal)
-    if at_once is not None:
-        loop.add_signal_handler(at_once, on_at_once)
-    if replaced is not None:
-        loop.add_signal_handler(replaced, on_replaced)
+    asked = _Asked(loop, at_once=at_once, replaced=replaced)
     loop.add_signal_handler(signal.SIGHUP, gateway.reload_certificates)
     on_ready(gateway.ready)
     manager = ServiceManager(os.environ.get("NOTIFY_SOCKET"))
     manager.ready(f"relaying, pid {os.getpid()}")
-    await asked.wait()
+    await asked.to_drain.wait()
     manager.stopping(settings.timeouts.shutdown_grace)
     logger.info("draining", extra={"grace_seconds": settings.timeouts.shutdown_grace})
-    drain = loop.create_task(drained())
-    second = loop.create_task(again.wait())
-    await asyncio.wait({drain, second}, return_when=asyncio.FIRST_COMPLETED)
+    drain = loop.create_task(_drain(gateway, has_successor=asked.has_successor))
+    stop_now = loop.create_task(asked.to_stop_now.wait())
+    await asyncio.wait({drain, stop_now}, return_when=asyncio.FIRST_COMPLETED)
     if not drain.done():
         logger.warning("second signal received, stopping now")
         drain.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await drain
         await gateway.stop(immediately=True)
-    second.cancel()
-    await asyncio.gather(drain, return_exceptions=True)
+    stop_now.cancel()
+    if not drain.cancelled():
+        drain.result()  # a drain that failed is not a drain
+
+
+async def _drain(gateway: Gateway, *, has_successor: bool) -> None:
+    if has_successor:
+        await gateway.leave_status_port()  # first: probes ask about the gateway, not about this process
+    await gateway.stop()
+
+
+class _Asked:
+    """What signals have asked of the process.
+
+    Args:
+        at_once, replaced: see `serve`.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        at_once: signal.Signals | None,
+        replaced: signal.Signals | None,
+    ) -> None:
+        self.to_drain = asyncio.Event()
+        self.to_stop_now = asyncio.Event()
+        self.has_successor = False
+        self._counts = at_once is None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop)
+        if at_once is not None:
+            loop.add_signal_handler(at_once, self._stop_now)
+        if replaced is not None:
+            loop.add_signal_handler(replaced, self._leave_to_successor)
+
+    def _stop(self) -> None:
+        if self.to_drain.is_set() and self._counts:
+            self.to_stop_now.set()
+        self.to_drain.set()
+
+    def _stop_now(self) -> None:
+        self.to_drain.set()
+        self.to_stop_now.set()
+
+    def _leave_to_successor(self) -> None:
+        self.has_successor = True
+        self.to_drain.set()
 
 
 def leave_out_of_garbage_collection() -> None:
