@@ -33,7 +33,7 @@ def refusal_of(listener: dict[str, Any] | None = None, /, **values: Any) -> str:
     return str(refusal.value)
 
 
-# Open relay (P6) ----------------------------------------------------------------------------------------------
+# Open relay --------------------------------------------------------------------------------------------------
 
 ANY_RELAYS = "other machines can reach it, so say who may relay"
 
