@@ -24,7 +24,7 @@ from otel_smtp.config.settings import SCHEMA, Key, Limits, Table, Timeouts, Upst
 from otel_smtp.config.values import Duration, Integer, Size
 from otel_smtp.forwarding.connection import UpstreamConnection
 from otel_smtp.forwarding.faults import TimedOut
-from otel_smtp.gateway.app import upstream_settings
+from otel_smtp.gateway.wiring import upstream_settings
 from tests.support.clock import advance
 from tests.support.fake_stream import FakeStream
 from tests.support.upstream import EXTENSIONS, Fault, Kind, Phase, ScriptedUpstream

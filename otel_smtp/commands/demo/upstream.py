@@ -1,7 +1,7 @@
-"""An upstream that keeps what arrives, in memory, and refuses what it is told to refuse.
+"""An upstream that keeps mail in memory and refuses the recipients that it is given.
 
 It is the gateway's own server with another `Forwarder` behind it: real sockets, the whole protocol, and mail that ends
-in a list.
+up in a list.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ REFUSED_ADDRESS: Final = "refused@example.com"
 
 _CAPABILITIES: Final = Capabilities(require_tls=False)
 _LOOPBACK: Final = (IPv4Network("127.0.0.0/8"),)
-# Bounds of a demonstration: what is kept, and who may connect.
+# Bounds of a demonstration.
 _MOST_KEPT: Final = 100
 _MOST_KEPT_OCTETS: Final = 64 * 1024 * 1024
 _MOST_CONNECTIONS: Final = 64
@@ -41,11 +41,11 @@ class KeptMail:
 
 
 class KeepingForwarder:
-    """Keeps mail in memory, the newest `_MOST_KEPT` of it.
+    """Keeps the newest mails in memory, at most `_MOST_KEPT`.
 
     Args:
         refused: addresses that get 550 5.1.1.
-        answer_after_seconds: how long the end of a message waits for its reply.
+        answer_after_seconds: delay of the final reply to each message.
     """
 
     def __init__(self, *, refused: Collection[str] = (REFUSED_ADDRESS,), answer_after_seconds: float = 0.0) -> None:
@@ -55,15 +55,15 @@ class KeepingForwarder:
         self._kept_octets = 0
 
     def capabilities(self) -> Capabilities:
-        """Everything that needs nobody else."""
+        """All extensions that need no further server."""
         return _CAPABILITIES
 
     async def begin(self, mail: Mail, seen: TransactionObserver) -> "_KeepingTransaction":
-        """Take any sender."""
+        """Accept any sender."""
         return _KeepingTransaction(self, mail)
 
     def keep(self, mail: KeptMail) -> Reply:
-        """Keep a mail, and forget the oldest where there is no room."""
+        """Keep a mail, and drop the oldest ones if there is no room."""
         self.kept.append(mail)
         self._kept_octets += len(mail.content)
         while len(self.kept) > 1 and (len(self.kept) > _MOST_KEPT or self._kept_octets > _MOST_KEPT_OCTETS):
@@ -117,10 +117,10 @@ class KeepingUpstream:
         """Listen.
 
         Returns:
-            Where.
+            Its address.
 
         Raises:
-            OSError: no port can be had.
+            OSError: no port is available.
         """
         return (await self._server.start())["keeper"][0]
 
