@@ -87,9 +87,7 @@ def _kind(
         return EventShape(names.STATE_EVENTS[row[0]], attributes, varying_names)  # type: ignore[index]  # see below
 
     # The first three columns are those of every transition.
-    return _Kind(
-        ShapeTable((names.STATE, names.STATE_PREVIOUS, names.STATE_LEVEL, *header), make), constant, varying
-    )
+    return _Kind(ShapeTable((names.STATE, names.STATE_PREVIOUS, names.STATE_LEVEL, *header), make), constant, varying)
 
 
 def _error(detail: ErrorReply) -> Row:

@@ -3,8 +3,8 @@
 The real server, session, forwarder and telemetry run over transports in memory: a client that says one command per turn
 over a kept connection, and an upstream with PIPELINING and CHUNKING that says yes. `python -m tests.bench.lab` prints
 microseconds of CPU per mail, as the minimum of many batches (the machine's other tenants only ever add), by ablation:
-without observers, with metrics, with spans that nobody takes, with spans encoded, and with an export thread beside it. `--calls` counts
-instead of timing: Python functions and C functions per mail, which is what the guard test bounds.
+without observers, with metrics, with traces, with everything that is on by default, and with an export thread beside
+it. `--calls` counts as well: Python functions and C functions per mail, which is what the guard test bounds.
 """
 
 import argparse
@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import CodeType, FrameType
 from typing import Any, Final, NamedTuple
+from unittest import mock
 
-import otel_smtp.forwarding.connection as upstream_connection
 from otel_smtp.forwarding.settings import Strategy, UpstreamSettings
 from otel_smtp.forwarding.upstream import UpstreamForwarder
 from otel_smtp.net import Stream, Sweep
@@ -176,49 +176,46 @@ async def measure(
     counts: bool = False,
 ) -> Figures:
     """Send batches of mails through a gateway in memory."""
-    sweep = Sweep()
     observer = observers()
-    original, upstream_connection.connect = upstream_connection.connect, _connect
-    try:
-        forwarder = UpstreamForwarder(
-            [UpstreamSettings(name="sink", host="127.0.0.1", port=2525)],
-            strategy=Strategy(strategy),
-            hostname="gateway.example.com",
-            observer=observer,
-            sweep=sweep,
-        )
-        limits = ServerLimits(messages_per_connection=sys.maxsize)
-        policy = ListenerPolicy(
-            "local",
-            ServerPolicy("gateway.example.com", limits=limits),
-            ServerTimeouts(),
-            allow=(ipaddress.ip_network("127.0.0.0/8"),),
-        )
-        server = Server([], forwarder, observer, connections=1000, connections_per_client=1000, sweep=sweep)
+    sweep = Sweep()
+    forwarder = UpstreamForwarder(
+        [UpstreamSettings(name="sink", host="127.0.0.1", port=2525)],
+        strategy=Strategy(strategy), hostname="gateway.example.com", observer=observer, sweep=sweep,
+    )  # fmt: skip
+    limits = ServerLimits(messages_per_connection=sys.maxsize)
+    policy = ListenerPolicy(
+        "local", ServerPolicy("gateway.example.com", limits=limits), ServerTimeouts(),
+        allow=(ipaddress.ip_network("127.0.0.0/8"),),
+    )  # fmt: skip
+    server = Server([], forwarder, observer, connections=1000, connections_per_client=1000, sweep=sweep)
+    figures = Figures([], Counter(), Counter())
+    # The one thing that is replaced: how an upstream is connected to.
+    with mock.patch("otel_smtp.forwarding.connection.connect", _connect):
         client = Client(octets)
         server.accept(policy, client.attach(Stream()))
         await client.mails(300)
         gc.collect()
         gc.freeze()
-        microseconds = []
-        for _ in range(batches):
-            began = time.thread_time_ns()
-            await client.mails(mails)
-            microseconds.append((time.thread_time_ns() - began) / 1000 / mails)
-        python: Counter[str] = Counter()
-        c: Counter[str] = Counter()
-        if counts:
-            with _counting(python, c):
+        try:
+            for _ in range(batches):
+                began = time.thread_time_ns()
                 await client.mails(mails)
-            for counter in (python, c):
-                for name in counter:
-                    counter[name] = counter[name] / mails  # type: ignore[assignment]  # a mean
+                figures.microseconds.append((time.thread_time_ns() - began) / 1000 / mails)
+            if counts:
+                with _counting(figures.python_calls, figures.c_calls):
+                    await client.mails(mails)
+                _per_mail(figures.python_calls, mails)
+                _per_mail(figures.c_calls, mails)
+        finally:
+            gc.unfreeze()
         await server.drain(0)
         await forwarder.close(grace_seconds=0)
-    finally:
-        upstream_connection.connect = original
-        gc.unfreeze()
-    return Figures(microseconds, python, c)
+    return figures
+
+
+def _per_mail(calls: Counter[str], mails: int) -> None:
+    for name in calls:
+        calls[name] = calls[name] / mails  # type: ignore[assignment]  # a mean
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from otel_smtp.forwarding.settings import Strategy, UpstreamSettings
 from otel_smtp.forwarding.upstream import UpstreamForwarder
+from otel_smtp.net import Sweep
 from otel_smtp.observing import (
     ConnectionInfo,
     ConnectionRecord,
@@ -28,7 +29,8 @@ from otel_smtp.spool.notices import BouncePolicy
 from otel_smtp.spool.schedule import Schedule
 from otel_smtp.spool.service import Spool, SpoolSettings
 from tests.spool.messages import CARRIER
-from tests.support.relaying import BOB, CHUNKS, MAIL
+from tests.support.deliveries import MAIL
+from tests.support.relaying import BOB, CHUNKS
 
 T = TypeVar("T")
 
@@ -135,7 +137,7 @@ async def queueing(
     """A spool that runs, in front of `upstreams`; `direct`: these are asked first."""
     observer = ResumedDeliveries()
     relay = UpstreamForwarder(
-        upstreams, hostname="gw.example", strategy=direct or Strategy.TRANSPARENT, observer=observer
+        upstreams, hostname="gw.example", strategy=direct or Strategy.TRANSPARENT, observer=observer, sweep=Sweep()
     )
     settings = SpoolSettings(directory / "spool", schedule, bounce, "gw.example", least_free_octets=0)
     spool = Spool(settings, relay.for_spool(), relay if direct is not None else None, observer, clock=clock)

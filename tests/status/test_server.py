@@ -6,6 +6,7 @@ import ipaddress
 import json
 import signal
 import socket
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -13,7 +14,7 @@ import httpx
 import pytest
 
 from otel_smtp.gateway.ports import bind
-from otel_smtp.observing import ConnectionInfo, Endpoint
+from otel_smtp.observing import ConnectionInfo, ConnectionRecord, Endpoint
 from otel_smtp.smtp.states import ConnState, StateMachine
 from otel_smtp.status import http as status_http
 from otel_smtp.status import server as status_server
@@ -58,7 +59,9 @@ class Port:
 
     def connection(self, number: int = 1) -> StateMachine:
         info = ConnectionInfo(f"{number:032x}", Endpoint("192.0.2.7", number), Endpoint("127.0.0.1", 2525), "local")
-        machine = StateMachine(self.live.connection_opened(info).conn_state)
+        record = ConnectionRecord(info, time.monotonic_ns(), 0)
+        self.live.connection_opened(record)
+        machine = StateMachine(record.transitions)
         machine.enter(ConnState.NEW)
         return machine
 
