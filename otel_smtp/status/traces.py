@@ -230,7 +230,9 @@ class Trace:
             "resourceSpans": [
                 {
                     "resource": {"attributes": _key_values(resource)},
-                    "scopeSpans": [{"scope": {"name": names.SCOPE_NAME}, "spans": [_otlp_span(span) for span in spans]}],
+                    "scopeSpans": [
+                        {"scope": {"name": names.SCOPE_NAME}, "spans": [_otlp_span(span) for span in spans]}
+                    ],
                 }
             ]
         }

@@ -21,9 +21,21 @@ from opentelemetry.trace import SpanKind
 
 from otel_smtp.telemetry import attributes as names
 from otel_smtp.telemetry.attributes import Attributes, AttributeValue
-from otel_smtp.telemetry.otlp import FIXED32, FIXED64, LENGTHS, TAGS, VARINT, Integers, Pairs, field, length, pack_time, tag
+from otel_smtp.telemetry.otlp import (
+    FIXED32,
+    FIXED64,
+    LENGTHS,
+    TAGS,
+    VARINT,
+    Integers,
+    Pairs,
+    field,
+    length,
+    pack_time,
+    tag,
+    varint,
+)
 from otel_smtp.telemetry.otlp import text as text_field
-from otel_smtp.telemetry.otlp import varint
 from otel_smtp.telemetry.propagation import TraceContext
 from otel_smtp.telemetry.records import EventRecord, LinkRecord, SpanRecord
 

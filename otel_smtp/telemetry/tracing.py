@@ -39,7 +39,14 @@ from otel_smtp.telemetry.redaction import Redaction
 from otel_smtp.telemetry.sampling import Identity, Sampling
 from otel_smtp.telemetry.shapes import EncodedSpan, Pair, SpanShape, encode
 from otel_smtp.telemetry.span_attributes import Described, SpanAttributes, is_probe
-from otel_smtp.telemetry.state_events import StateEvents, encode_phases, encode_states, phase_events, pool_pairs, state_events
+from otel_smtp.telemetry.state_events import (
+    StateEvents,
+    encode_phases,
+    encode_states,
+    phase_events,
+    pool_pairs,
+    state_events,
+)
 
 DEFAULT_SEGMENT_EVENTS: Final = 500
 DEFAULT_SEGMENT_AGE_SECONDS: Final = 300.0
@@ -187,7 +194,9 @@ class Tracing(Observer):
         identity: Identity | None = transaction.trace
         if identity is None:
             identity = transaction.trace = (
-                _stored(transaction) if transaction.connection is None else self._join(transaction, transaction.connection)
+                _stored(transaction)
+                if transaction.connection is None
+                else self._join(transaction, transaction.connection)
             )
         return identity
 

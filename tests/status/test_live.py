@@ -31,7 +31,7 @@ def test_a_connection_shows_its_level_and_since_when() -> None:
     assert row["since_unix_milliseconds"] - row["opened_unix_milliseconds"] == 1000
     assert row["errors"] == 1
     states = [(step["state"], step["code"]) for step in row["path"]]
-    assert states == [*((state, None) for state in "New Active Data Active Idle".split()), ("Error", 550)]
+    assert states == [*((state, None) for state in ["New", "Active", "Data", "Active", "Idle"]), ("Error", 550)]
 
 
 def test_a_level_holds_through_pulses_resets_and_segments() -> None:

@@ -26,11 +26,11 @@ __all__ = [
 ]
 
 
-def Identity(trace_id: int, span_id: int) -> TraceContext:  # noqa: N802 - reads as what it makes
+def Identity(trace_id: int, span_id: int) -> TraceContext:
     return TraceContext(trace_id, span_id, 0)
 
 
-def Span(  # noqa: N802 - as above
+def Span(
     name: str,
     kind: Kind,
     context: TraceContext,

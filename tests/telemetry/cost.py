@@ -94,9 +94,7 @@ class Traffic:
         machine.now_ns = now = time.monotonic_ns()
         machine.enter(ConnState.ACTIVE)
         number = connection.messages + 1
-        record = TransactionRecord(
-            Mail("news@example.com"), number, connection, now, connection.wall_offset_ns
-        )
+        record = TransactionRecord(Mail("news@example.com"), number, connection, now, connection.wall_offset_ns)
         connection.replies.append(("MAIL", replies.SENDER_OK))
         delivery = DeliveryRecord(record, "provider", Endpoint("127.0.0.1", 2526), 1, now + 1000)
         record.deliveries.append(delivery)

@@ -21,8 +21,8 @@ from otel_smtp.telemetry.otlp import RequestFrame
 from otel_smtp.telemetry.propagation import TraceContext
 from otel_smtp.telemetry.records import SpanRecord
 from otel_smtp.telemetry.shapes import EncodedSpan
-from tests.support.spans import encoded
 from tests.support.otlp_receiver import Fault, FaultKind, OtlpReceiver
+from tests.support.spans import encoded
 
 LOGGER = "otel_smtp.telemetry.exporting"
 # Short where a test waits for it; no test asserts how short.

@@ -245,7 +245,9 @@ def test_state_events_in_the_log_are_lines_that_name_their_span() -> None:
     stream, kept = io.StringIO(), Kept()
     set_up_logging("json", "info", stream)
     observer = Tracing(sinks=[kept], state_events=StateEvents.LOG)
-    client = Client(fan_out([observer, StateTelling(observer, StateLogger())])).ehlo().refused("RCPT", replies.BAD_SEQUENCE)
+    client = (
+        Client(fan_out([observer, StateTelling(observer, StateLogger())])).ehlo().refused("RCPT", replies.BAD_SEQUENCE)
+    )
     client.quit()
     written = lines(stream)
     assert [(line["event"], line["level"]) for line in written] == [

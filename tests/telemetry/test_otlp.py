@@ -229,7 +229,9 @@ some_replies = st.builds(
 )
 cleanable = st.text(max_size=300)
 endpoints = st.builds(
-    Endpoint, st.sampled_from(["192.0.2.9", "2001:db8::9", "mx.example", "/run/x.sock"]), st.one_of(st.none(), st.just(25))
+    Endpoint,
+    st.sampled_from(["192.0.2.9", "2001:db8::9", "mx.example", "/run/x.sock"]),
+    st.one_of(st.none(), st.just(25)),
 )
 tls = st.one_of(
     st.none(), st.builds(TlsInfo, st.sampled_from(["1.2", "1.3"]), st.sampled_from(["A", "B"]), st.booleans())
