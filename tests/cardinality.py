@@ -119,7 +119,7 @@ class _House(WatchedServer):
 async def _session(server: WatchedServer, word: Word, trace_id: str) -> None:
     """One client that says what it likes."""
     stream = FakeStream()
-    session, over = server.serve(_POLICY, stream)
+    _, over = server.serve(_POLICY, stream)
     lines = [
         f"EHLO {word()}.example",
         *(f"{word()} {word()}" for _ in range(JUNK_VERBS)),

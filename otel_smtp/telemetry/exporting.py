@@ -153,7 +153,7 @@ class Export(Generic[T]):
         # What cannot be queued need not be encoded.
         self.put(b"" if self._is_stopping or len(self._queue) >= self._settings.queue_spans else self._encode(record))
 
-    def put(self, span: bytes) -> None:
+    def put(self, record: bytes) -> None:
         """Queue one that is encoded. For one thread at a time."""
         queue, settings = self._queue, self._settings
         if self._is_stopping:
@@ -164,7 +164,7 @@ class Export(Generic[T]):
         if waiting_spans >= settings.queue_spans:
             self._lost[DropReason.QUEUE_FULL] += 1
             return
-        octets = len(span)
+        octets = len(record)
         if octets > MAX_BATCH_OCTETS:
             self._lost[DropReason.TOO_LARGE] += 1
             return
@@ -172,7 +172,7 @@ class Export(Generic[T]):
         if waiting > self._queue_octets:
             self._lost[DropReason.QUEUE_FULL] += 1
             return
-        queue.append(span)
+        queue.append(record)
         self._octets_in += octets
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name=f"otlp-{self._signal}", daemon=True)

@@ -250,7 +250,7 @@ class Metrics(Observer):
             by_reply[verb, reply.code] += 1
 
     def _count_auth(self, auth: Transition, then: Transition) -> None:
-        """An exchange is over. What the client never finished, or nobody could judge, was neither accepted nor refused."""
+        """Count an exchange that is over; one that nobody could judge was neither accepted nor refused."""
         if auth.mechanism is not None:
             if then.state is ConnState.ACTIVE:
                 self._auth.add((auth.mechanism, _ACCEPTED))

@@ -101,7 +101,7 @@ class Telemetry:
         return self._metrics.page(accept)
 
     def catch_up(self) -> None:
-        """Count what open connections have done so far, for exports of metrics; call it every few seconds on the loop."""
+        """Count what open connections have done so far; to be called on the event loop, every few seconds."""
         self._metrics.catch_up()
 
     def flush_and_shutdown(self, budget_seconds: float = DEFAULT_FLUSH_SECONDS) -> bool:

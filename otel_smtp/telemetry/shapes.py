@@ -187,7 +187,7 @@ def _plain(value: Any) -> AttributeValue:
     return plain
 
 
-def span_table(name: str, kind: SpanKind, header: Iterable[Column | str]) -> ShapeTable[SpanShape]:
+def span_table(name: str, kind: SpanKind, header: Iterable[Column | str | None]) -> ShapeTable[SpanShape]:
     """A table of spans; those with an `error.type` have failed."""
 
     def make(row: Row, constant: Attributes) -> SpanShape:

@@ -1,6 +1,7 @@
 """State transitions and phases of deliveries as events: which attributes each has, and where state events go.
 
-`describe_transitions` and `describe_phases` say what an event consists of; it is encoded, or made a value, of that alone.
+`describe_transitions` and `describe_phases` say what an event consists of; its octets, and its value, are made of that
+alone.
 The span event API of OpenTelemetry is being retired in favour of log-based events; this module and its two callers in
 `tracing` are what that will change.
 """

@@ -59,9 +59,11 @@ class Port:
 
     def connection(self, number: int = 1) -> StateMachine:
         info = ConnectionInfo(f"{number:032x}", Endpoint("192.0.2.7", number), Endpoint("127.0.0.1", 2525), "local")
-        record = ConnectionRecord(info, time.monotonic_ns(), 0)
+        now_ns = time.monotonic_ns()
+        record = ConnectionRecord(info, now_ns, time.time_ns() - now_ns)
         self.live.connection_opened(record)
         machine = StateMachine(record.transitions)
+        machine.now_ns = now_ns
         machine.enter(ConnState.NEW)
         return machine
 

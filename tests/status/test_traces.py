@@ -180,7 +180,7 @@ def test_a_span_larger_than_the_bound_is_held_all_the_same() -> None:
     traces = RecentTraces(recent_octets=30)
     for span in mail_trace(1):
         traces.add(span)
-    assert [span.to_record().name for span in traces.spans()] == ["smtp.connection"]  # type: ignore[attr-defined]
+    assert [span.to_record().name for span in traces.spans()] == ["smtp.connection"]
 
 
 def test_what_was_worked_out_is_kept_while_nothing_was_added_and_forgotten_with_its_trace() -> None:

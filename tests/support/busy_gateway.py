@@ -8,13 +8,13 @@ from collections.abc import AsyncIterator
 from otel_smtp.gateway.ports import bind
 from otel_smtp.observing import ConnectionInfo, ConnectionRecord, Endpoint, Outcome, TlsInfo
 from otel_smtp.smtp import replies
-from otel_smtp.smtp.states import ConnState, ErrorReply, StateMachine, TransactionOver
+from otel_smtp.smtp.states import ConnState, ErrorReply, StateMachine
 from otel_smtp.status.live import LiveView
 from otel_smtp.status.server import StatusServer
 from otel_smtp.status.siblings import Siblings
 from otel_smtp.status.traces import RecentTraces
 from otel_smtp.status.views import QueuedMessage, QueueView, UpstreamView
-from otel_smtp.telemetry.records import SpanRecord
+from otel_smtp.telemetry.shapes import EncodedSpan
 from tests.support.spans import (
     MILLISECOND,
     Event,
@@ -31,7 +31,7 @@ from tests.support.spans import (
 HOSTILE = '<img src=x onerror="document.title=1"><script>document.title=2</script>&amp;'
 
 
-def refused_trace(trace_id: int, start_ns: int, client: str) -> list[SpanRecord]:
+def refused_trace(trace_id: int, start_ns: int, client: str) -> list[EncodedSpan]:
     """A connection whose recipients were refused, on which a mail was sent at last."""
     connection = Identity(trace_id, 1)
     states = "New StartTLS Active Auth Active Error Error Reset Active Data Active Idle Closed"
@@ -75,7 +75,7 @@ def refused_trace(trace_id: int, start_ns: int, client: str) -> list[SpanRecord]
             events, [], False,
         )
     )  # fmt: skip
-    return spans
+    return list(map(encoded, spans))
 
 
 def fill_traces(traces: RecentTraces) -> None:
@@ -93,13 +93,9 @@ def fill_traces(traces: RecentTraces) -> None:
         start = now - (60 - 2 * number) * 1_000_000_000
         identity = 0x4BF92F3577B34DA6A3CE929D0E0E4736 + number * 0x1F3D5B790000000000000000
         for span in mail_trace(identity, start_ns=start, **kinds[number % len(kinds)]):  # type: ignore[arg-type]  # as above
-            _add(traces, span.to_record())
-    for record in refused_trace(0xC0FFEE0000000000000000000000BEEF, now - 3_000_000_000, "203.0.113.9"):
-        _add(traces, record)
-
-
-def _add(traces: RecentTraces, record: SpanRecord) -> None:
-    traces.add(encoded(record), record.has_failed or bool(record.attributes.get("smtp.connection.errors")))
+            traces.add(span)
+    for span in refused_trace(0xC0FFEE0000000000000000000000BEEF, now - 3_000_000_000, "203.0.113.9"):
+        traces.add(span)
 
 
 class BusyGateway:
@@ -126,18 +122,14 @@ class BusyGateway:
         record = ConnectionRecord(info, now_ns, time.time_ns() - now_ns)
         self.live.connection_opened(record)
         machine = StateMachine(record.transitions, lambda step: None)
-        for state in states.split():
-            machine.now_ns = time.monotonic_ns()
-            if state == "Error":
-                machine.enter(
-                    ConnState.ERROR, ErrorReply("RCPT", replies.RELAY_DENIED, replies.RELAY_DENIED.error_type, 1)
-                )
+        machine.now_ns = now_ns
+        for state in map(ConnState, states.split()):
+            if state is ConnState.ERROR:
                 record.errors += 1
-            elif state == "Idle":
-                record.messages += 1
-                machine.enter(ConnState.IDLE, TransactionOver(record.messages))
+                machine.enter(state, ErrorReply("RCPT", replies.RELAY_DENIED, replies.RELAY_DENIED.error_type, None))
             else:
-                machine.enter(ConnState(state))
+                machine.enter(state)
+        record.messages = states.split().count("Idle")
         record.hello_verb, record.hello_name = "EHLO", name
         if tls:
             record.tls = TlsInfo("1.3", "TLS_AES_256_GCM_SHA384")
