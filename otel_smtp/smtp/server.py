@@ -663,8 +663,8 @@ class ServerProtocol:
 
     def _run_mail(self, mail: Mail) -> None:
         told, behind = self._told, self._offer()
-        # A mail is held against what this session was told; whether the upstream still keeps it is asked above. Its size
-        # is held against what the upstream takes now.
+        # A mail is held against what this session was told (whether the upstream still keeps it is asked above), its size
+        # against what the upstream takes now.
         now = told if told is not None and told.behind is behind else self._policy.own_offer(behind, is_tls=self.is_tls)
         offer = now.offer if told is None else told.offer
         size_limit = now.size_limit
