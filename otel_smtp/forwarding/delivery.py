@@ -36,6 +36,8 @@ logger: Final = logging.getLogger("otel_smtp.forwarding.delivery")
 STALE_AFTER_SECONDS: Final = 5.0
 """A connection that was idle for longer is asked MAIL and RCPT before it is given content: were it dead, which is seen
 only then, a message sent in one piece would have an unknown outcome instead of another connection."""
+BURST_OCTETS: Final = 256 * 1024
+"""A message up to this size may leave with its envelope: what is lost of it in the middle has an unknown outcome."""
 ONE_PIECE_OCTETS: Final = 64 * 1024
 """Content up to this size is joined and sent in one write; joining more costs more than the further writes."""
 
@@ -261,7 +263,7 @@ class Delivery(Attempts):
         protocol, content = self._connection.protocol, self._content
         extensions = protocol.extensions
         self._send_envelope(len(self._header) + content.body_octets)
-        if extensions.chunking and extensions.pipelining and content.pieces is not None and self._may_be_all_in_one():
+        if content.pieces is not None and self._may_be_all_in_one():
             protocol.send_last_chunk(self._header, *content.pieces)
             self._end_content()
             return
@@ -271,8 +273,14 @@ class Delivery(Attempts):
         self._connection.exchange(self._settled, stop_at=_ENVELOPE)
 
     def _may_be_all_in_one(self) -> bool:
-        is_stale = self._was_reused and self._connection.idle_seconds > STALE_AFTER_SECONDS
-        return len(self.accepted) == 1 and not is_stale
+        extensions = self._connection.protocol.extensions
+        return (
+            extensions.chunking
+            and extensions.pipelining
+            and len(self.accepted) == 1
+            and self._content.body_octets <= BURST_OCTETS
+            and not (self._was_reused and self._connection.idle_seconds > STALE_AFTER_SECONDS)
+        )
 
     def _envelope_answered(self, answers: list[Answer]) -> None:
         self._is_open = answers[0].reply.is_positive
