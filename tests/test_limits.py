@@ -23,7 +23,7 @@ from otel_smtp import Gateway, Settings, load
 from otel_smtp.config.settings import SCHEMA, Key, Limits, Table, Timeouts, Upstream, UpstreamTimeout
 from otel_smtp.config.values import Duration, Integer, Size
 from otel_smtp.forwarding.connection import UpstreamConnection
-from otel_smtp.forwarding.faults import TimedOut
+from otel_smtp.forwarding.faults import TimedOut, UpstreamFault
 from otel_smtp.gateway.app import upstream_settings
 from tests.support.clock import advance
 from tests.support.fake_stream import FakeStream
@@ -424,19 +424,15 @@ async def block(site: Site, amount: int) -> bool:
     stream = FakeStream()
     stream.stop_taking()
     upstream = UpstreamConnection(stream, upstream_settings(site.settings.upstream[0]).timeouts)
-    writing = asyncio.create_task(upstream.write_content())
-    await turns()
+    stream.receive_by(upstream)
+    faults: list[UpstreamFault | None] = []
+    upstream.send_content(lambda _, fault: faults.append(fault), lambda: None)
     advance(amount)
-    await turns()
+    upstream.check_deadline(asyncio.get_running_loop().time())
     stream.resume_writing()
-    try:
-        await writing
-    except TimedOut:
-        return False
-    finally:
-        stream.abort()
-        await stream.wait_closed()
-    return True
+    stream.abort()
+    await stream.wait_closed()
+    return not isinstance(faults[0], TimedOut)
 
 
 async def pool_keeps(site: Site, amount: int) -> bool:
