@@ -1,7 +1,7 @@
 """One transaction upstream: what is said on a connection for one mail, and what the answers mean.
 
-A `Delivery` is told what to do (`ask` about recipients, `send` the content, `burst` all of it), and says by one call
-back what came of it. In between it goes on by itself: each step queues commands, begins an exchange on its connection,
+A transaction tells a `Delivery` what to do (`ask` about recipients, `send` the content, `burst` all of it), and learns by
+one call back what came of it. In between it goes on by itself: each step queues commands, begins an exchange on its connection,
 and names the step that takes the answers. Whatever is not an answer goes to `attempts`, which finds the next
 connection; there what was accepted for the client is put to the upstream first, and must be accepted again.
 
@@ -34,8 +34,8 @@ from otel_smtp.smtp.replies import ErrorType, Reply
 logger: Final = logging.getLogger("otel_smtp.forwarding.delivery")
 
 STALE_AFTER_SECONDS: Final = 5.0
-"""A connection that was idle for longer is asked MAIL and RCPT before it is given content: were it dead, which is seen
-only then, a message sent in one piece would have an unknown outcome instead of another connection."""
+"""A connection that was idle for longer is asked MAIL and RCPT before it is given content: were it dead, which shows only
+then, a message sent in one piece would have an unknown outcome instead of another connection."""
 BURST_OCTETS: Final = 256 * 1024
 """A message up to this size may leave with its envelope: what is lost of it in the middle has an unknown outcome."""
 ONE_PIECE_OCTETS: Final = 64 * 1024
