@@ -57,7 +57,6 @@ class UpstreamConnection:
         "_answers",
         "_is_in_content",
         "_loop",
-        "_most_messages",
         "_on_settled",
         "_on_writable",
         "_patience_seconds",
@@ -227,15 +226,14 @@ class UpstreamConnection:
         if self.stream.receiver is None:
             self.stream.receive_by(self)
         try:
-            async with asyncio.timeout_at(self.deadline):
-                fault = await waiting
+            if not waiting.done():
+                async with asyncio.timeout_at(self.deadline):
+                    await waiting
         except TimeoutError as error:
-            self.abandon()
             raise TimedOut("no answer in time") from error
-        except BaseException:
+        finally:
             self.abandon()
-            raise
-        if fault is not None:
+        if (fault := waiting.result()) is not None:
             raise fault
         return got
 

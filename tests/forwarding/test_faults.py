@@ -343,6 +343,46 @@ async def test_a_stale_connection_is_replaced_by_a_fresh_one_within_the_same_att
         assert forwarder.snapshot()[0].pool.breaker is BreakerState.CLOSED
 
 
+@pytest.mark.parametrize("kind", [Kind.CLOSE, Kind.RESET, Kind.GOODBYE])
+async def test_a_fresh_connection_that_dies_at_its_first_mail_is_no_reason_for_another(kind: Kind) -> None:
+    async with (
+        ScriptedUpstream(faults={Phase.MAIL: Fault(kind)}) as bad,
+        ScriptedUpstream() as good,
+        relaying(settings(bad, "bad"), settings(good, "good")) as forwarder,
+    ):
+        assert (await relay(forwarder)).told.code == 250
+        assert (bad.connections, len(good.kept)) == (1, 1)
+
+
+async def test_silence_on_a_kept_connection_is_not_waited_for_twice() -> None:
+    timeouts = Timeouts(5, 5, SHORT, 5, 5, 5, 5)
+    async with (
+        ScriptedUpstream() as bad,
+        ScriptedUpstream() as good,
+        relaying(settings(bad, "bad", timeouts=timeouts), settings(good, "good")) as forwarder,
+    ):
+        assert (await relay(forwarder)).told.code == 250
+        bad.faults[Phase.RCPT] = Fault(Kind.STALL)
+        relayed = await relay(forwarder)
+        assert relayed.told.code == 250
+        assert relayed.seen.outcomes == [("bad", Outcome.DEFERRED), ("good", Outcome.RELAYED)]
+        assert bad.connections == 1
+
+
+async def test_an_upstream_has_one_second_chance_for_a_mail() -> None:
+    async with (
+        ScriptedUpstream() as bad,
+        ScriptedUpstream() as good,
+        relaying(settings(bad, "bad"), settings(good, "good")) as forwarder,
+    ):
+        await relay(forwarder)
+        bad.faults[Phase.REPLY] = Fault(Kind.GOODBYE)  # in the middle of a transaction, each time
+        relayed = await relay(forwarder)
+        assert relayed.told.code == 250
+        assert relayed.seen.outcomes == [("bad", Outcome.DEFERRED), ("good", Outcome.RELAYED)]
+        assert (bad.connections, len(bad.kept)) == (2, 1)
+
+
 async def test_a_421_to_a_whole_burst_is_no_doubt() -> None:
     """The first reply says that nothing of it was taken, so it is safe to go elsewhere."""
     async with ScriptedUpstream() as upstream, relaying(settings(upstream), strategy=Strategy.BUFFERED) as forwarder:

@@ -471,11 +471,15 @@ def test_any_other_unasked_reply_is_a_fault() -> None:
     late.send_reset()
     late.data_to_send()
     assert fed(late, b"250 ok\r\n250 ok\r\n") == [(Verb.RSET, 250)]
-    assert late.fault is None
     assert not late.is_in_step
     with pytest.raises(RemoteProtocolError):
         late.send_mail(Mail(""))  # a late reply must not answer the next command
     assert late.fault is not None
+    half = greeted()
+    assert fed(half, b"250-late\r\n") == []
+    assert not half.is_in_step
+    with pytest.raises(RemoteProtocolError):
+        half.send_mail(Mail(""))  # nor may the rest of one
     fails(greeted_with_surplus(), b"")
 
 
