@@ -369,6 +369,17 @@ async def test_silence_on_a_kept_connection_is_not_waited_for_twice() -> None:
         assert bad.connections == 1
 
 
+async def test_the_second_chance_is_no_other_kept_connection_which_may_be_as_stale() -> None:
+    async with ScriptedUpstream() as upstream, relaying(settings(upstream)) as forwarder:
+        await asyncio.gather(relay(forwarder), relay(forwarder))
+        assert (upstream.connections, forwarder.snapshot()[0].pool.idle) == (2, 2)
+        upstream.faults[Phase.MAIL] = Fault(Kind.CLOSE, times=1)
+        relayed = await relay(forwarder)
+        assert relayed.told.code == 250
+        assert not relayed.seen.deliveries[0].is_reused
+        assert upstream.connections == 3
+
+
 async def test_an_upstream_has_one_second_chance_for_a_mail() -> None:
     async with (
         ScriptedUpstream() as bad,
