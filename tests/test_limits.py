@@ -23,8 +23,7 @@ from otel_smtp import Gateway, Settings, load
 from otel_smtp.config.settings import SCHEMA, Key, Limits, Table, Timeouts, Upstream, UpstreamTimeout
 from otel_smtp.config.values import Duration, Integer, Size
 from otel_smtp.forwarding.connection import UpstreamConnection
-from otel_smtp.forwarding.faults import TimedOut, UpstreamFault
-from otel_smtp.gateway.app import upstream_settings
+from otel_smtp.gateway.wiring import upstream_settings
 from tests.support.clock import advance
 from tests.support.fake_stream import FakeStream
 from tests.support.upstream import EXTENSIONS, Fault, Kind, Phase, ScriptedUpstream
@@ -422,17 +421,27 @@ async def connect(site: Site, amount: int) -> bool:
 
 async def block(site: Site, amount: int) -> bool:
     stream = FakeStream()
-    stream.stop_taking()
     upstream = UpstreamConnection(stream, upstream_settings(site.settings.upstream[0]).timeouts)
-    stream.receive_by(upstream)
-    faults: list[UpstreamFault | None] = []
-    upstream.send_content(lambda _, fault: faults.append(fault), lambda: None)
+    stream.feed(b"220 sink\r\n")
+    await upstream.settled()
+    upstream.protocol.send_hello("gw.example")
+    answering = asyncio.create_task(upstream.settled())
+    await turns()
+    stream.feed(b"250-sink\r\n250 CHUNKING\r\n")
+    await answering
+    faults: list[object] = []
+    upstream.protocol.begin_last_chunk(10)
+    stream.stop_taking()
+    upstream.protocol.send_chunk_octets(b"12345")
+    upstream.send_content(lambda answers, fault: faults.append(fault), lambda: faults.append(None))
     advance(amount)
     upstream.check_deadline(asyncio.get_running_loop().time())
     stream.resume_writing()
-    stream.abort()
-    await stream.wait_closed()
-    return not isinstance(faults[0], TimedOut)
+    try:
+        return faults == [None]
+    finally:
+        stream.abort()
+        await stream.wait_closed()
 
 
 async def pool_keeps(site: Site, amount: int) -> bool:

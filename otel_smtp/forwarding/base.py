@@ -97,8 +97,9 @@ class MailTransaction(Protocol):
                 stuffed.
 
         Returns:
-            Whether more may come now. False holds the client back until `resume`; it is no failure. A transaction that
-            has failed takes what comes, drops it, and answers at `finish`.
+            Whether more may come now. False holds the client back until `resume`; it is no failure, and `finish` may
+            come before `resume` was called. A transaction that has failed takes what comes, drops it, and answers at
+            `finish`.
         """
         ...
 

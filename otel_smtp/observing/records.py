@@ -48,7 +48,7 @@ class ConnectionRecord:
         segment: number of the present segment, from 1. `begun_ns`: when it began.
         transitions: those of the present segment, the oldest first. Recorded before the client can see the reply
             that goes with them.
-        replies: of the present segment: the verb that was answered, "other", or None; and the code.
+        replies: of the present segment: the verb that was answered, "other", or None; and the reply.
         earlier: the last transitions of the segments before, for whoever shows a path.
         octets_received, octets_sent: of the application, set when the connection is closed.
         close_reason: None while it is open. `closed_ns`: when it was closed; 0 while it is open.
@@ -96,7 +96,7 @@ class ConnectionRecord:
         self.errors = 0
         self.segment = 1
         self.transitions: list[Transition] = []
-        self.replies: list[tuple[str | None, int]] = []
+        self.replies: list[tuple[str | None, Reply]] = []
         self.earlier: tuple[Transition, ...] = ()
         self.octets_received = 0
         self.octets_sent = 0
@@ -125,6 +125,7 @@ class TransactionRecord:
     Attributes:
         connection: None for a message from the spool: its transaction ended long ago.
         number: from 1 on its connection; 0 for a message from the spool.
+        attempt: at a message from the spool, which this is, from 1; 0 for a client's transaction.
         accepted: recipients that were accepted. `refused`: the first `MOST_REFUSED` that were not, each with its reply;
             `refused_count`: all of those.
         trace_headers: of the header block; None until it has been read. `message_id`: likewise, None where none.
@@ -140,6 +141,7 @@ class TransactionRecord:
 
     __slots__ = (
         "accepted",
+        "attempt",
         "begun_ns",
         "carrier",
         "connection",
@@ -166,6 +168,7 @@ class TransactionRecord:
     ) -> None:
         self.mail = mail
         self.number = number
+        self.attempt = 0
         self.connection = connection
         self.begun_ns = begun_ns
         self.wall_offset_ns = wall_offset_ns
@@ -187,16 +190,24 @@ class TransactionRecord:
 
     @classmethod
     def resumed(
-        cls, spool_id: str, carrier: Mapping[str, str], mail: Mail, *, is_possible_duplicate: bool = False
+        cls,
+        spool_id: str,
+        carrier: Mapping[str, str],
+        mail: Mail,
+        *,
+        attempt: int = 1,
+        is_possible_duplicate: bool = False,
     ) -> "TransactionRecord":
         """The record under which a message from the spool is attempted.
 
         Args:
             carrier: what `Observer.carrier` gave when the message was stored.
+            attempt: which this is in the life of the message, from 1; its deliveries have that number.
         """
         now_ns = time.monotonic_ns()
         record = cls(mail, 0, None, now_ns, time.time_ns() - now_ns)
         record.spool_id = spool_id
+        record.attempt = attempt
         record.carrier = carrier
         record.is_possible_duplicate = is_possible_duplicate
         return record
@@ -219,7 +230,8 @@ class DeliveryRecord:
     """One attempt at one upstream, from the wait for a connection to the final reply.
 
     Attributes:
-        upstream, server: its configured name and address. `attempt`: from 1 within this transaction or message.
+        upstream, server: its configured name and address.
+        attempt: from 1 within this transaction; the transaction's own number where that is a message from the spool.
         pool_wait_ns: the wait for a connection; None while none was at hand.
         is_reused: the connection had served another mail before.
         peer, tls: the connection that served the attempt; None where none did.
@@ -255,7 +267,7 @@ class DeliveryRecord:
         self.transaction = transaction
         self.upstream = upstream
         self.server = server
-        self.attempt = attempt
+        self.attempt = transaction.attempt or attempt
         self.begun_ns = begun_ns
         self.pool_wait_ns: int | None = None
         self.is_reused = False

@@ -24,7 +24,7 @@ import binascii
 import re
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import lru_cache
 from types import MappingProxyType
@@ -634,6 +634,6 @@ def _make_reply(lines: Sequence[bytes]) -> Reply:
             # RFC 2034 4: each line has the code; it stands once in our value.
             texts = [first, *(EnhancedStatus.parse(text)[1] for text in texts[1:])]
             if enhanced.klass != code // 100:
-                enhanced = replace(enhanced, klass=code // 100)  # RFC 2034 4: the class must match the reply's
+                enhanced = enhanced._replace(klass=code // 100)  # RFC 2034 4: the class must match the reply's
     error_type = ErrorType.UPSTREAM_REFUSED if code >= 400 else None
     return Reply(code, enhanced, tuple(texts), error_type)
