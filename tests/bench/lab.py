@@ -3,8 +3,8 @@
 The real server, session, forwarder and telemetry run over transports in memory: a client that says one command per turn
 over a kept connection, and an upstream with PIPELINING and CHUNKING that says yes. `python -m tests.bench.lab` prints
 microseconds of CPU per mail, as the minimum of many batches (the machine's other tenants only ever add), by ablation:
-without observers, with metrics, with traces that are not encoded, encoded and queued for export, and with all that is on
-by default. `--calls` counts as well: Python functions and C functions per mail, which is what the guard test bounds.
+without observers, with metrics, with traces that are not encoded, encoded and queued for export, and with all that is
+on by default. `--calls` counts as well: Python functions and C functions per mail, which is what the guard test bounds.
 """
 
 import argparse
