@@ -25,7 +25,7 @@ from otel_smtp.server.session import ListenerPolicy, ServerTimeouts
 from otel_smtp.server.users import Authenticator, Exchange, Rejected, Step
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Mail, Recipient
-from otel_smtp.smtp.server import ServerLimits, ServerPolicy
+from otel_smtp.smtp.policy import ServerLimits, ServerPolicy
 from otel_smtp.telemetry.setup import Telemetry, TelemetryOptions, set_up
 from tests.server.keeping import WatchedServer
 from tests.support.fake_stream import FakeStream

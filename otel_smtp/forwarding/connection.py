@@ -6,7 +6,7 @@ leaves it out of step, and such a connection is closed and never used again. The
 clean up.
 
 An exchange is begun by `exchange`, and ends by one call back. What arrives is pushed here by the stream, in the call in
-which the transport delivers it. Only opening a connection is written as coroutines: it waits for long, and comes seldom.
+which the transport delivers it. Only opening a connection is written as coroutines: it waits long, and comes seldom.
 """
 
 import asyncio
@@ -162,8 +162,12 @@ class UpstreamConnection:
         self._is_in_content = False
         self._on_settled = on_settled
         self._stop_at = stop_at
-        self._flush()
-        self.deadline = self._loop.time() + self._patience_seconds.get(self.protocol.awaited, self._timeouts.command)
+        protocol = self.protocol
+        if data := protocol.data_to_send():
+            self.round_trips += 1
+            self.stream.write(data)
+        verb = protocol.awaited[0] if protocol.awaited else None
+        self.deadline = self._loop.time() + self._patience_seconds.get(verb, self._timeouts.command)
         if self.stream.is_eof and self.stream.receiver is self:
             self._end(ConnectionLost("connection lost"))
 
@@ -283,12 +287,12 @@ class UpstreamConnection:
             self._end(fault)
         elif answers:
             # Before the end of the content the engine takes nothing but a refusal of it.
-            if protocol.is_settled or self._is_in_content:
+            if not (protocol.awaited or protocol.queued) or self._is_in_content:
                 self._end(None)
                 return
-            if protocol.has_queued:
+            if protocol.queued:
                 self._flush()
-            self.deadline = self._loop.time() + self._patience_seconds.get(protocol.awaited, self._timeouts.command)
+            self.deadline = self._loop.time() + self._patience_seconds.get(protocol.awaited[0], self._timeouts.command)
 
     def input_ended(self) -> None:
         """The upstream is gone."""
@@ -400,9 +404,7 @@ async def _introduce(
         await _authenticate(connection, settings, settings.credentials, note)
 
 
-async def _hello(
-    connection: UpstreamConnection, settings: UpstreamSettings, hostname: str, note: NotePhase
-) -> None:
+async def _hello(connection: UpstreamConnection, settings: UpstreamSettings, hostname: str, note: NotePhase) -> None:
     connection.protocol.send_hello(hostname)
     reply = (await connection.settled())[0].reply
     # RFC 5321 3.2: a client falls back to HELO where EHLO is refused. LMTP has no such thing.

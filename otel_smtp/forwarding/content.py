@@ -1,8 +1,8 @@
 """The content of one message, held until an upstream has taken it: in memory while it is small, in a file beyond.
 
 It can be read as often as another upstream has to be tried, also by several at once. The header block is held apart, as
-each delivery puts its own trace headers there. The file is written and read in threads, as either may wait for the disk;
-a small message knows nothing of that.
+each delivery puts its own trace headers there. The file is written and read in threads, as both may wait for the disk; a
+small message knows nothing of that.
 """
 
 import asyncio
@@ -32,6 +32,7 @@ class Content:
 
     Attributes:
         header: the whole header block, as it came.
+        pieces: the body, while it is in memory; None: it is in the file, see `read`.
         body_octets: of all that follows the header block, the empty line included.
         failure: what the client is told if the message could not be held; from then on it is taken, and dropped.
     """
@@ -50,6 +51,7 @@ class Content:
         "body_octets",
         "failure",
         "header",
+        "pieces",
     )
 
     def __init__(self, memory_limit_octets: int, resume: Callable[[], None]) -> None:
@@ -60,7 +62,8 @@ class Content:
         self._resume = resume
         self._completed: Callable[[], None] | None = None
         self._has_header = False
-        self._held: list[bytes] = []
+        self._held: list[bytes] = []  # of the body, not in the file
+        self.pieces: list[bytes] | None = self._held
         self._held_octets = 0
         self._file: IO[bytes] | None = None
         self._is_writing = False  # a thread is; nothing more comes before it is done
@@ -105,11 +108,6 @@ class Content:
 
     # Reading ----------------------------------------------------------------------------------------------
 
-    @property
-    def pieces_in_memory(self) -> list[bytes] | None:
-        """The body, where it is in memory; None where it is in the file: see `read`."""
-        return self._held if self._file is None else None
-
     def read(self, offset: int, answered: Callable[[bytes | None], None]) -> None:
         """Read a piece of the body from the file.
 
@@ -132,6 +130,7 @@ class Content:
         if self._is_writing:
             return
         data, self._held, self._held_octets = self._held, [], 0
+        self.pieces = None
         try:
             if self._file is None:
                 self._file = tempfile.TemporaryFile(prefix="otel_smtp-", buffering=0)  # noqa: SIM115 - see close

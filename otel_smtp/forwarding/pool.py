@@ -72,8 +72,9 @@ class Ticket(Generic[C]):
     def decide(self, decision: Decision, connection: C | None = None) -> None:
         self.decision = decision
         self.connection = connection
-        if self.on_decided is not None:
-            self.on_decided()
+        on_decided, self.on_decided = self.on_decided, None
+        if on_decided is not None:
+            on_decided()
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +133,18 @@ class Pool(Generic[C]):
     # What mails do ----------------------------------------------------------------------------------------
 
     def take(self, now: float) -> C | None:
-        """An idle connection, where there is one and nobody waits; else `ask`. It is given back by `release`."""
-        return self._take_idle(now) if self._idle and not self._waiting else None
+        """An idle connection; None: there is none, see `ask`. It is given back by `release`.
+
+        It is proof enough of the upstream's health, whatever the breaker says. It is taken from nobody: where
+        connections are idle, those who wait want fresh ones.
+        """
+        while self._idle:
+            connection, _ = self._idle.pop()
+            if connection.is_reusable(now, self._limits):
+                self._busy += 1
+                return connection
+            self.closing.append(connection)
+        return None
 
     def ask(self, now: float, *, fresh: bool = False) -> Ticket[C]:
         """Ask for a connection; `fresh`: one that was not used before."""
@@ -192,12 +203,6 @@ class Pool(Generic[C]):
         self.breaker.give_up()
         self._assign(now)
 
-    def answered(self, now: float) -> None:
-        """A mail had its answer: the upstream is well."""
-        self.breaker.succeeded()
-        if self._waiting:
-            self._assign(now)
-
     # What time and peers do -------------------------------------------------------------------------------
 
     def lost(self, connection: C, now: float) -> None:
@@ -253,7 +258,7 @@ class Pool(Generic[C]):
     def _decide(self, ticket: Ticket[C], now: float) -> tuple[Decision, C | None]:
         if self._is_closed:
             return Decision.NONE, None
-        if not ticket.wants_fresh and (idle := self._take_idle(now)) is not None:
+        if not ticket.wants_fresh and (idle := self.take(now)) is not None:
             return Decision.REUSE, idle
         if self._may_open(now):
             self.breaker.begin()
@@ -268,16 +273,6 @@ class Pool(Generic[C]):
         if self.breaker.is_dead(now):
             return Decision.NONE, None
         return Decision.WAITING, None
-
-    def _take_idle(self, now: float) -> C | None:
-        """An idle connection is proof enough of the upstream's health, whatever the breaker says."""
-        while self._idle:
-            connection, _ = self._idle.pop()
-            if connection.is_reusable(now, self._limits):
-                self._busy += 1
-                return connection
-            self.closing.append(connection)
-        return None
 
     def _reclaimed(self, now: float) -> C | None:
         """The connection that has been parked for the longest, if that is long enough; its mail is told."""

@@ -35,6 +35,7 @@ class Smarthost:
         settings: as configured. `endpoint`: where it is.
         extensions: what its last EHLO offered; None before the first.
         heard_at: when it last was of use, a connection or an answer; the loop's clock; None: never.
+        unpark: `unpark(connection)`: go on with a connection that was left alone by `park`.
         failed_at, failure: when a connection to it last failed, and what became of it, in a word; None: never.
 
     Raises:
@@ -55,6 +56,7 @@ class Smarthost:
         "failure",
         "heard_at",
         "settings",
+        "unpark",
     )
 
     def __init__(self, settings: UpstreamSettings, hostname: str, sweep: Sweep) -> None:
@@ -71,6 +73,7 @@ class Smarthost:
                 ca_file=settings.ca_file, certificate_file=settings.certificate_file, key_file=settings.key_file
             )
         self._pool: Pool[UpstreamConnection] = Pool(settings.limits)
+        self.unpark = self._pool.unpark
         self._connections: set[UpstreamConnection] = set()  # all that are open
         self._sweep = sweep
         self._is_swept = False
@@ -191,10 +194,6 @@ class Smarthost:
         assert self._loop is not None
         self._pool.park(connection, self._loop.time(), on_reclaimed)
 
-    def unpark(self, connection: UpstreamConnection) -> None:
-        """Go on with it."""
-        self._pool.unpark(connection)
-
     def release(self, connection: UpstreamConnection, *, answered: bool) -> None:
         """Give a connection back; it is kept if it is in step, else closed.
 
@@ -205,7 +204,7 @@ class Smarthost:
         now = connection.used_at = self._loop.time()
         if answered:
             self.heard_at = now
-            self._pool.answered(now)
+            self._pool.breaker.succeeded()
         if connection.messages == 1 and isinstance(self._context, UpstreamTlsContext):
             self._context.keep_session(connection.stream.tls_object)
         self._pool.release(connection, now)

@@ -57,19 +57,34 @@ class Transaction(ABC):
 
     Args:
         serving: the upstreams that serve the sender.
+
+    Attributes:
+        write: see `MailTransaction.write`; it is there from `content` on.
     """
 
-    __slots__ = ("_answered", "_content", "_delivery", "_is_over", "_mail", "_relaying", "_route", "_serving")
+    __slots__ = (
+        "_answered",
+        "_content",
+        "_delivery",
+        "_has_content",
+        "_is_over",
+        "_mail",
+        "_relaying",
+        "_route",
+        "_serving",
+        "write",
+    )
 
-    def __init__(
-        self, relaying: Relaying, mail: Mail, record: TransactionRecord, serving: Serving[Smarthost]
-    ) -> None:
+    write: Callable[[bytes], bool]
+    _content: Content
+
+    def __init__(self, relaying: Relaying, mail: Mail, record: TransactionRecord, serving: Serving[Smarthost]) -> None:
         self._relaying = relaying
         self._mail = mail
         self._serving = serving
         self._route: Sequence[Smarthost] = ()
         self._delivery = Delivery(mail, record, relaying.observer, relaying.unwatch)
-        self._content: Content | None = None
+        self._has_content = False
         self._answered: MessageAnswered | None = None
         self._is_over = False
 
@@ -84,16 +99,12 @@ class Transaction(ABC):
 
     def content(self, resume: Callable[[], None]) -> None:
         """See `MailTransaction.content`."""
+        self._has_content = True
         self._content = Content(self._relaying.memory_limit_octets, resume)
-
-    def write(self, chunk: bytes) -> bool:
-        """See `MailTransaction.write`."""
-        assert self._content is not None
-        return self._content.write(chunk)
+        self.write = self._content.write
 
     def finish(self, answered: MessageAnswered) -> None:
         """See `MailTransaction.finish`."""
-        assert self._content is not None
         self._answered = answered
         self._content.complete(self._deliver)
 
@@ -103,7 +114,7 @@ class Transaction(ABC):
             return
         self._is_over = True
         self._answered = None
-        if self._content is not None:
+        if self._has_content:
             self._content.close()
         self._delivery.abort()
         if self._delivery.is_under_way:
@@ -111,7 +122,6 @@ class Transaction(ABC):
 
     def _deliver(self) -> None:
         content = self._content
-        assert content is not None
         if content.failure is not None:
             self._delivery.abort()
             self._delivered(content.failure, ())
@@ -124,8 +134,8 @@ class Transaction(ABC):
 
     def _delivered(self, reply: Reply, verdicts: Sequence[Reply]) -> None:
         self._is_over = True
-        assert self._content is not None
-        self._content.close()
+        if self._content.pieces is None:
+            self._content.close()
         answered, self._answered = self._answered, None
         if answered is not None:
             answered(reply, verdicts)
@@ -138,21 +148,18 @@ class Transaction(ABC):
         if not route:
             return replies.RELAY_DENIED
         if not self._route:
-            self._route = route
-            self._delivery.restrict_route(route)
+            self._route = self._delivery.route = route
         elif route is not self._route and route != self._route:
             return self._join(route)
         return None
 
     def _join(self, route: Sequence[Smarthost]) -> Reply | None:
         """Whether a recipient of another route can travel with those before it."""
-        # The upstream that has the transaction now is perhaps not the preferred one.
-        serves_now = self._delivery.smarthost is None or self._delivery.smarthost in route
-        if route[0] is not self._route[0] or not serves_now:
+        if route[0] is not self._route[0] or not self._delivery.is_served_by(route):
             return replies.OTHER_ROUTE
         # The same upstream first, other ones behind it: only those that serve both are left.
         self._route = [smarthost for smarthost in self._route if smarthost in route]
-        self._delivery.restrict_route(self._route)
+        self._delivery.route = [smarthost for smarthost in self._delivery.route if smarthost in route]
         return None
 
 
@@ -220,9 +227,7 @@ class Spooled(Transparent):
 
     __slots__ = ("_is_burst",)
 
-    def __init__(
-        self, relaying: Relaying, mail: Mail, record: TransactionRecord, serving: Serving[Smarthost]
-    ) -> None:
+    def __init__(self, relaying: Relaying, mail: Mail, record: TransactionRecord, serving: Serving[Smarthost]) -> None:
         super().__init__(relaying, mail, record, serving)
         self._is_burst = False
 

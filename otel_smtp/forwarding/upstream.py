@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from typing import Final
 
 from otel_smtp.forwarding.base import Capabilities, MailTransaction, Permanent
-from otel_smtp.forwarding.delivery import Delivery, missing_extension
+from otel_smtp.forwarding.delivery import Delivery
 from otel_smtp.forwarding.pool import PoolSnapshot
-from otel_smtp.forwarding.routes import Routes
+from otel_smtp.forwarding.routes import Routes, Serving
 from otel_smtp.forwarding.settings import MEMORY_LIMIT_OCTETS, Strategy, UpstreamSettings
 from otel_smtp.forwarding.smarthost import Smarthost
 from otel_smtp.forwarding.transaction import Buffered, Spooled, Transaction, Transparent, bad_recipient
+from otel_smtp.forwarding.verdicts import missing_extension
 from otel_smtp.net import Sweep
 from otel_smtp.observing import Endpoint, Observer, TransactionRecord
 from otel_smtp.smtp import replies
@@ -115,37 +116,27 @@ class UpstreamForwarder:
             )
         return self._capabilities
 
-    def begin(self, mail: Mail, record: TransactionRecord) -> MailTransaction:
+    def begin(
+        self, mail: Mail, record: TransactionRecord, *, strategy: type[Transaction] | None = None
+    ) -> MailTransaction:
         """Open a transaction. Nobody is asked yet.
+
+        Args:
+            strategy: where it is not ours.
 
         Raises:
             Permanent: no upstream serves the sender, or each that does is known to lack what the mail needs.
         """
-        return self.open(self._strategy, mail, record)
-
-    def open(self, strategy: type[Transaction], mail: Mail, record: TransactionRecord) -> MailTransaction:
-        """`begin`, by a strategy that is not ours."""
-        if (refusal := self.refusal(mail)) is not None:
+        serving = self._routes.for_mail(mail)
+        if (refusal := _refusal(mail, serving)) is not None:
             raise Permanent(refusal)
-        return strategy(self, mail, record, self._routes.for_mail(mail))
+        return (strategy or self._strategy)(self, mail, record, serving)
 
     # Relay ------------------------------------------------------------------------------------------------
 
     def refusal(self, mail: Mail) -> Reply | None:
         """Why a mail is refused without asking anybody: see `begin`."""
-        if not is_safe_path(mail.reverse_path):
-            return replies.BAD_SENDER
-        refusal: Reply | None = None
-        for smarthost in self._routes.for_mail(mail).upstreams:
-            extensions = smarthost.extensions
-            if extensions is None:
-                return None
-            is_tls = smarthost.settings.tls is not TlsMode.OFF
-            missing = missing_extension(mail, extensions, is_tls=is_tls)
-            if missing is None:
-                return None
-            refusal = refusal or missing
-        return refusal or replies.RELAY_DENIED
+        return _refusal(mail, self._routes.for_mail(mail))
 
     def destination(self, mail: Mail, recipient: Recipient) -> str | Reply:
         """The names of the upstreams that serve a recipient, the preferred one first, or why none does."""
@@ -240,6 +231,21 @@ class UpstreamForwarder:
             self._all_ended.set()
 
 
+def _refusal(mail: Mail, serving: Serving[Smarthost]) -> Reply | None:
+    if not is_safe_path(mail.reverse_path):
+        return replies.BAD_SENDER
+    refusal: Reply | None = None
+    for smarthost in serving.upstreams:
+        extensions = smarthost.extensions
+        if extensions is None:
+            return None
+        missing = missing_extension(mail, extensions, is_tls=smarthost.settings.tls is not TlsMode.OFF)
+        if missing is None:
+            return None
+        refusal = refusal or missing
+    return refusal or replies.RELAY_DENIED
+
+
 class SpoolRelay:
     """A `Relay` over the upstreams of a forwarder, for the spool: see `UpstreamForwarder.for_spool`."""
 
@@ -252,7 +258,7 @@ class SpoolRelay:
 
     def begin(self, mail: Mail, record: TransactionRecord) -> MailTransaction:
         """As `UpstreamForwarder`."""
-        return self._forwarder.open(Spooled, mail, record)
+        return self._forwarder.begin(mail, record, strategy=Spooled)
 
     def refusal(self, mail: Mail) -> Reply | None:
         """As `UpstreamForwarder`."""

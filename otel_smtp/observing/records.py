@@ -125,6 +125,7 @@ class TransactionRecord:
     Attributes:
         connection: None for a message from the spool: its transaction ended long ago.
         number: from 1 on its connection; 0 for a message from the spool.
+        attempt: at a message from the spool, which this is, from 1; 0 for a client's transaction.
         accepted: recipients that were accepted. `refused`: the first `MOST_REFUSED` that were not, each with its reply;
             `refused_count`: all of those.
         trace_headers: of the header block; None until it has been read. `message_id`: likewise, None where none.
@@ -140,6 +141,7 @@ class TransactionRecord:
 
     __slots__ = (
         "accepted",
+        "attempt",
         "begun_ns",
         "carrier",
         "connection",
@@ -166,6 +168,7 @@ class TransactionRecord:
     ) -> None:
         self.mail = mail
         self.number = number
+        self.attempt = 0
         self.connection = connection
         self.begun_ns = begun_ns
         self.wall_offset_ns = wall_offset_ns
@@ -187,16 +190,24 @@ class TransactionRecord:
 
     @classmethod
     def resumed(
-        cls, spool_id: str, carrier: Mapping[str, str], mail: Mail, *, is_possible_duplicate: bool = False
+        cls,
+        spool_id: str,
+        carrier: Mapping[str, str],
+        mail: Mail,
+        *,
+        attempt: int = 1,
+        is_possible_duplicate: bool = False,
     ) -> "TransactionRecord":
         """The record under which a message from the spool is attempted.
 
         Args:
             carrier: what `Observer.carrier` gave when the message was stored.
+            attempt: which this is in the life of the message, from 1; its deliveries have that number.
         """
         now_ns = time.monotonic_ns()
         record = cls(mail, 0, None, now_ns, time.time_ns() - now_ns)
         record.spool_id = spool_id
+        record.attempt = attempt
         record.carrier = carrier
         record.is_possible_duplicate = is_possible_duplicate
         return record
@@ -219,7 +230,8 @@ class DeliveryRecord:
     """One attempt at one upstream, from the wait for a connection to the final reply.
 
     Attributes:
-        upstream, server: its configured name and address. `attempt`: from 1 within this transaction or message.
+        upstream, server: its configured name and address.
+        attempt: from 1 within this transaction; the transaction's own number where that is a message from the spool.
         pool_wait_ns: the wait for a connection; None while none was at hand.
         is_reused: the connection had served another mail before.
         peer, tls: the connection that served the attempt; None where none did.
@@ -255,7 +267,7 @@ class DeliveryRecord:
         self.transaction = transaction
         self.upstream = upstream
         self.server = server
-        self.attempt = attempt
+        self.attempt = transaction.attempt or attempt
         self.begun_ns = begun_ns
         self.pool_wait_ns: int | None = None
         self.is_reused = False

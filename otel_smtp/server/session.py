@@ -42,10 +42,12 @@ from otel_smtp.server.users import Accepted, Authenticator, Challenge, Exchange
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Mail, Recipient
 from otel_smtp.smtp.extensions import Offer
-from otel_smtp.smtp.received import HeaderFacts, received_field, received_head, rfc5322_date, with_protocol
+from otel_smtp.smtp.handler import Asked
+from otel_smtp.smtp.policy import ServerPolicy
+from otel_smtp.smtp.received import HeaderFacts, received_field, received_head, with_protocol
 from otel_smtp.smtp.replies import ErrorType, Reply
 from otel_smtp.smtp.sequence import Phase
-from otel_smtp.smtp.server import ServerPolicy, ServerProtocol
+from otel_smtp.smtp.server import ServerProtocol
 from otel_smtp.smtp.states import CloseReason, IllegalTransition, TlsMode
 
 logger: Final = logging.getLogger("otel_smtp.server.session")
@@ -223,6 +225,7 @@ class Session:
         "_is_busy",
         "_is_served",
         "_loop",
+        "_most_transitions",
         "_pauses",
         "_policy",
         "_protocol",
@@ -233,6 +236,7 @@ class Session:
         "_stream",
         "_task",
         "_told",
+        "_trace_id",
         "_transaction",
         "client_counted",
         "record",
@@ -256,6 +260,7 @@ class Session:
         self.client_counted: str | None = None
         self._forwarded: MailTransaction | None = None
         self._transaction: TransactionRecord | None = None
+        self._trace_id: str | None = None  # of the message at hand
         self._failed_content: Reply | None = None  # the forwarder has failed while the client was still sending
         self._batch: Sequence[Recipient] = ()
         self._auth: Exchange | None = None
@@ -268,6 +273,7 @@ class Session:
         self._request_octets = 0  # received before it
         self._held_back_at = 0.0  # when the forwarder stopped the content
         self._session_ends: float | None = None
+        self._most_transitions = _HARD_SEGMENTS * house.segments.transitions
         self._told = 0  # transitions of the present segment that `conn_state` observers know
         self._is_busy = False  # a call is under way that ends with `_conclude`
         self._is_served = False  # not refused at accept: a flood of those must not hold sockets
@@ -416,33 +422,35 @@ class Session:
         """Every call from outside ends here: what was recorded is told, what was decided is written, and what has
         ended is closed."""
         self._is_busy = False
-        protocol, house = self._protocol, self._house
+        protocol, house, record = self._protocol, self._house, self.record
         if house.is_draining and not protocol.is_in_transaction:
             protocol.fail(replies.SHUTTING_DOWN, CloseReason.SHUTDOWN)
-        record = self.record
         record.errors = protocol.errors
         record.messages = protocol.messages
         if house.observer.wants_transitions:
             self._tell_transitions()
-        if data := protocol.data_to_send():
+        if out := protocol.out:
             stream = self._stream
-            stream.write(data)
+            stream.write(out[0] if len(out) == 1 else b"".join(out))
+            out.clear()
             if stream.is_write_paused:
                 self._pause(_Pause.UNREAD)
             if protocol.phase is not Phase.CONTENT:
                 self._began = self._loop.time()
         if protocol.close_reason is not None:
             self._finish(protocol.close_reason)
-        elif self._pauses or protocol.wants_turn or protocol.awaits_decision:
+            return
+        if protocol.received.held or self._pauses:
             self._manage_reading()
-        if len(record.transitions) >= _HARD_SEGMENTS * house.segments.transitions:
+        if len(record.transitions) >= self._most_transitions:
             self._end_segment()
 
     def _manage_reading(self) -> None:
+        """Leave with the kernel what comes beyond what is held and cannot be run now."""
         protocol = self._protocol
-        if not protocol.awaits_decision:
+        if protocol.asked is Asked.NOTHING:
             self._resume(_Pause.DECISION)
-        elif protocol.has_input:
+        elif protocol.received.held:
             self._pause(_Pause.DECISION)
         if protocol.wants_turn and not self._pauses & _Pause.TURN:
             self._pause(_Pause.TURN)
@@ -494,7 +502,7 @@ class Session:
         return (
             self._is_served
             and self._task is None
-            and not self._protocol.awaits_decision
+            and self._protocol.asked is Asked.NOTHING
             and not self._pauses & _Pause.CONTENT
         )
 
@@ -657,7 +665,7 @@ class Session:
             step = await exchange.step(response)
         except Exception:
             logger.exception("authentication failed to run", extra={"connection_id": record.info.id})
-            self._decide(replies.AUTH_UNAVAILABLE)
+            self._call(self._protocol.reply, replies.AUTH_UNAVAILABLE)
             return
         protocol.states.now_ns = time.monotonic_ns()
         match step:
@@ -668,17 +676,13 @@ class Session:
                 record.user = user
                 record.auth_mechanism = exchange.mechanism
                 self._received_head = None
-                self._decide(replies.AUTH_SUCCEEDED)
+                self._call(self._protocol.reply, replies.AUTH_SUCCEEDED)
             case _:
                 record.auth_mechanism = exchange.mechanism
                 self._house.auth_failed(record.client)
-                self._decide(replies.AUTH_FAILED)
+                self._call(self._protocol.reply, replies.AUTH_FAILED)
 
     # The transaction ---------------------------------------------------------------------------------------------
-
-    def _decide(self, *decided: Reply) -> None:
-        """Answer the engine, at once or late."""
-        self._call(self._protocol.reply, *decided)
 
     def mail_requested(self, mail: Mail) -> None:
         """See `Handler`."""
@@ -729,7 +733,7 @@ class Session:
                 transaction.accepted.append(recipient)
             else:
                 transaction.refuse(recipient, reply)
-        self._decide(*decided)
+        self._call(self._protocol.reply, *decided)
 
     def content_begun(self) -> None:
         """See `Handler`."""
@@ -795,21 +799,21 @@ class Session:
         transaction, forwarded = self._transaction, self._forwarded
         if transaction is None or forwarded is None:
             return  # given up, at a shutdown
-        outcome = outcome_of(reply)
-        if outcome is Outcome.RELAYED:
+        if 200 <= reply.code < 300:
+            outcome = Outcome.RELAYED
             if (spool_id := forwarded.spool_id) is not None:
                 transaction.spool_id = spool_id
                 outcome = Outcome.QUEUED
-            reply = replies.message_accepted(
-                self._house.observer.trace_id(transaction) if self._policy.trace_in_reply else None
-            )
+            reply = replies.message_accepted(self._trace_id if self._policy.trace_in_reply else None)
+        else:
+            outcome = outcome_of(reply)
         self._transaction = self._forwarded = None
         transaction.end(outcome, reply, time.monotonic_ns())
         self._house.observer.transaction_ended(transaction)
         if self._policy.protocol.is_lmtp:
-            self._decide(*[reply] * len(transaction.accepted))
+            self._call(self._protocol.reply, *[reply] * len(transaction.accepted))
         else:
-            self._decide(reply)
+            self._call(self._protocol.reply, reply)
 
     def transaction_aborted(self, reply: Reply | None) -> None:
         """See `Handler`."""
@@ -840,8 +844,8 @@ class Session:
             head = self._make_received_head(is_utf8=is_utf8)
             if not is_utf8:
                 self._received_head = head
-        identifier = self._house.observer.trace_id(transaction) or self.record.info.id
-        return received_field(head, identifier, rfc5322_date(time.time()))
+        self._trace_id = self._house.observer.trace_id(transaction)
+        return received_field(head, self._trace_id or self.record.info.id, time.time())
 
     def _make_received_head(self, *, is_utf8: bool) -> bytes:
         record, protocol, tls = self.record, self._protocol, self.record.tls

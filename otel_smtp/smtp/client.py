@@ -24,7 +24,7 @@ import binascii
 import re
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import lru_cache
 from types import MappingProxyType
@@ -67,25 +67,24 @@ _CLASSES: Final[Mapping[Verb, frozenset[int]]] = {
 }
 # RFC 2920 3.1: "can only appear as the last command in a group, since their success or failure produces a change of
 # state which the client SMTP must accommodate". The last chunk ends a group since nothing may follow it unanswered.
-_ENDS_GROUP: Final = frozenset(
-    {Verb.GREETING, Verb.EHLO, Verb.STARTTLS, Verb.AUTH, Verb.DATA, Verb.CONTENT, Verb.QUIT}
-)
+_ENDS_GROUP: Final = frozenset({Verb.GREETING, Verb.EHLO, Verb.STARTTLS, Verb.AUTH, Verb.DATA, Verb.CONTENT, Verb.QUIT})
 
 _REPLY_LINE: Final = re.compile(rb"([2-5][0-9]{2})(?:([ -])(.*))?", re.DOTALL)
+# What anyone takes for the end of a line, and lone surrogates, which no octets stand for.
+_CONTROL: Final = r"\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff"
+_CONTROLS: Final = re.compile(f"[{_CONTROL}]")
 # A path as RFC 5321 4.1.2 lets it look to a reader that searches its end: blanks and angle brackets only within the
 # quotes of the local part, nothing that ends a line anywhere. There is one way to read an address by it, so judging one
 # takes time in proportion to its length.
-_QUOTED: Final = r'"[^"\\\x00-\x1f\x7f]*(?:\\[ -~][^"\\\x00-\x1f\x7f]*)*"'
-_BARE: Final = r'[^\s<>"\x00-\x20\x7f]'
+_QUOTED: Final = rf'"[^"\\{_CONTROL}]*(?:\\[ -~][^"\\{_CONTROL}]*)*"'
+_BARE: Final = rf'[^\s<>"{_CONTROL}]'
 _PATH: Final = re.compile(rf"{_QUOTED}(?:@{_BARE}+)?|{_BARE}*")
 _PARAMETER_VALUE: Final = re.compile(r"[^\s\x00-\x20\x7f]+")
-# What anyone takes for the end of a line, and lone surrogates, which no octets stand for.
-_CONTROLS: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 def is_safe_path(address: str) -> bool:
     """Whether `address` can stand between the angle brackets of MAIL and RCPT without being read as anything else."""
-    return _PATH.fullmatch(address) is not None and _CONTROLS.search(address) is None
+    return _PATH.fullmatch(address) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,13 +163,14 @@ class ClientProtocol:
     Attributes:
         extensions: those of the last EHLO; none before it, after HELO, and from the start of TLS to the next EHLO.
         fault: how the upstream broke the protocol; None while it has not. Close the connection.
+        awaited: what the next replies will answer, in order; to be read only.
+        queued: commands that `data_to_send` has not given out yet, in order; to be read only.
 
     Holds at most one reply within its bounds, and what was queued and not sent.
     """
 
     __slots__ = (
         "_accepted",
-        "_buffer",
         "_chunk_left",
         "_content_left",
         "_is_closing",
@@ -180,14 +180,14 @@ class ClientProtocol:
         "_max_line_octets",
         "_max_lines",
         "_out",
-        "_pending",
-        "_position",
-        "_queue",
+        "_rest",
         "_tail",
         "_tls_is_due",
         "_utf8",
+        "awaited",
         "extensions",
         "fault",
+        "queued",
     )
 
     def __init__(
@@ -201,12 +201,11 @@ class ClientProtocol:
         self._is_lmtp = is_lmtp
         self._max_line_octets = max_reply_line_octets
         self._max_lines = max_reply_lines
-        self._buffer = b""
-        self._position = 0
+        self._rest = b""  # what was received and not read: the beginning of a line, or what nobody had asked for
         self._lines: list[bytes] = []  # of the reply that is arriving
-        self._queue: deque[tuple[Verb, bytes]] = deque()
+        self.queued: deque[tuple[Verb, bytes]] = deque()
         self._out: list[bytes] = []
-        self._pending: deque[Verb] = deque((Verb.GREETING,))
+        self.awaited: deque[Verb] = deque((Verb.GREETING,))
         self._accepted = 0  # recipients of the transaction
         self._chunk_left = 0  # octets of a chunk that is sent in pieces
         self._content_left = 0  # LMTP: replies to the content that are still to come
@@ -218,8 +217,8 @@ class ClientProtocol:
         self.fault: RemoteProtocolError | None = None
 
     def __repr__(self) -> str:
-        waits = " ".join(self._pending) or "nothing"
-        return f"<ClientProtocol waits for {waits}, {len(self._queue)} queued{', broken' if self.fault else ''}>"
+        waits = " ".join(self.awaited) or "nothing"
+        return f"<ClientProtocol waits for {waits}, {len(self.queued)} queued{', broken' if self.fault else ''}>"
 
     # What is asked of it ----------------------------------------------------------------------------------
 
@@ -229,30 +228,22 @@ class ClientProtocol:
         return self._is_closing
 
     @property
-    def awaited(self) -> Verb | None:
-        """What the next reply will answer; None where none is due."""
-        return self._pending[0] if self._pending else None
-
-    @property
-    def has_queued(self) -> bool:
-        """Something may be there for `data_to_send`."""
-        return bool(self._queue or self._out)
-
-    @property
     def is_settled(self) -> bool:
         """Every command that was queued has its answer."""
-        return not self._pending and not self._queue
+        return not self.awaited and not self.queued
 
     @property
     def is_in_step(self) -> bool:
         """The connection can serve another transaction: all is answered, and nothing more has arrived."""
-        return (
-            self.is_settled
-            and not self._is_open
-            and not self._chunk_left
-            and not self._is_closing
-            and self.fault is None
-            and not self._has_surplus()
+        return not (
+            self.awaited
+            or self.queued
+            or self._rest
+            or self._lines
+            or self._is_open
+            or self._chunk_left
+            or self._is_closing
+            or self.fault is not None
         )
 
     @property
@@ -278,128 +269,119 @@ class ClientProtocol:
         answers: list[Answer] = []
         if self.fault is not None or self._is_closing:
             return answers
-        if self._position < len(self._buffer):
-            data = self._buffer[self._position :] + data
-        self._buffer = data
-        self._position = 0
-        pending = self._pending
+        if self._rest:
+            data = self._rest + data
+            self._rest = b""
+        awaited = self.awaited
+        position = 0
         while True:
-            if self._tls_is_due and self._has_surplus():
+            if self._tls_is_due and position < len(data):
                 # Injection before TLS: it is there to be read as if it had come under TLS.
                 self._break("octets behind the 220 of STARTTLS")
+                return answers
+            end = data.find(b"\n", position) + 1
+            if (end or len(data)) - position > self._max_line_octets:
+                self._break("reply line too long")
+                return answers
+            if not end:
                 break
-            lines = self._take_reply()
-            if lines is None:
-                break
-            reply = _read_reply(lines[0]) if len(lines) == 1 and len(lines[0]) <= 128 else _make_reply(lines)
+            line = data[position : end - 1].removesuffix(b"\r")
+            position = end
+            match = _REPLY_LINE.fullmatch(line)
+            if match is None or (self._lines and self._lines[0][:3] != line[:3]):
+                self._break("a line that is no reply")
+                return answers
+            lines = [line]
+            if self._lines or match[2] == b"-":
+                lines = self._lines
+                lines.append(line)
+                if len(lines) > self._max_lines:
+                    self._break("reply of too many lines")
+                    return answers
+                if match[2] == b"-":
+                    continue
+                self._lines = []
+            reply = _read_reply(line) if len(lines) == 1 and len(line) <= 128 else _make_reply(lines)
             code = reply.code
-            if code == 421:
-                self._is_closing = True
-            if not pending:
-                if (unasked := self._unasked(reply)) is not None:
-                    answers.append(unasked)
-                break
-            verb = pending[0]
+            self._is_closing = code == 421
+            if not awaited:
+                self._take_unasked(reply, answers)
+                return answers
+            verb = awaited[0]
             if code // 100 not in _CLASSES[verb]:
                 self._break(f"{verb} answered with {code}")
-                break
-            pending.popleft()
+                return answers
+            awaited.popleft()
             if verb is Verb.RCPT:
                 self._accepted += code < 400
             elif verb is Verb.MAIL or verb is Verb.RSET:
                 self._accepted = 0
-            elif not self._settle(verb, reply, lines):
-                break
+            elif verb is Verb.CONTENT:
+                if not self._settle_content(reply, data[position : position + 3]):
+                    return answers
+            elif not self._settle(verb, reply, lines, has_surplus=position < len(data)):
+                return answers
             answers.append(Answer(verb, reply))
-            if not pending or self._is_closing:
+            if self._is_closing:
+                return answers
+            if not awaited:
                 break
+        self._rest = data[position:]
         return answers
 
-    def _unasked(self, reply: Reply) -> Answer | None:
+    def _take_unasked(self, reply: Reply, answers: list[Answer]) -> None:
         """A reply without a command: a farewell, or a refusal of the content before its end."""
         if reply.code >= 400 and self._is_open:
             self._is_closing = True  # in the midst of the content there is no way back
-            return Answer(Verb.CONTENT, reply)
-        if reply.code == 421:
-            return Answer(None, reply)
-        self._break("a reply that nobody had asked for")
-        return None
+            answers.append(Answer(Verb.CONTENT, reply))
+        elif reply.code == 421:
+            answers.append(Answer(None, reply))
+        else:
+            self._break("a reply that nobody had asked for")
 
-    def _settle(self, verb: Verb, reply: Reply, lines: Sequence[bytes]) -> bool:
-        """Note what `reply` changes beyond the number of accepted recipients; whether it stands."""
+    def _settle(self, verb: Verb, reply: Reply, lines: Sequence[bytes], *, has_surplus: bool) -> bool:
+        """Note what `reply` changes; whether it stands."""
         match verb:
             case Verb.DATA:
                 self._is_open = reply.code < 400
-            case Verb.CONTENT:
-                return self._settle_content(reply)
             case Verb.EHLO if reply.is_positive:
                 self.extensions = Extensions.parse([line[4:].decode("ascii", "replace") for line in lines[1:]])
             case Verb.STARTTLS:
                 self._tls_is_due = reply.is_positive
-                if self._tls_is_due and self._has_surplus():
+                if self._tls_is_due and has_surplus:
                     self._break("octets behind the 220 of STARTTLS")
                     return False
             case _:
                 pass
         return True
 
-    def _settle_content(self, reply: Reply) -> bool:
+    def _settle_content(self, reply: Reply, surplus: bytes) -> bool:
+        """Note what the reply to the content changes; whether it stands. `surplus`: how what lies behind it begins."""
         is_positive = reply.code < 400
         if self._chunk_left and is_positive:
             self._break("content accepted before its end")
             return False
         if self._is_lmtp:
-            # RFC 2033 4.2: one reply "for each previously successful RCPT command"; a BDAT LAST without any has one 503.
+            # RFC 2033 4.2: one reply "for each previously successful RCPT command"; BDAT LAST without any has one 503.
             if self._content_left == 0:
                 self._content_left = max(1, self._accepted)
             self._content_left -= 1
             if self._content_left > 0 and reply.code != 421:
-                self._pending.appendleft(Verb.CONTENT)
+                self.awaited.appendleft(Verb.CONTENT)
                 return True
             self._content_left = 0
         self._accepted = 0
-        # With one reply too many, this one was perhaps not meant for the message, and doubt is never success. What is, or
-        # may become, a farewell leaves no doubt.
-        if is_positive and self._has_surplus():
-            surplus = self._buffer[self._position : self._position + 3]
-            if not b"421".startswith(surplus):
-                self._break("more replies than commands")
-                return False
+        # With one reply too many, this one was perhaps not meant for the message, and doubt is never success. What is,
+        # or may become, a farewell leaves no doubt.
+        if is_positive and not b"421".startswith(surplus):
+            self._break("more replies than commands")
+            return False
         return True
 
-    def _take_reply(self) -> list[bytes] | None:
-        """The lines of the next whole reply, without their line ends; None where it is not whole, or there is a fault."""
-        buffer, position = self._buffer, self._position
-        while True:
-            end = buffer.find(b"\n", position)
-            if (len(buffer) if end < 0 else end + 1) - position > self._max_line_octets:
-                self._break("reply line too long")
-                return None
-            if end < 0:
-                return None
-            line = buffer[position:end].removesuffix(b"\r")
-            self._position = position = end + 1
-            match = _REPLY_LINE.fullmatch(line)
-            if match is None or (self._lines and self._lines[0][:3] != line[:3]):
-                self._break("a line that is no reply")
-                return None
-            if match[2] != b"-" and not self._lines:
-                return [line]
-            self._lines.append(line)
-            if len(self._lines) > self._max_lines:
-                self._break("reply of too many lines")
-                return None
-            if match[2] != b"-":
-                lines, self._lines = self._lines, []
-                return lines
-
-    def _has_surplus(self) -> bool:
-        return self._position < len(self._buffer)
-
     def _break(self, what: str) -> RemoteProtocolError:
-        """Note how the upstream broke the protocol; nothing is sent any more."""
+        """Note how the upstream broke the protocol; nothing is sent or kept any more."""
         self.fault = RemoteProtocolError(what, replies.UPSTREAM_PROTOCOL)
-        self._queue.clear()
+        self.queued.clear()
         self._out.clear()
         return self.fault
 
@@ -407,12 +389,12 @@ class ClientProtocol:
 
     def data_to_send(self) -> bytes:
         """What may travel now; b"" where the answers to what was sent must come first. Each octet is given once."""
-        queue, pending, out = self._queue, self._pending, self._out
-        while queue:
-            if pending and (not self.extensions.pipelining or pending[-1] in _ENDS_GROUP):
+        queued, awaited, out = self.queued, self.awaited, self._out
+        while queued:
+            if awaited and (not self.extensions.pipelining or awaited[-1] in _ENDS_GROUP):
                 break
-            verb, octets = queue.popleft()
-            pending.append(verb)
+            verb, octets = queued.popleft()
+            awaited.append(verb)
             out.append(octets)
         data = out[0] if len(out) == 1 else b"".join(out)
         out.clear()
@@ -420,8 +402,8 @@ class ClientProtocol:
 
     def cancel_queued(self) -> int:
         """Take back the commands that were not sent yet; how many there were."""
-        count = len(self._queue)
-        self._queue.clear()
+        count = len(self.queued)
+        self.queued.clear()
         return count
 
     def send_hello(self, name: str) -> None:
@@ -447,10 +429,10 @@ class ClientProtocol:
             RemoteProtocolError: the upstream sent octets between its 220 and TLS.
             LocalProtocolError: no 220 was given.
         """
+        if self.fault is not None:
+            raise self.fault
         if not self._tls_is_due:
             raise LocalProtocolError("TLS was not agreed on")
-        if self._has_surplus():
-            raise self._break("octets behind the 220 of STARTTLS")
         self._tls_is_due = False
         self.extensions = Extensions()
 
@@ -476,7 +458,9 @@ class ClientProtocol:
         """
         offered = self.extensions
         self._utf8 = mail.smtputf8 and offered.smtputf8
-        line = [f"MAIL FROM:<{self._path(mail.reverse_path)}>"]
+        if _PATH.fullmatch(mail.reverse_path) is None:
+            raise LocalProtocolError("unsafe path in a command")
+        line = [f"MAIL FROM:<{mail.reverse_path}>"]
         size = mail.size if size is None else size
         if size is not None and offered.offers_size:
             line.append(f"SIZE={size:d}")
@@ -496,7 +480,9 @@ class ClientProtocol:
 
     def send_recipient(self, recipient: Recipient) -> None:
         """RCPT, with those of its parameters that the upstream offers; errors as `send_mail`."""
-        line = f"RCPT TO:<{self._path(recipient.address)}>"
+        if _PATH.fullmatch(recipient.address) is None:
+            raise LocalProtocolError("unsafe path in a command")
+        line = f"RCPT TO:<{recipient.address}>"
         if self.extensions.dsn and recipient.notify is not None:
             line += f" NOTIFY={','.join(flag.name or '' for flag in Notify if flag in recipient.notify)}"
         if self.extensions.dsn and recipient.orcpt is not None:
@@ -526,12 +512,12 @@ class ClientProtocol:
         """
         if not self._is_open:
             raise LocalProtocolError("a final dot without a 354")
-        if self._has_surplus():
+        if self._rest or self._lines:
             raise self._break("a reply that nobody had asked for")
         self._out.append(b".\r\n" if self._tail == b"\r\n" else b"\r\n.\r\n")
         self._is_open = False
         self._tail = b"\r\n"
-        self._pending.append(Verb.CONTENT)
+        self.awaited.append(Verb.CONTENT)
 
     def send_last_chunk(self, *pieces: bytes) -> None:
         """BDAT LAST (RFC 3030 2): the whole message, octets as they are; it may travel in the group of its envelope.
@@ -541,8 +527,8 @@ class ClientProtocol:
         """
         if not self.extensions.chunking:
             raise LocalProtocolError("BDAT without CHUNKING")
-        octets = sum(map(len, pieces))
-        self._enqueue(Verb.CONTENT, b"".join((b"BDAT %d LAST\r\n" % octets, *pieces)))
+        content = b"".join(pieces)
+        self._command(Verb.CONTENT, f"BDAT {len(content)} LAST", content)
 
     def begin_last_chunk(self, octets: int) -> None:
         """BDAT LAST for content that comes in pieces: `send_chunk_octets` must bring exactly `octets` of them.
@@ -554,9 +540,9 @@ class ClientProtocol:
             raise LocalProtocolError("BDAT without CHUNKING")
         if not self.is_settled:
             raise LocalProtocolError("a chunk in pieces cannot wait for its turn")
-        self._enqueue(Verb.CONTENT, b"BDAT %d LAST\r\n" % octets)
-        self._out.append(self._queue.pop()[1])
-        self._pending.append(Verb.CONTENT)
+        self._command(Verb.CONTENT, f"BDAT {octets} LAST")
+        self._out.append(self.queued.pop()[1])
+        self.awaited.append(Verb.CONTENT)
         self._chunk_left = octets
 
     def send_chunk_octets(self, piece: bytes) -> None:
@@ -580,8 +566,8 @@ class ClientProtocol:
 
     # The one writer ---------------------------------------------------------------------------------------
 
-    def _command(self, verb: Verb, line: str) -> None:
-        """Queue one command line.
+    def _command(self, verb: Verb, line: str, content: bytes = b"") -> None:
+        """Queue one command line, with the content that goes with it.
 
         Raises:
             LocalProtocolError: the line holds what must never be in one, or it is not its time.
@@ -590,23 +576,14 @@ class ClientProtocol:
             raise LocalProtocolError("control character in a command")
         if not line.isascii() and not (self._utf8 and verb in (Verb.MAIL, Verb.RCPT)):
             raise LocalProtocolError("non-ASCII text in a command without SMTPUTF8")
-        self._enqueue(verb, f"{line}\r\n".encode())
-
-    def _enqueue(self, verb: Verb, octets: bytes) -> None:
         if self.fault is not None:
             raise self.fault
         if self._is_open or self._tls_is_due or self._chunk_left:
             raise LocalProtocolError(f"{verb} is out of order")
-        if not self._pending and not self._queue and self._has_surplus():
+        if (self._rest or self._lines) and not self.awaited and not self.queued:
             # Sending now would let a late reply answer this command.
             raise self._break("a reply that nobody had asked for")
-        self._queue.append((verb, octets))
-
-    @staticmethod
-    def _path(address: str) -> str:
-        if not is_safe_path(address):
-            raise LocalProtocolError("unsafe path in a command")
-        return address
+        self.queued.append((verb, f"{line}\r\n".encode() + content))
 
     @staticmethod
     def _value(text: str) -> str:
@@ -657,6 +634,6 @@ def _make_reply(lines: Sequence[bytes]) -> Reply:
             # RFC 2034 4: each line has the code; it stands once in our value.
             texts = [first, *(EnhancedStatus.parse(text)[1] for text in texts[1:])]
             if enhanced.klass != code // 100:
-                enhanced = replace(enhanced, klass=code // 100)  # RFC 2034 4: the class must match the reply's
+                enhanced = enhanced._replace(klass=code // 100)  # RFC 2034 4: the class must match the reply's
     error_type = ErrorType.UPSTREAM_REFUSED if code >= 400 else None
     return Reply(code, enhanced, tuple(texts), error_type)

@@ -71,12 +71,13 @@ class IncomingContent:
         sink: see there.
 
     Attributes:
+        octets: the content so far, as RFC 1870 counts it: CRLF included, stuffed dots not.
         facts: of the header block; None until it has been received.
+        by_data: see above.
         is_ended: the end of DATA was seen. `rest`: the octets behind it.
     """
 
     __slots__ = (
-        "_by_data",
         "_chunks",
         "_dots",
         "_header",
@@ -85,9 +86,10 @@ class IncomingContent:
         "_limits",
         "_sink",
         "_size_limit",
-        "_whole_octets",
+        "by_data",
         "facts",
         "is_ended",
+        "octets",
         "rest",
     )
 
@@ -98,31 +100,21 @@ class IncomingContent:
         self._size_limit = size_limit
         self._sink = sink
         self._is_binary = is_binary
-        self._by_data = by_data
+        self.by_data = by_data
         self._inspector: ContentInspector | None = None  # made with the others, where the content is no quick one
-        self._whole_octets = 0  # of content that was taken in one piece
+        self.octets = 0
         self.facts: HeaderFacts | None = None
         self.is_ended = False
         self.rest = b""
 
-    @property
-    def by_data(self) -> bool:
-        """Whether it comes by DATA."""
-        return self._by_data
-
-    @property
-    def octets(self) -> int:
-        """The content so far, as RFC 1870 counts it: CRLF included, stuffed dots not."""
-        return self._whole_octets if self._inspector is None else self._inspector.octets
-
     def feed(self, data: bytes) -> None:
         """Take octets from the wire: of DATA, up to its end at most; or of a chunk, and not one more."""
         if self._inspector is None:
-            if self._by_data and self._take_whole(data):
+            if self.by_data and self._take_whole(data):
                 return
             self._begin()
         assert self._inspector is not None
-        if self._by_data:
+        if self.by_data:
             dots = self._dots
             self._take(dots.feed(data))
             if dots.is_ended:
@@ -141,7 +133,7 @@ class IncomingContent:
                 return None  # taken whole, and found to be good
             self._begin()
         assert self._inspector is not None
-        if not self._by_data:
+        if not self.by_data:
             self._take(self._chunks.finish())
         if self._header.block is None and self._inspector.octets <= self._size_limit:
             body = self._header.finish()
@@ -157,7 +149,7 @@ class IncomingContent:
             return replies.MESSAGE_TOO_BIG
         if inspector.has_nul and not self._is_binary:
             return replies.NUL_IN_CONTENT
-        has_bare_line_ends = self._dots.bare_line_ends if self._by_data else self._chunks.bare_line_ends
+        has_bare_line_ends = self._dots.bare_line_ends if self.by_data else self._chunks.bare_line_ends
         if has_bare_line_ends and limits.rejects_bare_line_ends:
             return replies.BARE_LINE_END
         if inspector.has_long_line and not self._is_binary:
@@ -198,7 +190,7 @@ class IncomingContent:
             return False
         self.facts = facts
         self.is_ended = True
-        self._whole_octets = size
+        self.octets = size
         self._sink.header_received(block, facts)
         self._sink.content_received(data[end:size])
         return True
@@ -207,7 +199,7 @@ class IncomingContent:
 
     def _begin(self) -> None:
         limits = self._limits
-        if self._by_data:
+        if self.by_data:
             self._dots = DotReader()
         else:
             self._chunks = ChunkReader(is_binary=self._is_binary)
@@ -220,6 +212,7 @@ class IncomingContent:
         inspector = self._inspector
         assert inspector is not None
         inspector.inspect(content)
+        self.octets = inspector.octets
         if inspector.octets <= self._size_limit:  # refused at its end; handing up more would only fill a disk
             self._hand_up(self._header.feed(content))
 

@@ -41,11 +41,13 @@ class OwnOffer(NamedTuple):
         behind: what can be offered on behalf of what lies behind; the very object that this was made from.
         offer: that, and what is our own: limits, TLS, AUTH.
         reply: how EHLO says it.
+        size_limit: octets of the largest message: our limit, or the upstream's where that is less.
     """
 
     behind: Offer
     offer: Offer
     reply: Reply
+    size_limit: int
 
 
 @dataclass(frozen=True)
@@ -80,26 +82,22 @@ class ServerPolicy:
         own = self._offers.get(is_tls)
         if own is None or own.behind is not behind:
             limits = self.limits
+            size_limit = limits.message_size if behind.size is None else min(limits.message_size, behind.size)
             offer = replace(
                 behind,
-                size=self.message_size_limit(behind),
+                size=size_limit,
                 starttls=self.tls_mode is TlsMode.STARTTLS and not is_tls,
                 auth_mechanisms=self.mechanisms(is_tls=is_tls),
                 require_tls=behind.require_tls and is_tls,
                 limits={"MAILMAX": limits.messages_per_connection, "RCPTMAX": limits.recipients},
             )
-            own = OwnOffer(behind, offer, replies.hello(self.hostname, keywords(offer)))
+            own = OwnOffer(behind, offer, replies.hello(self.hostname, keywords(offer)), size_limit)
             self._offers[is_tls] = own
         return own
 
     def mechanisms(self, *, is_tls: bool) -> tuple[str, ...]:
         """The SASL mechanisms that are offered."""
         return self.auth_mechanisms if is_tls or self.auth_in_clear else ()
-
-    def message_size_limit(self, behind: Offer) -> int:
-        """Octets of the largest message: our limit, or the upstream's where that is less."""
-        own = self.limits.message_size
-        return own if behind.size is None else min(own, behind.size)
 
     @cached_property
     def content_limits(self) -> ContentLimits:

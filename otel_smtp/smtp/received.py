@@ -13,13 +13,12 @@ take it for one, and then a trace header behind it would be a header to them (P1
 No field but the trace headers is ever changed, no octet of any other is touched (P5).
 """
 
+import datetime
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from datetime import date
 from functools import lru_cache
 from itertools import islice
-from typing import Final
+from typing import Final, NamedTuple
 
 from otel_smtp.smtp.errors import LocalProtocolError
 from otel_smtp.smtp.paths import address_literal, is_address_literal, is_domain
@@ -46,12 +45,11 @@ _FIELD_NAME = re.compile(r"[!-9;-~]+")  # ftext (RFC 5322 2.2)
 _FIELD_VALUE = re.compile(r"[ -~]{0,998}")
 
 _DAYS: Final = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
-_EPOCH: Final = date(1970, 1, 1).toordinal()
+_EPOCH: Final = datetime.date(1970, 1, 1).toordinal()
 _MONTHS: Final = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
 
-@dataclass(frozen=True, slots=True)
-class HeaderFacts:
+class HeaderFacts(NamedTuple):
     """What the gateway wants to know of a header block.
 
     Attributes:
@@ -120,19 +118,20 @@ def received_head(*, helo: str, peer_host: str, by: str, with_protocol: str, tls
     return (f"Received: from {helo} ({host or 'local'})\r\n by {by} with {with_protocol}{tls_comment}\r\n id ").encode()
 
 
-def received_field(head: bytes, identifier: str, date: str) -> bytes:
+def received_field(head: bytes, identifier: str, unix_seconds: float) -> bytes:
     """Our Received field, to be put on top of a message, with its CRLF.
 
     Args:
         head: what `received_head` gave.
         identifier: the message's id with us: letters, digits and what else an atom has.
-        date: see `rfc5322_date`.
+        unix_seconds: now, since 1970-01-01 00:00 UTC.
 
     Raises:
-        LocalProtocolError: one of them is malformed.
+        LocalProtocolError: the identifier is malformed.
     """
-    if _ATOM.fullmatch(identifier) is None or _WORDS.fullmatch(date) is None:
-        raise LocalProtocolError(f"malformed word for the Received field: {identifier!r}, {date!r}")
+    if _ATOM.fullmatch(identifier) is None:
+        raise LocalProtocolError(f"malformed word for the Received field: {identifier!r}")
+    date = _date_of_second(int(unix_seconds // 1))
     return b"%b%b;\r\n %b\r\n" % (head, identifier.encode("ascii"), date.encode("ascii"))
 
 
@@ -196,7 +195,7 @@ def _date_of_second(unix_seconds: int) -> str:
     days, second_of_day = divmod(unix_seconds, 86400)
     hour, second_of_hour = divmod(second_of_day, 3600)
     minute, second = divmod(second_of_hour, 60)
-    day = date.fromordinal(_EPOCH + days)
+    day = datetime.date.fromordinal(_EPOCH + days)
     return (
         f"{_DAYS[day.weekday()]}, {day.day} {_MONTHS[day.month - 1]} {day.year:04}"
         f" {hour:02}:{minute:02}:{second:02} +0000"

@@ -47,8 +47,3 @@ SEQUENCE: Final[Mapping[Phase, frozenset[Verb]]] = {
 }
 
 IN_TRANSACTION: Final = frozenset({Phase.MAIL, Phase.RECIPIENTS, Phase.CHUNKING, Phase.CONTENT})
-
-
-def is_legal(phase: Phase, verb: Verb) -> bool:
-    """Whether `verb` may be said in `phase`."""
-    return verb in SEQUENCE[phase]

@@ -29,8 +29,7 @@ import base64
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from enum import Enum, auto
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.commands import (
@@ -40,21 +39,26 @@ from otel_smtp.smtp.commands import (
     CommandRefused,
     Data,
     Hello,
+    MailFrom,
     RcptTo,
+    Rset,
+    StartTls,
     Verb,
     common_mail,
     common_recipient,
     parse_command,
+    parse_other,
 )
-from otel_smtp.smtp.content import ContentSink, IncomingContent
+from otel_smtp.smtp.content import IncomingContent
 from otel_smtp.smtp.envelope import Body, Mail, Recipient
 from otel_smtp.smtp.errors import LocalProtocolError
 from otel_smtp.smtp.extensions import Offer, unsupported, unsupported_recipient
 from otel_smtp.smtp.framing import ReceiveBuffer
-from otel_smtp.smtp.policy import ServerLimits, ServerPolicy
+from otel_smtp.smtp.handler import Asked, Handler, Said
+from otel_smtp.smtp.policy import OwnOffer, ServerPolicy
 from otel_smtp.smtp.replies import ErrorType, Reply
 from otel_smtp.smtp.sasl import MECHANISMS, SaslError, decode_base64
-from otel_smtp.smtp.sequence import IN_TRANSACTION, Phase, is_legal
+from otel_smtp.smtp.sequence import IN_TRANSACTION, SEQUENCE, Phase
 from otel_smtp.smtp.states import (
     AuthBegun,
     CloseReason,
@@ -73,8 +77,6 @@ from otel_smtp.smtp.states import (
     TransactionOver,
     raise_illegal,
 )
-
-__all__ = ["Handler", "Said", "ServerLimits", "ServerPolicy", "ServerProtocol"]
 
 # A line this many times over its limit is not worth reading off any more: 421. Unlimited discarding held sessions open
 # in other servers until 2026.
@@ -112,83 +114,6 @@ _CLOSE_REASONS: Final = {
 _NO_INPUT: Final = frozenset({Phase.HANDSHAKE, Phase.UNGREETED, Phase.ENDING})
 # A lone command line is run at once in these. Not before the first EHLO: there TLS and HTTP are looked for.
 _QUICK: Final = frozenset({Phase.READY, Phase.MAIL, Phase.RECIPIENTS})
-
-
-class Said(Protocol):
-    """Takes each reply with the verb that it answers, as it is decided; a list does."""
-
-    def append(self, said: tuple[str | None, Reply], /) -> None:
-        """Take one."""
-        ...
-
-
-class Handler(ContentSink, Protocol):
-    """Who decides for a session. Called from within the engine's calls; it may answer there, or later.
-
-    A method that is marked *decide* waits for `ServerProtocol.reply`. The others only tell.
-    """
-
-    def hello_received(self, verb: str, name: str) -> None:
-        """HELO, EHLO or LHLO was accepted; `name` is the peer's word: bounded by the command line, printable."""
-        ...
-
-    def mail_requested(self, mail: Mail) -> None:
-        """*decide*: MAIL. A 2yz opens the transaction."""
-        ...
-
-    def recipients_requested(self, recipients: Sequence[Recipient]) -> None:
-        """*decide*: a pipelined group of RCPT, one reply each."""
-        ...
-
-    def tls_requested(self) -> None:
-        """*decide*: STARTTLS. Stop reading from the transport, then `reply(TLS_READY)`, write it, shake hands, and call
-        `tls_started`. Any other reply leaves the session in clear."""
-        ...
-
-    def auth_requested(self, mechanism: str, initial_response: bytes | None) -> None:
-        """*decide*, by `challenge` or a final reply: AUTH.
-
-        Args:
-            mechanism: one that we offered.
-            initial_response: decoded; None where none was given, b"" for "=".
-        """
-        ...
-
-    def auth_responded(self, response: bytes) -> None:
-        """*decide*, as `auth_requested`: the client's answer to a challenge, decoded."""
-        ...
-
-    def content_begun(self) -> None:
-        """DATA is about to be answered with 354, or the first BDAT chunk was taken."""
-        ...
-
-    def content_ended(self, octets: int) -> None:
-        """*decide*: the content is complete, and acceptable to the engine. The reply is the message's final reply.
-
-        Args:
-            octets: of the content, as RFC 1870 counts them.
-        """
-        ...
-
-    def transaction_aborted(self, reply: Reply | None) -> None:
-        """The open transaction ended without a final reply from above: RSET, a new EHLO, STARTTLS, content that the
-        engine refused, or the connection's end.
-
-        Args:
-            reply: what the client is about to be told, where the content itself was refused; else None.
-        """
-        ...
-
-
-class _Asked(Enum):
-    """What the handler has been asked and has not answered."""
-
-    NOTHING = auto()
-    MAIL = auto()
-    RECIPIENTS = auto()
-    TLS = auto()
-    AUTH = auto()
-    CONTENT = auto()
 
 
 class _Transaction:
@@ -247,13 +172,15 @@ class ServerProtocol:
         messages: that got their final reply on this connection. `transactions`: begun on it.
         errors: replies of 400 and above, and a failed handshake.
         close_reason: why the session ends; None while it goes on.
+        asked: what the handler was asked and has not answered: nothing is run until it does.
+        received: octets that have not been run yet.
+        out: the replies that have not been taken by `data_to_send`.
         wants_turn: commands are left to be run, and other connections come first: call `run` soon.
 
     Holds at most one line (12 KiB), what one `receive_data` call brought, and one header block (256 KiB).
     """
 
     __slots__ = (
-        "_asked",
         "_auth_failures",
         "_auth_mechanism",
         "_batch",
@@ -264,21 +191,22 @@ class ServerProtocol:
         "_faults",
         "_handler",
         "_held",
-        "_in",
         "_is_running",
         "_junk",
         "_mail",
         "_offer",
-        "_out",
         "_policy",
         "_told",
         "_transaction",
+        "asked",
         "close_reason",
         "errors",
         "is_authenticated",
         "is_tls",
         "messages",
+        "out",
         "phase",
+        "received",
         "said",
         "states",
         "transactions",
@@ -308,9 +236,9 @@ class ServerProtocol:
         self.errors = 0
         self.close_reason: CloseReason | None = None
         self.wants_turn = False
-        self._in = ReceiveBuffer()
-        self._out: list[bytes] = []
-        self._asked = _Asked.NOTHING
+        self.received = ReceiveBuffer()
+        self.out: list[bytes] = []
+        self.asked = Asked.NOTHING
         self._mail: _Transaction | None = None  # that was asked about
         self._batch: list[Recipient] = []  # to be asked about, or asked about
         self._held: Command | CommandRefused | None = None  # parsed; waits for the answer to the batch
@@ -324,7 +252,7 @@ class ServerProtocol:
         self._junk = 0
         self._eof = False
         self._is_running = False
-        self._told: Offer | None = None  # what the last EHLO of this session offered
+        self._told: OwnOffer | None = None  # what the last EHLO of this session offered
 
     # What the driver tells -------------------------------------------------------------------------------------
 
@@ -339,7 +267,7 @@ class ServerProtocol:
 
     def greet(self) -> None:
         """Open the session with 220; a client that spoke first is refused (RFC 5321 4.3.1: the sender waits)."""
-        if self._in.held and not self._is_mismatch():
+        if self.received.held and not self._is_mismatch():
             self._send(replies.EARLY_TALKER, None)
         if self.phase is not Phase.ENDING:
             self.phase = Phase.CONNECTED
@@ -357,7 +285,8 @@ class ServerProtocol:
         """
         if self._eof:
             raise LocalProtocolError("receive_data after receive_eof")
-        if not self._in.held and self._asked is _Asked.NOTHING and not self._discarded:
+        held = self.received.held
+        if not held and self.asked is Asked.NOTHING and not self._discarded:
             phase = self.phase
             if phase in _QUICK:
                 length = len(data)
@@ -365,7 +294,7 @@ class ServerProtocol:
                     self._is_running = True
                     try:
                         self._run_line(data[:-2])
-                        if self._batch and self._asked is _Asked.NOTHING:
+                        if self._batch and self.asked is Asked.NOTHING:
                             self._ask_recipients()
                     finally:
                         self._is_running = False
@@ -378,10 +307,10 @@ class ServerProtocol:
                     self._take_content(data)
                 finally:
                     self._is_running = False
-                if self._in.held:
+                if self.received.held:
                     self.run()
                 return
-        self._in.feed(data)
+        self.received.feed(data)
         self.run()
 
     def receive_eof(self) -> None:
@@ -398,7 +327,7 @@ class ServerProtocol:
         """The handshake is done: the session starts over, and nothing said in clear counts any more (RFC 3207 4.2)."""
         if self.phase is not Phase.HANDSHAKE:
             raise LocalProtocolError("tls_started without a handshake")
-        self._in.clear()
+        self.received.clear()
         self.is_tls = True
         self.is_authenticated = False  # somebody in the middle may have said it
         self._told = None
@@ -435,27 +364,14 @@ class ServerProtocol:
         return self.phase is Phase.CONTENT
 
     @property
-    def awaits_decision(self) -> bool:
-        """Whether the handler was asked and has not answered: nothing is run until it does."""
-        return self._asked is not _Asked.NOTHING
-
-    @property
-    def has_input(self) -> bool:
-        """Whether octets are held that have not been run."""
-        return bool(self._in.held)
-
-    @property
     def is_in_transaction(self) -> bool:
         """Whether a transaction is open, or a decision is awaited: not a moment to end the session."""
-        return self._transaction is not None or self._asked is not _Asked.NOTHING
+        return self._transaction is not None or self.asked is not Asked.NOTHING
 
     def data_to_send(self) -> bytes:
-        """The octets to write now, possibly none; several replies come as one piece."""
-        out = self._out
-        if not out:
-            return b""
-        data = out[0] if len(out) == 1 else b"".join(out)
-        out.clear()
+        """Take what is in `out`, in one piece."""
+        data = b"".join(self.out)
+        self.out.clear()
         return data
 
     # Decisions from above ----------------------------------------------------------------------------------------
@@ -472,37 +388,37 @@ class ServerProtocol:
         """
         if self.phase is Phase.ENDING:
             return  # the session was ended from outside while the decision was being made
-        asked, self._asked = self._asked, _Asked.NOTHING
+        asked, self.asked = self.asked, Asked.NOTHING
         match asked:
-            case _Asked.RECIPIENTS:
+            case Asked.RECIPIENTS:
                 self._answer_recipients(decided)
-            case _Asked.MAIL:
+            case Asked.MAIL:
                 self._answer_mail(*decided)
-            case _Asked.CONTENT:
+            case Asked.CONTENT:
                 self._answer_content(decided)
-            case _Asked.TLS:
+            case Asked.TLS:
                 self._answer_starttls(*decided)
-            case _Asked.AUTH:
+            case Asked.AUTH:
                 self._answer_auth(*decided)
-            case _Asked.NOTHING:
+            case Asked.NOTHING:
                 raise LocalProtocolError("a reply to nothing that was asked")
-        if not self._is_running and (self._in.held or self._held is not None or self._eof):
+        if not self._is_running and (self.received.held or self._held is not None or self._eof):
             self.run()
 
     def challenge(self, data: bytes) -> None:
         """Go on with the AUTH exchange: 334 with `data`."""
         if self.phase is Phase.ENDING:
             return
-        if self._asked is not _Asked.AUTH:
+        if self.asked is not Asked.AUTH:
             raise LocalProtocolError("challenge outside an AUTH exchange")
-        self._asked = _Asked.NOTHING
+        self.asked = Asked.NOTHING
         self.phase = Phase.AUTHENTICATING
         self._send(replies.challenge(base64.b64encode(data).decode("ascii")), Verb.AUTH)
         self.run()
 
     def _answer_mail(self, reply: Reply) -> None:
         transaction, self._mail = self._mail, None
-        if not reply.is_positive:
+        if reply.code >= 300:
             self._send(reply, Verb.MAIL)
             return
         assert transaction is not None
@@ -517,15 +433,15 @@ class ServerProtocol:
             raise LocalProtocolError("not as many replies as recipients")
         self._batch = []
         for reply in decided:
-            if reply.is_positive and self._transaction is not None:
+            if reply.code < 300 and self._transaction is not None:
                 self._transaction.recipients += 1
                 self.phase = Phase.RECIPIENTS
             self._send(reply, Verb.RCPT)
 
     def _answer_starttls(self, reply: Reply) -> None:
-        if self._in.held:
+        if self.received.held:
             # Octets behind STARTTLS would be run inside TLS as if the client had sent them there (CVE-2011-0411).
-            self._in.clear()
+            self.received.clear()
             self._send(replies.OCTETS_BEHIND_STARTTLS, Verb.STARTTLS)
         elif reply.code != 220:
             self._send(reply, Verb.STARTTLS)
@@ -548,12 +464,13 @@ class ServerProtocol:
     def _answer_content(self, decided: Sequence[Reply]) -> None:
         transaction = self._transaction
         assert transaction is not None
-        if len(decided) != self._final_replies(transaction):
+        assert transaction.content is not None
+        if len(decided) != (transaction.recipients if self._policy.is_lmtp else 1):
             raise LocalProtocolError("not as many replies as the content asks for")
-        verb = self._content_verb()
+        verb = Verb.DATA if transaction.content.by_data else Verb.BDAT
         self._end_transaction()
         self.messages += 1
-        if any(reply.is_positive for reply in decided):
+        if decided[0].code < 400 or any(reply.is_positive for reply in decided):
             self.states.enter(ConnState.ACTIVE)
         for reply in decided:
             self._send(reply, verb)
@@ -570,10 +487,10 @@ class ServerProtocol:
         self.wants_turn = False
         left = self._policy.limits.commands_per_turn
         try:
-            while self._asked is _Asked.NOTHING:
+            while self.asked is Asked.NOTHING:
                 if self._advance():
                     left -= 1
-                    if left <= 0 and (self._in.held or self._held is not None):
+                    if left <= 0 and (self.received.held or self._held is not None):
                         self.wants_turn = True
                         return
                 elif self._batch:
@@ -606,13 +523,13 @@ class ServerProtocol:
     def _read_line(self, limit: int) -> bytes | None:
         """The next line without its CRLF, or None; a line that is too long is read off and answered here."""
         if not self._discarded:
-            length = self._in.find_line(limit)
+            length = self.received.find_line(limit)
             if length > 0:
-                return self._in.take(length)[:-2]
+                return self.received.take(length)[:-2]
             if length == 0 or self._batch:
                 return None  # a line that is too long is answered in its turn
             self._discard_limit = limit * _DISCARD_FACTOR
-        discarded, is_whole = self._in.discard_line()
+        discarded, is_whole = self.received.discard_line()
         self._discarded += discarded
         if self._discarded > self._discard_limit:
             self._send(replies.LINE_DISCARD_EXCEEDED, None)
@@ -630,16 +547,16 @@ class ServerProtocol:
             self._send(replies.LINE_TOO_LONG, "other")
 
     def _read_command(self) -> bool:
-        had = len(self._in)
+        had = len(self.received)
         if had == 0:
             return False
         if self.phase is Phase.CONNECTED and not self._discarded and self._is_mismatch():
             return True
         limits = self._policy.limits
-        is_auth = self._in.peek(5).upper() == b"AUTH "
+        is_auth = self.received.peek(5).upper() == b"AUTH "
         line = self._read_line(limits.auth_line if is_auth else limits.command_line)
         if line is None:
-            return self.phase is Phase.ENDING or len(self._in) != had
+            return self.phase is Phase.ENDING or len(self.received) != had
         self._run_line(line)
         return True
 
@@ -648,7 +565,7 @@ class ServerProtocol:
 
         A browser or a forged server-side request would speak so; its headers and body may hold SMTP commands.
         """
-        if self._in.starts_with(_TLS_HANDSHAKE) or _HTTP_REQUEST.match(self._in.peek(8)):
+        if self.received.starts_with(_TLS_HANDSHAKE) or _HTTP_REQUEST.match(self.received.peek(8)):
             self._end(CloseReason.PROTOCOL_MISMATCH)
             return True
         return False
@@ -658,11 +575,14 @@ class ServerProtocol:
     def _run_line(self, line: bytes) -> None:
         """Run one command line."""
         phase = self.phase
+        parse: Callable[[bytes], Command] = parse_command
         if phase is Phase.RECIPIENTS or phase is Phase.MAIL:
             recipient = common_recipient(line)
             if recipient is not None:
-                self._run_rcpt(recipient)
+                self._add_recipient(recipient)  # which uses no extension
                 return
+            if len(line) == 4:
+                parse = parse_other  # DATA, mostly: there is no need to look for a MAIL first
         elif phase is Phase.READY and (self.is_tls or not self._policy.tls_required):
             mail = common_mail(line)
             if mail is not None:
@@ -670,7 +590,7 @@ class ServerProtocol:
                 return
         command: Command | CommandRefused
         try:
-            command = parse_command(line)
+            command = parse(line)
         except CommandRefused as refusal:
             command = refusal
         self._run(command)
@@ -691,7 +611,7 @@ class ServerProtocol:
             if self._junk > self._policy.limits.junk_commands:
                 self._send(replies.TOO_MANY_JUNK_COMMANDS, verb)
                 return
-        if not is_legal(self.phase, verb):
+        if verb not in SEQUENCE[self.phase]:
             self._refuse(replies.BAD_SEQUENCE, verb, command)
             return
         _RUN[verb](self, command)
@@ -735,15 +655,19 @@ class ServerProtocol:
         if command.verb is Verb.HELO:
             self._send(replies.hello(self._policy.hostname), command.verb)
         else:
-            own = self._policy.own_offer(self._offer(), is_tls=self.is_tls)
-            self._told = own.offer
-            self._send(own.reply, command.verb)
+            self._told = self._policy.own_offer(self._offer(), is_tls=self.is_tls)
+            self._send(self._told.reply, command.verb)
+
+    def _run_mail_command(self, command: MailFrom) -> None:
+        self._run_mail(command.mail)
 
     def _run_mail(self, mail: Mail) -> None:
-        behind = self._offer()
-        size_limit = self._policy.message_size_limit(behind)
-        # Held against what this session was told; whether the upstream still keeps it is asked above.
-        offer = self._told or self._policy.own_offer(behind, is_tls=self.is_tls).offer
+        told, behind = self._told, self._offer()
+        # A mail is held against what this session was told; whether the upstream still keeps it is asked above. Its size
+        # is held against what the upstream takes now.
+        now = told if told is not None and told.behind is behind else self._policy.own_offer(behind, is_tls=self.is_tls)
+        offer = now.offer if told is None else told.offer
+        size_limit = now.size_limit
         if self._policy.auth_required and not self.is_authenticated:
             self._send(replies.AUTH_REQUIRED, Verb.MAIL)
         elif self.messages >= self._policy.limits.messages_per_connection:
@@ -755,30 +679,36 @@ class ServerProtocol:
             self._send(refusal, Verb.MAIL)
         else:
             self._mail = _Transaction(mail, self.transactions + 1, offer, size_limit)
-            self._asked = _Asked.MAIL
+            self.asked = Asked.MAIL
             self._handler.mail_requested(mail)
 
-    def _run_rcpt(self, recipient: Recipient) -> None:
+    def _run_rcpt(self, command: RcptTo) -> None:
         transaction = self._transaction
         assert transaction is not None
-        refusal: Reply | None
-        if transaction.recipients + len(self._batch) >= self._policy.limits.recipients:
-            refusal = replies.TOO_MANY_RECIPIENTS
-        else:
-            refusal = unsupported_recipient(recipient, transaction.mail, transaction.offer)
+        refusal = unsupported_recipient(command.recipient, transaction.mail, transaction.offer)
         if refusal is None:
+            self._add_recipient(command.recipient)
+        elif self._batch:
+            self._held = command  # in its turn
+        else:
+            self._send(refusal, Verb.RCPT)
+
+    def _add_recipient(self, recipient: Recipient) -> None:
+        transaction = self._transaction
+        assert transaction is not None
+        if transaction.recipients + len(self._batch) < self._policy.limits.recipients:
             self._batch.append(recipient)
         elif self._batch:
             # In its turn, and judged again then: some of the recipients before it may be refused.
             self._held = RcptTo(recipient)
         else:
-            self._send(refusal, Verb.RCPT)
+            self._send(replies.TOO_MANY_RECIPIENTS, Verb.RCPT)
 
     def _ask_recipients(self) -> None:
-        self._asked = _Asked.RECIPIENTS
+        self.asked = Asked.RECIPIENTS
         self._handler.recipients_requested(self._batch)
 
-    def _run_data(self) -> None:
+    def _run_data(self, command: Data) -> None:
         transaction = self._transaction
         assert transaction is not None
         if transaction.mail.body is Body.BINARY_MIME:
@@ -848,7 +778,7 @@ class ServerProtocol:
                 self._fail_auth(replies.BAD_BASE64)
             else:
                 self.phase = Phase.AUTHENTICATING
-                self._asked = _Asked.AUTH
+                self.asked = Asked.AUTH
                 self._handler.auth_requested(command.mechanism, decoded)
 
     def _announce_auth(self, mechanism: str | None) -> None:
@@ -863,10 +793,10 @@ class ServerProtocol:
             self.states.fall_back(ConnState.ACTIVE)
 
     def _read_auth_line(self) -> bool:
-        had = len(self._in)
+        had = len(self.received)
         line = self._read_line(self._policy.limits.auth_line) if had else None
         if line is None:
-            return self.phase is not Phase.AUTHENTICATING or len(self._in) != had
+            return self.phase is not Phase.AUTHENTICATING or len(self.received) != had
         if line == b"*":
             # RFC 4954 4: the client cancels.
             self.phase = Phase.READY
@@ -875,21 +805,21 @@ class ServerProtocol:
             self.phase = Phase.READY
             self._fail_auth(replies.BAD_BASE64)
         else:
-            self._asked = _Asked.AUTH
+            self.asked = Asked.AUTH
             self._handler.auth_responded(response)
         return True
 
-    def _run_starttls(self) -> None:
+    def _run_starttls(self, command: StartTls) -> None:
         if self.is_tls:
             self._send(replies.TLS_ALREADY_ON, Verb.STARTTLS)
         elif self._policy.tls_mode is not TlsMode.STARTTLS:
             self._send(replies.NOT_IMPLEMENTED, Verb.STARTTLS)
         else:
             # Octets behind it are looked for when it is answered: that is the last moment at which they may come.
-            self._asked = _Asked.TLS
+            self.asked = Asked.TLS
             self._handler.tls_requested()
 
-    def _run_rset(self) -> None:
+    def _run_rset(self, command: Rset) -> None:
         self._reset(ResetCause.RSET)
         self._send(replies.OK, Verb.RSET)
 
@@ -898,9 +828,9 @@ class ServerProtocol:
     def _read_content(self) -> bool:
         if self._chunk is not None:
             return self._read_chunk(self._chunk)
-        if not self._in.held:
+        if not self.received.held:
             return False
-        self._take_content(self._in.take(len(self._in)))
+        self._take_content(self.received.take(len(self.received)))
         return True
 
     def _take_content(self, data: bytes) -> None:
@@ -911,14 +841,15 @@ class ServerProtocol:
         assert content is not None
         content.feed(data)
         if content.is_ended:
-            self._in.give_back(content.rest)
+            if content.rest:
+                self.received.give_back(content.rest)
             self._finish_content(transaction, content)
         elif content.octets > 2 * transaction.size_limit:
             # The rest is read off within a bound; then the connection ends, or one client could send for ever.
             self._refuse_message(replace(replies.MESSAGE_TOO_BIG, closes=True), Verb.DATA)
 
     def _read_chunk(self, chunk: _Chunk) -> bool:
-        data = self._in.take(chunk.remaining)
+        data = self.received.take(chunk.remaining)
         chunk.remaining -= len(data)
         if chunk.refusal is None:
             transaction = self._transaction
@@ -958,7 +889,7 @@ class ServerProtocol:
         if refusal is not None:
             self._refuse_message(refusal, self._content_verb(), copies=self._final_replies(transaction))
         else:
-            self._asked = _Asked.CONTENT
+            self.asked = Asked.CONTENT
             self._handler.content_ended(content.octets)
 
     def _refuse_message(self, reply: Reply, verb: Verb, *, copies: int = 1) -> None:
@@ -1004,7 +935,7 @@ class ServerProtocol:
             self._handler.transaction_aborted(reply)
 
     def _forget_questions(self) -> None:
-        self._asked = _Asked.NOTHING
+        self.asked = Asked.NOTHING
         self._mail = None
         self._batch = []
         self._held = None
@@ -1013,7 +944,7 @@ class ServerProtocol:
         if self.phase is not Phase.ENDING:
             self._forget_questions()
             self._drop_transaction(None)
-            self._in.clear()
+            self.received.clear()
             self.phase = Phase.ENDING
             self.close_reason = reason
 
@@ -1027,7 +958,7 @@ class ServerProtocol:
             number = transaction.number if transaction is not None else None
             self.states.enter(ConnState.ERROR, ErrorReply(verb, reply, reply.error_type, number))
         self.said.append((verb, reply))
-        self._out.append(reply.wire)
+        self.out.append(reply.wire)
         if reply.closes or reply.code == 421:
             # RFC 5321 3.8: a server closes after 421.
             self._end(_CLOSE_REASONS.get(reply, CloseReason.REFUSED))
@@ -1041,23 +972,23 @@ class ServerProtocol:
         return reply
 
 
-# What runs a command that is legal in its phase; the type of a command follows from its verb.
+# What runs a command that is legal in its phase. The type of a command follows from its verb.
 _RUN: Final[Mapping[Verb, Callable[[ServerProtocol, Any], None]]] = {
-    Verb.HELO: lambda session, command: session._run_hello(command),
-    Verb.EHLO: lambda session, command: session._run_hello(command),
-    Verb.LHLO: lambda session, command: session._run_hello(command),
-    Verb.MAIL: lambda session, command: session._run_mail(command.mail),
-    Verb.RCPT: lambda session, command: session._run_rcpt(command.recipient),
-    Verb.DATA: lambda session, _: session._run_data(),
-    Verb.BDAT: lambda session, command: session._run_bdat(command),
-    Verb.AUTH: lambda session, command: session._run_auth(command),
-    Verb.STARTTLS: lambda session, _: session._run_starttls(),
-    Verb.RSET: lambda session, _: session._run_rset(),
-    Verb.NOOP: lambda session, command: session._send(replies.OK, command.verb),
-    Verb.VRFY: lambda session, command: session._send(replies.CANNOT_VERIFY, command.verb),
-    Verb.EXPN: lambda session, command: session._send(replies.NOT_IMPLEMENTED, command.verb),
-    Verb.HELP: lambda session, command: session._send(replies.HELP, command.verb),
-    Verb.QUIT: lambda session, command: session._send(replies.CLOSING, command.verb),
+    Verb.HELO: ServerProtocol._run_hello,
+    Verb.EHLO: ServerProtocol._run_hello,
+    Verb.LHLO: ServerProtocol._run_hello,
+    Verb.MAIL: ServerProtocol._run_mail_command,
+    Verb.RCPT: ServerProtocol._run_rcpt,
+    Verb.DATA: ServerProtocol._run_data,
+    Verb.BDAT: ServerProtocol._run_bdat,
+    Verb.AUTH: ServerProtocol._run_auth,
+    Verb.STARTTLS: ServerProtocol._run_starttls,
+    Verb.RSET: ServerProtocol._run_rset,
+    Verb.NOOP: lambda session, _: session._send(replies.OK, Verb.NOOP),
+    Verb.VRFY: lambda session, _: session._send(replies.CANNOT_VERIFY, Verb.VRFY),
+    Verb.EXPN: lambda session, _: session._send(replies.NOT_IMPLEMENTED, Verb.EXPN),
+    Verb.HELP: lambda session, _: session._send(replies.HELP, Verb.HELP),
+    Verb.QUIT: lambda session, _: session._send(replies.CLOSING, Verb.QUIT),
 }
 
 

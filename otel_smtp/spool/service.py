@@ -63,11 +63,12 @@ class Spool:
         schedule = settings.schedule
         self.store = SpoolStore(SpoolDirectory(settings.directory), least_free_octets=settings.least_free_octets)
         notices = Notices(self.store, relay, policy=settings.bounce, hostname=settings.hostname)
-        self.runner = Runner(self.store, relay, observer, notices, schedule, clock=clock)
+        self.runner = Runner(self.store, relay, notices, schedule, clock=clock)
         intake = Intake(
             self.store,
             relay,
             self.runner,
+            observer,
             max_age_seconds=schedule.max_age_seconds,
             first_wait_seconds=lambda: schedule.next_delay(1, random.random()),  # noqa: S311 - jitter, no secret
         )

@@ -339,5 +339,3 @@ class TraceExport(Export[bytes]):
         address: str = "",
     ) -> None:
         super().__init__(Signal.TRACES, "spans", bytes, frame.request, connect, settings, address=address)
-
-    take = Export.put

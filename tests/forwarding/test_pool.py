@@ -7,7 +7,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from otel_smtp.forwarding.breaker import FIRST_BACKOFF_SECONDS, INITIAL_WINDOW, LONGEST_BACKOFF_SECONDS, Breaker, BreakerState
+from otel_smtp.forwarding.breaker import (
+    FIRST_BACKOFF_SECONDS,
+    INITIAL_WINDOW,
+    LONGEST_BACKOFF_SECONDS,
+    Breaker,
+    BreakerState,
+)
 from otel_smtp.forwarding.pool import RECLAIM_AFTER_SECONDS, Decision, Pool, Ticket
 from otel_smtp.forwarding.settings import PoolLimits
 
@@ -167,7 +173,7 @@ def test_a_ticket_does_not_wait_for_ever() -> None:
     assert not pool.is_empty
 
 
-def test_an_idle_connection_is_taken_without_a_ticket_but_not_before_those_who_wait() -> None:
+def test_an_idle_connection_is_taken_without_a_ticket() -> None:
     pool = grown(connections=2)
     assert pool.take(0) is None
     first, second = (opened(pool, pool.ask(0)) for _ in range(2))
@@ -179,12 +185,7 @@ def test_an_idle_connection_is_taken_without_a_ticket_but_not_before_those_who_w
     assert pool.take(4) is None
     assert pool.take_closing() == [first]
     pool.release(second, 5)
-    pool.breaker.window = 1.0
-    waiting = pool.ask(6, fresh=True)
-    waiting_too = pool.ask(6, fresh=True)
-    assert decided(waiting, Decision.OPEN)
-    assert decided(waiting_too, Decision.WAITING)
-    assert pool.take(7) is None  # `second` is idle, and somebody waits
+    assert pool.take(5) is second
 
 
 def test_a_lost_idle_connection_is_forgotten_and_a_busy_one_is_not_touched() -> None:
@@ -218,7 +219,8 @@ def test_an_upstream_is_met_with_few_connections_at_first_and_more_with_each_suc
     tickets = [pool.ask(0) for _ in range(40)]
     assert sum(ticket.decision is Decision.OPEN for ticket in tickets) == INITIAL_WINDOW
     for _ in range(1000):
-        pool.answered(0)
+        pool.breaker.succeeded()
+        pool.expire(0)
     assert sum(ticket.decision is Decision.OPEN for ticket in tickets) == 20
 
 
@@ -239,7 +241,8 @@ def test_repeated_failures_send_everybody_away_at_once() -> None:
     waiting = pool.ask(2)
     assert decided(waiting, Decision.WAITING)  # for the probe's verdict
     opened(pool, probe)
-    pool.answered(2)
+    pool.breaker.succeeded()
+    pool.expire(2)
     assert decided(waiting, Decision.OPEN)
 
 
@@ -360,7 +363,7 @@ class AnyOrder(RuleBasedStateMachine):
     def take(self) -> None:
         connection = self.pool.take(self.now)
         if connection is not None:
-            assert not self.waiting
+            assert all(ticket.wants_fresh for ticket in self.waiting)
             assert connection.is_reusable(self.now, self.limits)
             connection.uses += 1
             self.busy.append(connection)
@@ -395,7 +398,8 @@ class AnyOrder(RuleBasedStateMachine):
         self.busy.remove(connection)
         connection.is_alive = alive
         if answered:
-            self.pool.answered(self.now)
+            self.pool.breaker.succeeded()
+            self.pool.expire(self.now)
         self.pool.release(connection, self.now)
         self.idle_or_closed.append(connection)
         self.sort()

@@ -9,8 +9,8 @@ import pytest
 from otel_smtp.forwarding.base import Capabilities, Permanent
 from otel_smtp.forwarding.settings import PoolLimits, Strategy, TracePolicy, UpstreamSettings
 from otel_smtp.forwarding.upstream import UpstreamForwarder
-from otel_smtp.observing import DeliveryPhase, Endpoint, Observer, Outcome
 from otel_smtp.net import Sweep
+from otel_smtp.observing import DeliveryPhase, Endpoint, Observer, Outcome
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Body, DsnReturn, Mail, Notify, Recipient
 from otel_smtp.smtp.replies import Reply

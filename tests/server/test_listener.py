@@ -13,7 +13,7 @@ from otel_smtp.observing import Endpoint
 from otel_smtp.server.listener import ListenerSpec, Server
 from otel_smtp.server.session import ListenerPolicy, ServerTimeouts
 from otel_smtp.smtp import replies
-from otel_smtp.smtp.server import ServerPolicy
+from otel_smtp.smtp.policy import ServerPolicy
 from otel_smtp.smtp.states import CloseReason
 from tests.server.keeping import KeepingForwarder, Noting
 from tests.support.clock import advance

@@ -14,8 +14,8 @@ from otel_smtp.observing import Outcome
 from otel_smtp.server.session import ListenerPolicy, Segments, ServerTimeouts, is_in
 from otel_smtp.server.users import Authenticator, Users
 from otel_smtp.smtp import replies
+from otel_smtp.smtp.policy import ServerLimits, ServerPolicy
 from otel_smtp.smtp.replies import Reply
-from otel_smtp.smtp.server import ServerLimits, ServerPolicy
 from otel_smtp.smtp.states import CloseReason, TlsMode
 from tests.server.keeping import KeepingForwarder, Noting, WatchedServer
 from tests.support.clock import advance

@@ -10,9 +10,10 @@ from otel_smtp.smtp import replies
 from otel_smtp.smtp.commands import Auth
 from otel_smtp.smtp.envelope import Mail, Recipient
 from otel_smtp.smtp.extensions import Offer
+from otel_smtp.smtp.policy import ServerLimits, ServerPolicy
 from otel_smtp.smtp.received import HeaderFacts
 from otel_smtp.smtp.replies import Reply
-from otel_smtp.smtp.server import ServerLimits, ServerPolicy, ServerProtocol
+from otel_smtp.smtp.server import ServerProtocol
 from otel_smtp.smtp.states import TlsMode, Transition
 from tests.support.events import AuthRequested, AuthResponded
 

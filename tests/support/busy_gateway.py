@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import AsyncIterator
 
+from otel_smtp.gateway.ports import bind
 from otel_smtp.observing import ConnectionInfo, ConnectionRecord, Endpoint, Outcome, TlsInfo
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.states import ConnState, ErrorReply, StateMachine
@@ -163,7 +164,6 @@ async def busy_gateway(*, siblings: Siblings | None = None, token: str = "") -> 
     """A busy gateway and the address of its page; `siblings` and `token` as `StatusServer` takes them."""
     gateway = BusyGateway()
     server = StatusServer(
-        Endpoint("127.0.0.1", 0),
         live=gateway.live,
         traces=gateway.traces,
         checks={"mail": lambda: gateway.not_ready},
@@ -175,7 +175,7 @@ async def busy_gateway(*, siblings: Siblings | None = None, token: str = "") -> 
         siblings=siblings,
         token=token,
     )
-    address = await server.start()
+    address = server.start(bind(Endpoint("127.0.0.1", 0)))
     try:
         yield gateway, f"http://{address}/"
     finally:

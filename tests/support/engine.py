@@ -23,11 +23,12 @@ from otel_smtp.smtp.commands import Verb
 from otel_smtp.smtp.envelope import Body, Mail, Notify, Recipient
 from otel_smtp.smtp.extensions import Offer
 from otel_smtp.smtp.framing import has_bare_line_end
+from otel_smtp.smtp.policy import ServerLimits, ServerPolicy
 from otel_smtp.smtp.received import HeaderFacts
 from otel_smtp.smtp.replies import ErrorType, Reply
 from otel_smtp.smtp.sasl import LOGIN_CHALLENGES, MECHANISMS, Password, SaslError, parse_login, parse_plain
 from otel_smtp.smtp.sequence import Phase
-from otel_smtp.smtp.server import ServerLimits, ServerPolicy, ServerProtocol
+from otel_smtp.smtp.server import ServerProtocol
 from otel_smtp.smtp.states import CloseReason, ConnState, TlsMode, Transition
 from tests.support.dialogue import ReplyReader, UpstreamScript
 from tests.support.events import (

@@ -14,7 +14,6 @@ from otel_smtp.telemetry.environment import TelemetrySettingError
 from otel_smtp.telemetry.setup import (
     Telemetry,
     TelemetryOptions,
-    describe_destination,
     set_up,
 )
 from tests.support.otlp_receiver import Fault, FaultKind, OtlpReceiver, named
@@ -138,17 +137,12 @@ def test_setting_up_imports_nothing_that_only_exporting_needs() -> None:
 
 def test_without_an_endpoint_nothing_is_dialled_and_traces_have_ids() -> None:
     telemetry = set_up(TelemetryOptions(), {})
-    assert describe_destination({}).startswith("nowhere")
+    assert telemetry.traces_to.startswith("nowhere")
     client = Client(telemetry.observers).ehlo().mail()
     assert client.transaction is not None
     trace_id = client.trace_id()
     assert trace_id is not None
     assert len(trace_id) == 32
-
-
-def test_the_destination_is_told_without_its_password() -> None:
-    environ = {"OTEL_EXPORTER_OTLP_ENDPOINT": "https://user:secret@collector:4318/otlp"}
-    assert describe_destination(environ) == "http/protobuf https://collector:4318/otlp"
 
 
 def test_a_disabled_sdk_observes_nothing() -> None:
