@@ -339,3 +339,5 @@ class TraceExport(Export[bytes]):
         address: str = "",
     ) -> None:
         super().__init__(Signal.TRACES, "spans", bytes, frame.request, connect, settings, address=address)
+
+    take = Export.put  # as they are: a copy would be kept beside that of the recent traces
