@@ -251,8 +251,9 @@ def _batches(environ: Mapping[str, str], signal: Signal) -> BatchSettings:
         variable = f"{prefix}_{what}"
         return _number(variable, environ.get(variable, "").strip(), default=default) / 1000
 
-    queue = _count(environ, f"{prefix}_MAX_QUEUE_SIZE", 2048)
-    batch = _count(environ, f"{prefix}_MAX_EXPORT_BATCH_SIZE", min(512, queue))
+    ours = BatchSettings()
+    queue = _count(environ, f"{prefix}_MAX_QUEUE_SIZE", ours.queue_spans)
+    batch = _count(environ, f"{prefix}_MAX_EXPORT_BATCH_SIZE", min(ours.batch_spans, queue))
     if batch > queue:
         raise TelemetrySettingError(
             f"{prefix}_MAX_EXPORT_BATCH_SIZE", str(batch), f"a number up to {prefix}_MAX_QUEUE_SIZE, {queue}"

@@ -9,7 +9,7 @@ mechanisms, outcomes and reasons are our own words, listeners and upstreams the 
 a bound that no client can move.
 """
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -88,14 +88,20 @@ class Buckets:
         if context is not None:
             self._latest[place] = (context, value, unix_ns / 1e9)
 
-    def add_all(self, values: Iterable[float]) -> None:
-        """Measure many, of which none names a trace."""
-        bounds, counts = self._bounds, self.counts
-        for value in values:
-            counts[bisect_left(bounds, value)] += 1
-            self.total += value
-        self.least = min(self.least, *values)
-        self.most = max(self.most, *values)
+    def add_all(self, values: list[float]) -> None:
+        """Measure many, at least one, of which none names a trace; sorts them."""
+        values.sort()
+        self.total += sum(values)
+        self.least = min(self.least, values[0])
+        self.most = max(self.most, values[-1])
+        counts, below, most = self.counts, 0, len(values)
+        for place, bound in enumerate(self._bounds):
+            so_far = bisect_right(values, bound)
+            counts[place] += so_far - below
+            below = so_far
+            if below == most:
+                return
+        counts[-1] += most - below
 
     @property
     def exemplars(self) -> list[tuple[str, float, float] | None]:

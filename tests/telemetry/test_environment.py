@@ -44,8 +44,8 @@ def test_a_variable_sets_how_to_reach_the_collector(environ: dict[str, str], fie
 
 
 BATCH: list[tuple[dict[str, str], str, float]] = [
-    ({}, "queue_spans", 2048),
-    ({}, "batch_spans", 512),
+    ({}, "queue_spans", 16_384),
+    ({}, "batch_spans", 2048),
     ({}, "delay_seconds", 5.0),
     ({}, "export_seconds", 30.0),
     ({}, "request_seconds", 10.0),
@@ -79,7 +79,7 @@ BAD = [
     ("OTEL_BSP_MAX_QUEUE_SIZE", "-1", "a number from 1"),
     ("OTEL_BSP_MAX_QUEUE_SIZE", "0.5", "a number from 1"),
     ("OTEL_BSP_SCHEDULE_DELAY", "inf", "a number above 0"),
-    ("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "4096", "up to OTEL_BSP_MAX_QUEUE_SIZE"),
+    ("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "20000", "up to OTEL_BSP_MAX_QUEUE_SIZE"),
 ]
 
 

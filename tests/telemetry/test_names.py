@@ -21,11 +21,8 @@ SPELLED_OUT: frozenset[str] = frozenset(
 
 def literals(source: str) -> list[tuple[int, str]]:
     """The names that `source` spells out, by line; docstrings are no code."""
-    return sorted(
-        (node.lineno, node.value)
-        for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in NAMES
-    )
+    constants = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant))
+    return sorted((node.lineno, node.value) for node in constants if node.value in NAMES)
 
 
 def sources() -> list[str]:
