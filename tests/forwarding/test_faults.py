@@ -469,6 +469,19 @@ async def test_what_was_accepted_elsewhere_and_is_refused_here_defers_the_mail()
         assert second.kept == []
 
 
+async def test_a_sender_who_was_accepted_elsewhere_and_is_refused_here_defers_the_recipients() -> None:
+    async with (
+        ScriptedUpstream() as first,
+        ScriptedUpstream(faults={Phase.MAIL: Fault(Kind.REFUSE, b"550 5.7.1 not you\r\n")}) as second,
+        relaying(settings(first, "first"), settings(second, "second")) as forwarder,
+    ):
+        transaction = Awaited.begin(forwarder, MAIL, seen := RecordedTransaction())
+        assert [reply.code for reply in await transaction.recipients([BOB])] == [250]
+        await first.stop()
+        assert await transaction.recipients([CAROL]) == [replies.UPSTREAM_UNAVAILABLE]
+        assert seen.outcomes == [("first", Outcome.DEFERRED), ("second", Outcome.DEFERRED)]
+
+
 # The window after the final dot -------------------------------------------------------------------------------
 
 
