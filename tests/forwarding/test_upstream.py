@@ -277,6 +277,17 @@ async def test_a_refused_sender_refuses_its_recipients() -> None:
         assert upstream.connections == 1
 
 
+@both_strategies
+async def test_without_pipelining_nobody_is_named_behind_a_refused_sender(strategy: Strategy) -> None:
+    faults = {Phase.MAIL: Fault(Kind.REFUSE, b"550 5.7.1 not you\r\n", times=1)}
+    async with (
+        ScriptedUpstream(extensions=(), faults=faults) as upstream,
+        relaying(settings(upstream), strategy=strategy) as forwarder,
+    ):
+        assert (await relay(forwarder, BOB, CAROL)).told.code == 550
+        assert upstream.verbs == ["EHLO", "MAIL"]
+
+
 async def test_an_aborted_transaction_is_reset_in_the_next_group() -> None:
     async with ScriptedUpstream() as upstream, relaying(settings(upstream)) as forwarder:
         seen = RecordedTransaction()
