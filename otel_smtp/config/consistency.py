@@ -201,8 +201,6 @@ class Consistency:
             return False
         if target == address:
             return True
-        if target.port is None:
-            return False
         listening = literal_address(address.host)
         if listening is not None and listening.is_unspecified:
             # It listens on all addresses, so every name of this machine is ours.

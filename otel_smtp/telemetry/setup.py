@@ -166,7 +166,7 @@ def set_up(options: TelemetryOptions, environ: Mapping[str, str] | None = None) 
         TelemetrySettingError: an OTEL_* variable has an invalid value.
     """
     asked = environment.read(environ, options.version)
-    resource = environment.resource_of(environ)
+    resource = environment.own_resource()
     if asked.is_disabled:
         counting = Metrics(
             Observer(), connections=options.upstream_connections, spool=options.spool, resource=resource.attributes
