@@ -20,7 +20,7 @@ embed the gateway need these two::
 
 from typing import TYPE_CHECKING, Any
 
-from otel_smtp.observer import ConnectionInfo, Observer
+from otel_smtp.observing import ConnectionInfo, Observer
 from otel_smtp.smtp.states import ConnState, Transition
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import TypeVar
 from otel_smtp.config.problems import Problem
 from otel_smtp.config.settings import Listener, Settings, Telemetry, Upstream
 from otel_smtp.config.values import Duration, ListenAddress, is_local, is_loopback_host, literal_address
-from otel_smtp.observer import Endpoint
+from otel_smtp.observing import Endpoint
 from otel_smtp.smtp.states import TlsMode
 
 _T = TypeVar("_T")

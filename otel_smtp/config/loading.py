@@ -12,7 +12,7 @@ from otel_smtp.config.consistency import Consistency
 from otel_smtp.config.problems import Problem, SettingsError, unknown_key
 from otel_smtp.config.settings import SCHEMA, Key, Settings, Table, Tables, Upstream
 from otel_smtp.config.values import MINUTE, BadValue, FilePath, Given, UpstreamUrl, UpstreamUrlKind
-from otel_smtp.observer import Endpoint
+from otel_smtp.observing import Endpoint
 from otel_smtp.smtp.states import TlsMode
 
 PREFIX: Final = "OTELSMTP_"

@@ -40,7 +40,7 @@ from otel_smtp.config.values import (
     UpstreamUrlKind,
     is_local,
 )
-from otel_smtp.observer import Endpoint
+from otel_smtp.observing import Endpoint
 from otel_smtp.smtp.states import TlsMode
 
 ListenerProtocol = Literal["smtp", "lmtp"]

@@ -1,20 +1,23 @@
 """The one interface by which accepted mail leaves: the upstream relay and the durable spool both implement it.
 
-The server does not know which it talks to. What it may rely on:
+The session does not know which it talks to. Nothing here waits: what needs an answer is given a callback, which is
+called once, on the event loop, possibly before the call returns. What the session may rely on:
 
-* `MailTransaction.content` answers 2yz only if the upstream said 2yz to the end of data, or the message is durable
-  (P1). Doubt is a 4yz (P2).
-* After an exception out of the `chunks` iterator, or after a cancel, nothing of the message is with the upstream: no
-  final dot was sent, no last chunk.
-* `abort` is idempotent, never raises, and frees what the transaction holds. It is called after every transaction that
-  did not end with `content`.
+* The final reply of `MailTransaction.finish` is 2yz only if the upstream said 2yz to the end of data, or the message is
+  durable. Doubt is a 4yz.
+* Until `finish` is called nothing ends the message upstream: no final dot was sent, no last chunk. After `abort`
+  instead of `finish`, nothing of the message is with the upstream.
+* `abort` is idempotent, never raises, and frees what the transaction holds. It is called once for every transaction
+  whose `finish` was not called, and after `finish` where nobody waits for its answer any more (shutdown): then a
+  message that is out of our hands comes to its end all the same, for the record, and no callback is called.
+* A call that raises has done nothing; the session answers 451 and aborts.
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from otel_smtp.observer import TransactionObserver
+from otel_smtp.observing import TransactionRecord
 from otel_smtp.smtp.envelope import Mail, Recipient
 from otel_smtp.smtp.replies import Reply
 
@@ -54,41 +57,57 @@ class Transient(DeliveryFailed):
     """The same mail may succeed later (4yz)."""
 
 
-class ContentAborted(Exception):
-    """Raised out of `chunks`: the content ended without its end (client gone, limit, smuggling, our bug)."""
+RecipientsAnswered = Callable[[Sequence[Reply]], None]
+"""Takes one reply per recipient of the batch, in order."""
+
+MessageAnswered = Callable[[Reply, Sequence[Reply]], None]
+"""Takes the final reply of the message, for all recipients that were accepted; and, where each of them has a verdict of
+its own (an LMTP upstream, several transactions upstream), those, in the order in which the recipients were accepted.
+The verdicts may be fewer than the recipients; the final reply holds for the others."""
 
 
 class MailTransaction(Protocol):
-    """One transaction, from MAIL on; its calls come in the order recipients*, content | abort."""
+    """One transaction, from MAIL on. Its calls come in this order: recipients*, then content, write*, finish; abort may
+    come at any time."""
 
     @property
     def spool_id(self) -> str | None:
         """The id under which the message was made durable; None where it was not, or not yet."""
         ...
 
-    async def recipients(self, batch: Sequence[Recipient]) -> Sequence[Reply]:
-        """Answer a pipelined group of recipients, one reply each, in order.
-
-        Raises:
-            DeliveryFailed: nobody can be asked; its reply holds for each recipient of the batch.
-        """
+    def recipients(self, batch: Sequence[Recipient], answered: RecipientsAnswered) -> None:
+        """Answer a pipelined group of recipients. The next group comes after the answer to this one."""
         ...
 
-    async def content(self, chunks: AsyncIterator[bytes]) -> Reply:
-        """Take the content and answer the message.
+    def content(self, resume: Callable[[], None]) -> None:
+        """The content begins.
 
         Args:
-            chunks: the first is the whole header block, our Received field on top, trace fields still in; it ends with
-                CRLF or is the Received field alone. Then, if the content has a body or an empty line, further
-                chunks beginning with that empty line. CRLF line ends only, no NUL (but for BINARYMIME), dots not
-                stuffed. May raise `ContentAborted`.
-
-        Returns:
-            The final reply of the message, for all recipients that were accepted.
+            resume: to be called, once, after a `write` that returned False, when more can be taken.
         """
         ...
 
-    async def abort(self) -> None:
+    def write(self, chunk: bytes) -> bool:
+        """Take some of the content.
+
+        Args:
+            chunk: the first is the whole header block, our Received field on top, trace fields still in; it ends with
+                CRLF or is the Received field alone. Then, if the content has a body or an empty line, further
+                chunks beginning with that empty line. CRLF line ends only, no NUL (but for BINARYMIME), dots not
+                stuffed.
+
+        Returns:
+            Whether more may come now. False holds the client back until `resume`; it is no failure, and `finish` may
+            come before `resume` was called. A transaction that has failed takes what comes, drops it, and answers at
+            `finish`.
+        """
+        ...
+
+    def finish(self, answered: MessageAnswered) -> None:
+        """The content is complete: deliver it, and answer the message."""
+        ...
+
+    def abort(self) -> None:
         """Give the transaction up."""
         ...
 
@@ -103,8 +122,12 @@ class Forwarder(Protocol):
         """
         ...
 
-    async def begin(self, mail: Mail, seen: TransactionObserver) -> MailTransaction:
-        """Open a transaction for `mail`. Decides what is already known; need not ask the upstream yet.
+    def begin(self, mail: Mail, record: TransactionRecord) -> MailTransaction:
+        """Open a transaction for `mail`. Decides what is already known; asks nobody.
+
+        Args:
+            record: the forwarder adds its deliveries, and the spool its id. `record.trace_headers` is set before the
+                first `write`.
 
         Raises:
             DeliveryFailed: MAIL is refused with its reply.
@@ -112,22 +135,8 @@ class Forwarder(Protocol):
         ...
 
 
-class RelayTransaction(MailTransaction, Protocol):
-    """A transaction with an upstream, which may have more than one word on a message."""
-
-    @property
-    def verdicts(self) -> Sequence[Reply]:
-        """After `content`: the upstream's own reply for each accepted recipient, in their order, where it gave one for
-        each (RFC 2033 4.2). It may have given the first few only; what `content` returned holds for the others."""
-        ...
-
-
 class Relay(Forwarder, Protocol):
     """A forwarder that the spool delivers through: it says beforehand who would be asked, and how many may ask."""
-
-    async def begin(self, mail: Mail, seen: TransactionObserver) -> RelayTransaction:
-        """See `Forwarder.begin`."""
-        ...
 
     def refusal(self, mail: Mail) -> Reply | None:
         """Why `begin` would refuse a mail for good, as far as is known without asking anybody."""
@@ -138,5 +147,5 @@ class Relay(Forwarder, Protocol):
         ...
 
     def concurrency(self, destination: str) -> int:
-        """How many deliveries to `destination` may be under way now: none while all of it is given a rest."""
+        """How many deliveries to `destination` may be under way now: none while all of it is in backoff."""
         ...

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final, Protocol
 
-from otel_smtp.observer import Endpoint
+from otel_smtp.observing import Endpoint
 from otel_smtp.smtp.client import MAX_REPLY_LINE_OCTETS, MAX_REPLY_LINES
 from otel_smtp.smtp.states import TlsMode
 

@@ -14,8 +14,10 @@ from otel_smtp.forwarding.upstream import CLOSE_GRACE_SECONDS, UpstreamForwarder
 from otel_smtp.gateway import wiring
 from otel_smtp.gateway.ports import with_present_addresses
 from otel_smtp.gateway.status_port import Process, StatusPort, age_seconds
-from otel_smtp.observer import ConnectionInfo, Endpoint, Observer, StateCallback, fan_out
-from otel_smtp.server.listener import Listening, Server
+from otel_smtp.net import Sweep
+from otel_smtp.observing import ConnectionInfo, ConnectionRecord, Endpoint, Observer, StateCallback, fan_out
+from otel_smtp.server.listener import ListenerSpec, Server
+from otel_smtp.server.session import Segments
 from otel_smtp.server.tls import CertificateError, ServerTls
 from otel_smtp.server.users import Authenticator, TokenVerifier, UsersFileError, load_users
 from otel_smtp.smtp.states import TlsMode, Transition
@@ -28,8 +30,8 @@ if TYPE_CHECKING:
 
 # The flush at exit has a budget of its own, so that a dead collector cannot hold a pod's shutdown.
 TELEMETRY_FLUSH_SECONDS: Final = 2.0
-# How often old spans of living connections are looked for; `telemetry.segment_age` is minutes.
-SEGMENT_ROTATION_SECONDS: Final = 5.0
+# How often the metrics that are exported catch up with open connections; OTLP exports them once a minute.
+METRICS_CATCH_UP_SECONDS: Final = 5.0
 
 WRONG_FILES: Final = (TelemetrySettingError, CertificateError, UsersFileError)
 """What a gateway raises if the settings are right, and a file or variable that they name is not."""
@@ -87,28 +89,32 @@ class Gateway:
         if settings.status.address is not None:
             self._status_port = StatusPort(self, settings.status.address, redaction, process)
             members.append(self._status_port.live)
-            span_sinks = [*span_sinks, self._status_port]
         self._spool: Spool | None = None
         self._telemetry = set_up(
             wiring.telemetry_options(
                 settings,
                 redaction,
                 span_sinks=span_sinks,
+                memories=[self._status_port.keep] if self._status_port is not None else [],
+                open_connections=self._open_connections,
                 upstream_connections=self._upstream_connections,
                 spool=self._spool_counts,
             )
         )
-        members.insert(0, self._telemetry.observer)
+        members[:0] = self._telemetry.observers
         if conn_state is not None:
             members.append(StateCallback(conn_state))
         self._observer = fan_out(members)
+        self._sweep = Sweep()
         self._forwarder = UpstreamForwarder(
             [wiring.upstream_settings(upstream) for upstream in settings.upstream],
             strategy=Strategy(settings.delivery.strategy),
             hostname=settings.hostname,
+            observer=self._observer,
+            sweep=self._sweep,
         )
         self._spool = self._make_spool()
-        self._rotation: asyncio.Task[None] | None = None
+        self._catching_up: asyncio.Task[None] | None = None
         self._tls: list[ServerTls] = []
         self._token_verifier = token_verifier
         self._server = Server(
@@ -120,6 +126,8 @@ class Gateway:
             stress_percent=settings.limits.stress,
             auth_failures_per_minute=settings.limits.auth_failures_per_minute,
             reuse_port=process is not None,
+            segments=Segments(settings.telemetry.segment_events, settings.telemetry.segment_age),
+            sweep=self._sweep,
         )
         self.addresses: dict[str, list[Endpoint]] = {}
 
@@ -147,6 +155,9 @@ class Gateway:
         """Whether the gateway shuts down."""
         return self._server.is_draining
 
+    def _open_connections(self) -> Iterator[ConnectionRecord]:
+        return self._server.open_connections()
+
     def _upstream_connections(self) -> Iterator[tuple[str, str, int]]:
         for upstream in self._forwarder.snapshot():
             yield upstream.name, "idle", upstream.pool.idle
@@ -161,7 +172,7 @@ class Gateway:
 
     def can_reach_an_upstream(self) -> bool:
         """Whether an upstream can be reached, as far as is known. Stale knowledge is renewed in the background."""
-        self._forwarder.look_if_stale()
+        self._forwarder.probe_if_stale()
         return self._forwarder.is_reachable
 
     def upstreams(self) -> Sequence[UpstreamSnapshot]:
@@ -187,7 +198,7 @@ class Gateway:
             # Last: it imports a web server, and a client may be waiting for its greeting.
             self._status_port.start(is_required="status.address" in self._settings.origins)
         self._telemetry.start()
-        self._rotation = asyncio.get_running_loop().create_task(self._rotate_segments())
+        self._catching_up = asyncio.get_running_loop().create_task(self._catch_up())
 
     async def stop(self, *, immediately: bool = False) -> None:
         """Drain: stop accepting, 421 to idle connections, the grace for open transactions, close the pool, flush.
@@ -203,8 +214,8 @@ class Gateway:
         if self._spool is not None:
             await self._spool.stop(grace_seconds=max(0.0, ends - loop.time()))
         await self._forwarder.close(grace_seconds=min(CLOSE_GRACE_SECONDS, max(0.0, ends - loop.time())))
-        if self._rotation is not None:
-            self._rotation.cancel()
+        if self._catching_up is not None:
+            self._catching_up.cancel()
         if self._status_port is not None:
             await self._status_port.stop()
         await asyncio.to_thread(self._telemetry.flush_and_shutdown, TELEMETRY_FLUSH_SECONDS)
@@ -219,11 +230,11 @@ class Gateway:
         if self._status_port is not None:
             await self._status_port.stop()
 
-    async def _rotate_segments(self) -> None:
-        """Make long-lived connections visible while they live: their spans end, and new ones begin."""
+    async def _catch_up(self) -> None:
+        """Count what long-lived connections have done while they live."""
         while True:
-            await asyncio.sleep(SEGMENT_ROTATION_SECONDS)
-            self._telemetry.rotate()
+            await asyncio.sleep(METRICS_CATCH_UP_SECONDS)
+            self._telemetry.catch_up()
 
     def reload_certificates(self) -> None:
         """Reload the certificates. Open connections keep theirs, and a broken file leaves the old one in use."""
@@ -252,7 +263,7 @@ class Gateway:
         """The durable queue; None in mode direct."""
         return self._spool
 
-    def _listener(self, listener: Listener) -> Listening:
+    def _listener(self, listener: Listener) -> ListenerSpec:
         tls_context: Callable[[], ssl.SSLContext] | None = None
         if listener.tls is not TlsMode.OFF:
             assert listener.tls_cert is not None
@@ -267,4 +278,4 @@ class Gateway:
                 raise ValueError(f"listener {listener.name!r} has AUTH, but neither a users file nor a token verifier")
             authenticator = Authenticator(users, token_verifier=self._token_verifier)
         policy = wiring.listener_policy(self._settings, listener, tls_context=tls_context, authenticator=authenticator)
-        return Listening(policy, listener.address)
+        return ListenerSpec(policy, listener.address)

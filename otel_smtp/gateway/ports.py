@@ -12,7 +12,7 @@ from typing import Final
 import msgspec
 
 from otel_smtp.config import Settings
-from otel_smtp.observer import Endpoint
+from otel_smtp.observing import Endpoint
 
 logger: Final = logging.getLogger("otel_smtp.gateway.ports")
 

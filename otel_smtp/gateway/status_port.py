@@ -9,15 +9,15 @@ from otel_smtp import __version__
 from otel_smtp.config import Settings
 from otel_smtp.forwarding.breaker import BreakerState
 from otel_smtp.gateway.ports import bind
-from otel_smtp.observer import Endpoint
+from otel_smtp.observing import Endpoint
 from otel_smtp.smtp.envelope import Recipient
 from otel_smtp.spool.messages import DeliveryState, Shown
 from otel_smtp.status.live import LiveView
 from otel_smtp.status.traces import RecentTraces
 from otel_smtp.status.views import QueuedMessage, QueueView, UpstreamView
 from otel_smtp.telemetry.propagation import from_carrier
-from otel_smtp.telemetry.records import SpanRecord
 from otel_smtp.telemetry.redaction import Redaction
+from otel_smtp.telemetry.shapes import EncodedSpan
 
 if TYPE_CHECKING:
     from otel_smtp.gateway.gateway import Gateway
@@ -66,9 +66,9 @@ class StatusPort:
         self.live = LiveView(shown_host=redaction.ip, shown_name=redaction.host_name)
         self.listening: Endpoint | None = None
 
-    def take(self, record: SpanRecord) -> None:
-        """Keep a finished span for the page."""
-        self._traces.add(record)
+    def keep(self, span: EncodedSpan, is_trouble: bool) -> None:
+        """Keep a finished span for the page; those in which something went wrong for longer."""
+        self._traces.add(span, is_trouble)
 
     def start(self, *, is_required: bool) -> None:
         """Listen.
@@ -156,6 +156,7 @@ class StatusPort:
                 limit=snapshot.pool.most,
                 waiting=snapshot.pool.waiting,
                 breaker=words.get(snapshot.pool.breaker, str(snapshot.pool.breaker)),
+                retry_seconds=snapshot.retry_seconds,
                 last_success_seconds=snapshot.last_success_seconds,
                 last_failure_seconds=snapshot.last_failure_seconds,
                 last_failure=snapshot.last_failure,

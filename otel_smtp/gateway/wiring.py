@@ -22,14 +22,16 @@ from otel_smtp.forwarding.settings import (
     TracePolicy,
     UpstreamSettings,
 )
-from otel_smtp.server.connection import ListenerPolicy, ServerTimeouts
+from otel_smtp.server.session import ListenerPolicy, ServerTimeouts
 from otel_smtp.server.users import Authenticator
-from otel_smtp.smtp.server import ServerLimits, ServerPolicy
+from otel_smtp.smtp.policy import ServerLimits, ServerPolicy
+from otel_smtp.telemetry.metrics import OpenConnections
 from otel_smtp.telemetry.propagation import InboundPolicy
 from otel_smtp.telemetry.records import SpanSink
 from otel_smtp.telemetry.redaction import Addresses, ClientIp, Redaction
 from otel_smtp.telemetry.setup import TelemetryOptions
 from otel_smtp.telemetry.state_events import StateEvents
+from otel_smtp.telemetry.tracing import Keep
 
 if TYPE_CHECKING:
     from otel_smtp.spool.service import SpoolSettings
@@ -61,7 +63,7 @@ def listener_policy(
             auth_required=listener.auth == "required",
             auth_in_clear=listener.auth_in_clear,
             rejects_bare_line_ends=settings.delivery.content_newlines == "reject",
-            limits=_by_name(ServerLimits, settings.limits),
+            limits=_by_name(ServerLimits, settings.limits, without=("commands_per_turn",)),
         ),
         timeouts=_by_name(ServerTimeouts, settings.timeouts, octets_per_second=settings.limits.octets_per_second),
         tls_context=tls_context,
@@ -177,6 +179,8 @@ def telemetry_options(
     redaction: Redaction,
     *,
     span_sinks: Sequence[SpanSink],
+    memories: Sequence[Keep],
+    open_connections: OpenConnections,
     upstream_connections: Callable[[], Iterator[tuple[str, str, int]]],
     spool: Callable[[], tuple[Mapping[str, int], float] | None],
 ) -> TelemetryOptions:
@@ -184,6 +188,8 @@ def telemetry_options(
 
     Args:
         span_sinks: receive each finished span, exported or not.
+        memories: receive each recorded span as octets, and whether something in it went wrong.
+        open_connections: yields the records of the open connections when the metrics are read.
         upstream_connections: yields (upstream, state, connections) when the gauges are read.
         spool: returns the messages by state and the age of the oldest in seconds; None where there is no spool.
     """
@@ -193,11 +199,11 @@ def telemetry_options(
         redaction=redaction,
         policies={listener.name: InboundPolicy(listener.trace_context) for listener in settings.listener},
         state_events=StateEvents(telemetry.state_events),
-        segment_events=telemetry.segment_events,
-        segment_age_seconds=telemetry.segment_age,
         probes=telemetry.probes,
         with_message_id=telemetry.message_id,
         listeners=span_sinks,
+        memories=memories,
+        open_connections=open_connections,
         upstream_connections=upstream_connections,
         spool=spool,
     )

@@ -13,7 +13,7 @@ import struct
 from dataclasses import dataclass
 from typing import Final
 
-from otel_smtp.observer import Endpoint
+from otel_smtp.observing import Endpoint
 
 MAX_V1_OCTETS: Final = 107
 """The longest header of version 1 (section 2.1), CRLF included."""

@@ -21,9 +21,11 @@ The names follow the ConnState proposal for go-smtp, which this project's users 
 
 from collections.abc import Callable, Mapping
 from enum import StrEnum
-from typing import Final, NamedTuple
+from functools import partial
+from typing import Final, NamedTuple, Protocol
 
 from otel_smtp.smtp.errors import LocalProtocolError
+from otel_smtp.smtp.replies import ErrorType, Reply
 
 
 class ConnState(StrEnum):
@@ -100,31 +102,153 @@ LEGAL: Final[Mapping[ConnState, frozenset[ConnState]]] = {
 """Which recorded state may directly follow which: the one truth; the README's table and the tests read it here."""
 
 
+class TlsOffer(NamedTuple):
+    """What New and StartTLS tell: how TLS comes to the connection."""
+
+    tls_mode: TlsMode
+
+
+class TlsAgreed(NamedTuple):
+    """What Active tells after a handshake."""
+
+    tls_version: str  # as "1.3"
+    tls_cipher: str
+
+
+class AuthBegun(NamedTuple):
+    """What Auth tells, and Active after 235: a known SASL mechanism, or "other"; never the client's text."""
+
+    mechanism: str
+
+
+class ContentBegun(NamedTuple):
+    """What Data tells."""
+
+    transaction: int  # number of the transaction on this connection, from 1
+    recipients: int  # accepted
+
+
+class TransactionOver(NamedTuple):
+    """What Idle tells."""
+
+    messages: int  # whose final reply was sent on this connection so far
+
+
+class ResetBy(NamedTuple):
+    """What Reset tells."""
+
+    cause: ResetCause
+
+
+class ErrorReply(NamedTuple):
+    """What Error tells."""
+
+    verb: str | None  # the known verb or "other"; None where no command was being answered
+    reply: Reply | None  # None for a handshake that failed, where no reply is possible
+    error_type: ErrorType | None  # low-cardinality class
+    transaction: int | None  # number of the open transaction, where one is open
+
+
+class ConnectionOver(NamedTuple):
+    """What Closed tells."""
+
+    reason: CloseReason
+    messages: int
+
+
+Detail = TlsOffer | TlsAgreed | AuthBegun | ContentBegun | TransactionOver | ResetBy | ErrorReply | ConnectionOver
+
+
 class Transition(NamedTuple):
     """One entry into a state, as observers and `conn_state` callbacks get it.
 
-    Only the fields of the state's own row are set; the others are None. Text in it comes from closed sets (a verb
-    that is not known is ``"other"``), so it is safe as an attribute or a label. It carries no time: observers
-    stamp it when they are called, which is before the peer can see the reply.
+    Text in it comes from closed sets (a verb that is not known is ``"other"``), so it is safe as an attribute or a
+    label; but for the text of the reply behind an Error, which telemetry redacts.
+
+    The attributes of the states' own rows can be read from the transition itself, whatever its state: `reply_code`,
+    `messages` and the like are None where the state does not have them.
     """
 
     state: ConnState
     previous: ConnState | None  # the state recorded before this one, pulse or level; None on New
     level: ConnState  # for a level, the state itself; for a pulse, the level at which it occurred
     sequence: int  # from 1, counted per connection
-    verb: str | None = None  # Error: the known verb or "other"; None where no command was being answered
-    reply_code: int | None = None  # Error
-    enhanced_code: str | None = None  # Error, as "5.5.1"
-    error_type: str | None = None  # Error: low-cardinality class, see replies.ErrorType
-    transaction: int | None = None  # Data: number of the transaction on this connection, from 1
-    recipients: int | None = None  # Data: accepted recipients
-    mechanism: str | None = None  # Auth, and Active after 235: SASL mechanism, or "other"
-    tls_mode: TlsMode | None = None  # New, StartTLS
-    tls_version: str | None = None  # Active after a handshake, as "1.3"
-    tls_cipher: str | None = None  # Active after a handshake
-    cause: ResetCause | None = None  # Reset
-    reason: CloseReason | None = None  # Closed
-    messages: int | None = None  # Idle, Closed: messages whose final reply was sent on this connection so far
+    at_ns: int = 0  # by the driver's monotonic clock
+    detail: Detail | None = None  # of the state's own row
+
+    @property
+    def verb(self) -> str | None:
+        """Error: the known verb or "other"; None where no command was being answered."""
+        return getattr(self.detail, "verb", None)
+
+    @property
+    def reply(self) -> Reply | None:
+        """Error: the reply; None for a handshake that failed."""
+        return getattr(self.detail, "reply", None)
+
+    @property
+    def reply_code(self) -> int | None:
+        """Error: the code of the reply."""
+        return None if self.reply is None else self.reply.code
+
+    @property
+    def enhanced_code(self) -> str | None:
+        """Error: the enhanced code of the reply, as "5.5.1"."""
+        return None if self.reply is None or self.reply.enhanced is None else str(self.reply.enhanced)
+
+    @property
+    def error_type(self) -> ErrorType | None:
+        """Error: low-cardinality class."""
+        return getattr(self.detail, "error_type", None)
+
+    @property
+    def transaction(self) -> int | None:
+        """Data, and Error within a transaction: its number on this connection, from 1."""
+        return getattr(self.detail, "transaction", None)
+
+    @property
+    def recipients(self) -> int | None:
+        """Data: accepted recipients."""
+        return getattr(self.detail, "recipients", None)
+
+    @property
+    def mechanism(self) -> str | None:
+        """Auth, and Active after 235: SASL mechanism, or "other"."""
+        return getattr(self.detail, "mechanism", None)
+
+    @property
+    def tls_mode(self) -> TlsMode | None:
+        """New, StartTLS."""
+        return getattr(self.detail, "tls_mode", None)
+
+    @property
+    def tls_version(self) -> str | None:
+        """Active after a handshake, as "1.3"."""
+        return getattr(self.detail, "tls_version", None)
+
+    @property
+    def tls_cipher(self) -> str | None:
+        """Active after a handshake."""
+        return getattr(self.detail, "tls_cipher", None)
+
+    @property
+    def cause(self) -> ResetCause | None:
+        """Reset."""
+        return getattr(self.detail, "cause", None)
+
+    @property
+    def reason(self) -> CloseReason | None:
+        """Closed."""
+        return getattr(self.detail, "reason", None)
+
+    @property
+    def messages(self) -> int | None:
+        """Idle, Closed: messages whose final reply was sent on this connection so far."""
+        return getattr(self.detail, "messages", None)
+
+
+# A NamedTuple's own constructor is a function in Python; a mail records four transitions.
+_transition: Final = partial(tuple.__new__, Transition)
 
 
 class IllegalTransition(LocalProtocolError):
@@ -141,92 +265,61 @@ def raise_illegal(step: IllegalTransition) -> None:
     raise step
 
 
+class Recorded(Protocol):
+    """Takes transitions as they are recorded; a list does."""
+
+    def append(self, transition: Transition, /) -> None:
+        """Take one."""
+        ...
+
+
 class StateMachine:
-    """Records the states of one connection, in order, and hands each to `on_transition`.
+    """Records the states of one connection, in order.
 
     Args:
-        on_transition: called once for each recorded state, synchronously. It must not raise.
+        recorded: where transitions go: anything with `append`, called once per transition, synchronously. A plain list
+            is quickest. May be exchanged at any time by setting the attribute.
         on_illegal: called with a step that the table forbids, before that step is recorded. Raising (the
             default) keeps the step unrecorded; returning lets it be recorded, so that production never loses a
             connection to a bug in the report.
+
+    Attributes:
+        level: at which the connection stands.
+        last: the state recorded last, pulse or level; None before New.
+        now_ns: the time of whatever is recorded next: the driver sets it, as the engine has no clock.
     """
 
-    __slots__ = ("_on_illegal", "_on_transition", "_recorded", "_sequence", "level")
+    __slots__ = ("_on_illegal", "_sequence", "last", "level", "now_ns", "recorded")
 
-    def __init__(
-        self,
-        on_transition: Callable[[Transition], None],
-        on_illegal: Callable[[IllegalTransition], None] = raise_illegal,
-    ) -> None:
-        self._on_transition = on_transition
+    def __init__(self, recorded: Recorded, on_illegal: Callable[[IllegalTransition], None] = raise_illegal) -> None:
+        self.recorded = recorded
         self._on_illegal = on_illegal
-        self._recorded: ConnState | None = None
         self._sequence = 0
+        self.last: ConnState | None = None
         self.level = ConnState.NEW
+        self.now_ns = 0
 
-    @property
-    def recorded(self) -> ConnState | None:
-        """The state recorded last, pulse or level; None before New."""
-        return self._recorded
-
-    def enter(
-        self,
-        state: ConnState,
-        *,
-        verb: str | None = None,
-        reply_code: int | None = None,
-        enhanced_code: str | None = None,
-        error_type: str | None = None,
-        transaction: int | None = None,
-        recipients: int | None = None,
-        mechanism: str | None = None,
-        tls_mode: TlsMode | None = None,
-        tls_version: str | None = None,
-        tls_cipher: str | None = None,
-        cause: ResetCause | None = None,
-        reason: CloseReason | None = None,
-        messages: int | None = None,
-    ) -> None:
+    def enter(self, state: ConnState, detail: Detail | None = None) -> None:
         """Record that the connection enters `state`; a level at which it already stands is not recorded again.
 
         Raises:
             IllegalTransition: the step is not in `LEGAL` and `on_illegal` raises.
         """
-        recorded = self._recorded
-        if recorded is None:
+        last = self.last
+        if last is None:
             if state is not ConnState.NEW:
                 self._on_illegal(IllegalTransition(None, state))
         else:
             # The one repetition that counts: the pulse Reset is always followed by Active, also at level Active.
-            if state is self.level and state not in PULSES and recorded is not ConnState.RESET:
+            if state is self.level and state not in PULSES and last is not ConnState.RESET:
                 return
-            if state not in LEGAL[recorded]:
-                self._on_illegal(IllegalTransition(recorded, state))
+            if state not in LEGAL[last]:
+                self._on_illegal(IllegalTransition(last, state))
         if state not in PULSES:
             self.level = state
-        self._sequence += 1
-        self._recorded = state
-        self._on_transition(
-            Transition(
-                state,
-                recorded,
-                self.level,
-                self._sequence,
-                verb,
-                reply_code,
-                enhanced_code,
-                error_type,
-                transaction,
-                recipients,
-                mechanism,
-                tls_mode,
-                tls_version,
-                tls_cipher,
-                cause,
-                reason,
-                messages,
-            )
-        )
+        self._sequence = sequence = self._sequence + 1
+        self.last = state
+        self.recorded.append(_transition((state, last, self.level, sequence, self.now_ns, detail)))
 
     def fall_back(self, level: ConnState) -> None:
         """Change the level without recording it: after a failed AUTH exchange the connection is Active again."""

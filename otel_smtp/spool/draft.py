@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final, Self
 
 from otel_smtp.spool.files import storage_error, write_all
+from otel_smtp.spool.messages import SpoolError
 
 MEMORY_LIMIT_OCTETS: Final = 64 * 1024
 """Most mail of applications is smaller, and shares a file and its sync with whatever comes at the same time."""
@@ -17,6 +18,8 @@ _WRITE_OCTETS: Final = 256 * 1024  # a trip to a thread costs as much as writing
 
 class Draft:
     """A content that is being received.
+
+    A draft whose file cannot be written goes on taking what comes, and says at `end` what was wrong.
 
     Args:
         name: gives the name of the file, should one be needed.
@@ -27,8 +30,8 @@ class Draft:
     """
 
     __slots__ = (
-        "_digest", "_file", "_held", "_held_octets", "_memory_limit", "_name", "_path", "_running", "header_octets",
-        "octets",
+        "_digest", "_fault", "_file", "_held", "_held_octets", "_memory_limit", "_name", "_path", "_resume", "_running",
+        "header_octets", "octets",
     )  # fmt: skip
 
     def __init__(self, name: Callable[[], Path], *, memory_limit_octets: int = MEMORY_LIMIT_OCTETS) -> None:
@@ -39,6 +42,8 @@ class Draft:
         self._path: Path | None = None
         self._file = -1
         self._digest: Any = None
+        self._fault: SpoolError | None = None
+        self._resume: Callable[[], None] | None = None
         self._running: asyncio.Future[None] | None = None  # what a thread does with the file
         self.header_octets = 0
         self.octets = 0
@@ -59,24 +64,45 @@ class Draft:
         path, self._path = self._path, None
         return None, (path, self.octets, self._digest.digest())
 
-    async def add(self, chunk: bytes) -> None:
+    def write(self, chunk: bytes, resume: Callable[[], None]) -> bool:
         """Add some more; the first chunk is the header block.
 
-        Raises:
-            StorageFull, StorageBroken: it cannot be written.
+        Args:
+            resume: called once, on the event loop, when more may come after False.
+
+        Returns:
+            Whether more may come now.
         """
         if self.octets == 0:
             self.header_octets = len(chunk)
+        self.octets += len(chunk)
+        if self._fault is not None:
+            return True
         self._held.append(chunk)
         self._held_octets += len(chunk)
-        self.octets += len(chunk)
-        if self._held_octets > (self._memory_limit if self._path is None else _WRITE_OCTETS):
-            await self._spill()
+        if self._resume is not None:
+            return False
+        if self._held_octets <= (self._memory_limit if self._path is None else _WRITE_OCTETS):
+            return True
+        self._resume = resume
+        if self._running is None:
+            self._spill()
+        return False
 
     async def end(self) -> None:
-        """It is complete; errors as `add`."""
-        if self._path is not None and self._held:
-            await self._spill()
+        """It is complete.
+
+        Raises:
+            StorageFull, StorageBroken: it could not be written.
+        """
+        while self._running is not None or (self._path is not None and self._held and self._fault is None):
+            if self._running is None:
+                self._spill()
+            running = self._running
+            assert running is not None
+            await asyncio.wait([running])
+        if self._fault is not None:
+            raise self._fault
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
@@ -84,6 +110,7 @@ class Draft:
     def discard(self) -> None:
         """Forget it. Idempotent; what the store has taken over is not touched."""
         self._held.clear()
+        self._resume = None
         if self._running is not None and not self._running.done():
             # Were the file closed now, the thread might write into whatever gets its number next.
             self._running.add_done_callback(lambda _: self.discard())
@@ -95,13 +122,22 @@ class Draft:
             with contextlib.suppress(OSError):
                 self._path.unlink(missing_ok=True)  # a name that was moved into place is another one
 
-    async def _spill(self) -> None:
+    def _spill(self) -> None:
         data, self._held, self._held_octets = b"".join(self._held), [], 0
-        running = self._running = asyncio.get_running_loop().run_in_executor(None, self._write, data)
-        try:
-            await asyncio.shield(running)
-        except OSError as error:
-            raise storage_error(error) from error
+        self._running = asyncio.get_running_loop().run_in_executor(None, self._write, data)
+        self._running.add_done_callback(self._has_spilled)
+
+    def _has_spilled(self, spilled: "asyncio.Future[None]") -> None:
+        self._running = None
+        error = None if spilled.cancelled() else spilled.exception()
+        if error is not None:
+            if not isinstance(error, OSError):
+                raise error
+            self._fault = storage_error(error)
+            self._held.clear()
+        resume, self._resume = self._resume, None
+        if resume is not None:
+            resume()
 
     def _write(self, data: bytes) -> None:
         if self._path is None:
@@ -112,8 +148,8 @@ class Draft:
         self._digest.update(data)
         write_all(self._file, data)
 
-    async def __aenter__(self) -> Self:
+    def __enter__(self) -> Self:
         return self
 
-    async def __aexit__(self, *exception: object) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.discard()

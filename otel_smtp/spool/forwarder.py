@@ -1,23 +1,25 @@
-"""What the server hands mail to in the queue modes: the spool, or the upstream first and the spool where it fails.
+"""What the session hands mail to in the queue modes: the spool, or the upstream first and the spool where it fails.
 
-Both say 250 only when the upstream did or the message is durable (P1).
+Both say 250 only when the upstream did or the message is durable.
 """
 
+import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from typing import Final, Protocol, Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final, Protocol
 
 from otel_smtp.forwarding.base import (
     Capabilities,
-    DeliveryFailed,
     Forwarder,
     MailTransaction,
+    MessageAnswered,
     Permanent,
+    RecipientsAnswered,
     Relay,
     Transient,
 )
-from otel_smtp.observer import TransactionObserver
+from otel_smtp.observing import Observer, TransactionRecord
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Mail, Recipient
 from otel_smtp.smtp.replies import ErrorType, Reply
@@ -52,6 +54,7 @@ class Intake:
     """The way into the spool: shared by both forwarders.
 
     Args:
+        observer: gives the trace context that is stored with a message.
         max_age_seconds: after which a message is given up.
         first_wait_seconds: gives the wait after an attempt that was made before the message came here.
     """
@@ -61,6 +64,7 @@ class Intake:
         store: Store,
         relay: Relay,
         attempts: Attempts,
+        observer: Observer,
         *,
         max_age_seconds: float,
         first_wait_seconds: Callable[[], float],
@@ -68,7 +72,9 @@ class Intake:
         self._first_wait_seconds = first_wait_seconds
         self._store = store
         self._attempts = attempts
+        self._observer = observer
         self._max_age_seconds = max_age_seconds
+        self._submitting: set[asyncio.Task[None]] = set()
         self.relay = relay
 
     def refusal(self) -> Reply | None:
@@ -80,24 +86,25 @@ class Intake:
         """A new content."""
         return self._store.draft()
 
-    async def submit(
+    def submit(
         self,
         mail: Mail,
         deliveries: Mapping[str, Sequence[Recipient]],
         draft: Draft,
-        seen: TransactionObserver,
+        record: TransactionRecord,
+        answered: Callable[[str | Reply], None],
         *,
         was_tried: bool = False,
         is_possible_duplicate: bool = False,
-    ) -> str:
-        """Make a message durable, and have it attempted at once if there is room; its id.
+    ) -> None:
+        """Make a message durable, and have it attempted at once if there is room.
 
         Args:
+            draft: all of it has been written; it is discarded.
+            record: given the message's id.
+            answered: called, once, with the id of the message when it is durable; else with what the client is told.
             was_tried: it was attempted a moment ago: it waits first.
             is_possible_duplicate: that attempt may have succeeded.
-
-        Raises:
-            SpoolError: it is not durable.
         """
         now = time.time()
         message = NewMessage(
@@ -107,23 +114,43 @@ class Intake:
             header_octets=draft.header_octets,
             arrived_at=now,
             expires_at=now + self._max_age_seconds,
-            carrier=dict(seen.carrier()),
+            carrier=dict(self._observer.carrier(record)),
             is_possible_duplicate=is_possible_duplicate,
             due_at=now + self._first_wait_seconds() if was_tried else None,
         )
-        destinations = list(deliveries)
-        is_leased = not was_tried and self._attempts.reserve(destinations)
-        leases: Sequence[Lease] = ()
-        content = None if draft.in_memory is None else tuple(draft.in_memory)
-        try:
-            leases = await self._store.submit(message, draft, is_leased=is_leased)
-        finally:
-            if is_leased:
-                self._attempts.begin(destinations, leases, content)
+
+        async def submit() -> None:
+            answer: str | Reply
+            try:
+                await self._make_durable(message, draft, at_once=not was_tried)
+            except SpoolError as error:
+                answer = reply_to(error)
+            except Exception:
+                logger.exception("a message could not be queued, by our fault", extra={"spool_id": message.id})
+                answer = replies.STORAGE_FAILED
+            else:
+                record.spool_id = answer = message.id
+            answered(answer)
+
+        # Whoever gives up waiting does not undo what is handed to the disk: the task belongs to nobody's connection.
+        task = asyncio.get_running_loop().create_task(submit())
+        self._submitting.add(task)
+        task.add_done_callback(self._submitting.discard)
+
+    async def _make_durable(self, message: NewMessage, draft: Draft, *, at_once: bool) -> None:
+        destinations = list(message.deliveries)
+        with draft:
+            await draft.end()
+            is_leased = at_once and self._attempts.reserve(destinations)
+            leases: Sequence[Lease] = ()
+            content = None if draft.in_memory is None else tuple(draft.in_memory)
+            try:
+                leases = await self._store.submit(message, draft, is_leased=is_leased)
+            finally:
+                if is_leased:
+                    self._attempts.begin(destinations, leases, content)
         if not is_leased:
             self._attempts.wake(destinations)
-        seen.spooled(message.id)
-        return message.id
 
 
 def reply_to(error: SpoolError) -> Reply:
@@ -141,7 +168,7 @@ class SpoolForwarder:
         """What the upstream is known to take: what it would refuse later is better refused now."""
         return self._intake.relay.capabilities()
 
-    async def begin(self, mail: Mail, seen: TransactionObserver) -> MailTransaction:
+    def begin(self, mail: Mail, record: TransactionRecord) -> MailTransaction:
         """Open a transaction.
 
         Raises:
@@ -152,22 +179,27 @@ class SpoolForwarder:
             raise Permanent(refusal)
         if (refusal := self._intake.refusal()) is not None:
             raise Transient(refusal)
-        return _Queued(self._intake, mail, seen)
+        return _Queued(self._intake, mail, record)
 
 
 class _Queued:
     """A transaction that ends in the spool."""
 
-    def __init__(self, intake: Intake, mail: Mail, seen: TransactionObserver) -> None:
+    __slots__ = ("_answered", "_deliveries", "_draft", "_intake", "_mail", "_record", "_resume", "spool_id")
+
+    def __init__(self, intake: Intake, mail: Mail, record: TransactionRecord) -> None:
         self._intake = intake
         self._mail = mail
-        self._seen = seen
+        self._record = record
         self._deliveries: dict[str, list[Recipient]] = {}
+        self._draft: Draft | None = None
+        self._resume: Callable[[], None] | None = None
+        self._answered: MessageAnswered | None = None
         self.spool_id: str | None = None
 
-    async def recipients(self, batch: Sequence[Recipient]) -> Sequence[Reply]:
+    def recipients(self, batch: Sequence[Recipient], answered: RecipientsAnswered) -> None:
         """See `MailTransaction.recipients`."""
-        return [self._accept(recipient) for recipient in batch]
+        answered([self._accept(recipient) for recipient in batch])
 
     def _accept(self, recipient: Recipient) -> Reply:
         destination = self._intake.relay.destination(self._mail, recipient)
@@ -176,21 +208,37 @@ class _Queued:
         self._deliveries.setdefault(destination, []).append(recipient)
         return replies.RECIPIENT_OK
 
-    async def content(self, chunks: AsyncIterator[bytes]) -> Reply:
+    def content(self, resume: Callable[[], None]) -> None:
         """See `MailTransaction.content`."""
-        async with self._intake.draft() as draft:
-            copied = _Copied(chunks, draft)
-            async for _ in copied:
-                pass
-            try:
-                await copied.end()
-                self.spool_id = await self._intake.submit(self._mail, self._deliveries, draft, self._seen)
-            except SpoolError as error:
-                return reply_to(error)
-        return replies.OK
+        self._resume = resume
+        self._draft = self._intake.draft()
 
-    async def abort(self) -> None:
+    def write(self, chunk: bytes) -> bool:
+        """See `MailTransaction.write`."""
+        assert self._draft is not None
+        assert self._resume is not None
+        return self._draft.write(chunk, self._resume)
+
+    def finish(self, answered: MessageAnswered) -> None:
+        """See `MailTransaction.finish`."""
+        assert self._draft is not None
+        self._answered = answered
+        self._intake.submit(self._mail, self._deliveries, self._draft, self._record, self._submitted)
+        self._draft = None
+
+    def _submitted(self, answer: str | Reply) -> None:
+        if isinstance(answer, str):
+            self.spool_id, answer = answer, replies.OK
+        answered, self._answered = self._answered, None
+        if answered is not None:
+            answered(answer, ())
+
+    def abort(self) -> None:
         """See `MailTransaction.abort`."""
+        self._answered = None
+        draft, self._draft = self._draft, None
+        if draft is not None:
+            draft.discard()
 
 
 class DirectThenQueueForwarder:
@@ -204,39 +252,51 @@ class DirectThenQueueForwarder:
         """The upstream's."""
         return self._direct.capabilities()
 
-    async def begin(self, mail: Mail, seen: TransactionObserver) -> MailTransaction:
+    def begin(self, mail: Mail, record: TransactionRecord) -> MailTransaction:
         """Open a transaction; errors as those of the upstream relay."""
         transaction: MailTransaction | None = None
         try:
-            transaction = await self._direct.begin(mail, seen)
+            transaction = self._direct.begin(mail, record)
         except Transient:
             if self._intake.refusal() is not None:
                 raise
-        return _DirectThenQueued(self._intake, transaction, mail, seen)
+        return _DirectThenQueued(self._intake, transaction, mail, record)
 
 
 class _DirectThenQueued:
     """A transaction with the upstream that may turn to the spool at each step."""
 
-    def __init__(self, intake: Intake, direct: MailTransaction | None, mail: Mail, seen: TransactionObserver) -> None:
+    __slots__ = (
+        "_accepted", "_answered", "_deferred", "_direct", "_direct_is_full", "_draft", "_draft_is_full", "_intake",
+        "_is_over", "_mail", "_record", "_refusals", "_resume", "spool_id",
+    )  # fmt: skip
+
+    def __init__(self, intake: Intake, direct: MailTransaction | None, mail: Mail, record: TransactionRecord) -> None:
         self._intake = intake
         self._direct = direct
         self._mail = mail
-        self._seen = seen
+        self._record = record
         self._accepted: list[Recipient] = []  # by the upstream
         self._deferred: list[Recipient] = []
         self._refusals: list[Reply] = []  # of the deferred
+        self._draft: Draft | None = None
+        self._resume: Callable[[], None] | None = None
+        self._answered: MessageAnswered | None = None
+        self._direct_is_full = self._draft_is_full = False
+        self._is_over = False
         self.spool_id: str | None = None
 
-    async def recipients(self, batch: Sequence[Recipient]) -> Sequence[Reply]:
+    def recipients(self, batch: Sequence[Recipient], answered: RecipientsAnswered) -> None:
         """See `MailTransaction.recipients`."""
-        verdicts: Sequence[Reply] = [replies.UPSTREAM_UNAVAILABLE] * len(batch)
-        if self._direct is not None:
-            try:
-                verdicts = await self._direct.recipients(batch)
-            except DeliveryFailed as failure:
-                verdicts = [failure.reply] * len(batch)
-        return [self._answer(recipient, verdict) for recipient, verdict in zip(batch, verdicts, strict=True)]
+
+        def judged(verdicts: Sequence[Reply]) -> None:
+            if not self._is_over:
+                answered([self._answer(recipient, verdict) for recipient, verdict in zip(batch, verdicts, strict=True)])
+
+        if self._direct is None:
+            judged([replies.UPSTREAM_UNAVAILABLE] * len(batch))
+        else:
+            self._direct.recipients(batch, judged)
 
     def _answer(self, recipient: Recipient, verdict: Reply) -> Reply:
         if verdict.is_positive:
@@ -251,47 +311,91 @@ class _DirectThenQueued:
         self._refusals.append(verdict)
         return replies.RECIPIENT_OK
 
-    async def content(self, chunks: AsyncIterator[bytes]) -> Reply:
+    def content(self, resume: Callable[[], None]) -> None:
         """See `MailTransaction.content`."""
-        async with self._intake.draft() as draft:
-            copied = _Copied(chunks, draft)
-            verdict: Reply | None = None
-            if self._direct is not None and self._accepted:
-                try:
-                    verdict = await self._direct.content(copied)
-                except DeliveryFailed as failure:
-                    verdict = failure.reply
-            elif self._direct is not None:
-                await self._direct.abort()
-            async for _ in copied:  # what a relay did not want to see
-                pass
-            return await self._settle(verdict, draft, copied)
+        self._resume = resume
+        self._draft = self._intake.draft()
+        if self._direct is None:
+            return
+        if self._accepted:
+            self._direct.content(self._direct_has_room)
+        else:  # all of it will be the spool's
+            direct, self._direct = self._direct, None
+            direct.abort()
 
-    async def _settle(self, verdict: Reply | None, draft: Draft, copied: "_Copied") -> Reply:
-        """Turn the upstream's verdict into the client's, with what is left made durable."""
-        waiting = list(self._deferred)
-        if verdict is not None and verdict.is_permanent:
-            return verdict  # no recipient has it, and the client knows
-        not_taken = verdict is not None and not verdict.is_positive
-        if verdict is None or not_taken:
-            waiting = [*self._accepted, *waiting]
+    def write(self, chunk: bytes) -> bool:
+        """See `MailTransaction.write`: the slower of the two sets the pace."""
+        assert self._draft is not None
+        # Set before the call: what makes room may do so within it.
+        self._draft_is_full = True
+        if self._draft.write(chunk, self._draft_has_room):
+            self._draft_is_full = False
+        if self._direct is not None:
+            self._direct_is_full = True
+            if self._direct.write(chunk):
+                self._direct_is_full = False
+        return not (self._draft_is_full or self._direct_is_full)
+
+    def _draft_has_room(self) -> None:
+        self._draft_is_full = False
+        self._go_on()
+
+    def _direct_has_room(self) -> None:
+        self._direct_is_full = False
+        self._go_on()
+
+    def _go_on(self) -> None:
+        if not (self._draft_is_full or self._direct_is_full or self._is_over):
+            assert self._resume is not None
+            self._resume()
+
+    def finish(self, answered: MessageAnswered) -> None:
+        """See `MailTransaction.finish`."""
+        self._answered = answered
+        if self._direct is not None:
+            self._direct.finish(self._settle)
+        else:
+            self._queue(self._accepted + self._deferred, None)
+
+    def _settle(self, verdict: Reply, own: Sequence[Reply]) -> None:
+        """Turn the upstream's verdict into the client's, with what is left made durable.
+
+        Where it has taken the mail for some of its recipients, the others go to the spool, whatever it said of them:
+        the client can be told one thing only, and those it was not delivered to are told of there.
+        """
+        verdicts = [*own[: len(self._accepted)], *[verdict] * (len(self._accepted) - len(own))]
+        if verdict.is_permanent and not any(one.is_positive for one in verdicts):
+            # No recipient has it, and the client knows.
+            self._answer_message(verdict, () if self._deferred else own)
+            return
+        left = [one for one, reply in zip(self._accepted, verdicts, strict=True) if not reply.is_positive]
+        waiting = left + self._deferred
         if not waiting:
-            assert verdict is not None
-            return verdict
-        try:
-            await copied.end()
-            self.spool_id = await self._intake.submit(
-                self._mail,
-                self._by_destination(waiting),
-                draft,
-                self._seen,
-                was_tried=any(reply is not replies.OTHER_ROUTE for reply in self._refusals) or not_taken,
-                is_possible_duplicate=verdict is not None and verdict.error_type is ErrorType.OUTCOME_UNKNOWN,
-            )
-        except SpoolError as error:
-            # Those that the upstream has taken may get it twice: the client keeps the mail, and nobody loses it (P3).
-            return verdict if verdict is not None and not verdict.is_positive else reply_to(error)
-        return replies.OK
+            self._answer_message(verdict, own)
+            return
+        self._queue(waiting, verdict, not_taken=bool(left))
+
+    def _queue(self, waiting: Sequence[Recipient], verdict: Reply | None, *, not_taken: bool = False) -> None:
+        assert self._draft is not None
+
+        def submitted(answer: str | Reply) -> None:
+            if isinstance(answer, str):
+                self.spool_id, answer = answer, replies.OK
+            elif verdict is not None and not verdict.is_positive:
+                # Those that the upstream has taken may get it twice: the client keeps the mail, and nobody loses it.
+                answer = verdict
+            self._answer_message(answer)
+
+        self._intake.submit(
+            self._mail,
+            self._by_destination(waiting),
+            self._draft,
+            self._record,
+            submitted,
+            was_tried=not_taken or any(reply is not replies.OTHER_ROUTE for reply in self._refusals),
+            is_possible_duplicate=verdict is not None and verdict.error_type is ErrorType.OUTCOME_UNKNOWN,
+        )
+        self._draft = None
 
     def _by_destination(self, recipients: Sequence[Recipient]) -> Mapping[str, Sequence[Recipient]]:
         found: dict[str, list[Recipient]] = {}
@@ -301,40 +405,20 @@ class _DirectThenQueued:
             found.setdefault(destination if isinstance(destination, str) else "", []).append(recipient)
         return found
 
-    async def abort(self) -> None:
-        """See `MailTransaction.abort`."""
+    def _answer_message(self, reply: Reply, own: Sequence[Reply] = ()) -> None:
+        draft, self._draft = self._draft, None
+        if draft is not None:
+            draft.discard()
+        if not self._is_over:
+            self._is_over = True
+            assert self._answered is not None
+            self._answered(reply, own)
+
+    def abort(self) -> None:
+        """See `MailTransaction.abort`: the upstream's part comes to its end for the record, and is not queued."""
+        self._is_over = True
         if self._direct is not None:
-            await self._direct.abort()
-
-
-class _Copied:
-    """The content of a message on its way to somebody else, copied into a draft."""
-
-    __slots__ = ("_chunks", "_draft", "_fault")
-
-    def __init__(self, chunks: AsyncIterator[bytes], draft: Draft) -> None:
-        self._chunks = chunks
-        self._draft = draft
-        self._fault: SpoolError | None = None
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> bytes:
-        chunk = await anext(self._chunks)
-        if self._fault is None:
-            try:
-                await self._draft.add(chunk)
-            except SpoolError as fault:  # the other way may still succeed, and the client is read to its end
-                self._fault = fault
-        return chunk
-
-    async def end(self) -> None:
-        """The content is complete.
-
-        Raises:
-            SpoolError: the copy is not.
-        """
-        if self._fault is not None:
-            raise self._fault
-        await self._draft.end()
+            self._direct.abort()
+        draft, self._draft = self._draft, None
+        if draft is not None:
+            draft.discard()

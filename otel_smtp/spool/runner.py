@@ -15,13 +15,14 @@ import logging
 import random
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Final
 
 from otel_smtp.forwarding.base import DeliveryFailed, Relay
-from otel_smtp.observer import DeliveryObserver, Endpoint, Observer, TransactionObserver
+from otel_smtp.observing import TransactionRecord
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.replies import EnhancedStatus, ErrorType, Reply
+from otel_smtp.spool.awaiting import AwaitedTransaction
 from otel_smtp.spool.bounce import Kind as NoticeKind
 from otel_smtp.spool.index import Index
 from otel_smtp.spool.messages import (
@@ -63,8 +64,7 @@ class Runner:
     """Attempts deliveries.
 
     Args:
-        relay: gives each recipient its own verdict.
-        observer: told of each attempt, as part of the message's own trace.
+        relay: gives each recipient its own verdict, and tells its observer of each attempt.
         chance: a number from 0 to 1, for jitter.
         clock: the wall clock, in seconds since the epoch.
 
@@ -76,7 +76,6 @@ class Runner:
         self,
         store: Store,
         relay: Relay,
-        observer: Observer,
         notices: Notices,
         schedule: Schedule,
         *,
@@ -88,7 +87,6 @@ class Runner:
         self._clock = clock
         self._store = store
         self._relay = relay
-        self._observer = observer
         self._notices = notices
         self._schedule = schedule
         self._most_at_once = most_at_once
@@ -244,14 +242,20 @@ class Runner:
     # One attempt ------------------------------------------------------------------------------------------
 
     async def _attempt(self, lease: Lease, content: bytes | Sequence[bytes] | None) -> None:
-        resumed = self._observer.delivery_resumed(
-            lease.message_id, lease.carrier, lease.mail, is_possible_duplicate=lease.is_possible_duplicate
+        record = TransactionRecord.resumed(
+            lease.message_id,
+            lease.carrier,
+            lease.mail,
+            attempt=lease.attempt,
+            is_possible_duplicate=lease.is_possible_duplicate,
         )
-        seen = _Attempt(resumed, lease.attempt)
+        record.accepted = [one.recipient for one in lease.recipients]
+        record.octets = lease.placement.octets
+        attempt = _Attempt(record)
         if lease.is_possible_duplicate:
             logger.warning("attempted again: the upstream may have it already", extra=_told(lease))
         try:
-            verdicts = await self._deliver(lease, content, seen)
+            verdicts = await self._deliver(lease, content, attempt)
         except (_Damaged, ContentLost):
             logger.critical("a queued content is damaged; the message is set aside", extra=_told(lease))
             await self._record(lease, lambda index: index.mark_corrupt(lease))
@@ -264,14 +268,14 @@ class Runner:
             await self._record(
                 lease,
                 lambda index: index.finish(
-                    lease, [], next_at=self._clock(), is_possible_duplicate=seen.has_content_left
+                    lease, [], next_at=self._clock(), is_possible_duplicate=attempt.has_content_left
                 ),
             )
             raise
         except Exception:
             logger.exception("an attempt failed by our fault", extra=_told(lease))
             verdicts = [Verdict(one.number, None, replies.INTERNAL) for one in lease.recipients]
-        await self._settle(lease, verdicts, seen)
+        await self._settle(lease, verdicts, attempt)
 
     async def _notices_of(
         self, lease: Lease, verdicts: Sequence[Verdict], remote: str | None
@@ -293,25 +297,20 @@ class Runner:
         return notices
 
     async def _deliver(
-        self, lease: Lease, content: bytes | Sequence[bytes] | None, seen: "_Attempt"
+        self, lease: Lease, content: bytes | Sequence[bytes] | None, attempt: "_Attempt"
     ) -> Sequence[Verdict]:
         try:
-            transaction = await self._relay.begin(lease.mail, seen)
+            transaction = AwaitedTransaction(self._relay.begin(lease.mail, attempt.record))
         except DeliveryFailed as failure:
             return [_verdict(one.number, failure.reply) for one in lease.recipients]
-        try:
-            try:
-                answers = await transaction.recipients([one.recipient for one in lease.recipients])
-            except DeliveryFailed as failure:
-                answers = [failure.reply] * len(lease.recipients)
+        with transaction:
+            answers = await transaction.recipients([one.recipient for one in lease.recipients])
             if any(answer.is_positive for answer in answers):
-                seen.has_content_left = True
-                final = await transaction.content(self._chunks(lease, content))
+                attempt.has_content_left = True
+                final, each = await transaction.content(self._chunks(lease, content))
                 # Who has it already must not get it again because another recipient was refused.
-                own = iter(transaction.verdicts if len(transaction.verdicts) > 1 else ())
+                own = iter(each)
                 answers = [next(own, final) if answer.is_positive else answer for answer in answers]
-        finally:
-            await transaction.abort()
         return [_verdict(one.number, answer) for one, answer in zip(lease.recipients, answers, strict=True)]
 
     async def _chunks(self, lease: Lease, content: bytes | Sequence[bytes] | None) -> AsyncIterator[bytes]:
@@ -333,7 +332,7 @@ class Runner:
         for start in range(lease.header_octets, octets, READ_OCTETS):
             yield await self._store.content(placement, start, READ_OCTETS)
 
-    async def _settle(self, lease: Lease, verdicts: Sequence[Verdict], seen: "_Attempt") -> None:
+    async def _settle(self, lease: Lease, verdicts: Sequence[Verdict], attempt: "_Attempt") -> None:
         """Record what an attempt came to, with the notices that are due for it."""
         now = self._clock()
         next_at = now + self._schedule.next_delay(lease.attempt, self._chance())
@@ -343,7 +342,7 @@ class Runner:
         unknown = any(verdict.reply is not None and _is_unknown(verdict.reply) for verdict in verdicts)
         notices: Sequence[tuple[NewMessage, bytes]] = ()
         try:
-            notices = await self._notices_of(lease, verdicts, seen.remote)
+            notices = await self._notices_of(lease, verdicts, attempt.remote)
         except Exception:
             # Who has the mail must not get it again for that; who was refused is asked once more, and told of then.
             logger.exception("a notice could not be made", extra=_told(lease))
@@ -443,32 +442,23 @@ class Runner:
         return self._sweep_seconds
 
 
-class _Attempt(TransactionObserver):
-    """The observer of one attempt: gives deliveries their number within the message's life.
+class _Attempt:
+    """What one attempt has come to so far.
 
     Attributes:
-        remote: the upstream that was asked last.
         has_content_left: from here on, the upstream may have taken it.
     """
 
-    def __init__(self, seen: TransactionObserver, attempt: int) -> None:
-        self._seen = seen
-        self._attempt = attempt
-        self.remote: str | None = None
+    __slots__ = ("has_content_left", "record")
+
+    def __init__(self, record: TransactionRecord) -> None:
+        self.record = record
         self.has_content_left = False
 
-    def delivery_begun(self, upstream: str, server: Endpoint, *, attempt: int = 1) -> DeliveryObserver:
-        """An attempt at one upstream; several within one attempt of ours have its number."""
-        self.remote = server.host
-        return self._seen.delivery_begun(upstream, server, attempt=self._attempt)
-
-    def carrier(self) -> Mapping[str, str]:
-        """The stored trace context."""
-        return self._seen.carrier()
-
-    def trace_id(self) -> str | None:
-        """The stored trace id."""
-        return self._seen.trace_id()
+    @property
+    def remote(self) -> str | None:
+        """The upstream that was asked last."""
+        return self.record.deliveries[-1].server.host if self.record.deliveries else None
 
 
 def _verdict(number: int, reply: Reply) -> Verdict:

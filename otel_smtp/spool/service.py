@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from otel_smtp.forwarding.base import Forwarder, Relay
-from otel_smtp.observer import Observer
+from otel_smtp.observing import Observer
 from otel_smtp.spool.control import ControlSocket, Operations
 from otel_smtp.spool.files import SpoolDirectory
 from otel_smtp.spool.forwarder import DirectThenQueueForwarder, Intake, SpoolForwarder
@@ -63,11 +63,12 @@ class Spool:
         schedule = settings.schedule
         self.store = SpoolStore(SpoolDirectory(settings.directory), least_free_octets=settings.least_free_octets)
         notices = Notices(self.store, relay, policy=settings.bounce, hostname=settings.hostname)
-        self.runner = Runner(self.store, relay, observer, notices, schedule, clock=clock)
+        self.runner = Runner(self.store, relay, notices, schedule, clock=clock)
         intake = Intake(
             self.store,
             relay,
             self.runner,
+            observer,
             max_age_seconds=schedule.max_age_seconds,
             first_wait_seconds=lambda: schedule.next_delay(1, random.random()),  # noqa: S311 - jitter, no secret
         )

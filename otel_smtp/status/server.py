@@ -31,12 +31,12 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from otel_smtp.observer import Endpoint
+from otel_smtp.observing import Endpoint
 from otel_smtp.status import siblings as several
 from otel_smtp.status.http import LOOPBACK, Guard, Network, http_server
 from otel_smtp.status.live import CONNECTIONS_SHOWN, LiveView
 from otel_smtp.status.siblings import Siblings
-from otel_smtp.status.traces import AttributeValue, FinishedSpan, RecentTraces, Severity
+from otel_smtp.status.traces import AttributeValue, EncodedSpan, RecentTraces, Severity
 from otel_smtp.status.views import QueueView, UpstreamView
 
 logger: Final = logging.getLogger("otel_smtp.status.server")
@@ -258,9 +258,9 @@ class StatusServer:
             answer = several.merged_searches([answer, *told.values()], newest_first=is_newest_first, shown=TRACES_SHOWN)
         return JSONResponse(answer)
 
-    async def _held_traces(self) -> Mapping[int, Sequence[FinishedSpan]]:
+    async def _held_traces(self) -> Mapping[bytes, Sequence[EncodedSpan]]:
         """The spans in memory by trace, newest first."""
-        held: dict[int, list[FinishedSpan]] = {}
+        held: dict[bytes, list[EncodedSpan]] = {}
         spans = self._traces.spans()
         for start in range(0, len(spans), _GROUP_STRIDE):
             self._traces.group(spans[start : start + _GROUP_STRIDE], held)

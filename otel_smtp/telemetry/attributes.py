@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
-from otel_smtp.observer import DeliveryPhase
+from otel_smtp.observing import DeliveryPhase
 from otel_smtp.smtp.states import ConnState
 
 SCHEMA_VERSION: Final = 1

@@ -12,7 +12,7 @@ from enum import StrEnum
 from functools import lru_cache
 from typing import Final, NamedTuple
 
-from otel_smtp.observer import TraceHeaders
+from otel_smtp.observing import TraceHeaders
 
 SAMPLED: Final = 0x01
 RANDOM: Final = 0x02  # level 2: the trace id's last 7 octets are random

@@ -10,7 +10,7 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import SpanProcessor
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter, SimpleSpanProcessor, SpanExporter
 
-from otel_smtp.observer import Observer
+from otel_smtp.observing import Observer
 from otel_smtp.telemetry import environment
 from otel_smtp.telemetry.collector import Protocol, Signal, connect
 from otel_smtp.telemetry.environment import Environment, SignalExport
@@ -18,14 +18,14 @@ from otel_smtp.telemetry.exporting import Export, TraceExport
 from otel_smtp.telemetry.log_export import LogExportHandler
 from otel_smtp.telemetry.logs import AccessLog, StateLogger
 from otel_smtp.telemetry.metric_export import MetricExport, MetricsReading
-from otel_smtp.telemetry.metrics import ConnectionCounts, Metrics, SpoolCounts
-from otel_smtp.telemetry.otlp import LogEncoder, TraceEncoder
+from otel_smtp.telemetry.metrics import ConnectionCounts, Metrics, OpenConnections, SpoolCounts
+from otel_smtp.telemetry.otlp import LogEncoder, RequestFrame
 from otel_smtp.telemetry.propagation import InboundPolicy
 from otel_smtp.telemetry.records import LogRecord, SpanSink
 from otel_smtp.telemetry.redaction import Redaction
 from otel_smtp.telemetry.sdk_spans import SdkSpans
 from otel_smtp.telemetry.state_events import StateEvents
-from otel_smtp.telemetry.tracing import DEFAULT_SEGMENT_AGE_SECONDS, DEFAULT_SEGMENT_EVENTS, Tracing
+from otel_smtp.telemetry.tracing import Keep, StateTelling, Tracing
 
 DEFAULT_FLUSH_SECONDS: Final = 2.0
 
@@ -38,6 +38,8 @@ class TelemetryOptions:
         policies: what to make of a message's trace context, by listener's name.
         access_log: write a line per connection, transaction and delivery, if the log's level allows it.
         listeners: receive every finished span, sampled or not.
+        memories: take every recorded span as octets, and whether something in it went wrong.
+        open_connections: yields the open client connections when the metrics are read, on the event loop.
         upstream_connections: yields the connections to upstreams when the metrics are read.
         spool: returns what is queued when the metrics are read.
         processors: of the SDK; each receives every recorded span as from the SDK, and is shut down at the end.
@@ -47,12 +49,12 @@ class TelemetryOptions:
     redaction: Redaction = field(default_factory=Redaction)
     policies: Mapping[str, InboundPolicy] = field(default_factory=dict)
     state_events: StateEvents = StateEvents.SPAN
-    segment_events: int = DEFAULT_SEGMENT_EVENTS
-    segment_age_seconds: float = DEFAULT_SEGMENT_AGE_SECONDS
     probes: bool = False
     with_message_id: bool = False
     access_log: bool = True
     listeners: Sequence[SpanSink] = ()
+    memories: Sequence[Keep] = ()
+    open_connections: OpenConnections = tuple
     upstream_connections: ConnectionCounts = tuple
     spool: SpoolCounts = lambda: None
     processors: Sequence[SpanProcessor] = ()
@@ -62,14 +64,15 @@ class Telemetry:
     """Telemetry of one gateway: its observer, and the exports behind it.
 
     Attributes:
-        observer: observes everything. With OTEL_SDK_DISABLED it makes no traces, and counts all the same.
+        observers: to observe everything, in this order. With OTEL_SDK_DISABLED they make no traces, and count all the
+            same.
         traces_to: where traces go, in words.
     """
 
     def __init__(
         self,
         metrics: Metrics,
-        tracing: Tracing | None = None,
+        tracing: Sequence[Observer] = (),
         processors: Sequence[SpanProcessor] = (),
         export: TraceExport | None = None,
         log_export: Export[LogRecord] | None = None,
@@ -78,9 +81,8 @@ class Telemetry:
         traces_to: str,
     ) -> None:
         self.traces_to = traces_to
-        self.observer: Observer = metrics
+        self.observers: Sequence[Observer] = (*tracing, metrics)
         self._metrics = metrics
-        self._tracing = tracing
         self._processors = processors
         self._export = export
         self._log_export = log_export
@@ -98,10 +100,9 @@ class Telemetry:
         """The metrics for a scraper that accepts `accept`, and their content type."""
         return self._metrics.page(accept)
 
-    def rotate(self) -> None:
-        """Begin new segments where the old ones have reached their age; call it every few seconds."""
-        if self._tracing is not None:
-            self._tracing.rotate()
+    def catch_up(self) -> None:
+        """Count what open connections have done so far; to be called on the event loop, every few seconds."""
+        self._metrics.catch_up()
 
     def flush_and_shutdown(self, budget_seconds: float = DEFAULT_FLUSH_SECONDS) -> bool:
         """Export the rest, and return within the budget whatever the collector does. Blocks: not for the event loop.
@@ -169,7 +170,10 @@ def set_up(options: TelemetryOptions, environ: Mapping[str, str] | None = None) 
     resource = environment.own_resource()
     if asked.is_disabled:
         counting = Metrics(
-            Observer(), connections=options.upstream_connections, spool=options.spool, resource=resource.attributes
+            open_connections=options.open_connections,
+            connections=options.upstream_connections,
+            spool=options.spool,
+            resource=resource.attributes,
         )
         return Telemetry(counting, traces_to=asked.describe_traces())
     log_export = _log_export(asked.logs, resource, options.version)
@@ -178,20 +182,19 @@ def set_up(options: TelemetryOptions, environ: Mapping[str, str] | None = None) 
     access_log = AccessLog()
     listeners = [*options.listeners, *([access_log] if options.access_log and access_log.is_wanted() else [])]
     tracing = Tracing(
-        sinks=[*([export] if export else []), *(SdkSpans(made, resource, options.version) for made in processors)],
+        exports=[export.put] if export else [],
+        memories=options.memories,
+        sinks=[SdkSpans(made, resource, options.version) for made in processors],
         listeners=listeners,
         sampler=asked.sampler,
         redaction=options.redaction,
         policies=options.policies,
         state_events=options.state_events,
-        state_log=StateLogger() if options.state_events.in_log else None,
-        segment_events=options.segment_events,
-        segment_age_seconds=options.segment_age_seconds,
         probes=options.probes,
         with_message_id=options.with_message_id,
     )
     metrics = Metrics(
-        tracing,
+        open_connections=options.open_connections,
         connections=options.upstream_connections,
         spool=options.spool,
         dropped=lambda: [lost for one in exports for lost in one.dropped()],
@@ -200,8 +203,15 @@ def set_up(options: TelemetryOptions, environ: Mapping[str, str] | None = None) 
     metric_exports = _metric_exports(asked, MetricsReading(metrics, resource, options.version))
     exports: list[TraceExport | Export[LogRecord] | MetricExport] = [*metric_exports]
     exports += [one for one in (export, log_export) if one is not None]
+    telling = [StateTelling(tracing, StateLogger())] if options.state_events.in_log else []
     return Telemetry(
-        metrics, tracing, processors, export, log_export, metric_exports, traces_to=asked.describe_traces()
+        metrics,
+        [tracing, *telling],
+        processors,
+        export,
+        log_export,
+        metric_exports,
+        traces_to=asked.describe_traces(),
     )
 
 
@@ -244,7 +254,7 @@ def _trace_export(traces: SignalExport, resource: Resource, version: str) -> Tra
     if settings is None:
         return None
     return TraceExport(
-        TraceEncoder(resource, version), lambda: connect(settings), traces.batches, address=settings.address
+        RequestFrame(resource, version), lambda: connect(settings), traces.batches, address=settings.address
     )
 
 

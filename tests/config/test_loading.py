@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from otel_smtp.config import Flag, Secret, Settings, SettingsError, assignment, describe, load
-from otel_smtp.observer import Endpoint
+from otel_smtp.observing import Endpoint
 from otel_smtp.smtp.states import TlsMode
 
 UPSTREAM = {"OTELSMTP_UPSTREAM": "smtp://127.0.0.1:1025"}

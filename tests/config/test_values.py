@@ -30,7 +30,7 @@ from otel_smtp.config.values import (
     is_loopback_host,
     size_text,
 )
-from otel_smtp.observer import Endpoint
+from otel_smtp.observing import Endpoint
 from otel_smtp.smtp.states import TlsMode
 
 OFF_TOO = Duration(may_be_off=True)

@@ -16,7 +16,7 @@ import yaml
 
 from otel_smtp.commands.cli import cli
 from otel_smtp.gateway.ports import bind
-from otel_smtp.observer import Endpoint
+from otel_smtp.observing import Endpoint
 from otel_smtp.status.live import LiveView
 from otel_smtp.status.server import StatusServer
 from otel_smtp.status.traces import RecentTraces

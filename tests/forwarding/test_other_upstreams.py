@@ -15,7 +15,7 @@ from aiosmtpd.handlers import Message as MessageHandler
 from aiosmtpd.smtp import SMTP
 
 from otel_smtp.forwarding.settings import Strategy, UpstreamSettings
-from otel_smtp.observer import Outcome
+from otel_smtp.observing import Outcome
 from otel_smtp.smtp import replies
 from tests.support.relaying import BOB, CAROL, QUICK, both_strategies, relay, relaying
 from tests.support.tools import tool

@@ -6,7 +6,7 @@ stands behind the header; what is taken for an address is one; no text has contr
 
 import ipaddress
 
-from otel_smtp.observer import Endpoint
+from otel_smtp.observing import Endpoint
 from otel_smtp.server.proxy_protocol import MAX_V2_OCTETS, ProxyHeader, ProxyHeaderParser, ProxyProtocolError
 from tests.fuzz.server import pieces
 

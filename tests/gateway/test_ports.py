@@ -7,7 +7,7 @@ import pytest
 
 from otel_smtp import Settings, load
 from otel_smtp.gateway.ports import SharedPorts, bind, with_present_addresses, without_ipv6_loopback
-from otel_smtp.observer import Endpoint
+from otel_smtp.observing import Endpoint
 
 ANY_PORT = Endpoint("127.0.0.1", 0)
 

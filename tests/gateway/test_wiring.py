@@ -13,9 +13,9 @@ from otel_smtp.config import Limits, Timeouts, UpstreamTimeout
 from otel_smtp.forwarding.settings import PoolLimits, ReplyLimits, TracePolicy, UpstreamSettings
 from otel_smtp.forwarding.settings import Timeouts as ForwardingTimeouts
 from otel_smtp.gateway import wiring
-from otel_smtp.server.connection import ListenerPolicy, ServerTimeouts
 from otel_smtp.server.listener import Server
-from otel_smtp.smtp.server import ServerLimits, ServerPolicy
+from otel_smtp.server.session import ListenerPolicy, ServerTimeouts
+from otel_smtp.smtp.policy import ServerLimits, ServerPolicy
 from otel_smtp.spool.schedule import Schedule
 from otel_smtp.telemetry.redaction import Redaction
 from otel_smtp.telemetry.setup import TelemetryOptions
@@ -37,7 +37,8 @@ def rooms(settings: Settings) -> Iterator[Any]:
     yield wiring.spool_settings(settings).schedule
     yield redaction
     yield wiring.telemetry_options(
-        settings, redaction, span_sinks=(), upstream_connections=lambda: iter(()), spool=lambda: None
+        settings, redaction, span_sinks=(), memories=(), open_connections=list,
+        upstream_connections=lambda: iter(()), spool=lambda: None
     )  # fmt: skip
 
 
@@ -54,6 +55,7 @@ DIFFERENT: Final = {
     (ForwardingTimeouts, "reply"),  # longer in mode queue, which is compared below
     (TelemetryOptions, "version"),
     (TelemetryOptions, "policies"),  # one for each listener
+    (TelemetryOptions, "open_connections"),
     (TelemetryOptions, "upstream_connections"),
     (TelemetryOptions, "spool"),
 }
@@ -127,7 +129,10 @@ def test_each_setting_arrives(tmp_path: Path) -> None:
     policy, protocol, server_limits, server_timeouts, upstream, *_ = rooms(
         load(values={**SETTINGS, "limits": limits, "timeouts": timeouts})
     )
-    assert dataclasses.asdict(server_limits) == {name: limits[name] for name in dataclasses.asdict(server_limits)}
+    assert dataclasses.asdict(server_limits) == {
+        **{name: limits[name] for name in dataclasses.asdict(server_limits) if name in limits},
+        "commands_per_turn": ServerLimits().commands_per_turn,
+    }
     assert dataclasses.asdict(server_timeouts) == {
         **{name: timeouts[name] for name in timeouts if name != "shutdown_grace"},
         "octets_per_second": limits["octets_per_second"],

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from otel_smtp.observer import Endpoint
+from otel_smtp.observing import Endpoint
 from otel_smtp.server.proxy_protocol import (
     MAX_V1_OCTETS,
     MAX_V2_OCTETS,

@@ -1,5 +1,6 @@
 """Messages for tests of the spool."""
 
+import asyncio
 import time
 from collections.abc import Sequence
 
@@ -17,7 +18,9 @@ CARRIER = {"traceparent": f"00-{TRACE_ID}-b7ad6b7169203331-01"}
 async def written(draft: Draft, *chunks: bytes) -> Draft:
     """`draft` with a header block and a body in it, complete."""
     for chunk in chunks or (HEADER, BODY):
-        await draft.add(chunk)
+        has_room = asyncio.Event()
+        if not draft.write(chunk, has_room.set):
+            await has_room.wait()
     await draft.end()
     return draft
 
@@ -50,7 +53,7 @@ def message(
 async def queued(store: SpoolStore, new: NewMessage | None = None, *chunks: bytes) -> str:
     """Put a message into a store; its id."""
     new = new or message()
-    async with store.draft() as draft:
+    with store.draft() as draft:
         await written(draft, *chunks)
         await store.submit(new, draft, is_leased=False)
     return new.id

@@ -3,24 +3,34 @@
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from otel_smtp.forwarding.base import DeliveryFailed
 from otel_smtp.forwarding.settings import Strategy, UpstreamSettings
 from otel_smtp.forwarding.upstream import UpstreamForwarder
-from otel_smtp.observer import Observer, TransactionObserver
+from otel_smtp.net import Sweep
+from otel_smtp.observing import (
+    ConnectionInfo,
+    ConnectionRecord,
+    DeliveryRecord,
+    Endpoint,
+    Observer,
+    Outcome,
+    TransactionRecord,
+)
 from otel_smtp.smtp.envelope import Mail, Recipient
 from otel_smtp.smtp.replies import Reply
+from otel_smtp.spool.awaiting import AwaitedTransaction
 from otel_smtp.spool.index import Index
 from otel_smtp.spool.notices import BouncePolicy
 from otel_smtp.spool.schedule import Schedule
 from otel_smtp.spool.service import Spool, SpoolSettings
-from tests.support.deliveries import RecordedTransaction, in_chunks
-from tests.support.relaying import BOB, CHUNKS, MAIL
+from tests.spool.messages import CARRIER
+from tests.support.deliveries import MAIL
+from tests.support.relaying import BOB, CHUNKS
 
 T = TypeVar("T")
 
@@ -29,26 +39,35 @@ NEVER_AGAIN = Schedule((3600.0,), warn_after_seconds=None)
 
 
 class ResumedDeliveries(Observer):
-    """Notes the attempts that the runner makes."""
+    """Notes the attempts that the runner makes, as they end; gives transactions a trace.
+
+    Attributes:
+        attempts: those of the spool, by the record of each message's attempt, in the order of their ends.
+    """
 
     def __init__(self) -> None:
-        self.possible_duplicates = 0
-        self.resumed: list[tuple[str, dict[str, str], RecordedTransaction]] = []
+        self.ended: list[DeliveryRecord] = []
 
-    def delivery_resumed(
-        self, spool_id: str, carrier: object, mail: Mail, *, is_possible_duplicate: bool = False
-    ) -> TransactionObserver:
-        self.possible_duplicates += is_possible_duplicate
-        seen = RecordedTransaction()
-        self.resumed.append((spool_id, dict(carrier), seen))  # type: ignore[call-overload]
-        return seen
+    def delivery_ended(self, delivery: DeliveryRecord) -> None:
+        self.ended.append(delivery)
+
+    def carrier(self, transaction: TransactionRecord) -> Mapping[str, str]:
+        return CARRIER
+
+    @property
+    def attempts(self) -> list[TransactionRecord]:
+        return list(dict.fromkeys(one.transaction for one in self.ended if one.transaction.connection is None))
+
+    @property
+    def outcomes(self) -> list[Outcome | None]:
+        return [attempt.deliveries[-1].outcome for attempt in self.attempts]
 
 
-class CarriedTransaction(RecordedTransaction):
-    """A transaction that is part of a trace."""
-
-    def carrier(self) -> dict[str, str]:
-        return {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}
+def client_record(mail: Mail) -> TransactionRecord:
+    """The record of a client's transaction, as the session makes it."""
+    local = Endpoint("127.0.0.1", 25)
+    connection = ConnectionRecord(ConnectionInfo("0" * 32, local, local, "test"), 1, 0)
+    return TransactionRecord(mail, 1, connection, 1, 0)
 
 
 @dataclass
@@ -65,18 +84,16 @@ class Queueing:
     ) -> tuple[Sequence[Reply], Reply | None]:
         """Hand a mail over, as the server would: the replies to its recipients, and to it."""
         recipients = recipients or (BOB,)
-        transaction = await self.spool.forwarder.begin(mail, CarriedTransaction())
-        answers: Sequence[Reply]
-        try:
-            answers = await transaction.recipients(recipients)
-        except DeliveryFailed as failed:
-            answers = [failed.reply] * len(recipients)
+        record = client_record(mail)
         reply = None
-        if any(answer.is_positive for answer in answers):
-            reply = await transaction.content(in_chunks(chunks))
-        await transaction.abort()
-        if transaction.spool_id is not None:
-            self.spooled.append(transaction.spool_id)
+        with AwaitedTransaction(transaction := self.spool.forwarder.begin(mail, record)) as awaited:
+            answers = await awaited.recipients(recipients)
+            if any(answer.is_positive for answer in answers):
+                reply, _ = await awaited.content(in_chunks(chunks))
+        record.end(Outcome.QUEUED, reply, 2)
+        assert transaction.spool_id == record.spool_id
+        if record.spool_id is not None:
+            self.spooled.append(record.spool_id)
         return answers, reply
 
     async def index(self, work: Callable[[Index], T]) -> T:
@@ -118,8 +135,10 @@ async def queueing(
     clock: Callable[[], float] = time.time,
 ) -> AsyncIterator[Queueing]:
     """A spool that runs, in front of `upstreams`; `direct`: these are asked first."""
-    relay = UpstreamForwarder(upstreams, hostname="gw.example", strategy=direct or Strategy.TRANSPARENT)
     observer = ResumedDeliveries()
+    relay = UpstreamForwarder(
+        upstreams, hostname="gw.example", strategy=direct or Strategy.TRANSPARENT, observer=observer, sweep=Sweep()
+    )
     settings = SpoolSettings(directory / "spool", schedule, bounce, "gw.example", least_free_octets=0)
     spool = Spool(settings, relay.for_spool(), relay if direct is not None else None, observer, clock=clock)
     await spool.start()
@@ -128,6 +147,12 @@ async def queueing(
     finally:
         await spool.stop(grace_seconds=1)
         await relay.close()
+
+
+async def in_chunks(chunks: Sequence[bytes]) -> AsyncIterator[bytes]:
+    """Content as the session hands it over."""
+    for chunk in chunks:
+        yield chunk
 
 
 def some_bytes(octets: int) -> bytes:

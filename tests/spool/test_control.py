@@ -99,7 +99,7 @@ async def test_expire_sends_it_back_at_once(tmp_path: Path) -> None:
     async with ScriptedUpstream() as upstream, queueing(tmp_path, settings(upstream), schedule=NEVER_AGAIN) as queue:
         upstream.verdict = lambda address: b"450 4.2.1 busy\r\n" if address == BOB.address else None
         await queue.take(BOB)
-        await eventually(lambda: queue.observer.resumed)
+        await eventually(lambda: queue.observer.attempts)
 
         async def is_deferred() -> bool:
             return bool((await asked(tmp_path / "spool", "list"))[0]["queue_name"] == "deferred")

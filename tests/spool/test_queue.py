@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from otel_smtp.observer import Outcome
+from otel_smtp.observing import Outcome
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import DsnReturn, Mail, Notify, Recipient
 from otel_smtp.spool.messages import DeliveryState
 from otel_smtp.spool.schedule import Schedule
+from tests.spool.messages import CARRIER
 from tests.spool.queueing import AT_ONCE, NEVER_AGAIN, eventually, queueing, some_bytes
-from tests.support.deliveries import RecordedDelivery
-from tests.support.relaying import BOB, CAROL, HEADER, MAIL, settings, without
+from tests.support.deliveries import MAIL
+from tests.support.relaying import BOB, CAROL, CHUNKS, HEADER, settings, without
 from tests.support.upstream import Fault, Kept, Kind, Phase, ScriptedUpstream
 
 
@@ -56,10 +57,12 @@ async def test_an_attempt_stands_in_the_trace_of_its_message(tmp_path: Path) -> 
     async with ScriptedUpstream() as upstream, queueing(tmp_path, settings(upstream)) as queue:
         await queue.take()
         await queue.empties()
-        ((spool_id, carrier, seen),) = queue.observer.resumed
-        assert [spool_id] == queue.spooled
-        assert carrier["traceparent"].split("-")[1] == "0af7651916cd43dd8448eb211c80319c"
-        assert seen.outcomes == [("up", Outcome.RELAYED)]
+        (attempt,) = queue.observer.attempts
+        assert [attempt.spool_id] == queue.spooled
+        assert attempt.carrier == CARRIER
+        assert attempt.accepted == [BOB]
+        assert attempt.octets == sum(len(chunk) for chunk in CHUNKS)
+        assert [(one.upstream, one.outcome) for one in attempt.deliveries] == [("up", Outcome.RELAYED)]
 
 
 @pytest.mark.parametrize("octets", [0, 1000, 300_000, 1_500_000])
@@ -85,7 +88,7 @@ async def test_mail_waits_for_an_upstream_that_is_away(tmp_path: Path) -> None:
             assert reply is not None
             assert reply.is_positive
         await eventually(lambda: queue.relay.concurrency("up") == 0)
-        attempts = len(queue.observer.resumed)
+        attempts = len(queue.observer.attempts)
         again = ScriptedUpstream()
         await again.start(port=port)
         await queue.empties()
@@ -93,7 +96,6 @@ async def test_mail_waits_for_an_upstream_that_is_away(tmp_path: Path) -> None:
         # While the upstream is given a rest, nothing is attempted but by its probe.
         assert attempts < 20
         await again.stop()
-    assert all(seen.deliveries[-1].ends == 1 for _, _, seen in queue.observer.resumed)
 
 
 async def test_attempts_are_numbered_over_the_whole_life_of_a_message(tmp_path: Path) -> None:
@@ -101,7 +103,7 @@ async def test_attempts_are_numbered_over_the_whole_life_of_a_message(tmp_path: 
         upstream.faults[Phase.REPLY] = Fault(Kind.REFUSE, times=2)
         await queue.take()
         await queue.empties()
-        deliveries: list[RecordedDelivery] = [seen.deliveries[0] for _, _, seen in queue.observer.resumed]
+        deliveries = [attempt.deliveries[0] for attempt in queue.observer.attempts]
         assert [delivery.attempt for delivery in deliveries] == [1, 2, 3]
         assert [delivery.outcome for delivery in deliveries] == [Outcome.DEFERRED, Outcome.DEFERRED, Outcome.RELAYED]
 
@@ -202,12 +204,16 @@ async def test_a_route_that_is_gone_sends_nothing_back(tmp_path: Path) -> None:
         async with queueing(tmp_path, settings(upstream), schedule=NEVER_AGAIN) as queue:
             upstream.faults[Phase.REPLY] = Fault(Kind.REFUSE)
             await queue.take()
-            await eventually(lambda: len(queue.observer.resumed) == 1)
+            await eventually(lambda: len(queue.observer.attempts) == 1)
         upstream.faults.clear()
         async with queueing(tmp_path, settings(upstream, recipients=("nobody@*",)), schedule=AT_ONCE) as queue:
             await queue.index(lambda index: index.retry(index.page("", 1)[0].id, time.time()))
             queue.spool.runner.wake()
-            await eventually(lambda: len(queue.observer.resumed) == 1)
+
+            async def is_attempted_again() -> bool:
+                return (await queue.index(lambda index: index.page("", 1)))[0].attempts >= 2
+
+            await eventually(is_attempted_again)
             assert await queue.tally() == {"accepted": 1}
         async with queueing(tmp_path, settings(upstream)) as queue:
             await queue.index(lambda index: index.retry(index.page("", 1)[0].id, time.time()))
@@ -412,7 +418,7 @@ async def test_a_clock_that_jumps_ahead_ends_only_a_part_of_the_spool_at_a_time(
         async def all_wait() -> bool:
             return not await queue.index(lambda index: index.due(time.time(), {"up": 1}, "nobody", 0))
 
-        await eventually(lambda: len(queue.observer.resumed) == 130)
+        await eventually(lambda: len(queue.observer.attempts) == 130)
         await eventually(all_wait)
         jump = 30 * 86400.0
         queue.spool.runner.sweep_soon()
@@ -433,7 +439,7 @@ async def test_a_clock_that_is_set_back_keeps_nothing_waiting(tmp_path: Path) ->
     ):
         upstream.verdict = lambda _: b"450 4.2.1 busy\r\n"
         await queue.take()
-        await eventually(lambda: len(queue.observer.resumed) >= 2)
+        await eventually(lambda: len(queue.observer.attempts) >= 2)
         upstream.verdict = lambda _: None
         jump = -86400.0
         queue.spool.runner.sweep_soon()
@@ -450,8 +456,8 @@ async def test_a_lost_reply_is_tried_again_and_known_as_a_possible_duplicate(tmp
         await queue.take()
         await queue.empties()
         assert len(upstream.kept) == 2
-        assert [seen.outcomes[-1][1] for _, _, seen in queue.observer.resumed] == [Outcome.UNKNOWN, Outcome.RELAYED]
-        assert queue.observer.possible_duplicates == 1
+        assert queue.observer.outcomes == [Outcome.UNKNOWN, Outcome.RELAYED]
+        assert [attempt.is_possible_duplicate for attempt in queue.observer.attempts] == [False, True]
         assert await queue.tally() == {"accepted": 1, "delivered": 1}
 
 
@@ -487,7 +493,7 @@ async def test_a_damaged_content_is_set_aside_and_never_sent(tmp_path: Path) -> 
         async with queueing(tmp_path, settings(upstream), schedule=NEVER_AGAIN) as queue:
             upstream.faults[Phase.MAIL] = Fault(Kind.REFUSE, times=1)
             await queue.take()
-            await eventually(lambda: len(queue.observer.resumed) == 1)
+            await eventually(lambda: len(queue.observer.attempts) == 1)
         (file,) = (tmp_path / "spool" / "body").glob("*/*")
         file.write_bytes(file.read_bytes().replace(b"hello", b"HELLO"))
         async with queueing(tmp_path, settings(upstream)) as queue:

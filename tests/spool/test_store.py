@@ -50,7 +50,7 @@ async def test_a_message_comes_back_as_it_went_in(store: SpoolStore) -> None:
     recipients = [Recipient("x@y.example", Notify.SUCCESS | Notify.DELAY, "rfc822;x+2B@y"), Recipient("Postmaster")]
     now = time.time()
     new = NewMessage(new_id(), mail, {"up": recipients}, len(HEADER), now, now + 60, CARRIER)
-    async with store.draft() as draft:
+    with store.draft() as draft:
         await store.submit(new, await written(draft), is_leased=False)
     (lease,) = await leased(store)
     assert lease.mail == mail
@@ -181,7 +181,7 @@ async def test_who_gives_up_waiting_leaves_a_whole_message_or_none(store: SpoolS
     body = os.urandom(octets)
 
     for _ in range(20):
-        async with store.draft() as draft:
+        with store.draft() as draft:
             await written(draft, HEADER, body)
             submitting = asyncio.create_task(store.submit(message(), draft, is_leased=False))
             await asyncio.sleep(0)  # the thread has got it, and is at work
@@ -200,8 +200,10 @@ async def test_who_gives_up_waiting_leaves_a_whole_message_or_none(store: SpoolS
 async def test_what_was_submitted_survives_a_crash_and_what_was_not_is_cleared_away(store: SpoolStore) -> None:
     kept = await queued(store)
     big = store.draft()
-    await big.add(HEADER)
-    await big.add(b"x" * 200_000)  # in tmp/
+    is_in_a_file = asyncio.Event()
+    assert big.write(HEADER, is_in_a_file.set)
+    assert not big.write(b"x" * 200_000, is_in_a_file.set)
+    await is_in_a_file.wait()
     (store.directory.path / "body" / "x" / "orphanx").write_bytes(b"synced, but never committed")
     after = await crash(store)
     big.discard()

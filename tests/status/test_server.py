@@ -6,6 +6,7 @@ import ipaddress
 import json
 import signal
 import socket
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from starlette.responses import PlainTextResponse
 
 from otel_smtp.gateway.ports import bind
-from otel_smtp.observer import ConnectionInfo, Endpoint
+from otel_smtp.observing import ConnectionInfo, ConnectionRecord, Endpoint
 from otel_smtp.smtp.states import ConnState, StateMachine
 from otel_smtp.status import http as status_http
 from otel_smtp.status import server as status_server
@@ -60,7 +61,11 @@ class Port:
 
     def connection(self, number: int = 1) -> StateMachine:
         info = ConnectionInfo(f"{number:032x}", Endpoint("192.0.2.7", number), Endpoint("127.0.0.1", 2525), "local")
-        machine = StateMachine(self.live.connection_opened(info).conn_state)
+        now_ns = time.monotonic_ns()
+        record = ConnectionRecord(info, now_ns, time.time_ns() - now_ns)
+        self.live.connection_opened(record)
+        machine = StateMachine(record.transitions)
+        machine.now_ns = now_ns
         machine.enter(ConnState.NEW)
         return machine
 

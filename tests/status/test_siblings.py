@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from otel_smtp.observer import Outcome
+from otel_smtp.observing import Outcome
 from otel_smtp.smtp.states import ConnState
 from otel_smtp.status.siblings import TOKEN_HEADER, Siblings, merged_metrics, merged_pictures, merged_searches
 from tests.status.test_server import Port
@@ -58,7 +58,7 @@ async def test_connections_and_counters_are_those_of_all() -> None:
         second.connection(2).enter(ConnState.ACTIVE)
         second.connection(3)
         for port, count in ((first, 3), (second, 4)):
-            port.live.outcomes.counts[Outcome.RELAYED] = count
+            port.live.outcomes[Outcome.RELAYED] = count
         rows = (await client.get("/api/connections")).json()["connections"]
         assert sorted((row["worker"], row["state"]) for row in rows) == [(0, "New"), (1, "Active"), (1, "New")]
         counters = (await client.get("/api/status")).json()["counters"]

@@ -4,7 +4,7 @@ import asyncio
 import ssl
 
 from otel_smtp.net import Stream
-from otel_smtp.observer import Endpoint, TlsInfo
+from otel_smtp.observing import Endpoint, TlsInfo
 
 PEER = Endpoint("192.0.2.7", 40000)
 LOCAL = Endpoint("192.0.2.1", 2525)

@@ -13,7 +13,7 @@ from opentelemetry.context import Context
 from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, TraceState
 
 from otel_smtp.client import inject
-from otel_smtp.observer import TraceHeaders
+from otel_smtp.observing import TraceHeaders
 from otel_smtp.telemetry import propagation
 
 TRACE_ID = 0x0AF7651916CD43DD8448EB211C80319C

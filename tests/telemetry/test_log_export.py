@@ -42,7 +42,7 @@ def exporting(receiver: OtlpReceiver, protocol: str = "http/protobuf", **more: s
 @pytest.mark.parametrize("protocol", ["http/protobuf", "grpc"])
 def test_a_mail_has_event_and_line_records_with_its_trace(receiver: OtlpReceiver, protocol: str) -> None:
     telemetry = exporting(receiver, protocol)
-    Client(telemetry.observer).ehlo().message().quit()
+    Client(telemetry.observers).ehlo().message().quit()
     assert telemetry.flush_and_shutdown(10)
     logs = receiver.logs
     events = [log for log in logs if log.event_name]

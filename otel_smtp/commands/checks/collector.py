@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from otel_smtp.commands.checks.connecting import connection, printable, reason
 from otel_smtp.commands.checks.findings import TIMEOUT_SECONDS, Finding
-from otel_smtp.observer import Endpoint
+from otel_smtp.observing import Endpoint
 from otel_smtp.telemetry import environment
 from otel_smtp.telemetry.collector import Answer, CollectorSettings, Protocol, Verdict, connect, tls_context
 from otel_smtp.telemetry.environment import TelemetrySettingError

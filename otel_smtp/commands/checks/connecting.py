@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from typing import Final
 
 from otel_smtp.commands.checks.findings import TIMEOUT_SECONDS
-from otel_smtp.observer import Endpoint
+from otel_smtp.observing import Endpoint
 from otel_smtp.telemetry.redaction import clean
 
 _LINE_OCTETS: Final = 64 * 1024

@@ -16,7 +16,7 @@ from otel_smtp.commands.checks.findings import TIMEOUT_SECONDS, Finding
 from otel_smtp.config import Listener, Settings
 from otel_smtp.config.values import is_local, literal_address
 from otel_smtp.gateway.ports import bind
-from otel_smtp.observer import Endpoint
+from otel_smtp.observing import Endpoint
 from otel_smtp.smtp.states import TlsMode
 
 # RFC 2606 2: no such domain exists, should a server accept the recipient.

@@ -2,6 +2,7 @@
 
 import asyncio
 import ssl
+from collections.abc import Sequence
 from typing import Final
 
 from otel_smtp.commands.checks.connecting import reason
@@ -10,46 +11,32 @@ from otel_smtp.config.values import is_local, size_text
 from otel_smtp.forwarding.faults import UpstreamFault
 from otel_smtp.forwarding.settings import UpstreamSettings
 from otel_smtp.forwarding.smarthost import Smarthost
-from otel_smtp.observer import DeliveryObserver, DeliveryPhase, Endpoint, TlsInfo
+from otel_smtp.net import Sweep
+from otel_smtp.observing import DeliveryPhase
 from otel_smtp.smtp.client import Extensions
-from otel_smtp.smtp.replies import Reply
 from otel_smtp.smtp.states import TlsMode
 
 # A server may delay its greeting on purpose, against spam.
 _TIMEOUT_SECONDS: Final = 15.0
-_NOT_CONNECTED: Final = (None, DeliveryPhase.POOL)
-
-
-class _Phases(DeliveryObserver):
-    """Records how far a connection got."""
-
-    def __init__(self) -> None:
-        self.last: DeliveryPhase | None = None
-        self.peer = ""
-        self.tls: TlsInfo | None = None
-
-    def phase(self, phase: DeliveryPhase, reply: Reply | None = None) -> None:
-        self.last = phase
-
-    def connected(self, peer: Endpoint, tls: TlsInfo | None) -> None:
-        self.peer, self.tls = str(peer), tls
 
 
 async def check_upstream(settings: UpstreamSettings, hostname: str) -> Finding:
     """Connect as for a mail, with TLS and AUTH, and report what the upstream offers."""
     where = str(settings.endpoint)
     subject = f"upstream {where}" if settings.name == where else f"upstream {settings.name} {where}"
-    phases = _Phases()
+    phases: list[DeliveryPhase] = []
     try:
-        smarthost = Smarthost(settings, hostname)
+        smarthost = Smarthost(settings, hostname, Sweep())
     except OSError as error:
         return Finding("failed", subject, f"its TLS files cannot be used: {reason(error)}")
     try:
         async with asyncio.timeout(_TIMEOUT_SECONDS):
-            connection, _ = await smarthost.acquire(phases)
+            connection = await smarthost.connect(lambda phase, reply: phases.append(phase))
+            stream = connection.stream
+            peer, tls = str(stream.peer), stream.tls
             smarthost.release(connection, answered=True)
             smarthost.close()
-            await connection.stream.wait_closed()
+            await stream.wait_closed()
     except TimeoutError:
         return Finding("failed", subject, f"no answer within {_TIMEOUT_SECONDS:g} s, {_after(phases)}")
     except UpstreamFault as fault:
@@ -57,15 +44,13 @@ async def check_upstream(settings: UpstreamSettings, hostname: str) -> Finding:
         cause = fault.__cause__
         is_plain = isinstance(cause, OSError) and not isinstance(cause, ssl.SSLError)
         failure = (
-            f"no connection: {reason(cause)}"
-            if cause is not None and is_plain and phases.last in _NOT_CONNECTED
-            else str(fault)
+            f"no connection: {reason(cause)}" if cause is not None and is_plain and not _got_far(phases) else str(fault)
         )
         return Finding("failed", subject, f"{failure}{said}, {_after(phases)}{_hint(fault)}")
     finally:
         smarthost.close()
-    words = [f"answers at {phases.peer}" if phases.peer != str(settings.endpoint) else "answers"]
-    words.append(f"TLS {phases.tls.version}, verified" if phases.tls is not None else "no TLS")
+    words = [f"answers at {peer}" if peer != str(settings.endpoint) else "answers"]
+    words.append(f"TLS {tls.version}, verified" if tls is not None else "no TLS")
     if settings.credentials is not None:
         words.append(f"logged in as {settings.credentials.username}")
     words.append(f"offers {_offered(connection.extensions)}")
@@ -82,8 +67,13 @@ def _hint(fault: UpstreamFault) -> str:
     return ""
 
 
-def _after(phases: _Phases) -> str:
-    return f"after {phases.last}" if phases.last not in _NOT_CONNECTED else "before a connection"
+def _after(phases: Sequence[DeliveryPhase]) -> str:
+    return f"after {phases[-1]}" if _got_far(phases) else "before a connection"
+
+
+def _got_far(phases: Sequence[DeliveryPhase]) -> bool:
+    """Whether there was a connection."""
+    return any(phase is not DeliveryPhase.POOL for phase in phases)
 
 
 def _offered(extensions: Extensions) -> str:

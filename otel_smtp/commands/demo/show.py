@@ -16,7 +16,7 @@ from otel_smtp.commands.terminal.waterfall import ASCII, UNICODE, waterfall
 from otel_smtp.config import Flag, Settings, load
 from otel_smtp.gateway import Gateway
 from otel_smtp.gateway.ports import bind
-from otel_smtp.observer import Endpoint
+from otel_smtp.observing import Endpoint
 
 # A trace is drawn when its connection has ended, which is when the visit has.
 _PATIENCE_SECONDS: Final = 20.0

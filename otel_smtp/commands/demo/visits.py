@@ -10,7 +10,7 @@ from email.utils import format_datetime, make_msgid
 from typing import Final
 
 from otel_smtp.commands.demo.upstream import REFUSED_ADDRESS
-from otel_smtp.observer import Endpoint
+from otel_smtp.observing import Endpoint
 
 # All of it happens on this machine; anything slower has failed.
 _PATIENCE_SECONDS: Final = 20.0

@@ -11,7 +11,7 @@ import pytest
 from otel_smtp.commands.checks.findings import Finding
 from otel_smtp.commands.checks.listeners import check_listeners, check_status
 from otel_smtp.config import Status, load
-from otel_smtp.observer import Endpoint
+from otel_smtp.observing import Endpoint
 from tests.commands.checks.talker import Talker
 
 

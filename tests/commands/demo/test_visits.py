@@ -9,7 +9,7 @@ import pytest_asyncio
 from otel_smtp.commands.demo.show import default_addresses
 from otel_smtp.commands.demo.upstream import KeepingForwarder, KeepingUpstream
 from otel_smtp.commands.demo.visits import VISITS, Visit, VisitFailed, accepted
-from otel_smtp.observer import Endpoint
+from otel_smtp.observing import Endpoint
 
 
 @pytest_asyncio.fixture

@@ -1,5 +1,10 @@
 """The stream port: octets to and from a peer, over asyncio's or uvloop's transports.
 
+A stream is read in one of two ways. While it has a `receiver`, octets are *pushed*: the receiver is called with what
+arrived, in the call in which the transport delivers it. That is the mail path: no task, no future, no timer. Without a
+receiver octets are *pulled* by the coroutine `read`; what waits for long or comes seldom is written so (PROXY headers,
+TLS handshakes, greeting and AUTH towards an upstream). `receive_by` switches, and hands over what had arrived.
+
 `Stream` is all that server and upstream know of the network. It is a `BufferedProtocol` on purpose: asyncio's plain
 protocols allocate 256 KiB for each read and give it back at once, which costs one mmap, mremap and munmap a read and a
 third of the rate. Here the whole process reads into one buffer and copies out what arrived.
@@ -8,7 +13,8 @@ Three rules:
 
 * Memory is bounded: reading pauses while more than `HIGH_WATER_OCTETS` are unread, `drain` waits while more than that
   are unsent.
-* Time is bounded: `deadline` holds for reads, `drain` and `start_tls` take theirs, `close` gives unsent octets
+* Time is bounded: `deadline` holds for pulled reads (a receiver keeps its own, see `sweep`), `drain` and `start_tls`
+  take theirs, `close` gives unsent octets
   `LINGER_SECONDS`, `close_gently` gives the peer `READ_OFF_SECONDS`. Moving the deadline costs next to nothing: one
   timer re-arms itself when it fires early.
 * A Stream has one owner: one task reads, one drains. Nothing here retries.
@@ -17,17 +23,14 @@ Not here: which octets may be read before TLS. That is for the protocol engines,
 """
 
 import asyncio
-import errno
-import ipaddress
-import os
-import socket
+import select
 import ssl
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from itertools import chain, zip_longest
-from typing import Any, Final, cast
+from typing import Any, Final, Protocol, cast
 
-from otel_smtp.observer import Endpoint, TlsInfo
+from otel_smtp.net.endpoints import endpoint
+from otel_smtp.observing.values import Endpoint, TlsInfo
 
 RECEIVE_BUFFER_OCTETS: Final = 256 * 1024  # what asyncio itself asks of one recv
 HIGH_WATER_OCTETS: Final = 256 * 1024  # unread, or unsent: beyond, the faster side waits
@@ -37,14 +40,25 @@ LINGER_SECONDS: Final = 10.0  # for the last reply to leave, when the peer does 
 READ_OFF_SECONDS: Final = 2.0  # for a peer that is still sending to read our last reply and to end
 READ_OFF_OCTETS: Final = 1024 * 1024  # more than sockets' buffers hold on their way to us by default
 TLS_SHUTDOWN_SECONDS: Final = 2.0  # for the peer's close_notify; few peers send one
-HAPPY_EYEBALLS_SECONDS: Final = 0.25  # RFC 8305 5: "Connection Attempt Delay"
-BACKLOG: Final = 1024  # cut by net.core.somaxconn; a burst must not meet refused connections
-# asyncio accepts as many connections as its backlog is long before it serves one of them. Those that are refused at
-# once would be open all together, and 300 at once take all files of a process that may open 256.
-ACCEPTS_AT_ONCE: Final = 4
 CLOCK_SLACK_SECONDS: Final = 0.002  # uvloop's timers count whole milliseconds
 
 _RECEIVE_BUFFER: Final = memoryview(bytearray(RECEIVE_BUFFER_OCTETS))
+
+
+class Receiver(Protocol):
+    """Takes what arrives on a stream, on the event loop. It must not raise."""
+
+    def data_received(self, data: bytes) -> None:
+        """Some octets, at least one."""
+        ...
+
+    def input_ended(self) -> None:
+        """Nothing more will arrive: the peer has sent its end of stream, or the connection is lost. Called once."""
+        ...
+
+    def writing_resumed(self) -> None:
+        """Less than `LOW_WATER_OCTETS` are unsent, after `is_write_paused` was true; or the connection is lost."""
+        ...
 
 
 class Stream(asyncio.BufferedProtocol):
@@ -61,6 +75,8 @@ class Stream(asyncio.BufferedProtocol):
         octets_received, octets_sent: of the application: TLS is not counted.
         is_eof: nothing more will arrive: the peer has sent its end of stream, or the connection is lost.
         is_lost: the transport is gone.
+        receiver: see the head of the module; set it by `receive_by`.
+        is_write_paused: more than `HIGH_WATER_OCTETS` are unsent: give it no more.
         on_lost: called once, when `is_eof` becomes true; for whoever keeps a connection and does not read from it.
     """
 
@@ -83,14 +99,15 @@ class Stream(asyncio.BufferedProtocol):
         "_transport",
         "_unread",
         "_water_pauses",
-        "_write_paused",
         "is_eof",
         "is_lost",
+        "is_write_paused",
         "local",
         "octets_received",
         "octets_sent",
         "on_lost",
         "peer",
+        "receiver",
         "tls",
     )
 
@@ -114,7 +131,7 @@ class Stream(asyncio.BufferedProtocol):
         self._ration = 0  # octets to take from the kernel at once, then pause; 0: all there are
         self._owner_pauses = False
         self._water_pauses = False
-        self._write_paused = False
+        self.is_write_paused = False
         self._is_tls = False
         self._loss: Exception | None = None
         self.tls: TlsInfo | None = None
@@ -123,6 +140,7 @@ class Stream(asyncio.BufferedProtocol):
         self.is_eof = False
         self.is_lost = False
         self.on_lost: Callable[[], None] | None = None
+        self.receiver: Receiver | None = None
 
     def __repr__(self) -> str:
         ends = f"{self.local} <-> {self.peer}" if self._transport is not None else "not connected"
@@ -130,6 +148,20 @@ class Stream(asyncio.BufferedProtocol):
         return f"<Stream {ends} {state}>"
 
     # Reading ----------------------------------------------------------------------------------------------
+
+    def receive_by(self, receiver: Receiver | None) -> None:
+        """Push what arrives to `receiver` from now on, what has arrived already at once; None: back to `read`.
+
+        `input_ended` is called at once, too, where the input had ended before.
+        """
+        self.receiver = receiver
+        if receiver is None:
+            return
+        self._stop_timer()
+        if self._chunks:
+            receiver.data_received(self.take_pending())
+        if self.is_eof and self.receiver is receiver:
+            receiver.input_ended()
 
     @property
     def deadline(self) -> float | None:
@@ -204,6 +236,17 @@ class Stream(asyncio.BufferedProtocol):
             self._unread += len(data) - octets
         return data[:octets]
 
+    def has_input(self) -> bool:
+        """Whether octets, or the end of the stream, have arrived: here, or in clear with the kernel."""
+        if self._chunks or self.is_eof:
+            return True
+        sock = None if self._transport is None else self._transport.get_extra_info("socket")
+        if sock is None or self._is_tls or sock.fileno() < 0:
+            return False
+        poll = select.poll()
+        poll.register(sock.fileno(), select.POLLIN)
+        return bool(poll.poll(0))
+
     @property
     def has_unread(self) -> bool:
         """Whether octets have arrived that were not read."""
@@ -237,7 +280,7 @@ class Stream(asyncio.BufferedProtocol):
         """
         if self.is_lost:
             raise self._connection_error()
-        if not self._write_paused:
+        if not self.is_write_paused:
             return
         if self._drained is not None:
             raise RuntimeError("two tasks drain one stream")
@@ -381,8 +424,8 @@ class Stream(asyncio.BufferedProtocol):
         """Take the transport, and tell who waits for the connection."""
         self._transport = cast("asyncio.Transport", transport)
         self._transport.set_write_buffer_limits(high=HIGH_WATER_OCTETS, low=LOW_WATER_OCTETS)
-        self.peer = _endpoint(transport.get_extra_info("peername"))
-        self.local = _endpoint(transport.get_extra_info("sockname"))
+        self.peer = endpoint(transport.get_extra_info("peername"))
+        self.local = endpoint(transport.get_extra_info("sockname"))
         if self._on_connected is not None:
             self._on_connected(self)
 
@@ -391,7 +434,12 @@ class Stream(asyncio.BufferedProtocol):
         return _RECEIVE_BUFFER[: self._ration] if self._ration else _RECEIVE_BUFFER
 
     def buffer_updated(self, nbytes: int) -> None:
-        """Copy out what arrived, and wake the reader."""
+        """Copy out what arrived; give it to the receiver, or keep it and wake the reader."""
+        receiver = self.receiver
+        if receiver is not None:
+            self.octets_received += nbytes
+            receiver.data_received(bytes(_RECEIVE_BUFFER[:nbytes]))
+            return
         self._chunks.append(bytes(_RECEIVE_BUFFER[:nbytes]))
         self.octets_received += nbytes
         self._unread += nbytes
@@ -420,17 +468,22 @@ class Stream(asyncio.BufferedProtocol):
             self._drained.set_exception(self._connection_error())
         if self._closed is not None and not self._closed.done():
             self._closed.set_result(None)
+        was_paused, self.is_write_paused = self.is_write_paused, False
         self._end_of_input()
+        if was_paused and self.receiver is not None:
+            self.receiver.writing_resumed()
 
     def pause_writing(self) -> None:
         """More than the high-water mark is unsent."""
-        self._write_paused = True
+        self.is_write_paused = True
 
     def resume_writing(self) -> None:
         """Less than the low-water mark is unsent."""
-        self._write_paused = False
+        self.is_write_paused = False
         if self._drained is not None and not self._drained.done():
             self._drained.set_result(None)
+        if self.receiver is not None:
+            self.receiver.writing_resumed()
 
     # ------------------------------------------------------------------------------------------------------
 
@@ -440,6 +493,8 @@ class Stream(asyncio.BufferedProtocol):
             self._wake_reader()
             if self.on_lost is not None:
                 self.on_lost()
+            if self.receiver is not None:
+                self.receiver.input_ended()
 
     def _wake_reader(self) -> None:
         if self._reader is not None and not self._reader.done():
@@ -489,243 +544,6 @@ def _deliver(transport: asyncio.Transport, data: bytes) -> None:
         buffer[: len(piece)] = piece
         layer.buffer_updated(len(piece))
         data = data[len(piece) :]
-
-
-# Opening ------------------------------------------------------------------------------------------------------
-
-
-async def connect(
-    host: str,
-    port: int,
-    *,
-    timeout_seconds: float,
-    context: ssl.SSLContext | None = None,
-    server_hostname: str | None = None,
-) -> Stream:
-    """Connect by TCP, to whichever address of `host` answers first; under TLS where a `context` is given.
-
-    Addresses are tried in the resolver's order, families interleaved, the next one as soon as one fails or after
-    `HAPPY_EYEBALLS_SECONDS` (RFC 8305). Done here since uvloop has no such option.
-
-    Args:
-        timeout_seconds: for name, connection and handshake together.
-        server_hostname: the name that the certificate must have; `host` where None.
-
-    Raises:
-        OSError: no address could be had, or none connected; ConnectionError among them.
-        ssl.SSLError: the handshake failed.
-        TimeoutError: all together took too long.
-    """
-    loop = asyncio.get_running_loop()
-    end = loop.time() + timeout_seconds
-    async with asyncio.timeout(timeout_seconds):
-        connected = await _race(await _resolve(host, port))
-        try:
-            _, stream = await loop.create_connection(Stream, sock=connected)
-        except BaseException:
-            connected.close()
-            raise
-    if context is not None:
-        await stream.start_tls(
-            context,
-            server_side=False,
-            server_hostname=server_hostname or host,
-            timeout_seconds=max(0.0, end - loop.time()),
-        )
-    return stream
-
-
-async def connect_unix(path: str, *, timeout_seconds: float) -> Stream:
-    """Connect to the unix socket at `path`.
-
-    Raises:
-        OSError: nobody listens there; TimeoutError among them.
-    """
-    async with asyncio.timeout(timeout_seconds):
-        _, stream = await asyncio.get_running_loop().create_unix_connection(Stream, path)
-    return stream
-
-
-_Address = tuple[socket.AddressFamily, Any]
-
-
-async def _resolve(host: str, port: int) -> Sequence[_Address]:
-    """The addresses of `host`, families interleaved, the resolver's favourite first (RFC 8305 4)."""
-    with suppress(ValueError):  # a literal needs no resolver and no thread
-        address = ipaddress.ip_address(host)
-        if address.version == 4:
-            return [(socket.AF_INET, (host, port))]
-        if not getattr(address, "scope_id", None):
-            return [(socket.AF_INET6, (host, port, 0, 0))]
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    by_family: dict[socket.AddressFamily, list[_Address]] = {}
-    for family, _, _, _, address_of_family in found:
-        by_family.setdefault(family, []).append((family, address_of_family))
-    return [address for address in chain.from_iterable(zip_longest(*by_family.values())) if address is not None]
-
-
-async def _connect_socket(address: _Address) -> socket.socket:
-    family, where = address
-    connecting = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        connecting.setblocking(False)
-        _set_no_delay(connecting)
-        await asyncio.get_running_loop().sock_connect(connecting, where)
-    except BaseException:
-        connecting.close()
-        raise
-    return connecting
-
-
-async def _race(addresses: Sequence[_Address]) -> socket.socket:
-    """The first of `addresses` that connects; what else is on its way is closed."""
-    if len(addresses) == 1:
-        return await _connect_socket(addresses[0])
-    left = list(addresses)
-    running: set[asyncio.Task[socket.socket]] = set()
-    winner: socket.socket | None = None
-    failures: list[OSError] = []
-    try:
-        while winner is None and (left or running):
-            if left:
-                running.add(asyncio.ensure_future(_connect_socket(left.pop(0))))
-            done, running = await asyncio.wait(
-                running, timeout=HAPPY_EYEBALLS_SECONDS if left else None, return_when=asyncio.FIRST_COMPLETED
-            )
-            for attempt in done:
-                error = attempt.exception()
-                if isinstance(error, OSError):
-                    failures.append(error)
-                elif error is not None:
-                    raise error
-                elif winner is None:
-                    winner = attempt.result()
-                else:
-                    attempt.result().close()
-    finally:
-        for attempt in running:
-            attempt.cancel()
-            attempt.add_done_callback(_close_late)
-    if winner is None:
-        raise failures[0] if failures else OSError(errno.EADDRNOTAVAIL, "the name has no address")
-    return winner
-
-
-def _close_late(attempt: "asyncio.Task[socket.socket]") -> None:
-    """Close the socket of an attempt that won after the race was over; take note of its error, if any."""
-    if not attempt.cancelled() and attempt.exception() is None:
-        attempt.result().close()
-
-
-# Listening ----------------------------------------------------------------------------------------------------
-
-
-class Listener:
-    """What `listen` opened.
-
-    Attributes:
-        addresses: where it listens, with the ports that the kernel chose.
-    """
-
-    __slots__ = ("_server", "_unix", "addresses")
-
-    def __init__(self, server: asyncio.Server, addresses: Sequence[Endpoint], unix: tuple[str, int] | None) -> None:
-        self._server = server
-        self._unix = unix  # path and inode
-        self.addresses = tuple(addresses)
-
-    def __repr__(self) -> str:
-        return f"<Listener {', '.join(map(str, self.addresses))}>"
-
-    def close(self) -> None:
-        """Stop accepting; connections live on. A unix socket's path is removed if it is still ours. Idempotent."""
-        self._server.close()
-        if self._unix is not None:
-            path, inode = self._unix
-            self._unix = None
-            # A successor may have put its own socket there already.
-            with suppress(OSError):
-                if os.stat(path).st_ino == inode:
-                    os.unlink(path)
-
-
-async def listen(
-    on_connection: Callable[[Stream], None],
-    *,
-    host: str | None = None,
-    port: int = 0,
-    path: str | None = None,
-    sock: socket.socket | None = None,
-    reuse_port: bool = False,
-    backlog: int = BACKLOG,
-) -> Listener:
-    """Listen at `host` and `port`, at the unix socket `path`, or on the bound socket `sock`: one of the three.
-
-    Args:
-        on_connection: called with each stream at accept, synchronously, before anything was read from it. It keeps
-            the stream. Implicit TLS is its caller's: `start_tls` at once; what the client sent meanwhile is not lost
-            if `pause_reading` is called first.
-        port: 0: the kernel chooses; see `Listener.addresses`.
-        reuse_port: several processes share the port (SO_REUSEPORT).
-
-    Raises:
-        OSError: the address cannot be had.
-    """
-    loop = asyncio.get_running_loop()
-
-    def factory() -> Stream:
-        return Stream(on_connection)
-
-    unix: tuple[str, int] | None = None
-    if path is not None:
-        # A socket file that a killed process left behind is removed by the loop, any other file is not.
-        server = await loop.create_unix_server(factory, path, backlog=ACCEPTS_AT_ONCE)
-        unix = (path, os.stat(path).st_ino)
-    elif sock is not None:
-        server = await loop.create_server(factory, sock=sock, backlog=ACCEPTS_AT_ONCE)
-    else:
-        server = await loop.create_server(factory, host, port, reuse_port=reuse_port or None, backlog=ACCEPTS_AT_ONCE)
-    for listening in server.sockets:
-        # How many wait in the kernel is another matter.
-        with socket.socket(fileno=os.dup(listening.fileno())) as same:
-            same.listen(backlog)
-    return Listener(server, [_endpoint(listening.getsockname()) for listening in server.sockets], unix)
-
-
-_EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
-
-
-def is_accept_exhausted(context: Mapping[str, Any]) -> bool:
-    """Whether an event loop's exception handler was called because accept ran out of descriptors or memory.
-
-    The loop goes on by itself after a second and reports each time: worth counting, and one log line in a while.
-
-    Args:
-        context: as `loop.set_exception_handler` hands it over.
-    """
-    error = context.get("exception")
-    return isinstance(error, OSError) and error.errno in _EXHAUSTED
-
-
-# ------------------------------------------------------------------------------------------------------------------
-
-
-def _set_no_delay(sock: socket.socket) -> None:
-    """Switch Nagle's algorithm off: with the peer's delayed ACK it costs 40 ms a group of commands."""
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-
-def _endpoint(name: Any) -> Endpoint:
-    """What getpeername and getsockname say, as an Endpoint; IPv4 seen through an IPv6 socket is IPv4."""
-    match name:
-        case (str(host), int(port), *_):
-            return Endpoint(host.removeprefix("::ffff:") if "." in host else host, port)
-        case str():
-            return Endpoint(name)
-        case bytes():  # Linux's abstract namespace
-            return Endpoint(os.fsdecode(name).replace("\0", "@"))
-        case _:
-            return Endpoint("")
 
 
 def _tls_info(tls: ssl.SSLObject, server_name: str | None) -> TlsInfo:

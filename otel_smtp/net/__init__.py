@@ -1,0 +1,18 @@
+"""The network: streams over asyncio's or uvloop's transports, connecting, listening, and the look at the clock."""
+
+from otel_smtp.net.connecting import connect, connect_unix
+from otel_smtp.net.listening import Listener, is_accept_exhausted, listen
+from otel_smtp.net.stream import CLOCK_SLACK_SECONDS, Receiver, Stream
+from otel_smtp.net.sweep import Sweep
+
+__all__ = [
+    "CLOCK_SLACK_SECONDS",
+    "Listener",
+    "Receiver",
+    "Stream",
+    "Sweep",
+    "connect",
+    "connect_unix",
+    "is_accept_exhausted",
+    "listen",
+]

@@ -1,0 +1,19 @@
+"""Socket names as endpoints."""
+
+import os
+from typing import Any
+
+from otel_smtp.observing.values import Endpoint
+
+
+def endpoint(name: Any) -> Endpoint:
+    """What getpeername and getsockname say, as an Endpoint; IPv4 seen through an IPv6 socket is IPv4."""
+    match name:
+        case (str(host), int(port), *_):
+            return Endpoint(host.removeprefix("::ffff:") if "." in host else host, port)
+        case str():
+            return Endpoint(name)
+        case bytes():  # Linux's abstract namespace
+            return Endpoint(os.fsdecode(name).replace("\0", "@"))
+        case _:
+            return Endpoint("")

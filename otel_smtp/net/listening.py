@@ -1,0 +1,105 @@
+"""Sockets that we listen at."""
+
+import asyncio
+import errno
+import os
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, Final
+
+from otel_smtp.net.endpoints import endpoint
+from otel_smtp.net.stream import Stream
+from otel_smtp.observing.values import Endpoint
+
+BACKLOG: Final = 1024  # cut by net.core.somaxconn; a burst must not meet refused connections
+# asyncio accepts as many connections as its backlog is long before it serves one of them. Those that are refused at
+# once would be open all together, and 300 at once take all files of a process that may open 256.
+ACCEPTS_AT_ONCE: Final = 4
+
+
+class Listener:
+    """What `listen` opened.
+
+    Attributes:
+        addresses: where it listens, with the ports that the kernel chose.
+    """
+
+    __slots__ = ("_server", "_unix", "addresses")
+
+    def __init__(self, server: asyncio.Server, addresses: Sequence[Endpoint], unix: tuple[str, int] | None) -> None:
+        self._server = server
+        self._unix = unix  # path and inode
+        self.addresses = tuple(addresses)
+
+    def __repr__(self) -> str:
+        return f"<Listener {', '.join(map(str, self.addresses))}>"
+
+    def close(self) -> None:
+        """Stop accepting; connections live on. A unix socket's path is removed if it is still ours. Idempotent."""
+        self._server.close()
+        if self._unix is not None:
+            path, inode = self._unix
+            self._unix = None
+            # A successor may have put its own socket there already.
+            with suppress(OSError):
+                if os.stat(path).st_ino == inode:
+                    os.unlink(path)
+
+
+async def listen(
+    on_connection: Callable[[Stream], None],
+    *,
+    host: str | None = None,
+    port: int = 0,
+    path: str | None = None,
+    sock: socket.socket | None = None,
+    reuse_port: bool = False,
+    backlog: int = BACKLOG,
+) -> Listener:
+    """Listen at `host` and `port`, at the unix socket `path`, or on the bound socket `sock`: one of the three.
+
+    Args:
+        on_connection: called with each stream at accept, synchronously, before anything was read from it. It keeps
+            the stream. Implicit TLS is its caller's: `start_tls` at once; what the client sent meanwhile is not lost
+            if `pause_reading` is called first.
+        port: 0: the kernel chooses; see `Listener.addresses`.
+        reuse_port: several processes share the port (SO_REUSEPORT).
+
+    Raises:
+        OSError: the address cannot be had.
+    """
+    loop = asyncio.get_running_loop()
+
+    def factory() -> Stream:
+        return Stream(on_connection)
+
+    unix: tuple[str, int] | None = None
+    if path is not None:
+        # A socket file that a killed process left behind is removed by the loop, any other file is not.
+        server = await loop.create_unix_server(factory, path, backlog=ACCEPTS_AT_ONCE)
+        unix = (path, os.stat(path).st_ino)
+    elif sock is not None:
+        server = await loop.create_server(factory, sock=sock, backlog=ACCEPTS_AT_ONCE)
+    else:
+        server = await loop.create_server(factory, host, port, reuse_port=reuse_port or None, backlog=ACCEPTS_AT_ONCE)
+    for listening in server.sockets:
+        # How many wait in the kernel is another matter.
+        with socket.socket(fileno=os.dup(listening.fileno())) as same:
+            same.listen(backlog)
+    return Listener(server, [endpoint(listening.getsockname()) for listening in server.sockets], unix)
+
+
+_EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+
+
+def is_accept_exhausted(context: Mapping[str, Any]) -> bool:
+    """Whether an event loop's exception handler was called because accept ran out of descriptors or memory.
+
+    The loop goes on by itself after a second and reports each time: worth counting, and one log line in a while.
+
+    Args:
+        context: as `loop.set_exception_handler` hands it over.
+    """
+    error = context.get("exception")
+    return isinstance(error, OSError) and error.errno in _EXHAUSTED

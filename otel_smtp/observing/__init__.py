@@ -1,0 +1,30 @@
+"""What is observed, who observes, and how one observation reaches several observers."""
+
+from otel_smtp.observing.fan_out import FanOut, fan_out
+from otel_smtp.observing.interface import HOOKS, Observer, StateCallback
+from otel_smtp.observing.records import ConnectionRecord, DeliveryRecord, TransactionRecord
+from otel_smtp.observing.values import (
+    ConnectionInfo,
+    DeliveryPhase,
+    Endpoint,
+    Outcome,
+    TlsInfo,
+    TraceHeaders,
+)
+
+__all__ = [
+    "HOOKS",
+    "ConnectionInfo",
+    "ConnectionRecord",
+    "DeliveryPhase",
+    "DeliveryRecord",
+    "Endpoint",
+    "FanOut",
+    "Observer",
+    "Outcome",
+    "StateCallback",
+    "TlsInfo",
+    "TraceHeaders",
+    "TransactionRecord",
+    "fan_out",
+]

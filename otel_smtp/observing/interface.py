@@ -1,0 +1,77 @@
+"""Who observes: the one interface, `Observer`. Every hook is defined here and nowhere else; `fan_out` reads it here.
+
+A hook either *tells* (it returns None) or *asks* (it returns something, and the first answer that is not empty holds).
+Hooks are called on the event loop, so they neither block nor wait. Whatever one raises is logged once, and that
+observer is dropped; mail is unaffected.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from otel_smtp.observing.records import ConnectionRecord, DeliveryRecord, TransactionRecord
+from otel_smtp.observing.values import ConnectionInfo
+from otel_smtp.smtp.states import Transition
+
+
+class Observer:
+    """Everything that happens in one gateway process. Override what is of interest; the rest costs nothing."""
+
+    def connection_opened(self, connection: ConnectionRecord) -> None:
+        """A socket was accepted; nothing has been recorded of it yet."""
+
+    def connection_refused(self, reason: str) -> None:
+        """A connection was refused at accept; `reason` comes from a closed set (capacity, client_limit, ...)."""
+
+    def conn_state(self, connection: ConnectionRecord, transition: Transition) -> None:
+        """The connection entered a state; called before the client can see the reply that goes with it.
+
+        For those who need each transition at once. All others find them in `ConnectionRecord.transitions`.
+        """
+
+    def segment_ended(self, connection: ConnectionRecord) -> None:
+        """The connection goes on, and its record begins a new segment when all observers have seen this one."""
+
+    def connection_closed(self, connection: ConnectionRecord) -> None:
+        """The transport is gone: the last call for this connection. Its last segment is in the record."""
+
+    def transaction_ended(self, transaction: TransactionRecord) -> None:
+        """A transaction is over; called before the client can see its final reply.
+
+        Its deliveries are in the record. One that is still under way (the client is gone, and the upstream's answer is
+        awaited for the record) is told by `delivery_ended`.
+        """
+
+    def delivery_ended(self, delivery: DeliveryRecord) -> None:
+        """An attempt is over whose transaction had ended before: one from the spool, or whose client is gone."""
+
+    def trace_id(self, transaction: TransactionRecord) -> str | None:
+        """The trace id that people are shown, 32 hexadecimal digits; asked once the header block has been read, or
+        when there will be none. None where there is no trace."""
+        return None
+
+    def carrier(self, transaction: TransactionRecord) -> Mapping[str, str]:
+        """The transaction's trace context as headers, for what outlives it (the spool); empty where none."""
+        return {}
+
+    def delivery_carrier(self, delivery: DeliveryRecord) -> Mapping[str, str]:
+        """Trace headers for the message that this attempt relays; empty where there is no trace."""
+        return {}
+
+
+HOOKS: Final[Mapping[str, bool]] = {
+    name: inspect.signature(hook).return_annotation is not None
+    for name, hook in vars(Observer).items()
+    if not name.startswith("_")
+}
+"""The hooks by name, and whether each asks."""
+
+
+class StateCallback(Observer):
+    """A user's `conn_state` callback as an observer: called with the connection and each transition."""
+
+    def __init__(self, callback: Callable[[ConnectionInfo, Transition], None]) -> None:
+        self._callback = callback
+
+    def conn_state(self, connection: ConnectionRecord, transition: Transition) -> None:
+        self._callback(connection.info, transition)

@@ -1,0 +1,303 @@
+"""The records of what happens: one per connection, per transaction and per delivery attempt.
+
+While a mail is under way, the session and the forwarder write its facts into these records, as plain attributes and
+entries of lists. Observers get a record when it is complete and interpret it then; that is what makes observing cheap.
+A record is written by its owner alone (the session its connection and transactions, the forwarder its deliveries).
+Observers only read, but for the two slots that are theirs: `trace` and `counted`.
+
+Times are nanoseconds of the monotonic clock. `wall_offset_ns` added to one gives nanoseconds since the epoch; it is
+taken once per connection, so that the order of times is the order of what happened.
+
+Everything that a peer can make grow is bounded here: refused recipients and phases by the constants below, transitions
+and replies by the segments into which the session cuts them.
+"""
+
+import time
+from collections.abc import Mapping
+from typing import Any, Final
+
+from otel_smtp.observing.values import (
+    ConnectionInfo,
+    DeliveryPhase,
+    Endpoint,
+    Outcome,
+    TlsInfo,
+    TraceHeaders,
+)
+from otel_smtp.smtp.envelope import Mail, Recipient
+from otel_smtp.smtp.replies import ErrorType, Reply
+from otel_smtp.smtp.states import CloseReason, Transition
+
+# Beyond this the number says enough; each is one event of a span.
+MOST_REFUSED: Final = 50
+# An attempt has about ten phases beside those of its recipients.
+MOST_PHASES: Final = 64
+
+
+class ConnectionRecord:
+    """One client connection.
+
+    Attributes:
+        info: its identity from accept on.
+        client, server: the two ends as the client sees them: those of `info`, or what a believed PROXY header named.
+        opened_ns, wall_offset_ns: see the head of the module.
+        hello_verb, hello_name: the last EHLO, HELO or LHLO that was accepted, as the peer said it; "" before.
+        tls: what the handshake agreed on; None in clear.
+        user: who AUTH said the client is; None before. `auth_mechanism`: of the last attempt, good or bad.
+        messages, errors: messages that got their final reply; replies of 400 and above, and failed handshakes.
+        segment: number of the present segment, from 1. `begun_ns`: when it began.
+        transitions: those of the present segment, the oldest first. Recorded before the client can see the reply
+            that goes with them.
+        replies: of the present segment: the verb that was answered, "other", or None; and the reply.
+        earlier: the last transitions of the segments before, for whoever shows a path.
+        octets_received, octets_sent: of the application, set when the connection is closed.
+        close_reason: None while it is open. `closed_ns`: when it was closed; 0 while it is open.
+        trace: what tracing keeps of the present segment.
+        counted: how many transitions and replies of the present segment the metrics have counted already.
+    """
+
+    __slots__ = (
+        "auth_mechanism",
+        "begun_ns",
+        "client",
+        "close_reason",
+        "closed_ns",
+        "counted",
+        "earlier",
+        "errors",
+        "hello_name",
+        "hello_verb",
+        "info",
+        "messages",
+        "octets_received",
+        "octets_sent",
+        "opened_ns",
+        "replies",
+        "segment",
+        "server",
+        "tls",
+        "trace",
+        "transitions",
+        "user",
+        "wall_offset_ns",
+    )
+
+    def __init__(self, info: ConnectionInfo, opened_ns: int, wall_offset_ns: int) -> None:
+        self.info = info
+        self.client = info.peer
+        self.server = info.local
+        self.opened_ns = self.begun_ns = opened_ns
+        self.wall_offset_ns = wall_offset_ns
+        self.hello_verb = self.hello_name = ""
+        self.tls: TlsInfo | None = None
+        self.user: str | None = None
+        self.auth_mechanism: str | None = None
+        self.messages = 0
+        self.errors = 0
+        self.segment = 1
+        self.transitions: list[Transition] = []
+        self.replies: list[tuple[str | None, Reply]] = []
+        self.earlier: tuple[Transition, ...] = ()
+        self.octets_received = 0
+        self.octets_sent = 0
+        self.close_reason: CloseReason | None = None
+        self.closed_ns = 0
+        self.trace: Any = None
+        self.counted: tuple[int, int] = (0, 0)
+
+    def begin_segment(self, now_ns: int, *, keep: int = 24) -> None:
+        """Leave the present segment behind; observers have been given it.
+
+        Args:
+            keep: how many of its last transitions stay in `earlier`.
+        """
+        self.earlier = (*self.earlier, *self.transitions[-keep:])[-keep:]
+        self.transitions = []
+        self.replies = []
+        self.counted = (0, 0)
+        self.segment += 1
+        self.begun_ns = now_ns
+
+
+class TransactionRecord:
+    """One mail transaction, from MAIL to its final reply; or, from the spool, a message that is attempted later.
+
+    Attributes:
+        connection: None for a message from the spool: its transaction ended long ago.
+        number: from 1 on its connection; 0 for a message from the spool.
+        attempt: at a message from the spool, which this is, from 1; 0 for a client's transaction.
+        accepted: recipients that were accepted. `refused`: the first `MOST_REFUSED` that were not, each with its reply;
+            `refused_count`: all of those.
+        trace_headers: of the header block; None until it has been read. `message_id`: likewise, None where none.
+        octets: of the content, once it is complete.
+        spool_id: under which the message is durable; None where it is not.
+        deliveries: attempts, in the order in which they began.
+        ended_ns: 0 while it is open.
+        outcome, reply, error_type: how it ended; `reply` is what the client was told, None where it was told nothing.
+        carrier: for a message from the spool, the trace context that was stored with it, as headers.
+        is_possible_duplicate: an attempt before may have been taken by an upstream.
+        trace: what tracing keeps of it.
+    """
+
+    __slots__ = (
+        "accepted",
+        "attempt",
+        "begun_ns",
+        "carrier",
+        "connection",
+        "deliveries",
+        "ended_ns",
+        "error_type",
+        "is_possible_duplicate",
+        "mail",
+        "message_id",
+        "number",
+        "octets",
+        "outcome",
+        "refused",
+        "refused_count",
+        "reply",
+        "spool_id",
+        "trace",
+        "trace_headers",
+        "wall_offset_ns",
+    )
+
+    def __init__(
+        self, mail: Mail, number: int, connection: ConnectionRecord | None, begun_ns: int, wall_offset_ns: int
+    ) -> None:
+        self.mail = mail
+        self.number = number
+        self.attempt = 0
+        self.connection = connection
+        self.begun_ns = begun_ns
+        self.wall_offset_ns = wall_offset_ns
+        self.accepted: list[Recipient] = []
+        self.refused: list[tuple[Recipient, Reply]] = []
+        self.refused_count = 0
+        self.trace_headers: TraceHeaders | None = None
+        self.message_id: str | None = None
+        self.octets: int | None = None
+        self.spool_id: str | None = None
+        self.deliveries: list[DeliveryRecord] = []
+        self.ended_ns = 0
+        self.outcome: Outcome | None = None
+        self.reply: Reply | None = None
+        self.error_type: ErrorType | None = None
+        self.carrier: Mapping[str, str] = {}
+        self.is_possible_duplicate = False
+        self.trace: Any = None
+
+    @classmethod
+    def resumed(
+        cls,
+        spool_id: str,
+        carrier: Mapping[str, str],
+        mail: Mail,
+        *,
+        attempt: int = 1,
+        is_possible_duplicate: bool = False,
+    ) -> "TransactionRecord":
+        """The record under which a message from the spool is attempted.
+
+        Args:
+            carrier: what `Observer.carrier` gave when the message was stored.
+            attempt: which this is in the life of the message, from 1; its deliveries have that number.
+        """
+        now_ns = time.monotonic_ns()
+        record = cls(mail, 0, None, now_ns, time.time_ns() - now_ns)
+        record.spool_id = spool_id
+        record.attempt = attempt
+        record.carrier = carrier
+        record.is_possible_duplicate = is_possible_duplicate
+        return record
+
+    def refuse(self, recipient: Recipient, reply: Reply) -> None:
+        """Note a recipient that was not accepted."""
+        self.refused_count += 1
+        if len(self.refused) < MOST_REFUSED:
+            self.refused.append((recipient, reply))
+
+    def end(self, outcome: Outcome, reply: Reply | None, now_ns: int) -> None:
+        """Note how it ended; the observers are to be told by the caller."""
+        self.outcome = outcome
+        self.reply = reply
+        self.error_type = reply.error_type if reply is not None else None
+        self.ended_ns = now_ns
+
+
+class DeliveryRecord:
+    """One attempt at one upstream, from the wait for a connection to the final reply.
+
+    Attributes:
+        upstream, server: its configured name and address.
+        attempt: from 1 within this transaction; the transaction's own number where that is a message from the spool.
+        pool_wait_ns: the wait for a connection; None while none was at hand.
+        is_reused: the connection had served another mail before.
+        peer, tls: the connection that served the attempt; None where none did.
+        phases: (when, which, the upstream's reply where it gave one).
+        round_trips: waits for an answer to something that was sent.
+        ended_ns: 0 while it is under way.
+        outcome, error_type: how it ended. `reply`: the upstream's own final reply, None where it gave none.
+        trace: what tracing keeps of it.
+    """
+
+    __slots__ = (
+        "attempt",
+        "begun_ns",
+        "ended_ns",
+        "error_type",
+        "is_reused",
+        "outcome",
+        "peer",
+        "phases",
+        "pool_wait_ns",
+        "reply",
+        "round_trips",
+        "server",
+        "tls",
+        "trace",
+        "transaction",
+        "upstream",
+    )
+
+    def __init__(
+        self, transaction: TransactionRecord, upstream: str, server: Endpoint, attempt: int, begun_ns: int
+    ) -> None:
+        self.transaction = transaction
+        self.upstream = upstream
+        self.server = server
+        self.attempt = transaction.attempt or attempt
+        self.begun_ns = begun_ns
+        self.pool_wait_ns: int | None = None
+        self.is_reused = False
+        self.peer: Endpoint | None = None
+        self.tls: TlsInfo | None = None
+        self.phases: list[tuple[int, DeliveryPhase, Reply | None]] = []
+        self.round_trips = 0
+        self.ended_ns = 0
+        self.outcome: Outcome | None = None
+        self.reply: Reply | None = None
+        self.error_type: ErrorType | None = None
+        self.trace: Any = None
+
+    def recipient_phase(self, now_ns: int, reply: Reply) -> None:
+        """Note the answer to a recipient.
+
+        A thousand recipients are not a thousand phases: of answers alike in a row the last stands for all, and beyond
+        `MOST_PHASES` for those that differ too.
+        """
+        phases = self.phases
+        if phases and phases[-1][1] is DeliveryPhase.RCPT:
+            before = phases[-1][2]
+            if len(phases) >= MOST_PHASES or (before is not None and before.code == reply.code):
+                phases[-1] = (now_ns, DeliveryPhase.RCPT, reply)
+                return
+        phases.append((now_ns, DeliveryPhase.RCPT, reply))
+
+    def end(self, outcome: Outcome, reply: Reply | None, error_type: ErrorType | None, now_ns: int) -> None:
+        """Note how it ended."""
+        self.outcome = outcome
+        self.reply = reply
+        self.error_type = error_type
+        self.ended_ns = now_ns

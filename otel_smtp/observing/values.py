@@ -1,0 +1,95 @@
+"""The values that observers are given: addresses, identities, outcomes."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from otel_smtp.smtp.states import TlsMode
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """An address of one side of a connection; for a unix socket `host` is its path and `port` None."""
+
+    host: str
+    port: int | None = None
+
+    def __str__(self) -> str:
+        if self.port is None:
+            return self.host
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionInfo:
+    """A client connection, from accept on.
+
+    Attributes:
+        id: 32 hexadecimal digits, unique; the identity of the connection for its whole life.
+        peer: the socket's other end. Where a PROXY header is believed, `proxied` tells the client behind it.
+        local: the address that was connected to.
+        listener: the listener's configured name.
+        protocol: "smtp" or "lmtp".
+        transport: "tcp" or "unix".
+    """
+
+    id: str
+    peer: Endpoint
+    local: Endpoint
+    listener: str
+    protocol: str = "smtp"
+    transport: str = "tcp"
+    tls_mode: TlsMode = TlsMode.OFF
+
+
+@dataclass(frozen=True, slots=True)
+class TlsInfo:
+    """What a handshake agreed on."""
+
+    version: str  # "1.2", "1.3"
+    cipher: str
+    resumed: bool = False
+    server_name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TraceHeaders:
+    """Trace headers found in a message's header block, unfolded, not yet judged.
+
+    Attributes:
+        traceparents: the values of all `traceparent` fields, at most two (two are ignored as one forged).
+        tracestate: the value of the first `tracestate` field, "" where none.
+    """
+
+    traceparents: tuple[str, ...] = ()
+    tracestate: str = ""
+
+
+class Outcome(StrEnum):
+    """How a transaction, or a delivery, ended: `smtp.outcome`."""
+
+    __hash__ = str.__hash__  # of Enum it is a function of Python, called several times an event
+
+    RELAYED = "relayed"  # the upstream said 2yz to the end of data
+    QUEUED = "queued"  # durable in the spool
+    REFUSED = "refused"  # 5yz
+    DEFERRED = "deferred"  # 4yz
+    ABORTED = "aborted"  # RSET, EHLO, the client vanished, content refused before any upstream took it
+    UNKNOWN = "unknown"  # lost between our final dot and the upstream's reply
+
+
+class DeliveryPhase(StrEnum):
+    """A step of one delivery attempt: the last part of the delivery event's name."""
+
+    __hash__ = str.__hash__  # of Enum it is a function of Python, called several times an event
+
+    POOL = "pool"
+    CONNECT = "connect"
+    GREETING = "greeting"
+    EHLO = "ehlo"
+    STARTTLS = "starttls"
+    AUTH = "auth"
+    MAIL = "mail"
+    RCPT = "rcpt"
+    DATA = "data"
+    CONTENT = "content"
+    REPLY = "reply"
