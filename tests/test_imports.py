@@ -132,7 +132,10 @@ ROOMS: Final = {
     "otel_smtp.commands": _EVERYTHING,
     # What people see in a terminal; it draws values and asks nobody for more.
     "otel_smtp.commands.terminal": Room(
-        (), frozenset({"rich"}), _LIBRARY - INPUT_OUTPUT - {"argparse"}, stands_apart=True
+        ("otel_smtp.telemetry.attributes",),
+        frozenset({"rich"}),
+        _LIBRARY - INPUT_OUTPUT - {"argparse"},
+        stands_apart=True,
     ),
     # A client that only measures: it shares nothing with the engine, lest a fault of ours hide from its own measure.
     "otel_smtp.commands.load_generator": Room((), standard=_LIBRARY - {"argparse"}, stands_apart=True),
