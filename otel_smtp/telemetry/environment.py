@@ -202,7 +202,7 @@ def _sampler(environ: Mapping[str, str]) -> Sampler:
 
 
 def _metrics_interval_seconds(environ: Mapping[str, str]) -> float:
-    # Our sums are since the start of the process; those since the last export cannot be had from them.
+    # Our sums are since the start of the process; there are none since the last export.
     variable = OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE
     preference = environ.get(variable, "").strip()
     if preference.lower() not in ("", "cumulative"):

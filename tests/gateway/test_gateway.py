@@ -3,6 +3,8 @@
 import asyncio
 import base64
 import gc
+import pkgutil
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -97,6 +99,14 @@ def test_no_module_takes_the_place_of_a_name_that_programs_import() -> None:
     # A submodule, once imported, is an attribute of its package: `load` was one, and no function any more.
     modules = {path.stem for path in Path(otel_smtp.__file__).parent.iterdir()}
     assert modules.isdisjoint(otel_smtp.__all__)
+
+
+def test_the_packages_docstring_names_what_there_is() -> None:
+    names = re.findall(r"`([a-z]+(?:\.[A-Za-z]+)*)`", otel_smtp.__doc__ or "")
+    assert len(names) > 8
+    for name in names:
+        if name != "conn_state":
+            assert pkgutil.resolve_name(f"otel_smtp.{name}") is not None, name
 
 
 def test_garbage_collection_leaves_out_what_start_up_made() -> None:

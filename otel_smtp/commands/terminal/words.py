@@ -212,7 +212,7 @@ def _add_connection(reader: _Reader) -> None:
     if client:
         reader.words.append(Word(client))
     if peer is not None and plain(peer) not in client:
-        reader.words.append(Word(f"by {plain(peer)}", "dim"))  # a PROXY header told the client
+        reader.words.append(Word(f"by {plain(peer)}", "dim"))  # a PROXY header named the client
     if server:
         reader.words.append(Word(f"→ {server}"))
     if helo := reader.take(names.HELO):
