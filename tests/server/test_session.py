@@ -234,7 +234,7 @@ async def test_the_time_of_a_slow_forwarder_is_not_the_clients() -> None:
 
 
 async def test_a_client_that_pipelines_does_not_keep_the_loop_to_itself() -> None:
-    protocol = replace(POLICY.protocol, limits=ServerLimits(commands_per_turn=10, junk_commands=10_000))
+    protocol = replace(POLICY.protocol, commands_per_turn=10, limits=ServerLimits(junk_commands=10_000))
     async with serving(replace(POLICY, protocol=protocol)) as served:
         served.stream.feed(b"EHLO c\r\n" + b"NOOP\r\n" * 95)
         assert served.stream.sent.count(b"250 2.0.0") == 9
@@ -245,7 +245,7 @@ async def test_a_client_that_pipelines_does_not_keep_the_loop_to_itself() -> Non
 
 
 async def test_a_client_that_does_not_read_its_replies_is_not_served_on() -> None:
-    protocol = replace(POLICY.protocol, limits=ServerLimits(commands_per_turn=10, junk_commands=10_000))
+    protocol = replace(POLICY.protocol, commands_per_turn=10, limits=ServerLimits(junk_commands=10_000))
     async with serving(replace(POLICY, protocol=protocol)) as served:
         served.stream.stop_taking()
         served.stream.feed(b"EHLO c\r\n" + b"NOOP\r\n" * 95)
