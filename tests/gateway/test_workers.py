@@ -86,7 +86,7 @@ def test_the_second_signal_reaches_a_worker_as_at_once() -> None:
         assert process.wait(15) == 0
 
 
-def test_a_worker_whose_successor_is_ready_is_told_that_it_is_replaced() -> None:
+def test_a_worker_is_signalled_when_its_successor_is_ready() -> None:
     with supervising("hears") as process:
         assert next_line(process) == "ready"
         process.send_signal(signal.SIGUSR2)
