@@ -83,7 +83,7 @@ def test_a_tracestate_of_any_length_is_never_an_encoded_word() -> None:
 def test_it_needs_the_api_alone() -> None:
     program = (
         "import sys, otel_smtp.client\n"
-        "others = ('opentelemetry.sdk', 'opentelemetry.exporter', 'asyncio', 'ssl', 'msgspec', 'structlog', 'typer')\n"
+        "others = ('opentelemetry.sdk', 'opentelemetry.exporter', 'asyncio', 'ssl', 'msgspec', 'structlog', 'click')\n"
         "print([name for name in others if name in sys.modules])"
     )
     told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
