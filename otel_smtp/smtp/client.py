@@ -75,7 +75,7 @@ _REPLY_LINE: Final = re.compile(rb"([2-5][0-9]{2})(?:([ -])(.*))?", re.DOTALL)
 # A path as RFC 5321 4.1.2 lets it look to whoever searches its end: blanks and angle brackets only within the quotes of
 # the local part, nothing that ends a line anywhere.
 _PATH: Final = re.compile(
-    r'(?:"(?:[^"\\\x00-\x1f\x7f]|\\[ -~])*+"|[^\s<>"\x00-\x20\x7f]*+)(?:@[^\s<>"\x00-\x20\x7f]++)?'
+    r'"[^"\\\x00-\x1f\x7f]*(?:\\[ -~][^"\\\x00-\x1f\x7f]*)*"(?:@[^\s<>"\x00-\x20\x7f]+)?|[^\s<>"\x00-\x20\x7f]*'
 )
 _PARAMETER_VALUE: Final = re.compile(r"[^\s\x00-\x20\x7f]+")
 # What anyone takes for the end of a line, and lone surrogates, which no octets stand for.
