@@ -42,6 +42,9 @@ only one of the two can be asked for."""
 _FORWARDED: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _HANDLED: Final = (*_FORWARDED, signal.SIGCHLD, signal.SIGUSR2)
 
+_READY: Final = -1
+_NEVER_READY: Final = -2
+
 Work = Callable[[int, Callable[[], None]], int]
 """What a worker does: given its number and what to call when it is ready, it returns its exit status."""
 
@@ -78,7 +81,7 @@ def reserve(addresses: Sequence[Endpoint]) -> tuple[list[Endpoint], list[socket.
 class _Worker:
     number: int
     process_id: int
-    ready: int  # the pipe's end that says so; -1 once it has
+    ready: int  # the pipe's end that says so; _READY once it has, _NEVER_READY once it cannot any more
     replaces: "_Worker | None" = None
     started: float = field(default_factory=time.monotonic)
     is_leaving: bool = False
@@ -122,7 +125,9 @@ class Supervisor:
             for number in range(self._count):
                 self._start(number)
             while self._workers or self._restarts:
-                for key, _ in self._selector.select(self._next_restart()):
+                events = self._selector.select(self._next_restart())
+                # Signals last: a worker's end closes its pipe, which may be among these events.
+                for key, _ in sorted(events, key=lambda event: event[0].fd == wake_reader):
                     if key.fd == wake_reader:
                         self._on_signals(os.read(wake_reader, 512))
                     else:
@@ -208,7 +213,7 @@ class Supervisor:
         os.close(reader)
         if worker is None:
             return
-        worker.ready = -1
+        worker.ready = _READY if is_ready else _NEVER_READY
         if not is_ready:
             return  # it died first; _reap has, or will have, the status
         if worker.replaces is not None:
@@ -217,7 +222,7 @@ class Supervisor:
                 os.kill(worker.replaces.process_id, REPLACED)
             worker.replaces = None
             self._replace_next()
-        if not self._is_announced and all(other.ready == -1 for other in self._workers.values()):
+        if not self._is_announced and all(other.ready == _READY for other in self._workers.values()):
             self._is_announced = len(self._workers) == self._count
             if self._is_announced:
                 self._on_ready()
@@ -235,7 +240,7 @@ class Supervisor:
                 self._ended(worker, os.waitstatus_to_exitcode(waited))
 
     def _ended(self, worker: _Worker, status: int) -> None:
-        if worker.ready != -1:
+        if worker.ready >= 0:
             self._selector.unregister(worker.ready)
             os.close(worker.ready)
         if self._is_stopping:
