@@ -400,8 +400,8 @@ class Index:
     def _drop_message_of_one_delivery(self, lease: Lease) -> bool:
         """What becomes of nearly every message, in one statement; False where it has other deliveries, or is lost."""
         found = self._database.execute(
-            "DELETE FROM msg WHERE id = ?1 AND (SELECT count(*) = 1 AND max(d = ?2 AND state = 'leased' AND"
-            " lease_epoch = ?3) FROM dlv WHERE msg_id = ?1)",
+            "DELETE FROM msg WHERE id = ? AND (SELECT count(*) = 1 AND max(d = ? AND state = 'leased' AND"
+            " lease_epoch = ?) FROM dlv WHERE msg_id = msg.id)",
             (lease.message_id, lease.delivery, lease.epoch),
         )
         if not found.rowcount:
