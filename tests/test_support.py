@@ -120,12 +120,16 @@ def test_a_program_without_its_library_is_missing(tmp_path: Path, monkeypatch: p
 
 
 def test_what_was_skipped_is_told_with_the_packages_that_bring_it() -> None:
-    swaks, curl, mount = "swaks is not installed (Debian package swaks)", "no curl (Debian package curl)", "no mounts"
+    swaks, curl, mount = (
+        "swaks is not installed (Debian package swaks)",
+        "no curl (Debian packages curl npm)",
+        "no mounts",
+    )
     assert skipped.lines([f"Skipped: {swaks}", curl, f"Skipped: {swaks}", mount]) == [
         f"    2 skipped: {swaks}",
         f"    1 skipped: {curl}",
         f"    1 skipped: {mount}",
-        "to run them too: apt-get install curl swaks",
+        "to run them too: apt-get install curl npm swaks",
     ]
     assert skipped.lines([mount]) == ["    1 skipped: no mounts"]
     assert skipped.lines([]) == []

@@ -19,7 +19,7 @@ from tests.support.process import until
 PACKAGES: Final = {
     "curl": "curl",
     "msmtp": "msmtp",
-    "node": "nodejs",
+    "node": "nodejs npm",  # npm brings what node is to run
     "npm": "npm",
     "prometheus": "prometheus",
     "promtool": "prometheus",
@@ -38,7 +38,8 @@ def tool(name: str) -> str:
     """
     path = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
     if path is None:
-        missing(f"{name} is not installed (Debian package {PACKAGES[name]})")
+        packages = PACKAGES[name]
+        missing(f"{name} is not installed (Debian package{'s' if ' ' in packages else ''} {packages})")
     return path
 
 
