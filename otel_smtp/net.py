@@ -39,8 +39,9 @@ READ_OFF_OCTETS: Final = 1024 * 1024  # more than sockets' buffers hold on their
 TLS_SHUTDOWN_SECONDS: Final = 2.0  # for the peer's close_notify; few peers send one
 HAPPY_EYEBALLS_SECONDS: Final = 0.25  # RFC 8305 5: "Connection Attempt Delay"
 BACKLOG: Final = 1024  # cut by net.core.somaxconn; a burst must not meet refused connections
-# asyncio accepts as many connections as its backlog is long before it serves one of them. Those that are refused at
-# once would be open all together, and 300 at once take all files of a process that may open 256.
+# asyncio accepts as many connections as its backlog is long (since CPython 3.14 one more) before it serves one of them.
+# Those that are refused at once would be open all together, and 300 at once take all files of a process that may open
+# 256.
 ACCEPTS_AT_ONCE: Final = 4
 CLOCK_SLACK_SECONDS: Final = 0.002  # uvloop's timers count whole milliseconds
 
