@@ -259,6 +259,7 @@ def test_the_demonstration_draws_your_mail_too_until_a_signal(tmp_path: Path) ->
 
         port = int(printed(r"^gateway   127\.0\.0\.1:(\d+)")[1])
         printed(r"^Now you")
+        printed(rf"^  {re.escape(sys.executable)} -m otel_smtp send --to you@example\.net 127\.0\.0\.1:{port}$")
         with smtplib.SMTP("127.0.0.1", port, timeout=20) as client:
             client.sendmail("me@example.org", ["you@example.net"], b"Subject: x\r\n\r\nHello\r\n")
         printed(r"(?s)^5  Yours.*● +Closed")
