@@ -206,5 +206,5 @@ class Row:
 def test_a_route_of_many_wildcards_costs_one_pass(pattern: str) -> None:
     routes = Routes([(Row((pattern,)), "up")])
     assert seconds(lambda: routes.for_mail(Mail("a" * OCTETS))) < MOST_SECONDS
-    assert list(routes.for_mail(Mail("a" * OCTETS))) == []
-    assert len(routes.for_mail(Mail("a" * OCTETS + "b"))) == 1
+    assert list(routes.for_mail(Mail("a" * OCTETS)).upstreams) == []
+    assert len(routes.for_mail(Mail("a" * OCTETS + "b")).upstreams) == 1
