@@ -87,8 +87,9 @@ class Sending:
         try:
             yield
         except Exception:
-            logger.log(self._fault_level, "a mail could not be traced in full", exc_info=True)
-            self._fault_level = logging.DEBUG
+            # Lowered first: a handler of the log may send mail, which is traced, and fails likewise.
+            level, self._fault_level = self._fault_level, logging.DEBUG
+            logger.log(level, "a mail could not be traced in full", exc_info=True)
 
     @contextlib.contextmanager
     def message(self, client: object, arguments: Arguments, index: int, name: str) -> Iterator[Arguments]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import logging.handlers
 import smtplib
 import socket
 import subprocess
@@ -436,6 +437,23 @@ def test_a_bug_of_the_tracing_costs_no_mail(
             client.rset()
     assert len(server.messages) == len(WAYS)
     assert [record.levelname for record in caplog.records if "could not be traced" in record.message] == ["WARNING"]
+
+
+def test_a_log_handler_that_sends_mail_does_not_report_its_own_mail(
+    server: CapturingUpstream, spans: Spans, instrument: Instrument
+) -> None:
+    instrument()
+    spans.provider.add_span_processor(Broken())
+    handler = logging.handlers.SMTPHandler(("127.0.0.1", server.port), SENDER, [ANN], "a fault")
+    handler.setLevel(logging.WARNING)
+    logger = logging.getLogger("otel_smtp.client")
+    logger.addHandler(handler)
+    try:
+        with smtplib.SMTP("127.0.0.1", server.port) as client:
+            by_sendmail_bytes(client)
+    finally:
+        logger.removeHandler(handler)
+    assert sorted(message.recipients[0] for message in server.messages) == [ANN, BOB]
 
 
 class BrokenAtTheEnd(Broken):
