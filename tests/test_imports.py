@@ -112,7 +112,7 @@ ROOMS: Final = {
     ),
     # Applications' tests: the gateway as every program that embeds it sees it.
     "otel_smtp.testing": Room(("otel_smtp.Gateway", "otel_smtp.load")),
-    "otel_smtp.testing.gateway": Room(("otel_smtp.Gateway", "otel_smtp.load"), reads_environment=True),
+    "otel_smtp.testing.running_gateway": Room(("otel_smtp.Gateway", "otel_smtp.load"), reads_environment=True),
     "otel_smtp.testing.plugin": Room((), frozenset({"pytest"})),
     "otel_smtp.telemetry.metric_export": Room(("otel_smtp.telemetry",), frozenset({"opentelemetry"})),
     "otel_smtp.telemetry.log_export": Room(("otel_smtp.telemetry",)),

@@ -16,8 +16,8 @@ chooses, so they may run in parallel. `mailbox` is its upstream, an SMTP server 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from otel_smtp.testing.gateway import RunningGateway, run_gateway
     from otel_smtp.testing.mailbox import Mail, Mailbox
+    from otel_smtp.testing.running_gateway import RunningGateway, run_gateway
     from otel_smtp.testing.traces import Event, Span, Trace
 
 __all__ = ["Event", "Mail", "Mailbox", "RunningGateway", "Span", "Trace", "run_gateway"]
@@ -27,6 +27,6 @@ def __getattr__(name: str) -> Any:
     """Import what is heavy when it is first asked for: pytest loads this package in every run."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from otel_smtp.testing import gateway, mailbox, traces
+    from otel_smtp.testing import mailbox, running_gateway, traces
 
-    return next(vars(home)[name] for home in (gateway, mailbox, traces) if name in vars(home))
+    return next(vars(home)[name] for home in (running_gateway, mailbox, traces) if name in vars(home))

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from otel_smtp.testing.gateway import RunningGateway
     from otel_smtp.testing.mailbox import Mailbox
+    from otel_smtp.testing.running_gateway import RunningGateway
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def smtp_gateway_settings() -> Mapping[str, object]:
 @pytest.fixture
 def smtp_gateway(smtp_gateway_settings: Mapping[str, object]) -> "Iterator[RunningGateway]":
     """A gateway for this test, at `smtp_gateway.host` and `smtp_gateway.port`."""
-    from otel_smtp.testing.gateway import run_gateway
+    from otel_smtp.testing.running_gateway import run_gateway
 
     with run_gateway(smtp_gateway_settings) as gateway:
         yield gateway

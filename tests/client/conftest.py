@@ -4,13 +4,14 @@ import contextlib
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from typing import Final
+from typing import Any, Final
 
 import pytest
 from opentelemetry.instrumentation.instrumentor import BaseInstrumentor  # type: ignore[attr-defined]  # not typed
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import Span, SpanKind, StatusCode
 
 from otel_smtp.client.aiosmtplib_instrumentor import AiosmtplibInstrumentor
 from otel_smtp.client.smtplib_instrumentor import SmtplibInstrumentor
@@ -78,26 +79,70 @@ def instrument(spans: Spans) -> Iterator[Instrument]:
 @contextlib.contextmanager
 def hanging_up(at: bytes) -> Iterator[int]:
     """A server, on the port that is given, that says yes and closes the connection when a line begins with `at`."""
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-
-        def serve() -> None:
-            connected, _ = listening.accept()
-            with connected, connected.makefile("rwb") as stream:
-                stream.write(b"220 ready\r\n")
-                stream.flush()
-                for line in stream:
-                    if line.upper().startswith(at):
-                        return
-                    is_data = line.upper().startswith(b"DATA")
-                    is_command = line[:4].upper() in (b"EHLO", b"MAIL", b"RCPT")
-                    if is_data or is_command:
-                        stream.write(b"354 go on\r\n" if is_data else b"250 2.0.0 ok\r\n")
-                        stream.flush()
-
-        thread = threading.Thread(target=serve, daemon=True)
-        thread.start()
+    with socket.create_server(("127.0.0.1", 0)) as listening, saying_yes(listening, until=at):
         yield listening.getsockname()[1]
-        thread.join(10)
+
+
+@contextlib.contextmanager
+def saying_yes(listening: socket.socket, *, until: bytes) -> Iterator[None]:
+    """Says yes to all of one client's commands, until a line begins with `until`."""
+
+    def serve() -> None:
+        connected, _ = listening.accept()
+        with connected, connected.makefile("rwb") as stream:
+            stream.write(b"220 ready\r\n")
+            stream.flush()
+            for line in stream:
+                verb = line[:4].upper()
+                if line.upper().startswith(until):
+                    return
+                if verb in (b"EHLO", b"LHLO", b"MAIL", b"RCPT", b"DATA") or line == b".\r\n":
+                    stream.write(b"354 go on\r\n" if verb == b"DATA" else b"250 2.0.0 ok\r\n")
+                    stream.flush()
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    yield
+    thread.join(10)
+
+
+def attributes_of_a_relayed_message(server: CapturingUpstream) -> dict[str, Any]:
+    """Everything that the span of `server`'s one message says, where nothing went wrong."""
+    (message,) = server.messages
+    return {
+        "server.address": "localhost",
+        "server.port": server.port,
+        "network.peer.address": "127.0.0.1",
+        "network.peer.port": server.port,
+        "network.transport": "tcp",
+        "network.protocol.name": "smtp",
+        "smtp.outcome": "relayed",
+        "smtp.reply.code": 250,
+        "smtp.reply.enhanced_code": "2.0.0",
+        "smtp.reply.text": "Ok: queued as CAPTURE",
+        "smtp.transaction.recipient_count": 1,
+        "smtp.transaction.recipients_refused": 0,
+        "smtp.transaction.recipients_deferred": 0,
+        "smtp.message.size": len(message.content),
+        "smtp.mail.from.domain": "shop.example",
+        "smtp.rcpt.domain": "there.example",
+        "smtp.rcpt.domains": ("there.example",),
+    }
+
+
+def check_relayed(server: CapturingUpstream, spans: Spans, request: Span) -> None:
+    """One message, one header, one span with all it should say, below `request`."""
+    (message,) = server.messages
+    span = spans.only
+    assert traceparent(message.content) == names(span)
+    assert message.content.count(b"traceparent") == 1
+    assert (span.kind, span.status.status_code) == (SpanKind.CLIENT, StatusCode.UNSET)
+    assert span.parent is not None
+    assert span.parent.span_id == request.get_span_context().span_id
+    assert dict(span.attributes or {}) == attributes_of_a_relayed_message(server)
+    assert span.start_time is not None
+    assert span.end_time is not None
+    assert span.start_time < span.end_time
 
 
 def traceparent(content: bytes) -> str | None:

@@ -1,6 +1,5 @@
 """The instrumentation of `smtplib`: what each way of sending leaves in the trace, and on the wire."""
 
-import contextlib
 import logging
 import logging.handlers
 import smtplib
@@ -15,10 +14,22 @@ from typing import Any, Final
 import pytest
 from opentelemetry.instrumentation.utils import suppress_instrumentation
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
-from opentelemetry.trace import SpanKind, StatusCode
+from opentelemetry.trace import StatusCode
 
 from otel_smtp.client.smtplib_instrumentor import SmtplibInstrumentor
-from tests.client.conftest import ANN, BOB, MESSAGE, SENDER, Instrument, Spans, hanging_up, names, traceparent
+from tests.client.conftest import (
+    ANN,
+    BOB,
+    MESSAGE,
+    SENDER,
+    Instrument,
+    Spans,
+    check_relayed,
+    hanging_up,
+    names,
+    saying_yes,
+    traceparent,
+)
 from tests.support.capture import CapturingUpstream
 from tests.support.dialogue import UpstreamScript, scripted_reply
 
@@ -68,35 +79,7 @@ def test_each_way_of_sending_gives_one_span_and_one_header(
     instrument()
     with smtplib.SMTP("localhost", server.port) as client, spans.tracer.start_as_current_span("request") as request:
         send(client)
-    (message,) = server.messages
-    span = spans.only
-    assert traceparent(message.content) == names(span)
-    assert message.content.count(b"traceparent") == 1
-    assert (span.kind, span.status.status_code) == (SpanKind.CLIENT, StatusCode.UNSET)
-    assert span.parent is not None
-    assert span.parent.span_id == request.get_span_context().span_id
-    assert dict(span.attributes or {}) == {
-        "server.address": "localhost",
-        "server.port": server.port,
-        "network.peer.address": "127.0.0.1",
-        "network.peer.port": server.port,
-        "network.transport": "tcp",
-        "network.protocol.name": "smtp",
-        "smtp.outcome": "relayed",
-        "smtp.reply.code": 250,
-        "smtp.reply.enhanced_code": "2.0.0",
-        "smtp.reply.text": "Ok: queued as CAPTURE",
-        "smtp.transaction.recipient_count": 1,
-        "smtp.transaction.recipients_refused": 0,
-        "smtp.transaction.recipients_deferred": 0,
-        "smtp.message.size": len(message.content),
-        "smtp.mail.from.domain": "shop.example",
-        "smtp.rcpt.domain": "there.example",
-        "smtp.rcpt.domains": ("there.example",),
-    }
-    assert span.start_time is not None
-    assert span.end_time is not None
-    assert span.start_time < span.end_time
+    check_relayed(server, spans, request)
 
 
 @pytest.mark.parametrize("send", WAYS)
@@ -481,22 +464,8 @@ def test_lmtp_over_a_unix_socket_is_told_by_its_path(tmp_path: Any, spans: Spans
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(path)
         listening.listen()
-
-        def serve() -> None:
-            connected, _ = listening.accept()
-            with connected, connected.makefile("rwb") as stream:
-                stream.write(b"220 ready\r\n")
-                stream.flush()
-                for line in stream:
-                    if line[:4] in (b"lhlo", b"mail", b"rcpt", b"data", b"QUIT", b"quit") or line == b".\r\n":
-                        stream.write(b"354 go on\r\n" if line.startswith(b"data") else b"250 2.0.0 ok\r\n")
-                        stream.flush()
-
-        thread = threading.Thread(target=serve, daemon=True)
-        thread.start()
-        with contextlib.closing(smtplib.LMTP(path)) as client:
+        with saying_yes(listening, until=b"QUIT"), smtplib.LMTP(path) as client:
             client.sendmail(SENDER, [BOB], MESSAGE)
-        thread.join(10)
     attributes = spans.only.attributes or {}
     assert attributes["server.address"] == path
     assert (attributes["network.transport"], attributes["network.protocol.name"]) == ("unix", "lmtp")

@@ -11,6 +11,7 @@ import threading
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, make_server
 
+import django
 from django.core.mail import send_mail
 from django.core.wsgi import get_wsgi_application
 from django.http import HttpRequest, HttpResponse
@@ -19,8 +20,16 @@ from django.urls import path
 SECRET_KEY = "of a test"
 ALLOWED_HOSTS = ["127.0.0.1"]
 ROOT_URLCONF = "django_shop"
-EMAIL_HOST = "127.0.0.1"
-EMAIL_PORT = int(os.environ["EMAIL_PORT"])
+if django.VERSION >= (6, 1):
+    MAILERS = {
+        "default": {
+            "BACKEND": "django.core.mail.backends.smtp.EmailBackend",
+            "OPTIONS": {"host": "127.0.0.1", "port": int(os.environ["EMAIL_PORT"])},
+        }
+    }
+else:
+    EMAIL_HOST = "127.0.0.1"
+    EMAIL_PORT = int(os.environ["EMAIL_PORT"])
 USE_TZ = True
 
 

@@ -3,13 +3,10 @@
 Where a language or its registry is missing, the test is skipped for all to see, in CI as well: no machine has them all.
 """
 
-import contextlib
-import functools
 import hashlib
 import os
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
@@ -17,8 +14,8 @@ from typing import Final
 import pytest
 
 from tests.support import nodemailer
+from tests.support.installing import NPM, NotInstalledError, installed
 
-INSTALL_SECONDS: Final = 90.0
 RUN_SECONDS: Final = 90.0
 
 NODE_PACKAGES: Final = (
@@ -81,8 +78,7 @@ def _run(command: Sequence[str], directory: Path, **environ: str) -> None:
 
 
 def _install_node(home: Path) -> list[str]:
-    quietly = ("--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error", "--fetch-retry-mintimeout=1000")
-    return ["npm", "install", *quietly, f"--prefix={home}", *NODE_PACKAGES]
+    return [*NPM, f"--prefix={home}", *NODE_PACKAGES]
 
 
 def _install_java(home: Path) -> list[str]:
@@ -92,53 +88,20 @@ def _install_java(home: Path) -> list[str]:
 
 def _install_go(home: Path) -> list[str]:
     (home / "go.mod").write_text("module recipe\n\ngo 1.24\n")
-    # What is required by nobody is forgotten by `go get` before it is compiled: the program names the packages.
+    # `go get` records the sums of those packages only that a program of the module imports.
     imports = ("github.com/wneessen/go-mail", "go.opentelemetry.io/otel", "go.opentelemetry.io/otel/propagation")
     lines = [f'import _ "{name}"' for name in (*imports, "go.opentelemetry.io/otel/trace")]
     (home / "main.go").write_text("\n".join(["package main", *lines, "func main() {}", ""]))
     return ["go", "get", *GO_MODULES]
 
 
-def _installed(name: str, install: Callable[[Path], Sequence[str]], *programs: str) -> Path:
-    """The directory in which `install` puts what a language needs."""
+def _installed(name: str, prepare: Callable[[Path], Sequence[str]], *programs: str) -> Path:
+    """The directory with what a language needs."""
     for program in programs:
         if shutil.which(program) is None:
             pytest.skip(f"{program} is not installed")
-    directory = Path(tempfile.gettempdir()) / f"otel-smtp-tests-{os.getuid()}"
-    directory.mkdir(mode=0o700, exist_ok=True)
-    status = directory.lstat()
-    if status.st_uid != os.getuid() or status.st_mode & 0o022:
-        pytest.skip(f"{directory} is not this user's alone")
-    # A changed list of libraries is another directory.
     libraries = hashlib.sha256(repr((NODE_PACKAGES, GO_MODULES, _POM)).encode()).hexdigest()
-    home = directory / f"recipes-{name}-{libraries[:12]}"
-    if not home.is_dir() and (problem := _install(install, home)) is not None:
-        pytest.skip(problem)
-    return home
-
-
-@functools.cache  # what does not work is tried once
-def _install(install: Callable[[Path], Sequence[str]], home: Path) -> str | None:
-    """Install at `home`; what keeps it from that."""
-    # Whole or not at all: tests run in several processes, and one may be stopped in the middle.
-    with tempfile.TemporaryDirectory(dir=home.parent) as directory:
-        whole = Path(directory, "whole")
-        whole.mkdir()
-        command = install(whole)
-        try:
-            done = subprocess.run(
-                command,
-                cwd=whole,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=INSTALL_SECONDS,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            return f"{command[0]} did not install the recipe's libraries within {INSTALL_SECONDS:.0f} s"
-        if done.returncode != 0:
-            return f"{command[0]} cannot install the recipe's libraries: {(done.stderr or done.stdout).strip()[-300:]}"
-        with contextlib.suppress(OSError):  # another process was quicker
-            whole.rename(home)
-    return None
+    try:
+        return installed(f"recipes-{name}-{libraries[:12]}", prepare)
+    except NotInstalledError as problem:
+        pytest.skip(str(problem))

@@ -16,7 +16,13 @@ import pytest
 from tests.test_readme import blocks
 
 # What a run that uses no fixture must not pay for.
-HEAVY: Final = ("otel_smtp.testing.gateway", "otel_smtp.testing.mailbox", "opentelemetry", "msgspec", "structlog")
+HEAVY: Final = (
+    "otel_smtp.testing.running_gateway",
+    "otel_smtp.testing.mailbox",
+    "opentelemetry",
+    "msgspec",
+    "structlog",
+)
 
 
 WITHOUT_ASYNCIO: Final = ("-p", "no:asyncio")

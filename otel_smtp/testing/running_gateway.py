@@ -11,8 +11,8 @@ from typing import Any, Final, NamedTuple
 
 from otel_smtp import Gateway, load
 from otel_smtp.testing.mailbox import Mailbox
+from otel_smtp.testing.mailbox_server import MailboxServer
 from otel_smtp.testing.traces import TRANSACTION, WAIT_SECONDS, Recorder, Span, Trace, find_transaction
-from otel_smtp.testing.upstream import MailboxServer
 
 _HOST: Final = "127.0.0.1"
 # Bounds that only a machine at its limit comes near: a start takes a few milliseconds, after a first import of 0.3 s.
