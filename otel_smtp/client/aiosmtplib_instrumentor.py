@@ -57,7 +57,7 @@ class _Wrappers:
     ) -> Any:
         transaction = Transaction()
         answer = await wrapped(*args, **kwargs)
-        self._sending.sender(client, transaction, Arguments(args, kwargs).value(0, "sender"), answer)
+        self._sending.sender(client, transaction, Arguments(args, kwargs).value(0, "sender"))
         return answer
 
     async def _rcpt(

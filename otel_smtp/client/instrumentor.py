@@ -129,19 +129,17 @@ class Sending:
             self._note_content(transaction, opened.value(0, name), octets)
             yield opened, transaction
 
-    def sender(self, client: object, transaction: Transaction, address: object, answer: object) -> None:
-        """MAIL was answered.
+    def sender(self, client: object, transaction: Transaction, address: object) -> None:
+        """MAIL was answered, with whatever: a refusal is the last that is heard of the transaction.
 
         Args:
             transaction: made before the command was sent; kept where the message is sent directly.
         """
         with self.harmless():
             current = self._current(client)
-            if current is not None:
-                current.sender = str(address)
-            elif self._reply_of(answer).is_positive and is_instrumentation_enabled():
-                transaction.sender = str(address)
-                self._direct[client] = transaction
+            if current is None:
+                current = self._direct[client] = transaction
+            current.sender = str(address)
 
     def recipient(self, client: object, address: object, answer: object) -> None:
         """RCPT was answered."""

@@ -209,13 +209,15 @@ class MessageSpan:
         recipients = [*self.transaction.accepted, *(address for address, _ in self.transaction.refused)]
         if self._addresses is not Addresses.NONE:
             domains = list(dict.fromkeys(_domain_of(recipient) for recipient in recipients))
-            attributes[names.RCPT_DOMAINS] = domains[: names.MAX_DOMAINS]
+            if domains:
+                attributes[names.RCPT_DOMAINS] = domains[: names.MAX_DOMAINS]
             if len(domains) == 1:
                 attributes[names.RCPT_DOMAIN] = domains[0]
             if sender is not None:
                 attributes[names.MAIL_FROM_DOMAIN] = _domain_of(sender)
         if self._addresses is Addresses.FULL:
-            attributes[names.RCPT_ADDRESSES] = [_clean(one) for one in recipients[: names.MAX_DOMAINS]]
+            if recipients:
+                attributes[names.RCPT_ADDRESSES] = [_clean(one) for one in recipients[: names.MAX_DOMAINS]]
             if sender is not None:
                 attributes[names.MAIL_FROM_ADDRESS] = _clean(sender)
         return attributes

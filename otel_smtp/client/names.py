@@ -85,10 +85,16 @@ RCPT_DOMAIN: Final = _attribute(
     "there.example",
 )
 RCPT_DOMAINS: Final = _attribute(
-    "smtp.rcpt.domains", "string[]", "unless addresses = none: of all recipients, at most 10", "there.example"
+    "smtp.rcpt.domains",
+    "string[]",
+    "unless addresses = none: of the recipients that were asked for, at most 10",
+    "there.example",
 )
 RCPT_ADDRESSES: Final = _attribute(
-    "smtp.rcpt.addresses", "string[]", "addresses = full: of all recipients, at most 10", "bob@there.example"
+    "smtp.rcpt.addresses",
+    "string[]",
+    "addresses = full: of the recipients that were asked for, at most 10",
+    "bob@there.example",
 )
 RCPT_ADDRESS: Final = _attribute("smtp.rcpt.address", "string", "on events, addresses = full", "bob@there.example")
 RECIPIENT_FATE: Final = _attribute("smtp.recipient.fate", "string", "on events: refused, deferred", "refused")

@@ -68,7 +68,7 @@ class _Wrappers:
     def _mail(self, wrapped: _Call, client: smtplib.SMTP, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         transaction = Transaction()
         answer = wrapped(*args, **kwargs)
-        self._sending.sender(client, transaction, Arguments(args, kwargs).value(0, "sender"), answer)
+        self._sending.sender(client, transaction, Arguments(args, kwargs).value(0, "sender"))
         return answer
 
     def _rcpt(self, wrapped: _Call, client: smtplib.SMTP, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

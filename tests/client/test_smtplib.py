@@ -1,5 +1,6 @@
 """The instrumentation of `smtplib`: what each way of sending leaves in the trace, and on the wire."""
 
+import contextlib
 import logging
 import logging.handlers
 import smtplib
@@ -7,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from email.message import EmailMessage
 from typing import Any, Final
@@ -201,11 +203,110 @@ def test_a_partial_refusal_tells_who_and_why(server: CapturingUpstream, spans: S
     ]
 
 
+def test_of_many_refused_recipients_the_first_are_events_and_all_are_counted(
+    server: CapturingUpstream, spans: Spans, instrument: Instrument
+) -> None:
+    instrument()
+    refused = [f"{number}@there.example" for number in range(60)]
+    server.say(UpstreamScript(recipients=dict.fromkeys(refused, _NO_USER)))
+    with smtplib.SMTP("127.0.0.1", server.port) as client:
+        client.sendmail(SENDER, [*refused, BOB], MESSAGE)
+    assert len(spans.only.events) == 50
+    assert (spans.only.attributes or {})["smtp.transaction.recipients_refused"] == 60
+
+
+def test_a_message_that_is_sent_by_commands_begins_with_the_first_of_them(
+    server: CapturingUpstream, spans: Spans, instrument: Instrument
+) -> None:
+    instrument()
+    with smtplib.SMTP("127.0.0.1", server.port) as client:
+        client.ehlo()
+        client.mail(SENDER)
+        began = time.time_ns()
+        client.rcpt(BOB)
+        client.data(MESSAGE)
+    assert spans.only.start_time is not None
+    assert spans.only.start_time < began
+
+
+def test_a_client_that_sends_within_anothers_sending_has_a_span_of_its_own(
+    server: CapturingUpstream, spans: Spans, instrument: Instrument
+) -> None:
+    class Copying(smtplib.SMTP):
+        """Sends a copy by another connection in the middle of its own transaction."""
+
+        def rcpt(self, *args: Any, **kwargs: Any) -> Any:
+            with smtplib.SMTP("127.0.0.1", server.port) as other:
+                other.ehlo()
+                other.mail(SENDER)
+                other.rcpt(ANN)
+                other.data(MESSAGE)
+            return super().rcpt(*args, **kwargs)
+
+    instrument()
+    with Copying("127.0.0.1", server.port) as client:
+        client.sendmail(SENDER, [BOB], MESSAGE)
+    inner, outer = spans.finished
+    assert inner.parent is not None
+    assert outer.context is not None
+    assert inner.parent.span_id == outer.context.span_id
+    assert [traceparent(message.content) for message in server.messages] == [names(inner), names(outer)]
+    assert {(span.attributes or {})["smtp.transaction.recipient_count"] for span in spans.finished} == {1}
+
+
+def test_the_servers_name_is_what_the_application_called_it(
+    server: CapturingUpstream, spans: Spans, instrument: Instrument
+) -> None:
+    instrument()
+    with smtplib.SMTP(f"localhost:{server.port}") as client:
+        client.sendmail(SENDER, [BOB], MESSAGE)
+    attributes = spans.only.attributes or {}
+    assert (attributes["server.address"], attributes["server.port"]) == ("localhost", server.port)
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6")
+def test_the_servers_name_may_be_an_ipv6_address(spans: Spans, instrument: Instrument) -> None:
+    instrument()
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as listening:
+        port = listening.getsockname()[1]
+        with saying_yes(listening, until=b"QUIT"), smtplib.SMTP("::1", port) as client:
+            client.sendmail(SENDER, [BOB], MESSAGE)
+    attributes = spans.only.attributes or {}
+    assert (attributes["server.address"], attributes["network.peer.address"]) == ("::1", "::1")
+    assert attributes["server.port"] == port
+
+
+def test_a_connection_that_was_made_before_is_named_by_its_address(
+    server: CapturingUpstream, spans: Spans, instrument: Instrument
+) -> None:
+    with smtplib.SMTP("localhost", server.port) as client:
+        instrument()
+        client.sendmail(SENDER, [BOB], MESSAGE)
+    attributes = spans.only.attributes or {}
+    assert (attributes["server.address"], attributes["server.port"]) == ("127.0.0.1", server.port)
+
+
+def test_a_message_on_a_dead_connection_has_its_span(
+    server: CapturingUpstream, spans: Spans, instrument: Instrument
+) -> None:
+    instrument()
+    with smtplib.SMTP("localhost", server.port) as client:
+        assert client.sock is not None
+        client.ehlo()
+        connected, client.sock = client.sock, socket.socket()
+        with contextlib.closing(connected), pytest.raises(smtplib.SMTPServerDisconnected):
+            client.sendmail(SENDER, [BOB], MESSAGE)
+    attributes = spans.only.attributes or {}
+    assert (attributes["server.address"], attributes["smtp.outcome"]) == ("localhost", "aborted")
+    assert not {"network.peer.address", "smtp.rcpt.domains"} & {*attributes}
+
+
 @pytest.mark.parametrize(
     ("script", "error", "outcome", "description"),
     [
         ({"recipients": {BOB: _NO_USER}}, smtplib.SMTPRecipientsRefused, "refused", "550 5.1.1"),
         ({"recipients": {BOB: _LATER}}, smtplib.SMTPRecipientsRefused, "deferred", "451 4.2.0"),
+        ({"recipients": {BOB: _NO_USER, ANN: _LATER}}, smtplib.SMTPRecipientsRefused, "deferred", "451 4.2.0"),
         ({"mail": (scripted_reply("553 5.1.7 no"),)}, smtplib.SMTPSenderRefused, "refused", "553 5.1.7"),
         ({"content": (scripted_reply("554 spam"),)}, smtplib.SMTPDataError, "refused", "554"),
         ({"content": (scripted_reply("452 4.3.1 full"),)}, smtplib.SMTPDataError, "deferred", "452 4.3.1"),
@@ -223,7 +324,7 @@ def test_a_refusal_is_the_applications_exception_and_the_spans_error(
     instrument()
     server.say(UpstreamScript(**script))
     with smtplib.SMTP("127.0.0.1", server.port) as client, pytest.raises(error):
-        client.sendmail(SENDER, [BOB], MESSAGE)
+        client.sendmail(SENDER, list(script.get("recipients", [BOB])), MESSAGE)
     span = spans.only
     attributes = span.attributes or {}
     code = description.split()[0]

@@ -62,6 +62,7 @@ def test_its_trace_is_found_by_the_message_itself(smtp_gateway: RunningGateway, 
         assert [span.kind for span in trace.deliveries] == ["CLIENT"]
         assert trace.connection.attributes["smtp.close.reason"] == "quit"
         assert trace.trace_id in str(message["Received"])
+        assert "by gateway.test" in str(message["Received"])
     assert len({trace.transaction.span_id for trace in smtp_gateway.traces}) == 3
     found = [smtp_gateway.trace_of(message).transaction.span_id for message in mailbox.messages]
     assert found == [trace.transaction.span_id for trace in smtp_gateway.traces]
@@ -93,6 +94,7 @@ def test_it_is_found_by_the_context_that_the_application_injected(smtp_gateway: 
     assert [span.parent_id for span in found] == [f"{1:016x}", f"{2:016x}"]
     assert {span.trace_id for span in found} == {f"{7:032x}"}
     assert {span.kind for span in found} == {"SERVER"}
+    assert smtp_gateway.trace_of(f"{7:032x}").transaction == found[-1], "of several in one trace the newest"
 
 
 def test_a_message_that_never_came_is_not_waited_for_long(smtp_gateway: RunningGateway) -> None:
@@ -204,6 +206,25 @@ class TestSettings:
         trace = smtp_gateway.trace_of(mailbox.messages[0])
         assert trace.transaction.attributes["smtp.rcpt.addresses"] == (BOB,)
         assert trace.connection.attributes["smtp.listener"] == "mine"
+
+
+class TestSegments:
+    """Connections whose trace is told in several spans."""
+
+    @pytest.fixture
+    def smtp_gateway_settings(self) -> Mapping[str, object]:
+        return {"telemetry": {"segment_events": 16}}
+
+    def test_are_one_connection_all_the_same(self, smtp_gateway: RunningGateway, mailbox: Mailbox) -> None:
+        with smtplib.SMTP(smtp_gateway.host, smtp_gateway.port) as client:
+            for _ in range(12):
+                client.send_message(email())
+        for message in (mailbox.messages[0], mailbox.messages[-1]):
+            states = smtp_gateway.trace_of(message).states
+            assert (states[0], states[-1], states.count("Idle")) == ("New", "Closed", 12)
+        connections = [span for span in smtp_gateway.spans if span.name == "smtp.connection"]
+        assert len(connections) > 1
+        assert smtp_gateway.trace_of(mailbox.messages[0]).connection == connections[-1]
 
 
 def test_settings_that_are_wrong_are_refused_as_everywhere() -> None:
