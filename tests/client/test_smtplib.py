@@ -269,10 +269,10 @@ def test_the_servers_name_may_be_an_ipv6_address(spans: Spans, instrument: Instr
     instrument()
     with socket.create_server(("::1", 0), family=socket.AF_INET6) as listening:
         port = listening.getsockname()[1]
-        with saying_yes(listening, until=b"QUIT"), smtplib.SMTP("::1", port) as client:
+        with saying_yes(listening, until=b"QUIT"), smtplib.SMTP("0:0:0:0:0:0:0:1", port) as client:
             client.sendmail(SENDER, [BOB], MESSAGE)
     attributes = spans.only.attributes or {}
-    assert (attributes["server.address"], attributes["network.peer.address"]) == ("::1", "::1")
+    assert (attributes["server.address"], attributes["network.peer.address"]) == ("0:0:0:0:0:0:0:1", "::1")
     assert attributes["server.port"] == port
 
 

@@ -215,10 +215,17 @@ class TestSegments:
     def smtp_gateway_settings(self) -> Mapping[str, object]:
         return {"telemetry": {"segment_events": 16}}
 
-    def test_are_one_connection_all_the_same(self, smtp_gateway: RunningGateway, mailbox: Mailbox) -> None:
+    def test_are_one_connection_all_the_same(
+        self, smtp_gateway: RunningGateway, mailbox: Mailbox, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         with smtplib.SMTP(smtp_gateway.host, smtp_gateway.port) as client:
             for _ in range(12):
                 client.send_message(email())
+            first = smtp_gateway.trace_of(mailbox.messages[0])
+            with monkeypatch.context() as patched:
+                patched.setattr("otel_smtp.testing.traces.WAIT_SECONDS", 0.01)
+                with pytest.raises(TimeoutError):
+                    _ = first.connection
         for message in (mailbox.messages[0], mailbox.messages[-1]):
             states = smtp_gateway.trace_of(message).states
             assert (states[0], states[-1], states.count("Idle")) == ("New", "Closed", 12)
