@@ -10,7 +10,7 @@ import aiosmtplib
 from opentelemetry.trace import Tracer
 
 from .instrumentor import Arguments, MailInstrumentor, Sending, Wrapper
-from .message_span import Addresses, Reply, Server, Transaction
+from .message_span import Addresses, MailServer, Reply, Transaction
 
 _Call = Callable[..., Awaitable[Any]]
 
@@ -81,13 +81,13 @@ class _Wrappers:
             return answer
 
 
-def _server_of(client: aiosmtplib.SMTP) -> Server:
+def _server_of(client: aiosmtplib.SMTP) -> MailServer:
     peer = client.get_transport_info("peername") if client.is_connected else None
     if isinstance(peer, str):  # a unix socket
-        return Server(client.hostname or peer, None, None)
+        return MailServer(client.hostname or peer, None, None)
     address = (peer[0], peer[1]) if peer else None
     name = client.hostname or (address[0] if address else "localhost")
-    return Server(name, address[1] if address else client.port, address)
+    return MailServer(name, address[1] if address else client.port, address)
 
 
 def _reply_in(error: BaseException) -> Reply | None:

@@ -21,7 +21,7 @@ from opentelemetry.instrumentation.utils import is_instrumentation_enabled, unwr
 from opentelemetry.trace import TracerProvider
 from wrapt import wrap_function_wrapper
 
-from .message_span import Addresses, MessageSpan, Reply, Server, Transaction
+from .message_span import Addresses, MailServer, MessageSpan, Reply, Transaction
 from .version import __version__
 
 logger: Final = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class Sending:
         self,
         tracer: trace.Tracer,
         addresses: Addresses,
-        server_of: Callable[[Any], Server],
+        server_of: Callable[[Any], MailServer],
         reply_of: Callable[[Any], Reply],
         reply_in: Callable[[BaseException], Reply | None],
     ) -> None:

@@ -20,6 +20,7 @@ from .trace_headers import header_block, trace_headers
 
 _ENHANCED: Final = re.compile(r"[245]\.\d{1,3}\.\d{1,3}(?= |$)")
 _TRACE_IN_REPLY: Final = re.compile(r"\btrace=([0-9a-f]{32})\b")
+_DOMAIN: Final = re.compile(r"@([\w.\[\]:-]*)[^@]*$")
 # A mailbox inside a server's words, wider than RFC 5321's grammar: what is taken for one by mistake costs one word.
 _MAILBOX: Final = re.compile(r'(?:"[^"]{0,256}"|[^\s<>",;:@]{1,256})@([\w.\[\]:-]{0,256})')
 
@@ -49,7 +50,7 @@ class Reply(NamedTuple):
         return "refused" if self.code >= 500 else "deferred"
 
 
-class Server(NamedTuple):
+class MailServer(NamedTuple):
     """The server that the application is connected to.
 
     Attributes:
@@ -117,13 +118,12 @@ class MessageSpan:
         self,
         tracer: Tracer,
         transaction: Transaction,
-        server: Server,
+        server: MailServer,
         *,
         addresses: Addresses,
         reply_in: Callable[[BaseException], Reply | None],
     ) -> None:
         self.transaction = transaction
-        self._server = server
         self._addresses = addresses
         self._reply_in = reply_in
         self._is_signed = False
@@ -169,7 +169,8 @@ class MessageSpan:
             return _Conclusion(reply.fate, reply, str(reply.code))
         if error is not None:
             outcome = "aborted" if transaction.octets is None else "unknown"
-            reason = _shown(str(error), self._addresses)
+            # Only what the system or the connection says: the words of another exception may quote the message.
+            reason = _shown(str(error), self._addresses) if isinstance(error, OSError) else ""
             return _Conclusion(outcome, None, _qualified_name(type(error)), reason or None)
         if transaction.refused:
             return _Conclusion("partly_relayed", reply, str(transaction.refused[0][1].code))
@@ -242,7 +243,7 @@ class MessageSpan:
         return attributes
 
 
-def _server_attributes(server: Server) -> dict[str, Any]:
+def _server_attributes(server: MailServer) -> dict[str, Any]:
     attributes: dict[str, Any] = {
         names.SERVER_ADDRESS: server.address,
         names.NETWORK_TRANSPORT: "unix" if server.port is None else "tcp",
@@ -258,13 +259,15 @@ def _server_attributes(server: Server) -> dict[str, Any]:
 def _description(conclusion: _Conclusion) -> str | None:
     """The status description: few different ones, so that backends can group by it."""
     if conclusion.reply is None:
-        return conclusion.reason
+        return conclusion.reason or conclusion.error_type
     code = _ENHANCED.match(conclusion.reply.text)
     return f"{conclusion.reply.code} {code[0]}" if code is not None else str(conclusion.reply.code)
 
 
 def _domain_of(address: str) -> str:
-    return _clean(address.rpartition("@")[2].strip(" >").lower() if "@" in address else "")
+    """What stands behind the @ and can be a domain or an address literal; "" where there is no @."""
+    found = _DOMAIN.search(address)
+    return "" if found is None else _clean(found[1].lower())
 
 
 def _shown(text: str, addresses: Addresses) -> str:

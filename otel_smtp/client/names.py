@@ -22,11 +22,11 @@ class Attribute(NamedTuple):
     example: str
 
 
-_ATTRIBUTES: Final[dict[str, Attribute]] = {}
+ATTRIBUTES: Final[dict[str, Attribute]] = {}
 
 
 def _attribute(name: str, type_: str, when: str, example: str) -> str:
-    _ATTRIBUTES[name] = Attribute(name, type_, when, example)
+    ATTRIBUTES[name] = Attribute(name, type_, when, example)
     return name
 
 
@@ -59,7 +59,10 @@ REPLY_TRACE_ID: Final = _attribute(
     "0af7651916cd43dd8448eb211c80319c",
 )
 FAILURE_REASON: Final = _attribute(
-    "smtp.failure.reason", "string", "where no reply decided: the exception's words", "Connection unexpectedly closed"
+    "smtp.failure.reason",
+    "string",
+    "where the connection failed: in the words of the exception",
+    "Connection unexpectedly closed",
 )
 RECIPIENT_COUNT: Final = _attribute(
     "smtp.transaction.recipient_count", "int", "always: recipients that the server accepted", "2"
@@ -70,7 +73,7 @@ RECIPIENTS_REFUSED: Final = _attribute(
 RECIPIENTS_DEFERRED: Final = _attribute(
     "smtp.transaction.recipients_deferred", "int", "always: recipients refused with 4xx", "0"
 )
-MESSAGE_SIZE: Final = _attribute("smtp.message.size", "int", "where content was sent: its octets", "20480")
+MESSAGE_SIZE: Final = _attribute("smtp.message.size", "int", "from DATA on: octets of the content", "20480")
 MESSAGE_SIGNED: Final = _attribute(
     "smtp.message.signed", "boolean", "true where a DKIM or ARC signature kept the trace headers out", "true"
 )
@@ -103,8 +106,5 @@ RECIPIENT_FATE: Final = _attribute("smtp.recipient.fate", "string", "on events: 
 def table() -> str:
     """All attributes as a Markdown table."""
     lines = ["| Attribute | Type | When present | Example |", "| --- | --- | --- | --- |"]
-    lines += [f"| `{one.name}` | {one.type} | {one.when} | `{one.example}` |" for one in _ATTRIBUTES.values()]
+    lines += [f"| `{one.name}` | {one.type} | {one.when} | `{one.example}` |" for one in ATTRIBUTES.values()]
     return "\n".join(lines)
-
-
-NAMES: Final = frozenset(_ATTRIBUTES)

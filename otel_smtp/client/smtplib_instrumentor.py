@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 from opentelemetry.trace import Tracer
 
 from .instrumentor import Arguments, MailInstrumentor, Sending, Wrapper
-from .message_span import Addresses, Reply, Server, Transaction
+from .message_span import Addresses, MailServer, Reply, Transaction
 
 _Call = Callable[..., Any]
 
@@ -82,21 +82,21 @@ class _Wrappers:
             self._sending.answered(transaction, answer)
             return answer
 
-    def _server_of(self, client: smtplib.SMTP) -> Server:
+    def _server_of(self, client: smtplib.SMTP) -> MailServer:
         protocol = "lmtp" if isinstance(client, smtplib.LMTP) else "smtp"
         host = self._hosts.get(client, "")
         if host.startswith("/"):
-            return Server(host, None, None, protocol)
+            return MailServer(host, None, None, protocol)
         peer: tuple[str, int] | None = None
         with contextlib.suppress(OSError):  # the connection is lost
             if client.sock is not None:
                 address = client.sock.getpeername()
                 if isinstance(address, str):  # a unix socket, connected to before `connect` was replaced
-                    return Server(address, None, None, protocol)
+                    return MailServer(address, None, None, protocol)
                 peer = (address[0], address[1])
         # As `connect` reads it: one colon parts host and port, more of them are an IPv6 address.
         name = host.partition(":")[0] if host.count(":") == 1 else host
-        return Server(name or (peer[0] if peer else ""), peer[1] if peer else None, peer, protocol)
+        return MailServer(name or (peer[0] if peer else ""), peer[1] if peer else None, peer, protocol)
 
 
 def _reply(code: int, text: bytes | str) -> Reply:

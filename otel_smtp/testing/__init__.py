@@ -16,11 +16,11 @@ chooses, so they may run in parallel. `mailbox` is its upstream, an SMTP server 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from otel_smtp.testing.mailbox import Mail, Mailbox
+    from otel_smtp.testing.mailbox import Mailbox, ReceivedMail
     from otel_smtp.testing.running_gateway import RunningGateway, run_gateway
     from otel_smtp.testing.traces import Event, Span, Trace
 
-__all__ = ["Event", "Mail", "Mailbox", "RunningGateway", "Span", "Trace", "run_gateway"]
+__all__ = ["Event", "Mailbox", "ReceivedMail", "RunningGateway", "Span", "Trace", "run_gateway"]
 
 
 def __getattr__(name: str) -> Any:

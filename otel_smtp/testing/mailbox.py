@@ -14,7 +14,7 @@ WAIT_SECONDS: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Mail:
+class ReceivedMail:
     """A message as it arrived, with its envelope.
 
     Attributes:
@@ -52,8 +52,8 @@ class _Fault:
     is_kept: bool = False
 
 
-class Verdict(NamedTuple):
-    """What the server does about a whole message.
+class EndOfData(NamedTuple):
+    """What the server does when a whole message has arrived.
 
     Attributes:
         line: the reply; None: the connection is closed without one.
@@ -69,7 +69,7 @@ class _Shared:
     """What the test's threads and the server's share; guarded by `changed`."""
 
     changed: threading.Condition = field(default_factory=threading.Condition)
-    mails: list[Mail] = field(default_factory=list)
+    mails: list[ReceivedMail] = field(default_factory=list)
     faults: list[_Fault] = field(default_factory=list)
 
 
@@ -86,7 +86,7 @@ class Mailbox:
     # Messages
 
     @property
-    def mails(self) -> list[Mail]:
+    def mails(self) -> list[ReceivedMail]:
         """Everything that arrived, in order, with envelopes."""
         with self._shared.changed:
             return list(self._shared.mails)
@@ -115,7 +115,7 @@ class Mailbox:
         """
         pattern = _pattern(recipient)
 
-        def arrived() -> list[Mail]:
+        def arrived() -> list[ReceivedMail]:
             return _for_recipient(self._shared.mails, pattern)
 
         with self._shared.changed:
@@ -200,7 +200,7 @@ class Mailbox:
             fault = self._strike(Stage.RECIPIENT, [recipient])
         return fault.line if fault is not None else None
 
-    def take(self, mail: Mail) -> Verdict:
+    def take(self, mail: ReceivedMail) -> EndOfData:
         """Judge a whole message, and keep it if that is its fate. It is kept before its reply can be seen."""
         with self._shared.changed:
             delay = self._strike(Stage.DELAY, mail.recipients)
@@ -214,7 +214,7 @@ class Mailbox:
             if refused is None and (dropped is None or dropped.is_kept):
                 self._shared.mails.append(mail)
                 self._shared.changed.notify_all()
-        return Verdict(line, delay.seconds if delay is not None else 0.0)
+        return EndOfData(line, delay.seconds if delay is not None else 0.0)
 
     def _strike(self, stage: Stage, recipients: Iterable[str]) -> _Fault | None:
         recipients = list(recipients)
@@ -241,7 +241,7 @@ def _fits(pattern: str, recipient: str) -> bool:
     return recipient.endswith(pattern) if pattern.startswith("@") else recipient == pattern
 
 
-def _for_recipient(mails: Sequence[Mail], pattern: str) -> list[Mail]:
+def _for_recipient(mails: Sequence[ReceivedMail], pattern: str) -> list[ReceivedMail]:
     return [mail for mail in mails if any(_fits(pattern, recipient) for recipient in mail.recipients)]
 
 

@@ -8,7 +8,7 @@ import asyncio
 import re
 from typing import Final
 
-from otel_smtp.testing.mailbox import Mail, Mailbox
+from otel_smtp.testing.mailbox import Mailbox, ReceivedMail
 
 _KEYWORDS: Final = ("PIPELINING", "SIZE 104857600", "8BITMIME", "SMTPUTF8", "ENHANCEDSTATUSCODES", "DSN")
 _PATH: Final = re.compile(rb"<(.*?)>")
@@ -101,7 +101,7 @@ class MailboxServer(asyncio.Protocol):
 
     def _take(self, content: bytes) -> None:
         assert self._sender is not None
-        line, seconds = self._mailbox.take(Mail(self._sender, tuple(self._recipients), content))
+        line, seconds = self._mailbox.take(ReceivedMail(self._sender, tuple(self._recipients), content))
         self._is_content = False
         self._reset()
         if not seconds:

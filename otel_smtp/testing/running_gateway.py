@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple
 from otel_smtp import Gateway, load
 from otel_smtp.testing.mailbox import Mailbox
 from otel_smtp.testing.mailbox_server import MailboxServer
-from otel_smtp.testing.traces import TRANSACTION, WAIT_SECONDS, Recorder, Span, Trace, find_transaction
+from otel_smtp.testing.traces import TRANSACTION, WAIT_SECONDS, Recorder, Span, Told, Trace, find_transaction
 
 _HOST: Final = "127.0.0.1"
 # Bounds that only a machine at its limit comes near: a start takes a few milliseconds, after a first import of 0.3 s.
@@ -51,9 +51,7 @@ class RunningGateway:
         """The traces of all transactions that are over, refused ones too, in the order of their ends."""
         return [Trace(self._recorder, span) for span in self.spans if span.name == TRANSACTION]
 
-    def trace_of(
-        self, message: "Message[Any, Any] | str | BaseException", *, timeout_seconds: float = WAIT_SECONDS
-    ) -> Trace:
+    def trace_of(self, message: Told, *, timeout_seconds: float = WAIT_SECONDS) -> Trace:
         """The trace of a message, once its transaction is over.
 
         Args:
@@ -62,7 +60,10 @@ class RunningGateway:
 
         Raises:
             TimeoutError: no such transaction ended in time.
+            TypeError: `message` is nothing of the kind; Django's messages, say, are given as `message.message()`.
         """
+        if not isinstance(message, Message | str | bytes | BaseException):
+            raise TypeError(f"no message, reply, trace id or exception: {message!r}")
         found = self._recorder.wait_for(
             lambda spans: find_transaction(spans, message), timeout_seconds, "the trace of the message"
         )

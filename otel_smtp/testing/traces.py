@@ -5,9 +5,11 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from email.message import Message
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
 
 _T = TypeVar("_T")
+# What names a message: itself; or a trace id, a reply or a client library's exception, with the trace id in its words.
+Told: TypeAlias = "Message[Any, Any] | str | bytes | BaseException"
 
 TRANSACTION: Final = "smtp.transaction"
 DELIVERY: Final = "smtp.delivery"
@@ -168,12 +170,13 @@ class Trace:
         return f"<Trace {self.trace_id} {self.outcome}>"
 
 
-def find_transaction(spans: Sequence[Span], told: "Message[Any, Any] | str | BaseException") -> Span | None:
-    """The transaction that `told` tells of: the newest, where several do."""
+def find_transaction(spans: Sequence[Span], told: Told) -> Span | None:
+    """The transaction that `told` tells of: of several, the newest."""
     transactions = [span for span in reversed(spans) if span.name == TRANSACTION]
     if isinstance(told, Message):
         return _of_message(spans, transactions, told)
-    ids = set(_TRACE_ID.findall(str(told)))
+    text = told.decode("utf-8", "replace") if isinstance(told, bytes) else str(told)
+    ids = set(_TRACE_ID.findall(text))
     return next((span for span in transactions if span.trace_id in ids), None)
 
 

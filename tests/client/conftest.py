@@ -13,6 +13,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import Span, SpanKind, StatusCode
 
+from otel_smtp.client import names
 from otel_smtp.client.aiosmtplib_instrumentor import AiosmtplibInstrumentor
 from otel_smtp.client.smtplib_instrumentor import SmtplibInstrumentor
 from tests.support.capture import CapturingUpstream
@@ -53,9 +54,14 @@ def server() -> Iterator[CapturingUpstream]:
 
 
 @pytest.fixture
-def spans() -> Spans:
-    """The application's tracing."""
-    return Spans()
+def spans() -> Iterator[Spans]:
+    """The application's tracing; mail spans and their events have no attribute that the registry does not tell of."""
+    made = Spans()
+    yield made
+    mails = [span for span in made.finished if span.name == names.SPAN]
+    used = [span.attributes or {} for span in mails]
+    used += [event.attributes or {} for span in mails for event in span.events]
+    assert {name for attributes in used for name in attributes} <= names.ATTRIBUTES.keys()
 
 
 Instrument = Callable[..., BaseInstrumentor]
@@ -134,7 +140,7 @@ def check_relayed(server: CapturingUpstream, spans: Spans, request: Span) -> Non
     """One message, one header, one span with all it should say, below `request`."""
     (message,) = server.messages
     span = spans.only
-    assert traceparent(message.content) == names(span)
+    assert traceparent(message.content) == named_by(span)
     assert message.content.count(b"traceparent") == 1
     assert (span.kind, span.status.status_code) == (SpanKind.CLIENT, StatusCode.UNSET)
     assert span.parent is not None
@@ -151,7 +157,7 @@ def traceparent(content: bytes) -> str | None:
     return value.decode() if name == b"traceparent" else None
 
 
-def names(span: ReadableSpan) -> str:
+def named_by(span: ReadableSpan) -> str:
     """The span as a traceparent names it."""
     assert span.context is not None
     return f"00-{span.context.trace_id:032x}-{span.context.span_id:016x}-{span.context.trace_flags:02x}"

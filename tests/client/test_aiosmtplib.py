@@ -20,7 +20,7 @@ from tests.client.conftest import (
     Spans,
     check_relayed,
     hanging_up,
-    names,
+    named_by,
     traceparent,
 )
 from tests.support.capture import CapturingUpstream
@@ -95,7 +95,7 @@ async def test_the_function_that_does_it_all_is_traced_too(
     await aiosmtplib.send(
         MESSAGE, sender=SENDER, recipients=[BOB], hostname="127.0.0.1", port=server.port, start_tls=False
     )
-    assert traceparent(server.messages[0].content) == names(spans.only)
+    assert traceparent(server.messages[0].content) == named_by(spans.only)
 
 
 async def test_tasks_that_share_a_connection_do_not_mix_their_messages(
@@ -111,7 +111,7 @@ async def test_tasks_that_share_a_connection_do_not_mix_their_messages(
 
     async with client_of(server) as client:
         await asyncio.gather(*(send(client, number) for number in range(8)))
-    by_header = {names(span): span for span in spans.finished}
+    by_header = {named_by(span): span for span in spans.finished}
     by_id = {span.context.span_id: span for span in spans.finished if span.context is not None}
     assert len(server.messages) == 8
     for message in server.messages:
@@ -221,7 +221,7 @@ async def test_what_is_suppressed_is_neither_traced_nor_touched(
 def test_from_a_program_without_a_loop(server: CapturingUpstream, spans: Spans, instrument: Instrument) -> None:
     instrument()
     client_of(server).sendmail_sync(SENDER, [BOB], MESSAGE)
-    assert traceparent(server.messages[0].content) == names(spans.only)
+    assert traceparent(server.messages[0].content) == named_by(spans.only)
 
 
 def test_uninstrumented_aiosmtplib_is_what_it_was(spans: Spans) -> None:

@@ -28,7 +28,7 @@ from tests.client.conftest import (
     Spans,
     check_relayed,
     hanging_up,
-    names,
+    named_by,
     saying_yes,
     traceparent,
 )
@@ -146,7 +146,7 @@ def test_what_only_looks_like_a_reason_is_none(
     with smtplib.SMTP("127.0.0.1", server.port) as client:
         client.sendmail(SENDER, [BOB], content)
     (message,) = server.messages
-    assert message.content == f"traceparent: {names(spans.only)}\r\n".encode() + content
+    assert message.content == f"traceparent: {named_by(spans.only)}\r\n".encode() + content
 
 
 def test_a_signed_message_is_linked_by_the_trace_that_the_gateway_answers_with(
@@ -250,7 +250,7 @@ def test_a_client_that_sends_within_anothers_sending_has_a_span_of_its_own(
     assert inner.parent is not None
     assert outer.context is not None
     assert inner.parent.span_id == outer.context.span_id
-    assert [traceparent(message.content) for message in server.messages] == [names(inner), names(outer)]
+    assert [traceparent(message.content) for message in server.messages] == [named_by(inner), named_by(outer)]
     assert {(span.attributes or {})["smtp.transaction.recipient_count"] for span in spans.finished} == {1}
 
 
@@ -364,6 +364,7 @@ def test_a_message_that_smtplib_itself_refuses_is_refused_as_before(
         with pytest.raises(TypeError):
             client.sendmail(SENDER, [BOB])  # type: ignore[call-arg]
     assert [(span.attributes or {})["error.type"] for span in spans.finished] == ["UnicodeEncodeError", "TypeError"]
+    assert not any("smtp.failure.reason" in (span.attributes or {}) for span in spans.finished), "it quotes the message"
 
 
 @pytest.mark.parametrize(
@@ -388,6 +389,25 @@ def test_mailboxes_are_shown_as_far_as_is_wanted(
     everything = f"{spans.only.to_json()}"
     assert ("bob@" in everything, "ann@" in everything, "news@" in everything) == ((addresses == "full",) * 3)
     assert ("shop.example" in everything) == (addresses != "none")
+
+
+@pytest.mark.parametrize(
+    ("address", "domain"),
+    [
+        ("bob@There.Example", "there.example"),
+        ("Bob <bob@there.example>", "there.example"),
+        ("bob@there.example (a comment)", "there.example"),
+        ('"bob@home"@there.example', "there.example"),
+        ("bob@[192.0.2.7]", "[192.0.2.7]"),
+    ],
+)
+def test_of_an_address_only_the_domain_is_shown(
+    address: str, domain: str, server: CapturingUpstream, spans: Spans, instrument: Instrument
+) -> None:
+    instrument()
+    with smtplib.SMTP("127.0.0.1", server.port) as client, contextlib.suppress(smtplib.SMTPException):
+        client.sendmail(SENDER, [address], MESSAGE)
+    assert (spans.only.attributes or {})["smtp.rcpt.domains"] == (domain,)
 
 
 def test_an_environment_variable_says_the_same(
@@ -450,8 +470,8 @@ def test_several_messages_of_one_connection_have_a_span_each(
         client.mail(SENDER)
         client.rset()  # given up: no message, no span
         by_sendmail_bytes(client)
-    assert [traceparent(message.content) for message in server.messages] == [names(span) for span in spans.finished]
-    assert len({names(span) for span in spans.finished}) == len(WAYS) + 1
+    assert [traceparent(message.content) for message in server.messages] == [named_by(span) for span in spans.finished]
+    assert len({named_by(span) for span in spans.finished}) == len(WAYS) + 1
     assert {(span.attributes or {})["smtp.transaction.recipient_count"] for span in spans.finished} == {1}
 
 
@@ -470,7 +490,7 @@ def test_threads_do_not_mix_their_messages(server: CapturingUpstream, spans: Spa
     for thread in threads:
         thread.join(30)
     assert problems == []
-    by_name = {names(span): span for span in spans.finished}
+    by_name = {named_by(span): span for span in spans.finished}
     assert len(server.messages) == 30
     for message in server.messages:
         span = by_name[traceparent(message.content) or ""]

@@ -77,7 +77,7 @@ def test_it_is_found_by_what_the_application_has_in_hand(smtp_gateway: RunningGa
         _, reply = client.data(sent.as_bytes())
     wanted = smtp_gateway.traces[-1].transaction
     send(smtp_gateway, email(Message_ID="<two@shop.example>"))
-    for told in (sent, reply.decode(), wanted.trace_id):
+    for told in (sent, reply, reply.decode(), smtplib.SMTPDataError(250, reply), wanted.trace_id):
         assert smtp_gateway.trace_of(told).transaction == wanted
 
 
@@ -101,6 +101,11 @@ def test_a_message_that_never_came_is_not_waited_for_long(smtp_gateway: RunningG
     send(smtp_gateway, email())
     with pytest.raises(TimeoutError, match=r"There are: .*smtp\.transaction .*relayed 250"):
         smtp_gateway.trace_of("0" * 32, timeout_seconds=0.01)
+
+
+def test_what_cannot_name_a_message_is_refused_at_once(smtp_gateway: RunningGateway) -> None:
+    with pytest.raises(TypeError, match="no message"):
+        smtp_gateway.trace_of(7)  # type: ignore[arg-type]
 
 
 def test_a_refused_recipient(smtp_gateway: RunningGateway, mailbox: Mailbox) -> None:

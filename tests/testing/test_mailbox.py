@@ -5,13 +5,13 @@ from email.message import EmailMessage
 
 import pytest
 
-from otel_smtp.testing import Mail, Mailbox
+from otel_smtp.testing import Mailbox, ReceivedMail
 
 BOB = "Bob@There.example"
 
 
-def mail(*recipients: str, content: bytes = b"Subject: x\r\n\r\nHello\r\n") -> Mail:
-    return Mail("a@shop.example", recipients, content)
+def mail(*recipients: str, content: bytes = b"Subject: x\r\n\r\nHello\r\n") -> ReceivedMail:
+    return ReceivedMail("a@shop.example", recipients, content)
 
 
 @pytest.mark.parametrize(
