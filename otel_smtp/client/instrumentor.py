@@ -16,6 +16,7 @@ from typing import Any, Final, NamedTuple
 from weakref import WeakKeyDictionary
 
 from opentelemetry import context, trace
+from opentelemetry.instrumentation.dependencies import get_dependency_conflicts
 from opentelemetry.instrumentation.instrumentor import BaseInstrumentor  # type: ignore[attr-defined]  # not typed
 from opentelemetry.instrumentation.utils import is_instrumentation_enabled, unwrap
 from opentelemetry.trace import TracerProvider
@@ -224,6 +225,10 @@ class MailInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # as above
     def _instrument(
         self, *, tracer_provider: TracerProvider | None = None, addresses: str | None = None, **_: Any
     ) -> None:
+        # `opentelemetry-instrument` does not ask: it looks at what the whole distribution instruments.
+        if (conflict := get_dependency_conflicts(self.instrumentation_dependencies())) is not None:
+            logger.error("mail is not traced: %s", conflict)
+            return
         client = self._client_class()
         if getattr(client, _MARK, False):
             logger.debug("%s is instrumented already, by this package's other name", client.__qualname__)

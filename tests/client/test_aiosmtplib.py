@@ -224,6 +224,25 @@ def test_from_a_program_without_a_loop(server: CapturingUpstream, spans: Spans, 
     assert traceparent(server.messages[0].content) == named_by(spans.only)
 
 
+class OfAnotherVersion(AiosmtplibInstrumentor):
+    """As if a version were installed whose methods are not known."""
+
+    _instance = None  # of its own: there is one for each class
+
+    def instrumentation_dependencies(self) -> tuple[str, ...]:
+        return ("aiosmtplib < 1",)
+
+
+def test_a_version_that_is_not_known_is_left_alone(spans: Spans, caplog: pytest.LogCaptureFixture) -> None:
+    before = dict(vars(aiosmtplib.SMTP))
+    instrumentor = OfAnotherVersion()
+    instrumentor.instrument(tracer_provider=spans.provider, skip_dep_check=True)  # as the command calls it
+    assert dict(vars(aiosmtplib.SMTP)) == before
+    assert "aiosmtplib" in caplog.text
+    instrumentor.uninstrument()
+    assert dict(vars(aiosmtplib.SMTP)) == before
+
+
 def test_uninstrumented_aiosmtplib_is_what_it_was(spans: Spans) -> None:
     before = dict(vars(aiosmtplib.SMTP))
     AiosmtplibInstrumentor().instrument(tracer_provider=spans.provider)

@@ -24,6 +24,6 @@ def test_a_name_is_registered_or_of_our_own_space(name: str) -> None:
     assert name.startswith("smtp.") or name in registered()
 
 
-@pytest.mark.parametrize("name", names.ATTRIBUTES.keys() & ATTRIBUTES.keys())
+@pytest.mark.parametrize("name", sorted(names.ATTRIBUTES.keys() & ATTRIBUTES.keys()))
 def test_a_name_that_the_gateway_has_too_has_its_type(name: str) -> None:
     assert names.ATTRIBUTES[name].type == ATTRIBUTES[name].type
