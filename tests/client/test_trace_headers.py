@@ -13,7 +13,7 @@ from opentelemetry.context import Context
 from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, TraceState
 
 from otel_smtp.client import inject
-from otel_smtp.client.trace_headers import trace_headers
+from otel_smtp.client.trace_headers import header_block, trace_headers
 from otel_smtp.observer import TraceHeaders
 from otel_smtp.telemetry import propagation
 
@@ -92,6 +92,29 @@ def test_the_same_fields_stand_on_top_of_a_flattened_message(line_end: str) -> N
     assert read is not None
     assert (read.trace_id, read.span_id, read.flags) == (TRACE_ID, SPAN_ID, 1)
     assert read.trace_state.startswith("vendor0=x")
+
+
+@pytest.mark.parametrize(
+    ("message", "line_end"),
+    [
+        (b"A: b\r\n\r\nx\n", "\r\n"),
+        (b"A: b\n\nx\r\n", "\n"),
+        (b"A: b\nC: d\n\r\nx", "\n"),
+        ("A: b\r\rx", "\r"),  # smtplib makes CRLF of it
+        (b"A: b\r\n", "\r\n"),  # no body
+        (b"A:\r\n b\r\n\r\n", "\r\n"),
+        (b"A : b\r\n\r\n", "\r\n"),  # obsolete, and understood (RFC 5322 4.5)
+        (b"A: b", ""),
+        (b"", ""),
+        ("", ""),
+        (b"\r\nx", ""),
+        (b" folded: into nothing\r\n\r\n", ""),
+        ("Gr\u00fc\u00dfe: x\r\n\r\n", ""),
+        (b"no field\r\n\r\n", ""),
+    ],
+)
+def test_the_line_end_of_a_header_block_is_that_of_its_first_line(message: str | bytes, line_end: str) -> None:
+    assert header_block(message) == (line_end, False, False)
 
 
 def test_no_span_gives_no_field() -> None:
