@@ -75,6 +75,7 @@ class Room:
         standard: modules of the standard library.
         reads_environment: `os.environ` may be read.
         stands_apart: knows nothing of the modules beside it, though they share a package with it.
+        is_relocatable: its modules import each other by relative names, as they are installed under a second name too.
     """
 
     house: tuple[str, ...]
@@ -82,6 +83,7 @@ class Room:
     standard: frozenset[str] = _LIBRARY - {"argparse"}
     reads_environment: bool = False
     stands_apart: bool = False
+    is_relocatable: bool = False
 
 
 _EVERYTHING: Final = Room((PACKAGE,), None, _LIBRARY, reads_environment=True)
@@ -103,9 +105,19 @@ ROOMS: Final = {
     ),
     # The way to a collector: its libraries are imported by the thread that exports.
     "otel_smtp.telemetry.collector": Room((), frozenset({"grpc", "httpx", "google", "opentelemetry"})),
-    # What applications import: the one door to it, and the API alone behind the door.
-    "otel_smtp.client": Room(("otel_smtp.telemetry.client",)),
-    "otel_smtp.telemetry.client": Room((), frozenset({"opentelemetry"})),
+    # What applications import: nothing of the gateway, and of OpenTelemetry the API and the base class of
+    # instrumentors. A module that replaces methods imports the library whose they are.
+    "otel_smtp.client": Room((), frozenset({"opentelemetry"}), is_relocatable=True),
+    "otel_smtp.client.instrumentor": Room(
+        (), frozenset({"opentelemetry", "wrapt"}), reads_environment=True, is_relocatable=True
+    ),
+    "otel_smtp.client.aiosmtplib_instrumentor": Room(
+        (), frozenset({"opentelemetry", "aiosmtplib"}), is_relocatable=True
+    ),
+    # Applications' tests: the gateway as every program that embeds it sees it.
+    "otel_smtp.testing": Room(("otel_smtp.Gateway", "otel_smtp.load")),
+    "otel_smtp.testing.running_gateway": Room(("otel_smtp.Gateway", "otel_smtp.load"), reads_environment=True),
+    "otel_smtp.testing.plugin": Room((), frozenset({"pytest"})),
     "otel_smtp.telemetry.metric_export": Room(("otel_smtp.telemetry",), frozenset({"opentelemetry"})),
     "otel_smtp.telemetry.log_export": Room(("otel_smtp.telemetry",)),
     # The one reading of the OTEL_* variables.
@@ -160,7 +172,7 @@ class Import(NamedTuple):
 
     name: str
     line: int
-    is_relative: bool = False
+    level: int = 0  # of a relative import: 1 is the module's own package
 
 
 def is_within(name: str, prefix: str) -> bool:
@@ -189,7 +201,7 @@ def imports_of(tree: ast.AST) -> Iterator[Import]:
                     yield Import(alias.name, node.lineno)
             case ast.ImportFrom(module=source, names=names, level=level):
                 for alias in names:
-                    yield Import(f"{source}.{alias.name}" if source else alias.name, node.lineno, level > 0)
+                    yield Import(f"{source}.{alias.name}" if source else alias.name, node.lineno, level)
             case ast.Call(func=ast.Name(id="__import__") | ast.Attribute(attr="import_module"), args=[first, *_]):
                 # A computed name can't be judged, so it is judged as the whole package.
                 name = first.value if isinstance(first, ast.Constant) and isinstance(first.value, str) else PACKAGE
@@ -202,10 +214,13 @@ def layering(module: str, tree: ast.AST) -> Iterator[Finding]:
     if room is None:
         yield Finding(module, 1, "belongs to no room of the house")
         return
-    for name, line, is_relative in imports_of(tree):
+    for name, line, level in imports_of(tree):
         top = name.partition(".")[0]
-        if is_relative:
-            yield Finding(module, line, "relative import")
+        if level:
+            if not (room.is_relocatable and level == 1):
+                yield Finding(module, line, "relative import")
+        elif room.is_relocatable and top == PACKAGE:
+            yield Finding(module, line, f"imports {name}")
         elif top in (PACKAGE, "tests"):
             if top == "tests" or not may_import(module, room, name):
                 yield Finding(module, line, f"imports {name}")
@@ -356,6 +371,7 @@ GOOD = [
     ("otel_smtp.telemetry.environment", "import os\nx = os.environ['OTEL_TRACES_EXPORTER']"),
     ("otel_smtp.gateway.wiring", "from otel_smtp.config import Config\nfrom otel_smtp.telemetry.setup import start"),
     ("otel_smtp", "from otel_smtp.gateway import Gateway\nfrom otel_smtp.smtp.states import ConnState"),
+    ("otel_smtp.client.message_span", "from . import names\nfrom opentelemetry import trace"),
 ]
 
 
@@ -415,6 +431,15 @@ BAD = [
     ("otel_smtp.server.connection", "from opentelemetry import trace", "imports opentelemetry.trace"),
     ("otel_smtp.status.pages", "import opentelemetry.sdk", "imports opentelemetry.sdk"),
     ("otel_smtp.server.connection", "import starlette", "imports starlette"),
+    # what is installed under two names knows neither
+    (
+        "otel_smtp.client",
+        "from otel_smtp.client.trace_headers import inject",
+        "imports otel_smtp.client.trace_headers.inject",
+    ),
+    ("otel_smtp.client.message_span", "from otel_smtp.smtp import replies", "imports otel_smtp.smtp.replies"),
+    ("otel_smtp.client.message_span", "from ..smtp import replies", "relative import"),
+    ("otel_smtp.client.message_span", "import aiosmtplib", "imports aiosmtplib"),
     # settings stay above
     ("otel_smtp.server.connection", "from otel_smtp.config import Config", "imports otel_smtp.config.Config"),
     ("otel_smtp.telemetry.setup", "from otel_smtp import config", "imports otel_smtp.config"),
