@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from otel_smtp.commands.demo.show import called_as, invitations
 from otel_smtp.observing import Endpoint
-
 from tests.support.capture import CapturingUpstream
 from tests.support.tools import tool
 
