@@ -310,12 +310,14 @@ def test_an_upstream_is_given_up_after_a_whole_window_of_failures(successes: int
     assert not is_closed(breaker)
 
 
-def test_a_success_begins_the_count_of_failures_anew() -> None:
+def test_failures_that_are_not_in_a_row_do_not_add_up() -> None:
     breaker = Breaker(20)
     for _ in range(20):
-        for _ in range(2):
-            breaker.failed(0)
-        breaker.succeeded()
+        for _ in range(1000):
+            breaker.succeeded()
+        breaker.failed(0)
+    for _ in range(3):
+        breaker.failed(0)
     assert is_closed(breaker)
 
 
