@@ -36,8 +36,8 @@ T = TypeVar("T")
 # spans, and some room is left.
 MAX_BATCH_OCTETS: Final = 3 * 1024 * 1024
 # The SDK's defaults, a queue of 2048 spans and batches of 512, suit slower senders: at ten thousand mails per second
-# that queue is full within a tenth of a second, and a request, which costs a millisecond of Python, is due every 25 ms. The
-# two spans of a mail have some 1.4 KiB, so the default queue takes some 12 MiB. Connections with hundreds of errors
+# that queue is full within a tenth of a second, and a request, which costs a millisecond of Python, is due every 25 ms.
+# The two spans of a mail have some 1.4 KiB, so the default queue takes some 12 MiB. Connections with hundreds of errors
 # make spans of 100 KiB; for them the bound is in octets: what clients can make us hold while the collector is down.
 QUEUE_OCTETS_A_SPAN: Final = 2 * 1024
 LEAST_QUEUE_OCTETS: Final = 32 * 1024 * 1024
