@@ -56,7 +56,6 @@ class UpstreamConnection:
         "_answers",
         "_is_in_content",
         "_loop",
-        "_most_messages",
         "_on_settled",
         "_on_writable",
         "_patience_seconds",
@@ -183,8 +182,7 @@ class UpstreamConnection:
         self.is_alive = False
         self._is_in_content = True
         self._on_settled = on_settled
-        if data := self.protocol.data_to_send():
-            self.stream.write(data)
+        self.stream.write(self.protocol.data_to_send())
         if self.stream.is_eof:
             self._end(ConnectionLost("connection lost"))
             return False
@@ -215,15 +213,14 @@ class UpstreamConnection:
         if self.stream.receiver is None:
             self.stream.receive_by(self)
         try:
-            async with asyncio.timeout_at(self.deadline):
-                fault = await waiting
+            if not waiting.done():
+                async with asyncio.timeout_at(self.deadline):
+                    await waiting
         except TimeoutError as error:
-            self.abandon()
             raise TimedOut("no answer in time") from error
-        except BaseException:
+        finally:
             self.abandon()
-            raise
-        if fault is not None:
+        if (fault := waiting.result()) is not None:
             raise fault
         return got
 
@@ -262,7 +259,7 @@ class UpstreamConnection:
         answers, self._answers = self._answers, []
         self._on_settled = self._on_writable = None
         self.deadline = math.inf
-        self.is_alive = fault is None and not self.stream.is_eof and self.protocol.is_in_step
+        self.is_alive = fault is None and self.protocol.is_in_step
         on_settled(answers, fault)
 
     # Receiver ---------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ MAX_NAME_OCTETS: Final = 255
 OAUTH_REFUSED: Final = b'{"status":"invalid_token","schemes":"bearer"}'
 """The challenge that tells an OAuth client why; it answers with nothing that matters, then fails (RFC 7628 3.2.3)."""
 
-_TOKEN = re.compile(r"[A-Za-z0-9._~+/-]++=*+")  # b64token (RFC 6750 2.1)
+_TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # b64token (RFC 6750 2.1)
 _GS2_HEADER = re.compile(r"[ny],(?:a=([^,]*))?,")
 _KEY = re.compile(r"[A-Za-z]+")  # of a kvpair (RFC 7628 3.1)
 _SEPARATOR: Final = "\x01"
@@ -159,23 +159,6 @@ def parse_oauthbearer(message: bytes) -> BearerToken:
         raise SaslError("no GS2 header")
     name = "" if not match[1] else prepare_name(_unescape(match[1]))
     return BearerToken(name, _bearer(_pairs(rest).get("auth", "")))
-
-
-def build_oauthbearer(name: str, token: str, *, host: str, port: int) -> bytes:
-    """OAUTHBEARER's one message; errors as `build_plain`.
-
-    Args:
-        host, port: of the server, as the client was told to reach it.
-    """
-    escaped = _name_to_send(name).replace(b"=", b"=3D").replace(b",", b"=2C")
-    if not host.isascii() or not host.isprintable():
-        raise SaslError("not a host")
-    return b"n,a=%b,\x01host=%b\x01port=%d\x01auth=Bearer %b\x01\x01" % (
-        escaped,
-        host.encode("ascii"),
-        port,
-        _token_to_send(token),
-    )
 
 
 def _text(octets: bytes) -> str:

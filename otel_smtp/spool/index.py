@@ -88,16 +88,12 @@ class Index:
             SpoolError: it was made by a newer version.
             sqlite3.Error: it cannot be opened.
         """
-        database = self._connection = sqlite3.connect(path, isolation_level=None, cached_statements=256)
-        database.execute("PRAGMA journal_mode = WAL")
-        database.execute("PRAGMA synchronous = FULL")
-        database.execute("PRAGMA foreign_keys = ON")
-        (version,) = database.execute("PRAGMA user_version").fetchone()
-        if version > SCHEMA_VERSION:
-            database.close()
-            raise SpoolError(f"{path}: made by a newer version (schema {version}; this one knows {SCHEMA_VERSION})")
-        if version == 0:
-            database.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+        self._connection = sqlite3.connect(path, isolation_level=None, cached_statements=256)
+        try:
+            in_use = self._set_up(path)
+        except BaseException:
+            self._connection.close()
+            raise
         # Rows of new messages, written together: each statement is a moment in which the event loop takes the
         # interpreter, and this thread waits to have it back.
         self._new: dict[str, list[tuple[Any, ...]]] = {
@@ -108,9 +104,22 @@ class Index:
         self._has_new = False
         self._ended: Counter[str] = Counter()
         # How many messages lie in each file; an index for it would cost a page of the log in each commit.
-        self._uses = Counter(dict(database.execute("SELECT file, count(*) FROM msg GROUP BY file").fetchall()))
+        self._uses = Counter(in_use)
         self._uses_changed: Counter[str] = Counter()
         self.messages = self._uses.total()
+
+    def _set_up(self, path: Path) -> dict[str, int]:
+        """Make the database ready, and its tables where there are none; how many messages lie in each file."""
+        database = self._connection
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("PRAGMA synchronous = FULL")
+        database.execute("PRAGMA foreign_keys = ON")
+        (version,) = database.execute("PRAGMA user_version").fetchone()
+        if version > SCHEMA_VERSION:
+            raise SpoolError(f"{path}: made by a newer version (schema {version}; this one knows {SCHEMA_VERSION})")
+        if version == 0:
+            database.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
+        return dict(database.execute("SELECT file, count(*) FROM msg GROUP BY file").fetchall())
 
     @property
     def _database(self) -> sqlite3.Connection:
@@ -391,8 +400,8 @@ class Index:
     def _drop_message_of_one_delivery(self, lease: Lease) -> bool:
         """What becomes of nearly every message, in one statement; False where it has other deliveries, or is lost."""
         found = self._database.execute(
-            "DELETE FROM msg WHERE id = ?1 AND (SELECT count(*) = 1 AND max(d = ?2 AND state = 'leased' AND"
-            " lease_epoch = ?3) FROM dlv WHERE msg_id = ?1)",
+            "DELETE FROM msg WHERE id = ? AND (SELECT count(*) = 1 AND max(d = ? AND state = 'leased' AND"
+            " lease_epoch = ?) FROM dlv WHERE msg_id = msg.id)",
             (lease.message_id, lease.delivery, lease.epoch),
         )
         if not found.rowcount:

@@ -28,7 +28,7 @@ from prometheus_client.samples import Exemplar
 
 from otel_smtp.observing import ConnectionRecord, DeliveryRecord, Observer, Outcome, TransactionRecord
 from otel_smtp.smtp.replies import AUTH_FAILED
-from otel_smtp.smtp.states import ConnState, Transition
+from otel_smtp.smtp.states import LEVELS, ConnState, Transition
 from otel_smtp.telemetry import attributes as names
 from otel_smtp.telemetry.attributes import Instrument, Metric
 from otel_smtp.telemetry.propagation import TraceContext
@@ -197,7 +197,10 @@ class Metrics(Observer):
     def connection_closed(self, connection: ConnectionRecord) -> None:
         """Count what the last segment holds, and the connection."""
         self._fold(connection)
-        labels = (connection.info.listener,)
+        listener = connection.info.listener
+        labels = (listener,)
+        if (listener, _NAMES[ConnState.NEW]) not in self._active:
+            self._active |= {(listener, _NAMES[level]): 0 for level in LEVELS}  # there all the same, and none
         self._connection_duration.series[labels].add((connection.closed_ns - connection.opened_ns) / 1e9)
         if connection.octets_received == 0:
             self._probes.add(labels)

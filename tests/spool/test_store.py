@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import sqlite3
 import time
 from pathlib import Path
 
@@ -116,8 +117,9 @@ async def test_what_comes_at_the_same_time_shares_a_file_which_goes_with_the_las
         await store.record(lambda index, lease=lease: index.finish(lease, delivered(), next_at=0))  # type: ignore[misc]
     assert await store.is_intact(leases[-1].placement)
     await store.record(lambda index: index.finish(leases[-1], delivered(), next_at=0))
-    assert list(store.directory.files()) == []
+    # The file goes after the result was told, and before anything else is done.
     assert await store.apply(lambda index: index.tally()) == {"accepted": 20, "delivered": 20}
+    assert list(store.directory.files()) == []
 
 
 async def test_a_lease_is_given_once_and_its_result_taken_once(store: SpoolStore) -> None:
@@ -301,8 +303,6 @@ async def test_a_directory_that_cannot_be_made_is_told_by_name(tmp_path: Path) -
 
 
 async def test_a_newer_schema_is_refused(store: SpoolStore) -> None:
-    import sqlite3
-
     await store.close()
     database = sqlite3.connect(store.directory.index_path)
     database.execute("PRAGMA user_version = 99")
@@ -322,6 +322,15 @@ async def test_a_damaged_index_is_refused(store: SpoolStore) -> None:
     index.write_bytes(data)
     with pytest.raises(SpoolError):
         await reopened(store).open()
+
+
+def test_an_index_that_cannot_be_opened_is_left_closed(tmp_path: Path) -> None:
+    path = tmp_path / "spool.db"
+    path.write_bytes(b"SQLite format 3\0" + b"\xff" * 4096)
+    with pytest.raises(sqlite3.DatabaseError) as raised:
+        Index(path)
+    assert raised.traceback  # which keeps what was made until then
+    assert str(path) not in {str(file.readlink()) for file in Path("/proc/self/fd").iterdir() if file.is_symlink()}
 
 
 async def test_no_more_messages_are_taken_than_allowed(tmp_path: Path) -> None:

@@ -13,10 +13,6 @@ NAMES = frozenset({*attributes.ATTRIBUTES, *attributes.SPANS, *attributes.EVENTS
 REGISTRY = PACKAGE / "telemetry" / "attributes.py"
 # What an application installs brings no registry of ours: it writes the conventions' names itself.
 APART = ("client", "telemetry/client.py")
-# To be emptied: files that still spell names out.
-SPELLED_OUT: frozenset[str] = frozenset(
-    {"commands/terminal/spans.py", "commands/terminal/waterfall.py", "commands/terminal/words.py"}
-)
 
 
 def literals(source: str) -> list[tuple[int, str]]:
@@ -32,11 +28,7 @@ def sources() -> list[str]:
 
 @pytest.mark.parametrize("file", [file for file in sources() if not file.startswith(APART)])
 def test_no_name_is_spelled_out_beside_the_registry(file: str) -> None:
-    found = literals((PACKAGE / file).read_text(encoding="utf-8"))
-    if file in SPELLED_OUT:
-        assert found, "it spells nothing out any more: take it off the list"
-    else:
-        assert found == []
+    assert literals((PACKAGE / file).read_text(encoding="utf-8")) == []
 
 
 @pytest.mark.parametrize(
