@@ -47,7 +47,7 @@ def states(record: SpanRecord) -> list[object]:
     return [event.attributes["smtp.state"] for event in record.events]
 
 
-# Golden sequences (states.md) ------------------------------------------------------------------------------------
+# Golden sequences ------------------------------------------------------------------------------------------------
 
 
 def _nothing(client: Client) -> None:
