@@ -5,13 +5,11 @@ have understood.
 """
 
 import asyncio
-import re
 from typing import Final
 
 from otel_smtp.testing.mailbox import Mailbox, ReceivedMail
 
 _KEYWORDS: Final = ("PIPELINING", "SIZE 104857600", "8BITMIME", "SMTPUTF8", "ENHANCEDSTATUSCODES", "DSN")
-_PATH: Final = re.compile(rb"<(.*?)>")
 _END_OF_DATA: Final = b"\r\n.\r\n"
 
 
@@ -70,11 +68,11 @@ class MailboxServer(asyncio.Protocol):
             case b"HELO":
                 self._reset()
                 self._say("250 mailbox.test")
-            case b"MAIL" if self._sender is None and (path := _PATH.search(line)):
-                self._sender = path[1].decode("utf-8", "replace")
+            case b"MAIL" if self._sender is None and (path := _path(line)) is not None:
+                self._sender = path
                 self._say("250 2.1.0 Ok")
-            case b"RCPT" if self._sender is not None and (path := _PATH.search(line)):
-                self._answer_recipient(path[1].decode("utf-8", "replace"))
+            case b"RCPT" if self._sender is not None and (path := _path(line)) is not None:
+                self._answer_recipient(path)
             case b"DATA" if self._recipients:
                 self._received[:0] = b"\r\n"
                 self._searched = 0
@@ -133,3 +131,9 @@ class MailboxServer(asyncio.Protocol):
         if self._transport is not None:
             self._transport.close()
             self._transport = None
+
+
+def _path(line: bytes) -> str | None:
+    """What stands between the angle brackets of MAIL and RCPT; a quoted local part may hold some of its own."""
+    start, end = line.find(b"<"), line.rfind(b">")
+    return line[start + 1 : end].decode("utf-8", "replace") if 0 <= start < end else None
