@@ -188,6 +188,18 @@ def test_an_idle_connection_is_taken_without_a_ticket() -> None:
     assert pool.take(5) is second
 
 
+def test_who_waits_for_a_fresh_connection_keeps_nobody_from_an_idle_one() -> None:
+    pool: Connections = Pool(PoolLimits())
+    used = opened(pool, pool.ask(0))
+    while pool.ask(0).decision is Decision.OPEN:
+        pool.failed(0)
+    probe, fresh, other = pool.ask(5), pool.ask(5, fresh=True), pool.ask(5)
+    assert decided(probe, Decision.OPEN)
+    pool.release(used, 6)
+    assert decided(fresh, Decision.WAITING)  # for the probe's verdict
+    assert (other.decision, other.connection) == (Decision.REUSE, used)
+
+
 def test_a_lost_idle_connection_is_forgotten_and_a_busy_one_is_not_touched() -> None:
     pool = grown()
     idle, busy = (opened(pool, pool.ask(0)) for _ in range(2))
