@@ -27,6 +27,7 @@ import select
 import ssl
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
+from functools import lru_cache
 from typing import Any, Final, Protocol, cast
 
 from otel_smtp.net.endpoints import endpoint
@@ -42,6 +43,7 @@ READ_OFF_OCTETS: Final = 1024 * 1024  # more than sockets' buffers hold on their
 TLS_SHUTDOWN_SECONDS: Final = 2.0  # for the peer's close_notify; few peers send one
 CLOCK_SLACK_SECONDS: Final = 0.002  # uvloop's timers count whole milliseconds
 
+_own_endpoint: Final = lru_cache(maxsize=64)(endpoint)  # of a listener: the same for all of its connections
 _RECEIVE_BUFFER: Final = memoryview(bytearray(RECEIVE_BUFFER_OCTETS))
 
 
@@ -118,7 +120,7 @@ class Stream(asyncio.BufferedProtocol):
         self._loop = asyncio.get_running_loop()
         self._on_connected = on_connected
         self._transport: asyncio.Transport | None = None
-        self._chunks: list[bytes] = []
+        self._chunks: list[bytes] | tuple[()] = ()  # nothing is kept on the mail path: not even an empty list
         self._unread = 0
         self._reader: asyncio.Future[None] | None = None
         self._drained: asyncio.Future[None] | None = None
@@ -208,7 +210,7 @@ class Stream(asyncio.BufferedProtocol):
         if not chunks:
             return b""
         data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
-        chunks.clear()
+        self._chunks = ()
         self._unread = 0
         if self._water_pauses:
             self._water_pauses = False
@@ -232,7 +234,7 @@ class Stream(asyncio.BufferedProtocol):
             self.pause_reading()
         if len(data) > octets:
             # uvloop begins to read right after a pause made at accept, so more may have come than was asked for.
-            self._chunks.insert(0, data[octets:])
+            self._chunks = [data[octets:], *self._chunks]
             self._unread += len(data) - octets
         return data[:octets]
 
@@ -425,7 +427,7 @@ class Stream(asyncio.BufferedProtocol):
         self._transport = cast("asyncio.Transport", transport)
         self._transport.set_write_buffer_limits(high=HIGH_WATER_OCTETS, low=LOW_WATER_OCTETS)
         self.peer = endpoint(transport.get_extra_info("peername"))
-        self.local = endpoint(transport.get_extra_info("sockname"))
+        self.local = _own_endpoint(transport.get_extra_info("sockname"))
         if self._on_connected is not None:
             self._on_connected(self)
 
@@ -440,7 +442,11 @@ class Stream(asyncio.BufferedProtocol):
             self.octets_received += nbytes
             receiver.data_received(bytes(_RECEIVE_BUFFER[:nbytes]))
             return
-        self._chunks.append(bytes(_RECEIVE_BUFFER[:nbytes]))
+        data = bytes(_RECEIVE_BUFFER[:nbytes])
+        if self._chunks:
+            self._chunks.append(data)
+        else:
+            self._chunks = [data]
         self.octets_received += nbytes
         self._unread += nbytes
         if self._ration:

@@ -1,4 +1,4 @@
-"""How often a client address has failed to authenticate: a sliding window in bounded memory (D6)."""
+"""How often a client address has failed to authenticate: a sliding window in bounded memory."""
 
 import ipaddress
 from collections import OrderedDict, deque

@@ -83,6 +83,7 @@ class Server:
         self._auth_failures = FailureRate(limit=auth_failures_per_minute)
         self._can: Capabilities | None = None
         self._offer = Offer()
+        self.offer = self._current_offer  # bound once: each session keeps it
 
     @property
     def is_stressed(self) -> bool:
@@ -141,7 +142,7 @@ class Server:
 
     # What sessions ask -------------------------------------------------------------------------------------------
 
-    def offer(self) -> Offer:
+    def _current_offer(self) -> Offer:
         """What the forwarder can promise now; the same object while nothing changes."""
         can = self.forwarder.capabilities()
         if can is not self._can:
@@ -182,7 +183,8 @@ class Server:
         self._count(session, host)
         return None
 
-    def illegal_step(self, step: IllegalTransition) -> None:
+    @staticmethod
+    def illegal_step(step: IllegalTransition) -> None:
         """A state step that the table does not hold: a bug of ours, which costs nobody a connection."""
         logger.error("illegal state step", extra={"from_state": str(step.previous), "to_state": str(step.state)})
 

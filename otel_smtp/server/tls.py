@@ -17,7 +17,7 @@ class ServerTls:
     """The TLS side of one listener.
 
     Each listener has its own: a context encrypts session tickets with keys of its own, so a session that was made on
-    one listener cannot be resumed on another whose policy is another (E6).
+    one listener cannot be resumed on another whose policy is another.
 
     Args:
         certificate: PEM file with the certificate and the chain up to the authority, the certificate first.
@@ -41,7 +41,7 @@ class ServerTls:
 
         Returns:
             Whether the new ones are in use. If not, the old ones stay, and the log says why: a half-written or
-            mismatched pair must not take the listener down (E8).
+            mismatched pair must not take the listener down.
         """
         try:
             self._context = _make_context(self._certificate, self._key)

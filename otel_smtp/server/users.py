@@ -11,7 +11,7 @@ HASH is one of
 SCRAM-SHA-256 is announced only if every user has the second kind: clients prefer it, and would fail with the first.
 
 An unknown name costs what a known one with a wrong password costs: a real hash, of the parameters that most users have,
-is computed and compared (D7). Nothing that blocks runs on the event loop, and hashing is bounded in threads, so that a
+is computed and compared. Nothing that blocks runs on the event loop, and hashing is bounded in threads, so that a
 crowd of guessers can take neither the loop nor the memory.
 """
 

@@ -15,7 +15,7 @@ class RemoteProtocolError(Exception):
 
     Attributes:
         reply: what to answer if the peer is a client; what to make of it for our client if the peer is an
-            upstream (wire.md, "What upstream faults get").
+            upstream.
     """
 
     def __init__(self, message: str, reply: "Reply") -> None:

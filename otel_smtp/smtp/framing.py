@@ -8,7 +8,7 @@ Content goes through three small machines, each fed with octets in pieces of any
 Rules that hold throughout:
 
 * Cutting the input differently never changes the result. What cannot be decided yet is held back, never guessed.
-* Only CRLF.CRLF ends DATA (P4). Any other line end in content is bare: it is normalised to CRLF or refused, and the
+* Only CRLF.CRLF ends DATA. Any other line end in content is bare: it is normalised to CRLF or refused, and the
   dots of the lines that it begins are treated after that, so that no receiver can read an end where we saw none.
 * No loop over single octets: everything is done by searches and replacements over whole pieces.
 """

@@ -8,9 +8,9 @@ costs tens. A field begins at the start of the block or behind an LF, with its n
 a blank belongs to the field before it.
 
 A bare LF counts as a line end here although content normally has none left: whoever reads the message behind us may
-take it for one, and then a trace header behind it would be a header to them (P13).
+take it for one, and then a trace header behind it would be a header to them.
 
-No field but the trace headers is ever changed, no octet of any other is touched (P5).
+No field but the trace headers is ever changed, no octet of any other is touched.
 """
 
 import re

@@ -60,6 +60,7 @@ from otel_smtp.smtp.replies import ErrorType, Reply
 from otel_smtp.smtp.sasl import MECHANISMS, SaslError, decode_base64
 from otel_smtp.smtp.sequence import IN_TRANSACTION, SEQUENCE, Phase
 from otel_smtp.smtp.states import (
+    TLS_OFFERS,
     AuthBegun,
     CloseReason,
     ConnectionOver,
@@ -73,7 +74,6 @@ from otel_smtp.smtp.states import (
     StateMachine,
     TlsAgreed,
     TlsMode,
-    TlsOffer,
     TransactionOver,
     raise_illegal,
 )
@@ -240,7 +240,7 @@ class ServerProtocol:
         self.out: list[bytes] = []
         self.asked = Asked.NOTHING
         self._mail: _Transaction | None = None  # that was asked about
-        self._batch: list[Recipient] = []  # to be asked about, or asked about
+        self._batch: list[Recipient] | tuple[()] = ()  # to be asked about, or asked about
         self._held: Command | CommandRefused | None = None  # parsed; waits for the answer to the batch
         self._transaction: _Transaction | None = None
         self._chunk: _Chunk | None = None
@@ -258,7 +258,7 @@ class ServerProtocol:
 
     def accepted(self, tls_mode: TlsMode) -> None:
         """Record New: the socket has been accepted."""
-        self.states.enter(ConnState.NEW, TlsOffer(tls_mode))
+        self.states.enter(ConnState.NEW, TLS_OFFERS[tls_mode])
 
     def refuse(self, reply: Reply) -> None:
         """Answer the connection itself with `reply` (capacity, access) instead of greeting it."""
@@ -321,7 +321,7 @@ class ServerProtocol:
     def handshake_begins(self) -> None:
         """Record StartTLS for implicit TLS, before the handshake."""
         self.phase = Phase.HANDSHAKE
-        self.states.enter(ConnState.STARTTLS, TlsOffer(TlsMode.IMPLICIT))
+        self.states.enter(ConnState.STARTTLS, TLS_OFFERS[TlsMode.IMPLICIT])
 
     def tls_started(self, version: str, cipher: str) -> None:
         """The handshake is done: the session starts over, and nothing said in clear counts any more (RFC 3207 4.2)."""
@@ -431,7 +431,7 @@ class ServerProtocol:
     def _answer_recipients(self, decided: Sequence[Reply]) -> None:
         if len(decided) != len(self._batch):
             raise LocalProtocolError("not as many replies as recipients")
-        self._batch = []
+        self._batch = ()
         for reply in decided:
             if reply.code < 300 and self._transaction is not None:
                 self._transaction.recipients += 1
@@ -447,7 +447,7 @@ class ServerProtocol:
             self._send(reply, Verb.STARTTLS)
         else:
             self.phase = Phase.HANDSHAKE
-            self.states.enter(ConnState.STARTTLS, TlsOffer(TlsMode.STARTTLS))
+            self.states.enter(ConnState.STARTTLS, TLS_OFFERS[TlsMode.STARTTLS])
             self._send(reply, Verb.STARTTLS)
 
     def _answer_auth(self, reply: Reply) -> None:
@@ -697,7 +697,10 @@ class ServerProtocol:
         transaction = self._transaction
         assert transaction is not None
         if transaction.recipients + len(self._batch) < self._policy.limits.recipients:
-            self._batch.append(recipient)
+            if self._batch:
+                self._batch.append(recipient)
+            else:
+                self._batch = [recipient]
         elif self._batch:
             # In its turn, and judged again then: some of the recipients before it may be refused.
             self._held = RcptTo(recipient)
@@ -937,7 +940,7 @@ class ServerProtocol:
     def _forget_questions(self) -> None:
         self.asked = Asked.NOTHING
         self._mail = None
-        self._batch = []
+        self._batch = ()
         self._held = None
 
     def _end(self, reason: CloseReason) -> None:

@@ -111,6 +111,9 @@ class TlsOffer(NamedTuple):
     tls_mode: TlsMode
 
 
+TLS_OFFERS: Final = {mode: TlsOffer(mode) for mode in TlsMode}  # every connection keeps one
+
+
 class TlsAgreed(NamedTuple):
     """What Active tells after a handshake."""
 

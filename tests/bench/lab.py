@@ -13,9 +13,10 @@ import gc
 import ipaddress
 import sys
 import time
+import tracemalloc
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from types import CodeType, FrameType
 from typing import Any, Final, NamedTuple
 from unittest import mock
@@ -104,6 +105,11 @@ class Client(_Memory):
         self._left = 0
         self._done: asyncio.Future[None] | None = None
 
+    @property
+    def is_introduced(self) -> bool:
+        """Its EHLO was answered."""
+        return self._step >= 0
+
     def mails(self, count: int) -> "asyncio.Future[None]":
         """Send `count` mails; done when the last one is answered."""
         self._left = count
@@ -167,16 +173,9 @@ class Figures(NamedTuple):
     c_calls: Counter[str]
 
 
-async def measure(
-    observers: Observers,
-    *,
-    octets: int = KIB,
-    strategy: str = "transparent",
-    batches: int = 40,
-    mails: int = 200,
-    counts: bool = False,
-) -> Figures:
-    """Send batches of mails through a gateway in memory."""
+@asynccontextmanager
+async def serving(observers: Observers, strategy: str = "transparent") -> AsyncIterator[Callable[["Client"], None]]:
+    """A gateway in memory; gives what connects a client to it."""
     observer = observers()
     sweep = Sweep()
     forwarder = UpstreamForwarder(
@@ -189,11 +188,31 @@ async def measure(
         allow=(ipaddress.ip_network("127.0.0.0/8"),),
     )  # fmt: skip
     server = Server([], forwarder, observer, connections=1000, connections_per_client=1000, sweep=sweep)
-    figures = Figures([], Counter(), Counter())
+
+    def accept(client: Client) -> None:
+        server.accept(policy, client.attach(Stream()))
+
     # The one thing that is replaced: how an upstream is connected to.
     with mock.patch("otel_smtp.forwarding.connection.connect", _connect):
+        yield accept
+        await server.drain(0)
+        await forwarder.close(grace_seconds=0)
+
+
+async def measure(
+    observers: Observers,
+    *,
+    octets: int = KIB,
+    strategy: str = "transparent",
+    batches: int = 40,
+    mails: int = 200,
+    counts: bool = False,
+) -> Figures:
+    """Send batches of mails through a gateway in memory."""
+    figures = Figures([], Counter(), Counter())
+    async with serving(observers, strategy) as accept:
         client = Client(octets)
-        server.accept(policy, client.attach(Stream()))
+        accept(client)
         await client.mails(300)
         gc.collect()
         gc.freeze()
@@ -209,9 +228,31 @@ async def measure(
                 _per_mail(figures.c_calls, mails)
         finally:
             gc.unfreeze()
-        await server.drain(0)
-        await forwarder.close(grace_seconds=0)
     return figures
+
+
+async def idle_octets(observers: Observers, *, connections: int = 500) -> float:
+    """What one idle connection holds in Python objects, by tracemalloc: greeted, EHLO answered, no mail yet."""
+    async with serving(observers) as accept:
+        await _introduce(accept, [Client(KIB) for _ in range(200)])  # what is made once
+        clients = [Client(KIB) for _ in range(connections)]
+        gc.collect()
+        tracemalloc.start()
+        try:
+            before, _ = tracemalloc.get_traced_memory()
+            await _introduce(accept, clients)
+            gc.collect()
+            after, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    return (after - before) / connections
+
+
+async def _introduce(accept: Callable[[Client], None], clients: Sequence[Client]) -> None:
+    for client in clients:
+        accept(client)
+    while not all(client.is_introduced for client in clients):  # noqa: ASYNC110
+        await asyncio.sleep(0)  # all of it happens in turns of this loop, each of which is short
 
 
 def _per_mail(calls: Counter[str], mails: int) -> None:

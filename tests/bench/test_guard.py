@@ -6,26 +6,22 @@ was set, and a tenth more; whoever needs more says why, and raises it.
 
 import asyncio
 import collections
+import gc
 import re
 import smtplib
-import sys
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
-from types import CodeType, FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
-import otel_smtp
-from otel_smtp.config import load
-from otel_smtp.gateway import Gateway
+from tests.bench.lab import KIB, OBSERVERS, Client, idle_octets, measure, serving
 from tests.support.capture import CapturingUpstream
-from tests.support.otlp_receiver import OtlpReceiver
 from tests.support.process import gateway
 from tests.support.tools import tool
 
-PACKAGE = str(Path(otel_smtp.__file__).parent)
 MESSAGES = 60
+T = TypeVar("T")
 CONTENT = b"Subject: guarded\r\n\r\n" + b"x" * 76 + b"\r\n"
 
 
@@ -41,50 +37,75 @@ def send(port: int, count: int) -> None:
             client.sendmail("app@example.com", ["user@example.net"], CONTENT)
 
 
-async def calls_of_a_message(settings: dict[str, Any]) -> tuple[float, collections.Counter[str]]:
-    """How many functions of ours are called for one message on a kept connection, and which."""
-    calls: collections.Counter[CodeType] = collections.Counter()
-
-    def count(frame: FrameType, event: str, argument: object) -> None:
-        if event == "call" and frame.f_code.co_filename.startswith(PACKAGE):
-            calls[frame.f_code] += 1
-
-    async with Gateway(load(values=settings)) as running:
-        port = running.addresses["local"][0].port
-        assert port is not None
-        await asyncio.to_thread(send, port, 10)  # what is made once: connections, caches
-        sys.setprofile(count)
-        try:
-            await asyncio.to_thread(send, port, MESSAGES)
-        finally:
-            sys.setprofile(None)
-    named = collections.Counter({code.co_qualname: calls[code] for code in calls})
-    return sum(calls.values()) / MESSAGES, named
+def run(work: Coroutine[Any, Any, T]) -> T:
+    """Run it on uvloop, whose own calls are none of Python's."""
+    return pytest.importorskip("uvloop").run(work)  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize(
-    ("strategy", "is_traced", "most"),
-    [("transparent", False, 680), ("transparent", True, 845), ("buffered", False, 615), ("buffered", True, 785)],
+    ("observers", "strategy", "python", "c"),
+    [
+        ("none", "transparent", 185, 210),
+        ("none", "buffered", 170, 200),
+        ("everything", "transparent", 260, 330),
+        ("everything", "buffered", 250, 320),
+    ],
 )
-async def test_calls_of_a_message(
-    strategy: str, is_traced: bool, most: int, upstream: CapturingUpstream, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with OtlpReceiver(with_grpc=False) as receiver:
-        if is_traced:
-            monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", receiver.http_endpoint)
-            monkeypatch.setenv("OTEL_METRICS_EXPORTER", "none")
-            monkeypatch.setenv("OTEL_LOGS_EXPORTER", "none")
-        else:
-            monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
-        counted, named = await calls_of_a_message(
-            {
-                "listener": [{"address": ["127.0.0.1:0"]}],
-                "upstream": [{"url": upstream.url}],
-                "delivery": {"strategy": strategy},
-                "status": {"address": "off"},
-            }
-        )
-    assert counted <= most, named.most_common(20)
+def test_calls_of_a_message(observers: str, strategy: str, python: float, c: float) -> None:
+    figures = run(measure(OBSERVERS[observers], strategy=strategy, batches=2, counts=True))
+    for calls, most in ((figures.python_calls, python), (figures.c_calls, c)):
+        assert sum(calls.values()) <= most, calls.most_common(30)
+
+
+@pytest.mark.parametrize("strategy", ["transparent", "buffered"])
+async def test_a_message_makes_no_task_no_future_and_no_timer(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: collections.Counter[str] = collections.Counter()
+    loop = asyncio.get_running_loop()
+
+    def count(name: str) -> None:
+        make = getattr(loop, name)
+
+        def counted(*arguments: Any, **more: Any) -> Any:
+            made[name] += 1
+            return make(*arguments, **more)
+
+        monkeypatch.setattr(loop, name, counted)
+
+    for name in ("create_task", "create_future", "call_later", "call_at", "run_in_executor", "call_soon_threadsafe"):
+        count(name)
+    async with serving(OBSERVERS["encoded, queued"], strategy) as accept:
+        client = Client(KIB)
+        accept(client)
+        await client.mails(110)  # an upstream's connection serves a hundred
+        made.clear()
+        await client.mails(MESSAGES)
+        few = made.copy()
+    # One future is the client's, which waits for its last reply; and the clock is looked at a few times a second.
+    assert few.pop("create_future") == 1
+    assert set(few) <= {"call_later", "call_at"}
+    assert few.total() <= 4, few
+
+
+# Both are counted where a segment of the connection's record has just ended: 125 mails have 500 transitions.
+@pytest.mark.parametrize(("observers", "most"), [("none", 0.5), ("encoded, queued", 3)])
+def test_nothing_survives_a_message_but_its_encoded_spans(observers: str, most: float) -> None:
+    async def counted() -> float:
+        async with serving(OBSERVERS[observers]) as accept:
+            client = Client(KIB)
+            accept(client)
+            await client.mails(500)
+            gc.collect()
+            before = len(gc.get_objects())
+            await client.mails(250)
+            gc.collect()
+            return (len(gc.get_objects()) - before) / 250
+
+    assert run(counted()) <= most
+
+
+@pytest.mark.parametrize(("observers", "most"), [("none", 2_400), ("everything", 2_600)])
+def test_octets_of_an_idle_connection(observers: str, most: int) -> None:
+    assert run(idle_octets(OBSERVERS[observers])) <= most
 
 
 def system_calls_of_a_message(settings: dict[str, Any], directory: Path) -> tuple[float, float]:

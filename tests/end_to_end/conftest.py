@@ -14,7 +14,7 @@ import trustme
 from otel_smtp.server.users import users_line
 from tests.support.capture import CapturingUpstream
 from tests.support.otlp_receiver import OtlpReceiver
-from tests.support.process import GatewayProcess, gateway
+from tests.support.process import USES_UVLOOP, GatewayProcess, gateway
 
 StartGateway = Callable[..., GatewayProcess]
 PASSWORD: Final = "pass wörd"
@@ -44,7 +44,7 @@ def start(tmp_path: Path) -> Iterator[StartGateway]:
             settings: dict[str, Any],
             environ: dict[str, str] | None = None,
             *,
-            uses_uvloop: bool = True,
+            uses_uvloop: bool = USES_UVLOOP,
             file_limit: int | None = None,
         ) -> GatewayProcess:
             directory = tmp_path / f"gateway{len(list(tmp_path.glob('gateway*')))}"

@@ -133,7 +133,7 @@ def test_postfix_s_sink_gets_what_was_sent(strategy: str, start: StartGateway, t
     )
 
 
-# What smtp-sink is told, where the client hears of it, and what: wire.md, "What upstream faults get".
+# What smtp-sink is told, where the client hears of it, and what.
 FAULTS: Final = [
     (("-q", "connect"), "rcpt", "451 4.4.1"),
     (("-q", "ehlo"), "rcpt", "451 4.4.1"),

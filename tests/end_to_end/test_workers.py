@@ -21,7 +21,7 @@ from tests.end_to_end.conftest import Client, StartGateway
 from tests.end_to_end.test_traces import exporting
 from tests.support.capture import CapturingUpstream
 from tests.support.otlp_receiver import OtlpReceiver
-from tests.support.process import GatewayProcess, closed_port, listening_sockets, until
+from tests.support.process import USES_UVLOOP, GatewayProcess, closed_port, listening_sockets, until
 from tests.support.tools import tool
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
@@ -32,7 +32,7 @@ def send(port: int) -> None:
         client.sendmail("a@client.example", ["b@there.example"], "Subject: x\r\n\r\nHello\r\n")
 
 
-def two_workers(upstream: CapturingUpstream, start: StartGateway, *, uses_uvloop: bool = True) -> GatewayProcess:
+def two_workers(upstream: CapturingUpstream, start: StartGateway, *, uses_uvloop: bool = USES_UVLOOP) -> GatewayProcess:
     running = start({"upstream.url": upstream.url, "workers": 2}, uses_uvloop=uses_uvloop)
     assert len(running.children) == 2
     return running

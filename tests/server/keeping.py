@@ -206,7 +206,8 @@ class WatchedServer(Server):
     def is_stressed(self) -> bool:
         return self.stressed
 
-    def illegal_step(self, step: IllegalTransition) -> None:
+    @staticmethod
+    def illegal_step(step: IllegalTransition) -> None:
         raise step
 
     def serve(self, policy: ListenerPolicy, stream: Stream) -> tuple[Session, "asyncio.Future[None]"]:

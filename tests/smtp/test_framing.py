@@ -44,7 +44,7 @@ DATA_TABLE = [
     (b".a\r\n.\r\n", b"a\r\n", b""),  # not stuffed by its sender: RFC 5321 4.5.2 still deletes the dot
     (b"\r\n.\r\n", b"\r\n", b""),
     (b"a\r\n..", b"a", None),  # undecided until more comes
-    # Smuggling (A1, A2): none of these ends the content, none leaves bare.
+    # Smuggling: none of these ends the content, none leaves bare.
     (b"a\n.\nb\r\n.\r\n", b"a\r\n.\r\nb\r\n", b""),
     (b"a\n.\r\nb\r\n.\r\n", b"a\r\n.\r\nb\r\n", b""),
     (b"a\r.\rb\r\n.\r\n", b"a\r\n.\r\nb\r\n", b""),

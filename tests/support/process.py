@@ -22,6 +22,7 @@ from typing import Any, Final, TypeVar
 ROOT: Final = Path(__file__).resolve().parents[2]
 READY_SECONDS: Final = 30.0  # start-up takes half a second; a machine that is shared may take its time
 STOP_SECONDS: Final = 30.0
+USES_UVLOOP: Final = os.environ.get("OTELSMTP_TEST_LOOP", "uvloop") == "uvloop"  # where a test does not care
 
 T = TypeVar("T")
 
@@ -194,7 +195,7 @@ def gateway(
     directory: Path,
     *,
     environ: Mapping[str, str] | None = None,
-    uses_uvloop: bool = True,
+    uses_uvloop: bool = USES_UVLOOP,
     file_limit: int | None = None,
     under: Sequence[str] = (),
 ) -> Iterator[GatewayProcess]:
