@@ -266,7 +266,7 @@ def _do(
     work: Callable[[AsyncIterator[Any]], Coroutine[Any, Any, None]],
 ) -> None:
     """Have a command done, and see to its answers; the exit status is 1 where it fails."""
-    from otel_smtp.spool.control import ask
+    from otel_smtp.spool.embedded import ask
     from otel_smtp.spool.messages import SpoolError
 
     max_age_seconds = DEFAULT_MAX_AGE_SECONDS

@@ -287,20 +287,21 @@ class Gateway:
         mode, spool = settings.delivery.mode, settings.spool
         if mode == "direct":
             return None
+        from otel_smtp.spool.embedded import EmbeddedStore, control_path
         from otel_smtp.spool.schedule import Schedule
         from otel_smtp.spool.service import Spool, SpoolSettings
 
         assert spool.directory is not None
         wanted = SpoolSettings(
-            directory=spool.directory,
+            control_path=control_path(spool.directory),
             schedule=Schedule(spool.retry, max_age_seconds=spool.max_age, warn_after_seconds=spool.warn_after),
             bounce=spool.bounce,
             hostname=settings.hostname,
-            least_free_octets=settings.limits.message_size * 3 // 2,
         )
+        store = EmbeddedStore(spool.directory, least_free_octets=settings.limits.message_size * 3 // 2)
         relay = self._forwarder.for_spool()
         direct = self._forwarder if mode == "direct-then-queue" else None
-        return Spool(wanted, relay, direct, self._observer)
+        return Spool(wanted, store, relay, direct, self._observer)
 
     @property
     def spool(self) -> "Spool | None":

@@ -28,8 +28,7 @@ from otel_smtp.config import Listener, Settings, Status, load
 from otel_smtp.forwarding.settings import UpstreamSettings
 from otel_smtp.observing import Endpoint
 from otel_smtp.smtp.states import TlsMode
-from otel_smtp.spool.files import SpoolDirectory
-from otel_smtp.spool.store import SpoolStore
+from otel_smtp.spool.embedded import EmbeddedStore
 from tests.support.capture import CapturingUpstream
 from tests.support.otlp_receiver import OtlpReceiver
 
@@ -169,7 +168,7 @@ async def test_a_spool_is_tried_without_being_touched(tmp_path: Path) -> None:
     assert finding is not None
     assert (finding.verdict, finding.detail.startswith("can be had, ")) == ("ok", True)
     assert list(tmp_path.iterdir()) == []
-    store = SpoolStore(SpoolDirectory(tmp_path / "spool", reserve_octets=4096))
+    store = EmbeddedStore(tmp_path / "spool", reserve_octets=4096)
     await store.open()
     owned = check_spool(queue(tmp_path / "spool"))
     await store.close()

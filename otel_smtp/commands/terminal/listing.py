@@ -1,4 +1,4 @@
-"""The queue as a terminal shows it. Rows are what `spool.control` answers, one mapping a message.
+"""The queue as a terminal shows it. Rows are what `spool.operators` answers, one mapping a message.
 
 A list is told message by message, as they come, since a queue that one has to look at may be long: who they are in one
 line, and why they are still here below it. Where nobody looks (a pipe, a file) it is one line for each message, however

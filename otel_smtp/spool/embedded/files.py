@@ -19,10 +19,11 @@ import fcntl
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from otel_smtp.spool.messages import ContentLost, Placement, SpoolError, StorageBroken, StorageFull, new_id
+from otel_smtp.spool.messages import ContentLost, SpoolError, StorageBroken, StorageFull, new_id
 
 _TEMPORARY: Final = "tmp"
 RESERVE_OCTETS: Final = 16 * 1024 * 1024
@@ -32,6 +33,16 @@ _REMOTE_FILE_SYSTEMS: Final = frozenset(
     {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "virtiofs", "ceph", "glusterfs", "fuse.sshfs", "fuse.s3fs"}
 )
 _BUCKETS: Final = "0123456789abcdefghjkmnpqrstvwxyz"
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a content lies: a part of a file, which it may share with others that came at the same time."""
+
+    file: str
+    offset: int
+    octets: int
+    digest: bytes  # SHA-256
 
 
 def storage_error(error: OSError) -> SpoolError:

@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from otel_smtp.smtp.envelope import Body, DsnReturn, Mail, Notify, Recipient
+from otel_smtp.spool.embedded.files import Placement
 from otel_smtp.spool.messages import (
+    ContentRef,
     Counts,
     DeliveryState,
     Kind,
     Lease,
     NewMessage,
     NoSuchMessage,
-    Placement,
     Shown,
     SpooledRecipient,
     SpoolError,
@@ -62,7 +63,7 @@ _INSERT_MESSAGES: Final = (
 _INSERT_DELIVERIES: Final = (
     "INSERT INTO dlv(msg_id, d, dest, state, attempts, next_at, lease_owner, lease_epoch, possible_duplicate) VALUES {}"
 )
-_INSERT_RECIPIENTS: Final = "INSERT INTO rcpt(msg_id, d, n, addr, notify, orcpt) VALUES {}"
+_INSERT_RECIPIENTS: Final = "INSERT INTO rcpt(msg_id, d, n, addr, notify, orcpt, last) VALUES {}"
 _ADD_TO_TALLY: Final = (
     "INSERT INTO tally VALUES {} ON CONFLICT DO UPDATE SET recipients = recipients + excluded.recipients"
 )
@@ -184,7 +185,7 @@ class Index:
 
     # Messages in and out ----------------------------------------------------------------------------------
 
-    def insert(self, message: NewMessage, placement: Placement, *, owner: str | None) -> Sequence[Lease]:
+    def insert(self, message: NewMessage, placement: Placement, *, now: float, owner: str | None) -> Sequence[Lease]:
         """Add a message.
 
         Args:
@@ -193,8 +194,8 @@ class Index:
         Returns:
             The deliveries, where there is an owner.
         """
-        mail, arrived_at, expires_at = message.mail, _ms(message.arrived_at), _ms(message.expires_at)
-        due_at = arrived_at if message.due_at is None else _ms(message.due_at)
+        mail, arrived_at, expires_at = message.mail, _ms(now), _ms(now + message.expires_in)
+        due_at = _ms(now + message.retry_in)
         self._has_new = True
         self._new[_INSERT_MESSAGES].append(
             (
@@ -210,12 +211,20 @@ class Index:
         for row, (destination, recipients) in enumerate(message.deliveries.items()):
             self._new[_INSERT_DELIVERIES].append(
                 (
-                    message.id, row, destination, state.value, int(is_leased), due_at, owner, int(is_leased),
+                    message.id, row, destination, state.value, message.attempts + int(is_leased), due_at, owner, int(is_leased),
                     int(message.is_possible_duplicate),
                 )
             )  # fmt: skip
             self._new[_INSERT_RECIPIENTS].extend(
-                (message.id, row, n, one.address, one.notify.value if one.notify is not None else None, one.orcpt)
+                (
+                    message.id,
+                    row,
+                    n,
+                    one.address,
+                    one.notify.value if one.notify is not None else None,
+                    one.orcpt,
+                    message.last_replies.get(one.address, ""),
+                )  # fmt: skip
                 for n, one in enumerate(recipients)
             )
             self._ended["accepted" if message.kind is Kind.MAIL else "notified"] += len(recipients)
@@ -224,7 +233,7 @@ class Index:
                     Lease(
                         row, 1, message.id, message.kind, mail, destination,
                         [SpooledRecipient(n, one) for n, one in enumerate(recipients)],
-                        1, message.arrived_at, message.expires_at, message.carrier, placement,
+                        1, now, now + message.expires_in, message.carrier, ContentRef(placement.octets, placement),
                         message.header_octets, message.is_possible_duplicate,
                     )
                 )  # fmt: skip
@@ -397,7 +406,8 @@ class Index:
         )
         if not found.rowcount:
             return False
-        self._uses_changed[lease.placement.file] -= 1
+        assert isinstance(lease.content.key, Placement)
+        self._uses_changed[lease.content.key.file] -= 1
         return True
 
     def _drop_delivery(self, message_id: str, delivery: int) -> None:
@@ -425,7 +435,8 @@ class Index:
         ]
         return Lease(
             number, epoch, message_id, Kind(kind), _mail(reverse_path, parameters), destination, recipients, attempts,
-            arrived_at / 1000, expires_at / 1000, json.loads(carrier), Placement(file, offset, octets, digest),
+            arrived_at / 1000, expires_at / 1000, json.loads(carrier),
+            ContentRef(octets, Placement(file, offset, octets, digest)),
             header_octets, bool(possible_duplicate),
         )  # fmt: skip
 
@@ -478,11 +489,14 @@ class Index:
                 lost.append(message_id)
         return lost
 
-    def pull_in(self, now: float, longest_wait: float) -> int:
-        """Let nothing wait for longer than any schedule says, as it would after a clock was set back; how many did."""
-        latest = _ms(now + longest_wait)
+    def move(self, seconds: float) -> int:
+        """Let what waits be due sooner, as it would have been had the clock not been set back; how many there are.
+
+        Args:
+            seconds: by which it was set, below 0.
+        """
         return self._database.execute(
-            "UPDATE dlv SET next_at = ? WHERE state = 'ready' AND next_at > ?", (latest, latest)
+            "UPDATE dlv SET next_at = next_at + ? WHERE state = 'ready'", (_ms(seconds),)
         ).rowcount
 
     # What operators see and do ----------------------------------------------------------------------------
@@ -514,6 +528,15 @@ class Index:
         ids = self._database.execute("SELECT id FROM msg WHERE id > ? ORDER BY id LIMIT ?", (after, most)).fetchall()
         return [self.show(message_id) for (message_id,) in ids]
 
+    def find(self, trace_id: str | None, sender: str | None, recipient: str | None, most: int) -> Sequence[Shown]:
+        """The first messages that fit all that is given."""
+        ids = self._database.execute(
+            "SELECT id FROM msg WHERE (?1 IS NULL OR instr(carrier, ?1)) AND (?2 IS NULL OR reverse_path = ?2)"
+            " AND (?3 IS NULL OR id IN (SELECT msg_id FROM rcpt WHERE addr = ?3)) ORDER BY id LIMIT ?4",
+            (trace_id, sender, recipient, most),
+        ).fetchall()
+        return [self.show(message_id) for (message_id,) in ids]
+
     def show(self, message_id: str) -> Shown:
         """One message.
 
@@ -521,12 +544,15 @@ class Index:
             NoSuchMessage: there is none of that id.
         """
         row = self._database.execute(
-            "SELECT kind, arrived_at, expires_at, octets, reverse_path, carrier, forced FROM msg WHERE id = ?",
+            "SELECT kind, arrived_at, expires_at, octets, reverse_path, carrier, forced, file, offset, digest,"
+            " header_octets FROM msg WHERE id = ?",
             (message_id,),
         ).fetchone()
         if row is None:
             raise NoSuchMessage(f"no message {message_id}")
-        kind, arrived_at, expires_at, octets, reverse_path, carrier, forced = row
+        (
+            kind, arrived_at, expires_at, octets, reverse_path, carrier, forced, file, offset, digest, header_octets,
+        ) = row  # fmt: skip
         deliveries = self._database.execute(
             "SELECT d, state, attempts, next_at FROM dlv WHERE msg_id = ? ORDER BY next_at", (message_id,)
         ).fetchall()
@@ -551,16 +577,9 @@ class Index:
             next_attempt_at=deliveries[0][3] / 1000 if deliveries else 0.0,
             carrier=json.loads(carrier),
             is_forced_to_expire=bool(forced),
+            content=ContentRef(octets, Placement(file, offset, octets, digest)),
+            header_octets=header_octets,
         )
-
-    def placement(self, message_id: str) -> tuple[Placement, int]:
-        """Where a message's content lies, and the length of its header block; errors as `show`."""
-        row = self._database.execute(
-            "SELECT file, offset, octets, digest, header_octets FROM msg WHERE id = ?", (message_id,)
-        ).fetchone()
-        if row is None:
-            raise NoSuchMessage(f"no message {message_id}")
-        return Placement(*row[:4]), row[4]
 
     def retry(self, message_id: str, now: float) -> bool:
         """Make a message due now; whether anything changed. Errors as `show`."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, Self
 
-from otel_smtp.spool.files import storage_error, write_all
+from otel_smtp.spool.embedded.files import storage_error, write_all
 from otel_smtp.spool.messages import SpoolError
 
 MEMORY_LIMIT_OCTETS: Final = 64 * 1024
@@ -109,7 +109,7 @@ class Draft:
 
     def discard(self) -> None:
         """Forget it. Idempotent; what the store has taken over is not touched."""
-        self._held.clear()
+        self._held = []  # not cleared: an attempt may have been given it
         self._resume = None
         if self._running is not None and not self._running.done():
             # Were the file closed now, the thread might write into whatever gets its number next.
