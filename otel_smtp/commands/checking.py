@@ -27,7 +27,7 @@ from otel_smtp.observing import DeliveryObserver, DeliveryPhase, Endpoint, TlsIn
 from otel_smtp.smtp.client import Extensions
 from otel_smtp.smtp.replies import Reply
 from otel_smtp.smtp.states import TlsMode
-from otel_smtp.spool.embedded.files import SpoolDirectory
+from otel_smtp.spool.embedded.directory import SpoolDirectory
 from otel_smtp.spool.messages import SpoolError
 
 Verdict = Literal["ok", "warning", "failed"]

@@ -8,5 +8,6 @@ A message's way::
 
 `messages` are the values, `store` is the interface of what keeps them, `embedded` the store in one directory. No other
 module here knows which store it is: `forwarders` are what the session sees, `runner` begins `attempts`, `aging` ends
-what is too old, `operators` is what people do with the queue, `schedule` decides when, `dsn` makes bounces and warnings.
+what is too old, `operators` is what people do with the queue, `schedule` decides when, and `dsn` makes bounces and
+warnings.
 """

@@ -168,7 +168,7 @@ async def test_a_spool_is_tried_without_being_touched(tmp_path: Path) -> None:
     assert finding is not None
     assert (finding.verdict, finding.detail.startswith("can be had, ")) == ("ok", True)
     assert list(tmp_path.iterdir()) == []
-    store = EmbeddedStore(tmp_path / "spool", reserve_octets=4096)
+    store = EmbeddedStore(tmp_path / "spool")
     await store.open()
     owned = check_spool(queue(tmp_path / "spool"))
     await store.close()

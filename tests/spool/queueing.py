@@ -28,6 +28,7 @@ from otel_smtp.spool.schedule import Schedule
 from otel_smtp.spool.service import Spool, SpoolSettings
 from tests.spool.awaiting import AwaitedTransaction
 from tests.spool.messages import CARRIER
+from tests.spool.stores import SEGMENT_OCTETS
 from tests.support.relaying import BOB, CHUNKS, MAIL
 
 AT_ONCE = Schedule((0.02,), jitter=0.5, warn_after_seconds=None)
@@ -136,7 +137,7 @@ async def queueing(
         upstreams, hostname="gw.example", strategy=direct or Strategy.TRANSPARENT, observer=observer
     )
     settings = SpoolSettings(control_path(directory / "spool"), schedule, bounce, "gw.example")
-    store = EmbeddedStore(directory / "spool", least_free_octets=0, clock=clock)
+    store = EmbeddedStore(directory / "spool", least_free_octets=0, segment_octets=SEGMENT_OCTETS, clock=clock)
     spool = Spool(settings, store, relay.for_spool(), relay if direct is not None else None, observer)
     await spool.start()
     try:

@@ -27,7 +27,7 @@ async def asked(directory: Path, command: str, *ids: str, **more: Any) -> list[A
 @asynccontextmanager
 async def filled(directory: Path, count: int = 3) -> AsyncIterator[list[str]]:
     """A spool that nobody owns, with some messages in it; their ids."""
-    store = EmbeddedStore(directory, reserve_octets=4096, least_free_octets=0)
+    store = EmbeddedStore(directory, least_free_octets=0)
     await store.open()
     ids = [await queued(store, message(f"user{number}@example.net")) for number in range(count)]
     await store.close()

@@ -1,698 +1,356 @@
-"""The index of the spool: which message waits for what, in one SQLite database.
+"""The index: what waits, in an SQLite database that can be made again out of the log at any time.
 
-One connection, in one thread, for the whole life of the spool: two connections that checkpoint at once have corrupted
-databases of versions that are still in use. WAL with synchronous=FULL, since only FULL syncs the log at each commit.
+It holds every message that is older than a moment; what comes and goes within that moment never touches it. So taking
+and delivering mail does not wait for it, and what needs order among many (what is due, lists, searches) does not wait
+for all of them to be read. It is written in the background, without a sync of its own: it says up to where in the log
+it is complete, and the log is read from there on at the next start.
 
-Times are milliseconds since the epoch. The columns of the lease (owner, until, epoch) are those that a database shared
-by several gateways needs; here the lock of the directory says already that there is one owner.
+Not safe for several threads at once: all calls come from one.
 """
 
+import contextlib
 import json
+import os
 import sqlite3
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from otel_smtp.smtp.envelope import Body, DsnReturn, Mail, Notify, Recipient
-from otel_smtp.spool.embedded.files import Placement
-from otel_smtp.spool.messages import (
-    ContentRef,
-    Counts,
-    DeliveryState,
-    Kind,
-    Lease,
-    NewMessage,
-    NoSuchMessage,
-    Shown,
-    SpooledRecipient,
-    SpoolError,
-    StaleLease,
-    StorageBroken,
-    Verdict,
-)
+from otel_smtp.spool.embedded.directory import open_regular
+from otel_smtp.spool.embedded.entries import Entry, Place
+from otel_smtp.spool.messages import DeliveryState, Kind, SpoolError, StorageBroken, StorageFull
 
-SCHEMA_VERSION: Final = 1
+VERSION: Final = 1
+_ROWS_AT_ONCE: Final = 200
 
-# Few indexes: each costs a page of the log in every commit. What looks at everything does so once a minute at most.
 _SCHEMA: Final = """
-CREATE TABLE msg(
-  id TEXT PRIMARY KEY, kind TEXT NOT NULL, arrived_at INTEGER NOT NULL, expires_at INTEGER NOT NULL,
-  warned INTEGER NOT NULL DEFAULT 0, held_at INTEGER, forced INTEGER NOT NULL DEFAULT 0,
-  reverse_path TEXT NOT NULL, parameters TEXT NOT NULL, carrier TEXT NOT NULL,
-  file TEXT NOT NULL, offset INTEGER NOT NULL, octets INTEGER NOT NULL, header_octets INTEGER NOT NULL,
-  digest BLOB NOT NULL) WITHOUT ROWID;
-CREATE TABLE dlv(
-  msg_id TEXT NOT NULL REFERENCES msg(id) ON DELETE CASCADE, d INTEGER NOT NULL, dest TEXT NOT NULL,
-  state TEXT NOT NULL,
-  attempts INTEGER NOT NULL DEFAULT 0, crashes INTEGER NOT NULL DEFAULT 0, next_at INTEGER NOT NULL,
-  lease_owner TEXT, lease_until INTEGER, lease_epoch INTEGER NOT NULL DEFAULT 0,
-  possible_duplicate INTEGER NOT NULL DEFAULT 0, PRIMARY KEY(msg_id, d)) WITHOUT ROWID;
-CREATE INDEX dlv_due ON dlv(dest, attempts > 0, next_at) WHERE state = 'ready';
-CREATE TABLE rcpt(
-  msg_id TEXT NOT NULL, d INTEGER NOT NULL, n INTEGER NOT NULL, addr TEXT NOT NULL, notify INTEGER, orcpt TEXT,
-  last TEXT NOT NULL DEFAULT '', PRIMARY KEY(msg_id, d, n),
-  FOREIGN KEY(msg_id, d) REFERENCES dlv(msg_id, d) ON DELETE CASCADE) WITHOUT ROWID;
-CREATE TABLE tally(name TEXT PRIMARY KEY, recipients INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE meta(name TEXT PRIMARY KEY, value) WITHOUT ROWID;
+CREATE TABLE message(id TEXT PRIMARY KEY, segment INT NOT NULL, at INT NOT NULL, octets INT NOT NULL,
+    content_at INT NOT NULL, crc INT NOT NULL, arrived INT NOT NULL, expires INT, unwarned INT,
+    sender TEXT NOT NULL, recipients TEXT NOT NULL, trace TEXT, entry TEXT NOT NULL) WITHOUT ROWID;
+CREATE INDEX message_segment ON message(segment, octets);
+CREATE INDEX message_expires ON message(expires) WHERE expires IS NOT NULL;
+CREATE INDEX message_unwarned ON message(unwarned) WHERE unwarned IS NOT NULL;
+CREATE INDEX message_trace ON message(trace) WHERE trace IS NOT NULL;
+CREATE TABLE delivery(id TEXT, number INT, destination TEXT NOT NULL, state TEXT NOT NULL, tried INT NOT NULL,
+    due INT NOT NULL, sender TEXT NOT NULL, PRIMARY KEY(id, number)) WITHOUT ROWID;
+CREATE INDEX delivery_due ON delivery(destination, tried, due) WHERE state = 'ready';
+CREATE INDEX delivery_other ON delivery(state) WHERE state != 'ready';
 """
-_ROWS_AT_ONCE: Final = 32  # of a statement: its texts are kept prepared, one for each number of rows
-_INSERT_MESSAGES: Final = (
-    "INSERT INTO msg(id, kind, arrived_at, expires_at, warned, reverse_path, parameters, carrier, file, offset, octets,"
-    " header_octets, digest) VALUES {}"
-)
-_INSERT_DELIVERIES: Final = (
-    "INSERT INTO dlv(msg_id, d, dest, state, attempts, next_at, lease_owner, lease_epoch, possible_duplicate) VALUES {}"
-)
-_INSERT_RECIPIENTS: Final = "INSERT INTO rcpt(msg_id, d, n, addr, notify, orcpt, last) VALUES {}"
-_ADD_TO_TALLY: Final = (
-    "INSERT INTO tally VALUES {} ON CONFLICT DO UPDATE SET recipients = recipients + excluded.recipients"
-)
-_LEASE_COLUMNS: Final = (
-    "d, dlv.lease_epoch, msg.id, kind, reverse_path, parameters, dest, attempts, arrived_at, expires_at, carrier, "
-    "file, offset, octets, digest, header_octets, possible_duplicate"
-)
 
-_Row = tuple[str, int]  # a delivery: the message's id, and which of its deliveries
+
+def index_error(error: sqlite3.Error) -> SpoolError:
+    """What an error of the database means."""
+    if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL:
+        return StorageFull(f"the disk is full: {error}")
+    return StorageBroken(f"the index failed: {error}")
+
+
+class NoIndex(Exception):
+    """There is no index that can be used; the text says why."""
 
 
 class Index:
-    """The database, opened; to be used by the thread that opened it. Nothing is committed but by `commit`.
+    """An index in a file.
 
     Attributes:
-        messages: how many there are.
+        is_new: nothing was there.
+        messages: how many there are, once it was checked or is new.
+
+    Raises:
+        NoIndex: it cannot be used: it is damaged, or not one of ours.
+        SpoolError: it cannot be opened.
     """
 
     def __init__(self, path: Path) -> None:
-        """Open it, or make it.
+        self.is_new = not path.exists()
+        self.messages = self._deliveries = 0
+        try:
+            os.close(open_regular(path, os.O_RDWR | os.O_CREAT))
+        except OSError as error:
+            raise SpoolError(f"{path}: {error.strerror}") from error
+        self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=64)
+        try:
+            self._prepare()
+        except sqlite3.DatabaseError as error:
+            self._database.close()
+            raise NoIndex(str(error)) from error
+        except BaseException:
+            self._database.close()
+            raise
+
+    def _prepare(self) -> None:
+        execute = self._database.execute
+        execute("PRAGMA locking_mode = EXCLUSIVE")
+        execute("PRAGMA journal_mode = WAL")
+        execute("PRAGMA synchronous = NORMAL")
+        execute("PRAGMA cache_size = -16384")
+        (version,) = execute("PRAGMA user_version").fetchone()
+        if version == 0:
+            (tables,) = execute("SELECT count(*) FROM sqlite_schema").fetchone()
+            if tables:
+                raise NoIndex("it is none of ours")
+            self.is_new = True
+            self._database.executescript(f"BEGIN;{_SCHEMA}PRAGMA user_version = {VERSION};COMMIT;")
+        elif version != VERSION:
+            raise NoIndex(f"it is of version {version}")
+
+    def check(self, *, thoroughly: bool) -> None:
+        """See whether it is whole.
 
         Raises:
-            SpoolError: it was made by a newer version.
-            sqlite3.Error: it cannot be opened.
+            NoIndex: it is not.
         """
-        database = self._connection = sqlite3.connect(path, isolation_level=None, cached_statements=256)
-        database.execute("PRAGMA journal_mode = WAL")
-        database.execute("PRAGMA synchronous = FULL")
-        database.execute("PRAGMA foreign_keys = ON")
-        (version,) = database.execute("PRAGMA user_version").fetchone()
-        if version > SCHEMA_VERSION:
-            database.close()
-            raise SpoolError(f"{path}: made by a newer version (schema {version}; this one knows {SCHEMA_VERSION})")
-        if version == 0:
-            database.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
-        # Rows of new messages, written together: each statement is a moment in which the event loop takes the
-        # interpreter, and this thread waits to have it back.
-        self._new: dict[str, list[tuple[Any, ...]]] = {
-            _INSERT_MESSAGES: [],
-            _INSERT_DELIVERIES: [],
-            _INSERT_RECIPIENTS: [],
-        }
-        self._has_new = False
-        self._ended: Counter[str] = Counter()
-        # How many messages lie in each file; an index for it would cost a page of the log in each commit.
-        self._uses = Counter(dict(database.execute("SELECT file, count(*) FROM msg GROUP BY file").fetchall()))
-        self._uses_changed: Counter[str] = Counter()
-        self.messages = self._uses.total()
-
-    @property
-    def _database(self) -> sqlite3.Connection:
-        """The database, with all that was added."""
-        if self._has_new:
-            self._write_new()
-        return self._connection
-
-    def _write_new(self) -> None:
-        self._has_new = False
-        for statement, rows in self._new.items():  # messages before their deliveries, and those before recipients
-            self._execute_for_all(statement, rows)
-            rows.clear()
-
-    def _execute_for_all(self, statement: str, rows: Sequence[tuple[Any, ...]]) -> None:
-        """Execute `INSERT ... VALUES {}` for many rows at once."""
-        for start in range(0, len(rows), _ROWS_AT_ONCE):
-            part = rows[start : start + _ROWS_AT_ONCE]
-            row = f"({', '.join('?' * len(part[0]))})"
-            self._connection.execute(
-                statement.format(", ".join([row] * len(part))), [value for values in part for value in values]
-            )
+        try:
+            if thoroughly:
+                (found,) = self._database.execute("PRAGMA quick_check(1)").fetchone()
+                if found != "ok":
+                    raise NoIndex(found)
+            meta = self.meta()
+            if "segment" not in meta:
+                raise NoIndex("it is empty")
+            (messages,) = self._database.execute("SELECT count(*) FROM message").fetchone()
+            (deliveries,) = self._database.execute("SELECT count(*) FROM delivery").fetchone()
+            if (messages, deliveries) != (meta["messages"], meta["deliveries"]):
+                raise NoIndex(f"{messages} messages are in it, and it should have {meta['messages']}")
+            self.messages, self._deliveries = messages, deliveries
+        except sqlite3.DatabaseError as error:
+            raise NoIndex(str(error)) from error
 
     def close(self) -> None:
-        """Close it; what the log holds goes into the database."""
-        self._connection.close()
+        """Close it."""
+        self._database.close()
 
-    def check(self) -> None:
-        """Read all of it.
+    # What it knows of itself -----------------------------------------------------------------------------------
+
+    def meta(self) -> dict[str, Any]:
+        """`segment`, `at`: up to where in the log it is complete; `messages`, `deliveries`: how many it has;
+        `seen_ms`: when that was; `is_clean`."""
+        return dict(self._database.execute("SELECT name, value FROM meta").fetchall())
+
+    # Writing ---------------------------------------------------------------------------------------------------
+
+    def write(self, rows: Sequence[tuple[Any, ...]], gone: Sequence[str], meta: Mapping[str, Any]) -> None:
+        """Bring it up to date, all or nothing.
+
+        Args:
+            rows: what `row_of` made of messages that are new or have changed.
+            gone: messages that have ended.
 
         Raises:
-            StorageBroken: it is damaged.
+            SpoolError: nothing was written.
         """
-        (found,) = self._database.execute("PRAGMA integrity_check(1)").fetchone()
-        if found != "ok":
-            raise StorageBroken(f"the index is damaged: {found}")
-
-    # Transactions -----------------------------------------------------------------------------------------
-
-    def begin(self) -> None:
-        """Begin a group of changes."""
-        self._forget()
-        self._connection.execute("BEGIN IMMEDIATE")
-
-    def _forget(self) -> None:
-        self._ended.clear()
-        self._uses_changed.clear()
-        self._has_new = False
-        for rows in self._new.values():
-            rows.clear()
-
-    def commit(self) -> Sequence[str]:
-        """Make the changes durable, and give the files that lost their last message."""
-        database = self._database
-        self._execute_for_all(_ADD_TO_TALLY, list(self._ended.items()))
-        database.execute("COMMIT")
-        emptied: list[str] = []
-        for file, change in self._uses_changed.items():
-            self.messages += change
-            self._uses[file] += change
-            if not self._uses[file]:
-                del self._uses[file]
-                emptied.append(file)
-        return emptied
-
-    def roll_back(self) -> None:
-        """Forget the changes since `begin`."""
-        self._forget()
-        if self._connection.in_transaction:
-            self._connection.execute("ROLLBACK")
-
-    # Messages in and out ----------------------------------------------------------------------------------
-
-    def insert(self, message: NewMessage, placement: Placement, *, now: float, owner: str | None) -> Sequence[Lease]:
-        """Add a message.
-
-        Args:
-            owner: who attempts its deliveries at once; None: they wait until somebody asks for them.
-
-        Returns:
-            The deliveries, where there is an owner.
-        """
-        mail, arrived_at, expires_at = message.mail, _ms(now), _ms(now + message.expires_in)
-        due_at = _ms(now + message.retry_in)
-        self._has_new = True
-        self._new[_INSERT_MESSAGES].append(
-            (
-                message.id, message.kind.value, arrived_at, expires_at, int(not mail.reverse_path), mail.reverse_path,
-                _parameters(mail), json.dumps(dict(message.carrier)), placement.file, placement.offset,
-                placement.octets, message.header_octets, placement.digest,
+        execute = self._database.execute
+        try:
+            execute("BEGIN")
+            messages, deliveries = self.messages + len(rows), self._deliveries + sum(len(row[1]) for row in rows)
+            ids = [*gone, *(row[0][0] for row in rows)]
+            for start in range(0, len(ids), _ROWS_AT_ONCE):
+                part = ids[start : start + _ROWS_AT_ONCE]
+                marks = ",".join("?" * len(part))
+                messages -= execute(f"DELETE FROM message WHERE id IN ({marks})", part).rowcount  # noqa: S608 - marks
+                deliveries -= execute(f"DELETE FROM delivery WHERE id IN ({marks})", part).rowcount  # noqa: S608
+            self._database.executemany(
+                "INSERT INTO message VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", [row[0] for row in rows]
             )
-        )  # fmt: skip
-        self._uses_changed[placement.file] += 1
-        leases: list[Lease] = []
-        is_leased = owner is not None
-        state = DeliveryState.LEASED if is_leased else DeliveryState.READY
-        for row, (destination, recipients) in enumerate(message.deliveries.items()):
-            self._new[_INSERT_DELIVERIES].append(
-                (
-                    message.id, row, destination, state.value, message.attempts + int(is_leased), due_at, owner, int(is_leased),
-                    int(message.is_possible_duplicate),
-                )
-            )  # fmt: skip
-            self._new[_INSERT_RECIPIENTS].extend(
-                (
-                    message.id,
-                    row,
-                    n,
-                    one.address,
-                    one.notify.value if one.notify is not None else None,
-                    one.orcpt,
-                    message.last_replies.get(one.address, ""),
-                )  # fmt: skip
-                for n, one in enumerate(recipients)
+            self._database.executemany(
+                "INSERT INTO delivery VALUES (?, ?, ?, ?, ?, ?, ?)", [one for row in rows for one in row[1]]
             )
-            self._ended["accepted" if message.kind is Kind.MAIL else "notified"] += len(recipients)
-            if is_leased:
-                leases.append(
-                    Lease(
-                        row, 1, message.id, message.kind, mail, destination,
-                        [SpooledRecipient(n, one) for n, one in enumerate(recipients)],
-                        1, now, now + message.expires_in, message.carrier, ContentRef(placement.octets, placement),
-                        message.header_octets, message.is_possible_duplicate,
-                    )
-                )  # fmt: skip
-        return leases
+            self._database.executemany(
+                "INSERT OR REPLACE INTO meta VALUES (?, ?)",
+                list({**meta, "messages": messages, "deliveries": deliveries}.items()),
+            )
+            execute("COMMIT")
+        except sqlite3.Error as error:
+            with contextlib.suppress(sqlite3.Error):
+                if self._database.in_transaction:
+                    execute("ROLLBACK")
+            raise index_error(error) from error
+        self.messages, self._deliveries = messages, deliveries
 
-    def due(self, now: float, wanted: Mapping[str, int], owner: str, until: float) -> Sequence[Lease]:
-        """Lease what is due, and count the attempt.
+    def note_leased(self, leased: Sequence[tuple[str, int]]) -> None:
+        """Do not offer these deliveries any more. The rows follow when they are written; the log knows already."""
+        self._database.executemany("UPDATE delivery SET state = 'leased' WHERE id = ? AND number = ?", leased)
 
-        New messages and those tried before take turns, so that a backlog never starves new mail. Among those, the ones
-        due first, one of each sender after the other within a sample, so that one sender's thousands do not hold up
-        all others.
+    # Reading ---------------------------------------------------------------------------------------------------
 
-        Args:
-            wanted: how many at most, by destination.
-        """
-        leases: list[Lease] = []
-        for destination, most in wanted.items():
-            again, new = (self._sample(destination, now, most, was_tried=tried) for tried in (True, False))
-            chosen = [row for pair in _interleave(new, again) for row in pair][:most]
-            for row in chosen:
-                self._database.execute(
-                    "UPDATE dlv SET state = 'leased', attempts = attempts + 1, lease_owner = ?, lease_until = ?,"
-                    " lease_epoch = lease_epoch + 1 WHERE msg_id = ? AND d = ?",
-                    (owner, _ms(until), *row),
-                )
-                leases.append(self._lease(*row))
-        return leases
+    def load(self, ids: Sequence[str]) -> list[Entry]:
+        """The messages of these ids, those that are there, in the order of their ids."""
+        found: list[Entry] = []
+        for start in range(0, len(ids), _ROWS_AT_ONCE):
+            part = ids[start : start + _ROWS_AT_ONCE]
+            marks = ",".join("?" * len(part))
+            found += self._entries(f"WHERE id IN ({marks}) ORDER BY id", part)
+        return found
 
-    def _sample(self, destination: str, now: float, most: int, *, was_tried: bool) -> Sequence[_Row]:
+    def _entries(self, condition: str, values: Sequence[Any] = ()) -> list[Entry]:
         rows = self._database.execute(
-            "SELECT msg_id, d, reverse_path FROM dlv JOIN msg ON msg.id = msg_id WHERE state = 'ready' AND dest = ?"
-            " AND (attempts > 0) = ? AND next_at <= ? AND expires_at > ? ORDER BY next_at LIMIT ?",
-            (destination, int(was_tried), _ms(now), _ms(now), 8 * most),
-        ).fetchall()
-        turns: dict[str, int] = {}
-        ordered: list[tuple[int, _Row]] = []
-        for message_id, delivery, reverse_path in rows:
-            turn = turns[reverse_path] = turns.get(reverse_path, 0) + 1
-            ordered.append((turn, (message_id, delivery)))
-        ordered.sort(key=lambda entry: entry[0])
-        return [row for _, row in ordered[:most]]
+            f"SELECT entry, segment, at, octets, content_at, crc FROM message {condition}",  # noqa: S608 - ours
+            values,
+        )
+        entries = [_entry(*row) for row in rows]
+        # When a delivery is due is its own row's to say: a clock that is set back moves the rows alone.
+        by_id = {entry.id: entry for entry in entries}
+        for start in range(0, len(entries), _ROWS_AT_ONCE):
+            part = [entry.id for entry in entries[start : start + _ROWS_AT_ONCE]]
+            marks = ",".join("?" * len(part))
+            for message_id, number, due in self._database.execute(
+                f"SELECT id, number, due FROM delivery WHERE id IN ({marks})",  # noqa: S608
+                part,
+            ):
+                if (delivery := by_id[message_id].delivery(number)) is not None:
+                    delivery.due_ms = due
+        return entries
 
-    def next_due(self, destinations: Iterable[str]) -> float | None:
-        """When the next delivery to one of `destinations` is due; None: none waits."""
+    def move(self, milliseconds: int, meta: Mapping[str, Any]) -> int:
+        """Let all that waits be due sooner, by a negative number; how many deliveries that are."""
+        try:
+            self._database.execute("BEGIN")
+            moved = self._database.execute("UPDATE delivery SET due = due + ? WHERE state = 'ready'", (milliseconds,))
+            self._database.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", list(meta.items()))
+            self._database.execute("COMMIT")
+        except sqlite3.Error as error:
+            with contextlib.suppress(sqlite3.Error):
+                self._database.execute("ROLLBACK")
+            raise index_error(error) from error
+        return moved.rowcount
+
+    def due(self, destination: str, now_ms: int, most: int, *, was_tried: bool) -> list[tuple[int, str, int, str]]:
+        """The first deliveries that are due: since when, message, number, sender."""
+        return self._database.execute(
+            "SELECT due, id, number, sender FROM delivery WHERE state = 'ready' AND destination = ? AND tried = ?"
+            " AND due <= ? ORDER BY due, id LIMIT ?",
+            (destination, int(was_tried), now_ms, most),
+        ).fetchall()
+
+    def next_due(self, destination: str) -> int | None:
+        """When the next delivery is due."""
         times = [
-            at
-            for destination in destinations
+            due
             for tried in (0, 1)
-            for (at,) in self._database.execute(
-                "SELECT next_at FROM dlv WHERE state = 'ready' AND dest = ? AND (attempts > 0) = ?"
-                " ORDER BY next_at LIMIT 1",
+            for (due,) in self._database.execute(
+                "SELECT due FROM delivery WHERE state = 'ready' AND destination = ? AND tried = ? ORDER BY due LIMIT 1",
                 (destination, tried),
             )
         ]
-        return min(times) / 1000 if times else None
+        return min(times, default=None)
 
-    def destinations(self) -> Sequence[str]:
-        """All destinations that anything waits for."""
-        return [dest for (dest,) in self._database.execute("SELECT DISTINCT dest FROM dlv")]
+    def overdue(self, now_ms: int, most: int) -> list[str]:
+        """Messages that are too old, and wait."""
+        return self._ids(
+            "SELECT DISTINCT message.id FROM message CROSS JOIN delivery ON delivery.id = message.id"
+            " WHERE expires <= ? AND state = 'ready' LIMIT ?",
+            (now_ms, most),
+        )
 
-    def overdue(self, now: float, most: int, owner: str) -> Sequence[Lease]:
-        """Lease what is too old, without counting an attempt: to be ended."""
-        # CROSS JOIN is SQLite's way to say which table leads: few messages are too old, and all have deliveries.
-        rows = self._database.execute(
-            "SELECT msg_id, d FROM msg CROSS JOIN dlv ON msg_id = msg.id WHERE expires_at <= ? AND held_at IS NULL"
-            " AND state = 'ready' LIMIT ?",
-            (_ms(now), most),
-        ).fetchall()
-        for row in rows:
-            self._database.execute(
-                "UPDATE dlv SET state = 'leased', lease_owner = ?, lease_epoch = lease_epoch + 1"
-                " WHERE msg_id = ? AND d = ?",
-                (owner, *row),
+    def unwarned(self, before_ms: int, most: int) -> list[str]:
+        """Messages that arrived before, were attempted, and whose sender is due a warning."""
+        return self._ids("SELECT id FROM message WHERE unwarned <= ? ORDER BY unwarned LIMIT ?", (before_ms, most))
+
+    def leased(self) -> list[str]:
+        """Messages that are being attempted."""
+        return self._ids("SELECT DISTINCT id FROM delivery WHERE state = 'leased'", ())
+
+    def in_segment(self, segment: int, most: int) -> list[str]:
+        """Messages that lie in a segment."""
+        return self._ids("SELECT id FROM message WHERE segment = ? LIMIT ?", (segment, most))
+
+    def segments(self) -> dict[int, tuple[int, int]]:
+        """How many messages lie in each segment, and the octets of their records."""
+        return {
+            segment: (messages, octets)
+            for segment, messages, octets in self._database.execute(
+                "SELECT segment, count(*), sum(octets) FROM message GROUP BY segment"
             )
-        return [self._lease(*row) for row in rows]
+        }
 
-    def unwarned(self, arrived_before: float, most: int) -> Sequence[Lease]:
-        """Deliveries whose sender is due a warning; not leased, only shown."""
-        rows = self._database.execute(
-            "SELECT msg_id, d FROM msg CROSS JOIN dlv ON msg_id = msg.id WHERE warned = 0 AND arrived_at <= ?"
-            " AND state = 'ready' AND attempts > 0 AND kind = 'mail' LIMIT ?",
-            (_ms(arrived_before), most),
-        ).fetchall()
-        return [self._lease(*row) for row in rows]
-
-    def warned(self, message_id: str) -> bool:
-        """Note that the sender was warned; False where that was noted before, or the message is gone."""
-        found = self._database.execute("UPDATE msg SET warned = 1 WHERE id = ? AND warned = 0", (message_id,))
-        return found.rowcount == 1
-
-    def finish(
-        self,
-        lease: Lease,
-        verdicts: Sequence[Verdict],
-        *,
-        next_at: float,
-        is_possible_duplicate: bool = False,
-        counts_attempt: bool = True,
-        hold: bool = False,
-    ) -> None:
-        """Note what an attempt came to.
-
-        Args:
-            next_at: when what has not ended is due again.
-            is_possible_duplicate: an upstream may have taken it without our knowing.
-            counts_attempt: False: nobody was asked; it was no attempt.
-            hold: what has not ended waits for an operator.
-
-        Raises:
-            StaleLease: the lease is not its delivery's last one.
-        """
-        ended = [verdict for verdict in verdicts if verdict.end is not None]
-        is_over = len(ended) == len(lease.recipients)
-        if not (is_over and self._drop_message_of_one_delivery(lease)):
-            self._own(lease)
-            if is_over:
-                self._drop_delivery(lease.message_id, lease.delivery)
-        for verdict in ended:
-            assert verdict.end is not None
-            name = verdict.end.value if lease.kind is Kind.MAIL else f"notified_{verdict.end.value}"
-            self._ended[name] += 1
-        if is_over:
-            return
-        self._database.executemany(
-            "DELETE FROM rcpt WHERE msg_id = ? AND d = ? AND n = ?",
-            [(lease.message_id, lease.delivery, verdict.number) for verdict in ended],
-        )
-        self._database.executemany(
-            "UPDATE rcpt SET last = ? WHERE msg_id = ? AND d = ? AND n = ?",
-            [
-                (str(verdict.reply), lease.message_id, lease.delivery, verdict.number)
-                for verdict in verdicts
-                if verdict.end is None and verdict.reply is not None
-            ],
-        )
-        self._database.execute(
-            "UPDATE dlv SET state = ?, next_at = ?, crashes = 0, attempts = attempts - ?, lease_owner = NULL,"
-            " possible_duplicate = max(possible_duplicate, ?) WHERE msg_id = ? AND d = ?",
-            (
-                (DeliveryState.HELD if hold else DeliveryState.READY).value, _ms(next_at), int(not counts_attempt),
-                int(is_possible_duplicate), lease.message_id, lease.delivery,
-            ),
-        )  # fmt: skip
-        if hold:
-            self._database.execute(
-                "UPDATE msg SET held_at = ? WHERE id = ? AND held_at IS NULL", (_ms(next_at), lease.message_id)
-            )
-
-    def mark_corrupt(self, lease: Lease) -> None:
-        """Its content is damaged: it waits for an operator, and counts as nothing else."""
-        self._own(lease)
-        self._database.execute(
-            "UPDATE dlv SET state = 'corrupt', lease_owner = NULL WHERE msg_id = ? AND d = ?",
-            (lease.message_id, lease.delivery),
+    def destinations(self) -> dict[str, int]:
+        """How many deliveries there are for each destination."""
+        return dict(
+            self._database.execute("SELECT destination, count(*) FROM delivery GROUP BY destination").fetchall()
         )
 
-    def _own(self, lease: Lease) -> None:
-        found = self._database.execute(
-            "SELECT state, lease_epoch FROM dlv WHERE msg_id = ? AND d = ?", (lease.message_id, lease.delivery)
-        ).fetchone()
-        if found != (DeliveryState.LEASED.value, lease.epoch):
-            raise StaleLease(f"delivery {lease.delivery} of {lease.message_id} is not ours any more")
+    def larges(self) -> Iterator[str]:
+        """Messages whose content has a file of its own."""
+        for (message_id,) in self._database.execute("SELECT id FROM message WHERE content_at < 0"):
+            yield message_id
 
-    def _drop_message_of_one_delivery(self, lease: Lease) -> bool:
-        """What becomes of nearly every message, in one statement; False where it has other deliveries, or is lost."""
-        found = self._database.execute(
-            "DELETE FROM msg WHERE id = ?1 AND (SELECT count(*) = 1 AND max(d = ?2 AND state = 'leased' AND"
-            " lease_epoch = ?3) FROM dlv WHERE msg_id = ?1)",
-            (lease.message_id, lease.delivery, lease.epoch),
-        )
-        if not found.rowcount:
-            return False
-        assert isinstance(lease.content.key, Placement)
-        self._uses_changed[lease.content.key.file] -= 1
-        return True
+    def _ids(self, statement: str, values: Sequence[Any]) -> list[str]:
+        return [message_id for (message_id,) in self._database.execute(statement, values)]
 
-    def _drop_delivery(self, message_id: str, delivery: int) -> None:
+    # What operators ask ----------------------------------------------------------------------------------------
+
+    def counts(self, now_ms: int) -> dict[str, Any]:
+        """Deliveries by state, `deferred` of the ready ones; `oldest` and `next_due`, in milliseconds."""
         execute = self._database.execute
-        execute("DELETE FROM dlv WHERE msg_id = ? AND d = ?", (message_id, delivery))
-        if execute("SELECT 1 FROM dlv WHERE msg_id = ? LIMIT 1", (message_id,)).fetchone() is None:
-            (file,) = execute("DELETE FROM msg WHERE id = ? RETURNING file", (message_id,)).fetchone()
-            self._uses_changed[file] -= 1
-
-    def _lease(self, message_id: str, delivery: int) -> Lease:
-        row = self._database.execute(
-            f"SELECT {_LEASE_COLUMNS} FROM dlv JOIN msg ON msg.id = msg_id WHERE msg_id = ? AND d = ?",  # noqa: S608
-            (message_id, delivery),
-        ).fetchone()
-        (
-            number, epoch, message_id, kind, reverse_path, parameters, destination, attempts, arrived_at, expires_at,
-            carrier, file, offset, octets, digest, header_octets, possible_duplicate,
-        ) = row  # fmt: skip
-        recipients = [
-            SpooledRecipient(n, Recipient(addr, Notify(notify) if notify is not None else None, orcpt), last)
-            for n, addr, notify, orcpt, last in self._database.execute(
-                "SELECT n, addr, notify, orcpt, last FROM rcpt WHERE msg_id = ? AND d = ? ORDER BY n",
-                (message_id, delivery),
-            )
-        ]
-        return Lease(
-            number, epoch, message_id, Kind(kind), _mail(reverse_path, parameters), destination, recipients, attempts,
-            arrived_at / 1000, expires_at / 1000, json.loads(carrier),
-            ContentRef(octets, Placement(file, offset, octets, digest)),
-            header_octets, bool(possible_duplicate),
-        )  # fmt: skip
-
-    # At start and at stop ---------------------------------------------------------------------------------
-
-    def take_back_leases(self, *, crashes_allowed: int | None, now: float) -> tuple[int, Sequence[str]]:
-        """Take back what is leased, since nobody can be attempting it.
-
-        Args:
-            crashes_allowed: the process that had them died in the midst: that many times a message may be part of a
-                crash before it is held, since it may be the cause. None: they were given back in good order.
-
-        Returns:
-            How many there were, and the messages that are held now.
-        """
-        if crashes_allowed is None:
-            # Whoever was cut short has recorded it; what is left came to an end that nobody could record.
-            found = self._database.execute(
-                "UPDATE dlv SET state = 'ready', next_at = min(next_at, ?), attempts = attempts - 1,"
-                " lease_owner = NULL, possible_duplicate = 1 WHERE state = 'leased'",
-                (_ms(now),),
-            )
-            return found.rowcount, ()
-        found = self._database.execute(
-            "UPDATE dlv SET state = 'ready', next_at = ?, crashes = crashes + 1, lease_owner = NULL,"
-            " possible_duplicate = 1 WHERE state = 'leased'",
-            (_ms(now),),
+        found: dict[str, Any] = dict(
+            execute("SELECT state, count(*) FROM delivery WHERE state != 'ready' GROUP BY state").fetchall()
         )
-        held = [
-            message_id
-            for (message_id,) in self._database.execute(
-                "UPDATE dlv SET state = 'held' WHERE state = 'ready' AND crashes >= ? RETURNING msg_id",
-                (crashes_allowed,),
-            ).fetchall()
-        ]
-        for message_id in held:
-            self._database.execute("UPDATE msg SET held_at = ? WHERE id = ?", (_ms(now), message_id))
-        return found.rowcount, held
-
-    def files(self) -> set[str]:
-        """The files that messages need."""
-        return {file for (file,) in self._database.execute("SELECT DISTINCT file FROM msg")}
-
-    def without_file(self, files: Iterable[str]) -> Sequence[str]:
-        """Mark the messages in `files`, which are not there, as corrupt; their ids."""
-        lost: list[str] = []
-        for file in files:
-            for (message_id,) in self._database.execute("SELECT id FROM msg WHERE file = ?", (file,)).fetchall():
-                self._database.execute("UPDATE dlv SET state = 'corrupt' WHERE msg_id = ?", (message_id,))
-                lost.append(message_id)
-        return lost
-
-    def move(self, seconds: float) -> int:
-        """Let what waits be due sooner, as it would have been had the clock not been set back; how many there are.
-
-        Args:
-            seconds: by which it was set, below 0.
-        """
-        return self._database.execute(
-            "UPDATE dlv SET next_at = next_at + ? WHERE state = 'ready'", (_ms(seconds),)
-        ).rowcount
-
-    # What operators see and do ----------------------------------------------------------------------------
-
-    def counts(self, now: float) -> Counts:
-        """How much there is of what."""
-        states = dict(self._database.execute("SELECT state, count(*) FROM dlv GROUP BY state").fetchall())
-        deferred, next_due_at = self._database.execute(
-            "SELECT count(*), min(next_at) FROM dlv WHERE state = 'ready' AND next_at > ?", (_ms(now),)
+        (found["ready"],) = execute(
+            "SELECT count(*) FROM delivery WHERE state = 'ready' AND due <= ?", (now_ms,)
+        ).fetchone()
+        found["deferred"], found["next_due"] = execute(
+            "SELECT count(*), min(due) FROM delivery WHERE state = 'ready' AND due > ?", (now_ms,)
         ).fetchone()
         # The ids begin with the time.
-        first = self._database.execute("SELECT arrived_at FROM msg ORDER BY id LIMIT 1").fetchone()
-        return Counts(
-            ready=states.get("ready", 0) - deferred,
-            deferred=deferred,
-            active=states.get("leased", 0),
-            held=states.get("held", 0),
-            corrupt=states.get("corrupt", 0),
-            oldest_arrived_at=first[0] / 1000 if first is not None else None,
-            next_due_at=next_due_at / 1000 if next_due_at is not None else None,
-        )
+        first = execute("SELECT arrived FROM message ORDER BY id LIMIT 1").fetchone()
+        found["oldest"] = first[0] if first is not None else None
+        return found
 
-    def tally(self) -> Mapping[str, int]:
-        """Recipients that were ever accepted, and how many of them ended in which way."""
-        return dict(self._database.execute("SELECT name, recipients FROM tally").fetchall())
+    def page(self, after: str, most: int) -> list[Entry]:
+        """The messages whose ids follow `after`."""
+        return self._entries("WHERE id > ? ORDER BY id LIMIT ?", (after, most))
 
-    def page(self, after: str, most: int) -> Sequence[Shown]:
-        """At most `most` messages whose ids follow `after`, in the order of their ids, which is that of arrival."""
-        ids = self._database.execute("SELECT id FROM msg WHERE id > ? ORDER BY id LIMIT ?", (after, most)).fetchall()
-        return [self.show(message_id) for (message_id,) in ids]
-
-    def find(self, trace_id: str | None, sender: str | None, recipient: str | None, most: int) -> Sequence[Shown]:
+    def find(self, trace_id: str | None, sender: str | None, recipient: str | None, most: int) -> list[Entry]:
         """The first messages that fit all that is given."""
-        ids = self._database.execute(
-            "SELECT id FROM msg WHERE (?1 IS NULL OR instr(carrier, ?1)) AND (?2 IS NULL OR reverse_path = ?2)"
-            " AND (?3 IS NULL OR id IN (SELECT msg_id FROM rcpt WHERE addr = ?3)) ORDER BY id LIMIT ?4",
-            (trace_id, sender, recipient, most),
-        ).fetchall()
-        return [self.show(message_id) for (message_id,) in ids]
-
-    def show(self, message_id: str) -> Shown:
-        """One message.
-
-        Raises:
-            NoSuchMessage: there is none of that id.
-        """
-        row = self._database.execute(
-            "SELECT kind, arrived_at, expires_at, octets, reverse_path, carrier, forced, file, offset, digest,"
-            " header_octets FROM msg WHERE id = ?",
-            (message_id,),
-        ).fetchone()
-        if row is None:
-            raise NoSuchMessage(f"no message {message_id}")
-        (
-            kind, arrived_at, expires_at, octets, reverse_path, carrier, forced, file, offset, digest, header_octets,
-        ) = row  # fmt: skip
-        deliveries = self._database.execute(
-            "SELECT d, state, attempts, next_at FROM dlv WHERE msg_id = ? ORDER BY next_at", (message_id,)
-        ).fetchall()
-        states = [DeliveryState(state) for _, state, _, _ in deliveries]
-        recipients = [
-            (addr, DeliveryState(state), last)
-            for delivery, state, _, _ in deliveries
-            for addr, last in self._database.execute(
-                "SELECT addr, last FROM rcpt WHERE msg_id = ? AND d = ? ORDER BY n", (message_id, delivery)
+        wanted = [
+            (condition, value)
+            for condition, value in (
+                ("trace = ?", trace_id),
+                ("sender = ?", sender),
+                ("instr(recipients, ?)", None if recipient is None else f"\n{recipient}\n"),
             )
+            if value is not None
         ]
-        return Shown(
-            id=message_id,
-            kind=Kind(kind),
-            state=next((state for state in _MOST_TELLING if state in states), DeliveryState.READY),
-            arrived_at=arrived_at / 1000,
-            expires_at=expires_at / 1000,
-            octets=octets,
-            reverse_path=reverse_path,
-            recipients=recipients,
-            attempts=max((attempts for _, _, attempts, _ in deliveries), default=0),
-            next_attempt_at=deliveries[0][3] / 1000 if deliveries else 0.0,
-            carrier=json.loads(carrier),
-            is_forced_to_expire=bool(forced),
-            content=ContentRef(octets, Placement(file, offset, octets, digest)),
-            header_octets=header_octets,
-        )
+        where = " AND ".join(condition for condition, _ in wanted) or "1"
+        return self._entries(f"WHERE {where} ORDER BY id LIMIT ?", [*(value for _, value in wanted), most])
 
-    def retry(self, message_id: str, now: float) -> bool:
-        """Make a message due now; whether anything changed. Errors as `show`."""
-        self._exists(message_id)
-        return self._changed("UPDATE dlv SET next_at = ? WHERE msg_id = ? AND state = 'ready'", _ms(now), message_id)
-
-    def hold(self, message_id: str, now: float) -> bool:
-        """Let a message wait for an operator; it does not age meanwhile. What is being attempted is left alone."""
-        self._exists(message_id)
-        if not self._changed("UPDATE dlv SET state = 'held' WHERE msg_id = ? AND state = 'ready'", message_id):
-            return False
-        self._changed("UPDATE msg SET held_at = ? WHERE id = ? AND held_at IS NULL", _ms(now), message_id)
-        return True
-
-    def release(self, message_id: str, now: float) -> bool:
-        """Let a held message, or a corrupt one, go on."""
-        self._exists(message_id)
-        if not self._changed(
-            "UPDATE dlv SET state = 'ready', crashes = 0, next_at = ?"
-            " WHERE msg_id = ? AND state IN ('held', 'corrupt')",
-            _ms(now), message_id,
-        ):  # fmt: skip
-            return False
-        self._changed(
-            "UPDATE msg SET expires_at = expires_at + (? - held_at), held_at = NULL"
-            " WHERE id = ? AND held_at IS NOT NULL",
-            _ms(now), message_id,
-        )  # fmt: skip
-        return True
-
-    def expire(self, message_id: str, now: float) -> bool:
-        """Let a message be too old: it goes back to its sender. Held ones are released for that."""
-        self._exists(message_id)
-        self._changed(
-            "UPDATE dlv SET state = 'ready', next_at = ? WHERE msg_id = ? AND state = 'held'", _ms(now), message_id
-        )
-        return self._changed(
-            "UPDATE msg SET expires_at = min(expires_at, ?), held_at = NULL, forced = 1 WHERE id = ?",
-            _ms(now), message_id,
-        )  # fmt: skip
-
-    def reset(self, message_id: str, now: float, expires_at: float) -> bool:
-        """Begin anew: no attempt was made, and it has just arrived."""
-        self._exists(message_id)
-        self._changed(
-            "UPDATE msg SET expires_at = ?, warned = (reverse_path = ''), forced = 0 WHERE id = ?",
-            _ms(expires_at), message_id,
-        )  # fmt: skip
-        return self._changed(
-            "UPDATE dlv SET attempts = 0, crashes = 0, next_at = ? WHERE msg_id = ? AND state = 'ready'",
-            _ms(now), message_id,
-        )  # fmt: skip
-
-    def delete(self, message_id: str) -> int:
-        """Remove a message.
-
-        Returns:
-            How many recipients will not get it.
-
-        Raises:
-            NoSuchMessage: there is none of that id.
-            SpoolError: it is being attempted: nobody can say what it would come to.
-        """
-        self._exists(message_id)
-        deliveries = self._database.execute("SELECT d, state FROM dlv WHERE msg_id = ?", (message_id,)).fetchall()
-        if any(state == DeliveryState.LEASED for _, state in deliveries):
-            raise SpoolError(f"{message_id} is being delivered; hold it, or try again")
-        removed = 0
-        (kind,) = self._database.execute("SELECT kind FROM msg WHERE id = ?", (message_id,)).fetchone()
-        for delivery, _ in deliveries:
-            (recipients,) = self._database.execute(
-                "SELECT count(*) FROM rcpt WHERE msg_id = ? AND d = ?", (message_id, delivery)
-            ).fetchone()
-            removed += recipients
-            self._drop_delivery(message_id, delivery)
-        self._ended["removed" if kind == Kind.MAIL else "notified_removed"] += removed
-        return removed
-
-    def _exists(self, message_id: str) -> None:
-        if self._database.execute("SELECT 1 FROM msg WHERE id = ?", (message_id,)).fetchone() is None:
-            raise NoSuchMessage(f"no message {message_id}")
-
-    def _changed(self, statement: str, *values: Any) -> bool:
-        return self._database.execute(statement, values).rowcount > 0
+    def all_ids(self) -> Iterator[list[str]]:
+        """All ids, some at a time."""
+        after = ""
+        while part := self._ids("SELECT id FROM message WHERE id > ? ORDER BY id LIMIT 500", (after,)):
+            yield part
+            after = part[-1]
 
 
-_MOST_TELLING: Final = (DeliveryState.LEASED, DeliveryState.CORRUPT, DeliveryState.HELD, DeliveryState.READY)
+def row_of(entry: Entry) -> tuple[Any, ...]:
+    """A message as `Index.write` wants it."""
+    place = entry.place
+    assert place is not None
+    sender = entry.mail.reverse_path
+    is_ready = any(one.state is DeliveryState.READY for one in entry.deliveries)
+    is_attempted = any(one.attempts > 0 and one.state is DeliveryState.READY for one in entry.deliveries)
+    is_unwarned = is_attempted and not entry.is_warned and entry.kind is Kind.MAIL
+    parts = entry.carrier.get("traceparent", "").split("-")
+    addresses = [there.recipient.address for one in entry.deliveries for there in one.recipients]
+    return (
+        (
+            entry.id, place.segment, place.at, place.octets, place.content_at, place.crc, entry.arrived_ms,
+            entry.expires_ms if is_ready and entry.held_ms is None else None,
+            entry.arrived_ms if is_unwarned else None,
+            sender, "\n".join(["", *addresses, ""]), parts[1] if len(parts) >= 4 else None, entry.encode(),
+        ),
+        [
+            (
+                entry.id, one.number, one.destination, one.state.value, int(one.attempts > 0), one.due_ms, sender,
+            )
+            for one in entry.deliveries
+        ],
+    )  # fmt: skip
 
 
-def _ms(seconds: float) -> int:
-    return round(seconds * 1000)
-
-
-def _interleave(first: Sequence[_Row], second: Sequence[_Row]) -> Iterator[Sequence[_Row]]:
-    for index in range(max(len(first), len(second))):
-        yield [*first[index : index + 1], *second[index : index + 1]]
-
-
-def _parameters(mail: Mail) -> str:
-    """MAIL's parameters as JSON, those that were given."""
-    given = {
-        "size": mail.size,
-        "body": mail.body,
-        "smtputf8": mail.smtputf8 or None,
-        "ret": mail.ret,
-        "envid": mail.envid,
-        "require_tls": mail.require_tls or None,
-        "auth": mail.auth,
-    }
-    return json.dumps({name: value for name, value in given.items() if value is not None})
-
-
-def _mail(reverse_path: str, parameters: str) -> Mail:
-    given = json.loads(parameters)
-    body, ret = given.pop("body", None), given.pop("ret", None)
-    return Mail(reverse_path, body=body and Body(body), ret=ret and DsnReturn(ret), **given)
+def _entry(text: str, segment: int, at: int, octets: int, content_at: int, crc: int) -> Entry:
+    entry = Entry.from_values(json.loads(text))
+    entry.place = Place(segment, at, octets, content_at, crc)
+    entry.is_indexed = True
+    return entry

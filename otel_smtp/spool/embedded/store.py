@@ -1,90 +1,78 @@
-"""The store: one thread that owns directory and index, and makes durable in one go whatever waits for it.
+"""The embedded store: a log that makes mail durable, what is new of it in memory, and an index for the rest.
 
-While the thread syncs, more work gathers; that becomes the next group. So a lone message waits for nobody, and under
-load one sync serves all that came during the last one. The order within a group is the promise (P1)::
+All state changes on the event loop, when the record of the change is durable; so what is seen is what would be found
+after a crash. While a message's record is on its way, the message is busy, and whoever else wants to change it waits.
 
-    contents written > file synced > renamed into body/ > directory synced > rows committed (log synced) > 250
-
-Any error before the end fails the messages of the group, and nothing of them is left behind that a start would not
-clear away. An error that says that the disk or the index cannot be trusted *latches*: nothing is accepted or leased
-any more until the gateway was started anew, since a delivery whose result cannot be recorded would be repeated for
-ever. A full disk is less: new mail is refused, and the reserve makes room for the results of what is being delivered.
+A message is in memory (`_hot`) while it is new, being attempted, or changed within the last moment; then it is written
+to the index and forgotten. What comes and goes within that moment never touches the index.
 """
 
 import asyncio
-import hashlib
+import contextlib
+import heapq
 import logging
 import sqlite3
-import threading
 import time
-from collections import deque
+import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, TypeVar
 
-from otel_smtp.spool.embedded.draft import MEMORY_LIMIT_OCTETS, Draft
-from otel_smtp.spool.embedded.files import RESERVE_OCTETS, Placement, SpoolDirectory
-from otel_smtp.spool.embedded.index import Index
+from otel_smtp.spool.embedded import first_version
+from otel_smtp.spool.embedded.directory import SpoolDirectory
+from otel_smtp.spool.embedded.draft import Draft
+from otel_smtp.spool.embedded.entries import DeliveryEntry, Entry, Place, dumps, stale
+from otel_smtp.spool.embedded.index import Index, index_error, row_of
+from otel_smtp.spool.embedded.log import SEGMENT_OCTETS, Log, Part, Step
+from otel_smtp.spool.embedded.records import RecordKind
+from otel_smtp.spool.embedded.recovery import Recovered, recover
 from otel_smtp.spool.messages import (
     ContentRef,
     Counts,
+    DeliveryState,
+    Kind,
     Lease,
     NewMessage,
+    NoSuchMessage,
     Shown,
     SpoolError,
     StaleLease,
     StorageBroken,
     StorageFull,
     Verdict,
+    new_id,
 )
 from otel_smtp.spool.store import Draft as AnyDraft
 from otel_smtp.spool.store import Notice, Recovery
 
-logger: Final = logging.getLogger("otel_smtp.spool.store")
+logger: Final = logging.getLogger("otel_smtp.spool.embedded.store")
 
-GROUP_MOST: Final = 256  # jobs that share a commit: beyond, the first would wait for the last
-GATHER_SECONDS: Final = 0.005  # a delivery's result waits so long for a message that comes in, to share its sync
-GROUP_OCTETS: Final = 4 * 1024 * 1024  # of contents that share a file
-DEFAULT_MOST_MESSAGES: Final = 100_000  # Postfix's operators saw directories of more become slow
+DEFAULT_MOST_MESSAGES: Final = 1_000_000
 DEFAULT_LEAST_FREE_OCTETS: Final = 40 * 1024 * 1024  # 1.5 times the largest message, as Postfix asks before MAIL
 LEAST_FREE_INODES: Final = 0.01
 CRASHES_ALLOWED: Final = 3
 ROOM_CHECK_SECONDS: Final = 1.0
 CLOCK_JUMP_SECONDS: Final = 60.0
 
+KEEP_SECONDS: Final = 0.5  # how often memory and index are brought together
+COOL_SECONDS: Final = 2.0  # what has been in memory for so long goes into the index
+FLUSH_MOST: Final = 500  # messages at a time: to encode them holds the event loop
+HOT_MOST: Final = 20_000
+SAMPLE: Final = 8  # of what is due, so many times what is wanted are looked at, for the sake of many senders
+COUNT_CACHE_SECONDS: Final = 15.0
+COUNT_CACHE_FROM: Final = 50_000
+
+DEAD_SEGMENTS: Final = 2  # of dead octets beyond as many as live: the log is at most twice what lives in it, and these
+MOVE_MOST: Final = 64  # messages that are moved at a time
+
 T = TypeVar("T")
-
-
-class _Job(Generic[T]):
-    """Something to be done in the store's thread, and who waits for it."""
-
-    __slots__ = ("apply", "contents", "file", "is_result", "loop", "outcome", "placement", "waiter")
-
-    def __init__(
-        self,
-        apply: Callable[[Index, Placement | None], T],
-        waiter: asyncio.Future[T],
-        *,
-        contents: Sequence[bytes] | None = None,
-        file: tuple[Path, int, bytes] | None = None,
-        is_result: bool = False,
-    ) -> None:
-        self.apply = apply
-        self.waiter = waiter
-        self.contents = contents
-        self.file = file
-        self.is_result = is_result
-        self.placement: Placement | None = None
-        self.outcome: T | BaseException | None = None
-
-    @property
-    def has_failed(self) -> bool:
-        """Whether it is over, badly."""
-        return isinstance(self.outcome, BaseException)
+_Candidate = tuple[int, str, int, str]  # due, message, number of the delivery, sender
 
 
 class EmbeddedStore:
-    """A spool in one directory.
+    """A store in one directory.
 
     Args:
         path: the directory; made where it is missing.
@@ -101,64 +89,145 @@ class EmbeddedStore:
         self,
         path: Path,
         *,
-        reserve_octets: int = RESERVE_OCTETS,
         most_messages: int = DEFAULT_MOST_MESSAGES,
         least_free_octets: int = DEFAULT_LEAST_FREE_OCTETS,
         crashes_allowed: int = CRASHES_ALLOWED,
+        segment_octets: int = SEGMENT_OCTETS,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self.directory = SpoolDirectory(path, reserve_octets=reserve_octets)
+        self.directory = SpoolDirectory(path)
         self.most_messages = most_messages
         self._least_free = least_free_octets
         self._crashes_allowed = crashes_allowed
+        self._segment_octets = segment_octets
         self._clock = clock
         self._clocks = (clock(), time.monotonic())
-        self._jobs: deque[_Job[Any]] = deque()
-        self._there_is_work = threading.Event()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
-        self._is_stopping = False
-        self._fault: StorageBroken | None = None
-        self._unneeded: set[str] = set()  # files that lost their last message
-        self._is_full = False
-        self._room_checked_at = 0.0
+        self._room_checked_at = float("-inf")
         self._has_room = True
+        self._log: Log | None = None
+        self._index: Index | None = None
+        self._indexing: ThreadPoolExecutor | None = None  # one thread: the index is its own
+        self._keeper: asyncio.Task[None] | None = None
+        self._is_closing = False
+        self._submitting: set[asyncio.Task[Any]] = set()
+        self._hot: dict[str, Entry] = {}
+        # By (destination, whether it was tried): what is in memory and waits; what has changed since is skipped.
+        self._ready: dict[tuple[str, bool], list[_Candidate]] = {}
+        # Not in the index as it is: since when, by the loop's clock, and from where on in the log. None: it has ended.
+        self._unindexed: dict[str, tuple[float, tuple[int, int], Entry | None]] = {}
+        self._free: dict[str, asyncio.Event] = {}  # waited for, until the message of that id is not busy
+        self._cold: Counter[str] = Counter()  # deliveries in the index alone, by destination
+        self._live: dict[int, list[int]] = {}  # messages and octets of their records, by segment
         self._messages = 0
-        self._nudge: asyncio.TimerHandle | None = None  # wakes the thread for what is not urgent
+        self._segments: dict[int, int] = {}  # octets of the files, by number
+        self._seen_position: tuple[int, int] = (0, 0)
+        self._counted: tuple[float, dict[str, Any]] | None = None
+        self._flushing = asyncio.Lock()
 
-    # Life -------------------------------------------------------------------------------------------------
+    # Life ------------------------------------------------------------------------------------------------------
 
     async def open(self) -> Recovery:
-        """Own the directory, clear away what was never answered, and take back what a crash left behind.
+        """Own the directory, and take back what a crash left behind.
 
         Raises:
             SpoolError: it belongs to another process, or cannot be used.
         """
-        loop = self._loop = asyncio.get_running_loop()
-        opened: asyncio.Future[Recovery] = loop.create_future()
-        self._thread = threading.Thread(target=self._run, args=(opened,), name="spool", daemon=True)
-        self._thread.start()
-        return await opened
+        self._loop = asyncio.get_running_loop()
+        self._indexing = ThreadPoolExecutor(1, thread_name_prefix="spool-index")
+        try:
+            recovered = await self._in_index(self._open)
+        except BaseException:
+            self._indexing.shutdown(wait=True)
+            self.directory.close()
+            raise
+        self._index = index = recovered.index
+        self._log = Log(
+            self.directory,
+            recovered.next_number,
+            recovered.previous_end,
+            markers=recovered.markers,
+            tally=recovered.tally,
+            now_ms=self._now_ms,
+            has_begun=self._segment_begun,
+            segment_octets=self._segment_octets,
+        )
+        try:
+            live, self._cold, leased = await self._in_index(
+                lambda: (index.segments(), Counter(index.destinations()), index.load(index.leased()))
+            )
+            self._live = {number: [*found] for number, found in live.items()}
+            self._segments = dict.fromkeys(recovered.markers, self._segment_octets)
+            self._seen_position = self._log.told
+            self._messages = index.messages
+            held: list[str] = []
+            interrupted = sum(one.state is DeliveryState.LEASED for entry in leased for one in entry.deliveries)
+            for entry in leased:
+                self._to_memory(entry)
+                if not entry.is_leased:  # it was about to be: its row says so, and the log does not
+                    self._note(entry, self._the_log.told)
+            await self._take_back(leased, self._crashes_allowed, held)
+            await self._move(recovered.clock_jump_ms)
+            carried = await first_version.carry_over(self.directory, self._add_carried)
+            recovered.remarks.extend(carried)
+        except BaseException:
+            await self.close()
+            raise
+        self._keeper = self._loop.create_task(self._keep())
+        return Recovery(self._messages, interrupted, held, recovered.lost, recovered.remarks)
+
+    def _open(self) -> Recovered:
+        self.directory.open()
+        try:
+            recovered = recover(self.directory, self._now_ms())
+        except (OSError, sqlite3.Error) as error:
+            raise SpoolError(f"{self.directory.path}: {error}") from error
+        return recovered
 
     async def close(self) -> None:
         """Finish what was asked for, and give the directory up. Idempotent."""
-        thread, self._thread = self._thread, None
-        if thread is not None:
-            self._is_stopping = True
-            self._there_is_work.set()
-            await asyncio.to_thread(thread.join)
+        if self._is_closing or self._log is None or self._index is None or self._indexing is None:
+            return
+        self._is_closing = True
+        if self._keeper is not None:
+            self._keeper.cancel()
+            await asyncio.gather(self._keeper, return_exceptions=True)
+        if self._submitting:
+            await asyncio.wait(self._submitting)
+        is_clean = True
+        try:
+            await self._take_back([entry for entry in self._hot.values() if entry.is_leased], None, [])
+            if self._log.told != self._seen_position or self._unindexed:
+                # What was answered is followed by a record that says so: damage to it is known from a torn tail.
+                await self._append([(RecordKind.CLOCK, dumps({"moved_ms": 0, "ended": {}}), ())])
+        except SpoolError as error:
+            is_clean = False
+            logger.error("the spool was not closed well", extra={"fault": str(error)})
+        await self._log.close()
+        try:
+            await self._flush_all(is_clean=is_clean)
+        except SpoolError as error:
+            logger.error("the spool was not closed well", extra={"fault": str(error)})
+        await self._in_index(self._index.close)
+        self._indexing.shutdown(wait=True)
+        self.directory.close()
 
-    # What the loop asks for -------------------------------------------------------------------------------
-
-    @property
-    def fault(self) -> str | None:
-        """Why the spool needs an operator; None: it does not."""
-        return str(self._fault) if self._fault is not None else None
+    async def _take_back(self, entries: Sequence[Entry], crashes_allowed: int | None, held: list[str]) -> None:
+        changes: list[asyncio.Future[None]] = []
+        for entry in entries:
+            await self._until_free(entry.id)
+            if (known := self._hot.get(entry.id)) is None or not known.is_leased:
+                continue
+            changed = known.copy()
+            if changed.take_back(crashes_allowed=crashes_allowed, now_ms=self._now_ms()):
+                held.append(entry.id)
+            changes.append(self._change(known, changed, {}))
+        await asyncio.gather(*changes)
 
     def refusal(self) -> SpoolError | None:
-        """Why no mail can be taken now, if so. Cheap: asked at each MAIL."""
-        if self._fault is not None:
-            return self._fault
+        """See `Store.refusal`."""
+        assert self._log is not None
+        if self._log.fault is not None:
+            return self._log.fault
         if self._messages >= self.most_messages:
             return StorageFull(f"the spool holds {self._messages} messages already")
         now = time.monotonic()
@@ -177,56 +246,540 @@ class EmbeddedStore:
         if had_room and not self._has_room:
             logger.error("no room for new mail", extra={"free_octets": octets, "free_inodes_share": round(inodes, 3)})
 
+    def _now_ms(self) -> int:
+        return round(self._clock() * 1000)
+
+    # Messages in -----------------------------------------------------------------------------------------------
+
     def draft(self) -> Draft:
-        """A new content."""
-        return Draft(self.directory.temporary)
+        """See `Store.draft`."""
+        return Draft(lambda: self.directory.temporary(new_id()))
 
     def submit(self, message: NewMessage, draft: AnyDraft, *, lease: bool) -> asyncio.Future[Sequence[Lease]]:
         """See `Store.submit`."""
         assert isinstance(draft, Draft)
-        return asyncio.get_running_loop().create_task(self._submit(message, draft, is_leased=lease))
+        answer: asyncio.Future[Sequence[Lease]] = self._loop.create_future()
+        content = draft.in_memory
+        entry = Entry.of(message, self._now_ms(), draft.octets, is_leased=lease, is_large=content is None)
+        if content is not None:
+            self._add(entry, content, None, answer)
+            return answer
+        # Whoever gives up waiting does not undo what is on its way to the disk.
+        task = self._loop.create_task(self._submit_large(entry, draft, answer))
+        self._submitting.add(task)
+        task.add_done_callback(self._submitting.discard)
+        return answer
 
-    async def _submit(self, message: NewMessage, draft: Draft, *, is_leased: bool) -> Sequence[Lease]:
-        owner = "local" if is_leased else None
-        now = self._clock()
-
-        def insert(index: Index, placement: Placement | None) -> Sequence[Lease]:
-            assert placement is not None
-            return index.insert(message, placement, now=now, owner=owner)
-
-        with draft:
+    async def _submit_large(self, entry: Entry, draft: Draft, answer: asyncio.Future[Sequence[Lease]]) -> None:
+        is_kept = False
+        try:
             await draft.end()
-            # A caller that is cancelled discards its draft, while the thread is at work with what was handed over.
-            contents, file = draft.hand_over()
-            return await self._do(insert, contents=contents, file=file)
+            file, crc = draft.hand_over()
+            await asyncio.to_thread(self.directory.keep, file, entry.id, entry.octets)
+            is_kept = True
+            added: asyncio.Future[Sequence[Lease]] = self._loop.create_future()
+            self._add(entry, (), crc, added)
+            leases = await added
+        except Exception as error:  # noqa: BLE001 - whoever waits has it
+            if isinstance(error, StorageBroken) and self._log is not None:
+                self._log.latch(error)
+            if is_kept:
+                await asyncio.to_thread(self.directory.remove_large, entry.id)
+            _fail(answer, error)
+        else:
+            if not answer.done():
+                answer.set_result(leases)
+        finally:
+            draft.discard()
 
-    async def _apply(self, work: Callable[[Index], T]) -> T:
-        return await self._do(lambda index, _: work(index))
+    def _add(
+        self,
+        entry: Entry,
+        content: Sequence[bytes],
+        crc: int | None,
+        answer: asyncio.Future[Sequence[Lease]],
+        *,
+        is_new: bool = True,
+    ) -> None:
+        """Have a message written. The answer is given when it is durable."""
+
+        def done(step: Step, error: SpoolError | None) -> None:
+            if error is not None:
+                _fail(answer, error)
+                return
+            self._is_added(entry, step, 0, crc)
+            if not answer.done():
+                answer.set_result(
+                    [entry.lease_of(one) for one in entry.deliveries if one.state is DeliveryState.LEASED]
+                )
+
+        name, recipients = entry.accepted
+        try:
+            self._start(
+                Step(
+                    [_message_part(entry, content, crc, is_new=is_new)], done,
+                    ended={name: recipients} if is_new else {}, is_result=False,
+                )
+            )  # fmt: skip
+        except SpoolError as error:
+            _fail(answer, error)
+
+    def _is_added(self, entry: Entry, step: Step, part: int, crc: int | None) -> None:
+        entry.place = self._place(entry, step, part, crc)
+        self._messages += 1
+        self._note(entry, (step.segment, step.places[part][0]))
+
+    def _place(self, entry: Entry, step: Step, part: int, crc: int | None) -> Place:
+        at, octets, content_at, written_crc = step.places[part]
+        found = self._live.setdefault(step.segment, [0, 0])
+        found[0] += 1
+        found[1] += octets
+        return Place(
+            step.segment, at, octets, -1 if entry.is_large else content_at, written_crc if crc is None else crc
+        )
+
+    async def _add_carried(self, found: Sequence[first_version.Carried], tally: Mapping[str, int]) -> None:
+        """Take messages of the first version in; `tally`: what it had counted, with the last of them."""
+        assert self._index is not None
+        index = self._index
+        ids = [one.entry.id for one in found]
+        known = {entry.id for entry in await self._in_index(lambda: index.load(ids))} | self._hot.keys()
+        answers: list[asyncio.Future[Sequence[Lease]]] = []
+        for one in found:
+            if one.entry.id not in known:
+                answer: asyncio.Future[Sequence[Lease]] = self._loop.create_future()
+                self._add(one.entry, one.content, one.crc, answer, is_new=False)
+                answers.append(answer)
+        await asyncio.gather(*answers)
+        if tally:
+            await self._append([(RecordKind.CLOCK, dumps({"moved_ms": 0, "ended": dict(tally)}), ())], ended=tally)
+        await self._flush_all()
+
+    # The log ---------------------------------------------------------------------------------------------------
+
+    def _start(self, step: Step, *, is_urgent: bool = True) -> None:
+        if self._log is None or (self._is_closing and not step.is_result):
+            raise SpoolError("the spool is closed")
+        self._log.append(step, is_urgent=is_urgent or self._is_closing)
+
+    async def _append(self, parts: Sequence[Part], *, ended: Mapping[str, int] | None = None) -> Step:
+        """Write records that concern no message in particular."""
+        answer: asyncio.Future[Step] = self._loop.create_future()
+
+        def done(step: Step, error: SpoolError | None) -> None:
+            if error is not None:
+                _fail(answer, error)
+            elif not answer.done():
+                answer.set_result(step)
+
+        self._start(Step(parts, done, ended=ended or {}, is_result=True))
+        return await answer
+
+    def _change(
+        self,
+        entry: Entry,
+        changed: Entry,
+        ended: Mapping[str, int],
+        notices: Sequence[Notice] = (),
+        *,
+        is_urgent: bool = True,
+    ) -> asyncio.Future[None]:
+        """Have `changed` take the place of `entry`, which is not busy, with the notices that tell of it."""
+        answer: asyncio.Future[None] = self._loop.create_future()
+        is_over = not changed.deliveries
+        if is_over:
+            parts: list[Part] = [(RecordKind.END, dumps({"id": entry.id, "ended": ended}), ())]
+        else:
+            parts = [(RecordKind.STATE, f"[{dumps(ended)},{changed.encode()}]", ())]
+        counted = ended
+        added: list[Entry] = []
+        if notices:
+            counted = dict(ended)
+            for message, content in notices:
+                notice = Entry.of(message, self._now_ms(), len(content), is_leased=False, is_large=False)
+                added.append(notice)
+                parts.append(_message_part(notice, (content,), None, is_new=True))
+                name, recipients = notice.accepted
+                counted[name] = counted.get(name, 0) + recipients
+
+        def done(step: Step, error: SpoolError | None) -> None:
+            self._set_free(entry)
+            if error is not None:
+                self._offer_all(entry)
+                _fail(answer, error)
+                return
+            position = (step.segment, step.places[0][0])
+            if is_over:
+                self._is_over(entry, position)
+            else:
+                changed.place = entry.place  # it may have moved meanwhile
+                self._note(changed, position)
+            for part, notice in enumerate(added, 1):
+                self._is_added(notice, step, part, None)
+            if not answer.done():
+                answer.set_result(None)
+
+        entry.is_busy = True
+        try:
+            self._start(Step(parts, done, ended=counted, is_result=True), is_urgent=is_urgent)
+        except SpoolError as error:
+            self._set_free(entry)
+            _fail(answer, error)
+        return answer
+
+    def _set_free(self, entry: Entry) -> None:
+        entry.is_busy = False
+        if (waited := self._free.pop(entry.id, None)) is not None:
+            waited.set()
+
+    async def _until_free(self, message_id: str) -> None:
+        while (entry := self._hot.get(message_id)) is not None and entry.is_busy:
+            await self._free.setdefault(message_id, asyncio.Event()).wait()
+
+    # Memory ----------------------------------------------------------------------------------------------------
+
+    def _note(self, entry: Entry, position: tuple[int, int]) -> None:
+        """A message is new, or has changed: its record is durable at `position`."""
+        self._hot[entry.id] = entry
+        before = self._unindexed.get(entry.id)
+        if before is None:
+            self._unindexed[entry.id] = (self._loop.time(), position, entry)
+        else:
+            self._unindexed[entry.id] = (before[0], before[1], entry)
+        self._offer_all(entry)
+
+    def _offer_all(self, entry: Entry) -> None:
+        for one in entry.deliveries:
+            if one.state is DeliveryState.READY:
+                self._offer(entry, one)
+
+    def _offer(self, entry: Entry, delivery: DeliveryEntry) -> None:
+        heap = self._ready.setdefault((delivery.destination, delivery.attempts > 0), [])
+        heapq.heappush(heap, (delivery.due_ms, entry.id, delivery.number, entry.mail.reverse_path))
+
+    def _is_over(self, entry: Entry, position: tuple[int, int]) -> None:
+        self._hot.pop(entry.id, None)
+        self._messages -= 1
+        assert entry.place is not None
+        self._leave(entry.place)
+        before = self._unindexed.pop(entry.id, None)
+        if entry.is_indexed:
+            since, first = (before[0], before[1]) if before else (self._loop.time(), position)
+            self._unindexed[entry.id] = (since, first, None)
+        if entry.is_large:
+            self._loop.run_in_executor(None, self.directory.remove_large, entry.id)
+
+    def _leave(self, place: Place) -> None:
+        if (found := self._live.get(place.segment)) is not None:
+            found[0] -= 1
+            found[1] -= place.octets
+            if not found[0]:
+                del self._live[place.segment]
+
+    def _to_memory(self, entry: Entry) -> Entry:
+        """A message that was read from the index; what is in memory is newer."""
+        if (known := self._hot.get(entry.id)) is not None:
+            return known
+        self._hot[entry.id] = entry
+        for one in entry.deliveries:
+            self._cold[one.destination] -= 1
+        self._offer_all(entry)
+        return entry
+
+    async def _get(self, message_id: str) -> Entry:
+        """A message that is not busy; in memory from now on.
+
+        Raises:
+            NoSuchMessage: there is none.
+        """
+        while True:
+            await self._until_free(message_id)
+            if (entry := self._hot.get(message_id)) is not None:
+                return entry
+            if message_id in self._unindexed:  # it has ended, and the index does not know yet
+                break
+            found = await self._in_index(lambda: self._the_index.load([message_id]))
+            if not found:
+                break
+            if message_id in self._unindexed:
+                continue
+            self._to_memory(found[0])
+        raise NoSuchMessage(f"no message {message_id}")
+
+    @property
+    def _the_log(self) -> Log:
+        assert self._log is not None
+        return self._log
+
+    @property
+    def _the_index(self) -> Index:
+        assert self._index is not None
+        return self._index
+
+    async def _in_index(self, work: Callable[[], T]) -> T:
+        """Do something in the index's thread.
+
+        Raises:
+            SpoolError: it failed, or the spool is closed.
+        """
+        if self._indexing is None:
+            raise SpoolError("the spool is closed")
+        try:
+            return await self._loop.run_in_executor(self._indexing, work)
+        except sqlite3.Error as error:
+            raise index_error(error) from error
+        except RuntimeError as error:
+            raise SpoolError("the spool is closed") from error
+
+    # Memory and index ------------------------------------------------------------------------------------------
+
+    async def _keep(self) -> None:
+        await asyncio.sleep(KEEP_SECONDS)
+        await asyncio.to_thread(self.directory.prepare_spare, self._segment_octets)
+        while True:
+            await asyncio.sleep(KEEP_SECONDS)
+            self._tidy()
+            try:
+                await self._flush(before=self._loop.time() - COOL_SECONDS)
+                await self._compact()
+            except SpoolError as error:
+                logger.error("the spool's housekeeping failed, and goes on", extra={"fault": str(error)})
+            except Exception:
+                logger.exception("the spool's housekeeping failed, and goes on")
+
+    def _tidy(self) -> None:
+        """Forget who was offered for an attempt and has changed since, where that is much."""
+        for (_, was_tried), heap in self._ready.items():
+            if len(heap) > 1000 + 2 * len(self._hot):
+                heap[:] = [one for one in heap if self._is_offered(one, was_tried=was_tried)]
+                heapq.heapify(heap)
+
+    async def _flush_all(self, *, is_clean: bool = False) -> None:
+        """Bring the index up to date, for whoever asks it about all there is."""
+        await self._flush(before=float("inf"), is_clean=is_clean)
+        busy = [
+            message_id for message_id, (_, _, entry) in self._unindexed.items() if entry is not None and entry.is_busy
+        ]
+        if busy:
+            for message_id in busy:
+                await self._until_free(message_id)
+            await self._flush(before=float("inf"), is_clean=is_clean)
+
+    async def _flush(self, *, before: float, is_clean: bool = False) -> None:
+        """Write what has changed since before a moment into the index, and forget what waits."""
+        async with self._flushing:
+            while True:
+                chosen = [
+                    (message_id, entry)
+                    for message_id, (since, _, entry) in self._unindexed.items()
+                    if (since <= before or len(self._hot) > HOT_MOST) and not (entry is not None and entry.is_busy)
+                ][:FLUSH_MOST]
+                if not chosen and not is_clean and self._position() == self._seen_position:
+                    return
+                await self._write(chosen, is_clean=is_clean)
+                if len(chosen) < FLUSH_MOST:
+                    return
+
+    def _position(self) -> tuple[int, int]:
+        """From where on the log has to be read at the next start."""
+        return min((position for _, position, _ in self._unindexed.values()), default=self._the_log.told)
+
+    async def _write(self, chosen: Sequence[tuple[str, Entry | None]], *, is_clean: bool) -> None:
+        rows = [row_of(entry) for _, entry in chosen if entry is not None]
+        gone = [message_id for message_id, entry in chosen if entry is None]
+        taken = {message_id for message_id, _ in chosen}
+        # What changes meanwhile is found again in the log, from where it was first changed on.
+        position = min(
+            (place for message_id, (_, place, _) in self._unindexed.items() if message_id not in taken),
+            default=self._the_log.told,
+        )
+        for _, entry in chosen:
+            if entry is not None:
+                entry.is_indexed = True  # from here on: one that ends while it is written has a row to be removed
+        meta = {
+            "segment": position[0],
+            "at": position[1],
+            "marker": self._the_log.markers.get(position[0], b"").hex(),
+            "is_clean": int(is_clean),
+            "seen_ms": self._now_ms(),
+        }
+        index = self._the_index
+        await self._in_index(lambda: index.write(rows, gone, meta))
+        self._seen_position = position
+        for message_id, entry in chosen:
+            known = self._unindexed.get(message_id)
+            if known is None or known[2] is not entry:
+                continue  # it has changed again
+            del self._unindexed[message_id]
+            if entry is not None and not entry.is_leased and not entry.is_busy:
+                self._forget(entry)
+
+    def _forget(self, entry: Entry) -> None:
+        del self._hot[entry.id]
+        for one in entry.deliveries:
+            self._cold[one.destination] += 1
+
+    # Deliveries ------------------------------------------------------------------------------------------------
 
     async def claim(
         self, wanted: Mapping[str, int]
     ) -> tuple[Sequence[tuple[Lease, Sequence[bytes] | None]], float | None]:
         """See `Store.claim`."""
-        now = self._clock()
+        now_ms = self._now_ms()
+        chosen: list[tuple[Entry, DeliveryEntry]] = []
+        for destination, most in wanted.items():
+            chosen += await self._choose(destination, most, now_ms)
+        leases = await self._lease(chosen) if chosen else []
+        contents = await asyncio.to_thread(self._small_contents, leases) if leases else []
+        next_due = await self._next_due(list(wanted))
+        due_in = None if next_due is None else max(0.0, (next_due - self._now_ms()) / 1000)
+        return [(entry.lease_of(one), content) for (entry, one), content in zip(leases, contents, strict=True)], due_in
 
-        def due(index: Index) -> tuple[Sequence[tuple[Lease, Sequence[bytes] | None]], float | None]:
-            leases = index.due(now, wanted, "local", now + 3600)
-            return [(lease, self._small_content(lease)) for lease in leases], index.next_due(wanted)
+    async def _choose(self, destination: str, most: int, now_ms: int) -> list[tuple[Entry, DeliveryEntry]]:
+        """What to attempt next: new and old in turns, and each sender in turn."""
+        new = self._from_memory((destination, False), most, now_ms)
+        old = self._from_memory((destination, True), most, now_ms)
+        if self._cold[destination] > 0:
+            index = self._the_index
+            cold_new, cold_old = await self._in_index(
+                lambda: (
+                    index.due(destination, now_ms, SAMPLE * most, was_tried=False),
+                    index.due(destination, now_ms, SAMPLE * most, was_tried=True),
+                )
+            )
+            new = list(heapq.merge(new, (one for one in cold_new if one[1] not in self._hot)))
+            old = list(heapq.merge(old, (one for one in cold_old if one[1] not in self._hot)))
+        in_turn = _in_turn(_by_sender(new), _by_sender(old))
+        chosen: list[tuple[Entry, DeliveryEntry]] = []
+        cold = [one[1] for one in in_turn[:most] if one[1] not in self._hot]
+        if cold:
+            index = self._the_index
+            for entry in await self._in_index(lambda: index.load(cold)):
+                if entry.id not in self._unindexed:
+                    self._to_memory(entry)
+        for _, message_id, number, _ in in_turn:
+            entry_now = self._hot.get(message_id)
+            delivery = entry_now.delivery(number) if entry_now is not None else None
+            if entry_now is None or delivery is None:
+                continue
+            if len(chosen) < most and self._may_be_leased(entry_now, delivery, now_ms):
+                chosen.append((entry_now, delivery))
+            elif delivery.state is DeliveryState.READY:
+                self._offer(entry_now, delivery)
+        return chosen
 
-        leases, next_due_at = await self._apply(due)
-        return leases, None if next_due_at is None else max(0.0, next_due_at - now)
+    def _may_be_leased(self, entry: Entry, delivery: DeliveryEntry, now_ms: int) -> bool:
+        return (
+            delivery.state is DeliveryState.READY
+            and delivery.due_ms <= now_ms
+            and entry.expires_ms > now_ms
+            and not entry.is_busy
+        )
 
-    def _small_content(self, lease: Lease) -> Sequence[bytes] | None:
-        placement = _placement(lease.content)
-        if placement.octets > MEMORY_LIMIT_OCTETS:
-            return None
+    def _from_memory(self, key: tuple[str, bool], most: int, now_ms: int) -> list[_Candidate]:
+        """Take the first that are due out of what waits in memory."""
+        heap = self._ready.get(key)
+        found: list[_Candidate] = []
+        seen: set[tuple[str, int]] = set()
+        while heap and heap[0][0] <= now_ms and len(found) < SAMPLE * most:
+            candidate = heapq.heappop(heap)
+            due_ms, message_id, number, _ = candidate
+            entry = self._hot.get(message_id)
+            delivery = entry.delivery(number) if entry is not None else None
+            if (
+                delivery is not None
+                and delivery.due_ms == due_ms
+                and delivery.state is DeliveryState.READY
+                and (delivery.attempts > 0) is key[1]
+                and (message_id, number) not in seen
+            ):
+                seen.add((message_id, number))
+                found.append(candidate)
+        return found
+
+    async def _lease(self, chosen: Sequence[tuple[Entry, DeliveryEntry]]) -> list[tuple[Entry, DeliveryEntry]]:
+        """Note durably that these are attempted from now on."""
+        changes: dict[str, tuple[Entry, Entry, list[DeliveryEntry]]] = {}
+        for entry, delivery in chosen:
+            if entry.id not in changes:
+                entry.is_busy = True
+                changes[entry.id] = (entry, entry.copy(), [])
+            _, changed, leased = changes[entry.id]
+            one = changed.delivery(delivery.number)
+            assert one is not None
+            one.lease()
+            one.attempts += 1
+            leased.append(one)
+        told = [
+            (changed.id, one.number, one.attempts, one.epoch)
+            for _, changed, leased in changes.values()
+            for one in leased
+        ]
         try:
-            content = self.directory.read(placement, 0, placement.octets)
-        except SpoolError:  # whoever needs it will see for themselves, and say so
-            return None
-        if hashlib.sha256(content).digest() != placement.digest:
-            return None
-        return content[: lease.header_octets], content[lease.header_octets :]
+            step = await self._append([(RecordKind.LEASE, dumps(told), ())])
+        except SpoolError:
+            for entry, _, _ in changes.values():
+                self._set_free(entry)
+                self._offer_all(entry)
+            raise
+        position = (step.segment, step.places[0][0])
+        for entry, changed, _ in changes.values():
+            changed.place = entry.place
+            self._set_free(entry)
+            self._note(changed, position)
+        rows = [
+            (changed.id, one.number)
+            for entry, changed, leased in changes.values()
+            for one in leased
+            if entry.is_indexed
+        ]
+        if rows:
+            index = self._the_index
+            await self._in_index(lambda: index.note_leased(rows))
+        return [(changed, one) for _, changed, leased in changes.values() for one in leased]
+
+    def _small_contents(self, leases: Sequence[tuple[Entry, DeliveryEntry]]) -> list[Sequence[bytes] | None]:
+        contents: list[Sequence[bytes] | None] = []
+        for entry, _ in leases:
+            content = None
+            if not entry.is_large:
+                # Whoever needs one that cannot be read will see for themselves, and say so.
+                with contextlib.suppress(SpoolError):
+                    content = self._read(entry, 0, entry.octets)
+            if content is None or entry.place is None or zlib.crc32(content) != entry.place.crc:
+                contents.append(None)
+            else:
+                contents.append((content[: entry.header_octets], content[entry.header_octets :]))
+        return contents
+
+    async def _next_due(self, destinations: Sequence[str]) -> int | None:
+        times: list[int] = []
+        cold: list[str] = []
+        for destination in destinations:
+            for was_tried in (False, True):
+                heap = self._ready.get((destination, was_tried))
+                while heap and not self._is_offered(heap[0], was_tried=was_tried):
+                    heapq.heappop(heap)
+                if heap:
+                    times.append(heap[0][0])
+            if self._cold[destination] > 0:
+                cold.append(destination)
+        if cold:
+            index = self._the_index
+            found = await self._in_index(lambda: [index.next_due(destination) for destination in cold])
+            times += [due for due in found if due is not None]
+        return min(times, default=None)
+
+    def _is_offered(self, candidate: _Candidate, *, was_tried: bool) -> bool:
+        due_ms, message_id, number, _ = candidate
+        entry = self._hot.get(message_id)
+        delivery = entry.delivery(number) if entry is not None else None
+        return (
+            delivery is not None
+            and delivery.state is DeliveryState.READY
+            and delivery.due_ms == due_ms
+            and (delivery.attempts > 0) is was_tried
+        )
 
     def finish(
         self,
@@ -241,370 +794,372 @@ class EmbeddedStore:
         is_urgent: bool = True,
     ) -> asyncio.Future[None]:
         """See `Store.finish`."""
-        next_at = self._clock() + retry_in
-        return asyncio.get_running_loop().create_task(
-            self._record(
-                lambda index: index.finish(
+        entry = self._hot.get(lease.message_id)
+        loop = self._loop
+        if entry is not None and entry.is_busy:
+            return loop.create_task(
+                self._finish_later(
                     lease, verdicts,
-                    next_at=next_at, is_possible_duplicate=is_possible_duplicate, counts_attempt=counts_attempt, hold=hold,
-                ),
-                notices, is_urgent=is_urgent,
-            )
-        )  # fmt: skip
+                    retry_in=retry_in, is_possible_duplicate=is_possible_duplicate, counts_attempt=counts_attempt,
+                    hold=hold, notices=notices, is_urgent=is_urgent,
+                )
+            )  # fmt: skip
+        try:
+            if entry is None:
+                raise stale(lease)
+            changed = entry.copy()
+            now_ms = self._now_ms()
+            ended = changed.settle(
+                lease, verdicts,
+                now_ms=now_ms, due_ms=now_ms + round(retry_in * 1000), is_possible_duplicate=is_possible_duplicate,
+                counts_attempt=counts_attempt, hold=hold,
+            )  # fmt: skip
+        except StaleLease as error:
+            answer: asyncio.Future[None] = loop.create_future()
+            answer.set_exception(error)
+            return answer
+        return self._change(entry, changed, ended, notices, is_urgent=is_urgent)
+
+    async def _finish_later(self, lease: Lease, verdicts: Sequence[Verdict], **how: Any) -> None:
+        await self._until_free(lease.message_id)
+        await self.finish(lease, verdicts, **how)
 
     async def mark_corrupt(self, lease: Lease) -> None:
         """See `Store.mark_corrupt`."""
-        await self._record(lambda index: index.mark_corrupt(lease))
+        await self._until_free(lease.message_id)
+        if (entry := self._hot.get(lease.message_id)) is None:
+            raise stale(lease)
+        changed = entry.copy()
+        changed.owned(lease).state = DeliveryState.CORRUPT
+        await self._change(entry, changed, {})
 
     async def end_overdue(self, most: int) -> Sequence[Lease]:
         """See `Store.end_overdue`."""
-        now = self._clock()
-        return await self._apply(lambda index: index.overdue(now, most, "local"))
+        await self._flush_all()
+        now_ms, index = self._now_ms(), self._the_index
+        leases: list[Lease] = []
+        for message_id in await self._in_index(lambda: index.overdue(now_ms, most)):
+            try:
+                entry = await self._get(message_id)
+            except NoSuchMessage:
+                continue
+            changed = entry.copy()
+            waiting = [one for one in changed.deliveries if one.state is DeliveryState.READY]
+            if not waiting or changed.held_ms is not None or changed.expires_ms > now_ms:
+                continue
+            for one in waiting:
+                one.lease()
+            await self._change(entry, changed, {})
+            leases += [changed.lease_of(one) for one in waiting]
+        return leases
 
     async def unwarned(self, age: float, most: int) -> Sequence[Lease]:
         """See `Store.unwarned`."""
-        before = self._clock() - age
-        return await self._apply(lambda index: index.unwarned(before, most))
+        await self._flush_all()
+        before_ms, index = self._now_ms() - round(age * 1000), self._the_index
+        entries = await self._in_index(lambda: index.load(index.unwarned(before_ms, most)))
+        return [
+            entry.lease_of(one)
+            for entry in entries
+            for one in entry.deliveries
+            if one.state is DeliveryState.READY and one.attempts > 0
+        ]
 
     async def warn(self, message_id: str, notices: Sequence[Notice]) -> bool:
         """See `Store.warn`."""
-
-        def note(index: Index) -> None:
-            if not index.warned(message_id):
-                raise StaleLease("the sender has been warned")
-
         try:
-            await self._record(note, notices)
-        except StaleLease:
+            entry = await self._get(message_id)
+        except NoSuchMessage:
             return False
+        if entry.is_warned:
+            return False
+        changed = entry.copy()
+        changed.is_warned = True
+        await self._change(entry, changed, {}, notices)
         return True
 
     async def destinations(self) -> Sequence[str]:
         """See `Store.destinations`."""
-        return await self._apply(lambda index: index.destinations())
+        hot = {one.destination for entry in self._hot.values() for one in entry.deliveries}
+        return sorted(hot | {destination for destination, count in self._cold.items() if count > 0})
+
+    # Contents --------------------------------------------------------------------------------------------------
+
+    async def read(self, content: ContentRef, start: int, octets: int) -> bytes:
+        """See `Store.read`."""
+        while True:
+            entry = await self._holder(content)
+            place = entry.place
+            found = await asyncio.to_thread(self._read, entry, start, octets)
+            if (await self._holder(content)).place == place:  # else it was moved meanwhile, and its place is another's
+                return found
+
+    async def is_intact(self, content: ContentRef) -> bool:
+        """See `Store.is_intact`."""
+        entry = await self._holder(content)
+        return await asyncio.to_thread(self._is_intact, entry)
+
+    async def _holder(self, content: ContentRef) -> Entry:
+        """The message of a content, wherever it lies now; it is not taken into memory for that."""
+        message_id = str(content.key)
+        if (entry := self._hot.get(message_id)) is not None:
+            return entry
+        index = self._the_index
+        if not (found := await self._in_index(lambda: index.load([message_id]))):
+            raise NoSuchMessage(f"no message {message_id}")
+        return found[0]
+
+    def _read(self, entry: Entry, start: int, octets: int) -> bytes:
+        place = entry.place
+        assert place is not None
+        octets = max(0, min(octets, entry.octets - start))
+        if entry.is_large:
+            return self.directory.read(self.directory.large(entry.id), start, octets)
+        return self.directory.read(self.directory.segment(place.segment), place.content_at + start, octets)
+
+    def _is_intact(self, entry: Entry) -> bool:
+        crc = 0
+        try:
+            for start in range(0, entry.octets, 1 << 18):
+                crc = zlib.crc32(self._read(entry, start, 1 << 18), crc)
+        except SpoolError as error:
+            if isinstance(error, StorageBroken):
+                raise
+            return False
+        assert entry.place is not None
+        return crc == entry.place.crc
+
+    # What operators see and do ---------------------------------------------------------------------------------
 
     async def counts(self) -> Counts:
-        """See `Store.counts`."""
-        now = self._clock()
-        return await self._apply(lambda index: index.counts(now))
+        """See `Store.counts`; where there is very much, a few seconds old."""
+        now = time.monotonic()
+        if self._counted is None or self._messages < COUNT_CACHE_FROM or now - self._counted[0] > COUNT_CACHE_SECONDS:
+            await self._flush_all()
+            index, now_ms = self._the_index, self._now_ms()
+            self._counted = (now, await self._in_index(lambda: index.counts(now_ms)))
+        found = self._counted[1]
+        return Counts(
+            ready=found["ready"],
+            deferred=found["deferred"],
+            active=found.get("leased", 0),
+            held=found.get("held", 0),
+            corrupt=found.get("corrupt", 0),
+            oldest_arrived_at=None if found["oldest"] is None else found["oldest"] / 1000,
+            next_due_at=None if found["next_due"] is None else found["next_due"] / 1000,
+            dead_octets=self.dead_octets,
+        )
 
     async def tally(self) -> Mapping[str, int]:
         """See `Store.tally`."""
-        return await self._apply(lambda index: index.tally())
+        return {name: count for name, count in self._the_log.tally.items() if count}
 
     async def page(self, after: str, most: int) -> Sequence[Shown]:
         """See `Store.page`."""
-        return await self._apply(lambda index: index.page(after, most))
+        await self._flush_all()
+        index = self._the_index
+        return [entry.shown() for entry in await self._in_index(lambda: index.page(after, most))]
 
     async def show(self, message_id: str) -> Shown:
         """See `Store.show`."""
-        return await self._apply(lambda index: index.show(message_id))
+        return (await self._get(message_id)).shown()
 
     async def find(
         self, *, trace_id: str | None = None, sender: str | None = None, recipient: str | None = None, most: int
     ) -> Sequence[Shown]:
         """See `Store.find`."""
-        return await self._apply(lambda index: index.find(trace_id, sender, recipient, most))
+        await self._flush_all()
+        index = self._the_index
+        found = await self._in_index(lambda: index.find(trace_id, sender, recipient, most))
+        return [entry.shown() for entry in found]
 
     async def retry(self, message_id: str) -> bool:
         """See `Store.retry`."""
-        now = self._clock()
-        return await self._record(lambda index: index.retry(message_id, now))
+        return await self._operate(message_id, lambda entry: entry.retry(self._now_ms()))
 
     async def hold(self, message_id: str) -> bool:
         """See `Store.hold`."""
-        now = self._clock()
-        return await self._record(lambda index: index.hold(message_id, now))
+        return await self._operate(message_id, lambda entry: entry.hold(self._now_ms()))
 
     async def release(self, message_id: str) -> bool:
         """See `Store.release`."""
-        now = self._clock()
-        return await self._record(lambda index: index.release(message_id, now))
+        return await self._operate(message_id, lambda entry: entry.release(self._now_ms()))
 
     async def expire(self, message_id: str) -> bool:
         """See `Store.expire`."""
-        now = self._clock()
-        return await self._record(lambda index: index.expire(message_id, now))
+        return await self._operate(message_id, lambda entry: entry.expire(self._now_ms()))
 
     async def reset(self, message_id: str, expires_in: float) -> bool:
         """See `Store.reset`."""
-        now = self._clock()
-        return await self._record(lambda index: index.reset(message_id, now, now + expires_in))
+
+        def reset(entry: Entry) -> bool:
+            now_ms = self._now_ms()
+            return entry.reset(now_ms, now_ms + round(expires_in * 1000))
+
+        return await self._operate(message_id, reset)
+
+    async def _operate(self, message_id: str, change: Callable[[Entry], bool]) -> bool:
+        entry = await self._get(message_id)
+        changed = entry.copy()
+        if not change(changed):
+            return False
+        await self._change(entry, changed, {})
+        return True
 
     async def delete(self, message_id: str) -> int:
         """See `Store.delete`."""
-        return await self._record(lambda index: index.delete(message_id))
+        entry = await self._get(message_id)
+        if entry.is_leased:
+            raise SpoolError(f"{message_id} is being delivered; hold it, or try again")
+        changed = entry.copy()
+        _, recipients = entry.accepted
+        changed.deliveries = []
+        await self._change(entry, changed, {"removed" if entry.kind is Kind.MAIL else "notified_removed": recipients})
+        return recipients
 
-    async def _record(
-        self,
-        work: Callable[[Index], T],
-        notices: Sequence[Notice] = (),
-        *,
-        is_urgent: bool = True,
-    ) -> T:
-        """Record a result, together with the messages that tell of it. The reserve is for this."""
-        if not notices:
-            return await self._do(lambda index, _: work(index), is_result=True, is_urgent=is_urgent)
-        now = self._clock()
-
-        def both(index: Index, placement: Placement | None) -> T:
-            assert placement is not None
-            result = work(index)
-            offset = placement.offset
-            for message, content in notices:
-                index.insert(message, _part(placement, offset, content), now=now, owner=None)
-                offset += len(content)
-            return result
-
-        return await self._do(both, contents=[content for _, content in notices], is_result=True)
-
-    async def read(self, content: ContentRef, start: int, octets: int) -> bytes:
-        """See `Store.read`."""
-        return await asyncio.to_thread(self.directory.read, _placement(content), start, octets)
-
-    async def is_intact(self, content: ContentRef) -> bool:
-        """See `Store.is_intact`."""
-        return await asyncio.to_thread(self.directory.is_intact, _placement(content))
+    # Housekeeping ----------------------------------------------------------------------------------------------
 
     async def housekeep(self) -> None:
-        """See `Store.housekeep`: look at the clocks, and take the reserve again if there is room for it."""
-        if self._is_full and self._fault is None and await asyncio.to_thread(self.directory.fill_reserve):
-            self._is_full = False
-            logger.warning("the reserve is filled again")
+        """See `Store.housekeep`: look at the clocks."""
         wall, monotonic = self._clock(), time.monotonic()
         jump = (wall - self._clocks[0]) - (monotonic - self._clocks[1])
         self._clocks = (wall, monotonic)
         if abs(jump) >= CLOCK_JUMP_SECONDS:
-            moved = await self._apply(lambda index: index.move(jump)) if jump < 0 else 0
+            moved = await self._move(round(jump * 1000))
             logger.warning("the clock jumped", extra={"seconds": round(jump), "attempts_moved": moved})
 
-    async def _do(
-        self,
-        apply: Callable[[Index, Placement | None], T],
-        *,
-        contents: Sequence[bytes] | None = None,
-        file: tuple[Path, int, bytes] | None = None,
-        is_result: bool = False,
-        is_urgent: bool = True,
-    ) -> T:
-        if self._fault is not None:
-            raise self._fault
-        if self._thread is None:
-            raise SpoolError("the spool is closed")
-        assert self._loop is not None
-        job = _Job(apply, self._loop.create_future(), contents=contents, file=file, is_result=is_result)
-        self._jobs.append(job)
-        if is_urgent or self._is_stopping:
-            self._there_is_work.set()
-        elif self._nudge is None or self._nudge.when() < self._loop.time():
-            self._nudge = self._loop.call_later(GATHER_SECONDS, self._there_is_work.set)
-        # A job that was begun ends, whoever waits: its outcome is on disk.
-        return await asyncio.shield(job.waiter)
+    async def _move(self, milliseconds: int) -> int:
+        """Let what waits be due when it would have been had the clock not been set back; how many deliveries.
 
-    # The thread -------------------------------------------------------------------------------------------
+        One that was set ahead makes mail due sooner than it would be, which is no harm.
+        """
+        if milliseconds >= 0:
+            return 0
+        await self._flush_all()
+        await self._append([(RecordKind.CLOCK, dumps({"moved_ms": milliseconds, "ended": {}}), ())])
+        for entry in self._hot.values():
+            for one in entry.deliveries:
+                if one.state is DeliveryState.READY:
+                    one.due_ms += milliseconds
+                    self._offer(entry, one)
+        index, position = self._the_index, self._position()
+        meta = {"segment": position[0], "at": position[1], "marker": self._marker(position[0])}
+        moved = await self._in_index(lambda: index.move(milliseconds, meta))
+        self._seen_position = position
+        return moved
 
-    def _run(self, opened: "asyncio.Future[Recovery]") -> None:
-        assert self._loop is not None
-        call = self._loop.call_soon_threadsafe
-        try:
-            index, recovery = self._open()
-        except (SpoolError, OSError, sqlite3.Error) as error:
-            self.directory.close(is_clean=False)
-            failure = error if isinstance(error, SpoolError) else SpoolError(f"{self.directory.path}: {error}")
-            call(_fail, opened, failure)
-            return
-        self._messages = index.messages
-        call(_succeed, opened, recovery)
-        try:
-            while not (self._is_stopping and not self._jobs):
-                self._there_is_work.wait()
-                self._there_is_work.clear()
-                while self._jobs:
-                    self._serve(index)
-                self.directory.prepare()
-        finally:
-            self._close(index)
+    def _marker(self, segment: int) -> str:
+        return self._the_log.markers.get(segment, b"").hex()
 
-    def _open(self) -> tuple[Index, Recovery]:
-        directory = self.directory
-        directory.open()
-        index = Index(directory.index_path)
-        try:
-            if not directory.was_clean:
-                index.check()
-            present, needed = set(directory.files()), index.files()
-            stray = present - needed
-            directory.remove(stray)
-            index.begin()
-            lost = index.without_file(needed - present)
-            interrupted, held = index.take_back_leases(crashes_allowed=self._crashes_allowed, now=self._clock())
-            index.commit()
-        except BaseException:
-            index.close()
-            raise
-        if not directory.fill_reserve():
-            self._is_full = True
-            logger.warning("no room for the reserve of the spool")
-        return index, Recovery(index.messages, interrupted, held, lost)
+    def _segment_begun(self, number: int) -> None:
+        """In the log's thread."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._note_segment, number)
 
-    def _close(self, index: Index) -> None:
-        try:
-            if self._fault is None:
-                index.begin()
-                index.take_back_leases(crashes_allowed=None, now=self._clock())
-                index.commit()
-            index.close()
-        except sqlite3.Error:
-            logger.exception("the spool was not closed well")
-            self.directory.close(is_clean=False)
-        else:
-            self.directory.close(is_clean=self._fault is None)
+    def _note_segment(self, number: int) -> None:
+        self._segments[number] = self._segment_octets
+        self._loop.run_in_executor(None, self.directory.prepare_spare, self._segment_octets)
 
-    def _serve(self, index: Index) -> None:
-        """Do the next group of jobs, and tell those who wait."""
-        group: list[_Job[Any]] = []
-        octets = 0
-        while self._jobs and len(group) < GROUP_MOST and octets < GROUP_OCTETS:
-            job = self._jobs.popleft()
-            octets += sum(map(len, job.contents or ()))
-            group.append(job)
-        if self._fault is not None:
-            for job in group:
-                job.outcome = self._fault
-        else:
-            try:
-                self._keep_contents(group)
-                self._commit(index, [job for job in group if not job.has_failed])
-            except Exception:
-                # Our bug fails the group it met, and nothing else: the thread serves on.
-                logger.exception("the spool failed by our fault")
-                self._roll_back(index)
-                for job in group:
-                    job.outcome = SpoolError("internal error")
-        self._messages = index.messages
-        assert self._loop is not None
-        try:
-            self._loop.call_soon_threadsafe(_tell, group)
-        except RuntimeError:  # the loop is closed: nobody waits any more
-            logger.warning("the spool's last results had nobody to be told")
-        # Afterwards: nobody needs to wait for it.
-        self.directory.remove(self._unneeded)
-        self._unneeded.clear()
+    @property
+    def dead_octets(self) -> int:
+        """Of segments: those that no message needs."""
+        return sum(self._segments.values()) - sum(octets for _, octets in self._live.values())
 
-    def _keep_contents(self, group: Sequence[_Job[Any]]) -> None:
-        together = [job for job in group if job.contents is not None]
-        alone = [job for job in group if job.file is not None]
-        try:
-            if together:
-                placements = self.directory.keep_together([job.contents or () for job in together])
-                for job, placement in zip(together, placements, strict=True):
-                    job.placement = placement
-        except SpoolError as error:
-            if isinstance(error, StorageFull) and any(job.is_result for job in together) and self._use_reserve():
-                for job in together:
-                    if not job.is_result:
-                        job.outcome = error
-                self._keep_contents([job for job in together if job.is_result])
-            else:
-                self._note(error)
-                for job in together:
-                    job.outcome = error
-        for job in alone:
-            assert job.file is not None
-            try:
-                job.placement = self.directory.keep(*job.file)
-            except SpoolError as error:
-                self._note(error)
-                job.outcome = error
+    async def _compact(self) -> None:
+        """Keep the log at most twice as large as what lives in it, and a little: move what lives in its oldest segment.
 
-    def _commit(self, index: Index, jobs: Sequence[_Job[Any]]) -> None:
-        if not jobs:
-            return
-        try:
-            index.begin()
-            # New messages last: nothing of this group can speak of them yet, and their rows are written together.
-            for job in sorted(jobs, key=_is_new_message):
-                try:
-                    job.outcome = job.apply(index, job.placement)
-                except SpoolError as error:  # it looked before it wrote, and wrote nothing
-                    job.outcome = error
-            self._unneeded.update(index.commit())
-        except sqlite3.Error as error:
-            fault = _index_error(error)
-            self._roll_back(index)
-            rest = [job for job in jobs if job.is_result]
-            if isinstance(fault, StorageFull) and rest and self._use_reserve():
-                for job in jobs:
-                    job.outcome = fault
-                self._commit(index, rest)
+        In their order: a record that says that a message has ended must not go before the message's own.
+        """
+        while len(self._segments) > 1:
+            oldest = min(self._segments)
+            live = sum(octets for _, octets in self._live.values())
+            total = sum(self._segments.values())
+            if oldest == self._the_log.told[0]:
                 return
-            self._note(fault)
-            for job in jobs:
-                job.outcome = fault
-        if self._fault is None:
-            # With a fault nobody knows: what could not be synced may stand in the index after the next start.
-            needed = {job.placement.file for job in jobs if job.placement is not None and not job.has_failed}
-            left = {job.placement.file for job in jobs if job.placement is not None and job.has_failed}
-            self._unneeded.update(left - needed)
+            if oldest in self._live:
+                if total <= 2 * live + DEAD_SEGMENTS * self._segment_octets:
+                    return
+                if not await self._move_out(oldest):
+                    return
+            await self._flush_all()
+            if oldest in self._live or self._position()[0] <= oldest:
+                return  # what is busy is for the next time
+            del self._segments[oldest]
+            await asyncio.to_thread(self.directory.retire, oldest)
 
-    def _roll_back(self, index: Index) -> None:
+    async def _move_out(self, segment: int) -> bool:
+        """Move what lives in a segment to the end of the log; whether nothing lives in it any more."""
+        index = self._the_index
+        while segment in self._live:
+            await self._flush_all()
+            ids = set(await self._in_index(lambda: index.in_segment(segment, MOVE_MOST)))
+            ids.update(
+                [entry.id for entry in self._hot.values() if entry.place and entry.place.segment == segment][:MOVE_MOST]
+            )
+            if not ids:
+                logger.error("messages are counted in a segment, and none is found", extra={"segment": segment})
+                return False
+            moved = await asyncio.gather(*[self._relocate(message_id, segment) for message_id in ids])
+            if not any(moved):
+                return False
+        return True
+
+    async def _relocate(self, message_id: str, segment: int) -> bool:
         try:
-            index.roll_back()
-        except sqlite3.Error as error:
-            self._note(_index_error(error))
-
-    def _use_reserve(self) -> bool:
-        self._is_full = True
-        self._room_checked_at = 0.0
-        return self.directory.release_reserve()
-
-    def _note(self, error: SpoolError) -> None:
-        """Latch what cannot be trusted any more."""
-        if isinstance(error, StorageBroken):
-            if self._fault is None:
-                self._fault = error
-                logger.critical(
-                    "the spool cannot be trusted: no mail is taken or delivered until the gateway is started anew",
-                    extra={"fault": str(error)},
-                )
-        else:
-            logger.error("a message was not made durable", extra={"fault": str(error)})
-
-
-def _is_new_message(job: _Job[Any]) -> bool:
-    return job.placement is not None and not job.is_result
-
-
-def _placement(content: ContentRef) -> Placement:
-    assert isinstance(content.key, Placement)
-    return content.key
+            entry = await self._get(message_id)
+        except NoSuchMessage:
+            return True
+        if entry.place is None or entry.place.segment != segment:
+            return True
+        if entry.is_leased:  # whoever attempts it may be reading it
+            return False
+        entry.is_busy = True
+        try:
+            content: Sequence[bytes] = ()
+            if not entry.is_large:
+                content = (await asyncio.to_thread(self._read, entry, 0, entry.octets),)
+                if zlib.crc32(content[0]) != entry.place.crc:
+                    # As it is: who needs it finds out, and it stays damaged.
+                    logger.critical("a queued content is damaged", extra={"spool_id": message_id})
+            crc = entry.place.crc
+            step = await self._append([_message_part(entry, content, crc, is_new=False)])
+        finally:
+            self._set_free(entry)
+        self._leave(entry.place)
+        place = self._place(entry, step, 0, crc)
+        entry.place = place
+        self._note(entry, (step.segment, step.places[0][0]))
+        return True
 
 
-def _part(placement: Placement, offset: int, content: bytes) -> Placement:
-    return Placement(placement.file, offset, len(content), hashlib.sha256(content).digest())
+def _message_part(entry: Entry, content: Sequence[bytes], crc: int | None, *, is_new: bool) -> Part:
+    """The record of a message.
+
+    Args:
+        crc: of the content, where it is not what the record's own content has to be measured by: it has a file of its
+            own, or is moved, and may have been damaged before.
+    """
+    return RecordKind.MESSAGE, f"[{int(is_new)},{'null' if crc is None else crc},{entry.encode()}]", content
 
 
-def _index_error(error: sqlite3.Error) -> SpoolError:
-    if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL:
-        return StorageFull(f"the disk is full: {error}")
-    return StorageBroken(f"the index failed: {error}")
+def _by_sender(candidates: Sequence[_Candidate]) -> list[_Candidate]:
+    """One of each sender after the other; among those of one sender, the first one first."""
+    turns: Counter[str] = Counter()
+    ordered: list[tuple[int, _Candidate]] = []
+    for candidate in candidates:
+        turns[candidate[3]] += 1
+        ordered.append((turns[candidate[3]], candidate))
+    ordered.sort(key=lambda one: one[0])
+    return [candidate for _, candidate in ordered]
 
 
-def _tell(group: Sequence[_Job[Any]]) -> None:
-    for job in group:
-        if job.waiter.done():
-            continue
-        if isinstance(job.outcome, BaseException):
-            job.waiter.set_exception(job.outcome)
-        else:
-            job.waiter.set_result(job.outcome)
+def _in_turn(first: Sequence[_Candidate], second: Sequence[_Candidate]) -> list[_Candidate]:
+    both: list[_Candidate] = []
+    for number in range(max(len(first), len(second))):
+        both += [*first[number : number + 1], *second[number : number + 1]]
+    return both
 
 
-def _fail(waiter: "asyncio.Future[Any]", error: BaseException) -> None:
-    if not waiter.done():
-        waiter.set_exception(error)
-
-
-def _succeed(waiter: "asyncio.Future[T]", value: T) -> None:
-    if not waiter.done():
-        waiter.set_result(value)
+def _fail(answer: "asyncio.Future[Any]", error: BaseException) -> None:
+    if not answer.done():
+        answer.set_exception(error)
