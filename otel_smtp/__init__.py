@@ -1,17 +1,18 @@
-"""otel_smtp: an SMTP gateway whose every connection is a trace and whose every state transition is an event.
+"""otel_smtp: an SMTP gateway that makes a trace of every connection and an event of every state transition.
 
-A message's way through the house
----------------------------------
-1. `server.listener` accepts a socket, and tells the observers of it before anything is said.
-2. `server.connection` feeds its octets to `smtp.server.ServerProtocol`, the engine. The engine answers all that needs
-   no decision, and records each state before the reply that goes with it can be seen.
+A message's path through the package
+------------------------------------
+1. `server.listener` accepts a socket and notifies the observers before anything is sent.
+2. `server.connection` feeds its octets to `smtp.server.ServerProtocol`, the engine. The engine answers every command
+   that needs no decision, and records each state before the reply that goes with it can be seen.
 3. MAIL, recipients and content go to a `forwarding.base.Forwarder`. The upstream relay (`forwarding.upstream`) takes a
-   kept connection out of its pool and drives it through `smtp.client.ClientProtocol`; what the upstream answers is
-   what the client gets.
-4. All that happens is told to `observer.Observer`: `telemetry` makes spans, events, metrics and log lines of it,
+   connection from its pool and drives it through `smtp.client.ClientProtocol`; the client gets the upstream's answers.
+   In a queue mode, `spool` makes the message durable first, or if the upstream fails for now, and retries.
+4. `observer.Observer` receives everything that happens: `telemetry` turns it into spans, events, metrics and log lines,
    `status` shows it, and a `conn_state` callback gets each transition.
 
-`app.Gateway` joins the rooms. It and the settings are what programs that embed the gateway need::
+`commands` has what people type, `config` the settings. `gateway.Gateway` builds all of it from settings; programs that
+embed the gateway need these two::
 
     async with Gateway(load(upstream=["smtp://127.0.0.1:1025"]), conn_state=callback) as gateway:
         print(gateway.addresses)
@@ -24,17 +25,17 @@ from otel_smtp.smtp.states import ConnState, Transition
 
 if TYPE_CHECKING:
     from otel_smtp.config import Settings, load
-    from otel_smtp.gateway.app import Gateway
+    from otel_smtp.gateway import Gateway
 
 __version__ = "0.1.0"
 __all__ = ["ConnState", "ConnectionInfo", "Gateway", "Observer", "Settings", "Transition", "load"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is heavy when it is first asked for: a command that only needs the version stays quick."""
+    """Import heavy modules at first use: commands that need only the version stay quick."""
     match name:
         case "Gateway":
-            from otel_smtp.gateway.app import Gateway
+            from otel_smtp.gateway import Gateway
 
             return Gateway
         case "Settings":

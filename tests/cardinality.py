@@ -2,139 +2,144 @@
 
     python -m tests.cardinality [--words 1000000] [--seed 1]
 
-Random verbs, HELO names, addresses, domains, AUTH mechanisms, parameters and trace contexts go through the real engine
+Random verbs, HELO names, addresses, domains, AUTH mechanisms, parameters and trace contexts go through a real session
 into the real observers, metrics and tracing alike. The series of the metrics page are compared, after the first
 sessions and after all; the exit status is 1 where one was added. `telemetry/test_metrics.py` runs a short version.
 """
 
 import argparse
+import asyncio
+import ipaddress
 import random
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from otel_smtp.observing import ConnectionInfo, Endpoint, Observer, Outcome, TraceHeaders, TransactionObserver
+from otel_smtp.forwarding.base import Capabilities, MessageAnswered, RecipientsAnswered
+from otel_smtp.observing import DeliveryRecord, Endpoint, Outcome, TransactionRecord, fan_out
+from otel_smtp.server.session import ListenerPolicy, ServerTimeouts
+from otel_smtp.server.users import Authenticator, Exchange, Rejected, Step
 from otel_smtp.smtp import replies
-from otel_smtp.smtp.events import (
-    AuthRequested,
-    AuthResponded,
-    ConnectionEnding,
-    ContentEnded,
-    Event,
-    HeaderReceived,
-    HelloReceived,
-    MailRequested,
-    RecipientRequested,
-    TransactionAborted,
-    Wait,
-)
-from otel_smtp.smtp.extensions import Offer
-from otel_smtp.smtp.server import ServerLimits, ServerPolicy, ServerProtocol
-from otel_smtp.smtp.states import CloseReason, TlsMode, raise_illegal
+from otel_smtp.smtp.envelope import Mail, Recipient
+from otel_smtp.smtp.policy import ServerLimits, ServerPolicy
 from otel_smtp.telemetry.setup import Telemetry, TelemetryOptions, set_up
+from tests.server.keeping import WatchedServer
+from tests.support.fake_stream import FakeStream
 
 WORDS: Final = 1_000_000
 FIRST_WORDS: Final = 5_000
 JUNK_VERBS: Final = 30
 _LETTERS: Final = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
-_POLICY: Final = ServerPolicy(
-    "gw.example.com",
-    auth_mechanisms=("PLAIN",),
-    auth_in_clear=True,
-    limits=ServerLimits(errors=1000, junk_commands=1000),
-)
 Series = frozenset[tuple[str, tuple[tuple[str, str], ...]]]
+Word = Callable[[], str]
 
 
-class _Session:
-    """One client that says what it likes, and what stands around the engine."""
+class _Refusing(Authenticator):
+    """Knows nobody."""
 
-    def __init__(self, observer: Observer, word: Callable[[], str], trace_id: str) -> None:
+    def begin(self, mechanism: str) -> Exchange:
+        return _Refusal(mechanism)
+
+
+class _Refusal:
+    def __init__(self, mechanism: str) -> None:
+        self.mechanism = mechanism
+
+    async def step(self, response: bytes | None) -> Step:
+        return Rejected()
+
+
+_POLICY: Final = ListenerPolicy(
+    "local",
+    ServerPolicy(
+        "gw.example.com",
+        auth_mechanisms=("PLAIN",),
+        auth_in_clear=True,
+        limits=ServerLimits(errors=1000, junk_commands=1000),
+    ),
+    ServerTimeouts(),
+    authenticator=_Refusing(),
+    allow=(ipaddress.ip_network("0.0.0.0/0"),),
+)
+
+
+class _Upstream:
+    """Takes every mail, and says of each what it never said before."""
+
+    def __init__(self, word: Word) -> None:
         self._word = word
-        self._trace_id = trace_id
-        info = ConnectionInfo(word(), Endpoint("192.0.2.7", 40000), Endpoint("127.0.0.1", 2525), "local")
-        self._seen = observer.connection_opened(info)
-        offer = Offer()
-        self._engine = ServerProtocol(
-            _POLICY,
-            self._seen.conn_state,
-            offer=lambda: offer,
-            on_reply=self._seen.replied,
-            on_illegal=raise_illegal,
-        )
-        self._transaction: TransactionObserver | None = None
 
-    def run(self) -> None:
-        """Say it all."""
-        engine, word = self._engine, self._word
-        engine.accepted(TlsMode.OFF)
-        engine.greet()
-        lines = [
-            f"EHLO {word()}.example",
-            *(f"{word()} {word()}" for _ in range(JUNK_VERBS)),
-            f"AUTH {word()} {word()}",
-            "AUTH PLAIN AGEAYg==",
-            f"VRFY {word()}",
-            f"MAIL FROM:<{word()}@{word()}.example> {word()}={word()}",
-            f"MAIL FROM:<{word()}@{word()}.example>",
-            f"RCPT TO:<{word()}@{word()}.example> {word()}={word()}",
-            f"RCPT TO:<{word()}@{word()}.example>",
-            "DATA",
-            f"traceparent: 00-{self._trace_id}-{self._trace_id[:16]}-01",
-            f"{word()}: {word()}",
-            "",
-            ".",
-            "QUIT",
-        ]
-        for line in lines:
-            engine.receive_data(f"{line}\r\n".encode())
-            while not isinstance(event := engine.next_event(), Wait):
-                self._handle(event)
-            engine.data_to_send()
-        engine.closed(CloseReason.QUIT)
-        self._seen.closed(CloseReason.QUIT, octets_received=2000, octets_sent=2000)
+    def capabilities(self) -> Capabilities:
+        return Capabilities()
 
-    def _handle(self, event: Event) -> None:
-        engine = self._engine
-        match event:
-            case HelloReceived(verb, name):
-                self._seen.hello(verb, name)
-            case AuthRequested(mechanism):
-                self._seen.auth_failed(mechanism)
-                engine.reply(replies.AUTH_FAILED)
-            case MailRequested(mail):
-                engine.reply(replies.SENDER_OK)
-                self._transaction = self._seen.transaction_begun(mail, engine.transactions)
-            case RecipientRequested(recipient):
-                engine.reply(replies.RECIPIENT_OK)
-                self._told.recipient_answered(recipient, replies.RECIPIENT_OK)
-            case HeaderReceived():
-                self._told.header_received(TraceHeaders((f"00-{self._trace_id}-{'b' * 16}-01",)), message_id=None)
-            case ContentEnded(octets):
-                self._relay(octets)
-            case TransactionAborted(reply):
-                self._told.ended(Outcome.ABORTED, reply)
-            case AuthResponded() | ConnectionEnding():
-                pass
+    def begin(self, mail: Mail, record: TransactionRecord) -> "_Taken":
+        return _Taken(record, self._word)
 
-    @property
-    def _told(self) -> TransactionObserver:
-        assert self._transaction is not None
-        return self._transaction
 
-    def _relay(self, octets: int) -> None:
-        told = self._told
-        told.content_received(octets)
-        delivery = told.delivery_begun("provider", Endpoint("upstream.example", 587))
-        delivery.pooled(wait_seconds=0.0, reused=True)
+class _Taken:
+    spool_id: str | None = None
+
+    def __init__(self, record: TransactionRecord, word: Word) -> None:
+        self._record = record
+        self._word = word
+
+    def recipients(self, batch: Sequence[Recipient], answered: RecipientsAnswered) -> None:
+        answered([replies.RECIPIENT_OK] * len(batch))
+
+    def content(self, resume: Callable[[], None]) -> None:
+        pass
+
+    def write(self, chunk: bytes) -> bool:
+        return True
+
+    def finish(self, answered: MessageAnswered) -> None:
+        now_ns = time.monotonic_ns()
+        delivery = DeliveryRecord(self._record, "provider", Endpoint("upstream.example", 587), 1, now_ns)
+        self._record.deliveries.append(delivery)
+        delivery.pool_wait_ns = 0
         reply = replies.Reply(250, replies.OK.enhanced, (f"queued as {self._word()}",))
-        delivery.ended(Outcome.RELAYED, reply, round_trips=1)
-        told.ended(Outcome.RELAYED, replies.OK)
-        self._engine.reply(replies.OK)
+        delivery.end(Outcome.RELAYED, reply, None, now_ns)
+        answered(reply, ())
+
+    def abort(self) -> None:
+        pass
+
+
+class _House(WatchedServer):
+    """A server that no client exasperates."""
+
+    def may_authenticate(self, client: Endpoint) -> bool:
+        return True
+
+
+async def _session(server: WatchedServer, word: Word, trace_id: str) -> None:
+    """One client that says what it likes."""
+    stream = FakeStream()
+    _, over = server.serve(_POLICY, stream)
+    lines = [
+        f"EHLO {word()}.example",
+        *(f"{word()} {word()}" for _ in range(JUNK_VERBS)),
+        f"AUTH {word()} {word()}",
+        "AUTH PLAIN AGEAYg==",
+        f"VRFY {word()}",
+        f"MAIL FROM:<{word()}@{word()}.example> {word()}={word()}",
+        f"MAIL FROM:<{word()}@{word()}.example>",
+        f"RCPT TO:<{word()}@{word()}.example> {word()}={word()}",
+        f"RCPT TO:<{word()}@{word()}.example>",
+        "DATA",
+        f"traceparent: 00-{trace_id}-{trace_id[:16]}-01",
+        f"{word()}: {word()}",
+        "",
+        ".",
+        "QUIT",
+    ]
+    stream.feed("".join(f"{line}\r\n" for line in lines).encode())
+    await over
+    assert b"\r\n354 " in stream.sent
 
 
 def _series(telemetry: Telemetry) -> Series:
@@ -147,8 +152,7 @@ def _series(telemetry: Telemetry) -> Series:
     )
 
 
-def series_before_and_after(words: int, *, seed: int = 1) -> tuple[Series, Series]:
-    """The series of the page after some sessions, and after so many that `words` random words were said."""
+async def _series_before_and_after(words: int, seed: int) -> tuple[Series, Series]:
     choose = random.Random(seed)
     said = 0
 
@@ -158,13 +162,19 @@ def series_before_and_after(words: int, *, seed: int = 1) -> tuple[Series, Serie
         return "".join(choose.choices(_LETTERS, k=8))
 
     telemetry = set_up(TelemetryOptions(access_log=False), {})
+    server = _House(_Upstream(word), fan_out(telemetry.observers))
 
-    def say(until: int) -> Series:
+    async def say(until: int) -> Series:
         while said < until:
-            _Session(telemetry.observer, word, f"{choose.getrandbits(128) | 1:032x}").run()
+            await _session(server, word, f"{choose.getrandbits(128) | 1:032x}")
         return _series(telemetry)
 
-    return say(min(FIRST_WORDS, words // 4)), say(words)
+    return await say(min(FIRST_WORDS, words // 4)), await say(words)
+
+
+def series_before_and_after(words: int, *, seed: int = 1) -> tuple[Series, Series]:
+    """The series of the page after some sessions, and after so many that `words` random words were said."""
+    return asyncio.run(_series_before_and_after(words, seed))
 
 
 def main() -> int:

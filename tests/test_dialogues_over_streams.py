@@ -1,6 +1,6 @@
-"""Every dialogue of tests/dialogues on a real `Connection`, over a stream in memory.
+"""Every dialogue of tests/dialogues on a real `Session`, over a stream in memory.
 
-What the engine did alone it must do here too: the same replies and states, with the connection's own decisions,
+What the engine did alone it must do here too: the same replies and states, with the session's own decisions,
 deadlines and batches in between.
 """
 
@@ -14,16 +14,15 @@ from typing import Final
 
 import pytest
 
-from otel_smtp.observing import ConnectionInfo, Endpoint, TlsInfo
-from otel_smtp.server.connection import Connection, ListenerPolicy, ServerTimeouts
+from otel_smtp.observing import TlsInfo
+from otel_smtp.server.session import ListenerPolicy, ServerTimeouts
 from otel_smtp.server.users import Authenticator, Users
-from otel_smtp.smtp import replies
-from otel_smtp.smtp.states import raise_illegal
+from tests.server.keeping import WatchedServer
 from tests.support.clock import advance
 from tests.support.dialogue import Act, Dialogue, Expect, ReplyReader, Say, ServerCloses, Step, load, matches
 from tests.support.engine import PASSWORD, USER, policy_from
-from tests.support.fake_stream import LOCAL, PEER, FakeStream
-from tests.support.recording import RecordingConnection
+from tests.support.fake_stream import FakeStream
+from tests.support.recording import RecordingObserver
 from tests.support.scripted_forwarder import ScriptedForwarder
 
 DIALOGUES: Final = load()
@@ -55,24 +54,6 @@ class HandshakingStream(FakeStream):
         return await super().start_tls(context, server_side=server_side, timeout_seconds=timeout_seconds)
 
 
-class Load:
-    """The listener as a connection sees it."""
-
-    is_stressed = False
-
-    def __init__(self) -> None:
-        self.is_draining = False
-
-    def admit(self, connection: Connection, client: Endpoint) -> replies.Reply | None:
-        return None
-
-    def may_authenticate(self, client: Endpoint) -> bool:
-        return True
-
-    def auth_failed(self, client: Endpoint) -> None:
-        pass
-
-
 @dataclass(frozen=True, slots=True)
 class Known:
     """A password that is checked at no cost."""
@@ -96,31 +77,22 @@ def users() -> Users:
 
 
 class StreamRun:
-    """Plays one dialogue on a `Connection`."""
+    """Plays one dialogue on a `Session`."""
 
     def __init__(self, dialogue: Dialogue, users: Users) -> None:
         self._dialogue = dialogue
         policy = policy_from(dialogue.settings)
         self._stream = HandshakingStream()
-        self._load = Load()
         self._forwarder = ScriptedForwarder(dialogue.upstream)
-        self._seen = RecordingConnection()
-        self._connection = Connection(
-            self._stream,
-            ConnectionInfo("c" * 32, PEER, LOCAL, "local", tls_mode=policy.tls_mode),
-            ListenerPolicy(
-                "local",
-                policy,
-                ServerTimeouts(),
-                tls_context=lambda: ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER),
-                authenticator=Authenticator(users) if policy.auth_mechanisms else None,
-                allow=(ipaddress.ip_network("0.0.0.0/0"),),
-            ),
-            self._forwarder,
-            self._seen,
-            self._load,
-            refusal=replies.TOO_MANY_CONNECTIONS if self._acts("refuse") else None,
-            on_illegal=raise_illegal,
+        self._observer = RecordingObserver()
+        self._server = WatchedServer(self._forwarder, self._observer, connections=0 if self._acts("refuse") else 100)
+        self._policy = ListenerPolicy(
+            "local",
+            policy,
+            ServerTimeouts(),
+            tls_context=lambda: ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER),
+            authenticator=Authenticator(users) if policy.auth_mechanisms else None,
+            allow=(ipaddress.ip_network("0.0.0.0/0"),),
         )
         self._reader = ReplyReader()
         self._replies: deque[str] = deque()
@@ -136,29 +108,30 @@ class StreamRun:
         """
         if isinstance(first := self._dialogue.steps[0], Say):
             self._stream.feed(first.octets)  # before the greeting
-        task = asyncio.get_running_loop().create_task(self._connection.run())
+        self._session, ended = self._server.serve(self._policy, self._stream)
         try:
             for step in self._dialogue.steps if not isinstance(first, Say) else self._dialogue.steps[1:]:
-                await self._do(step, self._dialogue.where(step), task)
+                await self._do(step, self._dialogue.where(step), ended)
             if not any(isinstance(step, ServerCloses) for step in self._dialogue.steps):
-                assert self._acts("close") or not task.done(), f"{self._dialogue}: the gateway closes"
+                assert self._acts("close") or not ended.done(), f"{self._dialogue}: the gateway closes"
                 self._stream.feed_eof()
             async with asyncio.timeout(SECONDS):
-                await asyncio.wait([task])
+                await asyncio.wait([ended])
         finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            self._session.cancel()
+            await asyncio.wait([ended])
         self._collect()
         assert not self._replies or self._acts("close"), f"{self._dialogue}: unexpected {self._replies}"
         self._judge()
 
     def _judge(self) -> None:
-        dialogue, record = self._dialogue, self._seen.record
+        dialogue = self._dialogue
+        (record,), (reason,) = self._observer.records, self._observer.reasons
         record.wire += b"".join(self._stream.writes)
         record.check()
         assert record.states == dialogue.states
-        assert dialogue.closed in (None, self._seen.reason)
-        assert record.transitions[-1].reason == self._seen.reason
+        assert dialogue.closed in (None, reason)
+        assert record.transitions[-1].reason == reason
         messages = self._forwarder.messages
         assert tuple(message.envelope for message in messages) == dialogue.envelopes
         for message, content in zip(messages, dialogue.contents, strict=bool(dialogue.contents)):
@@ -166,27 +139,27 @@ class StreamRun:
             assert len(added) + len(content) == len(message.content)
             assert re.fullmatch(rb"Received: [^\n]*\n(?:[ \t][^\n]*\n)*", added)
 
-    async def _do(self, step: Step, where: str, task: asyncio.Task[None]) -> None:
+    async def _do(self, step: Step, where: str, ended: "asyncio.Future[None]") -> None:
         match step:
             case Say(octets):
                 self._stream.feed(octets)
             case Expect(pattern, never=never):
-                reply = await self._next_reply(where, pattern, task)
+                reply = await self._next_reply(where, pattern, ended)
                 assert matches(pattern, reply), f"{where}: got {reply}, expected {pattern}"
                 assert not any(matches(unwanted, reply) for unwanted in never), f"{where}: got {reply}"
             case Act(what):
-                await self._act(what, task)
+                await self._act(what, ended)
             case ServerCloses():
                 async with asyncio.timeout(SECONDS):
-                    await asyncio.wait([task])
+                    await asyncio.wait([ended])
                 self._collect()
                 assert not self._replies, f"{where}: unexpected {self._replies}"
 
-    async def _next_reply(self, where: str, pattern: str, task: asyncio.Task[None]) -> str:
+    async def _next_reply(self, where: str, pattern: str, ended: "asyncio.Future[None]") -> str:
         self._collect()
         async with asyncio.timeout(SECONDS):
             while not self._replies:
-                assert not task.done(), f"{where}: closed, expected {pattern}"
+                assert not ended.done(), f"{where}: closed, expected {pattern}"
                 await asyncio.sleep(0)
                 self._collect()
         return self._replies.popleft()
@@ -195,7 +168,7 @@ class StreamRun:
         sent, self._stream.sent = self._stream.sent, b""
         self._replies.extend(self._reader.feed(sent))
 
-    async def _act(self, what: str, task: asyncio.Task[None]) -> None:
+    async def _act(self, what: str, ended: "asyncio.Future[None]") -> None:
         stream = self._stream
         match what:
             case "end" | "close":
@@ -208,10 +181,8 @@ class StreamRun:
                 else:
                     stream.handshake.set_exception(ssl.SSLError("no shared cipher"))
             case "shutdown":
-                self._load.is_draining = True
-                self._connection.drain()
-                if stream.is_shaking_hands:
-                    task.cancel()  # as at the end of the grace
+                self._server.is_draining = True
+                self._session.drain()
             case "timeout":
                 for _ in range(5):  # what was said before is taken first
                     await asyncio.sleep(0)

@@ -22,7 +22,8 @@ PACKAGE: Final = "otel_smtp"
 
 # What of SMTP the other rooms may know without speaking it.
 SMTP_TYPES: Final = tuple(
-    f"otel_smtp.smtp.{module}" for module in ("envelope", "errors", "events", "replies", "states", "extensions")
+    f"otel_smtp.smtp.{module}"
+    for module in ("characters", "envelope", "errors", "events", "replies", "states", "extensions")
 )
 # Standard library without a clock, socket, file, logger, thread or event loop.
 PURE_LIBRARY: Final = frozenset(
@@ -88,7 +89,7 @@ _ADAPTER: Final = ("otel_smtp.smtp", "otel_smtp.observing", "otel_smtp.net", "ot
 
 # The longest prefix that fits a module is its room.
 ROOMS: Final = {
-    "otel_smtp": Room(("otel_smtp.gateway.app", "otel_smtp.config", "otel_smtp.observing", *SMTP_TYPES)),
+    "otel_smtp": Room(("otel_smtp.gateway", "otel_smtp.config", "otel_smtp.observing", *SMTP_TYPES)),
     "otel_smtp.smtp": Room((), standard=PURE_LIBRARY),
     "otel_smtp.observing": Room(SMTP_TYPES, standard=PURE_LIBRARY | {"logging"}),
     "otel_smtp.net": Room(("otel_smtp.observing", *SMTP_TYPES)),
@@ -106,12 +107,19 @@ ROOMS: Final = {
     "otel_smtp.telemetry.client": Room((), frozenset({"opentelemetry"})),
     "otel_smtp.telemetry.metric_export": Room(("otel_smtp.telemetry",), frozenset({"opentelemetry"})),
     "otel_smtp.telemetry.log_export": Room(("otel_smtp.telemetry",)),
-    "otel_smtp.telemetry.setup": Room(
-        ("otel_smtp.observing", "otel_smtp.telemetry", *SMTP_TYPES),
-        frozenset({"opentelemetry"}),
-        reads_environment=True,
+    # The one reading of the OTEL_* variables.
+    "otel_smtp.telemetry.environment": Room(
+        ("otel_smtp.telemetry",), frozenset({"opentelemetry"}), reads_environment=True
     ),
-    "otel_smtp.status": Room(("otel_smtp.observing", *SMTP_TYPES), frozenset({"starlette", "uvicorn", "httpx"})),
+    "otel_smtp.telemetry.setup": Room(
+        ("otel_smtp.observing", "otel_smtp.telemetry", *SMTP_TYPES), frozenset({"opentelemetry"})
+    ),
+    # The names alone, which know nothing of the libraries: whoever shows telemetry reads them there.
+    "otel_smtp.telemetry.attributes": Room(("otel_smtp.observing", *SMTP_TYPES)),
+    "otel_smtp.status": Room(
+        ("otel_smtp.observing", "otel_smtp.telemetry.attributes", *SMTP_TYPES),
+        frozenset({"starlette", "uvicorn", "httpx"}),
+    ),
     "otel_smtp.config": Room(
         ("otel_smtp.observing", *SMTP_TYPES),
         frozenset({"msgspec"}),
@@ -127,7 +135,7 @@ ROOMS: Final = {
     "otel_smtp.commands.load_generator": Room((), standard=_LIBRARY - {"argparse"}, stands_apart=True),
     "otel_smtp.gateway": _EVERYTHING,
     # Processes, signals and a pipe; what a worker does is given in.
-    "otel_smtp.gateway.workers": Room(("otel_smtp.observing", "otel_smtp.gateway.systemd"), stands_apart=True),
+    "otel_smtp.gateway.workers": Room((), stands_apart=True),
     # One datagram to the service manager.
     "otel_smtp.gateway.systemd": Room((), stands_apart=True),
     "otel_smtp.__main__": Room(("otel_smtp.commands.cli",)),
@@ -329,9 +337,9 @@ GOOD = [
     ("otel_smtp.forwarding.pool", "from otel_smtp.forwarding.connection import Connection\nimport time"),
     ("otel_smtp.forwarding.connection", "from otel_smtp.smtp.client import ClientProtocol"),
     ("otel_smtp.telemetry.tracing", "def f():\n    from opentelemetry import trace"),
-    ("otel_smtp.telemetry.setup", "import os\nx = os.environ['OTEL_TRACES_EXPORTER']"),
-    ("otel_smtp.gateway.app", "from otel_smtp.config import Config\nfrom otel_smtp.telemetry.setup import start"),
-    ("otel_smtp", "from otel_smtp.gateway.app import Gateway\nfrom otel_smtp.smtp.states import ConnState"),
+    ("otel_smtp.telemetry.environment", "import os\nx = os.environ['OTEL_TRACES_EXPORTER']"),
+    ("otel_smtp.gateway.wiring", "from otel_smtp.config import Config\nfrom otel_smtp.telemetry.setup import start"),
+    ("otel_smtp", "from otel_smtp.gateway import Gateway\nfrom otel_smtp.smtp.states import ConnState"),
 ]
 
 
@@ -391,14 +399,15 @@ BAD = [
     # settings stay above
     ("otel_smtp.server.connection", "from otel_smtp.config import Config", "imports otel_smtp.config.Config"),
     ("otel_smtp.telemetry.setup", "from otel_smtp import config", "imports otel_smtp.config"),
-    ("otel_smtp.spool.store", "from otel_smtp.gateway.app import Gateway", "imports otel_smtp.gateway.app.Gateway"),
+    ("otel_smtp.spool.store", "from otel_smtp.gateway import Gateway", "imports otel_smtp.gateway.Gateway"),
     ("otel_smtp.spool.store", "import argparse", "imports argparse"),
     ("otel_smtp.spool.store", "import os\nx = os.environ.get('X')", "reads os.environ"),
     ("otel_smtp.spool.store", "import os\nx = os.getenv('X')", "reads os.getenv"),
     ("otel_smtp.spool.store", "from os import environ", "reads os.environ"),
     ("otel_smtp.telemetry.tracing", "import os\nx = os.environ['OTEL_X']", "reads os.environ"),
+    ("otel_smtp.telemetry.setup", "import os\nx = os.environ['OTEL_X']", "reads os.environ"),
     ("otel_smtp.config", "import socket", "imports socket"),
-    ("otel_smtp.gateway.app", "import tests.support", "imports tests.support"),
+    ("otel_smtp.gateway.wiring", "import tests.support", "imports tests.support"),
     (
         "otel_smtp.commands.terminal.words",
         "from otel_smtp.commands import send",

@@ -23,8 +23,7 @@ from otel_smtp import Gateway, Settings, load
 from otel_smtp.config.settings import SCHEMA, Key, Limits, Table, Timeouts, Upstream, UpstreamTimeout
 from otel_smtp.config.values import Duration, Integer, Size
 from otel_smtp.forwarding.connection import UpstreamConnection
-from otel_smtp.forwarding.faults import TimedOut
-from otel_smtp.gateway.app import upstream_settings
+from otel_smtp.gateway.wiring import upstream_settings
 from tests.support.clock import advance
 from tests.support.fake_stream import FakeStream
 from tests.support.upstream import EXTENSIONS, Fault, Kind, Phase, ScriptedUpstream
@@ -422,21 +421,27 @@ async def connect(site: Site, amount: int) -> bool:
 
 async def block(site: Site, amount: int) -> bool:
     stream = FakeStream()
-    stream.stop_taking()
     upstream = UpstreamConnection(stream, upstream_settings(site.settings.upstream[0]).timeouts)
-    writing = asyncio.create_task(upstream.write_content())
+    stream.feed(b"220 sink\r\n")
+    await upstream.settled()
+    upstream.protocol.send_hello("gw.example")
+    answering = asyncio.create_task(upstream.settled())
     await turns()
+    stream.feed(b"250-sink\r\n250 CHUNKING\r\n")
+    await answering
+    faults: list[object] = []
+    upstream.protocol.begin_last_chunk(10)
+    stream.stop_taking()
+    upstream.protocol.send_chunk_octets(b"12345")
+    upstream.send_content(lambda answers, fault: faults.append(fault), lambda: faults.append(None))
     advance(amount)
-    await turns()
+    upstream.check_deadline(asyncio.get_running_loop().time())
     stream.resume_writing()
     try:
-        await writing
-    except TimedOut:
-        return False
+        return faults == [None]
     finally:
         stream.abort()
         await stream.wait_closed()
-    return True
 
 
 async def pool_keeps(site: Site, amount: int) -> bool:

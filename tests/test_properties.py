@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from otel_smtp.smtp.envelope import Body
+from otel_smtp.smtp.policy import ServerLimits, ServerPolicy
 from otel_smtp.smtp.replies import ErrorType, Reply
 from otel_smtp.smtp.sequence import Phase
-from otel_smtp.smtp.server import ServerLimits, ServerPolicy
 from otel_smtp.smtp.states import TlsMode
 from tests.support.dialogue import UpstreamScript, scripted_reply
 from tests.support.engine import HOSTNAME, EngineDriver, Record, base64_of
@@ -430,7 +430,7 @@ class Session(RuleBasedStateMachine):
     @invariant()
     def the_states_are_the_models(self) -> None:
         assert list(self.driver.record.states) == self.states
-        assert self.driver.protocol.state == self.level
+        assert self.driver.protocol.states.level == self.level
 
     @invariant()
     def what_was_taken_is_what_was_sent(self) -> None:

@@ -1,28 +1,42 @@
-"""`otel-smtp bench`: load through a running gateway, seen as it runs."""
+"""`otel-smtp bench`: load through a running gateway, with a progress bar."""
 
 import json
-from typing import Annotated
 
-import typer
+import click
 
 from otel_smtp.commands.load_generator import Load, LoadPlan, LoadResult
+from otel_smtp.commands.options import FAILED, fail
 
 
+@click.command()
+@click.option("--host", default="127.0.0.1", show_default=True, metavar="HOST", help="Host of the gateway.")
+@click.option("--port", type=click.IntRange(1, 65535), default=2525, show_default=True, help="Port of the gateway.")
+@click.option("--messages", type=click.IntRange(1), default=1000, show_default=True, help="Messages to send in all.")
+@click.option("--sessions", type=click.IntRange(1), default=10, show_default=True, help="Connections at once.")
+@click.option("--size", type=click.IntRange(256), default=10_240, show_default=True, help="Octets of each message.")
+@click.option(
+    "--from", "sender", default="load@example.com", show_default=True, metavar="ADDRESS", help="Sender's address."
+)
+@click.option(
+    "--to", "recipient", default="sink@example.com", show_default=True, metavar="ADDRESS", help="Recipient's address."
+)
+@click.option("--fresh", is_flag=True, help="Open a new connection for each message.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and no progress bar.")
 def bench(
-    host: Annotated[str, typer.Option(help="The gateway's host.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Its port.", min=1, max=65535)] = 2525,
-    messages: Annotated[int, typer.Option(help="Messages to send in all.", min=1)] = 1000,
-    sessions: Annotated[int, typer.Option(help="Connections at once.", min=1)] = 10,
-    size: Annotated[int, typer.Option(help="Octets of a message.", min=256)] = 10_240,
-    sender: Annotated[str, typer.Option("--from", help="The sender's address.")] = "load@example.com",
-    recipient: Annotated[str, typer.Option("--to", help="The recipient's address.")] = "sink@example.com",
-    fresh: Annotated[bool, typer.Option("--fresh", help="A connection for each message.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, no progress bar.")] = False,
+    *,
+    host: str,
+    port: int,
+    messages: int,
+    sessions: int,
+    size: int,
+    sender: str,
+    recipient: str,
+    fresh: bool,
+    as_json: bool,
 ) -> None:
-    """Send load through a gateway and print its rate, latencies and errors.
+    """Send load; print rate, latencies and errors.
 
-    Whoever stands behind the gateway receives every message: point the gateway at a sink first.
-    Exit status 1 when a message failed.
+    The upstream receives every message: point the gateway at a sink first. Exit status 1 if a message failed.
     """
     plan = LoadPlan(
         host=host,
@@ -37,14 +51,13 @@ def bench(
     try:
         result = Load(plan).run() if as_json else _run_with_progress(plan)
     except OSError as error:
-        typer.echo(f"otel-smtp bench: {host}:{port}: {error}", err=True)
-        raise typer.Exit(1) from error
+        fail(FAILED, f"{host}:{port}: {error}")
     if as_json:
-        typer.echo(json.dumps(figures(plan, result)))
+        click.echo(json.dumps(figures(plan, result)))
     else:
         _show(result)
     if result.failed:
-        raise typer.Exit(1)
+        raise SystemExit(FAILED)
 
 
 def figures(plan: LoadPlan, result: LoadResult) -> dict[str, object]:
@@ -65,7 +78,7 @@ def figures(plan: LoadPlan, result: LoadResult) -> dict[str, object]:
 
 
 def _run_with_progress(plan: LoadPlan) -> LoadResult:
-    # Drawing is for terminals alone; rich costs a tenth of a second to import.
+    # Only for terminals: rich takes a tenth of a second to import.
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
@@ -76,7 +89,7 @@ def _run_with_progress(plan: LoadPlan) -> LoadResult:
         TextColumn("[red]{task.fields[failed]} failed" if plan.messages else ""),
         TimeRemainingColumn(),
     )
-    # Refreshed by us, ten times a second: a drawing thread would take the interpreter from the loop it draws.
+    # Refreshed here, ten times a second: a drawing thread would take the interpreter from the loop that it draws.
     with Progress(*columns, auto_refresh=False) as bar:
         task = bar.add_task(f"{plan.sessions} sessions", total=plan.messages, rate=0.0, failed=0)
 
@@ -100,7 +113,7 @@ def _show(result: LoadResult) -> None:
     table.add_row("rate", f"{result.messages_per_second:.0f} messages/s")
     table.add_row("latency", f"p50 {p50:.2f} ms   p90 {p90:.2f} ms   p99 {p99:.2f} ms   max {highest:.2f} ms")
     if result.reconnects:
-        table.add_row("reconnects", f"{result.reconnects} (the server's bound on messages a connection)")
+        table.add_row("reconnects", f"{result.reconnects} (the server's limit on messages per connection)")
     for reason, count in result.failures.most_common(10):
         # A reply is the server's text: shown as it is, never as markup.
         table.add_row("[red]failed", f"{count} × {reason}".replace("[", r"\["))

@@ -1,11 +1,11 @@
 """Load on an SMTP server: many sessions in one thread over non-blocking sockets, every message timed.
 
-It measures, so it must cost little itself: one epoll loop (poll where there is none), one read and one write a round
-trip, all commands made beforehand, no parsing beyond the reply's code. `otel-smtp bench` shows it to people,
-the project's benchmark runs it in a process of its own.
+It measures, so it must cost little itself: one epoll loop (or poll), one read and one write per round trip, all
+commands made beforehand, no parsing beyond the reply's code. `otel-smtp bench` runs it for people, the project's
+benchmark in a process of its own.
 
-A session speaks as most applications do: one command, one reply, no PIPELINING. A message's latency is the time from
-its MAIL (from its connect, where each message has a connection of its own) to the final reply after the content.
+A session talks like most applications: one command, one reply, no PIPELINING. The latency of a message is the time from
+its MAIL, or from its connect if each message has its own connection, to the final reply after the content.
 """
 
 import errno
@@ -27,15 +27,15 @@ _WRITABLE: Final = select.POLLOUT
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadPlan:
-    """What to send; it ends at `messages` or after `seconds`, whichever comes first.
+    """What to send. The run ends at `messages` or after `seconds`, whichever comes first.
 
     Attributes:
         messages: None: as many as there is time for.
-        seconds: no message begins after these, counted from the first one; None: no limit.
+        seconds: since the first message; no message begins later. None: no limit.
         sessions: connections at once.
-        size_octets: of one message as sent, its final dot aside; at least its header block.
-        keeps_connections: many messages a connection, else one each.
-        timeout_seconds: without any reply for so long, what is open has failed and the run ends.
+        size_octets: size of a message as sent, without its final dot; at least its header block.
+        keeps_connections: many messages per connection; False: one each.
+        timeout_seconds: after this long without any reply, open messages have failed and the run ends.
     """
 
     host: str
@@ -56,13 +56,13 @@ class LoadPlan:
 
 @dataclass(slots=True)
 class LoadResult:
-    """What came of it.
+    """The result of a run.
 
     Attributes:
         accepted: messages whose final reply was 2yz.
         failed: messages refused or lost; `failures` counts them by reason.
-        reconnects: kept connections that the server ended with 421 between two messages; nobody's failure.
-        seconds: from the first message's begin to the last one's end.
+        reconnects: kept connections that the server closed with 421 between two messages, which is no failure.
+        seconds: from the start of the first message to the end of the last one.
         latencies_ns: of the accepted messages, in the order of their ends.
     """
 
@@ -75,11 +75,11 @@ class LoadResult:
 
     @property
     def messages_per_second(self) -> float:
-        """Accepted messages by time."""
+        """Accepted messages per second."""
         return self.accepted / self.seconds if self.seconds else 0.0
 
     def percentiles_ms(self, *percents: float) -> list[float]:
-        """Latencies in milliseconds below which that many per cent of the messages stayed (nearest rank)."""
+        """Percentiles of the latency in milliseconds (nearest rank)."""
         ordered = sorted(self.latencies_ns)
         if not ordered:
             return [0.0 for _ in percents]
@@ -87,7 +87,7 @@ class LoadResult:
 
 
 def message(plan: LoadPlan) -> bytes:
-    """The content that every message has: a small header block and lines of 78 octets, `plan.size_octets` in all."""
+    """The content of every message: a small header block and lines of 78 octets, `plan.size_octets` in all."""
     header = (
         f"From: <{plan.sender}>\r\nTo: <{plan.recipient}>\r\nSubject: load\r\n"
         "Date: Mon, 01 Jan 2024 00:00:00 +0000\r\nMessage-ID: <load@example.com>\r\n\r\n"
@@ -101,11 +101,11 @@ def message(plan: LoadPlan) -> bytes:
 
 
 class _Failed(Exception):
-    """This session's message came to nothing; the argument is the reason."""
+    """The session's message failed; the argument is the reason."""
 
 
 class _Session:
-    """One client: a connection and the step of its dialogue that it stands at."""
+    """One client: a connection and the current step of its dialogue."""
 
     __slots__ = ("_unsent", "began_ns", "fd", "has_served", "is_open", "load", "on_reply", "received", "socket")
 
@@ -113,8 +113,8 @@ class _Session:
         self.load = load
         self.on_reply: Callable[[bytes], None] = self.greeted
         self.received = b""
-        self.is_open = False  # a message is under way
-        self.has_served = False  # this connection has taken one already
+        self.is_open = False  # whether a message is under way
+        self.has_served = False  # whether this connection has transferred one already
         self.began_ns = 0
         self._unsent: memoryview | None = None
         self.connect()
@@ -126,7 +126,7 @@ class _Session:
         self.on_reply = self.greeted
         self.socket = socket.socket(self.load.family, socket.SOCK_STREAM)
         self.socket.setblocking(False)
-        # Our writes are whole turns of the dialogue: Nagle would only wait for the peer's delayed acknowledgement.
+        # Each write is a whole turn of the dialogue: Nagle's algorithm would only wait for the peer's delayed ACK.
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.fd = self.socket.fileno()
         self.load.sessions[self.fd] = self
@@ -161,7 +161,7 @@ class _Session:
             raise _Failed("connection closed")
         if self.received:
             data = self.received + data
-        # A reply is whole when its last line is: "250 " and not "250-" (RFC 5321 4.2.1).
+        # The last line of a reply has a space after its code, not a hyphen (RFC 5321 4.2.1).
         if data[-2:] == b"\r\n" and (data[3:4] == b" " or data[data.rfind(b"\n", 0, -1) + 4 :][:1] == b" "):
             self.received = b""
             self.on_reply(data)
@@ -225,7 +225,7 @@ class _Session:
 
     @property
     def is_retired(self) -> bool:
-        """Whether the server ended this connection between two messages, as one that counts them does."""
+        """Whether the server closed this connection between two messages, as servers with a limit do."""
         return self.on_reply == self.mail_answered and self.has_served
 
 
@@ -233,8 +233,8 @@ class Load:
     """One run of a plan; use it once.
 
     Args:
-        progress: called about ten times a second with the result so far, from the thread that runs it; it may raise
-            to end the run.
+        progress: called about ten times per second with the result so far, in the thread of `run`; it may raise to
+            end the run.
     """
 
     def __init__(self, plan: LoadPlan, progress: Callable[[LoadResult], None] | None = None) -> None:
@@ -256,7 +256,7 @@ class Load:
         self._unstarted = plan.messages if plan.messages is not None else -1  # negative: no limit
 
     def run(self) -> LoadResult:
-        """Send it all.
+        """Send everything.
 
         Raises:
             OSError: the host has no address.
@@ -280,7 +280,7 @@ class Load:
         return self.result
 
     def ready(self, session: _Session) -> None:
-        """A session has its EHLO answered. With kept connections the clock starts when all have."""
+        """A session has the reply to its EHLO. With kept connections the clock starts when all have theirs."""
         if session.is_open:
             session.begin()
         elif self._has_begun:
@@ -290,7 +290,7 @@ class Load:
             self._begin_when_all_wait()
 
     def accepted(self, session: _Session) -> None:
-        """A session's message is through."""
+        """A session's message was accepted."""
         self._ended = perf_counter()
         if self.plan.keeps_connections:
             self._next_message(session)
@@ -298,7 +298,7 @@ class Load:
             session.quit()
 
     def parted(self) -> None:
-        """A session has ended in good order. Where each message has its own connection, the next one follows."""
+        """A session has ended normally. If each message has its own connection, the next one follows."""
         if not self.plan.keeps_connections:
             self._open()
 
@@ -327,7 +327,7 @@ class Load:
         session.begin()
 
     def _open(self) -> None:
-        """A new session; where each message has its own connection, its message begins here."""
+        """Open a session. If each message has its own connection, the message begins here."""
         if self._has_begun and not self._may_begin():
             return
         began_ns = perf_counter_ns()
@@ -337,7 +337,7 @@ class Load:
         try:
             session = _Session(self)
         except (OSError, _Failed) as refusal:
-            # Nobody listens: the next try would meet the same, and at once.
+            # Nobody listens, so a retry would fail at once, too.
             self._fail(str(refusal))
             self._unstarted = 0
             return
@@ -364,7 +364,7 @@ class Load:
             for fd, mask in happened:
                 session = self.sessions.get(fd)
                 if session is None:
-                    continue  # closed by what came before it in this very list
+                    continue  # closed by an earlier event of this list
                 try:
                     if mask & _WRITABLE:
                         session.writable()
@@ -383,10 +383,10 @@ class Load:
                 self._progress(self.result)
 
     def _replace(self, session: _Session, reason: str) -> None:
-        """A connection failed: what it carried is counted, and another takes its place."""
+        """A connection failed: count its message, and open another."""
         session.close()
         if session.on_reply == session.parted:
-            self.parted()  # gone without its 221: the mail was through
+            self.parted()  # closed without 221, after its message was accepted
         elif session.is_retired:
             self.result.reconnects += 1
             session.connect()
@@ -395,5 +395,5 @@ class Load:
             if self._has_begun and session.on_reply != session.greeted:
                 self._open()
             else:
-                # Who does not greet one session will not greet its successor; the run goes on with the others.
+                # A server that does not greet one session will not greet the next; the run continues with the others.
                 self._begin_when_all_wait()

@@ -1,71 +1,84 @@
-"""`otel-smtp queue`: the spool as operators see and change it, with the gateway running or not."""
+"""`otel-smtp queue`: operators look at the spool and change it, with a gateway running or not."""
 
 import asyncio
 import base64
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Any, Final
 
-import typer
+import click
 
-FAILED: Final = 1
-WRONG: Final = 2
+from otel_smtp.commands.options import FAILED, WRONG, console, fail, global_options
+from otel_smtp.config import Spool
 
-queue = typer.Typer(help="Look at queued mail, and change what becomes of it.", no_args_is_help=True)
+spool_option: Final = click.option(
+    "--spool", type=click.Path(path_type=Path), metavar="DIR", help="Directory of the spool, instead of the settings'."
+)
+json_option: Final = click.option("--json", "as_json", is_flag=True, help="Print one line of JSON per message.")
+all_option: Final = click.option("--all", "every", is_flag=True, help="All messages that the command applies to.")
+ids_argument: Final = click.argument("ids", nargs=-1, metavar="ID...")
 
-SpoolOption = Annotated[
-    Path | None, typer.Option("--spool", metavar="DIR", help="The spool's directory; else the settings say.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="One line of JSON for each message.")]
-AllOption = Annotated[bool, typer.Option("--all", help="All messages that it can concern.")]
-IdsArgument = Annotated[
-    list[str] | None, typer.Argument(metavar="ID...", help="Which messages; - reads ids, one a line.")
-]
+WorkOnAnswers = Callable[[AsyncIterator[Any]], Coroutine[Any, Any, None]]
 
-DEFAULT_MAX_AGE_SECONDS: Final = 5 * 86400.0
+
+@click.group()
+def queue() -> None:
+    """Show queued mail and act on it.
+
+    It makes no difference whether a gateway runs.
+
+    ID... are queue ids; - reads them from standard input, one per line.
+    """
 
 
 @queue.command("list")
-def list_(context: typer.Context, spool: SpoolOption = None, as_json: JsonOption = False) -> None:
-    """List what is queued, the oldest first, and why it is still there."""
+@spool_option
+@json_option
+@click.pass_context
+def list_(context: click.Context, *, spool: Path | None, as_json: bool) -> None:
+    """List messages and why they wait.
+
+    The oldest come first.
+    """
 
     async def work(answers: AsyncIterator[Any]) -> None:
         if as_json:
             async for answer in answers:
                 _print_row(answer, as_json=True)
             return
-        from rich.console import Console
-
         from otel_smtp.commands.terminal.listing import Listing
 
-        console = Console(highlight=False)
-        listing = Listing(width=console.width if console.is_terminal else None)
+        output = console()
+        listing = Listing(width=output.width if output.is_terminal else None)
         lines = listing.heading()
         async for answer in answers:
             for line in (*lines, *listing.lines(answer)):
-                console.print(line, soft_wrap=not console.is_terminal)
+                output.print(line, soft_wrap=not output.is_terminal)
             lines = ()
         for line in listing.summary():
-            console.print(line, soft_wrap=not console.is_terminal)
+            output.print(line, soft_wrap=not output.is_terminal)
 
     _do(context, spool, {"command": "list"}, work)
 
 
 @queue.command()
-def shape(
-    context: typer.Context,
-    by: Annotated[str, typer.Option("--by", metavar="domain|sender|reason", help="What to count by.")] = "domain",
-    spool: SpoolOption = None,
-) -> None:
-    """Show how old the mail is: for each recipient domain, for each sender's, or for each reason to wait."""
-    from rich.console import Console
+@click.option(
+    "--by",
+    type=click.Choice(["domain", "sender", "reason"]),
+    default="domain",
+    show_default=True,
+    help="Count by recipient domain, sender domain, or reason to wait.",
+)
+@spool_option
+@click.pass_context
+def shape(context: click.Context, *, by: str, spool: Path | None) -> None:
+    """Count messages by age and domain.
 
+    With --by, by age and sender or reason.
+    """
     from otel_smtp.commands.terminal.listing import Grouping, Shape
 
-    if by not in list(Grouping):
-        typer.echo(f"otel-smtp queue shape: --by {by}: allowed: {', '.join(Grouping)}", err=True)
-        raise typer.Exit(WRONG)
     drawn = Shape(Grouping(by))
 
     async def work(answers: AsyncIterator[Any]) -> None:
@@ -73,18 +86,17 @@ def shape(
             drawn.add(answer)
 
     _do(context, spool, {"command": "list"}, work)
-    Console(highlight=False).print(drawn.table())
+    console().print(drawn.table())
 
 
 @queue.command()
-def show(
-    context: typer.Context,
-    message: Annotated[str, typer.Argument(metavar="ID", help="Which message.")],
-    content: Annotated[bool, typer.Option("--content", help="Its header block and body too, on stdout.")] = False,
-    spool: SpoolOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Show one message: its recipients, their last replies, its trace."""
+@click.argument("message", metavar="ID")
+@click.option("--content", is_flag=True, help="Print its header block and body too.")
+@spool_option
+@json_option
+@click.pass_context
+def show(context: click.Context, message: str, *, content: bool, spool: Path | None, as_json: bool) -> None:
+    """Show a message, its recipients and trace."""
 
     async def work(answers: AsyncIterator[Any]) -> None:
         async for answer in answers:
@@ -97,53 +109,67 @@ def show(
     _do(context, spool, {"command": "export" if content else "show", "ids": [message]}, work)
 
 
-def _changing(command: str) -> Callable[..., None]:
-    """The command that changes messages in the way of this name."""
+def _changing(name: str, text: str) -> click.Command:
+    """A command that changes messages."""
 
-    def change(
-        context: typer.Context,
-        ids: IdsArgument = None,
-        every: AllOption = False,
-        spool: SpoolOption = None,
-        as_json: JsonOption = False,
-    ) -> None:
-        _change(context, command, ids, every=every, spool=spool, as_json=as_json)
+    @click.command(name, help=text)
+    @ids_argument
+    @all_option
+    @spool_option
+    @json_option
+    @click.pass_context
+    def change(context: click.Context, ids: tuple[str, ...], *, every: bool, spool: Path | None, as_json: bool) -> None:
+        _change(context, name, ids, every=every, spool=spool, as_json=as_json)
 
     return change
 
 
-for _name, _help in {
-    "retry": "Attempt messages now; how many at once is still the upstream's window.",
-    "hold": "Keep messages from being attempted; they do not age meanwhile.",
-    "release": "Let held messages go on.",
-    "expire": "Give messages up: they go back to their senders, when a gateway runs.",
-    "reset": "Treat messages as if they had just arrived: attempts and age begin anew.",
+for _name, _text in {
+    "retry": "Attempt messages now.\n\nHow many at once is limited by the upstream's concurrency.",
+    "hold": "Hold messages.\n\nHeld messages are not attempted and do not age.",
+    "release": "Release held messages.",
+    "expire": "Give messages up.\n\nA running gateway returns them to their senders.",
+    "reset": "Reset attempts and age of messages.\n\nThey are treated as if they had just arrived.",
 }.items():
-    queue.command(_name, help=_help)(_changing(_name))
+    queue.add_command(_changing(_name, _text))
 
 
 @queue.command()
+@ids_argument
+@all_option
+@click.option("--yes", is_flag=True, help="Confirm --all.")
+@spool_option
+@json_option
+@click.pass_context
 def delete(
-    context: typer.Context, ids: IdsArgument = None, every: AllOption = False, spool: SpoolOption = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask; needed with --all.")] = False,
-    as_json: JsonOption = False,
-) -> None:  # fmt: skip
-    """Remove messages. Nobody is told; their recipients are counted as removed."""
+    context: click.Context, ids: tuple[str, ...], *, every: bool, yes: bool, spool: Path | None, as_json: bool
+) -> None:
+    """Delete messages without a bounce.
+
+    Their recipients are counted as removed.
+    """
     if every and not yes:
-        typer.echo("otel-smtp queue delete: --all removes everything that is queued: add --yes to mean it", err=True)
-        raise typer.Exit(WRONG)
+        fail(WRONG, "queue delete: --all deletes every queued message; add --yes to confirm")
     _change(context, "delete", ids, every=every, spool=spool, as_json=as_json)
 
 
 @queue.command()
-def export(
-    context: typer.Context,
-    ids: IdsArgument = None,
-    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="Where the files go.")] = Path(),
-    every: AllOption = False,
-    spool: SpoolOption = None,
-) -> None:
-    """Write messages to files: ID.eml, as they would be sent, and ID.json, their envelope. The queue keeps them."""
+@ids_argument
+@click.option(
+    "--to",
+    type=click.Path(path_type=Path),
+    default=Path(),
+    metavar="DIR",
+    help="Directory for the files; default: the current one.",
+)
+@all_option
+@spool_option
+@click.pass_context
+def export(context: click.Context, ids: tuple[str, ...], *, to: Path, every: bool, spool: Path | None) -> None:
+    """Copy messages to files.
+
+    ID.eml has the message as it would be sent, ID.json its envelope. The messages stay queued.
+    """
     from otel_smtp.commands.terminal.listing import json_line
 
     to.mkdir(parents=True, exist_ok=True)
@@ -158,15 +184,20 @@ def export(
             else:
                 (to / f"{name}.json").write_text(json_line(answer) + "\n", encoding="utf-8")
                 (to / f"{name}.eml").write_bytes(b"")
-                typer.echo(str(to / f"{name}.eml"))
+                click.echo(str(to / f"{name}.eml"))
 
     if chosen:
         _do(context, spool, {"command": "export", "ids": chosen}, work)
 
 
 @queue.command()
-def counts(context: typer.Context, spool: SpoolOption = None) -> None:
-    """Print how much there is of what, and how all recipients that were ever accepted ended, as JSON."""
+@spool_option
+@click.pass_context
+def counts(context: click.Context, *, spool: Path | None) -> None:
+    """Print counts as JSON.
+
+    They are the messages by state, and the outcomes of all recipients ever accepted.
+    """
 
     async def work(answers: AsyncIterator[Any]) -> None:
         async for answer in answers:
@@ -182,15 +213,13 @@ def _print_row(row: dict[str, Any], *, as_json: bool) -> None:
     from otel_smtp.commands.terminal.listing import details, json_line
 
     if as_json:
-        typer.echo(json_line(row))
+        click.echo(json_line(row))
         return
-    from rich.console import Console
-
-    Console(highlight=False).print(details(row))
+    console().print(details(row))
 
 
 def _change(
-    context: typer.Context, command: str, ids: Sequence[str] | None, *, every: bool, spool: Path | None, as_json: bool
+    context: click.Context, command: str, ids: Sequence[str], *, every: bool, spool: Path | None, as_json: bool
 ) -> None:
     request: dict[str, Any] = {"command": command}
     if every:
@@ -209,7 +238,7 @@ def _change(
             if as_json:
                 _print_row(answer, as_json=True)
             elif "error" in answer:
-                typer.echo(f"otel-smtp queue {command}: {answer['error']}", err=True)
+                click.echo(f"otel-smtp: queue {command}: {answer['error']}", err=True)
             (failed if "error" in answer else changed if answer["changed"] else []).append(answer["queue_id"])
             if step is not None:
                 step()
@@ -217,13 +246,13 @@ def _change(
     _do(context, spool, request, work)
     if not as_json:
         done = {"retry": "due now", "hold": "held", "release": "released", "expire": "given up", "delete": "removed"}
-        typer.echo(f"{len(changed)} {done.get(command, 'changed')}")
+        click.echo(f"{len(changed)} {done.get(command, 'changed')}")
     if failed:
-        raise typer.Exit(FAILED)
+        raise SystemExit(FAILED)
 
 
 def _progress(command: str, total: int) -> Callable[[], None] | None:
-    """A step of a progress bar, where there is a terminal and the work takes a while."""
+    """A function that advances a progress bar; None without a terminal, and for work that is soon done."""
     if total < 500 or not sys.stderr.isatty():
         return None
     from rich.console import Console
@@ -241,15 +270,14 @@ def _progress(command: str, total: int) -> Callable[[], None] | None:
     return step
 
 
-def _given(ids: Sequence[str] | None) -> list[str]:
-    found = [one for given in ids or () for one in ([*sys.stdin.read().split()] if given == "-" else [given])]
+def _given(ids: Sequence[str]) -> list[str]:
+    found = [one for given in ids for one in ([*sys.stdin.read().split()] if given == "-" else [given])]
     if not found:
-        typer.echo("otel-smtp queue: which messages? give ids, - to read them, or --all", err=True)
-        raise typer.Exit(WRONG)
+        fail(WRONG, "queue: no messages named; give ids, - to read them, or --all")
     return found
 
 
-def _every_id(context: typer.Context, spool: Path | None) -> list[str]:
+def _every_id(context: click.Context, spool: Path | None) -> list[str]:
     found: list[str] = []
 
     async def work(answers: AsyncIterator[Any]) -> None:
@@ -259,27 +287,21 @@ def _every_id(context: typer.Context, spool: Path | None) -> list[str]:
     return found
 
 
-def _do(
-    context: typer.Context,
-    spool: Path | None,
-    request: dict[str, Any],
-    work: Callable[[AsyncIterator[Any]], Coroutine[Any, Any, None]],
-) -> None:
-    """Have a command done, and see to its answers; the exit status is 1 where it fails."""
+def _do(context: click.Context, spool: Path | None, request: dict[str, Any], work: WorkOnAnswers) -> None:
+    """Run a command on the spool, by way of the gateway that owns it if one runs, and pass its answers to `work`.
+
+    A failure ends the process with status 1.
+    """
     from otel_smtp.spool.embedded import ask
     from otel_smtp.spool.messages import SpoolError
 
-    max_age_seconds = DEFAULT_MAX_AGE_SECONDS
-    if spool is None:
-        settings = context.obj.settings()
-        spool, max_age_seconds = settings.spool.directory, settings.spool.max_age
-    if spool is None:
-        typer.echo("otel-smtp queue: there is no spool: give --spool, or spool.directory in the settings", err=True)
-        raise typer.Exit(WRONG)
+    settings = Spool() if spool is not None else global_options(context).settings().spool
+    directory = spool or settings.directory
+    if directory is None:
+        fail(WRONG, "queue: no spool; give --spool, or spool.directory in the settings")
     try:
-        asyncio.run(work(ask(spool, request, max_age_seconds=max_age_seconds)))
+        asyncio.run(work(ask(directory, request, max_age_seconds=settings.max_age)))
     except SpoolError as error:
-        typer.echo(f"otel-smtp queue: {error}", err=True)
-        raise typer.Exit(FAILED) from None
+        fail(FAILED, f"queue: {error}")
     except BrokenPipeError:
-        raise typer.Exit(FAILED) from None
+        raise SystemExit(FAILED) from None

@@ -1,6 +1,6 @@
-"""A test mail through a gateway: what was said on both sides, and the trace that it left.
+"""`otel-smtp send`: a test mail through a gateway, with the replies and the trace id.
 
-Uses the standard library's client on purpose: what it can do, any application can.
+It uses the standard library's client on purpose: what that can do, any application can.
 """
 
 import os
@@ -12,28 +12,102 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.message import EmailMessage
 from email.utils import format_datetime, make_msgid
+from pathlib import Path
 from typing import Any, Final
 
+import click
+
+from otel_smtp.commands.options import FAILED, WRONG, console, fail, parse
 from otel_smtp.config import Secret, UpstreamUrl
 from otel_smtp.smtp.states import TlsMode
 
-# As our final 250 says it; foreign servers say nothing of the kind.
+# In the gateway's final 250; other servers say nothing of the kind.
 _TRACE: Final = re.compile(r"\btrace=([0-9a-f]{32})\b")
 _ANY_LINE_END: Final = re.compile(rb"\r\n|\r|\n")
-# What may be shown as it was sent; whatever else goes out during AUTH is a credential.
+# Commands that may be shown as they were sent; anything else that is sent during AUTH is a credential.
 _SHOWN: Final = frozenset({"ehlo", "helo", "starttls", "mail", "rcpt", "data", "rset", "noop", "quit"})
 
-Tell = Callable[[str, int, str], None]
-"""Called with what was sent ("mail FROM:<...>", never a credential), the code of its reply, and the reply's text."""
+OnExchange = Callable[[str, int, str], None]
+"""Called with what was sent ("MAIL FROM:<...>", never a credential), the code of its reply, and the reply's text."""
+
+
+@click.command()
+@click.argument("gateway", metavar="[GATEWAY]", default="127.0.0.1:2525")
+@click.option("--to", "-t", multiple=True, required=True, metavar="ADDRESS", help="Recipient; repeatable.")
+@click.option(
+    "--from",
+    "-f",
+    "sender",
+    default="otel-smtp@localhost",
+    metavar="ADDRESS",
+    show_default=True,
+    help='Sender; "" is the null reverse-path.',
+)
+@click.option("--starttls", is_flag=True, help="Require STARTTLS, with a verified certificate.")
+@click.option("--ca-file", type=click.Path(path_type=Path), metavar="FILE", help="Authorities to trust, PEM.")
+@click.option("--user", metavar="NAME", help="Log in with this name.")
+@click.option(
+    "--password-file", type=click.Path(path_type=Path), metavar="FILE", help="File with the password as its first line."
+)
+@click.option("--file", type=click.Path(path_type=Path), metavar="FILE", help="Message to send, as .eml.")
+@click.option("--size", metavar="SIZE", help='Size of the test mail, for example "5MiB".')
+@click.option("--timeout", default=30.0, metavar="SECONDS", show_default=True, help="Timeout of each reply.")
+def send(
+    gateway: str,
+    *,
+    to: tuple[str, ...],
+    sender: str,
+    starttls: bool,
+    ca_file: Path | None,
+    user: str | None,
+    password_file: Path | None,
+    file: Path | None,
+    size: str | None,
+    timeout: float,
+) -> None:
+    """Send a test mail; print replies and trace id.
+
+    GATEWAY is host:port or a URL with smtp://, smtp+starttls:// or smtps://; the default is 127.0.0.1:2525.
+    """
+    from otel_smtp.commands.terminal.tables import exchange_line
+    from otel_smtp.config.values import Size, UpstreamUrlKind
+
+    output = console()
+    url = gateway if "://" in gateway else f"smtp{'+starttls' if starttls else ''}://{gateway}"
+    target = parse(UpstreamUrlKind(schemes=("smtp", "smtp+starttls", "smtps")), url, "GATEWAY")
+    octets = parse(Size(), size, "--size") if size else 0
+    try:
+        content = file.read_bytes() if file else sample_message(sender=sender, recipients=to, octets=octets)
+        password = Secret(password_file.read_text().splitlines()[0]) if password_file else None
+    except (OSError, IndexError) as why:
+        fail(WRONG, f"cannot read the message or the password: {why}")
+    try:
+        sent = send_message(
+            target,
+            sender=sender,
+            recipients=to,
+            content=content,
+            on_exchange=lambda said, code, text: output.print(exchange_line(said, code, text), soft_wrap=True),
+            user=user,
+            password=password,
+            ca_file=str(ca_file) if ca_file else None,
+            timeout=timeout,
+        )
+    except SendingFailed as why:
+        fail(FAILED, str(why))
+    if sent.trace_id:
+        output.print(f"trace {sent.trace_id}", style="bold")
+    if sent.refused:
+        fail(FAILED, f"refused for {', '.join(sent.refused)}")
 
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """How it went.
+    """A message that was accepted for at least one recipient.
 
     Attributes:
-        refused: recipients that the message was not accepted for; the others have it.
-        trace_id: out of the final reply; None where it names none.
+        refused: recipients that were refused.
+        trace_id: from the final reply; None if it has none.
     """
 
     refused: tuple[str, ...]
@@ -41,18 +115,18 @@ class Sent:
 
 
 class SendingFailed(Exception):
-    """The message was accepted for nobody; says at which step and why."""
+    """The message was accepted for no recipient; the text names the step and the reason."""
 
 
 class _Client(smtplib.SMTP):
-    """The standard library's client, overheard."""
+    """The standard library's client, reporting each exchange."""
 
     last_reply = ""
     _sent = "connect"
 
-    def __init__(self, tell: Tell, host: str, port: int, **more: Any) -> None:
-        # Connecting is the constructor's doing, so that STARTTLS knows the name to verify.
-        self._tell = tell
+    def __init__(self, on_exchange: OnExchange, host: str, port: int, **more: Any) -> None:
+        # The constructor connects, so that STARTTLS knows the name to verify.
+        self._on_exchange = on_exchange
         super().__init__(host, port, local_hostname=os.uname().nodename, **more)
 
     def putcmd(self, cmd: str, args: str = "") -> None:
@@ -68,8 +142,8 @@ class _Client(smtplib.SMTP):
     def getreply(self) -> tuple[int, bytes]:
         code, text = super().getreply()
         self.last_reply = text.decode("ascii", "replace")
-        self._tell(self._sent, code, self.last_reply)
-        # The one thing that is sent without a command is the content.
+        self._on_exchange(self._sent, code, self.last_reply)
+        # Only the content is sent without a command.
         self._sent = "(content)"
         return code, text
 
@@ -78,16 +152,16 @@ class _TlsClient(_Client, smtplib.SMTP_SSL):
     """The same, over implicit TLS."""
 
 
-def _connected(gateway: UpstreamUrl, tell: Tell, context: ssl.SSLContext | None, timeout: float) -> _Client:
+def _connect(gateway: UpstreamUrl, on_exchange: OnExchange, context: ssl.SSLContext | None, timeout: float) -> _Client:
     host, port = gateway.endpoint.host, gateway.endpoint.port
     assert port is not None  # only lmtp has sockets without one
     if gateway.tls is TlsMode.IMPLICIT:
-        return _TlsClient(tell, host, port, timeout=timeout, context=context)
-    return _Client(tell, host, port, timeout=timeout)
+        return _TlsClient(on_exchange, host, port, timeout=timeout, context=context)
+    return _Client(on_exchange, host, port, timeout=timeout)
 
 
 def sample_message(*, sender: str, recipients: Sequence[str], octets: int = 0) -> bytes:
-    """A message of at least `octets`, and hardly more."""
+    """A message of at least `octets` and at most one line more."""
     now = datetime.now(UTC)
     message = EmailMessage()
     message["From"], message["To"] = sender or "mailer-daemon@otel-smtp.invalid", ", ".join(recipients)
@@ -101,33 +175,33 @@ def sample_message(*, sender: str, recipients: Sequence[str], octets: int = 0) -
     return head + line * max(0, -(-missing // (len(line) + 1)))
 
 
-def send(
+def send_message(
     gateway: UpstreamUrl,
     *,
     sender: str,
     recipients: Sequence[str],
     content: bytes,
-    tell: Tell,
+    on_exchange: OnExchange,
     user: str | None = None,
     password: Secret | None = None,
     ca_file: str | None = None,
     timeout: float = 30.0,
 ) -> Sent:
-    """Send one message, telling every reply as it comes.
+    """Send one message.
 
     Args:
         gateway: where to connect, and with which TLS; certificates are verified.
         content: with any line ends.
-        tell: called for each exchange.
-        timeout: seconds for each of them.
+        on_exchange: called at each reply.
+        timeout: seconds for each reply.
 
     Raises:
-        SendingFailed: it was accepted for nobody.
+        SendingFailed: the message was accepted for no recipient.
     """
     context = None if gateway.tls is TlsMode.OFF else ssl.create_default_context(cafile=ca_file)
     step = f"connecting to {gateway}"
     try:
-        with _connected(gateway, tell, context, timeout) as client:
+        with _connect(gateway, on_exchange, context, timeout) as client:
             step = "EHLO"
             client.ehlo_or_helo_if_needed()
             if gateway.tls is TlsMode.STARTTLS:
@@ -139,7 +213,7 @@ def send(
                 client.login(user, password.reveal() if password is not None else "")
             step = "the message"
             options = ["BODY=8BITMIME"] if not content.isascii() and client.has_extn("8bitmime") else []
-            # Octets are sent as they are; a bare LF would be a fault of ours (RFC 5321 2.3.8).
+            # Octets are sent as they are, so a bare LF would be our fault (RFC 5321 2.3.8).
             wire = _ANY_LINE_END.sub(b"\r\n", content)
             refused = client.sendmail(sender, recipients, wire, mail_options=options)
             trace = _TRACE.search(client.last_reply)

@@ -1,22 +1,23 @@
-"""Settings: what can be set, what holds where nothing is set, and what is refused at start.
+"""Settings: what can be set, the defaults, and what is refused at start.
 
 Theory of operation
 -------------------
-The structures of `settings` are the one truth: a field is a setting, its name is the key, its default is the default,
-and the `Key` beside it says what the value means, how it is written and where the default comes from. `loading` merges
-the sources and reads each value by its kind (`values`), `contradictions` checks what cannot hold together, `refusals`
-says what is wrong, `shown` draws the effective settings and the README's table.
+The structures of `settings` are the one home of every setting: a field is a setting, its name is the key, its default
+is the default, and the `Key` beside it says what the value means, how it is written and where the default comes from.
+`loading` merges the sources and reads each value by its kind (`values`), `consistency` finds settings that contradict
+each other, `problems` words what is wrong, `description` makes the effective settings and the README's table.
 
 Settings come from four places, each over the one before: defaults, the TOML file, the environment
 (`OTELSMTP_LIMITS__RECIPIENTS`, `OTELSMTP_LISTENER__0__TLS`), flags (`--set limits.recipients=50`). They are merged key
 by key, never one source instead of another. `Settings.origins` remembers where each value came from.
 
-Everything that is wrong is collected and told at once: source, key, value, what is allowed. The value of a secret is
-never told. What is set for OpenTelemetry's export by `OTEL_*` variables has no second name here.
+All problems are collected and reported at once: source, key, value, what is allowed. The value of a secret is never
+shown. What `OTEL_*` variables set has no second name here.
 
-The loader reads files and nothing else: no name is looked up, no socket opened; that is what `check --connect` is for.
+The loader reads files and nothing else. It resolves no name and opens no socket; `check --connect` does.
 """
 
+from otel_smtp.config.description import Row, describe, settings_table
 from otel_smtp.config.loading import PREFIX, Flag, assignment, load
 from otel_smtp.config.problems import Problem, SettingsError
 from otel_smtp.config.settings import (
@@ -32,7 +33,6 @@ from otel_smtp.config.settings import (
     Upstream,
     UpstreamTimeout,
 )
-from otel_smtp.config.shown import Row, describe, settings_table
 from otel_smtp.config.values import Network, Secret, UpstreamUrl
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""What contradicts itself: settings that are each readable and cannot hold together."""
+"""Settings that are each valid and contradict each other."""
 
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
@@ -12,13 +12,20 @@ from otel_smtp.smtp.states import TlsMode
 _T = TypeVar("_T")
 
 
-class Contradictions:
-    """Contradictions between settings, each of them readable in its own right.
+class Consistency:
+    """Finds contradictions between valid settings.
 
-    A table of which something was refused already is left out: what follows from a wrong value would only confuse.
+    A table with an invalid setting is left out: problems that follow from it would only confuse.
 
     Args:
-        verifies_tokens: clients can log in without a users file.
+        settings: as they were read; an invalid one has its default.
+        origins: by key path, where a setting was set.
+        broken: key paths of invalid settings.
+        verifies_tokens: the program verifies bearer tokens, so that clients can log in without a users file.
+
+    Attributes:
+        problems: what `run` found.
+        warnings: what is allowed and yet questionable.
     """
 
     def __init__(
@@ -55,7 +62,7 @@ class Contradictions:
     def _sound(self, path: str, tables: Sequence[_T]) -> list[tuple[str, _T]]:
         return [(f"{path}.{index}", table) for index, table in enumerate(tables) if self._is_sound(f"{path}.{index}")]
 
-    def _refuse(self, key: str, value: object, message: str) -> None:
+    def _add(self, key: str, value: object, message: str) -> None:
         self.problems.append(Problem(self._origins.get(key, "default"), key, value, message))
 
     # Listeners
@@ -66,42 +73,40 @@ class Contradictions:
         if listener.is_exposed:
             self._exposure(path, listener)
         if listener.protocol == "lmtp" and any(address.port == 25 for address in listener.address):
-            self._refuse(f"{path}.protocol", "lmtp", "LMTP is not spoken on port 25 (RFC 2033); choose another port")
+            self._add(f"{path}.protocol", "lmtp", "LMTP must not use port 25 (RFC 2033 5); choose another port")
 
     def _listener_tls(self, path: str, listener: Listener) -> None:
         if listener.tls is TlsMode.OFF:
             for name in ("tls_cert", "tls_key"):
                 if getattr(listener, name) is not None:
-                    self._refuse(f"{path}.{name}", str(getattr(listener, name)), "has no effect with tls = off; "
+                    self._add(f"{path}.{name}", str(getattr(listener, name)), "has no effect with tls = off; "
                                  f"set {path}.tls to starttls or implicit")  # fmt: skip
             if listener.tls_required:
-                self._refuse(
-                    f"{path}.tls_required", True, f"cannot be with {path}.tls = off; allowed: starttls, implicit"
-                )
+                self._add(f"{path}.tls_required", True, f"contradicts {path}.tls = off; allowed: starttls, implicit")
             return
         for name in ("tls_cert", "tls_key"):
             if getattr(listener, name) is None:
-                self._refuse(f"{path}.tls", str(listener.tls), f"needs {path}.{name}")
+                self._add(f"{path}.tls", str(listener.tls), f"needs {path}.{name}")
 
     def _listener_auth(self, path: str, listener: Listener) -> None:
         if listener.auth == "off":
             return
         if listener.auth_users_file is None and not self._verifies_tokens:
-            self._refuse(f"{path}.auth", listener.auth, f"needs {path}.auth_users_file")
+            self._add(f"{path}.auth", listener.auth, f"needs {path}.auth_users_file")
         if listener.tls is TlsMode.OFF and not listener.auth_in_clear:
-            self._refuse(
+            self._add(
                 f"{path}.auth", listener.auth,
-                f"is offered over TLS only: set {path}.tls to starttls or implicit, or {path}.auth_in_clear = true",
+                f"needs TLS: set {path}.tls to starttls or implicit, or {path}.auth_in_clear = true",
             )  # fmt: skip
 
     def _exposure(self, path: str, listener: Listener) -> None:
-        """P6: never an open relay by mistake; and no password across a network for everybody to read."""
+        """No open relay by mistake, and no password in clear across a network."""
         exposed = [ListenAddress().show(address) for address in listener.address if not is_local(address)]
         has_auth_over_tls = listener.auth != "off" and listener.tls is not TlsMode.OFF and not listener.auth_in_clear
         if f"{path}.allow" not in self._origins and not has_auth_over_tls:
-            self._refuse(
+            self._add(
                 f"{path}.address", exposed,
-                f"others than this machine can reach it, so say who may relay: set {path}.allow to their networks, "
+                f"other machines can reach it, so say who may relay: set {path}.allow to their networks, "
                 f"or {path}.auth = required with {path}.tls = starttls or implicit",
             )  # fmt: skip
             return
@@ -109,16 +114,16 @@ class Contradictions:
             if network.prefixlen == 0 and listener.auth != "required":
                 self.warnings.append(
                     f"{self._origins[f'{path}.allow']}: {path}.allow has {network}: "
-                    f"whoever reaches {', '.join(exposed)} may relay"
+                    f"any client that reaches {', '.join(exposed)} may relay"
                 )
         if listener.auth != "off" and listener.auth_in_clear:
-            self.warnings.append(f"{path}.auth_in_clear: passwords cross the network in clear at {', '.join(exposed)}")
+            self.warnings.append(f"{path}.auth_in_clear: clients send passwords in clear to {', '.join(exposed)}")
 
     def _names_differ(self, tables: Sequence[tuple[str, Listener]] | Sequence[tuple[str, Upstream]]) -> None:
         first: dict[str, str] = {}
         for path, table in tables:
             if table.name in first:
-                self._refuse(f"{path}.name", table.name, f"is also the name of {first[table.name]}; give each its own")
+                self._add(f"{path}.name", table.name, f"is also the name of {first[table.name]}; names must differ")
             first.setdefault(table.name, path)
 
     def _addresses_differ(self, listeners: Sequence[tuple[str, Listener]]) -> None:
@@ -126,11 +131,11 @@ class Contradictions:
         for path, listener in listeners:
             for address in listener.address:
                 if address in first and address.port != 0:
-                    self._refuse(f"{path}.address", str(address), f"is listened on twice, also by {first[address]}")
+                    self._add(f"{path}.address", str(address), f"is also an address of {first[address]}")
                 first.setdefault(address, path)
         status = self._settings.status.address
         if status in first and status.port != 0 and self._is_sound("status"):
-            self._refuse("status.address", str(status), f"is also the address of {first[status]}")
+            self._add("status.address", str(status), f"is also an address of {first[status]}")
 
     # Upstreams
 
@@ -138,56 +143,56 @@ class Contradictions:
         url = upstream.url
         if upstream.username:
             if upstream.password is None and not upstream.token_url:
-                self._refuse(f"{path}.username", upstream.username, f"needs {path}.password_file or {path}.password")
+                self._add(f"{path}.username", upstream.username, f"needs {path}.password_file or {path}.password")
             if url.tls is TlsMode.OFF and not url.is_local:
-                self._refuse(
+                self._add(
                     f"{path}.username", upstream.username,
                     f"would be sent in clear to {url}; use smtp+starttls:// or smtps://",
                 )  # fmt: skip
             if upstream.auth == "off":
-                self._refuse(f"{path}.auth", "off", f"contradicts {path}.username")
+                self._add(f"{path}.auth", "off", f"contradicts {path}.username")
         else:
             if upstream.password is not None:
-                self._refuse(f"{path}.password", "***", f"needs {path}.username")
+                self._add(f"{path}.password", "***", f"needs {path}.username")
             if upstream.auth not in ("auto", "off"):
-                self._refuse(f"{path}.auth", upstream.auth, f"needs {path}.username")
+                self._add(f"{path}.auth", upstream.auth, f"needs {path}.username")
         self._upstream_tokens(path, upstream)
         if (upstream.tls_cert is None) is not (upstream.tls_key is None):
-            self._refuse(f"{path}.tls_cert", str(upstream.tls_cert), f"stands together with {path}.tls_key")
+            self._add(f"{path}.tls_cert", str(upstream.tls_cert), f"needs {path}.tls_key, and {path}.tls_key needs it")
         if url.tls is TlsMode.OFF:
-            # Who names an authority believes that TLS is on.
+            # An operator who names an authority believes that TLS is on.
             for name in ("ca_file", "server_name", "tls_cert"):
                 if f"{path}.{name}" in self._origins:
                     told = str(getattr(upstream, name))
-                    self._refuse(f"{path}.{name}", told, f"has no effect with {url}; use smtp+starttls:// or smtps://")
+                    self._add(f"{path}.{name}", told, f"has no effect with {url}; use smtp+starttls:// or smtps://")
 
     def _upstream_tokens(self, path: str, upstream: Upstream) -> None:
         if upstream.token_url:
             if not upstream.username or not upstream.client_id:
-                self._refuse(f"{path}.token_url", upstream.token_url, f"needs {path}.username and {path}.client_id")
+                self._add(f"{path}.token_url", upstream.token_url, f"needs {path}.username and {path}.client_id")
             if upstream.password is not None:
-                self._refuse(f"{path}.password", "***", f"contradicts {path}.token_url")
+                self._add(f"{path}.password", "***", f"contradicts {path}.token_url")
             if upstream.auth not in ("auto", "xoauth2"):
-                self._refuse(f"{path}.auth", upstream.auth, f"contradicts {path}.token_url: xoauth2 or auto")
+                self._add(f"{path}.auth", upstream.auth, f"contradicts {path}.token_url: xoauth2 or auto")
             if upstream.client_secret is None and upstream.refresh_token is None:
-                self._refuse(
+                self._add(
                     f"{path}.token_url", upstream.token_url, f"needs {path}.client_secret or {path}.refresh_token"
                 )
             return
         for name in ("client_id", "client_secret", "refresh_token", "scope"):
             if getattr(upstream, name):
-                self._refuse(f"{path}.{name}", "***" if "_" in name else upstream.scope, f"needs {path}.token_url")
+                self._add(f"{path}.{name}", "***" if "_" in name else upstream.scope, f"needs {path}.token_url")
 
     def _loop(self, path: str, upstream: Upstream, listeners: Sequence[tuple[str, Listener]]) -> None:
-        """Mail to our own listener would go round until the hop limit."""
+        """Refuse an upstream that is our own listener: mail would loop until the hop limit."""
         target = upstream.url.endpoint
         for listener_path, listener in listeners:
             for address in listener.address:
                 if self._is_same(target, address):
-                    self._refuse(
+                    self._add(
                         f"{path}.url",
                         str(upstream.url),
-                        f"is our own {listener_path} ({address}): mail would go in circles",
+                        f"is our own {listener_path} ({address}): mail would loop",
                     )
                     return
 
@@ -200,7 +205,7 @@ class Contradictions:
             return False
         listening = literal_address(address.host)
         if listening is not None and listening.is_unspecified:
-            # Listening everywhere: every name that is surely this machine is ours.
+            # It listens on all addresses, so every name of this machine is ours.
             return is_loopback_host(target.host) or target.host.lower() == self._settings.hostname.lower()
         is_by_name = "localhost" in (target.host.lower(), address.host.lower())
         return is_by_name and is_loopback_host(target.host) and is_loopback_host(address.host)
@@ -210,36 +215,40 @@ class Contradictions:
     def _spool(self, settings: Settings) -> None:
         spool, mode = settings.spool, settings.delivery.mode
         if mode != "direct" and spool.directory is None:
-            self._refuse("delivery.mode", mode, "needs spool.directory, where mail is durable")
+            self._add("delivery.mode", mode, "needs spool.directory")
         if spool.url is not None:
-            self._refuse("spool.url", "***", "this version keeps its spool in a directory; give spool.directory")
+            self._add("spool.url", "***", "this version keeps its spool in a directory; set spool.directory")
         if mode != "direct" and settings.workers > 1:
-            self._refuse("workers", settings.workers, f"with delivery.mode = {mode}, one process owns the spool: 1")
+            self._add(
+                "workers",
+                settings.workers,
+                f"delivery.mode = {mode} needs workers = 1, since one process owns the spool",
+            )
         if spool.warn_after is not None and spool.warn_after >= spool.max_age:
             told = Duration().show(spool.warn_after)
-            self._refuse("spool.warn_after", told, 'must be before spool.max_age, or "off"')
+            self._add("spool.warn_after", told, 'must be before spool.max_age, or "off"')
 
     def _telemetry(self, telemetry: Telemetry) -> None:
         if telemetry.addresses == "hash" and telemetry.addresses_hash_key is None:
-            # Without a key anybody who knows an address can find it again in the traces.
-            self._refuse("telemetry.addresses", "hash", "needs telemetry.addresses_hash_key_file")
+            # Without a key, anybody who knows an address can find it in the traces.
+            self._add("telemetry.addresses", "hash", "needs telemetry.addresses_hash_key_file")
 
     def connections(self, file_limit: int | None) -> int:
-        """The connections that the process's file limit leaves room for.
+        """The number of connections that fits into the process's file limit.
 
-        A connection may need a socket to its client, one upstream and a file of the spool; the last quarter is for
-        everything else. What was asked for is refused where it does not fit; the default gives way.
+        A connection may need a socket to its client, one to an upstream, and a file of the spool; the last quarter is
+        for everything else. A number that the operator set is refused if it does not fit; the default is lowered.
         """
         wanted = self._settings.limits.connections
         if file_limit is None or wanted <= file_limit // 4 or not self._is_sound("limits.connections"):
             return wanted
         room = max(1, file_limit // 4)
         if "limits.connections" in self._origins:
-            self._refuse(
+            self._add(
                 "limits.connections", wanted,
                 f"this process may open {file_limit} files; allowed: at most a quarter, {room} "
                 "(raise the limit with ulimit -n or LimitNOFILE=)",
             )  # fmt: skip
             return wanted
-        self.warnings.append(f"limits.connections is lowered to {room}: this process may open {file_limit} files only")
+        self.warnings.append(f"limits.connections lowered to {room}: this process may open only {file_limit} files")
         return room

@@ -1,4 +1,4 @@
-"""Settings out of their sources: merged key by key, read by their kinds, everything wrong collected."""
+"""Settings from their sources: merged key by key, read by their kinds, all problems collected."""
 
 import os
 import re
@@ -8,7 +8,7 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from otel_smtp.config.consistency import Contradictions
+from otel_smtp.config.consistency import Consistency
 from otel_smtp.config.problems import Problem, SettingsError, unknown_key
 from otel_smtp.config.settings import SCHEMA, Key, Settings, Table, Tables, Upstream
 from otel_smtp.config.values import MINUTE, BadValue, FilePath, Given, UpstreamUrl, UpstreamUrlKind
@@ -18,12 +18,18 @@ from otel_smtp.smtp.states import TlsMode
 PREFIX: Final = "OTELSMTP_"
 
 
-# A layer is a tree like the settings' own: tables as dicts by key, lists of tables as dicts by index, values as Given.
+# A tree like that of the settings: tables as dicts by key, lists of tables as dicts by index, values as Given.
 _Node = dict[str | int, Any]
 
 
 class Flag(NamedTuple):
-    """A setting given as text: how people see where, its key path, its value, its layer (flags: 2)."""
+    """A setting as text.
+
+    Attributes:
+        source: where it was set, for messages.
+        key: its path.
+        layer: a higher one wins; 2 for flags.
+    """
 
     source: str
     key: str
@@ -53,10 +59,10 @@ class _Loader:
 
     @property
     def broken(self) -> tuple[str, ...]:
-        """Key paths of what was refused so far."""
+        """Key paths of the invalid settings so far."""
         return tuple(problem.key for problem in self.problems)
 
-    def refuse(self, source: str, key: str, value: object, message: str) -> None:
+    def add(self, source: str, key: str, value: object, message: str) -> None:
         self.problems.append(Problem(source, key, value, message))
 
     # Sources
@@ -69,11 +75,11 @@ class _Loader:
         try:
             document = tomllib.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
-            self.refuse(source, "", None, f"cannot be read: {error.strerror}")
+            self.add(source, "", None, f"cannot be read: {error.strerror}")
         except UnicodeDecodeError:
-            self.refuse(source, "", None, "is not UTF-8, which TOML must be")
+            self.add(source, "", None, "is not UTF-8, which TOML must be")
         except tomllib.TOMLDecodeError as error:
-            self.refuse(source, "", None, f"is not TOML: {error}")
+            self.add(source, "", None, f"is not TOML: {error}")
         else:
             self.values(document, source, path.absolute().parent)
 
@@ -95,12 +101,12 @@ class _Loader:
             path = f"{prefix}{name}"
             match entries.get(name):
                 case None:
-                    self.refuse(source, path, None, unknown_key(name, list(entries)))
+                    self.add(source, path, None, unknown_key(name, list(entries)))
                 case Key():
                     _place(node, name, Given(value, source, directory=directory))
                 case Tables(item):
                     if not isinstance(value, list) or not all(isinstance(one, dict) for one in value) or not value:
-                        self.refuse(source, path, value, f"allowed: tables, each headed [[{path}]]")
+                        self.add(source, path, value, f"allowed: tables, each headed [[{path}]]")
                         continue
                     tables = node.setdefault(name, {})
                     for index, one in enumerate(value):
@@ -108,12 +114,12 @@ class _Loader:
                         self._merge(item, one, child, f"{path}.{index}.", source, directory)
                 case struct:
                     if not isinstance(value, dict):
-                        self.refuse(source, path, value, f"allowed: a table, headed [{path}]")
+                        self.add(source, path, value, f"allowed: a table, headed [{path}]")
                         continue
                     self._merge(struct, value, node.setdefault(name, {}), f"{path}.", source, directory)
 
     def environment(self, environ: Mapping[str, str]) -> None:
-        """Take the variables that begin with OTELSMTP_; an empty one counts as not set, as OpenTelemetry's do."""
+        """Take the variables that begin with OTELSMTP_; an empty one counts as unset, as with OpenTelemetry's."""
         ours = {name: value for name, value in sorted(environ.items()) if name.startswith(PREFIX) and value}
         ours.pop(f"{PREFIX}CONFIG", None)
         if listen := ours.pop(f"{PREFIX}LISTEN", None):
@@ -137,32 +143,30 @@ class _Loader:
             entry = entries.get(name)
             walked += name
             if entry is None:
-                hint = "; levels are parted by __" if "_" in name and flag.source.startswith("environment") else ""
-                self.refuse(flag.source, walked, None, unknown_key(name, list(entries)) + hint)
+                hint = "; levels are separated by __" if "_" in name and flag.source.startswith("environment") else ""
+                self.add(flag.source, walked, None, unknown_key(name, list(entries)) + hint)
                 return
             if isinstance(entry, Key):
                 if parts:
-                    self.refuse(flag.source, flag.key, None, f"{walked} is a value and has no keys below it")
+                    self.add(flag.source, flag.key, None, f"{walked} is a value and has no keys below it")
                 else:
                     _place(node, name, Given(flag.value, flag.source, is_text=True, layer=flag.layer))
                 return
             if isinstance(entry, Tables):
                 if not parts or not re.fullmatch("[0-9]{1,3}", parts[0]):
-                    self.refuse(
-                        flag.source, walked, None, f"there can be several: say which by number, as {walked}.0.KEY"
-                    )
+                    self.add(flag.source, walked, None, f"there can be several: give a number, as {walked}.0.KEY")
                     return
                 node, table = node.setdefault(name, {}).setdefault(int(parts[0]), {}), entry.item
                 walked += f".{parts.pop(0)}"
             else:
                 node, table = node.setdefault(name, {}), entry
             if not parts:
-                self.refuse(flag.source, walked, None, f"is a table; say which key of it: {', '.join(SCHEMA[table])}")
+                self.add(flag.source, walked, None, f"is a table; give one of its keys: {', '.join(SCHEMA[table])}")
                 return
             walked += "."
 
     def listen(self, addresses: Sequence[str], source: str) -> None:
-        """Take the short form for the one listener's addresses."""
+        """Take the short form for the addresses of the only listener."""
         if self._is_single("listener", source, "address"):
             node = self.tree.setdefault("listener", {}).setdefault(0, {})
             node["address"] = Given([address.strip() for address in addresses], source, is_text=True)
@@ -177,18 +181,18 @@ class _Loader:
     def _is_single(self, name: str, source: str, key: str) -> bool:
         count = len(self.tree.get(name, {}))
         if count > 1:
-            self.refuse(source, "", None, f"{count} tables [[{name}]] are set: say which is meant, as {name}.0.{key}")
+            self.add(source, "", None, f"{count} tables [[{name}]] are set: name one, as {name}.0.{key}")
         return count <= 1
 
     # Building
 
     def build(self, *, needs_upstream: bool) -> Settings:
-        """Read every value by its kind; what is wrong is collected and its default taken instead."""
+        """Read every value by its kind. An invalid one is collected as a problem and replaced by its default."""
         is_known_wrong = any(not problem.key or problem.key.startswith("upstream") for problem in self.problems)
         if needs_upstream and not self.tree.get("upstream") and not is_known_wrong:
-            self.refuse(
+            self.add(
                 "settings", "upstream", None,
-                "none is set; give [[upstream]] url, OTELSMTP_UPSTREAM or --upstream, as smtp://127.0.0.1:1025",
+                "none is set; set [[upstream]] url, OTELSMTP_UPSTREAM or --upstream, for example smtp://127.0.0.1:1025",
             )  # fmt: skip
         fields = self._fields(Settings, self.tree, "")
         return Settings(**fields)
@@ -219,16 +223,14 @@ class _Loader:
         fields = self._fields(table, node, prefix)
         if table is Upstream and "url" not in fields:
             if len(self.problems) == before:
-                self.refuse(
-                    _any_source(node), f"{prefix}url", None, f"is missing; allowed: {UpstreamUrlKind().allowed}"
-                )
+                self.add(_any_source(node), f"{prefix}url", None, f"is missing; allowed: {UpstreamUrlKind().allowed}")
             fields["url"] = _NOWHERE
         return table(**fields)
 
     def _in_order(self, tables: _Node, path: str) -> Iterator[tuple[int, _Node]]:
         for position, index in enumerate(sorted(tables)):
             if index != position:
-                self.refuse(
+                self.add(
                     _any_source(tables[index]), f"{path}.{index}", None, f"there is no {path}.{position} before it"
                 )
                 return
@@ -238,13 +240,13 @@ class _Loader:
         try:
             value = key.kind.parse(given)
         except BadValue as why:
-            # Neither a secret, nor a URL into which somebody wrote one.
+            # No secrets, and no URL that contains one.
             is_secret = key.secret or (isinstance(key.kind, UpstreamUrlKind) and "@" in str(given.value))
             more = f"{why}; " if str(why) else ""
-            self.refuse(given.source, path, "***" if is_secret else given.value, f"{more}allowed: {key.kind.allowed}")
+            self.add(given.source, path, "***" if is_secret else given.value, f"{more}allowed: {key.kind.allowed}")
             return
         if key.must_be_readable and (unreadable := _unreadable(value)):
-            self.refuse(given.source, path, given.value, unreadable)
+            self.add(given.source, path, given.value, unreadable)
             return
         fields[name] = value
         self.origins[path] = given.source
@@ -255,34 +257,34 @@ class _Loader:
         if given is None:
             return
         if name in node:
-            self.refuse(given.source, f"{prefix}{name}_file", given.value, f"{name} is given too; give one of them")
+            self.add(given.source, f"{prefix}{name}_file", given.value, f"{name} is set too; set only one of them")
             return
         try:
             path: Path = FilePath().parse(given)
             if not path.is_file():
-                return  # told of when `<key>_file` itself was read; a device or pipe would be read for ever
-            # One line end at the end belongs to the file, as editors and `echo` write it; more belongs to the secret.
+                return  # reported with `<key>_file` itself; reading a device or pipe might never end
+            # Editors and `echo` end a file with one line end; any further one belongs to the secret.
             text = path.read_text(encoding="utf-8").removesuffix("\n").removesuffix("\r")
             fields[name] = key.kind.parse(Given(text, given.source))
             self.origins[f"{prefix}{name}"] = given.source
         except OSError:
-            pass  # told of when `<key>_file` itself was read
+            pass  # reported with `<key>_file` itself
         except BadValue:
-            message = f"the file's content is refused; allowed: {key.kind.allowed}"
-            self.refuse(given.source, f"{prefix}{name}_file", given.value, message)
+            message = f"the file's content is invalid; allowed: {key.kind.allowed}"
+            self.add(given.source, f"{prefix}{name}_file", given.value, message)
         except UnicodeDecodeError:
-            self.refuse(given.source, f"{prefix}{name}_file", given.value, "the file's content is not UTF-8 text")
+            self.add(given.source, f"{prefix}{name}_file", given.value, "the file's content is not UTF-8 text")
 
 
-# Keeps the place of an upstream whose URL was refused, so that the others keep their numbers. Never leaves `load`.
+# Stands for an upstream whose URL is invalid, so that the others keep their numbers. Never leaves `load`.
 _NOWHERE: Final = UpstreamUrl("smtp", TlsMode.OFF, "smtp", Endpoint("", 0))
 
-# A service called "otelsmtp" makes Kubernetes put these into every pod of its namespace.
+# Kubernetes sets these in every pod of a namespace that has a service called "otelsmtp".
 _FROM_KUBERNETES: Final = re.compile(r"OTELSMTP_(?:SERVICE_HOST|SERVICE_PORT(?:_.*)?|PORT(?:_[0-9]+_.*)?)")
 
 
 def _place(node: _Node, name: str, given: Given) -> None:
-    """Set a value; a secret and its file are two spellings of one key, so the later source's spelling stays."""
+    """Set a value. A secret and its file are two spellings of one key, of which the later source's wins."""
     other = node.get(twin := name.removesuffix("_file") if name.endswith("_file") else f"{name}_file")
     if other is not None and other.layer < given.layer:
         del node[twin]
@@ -290,7 +292,7 @@ def _place(node: _Node, name: str, given: Given) -> None:
 
 
 def _any_source(node: _Node) -> str:
-    """Where something of a table was given."""
+    """The source of any value of a table."""
     for value in node.values():
         return value.source if isinstance(value, Given) else _any_source(value)
     return "settings"
@@ -298,8 +300,8 @@ def _any_source(node: _Node) -> str:
 
 def _unreadable(path: Path) -> str | None:
     if not path.is_file():
-        return f"there is no such file: {path}"
-    return None if os.access(path, os.R_OK) else f"the file cannot be read by this user: {path}"
+        return f"no such file: {path}"
+    return None if os.access(path, os.R_OK) else f"this user cannot read the file: {path}"
 
 
 def _file_limit() -> int | None:
@@ -325,19 +327,19 @@ def load(
     """Read, merge and check the settings.
 
     Args:
-        file: TOML file; where none is given, OTELSMTP_CONFIG of `environ` names it.
-        environ: environment variables; those that begin with OTELSMTP_ are taken.
-        flags: values given by flags, see `assignment`; later ones win.
+        file: TOML file; None: the one that OTELSMTP_CONFIG of `environ` names, if any.
+        environ: environment variables; those that begin with OTELSMTP_ are settings.
+        flags: values of flags, see `assignment`; later ones win.
         listen: addresses of `--listen`, for the one listener.
         upstream: URLs of `--upstream`, in order of preference.
         values: a tree of plain values in place of a file, for programs that embed the gateway.
-        needs_upstream: refuse settings that name no upstream.
-        verifies_tokens: the program gives its `Gateway` a token verifier, so that a listener with AUTH needs no
+        needs_upstream: refuse settings without an upstream.
+        verifies_tokens: the program passes a token verifier to its `Gateway`, so that a listener with AUTH needs no
             users file.
-        file_limit: how many files the process may open; by default asked of the system.
+        file_limit: how many files the process may open; None: as the system says.
 
     Raises:
-        SettingsError: with everything that is wrong.
+        SettingsError: with all problems.
     """
     environ = {} if environ is None else environ
     loader = _Loader()
@@ -356,7 +358,7 @@ def load(
         loader.one(flag)
     settings = loader.build(needs_upstream=needs_upstream)
 
-    checks = Contradictions(settings, loader.origins, loader.broken, verifies_tokens=verifies_tokens)
+    checks = Consistency(settings, loader.origins, loader.broken, verifies_tokens=verifies_tokens)
     checks.run()
     connections = checks.connections(_file_limit() if file_limit is None else file_limit)
     if problems := loader.problems + checks.problems:
@@ -371,7 +373,7 @@ def load(
 
 
 def _patient(upstream: Upstream, index: int, settings: Settings, origins: Mapping[str, str]) -> Upstream:
-    """In mode queue no client waits for the final reply, so the whole time of RFC 5321 4.5.3.2.6 is given."""
+    """In mode queue no client waits for the final reply, so the default is the full time of RFC 5321 4.5.3.2.6."""
     if settings.delivery.mode != "queue" or f"upstream.{index}.timeout.reply" in origins:
         return upstream
     timeout = msgspec.structs.replace(upstream.timeout, reply=10 * MINUTE)

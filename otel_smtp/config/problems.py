@@ -1,16 +1,16 @@
-"""What is said when settings are refused: source, key, value, what is allowed."""
+"""Messages about invalid settings: source, key, value, what is allowed."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 
 class Problem(NamedTuple):
-    """One thing that is wrong.
+    """One invalid setting.
 
     Attributes:
-        source: where it was given: a file, an environment variable, a flag.
-        key: path of the setting, "" where the source as a whole is wrong.
-        value: as people wrote it; None where it is missing, unknown, or a secret.
+        source: where it was set: a file, an environment variable, a flag.
+        key: path of the setting; "" if the source as a whole is wrong.
+        value: as it was written; None if it is missing, unknown or a secret.
         message: what is wrong, and what is allowed.
     """
 
@@ -27,7 +27,7 @@ class Problem(NamedTuple):
 
 
 class SettingsError(Exception):
-    """The settings are refused; `problems` says all that was found."""
+    """The settings are invalid; `problems` has everything that was found."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         super().__init__("\n".join(str(problem) for problem in problems))
@@ -35,7 +35,7 @@ class SettingsError(Exception):
 
 
 def quoted(value: object) -> str:
-    """A value as one would write it in TOML, bounded."""
+    """A value as written in TOML, bounded in length."""
     match value:
         case bool():
             text = "true" if value else "false"
@@ -52,8 +52,8 @@ def quoted(value: object) -> str:
 
 
 def unknown_key(word: str, known: Sequence[str]) -> str:
-    """A hint for a key that is not known."""
-    import difflib  # only a refusal needs it
+    """A hint for an unknown key."""
+    import difflib  # only an error needs it
 
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f"unknown key; did you mean {near[0]}?" if near else f"unknown key; known are {', '.join(known)}"

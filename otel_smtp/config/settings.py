@@ -1,8 +1,8 @@
 """Every setting: its key, what it means, how it is written, its default and where that comes from.
 
-A field is a setting, its name is the key, its default is the default. Loading, refusals, `otel-smtp check` and the
-README's table all read them here. A structure holds what was checked; who uses a setting gets the few values that it
-needs, never these structures.
+A field is a setting, its name is the key, its default is the default. Loading, error messages, `otel-smtp check` and
+the README's table all read them here. A structure holds checked values. Rooms never get these structures, only the
+few values that each needs; `gateway.wiring` passes them.
 """
 
 import os
@@ -60,15 +60,15 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 
 
 class Key(msgspec.Struct, frozen=True):
-    """What is known of one setting.
+    """What there is to know about one setting.
 
     Attributes:
         meaning: for the README's table.
         kind: how its value is written.
-        source: where the default comes from, where that is not plain.
-        default: what the table shows where the default is derived from other settings.
-        secret: never shown; may also be given as a file, by the key with `_file` behind it.
-        must_be_readable: names a file that is read at start.
+        source: where the default comes from, if that is not obvious.
+        default: what the table shows if the default is derived from other settings.
+        secret: never shown; may also be given as a file, by the key with `_file` appended.
+        must_be_readable: the file is read at start.
     """
 
     meaning: str
@@ -95,22 +95,22 @@ class Listener(Table, frozen=True, kw_only=True):
         tuple[Endpoint, ...],
         Key("where to listen: `host:port`, `[v6]:port` or `unix:/path`", Many(ListenAddress(), may_be_empty=False)),
     ] = (Endpoint("127.0.0.1", 2525), Endpoint("::1", 2525))
-    protocol: Annotated[ListenerProtocol, Key("what is spoken", Choice(get_args(ListenerProtocol)))] = "smtp"
-    tls: Annotated[TlsMode, Key("how TLS comes to a connection", Choice(tuple(TlsMode), TlsMode))] = TlsMode.OFF
+    protocol: Annotated[ListenerProtocol, Key("the protocol", Choice(get_args(ListenerProtocol)))] = "smtp"
+    tls: Annotated[TlsMode, Key("TLS of its connections", Choice(tuple(TlsMode), TlsMode))] = TlsMode.OFF
     tls_cert: Annotated[Path | None, Key("certificate chain, PEM", FilePath(), must_be_readable=True)] = None
     tls_key: Annotated[Path | None, Key("its private key, PEM", FilePath(), must_be_readable=True)] = None
     tls_required: Annotated[bool, Key("answer 530 to mail before STARTTLS", Boolean(), "RFC 3207 4")] = False
     auth: Annotated[AuthPolicy, Key("whether clients log in", Choice(get_args(AuthPolicy)))] = "off"
     auth_users_file: Annotated[
         Path | None,
-        Key("a line a user, `NAME:HASH`, made by `otel-smtp passwd`", FilePath(), must_be_readable=True),
+        Key("one line per user, `NAME:HASH`, made by `otel-smtp passwd`", FilePath(), must_be_readable=True),
     ] = None
     auth_in_clear: Annotated[bool, Key("offer AUTH on connections without TLS", Boolean(), "RFC 4954 4")] = False
     allow: Annotated[tuple[Network, ...], Key("networks that may relay without AUTH", Many(NetworkKind()))] = (
         LOOPBACK_NETWORKS
     )
     proxy_protocol_from: Annotated[
-        tuple[Network, ...], Key("networks whose PROXY header is required and believed", Many(NetworkKind()))
+        tuple[Network, ...], Key("networks whose PROXY header is required and trusted", Many(NetworkKind()))
     ] = ()
     trace_context: Annotated[
         TraceContextIn,
@@ -122,12 +122,12 @@ class Listener(Table, frozen=True, kw_only=True):
 
     @property
     def is_exposed(self) -> bool:
-        """Whether others than this machine can reach it."""
+        """Whether other machines can reach it."""
         return not all(is_local(address) for address in self.address)
 
 
 class Limits(Table, frozen=True, kw_only=True):
-    """Bounds of everything that a client can make grow."""
+    """Bounds on everything that a client can make grow."""
 
     message_size: Annotated[
         int,
@@ -140,11 +140,11 @@ class Limits(Table, frozen=True, kw_only=True):
         int, Key("connections at once, at most a quarter of the process's file limit", _COUNT, "1024 files / 4")
     ] = 256
     connections_per_client: Annotated[
-        int, Key("of these, of one client address that is not loopback", _COUNT, "a quarter of the connections")
+        int, Key("of these, from one client address other than loopback", _COUNT, "a quarter of the connections")
     ] = 64
     stress: Annotated[
         int,
-        Key("percent of the connections; while more are taken, `timeouts.command_under_stress` holds", Integer(1, 100)),
+        Key("percent of the connections; above it, `timeouts.command_under_stress` applies", Integer(1, 100)),
     ] = 80
     messages_per_connection: Annotated[
         int, Key("messages on one connection, then 421", _COUNT, "bounds the life of a connection and its trace")
@@ -171,39 +171,39 @@ class Limits(Table, frozen=True, kw_only=True):
         int, Key("failed logins on one connection, then 421", _COUNT, "RFC 4954: not before three")
     ] = 3
     auth_failures_per_minute: Annotated[
-        int, Key("of one client address that is not loopback, then 421 to its connections", _COUNT)
+        int, Key("failed logins from one client address other than loopback, then 421 to its connections", _COUNT)
     ] = 10
     octets_per_second: Annotated[
-        int, Key("slower than this no client may send its content", _COUNT, "Postfix: smtpd_min_data_rate")
+        int, Key("minimum rate at which a client sends content", _COUNT, "Postfix: smtpd_min_data_rate")
     ] = 500
 
 
 class Timeouts(Table, frozen=True, kw_only=True):
-    """How long a client is waited for."""
+    """How long the gateway waits for a client."""
 
     command: Annotated[float, Key("idle between commands", Duration(), "RFC 5321 4.5.3.2.7: at least 5 minutes")] = (
         5 * MINUTE
     )
     command_under_stress: Annotated[
-        float, Key("the same, while most of the connections are taken (`limits.stress`)", Duration(), "Postfix: 10 s")
+        float, Key("the same, while most connections are in use (`limits.stress`)", Duration(), "Postfix: 10 s")
     ] = 10.0
     data: Annotated[float, Key("the whole content of a message, however slow the client", Duration())] = 20 * MINUTE
-    session: Annotated[float | None, Key("the life of a whole connection", Duration(may_be_off=True))] = None
+    session: Annotated[float | None, Key("a whole connection", Duration(may_be_off=True))] = None
     tls_handshake: Annotated[float, Key("a TLS handshake", Duration())] = 30.0
     shutdown_grace: Annotated[
         float,
-        Key("open transactions at shutdown", Duration(0.0), "below the 30 s that Kubernetes waits before it kills"),
+        Key("open transactions at shutdown", Duration(0.0), "below the 30 s after which Kubernetes kills a pod"),
     ] = 25.0
 
 
 class Delivery(Table, frozen=True, kw_only=True):
-    """When and how mail goes on."""
+    """When and how mail is relayed."""
 
     mode: Annotated[
         DeliveryMode,
         Key(
-            "`direct`: the upstream's answer is the client's; `queue`: durable on disk, then 250; "
-            "`direct-then-queue`: direct, and what fails for now is made durable",
+            "`direct`: the client gets the upstream's answer; `queue`: durable on disk, then 250; "
+            "`direct-then-queue`: direct, and mail that fails temporarily is queued",
             Choice(get_args(DeliveryMode)),
         ),
     ] = "direct"
@@ -221,7 +221,7 @@ class Delivery(Table, frozen=True, kw_only=True):
 
 
 class UpstreamTimeout(Table, frozen=True, kw_only=True):
-    """How long an upstream is waited for."""
+    """How long the gateway waits for an upstream."""
 
     connect: Annotated[float, Key("TCP connection", Duration())] = 30.0
     greeting: Annotated[
@@ -237,14 +237,14 @@ class UpstreamTimeout(Table, frozen=True, kw_only=True):
         Key(
             "final reply after the content",
             Duration(),
-            "RFC 5321 4.5.3.2.6 says 600 s; our client waits as long, so we must answer before",
+            "RFC 5321 4.5.3.2.6 says 600 s; our client waits as long, so we must answer earlier",
             default="570s; 10m in mode queue",
         ),
     ] = 570.0
 
 
 class Upstream(Table, frozen=True, kw_only=True):
-    """Where mail goes on to; several in order of preference."""
+    """Where mail is relayed to; several in order of preference."""
 
     name: Annotated[str, Key("its name in spans, metrics and logs", _NAME, default="its host and port")] = ""
     url: Annotated[
@@ -256,7 +256,7 @@ class Upstream(Table, frozen=True, kw_only=True):
             default="(required)",
         ),
     ]
-    username: Annotated[str, Key("log in as; not over clear text to another machine", Text())] = ""
+    username: Annotated[str, Key("user name to log in with; never sent in clear to another machine", Text())] = ""
     password: Annotated[Secret | None, Key("password, or the access token of xoauth2", SecretText(), secret=True)] = (
         None
     )
@@ -265,7 +265,7 @@ class Upstream(Table, frozen=True, kw_only=True):
     token_url: Annotated[
         str,
         Key(
-            "OAuth 2 token endpoint, for xoauth2; then tokens are fetched and renewed off the mail path",
+            "OAuth 2 token endpoint, for xoauth2; tokens are fetched and renewed off the mail path",
             Text(
                 "an https URL, or http on this machine",
                 r"(?:https://|http://(?:127\.0\.0\.1|localhost|\[::1\])[:/])\S+",
@@ -281,13 +281,13 @@ class Upstream(Table, frozen=True, kw_only=True):
         Key("OAuth 2 refresh token; without one, client credentials", SecretText(), "RFC 6749 4.4, 6", secret=True),
     ] = None
     refresh_token_file: Annotated[Path | None, Key("file that holds it", FilePath(), must_be_readable=True)] = None
-    scope: Annotated[str, Key("OAuth 2 scope, where the provider wants one", Text())] = ""
+    scope: Annotated[str, Key("OAuth 2 scope, if the provider wants one", Text())] = ""
     ca_file: Annotated[
         Path | None,
         Key("authorities to trust, PEM", FilePath(), default="the system's", must_be_readable=True),
     ] = None
     tls_cert: Annotated[
-        Path | None, Key("our own certificate, PEM, where the upstream asks for one", FilePath(), must_be_readable=True)
+        Path | None, Key("our own certificate, PEM, if the upstream asks for one", FilePath(), must_be_readable=True)
     ] = None
     tls_key: Annotated[Path | None, Key("its private key, PEM", FilePath(), must_be_readable=True)] = None
     server_name: Annotated[
@@ -296,10 +296,10 @@ class Upstream(Table, frozen=True, kw_only=True):
     connections: Annotated[int, Key("connections at once", _COUNT, "Postfix: 20 to one destination")] = 20
     messages_per_connection: Annotated[int, Key("messages on one connection, then a new one", _COUNT)] = 100
     connection_age: Annotated[
-        float, Key("after which a connection is not used again", Duration(), "Postfix: 300 s")
+        float, Key("age at which a connection is not used again", Duration(), "Postfix: 300 s")
     ] = 5 * MINUTE
     connection_idle: Annotated[
-        float, Key("after which an unused connection is closed", Duration(), "below the patience of upstreams")
+        float, Key("time after which an unused connection is closed", Duration(), "below the timeouts of upstreams")
     ] = 30.0
     reply_line: Annotated[
         int, Key("octets of a line of a reply; more: close", Size(512, MIB), "RFC 5321 4.5.3.1.5 asks for 512")
@@ -323,18 +323,18 @@ class Upstream(Table, frozen=True, kw_only=True):
         if not self.name:
             msgspec.structs.force_setattr(self, "name", str(self.url.endpoint))
         if self.trace_context is None:
-            # A trace id is no secret, but what lies behind a provider has no business with ours.
+            # A trace id is no secret, but it is none of a provider's business.
             msgspec.structs.force_setattr(self, "trace_context", "inject" if self.url.is_local else "strip")
 
 
 class Spool(Table, frozen=True, kw_only=True):
     """The durable store of the queue modes."""
 
-    directory: Annotated[Path | None, Key("where queued mail lies; one gateway owns it", FilePath())] = None
+    directory: Annotated[Path | None, Key("directory of queued mail; one gateway owns it", FilePath())] = None
     url: Annotated[
         Secret | None,
         Key(
-            "`postgresql://...`: several gateways on one queue; not in this version, which refuses it",
+            "`postgresql://...`: several gateways on one queue; refused by this version",
             SecretText("postgresql://user@host/database", "postgres(?:ql)?://.+"),
             secret=True,
         ),
@@ -345,21 +345,24 @@ class Spool(Table, frozen=True, kw_only=True):
         Key(
             "waits between attempts, each +-20 %; the last repeats",
             Many(Duration(1.0), may_be_empty=False),
-            "RFC 5321 4.5.4.1: 30 minutes at least once the first attempts have failed",
+            "RFC 5321 4.5.4.1: at least 30 minutes after the first attempts",
         ),
     ] = (30.0, MINUTE, 2 * MINUTE, 5 * MINUTE, 10 * MINUTE, 20 * MINUTE, 40 * MINUTE, HOUR)
-    max_age: Annotated[float, Key("give up and bounce after", Duration(1.0), "RFC 5321 4.5.4.1: 4 to 5 days")] = 5 * DAY
+    max_age: Annotated[
+        float, Key("age at which mail is given up and bounced", Duration(1.0), "RFC 5321 4.5.4.1: 4 to 5 days")
+    ] = 5 * DAY
     warn_after: Annotated[
-        float | None, Key("tell the sender of a delay after, once", Duration(1.0, may_be_off=True), "sendmail: 4 h")
+        float | None,
+        Key("age at which the sender is notified of the delay, once", Duration(1.0, may_be_off=True), "sendmail: 4 h"),
     ] = 4 * HOUR
     bounce: Annotated[
         BouncePolicy,
-        Key("what fails for good: a bounce mail, a log line only, or neither", Choice(get_args(BouncePolicy))),
+        Key("after a permanent failure: a bounce, a log line only, or neither", Choice(get_args(BouncePolicy))),
     ] = "mail"
 
 
 class Telemetry(Table, frozen=True, kw_only=True):
-    """What telemetry shows. Where it goes is told by OpenTelemetry's own `OTEL_*` variables."""
+    """What telemetry shows. OpenTelemetry's own `OTEL_*` variables say where it goes."""
 
     addresses: Annotated[
         AddressPolicy,
@@ -377,15 +380,21 @@ class Telemetry(Table, frozen=True, kw_only=True):
         StateEvents, Key("state transitions as span events, log events, or both", Choice(get_args(StateEvents)))
     ] = "span"
     segment_events: Annotated[
-        int, Key("events on a connection's span, then a new linked span", Integer(16, 100_000), "a trace below 1 MB")
+        int,
+        Key("events on a connection's span, then a new linked span", Integer(16, 100_000), "a trace below 1 MB"),
     ] = 500
     segment_age: Annotated[
-        float, Key("age of a connection's span, then a new linked span", Duration(1.0), "long connections are seen")
+        float,
+        Key(
+            "age of a connection's span, then a new linked span",
+            Duration(1.0),
+            "long ones show early",
+        ),
     ] = 5 * MINUTE
     trace_in_reply: Annotated[bool, Key("`trace=<id>` in the final 250", Boolean())] = True
     probes: Annotated[bool, Key("export spans of connections that sent nothing", Boolean())] = False
     message_id: Annotated[
-        bool, Key("put the mail's Message-ID on its span; it may hold a host's or a person's name", Boolean())
+        bool, Key("put the mail's Message-ID on its span; it may contain the name of a host or person", Boolean())
     ] = False
 
 
@@ -402,7 +411,7 @@ class Status(Table, frozen=True, kw_only=True):
     ] = Endpoint("127.0.0.1", 9925)
     allow: Annotated[
         tuple[Network, ...],
-        Key("networks that see the page and its API; probes and metrics answer everybody", Many(NetworkKind())),
+        Key("networks that may see the page and its API; probes and metrics are open to all", Many(NetworkKind())),
     ] = LOOPBACK_NETWORKS
     trace_url: Annotated[
         str,
@@ -418,7 +427,7 @@ class Log(Table, frozen=True, kw_only=True):
     """Log lines, to standard error."""
 
     format: Annotated[LogFormat, Key("`auto`: text on a terminal, else JSON", Choice(get_args(LogFormat)))] = "auto"
-    level: Annotated[LogLevel, Key("the least that is logged", Choice(get_args(LogLevel)))] = "info"
+    level: Annotated[LogLevel, Key("least severe level that is logged", Choice(get_args(LogLevel)))] = "info"
 
 
 def _own_name() -> str:
@@ -430,8 +439,8 @@ class Settings(Table, frozen=True, kw_only=True):
     """All settings of one gateway, checked.
 
     Attributes:
-        origins: key path -> where it was set; what is not in it is a default.
-        warnings: what is allowed and yet worth a word at start.
+        origins: by key path, where the value was set; defaults are missing.
+        warnings: what is allowed and yet questionable, for the log at start.
     """
 
     hostname: Annotated[
@@ -469,14 +478,14 @@ class Tables(NamedTuple):
 
 Entry = Key | type[Table] | Tables
 
-_KEYS_ASIDE: Final = frozenset({"origins", "warnings"})
+_NOT_SETTINGS: Final = frozenset({"origins", "warnings"})
 
 
 def _entries(table: type[Table]) -> dict[str, Entry]:
-    """What a table may hold, by key."""
+    """The keys of a table."""
     entries: dict[str, Entry] = {}
     for name, annotation in table.__annotations__.items():
-        if name in _KEYS_ASIDE:
+        if name in _NOT_SETTINGS:
             continue
         if isinstance(annotation, type) and issubclass(annotation, Table):
             entries[name] = annotation

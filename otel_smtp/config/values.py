@@ -1,7 +1,7 @@
 """How the value of a setting is written: durations, sizes, addresses, networks, upstream URLs.
 
-A `Kind` knows three things of a value: what is allowed (told in every refusal), how it is read, and how it is shown.
-A value comes either typed, out of TOML, or as text, out of the environment or a flag; `parse` takes both, so that
+A `Kind` knows three things about a value: what is allowed (for error messages), how to read it, and how to show it.
+A value comes either typed, from TOML, or as text, from the environment or a flag; `parse` takes both, so that
 `recipients = 50` and `OTELSMTP_LIMITS__RECIPIENTS=50` mean the same.
 """
 
@@ -29,7 +29,7 @@ DAY: Final = 86400.0
 
 
 class BadValue(ValueError):
-    """A value that its kind does not allow; the message, if any, says more than the kind's own `allowed`."""
+    """A value that its kind does not allow; the message, if any, adds to the kind's own `allowed`."""
 
 
 class Given(msgspec.Struct, frozen=True):
@@ -37,10 +37,10 @@ class Given(msgspec.Struct, frozen=True):
 
     Attributes:
         value: as TOML typed it, or text.
-        source: where it was given, as people are told: a file's path, "environment OTELSMTP_X", "--set x".
-        is_text: out of the environment or a flag, so that numbers and lists come as text.
-        directory: what a relative path in it is relative to.
-        layer: of two sources the one with the higher number wins.
+        source: where it was set, for messages: a file's path, "environment OTELSMTP_X", "--set x".
+        is_text: from the environment or a flag, so that numbers and lists are text.
+        directory: base of a relative path.
+        layer: of two sources, the higher one wins.
     """
 
     value: object
@@ -51,11 +51,11 @@ class Given(msgspec.Struct, frozen=True):
 
 
 class Kind(Protocol):
-    """How one sort of value is written."""
+    """How one kind of value is written."""
 
     @property
     def allowed(self) -> str:
-        """What is allowed, to follow "allowed: "."""
+        """What is allowed, in words that follow "allowed: "."""
         ...
 
     def parse(self, given: Given) -> Any:
@@ -67,12 +67,12 @@ class Kind(Protocol):
         ...
 
     def show(self, value: Any) -> str:
-        """The value as one would write it."""
+        """The value as it would be written."""
         ...
 
 
 class Secret:
-    """A password or key: never shown by accident, in no log, traceback or table."""
+    """A password or key that no log, traceback or table shows by accident."""
 
     __slots__ = ("_value",)
 
@@ -80,7 +80,7 @@ class Secret:
         self._value = value
 
     def reveal(self) -> str:
-        """The secret itself, for the one place that must send it."""
+        """The secret itself, for the code that sends it."""
         return self._value
 
     def __repr__(self) -> str:
@@ -119,7 +119,7 @@ class Text(msgspec.Struct, frozen=True):
 
 
 class Boolean(msgspec.Struct, frozen=True):
-    """true or false; in the environment also 1, 0, yes, no, on, off, which people write there."""
+    """true or false; in the environment also 1, 0, yes, no, on, off, as is usual there."""
 
     allowed: str = "true or false"
 
@@ -194,7 +194,7 @@ class Duration(msgspec.Struct, frozen=True):
             return None
         if isinstance(value, str):
             match = _DURATION.fullmatch(value.strip())
-            # In a file a number is a number: "30" there is more likely a forgotten unit than seconds.
+            # In a file, text without a unit is more likely a forgotten unit than seconds.
             if match is None or (match[2] is None and not given.is_text):
                 raise BadValue
             value = float(match[1]) * _DURATION_UNITS[match[2] or "s"]
@@ -283,7 +283,7 @@ class FilePath(msgspec.Struct, frozen=True):
             try:
                 path = path.expanduser()
             except RuntimeError:
-                raise BadValue("there is no such home directory") from None
+                raise BadValue("no such home directory") from None
         return path if given.directory is None else given.directory / path
 
     def show(self, value: Path) -> str:
@@ -298,7 +298,7 @@ class SecretText(msgspec.Struct, frozen=True):
 
     def parse(self, given: Given) -> Secret:
         text = _as_text(given)
-        # NUL and line ends, which no SASL mechanism could carry, come from a wrong file (RFC 4616 2).
+        # NUL and line ends, which no SASL mechanism can carry, are signs of a wrong file (RFC 4616 2).
         if any(octet in text for octet in "\0\r\n") or re.fullmatch(self.pattern, text) is None:
             raise BadValue
         return Secret(text)
@@ -367,7 +367,7 @@ def is_local(endpoint: Endpoint) -> bool:
 def _host(text: str) -> str:
     if literal_address(text) is None and not _HOST_NAME.fullmatch(text):
         raise BadValue
-    # All digits and dots, yet no address: "127.0.1" would be read as 127.0.0.1 by inet_aton, "127.0.0.300" as a name.
+    # Digits and dots that are no address: inet_aton would read "127.0.1" as 127.0.0.1, and "127.0.0.300" as a name.
     if literal_address(text) is None and re.fullmatch(r"[0-9.]+", text):
         raise BadValue
     return text
@@ -404,7 +404,7 @@ class ListenAddress(msgspec.Struct, frozen=True):
             return None
         if self.may_be_unix and text.startswith("unix:"):
             path = text.removeprefix("unix:")
-            # sun_path has 108 octets on Linux, its end mark included; 104 on the BSDs and macOS.
+            # sun_path has 108 octets on Linux including the final NUL, 104 on the BSDs and macOS.
             if not path or "\0" in path or len(path.encode()) > 103:
                 raise BadValue
             return Endpoint(str(given.directory / path) if given.directory is not None else path)
@@ -434,15 +434,15 @@ class NetworkKind(msgspec.Struct, frozen=True):
             meant = ip_network(text, strict=False)
         except ValueError:
             raise BadValue from None
-        # "10.1.2.3/8" may mean the host or the network: guessing would open a relay to sixteen million hosts.
-        raise BadValue(f"it has host bits set; the network is {meant}, the single address {text.partition('/')[0]}")
+        # "10.1.2.3/8" may mean the host or the network. A wrong guess would open a relay to sixteen million hosts.
+        raise BadValue(f"host bits are set; the network is {meant}, the single address {text.partition('/')[0]}")
 
     def show(self, value: Network) -> str:
         return str(value)
 
 
 class UpstreamUrl(msgspec.Struct, frozen=True):
-    """Where an upstream is and how it is spoken to.
+    """Where an upstream is, and its protocol.
 
     Attributes:
         tls: OFF for smtp:// and lmtp://, STARTTLS (required) for smtp+starttls://, IMPLICIT for smtps://.
@@ -456,7 +456,7 @@ class UpstreamUrl(msgspec.Struct, frozen=True):
 
     @property
     def is_local(self) -> bool:
-        """Whether it is on this machine, so that clear text is not seen by others."""
+        """Whether it is on this machine, where nobody else can read clear text."""
         return is_local(self.endpoint)
 
     def __str__(self) -> str:
@@ -467,7 +467,7 @@ _SCHEMES: Final[dict[str, tuple[TlsMode, str, int]]] = {
     "smtp": (TlsMode.OFF, "smtp", 25),  # RFC 5321 4.5.4.2
     "smtp+starttls": (TlsMode.STARTTLS, "smtp", 587),  # submission, RFC 6409 3.1
     "smtps": (TlsMode.IMPLICIT, "smtp", 465),  # submissions, RFC 8314 7.3
-    "lmtp": (TlsMode.OFF, "lmtp", 24),  # RFC 2033 forbids 25 and registers none; 24 is what LMTP servers use
+    "lmtp": (TlsMode.OFF, "lmtp", 24),  # RFC 2033 forbids 25 and registers no other; LMTP servers use 24
 }
 
 
@@ -497,8 +497,8 @@ class UpstreamUrlKind(msgspec.Struct, frozen=True):
         tls, protocol, default_port = _SCHEMES[scheme]
         if "@" in rest:
             raise BadValue(
-                "user and password do not belong into a URL, which logs and process lists show; "
-                "give username and password_file"
+                "logs and process lists show URLs, so user and password do not belong there; "
+                "set username and password_file"
             )
         if rest.startswith("/"):
             if protocol != "lmtp" or len(rest) < 2 or "\0" in rest or len(rest.encode()) > 103:
@@ -514,8 +514,8 @@ class UpstreamUrlKind(msgspec.Struct, frozen=True):
 class AddressPattern(msgspec.Struct, frozen=True):
     """Which senders or recipients a route serves: `*` stands for any text, `?` for one character.
 
-    The null path, written "<>", is the empty text that it is in an envelope. Brackets, which matching would read as
-    sets of characters, are left out, and address literals with them.
+    The null path is written "<>" and becomes "", as in an envelope. Brackets are not allowed, since matching would read
+    them as sets of characters; so a pattern cannot match an address literal alone.
     """
 
     allowed: str = (

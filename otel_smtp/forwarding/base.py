@@ -8,8 +8,8 @@ called once, on the event loop, possibly before the call returns. What the sessi
 * Until `finish` is called nothing ends the message upstream: no final dot was sent, no last chunk. After `abort`
   instead of `finish`, nothing of the message is with the upstream.
 * `abort` is idempotent, never raises, and frees what the transaction holds. It is called once for every transaction
-  whose `finish` was not called, and after `finish` where nobody waits for its answer any more (shutdown): then a message
-  that is out of our hands comes to its end all the same, for the record, and no callback is called.
+  whose `finish` was not called, and after `finish` where nobody waits for its answer any more (shutdown): then a
+  message that is out of our hands comes to its end all the same, for the record, and no callback is called.
 * A call that raises has done nothing; the session answers 451 and aborts.
 """
 
@@ -62,8 +62,8 @@ RecipientsAnswered = Callable[[Sequence[Reply]], None]
 
 MessageAnswered = Callable[[Reply, Sequence[Reply]], None]
 """Takes the final reply of the message, for all recipients that were accepted; and, where each of them has a verdict of
-its own (an LMTP upstream, several transactions upstream), those, in the order in which the recipients were accepted. The
-verdicts may be fewer than the recipients; the final reply holds for the others."""
+its own (an LMTP upstream, several transactions upstream), those, in the order in which the recipients were accepted.
+The verdicts may be fewer than the recipients; the final reply holds for the others."""
 
 
 class MailTransaction(Protocol):
@@ -97,8 +97,9 @@ class MailTransaction(Protocol):
                 stuffed.
 
         Returns:
-            Whether more may come now. False holds the client back until `resume`; it is no failure. A transaction that
-            has failed takes what comes, drops it, and answers at `finish`.
+            Whether more may come now. False holds the client back until `resume`; it is no failure, and `finish` may
+            come before `resume` was called. A transaction that has failed takes what comes, drops it, and answers at
+            `finish`.
         """
         ...
 

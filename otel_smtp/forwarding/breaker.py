@@ -1,4 +1,4 @@
-"""How many connections one upstream bears just now: none after repeated failures, few at first, more with each success.
+"""How many connections one upstream takes just now: none after repeated failures, few at first, more with each success.
 
 Postfix's destination concurrency feedback, as a value machine without a clock. Only failures to get a connection that
 takes mail count (no connection, TLS, greeting, EHLO, AUTH); a refused mail says nothing about the upstream's health.
@@ -7,14 +7,14 @@ takes mail count (no connection, TLS, greeting, EHLO, AUTH); a refused mail says
 from enum import StrEnum
 from typing import Final
 
-INITIAL_WINDOW: Final = 5.0  # as Postfix begins: what is well borne by anyone
+INITIAL_WINDOW: Final = 5.0  # as Postfix begins: few enough for any upstream
 DEAD_AFTER_FAILURES: Final = 3  # in a row, and no less than a whole window of them
-FIRST_REST_SECONDS: Final = 1.0
-LONGEST_REST_SECONDS: Final = 60.0
+FIRST_BACKOFF_SECONDS: Final = 1.0
+LONGEST_BACKOFF_SECONDS: Final = 60.0
 
 
 class BreakerState(StrEnum):
-    """CLOSED: in use. OPEN: given up for a while. PROBING: one attempt decides."""
+    """CLOSED: in use. OPEN: in backoff. PROBING: one attempt decides."""
 
     CLOSED = "closed"
     OPEN = "open"
@@ -32,7 +32,7 @@ class Breaker:
             failure.
     """
 
-    __slots__ = ("_failed_windows", "_failures", "_most", "_rest_seconds", "_resting_until", "_state", "window")
+    __slots__ = ("_backoff_seconds", "_failed_windows", "_failures", "_most", "_retry_at", "_state", "window")
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -40,8 +40,8 @@ class Breaker:
         self._state = BreakerState.CLOSED
         self._failures = 0
         self._failed_windows = 0.0
-        self._rest_seconds = FIRST_REST_SECONDS
-        self._resting_until = 0.0
+        self._backoff_seconds = FIRST_BACKOFF_SECONDS
+        self._retry_at = 0.0
 
     def __repr__(self) -> str:
         return f"<Breaker {self._state} window {self.window:.1f} of {self._most}, {self._failures} failures>"
@@ -52,9 +52,9 @@ class Breaker:
         return self._state
 
     @property
-    def resting_until(self) -> float | None:
-        """When the next probe is allowed; None where no rest is under way."""
-        return self._resting_until if self._state is BreakerState.OPEN else None
+    def retry_at(self) -> float | None:
+        """When the next attempt is allowed; None where the upstream is not in backoff."""
+        return self._retry_at if self._state is BreakerState.OPEN else None
 
     def allows(self, now: float, connections: int) -> bool:
         """Whether one more connection may be opened beside `connections` open and opening ones."""
@@ -62,22 +62,22 @@ class Breaker:
             case BreakerState.CLOSED:
                 return connections < int(self.window)
             case BreakerState.OPEN:
-                return now >= self._resting_until
+                return now >= self._retry_at
             case BreakerState.PROBING:
                 return False
 
     def is_dead(self, now: float) -> bool:
-        """Whether waiting is pointless: the upstream is being given a rest."""
-        return self._state is BreakerState.OPEN and now < self._resting_until
+        """Whether waiting is pointless: the upstream is in backoff."""
+        return self._state is BreakerState.OPEN and now < self._retry_at
 
     def concurrency(self, now: float) -> int:
-        """How many mails may be under way: the window; one, which decides, after a rest; none during it."""
+        """How many mails may be under way: the window; one, which decides, after a backoff; none during it."""
         if self._state is BreakerState.CLOSED:
             return int(self.window)
         return 0 if self.is_dead(now) else 1
 
-    def begin(self, now: float) -> None:
-        """An attempt to open begins; the first one after a rest is the probe."""
+    def begin(self) -> None:
+        """An attempt to open begins; the first one after a backoff is the probe."""
         if self._state is BreakerState.OPEN:
             self._state = BreakerState.PROBING
 
@@ -91,27 +91,27 @@ class Breaker:
         self._failures = 0
         self._failed_windows = 0.0
         if self._state is not BreakerState.CLOSED:
-            # Slow start: whoever comes back is not met with all that has been waiting.
+            # Slow start: an upstream that comes back is not met with all that has been waiting.
             self._state = BreakerState.CLOSED
-            self._rest_seconds = FIRST_REST_SECONDS
+            self._backoff_seconds = FIRST_BACKOFF_SECONDS
             self.window = 1.0
         if self.window < self._most:
             self.window = min(float(self._most), self.window + 1 / self.window)
 
     def failed(self, now: float) -> None:
-        """No connection that takes mail could be had."""
+        """No connection that takes mail came about."""
         if self._state is BreakerState.OPEN:
             return  # attempts begun before the verdict add nothing to it
         if self._state is BreakerState.PROBING:
-            self._rest_seconds = min(LONGEST_REST_SECONDS, self._rest_seconds * 2)
-            self._rest(now)
+            self._backoff_seconds = min(LONGEST_BACKOFF_SECONDS, self._backoff_seconds * 2)
+            self._back_off(now)
             return
         self._failures += 1
         self._failed_windows += 1 / self.window
         self.window = max(1.0, self.window - 1)
         if self._failures >= DEAD_AFTER_FAILURES and self._failed_windows >= 1:
-            self._rest(now)
+            self._back_off(now)
 
-    def _rest(self, now: float) -> None:
+    def _back_off(self, now: float) -> None:
         self._state = BreakerState.OPEN
-        self._resting_until = now + self._rest_seconds
+        self._retry_at = now + self._backoff_seconds

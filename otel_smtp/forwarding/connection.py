@@ -1,13 +1,19 @@
 """One connection to an upstream: a stream joined to a ClientProtocol, with its deadlines.
 
 The one rule that matters: while an exchange is under way the connection is out of step, and only the last awaited
-answer brings it back. Whatever ends the exchange otherwise (a deadline, a cancel, a fault, our own bug) leaves it out
-of step, and such a connection is closed and never used again. There is nothing to remember and nothing to clean up.
+answer brings it back. Whatever ends the exchange otherwise (a deadline, a mail that gives up, a fault, our own bug)
+leaves it out of step, and such a connection is closed and never used again. There is nothing to remember and nothing to
+clean up.
+
+An exchange is begun by `exchange`, and ends by one call back. What arrives is pushed here by the stream, in the call in
+which the transport delivers it. Only opening a connection is written as coroutines: it waits long, and comes seldom.
 """
 
 import asyncio
 import ipaddress
+import math
 import ssl
+from collections.abc import Callable
 from collections.abc import Set as AbstractSet
 from typing import Final
 
@@ -15,35 +21,52 @@ from otel_smtp.forwarding import authentication
 from otel_smtp.forwarding.faults import ConnectFailed, ConnectionLost, OutOfStep, TimedOut, UpstreamFault
 from otel_smtp.forwarding.settings import Credentials, PoolLimits, ReplyLimits, Timeouts, UpstreamSettings
 from otel_smtp.net import Stream, connect, connect_unix
-from otel_smtp.observing import DeliveryObserver, DeliveryPhase
+from otel_smtp.observing import DeliveryPhase
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.client import Answer, ClientProtocol, Extensions, Verb, challenge_of
 from otel_smtp.smtp.errors import RemoteProtocolError
-from otel_smtp.smtp.events import NEED_DATA
 from otel_smtp.smtp.replies import Reply
 from otel_smtp.smtp.states import TlsMode
 
 _NOTHING: Final[AbstractSet[Verb]] = frozenset()
+
+Settled = Callable[[list[Answer], UpstreamFault | None], None]
+"""Takes the answers of an exchange, in order, and what ended it before its last answer; None where nothing did. It must
+not raise."""
+
+NotePhase = Callable[[DeliveryPhase, Reply | None], None]
+"""Takes each step of opening a connection, with the upstream's reply where it gave one."""
 
 
 class UpstreamConnection:
     """A connection that has been greeted, put under TLS and authenticated as its upstream wants.
 
     Attributes:
-        stream, protocol: what it is made of; the transaction writes content through them.
+        stream, protocol: what it is made of; commands and content are queued in the protocol.
+        is_alive: in step, and nothing has been heard of it since its last answer: neither octets nor its end.
         messages: transactions that were begun on it.
         opened_at, used_at: by the loop's clock; when it was opened, and released last.
+        deadline: when the exchange under way fails, by the loop's clock; see `check_deadline`.
         needs_reset: the last transaction was left open: RSET goes before the next MAIL, in the same group.
         round_trips: since it was opened, each wait for an answer to something that was sent.
+        on_lost: called when the connection stops being alive between two exchanges.
     """
 
     __slots__ = (
-        "_has_sent",
-        "_is_out_of_step",
+        "_answers",
+        "_is_in_content",
         "_loop",
+        "_most_messages",
+        "_on_settled",
+        "_on_writable",
+        "_patience_seconds",
+        "_stop_at",
         "_timeouts",
+        "deadline",
+        "is_alive",
         "messages",
         "needs_reset",
+        "on_lost",
         "opened_at",
         "protocol",
         "round_trips",
@@ -66,13 +89,24 @@ class UpstreamConnection:
             max_reply_line_octets=reply_limits.line_octets,
             max_reply_lines=reply_limits.lines,
         )
+        self.is_alive = False
         self.messages = 0
         self.opened_at = self.used_at = self._loop.time()
+        self.deadline = math.inf
         self.needs_reset = False
         self.round_trips = 0
+        self.on_lost: Callable[[UpstreamConnection], None] | None = None
         self._timeouts = timeouts
-        self._has_sent = False
-        self._is_out_of_step = False
+        self._patience_seconds: dict[Verb | None, float] = {
+            Verb.GREETING: timeouts.greeting,
+            Verb.DATA: timeouts.data,
+            Verb.CONTENT: timeouts.reply,
+        }
+        self._answers: list[Answer] = []  # of the exchange under way
+        self._on_settled: Settled | None = None  # None: no exchange is under way
+        self._stop_at = _NOTHING
+        self._is_in_content = False  # its end has not been sent; whatever is answered now ends the exchange
+        self._on_writable: Callable[[], None] | None = None
 
     def __repr__(self) -> str:
         return f"<UpstreamConnection {self.stream!r} {self.messages} messages>"
@@ -89,17 +123,12 @@ class UpstreamConnection:
 
     def is_reusable(self, now: float, limits: PoolLimits) -> bool:
         """Whether another transaction may be begun on it."""
-        most = min(limits.messages, self.extensions.limits.get("MAILMAX", limits.messages))
-        return self.is_alive and self.messages < most and now - self.opened_at < limits.age_seconds
-
-    @property
-    def is_alive(self) -> bool:
-        """In step, and nothing has been heard of it since its last answer: neither octets nor its end."""
+        messages = self.messages
         return (
-            not self._is_out_of_step
-            and not self.stream.is_eof
-            and self.protocol.is_in_step
-            and not self.stream.has_unread
+            self.is_alive
+            and messages < limits.messages
+            and messages < self.protocol.extensions.limits.get("MAILMAX", limits.messages)
+            and now - self.opened_at < limits.age_seconds
         )
 
     def ensure_alive(self) -> None:
@@ -109,156 +138,205 @@ class UpstreamConnection:
             ConnectionLost: the upstream is gone, or has said 421.
             OutOfStep: it has said something else.
         """
-        if not self.is_alive:
-            if self.take_answer() is not None:
-                raise OutOfStep("a reply that nobody had asked for")
-            raise ConnectionLost("connection lost between two exchanges")
+        if self.is_alive:
+            return
+        farewell = self._answers or self.protocol.receive(b"")
+        if self.protocol.fault is not None:
+            raise OutOfStep(str(self.protocol.fault)) from self.protocol.fault
+        if farewell:
+            raise ConnectionLost("421", upstream_reply=farewell[-1].reply)
+        raise ConnectionLost("connection lost between two exchanges")
 
-    async def settle(
-        self,
-        *,
-        stop_at: AbstractSet[Verb] = _NOTHING,
-        answers: list[Answer] | None = None,
-    ) -> list[Answer]:
-        """Send what is queued, and wait until everything is answered; each answer has its own time.
+    # Exchanges --------------------------------------------------------------------------------------------
+
+    def exchange(self, on_settled: Settled, *, stop_at: AbstractSet[Verb] = _NOTHING) -> None:
+        """Send what is queued, and call `on_settled` when everything is answered; each answer has its own time.
+
+        The fault is ConnectionLost where the upstream went away, was silent for too long (then TimedOut) or said 421;
+        OutOfStep where it broke the protocol. The answers that came before it count.
 
         Args:
             stop_at: verbs whose refusal makes what is queued and not sent yet pointless; it is taken back.
-            answers: where the answers go; so they are known too when this is cut short, and can be gone on with by
-                another call.
-
-        Raises:
-            ConnectionLost: the upstream went away, is silent for too long (then TimedOut), or said 421.
-            OutOfStep: it broke the protocol.
         """
-        if answers is None:
-            answers = []
-        self._is_out_of_step = True
-        try:
-            await self._settle(answers, stop_at)
-        except RemoteProtocolError as error:
-            raise OutOfStep(str(error)) from error
-        self._is_out_of_step = False
-        return answers
-
-    async def _settle(self, answers: list[Answer], stop_at: AbstractSet[Verb]) -> None:
-        protocol, stream = self.protocol, self.stream
-        self.flush()
-        is_fresh = True
-        while not protocol.is_settled:
-            answer = protocol.next_answer()
-            if answer is not NEED_DATA:
-                assert isinstance(answer, Answer)
-                answers.append(answer)
-                if answer.reply.code == 421:
-                    raise ConnectionLost("421", upstream_reply=answer.reply)
-                if answer.reply.code >= 400 and answer.verb in stop_at:
-                    protocol.cancel_queued()
-                if protocol.has_queued:
-                    self.flush()
-                is_fresh = True
-                continue
-            if is_fresh:
-                stream.deadline = self._loop.time() + self._seconds_for(protocol.awaited)
-                is_fresh = False
-            if self._has_sent:
-                self._has_sent = False
-                self.round_trips += 1
-            try:
-                data = await stream.read()
-            except TimeoutError as error:
-                raise TimedOut("no answer in time") from error
-            if not data:
-                raise ConnectionLost("connection lost")
-            protocol.receive_data(data)
-
-    def _seconds_for(self, verb: Verb | None) -> float:
-        match verb:
-            case Verb.CONTENT:
-                return self._timeouts.reply
-            case Verb.GREETING:
-                return self._timeouts.greeting
-            case Verb.DATA:
-                return self._timeouts.data
-            case _:
-                return self._timeouts.command
-
-    def flush(self) -> None:
-        """Write what may travel now, in one piece."""
-        if data := self.protocol.data_to_send():
-            self._has_sent = True
+        self.is_alive = False
+        self._is_in_content = False
+        self._on_settled = on_settled
+        self._stop_at = stop_at
+        protocol = self.protocol
+        if data := protocol.data_to_send():
+            self.round_trips += 1
             self.stream.write(data)
+        verb = protocol.awaited[0] if protocol.awaited else None
+        self.deadline = self._loop.time() + self._patience_seconds.get(verb, self._timeouts.command)
+        if self.stream.is_eof and self.stream.receiver is self:
+            self._end(ConnectionLost("connection lost"))
 
-    async def write_content(self) -> None:
-        """Write a piece of content, and wait while the upstream takes it slower than we give it.
+    def send_content(self, on_settled: Settled, on_writable: Callable[[], None]) -> bool:
+        """Send a piece of content that was queued, and that is not the last: `exchange` sends that.
+
+        Meanwhile the upstream may refuse the content, or go away: then `on_settled` is called, as for an exchange, and
+        `on_writable` is not called any more.
+
+        Returns:
+            Whether more can be sent at once. Else `on_writable` is called when it can.
+        """
+        self.is_alive = False
+        self._is_in_content = True
+        self._on_settled = on_settled
+        if data := self.protocol.data_to_send():
+            self.stream.write(data)
+        if self.stream.is_eof:
+            self._end(ConnectionLost("connection lost"))
+            return False
+        if not self.stream.is_write_paused:
+            self.deadline = math.inf
+            return True
+        self._on_writable = on_writable
+        self.deadline = self._loop.time() + self._timeouts.block
+        return False
+
+    async def settled(self) -> list[Answer]:
+        """`exchange`, for a coroutine; the stream is read from the first one on.
 
         Raises:
-            ConnectionLost: it takes no more.
+            UpstreamFault: as for `exchange`.
         """
-        self._is_out_of_step = True
-        self.flush()
+        waiting: asyncio.Future[UpstreamFault | None] = self._loop.create_future()
+        got: list[Answer] = []
+
+        def on_settled(answers: list[Answer], fault: UpstreamFault | None) -> None:
+            got.extend(answers)
+            if not waiting.done():
+                waiting.set_result(fault)
+
+        if self.stream.receiver is self:
+            self.ensure_alive()
+        self.exchange(on_settled)
+        if self.stream.receiver is None:
+            self.stream.receive_by(self)
         try:
-            await self.stream.drain(timeout_seconds=self._timeouts.block)
+            async with asyncio.timeout_at(self.deadline):
+                fault = await waiting
         except TimeoutError as error:
-            raise TimedOut("the upstream takes no more content") from error
-        except ConnectionError as error:
-            raise ConnectionLost("connection lost") from error
+            self.abandon()
+            raise TimedOut("no answer in time") from error
+        except BaseException:
+            self.abandon()
+            raise
+        if fault is not None:
+            raise fault
+        return got
 
-    def take_answer(self) -> Answer | None:
-        """An answer that has arrived unasked, without waiting; None where none has.
+    def check_deadline(self, now: float) -> None:
+        """End an exchange that takes too long; to be called a few times a second while one may be under way."""
+        if now >= self.deadline and self._on_settled is not None:
+            self._end(TimedOut("the upstream takes no more content" if self._is_in_content else "no answer in time"))
 
-        Raises:
-            ConnectionLost: it is a 421.
-            OutOfStep: it is not a refusal of the content that is being sent.
-        """
-        self.protocol.receive_data(self.stream.take_pending())
-        try:
-            answer = self.protocol.next_answer()
-        except RemoteProtocolError as error:
-            raise OutOfStep(str(error)) from error
-        if answer is NEED_DATA:
-            return None
-        assert isinstance(answer, Answer)
-        if answer.reply.code == 421:
-            raise ConnectionLost("421", upstream_reply=answer.reply)
-        return answer
+    def abandon(self) -> None:
+        """The exchange under way is of interest to nobody any more; the connection stays out of step."""
+        self._on_settled = self._on_writable = None
+        self.deadline = math.inf
 
     def close(self) -> None:
         """End it: QUIT without waiting for the answer if it is in step, else at once. Idempotent."""
-        self.stream.on_lost = None
+        self.on_lost = None
         if not self.is_alive:
             self.stream.abort()
             return
         # RFC 5321 4.1.1.10 asks a client to wait for the reply; nobody gains anything by that.
-        self._is_out_of_step = True
+        self.is_alive = False
         self.protocol.send_quit()
-        self.flush()
+        self._flush()
         self.stream.close()
+
+    def _flush(self) -> None:
+        """Write what may travel now, in one piece."""
+        if data := self.protocol.data_to_send():
+            self.round_trips += 1
+            self.stream.write(data)
+
+    def _end(self, fault: UpstreamFault | None) -> None:
+        """The exchange is over."""
+        on_settled = self._on_settled
+        assert on_settled is not None
+        answers, self._answers = self._answers, []
+        self._on_settled = self._on_writable = None
+        self.deadline = math.inf
+        self.is_alive = fault is None and not self.stream.is_eof and self.protocol.is_in_step
+        on_settled(answers, fault)
+
+    # Receiver ---------------------------------------------------------------------------------------------
+
+    def data_received(self, data: bytes) -> None:
+        """Match what arrived with what was asked."""
+        protocol = self.protocol
+        answers = protocol.receive(data)
+        self._answers += answers
+        if self._on_settled is None:
+            self._be_lost()
+            return
+        for verb, reply in answers:
+            if reply.code == 421:
+                self._end(ConnectionLost("421", upstream_reply=reply))
+                return
+            if reply.code >= 400 and verb in self._stop_at:
+                protocol.cancel_queued()
+        if protocol.fault is not None:
+            fault = OutOfStep(str(protocol.fault))
+            fault.__cause__ = protocol.fault
+            self._end(fault)
+        elif answers:
+            # Before the end of the content the engine takes nothing but a refusal of it.
+            if not (protocol.awaited or protocol.queued) or self._is_in_content:
+                self._end(None)
+                return
+            if protocol.queued:
+                self._flush()
+            self.deadline = self._loop.time() + self._patience_seconds.get(protocol.awaited[0], self._timeouts.command)
+
+    def input_ended(self) -> None:
+        """The upstream is gone."""
+        if self._on_settled is not None:
+            self._end(ConnectionLost("connection lost"))
+        else:
+            self._be_lost()
+
+    def writing_resumed(self) -> None:
+        """The upstream takes more content."""
+        on_writable, self._on_writable = self._on_writable, None
+        if on_writable is not None:
+            self.deadline = math.inf
+            on_writable()
+
+    def _be_lost(self) -> None:
+        self.is_alive = False
+        if self.on_lost is not None:
+            self.on_lost(self)
 
 
 # Opening ------------------------------------------------------------------------------------------------------
 
 
 async def open_connection(
-    settings: UpstreamSettings, context: ssl.SSLContext | None, hostname: str, seen: DeliveryObserver
+    settings: UpstreamSettings, context: ssl.SSLContext | None, hostname: str, note: NotePhase
 ) -> UpstreamConnection:
     """Connect, shake hands, say EHLO and AUTH, as `settings` want it.
 
     Args:
         context: for TLS; None only where `settings.tls` is OFF.
         hostname: what we call ourselves in EHLO.
-        seen: is told each phase.
+        note: called with each phase.
 
     Raises:
         ConnectFailed: it did not come to a connection that can take mail. Nothing of it is left.
     """
     stream = await _connect(settings, context)
-    seen.phase(DeliveryPhase.CONNECT)
+    note(DeliveryPhase.CONNECT, None)
     connection = UpstreamConnection(
         stream, settings.timeouts, is_lmtp=settings.is_lmtp, reply_limits=settings.reply_limits
     )
     try:
-        await introduce(connection, settings, context, hostname, seen)
+        await introduce(connection, settings, context, hostname, note)
     except BaseException:
         stream.abort()
         raise
@@ -292,11 +370,11 @@ async def introduce(
     settings: UpstreamSettings,
     context: ssl.SSLContext | None,
     hostname: str,
-    seen: DeliveryObserver,
+    note: NotePhase,
 ) -> None:
     """All that comes before the first mail on a new connection; arguments and errors as `open_connection`."""
     try:
-        await _introduce(connection, settings, context, hostname, seen)
+        await _introduce(connection, settings, context, hostname, note)
     except ConnectFailed:
         raise
     except UpstreamFault as fault:
@@ -310,50 +388,47 @@ async def _introduce(
     settings: UpstreamSettings,
     context: ssl.SSLContext | None,
     hostname: str,
-    seen: DeliveryObserver,
+    note: NotePhase,
 ) -> None:
-    greeting = (await connection.settle())[0].reply
-    seen.phase(DeliveryPhase.GREETING, greeting)
+    greeting = (await connection.settled())[0].reply
+    note(DeliveryPhase.GREETING, greeting)
     if greeting.code != 220:
         # A 5yz here is about our configuration, not about anybody's mail: never passed on.
         raise ConnectFailed("refused in the greeting", upstream_reply=greeting)
-    await _hello(connection, settings, hostname, seen)
+    await _hello(connection, settings, hostname, note)
     if settings.tls is TlsMode.STARTTLS:
         assert context is not None
-        await _start_tls(connection, settings, context, seen)
-        await _hello(connection, settings, hostname, seen)
+        await _start_tls(connection, settings, context, note)
+        await _hello(connection, settings, hostname, note)
     if settings.credentials is not None and settings.auth != "off":
-        await _authenticate(connection, settings, settings.credentials, seen)
+        await _authenticate(connection, settings, settings.credentials, note)
 
 
-async def _hello(
-    connection: UpstreamConnection, settings: UpstreamSettings, hostname: str, seen: DeliveryObserver
-) -> None:
+async def _hello(connection: UpstreamConnection, settings: UpstreamSettings, hostname: str, note: NotePhase) -> None:
     connection.protocol.send_hello(hostname)
-    reply = (await connection.settle())[0].reply
+    reply = (await connection.settled())[0].reply
     # RFC 5321 3.2: a client falls back to HELO where EHLO is refused. LMTP has no such thing.
     if reply.is_permanent and not settings.is_lmtp:
         connection.protocol.send_helo(hostname)
-        reply = (await connection.settle())[0].reply
-    seen.phase(DeliveryPhase.EHLO, reply)
+        reply = (await connection.settled())[0].reply
+    note(DeliveryPhase.EHLO, reply)
     if not reply.is_positive:
         raise ConnectFailed("EHLO refused", upstream_reply=reply)
 
 
 async def _start_tls(
-    connection: UpstreamConnection, settings: UpstreamSettings, context: ssl.SSLContext, seen: DeliveryObserver
+    connection: UpstreamConnection, settings: UpstreamSettings, context: ssl.SSLContext, note: NotePhase
 ) -> None:
     if not connection.extensions.starttls:
         raise ConnectFailed("STARTTLS is not offered", replies.UPSTREAM_TLS)
     connection.protocol.send_starttls()
-    reply = (await connection.settle())[0].reply
+    reply = (await connection.settled())[0].reply
     if not reply.is_positive:
-        seen.phase(DeliveryPhase.STARTTLS, reply)
+        note(DeliveryPhase.STARTTLS, reply)
         raise ConnectFailed("STARTTLS refused", replies.UPSTREAM_TLS, reply)
     stream = connection.stream
     try:
-        # What is there already was written by somebody in the middle (E3): the engine refuses it.
-        connection.protocol.receive_data(stream.take_pending())
+        # What has arrived since was written by somebody in the middle: the engine refuses it.
         connection.protocol.tls_started()
         await stream.start_tls(
             context,
@@ -365,29 +440,29 @@ async def _start_tls(
         raise ConnectFailed(_tls_failure(error), replies.UPSTREAM_TLS) from error
     except OSError as error:
         raise ConnectFailed("connection lost in the TLS handshake") from error
-    seen.phase(DeliveryPhase.STARTTLS, reply)
+    note(DeliveryPhase.STARTTLS, reply)
 
 
 async def _authenticate(
-    connection: UpstreamConnection, settings: UpstreamSettings, credentials: Credentials, seen: DeliveryObserver
+    connection: UpstreamConnection, settings: UpstreamSettings, credentials: Credentials, note: NotePhase
 ) -> None:
     if connection.stream.tls is None and not _is_local(connection.stream):
-        raise ConnectFailed("no credential goes over an unverified channel", replies.UPSTREAM_TLS)  # P7
+        raise ConnectFailed("no credential goes over an unverified channel", replies.UPSTREAM_TLS)
     protocol = connection.protocol
     try:
         mechanism = authentication.choose(settings.auth, protocol.extensions.auth, credentials)
         if mechanism is None:
             raise ConnectFailed("no wanted AUTH mechanism is offered")
         protocol.send_auth(mechanism.name, await mechanism.initial_response())
-        reply = (await connection.settle())[0].reply
+        reply = (await connection.settled())[0].reply
         while reply.code < 400 and not reply.is_positive:
             protocol.send_auth_response(await mechanism.respond(challenge_of(reply)))
-            reply = (await connection.settle())[0].reply
+            reply = (await connection.settled())[0].reply
         if reply.is_positive:
             mechanism.check_success()
     except authentication.ExchangeFailed as error:
         raise ConnectFailed(f"AUTH broken off: {error}") from error
-    seen.phase(DeliveryPhase.AUTH, _without_text(reply))
+    note(DeliveryPhase.AUTH, _without_text(reply))
     if not reply.is_positive:
         raise ConnectFailed("AUTH refused", upstream_reply=_without_text(reply))
 

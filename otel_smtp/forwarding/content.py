@@ -1,18 +1,20 @@
 """The content of one message, held until an upstream has taken it: in memory while it is small, in a file beyond.
 
-It can be read as often as another upstream has to be tried. The header block is held apart, as each delivery puts its
-own trace headers there.
+It can be read as often as another upstream has to be tried, also by several at once. The header block is held apart, as
+each delivery puts its own trace headers there. The file is written and read in threads, as both may wait for the disk; a
+small message knows nothing of that.
 """
 
 import asyncio
 import errno
+import os
 import tempfile
-from collections.abc import AsyncIterator, Callable
-from typing import IO, Any, Final, TypeVar, TypeVarTuple, Unpack
+from collections.abc import Callable
+from functools import partial
+from typing import IO, Final, TypeVar, TypeVarTuple, Unpack
 
-from otel_smtp.forwarding.base import Transient
-from otel_smtp.forwarding.settings import MEMORY_LIMIT_OCTETS
 from otel_smtp.smtp import replies
+from otel_smtp.smtp.replies import Reply
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -22,124 +24,168 @@ READ_OCTETS: Final = 256 * 1024
 
 
 class Content:
-    """A collected message.
+    """A message that is being collected, then sent.
+
+    Args:
+        memory_limit_octets: of the body; what exceeds it goes to an unnamed temporary file.
+        resume: called, once, after a `write` that returned False, when more can be taken.
 
     Attributes:
         header: the whole header block, as it came.
+        pieces: the body, while it is in memory; None: it is in the file, see `read`.
         body_octets: of all that follows the header block, the empty line included.
+        failure: what the client is told if the message could not be held; from then on it is taken, and dropped.
     """
 
-    __slots__ = ("_file", "_held", "_held_octets", "_memory_limit", "_running", "body_octets", "header")
+    __slots__ = (
+        "_completed",
+        "_file",
+        "_has_header",
+        "_held",
+        "_held_octets",
+        "_is_closed",
+        "_is_writing",
+        "_memory_limit",
+        "_resume",
+        "_threads",
+        "body_octets",
+        "failure",
+        "header",
+        "pieces",
+    )
 
-    def __init__(self, memory_limit_octets: int) -> None:
-        self._memory_limit = memory_limit_octets
-        self._held: list[bytes] = []
-        self._held_octets = 0
-        self._file: IO[bytes] | None = None
-        self._running: asyncio.Future[Any] | None = None  # what a thread does with the file
+    def __init__(self, memory_limit_octets: int, resume: Callable[[], None]) -> None:
         self.header = b""
         self.body_octets = 0
+        self.failure: Reply | None = None
+        self._memory_limit = memory_limit_octets
+        self._resume = resume
+        self._completed: Callable[[], None] | None = None
+        self._has_header = False
+        self._held: list[bytes] = []  # of the body, not in the file
+        self.pieces: list[bytes] | None = self._held
+        self._held_octets = 0
+        self._file: IO[bytes] | None = None
+        self._is_writing = False  # a thread is; nothing more comes before it is done
+        self._threads = 0  # that use the file
+        self._is_closed = False
 
-    @property
-    def is_in_memory(self) -> bool:
-        """Whether `body_in_memory` has all of it."""
-        return self._file is None
+    # Collecting -------------------------------------------------------------------------------------------
 
-    def body_in_memory(self) -> bytes:
-        """The body in one piece, where it is in memory."""
-        assert self._file is None
-        if len(self._held) > 1:
-            self._held = [b"".join(self._held)]
-        return self._held[0] if self._held else b""
-
-    async def body(self) -> AsyncIterator[bytes]:
-        """The body in pieces, from its beginning, where it is in a file.
-
-        Raises:
-            Transient: the file cannot be read.
-        """
-        assert self._file is not None
-        try:
-            await self._in_thread(self._file.seek, 0)
-            while piece := await self._in_thread(self._file.read, READ_OCTETS):
-                yield piece
-        except OSError as error:
-            raise Transient(replies.STORAGE_FAILED) from error
-
-    async def add(self, chunk: bytes) -> None:
-        """Hold some more of the body.
-
-        Raises:
-            Transient: it cannot be written.
-        """
+    def write(self, chunk: bytes) -> bool:
+        """Hold some more of the message, the header block first; whether more may come now."""
+        if not self._has_header:
+            self._has_header = True
+            self.header = chunk
+            return True
+        if self.failure is not None:
+            return True
+        octets = len(chunk)
         self._held.append(chunk)
-        self._held_octets += len(chunk)
-        self.body_octets += len(chunk)
+        self._held_octets += octets
+        self.body_octets += octets
         if self._held_octets > self._memory_limit:
-            await self._spill()
+            self._spill()
+        return not self._is_writing
 
-    async def end(self) -> None:
-        """The body is complete; errors as `add`."""
-        if self._file is not None and self._held:
-            await self._spill()
+    def complete(self, completed: Callable[[], None]) -> None:
+        """All of it has come; `completed` is called when it can be read, or `failure` is known, perhaps at once."""
+        if not self._is_writing:
+            if self._file is None or not self._held or self.failure is not None:
+                completed()
+                return
+            self._spill()
+        self._completed = completed
 
     def close(self) -> None:
-        """Free what it holds; the file has no name and is gone with this. Idempotent."""
+        """Free what it holds, and call nobody any more; the file has no name and is gone with this. Idempotent."""
+        self._is_closed = True
+        self._completed = None
         self._held.clear()
-        if self._file is None:
-            return
-        if self._running is not None and not self._running.done():
-            # Were it closed now, the thread might write into whatever gets the file's number next.
-            self._running.add_done_callback(lambda _: self.close())
-            return
-        self._file.close()
+        # Were it closed while a thread uses it, the thread might write into whatever gets the file's number next.
+        if self._file is not None and not self._threads:
+            self._file.close()
 
-    async def _spill(self) -> None:
-        """Move what is held to the file, in a thread: a write may wait for the disk."""
-        data, self._held, self._held_octets = b"".join(self._held), [], 0
+    # Reading ----------------------------------------------------------------------------------------------
+
+    def read(self, offset: int, answered: Callable[[bytes | None], None]) -> None:
+        """Read a piece of the body from the file.
+
+        Args:
+            offset: where it begins, less than `body_octets`.
+            answered: takes the piece, at least one octet; None: the file cannot be read.
+        """
+        assert self._file is not None
+        self._in_thread(partial(self._piece_read, answered), _read, self._file, offset)
+
+    def _piece_read(
+        self, answered: Callable[[bytes | None], None], piece: bytes | None, error: BaseException | None
+    ) -> None:
+        answered(piece or None)  # an end before the end is no better than an error
+
+    # ------------------------------------------------------------------------------------------------------
+
+    def _spill(self) -> None:
+        """Move what is held to the file."""
+        if self._is_writing:
+            return
+        data, self._held, self._held_octets = self._held, [], 0
+        self.pieces = None
         try:
             if self._file is None:
                 self._file = tempfile.TemporaryFile(prefix="otel_smtp-", buffering=0)  # noqa: SIM115 - see close
-            await self._in_thread(_write_all, self._file, data)
         except OSError as error:
-            is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            raise Transient(replies.STORAGE_FULL if is_full else replies.STORAGE_FAILED) from error
+            self._fail(error)
+            return
+        self._is_writing = True
+        self._in_thread(self._spilled, _write_all, self._file, data)
 
-    async def _in_thread(self, work: Callable[[Unpack[Ts]], T], *arguments: *Ts) -> T:
-        running = self._running = asyncio.get_running_loop().run_in_executor(None, work, *arguments)
-        return await asyncio.shield(running)
+    def _spilled(self, _: None, error: BaseException | None) -> None:
+        self._is_writing = False
+        if error is not None:
+            self._fail(error)
+        elif self._held_octets > self._memory_limit or (self._held and self._completed is not None):
+            self._spill()  # more had been on its way
+            return
+        completed, self._completed = self._completed, None
+        if completed is not None:
+            completed()
+        else:
+            self._resume()
+
+    def _fail(self, error: BaseException) -> None:
+        self._held.clear()
+        is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        self.failure = replies.STORAGE_FULL if is_full else replies.STORAGE_FAILED
+
+    def _in_thread(
+        self,
+        done: Callable[[T | None, BaseException | None], None],
+        work: Callable[[Unpack[Ts]], T],
+        *arguments: *Ts,
+    ) -> None:
+        self._threads += 1
+        running = asyncio.get_running_loop().run_in_executor(None, work, *arguments)
+        running.add_done_callback(partial(self._thread_ended, done))
+
+    def _thread_ended(
+        self, done: Callable[[T | None, BaseException | None], None], running: "asyncio.Future[T]"
+    ) -> None:
+        self._threads -= 1
+        error = asyncio.CancelledError() if running.cancelled() else running.exception()
+        if self._is_closed:
+            self.close()
+        elif error is not None:
+            done(None, error)
+        else:
+            done(running.result(), None)
 
 
-def _write_all(file: IO[bytes], data: bytes) -> None:
-    rest = memoryview(data)
+def _write_all(file: IO[bytes], chunks: list[bytes]) -> None:
+    rest = memoryview(b"".join(chunks))
     while rest:
         rest = rest[file.write(rest) :]
 
 
-async def collect(chunks: AsyncIterator[bytes], *, memory_limit_octets: int = MEMORY_LIMIT_OCTETS) -> Content:
-    """Take the whole content in.
-
-    Args:
-        chunks: as `MailTransaction.content` gets them: the header block first. They are taken to their end, whatever
-            happens here.
-        memory_limit_octets: of the body; beyond, it goes to an unnamed temporary file.
-
-    Raises:
-        Transient: the file cannot be written.
-        Whatever `chunks` raises. Nothing is left behind in either case.
-    """
-    content = Content(memory_limit_octets)
-    try:
-        content.header = await anext(chunks, b"")
-        async for chunk in chunks:
-            await content.add(chunk)
-        await content.end()
-    except Transient:
-        content.close()
-        async for _ in chunks:
-            pass
-        raise
-    except BaseException:
-        content.close()
-        raise
-    return content
+def _read(file: IO[bytes], offset: int) -> bytes:
+    return os.pread(file.fileno(), READ_OCTETS, offset)

@@ -1,423 +1,467 @@
-"""One delivery attempt: one mail on one connection of one upstream, from MAIL to the reply to its content.
+"""One transaction upstream: what is said on a connection for one mail, and what the answers mean.
 
-Here is decided what travels together, and when the message is given out of hand:
+A `Delivery` is told what to do (`ask` about recipients, `send` the content, `burst` all of it), and says by one call
+back what came of it. In between it goes on by itself: each step queues commands, begins an exchange on its connection,
+and names the step that takes the answers. Whatever is not an answer goes to `attempts`, which finds the next
+connection; there what was accepted for the client is put to the upstream first, and must be accepted again.
 
-* MAIL and the first recipients are one group (`ask`), or all of a small message is (`burst`);
-* `has_ended_content` says that the final dot, or the last chunk, is on its way. From there on nobody else may be tried:
-  a lost connection means that nobody knows whether the mail was delivered.
+* MAIL and the first recipients are one group, or all of a small message is.
+* `has_ended_content` says that the final dot, or the last chunk, is on its way.
 
 A refused recipient in `burst` must refuse the whole. So nothing that ends the content is sent before all are known to
 be accepted, but for a single recipient: where that is refused, the last chunk has nobody to go to.
 """
 
+import logging
 from collections.abc import Callable, Sequence
+from functools import partial
+from time import monotonic_ns
 from typing import Final
 
+from otel_smtp.forwarding.attempts import Attempts
 from otel_smtp.forwarding.connection import UpstreamConnection
 from otel_smtp.forwarding.content import Content
-from otel_smtp.forwarding.faults import OutOfStep, Reclaimed, Unsuitable, UpstreamFault
+from otel_smtp.forwarding.faults import OutOfStep, UpstreamFault
 from otel_smtp.forwarding.settings import TracePolicy
-from otel_smtp.forwarding.smarthost import Smarthost
-from otel_smtp.observing import DeliveryObserver, DeliveryPhase, Outcome
+from otel_smtp.forwarding.verdicts import fold, outcome_of
+from otel_smtp.observing import DeliveryPhase, Observer, Outcome, TransactionRecord
 from otel_smtp.smtp import replies
-from otel_smtp.smtp.client import Answer, Extensions, Verb
-from otel_smtp.smtp.envelope import Body, Mail, Recipient
+from otel_smtp.smtp.client import Answer, Verb
+from otel_smtp.smtp.envelope import Mail, Recipient
 from otel_smtp.smtp.received import replace_trace_headers
 from otel_smtp.smtp.replies import ErrorType, Reply
+
+logger: Final = logging.getLogger("otel_smtp.forwarding.delivery")
 
 STALE_AFTER_SECONDS: Final = 5.0
 """A connection that was idle for longer is asked MAIL and RCPT before it is given content: were it dead, which is seen
 only then, a message sent in one piece would have an unknown outcome instead of another connection."""
+ONE_PIECE_OCTETS: Final = 64 * 1024
+"""Content up to this size is joined and sent in one write; joining more costs more than the further writes."""
 
 _MAIL: Final = frozenset({Verb.RSET, Verb.MAIL})
 _ENVELOPE: Final = frozenset({Verb.RSET, Verb.MAIL, Verb.RCPT})
-_PHASES: Final = {
+_PHASES: Final[dict[Verb | None, DeliveryPhase]] = {
     Verb.MAIL: DeliveryPhase.MAIL,
-    Verb.RCPT: DeliveryPhase.RCPT,
     Verb.DATA: DeliveryPhase.DATA,
     Verb.CONTENT: DeliveryPhase.REPLY,
 }
 
+RecipientsJudged = Callable[[Sequence[Reply]], None]
+"""Takes one reply per recipient."""
 
-def lacking(mail: Mail, extensions: Extensions, *, is_tls: bool) -> Reply | None:
-    """The refusal of a mail that needs what an upstream does not offer; None if it offers all.
-
-    DSN parameters are not needed: they are left out where they are not offered (RFC 3461 5.2.2 lets a relay do so).
-    """
-    if (mail.smtputf8 or not mail.reverse_path.isascii()) and not extensions.smtputf8:
-        return replies.NEEDS_SMTPUTF8
-    if mail.body is Body.BINARY_MIME and not extensions.binary_mime:
-        return replies.NEEDS_BINARYMIME
-    if mail.body is Body.EIGHT_BIT_MIME and not extensions.eight_bit_mime:
-        return replies.NEEDS_8BITMIME
-    # "When the MAIL FROM return-path is empty, the REQUIRETLS parameter SHOULD NOT cause a bounce message to be
-    # discarded" (RFC 8689 5): it is asked for where it is offered.
-    if mail.require_tls and mail.reverse_path and not (extensions.require_tls and is_tls):
-        return replies.REQUIRETLS_UNSUPPORTED
-    if mail.size is not None and extensions.size is not None and mail.size > extensions.size:
-        return replies.MESSAGE_TOO_BIG
-    return None
+Delivered = Callable[[Reply, Sequence[Reply]], None]
+"""Takes the final reply, and from an LMTP upstream each recipient's own, where there are several."""
 
 
-class Delivery:
-    """One attempt. It is over when `end` was called, which gives its connection back.
+class Delivery(Attempts):
+    """One transaction upstream.
 
     Attributes:
-        smarthost: where it goes.
-        was_reused: its connection had served another mail before.
-        is_open: the upstream has answered MAIL with 2yz on this connection.
-        has_ended_content: see above.
-        verdicts: the replies to the content, one for each recipient where the upstream speaks LMTP.
+        accepted: recipients that go with the content; those of `ask` are added here as they are accepted.
     """
 
     __slots__ = (
-        "_answers",
-        "_connection",
-        "_first_round_trip",
-        "_has_begun",
-        "_is_over",
-        "_is_parked",
-        "_is_reclaimed",
-        "_mail",
-        "_seen",
-        "_was_taken",
-        "has_ended_content",
-        "is_open",
-        "smarthost",
-        "verdicts",
-        "was_reused",
+        "_after",
+        "_asked",
+        "_content",
+        "_delivered",
+        "_header",
+        "_judged",
+        "_mail_refusal",
+        "_refusal",
+        "_sent_octets",
+        "_sent_pieces",
+        "accepted",
     )
 
+    _after: "Callable[[Delivery, list[Answer]], None]"  # the step that takes the answers
+    # Set when they are needed.
+    _content: Content
+    _header: bytes
+    _sent_octets: int
+    _sent_pieces: int
+
     def __init__(
-        self,
-        smarthost: Smarthost,
-        connection: UpstreamConnection,
-        mail: Mail,
-        seen: DeliveryObserver,
-        *,
-        was_reused: bool,
+        self, mail: Mail, record: TransactionRecord, observer: Observer, ended_alone: "Callable[[Delivery], None]"
     ) -> None:
-        self.smarthost = smarthost
-        self.was_reused = was_reused
-        self.is_open = False
-        self.has_ended_content = False
-        self.verdicts: Sequence[Reply] = ()
-        self._connection = connection
-        self._mail = mail
-        self._seen = seen
-        self._first_round_trip = connection.round_trips if was_reused else 0
-        self._answers: list[Answer] = []  # of the exchange that is under way
-        self._is_over = False
-        self._is_parked = False  # the client has nothing to say; the connection may be taken away
-        self._is_reclaimed = False  # it was: it is another mail's now
-        self._has_begun = False  # MAIL was sent
-        self._was_taken = False  # the upstream said 2yz to the message
+        super().__init__(mail, record, observer, ended_alone)
+        self.accepted: list[Recipient] = []
+        self._asked: Sequence[Recipient] = ()
+        self._judged: RecipientsJudged | None = None
+        self._delivered: Delivered | None = None
+        self._refusal: Reply | None = None  # the last one, of a recipient or of MAIL
+        self._mail_refusal: Reply | None = None
 
-    def check(self) -> None:
-        """See whether this connection can carry the mail.
+    # What a transaction asks ------------------------------------------------------------------------------
 
-        Raises:
-            Unsuitable: it cannot.
-        """
-        extensions = self._connection.extensions
-        refusal = lacking(self._mail, extensions, is_tls=self._connection.stream.tls is not None)
-        if refusal is not None:
-            raise Unsuitable("the upstream lacks an extension that the mail needs", refusal)
-
-    def park(self) -> None:
-        """Leave the connection alone until the client says something: it may be taken away meanwhile."""
-        if not self._is_over:
-            self._is_parked = True
-            self.smarthost.park(self._connection, self._give_up_connection)
-
-    def _give_up_connection(self) -> None:
-        self._is_parked = False
-        self._is_reclaimed = True
-        self._connection.needs_reset = True
-
-    def _go_on(self) -> None:
-        """Take the connection up again, and look at it.
-
-        Raises:
-            Reclaimed: it is another mail's.
-            UpstreamFault: it cannot be used.
-        """
-        if self._is_parked:
-            self._is_parked = False
-            self.smarthost.unpark(self._connection)
-        if self._is_reclaimed:
-            raise Reclaimed("the connection was needed more elsewhere")
-        self._connection.ensure_alive()
-
-    # The transparent way ----------------------------------------------------------------------------------
-
-    async def ask(self, recipients: Sequence[Recipient]) -> list[Reply]:
+    def ask(self, recipients: Sequence[Recipient], judged: RecipientsJudged) -> None:
         """Put recipients to the upstream, with MAIL before the first ones, in one group.
 
-        Returns:
-            One reply each. Where MAIL was refused, its refusal is that of each; `is_open` stays false.
-
-        Raises:
-            UpstreamFault: no usable answer.
+        `judged` gets one reply each. Where MAIL was refused, its refusal is that of each.
         """
-        protocol = self._connection.protocol
-        self._go_on()
-        if not self.is_open:
-            self._begin(None)
-        for recipient in recipients:
-            protocol.send_recipient(recipient)
-        answers = await self._settle(_MAIL)
-        refusal = next(
-            (answer.reply for answer in answers if answer.verb is Verb.MAIL and answer.reply.code >= 400), None
-        )
-        if refusal is not None:
-            return [refusal] * len(recipients)
-        self.is_open = True
-        return [answer.reply for answer in answers if answer.verb is Verb.RCPT]
+        if self._mail_refusal is not None:
+            judged([self._mail_refusal] * len(recipients))
+            return
+        self._asked = recipients
+        self._judged = judged
+        self._work = Delivery._put
+        self._proceed()
 
-    async def send(self, content: Content) -> Reply:
-        """Send the content to the recipients that were accepted, and wait for the message's reply.
+    def send(self, content: Content, delivered: Delivered) -> None:
+        """Send the content to the recipients that were accepted."""
+        self._content = content
+        self._delivered = delivered
+        self._work = Delivery._send
+        self._proceed()
 
-        Raises:
-            UpstreamFault: no usable answer; see `has_ended_content`.
-        """
-        self._go_on()
-        header = self._header(content)
-        if self._is_too_big(len(header) + content.body_octets):
-            return replies.MESSAGE_TOO_BIG
-        if not self._connection.extensions.chunking:
-            self._connection.protocol.send_data()
-            refusal = (await self._settle())[0].reply
-            if refusal.code >= 400:
-                return refusal
-        return await self._write(header, content)
-
-    # The buffered way -------------------------------------------------------------------------------------
-
-    async def burst(self, recipients: Sequence[Recipient], content: Content) -> Reply:
+    def burst(self, content: Content, delivered: Delivered) -> None:
         """Do all of it: one round trip with CHUNKING, for a single recipient and a small message; else two.
 
-        Returns:
-            The reply to the message, or the first refusal on the way: then nobody got anything.
-
-        Raises:
-            UpstreamFault: no usable answer; see `has_ended_content`.
+        `delivered` gets the reply to the message, or the first refusal on the way: then nobody got anything.
         """
-        connection = self._connection
-        protocol, extensions = connection.protocol, connection.extensions
-        header = self._header(content)
-        octets = len(header) + content.body_octets
-        if self._is_too_big(octets):
-            return replies.MESSAGE_TOO_BIG
-        self._go_on()
-        self._begin(octets)
-        for recipient in recipients:
-            protocol.send_recipient(recipient)
-        if len(recipients) == 1 and content.is_in_memory and self._takes_all_in_one():
-            protocol.send_last_chunk(header + content.body_in_memory())
-            self.has_ended_content = True
-            connection.flush()
-            self._seen.phase(DeliveryPhase.CONTENT)
-            return await self.outcome()
-        if extensions.pipelining and not extensions.chunking:
-            protocol.send_data()
-        answers = await self._settle(_ENVELOPE)
-        self.is_open = answers[0].reply.is_positive
-        if (refusal := _refusal(answers)) is not None:
-            await self._take_back_data(answers)
-            return refusal
-        if answers[-1].verb is Verb.DATA and answers[-1].reply.code >= 400:
-            return answers[-1].reply
-        if not extensions.pipelining and not extensions.chunking:
-            protocol.send_data()
-            answer = (await self._settle())[0]
-            if answer.reply.code >= 400:
-                return answer.reply
-        return await self._write(header, content)
+        self._content = content
+        self._delivered = delivered
+        self._work = Delivery._burst
+        self._proceed()
 
-    async def _take_back_data(self, answers: Sequence[Answer]) -> None:
-        """Get out of a DATA that was answered with 354 although the message must not be sent."""
-        if answers[-1].verb is not Verb.DATA or answers[-1].reply.code >= 400:
+    def abort(self) -> None:
+        """Nobody waits for an answer any more. A message that is out of our hands comes to its end for the record."""
+        self._is_aborted = True
+        self._judged = self._delivered = None
+        if not self.is_under_way or self.has_ended_content:
             return
-        if self._connection.protocol.accepted_recipients:
-            # A lone dot would deliver an empty message to those that were accepted. Only the end of the connection
-            # takes DATA back.
-            self._connection.close()
-            return
-        # RFC 2920 3.1: "the client cannot assume that the DATA command will be rejected just because none of the RCPT
-        # TO commands worked"; then a lone dot ends it, and nobody is there to get the empty message.
-        self._connection.protocol.end_content()
-        await self._settle()
-
-    # Content ----------------------------------------------------------------------------------------------
-
-    def _header(self, content: Content) -> bytes:
-        match self.smarthost.settings.trace_context:
-            case TracePolicy.INJECT:
-                return replace_trace_headers(content.header, self._seen.carrier())
-            case TracePolicy.STRIP:
-                return replace_trace_headers(content.header, {})
-            case TracePolicy.KEEP:
-                return content.header
-
-    async def _write(self, header: bytes, content: Content) -> Reply:
-        """Write the content with its end, a small message in one piece, and wait for the reply to it."""
-        protocol = self._connection.protocol
-        put: Callable[[bytes], None] = protocol.send_content
-        if self._connection.extensions.chunking:
-            protocol.begin_last_chunk(len(header) + content.body_octets)
-            put = protocol.send_chunk_octets
-        put(header)
-        if content.is_in_memory:
-            put(content.body_in_memory())
+        self._stop()
+        refusal = self._refusal
+        if refusal is not None and not self.accepted and self._is_connected:
+            self._end(outcome_of(refusal), refusal, refusal.error_type, answered=True)
         else:
-            # The piece before is written when there is another one: the last one leaves together with the end.
-            async for piece in content.body():
-                await self._connection.write_content()
-                if (refusal := self._early_refusal()) is not None:
-                    return refusal
-                put(piece)
-        if not self._connection.extensions.chunking:
-            protocol.end_content()
-        self.has_ended_content = True
-        self._connection.flush()
-        self._seen.phase(DeliveryPhase.CONTENT)
-        return await self.outcome()
+            self._end(Outcome.ABORTED, None, None)
 
-    def _early_refusal(self) -> Reply | None:
-        """What the upstream says of the content before its end: only a refusal makes sense there.
+    # Answers ----------------------------------------------------------------------------------------------
 
-        The connection cannot be used again then: it is in the midst of the content.
-        """
-        answer = self._connection.take_answer()
-        if answer is None:
-            return None
-        self._seen.phase(DeliveryPhase.REPLY, answer.reply)
-        return answer.reply
-
-    async def outcome(self) -> Reply:
-        """The reply to a message whose content has been ended; may be called again after it was cut short.
-
-        Raises:
-            ConnectionLost: by a 421 that says that the message was not taken: `has_ended_content` is false again.
-            UpstreamFault: nobody knows.
-        """
+    def _settled(self, answers: list[Answer], fault: UpstreamFault | None) -> None:
+        """An exchange is over: note what was answered, and take the next step."""
         try:
-            await self._connection.settle(answers=self._answers)
-        except UpstreamFault as fault:
-            return self._outcome_of_fault(fault)
-        self._tell_phases()
-        answers = self._take_answers()
-        self._check_reset(answers)
-        self.verdicts = [reply for verb, reply in answers if verb is Verb.CONTENT]
-        reply = _refusal(answers) or _fold(self.verdicts)
-        self._was_taken = reply.is_positive
-        return reply
+            now_ns = monotonic_ns()
+            attempt = self._attempt
+            for verb, reply in answers:
+                if verb is Verb.RCPT:
+                    attempt.recipient_phase(now_ns, reply)
+                elif verb in _PHASES:
+                    attempt.phases.append((now_ns, _PHASES[verb], reply))
+            if fault is not None:
+                self._cut_short(answers, fault)
+                return
+            if answers[0][0] is Verb.RSET:
+                self._check_reset(answers.pop(0).reply)
+            self._after(self, answers)
+        except Exception as error:  # noqa: BLE001 - see `_recover`
+            self._recover(error)
 
-    def _outcome_of_fault(self, fault: UpstreamFault) -> Reply:
-        """What is known of a message all the same, when the answers ended early."""
-        self._tell_phases()
-        answers = self._take_answers()
-        if answers and answers[-1].reply.code == 421:
-            # LMTP: some recipients may have got it before.
-            self.verdicts = [reply for verb, reply in answers if verb is Verb.CONTENT]
-            if any(verdict.is_positive for verdict in self.verdicts):
-                return replies.SOME_RECIPIENTS_REFUSED
-            self.has_ended_content = False
-            raise fault
-        if (refusal := _refusal(answers)) is not None:
-            return refusal  # the only recipient was refused: whatever came of the content, nobody got it
+    def _cut_short(self, answers: list[Answer], fault: UpstreamFault) -> None:
+        """The answers ended early; what is known of the message all the same counts."""
+        if self.has_ended_content:
+            verdicts = [reply for verb, reply in answers if verb is Verb.CONTENT]
+            if answers and answers[-1].reply.code == 421:
+                # LMTP: some recipients may have got it before.
+                if any(verdict.is_positive for verdict in verdicts):
+                    self._conclude(replies.SOME_RECIPIENTS_REFUSED, verdicts)
+                    return
+                self.has_ended_content = False
+            elif (refusal := _refusal(answers)) is not None:
+                # The only recipient was refused: whatever came of the content, nobody got it.
+                self._conclude(refusal, verdicts)
+                return
         raise fault
 
-    # ------------------------------------------------------------------------------------------------------
-
-    def end(
-        self, outcome: Outcome, reply: Reply | None, *, error_type: ErrorType | None = None, answered: bool = False
-    ) -> None:
-        """The attempt is over: tell so, and give the connection back. Idempotent.
-
-        Args:
-            reply: the upstream's own.
-            answered: the upstream is well.
-        """
-        if self._is_over:
-            return
-        self._is_over = True
-        round_trips = self._connection.round_trips - self._first_round_trip
-        self._release(answered=answered)
-        self._seen.ended(outcome, reply, round_trips=0 if self._is_reclaimed else round_trips, error_type=error_type)
-
-    def hand_over(self) -> DeliveryObserver:
-        """Be over without saying so: the observer goes to the attempt on a fresh connection that takes its place."""
-        self._is_over = True
-        self._release(answered=False)
-        return self._seen
-
-    def _release(self, *, answered: bool) -> None:
-        if self._is_reclaimed:
-            return
-        if self._is_parked:
-            self.smarthost.unpark(self._connection)
-        if self._has_begun:
-            # RFC 3030 2 wants RSET after a chunk that was refused too.
-            self._connection.needs_reset = not self._was_taken
-        self.smarthost.release(self._connection, answered=answered)
-
-    def _begin(self, octets: int | None) -> None:
-        protocol = self._connection.protocol
-        if self._connection.needs_reset:
-            protocol.send_reset()
-        self._has_begun = True
-        protocol.send_mail(self._mail, size=octets)
-
-    async def _settle(self, stop_at: frozenset[Verb] = frozenset()) -> list[Answer]:
-        try:
-            await self._connection.settle(stop_at=stop_at, answers=self._answers)
-        finally:
-            self._tell_phases()
-            answers = self._take_answers()
-        self._check_reset(answers)
-        return [answer for answer in answers if answer.verb is not Verb.RSET]
-
-    def _check_reset(self, answers: Sequence[Answer]) -> None:
-        if answers and answers[0].verb is Verb.RSET and answers[0].reply.code >= 400:
+    def _check_reset(self, reply: Reply) -> None:
+        if reply.code >= 400:
             # What it keeps of the transaction before is anybody's guess.
             self._connection.close()
             raise OutOfStep("RSET refused")
 
-    def _tell_phases(self) -> None:
-        for verb, reply in self._answers:
-            if verb in _PHASES:
-                self._seen.phase(_PHASES[verb], reply)
+    def _answer_for_all(self, reply: Reply) -> None:
+        """Tell who waits that it came to nothing."""
+        judged, self._judged = self._judged, None
+        delivered, self._delivered = self._delivered, None
+        if judged is not None:
+            judged([reply] * len(self._asked))
+        elif delivered is not None:
+            delivered(reply, ())
 
-    def _take_answers(self) -> list[Answer]:
-        answers, self._answers = self._answers, []
-        return answers
+    # The transparent way ----------------------------------------------------------------------------------
 
-    def _is_too_big(self, octets: int) -> bool:
-        size = self._connection.extensions.size
-        return size is not None and octets > size
+    def _put(self) -> None:
+        """Put the recipients that are asked about; where an upstream takes over from another, those before as well."""
+        protocol = self._connection.protocol
+        if not self._is_open:
+            self._send_envelope(None)
+        for recipient in self._asked:
+            protocol.send_recipient(recipient)
+        self._after = Delivery._recipients_answered
+        self._connection.exchange(self._settled, stop_at=_MAIL)
 
-    def _takes_all_in_one(self) -> bool:
-        extensions = self._connection.extensions
-        may_be_stale = self.was_reused and self._connection.idle_seconds > STALE_AFTER_SECONDS
-        return extensions.chunking and extensions.pipelining and not may_be_stale
+    def _recipients_answered(self, answers: list[Answer]) -> None:
+        if not self._is_open:
+            refusal = answers[0].reply
+            if refusal.code >= 400:
+                self._sender_refused(refusal)
+                return
+            self._is_open = True
+            before = 1 + len(self.accepted)
+            if before > 1:
+                _check_accepted_before(answers[:before])
+            del answers[:before]
+        verdicts = []
+        for recipient, (_, verdict) in zip(self._asked, answers, strict=True):
+            verdicts.append(verdict)
+            if verdict.code < 400:
+                self.accepted.append(recipient)
+            else:
+                self._refusal = verdict
+        judged, self._judged = self._judged, None
+        if judged is not None:
+            # The connection is left alone until the client says something: it may be taken away meanwhile.
+            self._is_parked = True
+            self._smarthost.park(self._connection, self._reclaimed)
+            judged(verdicts)
+
+    def _sender_refused(self, refusal: Reply) -> None:
+        if self.accepted:
+            raise UpstreamFault("a sender that another upstream had accepted is refused")
+        self._refusal = self._mail_refusal = refusal
+        self._end(outcome_of(refusal), refusal, refusal.error_type, answered=True)
+        self._answer_for_all(refusal)
+
+    def _send(self) -> None:
+        if not self._is_open:
+            # What was accepted elsewhere is put to this upstream before it gets the content.
+            self._send_envelope(None)
+            self._after = Delivery._reopened
+            self._connection.exchange(self._settled, stop_at=_MAIL)
+        elif self._is_too_big():
+            self._conclude(replies.MESSAGE_TOO_BIG)
+        elif self._connection.protocol.extensions.chunking:
+            self._write()
+        else:
+            self._ask_for_content()
+
+    def _reopened(self, answers: list[Answer]) -> None:
+        _check_accepted_before(answers)
+        self._is_open = True
+        self._send()
+
+    # The buffered way -------------------------------------------------------------------------------------
+
+    def _burst(self) -> None:
+        if self._is_too_big():
+            self._conclude(replies.MESSAGE_TOO_BIG)
+            return
+        protocol, content = self._connection.protocol, self._content
+        extensions = protocol.extensions
+        self._send_envelope(len(self._header) + content.body_octets)
+        if extensions.chunking and extensions.pipelining and content.pieces is not None and self._may_be_all_in_one():
+            protocol.send_last_chunk(self._header, *content.pieces)
+            self._end_content()
+            return
+        if extensions.pipelining and not extensions.chunking:
+            protocol.send_data()
+        self._after = Delivery._envelope_answered
+        self._connection.exchange(self._settled, stop_at=_ENVELOPE)
+
+    def _may_be_all_in_one(self) -> bool:
+        is_stale = self._was_reused and self._connection.idle_seconds > STALE_AFTER_SECONDS
+        return len(self.accepted) == 1 and not is_stale
+
+    def _envelope_answered(self, answers: list[Answer]) -> None:
+        self._is_open = answers[0].reply.is_positive
+        last = answers[-1]
+        if (refusal := _refusal(answers)) is not None:
+            if last.verb is Verb.DATA and last.reply.code < 400:
+                self._take_back_data(refusal)
+            else:
+                self._conclude(refusal)
+        elif last.verb is Verb.DATA:
+            self._data_answered([last])
+        elif self._connection.protocol.extensions.chunking:
+            self._write()
+        else:
+            self._ask_for_content()
+
+    def _take_back_data(self, refusal: Reply) -> None:
+        """Get out of a DATA that was answered with 354 although the message must not be sent."""
+        protocol = self._connection.protocol
+        if protocol.accepted_recipients:
+            # A lone dot would deliver an empty message to those that were accepted. Only the end of the connection
+            # takes DATA back.
+            self._connection.close()
+            self._conclude(refusal)
+            return
+        # RFC 2920 3.1: "the client cannot assume that the DATA command will be rejected just because none of the RCPT
+        # TO commands worked"; then a lone dot ends it, and nobody is there to get the empty message.
+        protocol.end_content()
+        self._refusal = refusal
+        self._after = Delivery._data_taken_back
+        self._connection.exchange(self._settled)
+
+    def _data_taken_back(self, _: list[Answer]) -> None:
+        if self._refusal is not None:
+            self._conclude(self._refusal)
+
+    # Content ----------------------------------------------------------------------------------------------
+
+    def _is_too_big(self) -> bool:
+        """Make the header block that leaves, and see whether the message exceeds what the upstream takes."""
+        header = self._content.header
+        policy = self._smarthost.settings.trace_context
+        if policy is TracePolicy.INJECT:
+            header = replace_trace_headers(header, self._observer.delivery_carrier(self._attempt))
+        elif policy is TracePolicy.STRIP and b"trace" in header.lower():
+            header = replace_trace_headers(header, {})
+        self._header = header
+        size = self._connection.protocol.extensions.size
+        return size is not None and len(header) + self._content.body_octets > size
+
+    def _ask_for_content(self) -> None:
+        self._connection.protocol.send_data()
+        self._after = Delivery._data_answered
+        self._connection.exchange(self._settled)
+
+    def _data_answered(self, answers: list[Answer]) -> None:
+        reply = answers[0].reply
+        if reply.code >= 400:
+            self._conclude(reply)
+        else:
+            self._write()
+
+    def _write(self) -> None:
+        """Write the content with its end, a small message in one piece, and wait for the reply to it."""
+        protocol, content = self._connection.protocol, self._content
+        octets = len(self._header) + content.body_octets
+        if content.pieces is None or octets > ONE_PIECE_OCTETS:
+            self._write_large(octets)
+            return
+        if protocol.extensions.chunking:
+            protocol.send_last_chunk(self._header, *content.pieces)
+        else:
+            protocol.send_content(self._header)
+            for piece in content.pieces:
+                protocol.send_content(piece)
+            protocol.end_content()
+        self._end_content()
+
+    def _write_large(self, octets: int) -> None:
+        protocol = self._connection.protocol
+        if protocol.extensions.chunking:
+            protocol.begin_last_chunk(octets)
+        self._sent_octets = self._sent_pieces = 0
+        self._after = Delivery._refused_early
+        self._put_content(self._header)
+        if self._connection.send_content(self._settled, self._writable):
+            self._write_more()
+
+    def _put_content(self, piece: bytes) -> None:
+        protocol = self._connection.protocol
+        if protocol.extensions.chunking:
+            protocol.send_chunk_octets(piece)
+        else:
+            protocol.send_content(piece)
+
+    def _writable(self) -> None:
+        try:
+            self._write_more()
+        except Exception as error:  # noqa: BLE001 - see `_recover`
+            self._recover(error)
+
+    def _write_more(self) -> None:
+        """Write the rest of the body, as fast as the upstream takes it; the last piece leaves with the end."""
+        content = self._content
+        while self._sent_octets < content.body_octets:
+            if content.pieces is None:
+                content.read(self._sent_octets, partial(self._piece_read, self._connection))
+                return
+            self._sent_pieces += 1
+            if not self._write_piece(content.pieces[self._sent_pieces - 1]):
+                return
+        if not self._connection.protocol.extensions.chunking:
+            self._connection.protocol.end_content()
+        self._end_content()
+
+    def _write_piece(self, piece: bytes) -> bool:
+        """Write a piece, but keep the last one back; whether to go on at once."""
+        self._put_content(piece)
+        self._sent_octets += len(piece)
+        is_last = self._sent_octets >= self._content.body_octets
+        return is_last or self._connection.send_content(self._settled, self._writable)
+
+    def _piece_read(self, connection: UpstreamConnection, piece: bytes | None) -> None:
+        if not self._is_connected or connection is not self._connection:
+            return  # lost meanwhile
+        try:
+            if piece is None:
+                self._end(Outcome.ABORTED, None, None)
+                self._answer_for_all(replies.STORAGE_FAILED)
+            elif self._write_piece(piece):
+                self._write_more()
+        except Exception as error:  # noqa: BLE001 - see `_recover`
+            self._recover(error)
+
+    def _refused_early(self, answers: list[Answer]) -> None:
+        """The upstream refuses the content before its end; the connection cannot be used again then."""
+        self._conclude(answers[-1].reply)
+
+    def _end_content(self) -> None:
+        """Send what is queued, the end of the content with it, and wait for the reply to the message."""
+        self.has_ended_content = True
+        self._attempt.phases.append((monotonic_ns(), DeliveryPhase.CONTENT, None))
+        self._after = Delivery._message_answered
+        self._connection.exchange(self._settled)
+
+    def _message_answered(self, answers: list[Answer]) -> None:
+        if len(answers) == 1:
+            self._conclude(answers[0].reply)
+            return
+        verdicts = [reply for verb, reply in answers if verb is Verb.CONTENT]
+        self._conclude(_refusal(answers) or fold(verdicts), verdicts)
+
+    # The end of an attempt --------------------------------------------------------------------------------
+
+    def _conclude(self, reply: Reply, verdicts: Sequence[Reply] = ()) -> None:
+        """The message has its reply."""
+        if reply.code < 400:
+            self._connection.needs_reset = False
+        own = reply if reply.error_type in (None, ErrorType.UPSTREAM_REFUSED) else None
+        outcome = Outcome.RELAYED if reply.code < 400 else outcome_of(reply)
+        self._end(outcome, own, reply.error_type, answered=True)
+        delivered, self._delivered = self._delivered, None
+        if delivered is not None:
+            delivered(reply, verdicts if len(verdicts) > 1 else ())
+        else:
+            logger.info("outcome of a message whose client is gone", extra={"code": reply.code})
+
+    # ------------------------------------------------------------------------------------------------------
+
+    def _send_envelope(self, octets: int | None) -> None:
+        """Queue MAIL and the recipients that were accepted before."""
+        connection = self._connection
+        if connection.needs_reset:
+            connection.protocol.send_reset()
+        # Until the upstream has taken the message. RFC 3030 2 wants RSET after a chunk that was refused too.
+        connection.needs_reset = True
+        connection.protocol.send_mail(self._mail, size=octets)
+        for recipient in self.accepted:
+            connection.protocol.send_recipient(recipient)
 
 
 def _refusal(answers: Sequence[Answer]) -> Reply | None:
     """The first refusal of MAIL or a recipient."""
-    return next((reply for verb, reply in answers if verb in (Verb.MAIL, Verb.RCPT) and reply.code >= 400), None)
+    for verb, reply in answers:
+        if reply.code >= 400 and (verb is Verb.MAIL or verb is Verb.RCPT):
+            return reply
+    return None
 
 
-def _fold(verdicts: Sequence[Reply]) -> Reply:
-    """One reply for what LMTP answers once for each recipient.
-
-    All accepted: the first. All refused: one that lets the client try again, if there is one. Some of both: 4yz, so
-    that the client keeps the mail. Those who have it already get it twice, and nobody loses it (P3).
-    """
-    refusals = [reply for reply in verdicts if reply.code >= 400]
-    if not refusals:
-        return verdicts[0]
-    if len(refusals) < len(verdicts):
-        return replies.SOME_RECIPIENTS_REFUSED
-    return next((reply for reply in refusals if reply.is_transient), refusals[0])
+def _check_accepted_before(answers: Sequence[Answer]) -> None:
+    if any(reply.code >= 400 for _, reply in answers):
+        raise UpstreamFault("what another upstream had accepted is refused")

@@ -1,8 +1,8 @@
 """What goes wrong with an upstream, by what may follow from it.
 
 A refusal (4yz or 5yz to MAIL, RCPT, DATA or the content) is no fault: it is an answer, and is passed on. A fault means
-that this upstream, on this connection, gave no usable answer; the next one may be asked as long as the message was not
-given out of hand.
+that this upstream, on this connection, gave no usable answer; the next one may be asked as long as the end of the
+message has not been sent.
 """
 
 from otel_smtp.smtp import replies
@@ -34,7 +34,7 @@ class Unsuitable(UpstreamFault):
 
 
 class NoConnectionFree(UpstreamFault):
-    """The pool had none: all busy for too long, or the breaker is open. Nothing was tried."""
+    """The pool had none: all were busy for too long, or the upstream is in backoff. Nothing was tried."""
 
 
 class ConnectionLost(UpstreamFault):
@@ -43,10 +43,6 @@ class ConnectionLost(UpstreamFault):
 
 class TimedOut(ConnectionLost):
     """It stayed silent for too long, or took no more content."""
-
-
-class Reclaimed(ConnectionLost):
-    """It was taken away for another mail while the client was silent: nobody's fault."""
 
 
 class OutOfStep(UpstreamFault):

@@ -1,14 +1,18 @@
 """The connections to one upstream: who may use which, who waits, what is to be closed. Decides; does no I/O.
 
-A mail asks with a `Ticket`. It is decided at once or later, when something is released: use that connection, open one,
-or nothing to be had. What the pool wants closed it hands to whoever drives it. Idle connections are used last in, first
-out, so that a low load keeps few connections warm and lets the others age away. Tickets are served in their order.
+A mail takes an idle connection (`take`), or asks with a `Ticket` (`ask`), which is decided at once or later, when
+something is released: use that connection, open one, or none is available. What the pool wants closed it collects for
+its driver. Idle connections are used last in, first out, so that a low load keeps few connections warm and lets the
+others age away. Tickets are served in their order.
 
 A connection may be in the middle of a transaction whose client has nothing to say: it is *parked*. When somebody waits
-and a connection has been parked for a while, it is reclaimed: its transaction can be begun anew on another connection.
+and a connection has been parked for a while, it is reclaimed: its transaction can be restarted on another connection.
 Else as many slow clients as there are connections would stop all mail.
+
+`Ticket.on_decided` is called in the middle of the pool's own work, and may call the pool: by then the pool is in order.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,19 +49,21 @@ class Decision(Enum):
     WAITING = auto()
     REUSE = auto()  # `connection` is it
     OPEN = auto()  # open one, then tell `opened`, `failed` or `gave_up`
-    NONE = auto()  # nothing to be had: the upstream is being given a rest, or the pool is closed
+    NONE = auto()  # none is available: the upstream is in backoff, all were busy for too long, or the pool is closed
 
 
 class Ticket(Generic[C]):
     """One mail's wish for a connection.
 
     Attributes:
+        asked_at: when it began to wait.
         on_decided: called when a waiting ticket is decided.
     """
 
-    __slots__ = ("connection", "decision", "on_decided", "wants_fresh")
+    __slots__ = ("asked_at", "connection", "decision", "on_decided", "wants_fresh")
 
-    def __init__(self, *, wants_fresh: bool) -> None:
+    def __init__(self, asked_at: float, *, wants_fresh: bool) -> None:
+        self.asked_at = asked_at
         self.wants_fresh = wants_fresh
         self.decision = Decision.WAITING
         self.connection: C | None = None
@@ -66,8 +72,9 @@ class Ticket(Generic[C]):
     def decide(self, decision: Decision, connection: C | None = None) -> None:
         self.decision = decision
         self.connection = connection
-        if self.on_decided is not None:
-            self.on_decided()
+        on_decided, self.on_decided = self.on_decided, None
+        if on_decided is not None:
+            on_decided()
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +94,12 @@ class Pool(Generic[C]):
     """The connections to one upstream.
 
     All times are by one monotonic clock. Methods may be called in any order; each leaves the pool within its limits.
+
+    Attributes:
+        closing: connections that are to be closed now; see `take_closing`.
     """
 
-    __slots__ = ("_busy", "_closing", "_idle", "_is_closed", "_limits", "_opening", "_parked", "_waiting", "breaker")
+    __slots__ = ("_busy", "_idle", "_is_closed", "_limits", "_opening", "_parked", "_waiting", "breaker", "closing")
 
     def __init__(self, limits: PoolLimits) -> None:
         self._limits = limits
@@ -99,8 +109,8 @@ class Pool(Generic[C]):
         self._parked: dict[C, tuple[float, Callable[[], None]]] = {}  # since when, the longest first; whom to tell
         self._opening = 0
         self._waiting: deque[Ticket[C]] = deque()
-        self._closing: list[C] = []
         self._is_closed = False
+        self.closing: list[C] = []
 
     def __repr__(self) -> str:
         return (
@@ -122,15 +132,29 @@ class Pool(Generic[C]):
 
     # What mails do ----------------------------------------------------------------------------------------
 
+    def take(self, now: float) -> C | None:
+        """An idle connection; None: there is none, see `ask`. It is given back by `release`.
+
+        It is proof enough of the upstream's health, whatever the breaker says. It is taken from nobody: where
+        connections are idle, those who wait want fresh ones.
+        """
+        while self._idle:
+            connection, _ = self._idle.pop()
+            if connection.is_reusable(now, self._limits):
+                self._busy += 1
+                return connection
+            self.closing.append(connection)
+        return None
+
     def ask(self, now: float, *, fresh: bool = False) -> Ticket[C]:
         """Ask for a connection; `fresh`: one that was not used before."""
-        ticket: Ticket[C] = Ticket(wants_fresh=fresh)
+        ticket: Ticket[C] = Ticket(now, wants_fresh=fresh)
         self._waiting.append(ticket)
         self._assign(now)
         return ticket
 
     def withdraw(self, ticket: Ticket[C], now: float) -> None:
-        """Whoever asked is gone, or has waited for too long. What it was given is given back."""
+        """The mail that asked is gone. What it was given is given back."""
         match ticket.decision:
             case Decision.WAITING:
                 self._waiting.remove(ticket)
@@ -149,8 +173,9 @@ class Pool(Generic[C]):
         if not self._is_closed and connection.is_reusable(now, self._limits):
             self._idle.append((connection, now))
         else:
-            self._closing.append(connection)
-        self._assign(now)
+            self.closing.append(connection)
+        if self._waiting:
+            self._assign(now)
 
     def park(self, connection: C, now: float, on_reclaimed: Callable[[], None]) -> None:
         """A mail leaves its connection alone for now; from the call of `on_reclaimed` on, it is another mail's."""
@@ -173,16 +198,10 @@ class Pool(Generic[C]):
         self._assign(now)
 
     def gave_up(self, now: float) -> None:
-        """Nobody wants it any more: no verdict."""
+        """The attempt to open was given up: no verdict."""
         self._opening -= 1
         self.breaker.give_up()
         self._assign(now)
-
-    def answered(self, now: float) -> None:
-        """A mail had its answer: the upstream is well."""
-        self.breaker.succeeded()
-        if self._waiting:
-            self._assign(now)
 
     # What time and peers do -------------------------------------------------------------------------------
 
@@ -191,43 +210,39 @@ class Pool(Generic[C]):
         for entry in self._idle:
             if entry[0] is connection:
                 self._idle.remove(entry)
-                self._closing.append(connection)
+                self.closing.append(connection)
                 self._assign(now)
                 return
 
-    def reclaim(self, now: float) -> float | None:
-        """Serve those who wait with connections that have been parked for long enough.
+    def expire(self, now: float, *, most_wait_seconds: float = math.inf) -> None:
+        """Look at the clock; to be called a few times a second while the pool is not empty.
 
-        Returns:
-            When to call again; None: when somebody waits again.
-        """
-        self._assign(now)
-        if not self._waiting:
-            return None
-        parked_since = next((since for since, _ in self._parked.values()), now)
-        return max(parked_since + RECLAIM_AFTER_SECONDS, now + RECLAIM_AFTER_SECONDS / 10)
-
-    def expire(self, now: float) -> float | None:
-        """Give up the connections that have been idle for too long.
-
-        Returns:
-            When to call again; None: when something was released.
+        Connections that have been idle for too long are closed. Tickets that wait are served with connections that have
+        been parked for long enough, and those that have waited for `most_wait_seconds` are sent away.
         """
         while self._idle and now - self._idle[0][1] >= self._limits.idle_seconds:
-            self._closing.append(self._idle.popleft()[0])
-        return self._idle[0][1] + self._limits.idle_seconds if self._idle else None
+            self.closing.append(self._idle.popleft()[0])
+        if self._waiting:
+            self._assign(now)
+        while self._waiting and now - self._waiting[0].asked_at >= most_wait_seconds:
+            self._waiting.popleft().decide(Decision.NONE)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing that could be late: no connection that is open or opening, and nobody who waits."""
+        return not (self._idle or self._busy or self._opening or self._waiting or self.closing)
 
     def close(self) -> None:
         """No ticket is served any more; connections in use are closed when they are released."""
         self._is_closed = True
-        self._closing.extend(connection for connection, _ in self._idle)
+        self.closing.extend(connection for connection, _ in self._idle)
         self._idle.clear()
         while self._waiting:
             self._waiting.popleft().decide(Decision.NONE)
 
     def take_closing(self) -> list[C]:
         """The connections to be closed now; each is given once."""
-        closing, self._closing = self._closing, []
+        closing, self.closing = self.closing, []
         return closing
 
     # ------------------------------------------------------------------------------------------------------
@@ -243,21 +258,16 @@ class Pool(Generic[C]):
     def _decide(self, ticket: Ticket[C], now: float) -> tuple[Decision, C | None]:
         if self._is_closed:
             return Decision.NONE, None
-        # An idle connection is proof enough of the upstream's health, whatever the breaker says.
-        while self._idle and not ticket.wants_fresh:
-            connection, _ = self._idle.pop()
-            if connection.is_reusable(now, self._limits):
-                self._busy += 1
-                return Decision.REUSE, connection
-            self._closing.append(connection)
+        if not ticket.wants_fresh and (idle := self.take(now)) is not None:
+            return Decision.REUSE, idle
         if self._may_open(now):
-            self.breaker.begin(now)
+            self.breaker.begin()
             self._opening += 1
             return Decision.OPEN, None
         if (reclaimed := self._reclaimed(now)) is not None:
             if reclaimed.is_reusable(now, self._limits) and not ticket.wants_fresh:
                 return Decision.REUSE, reclaimed
-            self._closing.append(reclaimed)
+            self.closing.append(reclaimed)
             self._busy -= 1
             return self._decide(ticket, now)
         if self.breaker.is_dead(now):
@@ -282,5 +292,5 @@ class Pool(Generic[C]):
             return False
         # A fresh one is wanted though others lie idle: the oldest makes room.
         if in_use + len(self._idle) >= self._limits.connections:
-            self._closing.append(self._idle.popleft()[0])
+            self.closing.append(self._idle.popleft()[0])
         return True

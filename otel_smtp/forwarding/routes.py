@@ -34,6 +34,27 @@ class _Row(Generic[T]):
         self.upstream = upstream
 
 
+class Serving(Generic[T]):
+    """The upstreams that serve one sender.
+
+    Attributes:
+        upstreams: all of them, the preferred one first.
+    """
+
+    __slots__ = ("_has_patterns", "_rows", "upstreams")
+
+    def __init__(self, rows: "Sequence[_Row[T]]") -> None:
+        self._rows = rows
+        self._has_patterns = any(row.recipients is not None for row in rows)
+        self.upstreams: Sequence[T] = [row.upstream for row in rows]
+
+    def for_recipient(self, recipient: Recipient) -> Sequence[T]:
+        """Those that serve a recipient too, the preferred one first."""
+        if not self._has_patterns:
+            return self.upstreams
+        return [row.upstream for row in self._rows if row.recipients is None or row.recipients.match(recipient.address)]
+
+
 class Routes(Generic[T]):
     """The routes to a list of upstreams.
 
@@ -42,19 +63,18 @@ class Routes(Generic[T]):
             does not matter; the null reverse-path is matched by "" and by "*".
     """
 
-    __slots__ = ("_rows",)
+    __slots__ = ("_all", "_rows")
 
     def __init__(self, upstreams: Sequence[tuple[Routed, T]]) -> None:
         self._rows = [_Row(settings, upstream) for settings, upstream in upstreams]
+        has_patterns = any(row.senders is not None for row in self._rows)
+        self._all = None if has_patterns else Serving(self._rows)
 
-    def for_mail(self, mail: Mail) -> "Sequence[_Row[T]]":
-        """The rows that serve the sender; hand them to `for_recipient`."""
-        return [row for row in self._rows if row.senders is None or row.senders.match(mail.reverse_path)]
-
-    @staticmethod
-    def for_recipient(rows: "Sequence[_Row[T]]", recipient: Recipient) -> Sequence[T]:
-        """The upstreams among `rows` that serve a recipient, the preferred one first."""
-        return [row.upstream for row in rows if row.recipients is None or row.recipients.match(recipient.address)]
+    def for_mail(self, mail: Mail) -> Serving[T]:
+        """The upstreams that serve the sender."""
+        if self._all is not None:
+            return self._all
+        return Serving([row for row in self._rows if row.senders is None or row.senders.match(mail.reverse_path)])
 
 
 def _pattern(patterns: Sequence[str]) -> re.Pattern[str] | None:

@@ -6,16 +6,22 @@ import ssl
 from collections.abc import Callable
 from typing import Final
 
-from otel_smtp.forwarding.connection import UpstreamConnection, open_connection
+from otel_smtp.forwarding.connection import NotePhase, UpstreamConnection, open_connection
 from otel_smtp.forwarding.faults import ConnectFailed, NoConnectionFree, UpstreamFault
-from otel_smtp.forwarding.pool import RECLAIM_AFTER_SECONDS, Decision, Pool, PoolSnapshot, Ticket
+from otel_smtp.forwarding.pool import Decision, Pool, PoolSnapshot, Ticket
 from otel_smtp.forwarding.settings import UpstreamSettings
 from otel_smtp.forwarding.tls import UpstreamTlsContext
-from otel_smtp.observing import DeliveryObserver, DeliveryPhase
+from otel_smtp.net import Sweep
+from otel_smtp.observing import DeliveryPhase
+from otel_smtp.smtp import replies
 from otel_smtp.smtp.client import Extensions
+from otel_smtp.smtp.replies import Reply
 from otel_smtp.smtp.states import TlsMode
 
 logger: Final = logging.getLogger("otel_smtp.forwarding.smarthost")
+
+Opened = Callable[[UpstreamConnection | None, UpstreamFault | None], None]
+"""Takes a connection that was opened, or why none was. It must not raise."""
 
 
 class Smarthost:
@@ -23,11 +29,13 @@ class Smarthost:
 
     Args:
         hostname: what we call ourselves in EHLO.
+        sweep: calls `check_clock` while there is anything that can be late.
 
     Attributes:
-        settings: as configured.
+        settings: as configured. `endpoint`: where it is.
         extensions: what its last EHLO offered; None before the first.
         heard_at: when it last was of use, a connection or an answer; the loop's clock; None: never.
+        unpark: `unpark(connection)`: go on with a connection that was left alone by `park`.
         failed_at, failure: when a connection to it last failed, and what became of it, in a word; None: never.
 
     Raises:
@@ -35,21 +43,25 @@ class Smarthost:
     """
 
     __slots__ = (
+        "_connections",
         "_context",
-        "_expiry",
         "_hostname",
+        "_is_swept",
         "_loop",
         "_pool",
-        "_reclaiming",
+        "_sweep",
+        "endpoint",
         "extensions",
         "failed_at",
         "failure",
         "heard_at",
         "settings",
+        "unpark",
     )
 
-    def __init__(self, settings: UpstreamSettings, hostname: str) -> None:
+    def __init__(self, settings: UpstreamSettings, hostname: str, sweep: Sweep) -> None:
         self.settings = settings
+        self.endpoint = settings.endpoint
         self.extensions: Extensions | None = None
         self.heard_at: float | None = None
         self.failed_at: float | None = None
@@ -61,63 +73,117 @@ class Smarthost:
                 ca_file=settings.ca_file, certificate_file=settings.certificate_file, key_file=settings.key_file
             )
         self._pool: Pool[UpstreamConnection] = Pool(settings.limits)
-        self._expiry: asyncio.TimerHandle | None = None
-        self._reclaiming: asyncio.TimerHandle | None = None
+        self.unpark = self._pool.unpark
+        self._connections: set[UpstreamConnection] = set()  # all that are open
+        self._sweep = sweep
+        self._is_swept = False
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def __repr__(self) -> str:
-        return f"<Smarthost {self.settings.name} {self.settings.endpoint} {self._pool!r}>"
+        return f"<Smarthost {self.settings.name} {self.endpoint} {self._pool!r}>"
 
     def snapshot(self) -> PoolSnapshot:
         """Its pool at this moment."""
         return self._pool.snapshot()
 
     @property
+    def retry_at(self) -> float | None:
+        """When the next attempt is allowed, by the loop's clock; None where it is not in backoff."""
+        return self._pool.breaker.retry_at
+
+    @property
     def is_reachable(self) -> bool:
         """Whether the last that is known of it is good, or nothing is known."""
         return self.failed_at is None or (self.heard_at is not None and self.heard_at >= self.failed_at)
-
-    async def look(self) -> None:
-        """Connect to it and say EHLO, if it may be asked now; the connection is kept for the next mail."""
-        try:
-            connection, _ = await self.acquire(DeliveryObserver())
-        except UpstreamFault:
-            return  # noted where it happened
-        self.release(connection, answered=False)
 
     def concurrency(self) -> int:
         """How many mails may be under way to it now."""
         return self._pool.breaker.concurrency(asyncio.get_running_loop().time())
 
-    async def acquire(self, seen: DeliveryObserver, *, fresh: bool = False) -> tuple[UpstreamConnection, bool]:
-        """A connection that can take a mail, and whether it was used before; give it back by `release`.
+    # Who may use which connection -------------------------------------------------------------------------
+
+    def take(self) -> UpstreamConnection | None:
+        """A connection that is idle, and that nobody waits for; None: see `ask`. It is given back by `release`."""
+        if self._loop is None:
+            return None
+        connection = self._pool.take(self._loop.time())
+        if self._pool.closing:
+            self._close_what_is_over()
+        if connection is not None:
+            connection.messages += 1
+        return connection
+
+    def ask(self, *, fresh: bool = False) -> Ticket[UpstreamConnection]:
+        """Ask for a connection. A decision to open one is followed by `open`.
 
         Args:
             fresh: none that was used before: those may all be as stale as the one that just died.
+        """
+        loop = self._loop = asyncio.get_running_loop()
+        ticket = self._pool.ask(loop.time(), fresh=fresh)
+        self._close_what_is_over()
+        if not self._is_swept:
+            self._is_swept = True
+            self._sweep.add(self.check_clock)
+        return ticket
+
+    def withdraw(self, ticket: Ticket[UpstreamConnection]) -> None:
+        """The mail that asked is gone."""
+        assert self._loop is not None
+        self._pool.withdraw(ticket, self._loop.time())
+        self._close_what_is_over()
+
+    def open(self, note: NotePhase, opened: Opened) -> "asyncio.Task[None]":
+        """Open the connection that a ticket allowed; until it is open, the task may be cancelled."""
+        assert self._loop is not None
+        opening = self._loop.create_task(self._open_for(note, opened))
+        # A task that is cancelled before its first step never runs: only its end is certain.
+        opening.add_done_callback(self._opening_ended)
+        return opening
+
+    def _opening_ended(self, opening: "asyncio.Task[None]") -> None:
+        assert self._loop is not None
+        if opening.cancelled():
+            self._pool.gave_up(self._loop.time())
+
+    async def _open_for(self, note: NotePhase, opened: Opened) -> None:
+        try:
+            connection = await self._open(note)
+        except UpstreamFault as fault:
+            opened(None, fault)
+        except Exception:
+            logger.exception("connecting to the upstream failed: internal error", extra=self._named)
+            opened(None, UpstreamFault("internal error", replies.INTERNAL))
+        else:
+            opened(connection, None)
+
+    async def connect(self, note: NotePhase) -> UpstreamConnection:
+        """A connection for a look at the upstream, not for a mail; give it back by `release`.
 
         Raises:
             ConnectFailed: one was tried, and did not come about.
             NoConnectionFree: none was tried.
         """
-        loop = self._loop = asyncio.get_running_loop()
-        asked_at = loop.time()
-        ticket = self._pool.ask(asked_at, fresh=fresh)
-        self._close_what_is_over()
-        if ticket.decision is Decision.WAITING:
-            await self._wait(ticket, loop)
-        seen.pooled(wait_seconds=loop.time() - asked_at, reused=ticket.decision is Decision.REUSE)
-        seen.phase(DeliveryPhase.POOL)
-        if ticket.decision is Decision.NONE:
-            raise NoConnectionFree("the upstream is being given a rest")
-        if ticket.decision is Decision.REUSE:
-            assert ticket.connection is not None
-            connection, reused = ticket.connection, True
-            connection.stream.on_lost = None
-        else:
-            connection, reused = await self._open(seen, loop), False
-        seen.connected(connection.stream.peer, connection.stream.tls)
-        connection.messages += 1
-        return connection, reused
+        if (connection := self.take()) is not None:
+            return connection
+        ticket = self.ask()
+        if ticket.decision is not Decision.OPEN:
+            self.withdraw(ticket)
+            raise NoConnectionFree("no connection is free, or the upstream is in backoff")
+        try:
+            return await self._open(note)
+        except asyncio.CancelledError:
+            assert self._loop is not None
+            self._pool.gave_up(self._loop.time())
+            raise
+
+    async def probe(self) -> None:
+        """Connect to it and say EHLO, if it may be asked now; the connection is kept for the next mail."""
+        try:
+            connection = await self.connect(_note_nothing)
+        except UpstreamFault:
+            return  # noted where it happened
+        self.release(connection, answered=False)
 
     def park(self, connection: UpstreamConnection, on_reclaimed: Callable[[], None]) -> None:
         """Leave a connection alone in the middle of a transaction; others may need it more.
@@ -128,86 +194,65 @@ class Smarthost:
         assert self._loop is not None
         self._pool.park(connection, self._loop.time(), on_reclaimed)
 
-    def unpark(self, connection: UpstreamConnection) -> None:
-        """Go on with it."""
-        self._pool.unpark(connection)
-
     def release(self, connection: UpstreamConnection, *, answered: bool) -> None:
         """Give a connection back; it is kept if it is in step, else closed.
 
         Args:
             answered: it answered what it was asked.
         """
-        loop = self._loop
-        assert loop is not None
-        now = connection.used_at = loop.time()
+        assert self._loop is not None
+        now = connection.used_at = self._loop.time()
         if answered:
             self.heard_at = now
-            self._pool.answered(now)
-        if isinstance(self._context, UpstreamTlsContext) and connection.messages == 1:
+            self._pool.breaker.succeeded()
+        if connection.messages == 1 and isinstance(self._context, UpstreamTlsContext):
             self._context.keep_session(connection.stream.tls_object)
-        connection.stream.on_lost = lambda: self._lost(connection)
         self._pool.release(connection, now)
+        if self._pool.closing:
+            self._close_what_is_over()
+
+    # What time and peers do -------------------------------------------------------------------------------
+
+    def check_clock(self, now: float) -> None:
+        """End what takes too long, and close what has been idle for too long."""
+        for connection in tuple(self._connections):
+            connection.check_deadline(now)
+        self._pool.expire(now, most_wait_seconds=self.settings.timeouts.pool)
         self._close_what_is_over()
-        if self._expiry is None:
-            self._expiry = loop.call_later(self.settings.limits.idle_seconds, self._expire)
+        if self._pool.is_empty:
+            self._is_swept = False
+            self._sweep.remove(self.check_clock)
 
     def close(self) -> None:
         """Close what is idle, and whatever is in use when it is released. Idempotent."""
         self._pool.close()
         self._close_what_is_over()
-        if self._expiry is not None:
-            self._expiry.cancel()
-            self._expiry = None
-        if self._reclaiming is not None:
-            self._reclaiming.cancel()
-            self._reclaiming = None
 
-    async def _wait(self, ticket: Ticket[UpstreamConnection], loop: asyncio.AbstractEventLoop) -> None:
-        decided: asyncio.Future[None] = loop.create_future()
-
-        def wake() -> None:
-            if not decided.done():
-                decided.set_result(None)
-
-        ticket.on_decided = wake
-        if self._reclaiming is None:
-            self._reclaiming = loop.call_later(RECLAIM_AFTER_SECONDS, self._reclaim)
+    async def _open(self, note: NotePhase) -> UpstreamConnection:
+        assert self._loop is not None
         try:
-            async with asyncio.timeout(self.settings.timeouts.pool):
-                await decided
-        except TimeoutError as error:
-            self._withdraw(ticket, loop)
-            raise NoConnectionFree("all connections to the upstream are busy") from error
-        except BaseException:
-            self._withdraw(ticket, loop)
-            raise
-
-    def _withdraw(self, ticket: Ticket[UpstreamConnection], loop: asyncio.AbstractEventLoop) -> None:
-        self._pool.withdraw(ticket, loop.time())
-        self._close_what_is_over()
-
-    async def _open(self, seen: DeliveryObserver, loop: asyncio.AbstractEventLoop) -> UpstreamConnection:
-        try:
-            connection = await open_connection(self.settings, self._context, self._hostname, seen)
+            connection = await open_connection(self.settings, self._context, self._hostname, note)
         except ConnectFailed as fault:
-            self.failed_at, self.failure = loop.time(), str(fault.reply.error_type)
-            self._pool.failed(loop.time())
+            self.failed_at, self.failure = self._loop.time(), str(fault.reply.error_type)
             logger.warning(
                 "no connection to the upstream",
                 extra={
-                    "upstream": self.settings.name,
+                    **self._named,
                     "fault": str(fault),
                     "code": fault.upstream_reply.code if fault.upstream_reply is not None else None,
                 },
             )
+            self._pool.failed(self._loop.time())
             raise
-        except BaseException:
-            self._pool.gave_up(loop.time())
+        except Exception:
+            self._pool.gave_up(self._loop.time())
             raise
-        self._pool.opened()
-        self.heard_at = loop.time()
+        connection.on_lost = self._lost
+        connection.messages = 1
+        self._connections.add(connection)
+        self.heard_at = self._loop.time()
         self.extensions = connection.extensions
+        self._pool.opened()
         return connection
 
     def _lost(self, connection: UpstreamConnection) -> None:
@@ -215,18 +260,15 @@ class Smarthost:
         self._pool.lost(connection, self._loop.time())
         self._close_what_is_over()
 
-    def _expire(self) -> None:
-        assert self._loop is not None
-        again_at = self._pool.expire(self._loop.time())
-        self._expiry = None if again_at is None else self._loop.call_at(again_at, self._expire)
-        self._close_what_is_over()
-
-    def _reclaim(self) -> None:
-        assert self._loop is not None
-        again_at = self._pool.reclaim(self._loop.time())
-        self._reclaiming = None if again_at is None else self._loop.call_at(again_at, self._reclaim)
-        self._close_what_is_over()
-
     def _close_what_is_over(self) -> None:
         for connection in self._pool.take_closing():
+            self._connections.discard(connection)
             connection.close()
+
+    @property
+    def _named(self) -> dict[str, object]:
+        return {"upstream": self.settings.name}
+
+
+def _note_nothing(phase: DeliveryPhase, reply: Reply | None) -> None:
+    """The steps of a probe are of no delivery."""

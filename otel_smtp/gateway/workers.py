@@ -1,12 +1,12 @@
 """Several processes on one port: a parent that only supervises, and workers that each run a whole gateway.
 
 The kernel spreads connections over the workers' sockets (SO_REUSEPORT). The parent never runs an event loop, opens no
-exporter and starts no thread, so forking is safe at any time. It forwards SIGTERM, SIGINT and SIGHUP, starts again what
-dies, and on SIGUSR2 replaces the workers one by one, each only when its successor is ready.
+exporter and starts no thread, so it can fork at any time. It forwards SIGTERM, SIGINT and SIGHUP, restarts workers that
+die, and on SIGUSR2 replaces the workers one by one, each only when its successor is ready.
 
-A terminal's Ctrl-C, and whoever signals the process group, reaches parent and workers alike, so that a worker is told
-twice what was said once. Therefore the parent alone counts: for a worker any number of SIGTERM and SIGINT is one, and
-"at once" is `AT_ONCE`, which the parent sends when it is told a second time.
+Ctrl-C in a terminal signals the whole process group, so a worker gets each signal twice: from the terminal and from the
+parent. Therefore only the parent counts signals. For a worker any number of SIGTERM and SIGINT means one; the second
+signal that the parent gets reaches it as `AT_ONCE`.
 """
 
 import contextlib
@@ -14,71 +14,39 @@ import logging
 import os
 import selectors
 import signal
-import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, NoReturn
 
-from otel_smtp.observing import Endpoint
-
 logger: Final = logging.getLogger("otel_smtp.gateway.workers")
 
-# A worker that dies at once is started again after this long, doubled each time up to the bound, so that a fault that
-# every start meets does not burn a core.
+# A worker that dies soon after its start is restarted after this long, doubled each time up to the bound, so that a
+# fault at every start does not use up a core.
 FIRST_RESTART_SECONDS: Final = 1.0
 LONGEST_RESTART_SECONDS: Final = 30.0
-# One that has lived this long was healthy: its successor starts without delay.
+# After this long a worker counts as healthy: if it dies, it is restarted without delay.
 HEALTHY_SECONDS: Final = 30.0
 
 AT_ONCE: Final = signal.SIGUSR1
-"""What tells a worker to end its drain."""
+"""The signal that makes a worker end its drain."""
 
 REPLACED: Final = signal.SIGUSR2
-"""What tells a worker that its successor serves: to drain as on SIGTERM, and to leave to the successor at once what
-only one of the two can be asked for."""
+"""The signal that a worker's successor serves: the worker leaves the status port to it and drains as on SIGTERM."""
 
 _FORWARDED: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _HANDLED: Final = (*_FORWARDED, signal.SIGCHLD, signal.SIGUSR2)
 
 Work = Callable[[int, Callable[[], None]], int]
-"""What a worker does: given its number and what to call when it is ready, it returns its exit status."""
-
-
-def reserve(addresses: Sequence[Endpoint]) -> tuple[list[Endpoint], list[socket.socket]]:
-    """Bind `addresses` without listening, so that port 0 becomes one port that all workers can share.
-
-    Returns:
-        The addresses with their ports, and the sockets that hold them: keep them while workers start.
-
-    Raises:
-        OSError: an address cannot be bound.
-    """
-    resolved: list[Endpoint] = []
-    held: list[socket.socket] = []
-    for address in addresses:
-        if address.port is None:
-            resolved.append(address)
-            continue
-        family, kind, protocol, _, name = socket.getaddrinfo(
-            address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        sock = socket.socket(family, kind, protocol)
-        held.append(sock)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        sock.bind(name)
-        resolved.append(Endpoint(address.host, sock.getsockname()[1]))
-    return resolved, held
+"""A worker's work: takes its number and a function to call when it is ready, returns its exit status."""
 
 
 @dataclass(slots=True)
 class _Worker:
     number: int
     process_id: int
-    ready: int  # the pipe's end that says so; -1 once it has
+    ready: int  # the reading end of the pipe that reports it; -1 once it has
     replaces: "_Worker | None" = None
     started: float = field(default_factory=time.monotonic)
     is_leaving: bool = False
@@ -88,9 +56,9 @@ class Supervisor:
     """Keeps `count` workers running.
 
     Args:
-        count: how many.
-        work: what each does, in its own process.
-        on_ready: called once in the parent, when all are ready.
+        count: number of workers.
+        work: run by each in its own process.
+        on_ready: called once in the parent, when all workers are ready.
     """
 
     def __init__(self, count: int, work: Work, *, on_ready: Callable[[], None]) -> None:
@@ -98,9 +66,9 @@ class Supervisor:
         self._work = work
         self._on_ready = on_ready
         self._workers: dict[int, _Worker] = {}
-        self._restarts: dict[int, float] = {}  # worker number -> when it is started again
+        self._restarts: dict[int, float] = {}  # worker number -> time of its restart
         self._delays: dict[int, float] = {}
-        self._replace: list[_Worker] = []  # still to be replaced, one after the other
+        self._replace: list[_Worker] = []  # waiting for their replacement
         self._selector = selectors.DefaultSelector()
         self._is_announced = False
         self._is_stopping = False
@@ -122,11 +90,12 @@ class Supervisor:
             for number in range(self._count):
                 self._start(number)
             while self._workers or self._restarts:
-                for key, _ in self._selector.select(self._next_restart()):
-                    if key.fd == wake_reader:
-                        self._on_signals(os.read(wake_reader, 512))
-                    else:
-                        self._on_ready_pipe(key.fd)
+                readable = {key.fd for key, _ in self._selector.select(self._next_restart())}
+                # Pipes first: signals may end workers, and close the pipes of those that were never ready.
+                for reader in readable - {wake_reader}:
+                    self._on_ready_pipe(reader)
+                if wake_reader in readable:
+                    self._on_signals(os.read(wake_reader, 512))
                 self._start_due()
             return self._status
         finally:
@@ -210,7 +179,7 @@ class Supervisor:
             return
         worker.ready = -1
         if not is_ready:
-            return  # it died first; _reap has, or will have, the status
+            return  # it died before it was ready; _reap handles its status
         if worker.replaces is not None:
             worker.replaces.is_leaving = True
             with contextlib.suppress(ProcessLookupError):
@@ -239,13 +208,13 @@ class Supervisor:
             self._selector.unregister(worker.ready)
             os.close(worker.ready)
         if self._is_stopping:
-            # A worker that was told before it could listen ends by the signal itself; that is no failure.
+            # A worker that had no handler yet ends by the signal itself; that is no failure.
             if -status not in (*_FORWARDED, AT_ONCE, REPLACED):
                 self._status = self._status or (status if status >= 0 else 1)
         elif worker.is_leaving:
             logger.info("worker replaced", extra={"worker": worker.number})
         elif not self._is_announced:
-            # What fails at the first start (a port in use, a wrong file) fails the gateway.
+            # A failure at the first start (a port in use, an invalid file) is the gateway's.
             self._status = status if status > 0 else 1
             self._stop()
             self._forward(signal.SIGTERM)

@@ -13,7 +13,8 @@ Three rules:
 
 * Memory is bounded: reading pauses while more than `HIGH_WATER_OCTETS` are unread, `drain` waits while more than that
   are unsent.
-* Time is bounded: `deadline` holds for pulled reads (a receiver keeps its own, see `sweep`), `drain` and `start_tls` take theirs, `close` gives unsent octets
+* Time is bounded: `deadline` holds for pulled reads (a receiver keeps its own, see `sweep`), `drain` and `start_tls`
+  take theirs, `close` gives unsent octets
   `LINGER_SECONDS`, `close_gently` gives the peer `READ_OFF_SECONDS`. Moving the deadline costs next to nothing: one
   timer re-arms itself when it fires early.
 * A Stream has one owner: one task reads, one drains. Nothing here retries.
@@ -22,6 +23,7 @@ Not here: which octets may be read before TLS. That is for the protocol engines,
 """
 
 import asyncio
+import select
 import ssl
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
@@ -233,6 +235,17 @@ class Stream(asyncio.BufferedProtocol):
             self._chunks.insert(0, data[octets:])
             self._unread += len(data) - octets
         return data[:octets]
+
+    def has_input(self) -> bool:
+        """Whether octets, or the end of the stream, have arrived: here, or in clear with the kernel."""
+        if self._chunks or self.is_eof:
+            return True
+        sock = None if self._transport is None else self._transport.get_extra_info("socket")
+        if sock is None or self._is_tls or sock.fileno() < 0:
+            return False
+        poll = select.poll()
+        poll.register(sock.fileno(), select.POLLIN)
+        return bool(poll.poll(0))
 
     @property
     def has_unread(self) -> bool:

@@ -5,10 +5,13 @@ compares, and acts. So a deadline is met at most `SWEEP_SECONDS` late, and movin
 """
 
 import asyncio
+import logging
 from collections.abc import Callable
 from typing import Final
 
 SWEEP_SECONDS: Final = 0.25
+
+logger: Final = logging.getLogger("otel_smtp.net.sweep")
 
 
 class Sweep:
@@ -38,4 +41,8 @@ class Sweep:
         self._handle = loop.call_later(SWEEP_SECONDS, self._sweep)
         now = loop.time()
         for swept in list(self._swept):
-            swept(now)
+            if swept in self._swept:
+                try:
+                    swept(now)
+                except Exception:
+                    logger.exception("a look at the clock failed")

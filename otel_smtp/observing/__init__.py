@@ -1,6 +1,6 @@
 """What is observed, who observes, and how one observation reaches several observers."""
 
-from otel_smtp.observing.fan_out import fan_out
+from otel_smtp.observing.fan_out import FanOut, fan_out
 from otel_smtp.observing.interface import HOOKS, Observer, StateCallback
 from otel_smtp.observing.records import ConnectionRecord, DeliveryRecord, TransactionRecord
 from otel_smtp.observing.values import (
@@ -19,6 +19,7 @@ __all__ = [
     "DeliveryPhase",
     "DeliveryRecord",
     "Endpoint",
+    "FanOut",
     "Observer",
     "Outcome",
     "StateCallback",

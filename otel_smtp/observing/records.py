@@ -48,7 +48,7 @@ class ConnectionRecord:
         segment: number of the present segment, from 1. `begun_ns`: when it began.
         transitions: those of the present segment, the oldest first. Recorded before the client can see the reply
             that goes with them.
-        replies: of the present segment: the verb that was answered, "other", or None; and the code.
+        replies: of the present segment: the verb that was answered, "other", or None; and the reply.
         earlier: the last transitions of the segments before, for whoever shows a path.
         octets_received, octets_sent: of the application, set when the connection is closed.
         close_reason: None while it is open. `closed_ns`: when it was closed; 0 while it is open.
@@ -96,7 +96,7 @@ class ConnectionRecord:
         self.errors = 0
         self.segment = 1
         self.transitions: list[Transition] = []
-        self.replies: list[tuple[str | None, int]] = []
+        self.replies: list[tuple[str | None, Reply]] = []
         self.earlier: tuple[Transition, ...] = ()
         self.octets_received = 0
         self.octets_sent = 0

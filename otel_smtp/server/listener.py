@@ -1,28 +1,29 @@
-"""The listening side as a whole: sockets, the count of connections, and the way they all end."""
+"""The server side as a whole: sockets, the count of connections, and the way they all end."""
 
 import asyncio
-import contextlib
 import logging
 import os
+import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from otel_smtp.forwarding.base import Forwarder
-from otel_smtp.net import Listener, Stream, listen
-from otel_smtp.observing import ConnectionInfo, Endpoint, Observer
-from otel_smtp.server.connection import Connection, ListenerPolicy, is_in
+from otel_smtp.forwarding.base import Capabilities, Forwarder
+from otel_smtp.net import Listener, Stream, Sweep, listen
+from otel_smtp.observing import ConnectionInfo, ConnectionRecord, Endpoint, FanOut, Observer, fan_out
 from otel_smtp.server.failure_rate import FailureRate
+from otel_smtp.server.session import ListenerPolicy, Segments, Session, is_in
 from otel_smtp.smtp import replies
+from otel_smtp.smtp.extensions import Offer
 from otel_smtp.smtp.replies import Reply
-from otel_smtp.smtp.states import IllegalTransition, TlsMode
+from otel_smtp.smtp.states import IllegalTransition
 
 logger: Final = logging.getLogger("otel_smtp.server.listener")
 
 
 @dataclass(frozen=True, slots=True)
-class Listening:
+class ListenerSpec:
     """One listener: how it speaks, and where. An address without a port is the path of a unix socket."""
 
     policy: ListenerPolicy
@@ -30,23 +31,29 @@ class Listening:
 
 
 class Server:
-    """Accepts connections on all listeners and serves each in a task of its own.
+    """Accepts connections on all listeners and serves each by a `Session`.
 
     Args:
         listeners: what to listen on.
         forwarder: where accepted mail goes.
-        observer: told of every accepted socket, refused ones too.
+        observer: is given every accepted socket, refused ones too.
         connections: how many at once, over all listeners; more are refused with 421.
         connections_per_client: how many at once from one address that is not loopback.
         stress_percent: of `connections`; while more are taken, idle ones give way sooner. Postfix shortens its timers
             when its processes run out; ours, before that.
         auth_failures_per_minute: failed logins from one address that is not loopback, then it is refused.
         reuse_port: let several processes listen on the same port.
+        segments: where the records of connections are cut.
+        sweep: the process's look at the clock.
+
+    Attributes:
+        forwarder, observer, segments: see above.
+        is_draining: the gateway shuts down.
     """
 
     def __init__(
         self,
-        listeners: Sequence[Listening],
+        listeners: Sequence[ListenerSpec],
         forwarder: Forwarder,
         observer: Observer,
         *,
@@ -55,30 +62,35 @@ class Server:
         stress_percent: int = 80,
         auth_failures_per_minute: int = 10,
         reuse_port: bool = False,
+        segments: Segments | None = None,
+        sweep: Sweep | None = None,
     ) -> None:
+        self.forwarder = forwarder
+        self.observer = observer if isinstance(observer, FanOut) else fan_out([observer])
+        self.segments = segments or Segments()
+        self.is_draining = False
         self._listeners = listeners
-        self._forwarder = forwarder
-        self._observer = observer
         self._limit = connections
         self._limit_per_client = connections_per_client
         self._stress_percent = stress_percent
         self._reuse_port = reuse_port
+        self._sweep = sweep or Sweep()
         self._listening: list[Listener] = []
-        self._tasks: dict[asyncio.Task[None], Connection] = {}
+        self._sessions: dict[Session, None] = {}  # in the order in which they were accepted
+        self._all_ended: asyncio.Future[None] | None = None
         self._per_client: Counter[str] = Counter()
         self._auth_failures = FailureRate(limit=auth_failures_per_minute)
-        self._illegal_steps = 0
-        self.is_draining = False
+        self._can: Capabilities | None = None
+        self._offer = Offer()
 
     @property
     def is_stressed(self) -> bool:
         """Whether so many of the allowed connections are taken that idle ones must give way."""
-        return len(self._tasks) * 100 > self._limit * self._stress_percent
+        return len(self._sessions) * 100 > self._limit * self._stress_percent
 
-    @property
-    def illegal_steps(self) -> int:
-        """State steps that the table does not hold: bugs of ours, counted since the start."""
-        return self._illegal_steps
+    def open_connections(self) -> Iterator[ConnectionRecord]:
+        """The records of the open connections, the oldest first."""
+        return (session.record for session in self._sessions)
 
     async def start(self) -> dict[str, list[Endpoint]]:
         """Bind and listen.
@@ -91,12 +103,12 @@ class Server:
         """
         bound: dict[str, list[Endpoint]] = {}
         try:
-            for listening in self._listeners:
-                addresses = bound.setdefault(listening.policy.name, [])
-                for address in listening.addresses:
-                    listener = await self._listen(listening.policy, address)
-                    self._listening.append(listener)
-                    addresses.extend(listener.addresses)
+            for listener in self._listeners:
+                addresses = bound.setdefault(listener.policy.name, [])
+                for address in listener.addresses:
+                    listening = await self._listen(listener.policy, address)
+                    self._listening.append(listening)
+                    addresses.extend(listening.addresses)
         except OSError:
             self.stop_accepting()
             raise
@@ -104,8 +116,8 @@ class Server:
 
     def stop_accepting(self) -> None:
         """Close the listening sockets; open connections go on."""
-        for listener in self._listening:
-            listener.close()
+        for listening in self._listening:
+            listening.close()
         self._listening.clear()
 
     async def drain(self, grace_seconds: float) -> None:
@@ -113,15 +125,36 @@ class Server:
         over."""
         self.is_draining = True
         self.stop_accepting()
-        for connection in self._tasks.values():
-            connection.drain()
-        if self._tasks and grace_seconds > 0:
-            await asyncio.wait(list(self._tasks), timeout=grace_seconds)
-        left = list(self._tasks)
-        for task in left:
-            task.cancel()
-        if left:
-            await asyncio.wait(left)
+        for session in list(self._sessions):
+            session.drain()
+        if self._sessions and grace_seconds > 0:
+            await self._wait_for_the_last(grace_seconds)
+        for session in list(self._sessions):
+            session.cancel()
+        if self._sessions:
+            await self._wait_for_the_last(None)
+
+    async def _wait_for_the_last(self, timeout_seconds: float | None) -> None:
+        self._all_ended = asyncio.get_running_loop().create_future()
+        await asyncio.wait([self._all_ended], timeout=timeout_seconds)
+
+    # What sessions ask -------------------------------------------------------------------------------------------
+
+    def offer(self) -> Offer:
+        """What the forwarder can promise now; the same object while nothing changes."""
+        can = self.forwarder.capabilities()
+        if can is not self._can:
+            self._can = can
+            self._offer = Offer(
+                size=can.size,
+                eight_bit_mime=can.eight_bit_mime,
+                smtputf8=can.smtputf8,
+                binary_mime=can.binary_mime,
+                chunking=True,
+                dsn=can.dsn,
+                require_tls=can.require_tls,
+            )
+        return self._offer
 
     def may_authenticate(self, client: Endpoint) -> bool:
         """Whether this address has not failed to authenticate too often.
@@ -137,6 +170,36 @@ class Server:
         """Count a failed AUTH against its address."""
         self._auth_failures.count(client.host, asyncio.get_running_loop().time())
 
+    def admit(self, session: Session, client: Endpoint) -> Reply | None:
+        """Count a client that its PROXY header named; the refusal, where it has too many connections."""
+        host = _countable(client)
+        if host is None:
+            return None
+        if self._per_client[host] >= self._limit_per_client:
+            self.observer.connection_refused("client_limit")
+            return replies.TOO_MANY_CONNECTIONS
+        self._count(session, host)
+        return None
+
+    def illegal_step(self, step: IllegalTransition) -> None:
+        """A state step that the table does not hold: a bug of ours, which costs nobody a connection."""
+        logger.error("illegal state step", extra={"from_state": str(step.previous), "to_state": str(step.state)})
+
+    def ended(self, session: Session) -> None:
+        """A session is over."""
+        self._sessions.pop(session, None)
+        host = session.client_counted
+        if host is not None:
+            self._per_client[host] -= 1
+            if not self._per_client[host]:
+                del self._per_client[host]
+        if not self._sessions:
+            self._sweep.remove(self._look_at_clock)
+            if self._all_ended is not None and not self._all_ended.done():
+                self._all_ended.set_result(None)
+
+    # Accepting ---------------------------------------------------------------------------------------------------
+
     async def _listen(self, policy: ListenerPolicy, address: Endpoint) -> Listener:
         acceptor = self._acceptor(policy)
         if address.port is None:
@@ -145,11 +208,12 @@ class Server:
 
     def _acceptor(self, policy: ListenerPolicy) -> Callable[[Stream], None]:
         def accept(stream: Stream) -> None:
-            self._accept(policy, stream)
+            self.accept(policy, stream)
 
         return accept
 
-    def _accept(self, policy: ListenerPolicy, stream: Stream) -> None:
+    def accept(self, policy: ListenerPolicy, stream: Stream) -> Session:
+        """Serve an accepted connection."""
         info = ConnectionInfo(
             id=os.urandom(16).hex(),
             peer=stream.peer,
@@ -159,75 +223,40 @@ class Server:
             transport="tcp" if stream.peer.port is not None else "unix",
             tls_mode=policy.protocol.tls_mode,
         )
-        if policy.protocol.tls_mode is TlsMode.IMPLICIT or policy.proxy_protocol_from:
-            # What comes first is for the TLS layer, or is a PROXY header and not one octet more.
-            stream.pause_reading()
+        now_ns = time.monotonic_ns()
+        session = Session(stream, ConnectionRecord(info, now_ns, time.time_ns() - now_ns), policy, self)
         # Behind a balancer the client is not known before its PROXY header; see `admit`.
         client = None if is_in(policy.proxy_protocol_from, stream.peer.host) else _countable(stream.peer)
         refusal = self._capacity_refusal(client)
-        connection = Connection(
-            stream,
-            info,
-            policy,
-            self._forwarder,
-            self._observer.connection_opened(info),
-            self,
-            refusal=refusal,
-            on_illegal=self._note_illegal,
-        )
-        task = asyncio.get_running_loop().create_task(connection.run(), name=f"connection {info.id}")
         was_stressed = self.is_stressed
-        self._tasks[task] = connection
-        if self.is_stressed and not was_stressed:
-            for other in self._tasks.values():
-                other.hurry()
+        self._sessions[session] = None
+        self._sweep.add(self._look_at_clock)
         if client is not None:
-            self._per_client[client] += 1
-        task.add_done_callback(self._forget(client))
+            self._count(session, client)
+        if self.is_stressed and not was_stressed:
+            # Those that are idle give way at once where their shorter time is over already.
+            self._look_at_clock(asyncio.get_running_loop().time())
+        session.begin(refusal)
+        return session
 
-    def admit(self, connection: Connection, client: Endpoint) -> Reply | None:
-        """Count a client that its PROXY header named; the refusal, where it has too many connections."""
-        host = _countable(client)
-        if host is None:
-            return None
-        if self._per_client[host] >= self._limit_per_client:
-            self._observer.connection_refused("client_limit")
-            return replies.TOO_MANY_CONNECTIONS
-        self._per_client[host] += 1
-        task = next(task for task, served in self._tasks.items() if served is connection)
-        task.add_done_callback(lambda _: self._leave(host))
-        return None
-
-    def _leave(self, client: str) -> None:
-        self._per_client[client] -= 1
-        if not self._per_client[client]:
-            del self._per_client[client]
+    def _count(self, session: Session, client: str) -> None:
+        self._per_client[client] += 1
+        session.client_counted = client
 
     def _capacity_refusal(self, client: str | None) -> Reply | None:
         if self.is_draining:
             return replies.SHUTTING_DOWN
-        if len(self._tasks) >= self._limit:
-            self._observer.connection_refused("capacity")
+        if len(self._sessions) >= self._limit:
+            self.observer.connection_refused("capacity")
             return replies.TOO_MANY_CONNECTIONS
         if client is not None and self._per_client[client] >= self._limit_per_client:
-            self._observer.connection_refused("client_limit")
+            self.observer.connection_refused("client_limit")
             return replies.TOO_MANY_CONNECTIONS
         return None
 
-    def _forget(self, client: str | None) -> Callable[[asyncio.Task[None]], None]:
-        def forget(task: asyncio.Task[None]) -> None:
-            self._tasks.pop(task, None)
-            if client is not None:
-                self._leave(client)
-            with contextlib.suppress(asyncio.CancelledError):
-                if (error := task.exception()) is not None:
-                    logger.error("connection task failed", exc_info=error)
-
-        return forget
-
-    def _note_illegal(self, step: IllegalTransition) -> None:
-        self._illegal_steps += 1
-        logger.error("illegal state step", extra={"from_state": str(step.previous), "to_state": str(step.state)})
+    def _look_at_clock(self, now: float) -> None:
+        for session in list(self._sessions):
+            session.look_at_clock(now)
 
 
 def _countable(peer: Endpoint) -> str | None:

@@ -3,19 +3,20 @@
 Theory of operation
 -------------------
 Commands are *queued*, and `data_to_send` gives out as many of them as may travel now: all of a group where the upstream
-offers PIPELINING, up to the command that must end it (RFC 2920 3.1); else one at a time. Who drives the engine sends
-what it gives, feeds what arrives, and takes one `Answer` for each command, in order. So the same strategy is right
-with and without PIPELINING, and cutting what arrives differently changes nothing.
+offers PIPELINING, up to the command that must end it (RFC 2920 3.1); else one at a time. The driver sends what it is
+given, hands every piece that arrives to `receive`, and gets one `Answer` for each command, in order. So the same
+strategy is right with and without PIPELINING, and cutting what arrives differently changes nothing.
 
 Replies are bounded, and matched to commands by order alone. Whatever does not fit (a reply that nobody asked for, a
-class that the command cannot have, a line that is no reply, octets behind the 220 of STARTTLS) is a
-`RemoteProtocolError`, and the engine takes nothing more: one reply too many would make every following answer that of
-another command.
+class that the command cannot have, a line that is no reply, octets behind the 220 of STARTTLS) is a fault of the
+upstream: `fault` is set, and the engine takes nothing more, as one reply too many would make every following answer
+that of another command. Answers that came before the fault stay true: a reply that has been read counts.
 
-One writer makes every command line. It refuses what could end the line, open another path or smuggle a parameter (F1).
-That is `LocalProtocolError`, as such an argument should have been refused long before; `is_safe_path` is how.
+One writer makes every command line. It refuses what could end the line, open another path or smuggle a parameter. That
+is `LocalProtocolError`, as such an argument should have been refused long before; `is_safe_path` is how.
 
-Content is put into wire form here: dots are stuffed for DATA, or the octets are counted for BDAT.
+Content is put into wire form here: dots are stuffed for DATA, or the octets are counted for BDAT. A piece in which
+there is nothing to stuff is passed on as it is, uncopied.
 """
 
 import base64
@@ -23,7 +24,7 @@ import binascii
 import re
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import lru_cache
 from types import MappingProxyType
@@ -32,7 +33,6 @@ from typing import Final, NamedTuple, Self
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Mail, Notify, Recipient
 from otel_smtp.smtp.errors import LocalProtocolError, RemoteProtocolError
-from otel_smtp.smtp.events import NEED_DATA, Wait
 from otel_smtp.smtp.replies import EnhancedStatus, ErrorType, Reply, safe_text
 
 MAX_REPLY_LINE_OCTETS: Final = 2048  # RFC 5321 4.5.3.1.5 says 512; upstreams that put long texts there exist
@@ -44,6 +44,8 @@ MAX_KEPT_CHARACTERS: Final = 480  # with code, enhanced code and CRLF within the
 class Verb(StrEnum):
     """What a reply can answer."""
 
+    __hash__ = str.__hash__  # of Enum it is a function of Python, called for each reply
+
     GREETING = "greeting"  # the connection itself
     EHLO = "EHLO"  # HELO and LHLO too
     STARTTLS = "STARTTLS"
@@ -51,10 +53,8 @@ class Verb(StrEnum):
     MAIL = "MAIL"
     RCPT = "RCPT"
     DATA = "DATA"
-    CHUNK = "BDAT"  # one that is not the last
     CONTENT = "content"  # the final dot, or BDAT LAST: the reply to the message
     RSET = "RSET"
-    NOOP = "NOOP"
     QUIT = "QUIT"
 
 
@@ -67,24 +67,24 @@ _CLASSES: Final[Mapping[Verb, frozenset[int]]] = {
 }
 # RFC 2920 3.1: "can only appear as the last command in a group, since their success or failure produces a change of
 # state which the client SMTP must accommodate". The last chunk ends a group since nothing may follow it unanswered.
-_ENDS_GROUP: Final = frozenset(
-    {Verb.GREETING, Verb.EHLO, Verb.STARTTLS, Verb.AUTH, Verb.DATA, Verb.CONTENT, Verb.NOOP, Verb.QUIT}
-)
+_ENDS_GROUP: Final = frozenset({Verb.GREETING, Verb.EHLO, Verb.STARTTLS, Verb.AUTH, Verb.DATA, Verb.CONTENT, Verb.QUIT})
 
 _REPLY_LINE: Final = re.compile(rb"([2-5][0-9]{2})(?:([ -])(.*))?", re.DOTALL)
-# A path as RFC 5321 4.1.2 lets it look to whoever searches its end: blanks and angle brackets only within the quotes of
-# the local part, nothing that ends a line anywhere.
-_PATH: Final = re.compile(
-    r'(?:"(?:[^"\\\x00-\x1f\x7f]|\\[ -~])*+"|[^\s<>"\x00-\x20\x7f]*+)(?:@[^\s<>"\x00-\x20\x7f]++)?'
-)
-_PARAMETER_VALUE: Final = re.compile(r"[^\s\x00-\x20\x7f]+")
 # What anyone takes for the end of a line, and lone surrogates, which no octets stand for.
-_CONTROLS: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_CONTROL: Final = r"\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff"
+_CONTROLS: Final = re.compile(f"[{_CONTROL}]")
+# A path as RFC 5321 4.1.2 lets it look to a reader that searches its end: blanks and angle brackets only within the
+# quotes of the local part, nothing that ends a line anywhere. There is one way to read an address by it, so judging one
+# takes time in proportion to its length.
+_QUOTED: Final = rf'"[^"\\{_CONTROL}]*(?:\\[ -~][^"\\{_CONTROL}]*)*"'
+_BARE: Final = rf'[^\s<>"{_CONTROL}]'
+_PATH: Final = re.compile(rf"{_QUOTED}(?:@{_BARE}+)?|{_BARE}*")
+_PARAMETER_VALUE: Final = re.compile(r"[^\s\x00-\x20\x7f]+")
 
 
 def is_safe_path(address: str) -> bool:
     """Whether `address` can stand between the angle brackets of MAIL and RCPT without being read as anything else."""
-    return _PATH.fullmatch(address) is not None and _CONTROLS.search(address) is None
+    return _PATH.fullmatch(address) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,11 +152,6 @@ class Answer(NamedTuple):
     reply: Reply
 
 
-class _Queued(NamedTuple):
-    verb: Verb
-    octets: bytes
-
-
 class ClientProtocol:
     """The client's side of one connection to an upstream.
 
@@ -167,13 +162,15 @@ class ClientProtocol:
 
     Attributes:
         extensions: those of the last EHLO; none before it, after HELO, and from the start of TLS to the next EHLO.
+        fault: how the upstream broke the protocol; None while it has not. Close the connection.
+        awaited: what the next replies will answer, in order; to be read only.
+        queued: commands that `data_to_send` has not given out yet, in order; to be read only.
 
     Holds at most one reply within its bounds, and what was queued and not sent.
     """
 
     __slots__ = (
         "_accepted",
-        "_buffer",
         "_chunk_left",
         "_content_left",
         "_is_closing",
@@ -183,14 +180,14 @@ class ClientProtocol:
         "_max_line_octets",
         "_max_lines",
         "_out",
-        "_pending",
-        "_position",
-        "_queue",
-        "_refusal",
+        "_rest",
         "_tail",
         "_tls_is_due",
         "_utf8",
+        "awaited",
         "extensions",
+        "fault",
+        "queued",
     )
 
     def __init__(
@@ -204,12 +201,11 @@ class ClientProtocol:
         self._is_lmtp = is_lmtp
         self._max_line_octets = max_reply_line_octets
         self._max_lines = max_reply_lines
-        self._buffer = b""
-        self._position = 0
+        self._rest = b""  # what was received and not read: the beginning of a line, or what nobody had asked for
         self._lines: list[bytes] = []  # of the reply that is arriving
-        self._queue: deque[_Queued] = deque()
+        self.queued: deque[tuple[Verb, bytes]] = deque()
         self._out: list[bytes] = []
-        self._pending: deque[Verb] = deque((Verb.GREETING,))
+        self.awaited: deque[Verb] = deque((Verb.GREETING,))
         self._accepted = 0  # recipients of the transaction
         self._chunk_left = 0  # octets of a chunk that is sent in pieces
         self._content_left = 0  # LMTP: replies to the content that are still to come
@@ -218,18 +214,13 @@ class ClientProtocol:
         self._tls_is_due = False  # 220 to STARTTLS was given: only tls_started may follow
         self._utf8 = False  # MAIL had SMTPUTF8
         self._is_closing = False
-        self._refusal: RemoteProtocolError | None = None
+        self.fault: RemoteProtocolError | None = None
 
     def __repr__(self) -> str:
-        waits = " ".join(self._pending) or "nothing"
-        return f"<ClientProtocol waits for {waits}, {len(self._queue)} queued{', broken' if self.is_broken else ''}>"
+        waits = " ".join(self.awaited) or "nothing"
+        return f"<ClientProtocol waits for {waits}, {len(self.queued)} queued{', broken' if self.fault else ''}>"
 
     # What is asked of it ----------------------------------------------------------------------------------
-
-    @property
-    def is_broken(self) -> bool:
-        """The upstream broke the protocol: close the connection."""
-        return self._refusal is not None
 
     @property
     def is_closing(self) -> bool:
@@ -237,30 +228,22 @@ class ClientProtocol:
         return self._is_closing
 
     @property
-    def awaited(self) -> Verb | None:
-        """What the next reply will answer; None where none is due."""
-        return self._pending[0] if self._pending else None
-
-    @property
-    def has_queued(self) -> bool:
-        """Something may be there for `data_to_send`."""
-        return bool(self._queue or self._out)
-
-    @property
     def is_settled(self) -> bool:
         """Every command that was queued has its answer."""
-        return not self._pending and not self._queue
+        return not self.awaited and not self.queued
 
     @property
     def is_in_step(self) -> bool:
         """The connection can serve another transaction: all is answered, and nothing more has arrived."""
-        return (
-            self.is_settled
-            and not self._is_open
-            and not self._chunk_left
-            and not self._is_closing
-            and self._refusal is None
-            and not self._has_surplus()
+        return not (
+            self.awaited
+            or self.queued
+            or self._rest
+            or self._lines
+            or self._is_open
+            or self._chunk_left
+            or self._is_closing
+            or self.fault is not None
         )
 
     @property
@@ -270,122 +253,148 @@ class ClientProtocol:
 
     # Input ------------------------------------------------------------------------------------------------
 
-    def receive_data(self, data: bytes) -> None:
-        """Take octets from the upstream, any length; call `next_answer` until NEED_DATA."""
-        self._buffer = self._buffer[self._position :] + data if self._has_surplus() else data
-        self._position = 0
+    def receive(self, data: bytes) -> list[Answer]:
+        """Take octets from the upstream, and give the replies that are whole now, with what they answer.
 
-    def next_answer(self) -> Answer | Wait:
-        """The next reply, with the command that it answers; NEED_DATA where none is whole yet.
+        Never raises: what breaks the protocol sets `fault`, behind the answers that came before it. It goes no further
+        than the answer to the last command; what lies behind is judged by the next call, and until then `is_in_step` is
+        false. Nothing is read behind a 421, or a refusal in the midst of the content.
 
-        Raises:
-            RemoteProtocolError: the upstream broke the protocol; now, or at an earlier call.
+        Args:
+            data: as read from the network, any length; b"" only judges what has been left over.
+
+        Returns:
+            An answer whose verb is None is a 421 that nobody had asked for.
         """
-        if self._refusal is not None:
-            raise self._refusal
-        if self._tls_is_due and self._has_surplus():
-            # Injection before TLS: whoever wrote this wants it read as if it had come under TLS (E3).
-            raise self._broken("octets behind the 220 of STARTTLS")
-        lines = self._take_reply()
-        if lines is None:
-            return NEED_DATA
-        reply = _read_reply(lines[0]) if len(lines) == 1 and len(lines[0]) <= 128 else _make_reply(lines)
-        if reply.code == 421:
-            self._is_closing = True
-        if not self._pending:
-            return self._unasked(reply)
-        verb = self._pending[0]
-        if reply.code // 100 not in _CLASSES[verb]:
-            raise self._broken(f"{verb} answered with {reply.code}")
-        self._settle(verb, reply, lines)
-        return Answer(verb, reply)
+        answers: list[Answer] = []
+        if self.fault is not None or self._is_closing:
+            return answers
+        if self._rest:
+            data = self._rest + data
+            self._rest = b""
+        awaited = self.awaited
+        position = 0
+        while True:
+            if self._tls_is_due and position < len(data):
+                # Injection before TLS: it is there to be read as if it had come under TLS.
+                self._break("octets behind the 220 of STARTTLS")
+                return answers
+            end = data.find(b"\n", position) + 1
+            if (end or len(data)) - position > self._max_line_octets:
+                self._break("reply line too long")
+                return answers
+            if not end:
+                break
+            line = data[position : end - 1].removesuffix(b"\r")
+            position = end
+            match = _REPLY_LINE.fullmatch(line)
+            if match is None or (self._lines and self._lines[0][:3] != line[:3]):
+                self._break("a line that is no reply")
+                return answers
+            lines = [line]
+            if self._lines or match[2] == b"-":
+                lines = self._lines
+                lines.append(line)
+                if len(lines) > self._max_lines:
+                    self._break("reply of too many lines")
+                    return answers
+                if match[2] == b"-":
+                    continue
+                self._lines = []
+            reply = _read_reply(line) if len(lines) == 1 and len(line) <= 128 else _make_reply(lines)
+            code = reply.code
+            self._is_closing = code == 421
+            if not awaited:
+                self._take_unasked(reply, answers)
+                return answers
+            verb = awaited[0]
+            if code // 100 not in _CLASSES[verb]:
+                self._break(f"{verb} answered with {code}")
+                return answers
+            awaited.popleft()
+            if verb is Verb.RCPT:
+                self._accepted += code < 400
+            elif verb is Verb.MAIL or verb is Verb.RSET:
+                self._accepted = 0
+            elif verb is Verb.CONTENT:
+                if not self._settle_content(reply, data[position : position + 3]):
+                    return answers
+            elif not self._settle(verb, reply, lines, has_surplus=position < len(data)):
+                return answers
+            answers.append(Answer(verb, reply))
+            if self._is_closing:
+                return answers
+            if not awaited:
+                break
+        self._rest = data[position:]
+        return answers
 
-    def _unasked(self, reply: Reply) -> Answer:
+    def _take_unasked(self, reply: Reply, answers: list[Answer]) -> None:
         """A reply without a command: a farewell, or a refusal of the content before its end."""
         if reply.code >= 400 and self._is_open:
             self._is_closing = True  # in the midst of the content there is no way back
-            return Answer(Verb.CONTENT, reply)
-        if reply.code != 421:
-            raise self._broken("a reply that nobody had asked for")
-        return Answer(None, reply)
+            answers.append(Answer(Verb.CONTENT, reply))
+        elif reply.code == 421:
+            answers.append(Answer(None, reply))
+        else:
+            self._break("a reply that nobody had asked for")
 
-    def _settle(self, verb: Verb, reply: Reply, lines: Sequence[bytes]) -> None:
-        """Note what `reply` changes."""
-        self._pending.popleft()
+    def _settle(self, verb: Verb, reply: Reply, lines: Sequence[bytes], *, has_surplus: bool) -> bool:
+        """Note what `reply` changes; whether it stands."""
         match verb:
-            case Verb.RCPT:
-                self._accepted += reply.is_positive
-            case Verb.MAIL | Verb.RSET:
-                self._accepted = 0
             case Verb.DATA:
                 self._is_open = reply.code < 400
-            case Verb.CONTENT:
-                self._settle_content(reply)
             case Verb.EHLO if reply.is_positive:
                 self.extensions = Extensions.parse([line[4:].decode("ascii", "replace") for line in lines[1:]])
             case Verb.STARTTLS:
                 self._tls_is_due = reply.is_positive
-                if self._tls_is_due and self._has_surplus():
-                    raise self._broken("octets behind the 220 of STARTTLS")
+                if self._tls_is_due and has_surplus:
+                    self._break("octets behind the 220 of STARTTLS")
+                    return False
             case _:
                 pass
+        return True
 
-    def _settle_content(self, reply: Reply) -> None:
-        if self._chunk_left and reply.is_positive:
-            raise self._broken("content accepted before its end")
-        # RFC 2033 4.2: one reply "for each previously successful RCPT command"; a BDAT LAST without any has one 503.
-        if self._is_lmtp and self._content_left == 0:
-            self._content_left = max(1, self._accepted)
-        self._content_left -= 1
-        if self._is_lmtp and self._content_left > 0 and reply.code != 421:
-            self._pending.appendleft(Verb.CONTENT)
-            return
-        self._content_left = 0
+    def _settle_content(self, reply: Reply, surplus: bytes) -> bool:
+        """Note what the reply to the content changes; whether it stands. `surplus`: how what lies behind it begins."""
+        is_positive = reply.code < 400
+        if self._chunk_left and is_positive:
+            self._break("content accepted before its end")
+            return False
+        if self._is_lmtp:
+            # RFC 2033 4.2: one reply "for each previously successful RCPT command"; BDAT LAST without any has one 503.
+            if self._content_left == 0:
+                self._content_left = max(1, self._accepted)
+            self._content_left -= 1
+            if self._content_left > 0 and reply.code != 421:
+                self.awaited.appendleft(Verb.CONTENT)
+                return True
+            self._content_left = 0
         self._accepted = 0
-        # One reply too many, and this one was perhaps not meant for the message. Doubt is never 250 (P2).
-        if reply.is_positive and self._has_surplus() and not self._buffer.startswith(b"421", self._position):
-            raise self._broken("more replies than commands")
+        # With one reply too many, this one was perhaps not meant for the message, and doubt is never success. What is,
+        # or may become, a farewell leaves no doubt.
+        if is_positive and not b"421".startswith(surplus):
+            self._break("more replies than commands")
+            return False
+        return True
 
-    def _take_reply(self) -> list[bytes] | None:
-        """The lines of the next whole reply, without their line ends; None where it is not whole."""
-        while True:
-            buffer, position = self._buffer, self._position
-            end = buffer.find(b"\n", position)
-            if (len(buffer) if end < 0 else end + 1) - position > self._max_line_octets:
-                raise self._broken("reply line too long")
-            if end < 0:
-                return None
-            line = buffer[position:end].removesuffix(b"\r")
-            self._position = end + 1
-            match = _REPLY_LINE.fullmatch(line)
-            if match is None or (self._lines and self._lines[0][:3] != line[:3]):
-                raise self._broken("a line that is no reply")
-            self._lines.append(line)
-            if len(self._lines) > self._max_lines:
-                raise self._broken("reply of too many lines")
-            if match[2] != b"-":
-                lines, self._lines = self._lines, []
-                return lines
-
-    def _has_surplus(self) -> bool:
-        return self._position < len(self._buffer)
-
-    def _broken(self, what: str) -> RemoteProtocolError:
-        self._refusal = RemoteProtocolError(what, replies.UPSTREAM_PROTOCOL)
-        self._queue.clear()
+    def _break(self, what: str) -> RemoteProtocolError:
+        """Note how the upstream broke the protocol; nothing is sent or kept any more."""
+        self.fault = RemoteProtocolError(what, replies.UPSTREAM_PROTOCOL)
+        self.queued.clear()
         self._out.clear()
-        return self._refusal
+        return self.fault
 
     # Output -----------------------------------------------------------------------------------------------
 
     def data_to_send(self) -> bytes:
         """What may travel now; b"" where the answers to what was sent must come first. Each octet is given once."""
-        queue, pending, out = self._queue, self._pending, self._out
-        while queue:
-            if pending and (not self.extensions.pipelining or pending[-1] in _ENDS_GROUP):
+        queued, awaited, out = self.queued, self.awaited, self._out
+        while queued:
+            if awaited and (not self.extensions.pipelining or awaited[-1] in _ENDS_GROUP):
                 break
-            verb, octets = queue.popleft()
-            pending.append(verb)
+            verb, octets = queued.popleft()
+            awaited.append(verb)
             out.append(octets)
         data = out[0] if len(out) == 1 else b"".join(out)
         out.clear()
@@ -393,8 +402,8 @@ class ClientProtocol:
 
     def cancel_queued(self) -> int:
         """Take back the commands that were not sent yet; how many there were."""
-        count = len(self._queue)
-        self._queue.clear()
+        count = len(self.queued)
+        self.queued.clear()
         return count
 
     def send_hello(self, name: str) -> None:
@@ -420,10 +429,10 @@ class ClientProtocol:
             RemoteProtocolError: the upstream sent octets between its 220 and TLS.
             LocalProtocolError: no 220 was given.
         """
+        if self.fault is not None:
+            raise self.fault
         if not self._tls_is_due:
             raise LocalProtocolError("TLS was not agreed on")
-        if self._has_surplus():
-            raise self._broken("octets behind the 220 of STARTTLS")
         self._tls_is_due = False
         self.extensions = Extensions()
 
@@ -438,10 +447,6 @@ class ClientProtocol:
         """The answer to a challenge."""
         self._command(Verb.AUTH, base64.b64encode(response).decode("ascii"))
 
-    def cancel_auth(self) -> None:
-        """Break the exchange off (RFC 4954 4)."""
-        self._command(Verb.AUTH, "*")
-
     def send_mail(self, mail: Mail, *, size: int | None = None) -> None:
         """MAIL, with those of its parameters that the upstream offers.
 
@@ -453,7 +458,9 @@ class ClientProtocol:
         """
         offered = self.extensions
         self._utf8 = mail.smtputf8 and offered.smtputf8
-        line = [f"MAIL FROM:<{self._path(mail.reverse_path)}>"]
+        if _PATH.fullmatch(mail.reverse_path) is None:
+            raise LocalProtocolError("unsafe path in a command")
+        line = [f"MAIL FROM:<{mail.reverse_path}>"]
         size = mail.size if size is None else size
         if size is not None and offered.offers_size:
             line.append(f"SIZE={size:d}")
@@ -473,7 +480,9 @@ class ClientProtocol:
 
     def send_recipient(self, recipient: Recipient) -> None:
         """RCPT, with those of its parameters that the upstream offers; errors as `send_mail`."""
-        line = f"RCPT TO:<{self._path(recipient.address)}>"
+        if _PATH.fullmatch(recipient.address) is None:
+            raise LocalProtocolError("unsafe path in a command")
+        line = f"RCPT TO:<{recipient.address}>"
         if self.extensions.dsn and recipient.notify is not None:
             line += f" NOTIFY={','.join(flag.name or '' for flag in Notify if flag in recipient.notify)}"
         if self.extensions.dsn and recipient.orcpt is not None:
@@ -503,20 +512,23 @@ class ClientProtocol:
         """
         if not self._is_open:
             raise LocalProtocolError("a final dot without a 354")
-        if self._has_surplus():
-            raise self._broken("a reply that nobody had asked for")
+        if self._rest or self._lines:
+            raise self._break("a reply that nobody had asked for")
         self._out.append(b".\r\n" if self._tail == b"\r\n" else b"\r\n.\r\n")
         self._is_open = False
         self._tail = b"\r\n"
-        self._pending.append(Verb.CONTENT)
+        self.awaited.append(Verb.CONTENT)
 
-    def send_chunk(self, chunk: bytes) -> None:
-        """BDAT (RFC 3030 2) with octets as they are; more follow."""
-        self._chunk(Verb.CHUNK, b"BDAT %d\r\n" % len(chunk), chunk)
+    def send_last_chunk(self, *pieces: bytes) -> None:
+        """BDAT LAST (RFC 3030 2): the whole message, octets as they are; it may travel in the group of its envelope.
 
-    def send_last_chunk(self, chunk: bytes) -> None:
-        """BDAT LAST: the end of the message."""
-        self._chunk(Verb.CONTENT, b"BDAT %d LAST\r\n" % len(chunk), chunk)
+        Raises:
+            LocalProtocolError: CHUNKING is not offered, or it is not its time.
+        """
+        if not self.extensions.chunking:
+            raise LocalProtocolError("BDAT without CHUNKING")
+        content = b"".join(pieces)
+        self._command(Verb.CONTENT, f"BDAT {len(content)} LAST", content)
 
     def begin_last_chunk(self, octets: int) -> None:
         """BDAT LAST for content that comes in pieces: `send_chunk_octets` must bring exactly `octets` of them.
@@ -528,9 +540,9 @@ class ClientProtocol:
             raise LocalProtocolError("BDAT without CHUNKING")
         if not self.is_settled:
             raise LocalProtocolError("a chunk in pieces cannot wait for its turn")
-        self._enqueue(Verb.CONTENT, b"BDAT %d LAST\r\n" % octets)
-        self._out.append(self._queue.pop().octets)
-        self._pending.append(Verb.CONTENT)
+        self._command(Verb.CONTENT, f"BDAT {octets} LAST")
+        self._out.append(self.queued.pop()[1])
+        self.awaited.append(Verb.CONTENT)
         self._chunk_left = octets
 
     def send_chunk_octets(self, piece: bytes) -> None:
@@ -548,18 +560,14 @@ class ClientProtocol:
         """RSET."""
         self._command(Verb.RSET, "RSET")
 
-    def send_noop(self) -> None:
-        """NOOP."""
-        self._command(Verb.NOOP, "NOOP")
-
     def send_quit(self) -> None:
         """QUIT."""
         self._command(Verb.QUIT, "QUIT")
 
     # The one writer ---------------------------------------------------------------------------------------
 
-    def _command(self, verb: Verb, line: str) -> None:
-        """Queue one command line.
+    def _command(self, verb: Verb, line: str, content: bytes = b"") -> None:
+        """Queue one command line, with the content that goes with it.
 
         Raises:
             LocalProtocolError: the line holds what must never be in one, or it is not its time.
@@ -568,28 +576,14 @@ class ClientProtocol:
             raise LocalProtocolError("control character in a command")
         if not line.isascii() and not (self._utf8 and verb in (Verb.MAIL, Verb.RCPT)):
             raise LocalProtocolError("non-ASCII text in a command without SMTPUTF8")
-        self._enqueue(verb, f"{line}\r\n".encode())
-
-    def _chunk(self, verb: Verb, line: bytes, chunk: bytes) -> None:
-        if not self.extensions.chunking:
-            raise LocalProtocolError("BDAT without CHUNKING")
-        self._enqueue(verb, line + chunk)
-
-    def _enqueue(self, verb: Verb, octets: bytes) -> None:
-        if self._refusal is not None:
-            raise self._refusal
+        if self.fault is not None:
+            raise self.fault
         if self._is_open or self._tls_is_due or self._chunk_left:
             raise LocalProtocolError(f"{verb} is out of order")
-        if not self._pending and not self._queue and self._has_surplus():
-            # Sending now would let a late reply answer this command (G3).
-            raise self._broken("a reply that nobody had asked for")
-        self._queue.append(_Queued(verb, octets))
-
-    @staticmethod
-    def _path(address: str) -> str:
-        if not is_safe_path(address):
-            raise LocalProtocolError("unsafe path in a command")
-        return address
+        if (self._rest or self._lines) and not self.awaited and not self.queued:
+            # Sending now would let a late reply answer this command.
+            raise self._break("a reply that nobody had asked for")
+        self.queued.append((verb, f"{line}\r\n".encode() + content))
 
     @staticmethod
     def _value(text: str) -> str:
@@ -623,7 +617,7 @@ def challenge_of(reply: Reply) -> bytes:
 
 @lru_cache(maxsize=256)
 def _read_reply(line: bytes) -> Reply:
-    """The reply of a single short line. The few that come again and again are made once; replies are immutable (G4)."""
+    """The reply of a single short line. The few that come again and again are made once; replies are immutable."""
     return _make_reply((line,))
 
 
@@ -640,6 +634,6 @@ def _make_reply(lines: Sequence[bytes]) -> Reply:
             # RFC 2034 4: each line has the code; it stands once in our value.
             texts = [first, *(EnhancedStatus.parse(text)[1] for text in texts[1:])]
             if enhanced.klass != code // 100:
-                enhanced = replace(enhanced, klass=code // 100)  # RFC 2034 4: the class must match the reply's
+                enhanced = enhanced._replace(klass=code // 100)  # RFC 2034 4: the class must match the reply's
     error_type = ErrorType.UPSTREAM_REFUSED if code >= 400 else None
     return Reply(code, enhanced, tuple(texts), error_type)

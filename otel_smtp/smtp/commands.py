@@ -19,6 +19,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 from typing import ClassVar, Final
 
 from otel_smtp.smtp import replies
@@ -191,6 +192,12 @@ _TO = re.compile(r"TO: *", re.IGNORECASE | re.ASCII)
 _CHUNK = re.compile(rb"([0-9]{1,20})(?: +(LAST))?", re.IGNORECASE)
 # sasl-mech = 1*20mech-char (RFC 4422 3.1); the initial response is base64 or "=", judged when it is decoded
 _AUTH = re.compile(rb"([A-Za-z0-9_-]{1,20})(?: +([!-~]++))?")
+# What is said without arguments, as nearly everybody writes it.
+_COMMON_LINES: Final[Mapping[bytes, Command]] = {b"DATA": Data(), b"QUIT": Quit(), b"RSET": Rset(), b"NOOP": Noop()}
+# A NamedTuple's own constructor is a function in Python; each mail has one `Mail` and at least one `Recipient`.
+_mail_of: Final = partial(tuple.__new__, Mail)
+_recipient_of: Final = partial(tuple.__new__, Recipient)
+
 # Names as real machines have them: underscores, hyphens anywhere, a dot at the end, non-ASCII; a bare IPv4 address is
 # among them.
 _HELLO_NAME = re.compile(r"[^\x00-,./:-@\[-^`{-\x7f]++(?:\.[^\x00-,./:-@\[-^`{-\x7f]++)*+\.?")
@@ -207,16 +214,46 @@ def parse_command(line: bytes) -> Command:
     Raises:
         CommandRefused: the line is no command, or its arguments are wrong.
     """
+    recipient = common_recipient(line)
+    if recipient is not None:
+        return RcptTo(recipient)
+    mail = common_mail(line)
+    if mail is not None:
+        return MailFrom(mail)
+    return parse_other(line)
+
+
+def common_recipient(line: bytes) -> Recipient | None:
+    """The recipient of a RCPT with a short ASCII mailbox and nothing else; None for any other line."""
     match = _COMMON_RCPT.fullmatch(line)
-    if match is not None and match.end(1) - match.start(1) <= _COMMON_MAILBOX_OCTETS:
-        return RcptTo(Recipient(match[1].decode("ascii")))
+    if match is None or match.end(1) - match.start(1) > _COMMON_MAILBOX_OCTETS:
+        return None
+    return _recipient_of((match[1].decode("ascii"), None, None))
+
+
+def common_mail(line: bytes) -> Mail | None:
+    """The mail of a MAIL with a short ASCII mailbox, and SIZE and BODY at most; None for any other line."""
     match = _COMMON_MAIL.fullmatch(line)
-    if match is not None and match.end(1) - match.start(1) <= _COMMON_MAILBOX_OCTETS:
-        mailbox, size, body = match.groups()
-        return MailFrom(
-            Mail(mailbox.decode("ascii"), None if size is None else int(size), _COMMON_BODIES[body]),
+    if match is None or match.end(1) - match.start(1) > _COMMON_MAILBOX_OCTETS:
+        return None
+    mailbox, size, body = match.groups()
+    return _mail_of(
+        (
+            mailbox.decode("ascii"),
+            None if size is None else int(size),
+            _COMMON_BODIES[body],
+            False,
+            None,
+            None,
+            False,
+            None,
         )
-    return parse_by_grammar(line)
+    )
+
+
+def parse_other(line: bytes) -> Command:
+    """`parse_command` for a line that neither `common_recipient` nor `common_mail` takes."""
+    return _COMMON_LINES.get(line) or parse_by_grammar(line)
 
 
 def parse_by_grammar(line: bytes) -> Command:

@@ -1,8 +1,8 @@
 """What travels through the house: the envelope of one mail, as values."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from enum import Flag, StrEnum, auto
+from typing import NamedTuple
 
 
 class Body(StrEnum):
@@ -34,8 +34,7 @@ def domain_of(address: str) -> str:
     return address.rpartition("@")[2].lower() if "@" in address else ""
 
 
-@dataclass(frozen=True, slots=True)
-class Mail:
+class Mail(NamedTuple):
     """MAIL FROM with its parameters (RFC 5321 4.1.1.2).
 
     Attributes:
@@ -64,8 +63,7 @@ class Mail:
         return domain_of(self.reverse_path)
 
 
-@dataclass(frozen=True, slots=True)
-class Recipient:
+class Recipient(NamedTuple):
     """RCPT TO with its parameters (RFC 5321 4.1.1.3).
 
     Attributes:

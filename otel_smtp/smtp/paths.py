@@ -21,6 +21,8 @@ import ipaddress
 import re
 from typing import Final
 
+from otel_smtp.smtp.characters import INVISIBLE
+
 MAX_LOCAL_PART_OCTETS: Final = 64
 """RFC 5321 4.5.3.1.1; quotes count."""
 
@@ -33,7 +35,7 @@ MAX_PATH_OCTETS: Final = 256
 MAX_LABEL_OCTETS: Final = 63
 """RFC 1035 2.3.4."""
 
-# Everything above ASCII is UTF8-non-ascii in RFC 6531 3.3; `_INVISIBLE` takes the dangerous ones out again.
+# Everything above ASCII is UTF8-non-ascii in RFC 6531 3.3; `characters.INVISIBLE` takes the dangerous ones out again.
 # The classes name what is not in them: to compile one that names a million characters takes ten milliseconds.
 _ATEXT = r'[^\x00-\x20"(),.:;<>@\[\\\]\x7f]'
 _LET_DIG = r"[^\x00-/:-@\[-^`{-\x7f]"  # and the underscore, as in names that exist
@@ -50,14 +52,6 @@ _LITERAL = re.compile(r"\[([!-Z^-~]++)\]")
 _GENERAL_LITERAL = re.compile(r"[A-Za-z0-9]++(?:-++[A-Za-z0-9]++)*+:[!-Z^-~]++")
 _LONG_LABEL = re.compile(rf"[A-Za-z0-9_-]{{{MAX_LABEL_OCTETS + 1}}}")
 
-# What no mailbox or host name needs and what misleads whoever reads it in a log, a trace or a header: C0, DEL, C1 and
-# NO-BREAK SPACE, soft hyphen, other white space, line separators, direction marks and overrides, byte order marks,
-# noncharacters, tags. The zero-width joiners U+200C and U+200D stay: names in several scripts need them (RFC 5892 A.1).
-_INVISIBLE = re.compile(
-    "[\x00-\x1f\x7f-\xa0\xad\u061c\u1680\u180e\u2000-\u200b\u200e\u200f\u2028-\u202f\u205f-\u206f\u3000"
-    "\ud800-\udfff\ufdd0-\ufdef\ufeff\ufff0-\uffff\U000e0000-\U000e007f]"
-)
-
 
 class PathSyntaxError(ValueError):
     """Not a path, a mailbox or a domain; says what is wrong and never repeats the address."""
@@ -70,7 +64,7 @@ def octets(text: str) -> int:
 
 def is_visible(text: str) -> bool:
     """Whether `text` is free of control characters, of non-ASCII white space and of characters that hide or mislead."""
-    return text.isprintable() if text.isascii() else _INVISIBLE.search(text) is None
+    return text.isprintable() if text.isascii() else INVISIBLE.search(text) is None
 
 
 def reverse_path(text: str, start: int = 0) -> tuple[str, int]:

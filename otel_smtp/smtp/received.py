@@ -13,15 +13,15 @@ take it for one, and then a trace header behind it would be a header to them (P1
 No field but the trace headers is ever changed, no octet of any other is touched (P5).
 """
 
+import datetime
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
-from typing import Final
+from typing import Final, NamedTuple
 
 from otel_smtp.smtp.errors import LocalProtocolError
-from otel_smtp.smtp.paths import address_literal, is_address_literal, is_domain, is_mailbox
+from otel_smtp.smtp.paths import address_literal, is_address_literal, is_domain
 
 MAX_TRACE_VALUE_OCTETS: Final = 512
 """Longest trace header value that is read; W3C Trace Context 3.3.1.5 asks for at least this much of tracestate."""
@@ -45,11 +45,11 @@ _FIELD_NAME = re.compile(r"[!-9;-~]+")  # ftext (RFC 5322 2.2)
 _FIELD_VALUE = re.compile(r"[ -~]{0,998}")
 
 _DAYS: Final = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+_EPOCH: Final = datetime.date(1970, 1, 1).toordinal()
 _MONTHS: Final = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
 
-@dataclass(frozen=True, slots=True)
-class HeaderFacts:
+class HeaderFacts(NamedTuple):
     """What the gateway wants to know of a header block.
 
     Attributes:
@@ -90,32 +90,17 @@ def rfc5322_date(unix_seconds: float) -> str:
     return _date_of_second(int(unix_seconds // 1))
 
 
-def received_header(
-    *,
-    helo: str,
-    peer_host: str,
-    by: str,
-    with_protocol: str,
-    identifier: str,
-    date: str,
-    recipient: str | None = None,
-    tls: str | None = None,
-) -> bytes:
-    """The Received field to put on top of a message (RFC 5321 4.4), folded, with its CRLF.
+def received_head(*, helo: str, peer_host: str, by: str, with_protocol: str, tls: str | None = None) -> bytes:
+    """The part of our Received field that is the same for all messages of a session (RFC 5321 4.4), folded.
 
-    Only what has the form of its token goes in, so that nothing a client says can end the field or forge another one
-    (F2): a greeting name that is no domain or literal gives way to the client's address, a recipient that is no
-    mailbox is left out.
+    Only what has the form of its token goes in, so that nothing a client says can end the field or forge another one:
+    a greeting name that is no domain or literal gives way to the client's address.
 
     Args:
         helo: the client's name as it gave it.
         peer_host: the client's IP address; anything else (the path of a unix socket) becomes "(local)".
         by: our own host name.
         with_protocol: see the function of that name.
-        identifier: the message's id with us: letters, digits and what else an atom has.
-        date: see `rfc5322_date`.
-        recipient: the mailbox for the "for" clause, where there is exactly one (RFC 5321 7.2: more would disclose
-            blind copies). A non-ASCII one stands only in an internationalised message.
         tls: version and cipher, for people.
 
     Raises:
@@ -124,21 +109,30 @@ def received_header(
     host = _peer(peer_host)
     if not (helo.isascii() and (is_domain(helo) or is_address_literal(helo))):
         helo = host or "unknown"
-    for word, pattern in ((with_protocol, _ATOM), (identifier, _ATOM), (date, _WORDS), (tls or "-", _WORDS)):
+    for word, pattern in ((with_protocol, _ATOM), (tls or "-", _WORDS)):
         if pattern.fullmatch(word) is None:
             raise LocalProtocolError(f"malformed word for the Received field: {word!r}")
     if not _is_own_name(by):
         raise LocalProtocolError(f"not a host name for the Received field: {by!r}")
     tls_comment = f" ({tls})" if tls else ""
-    for_clause = ""
-    if recipient is not None and is_mailbox(recipient):
-        for_clause = f"\r\n for <{recipient}>" if recipient.isascii() or with_protocol.startswith("UTF8") else ""
-    return (
-        f"Received: from {helo} ({host or 'local'})\r\n"
-        f" by {by} with {with_protocol}{tls_comment}\r\n"
-        f" id {identifier}{for_clause};\r\n"
-        f" {date}\r\n"
-    ).encode()
+    return (f"Received: from {helo} ({host or 'local'})\r\n by {by} with {with_protocol}{tls_comment}\r\n id ").encode()
+
+
+def received_field(head: bytes, identifier: str, unix_seconds: float) -> bytes:
+    """Our Received field, to be put on top of a message, with its CRLF.
+
+    Args:
+        head: what `received_head` gave.
+        identifier: the message's id with us: letters, digits and what else an atom has.
+        unix_seconds: now, since 1970-01-01 00:00 UTC.
+
+    Raises:
+        LocalProtocolError: the identifier is malformed.
+    """
+    if _ATOM.fullmatch(identifier) is None:
+        raise LocalProtocolError(f"malformed word for the Received field: {identifier!r}")
+    date = _date_of_second(int(unix_seconds // 1))
+    return b"%b%b;\r\n %b\r\n" % (head, identifier.encode("ascii"), date.encode("ascii"))
 
 
 def inspect_header(block: bytes) -> HeaderFacts:
@@ -201,23 +195,11 @@ def _date_of_second(unix_seconds: int) -> str:
     days, second_of_day = divmod(unix_seconds, 86400)
     hour, second_of_hour = divmod(second_of_day, 3600)
     minute, second = divmod(second_of_hour, 60)
-    return f"{_day(days)} {hour:02}:{minute:02}:{second:02} +0000"
-
-
-@lru_cache(maxsize=4)
-def _day(days: int) -> str:
-    """The proleptic Gregorian date of a day since 1970-01-01, which was a Thursday.
-
-    Reckoned in eras of 400 years (146097 days) that begin on 1 March, so that the leap day is a year's last.
-    """
-    era, day_of_era = divmod(days + 719468, 146097)  # 719468 days from 0000-03-01 to 1970-01-01
-    year_of_era = (day_of_era - day_of_era // 1460 + day_of_era // 36524 - day_of_era // 146096) // 365
-    day_of_year = day_of_era - (365 * year_of_era + year_of_era // 4 - year_of_era // 100)
-    month_from_march = (5 * day_of_year + 2) // 153  # five months from March on have 153 days
-    day = day_of_year - (153 * month_from_march + 2) // 5 + 1
-    month = (month_from_march + 2) % 12
-    year = era * 400 + year_of_era + (month < 2)
-    return f"{_DAYS[(days + 3) % 7]}, {day} {_MONTHS[month]} {year:04}"
+    day = datetime.date.fromordinal(_EPOCH + days)
+    return (
+        f"{_DAYS[day.weekday()]}, {day.day} {_MONTHS[day.month - 1]} {day.year:04}"
+        f" {hour:02}:{minute:02}:{second:02} +0000"
+    )
 
 
 def _without(block: bytes, fields: Iterable[re.Match[bytes]]) -> bytes:

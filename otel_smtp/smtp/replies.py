@@ -2,7 +2,7 @@
 
 Codes are those of RFC 5321 4.2.3; enhanced status codes those of RFC 3463, RFC 5248 and the extension's own RFC.
 A constant says what is sent; where it is sent is the engine's business. Texts are for people: no exception text, no
-octet that a peer chose (P13), and no address.
+octet that a peer chose, and no address.
 """
 
 import re
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import lru_cache
-from typing import Final, Self
+from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
 
 class ErrorType(StrEnum):
@@ -43,8 +43,7 @@ _ENHANCED = re.compile(r"([245])\.(\d{1,3})\.(\d{1,3})(?:[ \t]+|$)")
 _UNSAFE = re.compile(r"[^\x20-\x7e]+")
 
 
-@dataclass(frozen=True, slots=True)
-class EnhancedStatus:
+class EnhancedStatus(NamedTuple):
     """An enhanced status code: class, subject, detail (RFC 3463 2)."""
 
     klass: int
@@ -87,20 +86,21 @@ class Reply:
     lines: tuple[str, ...]
     error_type: ErrorType | None = None
     closes: bool = False
-    _wire: bytes = field(init=False, repr=False, compare=False, default=b"")
+    wire: bytes = field(init=False, repr=False, compare=False)
+    """The octets to send, CRLF included."""
 
-    @property
-    def wire(self) -> bytes:
-        """The octets to send, CRLF included; made when first asked for, as most replies of upstreams never are."""
-        if not self._wire:
+    if not TYPE_CHECKING:  # which would take any name for an attribute
+
+        def __getattr__(self, name: str) -> bytes:
+            """Fill `wire` when it is first asked for: most replies of upstreams never are. From then on reading it is
+            reading a slot, and this is not called."""
+            if name != "wire":
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
             prefix = f"{self.enhanced} " if self.enhanced is not None else ""
-            last = len(self.lines) - 1
-            lines = (
-                f"{self.code}{' ' if number == last else '-'}{prefix}{line}\r\n"
-                for number, line in enumerate(self.lines)
-            )
-            object.__setattr__(self, "_wire", "".join(lines).encode("ascii"))
-        return self._wire
+            first = "".join([f"{self.code}-{prefix}{line}\r\n" for line in self.lines[:-1]])
+            wire = f"{first}{self.code} {prefix}{self.lines[-1]}\r\n".encode("ascii")
+            object.__setattr__(self, "wire", wire)
+            return wire
 
     def __str__(self) -> str:
         return self.wire.decode("ascii").rstrip("\r\n").replace("\r\n", " | ")
@@ -133,7 +133,7 @@ class Reply:
 def safe_text(text: str, *, limit: int = 512) -> str:
     """`text` fit for a reply, a log line or a span: printable ASCII, at most `limit` characters.
 
-    What a peer wrote must not bring line ends, control octets or terminal escapes to where we repeat it (P13).
+    What a peer wrote must not bring line ends, control octets or terminal escapes to where we repeat it.
     """
     return _UNSAFE.sub("?", text)[:limit]
 
@@ -164,7 +164,7 @@ def hello(hostname: str, keywords: Iterable[str] = ()) -> Reply:
 
 def message_accepted(trace_id: str | None = None) -> Reply:
     """The final 250 of a message, with the trace id that leads people to its trace."""
-    return _reply(250, "2.0.0", "Ok" if trace_id is None else f"Ok trace={trace_id}")
+    return OK if trace_id is None else Reply(250, OK.enhanced, (f"Ok trace={trace_id}",))
 
 
 def chunk_received(octets: int) -> Reply:
@@ -218,7 +218,6 @@ STORAGE_FULL: Final = _reply(452, "4.3.1", "Insufficient storage, try again late
 STORAGE_FAILED: Final = _reply(451, "4.3.0", "Storage failed, try again later", ErrorType.STORAGE)
 EXPIRED: Final = _reply(451, "4.4.7", "Delivery time expired", ErrorType.TIMEOUT)
 TOO_MANY_RECIPIENTS: Final = _reply(452, "4.5.3", "Too many recipients", ErrorType.LIMIT)
-TLS_UNAVAILABLE: Final = _reply(454, "4.7.0", "TLS not available now", ErrorType.TLS)
 AUTH_UNAVAILABLE: Final = _reply(454, "4.7.0", "Temporary authentication failure", ErrorType.AUTH)
 
 # 5yz ----------------------------------------------------------------------------------------------------------

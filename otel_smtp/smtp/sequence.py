@@ -14,6 +14,8 @@ from otel_smtp.smtp.commands import Verb
 class Phase(Enum):
     """Where a session stands in the order of commands."""
 
+    __hash__ = object.__hash__  # of Enum it is a function of Python, called several times a command
+
     UNGREETED = auto()  # our 220 has not been sent; nothing may be said
     CONNECTED = auto()  # greeted by us, no EHLO yet (again after TLS)
     READY = auto()  # EHLO or HELO done, no transaction
@@ -45,8 +47,3 @@ SEQUENCE: Final[Mapping[Phase, frozenset[Verb]]] = {
 }
 
 IN_TRANSACTION: Final = frozenset({Phase.MAIL, Phase.RECIPIENTS, Phase.CHUNKING, Phase.CONTENT})
-
-
-def is_legal(phase: Phase, verb: Verb) -> bool:
-    """Whether `verb` may be said in `phase`."""
-    return verb in SEQUENCE[phase]

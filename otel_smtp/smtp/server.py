@@ -1,35 +1,35 @@
-"""ServerProtocol: the server side of a session, from octets to events and from replies to octets.
+"""ServerProtocol: the server side of a session, from octets to decisions and from replies to octets.
 
 How it is driven::
 
+    protocol = ServerProtocol(policy, handler, ...)
     protocol.accepted(TlsMode.OFF)          # New
     protocol.greet()                        # Active, 220
-    write(protocol.data_to_send())
-    protocol.receive_data(octets)
-    while True:
-        event = protocol.next_event()
-        NEED_DATA  -> write(data_to_send()), read more
-        PAUSED     -> answer what was handed up: protocol.reply(...)
-        an event   -> see events.py
+    protocol.receive_data(octets)           # runs what they hold, as far as it goes; calls the handler on the way
+    protocol.reply(...)                     # the handler's decision, within its call or later; runs on from there
+    write(protocol.data_to_send())          # after each of these calls; then close, once `close_reason` is set
     protocol.closed(reason)                 # Closed, once, whatever happened
 
 What the engine promises:
 
-* It answers by itself all that needs no decision: syntax, order, limits, EHLO, NOOP, and so on.
-* Replies leave in the order of their commands. Recipients of a pipelined group are handed up together; every other
-  command waits until they are answered.
+* It answers by itself all that needs no decision: syntax, order, limits, EHLO, NOOP, and so on. What needs one is asked
+  of the `Handler`; until it is made nothing further is run.
+* Replies leave in the order of their commands. Recipients of a pipelined group are asked about together.
 * `_send` is the one place where a reply is written, so it is the one place where Error is raised; every state is
   recorded inside the call that decides the reply, before `data_to_send` can give its octets.
 * A transaction is one object, made at MAIL and dropped at its end: nothing of it can reach the next.
-* Cutting the input differently changes neither events nor replies nor states. (Where content is refused, the
-  `ContentReceived` events handed up before its end may be fewer or more.)
+* Cutting the input differently changes neither what the handler is asked nor replies nor states. (Recipients may be
+  asked about one by one. Where content is refused, what is handed up of it before its end may be less or more.)
+
+Most commands come alone, as one line in one piece, with nothing else to be read. They and content that comes in one
+piece do not pass through the receive buffer; what `receive_data` does with them is what `run` would do.
 """
 
 import base64
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Final, assert_never
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
 
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.commands import (
@@ -38,53 +38,43 @@ from otel_smtp.smtp.commands import (
     Command,
     CommandRefused,
     Data,
-    Expn,
     Hello,
-    Help,
     MailFrom,
-    Noop,
-    Quit,
     RcptTo,
     Rset,
     StartTls,
     Verb,
-    Vrfy,
+    common_mail,
+    common_recipient,
     parse_command,
+    parse_other,
 )
-from otel_smtp.smtp.envelope import Body, Mail
+from otel_smtp.smtp.content import IncomingContent
+from otel_smtp.smtp.envelope import Body, Mail, Recipient
 from otel_smtp.smtp.errors import LocalProtocolError
-from otel_smtp.smtp.events import (
-    NEED_DATA,
-    PAUSED,
-    AuthRequested,
-    AuthResponded,
-    ConnectionEnding,
-    ContentEnded,
-    ContentReceived,
-    ContentStarted,
-    Event,
-    HeaderReceived,
-    HelloReceived,
-    MailRequested,
-    RecipientRequested,
-    TlsRequested,
-    TransactionAborted,
-    Wait,
-)
-from otel_smtp.smtp.extensions import Offer, keywords, unsupported, unsupported_recipient
-from otel_smtp.smtp.framing import ChunkReader, ContentInspector, DotReader, HeaderSplitter, ReceiveBuffer
-from otel_smtp.smtp.received import HeaderFacts, inspect_header
+from otel_smtp.smtp.extensions import Offer, unsupported, unsupported_recipient
+from otel_smtp.smtp.framing import ReceiveBuffer
+from otel_smtp.smtp.handler import Asked, Handler, Said
+from otel_smtp.smtp.policy import OwnOffer, ServerPolicy
 from otel_smtp.smtp.replies import ErrorType, Reply
 from otel_smtp.smtp.sasl import MECHANISMS, SaslError, decode_base64
-from otel_smtp.smtp.sequence import IN_TRANSACTION, Phase, is_legal
+from otel_smtp.smtp.sequence import IN_TRANSACTION, SEQUENCE, Phase
 from otel_smtp.smtp.states import (
+    AuthBegun,
     CloseReason,
+    ConnectionOver,
     ConnState,
+    ContentBegun,
+    ErrorReply,
     IllegalTransition,
+    Recorded,
+    ResetBy,
     ResetCause,
     StateMachine,
+    TlsAgreed,
     TlsMode,
-    Transition,
+    TlsOffer,
+    TransactionOver,
     raise_illegal,
 )
 
@@ -108,7 +98,7 @@ _CLIENT_FAULTS: Final = frozenset(
         ErrorType.PROTOCOL,
     }
 )
-_HTTP_REQUEST = re.compile(rb"(?:GET|HEAD|POST|PUT|DELETE|CONNECT|OPTIONS|TRACE|PATCH|PRI) ", re.IGNORECASE)
+_HTTP_REQUEST: Final = re.compile(rb"(?:GET|HEAD|POST|PUT|DELETE|CONNECT|OPTIONS|TRACE|PATCH|PRI) ", re.IGNORECASE)
 # The record header of a TLS handshake: type 22, version 3.x (RFC 8446 5.1).
 _TLS_HANDSHAKE: Final = b"\x16\x03"
 _CLOSE_REASONS: Final = {
@@ -121,67 +111,15 @@ _CLOSE_REASONS: Final = {
     replies.TIMED_OUT: CloseReason.TIMEOUT,
     replies.INTERNAL_CLOSING: CloseReason.INTERNAL_ERROR,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class ServerLimits:
-    """What a client can make grow; the defaults are those of wire.md. All sizes in octets."""
-
-    message_size: int = 25 * 1024 * 1024
-    recipients: int = 1000
-    messages_per_connection: int = 1000
-    errors: int = 10
-    junk_commands: int = 100
-    command_line: int = 2048
-    auth_line: int = 12288
-    text_line: int = 65535
-    header_size: int = 256 * 1024
-    header_lines: int = 1000
-    hops: int = 100
-    auth_failures: int = 3
-
-
-@dataclass(frozen=True, slots=True)
-class ServerPolicy:
-    """How one listener speaks.
-
-    Attributes:
-        hostname: our name in the greeting and in EHLO.
-        is_lmtp: LHLO, and one final reply per recipient (RFC 2033).
-        tls_mode: STARTTLS is offered if `starttls`, until TLS is on.
-        tls_required: 530 to all but NOOP, EHLO, STARTTLS and QUIT until TLS is on (RFC 3207 4).
-        auth_mechanisms: offered SASL mechanisms, in order of preference; empty: no AUTH.
-        auth_required: 530 to MAIL until authenticated (RFC 4954 6).
-        auth_in_clear: AUTH is offered without TLS too.
-        rejects_bare_line_ends: 550 5.6.11 to content with a bare CR or LF, instead of normalising it.
-    """
-
-    hostname: str
-    is_lmtp: bool = False
-    tls_mode: TlsMode = TlsMode.OFF
-    tls_required: bool = False
-    auth_mechanisms: tuple[str, ...] = ()
-    auth_required: bool = False
-    auth_in_clear: bool = False
-    rejects_bare_line_ends: bool = False
-    limits: ServerLimits = field(default_factory=ServerLimits)
+_NO_INPUT: Final = frozenset({Phase.HANDSHAKE, Phase.UNGREETED, Phase.ENDING})
+# A lone command line is run at once in these. Not before the first EHLO: there TLS and HTTP are looked for.
+_QUICK: Final = frozenset({Phase.READY, Phase.MAIL, Phase.RECIPIENTS})
 
 
 class _Transaction:
     """One mail transaction, from the accepted MAIL to its end."""
 
-    __slots__ = (
-        "chunks",
-        "dots",
-        "facts",
-        "header",
-        "inspector",
-        "mail",
-        "number",
-        "offer",
-        "recipients",
-        "size_limit",
-    )
+    __slots__ = ("content", "mail", "number", "offer", "recipients", "size_limit")
 
     def __init__(self, mail: Mail, number: int, offer: Offer, size_limit: int) -> None:
         self.mail = mail
@@ -189,11 +127,7 @@ class _Transaction:
         self.number = number
         self.size_limit = size_limit
         self.recipients = 0  # accepted
-        self.dots: DotReader | None = None
-        self.chunks: ChunkReader | None = None
-        self.inspector: ContentInspector | None = None
-        self.header: HeaderSplitter | None = None
-        self.facts: HeaderFacts | None = None
+        self.content: IncomingContent | None = None
 
 
 class _Chunk:
@@ -222,12 +156,26 @@ class ServerProtocol:
 
     Args:
         policy: how the listener speaks.
-        on_transition: called with each recorded state.
+        handler: who decides.
         offer: what content and envelope extensions can be promised now; asked at each EHLO and MAIL, and cheapest if
             the same object comes back while nothing has changed. Its `starttls` and `auth_mechanisms` are ignored:
             those are the engine's own.
-        on_reply: called with the verb and each reply, right before it becomes visible in `data_to_send`.
+        recorded: takes each transition; see `StateMachine`.
+        said: takes each reply, before it becomes visible in `data_to_send`.
         on_illegal: see `StateMachine`.
+
+    Attributes:
+        phase: of the session.
+        states: the states of the connection. The driver sets `states.now_ns` before it calls.
+        said: see above; may be exchanged at any time.
+        is_tls, is_authenticated: whether TLS is on; whether AUTH has succeeded.
+        messages: that got their final reply on this connection. `transactions`: begun on it.
+        errors: replies of 400 and above, and a failed handshake.
+        close_reason: why the session ends; None while it goes on.
+        asked: what the handler was asked and has not answered: nothing is run until it does.
+        received: octets that have not been run yet.
+        out: the replies that have not been taken by `data_to_send`.
+        wants_turn: commands are left to be run, and other connections come first: call `run` soon.
 
     Holds at most one line (12 KiB), what one `receive_data` call brought, and one header block (256 KiB).
     """
@@ -235,76 +183,82 @@ class ServerProtocol:
     __slots__ = (
         "_auth_failures",
         "_auth_mechanism",
+        "_batch",
         "_chunk",
         "_discard_limit",
         "_discarded",
         "_eof",
-        "_errors",
-        "_events",
+        "_faults",
+        "_handler",
         "_held",
-        "_in",
-        "_is_authenticated",
-        "_is_tls",
+        "_is_running",
         "_junk",
-        "_messages",
+        "_mail",
         "_offer",
-        "_on_reply",
-        "_out",
-        "_own",
-        "_phase",
         "_policy",
-        "_reason",
-        "_said_ending",
-        "_states",
         "_told",
         "_transaction",
-        "_transactions",
-        "_unanswered",
+        "asked",
+        "close_reason",
+        "errors",
+        "is_authenticated",
+        "is_tls",
+        "messages",
+        "out",
+        "phase",
+        "received",
+        "said",
+        "states",
+        "transactions",
+        "wants_turn",
     )
 
     def __init__(
         self,
         policy: ServerPolicy,
-        on_transition: Callable[[Transition], None],
+        handler: Handler,
         *,
         offer: Callable[[], Offer],
-        on_reply: Callable[[str | None, Reply], None] | None = None,
+        recorded: Recorded,
+        said: Said,
         on_illegal: Callable[[IllegalTransition], None] = raise_illegal,
     ) -> None:
         self._policy = policy
+        self._handler = handler
         self._offer = offer
-        self._on_reply = on_reply
-        self._states = StateMachine(on_transition, on_illegal)
-        self._in = ReceiveBuffer()
-        self._out: list[bytes] = []
-        # Lists, as they hold one event or a pipelined group: an empty deque takes 600 octets of each connection.
-        self._events: list[Event] = []
-        self._unanswered: list[Event] = []
-        self._held: Command | CommandRefused | None = None  # parsed, waits for the unanswered recipients
-        self._phase = Phase.UNGREETED
+        self.states = StateMachine(recorded, on_illegal)
+        self.said = said
+        self.phase = Phase.UNGREETED
+        self.is_tls = False
+        self.is_authenticated = False
+        self.messages = 0
+        self.transactions = 0
+        self.errors = 0
+        self.close_reason: CloseReason | None = None
+        self.wants_turn = False
+        self.received = ReceiveBuffer()
+        self.out: list[bytes] = []
+        self.asked = Asked.NOTHING
+        self._mail: _Transaction | None = None  # that was asked about
+        self._batch: list[Recipient] = []  # to be asked about, or asked about
+        self._held: Command | CommandRefused | None = None  # parsed; waits for the answer to the batch
         self._transaction: _Transaction | None = None
         self._chunk: _Chunk | None = None
         self._discarded = 0  # octets of a line that is too long, so far; 0: not discarding
         self._discard_limit = 0
-        self._is_tls = False
-        self._is_authenticated = False
-        self._auth_mechanism: str | None = None
+        self._auth_mechanism = "other"
         self._auth_failures = 0
-        self._transactions = 0
-        self._messages = 0
-        self._errors = 0
+        self._faults = 0  # of the client's own doing
         self._junk = 0
         self._eof = False
-        self._reason: CloseReason | None = None
-        self._said_ending = False
-        self._told: Offer | None = None  # what the last EHLO of this session offered
-        self._own: tuple[Offer, Offer, Reply] | None = None  # offered behind us; by us; how EHLO says it
+        self._is_running = False
+        self._told: OwnOffer | None = None  # what the last EHLO of this session offered
 
     # What the driver tells -------------------------------------------------------------------------------------
 
     def accepted(self, tls_mode: TlsMode) -> None:
         """Record New: the socket has been accepted."""
-        self._states.enter(ConnState.NEW, tls_mode=tls_mode)
+        self.states.enter(ConnState.NEW, TlsOffer(tls_mode))
 
     def refuse(self, reply: Reply) -> None:
         """Answer the connection itself with `reply` (capacity, access) instead of greeting it."""
@@ -312,265 +266,270 @@ class ServerProtocol:
         self._end(_CLOSE_REASONS.get(reply, CloseReason.REFUSED))
 
     def greet(self) -> None:
-        """Open the session with 220; a client that spoke first is refused (wire.md, A4)."""
-        if len(self._in) and not self._is_mismatch():
+        """Open the session with 220; a client that spoke first is refused (RFC 5321 4.3.1: the sender waits)."""
+        if self.received.held and not self._is_mismatch():
             self._send(replies.EARLY_TALKER, None)
-        if self._phase is not Phase.ENDING:
-            self._phase = Phase.CONNECTED
-            self._states.enter(ConnState.ACTIVE)
+        if self.phase is not Phase.ENDING:
+            self.phase = Phase.CONNECTED
+            self.states.enter(ConnState.ACTIVE)
             self._send(
                 replies.greeting(self._policy.hostname, protocol="LMTP" if self._policy.is_lmtp else "ESMTP"), None
             )
+            self.run()
 
     def receive_data(self, data: bytes) -> None:
-        """Take octets from the peer; call `next_event` until NEED_DATA or PAUSED.
+        """Take octets from the peer, and run what they hold.
 
         Raises:
             LocalProtocolError: called after `receive_eof`.
         """
         if self._eof:
             raise LocalProtocolError("receive_data after receive_eof")
-        self._in.feed(data)
+        held = self.received.held
+        if not held and self.asked is Asked.NOTHING and not self._discarded:
+            phase = self.phase
+            if phase in _QUICK:
+                length = len(data)
+                if 2 <= length <= self._policy.limits.command_line and data.find(b"\r\n") == length - 2:
+                    self._is_running = True
+                    try:
+                        self._run_line(data[:-2])
+                        if self._batch and self.asked is Asked.NOTHING:
+                            self._ask_recipients()
+                    finally:
+                        self._is_running = False
+                    if self._chunk is not None:
+                        self.run()  # it may have no octets
+                    return
+            elif phase is Phase.CONTENT and self._chunk is None:
+                self._is_running = True
+                try:
+                    self._take_content(data)
+                finally:
+                    self._is_running = False
+                if self.received.held:
+                    self.run()
+                return
+        self.received.feed(data)
+        self.run()
 
     def receive_eof(self) -> None:
         """The peer will send no more. What it sent before is still answered."""
         self._eof = True
+        self.run()
 
     def handshake_begins(self) -> None:
         """Record StartTLS for implicit TLS, before the handshake."""
-        self._phase = Phase.HANDSHAKE
-        self._states.enter(ConnState.STARTTLS, tls_mode=TlsMode.IMPLICIT)
+        self.phase = Phase.HANDSHAKE
+        self.states.enter(ConnState.STARTTLS, TlsOffer(TlsMode.IMPLICIT))
 
     def tls_started(self, version: str, cipher: str) -> None:
-        """The handshake is done: the session begins anew, nothing said in clear counts any more (RFC 3207 4.2)."""
-        if self._phase is not Phase.HANDSHAKE:
+        """The handshake is done: the session starts over, and nothing said in clear counts any more (RFC 3207 4.2)."""
+        if self.phase is not Phase.HANDSHAKE:
             raise LocalProtocolError("tls_started without a handshake")
-        self._in.clear()
-        self._is_tls = True
-        self._is_authenticated = False  # whoever was in the middle may have said it
-        self._auth_mechanism = None
+        self.received.clear()
+        self.is_tls = True
+        self.is_authenticated = False  # somebody in the middle may have said it
         self._told = None
-        self._own = None
-        self._phase = Phase.CONNECTED if self._policy.tls_mode is TlsMode.STARTTLS else Phase.UNGREETED
-        self._states.enter(ConnState.ACTIVE, tls_version=version, tls_cipher=cipher)
+        self.phase = Phase.CONNECTED if self._policy.tls_mode is TlsMode.STARTTLS else Phase.UNGREETED
+        self.states.enter(ConnState.ACTIVE, TlsAgreed(version, cipher))
 
     def tls_failed(self) -> None:
         """The handshake failed; no reply is possible. The connection ends."""
-        self._states.enter(ConnState.ERROR, error_type=ErrorType.TLS)
+        self.errors += 1
+        self.states.enter(ConnState.ERROR, ErrorReply(None, None, ErrorType.TLS, None))
         self._end(CloseReason.TLS_FAILURE)
 
     def fail(self, reply: Reply | None, reason: CloseReason) -> None:
         """End the session from outside: a deadline, the shutdown, a bug of ours. `reply` is said first, if given."""
-        if self._phase is Phase.ENDING:
+        if self.phase is Phase.ENDING:
             return
-        self._unanswered.clear()
-        self._held = None
-        if reply is not None and self._phase is not Phase.HANDSHAKE:
+        self._forget_questions()
+        if reply is not None and self.phase is not Phase.HANDSHAKE:
             self._send(reply, None)
         self._end(reason)
 
     def closed(self, reason: CloseReason) -> None:
         """Record Closed: the transport is gone. `reason` holds unless the session had already found its own end."""
-        if self._states.level is not ConnState.CLOSED:
-            self._phase = Phase.ENDING
-            self._states.enter(ConnState.CLOSED, reason=self._reason or reason, messages=self._messages)
-            self._reason = self._reason or reason
+        if self.states.level is not ConnState.CLOSED:
+            self._end(reason)
+            assert self.close_reason is not None
+            self.states.enter(ConnState.CLOSED, ConnectionOver(self.close_reason, self.messages))
 
     # What the driver reads -------------------------------------------------------------------------------------
 
     @property
-    def state(self) -> ConnState:
-        """The level at which the connection stands."""
-        return self._states.level
-
-    @property
-    def phase(self) -> Phase:
-        """The phase of the session."""
-        return self._phase
-
-    @property
-    def is_tls(self) -> bool:
-        """Whether TLS is on."""
-        return self._is_tls
-
-    @property
-    def is_authenticated(self) -> bool:
-        """Whether AUTH has succeeded."""
-        return self._is_authenticated
-
-    @property
-    def close_reason(self) -> CloseReason | None:
-        """Why the session ends; None while it goes on."""
-        return self._reason
-
-    @property
     def awaits_content(self) -> bool:
         """Whether octets of content are read next: the deadline of DATA holds, not that of commands."""
-        return self._phase is Phase.CONTENT
+        return self.phase is Phase.CONTENT
 
     @property
     def is_in_transaction(self) -> bool:
-        """Whether a transaction is open, or an event waits for its answer: not a moment to end the session."""
-        return self._transaction is not None or bool(self._unanswered)
-
-    @property
-    def transactions(self) -> int:
-        """Transactions begun on this connection."""
-        return self._transactions
-
-    @property
-    def messages(self) -> int:
-        """Messages that got their final reply on this connection."""
-        return self._messages
+        """Whether a transaction is open, or a decision is awaited: not a moment to end the session."""
+        return self._transaction is not None or self.asked is not Asked.NOTHING
 
     def data_to_send(self) -> bytes:
-        """The octets to write now, possibly none; several replies come as one piece."""
-        if not self._out:
-            return b""
-        data = self._out[0] if len(self._out) == 1 else b"".join(self._out)
-        self._out.clear()
+        """Take what is in `out`, in one piece."""
+        data = b"".join(self.out)
+        self.out.clear()
         return data
-
-    def next_event(self) -> Event | Wait:
-        """What happens next; see events.py."""
-        while True:
-            if self._events:
-                return self._events.pop(0)
-            if self._phase is Phase.ENDING:
-                if self._said_ending:
-                    return PAUSED
-                self._said_ending = True
-                assert self._reason is not None
-                return ConnectionEnding(self._reason)
-            if not self._advance():
-                return PAUSED if self._unanswered or self._phase in (Phase.HANDSHAKE, Phase.UNGREETED) else NEED_DATA
 
     # Decisions from above ----------------------------------------------------------------------------------------
 
-    def reply(self, reply: Reply, *others: Reply) -> None:
-        """Answer the oldest unanswered event.
+    def reply(self, *decided: Reply) -> None:
+        """Answer what was asked, and run on.
 
         Args:
-            reply: the decision.
-            others: for `ContentEnded` over LMTP, the replies for the second and further recipients (RFC 2033 4.2).
+            decided: one reply; for recipients one each, in order; for content over LMTP one for each accepted
+                recipient (RFC 2033 4.2).
 
         Raises:
-            LocalProtocolError: nothing waits for an answer, or `reply` does not fit.
+            LocalProtocolError: nothing waits for an answer, or the replies are not as many as were asked for.
         """
-        if self._phase is Phase.ENDING:
+        if self.phase is Phase.ENDING:
             return  # the session was ended from outside while the decision was being made
-        if not self._unanswered:
-            raise LocalProtocolError("reply without an unanswered event")
-        match self._unanswered.pop(0):
-            case MailRequested(mail):
-                self._answer_mail(mail, reply)
-            case RecipientRequested():
-                self._answer_recipient(reply)
-            case TlsRequested():
-                self._answer_starttls(reply)
-            case AuthRequested() | AuthResponded():
-                self._answer_auth(reply)
-            case ContentEnded():
-                self._answer_content((reply, *others))
-            case event:
-                raise LocalProtocolError(f"{event!r} takes no reply")
+        asked, self.asked = self.asked, Asked.NOTHING
+        match asked:
+            case Asked.RECIPIENTS:
+                self._answer_recipients(decided)
+            case Asked.MAIL:
+                self._answer_mail(*decided)
+            case Asked.CONTENT:
+                self._answer_content(decided)
+            case Asked.TLS:
+                self._answer_starttls(*decided)
+            case Asked.AUTH:
+                self._answer_auth(*decided)
+            case Asked.NOTHING:
+                raise LocalProtocolError("a reply to nothing that was asked")
+        if not self._is_running and (self.received.held or self._held is not None or self._eof):
+            self.run()
 
     def challenge(self, data: bytes) -> None:
         """Go on with the AUTH exchange: 334 with `data`."""
-        if not self._unanswered or not isinstance(self._unanswered[0], AuthRequested | AuthResponded):
+        if self.phase is Phase.ENDING:
+            return
+        if self.asked is not Asked.AUTH:
             raise LocalProtocolError("challenge outside an AUTH exchange")
-        self._unanswered.pop(0)
-        self._phase = Phase.AUTHENTICATING
+        self.asked = Asked.NOTHING
+        self.phase = Phase.AUTHENTICATING
         self._send(replies.challenge(base64.b64encode(data).decode("ascii")), Verb.AUTH)
+        self.run()
 
-    def _answer_mail(self, mail: Mail, reply: Reply) -> None:
-        if not reply.is_positive:
+    def _answer_mail(self, reply: Reply) -> None:
+        transaction, self._mail = self._mail, None
+        if reply.code >= 300:
             self._send(reply, Verb.MAIL)
             return
-        self._transactions += 1
-        self._transaction = _Transaction(
-            mail, self._transactions, self._told or self._own_offer(), self._message_size_limit()
-        )
-        self._phase = Phase.MAIL
-        self._states.enter(ConnState.ACTIVE)  # recorded only where the level was Idle
+        assert transaction is not None
+        self.transactions += 1
+        self._transaction = transaction
+        self.phase = Phase.MAIL
+        self.states.enter(ConnState.ACTIVE)  # recorded only where the level was Idle
         self._send(reply, Verb.MAIL)
 
-    def _answer_recipient(self, reply: Reply) -> None:
-        if reply.is_positive and self._transaction is not None:
-            self._transaction.recipients += 1
-            self._phase = Phase.RECIPIENTS
-        self._send(reply, Verb.RCPT)
+    def _answer_recipients(self, decided: Sequence[Reply]) -> None:
+        if len(decided) != len(self._batch):
+            raise LocalProtocolError("not as many replies as recipients")
+        self._batch = []
+        for reply in decided:
+            if reply.code < 300 and self._transaction is not None:
+                self._transaction.recipients += 1
+                self.phase = Phase.RECIPIENTS
+            self._send(reply, Verb.RCPT)
 
     def _answer_starttls(self, reply: Reply) -> None:
-        if len(self._in):
+        if self.received.held:
             # Octets behind STARTTLS would be run inside TLS as if the client had sent them there (CVE-2011-0411).
-            self._in.clear()
+            self.received.clear()
             self._send(replies.OCTETS_BEHIND_STARTTLS, Verb.STARTTLS)
         elif reply.code != 220:
             self._send(reply, Verb.STARTTLS)
         else:
-            self._phase = Phase.HANDSHAKE
-            self._states.enter(ConnState.STARTTLS, tls_mode=TlsMode.STARTTLS)
+            self.phase = Phase.HANDSHAKE
+            self.states.enter(ConnState.STARTTLS, TlsOffer(TlsMode.STARTTLS))
             self._send(reply, Verb.STARTTLS)
 
     def _answer_auth(self, reply: Reply) -> None:
-        self._phase = Phase.READY
+        self.phase = Phase.READY
         if reply.code == 235:
-            self._is_authenticated = True
-            self._states.enter(ConnState.ACTIVE, mechanism=self._auth_mechanism)
+            self.is_authenticated = True
+            self.states.enter(ConnState.ACTIVE, AuthBegun(self._auth_mechanism))
             self._send(reply, Verb.AUTH)
         else:
             if reply.error_type is ErrorType.AUTH and reply.is_permanent:
                 self._auth_failures += 1
             self._fail_auth(reply)
 
-    def _answer_content(self, final: tuple[Reply, ...]) -> None:
-        verb = self._content_verb()
+    def _answer_content(self, decided: Sequence[Reply]) -> None:
+        transaction = self._transaction
+        assert transaction is not None
+        assert transaction.content is not None
+        if len(decided) != (transaction.recipients if self._policy.is_lmtp else 1):
+            raise LocalProtocolError("not as many replies as the content asks for")
+        verb = Verb.DATA if transaction.content.by_data else Verb.BDAT
         self._end_transaction()
-        self._messages += 1
-        if any(reply.is_positive for reply in final):
-            self._states.enter(ConnState.ACTIVE)
-        for reply in final:
+        self.messages += 1
+        if decided[0].code < 400 or any(reply.is_positive for reply in decided):
+            self.states.enter(ConnState.ACTIVE)
+        for reply in decided:
             self._send(reply, verb)
         self._settle()
 
     # Reading -----------------------------------------------------------------------------------------------------
 
+    def run(self) -> None:
+        """Run what has been received, as far as decisions and the budget of one turn allow. Called by the driver only
+        where `wants_turn` says so."""
+        if self._is_running:
+            return  # a decision that was made within the call that asked for it: the loop below goes on
+        self._is_running = True
+        self.wants_turn = False
+        left = self._policy.limits.commands_per_turn
+        try:
+            while self.asked is Asked.NOTHING:
+                if self._advance():
+                    left -= 1
+                    if left <= 0 and (self.received.held or self._held is not None):
+                        self.wants_turn = True
+                        return
+                elif self._batch:
+                    self._ask_recipients()
+                elif self._eof and self.phase not in _NO_INPUT:
+                    self._end(CloseReason.CLIENT_DISCONNECT)
+                else:
+                    return
+        finally:
+            self._is_running = False
+
     def _advance(self) -> bool:
         """Use up some input; whether anything changed."""
         if self._held is not None:
-            if self._unanswered:
+            if self._batch:
                 return False
             held, self._held = self._held, None
             self._run(held)
             return True
-        match self._phase:
+        match self.phase:
             case Phase.CONTENT:
-                return self._read_content() or (not self._unanswered and self._at_eof())
+                return self._read_content()
             case Phase.AUTHENTICATING:
-                return self._read_auth_line() or (not self._unanswered and self._at_eof())
+                return self._read_auth_line()
             case Phase.HANDSHAKE | Phase.UNGREETED | Phase.ENDING:
                 return False
             case _:
-                if self._unanswered and not isinstance(self._unanswered[-1], RecipientRequested):
-                    return False
-                return self._read_command() or (not self._unanswered and self._at_eof())
-
-    def _at_eof(self) -> bool:
-        if self._eof:
-            self._end(CloseReason.CLIENT_DISCONNECT)
-        return self._eof
+                return self._read_command()
 
     def _read_line(self, limit: int) -> bytes | None:
         """The next line without its CRLF, or None; a line that is too long is read off and answered here."""
         if not self._discarded:
-            length = self._in.find_line(limit)
+            length = self.received.find_line(limit)
             if length > 0:
-                return self._in.take(length)[:-2]
-            if length == 0 or self._unanswered:
+                return self.received.take(length)[:-2]
+            if length == 0 or self._batch:
                 return None  # a line that is too long is answered in its turn
             self._discard_limit = limit * _DISCARD_FACTOR
-        discarded, is_whole = self._in.discard_line()
+        discarded, is_whole = self.received.discard_line()
         self._discarded += discarded
         if self._discarded > self._discard_limit:
             self._send(replies.LINE_DISCARD_EXCEEDED, None)
@@ -581,32 +540,24 @@ class ServerProtocol:
 
     def _refuse_long_line(self) -> None:
         # RFC 4954 6 has 5.5.6 for lines of an AUTH exchange, as a SHOULD; one code for every line is easier to find.
-        if self._phase is Phase.AUTHENTICATING:
-            self._phase = Phase.READY
+        if self.phase is Phase.AUTHENTICATING:
+            self.phase = Phase.READY
             self._fail_auth(replies.LINE_TOO_LONG)
         else:
             self._send(replies.LINE_TOO_LONG, "other")
 
     def _read_command(self) -> bool:
-        had = len(self._in)
+        had = len(self.received)
         if had == 0:
             return False
-        if self._phase is Phase.CONNECTED and not self._discarded and self._is_mismatch():
+        if self.phase is Phase.CONNECTED and not self._discarded and self._is_mismatch():
             return True
         limits = self._policy.limits
-        is_auth = self._in.peek(5).upper() == b"AUTH "
+        is_auth = self.received.peek(5).upper() == b"AUTH "
         line = self._read_line(limits.auth_line if is_auth else limits.command_line)
         if line is None:
-            return self._phase is Phase.ENDING or len(self._in) != had
-        command: Command | CommandRefused
-        try:
-            command = parse_command(line)
-        except CommandRefused as refusal:
-            command = refusal
-        if self._unanswered and not self._joins_batch(command):
-            self._held = command
-            return False
-        self._run(command)
+            return self.phase is Phase.ENDING or len(self.received) != had
+        self._run_line(line)
         return True
 
     def _is_mismatch(self) -> bool:
@@ -614,75 +565,62 @@ class ServerProtocol:
 
         A browser or a forged server-side request would speak so; its headers and body may hold SMTP commands.
         """
-        if self._in.starts_with(_TLS_HANDSHAKE) or _HTTP_REQUEST.match(self._in.peek(8)):
+        if self.received.starts_with(_TLS_HANDSHAKE) or _HTTP_REQUEST.match(self.received.peek(8)):
             self._end(CloseReason.PROTOCOL_MISMATCH)
             return True
         return False
 
-    def _joins_batch(self, command: Command | CommandRefused) -> bool:
-        """Whether a command may be handed up beside unanswered recipients: only another acceptable recipient."""
-        transaction = self._transaction
-        return (
-            isinstance(command, RcptTo)
-            and transaction is not None
-            and transaction.recipients + len(self._unanswered) < self._policy.limits.recipients
-            and unsupported_recipient(command.recipient, transaction.mail, transaction.offer) is None
-        )
-
     # Commands ----------------------------------------------------------------------------------------------------
 
+    def _run_line(self, line: bytes) -> None:
+        """Run one command line."""
+        phase = self.phase
+        parse: Callable[[bytes], Command] = parse_command
+        if phase is Phase.RECIPIENTS or phase is Phase.MAIL:
+            recipient = common_recipient(line)
+            if recipient is not None:
+                self._add_recipient(recipient)  # which uses no extension
+                return
+            if len(line) == 4:
+                parse = parse_other  # DATA, mostly: there is no need to look for a MAIL first
+        elif phase is Phase.READY and (self.is_tls or not self._policy.tls_required):
+            mail = common_mail(line)
+            if mail is not None:
+                self._run_mail(mail)
+                return
+        command: Command | CommandRefused
+        try:
+            command = parse(line)
+        except CommandRefused as refusal:
+            command = refusal
+        self._run(command)
+
     def _run(self, command: Command | CommandRefused) -> None:
+        if self._batch and not (isinstance(command, Command) and command.verb is Verb.RCPT):
+            self._held = command  # in its turn: what came before it must be answered first
+            return
         if isinstance(command, CommandRefused):
             self._run_refused(command)
             return
         verb = command.verb
-        if self._policy.tls_required and not self._is_tls and verb not in _BEFORE_TLS:
+        if self._policy.tls_required and not self.is_tls and verb not in _BEFORE_TLS:
             self._refuse(replies.TLS_REQUIRED, verb, command)
             return
-        if verb in _JUNK and self._phase is not Phase.CONNECTED:
+        if verb in _JUNK and self.phase is not Phase.CONNECTED:
             self._junk += 1
             if self._junk > self._policy.limits.junk_commands:
                 self._send(replies.TOO_MANY_JUNK_COMMANDS, verb)
                 return
-        if not is_legal(self._phase, verb):
+        if verb not in SEQUENCE[self.phase]:
             self._refuse(replies.BAD_SEQUENCE, verb, command)
             return
-        match command:
-            case Hello():
-                self._run_hello(command)
-            case MailFrom():
-                self._run_mail(command)
-            case RcptTo():
-                self._run_rcpt(command)
-            case Data():
-                self._run_data()
-            case Bdat():
-                self._run_bdat(command)
-            case Auth():
-                self._run_auth(command)
-            case StartTls():
-                self._run_starttls()
-            case Rset():
-                self._reset(ResetCause.RSET)
-                self._send(replies.OK, verb)
-            case Noop():
-                self._send(replies.OK, verb)
-            case Vrfy():
-                self._send(replies.CANNOT_VERIFY, verb)
-            case Expn():
-                self._send(replies.NOT_IMPLEMENTED, verb)
-            case Help():
-                self._send(replies.HELP, verb)
-            case Quit():
-                self._send(replies.CLOSING, verb)
-            case _:
-                assert_never(command)
+        _RUN[verb](self, command)
 
     def _run_refused(self, refused: CommandRefused) -> None:
         if refused.verb is Verb.AUTH:
             self._announce_auth(None)
             self._fail_auth(refused.reply)
-        elif refused.verb is Verb.BDAT and self._phase is Phase.CHUNKING:
+        elif refused.verb is Verb.BDAT and self.phase is Phase.CHUNKING:
             # How many octets follow is not known, so the message cannot go on.
             self._refuse_message(refused.reply, Verb.BDAT)
         else:
@@ -695,10 +633,10 @@ class ServerProtocol:
                 self._announce_auth(command.mechanism)
                 self._fail_auth(reply)
             case Bdat():
-                self._read_off(command, replies.NO_VALID_RECIPIENTS if self._phase is Phase.MAIL else reply)
-            case Data() if self._phase is Phase.MAIL:
+                self._read_off(command, replies.NO_VALID_RECIPIENTS if self.phase is Phase.MAIL else reply)
+            case Data() if self.phase is Phase.MAIL:
                 self._send(replies.NO_VALID_RECIPIENTS, verb)
-            case Data() if self._phase is Phase.CHUNKING:
+            case Data() if self.phase is Phase.CHUNKING:
                 # RFC 3030 2: DATA after BDAT is a 503 and leaves nothing that could go on.
                 self._refuse_message(reply, verb)
             case _:
@@ -710,107 +648,104 @@ class ServerProtocol:
             # RFC 2033 4.1: LMTP has LHLO in place of HELO and EHLO.
             self._send(replies.UNKNOWN_COMMAND, command.verb)
             return
-        if self._phase in IN_TRANSACTION:
+        if self.phase in IN_TRANSACTION:
             self._reset(ResetCause(command.verb.lower()))
-        self._phase = Phase.READY
-        self._events.append(HelloReceived(command.verb, command.name))
+        self.phase = Phase.READY
+        self._handler.hello_received(command.verb, command.name)
         if command.verb is Verb.HELO:
             self._send(replies.hello(self._policy.hostname), command.verb)
         else:
-            self._send(self._ehlo(), command.verb)
+            self._told = self._policy.own_offer(self._offer(), is_tls=self.is_tls)
+            self._send(self._told.reply, command.verb)
 
-    def _ehlo(self) -> Reply:
-        self._told = self._own_offer()
-        assert self._own is not None
-        return self._own[2]
+    def _run_mail_command(self, command: MailFrom) -> None:
+        self._run_mail(command.mail)
 
-    def _own_offer(self) -> Offer:
-        """What this session can be offered now: what lies behind, our limits, TLS and AUTH."""
-        offer = self._offer()
-        if self._own is None or self._own[0] is not offer:
-            limits = self._policy.limits
-            own = replace(
-                offer,
-                size=self._message_size_limit(),
-                starttls=self._policy.tls_mode is TlsMode.STARTTLS and not self._is_tls,
-                auth_mechanisms=self._offered_mechanisms(),
-                require_tls=offer.require_tls and self._is_tls,
-                limits={"MAILMAX": limits.messages_per_connection, "RCPTMAX": limits.recipients},
-            )
-            self._own = (offer, own, replies.hello(self._policy.hostname, keywords(own)))
-        return self._own[1]
-
-    def _offered_mechanisms(self) -> tuple[str, ...]:
-        if self._is_tls or self._policy.auth_in_clear:
-            return self._policy.auth_mechanisms
-        return ()
-
-    def _message_size_limit(self) -> int:
-        own = self._policy.limits.message_size
-        upstream = self._offer().size
-        return own if upstream is None else min(own, upstream)
-
-    def _run_mail(self, command: MailFrom) -> None:
-        mail = command.mail
-        if self._policy.auth_required and not self._is_authenticated:
+    def _run_mail(self, mail: Mail) -> None:
+        told, behind = self._told, self._offer()
+        # A mail is held against what this session was told; whether the upstream still keeps it is asked above. Its size
+        # is held against what the upstream takes now.
+        now = told if told is not None and told.behind is behind else self._policy.own_offer(behind, is_tls=self.is_tls)
+        offer = now.offer if told is None else told.offer
+        size_limit = now.size_limit
+        if self._policy.auth_required and not self.is_authenticated:
             self._send(replies.AUTH_REQUIRED, Verb.MAIL)
-        elif self._messages >= self._policy.limits.messages_per_connection:
+        elif self.messages >= self._policy.limits.messages_per_connection:
             self._send(replies.TOO_MANY_MESSAGES, Verb.MAIL)
-        elif mail.size is not None and mail.size > self._message_size_limit():
+        elif mail.size is not None and mail.size > size_limit:
             # RFC 1870 6.1: refused before a single octet of it is sent.
             self._send(replies.MESSAGE_TOO_BIG, Verb.MAIL)
-        elif (refusal := unsupported(mail, self._told or self._own_offer())) is not None:
-            # Held against what this session was told; whether the upstream still keeps it is asked above.
+        elif (refusal := unsupported(mail, offer)) is not None:
             self._send(refusal, Verb.MAIL)
         else:
-            self._ask(MailRequested(mail))
+            self._mail = _Transaction(mail, self.transactions + 1, offer, size_limit)
+            self.asked = Asked.MAIL
+            self._handler.mail_requested(mail)
 
     def _run_rcpt(self, command: RcptTo) -> None:
-        assert self._transaction is not None
-        if self._transaction.recipients >= self._policy.limits.recipients:
-            self._send(replies.TOO_MANY_RECIPIENTS, Verb.RCPT)
-        elif (
-            refusal := unsupported_recipient(command.recipient, self._transaction.mail, self._transaction.offer)
-        ) is not None:
-            self._send(refusal, Verb.RCPT)
+        transaction = self._transaction
+        assert transaction is not None
+        refusal = unsupported_recipient(command.recipient, transaction.mail, transaction.offer)
+        if refusal is None:
+            self._add_recipient(command.recipient)
+        elif self._batch:
+            self._held = command  # in its turn
         else:
-            self._ask(RecipientRequested(command.recipient))
+            self._send(refusal, Verb.RCPT)
 
-    def _run_data(self) -> None:
+    def _add_recipient(self, recipient: Recipient) -> None:
+        transaction = self._transaction
+        assert transaction is not None
+        if transaction.recipients + len(self._batch) < self._policy.limits.recipients:
+            self._batch.append(recipient)
+        elif self._batch:
+            # In its turn, and judged again then: some of the recipients before it may be refused.
+            self._held = RcptTo(recipient)
+        else:
+            self._send(replies.TOO_MANY_RECIPIENTS, Verb.RCPT)
+
+    def _ask_recipients(self) -> None:
+        self.asked = Asked.RECIPIENTS
+        self._handler.recipients_requested(self._batch)
+
+    def _run_data(self, command: Data) -> None:
         transaction = self._transaction
         assert transaction is not None
         if transaction.mail.body is Body.BINARY_MIME:
             # RFC 3030 3: binary content cannot be sent by DATA.
             self._send(replies.BAD_SEQUENCE, Verb.DATA)
             return
-        transaction.dots = DotReader()
-        self._begin_content(transaction)
-        self._phase = Phase.CONTENT
+        self._begin_content(transaction, by_data=True)
+        self.phase = Phase.CONTENT
         self._send(replies.SEND_CONTENT, Verb.DATA)
 
     def _run_bdat(self, command: Bdat) -> None:
         transaction = self._transaction
         assert transaction is not None
-        octets = transaction.inspector.octets if transaction.inspector is not None else 0
+        octets = transaction.content.octets if transaction.content is not None else 0
         if octets + command.size > transaction.size_limit:
-            if self._phase is Phase.CHUNKING:
-                self._messages += 1
+            if self.phase is Phase.CHUNKING:
+                self.messages += 1
             self._drop_transaction(replies.MESSAGE_TOO_BIG)
             copies = self._final_replies(transaction) if command.last else 1
             self._read_off(command, replies.MESSAGE_TOO_BIG, copies=copies)
             return
-        if transaction.chunks is None:
-            transaction.chunks = ChunkReader(is_binary=transaction.mail.body is Body.BINARY_MIME)
-            self._begin_content(transaction)
+        if transaction.content is None:
+            self._begin_content(transaction, by_data=False)
         self._chunk = _Chunk(command.size, is_last=command.last)
-        self._phase = Phase.CONTENT
+        self.phase = Phase.CONTENT
 
-    def _begin_content(self, transaction: _Transaction) -> None:
-        limits = self._policy.limits
-        transaction.inspector = ContentInspector(limits.text_line)
-        transaction.header = HeaderSplitter(limits.header_size, limits.header_lines)
-        self._states.enter(ConnState.DATA, transaction=transaction.number, recipients=transaction.recipients)
-        self._events.append(ContentStarted())
+    def _begin_content(self, transaction: _Transaction, *, by_data: bool) -> None:
+        policy = self._policy
+        transaction.content = IncomingContent(
+            policy.content_limits,
+            transaction.size_limit,
+            self._handler,
+            is_binary=transaction.mail.body is Body.BINARY_MIME,
+            by_data=by_data,
+        )
+        self.states.enter(ConnState.DATA, ContentBegun(transaction.number, transaction.recipients))
+        self._handler.content_begun()
 
     def _read_off(self, command: Bdat, reply: Reply, *, copies: int = 1) -> None:
         """Refuse a BDAT, reading its octets off so that they are not run as commands (RFC 3030 2)."""
@@ -819,8 +754,8 @@ class ServerProtocol:
             self._send(replace(replies.BAD_ARGUMENT, closes=True), Verb.BDAT)
             return
         self._chunk = _Chunk(command.size, is_last=command.last)
-        self._chunk.refusal = _Refusal(reply, copies, self._phase)
-        self._phase = Phase.CONTENT
+        self._chunk.refusal = _Refusal(reply, copies, self.phase)
+        self.phase = Phase.CONTENT
 
     def _run_auth(self, command: Auth) -> None:
         self._announce_auth(command.mechanism)
@@ -829,11 +764,11 @@ class ServerProtocol:
             self._send(replies.TOO_MANY_AUTH_FAILURES, Verb.AUTH)
         elif not policy.auth_mechanisms:
             self._fail_auth(replies.NOT_IMPLEMENTED)
-        elif self._is_authenticated:
+        elif self.is_authenticated:
             self._fail_auth(replies.ALREADY_AUTHENTICATED)
         elif command.mechanism not in policy.auth_mechanisms:
             self._fail_auth(replies.UNKNOWN_MECHANISM)
-        elif command.mechanism not in self._offered_mechanisms():
+        elif command.mechanism not in policy.mechanisms(is_tls=self.is_tls):
             self._fail_auth(replies.ENCRYPTION_REQUIRED)
         else:
             initial = command.initial_response
@@ -842,162 +777,124 @@ class ServerProtocol:
             if initial is not None and decoded is None:
                 self._fail_auth(replies.BAD_BASE64)
             else:
-                self._phase = Phase.AUTHENTICATING
-                self._ask(AuthRequested(command.mechanism, decoded))
+                self.phase = Phase.AUTHENTICATING
+                self.asked = Asked.AUTH
+                self._handler.auth_requested(command.mechanism, decoded)
 
     def _announce_auth(self, mechanism: str | None) -> None:
         """Record Auth, before any check of the command; but not inside a transaction, where it is out of place."""
-        if self._phase in (Phase.CONNECTED, Phase.READY):
-            self._auth_mechanism = mechanism if mechanism in MECHANISMS else "other"
-            self._states.enter(ConnState.AUTH, mechanism=self._auth_mechanism)
+        if self.phase in (Phase.CONNECTED, Phase.READY):
+            self._auth_mechanism = mechanism if mechanism is not None and mechanism in MECHANISMS else "other"
+            self.states.enter(ConnState.AUTH, AuthBegun(self._auth_mechanism))
 
     def _fail_auth(self, reply: Reply) -> None:
         self._send(reply, Verb.AUTH)
-        if self._states.level is ConnState.AUTH:
-            self._states.fall_back(ConnState.ACTIVE)
+        if self.states.level is ConnState.AUTH:
+            self.states.fall_back(ConnState.ACTIVE)
 
     def _read_auth_line(self) -> bool:
-        if self._unanswered:
-            return False
-        had = len(self._in)
+        had = len(self.received)
         line = self._read_line(self._policy.limits.auth_line) if had else None
         if line is None:
-            return self._phase is not Phase.AUTHENTICATING or len(self._in) != had
+            return self.phase is not Phase.AUTHENTICATING or len(self.received) != had
         if line == b"*":
             # RFC 4954 4: the client cancels.
-            self._phase = Phase.READY
+            self.phase = Phase.READY
             self._fail_auth(replies.AUTH_CANCELLED)
         elif (response := _decoded(line)) is None:
-            self._phase = Phase.READY
+            self.phase = Phase.READY
             self._fail_auth(replies.BAD_BASE64)
         else:
-            self._ask(AuthResponded(response))
+            self.asked = Asked.AUTH
+            self._handler.auth_responded(response)
         return True
 
-    def _run_starttls(self) -> None:
-        if self._is_tls:
+    def _run_starttls(self, command: StartTls) -> None:
+        if self.is_tls:
             self._send(replies.TLS_ALREADY_ON, Verb.STARTTLS)
         elif self._policy.tls_mode is not TlsMode.STARTTLS:
             self._send(replies.NOT_IMPLEMENTED, Verb.STARTTLS)
         else:
             # Octets behind it are looked for when it is answered: that is the last moment at which they may come.
-            self._ask(TlsRequested())
+            self.asked = Asked.TLS
+            self._handler.tls_requested()
+
+    def _run_rset(self, command: Rset) -> None:
+        self._reset(ResetCause.RSET)
+        self._send(replies.OK, Verb.RSET)
 
     # Content -----------------------------------------------------------------------------------------------------
 
     def _read_content(self) -> bool:
-        if self._unanswered:
-            return False
         if self._chunk is not None:
             return self._read_chunk(self._chunk)
-        if not len(self._in):
+        if not self.received.held:
             return False
-        transaction = self._transaction
-        assert transaction is not None
-        assert transaction.dots is not None
-        dots = transaction.dots
-        self._take_content(transaction, dots.feed(self._in.take(len(self._in))))
-        assert transaction.inspector is not None
-        if transaction.inspector.octets > 2 * transaction.size_limit:
-            # The rest is read off within a bound; then the connection ends, or one client could send for ever.
-            self._refuse_message(replace(replies.MESSAGE_TOO_BIG, closes=True), Verb.DATA)
-        elif dots.is_ended:
-            self._in.give_back(dots.rest)
-            self._finish_content(transaction)
+        self._take_content(self.received.take(len(self.received)))
         return True
 
+    def _take_content(self, data: bytes) -> None:
+        """Take octets of DATA; those behind its end go (back) to the buffer."""
+        transaction = self._transaction
+        assert transaction is not None
+        content = transaction.content
+        assert content is not None
+        content.feed(data)
+        if content.is_ended:
+            if content.rest:
+                self.received.give_back(content.rest)
+            self._finish_content(transaction, content)
+        elif content.octets > 2 * transaction.size_limit:
+            # The rest is read off within a bound; then the connection ends, or one client could send for ever.
+            self._refuse_message(replace(replies.MESSAGE_TOO_BIG, closes=True), Verb.DATA)
+
     def _read_chunk(self, chunk: _Chunk) -> bool:
-        data = self._in.take(chunk.remaining)
+        data = self.received.take(chunk.remaining)
         chunk.remaining -= len(data)
         if chunk.refusal is None:
             transaction = self._transaction
             assert transaction is not None
-            assert transaction.chunks is not None
+            content = transaction.content
+            assert content is not None
             if data:
-                self._take_content(transaction, transaction.chunks.feed(data))
+                content.feed(data)
             if chunk.remaining == 0:
-                self._end_chunk(chunk, transaction, transaction.chunks)
+                self._end_chunk(chunk, transaction, content)
                 return True
         elif chunk.remaining == 0:
             self._end_refused_chunk(chunk.refusal)
             return True
         return bool(data)
 
-    def _end_chunk(self, chunk: _Chunk, transaction: _Transaction, chunks: ChunkReader) -> None:
+    def _end_chunk(self, chunk: _Chunk, transaction: _Transaction, content: IncomingContent) -> None:
         self._chunk = None
         if chunk.is_last:
-            self._take_content(transaction, chunks.finish())
-            self._finish_content(transaction)
-        elif (refusal := self._content_refusal(transaction)) is not None:
+            self._finish_content(transaction, content)
+        elif (refusal := content.refusal()) is not None:
             self._refuse_message(refusal, Verb.BDAT)
         else:
-            self._phase = Phase.CHUNKING
+            self.phase = Phase.CHUNKING
             self._send(replies.chunk_received(chunk.size), Verb.BDAT)
 
     def _end_refused_chunk(self, refusal: _Refusal) -> None:
         self._chunk = None
-        self._phase = refusal.phase
+        self.phase = refusal.phase
         for _ in range(refusal.copies):
             self._send(refusal.reply, Verb.BDAT)
-        if self._states.level is ConnState.DATA and self._transaction is None:
+        if self.states.level is ConnState.DATA and self._transaction is None:
             self._settle()
 
-    def _take_content(self, transaction: _Transaction, content: bytes) -> None:
-        if not content:
-            return
-        inspector, header = transaction.inspector, transaction.header
-        assert inspector is not None
-        assert header is not None
-        inspector.inspect(content)
-        if inspector.octets > transaction.size_limit:
-            return  # refused at its end; handing up more would only fill a disk
-        body = header.feed(content)
-        self._hand_up(transaction, header.block, body)
-
-    def _hand_up(self, transaction: _Transaction, block: bytes | None, body: bytes) -> None:
-        if transaction.facts is None and block is not None:
-            transaction.facts = inspect_header(block)
-            self._events.append(HeaderReceived(block, transaction.facts))
-        if body:
-            self._events.append(ContentReceived(body))
-
-    def _content_refusal(self, transaction: _Transaction) -> Reply | None:
-        """What is wrong with the content so far, in a fixed order: the verdict must not depend on cuts."""
-        inspector, header = transaction.inspector, transaction.header
-        assert inspector is not None
-        assert header is not None
-        is_binary = transaction.mail.body is Body.BINARY_MIME
-        has_bare_line_ends = (transaction.dots or transaction.chunks or DotReader()).bare_line_ends
-        if inspector.octets > transaction.size_limit:
-            return replies.MESSAGE_TOO_BIG
-        if inspector.has_nul and not is_binary:
-            return replies.NUL_IN_CONTENT
-        if has_bare_line_ends and self._policy.rejects_bare_line_ends:
-            return replies.BARE_LINE_END
-        if inspector.has_long_line and not is_binary:
-            return replies.LINE_IN_CONTENT_TOO_LONG
-        if header.is_too_big:
-            return replies.HEADER_TOO_BIG
-        if transaction.facts is not None and transaction.facts.hops > self._policy.limits.hops:
-            return replies.TOO_MANY_HOPS
-        return None
-
-    def _finish_content(self, transaction: _Transaction) -> None:
-        inspector, header = transaction.inspector, transaction.header
-        assert inspector is not None
-        assert header is not None
-        if header.block is None and inspector.octets <= transaction.size_limit:
-            body = header.finish()
-            self._hand_up(transaction, header.block, body)
-        refusal = self._content_refusal(transaction)
+    def _finish_content(self, transaction: _Transaction, content: IncomingContent) -> None:
+        refusal = content.finish()
         if refusal is not None:
             self._refuse_message(refusal, self._content_verb(), copies=self._final_replies(transaction))
         else:
-            self._ask(ContentEnded(inspector.octets))
+            self.asked = Asked.CONTENT
+            self._handler.content_ended(content.octets)
 
     def _refuse_message(self, reply: Reply, verb: Verb, *, copies: int = 1) -> None:
         """Refuse the message that is being received: Error, then Idle."""
-        self._messages += 1
+        self.messages += 1
         self._drop_transaction(reply)
         for _ in range(copies):
             self._send(reply, verb)
@@ -1008,72 +905,91 @@ class ServerProtocol:
         return transaction.recipients if self._policy.is_lmtp else 1
 
     def _content_verb(self) -> Verb:
-        return Verb.BDAT if self._transaction is not None and self._transaction.chunks is not None else Verb.DATA
+        transaction = self._transaction
+        is_chunked = transaction is not None and transaction.content is not None and not transaction.content.by_data
+        return Verb.BDAT if is_chunked else Verb.DATA
 
     # Ends --------------------------------------------------------------------------------------------------------
 
     def _settle(self) -> None:
         """A transaction has ended with the final reply to its message: the connection is Idle."""
-        if self._phase is not Phase.ENDING:
+        if self.phase is not Phase.ENDING:
             self._junk = 0
-            self._states.enter(ConnState.IDLE, messages=self._messages)
+            self.states.enter(ConnState.IDLE, TransactionOver(self.messages))
 
     def _reset(self, cause: ResetCause) -> None:
         self._drop_transaction(None)
-        self._states.enter(ConnState.RESET, cause=cause)
-        self._states.enter(ConnState.ACTIVE)
+        self.states.enter(ConnState.RESET, ResetBy(cause))
+        self.states.enter(ConnState.ACTIVE)
 
     def _end_transaction(self) -> None:
         """Replace, never edit: nothing of a transaction survives its end (21 years of that bug elsewhere)."""
         self._transaction = None
         self._chunk = None
-        if self._phase in IN_TRANSACTION:
-            self._phase = Phase.READY
+        if self.phase in IN_TRANSACTION:
+            self.phase = Phase.READY
 
     def _drop_transaction(self, reply: Reply | None) -> None:
         if self._transaction is not None:
             self._end_transaction()
-            self._events.append(TransactionAborted(reply))
+            self._handler.transaction_aborted(reply)
+
+    def _forget_questions(self) -> None:
+        self.asked = Asked.NOTHING
+        self._mail = None
+        self._batch = []
+        self._held = None
 
     def _end(self, reason: CloseReason) -> None:
-        if self._phase is not Phase.ENDING:
+        if self.phase is not Phase.ENDING:
+            self._forget_questions()
             self._drop_transaction(None)
-            self._unanswered.clear()
-            self._held = None
-            self._in.clear()
-            self._phase = Phase.ENDING
-            self._reason = reason
-
-    def _ask(self, event: Event) -> None:
-        self._unanswered.append(event)
-        self._events.append(event)
+            self.received.clear()
+            self.phase = Phase.ENDING
+            self.close_reason = reason
 
     def _send(self, reply: Reply, verb: str | None) -> None:
-        """Write a reply: the one place where Error is raised (states.md)."""
-        if self._phase is Phase.ENDING:
+        """Write a reply: the one place where Error is raised."""
+        if self.phase is Phase.ENDING:
             return
         if reply.code >= 400:
             reply = self._count_error(reply)
-            self._states.enter(
-                ConnState.ERROR,
-                verb=verb,
-                reply_code=reply.code,
-                enhanced_code=str(reply.enhanced) if reply.enhanced is not None else None,
-                error_type=reply.error_type,
-            )
-        if self._on_reply is not None:
-            self._on_reply(verb, reply)
-        self._out.append(reply.wire)
+            transaction = self._transaction
+            number = transaction.number if transaction is not None else None
+            self.states.enter(ConnState.ERROR, ErrorReply(verb, reply, reply.error_type, number))
+        self.said.append((verb, reply))
+        self.out.append(reply.wire)
         if reply.closes or reply.code == 421:
             # RFC 5321 3.8: a server closes after 421.
             self._end(_CLOSE_REASONS.get(reply, CloseReason.REFUSED))
 
     def _count_error(self, reply: Reply) -> Reply:
+        self.errors += 1
         if reply.error_type in _CLIENT_FAULTS and not reply.closes:
-            self._errors += 1
-            if self._errors > self._policy.limits.errors:
+            self._faults += 1
+            if self._faults > self._policy.limits.errors:
                 return replies.TOO_MANY_ERRORS
         return reply
+
+
+# What runs a command that is legal in its phase. The type of a command follows from its verb.
+_RUN: Final[Mapping[Verb, Callable[[ServerProtocol, Any], None]]] = {
+    Verb.HELO: ServerProtocol._run_hello,
+    Verb.EHLO: ServerProtocol._run_hello,
+    Verb.LHLO: ServerProtocol._run_hello,
+    Verb.MAIL: ServerProtocol._run_mail_command,
+    Verb.RCPT: ServerProtocol._run_rcpt,
+    Verb.DATA: ServerProtocol._run_data,
+    Verb.BDAT: ServerProtocol._run_bdat,
+    Verb.AUTH: ServerProtocol._run_auth,
+    Verb.STARTTLS: ServerProtocol._run_starttls,
+    Verb.RSET: ServerProtocol._run_rset,
+    Verb.NOOP: lambda session, _: session._send(replies.OK, Verb.NOOP),
+    Verb.VRFY: lambda session, _: session._send(replies.CANNOT_VERIFY, Verb.VRFY),
+    Verb.EXPN: lambda session, _: session._send(replies.NOT_IMPLEMENTED, Verb.EXPN),
+    Verb.HELP: lambda session, _: session._send(replies.HELP, Verb.HELP),
+    Verb.QUIT: lambda session, _: session._send(replies.CLOSING, Verb.QUIT),
+}
 
 
 def _decoded(text: bytes) -> bytes | None:

@@ -21,6 +21,7 @@ The names follow the ConnState proposal for go-smtp, which this project's users 
 
 from collections.abc import Callable, Mapping
 from enum import StrEnum
+from functools import partial
 from typing import Final, NamedTuple, Protocol
 
 from otel_smtp.smtp.errors import LocalProtocolError
@@ -246,6 +247,10 @@ class Transition(NamedTuple):
         return getattr(self.detail, "messages", None)
 
 
+# A NamedTuple's own constructor is a function in Python; a mail records four transitions.
+_transition: Final = partial(tuple.__new__, Transition)
+
+
 class IllegalTransition(LocalProtocolError):
     """A step that `LEGAL` does not hold: our bug, never the peer's."""
 
@@ -314,7 +319,7 @@ class StateMachine:
             self.level = state
         self._sequence = sequence = self._sequence + 1
         self.last = state
-        self.recorded.append(Transition(state, last, self.level, sequence, self.now_ns, detail))
+        self.recorded.append(_transition((state, last, self.level, sequence, self.now_ns, detail)))
 
     def fall_back(self, level: ConnState) -> None:
         """Change the level without recording it: after a failed AUTH exchange the connection is Active again."""

@@ -1,108 +1,23 @@
 """The connections of this moment, as the status page shows them.
 
-A handle here costs the mail path a few attribute writes and one append a transition: no copy, no lock, no call to
-whoever looks. All rendering, and all redaction, happens when somebody asks (`LiveView.snapshot`).
+Nothing is noted while mail flows: what the page shows is read from the records of the open connections when somebody
+asks. All rendering, and all redaction, happens then (`LiveView.snapshot`).
 """
 
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Mapping
-from itertools import islice
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain, islice
 from typing import Any, Final
 
-from otel_smtp.observing import (
-    ConnectionInfo,
-    ConnectionObserver,
-    Endpoint,
-    Observer,
-    Outcome,
-    TlsInfo,
-    TransactionObserver,
-)
-from otel_smtp.smtp.envelope import Mail
-from otel_smtp.smtp.replies import ErrorType, Reply
-from otel_smtp.smtp.states import CloseReason, ConnState, Transition
+from otel_smtp.observing import ConnectionRecord, Endpoint, Observer, Outcome, TransactionRecord
+from otel_smtp.smtp.states import PULSES, ConnState, Transition
 
 # What fits a row of the page; the whole story is in the trace.
 PATH_LENGTH: Final = 24
 # 256 connections is the default limit; beyond this the page tells the number only.
 CONNECTIONS_SHOWN: Final = 500
 _NAME_CHARACTERS: Final = 64
-
-Step = tuple[float, ConnState, int | None]
-"""When (monotonic seconds), the state, and the reply code of an Error."""
-
-
-class _Outcomes(TransactionObserver):
-    """Counts how transactions ended; one object serves all of them, since it knows nothing of any."""
-
-    __slots__ = ("counts",)
-
-    def __init__(self) -> None:
-        self.counts: Counter[Outcome] = Counter()
-
-    def ended(self, outcome: Outcome, reply: Reply | None, *, error_type: ErrorType | None = None) -> None:
-        self.counts[outcome] += 1
-
-
-class LiveConnection(ConnectionObserver):
-    """One open connection: the last of everything that it told.
-
-    Attributes:
-        client: the peer, or the client that a believed PROXY header named.
-        opened, since: monotonic seconds of the accept, and of the entry into the present level.
-        level: the state at which it is; the pulses Reset and Error show in `path` alone.
-        path: the last `PATH_LENGTH` transitions.
-    """
-
-    __slots__ = (
-        "_view", "client", "errors", "hello_name", "info", "level", "mechanism", "messages", "opened", "path", "since",
-        "tls",
-    )  # fmt: skip
-
-    def __init__(self, view: "LiveView", info: ConnectionInfo) -> None:
-        self._view = view
-        self.info = info
-        self.client = info.peer
-        self.opened = self.since = view.clock()
-        self.level = ConnState.NEW
-        self.path: deque[Step] = deque(maxlen=PATH_LENGTH)
-        self.messages = 0
-        self.errors = 0
-        self.tls: TlsInfo | None = None
-        self.hello_name = ""
-        self.mechanism: str | None = None
-
-    def conn_state(self, transition: Transition) -> None:
-        view = self._view
-        now = view.clock()
-        if transition.level is not self.level:
-            self.level = transition.level
-            self.since = now
-        if transition.state is ConnState.ERROR:
-            self.errors += 1
-        if transition.messages is not None:
-            self.messages = transition.messages
-        self.path.append((now, transition.state, transition.reply_code))
-        view.version += 1
-
-    def proxied(self, client: Endpoint, server: Endpoint) -> None:
-        self.client = client
-
-    def hello(self, verb: str, name: str) -> None:
-        self.hello_name = name
-
-    def tls_established(self, tls: TlsInfo) -> None:
-        self.tls = tls
-
-    def authenticated(self, user: str, mechanism: str) -> None:
-        self.mechanism = mechanism
-
-    def transaction_begun(self, mail: Mail, number: int) -> TransactionObserver:
-        return self._view.outcomes
-
-    def closed(self, reason: CloseReason, *, octets_received: int, octets_sent: int) -> None:
-        self._view.forget(self)
 
 
 class LiveView(Observer):
@@ -111,10 +26,10 @@ class LiveView(Observer):
     Args:
         shown_host, shown_name: what may be shown of a client's address and of the name that it gives itself (the
             operator's redaction), None for nothing. Called for who looks, never on the mail path.
-        clock: monotonic seconds.
+        clock: monotonic seconds, as the records have them.
 
     Attributes:
-        version: grows with every change; whoever shows the view compares it instead of being called.
+        outcomes: how transactions ended, and how often.
     """
 
     def __init__(
@@ -127,28 +42,42 @@ class LiveView(Observer):
         self._shown_host = shown_host
         self._shown_name = shown_name
         self.clock = clock
-        self.version = 0
-        self.outcomes = _Outcomes()
-        self._connections: dict[str, LiveConnection] = {}
+        self.outcomes: Counter[Outcome] = Counter()
+        self._connections: dict[ConnectionRecord, None] = {}
         self._accepted = 0
         self._refused: Counter[str] = Counter()
+        self._gone = 0  # changes of connections that are closed, and of none
         self._unix_offset = time.time() - clock()
 
-    def connection_opened(self, connection: ConnectionInfo) -> ConnectionObserver:
-        live = LiveConnection(self, connection)
-        self._connections[connection.id] = live
+    def connection_opened(self, connection: ConnectionRecord) -> None:
+        """It is shown from now on."""
+        self._connections[connection] = None
         self._accepted += 1
-        self.version += 1
-        return live
+        self._gone += 1
 
     def connection_refused(self, reason: str) -> None:
+        """Count it."""
         self._refused[reason] += 1
-        self.version += 1
+        self._gone += 1
 
-    def forget(self, connection: LiveConnection) -> None:
-        """The connection is closed."""
-        self._connections.pop(connection.info.id, None)
-        self.version += 1
+    def connection_closed(self, connection: ConnectionRecord) -> None:
+        """It is shown no more."""
+        if self._connections.pop(connection, connection) is None:
+            self._gone += 1 + _changes(connection)
+
+    def transaction_ended(self, transaction: TransactionRecord) -> None:
+        """Count it."""
+        if transaction.outcome is not None:
+            self.outcomes[transaction.outcome] += 1
+
+    @property
+    def version(self) -> int:
+        """Grows with every change; whoever shows the view compares it instead of being called."""
+        return self._gone + sum(map(_changes, self._connections))
+
+    def open_connections(self) -> Iterable[ConnectionRecord]:
+        """The connections that are open now, the oldest first."""
+        return self._connections.keys()
 
     def counters(self) -> Mapping[str, Any]:
         """Totals since the start of the process."""
@@ -156,7 +85,7 @@ class LiveView(Observer):
             "connections_open": len(self._connections),
             "connections_accepted": self._accepted,
             "connections_refused": dict(self._refused),
-            "transactions": {str(outcome): count for outcome, count in self.outcomes.counts.items()},
+            "transactions": {str(outcome): count for outcome, count in self.outcomes.items()},
         }
 
     def snapshot(self) -> list[Mapping[str, Any]]:
@@ -164,30 +93,35 @@ class LiveView(Observer):
 
         Times are points, not ages, so that the same connections give the same answer.
         """
-        return [self._row(connection) for connection in islice(self._connections.values(), CONNECTIONS_SHOWN)]
+        return [self._row(connection) for connection in islice(self._connections, CONNECTIONS_SHOWN)]
 
     def unix_milliseconds(self, moment: float) -> int:
         """A moment of `clock` on the wall clock as it stood when the view was made."""
         return round((moment + self._unix_offset) * 1000)
 
-    def _row(self, connection: LiveConnection) -> Mapping[str, Any]:
+    def _row(self, connection: ConnectionRecord) -> Mapping[str, Any]:
         info, tls = connection.info, connection.tls
+        level, since_ns = _level(connection)
         return {
             "id": info.id,
             "listener": info.listener,
             "protocol": info.protocol,
             "peer": self._peer(connection.client),
             "hello": (self._shown_name(connection.hello_name) or "")[:_NAME_CHARACTERS],
-            "state": str(connection.level),
-            "opened_unix_milliseconds": self.unix_milliseconds(connection.opened),
-            "since_unix_milliseconds": self.unix_milliseconds(connection.since),
+            "state": str(level),
+            "opened_unix_milliseconds": self.unix_milliseconds(connection.opened_ns / 1e9),
+            "since_unix_milliseconds": self.unix_milliseconds(since_ns / 1e9),
             "tls": None if tls is None else {"version": tls.version, "cipher": tls.cipher},
-            "auth": connection.mechanism,
+            "auth": None if connection.user is None else connection.auth_mechanism,
             "messages": connection.messages,
             "errors": connection.errors,
             "path": [
-                {"state": str(state), "at_unix_milliseconds": self.unix_milliseconds(at), "code": code}
-                for at, state, code in connection.path
+                {
+                    "state": str(step.state),
+                    "at_unix_milliseconds": self.unix_milliseconds(step.at_ns / 1e9),
+                    "code": step.reply_code,
+                }
+                for step in _path(connection)
             ],
         }
 
@@ -197,3 +131,29 @@ class LiveView(Observer):
             return ""
         # A port tells clients behind one address apart; beside a shortened address it would undo the shortening.
         return str(client) if host == client.host else host
+
+
+def _changes(connection: ConnectionRecord) -> int:
+    """How many transitions it has gone through."""
+    last = connection.transitions or connection.earlier
+    return last[-1].sequence if last else 0
+
+
+def _path(connection: ConnectionRecord) -> list[Transition]:
+    """The last `PATH_LENGTH` transitions, of whatever segment."""
+    recent = connection.transitions[-PATH_LENGTH:]
+    before = connection.earlier[len(recent) - PATH_LENGTH :] if len(recent) < PATH_LENGTH else ()
+    return [*before, *recent]
+
+
+def _level(connection: ConnectionRecord) -> tuple[ConnState, int]:
+    """The level at which it is, and since when; the pulses Reset and Error show in the path alone."""
+    level, since_ns = None, connection.opened_ns
+    for step in chain(reversed(connection.transitions), reversed(connection.earlier)):
+        if level is None:
+            level, since_ns = step.level, step.at_ns
+        if step.level is not level:
+            break
+        if step.state not in PULSES:
+            since_ns = step.at_ns
+    return level or ConnState.NEW, since_ns

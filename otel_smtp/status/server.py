@@ -1,25 +1,24 @@
 """The status port: probes, metrics, the page and what it reads. Read-only, without secrets or content.
 
-It lives on the event loop of the mail and must not be felt there. Nothing here is told of anything: the page's stream
-looks at two version numbers a few times a second, makes one text for all who watch, and long searches give the loop
-back between traces. What a stranger could hold open is bounded in number and time.
+It shares the event loop with the mail and must not slow it. Nobody notifies it of anything: the page's stream compares
+two version numbers a few times a second and makes one text for all watchers, and long searches yield to the loop
+between traces.
 
-Probes and metrics answer everybody who reaches the port. The page and its API show who sends mail to where, so they
-answer only listed networks (loopback, unless the operator says otherwise), and a loopback port answers only to its own
-name: a web page that rebinds its name to 127.0.0.1 reads nothing.
+Probes and metrics are open to every client. The page and its API show who sends mail to whom, so they are open to
+listed networks only (loopback, unless the operator says otherwise), and a loopback port answers only to its own name:
+a web page that rebinds its name to 127.0.0.1 reads nothing.
 
-Importing this module loads the HTTP library (a fifth of a second); whoever runs without a status port need not.
+Importing this module loads the HTTP library, which takes a fifth of a second.
 """
 
 import asyncio
 import contextlib
-import hmac
 import ipaddress
 import json
 import logging
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib import resources
 from typing import Any, Final
@@ -30,51 +29,30 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from starlette.types import ASGIApp
 
 from otel_smtp.observing import Endpoint
 from otel_smtp.status import siblings as several
+from otel_smtp.status.http import LOOPBACK, Guard, Network, http_server
 from otel_smtp.status.live import CONNECTIONS_SHOWN, LiveView
-from otel_smtp.status.siblings import TOKEN_HEADER, Siblings
-from otel_smtp.status.traces import AttributeValue, FinishedSpan, RecentTraces, Severity
+from otel_smtp.status.siblings import Siblings
+from otel_smtp.status.traces import AttributeValue, EncodedSpan, RecentTraces, Severity
 from otel_smtp.status.views import QueueView, UpstreamView
 
 logger: Final = logging.getLogger("otel_smtp.status.server")
 
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
-LOOPBACK: Final[Sequence[Network]] = (ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("::1/128"))
-
-# What people and probes need at once, several times over; a quarter of the gateway's own default of 256.
-HTTP_CONNECTIONS: Final = 64
 STREAMS: Final = 16
-# A request is one packet; who has not sent one by then is not a probe.
-REQUEST_SECONDS: Final = 10.0
-# An eye sees two changes a second; the heartbeat is below the minute at which proxies give up on silence.
+# People can follow two changes per second. The heartbeat is below the minute after which proxies close a silent stream.
 STREAM_INTERVAL_SECONDS: Final = 0.5
-# Upstreams and readiness have no version: a stream asks them again this often.
+# Upstreams and readiness have no version: a stream asks for them this often.
 UNVERSIONED_SECONDS: Final = 1.0
 HEARTBEAT_SECONDS: Final = 15.0
-STOP_SECONDS: Final = 1
 TRACES_SHOWN: Final = 100
-# Traces looked at before mail gets its turn: a summary takes up to 0.1 ms when it is worked out.
+# Traces per turn of the loop: making a summary takes up to 0.1 ms.
 _SEARCH_STRIDE: Final = 32
-_GROUP_STRIDE: Final = 2000  # spans; half a millisecond
+_GROUP_STRIDE: Final = 2000  # spans per turn, half a millisecond
 _QUERY_CHARACTERS: Final = 200
 
-# The page loads what the package brings and nothing else; a peer's text that slipped through could run nothing.
-_HEADERS: Final = (
-    (
-        b"content-security-policy",
-        b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
-        b"base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'",
-    ),
-    (b"x-content-type-options", b"nosniff"),
-    (b"referrer-policy", b"no-referrer"),
-    (b"cross-origin-resource-policy", b"same-origin"),
-    (b"cross-origin-opener-policy", b"same-origin"),
-    (b"cache-control", b"no-store"),
-)
 _PAGE: Final = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/page.css": ("page.css", "text/css; charset=utf-8"),
@@ -84,34 +62,30 @@ _PAGE: Final = {
     },
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }
-_OPEN_PATHS: Final = frozenset({"/livez", "/readyz", "/metrics"})
 
 
 class StatusServer:
     """Serves the status port on the running event loop.
 
     Args:
-        address: where to listen; port 0 lets the kernel choose.
         live: the open connections.
         traces: the recent traces.
-        checks: name -> what is asked at `/readyz`: why the gateway is not ready, or None. Called often, so a check
-            tells what is known already (cached) and never waits.
-        metrics: given the request's Accept header, the exposition and its content type.
-        upstreams: the upstreams now; never waits.
-        queue: the spool now; None where there is none.
-        resource: OpenTelemetry resource attributes, for the traces given out.
+        checks: by name, returns why the gateway is not ready, or None, for `/readyz`. Called often, so a check returns
+            what is known already and never waits.
+        metrics: takes the request's Accept header, returns the metrics page and its content type.
+        upstreams: returns the upstreams now; never waits.
+        queue: returns the spool now; None without one.
+        resource: OpenTelemetry resource attributes, for the traces that the API returns.
         trace_url: where a backend shows a trace: a URL with `{trace_id}` in it; "" for none.
         allow: networks that may see the page and its API.
-        about: what the page's head says of this gateway: its `hostname`, and whatever else, each with its name.
-        siblings: the gateway's other processes, of which all answers tell too; None: there are none, or another process
+        about: the page's head: the gateway's `hostname` and other facts by name.
+        siblings: the gateway's other processes, included in all answers; None: there are none, or another process
             asks this one.
-        token: only who gives it in `TOKEN_HEADER` is answered; "": everybody is.
-        reuse_port: a process that takes this one's place listens on the same port for a while.
+        token: required in `TOKEN_HEADER`; "": none is.
     """
 
     def __init__(
         self,
-        address: Endpoint,
         *,
         live: LiveView,
         traces: RecentTraces,
@@ -125,9 +99,7 @@ class StatusServer:
         about: Mapping[str, str] | None = None,
         siblings: Siblings | None = None,
         token: str = "",
-        reuse_port: bool = False,
     ) -> None:
-        self._address = address
         self._live = live
         self._traces = traces
         self._checks = checks
@@ -140,50 +112,34 @@ class StatusServer:
         self._about = about or {}
         self._siblings = siblings
         self._token = token
-        self._reuse_port = reuse_port
-        self._heard: Mapping[int, Mapping[str, Any]] = {}  # the siblings' pictures
-        self._heard_at = float("-inf")
+        self._sibling_pictures: Mapping[int, Mapping[str, Any]] = {}  # by number
+        self._asked_at = float("-inf")
         self._started_at = time.monotonic()
         self._streams = 0
         self._picture: tuple[tuple[int, int, float, float], str] | None = None
         self._stopping = asyncio.Event()
-        self._server: _Server | None = None
+        self._server: uvicorn.Server | None = None
         self._serving: asyncio.Task[None] | None = None
 
-    async def start(self) -> Endpoint:
-        """Listen.
+    def start(self, sock: socket.socket) -> Endpoint:
+        """Serve on the running event loop.
+
+        Args:
+            sock: bound; the server closes it.
 
         Returns:
-            The address, with the port that the kernel chose.
-
-        Raises:
-            OSError: the address cannot be bound.
+            Its address.
         """
-        sock = _listening_socket(self._address, reuse_port=self._reuse_port)
         host, port = sock.getsockname()[:2]
-        self._server = _Server(
-            uvicorn.Config(
-                self._application(is_loopback=ipaddress.ip_address(host).is_loopback),
-                http=_BoundedProtocol,
-                loop="none",
-                ws="none",
-                lifespan="off",
-                interface="asgi3",
-                # A client that names itself in X-Forwarded-For would name itself into the allowed networks.
-                proxy_headers=False,
-                server_header=False,
-                date_header=False,
-                access_log=False,
-                log_config=None,
-                log_level="warning",
-                timeout_graceful_shutdown=STOP_SECONDS,
-            )
-        )
+        is_loopback = ipaddress.ip_address(host).is_loopback
+        self._server = http_server(self._application(is_loopback=is_loopback))
+        # At once: connections wait from here on, and are not refused until the server's task runs.
+        sock.listen()
         self._serving = asyncio.create_task(self._serve(self._server, sock))
-        return Endpoint(self._address.host, port)
+        return Endpoint(host, port)
 
     async def stop(self) -> None:
-        """Stop listening and end all requests, within about a second. Safe to call twice, and before `start`."""
+        """Stop listening and end all requests, within about a second. Idempotent, also before `start`."""
         self._stopping.set()
         if self._server is not None and self._serving is not None:
             self._server.should_exit = True
@@ -191,10 +147,10 @@ class StatusServer:
         if self._siblings is not None:
             await self._siblings.close()
 
-    async def _serve(self, server: "_Server", sock: socket.socket) -> None:
+    async def _serve(self, server: uvicorn.Server, sock: socket.socket) -> None:
         try:
             await server.serve([sock])
-        except Exception:  # top of the task: mail goes on without its status port
+        except Exception:  # top of the task: mail is relayed without a status port
             logger.exception("status port failed; mail is unaffected")
         finally:
             sock.close()
@@ -214,7 +170,7 @@ class StatusServer:
             Route("/api/stream", self._stream),
             *(Route(path, _file(name, kind)) for path, (name, kind) in _PAGE.items()),
         ]
-        return _Guard(Starlette(routes=routes), self._allow, is_loopback=is_loopback, token=self._token)
+        return Guard(Starlette(routes=routes), self._allow, is_loopback=is_loopback, token=self._token)
 
     # Probes and metrics
 
@@ -302,9 +258,9 @@ class StatusServer:
             answer = several.merged_searches([answer, *told.values()], newest_first=is_newest_first, shown=TRACES_SHOWN)
         return JSONResponse(answer)
 
-    async def _held_traces(self) -> Mapping[int, Sequence[FinishedSpan]]:
-        """The spans held now by their trace, the newest first."""
-        held: dict[int, list[FinishedSpan]] = {}
+    async def _held_traces(self) -> Mapping[bytes, Sequence[EncodedSpan]]:
+        """The spans in memory by trace, newest first."""
+        held: dict[bytes, list[EncodedSpan]] = {}
         spans = self._traces.spans()
         for start in range(0, len(spans), _GROUP_STRIDE):
             self._traces.group(spans[start : start + _GROUP_STRIDE], held)
@@ -317,10 +273,10 @@ class StatusServer:
         trace = self._traces.get(trace_id)
         parts = [] if trace is None else [trace.otlp_json(self._resource)]
         if self._siblings is not None:
-            # An application's trace may hold mails that several processes relayed.
+            # An application's trace may have mails that several processes relayed.
             parts += (await self._siblings.ask_json(f"/api/traces/{quote(trace_id, safe='')}")).values()
         if not parts:
-            return JSONResponse({"error": "no such trace here; it may have left this gateway's memory"}, 404)
+            return JSONResponse({"error": "no such trace in memory"}, 404)
         return JSONResponse({"resourceSpans": [spans for part in parts for spans in part["resourceSpans"]]})
 
     # The stream
@@ -331,7 +287,7 @@ class StatusServer:
         return StreamingResponse(self._events(), media_type="text/event-stream", headers={"x-accel-buffering": "no"})
 
     async def _events(self) -> AsyncIterator[str]:
-        if self._streams >= STREAMS:  # between the answer's first line and this, others may have come
+        if self._streams >= STREAMS:  # others may have come since the first check
             return
         self._streams += 1
         try:
@@ -351,36 +307,36 @@ class StatusServer:
             self._streams -= 1
 
     async def _current_picture(self) -> str:
-        """The live part of the page as one line of JSON; made once for all streams, at most twice an interval."""
-        if self._siblings is not None and time.monotonic() - self._heard_at >= UNVERSIONED_SECONDS:
-            await self._hear(self._siblings)
+        """The live part of the page as one line of JSON, made once for all streams and at most twice per interval."""
+        if self._siblings is not None and time.monotonic() - self._asked_at >= UNVERSIONED_SECONDS:
+            await self._ask_siblings(self._siblings)
         now = time.monotonic()
         picture = self._picture
         if picture is not None:
-            (live, traces, heard_at, made_at), text = picture
-            is_same = (live, traces, heard_at) == (self._live.version, self._traces.version, self._heard_at)
+            (live, traces, asked_at, made_at), text = picture
+            is_same = (live, traces, asked_at) == (self._live.version, self._traces.version, self._asked_at)
             if now - made_at < (UNVERSIONED_SECONDS if is_same else STREAM_INTERVAL_SECONDS / 2):
                 return text
         text = json.dumps(self._whole_picture(), separators=(",", ":"))
-        self._picture = ((self._live.version, self._traces.version, self._heard_at, now), text)
+        self._picture = ((self._live.version, self._traces.version, self._asked_at, now), text)
         return text
 
     async def _present_picture(self) -> Mapping[str, Any]:
         """The live part of the page as it is now."""
         if self._siblings is not None:
-            await self._hear(self._siblings)
+            await self._ask_siblings(self._siblings)
         return self._whole_picture()
 
-    async def _hear(self, siblings: Siblings) -> None:
-        self._heard_at = time.monotonic()  # first: whoever else shows a picture meanwhile need not ask too
-        self._heard = await siblings.ask_json("/api/picture")
+    async def _ask_siblings(self, siblings: Siblings) -> None:
+        self._asked_at = time.monotonic()  # first, so that another request for a picture need not ask too
+        self._sibling_pictures = await siblings.ask_json("/api/picture")
 
     def _whole_picture(self) -> Mapping[str, Any]:
         own = self._own_picture()
         if self._siblings is None:
             return own
-        told = {self._siblings.number: own, **self._heard}
-        silent = [number for number in self._siblings.numbers if number not in self._heard]
+        told = {self._siblings.number: own, **self._sibling_pictures}
+        silent = [number for number in self._siblings.numbers if number not in self._sibling_pictures]
         return {**several.merged_pictures(told, connections_shown=CONNECTIONS_SHOWN), "silent_processes": silent}
 
     def _own_picture(self) -> Mapping[str, Any]:
@@ -391,102 +347,6 @@ class StatusServer:
             "upstreams": [asdict(upstream) for upstream in self._upstreams()],
             "traces_version": self._traces.version,
         }
-
-
-class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers: SIGTERM belongs to the gateway's drain."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-class _BoundedProtocol(H11Protocol):
-    """HTTP/1.1, bounded in connections and in the time until a request is complete.
-
-    Who can reach the port could otherwise open connections and say nothing until the process has no file left for
-    mail. Every answer closes its connection (`_Guard`), so there is one request to wait for.
-    """
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
-        super().connection_made(transport)
-        if len(self.connections) > HTTP_CONNECTIONS:
-            transport.abort()
-        else:
-            self.loop.call_later(REQUEST_SECONDS, self._close_if_silent)
-
-    def _close_if_silent(self) -> None:
-        request: object = self.cycle  # None until there is one, which uvicorn's type does not say
-        if request is None:
-            self.transport.close()
-
-
-class _Guard:
-    """Asks of every request who it is and by which name; puts on every answer the headers that bind a browser."""
-
-    def __init__(self, inner: ASGIApp, allow: Sequence[Network], *, is_loopback: bool, token: str) -> None:
-        self._inner = inner
-        self._token = token
-        self._allow = allow
-        self._is_loopback = is_loopback
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_guarded(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), *_HEADERS, (b"connection", b"close")]
-            await send(message)
-
-        refusal = self._refusal(Request(scope))
-        await (refusal or self._inner)(scope, receive, send_guarded)
-
-    def _refusal(self, request: Request) -> Response | None:
-        if self._is_loopback and not _is_own_name(request.headers.get("host", "")):
-            return PlainTextResponse("this port answers to localhost or an address\n", 421)
-        if self._token and not hmac.compare_digest(
-            request.headers.get(TOKEN_HEADER, "").encode(), self._token.encode()
-        ):
-            return PlainTextResponse("this port is for the other processes of the gateway\n", 403)
-        if request.url.path in _OPEN_PATHS:
-            return None
-        if request.client is None or not self._is_allowed(request.client.host):
-            return PlainTextResponse("the page is shown to the networks of status.allow\n", 403)
-        return None
-
-    def _is_allowed(self, host: str) -> bool:
-        address = ipaddress.ip_address(host.partition("%")[0])
-        if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
-            address = address.ipv4_mapped
-        return any(address in network for network in self._allow)
-
-
-def _is_own_name(host: str) -> bool:
-    """Whether a Host header names this machine by address or as localhost: what no foreign name can be rebound to."""
-    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
-    name = name.strip("[]").lower()
-    if name == "localhost" or name.endswith(".localhost"):
-        return True
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True
-
-
-def _listening_socket(address: Endpoint, *, reuse_port: bool) -> socket.socket:
-    family, kind, protocol, _, name = socket.getaddrinfo(
-        address.host, address.port or 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )[0]
-    sock = socket.socket(family, kind, protocol)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if reuse_port:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        sock.bind(name)
-        sock.listen()
-    except OSError:
-        sock.close()
-        raise
-    return sock
 
 
 def _file(name: str, content_type: str) -> Callable[[Request], Awaitable[Response]]:

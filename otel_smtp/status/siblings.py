@@ -1,10 +1,10 @@
-"""Several processes as one gateway: what the status ports of the others tell, and how it is put together.
+"""Several processes as one gateway: asking the other processes' status ports, and merging the answers.
 
-The process that has the operator's status port asks its siblings, each at a loopback port of its own, and only for as
-long as it takes to look at a page: who does not answer in time is left out and said to be. A sibling answers to the
-token that all of them were given before they were forked, and to nobody else.
+The process that has the operator's status port asks its siblings, each at its own loopback port, within the time that
+a person waits for a page. One that does not answer in time is left out and reported as silent. A sibling requires the
+token that all processes received before they were forked.
 
-The HTTP client is imported by who asks: a gateway of one process never does.
+`Siblings` imports the HTTP client when it is made: a gateway of one process never does.
 """
 
 import asyncio
@@ -16,8 +16,7 @@ from collections.abc import Container, Mapping, Sequence
 from typing import Any, Final
 
 TOKEN_HEADER: Final = "x-otel-smtp-token"  # noqa: S105 - the name of a header
-# All live on one machine: who needs longer is stopped, or drowning in mail and better not waited for. Kubernetes gives
-# a probe one second.
+# All are on one machine: a process that needs longer is stopped or overloaded. Kubernetes gives a probe one second.
 ANSWER_SECONDS: Final = 0.5
 
 _SAMPLE: Final = re.compile(r"([a-zA-Z_:][a-zA-Z0-9_:]*)(\{\}?)?")
@@ -30,9 +29,9 @@ class Siblings:
 
     Args:
         number: this process's.
-        ports: where the others answer on the loopback, by their numbers.
-        token: what they answer to.
-        answer_seconds: who has not answered by then is left out.
+        ports: the others' loopback ports, by number.
+        token: which they require.
+        answer_seconds: after which a silent process is left out.
     """
 
     def __init__(
@@ -54,21 +53,21 @@ class Siblings:
         return sorted(self._ports)
 
     async def ask(self, path: str, *, accept: str = "application/json") -> Mapping[int, tuple[int, bytes]]:
-        """What each answers, by its number: the status and the body; without those that do not answer in time."""
+        """Status and body of each answer, by number; processes that do not answer in time are missing."""
         answers = await asyncio.gather(*(self._ask_one(self._ports[number], path, accept) for number in self.numbers))
         return {number: answer for number, answer in zip(self.numbers, answers, strict=True) if answer is not None}
 
     async def ask_json(self, path: str, *, statuses: Container[int] = (200,)) -> Mapping[int, Any]:
-        """As `ask`: what was told with one of `statuses`, as values; without what is no JSON."""
-        told: dict[int, Any] = {}
+        """As `ask`: the answers that have one of `statuses` and are JSON, as values."""
+        found: dict[int, Any] = {}
         for number, (status, body) in (await self.ask(path)).items():
             if status in statuses:
                 with contextlib.suppress(ValueError):
-                    told[number] = json.loads(body)
-        return told
+                    found[number] = json.loads(body)
+        return found
 
     async def close(self) -> None:
-        """Give up whatever is being asked."""
+        """Cancel all requests."""
         await self._client.aclose()
 
     async def _ask_one(self, port: int, path: str, accept: str) -> tuple[int, bytes] | None:
@@ -81,12 +80,12 @@ class Siblings:
 
 
 def merged_reasons(reasons: Mapping[int, Mapping[str, str]]) -> Mapping[str, str]:
-    """Why processes are not ready: which process, then its reason."""
+    """Why processes are not ready, with the process in the check's name."""
     return {f"{check} (process {number})": why for number in sorted(reasons) for check, why in reasons[number].items()}
 
 
 def merged_pictures(pictures: Mapping[int, Mapping[str, Any]], *, connections_shown: int) -> dict[str, Any]:
-    """The live part of the page, of all processes that told theirs."""
+    """The live part of the page, of all processes that answered."""
     numbers = sorted(pictures)
     counters = [pictures[number]["counters"] for number in numbers]
     connections = [{**row, "worker": number} for number in numbers for row in pictures[number]["connections"]]
@@ -113,7 +112,7 @@ def _sums(counts: Sequence[Mapping[str, int]]) -> Mapping[str, int]:
 
 
 def _merged_upstreams(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Each upstream once: connections and limits added up, the breaker that is worst, what happened last."""
+    """Each upstream once: sums of connections and limits, the worst breaker, the latest success and failure."""
     merged: dict[str, dict[str, Any]] = {}
     for row in rows:
         known = merged.get(row["name"])
@@ -136,7 +135,7 @@ def _is_later(age: float | None, other: float | None) -> bool:
 
 
 def merged_searches(found: Sequence[Mapping[str, Any]], *, newest_first: bool, shown: int) -> dict[str, Any]:
-    """The traces that each process found, in one list; one that several hold a part of stands once."""
+    """The traces that the processes found, in one list. A trace with parts in several processes is listed once."""
     traces: dict[str, dict[str, Any]] = {}
     for summary in (summary for one in found for summary in one["traces"]):
         known = traces.get(summary["trace_id"])
@@ -160,9 +159,9 @@ def merged_searches(found: Sequence[Mapping[str, Any]], *, newest_first: bool, s
 def merged_metrics(pages: Mapping[int, bytes]) -> bytes:
     """The metrics pages of all processes as one: each series with the label `worker`, each family once.
 
-    Apart, every counter starts anew by itself when its process does, as Prometheus expects; a sum would go down.
+    Each counter restarts with its process, as Prometheus expects; a sum would go down.
     """
-    families: dict[str, tuple[list[str], list[str]]] = {}  # by name: the lines of its head, its samples
+    families: dict[str, tuple[list[str], list[str]]] = {}  # by name: head lines, samples
     has_end = False
     for number in sorted(pages):
         heads, samples = families.setdefault("", ([], []))

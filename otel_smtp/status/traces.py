@@ -1,11 +1,12 @@
 """Recent traces, kept in memory so that a mail can be looked up without any backend.
 
-Spans come one by one as they end, of any trace in any order. Adding one is an append; which spans make a trace, what it
-says in short (`Trace.summary`) and in full (`Trace.otlp_json`) is worked out for who looks.
+Spans come one by one as they end, of any trace in any order, and encoded: their octets are all that is kept. Adding one
+is an append; which spans make a trace, what it says in short (`Trace.summary`) and in full (`Trace.otlp_json`) is
+decoded and worked out for who looks.
 
 Two bounded shelves: the recent spans, and behind them those of traces in which something failed, so that an error of
-last night is still found after ten thousand good mails. The bound is on spans and events together, since they are
-what takes memory.
+last night is still found after ten thousand good mails. The bounds are on octets, which are what takes memory, and on
+spans, which are what a search takes its time for.
 """
 
 import re
@@ -15,6 +16,8 @@ from enum import StrEnum
 from typing import Any, Final, Protocol
 
 from otel_smtp.observing import Outcome
+from otel_smtp.smtp.states import ConnState
+from otel_smtp.telemetry import attributes as names
 
 AttributeValue = str | bool | int | float | Sequence[str]
 
@@ -80,6 +83,17 @@ class FinishedSpan(Protocol):
     def has_failed(self) -> bool: ...
 
 
+class EncodedSpan(Protocol):
+    """A finished span as octets."""
+
+    @property
+    def trace_id(self) -> bytes: ...
+    def __len__(self) -> int: ...
+    def to_record(self) -> FinishedSpan:
+        """The span as a value."""
+        ...
+
+
 class Severity(StrEnum):
     """How a trace went."""
 
@@ -88,25 +102,20 @@ class Severity(StrEnum):
     OK = "ok"
 
 
-# Names of telemetry.md that a trace's summary is read from.
-_ERROR_EVENT: Final = "smtp.state.error"
-_STATE: Final = "smtp.state"
-_OUTCOME: Final = "smtp.outcome"
-_REPLY_CODE: Final = "smtp.reply.code"
-_ERROR_TYPE: Final = "error.type"
-_CONNECTION_ERRORS: Final = "smtp.connection.errors"
-_SPAN_CONNECTION: Final = "smtp.connection"
-_SPAN_TRANSACTION: Final = "smtp.transaction"
-_SPAN_DELIVERY: Final = "smtp.delivery"
+_ERROR_EVENT: Final = names.STATE_EVENTS[ConnState.ERROR]
 
 # OTLP's numbers.
 _KINDS: Final = {"INTERNAL": 1, "SERVER": 2, "CLIENT": 3, "PRODUCER": 4, "CONSUMER": 5}
 _STATUS_UNSET: Final = 0
 _STATUS_ERROR: Final = 2
 
-# About 1 KiB an item at worst and a third of it usually: some 7 MB for the recent ones, half for the failed.
-RECENT_ITEMS: Final = 20_000
-FAILED_ITEMS: Final = 10_000
+# A mail's spans are together some 2 KiB, so these are some 4000 mails, and half as many that went wrong.
+RECENT_SPANS: Final = 20_000
+RECENT_OCTETS: Final = 8 * 1024 * 1024
+FAILED_SPANS: Final = 10_000
+FAILED_OCTETS: Final = 4 * 1024 * 1024
+# Of the object that holds a span's octets, and of its place on a shelf.
+_OCTETS_BESIDE: Final = 48
 # A batch job may send a hundred thousand mails in one trace of its own.
 TRACE_ITEMS: Final = 2_000
 FAILED_TRACES: Final = 2_000
@@ -121,33 +130,25 @@ _CODE: Final = re.compile(r"[2-5]\d\d")
 class Trace:
     """Finished spans of one trace, in the order in which they ended: the newest of them where they are very many."""
 
-    __slots__ = ("_summary", "dropped_spans", "held", "spans", "trace_id")
+    __slots__ = ("_encoded", "_summary", "held", "trace_id")
 
-    def __init__(self, trace_id: int, spans: Sequence[FinishedSpan]) -> None:
-        self.trace_id = f"{trace_id:032x}"
+    def __init__(self, trace_id: bytes, spans: Sequence[EncodedSpan]) -> None:
+        self.trace_id = trace_id.hex()
         self.held = len(spans)  # tells whether more have come since
-        items = 0
-        first = len(spans)
-        while first and (first == len(spans) or items + 1 + len(spans[first - 1].events) <= TRACE_ITEMS):
-            first -= 1
-            items += 1 + len(spans[first].events)
-        self.spans = spans[first:]
-        self.dropped_spans = first
+        self._encoded = spans
         self._summary: dict[str, Any] | None = None
 
-    @property
-    def severity(self) -> Severity:
-        """How it went, as far as it is known.
-
-        A delivery that ended in a 5yz has the status ERROR, as conventions for clients want it; yet the upstream did
-        its work.
-        """
-        failed = [span for span in self.spans if span.has_failed]
-        if any(span.attributes.get(_OUTCOME) != Outcome.REFUSED for span in failed):
-            return Severity.FAILED
-        if failed or any(event.name == _ERROR_EVENT for span in self.spans for event in span.events):
-            return Severity.REFUSED
-        return Severity.OK
+    def spans(self) -> list[FinishedSpan]:
+        """The newest spans that together have no more than `TRACE_ITEMS` spans and events; decoded at each call."""
+        found: list[FinishedSpan] = []
+        items = 0
+        for encoded in reversed(self._encoded):
+            span = encoded.to_record()
+            items += 1 + len(span.events)
+            if found and items > TRACE_ITEMS:
+                break
+            found.append(span)
+        return found[::-1]
 
     def summary(self) -> dict[str, Any]:
         """The trace in short, for a list; worked out once and again after a span was added."""
@@ -156,34 +157,34 @@ class Trace:
         return self._summary
 
     def _summarize(self) -> dict[str, Any]:
-        spans = sorted(self.spans, key=lambda span: span.start_ns)
+        spans = sorted(self.spans(), key=lambda span: span.start_ns)
         start = spans[0].start_ns
         end = max(span.end_ns for span in spans)
         events = [event for span in spans for event in span.events]
         events.sort(key=lambda event: event.time_ns)
-        codes = [span.attributes.get(_REPLY_CODE) for span in spans if span.name != _SPAN_CONNECTION]
-        codes += [event.attributes.get(_REPLY_CODE) for event in events]
-        states = [event.attributes[_STATE] for event in events if _STATE in event.attributes]
+        codes = [span.attributes.get(names.REPLY_CODE) for span in spans if span.name != names.SPAN_CONNECTION]
+        codes += [event.attributes.get(names.REPLY_CODE) for event in events]
+        states = [event.attributes[names.STATE] for event in events if names.STATE in event.attributes]
         return {
             "trace_id": self.trace_id,
             "start_unix_milliseconds": start / 1e6,
             "duration_milliseconds": (end - start) / 1e6,
-            "severity": str(self.severity),
+            "severity": str(_severity(spans)),
             "spans": len(spans),
             "events": len(events),
-            "dropped_spans": self.dropped_spans,
-            "listeners": _values(spans, "smtp.listener"),
-            "clients": _values(spans, "client.address"),
-            "senders": _values(spans, "smtp.mail.from.domain"),
-            "domains": _values(spans, "smtp.rcpt.domains"),
-            "outcomes": _values((span for span in spans if span.name == _SPAN_TRANSACTION), _OUTCOME),
-            "upstreams": _values(spans, "smtp.upstream.name"),
+            "dropped_spans": self.held - len(spans),
+            "listeners": _values(spans, names.LISTENER),
+            "clients": _values(spans, names.CLIENT_ADDRESS),
+            "senders": _values(spans, names.MAIL_FROM_DOMAIN),
+            "domains": _values(spans, names.RCPT_DOMAINS),
+            "outcomes": _values((span for span in spans if span.name == names.SPAN_TRANSACTION), names.OUTCOME),
+            "upstreams": _values(spans, names.UPSTREAM_NAME),
             "replies": _distinct(code for code in codes if isinstance(code, int) and code >= 400),
             "codes": _distinct(code for code in codes if isinstance(code, int)),
             "error_types": _distinct(
-                attributes[_ERROR_TYPE]
+                attributes[names.ERROR_TYPE]
                 for attributes in [*(span.attributes for span in spans), *(event.attributes for event in events)]
-                if _ERROR_TYPE in attributes
+                if names.ERROR_TYPE in attributes
             ),
             "states": states[:_STATES_SHOWN],
         }
@@ -224,70 +225,100 @@ class Trace:
 
     def otlp_json(self, resource: Mapping[str, AttributeValue]) -> dict[str, Any]:
         """The trace as OTLP writes it in JSON, so that Jaeger and Grafana can open the saved answer."""
-        spans = sorted(self.spans, key=lambda span: span.start_ns)
+        spans = sorted(self.spans(), key=lambda span: span.start_ns)
         return {
             "resourceSpans": [
                 {
                     "resource": {"attributes": _key_values(resource)},
-                    "scopeSpans": [{"scope": {"name": "otel_smtp"}, "spans": [_otlp_span(span) for span in spans]}],
+                    "scopeSpans": [
+                        {"scope": {"name": names.SCOPE_NAME}, "spans": [_otlp_span(span) for span in spans]}
+                    ],
                 }
             ]
         }
+
+
+class _Shelf:
+    """Spans in order, bounded in number and octets; it always has room for one."""
+
+    __slots__ = ("octets", "octets_room", "spans", "spans_room")
+
+    def __init__(self, spans_room: int, octets_room: int) -> None:
+        self.spans: deque[EncodedSpan] = deque()
+        self.octets = 0
+        self.spans_room = spans_room
+        self.octets_room = octets_room
+
+    def make_room(self) -> list[EncodedSpan]:
+        """Take off the oldest spans while there are too many; returns these."""
+        spans = self.spans
+        gone = []
+        while len(spans) > 1 and (self.octets > self.octets_room or len(spans) > self.spans_room):
+            gone.append(spans.popleft())
+            self.octets -= len(gone[-1]) + _OCTETS_BESIDE
+        return gone
 
 
 class RecentTraces:
     """Finished spans, the oldest dropped first; those of traces in which something failed outlive the others.
 
     Args:
-        recent_items, failed_items: how many spans and events each shelf may hold.
+        recent_spans, recent_octets, failed_spans, failed_octets: how much each shelf may hold.
 
     Attributes:
         version: grows with every span.
     """
 
-    def __init__(self, *, recent_items: int = RECENT_ITEMS, failed_items: int = FAILED_ITEMS) -> None:
-        self._recent: deque[FinishedSpan] = deque()
-        self._recent_room = recent_items
-        self._failed: deque[FinishedSpan] = deque()
-        self._failed_room = failed_items
-        self._failed_traces: dict[int, None] = {}  # in order of their first failure
-        self._known: dict[int, Trace] = {}
+    def __init__(
+        self,
+        *,
+        recent_spans: int = RECENT_SPANS,
+        recent_octets: int = RECENT_OCTETS,
+        failed_spans: int = FAILED_SPANS,
+        failed_octets: int = FAILED_OCTETS,
+    ) -> None:
+        self._recent = _Shelf(recent_spans, recent_octets)
+        self._failed = _Shelf(failed_spans, failed_octets)
+        self._failed_traces: dict[bytes, None] = {}  # in order of their first failure
+        self._known: dict[bytes, Trace] = {}
         self.version = 0
 
-    def add(self, span: FinishedSpan) -> None:
-        """Keep a finished span. Called on the mail path."""
+    def add(self, span: EncodedSpan, is_trouble: bool = False) -> None:
+        """Keep a finished span. Called on the mail path.
+
+        Args:
+            is_trouble: something in it went wrong.
+        """
         self.version += 1
-        self._recent.append(span)
-        self._recent_room -= 1 + len(span.events)
-        if span.has_failed or span.attributes.get(_CONNECTION_ERRORS):
-            self._note_failure(span.context.trace_id)
-        while self._recent_room < 0 and len(self._recent) > 1:
-            oldest = self._recent.popleft()
-            self._recent_room += 1 + len(oldest.events)
-            if oldest.context.trace_id in self._failed_traces:
-                self._outlive(oldest)
+        if is_trouble:
+            self._note_failure(span.trace_id)
+        recent = self._recent
+        recent.spans.append(span)
+        recent.octets += len(span) + _OCTETS_BESIDE
+        if recent.octets > recent.octets_room or len(recent.spans) > recent.spans_room:
+            self._outlive(recent.make_room())
 
-    def spans(self) -> list[FinishedSpan]:
+    def spans(self) -> list[EncodedSpan]:
         """All that is held now, the newest first."""
-        return [*reversed(self._recent), *reversed(self._failed)]
+        return [*reversed(self._recent.spans), *reversed(self._failed.spans)]
 
-    def group(self, spans: Iterable[FinishedSpan], found: dict[int, list[FinishedSpan]]) -> None:
+    def group(self, spans: Iterable[EncodedSpan], found: dict[bytes, list[EncodedSpan]]) -> None:
         """Put `spans`, newest first, into `found` by their trace; may be called piece by piece."""
         for span in spans:
-            trace_id = span.context.trace_id
+            trace_id = span.trace_id
             if trace_id in found:
                 found[trace_id].append(span)
             else:
                 found[trace_id] = [span]
 
-    def trace(self, trace_id: int, spans: Sequence[FinishedSpan]) -> Trace:
+    def trace(self, trace_id: bytes, spans: Sequence[EncodedSpan]) -> Trace:
         """The trace of `spans`, newest first; the same object as last time while nothing was added."""
         known = self._known.get(trace_id)
         if known is None or known.held != len(spans):
             known = self._known[trace_id] = Trace(trace_id, spans[::-1])
         return known
 
-    def forget_all_but(self, trace_ids: Container[int]) -> None:
+    def forget_all_but(self, trace_ids: Container[bytes]) -> None:
         """Forget what was worked out for traces that are gone."""
         for trace_id in [known for known in self._known if known not in trace_ids]:
             del self._known[trace_id]
@@ -296,27 +327,44 @@ class RecentTraces:
         """The trace with this id in hexadecimal; leading zeros may be missing."""
         if not _HEXADECIMAL.fullmatch(trace_id):
             return None
-        number = int(trace_id, 16)
-        spans = [span for span in self.spans() if span.context.trace_id == number]
-        return Trace(number, spans[::-1]) if spans else None
+        octets = bytes.fromhex(trace_id.zfill(32))
+        spans = [span for span in self.spans() if span.trace_id == octets]
+        return Trace(octets, spans[::-1]) if spans else None
 
     def newest_first(self) -> Iterator[Trace]:
         """All traces as they are now, by the end of their last span."""
-        found: dict[int, list[FinishedSpan]] = {}
+        found: dict[bytes, list[EncodedSpan]] = {}
         self.group(self.spans(), found)
         for trace_id, spans in found.items():
             yield self.trace(trace_id, spans)
 
-    def _note_failure(self, trace_id: int) -> None:
+    def _note_failure(self, trace_id: bytes) -> None:
         self._failed_traces[trace_id] = None
         if len(self._failed_traces) > FAILED_TRACES:
             del self._failed_traces[next(iter(self._failed_traces))]
 
-    def _outlive(self, span: FinishedSpan) -> None:
-        self._failed.append(span)
-        self._failed_room -= 1 + len(span.events)
-        while self._failed_room < 0 and len(self._failed) > 1:
-            self._failed_room += 1 + len(self._failed.popleft().events)
+    def _outlive(self, gone: Iterable[EncodedSpan]) -> None:
+        """Keep those whose trace has failed."""
+        failed = self._failed
+        for span in gone:
+            if span.trace_id in self._failed_traces:
+                failed.spans.append(span)
+                failed.octets += len(span) + _OCTETS_BESIDE
+        failed.make_room()
+
+
+def _severity(spans: Sequence[FinishedSpan]) -> Severity:
+    """How a trace went, as far as it is known.
+
+    A delivery that ended in a 5yz has the status ERROR, as conventions for clients want it; yet the upstream did its
+    work.
+    """
+    failed = [span for span in spans if span.has_failed]
+    if any(span.attributes.get(names.OUTCOME) != Outcome.REFUSED for span in failed):
+        return Severity.FAILED
+    if failed or any(event.name == _ERROR_EVENT for span in spans for event in span.events):
+        return Severity.REFUSED
+    return Severity.OK
 
 
 def _distinct(values: Iterable[Any]) -> list[Any]:

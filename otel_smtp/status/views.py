@@ -1,4 +1,4 @@
-"""What the status page is told by the parts that it does not know: values, made by whoever owns the facts."""
+"""Values that the status page shows of rooms that `status` does not import. The gateway makes them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ class UpstreamView:
 
     Attributes:
         tls: "off", "starttls" or "implicit".
-        breaker: "closed" (in use), "open" (not tried until `retry_seconds` are over) or "half-open" (one probe).
-        waiting: transactions that wait for a connection.
-        last_success_seconds, last_failure_seconds: ages; None where there was none.
+        breaker: "closed" (in use), "open" (in backoff for `retry_seconds` more) or "half-open" (one probe).
+        waiting: transactions waiting for a connection.
+        last_success_seconds, last_failure_seconds: ages; None if there was none.
         last_failure: its class, never a peer's text.
     """
 
@@ -35,7 +35,7 @@ class QueuedMessage:
     """A message in the spool; domains only, as redaction allows.
 
     Attributes:
-        next_attempt_seconds: until the next attempt; None where none is due (held).
+        next_attempt_seconds: until the next attempt; None if none is scheduled (held).
         last_reply: code and enhanced code of the last attempt, as "451 4.4.1".
     """
 
@@ -56,7 +56,7 @@ class QueueView:
 
     Attributes:
         counts: messages by state.
-        oldest_age_seconds: None where it is empty.
+        oldest_age_seconds: None if it is empty.
         messages: the oldest few.
     """
 

@@ -1,11 +1,10 @@
-"""The collector: how a batch gets to it over http/protobuf or grpc, and what its answer means.
+"""The collector: how a batch reaches it over http/protobuf or grpc, and what its answer means.
 
 A collector is somebody else's program at the end of a network. Its answer may never come, never end, be nonsense, or
-send us elsewhere: so what is read of it is bounded in octets and in time, redirects are not followed (they would take
-the operator's headers, and with them a key, to another host), and what cannot be read is taken for no more than the
-status that came with it.
+redirect us. So an answer is bounded in octets and in time, redirects are not followed (they would take the operator's
+headers, and with them a key, to another host), and of an unreadable answer only the status counts.
 
-The libraries are imported by whoever makes a collector, which is the exporting thread: neither is needed to relay mail.
+A collector's constructor imports its library. The exporting thread calls it: relaying mail needs neither library.
 """
 
 import email.utils
@@ -34,14 +33,14 @@ _RETRYABLE_STATUSES: Final = frozenset({429, 502, 503, 504})
 _RETRYABLE_CODES: Final = frozenset(
     {"CANCELLED", "DEADLINE_EXCEEDED", "ABORTED", "OUT_OF_RANGE", "UNAVAILABLE", "DATA_LOSS"}
 )
-# What collectors answer where all is well: nothing, or a partial success of which every field is zero.
+# The usual answers of success: nothing, or a partial success with all fields zero.
 _ALL_TAKEN: Final = (b"", b"\x0a\x00")
-# An idle connection is kept over some batches: a TLS handshake for each would cost more than the batch.
+# Some batches long: a TLS handshake per batch would cost more than the batch.
 _KEEP_ALIVE_SECONDS: Final = 60.0
 
 
 class Signal(StrEnum):
-    """What is exported: the last part of its path over HTTP, and in capitals the middle of its variables' names."""
+    """A kind of telemetry. Its value is the end of its path over HTTP, and in capitals part of its variables' names."""
 
     TRACES = "traces"
     METRICS = "metrics"
@@ -56,7 +55,7 @@ _EXPORTS: Final = {
 
 
 class Protocol(StrEnum):
-    """What OTLP is spoken over: OTEL_EXPORTER_OTLP_PROTOCOL."""
+    """OTEL_EXPORTER_OTLP_PROTOCOL."""
 
     HTTP = "http/protobuf"
     GRPC = "grpc"
@@ -75,8 +74,8 @@ class CollectorSettings:
     """How to reach a collector.
 
     Attributes:
-        endpoint: over http/protobuf the whole URL; over grpc a URL or host and port.
-        is_insecure: grpc without TLS; over http the URL says it.
+        endpoint: over http/protobuf the whole URL; over grpc a URL, or host and port.
+        is_insecure: grpc without TLS; over http the URL's scheme decides.
         headers: sent with each batch; they may hold a key.
         certificate, client_key, client_certificate: paths of PEM files; empty: the system's authorities, no client
             certificate.
@@ -95,25 +94,31 @@ class CollectorSettings:
 
     @property
     def address(self) -> str:
-        """Host and port, as they may be shown: a URL can hold a password or a key."""
+        """Host and port without credentials, for log lines."""
         return (urlsplit(self.endpoint).netloc or self.endpoint).rpartition("@")[2]
+
+    @property
+    def shown_endpoint(self) -> str:
+        """The endpoint without credentials: a URL can hold a password before its host, or a key in its query."""
+        parts = urlsplit(self.endpoint)
+        return f"{parts.scheme}://{self.address}{parts.path}" if parts.netloc else self.address
 
 
 class Verdict(Enum):
     """What became of a batch."""
 
     TAKEN = auto()
-    AGAIN = auto()  # not taken, but it may be if it is sent again
-    REJECTED = auto()  # not taken, and never will be
+    AGAIN = auto()  # not taken; a retry may succeed
+    REJECTED = auto()  # not taken; a retry would not help
 
 
 class Answer(NamedTuple):
-    """A collector's answer, or what came instead of one.
+    """A collector's answer, or what happened instead of one.
 
     Attributes:
-        why: status, error class: a word for the log; empty where all was taken.
-        retry_after_seconds: when to come again, if it said.
-        rejected: so many spans, data points or log records of a batch that was taken were not.
+        why: status or error class, for the log; "" if everything was taken.
+        retry_after_seconds: the delay that the collector asked for; None if it asked for none.
+        rejected: number of spans, data points or log records that were not taken out of a batch that was.
     """
 
     verdict: Verdict
@@ -126,7 +131,7 @@ class Collector(Interface):
     """Takes batches; belongs to one thread."""
 
     def send(self, request: bytes, timeout_seconds: float) -> Answer:
-        """Send an encoded request of the signal and wait for the answer. Raises nothing that the network does."""
+        """Send an encoded request and wait for the answer. A network failure is an answer and never raised."""
         ...
 
     def close(self) -> None:
@@ -135,7 +140,7 @@ class Collector(Interface):
 
 
 def connect(settings: CollectorSettings) -> Collector:
-    """The collector that `settings` name; nothing is dialled yet.
+    """A collector for `settings`. It connects when it first sends.
 
     Raises:
         OSError: a certificate or key cannot be read or used.
@@ -154,14 +159,14 @@ class HttpCollector:
         self._headers = {
             "user-agent": settings.user_agent,
             "content-type": "application/x-protobuf",
-            # A reply that is small needs no compression, and one that is not could be a bomb.
+            # A small reply needs no compression, and a large one could be a decompression bomb.
             "accept-encoding": "identity",
             **({} if settings.compression is Compression.NONE else {"content-encoding": settings.compression.value}),
             **dict(settings.headers),
         }
         self._errors = (httpx.HTTPError, httpx.InvalidURL, OSError)
         self._client = httpx.Client(
-            verify=_tls(settings) if self._url.startswith("https:") else False,
+            verify=tls_context(settings) if self._url.startswith("https:") else False,
             limits=httpx.Limits(max_connections=1, keepalive_expiry=_KEEP_ALIVE_SECONDS),
             follow_redirects=False,
         )
@@ -206,7 +211,7 @@ class GrpcCollector:
         options = (
             ("grpc.primary_user_agent", settings.user_agent),
             ("grpc.max_receive_message_length", MAX_REPLY_OCTETS),
-            # By default it waits up to two minutes before it dials again a collector that has long come back.
+            # The default waits up to two minutes before it reconnects to a collector that is long back.
             ("grpc.max_reconnect_backoff_ms", 5000),
         )
         if settings.is_insecure:
@@ -228,7 +233,7 @@ class GrpcCollector:
 
     @staticmethod
     def _failed(error: "grpc.RpcError") -> Answer:
-        # What a call raises is also the call, which knows how it ended.
+        # The error that a call raises is also the call, which knows how it ended.
         code: str = error.code().name
         details = [told.value for told in error.trailing_metadata() or () if told.key == "grpc-status-details-bin"]
         delay = _retry_delay(details[0]) if details else None
@@ -240,7 +245,17 @@ class GrpcCollector:
         self._channel.close()
 
 
-def _tls(settings: CollectorSettings) -> "ssl.SSLContext":
+def tls_context(settings: CollectorSettings) -> "ssl.SSLContext":
+    """TLS to the collector, with the authorities and the client certificate of the settings.
+
+    Raises:
+        OSError: a file cannot be read or used.
+    """
+    """TLS to the collector, with the authorities and the client certificate of the settings.
+
+    Raises:
+        OSError: a file cannot be read or used.
+    """
     import ssl
 
     context = ssl.create_default_context(cafile=settings.certificate or None)
@@ -261,7 +276,7 @@ def _grpc_credentials(settings: CollectorSettings) -> "grpc.ChannelCredentials":
 
 
 def _compressed(request: bytes, compression: Compression) -> bytes:
-    # The lowest level: it finds what there is to find in attributes that repeat, and costs a fifth of the default.
+    # The lowest level finds most of the repetition in attributes, at a fifth of the default's cost.
     match compression:
         case Compression.GZIP:
             return gzip.compress(request, 1)
@@ -272,20 +287,20 @@ def _compressed(request: bytes, compression: Compression) -> bytes:
 
 
 def _bounded(response: "httpx.Response", deadline: float) -> bytes:
-    """The reply's body; nothing where there is more than we read, or it does not come."""
+    """The reply's body; b"" if it is too long or late."""
     body = bytearray()
     for chunk in response.iter_raw():
         body += chunk
-        # A timeout of the library is for each read: one octet every nine seconds would keep us for ever.
+        # The library's timeout is per read: one octet every nine seconds would keep us for ever.
         if len(body) > MAX_REPLY_OCTETS or time.monotonic() > deadline:
             return b""
     return bytes(body)
 
 
 def _taken(reply: bytes) -> Answer:
-    """The answer that a reply gives: all taken, or not all (OTLP, "Partial Success").
+    """The answer in a successful reply: all taken, or not all (OTLP, "Partial Success").
 
-    The replies of all signals have the same fields, by other names.
+    The replies of all signals have the same fields under different names.
     """
     if reply in _ALL_TAKEN:
         return Answer(Verdict.TAKEN)
@@ -295,12 +310,12 @@ def _taken(reply: bytes) -> Answer:
     try:
         partial = ExportTraceServiceResponse.FromString(reply).partial_success
     except DecodeError:
-        return Answer(Verdict.TAKEN)  # it said so, by its status
+        return Answer(Verdict.TAKEN)  # as its status says
     return Answer(Verdict.TAKEN, clean(partial.error_message), rejected=max(0, partial.rejected_spans))
 
 
 def retry_after_seconds(value: str) -> float | None:
-    """What a Retry-After field says (RFC 9110 10.2.3): seconds, or a date; None where it says neither."""
+    """The delay that a Retry-After field asks for (RFC 9110 10.2.3); None if it is neither seconds nor a date."""
     value = value.strip()
     if value.isascii() and value.isdecimal():
         return float(value)
@@ -311,7 +326,7 @@ def retry_after_seconds(value: str) -> float | None:
 
 
 def _retry_delay(details: bytes | str) -> float | None:
-    """What a google.rpc.Status says about coming again, in its RetryInfo (OTLP/gRPC, "Throttling")."""
+    """The delay in the RetryInfo of a google.rpc.Status (OTLP/gRPC, "Throttling"); None without one."""
     if not isinstance(details, bytes):
         return None
     from google.protobuf.message import DecodeError

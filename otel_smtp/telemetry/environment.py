@@ -1,20 +1,33 @@
-"""What the OTEL_* variables say about exporting: what, to whom, how, in what batches.
+"""What the OTEL_* variables ask for. They are read here and nowhere else.
 
-Names, defaults and meaning are the Python SDK's, so that whoever knows those knows these: timeouts of OTLP are seconds
-(OTEL_EXPORTER_OTLP_TIMEOUT), those of batches milliseconds (OTEL_BSP_*, OTEL_BLRP_*). Unlike the SDK, which logs
-a value that it can't read and goes on with another, we say so at the start.
+`read` returns all of it as values: the set-up makes exporters of them, `check --connect` tries them, and the ready line
+describes them. Names, defaults and meaning are the Python SDK's: timeouts of OTLP are seconds
+(OTEL_EXPORTER_OTLP_TIMEOUT), those of batches milliseconds (OTEL_BSP_*, OTEL_BLRP_*). The SDK logs a value that it
+cannot read and uses another; we refuse it at start. Without an endpoint nothing is dialled: exporting to localhost by
+default would fill logs.
+
+The resource's variables, OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES, are read by the SDK's detectors.
 """
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Final
 from urllib.parse import urlsplit
 
 from opentelemetry.sdk.environment_variables import (
     OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE,
     OTEL_METRIC_EXPORT_INTERVAL,
+    OTEL_SDK_DISABLED,
+    OTEL_SERVICE_NAME,
+    OTEL_TRACES_SAMPLER,
+    OTEL_TRACES_SAMPLER_ARG,
 )
+from opentelemetry.sdk.resources import SERVICE_NAME, Resource
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, ParentBased, Sampler, TraceIdRatioBased
 from opentelemetry.util.re import parse_env_headers
 
+from otel_smtp.telemetry.attributes import DEFAULT_SERVICE_NAME
 from otel_smtp.telemetry.collector import CollectorSettings, Compression, Protocol, Signal
 from otel_smtp.telemetry.exporting import BatchSettings
 
@@ -22,7 +35,8 @@ _OTLP: Final = "OTEL_EXPORTER_OTLP"
 _BATCHES: Final = {Signal.TRACES: "OTEL_BSP", Signal.LOGS: "OTEL_BLRP"}
 _DELAY_MILLISECONDS: Final = {Signal.TRACES: 5000, Signal.LOGS: 1000}
 _METRICS_INTERVAL_MILLISECONDS: Final = 60_000
-# Plug-ins by which the SDK's exporter signs in somewhere (a cloud's identity); only that exporter can use them.
+_DEFAULT_BATCHES: Final = BatchSettings()
+# Plug-ins by which the SDK's exporter authenticates (a cloud's identity). Only that exporter can use them.
 _CREDENTIAL_PROVIDERS: Final = (
     "OTEL_PYTHON_EXPORTER_OTLP_HTTP_CREDENTIAL_PROVIDER",
     "OTEL_PYTHON_EXPORTER_OTLP_HTTP_TRACES_CREDENTIAL_PROVIDER",
@@ -31,53 +45,168 @@ _CREDENTIAL_PROVIDERS: Final = (
 )
 
 
+# Allowed exporters. Logs are written to the console in any case, and the status port serves the metrics page in any
+# case, so those two names add nothing. The names after otlp are those of the SDK's own exporters.
+_SDK_NAMES: Final = {"otlp_proto_http": Protocol.HTTP, "otlp_proto_grpc": Protocol.GRPC}
+_EXPORTERS: Final = {
+    Signal.TRACES: ("none", "console", "otlp", *_SDK_NAMES),
+    Signal.METRICS: ("none", "console", "otlp", "prometheus"),
+    Signal.LOGS: ("none", "console", "otlp"),
+}
+
+_DEFAULT_SAMPLER: Final = "parentbased_always_on"
+_SAMPLERS: Final[Mapping[str, Callable[[float], Sampler]]] = {
+    "always_on": lambda ratio: ALWAYS_ON,
+    "always_off": lambda ratio: ALWAYS_OFF,
+    "traceidratio": TraceIdRatioBased,
+    "parentbased_always_on": lambda ratio: ParentBased(ALWAYS_ON),
+    "parentbased_always_off": lambda ratio: ParentBased(ALWAYS_OFF),
+    "parentbased_traceidratio": lambda ratio: ParentBased(TraceIdRatioBased(ratio)),
+}
+
+
 class TelemetrySettingError(ValueError):
-    """An OTEL_* variable that we can't follow; the message names it, its value and what is allowed."""
+    """An OTEL_* variable with an invalid value; the message names both, and what is allowed."""
 
     def __init__(self, variable: str, value: str, allowed: str) -> None:
         super().__init__(f"{variable}={value!r}: allowed is {allowed}")
         self.variable = variable
 
 
-def flag(environ: Mapping[str, str], variable: str) -> bool:
-    """Whether `variable` is true; it may be absent.
+@dataclass(frozen=True, slots=True)
+class SignalExport:
+    """Where one signal goes.
+
+    Attributes:
+        to_console: written to standard output.
+        collector: where our own exporter sends it; None: nowhere.
+        batches: how spans or log records wait and travel there; for metrics its `request_seconds` alone counts.
+        sdk_collectors: where the SDK's exporters send it, which read the variables for themselves.
+    """
+
+    to_console: bool = False
+    collector: CollectorSettings | None = None
+    batches: BatchSettings = _DEFAULT_BATCHES
+    sdk_collectors: tuple[CollectorSettings, ...] = ()
+
+    @property
+    def collectors(self) -> tuple[CollectorSettings, ...]:
+        """All collectors that receive the signal."""
+        return (*([self.collector] if self.collector is not None else []), *self.sdk_collectors)
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """What the OTEL_* variables ask for.
+
+    Attributes:
+        is_disabled: nothing is traced or exported (OTEL_SDK_DISABLED).
+        metrics_interval_seconds: between two exports of metrics.
+    """
+
+    is_disabled: bool = False
+    traces: SignalExport = SignalExport()
+    metrics: SignalExport = SignalExport()
+    logs: SignalExport = SignalExport()
+    metrics_interval_seconds: float = _METRICS_INTERVAL_MILLISECONDS / 1000
+    sampler: Sampler = field(default_factory=lambda: _SAMPLERS[_DEFAULT_SAMPLER](1.0))
+
+    @property
+    def collectors(self) -> tuple[CollectorSettings, ...]:
+        """All collectors that receive a signal."""
+        return tuple(collector for one in (self.traces, self.metrics, self.logs) for collector in one.collectors)
+
+    def describe_traces(self) -> str:
+        """Where traces go, in a few words and without credentials: for the ready line."""
+        if self.is_disabled:
+            return "nowhere (OTEL_SDK_DISABLED)"
+        targets = ["console"] if self.traces.to_console else []
+        targets += [f"{collector.protocol} {collector.shown_endpoint}" for collector in self.traces.collectors]
+        return ", ".join(targets) or "nowhere (no OTLP endpoint set)"
+
+
+def read(environ: Mapping[str, str] | None = None, version: str = "") -> Environment:
+    """Read the variables. Those of a signal that is not exported are ignored.
+
+    Args:
+        environ: None: that of this process.
+        version: of this program, for the user agent.
 
     Raises:
-        TelemetrySettingError: it is neither true nor false.
+        TelemetrySettingError: a variable has an invalid value.
     """
+    environ = os.environ if environ is None else environ
+    if _flag(environ, OTEL_SDK_DISABLED):
+        return Environment(is_disabled=True)
+    metrics = _signal_export(environ, version, Signal.METRICS)
+    is_exporting_metrics = metrics.to_console or metrics.collector is not None
+    return Environment(
+        traces=_signal_export(environ, version, Signal.TRACES),
+        metrics=metrics,
+        logs=_signal_export(environ, version, Signal.LOGS),
+        metrics_interval_seconds=_metrics_interval_seconds(environ if is_exporting_metrics else {}),
+        sampler=_sampler(environ),
+    )
+
+
+def resource_of(environ: Mapping[str, str] | None = None) -> Resource:
+    """Who we are, as the SDK's detectors say; `otel-smtp` if no variable names the service."""
+    environ = os.environ if environ is None else environ
+    resource = Resource.create()
+    is_named = environ.get(OTEL_SERVICE_NAME) or not str(resource.attributes[SERVICE_NAME]).startswith(
+        "unknown_service"
+    )
+    return resource if is_named else resource.merge(Resource({SERVICE_NAME: DEFAULT_SERVICE_NAME}))
+
+
+def _signal_export(environ: Mapping[str, str], version: str, signal: Signal) -> SignalExport:
+    exporters = _exporters(environ, signal)
+    is_otlp = "otlp" in exporters
+    # The SDK's exporter is the only one that can use a credential provider, which exist for traces alone.
+    is_sdk = is_otlp and signal is Signal.TRACES and any(environ.get(name) for name in _CREDENTIAL_PROVIDERS)
+    protocols = [_protocol(environ, signal)] if is_sdk else []
+    protocols += [_SDK_NAMES[name] for name in exporters if name in _SDK_NAMES]
+    is_ours = is_otlp and not is_sdk
+    return SignalExport(
+        to_console="console" in exporters and signal is not Signal.LOGS,
+        collector=_collector(environ, version, signal, _protocol(environ, signal)) if is_ours else None,
+        batches=_batches(environ, signal) if is_ours else _DEFAULT_BATCHES,
+        sdk_collectors=tuple(_collector(environ, version, signal, protocol) for protocol in protocols),
+    )
+
+
+def _exporters(environ: Mapping[str, str], signal: Signal) -> list[str]:
+    """The exporters that OTEL_<signal>_EXPORTER lists. Without it: otlp if the signal has an endpoint, else none."""
+    variable = f"OTEL_{signal.upper()}_EXPORTER"
+    has_endpoint = bool(_otlp(environ, "ENDPOINT", signal)[1])
+    value = environ.get(variable, "").strip() or ("otlp" if has_endpoint else "none")
+    exporters = [part.strip() for part in value.split(",") if part.strip()]
+    allowed = _EXPORTERS[signal]
+    if not {*exporters} <= {*allowed}:
+        raise TelemetrySettingError(variable, value, f"{', '.join(allowed)}, or a list of them")
+    return exporters
+
+
+def _flag(environ: Mapping[str, str], variable: str) -> bool:
     value = environ.get(variable, "").strip().lower()
     if value not in ("", "true", "false"):
         raise TelemetrySettingError(variable, value, "true, false")
     return value == "true"
 
 
-def has_endpoint(environ: Mapping[str, str], signal: Signal = Signal.TRACES) -> bool:
-    """Whether an OTLP endpoint for the signal is named."""
-    return bool(_otlp(environ, "ENDPOINT", signal)[1])
+def _sampler(environ: Mapping[str, str]) -> Sampler:
+    name = environ.get(OTEL_TRACES_SAMPLER, "").strip().lower() or _DEFAULT_SAMPLER
+    if name not in _SAMPLERS:
+        raise TelemetrySettingError(OTEL_TRACES_SAMPLER, name, ", ".join(_SAMPLERS))
+    argument = environ.get(OTEL_TRACES_SAMPLER_ARG, "").strip()
+    try:
+        return _SAMPLERS[name](float(argument or "1"))
+    except ValueError:
+        raise TelemetrySettingError(OTEL_TRACES_SAMPLER_ARG, argument, "a number from 0 to 1") from None
 
 
-def wanted_exporters(
-    environ: Mapping[str, str], signal: Signal, allowed: tuple[str, ...] = ("none", "console", "otlp")
-) -> list[str]:
-    """The exporters that OTEL_<signal>_EXPORTER lists; where it is not set, otlp if there is an endpoint, else none.
-
-    Raises:
-        TelemetrySettingError: one of them is not `allowed`.
-    """
-    variable = f"OTEL_{signal.upper()}_EXPORTER"
-    wanted = environ.get(variable, "").strip() or ("otlp" if has_endpoint(environ, signal) else "none")
-    exporters = [part.strip() for part in wanted.split(",") if part.strip()]
-    if not {*exporters} <= {*allowed}:
-        raise TelemetrySettingError(variable, wanted, f"{', '.join(allowed)}, or a list of them")
-    return exporters
-
-
-def metrics_interval_seconds(environ: Mapping[str, str]) -> float:
-    """How often metrics are exported.
-
-    Raises:
-        TelemetrySettingError: it is no number, or sums since the last export are asked for: ours are since the start.
-    """
+def _metrics_interval_seconds(environ: Mapping[str, str]) -> float:
+    # Our sums are since the start of the process; those since the last export cannot be had from them.
     variable = OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE
     preference = environ.get(variable, "").strip()
     if preference.lower() not in ("", "cumulative"):
@@ -86,30 +215,14 @@ def metrics_interval_seconds(environ: Mapping[str, str]) -> float:
     return _number(variable, environ.get(variable, "").strip(), default=_METRICS_INTERVAL_MILLISECONDS) / 1000
 
 
-def needs_sdk_exporter(environ: Mapping[str, str]) -> bool:
-    """Whether a plug-in is asked for that only the SDK's own exporter knows how to use."""
-    return any(environ.get(name) for name in _CREDENTIAL_PROVIDERS)
-
-
-def protocol_of(environ: Mapping[str, str], signal: Signal = Signal.TRACES) -> Protocol:
-    """What OTLP for the signal is spoken over.
-
-    Raises:
-        TelemetrySettingError: it is not known to us.
-    """
+def _protocol(environ: Mapping[str, str], signal: Signal) -> Protocol:
     variable, value = _otlp(environ, "PROTOCOL", signal)
     if value not in ("", *Protocol):
         raise TelemetrySettingError(variable, value, ", ".join(Protocol))
     return Protocol(value or Protocol.HTTP)
 
 
-def collector_settings(environ: Mapping[str, str], version: str, signal: Signal = Signal.TRACES) -> CollectorSettings:
-    """How to reach the collector of the signal.
-
-    Raises:
-        TelemetrySettingError: a variable has a value that can't be followed.
-    """
-    protocol = protocol_of(environ, signal)
+def _collector(environ: Mapping[str, str], version: str, signal: Signal, protocol: Protocol) -> CollectorSettings:
     is_http = protocol is Protocol.HTTP
     endpoint = _http_endpoint(environ, signal) if is_http else _grpc_endpoint(environ, signal)
     scheme = urlsplit(endpoint).scheme
@@ -117,8 +230,8 @@ def collector_settings(environ: Mapping[str, str], version: str, signal: Signal 
         endpoint,
         protocol=protocol,
         signal=signal,
-        # Without a scheme gRPC is encrypted, unless the variable says otherwise; with one the scheme rules.
-        is_insecure=scheme == "http" or (scheme != "https" and flag(environ, _otlp(environ, "INSECURE", signal)[0])),
+        # The scheme decides. Without one gRPC is encrypted, unless the variable says otherwise.
+        is_insecure=scheme == "http" or (scheme != "https" and _flag(environ, _otlp(environ, "INSECURE", signal)[0])),
         headers=tuple(parse_env_headers(_otlp(environ, "HEADERS", signal)[1], liberal=True).items()),
         compression=_compression(environ, signal),
         certificate=_otlp(environ, "CERTIFICATE", signal)[1],
@@ -128,45 +241,33 @@ def collector_settings(environ: Mapping[str, str], version: str, signal: Signal 
     )
 
 
-def request_seconds(environ: Mapping[str, str], signal: Signal) -> float:
-    """How long one request of the signal may take.
-
-    Raises:
-        TelemetrySettingError: it is no number.
-    """
-    return _number(*_otlp(environ, "TIMEOUT", signal), default=10.0)
-
-
-def batch_settings(environ: Mapping[str, str], signal: Signal = Signal.TRACES) -> BatchSettings:
-    """How spans, or log records, wait and travel together.
-
-    Raises:
-        TelemetrySettingError: a variable has a value that can't be followed.
-    """
-
+def _batches(environ: Mapping[str, str], signal: Signal) -> BatchSettings:
+    request_seconds = _number(*_otlp(environ, "TIMEOUT", signal), default=_DEFAULT_BATCHES.request_seconds)
+    if signal is Signal.METRICS:  # which go in one request, at an interval
+        return BatchSettings(request_seconds=request_seconds)
     prefix = _BATCHES[signal]
 
     def seconds(what: str, default: float) -> float:
         variable = f"{prefix}_{what}"
         return _number(variable, environ.get(variable, "").strip(), default=default) / 1000
 
-    spans = _count(environ, f"{prefix}_MAX_QUEUE_SIZE", 2048)
-    batch = _count(environ, f"{prefix}_MAX_EXPORT_BATCH_SIZE", min(512, spans))
-    if batch > spans:
+    queue = _count(environ, f"{prefix}_MAX_QUEUE_SIZE", 2048)
+    batch = _count(environ, f"{prefix}_MAX_EXPORT_BATCH_SIZE", min(512, queue))
+    if batch > queue:
         raise TelemetrySettingError(
-            f"{prefix}_MAX_EXPORT_BATCH_SIZE", str(batch), f"a number up to {prefix}_MAX_QUEUE_SIZE, {spans}"
+            f"{prefix}_MAX_EXPORT_BATCH_SIZE", str(batch), f"a number up to {prefix}_MAX_QUEUE_SIZE, {queue}"
         )
     return BatchSettings(
-        queue_spans=spans,
+        queue_spans=queue,
         batch_spans=batch,
         delay_seconds=seconds("SCHEDULE_DELAY", _DELAY_MILLISECONDS[signal]),
         export_seconds=seconds("EXPORT_TIMEOUT", 30_000),
-        request_seconds=request_seconds(environ, signal),
+        request_seconds=request_seconds,
     )
 
 
 def _otlp(environ: Mapping[str, str], what: str, signal: Signal) -> tuple[str, str]:
-    """The variable for the signal, or the one for all signals, and its value: the first that is set."""
+    """The signal's own variable, or the one for all signals, and its value: the first that is set."""
     for variable in (f"{_OTLP}_{signal.upper()}_{what}", f"{_OTLP}_{what}"):
         if value := environ.get(variable, "").strip():
             return variable, value
@@ -183,7 +284,7 @@ def _http_endpoint(environ: Mapping[str, str], signal: Signal) -> str:
         is_url = False
     if not is_url:
         raise TelemetrySettingError(variable, value, "a URL as http://collector:4318")
-    # "The per-signal URL is used as-is"; the path is added to the one for all signals (OTLP exporter specification).
+    # The signal's own URL is used as it is; the path is added to the one for all signals (OTLP exporter specification).
     return f"{url.removesuffix('/')}/v1/{signal}" if variable == f"{_OTLP}_ENDPOINT" else url
 
 

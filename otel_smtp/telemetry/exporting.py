@@ -26,9 +26,7 @@ from enum import StrEnum
 from typing import Final, Generic, TypeVar
 
 from otel_smtp.telemetry.collector import Answer, Collector, Signal, Verdict
-from otel_smtp.telemetry.otlp import TraceEncoder
-from otel_smtp.telemetry.propagation import SAMPLED
-from otel_smtp.telemetry.records import SpanRecord
+from otel_smtp.telemetry.otlp import RequestFrame
 
 logger: Final = logging.getLogger("otel_smtp.telemetry.exporting")
 
@@ -129,6 +127,7 @@ class Export(Generic[T]):
         self._thread: threading.Thread | None = None
         self._wake = threading.Event()
         self._stopping = threading.Event()
+        self._is_stopping = False  # the same, for the mail path
         self._stop_by = float("inf")
         self._is_abandoned = False
         self._sending = 0
@@ -150,17 +149,22 @@ class Export(Generic[T]):
             yield self._signal.value, reason.value, count
 
     def take(self, record: T) -> None:
-        """Queue a span, or whatever else is sent. For one thread at a time."""
+        """Encode one span, or whatever else is sent, and queue it. For one thread at a time."""
+        # What cannot be queued need not be encoded.
+        self.put(b"" if self._is_stopping or len(self._queue) >= self._settings.queue_spans else self._encode(record))
+
+    def put(self, record: bytes) -> None:
+        """Queue one that is encoded. For one thread at a time."""
         queue, settings = self._queue, self._settings
-        if self._stopping.is_set():
+        if self._is_stopping:
             self._lost[DropReason.SHUTDOWN] += 1
             return
         # The newest is lost, not the oldest: what led to the trouble is worth more than what came after.
-        if len(queue) >= settings.queue_spans:
+        waiting_spans = len(queue)
+        if waiting_spans >= settings.queue_spans:
             self._lost[DropReason.QUEUE_FULL] += 1
             return
-        span = self._encode(record)
-        octets = len(span)
+        octets = len(record)
         if octets > MAX_BATCH_OCTETS:
             self._lost[DropReason.TOO_LARGE] += 1
             return
@@ -168,12 +172,12 @@ class Export(Generic[T]):
         if waiting > self._queue_octets:
             self._lost[DropReason.QUEUE_FULL] += 1
             return
-        queue.append(span)
+        queue.append(record)
         self._octets_in += octets
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name=f"otlp-{self._signal}", daemon=True)
             self._thread.start()
-        if (len(queue) >= settings.batch_spans or waiting > MAX_BATCH_OCTETS) and not self._wake.is_set():
+        if (waiting_spans + 1 >= settings.batch_spans or waiting > MAX_BATCH_OCTETS) and not self._wake.is_set():
             self._wake.set()
 
     def shutdown(self, budget_seconds: float) -> bool:
@@ -184,6 +188,7 @@ class Export(Generic[T]):
         """
         # A last request that hangs ends before the budget does, and is counted by whoever sent it.
         self._stop_by = time.monotonic() + 0.9 * budget_seconds
+        self._is_stopping = True
         self._stopping.set()
         self._wake.set()
         if self._thread is not None:
@@ -318,20 +323,19 @@ class Export(Generic[T]):
             self._lost_when_told += lost
 
 
-class TraceExport(Export[SpanRecord]):
-    """A sink that sends sampled spans to a collector; see `Export`."""
+class TraceExport(Export[bytes]):
+    """Sends spans that are encoded already; see `Export`.
+
+    Args:
+        frame: what is around them in a request.
+    """
 
     def __init__(
         self,
-        encoder: TraceEncoder,
+        frame: RequestFrame,
         connect: Callable[[], Collector],
         settings: BatchSettings | None = None,
         *,
         address: str = "",
     ) -> None:
-        super().__init__(Signal.TRACES, "spans", encoder.span, encoder.request, connect, settings, address=address)
-
-    def take(self, record: SpanRecord) -> None:
-        """Queue a span, unless it was only recorded for ourselves."""
-        if record.context.flags & SAMPLED:
-            super().take(record)
+        super().__init__(Signal.TRACES, "spans", bytes, frame.request, connect, settings, address=address)

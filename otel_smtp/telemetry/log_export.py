@@ -1,11 +1,12 @@
-"""Log lines as OTLP log records: what the gateway says in its log, a collector gets too.
+"""Log lines as OTLP log records, for a collector.
 
-The handler stands beside the one that writes lines, on our own loggers only: what the libraries of exporting say
-never comes here. Nor does what `exporting` says, or a collector that is down would be told about its being down for
-ever. A record becomes its octets where the line is made, under the handler's lock, and then waits in a bounded queue.
+The handler is attached to our own loggers only, beside the one that writes lines, so that lines of the exporting
+libraries never come here. Neither do those of our own exporters: while a collector is down, each report of that would
+be another record for it. A record is encoded where the line is made, under the handler's lock, and then waits in a
+bounded queue.
 
-Scope and resource are those of the spans; the module that speaks is the attribute `smtp.logger`. An event of
-OpenTelemetry (a record with an event name) is what `StateLogger` writes: a state transition.
+Scope and resource are those of the spans; the logger's name is the attribute `smtp.logger`. Records with an event name,
+OpenTelemetry's events, are the state transitions that `StateLogger` writes.
 """
 
 import logging
@@ -19,7 +20,7 @@ from otel_smtp.telemetry.records import LogRecord
 from otel_smtp.telemetry.redaction import clean
 
 _OWN: Final = ("otel_smtp.telemetry.exporting", "otel_smtp.telemetry.metric_export")
-# Their values are those of a span's attributes, bounded and cleaned long before.
+# Their values are a span's attributes, which are bounded and cleaned already.
 _OF_SPANS: Final = frozenset({ACCESS, STATES})
 # OpenTelemetry's log data model, "Severity": the lowest number of each range.
 _SEVERITIES: Final = ((logging.CRITICAL, 21), (logging.ERROR, 17), (logging.WARNING, 13), (logging.INFO, 9))
@@ -28,10 +29,10 @@ _MAX_BODY_CHARACTERS: Final = 1024
 
 
 class LogExportHandler(logging.Handler):
-    """Gives log records to an export.
+    """Passes log records to an export.
 
     Args:
-        export: takes them; whoever made it ends it.
+        export: takes them; its owner shuts it down.
     """
 
     def __init__(self, export: Export[LogRecord]) -> None:
@@ -41,23 +42,23 @@ class LogExportHandler(logging.Handler):
         self.addFilter(lambda record: record.name not in _OWN)
 
     def attach(self) -> None:
-        """Hear what our loggers say from now on."""
+        """Receive our loggers' records from now on."""
         logging.getLogger(ROOT).addHandler(self)
 
     def detach(self) -> None:
-        """Hear no more."""
+        """Receive no more records."""
         logging.getLogger(ROOT).removeHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Queue a record; a full queue loses it, and counts it."""
+        """Queue a record; a full queue drops it and counts the loss."""
         try:
             self._export.take(log_record_of(record))
-        except Exception:  # noqa: BLE001 - the handler's contract: a line that can't be made is told of, never raised
+        except Exception:  # noqa: BLE001 - the contract of handlers: an error is reported and never raised
             self.handleError(record)
 
 
 def log_record_of(record: logging.LogRecord) -> LogRecord:
-    """A record of the standard library as one of OTLP's data model."""
+    """A record of the standard library in OTLP's data model."""
     attributes: dict[str, AttributeValue] = {names.LOGGER: record.name}
     if record.name in _OF_SPANS:
         attributes.update(extra_of(record))
@@ -101,7 +102,7 @@ def _value(value: object) -> AttributeValue:
 
 
 def _id(digits: object, octets: int) -> bytes:
-    """The octets of an id in hexadecimal digits; none where there is none."""
+    """The octets of a hexadecimal id; b"" if there is none."""
     try:
         decoded = bytes.fromhex(str(digits))
     except ValueError:

@@ -1,12 +1,12 @@
-"""What `metrics` has counted as OTLP metrics, sent by a thread at an interval.
+"""The metrics of `metrics` over OTLP, sent by a thread at an interval.
 
-There is no second set of instruments: at the end of each interval the thread reads the counts that the metrics page
-shows, puts them into the SDK's data classes, and lets the SDK's encoder and our own way to the collector do the rest.
-On the mail path nothing is added. Sums are since the start of the process (cumulative), so that an export that fails
-costs resolution and no count; therefore nothing is tried again before the next interval.
+There is no second set of instruments. At the end of each interval the thread reads the counts that the metrics page
+shows, puts them into the SDK's data classes, encodes them with the SDK's encoder and sends them by `collector`. The
+mail path does nothing for it. Sums are since the start of the process (cumulative), so a failed export costs
+resolution and no count; therefore there is no retry before the next interval.
 
-A number may be read while the event loop adds to it: each is right by itself, and a histogram's count is the sum of
-its buckets by definition here.
+A number may be read while the event loop adds to it. Each is right by itself, and a histogram's count is the sum of its
+buckets by definition.
 """
 
 import logging
@@ -34,7 +34,7 @@ class MetricsReading:
     """Reads metrics into the SDK's data classes.
 
     Args:
-        resource, version: as of the spans.
+        resource, version: those of the spans.
     """
 
     def __init__(self, metrics: Metrics, resource: Resource, version: str) -> None:
@@ -44,7 +44,7 @@ class MetricsReading:
         self._start_ns = time.time_ns()
 
     def read(self) -> "MetricsData":
-        """Everything now."""
+        """All metrics at this moment."""
         from opentelemetry.sdk.metrics.export import MetricsData, ResourceMetrics, ScopeMetrics
         from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
@@ -80,7 +80,7 @@ class MetricsReading:
         from opentelemetry.sdk.metrics.export import HistogramDataPoint
 
         counts = list(buckets.counts)
-        # A measurement knows its trace only; the encoder leaves the trace out without a span, and all zeros is none.
+        # A measurement has a trace id and no span id. The encoder omits the trace without a span; a zero one is none.
         exemplars = [
             Exemplar({}, value, int(seconds * 1e9), span_id=0, trace_id=int(trace_id, 16))
             for trace_id, value, seconds in (kept for kept in buckets.exemplars if kept is not None)
@@ -100,18 +100,18 @@ class MetricsReading:
 
 
 def _attributes(metric: Metric, labels: Labels) -> dict[str, str]:
-    # An absent state is an empty label for Prometheus, which knows no other absence; here it is absent.
+    # Prometheus has an empty label for an absent state; here the attribute is absent.
     return {name: value for name, value in zip(metric.labels, labels, strict=True) if value}
 
 
 class MetricExport:
-    """Sends metrics to a collector every so often, and once more at the end.
+    """Sends metrics to a collector at an interval, and once more at the end.
 
     Args:
-        read: everything now; called by the thread.
-        connect: makes the collector, by the thread; None: it is written to standard output instead.
-        request_seconds: so long one request may take.
-        address: the collector's, for the log.
+        read: returns all metrics; called by the thread.
+        connect: makes the collector; called by the thread. None: the metrics go to standard output.
+        request_seconds: timeout of a request.
+        address: of the collector, for the log.
     """
 
     def __init__(
@@ -133,13 +133,13 @@ class MetricExport:
         self._stopping = threading.Event()
         self._stop_by = float("inf")
         self._thread: threading.Thread | None = None
-        self._points = 0  # of the latest reading; one that fails would have had about as many
-        self._counting = threading.Lock()  # what is lost: by the thread, or by the shutdown that gave it up
+        self._points = 0  # of the latest reading; a failed one would have had about as many
+        self._counting = threading.Lock()  # losses: by the thread, or by the shutdown that gave up on it
         self._is_abandoned = False
-        self._is_told = False
+        self._is_failing = False
 
     def dropped(self) -> Iterator[tuple[str, str, int]]:
-        """Data points that were not exported: signal, reason, how many."""
+        """Data points that were not exported: signal, reason, number."""
         for reason, count in self._lost.items():
             yield Signal.METRICS.value, reason.value, count
 
@@ -152,11 +152,11 @@ class MetricExport:
     def shutdown(self, budget_seconds: float) -> bool:
         """Send everything a last time, within the budget. Blocks: not for the event loop.
 
-        A request that hangs from before cannot be hurried: with the budget, it and the thread are left to themselves,
-        and what the last export would have said is counted as lost.
+        A request that hangs already cannot be cut short. When the budget is spent, the thread is abandoned with it,
+        and the data points of the last export count as lost.
 
         Returns:
-            Whether the thread has ended in time.
+            Whether the thread ended in time.
         """
         # A last request that hangs ends before the budget does.
         self._stop_by = time.monotonic() + 0.9 * budget_seconds
@@ -169,7 +169,7 @@ class MetricExport:
             if self._is_abandoned:
                 self._lost[DropReason.SHUTDOWN] += self._points
         if self._is_abandoned:
-            logger.warning("metrics were lost at the end", extra={"points": self._points, "collector": self._address})
+            logger.warning("metrics lost at shutdown", extra={"points": self._points, "collector": self._address})
         return not self._is_abandoned
 
     # The thread --------------------------------------------------------------------------------------------------
@@ -179,7 +179,7 @@ class MetricExport:
             is_last = self._stopping.wait(self._interval_seconds)
             try:
                 self._export()
-            except Exception as error:  # noqa: BLE001 - the top of the thread; told once, tried again next time
+            except Exception as error:  # noqa: BLE001 - the top of the thread; logged once, retried at the next interval
                 self._lose(DropReason.EXPORT_FAILED, max(self._points, 1))
                 self._failed(type(error).__name__, with_traceback=True)
             if is_last:
@@ -204,13 +204,13 @@ class MetricExport:
         elif answer.rejected:
             self._lose(DropReason.REJECTED, min(answer.rejected, self._points))
             self._failed(answer.why or "partial success")
-        elif self._is_told:
-            self._is_told = False
-            logger.info("metrics are exported again", extra={"collector": self._address})
+        elif self._is_failing:
+            self._is_failing = False
+            logger.info("metrics export recovered", extra={"collector": self._address})
 
     def _lose(self, reason: DropReason, points: int) -> None:
         with self._counting:
-            if not self._is_abandoned:  # else they were counted
+            if not self._is_abandoned:  # else the shutdown has counted them
                 self._lost[reason] += points
 
     def _send(self, request: bytes) -> Answer:
@@ -226,10 +226,10 @@ class MetricExport:
         return self._collector.send(request, seconds)
 
     def _failed(self, why: str, *, with_traceback: bool = False) -> None:
-        if not self._is_told:
-            self._is_told = True
+        if not self._is_failing:
+            self._is_failing = True
             logger.warning(
-                "metrics cannot be exported",
+                "metrics export failed",
                 extra={"collector": self._address, "why": why},
                 exc_info=with_traceback,
             )

@@ -1,17 +1,18 @@
-"""The metrics: counted while things happen, told when somebody asks.
+"""The metrics: folded out of records when these are complete, told when somebody asks.
 
-On the mail path a count is one addition in a dict, and a measurement one bisection; no library is called. What is
-counted is turned into Prometheus text, with exemplars that name a trace, when the page is asked for.
+A record is counted once: a connection's transitions and replies when a segment of it ends, a transaction and its
+deliveries when they end. No library is called for that; counts are additions in a dict, measurements one bisection.
+What is counted is turned into Prometheus text, with exemplars that name a trace, when the page is asked for.
 
-Every label value comes from a closed set (T1): verbs and states are enumerations, reply codes lie between 200 and 599,
+Every label value comes from a closed set: verbs and states are enumerations, reply codes lie between 200 and 599,
 mechanisms, outcomes and reasons are our own words, listeners and upstreams the operator's. So the number of series has
 a bound that no client can move.
 """
 
-import time
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Final
 
 from prometheus_client import CollectorRegistry, ProcessCollector
@@ -25,32 +26,27 @@ from prometheus_client.metrics_core import (
 from prometheus_client.metrics_core import Metric as MetricFamily
 from prometheus_client.samples import Exemplar
 
-from otel_smtp.observing import (
-    ConnectionInfo,
-    ConnectionObserver,
-    DeliveryObserver,
-    DeliveryPhase,
-    Endpoint,
-    Observer,
-    Outcome,
-    TlsInfo,
-    TraceHeaders,
-    TransactionObserver,
-)
-from otel_smtp.smtp.envelope import Mail, Recipient
-from otel_smtp.smtp.replies import ErrorType, Reply
-from otel_smtp.smtp.states import PULSES, CloseReason, ConnState, Transition
+from otel_smtp.observing import ConnectionRecord, DeliveryRecord, Observer, Outcome, TransactionRecord
+from otel_smtp.smtp.replies import AUTH_FAILED
+from otel_smtp.smtp.states import ConnState, Transition
 from otel_smtp.telemetry import attributes as names
 from otel_smtp.telemetry.attributes import Instrument, Metric
+from otel_smtp.telemetry.propagation import TraceContext
+from otel_smtp.telemetry.sampling import Identity
 
 Labels = tuple[str, ...]
 ConnectionCounts = Callable[[], Iterable[tuple[str, str, int]]]
 """Connections to upstreams now: upstream, state, how many."""
+OpenConnections = Callable[[], Iterable[ConnectionRecord]]
+"""The client connections that are open now."""
 SpoolCounts = Callable[[], tuple[Mapping[str, int], float] | None]
 
 # A look-up is quicker than `value`, which is a descriptor in Python.
 _NAMES: Final[Mapping[ConnState, str]] = {state: state.value for state in ConnState}
+_OUTCOMES: Final[Mapping[Outcome, str]] = {outcome: outcome.value for outcome in Outcome}
 _UNITS: Final[Mapping[str, str]] = {"s": "seconds", "By": "bytes"}
+_ACCEPTED, _REFUSED = "accepted", "refused"
+_NO_VERB: Final = "none"
 
 
 class Counts:
@@ -70,14 +66,55 @@ class Counts:
 class Buckets:
     """The measurements of one series of a histogram."""
 
-    __slots__ = ("counts", "exemplars", "least", "most", "total")
+    __slots__ = ("_bounds", "_latest", "counts", "least", "most", "total")
 
-    def __init__(self, bounds: int) -> None:
-        self.counts = [0] * (bounds + 1)
-        self.exemplars: list[tuple[str, float, float] | None] = [None] * (bounds + 1)
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = bounds
+        self._latest: list[tuple[TraceContext, float, float] | None] = [None] * (len(bounds) + 1)
+        self.counts = [0] * (len(bounds) + 1)
         self.total = 0.0
         self.least = float("inf")
         self.most = float("-inf")
+
+    def add(self, value: float, context: TraceContext | None = None, unix_ns: int = 0) -> None:
+        """Measure; `context` names a span in whose trace it can be seen, `unix_ns` when that was."""
+        place = bisect_left(self._bounds, value)
+        self.counts[place] += 1
+        self.total += value
+        if value < self.least:
+            self.least = value
+        if value > self.most:
+            self.most = value
+        if context is not None:
+            self._latest[place] = (context, value, unix_ns / 1e9)
+
+    def add_all(self, values: Iterable[float]) -> None:
+        """Measure many, of which none names a trace."""
+        bounds, counts = self._bounds, self.counts
+        for value in values:
+            counts[bisect_left(bounds, value)] += 1
+            self.total += value
+        self.least = min(self.least, *values)
+        self.most = max(self.most, *values)
+
+    @property
+    def exemplars(self) -> list[tuple[str, float, float] | None]:
+        """For each bucket the latest measurement with a trace: the trace's id, the value, seconds since the epoch."""
+        return [kept and (kept[0].trace_id_hex, kept[1], kept[2]) for kept in self._latest]
+
+
+class _Series(dict[Labels, Buckets]):
+    """Buckets by label values, made when first asked for."""
+
+    __slots__ = ("_bounds",)
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        super().__init__()
+        self._bounds = bounds
+
+    def __missing__(self, labels: Labels) -> Buckets:
+        buckets = self[labels] = Buckets(self._bounds)
+        return buckets
 
 
 class Measurements:
@@ -87,168 +124,14 @@ class Measurements:
 
     def __init__(self, metric: Metric) -> None:
         self.metric = metric
-        self.series: dict[Labels, Buckets] = {}
-
-    def add(self, labels: Labels, value: float, trace_id: str | None = None) -> None:
-        """Measure; `trace_id` names a trace in which it can be seen."""
-        buckets = self.series.get(labels)
-        if buckets is None:
-            buckets = self.series[labels] = Buckets(len(self.metric.bounds))
-        place = bisect_left(self.metric.bounds, value)
-        buckets.counts[place] += 1
-        buckets.total += value
-        if value < buckets.least:
-            buckets.least = value
-        if value > buckets.most:
-            buckets.most = value
-        if trace_id is not None:
-            buckets.exemplars[place] = (trace_id, value, time.time())
-
-
-class _DeliveryMetrics(DeliveryObserver):
-    __slots__ = ("_began", "_metrics", "_traced", "_transaction", "_upstream")
-
-    def __init__(
-        self, metrics: "Metrics", traced: DeliveryObserver, upstream: str, transaction: "_TransactionMetrics"
-    ) -> None:
-        self._metrics = metrics
-        self._traced = traced
-        self._upstream = upstream
-        self._transaction = transaction
-        self._began = time.perf_counter()
-
-    def phase(self, phase: DeliveryPhase, reply: Reply | None = None) -> None:
-        self._traced.phase(phase, reply)
-
-    def pooled(self, *, wait_seconds: float, reused: bool) -> None:
-        self._traced.pooled(wait_seconds=wait_seconds, reused=reused)
-        self._metrics.pool_wait.add((self._upstream,), wait_seconds, self._transaction.known_trace_id())
-
-    def connected(self, peer: Endpoint, tls: TlsInfo | None) -> None:
-        self._traced.connected(peer, tls)
-
-    def carrier(self) -> Mapping[str, str]:
-        return self._traced.carrier()
-
-    def ended(
-        self, outcome: Outcome, reply: Reply | None, *, round_trips: int, error_type: ErrorType | None = None
-    ) -> None:
-        self._traced.ended(outcome, reply, round_trips=round_trips, error_type=error_type)
-        self._metrics.delivery_duration.add(
-            (self._upstream, outcome.value), time.perf_counter() - self._began, self._transaction.known_trace_id()
-        )
-
-
-class _TransactionMetrics(TransactionObserver):
-    __slots__ = ("_has_header", "_metrics", "_traced")
-
-    def __init__(self, metrics: "Metrics", traced: TransactionObserver) -> None:
-        self._metrics = metrics
-        self._traced = traced
-        self._has_header = False
-
-    def known_trace_id(self) -> str | None:
-        """The trace's id, once the header is read. Asking before would settle the trace before the application's own
-        traceparent was seen."""
-        return self._traced.trace_id() if self._has_header else None
-
-    def recipient_answered(self, recipient: Recipient, reply: Reply) -> None:
-        self._traced.recipient_answered(recipient, reply)
-
-    def header_received(self, trace: TraceHeaders, *, message_id: str | None) -> None:
-        self._traced.header_received(trace, message_id=message_id)
-        self._has_header = True
-
-    def spooled(self, spool_id: str) -> None:
-        self._traced.spooled(spool_id)
-
-    def carrier(self) -> Mapping[str, str]:
-        return self._traced.carrier()
-
-    def trace_id(self) -> str | None:
-        return self._traced.trace_id()
-
-    def content_received(self, octets: int) -> None:
-        self._traced.content_received(octets)
-        self._metrics.message_size.add((), octets, self.known_trace_id())
-
-    def delivery_begun(self, upstream: str, server: Endpoint, *, attempt: int = 1) -> DeliveryObserver:
-        traced = self._traced.delivery_begun(upstream, server, attempt=attempt)
-        return _DeliveryMetrics(self._metrics, traced, upstream, self)
-
-    def ended(self, outcome: Outcome, reply: Reply | None, *, error_type: ErrorType | None = None) -> None:
-        self._traced.ended(outcome, reply, error_type=error_type)
-        self._metrics.transactions.add((outcome.value,))
-
-
-class _ConnectionMetrics(ConnectionObserver):
-    __slots__ = ("_began", "_entered", "_level", "_listener", "_metrics", "_traced")
-
-    def __init__(self, metrics: "Metrics", traced: ConnectionObserver, listener: str) -> None:
-        self._metrics = metrics
-        self._traced = traced
-        self._listener = listener
-        self._level: ConnState | None = None
-        self._began = self._entered = time.perf_counter()
-
-    def proxied(self, client: Endpoint, server: Endpoint) -> None:
-        self._traced.proxied(client, server)
-
-    def hello(self, verb: str, name: str) -> None:
-        self._traced.hello(verb, name)
-
-    def tls_established(self, tls: TlsInfo) -> None:
-        self._traced.tls_established(tls)
-
-    def conn_state(self, transition: Transition) -> None:
-        self._traced.conn_state(transition)
-        metrics, state, previous = self._metrics, transition.state, transition.previous
-        metrics.transitions.values[(_NAMES[previous] if previous is not None else "", _NAMES[state])] += 1
-        now = time.perf_counter()
-        if previous is not None:
-            metrics.state_duration.add((_NAMES[previous],), now - self._entered)
-        self._entered = now
-        if state not in PULSES:
-            self._move(None if state is ConnState.CLOSED else state)
-
-    def _move(self, level: ConnState | None) -> None:
-        active = self._metrics.active_connections
-        if self._level is not None:
-            active.values[(self._listener, _NAMES[self._level])] -= 1
-        if level is not None:
-            active.values[(self._listener, _NAMES[level])] += 1
-        self._level = level
-
-    def replied(self, verb: str | None, reply: Reply) -> None:
-        self._traced.replied(verb, reply)
-        self._metrics.replies.values[(verb or "none", str(reply.code))] += 1
-
-    def authenticated(self, user: str, mechanism: str) -> None:
-        self._traced.authenticated(user, mechanism)
-        self._metrics.auth.add((mechanism, "accepted"))
-
-    def auth_failed(self, mechanism: str) -> None:
-        self._traced.auth_failed(mechanism)
-        self._metrics.auth.add((mechanism, "refused"))
-
-    def transaction_begun(self, mail: Mail, number: int) -> TransactionObserver:
-        return _TransactionMetrics(self._metrics, self._traced.transaction_begun(mail, number))
-
-    def closed(self, reason: CloseReason, *, octets_received: int, octets_sent: int) -> None:
-        self._traced.closed(reason, octets_received=octets_received, octets_sent=octets_sent)
-        metrics = self._metrics
-        metrics.connection_duration.add((self._listener,), time.perf_counter() - self._began)
-        if octets_received == 0:
-            metrics.probes.add((self._listener,))
+        self.series: dict[Labels, Buckets] = _Series(metric.bounds)
 
 
 class Metrics(Observer):
-    """Counts everything that happens, tells it on to tracing, and gives it out as Prometheus text.
-
-    It stands before tracing, not beside it, because a measurement's exemplar names the trace.
+    """Counts everything that happens, and gives it out as Prometheus text. To be told after tracing.
 
     Args:
-        traced: the observer that knows the traces.
+        open_connections: asked on the event loop.
         connections: connections to upstreams now.
         spool: messages in the spool by state, and the age of the oldest in seconds; None where there is no spool.
         dropped: what telemetry itself has lost so far: signal, reason, how many.
@@ -260,64 +143,166 @@ class Metrics(Observer):
 
     def __init__(
         self,
-        traced: Observer,
         *,
-        connections: ConnectionCounts = lambda: (),
+        open_connections: OpenConnections = tuple,
+        connections: ConnectionCounts = tuple,
         spool: SpoolCounts = lambda: None,
-        dropped: ConnectionCounts = lambda: (),
+        dropped: ConnectionCounts = tuple,
         resource: Mapping[str, object] | None = None,
     ) -> None:
-        self._traced = traced
+        self._open_connections = open_connections
         self._connections = connections
         self._spool = spool
         self._dropped = dropped
         self._resource = {name.replace(".", "_"): str(value) for name, value in (resource or {}).items()}
-        self.active_connections = Counts(names.ACTIVE_CONNECTIONS)
-        self.transitions = Counts(names.TRANSITIONS)
-        self.replies = Counts(names.REPLIES)
-        self.transactions = Counts(names.TRANSACTIONS)
-        self.auth = Counts(names.SERVER_AUTH)
-        self.refused = Counts(names.REFUSED)
-        self.probes = Counts(names.PROBES)
-        self.connection_duration = Measurements(names.SERVER_CONNECTION_DURATION)
-        self.state_duration = Measurements(names.STATE_DURATION)
-        self.message_size = Measurements(names.SERVER_MESSAGE_SIZE)
-        self.delivery_duration = Measurements(names.DELIVERY_DURATION)
-        self.pool_wait = Measurements(names.CLIENT_POOL_WAIT)
+        self._active: dict[Labels, int] = {}
+        self._transitions: defaultdict[tuple[ConnState | None, ConnState], int] = defaultdict(int)
+        self._replies: defaultdict[tuple[str | None, int], int] = defaultdict(int)
+        self._transactions = Counts(names.TRANSACTIONS)
+        self._auth = Counts(names.SERVER_AUTH)
+        self._refused = Counts(names.REFUSED)
+        self._probes = Counts(names.PROBES)
+        self._connection_duration = Measurements(names.SERVER_CONNECTION_DURATION)
+        self._state_duration = Measurements(names.STATE_DURATION)
+        self._message_size = Measurements(names.SERVER_MESSAGE_SIZE)
+        self._delivery_duration = Measurements(names.DELIVERY_DURATION)
+        self._pool_wait = Measurements(names.CLIENT_POOL_WAIT)
         self.measurements: Final = (
-            self.connection_duration,
-            self.state_duration,
-            self.message_size,
-            self.delivery_duration,
-            self.pool_wait,
+            self._connection_duration,
+            self._state_duration,
+            self._message_size,
+            self._delivery_duration,
+            self._pool_wait,
         )
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
 
-    def connection_opened(self, connection: ConnectionInfo) -> ConnectionObserver:
-        return _ConnectionMetrics(self, self._traced.connection_opened(connection), connection.listener)
+    # What happened -------------------------------------------------------------------------------------------------
 
     def connection_refused(self, reason: str) -> None:
-        self._traced.connection_refused(reason)
-        self.refused.add((reason,))
+        """Count it."""
+        self._refused.add((reason,))
 
-    def delivery_resumed(
-        self, spool_id: str, carrier: Mapping[str, str], mail: Mail, *, is_possible_duplicate: bool = False
-    ) -> TransactionObserver:
-        traced = self._traced.delivery_resumed(spool_id, carrier, mail, is_possible_duplicate=is_possible_duplicate)
-        return _TransactionMetrics(self, traced)
+    def segment_ended(self, connection: ConnectionRecord) -> None:
+        """Count what the segment holds."""
+        self._fold(connection)
+
+    def connection_closed(self, connection: ConnectionRecord) -> None:
+        """Count what the last segment holds, and the connection."""
+        self._fold(connection)
+        labels = (connection.info.listener,)
+        self._connection_duration.series[labels].add((connection.closed_ns - connection.opened_ns) / 1e9)
+        if connection.octets_received == 0:
+            self._probes.add(labels)
+
+    def transaction_ended(self, transaction: TransactionRecord) -> None:
+        """Count it, and its deliveries that are over."""
+        trace: Identity | None = transaction.trace
+        context = None if trace is None else trace.context
+        if transaction.outcome is not None:
+            self._transactions.values[(_OUTCOMES[transaction.outcome],)] += 1
+        if transaction.octets is not None:
+            unix_ns = transaction.ended_ns + transaction.wall_offset_ns
+            self._message_size.series[()].add(transaction.octets, context, unix_ns)
+        for delivery in transaction.deliveries:
+            if delivery.ended_ns:
+                self._measure(delivery, context)
+
+    def delivery_ended(self, delivery: DeliveryRecord) -> None:
+        """Count an attempt that outlived its transaction."""
+        trace: Identity | None = delivery.transaction.trace
+        self._measure(delivery, None if trace is None else trace.context)
+
+    def _measure(self, delivery: DeliveryRecord, context: TraceContext | None) -> None:
+        unix_ns = delivery.ended_ns + delivery.transaction.wall_offset_ns
+        upstream = delivery.upstream
+        if delivery.pool_wait_ns is not None:
+            self._pool_wait.series[(upstream,)].add(delivery.pool_wait_ns / 1e9, context, unix_ns)
+        if delivery.outcome is not None:
+            seconds = (delivery.ended_ns - delivery.begun_ns) / 1e9
+            self._delivery_duration.series[upstream, _OUTCOMES[delivery.outcome]].add(seconds, context, unix_ns)
+
+    def _fold(self, connection: ConnectionRecord) -> None:
+        """Count the transitions and replies of the present segment that have not been counted."""
+        transitions, replies = connection.transitions, connection.replies
+        counted, counted_replies = connection.counted
+        connection.counted = (len(transitions), len(replies))
+        before: Transition | None = None
+        if counted:
+            before = transitions[counted - 1]
+        elif connection.earlier:
+            before = connection.earlier[-1]
+        by_states = self._transitions
+        durations: defaultdict[ConnState, list[float]] = defaultdict(list)
+        for transition in islice(transitions, counted, None):
+            state, previous, _, _, at_ns, _ = transition
+            by_states[previous, state] += 1
+            if before is not None:
+                durations[before.state].append((at_ns - before.at_ns) / 1e9)
+                if before.state is ConnState.AUTH:
+                    self._count_auth(before, transition)
+            before = transition
+        for state, seconds in durations.items():
+            self._state_duration.series[(_NAMES[state],)].add_all(seconds)
+        by_reply = self._replies
+        for verb, reply in islice(replies, counted_replies, None):
+            by_reply[verb, reply.code] += 1
+
+    def _count_auth(self, auth: Transition, then: Transition) -> None:
+        """Count an exchange that is over; one that nobody could judge was neither accepted nor refused."""
+        if auth.mechanism is not None:
+            if then.state is ConnState.ACTIVE:
+                self._auth.add((auth.mechanism, _ACCEPTED))
+            elif then.reply_code == AUTH_FAILED.code:
+                self._auth.add((auth.mechanism, _REFUSED))
+
+    # What is told --------------------------------------------------------------------------------------------------
+
+    def catch_up(self) -> None:
+        """Count what open connections have done so far, and how many there are in which state.
+
+        On the event loop, which writes the records. `page` does it by itself; whoever lets other threads read calls
+        it every few seconds.
+        """
+        active = dict.fromkeys(self._active, 0)
+        for connection in self._open_connections():
+            self._fold(connection)
+            last = (connection.transitions or connection.earlier)[-1:]
+            level = last[0].level if last else ConnState.NEW
+            if level is not ConnState.CLOSED:
+                labels = (connection.info.listener, _NAMES[level])
+                active[labels] = active.get(labels, 0) + 1
+        self._active = active
 
     def page(self, accept: str) -> tuple[bytes, str]:
-        """The metrics page for a scraper that accepts `accept`, and its content type (OpenMetrics where asked for)."""
+        """The metrics page for a scraper that accepts `accept`, and its content type (OpenMetrics where asked for).
+
+        On the event loop.
+        """
+        self.catch_up()
         encode, content_type = choose_encoder(accept)
         return encode(self._registry), content_type
 
     def numbers(self) -> Iterator[tuple[Metric, list[tuple[Labels, float]]]]:
-        """Everything now but the histograms: each counter and gauge with its rows. For any thread."""
-        for counts in (self.transitions, self.replies, self.transactions, self.auth, self.refused, self.probes):
+        """Everything but the histograms, as of the latest `catch_up`: each counter and gauge with its rows.
+
+        For any thread.
+        """
+        yield (
+            names.TRANSITIONS,
+            [
+                ((_NAMES[previous] if previous is not None else "", _NAMES[state]), count)
+                for (previous, state), count in list(self._transitions.items())
+            ],
+        )
+        yield (
+            names.REPLIES,
+            [((verb or _NO_VERB, str(code)), count) for (verb, code), count in list(self._replies.items())],
+        )
+        for counts in (self._transactions, self._auth, self._refused, self._probes):
             yield counts.metric, list(counts.values.items())
-        yield names.ACTIVE_CONNECTIONS, list(self.active_connections.values.items())
+        yield names.ACTIVE_CONNECTIONS, list(self._active.items())
         yield names.CLIENT_CONNECTIONS, [((upstream, state), n) for upstream, state, n in self._connections()]
         if (spool := self._spool()) is not None:
             states, oldest_age_seconds = spool

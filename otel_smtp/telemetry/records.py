@@ -1,7 +1,7 @@
-"""Finished spans as plain values, and who takes them.
+"""Finished spans and log records as plain values, and who takes them.
 
-A span is never a live object here. The handles of `tracing` note what happens as small tuples; when a span is over, one
-`SpanRecord` is made of them and given to the sinks. That is what keeps the cost of tracing a tenth of the SDK's.
+A span is never a live object here. Most finished spans exist as octets only (`shapes.EncodedSpan`); a `SpanRecord` is
+made for those who want to read one: the log, the SDK's processors, the status page.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,38 +13,12 @@ from otel_smtp.telemetry.attributes import Attributes, AttributeValue
 from otel_smtp.telemetry.propagation import TraceContext
 
 
-class EventShape:
-    """What all events of one kind have in common: the name, and the attributes that do not vary.
-
-    Shapes are few and live long, so an encoder may keep by identity what it made of one.
-    """
-
-    __slots__ = ("constant", "name")
-
-    def __init__(self, name: str, constant: Attributes) -> None:
-        self.name = name
-        self.constant = constant
-
-
 class EventRecord(NamedTuple):
-    """A span event: its shape, and the attributes that vary from event to event.
-
-    No name stands twice, neither in `varying` nor in both: an encoder writes one after the other.
-    """
+    """A span event."""
 
     time_ns: int  # since the epoch
-    shape: EventShape
-    varying: Sequence[tuple[str, AttributeValue]]
-
-    @property
-    def name(self) -> str:
-        """The event's name."""
-        return self.shape.name
-
-    @property
-    def attributes(self) -> Mapping[str, AttributeValue]:
-        """All attributes."""
-        return {**self.shape.constant, **dict(self.varying)}
+    name: str
+    attributes: Attributes
 
 
 class LinkRecord(NamedTuple):
@@ -82,7 +56,7 @@ class SpanRecord(NamedTuple):
 
 
 class SpanSink(Protocol):
-    """Takes spans that are over; called on the event loop, so it neither blocks nor raises."""
+    """Takes spans that are over, decoded; called on the event loop, so it neither blocks nor raises."""
 
     def take(self, record: SpanRecord) -> None:
         """Take one span."""

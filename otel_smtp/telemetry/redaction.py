@@ -10,12 +10,14 @@ import hashlib
 import hmac
 import ipaddress
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import lru_cache
 from typing import Final
 
-from otel_smtp.smtp.envelope import Recipient, domain_of, domains
+from otel_smtp.smtp.characters import INVISIBLE
+from otel_smtp.smtp.envelope import Recipient
 from otel_smtp.telemetry.attributes import MAX_DOMAINS, MAX_VALUE_CHARACTERS, USER_HASH, USER_NAME
 
 
@@ -36,23 +38,25 @@ class ClientIp(StrEnum):
     NONE = "none"
 
 
-# Control characters, line and paragraph separators, what turns the reading direction or hides characters, and lone
-# surrogates, which cannot be encoded.
-_UNSAFE: Final = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff]")
 _REPLACEMENT: Final = "\ufffd"
 
 # A mailbox inside free text, wider than RFC 5321's grammar on purpose: a quoted or bare local part up to the @, then
 # anything that could be a domain or an address literal.
 _MAILBOX: Final = re.compile(r"""(?:"(?:[^"\\]|\\.){0,256}"|[^\s<>()\[\],;:"'@]{1,256})@(\[[^\]\s]{0,64}\]|[\w.-]*)""")
+_DOMAINS_REMEMBERED: Final = 1024
 _HASH_DIGITS: Final = 16  # 64 bits: no two of a billion addresses are likely to meet
 
 
 def clean(text: str, limit: int = MAX_VALUE_CHARACTERS) -> str:
-    """`text` fit for any attribute, name or log line: bounded, without control characters and lone surrogates."""
+    """`text` fit for any attribute, name or log line: bounded, without what hides or misleads."""
     text = text[:limit]
     if text.isascii() and text.isprintable():
         return text
-    return _UNSAFE.sub(_REPLACEMENT, text)
+    return INVISIBLE.sub(_REPLACEMENT, text)
+
+
+def _lower(domain: str) -> str:
+    return clean(domain.lower())
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,16 +64,27 @@ class Redaction:
     """The operator's choice.
 
     Attributes:
+        shows_domains: domains of mailboxes are shown.
+        shows_mailboxes: mailboxes are shown, or their hashes.
         hash_key: secret of `Addresses.HASH`; the same in all processes whose hashes are to be compared.
     """
 
     addresses: Addresses = Addresses.DOMAIN
     client_ip: ClientIp = ClientIp.FULL
     hash_key: bytes = b""
+    shows_domains: bool = field(init=False, repr=False, compare=False)
+    shows_mailboxes: bool = field(init=False, repr=False, compare=False)
+    _sender_domain: Callable[[str], str | None] = field(init=False, repr=False, compare=False)
+    _recipient_domain: Callable[[str], str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.addresses is Addresses.HASH and not self.hash_key:
             raise ValueError("addresses = hash needs a key: without one, addresses can be found by trying them")
+        object.__setattr__(self, "shows_domains", self.addresses in (Addresses.DOMAIN, Addresses.FULL))
+        object.__setattr__(self, "shows_mailboxes", self.addresses in (Addresses.FULL, Addresses.HASH))
+        # A gateway sees the same few domains in mail after mail.
+        object.__setattr__(self, "_sender_domain", lru_cache(_DOMAINS_REMEMBERED)(self._lower_literal_or_name))
+        object.__setattr__(self, "_recipient_domain", lru_cache(_DOMAINS_REMEMBERED)(_lower))
 
     def mailbox(self, address: str) -> str | None:
         """The mailbox itself, in `full`, or its hash, in `hash`; None else."""
@@ -83,7 +98,7 @@ class Redaction:
 
     def mailboxes(self, recipients: Iterable[Recipient]) -> tuple[str, ...]:
         """The first mailboxes of `recipients`, as `mailbox` shows them."""
-        if self.addresses not in (Addresses.FULL, Addresses.HASH):
+        if not self.shows_mailboxes:
             return ()
         shown: list[str] = []
         for recipient in recipients:
@@ -94,15 +109,23 @@ class Redaction:
 
     def domain(self, address: str) -> str | None:
         """The domain of a mailbox, "" where it has none, in `domain` and `full`; None else."""
-        if self.addresses in (Addresses.DOMAIN, Addresses.FULL):
-            return self._literal_or_name(domain_of(address))
-        return None
+        if not self.shows_domains:
+            return None
+        _, at, domain = address.rpartition("@")
+        return self._sender_domain(domain if at else "")
 
     def domains(self, recipients: Iterable[Recipient]) -> tuple[str, ...]:
         """The first distinct domains of `recipients`, in `domain` and `full`."""
-        if self.addresses in (Addresses.DOMAIN, Addresses.FULL):
-            return tuple(clean(domain) for domain in domains(recipients, limit=MAX_DOMAINS))
-        return ()
+        if not self.shows_domains:
+            return ()
+        found: dict[str, None] = {}
+        for recipient in recipients:
+            _, at, domain = recipient.address.rpartition("@")
+            if at and domain:
+                found[self._recipient_domain(domain)] = None
+                if len(found) == MAX_DOMAINS:
+                    break
+        return tuple(found)
 
     def host_name(self, name: str) -> str | None:
         """What a client calls itself. A laptop is often called after its owner, so it follows `addresses`."""
@@ -154,6 +177,9 @@ class Redaction:
                 return self._hash(found[0].strip('"'))
             case _:
                 return "..."
+
+    def _lower_literal_or_name(self, domain: str) -> str | None:
+        return self._literal_or_name(domain.lower())
 
     def _literal_or_name(self, domain: str) -> str | None:
         """A domain, or an address literal (RFC 5321 4.1.3), which is an IP address and follows `client_ip`."""

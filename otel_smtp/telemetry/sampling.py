@@ -1,7 +1,7 @@
 """Ids and sampling decisions, both by OpenTelemetry's own objects."""
 
-from collections.abc import Sequence
-from typing import Final, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Final
 
 from opentelemetry.context import Context
 from opentelemetry.sdk.trace.id_generator import IdGenerator
@@ -17,16 +17,32 @@ from otel_smtp.telemetry.records import LinkRecord
 _STATIC: Final = ("AlwaysOnSampler", "AlwaysOffSampler", "TraceIdRatioBased{")
 _PARENT_BASED: Final = "localParentSampled:AlwaysOnSampler,localParentNotSampled:AlwaysOffSampler"
 
-
-class Sampled(NamedTuple):
-    """A new span's identity, and what was decided about it."""
-
-    context: TraceContext
-    is_recording: bool
-    attributes: Attributes  # what the sampler adds
-
-
 _NOTHING: Final[Attributes] = {}
+
+
+class Identity:
+    """Which span it is, where it stands, and what was decided about it: known from its beginning, or soon after.
+
+    Attributes:
+        attributes: what the sampler adds.
+    """
+
+    __slots__ = ("attributes", "context", "is_recording", "links", "parent")
+
+    def __init__(
+        self,
+        context: TraceContext,
+        parent: TraceContext | None,
+        links: Sequence[LinkRecord] = (),
+        *,
+        is_recording: bool,
+        attributes: Attributes = _NOTHING,
+    ) -> None:
+        self.context = context
+        self.parent = parent
+        self.links = links
+        self.is_recording = is_recording
+        self.attributes = attributes
 
 
 class Sampling:
@@ -49,17 +65,19 @@ class Sampling:
         name: str,
         kind: SpanKind,
         parent: TraceContext | None,
-        attributes: Attributes,
+        at_start: Callable[[], Attributes],
         links: Sequence[LinkRecord] = (),
-    ) -> Sampled:
+    ) -> Identity:
         """A new span below `parent`, a root where it is None.
 
         Args:
-            attributes: those that are known at its start; a sampler sees no others.
+            at_start: the attributes that are known at its start, asked for if the sampler is: it sees no others.
         """
         if parent is not None and self._inherits and not parent.is_remote:
-            context = TraceContext(parent.trace_id, self._generate_span_id(), parent.flags, False, parent.trace_state)
-            return Sampled(context, parent.is_sampled, _NOTHING)
+            trace_id, _, flags, _, state = parent
+            context = TraceContext(trace_id, self._generate_span_id(), flags, False, state)
+            return Identity(context, parent, links, is_recording=bool(flags & SAMPLED))
+        attributes = at_start()
         trace_id = self._generate_trace_id() if parent is None else parent.trace_id
         result = self._sampler.should_sample(
             _as_current(parent), trace_id, name, kind, attributes, [sdk_link(link) for link in links]
@@ -69,10 +87,12 @@ class Sampling:
         )
         state = "" if result.trace_state is None else result.trace_state.to_header()
         added = {key: value for key, value in result.attributes.items() if key not in attributes}
-        return Sampled(
+        return Identity(
             TraceContext(trace_id, self._generate_span_id(), flags, False, state),
-            result.decision is not Decision.DROP,
-            added,
+            parent,
+            links,
+            is_recording=result.decision is not Decision.DROP,
+            attributes=added or _NOTHING,
         )
 
 

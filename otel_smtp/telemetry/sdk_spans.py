@@ -1,4 +1,7 @@
-"""Finished spans to the processors of the OpenTelemetry SDK, and by them to any exporter."""
+"""Finished spans to the processors of the OpenTelemetry SDK, and by them to any exporter.
+
+What the SDK's exporter makes of these is the reference for our own encoding.
+"""
 
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import Event, ReadableSpan, SpanProcessor

@@ -1,18 +1,45 @@
-"""State transitions as events: which attributes each has (states.md, telemetry.md).
+"""State transitions and phases of deliveries as events: which attributes each has, and where state events go.
 
-`StateEvents` says where they go. The span event API of OpenTelemetry is being retired in favour of log-based events;
-this module and the one call of it in `tracing` are what that will change.
+`describe_transitions` and `describe_phases` say what an event consists of; its octets, and its value, are made of that
+alone.
+The span event API of OpenTelemetry is being retired in favour of log-based events; this module and its two callers in
+`tracing` are what that will change.
 """
 
+from collections.abc import Callable, Iterable, Sequence
 from enum import StrEnum
-from typing import Final
+from operator import itemgetter
+from typing import Any, Final, NamedTuple
 
-from otel_smtp.observing import DeliveryPhase
-from otel_smtp.smtp.replies import Reply
-from otel_smtp.smtp.states import Transition
+from otel_smtp.observing import DeliveryPhase, DeliveryRecord
+from otel_smtp.smtp.states import (
+    AuthBegun,
+    ConnectionOver,
+    ConnState,
+    ContentBegun,
+    ErrorReply,
+    ResetBy,
+    TlsAgreed,
+    TlsOffer,
+    TransactionOver,
+    Transition,
+)
 from otel_smtp.telemetry import attributes as names
 from otel_smtp.telemetry.attributes import AttributeValue
-from otel_smtp.telemetry.records import EventRecord, EventShape
+from otel_smtp.telemetry.otlp import pack_double, pack_time
+from otel_smtp.telemetry.records import EventRecord
+from otel_smtp.telemetry.shapes import (
+    BEFORE_TIME,
+    EVENT_PAIRS,
+    Column,
+    EventShape,
+    Pair,
+    Row,
+    ShapeTable,
+    before_time,
+    encode_event,
+    event_integers,
+)
 
 
 class StateEvents(StrEnum):
@@ -33,83 +60,203 @@ class StateEvents(StrEnum):
         return self is not StateEvents.SPAN
 
 
-# Shapes come from closed sets, but for enhanced codes, of which a hostile upstream can invent a million.
-_MAX_SHAPES: Final = 2048
-
-_TRANSITION_SHAPES: Final[dict[tuple[object, ...], EventShape]] = {}
-_PHASE_SHAPES: Final[dict[tuple[object, ...], EventShape]] = {}
+ENHANCED_CODE: Final = Column(names.REPLY_ENHANCED_CODE, str)
 
 
-def state_event(
-    time_ns: int,
-    transition: Transition,
-    previous_duration_seconds: float | None,
-    more: tuple[tuple[str, AttributeValue], ...] = (),
-) -> EventRecord:
-    """The event that tells `transition`.
+# Transitions -------------------------------------------------------------------------------------------------------
+
+
+class _Kind(NamedTuple):
+    """Transitions with one kind of detail.
+
+    Attributes:
+        constant, varying: the parts of a detail that belong to the shape and that vary; None: there is none.
+    """
+
+    shapes: ShapeTable[EventShape]
+    constant: Callable[[Any], Row] | None
+    varying: Callable[[Any], tuple[int, ...]] | None
+
+
+def _kind(
+    header: Sequence[Column | str] = (),
+    constant: Callable[[Any], Row] | None = None,
+    varying_names: Sequence[str] = (),
+    varying: Callable[[Any], tuple[int, ...]] | None = None,
+) -> _Kind:
+    def make(row: Row, attributes: names.Attributes) -> EventShape:
+        return EventShape(names.STATE_EVENTS[row[0]], attributes, varying_names)  # type: ignore[index]  # see below
+
+    # The first three columns are those of every transition.
+    return _Kind(ShapeTable((names.STATE, names.STATE_PREVIOUS, names.STATE_LEVEL, *header), make), constant, varying)
+
+
+def _error(detail: ErrorReply) -> Row:
+    reply = detail.reply
+    code, enhanced = (None, None) if reply is None else (reply.code, reply.enhanced)
+    return detail.verb, code, enhanced, detail.error_type
+
+
+_KINDS: Final[dict[type, _Kind]] = {
+    type(None): _kind(),
+    TlsOffer: _kind((names.TLS_MODE,), tuple),
+    TlsAgreed: _kind((names.TLS_PROTOCOL_VERSION, names.TLS_CIPHER), tuple),
+    AuthBegun: _kind((names.AUTH_MECHANISM,), tuple),
+    ContentBegun: _kind(varying_names=(names.TRANSACTION_NUMBER, names.RECIPIENT_COUNT), varying=tuple),
+    TransactionOver: _kind(varying_names=(names.CONNECTION_MESSAGES,), varying=tuple),
+    ResetBy: _kind((names.RESET_CAUSE,), tuple),
+    ErrorReply: _kind((names.VERB, names.REPLY_CODE, ENHANCED_CODE, names.ERROR_TYPE), _error),
+    ConnectionOver: _kind(
+        (names.CLOSE_REASON,), itemgetter(slice(0, 1)), (names.CONNECTION_MESSAGES,), itemgetter(slice(1, 2))
+    ),
+}
+
+
+def describe_transitions(
+    transitions: Iterable[Transition],
+) -> list[tuple[Transition, EventShape, tuple[int, ...]]]:
+    """What the events of `transitions` consist of: each with its shape, and values for what varies in that.
+
+    Beside these, each has its sequence and, but for New, the seconds since the transition before.
+    """
+    described = []
+    for transition in transitions:
+        state, previous, level, _, _, detail = transition
+        shapes, constant, varying = _KINDS[detail.__class__]
+        row: Row = (state, previous, level) if constant is None else (state, previous, level, *constant(detail))
+        described.append((transition, shapes[row], () if varying is None else varying(detail)))
+    return described
+
+
+def state_events(
+    transitions: Iterable[Transition],
+    before_ns: int | None,
+    wall_offset_ns: int,
+    more: Callable[[Transition], Iterable[Pair]],
+) -> list[EventRecord]:
+    """The events that tell `transitions`, as values.
 
     Args:
-        previous_duration_seconds: since the transition before it; None on New.
-        more: attributes of the state's row that the transition does not carry (addresses, octets).
+        before_ns: when the transition before the first of them was; None if that is New.
+        more: attributes that a state in `WITH_MORE` has beside what its transition carries.
     """
-    # All fields but the sequence, the transaction's number, the recipients and the messages, which vary.
-    key = (transition[:3], transition[4:8], transition[10:16])
-    shape = _TRANSITION_SHAPES.get(key)
-    if shape is None:
-        if len(_TRANSITION_SHAPES) >= _MAX_SHAPES:
-            _TRANSITION_SHAPES.clear()
-        shape = _TRANSITION_SHAPES[key] = _transition_shape(transition)
-    varying: list[tuple[str, AttributeValue]] = [(names.STATE_SEQUENCE, transition.sequence)]
-    if previous_duration_seconds is not None:
-        varying.append((names.STATE_PREVIOUS_DURATION, previous_duration_seconds))
-    if transition.transaction is not None:
-        varying.append((names.TRANSACTION_NUMBER, transition.transaction))
-    if transition.recipients is not None:
-        varying.append((names.RECIPIENT_COUNT, transition.recipients))
-    if transition.messages is not None:
-        varying.append((names.CONNECTION_MESSAGES, transition.messages))
-    return EventRecord(time_ns, shape, (*varying, *more))
+    events = []
+    for transition, shape, values in describe_transitions(transitions):
+        attributes: dict[str, AttributeValue] = {**shape.constant, names.STATE_SEQUENCE: transition.sequence}
+        if before_ns is not None:
+            attributes[names.STATE_PREVIOUS_DURATION] = (transition.at_ns - before_ns) / 1e9
+        attributes.update(zip(shape.varying, values, strict=True))
+        if transition.state in WITH_MORE:
+            attributes.update(more(transition))
+        events.append(EventRecord(transition.at_ns + wall_offset_ns, shape.name, attributes))
+        before_ns = transition.at_ns
+    return events
 
 
-def phase_event(
-    time_ns: int, phase: DeliveryPhase, reply: Reply | None, more: tuple[tuple[str, AttributeValue], ...] = ()
-) -> EventRecord:
-    """The event that tells that a phase of a delivery is done."""
-    key = (phase, reply and reply.code, reply and reply.enhanced)
-    shape = _PHASE_SHAPES.get(key)
-    if shape is None:
-        if len(_PHASE_SHAPES) >= _MAX_SHAPES:
-            _PHASE_SHAPES.clear()
-        constant: dict[str, AttributeValue] = {}
-        add_reply_codes(constant, reply)
-        shape = _PHASE_SHAPES[key] = EventShape(names.PHASE_EVENTS[phase], constant)
-    return EventRecord(time_ns, shape, more)
+# These have attributes that their transition does not carry: addresses, octets.
+WITH_MORE: Final = frozenset({ConnState.NEW, ConnState.CLOSED})
+_sequences: Final = event_integers(names.STATE_SEQUENCE)
+_DURATION: Final = EVENT_PAIRS[names.STATE_PREVIOUS_DURATION, 0.0][:-8]
 
 
-def add_reply_codes(attributes: dict[str, AttributeValue], reply: Reply | None) -> None:
-    """Add code and enhanced code of `reply`, where there is one."""
-    if reply is not None:
-        attributes[names.REPLY_CODE] = reply.code
-        if reply.enhanced is not None:
-            attributes[names.REPLY_ENHANCED_CODE] = str(reply.enhanced)
+def encode_states(
+    transitions: Iterable[Transition],
+    before_ns: int | None,
+    wall_offset_ns: int,
+    more: Callable[[Transition], Iterable[Pair]],
+) -> list[bytes]:
+    """The events that tell `transitions`, as pieces of their span; else as `state_events`."""
+    pieces: list[bytes] = []
+    # Written out where a call per event would be felt: a mail has four of them.
+    small, two_octets = _sequences.small, _sequences.two_octets
+    for transition, shape, values in describe_transitions(transitions):
+        state, _, _, sequence, at_ns, _ = transition
+        octets = shape.octets
+        if sequence < 0x80:
+            octets += small[sequence]
+        elif sequence < 0x4000:
+            octets += two_octets + bytes((sequence & 0x7F | 0x80, sequence >> 7))
+        else:
+            octets += _sequences(sequence)
+        if before_ns is not None:
+            octets += _DURATION + pack_double((at_ns - before_ns) / 1e9)
+        if values:
+            for integers, value in zip(shape.integers, values, strict=True):
+                octets += integers(value)
+        if state in WITH_MORE:
+            octets += b"".join(map(EVENT_PAIRS.__getitem__, more(transition)))
+        size = len(octets)
+        pieces += (
+            BEFORE_TIME[size] if size < 1024 else before_time(size),
+            pack_time(at_ns + wall_offset_ns),
+            octets,
+        )
+        before_ns = at_ns
+    return pieces
 
 
-def _transition_shape(transition: Transition) -> EventShape:
-    fields: tuple[tuple[str, AttributeValue | None], ...] = (
-        (names.STATE, transition.state.value),
-        (names.STATE_PREVIOUS, transition.previous and transition.previous.value),
-        (names.STATE_LEVEL, transition.level.value),
-        (names.VERB, transition.verb),
-        (names.REPLY_CODE, transition.reply_code),
-        (names.REPLY_ENHANCED_CODE, transition.enhanced_code),
-        # An enumeration's member is a str, but not one that every encoder takes for one.
-        (names.ERROR_TYPE, None if transition.error_type is None else str(transition.error_type)),
-        (names.AUTH_MECHANISM, transition.mechanism),
-        (names.TLS_MODE, transition.tls_mode and transition.tls_mode.value),
-        (names.TLS_PROTOCOL_VERSION, transition.tls_version),
-        (names.TLS_CIPHER, transition.tls_cipher),
-        (names.RESET_CAUSE, transition.cause and transition.cause.value),
-        (names.CLOSE_REASON, transition.reason and transition.reason.value),
-    )
-    constant = {name: value for name, value in fields if value is not None}
-    return EventShape(names.STATE_EVENTS[transition.state], constant)
+# Phases ------------------------------------------------------------------------------------------------------------
+
+
+def _phase_shape(row: Row, attributes: names.Attributes) -> EventShape:
+    phase = row[0]
+    assert isinstance(phase, DeliveryPhase)
+    return EventShape(names.PHASE_EVENTS[phase], attributes)
+
+
+_PHASES: Final = ShapeTable((None, names.REPLY_CODE, ENHANCED_CODE), _phase_shape)
+
+
+def describe_phases(delivery: DeliveryRecord) -> list[tuple[int, EventShape]]:
+    """What the events consist of that tell the phases of a delivery: when they are over, and their shapes.
+
+    That of the wait for a connection has `pool_pairs` beside.
+    """
+    shapes, described = _PHASES, []
+    for at_ns, phase, reply in delivery.phases:
+        row: Row = (phase, None, None) if reply is None else (phase, reply.code, reply.enhanced)
+        described.append((at_ns, shapes[row]))
+    return described
+
+
+def pool_pairs(delivery: DeliveryRecord) -> tuple[Pair, ...]:
+    """What the wait for a connection tells; nothing while none was at hand."""
+    if delivery.pool_wait_ns is None:
+        return ()
+    return (names.POOL_WAIT, delivery.pool_wait_ns / 1e9), (names.POOL_REUSED, delivery.is_reused)
+
+
+_POOL: Final = names.PHASE_EVENTS[DeliveryPhase.POOL]
+
+
+def phase_events(delivery: DeliveryRecord, pool: Iterable[Pair]) -> list[EventRecord]:
+    """The phases of a delivery, as values.
+
+    Args:
+        pool: its `pool_pairs`.
+    """
+    offset = delivery.transaction.wall_offset_ns
+    return [
+        EventRecord(
+            at_ns + offset,
+            shape.name,
+            {**shape.constant, **dict(pool)} if shape.name == _POOL else shape.constant,
+        )
+        for at_ns, shape in describe_phases(delivery)
+    ]
+
+
+def encode_phases(delivery: DeliveryRecord, pool: Iterable[Pair]) -> list[bytes]:
+    """The phases of a delivery, as pieces of its span.
+
+    Args:
+        pool: its `pool_pairs`.
+    """
+    offset = delivery.transaction.wall_offset_ns
+    pieces: list[bytes] = []
+    for at_ns, shape in describe_phases(delivery):
+        if shape.name == _POOL:
+            pieces.append(encode_event(at_ns + offset, shape, pool))
+        else:
+            pieces += (shape.before, pack_time(at_ns + offset), shape.octets)
+    return pieces

@@ -18,7 +18,7 @@ import pytest
 
 import otel_smtp
 from otel_smtp.config import load
-from otel_smtp.gateway.app import Gateway
+from otel_smtp.gateway import Gateway
 from tests.support.capture import CapturingUpstream
 from tests.support.otlp_receiver import OtlpReceiver
 from tests.support.process import gateway

@@ -2,20 +2,16 @@
 
 import json
 
-import typer
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
 from otel_smtp.commands.bench import bench
 from tests.bench.process import free_port
 from tests.support.sink_process import running_sink
 
-app = typer.Typer()
-app.command()(bench)
-
 
 def test_figures_come_as_json() -> None:
     with running_sink() as (port, _):
-        ran = CliRunner().invoke(app, ["--port", str(port), "--messages", "7", "--sessions", "2", "--json"])
+        ran = CliRunner().invoke(bench, ["--port", str(port), "--messages", "7", "--sessions", "2", "--json"])
     assert ran.exit_code == 0, ran.output
     figures = json.loads(ran.stdout)
     assert (figures["accepted"], figures["failed"]) == (7, 0)
@@ -25,18 +21,18 @@ def test_figures_come_as_json() -> None:
 
 def test_people_see_rate_and_latency() -> None:
     with running_sink() as (port, _):
-        ran = CliRunner().invoke(app, ["--port", str(port), "--messages", "7", "--fresh"])
+        ran = CliRunner().invoke(bench, ["--port", str(port), "--messages", "7", "--fresh"])
     assert ran.exit_code == 0, ran.output
     assert "accepted" in ran.stdout
     assert "messages/s" in ran.stdout
 
 
 def test_a_failed_message_is_exit_status_1_and_its_reason_is_shown() -> None:
-    ran = CliRunner().invoke(app, ["--port", str(free_port()), "--messages", "3"])
+    ran = CliRunner().invoke(bench, ["--port", str(free_port()), "--messages", "3"])
     assert ran.exit_code == 1
     assert "refused" in ran.stdout
 
 
 def test_a_host_without_an_address_is_told() -> None:
-    ran = CliRunner().invoke(app, ["--host", "no such host", "--json"])
+    ran = CliRunner().invoke(bench, ["--host", "no such host", "--json"])
     assert ran.exit_code == 1

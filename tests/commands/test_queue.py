@@ -98,10 +98,10 @@ def test_the_trace_of_a_queued_message_is_told(running: GatewayProcess, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "status", "told"),
     [
-        (("hold",), 2, "which messages?"),
-        (("delete", "--all"), 2, "add --yes to mean it"),
+        (("hold",), 2, "no messages named"),
+        (("delete", "--all"), 2, "add --yes to confirm"),
         (("show", "nothing"), 1, "no message nothing"),
-        (("shape", "--by", "colour"), 2, "allowed: domain, sender, reason"),
+        (("shape", "--by", "colour"), 2, "is not one of 'domain', 'sender', 'reason'"),
         (("hold", "nothing"), 1, "no message nothing"),
     ],
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import trustme
 
-from otel_smtp.commands.send import SendingFailed, Sent, sample_message, send
+from otel_smtp.commands.send import SendingFailed, Sent, sample_message, send_message
 from otel_smtp.config import Secret, UpstreamUrl
 from otel_smtp.config.values import Given, UpstreamUrlKind
 from otel_smtp.smtp.replies import Reply
@@ -31,10 +31,10 @@ def sent_to(where: str, told: Told, **more: object) -> Sent:
         "sender": "me@example.org",
         "recipients": ["you@example.net"],
         "content": b"Subject: x\n\nHello\n",
-        "tell": lambda *exchange: told.append(exchange),
+        "on_exchange": lambda *exchange: told.append(exchange),
         "timeout": 10.0,
     }
-    return send(url(where), **{**arguments, **more})  # type: ignore[arg-type]  # as each test wants them
+    return send_message(url(where), **{**arguments, **more})  # type: ignore[arg-type]  # as each test wants them
 
 
 @pytest.fixture

@@ -10,20 +10,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
+import click
 import pytest
-import typer
 import yaml
 
-from otel_smtp.commands.cli import app
+from otel_smtp.commands.cli import cli
+from otel_smtp.gateway.ports import bind
 from otel_smtp.observing import Endpoint
 from otel_smtp.status.live import LiveView
 from otel_smtp.status.server import StatusServer
 from otel_smtp.status.traces import RecentTraces
+from otel_smtp.telemetry import environment
 
 ROOT: Final = Path(__file__).parent.parent.parent
 DEPLOY: Final = ROOT / "deploy"
 DOCKERFILE: Final = (DEPLOY / "Dockerfile").read_text(encoding="utf-8")
-COMMANDS: Final[Any] = getattr(typer.main.get_command(app), "commands")  # noqa: B009 - typer's type does not tell it
 
 
 def yaml_documents() -> Iterator[tuple[str, Any]]:
@@ -55,10 +56,18 @@ def command_lines() -> Iterator[tuple[str, tuple[str, ...]]]:
                 yield str(file.relative_to(DEPLOY)), tuple(shlex.split(line))
 
 
+def parse(name: str, arguments: list[str]) -> None:
+    """Parse a command's options as `otel-smtp` does, and run nothing."""
+    with click.Context(cli) as context:
+        command = cli.get_command(context, name)
+        assert command is not None
+        command.make_context(name, arguments, parent=context)
+
+
 @pytest.mark.parametrize(("path", "words"), list(command_lines()))
 def test_a_command_parses(path: str, words: tuple[str, ...]) -> None:
     name, *arguments = words
-    COMMANDS[name].make_context(name, arguments)
+    parse(name, arguments)
 
 
 def test_there_are_commands_to_check() -> None:
@@ -69,14 +78,15 @@ def test_there_are_commands_to_check() -> None:
 
 def test_a_wrong_option_does_not_parse() -> None:
     with pytest.raises(Exception, match="No such option"):
-        COMMANDS["send"].make_context("send", ["--to", "a@example.com", "--host", "gateway"])
+        parse("send", ["--to", "a@example.com", "--host", "gateway"])
 
 
 def test_the_image_starts_the_program() -> None:
     (entrypoint,) = re.findall(r"^ENTRYPOINT (.*)$", DOCKERFILE, re.MULTILINE)
     (command,) = re.findall(r"^CMD (.*)$", DOCKERFILE, re.MULTILINE)
     assert json.loads(entrypoint) == ["otel-smtp"]
-    COMMANDS["serve"].make_context("serve", json.loads(command)[1:])
+    name, *arguments = json.loads(command)
+    parse(name, arguments)
     assert "\nUSER 10001" in DOCKERFILE
     for source in re.findall(r"^COPY (?!--from)(.*) \S+$", DOCKERFILE, re.MULTILINE):
         assert all((ROOT / name).exists() for name in source.split()), source
@@ -86,10 +96,10 @@ async def test_the_images_health_check_tells_a_live_gateway_from_none() -> None:
     (line,) = re.findall(r"HEALTHCHECK [^\n]*\\\n\s+CMD (.*)$", DOCKERFILE, re.MULTILINE)
     _, *arguments = json.loads(line)
     server = StatusServer(
-        Endpoint("127.0.0.1", 0), live=LiveView(shown_host=str, shown_name=str), traces=RecentTraces(), checks={},
+        live=LiveView(shown_host=str, shown_name=str), traces=RecentTraces(), checks={},
         metrics=lambda accept: (b"", "text/plain"),
     )  # fmt: skip
-    address = await server.start()
+    address = server.start(bind(Endpoint("127.0.0.1", 0)))
     here = [word.replace("127.0.0.1:9925", f"127.0.0.1:{address.port}") for word in arguments]
     assert here != arguments
     assert await exit_status(here) == 0
@@ -104,6 +114,18 @@ async def exit_status(arguments: list[str]) -> int:
     return done.returncode
 
 
+class Asked(dict[str, str]):
+    """An environment that remembers which variables were asked for."""
+
+    def __init__(self, variables: dict[str, str]) -> None:
+        super().__init__(variables)
+        self.names: set[str] = set()
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.names.add(name)
+        return super().get(name, default)
+
+
 def test_every_variable_is_one_that_the_program_or_the_sdk_reads() -> None:
     sdk = {
         "OTEL_EXPORTER_OTLP_ENDPOINT",
@@ -111,12 +133,15 @@ def test_every_variable_is_one_that_the_program_or_the_sdk_reads() -> None:
         "OTEL_RESOURCE_ATTRIBUTES",
         "OTEL_SERVICE_NAME",
     }
-    read = (ROOT / "otel_smtp/telemetry/setup.py").read_text(encoding="utf-8")
+    detected = {"OTEL_RESOURCE_ATTRIBUTES"}  # by the SDK's detectors, in the process's own environment
+    asked = Asked({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:4318"})
+    environment.read(asked)
+    environment.resource_of(asked)
     for path in sorted(DEPLOY.rglob("*")):
         if path.is_file():
             for variable in re.findall(r"\bOTEL_[A-Z_]+\b", path.read_text(encoding="utf-8")):
                 assert variable in sdk, f"{variable} in {path.name}"
-                assert variable in read, f"{variable} is read by nobody"
+                assert variable in asked.names | detected, f"{variable} is read by nobody"
 
 
 def test_ports_agree() -> None:

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from otel_smtp.config import Settings, Timeouts, load
-from otel_smtp.gateway.app import TELEMETRY_FLUSH_SECONDS
+from otel_smtp.gateway.gateway import TELEMETRY_FLUSH_SECONDS
 from otel_smtp.telemetry import attributes
 from tests.support.tools import tool
 

@@ -9,7 +9,6 @@ from typing import Any, Final
 import pytest
 import yaml
 
-from otel_smtp.observing import Observer
 from otel_smtp.telemetry import attributes
 from otel_smtp.telemetry.metrics import Metrics
 from tests.support.tools import tool
@@ -45,7 +44,7 @@ def known_series() -> dict[str, set[str]]:
         for name, metric in attributes.METRICS.items()
     }
     series = {"up": set[str]()}
-    for family in Metrics(Observer(), spool=lambda: ({"deferred": 1}, 0.0)).collect():
+    for family in Metrics(spool=lambda: ({"deferred": 1}, 0.0)).collect():
         metric = max((name for name in labels if family.name.startswith(name)), key=len)
         suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_count", "_sum")}.get(family.type, ("",))
         series |= {family.name + suffix: labels[metric] for suffix in suffixes}
@@ -99,7 +98,7 @@ def test_promtool_can_read_each_query(query: str, tmp_path: Path) -> None:
 def test_promtool_accepts_rules_configuration_and_the_metrics_page() -> None:
     for arguments in (["check", "rules", "alerts.yaml"], ["check", "config", "prometheus.yaml"]):
         subprocess.run([tool("promtool"), *arguments], cwd=DEPLOY / "prometheus", check=True, capture_output=True)
-    page = Metrics(Observer()).page("text/plain")[0]
+    page = Metrics().page("text/plain")[0]
     subprocess.run([tool("promtool"), "check", "metrics"], input=page, check=True, capture_output=True)
 
 

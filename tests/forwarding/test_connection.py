@@ -14,10 +14,11 @@ from otel_smtp.forwarding.connection import UpstreamConnection, introduce, open_
 from otel_smtp.forwarding.faults import ConnectFailed
 from otel_smtp.forwarding.settings import Credentials, Timeouts, UpstreamSettings
 from otel_smtp.forwarding.tls import UpstreamTlsContext
-from otel_smtp.observing import DeliveryObserver, DeliveryPhase, Endpoint
+from otel_smtp.observing import DeliveryPhase, Endpoint
 from otel_smtp.smtp import replies
+from otel_smtp.smtp.replies import Reply
 from otel_smtp.smtp.states import TlsMode
-from tests.support.deliveries import RecordedDelivery
+from tests.support.deliveries import phases_of
 from tests.support.fake_stream import FakeStream
 from tests.support.relaying import QUICK, relay, relaying
 from tests.support.upstream import EXTENSIONS, Fault, Kind, Phase, ScriptedUpstream
@@ -58,12 +59,16 @@ def secured(upstream: ScriptedUpstream, ca_file: str | None, **more: object) -> 
     return UpstreamSettings("up", "127.0.0.1", upstream.port, **wanted)  # type: ignore[arg-type]
 
 
+def note_nothing(phase: DeliveryPhase, reply: Reply | None) -> None:
+    """Where nobody asks for the steps."""
+
+
 async def opened(settings: UpstreamSettings) -> UpstreamConnection:
     """Open a connection and say QUIT."""
     context = None
     if settings.tls is not TlsMode.OFF:
         context = settings.tls_context or UpstreamTlsContext.create(ca_file=settings.ca_file)
-    connection = await open_connection(settings, context, "gw.example", DeliveryObserver())
+    connection = await open_connection(settings, context, "gw.example", note_nothing)
     connection.close()
     await connection.stream.wait_closed()
     return connection
@@ -83,10 +88,10 @@ async def test_a_mail_over_tls_with_auth(authority: trustme.CA, ca_file: str, im
         assert relayed.told.code == 250
         (kept,) = upstream.kept
         assert (kept.is_tls, kept.user) == (True, "relay")
-        ((_, tls),) = relayed.seen.deliveries[0].peers
+        tls = relayed.seen.deliveries[0].tls
         assert tls is not None
         assert (tls.version, tls.server_name, tls.resumed) == ("1.3", "localhost", False)
-        phases = [phase for phase, _ in relayed.seen.deliveries[0].phases]
+        phases = phases_of(relayed.seen.deliveries[0])
         if not implicit:
             assert phases[1:7] == [
                 DeliveryPhase.CONNECT,
@@ -184,7 +189,7 @@ async def test_tls_sessions_are_resumed(authority: trustme.CA, ca_file: str) -> 
         resumed = []
         for _ in range(2):
             relayed = await relay(forwarder)
-            ((_, tls),) = relayed.seen.deliveries[0].peers
+            tls = relayed.seen.deliveries[0].tls
             assert tls is not None
             resumed.append(tls.resumed)
             # Only the connection goes; what its TLS session was stays.
@@ -306,7 +311,7 @@ async def test_no_credential_leaves_this_machine_in_clear(host: str, leaves: boo
     connection = UpstreamConnection(stream, Timeouts())
     settings = UpstreamSettings("up", host, 25, credentials=SECRET, auth="plain")
     stream.feed(b"220 up\r\n")
-    introducing = asyncio.ensure_future(introduce(connection, settings, None, "gw.example", DeliveryObserver()))
+    introducing = asyncio.ensure_future(introduce(connection, settings, None, "gw.example", note_nothing))
     await stream.sends(b"EHLO gw.example\r\n")
     stream.feed(b"250-up\r\n250 AUTH PLAIN\r\n")
     if leaves:
@@ -403,10 +408,10 @@ async def test_auth_that_stalls_or_is_garbled_fails_the_connection() -> None:
 async def test_quit_is_said_without_waiting_for_its_reply() -> None:
     async with ScriptedUpstream(extensions=EXTENSIONS) as upstream:
         settings = UpstreamSettings("up", "127.0.0.1", upstream.port, timeouts=QUICK)
-        seen = RecordedDelivery("up", Endpoint("127.0.0.1", upstream.port), 1, {})
-        connection = await open_connection(settings, None, "gw.example", seen)
+        phases: list[tuple[DeliveryPhase, Reply | None]] = []
+        connection = await open_connection(settings, None, "gw.example", lambda *step: phases.append(step))
         connection.close()
         connection.close()
         await connection.stream.wait_closed()
-        assert seen.phases[0] == (DeliveryPhase.CONNECT, None)
+        assert phases[0] == (DeliveryPhase.CONNECT, None)
         assert "1 messages" not in repr(connection)

@@ -7,7 +7,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from otel_smtp.forwarding.breaker import FIRST_REST_SECONDS, INITIAL_WINDOW, LONGEST_REST_SECONDS, Breaker, BreakerState
+from otel_smtp.forwarding.breaker import (
+    FIRST_BACKOFF_SECONDS,
+    INITIAL_WINDOW,
+    LONGEST_BACKOFF_SECONDS,
+    Breaker,
+    BreakerState,
+)
 from otel_smtp.forwarding.pool import RECLAIM_AFTER_SECONDS, Decision, Pool, Ticket
 from otel_smtp.forwarding.settings import PoolLimits
 
@@ -116,14 +122,16 @@ def test_a_parked_connection_is_reclaimed_for_who_waits_and_not_at_once() -> Non
     pool.park(second, 0.5, lambda: told.append("second"))
     waiting = pool.ask(0.5)
     assert decided(waiting, Decision.WAITING)
-    assert pool.reclaim(0.9) == RECLAIM_AFTER_SECONDS
-    assert pool.reclaim(1) is None
+    pool.expire(0.9)
+    assert decided(waiting, Decision.WAITING)
+    pool.expire(RECLAIM_AFTER_SECONDS)
     assert (waiting.connection, told) == (first, ["first"])
     pool.unpark(second)
     assert decided(pool.ask(9), Decision.WAITING)
     pool.park(second, 9, lambda: told.append("second"))
     fresh = pool.ask(9, fresh=True)
-    assert pool.reclaim(10) == 10 + RECLAIM_AFTER_SECONDS  # one was served, one still waits
+    pool.expire(10)
+    assert decided(fresh, Decision.WAITING)  # one was served, one still waits
     assert told == ["first", "second"]
     assert pool.snapshot().busy == 2
     pool.release(first, 10)
@@ -144,11 +152,40 @@ def test_idle_connections_expire_the_oldest_first() -> None:
     first, second = (opened(pool, pool.ask(0)) for _ in range(2))
     pool.release(first, 0)
     pool.release(second, 10)
-    assert pool.expire(20) == 30
-    assert pool.expire(30) == 40
+    pool.expire(29.9)
+    assert pool.take_closing() == []
+    pool.expire(30)
     assert pool.take_closing() == [first]
-    assert pool.expire(40) is None
+    pool.expire(40)
     assert pool.take_closing() == [second]
+    assert pool.is_empty
+
+
+def test_a_ticket_does_not_wait_for_ever() -> None:
+    pool = grown(connections=1)
+    opened(pool, pool.ask(0))
+    first, second = pool.ask(1), pool.ask(2)
+    pool.expire(60.9, most_wait_seconds=60)
+    assert decided(first, Decision.WAITING)
+    pool.expire(61, most_wait_seconds=60)
+    assert (first.decision, second.decision) == (Decision.NONE, Decision.WAITING)
+    assert pool.snapshot().waiting == 1
+    assert not pool.is_empty
+
+
+def test_an_idle_connection_is_taken_without_a_ticket() -> None:
+    pool = grown(connections=2)
+    assert pool.take(0) is None
+    first, second = (opened(pool, pool.ask(0)) for _ in range(2))
+    pool.release(first, 1)
+    assert pool.take(2) is first
+    assert pool.take(2) is None
+    pool.release(first, 3)
+    first.is_alive = False
+    assert pool.take(4) is None
+    assert pool.take_closing() == [first]
+    pool.release(second, 5)
+    assert pool.take(5) is second
 
 
 def test_a_lost_idle_connection_is_forgotten_and_a_busy_one_is_not_touched() -> None:
@@ -182,7 +219,8 @@ def test_an_upstream_is_met_with_few_connections_at_first_and_more_with_each_suc
     tickets = [pool.ask(0) for _ in range(40)]
     assert sum(ticket.decision is Decision.OPEN for ticket in tickets) == INITIAL_WINDOW
     for _ in range(1000):
-        pool.answered(0)
+        pool.breaker.succeeded()
+        pool.expire(0)
     assert sum(ticket.decision is Decision.OPEN for ticket in tickets) == 20
 
 
@@ -198,12 +236,13 @@ def test_repeated_failures_send_everybody_away_at_once() -> None:
         pool.failed(1)
     assert not [ticket for ticket in tickets if ticket.decision is Decision.WAITING]
     assert pool.ask(1).decision is Decision.NONE
-    probe = pool.ask(1 + FIRST_REST_SECONDS)
+    probe = pool.ask(1 + FIRST_BACKOFF_SECONDS)
     assert decided(probe, Decision.OPEN)
     waiting = pool.ask(2)
     assert decided(waiting, Decision.WAITING)  # for the probe's verdict
     opened(pool, probe)
-    pool.answered(2)
+    pool.breaker.succeeded()
+    pool.expire(2)
     assert decided(waiting, Decision.OPEN)
 
 
@@ -255,32 +294,32 @@ def test_the_rest_grows_with_each_failed_probe_up_to_a_bound() -> None:
     breaker = dead()
     now, rests = 0.0, []
     for _ in range(10):
-        assert breaker.resting_until is not None
-        rests.append(breaker.resting_until - now)
-        now = breaker.resting_until
+        assert breaker.retry_at is not None
+        rests.append(breaker.retry_at - now)
+        now = breaker.retry_at
         assert breaker.is_dead(now - 0.01)
         assert not breaker.is_dead(now)
         assert breaker.allows(now, 0)
-        breaker.begin(now)
+        breaker.begin()
         assert not breaker.allows(now, 0)
         breaker.failed(now)
     assert rests[:4] == [1, 2, 4, 8]
-    assert rests[-1] == LONGEST_REST_SECONDS
+    assert rests[-1] == LONGEST_BACKOFF_SECONDS
 
 
 def test_who_comes_back_is_met_slowly_and_with_a_short_rest() -> None:
     breaker = dead()
-    breaker.begin(1)
+    breaker.begin()
     breaker.failed(1)
-    breaker.begin(9)
+    breaker.begin()
     breaker.succeeded()
     assert breaker.window == 2
     assert not breaker.is_dead(9)
     while is_closed(breaker):
         breaker.failed(10)
-    assert breaker.resting_until == 10 + FIRST_REST_SECONDS
+    assert breaker.retry_at == 10 + FIRST_BACKOFF_SECONDS
     breaker.failed(11)  # begun before the verdict: adds nothing
-    assert breaker.resting_until == 10 + FIRST_REST_SECONDS
+    assert breaker.retry_at == 10 + FIRST_BACKOFF_SECONDS
 
 
 # Any order of events ------------------------------------------------------------------------------------------
@@ -320,6 +359,16 @@ class AnyOrder(RuleBasedStateMachine):
         self.waiting.append(self.pool.ask(self.now, fresh=fresh))
         self.sort()
 
+    @rule()
+    def take(self) -> None:
+        connection = self.pool.take(self.now)
+        if connection is not None:
+            assert all(ticket.wants_fresh for ticket in self.waiting)
+            assert connection.is_reusable(self.now, self.limits)
+            connection.uses += 1
+            self.busy.append(connection)
+        self.sort()
+
     @precondition(lambda self: self.waiting)
     @rule(data=st.data())
     def withdraw(self, data: st.DataObject) -> None:
@@ -349,7 +398,8 @@ class AnyOrder(RuleBasedStateMachine):
         self.busy.remove(connection)
         connection.is_alive = alive
         if answered:
-            self.pool.answered(self.now)
+            self.pool.breaker.succeeded()
+            self.pool.expire(self.now)
         self.pool.release(connection, self.now)
         self.idle_or_closed.append(connection)
         self.sort()
@@ -388,8 +438,7 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(seconds=st.floats(0, 20))
     def pass_time(self, seconds: float) -> None:
         self.now += seconds
-        self.pool.expire(self.now)
-        self.pool.reclaim(self.now)
+        self.pool.expire(self.now, most_wait_seconds=60)
         self.sort()
 
     @invariant()
@@ -405,6 +454,10 @@ class AnyOrder(RuleBasedStateMachine):
         """Whoever waits will be served by an event that must still come."""
         if self.waiting:
             assert self.busy or self.open_tickets
+
+    @invariant()
+    def it_is_empty_when_nothing_can_be_late(self) -> None:
+        assert self.pool.is_empty == (not (self.busy or self.open_tickets or self.waiting or self.pool.snapshot().idle))
 
 
 AnyOrder.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)

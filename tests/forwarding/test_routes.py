@@ -35,12 +35,14 @@ class Row:
 )
 def test_patterns(senders: Sequence[str], recipients: Sequence[str], sender: str, recipient: str, serves: bool) -> None:
     routes = Routes([(Row(tuple(senders), tuple(recipients)), "up")])
-    found = routes.for_recipient(routes.for_mail(Mail(sender)), Recipient(recipient))
+    found = routes.for_mail(Mail(sender)).for_recipient(Recipient(recipient))
     assert list(found) == (["up"] if serves else [])
 
 
 def test_the_order_of_preference_is_kept() -> None:
     routes = Routes([(Row(recipients=("*@y.example",)), "first"), (Row(), "second"), (Row(senders=("x",)), "third")])
     serving = routes.for_mail(Mail("a@x.example"))
-    assert list(routes.for_recipient(serving, Recipient("b@y.example"))) == ["first", "second"]
-    assert list(routes.for_recipient(serving, Recipient("b@z.example"))) == ["second"]
+    assert list(serving.for_recipient(Recipient("b@y.example"))) == ["first", "second"]
+    assert list(serving.for_recipient(Recipient("b@z.example"))) == ["second"]
+    everybody = Routes([(Row(), "first"), (Row(), "second")]).for_mail(Mail("a@x.example"))
+    assert list(everybody.for_recipient(Recipient("b@y.example"))) == ["first", "second"]

@@ -105,13 +105,15 @@ class _Delivery:
     def send(self) -> None:
         self.story.sent += self.client.data_to_send()
 
-    def read(self) -> list[Answer]:
-        """All answers there are; raises RemoteProtocolError."""
+    def read(self, data: bytes) -> list[Answer]:
+        """All answers there are."""
         found: list[Answer] = []
-        while isinstance(answer := self.client.next_answer(), Answer):
-            found.append(answer)
-            self.story.answers.append((answer.verb, answer.reply.code))
-            self._judge(answer)
+        while answers := self.client.receive(data):
+            data = b""  # what lies behind the last answer is judged by the next call
+            for answer in answers:
+                found.append(answer)
+                self.story.answers.append((answer.verb, answer.reply.code))
+                self._judge(answer)
         return found
 
     def _judge(self, answer: Answer) -> None:
@@ -157,7 +159,7 @@ class _Delivery:
                 try:
                     challenge_of(last.reply)
                 except RemoteProtocolError:
-                    client.cancel_auth()
+                    self._stage = "quit"  # the connection is closed without another word
                 else:
                     client.send_auth_response(b"s3cret")
             case "secure" | "handshake" | "auth":
@@ -224,11 +226,7 @@ class _Delivery:
             client.send_chunk_octets(content[half:])
             self.end_is_sent = True
         else:
-            if self.wishes.in_pieces:
-                client.send_chunk(content[:half])
-                client.send_last_chunk(content[half:])
-            else:
-                client.send_last_chunk(content)
+            client.send_last_chunk(content[:half], content[half:])
 
     def _send_content(self) -> None:
         client, content = self.client, self._content
@@ -275,27 +273,28 @@ def _converse(data: bytes, *, is_cut: bool) -> Story:
         try:
             for piece in pieces(flight, cut) if is_cut else ([flight] if flight else []):
                 heard += piece
-                delivery.client.receive_data(piece)
-                answers += delivery.read()
+                answers += delivery.read(piece)
                 _check_bound(delivery.client)
+                if delivery.client.fault is not None:
+                    raise delivery.client.fault
             if wishes.wants_chunks:
                 # Once the last octet of a group has travelled, its end may be answered.
                 delivery.end_is_sent = delivery.end_is_sent or b" LAST\r\n" in delivery.story.sent
             delivery.ask(answers)
             delivery.end_is_sent = delivery.end_is_sent or b" LAST\r\n" in delivery.story.sent
         except RemoteProtocolError:
-            assert delivery.client.is_broken
+            assert delivery.client.fault is not None
             assert delivery.client.data_to_send() == b""
             break
     story = delivery.story
-    story.is_broken = delivery.client.is_broken
+    story.is_broken = delivery.client.fault is not None
     _judge_order(bytes(heard), [code for _, code in story.answers])
     _judge_wire(bytes(story.sent), content, is_data=(Verb.DATA, 354) in story.answers, is_utf8=wishes.is_utf8)
     return story
 
 
 def _check_bound(client: ClientProtocol) -> None:
-    if not client.is_broken and not client.has_queued:
+    if client.fault is None and not client.queued:
         # The lines of one reply, and one that is not whole.
         assert held_octets(client) <= MAX_LINE_OCTETS * (MAX_LINES + 1)
 

@@ -16,13 +16,13 @@ from typing import Final
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.commands import Verb
 from otel_smtp.smtp.envelope import Recipient
-from otel_smtp.smtp.events import TlsRequested
+from otel_smtp.smtp.policy import ServerLimits, ServerPolicy
 from otel_smtp.smtp.replies import Reply
 from otel_smtp.smtp.sequence import Phase
-from otel_smtp.smtp.server import ServerLimits, ServerPolicy
 from otel_smtp.smtp.states import CloseReason, TlsMode, Transition
 from tests.support.dialogue import UpstreamScript, scripted_reply
 from tests.support.engine import HOSTNAME, EngineDriver, Record
+from tests.support.events import TlsRequested
 from tests.support.held import held_octets
 
 HEAD_OCTETS: Final = 7

@@ -36,7 +36,12 @@ def hears(number, ready):  # tells what it hears, and ends with the last signal
 def fails(number, ready):
     return 3
 
-work = {"deaf": deaf, "hears": hears, "fails": fails}[sys.argv[1]]
+def parent_waits_for_the_end():  # of a worker, before it looks at the worker's pipe
+    os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
+
+work = {"deaf": deaf, "hears": hears, "fails": fails, "fails at once": fails}[sys.argv[1]]
+if sys.argv[1] == "fails at once":
+    os.register_at_fork(after_in_parent=parent_waits_for_the_end)
 sys.exit(Supervisor(1, work, on_ready=lambda: os.write(1, b"ready\\n")).run())
 """
 
@@ -93,6 +98,7 @@ def test_a_worker_whose_successor_is_ready_is_told_that_it_is_replaced() -> None
         assert process.wait(15) == 0
 
 
-def test_a_worker_that_cannot_start_is_the_failure_of_all() -> None:
-    with supervising("fails") as process:
+@pytest.mark.parametrize("when", ["fails", "fails at once"])
+def test_a_worker_that_cannot_start_is_the_failure_of_all(when: str) -> None:
+    with supervising(when) as process:
         assert process.wait(15) == 3

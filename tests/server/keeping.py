@@ -1,21 +1,18 @@
-"""A forwarder in memory, and observers that note what they are told: the two sides of a connection under test."""
+"""A forwarder in memory, and a server whose sessions a test watches: what stands around a session under test."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from otel_smtp.forwarding.base import Capabilities, ContentAborted
-from otel_smtp.observing import (
-    ConnectionInfo,
-    ConnectionObserver,
-    Observer,
-    Outcome,
-    TransactionObserver,
-)
+from otel_smtp.forwarding.base import Capabilities, Forwarder, MessageAnswered, RecipientsAnswered
+from otel_smtp.net import Stream
+from otel_smtp.observing import ConnectionInfo, ConnectionRecord, Observer, TransactionRecord
+from otel_smtp.server.listener import Server
+from otel_smtp.server.session import ListenerPolicy, Segments, Session
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Mail, Recipient
 from otel_smtp.smtp.replies import Reply
-from otel_smtp.smtp.states import CloseReason, Transition
+from otel_smtp.smtp.states import CloseReason, IllegalTransition, Transition
 
 
 @dataclass
@@ -23,6 +20,7 @@ class Kept:
     """One message that a `KeepingForwarder` has taken, or has lost on the way."""
 
     mail: Mail
+    record: TransactionRecord
     recipients: list[Recipient] = field(default_factory=list)
     content: bytes = b""
     is_accepted: bool = False
@@ -37,8 +35,9 @@ class KeepingForwarder:
         batches: sizes of the recipient groups.
         final: what it answers to the content; raised if it is an exception.
         refuses: recipients that it refuses.
-        hold: while set, `content` waits for it after the content is complete.
-        reads_content: whether it reads the content before it answers.
+        hold: while set, the answer to the content waits for it.
+        holds_back: after how many octets of a message's content it asks for a pause; `resume` ends the pause.
+        resume: what the transaction at hand gave to be called.
         at: called with the name of each step; may raise.
     """
 
@@ -48,16 +47,17 @@ class KeepingForwarder:
         self.final: Reply | Exception = replies.OK
         self.refuses: dict[str, Reply] = {}
         self.hold: asyncio.Event | None = None
-        self.reads_content = True
+        self.holds_back: int | None = None
+        self.resume: Callable[[], None] = lambda: None
         self.at: Callable[[str], None] = lambda step: None
         self.can = Capabilities()
 
     def capabilities(self) -> Capabilities:
         return self.can
 
-    async def begin(self, mail: Mail, seen: TransactionObserver) -> "_Keeping":
+    def begin(self, mail: Mail, record: TransactionRecord) -> "_Keeping":
         self.at("begin")
-        self.kept.append(Kept(mail))
+        self.kept.append(Kept(mail, record))
         return _Keeping(self, self.kept[-1])
 
 
@@ -67,90 +67,79 @@ class _Keeping:
     def __init__(self, forwarder: KeepingForwarder, kept: Kept) -> None:
         self._forwarder = forwarder
         self._kept = kept
+        self._waiting: asyncio.Task[None] | None = None
 
-    async def recipients(self, batch: Sequence[Recipient]) -> Sequence[Reply]:
+    def recipients(self, batch: Sequence[Recipient], answered: RecipientsAnswered) -> None:
         self._forwarder.at("recipients")
         self._forwarder.batches.append(len(batch))
         answers = [self._forwarder.refuses.get(recipient.address, replies.RECIPIENT_OK) for recipient in batch]
         self._kept.recipients += [
             recipient for recipient, reply in zip(batch, answers, strict=True) if reply.is_positive
         ]
-        return answers
+        answered(answers)
 
-    async def content(self, chunks: AsyncIterator[bytes]) -> Reply:
+    def content(self, resume: Callable[[], None]) -> None:
         self._forwarder.at("content")
-        if self._forwarder.reads_content:
-            try:
-                async for chunk in chunks:
-                    self._kept.content += chunk
-            except ContentAborted:
-                self._kept.is_aborted = True
-                raise
-        if self._forwarder.hold is not None:
-            await self._forwarder.hold.wait()
-        if isinstance(self._forwarder.final, Exception):
-            raise self._forwarder.final
-        self._kept.is_accepted = self._forwarder.final.is_positive
-        return self._forwarder.final
+        self._forwarder.resume = resume
 
-    async def abort(self) -> None:
+    def write(self, chunk: bytes) -> bool:
+        self._forwarder.at("write")
+        self._kept.content += chunk
+        limit = self._forwarder.holds_back
+        return limit is None or len(self._kept.content) <= limit
+
+    def finish(self, answered: MessageAnswered) -> None:
+        self._forwarder.at("finish")
+        if self._forwarder.hold is None:
+            self._answer(answered)
+        else:
+            self._waiting = asyncio.get_running_loop().create_task(self._answer_late(answered, self._forwarder.hold))
+
+    async def _answer_late(self, answered: MessageAnswered, hold: asyncio.Event) -> None:
+        await hold.wait()
+        self._answer(answered)
+
+    def _answer(self, answered: MessageAnswered) -> None:
+        final = self._forwarder.final
+        if isinstance(final, Exception):
+            raise final
+        self._kept.is_accepted = final.is_positive
+        answered(final, ())
+
+    def abort(self) -> None:
         self._kept.is_aborted = True
 
 
-class NotingTransaction(TransactionObserver):
-    """Notes how a transaction went."""
+class NotingConnection:
+    """What became known of a connection."""
 
-    def __init__(self) -> None:
-        self.outcome: Outcome | None = None
-        self.reply: Reply | None = None
-        self.answers: list[int] = []
-        self.octets: int | None = None
-
-    def recipient_answered(self, recipient: Recipient, reply: Reply) -> None:
-        self.answers.append(reply.code)
-
-    def content_received(self, octets: int) -> None:
-        self.octets = octets
-
-    def trace_id(self) -> str | None:
-        return "5" * 32
-
-    def ended(self, outcome: Outcome, reply: Reply | None, **more: object) -> None:
-        assert self.outcome is None, "a transaction ends once"
-        self.outcome = outcome
-        self.reply = reply
-
-
-class NotingConnection(ConnectionObserver):
-    """Notes the states, replies and transactions of a connection."""
-
-    def __init__(self, info: ConnectionInfo) -> None:
-        self.info = info
+    def __init__(self, record: ConnectionRecord) -> None:
+        self.record = record
         self.transitions: list[Transition] = []
-        self.replies: list[Reply] = []
-        self.transactions: list[NotingTransaction] = []
-        self.close_reason: CloseReason | None = None
-        self.octets: tuple[int, int] = (0, 0)
+        self.transactions: list[TransactionRecord] = []
+
+    @property
+    def info(self) -> ConnectionInfo:
+        """Its identity."""
+        return self.record.info
 
     @property
     def states(self) -> str:
         """The recorded states, in one line."""
         return " ".join(transition.state for transition in self.transitions)
 
-    def conn_state(self, transition: Transition) -> None:
-        self.transitions.append(transition)
+    @property
+    def replies(self) -> list[tuple[str | None, Reply]]:
+        """Those of the present segment."""
+        return self.record.replies
 
-    def replied(self, verb: str | None, reply: Reply) -> None:
-        self.replies.append(reply)
+    @property
+    def close_reason(self) -> CloseReason | None:
+        """Why it ended; None while it lives."""
+        return self.record.close_reason
 
-    def transaction_begun(self, mail: Mail, number: int) -> TransactionObserver:
-        self.transactions.append(NotingTransaction())
-        return self.transactions[-1]
 
-    def closed(self, reason: CloseReason, *, octets_received: int, octets_sent: int) -> None:
-        assert self.close_reason is None, "a connection closes once"
-        self.close_reason = reason
-        self.octets = (octets_received, octets_sent)
+TRACE_ID = "5" * 32
 
 
 class Noting(Observer):
@@ -159,10 +148,76 @@ class Noting(Observer):
     def __init__(self) -> None:
         self.connections: list[NotingConnection] = []
         self.refused: list[str] = []
+        self.segments: list[list[Transition]] = []
+        self._by_record: dict[ConnectionRecord, NotingConnection] = {}
 
-    def connection_opened(self, connection: ConnectionInfo) -> ConnectionObserver:
-        self.connections.append(NotingConnection(connection))
-        return self.connections[-1]
+    def connection_opened(self, connection: ConnectionRecord) -> None:
+        assert not connection.transitions
+        self._by_record[connection] = NotingConnection(connection)
+        self.connections.append(self._by_record[connection])
 
     def connection_refused(self, reason: str) -> None:
         self.refused.append(reason)
+
+    def conn_state(self, connection: ConnectionRecord, transition: Transition) -> None:
+        self._by_record[connection].transitions.append(transition)
+
+    def segment_ended(self, connection: ConnectionRecord) -> None:
+        self.segments.append(list(connection.transitions))
+
+    def connection_closed(self, connection: ConnectionRecord) -> None:
+        self.segments.append(list(connection.transitions))
+        del self._by_record[connection]  # a connection closes once
+
+    def transaction_ended(self, transaction: TransactionRecord) -> None:
+        assert transaction.connection is not None
+        noting = next(known for known in self.connections if known.record is transaction.connection)
+        assert transaction not in noting.transactions, "a transaction ends once"
+        noting.transactions.append(transaction)
+
+    def trace_id(self, transaction: TransactionRecord) -> str | None:
+        assert transaction.trace_headers is not None, "asked before the header block was read"
+        return TRACE_ID
+
+
+class WatchedServer(Server):
+    """A server without listeners, which serves the streams that a test hands it.
+
+    Attributes:
+        stressed: whether most of the allowed connections are taken.
+    """
+
+    def __init__(
+        self,
+        forwarder: Forwarder,
+        observer: Observer,
+        *,
+        connections: int = 100,
+        segments: Segments | None = None,
+    ) -> None:
+        super().__init__(
+            [], forwarder, observer, connections=connections, connections_per_client=100, segments=segments
+        )
+        self.stressed = False
+        self._ends: dict[Session, asyncio.Future[None]] = {}
+
+    @property
+    def is_stressed(self) -> bool:
+        return self.stressed
+
+    def illegal_step(self, step: IllegalTransition) -> None:
+        raise step
+
+    def serve(self, policy: ListenerPolicy, stream: Stream) -> tuple[Session, "asyncio.Future[None]"]:
+        """A session, and what is done when it is over."""
+        session = self.accept(policy, stream)
+        return session, self._end_of(session)
+
+    def ended(self, session: Session) -> None:
+        super().ended(session)
+        self._end_of(session).set_result(None)
+
+    def _end_of(self, session: Session) -> "asyncio.Future[None]":
+        if session not in self._ends:
+            self._ends[session] = asyncio.get_running_loop().create_future()
+        return self._ends[session]

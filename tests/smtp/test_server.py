@@ -1,26 +1,21 @@
 """The engine's memory, whatever a client sends: what is said and what is recorded, the dialogues tell."""
 
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 import pytest
 
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.commands import Auth
-from otel_smtp.smtp.events import (
-    AuthRequested,
-    AuthResponded,
-    ConnectionEnding,
-    ContentEnded,
-    MailRequested,
-    RecipientRequested,
-    Wait,
-)
+from otel_smtp.smtp.envelope import Mail, Recipient
 from otel_smtp.smtp.extensions import Offer
+from otel_smtp.smtp.policy import ServerLimits, ServerPolicy
+from otel_smtp.smtp.received import HeaderFacts
 from otel_smtp.smtp.replies import Reply
-from otel_smtp.smtp.server import ServerLimits, ServerPolicy, ServerProtocol
+from otel_smtp.smtp.server import ServerProtocol
 from otel_smtp.smtp.states import TlsMode, Transition
+from tests.support.events import AuthRequested, AuthResponded
 
 MIB: Final = 1024 * 1024
 PIECE: Final = 64 * 1024
@@ -39,42 +34,67 @@ class Forgetful:
     def __init__(self, limits: ServerLimits) -> None:
         self.last: Reply | None = None
         self.replies = 0
-        self.has_ended = False
         policy = ServerPolicy("gw.example.com", limits=limits)
         offer = Offer(chunking=True, binary_mime=True)
-        self._protocol = ServerProtocol(policy, self._seen, offer=lambda: offer, on_reply=self._replied)
-        self._protocol.accepted(TlsMode.OFF)
-        self._protocol.greet()
+        self.protocol = ServerProtocol(policy, self, offer=lambda: offer, recorded=_Nowhere(), said=self)
+        self.protocol.accepted(TlsMode.OFF)
+        self.protocol.greet()
 
-    def _seen(self, transition: Transition) -> None:
-        pass
+    @property
+    def has_ended(self) -> bool:
+        """Whether the engine has ended the session."""
+        return self.protocol.close_reason is not None
 
-    def _replied(self, verb: str | None, reply: Reply) -> None:
-        self.last = reply
+    def append(self, said: tuple[str | None, Reply]) -> None:
+        """Take a reply."""
+        self.last = said[1]
         self.replies += 1
 
     def feed(self, octets: bytes) -> None:
         """The client sends `octets`; all that can be answered is, positively."""
-        self._protocol.receive_data(octets)
-        unanswered: list[Reply] = []
-        while True:
-            event = self._protocol.next_event()
-            match event:
-                case MailRequested():
-                    self._protocol.reply(replies.SENDER_OK)
-                case RecipientRequested():
-                    unanswered.append(replies.RECIPIENT_OK)
-                case ContentEnded():
-                    self._protocol.reply(replies.OK)
-                case ConnectionEnding():
-                    self.has_ended = True
-                case Wait():
-                    if not unanswered:
-                        break
-                    for reply in unanswered:
-                        self._protocol.reply(reply)
-                    unanswered.clear()
-        self._protocol.data_to_send()
+        self.protocol.receive_data(octets)
+        while self.protocol.wants_turn:
+            self.protocol.data_to_send()
+            self.protocol.run()
+        self.protocol.data_to_send()
+
+    def hello_received(self, verb: str, name: str) -> None:
+        pass
+
+    def mail_requested(self, mail: Mail) -> None:
+        self.protocol.reply(replies.SENDER_OK)
+
+    def recipients_requested(self, recipients: Sequence[Recipient]) -> None:
+        self.protocol.reply(*[replies.RECIPIENT_OK] * len(recipients))
+
+    def tls_requested(self) -> None:
+        raise AssertionError("TLS is not offered")
+
+    def auth_requested(self, mechanism: str, initial_response: bytes | None) -> None:
+        raise AssertionError("AUTH is not offered")
+
+    def auth_responded(self, response: bytes) -> None:
+        raise AssertionError("AUTH is not offered")
+
+    def content_begun(self) -> None:
+        pass
+
+    def header_received(self, block: bytes, facts: HeaderFacts) -> None:
+        pass
+
+    def content_received(self, data: bytes) -> None:
+        pass
+
+    def content_ended(self, octets: int) -> None:
+        self.protocol.reply(replies.OK)
+
+    def transaction_aborted(self, reply: Reply | None) -> None:
+        pass
+
+
+class _Nowhere:
+    def append(self, transition: Transition) -> None:
+        pass
 
 
 ENVELOPE: Final = b"EHLO c\r\nMAIL FROM:<a@client.example>\r\nRCPT TO:<b@there.example>\r\n"
@@ -170,3 +190,22 @@ def test_no_repr_shows_what_a_client_said_in_auth() -> None:
     ):
         assert "secret" not in repr(said)
         assert "c2VjcmV0" not in repr(said)
+
+
+def test_a_client_that_pipelines_gets_its_turn_and_no_more() -> None:
+    driver = Forgetful(ServerLimits(commands_per_turn=10, junk_commands=10_000))
+    protocol = driver.protocol
+    protocol.receive_data(b"EHLO c\r\n" + b"NOOP\r\n" * 95)
+    turns = []
+    while protocol.wants_turn:
+        turns.append(driver.replies)
+        protocol.run()
+    assert turns == [1 + 10 * turn for turn in range(1, 10)]  # the greeting is before them
+    assert driver.replies == 97
+
+
+def test_a_client_that_says_no_more_than_a_turn_holds_does_not_wait_for_one() -> None:
+    driver = Forgetful(ServerLimits(commands_per_turn=10))
+    driver.protocol.receive_data(b"EHLO c\r\n" + b"NOOP\r\n" * 9)
+    assert not driver.protocol.wants_turn
+    assert driver.replies == 11

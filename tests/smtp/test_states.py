@@ -5,7 +5,27 @@ from collections.abc import Sequence
 
 import pytest
 
-from otel_smtp.smtp.states import LEGAL, PULSES, ConnState, IllegalTransition, StateMachine, TlsMode, Transition
+from otel_smtp.smtp import replies
+from otel_smtp.smtp.states import (
+    LEGAL,
+    PULSES,
+    AuthBegun,
+    CloseReason,
+    ConnectionOver,
+    ConnState,
+    ContentBegun,
+    Detail,
+    ErrorReply,
+    IllegalTransition,
+    ResetBy,
+    ResetCause,
+    StateMachine,
+    TlsAgreed,
+    TlsMode,
+    TlsOffer,
+    TransactionOver,
+    Transition,
+)
 
 S = ConnState
 
@@ -25,7 +45,7 @@ SPECIFIED = {
 
 def machine() -> tuple[StateMachine, list[Transition]]:
     seen: list[Transition] = []
-    return StateMachine(seen.append), seen
+    return StateMachine(seen), seen
 
 
 def drive(steps: Sequence[ConnState]) -> list[Transition]:
@@ -109,8 +129,55 @@ def test_the_first_state_must_be_new() -> None:
 def test_in_production_an_illegal_step_is_told_and_recorded() -> None:
     seen: list[Transition] = []
     told: list[IllegalTransition] = []
-    states = StateMachine(seen.append, told.append)
-    states.enter(S.NEW, tls_mode=TlsMode.OFF)
+    states = StateMachine(seen, told.append)
+    states.enter(S.NEW, TlsOffer(TlsMode.OFF))
     states.enter(S.IDLE)
     assert [(t.previous, t.state) for t in told] == [(S.NEW, S.IDLE)]
     assert [t.state for t in seen] == [S.NEW, S.IDLE]
+
+
+def test_a_transition_has_the_time_that_the_driver_gave() -> None:
+    states, seen = machine()
+    states.now_ns = 17
+    states.enter(S.NEW)
+    states.now_ns = 23
+    states.enter(S.ACTIVE)
+    assert [transition.at_ns for transition in seen] == [17, 23]
+
+
+ROW_ATTRIBUTES = (
+    "verb", "reply", "reply_code", "enhanced_code", "error_type", "transaction", "recipients", "mechanism",
+    "tls_mode", "tls_version", "tls_cipher", "cause", "reason", "messages",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("state", "detail", "told"),
+    [
+        (S.NEW, TlsOffer(TlsMode.IMPLICIT), {"tls_mode": TlsMode.IMPLICIT}),
+        (S.ACTIVE, None, {}),
+        (S.ACTIVE, TlsAgreed("1.3", "x"), {"tls_version": "1.3", "tls_cipher": "x"}),
+        (S.AUTH, AuthBegun("PLAIN"), {"mechanism": "PLAIN"}),
+        (S.DATA, ContentBegun(3, 2), {"transaction": 3, "recipients": 2}),
+        (S.IDLE, TransactionOver(4), {"messages": 4}),
+        (S.RESET, ResetBy(ResetCause.RSET), {"cause": ResetCause.RSET}),
+        (
+            S.ERROR,
+            ErrorReply("MAIL", replies.BAD_SENDER, replies.BAD_SENDER.error_type, 5),
+            {
+                "verb": "MAIL",
+                "reply": replies.BAD_SENDER,
+                "reply_code": replies.BAD_SENDER.code,
+                "enhanced_code": str(replies.BAD_SENDER.enhanced),
+                "error_type": replies.BAD_SENDER.error_type,
+                "transaction": 5,
+            },
+        ),
+        (S.ERROR, ErrorReply(None, None, replies.ErrorType.TLS, None), {"error_type": replies.ErrorType.TLS}),
+        (S.CLOSED, ConnectionOver(CloseReason.QUIT, 6), {"reason": CloseReason.QUIT, "messages": 6}),
+    ],
+)
+def test_a_transition_tells_its_row_and_nothing_else(state: ConnState, detail: Detail | None, told: object) -> None:
+    transition = Transition(state, None, S.ACTIVE, 1, 0, detail)
+    values = {name: getattr(transition, name) for name in ROW_ATTRIBUTES}
+    assert {name: value for name, value in values.items() if value is not None} == told

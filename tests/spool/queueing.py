@@ -10,6 +10,7 @@ from pathlib import Path
 
 from otel_smtp.forwarding.settings import Strategy, UpstreamSettings
 from otel_smtp.forwarding.upstream import UpstreamForwarder
+from otel_smtp.net import Sweep
 from otel_smtp.observing import (
     ConnectionInfo,
     ConnectionRecord,
@@ -29,7 +30,8 @@ from otel_smtp.spool.service import Spool, SpoolSettings
 from tests.spool.awaiting import AwaitedTransaction
 from tests.spool.messages import CARRIER
 from tests.spool.stores import SEGMENT_OCTETS
-from tests.support.relaying import BOB, CHUNKS, MAIL
+from tests.support.deliveries import MAIL
+from tests.support.relaying import BOB, CHUNKS
 
 AT_ONCE = Schedule((0.02,), jitter=0.5, warn_after_seconds=None)
 NEVER_AGAIN = Schedule((3600.0,), warn_after_seconds=None)
@@ -134,7 +136,7 @@ async def queueing(
     """A spool that runs, in front of `upstreams`; `direct`: these are asked first."""
     observer = ResumedDeliveries()
     relay = UpstreamForwarder(
-        upstreams, hostname="gw.example", strategy=direct or Strategy.TRANSPARENT, observer=observer
+        upstreams, hostname="gw.example", strategy=direct or Strategy.TRANSPARENT, observer=observer, sweep=Sweep()
     )
     settings = SpoolSettings(control_path(directory / "spool"), schedule, bounce, "gw.example")
     store = EmbeddedStore(directory / "spool", least_free_octets=0, segment_octets=SEGMENT_OCTETS, clock=clock)

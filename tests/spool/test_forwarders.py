@@ -18,7 +18,8 @@ from otel_smtp.spool.messages import Lease, StorageFull
 from tests.spool.messages import CARRIER
 from tests.spool.queueing import ResumedDeliveries, client_record, eventually, some_bytes
 from tests.spool.scripted_relay import BUSY, GONE, ScriptedRelay
-from tests.support.relaying import BOB, BODY, CAROL, HEADER, MAIL
+from tests.support.deliveries import MAIL
+from tests.support.relaying import BOB, BODY, CAROL, HEADER
 
 LARGE = some_bytes(60_000)
 

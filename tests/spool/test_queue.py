@@ -18,7 +18,8 @@ from otel_smtp.spool.schedule import Schedule
 from tests.spool.messages import CARRIER
 from tests.spool.queueing import AT_ONCE, NEVER_AGAIN, eventually, queueing, some_bytes
 from tests.spool.stores import alter
-from tests.support.relaying import BOB, CAROL, CHUNKS, HEADER, MAIL, settings, without
+from tests.support.deliveries import MAIL
+from tests.support.relaying import BOB, CAROL, CHUNKS, HEADER, settings, without
 from tests.support.upstream import Fault, Kept, Kind, Phase, ScriptedUpstream
 
 

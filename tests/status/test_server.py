@@ -6,14 +6,17 @@ import ipaddress
 import json
 import signal
 import socket
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
 import pytest
 
-from otel_smtp.observing import ConnectionInfo, Endpoint
+from otel_smtp.gateway.ports import bind
+from otel_smtp.observing import ConnectionInfo, ConnectionRecord, Endpoint
 from otel_smtp.smtp.states import ConnState, StateMachine
+from otel_smtp.status import http as status_http
 from otel_smtp.status import server as status_server
 from otel_smtp.status.live import LiveView
 from otel_smtp.status.server import StatusServer
@@ -37,11 +40,11 @@ class Port:
     """A running status port, what it shows, and a client."""
 
     def __init__(self, **settings: Any) -> None:
+        self._address = settings.pop("address", LOOPBACK)
         self.live = LiveView(shown_host=str, shown_name=str)
         self.traces = RecentTraces()
         self.not_ready: dict[str, str] = {}
         self.server = StatusServer(
-            settings.pop("address", LOOPBACK),
             live=self.live,
             traces=self.traces,
             checks={"listeners": lambda: self.not_ready.get("listeners"), "spool": lambda: self.not_ready.get("spool")},
@@ -50,9 +53,17 @@ class Port:
             **settings,
         )
 
+    def start(self) -> Endpoint:
+        """Serve, at the address or at one on the loopback."""
+        return self.server.start(bind(self._address))
+
     def connection(self, number: int = 1) -> StateMachine:
         info = ConnectionInfo(f"{number:032x}", Endpoint("192.0.2.7", number), Endpoint("127.0.0.1", 2525), "local")
-        machine = StateMachine(self.live.connection_opened(info).conn_state)
+        now_ns = time.monotonic_ns()
+        record = ConnectionRecord(info, now_ns, time.time_ns() - now_ns)
+        self.live.connection_opened(record)
+        machine = StateMachine(record.transitions)
+        machine.now_ns = now_ns
         machine.enter(ConnState.NEW)
         return machine
 
@@ -60,7 +71,7 @@ class Port:
 @contextlib.asynccontextmanager
 async def running(**settings: Any) -> AsyncIterator[tuple[Port, httpx.AsyncClient]]:
     port = Port(**settings)
-    address = await port.server.start()
+    address = port.start()
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{address.port}", trust_env=False, timeout=5) as client:
         try:
             yield port, client
@@ -224,7 +235,7 @@ async def test_an_exposed_port_shows_probes_and_metrics_to_everybody_and_the_pag
 
 async def test_ipv6_loopback_is_served() -> None:
     port = Port(address=Endpoint("::1", 0))
-    address = await port.server.start()
+    address = port.start()
     try:
         async with httpx.AsyncClient(trust_env=False) as client:
             assert (await client.get(f"http://{address}/api/connections")).status_code == 200
@@ -281,9 +292,9 @@ async def end_of(sock: socket.socket) -> bytes:
 
 
 async def test_who_connects_and_says_nothing_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(status_server, "REQUEST_SECONDS", 0.05)
+    monkeypatch.setattr(status_http, "REQUEST_SECONDS", 0.05)
     port = Port()
-    address = await port.server.start()
+    address = port.start()
     for sent in (b"", b"GET /livez HTTP/1.1\r\nHost: localhost\r\nX-Slow: "):
         with socket.create_connection((address.host, address.port)) as sock:
             sock.sendall(sent)
@@ -292,9 +303,9 @@ async def test_who_connects_and_says_nothing_is_closed(monkeypatch: pytest.Monke
 
 
 async def test_connections_beyond_the_bound_are_closed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(status_server, "HTTP_CONNECTIONS", 2)
+    monkeypatch.setattr(status_http, "HTTP_CONNECTIONS", 2)
     port = Port()
-    address = await port.server.start()
+    address = port.start()
     with contextlib.ExitStack() as stack:
         first, second, third = (
             stack.enter_context(socket.create_connection((address.host, address.port))) for _ in range(3)
@@ -315,7 +326,7 @@ async def test_signals_stay_the_gateways() -> None:
 
 async def test_it_stops_although_somebody_still_watches() -> None:
     port = Port()
-    address = await port.server.start()
+    address = port.start()
     async with (
         httpx.AsyncClient(base_url=f"http://{address}", trust_env=False) as client,
         client.stream("GET", "/api/stream") as stream,
@@ -328,23 +339,15 @@ async def test_it_stops_although_somebody_still_watches() -> None:
     await port.server.stop()
 
 
-async def test_an_address_in_use_is_told_at_start() -> None:
-    async with running() as (_, client):
-        taken = Port(address=Endpoint("127.0.0.1", client.base_url.port))
-        with pytest.raises(OSError, match="in use"):
-            await taken.server.start()
-        await taken.server.stop()
-
-
 async def test_a_broken_check_is_an_error_and_tells_nothing_of_itself() -> None:
     def broken() -> str | None:
         raise RuntimeError("secret")
 
     server = StatusServer(
-        LOOPBACK, live=LiveView(shown_host=str, shown_name=str), traces=RecentTraces(),
+        live=LiveView(shown_host=str, shown_name=str), traces=RecentTraces(),
         checks={"broken": broken}, metrics=metrics,
     )  # fmt: skip
-    address = await server.start()
+    address = server.start(bind(LOOPBACK))
     try:
         async with httpx.AsyncClient(trust_env=False) as client:
             answer = await client.get(f"http://{address}/readyz")

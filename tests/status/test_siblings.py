@@ -10,10 +10,10 @@ from typing import Any
 import httpx
 import pytest
 
-from otel_smtp.observing import Endpoint, Outcome
+from otel_smtp.observing import Outcome
 from otel_smtp.smtp.states import ConnState
 from otel_smtp.status.siblings import TOKEN_HEADER, Siblings, merged_metrics, merged_pictures, merged_searches
-from tests.status.test_server import LOOPBACK, Port
+from tests.status.test_server import Port
 from tests.support.process import closed_port
 from tests.support.spans import mail_trace
 
@@ -25,11 +25,11 @@ SECOND = 1_000_000_000
 async def two_processes() -> AsyncIterator[tuple[Port, Port, httpx.AsyncClient]]:
     """The first, which people ask, and the second, which it asks; and a third that nobody ever started."""
     second = Port(token=TOKEN)
-    address = await second.server.start()
+    address = second.start()
     assert address.port is not None
     # Time enough: how long a busy machine takes is not what is asked here.
     first = Port(siblings=Siblings(0, {1: address.port, 2: closed_port()}, TOKEN, answer_seconds=30))
-    shown = await first.server.start()
+    shown = first.start()
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{shown.port}", trust_env=False, timeout=30) as client:
         try:
             yield first, second, client
@@ -40,7 +40,7 @@ async def two_processes() -> AsyncIterator[tuple[Port, Port, httpx.AsyncClient]]
 
 async def test_a_sibling_answers_to_the_token_alone() -> None:
     second = Port(token=TOKEN)
-    address = await second.server.start()
+    address = second.start()
     try:
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{address.port}", trust_env=False) as client:
             for path in ("/livez", "/readyz", "/metrics", "/", "/api/picture"):
@@ -58,7 +58,7 @@ async def test_connections_and_counters_are_those_of_all() -> None:
         second.connection(2).enter(ConnState.ACTIVE)
         second.connection(3)
         for port, count in ((first, 3), (second, 4)):
-            port.live.outcomes.counts[Outcome.RELAYED] = count
+            port.live.outcomes[Outcome.RELAYED] = count
         rows = (await client.get("/api/connections")).json()["connections"]
         assert sorted((row["worker"], row["state"]) for row in rows) == [(0, "New"), (1, "Active"), (1, "New")]
         counters = (await client.get("/api/status")).json()["counters"]
@@ -201,7 +201,7 @@ async def test_an_answer_that_is_no_siblings_is_none(status: str, body: bytes) -
     async with await asyncio.start_server(answer, "127.0.0.1", 0) as foreign:
         number = foreign.sockets[0].getsockname()[1]
         first = Port(siblings=Siblings(0, {1: number}, TOKEN))
-        shown = await first.server.start()
+        shown = first.start()
         try:
             async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{shown.port}", trust_env=False) as client:
                 for path in ("/readyz", "/api/status", "/api/connections", "/api/upstreams", "/api/traces"):
@@ -209,19 +209,3 @@ async def test_an_answer_that_is_no_siblings_is_none(status: str, body: bytes) -
                 assert (await client.get(f"/api/traces/{0xD:032x}")).status_code == 404
         finally:
             await first.server.stop()
-
-
-@pytest.mark.parametrize("others", [False, True])
-async def test_a_port_is_shared_with_a_successor_alone(others: bool) -> None:
-    one = Port(reuse_port=others)
-    address = await one.server.start()
-    two = Port(address=Endpoint(LOOPBACK.host, address.port), reuse_port=others)
-    try:
-        if others:
-            await two.server.start()
-        else:
-            with pytest.raises(OSError, match="in use"):
-                await two.server.start()
-    finally:
-        await two.server.stop()
-        await one.server.stop()

@@ -1,23 +1,31 @@
 """Recent traces: what is kept, what is dropped, what is found."""
 
 import json
+import sys
 from collections.abc import Sequence
 
 import pytest
 
 from otel_smtp.status import traces as traces_module
 from otel_smtp.status.traces import TRACE_ITEMS, RecentTraces, Severity, Trace
-from tests.support.spans import Span, mail_trace
+from otel_smtp.telemetry.shapes import EncodedSpan
+from tests.support.spans import mail_trace
 
 RESOURCE = {"service.name": "otel-smtp"}
 
 
-def kept(*spans: Sequence[Span], recent_items: int = 1000, failed_items: int = 1000) -> RecentTraces:
-    traces = RecentTraces(recent_items=recent_items, failed_items=failed_items)
+def kept(*spans: Sequence[EncodedSpan], recent_spans: int = 1000, failed_spans: int = 1000) -> RecentTraces:
+    traces = RecentTraces(recent_spans=recent_spans, failed_spans=failed_spans)
     for each in spans:
         for span in each:
-            traces.add(span)
+            add(traces, span)
     return traces
+
+
+def add(traces: RecentTraces, span: EncodedSpan) -> None:
+    """Add it as tracing does."""
+    record = span.to_record()
+    traces.add(span, record.has_failed or bool(record.attributes.get("smtp.connection.errors")))
 
 
 def only(traces: RecentTraces) -> Trace:
@@ -54,7 +62,7 @@ def test_the_summary_is_worked_out_again_after_a_late_span() -> None:
     ],
 )
 def test_severity_tells_our_failures_from_refusals(states: str, has_failed: bool, severity: Severity) -> None:
-    assert only(kept(mail_trace(1, states=states, has_failed=has_failed))).severity is severity
+    assert only(kept(mail_trace(1, states=states, has_failed=has_failed))).summary()["severity"] == severity
 
 
 @pytest.mark.parametrize(
@@ -62,7 +70,7 @@ def test_severity_tells_our_failures_from_refusals(states: str, has_failed: bool
 )
 def test_an_upstreams_verdict_on_a_mail_is_no_failure_of_ours(outcome: str, severity: str) -> None:
     trace = only(kept(mail_trace(1, outcome=outcome, code=550, has_failed=True)))
-    assert trace.severity == severity
+    assert trace.summary()["severity"] == severity
 
 
 MAIL = mail_trace(
@@ -105,10 +113,21 @@ def test_search(query: str, is_found: bool) -> None:
     assert only(kept(MAIL)).matches(query.split()) is is_found
 
 
-def test_the_oldest_traces_go_first_and_the_bound_counts_events() -> None:
-    traces = kept(*(mail_trace(number) for number in range(1, 101)), recent_items=110)
+def test_the_oldest_traces_go_first() -> None:
+    traces = kept(*(mail_trace(number) for number in range(1, 101)), recent_spans=30)
     held = [int(trace.trace_id, 16) for trace in traces.newest_first()]
-    assert held == list(range(100, 90, -1)), "a mail is 3 spans and 8 events"
+    assert held == list(range(100, 90, -1))
+
+
+def test_the_bound_on_octets_counts_what_is_beside_them_too() -> None:
+    traces = RecentTraces(recent_octets=20_000)
+    for number in range(1, 101):
+        for span in mail_trace(number):
+            add(traces, span)
+    held = sum(map(sys.getsizeof, traces.spans()))
+    assert 16_000 < held <= 20_000
+    assert traces.get(f"{100:x}") is not None
+    assert traces.get("1") is None
 
 
 def test_a_failed_trace_outlives_the_others() -> None:
@@ -116,7 +135,7 @@ def test_a_failed_trace_outlives_the_others() -> None:
         mail_trace(1, states="New Active Error Closed"),
         mail_trace(2),
         *(mail_trace(number) for number in range(3, 101)),
-        recent_items=110,
+        recent_spans=30,
     )
     assert traces.get("1") is not None
     assert traces.get("2") is None
@@ -125,40 +144,43 @@ def test_a_failed_trace_outlives_the_others() -> None:
 def test_a_retry_joins_its_trace_on_the_shelf_of_failures() -> None:
     traces = kept(
         mail_trace(1, has_failed=True), *(mail_trace(number) for number in range(2, 100)), mail_trace(1),
-        recent_items=110,
+        recent_spans=30,
     )  # fmt: skip
     trace = traces.get("1")
     assert trace is not None
-    assert len(trace.spans) == 6
+    assert len(trace.spans()) == 6
 
 
 def test_failures_are_bounded_too() -> None:
-    traces = kept(*(mail_trace(n, has_failed=True) for n in range(1, 101)), recent_items=55, failed_items=55)
+    traces = kept(*(mail_trace(n, has_failed=True) for n in range(1, 101)), recent_spans=15, failed_spans=15)
     assert len(traces.spans()) <= 2 * 5 * 3
     assert traces.get("1") is None
 
 
 def test_the_failures_that_are_remembered_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(traces_module, "FAILED_TRACES", 3)
-    traces = kept(*(mail_trace(n, has_failed=True) for n in range(1, 11)), recent_items=11)
+    traces = kept(*(mail_trace(n, has_failed=True) for n in range(1, 11)), recent_spans=3)
     assert sorted(int(trace.trace_id, 16) for trace in traces.newest_first())[-4:] == [7, 8, 9, 10]
 
 
 def test_one_endless_trace_shows_its_newest_spans() -> None:
-    traces = RecentTraces(recent_items=10 * TRACE_ITEMS)
+    traces = RecentTraces(recent_spans=10 * TRACE_ITEMS)
+    spans = mail_trace(7)
     for _ in range(TRACE_ITEMS):
-        for span in mail_trace(7):
+        for span in spans:
             traces.add(span)
     trace = only(traces)
-    assert sum(1 + len(span.events) for span in trace.spans) <= TRACE_ITEMS
-    assert trace.dropped_spans > 0
-    assert trace.spans[-1] is traces.spans()[0]
-    assert trace.summary()["dropped_spans"] == trace.dropped_spans
+    shown = trace.spans()
+    assert TRACE_ITEMS - 10 < sum(1 + len(span.events) for span in shown) <= TRACE_ITEMS
+    assert shown[-1] == spans[-1].to_record()
+    assert trace.summary()["dropped_spans"] == 3 * TRACE_ITEMS - len(shown) > 0
 
 
 def test_a_span_larger_than_the_bound_is_held_all_the_same() -> None:
-    traces = kept(mail_trace(1), recent_items=3)
-    assert [span.name for span in traces.spans()] == ["smtp.connection"]
+    traces = RecentTraces(recent_octets=30)
+    for span in mail_trace(1):
+        traces.add(span)
+    assert [span.to_record().name for span in traces.spans()] == ["smtp.connection"]
 
 
 def test_what_was_worked_out_is_kept_while_nothing_was_added_and_forgotten_with_its_trace() -> None:

@@ -5,20 +5,33 @@ import os
 import time
 from collections.abc import AsyncIterator
 
-from otel_smtp.observing import ConnectionInfo, ConnectionObserver, Endpoint, Outcome, TlsInfo
-from otel_smtp.smtp.envelope import Mail
-from otel_smtp.smtp.states import ConnState, StateMachine
+from otel_smtp.gateway.ports import bind
+from otel_smtp.observing import ConnectionInfo, ConnectionRecord, Endpoint, Outcome, TlsInfo
+from otel_smtp.smtp import replies
+from otel_smtp.smtp.states import ConnState, ErrorReply, StateMachine
 from otel_smtp.status.live import LiveView
 from otel_smtp.status.server import StatusServer
 from otel_smtp.status.siblings import Siblings
 from otel_smtp.status.traces import RecentTraces
 from otel_smtp.status.views import QueuedMessage, QueueView, UpstreamView
-from tests.support.spans import MILLISECOND, Event, Identity, Kind, Link, Span, Value, mail_trace, state_events
+from otel_smtp.telemetry.shapes import EncodedSpan
+from tests.support.spans import (
+    MILLISECOND,
+    Event,
+    Identity,
+    Kind,
+    Link,
+    Span,
+    Value,
+    encoded,
+    mail_trace,
+    state_events,
+)
 
 HOSTILE = '<img src=x onerror="document.title=1"><script>document.title=2</script>&amp;'
 
 
-def refused_trace(trace_id: int, start_ns: int, client: str) -> list[Span]:
+def refused_trace(trace_id: int, start_ns: int, client: str) -> list[EncodedSpan]:
     """A connection whose recipients were refused, on which a mail was sent at last."""
     connection = Identity(trace_id, 1)
     states = "New StartTLS Active Auth Active Error Error Reset Active Data Active Idle Closed"
@@ -49,7 +62,7 @@ def refused_trace(trace_id: int, start_ns: int, client: str) -> list[Span]:
             begin, begin + 12 * MILLISECOND,
             {"smtp.upstream.name": "provider", "smtp.outcome": "relayed", "smtp.reply.code": 250,
              "smtp.reply.text": "Ok: queued as 4XyZ12", "smtp.round_trips": 6, "smtp.pool.reused": False},
-            [Event(f"smtp.upstream.{name}", begin + n * MILLISECOND, {} if n < 2 else {"smtp.reply.code": 250})
+            [Event(begin + n * MILLISECOND, f"smtp.upstream.{name}", {} if n < 2 else {"smtp.reply.code": 250})
              for n, name in enumerate(names)],
             [], False,
         )
@@ -62,7 +75,7 @@ def refused_trace(trace_id: int, start_ns: int, client: str) -> list[Span]:
             events, [], False,
         )
     )  # fmt: skip
-    return spans
+    return list(map(encoded, spans))
 
 
 def fill_traces(traces: RecentTraces) -> None:
@@ -98,25 +111,30 @@ class BusyGateway:
         self._open("2001:db8::25", "reports", "New StartTLS Active Auth Error Auth Active Idle", tls=True)
         self._open("127.0.0.1", HOSTILE, "New Active Error Error Reset Active")
         for outcome, count in {Outcome.RELAYED: 18342, Outcome.REFUSED: 17, Outcome.DEFERRED: 4}.items():
-            self.live.outcomes.counts[outcome] = count
+            self.live.outcomes[outcome] = count
 
-    def _open(self, host: str, name: str, states: str, *, tls: bool = False) -> ConnectionObserver:
+    def _open(self, host: str, name: str, states: str, *, tls: bool = False) -> None:
         number = len(self.machines) + 1
         info = ConnectionInfo(
             os.urandom(16).hex(), Endpoint(host, 40000 + number), Endpoint("127.0.0.1", 2525), "local"
         )
-        handle = self.live.connection_opened(info)
-        machine = StateMachine(handle.conn_state, lambda step: None)
-        for state in states.split():
-            code = 550 if state == "Error" else None
-            machine.enter(ConnState(state), reply_code=code, messages=1 if state == "Idle" else None)
-        handle.hello("EHLO", name)
-        handle.transaction_begun(Mail(""), 1)
+        now_ns = time.monotonic_ns()
+        record = ConnectionRecord(info, now_ns, time.time_ns() - now_ns)
+        self.live.connection_opened(record)
+        machine = StateMachine(record.transitions, lambda step: None)
+        machine.now_ns = now_ns
+        for state in map(ConnState, states.split()):
+            if state is ConnState.ERROR:
+                record.errors += 1
+                machine.enter(state, ErrorReply("RCPT", replies.RELAY_DENIED, replies.RELAY_DENIED.error_type, None))
+            else:
+                machine.enter(state)
+        record.messages = states.split().count("Idle")
+        record.hello_verb, record.hello_name = "EHLO", name
         if tls:
-            handle.tls_established(TlsInfo("1.3", "TLS_AES_256_GCM_SHA384"))
-            handle.authenticated("reports", "SCRAM-SHA-256")
+            record.tls = TlsInfo("1.3", "TLS_AES_256_GCM_SHA384")
+            record.user, record.auth_mechanism = "reports", "SCRAM-SHA-256"
         self.machines.append(machine)
-        return handle
 
     async def queue(self) -> QueueView:
         """A queue with a message that waits and one that is held."""
@@ -146,7 +164,6 @@ async def busy_gateway(*, siblings: Siblings | None = None, token: str = "") -> 
     """A busy gateway and the address of its page; `siblings` and `token` as `StatusServer` takes them."""
     gateway = BusyGateway()
     server = StatusServer(
-        Endpoint("127.0.0.1", 0),
         live=gateway.live,
         traces=gateway.traces,
         checks={"mail": lambda: gateway.not_ready},
@@ -158,7 +175,7 @@ async def busy_gateway(*, siblings: Siblings | None = None, token: str = "") -> 
         siblings=siblings,
         token=token,
     )
-    address = await server.start()
+    address = server.start(bind(Endpoint("127.0.0.1", 0)))
     try:
         yield gateway, f"http://{address}/"
     finally:

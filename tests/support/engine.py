@@ -14,36 +14,37 @@
 
 import base64
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.commands import Verb
 from otel_smtp.smtp.envelope import Body, Mail, Notify, Recipient
-from otel_smtp.smtp.events import (
+from otel_smtp.smtp.extensions import Offer
+from otel_smtp.smtp.framing import has_bare_line_end
+from otel_smtp.smtp.policy import ServerLimits, ServerPolicy
+from otel_smtp.smtp.received import HeaderFacts
+from otel_smtp.smtp.replies import ErrorType, Reply
+from otel_smtp.smtp.sasl import LOGIN_CHALLENGES, MECHANISMS, Password, SaslError, parse_login, parse_plain
+from otel_smtp.smtp.sequence import Phase
+from otel_smtp.smtp.server import ServerProtocol
+from otel_smtp.smtp.states import CloseReason, ConnState, TlsMode, Transition
+from tests.support.dialogue import ReplyReader, UpstreamScript
+from tests.support.events import (
     AuthRequested,
     AuthResponded,
-    ConnectionEnding,
     ContentEnded,
     ContentReceived,
     ContentStarted,
     Event,
     HeaderReceived,
+    HelloReceived,
     MailRequested,
     RecipientRequested,
     TlsRequested,
     TransactionAborted,
-    Wait,
 )
-from otel_smtp.smtp.extensions import Offer
-from otel_smtp.smtp.framing import has_bare_line_end
-from otel_smtp.smtp.replies import ErrorType, Reply
-from otel_smtp.smtp.sasl import LOGIN_CHALLENGES, MECHANISMS, Password, SaslError, parse_login, parse_plain
-from otel_smtp.smtp.sequence import Phase
-from otel_smtp.smtp.server import ServerLimits, ServerPolicy, ServerProtocol
-from otel_smtp.smtp.states import CloseReason, ConnState, TlsMode, Transition
-from tests.support.dialogue import ReplyReader, UpstreamScript
 
 HOSTNAME: Final = "gateway.example"
 MAX_REPLY_LINE_OCTETS: Final = 512  # RFC 5321 4.5.3.1.5
@@ -255,12 +256,12 @@ class EngineDriver:
     ) -> None:
         self.policy = policy
         self.record = Record()
-        self.ending: CloseReason | None = None
         self._script = script or UpstreamScript()
         self._mail_replies = deque(self._script.mail)
         self._content_replies = deque(self._script.content)
         self._answers_late = answers_late
         self._waiting: deque[Decision] = deque()
+        self._verdicts: list[Reply] = []  # on the recipients of a group, until all are judged
         self._reader = ReplyReader()
         self._exchange: _Exchange | None = None
         self._mail: Mail | None = None
@@ -268,10 +269,7 @@ class EngineDriver:
         self._content = bytearray()
         offer = offer_from(self._script)
         self.protocol = ServerProtocol(
-            policy,
-            self.record.steps.append,
-            offer=lambda: offer,
-            on_reply=lambda verb, reply: self.record.steps.append((verb, reply)),
+            policy, self, offer=lambda: offer, recorded=self.record.steps, said=self.record.steps
         )
         self.protocol.accepted(policy.tls_mode)
         if policy.tls_mode is TlsMode.IMPLICIT:
@@ -300,10 +298,15 @@ class EngineDriver:
 
     def closed(self, reason: CloseReason = CloseReason.CLIENT_DISCONNECT) -> Record:
         """The transport is gone: the session's record, checked."""
-        self.protocol.closed(self.ending or reason)
+        self.protocol.closed(reason)
         self.record.events = normalised(self.record.events)
         self.record.check()
         return self.record
+
+    @property
+    def ending(self) -> CloseReason | None:
+        """Why the session ends; None while it goes on."""
+        return self.protocol.close_reason
 
     @property
     def waits_for_data(self) -> bool:
@@ -333,14 +336,63 @@ class EngineDriver:
         return sent
 
     def _advance(self, *, hurried: bool) -> None:
-        while True:
-            event = self.protocol.next_event()
-            if not isinstance(event, Wait):
-                self._take(event)
+        while self.ending is None:
+            if self.protocol.wants_turn:
+                self.protocol.run()
             elif self._waiting and (hurried or self._may_answer()):
                 self._answer(self._waiting.popleft())
             else:
                 return
+        self._waiting.clear()
+
+    # What the engine asks and tells; see `Handler`.
+
+    def hello_received(self, verb: str, name: str) -> None:
+        """See `Handler`."""
+        self._take(HelloReceived(verb, name))
+
+    def mail_requested(self, mail: Mail) -> None:
+        """See `Handler`."""
+        self._take(MailRequested(mail))
+
+    def recipients_requested(self, recipients: Sequence[Recipient]) -> None:
+        """See `Handler`."""
+        assert recipients, "a group of nobody"
+        self._verdicts.clear()
+        for recipient in recipients:
+            self._take(RecipientRequested(recipient))
+
+    def tls_requested(self) -> None:
+        """See `Handler`."""
+        self._take(TlsRequested())
+
+    def auth_requested(self, mechanism: str, initial_response: bytes | None) -> None:
+        """See `Handler`."""
+        self._take(AuthRequested(mechanism, initial_response))
+
+    def auth_responded(self, response: bytes) -> None:
+        """See `Handler`."""
+        self._take(AuthResponded(response))
+
+    def content_begun(self) -> None:
+        """See `Handler`."""
+        self._take(ContentStarted())
+
+    def header_received(self, block: bytes, facts: HeaderFacts) -> None:
+        """See `Handler`."""
+        self._take(HeaderReceived(block, facts))
+
+    def content_received(self, data: bytes) -> None:
+        """See `Handler`."""
+        self._take(ContentReceived(data))
+
+    def content_ended(self, octets: int) -> None:
+        """See `Handler`."""
+        self._take(ContentEnded(octets))
+
+    def transaction_aborted(self, reply: Reply | None) -> None:
+        """See `Handler`."""
+        self._take(TransactionAborted(reply))
 
     def _may_answer(self) -> bool:
         # STARTTLS is answered once no octet of the client is on its way: what comes later is TLS's.
@@ -368,9 +420,6 @@ class EngineDriver:
                 # Nothing of it may reach the next one.
                 self._mail = None
                 self._recipients = []
-            case ConnectionEnding(reason):
-                self.ending = reason
-                self._waiting.clear()
 
     def _answer(self, event: Decision) -> None:
         match event:
@@ -386,7 +435,9 @@ class EngineDriver:
                 reply = self.recipient_reply(recipient)
                 if reply.is_positive:
                     self._recipients.append(recipient)
-                self.protocol.reply(reply)
+                self._verdicts.append(reply)
+                if not self.waits_for(RecipientRequested):
+                    self.protocol.reply(*self._verdicts)
             case TlsRequested():
                 self.protocol.reply(self.tls_reply())
             case AuthRequested(mechanism, initial):

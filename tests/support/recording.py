@@ -1,40 +1,47 @@
-"""Observers that note what they are told, in order."""
+"""An observer that makes a `Record` of each connection, as the engine's driver does."""
 
-from otel_smtp.observing import ConnectionInfo, ConnectionObserver, Observer
+from collections.abc import Iterator, Sequence
+
+from otel_smtp.observing import ConnectionRecord, Observer
 from otel_smtp.smtp.replies import Reply
-from otel_smtp.smtp.states import CloseReason, Transition
+from otel_smtp.smtp.states import CloseReason, ConnState, Transition
 from tests.support.engine import Record
 
-
-class RecordingConnection(ConnectionObserver):
-    """Notes the states and replies of one connection as a `Record`.
-
-    Attributes:
-        record: checked by the test, with `Record.check`, once the connection is over.
-        reason: why it ended; None while it lives.
-    """
-
-    def __init__(self) -> None:
-        self.record = Record()
-        self.reason: CloseReason | None = None
-
-    def conn_state(self, transition: Transition) -> None:
-        self.record.steps.append(transition)
-
-    def replied(self, verb: str | None, reply: Reply) -> None:
-        self.record.steps.append((verb, reply))
-
-    def closed(self, reason: CloseReason, *, octets_received: int, octets_sent: int) -> None:
-        assert self.reason is None, "a connection closes once"
-        self.reason = reason
+Said = tuple[str | None, Reply]
 
 
 class RecordingObserver(Observer):
-    """Notes every connection."""
+    """Notes every connection that is over.
+
+    Attributes:
+        records: to be checked by the test, with `Record.check`; `reasons`: why each ended.
+    """
 
     def __init__(self) -> None:
-        self.connections: list[RecordingConnection] = []
+        self.records: list[Record] = []
+        self.reasons: list[CloseReason | None] = []
 
-    def connection_opened(self, connection: ConnectionInfo) -> ConnectionObserver:
-        self.connections.append(RecordingConnection())
-        return self.connections[-1]
+    def connection_closed(self, connection: ConnectionRecord) -> None:
+        self.records.append(Record(list(in_order(connection.transitions, connection.replies))))
+        self.reasons.append(connection.close_reason)
+
+
+def in_order(transitions: Sequence[Transition], said: Sequence[Said]) -> Iterator[Transition | Said]:
+    """Transitions and replies in one order: each reply that reveals a state stands right behind it, which leaves no
+    doubt where the two lists are in step, and fails `Record.check` where they are not."""
+    left = list(transitions)
+    for verb, reply in said:
+        place = next((place for place, each in enumerate(left) if _is_revealed(each, reply)), None)
+        if place is not None:
+            yield from left[: place + 1]
+            del left[: place + 1]
+        yield verb, reply
+    yield from left
+
+
+def _is_revealed(transition: Transition, reply: Reply) -> bool:
+    if reply.code >= 400:
+        return transition.reply is reply
+    if reply.code == 354:
+        return transition.state is ConnState.DATA
+    return reply.code == 235 and transition.state is ConnState.ACTIVE and transition.mechanism is not None

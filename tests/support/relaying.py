@@ -6,18 +6,17 @@ from dataclasses import dataclass
 
 import pytest
 
-from otel_smtp.forwarding.base import DeliveryFailed
 from otel_smtp.forwarding.settings import Strategy, Timeouts, UpstreamSettings
 from otel_smtp.forwarding.upstream import UpstreamForwarder
+from otel_smtp.net import Sweep
 from otel_smtp.smtp.envelope import Mail, Recipient
 from otel_smtp.smtp.replies import Reply
-from tests.support.deliveries import RecordedTransaction, in_chunks
+from tests.support.deliveries import MAIL, Awaited, LateDeliveries, RecordedTransaction
 from tests.support.upstream import EXTENSIONS, ScriptedUpstream
 
 HEADER = b"Received: from me by gw; now\r\nSubject: x\r\n"
 BODY = b"\r\nhello\r\n.dot\r\n..\r\n"
 CHUNKS = (HEADER, BODY)
-MAIL = Mail("a@example.com")
 BOB = Recipient("bob@example.net")
 CAROL = Recipient("carol@example.net")
 QUICK = Timeouts(connect=2, greeting=2, command=2, data=2, block=2, reply=2, pool=2)
@@ -31,6 +30,7 @@ def settings(upstream: ScriptedUpstream, name: str = "up", **more: object) -> Up
 
 @asynccontextmanager
 async def relaying(*upstreams: UpstreamSettings, **more: object) -> AsyncIterator[UpstreamForwarder]:
+    more = {"observer": LateDeliveries(), "sweep": Sweep(), **more}
     forwarder = UpstreamForwarder(upstreams, hostname="gw.example", **more)  # type: ignore[arg-type]
     try:
         yield forwarder
@@ -62,20 +62,18 @@ async def relay(
     mail: Mail = MAIL,
     chunks: Sequence[bytes] = CHUNKS,
 ) -> Relayed:
-    seen = RecordedTransaction()
+    seen = RecordedTransaction(mail)
     recipients = recipients or (BOB,)
-    transaction = await forwarder.begin(mail, seen)
-    answers: Sequence[Reply]
+    transaction = Awaited.begin(forwarder, mail, seen)
     try:
         answers = await transaction.recipients(recipients)
-    except DeliveryFailed as failed:
-        answers = [failed.reply] * len(recipients)
-    reply = None
-    if any(answer.is_positive for answer in answers):
-        reply = await transaction.content(in_chunks(chunks))
-    await transaction.abort()
-    assert transaction.spool_id is None
-    assert all(delivery.ends == 1 for delivery in seen.deliveries)
+        reply = None
+        if any(answer.is_positive for answer in answers):
+            reply = await transaction.content(chunks)
+    finally:
+        transaction.abort()
+    assert transaction.transaction.spool_id is None
+    assert all(delivery.ended_ns for delivery in seen.deliveries)
     return Relayed(answers, reply, seen)
 
 

@@ -1,13 +1,12 @@
 """A forwarder in memory that says what a dialogue's upstream says, and keeps what it was given."""
 
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Callable, Sequence
 
-from otel_smtp.forwarding.base import Capabilities, DeliveryFailed
-from otel_smtp.observing import TransactionObserver
+from otel_smtp.forwarding.base import Capabilities, DeliveryFailed, MessageAnswered, RecipientsAnswered
+from otel_smtp.observing import TransactionRecord
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Mail, Recipient
-from otel_smtp.smtp.replies import Reply
 from tests.support.dialogue import UpstreamScript
 from tests.support.engine import Message
 
@@ -35,7 +34,7 @@ class ScriptedForwarder:
     def capabilities(self) -> Capabilities:
         return self._can
 
-    async def begin(self, mail: Mail, seen: TransactionObserver) -> "_Transaction":
+    def begin(self, mail: Mail, record: TransactionRecord) -> "_Transaction":
         reply = self.mail_replies.popleft() if self.mail_replies else replies.SENDER_OK
         if not reply.is_positive:
             raise DeliveryFailed(reply)
@@ -49,19 +48,26 @@ class _Transaction:
         self._forwarder = forwarder
         self._mail = mail
         self._recipients: list[Recipient] = []
+        self._content = b""
 
-    async def recipients(self, batch: Sequence[Recipient]) -> Sequence[Reply]:
+    def recipients(self, batch: Sequence[Recipient], answered: RecipientsAnswered) -> None:
         answers = [self._forwarder.script.recipients.get(one.address, replies.RECIPIENT_OK) for one in batch]
         self._recipients += [one for one, answer in zip(batch, answers, strict=True) if answer.is_positive]
-        return answers
+        answered(answers)
 
-    async def content(self, chunks: AsyncIterator[bytes]) -> Reply:
-        content = b"".join([chunk async for chunk in chunks])
+    def content(self, resume: Callable[[], None]) -> None:
+        pass
+
+    def write(self, chunk: bytes) -> bool:
+        self._content += chunk
+        return True
+
+    def finish(self, answered: MessageAnswered) -> None:
         answers = self._forwarder.content_replies
         reply = answers.popleft() if answers else replies.message_accepted()
         if reply.is_positive:
-            self._forwarder.messages.append(Message(self._mail, tuple(self._recipients), content))
-        return reply
+            self._forwarder.messages.append(Message(self._mail, tuple(self._recipients), self._content))
+        answered(reply, ())
 
-    async def abort(self) -> None:
+    def abort(self) -> None:
         pass

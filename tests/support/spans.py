@@ -1,47 +1,74 @@
-"""Finished spans as plain values, for whoever reads them."""
+"""Finished spans as values and as octets, for whoever reads them."""
 
-from collections.abc import Mapping, Sequence
-from enum import Enum
-from typing import NamedTuple
+from collections.abc import Sequence
 
-Value = str | bool | int | float | Sequence[str]
+from opentelemetry.trace import SpanKind as Kind
 
+from otel_smtp.telemetry.attributes import AttributeValue as Value
+from otel_smtp.telemetry.propagation import TraceContext
+from otel_smtp.telemetry.records import EventRecord as Event
+from otel_smtp.telemetry.records import LinkRecord as Link
+from otel_smtp.telemetry.records import SpanRecord
+from otel_smtp.telemetry.shapes import EncodedSpan, EventShape, SpanShape, encode, encode_event
 
-class Kind(Enum):
-    """OpenTelemetry's span kinds, with its Python numbers."""
-
-    INTERNAL = 0
-    SERVER = 1
-    CLIENT = 2
-
-
-class Identity(NamedTuple):
-    trace_id: int
-    span_id: int
-
-
-class Event(NamedTuple):
-    name: str
-    time_ns: int
-    attributes: Mapping[str, Value]
-
-
-class Link(NamedTuple):
-    context: Identity
-    attributes: Mapping[str, Value]
+__all__ = [
+    "MILLISECOND",
+    "START",
+    "Event",
+    "Identity",
+    "Kind",
+    "Link",
+    "Span",
+    "Value",
+    "encoded",
+    "mail_trace",
+    "state_events",
+]
 
 
-class Span(NamedTuple):
-    name: str
-    kind: Kind
-    context: Identity
-    parent: Identity | None
-    start_ns: int
-    end_ns: int
-    attributes: Mapping[str, Value]
-    events: Sequence[Event]
-    links: Sequence[Link]
-    has_failed: bool
+def Identity(trace_id: int, span_id: int) -> TraceContext:
+    return TraceContext(trace_id, span_id, 0)
+
+
+def Span(
+    name: str,
+    kind: Kind,
+    context: TraceContext,
+    parent: TraceContext | None,
+    start_ns: int,
+    end_ns: int,
+    attributes: dict[str, Value],
+    events: Sequence[Event],
+    links: Sequence[Link],
+    has_failed: bool,
+) -> SpanRecord:
+    return SpanRecord(name, kind, context, parent, start_ns, end_ns, attributes, events, links, has_failed, True)
+
+
+def encoded(record: SpanRecord, constant: int = 0) -> EncodedSpan:
+    """`record` as octets.
+
+    Args:
+        constant: so many of the attributes, of the span and of each event, belong to its shape.
+    """
+    attributes = list(record.attributes.items())
+    shape = SpanShape(record.name, record.kind, dict(attributes[:constant]), has_failed=record.has_failed)
+    events: list[bytes] = []
+    for event in record.events:
+        of_event = list(event.attributes.items())
+        events.append(
+            encode_event(event.time_ns, EventShape(event.name, dict(of_event[:constant])), of_event[constant:])
+        )
+    return encode(
+        shape,
+        record.context,
+        record.parent,
+        record.start_ns,
+        record.end_ns,
+        attributes[constant:],
+        events,
+        record.links,
+    )
 
 
 MILLISECOND = 1_000_000
@@ -58,7 +85,7 @@ def state_events(states: str, start_ns: int, *, code: int = 550, step_ns: int = 
             attributes["smtp.state.previous"] = previous
         if state == "Error":
             attributes |= {"smtp.reply.code": code, "smtp.verb": "RCPT", "error.type": "address"}
-        events.append(Event(f"smtp.state.{state.lower()}", start_ns + number * step_ns, attributes))
+        events.append(Event(start_ns + number * step_ns, f"smtp.state.{state.lower()}", attributes))
         previous = state
     return events
 
@@ -73,20 +100,20 @@ def mail_trace(
     upstream: str = "provider",
     has_failed: bool = False,
     start_ns: int = START,
-) -> list[Span]:
+) -> list[EncodedSpan]:
     """One connection with one mail and one delivery, in the order in which they end."""
     connection = Identity(trace_id, 1)
     transaction = Identity(trace_id, 2)
     attributes: dict[str, Value] = {"smtp.upstream.name": upstream, "smtp.reply.code": code, "smtp.outcome": outcome}
     if has_failed:
         attributes["error.type"] = "upstream_unavailable"
-    return [
+    spans = [
         Span(
             "smtp.delivery", Kind.CLIENT, Identity(trace_id, 3), transaction,
             start_ns + 4 * MILLISECOND, start_ns + 9 * MILLISECOND, attributes,
             [
-                Event("smtp.upstream.pool", start_ns + 4 * MILLISECOND, {"smtp.pool.reused": True}),
-                Event("smtp.upstream.reply", start_ns + 9 * MILLISECOND, {"smtp.reply.code": code}),
+                Event(start_ns + 4 * MILLISECOND, "smtp.upstream.pool", {"smtp.pool.reused": True}),
+                Event(start_ns + 9 * MILLISECOND, "smtp.upstream.reply", {"smtp.reply.code": code}),
             ],
             [], has_failed,
         ),
@@ -108,3 +135,4 @@ def mail_trace(
             state_events(states, start_ns, code=code), [], False,
         ),
     ]  # fmt: skip
+    return list(map(encoded, spans))

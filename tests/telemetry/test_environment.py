@@ -5,13 +5,7 @@ from typing import Any
 import pytest
 
 from otel_smtp.telemetry.collector import Compression, Protocol
-from otel_smtp.telemetry.environment import (
-    TelemetrySettingError,
-    batch_settings,
-    collector_settings,
-    has_endpoint,
-    needs_sdk_exporter,
-)
+from otel_smtp.telemetry.environment import SignalExport, TelemetrySettingError, read
 
 OTLP, TRACES = "OTEL_EXPORTER_OTLP_", "OTEL_EXPORTER_OTLP_TRACES_"
 GRPC = {OTLP + "PROTOCOL": "grpc"}
@@ -46,7 +40,7 @@ COLLECTOR: list[tuple[dict[str, str], str, Any]] = [
 
 @pytest.mark.parametrize(("environ", "field", "value"), COLLECTOR)
 def test_a_variable_sets_how_to_reach_the_collector(environ: dict[str, str], field: str, value: object) -> None:
-    assert getattr(collector_settings(environ, "1.2"), field) == value
+    assert getattr(read({"OTEL_TRACES_EXPORTER": "otlp", **environ}, "1.2").traces.collector, field) == value
 
 
 BATCH: list[tuple[dict[str, str], str, float]] = [
@@ -67,7 +61,7 @@ BATCH: list[tuple[dict[str, str], str, float]] = [
 
 @pytest.mark.parametrize(("environ", "field", "value"), BATCH)
 def test_a_variable_sets_how_spans_travel(environ: dict[str, str], field: str, value: float) -> None:
-    assert getattr(batch_settings(environ), field) == value
+    assert getattr(read({"OTEL_TRACES_EXPORTER": "otlp", **environ}).traces.batches, field) == value
 
 
 BAD = [
@@ -95,17 +89,65 @@ def test_a_value_that_cannot_be_followed_is_told_with_its_variable(variable: str
     if variable.endswith("INSECURE"):
         environ[OTLP + "ENDPOINT"] = "collector:4317"
     with pytest.raises(TelemetrySettingError) as caught:
-        _ = collector_settings(environ, ""), batch_settings(environ)
+        read({"OTEL_TRACES_EXPORTER": "otlp", **environ})
     assert caught.value.variable == variable
     assert allowed in str(caught.value)
 
 
-def test_an_endpoint_is_one_for_traces_or_for_all() -> None:
-    assert not has_endpoint({OTLP + "METRICS_ENDPOINT": "http://c", OTLP + "ENDPOINT": " "})
-    assert has_endpoint({OTLP + "ENDPOINT": "http://c"})
-    assert has_endpoint({TRACES + "ENDPOINT": "http://c"})
+def exported(environ: dict[str, str]) -> list[str]:
+    """The signals that go to a collector."""
+    return [str(collector.signal) for collector in read(environ).collectors]
 
 
-def test_a_credential_provider_is_for_the_sdk() -> None:
-    assert not needs_sdk_exporter({})
-    assert needs_sdk_exporter({"OTEL_PYTHON_EXPORTER_OTLP_HTTP_CREDENTIAL_PROVIDER": "gcp"})
+@pytest.mark.parametrize(
+    ("environ", "signals"),
+    [
+        ({}, []),
+        ({OTLP + "ENDPOINT": " "}, []),
+        ({OTLP + "ENDPOINT": "http://c"}, ["traces", "metrics", "logs"]),
+        ({TRACES + "ENDPOINT": "http://c"}, ["traces"]),
+        ({OTLP + "METRICS_ENDPOINT": "http://c"}, ["metrics"]),
+        ({OTLP + "LOGS_ENDPOINT": "http://c"}, ["logs"]),
+        ({"OTEL_TRACES_EXPORTER": "otlp"}, ["traces"]),
+        ({"OTEL_TRACES_EXPORTER": "console, otlp"}, ["traces"]),
+        ({"OTEL_TRACES_EXPORTER": "console", OTLP + "ENDPOINT": "http://c"}, ["metrics", "logs"]),
+        ({"OTEL_TRACES_EXPORTER": "otlp,otlp_proto_http"}, ["traces", "traces"]),
+        ({"OTEL_METRICS_EXPORTER": "prometheus", OTLP + "ENDPOINT": "http://c"}, ["traces", "logs"]),
+        ({"OTEL_SDK_DISABLED": "true", OTLP + "ENDPOINT": "http://c"}, []),
+    ],
+)
+def test_which_signals_go_to_a_collector(environ: dict[str, str], signals: list[str]) -> None:
+    assert exported(environ) == signals
+
+
+@pytest.mark.parametrize(
+    ("environ", "words"),
+    [
+        ({}, "nowhere (no OTLP endpoint set)"),
+        ({"OTEL_SDK_DISABLED": "true"}, "nowhere (OTEL_SDK_DISABLED)"),
+        ({"OTEL_TRACES_EXPORTER": "console"}, "console"),
+        (
+            {"OTEL_TRACES_EXPORTER": "console, otlp", OTLP + "ENDPOINT": "http://c:1"},
+            "console, http/protobuf http://c:1/v1/traces",
+        ),
+        ({OTLP + "ENDPOINT": "https://user:secret@c:1/otlp"}, "http/protobuf https://c:1/otlp/v1/traces"),
+        ({TRACES + "ENDPOINT": "https://c:1/x?key=secret"}, "http/protobuf https://c:1/x"),
+        ({OTLP + "ENDPOINT": "user:secret@c:4317", OTLP + "PROTOCOL": "grpc"}, "grpc c:4317"),
+        ({"OTEL_TRACES_EXPORTER": "otlp_proto_grpc", OTLP + "ENDPOINT": "http://c:1"}, "grpc http://c:1"),
+    ],
+)
+def test_where_traces_go_in_words_without_credentials(environ: dict[str, str], words: str) -> None:
+    assert read(environ).describe_traces() == words
+
+
+def test_a_credential_provider_is_for_the_sdk_and_for_traces() -> None:
+    environ = {OTLP + "ENDPOINT": "http://c:1", "OTEL_PYTHON_EXPORTER_OTLP_HTTP_CREDENTIAL_PROVIDER": "gcp"}
+    ours = read({OTLP + "ENDPOINT": "http://c:1"}).traces
+    assert ours.collector is not None
+    assert read(environ).traces == SignalExport(sdk_collectors=(ours.collector,))
+    assert read(environ).metrics.collector is not None
+
+
+def test_variables_of_a_signal_that_is_not_exported_are_ignored() -> None:
+    for wrong in (OTLP + "COMPRESSION", "OTEL_BSP_MAX_QUEUE_SIZE", "OTEL_METRIC_EXPORT_INTERVAL"):
+        assert read({wrong: "wrong"}).collectors == ()

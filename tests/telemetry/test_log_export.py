@@ -17,7 +17,7 @@ from tests.support.otlp_receiver import Fault, FaultKind, OtlpReceiver
 from tests.telemetry.driving import Client
 
 ONLY_LOGS = {"OTEL_BLRP_SCHEDULE_DELAY": "20", "OTEL_TRACES_EXPORTER": "none", "OTEL_METRICS_EXPORTER": "none"}
-operator = logging.getLogger("otel_smtp.gateway.app")
+operator = logging.getLogger("otel_smtp.gateway.running")
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def exporting(receiver: OtlpReceiver, protocol: str = "http/protobuf", **more: s
 @pytest.mark.parametrize("protocol", ["http/protobuf", "grpc"])
 def test_a_mail_is_told_by_its_events_and_lines_with_the_trace(receiver: OtlpReceiver, protocol: str) -> None:
     telemetry = exporting(receiver, protocol)
-    Client(telemetry.observer).ehlo().message().quit()
+    Client(telemetry.observers).ehlo().message().quit()
     assert telemetry.flush_and_shutdown(10)
     logs = receiver.logs
     events = [log for log in logs if log.event_name]
@@ -74,7 +74,7 @@ def test_a_line_of_an_operator_has_its_values_and_its_traceback(receiver: OtlpRe
     stacktrace = log.attributes.pop("exception.stacktrace")
     assert stacktrace.endswith("RuntimeError: inside")
     assert log.attributes == {
-        "smtp.logger": "otel_smtp.gateway.app",
+        "smtp.logger": "otel_smtp.gateway.running",
         "listener": "local",
         "tries": 3,
         "names": ["a", "b"],
@@ -138,7 +138,7 @@ ROWS = [
 
 @pytest.mark.parametrize(("level", "severity"), ROWS)
 def test_a_level_is_a_severity(level: int, severity: int) -> None:
-    record = logging.makeLogRecord({"name": "otel_smtp.gateway.app", "levelno": level, "msg": "x"})
+    record = logging.makeLogRecord({"name": "otel_smtp.gateway.running", "levelno": level, "msg": "x"})
     assert log_record_of(record).severity == severity
 
 
@@ -173,7 +173,7 @@ def test_a_record_is_encoded_as_the_protocol_has_it() -> None:
 def test_values_of_an_operators_line_are_made_fit() -> None:
     record = logging.makeLogRecord(
         {
-            "name": "otel_smtp.gateway.app",
+            "name": "otel_smtp.gateway.running",
             "levelno": 20,
             "msg": "x",
             "huge": 1 << 70,

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 
-from otel_smtp.observing import Outcome
+from otel_smtp.observing import Outcome, fan_out
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.replies import ErrorType
 from otel_smtp.telemetry import attributes as names
@@ -29,7 +29,7 @@ from otel_smtp.telemetry.logs import (
     set_up_logging,
 )
 from otel_smtp.telemetry.state_events import StateEvents
-from otel_smtp.telemetry.tracing import Tracing
+from otel_smtp.telemetry.tracing import StateTelling, Tracing
 from tests.telemetry.driving import Client, Kept
 
 
@@ -228,7 +228,9 @@ def test_a_flood_is_bounded_on_the_stream() -> None:
 def test_a_segment_that_is_over_is_not_a_connection_that_is_closed() -> None:
     stream = io.StringIO()
     set_up_logging("json", "info", stream)
-    Client(Tracing(listeners=[AccessLog()], sinks=[Kept()], segment_events=2)).ehlo().rset().rset().quit()
+    client = Client(Tracing(listeners=[AccessLog()], sinks=[Kept()])).ehlo().rset()
+    client.rotate()
+    client.rset().quit()
     assert [line["event"] for line in lines(stream)] == ["smtp.connection"]
 
 
@@ -242,8 +244,10 @@ def test_lines_that_nobody_would_see_are_not_wanted() -> None:
 def test_state_events_in_the_log_are_lines_that_name_their_span() -> None:
     stream, kept = io.StringIO(), Kept()
     set_up_logging("json", "info", stream)
-    observer = Tracing(sinks=[kept], state_events=StateEvents.LOG, state_log=StateLogger())
-    client = Client(observer).ehlo().refused("RCPT", replies.BAD_SEQUENCE)
+    observer = Tracing(sinks=[kept], state_events=StateEvents.LOG)
+    client = (
+        Client(fan_out([observer, StateTelling(observer, StateLogger())])).ehlo().refused("RCPT", replies.BAD_SEQUENCE)
+    )
     client.quit()
     written = lines(stream)
     assert [(line["event"], line["level"]) for line in written] == [

@@ -1,23 +1,21 @@
 """What is counted, and how it reads."""
 
+from collections.abc import Sequence
+
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from otel_smtp.observing import ConnectionInfo, Endpoint, Observer, Outcome, TraceHeaders
+from otel_smtp.observing import ConnectionRecord, Observer
 from otel_smtp.smtp import replies
-from otel_smtp.smtp.envelope import Mail
-from otel_smtp.smtp.extensions import Offer
-from otel_smtp.smtp.server import ServerPolicy, ServerProtocol
-from otel_smtp.smtp.states import CloseReason, TlsMode, raise_illegal
 from otel_smtp.telemetry import attributes
 from otel_smtp.telemetry.metrics import Metrics
 from otel_smtp.telemetry.propagation import InboundPolicy
 from otel_smtp.telemetry.setup import TelemetryOptions, set_up
 from tests.cardinality import series_before_and_after
+from tests.telemetry.driving import Client, FakeClock, begin_delivery, finish_delivery
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
-INFO = ConnectionInfo("c" * 32, Endpoint("192.0.2.7", 40000), Endpoint("127.0.0.1", 2525), "local")
 
 
 def samples(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -31,37 +29,16 @@ def samples(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], f
     }
 
 
-def relay_a_mail(observer: Observer, *traceparents: str) -> None:
-    """A connection with one mail, told by the engine and as the server tells it."""
-    connection = observer.connection_opened(INFO)
-    offer = Offer()
-    engine = ServerProtocol(
-        ServerPolicy("gw.example.com"),
-        connection.conn_state,
-        offer=lambda: offer,
-        on_reply=connection.replied,
-        on_illegal=raise_illegal,
-    )
-    engine.accepted(TlsMode.OFF)
-    engine.greet()
-    engine.receive_data(b"EHLO c\r\nFOO\r\nMAIL FROM:<a@example.com>\r\n")
-    while not isinstance(engine.next_event(), replies.Reply):
-        if engine.is_in_transaction:
-            break
-    engine.reply(replies.SENDER_OK)
-    transaction = connection.transaction_begun(Mail("a@example.com"), 1)
-    delivery = transaction.delivery_begun("provider", Endpoint("upstream.example", 587))
-    delivery.pooled(wait_seconds=0.25, reused=False)
-    transaction.header_received(TraceHeaders(traceparents), message_id=None)
-    transaction.content_received(5000)
-    delivery.ended(Outcome.RELAYED, replies.OK, round_trips=2)
-    transaction.ended(Outcome.RELAYED, replies.OK)
-    engine.closed(CloseReason.QUIT)
-    connection.closed(CloseReason.QUIT, octets_received=100, octets_sent=100)
+def relay_a_mail(observer: Observer | Sequence[Observer], *traceparents: str) -> None:
+    """A connection with one mail and one unknown command."""
+    client = Client(observer).ehlo().refused("other", replies.UNKNOWN_COMMAND)
+    client.mail().rcpt().data().header(*traceparents)
+    client.deliver()
+    client.final(octets=5000).quit()
 
 
 def test_a_relayed_mail_is_counted_everywhere() -> None:
-    metrics = Metrics(Observer(), connections=lambda: [("provider", "idle", 3)])
+    metrics = Metrics(connections=lambda: [("provider", "idle", 3)])
     relay_a_mail(metrics)
     seen = samples(metrics)
     assert seen["smtp_server_replies_total", (("smtp_reply_code", "500"), ("smtp_verb", "other"))] == 1
@@ -81,17 +58,106 @@ def test_a_relayed_mail_is_counted_everywhere() -> None:
     assert 3 in [value for (name, _), value in seen.items() if name == "smtp_client_connections"]
 
 
+def active(metrics: Metrics) -> dict[str, float]:
+    """Open connections by level."""
+    return {
+        dict(labels)["smtp_state"]: value
+        for (name, labels), value in samples(metrics).items()
+        if name == "smtp_server_active_connections"
+    }
+
+
 def test_active_connections_go_up_and_down_and_end_at_nothing() -> None:
-    metrics = Metrics(Observer())
-    relay_a_mail(metrics)
-    gauges = {labels: value for (name, labels), value in samples(metrics).items() if "active_connections" in name}
-    assert gauges
-    assert set(gauges.values()) == {0}
+    connections: list[ConnectionRecord] = []
+    metrics = Metrics(open_connections=lambda: connections)
+    first, second = Client(metrics).ehlo(), Client(metrics).ehlo().message()
+    connections += [first.record, second.record, ConnectionRecord(second.info, 1, 1)]
+    assert active(metrics) == {"Active": 1, "Idle": 1, "New": 1}
+    second.rotate()
+    first.refused("RCPT", replies.BAD_SEQUENCE)
+    assert active(metrics) == {"Active": 1, "Idle": 1, "New": 1}, "neither a pulse nor a new segment is a level"
+    first.quit()
+    assert active(metrics) == {"Active": 0, "Idle": 1, "New": 1}, "closed, and not yet forgotten by the server"
+    connections.clear()
+    assert active(metrics) == {"Active": 0, "Idle": 0, "New": 0}
+
+
+def counted(metrics: Metrics) -> dict[str, float]:
+    """How many transitions, replies and state durations were counted."""
+    seen = samples(metrics)
+    names = ("transitions_total", "replies_total", "state_duration_seconds_count")
+    return {name: sum(value for (key, _), value in seen.items() if key == f"smtp_server_{name}") for name in names}
+
+
+def test_what_an_open_connection_does_is_counted_when_it_is_asked_for_and_once() -> None:
+    connections: list[ConnectionRecord] = []
+    metrics = Metrics(open_connections=lambda: connections)
+    client = Client(metrics)
+    connections.append(client.record)
+    assert counted(metrics) == {"transitions_total": 2, "replies_total": 1, "state_duration_seconds_count": 1}
+    client.ehlo().message()
+    so_far = {"transitions_total": 5, "replies_total": 6, "state_duration_seconds_count": 4}
+    assert counted(metrics) == counted(metrics) == so_far
+    client.rotate()
+    assert counted(metrics) == so_far
+    client.message().rotate()
+    client.quit()
+    connections.clear()
+    assert counted(metrics) == {"transitions_total": 10, "replies_total": 11, "state_duration_seconds_count": 9}
+
+
+def test_a_state_lasts_until_the_next_one_whatever_segments_they_are_in() -> None:
+    clock = FakeClock()
+    metrics = Metrics()
+    client = Client(metrics, clock=clock).ehlo()
+    clock.advance(7)
+    client.rotate()
+    clock.advance(5)
+    client.mail()
+    client.rset().quit()
+    seconds = samples(metrics)["smtp_server_state_duration_seconds_sum", (("smtp_state", "Active"),)]
+    assert seconds == pytest.approx(12, abs=0.1)
+
+
+def test_numbers_that_another_thread_reads_are_those_of_the_latest_look() -> None:
+    connections: list[ConnectionRecord] = []
+    metrics = Metrics(open_connections=lambda: connections)
+    connections.append(Client(metrics).record)
+
+    def transitions() -> float:
+        return sum(count for metric, rows in metrics.numbers() if metric is attributes.TRANSITIONS for _, count in rows)
+
+    assert transitions() == 0
+    metrics.catch_up()
+    assert transitions() == 2
+
+
+def test_a_delivery_that_outlives_its_transaction_is_measured_once() -> None:
+    metrics = Metrics()
+    client = Client(metrics).ehlo().mail().rcpt().data().header()
+    assert client.transaction is not None
+    delivery = begin_delivery(client.transaction)
+    client.close()
+    assert not [name for name, _ in samples(metrics) if "delivery" in name]
+    finish_delivery(metrics, delivery)
+    labels = (("smtp_outcome", "relayed"), ("smtp_upstream_name", "provider"))
+    assert samples(metrics)["smtp_client_delivery_duration_seconds_count", labels] == 1
+    assert samples(metrics)["smtp_server_transactions_total", (("smtp_outcome", "aborted"),)] == 1
+
+
+def test_an_exchange_of_auth_is_counted_by_how_it_ended() -> None:
+    metrics = Metrics()
+    client = Client(metrics).ehlo().auth(reply=replies.AUTH_FAILED)
+    client.rotate()
+    client.auth(reply=replies.AUTH_FAILED).auth(reply=replies.BAD_BASE64).auth(reply=replies.AUTH_UNAVAILABLE)
+    client.auth().quit()
+    seen = {dict(labels)["smtp_auth_result"]: n for (name, labels), n in samples(metrics).items() if "_auth_" in name}
+    assert seen == {"refused": 2, "accepted": 1}
 
 
 def test_a_connection_that_says_nothing_is_a_probe_and_a_refused_one_is_counted() -> None:
-    metrics = Metrics(Observer())
-    metrics.connection_opened(INFO).closed(CloseReason.CLIENT_DISCONNECT, octets_received=0, octets_sent=40)
+    metrics = Metrics()
+    Client(metrics).close()
     metrics.connection_refused("capacity")
     seen = samples(metrics)
     assert seen["smtp_server_probes_total", (("smtp_listener", "local"),)] == 1
@@ -100,7 +166,7 @@ def test_a_connection_that_says_nothing_is_a_probe_and_a_refused_one_is_counted(
 
 def test_measurements_name_a_trace_where_it_is_asked_for() -> None:
     telemetry = set_up(TelemetryOptions(access_log=False), {})
-    relay_a_mail(telemetry.observer)
+    relay_a_mail(telemetry.observers)
     page, content_type = telemetry.metrics_page(OPENMETRICS)
     assert content_type.startswith("application/openmetrics-text")
     exemplars = [
@@ -117,7 +183,7 @@ def test_counting_does_not_settle_the_trace_before_the_application_named_its_own
     telemetry = set_up(
         TelemetryOptions(access_log=False, policies={"local": InboundPolicy.PARENT}), {"OTEL_SDK_DISABLED": "false"}
     )
-    relay_a_mail(telemetry.observer, f"00-{'a' * 32}-{'b' * 16}-01")
+    relay_a_mail(telemetry.observers, f"00-{'a' * 32}-{'b' * 16}-01")
     assert f'trace_id="{"a" * 32}"' in telemetry.metrics_page(OPENMETRICS)[0].decode()
 
 
@@ -129,14 +195,16 @@ def test_no_client_can_make_the_series_grow() -> None:
 
 @pytest.mark.parametrize("metric", attributes.METRICS.values(), ids=lambda metric: metric.name)
 def test_every_metric_of_the_registry_is_on_the_page(metric: attributes.Metric) -> None:
-    metrics = Metrics(Observer(), spool=lambda: ({"deferred": 2}, 60.0))
+    connections: list[ConnectionRecord] = []
+    metrics = Metrics(open_connections=lambda: connections, spool=lambda: ({"deferred": 2}, 60.0))
     relay_a_mail(metrics)
+    connections.append(Client(metrics).record)
     page = metrics.page("text/plain")[0].decode()
     assert f"# TYPE {metric.name.replace('.', '_')}" in page
 
 
 def test_the_spool_is_told_where_there_is_one() -> None:
-    page = Metrics(Observer(), spool=lambda: ({"deferred": 2, "held": 1}, 61.5)).page("text/plain")[0].decode()
+    page = Metrics(spool=lambda: ({"deferred": 2, "held": 1}, 61.5)).page("text/plain")[0].decode()
     assert 'smtp_spool_messages{smtp_spool_state="deferred"} 2.0' in page
     assert "smtp_spool_age_seconds 61.5" in page
-    assert "smtp_spool" not in Metrics(Observer()).page("text/plain")[0].decode()
+    assert "smtp_spool" not in Metrics().page("text/plain")[0].decode()

@@ -26,7 +26,7 @@ def test_a_collector_passes_on_what_we_sent(chain: Chain, protocol: str, compres
         "OTEL_EXPORTER_OTLP_COMPRESSION": compression,
     }
     telemetry = set_up(TelemetryOptions(version="1.2.3"), environ)
-    Client(telemetry.observer).ehlo().message(f"00-{'a' * 32}-{'b' * 16}-01").quit()
+    Client(telemetry.observers).ehlo().message(f"00-{'a' * 32}-{'b' * 16}-01").quit()
     assert telemetry.flush_and_shutdown(10)
     spans = chain.receiver.wait_for_spans(3)
     [connection], [transaction], [delivery] = (

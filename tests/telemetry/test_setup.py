@@ -14,7 +14,6 @@ from otel_smtp.telemetry.environment import TelemetrySettingError
 from otel_smtp.telemetry.setup import (
     Telemetry,
     TelemetryOptions,
-    describe_destination,
     set_up,
 )
 from tests.support.otlp_receiver import Fault, FaultKind, OtlpReceiver, named
@@ -28,7 +27,7 @@ def receiver() -> Iterator[OtlpReceiver]:
 
 
 def one_mail(telemetry: Telemetry) -> None:
-    Client(telemetry.observer).ehlo().message().quit()
+    Client(telemetry.observers).ehlo().message().quit()
 
 
 @pytest.mark.parametrize("protocol", ["http/protobuf", "grpc"])
@@ -66,7 +65,7 @@ def test_a_processor_of_the_sdk_sees_what_the_collector_sees(
     memory = InMemorySpanExporter()
     options = TelemetryOptions(version="1.2.3", processors=[SimpleSpanProcessor(memory)])
     telemetry = set_up(options, environ)
-    Client(telemetry.observer).ehlo().message().rset().message(f"00-{'a' * 32}-{'b' * 16}-01").quit()
+    Client(telemetry.observers).ehlo().message().rset().message(f"00-{'a' * 32}-{'b' * 16}-01").quit()
     assert telemetry.flush_and_shutdown(10)
     received = {span.span_id: span for span in receiver.wait_for_spans(5)}
     seen = memory.get_finished_spans()
@@ -138,23 +137,18 @@ def test_setting_up_imports_nothing_that_only_exporting_needs() -> None:
 
 def test_without_an_endpoint_nothing_is_dialled_and_traces_have_ids() -> None:
     telemetry = set_up(TelemetryOptions(), {})
-    assert describe_destination({}).startswith("nowhere")
-    client = Client(telemetry.observer).ehlo().mail()
+    assert telemetry.traces_to.startswith("nowhere")
+    client = Client(telemetry.observers).ehlo().mail()
     assert client.transaction is not None
-    trace_id = client.transaction.trace_id()
+    trace_id = client.trace_id()
     assert trace_id is not None
     assert len(trace_id) == 32
 
 
-def test_the_destination_is_told_without_its_password() -> None:
-    environ = {"OTEL_EXPORTER_OTLP_ENDPOINT": "https://user:secret@collector:4318/otlp"}
-    assert describe_destination(environ) == "http/protobuf https://collector:4318/otlp"
-
-
 def test_a_disabled_sdk_observes_nothing() -> None:
-    client = Client(set_up(TelemetryOptions(), {"OTEL_SDK_DISABLED": "True"}).observer).ehlo().mail()
+    client = Client(set_up(TelemetryOptions(), {"OTEL_SDK_DISABLED": "True"}).observers).ehlo().mail()
     assert client.transaction is not None
-    assert client.transaction.trace_id() is None
+    assert client.trace_id() is None
 
 
 BAD = [

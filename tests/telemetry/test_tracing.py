@@ -1,5 +1,6 @@
 """Spans: which there are, how they hang together, what they carry."""
 
+import time
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
@@ -8,10 +9,18 @@ import pytest
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, ParentBased, Sampler, TraceIdRatioBased
+from opentelemetry.sdk.trace.sampling import (
+    ALWAYS_OFF,
+    ALWAYS_ON,
+    Decision,
+    ParentBased,
+    Sampler,
+    SamplingResult,
+    TraceIdRatioBased,
+)
 from opentelemetry.trace import SpanKind, StatusCode
 
-from otel_smtp.observing import DeliveryPhase, Endpoint, Outcome
+from otel_smtp.observing import DeliveryPhase, Endpoint, Outcome, fan_out
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Body, Mail
 from otel_smtp.smtp.replies import ErrorType, Reply
@@ -19,9 +28,10 @@ from otel_smtp.smtp.states import CloseReason, TlsMode
 from otel_smtp.telemetry.propagation import InboundPolicy
 from otel_smtp.telemetry.records import SpanRecord
 from otel_smtp.telemetry.sdk_spans import SdkSpans
+from otel_smtp.telemetry.shapes import EncodedSpan
 from otel_smtp.telemetry.state_events import StateEvents
-from otel_smtp.telemetry.tracing import Tracing
-from tests.telemetry.driving import QUEUED, UPSTREAM, Client, FakeClock, Kept, deliver
+from otel_smtp.telemetry.tracing import StateTelling, Tracing
+from tests.telemetry.driving import QUEUED, Client, FakeClock, Kept, begin_delivery, finish_delivery, resume
 
 CONNECTION, TRANSACTION, DELIVERY = "smtp.connection", "smtp.transaction", "smtp.delivery"
 APPLICATION = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -30,8 +40,7 @@ APPLICATION_SPAN = int("b7ad6b7169203331", 16)
 
 
 def tracing(kept: Kept, **more: Any) -> Tracing:
-    clock = FakeClock()
-    return Tracing(sinks=[kept], **{"monotonic_ns": clock.monotonic_ns, "time_ns": clock.time_ns, **more})
+    return Tracing(sinks=[kept], **more)
 
 
 def states(record: SpanRecord) -> list[object]:
@@ -130,7 +139,7 @@ def event_attributes(record: SpanRecord, name: str) -> dict[str, object]:
 
 def test_state_events_carry_the_attributes_of_their_row() -> None:
     kept, clock = Kept(), FakeClock()
-    client = Client(tracing(kept, monotonic_ns=clock.monotonic_ns, time_ns=clock.time_ns), tls_mode=TlsMode.STARTTLS)
+    client = Client(tracing(kept), clock=clock, tls_mode=TlsMode.STARTTLS)
     client.ehlo().starttls().ehlo()
     client.auth(reply=replies.AUTH_FAILED)
     clock.advance(2)
@@ -234,7 +243,7 @@ def test_a_connection_tells_who_and_how_it_ended() -> None:
 def test_behind_a_proxy_the_client_is_the_one_that_its_header_names() -> None:
     kept = Kept()
     client = Client(tracing(kept), peer="10.0.0.3")
-    client.seen.proxied(Endpoint("2001:db8::7", 4711), Endpoint("198.51.100.1", 25))
+    client.proxied(Endpoint("2001:db8::7", 4711), Endpoint("198.51.100.1", 25))
     client.ehlo().quit()
     attributes = kept.one(CONNECTION).attributes
     shown = {name: attributes[name] for name in attributes if name.startswith(("client.", "server.", "network."))}
@@ -316,7 +325,7 @@ def test_the_spool_id_is_on_the_transaction() -> None:
     kept = Kept()
     client = Client(tracing(kept)).ehlo().mail().rcpt().data().header()
     assert client.transaction is not None
-    client.transaction.spooled("01J9ZQ4T3M")
+    client.transaction.spool_id = "01J9ZQ4T3M"
     client.final(outcome=Outcome.QUEUED).quit()
     assert kept.one(TRANSACTION).attributes["smtp.spool.id"] == "01J9ZQ4T3M"
     assert kept.one(TRANSACTION).attributes["smtp.outcome"] == "queued"
@@ -361,12 +370,27 @@ def test_a_transaction_whose_client_vanished_is_told_when_its_delivery_is_over()
     assert transaction is not None
     client.octets_received = 2000
     client.close()
-    deliver(transaction)
-    transaction.ended(Outcome.RELAYED, None)
-    transaction.ended(Outcome.ABORTED, None)  # a second end is none
+    finish_delivery(client.observer, begin_delivery(transaction))
+    transaction.end(Outcome.RELAYED, None, time.monotonic_ns())
+    client.observer.transaction_ended(transaction)
     assert [record.name for record in kept.records] == [CONNECTION, DELIVERY, TRANSACTION]
+    assert kept.one(DELIVERY).parent == kept.one(TRANSACTION).context
     assert kept.one(TRANSACTION).attributes["smtp.outcome"] == "relayed"
     assert "smtp.reply.code" not in kept.one(TRANSACTION).attributes
+
+
+def test_a_delivery_that_outlives_its_transaction_is_told_once_when_it_is_over() -> None:
+    kept = Kept()
+    client = Client(tracing(kept)).ehlo().mail().rcpt().data().header()
+    assert client.transaction is not None
+    delivery = begin_delivery(client.transaction)
+    client.octets_received = 2000
+    client.close()
+    assert [record.name for record in kept.records] == [TRANSACTION, CONNECTION]
+    finish_delivery(client.observer, delivery, None, Outcome.UNKNOWN)
+    assert [record.name for record in kept.records] == [TRANSACTION, CONNECTION, DELIVERY]
+    assert kept.one(DELIVERY).parent == kept.one(TRANSACTION).context
+    assert kept.one(DELIVERY).attributes["smtp.outcome"] == "unknown"
 
 
 # Propagation -----------------------------------------------------------------------------------------------------
@@ -422,7 +446,7 @@ def test_whose_trace_is_joined_is_the_listeners_policy(
 def test_a_client_behind_a_local_proxy_is_not_local() -> None:
     kept = Kept()
     client = Client(tracing(kept), peer="127.0.0.1")
-    client.seen.proxied(Endpoint("203.0.113.9", 5000), Endpoint("198.51.100.1", 25))
+    client.proxied(Endpoint("203.0.113.9", 5000), Endpoint("198.51.100.1", 25))
     client.ehlo().message(APPLICATION).quit()
     assert joined(kept) is False
 
@@ -456,7 +480,7 @@ def test_a_parent_that_is_not_sampled_is_followed_and_still_has_an_id() -> None:
     client = Client(tracing(kept, policies={"local": InboundPolicy.PARENT})).ehlo()
     client.mail().rcpt().data().header(APPLICATION[:-2] + "00")
     assert client.transaction is not None
-    assert client.transaction.trace_id() == APPLICATION[3:35]
+    assert client.trace_id() == APPLICATION[3:35]
     carried = client.deliver()
     assert carried["traceparent"].startswith(f"00-{APPLICATION[3:35]}-")
     assert carried["traceparent"].endswith("-00")
@@ -484,7 +508,7 @@ def test_the_trace_id_that_people_are_shown_is_the_transactions() -> None:
     kept = Kept()
     client = Client(tracing(kept)).ehlo().mail().rcpt().data().header()
     assert client.transaction is not None
-    shown = client.transaction.trace_id()
+    shown = client.trace_id()
     client.final().quit()
     assert shown == kept.one(TRANSACTION).context.trace_id_hex == kept.one(CONNECTION).context.trace_id_hex
 
@@ -564,12 +588,12 @@ def test_answers_to_recipients_make_few_events_however_many_they_are() -> None:
     client = Client(tracing(kept)).ehlo().mail().rcpt()
     assert client.transaction is not None
     for answers in ([250] * 1000, [250, 250, 550, 250], [250, 550] * 1000):
-        delivery = client.transaction.delivery_begun("provider", UPSTREAM, attempt=1)
-        delivery.phase(DeliveryPhase.MAIL, replies.SENDER_OK)
+        delivery = begin_delivery(client.transaction)
+        delivery.phases.append((1, DeliveryPhase.MAIL, replies.SENDER_OK))
         for code in answers:
-            delivery.phase(DeliveryPhase.RCPT, Reply(code, None, ("as it is",)))
-        delivery.phase(DeliveryPhase.REPLY, QUEUED)
-        delivery.ended(Outcome.RELAYED, QUEUED, round_trips=2)
+            delivery.recipient_phase(2, Reply(code, None, ("as it is",)))
+        delivery.phases.append((3, DeliveryPhase.REPLY, QUEUED))
+        delivery.end(Outcome.RELAYED, QUEUED, None, 4)
     client.data().header().final().quit()
     alike, mixed, alternating = (
         [event.attributes["smtp.reply.code"] for event in record.events] for record in kept.named(DELIVERY)
@@ -582,15 +606,13 @@ def test_answers_to_recipients_make_few_events_however_many_they_are() -> None:
 def test_an_attempt_that_ended_before_the_header_joins_the_trace_that_the_header_names() -> None:
     kept = Kept()
     client = Client(tracing(kept, policies={"local": InboundPolicy.PARENT})).ehlo().mail()
-    transaction = client.transaction
-    assert transaction is not None
-    first = transaction.delivery_begun("first", UPSTREAM)
-    first.phase(DeliveryPhase.POOL)
-    first.ended(Outcome.DEFERRED, None, round_trips=0, error_type=ErrorType.UPSTREAM_UNAVAILABLE)
-    second = transaction.delivery_begun("second", UPSTREAM)
-    assert kept.records == []
+    assert client.transaction is not None
+    first = begin_delivery(client.transaction, "first")
+    first.end(Outcome.DEFERRED, None, ErrorType.UPSTREAM_UNAVAILABLE, time.monotonic_ns())
+    second = begin_delivery(client.transaction, "second")
     client.rcpt().data().header(APPLICATION)
-    second.ended(Outcome.RELAYED, QUEUED, round_trips=2)
+    finish_delivery(client.observer, second)
+    assert kept.records == []
     client.final().quit()
     deliveries = kept.named(DELIVERY)
     assert [record.attributes["smtp.upstream.name"] for record in deliveries] == ["first", "second"]
@@ -608,24 +630,15 @@ def test_an_attempt_of_a_transaction_that_never_had_a_header_is_told_at_its_end(
     assert kept.one(TRANSACTION).attributes["smtp.outcome"] == "aborted"
 
 
-def resume(observer: Tracing, carrier: Mapping[str, str], attempt: int) -> Mapping[str, str]:
-    transaction = observer.delivery_resumed("01J9ZQ4T3M", carrier, Mail("news@example.com"))
-    assert transaction.carrier() == carrier
-    assert transaction.trace_id() == (carrier["traceparent"][3:35] if carrier else None)
-    carried = deliver(transaction, attempt=attempt)
-    transaction.ended(Outcome.RELAYED, QUEUED)
-    return carried
-
-
 def test_an_attempt_from_the_spool_stands_in_the_stored_trace_hours_and_processes_later() -> None:
     kept, later = Kept(), Kept()
     client = Client(tracing(kept)).ehlo().mail().rcpt().data().header()
     assert client.transaction is not None
-    client.transaction.spooled("01J9ZQ4T3M")
-    carrier = client.transaction.carrier()
+    client.transaction.spool_id = "01J9ZQ4T3M"
+    carrier = client.observer.carrier(client.transaction)
     client.final(outcome=Outcome.QUEUED).quit()
     stored = kept.one(TRANSACTION).context
-    carried = resume(tracing(later), carrier, 2)
+    carried = resume(tracing(later), carrier)
     [delivery] = later.records
     assert delivery.context.trace_id == stored.trace_id
     assert delivery.parent is not None
@@ -641,16 +654,13 @@ def test_an_attempt_from_the_spool_stands_in_the_stored_trace_hours_and_processe
 def test_an_attempt_that_may_be_a_duplicate_says_so() -> None:
     for is_possible_duplicate in (False, True):
         kept = Kept()
-        resumed = tracing(kept).delivery_resumed(
-            "01J9ZQ4T3M", {}, Mail("news@example.com"), is_possible_duplicate=is_possible_duplicate
-        )
-        deliver(resumed, attempt=2)
+        resume(tracing(kept), {}, is_possible_duplicate=is_possible_duplicate)
         assert kept.one(DELIVERY).attributes.get("smtp.delivery.possible_duplicate", False) is is_possible_duplicate
 
 
 def test_an_attempt_from_the_spool_without_a_stored_trace_is_a_root() -> None:
     kept = Kept()
-    resume(tracing(kept), {}, 2)
+    resume(tracing(kept), {})
     assert kept.one(DELIVERY).parent is None
     assert kept.one(DELIVERY).links == ()
 
@@ -699,12 +709,11 @@ def test_ten_thousand_messages_on_one_connection_lose_no_transition_and_keep_no_
     assert len(segments) >= 80
     check_chain(segments)
     assert open_trace <= {segment.context.trace_id for segment in segments}
-    assert observer.live == {}
 
 
 def test_no_segment_ends_while_a_transaction_is_open() -> None:
     kept = Kept()
-    client = Client(tracing(kept, segment_events=3)).ehlo().mail()
+    client = Client(tracing(kept), segment_events=3).ehlo().mail()
     for _ in range(10):
         client.rcpt(reply=replies.RELAY_DENIED)
     client.rcpt().data().header().final()
@@ -718,30 +727,52 @@ def test_no_segment_ends_while_a_transaction_is_open() -> None:
 
 def test_an_old_segment_ends_though_nothing_happens() -> None:
     kept, clock = Kept(), FakeClock()
-    observer = tracing(kept, segment_age_seconds=300, monotonic_ns=clock.monotonic_ns, time_ns=clock.time_ns)
-    client = Client(observer).ehlo().mail()
+    client = Client(tracing(kept, monotonic_ns=clock.monotonic_ns), clock=clock).ehlo().mail()
     clock.advance(301)
-    observer.rotate()
+    client.rotate_if_due()
     assert kept.records == []  # a transaction is open
     client.rset()
-    observer.rotate()
+    client.rotate_if_due()
     assert len(kept.named(CONNECTION)) == 1
-    observer.rotate()
+    client.rotate_if_due()
     assert len(kept.named(CONNECTION)) == 1
     clock.advance(301)
-    observer.rotate()
+    client.rotate_if_due()
     clock.advance(1)
     client.quit()
-    observer.rotate()
     segments = kept.named(CONNECTION)
     check_chain(segments)
     assert [states(segment) for segment in segments] == [["New", "Active", "Reset", "Active"], [], ["Closed"]]
     assert segments[-1].attributes["smtp.connection.duration"] == pytest.approx(603, abs=0.1)
+    [closed] = segments[-1].events
+    assert closed.attributes["smtp.state.previous_duration"] == pytest.approx(302, abs=0.1)
+
+
+def test_a_segment_that_ends_within_a_transaction_loses_nothing() -> None:
+    kept = Kept()
+    client = Client(tracing(kept)).ehlo().mail().rcpt()
+    client.rotate()
+    client.data().header().final().quit()
+    first, second = kept.named(CONNECTION)
+    assert (states(first), states(second)) == (["New", "Active"], ["Data", "Active", "Idle", "Closed"])
+    check_chain([first, second])
+    assert kept.one(TRANSACTION).parent == second.context
+
+
+def test_a_probe_whose_earlier_segment_was_exported_is_exported_to_its_end() -> None:
+    kept = Kept()
+    client = Client(tracing(kept))
+    client.rotate()
+    client.close()
+    segments = kept.named(CONNECTION)
+    check_chain(segments)
+    assert segments[-1].attributes["smtp.probe"] is True
+    assert segments[-1].attributes["smtp.close.reason"] == "client_disconnect"
 
 
 def test_a_clock_that_is_set_back_does_not_disturb_the_order() -> None:
     kept, clock = Kept(), FakeClock()
-    client = Client(tracing(kept, monotonic_ns=clock.monotonic_ns, time_ns=clock.time_ns)).ehlo()
+    client = Client(tracing(kept), clock=clock).ehlo()
     clock.wall_minus_monotonic_ns -= 3600 * 10**9
     client.message().quit()
     connection = kept.one(CONNECTION)
@@ -757,10 +788,58 @@ def test_what_is_not_sampled_is_not_recorded_and_still_has_ids() -> None:
     kept = Kept()
     client = Client(tracing(kept, sampler=ALWAYS_OFF)).ehlo().mail().rcpt().data().header()
     assert client.transaction is not None
-    assert client.transaction.trace_id() is not None
+    assert client.trace_id() is not None
     assert client.deliver()["traceparent"].endswith("-02")
     client.final().quit()
     assert kept.records == []
+
+
+def test_a_span_that_is_recorded_but_not_sampled_is_kept_and_not_exported() -> None:
+    class RecordOnly(Sampler):
+        def should_sample(self, parent_context: Any, trace_id: int, name: str, *more: Any, **others: Any) -> Any:
+            return SamplingResult(Decision.RECORD_ONLY)
+
+        def get_description(self) -> str:
+            return "RecordOnly"
+
+    exported: list[EncodedSpan] = []
+    kept: list[tuple[str, bool]] = []
+    observer = Tracing(
+        exports=[exported.append],
+        memories=[lambda span, is_trouble: kept.append((span.to_record().name, is_trouble))],
+        sampler=RecordOnly(),
+    )
+    Client(observer).ehlo().message().quit()
+    assert exported == []
+    assert kept == [(DELIVERY, False), (TRANSACTION, False), (CONNECTION, False)]
+
+
+def test_those_who_remember_are_told_what_went_wrong() -> None:
+    kept: list[tuple[str, bool]] = []
+    observer = Tracing(memories=[lambda span, is_trouble: kept.append((span.to_record().name, is_trouble))])
+    client = Client(observer).ehlo().mail().rcpt(reply=replies.RELAY_DENIED).rcpt().data().header()
+    client.deliver(None, Outcome.DEFERRED, error_type=ErrorType.UPSTREAM_UNAVAILABLE)
+    client.deliver()
+    client.final(replies.MESSAGE_TOO_BIG, Outcome.REFUSED).quit()
+    assert kept == [(DELIVERY, True), (DELIVERY, False), (TRANSACTION, False), (CONNECTION, True)]
+
+
+def test_what_a_sampler_adds_is_on_the_span_and_never_twice() -> None:
+    class Adding(Sampler):
+        def should_sample(self, parent_context: Any, trace_id: int, name: str, *more: Any, **others: Any) -> Any:
+            return SamplingResult(Decision.RECORD_AND_SAMPLE, {"rate": 0.5, "smtp.outcome": "mine"})
+
+        def get_description(self) -> str:
+            return "Adding"
+
+    kept = Kept()
+    exported: list[EncodedSpan] = []
+    Client(Tracing(exports=[exported.append], sinks=[kept], sampler=Adding())).ehlo().message().quit()
+    for span, record in zip(exported, kept.records, strict=True):
+        assert span.to_record().attributes == record.attributes
+        assert record.attributes["rate"] == 0.5
+    assert kept.one(TRANSACTION).attributes["smtp.outcome"] == "relayed"
+    assert kept.one(CONNECTION).attributes["smtp.outcome"] == "mine"
 
 
 def test_listeners_get_every_span_those_not_sampled_without_events() -> None:
@@ -813,18 +892,15 @@ class KeptStates:
 @pytest.mark.parametrize(("where", "on_span", "in_log"), [("span", 6, 0), ("log", 0, 6), ("both", 6, 6)])
 def test_state_events_go_where_they_are_wanted(where: str, on_span: int, in_log: int) -> None:
     kept, log = Kept(), KeptStates()
-    client = Client(tracing(kept, state_events=StateEvents(where), state_log=log))
+    events = StateEvents(where)
+    observer = tracing(kept, state_events=events)
+    client = Client(fan_out([observer, *([StateTelling(observer, log)] if events.in_log else [])]))
     client.ehlo().message().quit()
     connection = kept.one(CONNECTION)
     assert (len(connection.events), len(log.taken)) == (on_span, in_log)
     for (name, attributes, span_id), event in zip(log.taken, connection.events, strict=False):
         assert (name, attributes) == (event.name, {"smtp.connection.id": client.info.id, **event.attributes})
         assert span_id == connection.context.span_id
-
-
-def test_state_events_in_the_log_need_a_log() -> None:
-    with pytest.raises(ValueError, match="needs a log"):
-        tracing(Kept(), state_events=StateEvents.LOG)
 
 
 # The SDK's side --------------------------------------------------------------------------------------------------

@@ -1,9 +1,8 @@
-"""The demonstration as a whole: upstream, gateway, visits, and each trace drawn as its connection ends."""
+"""The demonstration: an upstream, a gateway, visits, and each trace drawn when its connection ends."""
 
 import asyncio
 import contextlib
 import signal
-import socket
 from collections.abc import Sequence
 from typing import Final
 
@@ -15,12 +14,13 @@ from otel_smtp.commands.demo.visits import VISITS
 from otel_smtp.commands.terminal.spans import DrawnSpan, Stories
 from otel_smtp.commands.terminal.waterfall import ASCII, UNICODE, waterfall
 from otel_smtp.config import Flag, Settings, load
-from otel_smtp.gateway.app import Gateway
+from otel_smtp.gateway import Gateway
+from otel_smtp.gateway.ports import bind
 from otel_smtp.observing import Endpoint
 
-# A trace is drawn when its connection has ended, which takes no longer than the visit itself.
+# A trace is drawn when its connection has ended, which is when the visit has.
 _PATIENCE_SECONDS: Final = 20.0
-# Stories that wait to be drawn; a load test against the demonstration is not drawn to its end.
+# Traces waiting to be drawn; of a load test on the demonstration, not all are.
 _MOST_STORIES: Final = 1000
 
 
@@ -28,10 +28,10 @@ class Demonstration:
     """Draws what the gateway does.
 
     Args:
-        console: where to.
-        listen: addresses to listen on; by default the usual ones, or others where those are taken.
+        console: where it draws.
+        listen: addresses to listen on; (): the default ones, or another port if that is taken.
         flags: further settings.
-        answer_after_seconds: how long the upstream thinks at the end of each message.
+        answer_after_seconds: how long the upstream takes to answer each message.
     """
 
     def __init__(
@@ -43,20 +43,20 @@ class Demonstration:
         answer_after_seconds: float = 0.0,
     ) -> None:
         self._console = console
-        self._listen = listen or usual_addresses(2525)
+        self._listen = listen or default_addresses(2525)
         self._flags = flags
         self._upstream = KeepingUpstream(KeepingForwarder(answer_after_seconds=answer_after_seconds))
         self._stories = Stories()
-        self._told: asyncio.Queue[list[DrawnSpan]] = asyncio.Queue(_MOST_STORIES)
+        self._ended: asyncio.Queue[list[DrawnSpan]] = asyncio.Queue(_MOST_STORIES)
         self._missed = 0
 
     async def run(self, *, once: bool) -> None:
         """Show the visits; then draw every further connection until SIGINT or SIGTERM, unless `once`.
 
         Raises:
-            SettingsError: the settings are refused.
+            SettingsError: the settings are invalid.
             OSError: an address cannot be bound.
-            VisitFailed: the gateway did not do what it should.
+            VisitFailed: the gateway did not answer as it should.
         """
         upstream = await self._upstream.start()
         try:
@@ -66,22 +66,22 @@ class Demonstration:
                 for number, visit in enumerate(VISITS, 1):
                     await visit.pay(address)
                     async with asyncio.timeout(_PATIENCE_SECONDS):
-                        story = await self._told.get()
+                        story = await self._ended.get()
                     self._draw(f"{number}  {visit.title}", story)
                 if not once:
                     self._invite(address)
-                    await self._stay()
+                    await self._draw_until_signal()
         finally:
             await self._upstream.stop()
 
     def _settings(self, upstream: Endpoint) -> Settings:
-        # The environment is left out on purpose: an upstream named there is real, and would get the visitors' mail.
+        # Without the environment on purpose: an upstream named there is real, and would get the visitors' mail.
         return load(
             values={
                 "listener": [{"name": "local", "address": list(self._listen)}],
                 "upstream": [{"name": "keeper", "url": f"smtp://{upstream}"}],
-                "status": {"address": usual_addresses(9925)[0]},
-                "timeouts": {"shutdown_grace": "1s"},  # Ctrl-C is meant
+                "status": {"address": default_addresses(9925)[0]},
+                "timeouts": {"shutdown_grace": "1s"},  # for Ctrl-C
             },
             flags=self._flags,
         )
@@ -91,11 +91,11 @@ class Demonstration:
         story = self._stories.take(span)
         if story is not None:
             try:
-                self._told.put_nowait(story)
+                self._ended.put_nowait(story)
             except asyncio.QueueFull:
                 self._missed += 1
 
-    async def _stay(self) -> None:
+    async def _draw_until_signal(self) -> None:
         loop = asyncio.get_running_loop()
         asked = asyncio.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -111,7 +111,7 @@ class Demonstration:
     async def _draw_further(self) -> None:
         number = len(VISITS)
         while True:
-            story = await self._told.get()
+            story = await self._ended.get()
             number += 1
             self._draw(f"{number}  Yours", story)
             if self._missed:
@@ -123,8 +123,8 @@ class Demonstration:
     def _say_where(self, gateway: Gateway, upstream: Endpoint) -> None:
         ready = gateway.ready
         where = " ".join(str(address) for address in ready.addresses["local"])
-        self._say("gateway", (where, "bold"), "  takes mail")
-        self._say("upstream", str(upstream), f"  keeps it, refuses {REFUSED_ADDRESS}")
+        self._say("gateway", (where, "bold"), "  accepts mail")
+        self._say("upstream", str(upstream), f"  keeps mail, refuses {REFUSED_ADDRESS}")
         if ready.status is not None:
             self._say("page", (f"http://{ready.status}", "bold"), "  shows connections and traces as they happen")
         self._say("traces", f"below; exported to {ready.traces_to}")
@@ -147,7 +147,7 @@ class Demonstration:
     def _invite(self, address: Endpoint) -> None:
         console = self._console
         console.print()
-        console.print("Now you; each connection is drawn as it ends, Ctrl-C ends it all:", style="bold")
+        console.print("Now you: each connection is drawn when it ends; Ctrl-C exits.", style="bold")
         lines = [
             f"otel-smtp send --to you@example.net {address}",
             f"swaks --server {address} --from me@example.org --to {REFUSED_ADDRESS}",
@@ -157,17 +157,15 @@ class Demonstration:
             console.print(f"  {line}", style="cyan", soft_wrap=True)
 
 
-def usual_addresses(port: int) -> list[str]:
-    """`port` on the loopback interface, on both its addresses, if it is free; else one that the kernel will choose."""
+def default_addresses(port: int) -> list[str]:
+    """`port` on the loopback addresses, if it is free; else a port that the kernel chooses."""
     free = [host for host in ("127.0.0.1", "::1") if _is_free(host, port)]
     return [str(Endpoint(host, port)) for host in free] if "127.0.0.1" in free else ["127.0.0.1:0"]
 
 
 def _is_free(host: str, port: int) -> bool:
     try:
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
+        bind(Endpoint(host, port)).close()
     except OSError:  # taken, or a machine without IPv6
         return False
     return True

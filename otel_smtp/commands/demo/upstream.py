@@ -1,31 +1,31 @@
-"""An upstream that keeps what arrives, in memory, and refuses what it is told to refuse.
+"""An upstream that keeps mail in memory and refuses the recipients that it is given.
 
 It is the gateway's own server with another `Forwarder` behind it: real sockets, the whole protocol, and mail that ends
-in a list.
+up in a list.
 """
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Network
 from typing import Final
 
-from otel_smtp.forwarding.base import Capabilities
-from otel_smtp.observing import Endpoint, Observer, TransactionObserver
-from otel_smtp.server.connection import ListenerPolicy, ServerTimeouts
-from otel_smtp.server.listener import Listening, Server
+from otel_smtp.forwarding.base import Capabilities, MessageAnswered, RecipientsAnswered
+from otel_smtp.observing import Endpoint, Observer, TransactionRecord
+from otel_smtp.server.listener import ListenerSpec, Server
+from otel_smtp.server.session import ListenerPolicy, ServerTimeouts
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Mail, Recipient
+from otel_smtp.smtp.policy import ServerPolicy
 from otel_smtp.smtp.replies import EnhancedStatus, ErrorType, Reply
-from otel_smtp.smtp.server import ServerPolicy
 
 NO_SUCH_USER: Final = Reply(550, EnhancedStatus(5, 1, 1), ("No such user here",), ErrorType.ADDRESS)
 REFUSED_ADDRESS: Final = "refused@example.com"
 
 _CAPABILITIES: Final = Capabilities(require_tls=False)
 _LOOPBACK: Final = (IPv4Network("127.0.0.0/8"),)
-# Bounds of a demonstration: what is kept, and who may connect.
+# Bounds of a demonstration.
 _MOST_KEPT: Final = 100
 _MOST_KEPT_OCTETS: Final = 64 * 1024 * 1024
 _MOST_CONNECTIONS: Final = 64
@@ -41,11 +41,11 @@ class KeptMail:
 
 
 class KeepingForwarder:
-    """Keeps mail in memory, the newest `_MOST_KEPT` of it.
+    """Keeps the newest mails in memory, at most `_MOST_KEPT`.
 
     Args:
         refused: addresses that get 550 5.1.1.
-        answer_after_seconds: how long the end of a message waits for its reply.
+        answer_after_seconds: delay of the final reply to each message.
     """
 
     def __init__(self, *, refused: Collection[str] = (REFUSED_ADDRESS,), answer_after_seconds: float = 0.0) -> None:
@@ -55,15 +55,15 @@ class KeepingForwarder:
         self._kept_octets = 0
 
     def capabilities(self) -> Capabilities:
-        """Everything that needs nobody else."""
+        """All extensions that need no further server."""
         return _CAPABILITIES
 
-    async def begin(self, mail: Mail, seen: TransactionObserver) -> "_KeepingTransaction":
-        """Take any sender."""
+    def begin(self, mail: Mail, record: TransactionRecord) -> "_KeepingTransaction":
+        """Accept any sender."""
         return _KeepingTransaction(self, mail)
 
     def keep(self, mail: KeptMail) -> Reply:
-        """Keep a mail, and forget the oldest where there is no room."""
+        """Keep a mail, and drop the oldest ones if there is no room."""
         self.kept.append(mail)
         self._kept_octets += len(mail.content)
         while len(self.kept) > 1 and (len(self.kept) > _MOST_KEPT or self._kept_octets > _MOST_KEPT_OCTETS):
@@ -78,9 +78,10 @@ class _KeepingTransaction:
         self._forwarder = forwarder
         self._mail = mail
         self._recipients: list[Recipient] = []
+        self._content: list[bytes] = []
 
-    async def recipients(self, batch: Sequence[Recipient]) -> Sequence[Reply]:
-        return [self._recipient(recipient) for recipient in batch]
+    def recipients(self, batch: Sequence[Recipient], answered: RecipientsAnswered) -> None:
+        answered([self._recipient(recipient) for recipient in batch])
 
     def _recipient(self, recipient: Recipient) -> Reply:
         if recipient.address.lower() in self._forwarder.refused:
@@ -88,14 +89,23 @@ class _KeepingTransaction:
         self._recipients.append(recipient)
         return replies.RECIPIENT_OK
 
-    async def content(self, chunks: AsyncIterator[bytes]) -> Reply:
-        content = b"".join([chunk async for chunk in chunks])
-        if self._forwarder.answer_after_seconds:
-            await asyncio.sleep(self._forwarder.answer_after_seconds)
-        return self._forwarder.keep(KeptMail(self._mail, tuple(self._recipients), content))
+    def content(self, resume: Callable[[], None]) -> None:
+        self._content.clear()
 
-    async def abort(self) -> None:
+    def write(self, chunk: bytes) -> bool:
+        self._content.append(chunk)
+        return True
+
+    def finish(self, answered: MessageAnswered) -> None:
+        asyncio.get_running_loop().call_later(self._forwarder.answer_after_seconds, self._answer, answered)
+
+    def _answer(self, answered: MessageAnswered) -> None:
+        mail = KeptMail(self._mail, tuple(self._recipients), b"".join(self._content))
+        answered(self._forwarder.keep(mail), ())
+
+    def abort(self) -> None:
         self._recipients.clear()
+        self._content.clear()
 
 
 class KeepingUpstream:
@@ -106,7 +116,7 @@ class KeepingUpstream:
             "keeper", ServerPolicy("keeper.example"), ServerTimeouts(), allow=_LOOPBACK, trace_in_reply=False
         )
         self._server = Server(
-            [Listening(policy, (Endpoint("127.0.0.1", 0),))],
+            [ListenerSpec(policy, (Endpoint("127.0.0.1", 0),))],
             forwarder,
             Observer(),
             connections=_MOST_CONNECTIONS,
@@ -117,10 +127,10 @@ class KeepingUpstream:
         """Listen.
 
         Returns:
-            Where.
+            Its address.
 
         Raises:
-            OSError: no port can be had.
+            OSError: no port is available.
         """
         return (await self._server.start())["keeper"][0]
 

@@ -1,4 +1,4 @@
-"""Clients that pay the gateway a visit, each to show one thing; they speak over real sockets, line by line."""
+"""Clients that visit the gateway, each to show one thing, over real sockets and line by line."""
 
 import asyncio
 import contextlib
@@ -12,12 +12,12 @@ from typing import Final
 from otel_smtp.commands.demo.upstream import REFUSED_ADDRESS
 from otel_smtp.observing import Endpoint
 
-# Everything happens on this machine; what takes longer has gone wrong.
+# All of it happens on this machine; anything slower has failed.
 _PATIENCE_SECONDS: Final = 20.0
 
 
 class VisitFailed(Exception):
-    """The gateway did not behave as the visit expects; says what it said."""
+    """The gateway did not answer as the visit expects; the text has its answer."""
 
 
 class Visitor:
@@ -31,7 +31,7 @@ class Visitor:
         """Read one reply.
 
         Raises:
-            VisitFailed: its code is not among the expected.
+            VisitFailed: its code is not among the expected ones.
         """
         async with asyncio.timeout(_PATIENCE_SECONDS):
             line = await self._reader.readline()
@@ -61,17 +61,17 @@ class Visitor:
         await self._writer.drain()
 
     async def quit(self) -> None:
-        """Take leave."""
+        """End the session with QUIT."""
         await self.say("QUIT", 221)
 
     def vanish(self) -> None:
-        """Be gone without a word."""
+        """Close the connection without QUIT."""
         self._writer.transport.abort()
 
 
 @contextlib.asynccontextmanager
 async def connected(gateway: Endpoint) -> AsyncIterator[Visitor]:
-    """A visitor that has been greeted; the connection is gone afterwards, however the visit went."""
+    """A visitor that has been greeted; its connection is closed at the end."""
     async with asyncio.timeout(_PATIENCE_SECONDS):
         reader, writer = await asyncio.open_connection(gateway.host, gateway.port)
     try:
@@ -91,7 +91,7 @@ def _message(subject: str, *, attachment_octets: int = 0) -> bytes:
     message["Message-ID"] = make_msgid(domain="shop.example")
     message.set_content("Thank you for your order.\n")
     if attachment_octets:
-        # The octets of an image need not be one; base64 makes four of each three.
+        # Any octets do; base64 makes four of each three.
         content = bytes(range(256)) * (attachment_octets // 256)
         message.add_attachment(content, maintype="image", subtype="png", filename="receipt.png")
     return message.as_bytes().replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")

@@ -1,8 +1,8 @@
-"""The queue as a terminal shows it. Rows are what `spool.operators` answers, one mapping a message.
+"""The queue as a terminal shows it. A row is an answer of `spool.operators`: one mapping per message.
 
-A list is told message by message, as they come, since a queue that one has to look at may be long: who they are in one
-line, and why they are still here below it. Where nobody looks (a pipe, a file) it is one line for each message, however
-long, so that it can be searched and cut.
+A list is printed message by message, as they come, since a queue may be long: the message in one line, and the reasons
+why it waits below. In a pipe or a file it is exactly one line per message, however long, so that it can be searched and
+cut.
 """
 
 import json
@@ -28,7 +28,7 @@ FORCED_MARK: Final = "#"
 _MARK_STYLES: Final = {"*": "green", "!": "yellow", "?": "bold red", "#": "red"}
 LEGEND: Final = "* being delivered  ! held  ? damaged  # given up by an operator"
 
-# Each four times the one before, as in Postfix's qshape, whose finer steps speak of other people's servers.
+# Each four times the one before. Postfix's qshape has finer steps.
 AGES_SECONDS: Final = (300, 1200, 4800, 19200, 76800, 307200)
 _AGE_NAMES: Final = ("5m", "20m", "80m", "5h", "21h", "3.5d", "older")
 
@@ -44,10 +44,10 @@ def json_line(row: Row) -> str:
 
 
 class Listing:
-    """Messages as they come, and their sum.
+    """Messages as they come, and their total.
 
     Args:
-        width: cells of a line; None: nobody looks, and each message is one line.
+        width: cells of a line; None: no terminal, so each message is one line.
         now: seconds since the epoch.
     """
 
@@ -58,7 +58,7 @@ class Listing:
         self._octets = 0
 
     def heading(self) -> Sequence[RenderableType]:
-        """What stands above the columns."""
+        """The heads of the columns."""
         if self._width is not None and self._width < len(_HEADING):
             return []
         return [Text(f"{_HEADING}  sender -> recipients" if self._has_one_line else _HEADING, "dim")]
@@ -83,7 +83,7 @@ class Listing:
         return [head, *map(_indented, (route, *reasons))]
 
     def summary(self) -> Sequence[RenderableType]:
-        """How many there were, and what the marks mean."""
+        """The total, and the legend of the marks."""
         if not self._messages:
             return [Text("the queue is empty")]
         return [Text(f"{counted(self._messages, 'message')}, {octets(self._octets)}", "bold"), Text(LEGEND, "dim")]
@@ -95,20 +95,20 @@ class Listing:
 
 
 class Grouping(StrEnum):
-    """What the rows of a shape are."""
+    """What the rows of a `Shape` are."""
 
     DOMAIN = "domain"  # of the recipients
     SENDER = "sender"  # its domain
-    REASON = "reason"  # why a recipient waits
+    REASON = "reason"  # last reply to a recipient
 
 
 class Shape:
-    """How old mail is that has something in common: a row for each group, the largest first, a column for each age.
+    """Messages by group and age: a row per group, the largest first, and a column per age.
 
-    A column says up to which age, from the one before; ages that nothing has are left out.
+    A column counts ages up to its head, above the one before; empty columns are left out.
 
     Args:
-        most: rows; what is left is told as one more.
+        most: rows; the rest is summed up in one more.
         now: seconds since the epoch.
     """
 
@@ -120,7 +120,7 @@ class Shape:
         self._groups: dict[str, Counter[int]] = {}
 
     def add(self, row: Row) -> None:
-        """Count a message, once in each group that it belongs to."""
+        """Count a message once in each of its groups."""
         column = sum(self._now - row["arrival_time"] > bound for bound in AGES_SECONDS)
         self._all[column] += 1
         for group in _groups(row, self._by):
@@ -149,7 +149,7 @@ def details(row: Row, *, now: float | None = None) -> Group:
     facts = [
         ("id", plain(row["queue_id"])),
         ("state", f"{row['queue_name']}{' (given up)' if row['forced_expire'] else ''}"),
-        ("sender", plain(row["sender"]) or "<> (a bounce, or what asks for none)"),
+        ("sender", plain(row["sender"]) or "<> (a bounce, or mail that wants none)"),
         ("size", octets(row["message_size"])),
         ("arrived", f"{_moment(row['arrival_time'])}, {age(now - row['arrival_time'])} ago"),
         ("expires", _moment(row["expires"])),
@@ -164,7 +164,7 @@ def details(row: Row, *, now: float | None = None) -> Group:
 
 
 def age(seconds: float) -> str:
-    """A time span in the largest unit that leaves two figures or so."""
+    """A duration in the largest unit that leaves about two figures."""
     for bound, unit, name in ((120, 1, "s"), (7200, 60, "min"), (172800, 3600, "h")):
         if seconds < bound:
             return f"{max(0, seconds) / unit:.0f} {name}"
@@ -191,7 +191,7 @@ def _recipients(row: Row) -> str:
 
 
 def _reasons(row: Row) -> Sequence[Text]:
-    """What was said of its recipients, the most frequent first."""
+    """The last replies to its recipients, the most frequent first."""
     found = Counter(one["delay_reason"] for one in row["recipients"] if one.get("delay_reason")).most_common()
     lines = []
     for reason, times in found[:_MOST_REASONS]:

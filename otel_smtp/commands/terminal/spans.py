@@ -1,16 +1,16 @@
-"""Finished spans as they are drawn: what is asked of them, and how those that tell one story are brought together."""
+"""Finished spans as they are drawn: their interface, and the spans of one connection collected."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Protocol
 
-# Spans whose connection is still open, or whose connection is long gone (a spooled mail's later attempts).
+# Spans whose connection is still open, or long closed (later attempts of a queued mail).
 MOST_WAITING: Final = 10_000
 
 ROOT: Final = "smtp.connection"
 
 
 class Identity(Protocol):
-    """What a span is known by."""
+    """The ids of a span."""
 
     @property
     def trace_id(self) -> int: ...
@@ -58,10 +58,10 @@ class DrawnSpan(Protocol):
 
 
 class Stories:
-    """Brings together the spans of one connection.
+    """Collects the spans of each connection.
 
-    A connection's span ends last, so what belongs to it has been seen by then: its children, their children, and a
-    transaction that stands in the application's trace and links back to its connection.
+    A connection's span ends last, so all spans that belong to it have come before: its children, their children, and a
+    transaction in the application's trace that links to its connection.
     """
 
     def __init__(self, *, most_waiting: int = MOST_WAITING) -> None:
@@ -70,14 +70,14 @@ class Stories:
         self._below: dict[int, set[int]] = {}
 
     def __len__(self) -> int:
-        """Spans that wait for their connection to end."""
+        """Number of spans that wait for their connection to end."""
         return len(self._waiting)
 
     def take(self, span: DrawnSpan) -> list[DrawnSpan] | None:
         """Take a finished span.
 
         Returns:
-            All spans of a connection, its own first, once that has ended; None before.
+            When the connection's own span arrives: all its spans, that one first. None before.
         """
         if span.name == ROOT:
             return [span, *self._collect(span.context.span_id)]
@@ -105,5 +105,5 @@ class Stories:
 
 
 def _above(span: DrawnSpan) -> set[int]:
-    """The spans that a span belongs under: its parent, and what it links to."""
+    """The spans that a span belongs to: its parent, and those that it links to."""
     return {of.span_id for of in (span.parent, *(link.context for link in span.links)) if of is not None}

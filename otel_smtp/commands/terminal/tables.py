@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -12,7 +11,7 @@ VERDICTS = {"ok": ("✓", "green"), "warning": ("!", "yellow"), "failed": ("✗"
 
 
 def table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A table without frame lines; the first column stands out, cells wrap rather than vanish."""
+    """A table without frame lines. The first column stands out; long cells wrap."""
     drawn = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for number, head in enumerate(heads):
         drawn.add_column(head, header_style="dim", style="cyan" if number == 0 else "", overflow="fold")
@@ -28,12 +27,7 @@ def verdict_line(verdict: str, subject: str, detail: str) -> Text:
 
 
 def exchange_line(sent: str, code: int, text: str) -> Text:
-    """What was sent, and what was answered."""
+    """What was sent, and its reply."""
     first, *more = text.splitlines() or [""]
     line = Text.assemble(("→ ", "dim"), f"{sent}  ", (str(code), code_style(code)), f" {first}")
     return line.append(f"  (+{len(more)} lines)", "dim") if more else line
-
-
-def speaks_unicode(console: Console) -> bool:
-    """Whether the output can carry box-drawing characters."""
-    return console.encoding.lower().startswith("utf")

@@ -1,8 +1,8 @@
-"""A trace as a waterfall: one row for each span and each event, in the order of time.
+"""A trace as a waterfall: one row per span and per event, in order of time.
 
-Lanes on the left show what belongs to what, as in a graph of revisions: a span opens a lane to the right of its
-parent's, its events stand in it, and the line ends where the span ends. So events of all spans can be read in one order
-of time and still be told apart:
+Lanes on the left show what belongs together, as in a graph of revisions: a span opens a lane to the right of its
+parent's, its events are in that lane, and the line ends where the span ends. So the events of all spans can be read in
+one order of time and still be told apart:
 
     ◆      smtp.connection    0.0  ━━━━━━━━━━━━  53.1 ms  127.0.0.1:48122 → 127.0.0.1:2525
     ●      New                0.0  ╿
@@ -10,8 +10,8 @@ of time and still be told apart:
     │ ◆    smtp.transaction   6.2   ━━━━━━━━━    42.0 ms  relayed  250 2.0.0
     ● │    Data              11.0    ╿           message 1  1 recipient
 
-What does not fit into a row goes on in the next; nothing is cut as long as a single word fits. Takes spans as values
-and knows neither OpenTelemetry nor the gateway.
+Words that do not fit into a row continue in the next; nothing is cut as long as a single word fits. The module takes
+spans as values and knows neither OpenTelemetry nor the gateway.
 """
 
 from bisect import bisect_right
@@ -38,7 +38,7 @@ from otel_smtp.commands.terminal.words import (
 
 @dataclass(frozen=True, slots=True)
 class Glyphs:
-    """The characters that a waterfall is made of."""
+    """The characters of a waterfall."""
 
     span: str
     event: str
@@ -53,7 +53,7 @@ class Glyphs:
 UNICODE: Final = Glyphs("◆", "●", "✗", "│", "━", "╺", "╿", "✓")
 ASCII: Final = Glyphs("#", "*", "!", "|", "=", "-", "'", "+")
 
-# Lanes: connection, transaction, delivery, and on wider terminals as many again for what runs in parallel.
+# Lanes: connection, transaction, delivery; on wider terminals three more for spans in parallel.
 _FEW_LANES: Final = 3
 _MOST_LANES: Final = 6
 _WIDE: Final = 60
@@ -92,15 +92,15 @@ def waterfall(spans: Iterable[DrawnSpan], *, width: int, glyphs: Glyphs = UNICOD
 
     Args:
         spans: finished spans that belong together, in any order; at least one.
-        width: cells of a line, from 40 on.
-        glyphs: UNICODE, or ASCII for terminals that know no better.
-        most_rows: of a longer trace the beginning and the end are drawn.
+        width: cells of a line, at least 40.
+        glyphs: UNICODE, or ASCII for terminals without it.
+        most_rows: of a longer trace, only the beginning and the end are drawn.
 
     Returns:
         Lines of text, none wider than `width`.
     """
     ordered = sorted(spans, key=lambda span: (span.start_ns, -span.end_ns))
-    # An event outside of its span would be a clock that was set meanwhile; it is drawn all the same.
+    # An event outside of its span means that the clock was set meanwhile; it is drawn all the same.
     times = [event.time_ns for span in ordered for event in span.events]
     start_ns = min(ordered[0].start_ns, *times) if times else ordered[0].start_ns
     end_ns = max([*times, *(span.end_ns for span in ordered)])
@@ -126,7 +126,7 @@ def waterfall(spans: Iterable[DrawnSpan], *, width: int, glyphs: Glyphs = UNICOD
 
 
 def _lanes(ordered: Sequence[DrawnSpan], most: int) -> dict[int, int]:
-    """A lane for each span: right of its parent's, and free for as long as the span lasts."""
+    """A lane for each span: right of its parent's, and free as long as the span lasts."""
     lanes: dict[int, int] = {}
     busy_until: dict[int, int] = {}
     for span in ordered:
@@ -159,7 +159,7 @@ def _rows(ordered: Sequence[DrawnSpan], lanes: Mapping[int, int], glyphs: Glyphs
 
 
 def _event_name(event: DrawnEvent) -> tuple[str, str]:
-    """The short name of an event: the state, the phase, or what it is called."""
+    """The short name of an event: its state, its phase, or its name."""
     state = event.attributes.get("smtp.state")
     if isinstance(state, str):
         return plain(state), STATE_STYLES.get(state, "")
@@ -176,7 +176,7 @@ def _extents(
     lane_taken_at: dict[int, int] = {}
     for span in reversed(ordered):
         lane = lanes[span.context.span_id]
-        # What begins where this one ends, in the same lane, needs the place.
+        # A span that begins in the same lane where this one ends needs the place.
         end = min(bisect_right(times, span.end_ns), lane_taken_at.get(lane, len(rows))) - 1
         last[span.context.span_id] = max(end, first[span.context.span_id])
         lane_taken_at[lane] = first[span.context.span_id]
@@ -188,10 +188,10 @@ def _columns(rows: Sequence[_Row], lanes: Mapping[int, int], width: int, total_n
     name = max(cell_len(row.name) for row in rows)
     time = max(5, len(_at(total_ns, total_ns)))
     left = width - graph - name - time - 3 * _GAP
-    if left < 20:  # a terminal so narrow that names must give
+    if left < 20:  # too narrow for the names
         name = max(6, name - (20 - left))
         left = width - graph - name - time - 3 * _GAP
-    # Bars get two fifths, but words are useless below some twenty cells, and bars say no more beyond forty-four.
+    # Bars get two fifths. Words need some twenty cells, and bars show no more beyond forty-four.
     bar = min(max(8, left * 2 // 5), max(8, left - 24), 44) if left >= 20 else left // 3
     return _Columns(graph, name, time, bar, left - bar)
 
@@ -200,14 +200,14 @@ def _columns(rows: Sequence[_Row], lanes: Mapping[int, int], width: int, total_n
 
 
 def _at(offset_ns: int, total_ns: int) -> str:
-    """A point in time since the start, in the unit that suits the whole."""
+    """A point in time since the start, in a unit that suits the whole trace."""
     if total_ns >= 1_000_000_000:
         return f"{offset_ns / 1e9:.3f}" if total_ns < 100_000_000_000 else f"{offset_ns / 1e9:.1f}"
     return f"{offset_ns / 1e6:.2f}" if total_ns < 10_000_000 else f"{offset_ns / 1e6:.1f}"
 
 
 def _heading(ordered: Sequence[DrawnSpan], total_ns: int, width: int, glyphs: Glyphs) -> list[Text]:
-    """The trace id, and in one line how it ended."""
+    """The trace id, and the outcome in one line."""
     traces = dict.fromkeys(span.context.trace_id for span in ordered)
     line = Text().append("trace ", "dim").append(f"{next(iter(traces)):032x}", "bold")
     outcomes = Counter(
@@ -218,8 +218,8 @@ def _heading(ordered: Sequence[DrawnSpan], total_ns: int, width: int, glyphs: Gl
     words = []
     for (outcome, code), count in outcomes.items():
         mark = glyphs.good if outcome in ("relayed", "queued") else glyphs.error
-        told = f"{mark} {outcome}" + (f" {code}" if code is not None else "") + (f" x{count}" if count > 1 else "")
-        words.append(Word(told, outcome_style(outcome)))
+        text = f"{mark} {outcome}" + (f" {code}" if code is not None else "") + (f" x{count}" if count > 1 else "")
+        words.append(Word(text, outcome_style(outcome)))
     events = sum(len(span.events) for span in ordered)
     words = words or [Word("no message", "dim")]
     words += [Word(duration(total_ns)), Word(counted(len(ordered), "span")), Word(counted(events, "event"))]
@@ -252,7 +252,7 @@ def _lines(
     first, *more = _filled(words, columns.words) or [Text()]
     lines = [line.append_text(first)]
     for text in more:
-        # A lane that ends with this row does not go on beside its continuation.
+        # A lane that ends in this row does not continue beside its further lines.
         next_line = _graph(open_lanes - ending, columns, glyphs, None)
         next_line.append(" " * (columns.name + columns.time + columns.bar + 3 * _GAP))
         lines.append(next_line.append_text(text))
@@ -274,7 +274,7 @@ def _graph(open_lanes: set[int], columns: _Columns, glyphs: Glyphs, row: _Row | 
 
 
 def _bar(row: _Row, cells: int, start_ns: int, end_ns: int, glyphs: Glyphs) -> Text:
-    """The span's part of the whole time, or the event's point in it."""
+    """The span's share of the whole time, or the event's point in it."""
     per_cell = max(1, end_ns - start_ns) / cells
     first = min(cells - 1, int((row.time_ns - start_ns) / per_cell))
     if row.span is None:
@@ -304,7 +304,7 @@ def _filled(words: Sequence[Word], width: int) -> list[Text]:
 
 
 def _head(text: str, width: int) -> str:
-    """As much of `text` as fits, broken at a space where there is one in the second half."""
+    """The beginning of `text` that fits, broken at a space if there is one in its second half."""
     if cell_len(text) <= width:
         return text
     end = width

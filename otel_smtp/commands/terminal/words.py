@@ -1,4 +1,4 @@
-"""Spans and events in words: what stands beside a bar, in the order in which one wants to read it."""
+"""Spans and events in words: the text beside a bar, the most important first."""
 
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
@@ -7,14 +7,14 @@ Attributes = Mapping[str, Any]
 
 
 class Word(NamedTuple):
-    """A piece of text that is not broken across lines, and how it looks (a style of rich)."""
+    """A piece of text that is not broken across lines, and its rich style."""
 
     text: str
     style: str = ""
 
 
-# What the row says in other ways: by its name, its place, its time.
-_SAID_OTHERWISE: Final = frozenset(
+# What the row shows already: by its name, its place, its time.
+_SHOWN_ALREADY: Final = frozenset(
     {
         "smtp.connection.id",
         "smtp.listener",
@@ -24,7 +24,6 @@ _SAID_OTHERWISE: Final = frozenset(
         "smtp.state.sequence",
         "smtp.state.previous_duration",
         "smtp.connection.duration",
-        "smtp.schema.version",
         "network.local.address",
         "network.local.port",
         "network.peer.port",
@@ -72,7 +71,7 @@ def outcome_style(outcome: str) -> str:
 
 
 def octets(count: int) -> str:
-    """A size for people: 1 decimal from a kibibyte on."""
+    """A size for people: one decimal from a kibibyte up."""
     for unit, factor in (("MiB", 1024 * 1024), ("KiB", 1024)):
         if count >= factor:
             return f"{count / factor:.1f} {unit}"
@@ -85,7 +84,7 @@ def counted(count: int, noun: str) -> str:
 
 
 def duration(nanoseconds: int) -> str:
-    """A length of time for people, three digits or so."""
+    """A duration for people, with about three digits."""
     milliseconds = nanoseconds / 1e6
     if milliseconds < 10:
         return f"{milliseconds:.2f} ms"
@@ -95,7 +94,7 @@ def duration(nanoseconds: int) -> str:
 
 
 class _Reader:
-    """Takes attributes one after the other; what nobody took is told at the end as it is."""
+    """Takes attributes one by one; the rest is shown as it is at the end."""
 
     def __init__(self, attributes: Attributes) -> None:
         self._left = dict(attributes)
@@ -126,7 +125,7 @@ class _Reader:
         self.add("tls.cipher", "dim")
 
     def rest(self) -> list[Word]:
-        left = sorted((key, value) for key, value in self._left.items() if key not in _SAID_OTHERWISE)
+        left = sorted((key, value) for key, value in self._left.items() if key not in _SHOWN_ALREADY)
         return self.words + [Word(f"{key.removeprefix('smtp.')}={plain(value)}", "dim") for key, value in left]
 
 
@@ -138,7 +137,7 @@ def plain(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, (list, tuple)):
         return ",".join(plain(item) for item in value)
-    # A peer's text must not steer the terminal, whoever cleaned it before.
+    # A peer's text must not control the terminal, even if it was not cleaned before.
     return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in str(value))
 
 
@@ -151,7 +150,7 @@ def _endpoint(reader: _Reader, side: str) -> str:
 
 
 def event_words(name: str, attributes: Attributes) -> list[Word]:
-    """What an event says beside its name."""
+    """The words of an event, its name aside."""
     reader = _Reader(attributes)
     reader.add("smtp.auth.mechanism", "magenta")
     mode = reader.take("smtp.tls.mode")
@@ -185,13 +184,13 @@ def _add_pool(reader: _Reader) -> None:
     reused, wait = reader.take("smtp.pool.reused"), reader.take("smtp.pool.wait")
     if reused is not None:
         reader.words.append(Word("connection reused", "green") if reused else Word("new connection"))
-    # Below a tenth of a millisecond nobody waited.
+    # Less than a tenth of a millisecond is no wait.
     if wait is not None and float(wait) >= 0.0001:
         reader.words.append(Word(f"waited {duration(int(float(wait) * 1e9))}", "yellow"))
 
 
 def span_words(name: str, attributes: Attributes) -> list[Word]:
-    """What a span says beside its name, its duration aside."""
+    """The words of a span, its name and duration aside."""
     reader = _Reader(attributes)
     match name:
         case "smtp.connection":
@@ -221,7 +220,7 @@ def _add_connection(reader: _Reader) -> None:
     segment = reader.take("smtp.connection.segment")
     if segment is not None and int(segment) > 1:
         reader.words.append(Word(f"segment {segment}"))
-    # Its last event says these.
+    # Its last event shows these.
     for key in ("smtp.close.reason", "smtp.tls.mode", "smtp.connection.messages"):
         reader.take(key)
     for key in ("smtp.connection.octets_received", "smtp.connection.octets_sent"):
@@ -251,12 +250,12 @@ def _add_delivery(reader: _Reader) -> None:
     if server := _endpoint(reader, "server"):
         reader.words.append(Word(f"→ {server}"))
     if peer is not None and plain(peer) not in server:
-        reader.words.append(Word(plain(peer), "dim"))  # what the name stood for
+        reader.words.append(Word(plain(peer), "dim"))  # the address of the name
     attempt = reader.take("smtp.delivery.attempt")
     if attempt is not None and int(attempt) > 1:
         reader.words.append(Word(f"attempt {plain(attempt)}", "yellow"))
     if (trips := reader.take("smtp.round_trips")) is not None:
         reader.words.append(Word(counted(int(trips), "round trip"), "dim"))
-    # Its event "pool" says these, and its code the outcome.
+    # Its event "pool" shows these, and its reply code the outcome.
     for key in ("smtp.outcome", "smtp.pool.reused", "smtp.pool.wait"):
         reader.take(key)

@@ -9,8 +9,10 @@ import pytest
 import pytest_asyncio
 
 from otel_smtp.commands.demo.upstream import REFUSED_ADDRESS, KeepingForwarder, KeepingUpstream
-from otel_smtp.observing import Endpoint, TransactionObserver
+from otel_smtp.observing import Endpoint, TransactionRecord
 from otel_smtp.smtp.envelope import Mail, Recipient
+from otel_smtp.smtp.replies import Reply
+from tests.support.waiting import until
 
 T = TypeVar("T")
 MESSAGE = b"Subject: x\r\n\r\n.dot\r\nHello\r\n"
@@ -57,13 +59,15 @@ async def test_the_refused_recipient_gets_550_and_the_other_has_it(
 
 async def test_the_oldest_mail_is_forgotten() -> None:
     forwarder = KeepingForwarder()
+    answers: list[Reply] = []
     for number in range(105):
-        transaction = await forwarder.begin(Mail(f"{number}@example.org"), TransactionObserver())
-        await transaction.recipients([Recipient("b@example.net")])
-
-        async def chunks() -> AsyncIterator[bytes]:
-            yield MESSAGE
-
-        assert (await transaction.content(chunks())).code == 250
+        mail = Mail(f"{number}@example.org")
+        transaction = forwarder.begin(mail, TransactionRecord(mail, 1, None, 0, 0))
+        transaction.recipients([Recipient("b@example.net")], answers.extend)
+        transaction.content(lambda: None)
+        transaction.write(MESSAGE)
+        transaction.finish(lambda reply, verdicts: answers.append(reply))
+    await until(lambda: len(answers) == 210)
+    assert {answer.code for answer in answers} == {250}
     assert len(forwarder.kept) == 100
     assert forwarder.kept[0].mail.reverse_path == "5@example.org"

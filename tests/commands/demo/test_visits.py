@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
-from otel_smtp.commands.demo.show import usual_addresses
+from otel_smtp.commands.demo.show import default_addresses
 from otel_smtp.commands.demo.upstream import KeepingForwarder, KeepingUpstream
 from otel_smtp.commands.demo.visits import VISITS, Visit, VisitFailed, accepted
 from otel_smtp.observing import Endpoint
@@ -55,5 +55,5 @@ async def test_a_visit_that_goes_otherwise_says_what_it_was_told() -> None:
 async def test_a_port_that_is_taken_is_left_to_the_kernel() -> None:
     server = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
     async with server:
-        assert usual_addresses(server.sockets[0].getsockname()[1]) == ["127.0.0.1:0"]
-    assert usual_addresses(0)[0] == "127.0.0.1:0"
+        assert default_addresses(server.sockets[0].getsockname()[1]) == ["127.0.0.1:0"]
+    assert default_addresses(0)[0] == "127.0.0.1:0"

@@ -1,4 +1,4 @@
-"""One connection: what it makes of its forwarder, of time, and of a client that vanishes."""
+"""One session: what it makes of its forwarder, of time, and of a client that vanishes."""
 
 import asyncio
 import ipaddress
@@ -9,77 +9,62 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from otel_smtp.forwarding.base import Capabilities, DeliveryFailed, Permanent, Transient
-from otel_smtp.observing import ConnectionInfo, Endpoint, Outcome
-from otel_smtp.server.connection import Connection, ListenerPolicy, ServerTimeouts, is_in
+from otel_smtp.forwarding.base import Capabilities, DeliveryFailed
+from otel_smtp.observing import Outcome
+from otel_smtp.server.session import ListenerPolicy, Segments, ServerTimeouts, is_in
 from otel_smtp.server.users import Authenticator, Users
 from otel_smtp.smtp import replies
+from otel_smtp.smtp.policy import ServerLimits, ServerPolicy
 from otel_smtp.smtp.replies import Reply
-from otel_smtp.smtp.server import ServerPolicy
-from otel_smtp.smtp.states import CloseReason, TlsMode, raise_illegal
-from tests.server.keeping import KeepingForwarder, NotingConnection
+from otel_smtp.smtp.states import CloseReason, TlsMode
+from tests.server.keeping import KeepingForwarder, Noting, WatchedServer
 from tests.support.clock import advance
-from tests.support.fake_stream import LOCAL, PEER, FakeStream
+from tests.support.fake_stream import FakeStream
 from tests.support.waiting import until
 
 EVERYONE = (ipaddress.ip_network("0.0.0.0/0"),)
 POLICY = ListenerPolicy("local", ServerPolicy("gw.example.com"), ServerTimeouts(), allow=EVERYONE)
-INFO = ConnectionInfo("c" * 32, PEER, LOCAL, "local")
 ENVELOPE = b"EHLO client.example\r\nMAIL FROM:<a@example.com>\r\nRCPT TO:<b@example.org>\r\n"
 CONTENT = b"Subject: hello\r\n\r\nbody\r\n"
 MESSAGE = ENVELOPE + b"DATA\r\n" + CONTENT + b".\r\n"
 
 
-class Load:
-    """The listener as a connection sees it."""
-
-    is_stressed = False
-    is_draining = False
-
-    def admit(self, connection: Connection, client: Endpoint) -> Reply | None:
-        return None
-
-    def may_authenticate(self, client: Endpoint) -> bool:
-        return True
-
-    def auth_failed(self, client: Endpoint) -> None:
-        raise AssertionError("no AUTH here")
-
-
 class Served:
     """A connection being served, and both of its sides."""
 
-    def __init__(self, policy: ListenerPolicy = POLICY) -> None:
+    def __init__(
+        self, policy: ListenerPolicy = POLICY, *, early: bytes = b"", segments: Segments | None = None
+    ) -> None:
         self.stream = FakeStream()
+        if early:
+            self.stream.feed(early)
         self.forwarder = KeepingForwarder()
-        self.seen = NotingConnection(INFO)
-        self.load = Load()
-        self.connection = Connection(
-            self.stream, INFO, policy, self.forwarder, self.seen, self.load, on_illegal=raise_illegal
-        )
-        self.task = asyncio.get_running_loop().create_task(self.connection.run())
+        self.observer = Noting()
+        self.server = WatchedServer(self.forwarder, self.observer, segments=segments)
+        self.session, self.end = self.server.serve(policy, self.stream)
+        (self.seen,) = self.observer.connections
 
     async def greeted(self) -> None:
         await self.stream.sends(b"otel_smtp\r\n")
 
     async def ended(self) -> None:
         async with asyncio.timeout(5):
-            await self.task
+            await self.end
 
 
 @asynccontextmanager
-async def serving(policy: ListenerPolicy = POLICY) -> AsyncIterator[Served]:
-    served = Served(policy)
+async def serving(policy: ListenerPolicy = POLICY, *, segments: Segments | None = None) -> AsyncIterator[Served]:
+    served = Served(policy, segments=segments)
     try:
         await served.greeted()
         yield served
     finally:
-        served.task.cancel()
-        await asyncio.gather(served.task, return_exceptions=True)
+        served.session.cancel()
+        await served.ended()
 
 
 async def turns() -> None:
-    """Let the connection do what it can do at once."""
+    """Let the session do what it can do at once."""
     for _ in range(10):
         await asyncio.sleep(0)
 
@@ -112,7 +97,10 @@ async def test_a_pipelined_group_of_recipients_is_one_batch_and_its_replies_one_
         await served.stream.sends(b"354 ")
         assert served.forwarder.batches == [3]
         assert len(served.stream.writes) == before + 1
-        assert served.seen.transactions[0].answers == [250, 550, 250]
+        assert [reply.code for verb, reply in served.seen.replies if verb == "RCPT"] == [250, 550, 250]
+        record = served.forwarder.kept[0].record
+        assert [recipient.address for recipient in record.accepted] == ["b@example.org", "d@example.org"]
+        assert [(recipient.address, reply.code) for recipient, reply in record.refused] == [("bad@example.org", 550)]
 
 
 async def test_without_a_trace_in_the_reply_it_is_plain() -> None:
@@ -121,7 +109,7 @@ async def test_without_a_trace_in_the_reply_it_is_plain() -> None:
         await served.stream.sends(b"250 2.0.0 Ok\r\n")
 
 
-@pytest.mark.parametrize("step", ["begin", "recipients", "content"])
+@pytest.mark.parametrize("step", ["begin", "recipients", "content", "write", "finish"])
 async def test_a_bug_in_the_forwarder_is_451_and_the_session_lives(step: str) -> None:
     async with serving() as served:
 
@@ -130,7 +118,7 @@ async def test_a_bug_in_the_forwarder_is_451_and_the_session_lives(step: str) ->
                 raise ValueError("bug")
 
         served.forwarder.at = fail
-        served.stream.feed(MESSAGE if step == "content" else ENVELOPE)
+        served.stream.feed(ENVELOPE if step in ("begin", "recipients") else MESSAGE)
         sent = await served.stream.sends(b"451 4.3.0 Internal error, try again later\r\n")
         assert b"bug" not in sent
         served.forwarder.at = lambda at: None
@@ -157,32 +145,165 @@ async def test_a_bug_of_ours_ends_its_connection_and_the_text_of_it_stays_with_u
 
 
 @pytest.mark.parametrize(
-    ("failure", "outcome"),
+    ("reply", "outcome"),
     [
-        (Transient(replies.UPSTREAM_UNAVAILABLE), Outcome.DEFERRED),
-        (Permanent(replies.NEEDS_8BITMIME), Outcome.REFUSED),
-        (Transient(replies.OUTCOME_UNKNOWN), Outcome.UNKNOWN),
+        (replies.UPSTREAM_UNAVAILABLE, Outcome.DEFERRED),
+        (replies.NEEDS_8BITMIME, Outcome.REFUSED),
+        (replies.OUTCOME_UNKNOWN, Outcome.UNKNOWN),
     ],
 )
-async def test_a_failed_delivery_is_told_to_the_client_as_it_is(failure: DeliveryFailed, outcome: Outcome) -> None:
+async def test_a_failed_delivery_is_told_to_the_client_as_it_is(reply: Reply, outcome: Outcome) -> None:
     async with serving() as served:
-        served.forwarder.final = failure
+        served.forwarder.final = reply
         served.stream.feed(MESSAGE)
-        await served.stream.sends(failure.reply.wire)
+        await served.stream.sends(reply.wire)
         assert served.seen.transactions[0].outcome is outcome
+        assert served.seen.transactions[0].reply is reply
         assert served.seen.states == "New Active Data Error Idle"
 
 
-async def test_a_forwarder_that_answers_early_is_heard_when_the_content_is_over() -> None:
+@pytest.mark.parametrize(
+    ("reply", "outcome"), [(replies.UPSTREAM_UNAVAILABLE, Outcome.DEFERRED), (replies.NEEDS_8BITMIME, Outcome.REFUSED)]
+)
+async def test_a_mail_that_the_forwarder_refuses_at_once_is_a_transaction_all_the_same(
+    reply: Reply, outcome: Outcome
+) -> None:
     async with serving() as served:
-        served.forwarder.reads_content = False
-        served.forwarder.final = replies.STORAGE_FULL
+
+        def refuse(at: str) -> None:
+            raise DeliveryFailed(reply)
+
+        served.forwarder.at = refuse
+        served.stream.feed(b"EHLO c\r\nMAIL FROM:<a@example.com>\r\n")
+        await served.stream.sends(reply.wire)
+        (transaction,) = served.seen.transactions
+        assert (transaction.number, transaction.outcome, transaction.reply) == (1, outcome, reply)
+
+
+async def test_a_forwarder_that_fails_early_is_heard_when_the_content_is_over() -> None:
+    async with serving() as served:
+
+        def fail(at: str) -> None:
+            if at == "write":
+                raise ValueError("bug")
+
+        served.forwarder.at = fail
         served.stream.feed(ENVELOPE + b"DATA\r\n" + CONTENT)
         await served.stream.sends(b"354 ")
+        served.stream.feed(b"more\r\n")
         assert served.seen.states == "New Active Data"
         served.stream.feed(b".\r\nNOOP\r\n")
-        await served.stream.sends(b"452 4.3.1")
+        await served.stream.sends(b"451 4.3.0")
         await served.stream.sends(b"250 2.0.0")
+        assert served.forwarder.kept[0].is_aborted
+        assert served.seen.transactions[0].outcome is Outcome.DEFERRED
+
+
+async def test_content_that_is_held_back_stays_with_the_kernel_until_it_may_come() -> None:
+    async with serving() as served:
+        served.forwarder.holds_back = 200
+        served.stream.feed(ENVELOPE + b"DATA\r\n" + CONTENT)
+        await served.stream.sends(b"354 ")
+        served.stream.feed(b"x" * 300 + b"\r\n")
+        received = served.stream.octets_received
+        served.stream.feed(b"y" * 300 + b"\r\n")
+        assert served.stream.octets_received == received
+        served.forwarder.holds_back = None
+        served.forwarder.resume()
+        assert served.stream.octets_received == received + 302
+        served.stream.feed(b".\r\n")
+        await served.stream.sends(b"250 2.0.0 Ok trace=")
+        assert served.forwarder.kept[0].content.endswith(b"x\r\n" + b"y" * 300 + b"\r\n")
+
+
+@pytest.mark.movable_clock
+async def test_the_time_of_a_slow_forwarder_is_not_the_clients() -> None:
+    timeouts = ServerTimeouts(command=60, data=120)
+    async with serving(replace(POLICY, timeouts=timeouts)) as served:
+        served.forwarder.holds_back = 0
+        served.stream.feed(ENVELOPE + b"DATA\r\n" + CONTENT)
+        await served.stream.sends(b"354 ")
+        served.stream.feed(b"more\r\n")
+        advance(1000)
+        await turns()
+        served.forwarder.holds_back = None
+        served.forwarder.resume()
+        await turns()
+        served.stream.feed(b".\r\n")
+        await served.stream.sends(b"250 2.0.0 Ok trace=")
+
+
+async def test_a_client_that_pipelines_does_not_keep_the_loop_to_itself() -> None:
+    protocol = replace(POLICY.protocol, limits=ServerLimits(commands_per_turn=10, junk_commands=10_000))
+    async with serving(replace(POLICY, protocol=protocol)) as served:
+        served.stream.feed(b"EHLO c\r\n" + b"NOOP\r\n" * 95)
+        assert served.stream.sent.count(b"250 2.0.0") == 9
+        served.stream.feed(b"QUIT\r\n")  # stays with the kernel until its turn
+        await served.ended()
+        assert served.stream.sent.count(b"250 2.0.0") == 95
+        assert served.stream.sent.endswith(replies.CLOSING.wire)
+
+
+async def test_a_client_that_does_not_read_its_replies_is_not_served_on() -> None:
+    protocol = replace(POLICY.protocol, limits=ServerLimits(commands_per_turn=10, junk_commands=10_000))
+    async with serving(replace(POLICY, protocol=protocol)) as served:
+        served.stream.stop_taking()
+        served.stream.feed(b"EHLO c\r\n" + b"NOOP\r\n" * 95)
+        await turns()
+        assert served.stream.sent.count(b"250 2.0.0") == 9
+        served.stream.resume_writing()
+        await until(lambda: served.stream.sent.count(b"250 2.0.0") == 95)
+
+
+@pytest.mark.movable_clock
+async def test_a_client_that_never_reads_its_replies_is_cut_off() -> None:
+    async with serving() as served:
+        served.stream.stop_taking()
+        served.stream.feed(b"NOOP\r\n")
+        advance(179)
+        await turns()
+        assert served.seen.close_reason is None
+        advance(2)
+        await served.ended()
+        assert served.seen.close_reason is CloseReason.TIMEOUT
+
+
+async def test_a_record_is_cut_into_segments_between_transactions() -> None:
+    async with serving(segments=Segments(transitions=6)) as served:
+        served.stream.feed(b"EHLO c\r\n")
+        for _ in range(4):
+            served.stream.feed(MESSAGE.removeprefix(b"EHLO client.example\r\n"))
+        await served.stream.sends(b"250 2.0.0 Ok trace=")
+        assert [len(segment) for segment in served.observer.segments] == [9]
+        assert served.seen.record.segment == 2
+        assert [transition.state for transition in served.seen.record.earlier][-1] == "Idle"
+    sequence = [transition.sequence for segment in served.observer.segments for transition in segment]
+    assert sequence == list(range(1, len(sequence) + 1))
+
+
+async def test_within_a_transaction_a_record_is_bounded_too() -> None:
+    protocol = replace(POLICY.protocol, limits=ServerLimits(recipients=1))
+    async with serving(replace(POLICY, protocol=protocol), segments=Segments(transitions=10)) as served:
+        served.stream.feed(ENVELOPE)
+        for _ in range(100):
+            served.stream.feed(b"RCPT TO:<c@example.org>\r\n")
+        assert max(map(len, served.observer.segments)) == 40
+        assert len(served.seen.record.transitions) < 40
+    sequence = [transition.sequence for segment in served.observer.segments for transition in segment]
+    assert sequence == list(range(1, len(sequence) + 1))
+
+
+@pytest.mark.movable_clock
+async def test_a_segment_that_is_old_ends_while_its_connection_goes_on() -> None:
+    async with serving(segments=Segments(age_seconds=0)) as served:
+        advance(1)
+        await turns()
+        assert served.seen.record.segment > 1
+        served.stream.feed(ENVELOPE)
+        segment = served.seen.record.segment
+        advance(1)
+        await turns()
+        assert served.seen.record.segment == segment  # not within a transaction
 
 
 async def test_a_client_that_vanishes_in_data_leaves_nothing_upstream() -> None:
@@ -243,7 +364,7 @@ async def test_a_client_that_says_nothing_more_is_told_421_and_closed(before: by
 
 async def test_octets_that_trickle_do_not_extend_the_deadline_of_a_command() -> None:
     async with serving(replace(POLICY, timeouts=ServerTimeouts(command=0.05))) as served:
-        while not served.task.done():
+        while not served.end.done():
             served.stream.feed(b"x")
             await asyncio.sleep(0)
         assert served.seen.close_reason in (CloseReason.TIMEOUT, CloseReason.TOO_MANY_ERRORS)
@@ -261,7 +382,7 @@ async def test_a_proxy_header_that_does_not_end_is_waited_for_five_seconds(said:
     await turns()
     advance(4.9)
     await turns()
-    assert not served.task.done()
+    assert not served.end.done()
     advance(0.2)
     await served.ended()
     assert served.stream.sent == replies.BAD_PROXY_HEADER.wire
@@ -271,7 +392,6 @@ async def test_a_proxy_header_that_does_not_end_is_waited_for_five_seconds(said:
 @pytest.mark.parametrize("said", [b"PROXY TCP4 " + b"1" * 5000, b"PROXY UNKNOWN " + b" " * 5000])
 async def test_a_proxy_header_without_end_is_not_read_on(said: bytes) -> None:
     served = Served(BALANCED)
-    served.stream.pause_reading()  # as its listener does at accept
     served.stream.feed(said)
     await served.ended()
     assert served.stream.sent == replies.BAD_PROXY_HEADER.wire
@@ -291,7 +411,7 @@ async def test_a_second_proxy_header_is_no_header() -> None:
 async def test_under_stress_idle_clients_give_way_sooner() -> None:
     timeouts = ServerTimeouts(command=300, command_under_stress=0.01)
     async with serving(replace(POLICY, timeouts=timeouts)) as served:
-        served.load.is_stressed = True
+        served.server.stressed = True
         served.stream.feed(b"NOOP\r\n")
         await served.ended()
         assert served.seen.close_reason is CloseReason.TIMEOUT
@@ -303,8 +423,7 @@ async def test_a_client_that_is_idle_when_stress_begins_gives_way_too() -> None:
         served.stream.feed(b"NOOP\r\n")
         await served.stream.sends(b"250 2.0.0")
         advance(100)
-        served.load.is_stressed = True
-        served.connection.hurry()
+        served.server.stressed = True
         await served.ended()
         assert served.seen.close_reason is CloseReason.TIMEOUT
 
@@ -312,11 +431,12 @@ async def test_a_client_that_is_idle_when_stress_begins_gives_way_too() -> None:
 @pytest.mark.movable_clock
 async def test_stress_that_is_over_again_costs_nobody_its_connection() -> None:
     async with serving() as served:
-        served.load.is_stressed = True
-        served.connection.hurry()
-        served.load.is_stressed = False
-        advance(299)
-        await turns()  # in which the shorter deadline is met
+        served.server.stressed = True
+        advance(5)
+        await turns()
+        served.server.stressed = False
+        advance(294)
+        await turns()  # in which the shorter deadline would have been met
         served.stream.feed(b"NOOP\r\n")
         await served.stream.sends(b"250 2.0.0")
         advance(301)
@@ -332,8 +452,8 @@ async def test_a_session_has_a_life_where_one_is_set() -> None:
 
 async def test_at_the_drain_an_idle_client_is_told_421() -> None:
     async with serving() as served:
-        served.load.is_draining = True
-        served.connection.drain()
+        served.server.is_draining = True
+        served.session.drain()
         await served.ended()
         assert served.stream.sent.endswith(replies.SHUTTING_DOWN.wire)
         assert served.seen.close_reason is CloseReason.SHUTDOWN
@@ -343,8 +463,8 @@ async def test_at_the_drain_an_open_transaction_is_finished_first() -> None:
     async with serving() as served:
         served.stream.feed(ENVELOPE + b"DATA\r\n")
         await served.stream.sends(b"354 ")
-        served.load.is_draining = True
-        served.connection.drain()
+        served.server.is_draining = True
+        served.session.drain()
         served.stream.feed(CONTENT + b".\r\n")
         await served.stream.sends(b"250 2.0.0 Ok trace=")
         await served.ended()
@@ -356,8 +476,8 @@ async def test_cancelled_in_data_nothing_is_accepted_and_the_client_is_told() ->
     async with serving() as served:
         served.stream.feed(ENVELOPE + b"DATA\r\n" + CONTENT)
         await served.stream.sends(b"354 ")
-        served.task.cancel()
-        await asyncio.gather(served.task, return_exceptions=True)
+        served.session.cancel()
+        await served.ended()
         assert served.stream.sent.endswith(replies.SHUTTING_DOWN.wire)
         assert not served.forwarder.kept[0].is_accepted
         assert served.seen.close_reason is CloseReason.SHUTDOWN
@@ -383,8 +503,7 @@ async def test_a_client_of_no_allowed_network_is_refused_at_once() -> None:
 async def test_a_client_that_speaks_before_the_greeting_is_not_served(
     early: bytes, sent: bytes, reason: CloseReason, states: str
 ) -> None:
-    served = Served()
-    served.stream.feed(early)
+    served = Served(early=early)
     await served.ended()
     assert served.stream.sent == sent
     assert served.seen.close_reason is reason

@@ -1,4 +1,4 @@
-"""Settings as people see them: the rows of `otel-smtp check`, the README's table."""
+"""Settings for people: the rows of `otel-smtp check`, and the README's table."""
 
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from otel_smtp.config.values import Choice
 
 
 class Row(NamedTuple):
-    """A setting as it holds: key path, value as one would write it, where it was set."""
+    """An effective setting: key path, value as it would be written, where it was set."""
 
     key: str
     value: str
@@ -18,7 +18,7 @@ class Row(NamedTuple):
 
 
 def describe(settings: Settings) -> list[Row]:
-    """Every setting as it holds, secrets masked, with the origin of each value."""
+    """Every effective setting with the origin of its value; secrets are masked."""
     return list(_rows(settings, "", settings.origins))
 
 
@@ -37,12 +37,12 @@ def _rows(table: Table, prefix: str, origins: Mapping[str, str]) -> Iterator[Row
 
 
 def _may_be_none(key: Key) -> bool:
-    """Whether None is a value of its own ("off") and not the absence of one."""
+    """Whether None is a value ("off") and not the absence of one."""
     return bool(getattr(key.kind, "may_be_off", False))
 
 
 def settings_table() -> str:
-    """The README's table of settings, as Markdown: key, default, meaning with the source of the default."""
+    """The README's table of settings in Markdown: key, default, meaning with the source of the default."""
     rows = ["| key | default | meaning |", "|---|---|---|"]
     rows += (f"| `{key}` | {default} | {meaning} |" for key, default, meaning in _documented(Settings, ""))
     return "\n".join(rows)

@@ -1,32 +1,13 @@
-"""What `ServerProtocol.next_event` hands up.
+"""What a session's engine asks and tells its handler, as values: so that tests can keep them and compare.
 
-Events marked *decide* wait for `ServerProtocol.reply` and are answered in the order in which they were handed up.
-The others only tell; the engine has answered, or nothing needs an answer.
+Events marked *decide* wait for `ServerProtocol.reply`.
 """
 
 from dataclasses import dataclass, field
-from enum import Enum, auto
-from typing import Final
 
 from otel_smtp.smtp.envelope import Mail, Recipient
 from otel_smtp.smtp.received import HeaderFacts
 from otel_smtp.smtp.replies import Reply
-from otel_smtp.smtp.states import CloseReason
-
-
-class Wait(Enum):
-    """Why there is no event.
-
-    NEED_DATA: everything received is used up; read more, after writing `data_to_send()`.
-    PAUSED: an event that was handed up must be answered first, or the connection is ending.
-    """
-
-    NEED_DATA = auto()
-    PAUSED = auto()
-
-
-NEED_DATA: Final = Wait.NEED_DATA
-PAUSED: Final = Wait.PAUSED
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,13 +98,6 @@ class TransactionAborted:
     reply: Reply | None
 
 
-@dataclass(frozen=True, slots=True)
-class ConnectionEnding:
-    """Write `data_to_send()`, then close. No further event follows."""
-
-    reason: CloseReason
-
-
 Event = (
     HelloReceived
     | MailRequested
@@ -136,5 +110,4 @@ Event = (
     | ContentReceived
     | ContentEnded
     | TransactionAborted
-    | ConnectionEnding
 )

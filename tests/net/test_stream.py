@@ -12,18 +12,10 @@ from pathlib import Path
 import pytest
 import trustme
 
-from otel_smtp.net import (
-    ACCEPTS_AT_ONCE,
-    HIGH_WATER_OCTETS,
-    READ_OFF_OCTETS,
-    Listener,
-    Stream,
-    _race,
-    connect,
-    connect_unix,
-    is_accept_exhausted,
-    listen,
-)
+from otel_smtp.net import Listener, Stream, connect, connect_unix, is_accept_exhausted, listen
+from otel_smtp.net.connecting import _race
+from otel_smtp.net.listening import ACCEPTS_AT_ONCE
+from otel_smtp.net.stream import HIGH_WATER_OCTETS, READ_OFF_OCTETS
 from otel_smtp.observing import Endpoint
 from tests.support.waiting import SECONDS, until
 
@@ -157,7 +149,7 @@ async def test_what_is_read_off_at_the_end_is_bounded() -> None:
 
 
 async def test_a_silent_peer_cannot_hold_a_gentle_close(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("otel_smtp.net.READ_OFF_SECONDS", 0.01)
+    monkeypatch.setattr("otel_smtp.net.stream.READ_OFF_SECONDS", 0.01)
     async with joined() as pair:
         await asyncio.wait_for(pair.server.close_gently(), SECONDS)
         await asyncio.wait_for(pair.server.wait_closed(), SECONDS)
@@ -329,7 +321,7 @@ async def test_no_timer_outlives_the_stream() -> None:
 
 
 async def test_a_peer_that_does_not_read_cannot_hold_a_closed_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("otel_smtp.net.LINGER_SECONDS", 0.02)
+    monkeypatch.setattr("otel_smtp.net.stream.LINGER_SECONDS", 0.02)
     async with joined() as pair:
         pair.client.pause_reading()
         pair.server.write(bytes(20_000_000))
@@ -756,3 +748,108 @@ async def test_a_cancelled_handshake_leaves_nothing_behind(client_context: ssl.S
             await shaking
         assert pair.client.is_lost
         assert await asyncio.wait_for(pair.server.read(), SECONDS) == b""
+
+
+class Pushed:
+    """A receiver that notes what it is told."""
+
+    def __init__(self) -> None:
+        self.data = b""
+        self.has_ended = False
+        self.resumed = 0
+
+    def data_received(self, data: bytes) -> None:
+        assert data
+        assert not self.has_ended
+        self.data += data
+
+    def input_ended(self) -> None:
+        assert not self.has_ended, "an input ends once"
+        self.has_ended = True
+
+    def writing_resumed(self) -> None:
+        self.resumed += 1
+
+
+async def test_a_receiver_gets_what_had_arrived_and_what_arrives_and_the_end() -> None:
+    async with joined() as pair:
+        pair.client.write(b"before ")
+        await until(lambda: pair.server.has_unread)
+        pushed = Pushed()
+        pair.server.receive_by(pushed)
+        assert pushed.data == b"before "
+        pair.client.write(b"after")
+        await until(lambda: pushed.data == b"before after")
+        assert pair.server.octets_received == len(b"before after")
+        assert not pair.server.has_unread
+        pair.client.close()
+        await until(lambda: pushed.has_ended)
+
+
+async def test_a_stream_goes_back_from_pushing_to_reading() -> None:
+    async with joined() as pair:
+        pushed = Pushed()
+        pair.server.receive_by(pushed)
+        pair.client.write(b"pushed")
+        await until(lambda: pushed.data == b"pushed")
+        pair.server.receive_by(None)
+        pair.client.write(b"pulled")
+        pair.server.deadline = asyncio.get_running_loop().time() + SECONDS
+        assert await pair.server.read() == b"pulled"
+        assert pushed.data == b"pushed"
+
+
+async def test_a_receiver_that_comes_late_is_told_of_the_end_too() -> None:
+    async with joined() as pair:
+        pair.client.write(b"last words")
+        pair.client.close()
+        await until(lambda: pair.server.is_eof)
+        pushed = Pushed()
+        pair.server.receive_by(pushed)
+        assert (pushed.data, pushed.has_ended) == (b"last words", True)
+
+
+async def test_a_receiver_learns_that_a_slow_peer_takes_more_again() -> None:
+    async with joined() as pair:
+        pushed = Pushed()
+        pair.server.receive_by(pushed)
+        pair.client.pause_reading()
+        while not pair.server.is_write_paused:
+            pair.server.write(b"x" * HIGH_WATER_OCTETS)
+            await asyncio.sleep(0)
+        assert pushed.resumed == 0
+        pair.client.resume_reading()
+        taker = Pushed()
+        pair.client.receive_by(taker)
+        await until(lambda: pushed.resumed)
+        assert not pair.server.is_write_paused
+
+
+async def test_a_receiver_whose_connection_is_lost_does_not_wait_for_the_peer_to_read() -> None:
+    async with joined() as pair:
+        pushed = Pushed()
+        pair.server.receive_by(pushed)
+        pair.client.pause_reading()
+        while not pair.server.is_write_paused:
+            pair.server.write(b"x" * HIGH_WATER_OCTETS)
+            await asyncio.sleep(0)
+        pair.server.abort()
+        await until(lambda: pushed.has_ended)
+        assert pushed.resumed == 1
+        assert not pair.server.is_write_paused
+
+
+async def test_input_that_waits_in_the_kernel_is_seen() -> None:
+    async with joined() as pair:
+        pair.server.pause_reading()
+        assert not pair.server.has_input()
+        pair.client.write(b"x")
+        await until(pair.server.has_input)
+        assert pair.server.octets_received == 0
+
+
+async def test_an_end_of_stream_that_waits_in_the_kernel_is_seen() -> None:
+    async with joined() as pair:
+        pair.server.pause_reading()
+        pair.client.abort()
+        await until(pair.server.has_input)

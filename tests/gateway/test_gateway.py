@@ -11,7 +11,7 @@ import pytest
 
 import otel_smtp
 from otel_smtp import ConnectionInfo, Gateway, Settings, Transition, load
-from otel_smtp.gateway.app import leave_out_of_garbage_collection
+from otel_smtp.gateway.running import leave_out_of_garbage_collection
 from tests.support.capture import CapturingUpstream
 
 BY_TOKEN: Final = {

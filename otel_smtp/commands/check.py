@@ -1,0 +1,157 @@
+"""`otel-smtp check`: what a gateway would run with, and with --connect, whether it would work."""
+
+import asyncio
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from otel_smtp.commands.options import (
+    FAILED,
+    WRONG,
+    config_option,
+    console,
+    fail,
+    global_options,
+    listen_option,
+    set_option,
+    upstream_option,
+)
+from otel_smtp.config import Settings, describe
+
+if TYPE_CHECKING:
+    from otel_smtp.gateway.gateway import Gateway
+
+
+@click.command()
+@click.option("--all", "-a", "everything", is_flag=True, help="Show all settings, defaults too.")
+@click.option("--connect", is_flag=True, help="Try listeners, upstreams and collectors; no mail is sent.")
+@listen_option
+@upstream_option
+@config_option
+@set_option
+@click.pass_context
+def check(
+    context: click.Context,
+    *,
+    everything: bool,
+    connect: bool,
+    listen: tuple[str, ...],
+    upstream: tuple[str, ...],
+    config: Path | None,
+    assignments: tuple[str, ...],
+) -> None:
+    """Print what would run; --connect tries it.
+
+    Nothing is started, and no mail is sent. Exit status 1 if something fails.
+    """
+    from otel_smtp.telemetry.logs import set_up_logging
+
+    set_up_logging("auto", "warning", sys.stderr)
+    settings = global_options(context).settings(
+        config=config, assignments=assignments, listen=listen, upstream=upstream
+    )
+    gateway = _unstarted_gateway(settings)
+    settings = gateway.settings
+    _print_plan(settings, traces_to=gateway.ready.traces_to, everything=everything)
+    if connect and not _try_everything(settings):
+        raise SystemExit(FAILED)
+
+
+def _unstarted_gateway(settings: Settings) -> "Gateway":
+    """A gateway that is built and never started, so that certificates, users and OTEL_* variables are read too."""
+    from otel_smtp.gateway.gateway import WRONG_FILES, Gateway
+
+    try:
+        return Gateway(settings)
+    except WRONG_FILES as error:
+        fail(WRONG, "invalid file or variable", str(error))
+
+
+def _try_everything(settings: Settings) -> bool:
+    """Print each finding as it comes.
+
+    Returns:
+        Whether nothing failed.
+    """
+    from otel_smtp.commands.checks.collector import check_collectors
+    from otel_smtp.commands.checks.findings import Finding
+    from otel_smtp.commands.checks.listeners import check_listeners, check_status
+    from otel_smtp.commands.checks.spool import check_spool
+    from otel_smtp.commands.checks.upstreams import check_upstream
+    from otel_smtp.commands.terminal.tables import verdict_line
+    from otel_smtp.gateway.wiring import upstream_settings
+    from otel_smtp.telemetry.logs import set_up_logging
+
+    # A failure is a finding here; a log line about it would say it twice.
+    set_up_logging("auto", "error", sys.stderr)
+    output = console()
+    output.print()
+    findings: list[Finding] = []
+
+    def report(finding: Finding | None) -> None:
+        if finding is not None:
+            findings.append(finding)
+            output.print(verdict_line(*finding), soft_wrap=True)
+
+    async def check_all() -> None:
+        async for finding in check_listeners(settings):
+            report(finding)
+        report(check_status(settings))
+        report(check_spool(settings))
+        for upstream in settings.upstream:
+            report(await check_upstream(upstream_settings(upstream), settings.hostname))
+        async for finding in check_collectors():
+            report(finding)
+
+    asyncio.run(check_all())
+    return all(finding.verdict != "failed" for finding in findings)
+
+
+def _print_plan(settings: Settings, *, traces_to: str, everything: bool) -> None:
+    from otel_smtp.commands.terminal.tables import table, verdict_line
+
+    output = console()
+    rows = describe(settings)
+    values = {row.key: row.value for row in rows}
+    listeners = [
+        (
+            listener.name,
+            values[f"listener.{number}.address"],
+            listener.protocol,
+            f"{listener.tls}{', required' if listener.tls_required else ''}",
+            f"{listener.auth}{', in clear too' if listener.auth_in_clear else ''}",
+            values[f"listener.{number}.allow"] or "nobody",
+        )
+        for number, listener in enumerate(settings.listener)
+    ]
+    heads = ("name", "address", "protocol", "TLS", "AUTH", "relays without AUTH for")
+    output.print(table("Listeners", heads, listeners))
+    output.print()
+    upstreams = [
+        (
+            upstream.name,
+            str(upstream.url),
+            f"{upstream.username} ({upstream.auth})" if upstream.username else "none",
+            _serves(upstream.senders, upstream.recipients),
+            str(upstream.trace_context),
+        )
+        for upstream in settings.upstream
+    ]
+    title = f"Upstreams, {settings.delivery.mode} delivery"
+    output.print(table(title, ("name", "url", "login", "serves", "trace headers"), upstreams))
+    output.print()
+    output.print(f"[bold]Status[/] {values['status.address']}   [bold]Traces[/] to {traces_to}", soft_wrap=True)
+    output.print()
+    shown = [row for row in rows if everything or row.origin != "default"]
+    output.print(table("All settings" if everything else "Settings that are set", ("key", "value", "set in"), shown))
+    for warning in settings.warnings:
+        output.print(verdict_line("warning", "warning", warning), soft_wrap=True)
+
+
+def _serves(senders: Sequence[str], recipients: Sequence[str]) -> str:
+    parts = [f"from {', '.join(senders)}"] if senders else []
+    parts += [f"to {', '.join(recipients)}"] if recipients else []
+    return " ".join(parts) or "all"

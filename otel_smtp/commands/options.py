@@ -1,0 +1,109 @@
+"""What the commands share: their common options, the settings that these make, and how wrong ones are reported."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+
+import click
+
+from otel_smtp.config import Flag, Settings, SettingsError, assignment, load
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from otel_smtp.config.values import Kind
+
+FAILED: Final = 1
+WRONG: Final = 2
+
+config_option: Final = click.option(
+    "--config", "-c", type=click.Path(path_type=Path), metavar="FILE",
+    help="TOML file with settings; also OTELSMTP_CONFIG.",
+)  # fmt: skip
+set_option: Final = click.option(
+    "--set", "-s", "assignments", multiple=True, metavar="KEY=VALUE",
+    help="One setting, for example limits.recipients=50; repeatable.",
+)  # fmt: skip
+listen_option: Final = click.option(
+    "--listen", "-l", multiple=True, metavar="HOST:PORT", help="Where to listen; repeatable; also OTELSMTP_LISTEN."
+)
+upstream_option: Final = click.option(
+    "--upstream", "-u", multiple=True, metavar="URL",
+    help="Where to relay mail; repeatable, in order of preference; also OTELSMTP_UPSTREAM.",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class GlobalOptions:
+    """The options in front of the command's name."""
+
+    config: Path | None = None
+    assignments: tuple[str, ...] = ()
+
+    def settings(
+        self,
+        *,
+        config: Path | None = None,
+        assignments: Sequence[str] = (),
+        flags: Sequence[Flag] = (),
+        listen: Sequence[str] = (),
+        upstream: Sequence[str] = (),
+    ) -> Settings:
+        """The settings of a command: its own options over these, over the environment, over the file.
+
+        Invalid settings end the process with status 2, and a line on stderr for each problem.
+        """
+        try:
+            return load(
+                file=config or self.config,
+                environ=os.environ,
+                flags=[*self.flags(assignments), *flags],
+                listen=listen,
+                upstream=upstream,
+            )
+        except SettingsError as error:
+            fail_settings(error)
+
+    def flags(self, assignments: Sequence[str]) -> list[Flag]:
+        """All `--set` options, those behind the command's name last.
+
+        Raises:
+            SettingsError: one of them is no assignment.
+        """
+        return [assignment(text) for text in [*self.assignments, *assignments]]
+
+
+def global_options(context: click.Context) -> GlobalOptions:
+    """The options in front of the command's name."""
+    options = context.find_object(GlobalOptions)
+    return GlobalOptions() if options is None else options
+
+
+def parse(kind: "Kind", text: str, source: str) -> Any:
+    """Parse an option by the rules of settings; an invalid one ends the process with status 2."""
+    from otel_smtp.config.values import BadValue, Given
+
+    try:
+        return kind.parse(Given(text, source, is_text=True))
+    except BadValue as why:
+        fail(WRONG, f'{source} = "{text}": {str(why) or f"allowed: {kind.allowed}"}')
+
+
+def fail(status: int, message: str, *details: str) -> NoReturn:
+    """End the process with a message, and its details on lines of their own, on stderr."""
+    click.echo("\n".join([f"otel-smtp: {message}", *(f"  {line}" for line in details)]), err=True)
+    raise SystemExit(status)
+
+
+def fail_settings(error: SettingsError) -> NoReturn:
+    """End the process because of invalid settings."""
+    fail(WRONG, "invalid settings", *(str(problem) for problem in error.problems))
+
+
+def console() -> "Console":
+    """Where a command draws."""
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=False)

@@ -1,0 +1,87 @@
+"""`otel-smtp serve`: run the gateway.
+
+Nothing is imported here that the first greeting does not need.
+"""
+
+import logging
+import resource
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import click
+
+from otel_smtp.commands.options import config_option, global_options, listen_option, set_option, upstream_option
+from otel_smtp.config import Flag
+
+if TYPE_CHECKING:
+    from otel_smtp.gateway.gateway import Ready
+
+logger: Final = logging.getLogger("otel_smtp.commands.serve")
+
+
+@click.command()
+@listen_option
+@upstream_option
+@click.option("--workers", "-w", metavar="NUMBER", help="Number of processes that share the ports.")
+@click.option("--status", metavar="HOST:PORT|off", help="Where the status page listens.")
+@click.option("--log-level", metavar="LEVEL", help="debug, info, warning or error.")
+@config_option
+@set_option
+@click.pass_context
+def serve(
+    context: click.Context,
+    *,
+    listen: tuple[str, ...],
+    upstream: tuple[str, ...],
+    workers: str | None,
+    status: str | None,
+    log_level: str | None,
+    config: Path | None,
+    assignments: tuple[str, ...],
+) -> None:
+    """Run the gateway. SIGTERM drains it; a second SIGTERM stops it at once."""
+    _raise_file_limit()
+    options = {
+        "--workers": ("workers", workers),
+        "--status": ("status.address", status),
+        "--log-level": ("log.level", log_level),
+    }
+    flags = [Flag(option, key, value) for option, (key, value) in options.items() if value is not None]
+    settings = global_options(context).settings(
+        config=config, assignments=assignments, flags=flags, listen=listen, upstream=upstream
+    )
+    from otel_smtp.telemetry.logs import set_up_logging
+
+    set_up_logging(settings.log.format, settings.log.level, sys.stderr)
+    for warning in settings.warnings:
+        logger.warning("questionable setting", extra={"setting": warning})
+    from otel_smtp.gateway.running import run
+
+    raise SystemExit(run(settings, on_ready=lambda ready: click.echo(ready_line(ready))))
+
+
+def _raise_file_limit() -> None:
+    """Raise the limit on open files as far as the system allows: the soft limit is low for programs that use select."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        except (ValueError, OSError):
+            return  # macOS has a hard limit that it does not grant; the soft one stays
+
+
+def ready_line(ready: "Ready") -> str:
+    """One line that says where everything is, for people and for scripts that wait for it."""
+    settings = ready.settings
+    listeners = []
+    for listener in settings.listener:
+        addresses = " ".join(str(address) for address in ready.addresses.get(listener.name, ()))
+        name = f" ({listener.name})" if len(settings.listener) > 1 else ""
+        listeners.append(f"{listener.protocol}{name} {addresses}")
+    upstreams = ", ".join(
+        f"{upstream.name} {upstream.url}" if upstream.name != str(upstream.url.endpoint) else str(upstream.url)
+        for upstream in settings.upstream
+    )
+    status = f"http://{ready.status}" if ready.status is not None else "off"
+    return f"otel-smtp ready: {', '.join(listeners)} -> {upstreams}; status {status}; traces -> {ready.traces_to}"

@@ -1,0 +1,343 @@
+"""The attempts of one mail: along the upstreams that serve it, until one of them gives a usable answer.
+
+* Once the end of the content has been sent (`has_ended_content`) nobody else may be tried: a lost connection means that
+  nobody knows whether the mail was delivered, and a second try might deliver it twice.
+* Before that, an upstream that gives no usable answer makes way for the next one.
+* One connection that dies says little about its upstream. So an upstream that is lost with a kept connection, or in the
+  middle of a transaction, is tried once more on a fresh one, before the next in order, and within the same attempt.
+
+What is done with a connection is not said here: see `delivery`.
+"""
+
+import asyncio
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from functools import partial
+from time import monotonic_ns
+from typing import Any, Final
+
+from otel_smtp.forwarding.connection import UpstreamConnection
+from otel_smtp.forwarding.faults import (
+    ConnectionLost,
+    NoConnectionFree,
+    OutOfStep,
+    TimedOut,
+    Unsuitable,
+    UpstreamFault,
+)
+from otel_smtp.forwarding.pool import Decision, Ticket
+from otel_smtp.forwarding.smarthost import Smarthost
+from otel_smtp.forwarding.verdicts import missing_extension
+from otel_smtp.observing import DeliveryPhase, DeliveryRecord, Observer, Outcome, TransactionRecord
+from otel_smtp.smtp import replies
+from otel_smtp.smtp.envelope import Mail
+from otel_smtp.smtp.errors import RemoteProtocolError
+from otel_smtp.smtp.replies import ErrorType, Reply
+
+logger: Final = logging.getLogger("otel_smtp.forwarding.attempts")
+
+
+class Attempts(ABC):
+    """Carries a piece of work along upstreams.
+
+    A subclass sets `_work`, calls `_proceed`, and has the work done on `_connection`; whatever that raises decides what
+    comes next. It ends an attempt by `_end`, and answers by `_answer_for_all` when nobody is left.
+
+    Args:
+        record: gets a `DeliveryRecord` for each attempt.
+        ended_alone: called when an attempt is over that went on without its client, after `abort`.
+
+    Attributes:
+        route: the upstreams that were not tried yet, the preferred one first.
+        has_ended_content: see above; the subclass says so.
+        is_under_way: an attempt has begun and is not over.
+    """
+
+    __slots__ = (
+        "_attempt",
+        "_connection",
+        "_ended_alone",
+        "_faults",
+        "_first_round_trip",
+        "_is_aborted",
+        "_is_connected",
+        "_is_open",
+        "_is_parked",
+        "_mail",
+        "_observer",
+        "_opening",
+        "_record",
+        "_retries_fresh",
+        "_retries_same",
+        "_smarthost",
+        "_ticket",
+        "_tried_again",
+        "_was_reused",
+        "_work",
+        "has_ended_content",
+        "is_under_way",
+        "route",
+    )
+
+    _work: Callable[[Any], None]  # takes self: a bound method would keep us alive by a cycle
+    # Of the attempt; they are set when it begins, and when it has got its connection.
+    _attempt: DeliveryRecord
+    _smarthost: Smarthost
+    _connection: UpstreamConnection
+    _first_round_trip: int
+    _was_reused: bool
+
+    def __init__(
+        self, mail: Mail, record: TransactionRecord, observer: Observer, ended_alone: Callable[[Any], None]
+    ) -> None:
+        self._mail = mail
+        self._record = record
+        self._observer = observer
+        self._ended_alone = ended_alone
+        self._is_aborted = False
+        self.route: Sequence[Smarthost] = ()
+        self._faults: list[UpstreamFault] = []
+        self._tried_again: frozenset[Smarthost] = frozenset()
+        self._retries_same = False  # the next connection is one to the same upstream, within the same attempt
+        self._retries_fresh = False  # and one that was not used before
+        self._ticket: Ticket[UpstreamConnection] | None = None
+        self._opening: asyncio.Task[None] | None = None
+        self.is_under_way = False
+        self._is_connected = False
+        self._is_parked = False  # the client has nothing to say; the connection may be taken away
+        self._is_open = False  # the upstream has answered MAIL with 2yz on this connection
+        self.has_ended_content = False
+
+    def is_served_by(self, smarthosts: Sequence[Smarthost]) -> bool:
+        """Whether the upstream that has the transaction now, perhaps not the preferred one, is among `smarthosts`."""
+        return not self.is_under_way or self._smarthost in smarthosts
+
+    def give_up(self) -> None:
+        """End an attempt that goes on without its client: nobody will know what came of it."""
+        if self.is_under_way:
+            self._end(Outcome.UNKNOWN, None, ErrorType.OUTCOME_UNKNOWN)
+
+    def _stop(self) -> None:
+        """Wait for no connection any more."""
+        if self._ticket is not None:
+            ticket, self._ticket = self._ticket, None
+            ticket.on_decided = None
+            self._smarthost.withdraw(ticket)
+        if self._opening is not None:
+            opening, self._opening = self._opening, None
+            opening.cancel()
+
+    @abstractmethod
+    def _answer_for_all(self, reply: Reply) -> None:
+        """Tell who waits that it came to nothing."""
+
+    # Steps and their faults -------------------------------------------------------------------------------
+
+    def _proceed(self) -> None:
+        """Do the work, on the connection at hand, else on the next that is available."""
+        try:
+            if not self._is_connected:
+                self._next_attempt()
+                return
+            if self._is_parked:
+                self._is_parked = False
+                self._smarthost.unpark(self._connection)
+            if not self._connection.is_alive:
+                self._connection.ensure_alive()
+            self._work(self)
+        except Exception as error:  # noqa: BLE001 - see `_recover`
+            self._recover(error)
+
+    def _recover(self, error: Exception) -> None:
+        """Decide what follows from whatever went wrong in a step. Nothing of it reaches those who called us."""
+        while True:  # each turn uses up an upstream, a second chance, or the answer
+            try:
+                if isinstance(error, UpstreamFault):
+                    self._fail(error)
+                elif isinstance(error, RemoteProtocolError):  # a late reply was there when a command was to be sent
+                    self._fail(OutOfStep(str(error)))
+                else:
+                    logger.error("delivery attempt failed: internal error", exc_info=error)
+                    self._fail_internally()
+            except Exception as another:  # noqa: BLE001 - the next attempt failed at once
+                error = another
+            else:
+                return
+
+    def _fail_internally(self) -> None:
+        if self.has_ended_content:
+            self._end(Outcome.UNKNOWN, None, ErrorType.OUTCOME_UNKNOWN)
+        else:
+            self._end(Outcome.ABORTED, None, ErrorType.INTERNAL)
+        self._answer_for_all(replies.INTERNAL)
+
+    def _fail(self, fault: UpstreamFault) -> None:
+        """Decide what follows from an attempt without a usable answer."""
+        was_connected = self._is_connected
+        if self.has_ended_content:
+            # The one case that must never be tried again: it may have been delivered.
+            self._end(Outcome.UNKNOWN, None, ErrorType.OUTCOME_UNKNOWN)
+            logger.error("outcome of a delivery unknown", extra={"upstream": self._attempt.upstream})
+            self._answer_for_all(replies.OUTCOME_UNKNOWN if isinstance(fault, ConnectionLost) else fault.reply)
+            return
+        if (
+            was_connected
+            and isinstance(fault, ConnectionLost)
+            and not isinstance(fault, TimedOut)
+            and (self._was_reused or self._is_open)
+            and not self._is_aborted
+            and self._smarthost not in self._tried_again
+        ):
+            self._tried_again |= {self._smarthost}
+            self._retries_same = self._retries_fresh = True
+            self._let_go(answered=False)
+            self._next_attempt()
+            return
+        self._end(Outcome.DEFERRED, fault.upstream_reply, fault.reply.error_type)
+        self._faults.append(fault)
+        if was_connected and fault.reply is replies.UPSTREAM_PROTOCOL:
+            # What it makes of the mail is anybody's guess; the next upstream would be asked behind its back.
+            self._answer_for_all(fault.reply)
+        elif not self._is_aborted:
+            self._next_attempt()
+
+    # The way along the upstreams --------------------------------------------------------------------------
+
+    def _next_attempt(self) -> None:
+        """Get a connection for the next attempt, or once more for this one, and do the work on it."""
+        is_fresh = False
+        if self._retries_same:
+            self._retries_same = False
+            is_fresh = self._retries_fresh
+        elif self.route:
+            smarthost, *self.route = self.route
+            deliveries = self._record.deliveries
+            self._attempt = DeliveryRecord(
+                self._record, smarthost.settings.name, smarthost.endpoint, len(deliveries) + 1, monotonic_ns()
+            )
+            deliveries.append(self._attempt)
+            self._smarthost = smarthost
+            self.is_under_way = True
+        else:
+            self._answer_for_all(self._nobody_left())
+            return
+        connection = None if is_fresh else self._smarthost.take()
+        if connection is not None:
+            self._begin(connection, 0)
+            return
+        ticket = self._ticket = self._smarthost.ask(fresh=is_fresh)
+        if ticket.decision is Decision.WAITING:
+            ticket.on_decided = partial(self._decided, ticket, monotonic_ns())
+        else:
+            self._take_decision(ticket, 0)
+
+    def _decided(self, ticket: Ticket[UpstreamConnection], asked_ns: int) -> None:
+        try:
+            self._take_decision(ticket, monotonic_ns() - asked_ns)
+        except Exception as error:  # noqa: BLE001 - see `_recover`
+            self._recover(error)
+
+    def _take_decision(self, ticket: Ticket[UpstreamConnection], wait_ns: int) -> None:
+        self._ticket = None
+        if ticket.connection is not None:
+            ticket.connection.messages += 1
+            self._begin(ticket.connection, wait_ns)
+            return
+        attempt = self._attempt
+        attempt.pool_wait_ns = wait_ns
+        attempt.is_reused = False
+        attempt.phases.append((monotonic_ns(), DeliveryPhase.POOL, None))
+        if ticket.decision is Decision.NONE:
+            raise NoConnectionFree("no connection is free, or the upstream is in backoff")
+        self._opening = self._smarthost.open(self._note_phase, self._opened)
+
+    def _opened(self, connection: UpstreamConnection | None, fault: UpstreamFault | None) -> None:
+        self._opening = None
+        try:
+            if connection is not None:
+                self._begin(connection, None)
+            elif fault is not None:
+                self._fail(fault)
+        except Exception as error:  # noqa: BLE001 - see `_recover`
+            self._recover(error)
+
+    def _begin(self, connection: UpstreamConnection, wait_ns: int | None) -> None:
+        """Do the work on a connection that has just been got.
+
+        Args:
+            wait_ns: for a connection that was used before; None: it was opened for this attempt.
+        """
+        attempt = self._attempt
+        if wait_ns is not None:
+            attempt.pool_wait_ns = wait_ns
+            attempt.is_reused = True
+            attempt.phases.append((monotonic_ns(), DeliveryPhase.POOL, None))
+        self._connection = connection
+        self._is_connected = True
+        self._is_open = False
+        self._was_reused = attempt.is_reused
+        self._first_round_trip = connection.round_trips if wait_ns is not None else 0
+        attempt.peer = connection.stream.peer
+        attempt.tls = connection.stream.tls
+        refusal = missing_extension(self._mail, connection.protocol.extensions, is_tls=attempt.tls is not None)
+        if refusal is not None:
+            self._faults.append(Unsuitable("the upstream lacks an extension that the mail needs", refusal))
+            self._end(Outcome.REFUSED, None, refusal.error_type)
+            self._next_attempt()
+            return
+        self._work(self)
+
+    def _nobody_left(self) -> Reply:
+        """What the client is told: rather that it may try again than that it may not."""
+        faults = self._faults
+        tried = [fault for fault in faults if not isinstance(fault, NoConnectionFree)] or faults
+        reply = next((fault.reply for fault in reversed(tried) if fault.reply.is_transient), None)
+        if reply is not None:
+            return reply
+        return tried[0].reply if tried else replies.UPSTREAM_UNAVAILABLE
+
+    def _reclaimed(self) -> None:
+        """The parked connection is another mail's; the work is begun once more when there is more of it."""
+        self._connection.needs_reset = True
+        self._is_connected = self._is_parked = False
+        self._retries_same = True
+        self._retries_fresh = False
+
+    # The end of an attempt --------------------------------------------------------------------------------
+
+    def _end(
+        self, outcome: Outcome, reply: Reply | None, error_type: ErrorType | None, *, answered: bool = False
+    ) -> None:
+        """The attempt is over: complete its record, and give the connection back. Idempotent.
+
+        Args:
+            reply: the upstream's own.
+            answered: the upstream is well.
+        """
+        if not self.is_under_way:
+            return
+        self.is_under_way = False
+        attempt, record = self._attempt, self._record
+        if self._is_connected:
+            attempt.round_trips = self._connection.round_trips - self._first_round_trip
+        attempt.end(outcome, reply, error_type, monotonic_ns())
+        if self._is_connected:
+            self._let_go(answered=answered)
+        if record.ended_ns or record.connection is None:
+            self._observer.delivery_ended(attempt)
+        if self._is_aborted:
+            self._ended_alone(self)
+
+    def _let_go(self, *, answered: bool) -> None:
+        connection = self._connection
+        self._is_connected = False
+        if self._is_parked:
+            self._is_parked = False
+            self._smarthost.unpark(connection)
+        if not connection.is_alive:
+            connection.abandon()
+        self._smarthost.release(connection, answered=answered)
+
+    def _note_phase(self, phase: DeliveryPhase, reply: Reply | None) -> None:
+        self._attempt.phases.append((monotonic_ns(), phase, reply))

@@ -1,0 +1,282 @@
+"""The gateway as one object: it builds the rooms out of settings, starts them, drains them, and flushes telemetry.
+
+There is no `if` about mail here. Adapters meet only as constructor arguments.
+"""
+
+import asyncio
+import ssl
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from otel_smtp.config import Listener, Settings
+from otel_smtp.forwarding.settings import Strategy
+from otel_smtp.forwarding.upstream import CLOSE_GRACE_SECONDS, UpstreamForwarder, UpstreamSnapshot
+from otel_smtp.gateway import wiring
+from otel_smtp.gateway.ports import with_present_addresses
+from otel_smtp.gateway.status_port import Process, StatusPort, age_seconds
+from otel_smtp.net import Sweep
+from otel_smtp.observing import ConnectionInfo, ConnectionRecord, Endpoint, Observer, StateCallback, fan_out
+from otel_smtp.server.listener import ListenerSpec, Server
+from otel_smtp.server.session import Segments
+from otel_smtp.server.tls import CertificateError, ServerTls
+from otel_smtp.server.users import Authenticator, TokenVerifier, UsersFileError, load_users
+from otel_smtp.smtp.states import TlsMode, Transition
+from otel_smtp.telemetry.environment import TelemetrySettingError
+from otel_smtp.telemetry.records import SpanSink
+from otel_smtp.telemetry.setup import set_up
+
+if TYPE_CHECKING:
+    from otel_smtp.spool.service import Spool
+
+# The flush at exit has a budget of its own, so that a dead collector cannot hold a pod's shutdown.
+TELEMETRY_FLUSH_SECONDS: Final = 2.0
+# How often the metrics that are exported catch up with open connections; OTLP exports them once a minute.
+METRICS_CATCH_UP_SECONDS: Final = 5.0
+
+WRONG_FILES: Final = (TelemetrySettingError, CertificateError, UsersFileError)
+"""What a gateway raises if the settings are right, and a file or variable that they name is not."""
+
+
+class Ready(NamedTuple):
+    """What a gateway reports once it serves.
+
+    Attributes:
+        addresses: of each listener by its name, with real ports.
+        traces_to: where traces go, in words.
+        status: where the status port listens; None: nowhere.
+    """
+
+    settings: Settings
+    addresses: Mapping[str, Sequence[Endpoint]]
+    traces_to: str
+    status: Endpoint | None
+
+
+class Gateway:
+    """One gateway in one process.
+
+    Args:
+        settings: checked settings.
+        observers: receive everything that happens, as the gateway's own telemetry does.
+        conn_state: called at each state transition of each client connection. One that raises is logged once and
+            dropped.
+        span_sinks: receive each finished span, exported or not: for views in this process.
+        token_verifier: verifies the bearer tokens of XOAUTH2 and OAUTHBEARER clients, where a listener's `auth` is on.
+            `load` needs `verifies_tokens=True` for it where a listener has no users file.
+        process: which one this is of several processes that listen on the same ports; None: it is the only one.
+
+    Raises:
+        TelemetrySettingError, CertificateError, UsersFileError: see `WRONG_FILES`.
+        ValueError: a listener asks for AUTH, and there is neither a users file nor a token verifier.
+
+    Use as an asynchronous context manager, or call `start` and `stop`.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        observers: Sequence[Observer] = (),
+        conn_state: Callable[[ConnectionInfo, Transition], None] | None = None,
+        span_sinks: Sequence[SpanSink] = (),
+        token_verifier: TokenVerifier | None = None,
+        process: Process | None = None,
+    ) -> None:
+        self._settings = settings = with_present_addresses(settings)
+        redaction = wiring.redaction(settings)
+        members = list(observers)
+        self._status_port: StatusPort | None = None
+        if settings.status.address is not None:
+            self._status_port = StatusPort(self, settings.status.address, redaction, process)
+            members.append(self._status_port.live)
+        self._spool: Spool | None = None
+        self._telemetry = set_up(
+            wiring.telemetry_options(
+                settings,
+                redaction,
+                span_sinks=span_sinks,
+                memories=[self._status_port.keep] if self._status_port is not None else [],
+                open_connections=self._open_connections,
+                upstream_connections=self._upstream_connections,
+                spool=self._spool_counts,
+            )
+        )
+        members[:0] = self._telemetry.observers
+        if conn_state is not None:
+            members.append(StateCallback(conn_state))
+        self._observer = fan_out(members)
+        self._sweep = Sweep()
+        self._forwarder = UpstreamForwarder(
+            [wiring.upstream_settings(upstream) for upstream in settings.upstream],
+            strategy=Strategy(settings.delivery.strategy),
+            hostname=settings.hostname,
+            observer=self._observer,
+            sweep=self._sweep,
+        )
+        self._spool = self._make_spool()
+        self._catching_up: asyncio.Task[None] | None = None
+        self._tls: list[ServerTls] = []
+        self._token_verifier = token_verifier
+        self._server = Server(
+            [self._listener(listener) for listener in settings.listener],
+            self._forwarder if self._spool is None else self._spool.forwarder,
+            self._observer,
+            connections=settings.limits.connections,
+            connections_per_client=settings.limits.connections_per_client,
+            stress_percent=settings.limits.stress,
+            auth_failures_per_minute=settings.limits.auth_failures_per_minute,
+            reuse_port=process is not None,
+            segments=Segments(settings.telemetry.segment_events, settings.telemetry.segment_age),
+            sweep=self._sweep,
+        )
+        self.addresses: dict[str, list[Endpoint]] = {}
+
+    @property
+    def ready(self) -> Ready:
+        """What the gateway reports once it serves."""
+        return Ready(
+            self._settings,
+            self.addresses,
+            self._telemetry.traces_to,
+            self._status_port.listening if self._status_port is not None else None,
+        )
+
+    @property
+    def settings(self) -> Settings:
+        """The settings that the gateway runs with."""
+        return self._settings
+
+    def metrics(self, accept: str) -> tuple[bytes, str]:
+        """The metrics page, and its content type, for a scraper that accepts `accept`."""
+        return self._telemetry.metrics_page(accept)
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether the gateway shuts down."""
+        return self._server.is_draining
+
+    def _open_connections(self) -> Iterator[ConnectionRecord]:
+        return self._server.open_connections()
+
+    def _upstream_connections(self) -> Iterator[tuple[str, str, int]]:
+        for upstream in self._forwarder.snapshot():
+            yield upstream.name, "idle", upstream.pool.idle
+            yield upstream.name, "busy", upstream.pool.busy
+            yield upstream.name, "opening", upstream.pool.opening
+
+    def _spool_counts(self) -> tuple[Mapping[str, int], float] | None:
+        if self._spool is None:
+            return None
+        counts = self._spool.counts
+        return counts.by_state(), age_seconds(counts.oldest_arrived_at) or 0.0
+
+    def can_reach_an_upstream(self) -> bool:
+        """Whether an upstream can be reached, as far as is known. Stale knowledge is renewed in the background."""
+        self._forwarder.probe_if_stale()
+        return self._forwarder.is_reachable
+
+    def upstreams(self) -> Sequence[UpstreamSnapshot]:
+        """The upstreams at this moment, in the order of preference."""
+        return self._forwarder.snapshot()
+
+    async def start(self) -> None:
+        """Bind the listeners and accept connections at `addresses`.
+
+        Raises:
+            OSError: an address cannot be bound.
+            SpoolError: the spool cannot be used.
+        """
+        if self._spool is not None:
+            await self._spool.start()
+        try:
+            self.addresses = await self._server.start()
+        except BaseException:
+            if self._spool is not None:
+                await self._spool.stop(grace_seconds=0)
+            raise
+        if self._status_port is not None:
+            # Last: it imports a web server, and a client may be waiting for its greeting.
+            self._status_port.start(is_required="status.address" in self._settings.origins)
+        self._telemetry.start()
+        self._catching_up = asyncio.get_running_loop().create_task(self._catch_up())
+
+    async def stop(self, *, immediately: bool = False) -> None:
+        """Drain: stop accepting, 421 to idle connections, the grace for open transactions, close the pool, flush.
+
+        Args:
+            immediately: without any grace.
+        """
+        loop = asyncio.get_running_loop()
+        # One grace for all: deliveries whose client has left get what the drain leaves of it. Together with the flush
+        # it stays below the 30 s after which Kubernetes kills a pod.
+        ends = loop.time() + (0.0 if immediately else self._settings.timeouts.shutdown_grace)
+        await self._server.drain(max(0.0, ends - loop.time()))
+        if self._spool is not None:
+            await self._spool.stop(grace_seconds=max(0.0, ends - loop.time()))
+        await self._forwarder.close(grace_seconds=min(CLOSE_GRACE_SECONDS, max(0.0, ends - loop.time())))
+        if self._catching_up is not None:
+            self._catching_up.cancel()
+        if self._status_port is not None:
+            await self._status_port.stop()
+        await asyncio.to_thread(self._telemetry.flush_and_shutdown, TELEMETRY_FLUSH_SECONDS)
+
+    async def leave_status_port(self) -> None:
+        """Stop listening on the status port, within about a second, and go on with everything else.
+
+        For a process whose successor listens on the same port. If both kept it during the drain, each would answer
+        some of the requests: probes would take a healthy gateway for one that shuts down, and each change from one
+        process's counters to the other's would look like a counter reset.
+        """
+        if self._status_port is not None:
+            await self._status_port.stop()
+
+    async def _catch_up(self) -> None:
+        """Count what long-lived connections have done while they live."""
+        while True:
+            await asyncio.sleep(METRICS_CATCH_UP_SECONDS)
+            self._telemetry.catch_up()
+
+    def reload_certificates(self) -> None:
+        """Reload the certificates. Open connections keep theirs, and a broken file leaves the old one in use."""
+        for tls in self._tls:
+            tls.reload()
+
+    async def __aenter__(self) -> "Gateway":
+        await self.start()
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.stop()
+
+    def _make_spool(self) -> "Spool | None":
+        mode = self._settings.delivery.mode
+        if mode == "direct":
+            return None
+        from otel_smtp.spool.service import Spool
+
+        relay = self._forwarder.for_spool()
+        direct = self._forwarder if mode == "direct-then-queue" else None
+        store = wiring.spool_store(self._settings)
+        return Spool(wiring.spool_settings(self._settings), store, relay, direct, self._observer)
+
+    @property
+    def spool(self) -> "Spool | None":
+        """The durable queue; None in mode direct."""
+        return self._spool
+
+    def _listener(self, listener: Listener) -> ListenerSpec:
+        tls_context: Callable[[], ssl.SSLContext] | None = None
+        if listener.tls is not TlsMode.OFF:
+            assert listener.tls_cert is not None
+            assert listener.tls_key is not None
+            tls = ServerTls(listener.tls_cert, listener.tls_key)
+            self._tls.append(tls)
+            tls_context = tls.context
+        authenticator: Authenticator | None = None
+        if listener.auth != "off":
+            users = load_users(listener.auth_users_file) if listener.auth_users_file is not None else None
+            if users is None and self._token_verifier is None:
+                raise ValueError(f"listener {listener.name!r} has AUTH, but neither a users file nor a token verifier")
+            authenticator = Authenticator(users, token_verifier=self._token_verifier)
+        policy = wiring.listener_policy(self._settings, listener, tls_context=tls_context, authenticator=authenticator)
+        return ListenerSpec(policy, listener.address)

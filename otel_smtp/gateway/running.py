@@ -1,0 +1,204 @@
+"""Running a gateway as a process: signals, the service manager, the event loop, and one or several workers."""
+
+import asyncio
+import contextlib
+import gc
+import logging
+import os
+import secrets
+import signal
+from collections.abc import Callable, Coroutine
+from typing import Any, Final
+
+from otel_smtp.config import Settings
+from otel_smtp.gateway.gateway import WRONG_FILES, Gateway, Ready
+from otel_smtp.gateway.ports import SharedPorts, with_present_addresses
+from otel_smtp.gateway.status_port import Process
+from otel_smtp.gateway.systemd import ServiceManager
+from otel_smtp.gateway.workers import AT_ONCE, REPLACED, Supervisor
+from otel_smtp.net import is_accept_exhausted
+from otel_smtp.spool.messages import SpoolError
+from otel_smtp.telemetry import environment
+
+logger: Final = logging.getLogger("otel_smtp.gateway.running")
+
+# asyncio alone wrote over a thousand tracebacks in five seconds when descriptors ran out.
+EXHAUSTION_LOG_SECONDS: Final = 10.0
+
+FAILED: Final = 1
+WRONG: Final = 2
+
+OnReady = Callable[[Ready], None]
+
+
+def run(settings: Settings, *, on_ready: OnReady) -> int:
+    """Run the gateway, on uvloop where it is installed, in as many processes as the settings say.
+
+    Returns:
+        The exit status: 0 after a drain, 1 if it could not start, 2 if a file or variable it reads is wrong.
+    """
+    if settings.workers == 1:
+        return _exit_status(lambda: _run_here(serve(settings, on_ready)))
+    return _exit_status(lambda: _supervise(settings, on_ready))
+
+
+def _exit_status(running: Callable[[], int]) -> int:
+    try:
+        return running()
+    except WRONG_FILES as error:
+        logger.error("cannot start: %s", error)
+        return WRONG
+    except (OSError, SpoolError) as error:
+        logger.error("cannot start: %s", error)
+        return FAILED
+
+
+def _run_here(serving: Coroutine[Any, Any, None]) -> int:
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(serving)
+    return 0
+
+
+def _supervise(settings: Settings, on_ready: OnReady) -> int:
+    traces_to = environment.read().describe_traces()
+    token = secrets.token_hex()
+    with SharedPorts(with_present_addresses(settings)) as shared:
+
+        def work(number: int, announce: Callable[[], None]) -> int:
+            process = Process(number, shared.worker_status_ports, token)
+            serving = serve(shared.settings, lambda _: announce(), process=process, at_once=AT_ONCE, replaced=REPLACED)
+            return _exit_status(lambda: _run_here(serving))
+
+        addresses = {listener.name: listener.address for listener in shared.settings.listener}
+        ready = Ready(shared.settings, addresses, traces_to, shared.settings.status.address)
+        return Supervisor(settings.workers, work, on_ready=lambda: on_ready(ready)).run()
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop
+    except ImportError:
+        return None
+    return uvloop.new_event_loop
+
+
+async def serve(
+    settings: Settings,
+    on_ready: OnReady,
+    *,
+    process: Process | None = None,
+    at_once: signal.Signals | None = None,
+    replaced: signal.Signals | None = None,
+) -> None:
+    """Run a gateway until SIGTERM or SIGINT, and its drain. SIGHUP reloads certificates.
+
+    Args:
+        on_ready: called when the gateway serves.
+        process: other processes listen on the same ports; which of them this one is.
+        at_once: the signal that cuts the drain short; None: a second SIGTERM or SIGINT does.
+        replaced: the signal that begins the drain of a process whose successor serves; None: there is no such signal.
+
+    Raises:
+        OSError: an address cannot be bound.
+    """
+    gateway = Gateway(settings, process=process)
+    await gateway.start()
+    leave_out_of_garbage_collection()
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(_LoopFaults())
+    asked = _Asked(loop, at_once=at_once, replaced=replaced)
+    loop.add_signal_handler(signal.SIGHUP, gateway.reload_certificates)
+    on_ready(gateway.ready)
+    manager = ServiceManager(os.environ.get("NOTIFY_SOCKET"))
+    manager.ready(f"relaying, pid {os.getpid()}")
+    await asked.to_drain.wait()
+    manager.stopping(settings.timeouts.shutdown_grace)
+    logger.info("draining", extra={"grace_seconds": settings.timeouts.shutdown_grace})
+    drain = loop.create_task(_drain(gateway, has_successor=asked.has_successor))
+    stop_now = loop.create_task(asked.to_stop_now.wait())
+    await asyncio.wait({drain, stop_now}, return_when=asyncio.FIRST_COMPLETED)
+    if not drain.done():
+        logger.warning("second signal received, stopping now")
+        drain.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await drain
+        await gateway.stop(immediately=True)
+    stop_now.cancel()
+    if not drain.cancelled():
+        drain.result()  # a drain that failed is not a drain
+
+
+async def _drain(gateway: Gateway, *, has_successor: bool) -> None:
+    if has_successor:
+        await gateway.leave_status_port()  # first: probes ask about the gateway, not about this process
+    await gateway.stop()
+
+
+class _Asked:
+    """What signals have asked of the process.
+
+    Args:
+        at_once, replaced: see `serve`.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        at_once: signal.Signals | None,
+        replaced: signal.Signals | None,
+    ) -> None:
+        self.to_drain = asyncio.Event()
+        self.to_stop_now = asyncio.Event()
+        self.has_successor = False
+        self._counts = at_once is None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop)
+        if at_once is not None:
+            loop.add_signal_handler(at_once, self._stop_now)
+        if replaced is not None:
+            loop.add_signal_handler(replaced, self._leave_to_successor)
+
+    def _stop(self) -> None:
+        if self.to_drain.is_set() and self._counts:
+            self.to_stop_now.set()
+        self.to_drain.set()
+
+    def _stop_now(self) -> None:
+        self.to_drain.set()
+        self.to_stop_now.set()
+
+    def _leave_to_successor(self) -> None:
+        self.has_successor = True
+        self.to_drain.set()
+
+
+def leave_out_of_garbage_collection() -> None:
+    """Exclude the objects that start-up made from cyclic garbage collection.
+
+    Some hundred thousand of them live as long as the process: a collection that visits them stops all mail for 37 ms,
+    one without them for 4. There is no last collection before, since the first client may be waiting for its greeting.
+    For a process that is a gateway and nothing else: a program that embeds one decides for itself.
+    """
+    gc.freeze()
+
+
+class _LoopFaults:
+    """The event loop's exception handler. Running out of descriptors is one log line in a while, not a flood.
+
+    The loop retries after a second, and clients wait in the kernel's queue meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self._quiet_until = 0.0
+        self._count = 0
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        if not is_accept_exhausted(context):
+            loop.default_exception_handler(context)
+            return
+        self._count += 1
+        if loop.time() >= self._quiet_until:
+            logger.error("no file descriptors left to accept connections", extra={"times": self._count})
+            self._quiet_until = loop.time() + EXHAUSTION_LOG_SECONDS
+            self._count = 0

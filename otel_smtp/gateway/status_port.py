@@ -1,0 +1,197 @@
+"""What a gateway shows on its status port: probes, metrics and the page, put into the values that `status` takes."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+from otel_smtp import __version__
+from otel_smtp.config import Settings
+from otel_smtp.forwarding.breaker import BreakerState
+from otel_smtp.gateway.ports import bind
+from otel_smtp.observing import Endpoint
+from otel_smtp.smtp.envelope import Recipient
+from otel_smtp.spool.messages import DeliveryState, Shown
+from otel_smtp.status.live import LiveView
+from otel_smtp.status.traces import RecentTraces
+from otel_smtp.status.views import QueuedMessage, QueueView, UpstreamView
+from otel_smtp.telemetry.redaction import Redaction
+from otel_smtp.telemetry.shapes import EncodedSpan
+
+if TYPE_CHECKING:
+    from otel_smtp.gateway.gateway import Gateway
+    from otel_smtp.status.server import StatusServer
+
+logger: Final = logging.getLogger("otel_smtp.gateway.status_port")
+
+
+class Process(NamedTuple):
+    """Which process of a gateway this one is.
+
+    Attributes:
+        number: from 0. The first one has the operator's status port and asks the others for their status.
+        status_ports: by number, where each process serves its status on the loopback. The first's is not used.
+        token: the secret by which they authenticate to each other.
+    """
+
+    number: int
+    status_ports: Sequence[int]
+    token: str
+
+
+class StatusPort:
+    """The status page and probes of one gateway.
+
+    Args:
+        gateway: whose status it is.
+        address: where the operator wants it.
+        redaction: what the page may show of hosts and addresses.
+        process: other processes of the same gateway; None where there are none.
+
+    Attributes:
+        live: observes the gateway's connections for the page.
+        listening: the address, with its real port; None while nothing listens.
+    """
+
+    def __init__(
+        self, gateway: "Gateway", address: Endpoint, redaction: Redaction, process: Process | None = None
+    ) -> None:
+        self._gateway = gateway
+        self._process = process
+        self._address = address
+        self._redaction = redaction
+        self._traces = RecentTraces()
+        self._server: StatusServer | None = None
+        self.live = LiveView(shown_host=redaction.ip, shown_name=redaction.host_name)
+        self.listening: Endpoint | None = None
+
+    def keep(self, span: EncodedSpan, is_trouble: bool) -> None:
+        """Keep a finished span for the page; those in which something went wrong for longer."""
+        self._traces.add(span, is_trouble)
+
+    def start(self, *, is_required: bool) -> None:
+        """Listen.
+
+        Args:
+            is_required: the operator set the address. The default may be taken, by another gateway for example; then
+                mail is relayed without a status port.
+
+        Raises:
+            OSError: the address cannot be bound, and it is required.
+        """
+        # Imported here: a cold start is measured to the first greeting, and this brings a web server.
+        from otel_smtp.status.http import LOOPBACK, Network
+        from otel_smtp.status.server import StatusServer
+        from otel_smtp.status.siblings import Siblings
+
+        gateway, process = self._gateway, self._process
+        siblings: Siblings | None = None
+        address, token = self._address, ""
+        allow: Sequence[Network] = gateway.settings.status.allow
+        if process is not None and process.number == 0:
+            siblings = Siblings(0, dict(enumerate(process.status_ports[1:], start=1)), process.token)
+        elif process is not None:
+            is_required = False
+            address, allow = Endpoint("127.0.0.1", process.status_ports[process.number]), LOOPBACK
+            token = process.token
+        self._server = StatusServer(
+            live=self.live,
+            traces=self._traces,
+            checks={"draining": self._draining, **self._delivery_checks()},
+            metrics=gateway.metrics,
+            upstreams=self._upstreams,
+            queue=self._queue if gateway.spool is not None else None,
+            trace_url=gateway.settings.status.trace_url,
+            allow=allow,
+            about=_about(gateway.settings, gateway.ready.traces_to),
+            siblings=siblings,
+            token=token,
+        )
+        try:
+            sock = bind(address, is_shared=process is not None, is_dual_stack=True)
+        except OSError as error:
+            if is_required:
+                raise
+            logger.warning("no status port: address in use", extra={"address": str(address), "error": str(error)})
+            return
+        self.listening = Endpoint(address.host, self._server.start(sock).port)
+
+    async def stop(self) -> None:
+        """Stop listening."""
+        if self._server is not None and self.listening is not None:
+            await self._server.stop()
+
+    def _draining(self) -> str | None:
+        return "shutting down" if self._gateway.is_draining else None
+
+    def _no_upstream(self) -> str | None:
+        return None if self._gateway.can_reach_an_upstream() else "no upstream can be reached"
+
+    async def _queue(self) -> QueueView:
+        spool = self._gateway.spool
+        assert spool is not None
+        now = time.time()
+        return QueueView(
+            counts=spool.counts.by_state(),
+            oldest_age_seconds=age_seconds(spool.counts.oldest_arrived_at),
+            messages=[_queued(message, now, self._redaction) for message in spool.oldest],
+        )
+
+    def _delivery_checks(self) -> Mapping[str, Callable[[], str | None]]:
+        """What keeps the gateway from accepting mail. With a queue that is its own state alone."""
+        spool = self._gateway.spool
+        return {"upstream": self._no_upstream} if spool is None else {"spool": spool.problem}
+
+    def _upstreams(self) -> Sequence[UpstreamView]:
+        tls = {upstream.name: str(upstream.url.tls) for upstream in self._gateway.settings.upstream}
+        words = {BreakerState.PROBING: "half-open"}
+        return [
+            UpstreamView(
+                name=snapshot.name,
+                address=str(snapshot.endpoint),
+                tls=tls[snapshot.name],
+                idle=snapshot.pool.idle,
+                busy=snapshot.pool.busy + snapshot.pool.opening,
+                limit=snapshot.pool.most,
+                waiting=snapshot.pool.waiting,
+                breaker=words.get(snapshot.pool.breaker, str(snapshot.pool.breaker)),
+                retry_seconds=snapshot.retry_seconds,
+                last_success_seconds=snapshot.last_success_seconds,
+                last_failure_seconds=snapshot.last_failure_seconds,
+                last_failure=snapshot.last_failure,
+            )
+            for snapshot in self._gateway.upstreams()
+        ]
+
+
+def _queued(message: Shown, now: float, redaction: Redaction) -> QueuedMessage:
+    """A queued message for the page: domains, no addresses."""
+    replies = [last for _, _, last in message.recipients if last]
+    trace = message.carrier.get("traceparent", "").split("-")
+    is_deferred = message.state is DeliveryState.READY and message.next_attempt_at > now
+    return QueuedMessage(
+        spool_id=message.id,
+        state="deferred" if is_deferred else message.state.value,
+        age_seconds=max(0.0, now - message.arrived_at),
+        attempts=message.attempts,
+        recipients=len(message.recipients),
+        domains=redaction.domains([Recipient(address) for address, _, _ in message.recipients]) or (),
+        next_attempt_seconds=(
+            max(0.0, message.next_attempt_at - now) if message.state is DeliveryState.READY else None
+        ),
+        last_reply=" ".join(replies[0].split()[:2]) if replies else None,
+        trace_id=trace[1] if len(trace) == 4 else None,
+    )
+
+
+def _about(settings: Settings, traces_to: str) -> Mapping[str, str]:
+    """The head of the page."""
+    about = {"hostname": settings.hostname, "version": __version__, "traces to": traces_to}
+    if settings.workers > 1:
+        about["processes"] = str(settings.workers)
+    return about
+
+
+def age_seconds(since: float | None) -> float | None:
+    """How long ago a time since the epoch is; None for None."""
+    return None if since is None else max(0.0, time.time() - since)

@@ -1,0 +1,218 @@
+"""Settings to the values that each room takes: the one place that knows both.
+
+Each function takes settings that `config` has checked, and returns the value object of one room. Nothing is opened or
+started here, and no file is read. Every default value is written in `config.settings`; tests/gateway/test_wiring.py
+compares those that a room has too, for use without settings.
+"""
+
+import dataclasses
+import ssl
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from otel_smtp import __version__
+from otel_smtp.config import Listener, Settings, Upstream
+from otel_smtp.config.settings import Table
+from otel_smtp.forwarding.oauth import OAuthSettings, OAuthTokens
+from otel_smtp.forwarding.settings import (
+    Credentials,
+    PoolLimits,
+    ReplyLimits,
+    Timeouts,
+    TracePolicy,
+    UpstreamSettings,
+)
+from otel_smtp.server.session import ListenerPolicy, ServerTimeouts
+from otel_smtp.server.users import Authenticator
+from otel_smtp.smtp.policy import ServerLimits, ServerPolicy
+from otel_smtp.telemetry.metrics import OpenConnections
+from otel_smtp.telemetry.propagation import InboundPolicy
+from otel_smtp.telemetry.records import SpanSink
+from otel_smtp.telemetry.redaction import Addresses, ClientIp, Redaction
+from otel_smtp.telemetry.setup import TelemetryOptions
+from otel_smtp.telemetry.state_events import StateEvents
+from otel_smtp.telemetry.tracing import Keep
+
+if TYPE_CHECKING:
+    from otel_smtp.spool.embedded import EmbeddedStore
+    from otel_smtp.spool.service import SpoolSettings
+
+T = TypeVar("T")
+
+
+def listener_policy(
+    settings: Settings,
+    listener: Listener,
+    *,
+    tls_context: Callable[[], ssl.SSLContext] | None,
+    authenticator: Authenticator | None,
+) -> ListenerPolicy:
+    """How one listener serves its connections.
+
+    Args:
+        tls_context: returns the context for the next handshake; None where the listener speaks no TLS.
+        authenticator: verifies logins; None where the listener offers no AUTH.
+    """
+    return ListenerPolicy(
+        name=listener.name,
+        protocol=ServerPolicy(
+            hostname=settings.hostname,
+            is_lmtp=listener.protocol == "lmtp",
+            tls_mode=listener.tls,
+            tls_required=listener.tls_required,
+            auth_mechanisms=authenticator.mechanisms if authenticator is not None else (),
+            auth_required=listener.auth == "required",
+            auth_in_clear=listener.auth_in_clear,
+            rejects_bare_line_ends=settings.delivery.content_newlines == "reject",
+            limits=_by_name(ServerLimits, settings.limits, without=("commands_per_turn",)),
+        ),
+        timeouts=_by_name(ServerTimeouts, settings.timeouts, octets_per_second=settings.limits.octets_per_second),
+        tls_context=tls_context,
+        authenticator=authenticator,
+        allow=listener.allow,
+        proxy_protocol_from=listener.proxy_protocol_from,
+        trace_in_reply=settings.telemetry.trace_in_reply,
+    )
+
+
+def _by_name(room: Callable[..., T], table: Table, *, without: Collection[str] = (), **others: object) -> T:
+    """A room's value object, filled with the settings of the same names.
+
+    Args:
+        room: its dataclass.
+        without: fields that are no settings, and keep the room's default.
+        others: fields whose setting has another name, or is in another table.
+
+    Raises:
+        AttributeError: a field is neither of these nor a setting of the table.
+    """
+    names = [field.name for field in dataclasses.fields(cast(Any, room))]
+    same = {name: getattr(table, name) for name in names if name not in others and name not in without}
+    return room(**same, **others)
+
+
+def upstream_settings(upstream: Upstream) -> UpstreamSettings:
+    """One upstream of the settings, as the forwarding takes it."""
+    credentials: Credentials | None = None
+    if upstream.username and upstream.auth != "off":
+        credentials = Credentials(
+            upstream.username,
+            upstream.password.reveal() if upstream.password is not None else "",
+            _tokens(upstream),
+        )
+    assert upstream.trace_context is not None
+    return UpstreamSettings(
+        name=upstream.name,
+        host=upstream.url.endpoint.host,
+        port=upstream.url.endpoint.port,
+        is_lmtp=upstream.url.protocol == "lmtp",
+        tls=upstream.url.tls,
+        credentials=credentials,
+        auth=upstream.auth,
+        ca_file=str(upstream.ca_file) if upstream.ca_file is not None else None,
+        certificate_file=str(upstream.tls_cert) if upstream.tls_cert is not None else None,
+        key_file=str(upstream.tls_key) if upstream.tls_key is not None else None,
+        server_name=upstream.server_name or None,
+        limits=PoolLimits(
+            connections=upstream.connections,
+            messages=upstream.messages_per_connection,
+            age_seconds=upstream.connection_age,
+            idle_seconds=upstream.connection_idle,
+        ),
+        reply_limits=ReplyLimits(upstream.reply_line, upstream.reply_lines),
+        timeouts=_by_name(Timeouts, upstream.timeout, without=("pool",)),
+        senders=upstream.senders,
+        recipients=upstream.recipients,
+        trace_context=TracePolicy(upstream.trace_context),
+    )
+
+
+def _tokens(upstream: Upstream) -> OAuthTokens | None:
+    if not upstream.token_url:
+        return None
+    secret, refresh = upstream.client_secret, upstream.refresh_token
+    return OAuthTokens(
+        OAuthSettings(
+            upstream.token_url,
+            upstream.client_id,
+            client_secret=secret.reveal() if secret is not None else "",
+            refresh_token=refresh.reveal() if refresh is not None else "",
+            scope=upstream.scope,
+        )
+    )
+
+
+def spool_settings(settings: Settings) -> "SpoolSettings":
+    """The durable queue, in a mode that has one."""
+    # Imported here: a gateway in mode direct starts without SQLite.
+    from otel_smtp.spool.embedded import control_path
+    from otel_smtp.spool.schedule import Schedule
+    from otel_smtp.spool.service import SpoolSettings
+
+    spool = settings.spool
+    assert spool.directory is not None
+    return SpoolSettings(
+        control_path=control_path(spool.directory),
+        schedule=Schedule(spool.retry, max_age_seconds=spool.max_age, warn_after_seconds=spool.warn_after),
+        bounce=spool.bounce,
+        hostname=settings.hostname,
+    )
+
+
+def spool_store(settings: Settings) -> "EmbeddedStore":
+    """What keeps the mail of the durable queue, in a mode that has one."""
+    from otel_smtp.spool.embedded import EmbeddedStore
+
+    assert settings.spool.directory is not None
+    return EmbeddedStore(settings.spool.directory, least_free_octets=least_free_octets(settings))
+
+
+def least_free_octets(settings: Settings) -> int:
+    """Free space below which the spool refuses mail: the largest message, and half as much again."""
+    return settings.limits.message_size * 3 // 2
+
+
+def redaction(settings: Settings) -> Redaction:
+    """What telemetry and the status page may show of addresses and hosts."""
+    telemetry = settings.telemetry
+    key = telemetry.addresses_hash_key
+    return Redaction(
+        addresses=Addresses(telemetry.addresses),
+        client_ip=ClientIp(telemetry.client_ip),
+        hash_key=key.reveal().encode() if key is not None else b"",
+    )
+
+
+def telemetry_options(
+    settings: Settings,
+    redaction: Redaction,
+    *,
+    span_sinks: Sequence[SpanSink],
+    memories: Sequence[Keep],
+    open_connections: OpenConnections,
+    upstream_connections: Callable[[], Iterator[tuple[str, str, int]]],
+    spool: Callable[[], tuple[Mapping[str, int], float] | None],
+) -> TelemetryOptions:
+    """What telemetry records.
+
+    Args:
+        span_sinks: receive each finished span, exported or not.
+        memories: receive each recorded span as octets, and whether something in it went wrong.
+        open_connections: yields the records of the open connections when the metrics are read.
+        upstream_connections: yields (upstream, state, connections) when the gauges are read.
+        spool: returns the messages by state and the age of the oldest in seconds; None where there is no spool.
+    """
+    telemetry = settings.telemetry
+    return TelemetryOptions(
+        version=__version__,
+        redaction=redaction,
+        policies={listener.name: InboundPolicy(listener.trace_context) for listener in settings.listener},
+        state_events=StateEvents(telemetry.state_events),
+        probes=telemetry.probes,
+        with_message_id=telemetry.message_id,
+        listeners=span_sinks,
+        memories=memories,
+        open_connections=open_connections,
+        upstream_connections=upstream_connections,
+        spool=spool,
+    )

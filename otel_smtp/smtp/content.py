@@ -1,0 +1,225 @@
+"""The content of one message while it is received, by DATA or by BDAT: one object from the 354 to the end.
+
+It joins the machines of `framing`: octets of the wire go in, in pieces of any size; the header block and the octets
+behind it come out, dots unstuffed and line ends normalised, with the verdict on all of it. How the input is cut changes
+neither what comes out, put together, nor the verdict.
+
+Most messages are small, come in one piece, and hold nothing that would have to be changed. For them one pass of
+searches over the whole answers every question; `_take_whole` has no effect that the general way would not have.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from otel_smtp.smtp import replies
+from otel_smtp.smtp.framing import (
+    END_OF_DATA,
+    ChunkReader,
+    ContentInspector,
+    DotReader,
+    HeaderSplitter,
+    has_bare_line_end,
+)
+from otel_smtp.smtp.received import HeaderFacts, inspect_header
+from otel_smtp.smtp.replies import Reply
+
+
+@dataclass(frozen=True, slots=True)
+class ContentLimits:
+    """What content may be at most.
+
+    Attributes:
+        text_line: octets of a line, its CRLF included.
+        header_size, header_lines: octets and lines of the header block.
+        hops: Received fields.
+        rejects_bare_line_ends: refuse a bare CR or LF instead of normalising it.
+    """
+
+    text_line: int
+    header_size: int
+    header_lines: int
+    hops: int
+    rejects_bare_line_ends: bool
+
+
+class ContentSink(Protocol):
+    """Takes the content, as far as it is decided."""
+
+    def header_received(self, block: bytes, facts: HeaderFacts) -> None:
+        """The whole header block, before any `content_received`; once per message.
+
+        Args:
+            block: the header lines, each with its CRLF, without the empty line that ends them; b"" where the content
+                has no header.
+            facts: what the block says of hops and traces.
+        """
+        ...
+
+    def content_received(self, data: bytes) -> None:
+        """Some octets behind the header block; the first ones are the empty line, where there is one."""
+        ...
+
+
+class IncomingContent:
+    """The content of one message.
+
+    Args:
+        limits: what is acceptable.
+        size_limit: octets of the whole; more is counted and dropped.
+        is_binary: BODY=BINARYMIME was declared: nothing is normalised, NUL and long lines are fine.
+        by_data: it comes by DATA and ends with a lone dot; else by BDAT, and `finish` says where it ends.
+        sink: see there.
+
+    Attributes:
+        octets: the content so far, as RFC 1870 counts it: CRLF included, stuffed dots not.
+        facts: of the header block; None until it has been received.
+        by_data: see above.
+        is_ended: the end of DATA was seen. `rest`: the octets behind it.
+    """
+
+    __slots__ = (
+        "_chunks",
+        "_dots",
+        "_header",
+        "_inspector",
+        "_is_binary",
+        "_limits",
+        "_sink",
+        "_size_limit",
+        "by_data",
+        "facts",
+        "is_ended",
+        "octets",
+        "rest",
+    )
+
+    def __init__(
+        self, limits: ContentLimits, size_limit: int, sink: ContentSink, *, is_binary: bool, by_data: bool
+    ) -> None:
+        self._limits = limits
+        self._size_limit = size_limit
+        self._sink = sink
+        self._is_binary = is_binary
+        self.by_data = by_data
+        self._inspector: ContentInspector | None = None  # made with the others, where the content is no quick one
+        self.octets = 0
+        self.facts: HeaderFacts | None = None
+        self.is_ended = False
+        self.rest = b""
+
+    def feed(self, data: bytes) -> None:
+        """Take octets from the wire: of DATA, up to its end at most; or of a chunk, and not one more."""
+        if self._inspector is None:
+            if self.by_data and self._take_whole(data):
+                return
+            self._begin()
+        assert self._inspector is not None
+        if self.by_data:
+            dots = self._dots
+            self._take(dots.feed(data))
+            if dots.is_ended:
+                self.is_ended = True
+                self.rest = dots.rest
+        else:
+            self._take(self._chunks.feed(data))
+
+    def finish(self) -> Reply | None:
+        """The content is complete: what is wrong with it, None where nothing is.
+
+        The rest of the content goes to the sink, unless it is larger than the limit.
+        """
+        if self._inspector is None:
+            if self.facts is not None:
+                return None  # taken whole, and found to be good
+            self._begin()
+        assert self._inspector is not None
+        if not self.by_data:
+            self._take(self._chunks.finish())
+        if self._header.block is None and self._inspector.octets <= self._size_limit:
+            body = self._header.finish()
+            self._hand_up(body)
+        return self.refusal()
+
+    def refusal(self) -> Reply | None:
+        """What is wrong with the content so far, in a fixed order: the verdict must not depend on cuts."""
+        inspector, limits = self._inspector, self._limits
+        if inspector is None:
+            return None
+        if inspector.octets > self._size_limit:
+            return replies.MESSAGE_TOO_BIG
+        if inspector.has_nul and not self._is_binary:
+            return replies.NUL_IN_CONTENT
+        has_bare_line_ends = self._dots.bare_line_ends if self.by_data else self._chunks.bare_line_ends
+        if has_bare_line_ends and limits.rejects_bare_line_ends:
+            return replies.BARE_LINE_END
+        if inspector.has_long_line and not self._is_binary:
+            return replies.LINE_IN_CONTENT_TOO_LONG
+        if self._header.is_too_big:
+            return replies.HEADER_TOO_BIG
+        if self.facts is not None and self.facts.hops > limits.hops:
+            return replies.TOO_MANY_HOPS
+        return None
+
+    # A message in one piece ------------------------------------------------------------------------------------
+
+    def _take_whole(self, data: bytes) -> bool:
+        """Take a message that is all there and needs no change; False, and nothing done, where it is not so."""
+        limits = self._limits
+        size = len(data) - 3  # of the content: all but the lone dot and its CRLF
+        if (
+            size > self._size_limit
+            or size > limits.text_line
+            or not data.endswith(END_OF_DATA)
+            or data.find(b"\r\n.") != size - 2  # no line but the last begins with a dot
+            or data.startswith(b".")
+            or b"\0" in data
+            or has_bare_line_end(data)
+        ):
+            return False
+        end = data.find(b"\r\n\r\n", 0, size) + 2
+        if (
+            end < 2
+            or end > limits.header_size
+            or data.startswith(b"\r\n")
+            or data.count(b"\n", 0, end) > limits.header_lines
+        ):
+            return False
+        block = data[:end]
+        facts = inspect_header(block)
+        if facts.hops > limits.hops:
+            return False
+        self.facts = facts
+        self.is_ended = True
+        self.octets = size
+        self._sink.header_received(block, facts)
+        self._sink.content_received(data[end:size])
+        return True
+
+    # A message in any number of pieces -------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        limits = self._limits
+        if self.by_data:
+            self._dots = DotReader()
+        else:
+            self._chunks = ChunkReader(is_binary=self._is_binary)
+        self._header = HeaderSplitter(limits.header_size, limits.header_lines)
+        self._inspector = ContentInspector(limits.text_line)
+
+    def _take(self, content: bytes) -> None:
+        if not content:
+            return
+        inspector = self._inspector
+        assert inspector is not None
+        inspector.inspect(content)
+        self.octets = inspector.octets
+        if inspector.octets <= self._size_limit:  # refused at its end; handing up more would only fill a disk
+            self._hand_up(self._header.feed(content))
+
+    def _hand_up(self, body: bytes) -> None:
+        block = self._header.block
+        if self.facts is None and block is not None:
+            self.facts = inspect_header(block)
+            self._sink.header_received(block, self.facts)
+        if body:
+            self._sink.content_received(body)

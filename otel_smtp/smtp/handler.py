@@ -1,0 +1,86 @@
+"""Who decides for a session: what the engine asks and tells, and where it puts what it says."""
+
+from collections.abc import Sequence
+from enum import Enum, auto
+from typing import Protocol
+
+from otel_smtp.smtp.content import ContentSink
+from otel_smtp.smtp.envelope import Mail, Recipient
+from otel_smtp.smtp.replies import Reply
+
+
+class Said(Protocol):
+    """Takes each reply with the verb that it answers, as it is decided; a list does."""
+
+    def append(self, said: tuple[str | None, Reply], /) -> None:
+        """Take one."""
+        ...
+
+
+class Handler(ContentSink, Protocol):
+    """Who decides for a session. Called from within the engine's calls; it may answer there, or later.
+
+    A method that is marked *decide* waits for `ServerProtocol.reply`. The others only tell.
+    """
+
+    def hello_received(self, verb: str, name: str) -> None:
+        """HELO, EHLO or LHLO was accepted; `name` is the peer's word: bounded by the command line, printable."""
+        ...
+
+    def mail_requested(self, mail: Mail) -> None:
+        """*decide*: MAIL. A 2yz opens the transaction."""
+        ...
+
+    def recipients_requested(self, recipients: Sequence[Recipient]) -> None:
+        """*decide*: a pipelined group of RCPT, one reply each."""
+        ...
+
+    def tls_requested(self) -> None:
+        """*decide*: STARTTLS. Stop reading from the transport, then `reply(TLS_READY)`, write it, shake hands, and call
+        `tls_started`. Any other reply leaves the session in clear."""
+        ...
+
+    def auth_requested(self, mechanism: str, initial_response: bytes | None) -> None:
+        """*decide*, by `challenge` or a final reply: AUTH.
+
+        Args:
+            mechanism: one that we offered.
+            initial_response: decoded; None where none was given, b"" for "=".
+        """
+        ...
+
+    def auth_responded(self, response: bytes) -> None:
+        """*decide*, as `auth_requested`: the client's answer to a challenge, decoded."""
+        ...
+
+    def content_begun(self) -> None:
+        """DATA is about to be answered with 354, or the first BDAT chunk was taken."""
+        ...
+
+    def content_ended(self, octets: int) -> None:
+        """*decide*: the content is complete, and acceptable to the engine. The reply is the message's final reply.
+
+        Args:
+            octets: of the content, as RFC 1870 counts them.
+        """
+        ...
+
+    def transaction_aborted(self, reply: Reply | None) -> None:
+        """The open transaction ended without a final reply from above: RSET, a new EHLO, STARTTLS, content that the
+        engine refused, or the connection's end.
+
+        Args:
+            reply: what the client is about to be told, where the content itself was refused; else None.
+        """
+        ...
+
+
+class Asked(Enum):
+    """What the handler has been asked and has not answered."""
+
+    NOTHING = auto()
+    MAIL = auto()
+    RECIPIENTS = auto()
+    TLS = auto()
+    AUTH = auto()
+    CONTENT = auto()

@@ -1,0 +1,108 @@
+"""How one listener speaks: its policy and its limits, as the engine is given them."""
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import NamedTuple
+
+from otel_smtp.smtp import replies
+from otel_smtp.smtp.content import ContentLimits
+from otel_smtp.smtp.extensions import Offer, keywords
+from otel_smtp.smtp.replies import Reply
+from otel_smtp.smtp.states import TlsMode
+
+
+@dataclass(frozen=True, slots=True)
+class ServerLimits:
+    """What a client can make grow. All sizes in octets.
+
+    Attributes:
+        commands_per_turn: commands of one client that are run before the other connections get their turn.
+    """
+
+    message_size: int = 25 * 1024 * 1024
+    recipients: int = 1000
+    messages_per_connection: int = 1000
+    errors: int = 10
+    junk_commands: int = 100
+    command_line: int = 2048
+    auth_line: int = 12288
+    text_line: int = 65535
+    header_size: int = 256 * 1024
+    header_lines: int = 1000
+    hops: int = 100
+    auth_failures: int = 3
+    commands_per_turn: int = 100
+
+
+class OwnOffer(NamedTuple):
+    """What a listener offers.
+
+    Attributes:
+        behind: what can be offered on behalf of what lies behind; the very object that this was made from.
+        offer: that, and what is our own: limits, TLS, AUTH.
+        reply: how EHLO says it.
+        size_limit: octets of the largest message: our limit, or the upstream's where that is less.
+    """
+
+    behind: Offer
+    offer: Offer
+    reply: Reply
+    size_limit: int
+
+
+@dataclass(frozen=True)
+class ServerPolicy:
+    """How one listener speaks.
+
+    Attributes:
+        hostname: our name in the greeting and in EHLO.
+        is_lmtp: LHLO, and one final reply per recipient (RFC 2033).
+        tls_mode: STARTTLS is offered if `starttls`, until TLS is on.
+        tls_required: 530 to all but NOOP, EHLO, STARTTLS and QUIT until TLS is on (RFC 3207 4).
+        auth_mechanisms: offered SASL mechanisms, in order of preference; empty: no AUTH.
+        auth_required: 530 to MAIL until authenticated (RFC 4954 6).
+        auth_in_clear: AUTH is offered without TLS too.
+        rejects_bare_line_ends: 550 5.6.11 to content with a bare CR or LF, instead of normalising it.
+    """
+
+    hostname: str
+    is_lmtp: bool = False
+    tls_mode: TlsMode = TlsMode.OFF
+    tls_required: bool = False
+    auth_mechanisms: tuple[str, ...] = ()
+    auth_required: bool = False
+    auth_in_clear: bool = False
+    rejects_bare_line_ends: bool = False
+    limits: ServerLimits = field(default_factory=ServerLimits)
+
+    _offers: dict[bool, OwnOffer] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def own_offer(self, behind: Offer, *, is_tls: bool) -> OwnOffer:
+        """What a session is offered now. One value serves all sessions, until `behind` changes."""
+        own = self._offers.get(is_tls)
+        if own is None or own.behind is not behind:
+            limits = self.limits
+            size_limit = limits.message_size if behind.size is None else min(limits.message_size, behind.size)
+            offer = replace(
+                behind,
+                size=size_limit,
+                starttls=self.tls_mode is TlsMode.STARTTLS and not is_tls,
+                auth_mechanisms=self.mechanisms(is_tls=is_tls),
+                require_tls=behind.require_tls and is_tls,
+                limits={"MAILMAX": limits.messages_per_connection, "RCPTMAX": limits.recipients},
+            )
+            own = OwnOffer(behind, offer, replies.hello(self.hostname, keywords(offer)), size_limit)
+            self._offers[is_tls] = own
+        return own
+
+    def mechanisms(self, *, is_tls: bool) -> tuple[str, ...]:
+        """The SASL mechanisms that are offered."""
+        return self.auth_mechanisms if is_tls or self.auth_in_clear else ()
+
+    @cached_property
+    def content_limits(self) -> ContentLimits:
+        """What of it concerns content."""
+        limits = self.limits
+        return ContentLimits(
+            limits.text_line, limits.header_size, limits.header_lines, limits.hops, self.rejects_bare_line_ends
+        )

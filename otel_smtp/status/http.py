@@ -1,0 +1,153 @@
+"""HTTP under the status port: an event loop's worth of uvicorn, bounded in connections and time, and a guard in front.
+
+A stranger who can reach the port could otherwise hold open connections until the process has no file left for mail,
+or read the page through a browser on this machine. uvicorn has no bound on the time until a request is complete, and it
+takes over the process's signals. So two of its classes are extended here, which no document promises to keep:
+pyproject.toml names the last version that this was tested with.
+"""
+
+import asyncio
+import contextlib
+import hmac
+import ipaddress
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+import uvicorn
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from otel_smtp.status.siblings import TOKEN_HEADER
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+LOOPBACK: Final[Sequence[Network]] = (ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("::1/128"))
+
+# Several times what people and probes need at once; a quarter of the gateway's own default of 256.
+HTTP_CONNECTIONS: Final = 64
+# A request is one packet; a client that has not sent it by then is no probe.
+REQUEST_SECONDS: Final = 10.0
+STOP_SECONDS: Final = 1
+
+# The page loads only what the package brings, so that a peer's text could run nothing even if it were not escaped.
+_HEADERS: Final = (
+    (
+        b"content-security-policy",
+        b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+        b"base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'",
+    ),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"cross-origin-opener-policy", b"same-origin"),
+    (b"cache-control", b"no-store"),
+)
+_OPEN_PATHS: Final = frozenset({"/livez", "/readyz", "/metrics"})
+
+
+def http_server(application: ASGIApp) -> uvicorn.Server:
+    """A server for `application`; `serve` it on bound sockets."""
+    return _Server(
+        uvicorn.Config(
+            application,
+            http=_BoundedProtocol,
+            loop="none",
+            ws="none",
+            lifespan="off",
+            interface="asgi3",
+            # A client that named itself in X-Forwarded-For would name itself into the allowed networks.
+            proxy_headers=False,
+            server_header=False,
+            date_header=False,
+            access_log=False,
+            log_config=None,
+            log_level="warning",
+            timeout_graceful_shutdown=STOP_SECONDS,
+        )
+    )
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers: SIGTERM belongs to the gateway's drain."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class _BoundedProtocol(H11Protocol):
+    """HTTP/1.1, bounded in connections and in the time until a request is complete.
+
+    Every answer closes its connection (`Guard`), so there is one request to wait for.
+    """
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's own
+        super().connection_made(transport)
+        if len(self.connections) > HTTP_CONNECTIONS:
+            transport.abort()
+        else:
+            self.loop.call_later(REQUEST_SECONDS, self._close_if_silent)
+
+    def _close_if_silent(self) -> None:
+        request: object = self.cycle  # None until there is one, though uvicorn's type does not say so
+        if request is None:
+            self.transport.close()
+
+
+class Guard:
+    """Checks each request's client, host name and token, and adds to each answer the headers that restrict a browser.
+
+    Args:
+        inner: the application.
+        allow: networks that may see the page and its API; probes and metrics are open to all.
+        is_loopback: the port is on a loopback address, so a foreign host name is a rebound one.
+        token: required in `TOKEN_HEADER`; "": none is.
+    """
+
+    def __init__(self, inner: ASGIApp, allow: Sequence[Network], *, is_loopback: bool, token: str) -> None:
+        self._inner = inner
+        self._token = token
+        self._allow = allow
+        self._is_loopback = is_loopback
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message.get("headers", ()), *_HEADERS, (b"connection", b"close")]
+            await send(message)
+
+        refusal = self._refusal(Request(scope))
+        await (refusal or self._inner)(scope, receive, send_guarded)
+
+    def _refusal(self, request: Request) -> Response | None:
+        if self._is_loopback and not _is_address_or_localhost(request.headers.get("host", "")):
+            return PlainTextResponse("this port answers only to localhost or an IP address\n", 421)
+        if self._token and not hmac.compare_digest(
+            request.headers.get(TOKEN_HEADER, "").encode(), self._token.encode()
+        ):
+            return PlainTextResponse("this port is for the other processes of the gateway\n", 403)
+        if request.url.path in _OPEN_PATHS:
+            return None
+        if request.client is None or not self._is_allowed(request.client.host):
+            return PlainTextResponse("your address is not in status.allow\n", 403)
+        return None
+
+    def _is_allowed(self, host: str) -> bool:
+        address = ipaddress.ip_address(host.partition("%")[0])
+        if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+            address = address.ipv4_mapped
+        return any(address in network for network in self._allow)
+
+
+def _is_address_or_localhost(host: str) -> bool:
+    """Whether a Host header is an IP address or localhost, to which no foreign name can be rebound."""
+    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
+    name = name.strip("[]").lower()
+    if name == "localhost" or name.endswith(".localhost"):
+        return True
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True

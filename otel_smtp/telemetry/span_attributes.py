@@ -1,0 +1,317 @@
+"""Which attributes a finished connection, transaction or delivery has: said here once, whoever wants them.
+
+Each is described by a shape (`shapes`), found by the values that come from small sets, and by the pairs that vary.
+"""
+
+from collections.abc import Iterable
+from typing import Final
+
+from opentelemetry.trace import SpanKind
+
+from otel_smtp.observing import ConnectionRecord, DeliveryRecord, Endpoint, Outcome, TransactionRecord
+from otel_smtp.smtp.envelope import Body
+from otel_smtp.smtp.replies import ErrorType, Reply
+from otel_smtp.smtp.states import CloseReason
+from otel_smtp.telemetry import attributes as names
+from otel_smtp.telemetry.attributes import Attributes
+from otel_smtp.telemetry.redaction import Redaction, clean
+from otel_smtp.telemetry.shapes import Column, Pair, SpanShape, span_table
+from otel_smtp.telemetry.state_events import ENHANCED_CODE
+
+Described = tuple[SpanShape, list[Pair]]
+"""What a span consists of, beside ids, times, events and links."""
+
+# Failures of the gateway or of what it depends on. All else is the client's doing, or a policy that was kept: an Error
+# event, not an ERROR status.
+_OUR_FAILURES: Final = frozenset(
+    {
+        ErrorType.UPSTREAM_UNAVAILABLE,
+        ErrorType.UPSTREAM_TLS,
+        ErrorType.UPSTREAM_PROTOCOL,
+        ErrorType.OUTCOME_UNKNOWN,
+        ErrorType.STORAGE,
+        ErrorType.SHUTDOWN,
+        ErrorType.INTERNAL,
+    }
+)
+# Subjects of enhanced codes by which an upstream says that mail system (3) or network (4) failed (RFC 3463 3.4, 3.5).
+_FAILURE_SUBJECTS: Final = frozenset({3, 4})
+
+_CONNECTIONS: Final = span_table(
+    names.SPAN_CONNECTION,
+    SpanKind.SERVER,
+    (
+        names.LISTENER,
+        names.NETWORK_TRANSPORT,
+        names.NETWORK_PROTOCOL_NAME,
+        names.NETWORK_TYPE,
+        names.TLS_MODE,
+        names.TLS_PROTOCOL_VERSION,
+        names.TLS_CIPHER,
+        names.TLS_RESUMED,
+        names.AUTH_MECHANISM,
+        names.CLOSE_REASON,
+        names.PROBE,
+        names.ERROR_TYPE,
+    ),
+)
+
+
+def _lower(body: Body) -> str:
+    return body.value.lower()
+
+
+_TRANSACTION_HEADER: Final = (
+    names.RECIPIENT_COUNT,
+    names.RECIPIENTS_REFUSED,
+    Column(names.BODY, _lower),
+    names.OUTCOME,
+    names.REPLY_CODE,
+    ENHANCED_CODE,
+    names.ERROR_TYPE,
+)
+_TRANSACTIONS: Final = span_table(names.SPAN_TRANSACTION, SpanKind.INTERNAL, _TRANSACTION_HEADER)
+# An edge of a service graph needs the application's CLIENT span as direct parent of a SERVER span.
+_APPLICATIONS_TRANSACTIONS: Final = span_table(names.SPAN_TRANSACTION, SpanKind.SERVER, _TRANSACTION_HEADER)
+
+_DELIVERIES: Final = span_table(
+    names.SPAN_DELIVERY,
+    SpanKind.CLIENT,
+    (
+        names.DELIVERY_ATTEMPT,
+        names.POSSIBLE_DUPLICATE,
+        names.SERVER_ADDRESS,
+        names.SERVER_PORT,
+        names.UPSTREAM_NAME,
+        names.PEER_SERVICE,
+        names.SERVICE_PEER_NAME,
+        names.NETWORK_PEER_ADDRESS,
+        names.NETWORK_PEER_PORT,
+        names.TLS_PROTOCOL_VERSION,
+        names.TLS_CIPHER,
+        names.TLS_RESUMED,
+        names.ROUND_TRIPS,
+        names.OUTCOME,
+        names.REPLY_CODE,
+        ENHANCED_CODE,
+        names.ERROR_TYPE,
+    ),
+)
+
+
+class SpanAttributes:
+    """Describes spans.
+
+    Args:
+        redaction: what may be shown of people.
+        with_message_id: put `Message-ID` on transactions.
+    """
+
+    def __init__(self, redaction: Redaction, *, with_message_id: bool = False) -> None:
+        self.redaction = redaction
+        self._with_message_id = with_message_id
+
+    # Connections -------------------------------------------------------------------------------------------------
+
+    def connection(self, record: ConnectionRecord, *, is_closed: bool) -> Described:
+        """A segment of a connection: the last one, or one after which the connection goes on."""
+        info, client, tls, redaction = record.info, record.client, record.tls, self.redaction
+        reason = record.close_reason if is_closed else None
+        network_type = None
+        if info.transport == "tcp":
+            network_type = "ipv6" if ":" in client.host else "ipv4"
+        shape = _CONNECTIONS[
+            info.listener,
+            info.transport,
+            info.protocol,
+            network_type,
+            info.tls_mode,
+            None if tls is None else tls.version,
+            None if tls is None else tls.cipher,
+            None if tls is None else tls.resumed,
+            record.auth_mechanism,
+            reason,
+            True if is_closed and is_probe(record) else None,
+            ErrorType.INTERNAL if reason is CloseReason.INTERNAL_ERROR else None,
+        ]
+        pairs: list[Pair] = [
+            (names.CONNECTION_ID, info.id),
+            (names.CONNECTION_SEGMENT, record.segment),
+            (names.SERVER_ADDRESS, clean(record.server.host)),
+            (names.CONNECTION_MESSAGES, record.messages),
+            (names.CONNECTION_ERRORS, record.errors),
+        ]
+        if record.server.port is not None:
+            pairs.append((names.SERVER_PORT, record.server.port))
+        pairs += _endpoint(names.CLIENT_ADDRESS, names.CLIENT_PORT, client, redaction)
+        if client is not info.peer:
+            pairs += _endpoint(names.NETWORK_PEER_ADDRESS, names.NETWORK_PEER_PORT, info.peer, redaction)
+        if record.hello_name and (hello := redaction.host_name(record.hello_name)) is not None:
+            pairs.append((names.HELO, hello))
+        if record.user is not None:
+            pairs += redaction.user(record.user).items()
+        if is_closed:
+            pairs += self.totals(record)
+        return shape, pairs
+
+    def addresses(self, record: ConnectionRecord) -> list[Pair]:
+        """The row of New: peer, local address, listener."""
+        info = record.info
+        pairs = _endpoint(names.NETWORK_PEER_ADDRESS, names.NETWORK_PEER_PORT, info.peer, self.redaction)
+        pairs.append((names.NETWORK_LOCAL_ADDRESS, clean(info.local.host)))
+        if info.local.port is not None:
+            pairs.append((names.NETWORK_LOCAL_PORT, info.local.port))
+        pairs.append((names.LISTENER, info.listener))
+        return pairs
+
+    @staticmethod
+    def totals(record: ConnectionRecord) -> list[Pair]:
+        """The row of Closed: octets and duration."""
+        return [
+            (names.OCTETS_RECEIVED, record.octets_received),
+            (names.OCTETS_SENT, record.octets_sent),
+            (names.CONNECTION_DURATION, (record.closed_ns - record.opened_ns) / 1e9),
+        ]
+
+    @staticmethod
+    def connection_at_start(record: ConnectionRecord, segment: int) -> Attributes:
+        """What a sampler sees of a segment."""
+        return {names.LISTENER: record.info.listener, names.CONNECTION_SEGMENT: segment}
+
+    # Transactions ------------------------------------------------------------------------------------------------
+
+    def transaction(self, record: TransactionRecord, *, is_in_application: bool) -> Described:
+        """A transaction of a client."""
+        reply, mail, accepted = record.reply, record.mail, record.accepted
+        table = _APPLICATIONS_TRANSACTIONS if is_in_application else _TRANSACTIONS
+        shape = table[
+            len(accepted),
+            record.refused_count,
+            mail.body,
+            record.outcome,
+            None if reply is None else reply.code,
+            None if reply is None else reply.enhanced,
+            our_failure(record.outcome, reply, record.error_type),
+        ]
+        connection = record.connection
+        pairs: list[Pair] = [] if connection is None else [(names.CONNECTION_ID, connection.info.id)]
+        pairs.append((names.TRANSACTION_NUMBER, record.number))
+        if record.octets is not None:
+            pairs.append((names.MESSAGE_SIZE, record.octets))
+        if self._with_message_id and record.message_id is not None:
+            pairs.append((names.MESSAGE_ID, clean(record.message_id)))
+        if record.spool_id is not None:
+            pairs.append((names.SPOOL_ID, clean(record.spool_id)))
+        redaction = self.redaction
+        if (domain := redaction.domain(mail.reverse_path)) is not None:
+            pairs.append((names.MAIL_FROM_DOMAIN, domain))
+        if domains := redaction.domains(accepted):
+            pairs.append((names.RCPT_DOMAINS, domains))
+        if redaction.shows_mailboxes:
+            if (address := redaction.mailbox(mail.reverse_path)) is not None:
+                pairs.append((names.MAIL_FROM_ADDRESS, address))
+            if addresses := redaction.mailboxes(accepted):
+                pairs.append((names.RCPT_ADDRESSES, addresses))
+        return shape, pairs
+
+    @staticmethod
+    def transaction_at_start(record: TransactionRecord) -> Attributes:
+        """What a sampler sees of a transaction."""
+        assert record.connection is not None
+        return {names.CONNECTION_ID: record.connection.info.id, names.TRANSACTION_NUMBER: record.number}
+
+    # Deliveries --------------------------------------------------------------------------------------------------
+
+    def delivery(self, record: DeliveryRecord, pool: Iterable[Pair]) -> Described:
+        """An attempt at an upstream.
+
+        Args:
+            pool: its `pool_pairs`.
+        """
+        reply, transaction, peer, tls = record.reply, record.transaction, record.peer, record.tls
+        upstream = record.upstream
+        shape = _DELIVERIES[
+            record.attempt,
+            transaction.is_possible_duplicate or None,
+            record.server.host,
+            record.server.port,
+            upstream,
+            upstream,
+            upstream,
+            None if peer is None else peer.host,
+            None if peer is None else peer.port,
+            None if tls is None else tls.version,
+            None if tls is None else tls.cipher,
+            None if tls is None else tls.resumed,
+            record.round_trips,
+            record.outcome,
+            None if reply is None else reply.code,
+            None if reply is None else reply.enhanced,
+            attempt_failure(record.outcome, reply, record.error_type),
+        ]
+        pairs: list[Pair] = [_origin(transaction)]
+        pairs += pool
+        if reply is not None:
+            lines = reply.lines
+            pairs.append((names.REPLY_TEXT, self.redaction.text(lines[0] if len(lines) == 1 else reply.text)))
+        return shape, pairs
+
+    @staticmethod
+    def delivery_at_start(record: DeliveryRecord) -> Attributes:
+        """What a sampler sees of an attempt."""
+        server, upstream = record.server, record.upstream
+        port: list[Pair] = [] if server.port is None else [(names.SERVER_PORT, server.port)]
+        return dict(
+            [
+                _origin(record.transaction),
+                (names.DELIVERY_ATTEMPT, record.attempt),
+                (names.SERVER_ADDRESS, server.host),
+                *port,
+                (names.UPSTREAM_NAME, upstream),
+                (names.PEER_SERVICE, upstream),
+                (names.SERVICE_PEER_NAME, upstream),
+            ]
+        )
+
+
+def is_probe(record: ConnectionRecord) -> bool:
+    """Whether the client connected and left without sending an octet: a health check."""
+    return record.octets_received == 0 and record.close_reason is CloseReason.CLIENT_DISCONNECT
+
+
+def _origin(transaction: TransactionRecord) -> Pair:
+    """Where a delivery's mail came from: a connection, or the spool."""
+    connection = transaction.connection
+    if connection is not None:
+        return names.CONNECTION_ID, connection.info.id
+    return names.SPOOL_ID, clean(transaction.spool_id or "")
+
+
+def _endpoint(address_name: str, port_name: str, client: Endpoint, redaction: Redaction) -> list[Pair]:
+    """A client's address, as far as it may be shown, and its port with it."""
+    address = redaction.ip(client.host)
+    if address is None:
+        return []
+    return [(address_name, address)] if client.port is None else [(address_name, address), (port_name, client.port)]
+
+
+def our_failure(outcome: Outcome | None, reply: Reply | None, error_type: ErrorType | None) -> str | None:
+    """The `error.type` of a transaction that failed by the gateway's fault or by what it depends on; None else."""
+    kind = error_type if error_type is not None or reply is None else reply.error_type
+    if kind is None:
+        return ErrorType.OUTCOME_UNKNOWN.value if outcome is Outcome.UNKNOWN else None
+    if kind in _OUR_FAILURES:
+        return kind.value
+    if outcome is Outcome.UNKNOWN:
+        return ErrorType.OUTCOME_UNKNOWN.value
+    is_failing = reply is not None and reply.enhanced is not None and reply.enhanced.subject in _FAILURE_SUBJECTS
+    return kind.value if kind is ErrorType.UPSTREAM_REFUSED and is_failing else None
+
+
+def attempt_failure(outcome: Outcome | None, reply: Reply | None, error_type: ErrorType | None) -> str | None:
+    """The `error.type` of a delivery that failed: any final 4yz or 5yz, any fault of transport; None else."""
+    if error_type is not None:
+        return error_type.value
+    if reply is not None and reply.code >= 400:
+        return str(reply.code) if reply.error_type is None else reply.error_type.value
+    return ErrorType.OUTCOME_UNKNOWN.value if outcome is Outcome.UNKNOWN else None

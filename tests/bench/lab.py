@@ -1,0 +1,287 @@
+"""The in-process lab: what a mail costs the gateway's own code, without sockets, processes and neighbours.
+
+The real server, session, forwarder and telemetry run over transports in memory: a client that says one command per turn
+over a kept connection, and an upstream with PIPELINING and CHUNKING that says yes. `python -m tests.bench.lab` prints
+microseconds of CPU per mail, as the minimum of many batches (the machine's other tenants only ever add), by ablation:
+without observers, with metrics, with traces, with everything that is on by default, and with an export thread beside
+it. `--calls` counts as well: Python functions and C functions per mail, which is what the guard test bounds.
+"""
+
+import argparse
+import asyncio
+import gc
+import ipaddress
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import CodeType, FrameType
+from typing import Any, Final, NamedTuple
+from unittest import mock
+
+from otel_smtp.forwarding.settings import Strategy, UpstreamSettings
+from otel_smtp.forwarding.upstream import UpstreamForwarder
+from otel_smtp.net import Stream, Sweep
+from otel_smtp.observing import FanOut, fan_out
+from otel_smtp.server.listener import Server
+from otel_smtp.server.session import ListenerPolicy, ServerTimeouts
+from otel_smtp.smtp.policy import ServerLimits, ServerPolicy
+
+KIB: Final = 1024
+_HEADER: Final = (
+    b"From: <load@example.com>\r\nTo: <sink@example.com>\r\nSubject: load\r\n"
+    b"Date: Mon, 01 Jan 2024 00:00:00 +0000\r\nMessage-ID: <load@example.com>\r\n\r\n"
+)
+_LINE: Final = b"0123456789" * 7 + b"012345\r\n"
+_EHLO: Final = (
+    b"250-sink.example.com\r\n250-PIPELINING\r\n250-CHUNKING\r\n250-SIZE 104857600\r\n250-8BITMIME\r\n"
+    b"250-SMTPUTF8\r\n250-DSN\r\n250 ENHANCEDSTATUSCODES\r\n"
+)
+
+
+def content_of(octets: int) -> bytes:
+    """Content of about so many octets, with the dot that ends it."""
+    return _HEADER + _LINE * ((octets - len(_HEADER)) // len(_LINE)) + b".\r\n"
+
+
+class _Memory(asyncio.Transport):
+    """A transport whose far end is this object; what it sends arrives in the next turn of the loop."""
+
+    def __init__(self, peer: tuple[str, int]) -> None:
+        super().__init__({"peername": peer, "sockname": ("127.0.0.1", 25)})
+        self._loop = asyncio.get_running_loop()
+        self.stream: Stream | None = None
+
+    def attach(self, stream: Stream) -> Stream:
+        """Be the transport of `stream`."""
+        self.stream = stream
+        stream.connection_made(self)
+        return stream
+
+    def send(self, data: bytes) -> None:
+        """Send `data` to the stream."""
+        self._loop.call_soon(self._arrive, data)
+
+    def _arrive(self, data: bytes) -> None:
+        stream = self.stream
+        assert stream is not None
+        stream.get_buffer(-1)[: len(data)] = data
+        stream.buffer_updated(len(data))
+
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        pass
+
+    def is_closing(self) -> bool:
+        return False
+
+    def pause_reading(self) -> None:
+        pass
+
+    def resume_reading(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def abort(self) -> None:
+        pass
+
+
+class Client(_Memory):
+    """Sends mails, one command per turn."""
+
+    def __init__(self, octets: int) -> None:
+        super().__init__(("127.0.0.1", 40000))
+        self._flights = (
+            b"MAIL FROM:<load@example.com>\r\n",
+            b"RCPT TO:<sink@example.com>\r\n",
+            b"DATA\r\n",
+            content_of(octets),
+        )
+        self._step = -2
+        self._left = 0
+        self._done: asyncio.Future[None] | None = None
+
+    def mails(self, count: int) -> "asyncio.Future[None]":
+        """Send `count` mails; done when the last one is answered."""
+        self._left = count
+        self._done = self._loop.create_future()
+        if self._step >= 0:
+            self.send(self._flights[0])
+        return self._done
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        if self._step == -2:
+            self.send(b"EHLO load.example.com\r\n")
+            self._step = -1
+            return
+        is_final = self._step == 3
+        self._step = (self._step + 1) % 4
+        if is_final:
+            assert data[:3] == b"250", bytes(data)
+            self._left -= 1
+        if self._left > 0:
+            self.send(self._flights[self._step])
+        elif self._done is not None and not self._done.done():
+            self._done.set_result(None)
+
+
+class Sink(_Memory):
+    """Says yes."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 2525))
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        start = bytes(data[:5])
+        if start == b"MAIL ":
+            self.send(b"250 2.0.0 Ok\r\n" * (3 if b"\r\nBDAT" in bytes(data[:120]) else 2))
+        elif start == b"EHLO ":
+            self.send(_EHLO)
+        else:
+            self.send(b"250 2.0.0 Ok\r\n")
+
+
+async def _connect(*arguments: Any, **settings: Any) -> Stream:
+    sink = Sink()
+    stream = sink.attach(Stream())
+    sink.send(b"220 sink.example.com\r\n")
+    return stream
+
+
+Observers = Callable[[], FanOut]
+
+
+class Figures(NamedTuple):
+    """What was found.
+
+    Attributes:
+        microseconds: of CPU per mail, one figure per batch.
+        python_calls, c_calls: per mail; by name, the most frequent first.
+    """
+
+    microseconds: list[float]
+    python_calls: Counter[str]
+    c_calls: Counter[str]
+
+
+async def measure(
+    observers: Observers,
+    *,
+    octets: int = KIB,
+    strategy: str = "transparent",
+    batches: int = 40,
+    mails: int = 200,
+    counts: bool = False,
+) -> Figures:
+    """Send batches of mails through a gateway in memory."""
+    observer = observers()
+    sweep = Sweep()
+    forwarder = UpstreamForwarder(
+        [UpstreamSettings(name="sink", host="127.0.0.1", port=2525)],
+        strategy=Strategy(strategy), hostname="gateway.example.com", observer=observer, sweep=sweep,
+    )  # fmt: skip
+    limits = ServerLimits(messages_per_connection=sys.maxsize)
+    policy = ListenerPolicy(
+        "local", ServerPolicy("gateway.example.com", limits=limits), ServerTimeouts(),
+        allow=(ipaddress.ip_network("127.0.0.0/8"),),
+    )  # fmt: skip
+    server = Server([], forwarder, observer, connections=1000, connections_per_client=1000, sweep=sweep)
+    figures = Figures([], Counter(), Counter())
+    # The one thing that is replaced: how an upstream is connected to.
+    with mock.patch("otel_smtp.forwarding.connection.connect", _connect):
+        client = Client(octets)
+        server.accept(policy, client.attach(Stream()))
+        await client.mails(300)
+        gc.collect()
+        gc.freeze()
+        try:
+            for _ in range(batches):
+                began = time.thread_time_ns()
+                await client.mails(mails)
+                figures.microseconds.append((time.thread_time_ns() - began) / 1000 / mails)
+            if counts:
+                with _counting(figures.python_calls, figures.c_calls):
+                    await client.mails(mails)
+                _per_mail(figures.python_calls, mails)
+                _per_mail(figures.c_calls, mails)
+        finally:
+            gc.unfreeze()
+        await server.drain(0)
+        await forwarder.close(grace_seconds=0)
+    return figures
+
+
+def _per_mail(calls: Counter[str], mails: int) -> None:
+    for name in calls:
+        calls[name] = calls[name] / mails  # type: ignore[assignment]  # a mean
+
+
+@contextmanager
+def _counting(python: Counter[str], c: Counter[str]) -> Iterator[None]:
+    """Count calls, but those of this file, which stand for the network and the peers."""
+
+    def count(frame: FrameType, event: str, argument: Any) -> None:
+        if frame.f_code.co_filename == __file__:
+            return
+        if event == "call":
+            python[_name(frame.f_code)] += 1
+        elif event == "c_call":
+            c[getattr(argument, "__qualname__", repr(argument))] += 1
+
+    sys.setprofile(count)
+    try:
+        yield
+    finally:
+        sys.setprofile(None)
+
+
+def _name(code: CodeType) -> str:
+    return f"{code.co_filename.rpartition('/')[2]}:{code.co_qualname}"
+
+
+def none() -> FanOut:
+    """Nobody observes."""
+    return fan_out([])
+
+
+OBSERVERS: Final[dict[str, Observers]] = {"none": none}
+
+
+def main() -> None:
+    """Measure, and print."""
+    parser = argparse.ArgumentParser(prog="python -m tests.bench.lab", description=__doc__)
+    parser.add_argument("--observers", choices=list(OBSERVERS), action="append")
+    parser.add_argument("--size", type=int, default=KIB)
+    parser.add_argument("--strategy", default="transparent")
+    parser.add_argument("--batches", type=int, default=40)
+    parser.add_argument("--loop", choices=("uvloop", "asyncio"), default="uvloop")
+    parser.add_argument("--calls", action="store_true")
+    options = parser.parse_args()
+    for name in options.observers or OBSERVERS:
+        work = measure(
+            OBSERVERS[name],
+            octets=options.size,
+            strategy=options.strategy,
+            batches=options.batches,
+            counts=options.calls,
+        )
+        if options.loop == "uvloop":
+            import uvloop
+
+            figures = uvloop.run(work)
+        else:
+            figures = asyncio.run(work)
+        times = sorted(figures.microseconds)
+        print(f"{name:10} min {times[0]:6.1f}  median {times[len(times) // 2]:6.1f} us per mail")
+        if options.calls:
+            for kind, counter in (("Python", figures.python_calls), ("C", figures.c_calls)):
+                print(f"  {kind}: {sum(counter.values()):.1f}")
+                for called, count in counter.most_common(200):
+                    if count >= 0.5:
+                        print(f"    {count:5.1f} {called}")
+
+
+if __name__ == "__main__":
+    main()

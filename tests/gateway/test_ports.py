@@ -1,0 +1,145 @@
+"""Ports before they are listened on: bound alone or shared, and given back."""
+
+import socket
+
+import msgspec
+import pytest
+
+from otel_smtp import Settings, load
+from otel_smtp.gateway.ports import SharedPorts, bind, with_present_addresses
+from otel_smtp.observing import Endpoint
+
+ANY_PORT = Endpoint("127.0.0.1", 0)
+
+
+def needs_ipv6() -> None:
+    try:
+        bind(Endpoint("::1", 0)).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+
+
+def address_of(sock: socket.socket) -> Endpoint:
+    host, port = sock.getsockname()[:2]
+    return Endpoint(host, port)
+
+
+@pytest.mark.parametrize(("first", "second"), [(False, False), (False, True), (True, False)])
+def test_a_port_is_shared_only_if_both_ask_for_it(first: bool, second: bool) -> None:
+    with bind(ANY_PORT, is_shared=first) as one:
+        one.listen()
+        with pytest.raises(OSError, match="in use"):
+            bind(address_of(one), is_shared=second)
+
+
+def test_a_port_is_shared_if_both_ask_for_it() -> None:
+    with bind(ANY_PORT, is_shared=True) as one, bind(address_of(one), is_shared=True) as two:
+        one.listen()
+        two.listen()
+        assert address_of(one) == address_of(two)
+
+
+def test_a_port_is_free_again_while_connections_to_it_linger() -> None:
+    with bind(ANY_PORT) as listening:
+        listening.listen()
+        address = address_of(listening)
+        with socket.create_connection((address.host, address.port or 0)) as client:
+            accepted, _ = listening.accept()
+            accepted.close()  # first, so that this end waits in TIME_WAIT
+            assert client.recv(1) == b""
+    bind(address, is_shared=True).close()
+
+
+def test_both_families_have_the_port_unless_one_takes_both() -> None:
+    needs_ipv6()
+    with bind(Endpoint("0.0.0.0", 0)) as four:
+        four.listen()
+        port = address_of(four).port
+        bind(Endpoint("::", port)).close()
+        with pytest.raises(OSError, match="in use"):
+            bind(Endpoint("::", port), is_dual_stack=True)
+
+
+def test_a_host_without_an_address_cannot_be_bound() -> None:
+    with pytest.raises(OSError, match=r"not known|resolution"):
+        bind(Endpoint("no such host", 0))
+
+
+# Workers ------------------------------------------------------------------------------------------------------
+
+
+def settings(**status: str) -> Settings:
+    return load(
+        values={
+            "workers": 3,
+            "listener": [{"address": ["127.0.0.1:0", "127.0.0.1:0"]}, {"name": "unix", "address": ["unix:/tmp/s"]}],
+            "upstream": [{"url": "smtp://127.0.0.1:1"}],
+            "status": status,
+        }
+    )
+
+
+def test_workers_get_real_ports_that_are_held_and_given_back() -> None:
+    with SharedPorts(settings(address="127.0.0.1:0")) as shared:
+        first, second = shared.settings.listener[0].address
+        status = shared.settings.status.address
+        assert status is not None
+        ports = {first.port, second.port, status.port, *shared.worker_status_ports}
+        assert len(ports) == 3 + 3
+        assert 0 not in ports
+        assert shared.settings.listener[1].address == (Endpoint("/tmp/s"),)
+        for address in (first, second, status):
+            with bind(address, is_shared=True) as worker:
+                worker.listen()
+            with bind(address, is_shared=True) as worker:
+                worker.listen()
+    for address in (first, second, status):
+        with bind(address) as alone:
+            alone.listen()
+
+
+def test_without_a_status_port_workers_have_none() -> None:
+    with SharedPorts(settings(address="off")) as shared:
+        assert shared.settings.status.address is None
+        assert shared.worker_status_ports == ()
+
+
+def test_a_taken_status_port_is_an_error_if_the_operator_asked_for_it() -> None:
+    # The other gateway shares its port among its workers: that must not include ours.
+    with bind(ANY_PORT, is_shared=True) as taken:
+        taken.listen()
+        asked = settings(address=str(address_of(taken)))
+        with pytest.raises(OSError, match="in use"):
+            SharedPorts(asked)
+        with SharedPorts(msgspec.structs.replace(asked, origins={})) as shared:
+            assert shared.settings.status.address is None
+            assert shared.worker_status_ports == ()
+
+
+def test_a_taken_listener_is_an_error_and_gives_back_what_was_held() -> None:
+    with bind(ANY_PORT) as free:
+        status = address_of(free)
+    with bind(ANY_PORT) as taken:
+        taken.listen()
+        values = {
+            "workers": 2,
+            "listener": [{"address": [str(address_of(taken))]}],
+            "upstream": [{"url": "smtp://127.0.0.1:1"}],
+            "status": {"address": str(status)},
+        }
+        with pytest.raises(OSError, match="in use"):
+            SharedPorts(load(values=values))
+        bind(status).close()
+
+
+def test_addresses_that_the_operator_set_stay() -> None:
+    asked = load(upstream=["smtp://127.0.0.1:1"], listen=["127.0.0.1:0", "[::1]:0"])
+    assert with_present_addresses(asked).listener == asked.listener
+    default = load(upstream=["smtp://127.0.0.1:1"])
+    hosts = {address.host for address in with_present_addresses(default).listener[0].address}
+    try:
+        bind(Endpoint("::1", 0)).close()
+    except OSError:
+        assert hosts == {"127.0.0.1"}
+    else:
+        assert hosts == {"127.0.0.1", "::1"}

@@ -1,0 +1,201 @@
+"""Observers side by side: every hook arrives, one that raises is dropped, and nobody else notices."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any, Final
+
+import pytest
+
+from otel_smtp.observing import (
+    HOOKS,
+    ConnectionInfo,
+    ConnectionRecord,
+    DeliveryRecord,
+    Endpoint,
+    Observer,
+    Outcome,
+    StateCallback,
+    TransactionRecord,
+    fan_out,
+)
+from otel_smtp.smtp import replies
+from otel_smtp.smtp.envelope import Mail, Recipient
+from otel_smtp.smtp.states import ConnState, Transition
+
+CONNECTION: Final = ConnectionRecord(
+    ConnectionInfo("0" * 32, Endpoint("127.0.0.1", 40000), Endpoint("127.0.0.1", 2525), "local"), 1, 2
+)
+TRANSACTION: Final = TransactionRecord(Mail("a@example.com"), 1, CONNECTION, 3, 2)
+DELIVERY: Final = DeliveryRecord(TRANSACTION, "provider", Endpoint("upstream.example", 25), 1, 4)
+NEW: Final = Transition(ConnState.NEW, None, ConnState.NEW, 1)
+ACTIVE: Final = Transition(ConnState.ACTIVE, ConnState.NEW, ConnState.ACTIVE, 2)
+# Each hook with arguments of its kind: a hook that is added to the interface has to be added here.
+CALLS: Final[Mapping[str, tuple[Any, ...]]] = {
+    "connection_opened": (CONNECTION,),
+    "connection_refused": ("capacity",),
+    "conn_state": (CONNECTION, NEW),
+    "segment_ended": (CONNECTION,),
+    "connection_closed": (CONNECTION,),
+    "transaction_ended": (TRANSACTION,),
+    "delivery_ended": (DELIVERY,),
+    "trace_id": (TRANSACTION,),
+    "carrier": (TRANSACTION,),
+    "delivery_carrier": (DELIVERY,),
+}
+
+
+class Recording(Observer):
+    """Notes what it is told. Its hooks are made from the interface, so that none is forgotten."""
+
+    def __init__(self, *, raises_at: str = "", answer: object = None) -> None:
+        self.raises_at = raises_at
+        self.answer = answer
+        self.told: list[tuple[str, tuple[Any, ...]]] = []
+
+    def note(self, hook: str, arguments: tuple[Any, ...]) -> object:
+        self.told.append((hook, arguments))
+        if hook == self.raises_at:
+            raise ValueError(hook)
+        return self.answer
+
+
+def _recorder(hook: str) -> Any:
+    return lambda self, *arguments: self.note(hook, arguments)
+
+
+for _hook in HOOKS:
+    setattr(Recording, _hook, _recorder(_hook))
+
+
+def call_all(observer: Observer) -> None:
+    for hook, arguments in CALLS.items():
+        getattr(observer, hook)(*arguments)
+
+
+def test_every_hook_of_the_interface_is_tried_here() -> None:
+    assert set(CALLS) == set(HOOKS)
+
+
+@pytest.mark.parametrize("hook", CALLS)
+def test_every_hook_arrives_at_every_member_with_its_arguments(hook: str) -> None:
+    members = [Recording(), Recording(), Recording()]
+    getattr(fan_out(members), hook)(*CALLS[hook])
+    assert [member.told for member in members] == [[(hook, CALLS[hook])]] * 3
+
+
+@pytest.mark.parametrize("hook", CALLS)
+def test_a_member_that_raises_is_dropped_for_good_and_logged_once(hook: str, caplog: pytest.LogCaptureFixture) -> None:
+    bad, good = Recording(raises_at=hook), Recording()
+    fan = fan_out([bad, good])
+    with caplog.at_level(logging.ERROR, "otel_smtp"):
+        call_all(fan)
+        call_all(fan)
+    assert [told for told, _ in good.told] == [*CALLS, *CALLS]
+    assert [told for told, _ in bad.told] == list(CALLS)[: list(CALLS).index(hook) + 1]
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("hook", [hook for hook, asks in HOOKS.items() if asks])
+def test_the_first_answer_that_is_not_empty_holds(hook: str) -> None:
+    members = [Recording(), Recording(answer={}), Recording(answer="first"), Recording(answer="second")]
+    assert getattr(fan_out(members), hook)(*CALLS[hook]) == "first"
+    assert len(members[3].told) == 0
+
+
+@pytest.mark.parametrize("hook", [hook for hook, asks in HOOKS.items() if asks])
+def test_where_nobody_answers_the_answer_is_the_interfaces_own(hook: str) -> None:
+    assert getattr(fan_out([Recording()]), hook)(*CALLS[hook]) == getattr(Observer(), hook)(*CALLS[hook])
+
+
+def test_the_questions_are_those_about_traces() -> None:
+    assert {hook for hook, asks in HOOKS.items() if asks} == {"trace_id", "carrier", "delivery_carrier"}
+
+
+def test_a_hook_that_nobody_overrides_calls_nobody() -> None:
+    class Quiet(Observer):
+        def connection_refused(self, reason: str) -> None:
+            raise AssertionError("not called")
+
+    fan = fan_out([Quiet()])
+    fan.transaction_ended(TRANSACTION)
+    assert not fan.wants_transitions
+    assert fan_out([Quiet(), Recording()]).wants_transitions
+
+
+@pytest.mark.parametrize(
+    "name", ["conn_states", "transaction_end", "connection_close", "trace_ids", "deliveries_ended"]
+)
+def test_a_misspelt_hook_is_refused_at_construction(name: str) -> None:
+    kind = type("Misspelt", (Observer,), {name: lambda self, *arguments: None})
+    with pytest.raises(TypeError, match=f"Misspelt.{name} is no hook of Observer: did you mean"):
+        fan_out([kind()])
+
+
+def test_an_observer_may_have_methods_of_its_own() -> None:
+    kind = type("Counting", (Observer,), {"page": lambda self: None, "counters": lambda self: None})
+    fan_out([kind()])
+
+
+def test_a_conn_state_callback_gets_the_connection_and_each_transition() -> None:
+    told: list[tuple[ConnectionInfo, Transition]] = []
+    fan = fan_out([StateCallback(lambda connection, transition: told.append((connection, transition)))])
+    fan.conn_state(CONNECTION, NEW)
+    fan.conn_state(CONNECTION, ACTIVE)
+    assert told == [(CONNECTION.info, NEW), (CONNECTION.info, ACTIVE)]
+
+
+def test_refused_recipients_are_counted_all_and_kept_to_a_bound() -> None:
+    transaction = TransactionRecord(Mail(""), 1, None, 0, 0)
+    for number in range(1000):
+        transaction.refuse(Recipient(f"r{number}@example.com"), replies.RELAY_DENIED)
+    assert transaction.refused_count == 1000
+    assert len(transaction.refused) == 50
+    assert transaction.refused[0][0].address == "r0@example.com"
+
+
+def test_a_thousand_recipients_are_not_a_thousand_phases() -> None:
+    delivery = DeliveryRecord(TRANSACTION, "provider", Endpoint("upstream.example", 25), 1, 4)
+    for number in range(1000):
+        delivery.recipient_phase(number, replies.RECIPIENT_OK)
+    assert [at for at, _, _ in delivery.phases] == [999]
+    for number in range(1000, 2000):
+        delivery.recipient_phase(number, replies.RELAY_DENIED if number % 2 else replies.RECIPIENT_OK)
+    assert len(delivery.phases) == 64
+    assert delivery.phases[-1][0] == 1999
+
+
+def test_a_segment_leaves_the_last_of_its_path_behind() -> None:
+    connection = ConnectionRecord(CONNECTION.info, 1, 2)
+    for start in (0, 20, 40):
+        connection.transitions += [NEW._replace(sequence=start + number) for number in range(20)]
+        connection.replies.append((None, replies.OK))
+        before = connection.transitions
+        connection.begin_segment(start)
+        assert len(before) == 20, "whoever was given the segment keeps it"
+    assert [transition.sequence for transition in connection.earlier] == list(range(36, 60))
+    assert (connection.segment, connection.begun_ns, connection.transitions, connection.replies) == (4, 40, [], [])
+
+
+def test_a_message_from_the_spool_has_a_record_without_a_connection() -> None:
+    record = TransactionRecord.resumed("s1", {"traceparent": "x"}, Mail("a@b.example"), is_possible_duplicate=True)
+    assert (record.connection, record.number, record.spool_id, record.is_possible_duplicate) == (None, 0, "s1", True)
+    assert record.carrier == {"traceparent": "x"}
+    record.end(Outcome.RELAYED, replies.OK, 7)
+    assert (record.outcome, record.reply, record.error_type, record.ended_ns) == (
+        Outcome.RELAYED,
+        replies.OK,
+        None,
+        7,
+    )
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "text"),
+    [
+        (Endpoint("127.0.0.1", 25), "127.0.0.1:25"),
+        (Endpoint("::1", 25), "[::1]:25"),
+        (Endpoint("/run/smtp.sock"), "/run/smtp.sock"),
+    ],
+)
+def test_an_endpoint_reads_as_people_write_it(endpoint: Endpoint, text: str) -> None:
+    assert str(endpoint) == text

@@ -1,0 +1,27 @@
+"""What telemetry costs per mail, counted: the same on every machine."""
+
+import pytest
+
+from tests.telemetry.cost import House, count_calls, count_octets
+
+# Of everything: metrics, three spans and nine events encoded and queued, recent traces, the page's counters, and the
+# dispatch of the hooks. What one more call per event would add is more than what is left.
+MAX_PYTHON_CALLS = 65
+MAX_C_CALLS = 105
+MAX_OCTETS = 2300
+
+
+@pytest.fixture
+def house() -> House:
+    return House()
+
+
+def test_a_mail_stays_within_its_calls(house: House) -> None:
+    calls = count_calls(house)
+    house.close()
+    assert calls.python <= MAX_PYTHON_CALLS
+    assert calls.c <= MAX_C_CALLS
+
+
+def test_a_mail_stays_within_its_octets() -> None:
+    assert 1500 < count_octets() <= MAX_OCTETS
