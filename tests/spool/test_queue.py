@@ -285,12 +285,12 @@ async def test_a_bounce_goes_without_an_original_that_is_lost(tmp_path: Path) ->
         def verdict(address: str) -> bytes | None:
             if address != BOB.address:
                 return None
-            for file in (tmp_path / "spool" / "log").iterdir():
+            for file in (tmp_path / "spool" / "large").iterdir():
                 file.unlink()
             return b"550 5.1.1 unknown\r\n"
 
         upstream.verdict = verdict
-        await queue.take()
+        await queue.take(chunks=(HEADER, b"\r\n", some_bytes(200_000), b"\r\n"))
         await queue.empties()
         (bounce,) = upstream.kept
         assert report_of(bounce)[1]["Status"] == "5.1.1"
