@@ -6,6 +6,7 @@ from pathlib import Path
 
 from otel_smtp.spool.embedded import EmbeddedStore
 from otel_smtp.spool.store import Store
+from tests.spool.memory_store import Memory, MemoryStore
 
 
 class Clock:
@@ -24,7 +25,14 @@ def embedded(path: Path, clock: Callable[[], float]) -> Store:
 
 SEGMENT_OCTETS = 2 * 1024 * 1024  # quicker to make than those of a gateway
 
-STORES = {"embedded": embedded}
+
+def in_memory(path: Path, clock: Callable[[], float]) -> Store:
+    return MemoryStore(_MEMORIES.setdefault(path, Memory()), clock)
+
+
+_MEMORIES: dict[Path, Memory] = {}  # by place; a test's directory is its own
+
+STORES = {"embedded": embedded, "memory": in_memory}
 """Each is made in a directory of its own, on a clock; made again on the same directory, it finds what was there."""
 
 

@@ -372,14 +372,16 @@ class Entry:
         return True
 
     def reset(self, now_ms: int, expires_ms: int) -> bool:
-        """Begin again."""
+        """Begin again, where anything waits."""
+        if not self._each(DeliveryState.READY, DeliveryState.READY, now_ms):
+            return False
         self.expires_ms = expires_ms
         self.is_warned = not self.mail.reverse_path
         self.is_forced = False
         for one in self.deliveries:
             if one.state is DeliveryState.READY:
                 one.attempts = one.crashes = 0
-        return self._each(DeliveryState.READY, DeliveryState.READY, now_ms)
+        return True
 
     def _age_again(self, now_ms: int) -> None:
         if self.held_ms is not None:

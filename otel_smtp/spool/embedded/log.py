@@ -32,7 +32,8 @@ from otel_smtp.spool.messages import SpoolError, StorageBroken
 logger: Final = logging.getLogger("otel_smtp.spool.embedded.log")
 
 SEGMENT_OCTETS: Final = 8 * 1024 * 1024
-RESULTS_OCTETS: Final = 512 * 1024  # of a segment, that mail does not take where there is no other one: 5,000 results
+RESULTS_SHARE: Final = 16  # one part in so many of a segment mail does not take where there is no other one
+BEGIN_OCTETS: Final = 4096  # its first record is not longer
 GROUP_MOST: Final = 512  # steps that share a sync: beyond, the first would wait for the last
 GROUP_OCTETS: Final = 2 * 1024 * 1024
 GATHER_SECONDS: Final = 0.005  # a delivery's result waits so long for a message that comes in, to share its sync
@@ -104,6 +105,7 @@ class Log:
         self._file = -1
         self._marker = b""
         self._segment_octets = segment_octets
+        self._mail_octets = segment_octets - segment_octets // RESULTS_SHARE  # the rest is for results
         self._now_ms = now_ms
         self._has_begun = has_begun
         self.markers = markers
@@ -128,7 +130,7 @@ class Log:
             raise self.fault
         if self._is_stopping:
             raise SpoolError("the spool is closed")
-        if step.octets > self._segment_octets - FIRST - RESULTS_OCTETS:
+        if step.octets > self._mail_octets - FIRST - BEGIN_OCTETS:
             raise SpoolError(f"{step.octets} octets are more than the spool takes at once")
         self._steps.append(step)
         if is_urgent:
@@ -213,7 +215,7 @@ class Log:
         at = self._at
         for number, step in enumerate(group):
             at += step.octets
-            if at > self._segment_octets - (0 if step.is_result else RESULTS_OCTETS):
+            if at > (self._segment_octets if step.is_result else self._mail_octets):
                 return group[:number]
         return group
 

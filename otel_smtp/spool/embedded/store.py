@@ -15,7 +15,7 @@ import sqlite3
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -113,7 +113,8 @@ class EmbeddedStore:
         self._hot: dict[str, Entry] = {}
         # By (destination, whether it was tried): what is in memory and waits; what has changed since is skipped.
         self._ready: dict[tuple[str, bool], list[_Candidate]] = {}
-        # Not in the index as it is: since when, by the loop's clock, and from where on in the log. None: it has ended.
+        # Not in the index as it is: since when, by the loop's clock, and from where on in the log, in the order of the
+        # log. None: it has ended.
         self._unindexed: dict[str, tuple[float, tuple[int, int], Entry | None]] = {}
         self._free: dict[str, asyncio.Event] = {}  # waited for, until the message of that id is not busy
         self._cold: Counter[str] = Counter()  # deliveries in the index alone, by destination
@@ -261,14 +262,27 @@ class EmbeddedStore:
         answer: asyncio.Future[Sequence[Lease]] = self._loop.create_future()
         content = draft.in_memory
         entry = Entry.of(message, self._now_ms(), draft.octets, is_leased=lease, is_large=content is None)
-        if content is not None:
+        if content is not None and len(self._hot) < 2 * HOT_MOST:
             self._add(entry, content, None, answer)
             return answer
         # Whoever gives up waiting does not undo what is on its way to the disk.
-        task = self._loop.create_task(self._submit_large(entry, draft, answer))
+        task = self._loop.create_task(
+            self._submit_large(entry, draft, answer) if content is None else self._submit_later(entry, content, answer)
+        )
         self._submitting.add(task)
         task.add_done_callback(self._submitting.discard)
         return answer
+
+    async def _submit_later(
+        self, entry: Entry, content: Sequence[bytes], answer: asyncio.Future[Sequence[Lease]]
+    ) -> None:
+        """What comes faster than the index takes it waits for the index: memory is bounded."""
+        try:
+            await self._flush(before=self._loop.time() - COOL_SECONDS)
+        except SpoolError as error:
+            _fail(answer, error)
+        else:
+            self._add(entry, content, None, answer)
 
     async def _submit_large(self, entry: Entry, draft: Draft, answer: asyncio.Future[Sequence[Lease]]) -> None:
         is_kept = False
@@ -462,10 +476,12 @@ class EmbeddedStore:
         self._messages -= 1
         assert entry.place is not None
         self._leave(entry.place)
-        before = self._unindexed.pop(entry.id, None)
+        before = self._unindexed.get(entry.id)
         if entry.is_indexed:
-            since, first = (before[0], before[1]) if before else (self._loop.time(), position)
+            since, first = (before[0], before[1]) if before is not None else (self._loop.time(), position)
             self._unindexed[entry.id] = (since, first, None)
+        elif before is not None:
+            del self._unindexed[entry.id]
         if entry.is_large:
             self._loop.run_in_executor(None, self.directory.remove_large, entry.id)
 
@@ -569,30 +585,40 @@ class EmbeddedStore:
         """Write what has changed since before a moment into the index, and forget what waits."""
         async with self._flushing:
             while True:
-                chosen = [
-                    (message_id, entry)
-                    for message_id, (since, _, entry) in self._unindexed.items()
-                    if (since <= before or len(self._hot) > HOT_MOST) and not (entry is not None and entry.is_busy)
-                ][:FLUSH_MOST]
+                chosen = self._to_be_indexed(before)
                 if not chosen and not is_clean and self._position() == self._seen_position:
                     return
                 await self._write(chosen, is_clean=is_clean)
                 if len(chosen) < FLUSH_MOST:
                     return
 
-    def _position(self) -> tuple[int, int]:
-        """From where on the log has to be read at the next start."""
-        return min((position for _, position, _ in self._unindexed.values()), default=self._the_log.told)
+    def _to_be_indexed(self, before: float) -> list[tuple[str, Entry | None]]:
+        """The next that are to be written, those that have waited longest first."""
+        chosen: list[tuple[str, Entry | None]] = []
+        for message_id, (since, _, entry) in self._unindexed.items():
+            if len(chosen) >= FLUSH_MOST or (since > before and len(self._hot) <= HOT_MOST):
+                break
+            if entry is None or not entry.is_busy:
+                chosen.append((message_id, entry))
+        return chosen
+
+    def _position(self, without: Container[str] = ()) -> tuple[int, int]:
+        """From where on the log has to be read at the next start.
+
+        Args:
+            without: messages that are in the index by then.
+        """
+        # They came in the order of the log, and keep their places.
+        for message_id, (_, position, _) in self._unindexed.items():
+            if message_id not in without:
+                return position
+        return self._the_log.told
 
     async def _write(self, chosen: Sequence[tuple[str, Entry | None]], *, is_clean: bool) -> None:
         rows = [row_of(entry) for _, entry in chosen if entry is not None]
         gone = [message_id for message_id, entry in chosen if entry is None]
-        taken = {message_id for message_id, _ in chosen}
         # What changes meanwhile is found again in the log, from where it was first changed on.
-        position = min(
-            (place for message_id, (_, place, _) in self._unindexed.items() if message_id not in taken),
-            default=self._the_log.told,
-        )
+        position = self._position({message_id for message_id, _ in chosen})
         for _, entry in chosen:
             if entry is not None:
                 entry.is_indexed = True  # from here on: one that ends while it is written has a row to be removed
