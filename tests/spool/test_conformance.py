@@ -244,6 +244,17 @@ async def test_nothing_is_leased_before_its_time_or_beyond_its_age(case: Case) -
     assert len(await leased(case.store)) == 1
 
 
+@pytest.mark.parametrize("is_in_memory", [True, False])
+async def test_what_is_too_old_holds_up_nobody(case: Case, is_in_memory: bool) -> None:
+    for _ in range(20):
+        await queued(case.store, message(max_age_seconds=10))
+    one = await queued(case.store)
+    case.clock.ahead += 20
+    if not is_in_memory:
+        await case.store.page("", 1)
+    assert [lease.message_id for lease in await leased(case.store, most=1)] == [one]
+
+
 async def test_only_what_was_attempted_is_worth_a_warning_and_only_once(case: Case) -> None:
     tried = await queued(case.store)
     (lease,) = await leased(case.store)

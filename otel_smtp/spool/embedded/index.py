@@ -216,10 +216,12 @@ class Index:
         return moved.rowcount
 
     def due(self, destination: str, now_ms: int, most: int, *, was_tried: bool) -> list[tuple[int, str, int, str]]:
-        """The first deliveries that are due: since when, message, number, sender."""
+        """The first deliveries that are due, and not too old: since when, message, number, sender."""
+        # CROSS JOIN is SQLite's way to say which table leads.
         return self._database.execute(
-            "SELECT due, id, number, sender FROM delivery WHERE state = 'ready' AND destination = ? AND tried = ?"
-            " AND due <= ? ORDER BY due, id LIMIT ?",
+            "SELECT due, id, number, delivery.sender FROM delivery CROSS JOIN message USING (id)"
+            " WHERE state = 'ready' AND destination = ?1 AND tried = ?2 AND due <= ?3"
+            " AND (expires IS NULL OR expires > ?3) ORDER BY due, id LIMIT ?4",
             (destination, int(was_tried), now_ms, most),
         ).fetchall()
 

@@ -170,11 +170,11 @@ class _Recovery:
         is_last = number == numbers[-1]
         end = self._known_end(numbers[numbers.index(number) + 1]) if not is_last else None
         found = self._cut(number, data, found, end)
-        step: list[Record] = []
+        step: list[Record] = []  # records that count together: a step that is torn has not happened
         for one in found:
             if isinstance(one, Damage):
                 self._set_aside(number, data, one)
-                step = []
+                step.clear()
                 continue
             step.append(one)
             if one.has_more:
@@ -184,7 +184,7 @@ class _Recovery:
                     self._count(record)
                 if (number, record.at) >= start:
                     self._apply(number, record)
-            step = []
+            step.clear()
             if len(self._touched) >= _HELD_MOST:
                 self._write()
 
@@ -204,7 +204,7 @@ class _Recovery:
         all_records = [one for one in found if isinstance(one, Record)]
         synced = max((one.synced for one in all_records), default=FIRST)
         kept: list[Record | Damage] = []
-        at, step_at, is_torn = FIRST, FIRST, False
+        at, is_torn = FIRST, False
         for one in found:
             if known_end is not None and one.at >= known_end:
                 break
@@ -213,11 +213,6 @@ class _Recovery:
                 break
             kept.append(one)
             at = one.end
-            if isinstance(one, Damage) or not one.has_more:
-                step_at = at
-        if step_at < at and (known_end is None or at >= known_end):  # the rest of a step is missing
-            kept = [one for one in kept if one.end <= step_at]
-            at, is_torn = step_at, True
         if known_end is None and (is_torn or data[at : at + 8] == self._markers[number]):
             rest = data[at:].rstrip(b"\0")
             self._remark(

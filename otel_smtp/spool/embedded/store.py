@@ -295,8 +295,8 @@ class EmbeddedStore:
             self._add(entry, (), crc, added)
             leases = await added
         except Exception as error:  # noqa: BLE001 - whoever waits has it
-            if isinstance(error, StorageBroken) and self._log is not None:
-                self._log.latch(error)
+            if isinstance(error, SpoolError):
+                self._latch(error)
             if is_kept:
                 await asyncio.to_thread(self.directory.remove_large, entry.id)
             _fail(answer, error)
@@ -543,9 +543,19 @@ class EmbeddedStore:
         try:
             return await self._loop.run_in_executor(self._indexing, work)
         except sqlite3.Error as error:
-            raise index_error(error) from error
+            failure = index_error(error)
+            self._latch(failure)
+            raise failure from error
+        except StorageBroken as error:
+            self._latch(error)
+            raise
         except RuntimeError as error:
             raise SpoolError("the spool is closed") from error
+
+    def _latch(self, error: SpoolError) -> None:
+        """What waits is found by the index: where that is broken, mail must not go on being taken."""
+        if isinstance(error, StorageBroken) and self._log is not None:
+            self._log.latch(error)
 
     # Memory and index ------------------------------------------------------------------------------------------
 
@@ -711,7 +721,7 @@ class EmbeddedStore:
             candidate = heapq.heappop(heap)
             due_ms, message_id, number, _ = candidate
             entry = self._hot.get(message_id)
-            delivery = entry.delivery(number) if entry is not None else None
+            delivery = entry.delivery(number) if entry is not None and entry.expires_ms > now_ms else None
             if (
                 delivery is not None
                 and delivery.due_ms == due_ms

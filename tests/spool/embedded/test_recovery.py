@@ -14,7 +14,16 @@ import pytest
 from otel_smtp.smtp import replies
 from otel_smtp.spool.embedded import EmbeddedStore, records
 from otel_smtp.spool.embedded.store import CRASHES_ALLOWED
-from otel_smtp.spool.messages import ContentLost, DeliveryState, End, SpoolError, StorageFull, Verdict, new_id
+from otel_smtp.spool.messages import (
+    ContentLost,
+    DeliveryState,
+    End,
+    SpoolError,
+    StorageBroken,
+    StorageFull,
+    Verdict,
+    new_id,
+)
 from otel_smtp.spool.store import Recovery
 from tests.spool.messages import BODY, HEADER, leased, message, queued
 from tests.spool.queueing import eventually
@@ -304,6 +313,33 @@ async def test_a_damaged_record_is_set_aside_and_the_rest_goes_on(store: Embedde
         assert BODY in kept, "the mail is there for people to look at"
     async with opened(crashed) as (after, recovery):
         assert await ids_in(after) == [one for one in ids if one != ids[2]]
+
+
+async def test_a_large_content_whose_record_is_damaged_is_kept(store: EmbeddedStore) -> None:
+    large = await queued(store, None, HEADER, LARGE)
+    last = await queued(store)
+    crashed = left_by_a_crash(store)
+    (crashed / "index.db").unlink()
+    assert alter(crashed, f'"{large}'.encode(), f'"X{large[1:]}'.encode()) == 1
+    async with opened(crashed) as (after, _):
+        assert await ids_in(after) == [last]
+    assert (crashed / "lost+found" / large).read_bytes() == HEADER + LARGE
+
+
+async def test_an_index_that_breaks_stops_the_taking_of_mail(store: EmbeddedStore) -> None:
+    await queued(store)
+    index = store._index
+    assert index is not None
+    index._database.execute("DROP TABLE delivery")
+    with pytest.raises(StorageBroken):
+        await store.page("", 1)
+    assert isinstance(store.refusal(), StorageBroken)
+    with pytest.raises(StorageBroken):
+        await queued(store)
+    crashed = left_by_a_crash(store)
+    async with opened(crashed) as (_, recovery):
+        assert recovery.messages == 1
+        assert any("made again" in remark for remark in recovery.remarks)
 
 
 async def test_a_damaged_head_of_a_segment_costs_nothing(store: EmbeddedStore) -> None:
