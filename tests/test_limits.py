@@ -290,6 +290,7 @@ async def octets_per_second(site: Site, amount: int) -> bool:
         client.say(line)
         await turns()
         advance(10)
+    await turns()
     return (await client.asks(".")).startswith("250")
 
 
@@ -332,6 +333,7 @@ async def reply_lines(site: Site, amount: int) -> bool:
 async def command(site: Site, amount: int) -> bool:
     client = await site.greeted()
     advance(amount)
+    await turns()  # in which the clock is looked at
     return await client.is_served()
 
 
@@ -339,6 +341,7 @@ async def data(site: Site, amount: int) -> bool:
     client = await site.greeted()
     assert (await client.asks(*ENVELOPE, "DATA")).startswith("354 ")
     advance(amount)
+    await turns()
     reply = await client.asks(".")
     assert reply.startswith(("250 ", "421 4.4.2"))
     return reply.startswith("250")
@@ -349,6 +352,7 @@ async def session(site: Site, amount: int) -> bool:
     # It ends though the client is never idle.
     for _ in range(amount):
         advance(1)
+        await turns()
         if not await client.is_served():
             return False
     return True

@@ -28,7 +28,7 @@ class ExchangeFailed(Exception):
 
 
 class Mechanism(Protocol):
-    """One SASL exchange, seen from the client."""
+    """The client's side of one SASL exchange."""
 
     name: str
 
@@ -152,7 +152,7 @@ class _Scram:
             if self._step == 1:
                 rounds = _ITERATIONS.search(text)
                 if rounds is None or int(rounds[1]) > MAX_ITERATIONS:
-                    raise ExchangeFailed("no bearable number of iterations")
+                    raise ExchangeFailed("iteration count missing or too high")
                 return await asyncio.to_thread(self._client_final, text)  # milliseconds of hashing, by design
             if self._step == 2:
                 self._client.set_server_final(text)
@@ -186,7 +186,7 @@ class _XOAuth2:
         try:
             token = await tokens.token()
         except OSError as error:
-            raise ExchangeFailed("no token to be had") from error
+            raise ExchangeFailed("no token available") from error
         return _built(lambda: sasl.build_xoauth2(self._credentials.username, token))
 
     async def respond(self, challenge: bytes) -> bytes:

@@ -28,6 +28,7 @@ from otel_smtp.smtp.errors import RemoteProtocolError
 from otel_smtp.smtp.replies import Reply
 from otel_smtp.smtp.states import TlsMode
 
+TURN_OCTETS: Final = 256 * 1024  # of content to one upstream, before others have their turn
 _NOTHING: Final[AbstractSet[Verb]] = frozenset()
 
 Settled = Callable[[list[Answer], UpstreamFault | None], None]
@@ -56,12 +57,12 @@ class UpstreamConnection:
         "_answers",
         "_is_in_content",
         "_loop",
-        "_most_messages",
         "_on_settled",
         "_on_writable",
         "_patience_seconds",
         "_stop_at",
         "_timeouts",
+        "_unyielded_octets",
         "deadline",
         "is_alive",
         "messages",
@@ -107,6 +108,7 @@ class UpstreamConnection:
         self._stop_at = _NOTHING
         self._is_in_content = False  # its end has not been sent; whatever is answered now ends the exchange
         self._on_writable: Callable[[], None] | None = None
+        self._unyielded_octets = 0  # of content, since the event loop had its turn
 
     def __repr__(self) -> str:
         return f"<UpstreamConnection {self.stream!r} {self.messages} messages>"
@@ -183,17 +185,26 @@ class UpstreamConnection:
         self.is_alive = False
         self._is_in_content = True
         self._on_settled = on_settled
-        if data := self.protocol.data_to_send():
-            self.stream.write(data)
+        data = self.protocol.data_to_send()
+        self.stream.write(data)
         if self.stream.is_eof:
             self._end(ConnectionLost("connection lost"))
             return False
-        if not self.stream.is_write_paused:
+        self._unyielded_octets += len(data)
+        if not self.stream.is_write_paused and self._unyielded_octets < TURN_OCTETS:
             self.deadline = math.inf
             return True
         self._on_writable = on_writable
         self.deadline = self._loop.time() + self._timeouts.block
+        if not self.stream.is_write_paused:
+            # uvloop says only in its next turn that too much is unsent; and others want their turn, too.
+            self._loop.call_soon(self._turn_ended)
         return False
+
+    def _turn_ended(self) -> None:
+        self._unyielded_octets = 0
+        if not self.stream.is_write_paused:
+            self.writing_resumed()
 
     async def settled(self) -> list[Answer]:
         """`exchange`, for a coroutine; the stream is read from the first one on.
@@ -215,15 +226,14 @@ class UpstreamConnection:
         if self.stream.receiver is None:
             self.stream.receive_by(self)
         try:
-            async with asyncio.timeout_at(self.deadline):
-                fault = await waiting
+            if not waiting.done():
+                async with asyncio.timeout_at(self.deadline):
+                    await waiting
         except TimeoutError as error:
-            self.abandon()
             raise TimedOut("no answer in time") from error
-        except BaseException:
+        finally:
             self.abandon()
-            raise
-        if fault is not None:
+        if (fault := waiting.result()) is not None:
             raise fault
         return got
 
@@ -305,6 +315,7 @@ class UpstreamConnection:
         """The upstream takes more content."""
         on_writable, self._on_writable = self._on_writable, None
         if on_writable is not None:
+            self._unyielded_octets = 0
             self.deadline = math.inf
             on_writable()
 

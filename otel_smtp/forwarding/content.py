@@ -1,7 +1,7 @@
 """The content of one message, held until an upstream has taken it: in memory while it is small, in a file beyond.
 
 It can be read as often as another upstream has to be tried, also by several at once. The header block is held apart, as
-each delivery puts its own trace headers there. The file is written and read in threads, as both may wait for the disk; a
+each delivery puts its own trace headers there. The file is written and read in threads, as both may wait for a disk; a
 small message knows nothing of that.
 """
 

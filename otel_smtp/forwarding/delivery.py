@@ -1,9 +1,9 @@
 """One transaction upstream: what is said on a connection for one mail, and what the answers mean.
 
-A `Delivery` is told what to do (`ask` about recipients, `send` the content, `burst` all of it), and says by one call
-back what came of it. In between it goes on by itself: each step queues commands, begins an exchange on its connection,
-and names the step that takes the answers. Whatever is not an answer goes to `attempts`, which finds the next
-connection; there what was accepted for the client is put to the upstream first, and must be accepted again.
+A transaction tells a `Delivery` what to do (`ask` about recipients, `send` the content, `burst` all of it), and learns
+by one call back what came of it. In between it goes on by itself: each step queues commands, begins an exchange on its
+connection, and names the step that takes the answers. Whatever is not an answer goes to `attempts`, which finds the
+next connection; there what was accepted for the client is put to the upstream first, and must be accepted again.
 
 * MAIL and the first recipients are one group, or all of a small message is.
 * `has_ended_content` says that the final dot, or the last chunk, is on its way.
@@ -19,6 +19,7 @@ from time import monotonic_ns
 from typing import Final
 
 from otel_smtp.forwarding.attempts import Attempts
+from otel_smtp.forwarding.base import MessageAnswered, RecipientsAnswered
 from otel_smtp.forwarding.connection import UpstreamConnection
 from otel_smtp.forwarding.content import Content
 from otel_smtp.forwarding.faults import OutOfStep, UpstreamFault
@@ -34,8 +35,10 @@ from otel_smtp.smtp.replies import ErrorType, Reply
 logger: Final = logging.getLogger("otel_smtp.forwarding.delivery")
 
 STALE_AFTER_SECONDS: Final = 5.0
-"""A connection that was idle for longer is asked MAIL and RCPT before it is given content: were it dead, which is seen
+"""A connection that was idle for longer is asked MAIL and RCPT before it is given content: were it dead, which shows
 only then, a message sent in one piece would have an unknown outcome instead of another connection."""
+BURST_OCTETS: Final = 256 * 1024
+"""A message up to this size may leave with its envelope: what is lost of it in the middle has an unknown outcome."""
 ONE_PIECE_OCTETS: Final = 64 * 1024
 """Content up to this size is joined and sent in one write; joining more costs more than the further writes."""
 
@@ -46,12 +49,6 @@ _PHASES: Final[dict[Verb | None, DeliveryPhase]] = {
     Verb.DATA: DeliveryPhase.DATA,
     Verb.CONTENT: DeliveryPhase.REPLY,
 }
-
-RecipientsJudged = Callable[[Sequence[Reply]], None]
-"""Takes one reply per recipient."""
-
-Delivered = Callable[[Reply, Sequence[Reply]], None]
-"""Takes the final reply, and from an LMTP upstream each recipient's own, where there are several."""
 
 
 class Delivery(Attempts):
@@ -88,14 +85,14 @@ class Delivery(Attempts):
         super().__init__(mail, record, observer, ended_alone)
         self.accepted: list[Recipient] = []
         self._asked: Sequence[Recipient] = ()
-        self._judged: RecipientsJudged | None = None
-        self._delivered: Delivered | None = None
+        self._judged: RecipientsAnswered | None = None
+        self._delivered: MessageAnswered | None = None
         self._refusal: Reply | None = None  # the last one, of a recipient or of MAIL
         self._mail_refusal: Reply | None = None
 
     # What a transaction asks ------------------------------------------------------------------------------
 
-    def ask(self, recipients: Sequence[Recipient], judged: RecipientsJudged) -> None:
+    def ask(self, recipients: Sequence[Recipient], judged: RecipientsAnswered) -> None:
         """Put recipients to the upstream, with MAIL before the first ones, in one group.
 
         `judged` gets one reply each. Where MAIL was refused, its refusal is that of each.
@@ -108,14 +105,14 @@ class Delivery(Attempts):
         self._work = Delivery._put
         self._proceed()
 
-    def send(self, content: Content, delivered: Delivered) -> None:
+    def send(self, content: Content, delivered: MessageAnswered) -> None:
         """Send the content to the recipients that were accepted."""
         self._content = content
         self._delivered = delivered
         self._work = Delivery._send
         self._proceed()
 
-    def burst(self, content: Content, delivered: Delivered) -> None:
+    def burst(self, content: Content, delivered: MessageAnswered) -> None:
         """Do all of it: one round trip with CHUNKING, for a single recipient and a small message; else two.
 
         `delivered` gets the reply to the message, or the first refusal on the way: then nobody got anything.
@@ -261,7 +258,7 @@ class Delivery(Attempts):
         protocol, content = self._connection.protocol, self._content
         extensions = protocol.extensions
         self._send_envelope(len(self._header) + content.body_octets)
-        if extensions.chunking and extensions.pipelining and content.pieces is not None and self._may_be_all_in_one():
+        if content.pieces is not None and self._may_be_all_in_one():
             protocol.send_last_chunk(self._header, *content.pieces)
             self._end_content()
             return
@@ -271,8 +268,14 @@ class Delivery(Attempts):
         self._connection.exchange(self._settled, stop_at=_ENVELOPE)
 
     def _may_be_all_in_one(self) -> bool:
-        is_stale = self._was_reused and self._connection.idle_seconds > STALE_AFTER_SECONDS
-        return len(self.accepted) == 1 and not is_stale
+        extensions = self._connection.protocol.extensions
+        return (
+            extensions.chunking
+            and extensions.pipelining
+            and len(self.accepted) == 1
+            and self._content.body_octets <= BURST_OCTETS
+            and not (self._was_reused and self._connection.idle_seconds > STALE_AFTER_SECONDS)
+        )
 
     def _envelope_answered(self, answers: list[Answer]) -> None:
         self._is_open = answers[0].reply.is_positive

@@ -67,7 +67,7 @@ class OAuthTokens:
         """A token that is good for a while.
 
         Raises:
-            TokenUnavailable: none can be had now.
+            TokenUnavailable: none is available now.
         """
         left = self._expires_at - asyncio.get_running_loop().time()
         if self._token is not None and left > SPARE_SECONDS:

@@ -275,7 +275,7 @@ class Pool(Generic[C]):
         return Decision.WAITING, None
 
     def _reclaimed(self, now: float) -> C | None:
-        """The connection that has been parked for the longest, if that is long enough; its mail is told."""
+        """The connection that has been parked for the longest, if that is long enough; its mail is notified."""
         for connection, (since, on_reclaimed) in self._parked.items():
             if now - since < RECLAIM_AFTER_SECONDS:
                 return None

@@ -40,7 +40,7 @@ class TokenSource(Protocol):
         """A token that is good for a while.
 
         Raises:
-            OSError: none can be had now.
+            OSError: none is available now.
         """
         ...
 

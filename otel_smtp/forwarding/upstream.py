@@ -26,7 +26,7 @@ from otel_smtp.smtp.envelope import Mail, Recipient
 from otel_smtp.smtp.replies import Reply
 from otel_smtp.smtp.states import TlsMode
 
-PROBE_AFTER_SECONDS: Final = 60.0  # how old what a probe is told may be; a provider need not see us more often
+PROBE_AFTER_SECONDS: Final = 60.0  # how old a probe's answer may be; a provider need not see us more often
 PROBE_AGAIN_SECONDS: Final = 5.0  # while none can be reached, so that its return is soon known
 CLOSE_GRACE_SECONDS: Final = 5.0
 """How long `close` waits for the reply to messages whose client is gone already."""

@@ -64,7 +64,7 @@ def listener_policy(
             auth_required=listener.auth == "required",
             auth_in_clear=listener.auth_in_clear,
             rejects_bare_line_ends=settings.delivery.content_newlines == "reject",
-            limits=_by_name(ServerLimits, settings.limits, without=("commands_per_turn",)),
+            limits=_by_name(ServerLimits, settings.limits),
         ),
         timeouts=_by_name(ServerTimeouts, settings.timeouts, octets_per_second=settings.limits.octets_per_second),
         tls_context=tls_context,

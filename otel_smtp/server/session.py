@@ -273,7 +273,7 @@ class Session:
         self._request_octets = 0  # received before it
         self._held_back_at = 0.0  # when the forwarder stopped the content
         self._session_ends: float | None = None
-        self._most_transitions = _HARD_SEGMENTS * house.segments.transitions
+        self._most_transitions = house.segments.transitions
         self._told = 0  # transitions of the present segment that `conn_state` observers know
         self._is_busy = False  # a call is under way that ends with `_conclude`
         self._is_served = False  # not refused at accept: a flood of those must not hold sockets
@@ -443,7 +443,7 @@ class Session:
         if protocol.received.held or self._pauses:
             self._manage_reading()
         if len(record.transitions) >= self._most_transitions:
-            self._end_segment()
+            self._end_full_segment()
 
     def _manage_reading(self) -> None:
         """Leave with the kernel what comes beyond what is held and cannot be run now."""
@@ -535,6 +535,11 @@ class Session:
         self._call(self._protocol.fail, reply, reason)
 
     # Segments ----------------------------------------------------------------------------------------------------
+
+    def _end_full_segment(self) -> None:
+        is_in_transaction = self._protocol.is_in_transaction
+        if not is_in_transaction or len(self.record.transitions) >= _HARD_SEGMENTS * self._most_transitions:
+            self._end_segment()
 
     def _end_segment(self) -> None:
         record, protocol = self.record, self._protocol
@@ -690,8 +695,6 @@ class Session:
         if self._policy.protocol.auth_mechanisms and not protocol.is_authenticated and not self._is_allowed():
             protocol.reply(replies.AUTH_REQUIRED)
             return
-        if len(record.transitions) >= house.segments.transitions:
-            self._end_segment()
         transaction = TransactionRecord(
             mail, protocol.transactions + 1, record, protocol.states.now_ns, record.wall_offset_ns
         )
@@ -786,6 +789,7 @@ class Session:
         assert transaction is not None
         assert forwarded is not None
         transaction.octets = octets
+        self._content_resumed()  # there is no more of it to hold back
         if self._failed_content is None:
             try:
                 forwarded.finish(self._message_answered)
@@ -821,6 +825,7 @@ class Session:
         self._transaction = self._forwarded = None
         if transaction is None or forwarded is None:
             return
+        self._content_resumed()
         outcome = Outcome.ABORTED if reply is None else outcome_of(reply)
         if reply is None and not transaction.accepted and transaction.refused:
             # No recipient was left, so there was no mail to send: the last refusal is how it ended.

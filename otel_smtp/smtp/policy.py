@@ -13,11 +13,7 @@ from otel_smtp.smtp.states import TlsMode
 
 @dataclass(frozen=True, slots=True)
 class ServerLimits:
-    """What a client can make grow. All sizes in octets.
-
-    Attributes:
-        commands_per_turn: commands of one client that are run before the other connections get their turn.
-    """
+    """What a client can make grow. All sizes in octets."""
 
     message_size: int = 25 * 1024 * 1024
     recipients: int = 1000
@@ -31,7 +27,6 @@ class ServerLimits:
     header_lines: int = 1000
     hops: int = 100
     auth_failures: int = 3
-    commands_per_turn: int = 100
 
 
 class OwnOffer(NamedTuple):
@@ -62,6 +57,7 @@ class ServerPolicy:
         auth_mechanisms: offered SASL mechanisms, in order of preference; empty: no AUTH.
         auth_required: 530 to MAIL until authenticated (RFC 4954 6).
         auth_in_clear: AUTH is offered without TLS too.
+        commands_per_turn: commands of one client that are run before the other connections get their turn.
         rejects_bare_line_ends: 550 5.6.11 to content with a bare CR or LF, instead of normalising it.
     """
 
@@ -73,6 +69,7 @@ class ServerPolicy:
     auth_required: bool = False
     auth_in_clear: bool = False
     rejects_bare_line_ends: bool = False
+    commands_per_turn: int = 100
     limits: ServerLimits = field(default_factory=ServerLimits)
 
     _offers: dict[bool, OwnOffer] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -98,6 +95,11 @@ class ServerPolicy:
     def mechanisms(self, *, is_tls: bool) -> tuple[str, ...]:
         """The SASL mechanisms that are offered."""
         return self.auth_mechanisms if is_tls or self.auth_in_clear else ()
+
+    @cached_property
+    def quick_octets(self) -> int:
+        """Octets of a line that is within every limit, whatever the command."""
+        return min(self.limits.command_line, self.limits.auth_line)
 
     @cached_property
     def content_limits(self) -> ContentLimits:

@@ -13,9 +13,9 @@ take it for one, and then a trace header behind it would be a header to them (P1
 No field but the trace headers is ever changed, no octet of any other is touched (P5).
 """
 
-import datetime
 import re
 from collections.abc import Iterable, Mapping
+from datetime import date
 from functools import lru_cache
 from itertools import islice
 from typing import Final, NamedTuple
@@ -45,7 +45,7 @@ _FIELD_NAME = re.compile(r"[!-9;-~]+")  # ftext (RFC 5322 2.2)
 _FIELD_VALUE = re.compile(r"[ -~]{0,998}")
 
 _DAYS: Final = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
-_EPOCH: Final = datetime.date(1970, 1, 1).toordinal()
+_EPOCH: Final = date(1970, 1, 1).toordinal()
 _MONTHS: Final = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
 
@@ -131,8 +131,8 @@ def received_field(head: bytes, identifier: str, unix_seconds: float) -> bytes:
     """
     if _ATOM.fullmatch(identifier) is None:
         raise LocalProtocolError(f"malformed word for the Received field: {identifier!r}")
-    date = _date_of_second(int(unix_seconds // 1))
-    return b"%b%b;\r\n %b\r\n" % (head, identifier.encode("ascii"), date.encode("ascii"))
+    now = _date_of_second(int(unix_seconds // 1))
+    return b"%b%b;\r\n %b\r\n" % (head, identifier.encode("ascii"), now.encode("ascii"))
 
 
 def inspect_header(block: bytes) -> HeaderFacts:
@@ -195,7 +195,7 @@ def _date_of_second(unix_seconds: int) -> str:
     days, second_of_day = divmod(unix_seconds, 86400)
     hour, second_of_hour = divmod(second_of_day, 3600)
     minute, second = divmod(second_of_hour, 60)
-    day = datetime.date.fromordinal(_EPOCH + days)
+    day = date.fromordinal(_EPOCH + days)
     return (
         f"{_DAYS[day.weekday()]}, {day.day} {_MONTHS[day.month - 1]} {day.year:04}"
         f" {hour:02}:{minute:02}:{second:02} +0000"

@@ -161,23 +161,6 @@ def parse_oauthbearer(message: bytes) -> BearerToken:
     return BearerToken(name, _bearer(_pairs(rest).get("auth", "")))
 
 
-def build_oauthbearer(name: str, token: str, *, host: str, port: int) -> bytes:
-    """OAUTHBEARER's one message; errors as `build_plain`.
-
-    Args:
-        host, port: of the server, as the client was told to reach it.
-    """
-    escaped = _name_to_send(name).replace(b"=", b"=3D").replace(b",", b"=2C")
-    if not host.isascii() or not host.isprintable():
-        raise SaslError("not a host")
-    return b"n,a=%b,\x01host=%b\x01port=%d\x01auth=Bearer %b\x01\x01" % (
-        escaped,
-        host.encode("ascii"),
-        port,
-        _token_to_send(token),
-    )
-
-
 def _text(octets: bytes) -> str:
     try:
         return octets.decode("utf-8")

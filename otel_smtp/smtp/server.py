@@ -290,7 +290,7 @@ class ServerProtocol:
             phase = self.phase
             if phase in _QUICK:
                 length = len(data)
-                if 2 <= length <= self._policy.limits.command_line and data.find(b"\r\n") == length - 2:
+                if 2 <= length <= self._policy.quick_octets and data.find(b"\r\n") == length - 2:
                     self._is_running = True
                     try:
                         self._run_line(data[:-2])
@@ -485,7 +485,7 @@ class ServerProtocol:
             return  # a decision that was made within the call that asked for it: the loop below goes on
         self._is_running = True
         self.wants_turn = False
-        left = self._policy.limits.commands_per_turn
+        left = self._policy.commands_per_turn
         try:
             while self.asked is Asked.NOTHING:
                 if self._advance():
@@ -663,8 +663,8 @@ class ServerProtocol:
 
     def _run_mail(self, mail: Mail) -> None:
         told, behind = self._told, self._offer()
-        # A mail is held against what this session was told; whether the upstream still keeps it is asked above. Its size
-        # is held against what the upstream takes now.
+        # A mail is held against what this session was told; whether the upstream still keeps it is asked above. Its
+        # size is held against what the upstream takes now.
         now = told if told is not None and told.behind is behind else self._policy.own_offer(behind, is_tls=self.is_tls)
         offer = now.offer if told is None else told.offer
         size_limit = now.size_limit

@@ -3,8 +3,8 @@
 The real server, session, forwarder and telemetry run over transports in memory: a client that says one command per turn
 over a kept connection, and an upstream with PIPELINING and CHUNKING that says yes. `python -m tests.bench.lab` prints
 microseconds of CPU per mail, as the minimum of many batches (the machine's other tenants only ever add), by ablation:
-without observers, with metrics, with traces, with everything that is on by default, and with an export thread beside
-it. `--calls` counts as well: Python functions and C functions per mail, which is what the guard test bounds.
+without observers, with metrics, with traces that are not encoded, encoded and queued for export, and with all that is
+on by default. `--calls` counts as well: Python functions and C functions per mail, which is what the guard test bounds.
 """
 
 import argparse
@@ -23,10 +23,11 @@ from unittest import mock
 from otel_smtp.forwarding.settings import Strategy, UpstreamSettings
 from otel_smtp.forwarding.upstream import UpstreamForwarder
 from otel_smtp.net import Stream, Sweep
-from otel_smtp.observing import FanOut, fan_out
+from otel_smtp.observing import FanOut
 from otel_smtp.server.listener import Server
 from otel_smtp.server.session import ListenerPolicy, ServerTimeouts
 from otel_smtp.smtp.policy import ServerLimits, ServerPolicy
+from tests.telemetry.cost import House
 
 KIB: Final = 1024
 _HEADER: Final = (
@@ -241,12 +242,17 @@ def _name(code: CodeType) -> str:
     return f"{code.co_filename.rpartition('/')[2]}:{code.co_qualname}"
 
 
-def none() -> FanOut:
-    """Nobody observes."""
-    return fan_out([])
+def _house(**parts: bool) -> Observers:
+    return lambda: House(**parts).observer
 
 
-OBSERVERS: Final[dict[str, Observers]] = {"none": none}
+OBSERVERS: Final[dict[str, Observers]] = {
+    "none": _house(traces=False, metrics=False, page=False),
+    "metrics": _house(traces=False, page=False),
+    "traced, not encoded": _house(exports=False, page=False),
+    "encoded, queued": _house(page=False),
+    "everything": _house(),
+}
 
 
 def main() -> None:
@@ -274,7 +280,7 @@ def main() -> None:
         else:
             figures = asyncio.run(work)
         times = sorted(figures.microseconds)
-        print(f"{name:10} min {times[0]:6.1f}  median {times[len(times) // 2]:6.1f} us per mail")
+        print(f"{name:20} min {times[0]:6.1f}  median {times[len(times) // 2]:6.1f} us per mail")
         if options.calls:
             for kind, counter in (("Python", figures.python_calls), ("C", figures.c_calls)):
                 print(f"  {kind}: {sum(counter.values()):.1f}")

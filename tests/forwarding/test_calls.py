@@ -4,6 +4,7 @@ The driver is the far end of a connection in memory, so that nothing but the rel
 """
 
 import asyncio
+import gc
 import sys
 import threading
 from collections import Counter
@@ -15,7 +16,10 @@ import pytest
 
 import otel_smtp
 from otel_smtp.forwarding import connection
+from otel_smtp.forwarding.content import Content
+from otel_smtp.forwarding.delivery import Delivery
 from otel_smtp.forwarding.settings import PoolLimits, Strategy, UpstreamSettings
+from otel_smtp.forwarding.transaction import Transaction
 from otel_smtp.forwarding.upstream import UpstreamForwarder
 from otel_smtp.net import Sweep
 from otel_smtp.observing import Observer, TransactionRecord
@@ -74,6 +78,19 @@ class Calls:
         sys.setprofile(None)
 
 
+def relaying_in_memory(strategy: Strategy, monkeypatch: pytest.MonkeyPatch) -> UpstreamForwarder:
+    """A forwarder to one `Upstream`."""
+
+    async def connect(*_: object) -> FakeStream:
+        stream = Upstream()
+        stream.answer(b"220 up\r\n")
+        return stream
+
+    monkeypatch.setattr(connection, "_connect", connect)
+    settings = UpstreamSettings("up", "192.0.2.1", limits=PoolLimits(messages=10_000))
+    return UpstreamForwarder([settings], strategy=strategy, hostname="gw.example", observer=Observer(), sweep=Sweep())
+
+
 def records(number: int) -> list[TransactionRecord]:
     """What a session makes for its mails."""
     client = connection_record()
@@ -117,16 +134,7 @@ async def relay_many(forwarder: UpstreamForwarder, records: list[TransactionReco
 async def test_calls_of_a_mail_on_a_kept_connection(
     strategy: Strategy, most_python: int, most_c: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def connect(*_: object) -> FakeStream:
-        stream = Upstream()
-        stream.answer(b"220 up\r\n")
-        return stream
-
-    monkeypatch.setattr(connection, "_connect", connect)
-    settings = UpstreamSettings("up", "192.0.2.1", limits=PoolLimits(messages=10_000))
-    forwarder = UpstreamForwarder(
-        [settings], strategy=strategy, hostname="gw.example", observer=Observer(), sweep=Sweep()
-    )
+    forwarder = relaying_in_memory(strategy, monkeypatch)
     await relay_many(forwarder, records(WARM_UP))
     tasks = len(asyncio.all_tasks())
     given = records(MAILS)
@@ -140,3 +148,18 @@ async def test_calls_of_a_mail_on_a_kept_connection(
     await forwarder.close()
     assert python <= most_python
     assert c <= most_c
+
+
+async def test_nothing_survives_a_mail_but_its_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the garbage collector's help, which costs most where mail comes fastest."""
+    forwarder = relaying_in_memory(Strategy.TRANSPARENT, monkeypatch)
+    await relay_many(forwarder, records(WARM_UP))
+    gc.collect()
+    gc.disable()
+    try:
+        await relay_many(forwarder, records(MAILS))
+        left = [one for one in gc.get_objects() if isinstance(one, Delivery | Content | Transaction)]
+    finally:
+        gc.enable()
+    assert left == []
+    await forwarder.close()

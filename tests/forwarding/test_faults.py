@@ -5,15 +5,17 @@ observer is told, and that nothing out of step is kept.
 """
 
 import asyncio
+import errno
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
-from otel_smtp.forwarding import breaker, pool
+from otel_smtp.forwarding import breaker, delivery, pool
 from otel_smtp.forwarding.breaker import BreakerState
-from otel_smtp.forwarding.settings import PoolLimits, Strategy, Timeouts, UpstreamSettings
+from otel_smtp.forwarding.settings import MEMORY_LIMIT_OCTETS, PoolLimits, Strategy, Timeouts, UpstreamSettings
 from otel_smtp.observing import DeliveryPhase, Outcome
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.replies import ErrorType, Reply
@@ -238,6 +240,25 @@ async def test_one_reply_too_many_spoils_the_connection_and_no_later_mail(
         assert upstream.connections == 2
 
 
+@pytest.mark.parametrize("surplus", [b"4", b"42", b"421 4.3.2 b", b"421 4.3.2 bye\r\n"])
+@pytest.mark.parametrize("is_lmtp", [False, True])
+@both_strategies
+async def test_a_farewell_behind_the_final_250_leaves_it_true_however_it_is_cut(
+    strategy: Strategy, is_lmtp: bool, surplus: bytes
+) -> None:
+    faults = {Phase.REPLY: Fault(Kind.FAREWELL, surplus, times=1)}
+    async with (
+        ScriptedUpstream(is_lmtp=is_lmtp, faults=faults) as upstream,
+        relaying(settings(upstream, is_lmtp=is_lmtp), strategy=strategy) as forwarder,
+    ):
+        relayed = await relay(forwarder, BOB, CAROL)
+        assert relayed.told.code == 250
+        assert relayed.seen.outcomes == [("up", Outcome.RELAYED)]
+        assert forwarder.snapshot()[0].pool.idle == 0
+        assert (await relay(forwarder)).told.code == 250
+        assert (len(upstream.kept), upstream.connections) == (2, 2)
+
+
 async def test_one_reply_too_many_between_two_groups_of_recipients() -> None:
     faults = {Phase.RCPT: Fault(Kind.TWICE, times=1)}
     async with ScriptedUpstream(faults=faults) as upstream, relaying(settings(upstream)) as forwarder:
@@ -320,6 +341,57 @@ async def test_a_stale_connection_is_replaced_by_a_fresh_one_within_the_same_att
         assert not delivery.is_reused
         assert (len(upstream.kept), len(other.kept), upstream.connections) == (2, 0, 2)
         assert forwarder.snapshot()[0].pool.breaker is BreakerState.CLOSED
+
+
+@pytest.mark.parametrize("kind", [Kind.CLOSE, Kind.RESET, Kind.GOODBYE])
+async def test_a_fresh_connection_that_dies_at_its_first_mail_is_no_reason_for_another(kind: Kind) -> None:
+    async with (
+        ScriptedUpstream(faults={Phase.MAIL: Fault(kind)}) as bad,
+        ScriptedUpstream() as good,
+        relaying(settings(bad, "bad"), settings(good, "good")) as forwarder,
+    ):
+        assert (await relay(forwarder)).told.code == 250
+        assert (bad.connections, len(good.kept)) == (1, 1)
+
+
+async def test_silence_on_a_kept_connection_is_not_waited_for_twice() -> None:
+    timeouts = Timeouts(5, 5, SHORT, 5, 5, 5, 5)
+    async with (
+        ScriptedUpstream() as bad,
+        ScriptedUpstream() as good,
+        relaying(settings(bad, "bad", timeouts=timeouts), settings(good, "good")) as forwarder,
+    ):
+        assert (await relay(forwarder)).told.code == 250
+        bad.faults[Phase.RCPT] = Fault(Kind.STALL)
+        relayed = await relay(forwarder)
+        assert relayed.told.code == 250
+        assert relayed.seen.outcomes == [("bad", Outcome.DEFERRED), ("good", Outcome.RELAYED)]
+        assert bad.connections == 1
+
+
+async def test_the_second_chance_is_no_other_kept_connection_which_may_be_as_stale() -> None:
+    async with ScriptedUpstream() as upstream, relaying(settings(upstream)) as forwarder:
+        await asyncio.gather(relay(forwarder), relay(forwarder))
+        assert (upstream.connections, forwarder.snapshot()[0].pool.idle) == (2, 2)
+        upstream.faults[Phase.MAIL] = Fault(Kind.CLOSE, times=1)
+        relayed = await relay(forwarder)
+        assert relayed.told.code == 250
+        assert not relayed.seen.deliveries[0].is_reused
+        assert upstream.connections == 3
+
+
+async def test_an_upstream_has_one_second_chance_for_a_mail() -> None:
+    async with (
+        ScriptedUpstream() as bad,
+        ScriptedUpstream() as good,
+        relaying(settings(bad, "bad"), settings(good, "good")) as forwarder,
+    ):
+        await relay(forwarder)
+        bad.faults[Phase.REPLY] = Fault(Kind.GOODBYE)  # in the middle of a transaction, each time
+        relayed = await relay(forwarder)
+        assert relayed.told.code == 250
+        assert relayed.seen.outcomes == [("bad", Outcome.DEFERRED), ("good", Outcome.RELAYED)]
+        assert (bad.connections, len(bad.kept)) == (2, 1)
 
 
 async def test_a_421_to_a_whole_burst_is_no_doubt() -> None:
@@ -510,6 +582,17 @@ async def test_a_cancel_while_the_upstream_is_asked_closes_its_connection(phase:
         assert nothing_is_kept_out_of_step(forwarder.snapshot())
 
 
+async def test_a_mail_that_is_given_up_before_its_connection_began_to_open_leaves_no_trace_in_the_pool() -> None:
+    async with ScriptedUpstream() as upstream, relaying(settings(upstream)) as forwarder:
+        for _ in range(20):  # more than connections: each would keep one of them
+            transaction = Awaited.begin(forwarder, MAIL, seen := RecordedTransaction())
+            transaction.transaction.recipients([BOB], lambda _: pytest.fail("nobody asks any more"))
+            transaction.abort()
+            assert seen.outcomes == [("up", Outcome.ABORTED)]
+        await until(lambda: nothing_is_kept_out_of_step(forwarder.snapshot()))
+        assert (await relay(forwarder)).told.code == 250
+
+
 @pytest.mark.parametrize("extensions", [EXTENSIONS, NO_CHUNKING], ids=["chunking", "data"])
 @pytest.mark.both_loops
 async def test_a_cancel_in_the_middle_of_large_content_never_ends_it(extensions: Sequence[str]) -> None:
@@ -539,19 +622,27 @@ async def test_a_cancel_in_the_middle_of_large_content_never_ends_it(extensions:
 LARGE = (HEADER, b"\r\n", *[(b"x" * 78 + b"\r\n") * 1000] * 100)  # 8 MB: more than all buffers between us
 
 
+IN_MEMORY = 100_000_000  # more than any content here: it is sent from memory, piece by piece
+held_anywhere = pytest.mark.parametrize("memory_limit", [MEMORY_LIMIT_OCTETS, IN_MEMORY], ids=["file", "memory"])
+
+
 @pytest.mark.parametrize("extensions", [EXTENSIONS, NO_CHUNKING], ids=["chunking", "data"])
 @pytest.mark.parametrize("kind", [Kind.CLOSE, Kind.RESET, Kind.GOODBYE])
 @both_strategies
+@held_anywhere
 @pytest.mark.both_loops
 async def test_content_that_is_cut_off_goes_to_the_next_upstream(
-    strategy: Strategy, kind: Kind, extensions: Sequence[str]
+    strategy: Strategy, kind: Kind, extensions: Sequence[str], memory_limit: int
 ) -> None:
     faults = {Phase.CONTENT: Fault(kind)}
     async with (
         ScriptedUpstream(extensions=extensions, faults=faults) as bad,
         ScriptedUpstream() as good,
         relaying(
-            settings(bad, "bad", timeouts=PATIENT), settings(good, "good", timeouts=PATIENT), strategy=strategy
+            settings(bad, "bad", timeouts=PATIENT),
+            settings(good, "good", timeouts=PATIENT),
+            strategy=strategy,
+            memory_limit_octets=memory_limit,
         ) as forwarder,
     ):
         relayed = await relay(forwarder, chunks=LARGE)
@@ -563,13 +654,16 @@ async def test_content_that_is_cut_off_goes_to_the_next_upstream(
 
 @pytest.mark.parametrize("extensions", [EXTENSIONS, NO_CHUNKING], ids=["chunking", "data"])
 @both_strategies
+@held_anywhere
 async def test_a_refusal_in_the_middle_of_the_content_is_passed_on(
-    strategy: Strategy, extensions: Sequence[str]
+    strategy: Strategy, extensions: Sequence[str], memory_limit: int
 ) -> None:
     faults = {Phase.CONTENT: Fault(Kind.REFUSE, b"552 5.3.4 enough\r\n", times=1)}
     async with (
         ScriptedUpstream(extensions=extensions, faults=faults) as upstream,
-        relaying(settings(upstream, timeouts=PATIENT), strategy=strategy) as forwarder,
+        relaying(
+            settings(upstream, timeouts=PATIENT), strategy=strategy, memory_limit_octets=memory_limit
+        ) as forwarder,
     ):
         # The scripted upstream holds its reply back until it has to wait; an endless content never lets it.
         relayed = await relay(forwarder, chunks=LARGE)
@@ -579,17 +673,93 @@ async def test_a_refusal_in_the_middle_of_the_content_is_passed_on(
 
 
 @pytest.mark.parametrize("extensions", [EXTENSIONS, NO_CHUNKING], ids=["chunking", "data"])
+@held_anywhere
 @pytest.mark.both_loops
-async def test_an_upstream_that_does_not_read_is_given_up(extensions: Sequence[str]) -> None:
+async def test_an_upstream_that_does_not_read_is_given_up(extensions: Sequence[str], memory_limit: int) -> None:
     faults = {Phase.CONTENT: Fault(Kind.LATE)}
     timeouts = Timeouts(5, 5, 5, 5, SHORT, 5, 5)
     async with (
         ScriptedUpstream(extensions=extensions, faults=faults) as upstream,
-        relaying(settings(upstream, timeouts=timeouts)) as forwarder,
+        relaying(settings(upstream, timeouts=timeouts), memory_limit_octets=memory_limit) as forwarder,
     ):
         relayed = await relay(forwarder, chunks=LARGE)
         assert relayed.told is replies.UPSTREAM_UNAVAILABLE
         assert upstream.kept == []
+
+
+# What goes wrong here ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_ended", [False, True])
+@both_strategies
+async def test_our_own_bug_defers_the_mail_and_costs_one_connection(
+    strategy: Strategy, is_ended: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def bug(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    async with ScriptedUpstream() as upstream, relaying(settings(upstream), strategy=strategy) as forwarder:
+        with monkeypatch.context() as broken:
+            broken.setattr(delivery.Delivery, "_message_answered" if is_ended else "_is_too_big", bug)
+            relayed = await relay(forwarder)
+        assert relayed.told is replies.INTERNAL
+        assert relayed.seen.outcomes == [("up", Outcome.UNKNOWN if is_ended else Outcome.ABORTED)]
+        assert "internal error" in caplog.text
+        assert nothing_is_kept_out_of_step(forwarder.snapshot())
+        assert (await relay(forwarder)).told.code == 250
+        assert len(upstream.kept) == 1 + is_ended
+
+
+async def test_a_bug_of_the_session_harms_no_connection(caplog: pytest.LogCaptureFixture) -> None:
+    async with ScriptedUpstream() as upstream, relaying(settings(upstream)) as forwarder:
+        called: list[object] = []
+
+        def buggy(answers: object) -> None:
+            called.append(answers)
+            raise RuntimeError("a bug of the session")
+
+        transaction = forwarder.begin(MAIL, RecordedTransaction())
+        transaction.recipients([BOB], buggy)
+        await until(lambda: called)
+        transaction.abort()
+        assert len(called) == 1
+        assert "a bug of the session" in caplog.text
+        assert nothing_is_kept_out_of_step(forwarder.snapshot())
+        assert (await relay(forwarder)).told.code == 250
+
+
+@both_strategies
+async def test_a_full_disk_defers_the_mail(strategy: Strategy, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(**_: object) -> None:
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", full)
+    async with (
+        ScriptedUpstream() as upstream,
+        relaying(settings(upstream), strategy=strategy, memory_limit_octets=10) as forwarder,
+    ):
+        relayed = await relay(forwarder, chunks=(HEADER, b"\r\n", b"x" * 100, b"y"))
+        assert relayed.told is replies.STORAGE_FULL
+        assert relayed.seen.outcomes == ([("up", Outcome.ABORTED)] if strategy is Strategy.TRANSPARENT else [])
+        assert (await relay(forwarder, chunks=(HEADER, b"\r\n"))).told.code == 250
+        assert len(upstream.kept) == 1
+
+
+@pytest.mark.parametrize("extensions", [EXTENSIONS, NO_CHUNKING], ids=["chunking", "data"])
+@both_strategies
+async def test_a_file_that_cannot_be_read_again_never_ends_the_content(
+    strategy: Strategy, extensions: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: (tmp_path / "written").open("wb", buffering=0))
+    async with (
+        ScriptedUpstream(extensions=extensions) as upstream,
+        relaying(settings(upstream), strategy=strategy, memory_limit_octets=10) as forwarder,
+    ):
+        relayed = await relay(forwarder, chunks=(HEADER, b"\r\n", b"x" * 100))
+        assert relayed.told is replies.STORAGE_FAILED
+        assert relayed.seen.outcomes == [("up", Outcome.ABORTED)]
+        assert upstream.kept == []
+        assert nothing_is_kept_out_of_step(forwarder.snapshot())
 
 
 # Failover and the breaker -------------------------------------------------------------------------------------
@@ -637,6 +807,10 @@ async def test_a_dead_upstream_is_left_alone_and_found_again(
         while forwarder.snapshot()[0].pool.breaker is BreakerState.CLOSED:
             assert (await relay(forwarder)).told.code == 250
         assert 3 <= bad.connections <= 10
+        retry_seconds = forwarder.snapshot()[0].retry_seconds
+        assert retry_seconds is not None
+        assert 0 <= retry_seconds <= 0.05
+        assert forwarder.snapshot()[1].retry_seconds is None
         del bad.faults[Phase.GREETING]
         async with asyncio.timeout(SECONDS):
             while not bad.kept:

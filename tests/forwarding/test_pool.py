@@ -290,6 +290,35 @@ def test_one_failure_kills_nobody(most: int) -> None:
     assert is_closed(breaker)
 
 
+@pytest.mark.parametrize(
+    ("successes", "most", "failures"),
+    [
+        (0, 1, 3),  # a window of one: three in a row are three windows
+        (0, 2, 3),
+        (0, 20, 4),  # a window of five, then four, three and two: 1/5 + 1/4 + 1/3 is less than one, and 1/2 more is not
+        (1000, 20, 13),
+    ],
+)
+def test_an_upstream_is_given_up_after_a_whole_window_of_failures(successes: int, most: int, failures: int) -> None:
+    breaker = Breaker(most)
+    for _ in range(successes):
+        breaker.succeeded()
+    for _ in range(failures - 1):
+        breaker.failed(0)
+    assert is_closed(breaker)
+    breaker.failed(0)
+    assert not is_closed(breaker)
+
+
+def test_a_success_begins_the_count_of_failures_anew() -> None:
+    breaker = Breaker(20)
+    for _ in range(20):
+        for _ in range(2):
+            breaker.failed(0)
+        breaker.succeeded()
+    assert is_closed(breaker)
+
+
 def test_the_rest_grows_with_each_failed_probe_up_to_a_bound() -> None:
     breaker = dead()
     now, rests = 0.0, []

@@ -123,6 +123,23 @@ async def test_large_content_goes_through_a_file_and_arrives_whole(
         assert upstream.kept[0].content == HEADER + b"".join(body)
 
 
+@pytest.mark.parametrize("extensions", [EXTENSIONS, without("CHUNKING")])
+@pytest.mark.parametrize("body", [(), (BODY,), (b"\r\n", b"x" * 100_000 + b"\r\n", b"end\r\n")])
+@both_strategies
+async def test_a_large_header_block_goes_ahead_of_whatever_body(
+    strategy: Strategy, body: Sequence[bytes], extensions: Sequence[str]
+) -> None:
+    header = HEADER + b"X: " + b"y" * 70_000 + b"\r\n"
+    async with (
+        ScriptedUpstream(extensions=extensions) as upstream,
+        relaying(settings(upstream), strategy=strategy) as forwarder,
+    ):
+        for _ in range(2):
+            assert (await relay(forwarder, BOB, CAROL, chunks=(header, *body))).told.code == 250
+        assert [kept.content for kept in upstream.kept] == [header + b"".join(body)] * 2
+        assert upstream.connections == 1
+
+
 @both_strategies
 async def test_content_without_a_body_or_a_last_line_end(strategy: Strategy) -> None:
     async with (

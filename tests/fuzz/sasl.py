@@ -17,6 +17,7 @@ from otel_smtp.forwarding.settings import Credentials
 from otel_smtp.server.users import Accepted, Authenticator, Challenge, ScramKeys, Users
 from otel_smtp.smtp import sasl
 from otel_smtp.smtp.sasl import BearerToken, Password, SaslError
+from tests.support.bearer import oauthbearer
 
 MAX_STEPS: Final = 5
 T = TypeVar("T", Password, BearerToken)
@@ -99,7 +100,7 @@ def _try_parsers(messages: list[bytes]) -> None:
         assert sasl.parse_xoauth2(sasl.build_xoauth2(token.name, token.token)) == token
         assert repr(token) == f"BearerToken(name={token.name!r})"
     if (token := _taken(sasl.parse_oauthbearer, message)) is not None and token.name:
-        built = sasl.build_oauthbearer(token.name, token.token, host="mail.example", port=587)
+        built = oauthbearer(token.name, token.token)
         assert sasl.parse_oauthbearer(built) == token
 
 

@@ -216,6 +216,19 @@ async def test_content_that_is_held_back_stays_with_the_kernel_until_it_may_come
         assert served.forwarder.kept[0].content.endswith(b"x\r\n" + b"y" * 300 + b"\r\n")
 
 
+@pytest.mark.parametrize("rest", [b".\r\n", b"\0\r\n.\r\n"])
+async def test_what_was_held_back_at_the_end_of_the_content_does_not_hold_the_next_command(rest: bytes) -> None:
+    async with serving() as served:
+        served.forwarder.holds_back = 200
+        served.stream.feed(ENVELOPE + b"DATA\r\n")
+        await served.stream.sends(b"354 ")
+        served.stream.feed(CONTENT + b"x" * 300 + b"\r\n" + rest)  # nobody calls `resume` any more
+        await until(lambda: served.seen.transactions)
+        served.stream.feed(b"QUIT\r\n")
+        await served.ended()
+        assert served.stream.sent.endswith(replies.CLOSING.wire)
+
+
 @pytest.mark.movable_clock
 async def test_the_time_of_a_slow_forwarder_is_not_the_clients() -> None:
     timeouts = ServerTimeouts(command=60, data=120)
@@ -234,7 +247,7 @@ async def test_the_time_of_a_slow_forwarder_is_not_the_clients() -> None:
 
 
 async def test_a_client_that_pipelines_does_not_keep_the_loop_to_itself() -> None:
-    protocol = replace(POLICY.protocol, limits=ServerLimits(commands_per_turn=10, junk_commands=10_000))
+    protocol = replace(POLICY.protocol, commands_per_turn=10, limits=ServerLimits(junk_commands=10_000))
     async with serving(replace(POLICY, protocol=protocol)) as served:
         served.stream.feed(b"EHLO c\r\n" + b"NOOP\r\n" * 95)
         assert served.stream.sent.count(b"250 2.0.0") == 9
@@ -245,7 +258,7 @@ async def test_a_client_that_pipelines_does_not_keep_the_loop_to_itself() -> Non
 
 
 async def test_a_client_that_does_not_read_its_replies_is_not_served_on() -> None:
-    protocol = replace(POLICY.protocol, limits=ServerLimits(commands_per_turn=10, junk_commands=10_000))
+    protocol = replace(POLICY.protocol, commands_per_turn=10, limits=ServerLimits(junk_commands=10_000))
     async with serving(replace(POLICY, protocol=protocol)) as served:
         served.stream.stop_taking()
         served.stream.feed(b"EHLO c\r\n" + b"NOOP\r\n" * 95)
@@ -274,8 +287,8 @@ async def test_a_record_is_cut_into_segments_between_transactions() -> None:
         for _ in range(4):
             served.stream.feed(MESSAGE.removeprefix(b"EHLO client.example\r\n"))
         await served.stream.sends(b"250 2.0.0 Ok trace=")
-        assert [len(segment) for segment in served.observer.segments] == [9]
-        assert served.seen.record.segment == 2
+        assert [len(segment) for segment in served.observer.segments] == [9, 8]
+        assert served.seen.record.segment == 3
         assert [transition.state for transition in served.seen.record.earlier][-1] == "Idle"
     sequence = [transition.sequence for segment in served.observer.segments for transition in segment]
     assert sequence == list(range(1, len(sequence) + 1))

@@ -32,10 +32,10 @@ from otel_smtp.smtp.sasl import (
     OAUTH_REFUSED,
     Password,
     build_login,
-    build_oauthbearer,
     build_plain,
     build_xoauth2,
 )
+from tests.support.bearer import oauthbearer
 
 # As weak as argon2 goes: what is tested is not its strength.
 QUICK = argon2.PasswordHasher(time_cost=1, memory_cost=8, parallelism=1)
@@ -398,7 +398,7 @@ async def test_tokens_are_verified_by_the_callable() -> None:
     authenticator = Authenticator(token_verifier=verify_token)
     assert authenticator.mechanisms == ("OAUTHBEARER", "XOAUTH2")
     assert await authenticator.begin("XOAUTH2").step(build_xoauth2("tim", "good")) == Accepted("tim")
-    message = build_oauthbearer("tim", "good", host="gw.example.com", port=587)
+    message = oauthbearer("tim", "good")
     assert await authenticator.begin("OAUTHBEARER").step(message) == Accepted("tim")
     exchange = authenticator.begin("OAUTHBEARER")
     assert await exchange.step(None) == Challenge(b"")

@@ -31,10 +31,10 @@ class Forgetful:
         replies: how many were given.
     """
 
-    def __init__(self, limits: ServerLimits) -> None:
+    def __init__(self, limits: ServerLimits, *, commands_per_turn: int = 100) -> None:
         self.last: Reply | None = None
         self.replies = 0
-        policy = ServerPolicy("gw.example.com", limits=limits)
+        policy = ServerPolicy("gw.example.com", limits=limits, commands_per_turn=commands_per_turn)
         offer = Offer(chunking=True, binary_mime=True)
         self.protocol = ServerProtocol(policy, self, offer=lambda: offer, recorded=_Nowhere(), said=self)
         self.protocol.accepted(TlsMode.OFF)
@@ -193,7 +193,7 @@ def test_no_repr_shows_what_a_client_said_in_auth() -> None:
 
 
 def test_a_client_that_pipelines_gets_its_turn_and_no_more() -> None:
-    driver = Forgetful(ServerLimits(commands_per_turn=10, junk_commands=10_000))
+    driver = Forgetful(ServerLimits(junk_commands=10_000), commands_per_turn=10)
     protocol = driver.protocol
     protocol.receive_data(b"EHLO c\r\n" + b"NOOP\r\n" * 95)
     turns = []
@@ -205,7 +205,7 @@ def test_a_client_that_pipelines_gets_its_turn_and_no_more() -> None:
 
 
 def test_a_client_that_says_no_more_than_a_turn_holds_does_not_wait_for_one() -> None:
-    driver = Forgetful(ServerLimits(commands_per_turn=10))
+    driver = Forgetful(ServerLimits(), commands_per_turn=10)
     driver.protocol.receive_data(b"EHLO c\r\n" + b"NOOP\r\n" * 9)
     assert not driver.protocol.wants_turn
     assert driver.replies == 11

@@ -8,6 +8,7 @@ import argparse
 import asyncio
 import base64
 import contextlib
+import socket
 import ssl
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -20,6 +21,8 @@ import scramp
 EXTENSIONS = (
     "PIPELINING", "SIZE 50000000", "8BITMIME", "SMTPUTF8", "ENHANCEDSTATUSCODES", "CHUNKING", "BINARYMIME", "DSN",
 )  # fmt: skip
+
+RECEIVE_BUFFER_OCTETS = 256 * 1024
 
 
 class Phase(StrEnum):
@@ -52,12 +55,13 @@ class Kind(StrEnum):
     PIECES = "pieces"  # the usual reply, octet by octet
     LATE = "late"  # the usual reply, when `ScriptedUpstream.let_go` is set
     TWICE = "twice"  # the usual reply, and again
+    FAREWELL = "farewell"  # the usual reply, and a 421 behind it that is cut in the network
     KEPT_THEN_LOST = "kept_then_lost"  # REPLY: the message is kept, its reply is lost
 
 
 @dataclass
 class Fault:
-    """A fault, and how often it happens; None: always."""
+    """A fault, and how often it happens; None: always. For FAREWELL, `reply` is what comes with the usual one."""
 
     kind: Kind
     reply: bytes = b"451 4.3.2 scripted\r\n"
@@ -135,7 +139,12 @@ class ScriptedUpstream:
 
     async def start(self, host: str = "127.0.0.1", port: int = 0) -> Self:
         """Listen; `port` says where."""
-        self._server = await asyncio.start_server(self._accept, host, port, ssl=self.tls if self.implicit_tls else None)
+        listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        # Fixed, so that what does not read is soon seen not to read; a kernel may let it grow to many megabytes.
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER_OCTETS)
+        self._server = await asyncio.start_server(
+            self._accept, sock=listening, ssl=self.tls if self.implicit_tls else None
+        )
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 
@@ -306,6 +315,10 @@ class _Session:
                 self.replies.append(usual)
             case Kind.TWICE:
                 self.replies += [usual, usual]
+            case Kind.FAREWELL:
+                farewell, cut = b"421 4.3.2 bye\r\n", len(fault.reply)
+                self.replies.append(usual + farewell[:cut])
+                asyncio.get_running_loop().call_later(0.02, self.writer.write, farewell[cut:])
         return True
 
     async def endless(self, piece: bytes) -> None:
@@ -322,7 +335,7 @@ class _Session:
         if not await self.fault(phase, usual):
             self.replies.append(usual)
             return True
-        return fault is not None and fault.kind in (Kind.PIECES, Kind.LATE, Kind.TWICE)
+        return fault is not None and fault.kind in (Kind.PIECES, Kind.LATE, Kind.TWICE, Kind.FAREWELL)
 
     # Conversation -----------------------------------------------------------------------------------------
 

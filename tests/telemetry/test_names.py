@@ -21,11 +21,11 @@ SPELLED_OUT: frozenset[str] = frozenset(
 
 def literals(source: str) -> list[tuple[int, str]]:
     """The names that `source` spells out, by line; docstrings are no code."""
-    found = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in NAMES:
-            found.append((node.lineno, node.value))
-    return sorted(found)
+    return sorted(
+        (node.lineno, node.value)
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in NAMES
+    )
 
 
 def sources() -> list[str]:
