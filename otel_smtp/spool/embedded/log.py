@@ -136,8 +136,12 @@ class Log:
         if is_urgent:
             if not self._there_is_work.is_set():
                 self._there_is_work.set()
-        elif self._nudge is None or self._nudge.when() < self._loop.time():
-            self._nudge = self._loop.call_later(GATHER_SECONDS, self._there_is_work.set)
+        elif self._nudge is None:
+            self._nudge = self._loop.call_later(GATHER_SECONDS, self._wake)
+
+    def _wake(self) -> None:
+        self._nudge = None
+        self._there_is_work.set()
 
     async def close(self) -> None:
         """Write what was asked for, and stop. Idempotent."""
