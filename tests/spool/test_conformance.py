@@ -98,7 +98,7 @@ async def test_contents_of_any_size_are_kept_whole(case: Case, octets: int) -> N
     assert await case.store.read(lease.content, len(HEADER), octets + 1) == body
     assert await case.store.is_intact(lease.content)
     if content is not None:
-        assert (content[0], b"".join(content)) == (HEADER, HEADER + body)
+        assert (content[0], b"".join(content)) == (HEADER, HEADER + body)  # the header block first
     else:
         assert octets > 10_000, "small contents come with their leases"
 
@@ -202,7 +202,8 @@ async def test_a_result_and_its_notice_are_one_step(case: Case) -> None:
     assert [shown.id for shown in await case.store.page("", 10)] == [bounce.id]
     ((notice, content),), _ = await case.store.claim({"back": 5})
     assert notice.kind is Kind.NOTIFICATION
-    assert content == (HEADER, BODY)
+    assert content is not None
+    assert tuple(content) == (HEADER, BODY)
     await case.store.finish(notice, DELIVERED)
     assert await case.store.tally() == {"accepted": 1, "failed": 1, "notified": 1, "notified_delivered": 1}
 

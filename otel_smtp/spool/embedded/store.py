@@ -60,6 +60,7 @@ KEEP_SECONDS: Final = 0.5  # how often memory and index are brought together
 COOL_SECONDS: Final = 2.0  # what has been in memory for so long goes into the index
 FLUSH_MOST: Final = 500  # messages at a time: to encode them holds the event loop
 HOT_MOST: Final = 20_000
+CONTENTS_OCTETS: Final = 4 * 1024 * 1024  # of contents that are kept in memory
 SAMPLE: Final = 8  # of what is due, so many times what is wanted are looked at, for the sake of many senders
 COUNT_CACHE_SECONDS: Final = 15.0
 COUNT_CACHE_FROM: Final = 50_000
@@ -111,6 +112,9 @@ class EmbeddedStore:
         self._is_closing = False
         self._submitting: set[asyncio.Task[Any]] = set()
         self._hot: dict[str, Entry] = {}
+        # Of messages that have just come and wait for an attempt: what is attempted at once need not be read again.
+        self._contents: dict[str, Sequence[bytes]] = {}
+        self._contents_octets = 0
         # By (destination, whether it was tried): what is in memory and waits; what has changed since is skipped.
         self._ready: dict[tuple[str, bool], list[_Candidate]] = {}
         # Not in the index as it is: since when, by the loop's clock, and from where on in the log, in the order of the
@@ -322,6 +326,8 @@ class EmbeddedStore:
                 _fail(answer, error)
                 return
             self._is_added(entry, step, 0, crc)
+            if content and is_new:
+                self._keep_content(entry, content)
             if not answer.done():
                 answer.set_result(
                     [entry.lease_of(one) for one in entry.deliveries if one.state is DeliveryState.LEASED]
@@ -337,6 +343,16 @@ class EmbeddedStore:
             )  # fmt: skip
         except SpoolError as error:
             _fail(answer, error)
+
+    def _keep_content(self, entry: Entry, content: Sequence[bytes]) -> None:
+        waits = any(one.state is DeliveryState.READY and one.due_ms <= entry.arrived_ms for one in entry.deliveries)
+        if waits and self._contents_octets + entry.octets <= CONTENTS_OCTETS:
+            self._contents[entry.id] = content
+            self._contents_octets += entry.octets
+
+    def _drop_content(self, entry: Entry) -> None:
+        if self._contents.pop(entry.id, None) is not None:
+            self._contents_octets -= entry.octets
 
     def _is_added(self, entry: Entry, step: Step, part: int, crc: int | None) -> None:
         entry.place = self._place(entry, step, part, crc)
@@ -473,6 +489,7 @@ class EmbeddedStore:
 
     def _is_over(self, entry: Entry, position: tuple[int, int]) -> None:
         self._hot.pop(entry.id, None)
+        self._drop_content(entry)
         self._messages -= 1
         assert entry.place is not None
         self._leave(entry.place)
@@ -652,6 +669,7 @@ class EmbeddedStore:
 
     def _forget(self, entry: Entry) -> None:
         del self._hot[entry.id]
+        self._drop_content(entry)
         for one in entry.deliveries:
             self._cold[one.destination] += 1
 
@@ -666,7 +684,7 @@ class EmbeddedStore:
         for destination, most in wanted.items():
             chosen += await self._choose(destination, most, now_ms)
         leases = await self._lease(chosen) if chosen else []
-        contents = await asyncio.to_thread(self._small_contents, leases) if leases else []
+        contents = await self._small_contents([entry for entry, _ in leases])
         next_due = await self._next_due(list(wanted))
         due_in = None if next_due is None else max(0.0, (next_due - self._now_ms()) / 1000)
         return [(entry.lease_of(one), content) for (entry, one), content in zip(leases, contents, strict=True)], due_in
@@ -774,9 +792,19 @@ class EmbeddedStore:
             await self._in_index(lambda: index.note_leased(rows))
         return [(changed, one) for _, changed, leased in changes.values() for one in leased]
 
-    def _small_contents(self, leases: Sequence[tuple[Entry, DeliveryEntry]]) -> list[Sequence[bytes] | None]:
+    async def _small_contents(self, entries: Sequence[Entry]) -> list[Sequence[bytes] | None]:
+        """The contents that are at hand or can be read at once, by entry."""
+        found = [self._contents.get(entry.id) for entry in entries]
+        for entry in entries:
+            self._drop_content(entry)
+        if missing := [entry for entry, content in zip(entries, found, strict=True) if content is None]:
+            read = iter(await asyncio.to_thread(self._read_small, missing))
+            found = [next(read) if content is None else content for content in found]
+        return found
+
+    def _read_small(self, entries: Sequence[Entry]) -> list[Sequence[bytes] | None]:
         contents: list[Sequence[bytes] | None] = []
-        for entry, _ in leases:
+        for entry in entries:
             content = None
             if not entry.is_large:
                 # Whoever needs one that cannot be read will see for themselves, and say so.
