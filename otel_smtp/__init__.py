@@ -2,14 +2,15 @@
 
 A message's path through the package
 ------------------------------------
-1. `server.listener` accepts a socket and notifies the observers before anything is sent.
-2. `server.connection` feeds its octets to `smtp.server.ServerProtocol`, the engine. The engine answers every command
-   that needs no decision, and records each state before the reply that goes with it can be seen.
+1. `server.listener` accepts a socket, over a stream of `net`.
+2. `server.session` feeds its octets to `smtp.server.ServerProtocol`, the engine. The engine answers every command that
+   needs no decision, and records each state before the reply that goes with it can be seen.
 3. MAIL, recipients and content go to a `forwarding.base.Forwarder`. The upstream relay (`forwarding.upstream`) takes a
    connection from its pool and drives it through `smtp.client.ClientProtocol`; the client gets the upstream's answers.
-   In a queue mode, `spool` makes the message durable first, or if the upstream fails for now, and retries.
-4. `observer.Observer` receives everything that happens: `telemetry` turns it into spans, events, metrics and log lines,
-   `status` shows it, and a `conn_state` callback gets each transition.
+   In a queue mode, `spool` makes the message durable first, or when the upstream fails for now, and retries until it
+   is delivered, or too old and returned to its sender.
+4. What happened is noted in records as it happens, and `observing.Observer` receives them: `telemetry` turns them into
+   spans, events, metrics and log lines, `status` shows them, and a `conn_state` callback gets each transition.
 
 `commands` has what people type, `config` the settings. `gateway.Gateway` builds all of it from settings; programs that
 embed the gateway need these two::

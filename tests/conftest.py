@@ -1,12 +1,13 @@
 """What all tests share: the event loops that they run on."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 
 import pytest
 import uvloop
 from hypothesis import HealthCheck, settings
 
+from tests.support import skipped
 from tests.support.clock import MovableClockLoop
 
 # A deadline measures the machine's other tenants. The long profile is for a night or a change of the engine.
@@ -28,3 +29,14 @@ def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> M
     if item.get_closest_marker("movable_clock") is not None:
         return {"movable": MovableClockLoop}
     return {"asyncio": asyncio.new_event_loop}
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Generator[None]:
+    """Say last what was not tested here."""
+    yield
+    reports = terminalreporter.stats.get("skipped", ())
+    if said := skipped.lines(report.longrepr[2] for report in reports):
+        terminalreporter.section("not tested here")
+        for line in said:
+            terminalreporter.write_line(line)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
+from otel_smtp.client import names
 from otel_smtp.config import settings_table
 from otel_smtp.smtp.states import LEGAL, PULSES, ConnState
 from otel_smtp.telemetry.attributes import tables
@@ -25,6 +26,7 @@ TABLES: Final[Mapping[str, Callable[[], str]]] = {
     "states": states_table,
     "settings": settings_table,
     "telemetry": tables,
+    "client": names.table,
 }
 
 

@@ -15,7 +15,7 @@ from typing import Final
 import pytest
 
 from otel_smtp.observing import TlsInfo
-from otel_smtp.server.session import ListenerPolicy, ServerTimeouts
+from otel_smtp.server.policy import ListenerPolicy, ServerTimeouts
 from otel_smtp.server.users import Authenticator, Users
 from tests.server.keeping import WatchedServer
 from tests.support.clock import advance

@@ -1,14 +1,19 @@
 """The parts that tests rely on: an oracle that sees nothing proves nothing."""
 
+import os
 import smtplib
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from tests.support import skipped
 from tests.support.capture import CapturingUpstream
 from tests.support.dialogue import UpstreamScript, scripted_reply
 from tests.support.process import until
+from tests.support.rotel import needs_libraries
 from tests.support.tools import smtp_sink, swaks, tool
 
 
@@ -95,6 +100,55 @@ def test_a_missing_program_is_a_skip_on_a_desk_and_a_failure_in_ci(monkeypatch: 
     monkeypatch.setenv("CI", "true")
     with pytest.raises(pytest.fail.Exception, match="Debian package postfix"):
         tool("smtp-sink")
+
+
+def test_a_program_without_its_library_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CI", "")
+    program = tmp_path / "agent"
+    program.write_text(
+        "#!/bin/sh\n"
+        "echo 'agent: error while loading shared libraries: libpython3.11.so.1.0: cannot open shared object file' >&2\n"
+        "exit 127\n"
+    )
+    program.chmod(0o755)
+    with pytest.raises(
+        pytest.skip.Exception, match=r"agent needs libpython3\.11\.so.*\(Debian package libpython3\.11\)"
+    ):
+        needs_libraries(program)
+    program.write_text("#!/bin/sh\n")
+    needs_libraries(program)
+
+
+def test_what_was_skipped_is_told_with_the_packages_that_bring_it() -> None:
+    swaks, curl, mount = (
+        "swaks is not installed (Debian package swaks)",
+        "no curl (Debian packages curl npm)",
+        "no mounts",
+    )
+    assert skipped.lines([f"Skipped: {swaks}", curl, f"Skipped: {swaks}", mount]) == [
+        f"    2 skipped: {swaks}",
+        f"    1 skipped: {curl}",
+        f"    1 skipped: {mount}",
+        "to run them too: apt-get install curl npm swaks",
+    ]
+    assert skipped.lines([mount]) == ["    1 skipped: no mounts"]
+    assert skipped.lines([]) == []
+
+
+def test_a_run_ends_with_what_was_skipped() -> None:
+    one = f"{Path(__file__).relative_to(Path.cwd())}::test_postfix_s_sink_shows_what_it_got"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-n", "2", "-p", "no:cacheprovider", one],
+        env={**os.environ, "PATH": "", "CI": ""},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    *_, reason, remedy, _ = done.stdout.splitlines()
+    assert "1 skipped:" in reason
+    assert remedy.startswith("to run them too: apt-get install ")
 
 
 def test_until_gives_up() -> None:

@@ -163,8 +163,8 @@ class Consistency:
             # An operator who names an authority believes that TLS is on.
             for name in ("ca_file", "server_name", "tls_cert"):
                 if f"{path}.{name}" in self._origins:
-                    told = str(getattr(upstream, name))
-                    self._add(f"{path}.{name}", told, f"has no effect with {url}; use smtp+starttls:// or smtps://")
+                    shown = str(getattr(upstream, name))
+                    self._add(f"{path}.{name}", shown, f"has no effect with {url}; use smtp+starttls:// or smtps://")
 
     def _upstream_tokens(self, path: str, upstream: Upstream) -> None:
         if upstream.token_url:
@@ -201,8 +201,6 @@ class Consistency:
             return False
         if target == address:
             return True
-        if target.port is None:
-            return False
         listening = literal_address(address.host)
         if listening is not None and listening.is_unspecified:
             # It listens on all addresses, so every name of this machine is ours.
@@ -225,8 +223,8 @@ class Consistency:
                 f"delivery.mode = {mode} needs workers = 1, since one process owns the spool",
             )
         if spool.warn_after is not None and spool.warn_after >= spool.max_age:
-            told = Duration().show(spool.warn_after)
-            self._add("spool.warn_after", told, 'must be before spool.max_age, or "off"')
+            shown = Duration().show(spool.warn_after)
+            self._add("spool.warn_after", shown, 'must be before spool.max_age, or "off"')
 
     def _telemetry(self, telemetry: Telemetry) -> None:
         if telemetry.addresses == "hash" and telemetry.addresses_hash_key is None:

@@ -299,7 +299,6 @@ class Attempts(ABC):
 
     def _reclaimed(self) -> None:
         """The parked connection is another mail's; the work is begun once more when there is more of it."""
-        self._connection.needs_reset = True
         self._is_connected = self._is_parked = False
         self._retries_same = True
         self._retries_fresh = False

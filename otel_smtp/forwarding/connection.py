@@ -28,7 +28,6 @@ from otel_smtp.smtp.errors import RemoteProtocolError
 from otel_smtp.smtp.replies import Reply
 from otel_smtp.smtp.states import TlsMode
 
-TURN_OCTETS: Final = 256 * 1024  # of content to one upstream, before others have their turn
 _NOTHING: Final[AbstractSet[Verb]] = frozenset()
 
 Settled = Callable[[list[Answer], UpstreamFault | None], None]
@@ -62,7 +61,6 @@ class UpstreamConnection:
         "_patience_seconds",
         "_stop_at",
         "_timeouts",
-        "_unyielded_octets",
         "deadline",
         "is_alive",
         "messages",
@@ -108,7 +106,6 @@ class UpstreamConnection:
         self._stop_at = _NOTHING
         self._is_in_content = False  # its end has not been sent; whatever is answered now ends the exchange
         self._on_writable: Callable[[], None] | None = None
-        self._unyielded_octets = 0  # of content, since the event loop had its turn
 
     def __repr__(self) -> str:
         return f"<UpstreamConnection {self.stream!r} {self.messages} messages>"
@@ -185,26 +182,16 @@ class UpstreamConnection:
         self.is_alive = False
         self._is_in_content = True
         self._on_settled = on_settled
-        data = self.protocol.data_to_send()
-        self.stream.write(data)
+        self.stream.write(self.protocol.data_to_send())
         if self.stream.is_eof:
             self._end(ConnectionLost("connection lost"))
             return False
-        self._unyielded_octets += len(data)
-        if not self.stream.is_write_paused and self._unyielded_octets < TURN_OCTETS:
+        if not self.stream.is_write_paused:
             self.deadline = math.inf
             return True
         self._on_writable = on_writable
         self.deadline = self._loop.time() + self._timeouts.block
-        if not self.stream.is_write_paused:
-            # uvloop says only in its next turn that too much is unsent; and others want their turn, too.
-            self._loop.call_soon(self._turn_ended)
         return False
-
-    def _turn_ended(self) -> None:
-        self._unyielded_octets = 0
-        if not self.stream.is_write_paused:
-            self.writing_resumed()
 
     async def settled(self) -> list[Answer]:
         """`exchange`, for a coroutine; the stream is read from the first one on.
@@ -272,7 +259,7 @@ class UpstreamConnection:
         answers, self._answers = self._answers, []
         self._on_settled = self._on_writable = None
         self.deadline = math.inf
-        self.is_alive = fault is None and not self.stream.is_eof and self.protocol.is_in_step
+        self.is_alive = fault is None and self.protocol.is_in_step
         on_settled(answers, fault)
 
     # Receiver ---------------------------------------------------------------------------------------------
@@ -315,7 +302,6 @@ class UpstreamConnection:
         """The upstream takes more content."""
         on_writable, self._on_writable = self._on_writable, None
         if on_writable is not None:
-            self._unyielded_octets = 0
             self.deadline = math.inf
             on_writable()
 

@@ -252,8 +252,15 @@ class Pool(Generic[C]):
         while self._waiting:
             decision, connection = self._decide(self._waiting[0], now)
             if decision is Decision.WAITING:
-                return
+                break
             self._waiting.popleft().decide(decision, connection)
+        # Who waits for a fresh connection keeps nobody from those that lie idle.
+        while self._idle:
+            ticket = next((ticket for ticket in self._waiting if not ticket.wants_fresh), None)
+            if ticket is None or (idle := self.take(now)) is None:
+                return
+            self._waiting.remove(ticket)
+            ticket.decide(Decision.REUSE, idle)
 
     def _decide(self, ticket: Ticket[C], now: float) -> tuple[Decision, C | None]:
         if self._is_closed:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from fnmatch import translate
+from itertools import count
 from typing import Generic, Protocol, TypeVar
 
 from otel_smtp.smtp.envelope import Mail, Recipient
@@ -81,4 +81,23 @@ def _pattern(patterns: Sequence[str]) -> re.Pattern[str] | None:
     """One expression for all of `patterns`; None where there are none."""
     if not patterns:
         return None
-    return re.compile("|".join(translate(pattern) for pattern in patterns), re.IGNORECASE)
+    numbers = count()
+    return re.compile("|".join(_translated(pattern, numbers) for pattern in patterns), re.IGNORECASE | re.DOTALL)
+
+
+def _translated(pattern: str, numbers: "count[int]") -> str:
+    """`pattern` as a regular expression whose time grows with the address alone, however many `*` there are.
+
+    The first place where the text between two `*` is found is as good as any later one, so none is tried twice. A
+    lookahead that is then repeated says that; `fnmatch.translate` says it by an atomic group, which this package does
+    without (see `otel_smtp.smtp.paths`).
+
+    Args:
+        numbers: name the groups, which must be unique in the whole expression.
+    """
+    first, *others = ("".join("." if sign == "?" else re.escape(sign) for sign in part) for part in pattern.split("*"))
+    if not others:
+        return rf"{first}\Z"
+    *between, last = others
+    steps = (f"(?=(?P<to{number}>.*?{part}))(?P=to{number})" for number, part in zip(numbers, between, strict=False))
+    return rf"{first}{''.join(steps)}.*{last}\Z"

@@ -17,7 +17,7 @@ from otel_smtp.gateway.status_port import Process, StatusPort, age_seconds
 from otel_smtp.net import Sweep
 from otel_smtp.observing import ConnectionInfo, ConnectionRecord, Endpoint, Observer, StateCallback, fan_out
 from otel_smtp.server.listener import ListenerSpec, Server
-from otel_smtp.server.session import Segments
+from otel_smtp.server.policy import Segments
 from otel_smtp.server.tls import CertificateError, ServerTls
 from otel_smtp.server.users import Authenticator, TokenVerifier, UsersFileError, load_users
 from otel_smtp.smtp.states import TlsMode, Transition

@@ -121,12 +121,19 @@ def bind(address: Endpoint, *, is_shared: bool = False, is_dual_stack: bool = Fa
 
 
 def with_present_addresses(settings: Settings) -> Settings:
-    """Leave out the default listener's IPv6 loopback on a machine without IPv6, as many containers are.
+    """Leave out the default listener's IPv6 loopback on a machine without IPv6, as many containers are."""
+    try:
+        bind(Endpoint("::1", 0)).close()
+    except OSError:
+        return without_ipv6_loopback(settings)
+    return settings
+
+
+def without_ipv6_loopback(settings: Settings) -> Settings:
+    """Leave out the default listener's IPv6 loopback.
 
     Addresses that the operator set stay as they are: there, a missing one is an error.
     """
-    if _has_ipv6_loopback():
-        return settings
     listeners = tuple(
         listener
         if f"listener.{index}.address" in settings.origins
@@ -134,11 +141,3 @@ def with_present_addresses(settings: Settings) -> Settings:
         for index, listener in enumerate(settings.listener)
     )
     return msgspec.structs.replace(settings, listener=listeners)
-
-
-def _has_ipv6_loopback() -> bool:
-    try:
-        bind(Endpoint("::1", 0)).close()
-    except OSError:
-        return False
-    return True

@@ -15,6 +15,7 @@ from otel_smtp.spool.messages import DeliveryState, Shown
 from otel_smtp.status.live import LiveView
 from otel_smtp.status.traces import RecentTraces
 from otel_smtp.status.views import QueuedMessage, QueueView, UpstreamView
+from otel_smtp.telemetry.propagation import from_carrier
 from otel_smtp.telemetry.redaction import Redaction
 from otel_smtp.telemetry.shapes import EncodedSpan
 
@@ -167,7 +168,7 @@ class StatusPort:
 def _queued(message: Shown, now: float, redaction: Redaction) -> QueuedMessage:
     """A queued message for the page: domains, no addresses."""
     replies = [last for _, _, last in message.recipients if last]
-    trace = message.carrier.get("traceparent", "").split("-")
+    trace = from_carrier(message.carrier)
     is_deferred = message.state is DeliveryState.READY and message.next_attempt_at > now
     return QueuedMessage(
         spool_id=message.id,
@@ -180,7 +181,7 @@ def _queued(message: Shown, now: float, redaction: Redaction) -> QueuedMessage:
             max(0.0, message.next_attempt_at - now) if message.state is DeliveryState.READY else None
         ),
         last_reply=" ".join(replies[0].split()[:2]) if replies else None,
-        trace_id=trace[1] if len(trace) == 4 else None,
+        trace_id=trace.trace_id_hex if trace is not None else None,
     )
 
 

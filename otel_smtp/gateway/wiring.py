@@ -22,7 +22,7 @@ from otel_smtp.forwarding.settings import (
     TracePolicy,
     UpstreamSettings,
 )
-from otel_smtp.server.session import ListenerPolicy, ServerTimeouts
+from otel_smtp.server.policy import ListenerPolicy, ServerTimeouts
 from otel_smtp.server.users import Authenticator
 from otel_smtp.smtp.policy import ServerLimits, ServerPolicy
 from otel_smtp.telemetry.metrics import OpenConnections

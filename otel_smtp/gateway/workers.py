@@ -38,6 +38,9 @@ REPLACED: Final = signal.SIGUSR2
 _FORWARDED: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _HANDLED: Final = (*_FORWARDED, signal.SIGCHLD, signal.SIGUSR2)
 
+_READY: Final = -1
+_NEVER_READY: Final = -2
+
 Work = Callable[[int, Callable[[], None]], int]
 """A worker's work: takes its number and a function to call when it is ready, returns its exit status."""
 
@@ -46,7 +49,7 @@ Work = Callable[[int, Callable[[], None]], int]
 class _Worker:
     number: int
     process_id: int
-    ready: int  # the reading end of the pipe that reports it; -1 once it has
+    ready: int  # the reading end of the pipe that reports it; _READY once it has, _NEVER_READY once it cannot any more
     replaces: "_Worker | None" = None
     started: float = field(default_factory=time.monotonic)
     is_leaving: bool = False
@@ -177,7 +180,7 @@ class Supervisor:
         os.close(reader)
         if worker is None:
             return
-        worker.ready = -1
+        worker.ready = _READY if is_ready else _NEVER_READY
         if not is_ready:
             return  # it died before it was ready; _reap handles its status
         if worker.replaces is not None:
@@ -186,7 +189,7 @@ class Supervisor:
                 os.kill(worker.replaces.process_id, REPLACED)
             worker.replaces = None
             self._replace_next()
-        if not self._is_announced and all(other.ready == -1 for other in self._workers.values()):
+        if not self._is_announced and all(other.ready == _READY for other in self._workers.values()):
             self._is_announced = len(self._workers) == self._count
             if self._is_announced:
                 self._on_ready()
@@ -204,7 +207,7 @@ class Supervisor:
                 self._ended(worker, os.waitstatus_to_exitcode(waited))
 
     def _ended(self, worker: _Worker, status: int) -> None:
-        if worker.ready != -1:
+        if worker.ready >= 0:
             self._selector.unregister(worker.ready)
             os.close(worker.ready)
         if self._is_stopping:

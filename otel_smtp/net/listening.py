@@ -13,8 +13,9 @@ from otel_smtp.net.stream import Stream
 from otel_smtp.observing.values import Endpoint
 
 BACKLOG: Final = 1024  # cut by net.core.somaxconn; a burst must not meet refused connections
-# asyncio accepts as many connections as its backlog is long before it serves one of them. Those that are refused at
-# once would be open all together, and 300 at once take all files of a process that may open 256.
+# asyncio accepts as many connections as its backlog is long (since CPython 3.14 one more) before it serves one of them.
+# Those that are refused at once would be open all together, and 300 at once take all files of a process that may open
+# 256.
 ACCEPTS_AT_ONCE: Final = 4
 
 

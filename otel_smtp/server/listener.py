@@ -13,7 +13,8 @@ from otel_smtp.forwarding.base import Capabilities, Forwarder
 from otel_smtp.net import Listener, Stream, Sweep, listen
 from otel_smtp.observing import ConnectionInfo, ConnectionRecord, Endpoint, FanOut, Observer, fan_out
 from otel_smtp.server.failure_rate import FailureRate
-from otel_smtp.server.session import ListenerPolicy, Segments, Session, is_in
+from otel_smtp.server.policy import ListenerPolicy, Segments, is_in
+from otel_smtp.server.session import Session
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.extensions import Offer
 from otel_smtp.smtp.replies import Reply

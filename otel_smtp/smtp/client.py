@@ -26,7 +26,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import MappingProxyType
 from typing import Final, NamedTuple, Self
 
@@ -150,6 +150,10 @@ class Answer(NamedTuple):
 
     verb: Verb | None
     reply: Reply
+
+
+# A NamedTuple's own constructor is a function in Python; a mail has three answers or more.
+_answer: Final = partial(tuple.__new__, Answer)
 
 
 class ClientProtocol:
@@ -321,7 +325,7 @@ class ClientProtocol:
                     return answers
             elif not self._settle(verb, reply, lines, has_surplus=position < len(data)):
                 return answers
-            answers.append(Answer(verb, reply))
+            answers.append(_answer((verb, reply)))
             if self._is_closing:
                 return answers
             if not awaited:

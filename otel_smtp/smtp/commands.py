@@ -172,8 +172,8 @@ class Help:
 Command = Hello | MailFrom | RcptTo | Data | Bdat | Auth | StartTls | Rset | Noop | Quit | Vrfy | Expn | Help
 
 _MAILBOX = (
-    rb"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]++(?:\.[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]++)*+"
-    rb"@[A-Za-z0-9]++(?:(?:\.|-++)[A-Za-z0-9]++)*+"
+    rb"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+(?:\.[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+)*"
+    rb"@[A-Za-z0-9]+(?:(?:\.|-+)[A-Za-z0-9]+)*"
 )
 _COMMON_MAIL = re.compile(
     rb"(?i:MAIL FROM:)<(%b)>(?: (?i:SIZE)=([0-9]{1,20}))?(?: (?i:BODY)=(7BIT|8BITMIME))?" % _MAILBOX
@@ -191,7 +191,7 @@ _FROM = re.compile(r"FROM: *", re.IGNORECASE | re.ASCII)
 _TO = re.compile(r"TO: *", re.IGNORECASE | re.ASCII)
 _CHUNK = re.compile(rb"([0-9]{1,20})(?: +(LAST))?", re.IGNORECASE)
 # sasl-mech = 1*20mech-char (RFC 4422 3.1); the initial response is base64 or "=", judged when it is decoded
-_AUTH = re.compile(rb"([A-Za-z0-9_-]{1,20})(?: +([!-~]++))?")
+_AUTH = re.compile(rb"([A-Za-z0-9_-]{1,20})(?: +([!-~]+))?")
 # What is said without arguments, as nearly everybody writes it.
 _COMMON_LINES: Final[Mapping[bytes, Command]] = {b"DATA": Data(), b"QUIT": Quit(), b"RSET": Rset(), b"NOOP": Noop()}
 # A NamedTuple's own constructor is a function in Python; each mail has one `Mail` and at least one `Recipient`.
@@ -200,9 +200,9 @@ _recipient_of: Final = partial(tuple.__new__, Recipient)
 
 # Names as real machines have them: underscores, hyphens anywhere, a dot at the end, non-ASCII; a bare IPv4 address is
 # among them.
-_HELLO_NAME = re.compile(r"[^\x00-,./:-@\[-^`{-\x7f]++(?:\.[^\x00-,./:-@\[-^`{-\x7f]++)*+\.?")
+_HELLO_NAME = re.compile(r"[^\x00-,./:-@\[-^`{-\x7f]+(?:\.[^\x00-,./:-@\[-^`{-\x7f]+)*\.?")
 # An IPv6 address without brackets or without its tag, with or without a zone index, as several mail libraries send it.
-_HELLO_IPV6 = re.compile(r"(\[)?[0-9A-Fa-f.]*+:[0-9A-Fa-f.:]++(?:%[A-Za-z0-9_.-]++)?(?(1)\]|)")
+_HELLO_IPV6 = re.compile(r"(\[)?[0-9A-Fa-f.]*:[0-9A-Fa-f.:]+(?:%[A-Za-z0-9_.-]+)?(?(1)\]|)")
 
 
 def parse_command(line: bytes) -> Command:

@@ -32,13 +32,13 @@ MAX_LIMIT_VALUE: Final = 999_999
 """RFC 9422 3: "6-digit maximum"; a limit beyond it is as good as none and is not announced."""
 
 # esmtp-keyword "=" esmtp-value (RFC 5321 4.1.2), the value opened to UTF-8 by RFC 6531 3.3
-_PARAMETER = re.compile(r"([A-Za-z0-9][A-Za-z0-9-]*+)(?:=([!-<>-~\x80-\U0010ffff]++))?")
+_PARAMETER = re.compile(r"([A-Za-z0-9][A-Za-z0-9-]*)(?:=([!-<>-~\x80-\U0010ffff]+))?")
 _SIZE = re.compile(r"[0-9]{1,20}")  # RFC 1870 4
-_XTEXT = re.compile(r"(?:[!-*,-<>-~]++|\+[0-9A-Fa-f]{2})*+")  # RFC 3461 4
+_XTEXT = re.compile(r"[!-*,-<>-~]*(?:\+[0-9A-Fa-f]{2}[!-*,-<>-~]*)*")  # RFC 3461 4
 _HEXCHAR = re.compile(rb"\+([0-9A-Fa-f]{2})")
 _NOT_XCHAR = re.compile(rb"[^!-*,-<>-~]")
 _EMBEDDED = re.compile(r"\\x\{(10[0-9A-F]{4}|[1-9A-F][0-9A-F]{1,4}|0[0-9A-F])\}")  # EmbeddedUnicodeChar (RFC 6533 3)
-_ADDRESS_TYPE = re.compile(r"[A-Za-z0-9!#$%&'*/?^_`{|}~-]++")  # an atom (RFC 3461 4.2) without what xtext would encode
+_ADDRESS_TYPE = re.compile(r"[A-Za-z0-9!#$%&'*/?^_`{|}~-]+")  # an atom (RFC 3461 4.2) without what xtext would encode
 
 
 class ParameterRefused(Exception):

@@ -25,8 +25,10 @@ _LINE_END = re.compile(rb"\r\n|\r|\n")
 # RFC 5321 4.5.2: a leading dot is deleted if there are other characters on the line. At the end of a piece there are
 # none: a dot is only left there if a line end follows it.
 _STUFFED_DOT = re.compile(rb"(\r\n)\.(?!\r\n|\Z)")
-# Consecutive well-formed header fields with their folded lines (RFC 5322 2.2), as far as they go.
-_FIELDS = re.compile(rb"(?:[!-9;-~]+[ \t]*:[^\n]*\n(?:[ \t][^\n]*\n)*+)*+")
+# The first line of a well-formed header field (RFC 5322 2.2), and the end of a line that neither another such line nor
+# a folded one follows, whole. A pattern for all fields at once would keep a place to come back to for each line.
+_FIELD = re.compile(rb"[!-9;-~]+[ \t]*:[^\n]*\n")
+_LAST_OF_FIELDS = re.compile(rb"\n(?!(?:[!-9;-~]+[ \t]*:|[ \t])[^\n]*\n)")
 
 
 class ReceiveBuffer:
@@ -307,8 +309,11 @@ class HeaderSplitter:
         return end <= self._octet_limit and held.count(b"\n", 0, end) <= self._line_limit
 
     def _fields_end(self) -> int:
-        match = _FIELDS.match(self._held)
-        return match.end() if match is not None else 0
+        if _FIELD.match(self._held) is None:
+            return 0
+        last = _LAST_OF_FIELDS.search(self._held)
+        assert last is not None  # the field's own line end, where nothing else is
+        return last.end()
 
     def _split_at_last_field(self) -> bytes:
         # Only what lies within the limit counts, and only if a line follows that is no field: then the decision is the

@@ -2,9 +2,11 @@
 
 Theory of operation
 -------------------
-Every pattern here is possessive (``++``, ``*+``) over classes that do not overlap, so that nothing is ever tried twice:
-a hostile megabyte costs one pass. The parser is positional, because only the grammar knows where a path ends: a quoted
-local part may hold spaces and angle brackets.
+In every pattern here the next character decides which way to go on: what may follow a repetition never begins like the
+repetition, and none is nested directly in another. Backtracking then finds no second way to try, and a hostile megabyte
+costs one pass. Possessive quantifiers and atomic groups would say the same, but CPython 3.11.2 misjudges them: what the
+last, failed iteration of a possessive group consumed stays consumed. The parser is positional, because only the grammar
+knows where a path ends: a quoted local part may hold spaces and angle brackets.
 
 Addresses are kept exactly as the client wrote them (RFC 6531 3.2: no transcoding; F5 of confusions between U-labels
 and A-labels). Whether a non-ASCII address may be used is not grammar; see `extensions`.
@@ -39,17 +41,17 @@ MAX_LABEL_OCTETS: Final = 63
 # The classes name what is not in them: to compile one that names a million characters takes ten milliseconds.
 _ATEXT = r'[^\x00-\x20"(),.:;<>@\[\\\]\x7f]'
 _LET_DIG = r"[^\x00-/:-@\[-^`{-\x7f]"  # and the underscore, as in names that exist
-_LABEL = rf"{_LET_DIG}++(?:-++{_LET_DIG}++)*+"
-_DOMAIN_PATTERN = rf"{_LABEL}(?:\.{_LABEL})*+"
+_LABEL = rf"{_LET_DIG}+(?:-+{_LET_DIG}+)*"
+_DOMAIN_PATTERN = rf"{_LABEL}(?:\.{_LABEL})*"
 
-_DOT_STRING = re.compile(rf"{_ATEXT}++(?:\.{_ATEXT}++)*+")
+_DOT_STRING = re.compile(rf"{_ATEXT}+(?:\.{_ATEXT}+)*")
 # QcontentSMTP = qtextSMTP / quoted-pairSMTP
-_QUOTED_STRING = re.compile(r'"(?:[^\x00-\x1f"\\\x7f]++|\\[ -~])*+"')
+_QUOTED_STRING = re.compile(r'"[^\x00-\x1f"\\\x7f]*(?:\\[ -~][^\x00-\x1f"\\\x7f]*)*"')
 _DOMAIN = re.compile(_DOMAIN_PATTERN)
-_SOURCE_ROUTE = re.compile(rf"@{_DOMAIN_PATTERN}(?:,@{_DOMAIN_PATTERN})*+:")
+_SOURCE_ROUTE = re.compile(rf"@{_DOMAIN_PATTERN}(?:,@{_DOMAIN_PATTERN})*:")
 # General-address-literal = Standardized-tag ":" 1*dcontent, where dcontent is %d33-90 / %d94-126
-_LITERAL = re.compile(r"\[([!-Z^-~]++)\]")
-_GENERAL_LITERAL = re.compile(r"[A-Za-z0-9]++(?:-++[A-Za-z0-9]++)*+:[!-Z^-~]++")
+_LITERAL = re.compile(r"\[([!-Z^-~]+)\]")
+_GENERAL_LITERAL = re.compile(r"[A-Za-z0-9]+(?:-+[A-Za-z0-9]+)*:[!-Z^-~]+")
 _LONG_LABEL = re.compile(rf"[A-Za-z0-9_-]{{{MAX_LABEL_OCTETS + 1}}}")
 
 

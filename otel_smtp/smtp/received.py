@@ -31,9 +31,9 @@ MAX_MESSAGE_ID_OCTETS: Final = 998
 
 # Each pattern is for the lower-case block with an LF put in front; a match begins with the LF before the field and ends
 # before the field's own last LF, so that what is left without it is whole lines again. Literal beginnings and
-# possessive loops keep the search fast and linear.
-_BODY = rb"[ \t]*+:([^\n]*+(?:\n[ \t][^\n]*+)*+)"
-_WANTED = re.compile(rb"\n(received|traceparent|tracestate|message-id)[ \t]*+:")
+# loops that end where the next character says so keep the search fast and linear.
+_BODY = rb"[ \t]*:([^\n]*(?:\n[ \t](?s:.)*?(?=\n(?![ \t])|\Z))?)"  # (?:...)* would keep a place for each folded line
+_WANTED = re.compile(rb"\n(received|traceparent|tracestate|message-id)[ \t]*:")
 _TRACEPARENT = re.compile(rb"\ntraceparent" + _BODY)
 _TRACESTATE = re.compile(rb"\ntracestate" + _BODY)
 _TRACE_FIELD = re.compile(rb"\ntrace(?:parent|state)" + _BODY)

@@ -30,7 +30,7 @@ MAX_NAME_OCTETS: Final = 255
 OAUTH_REFUSED: Final = b'{"status":"invalid_token","schemes":"bearer"}'
 """The challenge that tells an OAuth client why; it answers with nothing that matters, then fails (RFC 7628 3.2.3)."""
 
-_TOKEN = re.compile(r"[A-Za-z0-9._~+/-]++=*+")  # b64token (RFC 6750 2.1)
+_TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # b64token (RFC 6750 2.1)
 _GS2_HEADER = re.compile(r"[ny],(?:a=([^,]*))?,")
 _KEY = re.compile(r"[A-Za-z]+")  # of a kvpair (RFC 7628 3.1)
 _SEPARATOR: Final = "\x01"

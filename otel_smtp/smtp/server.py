@@ -840,13 +840,13 @@ class ServerProtocol:
         content = transaction.content
         assert content is not None
         content.feed(data)
-        if content.is_ended:
+        if content.octets > 2 * transaction.size_limit:
+            # The rest is read off within a bound; then the connection ends, or one client could send for ever.
+            self._refuse_message(replace(replies.MESSAGE_TOO_BIG, closes=True), Verb.DATA)
+        elif content.is_ended:
             if content.rest:
                 self.received.give_back(content.rest)
             self._finish_content(transaction, content)
-        elif content.octets > 2 * transaction.size_limit:
-            # The rest is read off within a bound; then the connection ends, or one client could send for ever.
-            self._refuse_message(replace(replies.MESSAGE_TOO_BIG, closes=True), Verb.DATA)
 
     def _read_chunk(self, chunk: _Chunk) -> bool:
         data = self.received.take(chunk.remaining)

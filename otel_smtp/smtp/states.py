@@ -47,6 +47,9 @@ class ConnState(StrEnum):
 PULSES: Final = frozenset({ConnState.RESET, ConnState.ERROR})
 """States that are recorded at each occurrence and leave the level where it was."""
 
+LEVELS: Final = tuple(state for state in ConnState if state not in PULSES and state is not ConnState.CLOSED)
+"""States at which an open connection can stand."""
+
 
 class CloseReason(StrEnum):
     """Why a connection ended."""

@@ -181,8 +181,8 @@ class StatusServer:
         reasons = self._not_ready()
         if self._siblings is not None:
             answers = await self._siblings.ask_json("/readyz", statuses=(200, 503))
-            told = {number: answer["reasons"] for number, answer in answers.items()}
-            reasons = several.merged_reasons({self._siblings.number: reasons, **told})
+            theirs = {number: answer["reasons"] for number, answer in answers.items()}
+            reasons = several.merged_reasons({self._siblings.number: reasons, **theirs})
         return JSONResponse(
             {"status": "not ready" if reasons else "ready", "reasons": reasons}, status_code=503 if reasons else 200
         )
@@ -192,8 +192,8 @@ class StatusServer:
         text, content_type = self._metrics(accept)
         if self._siblings is not None:
             answers = await self._siblings.ask("/metrics", accept=accept)
-            told = {number: page for number, (status, page) in answers.items() if status == 200}
-            text = several.merged_metrics({self._siblings.number: text, **told})
+            theirs = {number: page for number, (status, page) in answers.items() if status == 200}
+            text = several.merged_metrics({self._siblings.number: text, **theirs})
         return Response(text, headers={"content-type": content_type})
 
     def _not_ready(self) -> Mapping[str, str]:
@@ -254,8 +254,10 @@ class StatusServer:
             "by_severity": {severity: len(summaries) for severity, summaries in by_severity.items()},
         }
         if self._siblings is not None:
-            told = await self._siblings.ask_json(f"/api/traces?{request.url.query}")
-            answer = several.merged_searches([answer, *told.values()], newest_first=is_newest_first, shown=TRACES_SHOWN)
+            theirs = await self._siblings.ask_json(f"/api/traces?{request.url.query}")
+            answer = several.merged_searches(
+                [answer, *theirs.values()], newest_first=is_newest_first, shown=TRACES_SHOWN
+            )
         return JSONResponse(answer)
 
     async def _held_traces(self) -> Mapping[bytes, Sequence[EncodedSpan]]:
@@ -335,9 +337,9 @@ class StatusServer:
         own = self._own_picture()
         if self._siblings is None:
             return own
-        told = {self._siblings.number: own, **self._sibling_pictures}
+        theirs = {self._siblings.number: own, **self._sibling_pictures}
         silent = [number for number in self._siblings.numbers if number not in self._sibling_pictures]
-        return {**several.merged_pictures(told, connections_shown=CONNECTIONS_SHOWN), "silent_processes": silent}
+        return {**several.merged_pictures(theirs, connections_shown=CONNECTIONS_SHOWN), "silent_processes": silent}
 
     def _own_picture(self) -> Mapping[str, Any]:
         return {

@@ -114,6 +114,8 @@ RECENT_SPANS: Final = 20_000
 RECENT_OCTETS: Final = 8 * 1024 * 1024
 FAILED_SPANS: Final = 10_000
 FAILED_OCTETS: Final = 4 * 1024 * 1024
+# A shelf that is full makes room for a hundredth of its spans at once, so that not every span has to.
+_MADE_AT_ONCE: Final = 100
 # Of the object that holds a span's octets, and of its place on a shelf.
 _OCTETS_BESIDE: Final = 48
 # A batch job may send a hundred thousand mails in one trace of its own.
@@ -250,10 +252,13 @@ class _Shelf:
         self.octets_room = octets_room
 
     def make_room(self) -> list[EncodedSpan]:
-        """Take off the oldest spans while there are too many; returns these."""
+        """If there are too many spans, take off the oldest, and some more for the next ones; returns these."""
         spans = self.spans
-        gone = []
-        while len(spans) > 1 and (self.octets > self.octets_room or len(spans) > self.spans_room):
+        gone: list[EncodedSpan] = []
+        if self.octets <= self.octets_room and len(spans) <= self.spans_room:
+            return gone
+        octets, number = (room - room // _MADE_AT_ONCE for room in (self.octets_room, self.spans_room))
+        while len(spans) > 1 and (self.octets > octets or len(spans) > number):
             gone.append(spans.popleft())
             self.octets -= len(gone[-1]) + _OCTETS_BESIDE
         return gone
@@ -346,6 +351,8 @@ class RecentTraces:
     def _outlive(self, gone: Iterable[EncodedSpan]) -> None:
         """Keep those whose trace has failed."""
         failed = self._failed
+        if not self._failed_traces:
+            return
         for span in gone:
             if span.trace_id in self._failed_traces:
                 failed.spans.append(span)

@@ -235,7 +235,7 @@ class GrpcCollector:
     def _failed(error: "grpc.RpcError") -> Answer:
         # The error that a call raises is also the call, which knows how it ended.
         code: str = error.code().name
-        details = [told.value for told in error.trailing_metadata() or () if told.key == "grpc-status-details-bin"]
+        details = [one.value for one in error.trailing_metadata() or () if one.key == "grpc-status-details-bin"]
         delay = _retry_delay(details[0]) if details else None
         is_retryable = code in _RETRYABLE_CODES or (code == "RESOURCE_EXHAUSTED" and delay is not None)
         return Answer(Verdict.AGAIN if is_retryable else Verdict.REJECTED, code, delay)

@@ -19,7 +19,6 @@ from opentelemetry.sdk.environment_variables import (
     OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE,
     OTEL_METRIC_EXPORT_INTERVAL,
     OTEL_SDK_DISABLED,
-    OTEL_SERVICE_NAME,
     OTEL_TRACES_SAMPLER,
     OTEL_TRACES_SAMPLER_ARG,
 )
@@ -149,13 +148,10 @@ def read(environ: Mapping[str, str] | None = None, version: str = "") -> Environ
     )
 
 
-def resource_of(environ: Mapping[str, str] | None = None) -> Resource:
-    """Who we are, as the SDK's detectors say; `otel-smtp` if no variable names the service."""
-    environ = os.environ if environ is None else environ
+def own_resource() -> Resource:
+    """Who we are, as the SDK's detectors say; the service is `otel-smtp` if nothing names it."""
     resource = Resource.create()
-    is_named = environ.get(OTEL_SERVICE_NAME) or not str(resource.attributes[SERVICE_NAME]).startswith(
-        "unknown_service"
-    )
+    is_named = not str(resource.attributes[SERVICE_NAME]).startswith("unknown_service")
     return resource if is_named else resource.merge(Resource({SERVICE_NAME: DEFAULT_SERVICE_NAME}))
 
 
@@ -206,7 +202,7 @@ def _sampler(environ: Mapping[str, str]) -> Sampler:
 
 
 def _metrics_interval_seconds(environ: Mapping[str, str]) -> float:
-    # Our sums are since the start of the process; those since the last export cannot be had from them.
+    # Our sums are since the start of the process; there are none since the last export.
     variable = OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE
     preference = environ.get(variable, "").strip()
     if preference.lower() not in ("", "cumulative"):
@@ -251,8 +247,9 @@ def _batches(environ: Mapping[str, str], signal: Signal) -> BatchSettings:
         variable = f"{prefix}_{what}"
         return _number(variable, environ.get(variable, "").strip(), default=default) / 1000
 
-    queue = _count(environ, f"{prefix}_MAX_QUEUE_SIZE", 2048)
-    batch = _count(environ, f"{prefix}_MAX_EXPORT_BATCH_SIZE", min(512, queue))
+    ours = BatchSettings()
+    queue = _count(environ, f"{prefix}_MAX_QUEUE_SIZE", ours.queue_spans)
+    batch = _count(environ, f"{prefix}_MAX_EXPORT_BATCH_SIZE", min(ours.batch_spans, queue))
     if batch > queue:
         raise TelemetrySettingError(
             f"{prefix}_MAX_EXPORT_BATCH_SIZE", str(batch), f"a number up to {prefix}_MAX_QUEUE_SIZE, {queue}"

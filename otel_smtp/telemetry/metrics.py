@@ -9,7 +9,7 @@ mechanisms, outcomes and reasons are our own words, listeners and upstreams the 
 a bound that no client can move.
 """
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -28,7 +28,7 @@ from prometheus_client.samples import Exemplar
 
 from otel_smtp.observing import ConnectionRecord, DeliveryRecord, Observer, Outcome, TransactionRecord
 from otel_smtp.smtp.replies import AUTH_FAILED
-from otel_smtp.smtp.states import ConnState, Transition
+from otel_smtp.smtp.states import LEVELS, ConnState, Transition
 from otel_smtp.telemetry import attributes as names
 from otel_smtp.telemetry.attributes import Instrument, Metric
 from otel_smtp.telemetry.propagation import TraceContext
@@ -88,14 +88,20 @@ class Buckets:
         if context is not None:
             self._latest[place] = (context, value, unix_ns / 1e9)
 
-    def add_all(self, values: Iterable[float]) -> None:
-        """Measure many, of which none names a trace."""
-        bounds, counts = self._bounds, self.counts
-        for value in values:
-            counts[bisect_left(bounds, value)] += 1
-            self.total += value
-        self.least = min(self.least, *values)
-        self.most = max(self.most, *values)
+    def add_all(self, values: list[float]) -> None:
+        """Measure many, at least one, of which none names a trace; sorts them."""
+        values.sort()
+        self.total += sum(values)
+        self.least = min(self.least, values[0])
+        self.most = max(self.most, values[-1])
+        counts, below, most = self.counts, 0, len(values)
+        for place, bound in enumerate(self._bounds):
+            so_far = bisect_right(values, bound)
+            counts[place] += so_far - below
+            below = so_far
+            if below == most:
+                return
+        counts[-1] += most - below
 
     @property
     def exemplars(self) -> list[tuple[str, float, float] | None]:
@@ -191,7 +197,10 @@ class Metrics(Observer):
     def connection_closed(self, connection: ConnectionRecord) -> None:
         """Count what the last segment holds, and the connection."""
         self._fold(connection)
-        labels = (connection.info.listener,)
+        listener = connection.info.listener
+        labels = (listener,)
+        if (listener, _NAMES[ConnState.NEW]) not in self._active:
+            self._active |= {(listener, _NAMES[level]): 0 for level in LEVELS}  # there all the same, and none
         self._connection_duration.series[labels].add((connection.closed_ns - connection.opened_ns) / 1e9)
         if connection.octets_received == 0:
             self._probes.add(labels)

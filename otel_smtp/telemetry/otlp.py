@@ -136,16 +136,17 @@ class Integers:
 
     Attributes:
         small: the whole attribute, for each value of one octet.
-        two_octets: what stands before a value of two.
+        two_octets, three_octets: what stands before a value of so many.
     """
 
-    __slots__ = ("_name", "_number", "small", "two_octets")
+    __slots__ = ("_name", "_number", "small", "three_octets", "two_octets")
 
     def __init__(self, number: int, name: str) -> None:
         self._number = number
         self._name = name
         self.small = tuple(field(number, key_value(name, value)) for value in range(0x80))
         self.two_octets = field(number, key_value(name, 0x80))[:-2]
+        self.three_octets = field(number, key_value(name, 0x4000))[:-3]
 
     def __call__(self, value: int) -> bytes:
         """The attribute with `value`, as a field.
@@ -157,6 +158,8 @@ class Integers:
             return self.small[value]
         if 0x80 <= value < 0x4000:
             return self.two_octets + bytes((value & 0x7F | 0x80, value >> 7))
+        if 0x4000 <= value < 0x20_0000:
+            return self.three_octets + bytes((value & 0x7F | 0x80, value >> 7 & 0x7F | 0x80, value >> 14))
         return field(self._number, key_value(self._name, value))
 
 

@@ -167,7 +167,7 @@ def set_up(options: TelemetryOptions, environ: Mapping[str, str] | None = None) 
         TelemetrySettingError: an OTEL_* variable has an invalid value.
     """
     asked = environment.read(environ, options.version)
-    resource = environment.resource_of(environ)
+    resource = environment.own_resource()
     if asked.is_disabled:
         counting = Metrics(
             open_connections=options.open_connections,

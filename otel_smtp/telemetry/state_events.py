@@ -167,17 +167,11 @@ def encode_states(
 ) -> list[bytes]:
     """The events that tell `transitions`, as pieces of their span; else as `state_events`."""
     pieces: list[bytes] = []
-    # Written out where a call per event would be felt: a mail has four of them.
-    small, two_octets = _sequences.small, _sequences.two_octets
+    small = _sequences.small
     for transition, shape, values in describe_transitions(transitions):
         state, _, _, sequence, at_ns, _ = transition
         octets = shape.octets
-        if sequence < 0x80:
-            octets += small[sequence]
-        elif sequence < 0x4000:
-            octets += two_octets + bytes((sequence & 0x7F | 0x80, sequence >> 7))
-        else:
-            octets += _sequences(sequence)
+        octets += small[sequence] if sequence < 0x80 else _sequences(sequence)
         if before_ns is not None:
             octets += _DURATION + pack_double((at_ns - before_ns) / 1e9)
         if values:

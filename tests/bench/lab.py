@@ -25,7 +25,7 @@ from otel_smtp.forwarding.upstream import UpstreamForwarder
 from otel_smtp.net import Stream, Sweep
 from otel_smtp.observing import FanOut
 from otel_smtp.server.listener import Server
-from otel_smtp.server.session import ListenerPolicy, ServerTimeouts
+from otel_smtp.server.policy import ListenerPolicy, ServerTimeouts
 from otel_smtp.smtp.policy import ServerLimits, ServerPolicy
 from tests.telemetry.cost import House
 

@@ -33,6 +33,6 @@ def test_a_failed_message_is_exit_status_1_and_its_reason_is_shown() -> None:
     assert "refused" in ran.stdout
 
 
-def test_a_host_without_an_address_is_told() -> None:
+def test_a_host_without_an_address() -> None:
     ran = CliRunner().invoke(bench, ["--host", "no such host", "--json"])
     assert ran.exit_code == 1

@@ -147,7 +147,7 @@ def test_flags_stand_over_the_environment_over_the_file(tmp_path: Path) -> None:
 # check --------------------------------------------------------------------------------------------------------
 
 
-def test_check_shows_what_would_run_and_no_secret() -> None:
+def test_check_shows_the_plan_and_no_secret() -> None:
     result = run(
         "check", "--all", "-u", "smtps://mail.example.com", "-s", "upstream.0.username=relay",
         OTELSMTP_UPSTREAM__0__PASSWORD="hunter2", COLUMNS="160",
@@ -160,7 +160,7 @@ def test_check_shows_what_would_run_and_no_secret() -> None:
     assert "\x1b" not in result.stdout
 
 
-def test_check_connect_tells_each_finding_and_fails_with_them() -> None:
+def test_check_connect_prints_each_finding_and_fails_with_them() -> None:
     with CapturingUpstream() as upstream, OtlpReceiver(with_grpc=False) as receiver:
         arguments = ["check", "--connect", "-l", "127.0.0.1:0", "-s", "status.address=off", "-u", upstream.url]
         result = run(*arguments, OTEL_EXPORTER_OTLP_ENDPOINT=receiver.http_endpoint)
@@ -237,7 +237,7 @@ def test_the_demonstration_shows_four_traces_and_exports_the_same() -> None:
     assert "client_disconnect" in result.stdout
 
 
-def test_the_demonstration_draws_your_mail_too_until_it_is_told_to_stop(tmp_path: Path) -> None:
+def test_the_demonstration_draws_your_mail_too_until_a_signal(tmp_path: Path) -> None:
     output = tmp_path / "output"
     with output.open("wb") as stdout:
         process = subprocess.Popen(
@@ -259,6 +259,7 @@ def test_the_demonstration_draws_your_mail_too_until_it_is_told_to_stop(tmp_path
 
         port = int(printed(r"^gateway   127\.0\.0\.1:(\d+)")[1])
         printed(r"^Now you")
+        printed(rf"^  {re.escape(sys.executable)} -m otel_smtp send --to you@example\.net 127\.0\.0\.1:{port}$")
         with smtplib.SMTP("127.0.0.1", port, timeout=20) as client:
             client.sendmail("me@example.org", ["you@example.net"], b"Subject: x\r\n\r\nHello\r\n")
         printed(r"(?s)^5  Yours.*● +Closed")

@@ -70,7 +70,7 @@ def test_a_message_has_the_octets_asked_for_and_whole_lines(octets: int) -> None
         assert len(content) == octets
 
 
-def test_progress_is_told_and_may_end_the_run(sink: tuple[int, Child]) -> None:
+def test_progress_is_reported_and_may_end_the_run(sink: tuple[int, Child]) -> None:
     class Enough(Exception):
         pass
 

@@ -90,7 +90,7 @@ def test_an_export_has_the_message_and_its_envelope(running: GatewayProcess, tmp
     assert shown.endswith(MAIL.decode().replace("\r\n", "\n"))
 
 
-def test_the_trace_of_a_queued_message_is_told(running: GatewayProcess, tmp_path: Path) -> None:
+def test_a_queued_message_has_its_trace_id(running: GatewayProcess, tmp_path: Path) -> None:
     traces = {line["smtp.spool.id"]: line["trace_id"] for line in running.log if line["event"] == "smtp.transaction"}
     assert {row["queue_id"]: row["trace_id"] for row in rows(tmp_path / "spool")} == traces
 
@@ -105,7 +105,7 @@ def test_the_trace_of_a_queued_message_is_told(running: GatewayProcess, tmp_path
         (("hold", "nothing"), 1, "no message nothing"),
     ],
 )
-def test_wrong_use_is_said(
+def test_wrong_use_is_explained(
     running: GatewayProcess, tmp_path: Path, arguments: tuple[str, ...], status: int, told: str
 ) -> None:
     result = queue(tmp_path / "spool", *arguments)

@@ -51,7 +51,7 @@ ANY_RELAYS = "other machines can reach it, so say who may relay"
         EVERYWHERE | TLS | AUTH | {"auth_in_clear": True},
     ],
 )
-def test_a_listener_that_others_reach_is_refused_unless_it_says_who_may_relay(listener: dict[str, Any]) -> None:
+def test_an_exposed_listener_needs_to_say_who_may_relay(listener: dict[str, Any]) -> None:
     assert ANY_RELAYS in refusal_of(listener)
 
 
@@ -66,7 +66,7 @@ def test_a_listener_that_others_reach_is_refused_unless_it_says_who_may_relay(li
         EVERYWHERE | TLS | AUTH | {"auth": "optional"},
     ],
 )
-def test_a_listener_that_says_who_may_relay_is_taken(listener: dict[str, Any]) -> None:
+def test_an_exposed_listener_that_says_who_may_relay_is_accepted(listener: dict[str, Any]) -> None:
     assert load_with(listener).warnings == ()
 
 
@@ -130,6 +130,8 @@ def test_two_listeners_of_one_name_are_refused() -> None:
         (SECURE | {"auth": "off"}, 'upstream.0.auth = "off": contradicts upstream.0.username'),
         (LOCAL | {"ca_file": "ca"}, 'upstream.0.ca_file = "ca": has no effect with smtp://127.0.0.1:1025'),
         (LOCAL | {"server_name": "m.example"}, 'upstream.0.server_name = "m.example": has no effect'),
+        (LOCAL | {"scope": "mail"}, 'upstream.0.scope = "mail": needs upstream.0.token_url'),
+        (LOCAL | {"client_id": "id"}, 'upstream.0.client_id = "***": needs upstream.0.token_url'),
     ],
 )  # fmt: skip
 def test_contradictions_of_an_upstream_are_refused(upstream: dict[str, Any], expected: str) -> None:
@@ -139,6 +141,18 @@ def test_contradictions_of_an_upstream_are_refused(upstream: dict[str, Any], exp
 @pytest.mark.parametrize("url", ["smtp://127.0.0.1:1025", "smtp://[::1]:1025", "lmtp:///run/lmtp", "smtp+starttls://h"])
 def test_credentials_go_over_loopback_or_verified_tls(url: str) -> None:
     assert load_with(upstream=[SECURE | {"url": url}]).upstream[0].username == "u"
+
+
+@pytest.mark.parametrize("broken", [{"delivery": {"mode": "fast"}}, {"spool": {"retry": []}}])
+def test_nothing_is_concluded_from_an_invalid_table(broken: dict[str, Any]) -> None:
+    values: dict[str, Any] = {"upstream": [LOCAL], "workers": 2, "spool": {"max_age": "1h", "warn_after": "2h"}}
+    with pytest.raises(SettingsError) as caught:
+        load(values={**values, **{key: values.get(key, {}) | table for key, table in broken.items()}})
+    assert [problem.key for problem in caught.value.problems] == [
+        f"{key}.{name}" for key in broken for name in broken[key]
+    ]
+    with pytest.raises(SettingsError, match=r"spool\.warn_after"):
+        load(values=values)
 
 
 def test_two_upstreams_of_one_name_are_refused() -> None:
@@ -226,7 +240,7 @@ def test_tokens_and_client_certificates_are_whole_or_refused(change: dict[str, A
         assert '"secret"' not in refusal
 
 
-def test_what_follows_from_a_refused_value_is_not_told_too() -> None:
+def test_consequences_of_an_invalid_value_are_not_reported() -> None:
     refusal = refusal_of({"address": ["0.0.0.0"], "tls": "starttls"})
     assert refusal.count("\n") == 0
     assert "listener.0.address" in refusal

@@ -49,7 +49,7 @@ def test_every_structure_is_in_the_schema() -> None:
     assert Settings in SCHEMA
 
 
-def test_the_table_tells_the_default_and_its_source() -> None:
+def test_the_table_has_the_default_and_its_source() -> None:
     assert (
         "| `limits.recipients` | `1000` | recipients of one transaction "
         "(RFC 5321 4.5.3.1.8 asks for 100; Postfix takes 1000) |" in settings_table()

@@ -231,7 +231,7 @@ def test_certificates_are_relative_to_the_file_that_names_them(write: Any, tmp_p
         ("workers = " + "1" * 300, "..."),
     ],
 )
-def test_a_refusal_names_file_key_value_and_what_is_allowed(write: Any, toml: str, expected: str) -> None:
+def test_a_problem_names_file_key_value_and_what_is_allowed(write: Any, toml: str, expected: str) -> None:
     file = write(toml)
     environ = {} if "upstream" in toml else UPSTREAM
     (problem,) = problems_of(file=file, environ=environ)
@@ -289,7 +289,7 @@ def test_a_directory_is_no_settings_file(tmp_path: Path) -> None:
     assert problems_of(file=tmp_path) == [f"{tmp_path}: cannot be read: Is a directory"]
 
 
-def test_everything_wrong_is_told_at_once_with_its_own_source(write: Any) -> None:
+def test_all_problems_are_reported_at_once_each_with_its_source(write: Any) -> None:
     file = write('nonsense = 1\n[limits]\nerrors = "x"\n')
     problems = problems_of(
         file=file,
@@ -312,7 +312,7 @@ def test_an_assignment_needs_an_equals_sign() -> None:
         assignment("workers")
 
 
-def test_settings_can_be_had_without_an_upstream() -> None:
+def test_settings_without_an_upstream_on_request() -> None:
     assert load(needs_upstream=False).upstream == ()
 
 
@@ -335,7 +335,7 @@ def test_a_refused_upstream_keeps_its_number_for_the_others(write: Any) -> None:
         ("smtps://m.example", "keep", "keep"),
     ],
 )
-def test_trace_context_goes_on_to_loopback_upstreams_only_unless_told(
+def test_trace_context_is_passed_on_to_loopback_upstreams_only_by_default(
     url: str, given: str | None, expected: str
 ) -> None:
     upstream = {"url": url} | ({"trace_context": given} if given else {})

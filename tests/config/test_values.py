@@ -89,7 +89,7 @@ def text(value: str) -> Given:
         (AddressPattern(), typed("<>"), ""),  # the null path, as an envelope has it
     ],
 )
-def test_what_is_allowed_is_read(kind: Kind, given_value: Given, expected: object) -> None:
+def test_allowed_values_are_read(kind: Kind, given_value: Given, expected: object) -> None:
     assert kind.parse(given_value) == expected
 
 
@@ -162,7 +162,7 @@ def test_what_is_allowed_is_read(kind: Kind, given_value: Given, expected: objec
         (AddressPattern(), typed("")),
     ],
 )
-def test_what_is_not_allowed_is_refused(kind: Kind, given_value: Given) -> None:
+def test_other_values_are_refused(kind: Kind, given_value: Given) -> None:
     with pytest.raises(BadValue):
         kind.parse(given_value)
     assert kind.allowed
@@ -190,7 +190,7 @@ def test_a_password_in_a_url_is_refused_with_the_way_to_give_it() -> None:
     assert "hunter2" not in str(refusal.value)
 
 
-def test_host_bits_are_told_with_both_readings() -> None:
+def test_host_bits_are_refused_with_both_readings() -> None:
     with pytest.raises(BadValue, match=r"network is 10\.0\.0\.0/8, the single address 10\.1\.2\.3"):
         NetworkKind().parse(typed("10.1.2.3/8"))
 
@@ -202,7 +202,7 @@ def test_a_relative_path_is_relative_to_its_file() -> None:
     assert FilePath().parse(text("cert.pem")) == Path("cert.pem")
 
 
-def test_a_secret_shows_itself_to_nobody_who_does_not_ask() -> None:
+def test_a_secret_is_shown_only_on_purpose() -> None:
     secret: Any = SecretText().parse(typed("hunter2"))
     assert secret == Secret("hunter2")
     assert secret.reveal() == "hunter2"

@@ -162,6 +162,9 @@ async def test_a_disk_that_fails_defers_the_mail_after_its_end(
     # The client can say all it has to say.
     content = await collected((HEADER, b"\r\n", b"x" * 100, b"y", b"z" * 100), memory_limit_octets=10)
     assert content.failure is told
+    octets = content.body_octets
+    assert all(content.write(b"x" * 1000) for _ in range(1000))
+    assert content.body_octets == octets  # what comes now is dropped
     content.close()
     assert file.is_closed
 

@@ -469,6 +469,19 @@ async def test_what_was_accepted_elsewhere_and_is_refused_here_defers_the_mail()
         assert second.kept == []
 
 
+async def test_a_sender_who_was_accepted_elsewhere_and_is_refused_here_defers_the_recipients() -> None:
+    async with (
+        ScriptedUpstream() as first,
+        ScriptedUpstream(faults={Phase.MAIL: Fault(Kind.REFUSE, b"550 5.7.1 not you\r\n")}) as second,
+        relaying(settings(first, "first"), settings(second, "second")) as forwarder,
+    ):
+        transaction = Awaited.begin(forwarder, MAIL, seen := RecordedTransaction())
+        assert [reply.code for reply in await transaction.recipients([BOB])] == [250]
+        await first.stop()
+        assert await transaction.recipients([CAROL]) == [replies.UPSTREAM_UNAVAILABLE]
+        assert seen.outcomes == [("first", Outcome.DEFERRED), ("second", Outcome.DEFERRED)]
+
+
 # The window after the final dot -------------------------------------------------------------------------------
 
 
@@ -753,12 +766,16 @@ async def test_a_file_that_cannot_be_read_again_never_ends_the_content(
     monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: (tmp_path / "written").open("wb", buffering=0))
     async with (
         ScriptedUpstream(extensions=extensions) as upstream,
-        relaying(settings(upstream), strategy=strategy, memory_limit_octets=10) as forwarder,
+        ScriptedUpstream() as other,
+        relaying(settings(upstream), settings(other, "other"), strategy=strategy, memory_limit_octets=10) as forwarder,
     ):
         relayed = await relay(forwarder, chunks=(HEADER, b"\r\n", b"x" * 100))
         assert relayed.told is replies.STORAGE_FAILED
-        assert relayed.seen.outcomes == [("up", Outcome.ABORTED)]
-        assert upstream.kept == []
+        await until(lambda: not upstream.open_connections)
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert relayed.seen.outcomes == [("up", Outcome.ABORTED)]  # the loss that we made is nobody's fault
+        assert (upstream.kept, other.connections) == ([], 0)
         assert nothing_is_kept_out_of_step(forwarder.snapshot())
 
 

@@ -188,6 +188,18 @@ def test_an_idle_connection_is_taken_without_a_ticket() -> None:
     assert pool.take(5) is second
 
 
+def test_who_waits_for_a_fresh_connection_keeps_nobody_from_an_idle_one() -> None:
+    pool: Connections = Pool(PoolLimits())
+    used = opened(pool, pool.ask(0))
+    while pool.ask(0).decision is Decision.OPEN:
+        pool.failed(0)
+    probe, fresh, other = pool.ask(5), pool.ask(5, fresh=True), pool.ask(5)
+    assert decided(probe, Decision.OPEN)
+    pool.release(used, 6)
+    assert decided(fresh, Decision.WAITING)  # for the probe's verdict
+    assert (other.decision, other.connection) == (Decision.REUSE, used)
+
+
 def test_a_lost_idle_connection_is_forgotten_and_a_busy_one_is_not_touched() -> None:
     pool = grown()
     idle, busy = (opened(pool, pool.ask(0)) for _ in range(2))
@@ -310,12 +322,14 @@ def test_an_upstream_is_given_up_after_a_whole_window_of_failures(successes: int
     assert not is_closed(breaker)
 
 
-def test_a_success_begins_the_count_of_failures_anew() -> None:
+def test_failures_that_are_not_in_a_row_do_not_add_up() -> None:
     breaker = Breaker(20)
     for _ in range(20):
-        for _ in range(2):
-            breaker.failed(0)
-        breaker.succeeded()
+        for _ in range(1000):
+            breaker.succeeded()
+        breaker.failed(0)
+    for _ in range(3):
+        breaker.failed(0)
     assert is_closed(breaker)
 
 

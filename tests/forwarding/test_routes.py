@@ -29,6 +29,16 @@ class Row:
         (("*",), (), "", "b@y.example", True),
         ((), ("b@y.example",), "a@x.example", "b@y.example", True),
         ((), ("?@y.example",), "a@x.example", "bb@y.example", False),
+        ((), ("?@y.example",), "a@x.example", "b@y.example", True),
+        ((), ("b@y.example",), "a@x.example", "b@yxexample", False),  # a dot is a dot
+        ((), ("*.b@*.y.*",), "a@x.example", "a.b@c.y.d", True),
+        ((), ("*.b@*.y.*",), "a@x.example", "a.b@c.b@d.y.e", True),  # the second place for the first part
+        ((), ("*ab*b",), "a@x.example", "ab", False),  # an octet serves once
+        ((), ("*ab*b",), "a@x.example", "aab.b", True),
+        ((), ("a*",), "a@x.example", '"b\na"', False),
+        ((), ("*\\?a",), "a@x.example", '"\\ba', True),
+        ((), ("**",), "a@x.example", "anything", True),
+        ((), ("a@x.example", "*1@y.example", "*b*@*"), "a@x.example", "abc@y.example", True),
         ((), ("postmaster",), "a@x.example", "Postmaster", True),
         (("*@x.example",), ("*@y.example",), "a@x.example", "b@z.example", False),
     ],

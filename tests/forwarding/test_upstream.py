@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 
@@ -277,6 +277,17 @@ async def test_a_refused_sender_refuses_its_recipients() -> None:
         assert upstream.connections == 1
 
 
+@both_strategies
+async def test_without_pipelining_nobody_is_named_behind_a_refused_sender(strategy: Strategy) -> None:
+    faults = {Phase.MAIL: Fault(Kind.REFUSE, b"550 5.7.1 not you\r\n", times=1)}
+    async with (
+        ScriptedUpstream(extensions=(), faults=faults) as upstream,
+        relaying(settings(upstream), strategy=strategy) as forwarder,
+    ):
+        assert (await relay(forwarder, BOB, CAROL)).told.code == 550
+        assert upstream.verbs == ["EHLO", "MAIL"]
+
+
 async def test_an_aborted_transaction_is_reset_in_the_next_group() -> None:
     async with ScriptedUpstream() as upstream, relaying(settings(upstream)) as forwarder:
         seen = RecordedTransaction()
@@ -441,6 +452,31 @@ async def test_an_idle_connection_is_closed_after_a_while() -> None:
         await until(lambda: not upstream.open_connections)
         assert forwarder.snapshot()[0].pool.idle == 0
         assert upstream.verbs[-1] == "QUIT"
+
+
+async def test_nobody_looks_at_the_clock_for_an_upstream_without_connections() -> None:
+    class Watched(Sweep):
+        count = 0
+
+        def add(self, swept: Callable[[float], None]) -> None:
+            self.count += 1
+            super().add(swept)
+
+        def remove(self, swept: Callable[[float], None]) -> None:
+            self.count -= 1
+            super().remove(swept)
+
+    sweep = Watched()
+    async with (
+        ScriptedUpstream() as upstream,
+        relaying(settings(upstream, limits=PoolLimits(idle_seconds=0.01)), sweep=sweep) as forwarder,
+    ):
+        for _ in range(2):
+            assert sweep.count == 0
+            await relay(forwarder)
+            assert sweep.count == 1
+            await until(lambda: not sweep.count)
+            assert forwarder.snapshot()[0].pool.idle == 0
 
 
 @pytest.mark.both_loops

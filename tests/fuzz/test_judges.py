@@ -4,7 +4,7 @@ import pytest
 
 from otel_smtp.config import loading
 from otel_smtp.server.proxy_protocol import ProxyHeaderParser
-from otel_smtp.smtp import sasl, server
+from otel_smtp.smtp import content, sasl
 from otel_smtp.smtp.client import ClientProtocol
 from otel_smtp.smtp.framing import DotReader
 from tests.fuzz import headers
@@ -26,7 +26,7 @@ def test_bare_line_ends_in_content_are_found(monkeypatch: pytest.MonkeyPatch) ->
         def feed(self, data: bytes) -> bytes:
             return super().feed(data).replace(b"\r\n", b"\n")
 
-    monkeypatch.setattr(server, "DotReader", Bare)
+    monkeypatch.setattr(content, "DotReader", Bare)
     assert finds_something("server")
 
 
@@ -35,7 +35,7 @@ def test_what_depends_on_cuts_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         def feed(self, data: bytes) -> bytes:
             return super().feed(data) if len(data) > 1 else super().feed(data).lower()
 
-    monkeypatch.setattr(server, "DotReader", Forgetful)
+    monkeypatch.setattr(content, "DotReader", Forgetful)
     assert finds_something("server")
 
 

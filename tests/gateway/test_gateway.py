@@ -3,6 +3,8 @@
 import asyncio
 import base64
 import gc
+import pkgutil
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -87,7 +89,7 @@ async def test_a_program_verifies_tokens_and_has_no_users_file(upstream: Capturi
     assert seen.count("Auth") == 2
 
 
-async def test_who_promised_to_verify_tokens_and_does_not_has_no_gateway(upstream: CapturingUpstream) -> None:
+async def test_auth_without_a_users_file_needs_the_promised_token_verifier(upstream: CapturingUpstream) -> None:
     settings = settings_for(upstream, BY_TOKEN, verifies_tokens=True)
     with pytest.raises(ValueError, match="listener 'tokens' has AUTH, but neither a users file nor a token verifier"):
         Gateway(settings)
@@ -99,7 +101,15 @@ def test_no_module_takes_the_place_of_a_name_that_programs_import() -> None:
     assert modules.isdisjoint(otel_smtp.__all__)
 
 
-def test_the_collector_does_not_look_at_what_start_up_made() -> None:
+def test_the_packages_docstring_names_what_there_is() -> None:
+    names = re.findall(r"`([a-z]+(?:\.[A-Za-z]+)*)`", otel_smtp.__doc__ or "")
+    assert len(names) > 8
+    for name in names:
+        if name != "conn_state":
+            assert pkgutil.resolve_name(f"otel_smtp.{name}") is not None, name
+
+
+def test_garbage_collection_leaves_out_what_start_up_made() -> None:
     try:
         leave_out_of_garbage_collection()
         assert gc.get_freeze_count() > 1000

@@ -39,7 +39,7 @@ def test_without_a_manager_nothing_happens(address: str | None, caplog: pytest.L
 
 
 @pytest.mark.parametrize("address", ["/nowhere/notify", "@nobody", "x" * 300])
-def test_a_manager_that_cannot_be_told_is_logged_and_no_more(address: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_manager_that_cannot_be_reached_is_logged(address: str, caplog: pytest.LogCaptureFixture) -> None:
     ServiceManager(address).ready("up")
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
 

@@ -14,7 +14,7 @@ from otel_smtp.forwarding.settings import PoolLimits, ReplyLimits, TracePolicy, 
 from otel_smtp.forwarding.settings import Timeouts as ForwardingTimeouts
 from otel_smtp.gateway import wiring
 from otel_smtp.server.listener import Server
-from otel_smtp.server.session import ListenerPolicy, ServerTimeouts
+from otel_smtp.server.policy import ListenerPolicy, ServerTimeouts
 from otel_smtp.smtp.policy import ServerLimits, ServerPolicy
 from otel_smtp.spool.schedule import Schedule
 from otel_smtp.telemetry.redaction import Redaction

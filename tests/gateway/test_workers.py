@@ -13,7 +13,7 @@ import pytest
 
 ROOT: Final = Path(__file__).resolve().parent.parent.parent
 PROGRAM: Final = """
-import os, signal, sys, time
+import os, pathlib, selectors, signal, sys, time
 from otel_smtp.gateway.workers import AT_ONCE, REPLACED, Supervisor
 
 def deaf(number, ready):  # has no handlers yet, as while it starts
@@ -36,21 +36,44 @@ def hears(number, ready):  # tells what it hears, and ends with the last signal
 def fails(number, ready):
     return 3
 
-def parent_waits_for_the_end():  # of a worker, before it looks at the worker's pipe
-    os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
+def state(process_id):
+    return pathlib.Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0]
 
-work = {"deaf": deaf, "hears": hears, "fails": fails, "fails at once": fails}[sys.argv[1]]
-if sys.argv[1] == "fails at once":
-    os.register_at_fork(after_in_parent=parent_waits_for_the_end)
-sys.exit(Supervisor(1, work, on_ready=lambda: os.write(1, b"ready\\n")).run())
+def fails_unseen(number, ready):  # the supervisor stands still until the last is ready and all others have failed
+    if number < workers - 1:
+        pathlib.Path(directory, f"{number}.tmp").write_text(str(os.getpid()))
+        pathlib.Path(directory, f"{number}.tmp").rename(f"{directory}/{number}")
+        while state(os.getppid()) != "T":
+            time.sleep(0.01)
+        return 3
+    os.kill(os.getppid(), signal.SIGSTOP)
+    for other in range(number):
+        while not pathlib.Path(directory, str(other)).exists():
+            time.sleep(0.01)
+        while state(pathlib.Path(directory, str(other)).read_text()) != "Z":
+            time.sleep(0.01)
+    ready()
+    os.kill(os.getppid(), signal.SIGCONT)
+    time.sleep(60)
+
+kind, workers, directory, order = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
+
+class Ordered(selectors.DefaultSelector):  # selectors tell what happened, and not in which order
+    def select(self, timeout=None):  # the pipe of the signals is the oldest
+        return sorted(super().select(timeout), key=lambda event: event[0].fd, reverse=order == "signals last")
+
+if order:
+    selectors.DefaultSelector = Ordered
+work = {"deaf": deaf, "hears": hears, "fails": fails, "fails_unseen": fails_unseen}[kind]
+sys.exit(Supervisor(workers, work, on_ready=lambda: os.write(1, b"ready\\n")).run())
 """
 
 
 @contextlib.contextmanager
-def supervising(work: str) -> Iterator[subprocess.Popen[str]]:
-    """A supervisor of one worker, the leader of a process group."""
+def supervising(work: str, workers: int = 1, directory: str = "", order: str = "") -> Iterator[subprocess.Popen[str]]:
+    """A supervisor, the leader of a process group."""
     with subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, work],
+        [sys.executable, "-c", PROGRAM, work, str(workers), directory, order],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         text=True,
@@ -98,7 +121,16 @@ def test_a_worker_whose_successor_is_ready_is_told_that_it_is_replaced() -> None
         assert process.wait(15) == 0
 
 
-@pytest.mark.parametrize("when", ["fails", "fails at once"])
-def test_a_worker_that_cannot_start_is_the_failure_of_all(when: str) -> None:
-    with supervising(when) as process:
+def test_a_worker_that_cannot_start_is_the_failure_of_all() -> None:
+    with supervising("fails") as process:
         assert process.wait(15) == 3
+
+
+@pytest.mark.parametrize("order", ["signals first", "signals last"])
+@pytest.mark.parametrize("workers", [2, 3])
+def test_what_is_seen_of_all_workers_at_once_is_the_failure_of_those_that_failed(
+    workers: int, order: str, tmp_path: Path
+) -> None:
+    with supervising("fails_unseen", workers, str(tmp_path), order) as process:
+        assert process.wait(15) == 3
+        assert next_line(process) == ""  # never ready

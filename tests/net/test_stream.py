@@ -5,6 +5,7 @@ import errno
 import os
 import socket
 import ssl
+import sys
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
@@ -443,7 +444,7 @@ async def test_a_burst_waits_in_the_kernel_and_few_are_accepted_at_once() -> Non
             await asyncio.sleep(0)
             most_at_once = max(most_at_once, len(accepted) - before)
         if type(asyncio.get_running_loop()).__module__ != "uvloop":  # which accepts as it likes
-            assert most_at_once <= ACCEPTS_AT_ONCE
+            assert most_at_once <= ACCEPTS_AT_ONCE + (sys.version_info >= (3, 14))
         for stream in accepted:
             stream.abort()
             await asyncio.wait_for(stream.wait_closed(), SECONDS)

@@ -8,7 +8,8 @@ from otel_smtp.forwarding.base import Capabilities, Forwarder, MessageAnswered, 
 from otel_smtp.net import Stream
 from otel_smtp.observing import ConnectionInfo, ConnectionRecord, Observer, TransactionRecord
 from otel_smtp.server.listener import Server
-from otel_smtp.server.session import ListenerPolicy, Segments, Session
+from otel_smtp.server.policy import ListenerPolicy, Segments
+from otel_smtp.server.session import Session
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Mail, Recipient
 from otel_smtp.smtp.replies import Reply

@@ -11,7 +11,7 @@ import pytest
 
 from otel_smtp.observing import Endpoint
 from otel_smtp.server.listener import ListenerSpec, Server
-from otel_smtp.server.session import ListenerPolicy, ServerTimeouts
+from otel_smtp.server.policy import ListenerPolicy, ServerTimeouts
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.policy import ServerPolicy
 from otel_smtp.smtp.states import CloseReason

@@ -11,7 +11,7 @@ import pytest
 
 from otel_smtp.forwarding.base import Capabilities, DeliveryFailed
 from otel_smtp.observing import Outcome
-from otel_smtp.server.session import ListenerPolicy, Segments, ServerTimeouts, is_in
+from otel_smtp.server.policy import ListenerPolicy, Segments, ServerTimeouts, is_in
 from otel_smtp.server.users import Authenticator, Users
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.policy import ServerLimits, ServerPolicy

@@ -27,7 +27,7 @@ TRACE: Final = "c0ffee0000000000000000000000beef"
 ALL_SHOWN: Final = "document.querySelectorAll('#connections tbody tr').length === 3"
 
 in_a_browser = pytest.mark.skipif(
-    PROGRAM is None and not os.environ.get("CI"), reason="no Chromium here (Debian: chromium)"
+    PROGRAM is None and not os.environ.get("CI"), reason="chromium is not installed (Debian package chromium)"
 )
 
 

@@ -12,12 +12,14 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.responses import PlainTextResponse
 
 from otel_smtp.gateway.ports import bind
 from otel_smtp.observing import ConnectionInfo, ConnectionRecord, Endpoint
 from otel_smtp.smtp.states import ConnState, StateMachine
 from otel_smtp.status import http as status_http
 from otel_smtp.status import server as status_server
+from otel_smtp.status.http import Guard
 from otel_smtp.status.live import LiveView
 from otel_smtp.status.server import StatusServer
 from otel_smtp.status.traces import RecentTraces
@@ -85,7 +87,7 @@ async def test_livez_answers_while_the_loop_turns() -> None:
     assert (answer.status_code, answer.json()["status"]) == (200, "alive")
 
 
-async def test_readyz_tells_why_it_is_not_ready() -> None:
+async def test_readyz_names_the_reason() -> None:
     async with running() as (port, client):
         ready = await client.get("/readyz")
         port.not_ready["spool"] = "the disk is full"
@@ -233,6 +235,18 @@ async def test_an_exposed_port_shows_probes_and_metrics_to_everybody_and_the_pag
         assert (await client.get("/api/connections")).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("client", "status"),
+    [("192.0.2.1", 200), ("::ffff:192.0.2.1", 200), ("::ffff:192.0.3.1", 403), ("fe80::1%eth0", 200), ("fe81::1", 403)],
+)
+async def test_a_network_of_clients_includes_their_mapped_and_scoped_addresses(client: str, status: int) -> None:
+    allow = [ipaddress.ip_network("192.0.2.0/24"), ipaddress.ip_network("fe80::/16")]
+    guard = Guard(PlainTextResponse("shown"), allow, is_loopback=False, token="")
+    transport = httpx.ASGITransport(guard, client=(client, 1))
+    async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as browser:
+        assert (await browser.get("/")).status_code == status
+
+
 async def test_ipv6_loopback_is_served() -> None:
     port = Port(address=Endpoint("::1", 0))
     address = port.start()
@@ -251,7 +265,7 @@ async def next_picture(lines: AsyncIterator[str]) -> Any:
     raise AssertionError("the stream ended")
 
 
-async def test_the_stream_tells_changes_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_stream_sends_changes_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(status_server, "STREAM_INTERVAL_SECONDS", 0.01)
     monkeypatch.setattr(status_server, "UNVERSIONED_SECONDS", 0.01)
     async with running() as (port, client), client.stream("GET", "/api/stream") as stream:
@@ -291,7 +305,7 @@ async def end_of(sock: socket.socket) -> bytes:
         return b"reset"
 
 
-async def test_who_connects_and_says_nothing_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_silent_connection_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(status_http, "REQUEST_SECONDS", 0.05)
     port = Port()
     address = port.start()
@@ -339,7 +353,7 @@ async def test_it_stops_although_somebody_still_watches() -> None:
     await port.server.stop()
 
 
-async def test_a_broken_check_is_an_error_and_tells_nothing_of_itself() -> None:
+async def test_a_broken_check_is_an_error_without_details() -> None:
     def broken() -> str | None:
         raise RuntimeError("secret")
 

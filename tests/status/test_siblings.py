@@ -68,7 +68,7 @@ async def test_connections_and_counters_are_those_of_all() -> None:
         assert (upstream["idle"], upstream["busy"], upstream["limit"]) == (2, 4, 40)
 
 
-async def test_the_stream_follows_all_and_names_who_does_not_answer() -> None:
+async def test_the_stream_follows_all_processes_and_names_the_silent_ones() -> None:
     async with two_processes() as (_, second, client), client.stream("GET", "/api/stream") as stream:
         pictures = (json.loads(line[6:]) async for line in stream.aiter_lines() if line.startswith("data: "))
         picture = await anext(pictures)
@@ -84,7 +84,7 @@ async def test_the_stream_follows_all_and_names_who_does_not_answer() -> None:
                 break
 
 
-async def test_one_process_that_is_not_ready_is_told_by_its_number() -> None:
+async def test_a_process_that_is_not_ready_is_named_by_its_number() -> None:
     async with two_processes() as (first, second, client):
         assert (await client.get("/readyz")).json() == {"status": "ready", "reasons": {}}
         second.not_ready["spool"] = "the disk failed"
@@ -179,7 +179,7 @@ def test_errors_come_first_and_no_more_than_are_shown() -> None:
     assert [trace["trace_id"] for trace in newest["traces"]] == ["4", "3", "2", "1"]
 
 
-async def test_a_process_that_hangs_holds_nobody_up() -> None:
+async def test_a_process_that_hangs_delays_nothing() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         siblings = Siblings(0, {1: silent.getsockname()[1]}, TOKEN, answer_seconds=0.2)
         try:

@@ -235,6 +235,10 @@ class CapturingUpstream:
 
     # For the sessions -------------------------------------------------------------------------------------------
 
+    def holds(self, point: str) -> bool:
+        """Whether a test wants the next `pause_at` of this point to wait."""
+        return point in self._held
+
     def pause_at(self, point: str) -> None:
         """Wait, if a test wants it here."""
         held = self._held.pop(point, None)
@@ -278,6 +282,7 @@ class _Session:
         self._socket = connected
         self._connection = connection
         self._held = b""
+        self._unsent: list[bytes] = []
         self._content = b""
         self._mail: tuple[str, str] | None = None
         self._recipients: list[tuple[str, str]] = []
@@ -285,17 +290,19 @@ class _Session:
         self._is_chunking = False
 
     def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._flush()
         self._socket.close()
 
     def run(self) -> None:
         if self._upstream.is_implicit_tls:
             self._start_tls()
-        self._upstream.pause_at("greeting")
+        self._pause_at("greeting")
         self._send(b"220 upstream.example ESMTP\r\n")
         for line in self._lines():
             self._connection.commands.append(line)
             verb = line.partition(b" ")[0].upper().decode("ascii", "replace")
-            self._upstream.pause_at(verb)
+            self._pause_at(verb)
             if verb == "QUIT":
                 self._send(b"221 2.0.0 Bye\r\n")
                 return
@@ -380,7 +387,7 @@ class _Session:
                 self._upstream.violated("NUL in content")
             if re.search(rb"\r(?!\n)|(?<!\r)\n", self._content):
                 self._upstream.violated("bare CR or LF in content")
-        self._upstream.pause_at("content")
+        self._pause_at("content")
         reply = self._upstream.next_content_reply()
         # Kept before it is answered: who has seen the gateway's reply finds the message here.
         self._upstream.note(
@@ -407,12 +414,14 @@ class _Session:
 
     def _start_tls(self) -> None:
         assert self._upstream.tls is not None
+        self._flush()
         self._socket = self._upstream.tls.wrap_socket(self._socket, server_side=True)
         self._connection.is_tls = True
         self._held = b""
         self._reset()
 
     def _receive(self) -> None:
+        self._flush()
         data = self._socket.recv(262144)
         if not data:
             raise EOFError
@@ -420,8 +429,20 @@ class _Session:
         self._held += data
 
     def _send(self, data: bytes) -> None:
+        """Say `data`: with the other replies of a pipelined group, before more is read (RFC 2920 3.2)."""
         self._connection.wire.append(("S", data))
-        self._socket.sendall(data)
+        self._unsent.append(data)
+
+    def _flush(self) -> None:
+        if self._unsent:
+            self._socket.sendall(b"".join(self._unsent))
+            self._unsent.clear()
+
+    def _pause_at(self, point: str) -> None:
+        """Wait here if a test wants it, with all that was said before on its way."""
+        if self._upstream.holds(point):
+            self._flush()
+            self._upstream.pause_at(point)
 
     def _lines(self) -> Iterator[bytes]:
         while True:

@@ -1,20 +1,17 @@
 """nodemailer, the client of most Node.js applications: npm installs it, once, from the registry that it is set to."""
 
-import contextlib
-import functools
 import json
 import os
 import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from tests.support import installing
 from tests.support.tools import missing, tool
 
 # The last version that runs on Node.js 18, which is Debian 12's.
 VERSION: Final = "9.1.1"
-INSTALL_SECONDS: Final = 90.0
 _SCRIPT: Final = Path(__file__).with_name("nodemailer_send.js")
 
 
@@ -44,41 +41,12 @@ def send(
 
 def installed() -> Path:
     """The directory of modules that nodemailer lies in; the test is skipped, or fails in CI, where there is none."""
-    home = _own_directory() / f"nodemailer-{VERSION}"
-    if not home.is_dir() and (problem := _install(tool("npm"), home)) is not None:
-        missing(problem)
-    return home / "node_modules"
+    tool("npm")
+    try:
+        return installing.installed(f"nodemailer-{VERSION}", _install) / "node_modules"
+    except installing.NotInstalledError as problem:
+        missing(str(problem))
 
 
-@functools.cache  # what does not work is tried once
-def _install(npm: str, home: Path) -> str | None:
-    """Install it at `home`; what keeps it from that."""
-    # Whole or not at all: tests run in several processes, and one may be stopped in the middle.
-    with tempfile.TemporaryDirectory(dir=home.parent) as directory:
-        quietly = ("--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error", "--fetch-retry-mintimeout=1000")
-        try:
-            done = subprocess.run(
-                [npm, "install", *quietly, f"--prefix={directory}/whole", f"nodemailer@{VERSION}"],
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=INSTALL_SECONDS,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            return f"npm did not install nodemailer within {INSTALL_SECONDS:.0f} s"
-        if done.returncode != 0:
-            return f"npm cannot install nodemailer: {done.stderr.strip()[:300]}"
-        with contextlib.suppress(OSError):  # another process was quicker
-            Path(directory, "whole").rename(home)
-    return None
-
-
-def _own_directory() -> Path:
-    """Where what was installed is kept between runs, writable by nobody else: programs are run from it."""
-    directory = Path(tempfile.gettempdir()) / f"otel-smtp-tests-{os.getuid()}"
-    directory.mkdir(mode=0o700, exist_ok=True)
-    status = directory.lstat()
-    if status.st_uid != os.getuid() or status.st_mode & 0o022:
-        missing(f"{directory} is not this user's alone")
-    return directory
+def _install(home: Path) -> list[str]:
+    return [*installing.NPM, f"--prefix={home}", f"nodemailer@{VERSION}"]

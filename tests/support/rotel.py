@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import os
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,15 @@ class Chain(NamedTuple):
     log: Path
 
 
+def needs_libraries(program: Path) -> None:
+    """Skip the test, or fail it where CI=true, if `program` cannot be loaded for want of a shared library."""
+    done = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=START_SECONDS, check=False)
+    lacking = re.search(r"error while loading shared libraries: (([\w.+-]+?)\.so[\w.]*)", done.stderr)
+    if lacking is not None:
+        # So it is with libpython, which rotel is linked to and a bare Debian lacks.
+        missing(f"{program.name} needs {lacking[1]}, which is not installed (Debian package {lacking[2]})")
+
+
 @contextlib.contextmanager
 def collector(directory: Path) -> Iterator[Chain]:
     """Run rotel between whoever sends and an `OtlpReceiver`."""
@@ -35,6 +45,7 @@ def collector(directory: Path) -> Iterator[Chain]:
     if found is None or found.origin is None:
         missing("rotel is not installed (from PyPI, with the test extra)")
     agent = Path(found.origin).with_name("rotel-agent")
+    needs_libraries(agent)
     log = directory / "rotel.log"
     http_port, grpc_port = free_ports(2)
     with OtlpReceiver() as receiver, log.open("wb") as output:

@@ -19,7 +19,7 @@ from tests.support.process import until
 PACKAGES: Final = {
     "curl": "curl",
     "msmtp": "msmtp",
-    "node": "nodejs",
+    "node": "nodejs npm",  # npm brings what node is to run
     "npm": "npm",
     "prometheus": "prometheus",
     "promtool": "prometheus",
@@ -38,7 +38,8 @@ def tool(name: str) -> str:
     """
     path = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
     if path is None:
-        missing(f"{name} is not installed (Debian package {PACKAGES[name]})")
+        packages = PACKAGES[name]
+        missing(f"{name} is not installed (Debian package{'s' if ' ' in packages else ''} {packages})")
     return path
 
 
@@ -103,12 +104,9 @@ def smtp_sink(directory: Path, *options: str) -> Iterator[Sink]:
     dumps.mkdir()
     command = [tool("smtp-sink")]
     if os.geteuid() == 0:
-        # It refuses to run as root; whom it becomes must be able to write and to reach the directory.
-        command += ["-u", "nobody"]
-        dumps.chmod(0o777)
-        for parent in dumps.parents:
-            if not os.access(parent, os.X_OK) or not parent.stat().st_mode & 0o001:
-                parent.chmod(parent.stat().st_mode | 0o011)
+        # It asks a superuser whom to be; anybody else could not reach pytest's directories, which each run closes to
+        # others when it begins.
+        command += ["-u", "root"]
     command += ["-d", f"{dumps}/", *options, "127.0.0.1:0", "100"]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as process:
         try:

@@ -373,8 +373,8 @@ def resume(
 ) -> Mapping[str, str]:
     """One attempt at a message from the spool; returns what it had the message carry."""
     record = TransactionRecord.resumed(
-        spool_id, carrier, Mail("news@example.com"), is_possible_duplicate=is_possible_duplicate
+        spool_id, carrier, Mail("news@example.com"), attempt=attempt, is_possible_duplicate=is_possible_duplicate
     )
     assert observer.carrier(record) == carrier
     assert observer.trace_id(record) == (carrier["traceparent"][3:35] if carrier else None)
-    return finish_delivery(observer, begin_delivery(record, attempt=attempt))
+    return finish_delivery(observer, begin_delivery(record))

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from otel_smtp.telemetry.collector import Compression, Protocol
-from otel_smtp.telemetry.environment import SignalExport, TelemetrySettingError, read
+from otel_smtp.telemetry.environment import SignalExport, TelemetrySettingError, own_resource, read
 
 OTLP, TRACES = "OTEL_EXPORTER_OTLP_", "OTEL_EXPORTER_OTLP_TRACES_"
 GRPC = {OTLP + "PROTOCOL": "grpc"}
@@ -44,8 +44,8 @@ def test_a_variable_sets_how_to_reach_the_collector(environ: dict[str, str], fie
 
 
 BATCH: list[tuple[dict[str, str], str, float]] = [
-    ({}, "queue_spans", 2048),
-    ({}, "batch_spans", 512),
+    ({}, "queue_spans", 16_384),
+    ({}, "batch_spans", 2048),
     ({}, "delay_seconds", 5.0),
     ({}, "export_seconds", 30.0),
     ({}, "request_seconds", 10.0),
@@ -79,12 +79,12 @@ BAD = [
     ("OTEL_BSP_MAX_QUEUE_SIZE", "-1", "a number from 1"),
     ("OTEL_BSP_MAX_QUEUE_SIZE", "0.5", "a number from 1"),
     ("OTEL_BSP_SCHEDULE_DELAY", "inf", "a number above 0"),
-    ("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "4096", "up to OTEL_BSP_MAX_QUEUE_SIZE"),
+    ("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "20000", "up to OTEL_BSP_MAX_QUEUE_SIZE"),
 ]
 
 
 @pytest.mark.parametrize(("variable", "value", "allowed"), BAD)
-def test_a_value_that_cannot_be_followed_is_told_with_its_variable(variable: str, value: str, allowed: str) -> None:
+def test_an_invalid_value_is_reported_with_its_variable(variable: str, value: str, allowed: str) -> None:
     environ = {variable: value} | ({OTLP + "PROTOCOL": "grpc"} if variable.endswith("INSECURE") else {})
     if variable.endswith("INSECURE"):
         environ[OTLP + "ENDPOINT"] = "collector:4317"
@@ -146,6 +146,42 @@ def test_a_credential_provider_is_for_the_sdk_and_for_traces() -> None:
     assert ours.collector is not None
     assert read(environ).traces == SignalExport(sdk_collectors=(ours.collector,))
     assert read(environ).metrics.collector is not None
+
+
+@pytest.mark.parametrize(
+    ("exporter", "seconds"),
+    [("otlp", 5.0), ("console", 5.0), ("console,prometheus,otlp,none", 5.0), ("prometheus", 60.0)],
+)
+def test_the_interval_is_that_of_metrics_which_are_exported(exporter: str, seconds: float) -> None:
+    environ = {"OTEL_METRICS_EXPORTER": exporter, "OTEL_METRIC_EXPORT_INTERVAL": "5000"}
+    assert read(environ).metrics_interval_seconds == seconds
+
+
+@pytest.mark.parametrize(("preference", "is_allowed"), [("cumulative", True), ("Cumulative", True), ("delta", False)])
+def test_sums_of_metrics_are_cumulative(preference: str, is_allowed: bool) -> None:
+    environ = {"OTEL_METRICS_EXPORTER": "otlp", OTLP + "METRICS_TEMPORALITY_PREFERENCE": preference}
+    if is_allowed:
+        assert read(environ).metrics.collector is not None
+    else:
+        with pytest.raises(TelemetrySettingError, match="allowed is cumulative"):
+            read(environ)
+
+
+@pytest.mark.parametrize(
+    ("environ", "name"),
+    [
+        ({}, "otel-smtp"),
+        ({"OTEL_SERVICE_NAME": "mine"}, "mine"),
+        ({"OTEL_RESOURCE_ATTRIBUTES": "service.name=ours"}, "ours"),
+        ({"OTEL_RESOURCE_ATTRIBUTES": "deployment.environment.name=test"}, "otel-smtp"),
+    ],
+)
+def test_the_service_has_a_name(environ: dict[str, str], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("OTEL_SERVICE_NAME", "OTEL_RESOURCE_ATTRIBUTES"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in environ.items():
+        monkeypatch.setenv(variable, value)
+    assert own_resource().attributes["service.name"] == name
 
 
 def test_variables_of_a_signal_that_is_not_exported_are_ignored() -> None:

@@ -373,7 +373,8 @@ def test_an_unexpected_error_loses_a_batch_and_no_more(log: pytest.LogCaptureFix
 
 
 FORKING = """
-import os, sys
+import httpx, os, sys
+httpx.Client().close()  # all of it before the fork: a module that the thread has half imported stays so in the child
 sys.path.insert(0, {path!r})
 from tests.telemetry.test_exporting import export_to, http, lost, span, QUICK, WAIT_SECONDS
 from tests.support.spans import encoded

@@ -40,7 +40,7 @@ def exporting(receiver: OtlpReceiver, protocol: str = "http/protobuf", **more: s
 
 
 @pytest.mark.parametrize("protocol", ["http/protobuf", "grpc"])
-def test_a_mail_is_told_by_its_events_and_lines_with_the_trace(receiver: OtlpReceiver, protocol: str) -> None:
+def test_a_mail_has_event_and_line_records_with_its_trace(receiver: OtlpReceiver, protocol: str) -> None:
     telemetry = exporting(receiver, protocol)
     Client(telemetry.observers).ehlo().message().quit()
     assert telemetry.flush_and_shutdown(10)

@@ -79,7 +79,7 @@ def test_a_mail_is_counted_at_the_collector(receiver: OtlpReceiver, protocol: st
     assert metrics["smtp.server.message.size"].resource["service.instance.id"]
 
 
-def test_what_arrives_is_what_the_registry_says(receiver: OtlpReceiver) -> None:
+def test_exported_metrics_are_those_of_the_registry(receiver: OtlpReceiver) -> None:
     telemetry = exporting(receiver)
     Client(telemetry.observers).ehlo().message().quit()
     assert telemetry.flush_and_shutdown(10)
@@ -127,7 +127,7 @@ def _relayed(metrics: list[ReceivedMetric]) -> float | None:
 @pytest.mark.parametrize(
     ("kind", "reason"), [(FaultKind.UNAVAILABLE, "export_failed"), (FaultKind.REJECTED, "rejected")]
 )
-def test_what_a_collector_does_not_take_is_counted_and_the_next_export_makes_it_good(
+def test_a_failed_export_is_counted_and_the_next_one_makes_up_for_it(
     receiver: OtlpReceiver, kind: FaultKind, reason: str
 ) -> None:
     receiver.fault = Fault(kind)
@@ -244,13 +244,13 @@ def test_on_the_console_metrics_are_json(capsys: pytest.CaptureFixture[str]) -> 
         ("OTEL_BLRP_MAX_QUEUE_SIZE", "0"),
     ],
 )
-def test_a_value_that_cannot_be_followed_names_its_variable(variable: str, wrong: str) -> None:
+def test_an_invalid_value_is_reported_with_its_variable(variable: str, wrong: str) -> None:
     with pytest.raises(TelemetrySettingError) as caught:
         set_up(OPTIONS, {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1", variable: wrong})
     assert caught.value.variable == variable
 
 
-def test_the_page_tells_the_resource() -> None:
+def test_the_page_has_the_resource() -> None:
     page = set_up(OPTIONS, {}).metrics_page("text/plain")[0].decode()
     [target] = [line for line in page.splitlines() if line.startswith("target_info{")]
     assert 'service_name="otel-smtp"' in target

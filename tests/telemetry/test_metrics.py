@@ -3,13 +3,15 @@
 from collections.abc import Sequence
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from otel_smtp.observing import ConnectionRecord, Observer
 from otel_smtp.smtp import replies
 from otel_smtp.telemetry import attributes
-from otel_smtp.telemetry.metrics import Metrics
+from otel_smtp.telemetry.metrics import Buckets, Metrics
 from otel_smtp.telemetry.propagation import InboundPolicy
 from otel_smtp.telemetry.setup import TelemetryOptions, set_up
 from tests.cardinality import series_before_and_after
@@ -117,6 +119,17 @@ def test_a_state_lasts_until_the_next_one_whatever_segments_they_are_in() -> Non
     client.rset().quit()
     seconds = samples(metrics)["smtp_server_state_duration_seconds_sum", (("smtp_state", "Active"),)]
     assert seconds == pytest.approx(12, abs=0.1)
+
+
+@given(st.lists(st.floats(0, 1000) | st.sampled_from([0.1, 0.2, 0.5, 700.0]), min_size=1))
+def test_many_measurements_at_once_are_those_one_by_one(values: list[float]) -> None:
+    once, single = Buckets((0.1, 0.2, 0.5, 600.0)), Buckets((0.1, 0.2, 0.5, 600.0))
+    for value in values:
+        single.add(value)
+    once.add_all(list(values))
+    assert once.counts == single.counts
+    assert (once.least, once.most) == (single.least, single.most)
+    assert once.total == pytest.approx(single.total)
 
 
 def test_numbers_that_another_thread_reads_are_those_of_the_latest_look() -> None:

@@ -161,7 +161,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("variable", "value", "allowed"), BAD)
-def test_a_value_that_cannot_be_followed_names_its_variable(variable: str, value: str, allowed: str) -> None:
+def test_an_invalid_value_is_reported_with_its_variable(variable: str, value: str, allowed: str) -> None:
     environ = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1", variable: value}
     with pytest.raises(TelemetrySettingError) as caught:
         set_up(TelemetryOptions(), environ)

@@ -47,7 +47,7 @@ def states(record: SpanRecord) -> list[object]:
     return [event.attributes["smtp.state"] for event in record.events]
 
 
-# Golden sequences (states.md) ------------------------------------------------------------------------------------
+# Golden sequences ------------------------------------------------------------------------------------------------
 
 
 def _nothing(client: Client) -> None:
@@ -443,6 +443,12 @@ def test_whose_trace_is_joined_is_the_listeners_policy(
     assert joined(kept) is {"auto": joins, "parent": True, "link": False}[policy]
 
 
+def test_a_client_that_failed_to_authenticate_is_a_stranger() -> None:
+    kept = Kept()
+    Client(tracing(kept)).ehlo().auth(reply=replies.AUTH_FAILED).message(APPLICATION).quit()
+    assert joined(kept) is False
+
+
 def test_a_client_behind_a_local_proxy_is_not_local() -> None:
     kept = Kept()
     client = Client(tracing(kept), peer="127.0.0.1")
@@ -490,9 +496,12 @@ def test_a_parent_that_is_not_sampled_is_followed_and_still_has_an_id() -> None:
 
 def test_tracestate_goes_on_only_for_whom_the_trace_is_joined() -> None:
     for policy, expected in ((InboundPolicy.PARENT, "vendor=1,other=2"), (InboundPolicy.LINK, None)):
-        client = Client(tracing(Kept(), policies={"local": policy})).ehlo().mail().rcpt().data()
+        kept = Kept()
+        client = Client(tracing(kept, policies={"local": policy})).ehlo().mail().rcpt().data()
         client.header(APPLICATION, tracestate="vendor=1, other=2")
         assert client.deliver().get("tracestate") == expected
+        client.final().quit()
+        assert [link.context.trace_state for link in kept.one(TRANSACTION).links] == [""]
 
 
 def test_the_message_carries_the_deliverys_own_span() -> None:
@@ -553,6 +562,7 @@ def test_a_delivery_tells_its_phases_and_its_upstream() -> None:
         "smtp.reply.text": "Ok: queued as 4XyZ12",
     }
     assert delivery.kind is SpanKind.CLIENT
+    assert delivery.links == ()
     assert not delivery.has_failed
     times = [delivery.start_ns, *(event.time_ns for event in delivery.events), delivery.end_ns]
     assert times == sorted(times)

@@ -2,7 +2,11 @@
 
 import asyncio
 import contextlib
+import os
+import shlex
+import shutil
 import signal
+import sys
 from collections.abc import Sequence
 from typing import Final
 
@@ -148,13 +152,36 @@ class Demonstration:
         console = self._console
         console.print()
         console.print("Now you: each connection is drawn when it ends; Ctrl-C exits.", style="bold")
-        lines = [
-            f"otel-smtp send --to you@example.net {address}",
-            f"swaks --server {address} --from me@example.org --to {REFUSED_ADDRESS}",
-            f"curl smtp://{address} --mail-from me@example.org --mail-rcpt you@example.net -T README.md",
-        ]
-        for line in lines:
+        for line in invitations(called_as(), address):
             console.print(f"  {line}", style="cyan", soft_wrap=True)
+
+
+def invitations(program: str, address: Endpoint) -> list[str]:
+    """Command lines that send a mail to `address` and run on this very machine.
+
+    Args:
+        program: how this program is called, see `called_as`.
+    """
+    lines = [f"{program} send --to you@example.net {address}"]
+    if shutil.which("swaks") is not None:
+        lines.append(f"swaks --server {address} --from me@example.org --to {REFUSED_ADDRESS}")
+    else:
+        lines.append(f"{program} send --to {REFUSED_ADDRESS} {address}")
+    if shutil.which("curl") is not None:
+        envelope = "--mail-from me@example.org --mail-rcpt you@example.net"
+        lines.append(rf"printf 'Subject: Hello\r\n\r\nHi\r\n' | curl smtp://{address} {envelope} -T -")
+    return lines
+
+
+def called_as() -> str:
+    """How to call this program again in the same shell: as the user did."""
+    path = sys.argv[0]
+    name = os.path.basename(path)
+    if name == "__main__.py":
+        return f"{shlex.quote(sys.executable)} -m otel_smtp"
+    found = shutil.which(name)
+    is_found = found is not None and os.path.exists(path) and os.path.samefile(found, path)
+    return name if is_found else shlex.quote(path)
 
 
 def default_addresses(port: int) -> list[str]:

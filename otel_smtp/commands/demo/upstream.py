@@ -14,7 +14,7 @@ from typing import Final
 from otel_smtp.forwarding.base import Capabilities, MessageAnswered, RecipientsAnswered
 from otel_smtp.observing import Endpoint, Observer, TransactionRecord
 from otel_smtp.server.listener import ListenerSpec, Server
-from otel_smtp.server.session import ListenerPolicy, ServerTimeouts
+from otel_smtp.server.policy import ListenerPolicy, ServerTimeouts
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Mail, Recipient
 from otel_smtp.smtp.policy import ServerPolicy

@@ -3,10 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Protocol
 
+from otel_smtp.telemetry import attributes as names
+
 # Spans whose connection is still open, or long closed (later attempts of a queued mail).
 MOST_WAITING: Final = 10_000
 
-ROOT: Final = "smtp.connection"
+ROOT: Final = names.SPAN_CONNECTION
 
 
 class Identity(Protocol):

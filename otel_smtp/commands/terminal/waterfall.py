@@ -11,7 +11,7 @@ one order of time and still be told apart:
     ● │    Data              11.0    ╿           message 1  1 recipient
 
 Words that do not fit into a row continue in the next; nothing is cut as long as a single word fits. The module takes
-spans as values and knows neither OpenTelemetry nor the gateway.
+spans as values; of OpenTelemetry and the gateway it knows the names of attributes alone.
 """
 
 from bisect import bisect_right
@@ -34,6 +34,7 @@ from otel_smtp.commands.terminal.words import (
     plain,
     span_words,
 )
+from otel_smtp.telemetry import attributes as names
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +149,7 @@ def _rows(ordered: Sequence[DrawnSpan], lanes: Mapping[int, int], glyphs: Glyphs
         rows.append(_Row(span.start_ns, lane, depth, span.name, "bold", glyphs.span, lane_style, words, span))
         for event in span.events:
             name, style = _event_name(event)
-            code = event.attributes.get("smtp.reply.code")
+            code = event.attributes.get(names.REPLY_CODE)
             is_refusal = isinstance(code, int) and code >= 400
             mark, mark_style = (glyphs.error, "bold red") if is_refusal else (glyphs.event, lane_style)
             words = event_words(event.name, event.attributes)
@@ -160,7 +161,7 @@ def _rows(ordered: Sequence[DrawnSpan], lanes: Mapping[int, int], glyphs: Glyphs
 
 def _event_name(event: DrawnEvent) -> tuple[str, str]:
     """The short name of an event: its state, its phase, or its name."""
-    state = event.attributes.get("smtp.state")
+    state = event.attributes.get(names.STATE)
     if isinstance(state, str):
         return plain(state), STATE_STYLES.get(state, "")
     return event.name.removeprefix("smtp.upstream.").removeprefix("smtp."), ""
@@ -211,9 +212,9 @@ def _heading(ordered: Sequence[DrawnSpan], total_ns: int, width: int, glyphs: Gl
     traces = dict.fromkeys(span.context.trace_id for span in ordered)
     line = Text().append("trace ", "dim").append(f"{next(iter(traces)):032x}", "bold")
     outcomes = Counter(
-        (plain(span.attributes["smtp.outcome"]), span.attributes.get("smtp.reply.code"))
+        (plain(span.attributes[names.OUTCOME]), span.attributes.get(names.REPLY_CODE))
         for span in ordered
-        if span.name == "smtp.transaction" and "smtp.outcome" in span.attributes
+        if span.name == names.SPAN_TRANSACTION and names.OUTCOME in span.attributes
     )
     words = []
     for (outcome, code), count in outcomes.items():

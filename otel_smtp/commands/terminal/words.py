@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
+from otel_smtp.telemetry import attributes as names
+
 Attributes = Mapping[str, Any]
 
 
@@ -16,25 +18,25 @@ class Word(NamedTuple):
 # What the row shows already: by its name, its place, its time.
 _SHOWN_ALREADY: Final = frozenset(
     {
-        "smtp.connection.id",
-        "smtp.listener",
-        "smtp.state",
-        "smtp.state.previous",
-        "smtp.state.level",
-        "smtp.state.sequence",
-        "smtp.state.previous_duration",
-        "smtp.connection.duration",
-        "network.local.address",
-        "network.local.port",
-        "network.peer.port",
-        "smtp.transaction.number",
-        "smtp.upstream.name",
-        "smtp.message.id",
-        "network.transport",
-        "network.type",
-        "network.protocol.name",
-        "peer.service",
-        "service.peer.name",
+        names.CONNECTION_ID,
+        names.LISTENER,
+        names.STATE,
+        names.STATE_PREVIOUS,
+        names.STATE_LEVEL,
+        names.STATE_SEQUENCE,
+        names.STATE_PREVIOUS_DURATION,
+        names.CONNECTION_DURATION,
+        names.NETWORK_LOCAL_ADDRESS,
+        names.NETWORK_LOCAL_PORT,
+        names.NETWORK_PEER_PORT,
+        names.TRANSACTION_NUMBER,
+        names.UPSTREAM_NAME,
+        names.MESSAGE_ID,
+        names.NETWORK_TRANSPORT,
+        names.NETWORK_TYPE,
+        names.NETWORK_PROTOCOL_NAME,
+        names.PEER_SERVICE,
+        names.SERVICE_PEER_NAME,
     }
 )
 
@@ -110,19 +112,19 @@ class _Reader:
 
     def add_reply(self) -> None:
         """Verb, code, enhanced code and text of a reply."""
-        self.add("smtp.verb", "bold")
-        code, enhanced = self.take("smtp.reply.code"), self.take("smtp.reply.enhanced_code")
-        text = self.take("smtp.reply.text")
+        self.add(names.VERB, "bold")
+        code, enhanced = self.take(names.REPLY_CODE), self.take(names.REPLY_ENHANCED_CODE)
+        text = self.take(names.REPLY_TEXT)
         if code is not None:
             self.words.append(Word(plain(f"{code} {enhanced}" if enhanced else code), code_style(int(code))))
         if text:
             self.words.append(Word(plain(text)))
 
     def add_tls(self) -> None:
-        version = self.take("tls.protocol.version")
+        version = self.take(names.TLS_PROTOCOL_VERSION)
         if version:
             self.words.append(Word(f"TLS {plain(version)}", "blue"))
-        self.add("tls.cipher", "dim")
+        self.add(names.TLS_CIPHER, "dim")
 
     def rest(self) -> list[Word]:
         left = sorted((key, value) for key, value in self._left.items() if key not in _SHOWN_ALREADY)
@@ -152,36 +154,36 @@ def _endpoint(reader: _Reader, side: str) -> str:
 def event_words(name: str, attributes: Attributes) -> list[Word]:
     """The words of an event, its name aside."""
     reader = _Reader(attributes)
-    reader.add("smtp.auth.mechanism", "magenta")
-    mode = reader.take("smtp.tls.mode")
+    reader.add(names.AUTH_MECHANISM, "magenta")
+    mode = reader.take(names.TLS_MODE)
     if mode not in (None, "off"):
         reader.words.append(Word(plain(mode), "blue"))
-    if (number := reader.take("smtp.transaction.number")) is not None:
+    if (number := reader.take(names.TRANSACTION_NUMBER)) is not None:
         reader.words.append(Word(f"message {plain(number)}"))
-    if (count := reader.take("smtp.transaction.recipient_count")) is not None:
+    if (count := reader.take(names.RECIPIENT_COUNT)) is not None:
         reader.words.append(Word(counted(int(count), "recipient")))
-    reader.add("smtp.reset.cause")
+    reader.add(names.RESET_CAUSE)
     reader.add_reply()
-    reader.add("error.type", "red")
-    reader.add("smtp.close.reason")
+    reader.add(names.ERROR_TYPE, "red")
+    reader.add(names.CLOSE_REASON)
     _add_pool(reader)
     reader.add_tls()
     _add_totals(reader)
-    for address in ("network.peer.address", "smtp.connection.segment"):
+    for address in (names.NETWORK_PEER_ADDRESS, names.CONNECTION_SEGMENT):
         reader.take(address)
     return reader.rest()
 
 
 def _add_totals(reader: _Reader) -> None:
-    if (messages := reader.take("smtp.connection.messages")) is not None:
+    if (messages := reader.take(names.CONNECTION_MESSAGES)) is not None:
         reader.words.append(Word(counted(int(messages), "message")))
-    received, sent = reader.take("smtp.connection.octets_received"), reader.take("smtp.connection.octets_sent")
+    received, sent = reader.take(names.OCTETS_RECEIVED), reader.take(names.OCTETS_SENT)
     if received is not None and sent is not None:
         reader.words.append(Word(f"{octets(int(received))} in, {octets(int(sent))} out", "dim"))
 
 
 def _add_pool(reader: _Reader) -> None:
-    reused, wait = reader.take("smtp.pool.reused"), reader.take("smtp.pool.wait")
+    reused, wait = reader.take(names.POOL_REUSED), reader.take(names.POOL_WAIT)
     if reused is not None:
         reader.words.append(Word("connection reused", "green") if reused else Word("new connection"))
     # Less than a tenth of a millisecond is no wait.
@@ -193,69 +195,69 @@ def span_words(name: str, attributes: Attributes) -> list[Word]:
     """The words of a span, its name and duration aside."""
     reader = _Reader(attributes)
     match name:
-        case "smtp.connection":
+        case names.SPAN_CONNECTION:
             _add_connection(reader)
-        case "smtp.transaction":
+        case names.SPAN_TRANSACTION:
             _add_transaction(reader)
-        case "smtp.delivery":
+        case names.SPAN_DELIVERY:
             _add_delivery(reader)
-    reader.add("error.type", "red")
+    reader.add(names.ERROR_TYPE, "red")
     reader.add_tls()
     return reader.rest()
 
 
 def _add_connection(reader: _Reader) -> None:
     client, server = _endpoint(reader, "client"), _endpoint(reader, "server")
-    peer = reader.take("network.peer.address")
+    peer = reader.take(names.NETWORK_PEER_ADDRESS)
     if client:
         reader.words.append(Word(client))
     if peer is not None and plain(peer) not in client:
-        reader.words.append(Word(f"by {plain(peer)}", "dim"))  # a PROXY header told the client
+        reader.words.append(Word(f"by {plain(peer)}", "dim"))  # a PROXY header named the client
     if server:
         reader.words.append(Word(f"→ {server}"))
-    if helo := reader.take("smtp.helo"):
+    if helo := reader.take(names.HELO):
         reader.words.append(Word(f"“{plain(helo)}”", "italic"))
-    if errors := reader.take("smtp.connection.errors"):
+    if errors := reader.take(names.CONNECTION_ERRORS):
         reader.words.append(Word(counted(int(errors), "error"), "red"))
-    segment = reader.take("smtp.connection.segment")
+    segment = reader.take(names.CONNECTION_SEGMENT)
     if segment is not None and int(segment) > 1:
         reader.words.append(Word(f"segment {segment}"))
     # Its last event shows these.
-    for key in ("smtp.close.reason", "smtp.tls.mode", "smtp.connection.messages"):
+    for key in (names.CLOSE_REASON, names.TLS_MODE, names.CONNECTION_MESSAGES):
         reader.take(key)
-    for key in ("smtp.connection.octets_received", "smtp.connection.octets_sent"):
+    for key in (names.OCTETS_RECEIVED, names.OCTETS_SENT):
         reader.take(key)
 
 
 def _add_transaction(reader: _Reader) -> None:
-    if outcome := reader.take("smtp.outcome"):
+    if outcome := reader.take(names.OUTCOME):
         reader.words.append(Word(plain(outcome), outcome_style(str(outcome))))
     reader.add_reply()
-    sender, recipients = reader.take("smtp.mail.from.domain"), reader.take("smtp.rcpt.domains")
+    sender, recipients = reader.take(names.MAIL_FROM_DOMAIN), reader.take(names.RCPT_DOMAINS)
     if sender is not None or recipients:
         to = f" → {plain(recipients)}" if recipients else ""
         reader.words.append(Word(f"{'' if to else 'from '}{plain(sender or '<>')}{to}"))
-    if count := reader.take("smtp.transaction.recipient_count"):
+    if count := reader.take(names.RECIPIENT_COUNT):
         reader.words.append(Word(counted(int(count), "recipient")))
-    if refused := reader.take("smtp.transaction.recipients_refused"):
+    if refused := reader.take(names.RECIPIENTS_REFUSED):
         reader.words.append(Word(f"{plain(refused)} refused", "red"))
-    if (size := reader.take("smtp.message.size")) is not None:
+    if (size := reader.take(names.MESSAGE_SIZE)) is not None:
         reader.words.append(Word(octets(int(size))))
-    reader.add("smtp.body", "dim")
+    reader.add(names.BODY, "dim")
 
 
 def _add_delivery(reader: _Reader) -> None:
     reader.add_reply()
-    peer = reader.take("network.peer.address")
+    peer = reader.take(names.NETWORK_PEER_ADDRESS)
     if server := _endpoint(reader, "server"):
         reader.words.append(Word(f"→ {server}"))
     if peer is not None and plain(peer) not in server:
         reader.words.append(Word(plain(peer), "dim"))  # the address of the name
-    attempt = reader.take("smtp.delivery.attempt")
+    attempt = reader.take(names.DELIVERY_ATTEMPT)
     if attempt is not None and int(attempt) > 1:
         reader.words.append(Word(f"attempt {plain(attempt)}", "yellow"))
-    if (trips := reader.take("smtp.round_trips")) is not None:
+    if (trips := reader.take(names.ROUND_TRIPS)) is not None:
         reader.words.append(Word(counted(int(trips), "round trip"), "dim"))
     # Its event "pool" shows these, and its reply code the outcome.
-    for key in ("smtp.outcome", "smtp.pool.reused", "smtp.pool.wait"):
+    for key in (names.OUTCOME, names.POOL_REUSED, names.POOL_WAIT):
         reader.take(key)

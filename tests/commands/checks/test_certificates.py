@@ -17,7 +17,7 @@ def listener_with(tmp_path: Path, certificate: trustme.LeafCert) -> Listener:
     return Listener(tls=TlsMode.STARTTLS, tls_cert=tmp_path / "cert.pem", tls_key=tmp_path / "key.pem")
 
 
-def test_a_good_certificate_tells_its_names_and_its_end(tmp_path: Path) -> None:
+def test_a_good_certificate_with_its_names_and_expiry(tmp_path: Path) -> None:
     finding = check_certificate(listener_with(tmp_path, trustme.CA().issue_cert("gw.example", "127.0.0.1")))
     assert finding.verdict == "ok"
     assert finding.detail.startswith("is for gw.example, 127.0.0.1, until ")
@@ -27,7 +27,7 @@ def test_a_good_certificate_tells_its_names_and_its_end(tmp_path: Path) -> None:
     ("days", "verdict", "detail"),
     [(3, "warning", "(2 days)"), (-1, "failed", "cannot be used: certificate has expired")],
 )
-def test_a_certificate_that_ends_is_told_in_time(tmp_path: Path, days: int, verdict: str, detail: str) -> None:
+def test_a_certificate_that_expires_soon_or_has_expired(tmp_path: Path, days: int, verdict: str, detail: str) -> None:
     ends = datetime.now(UTC) + timedelta(days=days)
     leaf = trustme.CA().issue_cert("gw.example", not_before=ends - timedelta(days=30), not_after=ends)
     finding = check_certificate(listener_with(tmp_path, leaf))

@@ -24,7 +24,7 @@ async def findings_for(address: str) -> list[Finding]:
     return await listed(check_listeners(load(values=values)))
 
 
-async def test_an_address_that_nobody_has_is_free() -> None:
+async def test_an_address_that_is_free() -> None:
     (finding,) = await findings_for("127.0.0.1:0")
     assert finding == Finding("ok", "listener local 127.0.0.1:0", "is free")
 
@@ -52,7 +52,7 @@ async def test_an_address_of_another_machine_cannot_be_bound() -> None:
         (b"", "failed", "is taken by something other than an SMTP server: nothing"),
     ],
 )
-async def test_an_address_that_is_taken_is_asked_who_has_it(greeting: bytes, verdict: str, detail: str) -> None:
+async def test_the_owner_of_a_taken_address_is_named(greeting: bytes, verdict: str, detail: str) -> None:
     with Talker(greeting) as server:
         (finding,) = await findings_for(f"127.0.0.1:{server.port}")
     assert (finding.verdict, finding.detail) == (verdict, detail)

@@ -28,7 +28,7 @@ async def test_an_upstream_is_connected_to_and_no_mail_is_begun() -> None:
         assert finding.subject == f"upstream provider 127.0.0.1:{upstream.port}"
 
 
-async def test_an_upstreams_tls_is_verified_and_told(tmp_path: Path) -> None:
+async def test_an_upstreams_tls_is_verified_and_reported(tmp_path: Path) -> None:
     ca = trustme.CA()
     ca.cert_pem.write_to_path(tmp_path / "ca.pem")
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)

@@ -38,7 +38,7 @@ async def with_client(address: Endpoint, use: Callable[[smtplib.SMTP], T]) -> T:
     return await asyncio.to_thread(run)
 
 
-async def test_what_arrives_is_kept_to_the_octet(forwarder: KeepingForwarder, address: Endpoint) -> None:
+async def test_mail_is_kept_octet_for_octet(forwarder: KeepingForwarder, address: Endpoint) -> None:
     await with_client(address, lambda client: client.sendmail("a@example.org", ["b@example.net"], MESSAGE))
     (kept,) = forwarder.kept
     assert kept.mail.reverse_path == "a@example.org"

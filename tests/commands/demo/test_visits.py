@@ -36,7 +36,7 @@ async def test_a_visit_goes_as_its_title_says(visit: Visit, kept: tuple[Endpoint
     )
 
 
-async def test_a_visit_that_goes_otherwise_says_what_it_was_told() -> None:
+async def test_a_failed_visit_quotes_the_reply() -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"220 here\r\n")
         await reader.readline()

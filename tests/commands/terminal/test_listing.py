@@ -53,7 +53,7 @@ def shaped(*rows: dict[str, Any], by: Grouping = Grouping.DOMAIN, most: int = 50
     return [line.split() for line in drawn(shape.table(), width=width).splitlines()]
 
 
-def test_who_waits_in_one_line_and_why_below_it() -> None:
+def test_a_message_is_one_line_with_its_reasons_below() -> None:
     assert listed(row(), row(1, queue_name="hold"), row(2, queue_name="active")) == (
         "id                              age       size  next attempt   sender -> recipients\n"
         "01m8494cee4nr6g69ejbjx24e0   10 min    2.0 KiB  in 90 s        app@example.com -> user@example.net\n"
@@ -67,7 +67,7 @@ def test_who_waits_in_one_line_and_why_below_it() -> None:
     )
 
 
-def test_an_empty_queue_is_said_to_be_empty() -> None:
+def test_an_empty_queue() -> None:
     listing = Listing(width=80, now=NOW)
     assert drawn(*listing.summary()) == "the queue is empty\n"
 
@@ -101,7 +101,7 @@ def test_nothing_is_lost_on_a_narrow_terminal(width: int) -> None:
     assert words.count("nay") == 40
 
 
-def test_where_nobody_looks_a_message_is_one_line() -> None:
+def test_without_a_terminal_a_message_is_one_line() -> None:
     reasons = [recipient(f"user{number}@example.net", f"450 4.2.{number} " + "busy " * 30) for number in range(3)]
     heading, only, *_ = listed(row(recipients=reasons), width=None).splitlines()
     assert heading.startswith("id ")
@@ -109,7 +109,7 @@ def test_where_nobody_looks_a_message_is_one_line() -> None:
     assert all(f"450 4.2.{number} busy" in only for number in range(3))
 
 
-def test_reasons_are_told_once_and_the_usual_first() -> None:
+def test_each_reason_is_listed_once_and_the_most_frequent_first() -> None:
     told = ["450 4.2.1 busy", "452 4.2.2 full", "452 4.2.2 full", "", "421 a", "421 b"]
     text = listed(row(recipients=[recipient(f"user{n}@example.net", reason) for n, reason in enumerate(told)]))
     assert "user0@example.net (+5)\n    452 4.2.2 full (2 times)\n    450 4.2.1 busy\n" in text
@@ -175,7 +175,7 @@ def test_a_shape_of_many_groups_ends_with_the_others() -> None:
     ]
 
 
-def test_what_a_peer_wrote_moves_no_cursor() -> None:
+def test_text_of_a_peer_cannot_control_the_terminal() -> None:
     hostile = "\x1b[2Jx\r\n\u202ey[red]@z"
     bad = row(sender=hostile, recipients=[recipient(hostile, hostile)])
     for text in (drawn(details(bad, now=NOW)), listed(bad), listed(bad, width=30), listed(bad, width=None)):

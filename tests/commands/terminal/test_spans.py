@@ -13,7 +13,7 @@ def names(story: object) -> list[tuple[str, int]]:
     return sorted((one.name, one.context.span_id) for one in story)
 
 
-def test_a_story_is_told_when_its_connection_has_ended() -> None:
+def test_spans_are_collected_when_their_connection_has_ended() -> None:
     stories = Stories()
     *before, last = refused_mail()
     assert [stories.take(one) for one in before] == [None, None]
@@ -53,7 +53,7 @@ def test_a_connection_of_the_same_application_does_not_take_anothers_transaction
     assert names(stories.take(span("smtp.connection", 1)))[1] == ("smtp.transaction", 2)
 
 
-def test_what_never_finds_its_connection_is_forgotten_in_time() -> None:
+def test_spans_without_a_connection_are_dropped_in_time() -> None:
     stories = Stories(most_waiting=3)
     for number in range(100, 110):
         stories.take(span("smtp.delivery", number, 50))

@@ -1,15 +1,10 @@
 """The text beside a bar: attributes in words, the most important first."""
 
-import ast
-import re
-from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import pytest
 
-from otel_smtp.commands.terminal import words
 from otel_smtp.commands.terminal.words import counted, duration, event_words, octets, span_words
-from otel_smtp.telemetry.attributes import tables
 
 
 @pytest.mark.parametrize(
@@ -105,18 +100,3 @@ def test_figures_for_people() -> None:
         "0.00 ms", "1.23 ms", "53.1 ms", "2.50 s",
     ]  # fmt: skip
     assert [counted(count, "mail") for count in (0, 1, 2)] == ["0 mails", "1 mail", "2 mails"]
-
-
-NAME: Final = re.compile(r"(?:smtp|network|server|client|service|peer|tls|error)(?:\.[a-z_]+)+")
-
-
-def test_every_attribute_that_is_put_into_words_exists() -> None:
-    known = tables()
-    literals = {
-        node.value
-        for path in Path(words.__file__).parent.glob("*.py")
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and NAME.fullmatch(node.value)
-    }
-    assert len(literals) > 40
-    assert [name for name in sorted(literals) if f"`{name}`" not in known] == []

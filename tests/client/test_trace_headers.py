@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from email import message_from_bytes, policy
+from email import message_from_bytes, message_from_string, policy
 from email.message import EmailMessage, Message
 from email.mime.text import MIMEText
 from typing import Any
@@ -13,6 +13,7 @@ from opentelemetry.context import Context
 from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, TraceState
 
 from otel_smtp.client import inject
+from otel_smtp.client.trace_headers import header_block, trace_headers
 from otel_smtp.observing import TraceHeaders
 from otel_smtp.telemetry import propagation
 
@@ -80,10 +81,51 @@ def test_a_tracestate_of_any_length_is_never_an_encoded_word() -> None:
     assert read.trace_state == ",".join(f"{key}={value}" for key, value in kept)
 
 
+@pytest.mark.parametrize("line_end", ["\r\n", "\n"])
+def test_the_same_fields_stand_on_top_of_a_flattened_message(line_end: str) -> None:
+    members = [(f"vendor{number}", "x" * 50) for number in range(8)]  # the gateway reads 512 octets
+    span = trace.get_current_span(context(*members)).get_span_context()
+    lines = trace_headers(span, line_end)
+    assert lines.endswith(line_end)
+    assert max(map(len, lines.split(line_end))) <= 78
+    read = read_back(message_from_string(f"{lines}Subject: x{line_end}{line_end}Hello{line_end}"))
+    assert read is not None
+    assert (read.trace_id, read.span_id, read.flags) == (TRACE_ID, SPAN_ID, 1)
+    assert read.trace_state.startswith("vendor0=x")
+
+
+@pytest.mark.parametrize(
+    ("message", "line_end"),
+    [
+        (b"A: b\r\n\r\nx\n", "\r\n"),
+        (b"A: b\n\nx\r\n", "\n"),
+        (b"A: b\nC: d\n\r\nx", "\n"),
+        ("A: b\r\rx", "\r"),  # smtplib makes CRLF of it
+        (b"A: b\r\n", "\r\n"),  # no body
+        (b"A:\r\n b\r\n\r\n", "\r\n"),
+        (b"A : b\r\n\r\n", "\r\n"),  # obsolete, and understood (RFC 5322 4.5)
+        (b"A: b", ""),
+        (b"", ""),
+        ("", ""),
+        (b"\r\nx", ""),
+        (b" folded: into nothing\r\n\r\n", ""),
+        ("Gr\u00fc\u00dfe: x\r\n\r\n", ""),
+        (b"no field\r\n\r\n", ""),
+    ],
+)
+def test_the_line_end_of_a_header_block_is_that_of_its_first_line(message: str | bytes, line_end: str) -> None:
+    assert header_block(message) == (line_end, False, False)
+
+
+def test_no_span_gives_no_field() -> None:
+    assert trace_headers(trace.INVALID_SPAN_CONTEXT, "\r\n") == ""
+
+
 def test_it_needs_the_api_alone() -> None:
     program = (
         "import sys, otel_smtp.client\n"
-        "others = ('opentelemetry.sdk', 'opentelemetry.exporter', 'asyncio', 'ssl', 'msgspec', 'structlog', 'typer')\n"
+        "others = ('opentelemetry.sdk', 'opentelemetry.instrumentation', 'wrapt',"
+        " 'opentelemetry.exporter', 'asyncio', 'ssl', 'msgspec', 'structlog', 'click')\n"
         "print([name for name in others if name in sys.modules])"
     )
     told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)

@@ -1,0 +1,259 @@
+"""What both instrumentors share: which messages get a span, and how a client library's methods are replaced.
+
+A message is sent by `sendmail`, or by a program that calls `mail`, `rcpt` and `data` itself. `sendmail` calls these
+three too; they then note what the server said in the transaction that is under way. In a direct use `data` opens the
+span and dates it back to `mail`. Inside `sendmail` the transaction is found by the current context, since tasks may
+take turns on one connection; in a direct use it belongs to the connection.
+"""
+
+import contextlib
+import logging
+import os
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from typing import Any, Final, NamedTuple
+from weakref import WeakKeyDictionary
+
+from opentelemetry import context, trace
+from opentelemetry.instrumentation.dependencies import get_dependency_conflicts
+from opentelemetry.instrumentation.instrumentor import BaseInstrumentor  # type: ignore[attr-defined]  # not typed
+from opentelemetry.instrumentation.utils import is_instrumentation_enabled, unwrap
+from opentelemetry.trace import TracerProvider
+from wrapt import wrap_function_wrapper
+
+from .message_span import Addresses, MailServer, MessageSpan, Reply, Transaction
+from .version import __version__
+
+logger: Final = logging.getLogger(__name__)
+
+ADDRESSES_VARIABLE: Final = "OTEL_PYTHON_SMTP_ADDRESSES"
+# On the class whose methods are replaced. This package may be installed under both of its names, each with entry points
+# of its own: the second instrumentor finds the mark and leaves the class alone, or each message would get two spans.
+_MARK: Final = "__otel_smtp_client__"
+
+
+class Arguments(NamedTuple):
+    """The arguments of a call."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    def value(self, index: int, name: str) -> Any:
+        """One of them; None where the call lacks it, which the called function will complain about."""
+        return self.args[index] if index < len(self.args) else self.kwargs.get(name)
+
+    def replaced(self, index: int, name: str, value: object) -> "Arguments":
+        """The same arguments but for one, which the call has."""
+        if index < len(self.args):
+            return Arguments((*self.args[:index], value, *self.args[index + 1 :]), self.kwargs)
+        return Arguments(self.args, {**self.kwargs, name: value})
+
+
+Wrapper = Callable[[Callable[..., Any], Any, tuple[Any, ...], dict[str, Any]], Any]
+
+
+class Sending:
+    """The messages that one client library sends.
+
+    Args:
+        server_of: the server that a client of the library is connected to.
+        reply_of: the reply in what the library answers to a command.
+        reply_in: the reply that an exception of the library stands for; None where it stands for none.
+
+    None of its methods raises anything of its own: a fault of the tracing is logged, the first as a warning, and the
+    message is sent as it would have been.
+    """
+
+    def __init__(
+        self,
+        tracer: trace.Tracer,
+        addresses: Addresses,
+        server_of: Callable[[Any], MailServer],
+        reply_of: Callable[[Any], Reply],
+        reply_in: Callable[[BaseException], Reply | None],
+    ) -> None:
+        self._tracer = tracer
+        self._addresses = addresses
+        self._server_of = server_of
+        self._reply_of = reply_of
+        self._reply_in = reply_in
+        self._fault_level = logging.WARNING
+        self._under_way: ContextVar[tuple[object, Transaction] | None] = ContextVar("smtp_send", default=None)
+        self._direct: WeakKeyDictionary[Any, Transaction] = WeakKeyDictionary()
+
+    @contextlib.contextmanager
+    def harmless(self) -> Iterator[None]:
+        """Keep a fault of the tracing out of the mail's way."""
+        try:
+            yield
+        except Exception:
+            # Lowered first: a handler of the log may send mail, which is traced, and fails likewise.
+            level, self._fault_level = self._fault_level, logging.DEBUG
+            logger.log(level, "a mail could not be traced in full", exc_info=True)
+
+    @contextlib.contextmanager
+    def message(self, client: object, arguments: Arguments, index: int, name: str) -> Iterator[Arguments]:
+        """Within it a whole message is sent, and its span is current.
+
+        Args:
+            arguments: of the call that sends it; the message is argument `index`, called `name`.
+
+        Yields:
+            The arguments to call with.
+        """
+        with self._open(client, Transaction(), arguments, index, name) as opened:
+            yield opened
+
+    @contextlib.contextmanager
+    def content(
+        self, client: object, arguments: Arguments, name: str, octets: Callable[[Any], int]
+    ) -> Iterator[tuple[Arguments, Transaction]]:
+        """Within it the content is sent, by `message` or directly.
+
+        Args:
+            arguments: of the call; the content is the first, called `name`.
+            octets: how many the content has on the wire.
+
+        Yields:
+            The arguments to call with, and the transaction, for `answered`.
+        """
+        transaction = self._current(client)
+        if transaction is not None:
+            self._note_content(transaction, arguments.value(0, name), octets)
+            yield arguments, transaction
+            return
+        transaction = Transaction()
+        with self.harmless():
+            transaction = self._direct.pop(client, transaction)
+        with self._open(client, transaction, arguments, 0, name) as opened:
+            self._note_content(transaction, opened.value(0, name), octets)
+            yield opened, transaction
+
+    def sender(self, client: object, transaction: Transaction, address: object) -> None:
+        """MAIL was answered, with whatever: a refusal is the last that is heard of the transaction.
+
+        Args:
+            transaction: made before the command was sent; kept where the message is sent directly.
+        """
+        with self.harmless():
+            current = self._current(client)
+            if current is None:
+                current = self._direct[client] = transaction
+            current.sender = str(address)
+
+    def recipient(self, client: object, address: object, answer: object) -> None:
+        """RCPT was answered."""
+        with self.harmless():
+            transaction = self._current(client) or self._direct.get(client)
+            if transaction is not None:
+                transaction.note_recipient(str(address), self._reply_of(answer))
+
+    def answered(self, transaction: Transaction, answer: object) -> None:
+        """The content was answered."""
+        with self.harmless():
+            transaction.reply = self._reply_of(answer)
+
+    def _current(self, client: object) -> Transaction | None:
+        under_way = self._under_way.get()
+        return under_way[1] if under_way is not None and under_way[0] is client else None
+
+    def _note_content(self, transaction: Transaction, content: object, octets: Callable[[Any], int]) -> None:
+        with self.harmless():
+            transaction.octets = octets(content)
+
+    @contextlib.contextmanager
+    def _open(
+        self, client: object, transaction: Transaction, arguments: Arguments, index: int, name: str
+    ) -> Iterator[Arguments]:
+        span: MessageSpan | None = None
+        if is_instrumentation_enabled():
+            with self.harmless():
+                span = self._span(client, transaction)
+                message = arguments.value(index, name)
+                traced = span.with_context(message)
+                if traced is not message:
+                    arguments = arguments.replaced(index, name, traced)
+        if span is None:
+            yield arguments
+            return
+        under_way = self._under_way.set((client, transaction))
+        token = context.attach(span.in_context())
+        try:
+            yield arguments
+        except BaseException as error:
+            with self.harmless():
+                span.end(error)
+            raise
+        else:
+            with self.harmless():
+                span.end(None)
+        finally:
+            context.detach(token)
+            # A coroutine that is dropped half-way is closed in a context that is not its own.
+            with contextlib.suppress(ValueError):
+                self._under_way.reset(under_way)
+
+    def _span(self, client: object, transaction: Transaction) -> MessageSpan:
+        return MessageSpan(
+            self._tracer,
+            transaction,
+            self._server_of(client),
+            addresses=self._addresses,
+            reply_in=self._reply_in,
+        )
+
+
+class MailInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # as above
+    """Instruments the client class of one library.
+
+    `instrument` takes, all optional:
+        tracer_provider: the global one if None.
+        addresses: "none", "domain" or "full"; OTEL_PYTHON_SMTP_ADDRESSES if None, else "domain".
+    """
+
+    _replaced: tuple[str, ...] = ()  # the methods that are ours at the moment
+
+    @abstractmethod
+    def _client_class(self) -> type:
+        """The class of the library whose instances send mail."""
+
+    @abstractmethod
+    def _wrappers(self, tracer: trace.Tracer, addresses: Addresses) -> Mapping[str, Wrapper]:
+        """What its methods are replaced by."""
+
+    def _instrument(
+        self, *, tracer_provider: TracerProvider | None = None, addresses: str | None = None, **_: Any
+    ) -> None:
+        # `opentelemetry-instrument` does not ask: it looks at what the whole distribution instruments.
+        if (conflict := get_dependency_conflicts(self.instrumentation_dependencies())) is not None:
+            logger.error("mail is not traced: %s", conflict)
+            return
+        client = self._client_class()
+        if getattr(client, _MARK, False):
+            logger.debug("%s is instrumented already, by this package's other name", client.__qualname__)
+            return
+        tracer = trace.get_tracer(__name__.rpartition(".")[0], __version__, tracer_provider)
+        wrappers = self._wrappers(tracer, _addresses(addresses))
+        for method, wrapper in wrappers.items():
+            wrap_function_wrapper(client, method, wrapper)
+        setattr(client, _MARK, True)
+        self._replaced = tuple(wrappers)
+
+    def _uninstrument(self, **_: Any) -> None:
+        if not self._replaced:
+            return
+        client = self._client_class()
+        for method in self._replaced:
+            unwrap(client, method)
+        delattr(client, _MARK)
+        self._replaced = ()
+
+
+def _addresses(wanted: str | None) -> Addresses:
+    chosen = os.environ.get(ADDRESSES_VARIABLE, "") if wanted is None else wanted
+    try:
+        return Addresses(chosen.strip().lower() or Addresses.DOMAIN)
+    except ValueError:
+        logger.warning("mailboxes in spans: %r is none of %s; showing domains", chosen, ", ".join(Addresses))
+        return Addresses.DOMAIN

@@ -1,0 +1,139 @@
+"""What holds for the sessions of a listener, and what they ask of the server that they belong to."""
+
+import ipaddress
+import ssl
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from otel_smtp.forwarding.base import Forwarder
+from otel_smtp.observing import Endpoint, FanOut
+from otel_smtp.server.users import Authenticator
+from otel_smtp.smtp.extensions import Offer
+from otel_smtp.smtp.policy import ServerPolicy
+from otel_smtp.smtp.replies import Reply
+from otel_smtp.smtp.states import IllegalTransition
+
+if TYPE_CHECKING:
+    from otel_smtp.server.session import Session
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+@dataclass(frozen=True, slots=True)
+class ServerTimeouts:
+    """Deadlines towards clients, in seconds.
+
+    Attributes:
+        command: from the last reply to the end of the next command line (RFC 5321 4.5.3.2.7 asks for 300).
+        command_under_stress: the same, while most of the allowed connections are taken.
+        data: a whole DATA or BDAT exchange.
+        tls_handshake: one handshake.
+        session: the whole connection; None: no bound.
+        octets_per_second: content buys time beyond `command` at this rate; Postfix's smtpd_min_data_rate.
+    """
+
+    command: float = 300.0
+    command_under_stress: float = 10.0
+    data: float = 1200.0
+    tls_handshake: float = 30.0
+    session: float | None = None
+    octets_per_second: int = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """Where a connection's record is cut into segments, each of which observers are given as a whole.
+
+    Attributes:
+        transitions: so many end a segment.
+        age_seconds: so does this age; so that a long connection is seen while it lives.
+    """
+
+    transitions: int = 500
+    age_seconds: float = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class ListenerPolicy:
+    """What holds for every connection of one listener.
+
+    Attributes:
+        tls_context: gives the context of the next handshake (it is replaced when certificates are reloaded).
+        allow: networks that may relay without AUTH; unix sockets always may.
+        proxy_protocol_from: networks whose PROXY header is required and believed.
+        trace_in_reply: the final 250 names the trace.
+    """
+
+    name: str
+    protocol: ServerPolicy
+    timeouts: ServerTimeouts
+    tls_context: Callable[[], ssl.SSLContext] | None = None
+    authenticator: Authenticator | None = None
+    allow: tuple[Network, ...] = ()
+    proxy_protocol_from: tuple[Network, ...] = ()
+    trace_in_reply: bool = True
+
+
+class House(Protocol):
+    """What a session asks of the server that it belongs to: what all sessions share."""
+
+    @property
+    def forwarder(self) -> Forwarder:
+        """Where accepted mail goes."""
+        ...
+
+    @property
+    def observer(self) -> FanOut:
+        """Who observes."""
+        ...
+
+    @property
+    def segments(self) -> Segments:
+        """Where records are cut."""
+        ...
+
+    @property
+    def is_stressed(self) -> bool:
+        """Whether most of the allowed connections are taken."""
+        ...
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether the gateway shuts down."""
+        ...
+
+    def offer(self) -> Offer:
+        """What the forwarder can promise now; the same object while nothing changes."""
+        ...
+
+    def admit(self, session: "Session", client: Endpoint) -> Reply | None:
+        """Count a client that its PROXY header named; the refusal, where it has too many connections."""
+        ...
+
+    def may_authenticate(self, client: Endpoint) -> bool:
+        """Whether this address has not failed to authenticate too often."""
+        ...
+
+    def auth_failed(self, client: Endpoint) -> None:
+        """An AUTH from this address failed."""
+        ...
+
+    def illegal_step(self, step: IllegalTransition) -> None:
+        """A state step that the table does not hold."""
+        ...
+
+    def ended(self, session: "Session") -> None:
+        """The session is over, and its socket closed or closing; called once."""
+        ...
+
+
+def is_in(networks: Sequence[Network], host: str) -> bool:
+    """Whether the IP address `host` lies in one of `networks`; an IPv4-mapped IPv6 address counts as IPv4."""
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return False
+    if address.version == 6 and address.ipv4_mapped is not None:
+        address = address.ipv4_mapped
+    return any(address in network for network in networks if network.version == address.version)
