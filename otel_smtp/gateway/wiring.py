@@ -191,7 +191,7 @@ def telemetry_options(
     memories: Sequence[Keep],
     open_connections: OpenConnections,
     upstream_connections: Callable[[], Iterator[tuple[str, str, int]]],
-    spool: Callable[[], tuple[Mapping[str, int], float] | None],
+    spool: Callable[[], tuple[Mapping[str, int], float, int] | None],
 ) -> TelemetryOptions:
     """What telemetry records.
 
@@ -200,7 +200,8 @@ def telemetry_options(
         memories: receive each recorded span as octets, and whether something in it went wrong.
         open_connections: yields the records of the open connections when the metrics are read.
         upstream_connections: yields (upstream, state, connections) when the gauges are read.
-        spool: returns the messages by state and the age of the oldest in seconds; None where there is no spool.
+        spool: returns the messages by state, the age of the oldest in seconds, and octets of the disk that no message
+            needs; None where there is no spool.
     """
     telemetry = settings.telemetry
     return TelemetryOptions(

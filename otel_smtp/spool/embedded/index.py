@@ -220,9 +220,9 @@ class Index:
         # CROSS JOIN is SQLite's way to say which table leads.
         return self._database.execute(
             "SELECT due, id, number, delivery.sender FROM delivery CROSS JOIN message USING (id)"
-            " WHERE state = 'ready' AND destination = ?1 AND tried = ?2 AND due <= ?3"
-            " AND (expires IS NULL OR expires > ?3) ORDER BY due, id LIMIT ?4",
-            (destination, int(was_tried), now_ms, most),
+            " WHERE state = 'ready' AND destination = ? AND tried = ? AND due <= ?"
+            " AND (expires IS NULL OR expires > ?) ORDER BY due, id LIMIT ?",
+            (destination, int(was_tried), now_ms, now_ms, most),
         ).fetchall()
 
     def next_due(self, destination: str) -> int | None:
