@@ -28,6 +28,7 @@ from otel_smtp.spool.embedded.index import Index, index_error, row_of
 from otel_smtp.spool.embedded.log import SEGMENT_OCTETS, Log, Part, Step
 from otel_smtp.spool.embedded.records import RecordKind
 from otel_smtp.spool.embedded.recovery import Recovered, recover
+from otel_smtp.spool.embedded.waiting import SAMPLE, Waiting, in_turn
 from otel_smtp.spool.messages import (
     ContentRef,
     Counts,
@@ -61,7 +62,6 @@ COOL_SECONDS: Final = 2.0  # what has been in memory for so long goes into the i
 FLUSH_MOST: Final = 500  # messages at a time: to encode them holds the event loop
 HOT_MOST: Final = 20_000
 CONTENTS_OCTETS: Final = 4 * 1024 * 1024  # of contents that are kept in memory
-SAMPLE: Final = 8  # of what is due, so many times what is wanted are looked at, for the sake of many senders
 COUNT_CACHE_SECONDS: Final = 15.0
 COUNT_CACHE_FROM: Final = 50_000
 
@@ -69,7 +69,6 @@ DEAD_SEGMENTS: Final = 2  # of dead octets beyond as many as live: the log is at
 MOVE_MOST: Final = 64  # messages that are moved at a time
 
 T = TypeVar("T")
-_Candidate = tuple[int, str, int, str]  # due, message, number of the delivery, sender
 
 
 class EmbeddedStore:
@@ -115,8 +114,7 @@ class EmbeddedStore:
         # Of messages that have just come and wait for an attempt: what is attempted at once need not be read again.
         self._contents: dict[str, Sequence[bytes]] = {}
         self._contents_octets = 0
-        # By (destination, whether it was tried): what is in memory and waits; what has changed since is skipped.
-        self._ready: dict[tuple[str, bool], list[_Candidate]] = {}
+        self._waiting = Waiting(self._hot.get)
         # Not in the index as it is: since when, by the loop's clock, and from where on in the log, in the order of the
         # log. None: it has ended.
         self._unindexed: dict[str, tuple[float, tuple[int, int], Entry | None]] = {}
@@ -435,7 +433,7 @@ class EmbeddedStore:
         def done(step: Step, error: SpoolError | None) -> None:
             self._set_free(entry)
             if error is not None:
-                self._offer_all(entry)
+                self._waiting.offer(entry)
                 _fail(answer, error)
                 return
             position = (step.segment, step.places[0][0])
@@ -476,16 +474,7 @@ class EmbeddedStore:
             self._unindexed[entry.id] = (self._loop.time(), position, entry)
         else:
             self._unindexed[entry.id] = (before[0], before[1], entry)
-        self._offer_all(entry)
-
-    def _offer_all(self, entry: Entry) -> None:
-        for one in entry.deliveries:
-            if one.state is DeliveryState.READY:
-                self._offer(entry, one)
-
-    def _offer(self, entry: Entry, delivery: DeliveryEntry) -> None:
-        heap = self._ready.setdefault((delivery.destination, delivery.attempts > 0), [])
-        heapq.heappush(heap, (delivery.due_ms, entry.id, delivery.number, entry.mail.reverse_path))
+        self._waiting.offer(entry)
 
     def _is_over(self, entry: Entry, position: tuple[int, int]) -> None:
         self._hot.pop(entry.id, None)
@@ -516,7 +505,7 @@ class EmbeddedStore:
         self._hot[entry.id] = entry
         for one in entry.deliveries:
             self._cold[one.destination] -= 1
-        self._offer_all(entry)
+        self._waiting.offer(entry)
         return entry
 
     async def _get(self, message_id: str) -> Entry:
@@ -581,7 +570,7 @@ class EmbeddedStore:
         await asyncio.to_thread(self.directory.prepare_spare, self._segment_octets)
         while True:
             await asyncio.sleep(KEEP_SECONDS)
-            self._tidy()
+            self._waiting.tidy(len(self._hot))
             try:
                 await self._flush(before=self._loop.time() - COOL_SECONDS)
                 await self._compact()
@@ -589,13 +578,6 @@ class EmbeddedStore:
                 logger.error("the spool's housekeeping failed, and goes on", extra={"fault": str(error)})
             except Exception:
                 logger.exception("the spool's housekeeping failed, and goes on")
-
-    def _tidy(self) -> None:
-        """Forget who was offered for an attempt and has changed since, where that is much."""
-        for (_, was_tried), heap in self._ready.items():
-            if len(heap) > 1000 + 2 * len(self._hot):
-                heap[:] = [one for one in heap if self._is_offered(one, was_tried=was_tried)]
-                heapq.heapify(heap)
 
     async def _flush_all(self, *, is_clean: bool = False) -> None:
         """Bring the index up to date, for whoever asks it about all there is."""
@@ -691,8 +673,8 @@ class EmbeddedStore:
 
     async def _choose(self, destination: str, most: int, now_ms: int) -> list[tuple[Entry, DeliveryEntry]]:
         """What to attempt next: new and old in turns, and each sender in turn."""
-        new = self._from_memory((destination, False), most, now_ms)
-        old = self._from_memory((destination, True), most, now_ms)
+        new = self._waiting.take(destination, most, now_ms, was_tried=False)
+        old = self._waiting.take(destination, most, now_ms, was_tried=True)
         if self._cold[destination] > 0:
             index = self._the_index
             cold_new, cold_old = await self._in_index(
@@ -703,15 +685,15 @@ class EmbeddedStore:
             )
             new = list(heapq.merge(new, (one for one in cold_new if one[1] not in self._hot)))
             old = list(heapq.merge(old, (one for one in cold_old if one[1] not in self._hot)))
-        in_turn = _in_turn(_by_sender(new), _by_sender(old))
+        candidates = in_turn(new, old)
         chosen: list[tuple[Entry, DeliveryEntry]] = []
-        cold = [one[1] for one in in_turn[:most] if one[1] not in self._hot]
+        cold = [one[1] for one in candidates[:most] if one[1] not in self._hot]
         if cold:
             index = self._the_index
             for entry in await self._in_index(lambda: index.load(cold)):
                 if entry.id not in self._unindexed:
                     self._to_memory(entry)
-        for _, message_id, number, _ in in_turn:
+        for _, message_id, number, _ in candidates:
             entry_now = self._hot.get(message_id)
             delivery = entry_now.delivery(number) if entry_now is not None else None
             if entry_now is None or delivery is None:
@@ -719,7 +701,7 @@ class EmbeddedStore:
             if len(chosen) < most and self._may_be_leased(entry_now, delivery, now_ms):
                 chosen.append((entry_now, delivery))
             elif delivery.state is DeliveryState.READY:
-                self._offer(entry_now, delivery)
+                self._waiting.offer_one(entry_now, delivery)
         return chosen
 
     def _may_be_leased(self, entry: Entry, delivery: DeliveryEntry, now_ms: int) -> bool:
@@ -729,27 +711,6 @@ class EmbeddedStore:
             and entry.expires_ms > now_ms
             and not entry.is_busy
         )
-
-    def _from_memory(self, key: tuple[str, bool], most: int, now_ms: int) -> list[_Candidate]:
-        """Take the first that are due out of what waits in memory."""
-        heap = self._ready.get(key)
-        found: list[_Candidate] = []
-        seen: set[tuple[str, int]] = set()
-        while heap and heap[0][0] <= now_ms and len(found) < SAMPLE * most:
-            candidate = heapq.heappop(heap)
-            due_ms, message_id, number, _ = candidate
-            entry = self._hot.get(message_id)
-            delivery = entry.delivery(number) if entry is not None and entry.expires_ms > now_ms else None
-            if (
-                delivery is not None
-                and delivery.due_ms == due_ms
-                and delivery.state is DeliveryState.READY
-                and (delivery.attempts > 0) is key[1]
-                and (message_id, number) not in seen
-            ):
-                seen.add((message_id, number))
-                found.append(candidate)
-        return found
 
     async def _lease(self, chosen: Sequence[tuple[Entry, DeliveryEntry]]) -> list[tuple[Entry, DeliveryEntry]]:
         """Note durably that these are attempted from now on."""
@@ -774,7 +735,7 @@ class EmbeddedStore:
         except SpoolError:
             for entry, _, _ in changes.values():
                 self._set_free(entry)
-                self._offer_all(entry)
+                self._waiting.offer(entry)
             raise
         position = (step.segment, step.places[0][0])
         for entry, changed, _ in changes.values():
@@ -820,12 +781,8 @@ class EmbeddedStore:
         times: list[int] = []
         cold: list[str] = []
         for destination in destinations:
-            for was_tried in (False, True):
-                heap = self._ready.get((destination, was_tried))
-                while heap and not self._is_offered(heap[0], was_tried=was_tried):
-                    heapq.heappop(heap)
-                if heap:
-                    times.append(heap[0][0])
+            if (due := self._waiting.next_due(destination)) is not None:
+                times.append(due)
             if self._cold[destination] > 0:
                 cold.append(destination)
         if cold:
@@ -833,17 +790,6 @@ class EmbeddedStore:
             found = await self._in_index(lambda: [index.next_due(destination) for destination in cold])
             times += [due for due in found if due is not None]
         return min(times, default=None)
-
-    def _is_offered(self, candidate: _Candidate, *, was_tried: bool) -> bool:
-        due_ms, message_id, number, _ = candidate
-        entry = self._hot.get(message_id)
-        delivery = entry.delivery(number) if entry is not None else None
-        return (
-            delivery is not None
-            and delivery.state is DeliveryState.READY
-            and delivery.due_ms == due_ms
-            and (delivery.attempts > 0) is was_tried
-        )
 
     def finish(
         self,
@@ -1105,7 +1051,7 @@ class EmbeddedStore:
             for one in entry.deliveries:
                 if one.state is DeliveryState.READY:
                     one.due_ms += milliseconds
-                    self._offer(entry, one)
+                    self._waiting.offer_one(entry, one)
         index, position = self._the_index, self._position()
         meta = {"segment": position[0], "at": position[1], "marker": self._marker(position[0])}
         moved = await self._in_index(lambda: index.move(milliseconds, meta))
@@ -1204,24 +1150,6 @@ def _message_part(entry: Entry, content: Sequence[bytes], crc: int | None, *, is
             own, or is moved, and may have been damaged before.
     """
     return RecordKind.MESSAGE, f"[{int(is_new)},{'null' if crc is None else crc},{entry.encode()}]", content
-
-
-def _by_sender(candidates: Sequence[_Candidate]) -> list[_Candidate]:
-    """One of each sender after the other; among those of one sender, the first one first."""
-    turns: Counter[str] = Counter()
-    ordered: list[tuple[int, _Candidate]] = []
-    for candidate in candidates:
-        turns[candidate[3]] += 1
-        ordered.append((turns[candidate[3]], candidate))
-    ordered.sort(key=lambda one: one[0])
-    return [candidate for _, candidate in ordered]
-
-
-def _in_turn(first: Sequence[_Candidate], second: Sequence[_Candidate]) -> list[_Candidate]:
-    both: list[_Candidate] = []
-    for number in range(max(len(first), len(second))):
-        both += [*first[number : number + 1], *second[number : number + 1]]
-    return both
 
 
 def _fail(answer: "asyncio.Future[Any]", error: BaseException) -> None:
