@@ -44,10 +44,6 @@ class StorageFull(SpoolError):
     """No room: the mail is refused with 452, and nothing that is queued is touched."""
 
 
-class StorageAway(SpoolError):
-    """The store cannot be reached for now; what is asked of it is to be asked again."""
-
-
 class StorageBroken(SpoolError):
     """The disk or the index failed. Nothing is accepted or delivered until the gateway was started anew."""
 

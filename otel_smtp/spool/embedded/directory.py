@@ -143,10 +143,11 @@ class SpoolDirectory:
         os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
 
     def close(self) -> None:
-        """Give it up. Idempotent."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        """Give it up, once nobody writes in it any more. Idempotent."""
+        with self._making_spare:
+            if self._lock is not None:
+                os.close(self._lock)
+                self._lock = None
 
     def foreign(self) -> Iterator[Path]:
         """What lies there and is not ours."""
@@ -211,6 +212,8 @@ class SpoolDirectory:
     def prepare_spare(self, octets: int) -> bool:
         """Make a spare segment while nobody waits, if there is none; whether there is one."""
         with self._making_spare:
+            if self._lock is None:
+                return False
             if (self.log_path / "spare").exists():
                 return True
             try:

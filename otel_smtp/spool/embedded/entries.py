@@ -240,6 +240,23 @@ class Entry:
         return name, sum(len(one.recipients) for one in self.deliveries)
 
     @property
+    def trace_id(self) -> str | None:
+        """Of the transaction that brought it."""
+        parts = self.carrier.get("traceparent", "").split("-")
+        return parts[1] if len(parts) >= 4 else None
+
+    def fits(self, trace_id: str | None, sender: str | None, recipient: str | None) -> bool:
+        """Whether it is what is looked for; None: anything."""
+        return (
+            trace_id in (None, self.trace_id)
+            and sender in (None, self.mail.reverse_path)
+            and (
+                recipient is None
+                or any(recipient == there.recipient.address for one in self.deliveries for there in one.recipients)
+            )
+        )
+
+    @property
     def is_leased(self) -> bool:
         """Whether any delivery is being attempted."""
         return any(one.state is DeliveryState.LEASED for one in self.deliveries)

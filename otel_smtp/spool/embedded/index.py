@@ -23,17 +23,19 @@ from otel_smtp.spool.messages import DeliveryState, Kind, SpoolError, StorageBro
 VERSION: Final = 1
 _ROWS_AT_ONCE: Final = 200
 
-_SCHEMA: Final = """
+_TABLES: Final = """
 CREATE TABLE meta(name TEXT PRIMARY KEY, value) WITHOUT ROWID;
 CREATE TABLE message(id TEXT PRIMARY KEY, segment INT NOT NULL, at INT NOT NULL, octets INT NOT NULL,
     content_at INT NOT NULL, crc INT NOT NULL, arrived INT NOT NULL, expires INT, unwarned INT,
     sender TEXT NOT NULL, recipients TEXT NOT NULL, trace TEXT, entry TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE delivery(id TEXT, number INT, destination TEXT NOT NULL, state TEXT NOT NULL, tried INT NOT NULL,
+    due INT NOT NULL, sender TEXT NOT NULL, PRIMARY KEY(id, number)) WITHOUT ROWID;
+"""
+_INDEXES: Final = """
 CREATE INDEX message_segment ON message(segment, octets);
 CREATE INDEX message_expires ON message(expires) WHERE expires IS NOT NULL;
 CREATE INDEX message_unwarned ON message(unwarned) WHERE unwarned IS NOT NULL;
 CREATE INDEX message_trace ON message(trace) WHERE trace IS NOT NULL;
-CREATE TABLE delivery(id TEXT, number INT, destination TEXT NOT NULL, state TEXT NOT NULL, tried INT NOT NULL,
-    due INT NOT NULL, sender TEXT NOT NULL, PRIMARY KEY(id, number)) WITHOUT ROWID;
 CREATE INDEX delivery_due ON delivery(destination, tried, due) WHERE state = 'ready';
 CREATE INDEX delivery_other ON delivery(state) WHERE state != 'ready';
 """
@@ -91,7 +93,7 @@ class Index:
             if tables:
                 raise NoIndex("it is none of ours")
             self.is_new = True
-            self._database.executescript(f"BEGIN;{_SCHEMA}PRAGMA user_version = {VERSION};COMMIT;")
+            self._database.executescript(f"BEGIN;{_TABLES}{_INDEXES}PRAGMA user_version = {VERSION};COMMIT;")
         elif version != VERSION:
             raise NoIndex(f"it is of version {version}")
 
@@ -120,6 +122,15 @@ class Index:
     def close(self) -> None:
         """Close it."""
         self._database.close()
+
+    @contextlib.contextmanager
+    def filling(self) -> Iterator[None]:
+        """While it is made again out of the log: what it finds things by is made at the end, all at once."""
+        for line in _INDEXES.splitlines():
+            if line.startswith("CREATE INDEX"):
+                self._database.execute(f"DROP INDEX {line.split()[2]}")
+        yield
+        self._database.executescript(f"BEGIN;{_INDEXES}COMMIT;")
 
     # What it knows of itself -----------------------------------------------------------------------------------
 
@@ -333,14 +344,13 @@ def row_of(entry: Entry) -> tuple[Any, ...]:
     is_ready = any(one.state is DeliveryState.READY for one in entry.deliveries)
     is_attempted = any(one.attempts > 0 and one.state is DeliveryState.READY for one in entry.deliveries)
     is_unwarned = is_attempted and not entry.is_warned and entry.kind is Kind.MAIL
-    parts = entry.carrier.get("traceparent", "").split("-")
     addresses = [there.recipient.address for one in entry.deliveries for there in one.recipients]
     return (
         (
             entry.id, place.segment, place.at, place.octets, place.content_at, place.crc, entry.arrived_ms,
             entry.expires_ms if is_ready and entry.held_ms is None else None,
             entry.arrived_ms if is_unwarned else None,
-            sender, "\n".join(["", *addresses, ""]), parts[1] if len(parts) >= 4 else None, entry.encode(),
+            sender, "\n".join(["", *addresses, ""]), entry.trace_id, entry.encode(),
         ),
         [
             (

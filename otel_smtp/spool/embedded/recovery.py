@@ -4,6 +4,7 @@ The log is the truth. Of its last segment, what was torn before anybody was answ
 kept in lost+found/, and the rest goes on. No message is dropped because the index does not know it.
 """
 
+import contextlib
 import itertools
 import json
 import logging
@@ -74,10 +75,11 @@ class _Recovery:
         try:
             self._index_in_use = index
             seen_ms = int(index.meta().get("seen_ms", 0))
-            for number in numbers:
-                if number >= start[0] or number == numbers[-1]:
-                    self._replay(number, numbers, start)
-            self._write()
+            with index.filling() if index.is_new and numbers else contextlib.nullcontext():
+                for number in numbers:
+                    if number >= start[0] or number == numbers[-1]:
+                        self._replay(number, numbers, start)
+                self._write()
             for number in numbers:
                 self._ends.setdefault(number, 0)
             last = numbers[-1] if numbers else max(0, int(index.meta().get("segment", 0)))

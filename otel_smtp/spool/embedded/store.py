@@ -212,7 +212,7 @@ class EmbeddedStore:
             logger.error("the spool was not closed well", extra={"fault": str(error)})
         await self._in_index(self._index.close)
         self._indexing.shutdown(wait=True)
-        self.directory.close()
+        await asyncio.to_thread(self.directory.close)
 
     async def _take_back(self, entries: Sequence[Entry], crashes_allowed: int | None, held: list[str]) -> None:
         changes: list[asyncio.Future[None]] = []
@@ -582,13 +582,16 @@ class EmbeddedStore:
     async def _flush_all(self, *, is_clean: bool = False) -> None:
         """Bring the index up to date, for whoever asks it about all there is."""
         await self._flush(before=float("inf"), is_clean=is_clean)
-        busy = [
-            message_id for message_id, (_, _, entry) in self._unindexed.items() if entry is not None and entry.is_busy
-        ]
-        if busy:
-            for message_id in busy:
-                await self._until_free(message_id)
-            await self._flush(before=float("inf"), is_clean=is_clean)
+
+    def _with_the_rest(self, found: Sequence[Entry], fits: Callable[[Entry], bool], most: int) -> list[Entry]:
+        """What the index has found, with what is not in it as it is: what is busy cannot be written into it."""
+        entries = {entry.id: entry for entry in found}
+        for message_id, (_, _, entry) in self._unindexed.items():
+            if entry is not None and fits(entry):
+                entries[message_id] = entry
+            else:
+                entries.pop(message_id, None)
+        return [entries[message_id] for message_id in sorted(entries)][:most]
 
     async def _flush(self, *, before: float, is_clean: bool = False) -> None:
         """Write what has changed since before a moment into the index, and forget what waits."""
@@ -910,14 +913,22 @@ class EmbeddedStore:
         return await asyncio.to_thread(self._is_intact, entry)
 
     async def _holder(self, content: ContentRef) -> Entry:
-        """The message of a content, wherever it lies now; it is not taken into memory for that."""
-        message_id = str(content.key)
+        """The message of a content, wherever it lies now."""
+        return await self._looked_up(str(content.key))
+
+    async def _looked_up(self, message_id: str) -> Entry:
+        """A message as it is, for who only looks at it: it is not taken into memory.
+
+        Raises:
+            NoSuchMessage: there is none.
+        """
         if (entry := self._hot.get(message_id)) is not None:
             return entry
         index = self._the_index
-        if not (found := await self._in_index(lambda: index.load([message_id]))):
+        found = await self._in_index(lambda: index.load([message_id])) if message_id not in self._unindexed else []
+        if not found:
             raise NoSuchMessage(f"no message {message_id}")
-        return found[0]
+        return self._hot.get(message_id, found[0])
 
     def _read(self, entry: Entry, start: int, octets: int) -> bytes:
         place = entry.place
@@ -947,7 +958,11 @@ class EmbeddedStore:
         if self._counted is None or self._messages < COUNT_CACHE_FROM or now - self._counted[0] > COUNT_CACHE_SECONDS:
             await self._flush_all()
             index, now_ms = self._the_index, self._now_ms()
-            self._counted = (now, await self._in_index(lambda: index.counts(now_ms)))
+            counted = await self._in_index(lambda: index.counts(now_ms))
+            for _, _, entry in self._unindexed.values():
+                if entry is not None and not entry.is_indexed:
+                    _count(entry, counted, now_ms)
+            self._counted = (now, counted)
         found = self._counted[1]
         return Counts(
             ready=found["ready"],
@@ -962,17 +977,19 @@ class EmbeddedStore:
 
     async def tally(self) -> Mapping[str, int]:
         """See `Store.tally`."""
-        return {name: count for name, count in self._the_log.tally.items() if count}
+        # A copy first: the log's thread counts on.
+        return {name: count for name, count in dict(self._the_log.tally).items() if count}
 
     async def page(self, after: str, most: int) -> Sequence[Shown]:
         """See `Store.page`."""
         await self._flush_all()
         index = self._the_index
-        return [entry.shown() for entry in await self._in_index(lambda: index.page(after, most))]
+        found = await self._in_index(lambda: index.page(after, most))
+        return [entry.shown() for entry in self._with_the_rest(found, lambda entry: entry.id > after, most)]
 
     async def show(self, message_id: str) -> Shown:
         """See `Store.show`."""
-        return (await self._get(message_id)).shown()
+        return (await self._looked_up(message_id)).shown()
 
     async def find(
         self, *, trace_id: str | None = None, sender: str | None = None, recipient: str | None = None, most: int
@@ -981,6 +998,7 @@ class EmbeddedStore:
         await self._flush_all()
         index = self._the_index
         found = await self._in_index(lambda: index.find(trace_id, sender, recipient, most))
+        found = self._with_the_rest(found, lambda entry: entry.fits(trace_id, sender, recipient), most)
         return [entry.shown() for entry in found]
 
     async def retry(self, message_id: str) -> bool:
@@ -1150,6 +1168,17 @@ def _message_part(entry: Entry, content: Sequence[bytes], crc: int | None, *, is
             own, or is moved, and may have been damaged before.
     """
     return RecordKind.MESSAGE, f"[{int(is_new)},{'null' if crc is None else crc},{entry.encode()}]", content
+
+
+def _count(entry: Entry, counted: dict[str, Any], now_ms: int) -> None:
+    """Count a message in what the index has counted."""
+    for one in entry.deliveries:
+        is_later = one.state is DeliveryState.READY and one.due_ms > now_ms
+        name = "deferred" if is_later else one.state.value
+        counted[name] = counted.get(name, 0) + 1
+        if is_later:
+            counted["next_due"] = min(one.due_ms, counted["next_due"] or one.due_ms)
+    counted["oldest"] = min(entry.arrived_ms, counted["oldest"] or entry.arrived_ms)
 
 
 def _fail(answer: "asyncio.Future[Any]", error: BaseException) -> None:

@@ -77,3 +77,18 @@ async def test_where_no_segment_can_be_made_mail_is_refused_and_results_are_writ
         assert len(await ids_in(store)) == taken
         monkeypatch.undo()
         await queued(store, None, HEADER, body)
+
+
+async def test_what_is_being_written_is_shown_and_counted_as_it_is(tmp_path: Path) -> None:
+    """A message whose change is on its way to the disk cannot be written into the index, and is there all the same."""
+    async with opened(tmp_path / "spool") as (store, _):
+        for _ in range(30):
+            (lease,) = await store.submit(message(), await written(store.draft()), lease=True)
+            finishing = store.finish(lease, (), retry_in=3600)
+            shown, found, counts = await asyncio.gather(
+                store.page("", 10), store.find(recipient="user@example.net", most=10), store.counts()
+            )
+            await finishing
+            assert [one.id for one in shown] == [one.id for one in found] == [lease.message_id]
+            assert counts.total == 1
+            await store.delete(lease.message_id)

@@ -452,6 +452,14 @@ async def test_a_directory_that_cannot_be_made_is_told_by_name(tmp_path: Path) -
         await at(tmp_path / "file" / "spool").open()
 
 
+async def test_nobody_writes_in_it_once_it_is_given_up(tmp_path: Path) -> None:
+    """Whoever opens it next makes a spare segment under the same name."""
+    for _ in range(20):
+        async with opened(tmp_path / "spool") as (store, _):
+            await queued(store)  # begins a segment; the next one is made ready meanwhile
+        assert not (tmp_path / "spool" / "log" / "spare.new").exists()
+
+
 @pytest.mark.parametrize("umask", [0o000, 0o777], ids=oct)
 async def test_nobody_else_can_read_it_whatever_the_umask(tmp_path: Path, umask: int) -> None:
     path = tmp_path / "spool"
