@@ -292,7 +292,7 @@ def _do(context: click.Context, spool: Path | None, request: dict[str, Any], wor
 
     A failure ends the process with status 1.
     """
-    from otel_smtp.spool.control import ask
+    from otel_smtp.spool.embedded import ask
     from otel_smtp.spool.messages import SpoolError
 
     settings = Spool() if spool is not None else global_options(context).settings().spool

@@ -164,11 +164,11 @@ class Gateway:
             yield upstream.name, "busy", upstream.pool.busy
             yield upstream.name, "opening", upstream.pool.opening
 
-    def _spool_counts(self) -> tuple[Mapping[str, int], float] | None:
+    def _spool_counts(self) -> tuple[Mapping[str, int], float, int] | None:
         if self._spool is None:
             return None
         counts = self._spool.counts
-        return counts.by_state(), age_seconds(counts.oldest_arrived_at) or 0.0
+        return counts.by_state(), age_seconds(counts.oldest_arrived_at) or 0.0, counts.dead_octets
 
     def can_reach_an_upstream(self) -> bool:
         """Whether an upstream can be reached, as far as is known. Stale knowledge is renewed in the background."""
@@ -256,7 +256,8 @@ class Gateway:
 
         relay = self._forwarder.for_spool()
         direct = self._forwarder if mode == "direct-then-queue" else None
-        return Spool(wiring.spool_settings(self._settings), relay, direct, self._observer)
+        store = wiring.spool_store(self._settings)
+        return Spool(wiring.spool_settings(self._settings), store, relay, direct, self._observer)
 
     @property
     def spool(self) -> "Spool | None":

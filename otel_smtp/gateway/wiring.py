@@ -34,6 +34,7 @@ from otel_smtp.telemetry.state_events import StateEvents
 from otel_smtp.telemetry.tracing import Keep
 
 if TYPE_CHECKING:
+    from otel_smtp.spool.embedded import EmbeddedStore
     from otel_smtp.spool.service import SpoolSettings
 
 T = TypeVar("T")
@@ -144,18 +145,26 @@ def _tokens(upstream: Upstream) -> OAuthTokens | None:
 def spool_settings(settings: Settings) -> "SpoolSettings":
     """The durable queue, in a mode that has one."""
     # Imported here: a gateway in mode direct starts without SQLite.
+    from otel_smtp.spool.embedded import control_path
     from otel_smtp.spool.schedule import Schedule
     from otel_smtp.spool.service import SpoolSettings
 
     spool = settings.spool
     assert spool.directory is not None
     return SpoolSettings(
-        directory=spool.directory,
+        control_path=control_path(spool.directory),
         schedule=Schedule(spool.retry, max_age_seconds=spool.max_age, warn_after_seconds=spool.warn_after),
         bounce=spool.bounce,
         hostname=settings.hostname,
-        least_free_octets=least_free_octets(settings),
     )
+
+
+def spool_store(settings: Settings) -> "EmbeddedStore":
+    """What keeps the mail of the durable queue, in a mode that has one."""
+    from otel_smtp.spool.embedded import EmbeddedStore
+
+    assert settings.spool.directory is not None
+    return EmbeddedStore(settings.spool.directory, least_free_octets=least_free_octets(settings))
 
 
 def least_free_octets(settings: Settings) -> int:
@@ -182,7 +191,7 @@ def telemetry_options(
     memories: Sequence[Keep],
     open_connections: OpenConnections,
     upstream_connections: Callable[[], Iterator[tuple[str, str, int]]],
-    spool: Callable[[], tuple[Mapping[str, int], float] | None],
+    spool: Callable[[], tuple[Mapping[str, int], float, int] | None],
 ) -> TelemetryOptions:
     """What telemetry records.
 
@@ -191,7 +200,8 @@ def telemetry_options(
         memories: receive each recorded span as octets, and whether something in it went wrong.
         open_connections: yields the records of the open connections when the metrics are read.
         upstream_connections: yields (upstream, state, connections) when the gauges are read.
-        spool: returns the messages by state and the age of the oldest in seconds; None where there is no spool.
+        spool: returns the messages by state, the age of the oldest in seconds, and octets of the disk that no message
+            needs; None where there is no spool.
     """
     telemetry = settings.telemetry
     return TelemetryOptions(

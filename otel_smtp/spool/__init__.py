@@ -2,12 +2,12 @@
 
 A message's way::
 
-    client -> SpoolForwarder -> Draft (memory, or a file in tmp/)
-                             -> Store.submit: content synced, renamed, directory synced, index committed -> 250
-    Runner <- Store.lease (the attempt is counted before any connection is made)
-           -> the upstream relay -> Store.finish: delivered, failed (with its bounce), or due again later
+    session -> SpoolForwarder -> Draft -> Store.submit: durable -> 250
+    Runner  <- Store.claim (the attempt is counted before any connection is made)
+            -> Attempt: the upstream relay -> Store.finish: delivered, failed (with its bounce), or due again later
 
-`files` is the directory, `index` the SQLite database in it, `store` the one thread that owns both and commits in
-groups. `forwarder` is what the server sees, `runner` what empties the spool, `control` what operators do with it.
-`schedule` and `bounce` decide when and what, without doing anything.
+`messages` are the values, `store` is the interface of what keeps them, `embedded` the store in one directory. No other
+module here knows which store it is: `forwarders` are what the session sees, `runner` begins `attempts`, `aging` ends
+what is too old, `operators` is what people do with the queue, `schedule` decides when, and `dsn` makes bounces and
+warnings.
 """

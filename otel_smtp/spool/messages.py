@@ -87,36 +87,42 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class NewMessage:
-    """A message on its way into the spool.
+    """A message on its way into the spool. When it arrives is the store's to say: clocks of gateways differ.
 
     Attributes:
         deliveries: its recipients by destination, the name of the upstreams that serve them.
         header_octets: length of the header block at the head of the content.
+        expires_in: after how many seconds it is given up.
         carrier: the trace context of its transaction.
-        expires_at, due_at: seconds since the epoch; None: due at once.
         is_possible_duplicate: an upstream may have it already.
+        retry_in: how many seconds it waits for its first attempt here; 0: it is due at once.
+        attempts: how many were made at its recipients before it came here.
+        last_replies: what they came to, as text, by the recipient's address.
     """
 
     id: str
     mail: Mail
     deliveries: Mapping[str, Sequence[Recipient]]
     header_octets: int
-    arrived_at: float  # seconds since the epoch
-    expires_at: float
+    expires_in: float
     carrier: Mapping[str, str] = field(default_factory=dict)
     kind: Kind = Kind.MAIL
     is_possible_duplicate: bool = False
-    due_at: float | None = None
+    retry_in: float = 0.0
+    attempts: int = 0
+    last_replies: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
-class Placement:
-    """Where a content lies: a part of a file, which it may share with others that came at the same time."""
+class ContentRef:
+    """A content in a store.
 
-    file: str
-    offset: int
+    Attributes:
+        key: where it is, for the store that gave it and nobody else.
+    """
+
     octets: int
-    digest: bytes  # SHA-256
+    key: object = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +139,9 @@ class Lease:
     """One delivery, given to one runner for one attempt.
 
     Attributes:
+        delivery, epoch: the store's: a result with an older epoch is refused.
         attempt: which this is, from 1; it was committed before this lease was given.
-        epoch: a result with an older one is refused.
+        arrived_at, expires_at: seconds since the epoch, by the store's clock.
         is_possible_duplicate: an attempt before may have been taken by an upstream.
     """
 
@@ -149,7 +156,7 @@ class Lease:
     arrived_at: float
     expires_at: float
     carrier: Mapping[str, str]
-    placement: Placement
+    content: ContentRef
     header_octets: int
     is_possible_duplicate: bool
 
@@ -175,6 +182,7 @@ class Shown:
     Attributes:
         recipients: address, state of its delivery, last reply.
         next_attempt_at: of the delivery that is due first.
+        header_octets: length of the header block at the head of the content.
     """
 
     id: str
@@ -189,6 +197,8 @@ class Shown:
     next_attempt_at: float
     carrier: Mapping[str, str]
     is_forced_to_expire: bool
+    content: ContentRef
+    header_octets: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +208,8 @@ class Counts:
     Attributes:
         ready: due now. deferred: due later. active: being attempted.
         oldest_arrived_at: seconds since the epoch; None while it is empty.
-        next_due_at: of those that are due later.
+        next_due_at: of those that are due later; as above.
+        dead_octets: of the disk, held by messages that have ended.
     """
 
     ready: int = 0
@@ -208,6 +219,7 @@ class Counts:
     corrupt: int = 0
     oldest_arrived_at: float | None = None
     next_due_at: float | None = None
+    dead_octets: int = 0
 
     def by_state(self) -> Mapping[str, int]:
         """How many there are of each state, by its name."""

@@ -1,23 +1,21 @@
-"""The spool as one thing: what `app` builds, starts and stops."""
+"""The spool as one thing: what the gateway builds, starts and stops."""
 
 import logging
 import random
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from otel_smtp.forwarding.base import Forwarder, Relay
 from otel_smtp.observing import Observer
-from otel_smtp.spool.control import ControlSocket, Operations
-from otel_smtp.spool.files import SpoolDirectory
-from otel_smtp.spool.forwarder import DirectThenQueueForwarder, Intake, SpoolForwarder
+from otel_smtp.spool.dsn.notices import BouncePolicy, Notices
+from otel_smtp.spool.forwarders import DirectThenQueueForwarder, Intake, SpoolForwarder
 from otel_smtp.spool.messages import Counts, Shown, SpoolError
-from otel_smtp.spool.notices import BouncePolicy, Notices
+from otel_smtp.spool.operators import ControlSocket, Operations
 from otel_smtp.spool.runner import Runner
 from otel_smtp.spool.schedule import Schedule
-from otel_smtp.spool.store import DEFAULT_LEAST_FREE_OCTETS, SpoolStore
+from otel_smtp.spool.store import Store
 
 logger: Final = logging.getLogger("otel_smtp.spool.service")
 
@@ -27,45 +25,38 @@ class SpoolSettings:
     """What a spool is to be.
 
     Attributes:
+        control_path: where operators' commands are heard.
         hostname: ours, for notices.
-        least_free_octets: below, no new mail is taken.
     """
 
-    directory: Path
+    control_path: Path
     schedule: Schedule
     bounce: BouncePolicy
     hostname: str
-    least_free_octets: int = DEFAULT_LEAST_FREE_OCTETS
 
 
 class Spool:
     """One spool with everything that belongs to it.
 
     Args:
-        relay: delivers what is due, with a verdict for each recipient.
-        direct: asked first, before anything is queued; None: everything is queued.
-        observer: told of each attempt.
-        clock: the wall clock, in seconds since the epoch, by which mail ages.
+        store: not opened yet.
+        relay: delivers what is due, with a verdict for each recipient, and tells `observer` of each attempt.
+        direct: where it is asked first, and the spool only takes what it cannot deliver now.
+        observer: gives the trace context that is stored with a message.
 
     Attributes:
         store, runner: for whoever looks into them.
     """
 
     def __init__(
-        self,
-        settings: SpoolSettings,
-        relay: Relay,
-        direct: Forwarder | None,
-        observer: Observer,
-        *,
-        clock: Callable[[], float] = time.time,
+        self, settings: SpoolSettings, store: Store, relay: Relay, direct: Forwarder | None, observer: Observer
     ) -> None:
         schedule = settings.schedule
-        self.store = SpoolStore(SpoolDirectory(settings.directory), least_free_octets=settings.least_free_octets)
-        notices = Notices(self.store, relay, policy=settings.bounce, hostname=settings.hostname)
-        self.runner = Runner(self.store, relay, notices, schedule, clock=clock)
+        self.store = store
+        notices = Notices(store, relay, policy=settings.bounce, hostname=settings.hostname)
+        self.runner = Runner(store, relay, notices, schedule)
         intake = Intake(
-            self.store,
+            store,
             relay,
             self.runner,
             observer,
@@ -75,8 +66,8 @@ class Spool:
         self.forwarder: Forwarder = SpoolForwarder(intake)
         if direct is not None:
             self.forwarder = DirectThenQueueForwarder(direct, intake)
-        operations = Operations(self.store, self.runner, max_age_seconds=schedule.max_age_seconds)
-        self._control = ControlSocket(self.store.directory.control_path, operations)
+        operations = Operations(store, self.runner, max_age_seconds=schedule.max_age_seconds)
+        self._control = ControlSocket(settings.control_path, operations)
 
     async def start(self) -> None:
         """Own the directory, and begin with what is in it.
@@ -95,6 +86,8 @@ class Spool:
             logger.critical("held: it was part of too many crashes", extra={"spool_id": message_id})
         for message_id in recovery.lost:
             logger.critical("its content is missing", extra={"spool_id": message_id})
+        for remark in recovery.remarks:
+            logger.warning(remark)
         await self._control.start()
         await self.runner.start()
 

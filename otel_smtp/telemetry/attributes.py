@@ -636,6 +636,9 @@ SPOOL_MESSAGES: Final = _metric(
     "smtp.spool.messages", Instrument.UP_DOWN, "{message}", (SPOOL_STATE,), "Messages in the spool"
 )
 SPOOL_AGE: Final = _metric("smtp.spool.age", Instrument.UP_DOWN, "s", (), "Age of the oldest message in the spool")
+SPOOL_DEAD: Final = _metric(
+    "smtp.spool.dead", Instrument.UP_DOWN, "By", (), "Disk space of the spool that no message needs any more"
+)
 TELEMETRY_DROPPED: Final = _metric(
     "smtp.telemetry.dropped",
     Instrument.COUNTER,

@@ -39,7 +39,7 @@ ConnectionCounts = Callable[[], Iterable[tuple[str, str, int]]]
 """Connections to upstreams now: upstream, state, how many."""
 OpenConnections = Callable[[], Iterable[ConnectionRecord]]
 """The client connections that are open now."""
-SpoolCounts = Callable[[], tuple[Mapping[str, int], float] | None]
+SpoolCounts = Callable[[], tuple[Mapping[str, int], float, int] | None]
 
 # A look-up is quicker than `value`, which is a descriptor in Python.
 _NAMES: Final[Mapping[ConnState, str]] = {state: state.value for state in ConnState}
@@ -139,7 +139,8 @@ class Metrics(Observer):
     Args:
         open_connections: asked on the event loop.
         connections: connections to upstreams now.
-        spool: messages in the spool by state, and the age of the oldest in seconds; None where there is no spool.
+        spool: messages in the spool by state, the age of the oldest in seconds, and the octets of the disk that it
+            holds for messages that have ended; None where there is no spool.
         dropped: what telemetry itself has lost so far: signal, reason, how many.
         resource: who we are, by attribute, for the page.
 
@@ -314,9 +315,10 @@ class Metrics(Observer):
         yield names.ACTIVE_CONNECTIONS, list(self._active.items())
         yield names.CLIENT_CONNECTIONS, [((upstream, state), n) for upstream, state, n in self._connections()]
         if (spool := self._spool()) is not None:
-            states, oldest_age_seconds = spool
+            states, oldest_age_seconds, dead_octets = spool
             yield names.SPOOL_MESSAGES, [((state,), count) for state, count in states.items()]
             yield names.SPOOL_AGE, [((), oldest_age_seconds)]
+            yield names.SPOOL_DEAD, [((), dead_octets)]
         yield names.TELEMETRY_DROPPED, [((signal, reason), count) for signal, reason, count in self._dropped()]
 
     def collect(self) -> Iterator[MetricFamily]:

@@ -44,7 +44,7 @@ def known_series() -> dict[str, set[str]]:
         for name, metric in attributes.METRICS.items()
     }
     series = {"up": set[str]()}
-    for family in Metrics(spool=lambda: ({"deferred": 1}, 0.0)).collect():
+    for family in Metrics(spool=lambda: ({"deferred": 1}, 0.0, 0)).collect():
         metric = max((name for name in labels if family.name.startswith(name)), key=len)
         suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_count", "_sum")}.get(family.type, ("",))
         series |= {family.name + suffix: labels[metric] for suffix in suffixes}

@@ -20,10 +20,10 @@ from tests.support.process import GatewayProcess, closed_port, gateway, until
 from tests.support.tools import tool
 
 CALLS: Final = (
-    ("fdatasync", "EIO"),  # contents, and the index's log
+    ("fdatasync", "EIO"),  # segments, large contents, and the index
     ("fsync", "EIO"),  # directories
     ("rename", "EIO"),
-    ("pwrite64", "EIO"),  # the index
+    ("pwrite64", "EIO"),  # segments, and the index
     ("pwrite64", "ENOSPC"),
 )
 MAILS: Final = 6

@@ -300,6 +300,6 @@ def test_metrics_are_those_of_the_registry_with_its_labels(played: dict[str, Pla
     assert emitted <= {(metric.name, label) for metric in names.METRICS.values() for label in metric.labels}
     assert {metric.unit for metric in metrics} <= {metric.unit for metric in names.METRICS.values()}
     # Queue mode and connections that are refused or lost are not part of the visit.
-    spool = {names.SPOOL_MESSAGES.name, names.SPOOL_AGE.name}
+    spool = {names.SPOOL_MESSAGES.name, names.SPOOL_AGE.name, names.SPOOL_DEAD.name}
     missing = set(names.METRICS) - {metric.name for metric in metrics} - spool
     assert missing <= {names.REFUSED.name, names.TELEMETRY_DROPPED.name}

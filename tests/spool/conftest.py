@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from otel_smtp.spool.files import SpoolDirectory
-from otel_smtp.spool.store import SpoolStore
+from otel_smtp.spool.embedded import EmbeddedStore
+from tests.spool.stores import SEGMENT_OCTETS
 
 
 @pytest.fixture
-async def store(tmp_path: Path) -> AsyncIterator[SpoolStore]:
+async def store(tmp_path: Path) -> AsyncIterator[EmbeddedStore]:
     """An open store, closed at the end."""
-    store = SpoolStore(SpoolDirectory(tmp_path / "spool", reserve_octets=4096), least_free_octets=0)
+    store = EmbeddedStore(tmp_path / "spool", least_free_octets=0, segment_octets=SEGMENT_OCTETS)
     await store.open()
     yield store
     await store.close()

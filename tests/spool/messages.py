@@ -1,13 +1,11 @@
 """Messages for tests of the spool."""
 
 import asyncio
-import time
 from collections.abc import Sequence
 
 from otel_smtp.smtp.envelope import Mail, Recipient
-from otel_smtp.spool.draft import Draft
 from otel_smtp.spool.messages import Kind, Lease, NewMessage, new_id
-from otel_smtp.spool.store import SpoolStore
+from otel_smtp.spool.store import Draft, Store
 
 HEADER = b"Received: from here\r\nSubject: a test\r\n"
 BODY = b"\r\nHello.\r\n"
@@ -21,7 +19,6 @@ async def written(draft: Draft, *chunks: bytes) -> Draft:
         has_room = asyncio.Event()
         if not draft.write(chunk, has_room.set):
             await has_room.wait()
-    await draft.end()
     return draft
 
 
@@ -30,36 +27,30 @@ def message(
     sender: str = "app@example.com",
     destination: str = "up",
     header_octets: int = len(HEADER),
-    age_seconds: float = 0.0,
     max_age_seconds: float = 432000.0,
-    due_in_seconds: float | None = None,
+    due_in_seconds: float = 0.0,
     kind: Kind = Kind.MAIL,
 ) -> NewMessage:
     """A message for some recipients of one destination."""
-    now = time.time() - age_seconds
     return NewMessage(
         id=new_id(),
         mail=Mail(sender),
         deliveries={destination: [Recipient(one) for one in recipients or ("user@example.net",)]},
         header_octets=header_octets,
-        arrived_at=now,
-        expires_at=now + max_age_seconds,
+        expires_in=max_age_seconds,
         carrier=CARRIER,
         kind=kind,
-        due_at=None if due_in_seconds is None else time.time() + due_in_seconds,
+        retry_in=due_in_seconds,
     )
 
 
-async def queued(store: SpoolStore, new: NewMessage | None = None, *chunks: bytes) -> str:
+async def queued(store: Store, new: NewMessage | None = None, *chunks: bytes) -> str:
     """Put a message into a store; its id."""
     new = new or message()
-    with store.draft() as draft:
-        await written(draft, *chunks)
-        await store.submit(new, draft, is_leased=False)
+    await store.submit(new, await written(store.draft(), *chunks), lease=False)
     return new.id
 
 
-async def leased(store: SpoolStore, *, most: int = 10, destination: str = "up") -> Sequence[Lease]:
+async def leased(store: Store, *, most: int = 10, destination: str = "up") -> Sequence[Lease]:
     """Lease what is due in a store."""
-    now = time.time()
-    return await store.apply(lambda index: index.due(now + 1, {destination: most}, store.owner, now + 60))
+    return [lease for lease, _ in (await store.claim({destination: most}))[0]]

@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 from otel_smtp.forwarding.settings import Strategy, UpstreamSettings
 from otel_smtp.forwarding.upstream import UpstreamForwarder
@@ -23,16 +22,16 @@ from otel_smtp.observing import (
 )
 from otel_smtp.smtp.envelope import Mail, Recipient
 from otel_smtp.smtp.replies import Reply
-from otel_smtp.spool.awaiting import AwaitedTransaction
-from otel_smtp.spool.index import Index
-from otel_smtp.spool.notices import BouncePolicy
+from otel_smtp.spool.dsn.notices import BouncePolicy
+from otel_smtp.spool.embedded import EmbeddedStore, control_path
+from otel_smtp.spool.messages import Shown
 from otel_smtp.spool.schedule import Schedule
 from otel_smtp.spool.service import Spool, SpoolSettings
+from tests.spool.awaiting import AwaitedTransaction
 from tests.spool.messages import CARRIER
+from tests.spool.stores import SEGMENT_OCTETS
 from tests.support.deliveries import MAIL
 from tests.support.relaying import BOB, CHUNKS
-
-T = TypeVar("T")
 
 AT_ONCE = Schedule((0.02,), jitter=0.5, warn_after_seconds=None)
 NEVER_AGAIN = Schedule((3600.0,), warn_after_seconds=None)
@@ -96,17 +95,17 @@ class Queueing:
             self.spooled.append(record.spool_id)
         return answers, reply
 
-    async def index(self, work: Callable[[Index], T]) -> T:
-        """Ask the index."""
-        return await self.spool.store.apply(work)
+    async def shown(self) -> Sequence[Shown]:
+        """The first messages that are queued."""
+        return await self.spool.store.page("", 10)
 
     async def tally(self) -> dict[str, int]:
         """Recipients by their end."""
-        return dict(await self.index(lambda index: index.tally()))
+        return dict(await self.spool.store.tally())
 
     async def is_empty(self) -> bool:
         """Whether everything has ended."""
-        return not await self.index(lambda index: index.page("", 1))
+        return not await self.shown()
 
     async def empties(self) -> None:
         """Wait until everything has ended."""
@@ -139,8 +138,9 @@ async def queueing(
     relay = UpstreamForwarder(
         upstreams, hostname="gw.example", strategy=direct or Strategy.TRANSPARENT, observer=observer, sweep=Sweep()
     )
-    settings = SpoolSettings(directory / "spool", schedule, bounce, "gw.example", least_free_octets=0)
-    spool = Spool(settings, relay.for_spool(), relay if direct is not None else None, observer, clock=clock)
+    settings = SpoolSettings(control_path(directory / "spool"), schedule, bounce, "gw.example")
+    store = EmbeddedStore(directory / "spool", least_free_octets=0, segment_octets=SEGMENT_OCTETS, clock=clock)
+    spool = Spool(settings, store, relay.for_spool(), relay if direct is not None else None, observer)
     await spool.start()
     try:
         yield Queueing(spool, relay, observer)

@@ -21,10 +21,10 @@ from otel_smtp.forwarding.settings import UpstreamSettings
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Body, DsnReturn, Mail, Notify, Recipient
 from otel_smtp.smtp.replies import EnhancedStatus, Reply
-from otel_smtp.spool.bounce import (
+from otel_smtp.spool.dsn.report import (
     HEADER_OCTETS,
     LINE_OCTETS,
-    Kind,
+    NoticeKind,
     Status,
     envelope,
     notification,
@@ -45,7 +45,7 @@ NOW: Final = datetime(2026, 3, 1, 12, 0, 30, tzinfo=UTC)
 TRACE_ID: Final = "0af7651916cd43dd8448eb211c80319c"
 
 
-def notice(kind: Kind = Kind.FAILED, *statuses: Status, **more: Any) -> bytes:
+def notice(kind: NoticeKind = NoticeKind.FAILED, *statuses: Status, **more: Any) -> bytes:
     given: dict[str, Any] = {
         "mail": MAIL,
         "statuses": statuses or (Status(BOB, REFUSED, "mx.example.net", NOW),),
@@ -143,7 +143,7 @@ def test_a_whole_notice() -> None:
         "",
         "Your message could not be delivered to the recipients below, and will",
         "not be tried again. Where the reason is an address or the message",
-        "itself, correct it and send the message anew; else ask your postmaster,",
+        "itself, correct it and send the message again; else ask your postmaster,",
         "who finds it by its id.",
         "",
         "  bob@example.net",
@@ -189,33 +189,33 @@ def test_a_whole_notice() -> None:
 @pytest.mark.parametrize(
     ("notify", "kinds"),
     [
-        (None, {Kind.FAILED, Kind.DELAYED}),
+        (None, {NoticeKind.FAILED, NoticeKind.DELAYED}),
         (Notify.NEVER, set()),
-        (Notify.SUCCESS, {Kind.RELAYED}),
-        (Notify.FAILURE, {Kind.FAILED}),
-        (Notify.DELAY, {Kind.DELAYED}),
-        (Notify.SUCCESS | Notify.FAILURE, {Kind.RELAYED, Kind.FAILED}),
-        (Notify.SUCCESS | Notify.FAILURE | Notify.DELAY, set(Kind)),
+        (Notify.SUCCESS, {NoticeKind.RELAYED}),
+        (Notify.FAILURE, {NoticeKind.FAILED}),
+        (Notify.DELAY, {NoticeKind.DELAYED}),
+        (Notify.SUCCESS | Notify.FAILURE, {NoticeKind.RELAYED, NoticeKind.FAILED}),
+        (Notify.SUCCESS | Notify.FAILURE | Notify.DELAY, set(NoticeKind)),
     ],
 )
-def test_who_asked_is_told(notify: Notify | None, kinds: set[Kind]) -> None:
+def test_who_asked_is_told(notify: Notify | None, kinds: set[NoticeKind]) -> None:
     recipient = Recipient(BOB.address, notify)
-    assert {kind for kind in Kind if wanted(kind, recipient, MAIL)} == kinds
-    assert not any(wanted(kind, recipient, Mail("")) for kind in Kind)
+    assert {kind for kind in NoticeKind if wanted(kind, recipient, MAIL)} == kinds
+    assert not any(wanted(kind, recipient, Mail("")) for kind in NoticeKind)
 
 
 @pytest.mark.parametrize(
     ("kind", "mail", "is_returned"),
     [
-        (Kind.FAILED, Mail("a@example.com", ret=DsnReturn.FULL), True),
-        (Kind.FAILED, Mail("a@example.com", ret=DsnReturn.HEADERS), False),
-        (Kind.FAILED, Mail("a@example.com"), False),
-        (Kind.DELAYED, Mail("a@example.com", ret=DsnReturn.FULL), False),
-        (Kind.RELAYED, Mail("a@example.com", ret=DsnReturn.FULL), False),
-        (Kind.FAILED, Mail("a@example.com", ret=DsnReturn.FULL, require_tls=True), False),
+        (NoticeKind.FAILED, Mail("a@example.com", ret=DsnReturn.FULL), True),
+        (NoticeKind.FAILED, Mail("a@example.com", ret=DsnReturn.HEADERS), False),
+        (NoticeKind.FAILED, Mail("a@example.com"), False),
+        (NoticeKind.DELAYED, Mail("a@example.com", ret=DsnReturn.FULL), False),
+        (NoticeKind.RELAYED, Mail("a@example.com", ret=DsnReturn.FULL), False),
+        (NoticeKind.FAILED, Mail("a@example.com", ret=DsnReturn.FULL, require_tls=True), False),
     ],
 )
-def test_the_whole_original_goes_back_for_failures_alone(kind: Kind, mail: Mail, is_returned: bool) -> None:
+def test_the_whole_original_goes_back_for_failures_alone(kind: NoticeKind, mail: Mail, is_returned: bool) -> None:
     assert returns_content(kind, mail) is is_returned
 
 
@@ -256,8 +256,8 @@ def test_it_is_shown_beside_the_mail_that_it_is_about(header: bytes, in_reply_to
     assert (message["In-Reply-To"], message["References"]) == (in_reply_to, in_reply_to)
 
 
-@pytest.mark.parametrize("kind", list(Kind))
-def test_programs_know_what_it_is_and_do_not_answer(kind: Kind) -> None:
+@pytest.mark.parametrize("kind", list(NoticeKind))
+def test_programs_know_what_it_is_and_do_not_answer(kind: NoticeKind) -> None:
     message = parsed(notice(kind))
     assert message.get_content_type() == "multipart/report"
     assert message.get_param("report-type") == "delivery-status"
@@ -277,7 +277,7 @@ def test_words_name_each_recipient_and_what_was_said_of_it() -> None:
     carol = Recipient("carol@example.org")
     text = words(
         notice(
-            Kind.FAILED,
+            NoticeKind.FAILED,
             Status(BOB, REFUSED, "mx.example.net"),
             Status(carol, replies.EXPIRED, before="450 4.2.1 Mailbox busy"),
         )
@@ -288,7 +288,7 @@ def test_words_name_each_recipient_and_what_was_said_of_it() -> None:
 
 
 def test_a_warning_says_until_when_it_is_tried() -> None:
-    warning = notice(Kind.DELAYED, Status(BOB, BUSY, will_retry_until=datetime(2026, 3, 6, 12, 0, tzinfo=UTC)))
+    warning = notice(NoticeKind.DELAYED, Status(BOB, BUSY, will_retry_until=datetime(2026, 3, 6, 12, 0, tzinfo=UTC)))
     assert "is tried until Fri, 06 Mar 2026 12:00:00 +0000" in words(warning)
     assert "You need not do anything" in " ".join(words(warning).split())
     assert fields(warning)["Will-Retry-Until"] == "Fri, 06 Mar 2026 12:00:00 +0000"
@@ -300,23 +300,23 @@ def test_a_warning_says_until_when_it_is_tried() -> None:
 @pytest.mark.parametrize(
     ("kind", "reply", "status"),
     [
-        (Kind.FAILED, REFUSED, "5.1.1"),
-        (Kind.FAILED, Reply(554, None, ("no",)), "5.0.0"),
-        (Kind.FAILED, None, "5.0.0"),
-        (Kind.FAILED, replies.EXPIRED, "4.4.7"),
-        (Kind.FAILED, TAKEN, "5.0.0"),  # an action and a status never contradict each other
-        (Kind.FAILED, Reply(550, EnhancedStatus(2, 0, 0), ("Ok, not",)), "5.0.0"),
-        (Kind.DELAYED, BUSY, "4.2.1"),
-        (Kind.DELAYED, Reply(421, None, ("later",)), "4.0.0"),
-        (Kind.DELAYED, REFUSED, "4.0.0"),
-        (Kind.DELAYED, None, "4.0.0"),
-        (Kind.RELAYED, TAKEN, "2.0.0"),
-        (Kind.RELAYED, Reply(250, None, ("Ok",)), "2.0.0"),
-        (Kind.RELAYED, Reply(250, EnhancedStatus(2, 1, 5), ("Ok",)), "2.1.5"),
-        (Kind.RELAYED, None, "2.0.0"),
+        (NoticeKind.FAILED, REFUSED, "5.1.1"),
+        (NoticeKind.FAILED, Reply(554, None, ("no",)), "5.0.0"),
+        (NoticeKind.FAILED, None, "5.0.0"),
+        (NoticeKind.FAILED, replies.EXPIRED, "4.4.7"),
+        (NoticeKind.FAILED, TAKEN, "5.0.0"),  # an action and a status never contradict each other
+        (NoticeKind.FAILED, Reply(550, EnhancedStatus(2, 0, 0), ("Ok, not",)), "5.0.0"),
+        (NoticeKind.DELAYED, BUSY, "4.2.1"),
+        (NoticeKind.DELAYED, Reply(421, None, ("later",)), "4.0.0"),
+        (NoticeKind.DELAYED, REFUSED, "4.0.0"),
+        (NoticeKind.DELAYED, None, "4.0.0"),
+        (NoticeKind.RELAYED, TAKEN, "2.0.0"),
+        (NoticeKind.RELAYED, Reply(250, None, ("Ok",)), "2.0.0"),
+        (NoticeKind.RELAYED, Reply(250, EnhancedStatus(2, 1, 5), ("Ok",)), "2.1.5"),
+        (NoticeKind.RELAYED, None, "2.0.0"),
     ],
 )
-def test_status_is_the_upstreams_where_it_fits_the_action(kind: Kind, reply: Reply | None, status: str) -> None:
+def test_status_is_the_upstreams_where_it_fits_the_action(kind: NoticeKind, reply: Reply | None, status: str) -> None:
     assert fields(notice(kind, Status(BOB, reply)))["Status"] == status
 
 
@@ -331,18 +331,18 @@ def test_status_is_the_upstreams_where_it_fits_the_action(kind: Kind, reply: Rep
     ],
 )
 def test_the_diagnostic_is_what_the_upstream_said(status: Status, diagnostic: str | None) -> None:
-    assert fields(notice(Kind.FAILED, status)).get("Diagnostic-Code") == diagnostic
+    assert fields(notice(NoticeKind.FAILED, status)).get("Diagnostic-Code") == diagnostic
 
 
 def test_a_long_diagnostic_is_folded_and_loses_no_word() -> None:
     told = " ".join(f"word{number}" for number in range(60))
-    octets = notice(Kind.FAILED, Status(BOB, Reply(550, None, (told,))))
+    octets = notice(NoticeKind.FAILED, Status(BOB, Reply(550, None, (told,))))
     assert fields(octets)["Diagnostic-Code"] == f"smtp; 550 {told}"
     assert max(map(len, octets.split(b"\r\n"))) <= 78
 
 
 def test_success_has_no_diagnostic() -> None:
-    assert "Diagnostic-Code" not in fields(notice(Kind.RELAYED, Status(BOB, TAKEN)))
+    assert "Diagnostic-Code" not in fields(notice(NoticeKind.RELAYED, Status(BOB, TAKEN)))
 
 
 @pytest.mark.parametrize(
@@ -355,7 +355,7 @@ def test_success_has_no_diagnostic() -> None:
     ],
 )
 def test_the_upstream_is_named(remote: str, field: str) -> None:
-    assert fields(notice(Kind.FAILED, Status(BOB, REFUSED, remote)))["Remote-MTA"] == field
+    assert fields(notice(NoticeKind.FAILED, Status(BOB, REFUSED, remote)))["Remote-MTA"] == field
 
 
 @pytest.mark.parametrize(
@@ -388,14 +388,14 @@ SMTPUTF8: Final = Mail("app@example.com", smtputf8=True)
 )
 def test_addresses_beyond_ascii_have_a_type_of_their_own(address: str, field: str, seven_bit: str) -> None:
     """RFC 6533 3: utf-8-address, and utf-8-addr-xtext where a part is ASCII."""
-    octets = notice(Kind.FAILED, Status(Recipient(address), REFUSED), mail=SMTPUTF8)
+    octets = notice(NoticeKind.FAILED, Status(Recipient(address), REFUSED), mail=SMTPUTF8)
     assert fields(octets)["Final-Recipient"] == field
     is_global = not address.isascii()
     assert split(octets)[1][0].get_content_type() == (
         "message/global-delivery-status" if is_global else "message/delivery-status"
     )
     for more in ({"mail": SMTPUTF8, "eight_bit": False}, {"mail": MAIL}):
-        octets = notice(Kind.FAILED, Status(Recipient(address), REFUSED), **more)
+        octets = notice(NoticeKind.FAILED, Status(Recipient(address), REFUSED), **more)
         assert octets.isascii()
         assert fields(octets)["Final-Recipient"] == seven_bit
         assert split(octets)[1][0].get_content_type() == "message/delivery-status"
@@ -418,8 +418,8 @@ def test_addresses_beyond_ascii_have_a_type_of_their_own(address: str, field: st
 )
 def test_the_original_recipient_is_told(orcpt: str | None, field: str | None, seven_bit: str | None) -> None:
     status = Status(Recipient("bob@example.net", orcpt=orcpt), REFUSED)
-    assert fields(notice(Kind.FAILED, status, mail=SMTPUTF8)).get("Original-Recipient") == field
-    assert fields(notice(Kind.FAILED, status)).get("Original-Recipient") == seven_bit
+    assert fields(notice(NoticeKind.FAILED, status, mail=SMTPUTF8)).get("Original-Recipient") == field
+    assert fields(notice(NoticeKind.FAILED, status)).get("Original-Recipient") == seven_bit
 
 
 # What is returned: RFC 3461 4.3, RFC 2046 5.2.1, RFC 6522 4, RFC 6533 6 ---------------------------------------
@@ -545,7 +545,7 @@ def is_in_order(names: Sequence[str], order: Sequence[str]) -> bool:
 
 
 @given(
-    kind=st.sampled_from(Kind),
+    kind=st.sampled_from(NoticeKind),
     mail=st.builds(Mail, hostile, smtputf8=st.booleans(), envid=st.none() | hostile),
     statuses=hostile_statuses,
     header=hostile_octets,
@@ -555,7 +555,7 @@ def is_in_order(names: Sequence[str], order: Sequence[str]) -> bool:
     reporting_mta=st.just("gw.example") | hostile,
 )
 @example(
-    kind=Kind.FAILED,
+    kind=NoticeKind.FAILED,
     mail=Mail("a\r\nBcc: forged@example.org", envid=f"x\r\n\r\n{FORGED}"),
     statuses=[Status(Recipient(f"b\r\n\r\n{FORGED}", orcpt=f"rfc822;c\r\n\r\n{FORGED}"), None, f"d\r\n{FORGED}")],
     header=b"\r\n--=_01hq9.0--\r\n",
@@ -565,7 +565,7 @@ def is_in_order(names: Sequence[str], order: Sequence[str]) -> bool:
     reporting_mta="gw.example",
 )
 def test_whatever_peers_write_there_are_three_parts_and_the_given_recipients(
-    kind: Kind,
+    kind: NoticeKind,
     mail: Mail,
     statuses: list[Status],
     header: bytes,
@@ -646,14 +646,14 @@ class Keeping(MessageHandler):
 @pytest.mark.parametrize(
     ("kind", "statuses", "waiting", "failed"),
     [
-        (Kind.FAILED, [Status(BOB, REFUSED), Status(Recipient("carol@x.example"), replies.EXPIRED)], 0, 2),
-        (Kind.FAILED, [Status(Recipient("pelé@example.net", orcpt="rfc822;alias@example.com"), REFUSED)], 0, 1),
-        (Kind.DELAYED, [Status(BOB, BUSY, will_retry_until=NOW)], 1, 0),
-        (Kind.RELAYED, [Status(BOB, TAKEN)], 0, 0),
+        (NoticeKind.FAILED, [Status(BOB, REFUSED), Status(Recipient("carol@x.example"), replies.EXPIRED)], 0, 2),
+        (NoticeKind.FAILED, [Status(Recipient("pelé@example.net", orcpt="rfc822;alias@example.com"), REFUSED)], 0, 1),
+        (NoticeKind.DELAYED, [Status(BOB, BUSY, will_retry_until=NOW)], 1, 0),
+        (NoticeKind.RELAYED, [Status(BOB, TAKEN)], 0, 0),
     ],
 )
 def test_a_mailing_list_server_knows_what_it_is_told(
-    kind: Kind, statuses: list[Status], waiting: int, failed: int
+    kind: NoticeKind, statuses: list[Status], waiting: int, failed: int
 ) -> None:
     """By the code of GNU Mailman, which unsubscribes whom it finds."""
     temporary, permanent = all_failures(email.message_from_bytes(notice(kind, *statuses)))

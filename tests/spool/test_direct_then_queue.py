@@ -7,6 +7,7 @@ import pytest
 
 from otel_smtp.forwarding.settings import PoolLimits, Strategy
 from otel_smtp.smtp.envelope import Mail, Recipient
+from otel_smtp.spool.embedded import EmbeddedStore
 from tests.spool.queueing import AT_ONCE, Queueing, eventually, queueing
 from tests.support.fault_proxy import FaultProxy
 from tests.support.relaying import BOB, BODY, CAROL, both_strategies, settings, without
@@ -107,7 +108,7 @@ async def test_a_lost_reply_is_made_durable_as_a_possible_duplicate(tmp_path: Pa
         _, reply = await queue.take()
         assert reply is not None
         assert reply.is_positive
-        ((shown),) = await queue.index(lambda index: index.page("", 2))
+        (shown,) = await queue.shown()
         await queue.empties()
         assert shown.id == queue.spooled[0]
         assert len(upstream.kept) == 2
@@ -118,6 +119,7 @@ async def test_where_the_spool_takes_nothing_the_upstreams_word_is_the_clients(t
         ScriptedUpstream(faults={Phase.RCPT: Fault(Kind.REFUSE, b"451 4.7.1 later\r\n")}) as upstream,
         queueing(tmp_path, settings(upstream), direct=Strategy.TRANSPARENT) as queue,
     ):
+        assert isinstance(queue.spool.store, EmbeddedStore)
         queue.spool.store.most_messages = 0
         answers, reply = await queue.take()
         assert ([answer.code for answer in answers], reply) == ([451], None)

@@ -17,8 +17,8 @@ from tests.support.process import ROOT, environment, gateway, settings_file, unt
 from tests.support.tools import tool
 
 
-@pytest.mark.parametrize("octets", [1000, 300_000], ids=["shared file", "own file"])
-def test_content_name_directory_and_index_are_synced_in_this_order_before_250(tmp_path: Path, octets: int) -> None:
+@pytest.mark.parametrize("octets", [1000, 300_000], ids=["in the log", "in a file of its own"])
+def test_record_and_file_and_their_names_are_synced_in_this_order_before_250(tmp_path: Path, octets: int) -> None:
     trace = tmp_path / "trace"
     calls = "openat,fdatasync,fsync,rename,sendto,write,sendmsg,pwrite64,close"
     strace = [tool("strace"), "-f", "-qq", "-y", "-s", "60", "-o", str(trace), "-e", f"trace={calls}"]
@@ -27,18 +27,25 @@ def test_content_name_directory_and_index_are_synced_in_this_order_before_250(tm
         upstream.is_closed = True  # the spool alone stands behind this 250
         with gateway(settings_of(spool, upstream.port), tmp_path, under=strace) as running:
             assert send(running.port, "one", octets=octets) == 250
+            assert send(running.port, "two", octets=octets) == 250
     lines = trace.read_text(encoding="utf-8", errors="replace").splitlines()
-    (renamed,) = [
-        number for number, line in enumerate(lines) if re.search(r'rename\("[^"]*/tmp/(\w+)", "[^"]*/body/', line)
-    ]
-    name = re.search(r"/tmp/(\w+)\"", lines[renamed])
-    assert name is not None
-    content_synced = _done(lines, rf"fdatasync\(\d+<[^>]*/tmp/{name[1]}>")
-    directory_synced = _done(lines, rf"fsync\(\d+<[^>]*/body/{name[1][-1]}>", after=renamed)
-    log_written = _done(lines, r"pwrite64\(\d+<[^>]*spool\.db-wal>", after=directory_synced)
-    log_synced = _done(lines, r"fdatasync\(\d+<[^>]*spool\.db-wal>", after=log_written)
-    answered = next(number for number, line in enumerate(lines) if '"250 2.0.0 Ok trace=' in line)
-    assert content_synced < renamed < directory_synced < log_written < log_synced < answered
+    segment = r"<[^>]*/log/0{11}1>"
+    begun = next(number for number, line in enumerate(lines) if re.search(r'rename\("[^"]*/log/spare", ', line))
+    assert _done(lines, r"fdatasync\(\d+<[^>]*/log/spare>") < begun, "a segment's head is synced before it has its name"
+    named = _done(lines, r"fsync\(\d+<[^>]*/log>", after=begun)
+    answered = [number for number, line in enumerate(lines) if '"250 2.0.0 Ok' in line]
+    assert len(answered) == 2
+    before = named
+    for answer in answered:
+        if octets > 100_000:
+            synced = _done(lines, r"fdatasync\(\d+<[^>]*/tmp/\w+>", after=0 if before == named else before)
+            renamed = _done(lines, r'rename\("[^"]*/tmp/\w+", "[^"]*/large/', after=synced)
+            directory = _done(lines, r"fsync\(\d+<[^>]*/large>", after=renamed)
+            before = max(before, directory)
+        written = _done(lines, rf"pwrite64\(\d+{segment}", after=before)
+        synced = _done(lines, rf"fdatasync\(\d+{segment}", after=written)
+        assert before < written < synced < answer
+        before = answer
 
 
 def _done(lines: list[str], pattern: str, *, after: int = -1) -> int:
@@ -63,13 +70,15 @@ def test_a_process_that_is_killed_loses_nothing_that_it_answered_250(tmp_path: P
 
 @pytest.mark.parametrize(
     ("call", "error", "when"),
-    # In the thread of the spool: the content's first sync, a directory's, and a write into the index's log.
+    # In the thread of the log: the sync of a segment's head, those of groups, its name, its directory, and writes. In
+    # the index's thread they hit what is not needed.
     [
-        ("fdatasync", "EIO", 1),
-        ("fdatasync", "EIO", 10),
+        ("fdatasync", "EIO", 2),
+        ("fdatasync", "EIO", 5),
         ("rename", "EIO", 2),
-        ("fsync", "EIO", 3),
-        ("pwrite64", "ENOSPC", 12),
+        ("fsync", "EIO", 2),
+        ("pwrite64", "EIO", 11),
+        ("pwrite64", "ENOSPC", 11),
     ],
 )
 def test_a_disk_that_fails_is_never_250(tmp_path: Path, call: str, error: str, when: int) -> None:

@@ -22,7 +22,7 @@ OPTIONS = TelemetryOptions(
     version="1.2.3",
     access_log=False,
     upstream_connections=lambda: [("provider", "idle", 3)],
-    spool=lambda: ({"deferred": 2}, 61.5),
+    spool=lambda: ({"deferred": 2}, 61.5, 4096),
 )
 
 

@@ -209,7 +209,7 @@ def test_no_client_can_make_the_series_grow() -> None:
 @pytest.mark.parametrize("metric", attributes.METRICS.values(), ids=lambda metric: metric.name)
 def test_every_metric_of_the_registry_is_on_the_page(metric: attributes.Metric) -> None:
     connections: list[ConnectionRecord] = []
-    metrics = Metrics(open_connections=lambda: connections, spool=lambda: ({"deferred": 2}, 60.0))
+    metrics = Metrics(open_connections=lambda: connections, spool=lambda: ({"deferred": 2}, 60.0, 4096))
     relay_a_mail(metrics)
     connections.append(Client(metrics).record)
     page = metrics.page("text/plain")[0].decode()
@@ -217,7 +217,8 @@ def test_every_metric_of_the_registry_is_on_the_page(metric: attributes.Metric) 
 
 
 def test_the_spool_is_told_where_there_is_one() -> None:
-    page = Metrics(spool=lambda: ({"deferred": 2, "held": 1}, 61.5)).page("text/plain")[0].decode()
+    page = Metrics(spool=lambda: ({"deferred": 2, "held": 1}, 61.5, 4096)).page("text/plain")[0].decode()
     assert 'smtp_spool_messages{smtp_spool_state="deferred"} 2.0' in page
     assert "smtp_spool_age_seconds 61.5" in page
+    assert "smtp_spool_dead_bytes 4096.0" in page
     assert "smtp_spool" not in Metrics().page("text/plain")[0].decode()

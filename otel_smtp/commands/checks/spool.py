@@ -3,7 +3,7 @@
 from otel_smtp.commands.checks.findings import Finding
 from otel_smtp.config import Settings
 from otel_smtp.gateway.wiring import least_free_octets
-from otel_smtp.spool.files import SpoolDirectory
+from otel_smtp.spool.embedded.directory import SpoolDirectory
 from otel_smtp.spool.messages import SpoolError
 
 

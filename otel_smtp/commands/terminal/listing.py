@@ -1,4 +1,4 @@
-"""The queue as a terminal shows it. A row is an answer of `spool.control`: one mapping per message.
+"""The queue as a terminal shows it. A row is an answer of `spool.operators`: one mapping per message.
 
 A list is printed message by message, as they come, since a queue may be long: the message in one line, and the reasons
 why it waits below. In a pipe or a file it is exactly one line per message, however long, so that it can be searched and

@@ -5,8 +5,7 @@ from pathlib import Path
 
 from otel_smtp.commands.checks.spool import check_spool
 from otel_smtp.config import Settings, load
-from otel_smtp.spool.files import SpoolDirectory
-from otel_smtp.spool.store import SpoolStore
+from otel_smtp.spool.embedded import EmbeddedStore
 
 
 def queue(directory: Path, **limits: object) -> Settings:
@@ -26,7 +25,7 @@ async def test_a_spool_is_tried_without_being_touched(tmp_path: Path) -> None:
     assert finding is not None
     assert (finding.verdict, finding.detail.startswith("is usable, ")) == ("ok", True)
     assert list(tmp_path.iterdir()) == []
-    store = SpoolStore(SpoolDirectory(tmp_path / "spool", reserve_octets=4096))
+    store = EmbeddedStore(tmp_path / "spool")
     await store.open()
     owned = check_spool(queue(tmp_path / "spool"))
     await store.close()

@@ -2,17 +2,17 @@
 
 import asyncio
 import contextlib
-import hashlib
 import os
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Final
 
-from otel_smtp.spool.files import storage_error, write_all
+from otel_smtp.spool.embedded.directory import open_regular, storage_error, write_all
 from otel_smtp.spool.messages import SpoolError
 
 MEMORY_LIMIT_OCTETS: Final = 64 * 1024
-"""Most mail of applications is smaller, and shares a file and its sync with whatever comes at the same time."""
+"""Most mail of applications is smaller, and lies in the log; to copy a large content when its message moves is dear."""
 _WRITE_OCTETS: Final = 256 * 1024  # a trip to a thread costs as much as writing this
 
 
@@ -30,7 +30,7 @@ class Draft:
     """
 
     __slots__ = (
-        "_digest", "_fault", "_file", "_held", "_held_octets", "_memory_limit", "_name", "_path", "_resume", "_running",
+        "_crc", "_fault", "_file", "_held", "_held_octets", "_memory_limit", "_name", "_path", "_resume", "_running",
         "header_octets", "octets",
     )  # fmt: skip
 
@@ -41,7 +41,7 @@ class Draft:
         self._held_octets = 0
         self._path: Path | None = None
         self._file = -1
-        self._digest: Any = None
+        self._crc = 0
         self._fault: SpoolError | None = None
         self._resume: Callable[[], None] | None = None
         self._running: asyncio.Future[None] | None = None  # what a thread does with the file
@@ -50,19 +50,23 @@ class Draft:
 
     @property
     def in_memory(self) -> Sequence[bytes] | None:
-        """All of it; None where it is in a file."""
-        return self._held if self._path is None else None
+        """All of it; None where it is in a file, or was to be."""
+        return None if self.is_large else self._held
 
-    def hand_over(self) -> tuple[Sequence[bytes] | None, tuple[Path, int, bytes] | None]:
-        """Give the complete content away: `discard` does not touch it any more.
+    @property
+    def is_large(self) -> bool:
+        """Whether it is in a file, or will be, or would be but for a fault of the disk."""
+        return self._path is not None or self._running is not None or self._fault is not None
+
+    def hand_over(self) -> tuple[Path, int]:
+        """Give the file of the complete content away: `discard` does not touch it any more.
 
         Returns:
-            Its chunks, or else its file, the file's octets, and their SHA-256.
+            The file, and the CRC-32 of what is in it.
         """
-        if self._path is None:
-            return tuple(self._held), None
         path, self._path = self._path, None
-        return None, (path, self.octets, self._digest.digest())
+        assert path is not None
+        return path, self._crc
 
     def write(self, chunk: bytes, resume: Callable[[], None]) -> bool:
         """Add some more; the first chunk is the header block.
@@ -109,7 +113,7 @@ class Draft:
 
     def discard(self) -> None:
         """Forget it. Idempotent; what the store has taken over is not touched."""
-        self._held.clear()
+        self._held = []  # not cleared: an attempt may have been given it
         self._resume = None
         if self._running is not None and not self._running.done():
             # Were the file closed now, the thread might write into whatever gets its number next.
@@ -142,14 +146,7 @@ class Draft:
     def _write(self, data: bytes) -> None:
         if self._path is None:
             path = self._name()
-            self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            self._file = open_regular(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
             self._path = path
-            self._digest = hashlib.sha256()
-        self._digest.update(data)
+        self._crc = zlib.crc32(data, self._crc)
         write_all(self._file, data)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.discard()

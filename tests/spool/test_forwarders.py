@@ -12,9 +12,9 @@ from otel_smtp.observing import TransactionRecord
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Recipient
 from otel_smtp.smtp.replies import Reply
-from otel_smtp.spool.forwarder import DirectThenQueueForwarder, Intake, SpoolForwarder
+from otel_smtp.spool.embedded import EmbeddedStore
+from otel_smtp.spool.forwarders import DirectThenQueueForwarder, Intake, SpoolForwarder
 from otel_smtp.spool.messages import Lease, StorageFull
-from otel_smtp.spool.store import SpoolStore
 from tests.spool.messages import CARRIER
 from tests.spool.queueing import ResumedDeliveries, client_record, eventually, some_bytes
 from tests.spool.scripted_relay import BUSY, GONE, ScriptedRelay
@@ -82,7 +82,7 @@ class Client:
 class Gateway:
     """Both forwarders over one store and one relay."""
 
-    store: SpoolStore
+    store: EmbeddedStore
     relay: ScriptedRelay
     intake: Intake
 
@@ -97,12 +97,12 @@ class Gateway:
         return Client(begin(MAIL, record), record)
 
     async def spooled(self) -> list[tuple[str, list[str]]]:
-        page = await self.store.apply(lambda index: index.page("", 10))
+        page = await self.store.page("", 10)
         return [(shown.id, [address for address, _, _ in shown.recipients]) for shown in page]
 
 
 @pytest.fixture
-def gateway(store: SpoolStore) -> Gateway:
+def gateway(store: EmbeddedStore) -> Gateway:
     relay = ScriptedRelay()
     intake = Intake(
         store, relay, NoAttempts(), ResumedDeliveries(), max_age_seconds=3600.0, first_wait_seconds=lambda: 60.0
@@ -110,7 +110,14 @@ def gateway(store: SpoolStore) -> Gateway:
     return Gateway(store, relay, intake)
 
 
-def files(store: SpoolStore) -> list[Path]:
+def failed(error: Exception) -> asyncio.Future[Sequence[Lease]]:
+    """What a store that fails answers."""
+    answer: asyncio.Future[Sequence[Lease]] = asyncio.get_running_loop().create_future()
+    answer.set_exception(error)
+    return answer
+
+
+def files(store: EmbeddedStore) -> list[Path]:
     """Contents that are on their way; the store keeps an empty file at hand for the next."""
     return [file for file in (store.directory.path / "tmp").iterdir() if file.stat().st_size]
 
@@ -121,7 +128,7 @@ async def test_a_message_is_answered_with_its_id_once_it_is_durable(gateway: Gat
     ((spool_id, addresses),) = await gateway.spooled()
     assert addresses == [BOB.address]
     assert client.record.spool_id == client.transaction.spool_id == spool_id
-    shown = await gateway.store.apply(lambda index: index.show(spool_id))
+    shown = await gateway.store.show(spool_id)
     assert shown.carrier == CARRIER
 
 
@@ -138,8 +145,8 @@ async def test_a_large_content_holds_its_client_back_until_the_disk_has_it(gatew
     client.finish()
     assert (await client.answer()).code == 250
     ((spool_id, _),) = await gateway.spooled()
-    placement, _ = await gateway.store.apply(lambda index: index.placement(spool_id))
-    assert await gateway.store.content(placement, 0, placement.octets) == HEADER + LARGE * 8
+    content = (await gateway.store.show(spool_id)).content
+    assert await gateway.store.read(content, 0, content.octets) == HEADER + LARGE * 8
     assert files(gateway.store) == []
 
 
@@ -181,7 +188,7 @@ async def test_a_disk_that_fails_while_content_comes_is_told_at_the_end(
     def full(file: int, data: bytes) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("otel_smtp.spool.draft.write_all", full)
+    monkeypatch.setattr("otel_smtp.spool.embedded.draft.write_all", full)
     client = gateway.queued()
     await client.ask(BOB)
     client.begin_content()
@@ -195,10 +202,7 @@ async def test_a_disk_that_fails_while_content_comes_is_told_at_the_end(
 
 
 async def test_a_bug_of_ours_is_an_answer_too(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def fails(*_: object, **__: object) -> None:
-        raise ZeroDivisionError
-
-    monkeypatch.setattr(gateway.store, "submit", fails)
+    monkeypatch.setattr(gateway.store, "submit", lambda *_, **__: failed(ZeroDivisionError()))
     assert await gateway.queued().send(BOB) is replies.STORAGE_FAILED
 
 
@@ -285,10 +289,7 @@ async def test_a_transaction_without_a_recipient_upstream_is_given_up_there(gate
 async def test_where_the_spool_fails_the_client_hears_the_upstream(
     gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def full(*_: object, **__: object) -> None:
-        raise StorageFull("full")
-
-    monkeypatch.setattr(gateway.store, "submit", full)
+    monkeypatch.setattr(gateway.store, "submit", lambda *_, **__: failed(StorageFull("full")))
     gateway.relay.finals.append((BUSY, ()))
     assert await gateway.direct().send(BOB) is BUSY
     # One of two has it; the client keeps the mail, and nobody loses it.

@@ -45,7 +45,7 @@ _ADDRESS_TYPE = re.compile(r"[!-:<-~]{1,64}")
 _NOT_QCHAR = re.compile(r"[^!-*,-<>-\[\]-~]")
 
 
-class Kind(StrEnum):
+class NoticeKind(StrEnum):
     """What a notice tells; the values are those of the Action field (RFC 3464 2.3.3).
 
     What expired has failed, with status 4.4.7 (RFC 3463 3.5). "delivered" and "expanded" are for those who own
@@ -58,7 +58,7 @@ class Kind(StrEnum):
 
 
 # Which classes of status may stand beside an action, the usual one first: what fails by its age has "4.X.X".
-_CLASSES: Final = {Kind.FAILED: (5, 4), Kind.DELAYED: (4,), Kind.RELAYED: (2,)}
+_CLASSES: Final = {NoticeKind.FAILED: (5, 4), NoticeKind.DELAYED: (4,), NoticeKind.RELAYED: (2,)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class Status:
     before: str = ""
 
 
-def wanted(kind: Kind, recipient: Recipient, mail: Mail) -> bool:
+def wanted(kind: NoticeKind, recipient: Recipient, mail: Mail) -> bool:
     """Whether the sender wants a notice of this kind (RFC 3461 4.1 and 5.2).
 
     Without NOTIFY: of failures and delays. Never for the null reverse-path: "MUST NOT" (RFC 5321 6.1). That success is
@@ -88,18 +88,18 @@ def wanted(kind: Kind, recipient: Recipient, mail: Mail) -> bool:
     if not mail.reverse_path:
         return False
     if recipient.notify is None:
-        return kind is not Kind.RELAYED
-    asked = {Kind.FAILED: Notify.FAILURE, Kind.DELAYED: Notify.DELAY, Kind.RELAYED: Notify.SUCCESS}
+        return kind is not NoticeKind.RELAYED
+    asked = {NoticeKind.FAILED: Notify.FAILURE, NoticeKind.DELAYED: Notify.DELAY, NoticeKind.RELAYED: Notify.SUCCESS}
     return asked[kind] in recipient.notify
 
 
-def returns_content(kind: Kind, mail: Mail) -> bool:
+def returns_content(kind: NoticeKind, mail: Mail) -> bool:
     """Whether a notice returns the whole original, where that is not too large.
 
     RET=FULL speaks of failures alone (RFC 3461 4.3). "If both RET=FULL and REQUIRETLS are present, the RET=FULL MUST
     be disregarded" (RFC 8689 5).
     """
-    return kind is Kind.FAILED and mail.ret is DsnReturn.FULL and not mail.require_tls
+    return kind is NoticeKind.FAILED and mail.ret is DsnReturn.FULL and not mail.require_tls
 
 
 def envelope(mail: Mail, *, is_ascii: bool) -> tuple[Mail, Recipient]:
@@ -122,7 +122,7 @@ def envelope(mail: Mail, *, is_ascii: bool) -> tuple[Mail, Recipient]:
 
 
 def notification(
-    kind: Kind,
+    kind: NoticeKind,
     *,
     mail: Mail,
     statuses: Sequence[Status],
@@ -181,18 +181,18 @@ def notification(
 
 
 _SUBJECTS: Final = {
-    Kind.FAILED: "Undelivered mail returned to sender",
-    Kind.DELAYED: "Delayed mail (still being tried)",
-    Kind.RELAYED: "Mail was handed on",
+    NoticeKind.FAILED: "Undelivered mail returned to sender",
+    NoticeKind.DELAYED: "Delayed mail (still being tried)",
+    NoticeKind.RELAYED: "Mail was handed on",
 }
 _FIRST_WORDS: Final = {
-    Kind.FAILED: "Your message could not be delivered to the recipients below, and will not be tried again. Where the "
-    "reason is an address or the message itself, correct it and send the message anew; else ask your postmaster, who "
-    "finds it by its id.",
-    Kind.DELAYED: "Your message has not been delivered yet to the recipients below. You need not do anything: it is "
-    "tried again until the time that is given, and you will be told if that was in vain.",
-    Kind.RELAYED: "Your message was accepted for the recipients below by a server that does not report on delivery. "
-    "You need not do anything; should it fail beyond that server, you may be told.",
+    NoticeKind.FAILED: "Your message could not be delivered to the recipients below, and will not be tried again. "
+    "Where the reason is an address or the message itself, correct it and send the message again; else ask your "
+    "postmaster, who finds it by its id.",
+    NoticeKind.DELAYED: "Your message has not been delivered yet to the recipients below. You need not do anything: it "
+    "is tried again until the time that is given, and you will be told if that was in vain.",
+    NoticeKind.RELAYED: "Your message was accepted for the recipients below by a server that does not report on "
+    "delivery. You need not do anything; should it fail beyond that server, you may be told.",
 }
 
 
@@ -203,7 +203,7 @@ _FIRST_WORDS: Final = {
 class _Report:
     """The same facts twice: for people and for programs."""
 
-    kind: Kind
+    kind: NoticeKind
     mail: Mail
     statuses: Sequence[Status]
     reporting_mta: str
@@ -249,7 +249,7 @@ class _Report:
         if status.remote:
             yield f"Remote-MTA: {_host(status.remote)}"
         diagnostic = status.before or (str(status.reply) if status.reply is not None else "")
-        if diagnostic and self.kind is not Kind.RELAYED:
+        if diagnostic and self.kind is not NoticeKind.RELAYED:
             # Folded, since replies are long and this is read by people too.
             yield "\r\n ".join(_wrapped(f"Diagnostic-Code: smtp; {_clean(diagnostic)}"))
         if status.last_attempt is not None:
@@ -268,7 +268,7 @@ def _told(status: Status) -> Iterable[str]:
         yield f"is tried until {format_datetime(status.will_retry_until)}"
 
 
-def _status_code(kind: Kind, reply: Reply | None) -> str:
+def _status_code(kind: NoticeKind, reply: Reply | None) -> str:
     """The reply's enhanced code; where it has none that fits, the one that says as much (RFC 3463 3)."""
     classes = _CLASSES[kind]
     if reply is None or reply.code // 100 not in classes:

@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 
-from otel_smtp.spool.control import COMMANDS, Answer, ask
-from otel_smtp.spool.files import SpoolDirectory
+from otel_smtp.spool.embedded import EmbeddedStore, ask
 from otel_smtp.spool.messages import SpoolError
-from otel_smtp.spool.store import SpoolStore
+from otel_smtp.spool.operators import COMMANDS, Answer
 from tests.spool.messages import BODY, HEADER, TRACE_ID, message, queued
 from tests.spool.queueing import NEVER_AGAIN, eventually, queueing
 from tests.support.relaying import BOB, settings
@@ -28,7 +27,7 @@ async def asked(directory: Path, command: str, *ids: str, **more: Any) -> list[A
 @asynccontextmanager
 async def filled(directory: Path, count: int = 3) -> AsyncIterator[list[str]]:
     """A spool that nobody owns, with some messages in it; their ids."""
-    store = SpoolStore(SpoolDirectory(directory, reserve_octets=4096), least_free_octets=0)
+    store = EmbeddedStore(directory, least_free_octets=0)
     await store.open()
     ids = [await queued(store, message(f"user{number}@example.net")) for number in range(count)]
     await store.close()

@@ -14,17 +14,14 @@ import json
 import logging
 import os
 import socket
-import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from otel_smtp.spool.files import SpoolDirectory
-from otel_smtp.spool.index import Index
 from otel_smtp.spool.messages import DeliveryState, Shown, SpoolError
-from otel_smtp.spool.store import Recovery, SpoolStore, Store
+from otel_smtp.spool.store import Store
 
-logger: Final = logging.getLogger("otel_smtp.spool.control")
+logger: Final = logging.getLogger("otel_smtp.spool.operators")
 
 PAGE: Final = 200  # messages that are read at a time: mail must not wait for a long list
 PIECE_OCTETS: Final = 48 * 1024  # of content, in a line of an answer
@@ -41,7 +38,7 @@ class Woken(Protocol):
         """Something is due."""
         ...
 
-    def sweep_soon(self) -> None:
+    def look_soon(self) -> None:
         """Something is too old."""
         ...
 
@@ -85,8 +82,7 @@ class Operations:
                 raise SpoolError(f"no command {command!r}; there are {', '.join(COMMANDS)}")
 
     async def _counts(self) -> Answer:
-        now = time.time()
-        counts, tally = await self._store.apply(lambda index: (index.counts(now), index.tally()))
+        counts, tally = await self._store.counts(), await self._store.tally()
         return {
             **counts.by_state(),
             "oldest_arrival_time": counts.oldest_arrived_at,
@@ -95,19 +91,17 @@ class Operations:
 
     async def _all(self) -> AsyncIterator[Shown]:
         after = ""
-        while page := await self._store.apply(lambda index, after=after: index.page(after, PAGE)):  # type: ignore[misc]
+        while page := await self._store.page(after, PAGE):
             for shown in page:
                 yield shown
             after = page[-1].id
 
     async def _show(self, message_id: str, *, with_content: bool) -> AsyncIterator[Answer]:
-        shown, (placement, _) = await self._store.apply(
-            lambda index: (index.show(message_id), index.placement(message_id))
-        )
+        shown = await self._store.show(message_id)
         yield as_answer(shown)
         if with_content:
-            for start in range(0, placement.octets, PIECE_OCTETS):
-                piece = await self._store.content(placement, start, PIECE_OCTETS)
+            for start in range(0, shown.content.octets, PIECE_OCTETS):
+                piece = await self._store.read(shown.content, start, PIECE_OCTETS)
                 yield {"queue_id": message_id, "content": base64.b64encode(piece).decode("ascii")}
 
     async def _change(self, command: str, request: Answer) -> AsyncIterator[Answer]:
@@ -119,7 +113,7 @@ class Operations:
         yield {"messages": len(ids)}
         for message_id in ids:
             try:
-                changed = await self._store.record(self._work(command, message_id))
+                changed = await self._do(command, message_id)
             except SpoolError as error:
                 yield {"queue_id": message_id, "error": str(error)}
                 continue
@@ -131,23 +125,23 @@ class Operations:
                 )  # fmt: skip
             yield {"queue_id": message_id, "changed": bool(changed)}
         if self._runner is not None:
-            self._runner.sweep_soon() if command == "expire" else self._runner.wake()
+            self._runner.look_soon() if command == "expire" else self._runner.wake()
 
-    def _work(self, command: str, message_id: str) -> Callable[[Index], int]:
-        now = time.time()
+    def _do(self, command: str, message_id: str) -> Awaitable[int]:
+        store = self._store
         match command:
             case "retry":
-                return lambda index: index.retry(message_id, now)
+                return store.retry(message_id)
             case "hold":
-                return lambda index: index.hold(message_id, now)
+                return store.hold(message_id)
             case "release":
-                return lambda index: index.release(message_id, now)
+                return store.release(message_id)
             case "expire":
-                return lambda index: index.expire(message_id, now)
+                return store.expire(message_id)
             case "delete":
-                return lambda index: index.delete(message_id)
+                return store.delete(message_id)
             case _:
-                return lambda index: index.reset(message_id, now, now + self._max_age_seconds)
+                return store.reset(message_id, self._max_age_seconds)
 
 
 def _concerns(command: str, shown: Shown) -> bool:
@@ -266,22 +260,26 @@ class ControlSocket:
         await writer.drain()
 
 
-async def ask(directory: Path, request: Answer, *, max_age_seconds: float) -> AsyncIterator[Answer]:
-    """Have a command done by the gateway that owns the spool, or, where none runs, here.
+async def ask(
+    socket_path: Path, request: Answer, *, max_age_seconds: float, here: Callable[[], Store]
+) -> AsyncIterator[Answer]:
+    """Have a command done by the gateway that listens at `socket_path`, or, where none runs, here.
+
+    Args:
+        here: gives the store, not opened yet.
 
     Raises:
         SpoolError: what went wrong.
     """
-    control = SpoolDirectory(directory).control_path
     try:
-        with _reachable(control) as address:
+        with _reachable(socket_path) as address:
             reader, writer = await asyncio.open_unix_connection(address, limit=MOST_REQUEST_OCTETS)
     except (FileNotFoundError, ConnectionRefusedError):
-        async for answer in _do_here(directory, request, max_age_seconds=max_age_seconds):
+        async for answer in _do_here(here(), request, max_age_seconds=max_age_seconds):
             yield answer
         return
     except OSError as error:
-        raise SpoolError(f"{control}: {error.strerror}") from error
+        raise SpoolError(f"{socket_path}: {error.strerror}") from error
     try:
         writer.write(json.dumps(request).encode() + b"\n")
         while line := await reader.readline():
@@ -296,11 +294,8 @@ async def ask(directory: Path, request: Answer, *, max_age_seconds: float) -> As
         writer.close()
 
 
-async def _do_here(directory: Path, request: Answer, *, max_age_seconds: float) -> AsyncIterator[Answer]:
-    if not await asyncio.to_thread(directory.is_dir):
-        raise SpoolError(f"{directory}: there is no spool")
-    store = SpoolStore(SpoolDirectory(directory))
-    recovery: Recovery = await store.open()
+async def _do_here(store: Store, request: Answer, *, max_age_seconds: float) -> AsyncIterator[Answer]:
+    recovery = await store.open()
     if recovery.lost:
         logger.critical("contents are missing", extra={"spool_ids": list(recovery.lost)})
     try:

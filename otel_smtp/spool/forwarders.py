@@ -5,7 +5,6 @@ Both say 250 only when the upstream did or the message is durable.
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Protocol
 
@@ -23,11 +22,10 @@ from otel_smtp.observing import Observer, TransactionRecord
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Mail, Recipient
 from otel_smtp.smtp.replies import ErrorType, Reply
-from otel_smtp.spool.draft import Draft
 from otel_smtp.spool.messages import Lease, NewMessage, SpoolError, StorageFull, new_id
-from otel_smtp.spool.store import Store
+from otel_smtp.spool.store import Draft, Store
 
-logger: Final = logging.getLogger("otel_smtp.spool.forwarder")
+logger: Final = logging.getLogger("otel_smtp.spool.forwarders")
 
 
 class Attempts(Protocol):
@@ -74,7 +72,6 @@ class Intake:
         self._attempts = attempts
         self._observer = observer
         self._max_age_seconds = max_age_seconds
-        self._submitting: set[asyncio.Task[None]] = set()
         self.relay = relay
 
     def refusal(self) -> Reply | None:
@@ -94,63 +91,65 @@ class Intake:
         record: TransactionRecord,
         answered: Callable[[str | Reply], None],
         *,
-        was_tried: bool = False,
+        refusals: Mapping[str, Reply] | None = None,
         is_possible_duplicate: bool = False,
     ) -> None:
         """Make a message durable, and have it attempted at once if there is room.
 
         Args:
-            draft: all of it has been written; it is discarded.
+            draft: all of it has been written; it is the store's from here on.
             record: given the message's id.
             answered: called, once, with the id of the message when it is durable; else with what the client is told.
-            was_tried: it was attempted a moment ago: it waits first.
+            refusals: it was attempted a moment ago, and this is what it came to for the recipients of these addresses:
+                it waits first.
             is_possible_duplicate: that attempt may have succeeded.
         """
-        now = time.time()
+        was_tried = refusals is not None
         message = NewMessage(
             id=new_id(),
             mail=mail,
             deliveries=deliveries,
             header_octets=draft.header_octets,
-            arrived_at=now,
-            expires_at=now + self._max_age_seconds,
-            carrier=dict(self._observer.carrier(record)),
+            expires_in=self._max_age_seconds,
+            carrier=self._observer.carrier(record),
             is_possible_duplicate=is_possible_duplicate,
-            due_at=now + self._first_wait_seconds() if was_tried else None,
+            retry_in=self._first_wait_seconds() if was_tried else 0.0,
+            attempts=int(was_tried),
+            last_replies={address: str(reply) for address, reply in (refusals or {}).items()},
         )
+        destinations = list(deliveries)
+        is_leased = not was_tried and self._attempts.reserve(destinations)
+        content = draft.in_memory
 
-        async def submit() -> None:
-            answer: str | Reply
-            try:
-                await self._make_durable(message, draft, at_once=not was_tried)
-            except SpoolError as error:
-                answer = reply_to(error)
-            except Exception:
-                logger.exception("a message could not be queued, by our fault", extra={"spool_id": message.id})
-                answer = replies.STORAGE_FAILED
-            else:
-                record.spool_id = answer = message.id
+        def submitted(done: asyncio.Future[Sequence[Lease]]) -> None:
+            leases, answer = _outcome_of(done, message.id)
+            if isinstance(answer, str):
+                record.spool_id = answer
+            # The client first: what follows is not its business.
             answered(answer)
+            if is_leased:
+                self._attempts.begin(destinations, leases, content)
+            elif isinstance(answer, str):
+                self._attempts.wake(destinations)
 
-        # Whoever gives up waiting does not undo what is handed to the disk: the task belongs to nobody's connection.
-        task = asyncio.get_running_loop().create_task(submit())
-        self._submitting.add(task)
-        task.add_done_callback(self._submitting.discard)
+        try:
+            self._store.submit(message, draft, lease=is_leased).add_done_callback(submitted)
+        except BaseException:
+            if is_leased:
+                self._attempts.begin(destinations, (), None)
+            raise
 
-    async def _make_durable(self, message: NewMessage, draft: Draft, *, at_once: bool) -> None:
-        destinations = list(message.deliveries)
-        with draft:
-            await draft.end()
-            is_leased = at_once and self._attempts.reserve(destinations)
-            leases: Sequence[Lease] = ()
-            content = None if draft.in_memory is None else tuple(draft.in_memory)
-            try:
-                leases = await self._store.submit(message, draft, is_leased=is_leased)
-            finally:
-                if is_leased:
-                    self._attempts.begin(destinations, leases, content)
-        if not is_leased:
-            self._attempts.wake(destinations)
+
+def _outcome_of(done: asyncio.Future[Sequence[Lease]], message_id: str) -> tuple[Sequence[Lease], str | Reply]:
+    if done.cancelled():
+        return (), replies.STORAGE_FAILED
+    error = done.exception()
+    if error is None:
+        return done.result(), message_id
+    if isinstance(error, SpoolError):
+        return (), reply_to(error)
+    logger.error("a message could not be queued, by our fault", extra={"spool_id": message_id}, exc_info=error)
+    return (), replies.STORAGE_FAILED
 
 
 def reply_to(error: SpoolError) -> Reply:
@@ -254,31 +253,37 @@ class DirectThenQueueForwarder:
 
     def begin(self, mail: Mail, record: TransactionRecord) -> MailTransaction:
         """Open a transaction; errors as those of the upstream relay."""
-        transaction: MailTransaction | None = None
+        direct: MailTransaction | Reply
         try:
-            transaction = self._direct.begin(mail, record)
-        except Transient:
+            direct = self._direct.begin(mail, record)
+        except Transient as failure:
             if self._intake.refusal() is not None:
                 raise
-        return _DirectThenQueued(self._intake, transaction, mail, record)
+            direct = failure.reply
+        return _DirectThenQueued(self._intake, direct, mail, record)
 
 
 class _DirectThenQueued:
-    """A transaction with the upstream that may turn to the spool at each step."""
+    """A transaction with the upstream that may turn to the spool at each step.
+
+    Args:
+        direct: that with the upstream; or why there is none for now.
+    """
 
     __slots__ = (
         "_accepted", "_answered", "_deferred", "_direct", "_direct_is_full", "_draft", "_draft_is_full", "_intake",
-        "_is_over", "_mail", "_record", "_refusals", "_resume", "spool_id",
+        "_is_over", "_mail", "_record", "_refusal", "_refusals", "_resume", "spool_id",
     )  # fmt: skip
 
-    def __init__(self, intake: Intake, direct: MailTransaction | None, mail: Mail, record: TransactionRecord) -> None:
+    def __init__(self, intake: Intake, direct: MailTransaction | Reply, mail: Mail, record: TransactionRecord) -> None:
         self._intake = intake
-        self._direct = direct
+        self._direct = None if isinstance(direct, Reply) else direct
+        self._refusal = direct if isinstance(direct, Reply) else replies.UPSTREAM_UNAVAILABLE
         self._mail = mail
         self._record = record
         self._accepted: list[Recipient] = []  # by the upstream
         self._deferred: list[Recipient] = []
-        self._refusals: list[Reply] = []  # of the deferred
+        self._refusals: dict[str, Reply] = {}  # of the deferred, by address
         self._draft: Draft | None = None
         self._resume: Callable[[], None] | None = None
         self._answered: MessageAnswered | None = None
@@ -294,7 +299,7 @@ class _DirectThenQueued:
                 answered([self._answer(recipient, verdict) for recipient, verdict in zip(batch, verdicts, strict=True)])
 
         if self._direct is None:
-            judged([replies.UPSTREAM_UNAVAILABLE] * len(batch))
+            judged([self._refusal] * len(batch))
         else:
             self._direct.recipients(batch, judged)
 
@@ -308,7 +313,7 @@ class _DirectThenQueued:
         if isinstance(destination, Reply):
             return destination
         self._deferred.append(recipient)
-        self._refusals.append(verdict)
+        self._refusals[recipient.address] = verdict
         return replies.RECIPIENT_OK
 
     def content(self, resume: Callable[[], None]) -> None:
@@ -368,14 +373,15 @@ class _DirectThenQueued:
             # No recipient has it, and the client knows.
             self._answer_message(verdict, () if self._deferred else own)
             return
-        left = [one for one, reply in zip(self._accepted, verdicts, strict=True) if not reply.is_positive]
-        waiting = left + self._deferred
+        left = [(one, reply) for one, reply in zip(self._accepted, verdicts, strict=True) if not reply.is_positive]
+        waiting = [*(one for one, _ in left), *self._deferred]
         if not waiting:
             self._answer_message(verdict, own)
             return
-        self._queue(waiting, verdict, not_taken=bool(left))
+        self._refusals.update((one.address, reply) for one, reply in left)
+        self._queue(waiting, verdict)
 
-    def _queue(self, waiting: Sequence[Recipient], verdict: Reply | None, *, not_taken: bool = False) -> None:
+    def _queue(self, waiting: Sequence[Recipient], verdict: Reply | None) -> None:
         assert self._draft is not None
 
         def submitted(answer: str | Reply) -> None:
@@ -392,7 +398,8 @@ class _DirectThenQueued:
             self._draft,
             self._record,
             submitted,
-            was_tried=not_taken or any(reply is not replies.OTHER_ROUTE for reply in self._refusals),
+            # Who was only put off to another transaction was not tried.
+            refusals=self._refusals if any(one is not replies.OTHER_ROUTE for one in self._refusals.values()) else None,
             is_possible_duplicate=verdict is not None and verdict.error_type is ErrorType.OUTCOME_UNKNOWN,
         )
         self._draft = None

@@ -1,6 +1,6 @@
 """Messages of our own: bounces, warnings of a delay, and notes of success for those who asked for them.
 
-What they say is `bounce`'s business; whether and where they go is decided here. They are stored in the same commit as
+What they say is `report`'s business; whether and where they go is decided here. They are stored in the same commit as
 the end of what they tell of, so that neither can be lost without the other.
 """
 
@@ -13,12 +13,19 @@ from typing import Final, Literal
 from otel_smtp.forwarding.base import Relay
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.replies import Reply
-from otel_smtp.spool.bounce import HEADER_OCTETS, Status, envelope, notification, returns_content, wanted
-from otel_smtp.spool.bounce import Kind as NoticeKind
+from otel_smtp.spool.dsn.report import (
+    HEADER_OCTETS,
+    NoticeKind,
+    Status,
+    envelope,
+    notification,
+    returns_content,
+    wanted,
+)
 from otel_smtp.spool.messages import ContentLost, Kind, Lease, NewMessage, SpooledRecipient, new_id
-from otel_smtp.spool.store import Store
+from otel_smtp.spool.store import Notice, Store
 
-logger: Final = logging.getLogger("otel_smtp.spool.notices")
+logger: Final = logging.getLogger("otel_smtp.spool.dsn.notices")
 
 NOTICE_MAX_AGE_SECONDS: Final = 86400.0
 """A bounce that cannot be delivered for a day is kept for an operator instead; RFC 5321 4.5.4.1 lets it be shorter."""
@@ -49,7 +56,7 @@ class Notices:
         *,
         remote: str | None = None,
         retry_until: float | None = None,
-    ) -> Sequence[tuple[NewMessage, bytes]]:
+    ) -> Sequence[Notice]:
         """The notice that some recipients ended, or wait, as `kind` says: one, or none.
 
         Raises:
@@ -67,10 +74,10 @@ class Notices:
             return ()
         now = time.time()
         message_id = new_id()
-        returns_all = returns_content(kind, lease.mail) and lease.placement.octets <= RETURNED_CONTENT_OCTETS
-        octets = lease.placement.octets if returns_all else min(lease.header_octets, HEADER_OCTETS)
+        returns_all = returns_content(kind, lease.mail) and lease.content.octets <= RETURNED_CONTENT_OCTETS
+        octets = lease.content.octets if returns_all else min(lease.header_octets, HEADER_OCTETS)
         try:
-            original = await self._store.content(lease.placement, 0, octets)
+            original = await self._store.read(lease.content, 0, octets)
         except ContentLost:
             logger.critical("a notice goes without the original, which is lost", extra={"spool_id": lease.message_id})
             original = b""
@@ -109,8 +116,7 @@ class Notices:
             mail=mail,
             deliveries={destination: [recipient]},
             header_octets=header_octets,
-            arrived_at=now,
-            expires_at=now + NOTICE_MAX_AGE_SECONDS,
+            expires_in=NOTICE_MAX_AGE_SECONDS,
             carrier=lease.carrier,
             kind=Kind.NOTIFICATION,
         )

@@ -1,0 +1,332 @@
+"""One attempt at one delivery: a transaction with the upstream relay, and the record of what it came to.
+
+The common attempt, whose content is at hand, is plain calls. A content that has to be read from the store is read by a
+task, piece by piece, as fast as the upstream takes it.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from otel_smtp.forwarding.base import DeliveryFailed, MailTransaction, Relay
+from otel_smtp.observing import TransactionRecord
+from otel_smtp.smtp import replies
+from otel_smtp.smtp.replies import ErrorType, Reply
+from otel_smtp.spool.dsn.notices import Notices
+from otel_smtp.spool.dsn.report import NoticeKind
+from otel_smtp.spool.messages import (
+    ContentLost,
+    End,
+    Lease,
+    SpoolError,
+    StaleLease,
+    StorageBroken,
+    Verdict,
+)
+from otel_smtp.spool.store import Notice, Store
+
+logger: Final = logging.getLogger("otel_smtp.spool.attempts")
+
+READ_OCTETS: Final = 256 * 1024
+RECORD_AGAIN_SECONDS: Final = 1.0
+
+
+class Recording:
+    """Records results, as often as it takes: an attempt whose result is not recorded will be made again.
+
+    Attributes:
+        is_stopping: a result that cannot be recorded now is not waited for.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.is_stopping = False
+
+    async def record(self, lease: Lease, recording: Callable[[], asyncio.Future[None]]) -> None:
+        """Have `recording` done until it succeeds, or never will."""
+        while True:
+            try:
+                await recording()
+            except SpoolError as error:
+                if not self._may_succeed(lease, error):
+                    return
+                await asyncio.sleep(RECORD_AGAIN_SECONDS)
+            else:
+                return
+
+    def _may_succeed(self, lease: Lease, error: SpoolError) -> bool:
+        if isinstance(error, StaleLease):
+            logger.error("a result came too late", extra={**told(lease), "fault": str(error)})
+            return False
+        if isinstance(error, StorageBroken):
+            logger.critical("a result cannot be recorded", extra={**told(lease), "fault": str(error)})
+            return False
+        logger.error("a result cannot be recorded yet", extra={**told(lease), "fault": str(error)})
+        return not self.is_stopping
+
+    async def mark_corrupt(self, lease: Lease) -> None:
+        """Set a message aside whose content is damaged."""
+        logger.critical("a queued content is damaged; the message is set aside", extra=told(lease))
+        loop = asyncio.get_running_loop()
+        await self.record(lease, lambda: loop.create_task(self._store.mark_corrupt(lease)))
+
+
+class Attempt:
+    """One attempt at one delivery.
+
+    Args:
+        content: the chunks, where they are at hand; the first is the header block.
+        retry_in: gives the wait after this attempt, in seconds.
+        wake: called with destinations for which something waits now.
+        ended: called, once, when the result is recorded.
+    """
+
+    def __init__(
+        self,
+        lease: Lease,
+        content: Sequence[bytes] | None,
+        *,
+        store: Store,
+        relay: Relay,
+        notices: Notices,
+        recording: Recording,
+        retry_in: Callable[[], float],
+        wake: Callable[[Sequence[str]], None],
+        ended: Callable[["Attempt"], None],
+    ) -> None:
+        self.lease = lease
+        # Never a part for the whole, whatever became of the chunks since they were stored.
+        self._content = content if content is not None and sum(map(len, content)) == lease.content.octets else None
+        self._store = store
+        self._relay = relay
+        self._notices = notices
+        self._recording = recording
+        self._retry_in = retry_in
+        self._wake = wake
+        self._ended = ended
+        self._record = TransactionRecord.resumed(
+            lease.message_id,
+            lease.carrier,
+            lease.mail,
+            attempt=lease.attempt,
+            is_possible_duplicate=lease.is_possible_duplicate,
+        )
+        self._record.accepted = [one.recipient for one in lease.recipients]
+        self._record.octets = lease.content.octets
+        self._transaction: MailTransaction | None = None
+        self._answers: Sequence[Reply] = ()
+        self._left: list[bytes] = []  # chunks that have not been written, the last one first
+        self._room: asyncio.Future[None] | None = None  # waited for by the task that reads
+        self._has_content_left = False  # from here on, the upstream may have taken it
+        self._is_judged = False
+        self._task: asyncio.Task[None] | None = None  # what of it takes long: to read the content, to record the result
+
+    def start(self) -> None:
+        """Begin."""
+        if self.lease.is_possible_duplicate:
+            logger.warning("attempted again: the upstream may have it already", extra=told(self.lease))
+        try:
+            self._transaction = self._relay.begin(self.lease.mail, self._record)
+            self._transaction.recipients(self._record.accepted, self._recipients_answered)
+        except DeliveryFailed as failure:
+            self._judge([failure.reply] * len(self.lease.recipients))
+        except Exception:  # noqa: BLE001 - it is logged
+            self._fail()
+
+    async def cut_short(self) -> None:
+        """End it now, and let it be made again; or wait for the record of its result, where it has one."""
+        if not self._is_judged:
+            self._is_judged = True
+            if self._task is not None:
+                self._task.cancel()
+                await asyncio.gather(self._task, return_exceptions=True)
+            self._abort()
+            await self._recording.record(
+                self.lease,
+                lambda: self._store.finish(self.lease, (), is_possible_duplicate=self._has_content_left),
+            )
+            self._ended(self)
+        elif self._task is not None:
+            await asyncio.gather(self._task, return_exceptions=True)
+
+    # The upstream ------------------------------------------------------------------------------------------------
+
+    def _recipients_answered(self, answers: Sequence[Reply]) -> None:
+        if self._is_judged:
+            return
+        self._answers = answers
+        if not any(answer.is_positive for answer in answers):
+            self._abort()
+            self._judge(answers)
+            return
+        try:
+            self._has_content_left = True
+            assert self._transaction is not None
+            self._transaction.content(self._go_on)
+            if self._content is None:
+                self._task = asyncio.get_running_loop().create_task(self._read_and_write())
+            else:
+                self._left = [chunk for chunk in reversed(self._content) if chunk]
+                self._content = None
+                self._go_on()
+        except Exception:  # noqa: BLE001 - it is logged
+            self._fail()
+
+    def _go_on(self) -> None:
+        """Write what is at hand, as far as it is taken; or let the task that reads do so."""
+        if self._room is not None:
+            if not self._room.done():
+                self._room.set_result(None)
+            return
+        if self._is_judged or self._task is not None:
+            return
+        assert self._transaction is not None
+        while self._left:
+            if not self._transaction.write(self._left.pop()):
+                return
+        self._transaction.finish(self._answered)
+
+    async def _read_and_write(self) -> None:
+        assert self._transaction is not None
+        content, header_octets = self.lease.content, self.lease.header_octets
+        loop = asyncio.get_running_loop()
+        try:
+            if not await self._store.is_intact(content):
+                raise ContentLost("the content is not what was written")
+            starts = range(header_octets, content.octets, READ_OCTETS)
+            for start, octets in ((0, header_octets), *((start, READ_OCTETS) for start in starts)):
+                chunk = await self._store.read(content, start, octets)
+                self._room = loop.create_future()  # before the call: what makes room may do so within it
+                if chunk and not self._transaction.write(chunk):
+                    await self._room
+            self._transaction.finish(self._answered)
+        except ContentLost:
+            self._is_judged = True
+            self._abort()
+            await self._recording.mark_corrupt(self.lease)
+            self._ended(self)
+        except SpoolError as error:
+            # It cannot be read. Nothing was said of the message to anybody.
+            logger.error("a queued message cannot be read", extra={**told(self.lease), "fault": str(error)})
+            self._abort()
+            self._judge([replies.STORAGE_FAILED] * len(self.lease.recipients))
+        except Exception:  # noqa: BLE001 - it is logged
+            self._fail()
+
+    def _answered(self, final: Reply, each: Sequence[Reply]) -> None:
+        if self._is_judged:
+            return
+        # Who has it already must not get it again because another recipient was refused.
+        own = iter(each)
+        self._transaction = None
+        self._judge([next(own, final) if answer.is_positive else answer for answer in self._answers])
+
+    def _abort(self) -> None:
+        transaction, self._transaction = self._transaction, None
+        if transaction is not None:
+            transaction.abort()
+
+    def _fail(self) -> None:
+        """By our fault; called where the exception is at hand."""
+        logger.exception("an attempt failed by our fault", extra=told(self.lease))
+        self._abort()
+        self._judge([replies.INTERNAL] * len(self.lease.recipients))
+
+    # The result --------------------------------------------------------------------------------------------------
+
+    def _judge(self, answers: Sequence[Reply]) -> None:
+        if self._is_judged:
+            return
+        self._is_judged = True
+        recipients = self.lease.recipients
+        if len(recipients) == 1 and answers[0].is_positive and recipients[0].recipient.notify is None:
+            verdicts: Sequence[Verdict] = (Verdict(recipients[0].number, End.DELIVERED, answers[0]),)
+            self._store.finish(self.lease, verdicts, is_urgent=False).add_done_callback(
+                lambda done: self._recorded(done, verdicts)
+            )
+            return
+        verdicts = [_verdict(one.number, answer) for one, answer in zip(recipients, answers, strict=True)]
+        self._task = asyncio.get_running_loop().create_task(self._settle(verdicts))
+
+    def _recorded(self, done: asyncio.Future[None], verdicts: Sequence[Verdict]) -> None:
+        if not done.cancelled() and done.exception() is None:
+            self._ended(self)
+        else:
+            self._task = asyncio.get_running_loop().create_task(self._settle(verdicts))
+
+    async def _settle(self, verdicts: Sequence[Verdict]) -> None:
+        """Record what it came to, with the notices that are due for it."""
+        lease = self.lease
+        try:
+            waiting = [verdict for verdict in verdicts if verdict.end is None]
+            retry_in = self._retry_in()
+            if len(waiting) < len(verdicts) and all(_wants_another_transaction(verdict.reply) for verdict in waiting):
+                retry_in = 0.0  # "should be ... sent in another transaction" (RFC 5321 4.5.3.1.10): at once
+            is_unknown = any(
+                verdict.reply is not None and verdict.reply.error_type is ErrorType.OUTCOME_UNKNOWN
+                for verdict in verdicts
+            )
+            notices: Sequence[Notice] = ()
+            try:
+                notices = await self._notices_of(verdicts)
+            except Exception:
+                # Who has the mail must not get it again for that; who was refused is asked once more, and told then.
+                logger.exception("a notice could not be made", extra=told(lease))
+                verdicts = [
+                    one if one.end is End.DELIVERED else Verdict(one.number, None, one.reply) for one in verdicts
+                ]
+            await self._recording.record(
+                lease,
+                lambda: self._store.finish(
+                    lease, verdicts,
+                    retry_in=retry_in, is_possible_duplicate=is_unknown, notices=notices, is_urgent=False,
+                ),
+            )  # fmt: skip
+            if notices or waiting:
+                self._wake([destination for notice, _ in notices for destination in notice.deliveries])
+        finally:
+            self._ended(self)
+
+    async def _notices_of(self, verdicts: Sequence[Verdict]) -> Sequence[Notice]:
+        """The notices that are due for what ended."""
+        lease = self.lease
+        remote = self._record.deliveries[-1].server.host if self._record.deliveries else None
+        by_number = {one.number: one for one in lease.recipients}
+        notices: list[Notice] = []
+        for end, kind in ((End.FAILED, NoticeKind.FAILED), (End.DELIVERED, NoticeKind.RELAYED)):
+            ended = [(by_number[verdict.number], verdict.reply) for verdict in verdicts if verdict.end is end]
+            if not ended:
+                continue
+            if end is End.FAILED:
+                logger.warning(
+                    "refused for good", extra={**told(lease), "recipients": len(ended), **_codes(ended[0][1])}
+                )
+            elif self._relay.capabilities().dsn:
+                continue  # the upstream has taken over to tell of success (RFC 3461 5.2.1)
+            notices += await self._notices.of(kind, lease, ended, remote=remote)
+        return notices
+
+
+def _verdict(number: int, reply: Reply) -> Verdict:
+    if reply.is_positive:
+        return Verdict(number, End.DELIVERED, reply)
+    # That we have no route for it is our settings' fault, and no reason to send mail back.
+    if reply.is_permanent and reply is not replies.RELAY_DENIED:
+        return Verdict(number, End.FAILED, reply)
+    return Verdict(number, None, reply)
+
+
+def _wants_another_transaction(reply: Reply | None) -> bool:
+    return reply is not None and (reply.enhanced == replies.OTHER_ROUTE.enhanced or reply.code == 452)
+
+
+def _codes(reply: Reply | None) -> dict[str, object]:
+    if reply is None:
+        return {}
+    return {"code": reply.code, "enhanced_code": str(reply.enhanced) if reply.enhanced is not None else None}
+
+
+def told(lease: Lease) -> dict[str, object]:
+    """What log lines say of a lease."""
+    return {"spool_id": lease.message_id, "attempt": lease.attempt, "traceparent": lease.carrier.get("traceparent")}

@@ -1,0 +1,1 @@
+"""Delivery status notifications: their format, and who is sent one."""

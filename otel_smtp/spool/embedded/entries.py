@@ -1,0 +1,480 @@
+"""A queued message as the store has it in memory, in its records and in its index: one form, written as JSON."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from otel_smtp.smtp.envelope import Body, DsnReturn, Mail, Notify, Recipient
+from otel_smtp.spool.messages import (
+    ContentRef,
+    DeliveryState,
+    End,
+    Kind,
+    Lease,
+    NewMessage,
+    Shown,
+    SpooledRecipient,
+    StaleLease,
+    Verdict,
+)
+
+_MOST_TELLING: Final = (DeliveryState.LEASED, DeliveryState.CORRUPT, DeliveryState.HELD, DeliveryState.READY)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a message lies.
+
+    Attributes:
+        segment, at, octets: of its record.
+        content_at: within the segment; -1: the content is a file of its own.
+        crc: CRC-32 of the content.
+    """
+
+    segment: int
+    at: int
+    octets: int
+    content_at: int
+    crc: int
+
+
+class DeliveryEntry:
+    """The recipients of one destination within one message."""
+
+    __slots__ = (
+        "attempts", "crashes", "destination", "due_ms", "epoch", "is_possible_duplicate", "number", "recipients",
+        "state",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        number: int,
+        destination: str,
+        state: DeliveryState,
+        attempts: int,
+        crashes: int,
+        due_ms: int,
+        epoch: int,
+        is_possible_duplicate: bool,
+        recipients: list[SpooledRecipient],
+    ) -> None:
+        self.number = number
+        self.destination = destination
+        self.state = state
+        self.attempts = attempts
+        self.crashes = crashes
+        self.due_ms = due_ms
+        self.epoch = epoch
+        self.is_possible_duplicate = is_possible_duplicate
+        self.recipients = recipients
+
+    def copy(self) -> "DeliveryEntry":
+        """One that can be changed without changing this one."""
+        return DeliveryEntry(
+            self.number, self.destination, self.state, self.attempts, self.crashes, self.due_ms, self.epoch,
+            self.is_possible_duplicate, self.recipients,
+        )  # fmt: skip
+
+    def lease(self) -> None:
+        """Give it to an attempt."""
+        self.state = DeliveryState.LEASED
+        self.epoch += 1
+
+
+class Entry:
+    """One message. Instants are milliseconds since the epoch.
+
+    Attributes:
+        held_ms: since when it does not age; None: it does.
+        place: None until it is durable.
+        is_indexed: the index has a row of it, which may be older.
+        is_busy: a change of it is on its way to the disk.
+        version: grows with each change.
+    """
+
+    __slots__ = (
+        "arrived_ms", "carrier", "deliveries", "expires_ms", "header_octets", "held_ms", "id", "is_busy", "is_forced",
+        "is_indexed", "is_large", "is_warned", "kind", "mail", "octets", "place", "version",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        message_id: str,
+        kind: Kind,
+        mail: Mail,
+        carrier: Mapping[str, str],
+        deliveries: list[DeliveryEntry],
+        *,
+        arrived_ms: int,
+        expires_ms: int,
+        header_octets: int,
+        octets: int,
+        is_large: bool,
+        is_warned: bool,
+        is_forced: bool = False,
+        held_ms: int | None = None,
+    ) -> None:
+        self.id = message_id
+        self.kind = kind
+        self.mail = mail
+        self.carrier = carrier
+        self.deliveries = deliveries
+        self.arrived_ms = arrived_ms
+        self.expires_ms = expires_ms
+        self.header_octets = header_octets
+        self.octets = octets
+        self.is_large = is_large
+        self.is_warned = is_warned
+        self.is_forced = is_forced
+        self.held_ms = held_ms
+        self.place: Place | None = None
+        self.is_indexed = False
+        self.is_busy = False
+        self.version = 0
+
+    @classmethod
+    def of(cls, message: NewMessage, now_ms: int, octets: int, *, is_leased: bool, is_large: bool) -> "Entry":
+        """A message that has just come.
+
+        Args:
+            octets: of its content.
+        """
+        deliveries = [
+            DeliveryEntry(
+                number,
+                destination,
+                DeliveryState.LEASED if is_leased else DeliveryState.READY,
+                message.attempts + is_leased,
+                0,
+                now_ms + round(message.retry_in * 1000),
+                int(is_leased),
+                message.is_possible_duplicate,
+                [
+                    SpooledRecipient(place, one, message.last_replies.get(one.address, ""))
+                    for place, one in enumerate(recipients)
+                ],
+            )
+            for number, (destination, recipients) in enumerate(message.deliveries.items())
+        ]
+        return cls(
+            message.id, message.kind, message.mail, message.carrier, deliveries,
+            arrived_ms=now_ms, expires_ms=now_ms + round(message.expires_in * 1000),
+            header_octets=message.header_octets, octets=octets, is_large=is_large,
+            is_warned=not message.mail.reverse_path,
+        )  # fmt: skip
+
+    def copy(self) -> "Entry":
+        """One that can be changed without changing this one."""
+        other = Entry(
+            self.id, self.kind, self.mail, self.carrier, [one.copy() for one in self.deliveries],
+            arrived_ms=self.arrived_ms, expires_ms=self.expires_ms, header_octets=self.header_octets,
+            octets=self.octets, is_large=self.is_large, is_warned=self.is_warned, is_forced=self.is_forced,
+            held_ms=self.held_ms,
+        )  # fmt: skip
+        other.place, other.is_indexed, other.version = self.place, self.is_indexed, self.version + 1
+        return other
+
+    # As text ---------------------------------------------------------------------------------------------------
+
+    def encode(self) -> str:
+        """The entry, all but its place."""
+        mail = self.mail
+        return _dumps(
+            (
+                self.id, self.kind, self.arrived_ms, self.expires_ms, self.held_ms, int(self.is_warned),
+                int(self.is_forced), self.header_octets, self.octets, int(self.is_large), mail.reverse_path,
+                _parameters(mail), dict(self.carrier),
+                [
+                    (
+                        one.number, one.destination, one.state, one.attempts, one.crashes, one.due_ms, one.epoch,
+                        int(one.is_possible_duplicate),
+                        [
+                            (
+                                there.number, there.recipient.address,
+                                None if there.recipient.notify is None else there.recipient.notify.value,
+                                there.recipient.orcpt, there.last_reply,
+                            )
+                            for there in one.recipients
+                        ],
+                    )
+                    for one in self.deliveries
+                ],
+            )
+        )  # fmt: skip
+
+    @classmethod
+    def decode(cls, text: str | bytes) -> "Entry":
+        """What `encode` made."""
+        return cls.from_values(json.loads(text))
+
+    @classmethod
+    def from_values(cls, values: Sequence[Any]) -> "Entry":
+        """What `encode` made, parsed."""
+        (
+            message_id, kind, arrived_ms, expires_ms, held_ms, is_warned, is_forced, header_octets, octets, is_large,
+            reverse_path, parameters, carrier, deliveries,
+        ) = values  # fmt: skip
+        return cls(
+            message_id, Kind(kind), _mail(reverse_path, parameters), carrier,
+            [
+                DeliveryEntry(
+                    number, destination, DeliveryState(state), attempts, crashes, due_ms, epoch, bool(dup),
+                    [
+                        SpooledRecipient(n, Recipient(addr, None if notify is None else Notify(notify), orcpt), last)
+                        for n, addr, notify, orcpt, last in recipients
+                    ],
+                )
+                for number, destination, state, attempts, crashes, due_ms, epoch, dup, recipients in deliveries
+            ],
+            arrived_ms=arrived_ms, expires_ms=expires_ms, header_octets=header_octets, octets=octets,
+            is_large=bool(is_large), is_warned=bool(is_warned), is_forced=bool(is_forced), held_ms=held_ms,
+        )  # fmt: skip
+
+    # What others see -------------------------------------------------------------------------------------------
+
+    @property
+    def accepted(self) -> tuple[str, int]:
+        """The name in the tally, and how many recipients there are."""
+        name = "accepted" if self.kind is Kind.MAIL else "notified"
+        return name, sum(len(one.recipients) for one in self.deliveries)
+
+    @property
+    def trace_id(self) -> str | None:
+        """Of the transaction that brought it."""
+        parts = self.carrier.get("traceparent", "").split("-")
+        return parts[1] if len(parts) >= 4 else None
+
+    def fits(self, trace_id: str | None, sender: str | None, recipient: str | None) -> bool:
+        """Whether it is what is looked for; None: anything."""
+        return (
+            trace_id in (None, self.trace_id)
+            and sender in (None, self.mail.reverse_path)
+            and (
+                recipient is None
+                or any(recipient == there.recipient.address for one in self.deliveries for there in one.recipients)
+            )
+        )
+
+    @property
+    def is_leased(self) -> bool:
+        """Whether any delivery is being attempted."""
+        return any(one.state is DeliveryState.LEASED for one in self.deliveries)
+
+    def delivery(self, number: int) -> DeliveryEntry | None:
+        """The delivery of that number, if it has not ended."""
+        for one in self.deliveries:
+            if one.number == number:
+                return one
+        return None
+
+    def owned(self, lease: Lease) -> DeliveryEntry:
+        """The delivery of a lease.
+
+        Raises:
+            StaleLease: it is not ours any more.
+        """
+        delivery = self.delivery(lease.delivery)
+        if delivery is None or delivery.state is not DeliveryState.LEASED or delivery.epoch != lease.epoch:
+            raise stale(lease)
+        return delivery
+
+    def lease_of(self, delivery: DeliveryEntry) -> Lease:
+        """A delivery as it is given out."""
+        return Lease(
+            delivery.number, delivery.epoch, self.id, self.kind, self.mail, delivery.destination, delivery.recipients,
+            delivery.attempts, self.arrived_ms / 1000, self.expires_ms / 1000, self.carrier, self.content_ref(),
+            self.header_octets, delivery.is_possible_duplicate,
+        )  # fmt: skip
+
+    def content_ref(self) -> ContentRef:
+        """Its content: found by its id, as its place may change."""
+        return ContentRef(self.octets, self.id)
+
+    def shown(self) -> Shown:
+        """What operators see."""
+        deliveries = sorted(self.deliveries, key=lambda one: one.due_ms)
+        states = [one.state for one in deliveries]
+        return Shown(
+            id=self.id,
+            kind=self.kind,
+            state=next((state for state in _MOST_TELLING if state in states), DeliveryState.READY),
+            arrived_at=self.arrived_ms / 1000,
+            expires_at=self.expires_ms / 1000,
+            octets=self.octets,
+            reverse_path=self.mail.reverse_path,
+            recipients=[
+                (there.recipient.address, one.state, there.last_reply) for one in deliveries for there in one.recipients
+            ],
+            attempts=max((one.attempts for one in deliveries), default=0),
+            next_attempt_at=deliveries[0].due_ms / 1000 if deliveries else 0.0,
+            carrier=self.carrier,
+            is_forced_to_expire=self.is_forced,
+            content=self.content_ref(),
+            header_octets=self.header_octets,
+        )
+
+    # Changes ---------------------------------------------------------------------------------------------------
+
+    def settle(
+        self,
+        lease: Lease,
+        verdicts: Sequence[Verdict],
+        *,
+        now_ms: int,
+        due_ms: int,
+        is_possible_duplicate: bool,
+        counts_attempt: bool,
+        hold: bool,
+    ) -> dict[str, int]:
+        """Note what an attempt came to; how many recipients ended in which way.
+
+        Raises:
+            StaleLease: the lease is not its delivery's last one.
+        """
+        delivery = self.owned(lease)
+        by_number = {verdict.number: verdict for verdict in verdicts}
+        ended: dict[str, int] = {}
+        left: list[SpooledRecipient] = []
+        for there in delivery.recipients:
+            verdict = by_number.get(there.number)
+            if verdict is not None and verdict.end is not None:
+                name = end_name(self.kind, verdict.end)
+                ended[name] = ended.get(name, 0) + 1
+            elif verdict is not None and verdict.reply is not None:
+                left.append(SpooledRecipient(there.number, there.recipient, str(verdict.reply)))
+            else:
+                left.append(there)
+        delivery.recipients = left
+        if not left:
+            self.deliveries.remove(delivery)
+            return ended
+        delivery.state = DeliveryState.HELD if hold else DeliveryState.READY
+        delivery.due_ms = due_ms
+        delivery.crashes = 0
+        delivery.attempts -= not counts_attempt
+        delivery.is_possible_duplicate |= is_possible_duplicate
+        if hold and self.held_ms is None:
+            self.held_ms = now_ms
+        return ended
+
+    def retry(self, now_ms: int) -> bool:
+        """Make what waits due; whether anything changed."""
+        return self._each(DeliveryState.READY, DeliveryState.READY, now_ms)
+
+    def hold(self, now_ms: int) -> bool:
+        """Let what waits wait for an operator."""
+        if not self._each(DeliveryState.READY, DeliveryState.HELD):
+            return False
+        if self.held_ms is None:
+            self.held_ms = now_ms
+        return True
+
+    def release(self, now_ms: int) -> bool:
+        """Let what is held, or corrupt, go on."""
+        held = self._each(DeliveryState.HELD, DeliveryState.READY, now_ms)
+        if not self._each(DeliveryState.CORRUPT, DeliveryState.READY, now_ms) and not held:
+            return False
+        for one in self.deliveries:
+            one.crashes = 0
+        self._age_again(now_ms)
+        return True
+
+    def expire(self, now_ms: int) -> bool:
+        """Let it be too old."""
+        self._each(DeliveryState.HELD, DeliveryState.READY, now_ms)
+        self.expires_ms = min(self.expires_ms, now_ms)
+        self.held_ms = None
+        self.is_forced = True
+        return True
+
+    def reset(self, now_ms: int, expires_ms: int) -> bool:
+        """Begin again, where anything waits."""
+        if not self._each(DeliveryState.READY, DeliveryState.READY, now_ms):
+            return False
+        self.expires_ms = expires_ms
+        self.is_warned = not self.mail.reverse_path
+        self.is_forced = False
+        for one in self.deliveries:
+            if one.state is DeliveryState.READY:
+                one.attempts = one.crashes = 0
+        return True
+
+    def _age_again(self, now_ms: int) -> None:
+        if self.held_ms is not None:
+            self.expires_ms += now_ms - self.held_ms
+            self.held_ms = None
+
+    def _each(self, state: DeliveryState, then: DeliveryState, due_ms: int | None = None) -> bool:
+        found = [one for one in self.deliveries if one.state is state]
+        for one in found:
+            one.state = then
+            if due_ms is not None:
+                one.due_ms = due_ms
+        return bool(found)
+
+    def take_back(self, *, crashes_allowed: int | None, now_ms: int) -> bool:
+        """Take back what is leased, since nobody can be attempting it; whether it is held now.
+
+        Args:
+            crashes_allowed: the process that had it died in the midst: that many times a message may be part of a crash
+                before it is held, since it may be the cause. None: it ended in good order, and the attempt does not
+                count.
+        """
+        is_held = False
+        for one in self.deliveries:
+            if one.state is not DeliveryState.LEASED:
+                continue
+            one.state = DeliveryState.READY
+            one.is_possible_duplicate = True
+            one.due_ms = min(one.due_ms, now_ms)
+            if crashes_allowed is None:
+                one.attempts -= 1
+                continue
+            one.crashes += 1
+            if one.crashes >= crashes_allowed:
+                one.state = DeliveryState.HELD
+                is_held = True
+        if is_held and self.held_ms is None:
+            self.held_ms = now_ms
+        return is_held
+
+
+def end_name(kind: Kind, end: End) -> str:
+    """The name of an end in the tally."""
+    return end.value if kind is Kind.MAIL else f"notified_{end.value}"
+
+
+def stale(lease: Lease) -> StaleLease:
+    """The error of a result that comes too late."""
+    return StaleLease(f"delivery {lease.delivery} of {lease.message_id} is not ours any more")
+
+
+_dumps: Final = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
+
+
+def dumps(value: object) -> str:
+    """Compact JSON."""
+    return _dumps(value)
+
+
+def _parameters(mail: Mail) -> dict[str, object] | None:
+    """MAIL's parameters, those that were given."""
+    given = {
+        "size": mail.size,
+        "body": mail.body,
+        "smtputf8": mail.smtputf8 or None,
+        "ret": mail.ret,
+        "envid": mail.envid,
+        "require_tls": mail.require_tls or None,
+        "auth": mail.auth,
+    }
+    return {name: value for name, value in given.items() if value is not None} or None
+
+
+def _mail(reverse_path: str, parameters: Mapping[str, Any] | None) -> Mail:
+    if not parameters:
+        return Mail(reverse_path)
+    given = dict(parameters)
+    body, ret = given.pop("body", None), given.pop("ret", None)
+    return Mail(reverse_path, body=body and Body(body), ret=ret and DsnReturn(ret), **given)

@@ -1,0 +1,187 @@
+"""The first version's spool: a database, and files that contents shared. Its mail is carried over at the start.
+
+Each message keeps its id, so that a start that is cut short is followed by one that goes on where it ended: what the
+log has is not taken again. Only when the log has all of it, durably, is what was there removed; the database last.
+"""
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import sqlite3
+import time
+import zlib
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from otel_smtp.spool.embedded.directory import SpoolDirectory, open_regular, sync_directory, write_all_at
+from otel_smtp.spool.embedded.draft import MEMORY_LIMIT_OCTETS
+from otel_smtp.spool.embedded.entries import Entry
+from otel_smtp.spool.messages import DeliveryState, SpoolError
+
+_SCHEMA_VERSION: Final = 1
+_AT_ONCE: Final = 200
+_CRASHES_ALLOWED: Final = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """A message of the first version.
+
+    Attributes:
+        content: empty where it has a file of its own.
+        crc: of the content.
+    """
+
+    entry: Entry
+    content: Sequence[bytes]
+    crc: int
+
+
+async def carry_over(
+    directory: SpoolDirectory, add: Callable[[Sequence[Carried], Mapping[str, int]], Awaitable[None]]
+) -> Sequence[str]:
+    """Carry the mail of a spool of the first version over, if there is one.
+
+    Args:
+        add: makes some messages durable that are not known yet; given, with the last of them, what was counted.
+
+    Returns:
+        What operators should know, in words.
+
+    Raises:
+        SpoolError: it cannot be read; nothing was removed.
+    """
+    path = directory.path / "spool.db"
+    if not path.exists():
+        return await asyncio.to_thread(_without_database, directory)
+    if not path.is_file() or path.is_symlink():
+        raise SpoolError(f"{path} is no regular file")
+    number = 0
+    try:
+        source = await asyncio.to_thread(_Source, directory)
+        try:
+            while found := await asyncio.to_thread(source.next):
+                number += len(found)
+                await add(found, {})
+            await add((), await asyncio.to_thread(source.tally))
+        finally:
+            source.close()
+    except sqlite3.Error as error:
+        raise SpoolError(f"{path}: {error}") from error
+    await asyncio.to_thread(_remove, directory)
+    return [f"{number} messages were carried over from the first version's spool"]
+
+
+def _without_database(directory: SpoolDirectory) -> Sequence[str]:
+    body = directory.path / "body"
+    left = [path for path in body.glob("*/*") if path.is_file()] if body.is_dir() else []
+    if left:
+        return [f"{len(left)} files in {body} are contents of the first version's spool, whose spool.db is gone"]
+    _remove(directory)
+    return []
+
+
+def _remove(directory: SpoolDirectory) -> None:
+    root = directory.path
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(root / "body")
+    for name in ("reserve", "clean", "spool.db-wal", "spool.db-shm", "spool.db"):
+        (root / name).unlink(missing_ok=True)
+    sync_directory(root)
+
+
+class _Source:
+    def __init__(self, directory: SpoolDirectory) -> None:
+        self._directory = directory
+        self._after = ""
+        self._database = sqlite3.connect(directory.path / "spool.db", isolation_level=None, check_same_thread=False)
+        try:
+            (version,) = self._database.execute("PRAGMA user_version").fetchone()
+            if version > _SCHEMA_VERSION:
+                raise SpoolError(f"{directory.path}/spool.db was made by a newer version")
+            (found,) = self._database.execute("PRAGMA integrity_check(1)").fetchone()
+            if found != "ok":
+                raise SpoolError(f"{directory.path}/spool.db is damaged: {found}")
+            (self._is_empty,) = self._database.execute("SELECT count(*) = 0 FROM sqlite_schema").fetchone()
+        except BaseException:
+            self._database.close()
+            raise
+
+    def close(self) -> None:
+        self._database.close()
+
+    def tally(self) -> Mapping[str, int]:
+        if self._is_empty:
+            return {}
+        return dict(self._database.execute("SELECT name, recipients FROM tally").fetchall())
+
+    def next(self) -> Sequence[Carried]:
+        """Some more messages, in the order of their ids; none: that was all."""
+        if self._is_empty:
+            return ()
+        rows = self._database.execute(
+            "SELECT id, kind, arrived_at, expires_at, held_at, warned, forced, header_octets, octets, reverse_path,"
+            " parameters, carrier, file, offset, digest FROM msg WHERE id > ? ORDER BY id LIMIT ?",
+            (self._after, _AT_ONCE),
+        ).fetchall()
+        if rows:
+            self._after = rows[-1][0]
+        return [self._carried(*row) for row in rows]
+
+    def _carried(self, message_id: str, *values: Any) -> Carried:
+        (
+            kind, arrived, expires, held, warned, forced, header_octets, octets, reverse_path, parameters, carrier,
+            file, offset, digest,
+        ) = values  # fmt: skip
+        is_large = octets > MEMORY_LIMIT_OCTETS
+        entry = Entry.from_values(
+            (
+                message_id, kind, arrived, expires, held, warned, forced, header_octets, octets, is_large,
+                reverse_path, json.loads(parameters), json.loads(carrier), list(self._deliveries(message_id)),
+            )
+        )  # fmt: skip
+        # Nobody owned the spool since its process died: what it was attempting may have succeeded.
+        entry.take_back(crashes_allowed=_CRASHES_ALLOWED, now_ms=round(time.time() * 1000))
+        path = self._directory.path / "body" / file[-1] / file
+        content, crc = self._copied(message_id, path, offset, octets, digest, is_large=is_large)
+        if content is None:
+            for one in entry.deliveries:
+                one.state = DeliveryState.CORRUPT
+        return Carried(entry, () if is_large or content is None else (content,), crc)
+
+    def _deliveries(self, message_id: str) -> Iterator[Sequence[Any]]:
+        for row in self._database.execute(
+            "SELECT d, dest, state, attempts, crashes, next_at, lease_epoch, possible_duplicate FROM dlv"
+            " WHERE msg_id = ? ORDER BY d",
+            (message_id,),
+        ).fetchall():
+            recipients = self._database.execute(
+                "SELECT n, addr, notify, orcpt, last FROM rcpt WHERE msg_id = ? AND d = ? ORDER BY n",
+                (message_id, row[0]),
+            ).fetchall()
+            yield *row, recipients
+
+    def _copied(
+        self, message_id: str, path: Any, offset: int, octets: int, digest: bytes, *, is_large: bool
+    ) -> tuple[bytes | None, int]:
+        """A content and its checksum; None where it is gone or damaged. A large one is copied to where it lies now."""
+        try:
+            content = self._directory.read(path, offset, octets)
+        except SpoolError:
+            return None, 0
+        crc = zlib.crc32(content)
+        if hashlib.sha256(content).digest() != digest:
+            crc ^= 0xFFFFFFFF  # it is kept for people to look at, and never taken for whole
+        if is_large:
+            temporary = self._directory.temporary(message_id)
+            file = open_regular(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            try:
+                write_all_at(file, content, 0)
+            finally:
+                os.close(file)
+            self._directory.keep(temporary, message_id, octets)
+        return content, crc

@@ -1,0 +1,368 @@
+"""The index: what waits, in an SQLite database that can be made again out of the log at any time.
+
+It holds every message that is older than a moment; what comes and goes within that moment never touches it. So taking
+and delivering mail does not wait for it, and what needs order among many (what is due, lists, searches) does not wait
+for all of them to be read. It is written in the background, without a sync of its own: it says up to where in the log
+it is complete, and the log is read from there on at the next start.
+
+Not safe for several threads at once: all calls come from one.
+"""
+
+import contextlib
+import json
+import os
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from otel_smtp.spool.embedded.directory import open_regular
+from otel_smtp.spool.embedded.entries import Entry, Place
+from otel_smtp.spool.messages import DeliveryState, Kind, SpoolError, StorageBroken, StorageFull
+
+VERSION: Final = 1
+_ROWS_AT_ONCE: Final = 200
+
+_TABLES: Final = """
+CREATE TABLE meta(name TEXT PRIMARY KEY, value) WITHOUT ROWID;
+CREATE TABLE message(id TEXT PRIMARY KEY, segment INT NOT NULL, at INT NOT NULL, octets INT NOT NULL,
+    content_at INT NOT NULL, crc INT NOT NULL, arrived INT NOT NULL, expires INT, unwarned INT,
+    sender TEXT NOT NULL, recipients TEXT NOT NULL, trace TEXT, entry TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE delivery(id TEXT, number INT, destination TEXT NOT NULL, state TEXT NOT NULL, tried INT NOT NULL,
+    due INT NOT NULL, sender TEXT NOT NULL, PRIMARY KEY(id, number)) WITHOUT ROWID;
+"""
+_INDEXES: Final = """
+CREATE INDEX message_segment ON message(segment, octets);
+CREATE INDEX message_expires ON message(expires) WHERE expires IS NOT NULL;
+CREATE INDEX message_unwarned ON message(unwarned) WHERE unwarned IS NOT NULL;
+CREATE INDEX message_trace ON message(trace) WHERE trace IS NOT NULL;
+CREATE INDEX delivery_due ON delivery(destination, tried, due) WHERE state = 'ready';
+CREATE INDEX delivery_other ON delivery(state) WHERE state != 'ready';
+"""
+
+
+def index_error(error: sqlite3.Error) -> SpoolError:
+    """What an error of the database means."""
+    if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL:
+        return StorageFull(f"the disk is full: {error}")
+    return StorageBroken(f"the index failed: {error}")
+
+
+class NoIndex(Exception):
+    """There is no index that can be used; the text says why."""
+
+
+class Index:
+    """An index in a file.
+
+    Attributes:
+        is_new: nothing was there.
+        messages: how many there are, once it was checked or is new.
+
+    Raises:
+        NoIndex: it cannot be used: it is damaged, or not one of ours.
+        SpoolError: it cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.is_new = not path.exists()
+        self.messages = self._deliveries = 0
+        try:
+            os.close(open_regular(path, os.O_RDWR | os.O_CREAT))
+        except OSError as error:
+            raise SpoolError(f"{path}: {error.strerror}") from error
+        self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=64)
+        try:
+            self._prepare()
+        except sqlite3.DatabaseError as error:
+            self._database.close()
+            raise NoIndex(str(error)) from error
+        except BaseException:
+            self._database.close()
+            raise
+
+    def _prepare(self) -> None:
+        execute = self._database.execute
+        execute("PRAGMA locking_mode = EXCLUSIVE")
+        execute("PRAGMA journal_mode = WAL")
+        execute("PRAGMA synchronous = NORMAL")
+        execute("PRAGMA cache_size = -16384")
+        (version,) = execute("PRAGMA user_version").fetchone()
+        if version == 0:
+            (tables,) = execute("SELECT count(*) FROM sqlite_schema").fetchone()
+            if tables:
+                raise NoIndex("it is none of ours")
+            self.is_new = True
+            self._database.executescript(f"BEGIN;{_TABLES}{_INDEXES}PRAGMA user_version = {VERSION};COMMIT;")
+        elif version != VERSION:
+            raise NoIndex(f"it is of version {version}")
+
+    def check(self, *, thoroughly: bool) -> None:
+        """See whether it is whole.
+
+        Raises:
+            NoIndex: it is not.
+        """
+        try:
+            if thoroughly:
+                (found,) = self._database.execute("PRAGMA quick_check(1)").fetchone()
+                if found != "ok":
+                    raise NoIndex(found)
+            meta = self.meta()
+            if "segment" not in meta:
+                raise NoIndex("it is empty")
+            (messages,) = self._database.execute("SELECT count(*) FROM message").fetchone()
+            (deliveries,) = self._database.execute("SELECT count(*) FROM delivery").fetchone()
+            if (messages, deliveries) != (meta["messages"], meta["deliveries"]):
+                raise NoIndex(f"{messages} messages are in it, and it should have {meta['messages']}")
+            self.messages, self._deliveries = messages, deliveries
+        except sqlite3.DatabaseError as error:
+            raise NoIndex(str(error)) from error
+
+    def close(self) -> None:
+        """Close it."""
+        self._database.close()
+
+    @contextlib.contextmanager
+    def filling(self) -> Iterator[None]:
+        """While it is made again out of the log: what it finds things by is made at the end, all at once."""
+        for line in _INDEXES.splitlines():
+            if line.startswith("CREATE INDEX"):
+                self._database.execute(f"DROP INDEX {line.split()[2]}")
+        yield
+        self._database.executescript(f"BEGIN;{_INDEXES}COMMIT;")
+
+    # What it knows of itself -----------------------------------------------------------------------------------
+
+    def meta(self) -> dict[str, Any]:
+        """`segment`, `at`: up to where in the log it is complete; `messages`, `deliveries`: how many it has;
+        `seen_ms`: when that was; `is_clean`."""
+        return dict(self._database.execute("SELECT name, value FROM meta").fetchall())
+
+    # Writing ---------------------------------------------------------------------------------------------------
+
+    def write(self, rows: Sequence[tuple[Any, ...]], gone: Sequence[str], meta: Mapping[str, Any]) -> None:
+        """Bring it up to date, all or nothing.
+
+        Args:
+            rows: what `row_of` made of messages that are new or have changed.
+            gone: messages that have ended.
+
+        Raises:
+            SpoolError: nothing was written.
+        """
+        execute = self._database.execute
+        try:
+            execute("BEGIN")
+            messages, deliveries = self.messages + len(rows), self._deliveries + sum(len(row[1]) for row in rows)
+            ids = [*gone, *(row[0][0] for row in rows)]
+            for start in range(0, len(ids), _ROWS_AT_ONCE):
+                part = ids[start : start + _ROWS_AT_ONCE]
+                marks = ",".join("?" * len(part))
+                messages -= execute(f"DELETE FROM message WHERE id IN ({marks})", part).rowcount  # noqa: S608 - marks
+                deliveries -= execute(f"DELETE FROM delivery WHERE id IN ({marks})", part).rowcount  # noqa: S608
+            self._database.executemany(
+                "INSERT INTO message VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", [row[0] for row in rows]
+            )
+            self._database.executemany(
+                "INSERT INTO delivery VALUES (?, ?, ?, ?, ?, ?, ?)", [one for row in rows for one in row[1]]
+            )
+            self._database.executemany(
+                "INSERT OR REPLACE INTO meta VALUES (?, ?)",
+                list({**meta, "messages": messages, "deliveries": deliveries}.items()),
+            )
+            execute("COMMIT")
+        except sqlite3.Error as error:
+            with contextlib.suppress(sqlite3.Error):
+                if self._database.in_transaction:
+                    execute("ROLLBACK")
+            raise index_error(error) from error
+        self.messages, self._deliveries = messages, deliveries
+
+    def note_leased(self, leased: Sequence[tuple[str, int]]) -> None:
+        """Do not offer these deliveries any more. The rows follow when they are written; the log knows already."""
+        self._database.executemany("UPDATE delivery SET state = 'leased' WHERE id = ? AND number = ?", leased)
+
+    # Reading ---------------------------------------------------------------------------------------------------
+
+    def load(self, ids: Sequence[str]) -> list[Entry]:
+        """The messages of these ids, those that are there, in the order of their ids."""
+        found: list[Entry] = []
+        for start in range(0, len(ids), _ROWS_AT_ONCE):
+            part = ids[start : start + _ROWS_AT_ONCE]
+            marks = ",".join("?" * len(part))
+            found += self._entries(f"WHERE id IN ({marks}) ORDER BY id", part)
+        return found
+
+    def _entries(self, condition: str, values: Sequence[Any] = ()) -> list[Entry]:
+        rows = self._database.execute(
+            f"SELECT entry, segment, at, octets, content_at, crc FROM message {condition}",  # noqa: S608 - ours
+            values,
+        )
+        entries = [_entry(*row) for row in rows]
+        # When a delivery is due is its own row's to say: a clock that is set back moves the rows alone.
+        by_id = {entry.id: entry for entry in entries}
+        for start in range(0, len(entries), _ROWS_AT_ONCE):
+            part = [entry.id for entry in entries[start : start + _ROWS_AT_ONCE]]
+            marks = ",".join("?" * len(part))
+            for message_id, number, due in self._database.execute(
+                f"SELECT id, number, due FROM delivery WHERE id IN ({marks})",  # noqa: S608
+                part,
+            ):
+                if (delivery := by_id[message_id].delivery(number)) is not None:
+                    delivery.due_ms = due
+        return entries
+
+    def move(self, milliseconds: int, meta: Mapping[str, Any]) -> int:
+        """Let all that waits be due sooner, by a negative number; how many deliveries that are."""
+        try:
+            self._database.execute("BEGIN")
+            moved = self._database.execute("UPDATE delivery SET due = due + ? WHERE state = 'ready'", (milliseconds,))
+            self._database.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", list(meta.items()))
+            self._database.execute("COMMIT")
+        except sqlite3.Error as error:
+            with contextlib.suppress(sqlite3.Error):
+                self._database.execute("ROLLBACK")
+            raise index_error(error) from error
+        return moved.rowcount
+
+    def due(self, destination: str, now_ms: int, most: int, *, was_tried: bool) -> list[tuple[int, str, int, str]]:
+        """The first deliveries that are due, and not too old: since when, message, number, sender."""
+        # CROSS JOIN is SQLite's way to say which table leads.
+        return self._database.execute(
+            "SELECT due, id, number, delivery.sender FROM delivery CROSS JOIN message USING (id)"
+            " WHERE state = 'ready' AND destination = ? AND tried = ? AND due <= ?"
+            " AND (expires IS NULL OR expires > ?) ORDER BY due, id LIMIT ?",
+            (destination, int(was_tried), now_ms, now_ms, most),
+        ).fetchall()
+
+    def next_due(self, destination: str) -> int | None:
+        """When the next delivery is due."""
+        times = [
+            due
+            for tried in (0, 1)
+            for (due,) in self._database.execute(
+                "SELECT due FROM delivery WHERE state = 'ready' AND destination = ? AND tried = ? ORDER BY due LIMIT 1",
+                (destination, tried),
+            )
+        ]
+        return min(times, default=None)
+
+    def overdue(self, now_ms: int, most: int) -> list[str]:
+        """Messages that are too old, and wait."""
+        return self._ids(
+            "SELECT DISTINCT message.id FROM message CROSS JOIN delivery ON delivery.id = message.id"
+            " WHERE expires <= ? AND state = 'ready' LIMIT ?",
+            (now_ms, most),
+        )
+
+    def unwarned(self, before_ms: int, most: int) -> list[str]:
+        """Messages that arrived before, were attempted, and whose sender is due a warning."""
+        return self._ids("SELECT id FROM message WHERE unwarned <= ? ORDER BY unwarned LIMIT ?", (before_ms, most))
+
+    def leased(self) -> list[str]:
+        """Messages that are being attempted."""
+        return self._ids("SELECT DISTINCT id FROM delivery WHERE state = 'leased'", ())
+
+    def in_segment(self, segment: int, most: int) -> list[str]:
+        """Messages that lie in a segment."""
+        return self._ids("SELECT id FROM message WHERE segment = ? LIMIT ?", (segment, most))
+
+    def segments(self) -> dict[int, tuple[int, int]]:
+        """How many messages lie in each segment, and the octets of their records."""
+        return {
+            segment: (messages, octets)
+            for segment, messages, octets in self._database.execute(
+                "SELECT segment, count(*), sum(octets) FROM message GROUP BY segment"
+            )
+        }
+
+    def destinations(self) -> dict[str, int]:
+        """How many deliveries there are for each destination."""
+        return dict(
+            self._database.execute("SELECT destination, count(*) FROM delivery GROUP BY destination").fetchall()
+        )
+
+    def larges(self) -> Iterator[str]:
+        """Messages whose content has a file of its own."""
+        for (message_id,) in self._database.execute("SELECT id FROM message WHERE content_at < 0"):
+            yield message_id
+
+    def _ids(self, statement: str, values: Sequence[Any]) -> list[str]:
+        return [message_id for (message_id,) in self._database.execute(statement, values)]
+
+    # What operators ask ----------------------------------------------------------------------------------------
+
+    def counts(self, now_ms: int) -> dict[str, Any]:
+        """Deliveries by state, `deferred` of the ready ones; `oldest` and `next_due`, in milliseconds."""
+        execute = self._database.execute
+        found: dict[str, Any] = dict(
+            execute("SELECT state, count(*) FROM delivery WHERE state != 'ready' GROUP BY state").fetchall()
+        )
+        (found["ready"],) = execute(
+            "SELECT count(*) FROM delivery WHERE state = 'ready' AND due <= ?", (now_ms,)
+        ).fetchone()
+        found["deferred"], found["next_due"] = execute(
+            "SELECT count(*), min(due) FROM delivery WHERE state = 'ready' AND due > ?", (now_ms,)
+        ).fetchone()
+        # The ids begin with the time.
+        first = execute("SELECT arrived FROM message ORDER BY id LIMIT 1").fetchone()
+        found["oldest"] = first[0] if first is not None else None
+        return found
+
+    def page(self, after: str, most: int) -> list[Entry]:
+        """The messages whose ids follow `after`."""
+        return self._entries("WHERE id > ? ORDER BY id LIMIT ?", (after, most))
+
+    def find(self, trace_id: str | None, sender: str | None, recipient: str | None, most: int) -> list[Entry]:
+        """The first messages that fit all that is given."""
+        wanted = [
+            (condition, value)
+            for condition, value in (
+                ("trace = ?", trace_id),
+                ("sender = ?", sender),
+                ("instr(recipients, ?)", None if recipient is None else f"\n{recipient}\n"),
+            )
+            if value is not None
+        ]
+        where = " AND ".join(condition for condition, _ in wanted) or "1"
+        return self._entries(f"WHERE {where} ORDER BY id LIMIT ?", [*(value for _, value in wanted), most])
+
+    def all_ids(self) -> Iterator[list[str]]:
+        """All ids, some at a time."""
+        after = ""
+        while part := self._ids("SELECT id FROM message WHERE id > ? ORDER BY id LIMIT 500", (after,)):
+            yield part
+            after = part[-1]
+
+
+def row_of(entry: Entry) -> tuple[Any, ...]:
+    """A message as `Index.write` wants it."""
+    place = entry.place
+    assert place is not None
+    sender = entry.mail.reverse_path
+    is_ready = any(one.state is DeliveryState.READY for one in entry.deliveries)
+    is_attempted = any(one.attempts > 0 and one.state is DeliveryState.READY for one in entry.deliveries)
+    is_unwarned = is_attempted and not entry.is_warned and entry.kind is Kind.MAIL
+    addresses = [there.recipient.address for one in entry.deliveries for there in one.recipients]
+    return (
+        (
+            entry.id, place.segment, place.at, place.octets, place.content_at, place.crc, entry.arrived_ms,
+            entry.expires_ms if is_ready and entry.held_ms is None else None,
+            entry.arrived_ms if is_unwarned else None,
+            sender, "\n".join(["", *addresses, ""]), entry.trace_id, entry.encode(),
+        ),
+        [
+            (
+                entry.id, one.number, one.destination, one.state.value, int(one.attempts > 0), one.due_ms, sender,
+            )
+            for one in entry.deliveries
+        ],
+    )  # fmt: skip
+
+
+def _entry(text: str, segment: int, at: int, octets: int, content_at: int, crc: int) -> Entry:
+    entry = Entry.from_values(json.loads(text))
+    entry.place = Place(segment, at, octets, content_at, crc)
+    entry.is_indexed = True
+    return entry

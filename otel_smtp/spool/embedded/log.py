@@ -1,0 +1,305 @@
+"""The log: segments that are only appended to, by one thread, which makes durable in one go whatever waits for it.
+
+While the thread syncs, more work gathers; that becomes the next group. So a lone message waits for nobody, and under
+load one sync serves all that came during the last one. The order within a group is the promise::
+
+    records written > segment synced > 250
+
+A segment is a file of fixed size that has been written before, so that a sync has nothing to do but the data. A new one
+is made ready while nobody waits, mostly out of one whose messages have all ended; before the first record in it counts,
+its head is synced, its name moved into place and the directory synced.
+
+An error that says that the disk cannot be trusted *latches*: nothing is written any more until the gateway was started
+again, since a delivery whose result cannot be recorded would be repeated for ever. A full disk is less: new mail is
+refused, and the last part of a segment is kept for the results of what is being delivered.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
+
+from otel_smtp.spool.embedded import records
+from otel_smtp.spool.embedded.directory import SpoolDirectory, storage_error, sync_directory, write_all_at
+from otel_smtp.spool.embedded.entries import dumps
+from otel_smtp.spool.embedded.records import FIRST, HEADER_OCTETS, RecordKind
+from otel_smtp.spool.messages import SpoolError, StorageBroken
+
+logger: Final = logging.getLogger("otel_smtp.spool.embedded.log")
+
+SEGMENT_OCTETS: Final = 8 * 1024 * 1024
+RESULTS_SHARE: Final = 16  # one part in so many of a segment mail does not take where there is no other one
+BEGIN_OCTETS: Final = 4096  # its first record is not longer
+GROUP_MOST: Final = 512  # steps that share a sync: beyond, the first would wait for the last
+GROUP_OCTETS: Final = 2 * 1024 * 1024
+GATHER_SECONDS: Final = 0.005  # a delivery's result waits so long for a message that comes in, to share its sync
+
+Part = tuple[RecordKind, str, Sequence[bytes]]
+"""A record to be written: kind, text, content."""
+
+
+class Step:
+    """Records that become durable together or not at all, and who waits for them.
+
+    Attributes:
+        ended: by how many recipients the tally grows, by name.
+        is_result: it may take the room that mail may not.
+        done: called on the event loop, once: the error, or None.
+        segment, places: where the records are, once they are durable: offset, octets, offset and checksum of content.
+    """
+
+    __slots__ = ("done", "ended", "is_result", "octets", "parts", "places", "segment")
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        done: Callable[["Step", SpoolError | None], None],
+        *,
+        ended: Mapping[str, int],
+        is_result: bool,
+    ) -> None:
+        self.parts = parts
+        self.done = done
+        self.ended = ended
+        self.is_result = is_result
+        self.octets = sum(HEADER_OCTETS + len(text) + sum(map(len, content)) for _, text, content in parts)
+        self.segment = 0
+        self.places: list[tuple[int, int, int, int]] = []
+
+
+class Log:
+    """Appends, in a thread of its own.
+
+    Args:
+        tally: recipients by what became of them, up to here.
+        next_number: of the segment that the first record begins.
+        previous_end: where the last record of the segment before ends.
+        markers: of the segments that are there, by number.
+        has_begun: called in the thread with the number of each segment that was begun.
+
+    Attributes:
+        markers, tally: as above, up to what was synced last.
+        told: up to where everybody has been told: segment and offset. Changes on the event loop.
+        fault: why nothing is written any more; None: it is.
+    """
+
+    def __init__(
+        self,
+        directory: SpoolDirectory,
+        next_number: int,
+        previous_end: int,
+        *,
+        markers: dict[int, bytes],
+        tally: dict[str, int],
+        now_ms: Callable[[], int],
+        has_begun: Callable[[int], None],
+        segment_octets: int = SEGMENT_OCTETS,
+    ) -> None:
+        self._directory = directory
+        self._number = next_number - 1
+        self._at = previous_end
+        self._file = -1
+        self._marker = b""
+        self._segment_octets = segment_octets
+        self._mail_octets = segment_octets - segment_octets // RESULTS_SHARE  # the rest is for results
+        self._now_ms = now_ms
+        self._has_begun = has_begun
+        self.markers = markers
+        self.tally = tally
+        self.told = (self._number, self._at)
+        self._steps: deque[Step] = deque()
+        # Woken by a token where it sleeps: an `Event` costs several times as much.
+        self._wakes: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._is_asleep = False
+        self._is_stopping = False
+        self._nudge: asyncio.TimerHandle | None = None  # wakes the thread for what is not urgent
+        self._loop = asyncio.get_running_loop()
+        self.fault: StorageBroken | None = None
+        self._thread = threading.Thread(target=self._run, name="spool", daemon=True)
+        self._thread.start()
+
+    def append(self, step: Step, *, is_urgent: bool = True) -> None:
+        """Make a step durable. Call on the event loop.
+
+        Raises:
+            SpoolError: nothing can be written any more, or not so much at once.
+        """
+        if self.fault is not None:
+            raise self.fault
+        if self._is_stopping:
+            raise SpoolError("the spool is closed")
+        if step.octets > self._mail_octets - FIRST - BEGIN_OCTETS:
+            raise SpoolError(f"{step.octets} octets are more than the spool takes at once")
+        self._steps.append(step)
+        if is_urgent:
+            if self._is_asleep:
+                self._wake()
+        elif self._nudge is None:
+            self._nudge = self._loop.call_later(GATHER_SECONDS, self._wake)
+
+    def _wake(self) -> None:
+        if self._nudge is not None:
+            self._nudge.cancel()
+            self._nudge = None
+        self._is_asleep = False
+        self._wakes.put(None)
+
+    async def close(self) -> None:
+        """Write what was asked for, and stop. Idempotent."""
+        self._is_stopping = True
+        self._wake()
+        await asyncio.to_thread(self._thread.join)
+
+    # The thread ------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while not (self._is_stopping and not self._steps):
+            self._is_asleep = True
+            if not self._steps:  # what comes from here on finds it asleep
+                self._wakes.get()
+            self._is_asleep = False
+            while self._steps:
+                self._serve()
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def _serve(self) -> None:
+        group: list[Step] = []
+        octets = 0
+        while self._steps and len(group) < GROUP_MOST and octets < GROUP_OCTETS:
+            step = self._steps.popleft()
+            octets += step.octets
+            group.append(step)
+        outcomes: list[tuple[Step, SpoolError | None]] = []
+        try:
+            self._write(group, outcomes)
+        except Exception:
+            # Our bug fails the group it met, and nothing else: the thread serves on.
+            logger.exception("the spool failed by our fault")
+            told = {id(step) for step, _ in outcomes}
+            outcomes += [(step, SpoolError("internal error")) for step in group if id(step) not in told]
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            self._loop.call_soon_threadsafe(self._tell, outcomes, (self._number, self._at))
+
+    def _tell(self, outcomes: Sequence[tuple[Step, SpoolError | None]], told: tuple[int, int]) -> None:
+        """On the event loop."""
+        for step, error in outcomes:
+            try:
+                step.done(step, error)
+            except Exception:
+                logger.exception("the spool failed by our fault")
+        self.told = told
+
+    def _write(self, group: Sequence[Step], outcomes: list[tuple[Step, SpoolError | None]]) -> None:
+        """Make a group durable; what became of it is noted in `outcomes`."""
+        while group:
+            if self.fault is not None:
+                outcomes += [(step, self.fault) for step in group]
+                return
+            if fitting := self._that_fit(group):
+                group = group[len(fitting) :]
+                self._put(fitting, outcomes)
+                continue
+            try:
+                self._begin_segment()
+            except OSError as error:
+                fault = storage_error(error)
+                self.latch(fault)
+                # Mail waits for room; results go into what is kept for them, as far as that reaches.
+                refused = [step for step in group if not step.is_result]
+                group = [step for step in group if step.is_result]
+                if group and not self._that_fit(group):
+                    refused, group = [*refused, *group], []
+                outcomes += [(step, fault) for step in refused]
+
+    def _that_fit(self, group: Sequence[Step]) -> Sequence[Step]:
+        """The first steps of a group that the segment has room for."""
+        if self._file < 0:
+            return ()
+        at = self._at
+        for number, step in enumerate(group):
+            at += step.octets
+            if at > (self._segment_octets if step.is_result else self._mail_octets):
+                return group[:number]
+        return group
+
+    def _put(self, group: Sequence[Step], outcomes: list[tuple[Step, SpoolError | None]]) -> None:
+        start, marker = self._at, self._marker
+        at = start
+        pieces: list[bytes] = []
+        for step in group:
+            step.segment = self._number
+            last = len(step.parts) - 1
+            for place, (kind, text, content) in enumerate(step.parts):
+                encoded = text.encode("ascii")
+                packed, octets, crc = records.pack(
+                    marker, kind, encoded, content, at=at, synced=start, has_more=place < last
+                )
+                pieces += packed
+                step.places.append((at, octets, at + HEADER_OCTETS + len(encoded), crc))
+                at += octets
+        try:
+            write_all_at(self._file, b"".join(pieces), start)
+            os.fdatasync(self._file)
+        except OSError as error:
+            fault = storage_error(error)
+            self.latch(fault)
+            self._take_back(start, at - start)
+            outcomes += [(step, fault) for step in group]
+            return
+        self._at = at
+        tally = self.tally
+        for step in group:
+            for name, recipients in step.ended.items():
+                tally[name] = tally.get(name, 0) + recipients
+            outcomes.append((step, None))
+
+    def _take_back(self, start: int, octets: int) -> None:
+        """Leave nothing of a group that was not made durable, as far as the disk lets us."""
+        with contextlib.suppress(OSError):
+            os.pwrite(self._file, bytes(octets), start)
+            os.fdatasync(self._file)
+
+    def _begin_segment(self) -> None:
+        """Go on in a new segment.
+
+        Raises:
+            OSError: there is none.
+        """
+        number, marker = self._number + 1, records.new_marker()
+        begin = dumps({"previous_end": self._at, "tally": self.tally, "now_ms": self._now_ms()})
+        packed, octets, _ = records.pack(
+            marker, RecordKind.BEGIN, begin.encode("ascii"), (), at=FIRST, synced=FIRST, has_more=False
+        )
+        spare, file = self._directory.take_spare(self._segment_octets)
+        try:
+            write_all_at(file, b"".join((records.head(number, marker), *packed)), 0)
+            os.fdatasync(file)
+            os.rename(spare, self._directory.segment(number))
+            sync_directory(self._directory.log_path)
+        except OSError:
+            os.close(file)
+            raise
+        if self._file >= 0:
+            os.close(self._file)
+        self._file, self._number, self._marker = file, number, marker
+        self._at = FIRST + octets
+        self.markers[number] = marker
+        self._has_begun(number)
+
+    def latch(self, error: SpoolError) -> None:
+        """Note an error; after one that says that the disk cannot be trusted, nothing is written any more."""
+        if not isinstance(error, StorageBroken):
+            logger.error("a message was not made durable", extra={"fault": str(error)})
+        elif self.fault is None:
+            self.fault = error
+            logger.critical(
+                "the spool cannot be trusted: no mail is taken or delivered until the gateway was started again",
+                extra={"fault": str(error)},
+            )

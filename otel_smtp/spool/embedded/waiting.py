@@ -1,0 +1,103 @@
+"""What is in memory and waits for an attempt, in the order in which it is due."""
+
+import heapq
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from otel_smtp.spool.embedded.entries import DeliveryEntry, Entry
+from otel_smtp.spool.messages import DeliveryState
+
+Candidate = tuple[int, str, int, str]
+"""A delivery that may be attempted: since when it is due, message, its number, sender."""
+
+SAMPLE = 8  # so many times what is wanted are looked at, for the sake of many senders
+_TIDY_FROM = 1000
+
+
+class Waiting:
+    """Deliveries by destination, new ones apart from those that were tried.
+
+    A delivery that changes is offered again, and what was offered before is passed over.
+
+    Args:
+        find: gives the message of an id as it is in memory.
+    """
+
+    def __init__(self, find: Callable[[str], Entry | None]) -> None:
+        self._find = find
+        self._heaps: dict[tuple[str, bool], list[Candidate]] = {}
+
+    def offer(self, entry: Entry) -> None:
+        """Note all deliveries of a message that wait."""
+        for delivery in entry.deliveries:
+            if delivery.state is DeliveryState.READY:
+                self.offer_one(entry, delivery)
+
+    def offer_one(self, entry: Entry, delivery: DeliveryEntry) -> None:
+        """Note one of them."""
+        heap = self._heaps.setdefault((delivery.destination, delivery.attempts > 0), [])
+        heapq.heappush(heap, (delivery.due_ms, entry.id, delivery.number, entry.mail.reverse_path))
+
+    def take(self, destination: str, most: int, now_ms: int, *, was_tried: bool) -> list[Candidate]:
+        """The first that are due and not too old, a sample of them; whoever is not attempted is to be offered again."""
+        heap = self._heaps.get((destination, was_tried))
+        found: dict[tuple[str, int], Candidate] = {}
+        while heap and heap[0][0] <= now_ms and len(found) < SAMPLE * most:
+            candidate = heapq.heappop(heap)
+            entry = self._find(candidate[1])
+            if entry is not None and entry.expires_ms > now_ms and self._is_current(candidate, was_tried=was_tried):
+                found[candidate[1], candidate[2]] = candidate
+        return list(found.values())
+
+    def next_due(self, destination: str) -> int | None:
+        """When the first is due, in milliseconds since the epoch."""
+        times: list[int] = []
+        for was_tried in (False, True):
+            heap = self._heaps.get((destination, was_tried))
+            while heap and not self._is_current(heap[0], was_tried=was_tried):
+                heapq.heappop(heap)
+            if heap:
+                times.append(heap[0][0])
+        return min(times, default=None)
+
+    def tidy(self, messages: int) -> None:
+        """Forget what has changed since it was offered, where that is much.
+
+        Args:
+            messages: how many there are in memory.
+        """
+        for (_, was_tried), heap in self._heaps.items():
+            if len(heap) > _TIDY_FROM + 2 * messages:
+                heap[:] = [one for one in heap if self._is_current(one, was_tried=was_tried)]
+                heapq.heapify(heap)
+
+    def _is_current(self, candidate: Candidate, *, was_tried: bool) -> bool:
+        due_ms, message_id, number, _ = candidate
+        entry = self._find(message_id)
+        delivery = entry.delivery(number) if entry is not None else None
+        return (
+            delivery is not None
+            and delivery.state is DeliveryState.READY
+            and delivery.due_ms == due_ms
+            and (delivery.attempts > 0) is was_tried
+        )
+
+
+def in_turn(new: Sequence[Candidate], old: Sequence[Candidate]) -> list[Candidate]:
+    """New ones and those tried before in turns, so that a backlog never starves new mail; and senders in turns."""
+    both: list[Candidate] = []
+    ordered_new, ordered_old = _by_sender(new), _by_sender(old)
+    for number in range(max(len(new), len(old))):
+        both += [*ordered_new[number : number + 1], *ordered_old[number : number + 1]]
+    return both
+
+
+def _by_sender(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """One of each sender after the other; among those of one sender, the first one first."""
+    turns: Counter[str] = Counter()
+    ordered: list[tuple[int, Candidate]] = []
+    for candidate in candidates:
+        turns[candidate[3]] += 1
+        ordered.append((turns[candidate[3]], candidate))
+    ordered.sort(key=lambda one: one[0])
+    return [candidate for _, candidate in ordered]

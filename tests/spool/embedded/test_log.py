@@ -1,0 +1,94 @@
+"""The log's groups: who shares a sync, and that nobody is left behind."""
+
+import asyncio
+import os
+from pathlib import Path
+
+import pytest
+
+from otel_smtp.smtp import replies
+from otel_smtp.spool.messages import End, StorageFull, Verdict
+from tests.spool.embedded.test_recovery import ids_in, opened
+from tests.spool.messages import BODY, HEADER, message, queued, written
+from tests.spool.stores import SEGMENT_OCTETS
+
+DELIVERED = (Verdict(0, End.DELIVERED, replies.OK),)
+
+
+@pytest.mark.both_loops
+async def test_a_result_that_may_wait_is_written_all_the_same(tmp_path: Path) -> None:
+    """One after the other, so that each is the last that anybody asks for: a timer alone wakes the log."""
+    async with opened(tmp_path / "spool") as (store, _):
+        for _ in range(60):
+            (lease,) = await store.submit(message(), await written(store.draft()), lease=True)
+            async with asyncio.timeout(10):
+                await store.finish(lease, DELIVERED, is_urgent=False)
+        assert await ids_in(store) == []
+
+
+async def test_what_comes_at_the_same_time_shares_a_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with opened(tmp_path / "spool") as (store, _):
+        await queued(store)
+        syncs = 0
+        sync = os.fdatasync
+
+        def count(file: int) -> None:
+            nonlocal syncs
+            syncs += 1
+            sync(file)
+
+        monkeypatch.setattr(os, "fdatasync", count)
+        await asyncio.gather(*[queued(store) for _ in range(100)])
+        monkeypatch.undo()
+        assert syncs < 20
+
+
+async def test_a_disk_that_takes_less_than_it_is_given_is_given_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda file, data, at: pwrite(file, data[: max(1, len(data) // 3)], at))
+    async with opened(tmp_path / "spool") as (store, _):
+        one = await queued(store, None, HEADER, BODY * 100)
+        monkeypatch.undo()
+        content = (await store.show(one)).content
+        assert await store.is_intact(content)
+        assert await store.read(content, 0, 10_000) == HEADER + BODY * 100
+
+
+async def test_where_no_segment_can_be_made_mail_is_refused_and_results_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = b"\r\n" + b"y" * 60_000
+    async with opened(tmp_path / "spool") as (store, _):
+        (lease,) = await store.submit(message(), await written(store.draft()), lease=True)
+
+        def full(octets: int) -> tuple[Path, int]:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(store.directory, "take_spare", full)
+        taken = SEGMENT_OCTETS * 15 // 16 // 60_500
+        for _ in range(taken):
+            await queued(store, None, HEADER, body)
+        with pytest.raises(StorageFull):
+            await queued(store, None, HEADER, body)
+        assert store.refusal() is None, "it may be taken again as soon as there is room"
+        await store.finish(lease, DELIVERED)
+        assert len(await ids_in(store)) == taken
+        monkeypatch.undo()
+        await queued(store, None, HEADER, body)
+
+
+async def test_what_is_being_written_is_shown_and_counted_as_it_is(tmp_path: Path) -> None:
+    """A message whose change is on its way to the disk cannot be written into the index, and is there all the same."""
+    async with opened(tmp_path / "spool") as (store, _):
+        for _ in range(30):
+            (lease,) = await store.submit(message(), await written(store.draft()), lease=True)
+            finishing = store.finish(lease, (), retry_in=3600)
+            shown, found, counts = await asyncio.gather(
+                store.page("", 10), store.find(recipient="user@example.net", most=10), store.counts()
+            )
+            await finishing
+            assert [one.id for one in shown] == [one.id for one in found] == [lease.message_id]
+            assert counts.total == 1
+            await store.delete(lease.message_id)

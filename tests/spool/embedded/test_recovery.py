@@ -1,0 +1,606 @@
+"""What is found after a crash, with a damaged disk, or without an index: nothing that was answered is lost."""
+
+import asyncio
+import os
+import shutil
+import sqlite3
+import stat
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from otel_smtp.smtp import replies
+from otel_smtp.spool.embedded import EmbeddedStore, records
+from otel_smtp.spool.embedded.store import CRASHES_ALLOWED
+from otel_smtp.spool.messages import (
+    ContentLost,
+    DeliveryState,
+    End,
+    SpoolError,
+    StorageBroken,
+    StorageFull,
+    Verdict,
+    new_id,
+)
+from otel_smtp.spool.store import Recovery
+from tests.spool.messages import BODY, HEADER, leased, message, queued
+from tests.spool.queueing import eventually
+from tests.spool.stores import SEGMENT_OCTETS, alter
+
+DELIVERED = (Verdict(0, End.DELIVERED, replies.OK),)
+LARGE = b"x" * 200_000
+
+
+def at(path: Path, **more: object) -> EmbeddedStore:
+    given: dict[str, object] = {"least_free_octets": 0, "segment_octets": SEGMENT_OCTETS, **more}
+    return EmbeddedStore(path, **given)  # type: ignore[arg-type]
+
+
+@asynccontextmanager
+async def opened(path: Path, **more: object) -> AsyncIterator[tuple[EmbeddedStore, Recovery]]:
+    store = at(path, **more)
+    recovery = await store.open()
+    try:
+        yield store, recovery
+    finally:
+        await store.close()
+
+
+def left_by_a_crash(store: EmbeddedStore) -> Path:
+    """The files as a process leaves them that is killed now; the lock goes with the process."""
+    copy = store.directory.path.with_name(f"crashed-{new_id()}")
+    shutil.copytree(store.directory.path, copy, ignore=shutil.ignore_patterns("LOCK", "control", "spare*"))
+    return copy
+
+
+async def ids_in(store: EmbeddedStore) -> list[str]:
+    return [shown.id for shown in await store.page("", 1000)]
+
+
+def segments(path: Path) -> list[Path]:
+    return sorted(file for file in (path / "log").iterdir() if file.name.isdigit())
+
+
+# Crashes ---------------------------------------------------------------------------------------------------------
+
+
+async def test_what_was_submitted_survives_a_crash_and_what_was_not_is_cleared_away(store: EmbeddedStore) -> None:
+    kept = await queued(store)
+    large = await queued(store, None, HEADER, LARGE)
+    big = store.draft()
+    is_in_a_file = asyncio.Event()
+    assert big.write(HEADER, is_in_a_file.set)
+    assert not big.write(LARGE, is_in_a_file.set)
+    await is_in_a_file.wait()
+    store.directory.large("stray").write_bytes(b"synced, but never answered")
+    crashed = left_by_a_crash(store)
+    big.discard()
+    async with opened(crashed) as (after, recovery):
+        assert (recovery.messages, list(recovery.lost), list(recovery.remarks)) == (2, [], [])
+        assert not list((crashed / "tmp").iterdir())
+        assert after.directory.larges() == {large}
+        assert await ids_in(after) == [kept, large]
+        for lease in await leased(after):
+            assert not lease.is_possible_duplicate
+            assert await after.is_intact(lease.content)
+
+
+async def test_an_attempt_that_a_crash_cut_short_counts_and_may_have_succeeded(store: EmbeddedStore) -> None:
+    await queued(store)
+    await leased(store)
+    async with opened(left_by_a_crash(store)) as (after, recovery):
+        assert recovery.interrupted == 1
+        (lease,) = await leased(after)
+        assert (lease.attempt, lease.is_possible_duplicate) == (2, True)
+
+
+async def test_a_crash_in_the_midst_of_a_lease_that_the_log_does_not_know_leaves_it_ready(store: EmbeddedStore) -> None:
+    one = await queued(store)
+    await store.page("", 1)  # it is in the index
+    crashed = left_by_a_crash(store)
+    database = sqlite3.connect(crashed / "index.db")
+    database.execute("UPDATE delivery SET state = 'leased'")
+    database.commit()
+    database.close()
+    async with opened(crashed) as (after, _):
+        assert [lease.message_id for lease in await leased(after)] == [one]
+
+
+async def test_what_is_part_of_three_crashes_is_held(store: EmbeddedStore) -> None:
+    poison = await queued(store)
+    path = store.directory.path
+    for number in range(CRASHES_ALLOWED + 1):
+        crashed = path.with_name(f"run{number}")
+        async with opened(path) if number else _itself(store) as (current, recovery):
+            assert list(recovery.held) == ([poison] if number == CRASHES_ALLOWED else [])
+            if number == CRASHES_ALLOWED:
+                assert await leased(current) == []
+                assert await current.release(poison)
+            assert len(await leased(current)) == 1
+            shutil.copytree(path, crashed, ignore=shutil.ignore_patterns("LOCK", "spare*"))
+        path = crashed
+
+
+@asynccontextmanager
+async def _itself(store: EmbeddedStore) -> AsyncIterator[tuple[EmbeddedStore, Recovery]]:
+    yield store, Recovery()
+
+
+async def test_what_ended_stays_ended_and_the_books_are_balanced(store: EmbeddedStore) -> None:
+    for number in range(30):
+        await queued(store)
+        (lease,) = await leased(store)
+        await store.finish(lease, DELIVERED if number % 3 else (), retry_in=3600)
+        if number == 15:
+            await store.page("", 1)
+    ids, tally = await ids_in(store), await store.tally()
+    async with opened(left_by_a_crash(store)) as (after, _):
+        assert await ids_in(after) == ids
+        assert await after.tally() == tally
+        assert tally["accepted"] == tally["delivered"] + len(ids)
+
+
+async def test_a_message_that_ends_while_it_is_written_to_the_index_does_not_come_back(store: EmbeddedStore) -> None:
+    for _ in range(50):
+        await queued(store)
+        (lease,) = await leased(store)
+        listing = asyncio.create_task(store.page("", 10))
+        await asyncio.sleep(0)
+        await store.finish(lease, DELIVERED)
+        await listing
+    assert await ids_in(store) == []
+    async with opened(left_by_a_crash(store)) as (after, _):
+        assert await ids_in(after) == []
+
+
+# Without an index that can be used -------------------------------------------------------------------------------
+
+
+def _remove(index: Path) -> None:
+    index.unlink()
+
+
+def _truncate(index: Path) -> None:
+    index.write_bytes(b"")
+
+
+def _empty(index: Path) -> None:
+    database = sqlite3.connect(index)
+    database.execute("DELETE FROM message")
+    database.execute("DELETE FROM delivery")
+    database.commit()
+    database.close()
+
+
+def _empty_one_table(index: Path) -> None:
+    database = sqlite3.connect(index)
+    database.execute("DELETE FROM delivery WHERE number = 0 AND id = (SELECT max(id) FROM delivery)")
+    database.commit()
+    database.close()
+
+
+def _forget(index: Path) -> None:
+    database = sqlite3.connect(index)
+    database.execute("DELETE FROM meta")
+    database.commit()
+    database.close()
+
+
+def _scribble(index: Path) -> None:
+    data = bytearray(index.read_bytes())
+    data[4096:] = b"\xff" * (len(data) - 4096)
+    index.write_bytes(data)
+
+
+def _replace(index: Path) -> None:
+    index.unlink()
+    database = sqlite3.connect(index)
+    database.execute("CREATE TABLE other(x)")
+    database.commit()
+    database.close()
+
+
+def _newer(index: Path) -> None:
+    database = sqlite3.connect(index)
+    database.execute("PRAGMA user_version = 99")
+    database.commit()
+    database.close()
+
+
+@pytest.mark.parametrize("is_orderly", [True, False], ids=["stopped", "killed"])
+@pytest.mark.parametrize("harm", [_remove, _truncate, _empty, _empty_one_table, _forget, _scribble, _replace, _newer])
+async def test_an_index_that_cannot_be_used_is_made_again_out_of_the_log(
+    tmp_path: Path, harm: Callable[[Path], None], is_orderly: bool
+) -> None:
+    path = tmp_path / "spool"
+    async with opened(path) as (store, _):
+        held = await queued(store)
+        await store.hold(held)
+        for _ in range(30):
+            await queued(store)
+        large = await queued(store, None, HEADER, LARGE)
+        for number, lease in enumerate(await leased(store, most=10)):
+            await store.finish(lease, DELIVERED if number % 2 else [Verdict(0, None, replies.UPSTREAM_UNAVAILABLE)])
+        before = [repr(shown) for shown in await store.page("", 100)]
+        tally = await store.tally()
+        if not is_orderly:
+            path = left_by_a_crash(store)
+    for name in ("index.db-wal", "index.db-shm"):
+        if (path / name).exists() and harm is not _remove:  # so that the harm is not undone by what it was made of
+            database = sqlite3.connect(path / "index.db")
+            database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            database.close()
+    harm(path / "index.db")
+    async with opened(path) as (after, recovery):
+        assert any("made again out of the log" in remark for remark in recovery.remarks)
+        assert [repr(shown) for shown in await after.page("", 100)] == before
+        assert await after.tally() == tally
+        assert (await after.show(held)).state is DeliveryState.HELD
+        content = (await after.show(large)).content
+        assert await after.is_intact(content)
+        assert await after.read(content, 0, 10**6) == HEADER + LARGE
+
+
+async def test_an_older_index_is_brought_up_to_date(tmp_path: Path) -> None:
+    path = tmp_path / "spool"
+    async with opened(path) as (store, _):
+        first = await queued(store)
+        gone = await queued(store)
+    shutil.copy(path / "index.db", tmp_path / "older.db")
+    async with opened(path) as (store, _):
+        second = await queued(store)
+        (lease,) = [lease for lease in await leased(store) if lease.message_id == gone]
+        await store.finish(lease, DELIVERED)
+    shutil.copy(tmp_path / "older.db", path / "index.db")
+    async with opened(path) as (store, _):
+        assert await ids_in(store) == [first, second]
+
+
+async def test_an_index_of_another_spool_is_not_believed(tmp_path: Path) -> None:
+    async with opened(tmp_path / "other") as (store, _):
+        await queued(store)
+    async with opened(tmp_path / "spool") as (store, _):
+        one = await queued(store)
+    shutil.copy(tmp_path / "other" / "index.db", tmp_path / "spool" / "index.db")
+    async with opened(tmp_path / "spool") as (store, recovery):
+        assert await ids_in(store) == [one]
+        assert recovery.remarks
+
+
+# Damage ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("has_index", [True, False])
+async def test_a_damaged_content_is_set_aside_and_the_rest_goes_on(store: EmbeddedStore, has_index: bool) -> None:
+    ids = [await queued(store, None, HEADER, f"\r\nnumber {number}\r\n".encode()) for number in range(5)]
+    if has_index:
+        await store.page("", 1)
+    crashed = left_by_a_crash(store)
+    assert alter(crashed, b"number 2", b"NUMBER 2") == 1
+    if not has_index:
+        (crashed / "index.db").unlink()
+    async with opened(crashed) as (after, recovery):
+        assert await ids_in(after) == ids
+        claimed = {lease.message_id: (lease, content) for lease, content in (await after.claim({"up": 10}))[0]}
+        if has_index:  # found when it is read
+            damaged, content = claimed[ids[2]]
+            assert content is None
+            assert not await after.is_intact(damaged.content)
+        else:
+            assert (await after.show(ids[2])).state is DeliveryState.CORRUPT
+            assert list(recovery.lost) == [ids[2]]
+
+
+@pytest.mark.parametrize("part", ["header", "text", "length"])
+async def test_a_damaged_record_is_set_aside_and_the_rest_goes_on(store: EmbeddedStore, part: str) -> None:
+    ids = [await queued(store) for _ in range(5)]
+    crashed = left_by_a_crash(store)
+    (crashed / "index.db").unlink()
+    (segment,) = segments(crashed)
+    data = bytearray(segment.read_bytes())
+    text_at = data.find(ids[2].encode())
+    marker = bytes(data[records.FIRST : records.FIRST + 8])
+    header_at = data.rfind(marker, 0, text_at)
+    harmed = {"header": header_at + 9, "length": header_at + 13, "text": text_at}[part]
+    data[harmed] ^= 0xFF
+    segment.write_bytes(data)
+    async with opened(crashed) as (after, recovery):
+        assert await ids_in(after) == [one for one in ids if one != ids[2]]
+        assert any("damaged" in remark for remark in recovery.remarks)
+        kept = b"".join(file.read_bytes() for file in (crashed / "lost+found").iterdir())
+        assert BODY in kept, "the mail is there for people to look at"
+    async with opened(crashed) as (after, recovery):
+        assert await ids_in(after) == [one for one in ids if one != ids[2]]
+
+
+async def test_a_large_content_whose_record_is_damaged_is_kept(store: EmbeddedStore) -> None:
+    large = await queued(store, None, HEADER, LARGE)
+    last = await queued(store)
+    crashed = left_by_a_crash(store)
+    (crashed / "index.db").unlink()
+    assert alter(crashed, f'"{large}'.encode(), f'"X{large[1:]}'.encode()) == 1
+    async with opened(crashed) as (after, _):
+        assert await ids_in(after) == [last]
+    assert (crashed / "lost+found" / large).read_bytes() == HEADER + LARGE
+
+
+async def test_an_index_that_breaks_stops_the_taking_of_mail(store: EmbeddedStore) -> None:
+    await queued(store)
+    index = store._index
+    assert index is not None
+    index._database.execute("DROP TABLE delivery")
+    with pytest.raises(StorageBroken):
+        await store.page("", 1)
+    assert isinstance(store.refusal(), StorageBroken)
+    with pytest.raises(StorageBroken):
+        await queued(store)
+    crashed = left_by_a_crash(store)
+    async with opened(crashed) as (_, recovery):
+        assert recovery.messages == 1
+        assert any("made again" in remark for remark in recovery.remarks)
+
+
+async def test_a_damaged_head_of_a_segment_costs_nothing(store: EmbeddedStore) -> None:
+    one = await queued(store)
+    crashed = left_by_a_crash(store)
+    (segment,) = segments(crashed)
+    data = bytearray(segment.read_bytes())
+    data[10] ^= 0xFF
+    segment.write_bytes(data)
+    async with opened(crashed) as (after, recovery):
+        assert await ids_in(after) == [one]
+        assert any("head" in remark for remark in recovery.remarks)
+
+
+@pytest.mark.parametrize("cut", ["within the text", "within the content", "within a step"])
+async def test_a_torn_tail_is_cut_off_and_told(store: EmbeddedStore, cut: str) -> None:
+    """A record that was not whole on the disk: nobody was answered for it."""
+    kept = await queued(store)
+    (lease,) = await leased(store)
+    last = message("notice@x.example", sender="", destination="back")
+    await store.finish(lease, [Verdict(0, End.FAILED)], notices=[(last, HEADER + BODY)])
+    crashed = left_by_a_crash(store)
+    (segment,) = segments(crashed)
+    data = bytearray(segment.read_bytes())
+    text_at = data.rfind(last.id.encode())
+    marker = bytes(data[records.FIRST : records.FIRST + 8])
+    start = {
+        "within the text": text_at + 10,
+        "within the content": data.rfind(BODY),
+        "within a step": data.rfind(marker, 0, text_at),
+    }[cut]
+    data[start : start + 5000] = bytes(5000)
+    segment.write_bytes(data)
+    async with opened(crashed) as (after, recovery):
+        # The end of the first message was one step with its notice: neither has happened.
+        assert await ids_in(after) == [kept]
+        assert await after.tally() == {"accepted": 1}
+        if cut != "within a step":
+            assert any("torn" in remark for remark in recovery.remarks)
+        assert recovery.interrupted == 1
+    async with opened(crashed) as (after, _):
+        assert await ids_in(after) == [kept]
+
+
+async def test_a_message_cannot_pass_for_records(tmp_path: Path) -> None:
+    """A content that holds octets of the log itself is a content, also where what is around it is damaged."""
+    path = tmp_path / "spool"
+    async with opened(path) as (store, _):
+        first = await queued(store)
+    (segment,) = segments(path)
+    forged = segment.read_bytes()[: 4 * 1024]
+    async with opened(path) as (store, _):
+        second = await queued(store, None, HEADER, b"\r\n" + forged)
+        third = await queued(store)
+    for file in segments(path):
+        data = bytearray(file.read_bytes())
+        if (text_at := data.find(second.encode())) > 0:
+            data[data.rfind(bytes(data[records.FIRST : records.FIRST + 8]), 0, text_at) + 9] ^= 0xFF
+            file.write_bytes(data)
+    (path / "index.db").unlink()
+    async with opened(path) as (store, recovery):
+        assert await ids_in(store) == [first, third]
+        assert any("damaged" in remark for remark in recovery.remarks)
+
+
+async def test_a_segment_that_is_gone_is_an_alarm_and_never_a_delivery(store: EmbeddedStore) -> None:
+    lost = await queued(store)
+    await store.page("", 1)
+    crashed = left_by_a_crash(store)
+    for segment in segments(crashed):
+        segment.unlink()
+    async with opened(crashed) as (after, recovery):
+        assert list(recovery.lost) == [lost]
+        assert await leased(after) == []
+        assert (await after.counts()).corrupt == 1
+        with pytest.raises(ContentLost):
+            await after.read((await after.show(lost)).content, 0, 10)
+    async with opened(crashed) as (after, recovery):
+        assert await ids_in(after) == [lost]
+
+
+async def test_a_large_content_that_is_gone_is_an_alarm(store: EmbeddedStore) -> None:
+    lost = await queued(store, None, HEADER, LARGE)
+    crashed = left_by_a_crash(store)
+    (crashed / "large" / lost).unlink()
+    async with opened(crashed) as (after, recovery):
+        assert list(recovery.lost) == [lost]
+        assert await leased(after) == []
+
+
+# The directory ---------------------------------------------------------------------------------------------------
+
+
+async def test_a_second_owner_is_refused_and_told_of_the_first(store: EmbeddedStore) -> None:
+    with pytest.raises(SpoolError, match=f"belongs to another process, pid {os.getpid()}"):
+        await at(store.directory.path).open()
+    assert store.directory.try_out() == f"pid {os.getpid()}"
+
+
+async def test_the_lock_goes_with_the_process_not_with_the_file(store: EmbeddedStore) -> None:
+    await store.close()
+    assert (store.directory.path / "LOCK").exists()
+    async with opened(store.directory.path):
+        pass
+
+
+async def test_a_directory_that_cannot_be_made_is_told_by_name(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SpoolError, match=r"file/spool: Not a directory"):
+        await at(tmp_path / "file" / "spool").open()
+
+
+async def test_nobody_writes_in_it_once_it_is_given_up(tmp_path: Path) -> None:
+    """Whoever opens it next makes a spare segment under the same name."""
+    for _ in range(20):
+        async with opened(tmp_path / "spool") as (store, _):
+            await queued(store)  # begins a segment; the next one is made ready meanwhile
+        assert not (tmp_path / "spool" / "log" / "spare.new").exists()
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o777], ids=oct)
+async def test_nobody_else_can_read_it_whatever_the_umask(tmp_path: Path, umask: int) -> None:
+    path = tmp_path / "spool"
+    before = os.umask(umask)
+    try:
+        async with opened(path) as (store, _):
+            await queued(store)
+            await queued(store, None, HEADER, LARGE)
+            await store.page("", 1)
+            modes = {
+                file: stat.S_IMODE(file.lstat().st_mode) for file in (path, *path.rglob("*")) if not file.is_symlink()
+            }
+    finally:
+        os.umask(before)
+    assert {mode for file, mode in modes.items() if file.is_dir()} == {0o700}
+    assert {mode for file, mode in modes.items() if not file.is_dir()} == {0o600}
+
+
+async def test_what_is_not_ours_is_told_and_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "spool"
+    async with opened(path) as (store, _):
+        kept = await queued(store)
+    foreign = [path / "log" / "000000000099", path / "log" / "notes.txt", path / "large" / "pipe", path / "README"]
+    os.mkfifo(foreign[0])
+    foreign[1].write_text("hands off")
+    os.mkfifo(foreign[2])
+    foreign[3].symlink_to("/etc/hostname")
+    async with asyncio.timeout(10):
+        async with opened(path) as (store, recovery):
+            assert {remark for remark in recovery.remarks if "not ours" in remark} == {
+                f"{one} is not ours, and is left alone" for one in foreign
+            }
+            assert await ids_in(store) == [kept]
+            await queued(store)
+    assert all(one.is_symlink() or one.exists() for one in foreign)
+
+
+@pytest.mark.parametrize("name", ["LOCK", "index.db", "log/spare"])
+async def test_a_pipe_in_the_place_of_a_file_of_ours_hangs_nothing(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "spool"
+    async with opened(path):
+        pass
+    (path / name).unlink(missing_ok=True)
+    os.mkfifo(path / name)
+    async with asyncio.timeout(10):
+        if name == "log/spare":
+            async with opened(path) as (store, _):
+                with pytest.raises(SpoolError):
+                    await queued(store)
+        else:
+            with pytest.raises(SpoolError):
+                await at(path).open()
+
+
+async def test_a_newer_format_is_refused_and_nothing_is_touched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "spool"
+    monkeypatch.setattr(records, "FORMAT", records.FORMAT + 1)
+    async with opened(path) as (store, _):
+        await queued(store)
+    monkeypatch.undo()
+    before = {file: file.read_bytes() for file in segments(path)}
+    with pytest.raises(SpoolError, match="made by a newer version"):
+        await at(path).open()
+    assert {file: file.read_bytes() for file in segments(path)} == before
+
+
+async def test_no_more_messages_are_taken_than_allowed(tmp_path: Path) -> None:
+    async with opened(tmp_path / "spool", most_messages=2) as (store, _):
+        for _ in range(2):
+            assert store.refusal() is None
+            await queued(store)
+        assert isinstance(store.refusal(), StorageFull)
+        (lease, _) = await leased(store)
+        await store.finish(lease, DELIVERED)
+        assert store.refusal() is None
+
+
+async def test_no_mail_is_taken_where_the_disk_is_nearly_full(tmp_path: Path) -> None:
+    async with opened(tmp_path / "spool", least_free_octets=1 << 60) as (store, _):
+        assert isinstance(store.refusal(), StorageFull)
+
+
+# Room ------------------------------------------------------------------------------------------------------------
+
+
+async def test_segments_whose_mail_has_ended_are_used_again(tmp_path: Path) -> None:
+    path = tmp_path / "spool"
+    body = b"\r\n" + b"y" * 60_000
+    async with opened(path) as (store, _):
+        for _ in range(200):  # six segments of mail, one after the other
+            await queued(store, None, HEADER, body)
+            (lease,) = await leased(store)
+            await store.finish(lease, DELIVERED)
+        await eventually(lambda: len(segments(path)) <= 2)
+        assert store.dead_octets <= 2 * SEGMENT_OCTETS
+
+
+async def test_one_deferred_mail_does_not_hold_all_that_came_since(tmp_path: Path) -> None:
+    path = tmp_path / "spool"
+    body = b"\r\n" + b"y" * 60_000
+    async with opened(path) as (store, _):
+        deferred = await queued(store, message(due_in_seconds=3600), HEADER, b"\r\nstill here\r\n")
+        held = await queued(store, None, HEADER, b"\r\nheld\r\n")
+        await store.hold(held)
+        for _ in range(300):
+            await queued(store, None, HEADER, body)
+            (lease,) = await leased(store)
+            await store.finish(lease, DELIVERED)
+        await eventually(lambda: len(segments(path)) <= 4)
+        counts = await store.counts()
+        assert counts.dead_octets <= 4 * SEGMENT_OCTETS
+        content = (await store.show(deferred)).content
+        assert await store.read(content, 0, 100) == HEADER + b"\r\nstill here\r\n"
+        assert await store.is_intact(content)
+        crashed = left_by_a_crash(store)
+    (crashed / "index.db").unlink()
+    async with opened(crashed) as (after, _):
+        assert await ids_in(after) == [deferred, held]
+        assert (await after.show(held)).state is DeliveryState.HELD
+        assert await after.is_intact((await after.show(deferred)).content)
+
+
+async def test_a_damaged_content_that_moves_stays_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "spool"
+    body = b"\r\n" + b"y" * 60_000
+    async with opened(path) as (store, _):
+        damaged = await queued(store, message(due_in_seconds=3600), HEADER, b"\r\nas it was\r\n")
+    assert alter(path, b"as it was", b"AS IT WAS") == 1
+    async with opened(path) as (store, _):
+        first = segments(path)[0]
+        for _ in range(200):
+            await queued(store, None, HEADER, body)
+            (lease,) = await leased(store)
+            await store.finish(lease, DELIVERED)
+        await eventually(lambda: first not in segments(path))
+        assert not await store.is_intact((await store.show(damaged)).content)
+        assert await store.retry(damaged)
+        ((_, content),), _ = await store.claim({"up": 1})
+        assert content is None
+    (path / "index.db").unlink()
+    async with opened(path) as (store, _):
+        assert not await store.is_intact((await store.show(damaged)).content)

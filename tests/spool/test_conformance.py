@@ -1,0 +1,490 @@
+"""What every store does: each verb of the interface, on each kind of store."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from otel_smtp.smtp import replies
+from otel_smtp.smtp.envelope import Body, DsnReturn, Mail, Notify, Recipient
+from otel_smtp.spool.messages import (
+    DeliveryState,
+    End,
+    Kind,
+    Lease,
+    NewMessage,
+    NoSuchMessage,
+    SpoolError,
+    StaleLease,
+    Verdict,
+    new_id,
+)
+from otel_smtp.spool.store import Store
+from tests.spool.messages import BODY, CARRIER, HEADER, TRACE_ID, leased, message, queued, written
+from tests.spool.stores import STORES, Clock
+
+DELIVERED = (Verdict(0, End.DELIVERED, replies.OK),)
+
+
+@dataclass
+class Case:
+    """A store under test."""
+
+    store: Store
+    clock: Clock
+    again: Callable[[], Store]
+
+
+@pytest.fixture(params=STORES)
+async def case(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Case]:
+    clock = Clock()
+
+    def make() -> Store:
+        return STORES[request.param](tmp_path / "spool", clock)
+
+    case = Case(make(), clock, make)
+    await case.store.open()
+    yield case
+    await case.store.close()
+
+
+async def put(case: Case, new: NewMessage | None = None, *, lease: bool = False) -> tuple[NewMessage, Sequence[Lease]]:
+    new = new or message()
+    return new, await case.store.submit(new, await written(case.store.draft()), lease=lease)
+
+
+# In and out ------------------------------------------------------------------------------------------------------
+
+
+async def test_a_message_comes_back_as_it_went_in(case: Case) -> None:
+    mail = Mail("a@b.example", 9, Body.BINARY_MIME, True, DsnReturn.FULL, "id+2B", True, "<>")
+    recipients = [Recipient("x@y.example", Notify.SUCCESS | Notify.DELAY, "rfc822;x+2B@y"), Recipient("Postmaster")]
+    new = NewMessage(new_id(), mail, {"up": recipients}, len(HEADER), 60.0, CARRIER)
+    before = case.clock()
+    await put(case, new)
+    (lease,) = await leased(case.store)
+    assert lease.mail == mail
+    assert [one.recipient for one in lease.recipients] == recipients
+    assert (lease.message_id, lease.attempt, lease.carrier, lease.kind) == (new.id, 1, CARRIER, Kind.MAIL)
+    assert (lease.header_octets, lease.content.octets) == (len(HEADER), len(HEADER + BODY))
+    assert before - 0.001 <= lease.arrived_at <= case.clock() + 0.001
+    assert lease.expires_at == pytest.approx(lease.arrived_at + 60, abs=0.002)
+    assert await case.store.read(lease.content, 0, 1000) == HEADER + BODY
+    assert await case.store.read(lease.content, len(HEADER), 3) == BODY[:3]
+    assert await case.store.is_intact(lease.content)
+
+
+async def test_what_is_attempted_at_once_is_leased_with_its_submission(case: Case) -> None:
+    new = message()
+    two = NewMessage(new.id, new.mail, {**new.deliveries, "other": [Recipient("z@z.example")]}, len(HEADER), 60.0)
+    _, leases = await put(case, two, lease=True)
+    assert [(lease.destination, lease.attempt) for lease in leases] == [("up", 1), ("other", 1)]
+    assert await leased(case.store) == []
+    for lease in leases:
+        await case.store.finish(lease, DELIVERED)
+    assert await case.store.page("", 10) == []
+    assert await case.store.tally() == {"accepted": 2, "delivered": 2}
+
+
+@pytest.mark.parametrize("octets", [0, 1, 64 * 1024 - len(HEADER), 64 * 1024, 1_000_000])
+async def test_contents_of_any_size_are_kept_whole(case: Case, octets: int) -> None:
+    body = os.urandom(octets)
+    pieces = [body[start : start + 60_000] for start in range(0, octets, 60_000)]
+    await queued(case.store, None, HEADER, *pieces)
+    ((lease, content),), _ = await case.store.claim({"up": 1})
+    assert await case.store.read(lease.content, len(HEADER), octets + 1) == body
+    assert await case.store.is_intact(lease.content)
+    if content is not None:
+        assert (content[0], b"".join(content)) == (HEADER, HEADER + body)  # the header block first
+    else:
+        assert octets > 10_000, "small contents come with their leases"
+
+
+async def test_what_was_tried_before_it_came_says_so(case: Case) -> None:
+    new = message("a@x.example", "b@x.example", due_in_seconds=60)
+    tried = NewMessage(
+        new.id, new.mail, new.deliveries, len(HEADER), 600.0, CARRIER,
+        retry_in=60.0, attempts=1, last_replies={"b@x.example": "450 busy"}, is_possible_duplicate=True,
+    )  # fmt: skip
+    await put(case, tried)
+    shown = await case.store.show(new.id)
+    assert shown.attempts == 1
+    assert [(address, last) for address, _, last in shown.recipients] == [
+        ("a@x.example", ""),
+        ("b@x.example", "450 busy"),
+    ]
+    case.clock.ahead += 61
+    (lease,) = await leased(case.store)
+    assert (lease.attempt, lease.is_possible_duplicate) == (2, True)
+
+
+@pytest.mark.parametrize("octets", [100, 300_000], ids=["in memory", "in a file"])
+async def test_who_gives_up_waiting_leaves_a_whole_message_or_none(case: Case, octets: int) -> None:
+    body = os.urandom(octets)
+    for _ in range(20):
+        submitting = case.store.submit(message(), await written(case.store.draft(), HEADER, body), lease=False)
+        await asyncio.sleep(0)
+        submitting.cancel()
+        await asyncio.gather(submitting, return_exceptions=True)
+    for lease in await leased(case.store, most=100):
+        assert await case.store.is_intact(lease.content)
+        assert await case.store.read(lease.content, len(HEADER), octets + 1) == body
+    assert case.store.refusal() is None
+
+
+# Leases ----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_lease_is_given_once_and_its_result_taken_once(case: Case) -> None:
+    await queued(case.store)
+    (lease,) = await leased(case.store)
+    assert await leased(case.store) == []
+    await case.store.finish(lease, ())
+    (again,) = await leased(case.store)
+    assert (again.attempt, again.epoch) == (2, lease.epoch + 1)
+    with pytest.raises(StaleLease):
+        await case.store.finish(lease, DELIVERED)
+    await case.store.finish(again, DELIVERED)
+    with pytest.raises(StaleLease):
+        await case.store.finish(again, DELIVERED)
+    with pytest.raises(StaleLease):
+        await case.store.mark_corrupt(again)
+    assert await case.store.tally() == {"accepted": 1, "delivered": 1}
+
+
+async def test_an_attempt_of_nobody_does_not_count(case: Case) -> None:
+    await queued(case.store)
+    (lease,) = await leased(case.store)
+    await case.store.finish(lease, (), counts_attempt=False)
+    (again,) = await leased(case.store)
+    assert again.attempt == 1
+
+
+async def test_recipients_end_one_by_one(case: Case) -> None:
+    new = message("a@x.example", "b@x.example", "c@x.example")
+    await put(case, new)
+    (lease,) = await leased(case.store)
+    verdicts = [
+        Verdict(0, End.DELIVERED, replies.OK),
+        Verdict(1, None, replies.UPSTREAM_UNAVAILABLE),
+        Verdict(2, End.FAILED, replies.RELAY_DENIED),
+    ]
+    await case.store.finish(lease, verdicts)
+    (again,) = await leased(case.store)
+    assert [(one.number, one.recipient.address) for one in again.recipients] == [(1, "b@x.example")]
+    assert again.recipients[0].last_reply == str(replies.UPSTREAM_UNAVAILABLE)
+    shown = await case.store.show(new.id)
+    assert list(shown.recipients) == [("b@x.example", DeliveryState.LEASED, str(replies.UPSTREAM_UNAVAILABLE))]
+    await case.store.finish(again, [Verdict(1, End.EXPIRED)])
+    assert await case.store.tally() == {"accepted": 3, "delivered": 1, "failed": 1, "expired": 1}
+
+
+async def test_an_unknown_outcome_marks_all_later_attempts(case: Case) -> None:
+    await queued(case.store)
+    (lease,) = await leased(case.store)
+    await case.store.finish(lease, (), is_possible_duplicate=True)
+    for _ in range(2):
+        (lease,) = await leased(case.store)
+        assert lease.is_possible_duplicate
+        await case.store.finish(lease, ())
+
+
+async def test_a_result_and_its_notice_are_one_step(case: Case) -> None:
+    await queued(case.store)
+    (lease,) = await leased(case.store)
+    bounce = message("app@example.com", sender="", destination="back", kind=Kind.NOTIFICATION)
+    await case.store.finish(lease, [Verdict(0, End.FAILED, replies.RELAY_DENIED)], notices=[(bounce, HEADER + BODY)])
+    with pytest.raises(StaleLease):  # then its notice is not stored either
+        await case.store.finish(lease, DELIVERED, notices=[(message(destination="back"), HEADER + BODY)])
+    assert [shown.id for shown in await case.store.page("", 10)] == [bounce.id]
+    ((notice, content),), _ = await case.store.claim({"back": 5})
+    assert notice.kind is Kind.NOTIFICATION
+    assert content is not None
+    assert tuple(content) == (HEADER, BODY)
+    await case.store.finish(notice, DELIVERED)
+    assert await case.store.tally() == {"accepted": 1, "failed": 1, "notified": 1, "notified_delivered": 1}
+
+
+async def test_new_mail_and_old_take_turns_and_so_do_senders(case: Case) -> None:
+    for _ in range(6):
+        await queued(case.store, message(sender="many@x.example"))
+    for lease in await leased(case.store, most=6):
+        await case.store.finish(lease, ())
+    for _ in range(5):
+        await queued(case.store, message(sender="busy@x.example"))
+    await queued(case.store, message(sender="rare@x.example"))
+    chosen = [lease.mail.reverse_path for lease in await leased(case.store, most=4)]
+    assert sorted(chosen) == ["busy@x.example", "many@x.example", "many@x.example", "rare@x.example"]
+
+
+async def test_who_waited_longest_is_first(case: Case) -> None:
+    ids = [await queued(case.store) for _ in range(5)]
+    chosen = [lease.message_id for lease in await leased(case.store, most=3)]
+    assert chosen == ids[:3]
+
+
+async def test_nothing_is_leased_before_its_time_or_beyond_its_age(case: Case) -> None:
+    await queued(case.store, message(due_in_seconds=50))
+    late = await queued(case.store, message(max_age_seconds=-1))
+    leases, due_in = await case.store.claim({"up": 10})
+    assert leases == []
+    assert due_in is not None
+    (overdue,) = await case.store.end_overdue(10)
+    assert (overdue.message_id, overdue.attempt) == (late, 0)
+    assert await case.store.end_overdue(10) == []
+    await case.store.finish(overdue, [Verdict(0, End.EXPIRED)])
+    leases, due_in = await case.store.claim({"up": 10, "elsewhere": 1})
+    assert leases == []
+    assert due_in == pytest.approx(50, abs=5)
+    leases, due_in = await case.store.claim({"elsewhere": 1})
+    assert (leases, due_in) == ([], None)
+    case.clock.ahead += 51
+    assert len(await leased(case.store)) == 1
+
+
+@pytest.mark.parametrize("is_in_memory", [True, False])
+async def test_what_is_too_old_holds_up_nobody(case: Case, is_in_memory: bool) -> None:
+    for _ in range(20):
+        await queued(case.store, message(max_age_seconds=10))
+    one = await queued(case.store)
+    case.clock.ahead += 20
+    if not is_in_memory:
+        await case.store.page("", 1)
+    assert [lease.message_id for lease in await leased(case.store, most=1)] == [one]
+
+
+async def test_only_what_was_attempted_is_worth_a_warning_and_only_once(case: Case) -> None:
+    tried = await queued(case.store)
+    (lease,) = await leased(case.store)
+    await case.store.finish(lease, (), retry_in=1000)
+    await queued(case.store, message(due_in_seconds=1000))  # never attempted
+    await queued(case.store, message(sender=""))  # nobody to warn
+    await queued(case.store, message(kind=Kind.NOTIFICATION))
+    for lease in await leased(case.store):
+        await case.store.finish(lease, (), retry_in=1000)
+    assert await case.store.unwarned(10, 10) == []
+    case.clock.ahead += 11
+    assert [lease.message_id for lease in await case.store.unwarned(10, 10)] == [tried]
+    warning = message("app@example.com", sender="", destination="back", kind=Kind.NOTIFICATION)
+    assert await case.store.warn(tried, [(warning, HEADER + BODY)])
+    assert not await case.store.warn(tried, [(message(destination="back"), HEADER + BODY)])
+    assert not await case.store.warn(new_id(), ())
+    assert await case.store.unwarned(10, 10) == []
+    assert [lease.message_id for lease in await leased(case.store, destination="back")] == [warning.id]
+
+
+async def test_a_damaged_message_is_set_aside(case: Case) -> None:
+    one = await queued(case.store)
+    (lease,) = await leased(case.store)
+    await case.store.mark_corrupt(lease)
+    assert await leased(case.store) == []
+    assert (await case.store.show(one)).state is DeliveryState.CORRUPT
+    assert (await case.store.counts()).corrupt == 1
+    assert not await case.store.hold(one)
+    assert await case.store.release(one)
+    assert len(await leased(case.store)) == 1
+
+
+async def test_destinations_are_those_that_something_waits_for(case: Case) -> None:
+    assert list(await case.store.destinations()) == []
+    await queued(case.store, message(destination="a"))
+    await queued(case.store, message(destination="b"))
+    assert sorted(await case.store.destinations()) == ["a", "b"]
+
+
+# Ends and beginnings ---------------------------------------------------------------------------------------------
+
+
+async def test_an_orderly_end_gives_leases_back_uncounted(case: Case) -> None:
+    await queued(case.store)
+    await leased(case.store)
+    await case.store.close()
+    case.store = case.again()
+    recovery = await case.store.open()
+    assert (recovery.messages, recovery.interrupted) == (1, 0)
+    (lease,) = await leased(case.store)
+    assert (lease.attempt, lease.is_possible_duplicate) == (1, True)
+
+
+async def test_all_is_there_after_an_orderly_end(case: Case) -> None:
+    new = message("a@x.example", "b@x.example")
+    await put(case, new)
+    (lease,) = await leased(case.store)
+    await case.store.finish(
+        lease, [Verdict(0, End.DELIVERED), Verdict(1, None, replies.OUTCOME_UNKNOWN)],
+        retry_in=30, is_possible_duplicate=True,
+    )  # fmt: skip
+    held = await queued(case.store)
+    assert await case.store.hold(held)
+    before = [await case.store.show(one) for one in (new.id, held)]
+    tally = await case.store.tally()
+    await case.store.close()
+    await case.store.close()
+    case.store = case.again()
+    await case.store.open()
+    after = [await case.store.show(one) for one in (new.id, held)]
+    assert [_without_content(shown) for shown in after] == [_without_content(shown) for shown in before]
+    assert await case.store.read(after[0].content, 0, 1000) == HEADER + BODY
+    assert await case.store.tally() == tally
+    case.clock.ahead += 31
+    (lease,) = await leased(case.store)
+    assert (lease.message_id, lease.is_possible_duplicate, lease.attempt) == (new.id, True, 2)
+
+
+def _without_content(shown: object) -> str:
+    return repr(shown)  # a content is where its store says: no part of what it looks like
+
+
+async def test_a_closed_store_takes_nothing(case: Case) -> None:
+    await case.store.close()
+    with pytest.raises(SpoolError):
+        await queued(case.store)
+
+
+# Operators -------------------------------------------------------------------------------------------------------
+
+
+async def test_held_mail_waits_and_does_not_age(case: Case) -> None:
+    one = await queued(case.store, message(max_age_seconds=100))
+    expires_at = (await case.store.show(one)).expires_at
+    assert await case.store.hold(one)
+    assert not await case.store.hold(one)
+    assert await leased(case.store) == []
+    case.clock.ahead += 1000
+    assert await case.store.end_overdue(10) == []
+    assert await case.store.release(one)
+    assert (await case.store.show(one)).expires_at == pytest.approx(expires_at + 1000, abs=1)
+    assert not await case.store.release(one)
+    assert len(await leased(case.store)) == 1
+
+
+async def test_what_is_being_attempted_is_left_alone(case: Case) -> None:
+    one = await queued(case.store)
+    (lease,) = await leased(case.store)
+    assert not await case.store.hold(one)
+    assert not await case.store.retry(one)
+    assert not await case.store.release(one)
+    with pytest.raises(SpoolError, match="is being delivered"):
+        await case.store.delete(one)
+    await case.store.finish(lease, DELIVERED)
+
+
+async def test_retry_makes_it_due_now(case: Case) -> None:
+    one = await queued(case.store, message(due_in_seconds=1000))
+    assert await leased(case.store) == []
+    assert await case.store.retry(one)
+    assert len(await leased(case.store)) == 1
+
+
+async def test_what_is_removed_is_counted_with_its_recipients(case: Case) -> None:
+    one = await queued(case.store, message("a@x.example", "b@x.example"))
+    assert await case.store.delete(one) == 2
+    assert await case.store.tally() == {"accepted": 2, "removed": 2}
+    assert await case.store.page("", 10) == []
+
+
+async def test_expired_by_an_operator(case: Case) -> None:
+    one, held = await queued(case.store), await queued(case.store)
+    assert await case.store.hold(held)
+    assert await case.store.expire(one)
+    assert await case.store.expire(held)
+    assert (await case.store.show(one)).is_forced_to_expire
+    assert await leased(case.store) == []
+    assert {lease.message_id for lease in await case.store.end_overdue(10)} == {one, held}
+
+
+async def test_reset_begins_again(case: Case) -> None:
+    one = await queued(case.store)
+    for _ in range(3):
+        (lease,) = await leased(case.store)
+        await case.store.finish(lease, ())
+    case.clock.ahead += 100
+    assert await case.store.warn(one, ())
+    assert await case.store.unwarned(10, 10) == []
+    assert await case.store.expire(one)
+    assert await case.store.reset(one, 500.0)
+    shown = await case.store.show(one)
+    assert (shown.is_forced_to_expire, shown.attempts) == (False, 0)
+    assert shown.expires_at == pytest.approx(case.clock() + 500, abs=5)
+    assert await case.store.end_overdue(10) == []
+    (lease,) = await leased(case.store)
+    assert lease.attempt == 1
+    await case.store.finish(lease, (), retry_in=1000)
+    assert [lease.message_id for lease in await case.store.unwarned(10, 10)] == [one], "its sender is warned again"
+
+
+async def test_reset_leaves_a_sender_unwarned_who_is_nobody(case: Case) -> None:
+    one = await queued(case.store, message(sender=""))
+    await case.store.reset(one, 500.0)
+    (lease,) = await leased(case.store)
+    await case.store.finish(lease, (), retry_in=1000)
+    case.clock.ahead += 11
+    assert await case.store.unwarned(10, 10) == []
+
+
+@pytest.mark.parametrize("verb", ["show", "retry", "hold", "release", "expire", "delete"])
+async def test_there_is_no_such_message(case: Case, verb: str) -> None:
+    with pytest.raises(NoSuchMessage):
+        await getattr(case.store, verb)(new_id())
+    with pytest.raises(NoSuchMessage):
+        await case.store.reset(new_id(), 1.0)
+
+
+async def test_pages_follow_the_order_of_arrival(case: Case) -> None:
+    ids = [await queued(case.store) for _ in range(5)]
+    first = await case.store.page("", 2)
+    rest = await case.store.page(first[-1].id, 10)
+    assert [shown.id for shown in [*first, *rest]] == ids
+    assert await case.store.page(ids[-1], 10) == []
+
+
+async def test_a_message_is_found_by_what_people_know_of_it(case: Case) -> None:
+    one = await queued(case.store, message("ann@x.example", "bob@x.example", sender="app@y.example"))
+    other = await queued(case.store, message("bob@x.example", sender="cron@y.example"))
+    find = case.store.find
+    assert [shown.id for shown in await find(recipient="bob@x.example", most=9)] == [one, other]
+    assert [shown.id for shown in await find(recipient="bob@x.example", most=1)] == [one]
+    assert [shown.id for shown in await find(recipient="bob@x.example", sender="cron@y.example", most=9)] == [other]
+    assert [shown.id for shown in await find(trace_id=TRACE_ID, most=9)] == [one, other]
+    assert await find(trace_id="0" * 32, most=9) == []
+    assert await find(recipient="ob@x.example", most=9) == []
+
+
+async def test_counts(case: Case) -> None:
+    assert (await case.store.counts()).total == 0
+    await queued(case.store)
+    await leased(case.store)
+    await queued(case.store)
+    await queued(case.store, message(due_in_seconds=100))
+    held = await queued(case.store)
+    await case.store.hold(held)
+    counts = await case.store.counts()
+    assert counts.by_state() == {"ready": 1, "deferred": 1, "active": 1, "held": 1, "corrupt": 0}
+    assert counts.oldest_arrived_at == pytest.approx(case.clock(), abs=5)
+    assert counts.next_due_at == pytest.approx(case.clock() + 100, abs=5)
+
+
+# Time ------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_clock_that_is_set_back_makes_nothing_wait_longer(case: Case) -> None:
+    await queued(case.store, message(due_in_seconds=60))
+    far = await queued(case.store, message(due_in_seconds=172_800))
+    case.clock.ahead -= 86400
+    await case.store.housekeep()
+    _, due_in = await case.store.claim({"up": 10})
+    assert due_in == pytest.approx(60, abs=5)
+    assert (await case.store.show(far)).next_attempt_at == pytest.approx(case.clock() + 172_800, abs=5)
+
+
+async def test_what_waits_for_days_waits_for_days_after_a_restart(case: Case) -> None:
+    far = await queued(case.store, message(due_in_seconds=172_800))
+    due_at = (await case.store.show(far)).next_attempt_at
+    await case.store.close()
+    case.store = case.again()
+    await case.store.open()
+    await case.store.housekeep()
+    assert (await case.store.show(far)).next_attempt_at == pytest.approx(due_at, abs=0.01)
