@@ -24,7 +24,6 @@ from unittest import mock
 from otel_smtp.forwarding.settings import Strategy, UpstreamSettings
 from otel_smtp.forwarding.upstream import UpstreamForwarder
 from otel_smtp.net import Stream, Sweep
-from otel_smtp.observing import FanOut
 from otel_smtp.server.listener import Server
 from otel_smtp.server.policy import ListenerPolicy, ServerTimeouts
 from otel_smtp.smtp.policy import ServerLimits, ServerPolicy
@@ -157,7 +156,7 @@ async def _connect(*arguments: Any, **settings: Any) -> Stream:
     return stream
 
 
-Observers = Callable[[], FanOut]
+Observers = Callable[[], House]
 
 
 class Figures(NamedTuple):
@@ -176,18 +175,18 @@ class Figures(NamedTuple):
 @asynccontextmanager
 async def serving(observers: Observers, strategy: str = "transparent") -> AsyncIterator[Callable[["Client"], None]]:
     """A gateway in memory; gives what connects a client to it."""
-    observer = observers()
+    house = observers()
     sweep = Sweep()
     forwarder = UpstreamForwarder(
         [UpstreamSettings(name="sink", host="127.0.0.1", port=2525)],
-        strategy=Strategy(strategy), hostname="gateway.example.com", observer=observer, sweep=sweep,
+        strategy=Strategy(strategy), hostname="gateway.example.com", observer=house.observer, sweep=sweep,
     )  # fmt: skip
     limits = ServerLimits(messages_per_connection=sys.maxsize)
     policy = ListenerPolicy(
         "local", ServerPolicy("gateway.example.com", limits=limits), ServerTimeouts(),
         allow=(ipaddress.ip_network("127.0.0.0/8"),),
     )  # fmt: skip
-    server = Server([], forwarder, observer, connections=1000, connections_per_client=1000, sweep=sweep)
+    server = Server([], forwarder, house.observer, connections=1000, connections_per_client=1000, sweep=sweep)
 
     def accept(client: Client) -> None:
         server.accept(policy, client.attach(Stream()))
@@ -197,6 +196,7 @@ async def serving(observers: Observers, strategy: str = "transparent") -> AsyncI
         yield accept
         await server.drain(0)
         await forwarder.close(grace_seconds=0)
+    house.close()
 
 
 async def measure(
@@ -284,7 +284,7 @@ def _name(code: CodeType) -> str:
 
 
 def _house(**parts: bool) -> Observers:
-    return lambda: House(**parts).observer
+    return lambda: House(**parts)
 
 
 OBSERVERS: Final[dict[str, Observers]] = {
