@@ -70,7 +70,7 @@ class DeliveryState(StrEnum):
 
 
 class End(StrEnum):
-    """How an accepted recipient ended; each ends as exactly one of these (P3)."""
+    """How an accepted recipient ended; each ends as exactly one of these."""
 
     DELIVERED = "delivered"
     FAILED = "failed"  # refused for good; bounced where the sender wants to know
@@ -83,6 +83,12 @@ class Kind(StrEnum):
 
     MAIL = "mail"  # a client's
     NOTIFICATION = "notification"  # a bounce or a warning of ours
+
+
+def trace_id_of(carrier: Mapping[str, str]) -> str | None:
+    """The trace id of a stored trace context (W3C Trace Context 3.2); None where there is none."""
+    parts = carrier.get("traceparent", "").split("-")
+    return parts[1] if len(parts) >= 4 else None
 
 
 @dataclass(frozen=True, slots=True)

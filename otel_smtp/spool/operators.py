@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mappin
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from otel_smtp.spool.messages import DeliveryState, Shown, SpoolError
+from otel_smtp.spool.messages import DeliveryState, Shown, SpoolError, trace_id_of
 from otel_smtp.spool.store import Store
 
 logger: Final = logging.getLogger("otel_smtp.spool.operators")
@@ -160,7 +160,6 @@ def _ids(request: Answer) -> Sequence[str]:
 
 def as_answer(shown: Shown) -> Answer:
     """A message as operators' tools read it; the names are those of Postfix's `postqueue -j` where it has them."""
-    parts = shown.carrier.get("traceparent", "").split("-")
     return {
         "queue_name": _queue_name(shown),
         "queue_id": shown.id,
@@ -177,7 +176,7 @@ def as_answer(shown: Shown) -> Answer:
         ],
         "attempts": shown.attempts,
         "next_attempt": shown.next_attempt_at,
-        "trace_id": parts[1] if len(parts) >= 4 else None,
+        "trace_id": trace_id_of(shown.carrier),
     }
 
 

@@ -22,7 +22,7 @@ from otel_smtp.spool.dsn.report import (
     returns_content,
     wanted,
 )
-from otel_smtp.spool.messages import ContentLost, Kind, Lease, NewMessage, SpooledRecipient, new_id
+from otel_smtp.spool.messages import ContentLost, Kind, Lease, NewMessage, SpooledRecipient, new_id, trace_id_of
 from otel_smtp.spool.store import Notice, Store
 
 logger: Final = logging.getLogger("otel_smtp.spool.dsn.notices")
@@ -102,7 +102,7 @@ class Notices:
             arrived=_date(lease.arrived_at),
             now=_date(now),
             message_id=f"<{message_id}@{self._hostname}>",
-            trace_id=_trace_id(lease),
+            trace_id=trace_id_of(lease.carrier),
             eight_bit=self._relay.capabilities().eight_bit_mime,
         )
         mail, recipient = envelope(lease.mail, is_ascii=content.isascii())
@@ -129,8 +129,3 @@ class Notices:
 
 def _date(seconds: float) -> datetime:
     return datetime.fromtimestamp(seconds, UTC)
-
-
-def _trace_id(lease: Lease) -> str | None:
-    parts = lease.carrier.get("traceparent", "").split("-")
-    return parts[1] if len(parts) >= 4 else None

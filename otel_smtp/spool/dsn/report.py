@@ -7,7 +7,7 @@ standard library's email package would fold, reorder or re-encode what is return
 Two rules hold for every part:
 
 * Whatever a peer wrote (addresses, ENVID, ORCPT, the upstream's replies, its name) stands in one place each, as the
-  value that `_clean` leaves of it: nothing of it can begin a line, a field, a part, or a message (P13). A boundary that
+  value that `_clean` leaves of it: nothing of it can begin a line, a field, a part, or a message. A boundary that
   occurs in a part is exchanged for another one.
 * The original is returned as it came, or not at all. A header block that is no plain text is encoded, which
   `text/rfc822-headers` may be; `message/rfc822` may not (RFC 2046 5.2.1), so that an original with octets that no

@@ -17,6 +17,7 @@ from otel_smtp.spool.messages import (
     SpooledRecipient,
     StaleLease,
     Verdict,
+    trace_id_of,
 )
 
 _MOST_TELLING: Final = (DeliveryState.LEASED, DeliveryState.CORRUPT, DeliveryState.HELD, DeliveryState.READY)
@@ -242,8 +243,7 @@ class Entry:
     @property
     def trace_id(self) -> str | None:
         """Of the transaction that brought it."""
-        parts = self.carrier.get("traceparent", "").split("-")
-        return parts[1] if len(parts) >= 4 else None
+        return trace_id_of(self.carrier)
 
     def fits(self, trace_id: str | None, sender: str | None, recipient: str | None) -> bool:
         """Whether it is what is looked for; None: anything."""
