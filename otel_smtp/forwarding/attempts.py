@@ -289,7 +289,7 @@ class Attempts(ABC):
         self._work(self)
 
     def _nobody_left(self) -> Reply:
-        """What the client is told: rather that it may try again than that it may not."""
+        """The reply to the client: rather that it may try again than that it may not."""
         faults = self._faults
         tried = [fault for fault in faults if not isinstance(fault, NoConnectionFree)] or faults
         reply = next((fault.reply for fault in reversed(tried) if fault.reply.is_transient), None)

@@ -34,7 +34,7 @@ class Content:
         header: the whole header block, as it came.
         pieces: the body, while it is in memory; None: it is in the file, see `read`.
         body_octets: of all that follows the header block, the empty line included.
-        failure: what the client is told if the message could not be held; from then on it is taken, and dropped.
+        failure: the reply to the client if the message could not be held; from then on it is taken, and dropped.
     """
 
     __slots__ = (

@@ -13,7 +13,7 @@ class UpstreamFault(Exception):
     """An upstream could not be used.
 
     Attributes:
-        reply: what the client is told if no other upstream is left.
+        reply: the reply to the client if no other upstream is left.
         upstream_reply: the upstream's own reply that caused it, if it gave one.
     """
 

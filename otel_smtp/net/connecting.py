@@ -33,7 +33,7 @@ async def connect(
         server_hostname: the name that the certificate must have; `host` where None.
 
     Raises:
-        OSError: no address could be had, or none connected; ConnectionError among them.
+        OSError: the name has no address, or none of them accepts; ConnectionError among them.
         ssl.SSLError: the handshake failed.
         TimeoutError: all together took too long.
     """

@@ -68,7 +68,7 @@ async def listen(
         reuse_port: several processes share the port (SO_REUSEPORT).
 
     Raises:
-        OSError: the address cannot be had.
+        OSError: the address cannot be bound.
     """
     loop = asyncio.get_running_loop()
 
