@@ -42,24 +42,33 @@ def list_(context: click.Context, *, spool: Path | None, as_json: bool) -> None:
     The oldest come first.
     """
 
-    async def work(answers: AsyncIterator[Any]) -> None:
-        if as_json:
-            async for answer in answers:
-                _print_row(answer, as_json=True)
-            return
-        from otel_smtp.commands.terminal.listing import Listing
+    _do(context, spool, {"command": "list"}, _list_as_json if as_json else _list)
 
-        output = console()
-        listing = Listing(width=output.width if output.is_terminal else None)
-        lines = listing.heading()
-        async for answer in answers:
-            for line in (*lines, *listing.lines(answer)):
-                output.print(line, soft_wrap=not output.is_terminal)
-            lines = ()
-        for line in listing.summary():
-            output.print(line, soft_wrap=not output.is_terminal)
 
-    _do(context, spool, {"command": "list"}, work)
+@queue.command()
+@click.option("--trace", "trace_id", metavar="ID", help="Trace id, as the final 250 gives it.")
+@click.option("--sender", metavar="ADDRESS", help="Sender of the envelope.")
+@click.option("--recipient", metavar="ADDRESS", help="One of its recipients.")
+@spool_option
+@json_option
+@click.pass_context
+def find(
+    context: click.Context,
+    *,
+    trace_id: str | None,
+    sender: str | None,
+    recipient: str | None,
+    spool: Path | None,
+    as_json: bool,
+) -> None:
+    """Find messages by trace, sender or recipient.
+
+    With several, messages that fit all of them. At most 1000, the oldest first.
+    """
+    known = {"trace_id": trace_id, "sender": sender, "recipient": recipient}
+    if not any(known.values()):
+        fail(WRONG, "queue find: give --trace, --sender or --recipient")
+    _do(context, spool, {"command": "find", **known}, _list_as_json if as_json else _list)
 
 
 @queue.command()
@@ -207,6 +216,25 @@ def counts(context: click.Context, *, spool: Path | None) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------
+
+
+async def _list(answers: AsyncIterator[Any]) -> None:
+    from otel_smtp.commands.terminal.listing import Listing
+
+    output = console()
+    listing = Listing(width=output.width if output.is_terminal else None)
+    lines = listing.heading()
+    async for answer in answers:
+        for line in (*lines, *listing.lines(answer)):
+            output.print(line, soft_wrap=not output.is_terminal)
+        lines = ()
+    for line in listing.summary():
+        output.print(line, soft_wrap=not output.is_terminal)
+
+
+async def _list_as_json(answers: AsyncIterator[Any]) -> None:
+    async for answer in answers:
+        _print_row(answer, as_json=True)
 
 
 def _print_row(row: dict[str, Any], *, as_json: bool) -> None:

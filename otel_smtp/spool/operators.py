@@ -25,8 +25,9 @@ logger: Final = logging.getLogger("otel_smtp.spool.operators")
 
 PAGE: Final = 200  # messages that are read at a time: mail must not wait for a long list
 PIECE_OCTETS: Final = 48 * 1024  # of content, in a line of an answer
+MOST_FOUND: Final = 1000
 MOST_REQUEST_OCTETS: Final = 4 * 1024 * 1024
-COMMANDS: Final = ("list", "show", "retry", "hold", "release", "expire", "delete", "reset", "export", "counts")
+COMMANDS: Final = ("list", "find", "show", "retry", "hold", "release", "expire", "delete", "reset", "export", "counts")
 
 Answer = Mapping[str, Any]
 
@@ -60,7 +61,7 @@ class Operations:
         """Do one command.
 
         Args:
-            request: `command`; `ids`, or `all`; for `show` and `export`, `content`.
+            request: `command`; `ids`, or `all`; for `find`, what is known: `trace_id`, `sender`, `recipient`.
 
         Raises:
             SpoolError: it is not understood, or the spool is broken.
@@ -69,7 +70,12 @@ class Operations:
             case "counts":
                 yield await self._counts()
             case "list":
-                async for shown in self._all():
+                async for listed in self._all():
+                    yield as_answer(listed)
+            case "find":
+                trace_id, sender, recipient = _known(request)
+                found = await self._store.find(trace_id=trace_id, sender=sender, recipient=recipient, most=MOST_FOUND)
+                for shown in found:
                     yield as_answer(shown)
             case "show" | "export" as command:
                 for message_id in _ids(request):
@@ -156,6 +162,13 @@ def _ids(request: Answer) -> Sequence[str]:
     if not isinstance(ids, list) or not ids or not all(isinstance(one, str) for one in ids):
         raise SpoolError("which messages? give their ids")
     return ids
+
+
+def _known(request: Answer) -> Sequence[str | None]:
+    known = [request.get(name) for name in ("trace_id", "sender", "recipient")]
+    if not any(known) or not all(one is None or isinstance(one, str) for one in known):
+        raise SpoolError("which messages? give their trace id, sender or recipient")
+    return known
 
 
 def as_answer(shown: Shown) -> Answer:

@@ -93,12 +93,18 @@ def test_an_export_has_the_message_and_its_envelope(running: GatewayProcess, tmp
 def test_a_queued_message_has_its_trace_id(running: GatewayProcess, tmp_path: Path) -> None:
     traces = {line["smtp.spool.id"]: line["trace_id"] for line in running.log if line["event"] == "smtp.transaction"}
     assert {row["queue_id"]: row["trace_id"] for row in rows(tmp_path / "spool")} == traces
+    (trace_id,) = set(traces.values())  # they came over one connection
+    assert all(spool_id in queue(tmp_path / "spool", "find", "--trace", trace_id).stdout for spool_id in traces)
+    assert "1 message, " in queue(tmp_path / "spool", "find", "--recipient", "user1@example.net").stdout
+    every = queue(tmp_path / "spool", "find", "--sender", "app@example.com", "--json").stdout
+    assert {json.loads(line)["queue_id"] for line in every.splitlines()} == set(traces)
 
 
 @pytest.mark.parametrize(
     ("arguments", "status", "told"),
     [
         (("hold",), 2, "no messages named"),
+        (("find",), 2, "give --trace, --sender or --recipient"),
         (("delete", "--all"), 2, "add --yes to confirm"),
         (("show", "nothing"), 1, "no message nothing"),
         (("shape", "--by", "colour"), 2, "is not one of 'domain', 'sender', 'reason'"),

@@ -46,6 +46,29 @@ async def test_a_list_without_a_gateway(tmp_path: Path) -> None:
         assert first["trace_id"] == TRACE_ID
 
 
+@pytest.mark.parametrize(
+    ("known", "found"),
+    [
+        ({"trace_id": TRACE_ID}, [0, 1, 2]),
+        ({"recipient": "user1@example.net"}, [1]),
+        ({"sender": "app@example.com", "recipient": "user2@example.net"}, [2]),
+        ({"trace_id": TRACE_ID, "sender": "somebody.else@example.com"}, []),
+        ({"trace_id": "0" * 32}, []),
+    ],
+)
+async def test_what_is_known_of_a_message_finds_it(tmp_path: Path, known: dict[str, str], found: list[int]) -> None:
+    async with filled(tmp_path / "spool") as ids:
+        answers = await asked(tmp_path / "spool", "find", **known)
+        assert [answer["queue_id"] for answer in answers] == [ids[number] for number in found]
+
+
+@pytest.mark.parametrize("known", [{}, {"trace_id": 5}, {"sender": None}])
+async def test_a_search_for_nothing_is_refused(tmp_path: Path, known: dict[str, Any]) -> None:
+    async with filled(tmp_path / "spool"):
+        with pytest.raises(SpoolError, match="which messages"):
+            await asked(tmp_path / "spool", "find", **known)
+
+
 async def test_hold_release_expire_reset_and_delete(tmp_path: Path) -> None:
     spool = tmp_path / "spool"
     async with filled(spool) as (one, two, three):
