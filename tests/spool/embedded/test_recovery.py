@@ -51,7 +51,12 @@ async def opened(path: Path, **more: object) -> AsyncIterator[tuple[EmbeddedStor
 def left_by_a_crash(store: EmbeddedStore) -> Path:
     """The files as a process leaves them that is killed now; the lock goes with the process."""
     copy = store.directory.path.with_name(f"crashed-{new_id()}")
-    shutil.copytree(store.directory.path, copy, ignore=shutil.ignore_patterns("LOCK", "control", "spare*"))
+    while True:
+        try:
+            shutil.copytree(store.directory.path, copy, ignore=shutil.ignore_patterns("LOCK", "control", "spare*"))
+            break
+        except shutil.Error:  # a segment was given up meanwhile: what was copied is no moment's state
+            shutil.rmtree(copy)
     return copy
 
 
