@@ -114,8 +114,8 @@ class SpoolDirectory:
         try:
             self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._refuse_remote(self.path)
+            self.path.chmod(0o700)  # first: a umask may have taken our own rights as well
             self._own()
-            self.path.chmod(0o700)
             for name in _DIRECTORIES:
                 (self.path / name).mkdir(mode=0o700, exist_ok=True)
                 (self.path / name).chmod(0o700)

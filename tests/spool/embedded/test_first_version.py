@@ -27,7 +27,9 @@ BODY_OF_THE_LARGE_ONE = b"\r\n" + b"0123456789abcdef\r\n" * 8000
 
 def spool_of(kind: str, directory: Path) -> Path:
     with tarfile.open(ARCHIVE) as archive:
-        archive.extractall(directory, filter="data")
+        # Debian 12's Python has no filters yet, and takes no argument for one.
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)
+        archive.extractall(directory)
     return directory / kind
 
 
