@@ -79,7 +79,7 @@ class Stream(asyncio.BufferedProtocol):
         is_lost: the transport is gone.
         receiver: see the head of the module; set it by `receive_by`.
         is_write_paused: more than `HIGH_WATER_OCTETS` are unsent: give it no more.
-        on_lost: called once, when `is_eof` becomes true; for whoever keeps a connection and does not read from it.
+        on_lost: called once, when `is_eof` becomes true; for owners that keep a connection and do not read from it.
     """
 
     __slots__ = (
@@ -218,7 +218,7 @@ class Stream(asyncio.BufferedProtocol):
         return data
 
     async def read_sparingly(self, octets: int) -> bytes:
-        """At most `octets`; what follows stays with the kernel, for whoever reads next (TLS behind a PROXY header).
+        """At most `octets`; what follows stays with the kernel, for the next reader (TLS behind a PROXY header).
 
         Reading must have been paused since the connection was accepted, and is paused when this returns.
 
@@ -380,7 +380,7 @@ class Stream(asyncio.BufferedProtocol):
                     context,
                     server_side=server_side,
                     server_hostname=server_hostname,
-                    ssl_handshake_timeout=timeout_seconds + 60,  # ours comes first, and is told apart
+                    ssl_handshake_timeout=timeout_seconds + 60,  # ours comes first, and has its own error
                     ssl_shutdown_timeout=TLS_SHUTDOWN_SECONDS,
                 )
                 transport = await (self._handed_over(handshake, clear) if from_first_octet else handshake)

@@ -39,7 +39,7 @@ class Observer:
         """A transaction is over; called before the client can see its final reply.
 
         Its deliveries are in the record. One that is still under way (the client is gone, and the upstream's answer is
-        awaited for the record) is told by `delivery_ended`.
+        awaited for the record) comes by `delivery_ended`.
         """
 
     def delivery_ended(self, delivery: DeliveryRecord) -> None:

@@ -49,7 +49,7 @@ class ConnectionRecord:
         transitions: those of the present segment, the oldest first. Recorded before the client can see the reply
             that goes with them.
         replies: of the present segment: the verb that was answered, "other", or None; and the reply.
-        earlier: the last transitions of the segments before, for whoever shows a path.
+        earlier: the last transitions of the segments before, for views that show a path.
         octets_received, octets_sent: of the application, set when the connection is closed.
         close_reason: None while it is open. `closed_ns`: when it was closed; 0 while it is open.
         trace: what tracing keeps of the present segment.

@@ -294,8 +294,8 @@ class Session:
         self._conclude()
 
     def _conclude(self) -> None:
-        """Every call from outside ends here: what was recorded is told, what was decided is written, and what has
-        ended is closed."""
+        """Every call from outside ends here: observers hear what was recorded, what was decided is written, and what
+        has ended is closed."""
         self._is_busy = False
         protocol, house, record = self._protocol, self._house, self.record
         if house.is_draining and not protocol.is_in_transaction:

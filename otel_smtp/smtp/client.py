@@ -262,7 +262,7 @@ class ClientProtocol:
 
         Never raises: what breaks the protocol sets `fault`, behind the answers that came before it. It goes no further
         than the answer to the last command; what lies behind is judged by the next call, and until then `is_in_step` is
-        false. Nothing is read behind a 421, or a refusal in the midst of the content.
+        false. Nothing is read behind a 421, or a refusal that comes before the content has ended.
 
         Args:
             data: as read from the network, any length; b"" only judges what has been left over.
@@ -336,7 +336,7 @@ class ClientProtocol:
     def _take_unasked(self, reply: Reply, answers: list[Answer]) -> None:
         """A reply without a command: a farewell, or a refusal of the content before its end."""
         if reply.code >= 400 and self._is_open:
-            self._is_closing = True  # in the midst of the content there is no way back
+            self._is_closing = True  # before the end of the content there is no way back
             answers.append(Answer(Verb.CONTENT, reply))
         elif reply.code == 421:
             answers.append(Answer(None, reply))

@@ -1,6 +1,7 @@
 """What is found after a crash, with a damaged disk, or without an index: nothing that was answered is lost."""
 
 import asyncio
+import gc
 import os
 import shutil
 import sqlite3
@@ -609,3 +610,14 @@ async def test_a_damaged_content_that_moves_stays_damaged(tmp_path: Path) -> Non
     (path / "index.db").unlink()
     async with opened(path) as (store, _):
         assert not await store.is_intact((await store.show(damaged)).content)
+
+
+async def test_the_garbage_collector_runs_again_after_the_index_was_made_again(tmp_path: Path) -> None:
+    path = tmp_path / "spool"
+    async with opened(path) as (store, _):
+        await queued(store)
+    (path / "index.db").unlink()
+    assert gc.isenabled()
+    async with opened(path) as (store, recovery):
+        assert any("made again" in remark for remark in recovery.remarks)
+        assert gc.isenabled()
