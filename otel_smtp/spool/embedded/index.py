@@ -216,17 +216,20 @@ class Index:
             values,
         )
         entries = [_entry(*row) for row in rows]
-        # When a delivery is due is its own row's to say: a clock that is set back moves the rows alone.
+        # When a delivery is due is its own row's to say: a clock that is set back moves the rows alone. So is whether
+        # it is leased (`note_leased`).
         by_id = {entry.id: entry for entry in entries}
         for start in range(0, len(entries), _ROWS_AT_ONCE):
             part = [entry.id for entry in entries[start : start + _ROWS_AT_ONCE]]
             marks = ",".join("?" * len(part))
-            for message_id, number, due in self._database.execute(
-                f"SELECT id, number, due FROM delivery WHERE id IN ({marks})",  # noqa: S608
+            for message_id, number, due, state in self._database.execute(
+                f"SELECT id, number, due, state FROM delivery WHERE id IN ({marks})",  # noqa: S608
                 part,
             ):
                 if (delivery := by_id[message_id].delivery(number)) is not None:
                     delivery.due_ms = due
+                    if state == DeliveryState.LEASED:
+                        delivery.state = DeliveryState.LEASED
         return entries
 
     def move(self, milliseconds: int, meta: Mapping[str, Any]) -> int:

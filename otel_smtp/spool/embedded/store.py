@@ -166,8 +166,6 @@ class EmbeddedStore:
             interrupted = sum(one.state is DeliveryState.LEASED for entry in leased for one in entry.deliveries)
             for entry in leased:
                 self._to_memory(entry)
-                if not entry.is_leased:  # it was about to be: its row says so, and the log does not
-                    self._note(entry, self._the_log.told)
             await self._take_back(leased, self._crashes_allowed, held)
             await self._move(recovered.clock_jump_ms)
             carried = await first_version.carry_over(self.directory, self._add_carried)
@@ -390,18 +388,31 @@ class EmbeddedStore:
             raise SpoolError("the spool is closed")
         self._log.append(step, is_urgent=is_urgent or self._is_closing)
 
-    async def _append(self, parts: Sequence[Part], *, ended: Mapping[str, int] | None = None) -> Step:
-        """Write records that concern no message in particular."""
-        answer: asyncio.Future[Step] = self._loop.create_future()
+    async def _append(
+        self,
+        parts: Sequence[Part],
+        *,
+        ended: Mapping[str, int] | None = None,
+        durable: Callable[[Step], None] = lambda _: None,
+    ) -> None:
+        """Write records.
+
+        Args:
+            durable: notes what they say, called before the records behind them are told of. Whoever waits for this
+                call goes on later than that, when the index may be said to be complete up to a later record.
+        """
+        answer: asyncio.Future[None] = self._loop.create_future()
 
         def done(step: Step, error: SpoolError | None) -> None:
             if error is not None:
                 _fail(answer, error)
-            elif not answer.done():
-                answer.set_result(step)
+                return
+            durable(step)
+            if not answer.done():
+                answer.set_result(None)
 
         self._start(Step(parts, done, ended=ended or {}, is_result=True))
-        return await answer
+        await answer
 
     def _change(
         self,
@@ -733,18 +744,21 @@ class EmbeddedStore:
             for _, changed, leased in changes.values()
             for one in leased
         ]
+
+        def durable(step: Step) -> None:
+            position = (step.segment, step.places[0][0])
+            for entry, changed, _ in changes.values():
+                changed.place = entry.place
+                self._set_free(entry)
+                self._note(changed, position)
+
         try:
-            step = await self._append([(RecordKind.LEASE, dumps(told), ())])
+            await self._append([(RecordKind.LEASE, dumps(told), ())], durable=durable)
         except SpoolError:
             for entry, _, _ in changes.values():
                 self._set_free(entry)
                 self._waiting.offer(entry)
             raise
-        position = (step.segment, step.places[0][0])
-        for entry, changed, _ in changes.values():
-            changed.place = entry.place
-            self._set_free(entry)
-            self._note(changed, position)
         rows = [
             (changed.id, one.number)
             for entry, changed, leased in changes.values()
@@ -1064,16 +1078,17 @@ class EmbeddedStore:
         if milliseconds >= 0:
             return 0
         await self._flush_all()
-        await self._append([(RecordKind.CLOCK, dumps({"moved_ms": milliseconds, "ended": {}}), ())])
-        for entry in self._hot.values():
-            for one in entry.deliveries:
-                if one.state is DeliveryState.READY:
-                    one.due_ms += milliseconds
-                    self._waiting.offer_one(entry, one)
-        index, position = self._the_index, self._position()
-        meta = {"segment": position[0], "at": position[1], "marker": self._marker(position[0])}
-        moved = await self._in_index(lambda: index.move(milliseconds, meta))
-        self._seen_position = position
+        async with self._flushing:  # else the index could be said to be complete behind the record before it has moved
+            await self._append([(RecordKind.CLOCK, dumps({"moved_ms": milliseconds, "ended": {}}), ())])
+            for entry in self._hot.values():
+                for one in entry.deliveries:
+                    if one.state is DeliveryState.READY:
+                        one.due_ms += milliseconds
+                        self._waiting.offer_one(entry, one)
+            index, position = self._the_index, self._position()
+            meta = {"segment": position[0], "at": position[1], "marker": self._marker(position[0])}
+            moved = await self._in_index(lambda: index.move(milliseconds, meta))
+            self._seen_position = position
         return moved
 
     def _marker(self, segment: int) -> str:
@@ -1149,14 +1164,16 @@ class EmbeddedStore:
                 if zlib.crc32(content[0]) != entry.place.crc:
                     # As it is: who needs it finds out, and it stays damaged.
                     logger.critical("a queued content is damaged", extra={"spool_id": message_id})
-            crc = entry.place.crc
-            step = await self._append([_message_part(entry, content, crc, is_new=False)])
+            crc, before = entry.place.crc, entry.place
+
+            def durable(step: Step) -> None:
+                self._leave(before)
+                entry.place = self._place(entry, step, 0, crc)
+                self._note(entry, (step.segment, step.places[0][0]))
+
+            await self._append([_message_part(entry, content, crc, is_new=False)], durable=durable)
         finally:
             self._set_free(entry)
-        self._leave(entry.place)
-        place = self._place(entry, step, 0, crc)
-        entry.place = place
-        self._note(entry, (step.segment, step.places[0][0]))
         return True
 
 

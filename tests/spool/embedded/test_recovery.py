@@ -6,6 +6,7 @@ import os
 import shutil
 import sqlite3
 import stat
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -26,7 +27,7 @@ from otel_smtp.spool.messages import (
     new_id,
 )
 from otel_smtp.spool.store import Recovery
-from tests.spool.messages import BODY, HEADER, leased, message, queued
+from tests.spool.messages import BODY, HEADER, leased, message, queued, written
 from tests.spool.queueing import eventually
 from tests.spool.stores import SEGMENT_OCTETS, alter
 
@@ -102,16 +103,58 @@ async def test_an_attempt_that_a_crash_cut_short_counts_and_may_have_succeeded(s
         assert (lease.attempt, lease.is_possible_duplicate) == (2, True)
 
 
-async def test_a_crash_in_the_midst_of_a_lease_that_the_log_does_not_know_leaves_it_ready(store: EmbeddedStore) -> None:
-    one = await queued(store)
+async def test_a_delivery_that_only_the_index_calls_leased_may_have_succeeded(store: EmbeddedStore) -> None:
+    await queued(store)
     await store.page("", 1)  # it is in the index
     crashed = left_by_a_crash(store)
     database = sqlite3.connect(crashed / "index.db")
     database.execute("UPDATE delivery SET state = 'leased'")
     database.commit()
     database.close()
-    async with opened(crashed) as (after, _):
-        assert [lease.message_id for lease in await leased(after)] == [one]
+    async with opened(crashed) as (after, recovery):
+        assert recovery.interrupted == 1
+        (lease,) = await leased(after)
+        assert lease.is_possible_duplicate
+
+
+async def test_an_attempt_that_began_beside_new_mail_is_known_after_a_crash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The record of the lease comes before that of the new message: the index must not be said to be complete up to
+    the latter while it does not know the former."""
+    async with opened(tmp_path / "first") as (store, _):
+        old = await queued(store)
+    may_sync = threading.Event()
+    may_sync.set()
+    fdatasync = os.fdatasync
+
+    def sync_when_told(file: int) -> None:
+        assert may_sync.wait(30)
+        fdatasync(file)
+
+    monkeypatch.setattr(os, "fdatasync", sync_when_told)
+    async with opened(tmp_path / "first") as (store, _):  # the old one is in the index alone
+        may_sync.clear()
+        first = store.submit(message(destination="elsewhere"), await written(store.draft()), lease=False)
+        await eventually(lambda: not store._the_log._steps)  # its sync has begun; what follows shares the next one
+        claiming = asyncio.ensure_future(store.claim({"up": 1}))
+        await eventually(lambda: len(store._the_log._steps) == 1)
+        second = store.submit(message(destination="elsewhere"), await written(store.draft()), lease=False)
+        may_sync.set()
+        claimed, _ = await claiming
+        await asyncio.gather(first, second)
+        assert [lease.message_id for lease, _ in claimed] == [old]
+        store._unindexed.pop(next(iter(store._unindexed)))  # as if it had come and gone
+        await store._flush(before=float("-inf"))  # writes no message, only up to where the index is complete
+        crashed = left_by_a_crash(store)
+    database = sqlite3.connect(crashed / "index.db")
+    database.execute("UPDATE delivery SET state = 'ready' WHERE destination = 'up'")  # the log alone has to tell
+    database.commit()
+    database.close()
+    async with opened(crashed) as (after, recovery):
+        assert recovery.interrupted == 1
+        (lease,) = await leased(after)
+        assert (lease.message_id, lease.is_possible_duplicate) == (old, True)
 
 
 async def test_what_is_part_of_three_crashes_is_held(store: EmbeddedStore) -> None:
