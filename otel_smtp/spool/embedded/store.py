@@ -707,7 +707,8 @@ class EmbeddedStore:
             for entry in await self._in_index(lambda: index.load(cold)):
                 if entry.id not in self._unindexed:
                     self._to_memory(entry)
-        for _, message_id, number, _ in candidates:
+        # What was in memory when it was looked there, and in the index when it was looked there, has been found twice.
+        for message_id, number in dict.fromkeys((one[1], one[2]) for one in candidates):
             entry_now = self._hot.get(message_id)
             delivery = entry_now.delivery(number) if entry_now is not None else None
             if entry_now is None or delivery is None:
