@@ -676,9 +676,16 @@ class EmbeddedStore:
     ) -> tuple[Sequence[tuple[Lease, Sequence[bytes] | None]], float | None]:
         """See `Store.claim`."""
         now_ms = self._now_ms()
-        chosen: list[tuple[Entry, DeliveryEntry]] = []
+        found: list[tuple[Entry, DeliveryEntry]] = []
         for destination, most in wanted.items():
-            chosen += await self._choose(destination, most, now_ms)
+            found += await self._choose(destination, most, now_ms)
+        chosen: list[tuple[Entry, DeliveryEntry]] = []
+        for entry, delivery in found:
+            # While the next destination was looked at, an operator may have held it, or it may have left memory.
+            if (known := self._hot.get(entry.id)) is entry and self._may_be_leased(entry, delivery, now_ms):
+                chosen.append((entry, delivery))
+            elif known is not None:
+                self._waiting.offer(known)
         leases = await self._lease(chosen) if chosen else []
         contents = await self._small_contents([entry for entry, _ in leases])
         next_due = await self._next_due(list(wanted))

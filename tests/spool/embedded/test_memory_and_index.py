@@ -1,35 +1,88 @@
-"""Messages that go from memory to the index while something else is done with them."""
+"""Messages that go from memory to the index, or change, while something else is done with them."""
 
 import asyncio
 import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
+import pytest
+
 from otel_smtp.spool.embedded import EmbeddedStore
+from otel_smtp.spool.messages import DeliveryState
 from tests.spool.messages import message, queued
 from tests.spool.stores import SEGMENT_OCTETS
 
 
-def _at(path: Path) -> EmbeddedStore:
-    return EmbeddedStore(path, least_free_octets=0, segment_octets=SEGMENT_OCTETS)
-
-
-async def test_what_is_written_to_the_index_while_it_is_claimed_is_claimed_once(tmp_path: Path) -> None:
-    before = _at(tmp_path / "spool")
-    await before.open()
-    in_the_index = await queued(before, message(sender="one@example.com"))
-    await before.close()
-    store = _at(tmp_path / "spool")
+@asynccontextmanager
+async def opened(path: Path) -> AsyncIterator[EmbeddedStore]:
+    store = EmbeddedStore(path, least_free_octets=0, segment_octets=SEGMENT_OCTETS)
     await store.open()
-    in_memory = await queued(store, message(sender="two@example.com"))
+    try:
+        yield store
+    finally:
+        await store.close()
+
+
+@pytest.fixture
+async def in_the_index(tmp_path: Path) -> str:
+    """The id of a message for `up` in the spool below `tmp_path`, which no store has in memory."""
+    async with opened(tmp_path / "spool") as store:
+        return await queued(store, message(sender="one@example.com"))
+
+
+@asynccontextmanager
+async def index_held(store: EmbeddedStore) -> AsyncIterator[None]:
+    """Within, the index does nothing yet of what it is asked."""
     may_go_on = threading.Event()
     held = asyncio.ensure_future(store._in_index(lambda: may_go_on.wait(30)))
     await asyncio.sleep(0)
-    flushing = asyncio.ensure_future(store.page("", 10))
-    await asyncio.sleep(0)
-    claiming = asyncio.ensure_future(store.claim({"up": 10}))
-    await asyncio.sleep(0)
-    may_go_on.set()
-    claimed, _ = await claiming
-    await asyncio.gather(held, flushing)
-    assert sorted(lease.message_id for lease, _ in claimed) == [in_the_index, in_memory]
-    await store.close()
+    try:
+        yield
+    finally:
+        may_go_on.set()
+        await held
+
+
+async def test_what_is_written_to_the_index_while_it_is_claimed_is_claimed_once(
+    tmp_path: Path, in_the_index: str
+) -> None:
+    async with opened(tmp_path / "spool") as store:
+        in_memory = await queued(store, message(sender="two@example.com"))
+        async with index_held(store):
+            flushing = asyncio.ensure_future(store.page("", 10))
+            await asyncio.sleep(0)
+            claiming = asyncio.ensure_future(store.claim({"up": 10}))
+            await asyncio.sleep(0)
+        claimed, _ = await claiming
+        await flushing
+        assert sorted(lease.message_id for lease, _ in claimed) == [in_the_index, in_memory]
+
+
+async def test_what_an_operator_holds_while_another_destination_is_looked_at_is_not_claimed(
+    tmp_path: Path, in_the_index: str
+) -> None:
+    async with opened(tmp_path / "spool") as store:
+        in_memory = await queued(store, message(destination="elsewhere"))
+        async with index_held(store):
+            claiming = asyncio.ensure_future(store.claim({"elsewhere": 10, "up": 10}))
+            await asyncio.sleep(0)
+            assert await store.hold(in_memory)
+        claimed, _ = await claiming
+        assert [lease.message_id for lease, _ in claimed] == [in_the_index]
+        assert (await store.show(in_memory)).state is DeliveryState.HELD
+
+
+async def test_what_an_operator_makes_due_while_another_destination_is_looked_at_is_claimed_the_next_time(
+    tmp_path: Path, in_the_index: str
+) -> None:
+    async with opened(tmp_path / "spool") as store:
+        in_memory = await queued(store, message(destination="elsewhere"))
+        async with index_held(store):
+            claiming = asyncio.ensure_future(store.claim({"elsewhere": 10, "up": 10}))
+            await asyncio.sleep(0)
+            assert await store.retry(in_memory)
+        claimed, _ = await claiming
+        assert [lease.message_id for lease, _ in claimed] == [in_the_index]
+        claimed, _ = await store.claim({"elsewhere": 10})
+        assert [lease.message_id for lease, _ in claimed] == [in_memory]
