@@ -1,4 +1,4 @@
-"""The README against the program: its tables, its commands, its names."""
+"""The README and the reference against the program: tables, commands, names."""
 
 import re
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 
 from otel_smtp.config import load
 from otel_smtp.telemetry import attributes
-from tests.readme import README, with_tables
+from tests.readme import README, REFERENCE, reference, with_tables
 
 TEXT = README.read_text(encoding="utf-8")
 
@@ -21,6 +21,16 @@ def blocks(language: str) -> list[str]:
 
 def test_its_tables_are_those_of_the_code() -> None:
     assert with_tables(TEXT) == TEXT, "run: python -m tests.readme"
+
+
+def test_the_reference_is_that_of_the_code() -> None:
+    found = {path.name: path.read_text(encoding="utf-8") for path in REFERENCE.iterdir()}
+    assert found == reference(), "run: python -m tests.readme"
+
+
+def test_its_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", TEXT):
+        assert target.startswith("https://") or (README.parent / target).exists(), target
 
 
 def test_its_test_command_is_the_one_that_ci_runs() -> None:

@@ -1,7 +1,7 @@
-"""Settings for people: the rows of `otel-smtp check`, and the README's table."""
+"""Settings for people and editors: the rows of `otel-smtp check`, the reference table and the JSON Schema."""
 
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -42,7 +42,7 @@ def _may_be_none(key: Key) -> bool:
 
 
 def settings_table() -> str:
-    """The README's table of settings in Markdown: key, default, meaning with the source of the default."""
+    """The reference table of settings in Markdown: key, default, meaning with the source of the default."""
     rows = ["| key | default | meaning |", "|---|---|---|"]
     rows += (f"| `{key}` | {default} | {meaning} |" for key, default, meaning in _documented(Settings, ""))
     return "\n".join(rows)
@@ -69,3 +69,34 @@ def _default_text(key: Key, default: object) -> str:
         return ""
     shown = key.kind.show(default)
     return f"`{shown}`" if shown else ""
+
+
+def json_schema() -> dict[str, Any]:
+    """A JSON Schema (draft 2020-12) of a settings file, for editors: keys, kinds of values, meanings, defaults.
+
+    It knows less than `load`: what contradicts each other is found there, and whether a file can be read.
+    """
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Settings of otel-smtp",
+        **_table_schema(Settings),
+    }
+
+
+def _table_schema(table: type[Table]) -> dict[str, Any]:
+    defaults = {field.name: field for field in msgspec.structs.fields(table)}
+    properties: dict[str, Any] = {}
+    for name, entry in SCHEMA[table].items():
+        if isinstance(entry, Key):
+            properties[name] = _key_schema(entry, defaults[name].default)
+        elif isinstance(entry, Tables):
+            properties[name] = {"type": "array", "minItems": 1, "items": _table_schema(entry.item)}
+        else:
+            properties[name] = _table_schema(entry)
+    return {"type": "object", "properties": properties, "additionalProperties": False}
+
+
+def _key_schema(key: Key, default: object) -> dict[str, Any]:
+    meaning = f"{key.meaning} ({key.source})" if key.source else key.meaning
+    told = key.default or ("" if default is msgspec.NODEFAULT else _default_text(key, default))
+    return {"description": f"{meaning}. Default: {told}" if told else meaning, **key.kind.schema}

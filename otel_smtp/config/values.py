@@ -70,6 +70,11 @@ class Kind(Protocol):
         """The value as it would be written."""
         ...
 
+    @property
+    def schema(self) -> dict[str, Any]:
+        """What editors can know of a value in a TOML file, as JSON Schema; `parse` has the last word."""
+        ...
+
 
 class Secret:
     """A password or key that no log, traceback or table shows by accident."""
@@ -99,6 +104,11 @@ def _as_text(given: Given) -> str:
     return given.value
 
 
+def _whole(pattern: str) -> str:
+    """A pattern as JSON Schema wants it: ECMA 262 has no `\\Z`, and looks for a part unless told otherwise."""
+    return f"^(?:{pattern.replace(chr(92) + 'Z', '$')})$"
+
+
 # Plain values -------------------------------------------------------------------------------------------------
 
 
@@ -107,6 +117,10 @@ class Text(msgspec.Struct, frozen=True):
 
     allowed: str = "text without control characters"
     pattern: str = r"[^\x00-\x1f\x7f]+"
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        return {"type": "string", "pattern": _whole(self.pattern)}
 
     def parse(self, given: Given) -> str:
         text = _as_text(given)
@@ -122,6 +136,10 @@ class Boolean(msgspec.Struct, frozen=True):
     """true or false; in the environment also 1, 0, yes, no, on, off, as is usual there."""
 
     allowed: str = "true or false"
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        return {"type": "boolean"}
 
     def parse(self, given: Given) -> bool:
         if isinstance(given.value, bool):
@@ -147,6 +165,10 @@ class Integer(msgspec.Struct, frozen=True):
     @property
     def allowed(self) -> str:
         return f"a whole number from {self.minimum} to {self.maximum}"
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        return {"type": "integer", "minimum": self.minimum, "maximum": self.maximum}
 
     def parse(self, given: Given) -> int:
         value = given.value
@@ -187,6 +209,12 @@ class Duration(msgspec.Struct, frozen=True):
             f'seconds as a number or text such as "30s", "5m", "4h", "5d", '
             f"from {duration_text(self.minimum)} to {duration_text(self.maximum)}{off}"
         )
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        number = {"type": "number", "minimum": self.minimum, "maximum": self.maximum}
+        text = {"type": "string", "pattern": r"^\s*[0-9]{1,12}(\.[0-9]{1,9})?\s*(ms|s|m|h|d)\s*$"}
+        return {"anyOf": [number, text, *([{"const": "off"}] if self.may_be_off else [])]}
 
     def parse(self, given: Given) -> float | None:
         value = given.value
@@ -233,6 +261,12 @@ class Size(msgspec.Struct, frozen=True):
             f"from {size_text(self.minimum)} to {size_text(self.maximum)}"
         )
 
+    @property
+    def schema(self) -> dict[str, Any]:
+        number = {"type": "integer", "minimum": self.minimum, "maximum": self.maximum}
+        text = {"type": "string", "pattern": r"^\s*[0-9]{1,12}(\.[0-9]{1,6})?\s*([KkMmGg][Ii]?)?[Bb]\s*$"}
+        return {"anyOf": [number, text]}
+
     def parse(self, given: Given) -> int:
         value = given.value
         if isinstance(value, str):
@@ -259,6 +293,10 @@ class Choice(msgspec.Struct, frozen=True):
     def allowed(self) -> str:
         return ", ".join(self.words)
 
+    @property
+    def schema(self) -> dict[str, Any]:
+        return {"enum": [str(word) for word in self.words]}
+
     def parse(self, given: Given) -> Any:
         text = _as_text(given)
         if text not in self.words:
@@ -273,6 +311,10 @@ class FilePath(msgspec.Struct, frozen=True):
     """A file or directory. In a settings file a relative path is relative to that file."""
 
     allowed: str = "a path"
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        return {"type": "string", "minLength": 1}
 
     def parse(self, given: Given) -> Path:
         text = _as_text(given)
@@ -296,6 +338,10 @@ class SecretText(msgspec.Struct, frozen=True):
     allowed: str = "text of one line"
     pattern: str = ".+"
 
+    @property
+    def schema(self) -> dict[str, Any]:
+        return {"type": "string", "pattern": _whole(self.pattern)}
+
     def parse(self, given: Given) -> Secret:
         text = _as_text(given)
         # NUL and line ends, which no SASL mechanism can carry, are signs of a wrong file (RFC 4616 2).
@@ -316,6 +362,10 @@ class Many(msgspec.Struct, frozen=True):
     @property
     def allowed(self) -> str:
         return f"a list{'' if self.may_be_empty else ' of at least one'}, each {self.item.allowed}"
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        return {"type": "array", "items": self.item.schema, "minItems": 0 if self.may_be_empty else 1}
 
     def parse(self, given: Given) -> tuple[Any, ...]:
         items: list[object]
@@ -398,6 +448,10 @@ class ListenAddress(msgspec.Struct, frozen=True):
         off = ', "off"' if self.may_be_off else ""
         return f'"host:port", "[::1]:port"{unix}{off} (port 0 to 65535; 0: the kernel chooses)'
 
+    @property
+    def schema(self) -> dict[str, Any]:
+        return {"type": "string", "minLength": 1}
+
     def parse(self, given: Given) -> Endpoint | None:
         text = _as_text(given).strip()
         if self.may_be_off and text == "off":
@@ -423,6 +477,10 @@ class NetworkKind(msgspec.Struct, frozen=True):
     """A network, or one address."""
 
     allowed: str = 'a network such as "10.0.0.0/8", "fd00::/8", or an address'
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        return {"type": "string", "pattern": r"^\s*[0-9A-Fa-f:.]+(/[0-9]{1,3})?\s*$"}
 
     def parse(self, given: Given) -> Network:
         text = _as_text(given).strip()
@@ -488,6 +546,10 @@ class UpstreamUrlKind(msgspec.Struct, frozen=True):
     def allowed(self) -> str:
         return ", ".join(_SCHEME_FORMS[scheme] for scheme in self.schemes)
 
+    @property
+    def schema(self) -> dict[str, Any]:
+        return {"type": "string", "pattern": f"^\\s*({'|'.join(map(re.escape, self.schemes))})://"}
+
     def parse(self, given: Given) -> UpstreamUrl:
         text = _as_text(given).strip()
         scheme, separator, rest = text.partition("://")
@@ -521,6 +583,10 @@ class AddressPattern(msgspec.Struct, frozen=True):
     allowed: str = (
         'a pattern such as "*@example.com", "*@*.example.com", "alice@example.com", "*"; "<>" is the null path'
     )
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        return {"type": "string", "minLength": 1}
 
     def parse(self, given: Given) -> str:
         text = _as_text(given).strip()

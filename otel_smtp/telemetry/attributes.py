@@ -4,7 +4,7 @@ Names that OpenTelemetry has registered are used wherever one fits; they are cop
 still in development move from module to module of its Python package. Ours begin with ``smtp.``: no convention for
 SMTP exists yet. What a name means never changes; a change is a new name and a new `SCHEMA_VERSION`.
 
-The README's telemetry tables are made by `tables` and compared by a test.
+deploy/reference/telemetry.md is made by `tables` and compared by a test.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -672,7 +672,7 @@ LOG_FIELDS: Final[Mapping[str, str]] = {
 
 
 def tables() -> str:
-    """The README's telemetry tables, in Markdown."""
+    """The reference tables of telemetry, in Markdown."""
     return "\n".join(
         [
             *_table(

@@ -278,3 +278,15 @@ def test_bench_is_one_of_the_commands() -> None:
         result = run("bench", "--port", str(upstream.port), "--messages", "5", "--sessions", "1", "--json")
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout)["accepted"] == 5
+
+
+# The reference --------------------------------------------------------------------------------------------------------
+
+
+def test_the_reference_is_printed() -> None:
+    assert run("settings").stdout.strip() in (ROOT / "deploy" / "reference" / "settings.md").read_text(encoding="utf-8")
+    told = run("telemetry").stdout.strip()
+    assert told in (ROOT / "deploy" / "reference" / "telemetry.md").read_text(encoding="utf-8")
+    assert "`smtp.connection`" in told
+    schema = json.loads(run("settings", "--json-schema").stdout)
+    assert schema["properties"]["workers"]["type"] == "integer"

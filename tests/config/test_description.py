@@ -1,6 +1,11 @@
 """The effective settings and the documented ones."""
 
-from otel_smtp.config import Row, describe, load, settings_table
+from typing import Any
+
+import pytest
+from jsonschema import Draft202012Validator
+
+from otel_smtp.config import Row, SettingsError, describe, json_schema, load, settings_table
 from otel_smtp.config.settings import SCHEMA, Settings, Table
 
 # The normative names, one line a table.
@@ -78,3 +83,78 @@ def test_every_value_is_described_with_its_origin_and_without_secrets() -> None:
     assert by_key["timeouts.session"].value == "off"
     assert by_key["spool.directory"].value == ""
     assert "hunter2" not in repr(rows)
+
+
+# JSON Schema -----------------------------------------------------------------------------------------------------
+
+
+def is_valid(document: dict[str, Any]) -> bool:
+    return bool(Draft202012Validator(json_schema()).is_valid(document))
+
+
+def loads(document: dict[str, Any]) -> bool:
+    try:
+        load(values={"upstream": [{"url": "smtp://127.0.0.1:1025"}], **document})
+    except SettingsError:
+        return False
+    return True
+
+
+def test_the_schema_is_one() -> None:
+    Draft202012Validator.check_schema(json_schema())
+
+
+@pytest.mark.parametrize(
+    ("document", "judge"),
+    [
+        ({"hostname": "gw.example.com"}, None),
+        ({"hostname": "gw..example.com"}, None),
+        ({"hostname": "gw example"}, None),
+        ({"workers": 2}, None),
+        ({"workers": 0}, None),
+        ({"workers": "2"}, None),
+        ({"nonsense": 1}, None),
+        ({"limits": {"recipients": 50}}, None),
+        ({"limits": {"recipient": 50}}, None),
+        ({"limits": 5}, None),
+        ({"limits": {"message_size": "25MiB"}}, None),
+        ({"limits": {"message_size": 1000000}}, None),
+        ({"limits": {"message_size": "25"}}, None),
+        ({"timeouts": {"command": "5m"}}, None),
+        ({"timeouts": {"command": 30.5}}, None),
+        ({"timeouts": {"command": "5"}}, None),
+        ({"timeouts": {"command": "off"}}, None),
+        ({"timeouts": {"session": "off"}}, None),
+        ({"telemetry": {"probes": True}}, None),
+        ({"telemetry": {"probes": "yes"}}, None),
+        ({"delivery": {"strategy": "buffered"}}, None),
+        ({"delivery": {"strategy": "Buffered"}}, None),
+        ({"listener": [{"address": ["127.0.0.1:0", "unix:/tmp/x"], "allow": ["10.0.0.0/8", "fd00::1"]}]}, None),
+        ({"listener": [{"address": []}]}, None),
+        ({"listener": [{"allow": ["everybody"]}]}, None),
+        ({"listener": {}}, None),
+        (
+            {
+                "upstream": [
+                    {"url": "smtps://mail.example", "senders": ["*@example.com", "<>"]},
+                    {"url": "smtp://[::1]"},
+                ]
+            },
+            None,
+        ),
+        ({"upstream": [{"url": "http://mail.example"}]}, None),
+        ({"status": {"address": "off"}}, None),
+        ({"log": {"level": "loud"}}, None),
+        # Beyond a schema: what contradicts each other, and whether a file can be read.
+        ({"listener": [{"tls": "starttls"}]}, True),
+        ({"listener": [{"auth": "required", "auth_users_file": "/nowhere/users"}]}, True),
+    ],
+)
+def test_the_schema_judges_as_the_loader_does(document: dict[str, Any], judge: bool | None) -> None:
+    assert is_valid(document) is (loads(document) if judge is None else judge)
+
+
+def test_the_schema_tells_the_meaning_and_the_default() -> None:
+    recipients = json_schema()["properties"]["limits"]["properties"]["recipients"]
+    assert recipients["description"].startswith("recipients of one transaction (RFC 5321")
+    assert recipients["description"].endswith("Default: `1000`")
