@@ -23,12 +23,13 @@ from otel_smtp.forwarding.settings import Credentials, PoolLimits, ReplyLimits, 
 from otel_smtp.net import Stream, connect, connect_unix
 from otel_smtp.observing import DeliveryPhase
 from otel_smtp.smtp import replies
-from otel_smtp.smtp.client import Answer, ClientProtocol, Extensions, Verb, challenge_of
+from otel_smtp.smtp.client import Answer, Awaited, ClientProtocol, challenge_of
 from otel_smtp.smtp.errors import RemoteProtocolError
+from otel_smtp.smtp.extensions import Extensions
 from otel_smtp.smtp.replies import Reply
 from otel_smtp.smtp.states import TlsMode
 
-_NOTHING: Final[AbstractSet[Verb]] = frozenset()
+_NOTHING: Final[AbstractSet[Awaited]] = frozenset()
 
 Settled = Callable[[list[Answer], UpstreamFault | None], None]
 """Takes the answers of an exchange, in order, and what ended it before its last answer; None where nothing did. It must
@@ -96,10 +97,10 @@ class UpstreamConnection:
         self.round_trips = 0
         self.on_lost: Callable[[UpstreamConnection], None] | None = None
         self._timeouts = timeouts
-        self._patience_seconds: dict[Verb | None, float] = {
-            Verb.GREETING: timeouts.greeting,
-            Verb.DATA: timeouts.data,
-            Verb.CONTENT: timeouts.reply,
+        self._patience_seconds: dict[Awaited | None, float] = {
+            Awaited.GREETING: timeouts.greeting,
+            Awaited.DATA: timeouts.data,
+            Awaited.CONTENT: timeouts.reply,
         }
         self._answers: list[Answer] = []  # of the exchange under way
         self._on_settled: Settled | None = None  # None: no exchange is under way
@@ -148,7 +149,7 @@ class UpstreamConnection:
 
     # Exchanges --------------------------------------------------------------------------------------------
 
-    def exchange(self, on_settled: Settled, *, stop_at: AbstractSet[Verb] = _NOTHING) -> None:
+    def exchange(self, on_settled: Settled, *, stop_at: AbstractSet[Awaited] = _NOTHING) -> None:
         """Send what is queued, and call `on_settled` when everything is answered; each answer has its own time.
 
         The fault is ConnectionLost where the upstream went away, was silent for too long (then TimedOut) or said 421;

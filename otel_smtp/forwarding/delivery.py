@@ -27,7 +27,7 @@ from otel_smtp.forwarding.settings import TracePolicy
 from otel_smtp.forwarding.verdicts import fold, outcome_of
 from otel_smtp.observing import DeliveryPhase, Observer, Outcome, TransactionRecord
 from otel_smtp.smtp import replies
-from otel_smtp.smtp.client import Answer, Verb
+from otel_smtp.smtp.client import Answer, Awaited
 from otel_smtp.smtp.envelope import Mail, Recipient
 from otel_smtp.smtp.received import replace_trace_headers
 from otel_smtp.smtp.replies import ErrorType, Reply
@@ -42,12 +42,12 @@ BURST_OCTETS: Final = 256 * 1024
 ONE_PIECE_OCTETS: Final = 64 * 1024
 """Content up to this size is joined and sent in one write; joining more costs more than the further writes."""
 
-_MAIL: Final = frozenset({Verb.RSET, Verb.MAIL})
-_ENVELOPE: Final = frozenset({Verb.RSET, Verb.MAIL, Verb.RCPT})
-_PHASES: Final[dict[Verb | None, DeliveryPhase]] = {
-    Verb.MAIL: DeliveryPhase.MAIL,
-    Verb.DATA: DeliveryPhase.DATA,
-    Verb.CONTENT: DeliveryPhase.REPLY,
+_MAIL: Final = frozenset({Awaited.RSET, Awaited.MAIL})
+_ENVELOPE: Final = frozenset({Awaited.RSET, Awaited.MAIL, Awaited.RCPT})
+_PHASES: Final[dict[Awaited | None, DeliveryPhase]] = {
+    Awaited.MAIL: DeliveryPhase.MAIL,
+    Awaited.DATA: DeliveryPhase.DATA,
+    Awaited.CONTENT: DeliveryPhase.REPLY,
 }
 
 
@@ -143,14 +143,14 @@ class Delivery(Attempts):
             now_ns = monotonic_ns()
             attempt = self._attempt
             for verb, reply in answers:
-                if verb is Verb.RCPT:
+                if verb is Awaited.RCPT:
                     attempt.recipient_phase(now_ns, reply)
                 elif verb in _PHASES:
                     attempt.phases.append((now_ns, _PHASES[verb], reply))
             if fault is not None:
                 self._cut_short(answers, fault)
                 return
-            if answers[0][0] is Verb.RSET:
+            if answers[0][0] is Awaited.RSET:
                 self._check_reset(answers.pop(0).reply)
             self._after(self, answers)
         except Exception as error:  # noqa: BLE001 - see `_recover`
@@ -159,7 +159,7 @@ class Delivery(Attempts):
     def _cut_short(self, answers: list[Answer], fault: UpstreamFault) -> None:
         """The answers ended early; what is known of the message all the same counts."""
         if self.has_ended_content:
-            verdicts = [reply for verb, reply in answers if verb is Verb.CONTENT]
+            verdicts = [reply for verb, reply in answers if verb is Awaited.CONTENT]
             if answers and answers[-1].reply.code == 421:
                 # LMTP: some recipients may have got it before.
                 if any(verdict.is_positive for verdict in verdicts):
@@ -281,11 +281,11 @@ class Delivery(Attempts):
         self._is_open = answers[0].reply.is_positive
         last = answers[-1]
         if (refusal := _refusal(answers)) is not None:
-            if last.verb is Verb.DATA and last.reply.code < 400:
+            if last.verb is Awaited.DATA and last.reply.code < 400:
                 self._take_back_data(refusal)
             else:
                 self._conclude(refusal)
-        elif last.verb is Verb.DATA:
+        elif last.verb is Awaited.DATA:
             self._data_answered([last])
         elif self._connection.protocol.extensions.chunking:
             self._write()
@@ -425,7 +425,7 @@ class Delivery(Attempts):
         if len(answers) == 1:
             self._conclude(answers[0].reply)
             return
-        verdicts = [reply for verb, reply in answers if verb is Verb.CONTENT]
+        verdicts = [reply for verb, reply in answers if verb is Awaited.CONTENT]
         self._conclude(_refusal(answers) or fold(verdicts), verdicts)
 
     # The end of an attempt --------------------------------------------------------------------------------
@@ -460,7 +460,7 @@ class Delivery(Attempts):
 def _refusal(answers: Sequence[Answer]) -> Reply | None:
     """The first refusal of MAIL or a recipient."""
     for verb, reply in answers:
-        if reply.code >= 400 and (verb is Verb.MAIL or verb is Verb.RCPT):
+        if reply.code >= 400 and (verb is Awaited.MAIL or verb is Awaited.RCPT):
             return reply
     return None
 

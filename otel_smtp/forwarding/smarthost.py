@@ -14,7 +14,7 @@ from otel_smtp.forwarding.tls import UpstreamTlsContext
 from otel_smtp.net import Sweep
 from otel_smtp.observing import DeliveryPhase
 from otel_smtp.smtp import replies
-from otel_smtp.smtp.client import Extensions
+from otel_smtp.smtp.extensions import Extensions
 from otel_smtp.smtp.replies import Reply
 from otel_smtp.smtp.states import TlsMode
 

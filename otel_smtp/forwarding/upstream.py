@@ -21,8 +21,9 @@ from otel_smtp.forwarding.verdicts import missing_extension
 from otel_smtp.net import Sweep
 from otel_smtp.observing import Endpoint, Observer, TransactionRecord
 from otel_smtp.smtp import replies
-from otel_smtp.smtp.client import Extensions, is_safe_path
+from otel_smtp.smtp.client import is_safe_path
 from otel_smtp.smtp.envelope import Mail, Recipient
+from otel_smtp.smtp.extensions import Extensions
 from otel_smtp.smtp.replies import Reply
 from otel_smtp.smtp.states import TlsMode
 

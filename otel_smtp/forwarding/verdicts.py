@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from otel_smtp.observing import Outcome
 from otel_smtp.smtp import replies
-from otel_smtp.smtp.client import Extensions
 from otel_smtp.smtp.envelope import Body, Mail
+from otel_smtp.smtp.extensions import Extensions
 from otel_smtp.smtp.replies import Reply
 
 

@@ -12,6 +12,7 @@ from typing import Final
 from otel_smtp.forwarding.base import Capabilities, Forwarder
 from otel_smtp.net import Listener, Stream, Sweep, listen
 from otel_smtp.observing import ConnectionInfo, ConnectionRecord, Endpoint, FanOut, Observer, fan_out
+from otel_smtp.server.conversation import Conversation
 from otel_smtp.server.failure_rate import FailureRate
 from otel_smtp.server.policy import ListenerPolicy, Segments, is_in
 from otel_smtp.server.session import Session
@@ -77,7 +78,7 @@ class Server:
         self._reuse_port = reuse_port
         self._sweep = sweep or Sweep()
         self._listening: list[Listener] = []
-        self._sessions: dict[Session, None] = {}  # in the order in which they were accepted
+        self._sessions: dict[Conversation, None] = {}  # in the order in which they were accepted
         self._all_ended: asyncio.Future[None] | None = None
         self._per_client: Counter[str] = Counter()
         self._auth_failures = FailureRate(limit=auth_failures_per_minute)
@@ -172,7 +173,7 @@ class Server:
         """Count a failed AUTH against its address."""
         self._auth_failures.count(client.host, asyncio.get_running_loop().time())
 
-    def admit(self, session: Session, client: Endpoint) -> Reply | None:
+    def admit(self, session: Conversation, client: Endpoint) -> Reply | None:
         """Count a client that its PROXY header named; the refusal, where it has too many connections."""
         host = _countable(client)
         if host is None:
@@ -188,7 +189,7 @@ class Server:
         """A state step that the table does not hold: a bug of ours, which costs nobody a connection."""
         logger.error("illegal state step", extra={"from_state": str(step.previous), "to_state": str(step.state)})
 
-    def ended(self, session: Session) -> None:
+    def ended(self, session: Conversation) -> None:
         """A session is over."""
         self._sessions.pop(session, None)
         host = session.client_counted
@@ -242,7 +243,7 @@ class Server:
         session.begin(refusal)
         return session
 
-    def _count(self, session: Session, client: str) -> None:
+    def _count(self, session: Conversation, client: str) -> None:
         self._per_client[client] += 1
         session.client_counted = client
 

@@ -15,7 +15,7 @@ from otel_smtp.smtp.replies import Reply
 from otel_smtp.smtp.states import IllegalTransition
 
 if TYPE_CHECKING:
-    from otel_smtp.server.session import Session
+    from otel_smtp.server.conversation import Conversation
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -107,7 +107,7 @@ class House(Protocol):
         """What the forwarder can promise now; the same object while nothing changes."""
         ...
 
-    def admit(self, session: "Session", client: Endpoint) -> Reply | None:
+    def admit(self, session: "Conversation", client: Endpoint) -> Reply | None:
         """Count a client that its PROXY header named; the refusal, where it has too many connections."""
         ...
 
@@ -123,7 +123,7 @@ class House(Protocol):
         """A state step that the table does not hold."""
         ...
 
-    def ended(self, session: "Session") -> None:
+    def ended(self, session: "Conversation") -> None:
         """The session is over, and its socket closed or closing; called once."""
         ...
 

@@ -12,10 +12,10 @@ bounces in servers that kept what they got.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Body, DsnReturn, Mail, Notify, Recipient
@@ -94,6 +94,64 @@ class Offer:
     def takes_require_tls(self) -> bool:
         """Whether REQUIRETLS is announced and taken."""
         return self.require_tls and not self.starttls
+
+
+@dataclass(frozen=True, slots=True)
+class Extensions:
+    """What an upstream said it can do, in its last EHLO; the defaults are those of a server that knows only HELO.
+
+    Attributes:
+        offers_size: SIZE= may be given with MAIL.
+        size: octets of the largest message; None: no limit was told.
+        auth: SASL mechanisms in the order offered, in capitals.
+        limits: RCPTMAX, MAILMAX, RCPTDOMAINMAX by name (RFC 9422), where they are numbers.
+    """
+
+    pipelining: bool = False
+    eight_bit_mime: bool = False
+    smtputf8: bool = False
+    binary_mime: bool = False
+    chunking: bool = False
+    dsn: bool = False
+    enhanced_status_codes: bool = False
+    starttls: bool = False
+    require_tls: bool = False
+    offers_size: bool = False
+    size: int | None = None
+    auth: tuple[str, ...] = ()
+    limits: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+
+    @classmethod
+    def parse(cls, lines: Sequence[str]) -> Self:
+        """Read the keyword lines of an EHLO reply: all but its first line. What is not understood is left out."""
+        words: dict[str, list[str]] = {}
+        for line in lines:
+            # AUTH=LOGIN is how it was announced before RFC 2554; some servers still say both.
+            keyword, *values = (
+                line.replace("=", " ", 1).split() if line[:5].upper() == "AUTH=" else line.split() or [""]
+            )
+            words.setdefault(keyword.upper(), []).extend(values)
+        size = next((int(word) for word in words.get("SIZE", ()) if word.isdecimal() and len(word) <= 20), 0)
+        return cls(
+            pipelining="PIPELINING" in words,
+            eight_bit_mime="8BITMIME" in words,
+            smtputf8="SMTPUTF8" in words,
+            binary_mime="BINARYMIME" in words and "CHUNKING" in words,  # RFC 3030 3 wants both
+            chunking="CHUNKING" in words,
+            dsn="DSN" in words,
+            enhanced_status_codes="ENHANCEDSTATUSCODES" in words,
+            starttls="STARTTLS" in words,
+            require_tls="REQUIRETLS" in words,
+            offers_size="SIZE" in words,
+            size=size or None,  # RFC 1870 4: "0 indicates that no fixed maximum message size is in force"
+            auth=tuple(dict.fromkeys(word.upper() for word in words.get("AUTH", ()))),
+            limits=MappingProxyType(_limits(words.get("LIMITS", ()))),
+        )
+
+
+def _limits(words: Sequence[str]) -> dict[str, int]:
+    pairs = (word.partition("=") for word in words)
+    return {name.upper(): int(value) for name, _, value in pairs if value.isdecimal() and 0 < len(value) <= 6}
 
 
 def keywords(offer: Offer) -> tuple[str, ...]:

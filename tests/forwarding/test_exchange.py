@@ -8,7 +8,7 @@ import pytest
 from otel_smtp.forwarding.connection import UpstreamConnection
 from otel_smtp.forwarding.faults import ConnectionLost, OutOfStep, TimedOut, UpstreamFault
 from otel_smtp.forwarding.settings import Timeouts
-from otel_smtp.smtp.client import Answer, Verb
+from otel_smtp.smtp.client import Answer, Awaited
 from otel_smtp.smtp.envelope import Mail, Recipient
 from tests.support.fake_stream import FakeStream
 
@@ -33,7 +33,7 @@ async def greeted(ehlo: bytes = EHLO) -> tuple[UpstreamConnection, FakeStream]:
     stream = FakeStream()
     connection = UpstreamConnection(stream, TIMEOUTS)
     stream.feed(b"220 up\r\n")
-    assert [answer.verb for answer in await connection.settled()] == [Verb.GREETING]
+    assert [answer.verb for answer in await connection.settled()] == [Awaited.GREETING]
     connection.protocol.send_hello("gw.example")
     asyncio.get_running_loop().call_soon(stream.feed, ehlo)
     await connection.settled()
@@ -70,12 +70,12 @@ async def test_without_pipelining_a_refusal_takes_back_what_was_not_sent() -> No
     connection, stream = await greeted(b"250 up\r\n")
     ends = Ends()
     queue_envelope(connection)
-    connection.exchange(ends, stop_at=frozenset({Verb.MAIL}))
+    connection.exchange(ends, stop_at=frozenset({Awaited.MAIL}))
     stream.feed(b"550 no\r\n")
     assert ends.answers == [[550]]
     assert connection.is_alive
     queue_envelope(connection)
-    connection.exchange(ends, stop_at=frozenset({Verb.MAIL}))
+    connection.exchange(ends, stop_at=frozenset({Awaited.MAIL}))
     for _ in range(3):
         stream.feed(b"250 ok\r\n")
     assert ends.answers[1] == [250, 250, 250]

@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Final
 
-from otel_smtp.smtp.client import Answer, ClientProtocol, Verb, challenge_of, is_safe_path
+from otel_smtp.smtp.client import Answer, Awaited, ClientProtocol, challenge_of, is_safe_path
 from otel_smtp.smtp.envelope import Body, DsnReturn, Mail, Notify, Recipient
 from otel_smtp.smtp.errors import LocalProtocolError, RemoteProtocolError
 from tests.fuzz.server import pieces
@@ -79,7 +79,7 @@ class Wishes:
 class Story:
     """What one conversation did."""
 
-    answers: list[tuple[Verb | None, int]] = field(default_factory=list)
+    answers: list[tuple[Awaited | None, int]] = field(default_factory=list)
     sent: bytearray = field(default_factory=bytearray)
     is_broken: bool = False
     had_success: bool = False
@@ -120,7 +120,7 @@ class _Delivery:
         verb, reply = answer
         assert reply.wire.isascii()
         assert all(line.isprintable() for line in reply.lines)
-        if verb is Verb.CONTENT and reply.is_positive:
+        if verb is Awaited.CONTENT and reply.is_positive:
             assert self.end_is_sent, "success before the end of the content"
             self.story.had_success = True
 
@@ -128,7 +128,7 @@ class _Delivery:
         """What comes next; raises RemoteProtocolError."""
         client, wishes = self.client, self.wishes
         last = answers[-1] if answers else None
-        if last is not None and last.verb is Verb.DATA and last.reply.code == 354 and not client.is_closing:
+        if last is not None and last.verb is Awaited.DATA and last.reply.code == 354 and not client.is_closing:
             self._send_content()
             self.send()
             return
@@ -256,7 +256,7 @@ def run(data: bytes) -> None:
         # What came with the last reply made it doubtful; behind it, it is only a fault.
         assert whole.is_broken
         more = [verb for verb, _ in cut.answers[len(whole.answers) :]]
-        assert more in ([more[0]], [Verb.CONTENT, Verb.QUIT])
+        assert more in ([more[0]], [Awaited.CONTENT, Awaited.QUIT])
     assert not whole.had_success or cut.had_success
 
 
@@ -289,7 +289,7 @@ def _converse(data: bytes, *, is_cut: bool) -> Story:
     story = delivery.story
     story.is_broken = delivery.client.fault is not None
     _judge_order(bytes(heard), [code for _, code in story.answers])
-    _judge_wire(bytes(story.sent), content, is_data=(Verb.DATA, 354) in story.answers, is_utf8=wishes.is_utf8)
+    _judge_wire(bytes(story.sent), content, is_data=(Awaited.DATA, 354) in story.answers, is_utf8=wishes.is_utf8)
     return story
 
 

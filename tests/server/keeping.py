@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from otel_smtp.forwarding.base import Capabilities, Forwarder, MessageAnswered, RecipientsAnswered
 from otel_smtp.net import Stream
 from otel_smtp.observing import ConnectionInfo, ConnectionRecord, Observer, TransactionRecord
+from otel_smtp.server.conversation import Conversation
 from otel_smtp.server.listener import Server
 from otel_smtp.server.policy import ListenerPolicy, Segments
-from otel_smtp.server.session import Session
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Mail, Recipient
 from otel_smtp.smtp.replies import Reply
@@ -200,7 +200,7 @@ class WatchedServer(Server):
             [], forwarder, observer, connections=connections, connections_per_client=100, segments=segments
         )
         self.stressed = False
-        self._ends: dict[Session, asyncio.Future[None]] = {}
+        self._ends: dict[Conversation, asyncio.Future[None]] = {}
 
     @property
     def is_stressed(self) -> bool:
@@ -210,16 +210,16 @@ class WatchedServer(Server):
     def illegal_step(step: IllegalTransition) -> None:
         raise step
 
-    def serve(self, policy: ListenerPolicy, stream: Stream) -> tuple[Session, "asyncio.Future[None]"]:
+    def serve(self, policy: ListenerPolicy, stream: Stream) -> tuple[Conversation, "asyncio.Future[None]"]:
         """A session, and what is done when it is over."""
         session = self.accept(policy, stream)
         return session, self._end_of(session)
 
-    def ended(self, session: Session) -> None:
+    def ended(self, session: Conversation) -> None:
         super().ended(session)
         self._end_of(session).set_result(None)
 
-    def _end_of(self, session: Session) -> "asyncio.Future[None]":
+    def _end_of(self, session: Conversation) -> "asyncio.Future[None]":
         if session not in self._ends:
             self._ends[session] = asyncio.get_running_loop().create_future()
         return self._ends[session]

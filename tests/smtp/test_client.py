@@ -8,16 +8,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from otel_smtp.smtp import replies
-from otel_smtp.smtp.client import (
-    MAX_REPLY_LINE_OCTETS,
-    ClientProtocol,
-    Extensions,
-    Verb,
-    challenge_of,
-    is_safe_path,
-)
+from otel_smtp.smtp.client import MAX_REPLY_LINE_OCTETS, Awaited, ClientProtocol, challenge_of, is_safe_path
 from otel_smtp.smtp.envelope import Body, DsnReturn, Mail, Notify, Recipient
 from otel_smtp.smtp.errors import LocalProtocolError, RemoteProtocolError
+from otel_smtp.smtp.extensions import Extensions
 from otel_smtp.smtp.replies import ErrorType
 from tests.support.held import held_octets
 
@@ -37,14 +31,14 @@ def ehlo_reply(keywords: Iterable[str]) -> bytes:
 def greeted(keywords: Iterable[str] = EVERYTHING, *, is_lmtp: bool = False) -> ClientProtocol:
     """A client that has had its greeting and its EHLO answered."""
     client = ClientProtocol(is_lmtp=is_lmtp)
-    assert client.receive(b"220 up.example ESMTP\r\n")[0].verb is Verb.GREETING
+    assert client.receive(b"220 up.example ESMTP\r\n")[0].verb is Awaited.GREETING
     client.send_hello("gw.example")
     client.data_to_send()
-    assert client.receive(ehlo_reply(keywords))[0].verb is Verb.EHLO
+    assert client.receive(ehlo_reply(keywords))[0].verb is Awaited.EHLO
     return client
 
 
-def fed(client: ClientProtocol, data: bytes) -> list[tuple[Verb | None, int]]:
+def fed(client: ClientProtocol, data: bytes) -> list[tuple[Awaited | None, int]]:
     return [(answer.verb, answer.reply.code) for answer in client.receive(data)]
 
 
@@ -73,7 +67,7 @@ def test_nothing_is_sent_before_the_greeting() -> None:
     client = ClientProtocol()
     client.send_hello("gw.example")
     assert client.data_to_send() == b""
-    assert fed(client, b"220 hello\r\n") == [(Verb.GREETING, 220)]
+    assert fed(client, b"220 hello\r\n") == [(Awaited.GREETING, 220)]
     assert client.data_to_send() == b"EHLO gw.example\r\n"
 
 
@@ -85,13 +79,13 @@ def test_a_group_travels_whole_where_pipelining_is_offered() -> None:
         b"MAIL FROM:<a@example.com>\r\nRCPT TO:<b@example.com>\r\nRCPT TO:<c@example.com>\r\nDATA\r\n"
     )
     assert fed(client, b"250 ok\r\n250 ok\r\n550 no\r\n354 go\r\n") == [
-        (Verb.MAIL, 250), (Verb.RCPT, 250), (Verb.RCPT, 550), (Verb.DATA, 354),
+        (Awaited.MAIL, 250), (Awaited.RCPT, 250), (Awaited.RCPT, 550), (Awaited.DATA, 354),
     ]  # fmt: skip
     assert client.accepted_recipients == 1
     client.send_content(b"Subject: x\r\n\r\nhello\r\n")
     client.end_content()
     assert client.data_to_send() == b"Subject: x\r\n\r\nhello\r\n.\r\n"
-    assert fed(client, b"250 2.0.0 queued\r\n") == [(Verb.CONTENT, 250)]
+    assert fed(client, b"250 2.0.0 queued\r\n") == [(Awaited.CONTENT, 250)]
     assert client.is_in_step
 
 
@@ -101,9 +95,9 @@ def test_without_pipelining_one_command_waits_for_the_other() -> None:
     client.send_data()
     assert client.data_to_send() == b"MAIL FROM:<a@example.com>\r\n"
     assert client.data_to_send() == b""
-    assert fed(client, b"250 ok\r\n") == [(Verb.MAIL, 250)]
+    assert fed(client, b"250 ok\r\n") == [(Awaited.MAIL, 250)]
     assert client.data_to_send() == b"RCPT TO:<b@example.com>\r\n"
-    assert fed(client, b"450 later\r\n") == [(Verb.RCPT, 450)]
+    assert fed(client, b"450 later\r\n") == [(Awaited.RCPT, 450)]
     assert client.cancel_queued() == 1
     assert client.data_to_send() == b""
     assert client.is_settled
@@ -114,7 +108,7 @@ def test_nothing_travels_behind_a_command_that_ends_its_group() -> None:
     client.send_data()
     client.send_reset()
     assert client.data_to_send() == b"DATA\r\n"
-    assert fed(client, b"503 no\r\n") == [(Verb.DATA, 503)]
+    assert fed(client, b"503 no\r\n") == [(Awaited.DATA, 503)]
     assert client.data_to_send() == b"RSET\r\n"
 
 
@@ -123,7 +117,7 @@ def test_a_reset_travels_before_the_next_mail_in_one_group() -> None:
     client.send_reset()
     begin(client)
     assert client.data_to_send() == b"RSET\r\nMAIL FROM:<a@example.com>\r\nRCPT TO:<b@example.com>\r\n"
-    assert fed(client, b"250 ok\r\n250 ok\r\n250 ok\r\n")[2] == (Verb.RCPT, 250)
+    assert fed(client, b"250 ok\r\n250 ok\r\n250 ok\r\n")[2] == (Awaited.RCPT, 250)
     assert client.accepted_recipients == 1
 
 
@@ -132,7 +126,7 @@ def test_a_message_travels_in_one_group_with_chunking() -> None:
     begin(client)
     client.send_last_chunk(b".x\r\n")
     assert client.data_to_send().endswith(b"RCPT TO:<b@example.com>\r\nBDAT 4 LAST\r\n.x\r\n")
-    assert fed(client, b"250 ok\r\n250 ok\r\n250 ok\r\n")[-1] == (Verb.CONTENT, 250)
+    assert fed(client, b"250 ok\r\n250 ok\r\n250 ok\r\n")[-1] == (Awaited.CONTENT, 250)
     assert client.is_in_step
 
 
@@ -162,7 +156,7 @@ def test_lmtp_answers_the_content_once_for_each_accepted_recipient(
     client.send_last_chunk(b"x")
     client.data_to_send()
     found = fed(client, b"250 mail\r\n" + rcpt_replies + content_replies)
-    assert [code for verb, code in found if verb is Verb.CONTENT] == expected
+    assert [code for verb, code in found if verb is Awaited.CONTENT] == expected
     assert client.is_settled
 
 
@@ -178,10 +172,10 @@ def test_helo_offers_nothing() -> None:
     fed(client, b"220 up\r\n")
     client.send_hello("gw.example")
     client.data_to_send()
-    assert fed(client, b"502 what\r\n") == [(Verb.EHLO, 502)]
+    assert fed(client, b"502 what\r\n") == [(Awaited.EHLO, 502)]
     client.send_helo("gw.example")
     assert client.data_to_send() == b"HELO gw.example\r\n"
-    assert fed(client, b"250 up\r\n") == [(Verb.EHLO, 250)]
+    assert fed(client, b"250 up\r\n") == [(Awaited.EHLO, 250)]
     assert client.extensions == Extensions()
 
 
@@ -470,7 +464,7 @@ def test_any_other_unasked_reply_is_a_fault() -> None:
     late = greeted()
     late.send_reset()
     late.data_to_send()
-    assert fed(late, b"250 ok\r\n250 ok\r\n") == [(Verb.RSET, 250)]
+    assert fed(late, b"250 ok\r\n250 ok\r\n") == [(Awaited.RSET, 250)]
     assert not late.is_in_step
     with pytest.raises(RemoteProtocolError):
         late.send_mail(Mail(""))  # a late reply must not answer the next command
@@ -517,7 +511,7 @@ def test_one_reply_too_many_makes_the_final_250_doubtful(surplus: bytes, is_lmtp
 def test_a_421_behind_the_final_250_leaves_it_true_however_it_is_cut(surplus: bytes, is_lmtp: bool) -> None:
     client = ended(is_lmtp=is_lmtp)
     taken = b"250 ok\r\n" * (1 + is_lmtp)
-    assert fed(client, taken + surplus) == [(Verb.CONTENT, 250)] * (1 + is_lmtp)
+    assert fed(client, taken + surplus) == [(Awaited.CONTENT, 250)] * (1 + is_lmtp)
     assert client.fault is None
     assert not client.is_in_step
     assert fed(client, b"421 4.3.2 bye\r\n"[len(surplus) :]) == [(None, 421)]
@@ -529,7 +523,7 @@ def test_nothing_is_read_behind_a_421() -> None:
     client = greeted()
     begin(client)
     client.data_to_send()
-    assert fed(client, b"421 bye\r\n250 ok\r\nnonsense") == [(Verb.MAIL, 421)]
+    assert fed(client, b"421 bye\r\n250 ok\r\nnonsense") == [(Awaited.MAIL, 421)]
     assert fed(client, b"250 ok\r\n" * 1000) == []
     assert client.fault is None
     assert not client.is_in_step
@@ -541,7 +535,7 @@ def test_a_refusal_before_the_end_of_the_content_is_an_answer_to_it() -> None:
     client.data_to_send()
     fed(client, b"354 go\r\n")
     client.send_content(b"much\r\n")
-    assert fed(client, b"552 enough\r\n") == [(Verb.CONTENT, 552)]
+    assert fed(client, b"552 enough\r\n") == [(Awaited.CONTENT, 552)]
     assert not client.is_in_step
 
 
@@ -555,7 +549,7 @@ def test_a_reply_to_content_that_has_not_ended_is_a_fault() -> None:
     early = greeted(("PIPELINING",))
     early.send_data()
     early.data_to_send()
-    assert fed(early, b"354 go\r\n250 taken\r\n") == [(Verb.DATA, 354)]
+    assert fed(early, b"354 go\r\n250 taken\r\n") == [(Awaited.DATA, 354)]
     with pytest.raises(RemoteProtocolError):
         early.end_content()  # it would be taken for the answer to the message
     chunked = greeted()
@@ -571,8 +565,8 @@ def test_a_chunk_in_pieces() -> None:
     with pytest.raises(LocalProtocolError):
         client.begin_last_chunk(5)  # something is queued before it
     assert client.data_to_send() == b"RSET\r\n"
-    assert list(client.awaited) == [Verb.RSET]
-    assert fed(client, b"250 ok\r\n") == [(Verb.RSET, 250)]
+    assert list(client.awaited) == [Awaited.RSET]
+    assert fed(client, b"250 ok\r\n") == [(Awaited.RSET, 250)]
     assert not client.awaited
     client.begin_last_chunk(5)
     client.send_chunk_octets(b"123")
@@ -582,7 +576,7 @@ def test_a_chunk_in_pieces() -> None:
         client.send_chunk_octets(b"456")
     client.send_chunk_octets(b"45")
     assert client.data_to_send() == b"BDAT 5 LAST\r\n12345"
-    assert fed(client, b"250 ok\r\n") == [(Verb.CONTENT, 250)]
+    assert fed(client, b"250 ok\r\n") == [(Awaited.CONTENT, 250)]
     assert client.is_in_step
     with pytest.raises(LocalProtocolError):
         greeted(("PIPELINING",)).begin_last_chunk(5)
@@ -595,14 +589,14 @@ def test_what_was_said_in_clear_is_forgotten_under_tls() -> None:
     client = greeted()
     client.send_starttls()
     assert client.data_to_send() == b"STARTTLS\r\n"
-    assert fed(client, b"220 go\r\n") == [(Verb.STARTTLS, 220)]
+    assert fed(client, b"220 go\r\n") == [(Awaited.STARTTLS, 220)]
     with pytest.raises(LocalProtocolError):
         client.send_hello("gw.example")
     client.tls_started()
     assert client.extensions == Extensions()
     client.send_hello("gw.example")
     assert client.data_to_send() == b"EHLO gw.example\r\n"
-    assert fed(client, ehlo_reply(("SIZE 5",))) == [(Verb.EHLO, 250)]
+    assert fed(client, ehlo_reply(("SIZE 5",))) == [(Awaited.EHLO, 250)]
     assert client.extensions == Extensions(offers_size=True, size=5)
 
 
@@ -615,7 +609,7 @@ def test_octets_between_the_220_and_tls_are_an_injection(injected: bytes, in_one
     if in_one_segment:
         fails(client, b"220 go\r\n" + injected)
         return
-    assert fed(client, b"220 go\r\n") == [(Verb.STARTTLS, 220)]
+    assert fed(client, b"220 go\r\n") == [(Awaited.STARTTLS, 220)]
     fails(client, injected)
     with pytest.raises(RemoteProtocolError):
         client.tls_started()
@@ -637,11 +631,11 @@ def test_an_auth_exchange() -> None:
     client.send_auth("SCRAM-SHA-256", b"n,,n=user,r=nonce")
     assert client.data_to_send() == b"AUTH SCRAM-SHA-256 biwsbj11c2VyLHI9bm9uY2U=\r\n"
     (answer,) = client.receive(b"334 cj1ub25jZQ==\r\n")
-    assert answer.verb is Verb.AUTH
+    assert answer.verb is Awaited.AUTH
     assert challenge_of(answer.reply) == b"r=nonce"
     client.send_auth_response(b"")
     assert client.data_to_send() == b"\r\n"
-    assert fed(client, b"535 no\r\n") == [(Verb.AUTH, 535)]
+    assert fed(client, b"535 no\r\n") == [(Awaited.AUTH, 535)]
     client.send_auth("PLAIN", b"")
     assert client.data_to_send() == b"AUTH PLAIN =\r\n"
 
@@ -732,13 +726,13 @@ REPLY_TEXT = st.lists(
 ).map(b"".join)
 
 
-def conversation(wire: bytes, cuts: Sequence[int], *, is_lmtp: bool) -> tuple[list[tuple[Verb | None, bytes]], bool]:
+def conversation(wire: bytes, cuts: Sequence[int], *, is_lmtp: bool) -> tuple[list[tuple[Awaited | None, bytes]], bool]:
     """What a client makes of `wire`, cut at `cuts`, after a pipelined group; and whether it broke."""
     client = greeted(is_lmtp=is_lmtp)
     begin(client, "b@example.com", "c@example.com")
     client.send_last_chunk(b"content\r\n")
     client.data_to_send()
-    found: list[tuple[Verb | None, bytes]] = []
+    found: list[tuple[Awaited | None, bytes]] = []
     for start, end in zip([0, *cuts], [*cuts, len(wire)], strict=True):
         found += [(verb, reply.wire) for verb, reply in client.receive(wire[start:end])]
     while more := client.receive(b""):  # what lay behind the last answer
@@ -769,7 +763,7 @@ def test_cutting_the_replies_differently_changes_nothing(wire: bytes, cuts: list
     cut, cut_broke = conversation(wire, cuts, is_lmtp=is_lmtp)
     assert cut[: len(whole)] == whole
     surplus = cut[len(whole) :]
-    assert all(verb is Verb.CONTENT or verb is None for verb, _ in surplus)
+    assert all(verb is Awaited.CONTENT or verb is None for verb, _ in surplus)
     if not surplus:
         assert cut_broke == whole_broke
     if wire.endswith(FAREWELL) and not whole_broke:
@@ -780,7 +774,7 @@ def test_an_unfinished_reply_needs_data() -> None:
     client = ClientProtocol()
     for octet in b"220-a\r\n220 b\r":
         assert client.receive(bytes([octet])) == []
-    assert fed(client, b"\n") == [(Verb.GREETING, 220)]
+    assert fed(client, b"\n") == [(Awaited.GREETING, 220)]
 
 
 def test_what_is_held_is_bounded_also_where_nobody_listens_any_more() -> None:

@@ -13,7 +13,7 @@ from otel_smtp.forwarding.settings import UpstreamSettings
 from otel_smtp.forwarding.smarthost import Smarthost
 from otel_smtp.net import Sweep
 from otel_smtp.observing import DeliveryPhase
-from otel_smtp.smtp.client import Extensions
+from otel_smtp.smtp.extensions import Extensions
 from otel_smtp.smtp.states import TlsMode
 
 # A server may delay its greeting on purpose, against spam.

@@ -1,0 +1,203 @@
+"""Who the client of a session is: PROXY header, access, TLS, AUTH."""
+
+import logging
+import time
+from typing import Final
+
+from otel_smtp.server.conversation import Conversation, Pause
+from otel_smtp.server.policy import is_in
+from otel_smtp.server.proxy_protocol import ProxyHeader, ProxyHeaderParser, ProxyProtocolError
+from otel_smtp.server.users import Accepted, Challenge, Exchange
+from otel_smtp.smtp import replies
+from otel_smtp.smtp.replies import Reply
+from otel_smtp.smtp.sequence import Phase
+from otel_smtp.smtp.states import CloseReason, TlsMode
+
+logger: Final = logging.getLogger("otel_smtp.server.session")
+
+# A PROXY header comes from our own load balancer, at once; Postfix gives it the same five seconds.
+PROXY_HEADER_SECONDS: Final = 5.0
+
+
+class Admission(Conversation):
+    """A session that finds out whom it serves, and whether it does."""
+
+    __slots__ = ()
+
+    # The beginning -----------------------------------------------------------------------------------------------
+
+    def begin(self, refusal: Reply | None) -> None:
+        """Serve the connection, from now on.
+
+        Args:
+            refusal: answer it with this instead (capacity).
+        """
+        self._refusal = refusal
+        self._house.observer.connection_opened(self.record)
+        policy = self._policy
+        if policy.timeouts.session is not None:
+            self._session_ends = self._began + policy.timeouts.session
+        self._protocol.accepted(policy.protocol.tls_mode)
+        if policy.protocol.tls_mode is TlsMode.IMPLICIT or is_in(
+            policy.proxy_protocol_from, self.record.info.peer.host
+        ):
+            # What comes first is for the TLS layer, or is a PROXY header and not one octet more.
+            self._stream.pause_reading()
+            self._start(self._prepare())
+        else:
+            self._call(self._open)
+
+    async def _prepare(self) -> None:
+        """What comes before the session itself: the PROXY header, implicit TLS."""
+        policy = self._policy
+        if is_in(policy.proxy_protocol_from, self.record.info.peer.host) and not await self._read_proxy_header():
+            return
+        if policy.protocol.tls_mode is TlsMode.IMPLICIT:
+            refusal = self._refusal or self._access_refusal()
+            if refusal is not None:
+                self._protocol.refuse(refusal)
+                return
+            self._protocol.handshake_begins()
+            if not await self._shake_hands():
+                return
+        self._task = None
+        self._open()  # concluded with this task
+
+    def _open(self) -> None:
+        """Refuse the connection, or greet it: at once, or, where it has spoken already, when that has been heard."""
+        refusal = self._refusal or self._access_refusal()
+        if refusal is not None:
+            self._protocol.refuse(refusal)
+            return
+        self._is_served = True
+        is_early = self._stream.has_input()
+        self._stream.receive_by(self)
+        self._stream.resume_reading()
+        if not is_early:
+            self._protocol.greet()
+
+    async def _read_proxy_header(self) -> bool:
+        """Read the PROXY header that a listed network must send; whether the connection goes on."""
+        stream = self._stream
+        parser = ProxyHeaderParser()
+        stream.deadline = self._loop.time() + PROXY_HEADER_SECONDS
+        header: ProxyHeader | None = None
+        try:
+            while header is None:
+                data = await stream.read_sparingly(parser.octets_wanted)
+                if not data:
+                    self._protocol.fail(None, CloseReason.CLIENT_DISCONNECT)
+                    return False
+                header = parser.feed(data)
+        except (ProxyProtocolError, TimeoutError):
+            logger.warning("bad PROXY header", extra={"connection_id": self.record.info.id})
+            self._protocol.refuse(replies.BAD_PROXY_HEADER)
+            return False
+        finally:
+            stream.deadline = None
+        if header.source is not None and header.destination is not None:
+            self.record.client = header.source
+            self.record.server = header.destination
+            self._refusal = self._refusal or self._house.admit(self, header.source)
+        return True
+
+    def _access_refusal(self) -> Reply | None:
+        if not self._house.may_authenticate(self.record.client):
+            return replies.TOO_MANY_AUTH_FAILURES
+        if self._is_allowed() or self._policy.protocol.auth_mechanisms:
+            return None
+        return replies.ACCESS_DENIED
+
+    def _is_allowed(self) -> bool:
+        """Whether this client may relay without AUTH."""
+        if self._allows is None:
+            record = self.record
+            self._allows = record.info.transport == "unix" or is_in(self._policy.allow, record.client.host)
+        return self._allows
+
+    # TLS and AUTH ------------------------------------------------------------------------------------------------
+
+    def hello_received(self, verb: str, name: str) -> None:
+        """See `Handler`."""
+        self.record.hello_verb = verb
+        self.record.hello_name = name
+        self._received_head = None
+
+    def tls_requested(self) -> None:
+        """See `Handler`."""
+        # Reading stops before the 220 goes out: a ClientHello that comes early must wait in the kernel for the TLS
+        # layer. What has come in clear behind STARTTLS the engine has, and refuses.
+        self._pause(Pause.TLS)
+        self._stream.receive_by(None)
+        self._loop.call_soon(self._upgrade)
+        self._protocol.reply(replies.TLS_READY)
+
+    def _upgrade(self) -> None:
+        if self._protocol.phase is Phase.HANDSHAKE and not self._has_ended:
+            self._start(self._upgraded())
+
+    async def _upgraded(self) -> None:
+        self._pauses = 0
+        if await self._shake_hands():
+            self._began = self._loop.time()
+            self._stream.receive_by(self)
+
+    async def _shake_hands(self) -> bool:
+        context = self._policy.tls_context
+        assert context is not None
+        try:
+            tls = await self._stream.start_tls(
+                context(),
+                server_side=True,
+                timeout_seconds=self._policy.timeouts.tls_handshake,
+                from_first_octet=self.record.info.tls_mode is TlsMode.IMPLICIT,
+            )
+        except (OSError, TimeoutError) as error:  # ssl.SSLError is an OSError
+            logger.info(
+                "TLS handshake failed", extra={"connection_id": self.record.info.id, "error": type(error).__name__}
+            )
+            self._protocol.states.now_ns = time.monotonic_ns()
+            self._protocol.tls_failed()
+            return False
+        record = self.record
+        record.hello_verb = record.hello_name = ""
+        record.tls = tls
+        self._received_head = None
+        self._protocol.states.now_ns = time.monotonic_ns()
+        self._protocol.tls_started(tls.version, tls.cipher)
+        return True
+
+    def auth_requested(self, mechanism: str, initial_response: bytes | None) -> None:
+        """See `Handler`."""
+        authenticator = self._policy.authenticator
+        assert authenticator is not None
+        self._auth = authenticator.begin(mechanism)
+        self._start(self._authenticate(self._auth, initial_response))
+
+    def auth_responded(self, response: bytes) -> None:
+        """See `Handler`."""
+        assert self._auth is not None
+        self._start(self._authenticate(self._auth, response))
+
+    async def _authenticate(self, exchange: Exchange, response: bytes | None) -> None:
+        record, protocol = self.record, self._protocol
+        try:
+            step = await exchange.step(response)
+        except Exception:
+            logger.exception("authentication failed to run", extra={"connection_id": record.info.id})
+            self._call(self._protocol.reply, replies.AUTH_UNAVAILABLE)
+            return
+        protocol.states.now_ns = time.monotonic_ns()
+        match step:
+            case Challenge(data):
+                self._task = None
+                self._call(protocol.challenge, data)
+            case Accepted(user):
+                record.user = user
+                record.auth_mechanism = exchange.mechanism
+                self._received_head = None
+                self._call(self._protocol.reply, replies.AUTH_SUCCEEDED)
+            case _:
+                record.auth_mechanism = exchange.mechanism
+                self._house.auth_failed(record.client)
+                self._call(self._protocol.reply, replies.AUTH_FAILED)

@@ -1,0 +1,345 @@
+"""The turns of a session: what arrives, what the engine makes of it, what is written, and the deadlines."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from enum import IntEnum
+from typing import Any, Final
+
+from otel_smtp.forwarding.base import MailTransaction
+from otel_smtp.net import CLOCK_SLACK_SECONDS, Stream
+from otel_smtp.observing import ConnectionRecord, TransactionRecord
+from otel_smtp.server.policy import House, ListenerPolicy
+from otel_smtp.server.users import Exchange
+from otel_smtp.smtp import replies
+from otel_smtp.smtp.envelope import Recipient
+from otel_smtp.smtp.handler import Asked
+from otel_smtp.smtp.replies import Reply
+from otel_smtp.smtp.sequence import Phase
+from otel_smtp.smtp.server import ServerProtocol
+from otel_smtp.smtp.states import CloseReason
+
+logger: Final = logging.getLogger("otel_smtp.server.session")
+
+# A client that takes none of our replies: RFC 5321 4.5.3.2.5 gives a block of octets three minutes.
+UNREAD_REPLIES_SECONDS: Final = 180.0
+# We end the session while the client may be in the middle of sending: it gets the time to read why. Not at a shutdown,
+# which has one grace for all, nor where the client has ended it or speaks another protocol.
+_GENTLE_ENDS: Final = frozenset(
+    {CloseReason.TIMEOUT, CloseReason.TOO_MANY_ERRORS, CloseReason.REFUSED, CloseReason.INTERNAL_ERROR}
+)
+# A segment is cut between transactions. One that has grown to so many times its size is cut wherever it is, so that a
+# client cannot make it grow without end within one transaction.
+_HARD_SEGMENTS: Final = 4
+
+
+class Pause(IntEnum):
+    """Why nothing is read."""
+
+    CONTENT = 1  # the forwarder holds it back
+    DECISION = 2  # one is awaited, and more has come
+    UNREAD = 4  # the client does not read its replies
+    TURN = 8  # other connections come first
+    TLS = 16  # what comes next is the TLS layer's
+
+
+class Conversation:
+    """A stream and an engine that take turns; see `Session` for its arguments and attributes."""
+
+    __slots__ = (
+        "_allows",
+        "_auth",
+        "_batch",
+        "_began",
+        "_failed_content",
+        "_forwarded",
+        "_has_ended",
+        "_held_back_at",
+        "_house",
+        "_is_busy",
+        "_is_served",
+        "_loop",
+        "_most_transitions",
+        "_pauses",
+        "_policy",
+        "_protocol",
+        "_received_head",
+        "_refusal",
+        "_request_octets",
+        "_session_ends",
+        "_stream",
+        "_task",
+        "_told",
+        "_trace_id",
+        "_transaction",
+        "client_counted",
+        "record",
+    )
+
+    def __init__(
+        self,
+        stream: Stream,
+        record: ConnectionRecord,
+        policy: ListenerPolicy,
+        house: House,
+        protocol: ServerProtocol,
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._stream = stream
+        self.record = record
+        self._policy = policy
+        self._house = house
+        self._protocol = protocol
+        self._protocol.states.now_ns = record.opened_ns
+        self.client_counted: str | None = None
+        self._forwarded: MailTransaction | None = None
+        self._transaction: TransactionRecord | None = None
+        self._trace_id: str | None = None  # of the message at hand
+        self._failed_content: Reply | None = None  # the forwarder has failed while the client was still sending
+        self._batch: Sequence[Recipient] = ()
+        self._auth: Exchange | None = None
+        self._task: asyncio.Task[None] | None = None  # what is rare enough to be a coroutine
+        self._refusal: Reply | None = None  # of the connection itself
+        self._allows: bool | None = None  # whether this client may relay without AUTH; None: not looked up yet
+        self._received_head: bytes | None = None  # of this session's Received fields, but for SMTPUTF8 messages
+        self._pauses = 0
+        self._began = self._loop.time()  # when the request at hand began
+        self._request_octets = 0  # received before it
+        self._held_back_at = 0.0  # when the forwarder stopped the content
+        self._session_ends: float | None = None
+        self._most_transitions = house.segments.transitions
+        self._told = 0  # transitions of the present segment that `conn_state` observers know
+        self._is_busy = False  # a call is under way that ends with `_conclude`
+        self._is_served = False  # not refused at accept: a flood of those must not hold sockets
+        self._has_ended = False
+
+    # What the stream tells ---------------------------------------------------------------------------------------
+
+    def data_received(self, data: bytes) -> None:
+        """See `Receiver`."""
+        # As `_call`, which would be one call more for each of the four reads of a mail.
+        protocol = self._protocol
+        protocol.states.now_ns = time.monotonic_ns()
+        self._is_busy = True
+        try:
+            protocol.receive_data(data)
+            if protocol.phase is Phase.UNGREETED:
+                protocol.greet()
+        except Exception:
+            logger.exception("session failed", extra={"connection_id": self.record.info.id})
+            protocol.fail(replies.INTERNAL_CLOSING, CloseReason.INTERNAL_ERROR)
+        self._conclude()
+
+    def input_ended(self) -> None:
+        """See `Receiver`."""
+        self._call(self._end_input)
+
+    def _end_input(self) -> None:
+        if self._protocol.phase is Phase.UNGREETED:
+            self._protocol.greet()
+        self._protocol.receive_eof()
+
+    def writing_resumed(self) -> None:
+        """See `Receiver`."""
+        self._resume(Pause.UNREAD)
+        self._take_turn()
+
+    def _call(self, work: Callable[..., None], *arguments: Any) -> None:
+        """Do `work` as a call from outside: with its own time, and concluded. A bug of ours ends the session, and
+        nothing else."""
+        if self._has_ended:
+            return
+        if self._is_busy:
+            work(*arguments)  # within such a call
+            return
+        self._protocol.states.now_ns = time.monotonic_ns()
+        self._is_busy = True
+        try:
+            work(*arguments)
+        except Exception:
+            logger.exception("session failed", extra={"connection_id": self.record.info.id})
+            self._protocol.fail(replies.INTERNAL_CLOSING, CloseReason.INTERNAL_ERROR)
+        self._conclude()
+
+    def _conclude(self) -> None:
+        """Every call from outside ends here: observers hear what was recorded, what was decided is written, and what
+        has ended is closed."""
+        self._is_busy = False
+        protocol, house, record = self._protocol, self._house, self.record
+        if house.is_draining and not protocol.is_in_transaction:
+            protocol.fail(replies.SHUTTING_DOWN, CloseReason.SHUTDOWN)
+        record.errors = protocol.errors
+        record.messages = protocol.messages
+        if house.observer.wants_transitions:
+            self._tell_transitions()
+        if out := protocol.out:
+            stream = self._stream
+            stream.write(out[0] if len(out) == 1 else b"".join(out))
+            out.clear()
+            if stream.is_write_paused:
+                self._pause(Pause.UNREAD)
+            if protocol.phase is not Phase.CONTENT:
+                self._began = self._loop.time()
+        if protocol.close_reason is not None:
+            self._finish(protocol.close_reason)
+            return
+        if protocol.received.held or self._pauses:
+            self._manage_reading()
+        if len(record.transitions) >= self._most_transitions:
+            self._end_full_segment()
+
+    def _manage_reading(self) -> None:
+        """Leave with the kernel what comes beyond what is held and cannot be run now."""
+        protocol = self._protocol
+        if protocol.asked is Asked.NOTHING:
+            self._resume(Pause.DECISION)
+        elif protocol.received.held:
+            self._pause(Pause.DECISION)
+        if protocol.wants_turn and not self._pauses & Pause.TURN:
+            self._pause(Pause.TURN)
+            self._loop.call_soon(self._take_turn)
+
+    def _take_turn(self) -> None:
+        """Run the commands that other connections went before; not while the client does not read the replies."""
+        if self._pauses & Pause.UNREAD or self._has_ended:
+            return
+        self._resume(Pause.TURN)
+        self._call(self._protocol.run)
+
+    def _pause(self, why: Pause) -> None:
+        if not self._pauses:
+            self._stream.pause_reading()
+        self._pauses |= why
+
+    def _resume(self, why: Pause) -> None:
+        if self._pauses:
+            self._pauses &= ~why
+            if not self._pauses:
+                self._stream.resume_reading()
+
+    def _tell_transitions(self) -> None:
+        transitions = self.record.transitions
+        while self._told < len(transitions):
+            self._told += 1
+            self._house.observer.conn_state(self.record, transitions[self._told - 1])
+
+    # Time --------------------------------------------------------------------------------------------------------
+
+    def look_at_clock(self, now: float) -> None:
+        """Act on what is due at `now`, by the loop's clock: a deadline, the age of the segment."""
+        protocol = self._protocol
+        if self._has_ended:
+            return
+        record = self.record
+        if not protocol.is_in_transaction and time.monotonic_ns() - record.begun_ns >= self._segment_age_ns:
+            self._end_segment()
+        if self._pauses & Pause.UNREAD:
+            if now >= self._began + UNREAD_REPLIES_SECONDS:
+                self._end_from_outside(None, CloseReason.TIMEOUT)
+        elif self._is_reading and now >= self._deadline() - CLOCK_SLACK_SECONDS:
+            self._end_from_outside(replies.TIMED_OUT, CloseReason.TIMEOUT)
+
+    @property
+    def _is_reading(self) -> bool:
+        """Whether it is the client's turn to speak."""
+        return (
+            self._is_served
+            and self._task is None
+            and self._protocol.asked is Asked.NOTHING
+            and not self._pauses & Pause.CONTENT
+        )
+
+    @property
+    def _segment_age_ns(self) -> int:
+        return int(self._house.segments.age_seconds * 1e9)
+
+    def _deadline(self) -> float:
+        """When the request at hand must be complete: octets buy time at the minimum rate, within a hard bound."""
+        timeouts = self._policy.timeouts
+        if self._protocol.awaits_content:
+            bought = (self._stream.octets_received - self._request_octets) / timeouts.octets_per_second
+            deadline = self._began + min(timeouts.command + bought, timeouts.data)
+        elif self._house.is_stressed:
+            deadline = self._began + min(timeouts.command, timeouts.command_under_stress)
+        else:
+            deadline = self._began + timeouts.command
+        return deadline if self._session_ends is None else min(deadline, self._session_ends)
+
+    def drain(self) -> None:
+        """The gateway shuts down: end the session now if it is between transactions, else after the open one."""
+        if not self._protocol.is_in_transaction:
+            self.cancel()
+
+    def cancel(self) -> None:
+        """The gateway shuts down, and waits no longer."""
+        self._end_from_outside(replies.SHUTTING_DOWN, CloseReason.SHUTDOWN)
+
+    def _end_from_outside(self, reply: Reply | None, reason: CloseReason) -> None:
+        self._call(self._protocol.fail, reply, reason)
+
+    # Segments ----------------------------------------------------------------------------------------------------
+
+    def _end_full_segment(self) -> None:
+        is_in_transaction = self._protocol.is_in_transaction
+        if not is_in_transaction or len(self.record.transitions) >= _HARD_SEGMENTS * self._most_transitions:
+            self._end_segment()
+
+    def _end_segment(self) -> None:
+        record, protocol = self.record, self._protocol
+        self._house.observer.segment_ended(record)
+        record.begin_segment(time.monotonic_ns())
+        protocol.states.recorded = record.transitions
+        protocol.said = record.replies
+        self._told = 0
+
+    # The end -----------------------------------------------------------------------------------------------------
+
+    def _finish(self, reason: CloseReason) -> None:
+        if self._has_ended:
+            return
+        self._has_ended = True
+        stream, protocol, record = self._stream, self._protocol, self.record
+        protocol.closed(reason)
+        record.close_reason = protocol.close_reason
+        record.closed_ns = protocol.states.now_ns
+        record.octets_received = stream.octets_received
+        record.octets_sent = stream.octets_sent
+        if self._house.observer.wants_transitions:
+            self._tell_transitions()
+        stream.receive_by(None)
+        task, self._task = self._task, None
+        if task is not None and task is not asyncio.current_task():
+            task.cancel()
+        self._house.observer.connection_closed(record)
+        if self._is_served and record.close_reason in _GENTLE_ENDS and not stream.is_eof:
+            # The socket counts towards the limit of connections while it is open.
+            self._task = self._loop.create_task(self._close_gently())
+        else:
+            stream.close()
+            self._house.ended(self)
+
+    async def _close_gently(self) -> None:
+        try:
+            await self._stream.close_gently()
+        finally:
+            self._house.ended(self)
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do in a task what is rare and waits for long."""
+        self._task = self._loop.create_task(self._run(work))
+
+    async def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        """The whole of such a task: its end is a call from outside like any other."""
+        mine = asyncio.current_task()
+        try:
+            await work
+        except Exception:
+            logger.exception("session failed", extra={"connection_id": self.record.info.id})
+            self._protocol.states.now_ns = time.monotonic_ns()
+            self._protocol.fail(replies.INTERNAL_CLOSING, CloseReason.INTERNAL_ERROR)
+        finally:
+            if self._task is mine:
+                self._task = None
+        if not self._has_ended:
+            self._conclude()

@@ -1,0 +1,81 @@
+"""Replies of an upstream: what each can answer, and how it is read."""
+
+import base64
+import binascii
+from collections.abc import Sequence
+from enum import StrEnum
+from functools import lru_cache, partial
+from typing import Final, NamedTuple
+
+from otel_smtp.smtp import replies
+from otel_smtp.smtp.errors import RemoteProtocolError
+from otel_smtp.smtp.replies import EnhancedStatus, ErrorType, Reply, safe_text
+
+MAX_REPLY_LINE_OCTETS: Final = 2048  # RFC 5321 4.5.3.1.5 says 512; upstreams that put long texts there exist
+MAX_REPLY_LINES: Final = 100
+MAX_KEPT_LINES: Final = 10  # of a refusal that is passed on; the text of one line is bounded by MAX_KEPT_CHARACTERS
+MAX_KEPT_CHARACTERS: Final = 480  # with code, enhanced code and CRLF within the 512 octets of RFC 5321 4.5.3.1.5
+
+
+class Awaited(StrEnum):
+    """What a reply can answer."""
+
+    __hash__ = str.__hash__  # of Enum it is a function of Python, called for each reply
+
+    GREETING = "greeting"  # the connection itself
+    EHLO = "EHLO"  # HELO and LHLO too
+    STARTTLS = "STARTTLS"
+    AUTH = "AUTH"  # each step of the exchange
+    MAIL = "MAIL"
+    RCPT = "RCPT"
+    DATA = "DATA"
+    CONTENT = "content"  # the final dot, or BDAT LAST: the reply to the message
+    RSET = "RSET"
+    QUIT = "QUIT"
+
+
+class Answer(NamedTuple):
+    """One reply and what it answers; `verb` is None for a 421 that nobody had asked for."""
+
+    verb: Awaited | None
+    reply: Reply
+
+
+# A NamedTuple's own constructor is a function in Python; a mail has three answers or more.
+answer_of: Final = partial(tuple.__new__, Answer)
+
+
+def challenge_of(reply: Reply) -> bytes:
+    """The octets of a 334 challenge.
+
+    Raises:
+        RemoteProtocolError: they are not base64.
+    """
+    try:
+        return base64.b64decode(reply.lines[0], validate=True)
+    except (binascii.Error, ValueError):
+        raise RemoteProtocolError("challenge is not base64", replies.UPSTREAM_PROTOCOL) from None
+
+
+@lru_cache(maxsize=256)
+def read_reply(line: bytes) -> Reply:
+    """The reply of a single short line. The few that come again and again are made once; replies are immutable."""
+    return make_reply((line,))
+
+
+def make_reply(lines: Sequence[bytes]) -> Reply:
+    """A reply that is safe to repeat: printable ASCII, bounded, its enhanced code of the class of its code."""
+    code = int(lines[0][:3])
+    # Challenges are kept whole: their text is for a mechanism, not for people.
+    limit = MAX_KEPT_CHARACTERS if code != 334 else MAX_REPLY_LINE_OCTETS
+    texts = [safe_text(line[4:].decode("latin-1"), limit=limit) for line in lines[:MAX_KEPT_LINES]]
+    enhanced: EnhancedStatus | None = None
+    if code // 100 != 3:
+        enhanced, first = EnhancedStatus.parse(texts[0])
+        if enhanced is not None:
+            # RFC 2034 4: each line has the code; it stands once in our value.
+            texts = [first, *(EnhancedStatus.parse(text)[1] for text in texts[1:])]
+            if enhanced.klass != code // 100:
+                enhanced = enhanced._replace(klass=code // 100)  # RFC 2034 4: the class must match the reply's
+    error_type = ErrorType.UPSTREAM_REFUSED if code >= 400 else None
+    return Reply(code, enhanced, tuple(texts), error_type)

@@ -1,0 +1,347 @@
+"""What we say to an upstream: commands, and content in wire form. One writer makes every line."""
+
+import base64
+import re
+from collections import deque
+from typing import Final
+
+from otel_smtp.smtp import replies
+from otel_smtp.smtp.client.answers import (
+    MAX_REPLY_LINE_OCTETS,
+    MAX_REPLY_LINES,
+    Awaited,
+)
+from otel_smtp.smtp.envelope import Mail, Notify, Recipient
+from otel_smtp.smtp.errors import LocalProtocolError, RemoteProtocolError
+from otel_smtp.smtp.extensions import Extensions
+
+# RFC 2920 3.1: "can only appear as the last command in a group, since their success or failure produces a change of
+# state which the client SMTP must accommodate". The last chunk ends a group since nothing may follow it unanswered.
+_ENDS_GROUP: Final = frozenset(
+    {Awaited.GREETING, Awaited.EHLO, Awaited.STARTTLS, Awaited.AUTH, Awaited.DATA, Awaited.CONTENT, Awaited.QUIT}
+)
+# What anyone takes for the end of a line, and lone surrogates, which no octets stand for.
+_CONTROL: Final = r"\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff"
+_CONTROLS: Final = re.compile(f"[{_CONTROL}]")
+# A path as RFC 5321 4.1.2 lets it look to a reader that searches its end: blanks and angle brackets only within the
+# quotes of the local part, nothing that ends a line anywhere. There is one way to read an address by it, so judging one
+# takes time in proportion to its length.
+_QUOTED: Final = rf'"[^"\\{_CONTROL}]*(?:\\[ -~][^"\\{_CONTROL}]*)*"'
+_BARE: Final = rf'[^\s<>"{_CONTROL}]'
+_PATH: Final = re.compile(rf"{_QUOTED}(?:@{_BARE}+)?|{_BARE}*")
+_PARAMETER_VALUE: Final = re.compile(r"[^\s\x00-\x20\x7f]+")
+
+
+def is_safe_path(address: str) -> bool:
+    """Whether `address` can stand between the angle brackets of MAIL and RCPT without being read as anything else."""
+    return _PATH.fullmatch(address) is not None
+
+
+class Commanding:
+    """The outgoing side of a connection to an upstream; see `ClientProtocol` for its arguments and attributes."""
+
+    __slots__ = (
+        "_accepted",
+        "_chunk_left",
+        "_content_left",
+        "_is_closing",
+        "_is_lmtp",
+        "_is_open",
+        "_lines",
+        "_max_line_octets",
+        "_max_lines",
+        "_out",
+        "_rest",
+        "_tail",
+        "_tls_is_due",
+        "_utf8",
+        "awaited",
+        "extensions",
+        "fault",
+        "queued",
+    )
+
+    def __init__(
+        self,
+        *,
+        is_lmtp: bool = False,
+        max_reply_line_octets: int = MAX_REPLY_LINE_OCTETS,
+        max_reply_lines: int = MAX_REPLY_LINES,
+    ) -> None:
+        self.extensions = Extensions()
+        self._is_lmtp = is_lmtp
+        self._max_line_octets = max_reply_line_octets
+        self._max_lines = max_reply_lines
+        self._rest = b""  # what was received and not read: the beginning of a line, or what nobody had asked for
+        self._lines: list[bytes] = []  # of the reply that is arriving
+        self.queued: deque[tuple[Awaited, bytes]] = deque()
+        self._out: list[bytes] = []
+        self.awaited: deque[Awaited] = deque((Awaited.GREETING,))
+        self._accepted = 0  # recipients of the transaction
+        self._chunk_left = 0  # octets of a chunk that is sent in pieces
+        self._content_left = 0  # LMTP: replies to the content that are still to come
+        self._is_open = False  # 354 was given and the content is not ended
+        self._tail = b"\r\n"  # the last two octets of the content: whether the next one begins a line
+        self._tls_is_due = False  # 220 to STARTTLS was given: only tls_started may follow
+        self._utf8 = False  # MAIL had SMTPUTF8
+        self._is_closing = False
+        self.fault: RemoteProtocolError | None = None
+
+    def __repr__(self) -> str:
+        waits = " ".join(self.awaited) or "nothing"
+        return f"<ClientProtocol waits for {waits}, {len(self.queued)} queued{', broken' if self.fault else ''}>"
+
+    # What is asked of it ----------------------------------------------------------------------------------
+
+    @property
+    def is_closing(self) -> bool:
+        """The upstream said 421: it is closing the connection (RFC 5321 3.8)."""
+        return self._is_closing
+
+    @property
+    def is_settled(self) -> bool:
+        """Every command that was queued has its answer."""
+        return not self.awaited and not self.queued
+
+    @property
+    def is_in_step(self) -> bool:
+        """The connection can serve another transaction: all is answered, and nothing more has arrived."""
+        return not (
+            self.awaited
+            or self.queued
+            or self._rest
+            or self._lines
+            or self._is_open
+            or self._chunk_left
+            or self._is_closing
+            or self.fault is not None
+        )
+
+    @property
+    def accepted_recipients(self) -> int:
+        """Recipients of the open transaction that got a 2yz."""
+        return self._accepted
+
+    def _break(self, what: str) -> RemoteProtocolError:
+        """Note how the upstream broke the protocol; nothing is sent or kept any more."""
+        self.fault = RemoteProtocolError(what, replies.UPSTREAM_PROTOCOL)
+        self.queued.clear()
+        self._out.clear()
+        return self.fault
+
+    # Output -----------------------------------------------------------------------------------------------
+
+    def data_to_send(self) -> bytes:
+        """What may travel now; b"" where the answers to what was sent must come first. Each octet is given once."""
+        queued, awaited, out = self.queued, self.awaited, self._out
+        while queued:
+            if awaited and (not self.extensions.pipelining or awaited[-1] in _ENDS_GROUP):
+                break
+            verb, octets = queued.popleft()
+            awaited.append(verb)
+            out.append(octets)
+        data = out[0] if len(out) == 1 else b"".join(out)
+        out.clear()
+        return data
+
+    def cancel_queued(self) -> int:
+        """Take back the commands that were not sent yet; how many there were."""
+        count = len(self.queued)
+        self.queued.clear()
+        return count
+
+    def send_hello(self, name: str) -> None:
+        """EHLO, or LHLO to an LMTP server; forgets what the upstream offered before."""
+        self._hello("LHLO" if self._is_lmtp else "EHLO", name)
+
+    def send_helo(self, name: str) -> None:
+        """HELO, for a server that refused EHLO (RFC 5321 3.2)."""
+        self._hello("HELO", name)
+
+    def _hello(self, verb: str, name: str) -> None:
+        self.extensions = Extensions()
+        self._command(Awaited.EHLO, f"{verb} {self._value(name)}")
+
+    def send_starttls(self) -> None:
+        """STARTTLS. After its 220 only `tls_started` may follow."""
+        self._command(Awaited.STARTTLS, "STARTTLS")
+
+    def tls_started(self) -> None:
+        """The handshake is done. What the upstream said in clear is forgotten (RFC 3207 4.2): say EHLO again.
+
+        Raises:
+            RemoteProtocolError: the upstream sent octets between its 220 and TLS.
+            LocalProtocolError: no 220 was given.
+        """
+        if self.fault is not None:
+            raise self.fault
+        if not self._tls_is_due:
+            raise LocalProtocolError("TLS was not agreed on")
+        self._tls_is_due = False
+        self.extensions = Extensions()
+
+    def send_auth(self, mechanism: str, initial_response: bytes | None = None) -> None:
+        """AUTH (RFC 4954 4). An answer with code 334 is a challenge: see `challenge_of` and `send_auth_response`."""
+        line = f"AUTH {self._value(mechanism)}"
+        if initial_response is not None:
+            line += f" {base64.b64encode(initial_response).decode('ascii') or '='}"
+        self._command(Awaited.AUTH, line)
+
+    def send_auth_response(self, response: bytes) -> None:
+        """The answer to a challenge."""
+        self._command(Awaited.AUTH, base64.b64encode(response).decode("ascii"))
+
+    def send_mail(self, mail: Mail, *, size: int | None = None) -> None:
+        """MAIL, with those of its parameters that the upstream offers.
+
+        Args:
+            size: octets of the content, where it is known better than the client said.
+
+        Raises:
+            LocalProtocolError: an address or parameter that must not stand in a command.
+        """
+        offered = self.extensions
+        self._utf8 = mail.smtputf8 and offered.smtputf8
+        if _PATH.fullmatch(mail.reverse_path) is None:
+            raise LocalProtocolError("unsafe path in a command")
+        line = [f"MAIL FROM:<{mail.reverse_path}>"]
+        size = mail.size if size is None else size
+        if size is not None and offered.offers_size:
+            line.append(f"SIZE={size:d}")
+        if mail.body is not None and offered.eight_bit_mime:
+            line.append(f"BODY={mail.body}")
+        if self._utf8:
+            line.append("SMTPUTF8")
+        if offered.dsn and mail.ret is not None:
+            line.append(f"RET={mail.ret}")
+        if offered.dsn and mail.envid is not None:
+            line.append(f"ENVID={self._value(mail.envid)}")
+        if offered.auth and mail.auth is not None:
+            line.append(f"AUTH={self._value(mail.auth)}")
+        if offered.require_tls and mail.require_tls:
+            line.append("REQUIRETLS")
+        self._command(Awaited.MAIL, " ".join(line))
+
+    def send_recipient(self, recipient: Recipient) -> None:
+        """RCPT, with those of its parameters that the upstream offers; errors as `send_mail`."""
+        if _PATH.fullmatch(recipient.address) is None:
+            raise LocalProtocolError("unsafe path in a command")
+        line = f"RCPT TO:<{recipient.address}>"
+        if self.extensions.dsn and recipient.notify is not None:
+            line += f" NOTIFY={','.join(flag.name or '' for flag in Notify if flag in recipient.notify)}"
+        if self.extensions.dsn and recipient.orcpt is not None:
+            line += f" ORCPT={self._value(recipient.orcpt)}"
+        self._command(Awaited.RCPT, line)
+
+    def send_data(self) -> None:
+        """DATA. Its 354 asks for `send_content` and `end_content`."""
+        self._command(Awaited.DATA, "DATA")
+
+    def send_content(self, chunk: bytes) -> None:
+        """Some of the content after 354, dots stuffed (RFC 5321 4.5.2).
+
+        Raises:
+            LocalProtocolError: no 354 was given.
+        """
+        if not self._is_open:
+            raise LocalProtocolError("content without a 354")
+        if chunk:
+            self._out.append(self._stuffed(chunk))
+
+    def end_content(self) -> None:
+        """The final dot, on a line of its own.
+
+        Raises:
+            LocalProtocolError: no 354 was given.
+        """
+        if not self._is_open:
+            raise LocalProtocolError("a final dot without a 354")
+        if self._rest or self._lines:
+            raise self._break("a reply that nobody had asked for")
+        self._out.append(b".\r\n" if self._tail == b"\r\n" else b"\r\n.\r\n")
+        self._is_open = False
+        self._tail = b"\r\n"
+        self.awaited.append(Awaited.CONTENT)
+
+    def send_last_chunk(self, *pieces: bytes) -> None:
+        """BDAT LAST (RFC 3030 2): the whole message, octets as they are; it may travel in the group of its envelope.
+
+        Raises:
+            LocalProtocolError: CHUNKING is not offered, or it is not its time.
+        """
+        if not self.extensions.chunking:
+            raise LocalProtocolError("BDAT without CHUNKING")
+        content = b"".join(pieces)
+        self._command(Awaited.CONTENT, f"BDAT {len(content)} LAST", content)
+
+    def begin_last_chunk(self, octets: int) -> None:
+        """BDAT LAST for content that comes in pieces: `send_chunk_octets` must bring exactly `octets` of them.
+
+        Raises:
+            LocalProtocolError: something else is queued or unanswered.
+        """
+        if not self.extensions.chunking:
+            raise LocalProtocolError("BDAT without CHUNKING")
+        if not self.is_settled:
+            raise LocalProtocolError("a chunk in pieces cannot wait for its turn")
+        self._command(Awaited.CONTENT, f"BDAT {octets} LAST")
+        self._out.append(self.queued.pop()[1])
+        self.awaited.append(Awaited.CONTENT)
+        self._chunk_left = octets
+
+    def send_chunk_octets(self, piece: bytes) -> None:
+        """Some octets of the chunk that was begun.
+
+        Raises:
+            LocalProtocolError: more than it was said to have.
+        """
+        if len(piece) > self._chunk_left:
+            raise LocalProtocolError("more octets than the chunk has")
+        self._chunk_left -= len(piece)
+        self._out.append(piece)
+
+    def send_reset(self) -> None:
+        """RSET."""
+        self._command(Awaited.RSET, "RSET")
+
+    def send_quit(self) -> None:
+        """QUIT."""
+        self._command(Awaited.QUIT, "QUIT")
+
+    # The one writer ---------------------------------------------------------------------------------------
+
+    def _command(self, verb: Awaited, line: str, content: bytes = b"") -> None:
+        """Queue one command line, with the content that goes with it.
+
+        Raises:
+            LocalProtocolError: the line holds what must never be in one, or it is not its time.
+        """
+        if _CONTROLS.search(line) is not None:
+            raise LocalProtocolError("control character in a command")
+        if not line.isascii() and not (self._utf8 and verb in (Awaited.MAIL, Awaited.RCPT)):
+            raise LocalProtocolError("non-ASCII text in a command without SMTPUTF8")
+        if self.fault is not None:
+            raise self.fault
+        if self._is_open or self._tls_is_due or self._chunk_left:
+            raise LocalProtocolError(f"{verb} is out of order")
+        if (self._rest or self._lines) and not self.awaited and not self.queued:
+            # Sending now would let a late reply answer this command.
+            raise self._break("a reply that nobody had asked for")
+        self.queued.append((verb, f"{line}\r\n".encode() + content))
+
+    @staticmethod
+    def _value(text: str) -> str:
+        if _PARAMETER_VALUE.fullmatch(text) is None:
+            raise LocalProtocolError("unsafe argument in a command")
+        return text
+
+    def _stuffed(self, chunk: bytes) -> bytes:
+        """`chunk` with a dot before each dot that begins a line, also where the line end came with an earlier chunk."""
+        stuffed = chunk.replace(b"\r\n.", b"\r\n..")
+        if self._tail == b"\r\n":
+            if chunk[0] == 0x2E:
+                stuffed = b"." + stuffed
+        elif self._tail[-1:] == b"\r" and chunk.startswith(b"\n."):
+            stuffed = b"\n." + stuffed[1:]
+        self._tail = chunk[-2:] if len(chunk) > 1 else self._tail[-1:] + chunk
+        return stuffed

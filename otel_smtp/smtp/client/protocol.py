@@ -1,0 +1,170 @@
+"""What arrives from an upstream, matched to what it answers."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from otel_smtp.smtp.client.answers import (
+    Answer,
+    Awaited,
+    answer_of,
+    make_reply,
+    read_reply,
+)
+from otel_smtp.smtp.client.commanding import Commanding
+from otel_smtp.smtp.extensions import Extensions
+from otel_smtp.smtp.replies import Reply
+
+# The classes of codes that make sense (RFC 5321 4.3.2): 4yz and 5yz always do.
+_DONE: Final = frozenset({2, 4, 5})
+_CLASSES: Final[Mapping[Awaited, frozenset[int]]] = {
+    **dict.fromkeys(Awaited, _DONE),
+    Awaited.DATA: frozenset({3, 4, 5}),
+    Awaited.AUTH: frozenset({2, 3, 4, 5}),
+}
+_REPLY_LINE: Final = re.compile(rb"([2-5][0-9]{2})(?:([ -])(.*))?", re.DOTALL)
+
+
+class ClientProtocol(Commanding):
+    """The client's side of one connection to an upstream.
+
+    Args:
+        is_lmtp: LHLO instead of EHLO, and a reply for each accepted recipient after the content (RFC 2033 4.2).
+        max_reply_line_octets: longest reply line, its line end included.
+        max_reply_lines: most lines of one reply.
+
+    Attributes:
+        extensions: those of the last EHLO; none before it, after HELO, and from the start of TLS to the next EHLO.
+        fault: how the upstream broke the protocol; None while it has not. Close the connection.
+        awaited: what the next replies will answer, in order; to be read only.
+        queued: commands that `data_to_send` has not given out yet, in order; to be read only.
+
+    Holds at most one reply within its bounds, and what was queued and not sent.
+    """
+
+    __slots__ = ()
+
+    def receive(self, data: bytes) -> list[Answer]:
+        """Take octets from the upstream, and give the replies that are whole now, with what they answer.
+
+        Never raises: what breaks the protocol sets `fault`, behind the answers that came before it. It goes no further
+        than the answer to the last command; what lies behind is judged by the next call, and until then `is_in_step` is
+        false. Nothing is read behind a 421, or a refusal that comes before the content has ended.
+
+        Args:
+            data: as read from the network, any length; b"" only judges what has been left over.
+
+        Returns:
+            An answer whose verb is None is a 421 that nobody had asked for.
+        """
+        answers: list[Answer] = []
+        if self.fault is not None or self._is_closing:
+            return answers
+        if self._rest:
+            data = self._rest + data
+            self._rest = b""
+        awaited = self.awaited
+        position = 0
+        while True:
+            if self._tls_is_due and position < len(data):
+                # Injection before TLS: it is there to be read as if it had come under TLS.
+                self._break("octets behind the 220 of STARTTLS")
+                return answers
+            end = data.find(b"\n", position) + 1
+            if (end or len(data)) - position > self._max_line_octets:
+                self._break("reply line too long")
+                return answers
+            if not end:
+                break
+            line = data[position : end - 1].removesuffix(b"\r")
+            position = end
+            match = _REPLY_LINE.fullmatch(line)
+            if match is None or (self._lines and self._lines[0][:3] != line[:3]):
+                self._break("a line that is no reply")
+                return answers
+            lines = [line]
+            if self._lines or match[2] == b"-":
+                lines = self._lines
+                lines.append(line)
+                if len(lines) > self._max_lines:
+                    self._break("reply of too many lines")
+                    return answers
+                if match[2] == b"-":
+                    continue
+                self._lines = []
+            reply = read_reply(line) if len(lines) == 1 and len(line) <= 128 else make_reply(lines)
+            code = reply.code
+            self._is_closing = code == 421
+            if not awaited:
+                self._take_unasked(reply, answers)
+                return answers
+            verb = awaited[0]
+            if code // 100 not in _CLASSES[verb]:
+                self._break(f"{verb} answered with {code}")
+                return answers
+            awaited.popleft()
+            if verb is Awaited.RCPT:
+                self._accepted += code < 400
+            elif verb is Awaited.MAIL or verb is Awaited.RSET:
+                self._accepted = 0
+            elif verb is Awaited.CONTENT:
+                if not self._settle_content(reply, data[position : position + 3]):
+                    return answers
+            elif not self._settle(verb, reply, lines, has_surplus=position < len(data)):
+                return answers
+            answers.append(answer_of((verb, reply)))
+            if self._is_closing:
+                return answers
+            if not awaited:
+                break
+        self._rest = data[position:]
+        return answers
+
+    def _take_unasked(self, reply: Reply, answers: list[Answer]) -> None:
+        """A reply without a command: a farewell, or a refusal of the content before its end."""
+        if reply.code >= 400 and self._is_open:
+            self._is_closing = True  # before the end of the content there is no way back
+            answers.append(Answer(Awaited.CONTENT, reply))
+        elif reply.code == 421:
+            answers.append(Answer(None, reply))
+        else:
+            self._break("a reply that nobody had asked for")
+
+    def _settle(self, verb: Awaited, reply: Reply, lines: Sequence[bytes], *, has_surplus: bool) -> bool:
+        """Note what `reply` changes; whether it stands."""
+        match verb:
+            case Awaited.DATA:
+                self._is_open = reply.code < 400
+            case Awaited.EHLO if reply.is_positive:
+                self.extensions = Extensions.parse([line[4:].decode("ascii", "replace") for line in lines[1:]])
+            case Awaited.STARTTLS:
+                self._tls_is_due = reply.is_positive
+                if self._tls_is_due and has_surplus:
+                    self._break("octets behind the 220 of STARTTLS")
+                    return False
+            case _:
+                pass
+        return True
+
+    def _settle_content(self, reply: Reply, surplus: bytes) -> bool:
+        """Note what the reply to the content changes; whether it stands. `surplus`: how what lies behind it begins."""
+        is_positive = reply.code < 400
+        if self._chunk_left and is_positive:
+            self._break("content accepted before its end")
+            return False
+        if self._is_lmtp:
+            # RFC 2033 4.2: one reply "for each previously successful RCPT command"; BDAT LAST without any has one 503.
+            if self._content_left == 0:
+                self._content_left = max(1, self._accepted)
+            self._content_left -= 1
+            if self._content_left > 0 and reply.code != 421:
+                self.awaited.appendleft(Awaited.CONTENT)
+                return True
+            self._content_left = 0
+        self._accepted = 0
+        # With one reply too many, this one was perhaps not meant for the message, and doubt is never success. What is,
+        # or may become, a farewell leaves no doubt.
+        if is_positive and not b"421".startswith(surplus):
+            self._break("more replies than commands")
+            return False
+        return True

@@ -1,0 +1,234 @@
+"""Commands of a server session: which may run now, and what runs it; and the envelope."""
+
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from otel_smtp.smtp import replies
+from otel_smtp.smtp.commands import (
+    Auth,
+    Bdat,
+    Command,
+    CommandRefused,
+    Data,
+    Hello,
+    MailFrom,
+    RcptTo,
+    Rset,
+    StartTls,
+    Verb,
+    common_mail,
+    common_recipient,
+    parse_command,
+    parse_other,
+)
+from otel_smtp.smtp.envelope import Mail, Recipient
+from otel_smtp.smtp.errors import LocalProtocolError
+from otel_smtp.smtp.extensions import unsupported, unsupported_recipient
+from otel_smtp.smtp.handler import Asked
+from otel_smtp.smtp.replies import Reply
+from otel_smtp.smtp.sequence import IN_TRANSACTION, SEQUENCE, Phase
+from otel_smtp.smtp.server.receiving import Receiving
+from otel_smtp.smtp.server.replying import OpenTransaction
+from otel_smtp.smtp.states import (
+    ConnState,
+    ResetCause,
+)
+
+# RFC 3207 4: what may be said while TLS is required and not on.
+_BEFORE_TLS: Final = frozenset({Verb.NOOP, Verb.EHLO, Verb.LHLO, Verb.STARTTLS, Verb.QUIT})
+# Commands that do not move mail; a session of nothing else holds a slot for nothing.
+_JUNK: Final = frozenset({Verb.NOOP, Verb.RSET, Verb.VRFY, Verb.EXPN, Verb.HELP, Verb.EHLO, Verb.HELO, Verb.LHLO})
+# Commands that only get an answer.
+_ANSWERS: Final = {
+    Verb.NOOP: replies.OK,
+    Verb.VRFY: replies.CANNOT_VERIFY,
+    Verb.EXPN: replies.NOT_IMPLEMENTED,
+    Verb.HELP: replies.HELP,
+    Verb.QUIT: replies.CLOSING,
+}
+
+
+class Dispatching(Receiving):
+    """A session that runs commands."""
+
+    __slots__ = ()
+
+    def _run_line(self, line: bytes) -> None:
+        """Run one command line."""
+        phase = self.phase
+        parse: Callable[[bytes], Command] = parse_command
+        if phase is Phase.RECIPIENTS or phase is Phase.MAIL:
+            recipient = common_recipient(line)
+            if recipient is not None:
+                self._add_recipient(recipient)  # which uses no extension
+                return
+            if len(line) == 4:
+                parse = parse_other  # DATA, mostly: there is no need to look for a MAIL first
+        elif phase is Phase.READY and (self.is_tls or not self._policy.tls_required):
+            mail = common_mail(line)
+            if mail is not None:
+                self._run_mail(mail)
+                return
+        command: Command | CommandRefused
+        try:
+            command = parse(line)
+        except CommandRefused as refusal:
+            command = refusal
+        self._run(command)
+
+    def _run(self, command: Command | CommandRefused) -> None:
+        if self._batch and not (isinstance(command, Command) and command.verb is Verb.RCPT):
+            self._held = command  # in its turn: what came before it must be answered first
+            return
+        if isinstance(command, CommandRefused):
+            self._run_refused(command)
+            return
+        verb = command.verb
+        if self._policy.tls_required and not self.is_tls and verb not in _BEFORE_TLS:
+            self._refuse(replies.TLS_REQUIRED, verb, command)
+            return
+        if verb in _JUNK and self.phase is not Phase.CONNECTED:
+            self._junk += 1
+            if self._junk > self._policy.limits.junk_commands:
+                self._send(replies.TOO_MANY_JUNK_COMMANDS, verb)
+                return
+        if verb not in SEQUENCE[self.phase]:
+            self._refuse(replies.BAD_SEQUENCE, verb, command)
+            return
+        match command:
+            case Data():
+                self._run_data(command)
+            case MailFrom():
+                self._run_mail(command.mail)
+            case RcptTo():
+                self._run_rcpt(command)
+            case Hello():
+                self._run_hello(command)
+            case Bdat():
+                self._run_bdat(command)
+            case Auth():
+                self._run_auth(command)
+            case StartTls():
+                self._run_starttls(command)
+            case Rset():
+                self._run_rset(command)
+            case _:
+                self._send(_ANSWERS[verb], verb)
+
+    def _run_refused(self, refused: CommandRefused) -> None:
+        if refused.verb is Verb.AUTH:
+            self._announce_auth(None)
+            self._fail_auth(refused.reply)
+        elif refused.verb is Verb.BDAT and self.phase is Phase.CHUNKING:
+            # How many octets follow is not known, so the message cannot go on.
+            self._refuse_message(refused.reply, Verb.BDAT)
+        else:
+            self._send(refused.reply, refused.verb or "other")
+
+    def _refuse(self, reply: Reply, verb: Verb, command: Command) -> None:
+        """Refuse a command before it is looked at; what announces itself is announced, what follows it is read off."""
+        match command:
+            case Auth():
+                self._announce_auth(command.mechanism)
+                self._fail_auth(reply)
+            case Bdat():
+                self._read_off(command, replies.NO_VALID_RECIPIENTS if self.phase is Phase.MAIL else reply)
+            case Data() if self.phase is Phase.MAIL:
+                self._send(replies.NO_VALID_RECIPIENTS, verb)
+            case Data() if self.phase is Phase.CHUNKING:
+                # RFC 3030 2: DATA after BDAT is a 503 and leaves nothing that could go on.
+                self._refuse_message(reply, verb)
+            case _:
+                self._send(reply, verb)
+
+    def _run_hello(self, command: Hello) -> None:
+        is_lmtp = self._policy.is_lmtp
+        if (command.verb is Verb.LHLO) is not is_lmtp:
+            # RFC 2033 4.1: LMTP has LHLO in place of HELO and EHLO.
+            self._send(replies.UNKNOWN_COMMAND, command.verb)
+            return
+        if self.phase in IN_TRANSACTION:
+            self._reset(ResetCause(command.verb.lower()))
+        self.phase = Phase.READY
+        self._handler.hello_received(command.verb, command.name)
+        if command.verb is Verb.HELO:
+            self._send(replies.hello(self._policy.hostname), command.verb)
+        else:
+            self._told = self._policy.own_offer(self._offer(), is_tls=self.is_tls)
+            self._send(self._told.reply, command.verb)
+
+    def _run_mail(self, mail: Mail) -> None:
+        told, behind = self._told, self._offer()
+        # A mail is held against what this session was told; whether the upstream still keeps it is asked above. Its
+        # size is held against what the upstream takes now.
+        now = told if told is not None and told.behind is behind else self._policy.own_offer(behind, is_tls=self.is_tls)
+        offer = now.offer if told is None else told.offer
+        size_limit = now.size_limit
+        if self._policy.auth_required and not self.is_authenticated:
+            self._send(replies.AUTH_REQUIRED, Verb.MAIL)
+        elif self.messages >= self._policy.limits.messages_per_connection:
+            self._send(replies.TOO_MANY_MESSAGES, Verb.MAIL)
+        elif mail.size is not None and mail.size > size_limit:
+            # RFC 1870 6.1: refused before a single octet of it is sent.
+            self._send(replies.MESSAGE_TOO_BIG, Verb.MAIL)
+        elif (refusal := unsupported(mail, offer)) is not None:
+            self._send(refusal, Verb.MAIL)
+        else:
+            self._mail = OpenTransaction(mail, self.transactions + 1, offer, size_limit)
+            self.asked = Asked.MAIL
+            self._handler.mail_requested(mail)
+
+    def _run_rcpt(self, command: RcptTo) -> None:
+        transaction = self._transaction
+        assert transaction is not None
+        refusal = unsupported_recipient(command.recipient, transaction.mail, transaction.offer)
+        if refusal is None:
+            self._add_recipient(command.recipient)
+        elif self._batch:
+            self._held = command  # in its turn
+        else:
+            self._send(refusal, Verb.RCPT)
+
+    def _add_recipient(self, recipient: Recipient) -> None:
+        transaction = self._transaction
+        assert transaction is not None
+        if transaction.recipients + len(self._batch) < self._policy.limits.recipients:
+            if self._batch:
+                self._batch.append(recipient)
+            else:
+                self._batch = [recipient]
+        elif self._batch:
+            # In its turn, and judged again then: some of the recipients before it may be refused.
+            self._held = RcptTo(recipient)
+        else:
+            self._send(replies.TOO_MANY_RECIPIENTS, Verb.RCPT)
+
+    def _ask_recipients(self) -> None:
+        self.asked = Asked.RECIPIENTS
+        self._handler.recipients_requested(self._batch)
+
+    def _run_rset(self, command: Rset) -> None:
+        self._reset(ResetCause.RSET)
+        self._send(replies.OK, Verb.RSET)
+
+    def _answer_mail(self, reply: Reply) -> None:
+        transaction, self._mail = self._mail, None
+        if reply.code >= 300:
+            self._send(reply, Verb.MAIL)
+            return
+        assert transaction is not None
+        self.transactions += 1
+        self._transaction = transaction
+        self.phase = Phase.MAIL
+        self.states.enter(ConnState.ACTIVE)  # recorded only where the level was Idle
+        self._send(reply, Verb.MAIL)
+
+    def _answer_recipients(self, decided: Sequence[Reply]) -> None:
+        if len(decided) != len(self._batch):
+            raise LocalProtocolError("not as many replies as recipients")
+        self._batch = ()
+        for reply in decided:
+            if reply.code < 300 and self._transaction is not None:
+                self._transaction.recipients += 1
+                self.phase = Phase.RECIPIENTS
+            self._send(reply, Verb.RCPT)

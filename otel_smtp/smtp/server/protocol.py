@@ -1,0 +1,290 @@
+"""What the driver of a server session holds: it takes octets and decisions, and runs what was received in its order."""
+
+import base64
+import re
+from typing import Final
+
+from otel_smtp.smtp import replies
+from otel_smtp.smtp.commands import (
+    Verb,
+)
+from otel_smtp.smtp.errors import LocalProtocolError
+from otel_smtp.smtp.handler import Asked
+from otel_smtp.smtp.replies import Reply
+from otel_smtp.smtp.sequence import Phase
+from otel_smtp.smtp.server.dispatching import Dispatching
+from otel_smtp.smtp.server.securing import decoded_response
+from otel_smtp.smtp.states import (
+    TLS_OFFERS,
+    CloseReason,
+    ConnectionOver,
+    ConnState,
+    TlsMode,
+)
+
+# A line this many times over its limit is not worth reading off any more: 421. Unlimited discarding held sessions open
+# in other servers until 2026.
+_DISCARD_FACTOR: Final = 32
+_HTTP_REQUEST: Final = re.compile(rb"(?:GET|HEAD|POST|PUT|DELETE|CONNECT|OPTIONS|TRACE|PATCH|PRI) ", re.IGNORECASE)
+# The record header of a TLS handshake: type 22, version 3.x (RFC 8446 5.1).
+_TLS_HANDSHAKE: Final = b"\x16\x03"
+_NO_INPUT: Final = frozenset({Phase.HANDSHAKE, Phase.UNGREETED, Phase.ENDING})
+# A lone command line is run at once in these. Not before the first EHLO: there TLS and HTTP are looked for.
+_QUICK: Final = frozenset({Phase.READY, Phase.MAIL, Phase.RECIPIENTS})
+
+
+class ServerProtocol(Dispatching):
+    """One server session over one connection, TLS included.
+
+    Args:
+        policy: how the listener speaks.
+        handler: who decides.
+        offer: what content and envelope extensions can be promised now; asked at each EHLO and MAIL, and cheapest if
+            the same object comes back while nothing has changed. Its `starttls` and `auth_mechanisms` are ignored:
+            those are the engine's own.
+        recorded: takes each transition; see `StateMachine`.
+        said: takes each reply, before it becomes visible in `data_to_send`.
+        on_illegal: see `StateMachine`.
+
+    Attributes:
+        phase: of the session.
+        states: the states of the connection. The driver sets `states.now_ns` before it calls.
+        said: see above; may be exchanged at any time.
+        is_tls, is_authenticated: whether TLS is on; whether AUTH has succeeded.
+        messages: that got their final reply on this connection. `transactions`: begun on it.
+        errors: replies of 400 and above, and a failed handshake.
+        close_reason: why the session ends; None while it goes on.
+        asked: what the handler was asked and has not answered: nothing is run until it does.
+        received: octets that have not been run yet.
+        out: the replies that have not been taken by `data_to_send`.
+        wants_turn: commands are left to be run, and other connections come first: call `run` soon.
+
+    Holds at most one line (12 KiB), what one `receive_data` call brought, and one header block (256 KiB).
+    """
+
+    __slots__ = ()
+
+    # What the driver tells -------------------------------------------------------------------------------------
+
+    def accepted(self, tls_mode: TlsMode) -> None:
+        """Record New: the socket has been accepted."""
+        self.states.enter(ConnState.NEW, TLS_OFFERS[tls_mode])
+
+    def greet(self) -> None:
+        """Open the session with 220; a client that spoke first is refused (RFC 5321 4.3.1: the sender waits)."""
+        if self.received.held and not self._is_mismatch():
+            self._send(replies.EARLY_TALKER, None)
+        if self.phase is not Phase.ENDING:
+            self.phase = Phase.CONNECTED
+            self.states.enter(ConnState.ACTIVE)
+            self._send(
+                replies.greeting(self._policy.hostname, protocol="LMTP" if self._policy.is_lmtp else "ESMTP"), None
+            )
+            self.run()
+
+    def receive_data(self, data: bytes) -> None:
+        """Take octets from the peer, and run what they hold.
+
+        Raises:
+            LocalProtocolError: called after `receive_eof`.
+        """
+        if self._eof:
+            raise LocalProtocolError("receive_data after receive_eof")
+        held = self.received.held
+        if not held and self.asked is Asked.NOTHING and not self._discarded:
+            phase = self.phase
+            if phase in _QUICK:
+                length = len(data)
+                if 2 <= length <= self._policy.quick_octets and data.find(b"\r\n") == length - 2:
+                    self._is_running = True
+                    try:
+                        self._run_line(data[:-2])
+                        if self._batch and self.asked is Asked.NOTHING:
+                            self._ask_recipients()
+                    finally:
+                        self._is_running = False
+                    if self._chunk is not None:
+                        self.run()  # it may have no octets
+                    return
+            elif phase is Phase.CONTENT and self._chunk is None:
+                self._is_running = True
+                try:
+                    self._take_content(data)
+                finally:
+                    self._is_running = False
+                if self.received.held:
+                    self.run()
+                return
+        self.received.feed(data)
+        self.run()
+
+    def receive_eof(self) -> None:
+        """The peer will send no more. What it sent before is still answered."""
+        self._eof = True
+        self.run()
+
+    def closed(self, reason: CloseReason) -> None:
+        """Record Closed: the transport is gone. `reason` holds unless the session had already found its own end."""
+        if self.states.level is not ConnState.CLOSED:
+            self._end(reason)
+            assert self.close_reason is not None
+            self.states.enter(ConnState.CLOSED, ConnectionOver(self.close_reason, self.messages))
+
+    def data_to_send(self) -> bytes:
+        """Take what is in `out`, in one piece."""
+        data = b"".join(self.out)
+        self.out.clear()
+        return data
+
+    # Decisions from above ----------------------------------------------------------------------------------------
+
+    def reply(self, *decided: Reply) -> None:
+        """Answer what was asked, and run on.
+
+        Args:
+            decided: one reply; for recipients one each, in order; for content over LMTP one for each accepted
+                recipient (RFC 2033 4.2).
+
+        Raises:
+            LocalProtocolError: nothing waits for an answer, or the replies are not as many as were asked for.
+        """
+        if self.phase is Phase.ENDING:
+            return  # the session was ended from outside while the decision was being made
+        asked, self.asked = self.asked, Asked.NOTHING
+        match asked:
+            case Asked.RECIPIENTS:
+                self._answer_recipients(decided)
+            case Asked.MAIL:
+                self._answer_mail(*decided)
+            case Asked.CONTENT:
+                self._answer_content(decided)
+            case Asked.TLS:
+                self._answer_starttls(*decided)
+            case Asked.AUTH:
+                self._answer_auth(*decided)
+            case Asked.NOTHING:
+                raise LocalProtocolError("a reply to nothing that was asked")
+        if not self._is_running and (self.received.held or self._held is not None or self._eof):
+            self.run()
+
+    def challenge(self, data: bytes) -> None:
+        """Go on with the AUTH exchange: 334 with `data`."""
+        if self.phase is Phase.ENDING:
+            return
+        if self.asked is not Asked.AUTH:
+            raise LocalProtocolError("challenge outside an AUTH exchange")
+        self.asked = Asked.NOTHING
+        self.phase = Phase.AUTHENTICATING
+        self._send(replies.challenge(base64.b64encode(data).decode("ascii")), Verb.AUTH)
+        self.run()
+
+    # Reading -----------------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Run what has been received, as far as decisions and the budget of one turn allow. Called by the driver only
+        where `wants_turn` says so."""
+        if self._is_running:
+            return  # a decision that was made within the call that asked for it: the loop below goes on
+        self._is_running = True
+        self.wants_turn = False
+        left = self._policy.commands_per_turn
+        try:
+            while self.asked is Asked.NOTHING:
+                if self._advance():
+                    left -= 1
+                    if left <= 0 and (self.received.held or self._held is not None):
+                        self.wants_turn = True
+                        return
+                elif self._batch:
+                    self._ask_recipients()
+                elif self._eof and self.phase not in _NO_INPUT:
+                    self._end(CloseReason.CLIENT_DISCONNECT)
+                else:
+                    return
+        finally:
+            self._is_running = False
+
+    def _advance(self) -> bool:
+        """Use up some input; whether anything changed."""
+        if self._held is not None:
+            if self._batch:
+                return False
+            held, self._held = self._held, None
+            self._run(held)
+            return True
+        match self.phase:
+            case Phase.CONTENT:
+                return self._read_content()
+            case Phase.AUTHENTICATING:
+                return self._read_auth_line()
+            case Phase.HANDSHAKE | Phase.UNGREETED | Phase.ENDING:
+                return False
+            case _:
+                return self._read_command()
+
+    def _read_line(self, limit: int) -> bytes | None:
+        """The next line without its CRLF, or None; a line that is too long is read off and answered here."""
+        if not self._discarded:
+            length = self.received.find_line(limit)
+            if length > 0:
+                return self.received.take(length)[:-2]
+            if length == 0 or self._batch:
+                return None  # a line that is too long is answered in its turn
+            self._discard_limit = limit * _DISCARD_FACTOR
+        discarded, is_whole = self.received.discard_line()
+        self._discarded += discarded
+        if self._discarded > self._discard_limit:
+            self._send(replies.LINE_DISCARD_EXCEEDED, None)
+        elif is_whole:
+            self._discarded = 0
+            self._refuse_long_line()
+        return None
+
+    def _refuse_long_line(self) -> None:
+        # RFC 4954 6 has 5.5.6 for lines of an AUTH exchange, as a SHOULD; one code for every line is easier to find.
+        if self.phase is Phase.AUTHENTICATING:
+            self.phase = Phase.READY
+            self._fail_auth(replies.LINE_TOO_LONG)
+        else:
+            self._send(replies.LINE_TOO_LONG, "other")
+
+    def _read_command(self) -> bool:
+        had = len(self.received)
+        if had == 0:
+            return False
+        if self.phase is Phase.CONNECTED and not self._discarded and self._is_mismatch():
+            return True
+        limits = self._policy.limits
+        is_auth = self.received.peek(5).upper() == b"AUTH "
+        line = self._read_line(limits.auth_line if is_auth else limits.command_line)
+        if line is None:
+            return self.phase is Phase.ENDING or len(self.received) != had
+        self._run_line(line)
+        return True
+
+    def _is_mismatch(self) -> bool:
+        """End the session if TLS or HTTP is spoken where SMTP in clear is expected.
+
+        A browser or a forged server-side request would speak so; its headers and body may hold SMTP commands.
+        """
+        if self.received.starts_with(_TLS_HANDSHAKE) or _HTTP_REQUEST.match(self.received.peek(8)):
+            self._end(CloseReason.PROTOCOL_MISMATCH)
+            return True
+        return False
+
+    def _read_auth_line(self) -> bool:
+        had = len(self.received)
+        line = self._read_line(self._policy.limits.auth_line) if had else None
+        if line is None:
+            return self.phase is not Phase.AUTHENTICATING or len(self.received) != had
+        if line == b"*":
+            # RFC 4954 4: the client cancels.
+            self.phase = Phase.READY
+            self._fail_auth(replies.AUTH_CANCELLED)
+        elif (response := decoded_response(line)) is None:
+            self.phase = Phase.READY
+            self._fail_auth(replies.BAD_BASE64)
+        else:
+            self.asked = Asked.AUTH
+            self._handler.auth_responded(response)
+        return True

@@ -1,0 +1,172 @@
+"""Content of a server session: DATA and BDAT, from the command to the final reply."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from otel_smtp.smtp import replies
+from otel_smtp.smtp.commands import (
+    Bdat,
+    Data,
+    Verb,
+)
+from otel_smtp.smtp.content import IncomingContent
+from otel_smtp.smtp.envelope import Body
+from otel_smtp.smtp.errors import LocalProtocolError
+from otel_smtp.smtp.handler import Asked
+from otel_smtp.smtp.replies import Reply
+from otel_smtp.smtp.sequence import Phase
+from otel_smtp.smtp.server.replying import ChunkRefusal, IncomingChunk, OpenTransaction
+from otel_smtp.smtp.server.securing import Securing
+from otel_smtp.smtp.states import (
+    ConnState,
+    ContentBegun,
+)
+
+
+class Receiving(Securing):
+    """A session that takes content."""
+
+    __slots__ = ()
+
+    def _run_data(self, command: Data) -> None:
+        transaction = self._transaction
+        assert transaction is not None
+        if transaction.mail.body is Body.BINARY_MIME:
+            # RFC 3030 3: binary content cannot be sent by DATA.
+            self._send(replies.BAD_SEQUENCE, Verb.DATA)
+            return
+        self._begin_content(transaction, by_data=True)
+        self.phase = Phase.CONTENT
+        self._send(replies.SEND_CONTENT, Verb.DATA)
+
+    def _run_bdat(self, command: Bdat) -> None:
+        transaction = self._transaction
+        assert transaction is not None
+        octets = transaction.content.octets if transaction.content is not None else 0
+        if octets + command.size > transaction.size_limit:
+            if self.phase is Phase.CHUNKING:
+                self.messages += 1
+            self._drop_transaction(replies.MESSAGE_TOO_BIG)
+            copies = self._final_replies(transaction) if command.last else 1
+            self._read_off(command, replies.MESSAGE_TOO_BIG, copies=copies)
+            return
+        if transaction.content is None:
+            self._begin_content(transaction, by_data=False)
+        self._chunk = IncomingChunk(command.size, is_last=command.last)
+        self.phase = Phase.CONTENT
+
+    def _begin_content(self, transaction: OpenTransaction, *, by_data: bool) -> None:
+        policy = self._policy
+        transaction.content = IncomingContent(
+            policy.content_limits,
+            transaction.size_limit,
+            self._handler,
+            is_binary=transaction.mail.body is Body.BINARY_MIME,
+            by_data=by_data,
+        )
+        self.states.enter(ConnState.DATA, ContentBegun(transaction.number, transaction.recipients))
+        self._handler.content_begun()
+
+    def _read_off(self, command: Bdat, reply: Reply, *, copies: int = 1) -> None:
+        """Refuse a BDAT, reading its octets off so that they are not run as commands (RFC 3030 2)."""
+        if command.size > 2 * self._policy.limits.message_size:
+            # Too much to read off: the session ends, or a client could hold it for as long as it liked.
+            self._send(replace(replies.BAD_ARGUMENT, closes=True), Verb.BDAT)
+            return
+        self._chunk = IncomingChunk(command.size, is_last=command.last)
+        self._chunk.refusal = ChunkRefusal(reply, copies, self.phase)
+        self.phase = Phase.CONTENT
+
+    def _read_content(self) -> bool:
+        if self._chunk is not None:
+            return self._read_chunk(self._chunk)
+        if not self.received.held:
+            return False
+        self._take_content(self.received.take(len(self.received)))
+        return True
+
+    def _take_content(self, data: bytes) -> None:
+        """Take octets of DATA; those behind its end go (back) to the buffer."""
+        transaction = self._transaction
+        assert transaction is not None
+        content = transaction.content
+        assert content is not None
+        content.feed(data)
+        if content.octets > 2 * transaction.size_limit:
+            # The rest is read off within a bound; then the connection ends, or one client could send for ever.
+            self._refuse_message(replace(replies.MESSAGE_TOO_BIG, closes=True), Verb.DATA)
+        elif content.is_ended:
+            if content.rest:
+                self.received.give_back(content.rest)
+            self._finish_content(transaction, content)
+
+    def _read_chunk(self, chunk: IncomingChunk) -> bool:
+        data = self.received.take(chunk.remaining)
+        chunk.remaining -= len(data)
+        if chunk.refusal is None:
+            transaction = self._transaction
+            assert transaction is not None
+            content = transaction.content
+            assert content is not None
+            if data:
+                content.feed(data)
+            if chunk.remaining == 0:
+                self._end_chunk(chunk, transaction, content)
+                return True
+        elif chunk.remaining == 0:
+            self._end_refused_chunk(chunk.refusal)
+            return True
+        return bool(data)
+
+    def _end_chunk(self, chunk: IncomingChunk, transaction: OpenTransaction, content: IncomingContent) -> None:
+        self._chunk = None
+        if chunk.is_last:
+            self._finish_content(transaction, content)
+        elif (refusal := content.refusal()) is not None:
+            self._refuse_message(refusal, Verb.BDAT)
+        else:
+            self.phase = Phase.CHUNKING
+            self._send(replies.chunk_received(chunk.size), Verb.BDAT)
+
+    def _end_refused_chunk(self, refusal: ChunkRefusal) -> None:
+        self._chunk = None
+        self.phase = refusal.phase
+        for _ in range(refusal.copies):
+            self._send(refusal.reply, Verb.BDAT)
+        if self.states.level is ConnState.DATA and self._transaction is None:
+            self._settle()
+
+    def _finish_content(self, transaction: OpenTransaction, content: IncomingContent) -> None:
+        refusal = content.finish()
+        if refusal is not None:
+            self._refuse_message(refusal, self._content_verb(), copies=self._final_replies(transaction))
+        else:
+            self.asked = Asked.CONTENT
+            self._handler.content_ended(content.octets)
+
+    def _refuse_message(self, reply: Reply, verb: Verb, *, copies: int = 1) -> None:
+        """Refuse the message that is being received: Error, then Idle."""
+        self.messages += 1
+        self._drop_transaction(reply)
+        for _ in range(copies):
+            self._send(reply, verb)
+        self._settle()
+
+    def _final_replies(self, transaction: OpenTransaction) -> int:
+        """How many replies answer the end of the content: one for each recipient over LMTP (RFC 2033 4.2, 4.3)."""
+        return transaction.recipients if self._policy.is_lmtp else 1
+
+    def _answer_content(self, decided: Sequence[Reply]) -> None:
+        transaction = self._transaction
+        assert transaction is not None
+        assert transaction.content is not None
+        if len(decided) != (transaction.recipients if self._policy.is_lmtp else 1):
+            raise LocalProtocolError("not as many replies as the content asks for")
+        verb = Verb.DATA if transaction.content.by_data else Verb.BDAT
+        self._end_transaction()
+        self.messages += 1
+        if decided[0].code < 400 or any(reply.is_positive for reply in decided):
+            self.states.enter(ConnState.ACTIVE)
+        for reply in decided:
+            self._send(reply, verb)
+        self._settle()

@@ -1,0 +1,262 @@
+"""The state of one server session, the one writer of its replies, and the ends of transactions and of the session."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from otel_smtp.smtp import replies
+from otel_smtp.smtp.commands import (
+    Command,
+    CommandRefused,
+    Verb,
+)
+from otel_smtp.smtp.content import IncomingContent
+from otel_smtp.smtp.envelope import Mail, Recipient
+from otel_smtp.smtp.extensions import Offer
+from otel_smtp.smtp.framing import ReceiveBuffer
+from otel_smtp.smtp.handler import Asked, Handler, Said
+from otel_smtp.smtp.policy import OwnOffer, ServerPolicy
+from otel_smtp.smtp.replies import ErrorType, Reply
+from otel_smtp.smtp.sequence import IN_TRANSACTION, Phase
+from otel_smtp.smtp.states import (
+    CloseReason,
+    ConnState,
+    ErrorReply,
+    IllegalTransition,
+    Recorded,
+    ResetBy,
+    ResetCause,
+    StateMachine,
+    TransactionOver,
+    raise_illegal,
+)
+
+# Replies that count towards the error limit: the client's own doing. An upstream that refuses many recipients, or is
+# away, must not cost an honest client its connection.
+_CLIENT_FAULTS: Final = frozenset(
+    {
+        ErrorType.SYNTAX,
+        ErrorType.SEQUENCE,
+        ErrorType.UNSUPPORTED,
+        ErrorType.POLICY,
+        ErrorType.AUTH,
+        ErrorType.ADDRESS,
+        ErrorType.PROTOCOL,
+    }
+)
+_CLOSE_REASONS: Final = {
+    replies.CLOSING: CloseReason.QUIT,
+    replies.SHUTTING_DOWN: CloseReason.SHUTDOWN,
+    replies.TOO_MANY_ERRORS: CloseReason.TOO_MANY_ERRORS,
+    replies.TOO_MANY_JUNK_COMMANDS: CloseReason.TOO_MANY_ERRORS,
+    replies.TOO_MANY_AUTH_FAILURES: CloseReason.TOO_MANY_ERRORS,
+    replies.LINE_DISCARD_EXCEEDED: CloseReason.TOO_MANY_ERRORS,
+    replies.TIMED_OUT: CloseReason.TIMEOUT,
+    replies.INTERNAL_CLOSING: CloseReason.INTERNAL_ERROR,
+}
+
+
+class OpenTransaction:
+    """One mail transaction, from the accepted MAIL to its end."""
+
+    __slots__ = ("content", "mail", "number", "offer", "recipients", "size_limit")
+
+    def __init__(self, mail: Mail, number: int, offer: Offer, size_limit: int) -> None:
+        self.mail = mail
+        self.offer = offer
+        self.number = number
+        self.size_limit = size_limit
+        self.recipients = 0  # accepted
+        self.content: IncomingContent | None = None
+
+
+class IncomingChunk:
+    """A BDAT chunk that is being read, or read off."""
+
+    __slots__ = ("is_last", "refusal", "remaining", "size")
+
+    def __init__(self, size: int, *, is_last: bool) -> None:
+        self.size = size
+        self.remaining = size
+        self.is_last = is_last
+        self.refusal: ChunkRefusal | None = None  # the octets are only read off, then this is said
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkRefusal:
+    """What is said to a BDAT that is refused, once its octets are read off."""
+
+    reply: Reply
+    copies: int  # the reply is sent so many times: once for each recipient over LMTP
+    phase: Phase  # where the session then stands
+
+
+class Replying:
+    """What a session is, says and ends with; see `ServerProtocol` for its arguments and attributes."""
+
+    __slots__ = (
+        "_auth_failures",
+        "_auth_mechanism",
+        "_batch",
+        "_chunk",
+        "_discard_limit",
+        "_discarded",
+        "_eof",
+        "_faults",
+        "_handler",
+        "_held",
+        "_is_running",
+        "_junk",
+        "_mail",
+        "_offer",
+        "_policy",
+        "_told",
+        "_transaction",
+        "asked",
+        "close_reason",
+        "errors",
+        "is_authenticated",
+        "is_tls",
+        "messages",
+        "out",
+        "phase",
+        "received",
+        "said",
+        "states",
+        "transactions",
+        "wants_turn",
+    )
+
+    def __init__(
+        self,
+        policy: ServerPolicy,
+        handler: Handler,
+        *,
+        offer: Callable[[], Offer],
+        recorded: Recorded,
+        said: Said,
+        on_illegal: Callable[[IllegalTransition], None] = raise_illegal,
+    ) -> None:
+        self._policy = policy
+        self._handler = handler
+        self._offer = offer
+        self.states = StateMachine(recorded, on_illegal)
+        self.said = said
+        self.phase = Phase.UNGREETED
+        self.is_tls = False
+        self.is_authenticated = False
+        self.messages = 0
+        self.transactions = 0
+        self.errors = 0
+        self.close_reason: CloseReason | None = None
+        self.wants_turn = False
+        self.received = ReceiveBuffer()
+        self.out: list[bytes] = []
+        self.asked = Asked.NOTHING
+        self._mail: OpenTransaction | None = None  # that was asked about
+        self._batch: list[Recipient] | tuple[()] = ()  # to be asked about, or asked about
+        self._held: Command | CommandRefused | None = None  # parsed; waits for the answer to the batch
+        self._transaction: OpenTransaction | None = None
+        self._chunk: IncomingChunk | None = None
+        self._discarded = 0  # octets of a line that is too long, so far; 0: not discarding
+        self._discard_limit = 0
+        self._auth_mechanism = "other"
+        self._auth_failures = 0
+        self._faults = 0  # of the client's own doing
+        self._junk = 0
+        self._eof = False
+        self._is_running = False
+        self._told: OwnOffer | None = None  # what the last EHLO of this session offered
+
+    # What the driver reads -------------------------------------------------------------------------------------
+
+    @property
+    def awaits_content(self) -> bool:
+        """Whether octets of content are read next: the deadline of DATA holds, not that of commands."""
+        return self.phase is Phase.CONTENT
+
+    @property
+    def is_in_transaction(self) -> bool:
+        """Whether a transaction is open, or a decision is awaited: not a moment to end the session."""
+        return self._transaction is not None or self.asked is not Asked.NOTHING
+
+    def _content_verb(self) -> Verb:
+        transaction = self._transaction
+        is_chunked = transaction is not None and transaction.content is not None and not transaction.content.by_data
+        return Verb.BDAT if is_chunked else Verb.DATA
+
+    # Ends --------------------------------------------------------------------------------------------------------
+
+    def refuse(self, reply: Reply) -> None:
+        """Answer the connection itself with `reply` (capacity, access) instead of greeting it."""
+        self._send(reply, None)
+        self._end(_CLOSE_REASONS.get(reply, CloseReason.REFUSED))
+
+    def fail(self, reply: Reply | None, reason: CloseReason) -> None:
+        """End the session from outside: a deadline, the shutdown, a bug of ours. `reply` is said first, if given."""
+        if self.phase is Phase.ENDING:
+            return
+        self._forget_questions()
+        if reply is not None and self.phase is not Phase.HANDSHAKE:
+            self._send(reply, None)
+        self._end(reason)
+
+    def _settle(self) -> None:
+        """A transaction has ended with the final reply to its message: the connection is Idle."""
+        if self.phase is not Phase.ENDING:
+            self._junk = 0
+            self.states.enter(ConnState.IDLE, TransactionOver(self.messages))
+
+    def _reset(self, cause: ResetCause) -> None:
+        self._drop_transaction(None)
+        self.states.enter(ConnState.RESET, ResetBy(cause))
+        self.states.enter(ConnState.ACTIVE)
+
+    def _end_transaction(self) -> None:
+        """Replace, never edit: nothing of a transaction survives its end (21 years of that bug elsewhere)."""
+        self._transaction = None
+        self._chunk = None
+        if self.phase in IN_TRANSACTION:
+            self.phase = Phase.READY
+
+    def _drop_transaction(self, reply: Reply | None) -> None:
+        if self._transaction is not None:
+            self._end_transaction()
+            self._handler.transaction_aborted(reply)
+
+    def _forget_questions(self) -> None:
+        self.asked = Asked.NOTHING
+        self._mail = None
+        self._batch = ()
+        self._held = None
+
+    def _end(self, reason: CloseReason) -> None:
+        if self.phase is not Phase.ENDING:
+            self._forget_questions()
+            self._drop_transaction(None)
+            self.received.clear()
+            self.phase = Phase.ENDING
+            self.close_reason = reason
+
+    def _send(self, reply: Reply, verb: str | None) -> None:
+        """Write a reply: the one place where Error is raised."""
+        if self.phase is Phase.ENDING:
+            return
+        if reply.code >= 400:
+            reply = self._count_error(reply)
+            transaction = self._transaction
+            number = transaction.number if transaction is not None else None
+            self.states.enter(ConnState.ERROR, ErrorReply(verb, reply, reply.error_type, number))
+        self.said.append((verb, reply))
+        self.out.append(reply.wire)
+        if reply.closes or reply.code == 421:
+            # RFC 5321 3.8: a server closes after 421.
+            self._end(_CLOSE_REASONS.get(reply, CloseReason.REFUSED))
+
+    def _count_error(self, reply: Reply) -> Reply:
+        self.errors += 1
+        if reply.error_type in _CLIENT_FAULTS and not reply.closes:
+            self._faults += 1
+            if self._faults > self._policy.limits.errors:
+                return replies.TOO_MANY_ERRORS
+        return reply
