@@ -15,8 +15,12 @@ A message's path through the package
 `commands` has what people type, `config` the settings. `gateway.Gateway` builds all of it from settings; programs that
 embed the gateway need these two::
 
-    async with Gateway(load(upstream=["smtp://127.0.0.1:1025"]), conn_state=callback) as gateway:
+    settings = load(upstream=["smtp://127.0.0.1:1025"], listen=["127.0.0.1:0"])
+    async with Gateway(settings, conn_state=callback) as gateway:
         print(gateway.addresses)
+
+`load` raises `SettingsError`. `Gateway(...)` raises `CertificateError`, `UsersFileError` or `TelemetrySettingError`
+where a file or variable that the settings name is wrong, and its start `CannotListen` or `SpoolError`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -25,16 +29,43 @@ from otel_smtp.observing import ConnectionInfo, Observer
 from otel_smtp.smtp.states import ConnState, Transition
 
 if TYPE_CHECKING:
-    from otel_smtp.config import Settings, load
+    from otel_smtp.config import Settings, SettingsError, load
     from otel_smtp.gateway import Gateway
+    from otel_smtp.net import CannotListen
+    from otel_smtp.server.tls import CertificateError
+    from otel_smtp.server.users import UsersFileError
+    from otel_smtp.spool.messages import SpoolError
+    from otel_smtp.telemetry.environment import TelemetrySettingError
 
 __version__ = "0.1.0"
-__all__ = ["ConnState", "ConnectionInfo", "Gateway", "Observer", "Settings", "Transition", "load"]
+__all__ = [
+    "CannotListen",
+    "CertificateError",
+    "ConnState",
+    "ConnectionInfo",
+    "Gateway",
+    "Observer",
+    "Settings",
+    "SettingsError",
+    "SpoolError",
+    "TelemetrySettingError",
+    "Transition",
+    "UsersFileError",
+    "load",
+]
 
 
 def __getattr__(name: str) -> Any:
     """Import heavy modules at first use: commands that need only the version stay quick."""
     match name:
+        case "CannotListen":
+            from otel_smtp.net import CannotListen
+
+            return CannotListen
+        case "CertificateError":
+            from otel_smtp.server.tls import CertificateError
+
+            return CertificateError
         case "Gateway":
             from otel_smtp.gateway import Gateway
 
@@ -43,6 +74,22 @@ def __getattr__(name: str) -> Any:
             from otel_smtp.config import Settings
 
             return Settings
+        case "SettingsError":
+            from otel_smtp.config import SettingsError
+
+            return SettingsError
+        case "SpoolError":
+            from otel_smtp.spool.messages import SpoolError
+
+            return SpoolError
+        case "TelemetrySettingError":
+            from otel_smtp.telemetry.environment import TelemetrySettingError
+
+            return TelemetrySettingError
+        case "UsersFileError":
+            from otel_smtp.server.users import UsersFileError
+
+            return UsersFileError
         case "load":
             from otel_smtp.config import load
 

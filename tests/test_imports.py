@@ -91,7 +91,20 @@ _ADAPTER: Final = ("otel_smtp.smtp", "otel_smtp.observing", "otel_smtp.net", "ot
 
 # The longest prefix that fits a module is its room.
 ROOMS: Final = {
-    "otel_smtp": Room(("otel_smtp.gateway", "otel_smtp.config", "otel_smtp.observing", *SMTP_TYPES)),
+    # Besides the gateway, the errors that programs which embed it may want to catch.
+    "otel_smtp": Room(
+        (
+            "otel_smtp.gateway",
+            "otel_smtp.config",
+            "otel_smtp.observing",
+            "otel_smtp.net",
+            "otel_smtp.server.tls",
+            "otel_smtp.server.users",
+            "otel_smtp.spool.messages",
+            "otel_smtp.telemetry.environment",
+            *SMTP_TYPES,
+        )
+    ),
     "otel_smtp.smtp": Room((), standard=PURE_LIBRARY),
     # Records note times; the fan-out reads hooks off the interface, and suggests one for a misspelt name.
     "otel_smtp.observing": Room(SMTP_TYPES, standard=PURE_LIBRARY | {"difflib", "inspect", "logging", "time"}),

@@ -54,6 +54,14 @@ def test_its_python_is_python() -> None:
         compile(block, "README.md", "exec")
 
 
+def test_its_library_example_runs_as_printed() -> None:
+    (example,) = (block for block in blocks("python") if "asyncio.run(main())" in block)
+    told = subprocess.run(
+        [sys.executable, "-c", example], capture_output=True, text=True, timeout=60, check=True, cwd=README.parent
+    ).stdout
+    assert re.search(r"\{'local': \[.*127\.0\.0\.1.*\]\}", told)
+
+
 @pytest.mark.parametrize(
     "line", [line for block in blocks("sh") for line in block.splitlines() if "otel-smtp " in line]
 )

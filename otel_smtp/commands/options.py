@@ -62,6 +62,7 @@ class GlobalOptions:
                 flags=[*self.flags(assignments), *flags],
                 listen=listen,
                 upstream=upstream,
+                is_command=True,
             )
         except SettingsError as error:
             fail_settings(error)

@@ -1,15 +1,33 @@
 """Settings that are each valid and contradict each other."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from ipaddress import IPv4Network, IPv6Network, collapse_addresses
 from typing import TypeVar
 
 from otel_smtp.config.problems import Problem
 from otel_smtp.config.settings import Listener, Settings, Telemetry, Upstream
-from otel_smtp.config.values import Duration, ListenAddress, is_local, is_loopback_host, literal_address
+from otel_smtp.config.values import Duration, ListenAddress, Network, is_local, is_loopback_host, literal_address
 from otel_smtp.observing import Endpoint
 from otel_smtp.smtp.states import TlsMode
 
 _T = TypeVar("_T")
+
+
+def covers_everybody(networks: Iterable[Network]) -> bool:
+    """Whether strangers belong to some networks: they hold a quarter of all IPv4 addresses, or a quarter of those that
+    IPv6 gives out (2000::/3, RFC 4291 2.4), in whatever parts they are written. No site is as large."""
+    four = [network for network in networks if isinstance(network, IPv4Network)]
+    six = [network for network in networks if isinstance(network, IPv6Network)]
+    given_out = IPv6Network("2000::/3")
+    return (
+        sum(network.num_addresses for network in collapse_addresses(four)) >= 2**30
+        or sum(
+            min(network.num_addresses, given_out.num_addresses)
+            for network in collapse_addresses(six)
+            if network.overlaps(given_out)
+        )
+        >= given_out.num_addresses // 4
+    )
 
 
 class Consistency:
@@ -110,12 +128,16 @@ class Consistency:
                 f"or {path}.auth = required with {path}.tls = starttls or implicit",
             )  # fmt: skip
             return
-        for network in listener.allow:
-            if network.prefixlen == 0 and listener.auth != "required":
-                self.warnings.append(
-                    f"{self._origins[f'{path}.allow']}: {path}.allow has {network}: "
-                    f"any client that reaches {', '.join(exposed)} may relay"
-                )
+        if covers_everybody(listener.allow) and listener.auth != "required":
+            reach = f"lets any client that reaches {', '.join(exposed)} relay to anybody"
+            if listener.open_relay:
+                self.warnings.append(f"{self._origins[f'{path}.open_relay']}: {path}.allow {reach}")
+            else:
+                self._add(
+                    f"{path}.allow", [str(network) for network in listener.allow],
+                    f"{reach}: an open relay; name the networks of your own clients, set {path}.auth = required, "
+                    f"or {path}.open_relay = true if that is meant",
+                )  # fmt: skip
         if listener.auth != "off" and listener.auth_in_clear:
             self.warnings.append(f"{path}.auth_in_clear: clients send passwords in clear to {', '.join(exposed)}")
 

@@ -186,14 +186,16 @@ class _Loader:
 
     # Building
 
-    def build(self, *, needs_upstream: bool) -> Settings:
+    def build(self, *, needs_upstream: bool, is_command: bool) -> Settings:
         """Read every value by its kind. An invalid one is collected as a problem and replaced by its default."""
         is_known_wrong = any(not problem.key or problem.key.startswith("upstream") for problem in self.problems)
         if needs_upstream and not self.tree.get("upstream") and not is_known_wrong:
-            self.add(
-                "settings", "upstream", None,
-                "none is set; set [[upstream]] url, OTELSMTP_UPSTREAM or --upstream, for example smtp://127.0.0.1:1025",
-            )  # fmt: skip
+            how = (
+                "set [[upstream]] url, OTELSMTP_UPSTREAM or --upstream, for example smtp://127.0.0.1:1025"
+                if is_command
+                else 'pass upstream=["smtp://127.0.0.1:1025"], for example, or name a file that has [[upstream]] url'
+            )
+            self.add("settings", "upstream", None, f"none is set; {how}")
         fields = self._fields(Settings, self.tree, "")
         return Settings(**fields)
 
@@ -322,6 +324,7 @@ def load(
     values: Mapping[str, object] | None = None,
     needs_upstream: bool = True,
     verifies_tokens: bool = False,
+    is_command: bool = False,
     file_limit: int | None = None,
 ) -> Settings:
     """Read, merge and check the settings.
@@ -330,12 +333,13 @@ def load(
         file: TOML file; None: the one that OTELSMTP_CONFIG of `environ` names, if any.
         environ: environment variables; those that begin with OTELSMTP_ are settings.
         flags: values of flags, see `assignment`; later ones win.
-        listen: addresses of `--listen`, for the one listener.
-        upstream: URLs of `--upstream`, in order of preference.
+        listen: addresses of the one listener.
+        upstream: URLs of upstreams, in order of preference.
         values: a tree of plain values in place of a file, for programs that embed the gateway.
         needs_upstream: refuse settings without an upstream.
         verifies_tokens: the program passes a token verifier to its `Gateway`, so that a listener with AUTH needs no
             users file.
+        is_command: messages call the parameters by the names of the commands' options.
         file_limit: how many files the process may open; None: as the system says.
 
     Raises:
@@ -351,12 +355,12 @@ def load(
         loader.file(Path(named))
     loader.environment(environ)
     if listen:
-        loader.listen(listen, "--listen")
+        loader.listen(listen, "--listen" if is_command else "load(listen=...)")
     if upstream:
-        loader.upstreams(upstream, "--upstream")
+        loader.upstreams(upstream, "--upstream" if is_command else "load(upstream=...)")
     for flag in flags:
         loader.one(flag)
-    settings = loader.build(needs_upstream=needs_upstream)
+    settings = loader.build(needs_upstream=needs_upstream, is_command=is_command)
 
     checks = Consistency(settings, loader.origins, loader.broken, verifies_tokens=verifies_tokens)
     checks.run()

@@ -109,6 +109,9 @@ class Listener(Table, frozen=True, kw_only=True):
     allow: Annotated[tuple[Network, ...], Key("networks that may relay without AUTH", Many(NetworkKind()))] = (
         LOOPBACK_NETWORKS
     )
+    open_relay: Annotated[
+        bool, Key("consent: `allow` covers everybody who can reach the listener, and that is meant", Boolean())
+    ] = False
     proxy_protocol_from: Annotated[
         tuple[Network, ...], Key("networks whose PROXY header is required and trusted", Many(NetworkKind()))
     ] = ()

@@ -354,7 +354,7 @@ class SecretText(msgspec.Struct, frozen=True):
 
 
 class Many(msgspec.Struct, frozen=True):
-    """A list; as text, its items stand between commas."""
+    """A list. In the environment and in flags its items stand between commas; in a file, one may stand alone."""
 
     item: Kind
     may_be_empty: bool = True
@@ -365,7 +365,9 @@ class Many(msgspec.Struct, frozen=True):
 
     @property
     def schema(self) -> dict[str, Any]:
-        return {"type": "array", "items": self.item.schema, "minItems": 0 if self.may_be_empty else 1}
+        items = self.item.schema
+        many = {"type": "array", "items": items, "minItems": 0 if self.may_be_empty else 1}
+        return {"anyOf": [many, items]} if items.get("type") == "string" else many
 
     def parse(self, given: Given) -> tuple[Any, ...]:
         items: list[object]
@@ -373,6 +375,8 @@ class Many(msgspec.Struct, frozen=True):
             items = given.value
         elif given.is_text and isinstance(given.value, str):
             items = [part.strip() for part in given.value.split(",") if part.strip()]
+        elif isinstance(given.value, str):
+            items = [given.value]
         else:
             raise BadValue
         if not items and not self.may_be_empty:

@@ -12,7 +12,7 @@ from otel_smtp.config import Listener, Settings
 from otel_smtp.forwarding.settings import Strategy
 from otel_smtp.forwarding.upstream import CLOSE_GRACE_SECONDS, UpstreamForwarder, UpstreamSnapshot
 from otel_smtp.gateway import wiring
-from otel_smtp.gateway.ports import with_present_addresses
+from otel_smtp.gateway.ports import naming_settings, with_present_addresses
 from otel_smtp.gateway.status_port import Process, StatusPort, age_seconds
 from otel_smtp.net import Sweep
 from otel_smtp.observing import ConnectionInfo, ConnectionRecord, Endpoint, Observer, StateCallback, fan_out
@@ -183,20 +183,22 @@ class Gateway:
         """Bind the listeners and accept connections at `addresses`.
 
         Raises:
-            OSError: an address cannot be bound.
+            CannotListen: an address cannot be listened at.
             SpoolError: the spool cannot be used.
         """
         if self._spool is not None:
             await self._spool.start()
         try:
-            self.addresses = await self._server.start()
+            with naming_settings(self._settings):
+                self.addresses = await self._server.start()
+                if self._status_port is not None:
+                    # Last: it imports a web server, and a client may be waiting for its greeting.
+                    self._status_port.start(is_required="status.address" in self._settings.origins)
         except BaseException:
+            await self._server.drain(0.0)
             if self._spool is not None:
                 await self._spool.stop(grace_seconds=0)
             raise
-        if self._status_port is not None:
-            # Last: it imports a web server, and a client may be waiting for its greeting.
-            self._status_port.start(is_required="status.address" in self._settings.origins)
         self._telemetry.start()
         self._catching_up = asyncio.get_running_loop().create_task(self._catch_up())
 

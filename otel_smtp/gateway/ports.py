@@ -4,14 +4,16 @@ The kernel spreads connections over several processes only where each binds the 
 parent picks the ports and holds them, bound and not listening, while its workers start.
 """
 
+import contextlib
 import logging
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 import msgspec
 
 from otel_smtp.config import Settings
+from otel_smtp.net import CannotListen
 from otel_smtp.observing import Endpoint
 
 logger: Final = logging.getLogger("otel_smtp.gateway.ports")
@@ -28,7 +30,7 @@ class SharedPorts:
         settings: of the gateway; its ports may be 0.
 
     Raises:
-        OSError: an address cannot be bound, and the operator asked for it.
+        CannotListen: an address cannot be bound, and the operator asked for it.
 
     Attributes:
         settings: the same, with real ports, and without a status port where its default is taken.
@@ -38,7 +40,8 @@ class SharedPorts:
     def __init__(self, settings: Settings) -> None:
         self._held: list[socket.socket] = []
         try:
-            self.settings = self._with_listener_ports(self._with_status_port(settings))
+            with naming_settings(settings):
+                self.settings = self._with_listener_ports(self._with_status_port(settings))
             self.worker_status_ports = self._worker_status_ports()
         except BaseException:
             self._close()
@@ -101,8 +104,15 @@ def bind(address: Endpoint, *, is_shared: bool = False, is_dual_stack: bool = Fa
         is_dual_stack: [::] takes IPv4 too, where the system allows it. Otherwise 0.0.0.0 and [::] are two addresses.
 
     Raises:
-        OSError: the address cannot be bound, or its host has none.
+        CannotListen: the address cannot be bound, or its host has none.
     """
+    try:
+        return _bound(address, is_shared=is_shared, is_dual_stack=is_dual_stack)
+    except OSError as error:
+        raise CannotListen(address, error) from error
+
+
+def _bound(address: Endpoint, *, is_shared: bool, is_dual_stack: bool) -> socket.socket:
     family, kind, protocol, _, name = socket.getaddrinfo(
         address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )[0]
@@ -118,6 +128,28 @@ def bind(address: Endpoint, *, is_shared: bool = False, is_dual_stack: bool = Fa
         sock.close()
         raise
     return sock
+
+
+@contextlib.contextmanager
+def naming_settings(settings: Settings) -> Iterator[None]:
+    """Within, an address that cannot be listened at is told with the setting that names it, and where that was set."""
+    try:
+        yield
+    except CannotListen as error:
+        if error.setting:
+            raise
+        keys = [
+            *(
+                f"listener.{index}.address"
+                for index, one in enumerate(settings.listener)
+                if error.address in one.address
+            ),
+            *(["status.address"] if error.address == settings.status.address else ()),
+        ]
+        if not keys:
+            raise
+        origin = settings.origins.get(keys[0], "default")
+        raise CannotListen(error.address, error, f"{keys[0]} ({origin})") from error
 
 
 def with_present_addresses(settings: Settings) -> Settings:

@@ -99,7 +99,7 @@ async def serve(
         replaced: the signal that begins the drain of a process whose successor serves; None: there is no such signal.
 
     Raises:
-        OSError: an address cannot be bound.
+        CannotListen: an address cannot be listened at.
     """
     gateway = Gateway(settings, process=process)
     await gateway.start()

@@ -78,7 +78,7 @@ class StatusPort:
                 mail is relayed without a status port.
 
         Raises:
-            OSError: the address cannot be bound, and it is required.
+            CannotListen: the address cannot be bound, and it is required.
         """
         # Imported here: a cold start is measured to the first greeting, and this brings a web server.
         from otel_smtp.status.http import LOOPBACK, Network

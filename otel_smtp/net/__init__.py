@@ -1,12 +1,13 @@
 """The network: streams over asyncio's or uvloop's transports, connecting, listening, and the look at the clock."""
 
 from otel_smtp.net.connecting import connect, connect_unix
-from otel_smtp.net.listening import Listener, is_accept_exhausted, listen
+from otel_smtp.net.listening import CannotListen, Listener, is_accept_exhausted, listen
 from otel_smtp.net.stream import CLOCK_SLACK_SECONDS, Receiver, Stream
 from otel_smtp.net.sweep import Sweep
 
 __all__ = [
     "CLOCK_SLACK_SECONDS",
+    "CannotListen",
     "Listener",
     "Receiver",
     "Stream",

@@ -19,6 +19,29 @@ BACKLOG: Final = 1024  # cut by net.core.somaxconn; a burst must not meet refuse
 ACCEPTS_AT_ONCE: Final = 4
 
 
+class CannotListen(OSError):
+    """An address cannot be listened at.
+
+    Attributes:
+        address: the address.
+        setting: the key of the setting that names it; "" where that is not known.
+    """
+
+    def __init__(self, address: Endpoint, error: OSError, setting: str = "") -> None:
+        super().__init__(error.errno or 0, error.strerror)
+        self.errno: int
+        self.address = address
+        self.setting = setting
+
+    def __str__(self) -> str:
+        where = f"{self.setting}: " if self.setting else ""
+        # The event loop words the reason as a sentence of its own; a name that does not resolve has no errno.
+        why = os.strerror(self.errno) if self.errno in errno.errorcode else str(self.strerror)
+        if self.errno == errno.ENOENT and self.address.port is None:
+            why = f"no such directory: {os.path.dirname(self.address.host) or '.'}"
+        return f"{where}cannot listen at {self.address}: {why[:1].lower()}{why[1:]}"
+
+
 class Listener:
     """What `listen` opened.
 
@@ -68,8 +91,27 @@ async def listen(
         reuse_port: several processes share the port (SO_REUSEPORT).
 
     Raises:
-        OSError: the address cannot be bound.
+        CannotListen: the address cannot be bound.
     """
+    try:
+        return await _listen(on_connection, host, port, path, sock, reuse_port=reuse_port, backlog=backlog)
+    except OSError as error:
+        where = (
+            endpoint(sock.getsockname()) if sock is not None else Endpoint(path or host or "", None if path else port)
+        )
+        raise CannotListen(where, error) from error
+
+
+async def _listen(
+    on_connection: Callable[[Stream], None],
+    host: str | None,
+    port: int,
+    path: str | None,
+    sock: socket.socket | None,
+    *,
+    reuse_port: bool,
+    backlog: int,
+) -> Listener:
     loop = asyncio.get_running_loop()
 
     def factory() -> Stream:

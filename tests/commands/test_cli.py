@@ -126,8 +126,27 @@ def test_serve_that_cannot_bind_is_exit_status_1() -> None:
     with CapturingUpstream() as taken:
         result = run("serve", "-u", "smtp://127.0.0.1:1", "-l", f"127.0.0.1:{taken.port}")
     assert result.returncode == 1
-    assert "cannot start" in result.stderr
-    assert "Traceback" not in result.stderr
+    (line,) = result.stderr.splitlines()
+    told = f"cannot start: listener.0.address (-l): cannot listen at 127.0.0.1:{taken.port}: address already in use"
+    assert json.loads(line)["event"] == told.replace("(-l)", "(--listen)")
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_serve_on_a_taken_status_port_names_the_setting(workers: str) -> None:
+    with CapturingUpstream() as taken:
+        settings = ["--set", f"status.address=127.0.0.1:{taken.port}", "--workers", workers]
+        result = run("serve", "-u", "smtp://127.0.0.1:1", "-l", "127.0.0.1:0", *settings)
+    assert result.returncode == 1
+    assert f"status.address (--set status.address): cannot listen at 127.0.0.1:{taken.port}: " in result.stderr
+
+
+def test_serve_on_a_socket_in_a_directory_that_is_not_there_names_both() -> None:
+    result = run(
+        "serve", "-u", "smtp://127.0.0.1:1", "-l", "unix:/nowhere/s", "--status", "off", OTELSMTP_LOG__FORMAT="text"
+    )
+    assert result.returncode == 1
+    assert "listener.0.address (--listen): cannot listen at /nowhere/s: no such directory: /nowhere" in result.stderr
+    assert not result.stderr.startswith("{"), "start failures come in the format that was asked for"
 
 
 def test_flags_stand_over_the_environment_over_the_file(tmp_path: Path) -> None:

@@ -70,10 +70,42 @@ def test_an_exposed_listener_that_says_who_may_relay_is_accepted(listener: dict[
     assert load_with(listener).warnings == ()
 
 
-@pytest.mark.parametrize("network", ["0.0.0.0/0", "::/0"])
-def test_relaying_for_the_whole_world_is_worth_a_word(network: str) -> None:
-    (warning,) = load_with(EVERYWHERE | {"allow": [network]}).warnings
-    assert warning == f"settings: listener.0.allow has {network}: any client that reaches 0.0.0.0:2525 may relay"
+STRANGERS = [
+    ["0.0.0.0/0"],
+    ["::/0"],
+    ["0.0.0.0/1", "128.0.0.0/1"],
+    ["10.0.0.0/8", "192.0.0.0/2"],
+    ["::/1", "8000::/1"],
+    ["2000::/3"],
+    ["2000::/4"],
+    [f"{first}.0.0.0/8" for first in range(100, 164)],
+]
+
+
+@pytest.mark.parametrize("allow", STRANGERS)
+def test_relaying_for_everybody_is_refused_without_consent(allow: list[str]) -> None:
+    told = refusal_of(EVERYWHERE | {"allow": allow})
+    assert "lets any client that reaches 0.0.0.0:2525 relay to anybody: an open relay; name the networks" in told
+    assert "open relay" in refusal_of(EVERYWHERE | TLS | AUTH | {"auth": "optional", "allow": allow})
+
+
+@pytest.mark.parametrize("allow", STRANGERS)
+def test_relaying_for_everybody_with_consent_is_worth_a_word(allow: list[str]) -> None:
+    (warning,) = load_with(EVERYWHERE | {"allow": allow, "open_relay": True}).warnings
+    assert warning == "settings: listener.0.allow lets any client that reaches 0.0.0.0:2525 relay to anybody"
+
+
+@pytest.mark.parametrize(
+    "listener",
+    [
+        EVERYWHERE | {"allow": ["10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "fc00::/7"]},
+        EVERYWHERE | {"allow": ["8000::/1"]},  # nothing there was given out
+        EVERYWHERE | TLS | AUTH | {"allow": ["0.0.0.0/0"]},
+        {"address": ["127.0.0.1:2525"], "allow": ["0.0.0.0/0"]},
+    ],
+)
+def test_relaying_for_many_is_no_open_relay(listener: dict[str, Any]) -> None:
+    assert load_with(listener).warnings == ()
 
 
 def test_passwords_in_clear_on_a_network_are_worth_a_word() -> None:

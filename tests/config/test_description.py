@@ -12,7 +12,7 @@ from otel_smtp.config.settings import SCHEMA, Settings, Table
 NAMES = """
 hostname workers
 listener[]: name address protocol tls tls_cert tls_key tls_required auth auth_users_file auth_in_clear allow
-listener[]: proxy_protocol_from trace_context
+listener[]: open_relay proxy_protocol_from trace_context
 limits: message_size recipients connections connections_per_client stress messages_per_connection errors junk_commands
 limits: command_line auth_line text_line header_size header_lines hops auth_failures auth_failures_per_minute
 limits: octets_per_second
@@ -131,6 +131,8 @@ def test_the_schema_is_one() -> None:
         ({"delivery": {"strategy": "Buffered"}}, None),
         ({"listener": [{"address": ["127.0.0.1:0", "unix:/tmp/x"], "allow": ["10.0.0.0/8", "fd00::1"]}]}, None),
         ({"listener": [{"address": []}]}, None),
+        ({"listener": [{"address": "127.0.0.1:0"}]}, None),
+        ({"listener": [{"address": 2525}]}, None),
         ({"listener": [{"allow": ["everybody"]}]}, None),
         ({"listener": {}}, None),
         (

@@ -289,6 +289,16 @@ def test_a_directory_is_no_settings_file(tmp_path: Path) -> None:
     assert problems_of(file=tmp_path) == [f"{tmp_path}: cannot be read: Is a directory"]
 
 
+def test_messages_speak_of_parameters_to_programs_and_of_options_to_people() -> None:
+    for is_command, at in ((False, "load(listen=...)"), (True, "--listen")):
+        with pytest.raises(SettingsError) as told:
+            load(listen=["foo"], is_command=is_command)
+        assert f"{at}: listener.0.address = " in str(told.value)
+        assert ("--upstream" in str(told.value)) is is_command
+    with pytest.raises(SettingsError, match=r"^load\(upstream=\.\.\.\): upstream\.0\.url"):
+        load(upstream=["nonsense"])
+
+
 def test_all_problems_are_reported_at_once_each_with_its_source(write: Any) -> None:
     file = write('nonsense = 1\n[limits]\nerrors = "x"\n')
     problems = problems_of(
@@ -304,7 +314,7 @@ def test_all_problems_are_reported_at_once_each_with_its_source(write: Any) -> N
         "--status",
         "--set log.level",
     ]
-    assert problems[1].startswith("settings: upstream: none is set; set")
+    assert problems[1].startswith("settings: upstream: none is set; pass upstream=[")
 
 
 def test_an_assignment_needs_an_equals_sign() -> None:

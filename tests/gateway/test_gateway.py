@@ -5,6 +5,7 @@ import base64
 import gc
 import pkgutil
 import re
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
@@ -12,7 +13,7 @@ from typing import Any, Final
 import pytest
 
 import otel_smtp
-from otel_smtp import ConnectionInfo, Gateway, Settings, Transition, load
+from otel_smtp import CannotListen, ConnectionInfo, Gateway, Settings, Transition, load
 from otel_smtp.gateway.running import leave_out_of_garbage_collection
 from tests.support.capture import CapturingUpstream
 
@@ -116,3 +117,23 @@ def test_garbage_collection_leaves_out_what_start_up_made() -> None:
         assert len(gc.get_objects()) < 1000
     finally:
         gc.unfreeze()
+
+
+# Starts that fail -----------------------------------------------------------------------------------------------------
+
+
+async def test_a_status_port_that_is_taken_ends_the_start_and_leaves_nothing_open(upstream: CapturingUpstream) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        values = {
+            "listener": [{"address": ["127.0.0.1:0"]}],
+            "upstream": [{"url": upstream.url}],
+            "status": {"address": f"127.0.0.1:{taken.getsockname()[1]}"},
+        }
+        gateway = Gateway(load(values=values))
+        with pytest.raises(CannotListen, match="address already in use") as told:
+            await gateway.start()
+    assert told.value.setting == "status.address (settings)"
+    (address,) = gateway.addresses["local"]
+    with pytest.raises(ConnectionRefusedError):
+        await asyncio.open_connection(address.host, address.port)
+    await gateway.stop(immediately=True)
