@@ -143,7 +143,7 @@ class Agreement(RuleBasedStateMachine):
 
     @rule()
     def make_room(self) -> None:
-        self._do(self._store._compact())
+        self._do(self._store.compaction.compact())
 
     @rule(loses_index=st.booleans())
     def restart(self, loses_index: bool) -> None:

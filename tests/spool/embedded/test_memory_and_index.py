@@ -35,7 +35,7 @@ async def in_the_index(tmp_path: Path) -> str:
 async def index_held(store: EmbeddedStore) -> AsyncIterator[None]:
     """Within, the index does nothing yet of what it is asked."""
     may_go_on = threading.Event()
-    held = asyncio.ensure_future(store._in_index(lambda: may_go_on.wait(30)))
+    held = asyncio.ensure_future(store.index.call(lambda: may_go_on.wait(30)))
     await asyncio.sleep(0)
     try:
         yield

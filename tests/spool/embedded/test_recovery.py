@@ -136,16 +136,16 @@ async def test_an_attempt_that_began_beside_new_mail_is_known_after_a_crash(
     async with opened(tmp_path / "first") as (store, _):  # the old one is in the index alone
         may_sync.clear()
         first = store.submit(message(destination="elsewhere"), await written(store.draft()), lease=False)
-        await eventually(lambda: not store._the_log._steps)  # its sync has begun; what follows shares the next one
+        await eventually(lambda: not store.journal.log._steps)  # its sync has begun; what follows shares the next one
         claiming = asyncio.ensure_future(store.claim({"up": 1}))
-        await eventually(lambda: len(store._the_log._steps) == 1)
+        await eventually(lambda: len(store.journal.log._steps) == 1)
         second = store.submit(message(destination="elsewhere"), await written(store.draft()), lease=False)
         may_sync.set()
         claimed, _ = await claiming
         await asyncio.gather(first, second)
         assert [lease.message_id for lease, _ in claimed] == [old]
-        store._unindexed.pop(next(iter(store._unindexed)))  # as if it had come and gone
-        await store._flush(before=float("-inf"))  # writes no message, only up to where the index is complete
+        store.memory.unindexed.pop(next(iter(store.memory.unindexed)))  # as if it had come and gone
+        await store.indexing.write(before=float("-inf"))  # writes no message, only up to where the index is complete
         crashed = left_by_a_crash(store)
     database = sqlite3.connect(crashed / "index.db")
     database.execute("UPDATE delivery SET state = 'ready' WHERE destination = 'up'")  # the log alone has to tell
@@ -377,7 +377,7 @@ async def test_a_large_content_whose_record_is_damaged_is_kept(store: EmbeddedSt
 
 async def test_an_index_that_breaks_stops_the_taking_of_mail(store: EmbeddedStore) -> None:
     await queued(store)
-    index = store._index
+    index = store.index.index
     assert index is not None
     index._database.execute("DROP TABLE delivery")
     with pytest.raises(StorageBroken):
@@ -605,7 +605,7 @@ async def test_segments_whose_mail_has_ended_are_used_again(tmp_path: Path) -> N
             (lease,) = await leased(store)
             await store.finish(lease, DELIVERED)
         await eventually(lambda: len(segments(path)) <= 2)
-        assert store.dead_octets <= 2 * SEGMENT_OCTETS
+        assert store.compaction.dead_octets <= 2 * SEGMENT_OCTETS
 
 
 async def test_one_deferred_mail_does_not_hold_all_that_came_since(tmp_path: Path) -> None:

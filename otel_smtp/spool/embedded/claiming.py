@@ -1,0 +1,151 @@
+"""Claiming: which deliveries are attempted next, and the record that says that they are."""
+
+import heapq
+from collections.abc import Mapping, Sequence
+
+from otel_smtp.spool.embedded.contents import Contents
+from otel_smtp.spool.embedded.entries import DeliveryEntry, Entry, dumps
+from otel_smtp.spool.embedded.index_thread import IndexThread
+from otel_smtp.spool.embedded.journal import Journal
+from otel_smtp.spool.embedded.log import Step
+from otel_smtp.spool.embedded.memory import Memory
+from otel_smtp.spool.embedded.records import RecordKind
+from otel_smtp.spool.embedded.waiting import SAMPLE, in_turn
+from otel_smtp.spool.messages import DeliveryState, Lease, SpoolError
+
+Claimed = tuple[Entry, DeliveryEntry]
+
+
+class Claiming:
+    """Leases what is due."""
+
+    def __init__(self, memory: Memory, index: IndexThread, journal: Journal, contents: Contents) -> None:
+        self._memory = memory
+        self._index = index
+        self._journal = journal
+        self._contents = contents
+
+    async def claim(
+        self, wanted: Mapping[str, int], now_ms: int
+    ) -> tuple[Sequence[tuple[Lease, Sequence[bytes] | None]], int | None]:
+        """Lease what is due, and count the attempt.
+
+        Returns:
+            The leases, with small contents; and when the next delivery is due, in milliseconds since the epoch.
+        """
+        found: list[Claimed] = []
+        for destination, most in wanted.items():
+            found += await self._choose(destination, most, now_ms)
+        chosen: list[Claimed] = []
+        for entry, delivery in found:
+            # While the next destination was looked at, an operator may have held it, or it may have left memory.
+            if (known := self._memory.hot.get(entry.id)) is entry and _may_be_leased(entry, delivery, now_ms):
+                chosen.append((entry, delivery))
+            elif known is not None:
+                self._memory.waiting.offer(known)
+        leases = await self._lease(chosen) if chosen else []
+        contents = await self._contents.small([entry for entry, _ in leases])
+        next_due = await self._next_due(list(wanted))
+        return [
+            (entry.lease_of(one), content) for (entry, one), content in zip(leases, contents, strict=True)
+        ], next_due
+
+    async def _choose(self, destination: str, most: int, now_ms: int) -> list[Claimed]:
+        """What to attempt next: new and old in turns, and each sender in turn."""
+        memory = self._memory
+        new = memory.waiting.take(destination, most, now_ms, was_tried=False)
+        old = memory.waiting.take(destination, most, now_ms, was_tried=True)
+        if memory.cold[destination] > 0:
+            cold_new, cold_old = await self._index.run(
+                lambda index: (
+                    index.due(destination, now_ms, SAMPLE * most, was_tried=False),
+                    index.due(destination, now_ms, SAMPLE * most, was_tried=True),
+                )
+            )
+            new = list(heapq.merge(new, (one for one in cold_new if one[1] not in memory.hot)))
+            old = list(heapq.merge(old, (one for one in cold_old if one[1] not in memory.hot)))
+        candidates = in_turn(new, old)
+        chosen: list[Claimed] = []
+        cold = [one[1] for one in candidates[:most] if one[1] not in memory.hot]
+        if cold:
+            for entry in await self._index.run(lambda index: index.load(cold)):
+                if entry.id not in memory.unindexed:
+                    memory.admit(entry)
+        # What was in memory when it was looked there, and in the index when it was looked there, has been found twice.
+        for message_id, number in dict.fromkeys((one[1], one[2]) for one in candidates):
+            entry_now = memory.hot.get(message_id)
+            delivery = entry_now.delivery(number) if entry_now is not None else None
+            if entry_now is None or delivery is None:
+                continue
+            if len(chosen) < most and _may_be_leased(entry_now, delivery, now_ms):
+                chosen.append((entry_now, delivery))
+            elif delivery.state is DeliveryState.READY:
+                memory.waiting.offer_one(entry_now, delivery)
+        return chosen
+
+    async def _lease(self, chosen: Sequence[Claimed]) -> list[Claimed]:
+        """Note durably that these are attempted from now on."""
+        memory = self._memory
+        changes: dict[str, tuple[Entry, Entry, list[DeliveryEntry]]] = {}
+        for entry, delivery in chosen:
+            if entry.id not in changes:
+                entry.is_busy = True
+                changes[entry.id] = (entry, entry.copy(), [])
+            _, changed, leased = changes[entry.id]
+            one = changed.delivery(delivery.number)
+            assert one is not None
+            one.lease()
+            one.attempts += 1
+            leased.append(one)
+        told = [
+            (changed.id, one.number, one.attempts, one.epoch)
+            for _, changed, leased in changes.values()
+            for one in leased
+        ]
+
+        def durable(step: Step) -> None:
+            position = (step.segment, step.places[0][0])
+            for entry, changed, _ in changes.values():
+                changed.place = entry.place
+                memory.set_free(entry)
+                memory.note(changed, position)
+
+        try:
+            await self._journal.append([(RecordKind.LEASE, dumps(told), ())], durable=durable)
+        except SpoolError:
+            for entry, _, _ in changes.values():
+                memory.set_free(entry)
+                memory.waiting.offer(entry)
+            raise
+        rows = [
+            (changed.id, one.number)
+            for entry, changed, leased in changes.values()
+            for one in leased
+            if entry.is_indexed
+        ]
+        if rows:
+            await self._index.run(lambda index: index.note_leased(rows))
+        return [(changed, one) for _, changed, leased in changes.values() for one in leased]
+
+    async def _next_due(self, destinations: Sequence[str]) -> int | None:
+        memory = self._memory
+        times: list[int] = []
+        cold: list[str] = []
+        for destination in destinations:
+            if (due := memory.waiting.next_due(destination)) is not None:
+                times.append(due)
+            if memory.cold[destination] > 0:
+                cold.append(destination)
+        if cold:
+            found = await self._index.run(lambda index: [index.next_due(destination) for destination in cold])
+            times += [due for due in found if due is not None]
+        return min(times, default=None)
+
+
+def _may_be_leased(entry: Entry, delivery: DeliveryEntry, now_ms: int) -> bool:
+    return (
+        delivery.state is DeliveryState.READY
+        and delivery.due_ms <= now_ms
+        and entry.expires_ms > now_ms
+        and not entry.is_busy
+    )

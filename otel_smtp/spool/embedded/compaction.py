@@ -1,0 +1,149 @@
+"""Compaction: segments whose messages have ended are used again, and what holds up an old one is moved out of it."""
+
+import asyncio
+import contextlib
+import logging
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final
+
+from otel_smtp.spool.embedded.contents import Contents
+from otel_smtp.spool.embedded.directory import SpoolDirectory
+from otel_smtp.spool.embedded.index_thread import IndexThread
+from otel_smtp.spool.embedded.indexing import Indexing
+from otel_smtp.spool.embedded.journal import Journal, message_part
+from otel_smtp.spool.embedded.log import Step
+from otel_smtp.spool.embedded.memory import Memory
+from otel_smtp.spool.messages import NoSuchMessage
+
+logger: Final = logging.getLogger("otel_smtp.spool.embedded.compaction")
+
+DEAD_SEGMENTS: Final = 2  # of dead octets beyond as many as live: the log is at most twice what lives in it, and these
+MOVE_MOST: Final = 64  # messages that are moved at a time
+
+
+class Compaction:
+    """Keeps the log small.
+
+    Args:
+        segment_octets: of each segment.
+    """
+
+    def __init__(
+        self,
+        directory: SpoolDirectory,
+        memory: Memory,
+        index: IndexThread,
+        journal: Journal,
+        indexing: Indexing,
+        contents: Contents,
+        segment_octets: int,
+    ) -> None:
+        self._directory = directory
+        self._memory = memory
+        self._index = index
+        self._journal = journal
+        self._indexing = indexing
+        self._contents = contents
+        self._segment_octets = segment_octets
+        self._segments: set[int] = set()
+
+    def begin(self, numbers: Iterable[int]) -> Callable[[int], None]:
+        """Begin with these segments. Call on the event loop.
+
+        Returns:
+            To be called in any thread with the number of each segment that is begun.
+        """
+        self._segments = set(numbers)
+        loop = asyncio.get_running_loop()
+
+        def has_begun(number: int) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(self._note_segment, number)
+
+        return has_begun
+
+    def _note_segment(self, number: int) -> None:
+        self._segments.add(number)
+        asyncio.get_running_loop().run_in_executor(None, self._directory.prepare_spare, self._segment_octets)
+
+    @property
+    def _octets(self) -> int:
+        return len(self._segments) * self._segment_octets
+
+    @property
+    def _live_octets(self) -> int:
+        return sum(octets for _, octets in self._memory.live.values())
+
+    @property
+    def dead_octets(self) -> int:
+        """Of segments: those that no message needs."""
+        return self._octets - self._live_octets
+
+    async def compact(self) -> None:
+        """Keep the log at most twice as large as what lives in it, and a little: move what lives in its oldest segment.
+
+        In their order: a record that says that a message has ended must not go before the message's own.
+        """
+        while len(self._segments) > 1:
+            oldest = min(self._segments)
+            if oldest == self._journal.log.told[0]:
+                return
+            if oldest in self._memory.live:
+                if self._octets <= 2 * self._live_octets + DEAD_SEGMENTS * self._segment_octets:
+                    return
+                if not await self._move_out(oldest):
+                    return
+            await self._indexing.write_all()
+            if oldest in self._memory.live or self._indexing.position()[0] <= oldest:
+                return  # what is busy is for the next time
+            self._segments.discard(oldest)
+            await asyncio.to_thread(self._directory.retire, oldest)
+
+    async def _move_out(self, segment: int) -> bool:
+        """Move what lives in a segment to the end of the log; whether nothing lives in it any more."""
+        memory = self._memory
+        while segment in memory.live:
+            await self._indexing.write_all()
+            ids = set(await self._index.run(lambda index: index.in_segment(segment, MOVE_MOST)))
+            ids.update(
+                [entry.id for entry in memory.hot.values() if entry.place and entry.place.segment == segment][
+                    :MOVE_MOST
+                ]
+            )
+            if not ids:
+                logger.error("messages are counted in a segment, and none is found", extra={"segment": segment})
+                return False
+            moved = await asyncio.gather(*[self._relocate(message_id, segment) for message_id in ids])
+            if not any(moved):
+                return False
+        return True
+
+    async def _relocate(self, message_id: str, segment: int) -> bool:
+        try:
+            entry = await self._indexing.get(message_id)
+        except NoSuchMessage:
+            return True
+        if entry.place is None or entry.place.segment != segment:
+            return True
+        if entry.is_leased:  # whoever attempts it may be reading it
+            return False
+        entry.is_busy = True
+        try:
+            content: Sequence[bytes] = ()
+            if not entry.is_large:
+                content = (await asyncio.to_thread(self._contents.part, entry, 0, entry.octets),)
+                if zlib.crc32(content[0]) != entry.place.crc:
+                    # As it is: who needs it finds out, and it stays damaged.
+                    logger.critical("a queued content is damaged", extra={"spool_id": message_id})
+            crc, before = entry.place.crc, entry.place
+
+            def durable(step: Step) -> None:
+                self._memory.leave(before)
+                entry.place = self._memory.place(entry, step, 0, crc)
+                self._memory.note(entry, (step.segment, step.places[0][0]))
+
+            await self._journal.append([message_part(entry, content, crc, is_new=False)], durable=durable)
+        finally:
+            self._memory.set_free(entry)
+        return True

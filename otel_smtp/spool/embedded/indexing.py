@@ -1,0 +1,154 @@
+"""Memory and index brought together: what is looked up in both, and what is written from the one into the other.
+
+A message is written to the index when it has been in memory for a moment, and then forgotten. What comes and goes
+within that moment never touches the index.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from otel_smtp.spool.embedded.entries import Entry, dumps
+from otel_smtp.spool.embedded.index import row_of
+from otel_smtp.spool.embedded.index_thread import IndexThread
+from otel_smtp.spool.embedded.journal import Journal
+from otel_smtp.spool.embedded.log import Step
+from otel_smtp.spool.embedded.memory import Memory, Position
+from otel_smtp.spool.embedded.records import RecordKind
+from otel_smtp.spool.messages import DeliveryState, NoSuchMessage
+
+COOL_SECONDS: Final = 2.0  # what has been in memory for so long goes into the index
+FLUSH_MOST: Final = 500  # messages at a time: to encode them holds the event loop
+
+
+class Indexing:
+    """Looks messages up, and keeps the index near to what is in memory.
+
+    Args:
+        now_ms: milliseconds since the epoch.
+
+    Attributes:
+        known: up to where in the log the index is complete.
+    """
+
+    def __init__(self, memory: Memory, index: IndexThread, journal: Journal, now_ms: Callable[[], int]) -> None:
+        self._memory = memory
+        self._index = index
+        self._journal = journal
+        self._now_ms = now_ms
+        self.known: Position = (0, 0)
+        self._writing = asyncio.Lock()
+
+    # Looking up ------------------------------------------------------------------------------------------------
+
+    async def get(self, message_id: str) -> Entry:
+        """A message that is not busy; in memory from now on.
+
+        Raises:
+            NoSuchMessage: there is none.
+        """
+        memory = self._memory
+        while True:
+            await memory.until_free(message_id)
+            if (entry := memory.hot.get(message_id)) is not None:
+                return entry
+            if message_id in memory.unindexed:  # it has ended, and the index does not know yet
+                break
+            found = await self._index.run(lambda index: index.load([message_id]))
+            if not found:
+                break
+            if message_id in memory.unindexed:
+                continue
+            memory.admit(found[0])
+        raise NoSuchMessage(f"no message {message_id}")
+
+    async def look_up(self, message_id: str) -> Entry:
+        """A message as it is, for who only looks at it: it is not taken into memory.
+
+        Raises:
+            NoSuchMessage: there is none.
+        """
+        memory = self._memory
+        if (entry := memory.hot.get(message_id)) is not None:
+            return entry
+        found: Sequence[Entry] = ()
+        if message_id not in memory.unindexed:
+            found = await self._index.run(lambda index: index.load([message_id]))
+        if not found:
+            raise NoSuchMessage(f"no message {message_id}")
+        return memory.hot.get(message_id, found[0])
+
+    # Writing ---------------------------------------------------------------------------------------------------
+
+    def position(self) -> Position:
+        """From where on the log has to be read at the next start, if the index is as it is now."""
+        return self._memory.first_unindexed() or self._journal.log.told
+
+    async def write_all(self, *, is_clean: bool = False) -> None:
+        """Bring the index up to date, for whoever asks it about all there is."""
+        await self.write(before=float("inf"), is_clean=is_clean)
+
+    async def write_cooled(self) -> None:
+        """Write what has been in memory for a moment, or is too much for it."""
+        await self.write(before=time.monotonic() - COOL_SECONDS)
+
+    async def write(self, *, before: float, is_clean: bool = False) -> None:
+        """Write what has changed since before a moment into the index, and forget what waits."""
+        async with self._writing:
+            while True:
+                chosen = self._memory.to_be_indexed(before, FLUSH_MOST)
+                if not chosen and not is_clean and self.position() == self.known:
+                    return
+                await self._write(chosen, is_clean=is_clean)
+                if len(chosen) < FLUSH_MOST:
+                    return
+
+    async def _write(self, chosen: Sequence[tuple[str, Entry | None]], *, is_clean: bool) -> None:
+        memory = self._memory
+        rows = [row_of(entry) for _, entry in chosen if entry is not None]
+        gone = [message_id for message_id, entry in chosen if entry is None]
+        # What changes meanwhile is found again in the log, from where it was first changed on.
+        position = memory.first_unindexed({message_id for message_id, _ in chosen}) or self._journal.log.told
+        for _, entry in chosen:
+            if entry is not None:
+                entry.is_indexed = True  # from here on: one that ends while it is written has a row to be removed
+        meta = self._meta(position) | {"is_clean": int(is_clean), "seen_ms": self._now_ms()}
+        await self._index.run(lambda index: index.write(rows, gone, meta))
+        self.known = position
+        for message_id, entry in chosen:
+            known = memory.unindexed.get(message_id)
+            if known is None or known[2] is not entry:
+                continue  # it has changed again
+            del memory.unindexed[message_id]
+            if entry is not None and not entry.is_leased and not entry.is_busy:
+                memory.forget(entry)
+
+    def _meta(self, position: Position) -> dict[str, int | str]:
+        marker = self._journal.log.markers.get(position[0], b"").hex()
+        return {"segment": position[0], "at": position[1], "marker": marker}
+
+    async def move_clock(self, milliseconds: int) -> int:
+        """Let what waits be due when it would have been had the clock not been set back; how many deliveries.
+
+        One that was set ahead makes mail due sooner than it would be, which is no harm.
+        """
+        if milliseconds >= 0:
+            return 0
+        memory = self._memory
+
+        def durable(_: Step) -> None:
+            for entry in memory.hot.values():
+                for one in entry.deliveries:
+                    if one.state is DeliveryState.READY:
+                        one.due_ms += milliseconds
+                        memory.waiting.offer_one(entry, one)
+
+        await self.write_all()
+        async with self._writing:  # else the index could be said to be complete behind the record before it has moved
+            record = dumps({"moved_ms": milliseconds, "ended": {}})
+            await self._journal.append([(RecordKind.CLOCK, record, ())], durable=durable)
+            position = self.position()
+            moved = await self._index.run(lambda index: index.move(milliseconds, self._meta(position)))
+            self.known = position
+        return moved

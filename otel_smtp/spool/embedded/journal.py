@@ -1,0 +1,190 @@
+"""Records: written to the log, and noted in memory when they are durable.
+
+What a record says is noted in the `done` of its step, never by whoever waits for it: that one goes on later than the
+records behind it are told of, when the index may be said to be complete up to one of them.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from otel_smtp.spool.embedded.entries import Entry, dumps
+from otel_smtp.spool.embedded.log import Log, Part, Step
+from otel_smtp.spool.embedded.memory import Memory
+from otel_smtp.spool.embedded.records import RecordKind
+from otel_smtp.spool.messages import DeliveryState, Lease, SpoolError, StorageBroken
+from otel_smtp.spool.store import Notice
+
+
+class Journal:
+    """Writes what happens to messages.
+
+    Args:
+        now_ms: milliseconds since the epoch.
+        remove_large: removes the file of a content; called in a thread.
+
+    Attributes:
+        is_closing: no new mail is taken, and nothing waits for company.
+    """
+
+    def __init__(self, memory: Memory, now_ms: Callable[[], int], remove_large: Callable[[str], None]) -> None:
+        self._memory = memory
+        self._now_ms = now_ms
+        self._remove_large = remove_large
+        self._log: Log | None = None
+        self.is_closing = False
+
+    def begin(self, log: Log) -> None:
+        """Write to this log from now on. Call on the event loop."""
+        self._log = log
+        self._loop = asyncio.get_running_loop()
+
+    @property
+    def log(self) -> Log:
+        """Where the records go."""
+        assert self._log is not None
+        return self._log
+
+    def latch(self, error: SpoolError) -> None:
+        """Note an error; after one that says that the disk cannot be trusted, nothing is written any more."""
+        if isinstance(error, StorageBroken) and self._log is not None:
+            self._log.latch(error)
+
+    def _start(self, step: Step, *, is_urgent: bool = True) -> None:
+        if self._log is None or (self.is_closing and not step.is_result):
+            raise SpoolError("the spool is closed")
+        self._log.append(step, is_urgent=is_urgent or self.is_closing)
+
+    async def append(
+        self,
+        parts: Sequence[Part],
+        *,
+        ended: Mapping[str, int] | None = None,
+        durable: Callable[[Step], None] = lambda _: None,
+    ) -> None:
+        """Write records.
+
+        Args:
+            durable: notes what they say, called before the records behind them are told of.
+        """
+        answer: asyncio.Future[None] = self._loop.create_future()
+
+        def done(step: Step, error: SpoolError | None) -> None:
+            if error is not None:
+                fail(answer, error)
+                return
+            durable(step)
+            if not answer.done():
+                answer.set_result(None)
+
+        self._start(Step(parts, done, ended=ended or {}, is_result=True))
+        await answer
+
+    def add(
+        self,
+        entry: Entry,
+        content: Sequence[bytes],
+        crc: int | None,
+        answer: "asyncio.Future[Sequence[Lease]]",
+        *,
+        is_new: bool = True,
+    ) -> None:
+        """Write a message that has come. The answer is given when it is durable.
+
+        Args:
+            crc: of the content, where it has a file of its own.
+        """
+
+        def done(step: Step, error: SpoolError | None) -> None:
+            if error is not None:
+                fail(answer, error)
+                return
+            self._memory.note_new(entry, step, 0, crc)
+            if content and is_new:
+                self._memory.keep_content(entry, content)
+            if not answer.done():
+                answer.set_result(
+                    [entry.lease_of(one) for one in entry.deliveries if one.state is DeliveryState.LEASED]
+                )
+
+        name, recipients = entry.accepted
+        try:
+            self._start(
+                Step(
+                    [message_part(entry, content, crc, is_new=is_new)], done,
+                    ended={name: recipients} if is_new else {}, is_result=False,
+                )
+            )  # fmt: skip
+        except SpoolError as error:
+            fail(answer, error)
+
+    def change(
+        self,
+        entry: Entry,
+        changed: Entry,
+        ended: Mapping[str, int],
+        notices: Sequence[Notice] = (),
+        *,
+        is_urgent: bool = True,
+    ) -> "asyncio.Future[None]":
+        """Have `changed` take the place of `entry`, which is not busy, with the notices that tell of it."""
+        answer: asyncio.Future[None] = self._loop.create_future()
+        memory = self._memory
+        is_over = not changed.deliveries
+        if is_over:
+            parts: list[Part] = [(RecordKind.END, dumps({"id": entry.id, "ended": ended}), ())]
+        else:
+            parts = [(RecordKind.STATE, f"[{dumps(ended)},{changed.encode()}]", ())]
+        counted = ended
+        added: list[Entry] = []
+        if notices:
+            counted = dict(ended)
+            for message, content in notices:
+                notice = Entry.of(message, self._now_ms(), len(content), is_leased=False, is_large=False)
+                added.append(notice)
+                parts.append(message_part(notice, (content,), None, is_new=True))
+                name, recipients = notice.accepted
+                counted[name] = counted.get(name, 0) + recipients
+
+        def done(step: Step, error: SpoolError | None) -> None:
+            memory.set_free(entry)
+            if error is not None:
+                memory.waiting.offer(entry)
+                fail(answer, error)
+                return
+            position = (step.segment, step.places[0][0])
+            if is_over:
+                memory.note_end(entry, position)
+                if entry.is_large:
+                    self._loop.run_in_executor(None, self._remove_large, entry.id)
+            else:
+                changed.place = entry.place  # it may have moved meanwhile
+                memory.note(changed, position)
+            for part, notice in enumerate(added, 1):
+                memory.note_new(notice, step, part, None)
+            if not answer.done():
+                answer.set_result(None)
+
+        entry.is_busy = True
+        try:
+            self._start(Step(parts, done, ended=counted, is_result=True), is_urgent=is_urgent)
+        except SpoolError as error:
+            memory.set_free(entry)
+            fail(answer, error)
+        return answer
+
+
+def message_part(entry: Entry, content: Sequence[bytes], crc: int | None, *, is_new: bool) -> Part:
+    """The record of a message.
+
+    Args:
+        crc: of the content, where it is not what the record's own content has to be measured by: it has a file of its
+            own, or is moved, and may have been damaged before.
+    """
+    return RecordKind.MESSAGE, f"[{int(is_new)},{'null' if crc is None else crc},{entry.encode()}]", content
+
+
+def fail(answer: "asyncio.Future[Any]", error: BaseException) -> None:
+    """Give an error as the answer, unless who asked has given up."""
+    if not answer.done():
+        answer.set_exception(error)

@@ -1,0 +1,194 @@
+"""The messages that are in memory: those that are new, being attempted, or changed within the last moment.
+
+All state changes on the event loop, when the record of the change is durable, and in the order of the log. So what is
+seen is what would be found after a crash, and the first record that the index does not know is the first one noted.
+"""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable, Container, Sequence
+from typing import Final
+
+from otel_smtp.spool.embedded.entries import Entry, Place
+from otel_smtp.spool.embedded.log import Step
+from otel_smtp.spool.embedded.waiting import Waiting
+from otel_smtp.spool.messages import DeliveryState
+
+HOT_MOST: Final = 20_000
+CONTENTS_OCTETS: Final = 4 * 1024 * 1024  # of contents that are kept
+
+Position = tuple[int, int]
+"""A place in the log: segment, offset."""
+
+
+class Memory:
+    """What is in memory, and what is known of what is not.
+
+    Attributes:
+        hot: messages by id; each as its last durable record says.
+        waiting: their deliveries that wait.
+        unindexed: what is not in the index as it is, in the order of the log: since when, by the monotonic clock; from
+            where on in the log; the message, or None: it has ended.
+        cold: deliveries in the index alone, by destination.
+        live: messages and octets of their records, by segment.
+        messages: how many there are in all.
+    """
+
+    def __init__(self) -> None:
+        self.hot: dict[str, Entry] = {}
+        self.waiting = Waiting(self.hot.get)
+        self.unindexed: dict[str, tuple[float, Position, Entry | None]] = {}
+        self.cold: Counter[str] = Counter()
+        self.live: dict[int, list[int]] = {}
+        self.messages = 0
+        self._free: dict[str, asyncio.Event] = {}  # waited for, until the message of that id is not busy
+        # Of messages that have just come and wait for an attempt: what is attempted at once need not be read again.
+        self._contents: dict[str, Sequence[bytes]] = {}
+        self._contents_octets = 0
+
+    # What the log says -----------------------------------------------------------------------------------------
+
+    def note(self, entry: Entry, position: Position) -> None:
+        """A message is new, or has changed: its record is durable at `position`. Call in the order of the log.
+
+        Args:
+            entry: not the object that was noted before, where it has changed: that one may be on its way into the
+                index.
+        """
+        self.hot[entry.id] = entry
+        before = self.unindexed.get(entry.id)
+        if before is None:
+            self.unindexed[entry.id] = (time.monotonic(), position, entry)
+        else:
+            self.unindexed[entry.id] = (before[0], before[1], entry)
+        self.waiting.offer(entry)
+
+    def note_new(self, entry: Entry, step: Step, part: int, crc: int | None) -> None:
+        """A message has come: the record is a step's part of that number."""
+        entry.place = self.place(entry, step, part, crc)
+        self.messages += 1
+        self.note(entry, (step.segment, step.places[part][0]))
+
+    def note_end(self, entry: Entry, position: Position) -> None:
+        """A message has ended: the record that says so is durable at `position`. Call in the order of the log."""
+        self.hot.pop(entry.id, None)
+        self._drop_content(entry)
+        self.messages -= 1
+        assert entry.place is not None
+        self.leave(entry.place)
+        before = self.unindexed.get(entry.id)
+        if entry.is_indexed:
+            since, first = (before[0], before[1]) if before is not None else (time.monotonic(), position)
+            self.unindexed[entry.id] = (since, first, None)
+        elif before is not None:
+            del self.unindexed[entry.id]
+
+    def place(self, entry: Entry, step: Step, part: int, crc: int | None) -> Place:
+        """Where a message lies from now on: in a step's part of that number.
+
+        Args:
+            crc: of its content, where the record's own does not tell.
+        """
+        at, octets, content_at, written_crc = step.places[part]
+        found = self.live.setdefault(step.segment, [0, 0])
+        found[0] += 1
+        found[1] += octets
+        return Place(
+            step.segment, at, octets, -1 if entry.is_large else content_at, written_crc if crc is None else crc
+        )
+
+    def leave(self, place: Place) -> None:
+        """No message lies there any more."""
+        if (found := self.live.get(place.segment)) is not None:
+            found[0] -= 1
+            found[1] -= place.octets
+            if not found[0]:
+                del self.live[place.segment]
+
+    # Busy messages ---------------------------------------------------------------------------------------------
+
+    def set_free(self, entry: Entry) -> None:
+        """No change of it is on its way any more."""
+        entry.is_busy = False
+        if (waited := self._free.pop(entry.id, None)) is not None:
+            waited.set()
+
+    async def until_free(self, message_id: str) -> None:
+        """Wait until no change of a message is on its way."""
+        while (entry := self.hot.get(message_id)) is not None and entry.is_busy:
+            await self._free.setdefault(message_id, asyncio.Event()).wait()
+
+    # To and from the index -------------------------------------------------------------------------------------
+
+    def admit(self, entry: Entry) -> Entry:
+        """Take in a message that was read from the index; what is here already is newer."""
+        if (known := self.hot.get(entry.id)) is not None:
+            return known
+        self.hot[entry.id] = entry
+        for one in entry.deliveries:
+            self.cold[one.destination] -= 1
+        self.waiting.offer(entry)
+        return entry
+
+    def forget(self, entry: Entry) -> None:
+        """Leave to the index a message that it knows as it is."""
+        del self.hot[entry.id]
+        self._drop_content(entry)
+        for one in entry.deliveries:
+            self.cold[one.destination] += 1
+
+    def to_be_indexed(self, before: float, most: int) -> list[tuple[str, Entry | None]]:
+        """The next that are to be written, those that have waited longest first.
+
+        Args:
+            before: those that have waited since before that moment, unless there is too much in memory.
+        """
+        chosen: list[tuple[str, Entry | None]] = []
+        for message_id, (since, _, entry) in self.unindexed.items():
+            if len(chosen) >= most or (since > before and len(self.hot) <= HOT_MOST):
+                break
+            if entry is None or not entry.is_busy:
+                chosen.append((message_id, entry))
+        return chosen
+
+    def first_unindexed(self, without: Container[str] = ()) -> Position | None:
+        """The first record in the log that the index does not know; None: it knows all that were noted.
+
+        Args:
+            without: messages that are in the index by then.
+        """
+        # They came in the order of the log, and keep their places.
+        for message_id, (_, position, _) in self.unindexed.items():
+            if message_id not in without:
+                return position
+        return None
+
+    def overlay(self, found: Sequence[Entry], fits: Callable[[Entry], bool], most: int) -> list[Entry]:
+        """What the index has found, with what is not in it as it is: what is busy cannot be written into it."""
+        entries = {entry.id: entry for entry in found}
+        for message_id, (_, _, entry) in self.unindexed.items():
+            if entry is not None and fits(entry):
+                entries[message_id] = entry
+            else:
+                entries.pop(message_id, None)
+        return [entries[message_id] for message_id in sorted(entries)][:most]
+
+    # Contents --------------------------------------------------------------------------------------------------
+
+    def keep_content(self, entry: Entry, content: Sequence[bytes]) -> None:
+        """Keep the content of a message that has just come, if it is to be attempted at once and there is room."""
+        waits = any(one.state is DeliveryState.READY and one.due_ms <= entry.arrived_ms for one in entry.deliveries)
+        if waits and self._contents_octets + entry.octets <= CONTENTS_OCTETS:
+            self._contents[entry.id] = content
+            self._contents_octets += entry.octets
+
+    def take_content(self, entry: Entry) -> Sequence[bytes] | None:
+        """The content, if it is here; it is not kept any longer."""
+        content = self._contents.get(entry.id)
+        self._drop_content(entry)
+        return content
+
+    def _drop_content(self, entry: Entry) -> None:
+        if self._contents.pop(entry.id, None) is not None:
+            self._contents_octets -= entry.octets

@@ -1,0 +1,130 @@
+"""What operators see and do."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+from otel_smtp.spool.embedded.entries import Entry
+from otel_smtp.spool.embedded.index_thread import IndexThread
+from otel_smtp.spool.embedded.indexing import Indexing
+from otel_smtp.spool.embedded.journal import Journal
+from otel_smtp.spool.embedded.memory import Memory
+from otel_smtp.spool.messages import Counts, DeliveryState, Kind, Shown, SpoolError
+
+COUNT_CACHE_SECONDS: Final = 15.0
+COUNT_CACHE_FROM: Final = 50_000
+
+
+class OperatorVerbs:
+    """Counts, lists and changes messages.
+
+    Args:
+        now_ms: milliseconds since the epoch.
+    """
+
+    def __init__(
+        self, memory: Memory, index: IndexThread, journal: Journal, indexing: Indexing, now_ms: Callable[[], int]
+    ) -> None:
+        self._memory = memory
+        self._index = index
+        self._journal = journal
+        self._indexing = indexing
+        self._now_ms = now_ms
+        self._counted: tuple[float, dict[str, Any]] | None = None
+
+    # Seeing ----------------------------------------------------------------------------------------------------
+
+    async def counts(self, dead_octets: int) -> Counts:
+        """See `Store.counts`; where there is very much, a few seconds old."""
+        now = time.monotonic()
+        memory = self._memory
+        if self._counted is None or memory.messages < COUNT_CACHE_FROM or now - self._counted[0] > COUNT_CACHE_SECONDS:
+            await self._indexing.write_all()
+            now_ms = self._now_ms()
+            counted = await self._index.run(lambda index: index.counts(now_ms))
+            for _, _, entry in memory.unindexed.values():
+                if entry is not None and not entry.is_indexed:
+                    _count(entry, counted, now_ms)
+            self._counted = (now, counted)
+        found = self._counted[1]
+        return Counts(
+            ready=found["ready"],
+            deferred=found["deferred"],
+            active=found.get("leased", 0),
+            held=found.get("held", 0),
+            corrupt=found.get("corrupt", 0),
+            oldest_arrived_at=None if found["oldest"] is None else found["oldest"] / 1000,
+            next_due_at=None if found["next_due"] is None else found["next_due"] / 1000,
+            dead_octets=dead_octets,
+        )
+
+    async def page(self, after: str, most: int) -> Sequence[Shown]:
+        """See `Store.page`."""
+        await self._indexing.write_all()
+        found = await self._index.run(lambda index: index.page(after, most))
+        return [entry.shown() for entry in self._memory.overlay(found, lambda entry: entry.id > after, most)]
+
+    async def find(self, trace_id: str | None, sender: str | None, recipient: str | None, most: int) -> Sequence[Shown]:
+        """See `Store.find`."""
+        await self._indexing.write_all()
+        found = await self._index.run(lambda index: index.find(trace_id, sender, recipient, most))
+        found = self._memory.overlay(found, lambda entry: entry.fits(trace_id, sender, recipient), most)
+        return [entry.shown() for entry in found]
+
+    # Doing -----------------------------------------------------------------------------------------------------
+
+    async def retry(self, message_id: str) -> bool:
+        """See `Store.retry`."""
+        return await self._operate(message_id, lambda entry: entry.retry(self._now_ms()))
+
+    async def hold(self, message_id: str) -> bool:
+        """See `Store.hold`."""
+        return await self._operate(message_id, lambda entry: entry.hold(self._now_ms()))
+
+    async def release(self, message_id: str) -> bool:
+        """See `Store.release`."""
+        return await self._operate(message_id, lambda entry: entry.release(self._now_ms()))
+
+    async def expire(self, message_id: str) -> bool:
+        """See `Store.expire`."""
+        return await self._operate(message_id, lambda entry: entry.expire(self._now_ms()))
+
+    async def reset(self, message_id: str, expires_in: float) -> bool:
+        """See `Store.reset`."""
+
+        def reset(entry: Entry) -> bool:
+            now_ms = self._now_ms()
+            return entry.reset(now_ms, now_ms + round(expires_in * 1000))
+
+        return await self._operate(message_id, reset)
+
+    async def _operate(self, message_id: str, change: Callable[[Entry], bool]) -> bool:
+        entry = await self._indexing.get(message_id)
+        changed = entry.copy()
+        if not change(changed):
+            return False
+        await self._journal.change(entry, changed, {})
+        return True
+
+    async def delete(self, message_id: str) -> int:
+        """See `Store.delete`."""
+        entry = await self._indexing.get(message_id)
+        if entry.is_leased:
+            raise SpoolError(f"{message_id} is being delivered; hold it, or try again")
+        changed = entry.copy()
+        _, recipients = entry.accepted
+        changed.deliveries = []
+        ended = {"removed" if entry.kind is Kind.MAIL else "notified_removed": recipients}
+        await self._journal.change(entry, changed, ended)
+        return recipients
+
+
+def _count(entry: Entry, counted: dict[str, Any], now_ms: int) -> None:
+    """Count a message in what the index has counted."""
+    for one in entry.deliveries:
+        is_later = one.state is DeliveryState.READY and one.due_ms > now_ms
+        name = "deferred" if is_later else one.state.value
+        counted[name] = counted.get(name, 0) + 1
+        if is_later:
+            counted["next_due"] = min(one.due_ms, counted["next_due"] or one.due_ms)
+    counted["oldest"] = min(entry.arrived_ms, counted["oldest"] or entry.arrived_ms)
