@@ -164,7 +164,12 @@ ROOMS: Final = {
     "otel_smtp.commands.load_generator": Room((), standard=_LIBRARY - {"argparse"}, stands_apart=True),
     "otel_smtp.gateway": _EVERYTHING,
     # Processes, signals and a pipe; what a worker does is given in.
-    "otel_smtp.gateway.workers": Room((), stands_apart=True),
+    "otel_smtp.gateway.workers": Room(
+        ("otel_smtp.gateway.supervision", "otel_smtp.gateway.signals"), stands_apart=True
+    ),
+    # What a supervisor decides: no process, pipe or clock.
+    "otel_smtp.gateway.supervision": Room((), standard=PURE_LIBRARY | {"logging", "signal"}, stands_apart=True),
+    "otel_smtp.gateway.signals": Room((), stands_apart=True),
     # One datagram to the service manager.
     "otel_smtp.gateway.systemd": Room((), stands_apart=True),
     "otel_smtp.__main__": Room(("otel_smtp.commands.cli",)),

@@ -13,6 +13,7 @@ import click
 
 from otel_smtp.commands.options import config_option, global_options, listen_option, set_option, upstream_option
 from otel_smtp.config import Flag
+from otel_smtp.gateway.signals import hold_back
 
 if TYPE_CHECKING:
     from otel_smtp.gateway.gateway import Ready
@@ -41,6 +42,7 @@ def serve(
     assignments: tuple[str, ...],
 ) -> None:
     """Run the gateway. SIGTERM drains it; a second SIGTERM stops it at once."""
+    hold_back()  # first: from here on an early SIGHUP is a late reload
     _raise_file_limit()
     options = {
         "--workers": ("workers", workers),

@@ -13,6 +13,7 @@ from typing import Any, Final
 from otel_smtp.config import Settings
 from otel_smtp.gateway.gateway import WRONG_FILES, Gateway, Ready
 from otel_smtp.gateway.ports import SharedPorts, with_present_addresses
+from otel_smtp.gateway.signals import let_through
 from otel_smtp.gateway.status_port import Process
 from otel_smtp.gateway.systemd import ServiceManager
 from otel_smtp.gateway.workers import AT_ONCE, REPLACED, Supervisor
@@ -71,7 +72,12 @@ def _supervise(settings: Settings, on_ready: OnReady) -> int:
 
         addresses = {listener.name: listener.address for listener in shared.settings.listener}
         ready = Ready(shared.settings, addresses, traces_to, shared.settings.status.address)
-        return Supervisor(settings.workers, work, on_ready=lambda: on_ready(ready)).run()
+        return Supervisor(
+            settings.workers,
+            work,
+            on_ready=lambda: on_ready(ready),
+            grace_seconds=settings.timeouts.shutdown_grace,
+        ).run()
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
@@ -108,6 +114,7 @@ async def serve(
     loop.set_exception_handler(_LoopFaults())
     asked = _Asked(loop, at_once=at_once, replaced=replaced)
     loop.add_signal_handler(signal.SIGHUP, gateway.reload_certificates)
+    let_through()
     on_ready(gateway.ready)
     manager = ServiceManager(os.environ.get("NOTIFY_SOCKET"))
     manager.ready(f"relaying, pid {os.getpid()}")
@@ -154,6 +161,9 @@ class _Asked:
         self._counts = at_once is None
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop)
+        # Their default is to end the process, without a drain.
+        for number in {signal.SIGUSR1, signal.SIGUSR2} - {at_once, replaced}:
+            loop.add_signal_handler(number, _ignored, number)
         if at_once is not None:
             loop.add_signal_handler(at_once, self._stop_now)
         if replaced is not None:
@@ -171,6 +181,10 @@ class _Asked:
     def _leave_to_successor(self) -> None:
         self.has_successor = True
         self.to_drain.set()
+
+
+def _ignored(number: signal.Signals) -> None:
+    logger.warning("signal ignored", extra={"signal": number.name})
 
 
 def leave_out_of_garbage_collection() -> None:

@@ -2,11 +2,18 @@
 
 The kernel spreads connections over the workers' sockets (SO_REUSEPORT). The parent never runs an event loop, opens no
 exporter and starts no thread, so it can fork at any time. It forwards SIGTERM, SIGINT and SIGHUP, restarts workers that
-die, and on SIGUSR2 replaces the workers one by one, each only when its successor is ready.
+die, and on SIGUSR2 replaces the workers one by one, each only when its successor is ready. What it decides is in
+`supervision`; here are the processes, pipes and signals.
 
 Ctrl-C in a terminal signals the whole process group, so a worker gets each signal twice: from the terminal and from the
 parent. Therefore only the parent counts signals. For a worker any number of SIGTERM and SIGINT means one; the second
 signal that the parent gets reaches it as `AT_ONCE`.
+
+A signal to the group can hit a child between its fork and its own handlers, while it still has its parent's: it would
+then write into the parent's pipe, and count twice. So all these signals wait while a process is forked, and the child
+lets them through when it has its own.
+
+A parent that is killed leaves nothing behind: the kernel sends its workers SIGTERM (Linux; elsewhere they stay).
 """
 
 import contextlib
@@ -17,42 +24,34 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Final, NoReturn
+
+from otel_smtp.gateway.signals import HELD_BACK, let_through
+from otel_smtp.gateway.supervision import AT_ONCE, REPLACED, Supervision
+
+__all__ = ["AT_ONCE", "REPLACED", "Supervisor", "Work"]
 
 logger: Final = logging.getLogger("otel_smtp.gateway.workers")
 
-# A worker that dies soon after its start is restarted after this long, doubled each time up to the bound, so that a
-# fault at every start does not use up a core.
-FIRST_RESTART_SECONDS: Final = 1.0
-LONGEST_RESTART_SECONDS: Final = 30.0
-# After this long a worker counts as healthy: if it dies, it is restarted without delay.
-HEALTHY_SECONDS: Final = 30.0
+# The drain's grace is the operator's; the rest of a worker's end (pool, flush, interpreter) takes less than this.
+END_SECONDS: Final = 10.0
 
-AT_ONCE: Final = signal.SIGUSR1
-"""The signal that makes a worker end its drain."""
-
-REPLACED: Final = signal.SIGUSR2
-"""The signal that a worker's successor serves: the worker leaves the status port to it and drains as on SIGTERM."""
-
-_FORWARDED: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-_HANDLED: Final = (*_FORWARDED, signal.SIGCHLD, signal.SIGUSR2)
-
-_READY: Final = -1
-_NEVER_READY: Final = -2
+_HANDLED: Final = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGCHLD,
+)
+# prctl(2), from linux/prctl.h.
+_PR_SET_PDEATHSIG: Final = 1
 
 Work = Callable[[int, Callable[[], None]], int]
-"""A worker's work: takes its number and a function to call when it is ready, returns its exit status."""
+"""A worker's work: takes its number and a function to call when it is ready, returns its exit status.
 
-
-@dataclass(slots=True)
-class _Worker:
-    number: int
-    process_id: int
-    ready: int  # the reading end of the pipe that reports it; _READY once it has, _NEVER_READY once it cannot any more
-    replaces: "_Worker | None" = None
-    started: float = field(default_factory=time.monotonic)
-    is_leaving: bool = False
+SIGHUP, SIGUSR1 and SIGUSR2 wait until it says that it is ready: it needs handlers for them by then.
+"""
 
 
 class Supervisor:
@@ -62,20 +61,19 @@ class Supervisor:
         count: number of workers.
         work: run by each in its own process.
         on_ready: called once in the parent, when all workers are ready.
+        grace_seconds: how long a worker may drain.
     """
 
-    def __init__(self, count: int, work: Work, *, on_ready: Callable[[], None]) -> None:
-        self._count = count
+    def __init__(
+        self, count: int, work: Work, *, on_ready: Callable[[], None], grace_seconds: float = float("inf")
+    ) -> None:
         self._work = work
         self._on_ready = on_ready
-        self._workers: dict[int, _Worker] = {}
-        self._restarts: dict[int, float] = {}  # worker number -> time of its restart
-        self._delays: dict[int, float] = {}
-        self._replace: list[_Worker] = []  # waiting for their replacement
+        self._supervision = Supervision(count, self, drain_seconds=grace_seconds + END_SECONDS)
+        self._starting: dict[int, int] = {}  # pipe that reports readiness -> process id
         self._selector = selectors.DefaultSelector()
-        self._is_announced = False
-        self._is_stopping = False
-        self._status = 0
+        self._parent = os.getpid()
+        self._bind_to_parent = _death_signal()
 
     def run(self) -> int:
         """Supervise until all workers have ended after a signal, or one could not start.
@@ -88,19 +86,26 @@ class Supervisor:
         os.set_blocking(wake_writer, False)
         before = {number: signal.signal(number, lambda *_: None) for number in _HANDLED}
         signal.set_wakeup_fd(wake_writer)
+        let_through()
         self._selector.register(wake_reader, selectors.EVENT_READ)
+        supervision = self._supervision
+        is_announced = False
         try:
-            for number in range(self._count):
-                self._start(number)
-            while self._workers or self._restarts:
-                readable = {key.fd for key, _ in self._selector.select(self._next_restart())}
+            supervision.act(time.monotonic())
+            while not supervision.is_over:
+                due = supervision.due()
+                wait = None if due is None else max(0.0, due - time.monotonic())
+                readable = {key.fd for key, _ in self._selector.select(wait)}
                 # Pipes first: signals may end workers, and close the pipes of those that were never ready.
                 for reader in readable - {wake_reader}:
                     self._on_ready_pipe(reader)
+                if supervision.has_served and not is_announced:
+                    is_announced = True
+                    self._on_ready()
                 if wake_reader in readable:
                     self._on_signals(os.read(wake_reader, 512))
-                self._start_due()
-            return self._status
+                supervision.act(time.monotonic())
+            return supervision.status
         finally:
             signal.set_wakeup_fd(-1)
             for number, handler in before.items():
@@ -109,32 +114,55 @@ class Supervisor:
             os.close(wake_reader)
             os.close(wake_writer)
 
-    def _start(self, number: int, replaces: _Worker | None = None) -> None:
+    def start(self, place: int) -> int:
+        """Fork a worker; its process id.
+
+        Raises:
+            OSError: the system has no process, memory or file descriptor for it.
+        """
         reader, writer = os.pipe()
         sys.stdout.flush()
         sys.stderr.flush()
-        process_id = os.fork()
-        if process_id == 0:
-            self._become_worker(number, reader, writer)
-        os.close(writer)
+        signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
+        try:
+            process_id = os.fork()
+            if process_id == 0:
+                os.close(reader)
+                self._become_worker(place, writer)
+        except OSError:
+            os.close(reader)
+            raise
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)
+            os.close(writer)
         self._selector.register(reader, selectors.EVENT_READ)
-        self._workers[process_id] = _Worker(number, process_id, reader, replaces)
+        self._starting[reader] = process_id
+        return process_id
 
-    def _become_worker(self, number: int, reader: int, writer: int) -> NoReturn:
+    def send(self, process_id: int, number: signal.Signals) -> None:
+        """Signal a worker."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process_id, number)
+
+    def _become_worker(self, place: int, writer: int) -> NoReturn:
         status = 1
         try:
             signal.set_wakeup_fd(-1)
             for handled in _HANDLED:
                 signal.signal(handled, signal.SIG_DFL)
-            os.close(reader)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, frozenset(_HANDLED) - HELD_BACK)
+            self._bind_to_parent()
+            if os.getppid() != self._parent:  # it was killed before that
+                os._exit(0)
 
             def ready() -> None:
+                let_through()
                 os.write(writer, b"+")
                 os.close(writer)
 
-            status = self._work(number, ready)
+            status = self._work(place, ready)
         except BaseException:
-            logger.exception("worker failed", extra={"worker": number})
+            logger.exception("worker failed", extra={"worker": place})
         finally:
             with contextlib.suppress(OSError, ValueError):
                 sys.stdout.flush()
@@ -143,56 +171,25 @@ class Supervisor:
 
     def _on_signals(self, numbers: bytes) -> None:
         for number in numbers:
-            if number == signal.SIGCHLD:
-                self._reap()
-            elif number == signal.SIGUSR2:
-                self._replace = [worker for worker in self._workers.values() if not worker.is_leaving]
-                self._replace_next()
-            elif number == signal.SIGHUP:
-                self._forward(number)
-            elif self._is_stopping:
-                self._forward(AT_ONCE)
-            else:
-                self._stop()
-                self._forward(number)
-
-    def _stop(self) -> None:
-        self._is_stopping = True
-        self._restarts.clear()
-        self._replace.clear()
-
-    def _forward(self, number: int) -> None:
-        for process_id in self._workers:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process_id, number)
-
-    def _replace_next(self) -> None:
-        while self._replace:
-            worker = self._replace.pop(0)
-            if worker.process_id in self._workers:
-                self._start(worker.number, worker)
-                return
+            match number:
+                case signal.SIGCHLD:
+                    self._reap()
+                case signal.SIGUSR2:
+                    self._supervision.replace()
+                case signal.SIGHUP:
+                    self._supervision.forward(signal.SIGHUP)
+                case signal.SIGTERM | signal.SIGINT:
+                    self._supervision.stop(signal.Signals(number), time.monotonic())
+                case _:
+                    logger.warning("signal ignored", extra={"signal": signal.Signals(number).name})
 
     def _on_ready_pipe(self, reader: int) -> None:
-        worker = next((worker for worker in self._workers.values() if worker.ready == reader), None)
+        process_id = self._starting.pop(reader)
         is_ready = os.read(reader, 1) == b"+"
         self._selector.unregister(reader)
         os.close(reader)
-        if worker is None:
-            return
-        worker.ready = _READY if is_ready else _NEVER_READY
-        if not is_ready:
-            return  # it died before it was ready; _reap handles its status
-        if worker.replaces is not None:
-            worker.replaces.is_leaving = True
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(worker.replaces.process_id, REPLACED)
-            worker.replaces = None
-            self._replace_next()
-        if not self._is_announced and all(other.ready == _READY for other in self._workers.values()):
-            self._is_announced = len(self._workers) == self._count
-            if self._is_announced:
-                self._on_ready()
+        if is_ready:  # else it died before it was ready, which its status will say
+            self._supervision.ready(process_id, time.monotonic())
 
     def _reap(self) -> None:
         while True:
@@ -202,42 +199,19 @@ class Supervisor:
                 return
             if process_id == 0:
                 return
-            worker = self._workers.pop(process_id, None)
-            if worker is not None:
-                self._ended(worker, os.waitstatus_to_exitcode(waited))
+            self._supervision.ended(process_id, os.waitstatus_to_exitcode(waited), time.monotonic())
 
-    def _ended(self, worker: _Worker, status: int) -> None:
-        if worker.ready >= 0:
-            self._selector.unregister(worker.ready)
-            os.close(worker.ready)
-        if self._is_stopping:
-            # A worker that had no handler yet ends by the signal itself; that is no failure.
-            if -status not in (*_FORWARDED, AT_ONCE, REPLACED):
-                self._status = self._status or (status if status >= 0 else 1)
-        elif worker.is_leaving:
-            logger.info("worker replaced", extra={"worker": worker.number})
-        elif not self._is_announced:
-            # A failure at the first start (a port in use, an invalid file) is the gateway's.
-            self._status = status if status > 0 else 1
-            self._stop()
-            self._forward(signal.SIGTERM)
-        else:
-            self._restart(worker, status)
 
-    def _restart(self, worker: _Worker, status: int) -> None:
-        lived = time.monotonic() - worker.started
-        delay = 0.0 if lived >= HEALTHY_SECONDS else self._delays.get(worker.number, FIRST_RESTART_SECONDS)
-        self._delays[worker.number] = min(max(delay, FIRST_RESTART_SECONDS) * 2, LONGEST_RESTART_SECONDS)
-        self._restarts[worker.number] = time.monotonic() + delay
-        logger.error("worker died", extra={"worker": worker.number, "status": status, "restart_seconds": delay})
+def _death_signal() -> Callable[[], None]:
+    """What a worker calls so that it gets SIGTERM when its parent ends, whatever ends it."""
+    if not sys.platform.startswith("linux"):
+        return lambda: None
+    import ctypes
 
-    def _next_restart(self) -> float | None:
-        if not self._restarts:
-            return None
-        return max(0.0, min(self._restarts.values()) - time.monotonic())
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
 
-    def _start_due(self) -> None:
-        now = time.monotonic()
-        for number in [number for number, due in self._restarts.items() if due <= now]:
-            del self._restarts[number]
-            self._start(number)
+    def bind() -> None:
+        if prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0):
+            logger.warning("worker outlives its parent", extra={"error": os.strerror(ctypes.get_errno())})
+
+    return bind

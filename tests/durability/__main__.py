@@ -1,4 +1,7 @@
-"""`python -m tests.durability kill|faults|full`: the long proofs; `tests/spool/test_durability.py` runs short ones."""
+"""`python -m tests.durability kill|faults|full|workers`: the long proofs.
+
+`tests/spool/test_durability.py` and `tests/end_to_end/test_workers.py` run short ones.
+"""
 
 import argparse
 import sys
@@ -7,6 +10,7 @@ from pathlib import Path
 
 from tests.durability.failing import CALLS, fill, inject
 from tests.durability.killing import kill_again_and_again
+from tests.durability.supervising import storm
 
 
 def main() -> int:
@@ -19,6 +23,9 @@ def main() -> int:
     faults = commands.add_parser("faults", help="errors injected into one system call after the other")
     faults.add_argument("--most", type=int, default=8, help="the last call of each kind that fails")
     commands.add_parser("full", help="a disk that fills up")
+    workers = commands.add_parser("workers", help="random signals and kills to a supervisor and its workers")
+    workers.add_argument("--seconds", type=float, default=60.0)
+    workers.add_argument("--seed", type=int, default=1)
     parser.add_argument("--directory", type=Path, default=None, help="on the disk that is to be tried")
     arguments = parser.parse_args()
     directory = Path(tempfile.mkdtemp(prefix="otel-smtp-durability-", dir=arguments.directory))
@@ -38,6 +45,12 @@ def main() -> int:
                     is_wrong |= bool(outcome.lost) or outcome.is_damaged or not outcome.survived
                     print(f"{call} {error} at call {when}: {outcome.told()}", flush=True)
             return int(is_wrong)
+        case "workers":
+            stormed = storm(
+                arguments.seconds, directory, seed=arguments.seed, tell=lambda line: print(line, flush=True)
+            )
+            print(stormed.told())
+            return int(not stormed.is_right)
         case _:
             full = fill(directory / "full")
             print(full.told())

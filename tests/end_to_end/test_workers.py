@@ -7,6 +7,7 @@ import re
 import signal
 import smtplib
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -17,11 +18,12 @@ from typing import Any
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 
+from tests.durability.supervising import storm
 from tests.end_to_end.conftest import Client, StartGateway
 from tests.end_to_end.test_traces import exporting
 from tests.support.capture import CapturingUpstream
 from tests.support.otlp_receiver import OtlpReceiver
-from tests.support.process import USES_UVLOOP, GatewayProcess, closed_port, listening_sockets, until
+from tests.support.process import USES_UVLOOP, GatewayProcess, closed_port, listening_sockets, settings_file, until
 from tests.support.tools import tool
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
@@ -96,8 +98,13 @@ def test_a_signal_to_the_whole_process_group_is_one_signal(
 
 def awaited_signals(process_id: int) -> int:
     """The signals that were sent to a process and not yet delivered, as a set of bits."""
+    return status_bits(process_id, "ShdPnd")
+
+
+def status_bits(process_id: int, name: str) -> int:
+    """A set of signals from a process's status."""
     status = Path(f"/proc/{process_id}/status").read_text()
-    return int(re.findall(r"^ShdPnd:\s+(\w+)$", status, re.MULTILINE)[0], 16)
+    return int(re.findall(rf"^{name}:\s+(\w+)$", status, re.MULTILINE)[0], 16)
 
 
 def test_told_twice_the_workers_stop_at_once(
@@ -288,3 +295,27 @@ def test_a_status_port_that_is_taken_is_not_shared(upstream: CapturingUpstream, 
     with pytest.raises(AssertionError, match="in use"):
         start({"upstream.url": upstream.url, "workers": 2, "status.address": f"127.0.0.1:{status}"})
     assert first.stop() == 0
+
+
+def test_after_random_signals_and_kills_there_are_as_many_workers_as_asked_for(tmp_path: Path) -> None:
+    outcome = storm(4, tmp_path, seed=2)
+    assert outcome.is_right, outcome.told()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_reload_before_readiness_does_not_end_the_gateway(
+    workers: int, upstream: CapturingUpstream, tmp_path: Path
+) -> None:
+    path = settings_file({"upstream.url": upstream.url, "workers": workers, "status.address": "off"}, tmp_path)
+    command = [sys.executable, "-m", "otel_smtp", "serve", "--config", str(path), "--listen", "127.0.0.1:0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        held_back = 1 << (signal.SIGHUP - 1)
+        until(lambda: (status_bits(process.pid, "SigBlk") & held_back) or None, "it holds SIGHUP back")
+        process.send_signal(signal.SIGHUP)
+        assert process.stdout is not None
+        assert "ready" in process.stdout.readline()
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.2)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0

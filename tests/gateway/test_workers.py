@@ -5,11 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
 import pytest
+
+from tests.support.process import until
 
 ROOT: Final = Path(__file__).resolve().parent.parent.parent
 PROGRAM: Final = """
@@ -35,6 +38,19 @@ def hears(number, ready):  # tells what it hears, and ends with the last signal
 
 def fails(number, ready):
     return 3
+
+def slow(number, ready):  # takes half a second to start
+    time.sleep(0.5)
+    hears(number, ready)
+
+def drains(number, ready):  # ends when it is told to, and tells nothing
+    def end(number, frame):
+        os._exit(0)
+    for each in (signal.SIGTERM, signal.SIGINT, AT_ONCE, REPLACED):
+        signal.signal(each, end)
+    ready()
+    while True:
+        signal.pause()
 
 def state(process_id):
     return pathlib.Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0]
@@ -64,7 +80,8 @@ class Ordered(selectors.DefaultSelector):  # selectors tell what happened, and n
 
 if order:
     selectors.DefaultSelector = Ordered
-work = {"deaf": deaf, "hears": hears, "fails": fails, "fails_unseen": fails_unseen}[kind]
+work = {"deaf": deaf, "hears": hears, "fails": fails, "fails_unseen": fails_unseen,
+        "slow": slow, "drains": drains}[kind]
 sys.exit(Supervisor(workers, work, on_ready=lambda: os.write(1, b"ready\\n")).run())
 """
 
@@ -84,6 +101,20 @@ def supervising(work: str, workers: int = 1, directory: str = "", order: str = "
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+
+
+def lives(process_id: int) -> bool:
+    """Whether a process has not ended."""
+    try:
+        return Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def children(parent: int) -> frozenset[int]:
+    """The process ids of a process's children."""
+    listed = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return frozenset(filter(lives, map(int, listed)))
 
 
 def next_line(process: subprocess.Popen[str]) -> str:
@@ -118,6 +149,50 @@ def test_a_worker_whose_successor_is_ready_is_told_that_it_is_replaced() -> None
         assert next_line(process) == "SIGTERM"  # its successor, as any worker
         process.send_signal(signal.SIGTERM)
         assert next_line(process) == "SIGUSR1"
+        assert process.wait(15) == 0
+
+
+def test_a_reload_that_comes_before_a_worker_is_ready_reaches_it_late() -> None:
+    with supervising("slow") as process:
+        until(lambda: children(process.pid) or None, "the worker starts")
+        process.send_signal(signal.SIGHUP)
+        assert {next_line(process), next_line(process)} == {"ready", "SIGHUP"}
+        process.send_signal(signal.SIGTERM)
+        assert next_line(process) == "SIGTERM"
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_asked_to_replace_twenty_times_in_a_row_it_leaks_no_worker(workers: int) -> None:
+    with supervising("drains", workers) as process:
+        assert next_line(process) == "ready"
+        before = children(process.pid)
+        for _ in range(20):
+            process.send_signal(signal.SIGUSR2)
+            time.sleep(0.005)
+        until(lambda: not children(process.pid) & before or None, "all are replaced")
+        until(lambda: len(children(process.pid)) == workers or None, "the former ones have ended")
+        time.sleep(0.5)
+        assert len(children(process.pid)) == workers
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(15) == 0
+
+
+def test_workers_end_with_their_parent_whatever_ends_it() -> None:
+    with supervising("drains", 2) as process:
+        assert next_line(process) == "ready"
+        orphans = children(process.pid)
+        process.kill()
+        process.wait(15)
+        until(lambda: not any(map(lives, orphans)) or None, "all have ended")
+
+
+def test_a_signal_that_means_nothing_to_the_parent_does_not_end_it() -> None:
+    with supervising("drains") as process:
+        assert next_line(process) == "ready"
+        process.send_signal(signal.SIGUSR1)
+        time.sleep(0.2)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
         assert process.wait(15) == 0
 
 
