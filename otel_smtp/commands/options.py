@@ -1,7 +1,8 @@
 """What the commands share: their common options, the settings that these make, and how wrong ones are reported."""
 
+import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
@@ -33,6 +34,32 @@ upstream_option: Final = click.option(
     "--upstream", "-u", multiple=True, metavar="URL",
     help="Where to relay mail; repeatable, in order of preference; also OTELSMTP_UPSTREAM.",
 )  # fmt: skip
+
+
+def _add_config(context: click.Context, _: click.Parameter, config: Path | None) -> None:
+    if config is not None:
+        context.obj = dataclasses.replace(global_options(context), config=config)
+
+
+def _add_assignments(context: click.Context, _: click.Parameter, assignments: tuple[str, ...]) -> None:
+    known = global_options(context)
+    context.obj = dataclasses.replace(known, assignments=known.assignments + assignments)
+
+
+def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the global options, so that they may stand behind its name too."""
+    for option in (
+        click.option(
+            "--config", "-c", type=click.Path(path_type=Path), metavar="FILE", expose_value=False,
+            callback=_add_config, help="TOML file with settings; also OTELSMTP_CONFIG.",
+        ),
+        click.option(
+            "--set", "-s", "assignments", multiple=True, metavar="KEY=VALUE", expose_value=False,
+            callback=_add_assignments, help="One setting; repeatable.",
+        ),
+    ):  # fmt: skip
+        command = option(command)
+    return command
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,12 +9,43 @@ from typing import Any, Final
 
 import click
 
-from otel_smtp.commands.options import FAILED, WRONG, console, fail, global_options
+from otel_smtp.commands.options import FAILED, WRONG, console, fail, global_options, parse, settings_options
 from otel_smtp.config import Spool
 
-spool_option: Final = click.option(
-    "--spool", type=click.Path(path_type=Path), metavar="DIR", help="Directory of the spool, instead of the settings'."
-)
+
+def spool_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Which spool: by its directory, or by the settings."""
+    which = click.option(
+        "--spool", type=click.Path(path_type=Path), metavar="DIR",
+        help="Directory of the spool, instead of the settings'.",
+    )  # fmt: skip
+    return which(settings_options(command))
+
+
+def filter_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Which messages; one must fit all that is given."""
+    for option in (
+        click.option("--older-than", metavar="AGE", help='Only messages that came longer ago, for example "2h".'),
+        click.option("--reason", metavar="TEXT", help="Only with this in the last reply to a recipient."),
+        click.option(
+            "--sender", metavar="ADDRESS", help='Only of this sender, or of "@domain"; "<>" is the null path.'
+        ),
+        click.option("--domain", metavar="DOMAIN", help="Only with a recipient of this domain."),
+    ):
+        command = option(command)
+    return command
+
+
+def _chosen(filters: dict[str, str | None]) -> dict[str, Any]:
+    """The filters that were given, as the spool understands them."""
+    from otel_smtp.config.values import Duration
+
+    wanted: dict[str, Any] = {name: value for name, value in filters.items() if value is not None}
+    if (age := wanted.pop("older_than", None)) is not None:
+        wanted["older_than_seconds"] = parse(Duration(), age, "--older-than")
+    return wanted
+
+
 json_option: Final = click.option("--json", "as_json", is_flag=True, help="Print one line of JSON per message.")
 all_option: Final = click.option("--all", "every", is_flag=True, help="All messages that the command applies to.")
 ids_argument: Final = click.argument("ids", nargs=-1, metavar="ID...")
@@ -23,6 +54,7 @@ WorkOnAnswers = Callable[[AsyncIterator[Any]], Coroutine[Any, Any, None]]
 
 
 @click.group()
+@settings_options
 def queue() -> None:
     """Show queued mail and act on it.
 
@@ -33,16 +65,16 @@ def queue() -> None:
 
 
 @queue.command("list")
+@filter_options
 @spool_option
 @json_option
 @click.pass_context
-def list_(context: click.Context, *, spool: Path | None, as_json: bool) -> None:
+def list_(context: click.Context, /, *, spool: Path | None, as_json: bool, **filters: str | None) -> None:
     """List messages and why they wait.
 
     The oldest come first.
     """
-
-    _do(context, spool, {"command": "list"}, _list_as_json if as_json else _list)
+    _do(context, spool, {"command": "list", **_chosen(filters)}, _list_as_json if as_json else _list)
 
 
 @queue.command()
@@ -79,14 +111,16 @@ def find(
     show_default=True,
     help="Count by recipient domain, sender domain, or reason to wait.",
 )
+@filter_options
 @spool_option
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON per group.")
 @click.pass_context
-def shape(context: click.Context, *, by: str, spool: Path | None) -> None:
+def shape(context: click.Context, /, *, by: str, spool: Path | None, as_json: bool, **filters: str | None) -> None:
     """Count messages by age and domain.
 
     With --by, by age and sender or reason.
     """
-    from otel_smtp.commands.terminal.listing import Grouping, Shape
+    from otel_smtp.commands.terminal.listing import Grouping, Shape, json_line
 
     drawn = Shape(Grouping(by))
 
@@ -94,8 +128,12 @@ def shape(context: click.Context, *, by: str, spool: Path | None) -> None:
         async for answer in answers:
             drawn.add(answer)
 
-    _do(context, spool, {"command": "list"}, work)
-    console().print(drawn.table())
+    _do(context, spool, {"command": "list", **_chosen(filters)}, work)
+    if as_json:
+        for row in drawn.rows():
+            click.echo(json_line(row))
+    else:
+        console().print(drawn.table())
 
 
 @queue.command()
@@ -121,14 +159,18 @@ def show(context: click.Context, message: str, *, content: bool, spool: Path | N
 def _changing(name: str, text: str) -> click.Command:
     """A command that changes messages."""
 
-    @click.command(name, help=text)
+    @click.command(name, help=f"{text}\n\nWith --all, all messages, or those that fit what is given besides.")
     @ids_argument
     @all_option
+    @filter_options
     @spool_option
     @json_option
     @click.pass_context
-    def change(context: click.Context, ids: tuple[str, ...], *, every: bool, spool: Path | None, as_json: bool) -> None:
-        _change(context, name, ids, every=every, spool=spool, as_json=as_json)
+    def change(
+        context: click.Context, /, ids: tuple[str, ...], *, every: bool, spool: Path | None, as_json: bool,
+        **filters: str | None,
+    ) -> None:  # fmt: skip
+        _change(context, name, ids, _chosen(filters), every=every, spool=spool, as_json=as_json)
 
     return change
 
@@ -147,19 +189,22 @@ for _name, _text in {
 @ids_argument
 @all_option
 @click.option("--yes", is_flag=True, help="Confirm --all.")
+@filter_options
 @spool_option
 @json_option
 @click.pass_context
 def delete(
-    context: click.Context, ids: tuple[str, ...], *, every: bool, yes: bool, spool: Path | None, as_json: bool
-) -> None:
+    context: click.Context, /, ids: tuple[str, ...], *, every: bool, yes: bool, spool: Path | None, as_json: bool,
+    **filters: str | None,
+) -> None:  # fmt: skip
     """Delete messages without a bounce.
 
     Their recipients are counted as removed.
     """
     if every and not yes:
-        fail(WRONG, "queue delete: --all deletes every queued message; add --yes to confirm")
-    _change(context, "delete", ids, every=every, spool=spool, as_json=as_json)
+        which = "each that fits" if any(filters.values()) else "every queued message"
+        fail(WRONG, f"queue delete: --all deletes {which}; add --yes to confirm")
+    _change(context, "delete", ids, _chosen(filters), every=every, spool=spool, as_json=as_json)
 
 
 @queue.command()
@@ -247,11 +292,14 @@ def _print_row(row: dict[str, Any], *, as_json: bool) -> None:
 
 
 def _change(
-    context: click.Context, command: str, ids: Sequence[str], *, every: bool, spool: Path | None, as_json: bool
-) -> None:
+    context: click.Context, command: str, ids: Sequence[str], wanted: dict[str, Any], *, every: bool,
+    spool: Path | None, as_json: bool,
+) -> None:  # fmt: skip
     request: dict[str, Any] = {"command": command}
+    if wanted and not every:
+        fail(WRONG, f"queue {command}: --domain, --sender, --reason and --older-than choose among --all")
     if every:
-        request["all"] = True
+        request.update({"all": True, **wanted})
     else:
         request["ids"] = _given(ids)
     changed: list[str] = []

@@ -14,11 +14,13 @@ import json
 import logging
 import os
 import socket
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, Self
 
-from otel_smtp.spool.messages import DeliveryState, Shown, SpoolError, trace_id_of
+from otel_smtp.spool.messages import DeliveryState, End, Shown, SpoolError, trace_id_of
 from otel_smtp.spool.store import Store
 
 logger: Final = logging.getLogger("otel_smtp.spool.operators")
@@ -29,7 +31,57 @@ MOST_FOUND: Final = 1000
 MOST_REQUEST_OCTETS: Final = 4 * 1024 * 1024
 COMMANDS: Final = ("list", "find", "show", "retry", "hold", "release", "expire", "delete", "reset", "export", "counts")
 
+# What became of recipients that were ever accepted, as `counts` tells it: zeros too.
+TALLIED: Final = ("accepted", *(end.value for end in End))
+
 Answer = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """Which messages an operator means; one has to fit all that is given.
+
+    Attributes:
+        domain: of a recipient, in any case.
+        sender: the envelope's sender, "@domain", or "<>" for the null path.
+        reason: part of the last reply to a recipient, in any case.
+        came_before: seconds since the epoch.
+    """
+
+    domain: str | None = None
+    sender: str | None = None
+    reason: str | None = None
+    came_before: float | None = None
+
+    @classmethod
+    def of(cls, request: Answer) -> Self:
+        """The filter of a request.
+
+        Raises:
+            SpoolError: it is not understood.
+        """
+        texts = [request.get(name) for name in ("domain", "sender", "reason")]
+        older_than = request.get("older_than_seconds")
+        if not all(one is None or isinstance(one, str) for one in texts) or not (
+            older_than is None or isinstance(older_than, (int, float))
+        ):
+            raise SpoolError("domain, sender and reason are text, older_than_seconds is a number")
+        domain, sender, reason = (one.lower() if one is not None else None for one in texts)
+        came_before = None if older_than is None else time.time() - older_than
+        return cls(domain and domain.removeprefix("@"), "" if sender == "<>" else sender, reason, came_before)
+
+    def fits(self, shown: Shown) -> bool:
+        """Whether a message is meant."""
+        if self.came_before is not None and shown.arrived_at > self.came_before:
+            return False
+        if self.sender is not None:
+            sender = shown.reverse_path.lower()
+            if sender != self.sender and not (self.sender.startswith("@") and sender.endswith(self.sender)):
+                return False
+        return (
+            self.domain is None
+            or any(address.lower().rpartition("@")[2] == self.domain for address, _, _ in shown.recipients)
+        ) and (self.reason is None or any(self.reason in last.lower() for _, _, last in shown.recipients))
 
 
 class Woken(Protocol):
@@ -61,7 +113,9 @@ class Operations:
         """Do one command.
 
         Args:
-            request: `command`; `ids`, or `all`; for `find`, what is known: `trace_id`, `sender`, `recipient`.
+            request: `command`; `ids`, or `all`; for `find`, what is known: `trace_id`, `sender`, `recipient`. For
+                `list` and with `all`, which messages (see `Filter`): `domain`, `sender`, `reason`,
+                `older_than_seconds`.
 
         Raises:
             SpoolError: it is not understood, or the spool is broken.
@@ -70,8 +124,10 @@ class Operations:
             case "counts":
                 yield await self._counts()
             case "list":
+                wanted = Filter.of(request)
                 async for listed in self._all():
-                    yield as_answer(listed)
+                    if wanted.fits(listed):
+                        yield as_answer(listed)
             case "find":
                 trace_id, sender, recipient = _known(request)
                 found = await self._store.find(trace_id=trace_id, sender=sender, recipient=recipient, most=MOST_FOUND)
@@ -92,7 +148,7 @@ class Operations:
         return {
             **counts.by_state(),
             "oldest_arrival_time": counts.oldest_arrived_at,
-            "recipients": dict(tally),
+            "recipients": {name: tally.get(name, 0) for name in TALLIED} | dict(tally),
         }
 
     async def _all(self) -> AsyncIterator[Shown]:
@@ -113,7 +169,8 @@ class Operations:
     async def _change(self, command: str, request: Answer) -> AsyncIterator[Answer]:
         if request.get("all"):
             # The ids first: a message that comes meanwhile was not meant.
-            ids = [shown.id async for shown in self._all() if _concerns(command, shown)]
+            wanted = Filter.of(request)
+            ids = [shown.id async for shown in self._all() if _concerns(command, shown) and wanted.fits(shown)]
         else:
             ids = list(_ids(request))
         yield {"messages": len(ids)}

@@ -1,6 +1,7 @@
 """`otel-smtp queue` as a process: with a gateway that owns the spool, and without one."""
 
 import json
+import re
 import smtplib
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,7 +76,45 @@ def test_with_a_gateway_and_after_it(running: GatewayProcess, tmp_path: Path) ->
     assert [row["queue_id"] for row in rows(spool)] == [ids[0], ids[2]]
     assert queue(spool, "release", "--all").stdout == "1 released\n"
     counted = json.loads(queue(spool, "counts").stdout)
-    assert counted["recipients"] == {"accepted": 3, "removed": 1}
+    assert counted["recipients"] == {"accepted": 3, "delivered": 0, "failed": 0, "expired": 0, "removed": 1}
+
+
+def test_the_settings_stand_in_front_of_the_command_and_behind_it(running: GatewayProcess, tmp_path: Path) -> None:
+    file = tmp_path / "queue.toml"
+    file.write_text(f'[[upstream]]\nurl = "smtp://127.0.0.1:1"\n[spool]\ndirectory = "{tmp_path / "spool"}"\n')
+    given = ("--config", str(file))
+    for arguments in (
+        (*given, "queue", "list"),
+        ("queue", *given, "list"),
+        ("queue", "list", *given),
+        ("queue", "list", "-c", str(file)),
+        (
+            "queue",
+            "list",
+            "--set",
+            f"spool.directory={tmp_path / 'spool'}",
+            "--set",
+            "upstream.0.url=smtp://127.0.0.1:1",
+        ),
+    ):
+        told = run(*arguments, COLUMNS="120")
+        assert "3 messages" in told.stdout, (arguments, told.stderr)
+
+
+def test_filters_choose_messages(running: GatewayProcess, tmp_path: Path) -> None:
+    spool = tmp_path / "spool"
+    assert "3 messages" in queue(spool, "list", "--domain", "example.net", "--reason", "later").stdout
+    assert queue(spool, "list", "--older-than", "1h").stdout == "the queue is empty\n"
+    assert queue(spool, "hold", "--all", "--sender", "@example.org").stdout == "0 held\n"
+    assert queue(spool, "hold", "--all", "--sender", "@example.com").stdout == "3 held\n"
+    told = [json.loads(line) for line in queue(spool, "shape", "--json", "--domain", "example.net").stdout.splitlines()]
+    assert [(row["domain"], row["messages"], row["ages"]["5m"]) for row in told] == [("example.net", 3, 3)]
+
+
+def test_times_have_their_zone(running: GatewayProcess, tmp_path: Path) -> None:
+    (first, *_) = rows(tmp_path / "spool")
+    told = queue(tmp_path / "spool", "show", first["queue_id"]).stdout
+    assert re.search(r"arrived +[0-9-]{10} [0-9:]{8} [+-][0-9]{4}, ", told)
 
 
 def test_an_export_has_the_message_and_its_envelope(running: GatewayProcess, tmp_path: Path) -> None:
@@ -105,7 +144,10 @@ def test_a_queued_message_has_its_trace_id(running: GatewayProcess, tmp_path: Pa
     [
         (("hold",), 2, "no messages named"),
         (("find",), 2, "give --trace, --sender or --recipient"),
-        (("delete", "--all"), 2, "add --yes to confirm"),
+        (("delete", "--all"), 2, "deletes every queued message; add --yes to confirm"),
+        (("delete", "--all", "--domain", "x"), 2, "deletes each that fits; add --yes to confirm"),
+        (("hold", "--domain", "x"), 2, "choose among --all"),
+        (("list", "--older-than", "soon"), 2, '--older-than = "soon": allowed: seconds'),
         (("show", "nothing"), 1, "no message nothing"),
         (("shape", "--by", "colour"), 2, "is not one of 'domain', 'sender', 'reason'"),
         (("hold", "nothing"), 1, "no message nothing"),

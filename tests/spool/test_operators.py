@@ -3,6 +3,7 @@
 import base64
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,45 @@ async def test_a_search_for_nothing_is_refused(tmp_path: Path, known: dict[str, 
             await asked(tmp_path / "spool", "find", **known)
 
 
+@pytest.mark.parametrize(
+    ("wanted", "found"),
+    [
+        ({}, [0, 1, 2, 3]),
+        ({"domain": "example.net"}, [0, 1, 2]),
+        ({"domain": "@EXAMPLE.net"}, [0, 1, 2]),
+        ({"domain": "ample.net"}, []),
+        ({"sender": "app@example.com"}, [0, 1, 2]),
+        ({"sender": "@Example.COM"}, [0, 1, 2]),
+        ({"sender": "@ample.com"}, []),
+        ({"sender": "<>"}, [3]),
+        ({"reason": "4.7.1 LATER"}, [1, 3]),
+        ({"reason": "later", "domain": "example.org"}, [3]),
+        ({"older_than_seconds": 0}, [0, 1, 2, 3]),
+        ({"older_than_seconds": 3600.0}, []),
+    ],
+)
+async def test_a_filter_chooses_what_is_listed_and_changed(
+    tmp_path: Path, wanted: dict[str, Any], found: list[int]
+) -> None:
+    store = EmbeddedStore(tmp_path / "spool", least_free_octets=0)
+    await store.open()
+    replies = {"user1@example.net": "451 4.7.1 later, please", "user3@example.org": "450 4.7.1 Later"}
+    new = [message(f"user{number}@example.net") for number in range(3)] + [message("user3@example.org", sender="")]
+    ids = [await queued(store, replace(one, last_replies=replies)) for one in new]
+    await store.close()
+    chosen = [ids[number] for number in found]
+    assert [answer["queue_id"] for answer in await asked(tmp_path / "spool", "list", **wanted)] == chosen
+    held = await asked(tmp_path / "spool", "hold", all=True, **wanted)
+    assert held == [{"messages": len(chosen)}, *({"queue_id": one, "changed": True} for one in chosen)]
+
+
+@pytest.mark.parametrize("wanted", [{"domain": 5}, {"reason": []}, {"older_than_seconds": "1h"}])
+async def test_a_filter_that_is_none_is_refused(tmp_path: Path, wanted: dict[str, Any]) -> None:
+    async with filled(tmp_path / "spool"):
+        with pytest.raises(SpoolError, match="are text, older_than_seconds is a number"):
+            await asked(tmp_path / "spool", "list", **wanted)
+
+
 async def test_hold_release_expire_reset_and_delete(tmp_path: Path) -> None:
     spool = tmp_path / "spool"
     async with filled(spool) as (one, two, three):
@@ -89,7 +129,7 @@ async def test_hold_release_expire_reset_and_delete(tmp_path: Path) -> None:
         ]
         assert (await asked(spool, "delete", all=True))[0] == {"messages": 2}
         (counts,) = await asked(spool, "counts")
-        assert counts["recipients"] == {"accepted": 3, "removed": 3}
+        assert counts["recipients"] == {"accepted": 3, "delivered": 0, "failed": 0, "expired": 0, "removed": 3}
 
 
 async def test_an_export_is_the_message_as_it_came(tmp_path: Path) -> None:
@@ -155,6 +195,10 @@ async def test_no_spool_is_told_as_such(tmp_path: Path) -> None:
     with pytest.raises(SpoolError, match="there is no spool"):
         await asked(tmp_path / "nowhere", "list")
     assert not (tmp_path / "nowhere").exists()
+    (tmp_path / "log").mkdir()  # as /var has one
+    with pytest.raises(SpoolError, match="there is no spool"):
+        await asked(tmp_path, "list")
+    assert [path.name for path in tmp_path.iterdir()] == ["log"]
 
 
 async def test_a_gateway_that_does_not_listen_is_not_pushed_aside(tmp_path: Path) -> None:

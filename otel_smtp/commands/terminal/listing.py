@@ -8,7 +8,7 @@ cut.
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from typing import Any, Final
 
@@ -126,6 +126,12 @@ class Shape:
         for group in _groups(row, self._by):
             self._groups.setdefault(group, Counter())[column] += 1
 
+    def rows(self) -> Iterator[Row]:
+        """The counts so far, for machines: `group`, `messages` in all, and `ages`, how many there are of each."""
+        for name, counts in sorted(self._groups.items(), key=lambda item: (-item[1].total(), item[0])):
+            ages = {age: counts[column] for column, age in enumerate(_AGE_NAMES)}
+            yield {self._by.value: name, "messages": counts.total(), "ages": ages}
+
     def table(self) -> Table:
         """The counts so far."""
         ordered = sorted(self._groups.items(), key=lambda item: (-item[1].total(), item[0]))
@@ -227,4 +233,4 @@ def _waits(row: Row, now: float) -> str:
 
 
 def _moment(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+    return time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(seconds))

@@ -23,10 +23,15 @@ async def ask(directory: Path, request: Answer, *, max_age_seconds: float) -> As
     Raises:
         SpoolError: what went wrong.
     """
-    if not await asyncio.to_thread(directory.is_dir):
+    if not await asyncio.to_thread(_is_spool, directory):
         raise SpoolError(f"{directory}: there is no spool")
     answers = operators.ask(
         control_path(directory), request, max_age_seconds=max_age_seconds, here=lambda: EmbeddedStore(directory)
     )
     async for answer in answers:
         yield answer
+
+
+def _is_spool(directory: Path) -> bool:
+    """Whether a store has been here, of this version or the first: a question must not make one."""
+    return all((directory / name).is_dir() for name in ("log", "large")) or (directory / "spool.db").is_file()
