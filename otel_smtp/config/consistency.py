@@ -138,8 +138,20 @@ class Consistency:
                     f"{reach}: an open relay; name the networks of your own clients, set {path}.auth = required, "
                     f"or {path}.open_relay = true if that is meant",
                 )  # fmt: skip
+        self._believed_proxies(path, listener)
         if listener.auth != "off" and listener.auth_in_clear:
             self.warnings.append(f"{path}.auth_in_clear: clients send passwords in clear to {', '.join(exposed)}")
+
+    def _believed_proxies(self, path: str, listener: Listener) -> None:
+        """A client whose own PROXY header is believed chooses its address, and with it whether it may relay."""
+        proxies = listener.proxy_protocol_from
+        chooses = listener.allow and listener.auth != "required" and not covers_everybody(listener.allow)
+        if chooses and covers_everybody(proxies):
+            self._add(
+                f"{path}.proxy_protocol_from", [str(network) for network in proxies],
+                f"any client could name itself an address of {path}.allow and relay; list only the load balancers, "
+                f"or set {path}.allow = [] or {path}.auth = required",
+            )  # fmt: skip
 
     def _names_differ(self, tables: Sequence[tuple[str, Listener]] | Sequence[tuple[str, Upstream]]) -> None:
         first: dict[str, str] = {}

@@ -4,8 +4,9 @@ import logging
 import time
 from typing import Final
 
+from otel_smtp.observing import Endpoint
 from otel_smtp.server.conversation import Conversation, Pause
-from otel_smtp.server.policy import is_in
+from otel_smtp.server.policy import is_in, is_loopback
 from otel_smtp.server.proxy_protocol import ProxyHeader, ProxyHeaderParser, ProxyProtocolError
 from otel_smtp.server.users import Accepted, Challenge, Exchange
 from otel_smtp.smtp import replies
@@ -95,11 +96,16 @@ class Admission(Conversation):
             return False
         finally:
             stream.deadline = None
-        if header.source is not None and header.destination is not None:
+        if header.source is not None and header.destination is not None and self._may_be(header.source):
             self.record.client = header.source
             self.record.server = header.destination
             self._refusal = self._refusal or self._house.admit(self, header.source)
         return True
+
+    def _may_be(self, source: Endpoint) -> bool:
+        """Whether the client can be `source`. A loopback address that another machine names is that machine's own: the
+        client on it is, seen from here, the peer. Believed, it would have all that our own applications may do."""
+        return not is_loopback(source.host) or is_loopback(self.record.info.peer.host)
 
     def _access_refusal(self) -> Reply | None:
         if not self._house.may_authenticate(self.record.client):

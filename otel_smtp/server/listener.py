@@ -14,7 +14,7 @@ from otel_smtp.net import Listener, Stream, Sweep, listen
 from otel_smtp.observing import ConnectionInfo, ConnectionRecord, Endpoint, FanOut, Observer, fan_out
 from otel_smtp.server.conversation import Conversation
 from otel_smtp.server.failure_rate import FailureRate
-from otel_smtp.server.policy import ListenerPolicy, Segments, is_in
+from otel_smtp.server.policy import ListenerPolicy, Segments, is_in, is_loopback
 from otel_smtp.server.session import Session
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.extensions import Offer
@@ -265,6 +265,6 @@ class Server:
 
 def _countable(peer: Endpoint) -> str | None:
     """The address that connections are counted by; None for loopback and unix sockets, which are never limited."""
-    if peer.port is None or peer.host == "::1" or peer.host.startswith(("127.", "::ffff:127.")):
+    if peer.port is None or is_loopback(peer.host):
         return None
     return peer.host

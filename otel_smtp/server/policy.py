@@ -137,3 +137,8 @@ def is_in(networks: Sequence[Network], host: str) -> bool:
     if address.version == 6 and address.ipv4_mapped is not None:
         address = address.ipv4_mapped
     return any(address in network for network in networks if network.version == address.version)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether `host`, the address of a peer as sockets and PROXY headers give it, is this machine's loopback."""
+    return host == "::1" or host.startswith(("127.", "::ffff:127."))

@@ -108,6 +108,27 @@ def test_relaying_for_many_is_no_open_relay(listener: dict[str, Any]) -> None:
     assert load_with(listener).warnings == ()
 
 
+@pytest.mark.parametrize("anyone", STRANGERS)
+@pytest.mark.parametrize("allow", [["127.0.0.0/8", "::1/128"], ["10.0.0.0/8"]])
+def test_a_stranger_must_not_choose_an_address_that_may_relay(anyone: list[str], allow: list[str]) -> None:
+    refusal = refusal_of(EVERYWHERE | {"proxy_protocol_from": anyone, "allow": allow})
+    assert "any client could name itself an address of listener.0.allow and relay" in refusal
+    assert anyone[0] in refusal
+
+
+@pytest.mark.parametrize(
+    "listener",
+    [
+        EVERYWHERE | {"proxy_protocol_from": ["10.0.0.0/24"], "allow": ["127.0.0.0/8", "192.0.2.0/24"]},
+        EVERYWHERE | TLS | AUTH | {"proxy_protocol_from": ["0.0.0.0/0"], "allow": []},
+        EVERYWHERE | TLS | AUTH | {"proxy_protocol_from": ["0.0.0.0/0"], "auth": "required"},
+        {"address": ["127.0.0.1:2525"], "proxy_protocol_from": ["0.0.0.0/0"]},  # only this machine reaches it
+    ],
+)
+def test_headers_of_listed_balancers_and_where_no_address_relays_are_believed(listener: dict[str, Any]) -> None:
+    assert load_with(listener).warnings == ()
+
+
 def test_passwords_in_clear_on_a_network_are_worth_a_word() -> None:
     (warning,) = load_with(EVERYWHERE | AUTH | {"auth_in_clear": True, "allow": []}).warnings
     assert warning == "listener.0.auth_in_clear: clients send passwords in clear to 0.0.0.0:2525"

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 from otel_smtp.forwarding.base import Capabilities, DeliveryFailed
-from otel_smtp.observing import Outcome
+from otel_smtp.observing import Endpoint, Outcome
 from otel_smtp.server.policy import ListenerPolicy, Segments, ServerTimeouts, is_in
 from otel_smtp.server.users import Authenticator, Users
 from otel_smtp.smtp import replies
@@ -33,9 +33,14 @@ class Served:
     """A connection being served, and both of its sides."""
 
     def __init__(
-        self, policy: ListenerPolicy = POLICY, *, early: bytes = b"", segments: Segments | None = None
+        self,
+        policy: ListenerPolicy = POLICY,
+        *,
+        early: bytes = b"",
+        segments: Segments | None = None,
+        stream: FakeStream | None = None,
     ) -> None:
-        self.stream = FakeStream()
+        self.stream = stream or FakeStream()
         if early:
             self.stream.feed(early)
         self.forwarder = KeepingForwarder()
@@ -409,6 +414,31 @@ async def test_a_proxy_header_without_end_is_not_read_on(said: bytes) -> None:
     await served.ended()
     assert served.stream.sent == replies.BAD_PROXY_HEADER.wire
     assert served.stream.octets_received < 1000
+
+
+LOCAL_CLIENTS_RELAY = replace(
+    POLICY, proxy_protocol_from=EVERYONE, allow=(ipaddress.ip_network("127.0.0.0/8"), ipaddress.ip_network("::1/128"))
+)
+
+
+@pytest.mark.parametrize(
+    ("peer", "named", "answer"),
+    [
+        ("192.0.2.9", b"TCP4 127.0.0.1 192.0.2.1", replies.ACCESS_DENIED.wire),
+        ("192.0.2.9", b"TCP4 127.9.9.9 192.0.2.1", replies.ACCESS_DENIED.wire),
+        ("192.0.2.9", b"TCP6 ::1 2001:db8::1", replies.ACCESS_DENIED.wire),
+        ("192.0.2.9", b"TCP6 0:0:0:0:0:0:0:1 2001:db8::1", replies.ACCESS_DENIED.wire),
+        ("192.0.2.9", b"TCP6 ::ffff:127.0.0.1 2001:db8::1", replies.ACCESS_DENIED.wire),
+        ("127.0.0.1", b"TCP4 127.0.0.1 192.0.2.1", b"220 "),  # a balancer on this machine
+        ("127.0.0.1", b"TCP4 198.51.100.1 192.0.2.1", replies.ACCESS_DENIED.wire),
+    ],
+)
+async def test_only_a_proxy_on_loopback_can_name_a_loopback_address(peer: str, named: bytes, answer: bytes) -> None:
+    served = Served(LOCAL_CLIENTS_RELAY, stream=FakeStream(peer=Endpoint(peer, 40000)))
+    served.stream.feed(b"PROXY " + named + b" 40000 25\r\n")
+    assert (await served.stream.sends(answer)).startswith(answer)
+    served.session.cancel()
+    await served.ended()
 
 
 async def test_a_second_proxy_header_is_no_header() -> None:
