@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from typing import Protocol as Interface
 from urllib.parse import urlsplit
 
+from otel_smtp.telemetry.deadline import ExchangeDeadline
 from otel_smtp.telemetry.redaction import clean
 
 if TYPE_CHECKING:
@@ -165,6 +166,7 @@ class HttpCollector:
             **dict(settings.headers),
         }
         self._errors = (httpx.HTTPError, httpx.InvalidURL, OSError)
+        self._deadline = ExchangeDeadline()
         self._client = httpx.Client(
             verify=tls_context(settings) if self._url.startswith("https:") else False,
             limits=httpx.Limits(max_connections=1, keepalive_expiry=_KEEP_ALIVE_SECONDS),
@@ -175,13 +177,26 @@ class HttpCollector:
         """Post it."""
         deadline = time.monotonic() + timeout_seconds
         body = _compressed(request, self._compression)
+        reply = b""
+        response: httpx.Response | None = None
         try:
-            with self._client.stream(
-                "POST", self._url, content=body, headers=self._headers, timeout=timeout_seconds
-            ) as response:
+            with (
+                self._deadline.over_exchange(deadline),
+                self._client.stream(
+                    "POST",
+                    self._url,
+                    content=body,
+                    headers=self._headers,
+                    timeout=timeout_seconds,
+                    extensions={"trace": self._deadline.note},
+                ) as response,
+            ):
                 reply = _bounded(response, deadline) if response.is_success else b""
         except self._errors as error:
-            return Answer(Verdict.AGAIN, type(error).__name__)
+            if not self._deadline.has_passed:
+                return Answer(Verdict.AGAIN, type(error).__name__)
+            if response is None:
+                return Answer(Verdict.AGAIN, "DeadlineExceeded")
         if response.is_success:
             return _taken(reply)
         why = str(response.status_code)
@@ -192,6 +207,7 @@ class HttpCollector:
     def close(self) -> None:
         """Close the connection."""
         self._client.close()
+        self._deadline.close()
 
 
 class GrpcCollector:
@@ -246,11 +262,6 @@ class GrpcCollector:
 
 
 def tls_context(settings: CollectorSettings) -> "ssl.SSLContext":
-    """TLS to the collector, with the authorities and the client certificate of the settings.
-
-    Raises:
-        OSError: a file cannot be read or used.
-    """
     """TLS to the collector, with the authorities and the client certificate of the settings.
 
     Raises:

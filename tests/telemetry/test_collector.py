@@ -1,5 +1,6 @@
 """What a collector's answers mean, hostile ones too: octets on real sockets."""
 
+import contextlib
 import socket
 import threading
 import time
@@ -21,6 +22,7 @@ from otel_smtp.telemetry.collector import (
     Answer,
     CollectorSettings,
     Protocol,
+    Signal,
     Verdict,
     connect,
     retry_after_seconds,
@@ -160,6 +162,92 @@ def test_an_answer_that_drips_is_left_when_its_time_is_over() -> None:
         assert left.wait(WAIT_SECONDS)
 
 
+DRIPS = {
+    "status line": b"HTTP/1.1 200 " + b"O" * 4096,
+    "header": b"HTTP/1.1 200 OK\r\nX-Slow: " + b"x" * 4096,
+    "interim answers": b"HTTP/1.1 103 Early Hints\r\n\r\n" * 200,
+}
+
+
+@pytest.mark.parametrize("signal", Signal)
+@pytest.mark.parametrize("octets", DRIPS.values(), ids=DRIPS.keys())
+def test_a_head_that_drips_is_cut_off_at_the_deadline(octets: bytes, signal: Signal) -> None:
+    def drip(connection: socket.socket) -> None:
+        for octet in octets:
+            connection.sendall(bytes([octet]))
+            time.sleep(0.02)
+
+    with playing(drip) as url:
+        began = time.monotonic()
+        collector = connect(CollectorSettings(url, signal=signal))
+        assert collector.send(b"", 0.3) == Answer(Verdict.AGAIN, "DeadlineExceeded")
+        assert 0.29 < time.monotonic() - began < 3
+        collector.close()
+
+
+def test_a_handshake_that_drips_is_cut_off_at_the_deadline() -> None:
+    def drip(connection: socket.socket) -> None:
+        # A record of 16 KiB is announced, and comes octet by octet.
+        for octet in b"\x16\x03\x03\x40\x00" + b"\x02" * 500:
+            connection.sendall(bytes([octet]))
+            time.sleep(0.02)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            with connection, contextlib.suppress(OSError):
+                drip(connection)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        began = time.monotonic()
+        collector = connect(CollectorSettings(f"https://127.0.0.1:{listener.getsockname()[1]}/v1/traces"))
+        assert collector.send(b"", 0.3) == Answer(Verdict.AGAIN, "DeadlineExceeded")
+        assert 0.29 < time.monotonic() - began < 3
+        collector.close()
+        thread.join(WAIT_SECONDS)
+
+
+def test_a_collector_that_reads_a_request_in_drips_is_cut_off_at_the_deadline() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            with connection, contextlib.suppress(OSError):
+                while connection.recv(1024):
+                    time.sleep(0.05)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        began = time.monotonic()
+        collector = connect(CollectorSettings(f"http://127.0.0.1:{listener.getsockname()[1]}/v1/traces"))
+        assert collector.send(b"x" * 8_000_000, 0.3) == Answer(Verdict.AGAIN, "DeadlineExceeded")
+        assert time.monotonic() - began < 3
+        collector.close()
+
+
+def test_after_one_that_was_cut_off_the_next_exchange_has_its_own_time() -> None:
+    served = 0
+
+    def first_drips(connection: socket.socket) -> None:
+        nonlocal served
+        served += 1
+        if served == 1:
+            for _ in range(500):
+                connection.sendall(b"x")
+                time.sleep(0.01)
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+
+    with playing(first_drips) as url:
+        collector = connect(CollectorSettings(url))
+        assert collector.send(b"", 0.1).verdict is Verdict.AGAIN
+        for _ in range(3):
+            assert collector.send(b"", WAIT_SECONDS) == TAKEN
+        collector.close()
+
+
 def test_an_answer_that_never_comes_is_a_reason_to_come_again() -> None:
     over = threading.Event()
 
@@ -167,7 +255,8 @@ def test_an_answer_that_never_comes_is_a_reason_to_come_again() -> None:
         over.wait(WAIT_SECONDS)
 
     with playing(wait) as url:
-        assert ask(url, 0.05) == Answer(Verdict.AGAIN, "ReadTimeout")
+        # Two clocks measure the same time: the deadline of the exchange, and the timeout of its one read.
+        assert ask(url, 0.05) in [Answer(Verdict.AGAIN, why) for why in ("ReadTimeout", "DeadlineExceeded")]
         over.set()
 
 

@@ -1,0 +1,100 @@
+"""One deadline over a whole exchange, for a blocking HTTP client whose timeouts are per read and per write.
+
+A peer that sends one octet every nine seconds never runs into a timeout of ten: it can keep a thread for ever with a
+status line, a header or a TLS handshake, and likewise by reading a request octet by octet. Nothing in the thread that
+waits can end that. So a second thread shuts the connection down when the time is over; the one that waits sees a
+connection that was lost.
+
+The client reports its connection through the `trace` extension of httpx. The watch keeps a descriptor of its own for
+it, as TLS detaches the first one.
+"""
+
+import contextlib
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+_CONNECTED: Final = "connection.connect_tcp.complete"
+
+
+class ExchangeDeadline:
+    """Shuts a connection down when the time for an exchange over it is over. For one exchange at a time.
+
+    Its thread starts with the first exchange and sleeps until a deadline that it knows; exchanges that end in time cost
+    two assignments, and no wake-up.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._socket: socket.socket | None = None
+        self._at = float("inf")  # of the exchange under way
+        self._wakes_at = float("inf")
+        self._has_passed = False
+        self._is_closed = False
+        self._thread: threading.Thread | None = None
+
+    @property
+    def has_passed(self) -> bool:
+        """Whether the latest exchange was cut off."""
+        return self._has_passed
+
+    @contextlib.contextmanager
+    def over_exchange(self, at: float) -> Iterator[None]:
+        """Cut off what happens on the connection meanwhile, at `at` by the monotonic clock.
+
+        Connections that are made meanwhile count, if their `trace` extension is `note`.
+        """
+        with self._changed:
+            self._has_passed = False
+            self._at = at
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._watch, name="otlp-deadline", daemon=True)
+                self._thread.start()
+            elif at < self._wakes_at:
+                self._changed.notify()
+        try:
+            yield
+        finally:
+            self._at = float("inf")
+
+    def note(self, event: str, information: Mapping[str, Any]) -> None:
+        """The `trace` extension of a request: keep the connection that it makes."""
+        if event != _CONNECTED:
+            return
+        connected: socket.socket = information["return_value"].get_extra_info("socket")
+        own = socket.socket(fileno=os.dup(connected.fileno()))
+        with self._changed:
+            before, self._socket = self._socket, own
+            if self._has_passed:
+                _shut_down(own)
+        if before is not None:
+            before.close()
+
+    def close(self) -> None:
+        """End the thread."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify()
+            if self._socket is not None:
+                self._socket.close()
+                self._socket = None
+
+    def _watch(self) -> None:
+        with self._changed:
+            while not self._is_closed:
+                at = self._at
+                if at <= time.monotonic():
+                    self._has_passed = True
+                    self._at = at = float("inf")
+                    if self._socket is not None:
+                        _shut_down(self._socket)
+                self._wakes_at = at
+                self._changed.wait(None if at == float("inf") else max(0.0, at - time.monotonic()))
+
+
+def _shut_down(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # it was closed by the peer
+        connection.shutdown(socket.SHUT_RDWR)
