@@ -3,6 +3,7 @@
 It uses the standard library's client on purpose: what that can do, any application can.
 """
 
+import json
 import os
 import re
 import smtplib
@@ -19,6 +20,7 @@ import click
 
 from otel_smtp.commands.options import FAILED, WRONG, console, fail, parse
 from otel_smtp.config import Secret, UpstreamUrl
+from otel_smtp.smtp.paths import is_mailbox
 from otel_smtp.smtp.states import TlsMode
 
 # In the gateway's final 250; other servers say nothing of the kind.
@@ -52,6 +54,7 @@ OnExchange = Callable[[str, int, str], None]
 @click.option("--file", type=click.Path(path_type=Path), metavar="FILE", help="Message to send, as .eml.")
 @click.option("--size", metavar="SIZE", help='Size of the test mail, for example "5MiB".')
 @click.option("--timeout", default=30.0, metavar="SECONDS", show_default=True, help="Timeout of each reply.")
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON: outcome, exchanges, trace id.")
 def send(
     gateway: str,
     *,
@@ -64,6 +67,7 @@ def send(
     file: Path | None,
     size: str | None,
     timeout: float,
+    as_json: bool,
 ) -> None:
     """Send a test mail; print replies and trace id.
 
@@ -72,6 +76,9 @@ def send(
     from otel_smtp.commands.terminal.tables import exchange_line
     from otel_smtp.config.values import Size, UpstreamUrlKind
 
+    for option, address in (("--from", sender), *(("--to", address) for address in to)):
+        if not (is_mailbox(address) or (option == "--from" and not address)):
+            fail(WRONG, f'{option} = "{address}": allowed: an address such as alice@example.com')
     output = console()
     url = gateway if "://" in gateway else f"smtp{'+starttls' if starttls else ''}://{gateway}"
     target = parse(UpstreamUrlKind(schemes=("smtp", "smtp+starttls", "smtps")), url, "GATEWAY")
@@ -81,24 +88,44 @@ def send(
         password = Secret(password_file.read_text().splitlines()[0]) if password_file else None
     except (OSError, IndexError) as why:
         fail(WRONG, f"cannot read the message or the password: {why}")
+    exchanges: list[dict[str, str | int]] = []
+
+    def report(said: str, code: int, text: str) -> None:
+        exchanges.append({"sent": said, "code": code, "text": text})
+        if not as_json:
+            output.print(exchange_line(said, code, text), soft_wrap=True)
+
+    sent, failure = None, ""
     try:
         sent = send_message(
             target,
             sender=sender,
             recipients=to,
             content=content,
-            on_exchange=lambda said, code, text: output.print(exchange_line(said, code, text), soft_wrap=True),
+            on_exchange=report,
             user=user,
             password=password,
             ca_file=str(ca_file) if ca_file else None,
             timeout=timeout,
         )
     except SendingFailed as why:
-        fail(FAILED, str(why))
-    if sent.trace_id:
+        failure = str(why)
+    if sent is not None and sent.refused:
+        failure = f"refused for {', '.join(sent.refused)}"
+    if as_json:
+        told = {
+            "is_accepted": sent is not None,
+            "refused": list(to if sent is None else sent.refused),
+            "trace_id": sent.trace_id if sent is not None else None,
+            "failure": failure or None,
+            "exchanges": exchanges,
+        }
+        click.echo(json.dumps(told))
+        raise SystemExit(FAILED if failure else 0)
+    if sent is not None and sent.trace_id:
         output.print(f"trace {sent.trace_id}", style="bold")
-    if sent.refused:
-        fail(FAILED, f"refused for {', '.join(sent.refused)}")
+    if failure:
+        fail(FAILED, failure)
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +237,7 @@ def send_message(
                 client.ehlo_or_helo_if_needed()
             if user is not None:
                 step = "AUTH"
-                client.login(user, password.reveal() if password is not None else "")
+                _log_in(client, user, password.reveal() if password is not None else "")
             step = "the message"
             options = ["BODY=8BITMIME"] if not content.isascii() and client.has_extn("8bitmime") else []
             # Octets are sent as they are, so a bare LF would be our fault (RFC 5321 2.3.8).
@@ -222,8 +249,31 @@ def send_message(
     except smtplib.SMTPResponseException as error:
         raise SendingFailed(f"{step} was refused: {error.smtp_code} {_text(error.smtp_error)}") from error
     except (smtplib.SMTPException, OSError) as error:
-        raise SendingFailed(f"{step} failed: {error}") from error
+        raise SendingFailed(f"{step} failed: {_why(error)}") from error
     return Sent(tuple(refused), trace[1] if trace else None)
+
+
+def _log_in(client: _Client, user: str, password: str) -> None:
+    """Log in by the first mechanism that both sides have.
+
+    The standard library's `login` goes on to the next mechanism after a 535: a wrong password would count twice.
+    """
+    client.user, client.password = user, password  # where the mechanisms of smtplib look for them
+    offered = client.esmtp_features.get("auth", "").upper().split()
+    for mechanism, answer in (("PLAIN", client.auth_plain), ("LOGIN", client.auth_login)):
+        if mechanism in offered:
+            client.auth(mechanism, answer)
+            return
+    raise smtplib.SMTPNotSupportedError(f"the gateway offers {', '.join(offered) or 'no AUTH'}, not PLAIN or LOGIN")
+
+
+def _why(error: Exception) -> str:
+    """What went wrong, in words; of TLS without OpenSSL's names for it."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"the certificate is not trusted: {error.verify_message}"
+    if isinstance(error, ssl.SSLError) and error.reason:
+        return f"TLS: {error.reason.lower().replace('_', ' ')}"
+    return str(error)
 
 
 def _first(error: smtplib.SMTPRecipientsRefused) -> str:

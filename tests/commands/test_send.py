@@ -2,7 +2,10 @@
 
 import email
 import email.policy
+import json
+import socketserver
 import ssl
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from otel_smtp.commands.send import SendingFailed, Sent, sample_message, send_me
 from otel_smtp.config import Secret, UpstreamUrl
 from otel_smtp.config.values import Given, UpstreamUrlKind
 from otel_smtp.smtp.replies import Reply
+from tests.commands.test_cli import run
 from tests.support.capture import CapturingUpstream
 from tests.support.dialogue import UpstreamScript
 
@@ -102,7 +106,7 @@ def test_starttls_is_required_and_verified(tmp_path: Path) -> None:
         assert [said.split(" ")[0] for said, _, _ in told] == [
             "connect", "EHLO", "STARTTLS", "EHLO", "MAIL", "RCPT", "DATA", "(content)", "QUIT",
         ]  # fmt: skip
-        with pytest.raises(SendingFailed, match=r"STARTTLS failed: .*CERTIFICATE_VERIFY_FAILED"):
+        with pytest.raises(SendingFailed, match=r"STARTTLS failed: the certificate is not trusted: .*certificate"):
             sent_to(where, [])
     with CapturingUpstream() as upstream, pytest.raises(SendingFailed, match=r"STARTTLS failed: .*not supported"):
         sent_to(f"smtp+starttls://127.0.0.1:{upstream.port}", [])
@@ -115,6 +119,77 @@ def test_implicit_tls(tmp_path: Path) -> None:
     ca.issue_cert("127.0.0.1").configure_cert(context)
     with CapturingUpstream(tls=context, is_implicit_tls=True) as upstream:
         assert sent_to(f"smtps://127.0.0.1:{upstream.port}", [], ca_file=str(tmp_path / "ca.pem")) == Sent((), None)
+
+
+def test_tls_that_the_server_does_not_speak() -> None:
+    with CapturingUpstream() as upstream, pytest.raises(SendingFailed, match=r"failed: TLS: wrong version number"):
+        sent_to(f"smtps://127.0.0.1:{upstream.port}", [])
+
+
+class RefusesPasswords(socketserver.StreamRequestHandler):
+    """A server that offers two mechanisms and knows no password."""
+
+    def handle(self) -> None:
+        self.wfile.write(b"220 refusing.example\r\n")
+        while line := self.rfile.readline():
+            verb = line[:4].upper()
+            known = {
+                b"EHLO": b"250-refusing.example\r\n250 AUTH LOGIN PLAIN",
+                b"AUTH": b"535 5.7.8 no",
+                b"QUIT": b"221 bye",
+            }
+            self.wfile.write(known.get(verb, b"250 ok") + b"\r\n")
+            if verb == b"QUIT":
+                return
+
+
+def test_a_refused_password_is_tried_once() -> None:
+    with socketserver.TCPServer(("127.0.0.1", 0), RefusesPasswords) as server:
+        serving = threading.Thread(target=server.handle_request)
+        serving.start()
+        told: Told = []
+        with pytest.raises(SendingFailed, match=r"AUTH was refused: 535 5\.7\.8 no"):
+            sent_to(f"smtp://127.0.0.1:{server.server_address[1]}", told, user="me", password=Secret("wrong"))
+        serving.join()
+    assert [said for said, _, _ in told if said.startswith("AUTH")] == ["AUTH PLAIN"]
+
+
+def test_a_mechanism_that_we_lack_is_named() -> None:
+    told = "AUTH failed: the gateway offers GSSAPI, NTLM, not PLAIN or LOGIN"
+    with CapturingUpstream(keywords=("AUTH GSSAPI NTLM",)) as upstream, pytest.raises(SendingFailed, match=told):
+        sent_to(upstream.url, [], user="me", password=Secret("x"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--to", "you"), '--to = "you": allowed: an address'),
+        (("--to", "a@b@c"), '--to = "a@b@c"'),
+        (("--to", ""), '--to = "": '),
+        (("--to", "you@example.net", "--from", "me at example.org"), '--from = "me at example.org"'),
+    ],
+)
+def test_an_address_that_is_none_is_refused_before_anything_is_sent(arguments: tuple[str, ...], told: str) -> None:
+    result = run("send", "127.0.0.1:1", *arguments)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert told in result.stderr
+
+
+def test_for_machines_it_is_one_line() -> None:
+    reply = Reply(250, None, (f"2.0.0 Ok trace={TRACE}",))
+    with CapturingUpstream(UpstreamScript(content=(reply,))) as upstream:
+        result = run("send", upstream.url, "--from", "", "--to", "you@example.net", "--json")
+    assert result.returncode == 0
+    told = json.loads(result.stdout)
+    assert (told["is_accepted"], told["refused"], told["trace_id"], told["failure"]) == (True, [], TRACE, None)
+    assert [(one["sent"].split(" ")[0], one["code"]) for one in told["exchanges"]][-2:] == [
+        ("(content)", 250),
+        ("QUIT", 221),
+    ]
+    result = run("send", "127.0.0.1:1", "--to", "you@example.net", "--json")
+    assert result.returncode == 1
+    assert json.loads(result.stdout)["refused"] == ["you@example.net"]
+    assert "connecting to smtp://127.0.0.1:1 failed" in json.loads(result.stdout)["failure"]
 
 
 def test_credentials_are_never_reported() -> None:
