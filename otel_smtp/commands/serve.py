@@ -4,6 +4,7 @@ Nothing is imported here that the first greeting does not need.
 """
 
 import logging
+import os
 import resource
 import sys
 from pathlib import Path
@@ -55,7 +56,9 @@ def serve(
     )
     from otel_smtp.telemetry.logs import set_up_logging
 
-    set_up_logging(settings.log.format, settings.log.level, sys.stderr)
+    # https://no-color.org: whatever its value, unless it is empty.
+    colors = False if os.environ.get("NO_COLOR") else None
+    set_up_logging(settings.log.format, settings.log.level, sys.stderr, colors=colors)
     for warning in settings.warnings:
         logger.warning("questionable setting", extra={"setting": warning})
     from otel_smtp.gateway.running import run

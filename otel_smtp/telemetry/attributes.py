@@ -381,7 +381,7 @@ REPLY_ENHANCED_CODE: Final = _attribute(
 REPLY_TEXT: Final = _attribute(
     "smtp.reply.text",
     Type.STRING,
-    (On.DELIVERY,),
+    (On.DELIVERY, On.LOG),
     "where the upstream gave a final reply; cleaned, at most 256 characters, addresses in it as `addresses` says",
     "Ok: queued as 4XyZ12",
 )

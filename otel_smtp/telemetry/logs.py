@@ -1,4 +1,6 @@
-"""Log lines: one event, one line, as JSON for machines or as text for people; with trace and span id.
+"""Log lines: one event, one line, as JSON for machines or as text for people, with trace and span id.
+
+Of a mail, people get one line in all (`terminal_log`), machines one for each span.
 
 Whoever has something to say uses the standard library's `logging`, a constant text and values in `extra`. Here is how a
 line comes out of that, and the two sources of lines that belong to telemetry: `AccessLog`, a line for each connection,
@@ -25,6 +27,7 @@ from otel_smtp.telemetry.attributes import ATTRIBUTES, Attributes, On
 from otel_smtp.telemetry.propagation import TraceContext
 from otel_smtp.telemetry.records import SpanRecord
 from otel_smtp.telemetry.redaction import clean
+from otel_smtp.telemetry.terminal_log import LINE, MailFilter
 
 ROOT: Final = "otel_smtp"
 ACCESS: Final = "otel_smtp.access"
@@ -40,6 +43,7 @@ _STANDARD: Final = frozenset(logging.LogRecord("", 0, "", 0, "", None, None).__d
     "asctime",
     "taskName",  # from Python 3.12 on
     EVENT_TIME_NS,
+    LINE,
 }
 LINES_A_SECOND: Final = 50  # for people to see what is going on; how often, the metrics tell
 _MAX_TEXTS: Final = 1000
@@ -58,7 +62,7 @@ class LogFormat(StrEnum):
     TEXT = "text"
 
 
-def set_up_logging(format_: str, level: str, stream: TextIO) -> None:
+def set_up_logging(format_: str, level: str, stream: TextIO, *, colors: bool | None = None) -> None:
     """Send all log lines of the process to `stream`, in one shape.
 
     Libraries are heard from "warning" on. Calling it again replaces what the call before set up.
@@ -66,6 +70,7 @@ def set_up_logging(format_: str, level: str, stream: TextIO) -> None:
     Args:
         format_: auto, json or text.
         level: debug, info, warning, error or critical, for what is ours.
+        colors: of text; None: where `stream` is a terminal.
 
     Raises:
         ValueError: one of them is none of these.
@@ -76,8 +81,11 @@ def set_up_logging(format_: str, level: str, stream: TextIO) -> None:
         raise ValueError(f"{level!r} is not a log level")
     is_text = shape is LogFormat.TEXT or (shape is LogFormat.AUTO and stream.isatty())
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(LineFormatter(TextRenderer(colors=stream.isatty()) if is_text else JsonRenderer()))
+    colors = stream.isatty() if colors is None else colors
+    handler.setFormatter(LineFormatter(TextRenderer(colors=colors) if is_text else JsonRenderer()))
     handler.addFilter(FloodGate())
+    if is_text:
+        handler.addFilter(MailFilter(ACCESS, colors=colors))
     root = logging.getLogger()
     for old in [old for old in root.handlers if isinstance(old.formatter, LineFormatter)]:
         root.removeHandler(old)
@@ -161,6 +169,8 @@ class LineFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """The line, without its end."""
+        if (line := getattr(record, LINE, None)) is not None and isinstance(self._render, TextRenderer):
+            return str(line)
         fields: dict[str, Any] = {
             names.LOG_TIMESTAMP: _iso_8601(record),
             names.LOG_LEVEL: record.levelname.lower(),

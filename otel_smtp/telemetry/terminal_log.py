@@ -1,0 +1,183 @@
+"""The log for people who watch a gateway: one line of at most 120 columns for each mail, newest facts first.
+
+    22:14:03.120 + 250 example.com -> example.net  provider  0.012s  2.0.0 Ok: queued as 4XyZ12  4bf92f35
+
+Time, mark, reply, sender's domain and recipients', upstream, duration, the upstream's words, the head of the trace id.
+A mail's line is made of two records, the delivery's and its transaction's, which follows it. Connections that brought
+mail have said all with it, so they have no line; one that was refused, or ended in trouble, has.
+"""
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any, Final
+
+from otel_smtp.telemetry import attributes as names
+from otel_smtp.telemetry.redaction import clean
+
+COLUMNS: Final = 120
+LINE: Final = "mail_line"
+"""On a record: how it is shown on a terminal. Never a field of a line."""
+_TRACE_CHARACTERS: Final = 8
+_MOST_DELIVERIES: Final = 1000  # whose transaction has not ended yet: one or a few for each connection
+_QUIET_ENDS: Final = frozenset({"quit", "client_disconnect", "timeout", "shutdown"})
+
+MARKS: Final[Mapping[str, str]] = {
+    "relayed": "+",
+    "queued": "=",
+    "partly_relayed": "%",
+    "refused": "x",
+    "deferred": "~",
+    "aborted": "-",
+    "unknown": "?",
+}
+"""What became of a mail, in one character; `otel-smtp tail --help` and the README tell them."""
+
+_COLORS: Final[Mapping[str, str]] = {
+    "relayed": "32",
+    "queued": "32",
+    "partly_relayed": "33",
+    "refused": "31",
+    "deferred": "33",
+    "aborted": "33",
+    "unknown": "31;1",
+}
+
+Fields = Mapping[str, Any]
+
+
+class MailLines:
+    """Makes lines of what the access log says.
+
+    Args:
+        colors: use them.
+    """
+
+    def __init__(self, *, colors: bool = False) -> None:
+        self._colors = colors
+        # By connection: what its delivery said, until the transaction's record comes.
+        self._delivered: OrderedDict[str, Fields] = OrderedDict()
+
+    def line(self, name: str, when: float, fields: Fields) -> str | None:
+        """The line of a span that is over; None: it has none of its own.
+
+        Args:
+            name: the span's.
+            when: seconds since the epoch.
+            fields: those of the access log.
+        """
+        match name:
+            case names.SPAN_TRANSACTION:
+                delivery = self._delivered.pop(str(fields.get(names.CONNECTION_ID)), {})
+                return self._mail(when, {**_of_delivery(delivery), **fields}) if _is_mail(fields) else None
+            case names.SPAN_DELIVERY:
+                connection = fields.get(names.CONNECTION_ID)
+                if connection is None:  # from the spool: the transaction is over long since
+                    return self._mail(when, fields)
+                before = self._delivered.pop(str(connection), None)
+                self._delivered[str(connection)] = fields
+                if len(self._delivered) > _MOST_DELIVERIES:
+                    self._delivered.popitem(last=False)
+                # An upstream that was passed over for the next one.
+                return self._mail(when, before) if before is not None else None
+            case _:
+                return self._connection(when, fields)
+
+    def _mail(self, when: float, fields: Fields) -> str:
+        outcome = str(fields.get(names.OUTCOME, ""))
+        mark = MARKS.get(outcome, "?")
+        spool_id, attempt = fields.get(names.SPOOL_ID), fields.get(names.DELIVERY_ATTEMPT)
+        facts = [fields.get(names.UPSTREAM_NAME), _seconds(fields.get(names.LOG_DURATION))]
+        if attempt is not None and spool_id:  # from the spool, where sender and recipients have been told before
+            facts.insert(0, f"{spool_id} attempt {attempt}")
+        else:
+            facts.insert(0, f"{_sender(fields)} -> {_recipients(fields)}")
+            if spool_id:
+                facts.append(str(spool_id))
+        words = fields.get(names.REPLY_TEXT) or fields.get(names.ERROR_TYPE) or ""
+        code = str(fields.get(names.REPLY_CODE, "---"))
+        return self._put(when, mark, code, outcome, [str(fact) for fact in facts if fact], str(words), fields)
+
+    def _connection(self, when: float, fields: Fields) -> str | None:
+        reason = str(fields.get(names.CLOSE_REASON, ""))
+        self._delivered.pop(str(fields.get(names.CONNECTION_ID)), None)
+        errors = fields.get(names.CONNECTION_ERRORS, 0)
+        if reason in _QUIET_ENDS and not errors:
+            return None
+        if fields.get(names.CONNECTION_MESSAGES) and reason in _QUIET_ENDS:
+            return None  # its mails have said it
+        client = str(fields.get(names.CLIENT_ADDRESS, "a client"))
+        facts = [f"{client} at {fields.get(names.LISTENER, '')}", _seconds(fields.get(names.LOG_DURATION)) or ""]
+        words = f"{reason.replace('_', ' ')}, {errors} error{'' if errors == 1 else 's'}"
+        return self._put(when, "-", "---", "aborted", facts, words, fields)
+
+    def _put(
+        self, when: float, mark: str, code: str, outcome: str, facts: list[str], words: str, fields: Fields
+    ) -> str:
+        """Put a line together; the words get what is left of it."""
+        clock = f"{time.strftime('%H:%M:%S', time.localtime(when))}.{int(when * 1000) % 1000:03}"
+        head = "  ".join([f"{clock} {mark} {code} {facts[0]}", *facts[1:]])
+        trace = str(fields.get(names.LOG_TRACE_ID, ""))[:_TRACE_CHARACTERS]
+        head = _cut(clean(head, 4 * COLUMNS), COLUMNS - len(trace) - 2)
+        room = COLUMNS - len(head) - len(trace) - 4
+        told = _cut(clean(words, 4 * COLUMNS), room) if room >= _TRACE_CHARACTERS else ""
+        line = "  ".join(part for part in (head, told, trace) if part)
+        if not self._colors:
+            return line
+        start = len(clock) + 1
+        end = start + len(mark) + 1 + len(code)
+        color = _COLORS.get(outcome, "0")
+        return f"\x1b[2m{line[:start]}\x1b[0m\x1b[{color}m{line[start:end]}\x1b[0m{line[end:]}"
+
+
+class MailFilter(logging.Filter):
+    """Leaves out the access log's records that have no line of their own, and gives the others theirs.
+
+    Args:
+        logger: the name of the access log.
+        colors: use them.
+    """
+
+    def __init__(self, logger: str, *, colors: bool) -> None:
+        super().__init__()
+        self._logger = logger
+        self._lines = MailLines(colors=colors)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record is written; `LINE` has the line."""
+        if record.name != self._logger:
+            return True
+        line = self._lines.line(str(record.msg), record.created, record.__dict__)
+        setattr(record, LINE, line)
+        return line is not None
+
+
+def _of_delivery(delivery: Fields) -> Fields:
+    """What a mail's line tells of its delivery; the rest is the transaction's to say."""
+    return {name: delivery[name] for name in (names.UPSTREAM_NAME, names.REPLY_TEXT) if name in delivery}
+
+
+def _is_mail(fields: Fields) -> bool:
+    """Whether a transaction came as far as a recipient or a reply; one that its client gave up before is no mail."""
+    return names.REPLY_CODE in fields or bool(fields.get(names.RCPT_DOMAINS)) or fields.get(names.OUTCOME) != "aborted"
+
+
+def _sender(fields: Fields) -> str:
+    known = fields.get(names.MAIL_FROM_ADDRESS, fields.get(names.MAIL_FROM_DOMAIN))
+    return "<>" if known == "" else "..." if known is None else str(known)
+
+
+def _recipients(fields: Fields) -> str:
+    known = fields.get(names.RCPT_ADDRESSES) or fields.get(names.RCPT_DOMAINS) or ()
+    first = [str(one) for one in known[:2]]
+    more = len(known) - len(first)
+    return ", ".join(first) + (f" (+{more})" if more > 0 else "") if first else "..."
+
+
+def _seconds(duration: Any) -> str | None:
+    return None if duration is None else f"{float(duration):.3f}s"
+
+
+def _cut(text: str, columns: int) -> str:
+    return text if len(text) <= columns else f"{text[: columns - 1]}\N{HORIZONTAL ELLIPSIS}"
