@@ -19,8 +19,8 @@ embed the gateway need these two::
     async with Gateway(settings, conn_state=callback) as gateway:
         print(gateway.addresses)
 
-`load` raises `SettingsError`. `Gateway(...)` raises `CertificateError`, `UsersFileError` or `TelemetrySettingError`
-where a file or variable that the settings name is wrong, and its start `CannotListen` or `SpoolError`.
+`load` raises `SettingsError`. `Gateway(...)` raises `CertificateError` or `UsersFileError`
+where a file that the settings name is wrong, and its start `CannotListen` or `SpoolError`.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from otel_smtp.server.tls import CertificateError
     from otel_smtp.server.users import UsersFileError
     from otel_smtp.spool.messages import SpoolError
-    from otel_smtp.telemetry.environment import TelemetrySettingError
 
 __version__ = "0.1.0"
 __all__ = [
@@ -48,7 +47,6 @@ __all__ = [
     "Settings",
     "SettingsError",
     "SpoolError",
-    "TelemetrySettingError",
     "Transition",
     "UsersFileError",
     "load",
@@ -82,10 +80,6 @@ def __getattr__(name: str) -> Any:
             from otel_smtp.spool.messages import SpoolError
 
             return SpoolError
-        case "TelemetrySettingError":
-            from otel_smtp.telemetry.environment import TelemetrySettingError
-
-            return TelemetrySettingError
         case "UsersFileError":
             from otel_smtp.server.users import UsersFileError
 

@@ -61,13 +61,19 @@ def check(
 
 
 def _unstarted_gateway(settings: Settings) -> "Gateway":
-    """A gateway that is built and never started, so that certificates, users and OTEL_* variables are read too."""
-    from otel_smtp.gateway.gateway import WRONG_FILES, Gateway
+    """A gateway that is built and never started, so that certificates, users and OTEL_* variables are read too.
 
+    It would run with variables that cannot be used, which others set for all programs; whoever checks wants to know.
+    """
+    from otel_smtp.gateway.gateway import WRONG_FILES, Gateway
+    from otel_smtp.telemetry import environment
+
+    if problems := environment.read().problems:
+        fail(WRONG, "variables that cannot be used", *map(str, problems))
     try:
         return Gateway(settings)
     except WRONG_FILES as error:
-        fail(WRONG, "invalid file or variable", str(error))
+        fail(WRONG, "invalid file", str(error))
 
 
 def _try_everything(settings: Settings) -> bool:

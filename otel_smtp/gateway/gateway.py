@@ -21,7 +21,6 @@ from otel_smtp.server.policy import Segments
 from otel_smtp.server.tls import CertificateError, ServerTls
 from otel_smtp.server.users import Authenticator, TokenVerifier, UsersFileError, load_users
 from otel_smtp.smtp.states import TlsMode, Transition
-from otel_smtp.telemetry.environment import TelemetrySettingError
 from otel_smtp.telemetry.records import SpanSink
 from otel_smtp.telemetry.setup import set_up
 
@@ -33,7 +32,7 @@ TELEMETRY_FLUSH_SECONDS: Final = 2.0
 # How often the metrics that are exported catch up with open connections; OTLP exports them once a minute.
 METRICS_CATCH_UP_SECONDS: Final = 5.0
 
-WRONG_FILES: Final = (TelemetrySettingError, CertificateError, UsersFileError)
+WRONG_FILES: Final = (CertificateError, UsersFileError)
 """What a gateway raises if the settings are right, and a file or variable that they name is not."""
 
 
@@ -66,7 +65,7 @@ class Gateway:
         process: which one this is of several processes that listen on the same ports; None: it is the only one.
 
     Raises:
-        TelemetrySettingError, CertificateError, UsersFileError: see `WRONG_FILES`.
+        CertificateError, UsersFileError: see `WRONG_FILES`.
         ValueError: a listener asks for AUTH, and there is neither a users file nor a token verifier.
 
     Use as an asynchronous context manager, or call `start` and `stop`.

@@ -36,8 +36,13 @@ def run(settings: Settings, *, on_ready: OnReady) -> int:
     """Run the gateway, on uvloop where it is installed, in as many processes as the settings say.
 
     Returns:
-        The exit status: 0 after a drain, 1 if it could not start, 2 if a file or variable it reads is wrong.
+        The exit status: 0 after a drain, 1 if it could not start, 2 if a file it reads is wrong.
     """
+    for problem in environment.read().problems:  # here, once for all workers
+        logger.warning(
+            "telemetry variable ignored",
+            extra={"variable": problem.variable, "value": problem.value, "allowed": problem.allowed},
+        )
     if settings.workers == 1:
         return _exit_status(lambda: _run_here(serve(settings, on_ready)))
     return _exit_status(lambda: _supervise(settings, on_ready))

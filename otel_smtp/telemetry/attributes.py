@@ -87,6 +87,7 @@ class Instrument(StrEnum):
 
     COUNTER = "counter"
     UP_DOWN = "updowncounter"
+    GAUGE = "gauge"  # of what does not add up
     HISTOGRAM = "histogram"
 
 
@@ -635,7 +636,7 @@ CLIENT_POOL_WAIT: Final = _metric(
 SPOOL_MESSAGES: Final = _metric(
     "smtp.spool.messages", Instrument.UP_DOWN, "{message}", (SPOOL_STATE,), "Messages in the spool"
 )
-SPOOL_AGE: Final = _metric("smtp.spool.age", Instrument.UP_DOWN, "s", (), "Age of the oldest message in the spool")
+SPOOL_AGE: Final = _metric("smtp.spool.age", Instrument.GAUGE, "s", (), "Age of the oldest message in the spool")
 SPOOL_DEAD: Final = _metric(
     "smtp.spool.dead", Instrument.UP_DOWN, "By", (), "Disk space of the spool that no message needs any more"
 )

@@ -2,22 +2,38 @@
 
 `read` returns all of it as values: the set-up makes exporters of them, `check --connect` tries them, and the ready line
 describes them. Names, defaults and meaning are the Python SDK's: timeouts of OTLP are seconds
-(OTEL_EXPORTER_OTLP_TIMEOUT), those of batches milliseconds (OTEL_BSP_*, OTEL_BLRP_*). The SDK logs a value that it
-cannot read and uses another; we refuse it at start. Without an endpoint nothing is dialled: exporting to localhost by
-default would fill logs.
+(OTEL_EXPORTER_OTLP_TIMEOUT), those of batches milliseconds (OTEL_BSP_*, OTEL_BLRP_*). Without an endpoint nothing is
+dialled: exporting to localhost by default would fill logs.
 
-The resource's variables, OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES, are read by the SDK's detectors.
+Operators set these variables for whole clusters, so none of them may stop mail. A value that cannot be used is a
+`Problem`, and the variable counts as unset, as the specification says ("Environment Variable Specification", "Parsing
+Empty Value" to "Enum"): `serve` warns about it, `check` refuses it. A problem never shows what may be a credential.
+
+The resource's variables, OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES, are read by the SDK's detectors; whether they
+can be is looked at here. The limits of spans and attributes are looked at too, but ours are fixed and lower than the
+SDK's for everything but events, of which none is left out.
 """
 
+import contextlib
+import logging
+import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from enum import StrEnum
+from typing import Final, TypeVar
 from urllib.parse import urlsplit
 
+from opentelemetry.environment_variables import OTEL_PROPAGATORS
 from opentelemetry.sdk.environment_variables import (
+    OTEL_CONFIG_FILE,
+    OTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION,
     OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE,
+    OTEL_LOG_LEVEL,
     OTEL_METRIC_EXPORT_INTERVAL,
+    OTEL_METRIC_EXPORT_TIMEOUT,
+    OTEL_METRICS_EXEMPLAR_FILTER,
+    OTEL_RESOURCE_ATTRIBUTES,
     OTEL_SDK_DISABLED,
     OTEL_TRACES_SAMPLER,
     OTEL_TRACES_SAMPLER_ARG,
@@ -30,10 +46,13 @@ from otel_smtp.telemetry.attributes import DEFAULT_SERVICE_NAME
 from otel_smtp.telemetry.collector import CollectorSettings, Compression, Protocol, Signal
 from otel_smtp.telemetry.exporting import BatchSettings
 
+T = TypeVar("T")
+
 _OTLP: Final = "OTEL_EXPORTER_OTLP"
 _BATCHES: Final = {Signal.TRACES: "OTEL_BSP", Signal.LOGS: "OTEL_BLRP"}
 _DELAY_MILLISECONDS: Final = {Signal.TRACES: 5000, Signal.LOGS: 1000}
 _METRICS_INTERVAL_MILLISECONDS: Final = 60_000
+_METRICS_TIMEOUT_MILLISECONDS: Final = 30_000
 _DEFAULT_BATCHES: Final = BatchSettings()
 # Plug-ins by which the SDK's exporter authenticates (a cloud's identity). Only that exporter can use them.
 _CREDENTIAL_PROVIDERS: Final = (
@@ -64,12 +83,67 @@ _SAMPLERS: Final[Mapping[str, Callable[[float], Sampler]]] = {
 }
 
 
-class TelemetrySettingError(ValueError):
-    """An OTEL_* variable with an invalid value; the message names both, and what is allowed."""
+_LISTS: Final = ("_HEADERS", "_EXPORTER", OTEL_RESOURCE_ATTRIBUTES)
+# The limits of the SDK's spans and log records; a number of 0 and more, or no limit.
+_LIMITS: Final = tuple(
+    f"OTEL_{what}_LIMIT"
+    for what in (
+        "ATTRIBUTE_COUNT",
+        "ATTRIBUTE_VALUE_LENGTH",
+        "SPAN_ATTRIBUTE_COUNT",
+        "SPAN_ATTRIBUTE_VALUE_LENGTH",
+        "SPAN_EVENT_COUNT",
+        "SPAN_LINK_COUNT",
+        "EVENT_ATTRIBUTE_COUNT",
+        "LINK_ATTRIBUTE_COUNT",
+        "LOGRECORD_ATTRIBUTE_COUNT",
+        "LOGRECORD_ATTRIBUTE_VALUE_LENGTH",
+    )
+)
+_LOG_LEVELS: Final[Mapping[str, int]] = {
+    "notset": logging.NOTSET,
+    "trace": logging.DEBUG,
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warn": logging.WARNING,
+    "warning": logging.WARNING,
+    "error": logging.ERROR,
+    "fatal": logging.CRITICAL,
+    "critical": logging.CRITICAL,
+}
 
-    def __init__(self, variable: str, value: str, allowed: str) -> None:
-        super().__init__(f"{variable}={value!r}: allowed is {allowed}")
-        self.variable = variable
+
+class Temporality(StrEnum):
+    """OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE: which sums are since the start, and which since the last."""
+
+    CUMULATIVE = "cumulative"
+    DELTA = "delta"  # counters and histograms
+    LOW_MEMORY = "lowmemory"  # the same, but for what is only read
+
+
+class ExemplarFilter(StrEnum):
+    """OTEL_METRICS_EXEMPLAR_FILTER: which measurements may be exemplars."""
+
+    TRACE_BASED = "trace_based"  # of sampled spans
+    ALWAYS_ON = "always_on"
+    ALWAYS_OFF = "always_off"
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A variable whose value cannot be used, and that counts as unset therefore.
+
+    Attributes:
+        value: as it was set; "" where it may hold a credential.
+        allowed: what could be used, in words.
+    """
+
+    variable: str
+    value: str
+    allowed: str
+
+    def __str__(self) -> str:
+        return f"{self.variable}{f'={self.value!r}' if self.value else ''}: allowed is {self.allowed}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +175,8 @@ class Environment:
     Attributes:
         is_disabled: nothing is traced or exported (OTEL_SDK_DISABLED).
         metrics_interval_seconds: between two exports of metrics.
+        sdk_log_level: of the SDK's own loggers (OTEL_LOG_LEVEL); None: theirs.
+        problems: the variables that cannot be used, each once.
     """
 
     is_disabled: bool = False
@@ -108,7 +184,11 @@ class Environment:
     metrics: SignalExport = SignalExport()
     logs: SignalExport = SignalExport()
     metrics_interval_seconds: float = _METRICS_INTERVAL_MILLISECONDS / 1000
+    temporality: Temporality = Temporality.CUMULATIVE
+    exemplars: ExemplarFilter = ExemplarFilter.TRACE_BASED
     sampler: Sampler = field(default_factory=lambda: _SAMPLERS[_DEFAULT_SAMPLER](1.0))
+    sdk_log_level: int | None = None
+    problems: tuple[Problem, ...] = ()
 
     @property
     def collectors(self) -> tuple[CollectorSettings, ...]:
@@ -125,27 +205,13 @@ class Environment:
 
 
 def read(environ: Mapping[str, str] | None = None, version: str = "") -> Environment:
-    """Read the variables. Those of a signal that is not exported are ignored.
+    """Read the variables. Raises nothing: what cannot be used is in `problems`.
 
     Args:
         environ: None: that of this process.
         version: of this program, for the user agent.
-
-    Raises:
-        TelemetrySettingError: a variable has an invalid value.
     """
-    environ = os.environ if environ is None else environ
-    if _flag(environ, OTEL_SDK_DISABLED):
-        return Environment(is_disabled=True)
-    metrics = _signal_export(environ, version, Signal.METRICS)
-    is_exporting_metrics = metrics.to_console or metrics.collector is not None
-    return Environment(
-        traces=_signal_export(environ, version, Signal.TRACES),
-        metrics=metrics,
-        logs=_signal_export(environ, version, Signal.LOGS),
-        metrics_interval_seconds=_metrics_interval_seconds(environ if is_exporting_metrics else {}),
-        sampler=_sampler(environ),
-    )
+    return _Reading(os.environ if environ is None else environ, version).environment()
 
 
 def own_resource() -> Resource:
@@ -155,164 +221,289 @@ def own_resource() -> Resource:
     return resource if is_named else resource.merge(Resource({SERVICE_NAME: DEFAULT_SERVICE_NAME}))
 
 
-def _signal_export(environ: Mapping[str, str], version: str, signal: Signal) -> SignalExport:
-    exporters = _exporters(environ, signal)
-    is_otlp = "otlp" in exporters
-    # The SDK's exporter is the only one that can use a credential provider, which exist for traces alone.
-    is_sdk = is_otlp and signal is Signal.TRACES and any(environ.get(name) for name in _CREDENTIAL_PROVIDERS)
-    protocols = [_protocol(environ, signal)] if is_sdk else []
-    protocols += [_SDK_NAMES[name] for name in exporters if name in _SDK_NAMES]
-    is_ours = is_otlp and not is_sdk
-    return SignalExport(
-        to_console="console" in exporters and signal is not Signal.LOGS,
-        collector=_collector(environ, version, signal, _protocol(environ, signal)) if is_ours else None,
-        batches=_batches(environ, signal) if is_ours else _DEFAULT_BATCHES,
-        sdk_collectors=tuple(_collector(environ, version, signal, protocol) for protocol in protocols),
-    )
+@contextlib.contextmanager
+def without(problems: Iterable[Problem]) -> Iterator[None]:
+    """Take variables that cannot be used out of the process's environment, and put them back afterwards.
 
-
-def _exporters(environ: Mapping[str, str], signal: Signal) -> list[str]:
-    """The exporters that OTEL_<signal>_EXPORTER lists. Without it: otlp if the signal has an endpoint, else none."""
-    variable = f"OTEL_{signal.upper()}_EXPORTER"
-    has_endpoint = bool(_otlp(environ, "ENDPOINT", signal)[1])
-    value = environ.get(variable, "").strip() or ("otlp" if has_endpoint else "none")
-    exporters = [part.strip() for part in value.split(",") if part.strip()]
-    allowed = _EXPORTERS[signal]
-    if not {*exporters} <= {*allowed}:
-        raise TelemetrySettingError(variable, value, f"{', '.join(allowed)}, or a list of them")
-    return exporters
-
-
-def _flag(environ: Mapping[str, str], variable: str) -> bool:
-    value = environ.get(variable, "").strip().lower()
-    if value not in ("", "true", "false"):
-        raise TelemetrySettingError(variable, value, "true, false")
-    return value == "true"
-
-
-def _sampler(environ: Mapping[str, str]) -> Sampler:
-    name = environ.get(OTEL_TRACES_SAMPLER, "").strip().lower() or _DEFAULT_SAMPLER
-    if name not in _SAMPLERS:
-        raise TelemetrySettingError(OTEL_TRACES_SAMPLER, name, ", ".join(_SAMPLERS))
-    argument = environ.get(OTEL_TRACES_SAMPLER_ARG, "").strip()
+    For the SDK's exporters, which read it for themselves and raise at some values. Lists stay: of those they use what
+    they can.
+    """
+    names = {problem.variable for problem in problems if not problem.variable.endswith(_LISTS)}
+    taken = {name: os.environ.pop(name) for name in names & os.environ.keys()}
     try:
-        return _SAMPLERS[name](float(argument or "1"))
-    except ValueError:
-        raise TelemetrySettingError(OTEL_TRACES_SAMPLER_ARG, argument, "a number from 0 to 1") from None
+        yield
+    finally:
+        os.environ.update(taken)
 
 
-def _metrics_interval_seconds(environ: Mapping[str, str]) -> float:
-    # Our sums are since the start of the process; there are none since the last export.
-    variable = OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE
-    preference = environ.get(variable, "").strip()
-    if preference.lower() not in ("", "cumulative"):
-        raise TelemetrySettingError(variable, preference, "cumulative")
-    variable = OTEL_METRIC_EXPORT_INTERVAL
-    return _number(variable, environ.get(variable, "").strip(), default=_METRICS_INTERVAL_MILLISECONDS) / 1000
+class _Reading:
+    """One reading of the variables, with the problems that it meets."""
 
+    def __init__(self, environ: Mapping[str, str], version: str) -> None:
+        self._environ = environ
+        self._version = version
+        self._problems: dict[str, Problem] = {}  # by variable: those for all signals are read once for each
 
-def _protocol(environ: Mapping[str, str], signal: Signal) -> Protocol:
-    variable, value = _otlp(environ, "PROTOCOL", signal)
-    if value not in ("", *Protocol):
-        raise TelemetrySettingError(variable, value, ", ".join(Protocol))
-    return Protocol(value or Protocol.HTTP)
-
-
-def _collector(environ: Mapping[str, str], version: str, signal: Signal, protocol: Protocol) -> CollectorSettings:
-    is_http = protocol is Protocol.HTTP
-    endpoint = _http_endpoint(environ, signal) if is_http else _grpc_endpoint(environ, signal)
-    scheme = urlsplit(endpoint).scheme
-    return CollectorSettings(
-        endpoint,
-        protocol=protocol,
-        signal=signal,
-        # The scheme decides. Without one gRPC is encrypted, unless the variable says otherwise.
-        is_insecure=scheme == "http" or (scheme != "https" and _flag(environ, _otlp(environ, "INSECURE", signal)[0])),
-        headers=tuple(parse_env_headers(_otlp(environ, "HEADERS", signal)[1], liberal=True).items()),
-        compression=_compression(environ, signal),
-        certificate=_otlp(environ, "CERTIFICATE", signal)[1],
-        client_key=_otlp(environ, "CLIENT_KEY", signal)[1],
-        client_certificate=_otlp(environ, "CLIENT_CERTIFICATE", signal)[1],
-        user_agent=f"otel-smtp/{version}" if version else "otel-smtp",
-    )
-
-
-def _batches(environ: Mapping[str, str], signal: Signal) -> BatchSettings:
-    request_seconds = _number(*_otlp(environ, "TIMEOUT", signal), default=_DEFAULT_BATCHES.request_seconds)
-    if signal is Signal.METRICS:  # which go in one request, at an interval
-        return BatchSettings(request_seconds=request_seconds)
-    prefix = _BATCHES[signal]
-
-    def seconds(what: str, default: float) -> float:
-        variable = f"{prefix}_{what}"
-        return _number(variable, environ.get(variable, "").strip(), default=default) / 1000
-
-    ours = BatchSettings()
-    queue = _count(environ, f"{prefix}_MAX_QUEUE_SIZE", ours.queue_spans)
-    batch = _count(environ, f"{prefix}_MAX_EXPORT_BATCH_SIZE", min(ours.batch_spans, queue))
-    if batch > queue:
-        raise TelemetrySettingError(
-            f"{prefix}_MAX_EXPORT_BATCH_SIZE", str(batch), f"a number up to {prefix}_MAX_QUEUE_SIZE, {queue}"
+    def environment(self) -> Environment:
+        if self._flag(OTEL_SDK_DISABLED):
+            return Environment(is_disabled=True)  # whatever the others say
+        interval_seconds = self._milliseconds(OTEL_METRIC_EXPORT_INTERVAL, _METRICS_INTERVAL_MILLISECONDS)
+        signals = {signal: self._signal_export(signal, interval_seconds) for signal in Signal}
+        temporality = self._choice(
+            OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE, {one.value: one for one in Temporality}
         )
-    return BatchSettings(
-        queue_spans=queue,
-        batch_spans=batch,
-        delay_seconds=seconds("SCHEDULE_DELAY", _DELAY_MILLISECONDS[signal]),
-        export_seconds=seconds("EXPORT_TIMEOUT", 30_000),
-        request_seconds=request_seconds,
-    )
+        exemplars = self._choice(OTEL_METRICS_EXEMPLAR_FILTER, {one.value: one for one in ExemplarFilter})
+        sampler, sdk_log_level = self._sampler(), self._choice(OTEL_LOG_LEVEL, _LOG_LEVELS)
+        self._look_at_the_rest()
+        return Environment(
+            traces=signals[Signal.TRACES],
+            metrics=signals[Signal.METRICS],
+            logs=signals[Signal.LOGS],
+            metrics_interval_seconds=interval_seconds,
+            temporality=temporality or Temporality.CUMULATIVE,
+            exemplars=exemplars or ExemplarFilter.TRACE_BASED,
+            sampler=sampler,
+            sdk_log_level=sdk_log_level,
+            problems=tuple(self._problems.values()),
+        )
 
+    # Values ------------------------------------------------------------------------------------------------------
 
-def _otlp(environ: Mapping[str, str], what: str, signal: Signal) -> tuple[str, str]:
-    """The signal's own variable, or the one for all signals, and its value: the first that is set."""
-    for variable in (f"{_OTLP}_{signal.upper()}_{what}", f"{_OTLP}_{what}"):
-        if value := environ.get(variable, "").strip():
-            return variable, value
-    return f"{_OTLP}_{what}", ""
+    def _value(self, variable: str) -> str:
+        return self._environ.get(variable, "").strip()
 
+    def _unusable(self, variable: str, value: str, allowed: str) -> None:
+        self._problems[variable] = Problem(variable, value, allowed)
 
-def _http_endpoint(environ: Mapping[str, str], signal: Signal) -> str:
-    variable, value = _otlp(environ, "ENDPOINT", signal)
-    url = value or "http://localhost:4318"
-    try:
-        parts = urlsplit(url)
-        is_url = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        is_url = False
-    if not is_url:
-        raise TelemetrySettingError(variable, value, "a URL as http://collector:4318")
-    # The signal's own URL is used as it is; the path is added to the one for all signals (OTLP exporter specification).
-    return f"{url.removesuffix('/')}/v1/{signal}" if variable == f"{_OTLP}_ENDPOINT" else url
+    def _flag(self, variable: str) -> bool:
+        value = self._value(variable)
+        if value.lower() not in ("", "true", "false"):
+            self._unusable(variable, value, "true, false")
+        return value.lower() == "true"
 
+    def _choice(self, variable: str, choices: Mapping[str, T]) -> T | None:
+        value = self._value(variable)
+        if value and value.lower() not in choices:
+            self._unusable(variable, value, ", ".join(choices))
+        return choices.get(value.lower())
 
-def _grpc_endpoint(environ: Mapping[str, str], signal: Signal) -> str:
-    return _otlp(environ, "ENDPOINT", signal)[1] or "http://localhost:4317"
+    def _milliseconds(self, variable: str, default: int) -> float:
+        """The variable in seconds."""
+        number = self._number(variable)
+        return (default if number is None else number) / 1000
 
+    def _number(self, variable: str) -> float | None:
+        value = self._value(variable)
+        if not value:
+            return None
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if 0 < number < 1e9:
+            return number
+        self._unusable(variable, value, "a number above 0")
+        return None
 
-def _compression(environ: Mapping[str, str], signal: Signal) -> Compression:
-    variable, value = _otlp(environ, "COMPRESSION", signal)
-    value = value.lower()
-    if value not in ("", *Compression):
-        raise TelemetrySettingError(variable, value, ", ".join(Compression))
-    return Compression(value or Compression.NONE)
-
-
-def _count(environ: Mapping[str, str], variable: str, default: int) -> int:
-    value = environ.get(variable, "").strip()
-    if not value:
+    def _count(self, variable: str, default: int) -> int:
+        value = self._value(variable)
+        if not value:
+            return default
+        if value.isascii() and value.isdecimal() and 0 < int(value[:10]) <= 1_000_000:
+            return int(value)
+        self._unusable(variable, value, "a number from 1 to 1000000")
         return default
-    if not (value.isascii() and value.isdecimal() and 0 < int(value[:10]) <= 1_000_000):
-        raise TelemetrySettingError(variable, value, "a number from 1 to 1000000")
-    return int(value)
+
+    def _look_at_the_rest(self) -> None:
+        """Look at variables that change nothing here, or that others read."""
+        for variable in _LIMITS:
+            value = self._value(variable)
+            if value and not (value.isascii() and value.isdecimal()):
+                self._unusable(variable, value, "a number of 0 and more")
+        names = [name.strip().lower() for name in self._value(OTEL_PROPAGATORS).split(",") if name.strip()]
+        if names and not {"tracecontext", "none"} & {*names}:
+            self._unusable(
+                OTEL_PROPAGATORS,
+                ",".join(names),
+                "tracecontext, alone or with others, or none; trace context is read and written as W3C says",
+            )
+        self._choice(
+            OTEL_EXPORTER_OTLP_METRICS_DEFAULT_HISTOGRAM_AGGREGATION,
+            {"explicit_bucket_histogram": "explicit_bucket_histogram"},
+        )
+        if any("=" not in part for part in self._value(OTEL_RESOURCE_ATTRIBUTES).split(",") if part.strip()):
+            self._unusable(OTEL_RESOURCE_ATTRIBUTES, "", "name=value, or a list of them")
+        if self._value(OTEL_CONFIG_FILE):
+            self._unusable(OTEL_CONFIG_FILE, "", "unset: telemetry is configured by the other variables alone")
+
+    # What is exported --------------------------------------------------------------------------------------------
+
+    def _sampler(self) -> Sampler:
+        make = self._choice(OTEL_TRACES_SAMPLER, _SAMPLERS) or _SAMPLERS[_DEFAULT_SAMPLER]
+        argument = self._value(OTEL_TRACES_SAMPLER_ARG)
+        try:
+            ratio = float(argument or "1")
+        except ValueError:
+            ratio = math.nan
+        if not 0 <= ratio <= 1:
+            self._unusable(OTEL_TRACES_SAMPLER_ARG, argument, "a number from 0 to 1")
+            ratio = 1.0
+        return make(ratio)
+
+    def _signal_export(self, signal: Signal, metrics_interval_seconds: float) -> SignalExport:
+        protocol = self._protocol(signal)
+        exporters = self._exporters(signal, protocol)
+        is_otlp = "otlp" in exporters
+        # The SDK's exporter is the only one that can use a credential provider, which exist for traces alone.
+        is_sdk = is_otlp and signal is Signal.TRACES and any(self._environ.get(name) for name in _CREDENTIAL_PROVIDERS)
+        protocols = [protocol] if is_sdk else []
+        protocols += [_SDK_NAMES[name] for name in exporters if name in _SDK_NAMES]
+        is_ours = is_otlp and not is_sdk
+        # Read though nothing may be exported: the operator is told of all that is wrong at once.
+        collector, batches = self._collector(signal, protocol), self._batches(signal, metrics_interval_seconds)
+        return SignalExport(
+            to_console="console" in exporters and signal is not Signal.LOGS,
+            collector=collector if is_ours else None,
+            batches=batches if is_ours else _DEFAULT_BATCHES,
+            sdk_collectors=tuple(self._collector(signal, protocol) for protocol in protocols),
+        )
+
+    def _exporters(self, signal: Signal, protocol: Protocol) -> Sequence[str]:
+        """The exporters that OTEL_<signal>_EXPORTER lists; otlp if it names none and there is an endpoint."""
+        variable = f"OTEL_{signal.upper()}_EXPORTER"
+        value = self._value(variable)
+        exporters = [part.strip().lower() for part in value.split(",") if part.strip()]
+        allowed = _EXPORTERS[signal]
+        known = [name for name in exporters if name in allowed]
+        if known != exporters:
+            self._unusable(variable, value, f"{', '.join(allowed)}, or a list of them")
+        return known or (["otlp"] if self._endpoint(signal, protocol)[1] else ["none"])
+
+    def _collector(self, signal: Signal, protocol: Protocol) -> CollectorSettings:
+        endpoint = self._url(signal, protocol)
+        scheme = urlsplit(endpoint).scheme if "://" in endpoint else ""
+        is_insecure = self._first_flag(signal)
+        return CollectorSettings(
+            endpoint,
+            protocol=protocol,
+            signal=signal,
+            # The scheme decides. Without one gRPC is encrypted, unless the variable says otherwise.
+            is_insecure=scheme == "http" or (scheme != "https" and is_insecure),
+            headers=self._headers(signal),
+            compression=self._compression(signal, protocol),
+            certificate=self._first(signal, "CERTIFICATE"),
+            client_key=self._first(signal, "CLIENT_KEY"),
+            client_certificate=self._first(signal, "CLIENT_CERTIFICATE"),
+            user_agent=f"otel-smtp/{self._version}" if self._version else "otel-smtp",
+        )
+
+    def _batches(self, signal: Signal, metrics_interval_seconds: float) -> BatchSettings:
+        request_seconds = self._first_number(signal, "TIMEOUT") or _DEFAULT_BATCHES.request_seconds
+        if signal is Signal.METRICS:  # which go in one request, at an interval
+            # Capped for the reason below; not at less than a second, which a busy collector may take.
+            longest = min(
+                max(metrics_interval_seconds, 1.0),
+                self._milliseconds(OTEL_METRIC_EXPORT_TIMEOUT, _METRICS_TIMEOUT_MILLISECONDS),
+            )
+            return BatchSettings(request_seconds=min(request_seconds, longest))
+        prefix = _BATCHES[signal]
+        ours = BatchSettings()
+        queue = self._count(f"{prefix}_MAX_QUEUE_SIZE", ours.queue_spans)
+        usual = min(ours.batch_spans, queue)
+        batch = self._count(f"{prefix}_MAX_EXPORT_BATCH_SIZE", usual)
+        if batch > queue:
+            self._unusable(
+                f"{prefix}_MAX_EXPORT_BATCH_SIZE", str(batch), f"a number up to {prefix}_MAX_QUEUE_SIZE, {queue}"
+            )
+            batch = usual
+        export_seconds = self._milliseconds(f"{prefix}_EXPORT_TIMEOUT", 30_000)
+        return BatchSettings(
+            queue_spans=queue,
+            batch_spans=batch,
+            delay_seconds=self._milliseconds(f"{prefix}_SCHEDULE_DELAY", _DELAY_MILLISECONDS[signal]),
+            export_seconds=export_seconds,
+            # The variable is in seconds here and in milliseconds elsewhere: a request of hours would stop all others.
+            request_seconds=min(request_seconds, export_seconds),
+        )
+
+    # OTEL_EXPORTER_OTLP_*: the signal's own variable, or the one for all signals: the first that can be used ------
+
+    def _protocol(self, signal: Signal) -> Protocol:
+        choices = {one.value: one for one in Protocol}
+        chosen = [self._choice(variable, choices) for variable in _both(signal, "PROTOCOL")]
+        return next((one for one in chosen if one is not None), Protocol.HTTP)
+
+    def _first(self, signal: Signal, what: str) -> str:
+        return next(filter(None, map(self._value, _both(signal, what))), "")
+
+    def _first_number(self, signal: Signal, what: str) -> float | None:
+        numbers = [self._number(variable) for variable in _both(signal, what)]
+        return next((one for one in numbers if one is not None), None)
+
+    def _first_flag(self, signal: Signal) -> bool:
+        own, general = _both(signal, "INSECURE")
+        flags = {variable: self._flag(variable) for variable in (own, general)}
+        return flags[own if self._value(own) else general]
+
+    def _headers(self, signal: Signal) -> tuple[tuple[str, str], ...]:
+        chosen: tuple[tuple[str, str], ...] = ()
+        for variable in _both(signal, "HEADERS"):
+            parts = [part.strip() for part in self._value(variable).split(",") if part.strip()]
+            usable = [part for part in parts if part.partition("=")[0].strip() and "=" in part]
+            headers = parse_env_headers(",".join(usable), liberal=True)
+            if len(usable) < len(parts):
+                self._unusable(variable, "", "name=value, or a list of them")
+            chosen = chosen or tuple(headers.items())
+        return chosen
+
+    def _compression(self, signal: Signal, protocol: Protocol) -> Compression:
+        # No collector takes deflate over gRPC: everything would be lost.
+        allowed = [one for one in Compression if protocol is Protocol.HTTP or one is not Compression.DEFLATE]
+        chosen = [
+            self._choice(variable, {one.value: one for one in allowed}) for variable in _both(signal, "COMPRESSION")
+        ]
+        return next((one for one in chosen if one is not None), Compression.NONE)
+
+    def _endpoint(self, signal: Signal, protocol: Protocol) -> tuple[str, str]:
+        """The variable that names the collector, and its value; "" where none does."""
+        found: list[tuple[str, str]] = []
+        for variable in _both(signal, "ENDPOINT"):
+            value = self._value(variable)
+            if value and _is_endpoint(value, protocol):
+                found.append((variable, value))
+            elif value:
+                self._unusable(variable, _without_credentials(value), _ENDPOINTS[protocol])
+        return found[0] if found else (f"{_OTLP}_ENDPOINT", "")
+
+    def _url(self, signal: Signal, protocol: Protocol) -> str:
+        variable, value = self._endpoint(signal, protocol)
+        if protocol is Protocol.GRPC:
+            return value or "http://localhost:4317"
+        url = value or "http://localhost:4318"
+        # The signal's own URL is used as it is; the path is added to the one for all signals (OTLP exporter
+        # specification).
+        return f"{url.removesuffix('/')}/v1/{signal}" if variable == f"{_OTLP}_ENDPOINT" else url
 
 
-def _number(variable: str, value: str, *, default: float) -> float:
-    if not value:
-        return default
+_ENDPOINTS: Final = {Protocol.HTTP: "a URL as http://collector:4318", Protocol.GRPC: "a URL as http://collector:4317"}
+
+
+def _both(signal: Signal, what: str) -> tuple[str, str]:
+    return f"{_OTLP}_{signal.upper()}_{what}", f"{_OTLP}_{what}"
+
+
+def _is_endpoint(value: str, protocol: Protocol) -> bool:
+    """Whether it is a URL or, for gRPC, host and port, or a name in one of its library's forms."""
+    is_grpc = protocol is Protocol.GRPC
+    if is_grpc and value.startswith(("dns:", "unix:", "ipv4:", "ipv6:")):
+        return True
     try:
-        number = float(value)
+        parts = urlsplit(value if "://" in value or not is_grpc else f"http://{value}")
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and " " not in value
     except ValueError:
-        number = 0.0
-    if not 0 < number < 1e9:
-        raise TelemetrySettingError(variable, value, "a number above 0")
-    return number
+        return False
+
+
+def _without_credentials(value: str) -> str:
+    """An endpoint that is no URL, for people: what stands before its host or in its query may be a secret."""
+    return value.rpartition("@")[2].partition("?")[0]

@@ -2,8 +2,9 @@
 
 There is no second set of instruments. At the end of each interval the thread reads the counts that the metrics page
 shows, puts them into the SDK's data classes, encodes them with the SDK's encoder and sends them by `collector`. The
-mail path does nothing for it. Sums are since the start of the process (cumulative), so a failed export costs
-resolution and no count; therefore there is no retry before the next interval.
+mail path does nothing for it. Sums are since the start of the process (cumulative) or, where the operator prefers it,
+since the last export that did not fail (delta). So a failed export costs resolution and no count; therefore there is no
+retry before the next interval.
 
 A number may be read while the event loop adds to it. Each is right by itself, and a histogram's count is the sum of its
 buckets by definition.
@@ -18,38 +19,89 @@ from typing import TYPE_CHECKING, Final
 
 from opentelemetry.sdk.resources import Resource
 
-from otel_smtp.telemetry.attributes import SCHEMA_URL, SCOPE_NAME, Instrument, Metric
+from otel_smtp.telemetry.attributes import SCHEMA_URL, SCOPE_NAME, TELEMETRY_DROPPED, Instrument, Metric
 from otel_smtp.telemetry.collector import Answer, Collector, Signal, Verdict
+from otel_smtp.telemetry.environment import Temporality
 from otel_smtp.telemetry.exporting import DropReason
 from otel_smtp.telemetry.metrics import Buckets, Labels, Metrics
 
 if TYPE_CHECKING:
-    from opentelemetry.sdk.metrics.export import Histogram, HistogramDataPoint, MetricsData, Sum
+    from opentelemetry.sdk.metrics.export import Gauge, Histogram, HistogramDataPoint, MetricsData, Sum
     from opentelemetry.sdk.metrics.export import Metric as SdkMetric
 
 logger: Final = logging.getLogger("otel_smtp.telemetry.metric_export")
 
 
+class _Delta:
+    """What has been exported of the metrics whose sums are since the last export.
+
+    A reading is `settle`d when its export was not a failure; until then the next one begins where it did.
+    """
+
+    def __init__(self, start_ns: int) -> None:
+        self.start_ns = start_ns
+        self._numbers: dict[tuple[str, Labels], float] = {}
+        self._histograms: dict[tuple[str, Labels], tuple[list[int], float]] = {}
+        self._read_numbers: dict[tuple[str, Labels], float] = {}
+        self._read_histograms: dict[tuple[str, Labels], tuple[list[int], float]] = {}
+        self._read_ns = start_ns
+
+    def begin(self, now_ns: int) -> None:
+        self._read_ns = now_ns
+        self._read_numbers, self._read_histograms = {}, {}
+
+    def number(self, metric: Metric, labels: Labels, value: float) -> float:
+        """What has come to a counter since."""
+        self._read_numbers[metric.name, labels] = value
+        return value - self._numbers.get((metric.name, labels), 0)
+
+    def histogram(self, metric: Metric, labels: Labels, counts: list[int], total: float) -> tuple[list[int], float]:
+        """What has come to a histogram's buckets, and to its sum, since."""
+        key = metric.name, labels
+        self._read_histograms[key] = counts, total
+        before, total_before = self._histograms.get(key, ([0] * len(counts), 0.0))
+        return [now - then for now, then in zip(counts, before, strict=True)], total - total_before
+
+    def settle(self) -> None:
+        self._numbers, self._histograms = self._read_numbers, self._read_histograms
+        self.start_ns = self._read_ns
+
+
 class MetricsReading:
-    """Reads metrics into the SDK's data classes.
+    """Reads metrics into the SDK's data classes, for one export.
 
     Args:
         resource, version: those of the spans.
+        temporality: which sums begin with the last reading that was settled.
     """
 
-    def __init__(self, metrics: Metrics, resource: Resource, version: str) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        resource: Resource,
+        version: str,
+        temporality: Temporality = Temporality.CUMULATIVE,
+    ) -> None:
         self._metrics = metrics
         self._resource = resource
         self._version = version
+        self._temporality = temporality
         self._start_ns = time.time_ns()
+        self._delta = _Delta(self._start_ns)
+
+    def settle(self) -> None:
+        """The latest reading is exported, or lost for good: delta sums begin at it from now on."""
+        self._delta.settle()
 
     def read(self) -> "MetricsData":
         """All metrics at this moment."""
+        now_ns = time.time_ns()
+        self._delta.begin(now_ns)
         from opentelemetry.sdk.metrics.export import MetricsData, ResourceMetrics, ScopeMetrics
         from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
         scope = InstrumentationScope(SCOPE_NAME, self._version, SCHEMA_URL)
-        scoped = ScopeMetrics(scope, list(self._read(time.time_ns())), SCHEMA_URL)
+        scoped = ScopeMetrics(scope, list(self._read(now_ns)), SCHEMA_URL)
         return MetricsData([ResourceMetrics(self._resource, [scoped], self._resource.schema_url)])
 
     def _read(self, now_ns: int) -> Iterator["SdkMetric"]:
@@ -57,44 +109,82 @@ class MetricsReading:
 
         for metric, rows in self._metrics.numbers():
             if rows:
-                yield SdkMetric(metric.name, metric.description, metric.unit, self._sum(metric, rows, now_ns))
+                data = self._gauge if metric.instrument is Instrument.GAUGE else self._sum
+                yield SdkMetric(metric.name, metric.description, metric.unit, data(metric, rows, now_ns))
         for measured in self._metrics.measurements:
             metric, series = measured.metric, list(measured.series.items())
             if series:
                 yield SdkMetric(metric.name, metric.description, metric.unit, self._histogram(metric, series, now_ns))
 
+    @staticmethod
+    def _gauge(metric: Metric, rows: Sequence[tuple[Labels, float]], now_ns: int) -> "Gauge":
+        from opentelemetry.sdk.metrics.export import Gauge, NumberDataPoint
+
+        return Gauge([NumberDataPoint(_attributes(metric, labels), 0, now_ns, value) for labels, value in rows])
+
+    def _is_delta(self, metric: Metric) -> bool:
+        """As the SDK's exporters decide it: what goes up and down is never a delta."""
+        if metric.instrument not in (Instrument.COUNTER, Instrument.HISTOGRAM):
+            return False
+        # Of the counters this one alone is read from elsewhere when metrics are: the SDK would call it observable.
+        is_observable = metric is TELEMETRY_DROPPED
+        return self._temporality is Temporality.DELTA or (
+            self._temporality is Temporality.LOW_MEMORY and not is_observable
+        )
+
     def _sum(self, metric: Metric, rows: Sequence[tuple[Labels, float]], now_ns: int) -> "Sum":
         from opentelemetry.sdk.metrics.export import AggregationTemporality, NumberDataPoint, Sum
 
-        points = [NumberDataPoint(_attributes(metric, labels), self._start_ns, now_ns, value) for labels, value in rows]
-        return Sum(points, AggregationTemporality.CUMULATIVE, metric.instrument is Instrument.COUNTER)
+        is_counter = metric.instrument is Instrument.COUNTER
+        if not self._is_delta(metric):
+            points = [
+                NumberDataPoint(_attributes(metric, labels), self._start_ns, now_ns, value) for labels, value in rows
+            ]
+            return Sum(points, AggregationTemporality.CUMULATIVE, is_counter)
+        delta = self._delta
+        points = [
+            NumberDataPoint(_attributes(metric, labels), delta.start_ns, now_ns, delta.number(metric, labels, value))
+            for labels, value in rows
+        ]
+        return Sum(points, AggregationTemporality.DELTA, is_counter)
 
     def _histogram(self, metric: Metric, series: Sequence[tuple[Labels, Buckets]], now_ns: int) -> "Histogram":
         from opentelemetry.sdk.metrics.export import AggregationTemporality, Histogram
 
-        points = [self._point(metric, labels, buckets, now_ns) for labels, buckets in series]
-        return Histogram(points, AggregationTemporality.CUMULATIVE)
+        is_delta = self._is_delta(metric)
+        points = [self._point(metric, labels, buckets, now_ns, is_delta=is_delta) for labels, buckets in series]
+        return Histogram(points, AggregationTemporality.DELTA if is_delta else AggregationTemporality.CUMULATIVE)
 
-    def _point(self, metric: Metric, labels: Labels, buckets: Buckets, now_ns: int) -> "HistogramDataPoint":
+    def _point(
+        self, metric: Metric, labels: Labels, buckets: Buckets, now_ns: int, *, is_delta: bool
+    ) -> "HistogramDataPoint":
         from opentelemetry.sdk.metrics import Exemplar
         from opentelemetry.sdk.metrics.export import HistogramDataPoint
 
-        counts = list(buckets.counts)
-        # A measurement has a trace id and no span id. The encoder omits the trace without a span; a zero one is none.
+        counts, total, start_ns = list(buckets.counts), buckets.total, self._start_ns
+        # The least and most are those since the start, and an empty series has none. The encoder leaves out None.
+        least: float | None = None
+        most: float | None = None
+        if is_delta:
+            start_ns = self._delta.start_ns
+            counts, total = self._delta.histogram(metric, labels, counts, total)
+        elif any(counts):
+            least, most = buckets.least, buckets.most
         exemplars = [
-            Exemplar({}, value, int(seconds * 1e9), span_id=0, trace_id=int(trace_id, 16))
-            for trace_id, value, seconds in (kept for kept in buckets.exemplars if kept is not None)
+            Exemplar({}, value, int(seconds * 1e9), span_id=context.span_id, trace_id=context.trace_id)
+            for context, value, seconds in (kept for kept in buckets.exemplars if kept is not None)
+            if not is_delta or seconds * 1e9 >= start_ns
         ]
         return HistogramDataPoint(
             attributes=_attributes(metric, labels),
-            start_time_unix_nano=self._start_ns,
+            start_time_unix_nano=start_ns,
             time_unix_nano=now_ns,
             count=sum(counts),
-            sum=buckets.total,
+            sum=total,
             bucket_counts=counts,
             explicit_bounds=metric.bounds,
-            min=buckets.least,
-            max=buckets.most,
+            min=least,  # type: ignore[arg-type]  # optional in the protocol
+            max=most,  # type: ignore[arg-type]
             exemplars=exemplars,
         )
 
@@ -108,7 +198,8 @@ class MetricExport:
     """Sends metrics to a collector at an interval, and once more at the end.
 
     Args:
-        read: returns all metrics; called by the thread.
+        read: returns all metrics; called by the thread. `settle`: called by it when what was read has been exported,
+            or is lost for good.
         connect: makes the collector; called by the thread. None: the metrics go to standard output.
         request_seconds: timeout of a request.
         address: of the collector, for the log.
@@ -119,11 +210,13 @@ class MetricExport:
         read: "Callable[[], MetricsData]",
         connect: Callable[[], Collector] | None,
         *,
+        settle: Callable[[], None] = lambda: None,
         interval_seconds: float = 60.0,
         request_seconds: float = 10.0,
         address: str = "",
     ) -> None:
         self._read = read
+        self._settle = settle
         self._connect = connect
         self._interval_seconds = interval_seconds
         self._request_seconds = request_seconds
@@ -193,10 +286,13 @@ class MetricExport:
         if self._connect is None:
             sys.stdout.write(data.to_json() + "\n")
             sys.stdout.flush()
+            self._settle()
             return
         from opentelemetry.exporter.otlp.proto.common.metrics_encoder import encode_metrics
 
         answer = self._send(encode_metrics(data).SerializeToString())
+        if answer.verdict is not Verdict.AGAIN:
+            self._settle()
         if answer.verdict is not Verdict.TAKEN:
             again = DropReason.SHUTDOWN if self._stopping.is_set() else DropReason.EXPORT_FAILED
             self._lose(DropReason.REJECTED if answer.verdict is Verdict.REJECTED else again, self._points)

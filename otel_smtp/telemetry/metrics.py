@@ -31,7 +31,8 @@ from otel_smtp.smtp.replies import AUTH_FAILED
 from otel_smtp.smtp.states import LEVELS, ConnState, Transition
 from otel_smtp.telemetry import attributes as names
 from otel_smtp.telemetry.attributes import Instrument, Metric
-from otel_smtp.telemetry.propagation import TraceContext
+from otel_smtp.telemetry.environment import ExemplarFilter
+from otel_smtp.telemetry.propagation import SAMPLED, TraceContext
 from otel_smtp.telemetry.sampling import Identity
 
 Labels = tuple[str, ...]
@@ -47,6 +48,15 @@ _OUTCOMES: Final[Mapping[Outcome, str]] = {outcome: outcome.value for outcome in
 _UNITS: Final[Mapping[str, str]] = {"s": "seconds", "By": "bytes"}
 _ACCEPTED, _REFUSED = "accepted", "refused"
 _NO_VERB: Final = "none"
+
+
+# Of a span's flags, and this one that all have: those that make a measurement an exemplar.
+_UNSAMPLED: Final = 1 << 8
+_EXEMPLAR_FLAGS: Final[Mapping[ExemplarFilter, int]] = {
+    ExemplarFilter.TRACE_BASED: SAMPLED,
+    ExemplarFilter.ALWAYS_ON: _UNSAMPLED,
+    ExemplarFilter.ALWAYS_OFF: 0,
+}
 
 
 class Counts:
@@ -104,9 +114,9 @@ class Buckets:
         counts[-1] += most - below
 
     @property
-    def exemplars(self) -> list[tuple[str, float, float] | None]:
-        """For each bucket the latest measurement with a trace: the trace's id, the value, seconds since the epoch."""
-        return [kept and (kept[0].trace_id_hex, kept[1], kept[2]) for kept in self._latest]
+    def exemplars(self) -> Sequence[tuple[TraceContext, float, float] | None]:
+        """For each bucket the latest measurement with a span: the span, the value, seconds since the epoch."""
+        return self._latest
 
 
 class _Series(dict[Labels, Buckets]):
@@ -143,6 +153,7 @@ class Metrics(Observer):
             holds for messages that have ended; None where there is no spool.
         dropped: what telemetry itself has lost so far: signal, reason, how many.
         resource: who we are, by attribute, for the page.
+        exemplars: which measurements name a span.
 
     Attributes:
         measurements: all histograms.
@@ -156,7 +167,9 @@ class Metrics(Observer):
         spool: SpoolCounts = lambda: None,
         dropped: ConnectionCounts = tuple,
         resource: Mapping[str, object] | None = None,
+        exemplars: ExemplarFilter = ExemplarFilter.TRACE_BASED,
     ) -> None:
+        self._exemplar_flags = _EXEMPLAR_FLAGS[exemplars]
         self._open_connections = open_connections
         self._connections = connections
         self._spool = spool
@@ -210,6 +223,8 @@ class Metrics(Observer):
         """Count it, and its deliveries that are over."""
         trace: Identity | None = transaction.trace
         context = None if trace is None else trace.context
+        if context is not None and not (context.flags | _UNSAMPLED) & self._exemplar_flags:
+            context = None
         if transaction.outcome is not None:
             self._transactions.values[(_OUTCOMES[transaction.outcome],)] += 1
         if transaction.octets is not None:
@@ -222,7 +237,10 @@ class Metrics(Observer):
     def delivery_ended(self, delivery: DeliveryRecord) -> None:
         """Count an attempt that outlived its transaction."""
         trace: Identity | None = delivery.transaction.trace
-        self._measure(delivery, None if trace is None else trace.context)
+        context = None if trace is None else trace.context
+        if context is not None and not (context.flags | _UNSAMPLED) & self._exemplar_flags:
+            context = None
+        self._measure(delivery, context)
 
     def _measure(self, delivery: DeliveryRecord, context: TraceContext | None) -> None:
         unix_ns = delivery.ended_ns + delivery.transaction.wall_offset_ns
@@ -335,6 +353,7 @@ _Number = CounterMetricFamily | GaugeMetricFamily
 _FAMILIES: Final[Mapping[Instrument, type[_Number]]] = {
     Instrument.COUNTER: CounterMetricFamily,
     Instrument.UP_DOWN: GaugeMetricFamily,
+    Instrument.GAUGE: GaugeMetricFamily,
 }
 
 
@@ -355,6 +374,10 @@ def _family(make: type[_Number], metric: Metric, rows: Sequence[tuple[Labels, fl
     return family
 
 
+def _exemplar_labels(span: TraceContext) -> dict[str, str]:
+    return {"trace_id": span.trace_id_hex, "span_id": span.span_id_hex}
+
+
 def _histogram(measured: Measurements) -> MetricFamily:
     metric = measured.metric
     family = HistogramMetricFamily(_prometheus_name(metric), metric.description, labels=_label_names(metric))
@@ -369,6 +392,6 @@ def _histogram(measured: Measurements) -> MetricFamily:
             if exemplar is None:
                 rows.append((told, below))
             else:
-                rows.append((told, below, Exemplar({"trace_id": exemplar[0]}, exemplar[1], exemplar[2])))
+                rows.append((told, below, Exemplar(_exemplar_labels(exemplar[0]), exemplar[1], exemplar[2])))
         family.add_metric(list(labels), rows, sum_value=buckets.total)
     return family

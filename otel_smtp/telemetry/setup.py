@@ -1,5 +1,6 @@
 """Telemetry, assembled from our own options and from what the OTEL_* variables ask for."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExport
 from otel_smtp.observing import Observer
 from otel_smtp.telemetry import environment
 from otel_smtp.telemetry.collector import Protocol, Signal, connect
-from otel_smtp.telemetry.environment import Environment, SignalExport
+from otel_smtp.telemetry.environment import Environment, Problem, SignalExport
 from otel_smtp.telemetry.exporting import Export, TraceExport
 from otel_smtp.telemetry.log_export import LogExportHandler
 from otel_smtp.telemetry.logs import AccessLog, StateLogger
@@ -161,13 +162,12 @@ def set_up(options: TelemetryOptions, environ: Mapping[str, str] | None = None) 
     """Set telemetry up.
 
     Args:
-        environ: with the OTEL_* variables; None: that of this process.
-
-    Raises:
-        TelemetrySettingError: an OTEL_* variable has an invalid value.
+        environ: with the OTEL_* variables; None: that of this process. Those that cannot be used count as unset.
     """
     asked = environment.read(environ, options.version)
     resource = environment.own_resource()
+    if asked.sdk_log_level is not None:
+        logging.getLogger("opentelemetry").setLevel(asked.sdk_log_level)
     if asked.is_disabled:
         counting = Metrics(
             open_connections=options.open_connections,
@@ -178,7 +178,7 @@ def set_up(options: TelemetryOptions, environ: Mapping[str, str] | None = None) 
         return Telemetry(counting, traces_to=asked.describe_traces())
     log_export = _log_export(asked.logs, resource, options.version)
     export = _trace_export(asked.traces, resource, options.version)
-    processors = [*options.processors, *_sdk_processors(asked.traces)]
+    processors = [*options.processors, *_sdk_processors(asked.traces, asked.problems)]
     access_log = AccessLog()
     listeners = [*options.listeners, *([access_log] if options.access_log and access_log.is_wanted() else [])]
     tracing = Tracing(
@@ -198,9 +198,12 @@ def set_up(options: TelemetryOptions, environ: Mapping[str, str] | None = None) 
         connections=options.upstream_connections,
         spool=options.spool,
         dropped=lambda: [lost for one in exports for lost in one.dropped()],
+        exemplars=asked.exemplars,
         resource=resource.attributes,
     )
-    metric_exports = _metric_exports(asked, MetricsReading(metrics, resource, options.version))
+    metric_exports = _metric_exports(
+        asked, lambda: MetricsReading(metrics, resource, options.version, asked.temporality)
+    )
     exports: list[TraceExport | Export[LogRecord] | MetricExport] = [*metric_exports]
     exports += [one for one in (export, log_export) if one is not None]
     telling = [StateTelling(tracing, StateLogger())] if options.state_events.in_log else []
@@ -231,21 +234,24 @@ def _log_export(logs: SignalExport, resource: Resource, version: str) -> Export[
     )
 
 
-def _metric_exports(asked: Environment, reading: MetricsReading) -> list[MetricExport]:
+def _metric_exports(asked: Environment, new_reading: Callable[[], MetricsReading]) -> list[MetricExport]:
     exports: list[MetricExport] = []
     settings, interval_seconds = asked.metrics.collector, asked.metrics_interval_seconds
     if settings is not None:
+        reading = new_reading()
         exports.append(
             MetricExport(
                 reading.read,
                 lambda: connect(settings),
+                settle=reading.settle,
                 interval_seconds=interval_seconds,
                 request_seconds=asked.metrics.batches.request_seconds,
                 address=settings.address,
             )
         )
     if asked.metrics.to_console:
-        exports.append(MetricExport(reading.read, None, interval_seconds=interval_seconds))
+        reading = new_reading()
+        exports.append(MetricExport(reading.read, None, settle=reading.settle, interval_seconds=interval_seconds))
     return exports
 
 
@@ -258,11 +264,13 @@ def _trace_export(traces: SignalExport, resource: Resource, version: str) -> Tra
     )
 
 
-def _sdk_processors(traces: SignalExport) -> list[SpanProcessor]:
+def _sdk_processors(traces: SignalExport, problems: Sequence[Problem]) -> list[SpanProcessor]:
     processors: list[SpanProcessor] = []
     if traces.to_console:
         processors.append(LazyProcessor(lambda: SimpleSpanProcessor(ConsoleSpanExporter())))
-    return processors + [_batching(_SDK_EXPORTERS[collector.protocol]()) for collector in traces.sdk_collectors]
+    return processors + [
+        _batching(_SDK_EXPORTERS[collector.protocol](), problems) for collector in traces.sdk_collectors
+    ]
 
 
 def _sdk_http_exporter() -> Callable[[], SpanExporter]:
@@ -281,5 +289,9 @@ def _sdk_grpc_exporter() -> Callable[[], SpanExporter]:
 _SDK_EXPORTERS: Final = {Protocol.HTTP: _sdk_http_exporter, Protocol.GRPC: _sdk_grpc_exporter}
 
 
-def _batching(make_exporter: Callable[[], SpanExporter]) -> SpanProcessor:
-    return LazyProcessor(lambda: BatchSpanProcessor(make_exporter()))
+def _batching(make_exporter: Callable[[], SpanExporter], problems: Sequence[Problem]) -> SpanProcessor:
+    def make() -> SpanProcessor:
+        with environment.without(problems):
+            return BatchSpanProcessor(make_exporter())
+
+    return LazyProcessor(make)

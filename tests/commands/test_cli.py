@@ -79,11 +79,16 @@ def test_wrong_use_is_exit_status_2_with_a_reason_on_stderr(arguments: list[str]
     assert "Traceback" not in result.stderr
 
 
-def test_an_otel_variable_that_cannot_be_followed_is_exit_status_2() -> None:
-    for command in ("check", "serve"):
-        result = run(command, "-u", "smtp://127.0.0.1:1", "-l", "127.0.0.1:0", OTEL_TRACES_EXPORTER="zipkin")
-        assert result.returncode == 2
-        assert "OTEL_TRACES_EXPORTER='zipkin'" in result.stderr
+@pytest.mark.parametrize("more", [[], ["--connect"]])
+def test_a_check_refuses_otel_variables_that_cannot_be_used(more: list[str]) -> None:
+    result = run(
+        *("check", "-u", "smtp://127.0.0.1:1", "-l", "127.0.0.1:0", *more),
+        OTEL_TRACES_EXPORTER="zipkin",
+        OTEL_BSP_SCHEDULE_DELAY="soon",
+    )
+    assert result.returncode == 2
+    assert "OTEL_TRACES_EXPORTER='zipkin': allowed is none, console, otlp" in result.stderr
+    assert "OTEL_BSP_SCHEDULE_DELAY='soon': allowed is a number above 0" in result.stderr
 
 
 def test_a_command_imports_no_other_command() -> None:

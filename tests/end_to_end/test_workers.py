@@ -72,6 +72,32 @@ def test_every_worker_exports_its_own_traces(
     assert len({span.trace_id for span in spans}) == 20
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_variables_that_cannot_be_used_stop_no_mail_and_are_named_once(
+    workers: int, upstream: CapturingUpstream, start: StartGateway
+) -> None:
+    wrong = {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": "collector:4318",
+        "OTEL_EXPORTER_OTLP_PROTOCOL": "http/json",
+        "OTEL_EXPORTER_OTLP_METRICS_TEMPORALITY_PREFERENCE": "weekly",
+        "OTEL_TRACES_SAMPLER": "parentbased_jaeger_remote",
+        "OTEL_TRACES_EXPORTER": "zipkin",
+        "OTEL_SDK_DISABLED": "1",
+        "OTEL_BSP_SCHEDULE_DELAY": "soon",
+        "OTEL_SPAN_EVENT_COUNT_LIMIT": "many",
+        "OTEL_PROPAGATORS": "b3",
+        "OTEL_CONFIG_FILE": "/nonexistent.yaml",
+        "OTEL_EXPORTER_OTLP_HEADERS": "sesame",
+    }
+    running = start({"upstream.url": upstream.url, "workers": workers}, wrong)
+    send(running.port)
+    assert running.stop() == 0
+    assert len(upstream.messages) == 1
+    told = [line["variable"] for line in running.log if line["event"] == "telemetry variable ignored"]
+    assert sorted(told) == sorted(wrong)
+    assert "sesame" not in running.stderr
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("uses_uvloop", [True, False], ids=["uvloop", "asyncio"])
 def test_a_signal_to_the_whole_process_group_is_one_signal(

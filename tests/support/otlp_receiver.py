@@ -34,7 +34,7 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import ExportM
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 from opentelemetry.proto.logs.v1.logs_pb2 import LogRecord
-from opentelemetry.proto.metrics.v1.metrics_pb2 import Metric
+from opentelemetry.proto.metrics.v1.metrics_pb2 import AGGREGATION_TEMPORALITY_DELTA, Metric
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 T = TypeVar("T")
@@ -152,6 +152,9 @@ class ReceivedPoint:
     buckets: list[int]
     bounds: list[float]
     exemplar_trace_ids: list[str]
+    exemplar_span_ids: list[str] = field(default_factory=list)
+    start_ns: int = 0
+    time_ns: int = 0
 
 
 @dataclass(frozen=True)
@@ -164,6 +167,7 @@ class ReceivedMetric:
     points: list[ReceivedPoint]
     resource: dict[str, Any]
     is_monotonic: bool = False
+    is_delta: bool = False
 
 
 @dataclass
@@ -578,6 +582,7 @@ def _metric(metric: Metric, resource: dict[str, Any]) -> ReceivedMetric:
         points=[_point(kind, point) for point in data.data_points],
         resource=resource,
         is_monotonic=kind == "sum" and data.is_monotonic,
+        is_delta=kind != "gauge" and data.aggregation_temporality == AGGREGATION_TEMPORALITY_DELTA,
     )
 
 
@@ -591,6 +596,9 @@ def _point(kind: str, point: Any) -> ReceivedPoint:
         buckets=list(point.bucket_counts) if is_histogram else [],
         bounds=list(point.explicit_bounds) if is_histogram else [],
         exemplar_trace_ids=[exemplar.trace_id.hex() for exemplar in point.exemplars],
+        exemplar_span_ids=[exemplar.span_id.hex() for exemplar in point.exemplars],
+        start_ns=point.start_time_unix_nano,
+        time_ns=point.time_unix_nano,
     )
 
 

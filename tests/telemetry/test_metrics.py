@@ -192,6 +192,22 @@ def test_measurements_name_a_trace_where_it_is_asked_for() -> None:
     assert all(len(trace_id) == 32 for trace_id in exemplars)
 
 
+@pytest.mark.parametrize(
+    ("environ", "has_exemplars"),
+    [
+        ({}, True),
+        ({"OTEL_METRICS_EXEMPLAR_FILTER": "always_off"}, False),
+        ({"OTEL_TRACES_SAMPLER": "always_off"}, False),
+        ({"OTEL_TRACES_SAMPLER": "always_off", "OTEL_METRICS_EXEMPLAR_FILTER": "always_on"}, True),
+    ],
+)
+def test_the_operator_says_which_measurements_name_a_span(environ: dict[str, str], has_exemplars: bool) -> None:
+    telemetry = set_up(TelemetryOptions(access_log=False), environ)
+    relay_a_mail(telemetry.observers)
+    page = telemetry.metrics_page(OPENMETRICS)[0].decode()
+    assert ("trace_id=" in page) == ("span_id=" in page) == has_exemplars
+
+
 def test_counting_does_not_settle_the_trace_before_the_application_named_its_own() -> None:
     telemetry = set_up(
         TelemetryOptions(access_log=False, policies={"local": InboundPolicy.PARENT}), {"OTEL_SDK_DISABLED": "false"}

@@ -15,7 +15,6 @@ from otel_smtp.commands.checks.findings import TIMEOUT_SECONDS, Finding
 from otel_smtp.observing import Endpoint
 from otel_smtp.telemetry import environment
 from otel_smtp.telemetry.collector import Answer, CollectorSettings, Protocol, Verdict, connect, tls_context
-from otel_smtp.telemetry.environment import TelemetrySettingError
 
 # RFC 9113 3.4: what an HTTP/2 client sends first, and an empty SETTINGS frame.
 _HTTP2_PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"
@@ -24,12 +23,10 @@ _NO_LOGIN: Final = ("401", "403", "UNAUTHENTICATED", "PERMISSION_DENIED")
 
 
 async def check_collectors(environ: Mapping[str, str] | None = None) -> AsyncIterator[Finding]:
-    """Check each collector that receives traces, metrics or logs."""
-    try:
-        asked = environment.read(environ)
-    except TelemetrySettingError as error:
-        yield Finding("failed", "collector", str(error))
-        return
+    """Check each collector that receives traces, metrics or logs, and the variables that say where they are."""
+    asked = environment.read(environ)
+    for problem in asked.problems:
+        yield Finding("failed", "collector", str(problem))
     is_checked = False
     for export in (asked.traces, asked.metrics, asked.logs):
         for settings in export.collectors:

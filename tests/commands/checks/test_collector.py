@@ -181,6 +181,6 @@ async def test_without_a_collector_nothing_is_dialled(environ: dict[str, str]) -
 
 
 async def test_a_wrong_variable_is_a_finding() -> None:
-    (finding,) = await findings({"OTEL_LOGS_EXPORTER": "syslog"})
+    finding, _ = await findings({"OTEL_LOGS_EXPORTER": "syslog"})
     assert finding.verdict == "failed"
     assert "OTEL_LOGS_EXPORTER='syslog'" in finding.detail
