@@ -4,7 +4,8 @@
   nobody knows whether the mail was delivered, and a second try might deliver it twice.
 * Before that, an upstream that gives no usable answer makes way for the next one.
 * One connection that dies says little about its upstream. So an upstream that is lost with a kept connection, or in the
-  middle of a transaction, is tried once more on a fresh one, before the next in order, and within the same attempt.
+  middle of a transaction, or that refuses MAIL for now on a kept one (it may count mails per connection), is tried once
+  more on a fresh one, before the next in order, and within the same attempt.
 
 What is done with a connection is not said here: see `delivery`.
 """
@@ -20,8 +21,10 @@ from typing import Any, Final
 from otel_smtp.forwarding.connection import UpstreamConnection
 from otel_smtp.forwarding.faults import (
     ConnectionLost,
+    CredentialsRefused,
     NoConnectionFree,
     OutOfStep,
+    Spent,
     TimedOut,
     Unsuitable,
     UpstreamFault,
@@ -67,6 +70,7 @@ class Attempts(ABC):
         "_mail",
         "_observer",
         "_opening",
+        "_put_off",
         "_record",
         "_retries_fresh",
         "_retries_same",
@@ -99,6 +103,7 @@ class Attempts(ABC):
         self.route: Sequence[Smarthost] = ()
         self._faults: list[UpstreamFault] = []
         self._tried_again: frozenset[Smarthost] = frozenset()
+        self._put_off: Reply | None = None  # a refusal on a connection that had served before; a fresh one is asked
         self._retries_same = False  # the next connection is one to the same upstream, within the same attempt
         self._retries_fresh = False  # and one that was not used before
         self._ticket: Ticket[UpstreamConnection] | None = None
@@ -181,19 +186,20 @@ class Attempts(ABC):
             logger.error("outcome of a delivery unknown", extra={"upstream": self._attempt.upstream})
             self._answer_for_all(replies.OUTCOME_UNKNOWN if isinstance(fault, ConnectionLost) else fault.reply)
             return
-        if (
-            was_connected
-            and isinstance(fault, ConnectionLost)
-            and not isinstance(fault, TimedOut)
-            and (self._was_reused or self._is_open)
-            and not self._is_aborted
-            and self._smarthost not in self._tried_again
-        ):
-            self._tried_again |= {self._smarthost}
-            self._retries_same = self._retries_fresh = True
-            self._let_go(answered=False)
-            self._next_attempt()
+        if was_connected and isinstance(fault, ConnectionLost) and not isinstance(fault, TimedOut):
+            if self._may_try_again and not self._is_aborted:
+                self._tried_again |= {self._smarthost}
+                self._retries_same = self._retries_fresh = True
+                self._put_off = fault.upstream_reply if isinstance(fault, Spent) else None
+                self._let_go(answered=False)
+                self._next_attempt()
+                return
+        elif not was_connected and self._put_off is not None and not self._is_aborted:
+            # There was no second connection; what it said on the first is its answer.
+            self._refused_by(self._put_off)
             return
+        if isinstance(fault, CredentialsRefused):
+            self._smarthost.credentials_refused(fault)
         self._end(Outcome.DEFERRED, fault.upstream_reply, fault.reply.error_type)
         self._faults.append(fault)
         if was_connected and fault.reply is replies.UPSTREAM_PROTOCOL:
@@ -201,6 +207,15 @@ class Attempts(ABC):
             self._answer_for_all(fault.reply)
         elif not self._is_aborted:
             self._next_attempt()
+
+    @property
+    def _may_try_again(self) -> bool:
+        """Whether the upstream at hand has a second chance for this mail: see the head of the module."""
+        return (self._was_reused or self._is_open) and self._smarthost not in self._tried_again
+
+    @abstractmethod
+    def _refused_by(self, refusal: Reply) -> None:
+        """Take what the upstream at hand said of the mail for its answer."""
 
     # The way along the upstreams --------------------------------------------------------------------------
 
@@ -249,7 +264,7 @@ class Attempts(ABC):
         attempt.is_reused = False
         attempt.phases.append((monotonic_ns(), DeliveryPhase.POOL, None))
         if ticket.decision is Decision.NONE:
-            raise NoConnectionFree("no connection is free, or the upstream is in backoff")
+            raise self._smarthost.no_connection()
         self._opening = self._smarthost.open(self._note_phase, self._opened)
 
     def _opened(self, connection: UpstreamConnection | None, fault: UpstreamFault | None) -> None:
@@ -292,10 +307,13 @@ class Attempts(ABC):
         """The reply to the client: rather that it may try again than that it may not."""
         faults = self._faults
         tried = [fault for fault in faults if not isinstance(fault, NoConnectionFree)] or faults
-        reply = next((fault.reply for fault in reversed(tried) if fault.reply.is_transient), None)
-        if reply is not None:
-            return reply
-        return tried[0].reply if tried else replies.UPSTREAM_UNAVAILABLE
+        passing = [fault for fault in reversed(tried) if fault.reply.is_transient]
+        if passing:
+            # What an upstream said, else what became of one that was reached.
+            said = next((fault for fault in passing if fault.upstream_reply is not None), None)
+            met = next((fault for fault in passing if fault.reply is not replies.UPSTREAM_UNAVAILABLE), passing[0])
+            return (said or met).told
+        return tried[0].told if tried else replies.UPSTREAM_UNAVAILABLE
 
     def _reclaimed(self) -> None:
         """The parked connection is another mail's; the work is begun once more when there is more of it."""

@@ -4,6 +4,7 @@ A mechanism is an object that answers challenges. It knows nothing of SMTP, and 
 """
 
 import asyncio
+import base64
 import re
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol, TypeVar
@@ -12,6 +13,7 @@ import scramp
 
 from otel_smtp.forwarding.settings import Credentials
 from otel_smtp.smtp import sasl
+from otel_smtp.smtp.replies import Reply
 
 T = TypeVar("T")
 
@@ -92,6 +94,24 @@ def _mechanism(name: str, credentials: Credentials) -> Mechanism:
             return _XOAuth2(credentials)
         case _:
             raise ValueError(f"unknown mechanism {name!r}")
+
+
+# Base64 or hexadecimal of some length: a token, or a secret that the upstream has encoded in its own way. Words have no
+# digits in them.
+_OPAQUE: Final = re.compile(r"(?=[A-Za-z+/_-]*[0-9=])[A-Za-z0-9+/_=-]{16,}")
+
+
+def without_secrets(reply: Reply, credentials: Credentials) -> Reply:
+    """`reply` fit to be shown: what we said of ourselves is taken out of its text, plain or encoded.
+
+    Servers repeat user names, and worse, in what they say to AUTH; yet their words tell an operator what to do.
+    """
+    name, password = credentials.username, credentials.password
+    secrets = [name, password, f"\0{name}\0{password}"]
+    secrets += [base64.b64encode(secret.encode()).decode() for secret in secrets]
+    words = "|".join(re.escape(secret) for secret in sorted(filter(None, secrets), key=len, reverse=True))
+    pattern = re.compile(words or "(?!)", re.IGNORECASE)
+    return reply.with_text(*(_OPAQUE.sub("[...]", pattern.sub("[...]", line)) for line in reply.lines))
 
 
 class _Plain:

@@ -18,6 +18,7 @@ from collections.abc import Set as AbstractSet
 from typing import Final
 
 from otel_smtp.forwarding import authentication
+from otel_smtp.forwarding.authentication import without_secrets
 from otel_smtp.forwarding.faults import ConnectFailed, ConnectionLost, OutOfStep, TimedOut, UpstreamFault
 from otel_smtp.forwarding.settings import Credentials, PoolLimits, ReplyLimits, Timeouts, UpstreamSettings
 from otel_smtp.net import Stream, connect, connect_unix
@@ -48,6 +49,7 @@ class UpstreamConnection:
         messages: transactions that were begun on it.
         opened_at, used_at: by the loop's clock; when it was opened, and released last.
         deadline: when the exchange under way fails, by the loop's clock; see `check_deadline`.
+        is_spent: no further transaction is begun on it.
         needs_reset: the last transaction was left open: RSET goes before the next MAIL, in the same group.
         round_trips: since it was opened, each wait for an answer to something that was sent.
         on_lost: called when the connection stops being alive between two exchanges.
@@ -64,6 +66,7 @@ class UpstreamConnection:
         "_timeouts",
         "deadline",
         "is_alive",
+        "is_spent",
         "messages",
         "needs_reset",
         "on_lost",
@@ -89,7 +92,7 @@ class UpstreamConnection:
             max_reply_line_octets=reply_limits.line_octets,
             max_reply_lines=reply_limits.lines,
         )
-        self.is_alive = False
+        self.is_alive = self.is_spent = False
         self.messages = 0
         self.opened_at = self.used_at = self._loop.time()
         self.deadline = math.inf
@@ -126,6 +129,7 @@ class UpstreamConnection:
         messages = self.messages
         return (
             self.is_alive
+            and not self.is_spent
             and messages < limits.messages
             and messages < self.protocol.extensions.limits.get("MAILMAX", limits.messages)
             and now - self.opened_at < limits.age_seconds
@@ -355,6 +359,8 @@ async def _connect(settings: UpstreamSettings, context: ssl.SSLContext | None) -
         )
     except ssl.SSLError as error:
         raise ConnectFailed(_tls_failure(error), replies.UPSTREAM_TLS) from error
+    except ConnectionResetError as error:  # somebody was there
+        raise ConnectFailed("connection lost before the greeting", replies.UPSTREAM_LOST) from error
     except OSError as error:  # TimeoutError, refused, no such name
         raise ConnectFailed(f"no connection: {type(error).__name__}") from error
 
@@ -388,7 +394,7 @@ async def _introduce(
     hostname: str,
     note: NotePhase,
 ) -> None:
-    greeting = (await connection.settled())[0].reply
+    greeting = await _answer(connection, DeliveryPhase.GREETING, note)
     note(DeliveryPhase.GREETING, greeting)
     if greeting.code != 220:
         # A 5yz here is about our configuration, not about anybody's mail: never passed on.
@@ -402,13 +408,45 @@ async def _introduce(
         await _authenticate(connection, settings, settings.credentials, note)
 
 
+async def _answer(
+    connection: UpstreamConnection,
+    phase: DeliveryPhase,
+    note: NotePhase,
+    shown: Callable[[Reply], Reply] = lambda reply: reply,
+) -> Reply:
+    """The answer to the one command that was queued.
+
+    Args:
+        shown: what others may see of it.
+
+    Raises:
+        UpstreamFault: there is none, or it is 421; that is noted as the answer of `phase`.
+    """
+    try:
+        return (await connection.settled())[0].reply
+    except UpstreamFault as fault:
+        if fault.upstream_reply is not None:
+            fault.upstream_reply = shown(fault.upstream_reply)
+            note(phase, fault.upstream_reply)
+        raise
+
+
 async def _hello(connection: UpstreamConnection, settings: UpstreamSettings, hostname: str, note: NotePhase) -> None:
     connection.protocol.send_hello(hostname)
-    reply = (await connection.settled())[0].reply
+    reply = await _answer(connection, DeliveryPhase.EHLO, note)
     # RFC 5321 3.2: a client falls back to HELO where EHLO is refused. LMTP has no such thing.
     if reply.is_permanent and not settings.is_lmtp:
-        connection.protocol.send_helo(hostname)
-        reply = (await connection.settled())[0].reply
+        refusal = reply
+        try:
+            connection.ensure_alive()
+            connection.protocol.send_helo(hostname)
+            reply = await _answer(connection, DeliveryPhase.EHLO, note)
+        except ConnectionLost as fault:
+            if fault.upstream_reply is not None:
+                raise
+            # It refused EHLO and hung up: that is what it has to say, not the silence after it.
+            note(DeliveryPhase.EHLO, refusal)
+            raise ConnectFailed("EHLO refused", upstream_reply=refusal) from fault
     note(DeliveryPhase.EHLO, reply)
     if not reply.is_positive:
         raise ConnectFailed("EHLO refused", upstream_reply=reply)
@@ -420,7 +458,7 @@ async def _start_tls(
     if not connection.extensions.starttls:
         raise ConnectFailed("STARTTLS is not offered", replies.UPSTREAM_TLS)
     connection.protocol.send_starttls()
-    reply = (await connection.settled())[0].reply
+    reply = await _answer(connection, DeliveryPhase.STARTTLS, note)
     if not reply.is_positive:
         note(DeliveryPhase.STARTTLS, reply)
         raise ConnectFailed("STARTTLS refused", replies.UPSTREAM_TLS, reply)
@@ -437,7 +475,7 @@ async def _start_tls(
     except ssl.SSLError as error:
         raise ConnectFailed(_tls_failure(error), replies.UPSTREAM_TLS) from error
     except OSError as error:
-        raise ConnectFailed("connection lost in the TLS handshake") from error
+        raise ConnectFailed("connection lost in the TLS handshake", replies.UPSTREAM_LOST) from error
     note(DeliveryPhase.STARTTLS, reply)
 
 
@@ -447,27 +485,27 @@ async def _authenticate(
     if connection.stream.tls is None and not _is_local(connection.stream):
         raise ConnectFailed("no credential goes over an unverified channel", replies.UPSTREAM_TLS)
     protocol = connection.protocol
+
+    def shown(reply: Reply) -> Reply:
+        return without_secrets(reply, credentials)
+
     try:
         mechanism = authentication.choose(settings.auth, protocol.extensions.auth, credentials)
         if mechanism is None:
-            raise ConnectFailed("no wanted AUTH mechanism is offered")
+            raise ConnectFailed("no wanted AUTH mechanism is offered", replies.UPSTREAM_LOGIN)
         protocol.send_auth(mechanism.name, await mechanism.initial_response())
-        reply = (await connection.settled())[0].reply
+        reply = await _answer(connection, DeliveryPhase.AUTH, note, shown)
         while reply.code < 400 and not reply.is_positive:
             protocol.send_auth_response(await mechanism.respond(challenge_of(reply)))
-            reply = (await connection.settled())[0].reply
+            reply = await _answer(connection, DeliveryPhase.AUTH, note, shown)
         if reply.is_positive:
             mechanism.check_success()
     except authentication.ExchangeFailed as error:
-        raise ConnectFailed(f"AUTH broken off: {error}") from error
-    note(DeliveryPhase.AUTH, _without_text(reply))
+        raise ConnectFailed(f"AUTH broken off: {error}", replies.UPSTREAM_LOGIN) from error
+    reply = shown(reply)
+    note(DeliveryPhase.AUTH, reply)
     if not reply.is_positive:
-        raise ConnectFailed("AUTH refused", upstream_reply=_without_text(reply))
-
-
-def _without_text(reply: Reply) -> Reply:
-    """`reply` with its codes alone: servers repeat user names, and worse, in what they say to AUTH."""
-    return reply.with_text("AUTH")
+        raise ConnectFailed("AUTH refused", replies.UPSTREAM_LOGIN, reply)
 
 
 def _is_local(stream: Stream) -> bool:

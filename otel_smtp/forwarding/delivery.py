@@ -19,12 +19,13 @@ from time import monotonic_ns
 from typing import Final
 
 from otel_smtp.forwarding.attempts import Attempts
+from otel_smtp.forwarding.authentication import without_secrets
 from otel_smtp.forwarding.base import MessageAnswered, RecipientsAnswered
 from otel_smtp.forwarding.connection import UpstreamConnection
 from otel_smtp.forwarding.content import Content
-from otel_smtp.forwarding.faults import OutOfStep, UpstreamFault
+from otel_smtp.forwarding.faults import ConnectionLost, CredentialsRefused, OutOfStep, Spent, UpstreamFault
 from otel_smtp.forwarding.settings import TracePolicy
-from otel_smtp.forwarding.verdicts import fold, outcome_of
+from otel_smtp.forwarding.verdicts import fold, is_about_credentials, outcome_of
 from otel_smtp.observing import DeliveryPhase, Observer, Outcome, TransactionRecord
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.client import Answer, Awaited
@@ -66,6 +67,7 @@ class Delivery(Attempts):
         "_header",
         "_judged",
         "_mail_refusal",
+        "_read",
         "_refusal",
         "_sent_octets",
         "_sent_pieces",
@@ -89,6 +91,7 @@ class Delivery(Attempts):
         self._delivered: MessageAnswered | None = None
         self._refusal: Reply | None = None  # the last one, of a recipient or of MAIL
         self._mail_refusal: Reply | None = None
+        self._read: dict[Recipient, Reply] = {}  # refusals that were read before the connection was lost
 
     # What a transaction asks ------------------------------------------------------------------------------
 
@@ -131,7 +134,8 @@ class Delivery(Attempts):
         self._stop()
         refusal = self._refusal
         if refusal is not None and not self.accepted and self._is_connected:
-            self._end(outcome_of(refusal), refusal, refusal.error_type, answered=True)
+            error_type = ErrorType.UPSTREAM_AUTH if is_about_credentials(refusal) else refusal.error_type
+            self._end(outcome_of(refusal), refusal, error_type, answered=True)
         else:
             self._end(Outcome.ABORTED, None, None)
 
@@ -158,19 +162,46 @@ class Delivery(Attempts):
 
     def _cut_short(self, answers: list[Answer], fault: UpstreamFault) -> None:
         """The answers ended early; what is known of the message all the same counts."""
-        if self.has_ended_content:
-            verdicts = [reply for verb, reply in answers if verb is Awaited.CONTENT]
-            if answers and answers[-1].reply.code == 421:
-                # LMTP: some recipients may have got it before.
-                if any(verdict.is_positive for verdict in verdicts):
-                    self._conclude(replies.SOME_RECIPIENTS_REFUSED, verdicts)
-                    return
-                self.has_ended_content = False
-            elif (refusal := _refusal(answers)) is not None:
-                # The only recipient was refused: whatever came of the content, nobody got it.
-                self._conclude(refusal, verdicts)
+        if answers and answers[-1].reply.code == 421:
+            answers = answers[:-1]
+            said_goodbye = True
+        else:
+            said_goodbye = False
+        if not isinstance(fault, ConnectionLost):
+            if self.has_ended_content and (refusal := _refusal(answers)) is not None:
+                self._conclude(refusal)
                 return
+            raise fault
+        if answers and answers[0].verb is Awaited.RSET:
+            answers = answers[1:]
+        verdicts = [reply for verb, reply in answers if verb is Awaited.CONTENT]
+        if verdicts:
+            # LMTP: these are known. Of the others nobody knows, or 421 says that they do not have it.
+            rest = fault.told if said_goodbye else replies.OUTCOME_UNKNOWN
+            verdicts += [rest] * (len(self.accepted) - len(verdicts))
+            self._conclude(fold(verdicts), verdicts)
+            return
+        refusal = _refusal(answers)
+        if self._delivered is not None and refusal is not None and self._work is Delivery._burst:
+            # Whatever comes behind it, the message is refused, and nobody got it.
+            self._refused_in_burst(answers)
+            return
+        if self._work is Delivery._put and not self._is_open and answers:
+            if answers[0].reply.code >= 400:
+                self._sender_refused(answers[0].reply)
+                return
+            self._keep_refusals(answers[1 + len(self.accepted) :])
+        elif self._work is Delivery._put:
+            self._keep_refusals(answers)
+        if said_goodbye:
+            self.has_ended_content = False
         raise fault
+
+    def _keep_refusals(self, answers: Sequence[Answer]) -> None:
+        """Note who was refused, for the case that nobody can be asked again."""
+        for recipient, (_, verdict) in zip(self._asked, answers, strict=False):
+            if verdict.code >= 400:
+                self._read[recipient] = self._as_told(verdict)
 
     def _check_reset(self, reply: Reply) -> None:
         if reply.code >= 400:
@@ -183,9 +214,37 @@ class Delivery(Attempts):
         judged, self._judged = self._judged, None
         delivered, self._delivered = self._delivered, None
         if judged is not None:
-            judged([reply] * len(self._asked))
+            judged([self._read.get(recipient, reply) for recipient in self._asked])
         elif delivered is not None:
             delivered(reply, ())
+
+    def _refused_by(self, refusal: Reply) -> None:
+        """MAIL was refused: so is whatever is asked."""
+        self._refusal = self._mail_refusal = refusal
+        self._end(outcome_of(refusal), refusal, refusal.error_type, answered=True)
+        self._answer_for_all(refusal)
+
+    def _as_told(self, refusal: Reply) -> Reply:
+        """A refusal as the client is told it: what is about our credentials is not about the mail."""
+        if refusal.code < 530 or not is_about_credentials(refusal):
+            return refusal
+        fault = CredentialsRefused(self._without_secrets(refusal))
+        self._smarthost.credentials_refused(fault)
+        return fault.told
+
+    def _without_secrets(self, refusal: Reply) -> Reply:
+        credentials = self._smarthost.settings.credentials
+        return refusal if credentials is None else without_secrets(refusal, credentials)
+
+    def _check_sender_refusal(self, refusal: Reply) -> None:
+        """Raise what makes a refusal of MAIL no answer to the mail."""
+        if is_about_credentials(refusal):
+            self.has_ended_content = False
+            raise CredentialsRefused(self._without_secrets(refusal))
+        if refusal.is_transient and self._was_reused and self._may_try_again:
+            self.has_ended_content = False
+            self._connection.is_spent = True
+            raise Spent("MAIL refused on a connection that has served before", upstream_reply=refusal)
 
     # The transparent way ----------------------------------------------------------------------------------
 
@@ -217,6 +276,8 @@ class Delivery(Attempts):
                 self.accepted.append(recipient)
             else:
                 self._refusal = verdict
+                if verdict.code >= 530:
+                    verdicts[-1] = self._as_told(verdict)
         judged, self._judged = self._judged, None
         if judged is not None:
             # The connection is left alone until the client says something: it may be taken away meanwhile.
@@ -225,11 +286,10 @@ class Delivery(Attempts):
             judged(verdicts)
 
     def _sender_refused(self, refusal: Reply) -> None:
+        self._check_sender_refusal(refusal)
         if self.accepted:
-            raise UpstreamFault("a sender that another upstream had accepted is refused")
-        self._refusal = self._mail_refusal = refusal
-        self._end(outcome_of(refusal), refusal, refusal.error_type, answered=True)
-        self._answer_for_all(refusal)
+            raise UpstreamFault("a sender that another upstream had accepted is refused", upstream_reply=refusal)
+        self._refused_by(refusal)
 
     def _send(self) -> None:
         if not self._is_open:
@@ -245,6 +305,8 @@ class Delivery(Attempts):
             self._ask_for_content()
 
     def _reopened(self, answers: list[Answer]) -> None:
+        if answers[0].reply.code >= 400:
+            self._check_sender_refusal(answers[0].reply)
         _check_accepted_before(answers)
         self._is_open = True
         self._send()
@@ -284,13 +346,21 @@ class Delivery(Attempts):
             if last.verb is Awaited.DATA and last.reply.code < 400:
                 self._take_back_data(refusal)
             else:
-                self._conclude(refusal)
+                self._refused_in_burst(answers)
         elif last.verb is Awaited.DATA:
             self._data_answered([last])
         elif self._connection.protocol.extensions.chunking:
             self._write()
         else:
             self._ask_for_content()
+
+    def _refused_in_burst(self, answers: Sequence[Answer]) -> None:
+        """MAIL or a recipient was refused, and with it the message."""
+        refusal = _refusal(answers)
+        assert refusal is not None
+        if answers[0].reply.code >= 400:
+            self._check_sender_refusal(refusal)
+        self._conclude(refusal)
 
     def _take_back_data(self, refusal: Reply) -> None:
         """Get out of a DATA that was answered with 354 although the message must not be sent."""
@@ -425,16 +495,21 @@ class Delivery(Attempts):
         if len(answers) == 1:
             self._conclude(answers[0].reply)
             return
+        if _refusal(answers) is not None:
+            self._refused_in_burst(answers)
+            return
         verdicts = [reply for verb, reply in answers if verb is Awaited.CONTENT]
-        self._conclude(_refusal(answers) or fold(verdicts), verdicts)
+        self._conclude(fold(verdicts), verdicts)
 
     # The end of an attempt --------------------------------------------------------------------------------
 
     def _conclude(self, reply: Reply, verdicts: Sequence[Reply] = ()) -> None:
         """The message has its reply."""
+        own = reply if reply.error_type in (None, ErrorType.UPSTREAM_REFUSED) else None
         if reply.code < 400:
             self._connection.needs_reset = False
-        own = reply if reply.error_type in (None, ErrorType.UPSTREAM_REFUSED) else None
+        elif reply.code >= 530:
+            reply = self._as_told(reply)
         outcome = Outcome.RELAYED if reply.code < 400 else outcome_of(reply)
         self._end(outcome, own, reply.error_type, answered=True)
         delivered, self._delivered = self._delivered, None
@@ -466,5 +541,6 @@ def _refusal(answers: Sequence[Answer]) -> Reply | None:
 
 
 def _check_accepted_before(answers: Sequence[Answer]) -> None:
-    if any(reply.code >= 400 for _, reply in answers):
-        raise UpstreamFault("what another upstream had accepted is refused")
+    for _, reply in answers:
+        if reply.code >= 400:
+            raise UpstreamFault("what another upstream had accepted is refused", upstream_reply=reply)

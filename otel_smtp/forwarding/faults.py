@@ -5,24 +5,37 @@ that this upstream, on this connection, gave no usable answer; the next one may 
 message has not been sent.
 """
 
+from typing import ClassVar
+
 from otel_smtp.smtp import replies
+from otel_smtp.smtp.client import MAX_KEPT_CHARACTERS
 from otel_smtp.smtp.replies import Reply
 
 
 class UpstreamFault(Exception):
     """An upstream could not be used.
 
+    Args:
+        reply: what the client is told where the upstream said nothing; None: what the class says.
+
     Attributes:
-        reply: the reply to the client if no other upstream is left.
+        reply: the reply to the client if no other upstream is left, without the upstream's words: see `told`.
         upstream_reply: the upstream's own reply that caused it, if it gave one.
     """
 
-    def __init__(
-        self, what: str, reply: Reply = replies.UPSTREAM_UNAVAILABLE, upstream_reply: Reply | None = None
-    ) -> None:
+    usual: ClassVar[Reply] = replies.UPSTREAM_UNAVAILABLE
+
+    def __init__(self, what: str, reply: Reply | None = None, upstream_reply: Reply | None = None) -> None:
         super().__init__(what)
+        if reply is None:
+            reply = self.usual if upstream_reply is None else replies.UPSTREAM_REFUSES
         self.reply = reply
         self.upstream_reply = upstream_reply
+
+    @property
+    def told(self) -> Reply:
+        """`reply`, with the upstream's code and words where it gave any."""
+        return quoting(self.reply, self.upstream_reply)
 
 
 class ConnectFailed(UpstreamFault):
@@ -37,12 +50,29 @@ class NoConnectionFree(UpstreamFault):
     """The pool had none: all were busy for too long, or the upstream is in backoff. Nothing was tried."""
 
 
+class CredentialsRefused(UpstreamFault):
+    """It asks for credentials in the middle of a transaction, or does not accept ours any more."""
+
+    usual = replies.UPSTREAM_CREDENTIALS
+
+    def __init__(self, upstream_reply: Reply) -> None:
+        super().__init__("credentials refused", replies.UPSTREAM_CREDENTIALS, upstream_reply)
+
+
 class ConnectionLost(UpstreamFault):
     """It went away, or said 421."""
+
+    usual = replies.UPSTREAM_LOST
+
+
+class Spent(ConnectionLost):
+    """It refuses MAIL for now on a connection that has served before; it may take it on another one."""
 
 
 class TimedOut(ConnectionLost):
     """It stayed silent for too long, or took no more content."""
+
+    usual = replies.UPSTREAM_SILENT
 
 
 class OutOfStep(UpstreamFault):
@@ -50,3 +80,10 @@ class OutOfStep(UpstreamFault):
 
     def __init__(self, what: str) -> None:
         super().__init__(what, replies.UPSTREAM_PROTOCOL)
+
+
+def quoting(own: Reply, said: Reply | None) -> Reply:
+    """Our own reply, with what an upstream said behind it."""
+    if said is None:
+        return own
+    return own.with_text(f"{own.text}: {said}"[:MAX_KEPT_CHARACTERS])

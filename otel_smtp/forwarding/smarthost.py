@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Final
 
 from otel_smtp.forwarding.connection import NotePhase, UpstreamConnection, open_connection
-from otel_smtp.forwarding.faults import ConnectFailed, NoConnectionFree, UpstreamFault
+from otel_smtp.forwarding.faults import ConnectFailed, CredentialsRefused, NoConnectionFree, UpstreamFault
 from otel_smtp.forwarding.pool import Decision, Pool, PoolSnapshot, Ticket
 from otel_smtp.forwarding.settings import UpstreamSettings
 from otel_smtp.forwarding.tls import UpstreamTlsContext
@@ -37,6 +37,7 @@ class Smarthost:
         heard_at: when it last was of use, a connection or an answer; the loop's clock; None: never.
         unpark: `unpark(connection)`: go on with a connection that was left alone by `park`.
         failed_at, failure: when a connection to it last failed, and what became of it, in a word; None: never.
+        last_fault: likewise, with what it said.
 
     Raises:
         OSError: a file of its TLS settings cannot be read.
@@ -55,6 +56,7 @@ class Smarthost:
         "failed_at",
         "failure",
         "heard_at",
+        "last_fault",
         "settings",
         "unpark",
     )
@@ -66,6 +68,7 @@ class Smarthost:
         self.heard_at: float | None = None
         self.failed_at: float | None = None
         self.failure: str | None = None
+        self.last_fault: UpstreamFault | None = None
         self._hostname = hostname
         self._context: ssl.SSLContext | None = None
         if settings.tls is not TlsMode.OFF:
@@ -169,7 +172,7 @@ class Smarthost:
         ticket = self.ask()
         if ticket.decision is not Decision.OPEN:
             self.withdraw(ticket)
-            raise NoConnectionFree("no connection is free, or the upstream is in backoff")
+            raise self.no_connection()
         try:
             return await self._open(note)
         except asyncio.CancelledError:
@@ -233,15 +236,8 @@ class Smarthost:
         try:
             connection = await open_connection(self.settings, self._context, self._hostname, note)
         except ConnectFailed as fault:
-            self.failed_at, self.failure = self._loop.time(), str(fault.reply.error_type)
-            logger.warning(
-                "no connection to the upstream",
-                extra={
-                    **self._named,
-                    "fault": str(fault),
-                    "code": fault.upstream_reply.code if fault.upstream_reply is not None else None,
-                },
-            )
+            self._note(fault)
+            logger.warning("no connection to the upstream", extra={**self._named, **_told(fault)})
             self._pool.failed(self._loop.time())
             raise
         except Exception:
@@ -254,6 +250,25 @@ class Smarthost:
         self.extensions = connection.extensions
         self._pool.opened()
         return connection
+
+    def credentials_refused(self, fault: CredentialsRefused) -> None:
+        """It refused a mail for what the operator has to mend."""
+        assert self._loop is not None
+        self._note(fault)
+        logger.error("upstream refuses our credentials", extra={**self._named, **_told(fault)})
+
+    def _note(self, fault: UpstreamFault) -> None:
+        assert self._loop is not None
+        # Without what led to it: that would keep frames alive, and with them a mail.
+        self.last_fault = UpstreamFault(str(fault), fault.reply, fault.upstream_reply)
+        self.failed_at, self.failure = self._loop.time(), str(fault.reply.error_type)
+
+    def no_connection(self) -> NoConnectionFree:
+        """Why a ticket came to nothing: an upstream in backoff has said why it is, or its silence did."""
+        last = self.last_fault
+        if self.retry_at is not None and last is not None:
+            return NoConnectionFree("the upstream is in backoff", last.reply, last.upstream_reply)
+        return NoConnectionFree("no connection is free", replies.UPSTREAM_BUSY)
 
     def _lost(self, connection: UpstreamConnection) -> None:
         assert self._loop is not None
@@ -268,6 +283,16 @@ class Smarthost:
     @property
     def _named(self) -> dict[str, object]:
         return {"upstream": self.settings.name}
+
+
+def _told(fault: UpstreamFault) -> dict[str, object]:
+    """What log lines say of a fault."""
+    said = fault.upstream_reply
+    return {
+        "fault": str(fault),
+        "code": said.code if said is not None else None,
+        "reply": str(said) if said is not None else None,
+    }
 
 
 def _note_nothing(phase: DeliveryPhase, reply: Reply | None) -> None:

@@ -1,12 +1,15 @@
 """What follows from what an upstream offers, and from what it answers: for one mail, as pure functions."""
 
 from collections.abc import Sequence
+from typing import Final
 
+from otel_smtp.forwarding.faults import quoting
 from otel_smtp.observing import Outcome
 from otel_smtp.smtp import replies
+from otel_smtp.smtp.client import MAX_KEPT_CHARACTERS
 from otel_smtp.smtp.envelope import Body, Mail
 from otel_smtp.smtp.extensions import Extensions
-from otel_smtp.smtp.replies import Reply
+from otel_smtp.smtp.replies import ErrorType, Reply
 
 
 def missing_extension(mail: Mail, extensions: Extensions, *, is_tls: bool) -> Reply | None:
@@ -29,20 +32,47 @@ def missing_extension(mail: Mail, extensions: Extensions, *, is_tls: bool) -> Re
     return None
 
 
+_ABOUT_CREDENTIALS: Final = frozenset({530, 534, 535, 538})
+
+
+def is_about_credentials(reply: Reply) -> bool:
+    """Whether a refusal says that the gateway has to log in, or to log in otherwise (RFC 4954 6).
+
+    Nothing is wrong with the mail then: to pass it on as 5yz would tell the client to give the mail up.
+    """
+    return reply.code in _ABOUT_CREDENTIALS
+
+
 def outcome_of(refusal: Reply) -> Outcome:
     """How an attempt ended that was refused."""
-    return Outcome.DEFERRED if refusal.is_transient else Outcome.REFUSED
+    if refusal.error_type is ErrorType.OUTCOME_UNKNOWN:
+        return Outcome.UNKNOWN
+    return Outcome.DEFERRED if refusal.is_transient or is_about_credentials(refusal) else Outcome.REFUSED
 
 
 def fold(verdicts: Sequence[Reply]) -> Reply:
-    """One reply for what LMTP answers once for each recipient.
+    """One final reply for what was answered for each recipient of a message, in their order.
 
-    All accepted: the first. All refused: one that lets the client try again, if there is one. Some of both: 4yz, so
-    that the client keeps the mail. Those who have it already get it twice, and nobody loses it.
+    All accepted: the first. None accepted: a refusal that lets the client try again, if there is one. Some of both says
+    for how many, as a client that is told nothing of single recipients must not take it for success: 451 where another
+    try may help one of the others (those who have it may get it twice then), else the first refusal's code and words,
+    so that nobody gets a copy with each of many tries.
     """
     refusals = [reply for reply in verdicts if reply.code >= 400]
     if not refusals:
         return verdicts[0]
-    if len(refusals) < len(verdicts):
-        return replies.SOME_RECIPIENTS_REFUSED
-    return next((reply for reply in refusals if reply.is_transient), refusals[0])
+    unknown = next((reply for reply in refusals if reply.error_type is ErrorType.OUTCOME_UNKNOWN), None)
+    passing = unknown or next((reply for reply in refusals if reply.is_transient), None)
+    if len(refusals) == len(verdicts):
+        return passing or refusals[0]
+    count = f"taken for {len(verdicts) - len(refusals)} of {len(verdicts)} recipients"
+    if unknown is not None:
+        return _with_behind(unknown, count)
+    if passing is not None:
+        return quoting(replies.SOME_RECIPIENTS_DEFERRED.with_text(f"Message {count}"), passing)
+    return _with_behind(refusals[0], count)
+
+
+def _with_behind(reply: Reply, remark: str) -> Reply:
+    *lines, last = reply.lines
+    return reply.with_text(*lines, f"{last[: MAX_KEPT_CHARACTERS - len(remark) - 3]} ({remark})".lstrip())

@@ -29,6 +29,7 @@ class ErrorType(StrEnum):
     PROTOCOL = "protocol"  # smuggling, injection, early talker
     UPSTREAM_REFUSED = "upstream_refused"  # the upstream's own 4xx or 5xx, passed on
     UPSTREAM_UNAVAILABLE = "upstream_unavailable"  # no upstream could be asked
+    UPSTREAM_AUTH = "upstream_auth"  # the upstream refuses our credentials, or wants some
     UPSTREAM_TLS = "upstream_tls"  # the upstream's TLS could not be had or trusted
     UPSTREAM_PROTOCOL = "upstream_protocol"  # the upstream's reply made no sense
     OUTCOME_UNKNOWN = "outcome_unknown"  # lost between our final dot and its reply
@@ -204,6 +205,20 @@ INTERNAL: Final = _reply(451, "4.3.0", "Internal error, try again later", ErrorT
 UPSTREAM_UNAVAILABLE: Final = _reply(
     451, "4.4.1", "No upstream can be reached, try again later", ErrorType.UPSTREAM_UNAVAILABLE
 )
+UPSTREAM_REFUSES: Final = _reply(451, "4.4.1", "The upstream refuses service", ErrorType.UPSTREAM_UNAVAILABLE)
+UPSTREAM_LOST: Final = _reply(
+    451, "4.4.1", "The upstream closed the connection, try again later", ErrorType.UPSTREAM_UNAVAILABLE
+)
+UPSTREAM_SILENT: Final = _reply(
+    451, "4.4.1", "The upstream did not answer in time, try again later", ErrorType.UPSTREAM_UNAVAILABLE
+)
+UPSTREAM_BUSY: Final = _reply(
+    451, "4.4.1", "All connections to the upstream are busy, try again later", ErrorType.UPSTREAM_UNAVAILABLE
+)
+UPSTREAM_CREDENTIALS: Final = _reply(
+    451, "4.7.0", "The upstream does not accept this gateway's credentials", ErrorType.UPSTREAM_AUTH
+)
+UPSTREAM_LOGIN: Final = _reply(451, "4.4.1", "Login to the upstream failed", ErrorType.UPSTREAM_AUTH)
 OUTCOME_UNKNOWN: Final = _reply(
     451, "4.4.2", "Connection to the upstream lost, outcome unknown", ErrorType.OUTCOME_UNKNOWN
 )
@@ -212,8 +227,8 @@ UPSTREAM_TLS: Final = _reply(451, "4.7.5", "The upstream's TLS could not be veri
 OTHER_ROUTE: Final = _reply(
     451, "4.5.3", "Another upstream serves this recipient, send it in its own transaction", ErrorType.LIMIT
 )
-SOME_RECIPIENTS_REFUSED: Final = _reply(
-    451, "4.2.0", "Not delivered to all recipients, try again later", ErrorType.UPSTREAM_REFUSED
+SOME_RECIPIENTS_DEFERRED: Final = _reply(
+    451, "4.2.0", "Message not taken for all recipients, try again later", ErrorType.UPSTREAM_REFUSED
 )
 STORAGE_FULL: Final = _reply(452, "4.3.1", "Insufficient storage, try again later", ErrorType.STORAGE)
 STORAGE_FAILED: Final = _reply(451, "4.3.0", "Storage failed, try again later", ErrorType.STORAGE)

@@ -1,6 +1,7 @@
 """Opening a connection to an upstream: TLS that is verified or not used, and AUTH that goes nowhere else."""
 
 import asyncio
+import base64
 import datetime
 import ssl
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ import trustme
 
 from otel_smtp.forwarding.authentication import MAX_ITERATIONS, ExchangeFailed, choose
 from otel_smtp.forwarding.connection import UpstreamConnection, introduce, open_connection
-from otel_smtp.forwarding.faults import ConnectFailed
+from otel_smtp.forwarding.faults import ConnectFailed, quoting
 from otel_smtp.forwarding.settings import Credentials, Timeouts, UpstreamSettings
 from otel_smtp.forwarding.tls import UpstreamTlsContext
 from otel_smtp.observing import DeliveryPhase, Endpoint
@@ -20,7 +21,7 @@ from otel_smtp.smtp.replies import Reply
 from otel_smtp.smtp.states import TlsMode
 from tests.support.deliveries import phases_of
 from tests.support.fake_stream import FakeStream
-from tests.support.relaying import QUICK, relay, relaying
+from tests.support.relaying import QUICK, relay, relaying, said_by
 from tests.support.upstream import EXTENSIONS, Fault, Kind, Phase, ScriptedUpstream
 from tests.support.waiting import until
 
@@ -129,7 +130,7 @@ async def test_a_flawed_certificate_gets_no_credential_and_no_mail(
     ):
         relayed = await relay(forwarder)
         # A server that finds no common version just closes, and then nobody knows why.
-        assert relayed.told is (replies.UPSTREAM_UNAVAILABLE if flaw == "tls 1.1" else replies.UPSTREAM_TLS)
+        assert relayed.told is (replies.UPSTREAM_LOST if flaw == "tls 1.1" else replies.UPSTREAM_TLS)
         assert upstream.kept == []
         assert set(upstream.verbs) <= {"EHLO", "STARTTLS"}
 
@@ -147,7 +148,7 @@ async def test_the_systems_authorities_are_asked_where_none_is_given(authority: 
         (False, None, replies.UPSTREAM_TLS),  # STRIPTLS: the keyword is gone
         (True, Fault(Kind.REFUSE, b"454 4.7.0 not now\r\n"), replies.UPSTREAM_TLS),
         (True, Fault(Kind.REFUSE, b"554 5.7.0 never\r\n"), replies.UPSTREAM_TLS),
-        (True, Fault(Kind.CLOSE), replies.UPSTREAM_UNAVAILABLE),
+        (True, Fault(Kind.CLOSE), replies.UPSTREAM_LOST),
         (True, Fault(Kind.GARBAGE), replies.UPSTREAM_PROTOCOL),
         (True, Fault(Kind.TWICE), replies.UPSTREAM_PROTOCOL),
     ],
@@ -161,7 +162,7 @@ async def test_starttls_that_is_not_to_be_had_is_never_done_without(
     async with ScriptedUpstream(tls=context if offers else None, users=USERS, faults=faults) as upstream:
         settings = secured(upstream, ca_file, tls=TlsMode.STARTTLS)
         async with relaying(settings) as forwarder:
-            assert (await relay(forwarder)).told is told
+            assert (await relay(forwarder)).told == quoting(told, said_by(fault))
         assert upstream.kept == []
         assert set(upstream.verbs) <= {"EHLO", "STARTTLS", "QUIT"}
 
@@ -274,17 +275,25 @@ async def test_a_refused_password_is_our_configurations_fault_and_is_not_repeate
     mechanism: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     wrong = Credentials("relay", "wr0ng")
-    async with ScriptedUpstream(users=USERS, mechanisms=(mechanism,)) as upstream:
+    encoded = base64.b64encode(b"\0relay\0wr0ng").decode()
+    refusal = f"535 5.7.8 no Relay ({encoded}) with wr0ng, Tenant says AuthenticationUnsuccessful\r\n".encode()
+    async with ScriptedUpstream(users=USERS, mechanisms=(mechanism,), auth_refusal=refusal) as upstream:
         settings = UpstreamSettings("up", "127.0.0.1", upstream.port, credentials=wrong, timeouts=QUICK)
         async with relaying(settings) as forwarder:
             relayed = await relay(forwarder)
-            assert relayed.told is replies.UPSTREAM_UNAVAILABLE
-            reply = relayed.seen.deliveries[0].reply
-            assert reply is None or reply.wire == b"535 5.7.8 AUTH\r\n"  # its text is for nobody
+            if relayed.seen.deliveries[0].reply is None:
+                assert mechanism == "SCRAM-SHA-256"  # it is broken off: the upstream proves nothing
+                assert relayed.told is replies.UPSTREAM_LOGIN
+            else:
+                # Its words are told, but for what we said of ourselves.
+                words = "535 5.7.8 no [...] ([...]) with [...], Tenant says AuthenticationUnsuccessful"
+                assert relayed.told.wire == f"451 4.4.1 Login to the upstream failed: {words}\r\n".encode()
+                assert str(relayed.seen.deliveries[0].reply) == words
+                assert words in repr([one.__dict__ for one in caplog.records])
         assert upstream.verbs.count("AUTH") == 1
         assert upstream.kept == []
     assert "wr0ng" not in caplog.text
-    assert "secret-user" not in caplog.text + repr(settings)
+    assert "wr0ng" not in repr(settings) + repr([one.__dict__ for one in caplog.records])
 
 
 @pytest.mark.parametrize("offered", [(), ("CRAM-MD5",)])
@@ -293,7 +302,7 @@ async def test_no_wanted_mechanism_means_no_mail(offered: Sequence[str]) -> None
     async with ScriptedUpstream(users=users, mechanisms=offered) as upstream:
         settings = UpstreamSettings("up", "127.0.0.1", upstream.port, credentials=SECRET, timeouts=QUICK)
         async with relaying(settings) as forwarder:
-            assert (await relay(forwarder)).told is replies.UPSTREAM_UNAVAILABLE
+            assert (await relay(forwarder)).told is replies.UPSTREAM_LOGIN
         assert upstream.kept == []
 
 
@@ -331,7 +340,7 @@ async def test_xoauth2_renews_a_refused_token() -> None:
     async with ScriptedUpstream(tokens={"relay": "new"}, mechanisms=("PLAIN", "XOAUTH2")) as upstream:
         settings = UpstreamSettings("up", "127.0.0.1", upstream.port, credentials=credentials, timeouts=QUICK)
         async with relaying(settings) as forwarder:
-            assert (await relay(forwarder)).told is replies.UPSTREAM_UNAVAILABLE
+            assert (await relay(forwarder)).told.text.startswith(replies.UPSTREAM_LOGIN.text + ": 535")
             assert tokens.invalidated == 1
             assert (await relay(forwarder)).told.code == 250
             assert upstream.kept[0].user == "relay"
@@ -342,7 +351,7 @@ async def test_no_token_means_no_mail() -> None:
         async with ScriptedUpstream(tokens={"relay": "x"}, mechanisms=("XOAUTH2",)) as upstream:
             settings = UpstreamSettings("up", "127.0.0.1", upstream.port, credentials=credentials, timeouts=QUICK)
             async with relaying(settings) as forwarder:
-                assert (await relay(forwarder)).told is replies.UPSTREAM_UNAVAILABLE
+                assert (await relay(forwarder)).told is replies.UPSTREAM_LOGIN
             assert "AUTH" not in upstream.verbs
 
 

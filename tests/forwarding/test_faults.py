@@ -15,6 +15,7 @@ import pytest
 
 from otel_smtp.forwarding import breaker, delivery, pool
 from otel_smtp.forwarding.breaker import BreakerState
+from otel_smtp.forwarding.faults import quoting
 from otel_smtp.forwarding.settings import MEMORY_LIMIT_OCTETS, PoolLimits, Strategy, Timeouts, UpstreamSettings
 from otel_smtp.observing import DeliveryPhase, Outcome
 from otel_smtp.smtp import replies
@@ -30,6 +31,7 @@ from tests.support.relaying import (
     both_strategies,
     relay,
     relaying,
+    said_by,
     settings,
     without,
 )
@@ -68,13 +70,14 @@ BROKEN_REPLIES = (Kind.GARBAGE, Kind.ENDLESS_LINE, Kind.ENDLESS_LINES)
 LOST = (Kind.CLOSE, Kind.RESET, Kind.STALL)
 # Phase and kind, for a new connection, with what is told when there is no other upstream.
 BEFORE_MAIL = [
-    *((phase, kind, replies.UPSTREAM_UNAVAILABLE) for phase in (Phase.GREETING, Phase.EHLO) for kind in LOST),
-    *((phase, Kind.GOODBYE, replies.UPSTREAM_UNAVAILABLE) for phase in (Phase.GREETING, Phase.EHLO)),
-    *((phase, Kind.REFUSE, replies.UPSTREAM_UNAVAILABLE) for phase in (Phase.GREETING, Phase.EHLO)),
+    *((phase, kind, replies.UPSTREAM_LOST) for phase in (Phase.GREETING, Phase.EHLO) for kind in LOST[:2]),
+    *((phase, Kind.STALL, replies.UPSTREAM_SILENT) for phase in (Phase.GREETING, Phase.EHLO)),
+    *((phase, Kind.GOODBYE, replies.UPSTREAM_REFUSES) for phase in (Phase.GREETING, Phase.EHLO)),
+    *((phase, Kind.REFUSE, replies.UPSTREAM_REFUSES) for phase in (Phase.GREETING, Phase.EHLO)),
     *((phase, kind, replies.UPSTREAM_PROTOCOL) for phase in (Phase.GREETING, Phase.EHLO) for kind in BROKEN_REPLIES),
     (Phase.GREETING, Kind.TWICE, replies.UPSTREAM_PROTOCOL),
-    (Phase.CONNECT, Kind.CLOSE, replies.UPSTREAM_UNAVAILABLE),
-    (Phase.CONNECT, Kind.RESET, replies.UPSTREAM_UNAVAILABLE),
+    (Phase.CONNECT, Kind.CLOSE, replies.UPSTREAM_LOST),
+    (Phase.CONNECT, Kind.RESET, replies.UPSTREAM_LOST),
 ]
 
 
@@ -87,9 +90,10 @@ async def test_a_fault_before_the_mail(strategy: Strategy, phase: Phase, kind: K
     async with ScriptedUpstream(faults=faults) as bad, ScriptedUpstream() as good:
         async with relaying(settings(bad, "bad", timeouts=timeouts), strategy=strategy) as forwarder:
             relayed = await relay(forwarder)
-            assert relayed.told is told
+            assert relayed.told == quoting(told, said_by(Fault(kind)))
             assert relayed.seen.outcomes == [("bad", Outcome.DEFERRED)]
             assert relayed.seen.deliveries[0].error_type is told.error_type
+            assert relayed.seen.deliveries[0].reply == said_by(Fault(kind))
             assert nothing_is_kept_out_of_step(forwarder.snapshot())
             assert forwarder.snapshot()[0].pool.idle == 0
         async with relaying(
@@ -300,15 +304,23 @@ async def test_a_refused_reset_ends_the_connection_and_is_no_verdict(strategy: S
 async def test_lmtp_that_breaks_off_between_its_verdicts() -> None:
     """One recipient has the mail: the client must keep it for the other, whatever that costs the first."""
     for verdict, told, outcome in (
-        (b"421 4.3.2 bye\r\n", replies.SOME_RECIPIENTS_REFUSED, Outcome.DEFERRED),
-        (b"", replies.OUTCOME_UNKNOWN, Outcome.UNKNOWN),
+        (
+            b"421 4.3.2 bye\r\n",
+            "451 4.2.0 Message taken for 1 of 2 recipients: 451 4.4.1 The upstream refuses service: 421 4.3.2 bye",
+            Outcome.DEFERRED,
+        ),
+        (
+            b"",
+            "451 4.4.2 Connection to the upstream lost, outcome unknown (taken for 1 of 2 recipients)",
+            Outcome.UNKNOWN,
+        ),
     ):
         answers = {"bob@example.net": b"250 2.0.0 delivered\r\n", "carol@example.net": verdict}
         async with ScriptedUpstream(is_lmtp=True, lmtp_verdict=answers.get) as upstream:
             timeouts = Timeouts(5, 5, 5, 5, 5, SHORT, 5)
             async with relaying(settings(upstream, is_lmtp=True, timeouts=timeouts)) as forwarder:
                 relayed = await relay(forwarder, BOB, CAROL)
-                assert relayed.told is told
+                assert str(relayed.told) == told
                 assert relayed.seen.outcomes == [("up", outcome)]
                 assert forwarder.snapshot()[0].pool.idle == 0
 
@@ -442,7 +454,7 @@ async def test_a_transaction_survives_the_loss_of_its_connection_while_the_clien
         assert [reply.code for reply in await transaction.recipients([CAROL])] == [250]
         await drop(upstream)
         # Lost a second time: this upstream had its second chance, and there is no other.
-        assert await transaction.content(CHUNKS) is replies.UPSTREAM_UNAVAILABLE
+        assert await transaction.content(CHUNKS) is replies.UPSTREAM_LOST
         assert upstream.kept == []
 
         transaction = Awaited.begin(forwarder, MAIL, seen)
@@ -465,7 +477,7 @@ async def test_what_was_accepted_elsewhere_and_is_refused_here_defers_the_mail()
         transaction = Awaited.begin(forwarder, MAIL, seen)
         assert [reply.code for reply in await transaction.recipients([BOB])] == [250]
         await first.stop()
-        assert await transaction.content(CHUNKS) is replies.UPSTREAM_UNAVAILABLE
+        assert str(await transaction.content(CHUNKS)) == "451 4.4.1 The upstream refuses service: 550 5.1.1 no bob"
         assert second.kept == []
 
 
@@ -478,7 +490,8 @@ async def test_a_sender_who_was_accepted_elsewhere_and_is_refused_here_defers_th
         transaction = Awaited.begin(forwarder, MAIL, seen := RecordedTransaction())
         assert [reply.code for reply in await transaction.recipients([BOB])] == [250]
         await first.stop()
-        assert await transaction.recipients([CAROL]) == [replies.UPSTREAM_UNAVAILABLE]
+        (answer,) = await transaction.recipients([CAROL])
+        assert str(answer) == "451 4.4.1 The upstream refuses service: 550 5.7.1 not you"
         assert seen.outcomes == [("first", Outcome.DEFERRED), ("second", Outcome.DEFERRED)]
 
 
@@ -696,7 +709,7 @@ async def test_an_upstream_that_does_not_read_is_given_up(extensions: Sequence[s
         relaying(settings(upstream, timeouts=timeouts), memory_limit_octets=memory_limit) as forwarder,
     ):
         relayed = await relay(forwarder, chunks=LARGE)
-        assert relayed.told is replies.UPSTREAM_UNAVAILABLE
+        assert relayed.told is replies.UPSTREAM_SILENT
         assert upstream.kept == []
 
 
@@ -856,7 +869,7 @@ async def test_a_mail_waits_for_a_connection_and_not_for_ever() -> None:
     ):
         first = asyncio.ensure_future(relay(forwarder))
         await until(lambda: upstream.stalled)
-        assert (await relay(forwarder)).told is replies.UPSTREAM_UNAVAILABLE
+        assert (await relay(forwarder)).told is replies.UPSTREAM_BUSY
         waiting = asyncio.ensure_future(relay(forwarder))
         gone = asyncio.ensure_future(relay(forwarder))
         await until(lambda: forwarder.snapshot()[0].pool.waiting == 2)
@@ -953,3 +966,195 @@ async def test_a_connection_that_is_reset_at_any_octet_loses_and_doubles_nothing
             else:
                 assert relayed.told.is_transient
                 assert held <= 1
+
+
+# What was read counts -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("refusal", [b"550 5.7.1 blocked at MAIL\r\n", b"451 4.7.1 later\r\n"])
+@pytest.mark.parametrize("phase", [Phase.MAIL, Phase.RCPT, Phase.DATA, Phase.REPLY])
+@pytest.mark.parametrize("extensions", WAYS.values(), ids=WAYS)
+@both_strategies
+async def test_a_refusal_counts_though_the_connection_ends_behind_it(
+    strategy: Strategy, extensions: Sequence[str], phase: Phase, refusal: bytes
+) -> None:
+    if phase is Phase.DATA and "CHUNKING" in extensions:
+        return
+    faults = {phase: Fault(Kind.SAID_THEN_CLOSED, refusal)}
+    async with (
+        ScriptedUpstream(extensions=extensions, faults=faults) as upstream,
+        ScriptedUpstream() as other,
+        relaying(settings(upstream), settings(other, "other"), strategy=strategy) as forwarder,
+    ):
+        relayed = await relay(forwarder)
+        assert relayed.told.wire == refusal
+        assert relayed.seen.outcomes == [("up", Outcome.DEFERRED if refusal[:1] == b"4" else Outcome.REFUSED)]
+        assert relayed.seen.deliveries[0].reply == relayed.told
+        assert (upstream.connections, other.connections) == (1, 0)
+        assert nothing_is_kept_out_of_step(forwarder.snapshot())
+        await until(lambda: forwarder.snapshot()[0].pool.idle == 0)
+
+
+async def test_who_was_refused_stays_refused_though_the_others_answers_are_lost() -> None:
+    """Asked again they are lost again; what was read of the first is its verdict."""
+
+    def verdict(address: str) -> bytes | None:
+        return b"550 5.1.1 no bob\r\n" if address.startswith("bob") else None
+
+    async with ScriptedUpstream(verdict=verdict) as upstream, relaying(settings(upstream)) as forwarder:
+        upstream.hangs_up_after = "bob@example.net"
+        relayed = await relay(forwarder, BOB, CAROL)
+        assert [str(reply) for reply in relayed.recipients] == ["550 5.1.1 no bob", str(replies.UPSTREAM_LOST)]
+        upstream.hangs_up_after = None
+        assert (await relay(forwarder, CAROL)).told.code == 250
+
+
+@pytest.mark.parametrize(
+    ("phase", "said"),
+    [
+        (Phase.GREETING, b"554 5.7.1 your address is on a list\r\n"),
+        (Phase.GREETING, b"421 4.7.0 try from elsewhere\r\n"),
+        (Phase.EHLO, b"501 5.5.4 who is gw.example\r\n"),
+        (Phase.EHLO, b"421 4.7.0 slow down\r\n"),
+    ],
+)
+@both_strategies
+async def test_what_is_said_before_the_mail_is_told_in_our_words_and_its_own(
+    strategy: Strategy, phase: Phase, said: bytes
+) -> None:
+    async with (
+        ScriptedUpstream(faults={phase: Fault(Kind.SAID_THEN_CLOSED, said)}) as upstream,
+        relaying(settings(upstream), strategy=strategy) as forwarder,
+    ):
+        for _ in range(8):  # in backoff too: that is why it is in backoff
+            relayed = await relay(forwarder)
+            assert relayed.told.wire == b"451 4.4.1 The upstream refuses service: " + said
+        assert forwarder.snapshot()[0].retry_seconds is not None
+        first = await relay(forwarder)
+        assert first.told.wire == b"451 4.4.1 The upstream refuses service: " + said
+    async with (
+        ScriptedUpstream(faults={phase: Fault(Kind.SAID_THEN_CLOSED, said)}) as upstream,
+        relaying(settings(upstream), nobody(), strategy=strategy) as forwarder,
+    ):
+        relayed = await relay(forwarder)
+        assert relayed.told.wire == b"451 4.4.1 The upstream refuses service: " + said  # not: none can be reached
+        delivery = relayed.seen.deliveries[0]
+        assert str(delivery.reply) == said.decode().strip()
+        noted = DeliveryPhase.GREETING if phase is Phase.GREETING else DeliveryPhase.EHLO
+        assert (noted, delivery.reply) in [(one, reply) for _, one, reply in delivery.phases]
+
+
+@pytest.mark.parametrize("phase", [Phase.MAIL, Phase.RCPT, Phase.REPLY])
+@both_strategies
+async def test_the_reason_of_a_421_reaches_the_client(strategy: Strategy, phase: Phase) -> None:
+    said = b"421 4.7.0 IP throttled\r\n"
+    async with (
+        ScriptedUpstream(faults={phase: Fault(Kind.SAID_THEN_CLOSED, said)}) as upstream,
+        relaying(settings(upstream), strategy=strategy) as forwarder,
+    ):
+        relayed = await relay(forwarder)
+        assert relayed.told.wire == b"451 4.4.1 The upstream refuses service: " + said
+        assert str(relayed.seen.deliveries[0].reply) == "421 4.7.0 IP throttled"
+
+
+@pytest.mark.parametrize("code", [b"530 5.7.57", b"534 5.7.9", b"535 5.7.8", b"538 5.7.11"])
+@pytest.mark.parametrize("phase", [Phase.MAIL, Phase.RCPT, Phase.DATA, Phase.REPLY])
+@pytest.mark.parametrize("extensions", [EXTENSIONS, NO_CHUNKING], ids=["chunking", "data"])
+@both_strategies
+async def test_a_refusal_of_our_credentials_is_no_verdict_on_the_mail(
+    strategy: Strategy,
+    extensions: Sequence[str],
+    phase: Phase,
+    code: bytes,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    if phase is Phase.DATA and extensions is EXTENSIONS:
+        return
+    said = code + b" client not authenticated\r\n"
+    async with (
+        ScriptedUpstream(extensions=extensions, faults={phase: Fault(Kind.REFUSE, said)}) as upstream,
+        relaying(settings(upstream), strategy=strategy) as forwarder,
+    ):
+        relayed = await relay(forwarder)
+        assert relayed.told.wire == b"451 4.7.0 " + replies.UPSTREAM_CREDENTIALS.text.encode() + b": " + said
+        assert relayed.told.error_type is ErrorType.UPSTREAM_AUTH
+        assert relayed.seen.outcomes == [("up", Outcome.DEFERRED)]
+        assert forwarder.snapshot()[0].last_failure == "upstream_auth"
+        assert "upstream refuses our credentials" in caplog.text
+        # A refusal by another code is the mail's, and the connection serves the next.
+        upstream.faults[phase] = Fault(Kind.REFUSE, b"550 5.7.1 no\r\n", times=1)
+        assert (await relay(forwarder)).told.code == 550
+        del upstream.faults[phase]
+        assert (await relay(forwarder)).told.code == 250
+
+
+@both_strategies
+async def test_another_upstream_may_know_us(strategy: Strategy) -> None:
+    async with (
+        ScriptedUpstream(faults={Phase.MAIL: Fault(Kind.REFUSE, b"530 5.7.0 log in first\r\n")}) as first,
+        ScriptedUpstream() as second,
+        relaying(settings(first, "first"), settings(second, "second"), strategy=strategy) as forwarder,
+    ):
+        relayed = await relay(forwarder)
+        assert relayed.told.code == 250
+        assert relayed.seen.outcomes == [("first", Outcome.DEFERRED), ("second", Outcome.RELAYED)]
+        assert str(relayed.seen.deliveries[0].reply) == "530 5.7.0 log in first"
+
+
+# A connection's own limit -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("extensions", WAYS.values(), ids=WAYS)
+@both_strategies
+async def test_mail_refused_for_now_on_a_kept_connection_is_tried_on_a_fresh_one(
+    strategy: Strategy, extensions: Sequence[str]
+) -> None:
+    async with (
+        ScriptedUpstream(extensions=extensions) as upstream,
+        relaying(settings(upstream), strategy=strategy) as forwarder,
+    ):
+        await relay(forwarder)
+        upstream.faults[Phase.MAIL] = Fault(Kind.REFUSE, b"451 4.7.0 enough on this connection\r\n", times=1)
+        relayed = await relay(forwarder)
+        assert relayed.told.code == 250
+        assert relayed.seen.outcomes == [("up", Outcome.RELAYED)]
+        assert (upstream.connections, len(upstream.kept)) == (2, 2)
+        assert forwarder.snapshot()[0].pool.idle == 1  # the used up one is closed
+
+
+@pytest.mark.parametrize("extensions", WAYS.values(), ids=WAYS)
+@both_strategies
+async def test_mail_refused_for_now_on_a_fresh_connection_too_is_refused_for_now(
+    strategy: Strategy, extensions: Sequence[str]
+) -> None:
+    async with (
+        ScriptedUpstream(extensions=extensions) as upstream,
+        ScriptedUpstream() as other,
+        relaying(settings(upstream), settings(other, "other"), strategy=strategy) as forwarder,
+    ):
+        await relay(forwarder)
+        upstream.faults[Phase.MAIL] = Fault(Kind.REFUSE, b"451 4.7.1 greylisted\r\n")
+        relayed = await relay(forwarder)
+        assert relayed.told.wire == b"451 4.7.1 greylisted\r\n"
+        assert relayed.seen.outcomes == [("up", Outcome.DEFERRED)]
+        assert upstream.verbs.count("MAIL") == 3
+        # For good is for good, on any connection.
+        upstream.faults[Phase.MAIL] = Fault(Kind.REFUSE, b"550 5.7.1 never\r\n")
+        assert (await relay(forwarder)).told.code == 550
+        assert upstream.verbs.count("MAIL") == 4
+
+
+@both_strategies
+async def test_where_there_is_no_fresh_connection_the_refusal_on_the_kept_one_stands(strategy: Strategy) -> None:
+    async with (
+        ScriptedUpstream() as upstream,
+        ScriptedUpstream() as other,
+        relaying(settings(upstream), settings(other, "other"), strategy=strategy) as forwarder,
+    ):
+        await relay(forwarder)
+        upstream.faults[Phase.MAIL] = Fault(Kind.REFUSE, b"451 4.7.0 enough\r\n")
+        upstream.faults[Phase.EHLO] = Fault(Kind.CLOSE)
+        relayed = await relay(forwarder, BOB, CAROL)
+        assert relayed.told.wire == b"451 4.7.0 enough\r\n"
+        assert relayed.seen.outcomes == [("up", Outcome.DEFERRED)]
+        assert other.connections == 0

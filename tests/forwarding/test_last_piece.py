@@ -38,8 +38,8 @@ class Filled(FakeStream):
     [
         (WHOLE, replies.OUTCOME_UNKNOWN, Outcome.UNKNOWN, 1),
         (WHOLE - 1, replies.OUTCOME_UNKNOWN, Outcome.UNKNOWN, 1),  # the last piece is one write
-        (WHOLE // 2, replies.UPSTREAM_UNAVAILABLE, Outcome.DEFERRED, 2),
-        (0, replies.UPSTREAM_UNAVAILABLE, Outcome.DEFERRED, 2),
+        (WHOLE // 2, replies.UPSTREAM_LOST, Outcome.DEFERRED, 2),
+        (0, replies.UPSTREAM_LOST, Outcome.DEFERRED, 2),
     ],
 )
 @pytest.mark.parametrize("memory_limit", [10, 10_000_000], ids=["file", "memory"])

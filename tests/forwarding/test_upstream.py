@@ -579,8 +579,13 @@ def lmtp_verdict(address: str) -> bytes | None:
         ((BOB, CAROL), b"250 2.0.0 delivered\r\n", Outcome.RELAYED),
         ((GONE,), b"550 5.1.1 gone\r\n", Outcome.REFUSED),
         ((GONE, FULL), b"452 4.2.2 full\r\n", Outcome.DEFERRED),
-        ((BOB, GONE), replies.SOME_RECIPIENTS_REFUSED.wire, Outcome.DEFERRED),
-        ((FULL, BOB), replies.SOME_RECIPIENTS_REFUSED.wire, Outcome.DEFERRED),
+        ((BOB, GONE), b"550 5.1.1 gone (taken for 1 of 2 recipients)\r\n", Outcome.REFUSED),
+        ((FULL, BOB), b"451 4.2.0 Message taken for 1 of 2 recipients: 452 4.2.2 full\r\n", Outcome.DEFERRED),
+        (
+            (GONE, BOB, FULL, CAROL),
+            b"451 4.2.0 Message taken for 2 of 4 recipients: 452 4.2.2 full\r\n",
+            Outcome.DEFERRED,
+        ),
     ],
 )
 @both_strategies

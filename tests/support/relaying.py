@@ -10,9 +10,9 @@ from otel_smtp.forwarding.settings import Strategy, Timeouts, UpstreamSettings
 from otel_smtp.forwarding.upstream import UpstreamForwarder
 from otel_smtp.net import Sweep
 from otel_smtp.smtp.envelope import Mail, Recipient
-from otel_smtp.smtp.replies import Reply
+from otel_smtp.smtp.replies import EnhancedStatus, ErrorType, Reply
 from tests.support.deliveries import MAIL, Awaited, LateDeliveries, RecordedTransaction
-from tests.support.upstream import EXTENSIONS, ScriptedUpstream
+from tests.support.upstream import EXTENSIONS, Fault, Kind, ScriptedUpstream
 
 HEADER = b"Received: from me by gw; now\r\nSubject: x\r\n"
 BODY = b"\r\nhello\r\n.dot\r\n..\r\n"
@@ -75,6 +75,24 @@ async def relay(
     assert transaction.transaction.spool_id is None
     assert all(delivery.ended_ns for delivery in seen.deliveries)
     return Relayed(answers, reply, seen)
+
+
+def said_by(fault: Fault | None) -> Reply | None:
+    """What an upstream with such a fault says; None: nothing that would be a reply."""
+    match fault and fault.kind:
+        case Kind.GOODBYE:
+            return reply_of(b"421 4.3.2 scripted goodbye")
+        case Kind.REFUSE:
+            assert fault is not None
+            return reply_of(fault.reply)
+        case _:
+            return None
+
+
+def reply_of(line: bytes) -> Reply:
+    """An upstream's reply of one line."""
+    enhanced, text = EnhancedStatus.parse(line[4:].decode().rstrip())
+    return Reply(int(line[:3]), enhanced, (text,), ErrorType.UPSTREAM_REFUSED if line[:1] > b"3" else None)
 
 
 def without(*names: str) -> list[str]:

@@ -45,6 +45,7 @@ class Kind(StrEnum):
     """What happens."""
 
     REFUSE = "refuse"  # `reply` instead of the usual one
+    SAID_THEN_CLOSED = "said_then_closed"  # `reply` instead of the usual one, then closed
     GOODBYE = "goodbye"  # 421, then closed
     CLOSE = "close"  # the end of the stream, no reply
     RESET = "reset"  # RST
@@ -104,11 +105,13 @@ class ScriptedUpstream:
         tls: for STARTTLS, or from the first octet where `implicit_tls`.
         users: by name, their passwords; AUTH is offered with the mechanisms if there is one.
         tokens: by name, their bearer tokens for XOAUTH2.
+        auth_refusal: the reply to wrong credentials.
         faults: by phase.
         verdict: the reply to a recipient, by its address; None: the usual 250.
         kept: the messages.
         connections: accepted so far.
         commands: all command lines, without their arguments' secrets.
+        hangs_up_after: a recipient whose reply is the last on its connection.
         round_trips: how often a client had to wait for replies to go on, the greeting's aside.
     """
 
@@ -118,6 +121,7 @@ class ScriptedUpstream:
     mechanisms: Iterable[str] = ("PLAIN", "LOGIN", "SCRAM-SHA-256")
     users: Mapping[str, str] = field(default_factory=dict)
     tokens: Mapping[str, str] = field(default_factory=dict)
+    auth_refusal: bytes = b"535 5.7.8 go away\r\n"
     is_lmtp: bool = False
     knows_ehlo: bool = True
     injected_after_starttls: bytes = b""
@@ -127,6 +131,7 @@ class ScriptedUpstream:
     kept: list[Kept] = field(default_factory=list)
     connections: int = 0
     commands: list[bytes] = field(default_factory=list)
+    hangs_up_after: str | None = None
     round_trips: int = 0
     stalled: int = 0
 
@@ -280,6 +285,10 @@ class _Session:
         match fault.kind:
             case Kind.REFUSE:
                 self.replies.append(fault.reply)
+            case Kind.SAID_THEN_CLOSED:
+                self.replies.append(fault.reply)
+                await self.flush()
+                raise _Gone
             case Kind.GOODBYE:
                 self.replies.append(b"421 4.3.2 scripted goodbye\r\n")
                 await self.flush()
@@ -391,7 +400,7 @@ class _Session:
         mechanism, _, initial = argument.decode().partition(" ")
         exchange = getattr(self, f"auth_{mechanism.lower().replace('-', '_')}")
         user = await exchange(None if not initial else base64.b64decode(initial if initial != "=" else ""))
-        usual = b"235 2.7.0 welcome\r\n" if user else b"535 5.7.8 go away secret-user\r\n"
+        usual = b"235 2.7.0 welcome\r\n" if user else self.upstream.auth_refusal
         if await self.answer(Phase.AUTH, usual):
             self.user = user
 
@@ -450,6 +459,9 @@ class _Session:
             self.replies.append(verdict)
         elif await self.answer(Phase.RCPT, b"250 2.1.5 recipient ok\r\n"):
             self.recipients.append(argument[3:])
+        if address == self.upstream.hangs_up_after:
+            await self.flush()
+            raise _Gone
 
     async def do_data(self, argument: bytes) -> None:
         if not self.recipients and not self.takes_data_without_recipients:

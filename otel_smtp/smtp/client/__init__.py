@@ -21,11 +21,19 @@ there is nothing to stuff is passed on as it is, uncopied.
 `answers` reads a reply, `commanding` writes commands and content, `protocol` matches the one to the other.
 """
 
-from otel_smtp.smtp.client.answers import MAX_REPLY_LINE_OCTETS, MAX_REPLY_LINES, Answer, Awaited, challenge_of
+from otel_smtp.smtp.client.answers import (
+    MAX_KEPT_CHARACTERS,
+    MAX_REPLY_LINE_OCTETS,
+    MAX_REPLY_LINES,
+    Answer,
+    Awaited,
+    challenge_of,
+)
 from otel_smtp.smtp.client.commanding import is_safe_path
 from otel_smtp.smtp.client.protocol import ClientProtocol
 
 __all__ = [
+    "MAX_KEPT_CHARACTERS",
     "MAX_REPLY_LINES",
     "MAX_REPLY_LINE_OCTETS",
     "Answer",
