@@ -45,6 +45,7 @@ from otel_smtp.smtp.states import TlsMode
 
 ListenerProtocol = Literal["smtp", "lmtp"]
 AuthPolicy = Literal["off", "optional", "required"]
+ReceivedPolicy = Literal["full", "anonymous"]
 TraceContextIn = Literal["auto", "parent", "link", "ignore"]
 TraceContextOut = Literal["inject", "strip", "keep"]
 DeliveryMode = Literal["direct", "queue", "direct-then-queue"]
@@ -122,6 +123,18 @@ class Listener(Table, frozen=True, kw_only=True):
             Choice(get_args(TraceContextIn)),
         ),
     ] = "auto"
+    default_domain: Annotated[
+        str,
+        Key(
+            "added to addresses without one, as `root`",
+            Text("a domain", HOST_NAME_PATTERN),
+            default="they are refused",
+        ),
+    ] = ""
+    received: Annotated[
+        ReceivedPolicy,
+        Key("whether our Received field names the client, or `anonymous`", Choice(get_args(ReceivedPolicy))),
+    ] = "full"
 
     @property
     def is_exposed(self) -> bool:
@@ -150,8 +163,13 @@ class Limits(Table, frozen=True, kw_only=True):
         Key("percent of the connections; above it, `timeouts.command_under_stress` applies", Integer(1, 100)),
     ] = 80
     messages_per_connection: Annotated[
-        int, Key("messages on one connection, then 421", _COUNT, "bounds the life of a connection and its trace")
-    ] = 1000
+        int | None,
+        Key(
+            "messages on one connection, then 421",
+            Integer(may_be_off=True),
+            "a mass mailer's connection must not break in the middle",
+        ),
+    ] = None
     errors: Annotated[
         int, Key("refused commands on one connection, then 421", _COUNT, "Postfix disconnects at 20 and stalls at 10")
     ] = 10
@@ -167,8 +185,10 @@ class Limits(Table, frozen=True, kw_only=True):
     text_line: Annotated[
         int, Key("octets of a line of content", Size(1000, MIB), "RFC 5321 4.5.3.1.6 asks for 1000; senders exceed it")
     ] = 65535
-    header_size: Annotated[int, Key("octets of the header block", Size(1000, 16 * MIB))] = 256 * KIB
-    header_lines: Annotated[int, Key("lines of the header block", _COUNT)] = 1000
+    header_size: Annotated[int, Key("octets of the header block", Size(1000, 16 * MIB))] = 512 * KIB
+    header_lines: Annotated[
+        int, Key("lines of the header block", _COUNT, "a thousand recipients may all be named in To")
+    ] = 10_000
     hops: Annotated[int, Key("Received fields in a message: more is a loop", _COUNT, "RFC 5321 6.3 asks for 100")] = 100
     auth_failures: Annotated[
         int, Key("failed logins on one connection, then 421", _COUNT, "RFC 4954: not before three")

@@ -157,29 +157,33 @@ class Boolean(msgspec.Struct, frozen=True):
 
 
 class Integer(msgspec.Struct, frozen=True):
-    """A whole number."""
+    """A whole number; None where "off" is allowed and given."""
 
     minimum: int = 1
     maximum: int = 2**31 - 1
+    may_be_off: bool = False
 
     @property
     def allowed(self) -> str:
-        return f"a whole number from {self.minimum} to {self.maximum}"
+        return f"a whole number from {self.minimum} to {self.maximum}" + (', or "off"' if self.may_be_off else "")
 
     @property
     def schema(self) -> dict[str, Any]:
-        return {"type": "integer", "minimum": self.minimum, "maximum": self.maximum}
+        number = {"type": "integer", "minimum": self.minimum, "maximum": self.maximum}
+        return {"anyOf": [number, {"const": "off"}]} if self.may_be_off else number
 
-    def parse(self, given: Given) -> int:
+    def parse(self, given: Given) -> int | None:
         value = given.value
+        if self.may_be_off and value == "off":
+            return None
         if given.is_text and isinstance(value, str) and re.fullmatch(r"[ \t]*-?[0-9]{1,18}[ \t]*", value):
             value = int(value)
         if isinstance(value, bool) or not isinstance(value, int) or not self.minimum <= value <= self.maximum:
             raise BadValue
         return value
 
-    def show(self, value: int) -> str:
-        return str(value)
+    def show(self, value: int | None) -> str:
+        return "off" if value is None else str(value)
 
 
 _DURATION_UNITS: Final = {"ms": 0.001, "s": 1.0, "m": MINUTE, "h": HOUR, "d": DAY}

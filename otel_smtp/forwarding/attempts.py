@@ -296,7 +296,8 @@ class Attempts(ABC):
         attempt.peer = connection.stream.peer
         attempt.tls = connection.stream.tls
         refusal = missing_extension(self._mail, connection.protocol.extensions, is_tls=attempt.tls is not None)
-        if refusal is not None:
+        # What was declared 8-bit may be 7-bit; where nobody else is left, the content tells.
+        if refusal is not None and (refusal is not replies.NEEDS_8BITMIME or self.route):
             self._faults.append(Unsuitable("the upstream lacks an extension that the mail needs", refusal))
             self._end(Outcome.REFUSED, None, refusal.error_type)
             self._next_attempt()

@@ -40,6 +40,7 @@ class Content:
     __slots__ = (
         "_completed",
         "_file",
+        "_has_8bit_in_file",
         "_has_header",
         "_held",
         "_held_octets",
@@ -69,6 +70,7 @@ class Content:
         self._is_writing = False  # a thread is; nothing more comes before it is done
         self._threads = 0  # that use the file
         self._is_closed = False
+        self._has_8bit_in_file = False
 
     # Collecting -------------------------------------------------------------------------------------------
 
@@ -106,6 +108,11 @@ class Content:
         if self._file is not None and not self._threads:
             self._file.close()
 
+    @property
+    def is_8bit(self) -> bool:
+        """Whether any octet of it is above 127."""
+        return self._has_8bit_in_file or not self.header.isascii() or not all(map(bytes.isascii, self._held))
+
     # Reading ----------------------------------------------------------------------------------------------
 
     def read(self, offset: int, answered: Callable[[bytes | None], None]) -> None:
@@ -131,6 +138,7 @@ class Content:
             return
         data, self._held, self._held_octets = self._held, [], 0
         self.pieces = None
+        self._has_8bit_in_file = self._has_8bit_in_file or not all(map(bytes.isascii, data))
         try:
             if self._file is None:
                 self._file = tempfile.TemporaryFile(prefix="otel_smtp-", buffering=0)  # noqa: SIM115 - see close

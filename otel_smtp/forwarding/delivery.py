@@ -29,7 +29,7 @@ from otel_smtp.forwarding.verdicts import fold, is_about_credentials, outcome_of
 from otel_smtp.observing import DeliveryPhase, Observer, Outcome, TransactionRecord
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.client import Answer, Awaited
-from otel_smtp.smtp.envelope import Mail, Recipient
+from otel_smtp.smtp.envelope import Body, Mail, Recipient
 from otel_smtp.smtp.received import replace_trace_headers
 from otel_smtp.smtp.replies import ErrorType, Reply
 
@@ -297,8 +297,8 @@ class Delivery(Attempts):
             self._send_envelope(None)
             self._after = Delivery._reopened
             self._connection.exchange(self._settled, stop_at=_MAIL)
-        elif self._is_too_big():
-            self._conclude(replies.MESSAGE_TOO_BIG)
+        elif (refusal := self._unfit()) is not None:
+            self._conclude(refusal)
         elif self._connection.protocol.extensions.chunking:
             self._write()
         else:
@@ -314,8 +314,8 @@ class Delivery(Attempts):
     # The buffered way -------------------------------------------------------------------------------------
 
     def _burst(self) -> None:
-        if self._is_too_big():
-            self._conclude(replies.MESSAGE_TOO_BIG)
+        if (refusal := self._unfit()) is not None:
+            self._conclude(refusal)
             return
         protocol, content = self._connection.protocol, self._content
         extensions = protocol.extensions
@@ -384,8 +384,8 @@ class Delivery(Attempts):
 
     # Content ----------------------------------------------------------------------------------------------
 
-    def _is_too_big(self) -> bool:
-        """Make the header block that leaves, and see whether the message exceeds what the upstream takes."""
+    def _unfit(self) -> Reply | None:
+        """Make the header block that leaves, and say why this upstream cannot take the message; None where it can."""
         header = self._content.header
         policy = self._smarthost.settings.trace_context
         if policy is TracePolicy.INJECT:
@@ -393,8 +393,14 @@ class Delivery(Attempts):
         elif policy is TracePolicy.STRIP and b"trace" in header.lower():
             header = replace_trace_headers(header, {})
         self._header = header
-        size = self._connection.protocol.extensions.size
-        return size is not None and len(header) + self._content.body_octets > size
+        extensions = self._connection.protocol.extensions
+        size = extensions.size
+        if size is not None and len(header) + self._content.body_octets > size:
+            return replies.MESSAGE_TOO_BIG
+        if self._mail.body is Body.EIGHT_BIT_MIME and not extensions.eight_bit_mime and self._content.is_8bit:
+            # It was promised in good faith: another upstream, or this one another time, may take it.
+            return replies.UPSTREAM_LACKS_8BITMIME
+        return None
 
     def _ask_for_content(self) -> None:
         self._connection.protocol.send_data()

@@ -241,8 +241,8 @@ def _refusal(mail: Mail, serving: Serving[Smarthost]) -> Reply | None:
         if extensions is None:
             return None
         missing = missing_extension(mail, extensions, is_tls=smarthost.settings.tls is not TlsMode.OFF)
-        if missing is None:
-            return None
+        if missing is None or missing is replies.NEEDS_8BITMIME:
+            return None  # the content may be 7-bit all the same
         refusal = refusal or missing
     return refusal or replies.RELAY_DENIED
 

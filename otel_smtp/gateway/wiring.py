@@ -63,6 +63,7 @@ def listener_policy(
             auth_mechanisms=authenticator.mechanisms if authenticator is not None else (),
             auth_required=listener.auth == "required",
             auth_in_clear=listener.auth_in_clear,
+            default_domain=listener.default_domain,
             rejects_bare_line_ends=settings.delivery.content_newlines == "reject",
             limits=_by_name(ServerLimits, settings.limits),
         ),
@@ -72,6 +73,7 @@ def listener_policy(
         allow=listener.allow,
         proxy_protocol_from=listener.proxy_protocol_from,
         trace_in_reply=settings.telemetry.trace_in_reply,
+        names_client=listener.received == "full",
     )
 
 

@@ -312,7 +312,10 @@ class Conversation:
         if task is not None and task is not asyncio.current_task():
             task.cancel()
         self._house.observer.connection_closed(record)
-        if self._is_served and record.close_reason in _GENTLE_ENDS and not stream.is_eof:
+        is_gentle = record.close_reason in _GENTLE_ENDS or any(
+            reply is replies.BARE_LINE_FEED for _, reply in record.replies[-1:]
+        )
+        if self._is_served and is_gentle and not stream.is_eof:
             # The socket counts towards the limit of connections while it is open.
             self._task = self._loop.create_task(self._close_gently())
         else:

@@ -63,6 +63,7 @@ class ListenerPolicy:
         allow: networks that may relay without AUTH; unix sockets always may.
         proxy_protocol_from: networks whose PROXY header is required and believed.
         trace_in_reply: the final 250 names the trace.
+        names_client: our Received field says who the client is: its greeting and its address.
     """
 
     name: str
@@ -73,6 +74,7 @@ class ListenerPolicy:
     allow: tuple[Network, ...] = ()
     proxy_protocol_from: tuple[Network, ...] = ()
     trace_in_reply: bool = True
+    names_client: bool = True
 
 
 class House(Protocol):

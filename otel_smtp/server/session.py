@@ -254,6 +254,7 @@ class Session(Admission):
                 is_utf8=is_utf8,
             ),
             tls=f"{tls.version} {tls.cipher}" if tls is not None else None,
+            is_anonymous=not self._policy.names_client,
         )
 
 

@@ -20,18 +20,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import partial
-from typing import ClassVar, Final
+from typing import ClassVar, Final, NamedTuple
 
 from otel_smtp.smtp import replies
+from otel_smtp.smtp.characters import INVISIBLE
 from otel_smtp.smtp.envelope import Body, Mail, Recipient
 from otel_smtp.smtp.extensions import ParameterRefused, mail_with, recipient_with
 from otel_smtp.smtp.paths import (
     MAX_DOMAIN_OCTETS,
+    BareLocalPart,
     PathSyntaxError,
+    PathTooLong,
     forward_path,
-    is_address_literal,
-    is_visible,
-    octets,
     reverse_path,
 )
 from otel_smtp.smtp.replies import Reply
@@ -71,12 +71,29 @@ class CommandRefused(Exception):
         self.reply = reply
 
 
+class DomainMissing(CommandRefused):
+    """A MAIL or RCPT whose address is a bare local part; all else of the line may still be wrong."""
+
+    def __init__(self, verb: Verb, reply: Reply, before: str, behind: str) -> None:
+        super().__init__(verb, reply)
+        self._before = before
+        self._behind = behind
+
+    def with_domain(self, domain: str) -> "Command":
+        """The command, had the client written "@" and `domain` behind the local part.
+
+        Raises:
+            CommandRefused: it is none even so.
+        """
+        return parse_by_grammar(f"{self.verb} {self._before}@{domain}{self._behind}".encode())
+
+
 @dataclass(frozen=True, slots=True)
 class Hello:
     """HELO, EHLO or LHLO (RFC 5321 4.1.1.1, RFC 2033 4.1)."""
 
     verb: Verb
-    name: str  # printable, no spaces, at most 255 octets; the peer's word, never proof of anything
+    name: str  # visible, at most 255 octets; no host name, perhaps: the peer's word, never proof of anything
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,12 +215,6 @@ _COMMON_LINES: Final[Mapping[bytes, Command]] = {b"DATA": Data(), b"QUIT": Quit(
 _mail_of: Final = partial(tuple.__new__, Mail)
 _recipient_of: Final = partial(tuple.__new__, Recipient)
 
-# Names as real machines have them: underscores, hyphens anywhere, a dot at the end, non-ASCII; a bare IPv4 address is
-# among them.
-_HELLO_NAME = re.compile(r"[^\x00-,./:-@\[-^`{-\x7f]+(?:\.[^\x00-,./:-@\[-^`{-\x7f]+)*\.?")
-# An IPv6 address without brackets or without its tag, with or without a zone index, as several mail libraries send it.
-_HELLO_IPV6 = re.compile(r"(\[)?[0-9A-Fa-f.]*:[0-9A-Fa-f.:]+(?:%[A-Za-z0-9_.-]+)?(?(1)\]|)")
-
 
 def parse_command(line: bytes) -> Command:
     """Parse one command line.
@@ -273,16 +284,17 @@ def parse_by_grammar(line: bytes) -> Command:
 
 
 def _hello(verb: Verb, argument: bytes) -> Hello:
-    name = _decoded(verb, argument, otherwise=replies.BAD_ARGUMENT)
-    is_name = _HELLO_NAME.fullmatch(name) or _HELLO_IPV6.fullmatch(name) or is_address_literal(name)
-    if not is_name or not is_visible(name) or octets(name) > MAX_DOMAIN_OCTETS:
+    """Any name will do: RFC 5321 4.1.4 "a server MUST NOT refuse to accept a message" for it, and libraries send names
+    with blanks, brackets, slashes and worse. It is cleaned, as it is shown to people."""
+    if not argument:
         raise CommandRefused(verb, replies.BAD_ARGUMENT)
-    return Hello(verb, name)
+    name = INVISIBLE.sub("?", argument.decode("utf-8", "replace"))
+    return Hello(verb, name.encode()[:MAX_DOMAIN_OCTETS].decode("utf-8", "ignore"))
 
 
 def _mail(verb: Verb, argument: bytes) -> MailFrom:
     text = _decoded(verb, argument, otherwise=replies.BAD_SENDER)
-    mailbox, parameters = _path(verb, text, _FROM, reverse_path, replies.BAD_SENDER)
+    mailbox, parameters = _path(verb, text, _FROM, reverse_path, _BAD_SENDER)
     try:
         mail = mail_with(mailbox, parameters)
     except ParameterRefused as refused:
@@ -294,15 +306,27 @@ def _mail(verb: Verb, argument: bytes) -> MailFrom:
 
 def _rcpt(verb: Verb, argument: bytes) -> RcptTo:
     text = _decoded(verb, argument, otherwise=replies.BAD_RECIPIENT)
-    mailbox, parameters = _path(verb, text, _TO, forward_path, replies.BAD_RECIPIENT)
+    mailbox, parameters = _path(verb, text, _TO, forward_path, _BAD_RECIPIENT)
     try:
         return RcptTo(recipient_with(mailbox, parameters))
     except ParameterRefused as refused:
         raise CommandRefused(verb, refused.reply) from None
 
 
+class _BadAddress(NamedTuple):
+    """What is said to an address that is none."""
+
+    syntax: Reply
+    too_long: Reply
+    no_domain: Reply
+
+
+_BAD_SENDER: Final = _BadAddress(replies.BAD_SENDER, replies.SENDER_TOO_LONG, replies.SENDER_WITHOUT_DOMAIN)
+_BAD_RECIPIENT: Final = _BadAddress(replies.BAD_RECIPIENT, replies.RECIPIENT_TOO_LONG, replies.RECIPIENT_WITHOUT_DOMAIN)
+
+
 def _path(
-    verb: Verb, text: str, label: re.Pattern[str], take: Callable[[str, int], tuple[str, int]], bad_address: Reply
+    verb: Verb, text: str, label: re.Pattern[str], take: Callable[[str, int], tuple[str, int]], bad: _BadAddress
 ) -> tuple[str, str]:
     """The mailbox behind `label`, and the text behind the path."""
     match = label.match(text)
@@ -310,10 +334,15 @@ def _path(
         raise CommandRefused(verb, replies.BAD_ARGUMENT)
     try:
         mailbox, end = take(text, match.end())
+    except PathTooLong:
+        raise CommandRefused(verb, bad.too_long) from None
+    except BareLocalPart as bare:
+        at = bare.local_part_end
+        raise DomainMissing(verb, bad.no_domain, text[:at], text[at:]) from None
     except PathSyntaxError:
-        raise CommandRefused(verb, bad_address) from None
+        raise CommandRefused(verb, bad.syntax) from None
     if end < len(text) and text[end] != " ":
-        raise CommandRefused(verb, bad_address)
+        raise CommandRefused(verb, bad.syntax)
     return mailbox, text[end:]
 
 

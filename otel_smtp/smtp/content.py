@@ -9,7 +9,7 @@ searches over the whole answers every question; `_take_whole` has no effect that
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.framing import (
@@ -22,6 +22,9 @@ from otel_smtp.smtp.framing import (
 )
 from otel_smtp.smtp.received import HeaderFacts, inspect_header
 from otel_smtp.smtp.replies import Reply
+
+_NO_HEADER: Final = (b"\r\n", b" ", b"\t")
+"""How content begins that has no header block, or none that may be put behind our own fields; see `HeaderSplitter`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,10 @@ class ContentSink(Protocol):
         ...
 
     def content_received(self, data: bytes) -> None:
-        """Some octets behind the header block; the first ones are the empty line, where there is one."""
+        """Some octets behind the header block; the first ones are the empty line, where there is one.
+
+        It is there too, although the client sent none, before content that begins with a blank.
+        """
         ...
 
 
@@ -67,6 +73,7 @@ class IncomingContent:
         limits: what is acceptable.
         size_limit: octets of the whole; more is counted and dropped.
         is_binary: BODY=BINARYMIME was declared: nothing is normalised, NUL and long lines are fine.
+        must_be_7bit: 8-bit content cannot be kept: BODY=8BITMIME was given though it had not been offered.
         by_data: it comes by DATA and ends with a lone dot; else by BDAT, and `finish` says where it ends.
         sink: see there.
 
@@ -84,6 +91,7 @@ class IncomingContent:
         "_inspector",
         "_is_binary",
         "_limits",
+        "_must_be_7bit",
         "_sink",
         "_size_limit",
         "by_data",
@@ -94,12 +102,20 @@ class IncomingContent:
     )
 
     def __init__(
-        self, limits: ContentLimits, size_limit: int, sink: ContentSink, *, is_binary: bool, by_data: bool
+        self,
+        limits: ContentLimits,
+        size_limit: int,
+        sink: ContentSink,
+        *,
+        is_binary: bool,
+        by_data: bool,
+        must_be_7bit: bool = False,
     ) -> None:
         self._limits = limits
         self._size_limit = size_limit
         self._sink = sink
         self._is_binary = is_binary
+        self._must_be_7bit = must_be_7bit
         self.by_data = by_data
         self._inspector: ContentInspector | None = None  # made with the others, where the content is no quick one
         self.octets = 0
@@ -110,7 +126,7 @@ class IncomingContent:
     def feed(self, data: bytes) -> None:
         """Take octets from the wire: of DATA, up to its end at most; or of a chunk, and not one more."""
         if self._inspector is None:
-            if self.by_data and self._take_whole(data):
+            if self.by_data and not self._must_be_7bit and self._take_whole(data):
                 return
             self._begin()
         assert self._inspector is not None
@@ -152,6 +168,8 @@ class IncomingContent:
         has_bare_line_ends = self._dots.bare_line_ends if self.by_data else self._chunks.bare_line_ends
         if has_bare_line_ends and limits.rejects_bare_line_ends:
             return replies.BARE_LINE_END
+        if inspector.has_8bit and self._must_be_7bit:
+            return replies.NEEDS_8BITMIME
         if inspector.has_long_line and not self._is_binary:
             return replies.LINE_IN_CONTENT_TOO_LONG
         if self._header.is_too_big:
@@ -180,7 +198,7 @@ class IncomingContent:
         if (
             end < 2
             or end > limits.header_size
-            or data.startswith(b"\r\n")
+            or data.startswith(_NO_HEADER)
             or data.count(b"\n", 0, end) > limits.header_lines
         ):
             return False

@@ -243,8 +243,9 @@ def encode_xtext(text: str) -> str:
 
 
 def _takes_body(body: Body, offer: Offer) -> bool:
-    # BODY= itself belongs to 8BITMIME; BINARYMIME only adds a value to it (RFC 3030 3).
-    return offer.takes_binary_mime if body is Body.BINARY_MIME else offer.eight_bit_mime
+    # BODY=8BITMIME where 8BITMIME is not offered: libraries send it whatever they were told, mostly with content that
+    # is 7-bit. Whether it is, is seen when it is there.
+    return body is not Body.BINARY_MIME or offer.takes_binary_mime
 
 
 def _flag(value: str | None) -> bool:

@@ -27,6 +27,7 @@ _LINE_END = re.compile(rb"\r\n|\r|\n")
 _STUFFED_DOT = re.compile(rb"(\r\n)\.(?!\r\n|\Z)")
 # The first line of a well-formed header field (RFC 5322 2.2), and the end of a line that neither another such line nor
 # a folded one follows, whole. A pattern for all fields at once would keep a place to come back to for each line.
+_BLANKS: Final = (b" ", b"\t")
 _FIELD = re.compile(rb"[!-9;-~]+[ \t]*:[^\n]*\n")
 _LAST_OF_FIELDS = re.compile(rb"\n(?!(?:[!-9;-~]+[ \t]*:|[ \t])[^\n]*\n)")
 
@@ -54,20 +55,21 @@ class ReceiveBuffer:
 
     def find_line(self, limit_octets: int) -> int:
         """Length of the first line, its CRLF included; 0 where it is not complete yet, -1 where it is longer than
-        `limit_octets`."""
-        end = self.held.find(b"\r\n", self._start, self._start + limit_octets)
-        if end >= 0:
-            return end + 2 - self._start
-        return -1 if len(self) >= limit_octets else 0
+        `limit_octets` or ends in a bare LF."""
+        end = self.held.find(b"\n", self._start, self._start + limit_octets)
+        if end > self._start and self.held[end - 1] == 0x0D:
+            return end + 1 - self._start
+        return -1 if end >= 0 or len(self) >= limit_octets else 0
 
-    def discard_line(self) -> tuple[int, bool]:
-        """Throw octets away up to and including the next CRLF: how many, and whether the CRLF was there."""
-        end = self.held.find(b"\r\n", self._start)
+    def discard_line(self) -> tuple[int, bytes]:
+        """Throw octets away up to and including the next LF: how many, and the line end: CRLF, a bare LF, or b""."""
+        end = self.held.find(b"\n", self._start)
         if end >= 0:
-            return len(self.take(end + 2 - self._start)), True
+            discarded = self.take(end + 1 - self._start)
+            return len(discarded), b"\r\n" if discarded.endswith(b"\r\n") else b"\n"
         # A CR at the very end may be half of the CRLF that ends the line: it stays.
         keep = 1 if self.held.endswith(b"\r") and len(self) else 0
-        return len(self.take(len(self) - keep)), False
+        return len(self.take(len(self) - keep)), b""
 
     def starts_with(self, prefix: bytes) -> bool:
         """Whether what is held begins with `prefix`."""
@@ -217,17 +219,18 @@ class ContentInspector:
 
     Attributes:
         octets: content so far, as RFC 1870 counts it (CRLF included, stuffed dots not).
-        has_nul: a NUL octet was seen.
+        has_nul: a NUL octet was seen. `has_8bit`: one above 127 was.
         has_long_line: a line longer than the limit was seen, its CRLF included (RFC 5321 4.5.3.1.6 counts so).
     """
 
-    __slots__ = ("_line_octets", "_text_line_limit", "has_long_line", "has_nul", "octets")
+    __slots__ = ("_line_octets", "_text_line_limit", "has_8bit", "has_long_line", "has_nul", "octets")
 
     def __init__(self, text_line_limit_octets: int) -> None:
         self._text_line_limit = text_line_limit_octets
         self._line_octets = 0  # of the line that is not ended yet
         self.octets = 0
         self.has_nul = False
+        self.has_8bit = False
         self.has_long_line = False
 
     def inspect(self, content: bytes) -> None:
@@ -236,6 +239,8 @@ class ContentInspector:
         self.octets += size
         if b"\0" in content:
             self.has_nul = True
+        if not self.has_8bit and not content.isascii():
+            self.has_8bit = True
         if self._line_octets + size > self._text_line_limit and not self.has_long_line:
             self.has_long_line = self._has_long_line(content)
         last = content.rfind(b"\n")
@@ -263,6 +268,9 @@ class HeaderSplitter:
     The block ends before the first empty line. Where none comes within the limits, it ends before the first line that
     is not a header field, so that a long text without a header is content and not an endless header.
 
+    Content whose first line begins with a blank has no header: that line would go on with whatever field is put before
+    it, and forge the date of our own. An empty line is put in front of it.
+
     Attributes:
         block: the header block, None until it is known.
         is_too_big: it is larger than the limits; then `block` stays None.
@@ -287,6 +295,8 @@ class HeaderSplitter:
         held = self._held = self._held + content if self._held else content
         if held.startswith(b"\r\n"):
             return self._split(0)
+        if held.startswith(_BLANKS):
+            return b"\r\n" + self._split(0)
         end = held.find(b"\r\n\r\n", searched)
         if end >= 0 and self._fits(held, end + 2):
             return self._split(end + 2)

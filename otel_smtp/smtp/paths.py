@@ -11,10 +11,14 @@ knows where a path ends: a quoted local part may hold spaces and angle brackets.
 Addresses are kept exactly as the client wrote them (RFC 6531 3.2: no transcoding; F5 of confusions between U-labels
 and A-labels). Whether a non-ASCII address may be used is not grammar; see `extensions`.
 
-Three deviations, each because refusing breaks mail that every upstream takes, and none adds an octet that could end a
-command or a header:
+Deviations, each because refusing breaks mail that upstreams take, and none adds an octet that could end a command or a
+header:
 
 * an underscore in a domain label (container and service names have them);
+* a local part of more than 64 octets, or with dots at its ends or in a row: such mailboxes exist, and the upstream is
+  the judge of them;
+* a dot at the end of a domain, which is dropped: it names the same domain, and routes are written without it;
+* a path of up to 512 octets, as a local part may be long;
 * a path without its angle brackets, as Postfix and Exim take it; what we send on always has them;
 * a source route is taken and dropped (RFC 5321 4.1.1.3 and appendix C: "MUST be accepted ... SHOULD be ignored").
 """
@@ -25,14 +29,12 @@ from typing import Final
 
 from otel_smtp.smtp.characters import INVISIBLE
 
-MAX_LOCAL_PART_OCTETS: Final = 64
-"""RFC 5321 4.5.3.1.1; quotes count."""
-
 MAX_DOMAIN_OCTETS: Final = 255
-"""RFC 5321 4.5.3.1.2. A path's limit leaves a domain 252 at most; the larger one holds where a domain stands alone."""
+"""RFC 5321 4.5.3.1.2."""
 
-MAX_PATH_OCTETS: Final = 256
-"""RFC 5321 4.5.3.1.3, angle brackets and source route included: a mailbox has at most 254."""
+MAX_PATH_OCTETS: Final = 512
+"""Angle brackets and source route included. RFC 5321 4.5.3.1.3 asks for 256, and 4.5.3.1.4 for command lines of 512;
+bounce addresses of mailing lists and of signed senders exceed the former."""
 
 MAX_LABEL_OCTETS: Final = 63
 """RFC 1035 2.3.4."""
@@ -44,7 +46,7 @@ _LET_DIG = r"[^\x00-/:-@\[-^`{-\x7f]"  # and the underscore, as in names that ex
 _LABEL = rf"{_LET_DIG}+(?:-+{_LET_DIG}+)*"
 _DOMAIN_PATTERN = rf"{_LABEL}(?:\.{_LABEL})*"
 
-_DOT_STRING = re.compile(rf"{_ATEXT}+(?:\.{_ATEXT}+)*")
+_DOT_STRING = re.compile(rf"\.*{_ATEXT}{_ATEXT.replace('.', '')}*")  # and dots anywhere
 # QcontentSMTP = qtextSMTP / quoted-pairSMTP
 _QUOTED_STRING = re.compile(r'"[^\x00-\x1f"\\\x7f]*(?:\\[ -~][^\x00-\x1f"\\\x7f]*)*"')
 _DOMAIN = re.compile(_DOMAIN_PATTERN)
@@ -57,6 +59,22 @@ _LONG_LABEL = re.compile(rf"[A-Za-z0-9_-]{{{MAX_LABEL_OCTETS + 1}}}")
 
 class PathSyntaxError(ValueError):
     """Not a path, a mailbox or a domain; says what is wrong and never repeats the address."""
+
+
+class PathTooLong(PathSyntaxError):
+    """A path of more than `MAX_PATH_OCTETS`."""
+
+
+class BareLocalPart(PathSyntaxError):
+    """A path that lacks only its domain.
+
+    Attributes:
+        local_part_end: the index just behind the local part, where "@" and a domain would stand.
+    """
+
+    def __init__(self, what: str, local_part_end: int) -> None:
+        super().__init__(what)
+        self.local_part_end = local_part_end
 
 
 def octets(text: str) -> int:
@@ -76,13 +94,15 @@ def reverse_path(text: str, start: int = 0) -> tuple[str, int]:
         The mailbox as written, "" for the null path, and the index just behind the path.
 
     Raises:
-        PathSyntaxError: there is no path at that place, or it is longer than a limit.
+        PathTooLong: it is longer than the limit.
+        BareLocalPart: it is a path but for its domain.
+        PathSyntaxError: there is no path at that place, or its domain is longer than a limit.
     """
     if text.startswith("<>", start):
         return "", start + 2
-    mailbox, has_domain, end = _take_path(text, start)
-    if not has_domain:
-        raise PathSyntaxError("a reverse-path needs a domain")
+    mailbox, local_part_end, end = _take_path(text, start)
+    if local_part_end is not None:
+        raise BareLocalPart("a reverse-path needs a domain", local_part_end)
     return mailbox, end
 
 
@@ -95,21 +115,21 @@ def forward_path(text: str, start: int = 0) -> tuple[str, int]:
         The mailbox as written, and the index just behind the path.
 
     Raises:
-        PathSyntaxError: there is no path at that place, or it is longer than a limit.
+        PathTooLong, BareLocalPart, PathSyntaxError: as for `reverse_path`.
     """
-    mailbox, has_domain, end = _take_path(text, start)
-    if not has_domain and mailbox.lower() != "postmaster":
-        raise PathSyntaxError("a forward-path needs a domain")
+    mailbox, local_part_end, end = _take_path(text, start)
+    if local_part_end is not None and mailbox.lower() != "postmaster":
+        raise BareLocalPart("a forward-path needs a domain", local_part_end)
     return mailbox, end
 
 
 def is_mailbox(text: str) -> bool:
     """Whether `text`, whole, is a mailbox within the limits: local part, "@", domain or address literal."""
     try:
-        has_domain, end = _take_mailbox(text, 0)
+        local_part_end, end = _take_mailbox(text, 0)
     except PathSyntaxError:
         return False
-    return has_domain and end == len(text) and octets(text) <= MAX_PATH_OCTETS - 2
+    return local_part_end < end == len(text) and octets(text) <= MAX_PATH_OCTETS - 2
 
 
 def is_domain(text: str) -> bool:
@@ -138,7 +158,8 @@ def address_literal(host: str) -> str:
     return f"[IPv6:{address}]" if address.version == 6 else f"[{address}]"
 
 
-def _take_path(text: str, start: int) -> tuple[str, bool, int]:
+def _take_path(text: str, start: int) -> tuple[str, int | None, int]:
+    """The mailbox of the path at `start`, where its domain is missing (None where it has one), and the index behind."""
     is_bracketed = text.startswith("<", start)
     mailbox_start = start
     if is_bracketed:
@@ -146,34 +167,35 @@ def _take_path(text: str, start: int) -> tuple[str, bool, int]:
         route = _SOURCE_ROUTE.match(text, mailbox_start)
         if route is not None:
             mailbox_start = route.end()
-    has_domain, mailbox_end = _take_mailbox(text, mailbox_start)
+    local_part_end, mailbox_end = _take_mailbox(text, mailbox_start)
+    has_domain = mailbox_end > local_part_end
     end = mailbox_end
+    if has_domain and text.startswith(".", mailbox_end) and text[mailbox_end - 1] != "]":
+        end += 1  # the root's dot
     if is_bracketed:
-        if not text.startswith(">", mailbox_end):
+        if not text.startswith(">", end):
             raise PathSyntaxError("no closing angle bracket behind the mailbox")
         end += 1
     if octets(text[start:end]) + (0 if is_bracketed else 2) > MAX_PATH_OCTETS:
-        raise PathSyntaxError("path too long")
-    return text[mailbox_start:mailbox_end], has_domain, end
+        raise PathTooLong("path too long")
+    return text[mailbox_start:mailbox_end], None if has_domain else local_part_end, end
 
 
-def _take_mailbox(text: str, start: int) -> tuple[bool, int]:
-    """Whether the mailbox at `start` has a domain, and the index behind it."""
+def _take_mailbox(text: str, start: int) -> tuple[int, int]:
+    """The index behind the local part at `start`, and the one behind its domain; the same where it has none."""
     local_part = _DOT_STRING.match(text, start) or _QUOTED_STRING.match(text, start)
     if local_part is None:
         raise PathSyntaxError("no local part")
     _check_visible(local_part[0])
-    if octets(local_part[0]) > MAX_LOCAL_PART_OCTETS:
-        raise PathSyntaxError("local part too long")
     end = local_part.end()
     if not text.startswith("@", end):
-        return False, end
+        return end, end
     if text.startswith("[", end + 1):
         literal = _LITERAL.match(text, end + 1)
         if literal is None or not _is_literal_content(literal[1]):
             raise PathSyntaxError("not an address literal")
-        return True, literal.end()
-    return True, _take_domain(text, end + 1)
+        return end, literal.end()
+    return end, _take_domain(text, end + 1)
 
 
 def _take_domain(text: str, start: int) -> int:

@@ -13,20 +13,26 @@ from otel_smtp.smtp.states import TlsMode
 
 @dataclass(frozen=True, slots=True)
 class ServerLimits:
-    """What a client can make grow. All sizes in octets."""
+    """What a client can make grow. All sizes in octets; None: unbounded."""
 
     message_size: int = 25 * 1024 * 1024
     recipients: int = 1000
-    messages_per_connection: int = 1000
+    messages_per_connection: int | None = None
     errors: int = 10
     junk_commands: int = 100
     command_line: int = 2048
     auth_line: int = 12288
     text_line: int = 65535
-    header_size: int = 256 * 1024
-    header_lines: int = 1000
+    header_size: int = 512 * 1024
+    header_lines: int = 10_000
     hops: int = 100
     auth_failures: int = 3
+
+    @property
+    def announced(self) -> dict[str, int]:
+        """What EHLO says of them (RFC 9422)."""
+        most = {} if self.messages_per_connection is None else {"MAILMAX": self.messages_per_connection}
+        return {**most, "RCPTMAX": self.recipients}
 
 
 class OwnOffer(NamedTuple):
@@ -57,6 +63,7 @@ class ServerPolicy:
         auth_mechanisms: offered SASL mechanisms, in order of preference; empty: no AUTH.
         auth_required: 530 to MAIL until authenticated (RFC 4954 6).
         auth_in_clear: AUTH is offered without TLS too.
+        default_domain: completes bare local parts; "": they are refused.
         commands_per_turn: commands of one client that are run before the other connections get their turn.
         rejects_bare_line_ends: 550 5.6.11 to content with a bare CR or LF, instead of normalising it.
     """
@@ -68,6 +75,7 @@ class ServerPolicy:
     auth_mechanisms: tuple[str, ...] = ()
     auth_required: bool = False
     auth_in_clear: bool = False
+    default_domain: str = ""
     rejects_bare_line_ends: bool = False
     commands_per_turn: int = 100
     limits: ServerLimits = field(default_factory=ServerLimits)
@@ -86,7 +94,7 @@ class ServerPolicy:
                 starttls=self.tls_mode is TlsMode.STARTTLS and not is_tls,
                 auth_mechanisms=self.mechanisms(is_tls=is_tls),
                 require_tls=behind.require_tls and is_tls,
-                limits={"MAILMAX": limits.messages_per_connection, "RCPTMAX": limits.recipients},
+                limits=limits.announced,
             )
             own = OwnOffer(behind, offer, replies.hello(self.hostname, keywords(offer)), size_limit)
             self._offers[is_tls] = own

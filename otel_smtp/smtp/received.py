@@ -90,7 +90,9 @@ def rfc5322_date(unix_seconds: float) -> str:
     return _date_of_second(int(unix_seconds // 1))
 
 
-def received_head(*, helo: str, peer_host: str, by: str, with_protocol: str, tls: str | None = None) -> bytes:
+def received_head(
+    *, helo: str, peer_host: str, by: str, with_protocol: str, tls: str | None = None, is_anonymous: bool = False
+) -> bytes:
     """The part of our Received field that is the same for all messages of a session (RFC 5321 4.4), folded.
 
     Only what has the form of its token goes in, so that nothing a client says can end the field or forge another one:
@@ -102,11 +104,15 @@ def received_head(*, helo: str, peer_host: str, by: str, with_protocol: str, tls
         by: our own host name.
         with_protocol: see the function of that name.
         tls: version and cipher, for people.
+        is_anonymous: no word of the client: neither its name nor its address.
 
     Raises:
         LocalProtocolError: one of our own words is malformed.
     """
     host = _peer(peer_host)
+    if is_anonymous:
+        # RFC 5321 4.4 wants a from clause: ours, as of a message that begins here.
+        helo, host = by, ""
     if not (helo.isascii() and (is_domain(helo) or is_address_literal(helo))):
         helo = host or "unknown"
     for word, pattern in ((with_protocol, _ATOM), (tls or "-", _WORDS)):

@@ -224,6 +224,9 @@ OUTCOME_UNKNOWN: Final = _reply(
 )
 UPSTREAM_PROTOCOL: Final = _reply(451, "4.5.0", "The upstream's reply made no sense", ErrorType.UPSTREAM_PROTOCOL)
 UPSTREAM_TLS: Final = _reply(451, "4.7.5", "The upstream's TLS could not be verified", ErrorType.UPSTREAM_TLS)
+UPSTREAM_LACKS_8BITMIME: Final = _reply(
+    451, "4.3.0", "The upstream does not take 8-bit content now, try again later", ErrorType.UPSTREAM_UNAVAILABLE
+)
 OTHER_ROUTE: Final = _reply(
     451, "4.5.3", "Another upstream serves this recipient, send it in its own transaction", ErrorType.LIMIT
 )
@@ -239,11 +242,20 @@ AUTH_UNAVAILABLE: Final = _reply(454, "4.7.0", "Temporary authentication failure
 # 5yz ----------------------------------------------------------------------------------------------------------
 
 LINE_TOO_LONG: Final = _reply(500, "5.5.2", "Line too long", ErrorType.SYNTAX)
+BARE_LINE_FEED: Final = _reply(500, "5.5.2", "Command lines end in CRLF", ErrorType.PROTOCOL, closes=True)
 UNKNOWN_COMMAND: Final = _reply(500, "5.5.2", "Command not recognized", ErrorType.SYNTAX)
 BAD_ARGUMENT: Final = _reply(501, "5.5.4", "Syntax error in arguments", ErrorType.SYNTAX)
 CONTROL_OCTETS: Final = _reply(501, "5.5.4", "Control character in command", ErrorType.SYNTAX)
 BAD_SENDER: Final = _reply(501, "5.1.7", "Bad sender address syntax", ErrorType.ADDRESS)
 BAD_RECIPIENT: Final = _reply(501, "5.1.3", "Bad recipient address syntax", ErrorType.ADDRESS)
+SENDER_TOO_LONG: Final = _reply(501, "5.1.7", "Sender address too long", ErrorType.ADDRESS)
+RECIPIENT_TOO_LONG: Final = _reply(501, "5.1.3", "Recipient address too long", ErrorType.ADDRESS)
+SENDER_WITHOUT_DOMAIN: Final = _reply(
+    501, "5.1.7", "Sender address needs a domain: this listener has no default_domain", ErrorType.ADDRESS
+)
+RECIPIENT_WITHOUT_DOMAIN: Final = _reply(
+    501, "5.1.3", "Recipient address needs a domain: this listener has no default_domain", ErrorType.ADDRESS
+)
 BAD_BASE64: Final = _reply(501, "5.5.2", "Cannot decode that base64", ErrorType.SYNTAX)
 AUTH_CANCELLED: Final = _reply(501, "5.7.0", "Authentication cancelled", ErrorType.AUTH)
 NOT_IMPLEMENTED: Final = _reply(502, "5.5.1", "Command not implemented", ErrorType.UNSUPPORTED)

@@ -726,7 +726,7 @@ async def test_our_own_bug_defers_the_mail_and_costs_one_connection(
 
     async with ScriptedUpstream() as upstream, relaying(settings(upstream), strategy=strategy) as forwarder:
         with monkeypatch.context() as broken:
-            broken.setattr(delivery.Delivery, "_message_answered" if is_ended else "_is_too_big", bug)
+            broken.setattr(delivery.Delivery, "_message_answered" if is_ended else "_unfit", bug)
             relayed = await relay(forwarder)
         assert relayed.told is replies.INTERNAL
         assert relayed.seen.outcomes == [("up", Outcome.UNKNOWN if is_ended else Outcome.ABORTED)]

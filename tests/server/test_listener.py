@@ -106,6 +106,16 @@ async def test_who_is_still_sending_learns_why_it_is_closed_on() -> None:
         assert gateway.seen.connections[0].close_reason is CloseReason.TOO_MANY_ERRORS
 
 
+@pytest.mark.both_loops
+async def test_a_client_with_bare_line_feeds_learns_why_it_is_closed_on() -> None:
+    async with running() as gateway:
+        reader, writer = await gateway.connect()
+        assert (await reader.readline()).startswith(b"220 ")
+        writer.write(b"EHLO x\n" + b"MAIL FROM:<a@example.com>\n" * 60_000)
+        assert await reader.read() == replies.BARE_LINE_FEED.wire
+        assert gateway.seen.connections[0].close_reason is CloseReason.PROTOCOL_MISMATCH
+
+
 @pytest.mark.movable_clock
 async def test_when_most_connections_are_taken_those_that_idled_for_long_give_way() -> None:
     async with running(connections=5) as gateway:

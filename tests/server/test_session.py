@@ -19,7 +19,7 @@ from otel_smtp.smtp.replies import Reply
 from otel_smtp.smtp.states import CloseReason, TlsMode
 from tests.server.keeping import KeepingForwarder, Noting, WatchedServer
 from tests.support.clock import advance
-from tests.support.fake_stream import FakeStream
+from tests.support.fake_stream import PEER, FakeStream
 from tests.support.waiting import until
 
 EVERYONE = (ipaddress.ip_network("0.0.0.0/0"),)
@@ -614,3 +614,26 @@ async def test_who_authenticated_in_clear_is_a_stranger_again_under_tls() -> Non
         await served.stream.sends(b"220 2.0.0 ")
         served.stream.feed(b"EHLO c\r\nMAIL FROM:<a@example.com>\r\n")
         await served.stream.sends(b"530 5.7.0 ")
+
+
+async def test_an_anonymous_received_field_says_nothing_of_the_client() -> None:
+    async with serving(replace(POLICY, names_client=False)) as served:
+        served.stream.feed(MESSAGE)
+        await served.stream.sends(b"250 2.0.0 Ok")
+        content = served.forwarder.kept[0].content
+        received = content.partition(b"Subject")[0]
+        hostname = POLICY.protocol.hostname.encode()
+        assert received.startswith(b"Received: from %b (local)\r\n by %b with ESMTP" % (hostname, hostname))
+        assert b"client.example" not in received
+        assert PEER.host.encode() not in received
+        assert b"5" * 32 in received
+
+
+@pytest.mark.parametrize("name", [b"two names", b"[::1", b"a:b", b'"x"', b"a/b", b"(x)\\", b"\xc3\xa9", b"\xff"])
+async def test_a_greeting_that_is_no_host_name_stands_in_no_received_field(name: bytes) -> None:
+    async with serving() as served:
+        served.stream.feed(MESSAGE.replace(b"client.example", name, 1))
+        await served.stream.sends(b"250 2.0.0 Ok")
+        received = served.forwarder.kept[0].content.partition(b"Subject")[0]
+        assert received.startswith(b"Received: from [%b] ([%b])\r\n by " % (PEER.host.encode(), PEER.host.encode()))
+        assert name not in received

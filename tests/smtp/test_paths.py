@@ -5,7 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from otel_smtp.smtp.paths import (
+    BareLocalPart,
     PathSyntaxError,
+    PathTooLong,
     address_literal,
     forward_path,
     is_address_literal,
@@ -41,8 +43,13 @@ MAILBOXES = [
     "نام\u200cه@example.ir",  # ZERO WIDTH NON-JOINER is spelling in Persian
     '"jü rgen"@example.com',
     "l" * 64 + "@example.com",
-    "l" * 64 + "@" + DOMAIN_189,  # 254 octets
-    "ü" * 32 + "@example.com",  # 64 octets
+    "l" * 200 + "@example.com",  # beyond RFC 5321 4.5.3.1.1
+    "ü" * 100 + "@example.com",
+    "l" * 320 + "@" + DOMAIN_189,  # 510 octets
+    ".user@example.com",
+    "user.@example.com",
+    "us..er@example.com",
+    "...u...@example.com",
     "percent%hack@example.com",  # an ordinary local part to us: we never route by it
     "bang!path@example.com",
 ]
@@ -55,14 +62,14 @@ NOT_MAILBOXES = [
     "user@",
     "user@@example.com",
     "user@example.com@example.org",
-    ".user@example.com",
-    "user.@example.com",
-    "us..er@example.com",
+    ".@example.com",
+    "....@example.com",
     "us er@example.com",
     "us(comment)er@example.com",
     "user@example..com",
     "user@.example.com",
-    "user@example.com.",
+    "user@example.com..",
+    "user@[192.0.2.1].",
     "user@-example.com",
     "user@example-.com",
     "user@exa mple.com",
@@ -93,9 +100,9 @@ NOT_MAILBOXES = [
     "user@exam\u200bple.com",  # ZERO WIDTH SPACE
     "us\ud800er@example.com",  # a lone surrogate never came by the wire
     "user@example.com\r\nRCPT TO:<x@y>",
-    "l" * 65 + "@example.com",
-    "ü" * 33 + "@example.com",  # 66 octets
-    "l" * 64 + "@" + DOMAIN_189 + "d",  # 255 octets: 257 as path
+    "l" * 320 + "@" + DOMAIN_189 + "d",  # 511 octets: 513 as path
+    "ü" * 250 + "@example.com",  # 512 octets
+    "l@" + ".".join(["d" * 63] * 4) + ".d",  # 257 octets of domain
     "user@" + "l" * 64 + ".com",
     "user@[x-tag:" + "c" * 300 + "]",
 ]
@@ -115,6 +122,29 @@ def test_what_is_no_mailbox_is_no_path(text: str) -> None:
     if text:
         with pytest.raises(PathSyntaxError):
             reverse_path(f"<{text}>")
+
+
+def test_the_dot_of_the_root_is_dropped() -> None:
+    for text in ("<user@example.com.>", "user@example.com."):
+        assert reverse_path(text) == ("user@example.com", len(text))
+        assert forward_path(text) == ("user@example.com", len(text))
+    with pytest.raises(PathSyntaxError):
+        reverse_path("user@.")
+
+
+@pytest.mark.parametrize("text", ["<root>", "root", '<"a b">', "<@relay.example:root>"])
+def test_a_bare_local_part_says_where_its_domain_would_stand(text: str) -> None:
+    for take in (reverse_path, forward_path):
+        with pytest.raises(BareLocalPart) as caught:
+            take(text)
+        assert text[: caught.value.local_part_end].endswith(("root", '"a b"'))
+
+
+def test_a_path_that_is_too_long_is_told_from_one_that_is_none() -> None:
+    with pytest.raises(PathTooLong):
+        forward_path("<" + "l" * 500 + "@example.com>")
+    with pytest.raises(PathTooLong):
+        reverse_path("l" * 511)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +177,7 @@ def test_a_source_route_is_dropped(text: str, mailbox: str) -> None:
         "",
         "<",
         ">",
-        "<" + "@a," * 60 + "@b:" + "user@" + DOMAIN_189[:80] + ">",  # 271 octets: the route counts
+        "<" + "@a," * 200 + "@b:" + "user@" + DOMAIN_189[:80] + ">",  # the route counts
     ],
 )
 def test_what_is_no_path_is_refused(text: str) -> None:

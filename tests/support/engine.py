@@ -70,6 +70,7 @@ def policy_from(settings: dict[str, Any]) -> ServerPolicy:
         auth_mechanisms=() if auth == "off" else ("PLAIN", "LOGIN"),
         auth_required=auth == "required",
         auth_in_clear=settings.get("listener.auth_in_clear", False),
+        default_domain=settings.get("listener.default_domain", ""),
         rejects_bare_line_ends=settings.get("delivery.content_newlines") == "reject",
         limits=ServerLimits(**limits),
     )

@@ -10,6 +10,7 @@ from otel_smtp.smtp.commands import (
     Command,
     CommandRefused,
     Data,
+    DomainMissing,
     Hello,
     MailFrom,
     RcptTo,
@@ -73,8 +74,17 @@ class Dispatching(Receiving):
         try:
             command = parse(line)
         except CommandRefused as refusal:
-            command = refusal
+            command = self._completed(refusal) if self._policy.default_domain else refusal
         self._run(command)
+
+    def _completed(self, refused: CommandRefused) -> Command | CommandRefused:
+        """The command with our default domain, where that is all it lacks."""
+        if not isinstance(refused, DomainMissing):
+            return refused
+        try:
+            return refused.with_domain(self._policy.default_domain)
+        except CommandRefused as refusal:
+            return refusal
 
     def _run(self, command: Command | CommandRefused) -> None:
         if self._batch and not (isinstance(command, Command) and command.verb is Verb.RCPT):
@@ -166,7 +176,7 @@ class Dispatching(Receiving):
         size_limit = now.size_limit
         if self._policy.auth_required and not self.is_authenticated:
             self._send(replies.AUTH_REQUIRED, Verb.MAIL)
-        elif self.messages >= self._policy.limits.messages_per_connection:
+        elif (most := self._policy.limits.messages_per_connection) is not None and self.messages >= most:
             self._send(replies.TOO_MANY_MESSAGES, Verb.MAIL)
         elif mail.size is not None and mail.size > size_limit:
             # RFC 1870 6.1: refused before a single octet of it is sent.

@@ -95,7 +95,11 @@ class ServerProtocol(Dispatching):
             phase = self.phase
             if phase in _QUICK:
                 length = len(data)
-                if 2 <= length <= self._policy.quick_octets and data.find(b"\r\n") == length - 2:
+                if (
+                    2 <= length <= self._policy.quick_octets
+                    and data.find(b"\n") == length - 1
+                    and data[length - 2] == 0x0D
+                ):
                     self._is_running = True
                     try:
                         self._run_line(data[:-2])
@@ -231,11 +235,14 @@ class ServerProtocol(Dispatching):
             if length == 0 or self._batch:
                 return None  # a line that is too long is answered in its turn
             self._discard_limit = limit * _DISCARD_FACTOR
-        discarded, is_whole = self.received.discard_line()
+        discarded, end = self.received.discard_line()
         self._discarded += discarded
         if self._discarded > self._discard_limit:
             self._send(replies.LINE_DISCARD_EXCEEDED, None)
-        elif is_whole:
+        elif end == b"\n":
+            # What stands behind may have been content to whoever passed it on: smuggling. None of it is run.
+            self._send(replies.BARE_LINE_FEED, "other")
+        elif end:
             self._discarded = 0
             self._refuse_long_line()
         return None

@@ -57,12 +57,14 @@ class Receiving(Securing):
 
     def _begin_content(self, transaction: OpenTransaction, *, by_data: bool) -> None:
         policy = self._policy
+        body = transaction.mail.body
         transaction.content = IncomingContent(
             policy.content_limits,
             transaction.size_limit,
             self._handler,
-            is_binary=transaction.mail.body is Body.BINARY_MIME,
+            is_binary=body is Body.BINARY_MIME,
             by_data=by_data,
+            must_be_7bit=body is Body.EIGHT_BIT_MIME and not transaction.offer.eight_bit_mime,
         )
         self.states.enter(ConnState.DATA, ContentBegun(transaction.number, transaction.recipients))
         self._handler.content_begun()

@@ -53,6 +53,7 @@ _CLOSE_REASONS: Final = {
     replies.LINE_DISCARD_EXCEEDED: CloseReason.TOO_MANY_ERRORS,
     replies.TIMED_OUT: CloseReason.TIMEOUT,
     replies.INTERNAL_CLOSING: CloseReason.INTERNAL_ERROR,
+    replies.BARE_LINE_FEED: CloseReason.PROTOCOL_MISMATCH,
 }
 
 
