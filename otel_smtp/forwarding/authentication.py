@@ -96,9 +96,9 @@ def _mechanism(name: str, credentials: Credentials) -> Mechanism:
             raise ValueError(f"unknown mechanism {name!r}")
 
 
-# Base64 or hexadecimal of some length: a token, or a secret that the upstream has encoded in its own way. Words have no
-# digits in them.
-_OPAQUE: Final = re.compile(r"(?=[A-Za-z+/_-]*[0-9=])[A-Za-z0-9+/_=-]{16,}")
+# May be base64 or hexadecimal of some length: a token, or a secret that the upstream has encoded in its own way.
+_LONG_WORD: Final = re.compile(r"[A-Za-z0-9+/_=-]{16,}")
+_NO_WORD: Final = re.compile(r"[0-9=]")
 
 
 def without_secrets(reply: Reply, credentials: Credentials) -> Reply:
@@ -111,7 +111,11 @@ def without_secrets(reply: Reply, credentials: Credentials) -> Reply:
     secrets += [base64.b64encode(secret.encode()).decode() for secret in secrets]
     words = "|".join(re.escape(secret) for secret in sorted(filter(None, secrets), key=len, reverse=True))
     pattern = re.compile(words or "(?!)", re.IGNORECASE)
-    return reply.with_text(*(_OPAQUE.sub("[...]", pattern.sub("[...]", line)) for line in reply.lines))
+    return reply.with_text(*(_LONG_WORD.sub(_unless_word, pattern.sub("[...]", line)) for line in reply.lines))
+
+
+def _unless_word(found: re.Match[str]) -> str:
+    return "[...]" if _NO_WORD.search(found[0]) else found[0]
 
 
 class _Plain:
