@@ -25,6 +25,7 @@ from otel_smtp.forwarding.settings import (
 from otel_smtp.server.policy import ListenerPolicy, ServerTimeouts
 from otel_smtp.server.users import Authenticator
 from otel_smtp.smtp.policy import ServerLimits, ServerPolicy
+from otel_smtp.smtp.sasl import MECHANISMS
 from otel_smtp.telemetry.metrics import OpenConnections
 from otel_smtp.telemetry.propagation import InboundPolicy
 from otel_smtp.telemetry.records import SpanSink
@@ -210,6 +211,8 @@ def telemetry_options(
         version=__version__,
         redaction=redaction,
         policies={listener.name: InboundPolicy(listener.trace_context) for listener in settings.listener},
+        upstreams=[upstream.name for upstream in settings.upstream],
+        mechanisms=MECHANISMS,
         state_events=StateEvents(telemetry.state_events),
         probes=telemetry.probes,
         with_message_id=telemetry.message_id,

@@ -555,7 +555,9 @@ DROP_REASON: Final = _attribute(
 _CONNECTION_SECONDS: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600)
 # The HTTP, RPC and messaging conventions', and longer: an upstream may take ten minutes for its final reply.
 _OPERATION_SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 30, 60, 300)
-_WAIT_SECONDS: Final = (0.0001, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30)
+# From 50 us: a state may last as long as a call of ours, and a wait less.
+_SHORT_SECONDS: Final = (0.00005, 0.0001, 0.0005, 0.001, 0.005, *_CONNECTION_SECONDS)
+_WAIT_SECONDS: Final = (0.00005, 0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30)
 _SIZE_OCTETS: Final = tuple(float(1024 * 4**power) for power in range(8))  # 1 KiB to 16 MiB
 
 ACTIVE_CONNECTIONS: Final = _metric(
@@ -579,7 +581,7 @@ STATE_DURATION: Final = _metric(
     "s",
     (STATE,),
     "Time spent in a state until the next transition",
-    _CONNECTION_SECONDS,
+    _SHORT_SECONDS,
 )
 TRANSITIONS: Final = _metric(
     "smtp.server.transitions",
@@ -593,6 +595,14 @@ REPLIES: Final = _metric(
 )
 TRANSACTIONS: Final = _metric(
     "smtp.server.transactions", Instrument.COUNTER, "{transaction}", (OUTCOME,), "Mail transactions by how they ended"
+)
+TRANSACTION_DURATION: Final = _metric(
+    "smtp.server.transaction.duration",
+    Instrument.HISTOGRAM,
+    "s",
+    (OUTCOME,),
+    "Mail transactions, from MAIL to the final reply, RSET or loss",
+    _SHORT_SECONDS,
 )
 SERVER_MESSAGE_SIZE: Final = _metric(
     "smtp.server.message.size", Instrument.HISTOGRAM, "By", (), "Size of received messages", _SIZE_OCTETS

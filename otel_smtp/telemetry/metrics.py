@@ -28,10 +28,12 @@ from prometheus_client.samples import Exemplar
 
 from otel_smtp.observing import ConnectionRecord, DeliveryRecord, Observer, Outcome, TransactionRecord
 from otel_smtp.smtp.replies import AUTH_FAILED
-from otel_smtp.smtp.states import LEVELS, ConnState, Transition
+from otel_smtp.smtp.states import LEGAL, LEVELS, ConnState, Transition
 from otel_smtp.telemetry import attributes as names
 from otel_smtp.telemetry.attributes import Instrument, Metric
+from otel_smtp.telemetry.collector import Signal
 from otel_smtp.telemetry.environment import ExemplarFilter
+from otel_smtp.telemetry.exporting import DropReason
 from otel_smtp.telemetry.propagation import SAMPLED, TraceContext
 from otel_smtp.telemetry.sampling import Identity
 
@@ -154,6 +156,7 @@ class Metrics(Observer):
         dropped: what telemetry itself has lost so far: signal, reason, how many.
         resource: who we are, by attribute, for the page.
         exemplars: which measurements name a span.
+        listeners, upstreams: their configured names, whose series exist from the start, as do those of `mechanisms`.
 
     Attributes:
         measurements: all histograms.
@@ -168,6 +171,9 @@ class Metrics(Observer):
         dropped: ConnectionCounts = tuple,
         resource: Mapping[str, object] | None = None,
         exemplars: ExemplarFilter = ExemplarFilter.TRACE_BASED,
+        listeners: Sequence[str] = (),
+        upstreams: Sequence[str] = (),
+        mechanisms: Sequence[str] = (),
     ) -> None:
         self._exemplar_flags = _EXEMPLAR_FLAGS[exemplars]
         self._open_connections = open_connections
@@ -184,12 +190,14 @@ class Metrics(Observer):
         self._probes = Counts(names.PROBES)
         self._connection_duration = Measurements(names.SERVER_CONNECTION_DURATION)
         self._state_duration = Measurements(names.STATE_DURATION)
+        self._transaction_duration = Measurements(names.TRANSACTION_DURATION)
         self._message_size = Measurements(names.SERVER_MESSAGE_SIZE)
         self._delivery_duration = Measurements(names.DELIVERY_DURATION)
         self._pool_wait = Measurements(names.CLIENT_POOL_WAIT)
         self.measurements: Final = (
             self._connection_duration,
             self._state_duration,
+            self._transaction_duration,
             self._message_size,
             self._delivery_duration,
             self._pool_wait,
@@ -197,6 +205,39 @@ class Metrics(Observer):
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
+        self._begin(listeners, upstreams, mechanisms)
+
+    def _begin(self, listeners: Sequence[str], upstreams: Sequence[str], mechanisms: Sequence[str]) -> None:
+        """Begin every series whose labels are known with 0: a series that is born at 1 has no increase.
+
+        Replies are told as they occur: most of the pairs of a verb and a code exist for no mail.
+        """
+        self._transitions[None, ConnState.NEW] = 0
+        for previous, following in LEGAL.items():
+            for state in ConnState:  # in their order: that of a set is another one in each process
+                if state in following:
+                    self._transitions[previous, state] = 0
+        for state in ConnState:
+            if LEGAL[state]:
+                self._state_duration.series[(_NAMES[state],)]
+        for outcome in _OUTCOMES.values():
+            self._transactions.values[(outcome,)] = 0
+            self._transaction_duration.series[(outcome,)]
+            for upstream in upstreams:
+                if outcome != Outcome.QUEUED:  # which no attempt is
+                    self._delivery_duration.series[upstream, outcome]
+        self._message_size.series[()]
+        for upstream in upstreams:
+            self._pool_wait.series[(upstream,)]
+        for mechanism in (*mechanisms, "other"):
+            for result in (_ACCEPTED, _REFUSED):
+                self._auth.values[mechanism, result] = 0
+        for reason in ("capacity", "client_limit"):
+            self._refused.values[(reason,)] = 0
+        for listener in listeners:
+            self._probes.values[(listener,)] = 0
+            self._connection_duration.series[(listener,)]
+            self._active |= {(listener, _NAMES[level]): 0 for level in LEVELS}
 
     # What happened -------------------------------------------------------------------------------------------------
 
@@ -226,7 +267,13 @@ class Metrics(Observer):
         if context is not None and not (context.flags | _UNSAMPLED) & self._exemplar_flags:
             context = None
         if transaction.outcome is not None:
-            self._transactions.values[(_OUTCOMES[transaction.outcome],)] += 1
+            labels = (_OUTCOMES[transaction.outcome],)
+            self._transactions.values[labels] += 1
+            self._transaction_duration.series[labels].add(
+                (transaction.ended_ns - transaction.begun_ns) / 1e9,
+                context,
+                transaction.ended_ns + transaction.wall_offset_ns,
+            )
         if transaction.octets is not None:
             unix_ns = transaction.ended_ns + transaction.wall_offset_ns
             self._message_size.series[()].add(transaction.octets, context, unix_ns)
@@ -337,7 +384,10 @@ class Metrics(Observer):
             yield names.SPOOL_MESSAGES, [((state,), count) for state, count in states.items()]
             yield names.SPOOL_AGE, [((), oldest_age_seconds)]
             yield names.SPOOL_DEAD, [((), dead_octets)]
-        yield names.TELEMETRY_DROPPED, [((signal, reason), count) for signal, reason, count in self._dropped()]
+        lost = {(signal.value, reason.value): 0 for signal in Signal for reason in DropReason}
+        for signal, reason, count in self._dropped():
+            lost[signal, reason] = lost.get((signal, reason), 0) + count
+        yield names.TELEMETRY_DROPPED, list(lost.items())
 
     def collect(self) -> Iterator[MetricFamily]:
         """Everything now, as prometheus_client wants it of a collector."""

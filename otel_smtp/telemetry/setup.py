@@ -36,7 +36,8 @@ class TelemetryOptions:
     """Our own settings of telemetry.
 
     Attributes:
-        policies: what to make of a message's trace context, by listener's name.
+        policies: what to make of a message's trace context, by listener's name: of every listener.
+        upstreams: the names of all. `mechanisms`: those of AUTH that are known.
         access_log: write a line per connection, transaction and delivery, if the log's level allows it.
         listeners: receive every finished span, sampled or not.
         memories: take every recorded span as octets, and whether something in it went wrong.
@@ -49,6 +50,8 @@ class TelemetryOptions:
     version: str = ""
     redaction: Redaction = field(default_factory=Redaction)
     policies: Mapping[str, InboundPolicy] = field(default_factory=dict)
+    upstreams: Sequence[str] = ()
+    mechanisms: Sequence[str] = ()
     state_events: StateEvents = StateEvents.SPAN
     probes: bool = False
     with_message_id: bool = False
@@ -174,6 +177,9 @@ def set_up(options: TelemetryOptions, environ: Mapping[str, str] | None = None) 
             connections=options.upstream_connections,
             spool=options.spool,
             resource=resource.attributes,
+            listeners=[*options.policies],
+            upstreams=options.upstreams,
+            mechanisms=options.mechanisms,
         )
         return Telemetry(counting, traces_to=asked.describe_traces())
     log_export = _log_export(asked.logs, resource, options.version)
@@ -200,6 +206,9 @@ def set_up(options: TelemetryOptions, environ: Mapping[str, str] | None = None) 
         dropped=lambda: [lost for one in exports for lost in one.dropped()],
         exemplars=asked.exemplars,
         resource=resource.attributes,
+        listeners=[*options.policies],
+        upstreams=options.upstreams,
+        mechanisms=options.mechanisms,
     )
     metric_exports = _metric_exports(
         asked, lambda: MetricsReading(metrics, resource, options.version, asked.temporality)

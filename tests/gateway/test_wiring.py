@@ -55,6 +55,8 @@ DIFFERENT: Final = {
     (ForwardingTimeouts, "reply"),  # longer in mode queue, which is compared below
     (TelemetryOptions, "version"),
     (TelemetryOptions, "policies"),  # one for each listener
+    (TelemetryOptions, "upstreams"),
+    (TelemetryOptions, "mechanisms"),  # known to the protocol's room
     (TelemetryOptions, "open_connections"),
     (TelemetryOptions, "upstream_connections"),
     (TelemetryOptions, "spool"),

@@ -151,7 +151,7 @@ def test_a_delivery_that_outlives_its_transaction_is_measured_once() -> None:
     assert client.transaction is not None
     delivery = begin_delivery(client.transaction)
     client.close()
-    assert not [name for name, _ in samples(metrics) if "delivery" in name]
+    assert not [name for (name, _), value in samples(metrics).items() if "delivery" in name and value]
     finish_delivery(metrics, delivery)
     labels = (("smtp_outcome", "relayed"), ("smtp_upstream_name", "provider"))
     assert samples(metrics)["smtp_client_delivery_duration_seconds_count", labels] == 1
@@ -164,7 +164,9 @@ def test_an_exchange_of_auth_is_counted_by_how_it_ended() -> None:
     client.rotate()
     client.auth(reply=replies.AUTH_FAILED).auth(reply=replies.BAD_BASE64).auth(reply=replies.AUTH_UNAVAILABLE)
     client.auth().quit()
-    seen = {dict(labels)["smtp_auth_result"]: n for (name, labels), n in samples(metrics).items() if "_auth_" in name}
+    seen = {
+        dict(labels)["smtp_auth_result"]: n for (name, labels), n in samples(metrics).items() if "_auth_" in name and n
+    }
     assert seen == {"refused": 2, "accepted": 1}
 
 
@@ -214,6 +216,34 @@ def test_counting_does_not_settle_the_trace_before_the_application_named_its_own
     )
     relay_a_mail(telemetry.observers, f"00-{'a' * 32}-{'b' * 16}-01")
     assert f'trace_id="{"a" * 32}"' in telemetry.metrics_page(OPENMETRICS)[0].decode()
+
+
+def test_what_can_be_counted_begins_with_nothing() -> None:
+    metrics = Metrics(listeners=["local"], upstreams=["provider"], mechanisms=["PLAIN"])
+    before = samples(metrics)
+    assert set(before.values()) == {0}
+    relay_a_mail(metrics)
+    Client(metrics).ehlo().auth(reply=replies.AUTH_FAILED).mail().rset().close()
+    metrics.connection_refused("capacity")
+    born = {name for name, _ in samples(metrics).keys() - before.keys()}
+    assert born == {"smtp_server_replies_total"}, "whatever else can happen had a series"
+    labels = (("smtp_outcome", "unknown"),)
+    assert before["smtp_server_transactions_total", labels] == 0
+    assert before["smtp_telemetry_dropped_total", DROPPED] == 0
+
+
+DROPPED = (("smtp_telemetry_drop_reason", "queue_full"), ("smtp_telemetry_signal", "traces"))
+
+
+def test_a_transaction_is_measured_by_its_outcome() -> None:
+    metrics = Metrics()
+    relay_a_mail(metrics)
+    assert samples(metrics)["smtp_server_transaction_duration_seconds_count", (("smtp_outcome", "relayed"),)] == 1
+
+
+@pytest.mark.parametrize("name", ["smtp.server.state.duration", "smtp.client.pool.wait"])
+def test_what_is_short_is_told_apart_from_50_microseconds_on(name: str) -> None:
+    assert attributes.METRICS[name].bounds[0] == 0.00005
 
 
 def test_no_client_can_make_the_series_grow() -> None:
