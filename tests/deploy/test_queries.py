@@ -9,6 +9,7 @@ from typing import Any, Final
 import pytest
 import yaml
 
+from otel_smtp.observing import Outcome
 from otel_smtp.telemetry import attributes
 from otel_smtp.telemetry.metrics import Metrics
 from tests.support.tools import tool
@@ -254,3 +255,19 @@ def test_latency_panels_show_exemplars_and_these_lead_to_traces() -> None:
     }
     assert destinations["trace_id"] == "tempo", "the label that our own exemplars bear"
     assert any(target.get("exemplar") for target in targets("prometheus") if "delivery_duration" in target["expr"])
+
+
+def test_the_collector_takes_three_signals_and_decides_on_the_transaction() -> None:
+    collector = yaml.safe_load((DEPLOY / "collector/collector.yaml").read_text(encoding="utf-8"))
+    pipelines = collector["service"]["pipelines"]
+    assert pipelines.keys() == {"traces", "metrics", "logs"}
+    for part in ("receivers", "processors", "exporters"):
+        assert {name for pipeline in pipelines.values() for name in pipeline[part]} == {*collector[part]}
+    policies = {policy["name"]: policy for policy in collector["processors"]["tail_sampling"]["policies"]}
+    refused = policies["a-refused-recipient"]["numeric_attribute"]
+    assert (refused["key"], refused["min_value"]) == (attributes.RECIPIENTS_REFUSED, 1)
+    outcome = policies["no-good-outcome"]["string_attribute"]
+    assert outcome["key"] == attributes.OUTCOME
+    assert {*outcome["values"]} - {"partly_relayed"} == {*map(str, Outcome)} - {"relayed", "queued", "partly_relayed"}
+    for name in (attributes.RECIPIENTS_REFUSED, attributes.OUTCOME):
+        assert attributes.On.TRANSACTION in attributes.ATTRIBUTES[name].on
