@@ -203,7 +203,9 @@ class Session(Admission):
         transaction.end(outcome, reply, time.monotonic_ns())
         self._house.observer.transaction_ended(transaction)
         if self._policy.protocol.is_lmtp:
-            self._call(self._protocol.reply, *[reply] * len(transaction.accepted))
+            # RFC 2033 4.2: each recipient has its own reply, and verdicts may be fewer.
+            rest = [reply] * (len(transaction.accepted) - len(verdicts))
+            self._call(self._protocol.reply, *verdicts, *rest)
         else:
             self._call(self._protocol.reply, reply)
 

@@ -35,6 +35,7 @@ class KeepingForwarder:
         kept: every transaction, in order of MAIL.
         batches: sizes of the recipient groups.
         final: what it answers to the content; raised if it is an exception.
+        verdicts: of each recipient, where they are its own.
         refuses: recipients that it refuses.
         hold: while set, the answer to the content waits for it.
         holds_back: after how many octets of a message's content it asks for a pause; `resume` ends the pause.
@@ -46,6 +47,7 @@ class KeepingForwarder:
         self.kept: list[Kept] = []
         self.batches: list[int] = []
         self.final: Reply | Exception = replies.OK
+        self.verdicts: Sequence[Reply] = ()
         self.refuses: dict[str, Reply] = {}
         self.hold: asyncio.Event | None = None
         self.holds_back: int | None = None
@@ -105,7 +107,7 @@ class _Keeping:
         if isinstance(final, Exception):
             raise final
         self._kept.is_accepted = final.is_positive
-        answered(final, ())
+        answered(final, self._forwarder.verdicts)
 
     def abort(self) -> None:
         self._kept.is_aborted = True

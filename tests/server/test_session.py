@@ -15,7 +15,7 @@ from otel_smtp.server.policy import ListenerPolicy, Segments, ServerTimeouts, is
 from otel_smtp.server.users import Authenticator, Users
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.policy import ServerLimits, ServerPolicy
-from otel_smtp.smtp.replies import Reply
+from otel_smtp.smtp.replies import EnhancedStatus, ErrorType, Reply
 from otel_smtp.smtp.states import CloseReason, TlsMode
 from tests.server.keeping import KeepingForwarder, Noting, WatchedServer
 from tests.support.clock import advance
@@ -89,6 +89,27 @@ async def test_a_mail_goes_through_and_its_reply_names_the_trace() -> None:
         assert served.seen.close_reason is CloseReason.QUIT
         assert served.seen.transactions[0].outcome is Outcome.RELAYED
         assert served.seen.transactions[0].octets == len(CONTENT)
+
+
+async def test_an_lmtp_client_gets_the_verdict_of_each_recipient() -> None:
+    policy = replace(POLICY, protocol=replace(POLICY.protocol, is_lmtp=True))
+    full = Reply(552, EnhancedStatus(5, 2, 2), ("full",), ErrorType.UPSTREAM_REFUSED)
+    async with serving(policy) as served:
+        served.forwarder.final = full
+        served.forwarder.verdicts = (replies.OK, full)
+        served.stream.feed(
+            b"LHLO c.example\r\nMAIL FROM:<a@c.example>\r\nRCPT TO:<b@d.example>\r\nRCPT TO:<c@d.example>\r\n"
+            b"RCPT TO:<d@d.example>\r\nDATA\r\n"
+        )
+        await served.stream.sends(b"354 ")
+        served.stream.feed(b"Subject: x\r\n\r\nx\r\n.\r\nQUIT\r\n")
+        await served.ended()
+        assert [line[:9] for line in served.stream.sent.splitlines()[-4:]] == [
+            b"250 2.0.0",
+            b"552 5.2.2",
+            b"552 5.2.2",
+            b"221 2.0.0",
+        ]
 
 
 async def test_a_pipelined_group_of_recipients_is_one_batch_and_its_replies_one_write() -> None:
