@@ -173,9 +173,10 @@ class Attempts(ABC):
     def _fail_internally(self) -> None:
         if self.has_ended_content:
             self._end(Outcome.UNKNOWN, None, ErrorType.OUTCOME_UNKNOWN)
+            self._answer_for_all(replies.INTERNAL_OUTCOME)
         else:
             self._end(Outcome.ABORTED, None, ErrorType.INTERNAL)
-        self._answer_for_all(replies.INTERNAL)
+            self._answer_for_all(replies.INTERNAL)
 
     def _fail(self, fault: UpstreamFault) -> None:
         """Decide what follows from an attempt without a usable answer."""
@@ -184,7 +185,9 @@ class Attempts(ABC):
             # The one case that must never be tried again: it may have been delivered.
             self._end(Outcome.UNKNOWN, None, ErrorType.OUTCOME_UNKNOWN)
             logger.error("outcome of a delivery unknown", extra={"upstream": self._attempt.upstream})
-            self._answer_for_all(replies.OUTCOME_UNKNOWN if isinstance(fault, ConnectionLost) else fault.reply)
+            # The reply says so, too: transaction, log and a later attempt's mark are made of it.
+            is_lost = isinstance(fault, ConnectionLost)
+            self._answer_for_all(replies.OUTCOME_UNKNOWN if is_lost else replies.GARBLED_OUTCOME)
             return
         if was_connected and isinstance(fault, ConnectionLost) and not isinstance(fault, TimedOut):
             if self._may_try_again and not self._is_aborted:

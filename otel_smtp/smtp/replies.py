@@ -222,6 +222,10 @@ UPSTREAM_LOGIN: Final = _reply(451, "4.4.1", "Login to the upstream failed", Err
 OUTCOME_UNKNOWN: Final = _reply(
     451, "4.4.2", "Connection to the upstream lost, outcome unknown", ErrorType.OUTCOME_UNKNOWN
 )
+GARBLED_OUTCOME: Final = _reply(
+    451, "4.5.0", "The upstream's reply made no sense, outcome unknown", ErrorType.OUTCOME_UNKNOWN
+)
+INTERNAL_OUTCOME: Final = _reply(451, "4.3.0", "Internal error, outcome unknown", ErrorType.OUTCOME_UNKNOWN)
 UPSTREAM_PROTOCOL: Final = _reply(451, "4.5.0", "The upstream's reply made no sense", ErrorType.UPSTREAM_PROTOCOL)
 UPSTREAM_TLS: Final = _reply(451, "4.7.5", "The upstream's TLS could not be verified", ErrorType.UPSTREAM_TLS)
 UPSTREAM_LACKS_8BITMIME: Final = _reply(
