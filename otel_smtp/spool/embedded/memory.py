@@ -165,10 +165,16 @@ class Memory:
         return None
 
     def overlay(self, found: Sequence[Entry], fits: Callable[[Entry], bool], most: int) -> list[Entry]:
-        """What the index has found, with what is not in it as it is: what is busy cannot be written into it."""
+        """What the index has found, with what is not in it as it is: what is busy cannot be written into it.
+
+        Args:
+            found: at most `most`, in the order of their ids.
+        """
         entries = {entry.id: entry for entry in found}
+        # Where it has found as many as were wanted, there may be more behind them, which come first.
+        last = found[-1].id if len(found) == most else None
         for message_id, (_, _, entry) in self.unindexed.items():
-            if entry is not None and fits(entry):
+            if entry is not None and fits(entry) and (last is None or message_id <= last):
                 entries[message_id] = entry
             else:
                 entries.pop(message_id, None)

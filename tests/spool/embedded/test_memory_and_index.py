@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from otel_smtp.smtp import replies
 from otel_smtp.spool.embedded import EmbeddedStore
-from otel_smtp.spool.messages import DeliveryState
-from tests.spool.messages import message, queued
+from otel_smtp.spool.messages import DeliveryState, End, Verdict
+from tests.spool.messages import leased, message, queued
 from tests.spool.stores import SEGMENT_OCTETS
+
+DELIVERED = (Verdict(0, End.DELIVERED, replies.OK),)
 
 
 @asynccontextmanager
@@ -86,3 +89,22 @@ async def test_what_an_operator_makes_due_while_another_destination_is_looked_at
         assert [lease.message_id for lease, _ in claimed] == [in_the_index]
         claimed, _ = await store.claim({"elsewhere": 10})
         assert [lease.message_id for lease, _ in claimed] == [in_memory]
+
+
+async def test_no_message_is_passed_over_between_pages_where_one_ends_meanwhile(tmp_path: Path) -> None:
+    async with opened(tmp_path / "spool") as store:
+        ids = [await queued(store) for _ in range(4)]
+        await store.page("", 10)  # they are in the index
+        leases = await leased(store, most=2)
+        assert [lease.message_id for lease in leases] == ids[:2]
+        async with index_held(store):
+            paging = asyncio.ensure_future(store.page("", 1))
+            await asyncio.sleep(0)
+            for lease in leases:
+                await store.finish(lease, DELIVERED, is_possible_duplicate=False)
+            last = await queued(store)
+        found = [shown.id for shown in await paging]
+        assert found, "no page is empty before the last one"
+        while page := await store.page(found[-1], 1):
+            found += [shown.id for shown in page]
+        assert found == [*ids[2:], last]
