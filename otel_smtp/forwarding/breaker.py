@@ -30,9 +30,19 @@ class Breaker:
     Attributes:
         window: connections that are allowed now; grows by one with each window of successes, shrinks by one with each
             failure.
+        is_at_best: another success would change nothing.
     """
 
-    __slots__ = ("_backoff_seconds", "_failed_windows", "_failures", "_most", "_retry_at", "_state", "window")
+    __slots__ = (
+        "_backoff_seconds",
+        "_failed_windows",
+        "_failures",
+        "_most",
+        "_retry_at",
+        "_state",
+        "is_at_best",
+        "window",
+    )
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -42,6 +52,7 @@ class Breaker:
         self._failed_windows = 0.0
         self._backoff_seconds = FIRST_BACKOFF_SECONDS
         self._retry_at = 0.0
+        self.is_at_best = False
 
     def __repr__(self) -> str:
         return f"<Breaker {self._state} window {self.window:.1f} of {self._most}, {self._failures} failures>"
@@ -97,11 +108,13 @@ class Breaker:
             self.window = 1.0
         if self.window < self._most:
             self.window = min(float(self._most), self.window + 1 / self.window)
+        self.is_at_best = self.window >= self._most
 
     def failed(self, now: float) -> None:
         """No connection that takes mail came about."""
         if self._state is BreakerState.OPEN:
             return  # attempts begun before the verdict add nothing to it
+        self.is_at_best = False
         if self._state is BreakerState.PROBING:
             self._backoff_seconds = min(LONGEST_BACKOFF_SECONDS, self._backoff_seconds * 2)
             self._back_off(now)

@@ -61,19 +61,22 @@ class Routes(Generic[T]):
     Args:
         upstreams: with their patterns, the preferred one first. `*` stands for anything, `?` for one character; case
             does not matter; the null reverse-path is matched by "" and by "*".
+
+    Attributes:
+        for_all: what serves whatever sender; None where that depends on the sender.
     """
 
-    __slots__ = ("_all", "_rows")
+    __slots__ = ("_rows", "for_all")
 
     def __init__(self, upstreams: Sequence[tuple[Routed, T]]) -> None:
         self._rows = [_Row(settings, upstream) for settings, upstream in upstreams]
         has_patterns = any(row.senders is not None for row in self._rows)
-        self._all = None if has_patterns else Serving(self._rows)
+        self.for_all = None if has_patterns else Serving(self._rows)
 
     def for_mail(self, mail: Mail) -> Serving[T]:
         """The upstreams that serve the sender."""
-        if self._all is not None:
-            return self._all
+        if self.for_all is not None:
+            return self.for_all
         return Serving([row for row in self._rows if row.senders is None or row.senders.match(mail.reverse_path)])
 
 

@@ -207,7 +207,8 @@ class Smarthost:
         now = connection.used_at = self._loop.time()
         if answered:
             self.heard_at = now
-            self._pool.breaker.succeeded()
+            if not self._pool.breaker.is_at_best:
+                self._pool.breaker.succeeded()
         if connection.messages == 1 and isinstance(self._context, UpstreamTlsContext):
             self._context.keep_session(connection.stream.tls_object)
         self._pool.release(connection, now)

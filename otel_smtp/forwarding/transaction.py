@@ -6,7 +6,7 @@ A transaction judges what can be said without asking anybody, collects the conte
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Protocol
+from typing import Final, Protocol
 
 from otel_smtp.forwarding.base import MessageAnswered, RecipientsAnswered
 from otel_smtp.forwarding.content import Content
@@ -75,6 +75,7 @@ class Transaction(ABC):
         "write",
     )
 
+    spool_id: Final = None  # nothing is made durable here
     write: Callable[[bytes], bool]
     _content: Content
 
@@ -87,11 +88,6 @@ class Transaction(ABC):
         self._has_content = False
         self._answered: MessageAnswered | None = None
         self._is_over = False
-
-    @property
-    def spool_id(self) -> str | None:
-        """Nothing is made durable here."""
-        return None
 
     @abstractmethod
     def recipients(self, batch: Sequence[Recipient], answered: RecipientsAnswered) -> None:
@@ -106,7 +102,11 @@ class Transaction(ABC):
     def finish(self, answered: MessageAnswered) -> None:
         """See `MailTransaction.finish`."""
         self._answered = answered
-        self._content.complete(self._deliver)
+        content = self._content
+        if content.pieces is not None:
+            self._send(content)  # it is in memory: there is nothing to wait for
+        else:
+            content.complete(self._deliver)
 
     def abort(self) -> None:
         """See `MailTransaction.abort`."""

@@ -128,7 +128,7 @@ class UpstreamForwarder:
         Raises:
             Permanent: no upstream serves the sender, or each that does is known to lack what the mail needs.
         """
-        serving = self._routes.for_mail(mail)
+        serving = self._routes.for_all or self._routes.for_mail(mail)
         if (refusal := _refusal(mail, serving)) is not None:
             raise Permanent(refusal)
         return (strategy or self._strategy)(self, mail, record, serving)

@@ -145,7 +145,12 @@ class Session(Admission):
         has_trace = facts.traceparents or facts.tracestate
         transaction.trace_headers = TraceHeaders(facts.traceparents, facts.tracestate) if has_trace else _NO_TRACE
         transaction.message_id = facts.message_id
-        self.content_received(self._received_field(transaction) + block)
+        # Our Received field (RFC 5321 4.4); its head is the same for all messages of a session but those of SMTPUTF8.
+        head = self._received_head
+        if head is None or transaction.mail.smtputf8:
+            head = self._make_received_head(is_utf8=transaction.mail.smtputf8)
+        self._trace_id = self._house.observer.trace_id(transaction)
+        self.content_received(received_field(head, self._trace_id or self.record.info.id, time.time()) + block)
 
     def content_received(self, data: bytes) -> None:
         """See `Handler`."""
@@ -177,7 +182,8 @@ class Session(Admission):
         assert transaction is not None
         assert forwarded is not None
         transaction.octets = octets
-        self._content_resumed()  # there is no more of it to hold back
+        if self._pauses:
+            self._content_resumed()  # there is no more of it to hold back
         if self._failed_content is None:
             try:
                 forwarded.finish(self._message_answered)
@@ -196,7 +202,8 @@ class Session(Admission):
             if (spool_id := forwarded.spool_id) is not None:
                 transaction.spool_id = spool_id
                 outcome = Outcome.QUEUED
-            reply = replies.message_accepted(self._trace_id if self._policy.trace_in_reply else None)
+            names_trace = self._policy.trace_in_reply and self._trace_id is not None
+            reply = replies.message_accepted(self._trace_id) if names_trace else replies.OK
         else:
             outcome = outcome_of(reply)
         self._transaction = self._forwarded = None
@@ -231,20 +238,9 @@ class Session(Admission):
     def _log_forwarder(self, step: str) -> None:
         logger.exception("the forwarder failed", extra={"connection_id": self.record.info.id, "step": step})
 
-    def _received_field(self, transaction: TransactionRecord) -> bytes:
-        """Our Received field for the message at hand (RFC 5321 4.4)."""
-        is_utf8 = transaction.mail.smtputf8
-        head = None if is_utf8 else self._received_head
-        if head is None:
-            head = self._make_received_head(is_utf8=is_utf8)
-            if not is_utf8:
-                self._received_head = head
-        self._trace_id = self._house.observer.trace_id(transaction)
-        return received_field(head, self._trace_id or self.record.info.id, time.time())
-
     def _make_received_head(self, *, is_utf8: bool) -> bytes:
         record, protocol, tls = self.record, self._protocol, self.record.tls
-        return received_head(
+        head = received_head(
             helo=record.hello_name,
             peer_host=record.client.host,
             by=self._policy.protocol.hostname,
@@ -258,6 +254,9 @@ class Session(Admission):
             tls=f"{tls.version} {tls.cipher}" if tls is not None else None,
             is_anonymous=not self._policy.names_client,
         )
+        if not is_utf8:
+            self._received_head = head
+        return head
 
 
 def outcome_of(reply: Reply) -> Outcome:

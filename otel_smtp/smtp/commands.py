@@ -209,8 +209,9 @@ _TO = re.compile(r"TO: *", re.IGNORECASE | re.ASCII)
 _CHUNK = re.compile(rb"([0-9]{1,20})(?: +(LAST))?", re.IGNORECASE)
 # sasl-mech = 1*20mech-char (RFC 4422 3.1); the initial response is base64 or "=", judged when it is decoded
 _AUTH = re.compile(rb"([A-Za-z0-9_-]{1,20})(?: +([!-~]+))?")
-# What is said without arguments, as nearly everybody writes it.
-_COMMON_LINES: Final[Mapping[bytes, Command]] = {b"DATA": Data(), b"QUIT": Quit(), b"RSET": Rset(), b"NOOP": Noop()}
+COMMON_LINES: Final[Mapping[bytes, Command]] = {b"DATA": Data(), b"QUIT": Quit(), b"RSET": Rset(), b"NOOP": Noop()}
+"""What is said without arguments, as nearly everybody writes it."""
+
 # A NamedTuple's own constructor is a function in Python; each mail has one `Mail` and at least one `Recipient`.
 _mail_of: Final = partial(tuple.__new__, Mail)
 _recipient_of: Final = partial(tuple.__new__, Recipient)
@@ -231,7 +232,7 @@ def parse_command(line: bytes) -> Command:
     mail = common_mail(line)
     if mail is not None:
         return MailFrom(mail)
-    return parse_other(line)
+    return COMMON_LINES.get(line) or parse_by_grammar(line)
 
 
 def common_recipient(line: bytes) -> Recipient | None:
@@ -260,11 +261,6 @@ def common_mail(line: bytes) -> Mail | None:
             None,
         )
     )
-
-
-def parse_other(line: bytes) -> Command:
-    """`parse_command` for a line that neither `common_recipient` nor `common_mail` takes."""
-    return _COMMON_LINES.get(line) or parse_by_grammar(line)
 
 
 def parse_by_grammar(line: bytes) -> Command:

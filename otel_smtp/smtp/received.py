@@ -16,7 +16,7 @@ No field but the trace headers is ever changed, no octet of any other is touched
 import re
 from collections.abc import Iterable, Mapping
 from datetime import date
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import islice
 from typing import Final, NamedTuple
 
@@ -65,6 +65,10 @@ class HeaderFacts(NamedTuple):
     traceparents: tuple[str, ...] = ()
     tracestate: str = ""
     message_id: str | None = None
+
+
+# A NamedTuple's own constructor is a function in Python; each mail has one.
+_facts: Final = partial(tuple.__new__, HeaderFacts)
 
 
 def with_protocol(*, is_extended: bool, is_lmtp: bool, is_tls: bool, is_authenticated: bool, is_utf8: bool) -> str:
@@ -158,7 +162,7 @@ def inspect_header(block: bytes) -> HeaderFacts:
         tracestate = _trace_value(block, field)
     if b"message-id" in wanted and (field := _MESSAGE_ID.search(lower)) is not None:
         message_id = _value(block, field)[:MAX_MESSAGE_ID_OCTETS].decode("utf-8", "replace")
-    return HeaderFacts(wanted.count(b"received"), traceparents, tracestate, message_id)
+    return _facts((wanted.count(b"received"), traceparents, tracestate, message_id))
 
 
 def replace_trace_headers(block: bytes, carrier: Mapping[str, str] | None) -> bytes:

@@ -166,7 +166,11 @@ def hello(hostname: str, keywords: Iterable[str] = ()) -> Reply:
 
 def message_accepted(trace_id: str | None = None) -> Reply:
     """The final 250 of a message, with the trace id that leads people to its trace."""
-    return OK if trace_id is None else Reply(250, OK.enhanced, (f"Ok trace={trace_id}",))
+    if trace_id is None:
+        return OK
+    reply = Reply(250, OK.enhanced, (text := f"Ok trace={trace_id}",))
+    object.__setattr__(reply, "wire", f"250 2.0.0 {text}\r\n".encode())  # as `__getattr__` would, for each mail
+    return reply
 
 
 def chunk_received(octets: int) -> Reply:

@@ -140,6 +140,11 @@ class TransactionOver(NamedTuple):
     messages: int  # whose final reply was sent on this connection so far
 
 
+# A NamedTuple's own constructor is a function in Python; each mail has one of both.
+content_begun: Final = partial(tuple.__new__, ContentBegun)
+transaction_over: Final = partial(tuple.__new__, TransactionOver)
+
+
 class ResetBy(NamedTuple):
     """What Reset tells."""
 

@@ -45,8 +45,8 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 @pytest.mark.parametrize(
     ("observers", "strategy", "python", "c"),
     [
-        ("none", "transparent", 185, 210),
-        ("none", "buffered", 170, 200),
+        ("none", "transparent", 160, 210),
+        ("none", "buffered", 155, 200),
         ("everything", "transparent", 260, 330),
         ("everything", "buffered", 250, 320),
     ],

@@ -32,9 +32,9 @@ _PATH: Final = re.compile(rf"{_QUOTED}(?:@{_BARE}+)?|{_BARE}*")
 _PARAMETER_VALUE: Final = re.compile(r"[^\s\x00-\x20\x7f]+")
 
 
-def is_safe_path(address: str) -> bool:
-    """Whether `address` can stand between the angle brackets of MAIL and RCPT without being read as anything else."""
-    return _PATH.fullmatch(address) is not None
+is_safe_path: Final = _PATH.fullmatch
+"""Whether an address can stand between the angle brackets of MAIL and RCPT without being read as anything else: its
+match, or None."""
 
 
 class Commanding:
@@ -202,7 +202,7 @@ class Commanding:
         """
         offered = self.extensions
         self._utf8 = mail.smtputf8 and offered.smtputf8
-        if _PATH.fullmatch(mail.reverse_path) is None:
+        if not is_safe_path(mail.reverse_path):
             raise LocalProtocolError("unsafe path in a command")
         line = [f"MAIL FROM:<{mail.reverse_path}>"]
         size = mail.size if size is None else size
@@ -224,7 +224,7 @@ class Commanding:
 
     def send_recipient(self, recipient: Recipient) -> None:
         """RCPT, with those of its parameters that the upstream offers; errors as `send_mail`."""
-        if _PATH.fullmatch(recipient.address) is None:
+        if not is_safe_path(recipient.address):
             raise LocalProtocolError("unsafe path in a command")
         line = f"RCPT TO:<{recipient.address}>"
         if self.extensions.dsn and recipient.notify is not None:

@@ -1,10 +1,11 @@
 """Commands of a server session: which may run now, and what runs it; and the envelope."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.commands import (
+    COMMON_LINES,
     Auth,
     Bdat,
     Command,
@@ -20,7 +21,6 @@ from otel_smtp.smtp.commands import (
     common_mail,
     common_recipient,
     parse_command,
-    parse_other,
 )
 from otel_smtp.smtp.envelope import Mail, Recipient
 from otel_smtp.smtp.errors import LocalProtocolError
@@ -57,14 +57,14 @@ class Dispatching(Receiving):
     def _run_line(self, line: bytes) -> None:
         """Run one command line."""
         phase = self.phase
-        parse: Callable[[bytes], Command] = parse_command
+        if len(line) == 4 and (common := COMMON_LINES.get(line)) is not None:
+            self._run(common)  # DATA, mostly
+            return
         if phase is Phase.RECIPIENTS or phase is Phase.MAIL:
             recipient = common_recipient(line)
             if recipient is not None:
                 self._add_recipient(recipient)  # which uses no extension
                 return
-            if len(line) == 4:
-                parse = parse_other  # DATA, mostly: there is no need to look for a MAIL first
         elif phase is Phase.READY and (self.is_tls or not self._policy.tls_required):
             mail = common_mail(line)
             if mail is not None:
@@ -72,7 +72,7 @@ class Dispatching(Receiving):
                 return
         command: Command | CommandRefused
         try:
-            command = parse(line)
+            command = parse_command(line)
         except CommandRefused as refusal:
             command = self._completed(refusal) if self._policy.default_domain else refusal
         self._run(command)

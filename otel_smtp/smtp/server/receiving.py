@@ -19,7 +19,7 @@ from otel_smtp.smtp.server.replying import ChunkRefusal, IncomingChunk, OpenTran
 from otel_smtp.smtp.server.securing import Securing
 from otel_smtp.smtp.states import (
     ConnState,
-    ContentBegun,
+    content_begun,
 )
 
 
@@ -66,7 +66,7 @@ class Receiving(Securing):
             by_data=by_data,
             must_be_7bit=body is Body.EIGHT_BIT_MIME and not transaction.offer.eight_bit_mime,
         )
-        self.states.enter(ConnState.DATA, ContentBegun(transaction.number, transaction.recipients))
+        self.states.enter(ConnState.DATA, content_begun((transaction.number, transaction.recipients)))
         self._handler.content_begun()
 
     def _read_off(self, command: Bdat, reply: Reply, *, copies: int = 1) -> None:

@@ -27,8 +27,8 @@ from otel_smtp.smtp.states import (
     ResetBy,
     ResetCause,
     StateMachine,
-    TransactionOver,
     raise_illegal,
+    transaction_over,
 )
 
 # Replies that count towards the error limit: the client's own doing. An upstream that refuses many recipients, or is
@@ -206,7 +206,7 @@ class Replying:
         """A transaction has ended with the final reply to its message: the connection is Idle."""
         if self.phase is not Phase.ENDING:
             self._junk = 0
-            self.states.enter(ConnState.IDLE, TransactionOver(self.messages))
+            self.states.enter(ConnState.IDLE, transaction_over((self.messages,)))
 
     def _reset(self, cause: ResetCause) -> None:
         self._drop_transaction(None)
