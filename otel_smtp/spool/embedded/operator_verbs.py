@@ -61,13 +61,11 @@ class OperatorVerbs:
     async def page(self, after: str, most: int) -> Sequence[Shown]:
         """See `Store.page`."""
         await self._indexing.write_all()
-        while True:
-            start = after
-            found = await self._index.run(lambda index: index.page(start, most))
-            entries = self._memory.overlay(found, lambda entry: entry.id > start, most)
-            if entries or len(found) < most:
-                return [entry.shown() for entry in entries]
-            after = found[-1].id  # all of these have ended meanwhile: no page is empty before the last one
+        found = await self._index.run(lambda index: index.page(after, most))
+        entries = self._memory.overlay(found, lambda entry: entry.id > after, most)
+        if not entries and len(found) == most:
+            return await self.page(found[-1].id, most)  # all of these have ended meanwhile; what follows has not
+        return [entry.shown() for entry in entries]
 
     async def find(self, trace_id: str | None, sender: str | None, recipient: str | None, most: int) -> Sequence[Shown]:
         """See `Store.find`."""
