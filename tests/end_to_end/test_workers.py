@@ -197,9 +197,10 @@ def silent_processes(status: int) -> list[int]:
 
 
 def relayed_by_process(status: int) -> dict[str, float]:
-    """Of the processes that answered in time: a busy machine may need a second look."""
+    """Of the processes that answered in time and have relayed any: a busy machine may need a second look."""
     sample = r'smtp_server_transactions_total\{worker="(\d)",smtp_outcome="relayed"\} ([\d.]+)'
-    return {number: float(count) for number, count in re.findall(sample, asked(status, "/metrics"))}
+    counts = {number: float(count) for number, count in re.findall(sample, asked(status, "/metrics"))}
+    return {number: count for number, count in counts.items() if count}
 
 
 def two_workers_with_a_page(upstream: CapturingUpstream, start: StartGateway) -> tuple[GatewayProcess, int]:
