@@ -1,9 +1,8 @@
 """One deadline over a whole exchange, for a blocking HTTP client whose timeouts are per read and per write.
 
 A peer that sends one octet every nine seconds never runs into a timeout of ten: it can keep a thread for ever with a
-status line, a header or a TLS handshake, and likewise by reading a request octet by octet. Nothing in the thread that
-waits can end that. So a second thread shuts the connection down when the time is over; the one that waits sees a
-connection that was lost.
+status line or a header. Nothing in the thread that waits can end that. So a second thread shuts the connection down
+when the time is over; the one that waits sees a connection that was lost.
 
 The client reports its connection through the `trace` extension of httpx. The watch keeps a descriptor of its own for
 it, as TLS detaches the first one.
