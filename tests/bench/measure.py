@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from tests.bench.figures import MIB, Cell, Figure, Results, Run
-from tests.bench.process import ROOT, Child, free_port, python, wait_for_greeting
+from tests.bench.process import ROOT, Child, python, wait_for_greeting
 from tests.bench.targets.base import Place, Running, Target, UnavailableError
+from tests.support.ports import unclaimed_port
 
 # Quiet for so many looks in a row is taken for the end of what a run left behind: delivery, export.
 _LOOK_SECONDS: Final = 0.1
@@ -203,7 +204,7 @@ class Bench:
         if shutil.which("smtp-source") is None or shutil.which("smtp-sink") is None:
             self._skip("second opinion", "not installed: smtp-source, smtp-sink")
             return
-        port = free_port()
+        port = unclaimed_port()
         sink = self._started(Child(["smtp-sink", "-u", "nobody", f"127.0.0.1:{port}", "1024"]))
         wait_for_greeting(port, sink)
         relays = [(target, self.start(target, upstream_port=port)) for target in targets]

@@ -137,13 +137,6 @@ def python(module: str, *arguments: str, talks: bool = False, log: Path | None =
     return Child([sys.executable, "-m", module, *arguments], talks=talks, log=log)
 
 
-def free_port() -> int:
-    """A port of the loopback that nobody has now. For programs that must be told one."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def wait_for_greeting(port: int, child: Child, *, timeout_seconds: float = 30.0) -> None:
     """Return when an SMTP greeting comes from `port`.
 

@@ -5,7 +5,7 @@ import json
 from click.testing import CliRunner
 
 from otel_smtp.commands.bench import bench
-from tests.bench.process import free_port
+from tests.support.ports import unclaimed_port
 from tests.support.sink_process import running_sink
 
 
@@ -28,7 +28,7 @@ def test_people_see_rate_and_latency() -> None:
 
 
 def test_a_failed_message_is_exit_status_1_and_its_reason_is_shown() -> None:
-    ran = CliRunner().invoke(bench, ["--port", str(free_port()), "--messages", "3"])
+    ran = CliRunner().invoke(bench, ["--port", str(unclaimed_port()), "--messages", "3"])
     assert ran.exit_code == 1
     assert "refused" in ran.stdout
 

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 import pytest
 
 from otel_smtp.commands.load_generator import Load, LoadPlan, LoadResult, message
-from tests.bench.process import Child, free_port
+from tests.bench.process import Child
+from tests.support.ports import unclaimed_port
 from tests.support.sink_process import running_sink
 
 
@@ -168,6 +169,6 @@ def test_silence_ends_the_run() -> None:
 
 
 def test_nobody_listening_is_a_failure_and_not_an_exception() -> None:
-    result = Load(plan(free_port(), messages=5, sessions=1)).run()
+    result = Load(plan(unclaimed_port(), messages=5, sessions=1)).run()
     assert result.accepted == 0
     assert result.failed == 1

@@ -16,7 +16,8 @@ from typing import Any, Final
 
 from tests.durability.killing import is_empty, queue_command
 from tests.durability.upstream import CountingUpstream
-from tests.support.process import GatewayProcess, closed_port, gateway, until
+from tests.support.ports import unclaimed_port
+from tests.support.process import GatewayProcess, gateway, until
 from tests.support.tools import tool
 
 CALLS: Final = (
@@ -79,14 +80,16 @@ def inject(call: str, error: str, when: int, directory: Path) -> Outcome:
     outcome = Outcome()
     directory.mkdir()
     spool = directory / "spool"
-    with gateway(settings_of(spool, closed_port()), directory) as first:  # so that the fault hits mail, not the start
+    with gateway(
+        settings_of(spool, unclaimed_port()), directory
+    ) as first:  # so that the fault hits mail, not the start
         first.stop()
     strace = [
         tool("strace"), "-f", "-qq", "-o", os.devnull, "--seccomp-bpf",
         "-e", f"trace={call}", "-e", f"inject={call}:error={error}:when={when}",
     ]  # fmt: skip
     try:
-        with gateway(settings_of(spool, closed_port()), directory, under=strace) as running:
+        with gateway(settings_of(spool, unclaimed_port()), directory, under=strace) as running:
             for number in range(MAILS):
                 code = send(running.port, str(number), octets=200_000 if number % 3 == 2 else 100)
                 outcome.replies.append(code)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from tests.support.capture import CapturingUpstream
 from tests.support.otlp_receiver import Fault, FaultKind, OtlpReceiver
-from tests.support.process import closed_port, gateway
+from tests.support.ports import unclaimed_port
+from tests.support.process import gateway
 
 FAULTS = (FaultKind.NONE, FaultKind.BLACK_HOLE, FaultKind.UNAVAILABLE, FaultKind.SLOW, FaultKind.HUGE_REPLY)
 ROUNDS = 6
@@ -28,7 +29,7 @@ def latencies(client: smtplib.SMTP) -> list[float]:
 def test_mail_is_as_quick_whatever_the_collector_does(tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:
         upstream = stack.enter_context(CapturingUpstream())
-        endpoints = {"down": f"http://127.0.0.1:{closed_port()}"}
+        endpoints = {"down": f"http://127.0.0.1:{unclaimed_port()}"}
         for kind in FAULTS:
             receiver = stack.enter_context(OtlpReceiver(with_grpc=False))
             receiver.fault = Fault(kind)

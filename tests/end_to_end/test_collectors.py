@@ -17,9 +17,10 @@ import pytest
 from tests.end_to_end.conftest import StartGateway
 from tests.support.capture import CapturingUpstream
 from tests.support.otlp_receiver import named
+from tests.support.ports import unclaimed_port
 from tests.support.process import GatewayProcess, until
 from tests.support.rotel import Chain, collector
-from tests.support.tools import free_ports, tool
+from tests.support.tools import tool
 
 QUICKLY: Final = {
     "OTEL_BSP_SCHEDULE_DELAY": "20",
@@ -138,7 +139,7 @@ class Prometheus:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._process: subprocess.Popen[bytes] | None = None
-        [self._port] = free_ports(1)
+        self._port = unclaimed_port()
 
     def scrape(self, address: str) -> None:
         """Start, and scrape what is at `address`."""
@@ -177,7 +178,7 @@ class Prometheus:
 def test_prometheus_scrapes_the_page_and_answers_for_it(
     prometheus: Prometheus, upstream: CapturingUpstream, start: StartGateway
 ) -> None:
-    [port] = free_ports(1)
+    port = unclaimed_port()
     running = start({"upstream.url": upstream.url, "status.address": f"127.0.0.1:{port}"})
     trace_id = send_a_mail(running)
     prometheus.scrape(f"127.0.0.1:{port}")

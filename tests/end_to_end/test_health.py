@@ -6,7 +6,8 @@ import urllib.request
 
 from tests.end_to_end.conftest import StartGateway
 from tests.support.capture import CapturingUpstream
-from tests.support.process import closed_port, until
+from tests.support.ports import unclaimed_port
+from tests.support.process import until
 
 
 def readiness(port: int) -> tuple[int, dict[str, str]]:
@@ -20,14 +21,14 @@ def readiness(port: int) -> tuple[int, dict[str, str]]:
 
 
 def test_an_upstream_that_is_away_makes_the_gateway_unready(start: StartGateway) -> None:
-    status = closed_port()
-    start({"upstream.url": f"smtp://127.0.0.1:{closed_port()}", "status.address": f"127.0.0.1:{status}"})
+    status = unclaimed_port()
+    start({"upstream.url": f"smtp://127.0.0.1:{unclaimed_port()}", "status.address": f"127.0.0.1:{status}"})
     until(lambda: readiness(status)[0] == 503 or None, "it is known")
     assert readiness(status)[1] == {"upstream": "no upstream can be reached"}
 
 
 def test_an_upstream_that_is_there_is_not_bothered_with_mail(start: StartGateway, upstream: CapturingUpstream) -> None:
-    status = closed_port()
+    status = unclaimed_port()
     start({"upstream.url": upstream.url, "status.address": f"127.0.0.1:{status}"})
     assert readiness(status) == (200, {})
     until(lambda: any(connection.commands for connection in upstream.connections) or None, "it was looked at")

@@ -14,7 +14,8 @@ from tests.durability.failing import may_mount, small_disk
 from tests.durability.upstream import CountingUpstream
 from tests.end_to_end.conftest import StartGateway
 from tests.support.otlp_receiver import OtlpReceiver, named
-from tests.support.process import closed_port, gateway, until
+from tests.support.ports import unclaimed_port
+from tests.support.process import gateway, until
 
 MAIL = b"X-Id: one\r\nSubject: queued\r\n\r\nHello.\r\n"
 
@@ -74,7 +75,7 @@ def test_a_gateway_with_a_queue_is_ready_without_its_upstream(
     tmp_path: Path, upstream: CountingUpstream, start: StartGateway
 ) -> None:
     upstream.is_closed = True
-    port = closed_port()
+    port = unclaimed_port()
     running = start({**settings(upstream, tmp_path, "queue"), "status.address": f"127.0.0.1:{port}"})
     with smtplib.SMTP("127.0.0.1", running.port) as client:
         for _ in range(20):
@@ -85,7 +86,7 @@ def test_a_gateway_with_a_queue_is_ready_without_its_upstream(
 def test_a_disk_without_room_is_told_to_clients_and_probes(tmp_path: Path, upstream: CountingUpstream) -> None:
     if not may_mount():
         pytest.skip("this process may not mount a file system of its own")
-    port = closed_port()
+    port = unclaimed_port()
     # Room for the reserve, and not for one and a half of the largest message.
     with small_disk(tmp_path / "disk", 30 * 1024 * 1024) as under:
         queue = {**settings(upstream, tmp_path / "disk", "queue"), "status.address": f"127.0.0.1:{port}"}

@@ -23,7 +23,8 @@ from tests.end_to_end.conftest import Client, StartGateway
 from tests.end_to_end.test_traces import exporting
 from tests.support.capture import CapturingUpstream
 from tests.support.otlp_receiver import OtlpReceiver
-from tests.support.process import USES_UVLOOP, GatewayProcess, closed_port, listening_sockets, settings_file, until
+from tests.support.ports import unclaimed_port
+from tests.support.process import USES_UVLOOP, GatewayProcess, listening_sockets, settings_file, until
 from tests.support.tools import tool
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
@@ -205,7 +206,7 @@ def relayed_by_process(status: int) -> dict[str, float]:
 
 def two_workers_with_a_page(upstream: CapturingUpstream, start: StartGateway) -> tuple[GatewayProcess, int]:
     """The gateway, and its status port."""
-    status = closed_port()
+    status = unclaimed_port()
     return start({"upstream.url": upstream.url, "workers": 2, "status.address": f"127.0.0.1:{status}"}), status
 
 

@@ -6,7 +6,6 @@ observer is told, and that nothing out of step is kept.
 
 import asyncio
 import errno
-import socket
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +21,7 @@ from otel_smtp.smtp import replies
 from otel_smtp.smtp.replies import ErrorType, Reply
 from tests.support.deliveries import MAIL, Awaited, LateDeliveries, RecordedTransaction, phases_of
 from tests.support.fault_proxy import FaultProxy
+from tests.support.ports import unclaimed_port
 from tests.support.relaying import (
     BOB,
     BODY,
@@ -804,9 +804,7 @@ async def test_a_file_that_cannot_be_read_again_never_ends_the_content(
 
 def nobody() -> UpstreamSettings:
     """An upstream at a port where nobody listens."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return UpstreamSettings("nobody", "127.0.0.1", free.getsockname()[1], timeouts=PATIENT)
+    return UpstreamSettings("nobody", "127.0.0.1", unclaimed_port(), timeouts=PATIENT)
 
 
 @both_strategies

@@ -17,7 +17,7 @@ from otel_smtp.smtp.states import ConnState
 from otel_smtp.status.siblings import Siblings
 from tests.support.busy_gateway import HOSTILE, BusyGateway, busy_gateway
 from tests.support.chromium import PROGRAM, Page, chromium
-from tests.support.process import closed_port
+from tests.support.ports import unclaimed_port
 from tests.support.spans import mail_trace
 
 FILES: Final = {
@@ -309,7 +309,7 @@ async def test_rows_of_several_processes_name_theirs_and_the_head_who_is_silent(
     async with busy_gateway(token=token) as (other, address), chromium() as page:
         port = urlsplit(address).port
         assert port is not None
-        async with busy_gateway(siblings=Siblings(0, {1: port, 2: closed_port()}, token)) as (_, url):
+        async with busy_gateway(siblings=Siblings(0, {1: port, 2: unclaimed_port()}, token)) as (_, url):
             await page.open(url)
             await page.until("document.querySelectorAll('#connections tbody tr').length === 6")
             rows = "document.querySelector('#connections tbody').textContent"

@@ -14,7 +14,7 @@ from otel_smtp.observing import Outcome
 from otel_smtp.smtp.states import ConnState
 from otel_smtp.status.siblings import TOKEN_HEADER, Siblings, merged_metrics, merged_pictures, merged_searches
 from tests.status.test_server import Port
-from tests.support.process import closed_port
+from tests.support.ports import unclaimed_port
 from tests.support.spans import mail_trace
 
 TOKEN = "5e" * 32
@@ -28,7 +28,7 @@ async def two_processes() -> AsyncIterator[tuple[Port, Port, httpx.AsyncClient]]
     address = second.start()
     assert address.port is not None
     # Time enough: how long a busy machine takes is not what is asked here.
-    first = Port(siblings=Siblings(0, {1: address.port, 2: closed_port()}, TOKEN, answer_seconds=30))
+    first = Port(siblings=Siblings(0, {1: address.port, 2: unclaimed_port()}, TOKEN, answer_seconds=30))
     shown = first.start()
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{shown.port}", trust_env=False, timeout=30) as client:
         try:

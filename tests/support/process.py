@@ -11,7 +11,6 @@ import os
 import re
 import selectors
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -39,13 +38,6 @@ def until(found: Callable[[], T | None], what: str, *, timeout_seconds: float = 
             raise TimeoutError(what)
         time.sleep(0.005)
     return result
-
-
-def closed_port() -> int:
-    """A port of the loopback interface where nobody listens."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 def listening_sockets(port: int) -> int:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tests.support.otlp_receiver import OtlpReceiver
+from tests.support.ports import unclaimed_port
 from tests.support.process import listening_sockets, until
-from tests.support.tools import free_ports, missing
+from tests.support.tools import missing
 
 START_SECONDS = 20.0
 
@@ -47,7 +48,7 @@ def collector(directory: Path) -> Iterator[Chain]:
     agent = Path(found.origin).with_name("rotel-agent")
     needs_libraries(agent)
     log = directory / "rotel.log"
-    http_port, grpc_port = free_ports(2)
+    http_port, grpc_port = unclaimed_port(), unclaimed_port()
     with OtlpReceiver() as receiver, log.open("wb") as output:
         process = subprocess.Popen(
             [

@@ -4,7 +4,6 @@ import contextlib
 import os
 import re
 import shutil
-import socket
 import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -57,15 +56,6 @@ def run(
     return subprocess.run(
         [tool(name), *arguments], input=stdin, capture_output=True, timeout=timeout_seconds, check=False
     )
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that were free a moment ago, for programs that must be told one and cannot take the kernel's choice."""
-    held = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports: list[int] = [one.getsockname()[1] for one in held]
-    for one in held:
-        one.close()
-    return ports
 
 
 @dataclass(frozen=True, slots=True)

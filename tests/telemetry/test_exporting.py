@@ -2,7 +2,6 @@
 
 import logging
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -22,6 +21,7 @@ from otel_smtp.telemetry.propagation import TraceContext
 from otel_smtp.telemetry.records import SpanRecord
 from otel_smtp.telemetry.shapes import EncodedSpan
 from tests.support.otlp_receiver import Fault, FaultKind, OtlpReceiver
+from tests.support.ports import unclaimed_port
 from tests.support.spans import encoded
 
 LOGGER = "otel_smtp.telemetry.exporting"
@@ -409,9 +409,7 @@ def test_no_thread_runs_before_the_first_span() -> None:
 
 
 def test_a_port_where_nobody_listens_is_a_failure_like_others() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    export = export_to(CollectorSettings(f"http://127.0.0.1:{port}/v1/traces"))
+    export = export_to(CollectorSettings(f"http://127.0.0.1:{unclaimed_port()}/v1/traces"))
     export.take(span())
     assert export.shutdown(WAIT_SECONDS)
     assert lost(export) == {"export_failed": 1}

@@ -4,8 +4,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from tests.bench.process import Child, free_port
+from tests.bench.process import Child
 from tests.bench.targets.base import Place, Running, Target
+from tests.support.ports import unclaimed_port
 
 TRACING_OFF = {"OTEL_SDK_DISABLED": "true"}
 SAMPLED_TO_NOTHING = {"OTEL_TRACES_SAMPLER": "always_off"}
@@ -50,7 +51,7 @@ def start(
     without_uvloop: bool = False,
 ) -> Running:
     """Start it; `program` is the command line of a Python that runs it, as a profiler's wrapper."""
-    port = free_port()
+    port = unclaimed_port()
     all_settings = {**settings(port, place.upstream_port), **environment}
     if without_uvloop:
         all_settings["PYTHONPATH"] = f"{_hide_uvloop(place.directory)}:{Path.cwd()}"

@@ -7,16 +7,17 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from tests.bench.process import Child, free_port
+from tests.bench.process import Child
 from tests.bench.targets.base import Place, Running, Target, UnavailableError
 from tests.bench.targets.gateway import collector
+from tests.support.ports import unclaimed_port
 
 _HERE: Final = Path(__file__).parent
 _NPM_SECONDS: Final = 240
 
 
 def _aiosmtpd(place: Place, *, traced: bool) -> Running:
-    port = free_port()
+    port = unclaimed_port()
     child = Child(
         [
             sys.executable, "-m", "tests.bench.targets.aiosmtpd_relay", str(port), str(place.upstream_port),
@@ -51,7 +52,7 @@ def _npm(place: Place, *packages: str) -> Path:
 
 def _nodemailer(place: Place) -> Running:
     home = _npm(place, "nodemailer", "smtp-server")
-    port = free_port()
+    port = unclaimed_port()
     child = Child(
         ["node", _HERE / "nodemailer_relay.js", str(port), str(place.upstream_port)],
         environment={"NODE_PATH": str(home / "node_modules"), "NODE_ENV": "production"},
@@ -85,7 +86,7 @@ deny_chars=0
 
 def _haraka(place: Place) -> Running:
     home = _npm(place, "Haraka")
-    port = free_port()
+    port = unclaimed_port()
     config = place.directory / "config"
     config.mkdir()
     for name, text in {
@@ -160,7 +161,7 @@ def _postfix(place: Place, *, options: str) -> Running:
     if os.geteuid() != 0:
         raise UnavailableError("Postfix starts as root only")
     home = place.directory
-    port = free_port()
+    port = unclaimed_port()
     config = home / "config"
     for directory, mode, owner, group in [
         (config, 0o755, "root", "root"),
