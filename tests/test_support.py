@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import skipped
+from tests.support import ports, skipped
 from tests.support.capture import CapturingUpstream
 from tests.support.dialogue import UpstreamScript, scripted_reply
+from tests.support.ports import unclaimed_port
 from tests.support.process import until
 from tests.support.rotel import needs_libraries
 from tests.support.tools import smtp_sink, swaks, tool
@@ -154,3 +155,17 @@ def test_a_run_ends_with_what_was_skipped() -> None:
 def test_until_gives_up() -> None:
     with pytest.raises(TimeoutError, match="what never comes"):
         until(lambda: None, "what never comes", timeout_seconds=0.01)
+
+
+def test_no_socket_that_asks_for_any_port_gets_one_that_a_program_was_told() -> None:
+    told = [unclaimed_port() for _ in range(200)]
+    first_of_the_kernel = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert len(set(told)) == 200
+    assert max(told) < first_of_the_kernel
+
+
+def test_a_port_where_somebody_listens_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = unclaimed_port(), unclaimed_port()
+    monkeypatch.setattr(ports, "_ports", iter([first, second]))
+    with socket.create_server(("127.0.0.1", first)):
+        assert unclaimed_port() == second
