@@ -80,9 +80,8 @@ def inject(call: str, error: str, when: int, directory: Path) -> Outcome:
     outcome = Outcome()
     directory.mkdir()
     spool = directory / "spool"
-    with gateway(
-        settings_of(spool, unclaimed_port()), directory
-    ) as first:  # so that the fault hits mail, not the start
+    # So that the fault hits mail, not the start.
+    with gateway(settings_of(spool, unclaimed_port()), directory) as first:
         first.stop()
     strace = [
         tool("strace"), "-f", "-qq", "-o", os.devnull, "--seccomp-bpf",
