@@ -13,10 +13,11 @@ from otel_smtp.observing import Endpoint
 from otel_smtp.smtp.envelope import Recipient
 from otel_smtp.spool.messages import DeliveryState, Shown
 from otel_smtp.status.live import LiveView
+from otel_smtp.status.search import Recorded
 from otel_smtp.status.traces import RecentTraces
 from otel_smtp.status.views import QueuedMessage, QueueView, UpstreamView
 from otel_smtp.telemetry.propagation import from_carrier
-from otel_smtp.telemetry.redaction import Redaction
+from otel_smtp.telemetry.redaction import Addresses, Redaction
 from otel_smtp.telemetry.shapes import EncodedSpan
 
 if TYPE_CHECKING:
@@ -103,6 +104,7 @@ class StatusPort:
             upstreams=self._upstreams,
             queue=self._queue if gateway.spool is not None else None,
             trace_url=gateway.settings.status.trace_url,
+            recorded_mailbox=lambda text: recorded_mailbox(text, self._redaction),
             allow=allow,
             about=_about(gateway.settings, gateway.ready.traces_to),
             siblings=siblings,
@@ -163,6 +165,24 @@ class StatusPort:
             )
             for snapshot in self._gateway.upstreams()
         ]
+
+
+def recorded_mailbox(text: str, redaction: Redaction) -> Recorded:
+    """What spans hold of a mailbox, or of a part of one, that is searched for."""
+    choice = f"telemetry.addresses = {redaction.addresses}"
+    is_address = "@" in text.strip("@")
+    match redaction.addresses:
+        case Addresses.DOMAIN if is_address:
+            domain = redaction.domain(text)
+            return Recorded(domain, f"traces hold domains, not addresses ({choice}): searched for {domain}")
+        case Addresses.DOMAIN | Addresses.FULL:
+            return Recorded(text)
+        case Addresses.HASH if is_address:
+            return Recorded(redaction.mailbox(text))
+        case Addresses.HASH:
+            return Recorded(None, f"traces hold hashes of whole addresses ({choice}): give a whole address")
+        case Addresses.NONE:
+            return Recorded(None, f"traces hold nothing of senders and recipients ({choice})")
 
 
 def _queued(message: Shown, now: float, redaction: Redaction) -> QueuedMessage:

@@ -35,8 +35,10 @@ from otel_smtp.observing import Endpoint
 from otel_smtp.status import siblings as several
 from otel_smtp.status.http import LOOPBACK, Guard, Network, http_server
 from otel_smtp.status.live import CONNECTIONS_SHOWN, LiveView
+from otel_smtp.status.search import Recorded, RecordedMailbox
+from otel_smtp.status.searching import Asked, TraceSearch
 from otel_smtp.status.siblings import Siblings
-from otel_smtp.status.traces import AttributeValue, EncodedSpan, RecentTraces, Severity
+from otel_smtp.status.traces import AttributeValue, RecentTraces
 from otel_smtp.status.views import QueueView, UpstreamView
 
 logger: Final = logging.getLogger("otel_smtp.status.server")
@@ -47,12 +49,6 @@ STREAM_INTERVAL_SECONDS: Final = 0.5
 # Upstreams and readiness have no version: a stream asks for them this often.
 UNVERSIONED_SECONDS: Final = 1.0
 HEARTBEAT_SECONDS: Final = 15.0
-TRACES_SHOWN: Final = 100
-# Traces per turn of the loop: making a summary takes up to 0.1 ms.
-_SEARCH_STRIDE: Final = 32
-_GROUP_STRIDE: Final = 2000  # spans per turn, half a millisecond
-_QUERY_CHARACTERS: Final = 200
-
 _PAGE: Final = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/page.css": ("page.css", "text/css; charset=utf-8"),
@@ -77,6 +73,7 @@ class StatusServer:
         queue: returns the spool now; None without one.
         resource: OpenTelemetry resource attributes, for the traces that the API returns.
         trace_url: where a backend shows a trace: a URL with `{trace_id}` in it; "" for none.
+        recorded_mailbox: what spans hold of an address that is searched for.
         allow: networks that may see the page and its API.
         about: the page's head: the gateway's `hostname` and other facts by name.
         siblings: the gateway's other processes, included in all answers; None: there are none, or another process
@@ -95,6 +92,7 @@ class StatusServer:
         queue: Callable[[], Awaitable[QueueView]] | None = None,
         resource: Mapping[str, AttributeValue] | None = None,
         trace_url: str = "",
+        recorded_mailbox: RecordedMailbox = Recorded,
         allow: Sequence[Network] = LOOPBACK,
         about: Mapping[str, str] | None = None,
         siblings: Siblings | None = None,
@@ -108,6 +106,7 @@ class StatusServer:
         self._queue = queue
         self._resource = resource or {"service.name": "otel-smtp"}
         self._trace_url = trace_url
+        self._trace_search = TraceSearch(traces, recorded_mailbox, siblings)
         self._allow = allow
         self._about = about or {}
         self._siblings = siblings
@@ -232,43 +231,7 @@ class StatusServer:
         return JSONResponse({"queue": None if self._queue is None else asdict(await self._queue())})
 
     async def _search(self, request: Request) -> Response:
-        terms = request.query_params.get("q", "")[:_QUERY_CHARACTERS].lower().split()
-        by_severity: dict[str, list[Mapping[str, Any]]] = {severity: [] for severity in Severity}
-        newest: list[Mapping[str, Any]] = []
-        held = await self._held_traces()
-        for looked_at, (trace_id, spans) in enumerate(held.items()):
-            if looked_at % _SEARCH_STRIDE == _SEARCH_STRIDE - 1:
-                await asyncio.sleep(0)
-            trace = self._traces.trace(trace_id, spans)
-            if trace.matches(terms):
-                summary = trace.summary()
-                by_severity[summary["severity"]].append(summary)
-                newest.append(summary)
-        is_newest_first = request.query_params.get("order") == "newest"
-        if not is_newest_first:
-            newest = [summary for severity in Severity for summary in by_severity[severity]]
-        answer = {
-            "traces": newest[:TRACES_SHOWN],
-            "found": len(newest),
-            "held": len(held),
-            "by_severity": {severity: len(summaries) for severity, summaries in by_severity.items()},
-        }
-        if self._siblings is not None:
-            theirs = await self._siblings.ask_json(f"/api/traces?{request.url.query}")
-            answer = several.merged_searches(
-                [answer, *theirs.values()], newest_first=is_newest_first, shown=TRACES_SHOWN
-            )
-        return JSONResponse(answer)
-
-    async def _held_traces(self) -> Mapping[bytes, Sequence[EncodedSpan]]:
-        """The spans in memory by trace, newest first."""
-        held: dict[bytes, list[EncodedSpan]] = {}
-        spans = self._traces.spans()
-        for start in range(0, len(spans), _GROUP_STRIDE):
-            self._traces.group(spans[start : start + _GROUP_STRIDE], held)
-            await asyncio.sleep(0)
-        self._traces.forget_all_but(held)
-        return held
+        return JSONResponse(await self._trace_search.answer(Asked.of(request.query_params)))
 
     async def _show_trace(self, request: Request) -> Response:
         trace_id = request.path_params["trace_id"]

@@ -134,7 +134,7 @@ def _is_later(age: float | None, other: float | None) -> bool:
     return age is not None and (other is None or age < other)
 
 
-def merged_searches(found: Sequence[Mapping[str, Any]], *, newest_first: bool, shown: int) -> dict[str, Any]:
+def merged_searches(found: Sequence[Mapping[str, Any]], *, is_errors_first: bool, shown: slice) -> dict[str, Any]:
     """The traces that the processes found, in one list. A trace with parts in several processes is listed once."""
     traces: dict[str, dict[str, Any]] = {}
     for summary in (summary for one in found for summary in one["traces"]):
@@ -143,16 +143,19 @@ def merged_searches(found: Sequence[Mapping[str, Any]], *, newest_first: bool, s
             traces[summary["trace_id"]] = dict(summary)
             continue
         spans = known["spans"] + summary["spans"]
+        end = max(known["end_unix_milliseconds"], summary["end_unix_milliseconds"])
         worse = min(known, summary, key=lambda each: _SEVERITIES.index(each["severity"]))
-        traces[summary["trace_id"]] = {**worse, "spans": spans}
-    ordered = sorted(traces.values(), key=lambda trace: -int(trace["start_unix_milliseconds"]))
-    if not newest_first:
+        traces[summary["trace_id"]] = {**worse, "spans": spans, "end_unix_milliseconds": end}
+    ordered = sorted(traces.values(), key=lambda trace: -float(trace["end_unix_milliseconds"]))
+    if is_errors_first:
         ordered.sort(key=lambda trace: _SEVERITIES.index(trace["severity"]))
     return {
-        "traces": ordered[:shown],
+        "traces": ordered[shown],
         "found": sum(one["found"] for one in found),
         "held": sum(one["held"] for one in found),
         "by_severity": _sums([one["by_severity"] for one in found]),
+        "notes": list(dict.fromkeys(note for one in found for note in one["notes"])),
+        "complete_since_unix_milliseconds": max(one["complete_since_unix_milliseconds"] for one in found),
     }
 
 

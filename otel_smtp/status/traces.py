@@ -10,6 +10,7 @@ spans, which are what a search takes its time for.
 """
 
 import re
+import time
 from collections import deque
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
@@ -17,6 +18,7 @@ from typing import Any, Final, Protocol
 
 from otel_smtp.observing import Outcome
 from otel_smtp.smtp.states import ConnState
+from otel_smtp.status.search import FAILURE_REASON, Index, Query
 from otel_smtp.telemetry import attributes as names
 
 AttributeValue = str | bool | int | float | Sequence[str]
@@ -124,21 +126,21 @@ FAILED_TRACES: Final = 2_000
 _STATES_SHOWN: Final = 64
 _VALUES_SHOWN: Final = 10
 
-_TRACE_ID: Final = re.compile(r"[0-9a-f]{6,32}")
+_WORDS_SHOWN: Final = 3
 _HEXADECIMAL: Final = re.compile(r"[0-9a-fA-F]{1,32}")
-_CODE: Final = re.compile(r"[2-5]\d\d")
 
 
 class Trace:
     """Finished spans of one trace, in the order in which they ended: the newest of them where they are very many."""
 
-    __slots__ = ("_encoded", "_summary", "held", "trace_id")
+    __slots__ = ("_encoded", "_index", "_summary", "held", "trace_id")
 
     def __init__(self, trace_id: bytes, spans: Sequence[EncodedSpan]) -> None:
         self.trace_id = trace_id.hex()
         self.held = len(spans)  # tells whether more have come since
         self._encoded = spans
         self._summary: dict[str, Any] | None = None
+        self._index: Index | None = None
 
     def spans(self) -> list[FinishedSpan]:
         """The newest spans that together have no more than `TRACE_ITEMS` spans and events; decoded at each call."""
@@ -154,12 +156,22 @@ class Trace:
 
     def summary(self) -> dict[str, Any]:
         """The trace in short, for a list; worked out once and again after a span was added."""
-        if self._summary is None:
-            self._summary = self._summarize()
-        return self._summary
+        return self._worked_out()[0]
 
-    def _summarize(self) -> dict[str, Any]:
-        spans = sorted(self.spans(), key=lambda span: span.start_ns)
+    def matches(self, query: Query) -> bool:
+        """Whether the trace has everything that is searched for."""
+        return self._worked_out()[1].has(query)
+
+    def _worked_out(self) -> tuple[dict[str, Any], Index]:
+        """Both at once: decoding the spans is what takes the time."""
+        if self._summary is None or self._index is None:
+            spans = sorted(self.spans(), key=lambda span: span.start_ns)
+            self._summary = self._summarize(spans)
+            carried = [*(span.attributes for span in spans), *(e.attributes for span in spans for e in span.events)]
+            self._index = Index(self.trace_id, carried, (self._summary["severity"],))
+        return self._summary, self._index
+
+    def _summarize(self, spans: Sequence[FinishedSpan]) -> dict[str, Any]:
         start = spans[0].start_ns
         end = max(span.end_ns for span in spans)
         events = [event for span in spans for event in span.events]
@@ -170,6 +182,7 @@ class Trace:
         return {
             "trace_id": self.trace_id,
             "start_unix_milliseconds": start / 1e6,
+            "end_unix_milliseconds": end / 1e6,
             "duration_milliseconds": (end - start) / 1e6,
             "severity": str(_severity(spans)),
             "spans": len(spans),
@@ -188,42 +201,9 @@ class Trace:
                 for attributes in [*(span.attributes for span in spans), *(event.attributes for event in events)]
                 if names.ERROR_TYPE in attributes
             ),
+            "words": _words(spans, events),
             "states": states[:_STATES_SHOWN],
         }
-
-    def matches(self, terms: Sequence[str]) -> bool:
-        """Whether the trace has all of `terms` (lower case).
-
-        A term is the beginning of a trace id, a reply code, a severity, or part of an outcome, domain, upstream,
-        listener, client, error type or state.
-        """
-        summary = self.summary()
-        return all(self._matches(summary, term) for term in terms)
-
-    def _matches(self, summary: Mapping[str, Any], term: str) -> bool:
-        if _CODE.fullmatch(term):
-            return int(term) in summary["codes"]
-        # Backends print a trace id without its leading zeros.
-        if _TRACE_ID.fullmatch(term) and (
-            self.trace_id.startswith(term) or self.trace_id.lstrip("0").startswith(term.lstrip("0") or "0")
-        ):
-            return True
-        if term == summary["severity"]:
-            return True
-        return any(
-            term in str(value).lower()
-            for field in (
-                "outcomes",
-                "domains",
-                "senders",
-                "upstreams",
-                "listeners",
-                "clients",
-                "error_types",
-                "states",
-            )
-            for value in summary[field]
-        )
 
     def otlp_json(self, resource: Mapping[str, AttributeValue]) -> dict[str, Any]:
         """The trace as OTLP writes it in JSON, so that Jaeger and Grafana can open the saved answer."""
@@ -286,6 +266,8 @@ class RecentTraces:
         self._failed = _Shelf(failed_spans, failed_octets)
         self._failed_traces: dict[bytes, None] = {}  # in order of their first failure
         self._known: dict[bytes, Trace] = {}
+        self._started_ns = time.time_ns()
+        self._has_dropped = False
         self.version = 0
 
     def add(self, span: EncodedSpan, is_trouble: bool = False) -> None:
@@ -301,7 +283,16 @@ class RecentTraces:
         recent.spans.append(span)
         recent.octets += len(span) + _OCTETS_BESIDE
         if recent.octets > recent.octets_room or len(recent.spans) > recent.spans_room:
+            self._has_dropped = True
             self._outlive(recent.make_room())
+
+    def complete_since_ns(self) -> int:
+        """Everything that ended since then is held: since the start, or since the oldest that was not dropped.
+
+        Nanoseconds since the epoch.
+        """
+        oldest = self._recent.spans[0].to_record().end_ns if self._has_dropped else self._started_ns
+        return max(oldest, self._started_ns)
 
     def spans(self) -> list[EncodedSpan]:
         """All that is held now, the newest first."""
@@ -372,6 +363,30 @@ def _severity(spans: Sequence[FinishedSpan]) -> Severity:
     if failed or any(event.name == _ERROR_EVENT for span in spans for event in span.events):
         return Severity.REFUSED
     return Severity.OK
+
+
+def _words(spans: Sequence[FinishedSpan], events: Sequence[SpanEvent]) -> list[str]:
+    """What was said about the mail: of refusals and failures where there are any, else what upstreams answered."""
+    told = [span.attributes for span in spans] + [event.attributes for event in events]
+    reasons = [attributes[FAILURE_REASON] for attributes in told if FAILURE_REASON in attributes]
+    refusals = [attributes for attributes in told if _is_refusal(attributes)]
+    others = [span.attributes for span in spans if span.name == names.SPAN_DELIVERY]
+    replies = [_reply(attributes) for attributes in refusals or (() if reasons else others)]
+    return _distinct([*reasons, *filter(None, replies)])[:_WORDS_SHOWN]
+
+
+def _is_refusal(attributes: Mapping[str, AttributeValue]) -> bool:
+    code = attributes.get(names.REPLY_CODE)
+    return isinstance(code, int) and code >= 400 and names.REPLY_TEXT in attributes
+
+
+def _reply(attributes: Mapping[str, AttributeValue]) -> str:
+    """Code, enhanced code and text of a reply; "" where it has no text."""
+    text = attributes.get(names.REPLY_TEXT)
+    if not text:
+        return ""
+    parts = (attributes.get(names.REPLY_CODE), attributes.get(names.REPLY_ENHANCED_CODE), text)
+    return " ".join(str(part) for part in parts if part is not None)
 
 
 def _distinct(values: Iterable[Any]) -> list[Any]:

@@ -24,7 +24,7 @@ from otel_smtp.status.live import LiveView
 from otel_smtp.status.server import StatusServer
 from otel_smtp.status.traces import RecentTraces
 from otel_smtp.status.views import QueuedMessage, QueueView, UpstreamView
-from tests.support.spans import mail_trace
+from tests.support.spans import START, mail_trace
 
 LOOPBACK = Endpoint("127.0.0.1", 0)
 
@@ -127,15 +127,16 @@ async def test_without_a_spool_there_is_no_queue() -> None:
         assert (await client.get("/api/queue")).json() == {"queue": None}
 
 
-async def test_errors_come_first_unless_the_newest_are_asked_for() -> None:
+async def test_the_newest_come_first_unless_errors_are_asked_for() -> None:
     async with running() as (port, client):
         for number, failed in enumerate([False, True, False], start=1):
             for span in mail_trace(number, has_failed=failed):
                 port.traces.add(span)
         for span in mail_trace(4, states="New Active Error Closed"):
             port.traces.add(span)
-        errors_first = (await client.get("/api/traces")).json()
-        newest_first = (await client.get("/api/traces", params={"order": "newest"})).json()
+        errors_first = (await client.get("/api/traces", params={"order": "errors"})).json()
+        newest_first = (await client.get("/api/traces")).json()
+        errors = (await client.get("/api/traces", params={"only": "errors"})).json()
         found = (await client.get("/api/traces", params={"q": "FAILED provider"})).json()
 
     def numbers(answer: Any) -> list[int]:
@@ -143,8 +144,42 @@ async def test_errors_come_first_unless_the_newest_are_asked_for() -> None:
 
     assert numbers(errors_first) == [2, 4, 3, 1]
     assert numbers(newest_first) == [4, 3, 2, 1]
+    assert numbers(errors) == [4, 2]
     assert numbers(found) == [2]
-    assert errors_first["by_severity"] == {"failed": 1, "refused": 1, "ok": 2}
+    assert errors_first["by_severity"] == errors["by_severity"] == {"failed": 1, "refused": 1, "ok": 2}
+    assert (errors["found"], errors["held"]) == (2, 4)
+
+
+async def test_pages_do_not_move_while_traces_come() -> None:
+    second_ns = 1_000_000_000
+    async with running() as (port, client):
+        for number in range(1, 251):
+            for span in mail_trace(number, start_ns=START + number * second_ns):
+                port.traces.add(span)
+        first = (await client.get("/api/traces")).json()
+        until = first["traces"][0]["end_unix_milliseconds"]
+        for span in mail_trace(999, start_ns=START + 999 * second_ns):
+            port.traces.add(span)
+        pages = [
+            (await client.get("/api/traces", params={"skip": skip, "until": until})).json()
+            for skip in (0, 100, 200, 300)
+        ]
+        newest = (await client.get("/api/traces")).json()
+    numbers = [[int(trace["trace_id"], 16) for trace in page["traces"]] for page in pages]
+    assert [len(page) for page in numbers] == [100, 100, 50, 0]
+    assert [number for page in numbers for number in page] == list(range(250, 0, -1))
+    assert int(newest["traces"][0]["trace_id"], 16) == 999
+
+
+@pytest.mark.parametrize(
+    "parameters", ["skip=-1", "skip=x", "skip=nan", "until=x", "until=nan", "most=-1", "only=x&order=x"]
+)
+async def test_nonsense_counts_as_absent(parameters: str) -> None:
+    async with running() as (port, client):
+        for span in mail_trace(1):
+            port.traces.add(span)
+        answer = await client.get(f"/api/traces?{parameters}")
+    assert (answer.status_code, answer.json()["found"]) == (200, 1)
 
 
 async def test_a_long_search_lets_mail_through_between_traces() -> None:

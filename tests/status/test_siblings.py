@@ -166,17 +166,22 @@ def test_of_an_upstream_the_worst_breaker_and_the_last_event_are_shown() -> None
 
 def test_errors_come_first_and_no_more_than_are_shown() -> None:
     def summary(number: int, severity: str) -> dict[str, Any]:
-        return {"trace_id": f"{number}", "severity": severity, "start_unix_milliseconds": number, "spans": 1}
+        return {"trace_id": f"{number}", "severity": severity, "end_unix_milliseconds": number, "spans": 1}
 
     one = {"traces": [summary(1, "failed"), summary(4, "ok")], "by_severity": {"failed": 1, "ok": 1}}
     other = {"traces": [summary(2, "refused"), summary(3, "failed")], "by_severity": {"refused": 1, "failed": 1}}
-    found = [{"found": 2, "held": 9, **one}, {"found": 2, "held": 1, **other}]
-    merged = merged_searches(found, newest_first=False, shown=3)
+    found = [
+        {"found": 2, "held": 9, "notes": ["a"], "complete_since_unix_milliseconds": 5, **one},
+        {"found": 2, "held": 1, "notes": ["a"], "complete_since_unix_milliseconds": 7, **other},
+    ]
+    merged = merged_searches(found, is_errors_first=True, shown=slice(0, 3))
     assert [trace["trace_id"] for trace in merged["traces"]] == ["3", "1", "2"]
     assert (merged["found"], merged["held"]) == (4, 10)
     assert merged["by_severity"] == {"failed": 2, "ok": 1, "refused": 1}
-    newest = merged_searches(found, newest_first=True, shown=9)
-    assert [trace["trace_id"] for trace in newest["traces"]] == ["4", "3", "2", "1"]
+    assert merged["notes"] == ["a"]
+    assert merged["complete_since_unix_milliseconds"] == 7, "what is older may be missing from one of them"
+    newest = merged_searches(found, is_errors_first=False, shown=slice(1, 3))
+    assert [trace["trace_id"] for trace in newest["traces"]] == ["3", "2"]
 
 
 async def test_a_process_that_hangs_delays_nothing() -> None:

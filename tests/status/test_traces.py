@@ -2,14 +2,16 @@
 
 import json
 import sys
+import time
 from collections.abc import Sequence
 
 import pytest
 
 from otel_smtp.status import traces as traces_module
+from otel_smtp.status.search import parse
 from otel_smtp.status.traces import TRACE_ITEMS, RecentTraces, Severity, Trace
 from otel_smtp.telemetry.shapes import EncodedSpan
-from tests.support.spans import mail_trace
+from tests.support.spans import MILLISECOND, START, Event, Identity, Kind, Span, Value, encoded, mail_trace
 
 RESOURCE = {"service.name": "otel-smtp"}
 
@@ -88,7 +90,7 @@ MAIL = mail_trace(
         ("004bf92f", True),
         ("4bf92f", True),
         ("4bf93f", False),
-        ("f3577b34", False),  # an id's middle is not its beginning
+        ("f3577b34", True),  # the middle of an id
         ("451", True),
         ("550", False),
         ("250", False),
@@ -110,7 +112,42 @@ MAIL = mail_trace(
     ],
 )
 def test_search(query: str, is_found: bool) -> None:
-    assert only(kept(MAIL)).matches(query.split()) is is_found
+    assert only(kept(MAIL)).matches(parse(query)) is is_found
+
+
+def test_the_summary_has_the_words_of_who_refused_and_else_of_who_accepted() -> None:
+    connection = Identity(1, 1)
+    accepted = delivery(1, {"smtp.reply.code": 250, "smtp.reply.text": "Ok: queued as 4XyZ12"})
+    assert only(kept([accepted])).summary()["words"] == ["250 Ok: queued as 4XyZ12"]
+    refused: dict[str, Value] = {
+        "smtp.reply.code": 550,
+        "smtp.reply.enhanced_code": "5.1.1",
+        "smtp.reply.text": "no such user",
+    }
+    error = Span(
+        "smtp.connection", Kind.SERVER, connection, None, START, START + 1, {},
+        [Event(START, "smtp.state.error", refused)], [], False,
+    )  # fmt: skip
+    assert only(kept([accepted, encoded(error)])).summary()["words"] == ["550 5.1.1 no such user"]
+    failed = delivery(2, {"error.type": "tls", "smtp.failure.reason": "certificate verify failed"})
+    assert only(kept([accepted, failed])).summary()["words"] == ["certificate verify failed"]
+
+
+def delivery(span_id: int, attributes: dict[str, Value]) -> EncodedSpan:
+    return encoded(
+        Span("smtp.delivery", Kind.CLIENT, Identity(1, span_id), None, START, START + 1, attributes, [], [], False)
+    )
+
+
+def test_it_tells_since_when_nothing_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "time_ns", lambda: START)
+    traces = kept(mail_trace(1, start_ns=START), recent_spans=6)
+    assert traces.complete_since_ns() == START, "since the start of the gateway"
+    for number in range(2, 9):
+        for span in mail_trace(number, start_ns=START + number * 1000 * MILLISECOND):
+            add(traces, span)
+    oldest = traces.spans()[-1].to_record().end_ns
+    assert traces.complete_since_ns() == oldest > START
 
 
 def test_the_oldest_traces_go_first() -> None:

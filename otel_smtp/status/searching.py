@@ -1,0 +1,136 @@
+"""The list of traces that a search gives: which, in what order, which page of it; over all processes of the gateway.
+
+The list changes while it is read. A page is therefore asked for as of a time (`until`): what has ended since does not
+push traces from one page to the next.
+"""
+
+import asyncio
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, NamedTuple, Self
+from urllib.parse import urlencode
+
+from otel_smtp.status.search import RecordedMailbox, parse
+from otel_smtp.status.siblings import Siblings, merged_searches
+from otel_smtp.status.traces import EncodedSpan, RecentTraces, Severity
+
+TRACES_SHOWN: Final = 100
+# Before a page. A process sends the first one all that stands before the page as well, and has half a second for it.
+MOST_SKIPPED: Final = 4900
+# Per turn of the loop: making a summary takes up to 0.1 ms.
+_TRACES_A_TURN: Final = 32
+_SPANS_A_TURN: Final = 2000  # half a millisecond
+
+
+class Asked(NamedTuple):
+    """What is asked for.
+
+    Attributes:
+        query: see `search`.
+        has_errors_only: only traces in which something was refused or failed.
+        is_errors_first: failures, then refusals, then the others; else the newest first, by their last span.
+        skip: traces before the page.
+        most: traces on it.
+        until: traces whose last span ended later are left out; milliseconds since the epoch.
+    """
+
+    query: str = ""
+    has_errors_only: bool = False
+    is_errors_first: bool = False
+    skip: int = 0
+    most: int = TRACES_SHOWN
+    until: float = math.inf
+
+    @classmethod
+    def of(cls, parameters: Mapping[str, str]) -> Self:
+        """From a URL's parameters: `q`, `only=errors`, `order=errors`, `skip`, `until`; nonsense counts as absent."""
+        return cls(
+            parameters.get("q", ""),
+            parameters.get("only") == "errors",
+            parameters.get("order") == "errors",
+            int(_number(parameters.get("skip", ""), 0, MOST_SKIPPED)),
+            int(_number(parameters.get("most", ""), TRACES_SHOWN, MOST_SKIPPED + TRACES_SHOWN)),
+            _number(parameters.get("until", ""), math.inf, math.inf),
+        )
+
+    def of_sibling(self) -> str:
+        """What to ask another process for, as the parameters of a URL: the pages before this one too."""
+        return urlencode(
+            {
+                "q": self.query,
+                **({"only": "errors"} if self.has_errors_only else {}),
+                **({"order": "errors"} if self.is_errors_first else {}),
+                "most": self.skip + self.most,
+                **({"until": self.until} if self.until < math.inf else {}),
+            }
+        )
+
+
+def _number(text: str, default: float, most: float) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        return default
+    return min(number, most) if number >= 0 else default
+
+
+class TraceSearch:
+    """Searches the recent traces.
+
+    Args:
+        traces: of this process.
+        recorded: what spans hold of an address that is searched for.
+        siblings: the gateway's other processes, which are asked too.
+    """
+
+    def __init__(self, traces: RecentTraces, recorded: RecordedMailbox, siblings: Siblings | None = None) -> None:
+        self._traces = traces
+        self._recorded = recorded
+        self._siblings = siblings
+
+    async def answer(self, asked: Asked) -> dict[str, Any]:
+        """A page of the list, with how many there are.
+
+        Yields to the event loop again and again.
+        """
+        found = await self._own(asked)
+        answers = [found]
+        if self._siblings is not None:
+            answers += (await self._siblings.ask_json(f"/api/traces?{asked.of_sibling()}")).values()
+        return merged_searches(
+            answers, is_errors_first=asked.is_errors_first, shown=slice(asked.skip, asked.skip + asked.most)
+        )
+
+    async def _own(self, asked: Asked) -> dict[str, Any]:
+        query = parse(asked.query, self._recorded)
+        held = await self._held_traces()
+        counts: dict[str, int] = dict.fromkeys(Severity, 0)
+        summaries: list[Mapping[str, Any]] = []
+        for looked_at, (trace_id, spans) in enumerate(held.items()):
+            if looked_at % _TRACES_A_TURN == _TRACES_A_TURN - 1:
+                await asyncio.sleep(0)
+            trace = self._traces.trace(trace_id, spans)
+            if not trace.matches(query) or trace.summary()["end_unix_milliseconds"] > asked.until:
+                continue
+            severity = trace.summary()["severity"]
+            counts[severity] += 1
+            if severity != Severity.OK or not asked.has_errors_only:
+                summaries.append(trace.summary())
+        return {
+            "traces": summaries,
+            "found": len(summaries),
+            "held": len(held),
+            "by_severity": counts,
+            "notes": query.notes,
+            "complete_since_unix_milliseconds": self._traces.complete_since_ns() / 1e6,
+        }
+
+    async def _held_traces(self) -> Mapping[bytes, Sequence[EncodedSpan]]:
+        """The spans in memory by trace, newest first."""
+        held: dict[bytes, list[EncodedSpan]] = {}
+        spans = self._traces.spans()
+        for start in range(0, len(spans), _SPANS_A_TURN):
+            self._traces.group(spans[start : start + _SPANS_A_TURN], held)
+            await asyncio.sleep(0)
+        self._traces.forget_all_but(held)
+        return held
