@@ -147,7 +147,7 @@ ROOMS: Final = {
         frozenset({"starlette", "uvicorn", "httpx"}),
     ),
     "otel_smtp.config": Room(
-        ("otel_smtp.observing", *SMTP_TYPES),
+        ("otel_smtp.observing", "otel_smtp.smtp.paths", *SMTP_TYPES),
         frozenset({"msgspec"}),
         _LIBRARY - INPUT_OUTPUT - {"argparse"},
     ),

@@ -73,7 +73,7 @@ class _Loader:
 
         source = str(path)
         try:
-            document = tomllib.loads(path.read_text(encoding="utf-8"))
+            document = tomllib.loads(path.read_text(encoding="utf-8-sig"))
         except OSError as error:
             self.add(source, "", None, f"cannot be read: {error.strerror}")
         except UnicodeDecodeError:
@@ -266,7 +266,8 @@ class _Loader:
             if not path.is_file():
                 return  # reported with `<key>_file` itself; reading a device or pipe might never end
             # Editors and `echo` end a file with one line end; any further one belongs to the secret.
-            text = path.read_text(encoding="utf-8").removesuffix("\n").removesuffix("\r")
+            # Some of them begin it with a byte order mark, which "utf-8-sig" leaves out.
+            text = path.read_text(encoding="utf-8-sig").removesuffix("\n").removesuffix("\r")
             fields[name] = key.kind.parse(Given(text, given.source))
             self.origins[f"{prefix}{name}"] = given.source
         except OSError:

@@ -29,6 +29,7 @@ from otel_smtp.config.values import (
     Integer,
     Kind,
     ListenAddress,
+    MailboxKind,
     Many,
     Network,
     NetworkKind,
@@ -41,6 +42,7 @@ from otel_smtp.config.values import (
     is_local,
 )
 from otel_smtp.observing import Endpoint
+from otel_smtp.smtp.extensions import CAN_BE_DISABLED
 from otel_smtp.smtp.states import TlsMode
 
 ListenerProtocol = Literal["smtp", "lmtp"]
@@ -324,6 +326,10 @@ class Upstream(Table, frozen=True, kw_only=True):
     connection_idle: Annotated[
         float, Key("time after which an unused connection is closed", Duration(), "below the timeouts of upstreams")
     ] = 30.0
+    disable: Annotated[
+        tuple[str, ...],
+        Key('extensions that are never used though it offers them, as `["CHUNKING"]`', Many(Choice(CAN_BE_DISABLED))),
+    ] = ()
     reply_line: Annotated[
         int, Key("octets of a line of a reply; more: close", Size(512, MIB), "RFC 5321 4.5.3.1.5 asks for 512")
     ] = 2048
@@ -348,6 +354,19 @@ class Upstream(Table, frozen=True, kw_only=True):
         if self.trace_context is None:
             # A trace id is no secret, but it is none of a provider's business.
             msgspec.structs.force_setattr(self, "trace_context", "inject" if self.url.is_local else "strip")
+
+
+class Rewrite(Table, frozen=True, kw_only=True):
+    """What is changed in the envelope, for providers that take only their own customers' addresses."""
+
+    sender: Annotated[
+        str,
+        Key(
+            "every envelope sender but the null sender of notices becomes this address; the content is not touched",
+            MailboxKind(),
+            default="senders stay as they are",
+        ),
+    ] = ""
 
 
 class Spool(Table, frozen=True, kw_only=True):
@@ -481,6 +500,7 @@ class Settings(Table, frozen=True, kw_only=True):
     timeouts: Timeouts = Timeouts()
     delivery: Delivery = Delivery()
     upstream: tuple[Upstream, ...] = ()
+    rewrite: Rewrite = Rewrite()
     spool: Spool = Spool()
     telemetry: Telemetry = Telemetry()
     status: Status = Status()
@@ -522,6 +542,7 @@ def _entries(table: type[Table]) -> dict[str, Entry]:
 SCHEMA: Final[dict[type[Table], dict[str, Entry]]] = {
     table: _entries(table)
     for table in (
-        Settings, Listener, Limits, Timeouts, Delivery, Upstream, UpstreamTimeout, Spool, Telemetry, Status, Log,
+        Settings, Listener, Limits, Timeouts, Delivery, Upstream, UpstreamTimeout, Rewrite, Spool, Telemetry,
+        Status, Log,
     )
 }  # fmt: skip

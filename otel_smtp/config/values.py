@@ -15,6 +15,7 @@ from typing import Any, Final, Protocol
 import msgspec
 
 from otel_smtp.observing import Endpoint
+from otel_smtp.smtp.paths import is_mailbox
 from otel_smtp.smtp.states import TlsMode
 
 Network = IPv4Network | IPv6Network
@@ -579,6 +580,25 @@ class UpstreamUrlKind(msgspec.Struct, frozen=True):
 
     def show(self, value: UpstreamUrl) -> str:
         return str(value)
+
+
+class MailboxKind(msgspec.Struct, frozen=True):
+    """One mail address, ASCII: it must be fit for every upstream."""
+
+    allowed: str = 'a mail address such as "relay@example.com"'
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        return {"type": "string", "pattern": "^[^@]+@[^@]+$"}
+
+    def parse(self, given: Given) -> str:
+        text = _as_text(given).strip()
+        if not text.isascii() or not is_mailbox(text):
+            raise BadValue
+        return text
+
+    def show(self, value: str) -> str:
+        return value
 
 
 class AddressPattern(msgspec.Struct, frozen=True):

@@ -298,7 +298,12 @@ class Attempts(ABC):
         self._first_round_trip = connection.round_trips if wait_ns is not None else 0
         attempt.peer = connection.stream.peer
         attempt.tls = connection.stream.tls
-        refusal = missing_extension(self._mail, connection.protocol.extensions, is_tls=attempt.tls is not None)
+        refusal = missing_extension(
+            self._mail,
+            connection.protocol.extensions,
+            is_tls=attempt.tls is not None,
+            added_octets=self._record.added_octets,
+        )
         # What was declared 8-bit may be 7-bit; where nobody else is left, the content tells.
         if refusal is not None and (refusal is not replies.NEEDS_8BITMIME or self.route):
             self._faults.append(Unsuitable("the upstream lacks an extension that the mail needs", refusal))

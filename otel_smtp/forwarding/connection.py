@@ -13,7 +13,7 @@ import asyncio
 import ipaddress
 import math
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from collections.abc import Set as AbstractSet
 from typing import Final
 
@@ -84,6 +84,7 @@ class UpstreamConnection:
         *,
         is_lmtp: bool = False,
         reply_limits: ReplyLimits = ReplyLimits(),  # noqa: B008 - frozen
+        disabled: Collection[str] = (),
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self.stream = stream
@@ -91,6 +92,7 @@ class UpstreamConnection:
             is_lmtp=is_lmtp,
             max_reply_line_octets=reply_limits.line_octets,
             max_reply_lines=reply_limits.lines,
+            disabled=disabled,
         )
         self.is_alive = self.is_spent = False
         self.messages = 0
@@ -335,7 +337,11 @@ async def open_connection(
     stream = await _connect(settings, context)
     note(DeliveryPhase.CONNECT, None)
     connection = UpstreamConnection(
-        stream, settings.timeouts, is_lmtp=settings.is_lmtp, reply_limits=settings.reply_limits
+        stream,
+        settings.timeouts,
+        is_lmtp=settings.is_lmtp,
+        reply_limits=settings.reply_limits,
+        disabled=settings.disabled,
     )
     try:
         await introduce(connection, settings, context, hostname, note)

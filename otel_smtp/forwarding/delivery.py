@@ -30,7 +30,7 @@ from otel_smtp.observing import DeliveryPhase, Observer, Outcome, TransactionRec
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.client import Answer, Awaited
 from otel_smtp.smtp.envelope import Body, Mail, Recipient
-from otel_smtp.smtp.received import replace_trace_headers
+from otel_smtp.smtp.received import TRACEPARENT_FIELD_OCTETS, replace_trace_headers
 from otel_smtp.smtp.replies import ErrorType, Reply
 
 logger: Final = logging.getLogger("otel_smtp.forwarding.delivery")
@@ -527,8 +527,20 @@ class Delivery(Attempts):
     # ------------------------------------------------------------------------------------------------------
 
     def _send_envelope(self, octets: int | None) -> None:
-        """Queue MAIL and the recipients that were accepted before."""
+        """Queue MAIL and the recipients that were accepted before.
+
+        Args:
+            octets: of all that leaves; None: what the client sent counts, else what it declared, and the fields that
+                we add to it: the declaration is of the message as it is transmitted here (RFC 1870 6.1).
+        """
         connection = self._connection
+        if octets is None:
+            record = self._record
+            octets = self._mail.size if record.octets is None else record.octets
+            if octets is not None:
+                octets += record.added_octets
+                if self._smarthost.settings.trace_context is TracePolicy.INJECT:
+                    octets += TRACEPARENT_FIELD_OCTETS
         if connection.needs_reset:
             connection.protocol.send_reset()
         # Until the upstream has taken the message. RFC 3030 2 wants RSET after a chunk that was refused too.

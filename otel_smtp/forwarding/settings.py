@@ -122,6 +122,7 @@ class UpstreamSettings:
         tls_context: used instead of one made from the files above.
         senders, recipients: patterns like "*@example.com" of what it serves; none: all.
         trace_context: see `TracePolicy`.
+        disabled: extensions, in capitals, that are not used though it offers them.
     """
 
     name: str
@@ -142,6 +143,7 @@ class UpstreamSettings:
     senders: tuple[str, ...] = ()
     recipients: tuple[str, ...] = ()
     trace_context: TracePolicy = TracePolicy.STRIP
+    disabled: frozenset[str] = frozenset()
 
     @property
     def endpoint(self) -> Endpoint:

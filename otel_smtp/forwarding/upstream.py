@@ -129,7 +129,7 @@ class UpstreamForwarder:
             Permanent: no upstream serves the sender, or each that does is known to lack what the mail needs.
         """
         serving = self._routes.for_all or self._routes.for_mail(mail)
-        if (refusal := _refusal(mail, serving)) is not None:
+        if (refusal := _refusal(mail, serving, record.added_octets)) is not None:
             raise Permanent(refusal)
         return (strategy or self._strategy)(self, mail, record, serving)
 
@@ -232,7 +232,7 @@ class UpstreamForwarder:
             self._all_ended.set()
 
 
-def _refusal(mail: Mail, serving: Serving[Smarthost]) -> Reply | None:
+def _refusal(mail: Mail, serving: Serving[Smarthost], added_octets: int = 0) -> Reply | None:
     if not is_safe_path(mail.reverse_path):
         return replies.BAD_SENDER
     refusal: Reply | None = None
@@ -240,7 +240,9 @@ def _refusal(mail: Mail, serving: Serving[Smarthost]) -> Reply | None:
         extensions = smarthost.extensions
         if extensions is None:
             return None
-        missing = missing_extension(mail, extensions, is_tls=smarthost.settings.tls is not TlsMode.OFF)
+        missing = missing_extension(
+            mail, extensions, is_tls=smarthost.settings.tls is not TlsMode.OFF, added_octets=added_octets
+        )
         if missing is None or missing is replies.NEEDS_8BITMIME:
             return None  # the content may be 7-bit all the same
         refusal = refusal or missing

@@ -12,8 +12,11 @@ from otel_smtp.smtp.extensions import Extensions
 from otel_smtp.smtp.replies import ErrorType, Reply
 
 
-def missing_extension(mail: Mail, extensions: Extensions, *, is_tls: bool) -> Reply | None:
+def missing_extension(mail: Mail, extensions: Extensions, *, is_tls: bool, added_octets: int = 0) -> Reply | None:
     """The refusal of a mail that needs what an upstream does not offer; None if it offers all.
+
+    Args:
+        added_octets: by which the message will be larger than its client declared.
 
     DSN parameters are not needed: they are left out where they are not offered (RFC 3461 5.2.2 lets a relay do so).
     """
@@ -27,7 +30,7 @@ def missing_extension(mail: Mail, extensions: Extensions, *, is_tls: bool) -> Re
     # discarded" (RFC 8689 5): it is asked for where it is offered.
     if mail.require_tls and mail.reverse_path and not (extensions.require_tls and is_tls):
         return replies.REQUIRETLS_UNSUPPORTED
-    if mail.size is not None and extensions.size is not None and mail.size > extensions.size:
+    if mail.size is not None and extensions.size is not None and mail.size + added_octets > extensions.size:
         return replies.MESSAGE_TOO_BIG
     return None
 

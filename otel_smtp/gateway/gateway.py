@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from otel_smtp.config import Listener, Settings
+from otel_smtp.forwarding.base import Forwarder
+from otel_smtp.forwarding.rewriting import SenderRewritingForwarder
 from otel_smtp.forwarding.settings import Strategy
 from otel_smtp.forwarding.upstream import CLOSE_GRACE_SECONDS, UpstreamForwarder, UpstreamSnapshot
 from otel_smtp.gateway import wiring
@@ -113,12 +115,15 @@ class Gateway:
             sweep=self._sweep,
         )
         self._spool = self._make_spool()
+        forwarder: Forwarder = self._forwarder if self._spool is None else self._spool.forwarder
+        if settings.rewrite.sender:
+            forwarder = SenderRewritingForwarder(forwarder, settings.rewrite.sender)
         self._catching_up: asyncio.Task[None] | None = None
         self._tls: list[ServerTls] = []
         self._token_verifier = token_verifier
         self._server = Server(
             [self._listener(listener) for listener in settings.listener],
-            self._forwarder if self._spool is None else self._spool.forwarder,
+            forwarder,
             self._observer,
             connections=settings.limits.connections,
             connections_per_client=settings.limits.connections_per_client,

@@ -13,7 +13,7 @@ from typing import Final
 import msgspec
 
 from otel_smtp.config import Settings
-from otel_smtp.net import CannotListen
+from otel_smtp.net import CannotListen, refuse_served
 from otel_smtp.observing import Endpoint
 
 logger: Final = logging.getLogger("otel_smtp.gateway.ports")
@@ -59,10 +59,23 @@ class SharedPorts:
 
     def _with_listener_ports(self, settings: Settings) -> Settings:
         listeners = tuple(
-            msgspec.structs.replace(listener, address=tuple(self._hold(address) for address in listener.address))
+            msgspec.structs.replace(listener, address=tuple(self._hold_alone(address) for address in listener.address))
             for listener in settings.listener
         )
         return msgspec.structs.replace(settings, listener=listeners)
+
+    def _hold_alone(self, address: Endpoint) -> Endpoint:
+        """`_hold`, if nobody else serves the address: a port that any process of this user may share would be shared
+        with another gateway, too, and each would get some of the clients.
+
+        Raises:
+            CannotListen: somebody does.
+        """
+        if address.port is None:
+            refuse_served(address)
+        elif address.port:
+            bind(address).close()
+        return self._hold(address)
 
     def _with_status_port(self, settings: Settings) -> Settings:
         address = settings.status.address

@@ -127,6 +127,7 @@ def upstream_settings(upstream: Upstream) -> UpstreamSettings:
         senders=upstream.senders,
         recipients=upstream.recipients,
         trace_context=TracePolicy(upstream.trace_context),
+        disabled=frozenset(upstream.disable),
     )
 
 

@@ -1,7 +1,7 @@
 """The network: streams over asyncio's or uvloop's transports, connecting, listening, and the look at the clock."""
 
 from otel_smtp.net.connecting import connect, connect_unix
-from otel_smtp.net.listening import CannotListen, Listener, is_accept_exhausted, listen
+from otel_smtp.net.listening import CannotListen, Listener, is_accept_exhausted, listen, refuse_served
 from otel_smtp.net.stream import CLOCK_SLACK_SECONDS, Receiver, Stream
 from otel_smtp.net.sweep import Sweep
 
@@ -16,4 +16,5 @@ __all__ = [
     "connect_unix",
     "is_accept_exhausted",
     "listen",
+    "refuse_served",
 ]

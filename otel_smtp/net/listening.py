@@ -102,6 +102,23 @@ async def listen(
         raise CannotListen(where, error) from error
 
 
+def refuse_served(address: Endpoint) -> None:
+    """Refuse a unix socket that somebody serves: whoever binds its path takes the clients of the other, unnoticed.
+
+    Raises:
+        CannotListen: something accepts connections there.
+    """
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(address.host)
+        except BlockingIOError:
+            pass  # so many wait there that there is no room for another one
+        except OSError:
+            return  # there is none, or nobody is behind it
+    raise CannotListen(address, OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE)))
+
+
 async def _listen(
     on_connection: Callable[[Stream], None],
     host: str | None,

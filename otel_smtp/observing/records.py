@@ -129,7 +129,8 @@ class TransactionRecord:
         accepted: recipients that were accepted. `refused`: the first `MOST_REFUSED` that were not, each with its reply;
             `refused_count`: all of those.
         trace_headers: of the header block; None until it has been read. `message_id`: likewise, None where none.
-        octets: of the content, once it is complete.
+        octets: of the content, once it is complete. `added_octets`: of our own fields, which the content does not
+            include where it is a client's.
         spool_id: under which the message is durable; None where it is not.
         deliveries: attempts, in the order in which they began.
         ended_ns: 0 while it is open.
@@ -141,6 +142,7 @@ class TransactionRecord:
 
     __slots__ = (
         "accepted",
+        "added_octets",
         "attempt",
         "begun_ns",
         "carrier",
@@ -178,6 +180,7 @@ class TransactionRecord:
         self.trace_headers: TraceHeaders | None = None
         self.message_id: str | None = None
         self.octets: int | None = None
+        self.added_octets = 0
         self.spool_id: str | None = None
         self.deliveries: list[DeliveryRecord] = []
         self.ended_ns = 0

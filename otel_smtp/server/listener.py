@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from otel_smtp.forwarding.base import Capabilities, Forwarder
-from otel_smtp.net import Listener, Stream, Sweep, listen
+from otel_smtp.net import Listener, Stream, Sweep, listen, refuse_served
 from otel_smtp.observing import ConnectionInfo, ConnectionRecord, Endpoint, FanOut, Observer, fan_out
 from otel_smtp.server.conversation import Conversation
 from otel_smtp.server.failure_rate import FailureRate
@@ -207,6 +207,8 @@ class Server:
     async def _listen(self, policy: ListenerPolicy, address: Endpoint) -> Listener:
         acceptor = self._acceptor(policy)
         if address.port is None:
+            if not self._reuse_port:  # else who started us has looked, and our siblings may be there already
+                refuse_served(address)
             return await listen(acceptor, path=address.host)
         return await listen(acceptor, host=address.host, port=address.port, reuse_port=self._reuse_port)
 

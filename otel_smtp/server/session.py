@@ -40,7 +40,7 @@ from otel_smtp.server.conversation import Pause
 from otel_smtp.server.policy import House, ListenerPolicy
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Mail, Recipient
-from otel_smtp.smtp.received import HeaderFacts, received_field, received_head, with_protocol
+from otel_smtp.smtp.received import RECEIVED_TAIL_OCTETS, HeaderFacts, received_field, received_head, with_protocol
 from otel_smtp.smtp.replies import ErrorType, Reply
 from otel_smtp.smtp.server import ServerProtocol
 
@@ -86,6 +86,8 @@ class Session(Admission):
         transaction = TransactionRecord(
             mail, protocol.transactions + 1, record, protocol.states.now_ns, record.wall_offset_ns
         )
+        head = self._received_head or self._make_received_head(is_utf8=False)
+        transaction.added_octets = len(head) + RECEIVED_TAIL_OCTETS
         try:
             forwarded = house.forwarder.begin(mail, transaction)
         except DeliveryFailed as failure:

@@ -12,7 +12,7 @@ bounces in servers that kept what they got.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Final, Self
@@ -21,6 +21,11 @@ from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Body, DsnReturn, Mail, Notify, Recipient
 from otel_smtp.smtp.paths import is_visible
 from otel_smtp.smtp.replies import Reply
+
+CAN_BE_DISABLED: Final = (
+    "PIPELINING", "SIZE", "8BITMIME", "SMTPUTF8", "CHUNKING", "BINARYMIME", "DSN", "REQUIRETLS", "LIMITS",
+)  # fmt: skip
+"""Extensions of an upstream that the gateway can do without. STARTTLS and AUTH are asked for where they are needed."""
 
 MAX_ENVID_CHARACTERS: Final = 100
 """RFC 3461 4.4, in xtext form."""
@@ -122,8 +127,12 @@ class Extensions:
     limits: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
 
     @classmethod
-    def parse(cls, lines: Sequence[str]) -> Self:
-        """Read the keyword lines of an EHLO reply: all but its first line. What is not understood is left out."""
+    def parse(cls, lines: Sequence[str], *, disabled: Collection[str] = ()) -> Self:
+        """Read the keyword lines of an EHLO reply: all but its first line. What is not understood is left out.
+
+        Args:
+            disabled: keywords, in capitals, that count as not offered.
+        """
         words: dict[str, list[str]] = {}
         for line in lines:
             # AUTH=LOGIN is how it was announced before RFC 2554; some servers still say both.
@@ -131,6 +140,8 @@ class Extensions:
                 line.replace("=", " ", 1).split() if line[:5].upper() == "AUTH=" else line.split() or [""]
             )
             words.setdefault(keyword.upper(), []).extend(values)
+        for keyword in disabled:
+            words.pop(keyword, None)
         size = next((int(word) for word in words.get("SIZE", ()) if word.isdecimal() and len(word) <= 20), 0)
         return cls(
             pipelining="PIPELINING" in words,

@@ -26,6 +26,12 @@ from otel_smtp.smtp.paths import address_literal, is_address_literal, is_domain
 MAX_TRACE_VALUE_OCTETS: Final = 512
 """Longest trace header value that is read; W3C Trace Context 3.3.1.5 asks for at least this much of tracestate."""
 
+RECEIVED_TAIL_OCTETS: Final = 72
+"""Of our Received field behind its head: 32 digits of an id, the date, CRLF; UTF8SMTP is longer than ESMTP by three."""
+
+TRACEPARENT_FIELD_OCTETS: Final = 70
+"""Of a traceparent field (W3C Trace Context 3.2.2) with its CRLF."""
+
 MAX_MESSAGE_ID_OCTETS: Final = 998
 """Longest Message-ID that is read: a line of RFC 5322 2.1.1."""
 

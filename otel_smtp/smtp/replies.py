@@ -130,6 +130,16 @@ class Reply:
         """The same reply with other text."""
         return replace(self, lines=lines)
 
+    def with_general_status(self) -> Self:
+        """The same reply with the enhanced code that says no more than its class (RFC 3463 3.1: "other or undefined
+        status")."""
+        return replace(self, enhanced=EnhancedStatus(self.code // 100, 0, 0))
+
+    def as_plain_success(self) -> Self:
+        """The same reply with code 250, the one 2yz that every client takes for success: smtplib counts 252 to RCPT as
+        a refusal."""
+        return replace(self, code=250)
+
 
 def safe_text(text: str, *, limit: int = 512) -> str:
     """`text` fit for a reply, a log line or a span: printable ASCII, at most `limit` characters.

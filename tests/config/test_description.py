@@ -20,9 +20,10 @@ timeouts: command command_under_stress data session tls_handshake shutdown_grace
 delivery: mode strategy content_newlines
 upstream[]: name url username password password_file auth token_url client_id client_secret client_secret_file
 upstream[]: refresh_token refresh_token_file scope ca_file tls_cert tls_key server_name connections
-upstream[]: messages_per_connection connection_age connection_idle reply_line reply_lines senders recipients
+upstream[]: messages_per_connection connection_age connection_idle disable reply_line reply_lines senders recipients
 upstream[]: trace_context
 upstream[].timeout: connect greeting command data block reply
+rewrite: sender
 spool: directory url url_file retry max_age warn_after bounce
 telemetry: addresses addresses_hash_key addresses_hash_key_file client_ip state_events segment_events segment_age
 telemetry: trace_in_reply probes message_id

@@ -148,6 +148,12 @@ def test_a_secret_comes_out_of_a_file_relative_to_the_settings_without_its_line_
     assert upstream.password_file.is_absolute()
 
 
+def test_a_byte_order_mark_is_no_part_of_a_secret_or_of_the_settings(write: Any) -> None:
+    write("\ufeffpass word\r\n", "password")
+    file = write("\ufeff" + SUBMISSION + 'password_file = "password"\n')
+    assert load(file=file).upstream[0].password == Secret("pass word")
+
+
 def test_the_later_source_of_a_secret_wins_whichever_spelling_it_has(write: Any) -> None:
     password = write("from-file", "password")
     file = write(SUBMISSION + 'password_file = "password"\n')

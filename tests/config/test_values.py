@@ -18,6 +18,7 @@ from otel_smtp.config.values import (
     Integer,
     Kind,
     ListenAddress,
+    MailboxKind,
     Many,
     NetworkKind,
     Secret,
@@ -82,6 +83,8 @@ def text(value: str) -> Given:
         (ListenAddress(), typed("mail.example.com:25"), Endpoint("mail.example.com", 25)),
         (ListenAddress(), typed("unix:/run/smtp.sock"), Endpoint("/run/smtp.sock")),
         (ListenAddress(may_be_off=True), typed("off"), None),
+        (MailboxKind(), typed(" relay@example.com "), "relay@example.com"),
+        (MailboxKind(), typed("relay@[192.0.2.1]"), "relay@[192.0.2.1]"),
         (NetworkKind(), typed("10.0.0.0/8"), ip_network("10.0.0.0/8")),
         (NetworkKind(), typed("10.1.2.3"), ip_network("10.1.2.3/32")),
         (NetworkKind(), typed("::1"), ip_network("::1/128")),
@@ -145,6 +148,11 @@ def test_allowed_values_are_read(kind: Kind, given_value: Given, expected: objec
         (ListenAddress(), typed("unix:/" + "x" * 103)),
         (ListenAddress(), typed("off")),
         (ListenAddress(may_be_unix=False), typed("unix:/run/x")),
+        (MailboxKind(), typed("relay")),
+        (MailboxKind(), typed("<relay@example.com>")),
+        (MailboxKind(), typed("relay@ex\u00e4mple.com")),
+        (MailboxKind(), typed("Relay <relay@example.com>")),
+        (MailboxKind(), typed("")),
         (NetworkKind(), typed("10.1.2.3/8")),
         (NetworkKind(), typed("10.0.0.0/33")),
         (NetworkKind(), typed("example.com")),
@@ -248,7 +256,7 @@ def test_a_size_is_shown_as_it_can_be_written(octets: int) -> None:
 def test_no_text_makes_a_kind_raise_anything_else(value: str) -> None:
     kinds: list[Kind] = [
         Integer(), Boolean(), OFF_TOO, Size(), COLOURS, Text(), FilePath(), SecretText(), Many(Integer()),
-        ListenAddress(), NetworkKind(), UpstreamUrlKind(), AddressPattern(),
+        ListenAddress(), NetworkKind(), UpstreamUrlKind(), MailboxKind(), AddressPattern(),
     ]  # fmt: skip
     for kind in kinds:
         try:

@@ -1,11 +1,12 @@
 """Ports before they are listened on: bound alone or shared, and given back."""
 
 import socket
+from pathlib import Path
 
 import msgspec
 import pytest
 
-from otel_smtp import Settings, load
+from otel_smtp import CannotListen, Gateway, Settings, load
 from otel_smtp.gateway.ports import SharedPorts, bind, with_present_addresses, without_ipv6_loopback
 from otel_smtp.observing import Endpoint
 
@@ -130,6 +131,55 @@ def test_a_taken_listener_is_an_error_and_gives_back_what_was_held() -> None:
         with pytest.raises(OSError, match="in use"):
             SharedPorts(load(values=values))
         bind(status).close()
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_a_listener_of_another_gateway_is_refused_whether_it_has_workers_or_not(is_shared: bool) -> None:
+    with bind(ANY_PORT, is_shared=is_shared) as taken:
+        values = {
+            "workers": 2,
+            "listener": [{"address": [str(address_of(taken))]}],
+            "upstream": [{"url": "smtp://127.0.0.1:1"}],
+        }
+        taken.listen()
+        with pytest.raises(CannotListen, match=r"listener\.0\.address .*in use"):
+            SharedPorts(load(values=values))
+    SharedPorts(load(values=values)).__exit__()
+
+
+@pytest.mark.parametrize("backlog", [0, 100])
+def test_a_unix_socket_of_another_gateway_is_refused(backlog: int, tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    values = {
+        "workers": 2,
+        "listener": [{"address": [f"unix:{path}"]}],
+        "upstream": [{"url": "smtp://127.0.0.1:1"}],
+    }
+    with socket.socket(socket.AF_UNIX) as taken, socket.socket(socket.AF_UNIX) as waiting:
+        taken.bind(str(path))
+        taken.listen(backlog)
+        waiting.connect(str(path))  # with a backlog of none there is no room for another one
+        with pytest.raises(CannotListen, match="in use"):
+            SharedPorts(load(values=values))
+    assert path.exists()
+    SharedPorts(load(values=values)).__exit__()  # what a killed process left behind is in nobody's way
+
+
+async def test_a_single_process_leaves_another_gateways_unix_socket_alone(tmp_path: Path) -> None:
+    settings = load(
+        values={
+            "listener": [{"address": [f"unix:{tmp_path / 's'}"]}],
+            "upstream": [{"url": "smtp://127.0.0.1:1"}],
+            "status": {"address": "off"},
+        }
+    )
+    async with Gateway(settings):
+        with pytest.raises(CannotListen, match="in use"):
+            await Gateway(settings).start()
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(tmp_path / "s"))
+    async with Gateway(settings):
+        pass
 
 
 def test_addresses_that_the_operator_set_stay() -> None:

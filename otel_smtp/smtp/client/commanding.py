@@ -3,6 +3,7 @@
 import base64
 import re
 from collections import deque
+from collections.abc import Collection
 from typing import Final
 
 from otel_smtp.smtp import replies
@@ -44,6 +45,7 @@ class Commanding:
         "_accepted",
         "_chunk_left",
         "_content_left",
+        "_disabled",
         "_is_closing",
         "_is_lmtp",
         "_is_open",
@@ -67,8 +69,10 @@ class Commanding:
         is_lmtp: bool = False,
         max_reply_line_octets: int = MAX_REPLY_LINE_OCTETS,
         max_reply_lines: int = MAX_REPLY_LINES,
+        disabled: Collection[str] = (),
     ) -> None:
         self.extensions = Extensions()
+        self._disabled = disabled
         self._is_lmtp = is_lmtp
         self._max_line_octets = max_reply_line_octets
         self._max_lines = max_reply_lines

@@ -32,6 +32,7 @@ class ClientProtocol(Commanding):
         is_lmtp: LHLO instead of EHLO, and a reply for each accepted recipient after the content (RFC 2033 4.2).
         max_reply_line_octets: longest reply line, its line end included.
         max_reply_lines: most lines of one reply.
+        disabled: extensions, in capitals, that count as not offered whatever EHLO says.
 
     Attributes:
         extensions: those of the last EHLO; none before it, after HELO, and from the start of TLS to the next EHLO.
@@ -136,7 +137,8 @@ class ClientProtocol(Commanding):
             case Awaited.DATA:
                 self._is_open = reply.code < 400
             case Awaited.EHLO if reply.is_positive:
-                self.extensions = Extensions.parse([line[4:].decode("ascii", "replace") for line in lines[1:]])
+                keywords = [line[4:].decode("ascii", "replace") for line in lines[1:]]
+                self.extensions = Extensions.parse(keywords, disabled=self._disabled)
             case Awaited.STARTTLS:
                 self._tls_is_due = reply.is_positive
                 if self._tls_is_due and has_surplus:

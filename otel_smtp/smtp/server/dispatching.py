@@ -241,4 +241,6 @@ class Dispatching(Receiving):
             if reply.code < 300 and self._transaction is not None:
                 self._transaction.recipients += 1
                 self.phase = Phase.RECIPIENTS
+                if reply.code > 251:
+                    reply = reply.as_plain_success()
             self._send(reply, Verb.RCPT)

@@ -170,5 +170,5 @@ class Receiving(Securing):
         if decided[0].code < 400 or any(reply.is_positive for reply in decided):
             self.states.enter(ConnState.ACTIVE)
         for reply in decided:
-            self._send(reply, verb)
+            self._send(reply.as_plain_success() if 250 < reply.code < 300 else reply, verb)
         self._settle()

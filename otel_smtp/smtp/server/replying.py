@@ -44,6 +44,7 @@ _CLIENT_FAULTS: Final = frozenset(
         ErrorType.PROTOCOL,
     }
 )
+_PASSED_ON: Final = (Verb.RCPT, Verb.DATA, Verb.BDAT)  # whose 2yz may be the upstream's own
 _CLOSE_REASONS: Final = {
     replies.CLOSING: CloseReason.QUIT,
     replies.SHUTTING_DOWN: CloseReason.SHUTDOWN,
@@ -243,6 +244,8 @@ class Replying:
         """Write a reply: the one place where Error is raised."""
         if self.phase is Phase.ENDING:
             return
+        if reply.enhanced is None and (reply.code >= 400 or (reply.code < 300 and verb in _PASSED_ON)):
+            reply = reply.with_general_status()  # RFC 2034 4 wants one in every reply, also where the upstream had none
         if reply.code >= 400:
             reply = self._count_error(reply)
             transaction = self._transaction

@@ -1,0 +1,34 @@
+"""A forwarder in front of another one: every envelope sender becomes the one that the provider takes.
+
+Providers that bind a login to one address refuse every other reverse-path, and the applications behind a relay have
+many. The content is not touched, so its From field goes on saying who wrote it (RFC 5322 3.6.2), and DKIM signatures
+survive. The null reverse-path stays as it is: what has it is a notice, and an address in its place would let notices be
+answered by notices (RFC 5321 4.5.5).
+"""
+
+from otel_smtp.forwarding.base import Capabilities, Forwarder, MailTransaction
+from otel_smtp.observing import TransactionRecord
+from otel_smtp.smtp.envelope import Mail
+
+
+class SenderRewritingForwarder:
+    """Hands mail on with another reverse-path: routes, bounces and the upstream go by that one.
+
+    Args:
+        behind: takes the mail.
+        sender: the mailbox that every reverse-path becomes, ASCII.
+    """
+
+    def __init__(self, behind: Forwarder, sender: str) -> None:
+        self._behind = behind
+        self._sender = sender
+
+    def capabilities(self) -> Capabilities:
+        """Those of the forwarder behind."""
+        return self._behind.capabilities()
+
+    def begin(self, mail: Mail, record: TransactionRecord) -> MailTransaction:
+        """Open a transaction; errors as those of the forwarder behind."""
+        if mail.reverse_path:
+            mail = mail._replace(reverse_path=self._sender)
+        return self._behind.begin(mail, record)

@@ -1,0 +1,152 @@
+"""A whole gateway before providers as they are: what upstreams and settings make of a mail."""
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiosmtplib
+import pytest
+
+from otel_smtp import Gateway, load
+from tests.support.upstream import EXTENSIONS, ScriptedUpstream
+from tests.support.waiting import until
+
+CONTENT = b"Subject: x\r\n\r\nhello\r\n"
+MODES = ("direct", "buffered", "queue", "direct-then-queue")
+every_mode = pytest.mark.parametrize("mode", MODES)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_exported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
+
+
+def delivery(mode: str, directory: Path) -> dict[str, Any]:
+    """The settings of a mode; "buffered" is direct with the other strategy."""
+    if mode in ("direct", "buffered"):
+        return {"delivery": {"strategy": "buffered" if mode == "buffered" else "transparent"}}
+    return {"delivery": {"mode": mode}, "spool": {"directory": str(directory / "spool")}}
+
+
+@asynccontextmanager
+async def gateway(upstream: ScriptedUpstream, *, more: Any = None, **tables: Any) -> AsyncIterator[Gateway]:
+    """A running gateway. `more`: settings of the upstream; `tables`: other settings."""
+    values = {
+        "listener": [{"address": ["127.0.0.1:0"]}],
+        "upstream": [{"url": f"smtp://127.0.0.1:{upstream.port}", **(more or {})}],
+        "status": {"address": "off"},
+        **tables,
+    }
+    async with Gateway(load(values=values)) as running:
+        yield running
+
+
+@asynccontextmanager
+async def client(running: Gateway) -> AsyncIterator[aiosmtplib.SMTP]:
+    (address,) = running.addresses["local"]
+    async with aiosmtplib.SMTP(hostname=address.host, port=address.port, start_tls=False) as connected:
+        yield connected
+
+
+async def arrived(upstream: ScriptedUpstream, count: int = 1) -> None:
+    await until(lambda: len(upstream.kept) >= count)
+
+
+# What is declared ---------------------------------------------------------------------------------------------
+
+
+def declared(mail: bytes) -> int:
+    return int(mail.partition(b"SIZE=")[2].split()[0])
+
+
+@every_mode
+@pytest.mark.parametrize("recipients", [1, 2])
+@pytest.mark.parametrize("trace_context", ["inject", "strip"])
+async def test_the_size_passed_on_counts_what_we_add(
+    mode: str, recipients: int, trace_context: str, tmp_path: Path
+) -> None:
+    async with (
+        ScriptedUpstream() as upstream,
+        gateway(upstream, more={"trace_context": trace_context}, **delivery(mode, tmp_path)) as running,
+        client(running) as app,
+    ):
+        for _ in range(2):
+            addresses = [f"r{number}@there.example" for number in range(recipients)]
+            await app.sendmail("a@here.example", addresses, CONTENT)
+        await arrived(upstream, 2)
+        for kept in upstream.kept:
+            assert len(kept.content) > len(CONTENT)
+            assert len(kept.content) <= declared(kept.mail) <= len(kept.content) + 80
+
+
+async def test_a_mail_that_fits_only_without_what_we_add_is_refused_at_mail() -> None:
+    async with (
+        ScriptedUpstream(extensions=[*(e for e in EXTENSIONS if not e.startswith("SIZE")), "SIZE 1000"]) as upstream,
+        gateway(upstream) as running,
+        client(running) as app,
+    ):
+        await app.sendmail("a@here.example", ["b@there.example"], CONTENT)
+        await app.ehlo()
+        with pytest.raises(aiosmtplib.SMTPResponseException) as refused:
+            await app.mail("a@here.example", options=["SIZE=999"])
+        assert (refused.value.code, refused.value.message.split()[0]) == (552, "5.3.4")
+        assert (await app.mail("a@here.example", options=["SIZE=600"])).code == 250
+
+
+# Switches -----------------------------------------------------------------------------------------------------
+
+
+@every_mode
+@pytest.mark.parametrize("disable", [[], ["CHUNKING"], ["CHUNKING", "BINARYMIME", "PIPELINING", "SIZE"]])
+async def test_an_extension_that_is_switched_off_is_not_used(mode: str, disable: Sequence[str], tmp_path: Path) -> None:
+    async with (
+        ScriptedUpstream() as upstream,
+        gateway(upstream, more={"disable": disable}, **delivery(mode, tmp_path)) as running,
+        client(running) as app,
+    ):
+        await app.sendmail("a@here.example", ["b@there.example"], CONTENT)
+        await arrived(upstream)
+        assert ("BDAT" in upstream.verbs) is ("CHUNKING" not in disable)
+        assert ("DATA" in upstream.verbs) is ("CHUNKING" in disable)
+        assert (b"SIZE=" in upstream.kept[0].mail) is ("SIZE" not in disable)
+        assert upstream.kept[0].content.endswith(CONTENT)
+
+
+async def test_an_extension_that_is_switched_off_is_not_promised_to_clients() -> None:
+    async with (
+        ScriptedUpstream() as upstream,
+        gateway(upstream, more={"disable": ["SMTPUTF8", "DSN"]}) as running,
+        client(running) as app,
+    ):
+        await app.sendmail("a@here.example", ["b@there.example"], CONTENT)
+        await app.ehlo()
+        assert "smtputf8" not in app.esmtp_extensions
+        assert "dsn" not in app.esmtp_extensions
+        assert "8bitmime" in app.esmtp_extensions
+
+
+@every_mode
+async def test_every_sender_becomes_the_one_that_the_provider_takes(mode: str, tmp_path: Path) -> None:
+    content = b"From: app@here.example\r\n" + CONTENT
+    async with (
+        ScriptedUpstream() as upstream,
+        gateway(upstream, rewrite={"sender": "relay@ours.example"}, **delivery(mode, tmp_path)) as running,
+        client(running) as app,
+    ):
+        await app.sendmail("app@here.example", ["b@there.example"], content)
+        await app.sendmail("", ["b@there.example"], content)
+        await arrived(upstream, 2)
+        assert sorted(kept.mail.split()[0] for kept in upstream.kept) == [b"<>", b"<relay@ours.example>"]
+        assert all(kept.content.endswith(content) for kept in upstream.kept)
+
+
+async def test_a_rewritten_sender_decides_the_route() -> None:
+    async with ScriptedUpstream() as upstream:
+        routed = {"senders": ["*@ours.example"]}
+        rewrite = {"sender": "relay@ours.example"}
+        async with gateway(upstream, more=routed, rewrite=rewrite) as running, client(running) as app:
+            await app.sendmail("app@here.example", ["b@there.example"], CONTENT)
+        async with gateway(upstream, more=routed) as running, client(running) as app:
+            with pytest.raises(aiosmtplib.SMTPSenderRefused, match="Relaying denied"):
+                await app.sendmail("app@here.example", ["b@there.example"], CONTENT)
