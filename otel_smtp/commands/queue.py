@@ -247,6 +247,22 @@ def export(context: click.Context, ids: tuple[str, ...], *, to: Path, every: boo
 @queue.command()
 @spool_option
 @click.pass_context
+def rebuild(context: click.Context, *, spool: Path | None) -> None:
+    """Queue again what is in lost+found/.
+
+    What comes back is held, since it may have been delivered. Where no gateway runs, the index is made again, too.
+    """
+
+    async def work(answers: AsyncIterator[Any]) -> None:
+        async for answer in answers:
+            click.echo(answer["told"])
+
+    _do(context, spool, {"command": "rebuild"}, work)
+
+
+@queue.command()
+@spool_option
+@click.pass_context
 def counts(context: click.Context, *, spool: Path | None) -> None:
     """Print counts as JSON.
 

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import socket
+import stat
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,20 @@ PAGE: Final = 200  # messages that are read at a time: mail must not wait for a 
 PIECE_OCTETS: Final = 48 * 1024  # of content, in a line of an answer
 MOST_FOUND: Final = 1000
 MOST_REQUEST_OCTETS: Final = 4 * 1024 * 1024
-COMMANDS: Final = ("list", "find", "show", "retry", "hold", "release", "expire", "delete", "reset", "export", "counts")
+COMMANDS: Final = (
+    "list",
+    "find",
+    "show",
+    "retry",
+    "hold",
+    "release",
+    "expire",
+    "delete",
+    "reset",
+    "export",
+    "counts",
+    "rebuild",
+)
 
 # What became of recipients that were ever accepted, as `counts` tells it: zeros too.
 TALLIED: Final = ("accepted", *(end.value for end in End))
@@ -123,6 +137,10 @@ class Operations:
         match request.get("command"):
             case "counts":
                 yield await self._counts()
+            case "rebuild":
+                for told in await self._store.rebuild():
+                    logger.warning(told)
+                    yield {"told": told}
             case "list":
                 wanted = Filter.of(request)
                 async for listed in self._all():
@@ -280,7 +298,13 @@ class ControlSocket:
         Raises:
             OSError: it cannot be bound.
         """
-        self._path.unlink(missing_ok=True)  # we own the directory: whatever is there is of one that died
+        try:
+            if not stat.S_ISSOCK(self._path.lstat().st_mode):
+                logger.error("no operators' commands are heard: this is no socket", extra={"path": str(self._path)})
+                return
+            self._path.unlink()  # we own the directory: it is of one that died
+        except FileNotFoundError:
+            pass
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             with _reachable(self._path) as address:
@@ -343,7 +367,7 @@ async def ask(
     try:
         with _reachable(socket_path) as address:
             reader, writer = await asyncio.open_unix_connection(address, limit=MOST_REQUEST_OCTETS)
-    except (FileNotFoundError, ConnectionRefusedError):
+    except (FileNotFoundError, ConnectionRefusedError):  # the latter also where there is no socket
         async for answer in _do_here(here(), request, max_age_seconds=max_age_seconds):
             yield answer
         return
@@ -367,6 +391,8 @@ async def _do_here(store: Store, request: Answer, *, max_age_seconds: float) -> 
     recovery = await store.open()
     if recovery.lost:
         logger.critical("contents are missing", extra={"spool_ids": list(recovery.lost)})
+    for alarm in recovery.alarms:
+        logger.critical(alarm)
     try:
         async for answer in Operations(store, None, max_age_seconds=max_age_seconds).run(request):
             yield answer

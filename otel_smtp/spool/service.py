@@ -88,6 +88,8 @@ class Spool:
             logger.critical("its content is missing", extra={"spool_id": message_id})
         for remark in recovery.remarks:
             logger.warning(remark)
+        for alarm in recovery.alarms:
+            logger.critical(alarm)
         await self._control.start()
         await self.runner.start()
 
@@ -98,9 +100,9 @@ class Spool:
         await self.store.close()
 
     def problem(self) -> str | None:
-        """Why no mail can be taken now, for probes."""
+        """Why no mail can be taken now, or an operator has to look, for probes."""
         refusal = self.store.refusal()
-        return str(refusal) if refusal is not None else None
+        return str(refusal) if refusal is not None else self.store.alarm()
 
     @property
     def counts(self) -> Counts:

@@ -25,6 +25,7 @@ class Recovery:
         held: the messages that were part of too many crashes.
         lost: those whose content is not there.
         remarks: what else an operator should know, in words.
+        alarms: what was set aside and may be mail, in words.
     """
 
     messages: int = 0
@@ -32,6 +33,7 @@ class Recovery:
     held: Sequence[str] = ()
     lost: Sequence[str] = ()
     remarks: Sequence[str] = ()
+    alarms: Sequence[str] = ()
 
 
 class Draft(Protocol):
@@ -80,6 +82,10 @@ class Store(Protocol):
 
     def refusal(self) -> SpoolError | None:
         """Why no mail can be taken now, if so. Cheap: asked at each MAIL."""
+        ...
+
+    def alarm(self) -> str | None:
+        """Why an operator has to look, though mail is taken and delivered; None: there is no reason. Cheap."""
         ...
 
     # Messages in -----------------------------------------------------------------------------------------------
@@ -231,6 +237,14 @@ class Store(Protocol):
 
         Raises:
             SpoolError: it is being attempted: nobody can say what it would come to.
+        """
+        ...
+
+    async def rebuild(self) -> Sequence[str]:
+        """Put back what was set aside and can be read: held, since it may have been delivered.
+
+        Returns:
+            What became of each, in words.
         """
         ...
 

@@ -90,6 +90,12 @@ class MemoryStore:
     def refusal(self) -> SpoolError | None:
         return None
 
+    def alarm(self) -> str | None:
+        return None
+
+    async def rebuild(self) -> Sequence[str]:
+        return ()
+
     def draft(self) -> Draft:
         return MemoryDraft()
 

@@ -26,7 +26,10 @@ async def ask(directory: Path, request: Answer, *, max_age_seconds: float) -> As
     if not await asyncio.to_thread(_is_spool, directory):
         raise SpoolError(f"{directory}: there is no spool")
     answers = operators.ask(
-        control_path(directory), request, max_age_seconds=max_age_seconds, here=lambda: EmbeddedStore(directory)
+        control_path(directory),
+        request,
+        max_age_seconds=max_age_seconds,
+        here=lambda: EmbeddedStore(directory, is_index_trusted=request.get("command") != "rebuild"),
     )
     async for answer in answers:
         yield answer

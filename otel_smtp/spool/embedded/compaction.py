@@ -14,7 +14,7 @@ from otel_smtp.spool.embedded.indexing import Indexing
 from otel_smtp.spool.embedded.journal import Journal, message_part
 from otel_smtp.spool.embedded.log import Step
 from otel_smtp.spool.embedded.memory import Memory
-from otel_smtp.spool.messages import NoSuchMessage
+from otel_smtp.spool.messages import ContentLost, NoSuchMessage
 
 logger: Final = logging.getLogger("otel_smtp.spool.embedded.compaction")
 
@@ -27,6 +27,9 @@ class Compaction:
 
     Args:
         segment_octets: of each segment.
+
+    Attributes:
+        has_set_aside: a segment was moved to lost+found/.
     """
 
     def __init__(
@@ -47,6 +50,8 @@ class Compaction:
         self._contents = contents
         self._segment_octets = segment_octets
         self._segments: set[int] = set()
+        self.has_set_aside = False
+        self._unreadable: set[int] = set()  # those that hold a content that the disk does not give back
 
     def begin(self, numbers: Iterable[int]) -> Callable[[int], None]:
         """Begin with these segments. Call on the event loop.
@@ -65,7 +70,7 @@ class Compaction:
 
     def _note_segment(self, number: int) -> None:
         self._segments.add(number)
-        asyncio.get_running_loop().run_in_executor(None, self._directory.prepare_spare, self._segment_octets)
+        asyncio.get_running_loop().run_in_executor(None, self._directory.prepare, self._segment_octets)
 
     @property
     def _octets(self) -> int:
@@ -98,7 +103,13 @@ class Compaction:
             if oldest in self._memory.live or self._indexing.position()[0] <= oldest:
                 return  # what is busy is for the next time
             self._segments.discard(oldest)
-            await asyncio.to_thread(self._directory.retire, oldest)
+            if oldest in self._unreadable:
+                self._unreadable.discard(oldest)
+                self.has_set_aside = True
+                segment = self._directory.segment(oldest)
+                await asyncio.to_thread(self._directory.move_aside, segment, f"segment-{oldest}")
+            else:
+                await asyncio.to_thread(self._directory.retire, oldest)
 
     async def _move_out(self, segment: int) -> bool:
         """Move what lives in a segment to the end of the log; whether nothing lives in it any more."""
@@ -131,19 +142,29 @@ class Compaction:
         entry.is_busy = True
         try:
             content: Sequence[bytes] = ()
+            moved = entry
             if not entry.is_large:
-                content = (await asyncio.to_thread(self._contents.part, entry, 0, entry.octets),)
-                if zlib.crc32(content[0]) != entry.place.crc:
+                try:
+                    content = (await asyncio.to_thread(self._contents.part, entry, 0, entry.octets),)
+                except ContentLost as error:
+                    logger.critical(
+                        "a queued content cannot be read; the message is set aside",
+                        extra={"spool_id": message_id, "fault": str(error)},
+                    )
+                    self._unreadable.add(segment)
+                    moved = entry.copy()
+                    moved.lose_content()
+                if content and zlib.crc32(content[0]) != entry.place.crc:
                     # As it is: who needs it finds out, and it stays damaged.
                     logger.critical("a queued content is damaged", extra={"spool_id": message_id})
             crc, before = entry.place.crc, entry.place
 
             def durable(step: Step) -> None:
                 self._memory.leave(before)
-                entry.place = self._memory.place(entry, step, 0, crc)
-                self._memory.note(entry, (step.segment, step.places[0][0]))
+                moved.place = self._memory.place(moved, step, 0, crc)
+                self._memory.note(moved, (step.segment, step.places[0][0]))
 
-            await self._journal.append([message_part(entry, content, crc, is_new=False)], durable=durable)
+            await self._journal.append([message_part(moved, content, crc, is_new=False)], durable=durable)
         finally:
             self._memory.set_free(entry)
         return True

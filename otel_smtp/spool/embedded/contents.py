@@ -9,7 +9,7 @@ from otel_smtp.spool.embedded.directory import SpoolDirectory
 from otel_smtp.spool.embedded.entries import Entry
 from otel_smtp.spool.embedded.indexing import Indexing
 from otel_smtp.spool.embedded.memory import Memory
-from otel_smtp.spool.messages import ContentRef, SpoolError, StorageBroken
+from otel_smtp.spool.messages import ContentLost, ContentRef, SpoolError
 
 
 class Contents:
@@ -42,7 +42,8 @@ class Contents:
         """A part of a content; to be called in a thread.
 
         Raises:
-            ContentLost: it is not there, or not all of it.
+            ContentLost: it is not there, or not all of it, or cannot be read.
+            SpoolError: it cannot be read at this moment.
         """
         place = entry.place
         assert place is not None
@@ -56,9 +57,7 @@ class Contents:
         try:
             for start in range(0, entry.octets, 1 << 18):
                 crc = zlib.crc32(self.part(entry, start, 1 << 18), crc)
-        except SpoolError as error:
-            if isinstance(error, StorageBroken):
-                raise
+        except ContentLost:
             return False
         assert entry.place is not None
         return crc == entry.place.crc

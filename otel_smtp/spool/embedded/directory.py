@@ -2,20 +2,23 @@
 
 ::
 
-    LOCK         locked by the process that owns it
-    control      where operators' commands are heard
-    log/         segments, by their numbers, and a spare one
-    large/       contents that are too large for the log, by the ids of their messages
-    tmp/         contents that are being received
-    index.db     for what waits and for operators; made again out of the log where it is missing
-    lost+found/  what was damaged, for people to look at
+    LOCK           locked by the process that owns it
+    control        where operators' commands are heard
+    log/           segments, by their numbers, a spare one, and one in reserve
+    large/         contents that are too large for the log, by the ids of their messages, with their envelopes
+    tmp/           contents that are being received
+    index.db       for what waits and for operators; made again out of the log where it is missing
+    index.reserve  room for the index, given up where the disk is full
+    lost+found/    what was damaged or nobody knows, for `otel-smtp queue rebuild` and for people to look at
 
-Whatever else lies there is told, and neither opened nor removed. Nothing is opened that is no regular file.
+Whatever else lies there is told, and neither opened nor removed. Nothing is opened that is no regular file, and nothing
+is removed that may be mail.
 """
 
 import contextlib
 import errno
 import fcntl
+import itertools
 import os
 import stat
 import threading
@@ -23,7 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from otel_smtp.spool.messages import ContentLost, SpoolError, StorageBroken, StorageFull
+from otel_smtp.spool.messages import ContentLost, SpoolError, StorageBroken, StorageFull, new_id
 
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 # Their locks and shared memory do not keep an index whole.
@@ -31,11 +34,20 @@ _REMOTE_FILE_SYSTEMS: Final = frozenset(
     {"nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "virtiofs", "ceph", "glusterfs", "fuse.sshfs", "fuse.s3fs"}
 )
 _DIRECTORIES: Final = ("log", "large", "tmp", "lost+found")
-_FILES: Final = ("LOCK", "index.db", "index.db-wal", "index.db-shm", "index.db-journal")
+INDEX_FILES: Final = ("index.db", "index.db-wal", "index.db-shm", "index.db-journal")
+_FILES: Final = ("LOCK", *INDEX_FILES, "index.reserve")
 # Of the first version, until its mail is carried over.
 _BEFORE: Final = frozenset({"spool.db", "spool.db-wal", "spool.db-shm", "body", "reserve", "clean"})
 _OPEN: Final = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a FIFO answers at once, and is found out
 _ZEROS: Final = bytes(1024 * 1024)
+_SPARES: Final = ("spare", "reserve")  # in the log's directory; `-` and a number follow where a name is not ours to use
+_MAKING: Final = ".new"
+INDEX_RESERVE_OCTETS: Final = 8 * 1024 * 1024  # twice what its write-ahead log grows to before it is written back
+# Errors of this process or this moment, not of the file that was to be read.
+_NO_MAIL: Final = ("torn-", "index.db")  # nobody was answered for it; it is made again out of the log
+_SECTOR: Final = 4096
+_PID_OCTETS: Final = 32
+_PASSING: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR})
 
 
 def storage_error(error: OSError) -> SpoolError:
@@ -61,7 +73,11 @@ def open_regular(path: Path, flags: int) -> int:
 
 
 class SpoolDirectory:
-    """The directory of one spool, owned by this process from `open` to `close`. Blocks."""
+    """The directory of one spool, owned by this process from `open` to `close`. Blocks.
+
+    Attributes:
+        has_reserve: what is kept for a full disk is there, or was not missed yet.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -69,6 +85,7 @@ class SpoolDirectory:
         self.index_path = path / "index.db"
         self._lock: int | None = None
         self._making_spare = threading.Lock()
+        self.has_reserve = True
 
     # Life ------------------------------------------------------------------------------------------------------
 
@@ -96,7 +113,7 @@ class SpoolDirectory:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            return f"pid {os.pread(lock, 32, 0).decode('ascii', 'replace').strip()}"
+            return f"pid {os.pread(lock, _PID_OCTETS, 0).decode('ascii', 'replace').strip()}"
         finally:
             os.close(lock)
         return None
@@ -120,9 +137,8 @@ class SpoolDirectory:
                 (self.path / name).mkdir(mode=0o700, exist_ok=True)
                 (self.path / name).chmod(0o700)
             sync_directory(self.path)
-            for left in (self.path / "tmp").iterdir():
+            for left in self._half_made():
                 left.unlink()
-            (self.log_path / "spare.new").unlink(missing_ok=True)
         except OSError as error:
             self.close()
             raise SpoolError(f"{error.filename or self.path}: {error.strerror}") from error
@@ -135,12 +151,12 @@ class SpoolDirectory:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            owner = os.pread(lock, 32, 0).decode("ascii", "replace").strip()
+            owner = os.pread(lock, _PID_OCTETS, 0).decode("ascii", "replace").strip()
             os.close(lock)
             raise SpoolError(f"{self.path} belongs to another process{f', pid {owner}' if owner else ''}") from None
         self._lock = lock
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+        with contextlib.suppress(OSError):  # a full disk: who owns it is the lock's to say
+            os.pwrite(lock, f"{os.getpid()}\n".encode().ljust(_PID_OCTETS), 0)
 
     def close(self) -> None:
         """Give it up, once nobody writes in it any more. Idempotent."""
@@ -148,6 +164,19 @@ class SpoolDirectory:
             if self._lock is not None:
                 os.close(self._lock)
                 self._lock = None
+
+    def _half_made(self) -> Iterator[Path]:
+        """Files of ours that a process before was making."""
+        for entry in os.scandir(self.path / "tmp"):
+            if entry.is_file(follow_symlinks=False):
+                yield Path(entry.path)
+        for entry in os.scandir(self.log_path):
+            if (
+                entry.name.startswith("spare-")
+                and entry.name.endswith(_MAKING)
+                and entry.is_file(follow_symlinks=False)
+            ):
+                yield Path(entry.path)
 
     def foreign(self) -> Iterator[Path]:
         """What lies there and is not ours."""
@@ -161,11 +190,13 @@ class SpoolDirectory:
             if not is_ours:
                 yield Path(entry.path)
         for entry in os.scandir(self.log_path):
-            if not entry.is_file(follow_symlinks=False) or not (entry.name == "spare" or _number(entry.name)):
+            is_ours = entry.name.partition("-")[0] in _SPARES or bool(_number(entry.name))
+            if not is_ours or not entry.is_file(follow_symlinks=False):
                 yield Path(entry.path)
-        for entry in os.scandir(self.path / "large"):
-            if not entry.is_file(follow_symlinks=False):
-                yield Path(entry.path)
+        for name in ("large", "tmp"):
+            for entry in os.scandir(self.path / name):
+                if not entry.is_file(follow_symlinks=False):
+                    yield Path(entry.path)
 
     # Segments --------------------------------------------------------------------------------------------------
 
@@ -182,49 +213,99 @@ class SpoolDirectory:
         )
 
     def read_segment(self, number: int) -> bytes:
-        """All of a segment.
+        """All of a segment; zeros in the place of what the disk does not give back.
 
         Raises:
             OSError: it cannot be read.
         """
         file = open_regular(self.segment(number), os.O_RDONLY)
         try:
-            return read_at(file, 0, os.fstat(file).st_size)
+            octets = os.fstat(file).st_size
+            try:
+                return read_at(file, 0, octets)
+            except OSError as error:
+                if error.errno != errno.EIO:
+                    raise
+            return b"".join(_readable(file, at, min(_SECTOR, octets - at)) for at in range(0, octets, _SECTOR))
         finally:
             os.close(file)
 
-    def take_spare(self, octets: int) -> tuple[Path, int]:
-        """A file of `octets` that has been written before; its name and descriptor.
+    def foreign_segments(self) -> set[int]:
+        """Numbers that are taken by what is no segment."""
+        return {
+            number
+            for entry in os.scandir(self.log_path)
+            if (number := _number(entry.name)) and not entry.is_file(follow_symlinks=False)
+        }
+
+    def take_spare(self, octets: int, *, is_for_results: bool) -> tuple[Path, int, bool]:
+        """A file of `octets` that has been written before.
+
+        Args:
+            is_for_results: that in reserve may be taken where there is no other one.
+
+        Returns:
+            Its name, its descriptor, and whether it is that in reserve.
 
         Raises:
             OSError: there is none, and none can be made.
         """
         with self._making_spare:
-            spare = self.log_path / "spare"
-            with contextlib.suppress(FileNotFoundError):
+            spare = self._ready("spare")
+            if (file := _open_whole(spare, octets)) is None:
+                try:
+                    self._make_spare(spare, octets)
+                except OSError:
+                    if not is_for_results:
+                        raise
+                    spare = self._ready("reserve")
+                    if (file := _open_whole(spare, octets)) is None:
+                        raise
+                    return spare, file, True
                 file = open_regular(spare, os.O_RDWR)
-                if os.fstat(file).st_size == octets:
-                    return spare, file
-                os.close(file)
-            self._make_spare(octets)
-            return spare, open_regular(spare, os.O_RDWR)
+            return spare, file, False
 
-    def prepare_spare(self, octets: int) -> bool:
-        """Make a spare segment while nobody waits, if there is none; whether there is one."""
+    def prepare(self, octets: int) -> None:
+        """While nobody waits, make a spare segment and what is kept in reserve, unless they are there."""
         with self._making_spare:
             if self._lock is None:
-                return False
-            if (self.log_path / "spare").exists():
-                return True
+                return
             try:
-                self._make_spare(octets)
+                for name in reversed(_SPARES):  # what is for hard times first
+                    if not (path := self._ready(name)).exists():
+                        self._make_spare(path, octets)
+                if not (reserve := self.path / "index.reserve").exists():
+                    _allocate(reserve, INDEX_RESERVE_OCTETS)
             except OSError:
-                return False
-            return True
+                self.has_reserve = False
+            else:
+                self.has_reserve = True
 
-    def _make_spare(self, octets: int) -> None:
-        making = self.log_path / "spare.new"
-        file = open_regular(making, os.O_RDWR | os.O_CREAT)
+    def give_up_index_reserve(self) -> bool:
+        """Leave the index the room that is kept for it; whether there was any."""
+        reserve = self.path / "index.reserve"
+        try:
+            os.close(open_regular(reserve, os.O_RDWR))
+            reserve.unlink()
+        except OSError:
+            return False
+        self.has_reserve = False
+        return True
+
+    def _ready(self, name: str) -> Path:
+        """Where a segment lies that waits to be used: a name that is free, or a file's."""
+        path = self.log_path / name
+        for number in itertools.count(2):
+            with contextlib.suppress(FileNotFoundError):
+                if not stat.S_ISREG(path.lstat().st_mode):
+                    path = self.log_path / f"{name}-{number}"
+                    continue
+            return path
+        raise AssertionError
+
+    def _make_spare(self, path: Path, octets: int) -> None:
+        making = self.log_path / f"spare-{new_id()}{_MAKING}"
+        file = open_regular(making, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         try:
             os.posix_fallocate(file, 0, octets)
             # To sync what was never written costs the file system a step of its own, each time.
@@ -237,20 +318,21 @@ class SpoolDirectory:
             raise
         finally:
             os.close(file)
-        making.rename(self.log_path / "spare")
+        making.rename(path)
 
     def retire(self, number: int) -> None:
-        """Let a segment go that nothing needs: it becomes the spare one, or is removed.
+        """Let a segment go that nothing needs: it is kept in reserve, becomes the spare one, or is removed.
 
         Raises:
             OSError: it cannot.
         """
         with self._making_spare:
-            segment, spare = self.segment(number), self.log_path / "spare"
-            if spare.exists():
-                segment.unlink()
+            segment = self.segment(number)
+            wanted = [path for name in reversed(_SPARES) if not (path := self._ready(name)).exists()]
+            if wanted:
+                segment.rename(wanted[0])
             else:
-                segment.rename(spare)
+                segment.unlink()
             # Durable before the file is written again: a name of before must not lead to what comes then.
             sync_directory(self.log_path)
 
@@ -264,8 +346,11 @@ class SpoolDirectory:
         """Where a content lies that has a file of its own."""
         return self.path / "large" / message_id
 
-    def keep(self, temporary: Path, message_id: str, octets: int) -> None:
+    def keep(self, temporary: Path, message_id: str, octets: int, envelope: bytes) -> None:
         """Make a content durable that was written to a temporary file.
+
+        Args:
+            envelope: written behind it, so that the file tells what it is where nothing else knows.
 
         Raises:
             StorageFull, StorageBroken: it is not.
@@ -273,9 +358,10 @@ class SpoolDirectory:
         try:
             file = open_regular(temporary, os.O_RDWR)
             try:
-                os.fdatasync(file)
                 if os.fstat(file).st_size != octets:
                     raise OSError(errno.EIO, f"{temporary} is not as long as what was written")
+                write_all_at(file, envelope, octets)
+                os.fdatasync(file)
             finally:
                 os.close(file)
             os.rename(temporary, self.large(message_id))
@@ -298,8 +384,8 @@ class SpoolDirectory:
         """A part of a file of ours.
 
         Raises:
-            ContentLost: it is not there, or not all of it.
-            StorageBroken: it cannot be read.
+            ContentLost: it is not there, or not all of it, or cannot be read: the message is to be set aside.
+            SpoolError: it cannot be read at this moment.
         """
         try:
             file = open_regular(path, os.O_RDONLY)
@@ -310,7 +396,9 @@ class SpoolDirectory:
         except FileNotFoundError as error:
             raise ContentLost(f"a content is gone: {error}") from error
         except OSError as error:
-            raise StorageBroken(f"a content cannot be read: {error}") from error
+            if error.errno in _PASSING:
+                raise SpoolError(f"a content cannot be read now: {error}") from error
+            raise ContentLost(f"a content cannot be read: {error}") from error
         if len(found) < octets:
             raise ContentLost(f"a content is {octets - len(found)} octets short")
         return found
@@ -326,10 +414,45 @@ class SpoolDirectory:
             finally:
                 os.close(file)
 
-    def move_aside(self, path: Path) -> None:
-        """Keep a file for people to look at."""
+    def move_aside(self, path: Path, name: str = "") -> None:
+        """Keep a file for people to look at, under its own name or another, and beside what has that name already."""
+        aside = self.path / "lost+found"
+        to = aside / (name or path.name)
+        if os.path.lexists(to):
+            to = aside / f"{to.name}-{new_id()}"
         with contextlib.suppress(OSError):
-            path.rename(self.path / "lost+found" / path.name)
+            path.rename(to)
+
+    def replace_aside(self, path: Path) -> None:
+        """Keep a file in the place of the one of that name before."""
+        with contextlib.suppress(OSError):
+            path.replace(self.path / "lost+found" / path.name)
+        path.unlink(missing_ok=True)
+
+    def aside(self) -> list[Path]:
+        """What is kept there and may be mail, and nobody has looked at."""
+        with contextlib.suppress(OSError):
+            return sorted(
+                Path(entry.path)
+                for entry in os.scandir(self.path / "lost+found")
+                if entry.is_file(follow_symlinks=False) and not entry.name.startswith(_NO_MAIL)
+            )
+        return []
+
+    def put_back(self, path: Path, message_id: str) -> None:
+        """Keep a content that was set aside as that of a message.
+
+        Raises:
+            OSError: it cannot be.
+        """
+        path.rename(self.large(message_id))
+        sync_directory(self.path / "large")
+
+    def give_up(self, path: Path) -> None:
+        """Put away what is kept and cannot be put back: people know of it."""
+        known = self.path / "lost+found" / "unreadable"
+        known.mkdir(mode=0o700, exist_ok=True)
+        path.rename(known / path.name)
 
     # Room ------------------------------------------------------------------------------------------------------
 
@@ -342,6 +465,34 @@ class SpoolDirectory:
 def _number(name: str) -> int:
     """The number of a segment's name; 0: it is none."""
     return int(name) if len(name) == 12 and name.isascii() and name.isdigit() else 0
+
+
+def _open_whole(path: Path, octets: int) -> int | None:
+    """A file of exactly so many octets, if it is there."""
+    with contextlib.suppress(FileNotFoundError):
+        file = open_regular(path, os.O_RDWR)
+        if os.fstat(file).st_size == octets:
+            return file
+        os.close(file)
+    return None
+
+
+def _readable(file: int, at: int, octets: int) -> bytes:
+    with contextlib.suppress(OSError):
+        return read_at(file, at, octets)
+    return bytes(octets)
+
+
+def _allocate(path: Path, octets: int) -> None:
+    file = open_regular(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+    try:
+        os.posix_fallocate(file, 0, octets)
+    except OSError:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        raise
+    finally:
+        os.close(file)
 
 
 def write_all(file: int, data: bytes) -> None:

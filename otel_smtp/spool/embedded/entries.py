@@ -413,6 +413,12 @@ class Entry:
                 one.due_ms = due_ms
         return bool(found)
 
+    def lose_content(self) -> None:
+        """Its content is gone: only an operator lets it go on."""
+        self.is_large = True  # there is no file of its own either
+        for one in self.deliveries:
+            one.state = DeliveryState.CORRUPT
+
     def take_back(self, *, crashes_allowed: int | None, now_ms: int) -> bool:
         """Take back what is leased, since nobody can be attempting it; whether it is held now.
 

@@ -13,10 +13,12 @@ import shutil
 import sqlite3
 import time
 import zlib
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
+from otel_smtp.spool.embedded.aside import envelope
 from otel_smtp.spool.embedded.directory import SpoolDirectory, open_regular, sync_directory, write_all_at
 from otel_smtp.spool.embedded.draft import MEMORY_LIMIT_OCTETS
 from otel_smtp.spool.embedded.entries import Entry
@@ -41,16 +43,25 @@ class Carried:
     crc: int
 
 
+@dataclass(frozen=True, slots=True)
+class CarriedOver:
+    """What operators should know, in words.
+
+    Attributes:
+        alarms: what was set aside and may be mail.
+    """
+
+    remarks: Sequence[str]
+    alarms: Sequence[str]
+
+
 async def carry_over(
     directory: SpoolDirectory, add: Callable[[Sequence[Carried], Mapping[str, int]], Awaitable[None]]
-) -> Sequence[str]:
+) -> CarriedOver:
     """Carry the mail of a spool of the first version over, if there is one.
 
     Args:
         add: makes some messages durable that are not known yet; given, with the last of them, what was counted.
-
-    Returns:
-        What operators should know, in words.
 
     Raises:
         SpoolError: it cannot be read; nothing was removed.
@@ -72,17 +83,29 @@ async def carry_over(
             source.close()
     except sqlite3.Error as error:
         raise SpoolError(f"{path}: {error}") from error
+    alarms = await asyncio.to_thread(_set_aside, directory, source.files)
     await asyncio.to_thread(_remove, directory)
-    return [f"{number} messages were carried over from the first version's spool"]
+    return CarriedOver([f"{number} messages were carried over from the first version's spool"], alarms)
 
 
-def _without_database(directory: SpoolDirectory) -> Sequence[str]:
-    body = directory.path / "body"
-    left = [path for path in body.glob("*/*") if path.is_file()] if body.is_dir() else []
-    if left:
-        return [f"{len(left)} files in {body} are contents of the first version's spool, whose spool.db is gone"]
+def _without_database(directory: SpoolDirectory) -> CarriedOver:
+    alarms = _set_aside(directory, frozenset())
     _remove(directory)
-    return []
+    return CarriedOver((), alarms)
+
+
+def _set_aside(directory: SpoolDirectory, named: Collection[str]) -> Sequence[str]:
+    """Keep the contents that the database does not name: what it has lost may be mail."""
+    body = directory.path / "body"
+    found = sorted(body.glob("*/*")) if body.is_dir() else []
+    left = [path for path in found if path.name not in named]
+    for path in left:
+        directory.move_aside(path, f"body-{path.name}")
+    if not left:
+        return []
+    return [
+        f"{len(left)} contents of the first version's spool, which its spool.db does not name, are moved to lost+found/"
+    ]
 
 
 def _remove(directory: SpoolDirectory) -> None:
@@ -95,9 +118,16 @@ def _remove(directory: SpoolDirectory) -> None:
 
 
 class _Source:
+    """The first version's database.
+
+    Attributes:
+        files: names of the contents of the messages that were given.
+    """
+
     def __init__(self, directory: SpoolDirectory) -> None:
         self._directory = directory
         self._after = ""
+        self.files: set[str] = set()
         self._database = sqlite3.connect(directory.path / "spool.db", isolation_level=None, check_same_thread=False)
         try:
             (version,) = self._database.execute("PRAGMA user_version").fetchone()
@@ -137,6 +167,7 @@ class _Source:
             kind, arrived, expires, held, warned, forced, header_octets, octets, reverse_path, parameters, carrier,
             file, offset, digest,
         ) = values  # fmt: skip
+        self.files.add(file)
         is_large = octets > MEMORY_LIMIT_OCTETS
         entry = Entry.from_values(
             (
@@ -147,7 +178,7 @@ class _Source:
         # Nobody owned the spool since its process died: what it was attempting may have succeeded.
         entry.take_back(crashes_allowed=_CRASHES_ALLOWED, now_ms=round(time.time() * 1000))
         path = self._directory.path / "body" / file[-1] / file
-        content, crc = self._copied(message_id, path, offset, octets, digest, is_large=is_large)
+        content, crc = self._copied(entry, path, offset, octets, digest)
         if content is None:
             for one in entry.deliveries:
                 one.state = DeliveryState.CORRUPT
@@ -165,9 +196,7 @@ class _Source:
             ).fetchall()
             yield *row, recipients
 
-    def _copied(
-        self, message_id: str, path: Any, offset: int, octets: int, digest: bytes, *, is_large: bool
-    ) -> tuple[bytes | None, int]:
+    def _copied(self, entry: Entry, path: Path, offset: int, octets: int, digest: bytes) -> tuple[bytes | None, int]:
         """A content and its checksum; None where it is gone or damaged. A large one is copied to where it lies now."""
         try:
             content = self._directory.read(path, offset, octets)
@@ -176,12 +205,12 @@ class _Source:
         crc = zlib.crc32(content)
         if hashlib.sha256(content).digest() != digest:
             crc ^= 0xFFFFFFFF  # it is kept for people to look at, and never taken for whole
-        if is_large:
-            temporary = self._directory.temporary(message_id)
+        if entry.is_large:
+            temporary = self._directory.temporary(entry.id)
             file = open_regular(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             try:
                 write_all_at(file, content, 0)
             finally:
                 os.close(file)
-            self._directory.keep(temporary, message_id, octets)
+            self._directory.keep(temporary, entry.id, octets, envelope(entry, crc))
         return content, crc

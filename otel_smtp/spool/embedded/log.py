@@ -104,6 +104,7 @@ class Log:
         self._number = next_number - 1
         self._at = previous_end
         self._file = -1
+        self._is_reserve = False  # the segment takes results alone
         self._marker = b""
         self._segment_octets = segment_octets
         self._mail_octets = segment_octets - segment_octets // RESULTS_SHARE  # the rest is for results
@@ -207,16 +208,27 @@ class Log:
                 self._put(fitting, outcomes)
                 continue
             try:
-                self._begin_segment()
+                self._begin_segment(is_for_results=False)
             except OSError as error:
                 fault = storage_error(error)
                 self.latch(fault)
                 # Mail waits for room; results go into what is kept for them, as far as that reaches.
                 refused = [step for step in group if not step.is_result]
                 group = [step for step in group if step.is_result]
-                if group and not self._that_fit(group):
+                if group and not self._that_fit(group) and not self._has_begun_reserve():
                     refused, group = [*refused, *group], []
                 outcomes += [(step, fault) for step in refused]
+
+    def _has_begun_reserve(self) -> bool:
+        """Go on in the segment that is kept for results, if there is one."""
+        if self.fault is not None:
+            return False
+        try:
+            self._begin_segment(is_for_results=True)
+        except OSError as error:
+            self.latch(storage_error(error))
+            return False
+        return True
 
     def _that_fit(self, group: Sequence[Step]) -> Sequence[Step]:
         """The first steps of a group that the segment has room for."""
@@ -225,7 +237,7 @@ class Log:
         at = self._at
         for number, step in enumerate(group):
             at += step.octets
-            if at > (self._segment_octets if step.is_result else self._mail_octets):
+            if at > (self._segment_octets if step.is_result else 0 if self._is_reserve else self._mail_octets):
                 return group[:number]
         return group
 
@@ -266,18 +278,20 @@ class Log:
             os.pwrite(self._file, bytes(octets), start)
             os.fdatasync(self._file)
 
-    def _begin_segment(self) -> None:
+    def _begin_segment(self, *, is_for_results: bool) -> None:
         """Go on in a new segment.
 
         Raises:
             OSError: there is none.
         """
         number, marker = self._number + 1, records.new_marker()
+        while os.path.lexists(self._directory.segment(number)):  # no segment of ours: see `SpoolDirectory.foreign`
+            number += 1
         begin = dumps({"previous_end": self._at, "tally": self.tally, "now_ms": self._now_ms()})
         packed, octets, _ = records.pack(
             marker, RecordKind.BEGIN, begin.encode("ascii"), (), at=FIRST, synced=FIRST, has_more=False
         )
-        spare, file = self._directory.take_spare(self._segment_octets)
+        spare, file, is_reserve = self._directory.take_spare(self._segment_octets, is_for_results=is_for_results)
         try:
             write_all_at(file, b"".join((records.head(number, marker), *packed)), 0)
             os.fdatasync(file)
@@ -288,7 +302,7 @@ class Log:
             raise
         if self._file >= 0:
             os.close(self._file)
-        self._file, self._number, self._marker = file, number, marker
+        self._file, self._number, self._marker, self._is_reserve = file, number, marker, is_reserve
         self._at = FIRST + octets
         self.markers[number] = marker
         self._has_begun(number)

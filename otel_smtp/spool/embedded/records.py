@@ -140,6 +140,11 @@ def _record(data: memoryview, marker: bytes, at: int) -> tuple[Record | None, in
     return Record(kind, at, text, content_at, content_octets, content_crc, synced, bool(flags & 1), is_intact), end
 
 
+def is_record(data: memoryview, at: int) -> bool:
+    """Whether there is an intact header of a record at `at`, of whatever segment."""
+    return at + HEADER_OCTETS <= len(data) and _record(data, bytes(data[at : at + 8]), at)[1] > at
+
+
 def scan(data: bytes, marker: bytes) -> Iterator[Record | Damage]:
     """All records of a segment, in order, with the damage between them; what follows the last one is not told.
 

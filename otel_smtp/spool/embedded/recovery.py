@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from otel_smtp.spool.embedded import records
-from otel_smtp.spool.embedded.directory import SpoolDirectory
+from otel_smtp.spool.embedded.directory import INDEX_FILES, SpoolDirectory
 from otel_smtp.spool.embedded.entries import Entry, Place
 from otel_smtp.spool.embedded.index import Index, NoIndex, row_of
 from otel_smtp.spool.embedded.records import FIRST, Damage, NewerFormat, Record, RecordKind
-from otel_smtp.spool.messages import DeliveryState, SpoolError
+from otel_smtp.spool.messages import ContentLost, DeliveryState, SpoolError
 
 logger: Final = logging.getLogger("otel_smtp.spool.embedded.recovery")
 
@@ -36,6 +36,7 @@ class Recovered:
         tally: recipients by what became of them.
         lost: messages whose content is gone or damaged.
         remarks: what operators should know, in words.
+        alarms: what was set aside and may be mail, in words.
     """
 
     index: Index
@@ -46,19 +47,24 @@ class Recovered:
     clock_jump_ms: int = 0
     lost: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
+    alarms: list[str] = field(default_factory=list)
 
 
-def recover(directory: SpoolDirectory, now_ms: int) -> Recovered:
+def recover(directory: SpoolDirectory, now_ms: int, *, is_index_trusted: bool) -> Recovered:
     """Make index and log agree.
+
+    Args:
+        is_index_trusted: False: it is made again.
 
     Raises:
         SpoolError: it cannot be used; nothing was changed.
     """
-    return _Recovery(directory, now_ms).run()
+    return _Recovery(directory, now_ms, is_index_trusted=is_index_trusted).run()
 
 
 class _Recovery:
-    def __init__(self, directory: SpoolDirectory, now_ms: int) -> None:
+    def __init__(self, directory: SpoolDirectory, now_ms: int, *, is_index_trusted: bool) -> None:
+        self._is_index_trusted = is_index_trusted
         self._directory = directory
         self._now_ms = now_ms
         self._remarks: list[str] = [f"{path} is not ours, and is left alone" for path in directory.foreign()]
@@ -67,7 +73,10 @@ class _Recovery:
         self._tally: dict[str, int] = {}
         self._touched: dict[str, Entry | None] = {}
         self._corrupt: list[str] = []
-        self._is_damaged = False
+        self._alarms: list[str] = []
+        self._larges = directory.larges()
+        self._ended: set[str] = set()  # of those that have a file of their own
+        self._is_complete = True  # whatever was answered is known
 
     def run(self) -> Recovered:
         numbers = self._readable_segments()
@@ -98,6 +107,7 @@ class _Recovery:
             jump_ms if jump_ms < -_CLOCK_JUMP_MS else 0,
             [*lost, *self._corrupt],
             self._remarks,
+            self._alarms,
         )
 
     # Segments --------------------------------------------------------------------------------------------------
@@ -106,7 +116,9 @@ class _Recovery:
         found: list[int] = []
         for number in self._directory.segments():
             path = self._directory.segment(number)
-            head = self._directory.read(path, 0, FIRST + 8) if path.stat().st_size >= FIRST + 8 else b""
+            head = b""
+            with contextlib.suppress(ContentLost):  # shorter, or unreadable
+                head = self._directory.read(path, 0, FIRST + 8)
             try:
                 told = records.read_head(head)
             except NewerFormat as error:
@@ -119,17 +131,19 @@ class _Recovery:
                 self._remark(f"the head of segment {number} is damaged; its records are read all the same")
                 self._markers[number] = head[FIRST:]
                 found.append(number)
-            elif told is None:
-                self._remark(f"segment {number} cannot be read, and is moved to lost+found/")
-                self._is_damaged = True
-                self._directory.move_aside(path)
             else:
-                path.unlink()  # its file was about to become another one, in which nothing was answered yet
+                what = "cannot be read" if told is None else f"says that it is {told[0]}"
+                self._alarm(f"segment {number} {what}, and is moved to lost+found/")
+                self._directory.move_aside(path, f"segment-{number}")
+        foreign = self._directory.foreign_segments()
         for before, after in itertools.pairwise(found):
-            if after != before + 1:
-                self._remark(f"segments between {before} and {after} are missing")
-                self._is_damaged = True
+            if after != before + 1 + sum(before < number < after for number in foreign):
+                self._alarm(f"segments between {before} and {after} are missing")
         return found
+
+    def _alarm(self, words: str) -> None:
+        self._alarms.append(words)
+        self._is_complete = False
 
     def _remark(self, words: str) -> None:
         self._remarks.append(words)
@@ -140,9 +154,12 @@ class _Recovery:
         """The index, and from where on the log is to be read."""
         path = self._directory.index_path
         beginning = (numbers[0] if numbers else 0, FIRST)
+        self._is_complete &= path.exists()  # of what the log has lost, the index alone knows
         try:
             index = Index(path)
             try:
+                if not self._is_index_trusted and not index.is_new:
+                    raise NoIndex("as was asked for")
                 if index.is_new:
                     if numbers:
                         self._remark("there is no index; it is made again out of the log")
@@ -154,15 +171,20 @@ class _Recovery:
                     return index, beginning
                 if numbers and (start[0] not in numbers or meta["marker"] != self._markers[start[0]].hex()):
                     raise NoIndex("it does not belong to this log")
+                if start[0] and not numbers:
+                    self._alarm("the log is gone; what the index does not know is gone with it")
                 return index, start
             except BaseException:
                 index.close()
                 raise
         except (NoIndex, sqlite3.DatabaseError) as error:
             self._remark(f"the index cannot be used and is made again out of the log: {error}")
-        for name in ("index.db", "index.db-wal", "index.db-shm", "index.db-journal"):
-            (self._directory.path / name).unlink(missing_ok=True)
-        return Index(path), beginning
+        self._is_complete = False
+        # It may know of mail that the log has lost.
+        for name in INDEX_FILES:
+            if (path := self._directory.path / name).exists():
+                self._directory.replace_aside(path)
+        return Index(self._directory.index_path), beginning
 
     # The log ---------------------------------------------------------------------------------------------------
 
@@ -228,8 +250,7 @@ class _Recovery:
         return kept
 
     def _set_aside(self, number: int, data: bytes, damage: Damage) -> None:
-        self._is_damaged = True
-        self._remark(
+        self._alarm(
             f"{damage.end - damage.at} octets of segment {number} are damaged at {damage.at}, and kept in lost+found/"
         )
         self._directory.set_aside(f"damaged-{number}-{damage.at}", data[damage.at : damage.end])
@@ -280,7 +301,10 @@ class _Recovery:
                     if delivery is not None:
                         delivery.state, delivery.attempts, delivery.epoch = DeliveryState.LEASED, attempts, epoch
             case RecordKind.END:
-                self._touched[json.loads(record.text)["id"]] = None
+                ended = json.loads(record.text)["id"]
+                self._touched[ended] = None
+                if ended in self._larges:
+                    self._ended.add(ended)
             case RecordKind.CLOCK:
                 # Twice moved where the index was written in between: then it is due sooner, and nothing is lost.
                 if moved := json.loads(record.text)["moved_ms"]:
@@ -321,27 +345,29 @@ class _Recovery:
     def _without_content(self, numbers: set[int]) -> list[str]:
         """Set messages aside whose content is not there, and clear away contents without a message."""
         index, directory = self._index_in_use, self._directory
-        needed, there = set(index.larges()), directory.larges()
+        needed, there = set(index.larges()), self._larges
         lost = self._lose(index.load(sorted(needed - there)))
         for segment in index.segments():
             if segment and segment not in numbers:
                 while ids := index.in_segment(segment, _HELD_MOST):
                     lost += self._lose(index.load(ids))
-        for stray in there - needed:
-            # Its message was never answered 250, unless what said so is damaged.
-            if self._is_damaged:
-                directory.move_aside(directory.large(stray))
-            else:
-                directory.remove_large(stray)
+        strays = there - needed
+        # Nobody was answered 250 for it, or its message has ended, as far as log and index are whole.
+        over = strays if self._is_complete else strays & self._ended
+        for stray in over:
+            directory.remove_large(stray)
+        for stray in strays - over:
+            directory.move_aside(directory.large(stray))
+        if strays - over:
+            self._alarm(f"{len(strays - over)} contents whose messages nobody knows are moved to lost+found/")
         return lost
 
     def _lose(self, entries: Sequence[Entry]) -> list[str]:
         for entry in entries:
             assert entry.place is not None
-            entry.place = Place(0, 0, 0, -1, 0)
-            entry.is_large = True
-            for one in entry.deliveries:
-                one.state = DeliveryState.CORRUPT
+            # One that has a file of its own is whole, as far as that is: an operator may release it.
+            entry.place = Place(0, 0, 0, -1, entry.place.crc if entry.id in self._larges else 0)
+            entry.lose_content()
         if entries:
             self._index_in_use.write([row_of(entry) for entry in entries], (), {})
         return [entry.id for entry in entries]

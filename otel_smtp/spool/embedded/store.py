@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from otel_smtp.spool.embedded import first_version
+from otel_smtp.spool.embedded.aside import Found, envelope, found_in, hold_again
 from otel_smtp.spool.embedded.claiming import Claiming
 from otel_smtp.spool.embedded.compaction import Compaction
 from otel_smtp.spool.embedded.contents import Contents
@@ -40,6 +41,8 @@ from otel_smtp.spool.messages import (
     ContentRef,
     Counts,
     DeliveryState,
+    End,
+    Kind,
     Lease,
     NewMessage,
     NoSuchMessage,
@@ -72,6 +75,7 @@ class EmbeddedStore:
         most_messages: beyond, new mail is refused.
         least_free_octets: below, new mail is refused.
         crashes_allowed: how many crashes a message may be part of before it is held.
+        is_index_trusted: False: the index is made again out of the log.
         clock: the wall clock, in seconds since the epoch.
 
     Attributes:
@@ -86,6 +90,7 @@ class EmbeddedStore:
         least_free_octets: int = DEFAULT_LEAST_FREE_OCTETS,
         crashes_allowed: int = CRASHES_ALLOWED,
         segment_octets: int = SEGMENT_OCTETS,
+        is_index_trusted: bool = True,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.directory = SpoolDirectory(path)
@@ -93,10 +98,12 @@ class EmbeddedStore:
         self._least_free = least_free_octets
         self._crashes_allowed = crashes_allowed
         self._segment_octets = segment_octets
+        self._is_index_trusted = is_index_trusted
         self._clock = clock
         self._clocks = (clock(), time.monotonic())
         self._room_checked_at = float("-inf")
         self._has_room = True
+        self._alarm: str | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._submitting: set[asyncio.Task[Any]] = set()
         self.memory = memory = Memory()
@@ -139,17 +146,22 @@ class EmbeddedStore:
         try:
             held, interrupted = await self._take_over(recovered)
             await self.indexing.move_clock(recovered.clock_jump_ms)
-            recovered.remarks.extend(await first_version.carry_over(self.directory, self._add_carried))
+            carried = await first_version.carry_over(self.directory, self._add_carried)
+            recovered.remarks.extend(carried.remarks)
+            recovered.alarms.extend(carried.alarms)
+            await self._look_aside()
         except BaseException:
             await self.close()
             raise
         self._keeper = self._loop.create_task(self._keep())
-        return Recovery(self.memory.messages, interrupted, held, recovered.lost, recovered.remarks)
+        return Recovery(
+            self.memory.messages, interrupted, held, recovered.lost, recovered.remarks, alarms=recovered.alarms
+        )
 
     def _open(self) -> Recovered:
         self.directory.open()
         try:
-            recovered = recover(self.directory, self._now_ms())
+            recovered = recover(self.directory, self._now_ms(), is_index_trusted=self._is_index_trusted)
         except (OSError, sqlite3.Error) as error:
             raise SpoolError(f"{self.directory.path}: {error}") from error
         return recovered
@@ -213,17 +225,27 @@ class EmbeddedStore:
 
     async def _keep(self) -> None:
         await asyncio.sleep(KEEP_SECONDS)
-        await asyncio.to_thread(self.directory.prepare_spare, self._segment_octets)
+        await asyncio.to_thread(self.directory.prepare, self._segment_octets)
         while True:
             await asyncio.sleep(KEEP_SECONDS)
             self.memory.waiting.tidy(len(self.memory.hot))
             try:
                 await self.indexing.write_cooled()
                 await self.compaction.compact()
+                if self._alarm is not None or self.compaction.has_set_aside:
+                    await self._look_aside()
             except SpoolError as error:
                 logger.error("the spool's housekeeping failed, and goes on", extra={"fault": str(error)})
             except Exception:
                 logger.exception("the spool's housekeeping failed, and goes on")
+
+    async def _look_aside(self) -> None:
+        aside = len(await asyncio.to_thread(self.directory.aside))
+        self._alarm = f"{aside} files in lost+found/ may be mail: see `otel-smtp queue rebuild`" if aside else None
+
+    def alarm(self) -> str | None:
+        """See `Store.alarm`."""
+        return self._alarm
 
     def refusal(self) -> SpoolError | None:
         """See `Store.refusal`."""
@@ -289,7 +311,7 @@ class EmbeddedStore:
         try:
             await draft.end()
             file, crc = draft.hand_over()
-            await asyncio.to_thread(self.directory.keep, file, entry.id, entry.octets)
+            await asyncio.to_thread(self.directory.keep, file, entry.id, entry.octets, envelope(entry, crc))
             is_kept = True
             added: asyncio.Future[Sequence[Lease]] = self._loop.create_future()
             self.journal.add(entry, (), crc, added)
@@ -433,6 +455,63 @@ class EmbeddedStore:
         """See `Store.destinations`."""
         hot = {one.destination for entry in self.memory.hot.values() for one in entry.deliveries}
         return sorted(hot | {destination for destination, count in self.memory.cold.items() if count > 0})
+
+    async def rebuild(self) -> Sequence[str]:
+        """See `Store.rebuild`: what lies in lost+found/ and has its envelope."""
+        told: list[str] = []
+        tally = await self.tally()
+        # Recipients that were counted as accepted, and are nowhere; the count itself may be lost with the log.
+        missing = tally.get("accepted", 0) - sum(tally.get(end.value, 0) for end in End) - await self._recipients()
+        for path in await asyncio.to_thread(self.directory.aside):
+            try:
+                found = await asyncio.to_thread(found_in, path)
+                back = [one for one in found if not await self._is_known(one.entry.id)]
+                for one in back:
+                    _, recipients = one.entry.accepted
+                    if is_counted := missing >= recipients:
+                        missing -= recipients
+                    await self._put_back(path, one, is_counted=is_counted)
+            except OSError as error:
+                told.append(f"{path.name}: {error.strerror}")
+                continue
+            told += [f"{path.name}: message {one.entry.id} is queued again, and held" for one in back]
+            if await asyncio.to_thread(path.exists):
+                await asyncio.to_thread(self.directory.give_up, path)
+                if not found:
+                    told.append(f"{path.name}: no message can be read in it; it is kept in lost+found/unreadable/")
+                elif len(back) < len(found):
+                    told.append(f"{path.name}: {len(found) - len(back)} messages in it are queued")
+        await self._look_aside()
+        return told
+
+    async def _recipients(self) -> int:
+        count, after = 0, ""
+        while page := await self.page(after, 500):
+            count += sum(len(shown.recipients) for shown in page if shown.kind is Kind.MAIL)
+            after = page[-1].id
+        return count
+
+    async def _is_known(self, message_id: str) -> bool:
+        try:
+            await self.indexing.look_up(message_id)
+        except NoSuchMessage:
+            return False
+        return True
+
+    async def _put_back(self, path: Path, found: Found, *, is_counted: bool) -> None:
+        entry, crc = found.entry, found.crc
+        hold_again(entry, self._now_ms())
+        if found.content is None:
+            await asyncio.to_thread(self.directory.put_back, path, entry.id)
+        answer: asyncio.Future[Sequence[Lease]] = self._loop.create_future()
+        content = () if found.content is None else (found.content,)
+        self.journal.add(entry, content, crc, answer, is_new=not is_counted)
+        try:
+            await answer
+        except SpoolError:
+            if found.content is None:
+                await asyncio.to_thread(self.directory.move_aside, self.directory.large(entry.id))
+            raise
 
     # Contents, and what operators see and do -----------------------------------------------------------------------
 

@@ -161,7 +161,7 @@ class Agreement(RuleBasedStateMachine):
     def crash(self, loses_index: bool) -> None:
         before = self._path
         self._runs += 1
-        shutil.copytree(before, self._path, ignore=shutil.ignore_patterns("LOCK", "spare*"))
+        shutil.copytree(before, self._path, ignore=shutil.ignore_patterns("LOCK", "spare*", "*reserve"))
         self._do(self._store.close())
         shutil.rmtree(before)
         if loses_index:

@@ -130,13 +130,20 @@ async def test_what_has_ended_since_is_not_taken_again(tmp_path: Path) -> None:
         assert await ids_in(store) == [*left, f"z{IDS[0][1:]}"]
 
 
-async def test_contents_whose_database_is_gone_are_told_and_left_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_empty", [False, True], ids=["gone", "empty"])
+async def test_contents_that_the_database_does_not_name_are_kept(tmp_path: Path, is_empty: bool) -> None:
     path = spool_of("clean", tmp_path)
     (path / "spool.db").unlink()
-    before = sorted((path / "body").glob("*/*"))
-    async with opened(path) as (_, recovery):
-        assert any("whose spool.db is gone" in remark for remark in recovery.remarks)
-    assert sorted((path / "body").glob("*/*")) == before != []
+    if is_empty:
+        (path / "spool.db").touch()
+    before = sorted(file.read_bytes() for file in (path / "body").glob("*/*"))
+    assert before
+    async with opened(path) as (store, recovery):
+        (alarm,) = recovery.alarms
+        assert alarm.startswith(f"{len(before)} contents of the first version's spool")
+        assert store.alarm() is not None
+    kept = sorted(file.read_bytes() for file in (path / "lost+found").iterdir())
+    assert kept == before
 
 
 async def test_a_damaged_database_is_refused_and_nothing_is_removed(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ async def test_where_no_segment_can_be_made_mail_is_refused_and_results_are_writ
     async with opened(tmp_path / "spool") as (store, _):
         (lease,) = await store.submit(message(), await written(store.draft()), lease=True)
 
-        def full(octets: int) -> tuple[Path, int]:
+        def full(octets: int, *, is_for_results: bool) -> tuple[Path, int, bool]:
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(store.directory, "take_spare", full)

@@ -58,7 +58,7 @@ class Disk:
 
     def lose_power(self, spool: Path, into: Path, chance: random.Random) -> None:
         """Leave a spool as it is found afterwards: of each write since the last sync, any sectors, in any order."""
-        shutil.copytree(spool, into, ignore=shutil.ignore_patterns("LOCK", "spare*", "index.db*"))
+        shutil.copytree(spool, into, ignore=shutil.ignore_patterns("LOCK", "spare*", "*reserve", "index.db*"))
         for file in (spool / "log").iterdir():
             if not file.name.isdigit():
                 continue
