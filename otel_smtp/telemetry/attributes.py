@@ -553,8 +553,12 @@ DROP_REASON: Final = _attribute(
 
 # Kestrel's connection buckets, and longer: an SMTP session may idle for minutes.
 _CONNECTION_SECONDS: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600)
-# The HTTP, RPC and messaging conventions', and longer: an upstream may take ten minutes for its final reply.
-_OPERATION_SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 30, 60, 300)
+# From 50 us: an attempt that finds no connection, or a breaker open, lasts no longer. Then the HTTP, RPC and messaging
+# conventions', and longer: an upstream may take ten minutes for its final reply.
+_OPERATION_SECONDS: Final = (
+    *(0.00005, 0.0001, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075),
+    *(0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 30, 60, 300),
+)
 # From 50 us: a state may last as long as a call of ours, and a wait less.
 _SHORT_SECONDS: Final = (0.00005, 0.0001, 0.0005, 0.001, 0.005, *_CONNECTION_SECONDS)
 _WAIT_SECONDS: Final = (0.00005, 0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30)

@@ -19,6 +19,7 @@ from typing import Protocol as Interface
 from urllib.parse import urlsplit
 
 from otel_smtp.telemetry.deadline import ExchangeDeadline
+from otel_smtp.telemetry.export_failures import grpc_failure, http_failure, no_answer_within
 from otel_smtp.telemetry.redaction import clean
 
 if TYPE_CHECKING:
@@ -117,7 +118,8 @@ class Answer(NamedTuple):
     """A collector's answer, or what happened instead of one.
 
     Attributes:
-        why: status or error class, for the log; "" if everything was taken.
+        why: in words, for the log; "" if everything was taken.
+        status: what the collector answered with: an HTTP status, or the name of a gRPC code; "" if it did not.
         retry_after_seconds: the delay that the collector asked for; None if it asked for none.
         rejected: number of spans, data points or log records that were not taken out of a batch that was.
     """
@@ -126,6 +128,7 @@ class Answer(NamedTuple):
     why: str = ""
     retry_after_seconds: float | None = None
     rejected: int = 0
+    status: str = ""
 
 
 class Collector(Interface):
@@ -194,15 +197,17 @@ class HttpCollector:
                 reply = _bounded(response, deadline) if response.is_success else b""
         except self._errors as error:
             if not self._deadline.has_passed:
-                return Answer(Verdict.AGAIN, type(error).__name__)
+                return Answer(Verdict.AGAIN, http_failure(error, timeout_seconds))
             if response is None:
-                return Answer(Verdict.AGAIN, "DeadlineExceeded")
+                return Answer(Verdict.AGAIN, no_answer_within(timeout_seconds))
         if response.is_success:
             return _taken(reply)
-        why = str(response.status_code)
+        status = str(response.status_code)
+        why = f"HTTP {status}"
         if response.status_code in _RETRYABLE_STATUSES:
-            return Answer(Verdict.AGAIN, why, retry_after_seconds(response.headers.get("retry-after", "")))
-        return Answer(Verdict.REJECTED, why)
+            delay = retry_after_seconds(response.headers.get("retry-after", ""))
+            return Answer(Verdict.AGAIN, why, delay, status=status)
+        return Answer(Verdict.REJECTED, why, status=status)
 
     def close(self) -> None:
         """Close the connection."""
@@ -244,17 +249,18 @@ class GrpcCollector:
         try:
             reply = self._export(request, timeout=timeout_seconds, metadata=self._metadata)
         except self._rpc_error as error:
-            return self._failed(error)
+            return self._failed(error, timeout_seconds)
         return _taken(reply)
 
     @staticmethod
-    def _failed(error: "grpc.RpcError") -> Answer:
+    def _failed(error: "grpc.RpcError", timeout_seconds: float) -> Answer:
         # The error that a call raises is also the call, which knows how it ended.
         code: str = error.code().name
         details = [one.value for one in error.trailing_metadata() or () if one.key == "grpc-status-details-bin"]
         delay = _retry_delay(details[0]) if details else None
         is_retryable = code in _RETRYABLE_CODES or (code == "RESOURCE_EXHAUSTED" and delay is not None)
-        return Answer(Verdict.AGAIN if is_retryable else Verdict.REJECTED, code, delay)
+        why = grpc_failure(code, error.details(), timeout_seconds)
+        return Answer(Verdict.AGAIN if is_retryable else Verdict.REJECTED, why, delay, status=code)
 
     def close(self) -> None:
         """Close the channel."""

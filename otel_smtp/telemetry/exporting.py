@@ -26,6 +26,7 @@ from enum import StrEnum
 from typing import Final, Generic, TypeVar
 
 from otel_smtp.telemetry.collector import Answer, Collector, Signal, Verdict
+from otel_smtp.telemetry.export_failures import file_failure
 from otel_smtp.telemetry.otlp import RequestFrame
 
 logger: Final = logging.getLogger("otel_smtp.telemetry.exporting")
@@ -231,7 +232,7 @@ class Export(Generic[T]):
             except Exception:
                 if not self._is_told:
                     logger.exception("%s could not be sent", self._items, extra={"collector": self._address})
-                self._settle(len(batch), Answer(Verdict.AGAIN, "internal"), DropReason.EXPORT_FAILED)
+                self._settle(len(batch), Answer(Verdict.AGAIN, "internal error"), DropReason.EXPORT_FAILED)
 
     def _has_full_batch(self) -> bool:
         return len(self._queue) >= self._settings.batch_spans or self._octets_in - self._octets_out > MAX_BATCH_OCTETS
@@ -280,7 +281,7 @@ class Export(Generic[T]):
             try:
                 self._collector = self._connect()
             except OSError as error:
-                return Answer(Verdict.AGAIN, type(error).__name__)
+                return Answer(Verdict.AGAIN, file_failure(error))
         return self._collector.send(request, seconds)
 
     def _settle(self, spans: int, answer: Answer, reason: DropReason) -> None:

@@ -22,6 +22,7 @@ from opentelemetry.sdk.resources import Resource
 from otel_smtp.telemetry.attributes import SCHEMA_URL, SCOPE_NAME, TELEMETRY_DROPPED, Instrument, Metric
 from otel_smtp.telemetry.collector import Answer, Collector, Signal, Verdict
 from otel_smtp.telemetry.environment import Temporality
+from otel_smtp.telemetry.export_failures import file_failure
 from otel_smtp.telemetry.exporting import DropReason
 from otel_smtp.telemetry.metrics import Buckets, Labels, Metrics
 
@@ -274,7 +275,7 @@ class MetricExport:
                 self._export()
             except Exception as error:  # noqa: BLE001 - the top of the thread; logged once, retried at the next interval
                 self._lose(DropReason.EXPORT_FAILED, max(self._points, 1))
-                self._failed(type(error).__name__, with_traceback=True)
+                self._failed(f"internal error: {type(error).__name__}", with_traceback=True)
             if is_last:
                 break
         if self._collector is not None:
@@ -318,7 +319,7 @@ class MetricExport:
             try:
                 self._collector = self._connect()
             except OSError as error:
-                return Answer(Verdict.AGAIN, type(error).__name__)
+                return Answer(Verdict.AGAIN, file_failure(error))
         return self._collector.send(request, seconds)
 
     def _failed(self, why: str, *, with_traceback: bool = False) -> None:

@@ -51,14 +51,14 @@ async def check_collector(settings: CollectorSettings, *, is_sdk: bool = False) 
         return Finding("failed", subject, f"its TLS files cannot be used: {reason(error)}")
     if answer.verdict is Verdict.TAKEN:
         return Finding("ok", subject, f"accepts {settings.signal}")
-    if answer.why in _NO_LOGIN:
+    if answer.status in _NO_LOGIN:
         if is_sdk:
-            return Finding("warning", subject, f"answers {answer.why}; the credential provider was not asked")
-        return Finding("failed", subject, f"answers {answer.why}: check OTEL_EXPORTER_OTLP_HEADERS")
-    if answer.why == "404":
+            return Finding("warning", subject, f"answers {answer.status}; the credential provider was not asked")
+        return Finding("failed", subject, f"answers {answer.status}: check OTEL_EXPORTER_OTLP_HEADERS")
+    if answer.status == "404":
         return Finding("failed", subject, f"nothing is at {urlsplit(settings.endpoint).path} (404): check the path")
-    if answer.why.isdigit():
-        return Finding("failed", subject, f"answers {answer.why}")
+    if answer.status.isdigit():
+        return Finding("failed", subject, f"answers {answer.status}")
     return Finding("failed", subject, await _diagnose(settings, answer))
 
 

@@ -134,7 +134,7 @@ async def test_a_grpc_collector_that_refuses() -> None:
         receiver.fault = Fault(FaultKind.REJECTED)
         found = await findings({ENDPOINT: receiver.grpc_endpoint, PROTOCOL: "grpc"})
     assert [finding.detail for finding in found] == [
-        f"does not accept {signal}: INVALID_ARGUMENT" for signal in ("traces", "metrics", "logs")
+        f"does not accept {signal}: INVALID_ARGUMENT: rejected" for signal in ("traces", "metrics", "logs")
     ]
 
 
