@@ -296,6 +296,7 @@ class Attempts(ABC):
         self._is_open = False
         self._was_reused = attempt.is_reused
         self._first_round_trip = connection.round_trips if wait_ns is not None else 0
+        attempt.accepted_count = 0  # who was accepted on a connection before is asked about again
         attempt.peer = connection.stream.peer
         attempt.tls = connection.stream.tls
         refusal = missing_extension(

@@ -201,7 +201,8 @@ class Delivery(Attempts):
         """Note who was refused, for the case that nobody can be asked again."""
         for recipient, (_, verdict) in zip(self._asked, answers, strict=False):
             if verdict.code >= 400:
-                self._read[recipient] = self._as_told(verdict)
+                self._read[recipient] = told = self._as_told(verdict)
+                self._attempt.refuse(recipient, told, monotonic_ns())
 
     def _check_reset(self, reply: Reply) -> None:
         if reply.code >= 400:
@@ -278,6 +279,7 @@ class Delivery(Attempts):
                 self._refusal = verdict
                 if verdict.code >= 530:
                     verdicts[-1] = self._as_told(verdict)
+                self._attempt.refuse(recipient, verdicts[-1], monotonic_ns())
         judged, self._judged = self._judged, None
         if judged is not None:
             # The connection is left alone until the client says something: it may be taken away meanwhile.
@@ -344,6 +346,7 @@ class Delivery(Attempts):
         last = answers[-1]
         if (refusal := _refusal(answers)) is not None:
             if last.verb is Awaited.DATA and last.reply.code < 400:
+                self._note_refused(answers)
                 self._take_back_data(refusal)
             else:
                 self._refused_in_burst(answers)
@@ -360,7 +363,16 @@ class Delivery(Attempts):
         assert refusal is not None
         if answers[0].reply.code >= 400:
             self._check_sender_refusal(refusal)
+        else:
+            self._note_refused(answers)
         self._conclude(refusal)
+
+    def _note_refused(self, answers: Sequence[Answer]) -> None:
+        """Note for whom a message was refused before its content counted."""
+        verdicts = [reply for verb, reply in answers if verb is Awaited.RCPT]
+        for recipient, verdict in zip(self.accepted, verdicts, strict=False):
+            if verdict.code >= 400:
+                self._attempt.refuse(recipient, self._as_told(verdict), monotonic_ns())
 
     def _take_back_data(self, refusal: Reply) -> None:
         """Get out of a DATA that was answered with 354 although the message must not be sent."""
@@ -517,6 +529,16 @@ class Delivery(Attempts):
         elif reply.code >= 530:
             reply = self._as_told(reply)
         outcome = Outcome.RELAYED if reply.code < 400 else outcome_of(reply)
+        attempt = self._attempt
+        if len(verdicts) > 1 and outcome is not Outcome.RELAYED:
+            for recipient, verdict in zip(self.accepted, verdicts, strict=False):
+                if verdict.code >= 400:
+                    attempt.accepted_count -= 1
+                    attempt.refuse(recipient, verdict, monotonic_ns())
+                elif outcome is not Outcome.UNKNOWN:
+                    outcome = Outcome.PARTLY_RELAYED
+        elif outcome is Outcome.RELAYED and attempt.refused:
+            outcome = Outcome.PARTLY_RELAYED
         self._end(outcome, own, reply.error_type, answered=True)
         delivered, self._delivered = self._delivered, None
         if delivered is not None:

@@ -2,11 +2,12 @@
 
 from otel_smtp.observing.fan_out import FanOut, fan_out
 from otel_smtp.observing.interface import HOOKS, Observer, StateCallback
-from otel_smtp.observing.records import ConnectionRecord, DeliveryRecord, TransactionRecord
+from otel_smtp.observing.records import ConnectionRecord, DeliveryRecord, RecipientRecord, TransactionRecord
 from otel_smtp.observing.values import (
     ConnectionInfo,
     DeliveryPhase,
     Endpoint,
+    Fate,
     Outcome,
     TlsInfo,
     TraceHeaders,
@@ -20,8 +21,10 @@ __all__ = [
     "DeliveryRecord",
     "Endpoint",
     "FanOut",
+    "Fate",
     "Observer",
     "Outcome",
+    "RecipientRecord",
     "StateCallback",
     "TlsInfo",
     "TraceHeaders",

@@ -13,13 +13,14 @@ and replies by the segments into which the session cuts them.
 """
 
 import time
-from collections.abc import Mapping
-from typing import Any, Final
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, NamedTuple
 
 from otel_smtp.observing.values import (
     ConnectionInfo,
     DeliveryPhase,
     Endpoint,
+    Fate,
     Outcome,
     TlsInfo,
     TraceHeaders,
@@ -119,6 +120,21 @@ class ConnectionRecord:
         self.begun_ns = now_ns
 
 
+class RecipientRecord(NamedTuple):
+    """What became of a recipient who did not get the mail, or not yet.
+
+    Attributes:
+        reply: who said so, and how; None where nobody was asked.
+        upstream: the name of the upstream whose reply it is; None where it is ours.
+    """
+
+    at_ns: int
+    recipient: Recipient
+    fate: Fate
+    reply: Reply | None
+    upstream: str | None = None
+
+
 class TransactionRecord:
     """One mail transaction, from MAIL to its final reply; or, from the spool, a message that is attempted later.
 
@@ -126,8 +142,10 @@ class TransactionRecord:
         connection: None for a message from the spool: its transaction ended long ago.
         number: from 1 on its connection; 0 for a message from the spool.
         attempt: at a message from the spool, which this is, from 1; 0 for a client's transaction.
-        accepted: recipients that were accepted. `refused`: the first `MOST_REFUSED` that were not, each with its reply;
-            `refused_count`: all of those.
+        accepted: recipients that were accepted, though some may have been refused with the content (LMTP upstreams
+            answer for each). `refused`: the first `MOST_REFUSED` that were refused or deferred, at RCPT or then;
+            `own_count`: all of those, each with a reply of its own. `refused_count`, `deferred_count`: by 5yz and 4yz,
+            with those for whom one reply refused the content; `lost_count`: of both, those accepted before.
         trace_headers: of the header block; None until it has been read. `message_id`: likewise, None where none.
         octets: of the content, once it is complete. `added_octets`: of our own fields, which the content does not
             include where it is a client's.
@@ -147,15 +165,18 @@ class TransactionRecord:
         "begun_ns",
         "carrier",
         "connection",
+        "deferred_count",
         "deliveries",
         "ended_ns",
         "error_type",
         "is_possible_duplicate",
+        "lost_count",
         "mail",
         "message_id",
         "number",
         "octets",
         "outcome",
+        "own_count",
         "refused",
         "refused_count",
         "reply",
@@ -175,8 +196,8 @@ class TransactionRecord:
         self.begun_ns = begun_ns
         self.wall_offset_ns = wall_offset_ns
         self.accepted: list[Recipient] = []
-        self.refused: list[tuple[Recipient, Reply]] = []
-        self.refused_count = 0
+        self.refused: list[RecipientRecord] = []
+        self.refused_count = self.deferred_count = self.own_count = self.lost_count = 0
         self.trace_headers: TraceHeaders | None = None
         self.message_id: str | None = None
         self.octets: int | None = None
@@ -215,11 +236,52 @@ class TransactionRecord:
         record.is_possible_duplicate = is_possible_duplicate
         return record
 
-    def refuse(self, recipient: Recipient, reply: Reply) -> None:
-        """Note a recipient that was not accepted."""
-        self.refused_count += 1
+    def refuse(self, recipient: Recipient, reply: Reply, now_ns: int) -> None:
+        """Note a recipient that was refused or deferred."""
+        self.own_count += 1
+        is_deferred = reply.is_transient
+        if is_deferred:
+            self.deferred_count += 1
+        else:
+            self.refused_count += 1
         if len(self.refused) < MOST_REFUSED:
-            self.refused.append((recipient, reply))
+            fate = Fate.DEFERRED if is_deferred else Fate.REFUSED
+            self.refused.append(RecipientRecord(now_ns, recipient, fate, reply, self._who_said(recipient, reply)))
+
+    def refuse_content(self, reply: Reply, verdicts: Sequence[Reply], now_ns: int) -> None:
+        """Note that recipients who were accepted do not get the mail after all.
+
+        Args:
+            reply: the final one; it holds for those that have no verdict of their own.
+            verdicts: in the order in which the recipients were accepted; they may be fewer.
+        """
+        for recipient, verdict in zip(self.accepted, verdicts, strict=False):
+            if not verdict.is_positive:
+                self.refuse(recipient, verdict, now_ns)
+                self.lost_count += 1
+        rest = len(self.accepted) - len(verdicts)
+        if reply.code < 400 or rest <= 0 or reply.error_type is ErrorType.OUTCOME_UNKNOWN:
+            return  # the rest have it, or nobody knows
+        self.lost_count += rest
+        # One reply for all of them is the transaction's own. But an upstream may have refused it because of some.
+        for delivery in self.deliveries[-1:]:
+            for one in delivery.refused:
+                if not any(known.recipient is one.recipient for known in self.refused) and rest:
+                    assert one.reply is not None
+                    self.refuse(one.recipient, one.reply, one.at_ns)
+                    rest -= 1
+        if reply.is_transient:
+            self.deferred_count += rest
+        else:
+            self.refused_count += rest
+
+    def _who_said(self, recipient: Recipient, reply: Reply) -> str | None:
+        """The upstream whose reply this is, or that made us say it; None where it is ours alone."""
+        for delivery in reversed(self.deliveries):
+            if any(one.recipient is recipient for one in delivery.refused):
+                return delivery.upstream
+        is_passed_on = reply.error_type is ErrorType.UPSTREAM_REFUSED and self.deliveries
+        return self.deliveries[-1].upstream if is_passed_on else None
 
     def end(self, outcome: Outcome, reply: Reply | None, now_ns: int) -> None:
         """Note how it ended; the observers are to be told by the caller."""
@@ -239,6 +301,8 @@ class DeliveryRecord:
         is_reused: the connection had served another mail before.
         peer, tls: the connection that served the attempt; None where none did.
         phases: (when, which, the upstream's reply where it gave one).
+        accepted_count, refused_count, deferred_count: recipients by the upstream's last answer about each.
+        refused: the first `MOST_REFUSED` of those that it refused or deferred.
         round_trips: waits for an answer to something that was sent.
         ended_ns: 0 while it is under way.
         outcome, error_type: how it ended. `reply`: the upstream's own final reply, None where it gave none.
@@ -246,8 +310,10 @@ class DeliveryRecord:
     """
 
     __slots__ = (
+        "accepted_count",
         "attempt",
         "begun_ns",
+        "deferred_count",
         "ended_ns",
         "error_type",
         "is_reused",
@@ -255,6 +321,8 @@ class DeliveryRecord:
         "peer",
         "phases",
         "pool_wait_ns",
+        "refused",
+        "refused_count",
         "reply",
         "round_trips",
         "server",
@@ -277,12 +345,32 @@ class DeliveryRecord:
         self.peer: Endpoint | None = None
         self.tls: TlsInfo | None = None
         self.phases: list[tuple[int, DeliveryPhase, Reply | None]] = []
+        self.accepted_count = self.refused_count = self.deferred_count = 0
+        self.refused: list[RecipientRecord] = []
         self.round_trips = 0
         self.ended_ns = 0
         self.outcome: Outcome | None = None
         self.reply: Reply | None = None
         self.error_type: ErrorType | None = None
         self.trace: Any = None
+
+    def refuse(self, recipient: Recipient, reply: Reply, now_ns: int) -> None:
+        """Note a recipient that the upstream refused or deferred; one that is asked about again counts once."""
+        for place, one in enumerate(self.refused):
+            if one.recipient is recipient:
+                del self.refused[place]
+                self._count(one.fate, -1)
+                break
+        fate = Fate.DEFERRED if reply.is_transient else Fate.REFUSED
+        self._count(fate, 1)
+        if len(self.refused) < MOST_REFUSED:
+            self.refused.append(RecipientRecord(now_ns, recipient, fate, reply, self.upstream))
+
+    def _count(self, fate: Fate, by: int) -> None:
+        if fate is Fate.DEFERRED:
+            self.deferred_count += by
+        else:
+            self.refused_count += by
 
     def recipient_phase(self, now_ns: int, reply: Reply) -> None:
         """Note the answer to a recipient.
@@ -291,6 +379,8 @@ class DeliveryRecord:
         `MOST_PHASES` for those that differ too.
         """
         phases = self.phases
+        if reply.code < 400:
+            self.accepted_count += 1
         if phases and phases[-1][1] is DeliveryPhase.RCPT:
             before = phases[-1][2]
             if len(phases) >= MOST_PHASES or (before is not None and before.code == reply.code):
@@ -299,8 +389,15 @@ class DeliveryRecord:
         phases.append((now_ns, DeliveryPhase.RCPT, reply))
 
     def end(self, outcome: Outcome, reply: Reply | None, error_type: ErrorType | None, now_ns: int) -> None:
-        """Note how it ended."""
+        """Note how it ended; an answer of the upstream to the whole content holds for all who had been accepted."""
         self.outcome = outcome
         self.reply = reply
         self.error_type = error_type
         self.ended_ns = now_ns
+        if reply is not None and self.accepted_count:
+            if outcome is Outcome.REFUSED:
+                self.refused_count += self.accepted_count
+                self.accepted_count = 0
+            elif outcome is Outcome.DEFERRED:
+                self.deferred_count += self.accepted_count
+                self.accepted_count = 0

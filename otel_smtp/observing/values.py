@@ -70,11 +70,25 @@ class Outcome(StrEnum):
     __hash__ = str.__hash__  # of Enum it is a function of Python, called several times an event
 
     RELAYED = "relayed"  # the upstream said 2yz to the end of data
+    PARTLY_RELAYED = "partly_relayed"  # so it did, and at least one recipient was refused or deferred, by whomever
     QUEUED = "queued"  # durable in the spool
     REFUSED = "refused"  # 5yz
     DEFERRED = "deferred"  # 4yz
     ABORTED = "aborted"  # RSET, EHLO, the client vanished, content refused before any upstream took it
     UNKNOWN = "unknown"  # lost between our final dot and the upstream's reply
+
+
+class Fate(StrEnum):
+    """What became of a recipient who did not get the mail, or not yet: `smtp.recipient.fate`."""
+
+    __hash__ = str.__hash__
+
+    REFUSED = "refused"  # 5yz
+    DEFERRED = "deferred"  # 4yz
+    BOUNCED = "bounced"  # refused from the spool, for good
+    EXPIRED = "expired"  # given up in the spool for the mail's age
+    REMOVED = "removed"  # from the spool, by an operator
+    HELD = "held"  # in the spool, until an operator lets it go on
 
 
 class DeliveryPhase(StrEnum):

@@ -125,8 +125,13 @@ class Session(Admission):
             if 200 <= reply.code < 300:
                 transaction.accepted.append(recipient)
             else:
-                transaction.refuse(recipient, reply)
+                transaction.refuse(recipient, reply, time.monotonic_ns())
         self._call(self._protocol.reply, *decided)
+
+    def recipient_refused(self, recipient: Recipient, reply: Reply) -> None:
+        """See `Handler`."""
+        assert self._transaction is not None
+        self._transaction.refuse(recipient, reply, self._protocol.states.now_ns)
 
     def content_begun(self) -> None:
         """See `Handler`."""
@@ -199,17 +204,24 @@ class Session(Admission):
         transaction, forwarded = self._transaction, self._forwarded
         if transaction is None or forwarded is None:
             return  # given up, at a shutdown
+        now_ns = time.monotonic_ns()
+        if verdicts or reply.code >= 400:
+            transaction.refuse_content(reply, verdicts, now_ns)
         if 200 <= reply.code < 300:
             outcome = Outcome.RELAYED
             if (spool_id := forwarded.spool_id) is not None:
                 transaction.spool_id = spool_id
                 outcome = Outcome.QUEUED
+            elif transaction.refused:
+                outcome = Outcome.PARTLY_RELAYED
             names_trace = self._policy.trace_in_reply and self._trace_id is not None
             reply = replies.message_accepted(self._trace_id) if names_trace else replies.OK
         else:
             outcome = outcome_of(reply)
+            if outcome is not Outcome.UNKNOWN and any(verdict.is_positive for verdict in verdicts):
+                outcome = Outcome.PARTLY_RELAYED
         self._transaction = self._forwarded = None
-        transaction.end(outcome, reply, time.monotonic_ns())
+        transaction.end(outcome, reply, now_ns)
         self._house.observer.transaction_ended(transaction)
         if self._policy.protocol.is_lmtp:
             # RFC 2033 4.2: each recipient has its own reply, and verdicts may be fewer.
@@ -228,12 +240,15 @@ class Session(Admission):
         outcome = Outcome.ABORTED if reply is None else outcome_of(reply)
         if reply is None and not transaction.accepted and transaction.refused:
             # No recipient was left, so there was no mail to send: the last refusal is how it ended.
-            reply = transaction.refused[-1][1]
+            reply = transaction.refused[-1].reply
+            assert reply is not None
             outcome = outcome_of(reply)
         try:
             forwarded.abort()  # first, so that its attempts are over with it
         except Exception:  # noqa: BLE001 - logged there
             self._log_forwarder("abort")
+        if reply is not None:
+            transaction.refuse_content(reply, (), self._protocol.states.now_ns)
         transaction.end(outcome, reply, self._protocol.states.now_ns)
         self._house.observer.transaction_ended(transaction)
 

@@ -35,6 +35,10 @@ class Handler(ContentSink, Protocol):
         """*decide*: a pipelined group of RCPT, one reply each."""
         ...
 
+    def recipient_refused(self, recipient: Recipient, reply: Reply) -> None:
+        """A RCPT of the open transaction was refused by the engine, with `reply`."""
+        ...
+
     def tls_requested(self) -> None:
         """*decide*: STARTTLS. Stop reading from the transport, then `reply(TLS_READY)`, write it, shake hands, and call
         `tls_started`. Any other reply leaves the session in clear."""

@@ -15,7 +15,7 @@ from typing import Final
 from otel_smtp.observing import DeliveryPhase
 from otel_smtp.smtp.states import ConnState
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 SCOPE_NAME: Final = "otel_smtp"
 # The version of the conventions that the registered names below were copied from.
 SCHEMA_URL: Final = "https://opentelemetry.io/schemas/1.44.0"
@@ -47,6 +47,7 @@ class On(StrEnum):
     DELIVERY = "delivery span"
     STATE = "state event"
     PHASE = "delivery event"
+    RECIPIENT = "recipient event"
     LINK = "link"
     METRIC = "metric"
     LOG = "log line"
@@ -196,6 +197,13 @@ PHASE_EVENTS: Final[Mapping[DeliveryPhase, str]] = {
         DeliveryPhase.REPLY: "the final reply was read",
     }.items()
 }
+
+RECIPIENT_EVENT: Final = _event(
+    "smtp.recipient",
+    On.TRANSACTION,
+    "a recipient was refused or deferred, by us or by the upstream; at most 50, then one that counts the rest; of mail "
+    "that the spool has, on the delivery that decided, or on smtp.spool",
+)
 
 # Attributes: where and who ---------------------------------------------------------------------------------------
 
@@ -368,22 +376,23 @@ VERB: Final = _attribute(
 REPLY_CODE: Final = _attribute(
     "smtp.reply.code",
     Type.INT,
-    (On.TRANSACTION, On.DELIVERY, On.STATE, On.PHASE, On.METRIC, On.LOG),
+    (On.TRANSACTION, On.DELIVERY, On.STATE, On.PHASE, On.RECIPIENT, On.METRIC, On.LOG),
     "where a reply was given: ours on transactions and on Error, the upstream's on deliveries",
     "250",
 )
 REPLY_ENHANCED_CODE: Final = _attribute(
     "smtp.reply.enhanced_code",
     Type.STRING,
-    (On.TRANSACTION, On.DELIVERY, On.STATE, On.PHASE, On.LOG),
+    (On.TRANSACTION, On.DELIVERY, On.STATE, On.PHASE, On.RECIPIENT, On.LOG),
     "where the reply had one",
     "2.0.0",
 )
 REPLY_TEXT: Final = _attribute(
     "smtp.reply.text",
     Type.STRING,
-    (On.DELIVERY, On.LOG),
-    "where the upstream gave a final reply; cleaned, at most 256 characters, addresses in it as `addresses` says",
+    (On.TRANSACTION, On.DELIVERY, On.STATE, On.RECIPIENT, On.LOG),
+    "where there was a reply: the upstream's words on deliveries, and on transactions that it accepted; cleaned, at "
+    "most 256 characters, addresses in it as `addresses` says",
     "Ok: queued as 4XyZ12",
 )
 ERROR_TYPE: Final = _attribute(
@@ -420,11 +429,22 @@ RECIPIENT_COUNT: Final = _attribute(
     "smtp.transaction.recipient_count",
     Type.INT,
     (On.TRANSACTION, On.STATE, On.LOG),
-    "always: recipients accepted; of the events, on Data",
+    "always: recipients accepted at RCPT; of the events, on Data",
     "2",
 )
 RECIPIENTS_REFUSED: Final = _attribute(
-    "smtp.transaction.recipients_refused", Type.INT, (On.TRANSACTION, On.LOG), "always", "0"
+    "smtp.transaction.recipients_refused",
+    Type.INT,
+    (On.TRANSACTION, On.LOG),
+    "always: recipients refused with 5yz, at RCPT or with the content",
+    "0",
+)
+RECIPIENTS_DEFERRED: Final = _attribute(
+    "smtp.transaction.recipients_deferred",
+    Type.INT,
+    (On.TRANSACTION, On.LOG),
+    "always: recipients deferred with 4yz, at RCPT or with the content",
+    "0",
 )
 MESSAGE_SIZE: Final = _attribute(
     "smtp.message.size", Type.INT, (On.TRANSACTION, On.LOG), "when the content is complete: its octets", "20480"
@@ -450,15 +470,55 @@ RCPT_DOMAINS: Final = _attribute(
     "smtp.rcpt.domains",
     Type.STRINGS,
     (On.TRANSACTION, On.LOG),
-    "addresses = domain or full: of accepted recipients, at most 10",
+    "addresses = domain or full: of all recipients, refused ones too, at most 10",
+    "example.net",
+)
+RCPT_DOMAIN: Final = _attribute(
+    "smtp.rcpt.domain",
+    Type.STRING,
+    (On.TRANSACTION, On.RECIPIENT, On.LOG),
+    "addresses = domain or full: where all recipients share one; on recipient events, always",
     "example.net",
 )
 RCPT_ADDRESSES: Final = _attribute(
     "smtp.rcpt.addresses",
     Type.STRINGS,
     (On.TRANSACTION, On.LOG),
-    "addresses = full, or hash: hashed; of accepted recipients, at most 10",
+    "addresses = full, or hash: hashed; of all recipients, refused ones too, at most 10",
     "bob@example.net",
+)
+RCPT_ADDRESS: Final = _attribute(
+    "smtp.rcpt.address", Type.STRING, (On.RECIPIENT, On.LOG), "addresses = full, or hash: hashed", "bob@example.net"
+)
+RECIPIENT_FATE: Final = _attribute(
+    "smtp.recipient.fate",
+    Type.STRING,
+    (On.RECIPIENT, On.METRIC, On.LOG),
+    "always: refused, deferred, bounced, expired, removed, held; of the metric also how the transaction of those ended "
+    "that were accepted",
+    "refused",
+)
+RECIPIENTS_NOT_SHOWN: Final = _attribute(
+    "smtp.recipient.more",
+    Type.INT,
+    (On.RECIPIENT, On.LOG),
+    "on the last event, where there are more than 50: how many recipients it stands for",
+    "12",
+)
+RCPT_REFUSED: Final = _attribute(
+    "smtp.rcpt.refused",
+    Type.STRINGS,
+    (On.LOG,),
+    "on the line of a transaction: the refused recipients, as far as `addresses` shows them, with the reply to each, "
+    "at most 10",
+    "example.net: 550 5.1.1 No such user",
+)
+RCPT_DEFERRED: Final = _attribute(
+    "smtp.rcpt.deferred",
+    Type.STRINGS,
+    (On.LOG,),
+    "likewise: the deferred ones",
+    "example.net: 450 4.7.1 Greylisted",
 )
 BODY: Final = _attribute(
     "smtp.body", Type.STRING, (On.TRANSACTION,), "where the client gave BODY=: 7bit, 8bitmime, binarymime", "8bitmime"
@@ -474,14 +534,18 @@ OUTCOME: Final = _attribute(
     "smtp.outcome",
     Type.STRING,
     (On.TRANSACTION, On.DELIVERY, On.METRIC, On.LOG),
-    "always: relayed, queued, refused, deferred, aborted, unknown",
+    "always: relayed, partly_relayed, queued, refused, deferred, aborted, unknown",
     "relayed",
 )
 
 # Attributes: delivery ----------------------------------------------------------------------------------------------
 
 UPSTREAM_NAME: Final = _attribute(
-    "smtp.upstream.name", Type.STRING, (On.DELIVERY, On.METRIC, On.LOG), "always: the configured name", "provider"
+    "smtp.upstream.name",
+    Type.STRING,
+    (On.DELIVERY, On.RECIPIENT, On.METRIC, On.LOG),
+    "always: the configured name; on recipient events, where an upstream said so",
+    "provider",
 )
 PEER_SERVICE: Final = _attribute(
     "peer.service", Type.STRING, (On.DELIVERY,), "always: the upstream's name, for Tempo's service graph", "provider"
@@ -490,6 +554,19 @@ SERVICE_PEER_NAME: Final = _attribute(
     "service.peer.name", Type.STRING, (On.DELIVERY,), "always: the same under its newer name", "provider"
 )
 DELIVERY_ATTEMPT: Final = _attribute("smtp.delivery.attempt", Type.INT, (On.DELIVERY, On.LOG), "always; from 1", "1")
+DELIVERY_ACCEPTED: Final = _attribute(
+    "smtp.delivery.recipients_accepted",
+    Type.INT,
+    (On.DELIVERY, On.LOG),
+    "always: recipients by the upstream's last answer about each",
+    "2",
+)
+DELIVERY_REFUSED: Final = _attribute(
+    "smtp.delivery.recipients_refused", Type.INT, (On.DELIVERY, On.LOG), "always: likewise, 5yz", "0"
+)
+DELIVERY_DEFERRED: Final = _attribute(
+    "smtp.delivery.recipients_deferred", Type.INT, (On.DELIVERY, On.LOG), "always: likewise, 4yz", "0"
+)
 POSSIBLE_DUPLICATE: Final = _attribute(
     "smtp.delivery.possible_duplicate",
     Type.BOOLEAN,
@@ -607,6 +684,13 @@ TRANSACTION_DURATION: Final = _metric(
     (OUTCOME,),
     "Mail transactions, from MAIL to the final reply, RSET or loss",
     _SHORT_SECONDS,
+)
+SERVER_RECIPIENTS: Final = _metric(
+    "smtp.server.recipients",
+    Instrument.COUNTER,
+    "{recipient}",
+    (RECIPIENT_FATE,),
+    "Recipients by what became of them: in their transaction, and once more when a queued one has ended",
 )
 SERVER_MESSAGE_SIZE: Final = _metric(
     "smtp.server.message.size", Instrument.HISTOGRAM, "By", (), "Size of received messages", _SIZE_OCTETS

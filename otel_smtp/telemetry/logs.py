@@ -16,16 +16,17 @@ of telemetry carry the attributes of the span, so what `redaction` keeps back st
 import json
 import logging
 import traceback
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any, Final, TextIO
 
+from otel_smtp.observing import Fate
 from otel_smtp.smtp.states import ConnState
 from otel_smtp.telemetry import attributes as names
 from otel_smtp.telemetry.attributes import ATTRIBUTES, Attributes, On
 from otel_smtp.telemetry.propagation import TraceContext
-from otel_smtp.telemetry.records import SpanRecord
+from otel_smtp.telemetry.records import EventRecord, SpanRecord
 from otel_smtp.telemetry.redaction import clean
 from otel_smtp.telemetry.terminal_log import LINE, MailFilter
 
@@ -200,7 +201,10 @@ def _iso_8601(record: logging.LogRecord) -> str:
 
 
 class AccessLog:
-    """A line for each connection, transaction and delivery that is over; give it to tracing as a listener."""
+    """A line for each connection, transaction and delivery that is over; give it to tracing as a listener.
+
+    So is each recipient that was refused or deferred, or that ended in the spool without the mail.
+    """
 
     __slots__ = ("_logger",)
 
@@ -218,7 +222,35 @@ class AccessLog:
         fields: dict[str, Any] = {name: value for name, value in record.attributes.items() if name in _ON_LINES}
         fields[names.LOG_DURATION] = record.attributes.get(names.CONNECTION_DURATION, record.duration_seconds)
         level = logging.WARNING if record.has_failed else logging.INFO
+        told = [event for event in record.events if event.name == names.RECIPIENT_EVENT]
+        if told:
+            whose = {name: fields[name] for name in _WHOSE if name in fields}
+            for event in told:
+                at_ns = event.time_ns
+                _write(self._logger, level, event.name, at_ns, {**whose, **event.attributes}, record.context)
+            fields |= _recipients(told)
         _write(self._logger, level, record.name, record.end_ns, fields, record.context)
+
+
+_WHOSE: Final = (names.CONNECTION_ID, names.TRANSACTION_NUMBER, names.SPOOL_ID, names.MAIL_FROM_DOMAIN,
+                 names.MAIL_FROM_ADDRESS, names.DELIVERY_ATTEMPT)  # fmt: skip
+"""What the line of a recipient says of its mail."""
+
+
+def _recipients(told: Iterable[EventRecord]) -> dict[str, tuple[str, ...]]:
+    """The recipients of a transaction that were refused, and deferred, each in one text."""
+    texts: dict[str, list[str]] = {names.RCPT_REFUSED: [], names.RCPT_DEFERRED: []}
+    for event in told:
+        attributes = event.attributes
+        if names.RECIPIENT_FATE not in attributes:
+            continue
+        is_deferred = attributes[names.RECIPIENT_FATE] == Fate.DEFERRED.value
+        found = texts[names.RCPT_DEFERRED if is_deferred else names.RCPT_REFUSED]
+        if len(found) < names.MAX_DOMAINS:
+            who = attributes.get(names.RCPT_ADDRESS, attributes.get(names.RCPT_DOMAIN, "..."))
+            said = [attributes.get(name) for name in (names.REPLY_CODE, names.REPLY_ENHANCED_CODE, names.REPLY_TEXT)]
+            found.append(f"{who}: {' '.join(str(one) for one in said if one not in (None, ''))}")
+    return {name: tuple(found) for name, found in texts.items() if found}
 
 
 class StateLogger:

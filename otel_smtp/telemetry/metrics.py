@@ -26,7 +26,7 @@ from prometheus_client.metrics_core import (
 from prometheus_client.metrics_core import Metric as MetricFamily
 from prometheus_client.samples import Exemplar
 
-from otel_smtp.observing import ConnectionRecord, DeliveryRecord, Observer, Outcome, TransactionRecord
+from otel_smtp.observing import ConnectionRecord, DeliveryRecord, Fate, Observer, Outcome, TransactionRecord
 from otel_smtp.smtp.replies import AUTH_FAILED
 from otel_smtp.smtp.states import LEGAL, LEVELS, ConnState, Transition
 from otel_smtp.telemetry import attributes as names
@@ -49,6 +49,8 @@ _NAMES: Final[Mapping[ConnState, str]] = {state: state.value for state in ConnSt
 _OUTCOMES: Final[Mapping[Outcome, str]] = {outcome: outcome.value for outcome in Outcome}
 _UNITS: Final[Mapping[str, str]] = {"s": "seconds", "By": "bytes"}
 _ACCEPTED, _REFUSED = "accepted", "refused"
+_REFUSED_FATE, _DEFERRED_FATE = (Fate.REFUSED.value,), (Fate.DEFERRED.value,)
+_RELAYED, _PARTLY = (Outcome.RELAYED.value,), (Outcome.PARTLY_RELAYED.value,)
 _NO_VERB: Final = "none"
 
 
@@ -185,6 +187,7 @@ class Metrics(Observer):
         self._transitions: defaultdict[tuple[ConnState | None, ConnState], int] = defaultdict(int)
         self._replies: defaultdict[tuple[str | None, int], int] = defaultdict(int)
         self._transactions = Counts(names.TRANSACTIONS)
+        self._recipients = Counts(names.SERVER_RECIPIENTS)
         self._auth = Counts(names.SERVER_AUTH)
         self._refused = Counts(names.REFUSED)
         self._probes = Counts(names.PROBES)
@@ -220,7 +223,11 @@ class Metrics(Observer):
         for state in ConnState:
             if LEGAL[state]:
                 self._state_duration.series[(_NAMES[state],)]
+        for fate in Fate:
+            self._recipients.values[(fate.value,)] = 0
         for outcome in _OUTCOMES.values():
+            if outcome != Outcome.PARTLY_RELAYED:  # of which each recipient is one or the other
+                self._recipients.values[(outcome,)] = 0
             self._transactions.values[(outcome,)] = 0
             self._transaction_duration.series[(outcome,)]
             for upstream in upstreams:
@@ -274,6 +281,13 @@ class Metrics(Observer):
                 context,
                 transaction.ended_ns + transaction.wall_offset_ns,
             )
+            fates = self._recipients.values
+            if transaction.refused_count or transaction.deferred_count:
+                fates[_REFUSED_FATE] += transaction.refused_count
+                fates[_DEFERRED_FATE] += transaction.deferred_count
+                if labels == _PARTLY:
+                    labels = _RELAYED
+            fates[labels] += len(transaction.accepted) - transaction.lost_count
         if transaction.octets is not None:
             unix_ns = transaction.ended_ns + transaction.wall_offset_ns
             self._message_size.series[()].add(transaction.octets, context, unix_ns)
@@ -375,7 +389,7 @@ class Metrics(Observer):
             names.REPLIES,
             [((verb or _NO_VERB, str(code)), count) for (verb, code), count in list(self._replies.items())],
         )
-        for counts in (self._transactions, self._auth, self._refused, self._probes):
+        for counts in (self._transactions, self._recipients, self._auth, self._refused, self._probes):
             yield counts.metric, list(counts.values.items())
         yield names.ACTIVE_CONNECTIONS, list(self._active.items())
         yield names.CLIENT_CONNECTIONS, [((upstream, state), n) for upstream, state, n in self._connections()]

@@ -3,17 +3,26 @@
 Each is described by a shape (`shapes`), found by the values that come from small sets, and by the pairs that vary.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from opentelemetry.trace import SpanKind
 
-from otel_smtp.observing import ConnectionRecord, DeliveryRecord, Endpoint, Outcome, TransactionRecord
-from otel_smtp.smtp.envelope import Body
+from otel_smtp.observing import (
+    ConnectionRecord,
+    DeliveryRecord,
+    Endpoint,
+    Outcome,
+    RecipientRecord,
+    TransactionRecord,
+)
+from otel_smtp.observing.records import MOST_REFUSED
+from otel_smtp.smtp.envelope import Body, Recipient
 from otel_smtp.smtp.replies import ErrorType, Reply
-from otel_smtp.smtp.states import CloseReason
+from otel_smtp.smtp.states import CloseReason, ErrorReply
 from otel_smtp.telemetry import attributes as names
 from otel_smtp.telemetry.attributes import Attributes
+from otel_smtp.telemetry.records import EventRecord
 from otel_smtp.telemetry.redaction import Redaction, clean
 from otel_smtp.telemetry.shapes import Column, Pair, SpanShape, span_table
 from otel_smtp.telemetry.state_events import ENHANCED_CODE
@@ -64,6 +73,7 @@ def _lower(body: Body) -> str:
 _TRANSACTION_HEADER: Final = (
     names.RECIPIENT_COUNT,
     names.RECIPIENTS_REFUSED,
+    names.RECIPIENTS_DEFERRED,
     Column(names.BODY, _lower),
     names.OUTCOME,
     names.REPLY_CODE,
@@ -79,6 +89,9 @@ _DELIVERIES: Final = span_table(
     SpanKind.CLIENT,
     (
         names.DELIVERY_ATTEMPT,
+        names.DELIVERY_ACCEPTED,
+        names.DELIVERY_REFUSED,
+        names.DELIVERY_DEFERRED,
         names.POSSIBLE_DUPLICATE,
         names.SERVER_ADDRESS,
         names.SERVER_PORT,
@@ -110,6 +123,9 @@ class SpanAttributes:
     def __init__(self, redaction: Redaction, *, with_message_id: bool = False) -> None:
         self.redaction = redaction
         self._with_message_id = with_message_id
+        # Of the latest reply: a delivery and its transaction tell the same one.
+        self._worded: Reply | None = None
+        self._words = ""
 
     # Connections -------------------------------------------------------------------------------------------------
 
@@ -164,6 +180,20 @@ class SpanAttributes:
         pairs.append((names.LISTENER, info.listener))
         return pairs
 
+    def error(self, detail: ErrorReply) -> list[Pair]:
+        """The row of Error, beside what comes from small sets: the words, and the transaction that was open."""
+        pairs: list[Pair] = [] if detail.reply is None else [(names.REPLY_TEXT, self.words(detail.reply))]
+        if detail.transaction is not None:
+            pairs.append((names.TRANSACTION_NUMBER, detail.transaction))
+        return pairs
+
+    def words(self, reply: Reply) -> str:
+        """A reply's text, as it may be shown."""
+        lines = reply.lines
+        self._words = self.redaction.text(lines[0] if len(lines) == 1 else reply.text)
+        self._worded = reply
+        return self._words
+
     @staticmethod
     def totals(record: ConnectionRecord) -> list[Pair]:
         """The row of Closed: octets and duration."""
@@ -187,6 +217,7 @@ class SpanAttributes:
         shape = table[
             len(accepted),
             record.refused_count,
+            record.deferred_count,
             mail.body,
             record.outcome,
             None if reply is None else reply.code,
@@ -205,12 +236,24 @@ class SpanAttributes:
         redaction = self.redaction
         if (domain := redaction.domain(mail.reverse_path)) is not None:
             pairs.append((names.MAIL_FROM_DOMAIN, domain))
-        if domains := redaction.domains(accepted):
+        refused = record.refused
+        recipients = accepted if not refused else [*accepted, *(_not_among(accepted, refused))]
+        if domains := redaction.domains(recipients):
             pairs.append((names.RCPT_DOMAINS, domains))
+            if len(domains) == 1:
+                pairs.append((names.RCPT_DOMAIN, domains[0]))
+        if reply is not None:
+            # A 2yz of ours says less than the upstream's own words, with its queue id.
+            said = reply
+            if reply.code < 400 and record.deliveries:
+                theirs = record.deliveries[-1].reply
+                if theirs is not None and theirs.code < 400:
+                    said = theirs
+            pairs.append((names.REPLY_TEXT, self._words if said is self._worded else self.words(said)))
         if redaction.shows_mailboxes:
             if (address := redaction.mailbox(mail.reverse_path)) is not None:
                 pairs.append((names.MAIL_FROM_ADDRESS, address))
-            if addresses := redaction.mailboxes(accepted):
+            if addresses := redaction.mailboxes(recipients):
                 pairs.append((names.RCPT_ADDRESSES, addresses))
         return shape, pairs
 
@@ -232,6 +275,9 @@ class SpanAttributes:
         upstream = record.upstream
         shape = _DELIVERIES[
             record.attempt,
+            record.accepted_count,
+            record.refused_count,
+            record.deferred_count,
             transaction.is_possible_duplicate or None,
             record.server.host,
             record.server.port,
@@ -247,13 +293,13 @@ class SpanAttributes:
             record.outcome,
             None if reply is None else reply.code,
             None if reply is None else reply.enhanced,
-            attempt_failure(record.outcome, reply, record.error_type),
+            attempt_failure(record.outcome, reply, record.error_type)
+            or (ErrorType.UPSTREAM_REFUSED.value if record.refused_count or record.deferred_count else None),
         ]
         pairs: list[Pair] = [_origin(transaction)]
         pairs += pool
         if reply is not None:
-            lines = reply.lines
-            pairs.append((names.REPLY_TEXT, self.redaction.text(lines[0] if len(lines) == 1 else reply.text)))
+            pairs.append((names.REPLY_TEXT, self.words(reply)))
         return shape, pairs
 
     @staticmethod
@@ -272,6 +318,46 @@ class SpanAttributes:
                 (names.SERVICE_PEER_NAME, upstream),
             ]
         )
+
+    # Recipients --------------------------------------------------------------------------------------------------
+
+    def recipients(self, refused: Sequence[RecipientRecord], count: int, wall_offset_ns: int) -> list[EventRecord]:
+        """The events that tell of recipients who did not get a mail.
+
+        Args:
+            refused: those that are known.
+            count: how many there are of them.
+        """
+        # The last event may stand for more than one: so there are never more than those that are known at most.
+        shown = refused if count <= len(refused) else refused[: MOST_REFUSED - 1]
+        events = [EventRecord(one.at_ns + wall_offset_ns, names.RECIPIENT_EVENT, self.recipient(one)) for one in shown]
+        if len(shown) < count:
+            time_ns = refused[-1].at_ns + wall_offset_ns
+            rest = {names.RECIPIENTS_NOT_SHOWN: count - len(shown)}
+            events.append(EventRecord(time_ns, names.RECIPIENT_EVENT, rest))
+        return events
+
+    def recipient(self, one: RecipientRecord) -> Attributes:
+        """What became of a recipient."""
+        attributes: dict[str, names.AttributeValue] = {names.RECIPIENT_FATE: one.fate.value}
+        for domain in self.redaction.domains((one.recipient,)):
+            attributes[names.RCPT_DOMAIN] = domain
+        for address in self.redaction.mailboxes((one.recipient,)):
+            attributes[names.RCPT_ADDRESS] = address
+        if one.reply is not None:
+            attributes[names.REPLY_CODE] = one.reply.code
+            if one.reply.enhanced is not None:
+                attributes[names.REPLY_ENHANCED_CODE] = str(one.reply.enhanced)
+            attributes[names.REPLY_TEXT] = self.words(one.reply)
+        if one.upstream is not None:
+            attributes[names.UPSTREAM_NAME] = one.upstream
+        return attributes
+
+
+def _not_among(accepted: Sequence[Recipient], refused: Sequence[RecipientRecord]) -> list[Recipient]:
+    """The recipients that were refused at RCPT already."""
+    known = set(map(id, accepted))
+    return [one.recipient for one in refused if id(one.recipient) not in known]
 
 
 def is_probe(record: ConnectionRecord) -> bool:

@@ -153,8 +153,8 @@ def state_events(
     return events
 
 
-# These have attributes that their transition does not carry: addresses, octets.
-WITH_MORE: Final = frozenset({ConnState.NEW, ConnState.CLOSED})
+# These have attributes that their transition does not carry, or not as they may be shown: addresses, octets, words.
+WITH_MORE: Final = frozenset({ConnState.NEW, ConnState.CLOSED, ConnState.ERROR})
 _sequences: Final = event_integers(names.STATE_SEQUENCE)
 _DURATION: Final = EVENT_PAIRS[names.STATE_PREVIOUS_DURATION, 0.0][:-8]
 
@@ -187,6 +187,16 @@ def encode_states(
         )
         before_ns = at_ns
     return pieces
+
+
+# Recipients --------------------------------------------------------------------------------------------------------
+
+_RECIPIENT: Final = EventShape(names.RECIPIENT_EVENT, {})
+
+
+def encode_recipients(events: Iterable[EventRecord]) -> list[bytes]:
+    """The events that tell of recipients, as pieces of their span."""
+    return [encode_event(event.time_ns, _RECIPIENT, event.attributes.items()) for event in events]
 
 
 # Phases ------------------------------------------------------------------------------------------------------------

@@ -1,8 +1,10 @@
 """The log for people who watch a gateway: one line of at most 120 columns for each mail, newest facts first.
 
-    22:14:03.120 + 250 example.com -> example.net  provider  0.012s  2.0.0 Ok: queued as 4XyZ12  4bf92f35
+    22:14:03.118 x 550 example.com -> example.org  refused  provider  5.1.1 No such user  4bf92f35
+    22:14:03.120 % 250 example.com -> example.net  provider  0.012s  2.0.0 Ok: queued as 4XyZ12  4bf92f35
 
 Time, mark, reply, sender's domain and recipients', upstream, duration, the upstream's words, the head of the trace id.
+A recipient who did not get the mail, or not yet, has a line of its own before it, with what became of that one.
 A mail's line is made of two records, the delivery's and its transaction's, which follows it. Connections that brought
 mail have said all with it, so they have no line; one that was refused, or ended in trouble, has.
 """
@@ -39,6 +41,10 @@ _COLORS: Final[Mapping[str, str]] = {
     "queued": "32",
     "partly_relayed": "33",
     "refused": "31",
+    "bounced": "31",
+    "expired": "31",
+    "removed": "31",
+    "held": "33",
     "deferred": "33",
     "aborted": "33",
     "unknown": "31;1",
@@ -81,6 +87,8 @@ class MailLines:
                     self._delivered.popitem(last=False)
                 # An upstream that was passed over for the next one.
                 return self._mail(when, before) if before is not None else None
+            case names.RECIPIENT_EVENT:
+                return self._recipient(when, fields)
             case _:
                 return self._connection(when, fields)
 
@@ -98,6 +106,17 @@ class MailLines:
         words = fields.get(names.REPLY_TEXT) or fields.get(names.ERROR_TYPE) or ""
         code = str(fields.get(names.REPLY_CODE, "---"))
         return self._put(when, mark, code, outcome, [str(fact) for fact in facts if fact], str(words), fields)
+
+    def _recipient(self, when: float, fields: Fields) -> str:
+        """A recipient who did not get the mail, or not yet."""
+        fate = str(fields.get(names.RECIPIENT_FATE, ""))
+        who = fields.get(names.RCPT_ADDRESS) or fields.get(names.RCPT_DOMAIN) or "..."
+        if more := fields.get(names.RECIPIENTS_NOT_SHOWN):
+            who = f"{more} more recipients"
+        facts = [f"{_sender(fields)} -> {who}", fate, str(fields.get(names.UPSTREAM_NAME) or "")]
+        words = " ".join(str(fields.get(n) or "") for n in (names.REPLY_ENHANCED_CODE, names.REPLY_TEXT)).strip()
+        code = str(fields.get(names.REPLY_CODE, "---"))
+        return self._put(when, MARKS.get(fate, "x"), code, fate, [one for one in facts if one], words, fields)
 
     def _connection(self, when: float, fields: Fields) -> str | None:
         reason = str(fields.get(names.CLOSE_REASON, ""))

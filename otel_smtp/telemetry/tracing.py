@@ -29,7 +29,7 @@ from opentelemetry.sdk.trace.sampling import DEFAULT_ON, Sampler
 from opentelemetry.trace import SpanKind
 
 from otel_smtp.observing import ConnectionRecord, DeliveryRecord, Observer, TransactionRecord
-from otel_smtp.smtp.states import ConnState, Transition
+from otel_smtp.smtp.states import ConnState, ErrorReply, Transition
 from otel_smtp.telemetry import attributes as names
 from otel_smtp.telemetry import propagation
 from otel_smtp.telemetry.attributes import LinkType
@@ -42,11 +42,16 @@ from otel_smtp.telemetry.span_attributes import Described, SpanAttributes, is_pr
 from otel_smtp.telemetry.state_events import (
     StateEvents,
     encode_phases,
+    encode_recipients,
     encode_states,
     phase_events,
     pool_pairs,
     state_events,
 )
+
+# A backend that counts in microseconds cuts start and duration of a span each for itself: an event at the very end
+# would lie behind it, and not be shown.
+AFTER_LAST_EVENT_NS: Final = 1000
 
 DEFAULT_SEGMENT_EVENTS: Final = 500
 DEFAULT_SEGMENT_AGE_SECONDS: Final = 300.0
@@ -133,6 +138,8 @@ class Tracing(Observer):
             return
         described = self.attributes.connection(connection, is_closed=is_closed)
         offset = connection.wall_offset_ns
+        if connection.transitions:
+            end_ns = max(end_ns, connection.transitions[-1].at_ns + AFTER_LAST_EVENT_NS)
         times = connection.begun_ns + offset, end_ns + offset
         transitions = connection.transitions if self._events_on_span and identity.is_recording else []
         before_ns = before_segment_ns(connection)
@@ -148,6 +155,8 @@ class Tracing(Observer):
 
     def more_of_state(self, connection: ConnectionRecord, transition: Transition) -> Sequence[Pair]:
         """What a state in `WITH_MORE` has beside what its transition carries."""
+        if isinstance(transition.detail, ErrorReply):
+            return self.attributes.error(transition.detail)
         is_new = transition.state is ConnState.NEW
         return self.attributes.addresses(connection) if is_new else self.attributes.totals(connection)
 
@@ -165,11 +174,14 @@ class Tracing(Observer):
         is_in_application = parent is not None and parent.is_remote
         described = self.attributes.transaction(transaction, is_in_application=is_in_application)
         offset = transaction.wall_offset_ns
-        times = transaction.begun_ns + offset, transaction.ended_ns + offset
+        times = transaction.begun_ns + offset, transaction.ended_ns + offset + AFTER_LAST_EVENT_NS
+        told: Sequence[EventRecord] = ()
+        if transaction.refused:
+            told = self.attributes.recipients(transaction.refused, transaction.own_count, offset)
         if identity.is_recording and self._encodes:
-            self._give(identity, described, times, ())
+            self._give(identity, described, times, encode_recipients(told) if told else (), is_trouble=bool(told))
         if self._reads[identity.is_recording]:
-            self._show(identity, described, times, ())
+            self._show(identity, described, times, told)
 
     def delivery_ended(self, delivery: DeliveryRecord) -> None:
         """Make the span of an attempt that outlived its transaction."""
@@ -255,11 +267,26 @@ class Tracing(Observer):
         pool = pool_pairs(delivery)
         described = self.attributes.delivery(delivery, pool)
         offset = delivery.transaction.wall_offset_ns
-        times = delivery.begun_ns + offset, delivery.ended_ns + offset
+        times = delivery.begun_ns + offset, delivery.ended_ns + offset + AFTER_LAST_EVENT_NS
+        told = self._recipients_of(delivery) if delivery.refused else ()
         if identity.is_recording and self._encodes:
-            self._give(identity, described, times, encode_phases(delivery, pool))
+            events = encode_phases(delivery, pool)
+            if told:
+                events += encode_recipients(told)
+            self._give(identity, described, times, events)
         if self._reads[identity.is_recording]:
-            self._show(identity, described, times, phase_events(delivery, pool) if identity.is_recording else ())
+            phases = phase_events(delivery, pool) if identity.is_recording else []
+            self._show(identity, described, times, [*phases, *told] if told else phases)
+
+    def _recipients_of(self, delivery: DeliveryRecord) -> Sequence[EventRecord]:
+        """The events of recipients that no transaction's span tells of: of mail from the spool, or that went there."""
+        transaction = delivery.transaction
+        told = [id(one.recipient) for one in transaction.refused]
+        left = [one for one in delivery.refused if id(one.recipient) not in told]
+        if not left:
+            return ()
+        beyond = delivery.refused_count + delivery.deferred_count - len(delivery.refused) if not told else 0
+        return self.attributes.recipients(left, len(left) + max(0, beyond), transaction.wall_offset_ns)
 
     # Giving away -------------------------------------------------------------------------------------------------
 

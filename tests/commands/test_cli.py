@@ -256,7 +256,7 @@ def test_the_demonstration_shows_four_traces_and_exports_the_same() -> None:
     assert len(shown) == 4
     assert set(shown) == exported
     outcomes = re.findall(r"^[✓✗] (\w+)(?: (\d+))?", result.stdout, re.MULTILINE)
-    assert outcomes == [("relayed", "250"), ("relayed", "250"), ("refused", "550"), ("aborted", "")]
+    assert outcomes == [("relayed", "250"), ("partly_relayed", "250"), ("refused", "550"), ("aborted", "")]
     assert "550 5.1.1" in result.stdout
     assert "client_disconnect" in result.stdout
 

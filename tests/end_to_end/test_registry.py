@@ -41,7 +41,7 @@ MESSAGE: Final = (
 )
 
 DOMAINS: Final = {HELO, "canaryfrom.example", "canaryto.example"}
-IN_FULL: Final = DOMAINS | {SENDER, RECIPIENT, USER}
+IN_FULL: Final = DOMAINS | {SENDER, RECIPIENT, REFUSED, USER}
 # What each mode shows, and with it nothing else of the visit.
 SHOWN: Final = {"domain": DOMAINS, "none": set[str](), "hash": set[str](), "full": IN_FULL}
 
@@ -222,6 +222,7 @@ NOT_IN_THE_VISIT: Final = {
     (names.POSSIBLE_DUPLICATE, On.DELIVERY): "queue mode",
     (names.MESSAGE_ID, On.TRANSACTION): "opted in by telemetry.message_id",
     (names.ERROR_TYPE, On.CONNECTION): "a bug of ours",
+    (names.RECIPIENTS_NOT_SHOWN, On.RECIPIENT): "more than fifty refused recipients: test_recipients.py",
     (names.ERROR_TYPE, On.TRANSACTION): "a failure of ours: this upstream refuses",
 }
 
@@ -230,8 +231,8 @@ def spans_of(played: dict[str, Played]) -> list[ReceivedSpan]:
     return [span for one in played.values() for span in one.receiver.spans]
 
 
-# An event says on what span it is; its attributes are of one of these two kinds.
-EVENT_ATTRIBUTES: Final = {On.CONNECTION: On.STATE, On.DELIVERY: On.PHASE}
+# An event says on what span it is; its attributes are of one of these kinds.
+EVENT_ATTRIBUTES: Final = {On.CONNECTION: On.STATE, On.TRANSACTION: On.RECIPIENT, On.DELIVERY: On.PHASE}
 
 
 def emitted_attributes(played: dict[str, Played]) -> set[tuple[str, On]]:

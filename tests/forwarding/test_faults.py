@@ -314,7 +314,7 @@ async def test_lmtp_that_breaks_off_between_its_verdicts() -> None:
         (
             b"421 4.3.2 bye\r\n",
             "451 4.2.0 Message taken for 1 of 2 recipients: 451 4.4.1 The upstream refuses service: 421 4.3.2 bye",
-            Outcome.DEFERRED,
+            Outcome.PARTLY_RELAYED,
         ),
         (
             b"",

@@ -625,12 +625,12 @@ def lmtp_verdict(address: str) -> bytes | None:
         ((BOB, CAROL), b"250 2.0.0 delivered\r\n", Outcome.RELAYED),
         ((GONE,), b"550 5.1.1 gone\r\n", Outcome.REFUSED),
         ((GONE, FULL), b"452 4.2.2 full\r\n", Outcome.DEFERRED),
-        ((BOB, GONE), b"550 5.1.1 gone (taken for 1 of 2 recipients)\r\n", Outcome.REFUSED),
-        ((FULL, BOB), b"451 4.2.0 Message taken for 1 of 2 recipients: 452 4.2.2 full\r\n", Outcome.DEFERRED),
+        ((BOB, GONE), b"550 5.1.1 gone (taken for 1 of 2 recipients)\r\n", Outcome.PARTLY_RELAYED),
+        ((FULL, BOB), b"451 4.2.0 Message taken for 1 of 2 recipients: 452 4.2.2 full\r\n", Outcome.PARTLY_RELAYED),
         (
             (GONE, BOB, FULL, CAROL),
             b"451 4.2.0 Message taken for 2 of 4 recipients: 452 4.2.2 full\r\n",
-            Outcome.DEFERRED,
+            Outcome.PARTLY_RELAYED,
         ),
     ],
 )
@@ -650,6 +650,10 @@ async def test_lmtp_answers_are_folded_into_one(
         assert relayed.reply is not None
         assert relayed.reply.wire == expected
         assert relayed.seen.outcomes == [("up", outcome)]
+        attempt = relayed.seen.deliveries[0]
+        codes = [int((lmtp_verdict(one.address) or b"250")[:3]) for one in recipients]
+        counts = attempt.accepted_count, attempt.refused_count, attempt.deferred_count
+        assert counts == (codes.count(250), codes.count(550), codes.count(452))
         assert upstream.verbs[0] == "LHLO"
         relayed = await relay(forwarder)
         assert relayed.reply is not None

@@ -147,10 +147,10 @@ def test_a_conn_state_callback_gets_the_connection_and_each_transition() -> None
 def test_refused_recipients_are_counted_all_and_kept_to_a_bound() -> None:
     transaction = TransactionRecord(Mail(""), 1, None, 0, 0)
     for number in range(1000):
-        transaction.refuse(Recipient(f"r{number}@example.com"), replies.RELAY_DENIED)
+        transaction.refuse(Recipient(f"r{number}@example.com"), replies.RELAY_DENIED, number)
     assert transaction.refused_count == 1000
     assert len(transaction.refused) == 50
-    assert transaction.refused[0][0].address == "r0@example.com"
+    assert transaction.refused[0].recipient.address == "r0@example.com"
 
 
 def test_a_thousand_recipients_are_not_a_thousand_phases() -> None:

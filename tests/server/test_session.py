@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 from otel_smtp.forwarding.base import Capabilities, DeliveryFailed
-from otel_smtp.observing import Endpoint, Outcome
+from otel_smtp.observing import Endpoint, Fate, Outcome
 from otel_smtp.server.policy import ListenerPolicy, Segments, ServerTimeouts, is_in
 from otel_smtp.server.users import Authenticator, Users
 from otel_smtp.smtp import replies
@@ -126,7 +126,9 @@ async def test_a_pipelined_group_of_recipients_is_one_batch_and_its_replies_one_
         assert [reply.code for verb, reply in served.seen.replies if verb == "RCPT"] == [250, 550, 250]
         record = served.forwarder.kept[0].record
         assert [recipient.address for recipient in record.accepted] == ["b@example.org", "d@example.org"]
-        assert [(recipient.address, reply.code) for recipient, reply in record.refused] == [("bad@example.org", 550)]
+        assert [(one.recipient.address, one.fate, one.reply) for one in record.refused] == [
+            ("bad@example.org", Fate.REFUSED, replies.RELAY_DENIED)
+        ]
 
 
 async def test_without_a_trace_in_the_reply_it_is_plain() -> None:

@@ -85,6 +85,9 @@ class Forgetful:
     def content_received(self, data: bytes) -> None:
         pass
 
+    def recipient_refused(self, recipient: Recipient, reply: Reply) -> None:
+        pass
+
     def content_ended(self, octets: int) -> None:
         self.protocol.reply(replies.OK)
 

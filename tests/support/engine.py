@@ -387,6 +387,9 @@ class EngineDriver:
         """See `Handler`."""
         self._take(ContentReceived(data))
 
+    def recipient_refused(self, recipient: Recipient, reply: Reply) -> None:
+        """See `Handler`."""
+
     def content_ended(self, octets: int) -> None:
         """See `Handler`."""
         self._take(ContentEnded(octets))

@@ -212,7 +212,7 @@ class Client:
         if reply.is_positive:
             self.transaction.accepted.append(Recipient(address))
         else:
-            self.transaction.refuse(Recipient(address), reply)
+            self.transaction.refuse(Recipient(address), reply, self.clock.monotonic_ns())
         self.recipients += reply.is_positive
         self._reply("RCPT", reply)
         return self

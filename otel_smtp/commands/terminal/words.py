@@ -54,9 +54,14 @@ STATE_STYLES: Final[Mapping[str, str]] = {
 
 _OUTCOME_STYLES: Final[Mapping[str, str]] = {
     "relayed": "green",
+    "partly_relayed": "yellow",
     "queued": "green",
     "refused": "red",
     "deferred": "yellow",
+    "bounced": "red",
+    "expired": "red",
+    "removed": "red",
+    "held": "yellow",
     "aborted": "yellow",
     "unknown": "bold red",
 }
@@ -68,7 +73,7 @@ def code_style(code: int) -> str:
 
 
 def outcome_style(outcome: str) -> str:
-    """The colour of an outcome."""
+    """The colour of an outcome, or of a recipient's fate."""
     return _OUTCOME_STYLES.get(outcome, "")
 
 
@@ -163,6 +168,13 @@ def event_words(name: str, attributes: Attributes) -> list[Word]:
     if (count := reader.take(names.RECIPIENT_COUNT)) is not None:
         reader.words.append(Word(counted(int(count), "recipient")))
     reader.add(names.RESET_CAUSE)
+    if fate := reader.take(names.RECIPIENT_FATE):
+        reader.words.append(Word(plain(fate), outcome_style(str(fate))))
+    domain = reader.take(names.RCPT_DOMAIN)
+    if who := reader.take(names.RCPT_ADDRESS) or domain:
+        reader.words.append(Word(plain(who)))
+    if more := reader.take(names.RECIPIENTS_NOT_SHOWN):
+        reader.words.append(Word(f"and {counted(int(more), 'more recipient')}"))
     reader.add_reply()
     reader.add(names.ERROR_TYPE, "red")
     reader.add(names.CLOSE_REASON)
@@ -239,8 +251,13 @@ def _add_transaction(reader: _Reader) -> None:
         reader.words.append(Word(f"{'' if to else 'from '}{plain(sender or '<>')}{to}"))
     if count := reader.take(names.RECIPIENT_COUNT):
         reader.words.append(Word(counted(int(count), "recipient")))
-    if refused := reader.take(names.RECIPIENTS_REFUSED):
-        reader.words.append(Word(f"{plain(refused)} refused", "red"))
+    for name, word, style in (
+        (names.RECIPIENTS_REFUSED, "refused", "red"),
+        (names.RECIPIENTS_DEFERRED, "deferred", "yellow"),
+    ):
+        if number := reader.take(name):
+            reader.words.append(Word(f"{plain(number)} {word}", style))
+    reader.take(names.RCPT_DOMAIN)
     if (size := reader.take(names.MESSAGE_SIZE)) is not None:
         reader.words.append(Word(octets(int(size))))
     reader.add(names.BODY, "dim")
@@ -258,6 +275,12 @@ def _add_delivery(reader: _Reader) -> None:
         reader.words.append(Word(f"attempt {plain(attempt)}", "yellow"))
     if (trips := reader.take(names.ROUND_TRIPS)) is not None:
         reader.words.append(Word(counted(int(trips), "round trip"), "dim"))
+    for name, word, style in (
+        (names.DELIVERY_REFUSED, "refused", "red"),
+        (names.DELIVERY_DEFERRED, "deferred", "yellow"),
+    ):
+        if number := reader.take(name):
+            reader.words.append(Word(f"{plain(number)} {word}", style))
     # Its event "pool" shows these, and its reply code the outcome.
-    for key in (names.OUTCOME, names.POOL_REUSED, names.POOL_WAIT):
+    for key in (names.OUTCOME, names.POOL_REUSED, names.POOL_WAIT, names.DELIVERY_ACCEPTED):
         reader.take(key)

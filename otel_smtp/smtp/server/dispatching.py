@@ -197,7 +197,7 @@ class Dispatching(Receiving):
         elif self._batch:
             self._held = command  # in its turn
         else:
-            self._send(refusal, Verb.RCPT)
+            self._refuse_recipient(command.recipient, refusal)
 
     def _add_recipient(self, recipient: Recipient) -> None:
         transaction = self._transaction
@@ -211,7 +211,11 @@ class Dispatching(Receiving):
             # In its turn, and judged again then: some of the recipients before it may be refused.
             self._held = RcptTo(recipient)
         else:
-            self._send(replies.TOO_MANY_RECIPIENTS, Verb.RCPT)
+            self._refuse_recipient(recipient, replies.TOO_MANY_RECIPIENTS)
+
+    def _refuse_recipient(self, recipient: Recipient, reply: Reply) -> None:
+        self._handler.recipient_refused(recipient, reply)
+        self._send(reply, Verb.RCPT)
 
     def _ask_recipients(self) -> None:
         self.asked = Asked.RECIPIENTS

@@ -83,6 +83,7 @@ function showTotals(counters) {
     ["open now", counters.connections_open, ""],
     ["accepted", counters.connections_accepted, ""],
     ["relayed", outcomes.relayed ?? 0, "good"],
+    ["partly relayed", outcomes.partly_relayed ?? 0, "warn"],
     ["queued", outcomes.queued ?? 0, ""],
     ["deferred", outcomes.deferred ?? 0, "warn"],
     ["refused", outcomes.refused ?? 0, "warn"],

@@ -1,0 +1,189 @@
+"""Why did she not get it? What an operator reads of each mail that went wrong: in its trace, and in the log alone.
+
+Each story is a real gateway before real peers. What is read is written down as an operator would retell it: a line for
+each span, below its parent, with what became of it and why, and a line for each recipient who did not get the mail.
+"""
+
+import smtplib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Final
+
+from tests.end_to_end.conftest import Client, StartGateway
+from tests.support.capture import CapturingUpstream
+from tests.support.dialogue import UpstreamScript, scripted_reply
+from tests.support.otlp_receiver import OtlpReceiver, ReceivedSpan
+from tests.support.process import GatewayProcess, until
+
+MAIL: Final = "Subject: x\r\n\r\nHello\r\n"
+Connect = Callable[[int], Client]
+
+
+def exporting(receiver: OtlpReceiver) -> dict[str, str]:
+    return {"OTEL_EXPORTER_OTLP_ENDPOINT": receiver.http_endpoint, "OTEL_BSP_SCHEDULE_DELAY": "20"}
+
+
+# Reading a trace ---------------------------------------------------------------------------------------------------
+
+
+def trace_as_read(spans: Iterable[ReceivedSpan]) -> list[str]:
+    """One trace, as an operator retells it."""
+    spans = sorted(spans, key=lambda span: span.start_ns)
+    assert len({span.trace_id for span in spans}) == 1, "one mail is one trace"
+    known = {span.span_id for span in spans}
+    told: list[str] = []
+
+    def tell(span: ReceivedSpan, depth: int) -> None:
+        indent = "  " * depth
+        assert (span.status == "ERROR") == ("error.type" in span.attributes and span.status != "UNSET")
+        assert all(event.time_ns + 1000 <= span.end_ns for event in span.events)
+        told.append(indent + _span(span))
+        told.extend(f"{indent}  * {_recipient(one.attributes)}" for one in span.events if one.name == "smtp.recipient")
+        for child in spans:
+            if child.parent_span_id == span.span_id:
+                tell(child, depth + 1)
+
+    for span in spans:
+        if span.parent_span_id not in known:
+            tell(span, 0)
+    return told
+
+
+def _span(span: ReceivedSpan) -> str:
+    facts = span.attributes
+    match span.name:
+        case "smtp.connection":
+            told = f"connection, ended by {facts['smtp.close.reason']}"
+        case "smtp.transaction":
+            told = f"transaction {facts['smtp.outcome']}: {_reply(facts)}"
+        case "smtp.delivery":
+            told = f"delivery to {facts['smtp.upstream.name']} {facts['smtp.outcome']}: {_reply(facts)}"
+        case _:
+            told = span.name
+    counts = [
+        f"{count} {word}"
+        for prefix in ("smtp.transaction.", "smtp.delivery.")
+        for word in ("refused", "deferred")
+        if (count := facts.get(f"{prefix}recipients_{word}"))
+    ]
+    told += f" ({', '.join(counts)})" if counts else ""
+    return told + (f" ERROR {facts['error.type']}" if span.status == "ERROR" else "")
+
+
+def _recipient(facts: Mapping[str, Any]) -> str:
+    who = facts.get("smtp.rcpt.address", facts.get("smtp.rcpt.domain"))
+    said_by = f", said by {facts['smtp.upstream.name']}" if "smtp.upstream.name" in facts else ""
+    return f"{who} {facts['smtp.recipient.fate']}: {_reply(facts)}{said_by}"
+
+
+def _reply(facts: Mapping[str, Any]) -> str:
+    told = [facts.get(f"smtp.reply.{part}") for part in ("code", "enhanced_code", "text")]
+    return " ".join(str(one) for one in told if one is not None) or "no reply"
+
+
+# Reading the log ---------------------------------------------------------------------------------------------------
+
+
+def log_as_read(lines: Iterable[Mapping[str, Any]]) -> list[str]:
+    """What the log says of mail, in order; each line names the connection or the queued message, and the trace."""
+    told = []
+    for line in lines:
+        event = line["event"]
+        if line["logger"] == "otel_smtp.access":
+            assert "smtp.connection.id" in line or "smtp.spool.id" in line
+            assert len(line["trace_id"]) == 32
+            match event:
+                case "smtp.recipient":
+                    told.append(f"recipient {_recipient(line)}")
+                case "smtp.transaction":
+                    who = [*line.get("smtp.rcpt.refused", ()), *line.get("smtp.rcpt.deferred", ())]
+                    without = f" [not for {'; '.join(who)}]" if who else ""
+                    told.append(f"transaction {line['smtp.outcome']}: {_reply(line)}{without}")
+                case "smtp.delivery":
+                    told.append(f"delivery to {line['smtp.upstream.name']} {line['smtp.outcome']}: {_reply(line)}")
+    return told
+
+
+def log_of(running: GatewayProcess, event: str) -> list[str]:
+    """The log as it is read, once it has a line of `event`."""
+    until(lambda: any(line["event"] == event for line in running.log) or None, event)
+    return log_as_read(running.log)
+
+
+def trace_of(receiver: OtlpReceiver, enough: Callable[[list[ReceivedSpan]], bool]) -> list[str]:
+    """The trace as it is read, once it has enough spans."""
+    return trace_as_read(receiver.wait_for_spans(enough))
+
+
+def has(*names: str) -> Callable[[list[ReceivedSpan]], bool]:
+    """Whether spans of all these names have come."""
+    return lambda spans: set(names) <= {span.name for span in spans}
+
+
+WHOLE: Final = has("smtp.connection", "smtp.transaction", "smtp.delivery")
+
+
+# a: two recipients, one refused by the upstream ----------------------------------------------------------------------
+
+
+def test_one_of_two_recipients_is_refused_by_the_upstream(
+    upstream: CapturingUpstream, receiver: OtlpReceiver, start: StartGateway
+) -> None:
+    upstream.say(UpstreamScript(recipients={"gone@there.example": scripted_reply("550 5.1.1 No such user")}))
+    running = start({"upstream.url": upstream.url, "upstream.name": "provider"}, exporting(receiver))
+    with smtplib.SMTP("127.0.0.1", running.port) as client:
+        refused = client.sendmail("a@client.example", ["b@here.example", "gone@there.example"], MAIL)
+    assert refused["gone@there.example"][0] == 550
+    assert trace_of(receiver, WHOLE) == [
+        "connection, ended by quit",
+        "  transaction partly_relayed: 250 2.0.0 Ok: queued as CAPTURE (1 refused)",
+        "    * there.example refused: 550 5.1.1 No such user, said by provider",
+        "    delivery to provider partly_relayed: 250 2.0.0 Ok: queued as CAPTURE (1 refused) ERROR upstream_refused",
+    ]
+    assert log_of(running, "smtp.connection") == [
+        "delivery to provider partly_relayed: 250 2.0.0 Ok: queued as CAPTURE",
+        "recipient there.example refused: 550 5.1.1 No such user, said by provider",
+        "transaction partly_relayed: 250 2.0.0 Ok: queued as CAPTURE [not for there.example: 550 5.1.1 No such user]",
+    ]
+
+
+def test_buffered_the_one_who_is_refused_is_named_where_all_are_refused(
+    upstream: CapturingUpstream, receiver: OtlpReceiver, start: StartGateway
+) -> None:
+    upstream.say(UpstreamScript(recipients={"gone@there.example": scripted_reply("550 5.1.1 No such user")}))
+    settings = {"upstream.url": upstream.url, "upstream.name": "provider", "delivery.strategy": "buffered"}
+    running = start(settings, exporting(receiver))
+    with smtplib.SMTP("127.0.0.1", running.port) as client:
+        client.ehlo()
+        client.mail("a@client.example")
+        assert [client.rcpt(one)[0] for one in ("b@here.example", "gone@there.example")] == [250, 250]
+        assert client.data(MAIL)[0] == 550
+    assert trace_of(receiver, WHOLE) == [
+        "connection, ended by quit",
+        "  transaction refused: 550 5.1.1 No such user (2 refused)",
+        "    * there.example refused: 550 5.1.1 No such user, said by provider",
+        "    delivery to provider refused: 550 5.1.1 No such user (2 refused) ERROR upstream_refused",
+    ]
+
+
+# i: refused by our own policy ----------------------------------------------------------------------------------------
+
+
+def test_a_recipient_is_refused_by_our_own_policy(
+    upstream: CapturingUpstream, receiver: OtlpReceiver, start: StartGateway, connect: Connect
+) -> None:
+    settings = {"upstream.url": upstream.url, "limits.recipients": 1}
+    running = start(settings, exporting(receiver))
+    client = connect(running.port)
+    client.opens()
+    client.asks("MAIL FROM:<a@client.example>", "RCPT TO:<b@here.example>")
+    assert client.asks("RCPT TO:<c@there.example>").startswith("452 4.5.3 Too many recipients")
+    assert client.asks("DATA").startswith("354 ")
+    assert client.asks(f"{MAIL}.").startswith("250 ")
+    client.asks("QUIT")
+    trace = trace_of(receiver, WHOLE)
+    assert trace[:3] == [
+        "connection, ended by quit",
+        "  transaction partly_relayed: 250 2.0.0 Ok: queued as CAPTURE (1 deferred)",
+        "    * there.example deferred: 452 4.5.3 Too many recipients",
+    ]
+    assert "recipient there.example deferred: 452 4.5.3 Too many recipients" in log_of(running, "smtp.connection")

@@ -1,0 +1,250 @@
+"""Recipients who did not get a mail: as events, as lines of the log, and as numbers."""
+
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
+
+from otel_smtp.observing import Outcome
+from otel_smtp.smtp import replies
+from otel_smtp.smtp.replies import ErrorType, Reply
+from otel_smtp.telemetry.logs import ACCESS, AccessLog, JsonRenderer, LineFormatter
+from otel_smtp.telemetry.metrics import Metrics
+from otel_smtp.telemetry.records import SpanRecord
+from otel_smtp.telemetry.redaction import Addresses, Redaction
+from otel_smtp.telemetry.shapes import EncodedSpan
+from otel_smtp.telemetry.terminal_log import MailLines
+from otel_smtp.telemetry.tracing import Tracing
+from tests.telemetry.driving import Client, Kept, begin_delivery, finish_delivery
+
+NO_USER = Reply(550, replies.BAD_RECIPIENT.enhanced, ("<gone@example.org>: No such user",), ErrorType.UPSTREAM_REFUSED)
+GREYLISTED = Reply(450, replies.UPSTREAM_CREDENTIALS.enhanced, ("Greylisted",), ErrorType.UPSTREAM_REFUSED)
+FULL = Redaction(Addresses.FULL)
+
+
+def spans_of(client_does: Any, redaction: Redaction = FULL) -> Mapping[str, SpanRecord]:
+    """What a client's connection becomes, the octets and the values alike."""
+    kept, exported = Kept(), list[EncodedSpan]()
+    client_does(Client(Tracing(exports=[exported.append], sinks=[kept], redaction=redaction)).ehlo())
+    for span, record in zip(exported, kept.records, strict=True):
+        assert list(span.to_record().events) == list(record.events)
+    return {record.name: record for record in kept.records}
+
+
+def relayed_in_part(client: Client) -> None:
+    client.mail().rcpt("bob@example.net").rcpt("gone@example.org", NO_USER).rcpt("later@example.com", GREYLISTED)
+    assert client.transaction is not None
+    client.data().header()
+    client.deliver()
+    client.final(outcome=Outcome.PARTLY_RELAYED).quit()
+
+
+def test_each_recipient_that_did_not_get_it_is_an_event_of_the_transaction() -> None:
+    transaction = spans_of(relayed_in_part)["smtp.transaction"]
+    assert [(event.name, event.attributes) for event in transaction.events] == [
+        (
+            "smtp.recipient",
+            {
+                "smtp.recipient.fate": "refused",
+                "smtp.rcpt.domain": "example.org",
+                "smtp.rcpt.address": "gone@example.org",
+                "smtp.reply.code": 550,
+                "smtp.reply.enhanced_code": "5.1.3",
+                "smtp.reply.text": "<gone@example.org>: No such user",
+            },
+        ),
+        (
+            "smtp.recipient",
+            {
+                "smtp.recipient.fate": "deferred",
+                "smtp.rcpt.domain": "example.com",
+                "smtp.rcpt.address": "later@example.com",
+                "smtp.reply.code": 450,
+                "smtp.reply.enhanced_code": "4.7.0",
+                "smtp.reply.text": "Greylisted",
+            },
+        ),
+    ]
+    attributes = transaction.attributes
+    assert attributes["smtp.outcome"] == "partly_relayed"
+    assert attributes["smtp.transaction.recipient_count"] == 1
+    assert attributes["smtp.transaction.recipients_refused"] == 1
+    assert attributes["smtp.transaction.recipients_deferred"] == 1
+    assert attributes["smtp.rcpt.domains"] == ("example.net", "example.org", "example.com")
+    assert "smtp.rcpt.domain" not in attributes
+    assert transaction.end_ns >= transaction.events[-1].time_ns + 1000
+    assert not transaction.has_failed
+
+
+def test_a_domain_that_all_recipients_share_is_a_text_too() -> None:
+    def does(client: Client) -> None:
+        client.mail().rcpt("a@Example.net").rcpt("b@example.NET", NO_USER).data().header().final().quit()
+
+    assert spans_of(does)["smtp.transaction"].attributes["smtp.rcpt.domain"] == "example.net"
+
+
+@pytest.mark.parametrize(
+    ("redaction", "shown"),
+    [
+        (Redaction(Addresses.DOMAIN), {"smtp.rcpt.domain": "example.org"}),
+        (Redaction(Addresses.NONE), {}),
+        (Redaction(Addresses.HASH, hash_key=b"k"), {"smtp.rcpt.address": "fcd6d5a2b22a6a3a"}),
+    ],
+)
+def test_a_recipient_is_shown_as_far_as_addresses_are(redaction: Redaction, shown: dict[str, str]) -> None:
+    transaction = spans_of(relayed_in_part, redaction)["smtp.transaction"]
+    attributes = dict(transaction.events[0].attributes)
+    assert "gone@" not in str(attributes)
+    found = {name: value for name, value in attributes.items() if name.startswith("smtp.rcpt.")}
+    assert found.keys() == shown.keys()
+    if "smtp.rcpt.domain" in shown:
+        assert found == shown
+
+
+def test_at_most_fifty_are_events_and_the_last_counts_the_rest() -> None:
+    for number in (49, 50, 51, 1000):
+
+        def does(client: Client, number: int = number) -> None:
+            client.mail().rcpt()
+            for each in range(number):
+                client.rcpt(f"r{each}@example.org", NO_USER)
+            client.data().header().final(outcome=Outcome.PARTLY_RELAYED).quit()
+
+        events = spans_of(does)["smtp.transaction"].events
+        assert len(events) == min(number, 50)
+        more = events[-1].attributes.get("smtp.recipient.more")
+        assert more == (None if number <= 50 else number - 49)
+
+
+def test_a_reply_to_the_whole_content_is_no_event_of_recipients_and_counts_them() -> None:
+    def does(client: Client) -> None:
+        client.mail().rcpt("a@example.net").rcpt("b@example.net").data().header()
+        assert client.transaction is not None
+        client.transaction.refuse_content(replies.MESSAGE_TOO_BIG, (), 1)
+        client.final(replies.MESSAGE_TOO_BIG, Outcome.REFUSED).quit()
+
+    transaction = spans_of(does)["smtp.transaction"]
+    assert list(transaction.events) == []
+    assert transaction.attributes["smtp.transaction.recipients_refused"] == 2
+    assert transaction.attributes["smtp.reply.text"] == "Message exceeds the size limit"
+
+
+def test_an_upstream_that_refuses_a_message_for_one_recipient_is_told_of_with_him() -> None:
+    """As the buffered way does it: the client is told one thing for all."""
+
+    def does(client: Client) -> None:
+        client.mail().rcpt("a@example.net").rcpt("gone@example.org").data().header()
+        transaction = client.transaction
+        assert transaction is not None
+        client.deliver(NO_USER, Outcome.REFUSED)
+        transaction.deliveries[-1].refuse(transaction.accepted[1], NO_USER, client.clock.monotonic_ns())
+        transaction.refuse_content(NO_USER, (), client.clock.monotonic_ns())
+        client.final(NO_USER, Outcome.REFUSED).quit()
+
+    transaction = spans_of(does)["smtp.transaction"]
+    [event] = transaction.events
+    assert event.attributes["smtp.rcpt.address"] == "gone@example.org"
+    assert event.attributes["smtp.upstream.name"] == "provider"
+    assert transaction.attributes["smtp.transaction.recipients_refused"] == 2
+
+
+def test_an_attempt_that_lost_a_recipient_has_failed_and_says_how_many() -> None:
+    kept = Kept()
+    client = Client(Tracing(sinks=[kept])).ehlo().mail().rcpt("a@example.net").data().header()
+    assert client.transaction is not None
+    delivery = begin_delivery(client.transaction, "provider", 1, client.clock)
+    gone = client.transaction.accepted[0]
+    for _ in range(2):  # asked again on another connection
+        delivery.refuse(gone, NO_USER, client.clock.monotonic_ns())
+    finish_delivery(client.observer, delivery, outcome=Outcome.PARTLY_RELAYED, clock=client.clock)
+    client.transaction.refuse(gone, NO_USER, client.clock.monotonic_ns())
+    client.final(outcome=Outcome.PARTLY_RELAYED).quit()
+    span, transaction = kept.one("smtp.delivery"), kept.one("smtp.transaction")
+    assert span.has_failed
+    assert span.attributes["error.type"] == "upstream_refused"
+    assert span.attributes["smtp.delivery.recipients_accepted"] == 1
+    assert span.attributes["smtp.delivery.recipients_refused"] == 1
+    assert span.attributes["smtp.outcome"] == "partly_relayed"
+    assert [event.attributes["smtp.upstream.name"] for event in transaction.events] == ["provider"]
+    assert all(event.name != "smtp.recipient" for event in span.events)  # the transaction's has told it
+
+
+# The log -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
+    caplog.set_level(logging.INFO, logger=ACCESS)
+    kept = Kept()
+    relayed_in_part(Client(Tracing(sinks=[kept], listeners=[AccessLog()], redaction=FULL)).ehlo())
+    formatter = LineFormatter(JsonRenderer())
+    return [json.loads(formatter.format(record)) for record in caplog.records]
+
+
+def test_each_such_recipient_is_a_line_that_names_its_mail(lines: list[dict[str, Any]]) -> None:
+    told = [line for line in lines if line["event"] == "smtp.recipient"]
+    [transaction] = [line for line in lines if line["event"] == "smtp.transaction"]
+    assert [(line["smtp.recipient.fate"], line["smtp.rcpt.address"], line["smtp.reply.code"]) for line in told] == [
+        ("refused", "gone@example.org", 550),
+        ("deferred", "later@example.com", 450),
+    ]
+    for line in told:
+        for name in ("trace_id", "span_id", "smtp.connection.id", "smtp.transaction.number", "smtp.mail.from.domain"):
+            assert line[name] == transaction[name]
+
+
+def test_the_line_of_a_mail_names_those_who_did_not_get_it(lines: list[dict[str, Any]]) -> None:
+    [transaction] = [line for line in lines if line["event"] == "smtp.transaction"]
+    assert transaction["smtp.rcpt.refused"] == ["gone@example.org: 550 5.1.3 <gone@example.org>: No such user"]
+    assert transaction["smtp.rcpt.deferred"] == ["later@example.com: 450 4.7.0 Greylisted"]
+    assert transaction["smtp.transaction.recipients_deferred"] == 1
+
+
+def test_on_a_terminal_such_a_recipient_has_a_line_of_its_own(lines: list[dict[str, Any]]) -> None:
+    terminal = MailLines()
+    shown = [terminal.line(line["event"], 0.0, line) for line in lines if line["event"] != "smtp.connection"]
+    told = [line[13:] for line in shown if line is not None]
+    trace = lines[0]["trace_id"][:8]
+    assert told[0] == (
+        f"x 550 news@example.com -> gone@example.org  refused  5.1.3 <gone@example.org>: No such user  {trace}"
+    )
+    assert told[1] == f"~ 450 news@example.com -> later@example.com  deferred  4.7.0 Greylisted  {trace}"
+    assert told[2].startswith("% 250 news@example.com -> bob@example.net, gone@example.org (+1)  provider")
+
+
+def test_without_a_sampled_trace_the_log_tells_them_all_the_same() -> None:
+    shown = Kept()
+    relayed_in_part(Client(Tracing(listeners=[shown], sampler=ALWAYS_OFF)).ehlo())
+    assert len(shown.one("smtp.transaction").events) == 2
+    assert list(shown.one("smtp.delivery").events) == []
+
+
+# Numbers -----------------------------------------------------------------------------------------------------------
+
+
+def recipients(metrics: Metrics) -> dict[str, float]:
+    rows = next(rows for metric, rows in metrics.numbers() if metric.name == "smtp.server.recipients")
+    return {labels[0]: count for labels, count in rows}
+
+
+def test_every_fate_begins_with_0() -> None:
+    assert recipients(Metrics()) == dict.fromkeys(
+        ["refused", "deferred", "bounced", "expired", "removed", "held", "relayed", "queued", "aborted", "unknown"], 0
+    )
+
+
+def test_recipients_are_counted_by_what_became_of_them() -> None:
+    metrics = Metrics()
+    client = Client(metrics).ehlo()
+    relayed_in_part(client)
+    client = Client(metrics).ehlo().mail().rcpt("a@example.net").rcpt("b@example.net").data().header()
+    assert client.transaction is not None
+    client.transaction.refuse_content(NO_USER, (), 1)
+    client.final(NO_USER, Outcome.REFUSED).mail().rcpt().rcpt().rset().quit()
+    counted = recipients(metrics)
+    assert {fate: count for fate, count in counted.items() if count} == {
+        "relayed": 1, "refused": 3, "deferred": 1, "aborted": 2,
+    }  # fmt: skip
