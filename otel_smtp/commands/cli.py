@@ -13,7 +13,7 @@ import click
 from otel_smtp import __version__
 from otel_smtp.commands.options import GlobalOptions, config_option, set_option
 
-COMMANDS: Final = ("serve", "check", "send", "passwd", "demo", "queue", "bench", "settings", "telemetry")
+COMMANDS: Final = ("serve", "check", "send", "passwd", "demo", "queue", "why", "bench", "settings", "telemetry")
 
 
 class _Commands(click.Group):

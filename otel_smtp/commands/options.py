@@ -77,8 +77,12 @@ class GlobalOptions:
         flags: Sequence[Flag] = (),
         listen: Sequence[str] = (),
         upstream: Sequence[str] = (),
+        needs_upstream: bool = True,
     ) -> Settings:
         """The settings of a command: its own options over these, over the environment, over the file.
+
+        Args:
+            needs_upstream: without one they are invalid.
 
         Invalid settings end the process with status 2, and a line on stderr for each problem.
         """
@@ -89,6 +93,7 @@ class GlobalOptions:
                 flags=[*self.flags(assignments), *flags],
                 listen=listen,
                 upstream=upstream,
+                needs_upstream=needs_upstream,
                 is_command=True,
             )
         except SettingsError as error:

@@ -369,24 +369,24 @@ def _words(spans: Sequence[FinishedSpan], events: Sequence[SpanEvent]) -> list[s
     """What was said about the mail: of refusals and failures where there are any, else what upstreams answered."""
     told = [span.attributes for span in spans] + [event.attributes for event in events]
     reasons = [attributes[FAILURE_REASON] for attributes in told if FAILURE_REASON in attributes]
-    refusals = [attributes for attributes in told if _is_refusal(attributes)]
-    others = [span.attributes for span in spans if span.name == names.SPAN_DELIVERY]
-    replies = [_reply(attributes) for attributes in refusals or (() if reasons else others)]
-    return _distinct([*reasons, *filter(None, replies)])[:_WORDS_SHOWN]
+    refusals = [_reply(attributes) for attributes in told if _is_refusal(attributes)]
+    # One refusal is told by several spans and events, and not by each in full.
+    refusals = [one for one in refusals if not any(other.startswith(f"{one} ") for other in refusals)]
+    if reasons or refusals:
+        return _distinct([*reasons, *refusals])[:_WORDS_SHOWN]
+    deliveries = (span.attributes for span in spans if span.name == names.SPAN_DELIVERY)
+    return _distinct(_reply(attributes) for attributes in deliveries if names.REPLY_TEXT in attributes)[:_WORDS_SHOWN]
 
 
 def _is_refusal(attributes: Mapping[str, AttributeValue]) -> bool:
     code = attributes.get(names.REPLY_CODE)
-    return isinstance(code, int) and code >= 400 and names.REPLY_TEXT in attributes
+    return isinstance(code, int) and code >= 400
 
 
 def _reply(attributes: Mapping[str, AttributeValue]) -> str:
-    """Code, enhanced code and text of a reply; "" where it has no text."""
-    text = attributes.get(names.REPLY_TEXT)
-    if not text:
-        return ""
-    parts = (attributes.get(names.REPLY_CODE), attributes.get(names.REPLY_ENHANCED_CODE), text)
-    return " ".join(str(part) for part in parts if part is not None)
+    """Code, enhanced code and text of a reply, as far as they are known."""
+    parts = (attributes.get(name) for name in (names.REPLY_CODE, names.REPLY_ENHANCED_CODE, names.REPLY_TEXT))
+    return " ".join(str(part) for part in parts if part not in (None, ""))
 
 
 def _distinct(values: Iterable[Any]) -> list[Any]:

@@ -1,0 +1,89 @@
+"""Asking a running gateway by its status port: for commands that look at one from outside."""
+
+import http.client
+import json
+import urllib.error
+import urllib.request
+from typing import Any, Final
+from urllib.parse import quote, urlencode, urlsplit
+
+import click
+
+from otel_smtp.commands.options import WRONG, fail
+from otel_smtp.config import Settings
+
+url_option: Final = click.option(
+    "--url", metavar="URL", help="Status port of the gateway; default: status.address of the settings."
+)
+
+_ANSWER_SECONDS: Final = 10.0
+_MOST_OCTETS: Final = 64 * 1024 * 1024
+_MOST_WORDS: Final = 200  # of an answer that refuses
+
+
+class NoAnswer(Exception):
+    """A gateway could not be asked; the text says which and why."""
+
+
+class RunningGateway:
+    """A gateway, as its status port shows it.
+
+    Args:
+        url: where that is: scheme, host and port.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        # The status port is near: a proxy that is set for the world must not get its addresses.
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def ask(self, *path: str, seconds: float = _ANSWER_SECONDS, **parameters: str | float | bool) -> Any:
+        """What it answers, as a value; None: there is no such thing (404).
+
+        Args:
+            path: parts of the path, each of any text.
+            seconds: how long it may take.
+
+        Raises:
+            NoAnswer: it does not answer, or refuses, or what answers is no gateway.
+        """
+        where = "/".join([self.url, *(quote(part, safe="") for part in path)])
+        query = f"?{urlencode(parameters)}" if parameters else ""
+        request = urllib.request.Request(f"{where}{query}", headers={"accept": "application/json"})  # noqa: S310 - http(s), see `running_gateway`
+        try:
+            with self._opener.open(request, timeout=seconds) as answer:
+                return json.loads(answer.read(_MOST_OCTETS))
+        except urllib.error.HTTPError as error:
+            if error.code == http.HTTPStatus.NOT_FOUND and error.headers.get_content_type() == "application/json":
+                return None
+            words = error.read(_MOST_WORDS).decode("utf-8", "replace").strip()
+            shown = "".join(char for char in words if char.isprintable())
+            raise NoAnswer(f"the gateway at {self.url} refuses: {error.code} {shown or error.reason}") from error
+        except urllib.error.URLError as error:
+            reason = getattr(error.reason, "strerror", None) or str(error.reason)
+            raise NoAnswer(f"no gateway answers at {self.url}: {reason.lower()}") from error
+        except TimeoutError as error:
+            raise NoAnswer(f"the gateway at {self.url} did not answer within {seconds:.0f} s") from error
+        except (OSError, http.client.HTTPException) as error:
+            raise NoAnswer(f"no gateway answers at {self.url}: {error}") from error
+        except ValueError as error:
+            raise NoAnswer(f"what answers at {self.url} is no gateway: {error}") from error
+
+
+def running_gateway(settings: Settings, url: str | None) -> RunningGateway:
+    """The gateway that `--url` names, or else the one that the settings describe.
+
+    A URL or settings that name none end the process with status 2.
+    """
+    if url is not None:
+        parts = urlsplit(url if "//" in url else f"http://{url}")
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            fail(WRONG, f'--url = "{url}": allowed: http://host:port')
+        return RunningGateway(f"{parts.scheme}://{parts.netloc}")
+    address = settings.status.address
+    if address is None:
+        fail(WRONG, 'status.address is "off": there is no status port to ask; give --url')
+    if address.port == 0:
+        fail(WRONG, "status.address has port 0, which the kernel replaces at each start; give --url")
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address.host, address.host)  # noqa: S104 - where it listens
+    return RunningGateway(f"http://{f'[{host}]' if ':' in host else host}:{address.port}")

@@ -1,0 +1,393 @@
+"""What became of a mail, in plain words: for whom, why, who said so, and what took so long.
+
+An account is made of finished spans. Spans that are missing (of another process, or no longer in memory) leave out
+what they would have told, and nothing else.
+"""
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Final, NamedTuple
+
+from rich.text import Text
+
+from otel_smtp.commands.terminal.listing import age
+from otel_smtp.commands.terminal.otlp_spans import Event, Span
+from otel_smtp.commands.terminal.words import counted, duration, outcome_style, plain
+from otel_smtp.telemetry import attributes as names
+
+_RECIPIENT_EVENT: Final = "smtp.recipient"
+_FATE: Final = "smtp.recipient.fate"
+_REASON: Final = "smtp.failure.reason"
+_KIND: Final = "smtp.message.kind"
+# Attempts of a mail that is told; the first and the last of more.
+_ATTEMPTS_TOLD: Final = 6
+# What took less is not worth a word.
+_SHORT_NS: Final = 1_000_000
+_PHASES: Final[Mapping[str, str]] = {
+    "pool": "a free connection to {upstream}",
+    "connect": "the connection to {upstream}",
+    "greeting": "{upstream}'s greeting",
+    "ehlo": "{upstream}'s answer to EHLO",
+    "starttls": "the TLS handshake with {upstream}",
+    "auth": "{upstream}'s answer to AUTH",
+    "mail": "{upstream}'s answer to MAIL",
+    "rcpt": "{upstream}'s answer to RCPT",
+    "data": "{upstream}'s answer to DATA",
+    "content": "the content, from the client and to {upstream}",
+    "reply": "{upstream}'s reply to the content",
+    "paced": "the rate limit {limit}",
+}
+
+
+class Saying(NamedTuple):
+    """Who said what about whom.
+
+    Attributes:
+        whom: a recipient, or several; "" for the whole mail.
+        fate: in a word, or a few.
+        who: "this gateway", or the upstream's name; "" where nobody said it.
+        words: the reply, or why there was none.
+    """
+
+    whom: str
+    fate: str
+    who: str
+    words: str
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """What became of one mail.
+
+    Attributes:
+        spans: of the mail itself: its transaction, if it is known, and the attempts.
+        trace: what to draw: all of the trace; where it has several mails, those of this one.
+        began_ns, ended_ns: of its transaction, and of all that is known of it.
+        outcome: of the transaction; "" where it is not known.
+        took_long: what took most of the time, and how long; "" where nothing did.
+        ids: by their names.
+    """
+
+    spans: Sequence[Span]
+    trace: Sequence[Span]
+    trace_id: str
+    began_ns: int
+    ended_ns: int
+    kind: str
+    sender: str
+    recipients: Sequence[str]
+    outcome: str
+    sayings: Sequence[Saying]
+    took_long: str
+    ids: Mapping[str, str] = field(default_factory=dict)
+
+    def holds(self, text: str) -> bool:
+        """Whether `text`, in lower case, is anywhere in the mail's spans."""
+        return any(text in value for value in self._values())
+
+    def as_json(self) -> dict[str, Any]:
+        """As a machine reads it; times are seconds since the epoch, durations seconds."""
+        return {
+            "trace_id": self.trace_id,
+            "time": self.began_ns / 1e9,
+            "duration": (self.ended_ns - self.began_ns) / 1e9,
+            "kind": self.kind,
+            "sender": self.sender,
+            "recipients": list(self.recipients),
+            "outcome": self.outcome,
+            "fates": [
+                {"recipient": one.whom, "fate": one.fate, "who": one.who, "words": one.words} for one in self.sayings
+            ],
+            "took_long": self.took_long,
+            **self.ids,
+        }
+
+    def _values(self) -> Iterator[str]:
+        for span in self.spans:
+            for attributes in (span.attributes, *(event.attributes for event in span.events)):
+                for value in attributes.values():
+                    for each in value if isinstance(value, tuple) else (value,):
+                        yield str(each).lower()
+
+
+def accounts(spans: Sequence[Span]) -> list[Account]:
+    """The mails of a trace, in order of their start; of a connection without any, why that is.
+
+    Args:
+        spans: of one trace, in order of their start; at least one.
+    """
+    by_id = {span.context.span_id: span for span in spans}
+    deliveries: dict[int, list[Span]] = {}
+    for span in spans:
+        if span.name == names.SPAN_DELIVERY and span.parent is not None:
+            deliveries.setdefault(span.parent.span_id, []).append(span)
+    told = [
+        _account(span, deliveries.pop(span.context.span_id, []), _connection_of(span, by_id, spans), spans)
+        for span in spans
+        if span.name == names.SPAN_TRANSACTION
+    ]
+    # Attempts from the spool whose transaction has left memory.
+    told += [_account(None, attempts, None, spans) for attempts in deliveries.values()]
+    if not told:
+        told = [_account(None, [], span, spans) for span in spans if span.name == names.SPAN_CONNECTION]
+    return sorted(told, key=lambda account: account.began_ns)
+
+
+def _connection_of(transaction: Span, by_id: Mapping[int, Span], spans: Iterable[Span]) -> Span | None:
+    above = [of.span_id for of in (transaction.parent, *(link.context for link in transaction.links)) if of is not None]
+    return next((by_id[one] for one in above if one in by_id and by_id[one].name == names.SPAN_CONNECTION), None)
+
+
+def _account(
+    transaction: Span | None, attempts: Sequence[Span], connection: Span | None, trace: Sequence[Span]
+) -> Account:
+    is_alone = sum(span.name == names.SPAN_TRANSACTION for span in trace) <= 1
+    of_mail = [*([transaction] if transaction else []), *attempts] or [span for span in [connection] if span]
+    about = transaction.attributes if transaction else attempts[0].attributes if attempts else {}
+    ids = {
+        name: str(value)
+        for name, key in (("queue_id", names.SPOOL_ID), ("message_id", names.MESSAGE_ID))
+        if (value := _first(of_mail, key)) is not None
+    }
+    return Account(
+        spans=of_mail,
+        trace=trace if is_alone else of_mail,
+        trace_id=f"{of_mail[0].context.trace_id:032x}",
+        began_ns=of_mail[0].start_ns,
+        ended_ns=max(span.end_ns for span in of_mail),
+        kind=str(_first(attempts, _KIND) or "mail"),
+        sender=_sender(about) if transaction else "",
+        recipients=_recipients(about),
+        outcome=str(about.get(names.OUTCOME, "")) if transaction else "",
+        sayings=list(_sayings(transaction, attempts, connection)),
+        took_long=_longest(transaction, attempts),
+        ids=ids,
+    )
+
+
+def _sayings(transaction: Span | None, attempts: Sequence[Span], connection: Span | None) -> Iterator[Saying]:
+    told_events = [
+        event
+        for span in ([transaction] if transaction else []) + list(attempts)
+        for event in span.events
+        if event.name == _RECIPIENT_EVENT
+    ]
+    for event in told_events:
+        yield _of_recipient(event)
+    # A refused recipient is an Error event too; its own event says more.
+    rcpt_told = {event.attributes.get(names.REPLY_CODE) for event in told_events}
+    errors = [
+        event
+        for event in _errors(transaction, connection)
+        if not (event.attributes.get(names.VERB) == "RCPT" and event.attributes.get(names.REPLY_CODE) in rcpt_told)
+    ]
+    chosen = attempts
+    if len(attempts) > _ATTEMPTS_TOLD:
+        chosen = [*attempts[: _ATTEMPTS_TOLD // 2], *attempts[-_ATTEMPTS_TOLD // 2 :]]
+    of_attempts = [_of_attempt(attempt, transaction) for attempt in chosen]
+    for event in errors:
+        said = _of_error(event, attempts)
+        # What the client was told is what an upstream said: told once, in the upstream's full words.
+        same = next((one for one in of_attempts if f"{one.words} ".startswith(f"{said.words} ")), None)
+        if same is not None:
+            of_attempts.remove(same)
+            said = said._replace(words=same.words, who=same.who)
+        yield said
+    yield from of_attempts
+    if transaction is not None and not attempts and not errors and not told_events:
+        words = _reply(transaction.attributes) or plain(transaction.attributes.get(_REASON, ""))
+        yield Saying("", _became(transaction.attributes), "this gateway", words or _end_of(connection))
+
+
+def _end_of(connection: Span | None) -> str:
+    """How the connection ended, if that ended the mail too."""
+    reason = "" if connection is None else str(connection.attributes.get(names.CLOSE_REASON, "quit"))
+    return "" if reason in ("", "quit") else plain(reason).replace("_", " ")
+
+
+def _of_recipient(event: Event) -> Saying:
+    a = event.attributes
+    if names.REPLY_CODE not in a and names.REPLY_TEXT not in a and _FATE not in a:
+        return Saying("further recipients", ", ".join(f"{plain(value)}" for value in a.values()), "", "")
+    whom = next((str(a[name]) for name in sorted(a) if name.startswith("smtp.rcpt.") and "domain" not in name), None)
+    whom = whom or next((str(a[name]) for name in sorted(a) if name.startswith("smtp.rcpt.")), "a recipient")
+    return Saying(plain(whom), plain(a.get(_FATE, "refused")), _who(a), _reply(a))
+
+
+def _errors(transaction: Span | None, connection: Span | None) -> Iterator[Event]:
+    """The error replies that a client got while the transaction was open; without one, all of them."""
+    if connection is None:
+        return
+    number = transaction.attributes.get(names.TRANSACTION_NUMBER) if transaction else None
+    for event in connection.events:
+        if event.attributes.get(names.STATE) != "Error":
+            continue
+        its_number = event.attributes.get(names.TRANSACTION_NUMBER)
+        if transaction is None:
+            yield event
+        elif its_number is not None and number is not None:
+            if its_number == number:
+                yield event
+        elif transaction.start_ns <= event.time_ns <= transaction.end_ns + _SHORT_NS:
+            yield event
+
+
+def _of_error(event: Event, attempts: Sequence[Span]) -> Saying:
+    a = event.attributes
+    verb = str(a.get(names.VERB, ""))
+    is_upstreams = str(a.get(names.ERROR_TYPE, "")).startswith("upstream")
+    who = "this gateway"
+    if is_upstreams:
+        who = next((str(span.attributes[names.UPSTREAM_NAME]) for span in attempts), "the upstream")
+    code = a.get(names.REPLY_CODE)
+    fate = "failed" if code is None else "refused" if int(code) >= 500 else "deferred"
+    whom = {"RCPT": "a recipient", "MAIL": "the sender"}.get(verb, "" if verb in ("", ".", "DATA", "BDAT") else verb)
+    return Saying(whom, fate, plain(who), _reply(a) or plain(a.get(names.ERROR_TYPE, "")))
+
+
+def _of_attempt(attempt: Span, transaction: Span | None) -> Saying:
+    a = attempt.attributes
+    accepted = a.get("smtp.delivery.recipients_accepted")
+    if accepted is None and transaction is not None:
+        accepted = transaction.attributes.get(names.RECIPIENT_COUNT)
+    whom = "" if accepted is None else f"{accepted} recipient{'' if accepted == 1 else 's'}"
+    number = int(a.get(names.DELIVERY_ATTEMPT, 1))
+    fate = _became(a)
+    if number > 1:
+        fate = f"{fate} at attempt {number}"
+    words = _reply(a)
+    reason = a.get(_REASON) or ("" if words else a.get(names.ERROR_TYPE, ""))
+    words = "; ".join(part for part in (words, plain(reason)) if part)
+    if fate == "aborted" and not words:
+        words = "the client gave up"
+    return Saying(whom if fate.startswith("accepted") else "", fate, _who(a), words)
+
+
+def _became(attributes: Mapping[str, Any]) -> str:
+    outcome = plain(attributes.get(names.OUTCOME, "not known"))
+    return {"relayed": "accepted", "partly_relayed": "accepted in part", "unknown": "perhaps accepted"}.get(
+        outcome, outcome
+    )
+
+
+def _who(attributes: Mapping[str, Any]) -> str:
+    name = attributes.get(names.UPSTREAM_NAME)
+    if name is None:
+        return "this gateway"
+    host, port = attributes.get(names.SERVER_ADDRESS), attributes.get(names.SERVER_PORT)
+    where = "" if host is None else f"{plain(host)}{'' if port is None else f':{port}'}"
+    return plain(name) if where in ("", plain(name)) else f"{plain(name)} ({where})"
+
+
+def _reply(attributes: Mapping[str, Any]) -> str:
+    parts = (attributes.get(name) for name in (names.REPLY_CODE, names.REPLY_ENHANCED_CODE, names.REPLY_TEXT))
+    return " ".join(plain(part) for part in parts if part not in (None, ""))
+
+
+def _first(spans: Iterable[Span], name: str) -> Any:
+    return next((span.attributes[name] for span in spans if name in span.attributes), None)
+
+
+def _sender(attributes: Mapping[str, Any]) -> str:
+    known = attributes.get(names.MAIL_FROM_ADDRESS, attributes.get(names.MAIL_FROM_DOMAIN))
+    return "a sender not recorded" if known is None else plain(known) or "<>"
+
+
+def _recipients(attributes: Mapping[str, Any]) -> Sequence[str]:
+    return [plain(one) for one in attributes.get(names.RCPT_ADDRESSES) or attributes.get(names.RCPT_DOMAINS) or ()]
+
+
+def _longest(transaction: Span | None, attempts: Sequence[Span]) -> str:
+    """The longest wait of all, if it is worth a word."""
+    waits: list[tuple[int, str]] = []
+    for attempt in attempts:
+        upstream = plain(attempt.attributes.get(names.UPSTREAM_NAME, "the upstream"))
+        before = attempt.start_ns
+        for event in attempt.events:
+            phase = _PHASES.get(event.name.removeprefix("smtp.upstream."))
+            if phase is not None:
+                limit = plain(event.attributes.get("smtp.limit.name", "of the settings"))
+                waits.append((event.time_ns - before, phase.format(upstream=upstream, limit=limit)))
+                before = event.time_ns
+        is_clients = attempt.attributes.get(names.OUTCOME, "aborted") == "aborted"
+        last = "the client, which gave up" if is_clients else f"{upstream}'s answer, which did not come"
+        waits.append((attempt.end_ns - before, last))
+    for one, after in pairwise(attempts):
+        waits.append((after.start_ns - one.end_ns, f"the wait until attempt {_attempt(after)}"))
+    if transaction is not None and attempts:
+        waits.append((attempts[0].start_ns - transaction.start_ns, "what came before the first attempt"))
+        if attempts[-1].end_ns < transaction.end_ns:
+            waits.append((transaction.end_ns - attempts[-1].end_ns, "after the last attempt"))
+    if not waits:
+        return ""
+    longest, what = max(waits)
+    return f"{what} ({duration(longest)})" if longest >= _SHORT_NS else ""
+
+
+def _attempt(span: Span) -> int:
+    return int(span.attributes.get(names.DELIVERY_ATTEMPT, 1))
+
+
+# As lines -----------------------------------------------------------------------------------------------------
+
+
+def account_lines(account: Account) -> list[Text]:
+    """The account, one line for each thing that was said, the whole before."""
+    when = time.strftime("%d %b %H:%M:%S", time.localtime(account.began_ns / 1e9))
+    to = ", ".join(account.recipients[:3]) or "recipients not recorded"
+    if len(account.recipients) > 3:
+        to += f" (+{len(account.recipients) - 3})"
+    head = Text.assemble((f"{when}  ", "dim"))
+    if account.outcome:
+        head.append(f"{account.sender} -> {to}", "bold")
+        head.append("  ").append(account.outcome.replace("_", " "), outcome_style(account.outcome))
+    elif any(span.name == names.SPAN_DELIVERY for span in account.spans):
+        kind = account.kind.replace("_", " ")
+        head.append(f"a {kind} from the queue" if kind != "mail" else "a mail from the queue", "bold")
+    else:
+        head.append("a connection without mail", "bold")
+    head.append(f"  {duration(account.ended_ns - account.began_ns)}", "dim")
+    lines = [head, *(_saying_line(one) for one in account.sayings)]
+    if account.took_long:
+        lines.append(Text(f"  Longest: {account.took_long}", "dim"))
+    ids = "".join(f"  {name.replace('_', ' ')} {plain(value)}" for name, value in account.ids.items())
+    lines.append(Text(f"  trace {account.trace_id}{ids}", "dim"))
+    return lines
+
+
+def _saying_line(said: Saying) -> Text:
+    style = "green" if said.fate.startswith("accepted") else outcome_style(said.fate.split(" ")[0]) or "yellow"
+    line = Text("  ")
+    if said.whom:
+        line.append(f"{said.whom}: ")
+    line.append(said.fate.replace("_", " "), style)
+    by = f" by {said.who}" if said.who and said.fate.split(" ")[0] not in ("aborted", "queued") else ""
+    return line.append(f"{by}{': ' if said.words else ''}{said.words}")
+
+
+def queued_lines(row: Mapping[str, Any], now: float) -> list[Text]:
+    """What the queue says of a message.
+
+    Args:
+        row: as `spool.operators` answers.
+        now: seconds since the epoch.
+    """
+    state = plain(row["queue_name"])
+    words = [f"{counted(row['attempts'], 'attempt')} in {age(now - row['arrival_time'])}"]
+    if state == "hold":
+        words.append("held: an operator has to release it")
+    elif state == "active":
+        words.append("being delivered now")
+    elif row["next_attempt"] > now:
+        words.append(f"next attempt in {age(row['next_attempt'] - now)}")
+    if row["expires"] is not None:
+        words.append(f"given up in {age(max(0.0, row['expires'] - now))}")
+    head = Text.assemble("  in the queue as ", (plain(row["queue_id"]), "cyan"), f": {', '.join(words)}")
+    lines = [head]
+    for one in row["recipients"]:
+        state = "waits" if one["state"] == "ready" else one["state"]
+        parts = (one["address"], state, one.get("delay_reason"))
+        lines.append(Text(f"    {': '.join(plain(part) for part in parts if part)}"))
+    return lines

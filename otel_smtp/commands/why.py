@@ -1,0 +1,208 @@
+"""`otel-smtp why`: what became of a mail, asked of the running gateway and of its queue."""
+
+import asyncio
+import json
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+import click
+
+from otel_smtp.commands.asking import NoAnswer, RunningGateway, running_gateway, url_option
+from otel_smtp.commands.options import FAILED, console, fail, global_options, settings_options
+from otel_smtp.config import Settings
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from otel_smtp.commands.terminal.account import Account
+
+# Recent traces are looked through until there are as many mails as are told; a trace may hold many mails.
+_TRACES_READ: Final = 100
+_SHOWN_MAILS: Final = 5
+
+
+class _Found(NamedTuple):
+    """What was found.
+
+    Attributes:
+        mails: newest first.
+        queued: messages in the queue, as `queue list --json` has them.
+        searched: where, and since when, in words.
+        notes: what to know about the search.
+        problems: what could not be asked.
+    """
+
+    mails: Sequence["Account"]
+    queued: Sequence[Mapping[str, Any]]
+    searched: Sequence[str]
+    notes: Sequence[str]
+    problems: Sequence[str]
+
+
+@click.command()
+@click.argument("what", metavar="ADDRESS|DOMAIN|MESSAGE-ID|TRACE-ID|QUEUE-ID")
+@click.option(
+    "--most", "-n", default=_SHOWN_MAILS, show_default=True, type=click.IntRange(1, 1000), help="Mails to tell of."
+)
+@click.option("--waterfall/--no-waterfall", default=None, help="Draw the trace; default: where one mail is found.")
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON per mail.")
+@url_option
+@settings_options
+@click.pass_context
+def why(
+    context: click.Context, *, what: str, most: int, waterfall: bool | None, as_json: bool, url: str | None
+) -> None:
+    """Tell what became of a mail, and why.
+
+    It asks the running gateway for its recent traces, and the queue of the
+    settings. Part of an id is enough.
+
+    Exit status: 0 found, 1 nothing found or nobody to ask, 2 wrong use or
+    settings.
+    """
+    from otel_smtp.commands.terminal.account import account_lines, queued_lines
+
+    if not what.strip():
+        fail(2, "why: give an address, a domain or an id")
+    settings = global_options(context).settings(needs_upstream=False)
+    found = _find(settings, running_gateway(settings, url), what.strip(), most)
+    if not found.mails and not found.queued:
+        for problem in found.problems:
+            click.echo(f"otel-smtp: why: {problem}", err=True)
+        if not found.searched:
+            raise SystemExit(FAILED)
+        fail(FAILED, f"why: nothing found of {what}", *(f"searched {one}" for one in found.searched), *found.notes)
+    if as_json:
+        for mail in found.mails:
+            click.echo(json.dumps({"from": "trace", **mail.as_json()}))
+        for row in found.queued:
+            click.echo(json.dumps({"from": "queue", **row}))
+        return
+    for note in (*found.notes, *found.problems):
+        click.echo(f"otel-smtp: why: {note}", err=True)
+    output = console()
+    is_first = True
+    for mail in found.mails:
+        _part(output, is_first)
+        is_first = False
+        rows = [row for row in found.queued if row["trace_id"] == mail.trace_id]
+        for line in (*account_lines(mail), *(line for row in rows for line in queued_lines(row, time.time()))):
+            output.print(line, soft_wrap=True)
+    told = {mail.trace_id for mail in found.mails}
+    for row in found.queued:
+        if row["trace_id"] not in told:
+            _part(output, is_first)
+            is_first = False
+            for line in queued_lines(row, time.time()):
+                output.print(line, soft_wrap=True)
+    is_alone = len(found.mails) == 1
+    if found.mails and (is_alone if waterfall is None else waterfall):
+        _draw(output, found.mails)
+
+
+def _part(output: "Console", is_first: bool) -> None:
+    if not is_first:
+        output.print()
+
+
+def _draw(output: "Console", mails: Sequence["Account"]) -> None:
+    from otel_smtp.commands.terminal.waterfall import ASCII, UNICODE, waterfall
+
+    glyphs = UNICODE if output.encoding.lower().startswith("utf") else ASCII
+    for mail in mails:
+        output.print()
+        for line in waterfall(mail.trace, width=max(40, output.width), glyphs=glyphs):
+            output.print(line, no_wrap=True, overflow="ignore", crop=False)
+
+
+def _find(settings: Settings, gateway: RunningGateway, what: str, most: int) -> _Found:
+    mails: Sequence[Account] = []
+    searched: list[str] = []
+    notes: Sequence[str] = []
+    problems: list[str] = []
+    try:
+        mails, where, notes = _in_traces(gateway, what, most)
+        searched.append(where)
+    except NoAnswer as error:
+        problems.append(str(error))
+    queued: list[Mapping[str, Any]] = []
+    directory = settings.spool.directory
+    if directory is not None and directory.exists():
+        from otel_smtp.spool.messages import SpoolError
+
+        try:
+            queued = asyncio.run(_in_queue(settings, what, {mail.trace_id for mail in mails}))
+            searched.append(f"the queue in {directory}")
+        except SpoolError as error:
+            problems.append(f"the queue: {error}")
+    return _Found(mails, queued, searched, notes, problems)
+
+
+def _in_traces(gateway: RunningGateway, what: str, most: int) -> tuple[Sequence["Account"], str, Sequence[str]]:
+    """The mails that are found in traces, newest first; what was searched; notes.
+
+    Raises:
+        NoAnswer: the gateway cannot be asked.
+    """
+    from otel_smtp.commands.terminal.account import Account, accounts
+    from otel_smtp.commands.terminal.otlp_spans import spans_of
+
+    quoted = '"' + what.replace('"', "") + '"'
+    mails: list[Account] = []
+    # Recipients first: whom a question is about more often than not; then anything that holds the words.
+    for query in (f"to:{quoted}", quoted):
+        found = gateway.ask("api", "traces", q=query)
+        try:
+            for summary in found["traces"][:_TRACES_READ]:
+                otlp = gateway.ask("api", "traces", summary["trace_id"])
+                if otlp is None:  # it has left memory meanwhile
+                    continue
+                told = accounts(spans_of(otlp))
+                mails += reversed(_meant(told, what))
+                if len(mails) >= most:
+                    break
+            since = time.strftime("%d %b %H:%M:%S", time.localtime(found["complete_since_unix_milliseconds"] / 1000))
+            where = f"{found['held']} traces of {gateway.url}, all since {since} and failures before"
+        except (ValueError, KeyError, TypeError) as error:
+            raise NoAnswer(f"what answers at {gateway.url} is no gateway of this version: {error!r}") from error
+        if mails:
+            break
+    return mails[:most], where, found["notes"]
+
+
+def _meant(mails: Sequence["Account"], what: str) -> Sequence["Account"]:
+    """Those of a trace's mails that hold what is sought; of an address, its domain, if spans have no more of it."""
+    text = what.lower().strip("<>")
+    for sought in dict.fromkeys((text, text.rpartition("@")[2])):
+        if wanted := [mail for mail in mails if mail.holds(sought)]:
+            return wanted
+    return mails
+
+
+async def _in_queue(settings: Settings, what: str, trace_ids: set[str]) -> list[Mapping[str, Any]]:
+    """The queued messages that are meant, or that belong to one of the traces.
+
+    Raises:
+        SpoolError: the queue cannot be read.
+    """
+    from otel_smtp.spool.embedded import ask
+
+    directory = settings.spool.directory
+    assert directory is not None
+    needle = what.lower().strip("<>")
+    found: list[Mapping[str, Any]] = []
+    async for row in ask(directory, {"command": "list"}, max_age_seconds=settings.spool.max_age):
+        people = [row["sender"], *(one["address"] for one in row["recipients"])]
+        if (
+            needle in row["queue_id"].lower()
+            or (row["trace_id"] is not None and (needle in row["trace_id"] or row["trace_id"] in trace_ids))
+            or any(_is_of(needle, person.lower()) for person in people)
+        ):
+            found.append(row)
+    return found
+
+
+def _is_of(needle: str, address: str) -> bool:
+    """Whether an address is the one that is sought, or one of the domain."""
+    return address == needle or address.rpartition("@")[2] == needle.removeprefix("@")
