@@ -125,13 +125,14 @@ class Attempts(ABC):
 
     def _stop(self) -> None:
         """Wait for no connection any more."""
-        if self._ticket is not None:
-            ticket, self._ticket = self._ticket, None
+        ticket, self._ticket = self._ticket, None
+        opening, self._opening = self._opening, None
+        if ticket is not None:
             ticket.on_decided = None
-            self._smarthost.withdraw(ticket)
-        if self._opening is not None:
-            opening, self._opening = self._opening, None
-            opening.cancel()
+            if ticket.decision is Decision.OPEN and opening is not None:
+                opening.cancel()
+            else:
+                self._smarthost.withdraw(ticket)
 
     @abstractmethod
     def _answer_for_all(self, reply: Reply) -> None:
@@ -244,10 +245,10 @@ class Attempts(ABC):
         if connection is not None:
             self._begin(connection, 0)
             return
+        asked_ns = monotonic_ns()
         ticket = self._ticket = self._smarthost.ask(fresh=is_fresh)
-        if ticket.decision is Decision.WAITING:
-            ticket.on_decided = partial(self._decided, ticket, monotonic_ns())
-        else:
+        ticket.on_decided = partial(self._decided, ticket, asked_ns)
+        if ticket.decision is not Decision.WAITING:
             self._take_decision(ticket, 0)
 
     def _decided(self, ticket: Ticket[UpstreamConnection], asked_ns: int) -> None:
@@ -257,8 +258,9 @@ class Attempts(ABC):
             self._recover(error)
 
     def _take_decision(self, ticket: Ticket[UpstreamConnection], wait_ns: int) -> None:
-        self._ticket = None
+        self._opening = None
         if ticket.connection is not None:
+            self._ticket = ticket.on_decided = None
             ticket.connection.messages += 1
             self._begin(ticket.connection, wait_ns)
             return
@@ -266,12 +268,15 @@ class Attempts(ABC):
         attempt.pool_wait_ns = wait_ns
         attempt.is_reused = False
         attempt.phases.append((monotonic_ns(), DeliveryPhase.POOL, None))
-        if ticket.decision is Decision.NONE:
-            raise self._smarthost.no_connection()
-        self._opening = self._smarthost.open(self._note_phase, self._opened)
+        if ticket.decision is not Decision.OPEN:
+            self._ticket = ticket.on_decided = None
+            raise self._smarthost.no_connection(ticket)
+        self._opening = self._smarthost.open(ticket, self._note_phase, self._opened)
 
     def _opened(self, connection: UpstreamConnection | None, fault: UpstreamFault | None) -> None:
-        self._opening = None
+        if connection is None and fault is None:
+            return  # see `_decided`
+        self._opening = self._ticket = None
         try:
             if connection is not None:
                 self._begin(connection, None)

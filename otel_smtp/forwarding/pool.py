@@ -9,6 +9,10 @@ A connection may be in the middle of a transaction whose client has nothing to s
 and a connection has been parked for a while, it is reclaimed: its transaction can be restarted on another connection.
 Else as many slow clients as there are connections would stop all mail.
 
+A connection that was refused while others of the same upstream work says nothing of a mail, and little of the upstream:
+it takes no more at once (see `ceiling`). So the ticket goes back to its place, and waits for one of those others. While
+none is known to work, and more are being opened, their outcome decides what the refusal meant.
+
 `Ticket.on_decided` is called in the middle of the pool's own work, and may call the pool: by then the pool is in order.
 """
 
@@ -20,6 +24,8 @@ from enum import Enum, auto
 from typing import Final, Generic, Protocol, TypeVar
 
 from otel_smtp.forwarding.breaker import Breaker, BreakerState
+from otel_smtp.forwarding.ceiling import Ceiling
+from otel_smtp.forwarding.faults import UpstreamFault
 from otel_smtp.forwarding.settings import PoolLimits
 
 
@@ -41,6 +47,12 @@ C = TypeVar("C", bound=Pooled)
 
 RECLAIM_AFTER_SECONDS: Final = 1.0
 """A client on the same continent sends its content within a few round trips; who takes longer is slow, or gone."""
+PENDING_SECONDS: Final = 10.0
+"""How long a refused mail waits to learn from the connections that are being opened whether the upstream works."""
+LINGERING_SECONDS: Final = 1.0
+"""After a connection was closed, how long the upstream may still count it."""
+RETRY_SECONDS: Final = 0.25
+"""After a refusal, until the next connection is opened beside those that work."""
 
 
 class Decision(Enum):
@@ -49,6 +61,7 @@ class Decision(Enum):
     WAITING = auto()
     REUSE = auto()  # `connection` is it
     OPEN = auto()  # open one, then tell `opened`, `failed` or `gave_up`
+    FAILED = auto()  # the one that it had opened was refused, and so were all others; `fault` says how
     NONE = auto()  # none is available: the upstream is in backoff, all were busy for too long, or the pool is closed
 
 
@@ -57,10 +70,11 @@ class Ticket(Generic[C]):
 
     Attributes:
         asked_at: when it began to wait.
-        on_decided: called when a waiting ticket is decided.
+        on_decided: called when a waiting ticket is decided; again where it was put back.
+        fault, refused_at: how and when the connection failed that it had opened; None: it had none.
     """
 
-    __slots__ = ("asked_at", "connection", "decision", "on_decided", "wants_fresh")
+    __slots__ = ("asked_at", "connection", "decision", "fault", "on_decided", "refused_at", "wants_fresh")
 
     def __init__(self, asked_at: float, *, wants_fresh: bool) -> None:
         self.asked_at = asked_at
@@ -68,11 +82,15 @@ class Ticket(Generic[C]):
         self.decision = Decision.WAITING
         self.connection: C | None = None
         self.on_decided: Callable[[], None] | None = None
+        self.fault: UpstreamFault | None = None
+        self.refused_at = 0.0
 
     def decide(self, decision: Decision, connection: C | None = None) -> None:
         self.decision = decision
         self.connection = connection
-        on_decided, self.on_decided = self.on_decided, None
+        on_decided = self.on_decided
+        if decision is not Decision.OPEN:
+            self.on_decided = None
         if on_decided is not None:
             on_decided()
 
@@ -95,15 +113,27 @@ class Pool(Generic[C]):
 
     All times are by one monotonic clock. Methods may be called in any order; each leaves the pool within its limits.
 
+    Args:
+        ceiling: what is known, perhaps with other workers, of how many connections the upstream takes.
+
     Attributes:
         closing: connections that are to be closed now; see `take_closing`.
+        heard_at: when the upstream last was of use, a connection or an answer; None: never.
     """
 
-    __slots__ = ("_busy", "_idle", "_is_closed", "_limits", "_opening", "_parked", "_waiting", "breaker", "closing")
+    __slots__ = (
+        "_busy", "_closed", "_idle", "_is_closed", "_is_unexplained", "_limits", "_opening", "_parked", "_retry_at",
+        "_waiting", "breaker", "ceiling", "closing", "heard_at",
+    )  # fmt: skip
 
-    def __init__(self, limits: PoolLimits) -> None:
+    def __init__(self, limits: PoolLimits, ceiling: Ceiling | None = None) -> None:
         self._limits = limits
         self.breaker = Breaker(limits.connections)
+        self.ceiling = ceiling if ceiling is not None else Ceiling()
+        self.heard_at: float | None = None
+        self._is_unexplained = False  # some were refused, and whether the upstream works is not known yet
+        self._retry_at = 0.0  # not before: another connection beside those that work
+        self._closed: deque[float] = deque(maxlen=64)  # when connections were closed, the latest on the right
         self._idle: deque[tuple[C, float]] = deque()  # with the time of release, the latest on the right
         self._busy = 0  # the parked ones among them
         self._parked: dict[C, tuple[float, Callable[[], None]]] = {}  # since when, the longest first; whom to tell
@@ -126,7 +156,7 @@ class Pool(Generic[C]):
             opening=self._opening,
             waiting=len(self._waiting),
             most=self._limits.connections,
-            window=int(self.breaker.window),
+            window=int(min(self.breaker.window, self.ceiling.level)),
             breaker=self.breaker.state,
         )
 
@@ -143,7 +173,7 @@ class Pool(Generic[C]):
             if connection.is_reusable(now, self._limits):
                 self._busy += 1
                 return connection
-            self.closing.append(connection)
+            self._give_up(connection, now)
         return None
 
     def ask(self, now: float, *, fresh: bool = False) -> Ticket[C]:
@@ -167,13 +197,22 @@ class Pool(Generic[C]):
                 pass
         ticket.decision = Decision.NONE
 
+    def concurrency(self, now: float) -> int:
+        """How many mails may be under way; see `Breaker.concurrency`."""
+        most = self.breaker.concurrency(now)
+        return most if most <= 1 or self.ceiling.level > most else int(max(1, min(most, self.ceiling.share(now))))
+
     def release(self, connection: C, now: float) -> None:
         """A mail is done with its connection."""
         self._busy -= 1
-        if not self._is_closed and connection.is_reusable(now, self._limits):
+        if (
+            not self._is_closed
+            and connection.is_reusable(now, self._limits)
+            and not (self.ceiling.is_shared and self._is_for_others(now))
+        ):
             self._idle.append((connection, now))
         else:
-            self.closing.append(connection)
+            self._give_up(connection, now)
         if self._waiting:
             self._assign(now)
 
@@ -185,17 +224,68 @@ class Pool(Generic[C]):
         """The mail goes on with its connection."""
         self._parked.pop(connection, None)
 
-    def opened(self) -> None:
+    def opened(self, ticket: Ticket[C], now: float) -> None:
         """The connection that a ticket allowed is open, and in use by the ticket's mail."""
+        ticket.on_decided = None
         self._opening -= 1
         self._busy += 1
+        self.heard_at = now
         self.breaker.succeeded()
+        self._note()
+        self.ceiling.opened(now)
+        self._explain_refusals(now)
 
-    def failed(self, now: float) -> None:
-        """It could not be opened."""
+    def failed(self, ticket: Ticket[C], now: float, fault: UpstreamFault) -> bool:
+        """It could not be opened.
+
+        Returns:
+            Whether the ticket waits again: for another connection, or to learn whether the upstream works.
+        """
         self._opening -= 1
-        self.breaker.failed(now)
+        self._note()
+        ceiling = self.ceiling
+        works = ceiling.works(now)
+        waits = not self._is_closed and (works or ceiling.is_opening)
+        self._is_unexplained = True
+        self._explain_refusals(now)
+        if waits:
+            self.breaker.give_up()
+            self._put_back(ticket, now, fault)
+        else:
+            ticket.on_decided = None
+            self.breaker.failed(now)
+            self._fail_refused(now)
         self._assign(now)
+        return waits
+
+    def _explain_refusals(self, now: float) -> None:
+        """What was refused while the upstream works was one connection too many."""
+        if not self._is_unexplained or not self.ceiling.works(now):
+            return
+        self._is_unexplained = False
+        while self._closed and now - self._closed[0] >= LINGERING_SECONDS:
+            self._closed.popleft()
+        self.ceiling.refused(now, len(self._closed))
+        self._retry_at = now + RETRY_SECONDS
+
+    def _put_back(self, ticket: Ticket[C], now: float, fault: UpstreamFault) -> None:
+        ticket.decision = Decision.WAITING
+        ticket.fault, ticket.refused_at = fault, now
+        before = (
+            one
+            for one in self._waiting
+            if one.asked_at < ticket.asked_at or (one.asked_at == ticket.asked_at and one.fault is not None)
+        )
+        self._waiting.insert(sum(1 for _ in before), ticket)
+
+    def _fail_refused(self, now: float, *, refused_before: float = math.inf) -> None:
+        """Nothing works, as it turns out: whose connections were refused is sent away with that."""
+        failed = [one for one in self._waiting if one.fault is not None and one.refused_at <= refused_before]
+        self._is_unexplained = any(one.fault is not None for one in self._waiting if one not in failed)
+        for ticket in failed:
+            self._waiting.remove(ticket)
+            self.breaker.failed(now)
+            ticket.decide(Decision.FAILED)
 
     def gave_up(self, now: float) -> None:
         """The attempt to open was given up: no verdict."""
@@ -210,7 +300,7 @@ class Pool(Generic[C]):
         for entry in self._idle:
             if entry[0] is connection:
                 self._idle.remove(entry)
-                self.closing.append(connection)
+                self._give_up(connection, now)
                 self._assign(now)
                 return
 
@@ -221,8 +311,14 @@ class Pool(Generic[C]):
         been parked for long enough, and those that have waited for `most_wait_seconds` are sent away.
         """
         while self._idle and now - self._idle[0][1] >= self._limits.idle_seconds:
-            self.closing.append(self._idle.popleft()[0])
+            self._give_up(self._idle.popleft()[0], now)
+        self._note()
+        if self.ceiling.is_shared:
+            self._make_room_for_others(now)
         if self._waiting:
+            self._explain_refusals(now)
+            if self._is_unexplained:
+                self._fail_refused(now, refused_before=now - PENDING_SECONDS)
             self._assign(now)
         while self._waiting and now - self._waiting[0].asked_at >= most_wait_seconds:
             self._waiting.popleft().decide(Decision.NONE)
@@ -239,6 +335,7 @@ class Pool(Generic[C]):
         self._idle.clear()
         while self._waiting:
             self._waiting.popleft().decide(Decision.NONE)
+        self._note()
 
     def take_closing(self) -> list[C]:
         """The connections to be closed now; each is given once."""
@@ -262,19 +359,47 @@ class Pool(Generic[C]):
             self._waiting.remove(ticket)
             ticket.decide(Decision.REUSE, idle)
 
+    def _note(self) -> None:
+        """Let the other workers know how things stand here."""
+        self.ceiling.note(len(self._idle) + self._busy, self._opening, len(self._waiting), self.heard_at or 0.0)
+
+    def _give_up(self, connection: C, now: float) -> None:
+        self.closing.append(connection)
+        self._closed.append(now)
+        self.ceiling.closed(now)
+
+    def _is_for_others(self, now: float) -> bool:
+        """Whether another worker has more right to a connection: none of our mails waits, or we have too many."""
+        if self.ceiling.level == math.inf:
+            return False
+        self._note()
+        return not self._waiting or len(self._idle) + self._busy + self._opening >= self.ceiling.share(now)
+
+    def _make_room_for_others(self, now: float) -> None:
+        """Give up what lies idle below a ceiling, and what is parked beyond our share of it."""
+        if self.ceiling.level == math.inf:
+            return
+        while self._idle:
+            self._give_up(self._idle.popleft()[0], now)
+        while self._busy + self._opening > self.ceiling.share(now) and (reclaimed := self._reclaimed(now)) is not None:
+            self._busy -= 1
+            self._give_up(reclaimed, now)
+        self._note()
+
     def _decide(self, ticket: Ticket[C], now: float) -> tuple[Decision, C | None]:
         if self._is_closed:
             return Decision.NONE, None
         if not ticket.wants_fresh and (idle := self.take(now)) is not None:
             return Decision.REUSE, idle
-        if self._may_open(now):
+        if self._may_open(ticket, now):
             self.breaker.begin()
             self._opening += 1
+            self._note()
             return Decision.OPEN, None
         if (reclaimed := self._reclaimed(now)) is not None:
             if reclaimed.is_reusable(now, self._limits) and not ticket.wants_fresh:
                 return Decision.REUSE, reclaimed
-            self.closing.append(reclaimed)
+            self._give_up(reclaimed, now)
             self._busy -= 1
             return self._decide(ticket, now)
         if self.breaker.is_dead(now):
@@ -291,7 +416,7 @@ class Pool(Generic[C]):
             return connection
         return None
 
-    def _may_open(self, now: float) -> bool:
+    def _may_open(self, ticket: Ticket[C], now: float) -> bool:
         in_use = self._busy + self._opening
         if in_use >= self._limits.connections:
             return False
@@ -299,5 +424,16 @@ class Pool(Generic[C]):
             return False
         # A fresh one is wanted though others lie idle: the oldest makes room.
         if in_use + len(self._idle) >= self._limits.connections:
-            self.closing.append(self._idle.popleft()[0])
-        return True
+            self._give_up(self._idle.popleft()[0], now)
+        self._note()
+        if ticket.fault is not None and not self.ceiling.works(now) and self.ceiling.is_opening:
+            return False  # what is being opened tells first
+        if now < self._retry_at and self.ceiling.works(now):
+            return False
+        if self.ceiling.allows(now):
+            return True
+        if not self._idle:
+            return False
+        self._give_up(self._idle.popleft()[0], now)
+        self._note()
+        return self.ceiling.allows(now)

@@ -6,6 +6,7 @@ import ssl
 from collections.abc import Callable
 from typing import Final
 
+from otel_smtp.forwarding.ceiling import Ceiling
 from otel_smtp.forwarding.connection import NotePhase, UpstreamConnection, open_connection
 from otel_smtp.forwarding.faults import ConnectFailed, CredentialsRefused, NoConnectionFree, UpstreamFault
 from otel_smtp.forwarding.pool import Decision, Pool, PoolSnapshot, Ticket
@@ -21,7 +22,12 @@ from otel_smtp.smtp.states import TlsMode
 logger: Final = logging.getLogger("otel_smtp.forwarding.smarthost")
 
 Opened = Callable[[UpstreamConnection | None, UpstreamFault | None], None]
-"""Takes a connection that was opened, or why none was. It must not raise."""
+"""Takes a connection that was opened, or why none was; neither: the ticket waits again, or was decided otherwise
+meanwhile. It must not raise."""
+
+
+class _WaitsAgain(Exception):
+    """No connection was opened, and that is no verdict."""
 
 
 class Smarthost:
@@ -30,11 +36,11 @@ class Smarthost:
     Args:
         hostname: what we call ourselves in EHLO.
         sweep: calls `check_clock` while there is anything that can be late.
+        ceiling: of its connections, shared with other workers; None: there are none.
 
     Attributes:
         settings: as configured. `endpoint`: where it is.
         extensions: what its last EHLO offered; None before the first.
-        heard_at: when it last was of use, a connection or an answer; the loop's clock; None: never.
         unpark: `unpark(connection)`: go on with a connection that was left alone by `park`.
         failed_at, failure: when a connection to it last failed, and what became of it, in a word; None: never.
         last_fault: likewise, with what it said.
@@ -48,6 +54,7 @@ class Smarthost:
         "_context",
         "_hostname",
         "_is_swept",
+        "_level",
         "_loop",
         "_pool",
         "_sweep",
@@ -55,17 +62,15 @@ class Smarthost:
         "extensions",
         "failed_at",
         "failure",
-        "heard_at",
         "last_fault",
         "settings",
         "unpark",
     )
 
-    def __init__(self, settings: UpstreamSettings, hostname: str, sweep: Sweep) -> None:
+    def __init__(self, settings: UpstreamSettings, hostname: str, sweep: Sweep, ceiling: Ceiling | None = None) -> None:
         self.settings = settings
         self.endpoint = settings.endpoint
         self.extensions: Extensions | None = None
-        self.heard_at: float | None = None
         self.failed_at: float | None = None
         self.failure: str | None = None
         self.last_fault: UpstreamFault | None = None
@@ -75,11 +80,12 @@ class Smarthost:
             self._context = settings.tls_context or UpstreamTlsContext.create(
                 ca_file=settings.ca_file, certificate_file=settings.certificate_file, key_file=settings.key_file
             )
-        self._pool: Pool[UpstreamConnection] = Pool(settings.limits)
+        self._pool: Pool[UpstreamConnection] = Pool(settings.limits, ceiling)
         self.unpark = self._pool.unpark
         self._connections: set[UpstreamConnection] = set()  # all that are open
         self._sweep = sweep
         self._is_swept = False
+        self._level = self._pool.ceiling.level  # of which people were told
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def __repr__(self) -> str:
@@ -88,6 +94,11 @@ class Smarthost:
     def snapshot(self) -> PoolSnapshot:
         """Its pool at this moment."""
         return self._pool.snapshot()
+
+    @property
+    def heard_at(self) -> float | None:
+        """When it last was of use, a connection or an answer; the loop's clock; None: never."""
+        return self._pool.heard_at
 
     @property
     def retry_at(self) -> float | None:
@@ -101,7 +112,7 @@ class Smarthost:
 
     def concurrency(self) -> int:
         """How many mails may be under way to it now."""
-        return self._pool.breaker.concurrency(asyncio.get_running_loop().time())
+        return self._pool.concurrency(asyncio.get_running_loop().time())
 
     # Who may use which connection -------------------------------------------------------------------------
 
@@ -136,10 +147,10 @@ class Smarthost:
         self._pool.withdraw(ticket, self._loop.time())
         self._close_what_is_over()
 
-    def open(self, note: NotePhase, opened: Opened) -> "asyncio.Task[None]":
+    def open(self, ticket: Ticket[UpstreamConnection], note: NotePhase, opened: Opened) -> "asyncio.Task[None]":
         """Open the connection that a ticket allowed; until it is open, the task may be cancelled."""
         assert self._loop is not None
-        opening = self._loop.create_task(self._open_for(note, opened))
+        opening = self._loop.create_task(self._open_for(ticket, note, opened))
         # A task that is cancelled before its first step never runs: only its end is certain.
         opening.add_done_callback(self._opening_ended)
         return opening
@@ -149,9 +160,11 @@ class Smarthost:
         if opening.cancelled():
             self._pool.gave_up(self._loop.time())
 
-    async def _open_for(self, note: NotePhase, opened: Opened) -> None:
+    async def _open_for(self, ticket: Ticket[UpstreamConnection], note: NotePhase, opened: Opened) -> None:
         try:
-            connection = await self._open(note)
+            connection = await self._open(ticket, note)
+        except _WaitsAgain:
+            opened(None, None)
         except UpstreamFault as fault:
             opened(None, fault)
         except Exception:
@@ -172,9 +185,13 @@ class Smarthost:
         ticket = self.ask()
         if ticket.decision is not Decision.OPEN:
             self.withdraw(ticket)
-            raise self.no_connection()
+            raise self.no_connection(ticket)
         try:
-            return await self._open(note)
+            return await self._open(ticket, note)
+        except _WaitsAgain:
+            self.withdraw(ticket)
+            assert ticket.fault is not None
+            raise ticket.fault from None
         except asyncio.CancelledError:
             assert self._loop is not None
             self._pool.gave_up(self._loop.time())
@@ -206,7 +223,7 @@ class Smarthost:
         assert self._loop is not None
         now = connection.used_at = self._loop.time()
         if answered:
-            self.heard_at = now
+            self._pool.heard_at = now
             if not self._pool.breaker.is_at_best:
                 self._pool.breaker.succeeded()
         if connection.messages == 1 and isinstance(self._context, UpstreamTlsContext):
@@ -232,14 +249,17 @@ class Smarthost:
         self._pool.close()
         self._close_what_is_over()
 
-    async def _open(self, note: NotePhase) -> UpstreamConnection:
+    async def _open(self, ticket: Ticket[UpstreamConnection], note: NotePhase) -> UpstreamConnection:
         assert self._loop is not None
         try:
             connection = await open_connection(self.settings, self._context, self._hostname, note)
         except ConnectFailed as fault:
+            last = self.last_fault = _alone(fault)
+            if self._pool.failed(ticket, self._loop.time(), last):
+                self._tell_ceiling(fault)
+                raise _WaitsAgain from None
             self._note(fault)
             logger.warning("no connection to the upstream", extra={**self._named, **_told(fault)})
-            self._pool.failed(self._loop.time())
             raise
         except Exception:
             self._pool.gave_up(self._loop.time())
@@ -247,10 +267,22 @@ class Smarthost:
         connection.on_lost = self._lost
         connection.messages = 1
         self._connections.add(connection)
-        self.heard_at = self._loop.time()
         self.extensions = connection.extensions
-        self._pool.opened()
+        self._pool.opened(ticket, self._loop.time())
+        self._tell_ceiling(None)
         return connection
+
+    def _tell_ceiling(self, fault: UpstreamFault | None) -> None:
+        """Tell people where another number of connections was learnt."""
+        level = self._pool.ceiling.level
+        if level == self._level:
+            return
+        is_less, self._level = level < self._level, level
+        told = {**self._named, "connections": int(level), **(_told(fault) if fault is not None else {})}
+        if is_less:
+            logger.warning("upstream takes no more connections; mail waits for those that it takes", extra=told)
+        else:
+            logger.info("upstream takes more connections than before", extra=told)
 
     def credentials_refused(self, fault: CredentialsRefused) -> None:
         """It refused a mail for what the operator has to mend."""
@@ -260,16 +292,18 @@ class Smarthost:
 
     def _note(self, fault: UpstreamFault) -> None:
         assert self._loop is not None
-        # Without what led to it: that would keep frames alive, and with them a mail.
-        self.last_fault = UpstreamFault(str(fault), fault.reply, fault.upstream_reply)
+        self.last_fault = _alone(fault)
         self.failed_at, self.failure = self._loop.time(), str(fault.reply.error_type)
 
-    def no_connection(self) -> NoConnectionFree:
+    def no_connection(self, ticket: Ticket[UpstreamConnection]) -> UpstreamFault:
         """Why a ticket came to nothing: an upstream in backoff has said why it is, or its silence did."""
+        if ticket.decision is Decision.FAILED and ticket.fault is not None:
+            return ticket.fault
         last = self.last_fault
         if self.retry_at is not None and last is not None:
             return NoConnectionFree("the upstream is in backoff", last.reply, last.upstream_reply)
-        return NoConnectionFree("no connection is free", replies.UPSTREAM_BUSY)
+        said = ticket.fault.upstream_reply if ticket.fault is not None else None
+        return NoConnectionFree("no connection is free", replies.UPSTREAM_BUSY, said)
 
     def _lost(self, connection: UpstreamConnection) -> None:
         assert self._loop is not None
@@ -284,6 +318,11 @@ class Smarthost:
     @property
     def _named(self) -> dict[str, object]:
         return {"upstream": self.settings.name}
+
+
+def _alone(fault: UpstreamFault) -> UpstreamFault:
+    """A fault without what led to it: that would keep frames alive, and with them a mail."""
+    return UpstreamFault(str(fault), fault.reply, fault.upstream_reply)
 
 
 def _told(fault: UpstreamFault) -> dict[str, object]:

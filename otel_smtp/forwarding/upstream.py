@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from otel_smtp.forwarding.base import Capabilities, MailTransaction, Permanent
+from otel_smtp.forwarding.ceiling import Ceiling
 from otel_smtp.forwarding.delivery import Delivery
 from otel_smtp.forwarding.pool import PoolSnapshot
 from otel_smtp.forwarding.routes import Routes, Serving
@@ -66,6 +67,7 @@ class UpstreamForwarder:
         hostname: what we call ourselves in EHLO.
         observer: asked for trace headers, and told of deliveries that end after their transaction.
         sweep: looks at the clock, for everything here that can be late.
+        ceilings: of the upstreams' connections, in order, where workers share them.
         memory_limit_octets: of one message's body; what exceeds it goes to a temporary file.
 
     Raises:
@@ -80,13 +82,18 @@ class UpstreamForwarder:
         hostname: str,
         observer: Observer,
         sweep: Sweep,
+        ceilings: Sequence[Ceiling] | None = None,
         memory_limit_octets: int = MEMORY_LIMIT_OCTETS,
     ) -> None:
         if not upstreams:
             raise ValueError("an upstream relay needs an upstream")
         self.observer = observer
         self.memory_limit_octets = memory_limit_octets
-        self._smarthosts = [Smarthost(settings, hostname, sweep) for settings in upstreams]
+        if ceilings is None:
+            ceilings = [Ceiling() for _ in upstreams]
+        self._smarthosts = [
+            Smarthost(settings, hostname, sweep, ceiling) for settings, ceiling in zip(upstreams, ceilings, strict=True)
+        ]
         self._routes = Routes(list(zip(upstreams, self._smarthosts, strict=True)))
         self._strategy = _STRATEGIES[strategy]
         self._extensions: Extensions | None = None

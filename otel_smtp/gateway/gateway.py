@@ -113,6 +113,7 @@ class Gateway:
             hostname=settings.hostname,
             observer=self._observer,
             sweep=self._sweep,
+            ceilings=process.ceilings.claim(process.number) if process is not None and process.ceilings else None,
         )
         self._spool = self._make_spool()
         forwarder: Forwarder = self._forwarder if self._spool is None else self._spool.forwarder

@@ -11,6 +11,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Final
 
 from otel_smtp.config import Settings
+from otel_smtp.forwarding.ceiling import SharedCeilings
 from otel_smtp.gateway.gateway import WRONG_FILES, Gateway, Ready
 from otel_smtp.gateway.ports import SharedPorts, with_present_addresses
 from otel_smtp.gateway.signals import let_through
@@ -68,10 +69,11 @@ def _run_here(serving: Coroutine[Any, Any, None]) -> int:
 def _supervise(settings: Settings, on_ready: OnReady) -> int:
     traces_to = environment.read().describe_traces()
     token = secrets.token_hex()
+    ceilings = SharedCeilings(len(settings.upstream), settings.workers)
     with SharedPorts(with_present_addresses(settings)) as shared:
 
         def work(number: int, announce: Callable[[], None]) -> int:
-            process = Process(number, shared.worker_status_ports, token)
+            process = Process(number, shared.worker_status_ports, token, ceilings)
             serving = serve(shared.settings, lambda _: announce(), process=process, at_once=AT_ONCE, replaced=REPLACED)
             return _exit_status(lambda: _run_here(serving))
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from otel_smtp import __version__
 from otel_smtp.config import Settings
 from otel_smtp.forwarding.breaker import BreakerState
+from otel_smtp.forwarding.ceiling import SharedCeilings
 from otel_smtp.gateway.ports import bind
 from otel_smtp.observing import Endpoint
 from otel_smtp.smtp.envelope import Recipient
@@ -34,11 +35,13 @@ class Process(NamedTuple):
         number: from 0. The first one has the operator's status port and asks the others for their status.
         status_ports: by number, where each process serves its status on the loopback. The first's is not used.
         token: the secret by which they authenticate to each other.
+        ceilings: what they learn of the upstreams' connection caps; None: that is not shared.
     """
 
     number: int
     status_ports: Sequence[int]
     token: str
+    ceilings: SharedCeilings | None = None
 
 
 class StatusPort:

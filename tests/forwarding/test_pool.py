@@ -14,7 +14,9 @@ from otel_smtp.forwarding.breaker import (
     Breaker,
     BreakerState,
 )
-from otel_smtp.forwarding.pool import RECLAIM_AFTER_SECONDS, Decision, Pool, Ticket
+from otel_smtp.forwarding.ceiling import FIRST_PROBE_SECONDS, WORKS_SECONDS
+from otel_smtp.forwarding.faults import UpstreamFault
+from otel_smtp.forwarding.pool import PENDING_SECONDS, RECLAIM_AFTER_SECONDS, RETRY_SECONDS, Decision, Pool, Ticket
 from otel_smtp.forwarding.settings import PoolLimits
 
 
@@ -28,11 +30,12 @@ class Connection:
 
 
 Connections = Pool[Connection]
+REFUSED = UpstreamFault("refused")
 
 
 def opened(pool: Connections, ticket: Ticket[Connection]) -> Connection:
     assert decided(ticket, Decision.OPEN)
-    pool.opened()
+    pool.opened(ticket, 0)
     return Connection()
 
 
@@ -191,8 +194,9 @@ def test_an_idle_connection_is_taken_without_a_ticket() -> None:
 def test_who_waits_for_a_fresh_connection_keeps_nobody_from_an_idle_one() -> None:
     pool: Connections = Pool(PoolLimits())
     used = opened(pool, pool.ask(0))
-    while pool.ask(0).decision is Decision.OPEN:
-        pool.failed(0)
+    pool.heard_at = -WORKS_SECONDS  # what is open leads nowhere
+    while (ticket := pool.ask(0)).decision is Decision.OPEN:
+        pool.failed(ticket, 0, REFUSED)
     probe, fresh, other = pool.ask(5), pool.ask(5, fresh=True), pool.ask(5)
     assert decided(probe, Decision.OPEN)
     pool.release(used, 6)
@@ -241,11 +245,9 @@ def test_repeated_failures_send_everybody_away_at_once() -> None:
     tickets = [pool.ask(0) for _ in range(10)]
     opening = [ticket for ticket in tickets if ticket.decision is Decision.OPEN]
     while opening and pool.breaker.state is BreakerState.CLOSED:
-        pool.failed(1)
-        opening.pop()
+        pool.failed(opening.pop(), 1, REFUSED)
     assert pool.breaker.state is BreakerState.OPEN
-    for _ in opening:
-        pool.failed(1)
+    assert not opening
     assert not [ticket for ticket in tickets if ticket.decision is Decision.WAITING]
     assert pool.ask(1).decision is Decision.NONE
     probe = pool.ask(1 + FIRST_BACKOFF_SECONDS)
@@ -261,23 +263,148 @@ def test_repeated_failures_send_everybody_away_at_once() -> None:
 def test_a_failed_probe_sends_away_who_waited_for_it() -> None:
     pool: Connections = Pool(PoolLimits())
     for _ in range(10):
-        if pool.ask(0).decision is Decision.OPEN:
-            pool.failed(0)
+        if (ticket := pool.ask(0)).decision is Decision.OPEN:
+            pool.failed(ticket, 0, REFUSED)
     assert pool.breaker.state is BreakerState.OPEN
     probe, waiting = pool.ask(5), pool.ask(5)
     assert decided(probe, Decision.OPEN)
-    pool.failed(6)
+    pool.failed(probe, 6, REFUSED)
     assert decided(waiting, Decision.NONE)
 
 
 def test_a_probe_without_a_verdict_leaves_the_next_one_to_probe() -> None:
     pool: Connections = Pool(PoolLimits())
     for _ in range(10):
-        if pool.ask(0).decision is Decision.OPEN:
-            pool.failed(0)
+        if (ticket := pool.ask(0)).decision is Decision.OPEN:
+            pool.failed(ticket, 0, REFUSED)
     probe, waiting = pool.ask(5), pool.ask(5)
     pool.withdraw(probe, 6)
     assert decided(waiting, Decision.OPEN)
+
+
+# An upstream that caps connections ----------------------------------------------------------------------------
+
+
+def burst(pool: Connections, mails: int, cap: int, now: float = 0) -> tuple[list[Connection], list[Ticket[Connection]]]:
+    """As many mails at once, to an upstream that takes `cap` connections: those, and the mails that wait."""
+    tickets = [pool.ask(now) for _ in range(mails)]
+    opening = [ticket for ticket in tickets if ticket.decision is Decision.OPEN]
+    connections = [opened(pool, ticket) for ticket in opening[:cap]]
+    for ticket in opening[cap:]:
+        assert pool.failed(ticket, now, REFUSED)
+    return connections, [ticket for ticket in tickets if ticket not in opening[:cap]]
+
+
+def test_a_mail_whose_connection_is_one_too_many_waits_at_its_place_for_one_that_works() -> None:
+    pool: Connections = Pool(PoolLimits())
+    (first, *_), waiting = burst(pool, 10, cap=3)
+    assert {ticket.decision for ticket in waiting} == {Decision.WAITING}
+    told: list[int] = []
+    for number, ticket in enumerate(waiting):
+        ticket.on_decided = lambda number=number: told.append(number)
+    for _ in range(2):
+        pool.release(first, 1)
+    assert told == [0, 1]  # those that were refused, before those that came after them
+    assert (waiting[0].decision, waiting[0].connection) == (Decision.REUSE, first)
+    assert pool.breaker.state is BreakerState.CLOSED
+
+
+def test_the_window_shrinks_to_what_the_upstream_takes_and_stays_there() -> None:
+    pool: Connections = Pool(PoolLimits())
+    _, waiting = burst(pool, 10, cap=3)
+    assert pool.snapshot().window == 3
+    for _ in range(1000):
+        pool.breaker.succeeded()
+    pool.expire(FIRST_PROBE_SECONDS - 1)
+    assert {ticket.decision for ticket in waiting} == {Decision.WAITING}
+    assert pool.snapshot().window == 3
+    assert pool.concurrency(1) == 3
+
+
+def test_one_connection_more_is_tried_again_ever_more_seldom() -> None:
+    pool: Connections = Pool(PoolLimits(connections=6))
+    _, waiting = burst(pool, 10, cap=3)
+    tried: list[float] = []
+    for second in range(200):
+        pool.expire(float(second))
+        for ticket in waiting:
+            if ticket.decision is Decision.OPEN:
+                tried.append(second)
+                pool.heard_at = float(second)
+                assert pool.failed(ticket, second, REFUSED)
+    assert tried == [10, 30, 70, 150]
+    pool.heard_at = 320
+    pool.expire(320)
+    (probe,) = (ticket for ticket in waiting if ticket.decision is Decision.OPEN)
+    pool.opened(probe, 320)
+    assert pool.snapshot().window == 4
+    pool.expire(321)
+    assert [ticket.decision for ticket in waiting].count(Decision.OPEN) == 1  # the same
+    pool.expire(320 + FIRST_PROBE_SECONDS)
+    assert [ticket.decision for ticket in waiting].count(Decision.OPEN) == 2
+
+
+def test_a_refusal_before_the_first_success_waits_for_what_the_others_meet() -> None:
+    pool: Connections = Pool(PoolLimits())
+    tickets = [pool.ask(0) for _ in range(5)]
+    for ticket in tickets[:2]:
+        assert pool.failed(ticket, 1, REFUSED)
+        assert decided(ticket, Decision.WAITING)
+    for ticket in tickets[2:]:
+        opened(pool, ticket)
+    assert pool.snapshot().window == 3
+    pool.expire(1 + RETRY_SECONDS)
+    assert {ticket.decision for ticket in tickets[:2]} == {Decision.WAITING}
+
+
+def test_where_all_are_refused_each_fails_with_its_own_refusal() -> None:
+    pool: Connections = Pool(PoolLimits())
+    tickets = [pool.ask(0) for _ in range(5)]
+    faults = [UpstreamFault(str(number)) for number in range(5)]
+    for ticket, fault in zip(tickets[:4], faults, strict=False):
+        assert pool.failed(ticket, 1, fault)
+    assert not pool.failed(tickets[4], 1, faults[4])
+    assert [ticket.decision for ticket in tickets[:4]] == [Decision.FAILED] * 4
+    assert [ticket.fault for ticket in tickets[:4]] == faults[:4]
+    assert pool.breaker.state is BreakerState.OPEN
+    assert pool.snapshot().window > 0
+    assert pool.ceiling.level > 20  # nothing was learnt but that it is away
+
+
+def test_a_refused_mail_does_not_wait_for_ever_for_a_connection_that_stalls() -> None:
+    pool: Connections = Pool(PoolLimits())
+    refused, _stalled = (pool.ask(0) for _ in range(2))
+    assert pool.failed(refused, 1, REFUSED)
+    pool.expire(PENDING_SECONDS)
+    assert decided(refused, Decision.WAITING)
+    pool.expire(1 + PENDING_SECONDS)
+    assert decided(refused, Decision.FAILED)
+
+
+def test_a_refusal_in_place_of_what_was_just_closed_lowers_nothing() -> None:
+    pool: Connections = Pool(PoolLimits(messages=1))
+    (first, *_), waiting = burst(pool, 4, cap=3)
+    first.uses = 1
+    pool.release(first, 1)
+    assert decided(waiting[0], Decision.OPEN)
+    assert pool.failed(waiting[0], 1, REFUSED)  # it has not noticed yet
+    assert pool.snapshot().window == 3
+    pool.expire(1 + RETRY_SECONDS / 2)
+    assert decided(waiting[0], Decision.WAITING)
+    pool.expire(1 + RETRY_SECONDS)
+    assert decided(waiting[0], Decision.OPEN)
+
+
+def test_a_fresh_connection_takes_the_place_of_an_idle_one_below_the_ceiling_too() -> None:
+    pool: Connections = Pool(PoolLimits())
+    connections, waiting = burst(pool, 5, cap=3)
+    for ticket in waiting:
+        pool.withdraw(ticket, 0)
+    for connection in connections:
+        pool.release(connection, 1)
+    fresh = pool.ask(2, fresh=True)
+    assert decided(fresh, Decision.OPEN)
+    assert pool.take_closing() == [connections[0]]
 
 
 # The breaker --------------------------------------------------------------------------------------------------
@@ -423,12 +550,15 @@ class AnyOrder(RuleBasedStateMachine):
     @precondition(lambda self: self.open_tickets)
     @rule(verdict=st.sampled_from(["opened", "failed", "gave up"]))
     def end_opening(self, verdict: str) -> None:
-        self.open_tickets.pop()
+        ticket = self.open_tickets.pop()
         if verdict == "opened":
-            self.pool.opened()
+            self.pool.opened(ticket, self.now)
             self.busy.append(Connection(uses=1))
         elif verdict == "failed":
-            self.pool.failed(self.now)
+            # The pool may have given it something else within the call.
+            self.waiting.append(ticket)
+            if not self.pool.failed(ticket, self.now, REFUSED):
+                self.waiting.remove(ticket)
         else:
             self.pool.gave_up(self.now)
         self.sort()
@@ -494,9 +624,9 @@ class AnyOrder(RuleBasedStateMachine):
 
     @invariant()
     def nobody_waits_for_nothing(self) -> None:
-        """Whoever waits will be served by an event that must still come."""
+        """Whoever waits will be served by an event that must still come; below a ceiling, by time."""
         if self.waiting:
-            assert self.busy or self.open_tickets
+            assert self.busy or self.open_tickets or self.pool.ceiling.level <= self.limits.connections
 
     @invariant()
     def it_is_empty_when_nothing_can_be_late(self) -> None:

@@ -112,6 +112,9 @@ class ScriptedUpstream:
         connections: accepted so far.
         commands: all command lines, without their arguments' secrets.
         hangs_up_after: a recipient whose reply is the last on its connection.
+        most_connections: at once; one more gets `too_many_connections` in place of the greeting, and is closed.
+        most_recipients: of a transaction; `most_recipients_a_connection`: of all its transactions; one more gets
+            `too_many_recipients`.
         round_trips: how often a client had to wait for replies to go on, the greeting's aside.
     """
 
@@ -132,8 +135,14 @@ class ScriptedUpstream:
     connections: int = 0
     commands: list[bytes] = field(default_factory=list)
     hangs_up_after: str | None = None
+    most_connections: int | None = None
+    too_many_connections: bytes = b"421 4.3.2 too many connections\r\n"
+    most_recipients: int | None = None
+    most_recipients_a_connection: int | None = None
+    too_many_recipients: bytes = b"452 4.5.3 too many recipients\r\n"
     round_trips: int = 0
     stalled: int = 0
+    refused_connections: int = 0
 
     def __post_init__(self) -> None:
         self.let_go = asyncio.Event()
@@ -223,6 +232,7 @@ class _Session:
         self.number = number
         self.buffer = b""
         self.replies: list[bytes] = []
+        self.recipients_so_far = 0
         self.is_tls = upstream.implicit_tls
         self.user: str | None = None
         self.clear()
@@ -350,6 +360,12 @@ class _Session:
 
     async def run(self) -> None:
         await self.fault(Phase.CONNECT, b"")
+        most = self.upstream.most_connections
+        if most is not None and self.upstream.open_connections > most:
+            self.upstream.refused_connections += 1
+            self.replies.append(self.upstream.too_many_connections)
+            await self.flush()
+            raise _Gone
         await self.answer(Phase.GREETING, b"220 upstream.example ESMTP scripted\r\n")
         await self.flush()
         while True:
@@ -457,11 +473,21 @@ class _Session:
         address = argument.split(b">")[0].partition(b"<")[2].decode()
         if (verdict := self.upstream.verdict(address)) is not None:
             self.replies.append(verdict)
+        elif self.is_full:
+            self.replies.append(self.upstream.too_many_recipients)
         elif await self.answer(Phase.RCPT, b"250 2.1.5 recipient ok\r\n"):
             self.recipients.append(argument[3:])
+            self.recipients_so_far += 1
         if address == self.upstream.hangs_up_after:
             await self.flush()
             raise _Gone
+
+    @property
+    def is_full(self) -> bool:
+        most, most_a_connection = self.upstream.most_recipients, self.upstream.most_recipients_a_connection
+        return (most is not None and len(self.recipients) >= most) or (
+            most_a_connection is not None and self.recipients_so_far >= most_a_connection
+        )
 
     async def do_data(self, argument: bytes) -> None:
         if not self.recipients and not self.takes_data_without_recipients:

@@ -1,0 +1,213 @@
+"""How many connections one upstream takes at once, as learnt from those that it refused.
+
+An upstream that caps connections tells nobody how many it takes; it refuses the next one. As many as were open then are
+its ceiling. It is remembered, and tried again by one connection more from time to time: seldom, if that is refused.
+
+The workers of one gateway share what was learnt, and the connections below the ceiling: each has an equal part, and
+where there are fewer connections than workers that want one, they take turns. What they share is a few numbers in
+memory that their parent made before it forked them. Each worker writes a column of its own; the head of the table is
+everybody's. There is no lock: an update that is lost costs one more refused connection, which costs nobody a mail.
+
+All times are by the monotonic clock, which all processes of a machine share.
+"""
+
+import math
+import mmap
+import os
+from typing import Final
+
+FIRST_PROBE_SECONDS: Final = 10.0
+"""After a ceiling was learnt, until one connection more is tried; doubled each time that it is refused."""
+LONGEST_PROBE_SECONDS: Final = 600.0
+WORKS_SECONDS: Final = 60.0
+"""An upstream works if a connection to it is open, and it said something within this time: a reply to a message may
+take a while, and a host that has vanished keeps connections open that lead nowhere."""
+TURN_SECONDS: Final = 2.0
+"""How long a worker has its turn where there is not one connection for each."""
+HANDED_ON_SECONDS: Final = 0.1
+"""After one worker closed a connection, until another opens one in its place: the upstream has to notice first."""
+
+# The head of the table, then the columns.
+_LEVEL, _PROBE_AT, _PROBE_SECONDS, _HEAD = 0, 1, 2, 3
+_OPEN, _OPENING, _WAITING, _HEARD_AT, _CLOSED_AT, _COLUMN = 0, 1, 2, 3, 4, 5
+
+
+class SharedCeilings:
+    """The memory for the ceilings of several upstreams, shared by the processes that are forked after it was made.
+
+    Args:
+        upstreams, workers: how many there are of each.
+    """
+
+    def __init__(self, upstreams: int, workers: int) -> None:
+        self._workers = workers
+        # A worker and its successor are there at the same time, so each place has two columns.
+        self._columns = 2 * workers
+        self._table_cells = _HEAD + self._columns * _COLUMN
+        cells = self._columns + upstreams * self._table_cells
+        self._cells = memoryview(mmap.mmap(-1, cells * 8)).cast("d")  # the first ones are process ids
+
+    def claim(self, place: int) -> "list[Ceiling]":
+        """The ceilings of the upstreams, in order, as the worker sees them that calls; its column is free again when
+        its process is gone.
+
+        Args:
+            place: of the worker, from 0.
+        """
+        free = (column for column in (place, self._workers + place) if not _is_alive(int(self._cells[column])))
+        column = next(free, place)
+        self._cells[column] = os.getpid()
+        ceilings = []
+        for first in range(self._columns, len(self._cells), self._table_cells):
+            ceiling = Ceiling(self._cells[first : first + self._table_cells], column)
+            ceiling.forget_column()
+            ceilings.append(ceiling)
+        return ceilings
+
+
+def _is_alive(process_id: int) -> bool:
+    if process_id in (0, os.getpid()):
+        return False
+    try:
+        os.kill(process_id, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+class Ceiling:
+    """The ceiling of one upstream, and the part of it that is ours. No clock: each call is told the time.
+
+    Args:
+        cells: a table that other processes see too, of 64-bit floating-point numbers; None: one of our own.
+        column: ours.
+
+    Attributes:
+        is_shared: there may be other workers.
+    """
+
+    __slots__ = ("_cells", "_first", "_is_probing", "is_shared")
+
+    def __init__(self, cells: "memoryview[float] | None" = None, column: int = 0) -> None:
+        self._cells = cells if cells is not None else memoryview(bytearray(8 * (_HEAD + _COLUMN))).cast("d")
+        self._first = _HEAD + column * _COLUMN
+        self.is_shared = len(self._cells) > _HEAD + _COLUMN
+        self._is_probing = False
+
+    def __repr__(self) -> str:
+        return f"<Ceiling {self.level}, {self._sum(_OPEN):.0f} open, {self._sum(_OPENING):.0f} opening>"
+
+    @property
+    def level(self) -> float:
+        """The most connections that it takes from all workers together; infinity while it has refused none."""
+        return self._cells[_LEVEL] or math.inf
+
+    def forget_column(self) -> None:
+        """Nothing is open here yet."""
+        self.note(0, 0, 0, 0.0)
+        self._cells[self._first + _CLOSED_AT] = 0.0
+
+    def note(self, open_: int, opening: int, waiting: int, heard_at: float) -> None:
+        """Note how things stand in this process.
+
+        Args:
+            open_, opening: connections.
+            waiting: mails that wait for one.
+            heard_at: when the upstream last said something on one.
+        """
+        cells, first = self._cells, self._first
+        cells[first + _OPEN] = open_
+        cells[first + _OPENING] = opening
+        cells[first + _WAITING] = waiting
+        cells[first + _HEARD_AT] = heard_at
+
+    def closed(self, now: float) -> None:
+        """A connection was closed here."""
+        self._cells[self._first + _CLOSED_AT] = now
+
+    # What is known ----------------------------------------------------------------------------------------
+
+    def works(self, now: float) -> bool:
+        """Whether the upstream serves connections, here or in another worker."""
+        cells = self._cells
+        return any(
+            cells[first + _OPEN] > 0 and now - cells[first + _HEARD_AT] < WORKS_SECONDS for first in self._columns()
+        )
+
+    @property
+    def is_opening(self) -> bool:
+        """Whether a connection is being opened, here or in another worker."""
+        return self._sum(_OPENING) > 0
+
+    def share(self, now: float) -> float:
+        """How many of the connections are ours: an equal part among the workers that have or want any."""
+        level = self.level
+        if not self.is_shared or level == math.inf:
+            return level
+        cells, mine = self._cells, self._first
+        active = [
+            first
+            for first in self._columns()
+            if first == mine or cells[first + _OPEN] or cells[first + _OPENING] or cells[first + _WAITING]
+        ]
+        each, rest = divmod(int(level), len(active))
+        # The rest would change hands at each turn, for nothing, where everybody has one.
+        turn = int(now / TURN_SECONDS) if each == 0 else 0
+        return each + int((active.index(mine) + turn) % len(active) < rest)
+
+    def allows(self, now: float) -> bool:
+        """Whether one more connection may be opened here, as `note` was told how things stand.
+
+        Where only a try can tell, it may, once in a while.
+        """
+        level = self.level
+        if level == math.inf:
+            return True
+        cells, mine = self._cells, self._first
+        if self._sum(_OPEN) + self._sum(_OPENING) < level:
+            others = (first for first in self._columns() if first != mine)
+            return cells[mine + _OPEN] + cells[mine + _OPENING] < self.share(now) and all(
+                now - cells[first + _CLOSED_AT] >= HANDED_ON_SECONDS for first in others
+            )
+        if now < cells[_PROBE_AT]:
+            return False
+        cells[_PROBE_AT] = now + cells[_PROBE_SECONDS]
+        self._is_probing = True
+        return True
+
+    # What is learnt ---------------------------------------------------------------------------------------
+
+    def opened(self, now: float) -> None:
+        """One more connection was opened, and has been noted."""
+        if self._sum(_OPEN) > self.level:
+            self._learn(self._sum(_OPEN), now)
+        self._is_probing = False
+
+    def refused(self, now: float, lingering: int = 0) -> None:
+        """A connection was refused while others work; it is not noted any more.
+
+        Args:
+            lingering: connections that were closed so lately that the upstream may have counted them.
+        """
+        cells = self._cells
+        level = max(1.0, self._sum(_OPEN) + self._sum(_OPENING) + lingering)
+        if level < self.level:
+            self._learn(level, now)
+        elif self._is_probing:
+            cells[_PROBE_SECONDS] = min(LONGEST_PROBE_SECONDS, cells[_PROBE_SECONDS] * 2)
+            cells[_PROBE_AT] = now + cells[_PROBE_SECONDS]
+        self._is_probing = False
+
+    def _learn(self, level: float, now: float) -> None:
+        cells = self._cells
+        cells[_LEVEL] = level
+        cells[_PROBE_SECONDS] = FIRST_PROBE_SECONDS
+        cells[_PROBE_AT] = now + FIRST_PROBE_SECONDS
+
+    def _columns(self) -> range:
+        return range(_HEAD, len(self._cells), _COLUMN)
+
+    def _sum(self, row: int) -> float:
+        return sum(self._cells[first + row] for first in self._columns())

@@ -1,0 +1,165 @@
+"""What workers share of an upstream that caps connections; each worker is a pool of its own, the clock is made up."""
+
+import os
+
+import pytest
+
+from otel_smtp.forwarding.ceiling import HANDED_ON_SECONDS, TURN_SECONDS, Ceiling, SharedCeilings
+from otel_smtp.forwarding.pool import Decision, Pool, Ticket
+from otel_smtp.forwarding.settings import PoolLimits
+from tests.forwarding.test_pool import REFUSED, Connection, Connections
+
+
+class Worker:
+    """A worker that wants connections, and holds those that it has for a while."""
+
+    def __init__(self, ceiling: Ceiling) -> None:
+        self.pool: Connections = Pool(PoolLimits(), ceiling)
+        self.waiting: list[Ticket[Connection]] = []
+        self.held: list[Connection] = []
+        self.served = 0
+
+    def wants(self, mails: int, now: float) -> None:
+        self.waiting += [self.pool.ask(now) for _ in range(mails)]
+
+
+class Upstream:
+    """Takes `cap` connections from all workers together; each mail takes one step of the clock."""
+
+    def __init__(self, cap: int, *workers: Worker) -> None:
+        self.cap = cap
+        self.workers = workers
+        self.refused = 0
+        self.now = 0.0
+
+    @property
+    def open(self) -> int:
+        return sum(len(worker.held) + worker.pool.snapshot().idle for worker in self.workers)
+
+    def step(self) -> None:
+        self.now += 0.25
+        for worker in self.workers:
+            held, worker.held = worker.held, []
+            for connection in held:
+                worker.pool.heard_at = self.now
+                worker.pool.release(connection, self.now)
+            worker.pool.expire(self.now)
+            worker.pool.take_closing()
+            self.serve(worker)
+
+    def serve(self, worker: Worker) -> None:
+        for ticket in list(worker.waiting):
+            if ticket.decision is Decision.OPEN:
+                if self.open < self.cap:
+                    worker.pool.opened(ticket, self.now)
+                    worker.held.append(Connection())
+                else:
+                    self.refused += 1
+                    worker.pool.failed(ticket, self.now, REFUSED)
+                    continue
+            elif ticket.decision is Decision.REUSE:
+                assert ticket.connection is not None
+                worker.held.append(ticket.connection)
+            else:
+                assert ticket.decision is Decision.WAITING
+                continue
+            worker.waiting.remove(ticket)
+            worker.served += 1
+
+
+def workers(count: int) -> list[Worker]:
+    shared = SharedCeilings(1, count)
+    table = shared._cells[2 * count :]  # as `claim` does in each process
+    return [Worker(Ceiling(table, column)) for column in range(count)]
+
+
+@pytest.mark.parametrize("cap", [1, 2, 3, 4])
+def test_workers_share_what_an_upstream_takes_and_nobody_is_left_out(cap: int) -> None:
+    one, other = workers(2)
+    upstream = Upstream(cap, one, other)
+    one.wants(30, 0)
+    upstream.step()  # one of them has all connections before the other comes
+    other.wants(30, 0)
+    for _ in range(40):
+        upstream.step()
+    assert min(one.served, other.served) >= 4 * cap
+    for _ in range(200):
+        upstream.step()
+    assert (one.served, other.served) == (30, 30)
+    assert upstream.refused < 25
+
+
+def test_an_idle_connection_below_a_ceiling_is_given_up_at_once() -> None:
+    one, other = workers(2)
+    upstream = Upstream(2, one, other)
+    one.wants(5, 0)
+    for _ in range(10):
+        upstream.step()
+    assert one.pool.snapshot().idle == 0
+    other.wants(1, upstream.now)
+    assert other.waiting[0].decision is Decision.OPEN
+
+
+def test_without_a_ceiling_idle_connections_are_kept() -> None:
+    one, other = workers(2)
+    upstream = Upstream(20, one, other)
+    one.wants(3, 0)
+    for _ in range(4):
+        upstream.step()
+    assert one.pool.snapshot().idle == 3
+
+
+def test_a_worker_that_was_refused_while_another_opens_waits_for_that() -> None:
+    one, other = workers(2)
+    one.wants(1, 0)
+    other.wants(1, 0)
+    assert other.pool.failed(other.waiting[0], 0, REFUSED)
+    assert one.pool.failed(one.waiting[0], 0, REFUSED) is False  # nobody is left whose outcome could say more
+    other.pool.expire(1)
+    assert other.waiting[0].decision is Decision.OPEN  # now it is its own verdict
+    assert other.pool.failed(other.waiting[0], 0, REFUSED) is False
+
+
+def test_what_another_worker_has_just_closed_is_opened_a_little_later() -> None:
+    one, other = workers(2)
+    upstream = Upstream(1, one, other)
+    one.wants(2, 0)
+    for _ in range(3):
+        upstream.step()
+    now = upstream.now
+    assert one.served == 2
+    assert one.pool.snapshot().idle == 0
+    one.pool.ceiling.closed(now)
+    assert not other.pool.ceiling.allows(now + HANDED_ON_SECONDS / 2)
+    assert other.pool.ceiling.allows(now + 2 * HANDED_ON_SECONDS)
+
+
+def test_turns_are_taken_where_there_is_not_one_for_each() -> None:
+    one, other = (worker.pool.ceiling for worker in workers(2))
+    one.note(1, 0, 1, 0.0)
+    other.note(0, 0, 1, 0.0)
+    one.refused(0.0)
+    shares = [(one.share(turn * TURN_SECONDS), other.share(turn * TURN_SECONDS)) for turn in range(4)]
+    assert shares == [(1, 0), (0, 1), (1, 0), (0, 1)]
+    other.note(0, 0, 0, 0.0)
+    assert [one.share(turn * TURN_SECONDS) for turn in range(2)] == [1, 1]
+
+
+def test_a_worker_finds_the_column_of_one_that_is_gone_empty() -> None:
+    shared = SharedCeilings(2, 1)
+    process_id = os.fork()
+    if process_id == 0:  # the worker before
+        try:
+            shared.claim(0)[1].note(3, 2, 1, 5.0)
+        finally:
+            os._exit(0)
+    os.waitpid(process_id, 0)
+    first, second = shared.claim(0)
+    assert not second.is_opening
+    second.note(1, 1, 1, 1.0)
+    assert not first.is_opening
+    # Its successor, while it is still there, has the other column.
+    shared._cells[0] = os.getppid()
+    successor = shared.claim(0)[1]
+    successor.note(0, 0, 0, 0.0)
+    assert second.is_opening
