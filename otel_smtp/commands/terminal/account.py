@@ -17,8 +17,6 @@ from otel_smtp.commands.terminal.otlp_spans import Event, Span
 from otel_smtp.commands.terminal.words import counted, duration, outcome_style, plain
 from otel_smtp.telemetry import attributes as names
 
-_RECIPIENT_EVENT: Final = "smtp.recipient"
-_FATE: Final = "smtp.recipient.fate"
 _REASON: Final = "smtp.failure.reason"
 _KIND: Final = "smtp.message.kind"
 # Attempts of a mail that is told; the first and the last of more.
@@ -119,33 +117,40 @@ def accounts(spans: Sequence[Span]) -> list[Account]:
         spans: of one trace, in order of their start; at least one.
     """
     by_id = {span.context.span_id: span for span in spans}
-    deliveries: dict[int, list[Span]] = {}
+    below: dict[int, list[Span]] = {}  # attempts, and what else became of the mail in the queue
     for span in spans:
-        if span.name == names.SPAN_DELIVERY and span.parent is not None:
-            deliveries.setdefault(span.parent.span_id, []).append(span)
+        above = _above(span)
+        if span.name not in (names.SPAN_CONNECTION, names.SPAN_TRANSACTION) and above:
+            below.setdefault(above[0], []).append(span)
     told = [
-        _account(span, deliveries.pop(span.context.span_id, []), _connection_of(span, by_id, spans), spans)
+        _account(span, below.pop(span.context.span_id, []), _connection_of(span, by_id), spans)
         for span in spans
         if span.name == names.SPAN_TRANSACTION
     ]
     # Attempts from the spool whose transaction has left memory.
-    told += [_account(None, attempts, None, spans) for attempts in deliveries.values()]
+    told += [_account(None, attempts, None, spans) for attempts in below.values()]
     if not told:
         told = [_account(None, [], span, spans) for span in spans if span.name == names.SPAN_CONNECTION]
     return sorted(told, key=lambda account: account.began_ns)
 
 
-def _connection_of(transaction: Span, by_id: Mapping[int, Span], spans: Iterable[Span]) -> Span | None:
-    above = [of.span_id for of in (transaction.parent, *(link.context for link in transaction.links)) if of is not None]
-    return next((by_id[one] for one in above if one in by_id and by_id[one].name == names.SPAN_CONNECTION), None)
+def _above(span: Span) -> list[int]:
+    """The spans to which a span belongs: its parent, and those that it links to."""
+    return [of.span_id for of in (span.parent, *(link.context for link in span.links)) if of is not None]
+
+
+def _connection_of(transaction: Span, by_id: Mapping[int, Span]) -> Span | None:
+    above = (by_id.get(one) for one in _above(transaction))
+    return next((span for span in above if span is not None and span.name == names.SPAN_CONNECTION), None)
 
 
 def _account(
-    transaction: Span | None, attempts: Sequence[Span], connection: Span | None, trace: Sequence[Span]
+    transaction: Span | None, below: Sequence[Span], connection: Span | None, trace: Sequence[Span]
 ) -> Account:
+    attempts = [span for span in below if span.name == names.SPAN_DELIVERY]
     is_alone = sum(span.name == names.SPAN_TRANSACTION for span in trace) <= 1
-    of_mail = [*([transaction] if transaction else []), *attempts] or [span for span in [connection] if span]
-    about = transaction.attributes if transaction else attempts[0].attributes if attempts else {}
+    of_mail = [*([transaction] if transaction else []), *below] or [span for span in [connection] if span]
+    about = transaction.attributes if transaction else {}
     ids = {
         name: str(value)
         for name, key in (("queue_id", names.SPOOL_ID), ("message_id", names.MESSAGE_ID))
@@ -161,18 +166,20 @@ def _account(
         sender=_sender(about) if transaction else "",
         recipients=_recipients(about),
         outcome=str(about.get(names.OUTCOME, "")) if transaction else "",
-        sayings=list(_sayings(transaction, attempts, connection)),
+        sayings=list(_sayings(transaction, below, attempts, connection)),
         took_long=_longest(transaction, attempts),
         ids=ids,
     )
 
 
-def _sayings(transaction: Span | None, attempts: Sequence[Span], connection: Span | None) -> Iterator[Saying]:
+def _sayings(
+    transaction: Span | None, below: Sequence[Span], attempts: Sequence[Span], connection: Span | None
+) -> Iterator[Saying]:
     told_events = [
         event
-        for span in ([transaction] if transaction else []) + list(attempts)
+        for span in [*([transaction] if transaction else []), *below]
         for event in span.events
-        if event.name == _RECIPIENT_EVENT
+        if event.name == names.RECIPIENT_EVENT
     ]
     for event in told_events:
         yield _of_recipient(event)
@@ -209,11 +216,10 @@ def _end_of(connection: Span | None) -> str:
 
 def _of_recipient(event: Event) -> Saying:
     a = event.attributes
-    if names.REPLY_CODE not in a and names.REPLY_TEXT not in a and _FATE not in a:
-        return Saying("further recipients", ", ".join(f"{plain(value)}" for value in a.values()), "", "")
-    whom = next((str(a[name]) for name in sorted(a) if name.startswith("smtp.rcpt.") and "domain" not in name), None)
-    whom = whom or next((str(a[name]) for name in sorted(a) if name.startswith("smtp.rcpt.")), "a recipient")
-    return Saying(plain(whom), plain(a.get(_FATE, "refused")), _who(a), _reply(a))
+    if (more := a.get(names.RECIPIENTS_NOT_SHOWN)) is not None:
+        return Saying(f"{more} more recipients", "refused or deferred", "", "")
+    whom = a.get(names.RCPT_ADDRESS) or a.get(names.RCPT_DOMAIN) or "a recipient"
+    return Saying(plain(whom), plain(a.get(names.RECIPIENT_FATE, "refused")), _who(a), _reply(a))
 
 
 def _errors(transaction: Span | None, connection: Span | None) -> Iterator[Event]:
@@ -267,9 +273,7 @@ def _of_attempt(attempt: Span, transaction: Span | None) -> Saying:
 
 def _became(attributes: Mapping[str, Any]) -> str:
     outcome = plain(attributes.get(names.OUTCOME, "not known"))
-    return {"relayed": "accepted", "partly_relayed": "accepted in part", "unknown": "perhaps accepted"}.get(
-        outcome, outcome
-    )
+    return {"relayed": "accepted", "partly_relayed": "accepted", "unknown": "perhaps accepted"}.get(outcome, outcome)
 
 
 def _who(attributes: Mapping[str, Any]) -> str:

@@ -133,9 +133,21 @@ def test_a_recipient_that_the_upstream_refuses_is_told_with_its_words() -> None:
 
 
 def test_recipients_beyond_those_that_are_told_are_counted() -> None:
-    rest = Event(START, "smtp.recipient", {"smtp.recipient.count": 17})
+    rest = Event(START, "smtp.recipient", {"smtp.recipient.more": 17})
     [mail] = told(transaction({"smtp.outcome": "refused"}, events=[rest]))
-    assert text(mail)[1] == "  further recipients: 17"
+    assert text(mail)[1] == "  17 more recipients: refused or deferred"
+
+
+def test_what_became_of_a_queued_recipient_is_told_by_whatever_span_has_it() -> None:
+    expired = Event(START, "smtp.recipient", {"smtp.rcpt.domain": "example.org", "smtp.recipient.fate": "expired"})
+    spool = encoded(
+        Span(
+            "smtp.spool", Kind.INTERNAL, Identity(TRACE, 7), Identity(TRACE, 2), START + 9 * SECOND, START + 9 * SECOND,
+            {"smtp.spool.id": "01J"}, [expired], [], False,
+        )
+    )  # fmt: skip
+    [mail] = told(transaction({"smtp.outcome": "queued"}), spool)
+    assert text(mail)[1] == "  example.org: expired by this gateway"
 
 
 def test_our_own_refusal_is_ours() -> None:
