@@ -204,6 +204,15 @@ async def errors(site: Site, amount: int) -> bool:
     return reply.startswith("500")
 
 
+async def refusals(site: Site, amount: int) -> bool:
+    client = await site.greeted()
+    assert (await client.asks(*ENVELOPE)).startswith("250 ")
+    # One recipient is allowed, and one refusal more for it.
+    reply = await client.asks(*["RCPT TO:<c@there.example>"] * (amount + 1))
+    assert reply.startswith(("452 4.5.3", "421 4.7.0"))
+    return reply.startswith("452")
+
+
 async def junk_commands(site: Site, amount: int) -> bool:
     client = await site.greeted()
     reply = await client.asks(*["NOOP"] * amount)
@@ -502,6 +511,7 @@ BOUNDS: Final = (
     Bound("limits.stress", 80, 5, stress, more={"limits.connections": 100}),
     Bound("limits.messages_per_connection", None, 2, messages_per_connection),
     Bound("limits.errors", 10, 3, errors),
+    Bound("limits.refusals", 1000, 3, refusals, more={"limits.recipients": 1}),
     Bound("limits.junk_commands", 100, 3, junk_commands),
     Bound("limits.command_line", 2048, 600, command_line),
     Bound("limits.auth_line", 12288, 600, auth_line, more=WITH_AUTH),

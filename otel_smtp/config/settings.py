@@ -173,8 +173,21 @@ class Limits(Table, frozen=True, kw_only=True):
         ),
     ] = None
     errors: Annotated[
-        int, Key("refused commands on one connection, then 421", _COUNT, "Postfix disconnects at 20 and stalls at 10")
+        int,
+        Key(
+            "commands on one connection that are refused for a fault of the client's, then 421",
+            _COUNT,
+            "Postfix disconnects at 20 and stalls at 10",
+        ),
     ] = 10
+    refusals: Annotated[
+        int,
+        Key(
+            "others that are refused on one connection between two messages that are accepted, beyond `recipients`; "
+            "then 421",
+            _COUNT,
+        ),
+    ] = 1000
     junk_commands: Annotated[
         int, Key("NOOP, RSET, VRFY, EHLO without mail between them, then 421", _COUNT, "Postfix: 100")
     ] = 100

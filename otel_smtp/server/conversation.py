@@ -30,7 +30,8 @@ _GENTLE_ENDS: Final = frozenset(
     {CloseReason.TIMEOUT, CloseReason.TOO_MANY_ERRORS, CloseReason.REFUSED, CloseReason.INTERNAL_ERROR}
 )
 # A segment is cut between transactions. One that has grown to so many times its size is cut wherever it is, so that a
-# client cannot make it grow without end within one transaction.
+# client cannot make it grow without end within one transaction. Replies count likewise: those to a thousand recipients,
+# or to chunk after chunk, come without transitions.
 _HARD_SEGMENTS: Final = 4
 
 
@@ -52,6 +53,8 @@ class Conversation:
         "_auth",
         "_batch",
         "_began",
+        "_content_began",
+        "_content_octets",
         "_failed_content",
         "_forwarded",
         "_has_ended",
@@ -106,6 +109,8 @@ class Conversation:
         self._pauses = 0
         self._began = self._loop.time()  # when the request at hand began
         self._request_octets = 0  # received before it
+        self._content_began = 0.0  # when the content of the message at hand began
+        self._content_octets = 0  # received before it
         self._held_back_at = 0.0  # when the forwarder stopped the content
         self._session_ends: float | None = None
         self._most_transitions = house.segments.transitions
@@ -143,7 +148,7 @@ class Conversation:
     def writing_resumed(self) -> None:
         """See `Receiver`."""
         self._resume(Pause.UNREAD)
-        self._take_turn()
+        self._house.wait_turn(self)
 
     def _call(self, work: Callable[..., None], *arguments: Any) -> None:
         """Do `work` as a call from outside: with its own time, and concluded. A bug of ours ends the session, and
@@ -181,12 +186,16 @@ class Conversation:
                 self._pause(Pause.UNREAD)
             if protocol.phase is not Phase.CONTENT:
                 self._began = self._loop.time()
+                self._request_octets = stream.octets_received
         if protocol.close_reason is not None:
             self._finish(protocol.close_reason)
             return
         if protocol.received.held or self._pauses:
             self._manage_reading()
-        if len(record.transitions) >= self._most_transitions:
+        if (
+            len(record.transitions) >= self._most_transitions
+            or len(record.replies) >= _HARD_SEGMENTS * self._most_transitions
+        ):
             self._end_full_segment()
 
     def _manage_reading(self) -> None:
@@ -198,14 +207,16 @@ class Conversation:
             self._pause(Pause.DECISION)
         if protocol.wants_turn and not self._pauses & Pause.TURN:
             self._pause(Pause.TURN)
-            self._loop.call_soon(self._take_turn)
+            self._house.wait_turn(self)
 
-    def _take_turn(self) -> None:
-        """Run the commands that other connections went before; not while the client does not read the replies."""
+    def take_turn(self) -> bool:
+        """Run some of the commands that other connections went before; False where there is nothing to be done now,
+        since the client does not read the replies or has gone."""
         if self._pauses & Pause.UNREAD or self._has_ended:
-            return
+            return False
         self._resume(Pause.TURN)
         self._call(self._protocol.run)
+        return True
 
     def _pause(self, why: Pause) -> None:
         if not self._pauses:
@@ -256,14 +267,18 @@ class Conversation:
 
     def _deadline(self) -> float:
         """When the request at hand must be complete: octets buy time at the minimum rate, within a hard bound."""
-        timeouts = self._policy.timeouts
-        if self._protocol.awaits_content:
-            bought = (self._stream.octets_received - self._request_octets) / timeouts.octets_per_second
+        timeouts, protocol, octets = self._policy.timeouts, self._protocol, self._stream.octets_received
+        if protocol.awaits_content:
+            bought = (octets - self._request_octets) / timeouts.octets_per_second
             deadline = self._began + min(timeouts.command + bought, timeouts.data)
         elif self._house.is_stressed:
             deadline = self._began + min(timeouts.command, timeouts.command_under_stress)
         else:
             deadline = self._began + timeouts.command
+        if protocol.has_open_content:
+            # As a whole, in however many chunks it comes.
+            bought = (octets - self._content_octets) / timeouts.octets_per_second
+            deadline = min(deadline, self._content_began + min(timeouts.command + bought, timeouts.data))
         return deadline if self._session_ends is None else min(deadline, self._session_ends)
 
     def drain(self) -> None:
@@ -281,8 +296,12 @@ class Conversation:
     # Segments ----------------------------------------------------------------------------------------------------
 
     def _end_full_segment(self) -> None:
-        is_in_transaction = self._protocol.is_in_transaction
-        if not is_in_transaction or len(self.record.transitions) >= _HARD_SEGMENTS * self._most_transitions:
+        record = self.record
+        if (
+            not self._protocol.is_in_transaction
+            or len(record.transitions) >= _HARD_SEGMENTS * self._most_transitions
+            or len(record.replies) >= _HARD_SEGMENTS * self._most_transitions
+        ):
             self._end_segment()
 
     def _end_segment(self) -> None:

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import os
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -79,6 +79,8 @@ class Server:
         self._sweep = sweep or Sweep()
         self._listening: list[Listener] = []
         self._sessions: dict[Conversation, None] = {}  # in the order in which they were accepted
+        self._waiting: OrderedDict[Conversation, None] = OrderedDict()  # for their turn
+        self._gives_turns = False  # a call that gives the next one is under way
         self._all_ended: asyncio.Future[None] | None = None
         self._per_client: Counter[str] = Counter()
         self._auth_failures = FailureRate(limit=auth_failures_per_minute)
@@ -188,6 +190,25 @@ class Server:
     def illegal_step(step: IllegalTransition) -> None:
         """A state step that the table does not hold: a bug of ours, which costs nobody a connection."""
         logger.error("illegal state step", extra={"from_state": str(step.previous), "to_state": str(step.state)})
+
+    def wait_turn(self, session: Conversation) -> None:
+        """Let a session go on later. All that pipeline share one turn in each turn of the event loop, so that they wait
+        for each other, and not the others for them."""
+        self._waiting[session] = None
+        if not self._gives_turns:
+            self._gives_turns = True
+            asyncio.get_running_loop().call_soon(self._give_turn)
+
+    def _give_turn(self) -> None:
+        try:
+            while self._waiting:
+                session, _ = self._waiting.popitem(last=False)
+                if session.take_turn():
+                    break
+        finally:
+            self._gives_turns = bool(self._waiting)
+            if self._gives_turns:
+                asyncio.get_running_loop().call_soon(self._give_turn)
 
     def ended(self, session: Conversation) -> None:
         """A session is over."""

@@ -125,6 +125,10 @@ class House(Protocol):
         """A state step that the table does not hold."""
         ...
 
+    def wait_turn(self, session: "Conversation") -> None:
+        """Call `session.take_turn` in a later turn of the event loop, behind the sessions that wait already."""
+        ...
+
     def ended(self, session: "Conversation") -> None:
         """The session is over, and its socket closed or closing; called once."""
         ...

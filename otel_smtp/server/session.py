@@ -137,8 +137,8 @@ class Session(Admission):
         """See `Handler`."""
         forwarded = self._forwarded
         assert forwarded is not None
-        self._began = self._loop.time()
-        self._request_octets = self._stream.octets_received
+        self._began = self._content_began = self._loop.time()
+        self._request_octets = self._content_octets = self._stream.octets_received
         self._failed_content = None
         try:
             forwarded.content(self._content_resumed)
@@ -176,7 +176,9 @@ class Session(Admission):
 
     def _content_resumed(self) -> None:
         if self._pauses & Pause.CONTENT:
-            self._began += self._loop.time() - self._held_back_at  # the time was not the client's
+            held_back = self._loop.time() - self._held_back_at  # that time was not the client's
+            self._began += held_back
+            self._content_began += held_back
             self._resume(Pause.CONTENT)
 
     def _fail_content(self) -> None:

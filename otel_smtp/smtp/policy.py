@@ -19,6 +19,7 @@ class ServerLimits:
     recipients: int = 1000
     messages_per_connection: int | None = None
     errors: int = 10
+    refusals: int = 1000  # beyond `recipients`
     junk_commands: int = 100
     command_line: int = 2048
     auth_line: int = 12288

@@ -183,6 +183,7 @@ def message_accepted(trace_id: str | None = None) -> Reply:
     return reply
 
 
+@lru_cache(maxsize=256)  # chunks are of the same few sizes, or of a hostile client
 def chunk_received(octets: int) -> Reply:
     """The 250 to a BDAT chunk that is not the last (RFC 3030 2)."""
     return _reply(250, "2.0.0", f"{octets} octets received")
@@ -208,6 +209,7 @@ SEND_CONTENT: Final = Reply(354, None, ("End data with <CR><LF>.<CR><LF>",))
 SHUTTING_DOWN: Final = _reply(421, "4.3.2", "Shutting down, try again", ErrorType.SHUTDOWN, closes=True)
 TOO_MANY_CONNECTIONS: Final = _reply(421, "4.3.2", "Too many connections", ErrorType.LIMIT, closes=True)
 TOO_MANY_ERRORS: Final = _reply(421, "4.7.0", "Too many errors", ErrorType.LIMIT, closes=True)
+TOO_MANY_REFUSALS: Final = _reply(421, "4.7.0", "Too many refused commands", ErrorType.LIMIT, closes=True)
 TOO_MANY_JUNK_COMMANDS: Final = _reply(421, "4.7.0", "Too many commands without mail", ErrorType.LIMIT, closes=True)
 TOO_MANY_MESSAGES: Final = _reply(421, "4.3.2", "Too many messages on one connection", ErrorType.LIMIT, closes=True)
 TOO_MANY_AUTH_FAILURES: Final = _reply(421, "4.7.0", "Too many failed authentications", ErrorType.AUTH, closes=True)

@@ -89,12 +89,6 @@ LARGE: Final = 8 * MIB
 LINE: Final = b"0123456789abcdef" * 4 + b"\r\n"
 
 
-def memory(running: GatewayProcess, name: str) -> int:
-    """Octets of memory that the process holds (VmRSS), or has ever held (VmHWM)."""
-    status = Path(f"/proc/{running.pid}/status").read_text()
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(f"{name}:"))
-
-
 def send_large(client: Client) -> None:
     """Send the content, but for its end."""
     client.socket.sendall(b"Subject: large\r\n\r\n")
@@ -110,14 +104,14 @@ def test_large_messages_side_by_side_stand_in_files_and_not_in_memory(
     clients = [connect(running.port) for _ in range(8)]
     for client in clients:
         client.opens_content()
-    before = memory(running, "VmRSS")
+    before = running.memory("VmRSS")
     with ThreadPoolExecutor(len(clients)) as threads:
         list(threads.map(send_large, clients))
         for client in clients:
             client.say(".")
         assert [client.reply()[:4] for client in clients] == ["250 "] * len(clients)
     # 64 MiB went through; a stream holds a quarter of one MiB on each side.
-    assert memory(running, "VmHWM") - before < 24 * MIB
+    assert running.memory("VmHWM") - before < 24 * MIB
     assert all(len(message.content) > LARGE - MIB for message in upstream.messages)
 
 
@@ -134,12 +128,12 @@ def test_large_messages_that_are_broken_off_again_and_again_leave_nothing(
 
     break_off()
     until(lambda: no_temporary_files(running), "the first file is gone")
-    files, before = open_files(running), memory(running, "VmRSS")
+    files, before = open_files(running), running.memory("VmRSS")
     for _ in range(12):
         break_off()
     until(lambda: no_temporary_files(running), "all files are gone")
     until(lambda: (open_files(running) <= files) or None, "all sockets are closed")
-    assert memory(running, "VmRSS") - before < 8 * MIB
+    assert running.memory("VmRSS") - before < 8 * MIB
     assert upstream.messages == []
 
 

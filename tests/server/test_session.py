@@ -6,6 +6,7 @@ import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import pytest
 
@@ -274,6 +275,93 @@ async def test_the_time_of_a_slow_forwarder_is_not_the_clients() -> None:
         await served.stream.sends(b"250 2.0.0 Ok trace=")
 
 
+IN_CHUNKS = ENVELOPE + b"BDAT 24\r\n" + CONTENT
+
+
+@pytest.mark.movable_clock
+@pytest.mark.parametrize("chunk", [b"BDAT 0\r\n", b"BDAT 1\r\nx", b"BDAT 100\r\n" + b"x" * 100])
+async def test_content_in_chunks_has_its_time_as_a_whole(chunk: bytes) -> None:
+    timeouts = ServerTimeouts(command=60, data=120, octets_per_second=1)
+    async with serving(replace(POLICY, timeouts=timeouts)) as served:
+        served.stream.feed(IN_CHUNKS)
+        await served.stream.sends(b"250 2.0.0 24 octets")
+        for _ in range(13):
+            assert served.seen.close_reason is None
+            advance(9)
+            await turns()
+            served.stream.feed(chunk)
+        advance(4)
+        await served.ended()
+        assert served.seen.close_reason is CloseReason.TIMEOUT
+        assert served.stream.sent.endswith(replies.TIMED_OUT.wire)
+
+
+@pytest.mark.movable_clock
+async def test_content_in_chunks_has_a_least_rate_as_a_whole() -> None:
+    timeouts = ServerTimeouts(command=60, data=1000, octets_per_second=10)
+    async with serving(replace(POLICY, timeouts=timeouts)) as served:
+        served.stream.feed(IN_CHUNKS)
+        await served.stream.sends(b"250 2.0.0 24 octets")
+        for _ in range(30):  # twice the least rate
+            advance(10)
+            await turns()
+            served.stream.feed(b"BDAT 192\r\n" + b"x" * 192)
+        assert served.seen.close_reason is None
+        for _ in range(50):  # a tenth of it
+            advance(10)
+            await turns()
+            served.stream.feed(b"BDAT 1\r\nx")
+        await served.ended()
+        assert served.seen.close_reason is CloseReason.TIMEOUT
+
+
+@pytest.mark.movable_clock
+async def test_between_two_chunks_a_client_idles_as_between_commands() -> None:
+    timeouts = ServerTimeouts(command=60, data=1000, octets_per_second=1)
+    async with serving(replace(POLICY, timeouts=timeouts)) as served:
+        served.stream.feed(IN_CHUNKS + b"BDAT 500\r\n" + b"x" * 500)
+        await served.stream.sends(b"250 2.0.0 500 octets")
+        advance(59)
+        await turns()
+        assert served.seen.close_reason is None
+        advance(2)
+        await served.ended()
+        assert served.seen.close_reason is CloseReason.TIMEOUT
+
+
+@pytest.mark.movable_clock
+async def test_octets_of_a_message_before_buy_no_time_for_a_refused_chunk() -> None:
+    timeouts = ServerTimeouts(command=60, data=1000, octets_per_second=1)
+    async with serving(replace(POLICY, timeouts=timeouts)) as served:
+        served.stream.feed(ENVELOPE + b"BDAT 500 LAST\r\n" + b"x" * 500)
+        await served.stream.sends(b"250 2.0.0 Ok trace=")
+        served.stream.feed(b"BDAT 500\r\nx")
+        advance(80)
+        await served.ended()
+        assert served.seen.close_reason is CloseReason.TIMEOUT
+
+
+async def test_all_that_pipeline_share_one_turn() -> None:
+    limits = ServerLimits(junk_commands=10_000)
+    policy = replace(POLICY, protocol=replace(POLICY.protocol, commands_per_turn=10, limits=limits))
+    async with serving(policy) as served:
+        streams = [served.stream, *(FakeStream() for _ in range(9))]
+        others = [served.server.serve(policy, stream)[0] for stream in streams[1:]]
+        await turns()
+        for stream in streams:
+            stream.feed(b"EHLO c\r\n" + b"NOOP\r\n" * 49)
+        answered = [sum(stream.sent.count(b"250 2.0.0") for stream in streams)]
+        while answered[-1] < 490:
+            await asyncio.sleep(0)
+            answered.append(sum(stream.sent.count(b"250 2.0.0") for stream in streams))
+        assert answered[0] == 90
+        assert max(after - before for before, after in pairwise(answered)) == 10
+        # None of them went before the others.
+        assert [stream.sent.count(b"250 2.0.0") for stream in streams] == [49] * 10
+        for session in others:
+            session.cancel()
+
+
 async def test_a_client_that_pipelines_does_not_keep_the_loop_to_itself() -> None:
     protocol = replace(POLICY.protocol, commands_per_turn=10, limits=ServerLimits(junk_commands=10_000))
     async with serving(replace(POLICY, protocol=protocol)) as served:
@@ -332,6 +420,17 @@ async def test_within_a_transaction_a_record_is_bounded_too() -> None:
         assert len(served.seen.record.transitions) < 40
     sequence = [transition.sequence for segment in served.observer.segments for transition in segment]
     assert sequence == list(range(1, len(sequence) + 1))
+
+
+async def test_a_record_of_replies_without_transitions_is_bounded() -> None:
+    async with serving(segments=Segments(transitions=10)) as served:
+        served.stream.feed(ENVELOPE)
+        most = 0
+        for _ in range(100):
+            served.stream.feed(b"BDAT 1\r\nx")
+            most = max(most, len(served.seen.replies))
+        assert most == 39
+        assert len(served.observer.segments) == 2
 
 
 @pytest.mark.movable_clock

@@ -138,6 +138,17 @@ def tiny_chunks() -> Iterator[bytes]:
         yield b"BDAT 2\r\n\r\n" * 500
 
 
+def empty_chunks() -> Iterator[bytes]:
+    yield ENVELOPE
+    for _ in range(40):
+        yield b"BDAT 0\r\n" * 500
+
+
+def commands_before_the_first_hello() -> Iterator[bytes]:
+    for _ in range(40):
+        yield b"NOOP\r\n" * 500
+
+
 def recipients_beyond_the_limit() -> Iterator[bytes]:
     yield ENVELOPE
     for number in range(40):
@@ -159,7 +170,9 @@ def messages_without_end() -> Iterator[bytes]:
         (endless_content, True, 552),
         (endless_header, True, 552),
         (tiny_chunks, False, 250),
-        (recipients_beyond_the_limit, False, replies.TOO_MANY_RECIPIENTS),
+        (empty_chunks, True, replies.TOO_MANY_JUNK_COMMANDS),
+        (commands_before_the_first_hello, True, replies.TOO_MANY_JUNK_COMMANDS),
+        (recipients_beyond_the_limit, True, replies.TOO_MANY_REFUSALS),
         (messages_without_end, False, 250),
     ],
 )

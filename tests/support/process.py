@@ -117,6 +117,11 @@ class GatewayProcess:
         lines = (line for line in self.stderr.splitlines() if line.startswith("{"))
         return [json.loads(line) for line in lines]
 
+    def memory(self, name: str) -> int:
+        """Octets of memory that it holds (VmRSS), or has ever held (VmHWM)."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(f"{name}:"))
+
     def signal(self, number: signal.Signals) -> None:
         """Send it a signal."""
         self._process.send_signal(number)

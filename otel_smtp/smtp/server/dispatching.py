@@ -38,7 +38,8 @@ from otel_smtp.smtp.states import (
 # RFC 3207 4: what may be said while TLS is required and not on.
 _BEFORE_TLS: Final = frozenset({Verb.NOOP, Verb.EHLO, Verb.LHLO, Verb.STARTTLS, Verb.QUIT})
 # Commands that do not move mail; a session of nothing else holds a slot for nothing.
-_JUNK: Final = frozenset({Verb.NOOP, Verb.RSET, Verb.VRFY, Verb.EXPN, Verb.HELP, Verb.EHLO, Verb.HELO, Verb.LHLO})
+_HELLOS: Final = frozenset({Verb.EHLO, Verb.HELO, Verb.LHLO})
+_JUNK: Final = frozenset({Verb.NOOP, Verb.RSET, Verb.VRFY, Verb.EXPN, Verb.HELP}) | _HELLOS
 # Commands that only get an answer.
 _ANSWERS: Final = {
     Verb.NOOP: replies.OK,
@@ -97,11 +98,8 @@ class Dispatching(Receiving):
         if self._policy.tls_required and not self.is_tls and verb not in _BEFORE_TLS:
             self._refuse(replies.TLS_REQUIRED, verb, command)
             return
-        if verb in _JUNK and self.phase is not Phase.CONNECTED:
-            self._junk += 1
-            if self._junk > self._policy.limits.junk_commands:
-                self._send(replies.TOO_MANY_JUNK_COMMANDS, verb)
-                return
+        if verb in _JUNK and (self.phase is not Phase.CONNECTED or verb not in _HELLOS) and not self._count_junk(verb):
+            return
         if verb not in SEQUENCE[self.phase]:
             self._refuse(replies.BAD_SEQUENCE, verb, command)
             return

@@ -42,6 +42,8 @@ class Receiving(Securing):
     def _run_bdat(self, command: Bdat) -> None:
         transaction = self._transaction
         assert transaction is not None
+        if not command.size and not command.last and not self._count_junk(Verb.BDAT):
+            return
         octets = transaction.content.octets if transaction.content is not None else 0
         if octets + command.size > transaction.size_limit:
             if self.phase is Phase.CHUNKING:
@@ -168,6 +170,7 @@ class Receiving(Securing):
         self._end_transaction()
         self.messages += 1
         if decided[0].code < 400 or any(reply.is_positive for reply in decided):
+            self._refusals = 0
             self.states.enter(ConnState.ACTIVE)
         for reply in decided:
             self._send(reply.as_plain_success() if 250 < reply.code < 300 else reply, verb)

@@ -32,7 +32,7 @@ from otel_smtp.smtp.states import (
 )
 
 # Replies that count towards the error limit: the client's own doing. An upstream that refuses many recipients, or is
-# away, must not cost an honest client its connection.
+# away, must not cost an honest client its connection; what else is refused has a limit of its own, far above.
 _CLIENT_FAULTS: Final = frozenset(
     {
         ErrorType.SYNTAX,
@@ -49,6 +49,7 @@ _CLOSE_REASONS: Final = {
     replies.CLOSING: CloseReason.QUIT,
     replies.SHUTTING_DOWN: CloseReason.SHUTDOWN,
     replies.TOO_MANY_ERRORS: CloseReason.TOO_MANY_ERRORS,
+    replies.TOO_MANY_REFUSALS: CloseReason.TOO_MANY_ERRORS,
     replies.TOO_MANY_JUNK_COMMANDS: CloseReason.TOO_MANY_ERRORS,
     replies.TOO_MANY_AUTH_FAILURES: CloseReason.TOO_MANY_ERRORS,
     replies.LINE_DISCARD_EXCEEDED: CloseReason.TOO_MANY_ERRORS,
@@ -112,6 +113,7 @@ class Replying:
         "_mail",
         "_offer",
         "_policy",
+        "_refusals",
         "_told",
         "_transaction",
         "asked",
@@ -165,6 +167,7 @@ class Replying:
         self._auth_mechanism = "other"
         self._auth_failures = 0
         self._faults = 0  # of the client's own doing
+        self._refusals = 0  # of nobody's doing, since a message was accepted
         self._junk = 0
         self._eof = False
         self._is_running = False
@@ -181,6 +184,11 @@ class Replying:
     def is_in_transaction(self) -> bool:
         """Whether a transaction is open, or a decision is awaited: not a moment to end the session."""
         return self._transaction is not None or self.asked is not Asked.NOTHING
+
+    @property
+    def has_open_content(self) -> bool:
+        """Whether the content of a message has begun and not ended; so also between two BDAT chunks."""
+        return self._transaction is not None and self._transaction.content is not None
 
     def _content_verb(self) -> Verb:
         transaction = self._transaction
@@ -257,10 +265,21 @@ class Replying:
             # RFC 5321 3.8: a server closes after 421.
             self._end(_CLOSE_REASONS.get(reply, CloseReason.REFUSED))
 
+    def _count_junk(self, verb: Verb) -> bool:
+        """Count a command that moves no mail; False where it was one too many, which has been answered."""
+        self._junk += 1
+        if self._junk > self._policy.limits.junk_commands:
+            self._send(replies.TOO_MANY_JUNK_COMMANDS, verb)
+            return False
+        return True
+
     def _count_error(self, reply: Reply) -> Reply:
         self.errors += 1
-        if reply.error_type in _CLIENT_FAULTS and not reply.closes:
+        if reply.closes:
+            return reply
+        limits = self._policy.limits
+        if reply.error_type in _CLIENT_FAULTS:
             self._faults += 1
-            if self._faults > self._policy.limits.errors:
-                return replies.TOO_MANY_ERRORS
-        return reply
+            return reply if self._faults <= limits.errors else replies.TOO_MANY_ERRORS
+        self._refusals += 1
+        return reply if self._refusals <= limits.refusals + limits.recipients else replies.TOO_MANY_REFUSALS
