@@ -14,8 +14,8 @@ hostname workers
 listener[]: name address protocol tls tls_cert tls_key tls_required auth auth_users_file auth_in_clear allow
 listener[]: open_relay proxy_protocol_from trace_context default_domain received
 limits: message_size recipients connections connections_per_client stress messages_per_connection errors refusals
-limits: junk_commands command_line auth_line text_line header_size header_lines hops auth_failures auth_failures_per_minute
-limits: octets_per_second
+limits: junk_commands command_line auth_line text_line header_size header_lines hops auth_failures
+limits: auth_failures_per_minute octets_per_second
 timeouts: command command_under_stress data session tls_handshake shutdown_grace
 delivery: mode strategy content_newlines
 upstream[]: name url username password password_file auth token_url client_id client_secret client_secret_file
