@@ -90,7 +90,7 @@ class StreamRun:
             "local",
             policy,
             ServerTimeouts(),
-            tls_context=lambda: ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER),
+            tls_context=ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER),
             authenticator=Authenticator(users) if policy.auth_mechanisms else None,
             allow=(ipaddress.ip_network("0.0.0.0/0"),),
         )

@@ -13,7 +13,9 @@ import click
 from otel_smtp import __version__
 from otel_smtp.commands.options import GlobalOptions, config_option, set_option
 
-COMMANDS: Final = ("serve", "check", "send", "passwd", "demo", "queue", "why", "bench", "settings", "telemetry")
+COMMANDS: Final = (
+    "serve", "reload", "check", "send", "passwd", "demo", "queue", "why", "bench", "settings", "telemetry",
+)  # fmt: skip
 
 
 class _Commands(click.Group):

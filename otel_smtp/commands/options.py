@@ -87,17 +87,41 @@ class GlobalOptions:
         Invalid settings end the process with status 2, and a line on stderr for each problem.
         """
         try:
-            return load(
-                file=config or self.config,
-                environ=os.environ,
-                flags=[*self.flags(assignments), *flags],
+            return self.read(
+                config=config,
+                assignments=assignments,
+                flags=flags,
                 listen=listen,
                 upstream=upstream,
                 needs_upstream=needs_upstream,
-                is_command=True,
             )
         except SettingsError as error:
             fail_settings(error)
+
+    def read(
+        self,
+        *,
+        config: Path | None = None,
+        assignments: Sequence[str] = (),
+        flags: Sequence[Flag] = (),
+        listen: Sequence[str] = (),
+        upstream: Sequence[str] = (),
+        needs_upstream: bool = True,
+    ) -> Settings:
+        """As `settings`, for whoever goes on without them.
+
+        Raises:
+            SettingsError: they are invalid.
+        """
+        return load(
+            file=config or self.config,
+            environ=os.environ,
+            flags=[*self.flags(assignments), *flags],
+            listen=listen,
+            upstream=upstream,
+            needs_upstream=needs_upstream,
+            is_command=True,
+        )
 
     def flags(self, assignments: Sequence[str]) -> list[Flag]:
         """All `--set` options, those behind the command's name last.

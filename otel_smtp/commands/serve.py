@@ -7,13 +7,21 @@ import logging
 import os
 import resource
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import click
 
-from otel_smtp.commands.options import config_option, global_options, listen_option, set_option, upstream_option
-from otel_smtp.config import Flag
+from otel_smtp.commands.options import (
+    config_option,
+    fail_settings,
+    global_options,
+    listen_option,
+    set_option,
+    upstream_option,
+)
+from otel_smtp.config import Flag, SettingsError
 from otel_smtp.gateway.signals import hold_back
 
 if TYPE_CHECKING:
@@ -42,7 +50,11 @@ def serve(
     config: Path | None,
     assignments: tuple[str, ...],
 ) -> None:
-    """Run the gateway. SIGTERM drains it; a second SIGTERM stops it at once."""
+    """Run the gateway.
+
+    SIGTERM drains it; a second SIGTERM stops it at once. SIGHUP reads settings, certificates and users again, as
+    `otel-smtp reload` does.
+    """
     hold_back()  # first: from here on an early SIGHUP is a late reload
     _raise_file_limit()
     options = {
@@ -51,9 +63,18 @@ def serve(
         "--log-level": ("log.level", log_level),
     }
     flags = [Flag(option, key, value) for option, (key, value) in options.items() if value is not None]
-    settings = global_options(context).settings(
-        config=config, assignments=assignments, flags=flags, listen=listen, upstream=upstream
+    read_settings = partial(
+        global_options(context).read,
+        config=config,
+        assignments=assignments,
+        flags=flags,
+        listen=listen,
+        upstream=upstream,
     )
+    try:
+        settings = read_settings()
+    except SettingsError as error:
+        fail_settings(error)
     from otel_smtp.telemetry.logs import set_up_logging
 
     # https://no-color.org: whatever its value, unless it is empty.
@@ -63,7 +84,7 @@ def serve(
         logger.warning("questionable setting", extra={"setting": warning})
     from otel_smtp.gateway.running import run
 
-    raise SystemExit(run(settings, on_ready=lambda ready: click.echo(ready_line(ready))))
+    raise SystemExit(run(settings, on_ready=lambda ready: click.echo(ready_line(ready)), read_settings=read_settings))
 
 
 def _raise_file_limit() -> None:

@@ -6,7 +6,7 @@ The structures of `settings` are the one home of every setting: a field is a set
 is the default, and the `Key` beside it says what the value means, how it is written and where the default comes from.
 `loading` merges the sources and reads each value by its kind (`values`), `consistency` finds settings that contradict
 each other, `problems` words what is wrong, `description` makes the effective settings, the reference table and the JSON
-Schema.
+Schema, `changing` says which new values a running gateway takes.
 
 Settings come from four places, each over the one before: defaults, the TOML file, the environment
 (`OTELSMTP_LIMITS__RECIPIENTS`, `OTELSMTP_LISTENER__0__TLS`), flags (`--set limits.recipients=50`). They are merged key
@@ -18,6 +18,7 @@ shown. What `OTEL_*` variables set has no second name here.
 The loader reads files and nothing else. It resolves no name and opens no socket; `check --connect` does.
 """
 
+from otel_smtp.config.changing import Change, change
 from otel_smtp.config.description import Row, describe, json_schema, settings_table
 from otel_smtp.config.loading import PREFIX, Flag, assignment, load
 from otel_smtp.config.problems import Problem, SettingsError
@@ -38,6 +39,7 @@ from otel_smtp.config.values import Network, Secret, UpstreamUrl
 
 __all__ = [
     "PREFIX",
+    "Change",
     "Delivery",
     "Flag",
     "Limits",
@@ -57,6 +59,7 @@ __all__ = [
     "UpstreamTimeout",
     "UpstreamUrl",
     "assignment",
+    "change",
     "describe",
     "json_schema",
     "load",

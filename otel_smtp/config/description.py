@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from otel_smtp.config.changing import holds_at_once
 from otel_smtp.config.settings import SCHEMA, Key, Settings, Table, Tables
 from otel_smtp.config.values import Choice
 
@@ -42,13 +43,14 @@ def _may_be_none(key: Key) -> bool:
 
 
 def settings_table() -> str:
-    """The reference table of settings in Markdown: key, default, meaning with the source of the default."""
-    rows = ["| key | default | meaning |", "|---|---|---|"]
-    rows += (f"| `{key}` | {default} | {meaning} |" for key, default, meaning in _documented(Settings, ""))
+    """The reference table of settings in Markdown: key, default, what a new value needs, meaning with the source of the
+    default."""
+    rows = ["| key | default | holds after | meaning |", "|---|---|---|---|"]
+    rows += (f"| {' | '.join(row)} |" for row in _documented(Settings, ""))
     return "\n".join(rows)
 
 
-def _documented(table: type[Table], prefix: str) -> Iterator[tuple[str, str, str]]:
+def _documented(table: type[Table], prefix: str) -> Iterator[tuple[str, str, str, str]]:
     defaults = {field.name: field for field in msgspec.structs.fields(table)}
     for name, entry in SCHEMA[table].items():
         path = f"{prefix}{name}"
@@ -57,7 +59,7 @@ def _documented(table: type[Table], prefix: str) -> Iterator[tuple[str, str, str
             meaning = f"{entry.meaning} ({entry.source})" if entry.source else entry.meaning
             if isinstance(entry.kind, Choice) and not all(f"`{word}`" in meaning for word in entry.kind.words):
                 meaning = f"{', '.join(f'`{word}`' for word in entry.kind.words)}: {meaning}"
-            yield path, default, meaning
+            yield f"`{path}`", default, "reload" if holds_at_once(table, name) else "restart", meaning
         elif isinstance(entry, Tables):
             yield from _documented(entry.item, f"{path}[].")
         else:

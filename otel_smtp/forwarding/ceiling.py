@@ -14,6 +14,7 @@ All times are by the monotonic clock, which all processes of a machine share.
 import math
 import mmap
 import os
+from collections.abc import Sequence
 from typing import Final
 
 FIRST_PROBE_SECONDS: Final = 10.0
@@ -36,20 +37,22 @@ class SharedCeilings:
     """The memory for the ceilings of several upstreams, shared by the processes that are forked after it was made.
 
     Args:
-        upstreams, workers: how many there are of each.
+        upstreams: their names.
+        workers: how many there are.
     """
 
-    def __init__(self, upstreams: int, workers: int) -> None:
+    def __init__(self, upstreams: Sequence[str], workers: int) -> None:
+        self._upstreams = upstreams
         self._workers = workers
         # A worker and its successor are there at the same time, so each place has two columns.
         self._columns = 2 * workers
         self._table_cells = _HEAD + self._columns * _COLUMN
-        cells = self._columns + upstreams * self._table_cells
+        cells = self._columns + len(upstreams) * self._table_cells
         self._cells = memoryview(mmap.mmap(-1, cells * 8)).cast("d")  # the first ones are process ids
 
-    def claim(self, place: int) -> "list[Ceiling]":
-        """The ceilings of the upstreams, in order, as the worker sees them that calls; its column is free again when
-        its process is gone.
+    def claim(self, place: int) -> "dict[str, Ceiling]":
+        """The ceilings by the upstreams' names, as the worker sees them that calls; its column is free again when its
+        process is gone.
 
         Args:
             place: of the worker, from 0.
@@ -57,11 +60,12 @@ class SharedCeilings:
         free = (column for column in (place, self._workers + place) if not _is_alive(int(self._cells[column])))
         column = next(free, place)
         self._cells[column] = os.getpid()
-        ceilings = []
-        for first in range(self._columns, len(self._cells), self._table_cells):
+        ceilings = {}
+        tables = range(self._columns, len(self._cells), self._table_cells)
+        for name, first in zip(self._upstreams, tables, strict=True):
             ceiling = Ceiling(self._cells[first : first + self._table_cells], column)
             ceiling.forget_column()
-            ceilings.append(ceiling)
+            ceilings[name] = ceiling
         return ceilings
 
 

@@ -122,8 +122,8 @@ class Pool(Generic[C]):
     """
 
     __slots__ = (
-        "_busy", "_closed", "_idle", "_is_closed", "_is_unexplained", "_limits", "_opening", "_parked", "_retry_at",
-        "_waiting", "breaker", "ceiling", "closing", "heard_at",
+        "_busy", "_closed", "_idle", "_is_closed", "_is_retired", "_is_unexplained", "_limits", "_opening", "_parked",
+        "_retry_at", "_waiting", "breaker", "ceiling", "closing", "heard_at",
     )  # fmt: skip
 
     def __init__(self, limits: PoolLimits, ceiling: Ceiling | None = None) -> None:
@@ -140,6 +140,7 @@ class Pool(Generic[C]):
         self._opening = 0
         self._waiting: deque[Ticket[C]] = deque()
         self._is_closed = False
+        self._is_retired = False
         self.closing: list[C] = []
 
     def __repr__(self) -> str:
@@ -206,7 +207,7 @@ class Pool(Generic[C]):
         """A mail is done with its connection."""
         self._busy -= 1
         if (
-            not self._is_closed
+            not self._is_retired
             and connection.is_reusable(now, self._limits)
             and not (self.ceiling.is_shared and self._is_for_others(now))
         ):
@@ -328,11 +329,17 @@ class Pool(Generic[C]):
         """Whether there is nothing that could be late: no connection that is open or opening, and nobody who waits."""
         return not (self._idle or self._busy or self._opening or self._waiting or self.closing)
 
+    def retire(self) -> None:
+        """Keep no idle connection any more; tickets are served as before, for those that still come."""
+        self._is_retired = True
+        self.closing.extend(connection for connection, _ in self._idle)
+        self._idle.clear()
+        self._note()
+
     def close(self) -> None:
         """No ticket is served any more; connections in use are closed when they are released."""
         self._is_closed = True
-        self.closing.extend(connection for connection, _ in self._idle)
-        self._idle.clear()
+        self.retire()
         while self._waiting:
             self._waiting.popleft().decide(Decision.NONE)
         self._note()

@@ -75,11 +75,7 @@ class Smarthost:
         self.failure: str | None = None
         self.last_fault: UpstreamFault | None = None
         self._hostname = hostname
-        self._context: ssl.SSLContext | None = None
-        if settings.tls is not TlsMode.OFF:
-            self._context = settings.tls_context or UpstreamTlsContext.create(
-                ca_file=settings.ca_file, certificate_file=settings.certificate_file, key_file=settings.key_file
-            )
+        self._context = self.tls_context()
         self._pool: Pool[UpstreamConnection] = Pool(settings.limits, ceiling)
         self.unpark = self._pool.unpark
         self._connections: set[UpstreamConnection] = set()  # all that are open
@@ -113,6 +109,11 @@ class Smarthost:
     def concurrency(self) -> int:
         """How many mails may be under way to it now."""
         return self._pool.concurrency(asyncio.get_running_loop().time())
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has no connection, and nobody waits for one."""
+        return self._pool.is_empty
 
     # Who may use which connection -------------------------------------------------------------------------
 
@@ -243,6 +244,31 @@ class Smarthost:
         if self._pool.is_empty:
             self._is_swept = False
             self._sweep.remove(self.check_clock)
+
+    def tls_context(self) -> ssl.SSLContext | None:
+        """A context with what the files of its TLS settings hold now; None where it is spoken to in clear.
+
+        Raises:
+            OSError: one of them cannot be read, or holds nothing of use.
+        """
+        settings = self.settings
+        if settings.tls is TlsMode.OFF:
+            return None
+        return settings.tls_context or UpstreamTlsContext.create(
+            ca_file=settings.ca_file, certificate_file=settings.certificate_file, key_file=settings.key_file
+        )
+
+    def secure_by(self, context: ssl.SSLContext | None) -> None:
+        """Use another TLS context from the next connection on."""
+        self._context = context
+
+    def retire(self) -> None:
+        """Others take its place: close what is idle, and each connection after the mail that it carries now.
+
+        Transactions that have chosen this upstream may still ask for connections, and come to their end here.
+        """
+        self._pool.retire()
+        self._close_what_is_over()
 
     def close(self) -> None:
         """Close what is idle, and whatever is in use when it is released. Idempotent."""

@@ -6,7 +6,7 @@ for what may be tried again.
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -67,7 +67,7 @@ class UpstreamForwarder:
         hostname: what we call ourselves in EHLO.
         observer: asked for trace headers, and told of deliveries that end after their transaction.
         sweep: looks at the clock, for everything here that can be late.
-        ceilings: of the upstreams' connections, in order, where workers share them.
+        ceilings: of the upstreams' connections, by name, where workers share them.
         memory_limit_octets: of one message's body; what exceeds it goes to a temporary file.
 
     Raises:
@@ -82,22 +82,18 @@ class UpstreamForwarder:
         hostname: str,
         observer: Observer,
         sweep: Sweep,
-        ceilings: Sequence[Ceiling] | None = None,
+        ceilings: Mapping[str, Ceiling] | None = None,
         memory_limit_octets: int = MEMORY_LIMIT_OCTETS,
     ) -> None:
         if not upstreams:
             raise ValueError("an upstream relay needs an upstream")
         self.observer = observer
         self.memory_limit_octets = memory_limit_octets
-        if ceilings is None:
-            ceilings = [Ceiling() for _ in upstreams]
-        self._smarthosts = [
-            Smarthost(settings, hostname, sweep, ceiling) for settings, ceiling in zip(upstreams, ceilings, strict=True)
-        ]
-        self._routes = Routes(list(zip(upstreams, self._smarthosts, strict=True)))
-        self._strategy = _STRATEGIES[strategy]
-        self._extensions: Extensions | None = None
-        self._capabilities = Capabilities()
+        self._hostname = hostname
+        self._sweep = sweep
+        self._retired: list[Smarthost] = []
+        shared = ceilings or {}
+        self._relay_by([Smarthost(one, hostname, sweep, shared.get(one.name)) for one in upstreams], strategy)
         self._watched: set[Delivery] = set()
         self._all_ended: asyncio.Event | None = None
         self._probes: set[asyncio.Task[None]] = set()
@@ -105,6 +101,13 @@ class UpstreamForwarder:
 
     def __repr__(self) -> str:
         return f"<UpstreamForwarder {self._strategy.__name__} {self._smarthosts!r}>"
+
+    def _relay_by(self, smarthosts: Sequence[Smarthost], strategy: Strategy) -> None:
+        self._smarthosts = smarthosts
+        self._routes = Routes([(smarthost.settings, smarthost) for smarthost in smarthosts])
+        self._strategy = _STRATEGIES[strategy]
+        self._extensions: Extensions | None = None
+        self._capabilities = Capabilities()
 
     # Forwarder --------------------------------------------------------------------------------------------
 
@@ -206,6 +209,41 @@ class UpstreamForwarder:
             self._probes.add(probe)
             probe.add_done_callback(self._probes.discard)
 
+    # Other settings ---------------------------------------------------------------------------------------
+
+    def replacement(
+        self, upstreams: Sequence[UpstreamSettings], *, strategy: Strategy, unchanged: Collection[str]
+    ) -> Callable[[], None]:
+        """Prepare to relay by other settings.
+
+        Args:
+            upstreams: in order of preference; at least one.
+            strategy: when they are asked.
+            unchanged: names of those whose settings are the same as now. They keep their connections and what is known
+                of them, and read their TLS files again.
+
+        Returns:
+            What makes the change. Transactions that have begun end with the upstreams that they began with.
+
+        Raises:
+            OSError: a file of an upstream's TLS settings cannot be used; then nothing has changed.
+        """
+        known = {one.settings.name: one for one in self._smarthosts if one.settings.name in unchanged}
+        kept = [(one, one.tls_context()) for one in known.values()]
+        smarthosts = [known.get(one.name) or Smarthost(one, self._hostname, self._sweep) for one in upstreams]
+
+        def replace() -> None:
+            for smarthost, context in kept:
+                smarthost.secure_by(context)
+            self._retired = [one for one in self._retired if not one.is_over]
+            for smarthost in self._smarthosts:
+                if smarthost not in smarthosts:
+                    smarthost.retire()
+                    self._retired.append(smarthost)
+            self._relay_by(smarthosts, strategy)
+
+        return replace
+
     # The end ----------------------------------------------------------------------------------------------
 
     async def close(self, *, grace_seconds: float = CLOSE_GRACE_SECONDS) -> None:
@@ -225,7 +263,7 @@ class UpstreamForwarder:
             delivery.give_up()
         for probe in self._probes:
             probe.cancel()
-        for smarthost in self._smarthosts:
+        for smarthost in (*self._smarthosts, *self._retired):
             smarthost.close()
 
     def watch(self, delivery: Delivery) -> None:

@@ -6,7 +6,7 @@ There is no `if` about mail here. Adapters meet only as constructor arguments.
 import asyncio
 import ssl
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from otel_smtp.config import Listener, Settings
 from otel_smtp.forwarding.base import Forwarder
@@ -14,13 +14,13 @@ from otel_smtp.forwarding.rewriting import SenderRewritingForwarder
 from otel_smtp.forwarding.settings import Strategy
 from otel_smtp.forwarding.upstream import CLOSE_GRACE_SECONDS, UpstreamForwarder, UpstreamSnapshot
 from otel_smtp.gateway import wiring
-from otel_smtp.gateway.ports import naming_settings, with_present_addresses
+from otel_smtp.gateway.ports import naming_settings, with_addresses_of, with_present_addresses
 from otel_smtp.gateway.status_port import Process, StatusPort, age_seconds
 from otel_smtp.net import Sweep
 from otel_smtp.observing import ConnectionInfo, ConnectionRecord, Endpoint, Observer, StateCallback, fan_out
 from otel_smtp.server.listener import ListenerSpec, Server
-from otel_smtp.server.policy import Segments
-from otel_smtp.server.tls import CertificateError, ServerTls
+from otel_smtp.server.policy import ListenerPolicy
+from otel_smtp.server.tls import CertificateError, server_context
 from otel_smtp.server.users import Authenticator, TokenVerifier, UsersFileError, load_users
 from otel_smtp.smtp.states import TlsMode, Transition
 from otel_smtp.telemetry.records import SpanSink
@@ -71,6 +71,10 @@ class Gateway:
         ValueError: a listener asks for AUTH, and there is neither a users file nor a token verifier.
 
     Use as an asynchronous context manager, or call `start` and `stop`.
+
+    Attributes:
+        addresses: of each listener by its name, with real ports, once it is started.
+        told_of_reloads: what the status port tells of reloads, as plain values.
     """
 
     def __init__(
@@ -120,21 +124,21 @@ class Gateway:
         if settings.rewrite.sender:
             forwarder = SenderRewritingForwarder(forwarder, settings.rewrite.sender)
         self._catching_up: asyncio.Task[None] | None = None
-        self._tls: list[ServerTls] = []
         self._token_verifier = token_verifier
+        policies = [self._policy(settings, listener) for listener in settings.listener]
         self._server = Server(
-            [self._listener(listener) for listener in settings.listener],
+            [
+                ListenerSpec(policy, listener.address)
+                for policy, listener in zip(policies, settings.listener, strict=True)
+            ],
             forwarder,
             self._observer,
-            connections=settings.limits.connections,
-            connections_per_client=settings.limits.connections_per_client,
-            stress_percent=settings.limits.stress,
-            auth_failures_per_minute=settings.limits.auth_failures_per_minute,
             reuse_port=process is not None,
-            segments=Segments(settings.telemetry.segment_events, settings.telemetry.segment_age),
             sweep=self._sweep,
+            **wiring.admission(settings),
         )
         self.addresses: dict[str, list[Endpoint]] = {}
+        self.told_of_reloads: Callable[[], Mapping[str, Any]] = dict
 
     @property
     def ready(self) -> Ready:
@@ -243,10 +247,40 @@ class Gateway:
             await asyncio.sleep(METRICS_CATCH_UP_SECONDS)
             self._telemetry.catch_up()
 
-    def reload_certificates(self) -> None:
-        """Reload the certificates. Open connections keep theirs, and a broken file leaves the old one in use."""
-        for tls in self._tls:
-            tls.reload()
+    def reload(self, settings: Settings) -> None:
+        """Go on by other settings, without dropping a connection; certificates and users are read again in any case.
+
+        Open connections keep the policy under which they were accepted, and transactions their upstreams.
+
+        Args:
+            settings: checked settings. What `config.changing` says needs a restart is left as it is.
+
+        Raises:
+            CertificateError, UsersFileError: see `WRONG_FILES`. Then nothing has changed.
+        """
+        settings = with_addresses_of(settings, self._settings)
+        redaction = wiring.redaction(settings)
+        policies = [self._policy(settings, listener) for listener in settings.listener]
+        upstreams = [wiring.upstream_settings(upstream) for upstream in settings.upstream]
+        unchanged = {upstream.name for upstream in settings.upstream if upstream in self._settings.upstream}
+        strategy = Strategy(settings.delivery.strategy)
+        try:
+            relay_by_them = self._forwarder.replacement(upstreams, strategy=strategy, unchanged=unchanged)
+        except OSError as error:
+            raise CertificateError(f"cannot use the TLS files of an upstream: {error}") from error
+        # Here nothing can fail any more.
+        relay_by_them()
+        self._server.hold_to(policies, **wiring.admission(settings))
+        telemetry = settings.telemetry
+        inbound = wiring.inbound_policies(settings)
+        self._telemetry.show(redaction, inbound, probes=telemetry.probes, with_message_id=telemetry.message_id)
+        if self._status_port is not None:
+            self._status_port.show(redaction)
+        self._settings = settings
+
+    def heed_log_level(self) -> None:
+        """Write the access log or leave it, as the log's level of now has it."""
+        self._telemetry.heed_log_level()
 
     async def __aenter__(self) -> "Gateway":
         await self.start()
@@ -271,19 +305,16 @@ class Gateway:
         """The durable queue; None in mode direct."""
         return self._spool
 
-    def _listener(self, listener: Listener) -> ListenerSpec:
-        tls_context: Callable[[], ssl.SSLContext] | None = None
+    def _policy(self, settings: Settings, listener: Listener) -> ListenerPolicy:
+        tls_context: ssl.SSLContext | None = None
         if listener.tls is not TlsMode.OFF:
             assert listener.tls_cert is not None
             assert listener.tls_key is not None
-            tls = ServerTls(listener.tls_cert, listener.tls_key)
-            self._tls.append(tls)
-            tls_context = tls.context
+            tls_context = server_context(listener.tls_cert, listener.tls_key)
         authenticator: Authenticator | None = None
         if listener.auth != "off":
             users = load_users(listener.auth_users_file) if listener.auth_users_file is not None else None
             if users is None and self._token_verifier is None:
                 raise ValueError(f"listener {listener.name!r} has AUTH, but neither a users file nor a token verifier")
             authenticator = Authenticator(users, token_verifier=self._token_verifier)
-        policy = wiring.listener_policy(self._settings, listener, tls_context=tls_context, authenticator=authenticator)
-        return ListenerSpec(policy, listener.address)
+        return wiring.listener_policy(settings, listener, tls_context=tls_context, authenticator=authenticator)

@@ -47,6 +47,10 @@ class SharedPorts:
             self._close()
             raise
 
+    def adopt(self, settings: Settings) -> None:
+        """Take other settings for the workers that are started from now on; the ports stay as they are."""
+        self.settings = with_addresses_of(settings, self.settings)
+
     def __enter__(self) -> "SharedPorts":
         return self
 
@@ -163,6 +167,19 @@ def naming_settings(settings: Settings) -> Iterator[None]:
             raise
         origin = settings.origins.get(keys[0], "default")
         raise CannotListen(error.address, error, f"{keys[0]} ({origin})") from error
+
+
+def with_addresses_of(settings: Settings, here: Settings) -> Settings:
+    """`settings`, but at the addresses of `here`, which may have been adapted to the machine.
+
+    Raises:
+        ValueError: they have other listeners.
+    """
+    listeners = tuple(
+        msgspec.structs.replace(listener, address=now.address)
+        for listener, now in zip(settings.listener, here.listener, strict=True)
+    )
+    return msgspec.structs.replace(settings, listener=listeners, status=here.status)
 
 
 def with_present_addresses(settings: Settings) -> Settings:

@@ -8,12 +8,14 @@ import os
 import secrets
 import signal
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any, Final
 
 from otel_smtp.config import Settings
 from otel_smtp.forwarding.ceiling import SharedCeilings
 from otel_smtp.gateway.gateway import WRONG_FILES, Gateway, Ready
 from otel_smtp.gateway.ports import SharedPorts, with_present_addresses
+from otel_smtp.gateway.reloading import ReadSettings, Reloading
 from otel_smtp.gateway.signals import let_through
 from otel_smtp.gateway.status_port import Process
 from otel_smtp.gateway.systemd import ServiceManager
@@ -21,6 +23,7 @@ from otel_smtp.gateway.workers import AT_ONCE, REPLACED, Supervisor
 from otel_smtp.net import is_accept_exhausted
 from otel_smtp.spool.messages import SpoolError
 from otel_smtp.telemetry import environment
+from otel_smtp.telemetry.logs import set_log_level
 
 logger: Final = logging.getLogger("otel_smtp.gateway.running")
 
@@ -33,8 +36,12 @@ WRONG: Final = 2
 OnReady = Callable[[Ready], None]
 
 
-def run(settings: Settings, *, on_ready: OnReady) -> int:
+def run(settings: Settings, *, on_ready: OnReady, read_settings: ReadSettings) -> int:
     """Run the gateway, on uvloop where it is installed, in as many processes as the settings say.
+
+    Args:
+        on_ready: called when it serves.
+        read_settings: reads the settings again, on SIGHUP.
 
     Returns:
         The exit status: 0 after a drain, 1 if it could not start, 2 if a file it reads is wrong.
@@ -45,8 +52,8 @@ def run(settings: Settings, *, on_ready: OnReady) -> int:
             extra={"variable": problem.variable, "value": problem.value, "allowed": problem.allowed},
         )
     if settings.workers == 1:
-        return _exit_status(lambda: _run_here(serve(settings, on_ready)))
-    return _exit_status(lambda: _supervise(settings, on_ready))
+        return _exit_status(lambda: _run_here(serve(settings, on_ready, read_settings=read_settings)))
+    return _exit_status(lambda: _supervise(settings, on_ready, read_settings))
 
 
 def _exit_status(running: Callable[[], int]) -> int:
@@ -66,23 +73,39 @@ def _run_here(serving: Coroutine[Any, Any, None]) -> int:
     return 0
 
 
-def _supervise(settings: Settings, on_ready: OnReady) -> int:
+def _supervise(settings: Settings, on_ready: OnReady, read_settings: ReadSettings) -> int:
     traces_to = environment.read().describe_traces()
     token = secrets.token_hex()
-    ceilings = SharedCeilings(len(settings.upstream), settings.workers)
+    ceilings = SharedCeilings([upstream.name for upstream in settings.upstream], settings.workers)
     with SharedPorts(with_present_addresses(settings)) as shared:
+        # For workers that are forked later.
+        reloading = Reloading(settings, read_settings, shared.adopt)
+        manager = ServiceManager(os.environ.get("NOTIFY_SOCKET"))
 
         def work(number: int, announce: Callable[[], None]) -> int:
             process = Process(number, shared.worker_status_ports, token, ceilings)
-            serving = serve(shared.settings, lambda _: announce(), process=process, at_once=AT_ONCE, replaced=REPLACED)
+            serving = serve(
+                shared.settings,
+                lambda _: announce(),
+                read_settings=read_settings,
+                read_before=reloading.settings,
+                process=process,
+                at_once=AT_ONCE,
+                replaced=REPLACED,
+            )
             return _exit_status(lambda: _run_here(serving))
+
+        def announce_all() -> None:
+            on_ready(ready)
+            manager.ready()
 
         addresses = {listener.name: listener.address for listener in shared.settings.listener}
         ready = Ready(shared.settings, addresses, traces_to, shared.settings.status.address)
         return Supervisor(
             settings.workers,
             work,
-            on_ready=lambda: on_ready(ready),
+            on_ready=announce_all,
+            on_reload=partial(manager.through_reload, reloading.again),
             grace_seconds=settings.timeouts.shutdown_grace,
         ).run()
 
@@ -99,14 +122,18 @@ async def serve(
     settings: Settings,
     on_ready: OnReady,
     *,
+    read_settings: ReadSettings,
+    read_before: Settings | None = None,
     process: Process | None = None,
     at_once: signal.Signals | None = None,
     replaced: signal.Signals | None = None,
 ) -> None:
-    """Run a gateway until SIGTERM or SIGINT, and its drain. SIGHUP reloads certificates.
+    """Run a gateway until SIGTERM or SIGINT, and its drain. SIGHUP reads settings, certificates and users again.
 
     Args:
         on_ready: called when the gateway serves.
+        read_settings: reads the settings again.
+        read_before: what it returned for `settings`, where these were adapted since; None: they were not.
         process: other processes listen on the same ports; which of them this one is.
         at_once: the signal that cuts the drain short; None: a second SIGTERM or SIGINT does.
         replaced: the signal that begins the drain of a process whose successor serves; None: there is no such signal.
@@ -120,11 +147,20 @@ async def serve(
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(_LoopFaults())
     asked = _Asked(loop, at_once=at_once, replaced=replaced)
-    loop.add_signal_handler(signal.SIGHUP, gateway.reload_certificates)
+    # With workers, the service manager hears of their parent.
+    manager = ServiceManager(os.environ.get("NOTIFY_SOCKET") if process is None else None)
+
+    def apply(new: Settings) -> None:
+        gateway.reload(new)
+        set_log_level(new.log.level)
+        gateway.heed_log_level()
+
+    reloading = Reloading(read_before or settings, read_settings, apply, is_silent=process is not None)
+    gateway.told_of_reloads = partial(reloading.told, os.getpid() if process is None else os.getppid())
+    loop.add_signal_handler(signal.SIGHUP, manager.through_reload, reloading.again)
     let_through()
     on_ready(gateway.ready)
-    manager = ServiceManager(os.environ.get("NOTIFY_SOCKET"))
-    manager.ready(f"relaying, pid {os.getpid()}")
+    manager.ready()
     await asked.to_drain.wait()
     manager.stopping(settings.timeouts.shutdown_grace)
     logger.info("draining", extra={"grace_seconds": settings.timeouts.shutdown_grace})

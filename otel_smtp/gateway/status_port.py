@@ -70,6 +70,11 @@ class StatusPort:
         self.live = LiveView(shown_host=redaction.ip, shown_name=redaction.host_name)
         self.listening: Endpoint | None = None
 
+    def show(self, redaction: Redaction) -> None:
+        """What the page may show from now on of hosts and addresses. Finished spans stay as they were made."""
+        self._redaction = redaction
+        self.live.show(redaction.ip, redaction.host_name)
+
     def keep(self, span: EncodedSpan, is_trouble: bool) -> None:
         """Keep a finished span for the page; those in which something went wrong for longer."""
         self._traces.add(span, is_trouble)
@@ -109,6 +114,7 @@ class StatusPort:
             trace_url=gateway.settings.status.trace_url,
             recorded_mailbox=lambda text: recorded_mailbox(text, self._redaction),
             allow=allow,
+            reloads=lambda: gateway.told_of_reloads(),
             about=_about(gateway.settings, gateway.ready.traces_to),
             siblings=siblings,
             token=token,

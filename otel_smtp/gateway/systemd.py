@@ -4,7 +4,10 @@ Without systemd there is no socket, and nothing is sent.
 """
 
 import logging
+import os
 import socket
+import time
+from collections.abc import Callable
 from typing import Final
 
 logger: Final = logging.getLogger("otel_smtp.gateway.systemd")
@@ -22,9 +25,20 @@ class ServiceManager:
     def __init__(self, address: str | None) -> None:
         self._address = address or ""
 
-    def ready(self, status: str) -> None:
-        """Notify that all listeners accept connections; `status` is a line for `systemctl status`."""
-        self._notify("READY=1", f"STATUS={_one_line(status)}")
+    def ready(self) -> None:
+        """Notify that all listeners accept connections, and show it in `systemctl status`."""
+        self._notify("READY=1", f"STATUS=relaying, pid {os.getpid()}")
+
+    def through_reload(self, reload: Callable[[], object]) -> None:
+        """Notify that settings are read again, call `reload`, and notify that this is over."""
+        self.reloading()
+        reload()
+        self.ready()
+
+    def reloading(self) -> None:
+        """Notify that settings are read again; `ready` says when that is over."""
+        microseconds = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+        self._notify("RELOADING=1", f"MONOTONIC_USEC={microseconds}", "STATUS=reading the settings")
 
     def stopping(self, grace_seconds: float) -> None:
         """Notify that the drain has begun; it takes up to `grace_seconds`."""
@@ -44,7 +58,3 @@ class ServiceManager:
                 sock.sendto("\n".join(lines).encode(), address)
         except OSError as error:
             logger.warning("service manager not notified", extra={"notification": lines[0], "error": str(error)})
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())

@@ -8,7 +8,7 @@ compares those that a room has too, for use without settings.
 import dataclasses
 import ssl
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, cast
 
 from otel_smtp import __version__
 from otel_smtp.config import Listener, Settings, Upstream
@@ -22,7 +22,7 @@ from otel_smtp.forwarding.settings import (
     TracePolicy,
     UpstreamSettings,
 )
-from otel_smtp.server.policy import ListenerPolicy, ServerTimeouts
+from otel_smtp.server.policy import ListenerPolicy, Segments, ServerTimeouts
 from otel_smtp.server.users import Authenticator
 from otel_smtp.smtp.policy import ServerLimits, ServerPolicy
 from otel_smtp.smtp.sasl import MECHANISMS
@@ -45,13 +45,13 @@ def listener_policy(
     settings: Settings,
     listener: Listener,
     *,
-    tls_context: Callable[[], ssl.SSLContext] | None,
+    tls_context: ssl.SSLContext | None,
     authenticator: Authenticator | None,
 ) -> ListenerPolicy:
     """How one listener serves its connections.
 
     Args:
-        tls_context: returns the context for the next handshake; None where the listener speaks no TLS.
+        tls_context: for its handshakes; None where the listener speaks no TLS.
         authenticator: verifies logins; None where the listener offers no AUTH.
     """
     return ListenerPolicy(
@@ -75,6 +75,28 @@ def listener_policy(
         proxy_protocol_from=listener.proxy_protocol_from,
         trace_in_reply=settings.telemetry.trace_in_reply,
         names_client=listener.received == "full",
+    )
+
+
+class Admission(TypedDict):
+    """Arguments of `Server` and `Server.hold_to`."""
+
+    connections: int
+    connections_per_client: int
+    stress_percent: int
+    auth_failures_per_minute: int
+    segments: Segments
+
+
+def admission(settings: Settings) -> Admission:
+    """Who is let in, over all listeners, and where records are cut."""
+    limits, telemetry = settings.limits, settings.telemetry
+    return Admission(
+        connections=limits.connections,
+        connections_per_client=limits.connections_per_client,
+        stress_percent=limits.stress,
+        auth_failures_per_minute=limits.auth_failures_per_minute,
+        segments=Segments(telemetry.segment_events, telemetry.segment_age),
     )
 
 
@@ -187,6 +209,11 @@ def redaction(settings: Settings) -> Redaction:
     )
 
 
+def inbound_policies(settings: Settings) -> Mapping[str, InboundPolicy]:
+    """What to make of a message's trace context, by listener's name."""
+    return {listener.name: InboundPolicy(listener.trace_context) for listener in settings.listener}
+
+
 def telemetry_options(
     settings: Settings,
     redaction: Redaction,
@@ -211,7 +238,7 @@ def telemetry_options(
     return TelemetryOptions(
         version=__version__,
         redaction=redaction,
-        policies={listener.name: InboundPolicy(listener.trace_context) for listener in settings.listener},
+        policies=inbound_policies(settings),
         upstreams=[upstream.name for upstream in settings.upstream],
         mechanisms=MECHANISMS,
         state_events=StateEvents(telemetry.state_events),

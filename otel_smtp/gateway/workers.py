@@ -61,14 +61,22 @@ class Supervisor:
         count: number of workers.
         work: run by each in its own process.
         on_ready: called once in the parent, when all workers are ready.
+        on_reload: called in the parent on SIGHUP, before the workers get it.
         grace_seconds: how long a worker may drain.
     """
 
     def __init__(
-        self, count: int, work: Work, *, on_ready: Callable[[], None], grace_seconds: float = float("inf")
+        self,
+        count: int,
+        work: Work,
+        *,
+        on_ready: Callable[[], None],
+        on_reload: Callable[[], object] = lambda: None,
+        grace_seconds: float = float("inf"),
     ) -> None:
         self._work = work
         self._on_ready = on_ready
+        self._on_reload = on_reload
         self._supervision = Supervision(count, self, drain_seconds=grace_seconds + END_SECONDS)
         self._starting: dict[int, int] = {}  # pipe that reports readiness -> process id
         self._selector = selectors.DefaultSelector()
@@ -177,6 +185,7 @@ class Supervisor:
                 case signal.SIGUSR2:
                     self._supervision.replace()
                 case signal.SIGHUP:
+                    self._on_reload()
                     self._supervision.forward(signal.SIGHUP)
                 case signal.SIGTERM | signal.SIGINT:
                     self._supervision.stop(signal.Signals(number), time.monotonic())

@@ -153,7 +153,7 @@ class Admission(Conversation):
         assert context is not None
         try:
             tls = await self._stream.start_tls(
-                context(),
+                context,
                 server_side=True,
                 timeout_seconds=self._policy.timeouts.tls_handshake,
                 from_first_octet=self.record.info.tls_mode is TlsMode.IMPLICIT,

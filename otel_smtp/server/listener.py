@@ -5,7 +5,7 @@ import logging
 import os
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -69,12 +69,8 @@ class Server:
     ) -> None:
         self.forwarder = forwarder
         self.observer = observer if isinstance(observer, FanOut) else fan_out([observer])
-        self.segments = segments or Segments()
         self.is_draining = False
         self._listeners = listeners
-        self._limit = connections
-        self._limit_per_client = connections_per_client
-        self._stress_percent = stress_percent
         self._reuse_port = reuse_port
         self._sweep = sweep or Sweep()
         self._listening: list[Listener] = []
@@ -83,10 +79,39 @@ class Server:
         self._gives_turns = False  # a call that gives the next one is under way
         self._all_ended: asyncio.Future[None] | None = None
         self._per_client: Counter[str] = Counter()
-        self._auth_failures = FailureRate(limit=auth_failures_per_minute)
+        self.hold_to(
+            [listener.policy for listener in listeners],
+            connections=connections,
+            connections_per_client=connections_per_client,
+            stress_percent=stress_percent,
+            auth_failures_per_minute=auth_failures_per_minute,
+            segments=segments or Segments(),
+        )
         self._can: Capabilities | None = None
         self._offer = Offer()
         self.offer = self._current_offer  # bound once: each session keeps it
+
+    def hold_to(
+        self,
+        policies: Iterable[ListenerPolicy],
+        *,
+        connections: int,
+        connections_per_client: int,
+        stress_percent: int,
+        auth_failures_per_minute: int,
+        segments: Segments,
+    ) -> None:
+        """What holds from now on, by the listeners' names. Connections keep the policy under which they were accepted.
+
+        Args:
+            connections, connections_per_client, stress_percent, auth_failures_per_minute, segments: see above.
+        """
+        self._policies = {policy.name: policy for policy in policies}
+        self._limit = connections
+        self._limit_per_client = connections_per_client
+        self._stress_percent = stress_percent
+        self._auth_failures = FailureRate(limit=auth_failures_per_minute)
+        self.segments = segments
 
     @property
     def is_stressed(self) -> bool:
@@ -111,7 +136,7 @@ class Server:
             for listener in self._listeners:
                 addresses = bound.setdefault(listener.policy.name, [])
                 for address in listener.addresses:
-                    listening = await self._listen(listener.policy, address)
+                    listening = await self._listen(listener.policy.name, address)
                     self._listening.append(listening)
                     addresses.extend(listening.addresses)
         except OSError:
@@ -225,17 +250,17 @@ class Server:
 
     # Accepting ---------------------------------------------------------------------------------------------------
 
-    async def _listen(self, policy: ListenerPolicy, address: Endpoint) -> Listener:
-        acceptor = self._acceptor(policy)
+    async def _listen(self, name: str, address: Endpoint) -> Listener:
+        acceptor = self._acceptor(name)
         if address.port is None:
             if not self._reuse_port:  # else who started us has looked, and our siblings may be there already
                 refuse_served(address)
             return await listen(acceptor, path=address.host)
         return await listen(acceptor, host=address.host, port=address.port, reuse_port=self._reuse_port)
 
-    def _acceptor(self, policy: ListenerPolicy) -> Callable[[Stream], None]:
+    def _acceptor(self, name: str) -> Callable[[Stream], None]:
         def accept(stream: Stream) -> None:
-            self.accept(policy, stream)
+            self.accept(self._policies[name], stream)
 
         return accept
 

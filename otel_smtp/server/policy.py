@@ -2,7 +2,7 @@
 
 import ipaddress
 import ssl
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -59,7 +59,7 @@ class ListenerPolicy:
     """What holds for every connection of one listener.
 
     Attributes:
-        tls_context: gives the context of the next handshake (it is replaced when certificates are reloaded).
+        tls_context: for its handshakes; None where it speaks no TLS.
         allow: networks that may relay without AUTH; unix sockets always may.
         proxy_protocol_from: networks whose PROXY header is required and believed.
         trace_in_reply: the final 250 names the trace.
@@ -69,7 +69,7 @@ class ListenerPolicy:
     name: str
     protocol: ServerPolicy
     timeouts: ServerTimeouts
-    tls_context: Callable[[], ssl.SSLContext] | None = None
+    tls_context: ssl.SSLContext | None = None
     authenticator: Authenticator | None = None
     allow: tuple[Network, ...] = ()
     proxy_protocol_from: tuple[Network, ...] = ()

@@ -1,4 +1,4 @@
-"""TLS towards clients: one context a listener, and its certificate replaced while connections go on."""
+"""TLS towards clients: one context for each listener."""
 
 import logging
 import ssl
@@ -13,8 +13,8 @@ class CertificateError(Exception):
     """A certificate or its key cannot be used; names the files and says what is wrong."""
 
 
-class ServerTls:
-    """The TLS side of one listener.
+def server_context(certificate: Path, key: Path) -> ssl.SSLContext:
+    """What makes the TLS side of one listener.
 
     Each listener has its own: a context encrypts session tickets with keys of its own, so a session that was made on
     one listener cannot be resumed on another whose policy is another.
@@ -26,33 +26,6 @@ class ServerTls:
     Raises:
         CertificateError: they cannot be read, or do not belong together.
     """
-
-    def __init__(self, certificate: str | Path, key: str | Path) -> None:
-        self._certificate = Path(certificate)
-        self._key = Path(key)
-        self._context = _make_context(self._certificate, self._key)
-
-    def context(self) -> ssl.SSLContext:
-        """The context for the next handshake."""
-        return self._context
-
-    def reload(self) -> bool:
-        """Read the files again; open connections keep what they have.
-
-        Returns:
-            Whether the new ones are in use. If not, the old ones stay, and the log says why: a half-written or
-            mismatched pair must not take the listener down.
-        """
-        try:
-            self._context = _make_context(self._certificate, self._key)
-        except CertificateError:
-            logger.exception("certificate not reloaded", extra={"certificate": str(self._certificate)})
-            return False
-        logger.info("certificate reloaded", extra={"certificate": str(self._certificate)})
-        return True
-
-
-def _make_context(certificate: Path, key: Path) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2  # RFC 8996: nothing older; RFC 8997 for mail
     # A client could make us do handshakes for ever on one connection; TLS 1.3 has none, and 1.2 needs none.

@@ -39,8 +39,7 @@ class LiveView(Observer):
         shown_name: Callable[[str], str | None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._shown_host = shown_host
-        self._shown_name = shown_name
+        self.show(shown_host, shown_name)
         self.clock = clock
         self.outcomes: Counter[Outcome] = Counter()
         self._connections: dict[ConnectionRecord, None] = {}
@@ -48,6 +47,11 @@ class LiveView(Observer):
         self._refused: Counter[str] = Counter()
         self._gone = 0  # changes of connections that are closed, and of none
         self._unix_offset = time.time() - clock()
+
+    def show(self, shown_host: Callable[[str], str | None], shown_name: Callable[[str], str | None]) -> None:
+        """What may be shown from now on; see above."""
+        self._shown_host = shown_host
+        self._shown_name = shown_name
 
     def connection_opened(self, connection: ConnectionRecord) -> None:
         """It is shown from now on."""

@@ -75,6 +75,7 @@ class StatusServer:
         trace_url: where a backend shows a trace: a URL with `{trace_id}` in it; "" for none.
         recorded_mailbox: what spans hold of an address that is searched for.
         allow: networks that may see the page and its API.
+        reloads: returns which process takes SIGHUP, and what came of the last one, as plain values.
         about: the page's head: the gateway's `hostname` and other facts by name.
         siblings: the gateway's other processes, included in all answers; None: there are none, or another process
             asks this one.
@@ -94,6 +95,7 @@ class StatusServer:
         trace_url: str = "",
         recorded_mailbox: RecordedMailbox = Recorded,
         allow: Sequence[Network] = LOOPBACK,
+        reloads: Callable[[], Mapping[str, Any]] = dict,
         about: Mapping[str, str] | None = None,
         siblings: Siblings | None = None,
         token: str = "",
@@ -108,6 +110,7 @@ class StatusServer:
         self._trace_url = trace_url
         self._trace_search = TraceSearch(traces, recorded_mailbox, siblings)
         self._allow = allow
+        self._reloads = reloads
         self._about = about or {}
         self._siblings = siblings
         self._token = token
@@ -160,6 +163,7 @@ class StatusServer:
             Route("/readyz", self._readyz),
             Route("/metrics", self._show_metrics),
             Route("/api/status", self._show_status),
+            Route("/api/reloads", self._show_reloads),
             Route("/api/connections", self._show_connections),
             Route("/api/traces", self._search),
             Route("/api/traces/{trace_id}", self._show_trace),
@@ -217,6 +221,13 @@ class StatusServer:
                 "has_queue": self._queue is not None,
             }
         )
+
+    async def _show_reloads(self, request: Request) -> Response:
+        told = {0 if self._siblings is None else self._siblings.number: self._reloads()}
+        if self._siblings is not None:
+            answers = await self._siblings.ask_json("/api/reloads")
+            told |= {number: answer["processes"][0] for number, answer in answers.items()}
+        return JSONResponse({"processes": [told[number] for number in sorted(told)]})
 
     async def _show_connections(self, request: Request) -> Response:
         return JSONResponse({"connections": (await self._present_picture())["connections"]})

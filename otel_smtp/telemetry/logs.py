@@ -77,8 +77,7 @@ def set_up_logging(format_: str, level: str, stream: TextIO, *, colors: bool | N
         ValueError: one of them is none of these.
     """
     shape = LogFormat(format_)
-    levels = logging.getLevelNamesMapping()
-    if level.upper() not in levels:
+    if level.upper() not in logging.getLevelNamesMapping():
         raise ValueError(f"{level!r} is not a log level")
     is_text = shape is LogFormat.TEXT or (shape is LogFormat.AUTO and stream.isatty())
     handler = logging.StreamHandler(stream)
@@ -92,7 +91,12 @@ def set_up_logging(format_: str, level: str, stream: TextIO, *, colors: bool | N
         root.removeHandler(old)
     root.addHandler(handler)
     root.setLevel(logging.WARNING)
-    logging.getLogger(ROOT).setLevel(levels[level.upper()])
+    set_log_level(level)
+
+
+def set_log_level(level: str) -> None:
+    """Log what is ours from `level` on: debug, info, warning, error or critical."""
+    logging.getLogger(ROOT).setLevel(level.upper())
 
 
 class FloodGate:

@@ -76,7 +76,9 @@ class Telemetry:
     def __init__(
         self,
         metrics: Metrics,
-        tracing: Sequence[Observer] = (),
+        tracing: Tracing | None = None,
+        telling: Sequence[Observer] = (),
+        listeners: Callable[[], Sequence[SpanSink]] = tuple,
         processors: Sequence[SpanProcessor] = (),
         export: TraceExport | None = None,
         log_export: Export[LogRecord] | None = None,
@@ -85,7 +87,9 @@ class Telemetry:
         traces_to: str,
     ) -> None:
         self.traces_to = traces_to
-        self.observers: Sequence[Observer] = (*tracing, metrics)
+        self.observers: Sequence[Observer] = (*([] if tracing is None else [tracing]), *telling, metrics)
+        self._tracing = tracing
+        self._listeners = listeners
         self._metrics = metrics
         self._processors = processors
         self._export = export
@@ -99,6 +103,18 @@ class Telemetry:
             self._log_handler.attach()
         for export in self._metric_exports:
             export.start()
+
+    def show(
+        self, redaction: Redaction, policies: Mapping[str, InboundPolicy], *, probes: bool, with_message_id: bool
+    ) -> None:
+        """What telemetry shows from now on; see `TelemetryOptions`."""
+        if self._tracing is not None:
+            self._tracing.show(redaction, policies, probes=probes, with_message_id=with_message_id)
+
+    def heed_log_level(self) -> None:
+        """Write the access log or leave it, as the log's level of now has it."""
+        if self._tracing is not None:
+            self._tracing.tell(self._listeners())
 
     def metrics_page(self, accept: str) -> tuple[bytes, str]:
         """The metrics for a scraper that accepts `accept`, and their content type."""
@@ -186,12 +202,15 @@ def set_up(options: TelemetryOptions, environ: Mapping[str, str] | None = None) 
     export = _trace_export(asked.traces, resource, options.version)
     processors = [*options.processors, *_sdk_processors(asked.traces, asked.problems)]
     access_log = AccessLog()
-    listeners = [*options.listeners, *([access_log] if options.access_log and access_log.is_wanted() else [])]
+
+    def listeners() -> Sequence[SpanSink]:
+        return [*options.listeners, *([access_log] if options.access_log and access_log.is_wanted() else [])]
+
     tracing = Tracing(
         exports=[export.put] if export else [],
         memories=options.memories,
         sinks=[SdkSpans(made, resource, options.version) for made in processors],
-        listeners=listeners,
+        listeners=listeners(),
         sampler=asked.sampler,
         redaction=options.redaction,
         policies=options.policies,
@@ -218,7 +237,9 @@ def set_up(options: TelemetryOptions, environ: Mapping[str, str] | None = None) 
     telling = [StateTelling(tracing, StateLogger())] if options.state_events.in_log else []
     return Telemetry(
         metrics,
-        [tracing, *telling],
+        tracing,
+        telling,
+        listeners,
         processors,
         export,
         log_export,

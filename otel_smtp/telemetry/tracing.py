@@ -97,16 +97,35 @@ class Tracing(Observer):
         self._memories = tuple(memories)
         self._encodes = bool(exports or memories)
         self._sinks = tuple(sinks)
+        self.tell(listeners)
+        self._sampling = Sampling(sampler, id_generator or RandomIdGenerator())
+        self._events_on_span = state_events.on_span
+        self._monotonic_ns = monotonic_ns
+        self.show(redaction or Redaction(), policies or {}, probes=probes, with_message_id=with_message_id)
+
+    def tell(self, listeners: Sequence[SpanSink]) -> None:
+        """Tell these of every span from now on."""
         self._listeners = tuple(listeners)
         # Whether anybody takes a span, and whether anybody reads one as a value: of those that are recorded, and else.
-        self._wants = {True: bool(exports or memories or sinks or listeners), False: bool(listeners)}
-        self._reads = {True: bool(sinks or listeners), False: bool(listeners)}
-        self._sampling = Sampling(sampler, id_generator or RandomIdGenerator())
-        self._policies = dict(policies or {})
-        self._events_on_span = state_events.on_span
+        self._reads = {True: bool(self._sinks or listeners), False: bool(listeners)}
+        self._wants = {True: self._encodes or self._reads[True], False: bool(listeners)}
+
+    def show(
+        self,
+        redaction: Redaction,
+        policies: Mapping[str, InboundPolicy],
+        *,
+        probes: bool,
+        with_message_id: bool,
+    ) -> None:
+        """What spans show from now on, and whose trace context they join.
+
+        Args:
+            policies, probes, with_message_id: see above.
+        """
+        self._policies = dict(policies)
         self._probes = probes
-        self._monotonic_ns = monotonic_ns
-        self.attributes = SpanAttributes(redaction or Redaction(), with_message_id=with_message_id)
+        self.attributes = SpanAttributes(redaction, with_message_id=with_message_id)
 
     # Connections -------------------------------------------------------------------------------------------------
 

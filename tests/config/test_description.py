@@ -42,9 +42,9 @@ def names() -> list[str]:
 
 def test_the_table_holds_exactly_the_settings_names() -> None:
     rows = settings_table().splitlines()
-    assert rows[0] == "| key | default | meaning |"
+    assert rows[0] == "| key | default | holds after | meaning |"
     assert [row.split("`")[1] for row in rows[2:]] == names()
-    assert all(row.count(" | ") == 2 and row.startswith("| ") and row.endswith(" |") for row in rows[2:])
+    assert all(row.count(" | ") == 3 and row.startswith("| ") and row.endswith(" |") for row in rows[2:])
 
 
 def test_every_structure_is_in_the_schema() -> None:
@@ -57,10 +57,10 @@ def test_every_structure_is_in_the_schema() -> None:
 
 def test_the_table_has_the_default_and_its_source() -> None:
     assert (
-        "| `limits.recipients` | `1000` | recipients of one transaction "
+        "| `limits.recipients` | `1000` | reload | recipients of one transaction "
         "(RFC 5321 4.5.3.1.8 asks for 100; Postfix takes 1000) |" in settings_table()
     )
-    assert "| `listener[].tls` | `off` | `off`, `starttls`, `implicit`: " in settings_table()
+    assert "| `listener[].tls` | `off` | reload | `off`, `starttls`, `implicit`: " in settings_table()
 
 
 def test_every_value_is_described_with_its_origin_and_without_secrets() -> None:

@@ -68,7 +68,7 @@ class Upstream:
 
 
 def workers(count: int) -> list[Worker]:
-    shared = SharedCeilings(1, count)
+    shared = SharedCeilings(["up"], count)
     table = shared._cells[2 * count :]  # as `claim` does in each process
     return [Worker(Ceiling(table, column)) for column in range(count)]
 
@@ -146,20 +146,20 @@ def test_turns_are_taken_where_there_is_not_one_for_each() -> None:
 
 
 def test_a_worker_finds_the_column_of_one_that_is_gone_empty() -> None:
-    shared = SharedCeilings(2, 1)
+    shared = SharedCeilings(["up", "back"], 1)
     process_id = os.fork()
     if process_id == 0:  # the worker before
         try:
-            shared.claim(0)[1].note(3, 2, 1, 5.0)
+            shared.claim(0)["back"].note(3, 2, 1, 5.0)
         finally:
             os._exit(0)
     os.waitpid(process_id, 0)
-    first, second = shared.claim(0)
+    first, second = shared.claim(0).values()
     assert not second.is_opening
     second.note(1, 1, 1, 1.0)
     assert not first.is_opening
     # Its successor, while it is still there, has the other column.
     shared._cells[0] = os.getppid()
-    successor = shared.claim(0)[1]
+    successor = shared.claim(0)["back"]
     successor.note(0, 0, 0, 0.0)
     assert second.is_opening

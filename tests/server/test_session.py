@@ -712,7 +712,7 @@ STRANGERS = replace(
     POLICY,
     allow=(),
     protocol=ServerPolicy("gw.example.com", tls_mode=TlsMode.STARTTLS, auth_mechanisms=("PLAIN",), auth_in_clear=True),
-    tls_context=lambda: ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER),
+    tls_context=ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER),
     authenticator=Authenticator(Users({"user": Known("secret")})),
 )
 LOGIN = b"AUTH PLAIN AHVzZXIAc2VjcmV0\r\n"

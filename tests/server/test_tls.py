@@ -1,13 +1,12 @@
 """Contexts for clients: versions, sessions between listeners, certificates replaced and broken."""
 
-import logging
 import ssl
 from pathlib import Path
 
 import pytest
 import trustme
 
-from otel_smtp.server.tls import CertificateError, ServerTls
+from otel_smtp.server.tls import CertificateError, server_context
 
 AUTHORITY = trustme.CA()
 FIRST = AUTHORITY.issue_cert("localhost")
@@ -48,53 +47,36 @@ def shake_hands(
 
 
 def test_a_handshake_gives_tls_1_3_and_the_certificate(tmp_path: Path) -> None:
-    tls = ServerTls(*write(tmp_path, FIRST))
-    client = shake_hands(tls.context(), client_context())
+    tls = server_context(*write(tmp_path, FIRST))
+    client = shake_hands(tls, client_context())
     assert client.version() == "TLSv1.3"
     assert not client.session_reused
 
 
 def test_tls_1_2_is_the_oldest(tmp_path: Path) -> None:
-    tls = ServerTls(*write(tmp_path, FIRST))
+    tls = server_context(*write(tmp_path, FIRST))
     context = client_context()
     context.maximum_version = ssl.TLSVersion.TLSv1_2
-    assert shake_hands(tls.context(), context).version() == "TLSv1.2"
-    assert tls.context().minimum_version is ssl.TLSVersion.TLSv1_2
-    assert tls.context().options & ssl.OP_NO_RENEGOTIATION
+    assert shake_hands(tls, context).version() == "TLSv1.2"
+    assert tls.minimum_version is ssl.TLSVersion.TLSv1_2
+    assert tls.options & ssl.OP_NO_RENEGOTIATION
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
 def test_a_session_is_resumed_on_its_own_listener_only(tmp_path: Path, version: ssl.TLSVersion) -> None:
     files = write(tmp_path, FIRST)
-    one, other = ServerTls(*files), ServerTls(*files)
+    one, other = server_context(*files), server_context(*files)
     context = client_context()
     context.minimum_version = context.maximum_version = version
-    session = shake_hands(one.context(), context).session
+    session = shake_hands(one, context).session
     assert session is not None
-    assert shake_hands(one.context(), context, session).session_reused
-    assert not shake_hands(other.context(), context, session).session_reused
-
-
-def serial(tls: ServerTls) -> object:
-    certificate = shake_hands(tls.context(), client_context()).getpeercert()
-    assert certificate is not None
-    return certificate["serialNumber"]
-
-
-def test_a_new_certificate_is_used_after_a_reload(tmp_path: Path) -> None:
-    tls = ServerTls(*write(tmp_path, FIRST))
-    old_context, old_serial = tls.context(), serial(tls)
-    write(tmp_path, SECOND)
-    assert tls.context() is old_context
-    assert tls.reload()
-    assert serial(tls) != old_serial
+    assert shake_hands(one, context, session).session_reused
+    assert not shake_hands(other, context, session).session_reused
 
 
 @pytest.mark.parametrize("fault", ["missing", "cut", "mismatch", "empty", "directory"])
-def test_a_broken_pair_keeps_the_old_one_in_use(tmp_path: Path, fault: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_broken_pair_is_refused_by_name(tmp_path: Path, fault: str) -> None:
     certificate, key = write(tmp_path, FIRST)
-    tls = ServerTls(certificate, key)
-    old_serial = serial(tls)
     match fault:
         case "missing":
             certificate.unlink()
@@ -107,12 +89,8 @@ def test_a_broken_pair_keeps_the_old_one_in_use(tmp_path: Path, fault: str, capl
         case "directory":
             key.unlink()
             key.mkdir(mode=0o700)
-    with caplog.at_level(logging.ERROR, "otel_smtp.server.tls"):
-        assert not tls.reload()
-    assert [record.message for record in caplog.records] == ["certificate not reloaded"]
-    assert serial(tls) == old_serial
     with pytest.raises(CertificateError) as caught:
-        ServerTls(certificate, key)
+        server_context(certificate, key)
     assert str(certificate) in str(caught.value)
 
 
@@ -129,13 +107,13 @@ def test_a_key_with_a_passphrase_is_refused_and_nobody_is_asked(tmp_path: Path) 
         )
     )
     with pytest.raises(CertificateError, match="passphrase"):
-        ServerTls(certificate, key)
+        server_context(certificate, key)
 
 
 def test_a_key_that_all_can_read_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     certificate, key = write(tmp_path, FIRST)
-    ServerTls(certificate, key)
+    server_context(certificate, key)
     assert not caplog.records
     key.chmod(0o644)
-    ServerTls(certificate, key)
+    server_context(certificate, key)
     assert [record.message for record in caplog.records] == ["the private key can be read by every user"]

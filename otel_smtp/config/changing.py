@@ -1,0 +1,147 @@
+"""Settings read again while a gateway runs: what has changed, and what of it holds without a restart."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Final, NamedTuple
+
+import msgspec
+
+from otel_smtp.config.settings import (
+    SCHEMA,
+    Delivery,
+    Key,
+    Limits,
+    Listener,
+    Log,
+    Settings,
+    Table,
+    Tables,
+    Telemetry,
+    Timeouts,
+    Upstream,
+    UpstreamTimeout,
+)
+
+AT_ONCE: Final[Mapping[type[Table], frozenset[str]]] = {
+    Listener: frozenset(SCHEMA[Listener]) - {"name", "address"},
+    Limits: frozenset(SCHEMA[Limits]),
+    Timeouts: frozenset(SCHEMA[Timeouts]),
+    Delivery: frozenset({"strategy", "content_newlines"}),
+    Upstream: frozenset(SCHEMA[Upstream]),
+    UpstreamTimeout: frozenset(SCHEMA[UpstreamTimeout]),
+    Telemetry: frozenset(
+        {
+            "addresses",
+            "addresses_hash_key",
+            "addresses_hash_key_file",
+            "client_ip",
+            "segment_events",
+            "segment_age",
+            "trace_in_reply",
+            "probes",
+            "message_id",
+        }
+    ),
+    Log: frozenset({"level"}),
+}
+"""The keys whose new values hold without a restart, by table. Those of no table here, and all others, need one."""
+
+
+class Change(NamedTuple):
+    """What became of settings that were read again.
+
+    Attributes:
+        settings: those that hold from now on: the new ones, but for what needs a restart.
+        changed: key paths whose new values are among them, in the order of the tables.
+        needs_restart: key paths whose old values stay until then.
+    """
+
+    settings: Settings
+    changed: tuple[str, ...]
+    needs_restart: tuple[str, ...]
+
+
+def change(before: Settings, after: Settings) -> Change:
+    """Compare settings that were read again with those that hold.
+
+    A listener whose address changes keeps all of its old settings, and so do all of them where one comes, goes or is
+    renamed: what was checked as a whole must hold as a whole. A new `allow` that suits a new loopback address would
+    make an open relay at the old one.
+    """
+    changed: list[str] = []
+    needs_restart: list[str] = []
+    values: dict[str, Any] = {}
+    for name, entry in SCHEMA[Settings].items():
+        old, new = getattr(before, name), getattr(after, name)
+        if isinstance(entry, Key):
+            values[name] = old
+            needs_restart += [name] if old != new else []
+        elif name == "listener":
+            values[name] = _listeners(old, new, changed, needs_restart)
+        elif isinstance(entry, Tables):
+            values[name] = _lists(entry, name, old, new, changed, needs_restart)
+        else:
+            values[name] = _table(old, new, f"{name}.", changed, needs_restart)
+    return Change(
+        msgspec.structs.replace(after, **values),
+        tuple(changed),
+        tuple(needs_restart),
+    )
+
+
+def _table(old: Table, new: Table, prefix: str, changed: list[str], needs_restart: list[str]) -> Table:
+    """One table with what may be new of it."""
+    kept: dict[str, object] = {}
+    at_once = AT_ONCE.get(type(old), frozenset())
+    for name in _different(old, new):
+        if name in at_once:
+            changed.append(f"{prefix}{name}")
+        else:
+            needs_restart.append(f"{prefix}{name}")
+            kept[name] = getattr(old, name)
+    return msgspec.structs.replace(new, **kept)
+
+
+def _different(old: Table, new: Table) -> Iterator[str]:
+    return (name for name in SCHEMA[type(old)] if getattr(old, name) != getattr(new, name))
+
+
+def _listeners(
+    old: tuple[Listener, ...], new: tuple[Listener, ...], changed: list[str], needs_restart: list[str]
+) -> tuple[Listener, ...]:
+    if [one.name for one in old] != [one.name for one in new]:
+        needs_restart.append("listener")
+        return old
+    kept: list[Listener] = []
+    for index, (before, after) in enumerate(zip(old, new, strict=True)):
+        keys = [f"listener.{index}.{name}" for name in _different(before, after)]
+        has_moved = before.address != after.address
+        (needs_restart if has_moved else changed).extend(keys)
+        kept.append(before if has_moved else after)
+    return tuple(kept)
+
+
+def _lists(
+    entry: Tables,
+    name: str,
+    old: tuple[Table, ...],
+    new: tuple[Table, ...],
+    changed: list[str],
+    needs_restart: list[str],
+) -> tuple[Table, ...]:
+    """A list of tables, which is new as a whole or not at all."""
+    if old == new:
+        return old
+    if AT_ONCE.get(entry.item) != frozenset(SCHEMA[entry.item]):
+        needs_restart.append(name)
+        return old
+    if len(old) != len(new):
+        changed.append(name)
+        return new
+    for index, (before, after) in enumerate(zip(old, new, strict=True)):
+        changed += [f"{name}.{index}.{key}" for key in _different(before, after)]
+    return new
+
+
+def holds_at_once(table: type[Table], name: str) -> bool:
+    """Whether a setting's new value holds without a restart."""
+    return name in AT_ONCE.get(table, ())

@@ -1,0 +1,88 @@
+"""Settings that were read again: what holds at once, what waits for a restart, and that nothing of it is forgotten."""
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from otel_smtp.config import Settings, change, load
+from otel_smtp.config.changing import AT_ONCE
+from otel_smtp.config.settings import SCHEMA, Key
+
+UPSTREAM = {"name": "a", "url": "smtp://127.0.0.1:25"}
+LISTENER = {"name": "local", "address": ["127.0.0.1:2525"]}
+
+
+def settings(**tables: Any) -> Settings:
+    return load(values={"upstream": [UPSTREAM], "listener": [LISTENER], **tables})
+
+
+def test_nothing_has_changed() -> None:
+    made = change(settings(), settings())
+    assert (made.changed, made.needs_restart) == ((), ())
+    assert made.settings == settings()
+
+
+@pytest.mark.parametrize(
+    ("tables", "key"),
+    [
+        ({"limits": {"recipients": 7}}, "limits.recipients"),
+        ({"timeouts": {"command": "1m"}}, "timeouts.command"),
+        ({"delivery": {"strategy": "buffered"}}, "delivery.strategy"),
+        ({"telemetry": {"addresses": "none"}}, "telemetry.addresses"),
+        ({"log": {"level": "error"}}, "log.level"),
+        ({"listener": [{**LISTENER, "allow": ["10.0.0.0/8"]}]}, "listener.0.allow"),
+        ({"upstream": [{**UPSTREAM, "connections": 3}]}, "upstream.0.connections"),
+        ({"upstream": [{**UPSTREAM, "timeout": {"connect": "1s"}}]}, "upstream.0.timeout"),
+        ({"upstream": [UPSTREAM, {"name": "b", "url": "smtp://127.0.0.1:26"}]}, "upstream"),
+    ],
+)
+def test_what_holds_at_once(tables: dict[str, Any], key: str) -> None:
+    after = settings(**tables)
+    made = change(settings(), after)
+    assert (made.changed, made.needs_restart) == ((key,), ())
+    assert made.settings == after
+
+
+@pytest.mark.parametrize(
+    ("tables", "key"),
+    [
+        ({"workers": 2}, "workers"),
+        ({"hostname": "other.example"}, "hostname"),
+        ({"status": {"address": "off"}}, "status.address"),
+        ({"log": {"format": "json"}}, "log.format"),
+        ({"telemetry": {"state_events": "both"}}, "telemetry.state_events"),
+        ({"spool": {"max_age": "6d"}}, "spool.max_age"),
+        ({"listener": [{**LISTENER, "name": "other"}]}, "listener"),
+        ({"listener": [LISTENER, {"name": "other", "address": ["127.0.0.1:2526"]}]}, "listener"),
+    ],
+)
+def test_what_needs_a_restart_stays_as_it_was(tables: dict[str, Any], key: str) -> None:
+    made = change(settings(), settings(**tables))
+    assert made.changed == ()
+    assert key in made.needs_restart
+    assert msgspec.structs.replace(made.settings, origins=settings().origins) == settings()
+
+
+def test_what_waits_for_a_restart_is_told_each_time() -> None:
+    after = settings(workers=2, limits={"recipients": 7})
+    once = change(settings(), after)
+    again = change(once.settings, after)
+    assert (again.changed, again.needs_restart) == ((), ("workers",))
+    assert again.settings.limits.recipients == 7
+
+
+def test_a_listener_that_moves_keeps_all_that_was_checked_with_its_address() -> None:
+    """Who may relay suits the address: what is right for loopback would be an open relay elsewhere."""
+    before = settings(listener=[{**LISTENER, "address": ["0.0.0.0:2525"], "allow": ["10.0.0.0/8"]}])
+    after = settings(listener=[{**LISTENER, "allow": ["0.0.0.0/0"]}])
+    made = change(before, after)
+    assert made.changed == ()
+    assert made.needs_restart == ("listener.0.address", "listener.0.allow")
+    assert made.settings.listener == before.listener
+
+
+def test_only_settings_are_named() -> None:
+    for table, names in AT_ONCE.items():
+        keys = {name for name, entry in SCHEMA[table].items() if isinstance(entry, Key) or entry in AT_ONCE}
+        assert names <= keys
