@@ -155,6 +155,8 @@ class TransactionRecord:
         outcome, reply, error_type: how it ended; `reply` is what the client was told, None where it was told nothing.
         carrier: for a message from the spool, the trace context that was stored with it, as headers.
         is_possible_duplicate: an attempt before may have been taken by an upstream.
+        waited_seconds: for a mail from the spool, since its acceptance when this attempt began; None for anything else,
+            notices among it.
         trace: what tracing keeps of it.
     """
 
@@ -183,6 +185,7 @@ class TransactionRecord:
         "spool_id",
         "trace",
         "trace_headers",
+        "waited_seconds",
         "wall_offset_ns",
     )
 
@@ -210,6 +213,7 @@ class TransactionRecord:
         self.error_type: ErrorType | None = None
         self.carrier: Mapping[str, str] = {}
         self.is_possible_duplicate = False
+        self.waited_seconds: float | None = None
         self.trace: Any = None
 
     @classmethod
@@ -221,6 +225,7 @@ class TransactionRecord:
         *,
         attempt: int = 1,
         is_possible_duplicate: bool = False,
+        waited_seconds: float | None = None,
     ) -> "TransactionRecord":
         """The record under which a message from the spool is attempted.
 
@@ -234,6 +239,7 @@ class TransactionRecord:
         record.attempt = attempt
         record.carrier = carrier
         record.is_possible_duplicate = is_possible_duplicate
+        record.waited_seconds = waited_seconds
         return record
 
     def refuse(self, recipient: Recipient, reply: Reply, now_ns: int) -> None:

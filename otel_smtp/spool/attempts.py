@@ -6,6 +6,7 @@ task, piece by piece, as fast as the upstream takes it.
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import Final
 
@@ -18,6 +19,7 @@ from otel_smtp.spool.dsn.report import NoticeKind
 from otel_smtp.spool.messages import (
     ContentLost,
     End,
+    Kind,
     Lease,
     SpoolError,
     StaleLease,
@@ -111,6 +113,8 @@ class Attempt:
             lease.mail,
             attempt=lease.attempt,
             is_possible_duplicate=lease.is_possible_duplicate,
+            # A clock that was put back must not make it negative.
+            waited_seconds=max(0.0, time.time() - lease.arrived_at) if lease.kind is Kind.MAIL else None,
         )
         self._record.accepted = [one.recipient for one in lease.recipients]
         self._record.octets = lease.content.octets

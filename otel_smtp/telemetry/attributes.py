@@ -639,6 +639,11 @@ _OPERATION_SECONDS: Final = (
 # From 50 us: a state may last as long as a call of ours, and a wait less.
 _SHORT_SECONDS: Final = (0.00005, 0.0001, 0.0005, 0.001, 0.005, *_CONNECTION_SECONDS)
 _WAIT_SECONDS: Final = (0.00005, 0.0001, 0.0005, 0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30)
+# What a mail waits in the queue: milliseconds where all is well, days where a recipient's server is away.
+_AGE_SECONDS: Final = (
+    *(0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 10, 30, 60, 120, 300, 600, 1800),
+    *(3600, 14_400, 43_200, 86_400, 259_200, 432_000),
+)
 _SIZE_OCTETS: Final = tuple(float(1024 * 4**power) for power in range(8))  # 1 KiB to 16 MiB
 
 ACTIVE_CONNECTIONS: Final = _metric(
@@ -715,6 +720,22 @@ DELIVERY_DURATION: Final = _metric(
     (UPSTREAM_NAME, OUTCOME),
     "Delivery attempts, from the wait for a connection to the final reply",
     _OPERATION_SECONDS,
+)
+FIRST_ATTEMPT_AGE: Final = _metric(
+    "smtp.client.first_attempt.age",
+    Instrument.HISTOGRAM,
+    "s",
+    (UPSTREAM_NAME,),
+    "From the acceptance of a queued mail to the first attempt at it",
+    _AGE_SECONDS,
+)
+DELIVERY_AGE: Final = _metric(
+    "smtp.client.delivery.age",
+    Instrument.HISTOGRAM,
+    "s",
+    (UPSTREAM_NAME,),
+    "From the acceptance of a queued mail to its delivery, for each attempt that the upstream took",
+    _AGE_SECONDS,
 )
 CLIENT_CONNECTIONS: Final = _metric(
     "smtp.client.connections",

@@ -197,6 +197,8 @@ class Metrics(Observer):
         self._message_size = Measurements(names.SERVER_MESSAGE_SIZE)
         self._delivery_duration = Measurements(names.DELIVERY_DURATION)
         self._pool_wait = Measurements(names.CLIENT_POOL_WAIT)
+        self._first_attempt_age = Measurements(names.FIRST_ATTEMPT_AGE)
+        self._delivery_age = Measurements(names.DELIVERY_AGE)
         self.measurements: Final = (
             self._connection_duration,
             self._state_duration,
@@ -204,6 +206,8 @@ class Metrics(Observer):
             self._message_size,
             self._delivery_duration,
             self._pool_wait,
+            self._first_attempt_age,
+            self._delivery_age,
         )
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(self)
@@ -236,6 +240,8 @@ class Metrics(Observer):
         self._message_size.series[()]
         for upstream in upstreams:
             self._pool_wait.series[(upstream,)]
+            self._first_attempt_age.series[(upstream,)]
+            self._delivery_age.series[(upstream,)]
         for mechanism in (*mechanisms, "other"):
             for result in (_ACCEPTED, _REFUSED):
                 self._auth.values[mechanism, result] = 0
@@ -311,6 +317,13 @@ class Metrics(Observer):
         if delivery.outcome is not None:
             seconds = (delivery.ended_ns - delivery.begun_ns) / 1e9
             self._delivery_duration.series[upstream, _OUTCOMES[delivery.outcome]].add(seconds, context, unix_ns)
+            waited = delivery.transaction.waited_seconds
+            if waited is not None:
+                labels = (upstream,)
+                if delivery.attempt == 1:
+                    self._first_attempt_age.series[labels].add(waited, context, unix_ns)
+                if delivery.outcome is Outcome.RELAYED:
+                    self._delivery_age.series[labels].add(waited + seconds, context, unix_ns)
 
     def _fold(self, connection: ConnectionRecord) -> None:
         """Count the transitions and replies of the present segment that have not been counted."""

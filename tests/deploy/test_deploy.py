@@ -115,6 +115,25 @@ def test_a_container_is_locked_down_and_probed_over_the_status_port(container: d
     assert "/tmp" in mounted
 
 
+@pytest.mark.parametrize("container", containers(), ids=["sidecar", "standalone"])
+def test_a_container_says_which_pod_it_is_by_the_downward_api(container: dict[str, Any]) -> None:
+    variables = {variable["name"]: variable for variable in container["env"]}
+    names = list(variables)
+    pairs = dict(pair.split("=") for pair in variables["OTEL_RESOURCE_ATTRIBUTES"]["value"].split(","))
+    fields = {
+        "k8s.pod.name": "metadata.name",
+        "k8s.pod.uid": "metadata.uid",
+        "k8s.namespace.name": "metadata.namespace",
+        "k8s.node.name": "spec.nodeName",
+    }
+    assert {"k8s.container.name": container["name"]}.items() <= pairs.items()
+    for attribute, path in fields.items():
+        (variable,) = re.fullmatch(r"\$\((\w+)\)", pairs[attribute]).groups()  # type: ignore[union-attr]  # or it fails
+        assert variables[variable]["valueFrom"]["fieldRef"]["fieldPath"] == path
+        # Kubernetes replaces a reference by a variable that stands before it, and leaves others as they are.
+        assert names.index(variable) < names.index("OTEL_RESOURCE_ATTRIBUTES")
+
+
 def manifests() -> list[Path]:
     return [*DEPLOY.glob("kubernetes/standalone/*.yaml"), DEPLOY / "kubernetes/base/config.yaml"]
 

@@ -2,16 +2,25 @@
 
 import json
 import re
+import smtplib
 import subprocess
+import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from otel_smtp.observing import Outcome
+from otel_smtp.server.users import users_line
 from otel_smtp.telemetry import attributes
 from otel_smtp.telemetry.metrics import Metrics
+from tests.support.capture import CapturingUpstream
+from tests.support.ports import unclaimed_port
+from tests.support.process import gateway
 from tests.support.tools import tool
 
 DEPLOY: Final = Path(__file__).parent.parent.parent / "deploy"
@@ -58,11 +67,11 @@ _SELECTOR: Final = re.compile(r"\b(up|smtp_(?:server|client|telemetry|spool)_\w+
 
 def unknown_names(query: str) -> list[str]:
     """Series and labels of a PromQL query that the metrics page does not have."""
-    grouped = [label.strip() for group in re.findall(r"by \(([^)]*)\)", query) for label in group.split(",")]
-    selected = _SELECTOR.findall(re.sub(r"by \([^)]*\)", "", query))
+    grouped = [label.strip() for group in re.findall(r"(?:by|on) \(([^)]*)\)", query) for label in group.split(",")]
+    selected = _SELECTOR.findall(re.sub(r"(?:by|on) \([^)]*\)", "", query))
     found = [name for name, _ in selected if name not in SERIES]
     for name, matchers in selected:
-        known = SERIES.get(name, set()) | {"instance", "job"}
+        known = SERIES.get(name, set()) | {"instance", "job"} | ({"le"} if name.endswith("_bucket") else set())
         found += [label for label in re.findall(r"(\w+)(?:=~|!~|!=|=)\"", matchers) if label not in known]
     known = {"le", "instance"}.union(*(SERIES.get(name, set()) for name, _ in selected))
     return found + [label for label in grouped if label not in known]
@@ -70,7 +79,7 @@ def unknown_names(query: str) -> list[str]:
 
 @pytest.mark.parametrize("query", promql())
 def test_a_query_asks_for_series_and_labels_that_exist(query: str) -> None:
-    assert _SELECTOR.search(re.sub(r"by \([^)]*\)", "", query))
+    assert _SELECTOR.search(re.sub(r"(?:by|on) \([^)]*\)", "", query))
     assert unknown_names(query) == []
 
 
@@ -88,6 +97,63 @@ def test_a_wrong_name_is_found(query: str, unknown: list[str]) -> None:
     assert unknown_names(query) == unknown
 
 
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
+    """The metrics page of a running gateway with a queue, after one mail, one refused command and one login."""
+    directory = tmp_path_factory.mktemp("gateway")
+    status = unclaimed_port()
+    settings = {
+        "listener.auth": "optional",
+        "listener.auth_in_clear": True,
+        "listener.auth_users_file": str(directory / "users"),
+        "delivery.mode": "queue",
+        "spool.directory": str(directory / "spool"),
+        "status.address": f"127.0.0.1:{status}",
+    }
+    (directory / "users").write_text(users_line("app", "secret") + "\n")
+    with CapturingUpstream() as upstream, gateway({**settings, "upstream.url": upstream.url}, directory) as running:
+        with smtplib.SMTP("127.0.0.1", running.port) as client:
+            client.login("app", "secret")
+            client.docmd("WHAT")
+            client.sendmail("a@client.example", ["b@there.example"], b"Subject: hi\r\n\r\nHello.\r\n")
+        with urllib.request.urlopen(f"http://127.0.0.1:{status}/metrics", timeout=10) as answer:
+            text = answer.read().decode()
+    return [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+
+
+def missing_series(query: str, page: Sequence[Sample]) -> list[str]:
+    """Selectors of a PromQL query, and alternatives within these, that match no series of a metrics page."""
+    found = []
+    for name, matchers in _SELECTOR.findall(re.sub(r"(?:by|on) \([^)]*\)", "", query)):
+        series = [sample.labels for sample in page if sample.name == name]
+        for label, operator, value in re.findall(r'(\w+)(=~|=)"([^"]*)"', matchers):
+            if label in ("instance", "job"):  # which Prometheus adds
+                continue
+            alternatives = value.split("|") if operator == "=~" else [re.escape(value)]
+            found += [
+                f'{name}{{{label}="{wanted}"}}'
+                for wanted in alternatives
+                if not any(re.fullmatch(wanted, labels.get(label, "")) for labels in series)
+            ]
+        if not series and name != "up":
+            found.append(name)
+    return found
+
+
+@pytest.mark.parametrize("query", promql())
+def test_a_query_finds_series_on_the_page_of_a_running_gateway(query: str, page: list[Sample]) -> None:
+    assert missing_series(query, page) == []
+
+
+def test_a_series_that_is_not_there_is_missed(page: list[Sample]) -> None:
+    assert missing_series('smtp_server_transactions_total{smtp_outcome=~"relayed|bounced"}', page) == [
+        'smtp_server_transactions_total{smtp_outcome="bounced"}'
+    ]
+    assert missing_series('smtp_server_transactions_total{smtp_outcome="relayed"} > 0', page) == []
+    assert missing_series("smtp_spool_age_minutes", page) == ["smtp_spool_age_minutes"]
+    assert missing_series('smtp_client_delivery_age_seconds_bucket{le="61.0"}', page) != []
+
+
 @pytest.mark.parametrize("query", promql())
 def test_promtool_can_read_each_query(query: str, tmp_path: Path) -> None:
     rules = tmp_path / "rules.yaml"
@@ -101,89 +167,6 @@ def test_promtool_accepts_rules_configuration_and_the_metrics_page() -> None:
         subprocess.run([tool("promtool"), *arguments], cwd=DEPLOY / "prometheus", check=True, capture_output=True)
     page = Metrics().page("text/plain")[0]
     subprocess.run([tool("promtool"), "check", "metrics"], input=page, check=True, capture_output=True)
-
-
-def series(name: str, values: str) -> dict[str, str]:
-    labels = ",".join(['instance="gw:9925"', *filter(None, [name.partition("{")[2].rstrip("}")])])
-    return {"series": f"{name.partition('{')[0]}{{{labels}}}", "values": values}
-
-
-RAISED: Final = {
-    # What happened, minute by minute; when it is looked at; which alerts fire.
-    "all is well": (
-        [
-            series('smtp_server_transactions_total{smtp_outcome="relayed"}', "0+60x480"),
-            series("smtp_server_connection_duration_seconds_count", "0+60x480"),
-            series('up{job="otel-smtp"}', "1x480"),
-        ],
-        "7h",
-        [],
-    ),
-    "mail waits in the queue": ([series("smtp_spool_age_seconds", "0+60x60")], "50m", ["SmtpQueueOld"]),
-    "mail in the queue is young": ([series("smtp_spool_age_seconds", "5x60")], "50m", []),
-    "a queued mail is held": (
-        [series('smtp_spool_messages{smtp_spool_state="held"}', "1x60")],
-        "20m",
-        ["SmtpQueueNeedsOperator"],
-    ),
-    "the gateway is down": ([series('up{job="otel-smtp"}', "0x10")], "5m", ["SmtpGatewayDown"]),
-    "the upstream is away": (
-        [series('smtp_server_transactions_total{smtp_outcome="deferred"}', "0+5x30")],
-        "20m",
-        ["SmtpMailDeferred"],
-    ),
-    "a third is refused": (
-        [
-            series('smtp_server_transactions_total{smtp_outcome="relayed"}', "0+20x60"),
-            series('smtp_server_transactions_total{smtp_outcome="refused"}', "0+10x60"),
-        ],
-        "50m",
-        ["SmtpMailRefused"],
-    ),
-    # The series of relayed mail does not even exist where none ever was.
-    "clients connect and nothing was ever relayed": (
-        [series("smtp_server_connection_duration_seconds_count", "0+1x480")],
-        "8h",
-        ["SmtpNoMailThoughClientsConnect"],
-    ),
-    "an outcome is unknown": (
-        [series('smtp_server_transactions_total{smtp_outcome="unknown"}', "0x10 1x10")],
-        "12m",
-        ["SmtpOutcomeUnknown"],
-    ),
-    "spans are let go": (
-        [series('smtp_telemetry_dropped_total{smtp_telemetry_drop_reason="queue_full"}', "0+3x60")],
-        "40m",
-        ["SmtpTelemetryDropped"],
-    ),
-}
-
-
-@pytest.mark.parametrize("name", RAISED)
-def test_an_alert_is_raised_when_it_should_be_and_no_other(name: str, tmp_path: Path) -> None:
-    happened, looked_at, expected = RAISED[name]
-    known = [rule["alert"] for group in ALERTS["groups"] for rule in group["rules"]]
-    # promtool compares the labels and texts too; the names are what this is about.
-    texts = [{**rule, "annotations": {}, "labels": {}} for group in ALERTS["groups"] for rule in group["rules"]]
-    for rule in texts:
-        rule["expr"] = f"group by (instance) ({rule['expr']})"
-    (tmp_path / "alerts.yaml").write_text(yaml.safe_dump({"groups": [{"name": "g", "rules": texts}]}))
-    checks = [
-        {
-            "eval_time": looked_at,
-            "alertname": alert,
-            "exp_alerts": [{"exp_labels": {"instance": "gw:9925"}}] if alert in expected else [],
-        }
-        for alert in known
-    ]
-    test = {"interval": "1m", "input_series": happened, "alert_rule_test": checks}
-    (tmp_path / "test.yaml").write_text(
-        yaml.safe_dump({"rule_files": ["alerts.yaml"], "evaluation_interval": "1m", "tests": [test]})
-    )
-    done = subprocess.run(
-        [tool("promtool"), "test", "rules", "test.yaml"], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 _INTRINSICS: Final = {"name", "duration", "status", "kind", "event:name"}

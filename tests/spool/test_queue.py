@@ -106,6 +106,9 @@ async def test_attempts_are_numbered_over_the_whole_life_of_a_message(tmp_path: 
         deliveries = [attempt.deliveries[0] for attempt in queue.observer.attempts]
         assert [delivery.attempt for delivery in deliveries] == [1, 2, 3]
         assert [delivery.outcome for delivery in deliveries] == [Outcome.DEFERRED, Outcome.DEFERRED, Outcome.RELAYED]
+        waited = [attempt.waited_seconds for attempt in queue.observer.attempts]
+        assert waited == sorted(waited, key=lambda seconds: seconds or 0.0)
+        assert 0 <= (waited[0] or 0) < (waited[2] or 0) < 60
 
 
 async def test_each_recipient_has_its_own_end(tmp_path: Path) -> None:

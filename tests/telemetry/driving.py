@@ -370,11 +370,19 @@ def resume(
     attempt: int = 2,
     spool_id: str = "01J9ZQ4T3M",
     is_possible_duplicate: bool = False,
+    waited_seconds: float | None = None,
+    reply: Reply | None = QUEUED,
+    outcome: Outcome = Outcome.RELAYED,
 ) -> Mapping[str, str]:
     """One attempt at a message from the spool; returns what it had the message carry."""
     record = TransactionRecord.resumed(
-        spool_id, carrier, Mail("news@example.com"), attempt=attempt, is_possible_duplicate=is_possible_duplicate
+        spool_id,
+        carrier,
+        Mail("news@example.com"),
+        attempt=attempt,
+        is_possible_duplicate=is_possible_duplicate,
+        waited_seconds=waited_seconds,
     )
     assert observer.carrier(record) == carrier
     assert observer.trace_id(record) == (carrier["traceparent"][3:35] if carrier else None)
-    return finish_delivery(observer, begin_delivery(record))
+    return finish_delivery(observer, begin_delivery(record), reply, outcome)

@@ -8,14 +8,14 @@ from hypothesis import strategies as st
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from otel_smtp.observing import ConnectionRecord, Observer
+from otel_smtp.observing import ConnectionRecord, Observer, Outcome
 from otel_smtp.smtp import replies
 from otel_smtp.telemetry import attributes
 from otel_smtp.telemetry.metrics import Buckets, Metrics
 from otel_smtp.telemetry.propagation import InboundPolicy
 from otel_smtp.telemetry.setup import TelemetryOptions, set_up
 from tests.cardinality import series_before_and_after
-from tests.telemetry.driving import Client, FakeClock, begin_delivery, finish_delivery
+from tests.telemetry.driving import Client, FakeClock, begin_delivery, finish_delivery, resume
 
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"
 
@@ -156,6 +156,19 @@ def test_a_delivery_that_outlives_its_transaction_is_measured_once() -> None:
     labels = (("smtp_outcome", "relayed"), ("smtp_upstream_name", "provider"))
     assert samples(metrics)["smtp_client_delivery_duration_seconds_count", labels] == 1
     assert samples(metrics)["smtp_server_transactions_total", (("smtp_outcome", "aborted"),)] == 1
+
+
+def test_the_age_of_queued_mail_is_measured_at_its_first_attempt_and_at_its_delivery() -> None:
+    metrics = Metrics(upstreams=["provider"])
+    resume(metrics, {}, attempt=1, waited_seconds=0.02, reply=replies.UPSTREAM_LOST, outcome=Outcome.DEFERRED)
+    resume(metrics, {}, attempt=2, waited_seconds=40.0, reply=replies.UPSTREAM_LOST, outcome=Outcome.DEFERRED)
+    resume(metrics, {}, attempt=3, waited_seconds=120.0)
+    resume(metrics, {}, attempt=1)  # a bounce
+    counted = samples(metrics)
+    for name, total in (("first_attempt", 0.02), ("delivery", 120.0)):
+        assert counted[f"smtp_client_{name}_age_seconds_count", (("smtp_upstream_name", "provider"),)] == 1
+        seconds = counted[f"smtp_client_{name}_age_seconds_sum", (("smtp_upstream_name", "provider"),)]
+        assert seconds == pytest.approx(total, abs=0.5)
 
 
 def test_an_exchange_of_auth_is_counted_by_how_it_ended() -> None:
