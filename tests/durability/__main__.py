@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.durability.failing import CALLS, fill, inject
+from tests.durability.failing import CALLS, fill, inject, starve
 from tests.durability.killing import kill_again_and_again
 from tests.durability.supervising import storm
 
@@ -53,8 +53,11 @@ def main() -> int:
             return int(not stormed.is_right)
         case _:
             full = fill(directory / "full")
-            print(full.told())
-            return int(bool(full.lost) or not full.refused)
+            print(full.told(), flush=True)
+            starved = [starve(directory / f"starved{trial}", mails=600 * (trial + 1)) for trial in range(4)]
+            for one in starved:
+                print(one.told())
+            return int(bool(full.lost) or not full.refused or not all(one.is_right for one in starved))
 
 
 sys.exit(main())

@@ -7,12 +7,14 @@ the gateway stays up, and says in its log what happened.
 import contextlib
 import os
 import shutil
+import signal
 import smtplib
 import subprocess
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from tests.durability.killing import is_empty, queue_command
 from tests.durability.upstream import CountingUpstream
@@ -189,6 +191,129 @@ def fill(directory: Path, *, octets: int = 40 * 1024 * 1024) -> FullDisk:
             _wait_for(running, upstream, accepted)
             outcome.lost = {one for one in accepted if not upstream.taken[one]}
             outcome.log = running.stderr
+    return outcome
+
+
+@dataclass
+class Starved:
+    """What became of queued mail on a disk without an octet free.
+
+    Attributes:
+        accepted: before.
+        delivered: while nothing was free, through a restart.
+        refused: what mail was answered meanwhile.
+        accepted_later: when there was room again.
+    """
+
+    accepted: int = 0
+    delivered: int = 0
+    refused: set[int] = field(default_factory=set)
+    accepted_later: int = 0
+    log: str = ""
+
+    @property
+    def is_right(self) -> bool:
+        """Whether all went on."""
+        return self.accepted == self.delivered > 0 and self.refused == {452} and self.accepted_later > 0
+
+    def told(self) -> str:
+        """One line."""
+        return (
+            f"{self.accepted} answered 250, {self.delivered} of them delivered with 0 octets free; mail was answered "
+            f"{sorted(self.refused)} then, and {self.accepted_later} taken when there was room"
+        )
+
+
+@contextlib.contextmanager
+def held_disk(directory: Path, octets: int) -> Iterator[tuple[list[str], Path]]:
+    """A small file system that outlives the processes on it.
+
+    Returns:
+        The command that runs another one with it at `directory`; where it is seen from here.
+    """
+    directory.mkdir()
+    script = f'mount -t tmpfs -o size={octets} tmpfs "$0" && echo mounted && read end'
+    holder = subprocess.Popen(
+        ["unshare", "-rm", "sh", "-c", script, str(directory)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert holder.stdin is not None
+    assert holder.stdout is not None
+    try:
+        assert holder.stdout.readline() == b"mounted\n"
+        under = ["nsenter", "-t", str(holder.pid), "-U", "-m", "--preserve-credentials"]
+        yield under, Path(f"/proc/{holder.pid}/root{directory}")
+    finally:
+        holder.stdin.close()
+        holder.wait()
+        holder.stdout.close()
+
+
+class _Ballast:
+    """Takes every octet that is free, again and again.
+
+    Attributes:
+        is_tight: nothing was free when it was looked last.
+    """
+
+    def __init__(self, disk: Path) -> None:
+        self._disk = disk
+        self._is_over = threading.Event()
+        self.is_tight = threading.Event()
+        self._thread = threading.Thread(target=self._take, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        assert self.is_tight.wait(30)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._is_over.set()
+        self._thread.join()
+        (self._disk / "ballast").unlink()
+
+    def _take(self) -> None:
+        with (self._disk / "ballast").open("wb", buffering=0) as file:
+            while not self._is_over.is_set():
+                for octets in (1024 * 1024, 4096, 1):
+                    with contextlib.suppress(OSError):
+                        while file.write(bytes(octets)) == octets:
+                            pass
+                self.is_tight.set()
+                self._is_over.wait(0.001)
+
+
+def starve(directory: Path, *, mails: int = 300, octets: int = 80 * 1024 * 1024, deferred: float = 0.3) -> Starved:
+    """Queue mail, take all the room there is, deliver, and start again in the midst of it.
+
+    Args:
+        deferred: share of the attempts that the upstream defers: results that make no room.
+    """
+    outcome = Starved()
+    directory.mkdir()
+    accepted = [str(number) for number in range(mails)]
+    with CountingUpstream(1, unwilling=deferred) as upstream, held_disk(directory / "disk", octets) as (under, disk):
+        settings = settings_of(directory / "disk" / "spool", upstream.port)
+        upstream.is_closed = True
+        with gateway(settings, directory, under=under) as running:
+            for one in accepted:
+                outcome.accepted += send(running.port, one, octets=150_000 if int(one) % 50 == 0 else 2_000) == 250
+            until(lambda: (disk / "spool" / "log" / "spare").exists() or None, "what is kept in reserve is there")
+            with _Ballast(disk):
+                upstream.is_closed = False
+                until(lambda: len(upstream.taken) > mails // 4 or None, "deliveries go on", timeout_seconds=60)
+                outcome.refused.add(send(running.port, "late"))
+                running.signal(signal.SIGKILL)
+                running.wait()
+                outcome.log = running.stderr
+                with gateway(settings, directory, under=under) as again:
+                    queue_all = lambda: all(upstream.taken[one] for one in accepted) or None  # noqa: E731
+                    with contextlib.suppress(TimeoutError):
+                        until(queue_all, "everything is delivered", timeout_seconds=60)
+                    outcome.delivered = sum(upstream.taken[one] > 0 for one in accepted)
+                    outcome.refused.add(send(again.port, "late"))
+                    outcome.log += again.stderr
+        with gateway(settings, directory, under=under) as running:
+            outcome.accepted_later = send(running.port, "later") == 250
     return outcome
 
 

@@ -21,7 +21,8 @@ class CountingUpstream:
         is_closed: it lets nobody in.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, *, unwilling: float = UNWILLING) -> None:
+        self._unwilling = unwilling
         self.taken: Counter[str] = Counter()
         self.is_willing = False
         self.is_closed = False
@@ -57,7 +58,7 @@ class CountingUpstream:
     def refuses(self) -> bool:
         """Whether the next one is deferred."""
         with self._lock:
-            return not self.is_willing and self._chance.random() < UNWILLING
+            return not self.is_willing and self._chance.random() < self._unwilling
 
     def _converse(self, session: socketserver.StreamRequestHandler) -> None:
         def say(text: str) -> None:

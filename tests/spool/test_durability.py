@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.durability.failing import fill, inject, may_mount, send, settings_of
+from tests.durability.failing import fill, inject, may_mount, send, settings_of, starve
 from tests.durability.killing import kill_again_and_again
 from tests.durability.upstream import CountingUpstream
 from tests.support.process import ROOT, environment, gateway, settings_file, until
@@ -102,6 +102,15 @@ def test_a_full_disk_refuses_mail_and_keeps_what_is_queued(tmp_path: Path) -> No
     assert full.refusals == {452}
     assert full.accepted_later == 3
     assert full.lost == set()
+
+
+def test_deliveries_go_on_with_no_octet_free(tmp_path: Path) -> None:
+    if not may_mount():
+        pytest.skip("this process may not mount a file system of its own")
+    starved = starve(tmp_path / "starved")
+    assert (starved.accepted, starved.delivered) == (300, 300), starved.told()
+    assert starved.refused == {452}
+    assert starved.accepted_later == 1
 
 
 def test_a_second_gateway_does_not_start_on_the_same_spool(tmp_path: Path) -> None:

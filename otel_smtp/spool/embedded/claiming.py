@@ -1,5 +1,6 @@
 """Claiming: which deliveries are attempted next, and the record that says that they are."""
 
+import contextlib
 import heapq
 from collections.abc import Mapping, Sequence
 
@@ -10,7 +11,7 @@ from otel_smtp.spool.embedded.journal import Journal
 from otel_smtp.spool.embedded.log import Step
 from otel_smtp.spool.embedded.memory import Memory
 from otel_smtp.spool.embedded.records import RecordKind
-from otel_smtp.spool.embedded.waiting import SAMPLE, in_turn
+from otel_smtp.spool.embedded.waiting import SAMPLE, Candidate, in_turn
 from otel_smtp.spool.messages import DeliveryState, Lease, SpoolError
 
 Claimed = tuple[Entry, DeliveryEntry]
@@ -34,8 +35,13 @@ class Claiming:
             The leases, with small contents; and when the next delivery is due, in milliseconds since the epoch.
         """
         found: list[Claimed] = []
-        for destination, most in wanted.items():
-            found += await self._choose(destination, most, now_ms)
+        try:
+            for destination, most in wanted.items():
+                found += await self._choose(destination, most, now_ms)
+        except SpoolError:
+            for entry, _ in found:
+                self._memory.waiting.offer(entry)
+            raise
         chosen: list[Claimed] = []
         for entry, delivery in found:
             # While the next destination was looked at, an operator may have held it, or it may have left memory.
@@ -45,7 +51,12 @@ class Claiming:
                 self._memory.waiting.offer(known)
         leases = await self._lease(chosen) if chosen else []
         contents = await self._contents.small([entry for entry, _ in leases])
-        next_due = await self._next_due(list(wanted))
+        try:
+            next_due = await self._next_due(list(wanted))
+        except SpoolError:  # what was leased has to be attempted, whatever became of the index meanwhile
+            if not leases:
+                raise
+            next_due = now_ms
         return [
             (entry.lease_of(one), content) for (entry, one), content in zip(leases, contents, strict=True)
         ], next_due
@@ -55,6 +66,18 @@ class Claiming:
         memory = self._memory
         new = memory.waiting.take(destination, most, now_ms, was_tried=False)
         old = memory.waiting.take(destination, most, now_ms, was_tried=True)
+        try:
+            return await self._choose_among(new, old, destination, most, now_ms)
+        except SpoolError:
+            for _, message_id, _, _ in (*new, *old):
+                if (entry := memory.hot.get(message_id)) is not None:
+                    memory.waiting.offer(entry)
+            raise
+
+    async def _choose_among(
+        self, new: list[Candidate], old: list[Candidate], destination: str, most: int, now_ms: int
+    ) -> list[Claimed]:
+        memory = self._memory
         if memory.cold[destination] > 0:
             cold_new, cold_old = await self._index.run(
                 lambda index: (
@@ -124,7 +147,9 @@ class Claiming:
             if entry.is_indexed
         ]
         if rows:
-            await self._index.run(lambda index: index.note_leased(rows))
+            # Where it cannot be told now, it is found out when the index offers them: they are in memory.
+            with contextlib.suppress(SpoolError):
+                await self._index.run(lambda index: index.note_leased(rows))
         return [(changed, one) for _, changed, leased in changes.values() for one in leased]
 
     async def _next_due(self, destinations: Sequence[str]) -> int | None:

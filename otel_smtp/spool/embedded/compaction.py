@@ -95,7 +95,7 @@ class Compaction:
             if oldest == self._journal.log.told[0]:
                 return
             if oldest in self._memory.live:
-                if self._octets <= 2 * self._live_octets + DEAD_SEGMENTS * self._segment_octets:
+                if not self._is_worth_it(self._memory.live[oldest][1]):
                     return
                 if not await self._move_out(oldest):
                     return
@@ -110,6 +110,16 @@ class Compaction:
                 await asyncio.to_thread(self._directory.move_aside, segment, f"segment-{oldest}")
             else:
                 await asyncio.to_thread(self._directory.retire, oldest)
+
+    def _is_worth_it(self, octets: int) -> bool:
+        """Whether what lives in the oldest segment is to be moved.
+
+        Args:
+            octets: that live in it.
+        """
+        if not self._directory.has_reserve and 2 * octets <= self._segment_octets <= self.dead_octets:
+            return True  # the disk is full: it takes half a segment, and gives a whole one
+        return self._octets > 2 * self._live_octets + DEAD_SEGMENTS * self._segment_octets
 
     async def _move_out(self, segment: int) -> bool:
         """Move what lives in a segment to the end of the log; whether nothing lives in it any more."""

@@ -8,7 +8,7 @@
     large/         contents that are too large for the log, by the ids of their messages, with their envelopes
     tmp/           contents that are being received
     index.db       for what waits and for operators; made again out of the log where it is missing
-    index.reserve  room for the index, given up where the disk is full
+    index.reserve  room for the index's write-ahead log, while it has none
     lost+found/    what was damaged or nobody knows, for `otel-smtp queue rebuild` and for people to look at
 
 Whatever else lies there is told, and neither opened nor removed. Nothing is opened that is no regular file, and nothing
@@ -42,7 +42,6 @@ _OPEN: Final = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a FIFO answers at
 _ZEROS: Final = bytes(1024 * 1024)
 _SPARES: Final = ("spare", "reserve")  # in the log's directory; `-` and a number follow where a name is not ours to use
 _MAKING: Final = ".new"
-INDEX_RESERVE_OCTETS: Final = 8 * 1024 * 1024  # twice what its write-ahead log grows to before it is written back
 # Errors of this process or this moment, not of the file that was to be read.
 _NO_MAIL: Final = ("torn-", "index.db")  # nobody was answered for it; it is made again out of the log
 _SECTOR: Final = 4096
@@ -261,6 +260,7 @@ class SpoolDirectory:
                     spare = self._ready("reserve")
                     if (file := _open_whole(spare, octets)) is None:
                         raise
+                    self.has_reserve = False
                     return spare, file, True
                 file = open_regular(spare, os.O_RDWR)
             return spare, file, False
@@ -274,23 +274,10 @@ class SpoolDirectory:
                 for name in reversed(_SPARES):  # what is for hard times first
                     if not (path := self._ready(name)).exists():
                         self._make_spare(path, octets)
-                if not (reserve := self.path / "index.reserve").exists():
-                    _allocate(reserve, INDEX_RESERVE_OCTETS)
             except OSError:
                 self.has_reserve = False
             else:
                 self.has_reserve = True
-
-    def give_up_index_reserve(self) -> bool:
-        """Leave the index the room that is kept for it; whether there was any."""
-        reserve = self.path / "index.reserve"
-        try:
-            os.close(open_regular(reserve, os.O_RDWR))
-            reserve.unlink()
-        except OSError:
-            return False
-        self.has_reserve = False
-        return True
 
     def _ready(self, name: str) -> Path:
         """Where a segment lies that waits to be used: a name that is free, or a file's."""
@@ -309,8 +296,7 @@ class SpoolDirectory:
         try:
             os.posix_fallocate(file, 0, octets)
             # To sync what was never written costs the file system a step of its own, each time.
-            for at in range(0, octets, len(_ZEROS)):
-                write_all_at(file, _ZEROS[: octets - at], at)
+            write_zeros(file, octets)
             os.fsync(file)
         except OSError:
             with contextlib.suppress(OSError):
@@ -483,18 +469,6 @@ def _readable(file: int, at: int, octets: int) -> bytes:
     return bytes(octets)
 
 
-def _allocate(path: Path, octets: int) -> None:
-    file = open_regular(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-    try:
-        os.posix_fallocate(file, 0, octets)
-    except OSError:
-        with contextlib.suppress(OSError):
-            path.unlink()
-        raise
-    finally:
-        os.close(file)
-
-
 def write_all(file: int, data: bytes) -> None:
     """Write all of `data`: the system may take less than it is given without saying that anything is wrong."""
     rest = memoryview(data)
@@ -509,6 +483,12 @@ def write_all_at(file: int, data: bytes, at: int) -> None:
         rest = memoryview(data)
         while done < len(data):
             done += os.pwrite(file, rest[done:], at + done)
+
+
+def write_zeros(file: int, octets: int) -> None:
+    """Fill the first octets of a file."""
+    for at in range(0, octets, len(_ZEROS)):
+        write_all_at(file, _ZEROS[: octets - at], at)
 
 
 def read_at(file: int, at: int, octets: int) -> bytes:

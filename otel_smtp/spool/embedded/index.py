@@ -17,11 +17,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from otel_smtp.spool.embedded.directory import open_regular
+from otel_smtp.spool.embedded.directory import open_regular, write_zeros
 from otel_smtp.spool.embedded.entries import Entry, Place
 from otel_smtp.spool.messages import DeliveryState, Kind, SpoolError, StorageBroken, StorageFull
 
 VERSION: Final = 1
+BUSY_SECONDS: Final = 5.0  # how long it is waited for while somebody else has it locked
+WAL_OCTETS: Final = 8 * 1024 * 1024  # twice what it grows to before SQLite writes it back and begins it again
+_WAL_HEAD_OCTETS: Final = 32
 _ROWS_AT_ONCE: Final = 200
 
 _TABLES: Final = """
@@ -44,8 +47,11 @@ CREATE INDEX delivery_other ON delivery(state) WHERE state != 'ready';
 
 def index_error(error: sqlite3.Error) -> SpoolError:
     """What an error of the database means."""
-    if getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL:
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    if code == sqlite3.SQLITE_FULL:
         return StorageFull(f"the disk is full: {error}")
+    if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        return SpoolError(f"the index is busy: {error}")  # somebody looks at it; it comes back
     return StorageBroken(f"the index failed: {error}")
 
 
@@ -73,11 +79,48 @@ class Index:
             os.close(open_regular(path, os.O_RDWR | os.O_CREAT))
         except OSError as error:
             raise SpoolError(f"{path}: {error.strerror}") from error
-        self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=64)
+        self._wal, self._reserve = path.with_name(f"{path.name}-wal"), path.with_name("index.reserve")
+        if not self.is_new:
+            self._lay_out()
+        self._connect()
+        if self.is_new:
+            self.make_wal_again()
+
+    def make_wal_again(self) -> None:
+        """Give it a write-ahead log that has all its room, where SQLite has just made one of its own."""
+        self._database.close()
+        self._lay_out()
+        self._connect()
+
+    def _lay_out(self) -> None:
+        """Give it a write-ahead log, if it has none, that was written before: it can be used without any room.
+
+        One that begins with zeros is an empty one.
+        """
+        with contextlib.suppress(OSError):  # a full disk, or what is not ours: then there is none
+            if self._wal.exists():
+                return
+            file = open_regular(self._reserve, os.O_RDWR | os.O_CREAT)
+            try:
+                if (octets := os.fstat(file).st_size) < WAL_OCTETS:
+                    write_zeros(file, WAL_OCTETS)
+                elif octets > WAL_OCTETS:
+                    os.ftruncate(file, WAL_OCTETS)
+                write_zeros(file, _WAL_HEAD_OCTETS)
+            finally:
+                os.close(file)
+            self._reserve.rename(self._wal)
+
+    def _connect(self) -> None:
+        self._database = sqlite3.connect(
+            self._path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False, cached_statements=64
+        )
         try:
             self._prepare()
         except sqlite3.DatabaseError as error:
             self._database.close()
+            if isinstance(full := index_error(error), StorageFull):
+                raise full from error
             raise NoIndex(str(error)) from error
         except BaseException:
             self._database.close()
@@ -123,6 +166,9 @@ class Index:
 
     def close(self) -> None:
         """Close it."""
+        # SQLite removes the write-ahead log, and with it the room that the next start needs on a full disk.
+        with contextlib.suppress(OSError):
+            os.link(self._wal, self._reserve)
         self._database.close()
 
     @contextlib.contextmanager
@@ -142,11 +188,10 @@ class Index:
         finally:
             if was_collecting:
                 gc.enable()
+        # It syncs the file itself: were we to open and close it, the system would drop the locks that SQLite has on it.
+        self._database.execute("PRAGMA synchronous = FULL")
         self._database.executescript(f"BEGIN;{_INDEXES}COMMIT;")
-        with self._path.open("rb") as file:
-            os.fsync(file.fileno())
-        self._database.execute("PRAGMA synchronous = NORMAL")
-        self._database.execute("PRAGMA journal_mode = WAL")
+        self.make_wal_again()
 
     # What it knows of itself -----------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from otel_smtp.spool.embedded.entries import Entry, dumps
-from otel_smtp.spool.embedded.log import Log, Part, Step
+from otel_smtp.spool.embedded.log import Log, Part, Room, Step
 from otel_smtp.spool.embedded.memory import Memory
 from otel_smtp.spool.embedded.records import RecordKind
 from otel_smtp.spool.messages import DeliveryState, Lease, SpoolError, StorageBroken
@@ -51,7 +51,7 @@ class Journal:
             self._log.latch(error)
 
     def _start(self, step: Step, *, is_urgent: bool = True) -> None:
-        if self._log is None or (self.is_closing and not step.is_result):
+        if self._log is None or (self.is_closing and step.room is Room.MAIL):
             raise SpoolError("the spool is closed")
         self._log.append(step, is_urgent=is_urgent or self.is_closing)
 
@@ -77,7 +77,7 @@ class Journal:
             if not answer.done():
                 answer.set_result(None)
 
-        self._start(Step(parts, done, ended=ended or {}, is_result=True))
+        self._start(Step(parts, done, ended=ended or {}, room=Room.WORK))
         await answer
 
     def add(
@@ -112,7 +112,7 @@ class Journal:
             self._start(
                 Step(
                     [message_part(entry, content, crc, is_new=is_new)], done,
-                    ended={name: recipients} if is_new else {}, is_result=False,
+                    ended={name: recipients} if is_new else {}, room=Room.MAIL,
                 )
             )  # fmt: skip
         except SpoolError as error:
@@ -167,7 +167,7 @@ class Journal:
 
         entry.is_busy = True
         try:
-            self._start(Step(parts, done, ended=counted, is_result=True), is_urgent=is_urgent)
+            self._start(Step(parts, done, ended=counted, room=Room.RESULT), is_urgent=is_urgent)
         except SpoolError as error:
             memory.set_free(entry)
             fail(answer, error)

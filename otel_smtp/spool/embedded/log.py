@@ -11,7 +11,8 @@ its head is synced, its name moved into place and the directory synced.
 
 An error that says that the disk cannot be trusted *latches*: nothing is written any more until the gateway was started
 again, since a delivery whose result cannot be recorded would be repeated for ever. A full disk is less: new mail is
-refused, and the last part of a segment is kept for the results of what is being delivered.
+refused; deliveries go on, since they make room, in a segment that is kept in reserve; and the last part of each segment
+is kept for the results of what is being delivered.
 """
 
 import asyncio
@@ -22,6 +23,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from enum import IntEnum
 from typing import Final
 
 from otel_smtp.spool.embedded import records
@@ -43,17 +45,25 @@ Part = tuple[RecordKind, str, Sequence[bytes]]
 """A record to be written: kind, text, content."""
 
 
+class Room(IntEnum):
+    """What a step may take where the disk is full: each more than the one before."""
+
+    MAIL = 0  # nothing that is kept for others
+    WORK = 1  # the segment in reserve: to deliver makes room, and so does to move
+    RESULT = 2  # the end of each segment, too: what was begun has to be recorded
+
+
 class Step:
     """Records that become durable together or not at all, and who waits for them.
 
     Attributes:
         ended: by how many recipients the tally grows, by name.
-        is_result: it may take the room that mail may not.
+        room: what it may take.
         done: called on the event loop, once: the error, or None.
         segment, places: where the records are, once they are durable: offset, octets, offset and checksum of content.
     """
 
-    __slots__ = ("done", "ended", "is_result", "octets", "parts", "places", "segment")
+    __slots__ = ("done", "ended", "octets", "parts", "places", "room", "segment")
 
     def __init__(
         self,
@@ -61,12 +71,12 @@ class Step:
         done: Callable[["Step", SpoolError | None], None],
         *,
         ended: Mapping[str, int],
-        is_result: bool,
+        room: Room,
     ) -> None:
         self.parts = parts
         self.done = done
         self.ended = ended
-        self.is_result = is_result
+        self.room = room
         self.octets = sum(HEADER_OCTETS + len(text) + sum(map(len, content)) for _, text, content in parts)
         self.segment = 0
         self.places: list[tuple[int, int, int, int]] = []
@@ -211,12 +221,16 @@ class Log:
                 self._begin_segment(is_for_results=False)
             except OSError as error:
                 fault = storage_error(error)
-                self.latch(fault)
-                # Mail waits for room; results go into what is kept for them, as far as that reaches.
-                refused = [step for step in group if not step.is_result]
-                group = [step for step in group if step.is_result]
+                # Mail waits for room; the rest goes into what is kept for it, as far as that reaches.
+                refused = [step for step in group if step.room is Room.MAIL]
+                group = [step for step in group if step.room is not Room.MAIL]
                 if group and not self._that_fit(group) and not self._has_begun_reserve():
-                    refused, group = [*refused, *group], []
+                    refused += [step for step in group if step.room is Room.WORK]
+                    group = [step for step in group if step.room is Room.RESULT]
+                    if not self._that_fit(group):
+                        refused, group = [*refused, *group], []
+                if refused:
+                    self.latch(fault)
                 outcomes += [(step, fault) for step in refused]
 
     def _has_begun_reserve(self) -> bool:
@@ -235,9 +249,11 @@ class Log:
         if self._file < 0:
             return ()
         at = self._at
+        # In the order of `Room`.
+        limits = (0 if self._is_reserve else self._mail_octets, self._mail_octets, self._segment_octets)
         for number, step in enumerate(group):
             at += step.octets
-            if at > (self._segment_octets if step.is_result else 0 if self._is_reserve else self._mail_octets):
+            if at > limits[step.room]:
                 return group[:number]
         return group
 

@@ -16,9 +16,9 @@ from typing import Final
 from otel_smtp.spool.embedded import records
 from otel_smtp.spool.embedded.directory import INDEX_FILES, SpoolDirectory
 from otel_smtp.spool.embedded.entries import Entry, Place
-from otel_smtp.spool.embedded.index import Index, NoIndex, row_of
+from otel_smtp.spool.embedded.index import Index, NoIndex, index_error, row_of
 from otel_smtp.spool.embedded.records import FIRST, Damage, NewerFormat, Record, RecordKind
-from otel_smtp.spool.messages import ContentLost, DeliveryState, SpoolError
+from otel_smtp.spool.messages import ContentLost, DeliveryState, SpoolError, StorageFull
 
 logger: Final = logging.getLogger("otel_smtp.spool.embedded.recovery")
 
@@ -178,6 +178,8 @@ class _Recovery:
                 index.close()
                 raise
         except (NoIndex, sqlite3.DatabaseError) as error:
+            if isinstance(error, sqlite3.DatabaseError) and isinstance(index_error(error), StorageFull):
+                raise
             self._remark(f"the index cannot be used and is made again out of the log: {error}")
         self._is_complete = False
         # It may know of mail that the log has lost.

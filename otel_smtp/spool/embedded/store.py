@@ -226,16 +226,22 @@ class EmbeddedStore:
     async def _keep(self) -> None:
         await asyncio.sleep(KEEP_SECONDS)
         await asyncio.to_thread(self.directory.prepare, self._segment_octets)
+        told = ""
         while True:
             await asyncio.sleep(KEEP_SECONDS)
+            if not self.directory.has_reserve:
+                await asyncio.to_thread(self.directory.prepare, self._segment_octets)
             self.memory.waiting.tidy(len(self.memory.hot))
             try:
                 await self.indexing.write_cooled()
                 await self.compaction.compact()
                 if self._alarm is not None or self.compaction.has_set_aside:
                     await self._look_aside()
+                told = ""
             except SpoolError as error:
-                logger.error("the spool's housekeeping failed, and goes on", extra={"fault": str(error)})
+                if str(error) != told:  # twice a second would fill a disk that is full
+                    told = str(error)
+                    logger.error("the spool's housekeeping failed, and goes on", extra={"fault": told})
             except Exception:
                 logger.exception("the spool's housekeeping failed, and goes on")
 
@@ -265,7 +271,9 @@ class EmbeddedStore:
         except OSError:
             self._has_room = False
             return
-        had_room, self._has_room = self._has_room, octets >= self._least_free and inodes >= LEAST_FREE_INODES
+        had_room = self._has_room
+        has_enough = octets >= self._least_free and inodes >= LEAST_FREE_INODES
+        self._has_room = has_enough and self.directory.has_reserve  # what is queued goes first
         if had_room and not self._has_room:
             logger.error("no room for new mail", extra={"free_octets": octets, "free_inodes_share": round(inodes, 3)})
 
@@ -416,13 +424,22 @@ class EmbeddedStore:
                 entry = await self.indexing.get(message_id)
             except NoSuchMessage:
                 continue
+            except SpoolError:
+                if not leases:
+                    raise
+                break
             changed = entry.copy()
             waiting = [one for one in changed.deliveries if one.state is DeliveryState.READY]
             if not waiting or changed.held_ms is not None or changed.expires_ms > now_ms:
                 continue
             for one in waiting:
                 one.lease()
-            await self.journal.change(entry, changed, {})
+            try:
+                await self.journal.change(entry, changed, {})
+            except SpoolError:
+                if not leases:
+                    raise
+                break  # those before are leased, and have to be ended
             leases += [changed.lease_of(one) for one in waiting]
         return leases
 
