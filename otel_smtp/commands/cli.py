@@ -14,7 +14,7 @@ from otel_smtp import __version__
 from otel_smtp.commands.options import GlobalOptions, config_option, set_option
 
 COMMANDS: Final = (
-    "serve", "reload", "check", "send", "passwd", "demo", "queue", "why", "bench", "settings", "telemetry",
+    "serve", "reload", "check", "send", "passwd", "demo", "queue", "tail", "why", "bench", "settings", "telemetry",
 )  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from otel_smtp.server.users import Authenticator, TokenVerifier, UsersFileError,
 from otel_smtp.smtp.states import TlsMode, Transition
 from otel_smtp.telemetry.records import SpanSink
 from otel_smtp.telemetry.setup import set_up
+from otel_smtp.telemetry.tail import MailTail
 
 if TYPE_CHECKING:
     from otel_smtp.spool.service import Spool
@@ -158,6 +159,11 @@ class Gateway:
     def metrics(self, accept: str) -> tuple[bytes, str]:
         """The metrics page, and its content type, for a scraper that accepts `accept`."""
         return self._telemetry.metrics_page(accept)
+
+    @property
+    def mail_tail(self) -> MailTail | None:
+        """The lines of mails, for who follows them; None where telemetry makes nothing of them."""
+        return self._telemetry.tail
 
     @property
     def is_draining(self) -> bool:

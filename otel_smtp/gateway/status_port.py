@@ -116,7 +116,9 @@ class StatusPort:
             allow=allow,
             reloads=lambda: gateway.told_of_reloads(),
             about=_about(gateway.settings, gateway.ready.traces_to),
+            tail=gateway.mail_tail,
             siblings=siblings,
+            number=process.number if process is not None else 0,
             token=token,
         )
         try:

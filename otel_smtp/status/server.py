@@ -33,6 +33,7 @@ from starlette.types import ASGIApp
 
 from otel_smtp.observing import Endpoint
 from otel_smtp.status import siblings as several
+from otel_smtp.status.following import Following, Tail
 from otel_smtp.status.http import LOOPBACK, Guard, Network, http_server
 from otel_smtp.status.live import CONNECTIONS_SHOWN, LiveView
 from otel_smtp.status.search import Recorded, RecordedMailbox
@@ -77,8 +78,10 @@ class StatusServer:
         allow: networks that may see the page and its API.
         reloads: returns which process takes SIGHUP, and what came of the last one, as plain values.
         about: the page's head: the gateway's `hostname` and other facts by name.
+        tail: the lines of mails, for those who follow them; None where there are none.
         siblings: the gateway's other processes, included in all answers; None: there are none, or another process
             asks this one.
+        number: of this process.
         token: required in `TOKEN_HEADER`; "": none is.
     """
 
@@ -97,7 +100,9 @@ class StatusServer:
         allow: Sequence[Network] = LOOPBACK,
         reloads: Callable[[], Mapping[str, Any]] = dict,
         about: Mapping[str, str] | None = None,
+        tail: Tail | None = None,
         siblings: Siblings | None = None,
+        number: int = 0,
         token: str = "",
     ) -> None:
         self._live = live
@@ -109,6 +114,7 @@ class StatusServer:
         self._resource = resource or {"service.name": "otel-smtp"}
         self._trace_url = trace_url
         self._trace_search = TraceSearch(traces, recorded_mailbox, siblings)
+        self._following = None if tail is None else Following(tail, recorded_mailbox, siblings, number=number)
         self._allow = allow
         self._reloads = reloads
         self._about = about or {}
@@ -146,6 +152,8 @@ class StatusServer:
         if self._server is not None and self._serving is not None:
             self._server.should_exit = True
             await self._serving
+        if self._following is not None:
+            self._following.stop()
         if self._siblings is not None:
             await self._siblings.close()
 
@@ -167,6 +175,7 @@ class StatusServer:
             Route("/api/connections", self._show_connections),
             Route("/api/traces", self._search),
             Route("/api/traces/{trace_id}", self._show_trace),
+            Route("/api/tail", self._follow),
             Route("/api/upstreams", self._show_upstreams),
             Route("/api/queue", self._show_queue),
             Route("/api/picture", self._show_picture),
@@ -243,6 +252,14 @@ class StatusServer:
 
     async def _search(self, request: Request) -> Response:
         return JSONResponse(await self._trace_search.answer(Asked.of(request.query_params)))
+
+    async def _follow(self, request: Request) -> Response:
+        following = self._following
+        if following is None:
+            return PlainTextResponse("nothing is made of mails here: OTEL_SDK_DISABLED is set\n", 503)
+        if following.is_full:
+            return PlainTextResponse("too many follow already\n", 503, headers={"retry-after": "10"})
+        return JSONResponse(await following.answer(request.query_params, self._stopping))
 
     async def _show_trace(self, request: Request) -> Response:
         trace_id = request.path_params["trace_id"]

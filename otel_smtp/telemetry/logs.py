@@ -208,12 +208,15 @@ class AccessLog:
     """A line for each connection, transaction and delivery that is over; give it to tracing as a listener.
 
     So is each recipient that was refused or deferred, or that ended in the spool without the mail.
+
+    Args:
+        logger: to whom the lines go, in place of the log.
     """
 
     __slots__ = ("_logger",)
 
-    def __init__(self) -> None:
-        self._logger = logging.getLogger(ACCESS)
+    def __init__(self, logger: logging.Logger | None = None) -> None:
+        self._logger = logger or logging.getLogger(ACCESS)
 
     def is_wanted(self) -> bool:
         """Whether its lines would be seen: making them costs, and so does what is put in them."""

@@ -26,6 +26,7 @@ from otel_smtp.telemetry.records import LogRecord, SpanSink
 from otel_smtp.telemetry.redaction import Redaction
 from otel_smtp.telemetry.sdk_spans import SdkSpans
 from otel_smtp.telemetry.state_events import StateEvents
+from otel_smtp.telemetry.tail import MailTail
 from otel_smtp.telemetry.tracing import Keep, StateTelling, Tracing
 
 DEFAULT_FLUSH_SECONDS: Final = 2.0
@@ -71,6 +72,7 @@ class Telemetry:
         observers: to observe everything, in this order. With OTEL_SDK_DISABLED they make no traces, and count all the
             same.
         traces_to: where traces go, in words.
+        tail: for who follows the mails; None where nothing is made of them (OTEL_SDK_DISABLED).
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class Telemetry:
         traces_to: str,
     ) -> None:
         self.traces_to = traces_to
+        self.tail = None if tracing is None else MailTail(tracing)
         self.observers: Sequence[Observer] = (*([] if tracing is None else [tracing]), *telling, metrics)
         self._tracing = tracing
         self._listeners = listeners

@@ -13,7 +13,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from otel_smtp.telemetry import attributes as names
 from otel_smtp.telemetry.redaction import clean
@@ -53,6 +53,29 @@ _COLORS: Final[Mapping[str, str]] = {
 Fields = Mapping[str, Any]
 
 
+class MailLine(NamedTuple):
+    """One line.
+
+    Attributes:
+        outcome: of the mail, or the fate of the recipient, that it tells.
+        fields: what was known, of which the line tells the most important.
+    """
+
+    text: str
+    outcome: str
+    fields: Fields
+
+
+def colored(text: str, outcome: str) -> str:
+    """A line's text with its mark and code in the colour of the outcome."""
+    color = _COLORS.get(outcome, "0")
+    return f"\x1b[2m{text[:_CLOCK]}\x1b[0m\x1b[{color}m{text[_CLOCK:_VERDICT]}\x1b[0m{text[_VERDICT:]}"
+
+
+_CLOCK: Final = len("22:14:03.120 ")
+_VERDICT: Final = _CLOCK + len("+ 250")
+
+
 class MailLines:
     """Makes lines of what the access log says.
 
@@ -66,6 +89,11 @@ class MailLines:
         self._delivered: OrderedDict[str, Fields] = OrderedDict()
 
     def line(self, name: str, when: float, fields: Fields) -> str | None:
+        """As `told`, in colours where they are wanted."""
+        told = self.told(name, when, fields)
+        return colored(told.text, told.outcome) if told is not None and self._colors else told and told.text
+
+    def told(self, name: str, when: float, fields: Fields) -> MailLine | None:
         """The line of a span that is over; None: it has none of its own.
 
         Args:
@@ -92,7 +120,7 @@ class MailLines:
             case _:
                 return self._connection(when, fields)
 
-    def _mail(self, when: float, fields: Fields) -> str:
+    def _mail(self, when: float, fields: Fields) -> MailLine:
         outcome = str(fields.get(names.OUTCOME, ""))
         mark = MARKS.get(outcome, "?")
         spool_id, attempt = fields.get(names.SPOOL_ID), fields.get(names.DELIVERY_ATTEMPT)
@@ -107,7 +135,7 @@ class MailLines:
         code = str(fields.get(names.REPLY_CODE, "---"))
         return self._put(when, mark, code, outcome, [str(fact) for fact in facts if fact], str(words), fields)
 
-    def _recipient(self, when: float, fields: Fields) -> str:
+    def _recipient(self, when: float, fields: Fields) -> MailLine:
         """A recipient who did not get the mail, or not yet."""
         fate = str(fields.get(names.RECIPIENT_FATE, ""))
         who = fields.get(names.RCPT_ADDRESS) or fields.get(names.RCPT_DOMAIN) or "..."
@@ -118,7 +146,7 @@ class MailLines:
         code = str(fields.get(names.REPLY_CODE, "---"))
         return self._put(when, MARKS.get(fate, "x"), code, fate, [one for one in facts if one], words, fields)
 
-    def _connection(self, when: float, fields: Fields) -> str | None:
+    def _connection(self, when: float, fields: Fields) -> MailLine | None:
         reason = str(fields.get(names.CLOSE_REASON, ""))
         self._delivered.pop(str(fields.get(names.CONNECTION_ID)), None)
         errors = fields.get(names.CONNECTION_ERRORS, 0)
@@ -133,7 +161,7 @@ class MailLines:
 
     def _put(
         self, when: float, mark: str, code: str, outcome: str, facts: list[str], words: str, fields: Fields
-    ) -> str:
+    ) -> MailLine:
         """Put a line together; the words get what is left of it."""
         clock = f"{time.strftime('%H:%M:%S', time.localtime(when))}.{int(when * 1000) % 1000:03}"
         head = "  ".join([f"{clock} {mark} {code} {facts[0]}", *facts[1:]])
@@ -142,12 +170,7 @@ class MailLines:
         room = COLUMNS - len(head) - len(trace) - 4
         told = _cut(clean(words, 4 * COLUMNS), room) if room >= _TRACE_CHARACTERS else ""
         line = "  ".join(part for part in (head, told, trace) if part)
-        if not self._colors:
-            return line
-        start = len(clock) + 1
-        end = start + len(mark) + 1 + len(code)
-        color = _COLORS.get(outcome, "0")
-        return f"\x1b[2m{line[:start]}\x1b[0m\x1b[{color}m{line[start:end]}\x1b[0m{line[end:]}"
+        return MailLine(line, outcome, fields)
 
 
 class MailFilter(logging.Filter):

@@ -97,6 +97,7 @@ class Tracing(Observer):
         self._memories = tuple(memories)
         self._encodes = bool(exports or memories)
         self._sinks = tuple(sinks)
+        self._followers: tuple[SpanSink, ...] = ()
         self.tell(listeners)
         self._sampling = Sampling(sampler, id_generator or RandomIdGenerator())
         self._events_on_span = state_events.on_span
@@ -104,8 +105,22 @@ class Tracing(Observer):
         self.show(redaction or Redaction(), policies or {}, probes=probes, with_message_id=with_message_id)
 
     def tell(self, listeners: Sequence[SpanSink]) -> None:
-        """Tell these of every span from now on."""
-        self._listeners = tuple(listeners)
+        """Tell these of every span from now on, beside those that `follow`."""
+        self._told = tuple(listeners)
+        self._heed()
+
+    def follow(self, listener: SpanSink) -> None:
+        """Tell `listener` too, until it leaves."""
+        self._followers = (*self._followers, listener)
+        self._heed()
+
+    def leave(self, listener: SpanSink) -> None:
+        """Tell `listener` nothing more. Idempotent."""
+        self._followers = tuple(one for one in self._followers if one is not listener)
+        self._heed()
+
+    def _heed(self) -> None:
+        self._listeners = listeners = (*self._told, *self._followers)
         # Whether anybody takes a span, and whether anybody reads one as a value: of those that are recorded, and else.
         self._reads = {True: bool(self._sinks or listeners), False: bool(listeners)}
         self._wants = {True: self._encodes or self._reads[True], False: bool(listeners)}

@@ -1,0 +1,130 @@
+"""The log's lines of mails, for those who follow a running gateway from outside.
+
+Nothing is made of a mail while nobody follows. While somebody does, what happens on the mail path is what the access
+log does, whose record is put aside; lines are made of the records when they are asked for. Nobody is waited for: a
+reader that is too slow misses lines, and is told how many.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, NamedTuple
+
+from otel_smtp.telemetry import attributes as names
+from otel_smtp.telemetry.logs import ACCESS, AccessLog
+from otel_smtp.telemetry.terminal_log import MailLines
+from otel_smtp.telemetry.tracing import Tracing
+
+# A second of the busiest gateway; a follower asks several times a second.
+HELD: Final = 5000
+_RECORDS_A_TURN: Final = 50  # a millisecond
+
+
+class TailLine(NamedTuple):
+    """One line of the log.
+
+    Attributes:
+        number: grows by one with every line.
+        time: seconds since the epoch.
+        text: as a terminal shows it, without colours.
+        outcome: of the mail, or the fate of a recipient.
+        fields: what the log knows of it, by attribute.
+    """
+
+    number: int
+    time: float
+    text: str
+    outcome: str
+    fields: Mapping[str, Any]
+
+
+class MailTail:
+    """The last lines, from when it was started.
+
+    Args:
+        tracing: whose spans they tell of.
+        held: so many records that no line was made of, and so many lines.
+    """
+
+    def __init__(self, tracing: Tracing, *, held: int = HELD) -> None:
+        self._tracing = tracing
+        self._held = held
+        self._records: deque[logging.LogRecord] = deque(maxlen=held)
+        self._lines: deque[TailLine] = deque(maxlen=held)
+        self._made = 0
+        self._mail_lines = MailLines()
+        logger = logging.Logger(ACCESS)  # of its own: it has nothing to do with the log and its level
+        logger.addHandler(_Putting(self))
+        self._listener = AccessLog(logger)
+        self._is_started = False
+
+    @property
+    def is_started(self) -> bool:
+        """Whether lines are kept."""
+        return self._is_started
+
+    def start(self) -> None:
+        """Keep lines from now on. Idempotent."""
+        if not self._is_started:
+            self._is_started = True
+            self._tracing.follow(self._listener)
+
+    def stop(self) -> None:
+        """Forget all lines, and keep none. Idempotent."""
+        self._is_started = False
+        self._tracing.leave(self._listener)
+        self._records.clear()
+        self._lines.clear()
+
+    def put(self, record: logging.LogRecord) -> None:
+        """Put a record of the access log aside. Called on the mail path."""
+        if len(self._records) == self._held:
+            self._made += 1  # whoever follows finds a number missing
+        self._records.append(record)
+
+    async def last(self) -> int:
+        """The number of the last line; 0 before the first."""
+        await self._make_lines()
+        return self._made
+
+    async def after(self, number: int, most: int) -> tuple[Sequence[TailLine], int, int]:
+        """What came after the line that was read last.
+
+        Returns:
+            The first `most` lines, the number to ask with next, and how many between were missed.
+        """
+        await self._make_lines()
+        if number > self._made:  # of a process that was here before
+            number = 0
+        found = [line for line in self._lines if line.number > number][:most]
+        last = found[-1].number if found else self._made
+        return found, last, last - number - len(found)
+
+    async def _make_lines(self) -> None:
+        for looked_at in range(len(self._records)):
+            if looked_at % _RECORDS_A_TURN == _RECORDS_A_TURN - 1:
+                await asyncio.sleep(0)
+            if not self._records:  # another follower was here meanwhile
+                break
+            record = self._records.popleft()
+            line = self._mail_lines.told(str(record.msg), record.created, record.__dict__)
+            if line is not None:
+                self._made += 1
+                known = {name: value for name, value in line.fields.items() if name in _KNOWN}
+                self._lines.append(TailLine(self._made, record.created, line.text, line.outcome, known))
+
+
+# Of the fields of a record, what is not logging's own.
+_KNOWN: Final = frozenset({*names.ATTRIBUTES, names.LOG_TRACE_ID, names.LOG_SPAN_ID, names.LOG_DURATION})
+
+
+class _Putting(logging.Handler):
+    """Takes the records of the access log."""
+
+    def __init__(self, tail: MailTail) -> None:
+        super().__init__()
+        self._tail = tail
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._tail.put(record)
