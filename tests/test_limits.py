@@ -401,6 +401,8 @@ async def shutdown_grace(site: Site, amount: int) -> bool:
 async def is_waited_for(site: Site, amount: int, phase: Phase) -> bool:
     """Whether the upstream's reply in `phase` counts where it comes after so many seconds."""
     site.upstream.faults[phase] = Fault(Kind.LATE)
+    site.upstream.drop_connections()  # the one that was opened at start has been greeted already
+    await until(lambda: not site.upstream.open_connections)
     client = await site.greeted()
     client.say(*ENVELOPE, "DATA", ".")
     await until(lambda: site.upstream.stalled)

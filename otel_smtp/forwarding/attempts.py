@@ -296,24 +296,25 @@ class Attempts(ABC):
             attempt.pool_wait_ns = wait_ns
             attempt.is_reused = True
             attempt.phases.append((monotonic_ns(), DeliveryPhase.POOL, None))
+            if connection.opening is not None:
+                # Opened before there was a mail for it, to learn what the upstream offers: this mail is its first.
+                now_ns = monotonic_ns()
+                attempt.phases += [(now_ns, phase, reply) for phase, reply in connection.opening]
+                attempt.is_reused = False
+                connection.opening = None
         self._connection = connection
         self._is_connected = True
         self._is_open = False
-        self._was_reused = attempt.is_reused
+        self._was_reused = wait_ns is not None
         self._first_round_trip = connection.round_trips if wait_ns is not None else 0
         attempt.accepted_count = 0  # who was accepted on a connection before is asked about again
         attempt.peer = connection.stream.peer
         attempt.tls = connection.stream.tls
-        refusal = missing_extension(
-            self._mail,
-            connection.protocol.extensions,
-            is_tls=attempt.tls is not None,
-            added_octets=self._record.added_octets,
-        )
+        refusal = missing_extension(self._mail, connection.protocol.extensions, is_tls=attempt.tls is not None)
         # What was declared 8-bit may be 7-bit; where nobody else is left, the content tells.
         if refusal is not None and (refusal is not replies.NEEDS_8BITMIME or self.route):
             self._faults.append(Unsuitable("the upstream lacks an extension that the mail needs", refusal))
-            self._end(Outcome.REFUSED, None, refusal.error_type)
+            self._end(Outcome.DEFERRED if refusal.is_transient else Outcome.REFUSED, None, refusal.error_type)
             self._next_attempt()
             return
         self._work(self)

@@ -15,7 +15,7 @@ called once, on the event loop, possibly before the call returns. What the sessi
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 from otel_smtp.observing import TransactionRecord
 from otel_smtp.smtp.envelope import Mail, Recipient
@@ -26,8 +26,8 @@ from otel_smtp.smtp.replies import Reply
 class Capabilities:
     """What can be promised to clients on behalf of what lies behind.
 
-    The defaults promise everything: what holds while nothing is known of the upstream. MAIL is checked again against
-    the EHLO of the connection that really serves it.
+    The defaults promise everything, `LEAST` nothing. MAIL is checked again against the EHLO of the connection that
+    really serves it.
 
     Attributes:
         size: octets; None: no limit known.
@@ -39,6 +39,10 @@ class Capabilities:
     binary_mime: bool = True
     dsn: bool = True
     require_tls: bool = True
+
+
+LEAST: Final = Capabilities(eight_bit_mime=False, smtputf8=False, binary_mime=False, dsn=False, require_tls=False)
+"""What can be promised while nothing is known of the upstream."""
 
 
 class DeliveryFailed(Exception):

@@ -13,7 +13,7 @@ import asyncio
 import ipaddress
 import math
 import ssl
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Final
 
@@ -47,6 +47,7 @@ class UpstreamConnection:
         stream, protocol: what it is made of; commands and content are queued in the protocol.
         is_alive: in step, and nothing has been heard of it since its last answer: neither octets nor its end.
         messages: transactions that were begun on it.
+        opening: the steps of its opening, where it was opened for no mail and has served none yet; else None.
         opened_at, used_at: by the loop's clock; when it was opened, and released last.
         deadline: when the exchange under way fails, by the loop's clock; see `check_deadline`.
         is_spent: no further transaction is begun on it.
@@ -71,6 +72,7 @@ class UpstreamConnection:
         "needs_reset",
         "on_lost",
         "opened_at",
+        "opening",
         "protocol",
         "round_trips",
         "stream",
@@ -96,6 +98,7 @@ class UpstreamConnection:
         )
         self.is_alive = self.is_spent = False
         self.messages = 0
+        self.opening: Sequence[tuple[DeliveryPhase, Reply | None]] | None = None
         self.opened_at = self.used_at = self._loop.time()
         self.deadline = math.inf
         self.needs_reset = False

@@ -410,8 +410,8 @@ class Delivery(Attempts):
         if size is not None and len(header) + self._content.body_octets > size:
             return replies.MESSAGE_TOO_BIG
         if self._mail.body is Body.EIGHT_BIT_MIME and not extensions.eight_bit_mime and self._content.is_8bit:
-            # It was promised in good faith: another upstream, or this one another time, may take it.
-            return replies.UPSTREAM_LACKS_8BITMIME
+            # Promised in good faith: another upstream, or this one another time, may take it.
+            return replies.UPSTREAM_LACKS_8BITMIME if self._record.is_8bit_offered else replies.NEEDS_8BITMIME
         return None
 
     def _ask_for_content(self) -> None:

@@ -217,6 +217,16 @@ class Pool(Generic[C]):
         if self._waiting:
             self._assign(now)
 
+    def add(self, connection: C, now: float) -> None:
+        """Take an idle connection that no ticket asked for; one too many is to be closed."""
+        if self._is_closed or self._busy + self._opening + len(self._idle) >= self._limits.connections:
+            self._give_up(connection, now)
+            return
+        self.heard_at = now
+        self._idle.append((connection, now))
+        self._note()
+        self._assign(now)
+
     def park(self, connection: C, now: float, on_reclaimed: Callable[[], None]) -> None:
         """A mail leaves its connection alone for now; from the call of `on_reclaimed` on, it is another mail's."""
         self._parked[connection] = (now, on_reclaimed)

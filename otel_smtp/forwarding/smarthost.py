@@ -21,6 +21,9 @@ from otel_smtp.smtp.states import TlsMode
 
 logger: Final = logging.getLogger("otel_smtp.forwarding.smarthost")
 
+LEARN_AGAIN_SECONDS: Final = 1.0  # after the first failure; twice as long after each further one
+LEARN_AGAIN_MOST_SECONDS: Final = 60.0
+
 Opened = Callable[[UpstreamConnection | None, UpstreamFault | None], None]
 """Takes a connection that was opened, or why none was; neither: the ticket waits again, or was decided otherwise
 meanwhile. It must not raise."""
@@ -137,10 +140,13 @@ class Smarthost:
         loop = self._loop = asyncio.get_running_loop()
         ticket = self._pool.ask(loop.time(), fresh=fresh)
         self._close_what_is_over()
+        self._be_swept()
+        return ticket
+
+    def _be_swept(self) -> None:
         if not self._is_swept:
             self._is_swept = True
             self._sweep.add(self.check_clock)
-        return ticket
 
     def withdraw(self, ticket: Ticket[UpstreamConnection]) -> None:
         """The mail that asked is gone."""
@@ -205,6 +211,48 @@ class Smarthost:
         except UpstreamFault:
             return  # noted where it happened
         self.release(connection, answered=False)
+
+    async def learn(self) -> None:
+        """Connect to it until it has said what it offers, to this or to a mail; the connection is kept for a mail.
+
+        The breaker hears nothing of it: no mail waits because nobody was there before there was any.
+        """
+        wait_seconds = LEARN_AGAIN_SECONDS
+        while self.extensions is None:
+            try:
+                connection = await self._open_unasked()
+            except ConnectFailed as fault:
+                level = logging.WARNING if wait_seconds == LEARN_AGAIN_SECONDS else logging.DEBUG
+                logger.log(level, "no connection to the upstream", extra={**self._named, **_told(fault)})
+            except Exception:
+                logger.exception("connecting to the upstream failed: internal error", extra=self._named)
+                return
+            else:
+                self._keep(connection)
+                return
+            await asyncio.sleep(wait_seconds)
+            wait_seconds = min(2 * wait_seconds, LEARN_AGAIN_MOST_SECONDS)
+
+    async def _open_unasked(self) -> UpstreamConnection:
+        opening: list[tuple[DeliveryPhase, Reply | None]] = []
+
+        def note(phase: DeliveryPhase, reply: Reply | None) -> None:
+            opening.append((phase, reply))
+
+        connection = await open_connection(self.settings, self._context, self._hostname, note)
+        connection.opening = opening
+        return connection
+
+    def _keep(self, connection: UpstreamConnection) -> None:
+        """Take a connection that no ticket asked for into the pool."""
+        loop = self._loop = asyncio.get_running_loop()
+        if self.extensions is None:
+            self.extensions = connection.extensions
+        connection.on_lost = self._lost
+        self._connections.add(connection)
+        self._be_swept()
+        self._pool.add(connection, loop.time())
+        self._close_what_is_over()
 
     def park(self, connection: UpstreamConnection, on_reclaimed: Callable[[], None]) -> None:
         """Leave a connection alone in the middle of a transaction; others may need it more.

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from otel_smtp.forwarding.base import Capabilities, MailTransaction, Permanent
+from otel_smtp.forwarding.base import LEAST, Capabilities, MailTransaction, Permanent, Transient
 from otel_smtp.forwarding.ceiling import Ceiling
 from otel_smtp.forwarding.delivery import Delivery
 from otel_smtp.forwarding.pool import PoolSnapshot
@@ -97,6 +97,7 @@ class UpstreamForwarder:
         self._watched: set[Delivery] = set()
         self._all_ended: asyncio.Event | None = None
         self._probes: set[asyncio.Task[None]] = set()
+        self._background: set[asyncio.Task[None]] = set()
         self._probe_again_at = 0.0
 
     def __repr__(self) -> str:
@@ -107,12 +108,12 @@ class UpstreamForwarder:
         self._routes = Routes([(smarthost.settings, smarthost) for smarthost in smarthosts])
         self._strategy = _STRATEGIES[strategy]
         self._extensions: Extensions | None = None
-        self._capabilities = Capabilities()
+        self._capabilities = LEAST
 
     # Forwarder --------------------------------------------------------------------------------------------
 
     def capabilities(self) -> Capabilities:
-        """What the last EHLO of the preferred upstream said; everything, while it has said nothing."""
+        """What the last EHLO of the preferred upstream said; the least, while it has said nothing."""
         preferred = self._smarthosts[0]
         extensions = preferred.extensions
         if extensions is not None and extensions is not self._extensions:
@@ -136,11 +137,12 @@ class UpstreamForwarder:
             strategy: where it is not ours.
 
         Raises:
-            Permanent: no upstream serves the sender, or each that does is known to lack what the mail needs.
+            Permanent: no upstream serves the sender, or the mail is too big for each that does.
+            Transient: each that does is known to lack what the mail needs: it was offered when there was more.
         """
         serving = self._routes.for_all or self._routes.for_mail(mail)
-        if (refusal := _refusal(mail, serving, record.added_octets)) is not None:
-            raise Permanent(refusal)
+        if (refusal := _refusal(mail, serving)) is not None:
+            raise Transient(refusal) if refusal.is_transient else Permanent(refusal)
         return (strategy or self._strategy)(self, mail, record, serving)
 
     # Relay ------------------------------------------------------------------------------------------------
@@ -166,6 +168,24 @@ class UpstreamForwarder:
     def for_spool(self) -> "SpoolRelay":
         """The same upstreams and connections, for mail whose client is gone: each recipient has its own verdict."""
         return SpoolRelay(self)
+
+    # What is known ----------------------------------------------------------------------------------------
+
+    async def learn(self, *, wait_seconds: float = 0.0) -> None:
+        """Find out in the background what the preferred upstream offers, for `capabilities`.
+
+        Args:
+            wait_seconds: how long this waits for it: a client that is told too little has to do without.
+        """
+        await asyncio.wait([self._begin_to_learn()], timeout=wait_seconds)
+
+    def _begin_to_learn(self) -> asyncio.Task[None]:
+        for task in self._background:
+            task.cancel()  # of an upstream that was preferred before
+        learning = asyncio.get_running_loop().create_task(self._smarthosts[0].learn())
+        self._background.add(learning)
+        learning.add_done_callback(self._background.discard)
+        return learning
 
     # Status -----------------------------------------------------------------------------------------------
 
@@ -241,6 +261,8 @@ class UpstreamForwarder:
                     smarthost.retire()
                     self._retired.append(smarthost)
             self._relay_by(smarthosts, strategy)
+            if smarthosts[0].extensions is None:
+                self._begin_to_learn()
 
         return replace
 
@@ -261,8 +283,8 @@ class UpstreamForwarder:
                 pass
         for delivery in tuple(self._watched):
             delivery.give_up()
-        for probe in self._probes:
-            probe.cancel()
+        for task in (*self._probes, *self._background):
+            task.cancel()
         for smarthost in (*self._smarthosts, *self._retired):
             smarthost.close()
 
@@ -277,7 +299,7 @@ class UpstreamForwarder:
             self._all_ended.set()
 
 
-def _refusal(mail: Mail, serving: Serving[Smarthost], added_octets: int = 0) -> Reply | None:
+def _refusal(mail: Mail, serving: Serving[Smarthost]) -> Reply | None:
     if not is_safe_path(mail.reverse_path):
         return replies.BAD_SENDER
     refusal: Reply | None = None
@@ -285,9 +307,7 @@ def _refusal(mail: Mail, serving: Serving[Smarthost], added_octets: int = 0) -> 
         extensions = smarthost.extensions
         if extensions is None:
             return None
-        missing = missing_extension(
-            mail, extensions, is_tls=smarthost.settings.tls is not TlsMode.OFF, added_octets=added_octets
-        )
+        missing = missing_extension(mail, extensions, is_tls=smarthost.settings.tls is not TlsMode.OFF)
         if missing is None or missing is replies.NEEDS_8BITMIME:
             return None  # the content may be 7-bit all the same
         refusal = refusal or missing

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 # The flush at exit has a budget of its own, so that a dead collector cannot hold a pod's shutdown.
 TELEMETRY_FLUSH_SECONDS: Final = 2.0
+# How long the listeners wait for what the upstream offers, which clients are told. It takes a few round trips.
+LEARN_SECONDS: Final = 0.3
 # How often the metrics that are exported catch up with open connections; OTLP exports them once a minute.
 METRICS_CATCH_UP_SECONDS: Final = 5.0
 
@@ -203,6 +205,7 @@ class Gateway:
         """
         if self._spool is not None:
             await self._spool.start()
+        await self._forwarder.learn(wait_seconds=LEARN_SECONDS)
         try:
             with naming_settings(self._settings):
                 self.addresses = await self._server.start()

@@ -157,6 +157,7 @@ class TransactionRecord:
         is_possible_duplicate: an attempt before may have been taken by an upstream.
         waited_seconds: for a mail from the spool, since its acceptance when this attempt began; None for anything else,
             notices among it.
+        is_8bit_offered: 8BITMIME had been offered to the client; only told where MAIL asks for it.
         trace: what tracing keeps of it.
     """
 
@@ -171,6 +172,7 @@ class TransactionRecord:
         "deliveries",
         "ended_ns",
         "error_type",
+        "is_8bit_offered",
         "is_possible_duplicate",
         "lost_count",
         "mail",
@@ -214,6 +216,7 @@ class TransactionRecord:
         self.carrier: Mapping[str, str] = {}
         self.is_possible_duplicate = False
         self.waited_seconds: float | None = None
+        self.is_8bit_offered = True
         self.trace: Any = None
 
     @classmethod

@@ -39,7 +39,7 @@ from otel_smtp.server.admission import Admission
 from otel_smtp.server.conversation import Pause
 from otel_smtp.server.policy import House, ListenerPolicy
 from otel_smtp.smtp import replies
-from otel_smtp.smtp.envelope import Mail, Recipient
+from otel_smtp.smtp.envelope import Body, Mail, Recipient
 from otel_smtp.smtp.received import RECEIVED_TAIL_OCTETS, HeaderFacts, received_field, received_head, with_protocol
 from otel_smtp.smtp.replies import ErrorType, Reply
 from otel_smtp.smtp.server import ServerProtocol
@@ -88,6 +88,8 @@ class Session(Admission):
         )
         head = self._received_head or self._make_received_head(is_utf8=False)
         transaction.added_octets = len(head) + RECEIVED_TAIL_OCTETS
+        if mail.body is Body.EIGHT_BIT_MIME:
+            transaction.is_8bit_offered = protocol.offers_8bit
         try:
             forwarded = house.forwarder.begin(mail, transaction)
         except DeliveryFailed as failure:

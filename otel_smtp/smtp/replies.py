@@ -247,6 +247,15 @@ UPSTREAM_TLS: Final = _reply(451, "4.7.5", "The upstream's TLS could not be veri
 UPSTREAM_LACKS_8BITMIME: Final = _reply(
     451, "4.3.0", "The upstream does not take 8-bit content now, try again later", ErrorType.UPSTREAM_UNAVAILABLE
 )
+UPSTREAM_LACKS_BINARYMIME: Final = _reply(
+    451, "4.3.0", "The upstream does not take binary content now, try again later", ErrorType.UPSTREAM_UNAVAILABLE
+)
+UPSTREAM_LACKS_SMTPUTF8: Final = _reply(
+    451, "4.3.0", "The upstream does not take SMTPUTF8 now, try again later", ErrorType.UPSTREAM_UNAVAILABLE
+)
+UPSTREAM_LACKS_REQUIRETLS: Final = _reply(
+    451, "4.3.0", "REQUIRETLS cannot be kept towards the upstream now", ErrorType.UPSTREAM_UNAVAILABLE
+)
 OTHER_ROUTE: Final = _reply(
     451, "4.5.3", "Another upstream serves this recipient, send it in its own transaction", ErrorType.LIMIT
 )
@@ -301,10 +310,6 @@ HEADER_TOO_BIG: Final = _reply(554, "5.6.0", "Header block too long", ErrorType.
 NUL_IN_CONTENT: Final = _reply(554, "5.6.0", "NUL in content", ErrorType.CONTENT)
 TOO_MANY_HOPS: Final = _reply(554, "5.4.6", "Too many hops", ErrorType.CONTENT)
 NEEDS_8BITMIME: Final = _reply(554, "5.6.3", "The upstream does not take 8-bit content", ErrorType.CONTENT)
-NEEDS_BINARYMIME: Final = _reply(554, "5.6.3", "The upstream does not take binary content", ErrorType.CONTENT)
-REQUIRETLS_UNSUPPORTED: Final = _reply(
-    550, "5.7.30", "REQUIRETLS cannot be kept towards the upstream", ErrorType.POLICY
-)
 UNKNOWN_PARAMETER: Final = _reply(555, "5.5.4", "MAIL or RCPT parameter not recognized", ErrorType.UNSUPPORTED)
 
 

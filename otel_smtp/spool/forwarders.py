@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Protocol
 
 from otel_smtp.forwarding.base import (
+    LEAST,
     Capabilities,
     Forwarder,
     MailTransaction,
@@ -20,7 +21,7 @@ from otel_smtp.forwarding.base import (
 )
 from otel_smtp.observing import Observer, TransactionRecord
 from otel_smtp.smtp import replies
-from otel_smtp.smtp.envelope import Mail, Recipient
+from otel_smtp.smtp.envelope import Body, Mail, Recipient
 from otel_smtp.smtp.replies import ErrorType, Reply
 from otel_smtp.spool.messages import Lease, NewMessage, SpoolError, StorageFull, new_id
 from otel_smtp.spool.store import Draft, Store
@@ -172,12 +173,15 @@ class SpoolForwarder:
 
         Raises:
             Permanent: no upstream would take it.
-            Transient: the spool takes nothing now.
+            Transient: none would now, or the spool takes nothing now.
         """
-        if (refusal := self._intake.relay.refusal(mail)) is not None:
-            raise Permanent(refusal)
+        relay = self._intake.relay
+        if (refusal := relay.refusal(mail)) is not None:
+            raise Transient(refusal) if refusal.is_transient else Permanent(refusal)
         if (refusal := self._intake.refusal()) is not None:
             raise Transient(refusal)
+        if mail.body is Body.EIGHT_BIT_MIME and not record.is_8bit_offered and relay.capabilities() is not LEAST:
+            return _QueuedIf7Bit(self._intake, mail, record)
         return _Queued(self._intake, mail, record)
 
 
@@ -238,6 +242,29 @@ class _Queued:
         draft, self._draft = self._draft, None
         if draft is not None:
             draft.discard()
+
+
+class _QueuedIf7Bit(_Queued):
+    """A transaction that ends in the spool, but for 8-bit content: its client was told that nobody takes that."""
+
+    __slots__ = ("_is_8bit",)
+
+    def __init__(self, intake: Intake, mail: Mail, record: TransactionRecord) -> None:
+        super().__init__(intake, mail, record)
+        self._is_8bit = False
+
+    def write(self, chunk: bytes) -> bool:
+        """See `MailTransaction.write`."""
+        self._is_8bit = self._is_8bit or not chunk.isascii()
+        return super().write(chunk)
+
+    def finish(self, answered: MessageAnswered) -> None:
+        """See `MailTransaction.finish`."""
+        if self._is_8bit:
+            self.abort()
+            answered(replies.NEEDS_8BITMIME, ())
+        else:
+            super().finish(answered)
 
 
 class DirectThenQueueForwarder:

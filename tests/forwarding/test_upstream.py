@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from otel_smtp.forwarding.base import Capabilities, Permanent
+from otel_smtp.forwarding.base import LEAST, Capabilities, DeliveryFailed, Permanent, Transient
 from otel_smtp.forwarding.settings import PoolLimits, Strategy, TracePolicy, UpstreamSettings
 from otel_smtp.forwarding.upstream import UpstreamForwarder
 from otel_smtp.net import Sweep
@@ -14,6 +14,7 @@ from otel_smtp.observing import DeliveryPhase, Endpoint, Observer, Outcome
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Body, DsnReturn, Mail, Notify, Recipient
 from otel_smtp.smtp.replies import Reply
+from tests.support.clock import advance
 from tests.support.deliveries import MAIL, Awaited, RecordedTransaction, phases_of
 from tests.support.relaying import (
     BOB,
@@ -28,7 +29,7 @@ from tests.support.relaying import (
     without,
 )
 from tests.support.upstream import EXTENSIONS, Fault, Kind, Phase, ScriptedUpstream
-from tests.support.waiting import until
+from tests.support.waiting import SECONDS, until
 
 # Content and its way ------------------------------------------------------------------------------------------
 
@@ -310,16 +311,91 @@ async def test_capabilities_are_those_of_the_last_ehlo() -> None:
         ScriptedUpstream(extensions=("SIZE 1000", "8BITMIME")) as upstream,
         relaying(settings(upstream)) as forwarder,
     ):
-        assert forwarder.capabilities() == Capabilities()
+        assert forwarder.capabilities() is LEAST
         await relay(forwarder)
         assert forwarder.capabilities() == Capabilities(1000, True, False, False, False, False)
         assert forwarder.capabilities() is forwarder.capabilities()
 
 
+async def test_what_is_offered_is_learnt_without_a_mail() -> None:
+    async with (
+        ScriptedUpstream(extensions=("SIZE 1000", "8BITMIME")) as upstream,
+        relaying(settings(upstream)) as forwarder,
+    ):
+        await forwarder.learn(wait_seconds=SECONDS)
+        assert forwarder.capabilities() == Capabilities(1000, True, False, False, False, False)
+        assert upstream.verbs == ["EHLO"]
+        # The mail that gets the connection shows how it was opened.
+        first, second = [(await relay(forwarder)).seen.deliveries[0] for _ in range(2)]
+        assert (first.is_reused, second.is_reused) == (False, True)
+        assert phases_of(first)[:4] == [
+            DeliveryPhase.POOL, DeliveryPhase.CONNECT, DeliveryPhase.GREETING, DeliveryPhase.EHLO,
+        ]  # fmt: skip
+        assert first.begun_ns <= first.phases[0][0] <= first.phases[-1][0] <= first.ended_ns
+        assert DeliveryPhase.CONNECT not in phases_of(second)
+        assert upstream.connections == 1
+
+
+async def test_a_connection_that_was_opened_to_learn_dies_without_harm() -> None:
+    async with ScriptedUpstream() as upstream, relaying(settings(upstream)) as forwarder:
+        await forwarder.learn(wait_seconds=SECONDS)
+        upstream.faults[Phase.MAIL] = Fault(Kind.CLOSE, times=1)
+        assert (await relay(forwarder)).told.code == 250
+        assert upstream.connections == 2
+
+
+async def test_a_connection_that_was_opened_to_learn_is_closed_like_others_that_nobody_uses() -> None:
+    async with (
+        ScriptedUpstream() as upstream,
+        relaying(settings(upstream, limits=PoolLimits(idle_seconds=0.01))) as forwarder,
+    ):
+        await forwarder.learn(wait_seconds=SECONDS)
+        await until(lambda: upstream.verbs == ["EHLO", "QUIT"])
+        assert forwarder.capabilities().smtputf8
+
+
+@pytest.mark.movable_clock
+async def test_what_is_offered_is_learnt_when_the_upstream_comes_up_and_no_mail_waits_for_that() -> None:
+    async with ScriptedUpstream(extensions=("8BITMIME",)) as upstream, relaying(settings(upstream)) as forwarder:
+        upstream.faults[Phase.GREETING] = Fault(Kind.REFUSE, b"554 not yet\r\n", times=3)
+        await forwarder.learn()
+        for wait_seconds in (1, 2, 4):
+            connections = upstream.connections
+            await until(lambda connections=connections: upstream.connections > connections or connections)  # type: ignore[misc]
+            await until(lambda: upstream.open_connections == 0)
+            assert forwarder.capabilities() is LEAST
+            for _ in range(20):
+                await asyncio.sleep(0)
+            advance(wait_seconds)
+        await until(lambda: forwarder.capabilities() is not LEAST)
+        assert upstream.connections == 4
+        # The breaker was not told: mail is not kept waiting for what only we wanted to know.
+        assert (await relay(forwarder)).told.code == 250
+
+
+async def test_learning_ends_with_the_forwarder() -> None:
+    async with ScriptedUpstream() as upstream:
+        upstream.faults[Phase.GREETING] = Fault(Kind.STALL)
+        async with relaying(settings(upstream)) as forwarder:
+            await forwarder.learn()
+            await until(lambda: upstream.stalled)
+        await until(lambda: upstream.open_connections == 0)
+
+
+async def test_8bit_content_is_refused_for_good_where_8bitmime_was_not_offered() -> None:
+    async with ScriptedUpstream(extensions=()) as upstream, relaying(settings(upstream)) as forwarder:
+        seen = RecordedTransaction(EIGHT_BIT)
+        seen.is_8bit_offered = False
+        transaction = Awaited.begin(forwarder, EIGHT_BIT, seen)
+        assert [reply.code for reply in await transaction.recipients([BOB])] == [250]
+        assert await transaction.content((HEADER, b"\r\n\xc3\xa4\r\n")) is replies.NEEDS_8BITMIME
+        assert upstream.kept == []
+
+
 NEEDY = [
-    (Mail("a@example.com", smtputf8=True), replies.NEEDS_SMTPUTF8),
-    (Mail("a@example.com", body=Body.BINARY_MIME), replies.NEEDS_BINARYMIME),
-    (Mail("a@example.com", require_tls=True), replies.REQUIRETLS_UNSUPPORTED),
+    (Mail("a@example.com", smtputf8=True), replies.UPSTREAM_LACKS_SMTPUTF8),
+    (Mail("a@example.com", body=Body.BINARY_MIME), replies.UPSTREAM_LACKS_BINARYMIME),
+    (Mail("a@example.com", require_tls=True), replies.UPSTREAM_LACKS_REQUIRETLS),
     (Mail("a@example.com", size=1001), replies.MESSAGE_TOO_BIG),
 ]
 
@@ -347,9 +423,11 @@ async def test_what_the_upstream_lacks_is_refused_when_it_is_known_and_when_it_i
             assert [reply.code for reply in await transaction.recipients([BOB])] == [250]
             assert await transaction.content(CHUNKS) is refusal
         transaction.abort()
-        assert seen.outcomes == [("up", Outcome.REFUSED)]
-        with pytest.raises(Permanent) as caught:
+        is_for_now = refusal.is_transient  # whatever was offered in good faith
+        assert seen.outcomes == [("up", Outcome.DEFERRED if is_for_now else Outcome.REFUSED)]
+        with pytest.raises(DeliveryFailed) as caught:
             Awaited.begin(forwarder, mail, RecordedTransaction())
+        assert caught.type is (Transient if is_for_now else Permanent)
         assert caught.value.reply is refusal
         assert (await relay(forwarder)).codes == [250]
         assert upstream.connections == 1
@@ -424,7 +502,7 @@ async def test_another_upstream_has_what_the_first_one_lacks() -> None:
         await relay(forwarder)
         relayed = await relay(forwarder, Recipient("b\u00fc@example.net"), mail=Mail("a@example.com", smtputf8=True))
         assert relayed.codes == [250]
-        assert relayed.seen.outcomes == [("plain", Outcome.REFUSED), ("able", Outcome.RELAYED)]
+        assert relayed.seen.outcomes == [("plain", Outcome.DEFERRED), ("able", Outcome.RELAYED)]
 
 
 async def test_rcptmax_is_kept() -> None:

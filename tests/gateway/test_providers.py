@@ -1,6 +1,7 @@
 """A whole gateway before providers as they are: what upstreams and settings make of a mail."""
 
-from collections.abc import AsyncIterator, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import aiosmtplib
 import pytest
 
 from otel_smtp import Gateway, load
-from tests.support.upstream import EXTENSIONS, ScriptedUpstream
+from tests.support.upstream import Fault, Kind, Phase, ScriptedUpstream
 from tests.support.waiting import until
 
 CONTENT = b"Subject: x\r\n\r\nhello\r\n"
@@ -49,6 +50,29 @@ async def client(running: Gateway) -> AsyncIterator[aiosmtplib.SMTP]:
         yield connected
 
 
+@asynccontextmanager
+async def talk(running: Gateway) -> AsyncIterator[Callable[..., Awaitable[int]]]:
+    """A client that says what no library says: each call sends a command, and gives the code of its reply."""
+    (address,) = running.addresses["local"]
+    reader, writer = await asyncio.open_connection(address.host, address.port)
+
+    async def reply() -> int:
+        while (line := await reader.readline())[3:4] == b"-":
+            pass
+        return int(line[:3])
+
+    async def say(command: str, *, end: str = "\r\n") -> int:
+        octets = command.encode("latin-1") + end.encode()
+        writer.write(octets)
+        return await reply()
+
+    assert await reply() == 220
+    try:
+        yield say
+    finally:
+        writer.close()
+
+
 async def arrived(upstream: ScriptedUpstream, count: int = 1) -> None:
     await until(lambda: len(upstream.kept) >= count)
 
@@ -78,20 +102,6 @@ async def test_the_size_passed_on_counts_what_we_add(
         for kept in upstream.kept:
             assert len(kept.content) > len(CONTENT)
             assert len(kept.content) <= declared(kept.mail) <= len(kept.content) + 80
-
-
-async def test_a_mail_that_fits_only_without_what_we_add_is_refused_at_mail() -> None:
-    async with (
-        ScriptedUpstream(extensions=[*(e for e in EXTENSIONS if not e.startswith("SIZE")), "SIZE 1000"]) as upstream,
-        gateway(upstream) as running,
-        client(running) as app,
-    ):
-        await app.sendmail("a@here.example", ["b@there.example"], CONTENT)
-        await app.ehlo()
-        with pytest.raises(aiosmtplib.SMTPResponseException) as refused:
-            await app.mail("a@here.example", options=["SIZE=999"])
-        assert (refused.value.code, refused.value.message.split()[0]) == (552, "5.3.4")
-        assert (await app.mail("a@here.example", options=["SIZE=600"])).code == 250
 
 
 # Switches -----------------------------------------------------------------------------------------------------
@@ -150,3 +160,83 @@ async def test_a_rewritten_sender_decides_the_route() -> None:
         async with gateway(upstream, more=routed) as running, client(running) as app:
             with pytest.raises(aiosmtplib.SMTPSenderRefused, match="Relaying denied"):
                 await app.sendmail("app@here.example", ["b@there.example"], CONTENT)
+
+
+# What is promised ---------------------------------------------------------------------------------------------
+
+PLAIN = ("PIPELINING", "SIZE 50000000", "ENHANCEDSTATUSCODES")
+EIGHT_BIT = b"Subject: x\r\n\r\n\xe4\r\n"
+
+
+@every_mode
+async def test_nothing_is_promised_before_it_is_known(mode: str, tmp_path: Path) -> None:
+    async with ScriptedUpstream() as upstream:
+        upstream.faults[Phase.GREETING] = Fault(Kind.LATE)
+        async with gateway(upstream, **delivery(mode, tmp_path)) as running:
+            async with client(running) as app:
+                await app.ehlo()
+                promised = set(app.esmtp_extensions)
+                assert promised == {"pipelining", "size", "enhancedstatuscodes", "chunking", "limits"}
+            upstream.let_go.set()
+            await until(lambda: "EHLO" in upstream.verbs)
+            async with client(running) as app:
+                await app.ehlo()
+                assert set(app.esmtp_extensions) - promised == {"8bitmime", "smtputf8", "binarymime", "dsn"}
+
+
+@every_mode
+@pytest.mark.parametrize("content", [CONTENT, EIGHT_BIT])
+async def test_8bitmime_asked_for_without_an_offer(mode: str, content: bytes, tmp_path: Path) -> None:
+    async with (
+        ScriptedUpstream(extensions=PLAIN) as upstream,
+        gateway(upstream, **delivery(mode, tmp_path)) as running,
+        client(running) as app,
+    ):
+        await app.ehlo()
+        assert "8bitmime" not in app.esmtp_extensions
+        assert (await app.mail("a@here.example", options=["BODY=8BITMIME"])).code == 250
+        await app.rcpt("b@there.example")
+        if content is EIGHT_BIT:
+            with pytest.raises(aiosmtplib.SMTPDataError) as refused:
+                await app.data(content)
+            assert (refused.value.code, refused.value.message.split()[0]) == (554, "5.6.3")
+            assert upstream.kept == []
+        else:
+            assert (await app.data(content)).code == 250
+            await arrived(upstream)
+            assert b"BODY" not in upstream.kept[0].mail
+
+
+@every_mode
+@pytest.mark.parametrize(
+    ("option", "content"),
+    [
+        ("SMTPUTF8", CONTENT),
+        ("BODY=8BITMIME", EIGHT_BIT),
+        ("BODY=BINARYMIME", CONTENT),
+    ],
+)
+async def test_what_was_offered_in_good_faith_is_never_refused_for_good(
+    mode: str, option: str, content: bytes, tmp_path: Path
+) -> None:
+    async with (
+        ScriptedUpstream() as upstream,
+        gateway(upstream, **delivery(mode, tmp_path)) as running,
+        talk(running) as say,
+    ):
+        await say("EHLO app.example")
+        upstream.extensions = PLAIN  # another server behind the name
+        upstream.drop_connections()
+        await until(lambda: upstream.open_connections == 0)
+        codes = []
+        for _ in range(2):  # the second time it is known
+            codes.append(await say(f"MAIL FROM:<a@here.example> {option}"))
+            if codes[-1] == 250:
+                codes.append(await say("RCPT TO:<b@there.example>"))
+            if codes[-1] == 250:
+                codes.append(await say(f"BDAT {len(content)} LAST\r\n{content.decode('latin-1')}", end=""))
+            await say("RSET")
+        assert all(code < 500 for code in codes), codes
+        assert upstream.kept == []
+        if mode in ("direct", "buffered"):
+            assert 451 in codes

@@ -190,6 +190,11 @@ class Replying:
         """Whether the content of a message has begun and not ended; so also between two BDAT chunks."""
         return self._transaction is not None and self._transaction.content is not None
 
+    @property
+    def offers_8bit(self) -> bool:
+        """Whether 8BITMIME was offered for the MAIL that is asked about."""
+        return self._mail is not None and self._mail.offer.eight_bit_mime
+
     def _content_verb(self) -> Verb:
         transaction = self._transaction
         is_chunked = transaction is not None and transaction.content is not None and not transaction.content.by_data
