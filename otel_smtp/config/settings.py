@@ -468,6 +468,14 @@ class Status(Table, frozen=True, kw_only=True):
         tuple[Network, ...],
         Key("networks that may see the page and its API; probes and metrics are open to all", Many(NetworkKind())),
     ] = LOOPBACK_NETWORKS
+    hosts: Annotated[
+        tuple[str, ...],
+        Key(
+            "names by which browsers reach the page, beside IP addresses, localhost and `hostname`; "
+            "others are refused, since a web page may have rebound them",
+            Many(Text("a host name", HOST_NAME_PATTERN)),
+        ),
+    ] = ()
     trace_url: Annotated[
         str,
         Key(

@@ -115,6 +115,7 @@ class StatusPort:
             recorded_mailbox=lambda text: recorded_mailbox(text, self._redaction),
             allow=allow,
             reloads=lambda: gateway.told_of_reloads(),
+            hosts=(gateway.settings.hostname, *gateway.settings.status.hosts),
             about=_about(gateway.settings, gateway.ready.traces_to),
             tail=gateway.mail_tail,
             siblings=siblings,

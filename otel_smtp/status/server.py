@@ -5,8 +5,8 @@ two version numbers a few times a second and makes one text for all watchers, an
 between traces.
 
 Probes and metrics are open to every client. The page and its API show who sends mail to whom, so they are open to
-listed networks only (loopback, unless the operator says otherwise), and a loopback port answers only to its own name:
-a web page that rebinds its name to 127.0.0.1 reads nothing.
+listed networks only (loopback, unless the operator says otherwise), and only by names that are the port's own: a web
+page that rebinds its name to our address reads nothing.
 
 Importing this module loads the HTTP library, which takes a fifth of a second.
 """
@@ -18,7 +18,7 @@ import json
 import logging
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from importlib import resources
 from typing import Any, Final
@@ -33,6 +33,7 @@ from starlette.types import ASGIApp
 
 from otel_smtp.observing import Endpoint
 from otel_smtp.status import siblings as several
+from otel_smtp.status.answers import STREAM_PATH, Answers
 from otel_smtp.status.following import Following, Tail
 from otel_smtp.status.http import LOOPBACK, Guard, Network, http_server
 from otel_smtp.status.live import CONNECTIONS_SHOWN, LiveView
@@ -77,6 +78,7 @@ class StatusServer:
         recorded_mailbox: what spans hold of an address that is searched for.
         allow: networks that may see the page and its API.
         reloads: returns which process takes SIGHUP, and what came of the last one, as plain values.
+        hosts: names of this port, beside IP addresses and localhost.
         about: the page's head: the gateway's `hostname` and other facts by name.
         tail: the lines of mails, for those who follow them; None where there are none.
         siblings: the gateway's other processes, included in all answers; None: there are none, or another process
@@ -99,6 +101,7 @@ class StatusServer:
         recorded_mailbox: RecordedMailbox = Recorded,
         allow: Sequence[Network] = LOOPBACK,
         reloads: Callable[[], Mapping[str, Any]] = dict,
+        hosts: Collection[str] = (),
         about: Mapping[str, str] | None = None,
         tail: Tail | None = None,
         siblings: Siblings | None = None,
@@ -117,6 +120,7 @@ class StatusServer:
         self._following = None if tail is None else Following(tail, recorded_mailbox, siblings, number=number)
         self._allow = allow
         self._reloads = reloads
+        self._hosts = hosts
         self._about = about or {}
         self._siblings = siblings
         self._token = token
@@ -179,10 +183,11 @@ class StatusServer:
             Route("/api/upstreams", self._show_upstreams),
             Route("/api/queue", self._show_queue),
             Route("/api/picture", self._show_picture),
-            Route("/api/stream", self._stream),
+            Route(STREAM_PATH, self._stream),
             *(Route(path, _file(name, kind)) for path, (name, kind) in _PAGE.items()),
         ]
-        return Guard(Starlette(routes=routes), self._allow, is_loopback=is_loopback, token=self._token)
+        answers = Answers(Starlette(routes=routes), keeps=not self._token)
+        return Guard(answers, self._allow, is_loopback=is_loopback, token=self._token, hosts=self._hosts)
 
     # Probes and metrics
 

@@ -3,18 +3,23 @@
 An attack runs in a process of its own, so that it takes no time from the client that is watched.
 """
 
+import http.client
 import multiprocessing
+import re
 import smtplib
 import socket
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import Final
 
 from tests.end_to_end.conftest import StartGateway
 from tests.end_to_end.messages import MIB
 from tests.support.capture import CapturingUpstream
+from tests.support.process import GatewayProcess
 
 # Many times what a mail takes, and far below what people notice; an attack that is not bounded made mail wait for
 # seconds.
@@ -125,3 +130,60 @@ def test_clients_that_pipeline_and_never_read(upstream: CapturingUpstream, start
     assert honest.p99() < P99_SECONDS
     # A stream holds a quarter of one MiB on each side.
     assert running.memory("VmHWM") - before < 16 * MIB
+
+
+def status_address(running: GatewayProcess) -> tuple[str, int]:
+    """Where the status port listens, as the ready line says."""
+    found = re.search(r"http://([\d.]+):(\d+)", running.ready_line)
+    assert found is not None, running.ready_line
+    return found[1], int(found[2])
+
+
+def probed(address: tuple[str, int], path: str, *, timeout_seconds: float = 1.0) -> int:
+    """The status code of a probe, as Kubernetes makes one: on a connection of its own, within a second."""
+    connection = http.client.HTTPConnection(*address, timeout=timeout_seconds)
+    try:
+        connection.request("GET", path)
+        answer = connection.getresponse()
+        answer.read()
+        return answer.status
+    finally:
+        connection.close()
+
+
+def test_silent_connections_to_the_status_port_keep_no_probe_out(
+    upstream: CapturingUpstream, start: StartGateway
+) -> None:
+    running = start({"upstream.url": upstream.url, "log.level": "error", "status.address": "127.0.0.1:0"})
+    address = status_address(running)
+    with ExitStack() as silent:
+        for number in range(640):
+            silent.enter_context(socket.create_connection(address, 10))
+            if number % 32 == 31:
+                assert [probed(address, path) for path in ("/livez", "/readyz")] == [200, 200]
+        assert len(list(Path(f"/proc/{running.pid}/fd").iterdir())) < 100
+
+
+def scrape(port: int) -> None:
+    """Eight clients that read metrics and traces as fast as they can."""
+    ends = time.monotonic() + 3
+
+    def read() -> None:
+        while time.monotonic() < ends:
+            for path in ("/metrics", "/api/traces", "/api/connections"):
+                with suppress(OSError):
+                    probed(("127.0.0.1", port), path, timeout_seconds=30)
+
+    with ThreadPoolExecutor(8) as threads:
+        for reading in [threads.submit(read) for _ in range(8)]:
+            reading.result()
+
+
+def test_readers_of_the_status_port_do_not_slow_mail(upstream: CapturingUpstream, start: StartGateway) -> None:
+    running = start({"upstream.url": upstream.url, "log.level": "error", "status.address": "127.0.0.1:0"})
+    _, port = status_address(running)
+    with HonestClient(running.port) as honest:
+        while len(honest.seconds) < MAILS:
+            attack(scrape, port)
+            assert probed(("127.0.0.1", port), "/readyz") == 200
+    assert honest.p99() < P99_SECONDS / 4

@@ -17,6 +17,7 @@ from starlette.responses import PlainTextResponse
 from otel_smtp.gateway.ports import bind
 from otel_smtp.observing import ConnectionInfo, ConnectionRecord, Endpoint
 from otel_smtp.smtp.states import ConnState, StateMachine
+from otel_smtp.status import answers as status_answers
 from otel_smtp.status import http as status_http
 from otel_smtp.status import server as status_server
 from otel_smtp.status.http import Guard
@@ -50,7 +51,7 @@ class Port:
             live=self.live,
             traces=self.traces,
             checks={"listeners": lambda: self.not_ready.get("listeners"), "spool": lambda: self.not_ready.get("spool")},
-            metrics=metrics,
+            metrics=settings.pop("metrics", metrics),
             upstreams=lambda: [UpstreamView("provider", "192.0.2.1:587", "starttls", idle=1, busy=2, limit=20)],
             **settings,
         )
@@ -258,6 +259,28 @@ async def test_a_loopback_port_answers_to_no_foreign_name(host: str, is_answered
             assert (status != 421) is is_answered, path
 
 
+@pytest.mark.parametrize(
+    ("host", "is_answered"),
+    [
+        ("127.0.0.1:9925", True),
+        ("10.1.2.3", True),
+        ("localhost:9925", True),
+        ("gateway.mail.svc:9925", True),
+        ("GATEWAY.mail.svc.", True),
+        ("evil.example:9925", False),
+        ("gateway.mail.svc.evil.example", False),
+        ("", False),
+    ],
+)
+async def test_an_exposed_port_shows_the_page_by_its_own_names_alone(host: str, is_answered: bool) -> None:
+    async with running(address=Endpoint("0.0.0.0", 0), hosts=["gateway.mail.svc"]) as (_, client):
+        for path in ("/", "/page.js", "/api/traces", "/api/connections"):
+            status = (await client.get(path, headers={"host": host})).status_code
+            assert status == (200 if is_answered else 421), path
+        for path in ("/livez", "/readyz", "/metrics"):
+            assert (await client.get(path, headers={"host": host})).status_code == 200, path
+
+
 async def test_an_exposed_port_shows_probes_and_metrics_to_everybody_and_the_page_to_listed_networks() -> None:
     elsewhere = [ipaddress.ip_network("192.0.2.0/24")]
     async with running(address=Endpoint("0.0.0.0", 0), allow=elsewhere) as (_, client):
@@ -276,7 +299,7 @@ async def test_an_exposed_port_shows_probes_and_metrics_to_everybody_and_the_pag
 )
 async def test_a_network_of_clients_includes_their_mapped_and_scoped_addresses(client: str, status: int) -> None:
     allow = [ipaddress.ip_network("192.0.2.0/24"), ipaddress.ip_network("fe80::/16")]
-    guard = Guard(PlainTextResponse("shown"), allow, is_loopback=False, token="")
+    guard = Guard(PlainTextResponse("shown"), allow, is_loopback=False, token="", hosts=["gateway"])
     transport = httpx.ASGITransport(guard, client=(client, 1))
     async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as browser:
         assert (await browser.get("/")).status_code == status
@@ -351,19 +374,127 @@ async def test_a_silent_connection_is_closed(monkeypatch: pytest.MonkeyPatch) ->
     await port.server.stop()
 
 
-async def test_connections_beyond_the_bound_are_closed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(status_http, "HTTP_CONNECTIONS", 2)
+LIVEZ = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+def connect(address: Endpoint, stack: contextlib.ExitStack, *, source: str = "127.0.0.1") -> socket.socket:
+    return stack.enter_context(socket.create_connection((address.host, address.port), source_address=(source, 0)))
+
+
+async def test_beyond_the_bound_the_oldest_that_asks_nothing_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(status_http, "HTTP_CONNECTIONS", 3)
     port = Port()
     address = port.start()
     with contextlib.ExitStack() as stack:
-        first, second, third = (
-            stack.enter_context(socket.create_connection((address.host, address.port))) for _ in range(3)
-        )
-        assert await end_of(third) in (b"", b"reset")
-        for sock in (first, second):
-            sock.sendall(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        stream = connect(address, stack)
+        stream.sendall(b"GET /api/stream HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert (await end_of(stream)).startswith(b"HTTP/1.1 200")
+        oldest, silent, latest = (connect(address, stack) for _ in range(3))
+        assert await end_of(oldest) in (b"", b"reset")
+        for sock in (silent, latest):
+            sock.sendall(LIVEZ)
             assert (await end_of(sock)).startswith(b"HTTP/1.1 200")
     await port.server.stop()
+
+
+async def test_one_client_has_its_share_of_the_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(status_http, "HTTP_CONNECTIONS_PER_CLIENT", 2)
+    port = Port()
+    address = port.start()
+    with contextlib.ExitStack() as stack:
+        other = connect(address, stack, source="127.0.0.2")
+        flood = [connect(address, stack) for _ in range(9)]
+        for sock in flood[:-2]:
+            assert await end_of(sock) in (b"", b"reset")
+        for sock in (*flood[-2:], other):
+            sock.sendall(LIVEZ)
+            assert (await end_of(sock)).startswith(b"HTTP/1.1 200")
+    await port.server.stop()
+
+
+async def test_probes_are_answered_however_many_connections_are_silent() -> None:
+    port = Port()
+    address = port.start()
+    with contextlib.ExitStack() as stack:
+        for number in range(20):
+            for _ in range(10):
+                connect(address, stack, source=f"127.0.0.{number % 5 + 1}")
+            for path in (b"/livez", b"/readyz"):
+                probe = connect(address, stack)
+                probe.sendall(LIVEZ.replace(b"/livez", path))
+                assert (await end_of(probe)).startswith(b"HTTP/1.1 200")
+    await port.server.stop()
+
+
+async def test_an_answer_that_is_not_read_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(status_http, "ANSWER_SECONDS", 0.2)
+
+    async def queue_of_many() -> QueueView:
+        return QueueView({"due": 1}, 60.0, [*(await queue()).messages] * 50_000)
+
+    port = Port(queue=queue_of_many)
+    address = port.start()
+    with contextlib.ExitStack() as stack:
+        sock = connect(address, stack)
+        sock.sendall(b"GET /api/queue HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        sock.setblocking(False)
+        received = b""
+        async with asyncio.timeout(10):
+            await asyncio.sleep(0.5)  # it reads too late
+            with contextlib.suppress(ConnectionError):
+                while data := await asyncio.get_running_loop().sock_recv(sock, 1 << 20):
+                    received += data
+    assert not received.endswith(b"}")
+    await port.server.stop()
+
+
+async def test_what_is_read_again_within_a_second_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(status_answers, "KEPT_SECONDS", 60.0)
+    made = []
+
+    def counted(accept: str) -> tuple[bytes, str]:
+        made.append(accept)
+        return b"smtp_server_probes_total 1\n", "text/plain"
+
+    async with running(metrics=counted) as (port, client):
+        pages = await asyncio.gather(*(client.get("/metrics", headers={"accept": "text/plain"}) for _ in range(8)))
+        assert {page.text for page in pages} == {"smtp_server_probes_total 1\n"}
+        assert made == ["text/plain"]
+        assert len({tuple(page.headers.multi_items()) for page in pages}) == 1
+        await client.get("/metrics", headers={"accept": "application/openmetrics-text"})
+        assert len(made) == 2
+        assert (await client.get("/api/connections")).json()["connections"] == []
+        port.connection()
+        assert (await client.get("/api/connections")).json()["connections"] == []
+        assert len((await client.get("/api/connections?again")).json()["connections"]) == 1
+        port.not_ready["spool"] = "the disk is full"
+        assert (await client.get("/readyz")).status_code == 503  # which is never kept
+        await client.post("/api/connections")  # whoever has done something sees what it did
+        assert len((await client.get("/api/connections")).json()["connections"]) == 1
+
+
+async def test_what_is_kept_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(status_answers, "KEPT_SECONDS", 0.02)
+    async with running() as (port, client):
+        assert (await client.get("/api/connections")).json()["connections"] == []
+        port.connection()
+        async with asyncio.timeout(5):
+            while not (await client.get("/api/connections")).json()["connections"]:
+                pass
+
+
+async def test_requests_beyond_the_pace_wait_and_probes_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(status_answers, "REQUESTS_PER_SECOND", 0.01)
+    monkeypatch.setattr(status_answers, "REQUESTS_AT_ONCE", 3)
+    async with running() as (_, client):
+        for _ in range(3):
+            assert (await client.get("/page.css")).status_code == 200
+        waiting = [asyncio.create_task(client.get(path)) for path in ("/page.css", "/metrics", "/api/traces")]
+        for path in ("/livez", "/readyz", "/livez"):
+            assert (await client.get(path)).status_code == 200
+        assert not any(task.done() for task in waiting)
+        for task in waiting:
+            task.cancel()
 
 
 async def test_signals_stay_the_gateways() -> None:
