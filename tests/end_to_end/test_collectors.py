@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import smtplib
 import subprocess
 import time
@@ -206,42 +205,6 @@ def named_store(name: str) -> tuple[str, str]:
     if not query:
         pytest.skip(f"{name}_URL is not set: no {name.capitalize()} to ask")
     return query.rstrip("/"), otlp
-
-
-@pytest.fixture
-def jaeger() -> Iterator[tuple[str, str]]:
-    """Jaeger's query API and OTLP endpoint: JAEGER_URL's, or a program on the PATH that is started."""
-    program = shutil.which("jaeger") or shutil.which("jaeger-all-in-one")
-    if os.environ.get("JAEGER_URL") or program is None:
-        yield named_store("JAEGER")
-        return
-    process = subprocess.Popen([program], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        until(lambda: ask("http://127.0.0.1:16686/api/services"), "Jaeger answers", timeout_seconds=30)
-        yield "http://127.0.0.1:16686", "http://127.0.0.1:4318"
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-def test_jaeger_shows_the_trace_with_its_events(
-    jaeger: tuple[str, str], upstream: CapturingUpstream, start: StartGateway
-) -> None:
-    query, otlp = jaeger
-    running = start({"upstream.url": upstream.url}, {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": f"{otlp}/v1/traces"})
-    trace_id = send_a_mail(running)
-    assert running.stop() == 0
-
-    def whole() -> list[dict[str, Any]] | None:
-        traces = (ask(f"{query}/api/traces/{trace_id}") or {}).get("data") or [{"spans": []}]
-        return traces[0]["spans"] if len(traces[0]["spans"]) >= 3 else None
-
-    spans = {span["operationName"]: span for span in until(whole, "the trace is in Jaeger", timeout_seconds=30)}
-    assert spans.keys() == {"smtp.connection", "smtp.transaction", "smtp.delivery"}
-    fields = [field for log in spans["smtp.connection"]["logs"] for field in log["fields"]]
-    events = [field["value"] for field in fields if field["key"] == "event"]
-    assert events[0] == "smtp.state.new"
-    assert events[-1] == "smtp.state.closed"
 
 
 def test_tempo_shows_the_trace_with_its_events(upstream: CapturingUpstream, start: StartGateway) -> None:
