@@ -48,6 +48,8 @@ PURE_LIBRARY: Final = frozenset(
         "unicodedata",
     }
 )
+# What of the spool its stores may know.
+SPOOL_TYPES: Final = tuple(f"otel_smtp.spool.{module}" for module in ("encoding", "messages", "operators", "store"))
 INPUT_OUTPUT: Final = frozenset(
     {
         "asyncio",
@@ -113,6 +115,9 @@ ROOMS: Final = {
     "otel_smtp.forwarding": Room(_ADAPTER, frozenset({"httpx", "scramp"})),
     "otel_smtp.server": Room(_ADAPTER, frozenset({"argon2", "scramp"})),
     "otel_smtp.spool": Room(_ADAPTER),
+    # Two stores that know nothing of each other, and nobody else knows which one there is.
+    "otel_smtp.spool.embedded": Room((*_ADAPTER, *SPOOL_TYPES), stands_apart=True),
+    "otel_smtp.spool.postgresql": Room((*_ADAPTER, *SPOOL_TYPES), frozenset({"asyncpg"}), stands_apart=True),
     "otel_smtp.telemetry": Room(
         ("otel_smtp.observing", *SMTP_TYPES), frozenset({"opentelemetry", "prometheus_client", "structlog", "google"})
     ),
@@ -441,6 +446,14 @@ BAD = [
         "from otel_smtp.forwarding.pool import Pool",
         "imports otel_smtp.forwarding.pool.Pool",
     ),
+    # two stores, one interface
+    (
+        "otel_smtp.spool.postgresql.store",
+        "from otel_smtp.spool.embedded import EmbeddedStore",
+        "imports otel_smtp.spool.embedded.EmbeddedStore",
+    ),
+    ("otel_smtp.spool.embedded.store", "import asyncpg", "imports asyncpg"),
+    ("otel_smtp.spool.runner", "import asyncpg", "imports asyncpg"),
     ("otel_smtp.telemetry.tracing", "from otel_smtp.smtp.server import X", "imports otel_smtp.smtp.server.X"),
     ("otel_smtp.status.pages", "from otel_smtp.telemetry import tracing", "imports otel_smtp.telemetry.tracing"),
     ("otel_smtp.observing", "from otel_smtp.smtp.server import X", "imports otel_smtp.smtp.server.X"),

@@ -48,6 +48,10 @@ class StorageBroken(SpoolError):
     """The disk or the index failed. Nothing is accepted or delivered until the gateway was started anew."""
 
 
+class StorageAway(SpoolError):
+    """The database cannot be reached or does not take anything now: 451, and it is tried again."""
+
+
 class ContentLost(SpoolError):
     """A content is not there, or not all of it."""
 
@@ -141,6 +145,19 @@ class SpooledRecipient:
 
 
 @dataclass(frozen=True, slots=True)
+class TakenOver:
+    """Another gateway had a delivery before, and was silent for too long.
+
+    Attributes:
+        gateway: its name in telemetry (`service.instance.id`).
+        silent_seconds: for how long, when it was declared dead.
+    """
+
+    gateway: str
+    silent_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Lease:
     """One delivery, given to one runner for one attempt.
 
@@ -149,6 +166,7 @@ class Lease:
         attempt: which this is, from 1; it was committed before this lease was given.
         arrived_at, expires_at: seconds since the epoch, by the store's clock.
         is_possible_duplicate: an attempt before may have been taken by an upstream.
+        taken_over: from whom, if the attempt before was another gateway's that died.
     """
 
     delivery: int
@@ -165,6 +183,7 @@ class Lease:
     content: ContentRef
     header_octets: int
     is_possible_duplicate: bool
+    taken_over: TakenOver | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +208,7 @@ class Shown:
         recipients: address, state of its delivery, last reply.
         next_attempt_at: of the delivery that is due first.
         header_octets: length of the header block at the head of the content.
+        gateways: those that attempt it now, where several share the queue.
     """
 
     id: str
@@ -205,6 +225,7 @@ class Shown:
     is_forced_to_expire: bool
     content: ContentRef
     header_octets: int
+    gateways: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,3 +256,13 @@ class Counts:
     def total(self) -> int:
         """All deliveries."""
         return self.ready + self.deferred + self.active + self.held + self.corrupt
+
+
+def end_name(kind: Kind, end: End) -> str:
+    """The name of an end in the tally."""
+    return end.value if kind is Kind.MAIL else f"notified_{end.value}"
+
+
+def stale(lease: Lease) -> StaleLease:
+    """The error of a result that comes too late."""
+    return StaleLease(f"delivery {lease.delivery} of {lease.message_id} is not ours any more")

@@ -19,10 +19,10 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol, Self
+from typing import Any, Final, Self
 
 from otel_smtp.spool.messages import DeliveryState, End, Shown, SpoolError, trace_id_of
-from otel_smtp.spool.store import Store
+from otel_smtp.spool.store import Store, Woken
 
 logger: Final = logging.getLogger("otel_smtp.spool.operators")
 
@@ -96,18 +96,6 @@ class Filter:
             self.domain is None
             or any(address.lower().rpartition("@")[2] == self.domain for address, _, _ in shown.recipients)
         ) and (self.reason is None or any(self.reason in last.lower() for _, _, last in shown.recipients))
-
-
-class Woken(Protocol):
-    """The runner, as far as operators need it."""
-
-    def wake(self, destinations: Sequence[str] = ()) -> None:
-        """Something is due."""
-        ...
-
-    def look_soon(self) -> None:
-        """Something is too old."""
-        ...
 
 
 class Operations:

@@ -65,12 +65,29 @@ class Draft(Protocol):
         ...
 
 
+class Woken(Protocol):
+    """Who works on the queue, as far as others need it."""
+
+    def wake(self, destinations: Sequence[str] = ()) -> None:
+        """Something is due."""
+        ...
+
+    def look_soon(self) -> None:
+        """Something is too old."""
+        ...
+
+
 class Store(Protocol):
     """A place where mail is durable.
 
     Every verb may raise `SpoolError`: nothing was changed then. A lease belongs to this process until it is finished or
     the store is closed; results of a lease that is not its delivery's last one raise `StaleLease`.
+
+    Attributes:
+        look_again_seconds: how often to look for what others have queued; None: nobody else does.
     """
+
+    look_again_seconds: float | None
 
     async def open(self) -> Recovery:
         """Own it, and take back the leases of the process before."""
@@ -86,6 +103,10 @@ class Store(Protocol):
 
     def alarm(self) -> str | None:
         """Why an operator has to look, though mail is taken and delivered; None: there is no reason. Cheap."""
+        ...
+
+    def watch(self, woken: Woken) -> None:
+        """Wake somebody when another process has changed what is queued."""
         ...
 
     # Messages in -----------------------------------------------------------------------------------------------
@@ -168,6 +189,10 @@ class Store(Protocol):
 
     async def destinations(self) -> Sequence[str]:
         """All destinations that anything waits for."""
+        ...
+
+    def holds(self, lease: Lease) -> bool:
+        """Whether a lease is surely ours at this moment. Cheap: asked before content, and its end, are sent."""
         ...
 
     # Contents --------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from otel_smtp.spool.embedded.entries import DeliveryEntry, Entry, stale
+from otel_smtp.spool.embedded.entries import DeliveryEntry, Entry
 from otel_smtp.spool.messages import (
     ContentLost,
     ContentRef,
@@ -24,8 +24,9 @@ from otel_smtp.spool.messages import (
     Shown,
     SpoolError,
     Verdict,
+    stale,
 )
-from otel_smtp.spool.store import Draft, Notice, Recovery
+from otel_smtp.spool.store import Draft, Notice, Recovery, Woken
 
 T = TypeVar("T")
 
@@ -64,6 +65,8 @@ class Memory:
 class MemoryStore:
     """See `Store`; `memory` is what the store before has left."""
 
+    look_again_seconds: float | None = None
+
     def __init__(self, memory: Memory | None = None, clock: Callable[[], float] = time.time) -> None:
         self.memory = memory or Memory()
         self._clock = clock
@@ -86,6 +89,12 @@ class MemoryStore:
             self._is_open = False
             for entry in self._sorted:
                 entry.take_back(crashes_allowed=None, now_ms=self._now())
+
+    def watch(self, woken: Woken) -> None:
+        pass
+
+    def holds(self, lease: Lease) -> bool:
+        return True
 
     def refusal(self) -> SpoolError | None:
         return None

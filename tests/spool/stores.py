@@ -1,22 +1,43 @@
 """Every kind of store, made alike for the tests that any of them has to pass."""
 
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 from otel_smtp.spool.embedded import EmbeddedStore
+from otel_smtp.spool.postgresql import Place, PostgresqlStore
+from otel_smtp.spool.postgresql.schema import STEPS, VERSION
 from otel_smtp.spool.store import Store
 from tests.spool.memory_store import Memory, MemoryStore
+from tests.support import postgresql
 
 
 class Clock:
     """A wall clock that tests set; it starts at the present."""
 
     def __init__(self) -> None:
-        self.ahead = 0.0
+        self._ahead = 0.0
+        self._followers: list[Callable[[float], None]] = []
 
     def __call__(self) -> float:
-        return time.time() + self.ahead
+        return time.time() + self._ahead
+
+    @property
+    def ahead(self) -> float:
+        """Seconds before the present."""
+        return self._ahead
+
+    @ahead.setter
+    def ahead(self, seconds: float) -> None:
+        self._ahead = seconds
+        for follow in self._followers:
+            follow(seconds)
+
+    def follow(self, told: Callable[[float], None]) -> None:
+        """Tell of each change, and of the present state."""
+        self._followers.append(told)
+        told(self._ahead)
 
 
 def embedded(path: Path, clock: Callable[[], float]) -> Store:
@@ -32,7 +53,45 @@ def in_memory(path: Path, clock: Callable[[], float]) -> Store:
 
 _MEMORIES: dict[Path, Memory] = {}  # by place; a test's directory is its own
 
-STORES = {"embedded": embedded, "memory": in_memory}
+
+def in_database(path: Path, clock: Callable[[], float]) -> Store:
+    """A store in a schema of its own, whose server has the test's clock."""
+    schema = f"s{zlib.crc32(str(path).encode()):08x}"
+    running = postgresql.server()
+    if schema not in _SCHEMAS:
+        _SCHEMAS.add(schema)
+        migrated(running, schema)
+        ahead = running.directory / f"{schema}.ahead"
+        running.do(
+            f"CREATE SCHEMA {schema}_clock",
+            # What statements call by its bare name is looked for here first. The lives of gateways go by another.
+            f"CREATE FUNCTION {schema}_clock.now() RETURNS timestamptz STABLE LANGUAGE sql AS "
+            f"$$ SELECT pg_catalog.now() + pg_catalog.pg_read_file('{ahead}')::interval $$",
+        )
+        assert isinstance(clock, Clock)
+
+        def follow(seconds: float) -> None:
+            new = ahead.with_suffix(".new")
+            new.write_text(f"{seconds} seconds")
+            new.replace(ahead)
+
+        clock.follow(follow)
+    url = running.url(search_path=f"{schema}_clock,pg_catalog")
+    return PostgresqlStore(Place(url, schema), name="a gateway", version="0")
+
+
+def migrated(running: postgresql.Server, schema: str) -> None:
+    """What `otel-smtp queue migrate` runs."""
+    running.do(
+        f"CREATE SCHEMA {schema}",
+        *(step.statements.format(schema=schema) for step in STEPS),
+        f"INSERT INTO {schema}.meta VALUES ({VERSION}, 1, gen_random_uuid())",
+    )
+
+
+_SCHEMAS: set[str] = set()
+
+STORES = {"embedded": embedded, "memory": in_memory, "postgresql": in_database}
 """Each is made in a directory of its own, on a clock; made again on the same directory, it finds what was there."""
 
 

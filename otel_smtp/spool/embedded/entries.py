@@ -5,18 +5,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from otel_smtp.smtp.envelope import Body, DsnReturn, Mail, Notify, Recipient
+from otel_smtp.smtp.envelope import Mail
+from otel_smtp.spool.encoding import mail_of, parameters_of, recipient_of, recipient_values
 from otel_smtp.spool.messages import (
     ContentRef,
     DeliveryState,
-    End,
     Kind,
     Lease,
     NewMessage,
     Shown,
     SpooledRecipient,
-    StaleLease,
     Verdict,
+    end_name,
+    stale,
     trace_id_of,
 )
 
@@ -185,19 +186,12 @@ class Entry:
             (
                 self.id, self.kind, self.arrived_ms, self.expires_ms, self.held_ms, int(self.is_warned),
                 int(self.is_forced), self.header_octets, self.octets, int(self.is_large), mail.reverse_path,
-                _parameters(mail), dict(self.carrier),
+                parameters_of(mail) or None, dict(self.carrier),
                 [
                     (
                         one.number, one.destination, one.state, one.attempts, one.crashes, one.due_ms, one.epoch,
                         int(one.is_possible_duplicate),
-                        [
-                            (
-                                there.number, there.recipient.address,
-                                None if there.recipient.notify is None else there.recipient.notify.value,
-                                there.recipient.orcpt, there.last_reply,
-                            )
-                            for there in one.recipients
-                        ],
+                        [recipient_values(there) for there in one.recipients],
                     )
                     for one in self.deliveries
                 ],
@@ -217,14 +211,11 @@ class Entry:
             reverse_path, parameters, carrier, deliveries,
         ) = values  # fmt: skip
         return cls(
-            message_id, Kind(kind), _mail(reverse_path, parameters), carrier,
+            message_id, Kind(kind), mail_of(reverse_path, parameters), carrier,
             [
                 DeliveryEntry(
                     number, destination, DeliveryState(state), attempts, crashes, due_ms, epoch, bool(dup),
-                    [
-                        SpooledRecipient(n, Recipient(addr, None if notify is None else Notify(notify), orcpt), last)
-                        for n, addr, notify, orcpt, last in recipients
-                    ],
+                    [recipient_of(there) for there in recipients],
                 )
                 for number, destination, state, attempts, crashes, due_ms, epoch, dup, recipients in deliveries
             ],
@@ -446,41 +437,9 @@ class Entry:
         return is_held
 
 
-def end_name(kind: Kind, end: End) -> str:
-    """The name of an end in the tally."""
-    return end.value if kind is Kind.MAIL else f"notified_{end.value}"
-
-
-def stale(lease: Lease) -> StaleLease:
-    """The error of a result that comes too late."""
-    return StaleLease(f"delivery {lease.delivery} of {lease.message_id} is not ours any more")
-
-
 _dumps: Final = json.JSONEncoder(separators=(",", ":"), check_circular=False).encode
 
 
 def dumps(value: object) -> str:
     """Compact JSON."""
     return _dumps(value)
-
-
-def _parameters(mail: Mail) -> dict[str, object] | None:
-    """MAIL's parameters, those that were given."""
-    given = {
-        "size": mail.size,
-        "body": mail.body,
-        "smtputf8": mail.smtputf8 or None,
-        "ret": mail.ret,
-        "envid": mail.envid,
-        "require_tls": mail.require_tls or None,
-        "auth": mail.auth,
-    }
-    return {name: value for name, value in given.items() if value is not None} or None
-
-
-def _mail(reverse_path: str, parameters: Mapping[str, Any] | None) -> Mail:
-    if not parameters:
-        return Mail(reverse_path)
-    given = dict(parameters)
-    body, ret = given.pop("body", None), given.pop("ret", None)
-    return Mail(reverse_path, body=body and Body(body), ret=ret and DsnReturn(ret), **given)

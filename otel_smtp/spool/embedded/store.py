@@ -28,7 +28,7 @@ from otel_smtp.spool.embedded.compaction import Compaction
 from otel_smtp.spool.embedded.contents import Contents
 from otel_smtp.spool.embedded.directory import SpoolDirectory
 from otel_smtp.spool.embedded.draft import Draft
-from otel_smtp.spool.embedded.entries import Entry, dumps, stale
+from otel_smtp.spool.embedded.entries import Entry, dumps
 from otel_smtp.spool.embedded.index_thread import IndexThread
 from otel_smtp.spool.embedded.indexing import Indexing
 from otel_smtp.spool.embedded.journal import Journal, fail
@@ -52,9 +52,10 @@ from otel_smtp.spool.messages import (
     StorageFull,
     Verdict,
     new_id,
+    stale,
 )
 from otel_smtp.spool.store import Draft as AnyDraft
-from otel_smtp.spool.store import Notice, Recovery
+from otel_smtp.spool.store import Notice, Recovery, Woken
 
 logger: Final = logging.getLogger("otel_smtp.spool.embedded.store")
 
@@ -80,7 +81,10 @@ class EmbeddedStore:
 
     Attributes:
         most_messages: as above.
+        look_again_seconds: see `Store`.
     """
+
+    look_again_seconds: float | None = None
 
     def __init__(
         self,
@@ -252,6 +256,9 @@ class EmbeddedStore:
     def alarm(self) -> str | None:
         """See `Store.alarm`."""
         return self._alarm
+
+    def watch(self, woken: Woken) -> None:
+        """See `Store.watch`: one process owns the directory."""
 
     def refusal(self) -> SpoolError | None:
         """See `Store.refusal`."""
@@ -529,6 +536,10 @@ class EmbeddedStore:
             if found.content is None:
                 await asyncio.to_thread(self.directory.move_aside, self.directory.large(entry.id))
             raise
+
+    def holds(self, lease: Lease) -> bool:
+        """See `Store.holds`: one process owns the directory."""
+        return True
 
     # Contents, and what operators see and do -----------------------------------------------------------------------
 

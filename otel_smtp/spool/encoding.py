@@ -1,0 +1,45 @@
+"""What every store writes of a message as JSON, in one form."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from otel_smtp.smtp.envelope import Body, DsnReturn, Mail, Notify, Recipient
+from otel_smtp.spool.messages import SpooledRecipient
+
+
+def parameters_of(mail: Mail) -> dict[str, object]:
+    """MAIL's parameters, those that were given."""
+    given = {
+        "size": mail.size,
+        "body": mail.body,
+        "smtputf8": mail.smtputf8 or None,
+        "ret": mail.ret,
+        "envid": mail.envid,
+        "require_tls": mail.require_tls or None,
+        "auth": mail.auth,
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def mail_of(reverse_path: str, parameters: Mapping[str, Any] | None) -> Mail:
+    """What `parameters_of` was given."""
+    if not parameters:
+        return Mail(reverse_path)
+    given = dict(parameters)
+    body, ret = given.pop("body", None), given.pop("ret", None)
+    return Mail(reverse_path, body=body and Body(body), ret=ret and DsnReturn(ret), **given)
+
+
+def recipient_values(there: SpooledRecipient) -> tuple[object, ...]:
+    """A recipient that has not ended: number, address, NOTIFY, ORCPT, last reply."""
+    recipient = there.recipient
+    return (
+        there.number, recipient.address, None if recipient.notify is None else recipient.notify.value,
+        recipient.orcpt, there.last_reply,
+    )  # fmt: skip
+
+
+def recipient_of(values: Sequence[Any]) -> SpooledRecipient:
+    """What `recipient_values` was given."""
+    number, address, notify, orcpt, last_reply = values
+    return SpooledRecipient(number, Recipient(address, None if notify is None else Notify(notify), orcpt), last_reply)

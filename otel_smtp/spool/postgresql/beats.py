@@ -1,0 +1,232 @@
+"""Incarnations: a gateway process says that it lives, and knows until when its leases are its own.
+
+Leases belong to an incarnation, a random name that is never used again. While its beats are answered, nobody takes
+them; who has been silent for the take-over time is declared dead by a peer, and its deliveries go on there. Past
+`ok_until` a gateway cannot know whether that has happened: it begins no attempt, and lets no content leave.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+from otel_smtp.spool.messages import SpoolError, StorageAway
+from otel_smtp.spool.postgresql.connecting import Connection, Line, Place, ServerFacts, close, storage_error
+from otel_smtp.spool.postgresql.statements import Statements
+
+logger: Final = logging.getLogger("otel_smtp.spool.postgresql.beats")
+
+BEAT_SECONDS: Final = 2.0
+CLOCK_STEP_SECONDS: Final = 2.0
+MARGIN: Final = 0.2  # of the take-over time
+CRASHES_ALLOWED: Final = 3
+
+
+def channel(place: Place) -> str:
+    """Where the processes of one queue tell each other that something has changed."""
+    return f"otel_smtp_{place.schema}"[:63]
+
+
+class Beats:
+    """The life of one gateway, as the others see it.
+
+    Args:
+        name: of this process in telemetry, for people.
+        heard: called with what another process of the queue says.
+        taken_over: called with how many deliveries were taken over.
+
+    Attributes:
+        incarnation: a new one after this gateway was declared dead.
+        stat: what the housekeeper counted.
+        gateways: how many live.
+        is_housekeeper: this gateway does what one alone has to do.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        statements: Statements,
+        *,
+        name: str,
+        version: str,
+        heard: Callable[[str], None],
+        taken_over: Callable[[int], None],
+    ) -> None:
+        self._place = place
+        self._statements = statements
+        self._name = name
+        self._version = version
+        self._heard = heard
+        self._channel = channel(place)
+        self._taken_over = taken_over
+        self.line = Line(place, "beats", self._made)
+        self._interval = min(BEAT_SECONDS, place.takeover_seconds * MARGIN)
+        self._margin = place.takeover_seconds * MARGIN
+        self._ok_until = float("-inf")
+        self._unbroken_since: float | None = None
+        self._clocks: tuple[float, float] | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._is_away = False
+        self._is_leaving = asyncio.Event()
+        self._is_heard = False
+        self.incarnation = uuid.uuid4()
+        self.stat: Mapping[str, Any] = {}
+        self.gateways = 0
+        self.is_housekeeper = False
+
+    def holds(self, incarnation: uuid.UUID | None) -> bool:
+        """Whether the leases of an incarnation are surely ours at this moment."""
+        return incarnation == self.incarnation and time.monotonic() < self._ok_until
+
+    @property
+    def silent_for(self) -> float:
+        """For how many seconds no beat has been answered, beyond what leases allow; 0: none."""
+        return max(0.0, time.monotonic() - self._ok_until)
+
+    async def start(self) -> None:
+        """Enter.
+
+        Raises:
+            SpoolError: the queue cannot be used.
+        """
+        connection = await self.line.get()
+        await self._enter(connection)
+        await self._beat(connection)
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def leave(self) -> None:
+        """Give what is leased back, and go. Idempotent."""
+        if self._task is not None:
+            self._is_leaving.set()
+            await self._task
+            self._task = None
+            connection = None
+            try:
+                connection = await self.line.get()
+                watchdog = asyncio.get_running_loop().call_later(self._place.takeover_seconds, self.line.terminate)
+                try:
+                    await connection.execute(self._statements.leave, self.incarnation)
+                finally:
+                    watchdog.cancel()
+            except Exception as error:  # noqa: BLE001 - it is logged
+                logger.warning(
+                    "this gateway could not leave the queue; its deliveries go on elsewhere once it has been silent",
+                    extra={"fault": str(storage_error(error))},
+                )
+            finally:
+                await close(connection)
+        self._ok_until = float("-inf")
+        await self.line.close()
+
+    def _made(self, connection: Connection, facts: ServerFacts) -> None:
+        self.is_housekeeper = self._is_heard = False
+
+    async def _enter(self, connection: Connection) -> None:
+        sent = time.monotonic()
+        try:
+            await connection.execute(
+                self._statements.enter, self.incarnation, self._name, self._version, self._place.takeover_seconds
+            )
+        except Exception as error:
+            raise storage_error(error) from error
+        self._ok_until = sent + self._place.takeover_seconds - self._margin
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        while not self._is_leaving.is_set():
+            began = time.monotonic()
+            watchdog = loop.call_later(self._place.takeover_seconds / 2, self.line.terminate)
+            try:
+                connection = await self.line.get()
+                await self._beat(connection)
+            except Exception as error:  # noqa: BLE001 - it is logged
+                self._broken(storage_error(error))
+                wait = self.line.next_wait()
+            else:
+                if self._is_away:
+                    self._is_away = False
+                    logger.warning("the queue's database answers again")
+                wait = began + self._interval - time.monotonic()
+            finally:
+                watchdog.cancel()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(max(0.0, wait)):
+                    await self._is_leaving.wait()
+
+    def _broken(self, error: SpoolError) -> None:
+        self._unbroken_since = None
+        if not self._is_away:
+            self._is_away = True
+            logger.error("the queue's database does not answer", extra={"fault": str(error)})
+
+    async def _beat(self, connection: Connection) -> None:
+        sent = time.monotonic()
+        row = await connection.fetchrow(self._statements.beat, self.incarnation, self._place.takeover_seconds)
+        if row is None:
+            logger.error(
+                "this gateway was silent for too long: others deliver what it had",
+                extra={"incarnation": str(self.incarnation)},
+            )
+            self.incarnation = uuid.uuid4()
+            self._unbroken_since = None
+            await self._enter(connection)
+            return
+        self._ok_until = sent + self._place.takeover_seconds - self._margin
+        self.stat = json.loads(row["stat"]) if row["stat"] is not None else {}
+        self.gateways = row["gateways"]
+        self._note_clocks(sent, row["clock"])
+        if not self.is_housekeeper and self.line.facts is not None:
+            self.is_housekeeper = await connection.fetchval(
+                "SELECT pg_try_advisory_lock(hashtextextended('otel_smtp ' || $1, 0))", self.line.facts.installation
+            )
+        if not self._is_heard:
+            await connection.add_listener(self._channel, lambda *heard: self._heard(str(heard[-1])))
+            self._is_heard = True
+        if row["dead"] and self._may_take_over(sent):
+            await self._take_over(connection)
+
+    def _note_clocks(self, monotonic: float, clock: float) -> None:
+        """A step of the database's clock moves the ends of all leases: nobody may be declared dead for it."""
+        before, self._clocks = self._clocks, (monotonic, clock)
+        if before is not None and abs((clock - before[1]) - (monotonic - before[0])) > CLOCK_STEP_SECONDS:
+            logger.warning("the database's clock jumped")
+            self._unbroken_since = None
+        if self._unbroken_since is None:
+            self._unbroken_since = monotonic
+
+    def _may_take_over(self, now: float) -> bool:
+        # A database that was away for all gives everybody the time to come back first.
+        return self._unbroken_since is not None and now - self._unbroken_since >= self._place.takeover_seconds
+
+    async def _take_over(self, connection: Connection) -> None:
+        async with connection.transaction():
+            dead = await connection.fetch(self._statements.bury, self.incarnation, self._place.takeover_seconds)
+            if not dead:
+                return
+            ids = [row["id"] for row in dead]
+            taken = await connection.fetch(
+                self._statements.take_over, CRASHES_ALLOWED, ids,
+                [row["name"] for row in dead], [row["silent"] for row in dead],
+            )  # fmt: skip
+            held = sorted({row["msg_id"] for row in taken if row["state"] == "h"})
+            if held:
+                await connection.execute(self._statements.hold_messages, held)
+            await connection.execute(self._statements.free_slots, ids)
+        for row in dead:
+            logger.warning(
+                "a gateway was silent; what it had goes on here and elsewhere",
+                extra={"gateway": row["name"], "seconds": round(row["silent"], 1), "deliveries": len(taken)},
+            )
+        for message_id in held:
+            logger.critical("held: it was part of too many crashes", extra={"spool_id": message_id})
+        self._taken_over(len(taken))
+
+    def refusal(self) -> SpoolError | None:
+        """Why nothing can be taken in for now."""
+        if time.monotonic() < self._ok_until:
+            return None
+        return StorageAway("the queue's database does not answer")

@@ -1,0 +1,320 @@
+"""Connections to the database: made to its primary, checked before anything is trusted to them, and what their
+failures mean.
+
+A connection that commits is never given a timeout, and no task that waits for it is cancelled: asyncpg would send a
+cancel request, upon which PostgreSQL stops waiting for its synchronous standby and leaves the commit on the primary
+alone. Who gives up calls `terminate()`.
+"""
+
+import logging
+import random
+import ssl
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, TypeAlias
+from urllib.parse import parse_qs, urlsplit
+
+import asyncpg
+from asyncpg.connect_utils import SessionAttribute
+
+from otel_smtp.spool.messages import SpoolError, StorageAway, StorageFull
+from otel_smtp.spool.postgresql import schema as schemas
+
+logger: Final = logging.getLogger("otel_smtp.spool.postgresql.connecting")
+
+if TYPE_CHECKING:
+    Connection: TypeAlias = asyncpg.Connection[asyncpg.Record]
+else:
+    Connection = asyncpg.Connection
+
+CONNECT_SECONDS: Final = 10.0
+CLOSE_SECONDS: Final = 2.0
+LEAST_VERSION: Final = 150_000  # as server_version_num has it
+RETRY_SECONDS: Final = (0.1, 5.0)  # first and longest wait between attempts to connect
+LOCK_SECONDS: Final = 2
+_LOOPBACK: Final = ("localhost", "127.0.0.1", "::1", "")
+
+_LOST: Final = (
+    OSError,
+    asyncpg.InterfaceError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.OperatorInterventionError,
+    asyncpg.IdleInTransactionSessionTimeoutError,
+    asyncpg.exceptions.InternalClientError,
+)
+"""What says nothing about the outcome of the statement that it came of."""
+
+_AGAIN: Final = (
+    asyncpg.TransactionRollbackError,
+    asyncpg.LockNotAvailableError,
+    asyncpg.ReadOnlySQLTransactionError,
+)
+"""What was rolled back, and may succeed when it is done again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a queue is.
+
+    Attributes:
+        url: as libpq takes it; several hosts are tried in turn, and the primary is taken.
+        takeover_seconds: after which silence a gateway's deliveries go on elsewhere.
+    """
+
+    url: str
+    schema: str = schemas.DEFAULT_SCHEMA
+    takeover_seconds: float = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class ServerFacts:
+    """What a server said of itself.
+
+    Attributes:
+        backend: its process that serves this connection.
+        has_standby: a commit waits for one.
+    """
+
+    backend: int
+    version: str
+    has_standby: bool
+    installation: str
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether a statement's outcome is unknown: its connection broke, or the server was stopped."""
+    # A ValueError of asyncpg's is an argument that it cannot encode: nothing was sent.
+    return isinstance(error, _LOST) and not isinstance(error, ValueError)
+
+
+def may_succeed_again(error: BaseException) -> bool:
+    """Whether a statement had no effect, and may have when it is done again."""
+    return isinstance(error, _AGAIN)
+
+
+def storage_error(error: BaseException) -> SpoolError:
+    """What a failure of the database means to whoever wanted to store something."""
+    if isinstance(error, SpoolError):
+        return error
+    if isinstance(error, asyncpg.DiskFullError):
+        return StorageFull(f"the database's disk is full: {error}")
+    if is_lost(error) or may_succeed_again(error) or isinstance(error, asyncpg.InsufficientResourcesError):
+        return StorageAway(f"the database cannot be reached: {_words(error)}")
+    if isinstance(error, asyncpg.PostgresError):
+        return StorageAway(f"the database refused a statement: {error.sqlstate} {_words(error)}")
+    return StorageAway(f"the database failed: {_words(error)}")
+
+
+def _words(error: BaseException) -> str:
+    return str(error).strip() or type(error).__name__
+
+
+def _tls(url: str) -> ssl.SSLContext | None:
+    """Verified TLS, unless the URL says something else or the server is on this machine; None: as the URL says."""
+    parts = urlsplit(url)
+    given = parse_qs(parts.query)
+    if "sslmode" in given or "host" in given:
+        return None
+    hosts = [one.rpartition("@")[2] for one in parts.netloc.split(",")]
+    names = [one[1 : one.find("]")] if one.startswith("[") else one.partition(":")[0] for one in hosts]
+    if all(name in _LOOPBACK or name.startswith(("/", "%2F", "%2f")) for name in names):
+        return None
+    return ssl.create_default_context()
+
+
+async def connect(place: Place, *, purpose: str, checks_schema: bool = True) -> tuple[Connection, ServerFacts]:
+    """A connection to the primary that may be trusted with mail.
+
+    Args:
+        purpose: shown by the server beside the connection.
+
+    Raises:
+        SpoolError: the server, the database or our rights are not what they must be; the text says what to do.
+        StorageAway: nobody answers, for now.
+    """
+    context = _tls(place.url)
+    try:
+        connection = await asyncpg.connect(
+            place.url,
+            timeout=CONNECT_SECONDS,
+            target_session_attrs=SessionAttribute.primary,
+            ssl=context,
+            server_settings={
+                "application_name": f"otel-smtp {purpose}",
+                "timezone": "UTC",
+                "jit": "off",
+                "lock_timeout": f"{LOCK_SECONDS}s",
+                "idle_in_transaction_session_timeout": f"{min(10.0, place.takeover_seconds):.0f}s",
+                "tcp_keepalives_idle": "5",
+                "tcp_keepalives_interval": "5",
+                "tcp_keepalives_count": "3",
+                "tcp_user_timeout": "15000",
+            },
+        )
+    except (asyncpg.InvalidPasswordError, asyncpg.InvalidAuthorizationSpecificationError) as error:
+        raise SpoolError(
+            f"the database refused the login: {_words(error)}; see user and password of spool.url"
+        ) from error
+    except asyncpg.InvalidCatalogNameError as error:
+        raise SpoolError(f"there is no such database: {_words(error)}; see spool.url") from error
+    except asyncpg.TargetServerAttributeNotMatched as error:
+        raise StorageAway("spool.url names only read-only replicas; name the primary too") from error
+    except (asyncpg.ClientConfigurationError, ValueError) as error:
+        raise SpoolError(f"spool.url is not understood: {_words(error)}") from error
+    except (OSError, TimeoutError) as error:
+        raise StorageAway(f"no PostgreSQL answers: {_words(error)}") from error
+    except asyncpg.PostgresError as error:
+        raise StorageAway(f"the database took no connection: {_words(error)}") from error
+    try:
+        facts = await _check(connection, place, checks_schema=checks_schema)
+    except BaseException as error:
+        connection.terminate()
+        if isinstance(error, SpoolError) or not isinstance(error, Exception):
+            raise
+        raise storage_error(error) from error
+    return connection, facts
+
+
+async def _check(connection: Connection, place: Place, *, checks_schema: bool) -> ServerFacts:
+    row = await connection.fetchrow(
+        "SELECT pg_backend_pid() AS backend, version(), current_setting('server_version_num')::int AS number,"
+        " current_setting('fsync') AS fsync, current_setting('full_page_writes') AS full_page_writes,"
+        " current_setting('synchronous_commit') AS synchronous_commit, pg_is_in_recovery() AS is_replica,"
+        " current_setting('default_transaction_read_only') AS read_only,"
+        " current_setting('synchronous_standby_names') <> '' AS has_standby, current_user AS name"
+    )
+    assert row is not None
+    if row["number"] < LEAST_VERSION:
+        raise SpoolError(f"{row['version']}: PostgreSQL 15 or newer is needed")
+    for name in ("fsync", "full_page_writes"):
+        if row[name] != "on":
+            raise SpoolError(
+                f"the server has {name} = {row[name]}, and would lose mail in a crash; set {name} = on there"
+            )
+    if row["synchronous_commit"] in ("off", "local"):
+        raise SpoolError(
+            f"the server has synchronous_commit = {row['synchronous_commit']} for {row['name']}, and would answer "
+            f"before mail is durable; run there: ALTER ROLE {row['name']} SET synchronous_commit = on"
+        )
+    if row["is_replica"] or row["read_only"] == "on":
+        raise StorageAway("the server is read-only: a replica, or default_transaction_read_only is on")
+    if row["synchronous_commit"] == "remote_write":
+        await connection.execute("SET synchronous_commit = on")
+    installation = ""
+    if checks_schema:
+        found = await _schema_version(connection, place.schema, row["name"])
+        if (why := schemas.why_unusable(found, place.schema)) is not None:
+            raise SpoolError(why)
+        await _check_rights(connection, place.schema, row["name"])
+        quoted = schemas.quoted(place.schema)
+        installation = str(await connection.fetchval(f"SELECT installation FROM {quoted}.meta"))  # noqa: S608
+    return ServerFacts(row["backend"], row["version"], row["has_standby"], installation)
+
+
+async def _schema_version(connection: Connection, schema: str, role: str) -> tuple[int, int] | None:
+    try:
+        return await schemas.version_of(connection, schema)
+    except asyncpg.InsufficientPrivilegeError as error:
+        raise _no_rights(schema, f"{schema}.meta", role) from error
+
+
+async def _check_rights(connection: Connection, schema: str, role: str) -> None:
+    wanted = [(f"{schemas.quoted(schema)}.{table}", right) for table in schemas.TABLES for right in _rights(table)]
+    missing = await connection.fetch(
+        "SELECT one.name, string_agg(one.what, ', ') AS rights FROM unnest($1::text[], $2::text[]) AS one(name, what)"
+        " WHERE to_regclass(one.name) IS NULL OR NOT has_table_privilege(to_regclass(one.name), one.what)"
+        " GROUP BY one.name ORDER BY one.name LIMIT 1",
+        [name for name, _ in wanted],
+        [right for _, right in wanted],
+    )
+    if missing:
+        raise _no_rights(schema, missing[0]["name"], role, missing[0]["rights"])
+
+
+def _rights(table: str) -> tuple[str, ...]:
+    return ("SELECT",) if table == "meta" else ("SELECT", "INSERT", "UPDATE", "DELETE")
+
+
+def _no_rights(schema: str, table: str, role: str, rights: str = "SELECT") -> SpoolError:
+    return SpoolError(
+        f"{role} may not {rights} in {table}; as its owner run: GRANT USAGE ON SCHEMA {schema} TO {role}; "
+        f"GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA {schema} TO {role}"
+    )
+
+
+async def close(connection: Connection | None) -> None:
+    """Say goodbye, or just leave."""
+    if connection is None or connection.is_closed():
+        return
+    try:
+        await connection.close(timeout=CLOSE_SECONDS)
+    except Exception:  # noqa: BLE001 - it is gone either way
+        connection.terminate()
+
+
+class Line:
+    """One connection that is made again whenever it is lost.
+
+    Args:
+        made: called with each new connection, before anybody else uses it.
+
+    Attributes:
+        facts: what the server of the present connection said, or of the last one.
+        fault: why there is none; None: there is one.
+    """
+
+    def __init__(
+        self, place: Place, purpose: str, made: "Callable[[Connection, ServerFacts], None] | None" = None
+    ) -> None:
+        self._place = place
+        self._purpose = purpose
+        self._made = made
+        self._connection: Connection | None = None
+        self._wait = RETRY_SECONDS[0]
+        self.facts: ServerFacts | None = None
+        self.fault: SpoolError | None = None
+        self.is_closed = False
+
+    @property
+    def present(self) -> Connection | None:
+        """The connection, if there is one."""
+        if self._connection is not None and self._connection.is_closed():
+            self._connection = None
+        return self._connection
+
+    async def get(self) -> Connection:
+        """The connection; one attempt is made to have one.
+
+        Raises:
+            SpoolError: see `connect`.
+        """
+        if self.is_closed:
+            raise SpoolError("the queue is closed")
+        if (present := self.present) is not None:
+            return present
+        try:
+            connection, facts = await connect(self._place, purpose=self._purpose)
+        except SpoolError as error:
+            self.fault = error
+            raise
+        self._connection, self.facts, self.fault = connection, facts, None
+        self._wait = RETRY_SECONDS[0]
+        if self._made is not None:
+            self._made(connection, facts)
+        return connection
+
+    def next_wait(self) -> float:
+        """How many seconds to wait before the next attempt: longer each time, and not all gateways at once."""
+        wait, self._wait = self._wait, min(RETRY_SECONDS[1], self._wait * 2)
+        return wait * (0.5 + random.random())  # noqa: S311 - jitter, no secret
+
+    def terminate(self) -> None:
+        """Break the connection off: who waits for an answer over it learns that the outcome is unknown."""
+        if self._connection is not None:
+            self._connection.terminate()
+
+    async def close(self) -> None:
+        """Idempotent."""
+        self.is_closed = True
+        connection, self._connection = self._connection, None
+        await close(connection)

@@ -1,0 +1,192 @@
+"""Group commit: what comes while one group commits is the next group. No timer: a lone mail waits for nobody.
+
+The outcome of a group is unknown where its connection broke before the server answered. It is sent again then, as it
+was, for as long as whoever waits has time; each item knows that it may have been done before.
+"""
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Final, Generic, Protocol, TypeVar
+
+from otel_smtp.spool.messages import SpoolError, StorageAway
+from otel_smtp.spool.postgresql.connecting import Connection, Line, is_lost, may_succeed_again, storage_error
+
+logger: Final = logging.getLogger("otel_smtp.spool.postgresql.lanes")
+
+MOST_ITEMS: Final = 256
+MOST_OCTETS: Final = 4 * 1024 * 1024
+
+
+class Item(Protocol):
+    """One thing to be written.
+
+    Attributes:
+        answer: done when it is durable, or will not be.
+        deadline: in seconds of the monotonic clock.
+        may_be_done: it was sent before, and what became of that is unknown.
+    """
+
+    answer: "asyncio.Future[Any]"
+    octets: int
+    deadline: float
+    may_be_done: bool
+
+
+I = TypeVar("I", bound=Item)  # noqa: E741 - an item
+
+
+class Lanes(Generic[I]):
+    """Writes items in groups, over several connections.
+
+    Args:
+        write: writes a group and answers its items, by one transaction; it is not cancelled.
+        given_up: called with an item whose time is over while its outcome is unknown.
+    """
+
+    def __init__(
+        self,
+        lines: Sequence[Line],
+        write: Callable[[Connection, int, Sequence[I]], Awaitable[None]],
+        given_up: Callable[[I], None],
+        *,
+        most_items: int = MOST_ITEMS,
+    ) -> None:
+        self._lines = lines
+        self._write = write
+        self._given_up = given_up
+        self._most_items = most_items
+        self._waiting: deque[I] = deque()
+        self._under_way = 0
+        self._has_work = asyncio.Event()
+        self._is_idle = asyncio.Event()
+        self._is_idle.set()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._sweep: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        """Begin."""
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(self._run(number, line)) for number, line in enumerate(self._lines)]
+
+    @property
+    def waiting(self) -> int:
+        """How many items no lane has taken yet."""
+        return len(self._waiting)
+
+    def add(self, item: I) -> None:
+        """Have an item written."""
+        self._waiting.append(item)
+        self._has_work.set()
+        self._is_idle.clear()
+        if self._sweep is None:
+            self._sweep_at(item.deadline)
+
+    async def close(self) -> None:
+        """Let what is there be written, or its time be over; then end. Idempotent."""
+        if self._tasks:
+            await self._is_idle.wait()
+        for task in self._tasks:
+            task.cancel()  # none is within a statement: all are idle
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks = []
+        if self._sweep is not None:
+            self._sweep.cancel()
+        await asyncio.gather(*(line.close() for line in self._lines))
+
+    def _sweep_at(self, deadline: float) -> None:
+        self._sweep = asyncio.get_running_loop().call_later(
+            max(0.0, deadline - time.monotonic()) + 0.01, self._drop_late_waiting
+        )
+
+    def _drop_late_waiting(self) -> None:
+        self._sweep = None
+        now = time.monotonic()
+        while self._waiting and self._waiting[0].deadline <= now:
+            self._fail(self._waiting.popleft(), StorageAway("the database did not answer in time"))
+        if self._waiting:
+            self._sweep_at(self._waiting[0].deadline)
+        self._note_idle()
+
+    def _note_idle(self) -> None:
+        if not self._waiting and not self._under_way:
+            self._is_idle.set()
+
+    async def _run(self, number: int, line: Line) -> None:
+        while True:
+            if not self._waiting:
+                self._has_work.clear()
+                await self._has_work.wait()
+                continue
+            group = self._take()
+            self._under_way += len(group)
+            try:
+                await self._write_until_done(number, line, group)
+            except Exception as error:
+                logger.exception("a group could not be written, by our fault")
+                for item in group:
+                    self._fail(item, storage_error(error))
+            finally:
+                self._under_way -= len(group)
+                self._note_idle()
+
+    def _take(self) -> list[I]:
+        group = [self._waiting.popleft()]
+        octets = group[0].octets
+        while self._waiting and len(group) < self._most_items and octets + self._waiting[0].octets <= MOST_OCTETS:
+            octets += self._waiting[0].octets
+            group.append(self._waiting.popleft())
+        return group
+
+    async def _write_until_done(self, number: int, line: Line, group: Sequence[I]) -> None:
+        fault: SpoolError = StorageAway("the database did not answer in time")
+        while True:
+            now = time.monotonic()
+            for late in [item for item in group if item.deadline <= now]:
+                self._fail(late, fault)
+            group = [item for item in group if item.deadline > now]
+            if not group:
+                return
+            try:
+                connection = await line.get()
+            except SpoolError as error:
+                fault = error
+                await asyncio.sleep(line.next_wait())
+                continue
+            try:
+                watchdog = asyncio.get_running_loop().call_later(
+                    min(item.deadline for item in group) - now, line.terminate
+                )
+                try:
+                    await self._write(connection, number, group)
+                finally:
+                    watchdog.cancel()
+            except Exception as error:  # noqa: BLE001 - it is judged
+                if is_lost(error):
+                    fault = storage_error(error)
+                    for item in group:
+                        item.may_be_done = True
+                    line.terminate()
+                elif may_succeed_again(error):
+                    fault = storage_error(error)
+                elif len(group) > 1:
+                    # One bad row must not fail its neighbours.
+                    for item in group:
+                        await self._write_until_done(number, line, [item])
+                    return
+                else:
+                    logger.error("the database does not take a row", extra={"fault": str(error)})
+                    self._fail(group[0], storage_error(error))
+                    return
+                await asyncio.sleep(line.next_wait())
+            else:
+                return
+
+    def _fail(self, item: I, fault: SpoolError) -> None:
+        if item.may_be_done:
+            self._given_up(item)
+        if not item.answer.done():
+            item.answer.set_exception(fault)
+            item.answer.exception()  # whoever gave up waiting does not ask

@@ -1,0 +1,198 @@
+"""What operators see and do."""
+
+import json
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Final, TypeVar
+
+from otel_smtp.spool.messages import Counts, NoSuchMessage, Shown, SpoolError
+from otel_smtp.spool.postgresql import rows
+from otel_smtp.spool.postgresql.beats import Beats, channel
+from otel_smtp.spool.postgresql.connecting import Connection, Place
+from otel_smtp.spool.postgresql.statements import Statements
+from otel_smtp.spool.postgresql.working import Working
+
+T = TypeVar("T")
+
+COUNT_SELF_BELOW: Final = 50_000  # messages; beyond, what the housekeeper has counted is near enough
+COUNT_SHARE: Final = 20  # the housekeeper counts for at most this part of its time
+
+
+class OperatorVerbs:
+    """Counts, lists and changes messages."""
+
+    def __init__(self, place: Place, statements: Statements, working: Working, beats: Beats) -> None:
+        self._place = place
+        self._statements = statements
+        self._working = working
+        self._beats = beats
+        self._not_before = 0.0
+
+    # Seeing ----------------------------------------------------------------------------------------------------
+
+    async def counts(self) -> Counts:
+        """See `Store.counts`; where there is very much, as the housekeeper counted it."""
+        stat = self._beats.stat
+        if stat.get("messages", 0) < COUNT_SELF_BELOW:
+            stat = await self._count()
+        return Counts(**{name: stat[name] for name in Counts.__dataclass_fields__ if name in stat})
+
+    async def _count(self) -> Mapping[str, Any]:
+        async def count(connection: Connection) -> Mapping[str, Any]:
+            counted = {row["state"]: row for row in await connection.fetch(self._statements.counts)}
+            messages, octets = await connection.fetchrow(self._statements.messages) or (0, 0)
+            ready = counted.get("r")
+            later = 0 if ready is None else ready["later"]
+            return {
+                "ready": 0 if ready is None else ready["deliveries"] - later,
+                "deferred": later,
+                "next_due_at": None if ready is None else ready["next_due"],
+                **{
+                    name: counted[state]["deliveries"] if state in counted else 0
+                    for name, state in (("active", "l"), ("held", "h"), ("corrupt", "c"))
+                },
+                "oldest_arrived_at": await connection.fetchval(self._statements.oldest),
+                "messages": messages,
+                "octets": octets,
+            }
+
+        return await self._working.do(count)
+
+    async def messages(self) -> int:
+        """How many messages there are."""
+        found: int = await self._working.do(lambda connection: connection.fetchval(self._statements.messages))
+        return found
+
+    async def note_stat(self) -> None:
+        """Count for all gateways, as often as it is worth."""
+        began = time.monotonic()
+        if began < self._not_before:
+            return
+        stat = json.dumps(await self._count())
+        self._not_before = time.monotonic() + COUNT_SHARE * (time.monotonic() - began)
+        await self._working.do(lambda connection: connection.execute(self._statements.note_stat, stat))
+
+    async def tally(self) -> Mapping[str, int]:
+        """See `Store.tally`."""
+        found = await self._working.do(lambda connection: connection.fetch(self._statements.tallies))
+        return {row["name"]: row["recipients"] for row in found if row["recipients"]}
+
+    async def page(self, after: str, most: int) -> Sequence[Shown]:
+        """See `Store.page`."""
+        return rows.shown(
+            await self._working.do(lambda connection: connection.fetch(self._statements.page, after, most))
+        )
+
+    async def show(self, message_id: str) -> Shown:
+        """See `Store.show`."""
+        found = rows.shown(
+            await self._working.do(lambda connection: connection.fetch(self._statements.show, message_id))
+        )
+        if not found:
+            raise _no_such(message_id)
+        return found[0]
+
+    async def find(self, trace_id: str | None, sender: str | None, recipient: str | None, most: int) -> Sequence[Shown]:
+        """See `Store.find`."""
+        try:
+            trace = None if trace_id is None else bytes.fromhex(trace_id)
+        except ValueError:
+            return []
+        return rows.shown(
+            await self._working.do(
+                lambda connection: connection.fetch(self._statements.find, trace, sender, recipient, most)
+            )
+        )
+
+    async def gateways(self) -> Sequence[Mapping[str, Any]]:
+        """All gateways of the queue."""
+        found = await self._working.do(lambda connection: connection.fetch(self._statements.gateways))
+        return [dict(row) for row in found]
+
+    # Doing -----------------------------------------------------------------------------------------------------
+
+    async def tell(self, what: str) -> None:
+        """Tell all processes of the queue."""
+        await self._working.do(
+            lambda connection: connection.execute("SELECT pg_notify($1, $2)", channel(self._place), what)
+        )
+
+    async def retry(self, message_id: str) -> bool:
+        """See `Store.retry`."""
+
+        async def retry(connection: Connection) -> bool:
+            return bool(await connection.fetch(self._statements.retry, message_id))
+
+        return await self._operate(message_id, retry)
+
+    async def hold(self, message_id: str) -> bool:
+        """See `Store.hold`."""
+
+        async def hold(connection: Connection) -> bool:
+            if not await connection.fetch(self._statements.hold, message_id):
+                return False
+            await connection.execute(self._statements.hold_messages, [message_id])
+            return True
+
+        return await self._operate(message_id, hold)
+
+    async def release(self, message_id: str) -> bool:
+        """See `Store.release`."""
+
+        async def release(connection: Connection) -> bool:
+            if not await connection.fetch(self._statements.release, message_id, ["h", "c"]):
+                return False
+            await connection.execute(self._statements.forget_crashes, message_id)
+            await connection.execute(self._statements.age_again, message_id)
+            return True
+
+        return await self._operate(message_id, release)
+
+    async def expire(self, message_id: str) -> bool:
+        """See `Store.expire`."""
+
+        async def expire(connection: Connection) -> bool:
+            await connection.fetch(self._statements.release, message_id, ["h"])
+            await connection.execute(self._statements.expire, message_id)
+            return True
+
+        return await self._operate(message_id, expire)
+
+    async def reset(self, message_id: str, expires_in: float) -> bool:
+        """See `Store.reset`."""
+
+        async def reset(connection: Connection) -> bool:
+            if not await connection.fetch(self._statements.reset, message_id):
+                return False
+            await connection.execute(self._statements.reset_age, message_id, expires_in)
+            return True
+
+        return await self._operate(message_id, reset)
+
+    async def delete(self, message_id: str) -> int:
+        """See `Store.delete`."""
+
+        async def delete(connection: Connection) -> int:
+            states = await connection.fetch(self._statements.states, message_id)
+            if any(row["state"] == "l" for row in states):
+                raise SpoolError(f"{message_id} is being delivered; hold it, or try again")
+            recipients: int = sum(row["recipients"] for row in states)
+            kind = await connection.fetchval(self._statements.delete, message_id)
+            name = "removed" if kind == "mail" else "notified_removed"
+            await connection.execute(self._statements.tally, self._beats.incarnation, "operators", [name], [recipients])
+            return recipients
+
+        return await self._operate(message_id, delete)
+
+    async def _operate(self, message_id: str, change: Callable[[Connection], Awaitable[T]]) -> T:
+        async def operate(connection: Connection) -> T:
+            async with connection.transaction():
+                if not await connection.fetch(self._statements.exists, message_id):
+                    raise _no_such(message_id)
+                return await change(connection)
+
+        return await self._working.do(operate)
+
+
+def _no_such(message_id: str) -> NoSuchMessage:
+    return NoSuchMessage(f"no message {message_id}")

@@ -1,0 +1,343 @@
+"""All statements of the queue's verbs.
+
+Each gives its tables their schema, so that nothing hangs on a search path. `now()` says when mail is due; whether a
+gateway lives is asked of `clock_timestamp()`, since a statement may have waited. `$1` is the gateway's incarnation
+throughout.
+
+Whatever gives a lease holds the row of its gateway meanwhile (`me`): else it could commit after that gateway was
+declared dead, and nobody would take the lease over.
+"""
+
+from typing import Final
+
+from otel_smtp.spool.postgresql.schema import quoted
+
+_ME: Final = "me AS (SELECT 1 FROM {s}.gateway WHERE id = $1 AND alive_until > clock_timestamp() FOR KEY SHARE)"
+
+# Of a message and one of its deliveries, wherever both are read. A message of one delivery ends with it.
+_COLUMNS: Final = """
+  msg.id, msg.kind, extract(epoch FROM msg.arrived_at)::float8 AS arrived_at,
+  extract(epoch FROM msg.expires_at)::float8 AS expires_at, msg.reverse_path, msg.parameters, msg.carrier, msg.octets,
+  msg.header_octets, msg.digest, msg.forced, msg.content IS NULL AS is_chunked,
+  dlv.d, dlv.dest, dlv.state::text AS state, dlv.attempts, extract(epoch FROM dlv.next_at)::float8 AS next_at,
+  dlv.epoch, dlv.dup, dlv.rcpt,
+  NOT EXISTS (SELECT FROM {s}.dlv AS other WHERE other.msg_id = msg.id AND other.d <> dlv.d) AS is_alone"""
+
+# Repeated after an unknown commit it must write: a transaction that writes nothing waits for no standby. What is not
+# there then may have been delivered by another gateway meanwhile: it is marked as a possible duplicate.
+_SUBMIT: Final = f"""
+WITH {_ME},
+m AS (
+  INSERT INTO {{s}}.msg (id, kind, arrived_at, expires_at, warned, reverse_path, parameters, carrier, trace_id,
+    accepted_by, octets, header_octets, digest, content)
+  SELECT n.id, n.kind, now(), now() + n.expires_in * interval '1 second', n.reverse_path = '', n.reverse_path,
+    n.parameters, n.carrier, n.trace_id, $1, n.octets, n.header_octets, n.digest, n.content
+  FROM unnest($2::text[], $3::text[], $4::float8[], $5::text[], $6::jsonb[], $7::jsonb[], $8::bytea[], $9::bigint[],
+    $10::int[], $11::bytea[], $12::bytea[])
+    AS n(id, kind, expires_in, reverse_path, parameters, carrier, trace_id, octets, header_octets, digest, content)
+  ON CONFLICT (id) DO UPDATE SET accepted_by = excluded.accepted_by
+  RETURNING id, kind, arrived_at, expires_at, xmax = 0 AS is_new),
+e AS (
+  INSERT INTO {{s}}.dlv (msg_id, d, dest, sender, state, attempts, next_at, owner, epoch, dup, rcpt)
+  SELECT n.id, n.d, n.dest, n.sender,
+    CASE WHEN n.is_leased AND EXISTS (SELECT FROM me) THEN 'l' ELSE 'r' END::"char",
+    n.attempts + (n.is_leased AND EXISTS (SELECT FROM me))::int,
+    now() + n.retry_in * interval '1 second',
+    CASE WHEN n.is_leased AND EXISTS (SELECT FROM me) THEN $1 END,
+    (n.is_leased AND EXISTS (SELECT FROM me))::int, n.dup, n.rcpt
+  FROM unnest($13::text[], $14::smallint[], $15::text[], $16::text[], $17::bool[], $18::int[], $19::float8[],
+    $20::bool[], $21::jsonb[]) AS n(id, d, dest, sender, is_leased, attempts, retry_in, dup, rcpt)
+  ON CONFLICT (msg_id, d) DO UPDATE SET dup = dlv.dup
+  RETURNING msg_id, d, state::text AS state, owner, epoch, attempts, dup, rcpt),
+t AS (
+  INSERT INTO {{s}}.tally AS tally (gateway, name, recipients)
+  SELECT $1, CASE m.kind WHEN 'mail' THEN 'accepted' ELSE 'notified' END || '/' || $22::text,
+    sum(jsonb_array_length(e.rcpt))
+  FROM e JOIN m ON m.id = e.msg_id WHERE m.is_new GROUP BY 2
+  ON CONFLICT (gateway, name) DO UPDATE SET recipients = tally.recipients + excluded.recipients)
+SELECT e.msg_id, e.d, e.state, e.epoch, e.attempts, e.dup, e.owner = $1 AS is_ours,
+  extract(epoch FROM m.arrived_at)::float8 AS arrived_at, extract(epoch FROM m.expires_at)::float8 AS expires_at
+FROM e JOIN m ON m.id = e.msg_id"""
+
+_TALLY: Final = """
+INSERT INTO {s}.tally AS tally (gateway, name, recipients)
+SELECT $1, n.name || '/' || $2::text, n.recipients FROM unnest($3::text[], $4::bigint[]) AS n(name, recipients)
+ON CONFLICT (gateway, name) DO UPDATE SET recipients = tally.recipients + excluded.recipients"""
+
+# The common end: the only delivery of a message, all of it ended in one way.
+_END: Final = """
+WITH w AS (SELECT * FROM unnest($2::text[], $3::smallint[], $4::int[], $5::text[], $6::int[])
+    AS w(id, d, epoch, name, recipients)),
+e AS (
+  DELETE FROM {s}.dlv USING w
+  WHERE dlv.msg_id = w.id AND dlv.d = w.d AND dlv.epoch = w.epoch AND dlv.owner = $1 AND dlv.state = 'l'
+  RETURNING dlv.msg_id, dlv.d, w.name, w.recipients),
+g AS (DELETE FROM {s}.msg WHERE id IN (SELECT msg_id FROM e)),
+t AS (
+  INSERT INTO {s}.tally AS tally (gateway, name, recipients)
+  SELECT $1, e.name || '/' || $7::text, sum(e.recipients) FROM e GROUP BY e.name
+  ON CONFLICT (gateway, name) DO UPDATE SET recipients = tally.recipients + excluded.recipients)
+SELECT msg_id, d FROM e"""
+
+# Several deliveries of one message may end at once, here and elsewhere: one after the other, lest each sees the other.
+_LOCK_MESSAGES: Final = "SELECT FROM {s}.msg WHERE id = ANY($1::text[]) ORDER BY id FOR NO KEY UPDATE"
+
+_END_DELIVERIES: Final = """
+DELETE FROM {s}.dlv USING unnest($2::text[], $3::smallint[], $4::int[]) AS w(id, d, epoch)
+WHERE dlv.msg_id = w.id AND dlv.d = w.d AND dlv.epoch = w.epoch AND dlv.owner = $1 AND dlv.state = 'l'
+RETURNING dlv.msg_id, dlv.d"""
+
+_END_MESSAGES: Final = """
+DELETE FROM {s}.msg WHERE id = ANY($1::text[]) AND NOT EXISTS (SELECT FROM {s}.dlv WHERE dlv.msg_id = msg.id)"""
+
+_PUT_BACK: Final = """
+UPDATE {s}.dlv SET state = w.state::"char", rcpt = w.rcpt, next_at = now() + w.retry_in * interval '1 second',
+  crashes = CASE WHEN w.state = 'c' THEN crashes ELSE 0 END, attempts = attempts - w.uncounted,
+  dup = dlv.dup OR w.dup, owner = NULL
+FROM unnest($2::text[], $3::smallint[], $4::int[], $5::text[], $6::jsonb[], $7::float8[], $8::int[], $9::bool[])
+  AS w(id, d, epoch, state, rcpt, retry_in, uncounted, dup)
+WHERE dlv.msg_id = w.id AND dlv.d = w.d AND dlv.epoch = w.epoch AND dlv.owner = $1 AND dlv.state = 'l'
+RETURNING dlv.msg_id, dlv.d"""
+
+_HOLD_MESSAGES: Final = "UPDATE {s}.msg SET held_at = coalesce(held_at, now()) WHERE id = ANY($1::text[])"
+
+# The expiry is asked for row by row, in the order of the index: a join that the planner chose freely may read all mail.
+_DUE: Final = """
+  SELECT msg_id, d, sender, next_at, attempts > 0 AS tried FROM {{s}}.dlv
+  WHERE state = 'r' AND dest = $2 AND (attempts > 0) = {tried} AND next_at <= now()
+    AND (SELECT expires_at > now() FROM {{s}}.msg WHERE id = dlv.msg_id)
+  ORDER BY next_at LIMIT 8 * $3"""
+
+_CLAIM: Final = f"""
+WITH {_ME},
+s AS (({_DUE.format(tried="false")}) UNION ALL ({_DUE.format(tried="true")})),
+t AS (SELECT *, row_number() OVER (PARTITION BY tried, sender ORDER BY next_at, msg_id) AS turn FROM s),
+u AS (SELECT *, row_number() OVER (PARTITION BY tried ORDER BY turn, hashtext(msg_id || $1::text)) AS place FROM t),
+c AS (
+  SELECT dlv.msg_id, dlv.d, u.place, u.tried, dlv.taken_from
+  FROM {{s}}.dlv JOIN u USING (msg_id, d) WHERE dlv.state = 'r' AND EXISTS (SELECT FROM me)
+  ORDER BY u.place, u.tried LIMIT $3 FOR UPDATE OF dlv SKIP LOCKED)
+UPDATE {{s}}.dlv SET state = 'l', owner = $1, epoch = epoch + 1, attempts = attempts + 1, taken_from = NULL
+FROM c JOIN {{s}}.msg ON msg.id = c.msg_id WHERE dlv.msg_id = c.msg_id AND dlv.d = c.d
+RETURNING {_COLUMNS}, msg.content, c.place, c.tried, c.taken_from"""
+
+_NEXT_DUE: Final = """
+SELECT min(extract(epoch FROM next_at - now()))::float8 FROM unnest($1::text[]) AS wanted(dest)
+CROSS JOIN (VALUES (false), (true)) AS tried(tried)
+CROSS JOIN LATERAL (SELECT next_at FROM {s}.dlv
+  WHERE state = 'r' AND dlv.dest = wanted.dest AND (attempts > 0) = tried.tried ORDER BY next_at LIMIT 1) AS first"""
+
+# Leases of ours that nobody here knows of: their claim was committed, and its answer was lost.
+_UNKNOWN_LEASES: Final = f"""
+SELECT {_COLUMNS}, msg.content, 0 AS place, false AS tried, dlv.taken_from
+FROM {{s}}.dlv JOIN {{s}}.msg ON msg.id = dlv.msg_id
+WHERE dlv.owner = $1 AND dlv.state = 'l' AND dlv.msg_id || '/' || dlv.d <> ALL($2::text[])"""
+
+_END_OVERDUE: Final = f"""
+WITH {_ME},
+o AS (SELECT id FROM {{s}}.msg WHERE held_at IS NULL AND expires_at <= now()
+  AND EXISTS (SELECT FROM {{s}}.dlv WHERE msg_id = msg.id AND state = 'r') ORDER BY expires_at LIMIT $2),
+c AS (SELECT dlv.msg_id, dlv.d, dlv.taken_from FROM {{s}}.dlv JOIN o ON o.id = dlv.msg_id
+  WHERE dlv.state = 'r' AND EXISTS (SELECT FROM me) FOR UPDATE OF dlv SKIP LOCKED)
+UPDATE {{s}}.dlv SET state = 'l', owner = $1, epoch = epoch + 1
+FROM c JOIN {{s}}.msg ON msg.id = c.msg_id WHERE dlv.msg_id = c.msg_id AND dlv.d = c.d
+RETURNING {_COLUMNS}, NULL AS content, 0 AS place, false AS tried, c.taken_from"""
+
+_UNWARNED: Final = f"""
+SELECT {_COLUMNS}, dlv.taken_from FROM {{s}}.dlv JOIN {{s}}.msg ON msg.id = dlv.msg_id
+WHERE dlv.state = 'r' AND dlv.attempts > 0 AND NOT msg.warned AND msg.kind = 'mail'
+  AND msg.arrived_at <= now() - $1::float8 * interval '1 second' ORDER BY msg.id LIMIT $2"""
+
+_WARN: Final = "UPDATE {s}.msg SET warned = true WHERE id = $1 AND NOT warned RETURNING id"
+
+# One look into the index for each destination, instead of all of its entries.
+_DESTINATIONS: Final = """
+WITH RECURSIVE found AS (
+  (SELECT dest FROM {s}.dlv WHERE state = 'r' ORDER BY dest LIMIT 1)
+  UNION ALL
+  SELECT (SELECT dest FROM {s}.dlv WHERE state = 'r' AND dest > found.dest ORDER BY dest LIMIT 1)
+  FROM found WHERE found.dest IS NOT NULL)
+SELECT dest FROM found WHERE dest IS NOT NULL"""
+
+_READ: Final = """
+SELECT octets, substring(content FROM $2::int + 1 FOR $3::int) AS part, content IS NULL AS is_chunked
+FROM {s}.msg WHERE id = $1"""
+
+_READ_CHUNKS: Final = "SELECT data FROM {s}.chunk WHERE msg_id = $1 AND n BETWEEN $2 AND $3 ORDER BY n"
+
+_IS_INTACT: Final = """
+SELECT digest = sha256(coalesce(content,
+  (SELECT string_agg(data, ''::bytea ORDER BY n) FROM {s}.chunk WHERE msg_id = msg.id), ''::bytea))
+FROM {s}.msg WHERE id = $1"""
+
+_CHUNK: Final = "INSERT INTO {s}.chunk (msg_id, n, data) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING"
+
+# Mail whose client was told 451, though it may be there. The insertion waits for a commit that is still under way.
+_WITHDRAW_WAIT: Final = """
+INSERT INTO {s}.msg (id, kind, arrived_at, expires_at, reverse_path, parameters, carrier, accepted_by, octets,
+  header_octets, digest, held_at)
+VALUES ($2, 'mail', now(), now(), '', '{}', '{}', $1, 0, 0, '', now()) ON CONFLICT (id) DO NOTHING"""
+
+_WITHDRAW: Final = """
+DELETE FROM {s}.msg WHERE id = $2 AND NOT EXISTS (SELECT FROM {s}.dlv WHERE msg_id = $2 AND NOT
+  (state = 'r' AND attempts = $3 AND epoch = 0 OR state = 'l' AND owner = $1 AND epoch = 1)) RETURNING
+  (SELECT coalesce(sum(jsonb_array_length(rcpt)), 0) FROM {s}.dlv WHERE msg_id = $2)::int AS recipients"""
+
+# Gateways -----------------------------------------------------------------------------------------------------------
+
+_ENTER: Final = """
+INSERT INTO {s}.gateway (id, name, version, started_at, alive_until)
+VALUES ($1, $2, $3, clock_timestamp(), clock_timestamp() + $4::float8 * interval '1 second')"""
+
+_BEAT: Final = """
+UPDATE {s}.gateway SET alive_until = clock_timestamp() + $2::float8 * interval '1 second' WHERE id = $1
+RETURNING (SELECT body FROM {s}.stat LIMIT 1) AS stat, (SELECT count(*) FROM {s}.gateway)::int AS gateways,
+  (SELECT count(*) FROM {s}.gateway AS peer WHERE peer.alive_until < clock_timestamp() AND peer.id <> $1)::int AS dead,
+  extract(epoch FROM clock_timestamp())::float8 AS clock"""
+
+# Two statements: the second must see what was committed while the first waited, or before its lock. One that is within
+# a claim is looked at again at the next beat: beats wait for nobody.
+_BURY: Final = """
+DELETE FROM {s}.gateway WHERE id IN (
+  SELECT id FROM {s}.gateway WHERE alive_until < clock_timestamp() AND id <> $1 FOR UPDATE SKIP LOCKED)
+RETURNING id, name, extract(epoch FROM clock_timestamp() - alive_until)::float8 + $2::float8 AS silent"""
+
+_TAKE_OVER: Final = """
+UPDATE {s}.dlv SET state = CASE WHEN crashes + 1 >= $1 THEN 'h' ELSE 'r' END::"char", next_at = least(next_at, now()),
+  crashes = crashes + 1, dup = true, owner = NULL,
+  taken_from = jsonb_build_array(dead.name, round(dead.silent::numeric, 3))
+FROM unnest($2::uuid[], $3::text[], $4::float8[]) AS dead(id, name, silent)
+WHERE dlv.owner = dead.id AND dlv.state = 'l' RETURNING dlv.msg_id, dlv.state::text AS state"""
+
+_FREE_SLOTS: Final = "UPDATE {s}.slot SET owner = NULL WHERE owner = ANY($1::uuid[])"
+
+# A net below the net: with the rules above, there are none.
+_FREE_ORPHANS: Final = """
+UPDATE {s}.dlv SET state = 'r', next_at = now(), dup = true, owner = NULL
+WHERE state = 'l' AND owner NOT IN (SELECT id FROM {s}.gateway) RETURNING msg_id"""
+
+_LEAVE: Final = """
+WITH d AS (UPDATE {s}.dlv SET state = 'r', attempts = attempts - 1, next_at = least(next_at, now()), dup = true,
+  owner = NULL WHERE owner = $1 AND state = 'l')
+DELETE FROM {s}.gateway WHERE id = $1"""
+
+_FOLD_TALLIES: Final = """
+WITH gone AS (DELETE FROM {s}.tally WHERE gateway <> $1 AND gateway NOT IN (SELECT id FROM {s}.gateway)
+  RETURNING split_part(name, '/', 1) AS name, recipients)
+INSERT INTO {s}.tally AS tally (gateway, name, recipients) SELECT $1, name, sum(recipients) FROM gone GROUP BY name
+ON CONFLICT (gateway, name) DO UPDATE SET recipients = tally.recipients + excluded.recipients"""
+
+_NOTE_STAT: Final = "UPDATE {s}.stat SET at = now(), body = $1::jsonb"
+
+# Operators ----------------------------------------------------------------------------------------------------------
+
+_COUNTS: Final = """
+SELECT state::text AS state, count(*)::bigint AS deliveries,
+  count(*) FILTER (WHERE next_at > now())::bigint AS later,
+  extract(epoch FROM min(next_at) FILTER (WHERE next_at > now()))::float8 AS next_due
+FROM {s}.dlv GROUP BY state"""
+
+_OLDEST: Final = "SELECT extract(epoch FROM arrived_at)::float8 FROM {s}.msg ORDER BY id LIMIT 1"
+_MESSAGES: Final = "SELECT count(*), coalesce(sum(octets), 0)::bigint FROM {s}.msg"
+_TALLIES: Final = (
+    "SELECT split_part(name, '/', 1) AS name, sum(recipients)::bigint AS recipients FROM {s}.tally GROUP BY 1"
+)
+
+_SHOWN: Final = f"""
+SELECT {_COLUMNS}, gateway.name AS gateway
+FROM ({{chosen}}) AS chosen JOIN {{s}}.msg USING (id) LEFT JOIN {{s}}.dlv ON dlv.msg_id = msg.id
+LEFT JOIN {{s}}.gateway ON gateway.id = dlv.owner ORDER BY msg.id, dlv.next_at, dlv.d"""
+
+_PAGE: Final = _SHOWN.replace("{chosen}", "SELECT id FROM {s}.msg WHERE id > $1 ORDER BY id LIMIT $2")
+_SHOW: Final = _SHOWN.replace("{chosen}", "SELECT $1::text AS id")
+_FIND: Final = _SHOWN.replace(
+    "{chosen}",
+    "SELECT id FROM {s}.msg WHERE ($1::bytea IS NULL OR trace_id = $1) AND ($2::text IS NULL OR reverse_path = $2)"
+    " AND ($3::text IS NULL OR EXISTS (SELECT FROM {s}.dlv, jsonb_array_elements(rcpt) AS there"
+    " WHERE dlv.msg_id = msg.id AND there ->> 1 = $3)) ORDER BY id LIMIT $4",
+)
+
+_EXISTS: Final = "SELECT FROM {s}.msg WHERE id = $1 FOR NO KEY UPDATE"
+_RETRY: Final = "UPDATE {s}.dlv SET next_at = now() WHERE msg_id = $1 AND state = 'r' RETURNING d"
+_HOLD: Final = "UPDATE {s}.dlv SET state = 'h' WHERE msg_id = $1 AND state = 'r' RETURNING d"
+_RELEASE: Final = (
+    "UPDATE {s}.dlv SET state = 'r', next_at = now() WHERE msg_id = $1 AND state = ANY($2::text[]::\"char\"[])"
+    " RETURNING d"
+)
+_FORGET_CRASHES: Final = "UPDATE {s}.dlv SET crashes = 0 WHERE msg_id = $1 AND crashes > 0"
+_AGE_AGAIN: Final = """
+UPDATE {s}.msg SET expires_at = expires_at + (now() - held_at), held_at = NULL WHERE id = $1 AND held_at IS NOT NULL"""
+_EXPIRE: Final = "UPDATE {s}.msg SET expires_at = least(expires_at, now()), held_at = NULL, forced = true WHERE id = $1"
+_RESET: Final = """
+UPDATE {s}.dlv SET next_at = now(), attempts = 0, crashes = 0 WHERE msg_id = $1 AND state = 'r' RETURNING d"""
+_RESET_AGE: Final = """
+UPDATE {s}.msg SET expires_at = now() + $2::float8 * interval '1 second', warned = reverse_path = '', forced = false
+WHERE id = $1"""
+_STATES: Final = """
+SELECT state::text AS state, jsonb_array_length(rcpt) AS recipients FROM {s}.dlv WHERE msg_id = $1 FOR UPDATE"""
+_DELETE: Final = "DELETE FROM {s}.msg WHERE id = $1 RETURNING kind"
+_GATEWAYS: Final = """
+SELECT gateway.id, gateway.name, gateway.version, extract(epoch FROM started_at)::float8 AS started_at,
+  extract(epoch FROM alive_until - clock_timestamp())::float8 AS alive_for,
+  (SELECT count(*) FROM {s}.dlv WHERE owner = gateway.id AND state = 'l') AS leases
+FROM {s}.gateway ORDER BY started_at"""
+
+
+class Statements:
+    """The statements on one schema."""
+
+    def __init__(self, schema: str) -> None:
+        name = quoted(schema)
+
+        def on_schema(statement: str) -> str:
+            return statement.replace("{s}", name)
+
+        self.submit = on_schema(_SUBMIT)
+        self.tally = on_schema(_TALLY)
+        self.end = on_schema(_END)
+        self.lock_messages = on_schema(_LOCK_MESSAGES)
+        self.end_deliveries = on_schema(_END_DELIVERIES)
+        self.end_messages = on_schema(_END_MESSAGES)
+        self.put_back = on_schema(_PUT_BACK)
+        self.hold_messages = on_schema(_HOLD_MESSAGES)
+        self.claim = on_schema(_CLAIM)
+        self.next_due = on_schema(_NEXT_DUE)
+        self.unknown_leases = on_schema(_UNKNOWN_LEASES)
+        self.end_overdue = on_schema(_END_OVERDUE)
+        self.unwarned = on_schema(_UNWARNED)
+        self.warn = on_schema(_WARN)
+        self.destinations = on_schema(_DESTINATIONS)
+        self.read = on_schema(_READ)
+        self.read_chunks = on_schema(_READ_CHUNKS)
+        self.is_intact = on_schema(_IS_INTACT)
+        self.chunk = on_schema(_CHUNK)
+        self.withdraw_wait = on_schema(_WITHDRAW_WAIT)
+        self.withdraw = on_schema(_WITHDRAW)
+        self.enter = on_schema(_ENTER)
+        self.beat = on_schema(_BEAT)
+        self.bury = on_schema(_BURY)
+        self.take_over = on_schema(_TAKE_OVER)
+        self.free_slots = on_schema(_FREE_SLOTS)
+        self.free_orphans = on_schema(_FREE_ORPHANS)
+        self.leave = on_schema(_LEAVE)
+        self.fold_tallies = on_schema(_FOLD_TALLIES)
+        self.note_stat = on_schema(_NOTE_STAT)
+        self.counts = on_schema(_COUNTS)
+        self.oldest = on_schema(_OLDEST)
+        self.messages = on_schema(_MESSAGES)
+        self.tallies = on_schema(_TALLIES)
+        self.page = on_schema(_PAGE)
+        self.show = on_schema(_SHOW)
+        self.find = on_schema(_FIND)
+        self.exists = on_schema(_EXISTS)
+        self.retry = on_schema(_RETRY)
+        self.hold = on_schema(_HOLD)
+        self.release = on_schema(_RELEASE)
+        self.forget_crashes = on_schema(_FORGET_CRASHES)
+        self.age_again = on_schema(_AGE_AGAIN)
+        self.expire = on_schema(_EXPIRE)
+        self.reset = on_schema(_RESET)
+        self.reset_age = on_schema(_RESET_AGE)
+        self.states = on_schema(_STATES)
+        self.delete = on_schema(_DELETE)
+        self.gateways = on_schema(_GATEWAYS)

@@ -1,0 +1,95 @@
+"""The connection for all that does not come in groups, one piece of work at a time."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Final, TypeVar
+
+from otel_smtp.spool.messages import SpoolError, StorageAway
+from otel_smtp.spool.postgresql.connecting import (
+    Connection,
+    Line,
+    Place,
+    ServerFacts,
+    is_lost,
+    may_succeed_again,
+    storage_error,
+)
+
+T = TypeVar("T")
+
+WORK_SECONDS: Final = 30.0  # then the connection is given up
+TIMES: Final = 3  # what was rolled back for others' sake is done again so often
+
+
+class Working:
+    """Does one piece of work after the other."""
+
+    def __init__(self, place: Place) -> None:
+        self._line = Line(place, "claims")
+        self._turn = asyncio.Lock()
+        self._not_before = 0.0
+        self._running: set[asyncio.Task[object]] = set()
+
+    async def open(self) -> int:
+        """Connect; the server's process behind the connection.
+
+        Raises:
+            SpoolError: see `connecting.connect`.
+        """
+        await self._line.get()
+        return self.facts.backend
+
+    @property
+    def facts(self) -> ServerFacts:
+        """Of the server, once there was a connection."""
+        assert self._line.facts is not None
+        return self._line.facts
+
+    async def do(self, work: Callable[[Connection], Awaitable[T]]) -> T:
+        """Do some work. It goes on where whoever asked for it is cancelled: a commit is not to be disturbed.
+
+        Raises:
+            StorageAway: its outcome is unknown, or it was not begun.
+            SpoolError: it was not done.
+        """
+        task = asyncio.get_running_loop().create_task(self._do(work))
+        self._running.add(task)
+        task.add_done_callback(self._ended)
+        return await asyncio.shield(task)
+
+    def _ended(self, task: "asyncio.Task[object]") -> None:
+        self._running.discard(task)
+        if not task.cancelled():
+            task.exception()  # whoever was cancelled does not ask
+
+    async def _do(self, work: Callable[[Connection], Awaitable[T]]) -> T:
+        loop = asyncio.get_running_loop()
+        async with self._turn:
+            if self._line.present is None and loop.time() < self._not_before:
+                raise self._line.fault or StorageAway("the database cannot be reached")
+            try:
+                connection = await self._line.get()
+            except SpoolError:
+                self._not_before = loop.time() + self._line.next_wait()
+                raise
+            for time in range(TIMES):
+                watchdog = loop.call_later(WORK_SECONDS, self._line.terminate)
+                try:
+                    return await work(connection)
+                except SpoolError:
+                    raise
+                except Exception as error:
+                    if is_lost(error):
+                        self._line.terminate()
+                    elif may_succeed_again(error) and time < TIMES - 1:
+                        continue
+                    raise storage_error(error) from error
+                finally:
+                    watchdog.cancel()
+            raise AssertionError("unreachable")
+
+    async def close(self) -> None:
+        """Let what is under way end. Idempotent."""
+        if self._running:
+            await asyncio.wait(list(self._running))
+        await self._line.close()

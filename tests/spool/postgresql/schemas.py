@@ -1,0 +1,32 @@
+"""Queues in schemas of their own."""
+
+import itertools
+import os
+from collections.abc import Iterator
+
+from otel_smtp.spool.postgresql import Place, PostgresqlStore, migrate
+from otel_smtp.spool.postgresql.connecting import connect
+from tests.support.postgresql import Server, server
+
+_numbers: Iterator[int] = itertools.count()
+
+
+async def new_place(running: Server | None = None, *, takeover_seconds: float = 10.0) -> Place:
+    """An empty queue that no other test has."""
+    place = Place((running or server()).url(), f"queue_{os.getpid()}_{next(_numbers)}", takeover_seconds)
+    await migrate_to(place)
+    return place
+
+
+async def migrate_to(place: Place) -> None:
+    """What `otel-smtp queue migrate` does."""
+    connection, _ = await connect(place, purpose="migrate", checks_schema=False)
+    try:
+        await migrate(connection, place.schema, dry_run=False)
+    finally:
+        await connection.close()
+
+
+def store(place: Place, name: str = "a gateway") -> PostgresqlStore:
+    """A store of one more gateway."""
+    return PostgresqlStore(place, name=name, version="0")

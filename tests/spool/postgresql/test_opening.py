@@ -1,0 +1,173 @@
+"""What a gateway says of a database that it cannot trust with mail, and what it does to one that it can."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+
+from otel_smtp.spool.messages import SpoolError
+from otel_smtp.spool.postgresql import Place, PostgresqlStore, migrate
+from otel_smtp.spool.postgresql import schema as schemas
+from otel_smtp.spool.postgresql.connecting import connect
+from tests.spool.messages import message, queued
+from tests.spool.postgresql.schemas import new_place, store
+from tests.support.postgresql import Server, server
+
+
+@pytest.fixture(scope="module")
+def own_server() -> Iterator[Server]:
+    """A server whose configuration a test may change."""
+    own = Server().start()
+    yield own
+    own.remove()
+
+
+async def refused(place: Place) -> str:
+    """What opening says."""
+    opened = store(place)
+    with pytest.raises(SpoolError) as raised:
+        await opened.open()
+    with pytest.raises(SpoolError):
+        await queued(opened)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("postgresql://127.0.0.1:1/none", "no PostgreSQL answers"),
+        ("postgresql://u@127.0.0.1:port/x", "spool.url is not understood"),
+    ],
+)
+async def test_a_wrong_url_says_so(url: str, said: str) -> None:
+    assert said in await refused(Place(url))
+
+
+async def test_a_database_that_is_not_there_says_so() -> None:
+    assert "there is no such database" in await refused(Place(server().url("elsewhere")))
+
+
+async def test_a_refused_password_says_so_without_the_password() -> None:
+    running = server()
+    running.do("DROP ROLE IF EXISTS locked", "CREATE ROLE locked LOGIN PASSWORD 'right'")
+    url = running.url(user="locked:wrong-secret")
+    said = await refused(Place(url))
+    assert "the database refused the login" in said
+    assert "wrong-secret" not in said
+
+
+async def test_a_database_without_the_schema_says_how_to_make_it() -> None:
+    assert "otel-smtp queue migrate" in await refused(Place(server().url(), "nothing_here"))
+
+
+async def test_an_older_and_a_newer_schema_say_what_to_do() -> None:
+    place = await new_place()
+    server().do(f"UPDATE {place.schema}.meta SET version = 0, oldest_reader = 0")
+    assert "bring it up to date with: otel-smtp queue migrate" in await refused(place)
+    server().do(f"UPDATE {place.schema}.meta SET version = 9, oldest_reader = 8")
+    assert "install a newer otel-smtp" in await refused(place)
+    server().do(f"UPDATE {place.schema}.meta SET version = 9, oldest_reader = 1")
+    opened = store(place)
+    await opened.open()  # a release that only added
+    await opened.close()
+
+
+@pytest.mark.parametrize("name", ["fsync", "full_page_writes"])
+async def test_a_server_that_loses_mail_in_a_crash_is_refused(own_server: Server, name: str) -> None:
+    place = await new_place(own_server)
+    own_server.do(f"ALTER SYSTEM SET {name} = off", "SELECT pg_reload_conf()")
+    try:
+        own_server.wait_for(f"SELECT 1 WHERE current_setting('{name}') = 'off'")
+        assert f"set {name} = on there" in await refused(place)
+    finally:
+        own_server.do(f"ALTER SYSTEM RESET {name}", "SELECT pg_reload_conf()")
+        own_server.wait_for(f"SELECT 1 WHERE current_setting('{name}') = 'on'")
+    opened = store(place)
+    await opened.open()
+    await opened.close()
+
+
+@pytest.mark.parametrize("value", ["off", "local"])
+async def test_a_role_that_does_not_wait_for_its_commits_is_refused(value: str) -> None:
+    place = await new_place()
+    running = server()
+    running.do(
+        "DROP ROLE IF EXISTS hasty",
+        f"CREATE ROLE hasty LOGIN SUPERUSER; ALTER ROLE hasty SET synchronous_commit = {value}",
+    )
+    hasty = dataclasses.replace(place, url=running.url(user="hasty"))
+    assert "ALTER ROLE hasty SET synchronous_commit = on" in await refused(hasty)
+
+
+async def test_a_role_without_rights_says_which_and_how_to_grant_them() -> None:
+    place = await new_place()
+    running = server()
+    running.do("DROP ROLE IF EXISTS poor", "CREATE ROLE poor LOGIN")
+    poor = dataclasses.replace(place, url=running.url(user="poor"))
+    try:
+        assert f"GRANT USAGE ON SCHEMA {place.schema} TO poor" in await refused(poor)
+        running.do(
+            f"GRANT USAGE ON SCHEMA {place.schema} TO poor",
+            f"GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA {place.schema} TO poor",
+            f"REVOKE DELETE ON {place.schema}.dlv FROM poor",
+        )
+        said = await refused(poor)
+        assert "DELETE" in said
+        assert "dlv" in said
+        running.do(f"GRANT DELETE ON {place.schema}.dlv TO poor")
+        opened = store(poor)
+        await opened.open()
+        await queued(opened)
+        await opened.close()
+    finally:
+        running.do("DROP OWNED BY poor", "DROP ROLE poor")
+
+
+async def test_a_replica_is_refused(own_server: Server) -> None:
+    place = await new_place(own_server)
+    replica = Server(standby_of=own_server).start()
+    try:
+        assert "read-only replicas" in await refused(dataclasses.replace(place, url=replica.url()))
+    finally:
+        replica.remove()
+
+
+async def test_migrating_twice_changes_nothing_and_a_dry_run_less() -> None:
+    place = Place(server().url(), "made_twice")
+    connection, _ = await connect(place, purpose="test", checks_schema=False)
+    try:
+        (would,) = await migrate(connection, place.schema, dry_run=True)
+        assert "CREATE TABLE" in would
+        assert await schemas.version_of(connection, place.schema) is None
+        assert await migrate(connection, place.schema, dry_run=False) == [would]
+        assert await schemas.version_of(connection, place.schema) == (schemas.VERSION, 1)
+        assert await migrate(connection, place.schema, dry_run=False) == []
+        await connection.execute("UPDATE made_twice.meta SET version = 99")
+        with pytest.raises(SpoolError, match="newest"):
+            await migrate(connection, place.schema, dry_run=False)
+    finally:
+        await connection.execute("DROP SCHEMA made_twice CASCADE")
+        await connection.close()
+
+
+@pytest.mark.parametrize("name", ["", "a b", "A", 'x"; DROP', "pg_x", "1a", "a" * 64])
+def test_a_schema_has_a_plain_name(name: str) -> None:
+    with pytest.raises(SpoolError):
+        schemas.quoted(name)
+
+
+async def test_a_command_of_an_operator_is_no_gateway() -> None:
+    place = await new_place()
+    gateway = store(place)
+    await gateway.open()
+    operator = PostgresqlStore(place, is_gateway=False)
+    try:
+        one = await queued(gateway, message())
+        await operator.open()
+        assert [shown.id for shown in await operator.page("", 9)] == [one]
+        assert [row["name"] for row in await operator.gateways()] == ["a gateway"]
+        with pytest.raises(SpoolError):
+            await queued(operator)
+    finally:
+        await operator.close()
+        await gateway.close()
