@@ -1,4 +1,4 @@
-"""`python -m tests.durability kill|faults|full|workers`: the long proofs.
+"""`python -m tests.durability kill|faults|full|workers|model`: the long proofs.
 
 `tests/spool/test_durability.py` and `tests/end_to_end/test_workers.py` run short ones.
 """
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tests.durability.failing import CALLS, fill, inject, starve
 from tests.durability.killing import kill_again_and_again
+from tests.durability.model import MODES, Model, run_model
 from tests.durability.supervising import storm
 
 
@@ -26,6 +27,12 @@ def main() -> int:
     workers = commands.add_parser("workers", help="random signals and kills to a supervisor and its workers")
     workers.add_argument("--seconds", type=float, default=60.0)
     workers.add_argument("--seed", type=int, default=1)
+    model = commands.add_parser(
+        "model", help="clients that vanish, an upstream that lies, kills, a full disk: balanced"
+    )
+    model.add_argument("--transactions", type=int, default=20_000, help="in each mode")
+    model.add_argument("--mode", choices=MODES, action="append", help="default: all")
+    model.add_argument("--seed", type=int, default=1)
     parser.add_argument("--directory", type=Path, default=None, help="on the disk that is to be tried")
     arguments = parser.parse_args()
     directory = Path(tempfile.mkdtemp(prefix="otel-smtp-durability-", dir=arguments.directory))
@@ -51,6 +58,17 @@ def main() -> int:
             )
             print(stormed.told())
             return int(not stormed.is_right)
+        case "model":
+            print(Model.HEADING, flush=True)
+            is_right = True
+            for mode in arguments.mode or MODES:
+                run = run_model(
+                    mode, arguments.transactions, directory / mode,
+                    seed=arguments.seed, tell=lambda line: print(line, file=sys.stderr, flush=True),
+                )  # fmt: skip
+                print(run.told(), *run.found(), sep="\n", flush=True)
+                is_right &= run.is_right
+            return int(not is_right)
         case _:
             full = fill(directory / "full")
             print(full.told(), flush=True)

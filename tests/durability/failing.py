@@ -248,7 +248,7 @@ def held_disk(directory: Path, octets: int) -> Iterator[tuple[list[str], Path]]:
         holder.stdout.close()
 
 
-class _Ballast:
+class Ballast:
     """Takes every octet that is free, again and again.
 
     Attributes:
@@ -298,7 +298,7 @@ def starve(directory: Path, *, mails: int = 300, octets: int = 80 * 1024 * 1024,
             for one in accepted:
                 outcome.accepted += send(running.port, one, octets=150_000 if int(one) % 50 == 0 else 2_000) == 250
             until(lambda: (disk / "spool" / "log" / "spare").exists() or None, "what is kept in reserve is there")
-            with _Ballast(disk):
+            with Ballast(disk):
                 upstream.is_closed = False
                 until(lambda: len(upstream.taken) > mails // 4 or None, "deliveries go on", timeout_seconds=60)
                 outcome.refused.add(send(running.port, "late"))

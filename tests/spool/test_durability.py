@@ -12,6 +12,7 @@ import pytest
 
 from tests.durability.failing import fill, inject, may_mount, send, settings_of, starve
 from tests.durability.killing import kill_again_and_again
+from tests.durability.model import MODES, run_model
 from tests.durability.upstream import CountingUpstream
 from tests.support.process import ROOT, environment, gateway, settings_file, until
 from tests.support.tools import tool
@@ -111,6 +112,13 @@ def test_deliveries_go_on_with_no_octet_free(tmp_path: Path) -> None:
     assert (starved.accepted, starved.delivered) == (300, 300), starved.told()
     assert starved.refused == {452}
     assert starved.accepted_later == 1
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_books_are_balanced_whatever_happens(tmp_path: Path, mode: str) -> None:
+    model = run_model(mode, 150, tmp_path / mode, seed=3)
+    assert model.is_right, "\n".join([model.told(), *model.found()])
+    assert len(model.accepted) > 20
 
 
 def test_a_second_gateway_does_not_start_on_the_same_spool(tmp_path: Path) -> None:
