@@ -1,7 +1,9 @@
-"""TLS towards upstreams: verified, 1.2 or newer, with sessions resumed."""
+"""TLS towards upstreams: verified, 1.2 or newer without CBC, with sessions resumed."""
 
 import ssl
 from typing import Any, Self
+
+from otel_smtp.net import require_modern_tls
 
 
 class UpstreamTlsContext(ssl.SSLContext):
@@ -31,7 +33,7 @@ class UpstreamTlsContext(ssl.SSLContext):
             OSError: a file cannot be read; ssl.SSLError: it cannot be used.
         """
         context = cls(ssl.PROTOCOL_TLS_CLIENT)  # verifies certificate and name by default
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        require_modern_tls(context)
         if ca_file is not None:
             context.load_verify_locations(ca_file)
         else:

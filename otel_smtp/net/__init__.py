@@ -1,5 +1,6 @@
 """The network: streams over asyncio's or uvloop's transports, connecting, listening, and the look at the clock."""
 
+from otel_smtp.net.ciphers import TLS_1_2_SUITES, require_modern_tls
 from otel_smtp.net.connecting import connect, connect_unix
 from otel_smtp.net.listening import CannotListen, Listener, is_accept_exhausted, listen, refuse_served
 from otel_smtp.net.stream import CLOCK_SLACK_SECONDS, Receiver, Stream
@@ -7,6 +8,7 @@ from otel_smtp.net.sweep import Sweep
 
 __all__ = [
     "CLOCK_SLACK_SECONDS",
+    "TLS_1_2_SUITES",
     "CannotListen",
     "Listener",
     "Receiver",
@@ -17,4 +19,5 @@ __all__ = [
     "is_accept_exhausted",
     "listen",
     "refuse_served",
+    "require_modern_tls",
 ]

@@ -6,6 +6,8 @@ import stat
 from pathlib import Path
 from typing import Final, NoReturn
 
+from otel_smtp.net import require_modern_tls
+
 logger: Final = logging.getLogger("otel_smtp.server.tls")
 
 
@@ -27,7 +29,7 @@ def server_context(certificate: Path, key: Path) -> ssl.SSLContext:
         CertificateError: they cannot be read, or do not belong together.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2  # RFC 8996: nothing older; RFC 8997 for mail
+    require_modern_tls(context)
     # A client could make us do handshakes for ever on one connection; TLS 1.3 has none, and 1.2 needs none.
     context.options |= ssl.OP_NO_RENEGOTIATION
     try:

@@ -62,6 +62,30 @@ def test_tls_1_2_is_the_oldest(tmp_path: Path) -> None:
     assert tls.options & ssl.OP_NO_RENEGOTIATION
 
 
+@pytest.mark.parametrize(
+    ("suite", "is_taken"),
+    [
+        ("ECDHE-RSA-AES128-GCM-SHA256", True),
+        ("ECDHE-RSA-CHACHA20-POLY1305", True),
+        ("ECDHE-RSA-AES256-SHA384", False),  # CBC
+        ("ECDHE-RSA-AES128-SHA", False),  # CBC, and with SHA-1
+        ("AES128-GCM-SHA256", False),  # the key is sent under the server's own, for good
+        ("AES256-SHA256", False),
+    ],
+)
+def test_tls_1_2_has_authenticated_encryption_and_nothing_else(tmp_path: Path, suite: str, is_taken: bool) -> None:
+    tls = server_context(*write(tmp_path, trustme.CA().issue_cert("localhost", key_type=trustme.KeyType.RSA)))
+    context = client_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    context.set_ciphers(suite)
+    if is_taken:
+        assert (shake_hands(tls, context).cipher() or ("",))[0] == suite
+    else:
+        with pytest.raises(ssl.SSLError, match=r"(?i)no.shared.cipher"):
+            shake_hands(tls, context)
+
+
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
 def test_a_session_is_resumed_on_its_own_listener_only(tmp_path: Path, version: ssl.TLSVersion) -> None:
     files = write(tmp_path, FIRST)
