@@ -20,6 +20,7 @@ from typing import Any, Final
 
 from otel_smtp.forwarding.connection import UpstreamConnection
 from otel_smtp.forwarding.faults import (
+    ConnectFailed,
     ConnectionLost,
     CredentialsRefused,
     NoConnectionFree,
@@ -30,9 +31,9 @@ from otel_smtp.forwarding.faults import (
     UpstreamFault,
 )
 from otel_smtp.forwarding.pool import Decision, Ticket
-from otel_smtp.forwarding.smarthost import Smarthost
+from otel_smtp.forwarding.smarthost import Smarthost, told
 from otel_smtp.forwarding.verdicts import missing_extension
-from otel_smtp.observing import DeliveryPhase, DeliveryRecord, Observer, Outcome, TransactionRecord
+from otel_smtp.observing import DeliveryPhase, DeliveryRecord, Observer, Outcome, TransactionRecord, trace_fields
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Mail
 from otel_smtp.smtp.errors import RemoteProtocolError
@@ -121,6 +122,7 @@ class Attempts(ABC):
     def give_up(self) -> None:
         """End an attempt that goes on without its client: nobody will know what came of it."""
         if self.is_under_way:
+            self._attempt.failure = "the gateway ended before the reply came"
             self._end(Outcome.UNKNOWN, None, ErrorType.OUTCOME_UNKNOWN)
 
     def _stop(self) -> None:
@@ -164,14 +166,18 @@ class Attempts(ABC):
                 elif isinstance(error, RemoteProtocolError):  # a late reply was there when a command was to be sent
                     self._fail(OutOfStep(str(error)))
                 else:
-                    logger.error("delivery attempt failed: internal error", exc_info=error)
-                    self._fail_internally()
+                    self._fail_internally(error)
             except Exception as another:  # noqa: BLE001 - the next attempt failed at once
                 error = another
             else:
                 return
 
-    def _fail_internally(self) -> None:
+    def _fail_internally(self, error: Exception) -> None:
+        named: dict[str, object] = {}
+        if self.is_under_way:
+            named = self._named()
+            self._attempt.failure = f"internal error: {type(error).__name__}"
+        logger.error("delivery attempt failed: internal error", extra=named, exc_info=error)
         if self.has_ended_content:
             self._end(Outcome.UNKNOWN, None, ErrorType.OUTCOME_UNKNOWN)
             self._answer_for_all(replies.INTERNAL_OUTCOME)
@@ -184,8 +190,9 @@ class Attempts(ABC):
         was_connected = self._is_connected
         if self.has_ended_content:
             # The one case that must never be tried again: it may have been delivered.
+            self._attempt.failure = str(fault)
+            logger.error("outcome of a delivery unknown", extra={**self._named(), "fault": str(fault)})
             self._end(Outcome.UNKNOWN, None, ErrorType.OUTCOME_UNKNOWN)
-            logger.error("outcome of a delivery unknown", extra={"upstream": self._attempt.upstream})
             # The reply says so, too: transaction, log and a later attempt's mark are made of it.
             is_lost = isinstance(fault, ConnectionLost)
             self._answer_for_all(replies.OUTCOME_UNKNOWN if is_lost else replies.GARBLED_OUTCOME)
@@ -204,6 +211,9 @@ class Attempts(ABC):
             return
         if isinstance(fault, CredentialsRefused):
             self._smarthost.credentials_refused(fault)
+        self._attempt.failure = str(fault)
+        if isinstance(fault, ConnectFailed):
+            logger.warning("no connection to the upstream", extra={**self._named(), **told(fault)})
         self._end(Outcome.DEFERRED, fault.upstream_reply, fault.reply.error_type)
         self._faults.append(fault)
         if was_connected and fault.reply is replies.UPSTREAM_PROTOCOL:
@@ -313,7 +323,9 @@ class Attempts(ABC):
         refusal = missing_extension(self._mail, connection.protocol.extensions, is_tls=attempt.tls is not None)
         # What was declared 8-bit may be 7-bit; where nobody else is left, the content tells.
         if refusal is not None and (refusal is not replies.NEEDS_8BITMIME or self.route):
-            self._faults.append(Unsuitable("the upstream lacks an extension that the mail needs", refusal))
+            fault = Unsuitable("the upstream lacks an extension that the mail needs", refusal)
+            self._faults.append(fault)
+            attempt.failure = str(fault)
             self._end(Outcome.DEFERRED if refusal.is_transient else Outcome.REFUSED, None, refusal.error_type)
             self._next_attempt()
             return
@@ -361,6 +373,16 @@ class Attempts(ABC):
             self._observer.delivery_ended(attempt)
         if self._is_aborted:
             self._ended_alone(self)
+
+    def _named(self) -> dict[str, object]:
+        """What log lines say of the attempt: whose mail it is, where it is tried, and where its trace has it."""
+        record = self._record
+        named: dict[str, object] = {"upstream": self._attempt.upstream}
+        if record.connection is not None:
+            named["connection_id"] = record.connection.info.id
+        else:
+            named |= {"spool_id": record.spool_id, "attempt": record.attempt}
+        return named | trace_fields(self._observer.delivery_carrier(self._attempt))
 
     def _let_go(self, *, answered: bool) -> None:
         connection = self._connection

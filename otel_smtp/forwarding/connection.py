@@ -22,6 +22,7 @@ from otel_smtp.forwarding.authentication import without_secrets
 from otel_smtp.forwarding.faults import ConnectFailed, ConnectionLost, OutOfStep, TimedOut, UpstreamFault
 from otel_smtp.forwarding.settings import Credentials, PoolLimits, ReplyLimits, Timeouts, UpstreamSettings
 from otel_smtp.net import Stream, connect, connect_unix
+from otel_smtp.net.reasons import reason_of
 from otel_smtp.observing import DeliveryPhase
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.client import Answer, Awaited, ClientProtocol, challenge_of
@@ -153,7 +154,7 @@ class UpstreamConnection:
         if self.protocol.fault is not None:
             raise OutOfStep(str(self.protocol.fault)) from self.protocol.fault
         if farewell:
-            raise ConnectionLost("421", upstream_reply=farewell[-1].reply)
+            raise ConnectionLost("the upstream closed the connection with 421", upstream_reply=farewell[-1].reply)
         raise ConnectionLost("connection lost between two exchanges")
 
     # Exchanges --------------------------------------------------------------------------------------------
@@ -178,7 +179,7 @@ class UpstreamConnection:
         verb = protocol.awaited[0] if protocol.awaited else None
         self.deadline = self._loop.time() + self._patience_seconds.get(verb, self._timeouts.command)
         if self.stream.is_eof and self.stream.receiver is self:
-            self._end(ConnectionLost("connection lost"))
+            self._end(self._lost())
 
     def send_content(self, on_settled: Settled, on_writable: Callable[[], None]) -> bool:
         """Send a piece of content that was queued, and that is not the last: `exchange` sends that.
@@ -194,7 +195,7 @@ class UpstreamConnection:
         self._on_settled = on_settled
         self.stream.write(self.protocol.data_to_send())
         if self.stream.is_eof:
-            self._end(ConnectionLost("connection lost"))
+            self._end(self._lost())
             return False
         if not self.stream.is_write_paused:
             self.deadline = math.inf
@@ -227,7 +228,7 @@ class UpstreamConnection:
                 async with asyncio.timeout_at(self.deadline):
                     await waiting
         except TimeoutError as error:
-            raise TimedOut("no answer in time") from error
+            raise self._late() from error
         finally:
             self.abandon()
         if (fault := waiting.result()) is not None:
@@ -237,7 +238,23 @@ class UpstreamConnection:
     def check_deadline(self, now: float) -> None:
         """End an exchange that takes too long; to be called a few times a second while one may be under way."""
         if now >= self.deadline and self._on_settled is not None:
-            self._end(TimedOut("the upstream takes no more content" if self._is_in_content else "no answer in time"))
+            self._end(self._late())
+
+    def _late(self) -> TimedOut:
+        if self._is_in_content:
+            return TimedOut(f"the upstream took no more content within {self._timeouts.block:g} s")
+        verb = self._awaited
+        seconds = self._patience_seconds.get(verb, self._timeouts.command)
+        return TimedOut(f"no {_answer_to(verb)} within {seconds:g} s")
+
+    def _lost(self) -> ConnectionLost:
+        if self._is_in_content:
+            return ConnectionLost("connection lost within the content")
+        return ConnectionLost(f"connection lost before the {_answer_to(self._awaited)}")
+
+    @property
+    def _awaited(self) -> Awaited | None:
+        return self.protocol.awaited[0] if self.protocol.awaited else None
 
     def abandon(self) -> None:
         """The exchange under way is of interest to nobody any more; the connection stays out of step."""
@@ -284,7 +301,7 @@ class UpstreamConnection:
             return
         for verb, reply in answers:
             if reply.code == 421:
-                self._end(ConnectionLost("421", upstream_reply=reply))
+                self._end(ConnectionLost("the upstream closed the connection with 421", upstream_reply=reply))
                 return
             if reply.code >= 400 and verb in self._stop_at:
                 protocol.cancel_queued()
@@ -304,7 +321,7 @@ class UpstreamConnection:
     def input_ended(self) -> None:
         """The upstream is gone."""
         if self._on_settled is not None:
-            self._end(ConnectionLost("connection lost"))
+            self._end(self._lost())
         else:
             self._be_lost()
 
@@ -319,6 +336,18 @@ class UpstreamConnection:
         self.is_alive = False
         if self.on_lost is not None:
             self.on_lost(self)
+
+
+def _answer_to(verb: Awaited | None) -> str:
+    match verb:
+        case None:
+            return "reply"
+        case Awaited.GREETING:
+            return "greeting"
+        case Awaited.CONTENT:
+            return "reply to the end of DATA"  # BDAT LAST as well
+        case _:
+            return f"reply to {verb}"
 
 
 # Opening ------------------------------------------------------------------------------------------------------
@@ -367,15 +396,13 @@ async def _connect(settings: UpstreamSettings, context: ssl.SSLContext | None) -
             server_hostname=settings.verified_name,
         )
     except ssl.SSLError as error:
-        raise ConnectFailed(_tls_failure(error), replies.UPSTREAM_TLS) from error
+        raise ConnectFailed(reason_of(error), replies.UPSTREAM_TLS) from error
     except ConnectionResetError as error:  # somebody was there
         raise ConnectFailed("connection lost before the greeting", replies.UPSTREAM_LOST) from error
-    except OSError as error:  # TimeoutError, refused, no such name
-        raise ConnectFailed(f"no connection: {type(error).__name__}") from error
-
-
-def _tls_failure(error: ssl.SSLError) -> str:
-    return f"TLS: {getattr(error, 'verify_message', None) or error.reason or 'handshake failed'}"
+    except TimeoutError as error:
+        raise ConnectFailed(f"no connection within {seconds:g} s") from error
+    except OSError as error:  # refused, no such name
+        raise ConnectFailed(reason_of(error)) from error
 
 
 async def introduce(
@@ -482,7 +509,10 @@ async def _start_tls(
             timeout_seconds=settings.timeouts.connect,
         )
     except ssl.SSLError as error:
-        raise ConnectFailed(_tls_failure(error), replies.UPSTREAM_TLS) from error
+        raise ConnectFailed(reason_of(error), replies.UPSTREAM_TLS) from error
+    except TimeoutError as error:
+        seconds = settings.timeouts.connect
+        raise ConnectFailed(f"no TLS handshake within {seconds:g} s", replies.UPSTREAM_LOST) from error
     except OSError as error:
         raise ConnectFailed("connection lost in the TLS handshake", replies.UPSTREAM_LOST) from error
     note(DeliveryPhase.STARTTLS, reply)

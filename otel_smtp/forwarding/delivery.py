@@ -544,7 +544,7 @@ class Delivery(Attempts):
         if delivered is not None:
             delivered(reply, verdicts if len(verdicts) > 1 else ())
         else:
-            logger.info("outcome of a message whose client is gone", extra={"code": reply.code})
+            logger.info("outcome of a message whose client is gone", extra={**self._named(), "code": reply.code})
 
     # ------------------------------------------------------------------------------------------------------
 

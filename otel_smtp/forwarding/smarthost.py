@@ -175,7 +175,9 @@ class Smarthost:
         except UpstreamFault as fault:
             opened(None, fault)
         except Exception:
-            logger.exception("connecting to the upstream failed: internal error", extra=self._named)
+            logger.exception(
+                "connecting to the upstream failed: internal error", extra={"upstream": self.settings.name}
+            )
             opened(None, UpstreamFault("internal error", replies.INTERNAL))
         else:
             opened(connection, None)
@@ -199,6 +201,9 @@ class Smarthost:
             self.withdraw(ticket)
             assert ticket.fault is not None
             raise ticket.fault from None
+        except ConnectFailed as fault:
+            logger.warning("no connection to the upstream", extra={"upstream": self.settings.name, **told(fault)})
+            raise
         except asyncio.CancelledError:
             assert self._loop is not None
             self._pool.gave_up(self._loop.time())
@@ -223,9 +228,11 @@ class Smarthost:
                 connection = await self._open_unasked()
             except ConnectFailed as fault:
                 level = logging.WARNING if wait_seconds == LEARN_AGAIN_SECONDS else logging.DEBUG
-                logger.log(level, "no connection to the upstream", extra={**self._named, **_told(fault)})
+                extra = {"upstream": self.settings.name}
+                logger.log(level, "no connection to the upstream", extra=extra | told(fault))
             except Exception:
-                logger.exception("connecting to the upstream failed: internal error", extra=self._named)
+                extra = {"upstream": self.settings.name}
+                logger.exception("connecting to the upstream failed: internal error", extra=extra)
                 return
             else:
                 self._keep(connection)
@@ -333,7 +340,6 @@ class Smarthost:
                 self._tell_ceiling(fault)
                 raise _WaitsAgain from None
             self._note(fault)
-            logger.warning("no connection to the upstream", extra={**self._named, **_told(fault)})
             raise
         except Exception:
             self._pool.gave_up(self._loop.time())
@@ -352,17 +358,18 @@ class Smarthost:
         if level == self._level:
             return
         is_less, self._level = level < self._level, level
-        told = {**self._named, "connections": int(level), **(_told(fault) if fault is not None else {})}
+        why = {} if fault is None else told(fault)
+        words = {"upstream": self.settings.name, "connections": int(level), **why}
         if is_less:
-            logger.warning("upstream takes no more connections; mail waits for those that it takes", extra=told)
+            logger.warning("upstream takes no more connections; mail waits for those that it takes", extra=words)
         else:
-            logger.info("upstream takes more connections than before", extra=told)
+            logger.info("upstream takes more connections than before", extra=words)
 
     def credentials_refused(self, fault: CredentialsRefused) -> None:
         """It refused a mail for what the operator has to mend."""
         assert self._loop is not None
         self._note(fault)
-        logger.error("upstream refuses our credentials", extra={**self._named, **_told(fault)})
+        logger.error("upstream refuses our credentials", extra={"upstream": self.settings.name, **told(fault)})
 
     def _note(self, fault: UpstreamFault) -> None:
         assert self._loop is not None
@@ -375,9 +382,9 @@ class Smarthost:
             return ticket.fault
         last = self.last_fault
         if self.retry_at is not None and last is not None:
-            return NoConnectionFree("the upstream is in backoff", last.reply, last.upstream_reply)
+            return NoConnectionFree(f"not tried again yet: {last}", last.reply, last.upstream_reply)
         said = ticket.fault.upstream_reply if ticket.fault is not None else None
-        return NoConnectionFree("no connection is free", replies.UPSTREAM_BUSY, said)
+        return NoConnectionFree("all connections are busy", replies.UPSTREAM_BUSY, said)
 
     def _lost(self, connection: UpstreamConnection) -> None:
         assert self._loop is not None
@@ -389,17 +396,13 @@ class Smarthost:
             self._connections.discard(connection)
             connection.close()
 
-    @property
-    def _named(self) -> dict[str, object]:
-        return {"upstream": self.settings.name}
-
 
 def _alone(fault: UpstreamFault) -> UpstreamFault:
     """A fault without what led to it: that would keep frames alive, and with them a mail."""
     return UpstreamFault(str(fault), fault.reply, fault.upstream_reply)
 
 
-def _told(fault: UpstreamFault) -> dict[str, object]:
+def told(fault: UpstreamFault) -> dict[str, object]:
     """What log lines say of a fault."""
     said = fault.upstream_reply
     return {

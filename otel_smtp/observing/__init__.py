@@ -11,6 +11,7 @@ from otel_smtp.observing.values import (
     Outcome,
     TlsInfo,
     TraceHeaders,
+    trace_fields,
 )
 
 __all__ = [
@@ -30,4 +31,5 @@ __all__ = [
     "TraceHeaders",
     "TransactionRecord",
     "fan_out",
+    "trace_fields",
 ]

@@ -45,6 +45,10 @@ class Observer:
     def delivery_ended(self, delivery: DeliveryRecord) -> None:
         """An attempt is over whose transaction had ended before: one from the spool, or whose client is gone."""
 
+    def connection_carrier(self, connection: ConnectionRecord) -> Mapping[str, str]:
+        """The trace context of the connection, of its present segment, as headers; empty where there is no trace."""
+        return {}
+
     def trace_id(self, transaction: TransactionRecord) -> str | None:
         """The trace id that people are shown, 32 hexadecimal digits; asked once the header block has been read, or
         when there will be none. None where there is no trace."""

@@ -35,6 +35,19 @@ MOST_REFUSED: Final = 50
 MOST_PHASES: Final = 64
 
 
+# What a transaction comes to when its attempts fail; the last of these says why.
+_OF_ATTEMPTS: Final = frozenset(
+    {
+        ErrorType.UPSTREAM_UNAVAILABLE,
+        ErrorType.UPSTREAM_AUTH,
+        ErrorType.UPSTREAM_TLS,
+        ErrorType.UPSTREAM_PROTOCOL,
+        ErrorType.OUTCOME_UNKNOWN,
+        ErrorType.INTERNAL,
+    }
+)
+
+
 class ConnectionRecord:
     """One client connection.
 
@@ -52,6 +65,7 @@ class ConnectionRecord:
         replies: of the present segment: the verb that was answered, "other", or None; and the reply.
         earlier: the last transitions of the segments before, for views that show a path.
         octets_received, octets_sent: of the application, set when the connection is closed.
+        failure: why it failed, in the words that an operator needs, where no reply says it: a TLS handshake.
         close_reason: None while it is open. `closed_ns`: when it was closed; 0 while it is open.
         trace: what tracing keeps of the present segment.
         counted: how many transitions and replies of the present segment the metrics have counted already.
@@ -66,6 +80,7 @@ class ConnectionRecord:
         "counted",
         "earlier",
         "errors",
+        "failure",
         "hello_name",
         "hello_verb",
         "info",
@@ -101,6 +116,7 @@ class ConnectionRecord:
         self.earlier: tuple[Transition, ...] = ()
         self.octets_received = 0
         self.octets_sent = 0
+        self.failure: str | None = None
         self.close_reason: CloseReason | None = None
         self.closed_ns = 0
         self.trace: Any = None
@@ -153,6 +169,7 @@ class TransactionRecord:
         deliveries: attempts, in the order in which they began.
         ended_ns: 0 while it is open.
         outcome, reply, error_type: how it ended; `reply` is what the client was told, None where it was told nothing.
+        failure: why it failed, where that is no upstream's reply: of the attempt that decided, or what befell us.
         carrier: for a message from the spool, the trace context that was stored with it, as headers.
         is_possible_duplicate: an attempt before may have been taken by an upstream.
         waited_seconds: for a mail from the spool, since its acceptance when this attempt began; None for anything else,
@@ -172,6 +189,7 @@ class TransactionRecord:
         "deliveries",
         "ended_ns",
         "error_type",
+        "failure",
         "is_8bit_offered",
         "is_possible_duplicate",
         "lost_count",
@@ -213,6 +231,7 @@ class TransactionRecord:
         self.outcome: Outcome | None = None
         self.reply: Reply | None = None
         self.error_type: ErrorType | None = None
+        self.failure: str | None = None
         self.carrier: Mapping[str, str] = {}
         self.is_possible_duplicate = False
         self.waited_seconds: float | None = None
@@ -298,6 +317,8 @@ class TransactionRecord:
         self.reply = reply
         self.error_type = reply.error_type if reply is not None else None
         self.ended_ns = now_ns
+        if self.error_type in _OF_ATTEMPTS and self.failure is None:
+            self.failure = next((one.failure for one in reversed(self.deliveries) if one.failure is not None), None)
 
 
 class DeliveryRecord:
@@ -315,6 +336,7 @@ class DeliveryRecord:
         round_trips: waits for an answer to something that was sent.
         ended_ns: 0 while it is under way.
         outcome, error_type: how it ended. `reply`: the upstream's own final reply, None where it gave none.
+        failure: why it failed, in the words that an operator needs, where it failed for another reason than a reply.
         trace: what tracing keeps of it.
     """
 
@@ -325,6 +347,7 @@ class DeliveryRecord:
         "deferred_count",
         "ended_ns",
         "error_type",
+        "failure",
         "is_reused",
         "outcome",
         "peer",
@@ -361,6 +384,7 @@ class DeliveryRecord:
         self.outcome: Outcome | None = None
         self.reply: Reply | None = None
         self.error_type: ErrorType | None = None
+        self.failure: str | None = None
         self.trace: Any = None
 
     def refuse(self, recipient: Recipient, reply: Reply, now_ns: int) -> None:

@@ -1,5 +1,6 @@
 """The values that observers are given: addresses, identities, outcomes."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -62,6 +63,13 @@ class TraceHeaders:
 
     traceparents: tuple[str, ...] = ()
     tracestate: str = ""
+
+
+def trace_fields(carrier: Mapping[str, str]) -> dict[str, str]:
+    """How a log line names its span: `trace_id` and `span_id` in hexadecimal, of a trace context as headers (W3C Trace
+    Context 3.2); nothing where there is none."""
+    parts = carrier.get("traceparent", "").split("-")
+    return {"trace_id": parts[1], "span_id": parts[2]} if len(parts) >= 4 else {}
 
 
 class Outcome(StrEnum):

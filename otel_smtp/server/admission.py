@@ -4,6 +4,7 @@ import logging
 import time
 from typing import Final
 
+from otel_smtp.net.reasons import reason_of
 from otel_smtp.observing import Endpoint
 from otel_smtp.server.conversation import Conversation, Pause
 from otel_smtp.server.policy import is_in, is_loopback
@@ -90,8 +91,10 @@ class Admission(Conversation):
                     self._protocol.fail(None, CloseReason.CLIENT_DISCONNECT)
                     return False
                 header = parser.feed(data)
-        except (ProxyProtocolError, TimeoutError):
-            logger.warning("bad PROXY header", extra={"connection_id": self.record.info.id})
+        except (ProxyProtocolError, TimeoutError) as error:
+            is_late = isinstance(error, TimeoutError)
+            fault = f"no PROXY header within {PROXY_HEADER_SECONDS:g} s" if is_late else str(error)
+            logger.warning("bad PROXY header", extra={**self._named(), "fault": fault})
             self._protocol.refuse(replies.BAD_PROXY_HEADER)
             return False
         finally:
@@ -159,9 +162,10 @@ class Admission(Conversation):
                 from_first_octet=self.record.info.tls_mode is TlsMode.IMPLICIT,
             )
         except (OSError, TimeoutError) as error:  # ssl.SSLError is an OSError
-            logger.info(
-                "TLS handshake failed", extra={"connection_id": self.record.info.id, "error": type(error).__name__}
-            )
+            seconds = self._policy.timeouts.tls_handshake
+            is_late = isinstance(error, TimeoutError)
+            self.record.failure = f"no TLS handshake within {seconds:g} s" if is_late else reason_of(error)
+            logger.info("TLS handshake failed", extra={**self._named(), "fault": self.record.failure})
             self._protocol.states.now_ns = time.monotonic_ns()
             self._protocol.tls_failed()
             return False
@@ -190,7 +194,7 @@ class Admission(Conversation):
         try:
             step = await exchange.step(response)
         except Exception:
-            logger.exception("authentication failed to run", extra={"connection_id": record.info.id})
+            logger.exception("authentication failed to run", extra=self._named())
             self._call(self._protocol.reply, replies.AUTH_UNAVAILABLE)
             return
         protocol.states.now_ns = time.monotonic_ns()

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import sys
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from enum import IntEnum
@@ -9,7 +10,7 @@ from typing import Any, Final
 
 from otel_smtp.forwarding.base import MailTransaction
 from otel_smtp.net import CLOCK_SLACK_SECONDS, Stream
-from otel_smtp.observing import ConnectionRecord, TransactionRecord
+from otel_smtp.observing import ConnectionRecord, TransactionRecord, trace_fields
 from otel_smtp.server.policy import House, ListenerPolicy
 from otel_smtp.server.users import Exchange
 from otel_smtp.smtp import replies
@@ -33,6 +34,13 @@ _GENTLE_ENDS: Final = frozenset(
 # client cannot make it grow without end within one transaction. Replies count likewise: those to a thousand recipients,
 # or to chunk after chunk, come without transitions.
 _HARD_SEGMENTS: Final = 4
+
+
+def internal_error() -> str:
+    """The exception at hand, a bug of ours, as the reason why something failed: its class, as its text may hold what a
+    peer wrote."""
+    error = sys.exception()
+    return "internal error" if error is None else f"internal error: {type(error).__name__}"
 
 
 class Pause(IntEnum):
@@ -131,8 +139,8 @@ class Conversation:
             protocol.receive_data(data)
             if protocol.phase is Phase.UNGREETED:
                 protocol.greet()
-        except Exception:
-            logger.exception("session failed", extra={"connection_id": self.record.info.id})
+        except Exception:  # noqa: BLE001 - logged there
+            self._log_failure()
             protocol.fail(replies.INTERNAL_CLOSING, CloseReason.INTERNAL_ERROR)
         self._conclude()
 
@@ -162,10 +170,20 @@ class Conversation:
         self._is_busy = True
         try:
             work(*arguments)
-        except Exception:
-            logger.exception("session failed", extra={"connection_id": self.record.info.id})
+        except Exception:  # noqa: BLE001 - logged there
+            self._log_failure()
             self._protocol.fail(replies.INTERNAL_CLOSING, CloseReason.INTERNAL_ERROR)
         self._conclude()
+
+    def _log_failure(self) -> None:
+        """Log the exception at hand, a bug of ours."""
+        self.record.failure = internal_error()
+        logger.exception("session failed", extra=self._named())
+
+    def _named(self) -> dict[str, object]:
+        """How log lines name the connection, and the span that tells of it."""
+        record = self.record
+        return {"connection_id": record.info.id, **trace_fields(self._house.observer.connection_carrier(record))}
 
     def _conclude(self) -> None:
         """Every call from outside ends here: observers hear what was recorded, what was decided is written, and what
@@ -356,8 +374,8 @@ class Conversation:
         mine = asyncio.current_task()
         try:
             await work
-        except Exception:
-            logger.exception("session failed", extra={"connection_id": self.record.info.id})
+        except Exception:  # noqa: BLE001 - logged there
+            self._log_failure()
             self._protocol.states.now_ns = time.monotonic_ns()
             self._protocol.fail(replies.INTERNAL_CLOSING, CloseReason.INTERNAL_ERROR)
         finally:

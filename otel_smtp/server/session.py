@@ -36,7 +36,7 @@ from otel_smtp.forwarding.base import DeliveryFailed
 from otel_smtp.net import Stream
 from otel_smtp.observing import ConnectionRecord, Outcome, TraceHeaders, TransactionRecord
 from otel_smtp.server.admission import Admission
-from otel_smtp.server.conversation import Pause
+from otel_smtp.server.conversation import Pause, internal_error
 from otel_smtp.server.policy import House, ListenerPolicy
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Body, Mail, Recipient
@@ -95,6 +95,7 @@ class Session(Admission):
         except DeliveryFailed as failure:
             self._refuse_mail(transaction, failure.reply)
         except Exception:  # noqa: BLE001 - logged there
+            transaction.failure = internal_error()
             self._log_forwarder("MAIL")
             self._refuse_mail(transaction, replies.INTERNAL)
         else:
@@ -257,7 +258,9 @@ class Session(Admission):
         self._house.observer.transaction_ended(transaction)
 
     def _log_forwarder(self, step: str) -> None:
-        logger.exception("the forwarder failed", extra={"connection_id": self.record.info.id, "step": step})
+        if self._transaction is not None:
+            self._transaction.failure = internal_error()
+        logger.exception("the forwarder failed", extra={**self._named(), "step": step})
 
     def _make_received_head(self, *, is_utf8: bool) -> bytes:
         record, protocol, tls = self.record, self._protocol, self.record.tls

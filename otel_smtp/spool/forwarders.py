@@ -75,10 +75,18 @@ class Intake:
         self._max_age_seconds = max_age_seconds
         self.relay = relay
 
-    def refusal(self) -> Reply | None:
-        """Why nothing can be taken in now."""
+    def refusal(self, record: TransactionRecord | None = None) -> Reply | None:
+        """Why nothing can be taken in now.
+
+        Args:
+            record: of the transaction that is refused for it.
+        """
         error = self._store.refusal()
-        return None if error is None else reply_to(error)
+        if error is None:
+            return None
+        if record is not None:
+            record.failure = _why(error)
+        return reply_to(error)
 
     def draft(self) -> Draft:
         """A new content."""
@@ -126,6 +134,8 @@ class Intake:
             leases, answer = _outcome_of(done, message.id)
             if isinstance(answer, str):
                 record.spool_id = answer
+            elif not done.cancelled():
+                record.failure = _why(done.exception())
             # The client first: what follows is not its business.
             answered(answer)
             if is_leased:
@@ -153,6 +163,13 @@ def _outcome_of(done: asyncio.Future[Sequence[Lease]], message_id: str) -> tuple
     return (), replies.STORAGE_FAILED
 
 
+def _why(error: BaseException | None) -> str | None:
+    """Why the spool could not take a message, for operators."""
+    if error is None or isinstance(error, SpoolError):
+        return None if error is None else f"spool: {error}"
+    return f"internal error: {type(error).__name__}"
+
+
 def reply_to(error: SpoolError) -> Reply:
     """What a client is told where the spool fails it (RFC 3463 3.4: 4.3.1 is a full mail system)."""
     return replies.STORAGE_FULL if isinstance(error, StorageFull) else replies.STORAGE_FAILED
@@ -178,7 +195,7 @@ class SpoolForwarder:
         relay = self._intake.relay
         if (refusal := relay.refusal(mail)) is not None:
             raise Transient(refusal) if refusal.is_transient else Permanent(refusal)
-        if (refusal := self._intake.refusal()) is not None:
+        if (refusal := self._intake.refusal(record)) is not None:
             raise Transient(refusal)
         if mail.body is Body.EIGHT_BIT_MIME and not record.is_8bit_offered and relay.capabilities() is not LEAST:
             return _QueuedIf7Bit(self._intake, mail, record)

@@ -79,15 +79,13 @@ _HEXADECIMAL: Final = re.compile(r"[0-9a-f]{1,32}")
 # Of a word that does not say that it is one: "fed" is a word.
 _LEAST_OF_AN_ID: Final = 6
 
-FAILURE_REASON: Final = "smtp.failure.reason"
-
 # By the beginnings of attributes' names, so that what is added to a family is found without a change here.
 _FAMILIES: Final = (("smtp.rcpt.", Field.TO), ("smtp.mail.from.", Field.FROM))
 _FIELDS: Final[Mapping[str, Field]] = {
     names.REPLY_CODE: Field.CODE,
     names.REPLY_ENHANCED_CODE: Field.CODE,
     names.REPLY_TEXT: Field.TEXT,
-    FAILURE_REASON: Field.TEXT,
+    names.FAILURE_REASON: Field.TEXT,
     names.ERROR_TYPE: Field.TEXT,
     names.MESSAGE_ID: Field.ID,
     names.SPOOL_ID: Field.ID,

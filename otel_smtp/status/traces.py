@@ -18,7 +18,7 @@ from typing import Any, Final, Protocol
 
 from otel_smtp.observing import Outcome
 from otel_smtp.smtp.states import ConnState
-from otel_smtp.status.search import FAILURE_REASON, Index, Query
+from otel_smtp.status.search import Index, Query
 from otel_smtp.telemetry import attributes as names
 
 AttributeValue = str | bool | int | float | Sequence[str]
@@ -83,6 +83,8 @@ class FinishedSpan(Protocol):
     def links(self) -> Sequence[SpanLink]: ...
     @property
     def has_failed(self) -> bool: ...
+    @property
+    def description(self) -> str: ...
 
 
 class EncodedSpan(Protocol):
@@ -368,7 +370,7 @@ def _severity(spans: Sequence[FinishedSpan]) -> Severity:
 def _words(spans: Sequence[FinishedSpan], events: Sequence[SpanEvent]) -> list[str]:
     """What was said about the mail: of refusals and failures where there are any, else what upstreams answered."""
     told = [span.attributes for span in spans] + [event.attributes for event in events]
-    reasons = [attributes[FAILURE_REASON] for attributes in told if FAILURE_REASON in attributes]
+    reasons = [attributes[names.FAILURE_REASON] for attributes in told if names.FAILURE_REASON in attributes]
     refusals = [_reply(attributes) for attributes in told if _is_refusal(attributes)]
     # One refusal is told by several spans and events, and not by each in full.
     refusals = [one for one in refusals if not any(other.startswith(f"{one} ") for other in refusals)]
@@ -427,7 +429,10 @@ def _otlp_span(span: FinishedSpan) -> dict[str, Any]:
             }
             for link in span.links
         ],
-        "status": {"code": _STATUS_ERROR if span.has_failed else _STATUS_UNSET},
+        "status": {
+            "code": _STATUS_ERROR if span.has_failed else _STATUS_UNSET,
+            **({"message": span.description} if span.description else {}),
+        },
     }
 
 

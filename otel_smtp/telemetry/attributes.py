@@ -402,6 +402,14 @@ ERROR_TYPE: Final = _attribute(
     "on Error events; on spans that failed: a class of ErrorType, else the reply code",
     "upstream_unavailable",
 )
+FAILURE_REASON: Final = _attribute(
+    "smtp.failure.reason",
+    Type.STRING,
+    (*_SPAN_ALL, On.STATE, On.LOG),
+    "where something failed for another reason than a reply: in words, on the attempt or the connection, and on the "
+    "transaction; the description of the status too",
+    "certificate verify failed: self-signed certificate",
+)
 LOGGER: Final = _attribute(
     "smtp.logger", Type.STRING, (On.LOG,), "in OTLP, always: the module that speaks", "otel_smtp.access"
 )

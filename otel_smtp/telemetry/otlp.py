@@ -30,7 +30,7 @@ _MAX_CACHED_INTEGERS: Final = 128  # each with its first values
 _MAX_CACHED_OCTETS: Final = 1024  # tracebacks have more
 
 # Values that hardly ever come back: not worth a place in the cache.
-_UNIQUE: Final = frozenset({names.REPLY_TEXT, names.MESSAGE_ID, names.SPOOL_ID})
+_UNIQUE: Final = frozenset({names.REPLY_TEXT, names.FAILURE_REASON, names.MESSAGE_ID, names.SPOOL_ID})
 # Our own names, with the class of their values, always. In a cache 1, 1.0 and True are one key; under one of these
 # names only one of them occurs. Strings are never taken for anything else, numbers are not cached by their value.
 _CLASSES: Final[Mapping[Type, type]] = {Type.BOOLEAN: bool, Type.STRINGS: tuple}

@@ -35,6 +35,7 @@ class SpanRecord(NamedTuple):
         is_recording: its trace is sampled (or recorded all the same by the sampler's wish). Records that are not are
             made for the access log only; they have no events.
         has_failed: the status is ERROR; why is in `error.type`.
+        description: of the status; "" where `error.type` says it all.
     """
 
     name: str
@@ -48,6 +49,7 @@ class SpanRecord(NamedTuple):
     links: Sequence[LinkRecord]
     has_failed: bool
     is_recording: bool
+    description: str = ""
 
     @property
     def duration_seconds(self) -> float:

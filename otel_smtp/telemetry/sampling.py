@@ -12,6 +12,7 @@ from opentelemetry.trace.span import TraceState
 from otel_smtp.telemetry.attributes import Attributes
 from otel_smtp.telemetry.propagation import RANDOM, SAMPLED, TraceContext
 from otel_smtp.telemetry.records import LinkRecord
+from otel_smtp.telemetry.shapes import SpanShape
 
 # Of these the decision for a child of our own span follows from the span's, so nobody has to be asked again.
 _STATIC: Final = ("AlwaysOnSampler", "AlwaysOffSampler", "TraceIdRatioBased{")
@@ -25,9 +26,10 @@ class Identity:
 
     Attributes:
         attributes: what the sampler adds.
+        failure: of a connection's segment, the shape of a transaction's span in it that failed.
     """
 
-    __slots__ = ("attributes", "context", "is_recording", "links", "parent")
+    __slots__ = ("attributes", "context", "failure", "is_recording", "links", "parent")
 
     def __init__(
         self,
@@ -43,6 +45,7 @@ class Identity:
         self.links = links
         self.is_recording = is_recording
         self.attributes = attributes
+        self.failure: SpanShape | None = None
 
 
 class Sampling:

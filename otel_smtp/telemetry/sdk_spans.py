@@ -39,7 +39,7 @@ def readable_span(record: SpanRecord, resource: Resource, scope: Instrumentation
         [Event(event.name, event.attributes, event.time_ns) for event in record.events],
         [sdk_link(link) for link in record.links],
         record.kind,
-        status=Status(StatusCode.ERROR if record.has_failed else StatusCode.UNSET),
+        status=Status(StatusCode.ERROR, record.description or None) if record.has_failed else Status(),
         start_time=record.start_ns,
         end_time=record.end_ns,
         instrumentation_scope=scope,

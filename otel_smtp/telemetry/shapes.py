@@ -58,6 +58,7 @@ _KINDS: Final[Mapping[SpanKind, int]] = {
     SpanKind.CONSUMER: 5,
 }
 _ERROR: Final = 2  # Status.code
+_ERROR_CODE: Final = tag(3, VARINT) + varint(_ERROR)
 
 # Attributes as they stand in a span, an event and a link. The event loop alone encodes spans.
 SPAN_PAIRS: Final = Pairs(9)
@@ -71,8 +72,8 @@ _LINK_FLAGS: Final = {is_remote: tag(6, FIXED32) + struct.pack("<I", flags) for 
 
 _TRACE_ID, _SPAN_ID, _PARENT_ID = TAGS[1] + b"\x10", TAGS[2] + b"\x08", TAGS[4] + b"\x08"
 _START, _END = tag(7, FIXED64), tag(8, FIXED64)
-# Status: message 2, code 3. The SDK writes it in any case; an ERROR of ours has no message, `error.type` says why.
-_STATUS: Final = {False: field(15, b""), True: field(15, tag(3, VARINT) + varint(_ERROR))}
+# Status: message 2, code 3. The SDK writes it in any case.
+_UNSET: Final = field(15, b"")
 # What stands before an event's time, by the octets that follow the time. An event is below 1 KiB by its maker.
 _EVENT_TIME: Final = tag(1, FIXED64)
 
@@ -94,21 +95,25 @@ class SpanShape:
 
     Attributes:
         octets: of all of these, up to the tag of the start time.
+        description: of the status: why it has failed, where `error.type` does not say it all.
         pack: puts the ids and times of one span around `octets`.
     """
 
-    __slots__ = ("constant", "has_failed", "kind", "name", "octets", "pack")
+    __slots__ = ("constant", "description", "has_failed", "kind", "name", "octets", "pack")
 
-    def __init__(self, name: str, kind: SpanKind, constant: Attributes, *, has_failed: bool) -> None:
+    def __init__(
+        self, name: str, kind: SpanKind, constant: Attributes, *, has_failed: bool, description: str = ""
+    ) -> None:
         self.name = name
         self.kind = kind
         self.constant = constant
         self.has_failed = has_failed
+        self.description = description if has_failed else ""
         self.octets = b"".join(
             [
                 text_field(5, name),
                 tag(6, VARINT) + varint(_KINDS[kind]),
-                _STATUS[has_failed],
+                field(15, text_field(2, self.description) + _ERROR_CODE) if has_failed else _UNSET,
                 *map(SPAN_PAIRS.__getitem__, constant.items()),
                 _START,
             ]
@@ -191,7 +196,8 @@ def span_table(name: str, kind: SpanKind, header: Iterable[Column | str | None])
     """A table of spans; those with an `error.type` have failed."""
 
     def make(row: Row, constant: Attributes) -> SpanShape:
-        return SpanShape(name, kind, constant, has_failed=names.ERROR_TYPE in constant)
+        reason = str(constant.get(names.FAILURE_REASON, ""))
+        return SpanShape(name, kind, constant, has_failed=names.ERROR_TYPE in constant, description=reason)
 
     return ShapeTable(header, make)
 
@@ -317,6 +323,7 @@ def _decoded(span: "Span") -> SpanRecord:
         ],
         span.status.code == _ERROR,
         True,
+        span.status.message,
     )
 
 

@@ -35,6 +35,7 @@ Described = tuple[SpanShape, list[Pair]]
 _OUR_FAILURES: Final = frozenset(
     {
         ErrorType.UPSTREAM_UNAVAILABLE,
+        ErrorType.UPSTREAM_AUTH,
         ErrorType.UPSTREAM_TLS,
         ErrorType.UPSTREAM_PROTOCOL,
         ErrorType.OUTCOME_UNKNOWN,
@@ -43,6 +44,8 @@ _OUR_FAILURES: Final = frozenset(
         ErrorType.INTERNAL,
     }
 )
+# How connections end that failed where no reply could say so.
+_CLOSED_BY: Final = {CloseReason.INTERNAL_ERROR: ErrorType.INTERNAL, CloseReason.TLS_FAILURE: ErrorType.TLS}
 # Subjects of enhanced codes by which an upstream says that mail system (3) or network (4) failed (RFC 3463 3.4, 3.5).
 _FAILURE_SUBJECTS: Final = frozenset({3, 4})
 
@@ -62,6 +65,7 @@ _CONNECTIONS: Final = span_table(
         names.CLOSE_REASON,
         names.PROBE,
         names.ERROR_TYPE,
+        names.FAILURE_REASON,
     ),
 )
 
@@ -79,6 +83,7 @@ _TRANSACTION_HEADER: Final = (
     names.REPLY_CODE,
     ENHANCED_CODE,
     names.ERROR_TYPE,
+    names.FAILURE_REASON,
 )
 _TRANSACTIONS: Final = span_table(names.SPAN_TRANSACTION, SpanKind.INTERNAL, _TRANSACTION_HEADER)
 # An edge of a service graph needs the application's CLIENT span as direct parent of a SERVER span.
@@ -108,6 +113,7 @@ _DELIVERIES: Final = span_table(
         names.REPLY_CODE,
         ENHANCED_CODE,
         names.ERROR_TYPE,
+        names.FAILURE_REASON,
     ),
 )
 
@@ -129,11 +135,21 @@ class SpanAttributes:
 
     # Connections -------------------------------------------------------------------------------------------------
 
-    def connection(self, record: ConnectionRecord, *, is_closed: bool) -> Described:
-        """A segment of a connection: the last one, or one after which the connection goes on."""
+    def connection(self, record: ConnectionRecord, failed: SpanShape | None, *, is_closed: bool) -> Described:
+        """A segment of a connection: the last one, or one after which the connection goes on.
+
+        Args:
+            failed: a transaction in it that failed; the segment has then failed as well.
+        """
         info, client, tls, redaction = record.info, record.client, record.tls, self.redaction
         reason = record.close_reason if is_closed else None
-        network_type = None
+        network_type = error_type = None
+        failure = record.failure
+        if reason is not None and reason in _CLOSED_BY:
+            error_type = _CLOSED_BY[reason].value
+        elif failed is not None:
+            error_type = str(failed.constant[names.ERROR_TYPE])
+            failure = failed.description or None
         if info.transport == "tcp":
             network_type = "ipv6" if ":" in client.host else "ipv4"
         shape = _CONNECTIONS[
@@ -148,7 +164,8 @@ class SpanAttributes:
             record.auth_mechanism,
             reason,
             True if is_closed and is_probe(record) else None,
-            ErrorType.INTERNAL if reason is CloseReason.INTERNAL_ERROR else None,
+            error_type,
+            None if failure is None else self.redaction.text(failure),
         ]
         pairs: list[Pair] = [
             (names.CONNECTION_ID, info.id),
@@ -180,9 +197,17 @@ class SpanAttributes:
         pairs.append((names.LISTENER, info.listener))
         return pairs
 
-    def error(self, detail: ErrorReply) -> list[Pair]:
-        """The row of Error, beside what comes from small sets: the words, and the transaction that was open."""
-        pairs: list[Pair] = [] if detail.reply is None else [(names.REPLY_TEXT, self.words(detail.reply))]
+    def error(self, detail: ErrorReply, failure: str | None) -> list[Pair]:
+        """The row of Error, beside what comes from small sets: the words, and the transaction that was open.
+
+        Args:
+            failure: of the connection, where no reply says it.
+        """
+        pairs: list[Pair] = []
+        if detail.reply is not None:
+            pairs.append((names.REPLY_TEXT, self.words(detail.reply)))
+        elif failure is not None:
+            pairs.append((names.FAILURE_REASON, self.redaction.text(failure)))
         if detail.transaction is not None:
             pairs.append((names.TRANSACTION_NUMBER, detail.transaction))
         return pairs
@@ -223,6 +248,7 @@ class SpanAttributes:
             None if reply is None else reply.code,
             None if reply is None else reply.enhanced,
             our_failure(record.outcome, reply, record.error_type),
+            None if record.failure is None else self.redaction.text(record.failure),
         ]
         connection = record.connection
         pairs: list[Pair] = [] if connection is None else [(names.CONNECTION_ID, connection.info.id)]
@@ -295,6 +321,7 @@ class SpanAttributes:
             None if reply is None else reply.enhanced,
             attempt_failure(record.outcome, reply, record.error_type)
             or (ErrorType.UPSTREAM_REFUSED.value if record.refused_count or record.deferred_count else None),
+            None if record.failure is None else self.redaction.text(record.failure),
         ]
         pairs: list[Pair] = [_origin(transaction)]
         pairs += pool

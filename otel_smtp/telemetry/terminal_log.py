@@ -131,7 +131,7 @@ class MailLines:
             facts.insert(0, f"{_sender(fields)} -> {_recipients(fields)}")
             if spool_id:
                 facts.append(str(spool_id))
-        words = fields.get(names.REPLY_TEXT) or fields.get(names.ERROR_TYPE) or ""
+        words = fields.get(names.FAILURE_REASON) or fields.get(names.REPLY_TEXT) or fields.get(names.ERROR_TYPE) or ""
         code = str(fields.get(names.REPLY_CODE, "---"))
         return self._put(when, mark, code, outcome, [str(fact) for fact in facts if fact], str(words), fields)
 

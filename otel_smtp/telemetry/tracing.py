@@ -170,7 +170,7 @@ class Tracing(Observer):
         identity = identity_of(connection)
         if not self._wants[identity.is_recording]:
             return
-        described = self.attributes.connection(connection, is_closed=is_closed)
+        described = self.attributes.connection(connection, identity.failure, is_closed=is_closed)
         offset = connection.wall_offset_ns
         if connection.transitions:
             end_ns = max(end_ns, connection.transitions[-1].at_ns + AFTER_LAST_EVENT_NS)
@@ -190,7 +190,7 @@ class Tracing(Observer):
     def more_of_state(self, connection: ConnectionRecord, transition: Transition) -> Sequence[Pair]:
         """What a state in `WITH_MORE` has beside what its transition carries."""
         if isinstance(transition.detail, ErrorReply):
-            return self.attributes.error(transition.detail)
+            return self.attributes.error(transition.detail, connection.failure)
         is_new = transition.state is ConnState.NEW
         return self.attributes.addresses(connection) if is_new else self.attributes.totals(connection)
 
@@ -207,6 +207,9 @@ class Tracing(Observer):
         parent = identity.parent
         is_in_application = parent is not None and parent.is_remote
         described = self.attributes.transaction(transaction, is_in_application=is_in_application)
+        if described[0].has_failed and transaction.connection is not None:
+            # What looks at SERVER spans, as span metrics do, is to see it.
+            identity_of(transaction.connection).failure = described[0]
         offset = transaction.wall_offset_ns
         times = transaction.begun_ns + offset, transaction.ended_ns + offset + AFTER_LAST_EVENT_NS
         told: Sequence[EventRecord] = ()
@@ -220,6 +223,10 @@ class Tracing(Observer):
     def delivery_ended(self, delivery: DeliveryRecord) -> None:
         """Make the span of an attempt that outlived its transaction."""
         self._finish_delivery(delivery)
+
+    def connection_carrier(self, connection: ConnectionRecord) -> Mapping[str, str]:
+        """The present segment's own context."""
+        return propagation.carrier(identity_of(connection).context)
 
     def trace_id(self, transaction: TransactionRecord) -> str | None:
         """The trace id, sampled or not."""
@@ -361,6 +368,7 @@ class Tracing(Observer):
             identity.links,
             shape.has_failed,
             identity.is_recording,
+            shape.description,
         )
         if identity.is_recording:
             for sink in self._sinks:

@@ -8,10 +8,11 @@ import smtplib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
-from tests.end_to_end.conftest import Client, StartGateway
-from tests.support.capture import CapturingUpstream
+from tests.end_to_end.conftest import Client, Files, StartGateway
+from tests.support.capture import KEYWORDS, CapturingUpstream
 from tests.support.dialogue import UpstreamScript, scripted_reply
 from tests.support.otlp_receiver import OtlpReceiver, ReceivedSpan
+from tests.support.ports import unclaimed_port
 from tests.support.process import GatewayProcess, until
 
 MAIL: Final = "Subject: x\r\n\r\nHello\r\n"
@@ -66,7 +67,14 @@ def _span(span: ReceivedSpan) -> str:
         if (count := facts.get(f"{prefix}recipients_{word}"))
     ]
     told += f" ({', '.join(counts)})" if counts else ""
-    return told + (f" ERROR {facts['error.type']}" if span.status == "ERROR" else "")
+    if span.status != "ERROR":
+        return told
+    assert span.status_message == facts.get("smtp.failure.reason", "")
+    return f"{told} ERROR {facts['error.type']}{_why(facts)}"
+
+
+def _why(facts: Mapping[str, Any]) -> str:
+    return f", {facts['smtp.failure.reason']}" if "smtp.failure.reason" in facts else ""
 
 
 def _recipient(facts: Mapping[str, Any]) -> str:
@@ -97,9 +105,14 @@ def log_as_read(lines: Iterable[Mapping[str, Any]]) -> list[str]:
                 case "smtp.transaction":
                     who = [*line.get("smtp.rcpt.refused", ()), *line.get("smtp.rcpt.deferred", ())]
                     without = f" [not for {'; '.join(who)}]" if who else ""
-                    told.append(f"transaction {line['smtp.outcome']}: {_reply(line)}{without}")
+                    told.append(f"transaction {line['smtp.outcome']}: {_reply(line)}{without}{_why(line)}")
                 case "smtp.delivery":
-                    told.append(f"delivery to {line['smtp.upstream.name']} {line['smtp.outcome']}: {_reply(line)}")
+                    upstream, outcome = line["smtp.upstream.name"], line["smtp.outcome"]
+                    told.append(f"delivery to {upstream} {outcome}: {_reply(line)}{_why(line)}")
+        elif "fault" in line and ("connection_id" in line or "spool_id" in line):  # else it is of no mail
+            assert len(line["trace_id"]) == 32
+            assert len(line["span_id"]) == 16
+            told.append(f"{event}: {line['fault']}")
     return told
 
 
@@ -163,6 +176,129 @@ def test_buffered_the_one_who_is_refused_is_named_where_all_are_refused(
         "    * there.example refused: 550 5.1.1 No such user, said by provider",
         "    delivery to provider refused: 550 5.1.1 No such user (2 refused) ERROR upstream_refused",
     ]
+
+
+# b to e: the upstream cannot be used ---------------------------------------------------------------------------------
+
+
+def failing_mail(running: GatewayProcess) -> tuple[int, bytes]:
+    """What the client is told of its one recipient, or of its mail."""
+    with smtplib.SMTP("127.0.0.1", running.port, timeout=30) as client:
+        client.ehlo()
+        client.mail("a@client.example")
+        code, text = client.rcpt("b@there.example")
+        return client.data(MAIL) if code == 250 else (code, text)
+
+
+UNREACHABLE: Final = "451 4.4.1 No upstream can be reached, try again later"
+
+
+def failed(span: str, words: str, error: str, reply: str = UNREACHABLE) -> list[str]:
+    """The whole trace of a mail whose upstream could not be used."""
+    return [
+        f"connection, ended by quit ERROR {error}, {words}",
+        f"  transaction deferred: {reply} (1 deferred) ERROR {error}, {words}",
+        f"    * there.example deferred: {reply}",
+        f"    delivery to provider deferred: {span} ERROR {error}, {words}",
+    ]
+
+
+def test_the_certificate_of_the_upstream_is_self_signed(
+    files: Files, receiver: OtlpReceiver, start: StartGateway
+) -> None:
+    with CapturingUpstream(tls=files.server_context("localhost")) as upstream:
+        settings = {"upstream.url": f"smtp+starttls://localhost:{upstream.port}", "upstream.name": "provider"}
+        running = start(settings, exporting(receiver))
+        assert failing_mail(running)[0] == 451
+        words = "certificate verify failed: unable to get local issuer certificate"
+        reply = "451 4.7.5 The upstream's TLS could not be verified"
+        assert trace_of(receiver, WHOLE) == failed("no reply", words, "upstream_tls", reply)
+        assert log_of(running, "smtp.connection") == [
+            f"no connection to the upstream: {words}",
+            f"delivery to provider deferred: no reply, {words}",
+            f"recipient there.example deferred: {reply}",
+            f"transaction deferred: {reply} [not for there.example: {reply}], {words}",
+        ]
+
+
+def test_the_name_of_the_upstream_does_not_resolve(receiver: OtlpReceiver, start: StartGateway) -> None:
+    running = start({"upstream.url": "smtp://nowhere.invalid:25", "upstream.name": "provider"}, exporting(receiver))
+    assert failing_mail(running)[0] == 451
+    [_, _, _, delivery] = trace_of(receiver, WHOLE)
+    assert delivery.startswith(
+        "    delivery to provider deferred: no reply ERROR upstream_unavailable, name resolution failed: "
+    )
+
+
+def test_nobody_listens_at_the_upstream(receiver: OtlpReceiver, start: StartGateway) -> None:
+    settings = {"upstream.url": f"smtp://127.0.0.1:{unclaimed_port()}", "upstream.name": "provider"}
+    running = start(settings, exporting(receiver))
+    assert failing_mail(running)[0] == 451
+    assert trace_of(receiver, WHOLE) == failed("no reply", "connection refused", "upstream_unavailable")
+    assert "no connection to the upstream: connection refused" in log_of(running, "smtp.connection")
+
+
+def test_the_upstream_does_not_answer_data_in_time(receiver: OtlpReceiver, start: StartGateway) -> None:
+    without_chunking = tuple(one for one in KEYWORDS if one not in ("CHUNKING", "BINARYMIME"))
+    with CapturingUpstream(keywords=without_chunking) as upstream:
+        upstream.hold("DATA")
+        settings = {"upstream.url": upstream.url, "upstream.name": "provider", "upstream.timeout.data": "200ms"}
+        running = start(settings, exporting(receiver))
+        assert failing_mail(running)[0] == 451
+        words = "no reply to DATA within 0.2 s"
+        assert trace_of(receiver, WHOLE) == [
+            f"connection, ended by quit ERROR upstream_unavailable, {words}",
+            "  transaction deferred: 451 4.4.1 The upstream did not answer in time, try again later (1 deferred) "
+            f"ERROR upstream_unavailable, {words}",
+            f"    delivery to provider deferred: no reply ERROR upstream_unavailable, {words}",
+        ]
+        assert f"delivery to provider deferred: no reply, {words}" in log_of(running, "smtp.connection")
+
+
+# k: relayed after failover -------------------------------------------------------------------------------------------
+
+
+def test_a_mail_is_relayed_by_the_second_upstream(
+    upstream: CapturingUpstream, receiver: OtlpReceiver, start: StartGateway
+) -> None:
+    settings = {
+        "upstream.url": f"smtp://127.0.0.1:{unclaimed_port()}",
+        "upstream.name": "first",
+        "upstream": [{"url": upstream.url, "name": "second"}],
+    }
+    running = start(settings, exporting(receiver))
+    assert failing_mail(running)[0] == 250
+    assert trace_of(receiver, lambda spans: len(spans) == 4) == [
+        "connection, ended by quit",
+        "  transaction relayed: 250 2.0.0 Ok: queued as CAPTURE",
+        "    delivery to first deferred: no reply ERROR upstream_unavailable, connection refused",
+        "    delivery to second relayed: 250 2.0.0 Ok: queued as CAPTURE",
+    ]
+    assert log_of(running, "smtp.connection") == [
+        "no connection to the upstream: connection refused",
+        "delivery to first deferred: no reply, connection refused",
+        "delivery to second relayed: 250 2.0.0 Ok: queued as CAPTURE",
+        "transaction relayed: 250 2.0.0 Ok: queued as CAPTURE",
+    ]
+
+
+# j: a client whose TLS handshake fails -------------------------------------------------------------------------------
+
+
+def test_the_tls_handshake_of_a_client_fails(
+    upstream: CapturingUpstream, files: Files, receiver: OtlpReceiver, start: StartGateway, connect: Connect
+) -> None:
+    running = start({"upstream.url": upstream.url, **files.listener("starttls", "off")}, exporting(receiver))
+    client = connect(running.port)
+    client.opens()
+    assert client.asks("STARTTLS").startswith("220 ")
+    client.say("this is no ClientHello")
+    spans = receiver.wait_for_spans(has("smtp.connection"))
+    words = "TLS handshake failed: wrong version number"
+    assert trace_as_read(spans) == [f"connection, ended by tls_failure ERROR tls, {words}"]
+    assert log_of(running, "smtp.connection") == [f"TLS handshake failed: {words}"]
+    [line] = [line for line in running.log if line["event"] == "smtp.connection"]
+    assert (line["error.type"], line["smtp.failure.reason"]) == ("tls", words)
 
 
 # i: refused by our own policy ----------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ CALLS: Final[Mapping[str, tuple[Any, ...]]] = {
     "trace_id": (TRANSACTION,),
     "carrier": (TRANSACTION,),
     "delivery_carrier": (DELIVERY,),
+    "connection_carrier": (CONNECTION,),
 }
 
 
@@ -108,7 +109,12 @@ def test_where_nobody_answers_the_answer_is_the_interfaces_own(hook: str) -> Non
 
 
 def test_the_questions_are_those_about_traces() -> None:
-    assert {hook for hook, asks in HOOKS.items() if asks} == {"trace_id", "carrier", "delivery_carrier"}
+    assert {hook for hook, asks in HOOKS.items() if asks} == {
+        "trace_id",
+        "carrier",
+        "delivery_carrier",
+        "connection_carrier",
+    }
 
 
 def test_a_hook_that_nobody_overrides_calls_nobody() -> None:

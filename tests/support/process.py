@@ -51,10 +51,14 @@ def settings_file(settings: Mapping[str, Any], directory: Path) -> Path:
     """Write a settings file.
 
     Args:
-        settings: values by their names in the settings file; "listener.x" and "upstream.x" mean the first of each.
+        settings: values by their names in the settings file; "listener.x" and "upstream.x" mean the first of each;
+            "upstream", a list of mappings, further ones.
     """
     tables: dict[str, dict[str, Any]] = {}
+    further: Sequence[Mapping[str, Any]] = settings.get("upstream", ())
     for name, value in settings.items():
+        if name == "upstream":
+            continue
         table, _, key = name.rpartition(".")
         tables.setdefault(table, {})[key] = value
     lines = []
@@ -63,6 +67,8 @@ def settings_file(settings: Mapping[str, Any], directory: Path) -> Path:
             lines.append(f"[[{table}]]" if table in ("listener", "upstream") else f"[{table}]")
         # JSON's texts, numbers, booleans and lists of them are TOML's.
         lines += [f"{key} = {json.dumps(value)}" for key, value in values.items()]
+    for upstream in further:
+        lines += ["[[upstream]]", *(f"{key} = {json.dumps(value)}" for key, value in upstream.items())]
     path = directory / "settings.toml"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path

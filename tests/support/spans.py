@@ -52,7 +52,8 @@ def encoded(record: SpanRecord, constant: int = 0) -> EncodedSpan:
         constant: so many of the attributes, of the span and of each event, belong to its shape.
     """
     attributes = list(record.attributes.items())
-    shape = SpanShape(record.name, record.kind, dict(attributes[:constant]), has_failed=record.has_failed)
+    constants, why = dict(attributes[:constant]), record.description
+    shape = SpanShape(record.name, record.kind, constants, has_failed=record.has_failed, description=why)
     events: list[bytes] = []
     for event in record.events:
         of_event = list(event.attributes.items())

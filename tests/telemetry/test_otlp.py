@@ -125,7 +125,8 @@ records = st.builds(
     st.lists(st.builds(LinkRecord, contexts, few_attributes), max_size=3),
     st.booleans(),
     st.just(True),
-)
+    texts,
+).map(lambda record: record if record.has_failed else record._replace(description=""))
 
 
 def span(**more: Any) -> SpanRecord:
@@ -305,6 +306,9 @@ def transactions(draw: st.DrawFn, connection: ConnectionRecord | None) -> Transa
         record.spool_id = draw(st.one_of(st.none(), cleanable))
     record.accepted = [Recipient(address) for address in draw(st.lists(sender, max_size=14))]
     record.refused_count = draw(st.integers(0, 3))
+    record.failure = draw(st.one_of(st.none(), cleanable))
+    for number in range(draw(st.integers(0, 2))):
+        record.refuse(Recipient(draw(sender)), draw(some_replies), number)
     headers = st.builds(
         TraceHeaders,
         st.sampled_from([(), (REMOTE,), (REMOTE, REMOTE), ("x",), (REMOTE[:-1] + "0",)]),
@@ -327,6 +331,9 @@ def deliveries(draw: st.DrawFn, transaction: TransactionRecord) -> DeliveryRecor
     phase = st.tuples(moments, st.sampled_from(DeliveryPhase), st.one_of(st.none(), some_replies))
     record.phases = draw(st.lists(phase, max_size=5))
     record.round_trips = draw(st.integers(0, 300))
+    record.failure = draw(st.one_of(st.none(), cleanable))
+    for number in range(draw(st.integers(0, 2))):
+        record.refuse(Recipient("x@there.example"), draw(some_replies), number)
     error = draw(st.one_of(st.none(), st.sampled_from(ErrorType)))
     record.end(draw(st.sampled_from(Outcome)), draw(st.one_of(st.none(), some_replies)), error, draw(moments))
     return record

@@ -60,7 +60,7 @@ async def check_upstream(settings: UpstreamSettings, hostname: str) -> Finding:
 
 def _hint(fault: UpstreamFault) -> str:
     """What an obscure TLS error usually means."""
-    if "WRONG_VERSION_NUMBER" in str(fault):
+    if "wrong version number" in str(fault):
         return "; this port does not start with TLS; perhaps smtp+starttls:// is meant"
     if "unable to get local issuer" in str(fault) or "self-signed" in str(fault):
         return "; set ca_file to its authority"

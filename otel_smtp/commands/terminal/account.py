@@ -17,7 +17,6 @@ from otel_smtp.commands.terminal.otlp_spans import Event, Span
 from otel_smtp.commands.terminal.words import counted, duration, outcome_style, plain
 from otel_smtp.telemetry import attributes as names
 
-_REASON: Final = "smtp.failure.reason"
 _KIND: Final = "smtp.message.kind"
 # Attempts of a mail that is told; the first and the last of more.
 _ATTEMPTS_TOLD: Final = 6
@@ -204,7 +203,7 @@ def _sayings(
         yield said
     yield from of_attempts
     if transaction is not None and not attempts and not errors and not told_events:
-        words = _reply(transaction.attributes) or plain(transaction.attributes.get(_REASON, ""))
+        words = _reply(transaction.attributes) or plain(transaction.attributes.get(names.FAILURE_REASON, ""))
         yield Saying("", _became(transaction.attributes), "this gateway", words or _end_of(connection))
 
 
@@ -255,7 +254,7 @@ def _of_error(event: Event, attempts: Sequence[Span]) -> Saying:
 
 def _of_attempt(attempt: Span, transaction: Span | None) -> Saying:
     a = attempt.attributes
-    accepted = a.get("smtp.delivery.recipients_accepted")
+    accepted = a.get(names.DELIVERY_ACCEPTED)
     if accepted is None and transaction is not None:
         accepted = transaction.attributes.get(names.RECIPIENT_COUNT)
     whom = "" if accepted is None else f"{accepted} recipient{'' if accepted == 1 else 's'}"
@@ -264,7 +263,7 @@ def _of_attempt(attempt: Span, transaction: Span | None) -> Saying:
     if number > 1:
         fate = f"{fate} at attempt {number}"
     words = _reply(a)
-    reason = a.get(_REASON) or ("" if words else a.get(names.ERROR_TYPE, ""))
+    reason = a.get(names.FAILURE_REASON) or ("" if words else a.get(names.ERROR_TYPE, ""))
     words = "; ".join(part for part in (words, plain(reason)) if part)
     if fate == "aborted" and not words:
         words = "the client gave up"

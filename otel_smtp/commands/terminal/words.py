@@ -177,6 +177,7 @@ def event_words(name: str, attributes: Attributes) -> list[Word]:
         reader.words.append(Word(f"and {counted(int(more), 'more recipient')}"))
     reader.add_reply()
     reader.add(names.ERROR_TYPE, "red")
+    reader.add(names.FAILURE_REASON, "red")
     reader.add(names.CLOSE_REASON)
     _add_pool(reader)
     reader.add_tls()
@@ -214,6 +215,7 @@ def span_words(name: str, attributes: Attributes) -> list[Word]:
         case names.SPAN_DELIVERY:
             _add_delivery(reader)
     reader.add(names.ERROR_TYPE, "red")
+    reader.add(names.FAILURE_REASON, "red")
     reader.add_tls()
     return reader.rest()
 

@@ -1,0 +1,30 @@
+"""Why a connection or a handshake failed, in the words that an operator needs."""
+
+import os
+import socket
+import ssl
+
+
+def reason_of(error: OSError) -> str:
+    """What `error` says of a connection that did not come about, or was lost: one line of a few words.
+
+    Whatever was raised, resolver, kernel and TLS say it differently; here it reads alike, without numbers and classes.
+    """
+    match error:
+        case ssl.SSLCertVerificationError():
+            return f"certificate verify failed: {error.verify_message}"
+        case ssl.SSLError():
+            words = (error.reason or "handshake failed").lower().replace("_", " ")
+            return f"TLS handshake failed: {words}"
+        case socket.gaierror():
+            return f"name resolution failed: {error.strerror or error}"
+        case ConnectionRefusedError():
+            return "connection refused"
+        case ConnectionResetError() if error.errno is None and error.args:
+            return str(error)  # our own words
+        case ConnectionResetError():
+            return "connection reset by the peer"
+        case _ if error.errno is not None:
+            return os.strerror(error.errno).lower()
+        case _:
+            return str(error) or type(error).__name__
