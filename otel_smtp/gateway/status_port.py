@@ -198,7 +198,7 @@ def recorded_mailbox(text: str, redaction: Redaction) -> Recorded:
 
 
 def _queued(message: Shown, now: float, redaction: Redaction) -> QueuedMessage:
-    """A queued message for the page: domains, no addresses."""
+    """A queued message for the page: domains, no addresses, and why it waits."""
     replies = [last for _, _, last in message.recipients if last]
     trace = from_carrier(message.carrier)
     is_deferred = message.state is DeliveryState.READY and message.next_attempt_at > now
@@ -212,7 +212,7 @@ def _queued(message: Shown, now: float, redaction: Redaction) -> QueuedMessage:
         next_attempt_seconds=(
             max(0.0, message.next_attempt_at - now) if message.state is DeliveryState.READY else None
         ),
-        last_reply=" ".join(replies[0].split()[:2]) if replies else None,
+        last_reply=redaction.text(replies[0]) if replies else None,
         trace_id=trace.trace_id_hex if trace is not None else None,
     )
 

@@ -56,7 +56,7 @@ _PAGE: Final = {
     "/page.css": ("page.css", "text/css; charset=utf-8"),
     **{
         f"/{name}.js": (f"{name}.js", "text/javascript; charset=utf-8")
-        for name in ("page", "connections", "draw", "places", "traces", "waterfall")
+        for name in ("page", "connections", "draw", "keys", "places", "traces", "waterfall")
     },
     "/icon.svg": ("icon.svg", "image/svg+xml"),
 }

@@ -36,7 +36,7 @@ class QueuedMessage:
 
     Attributes:
         next_attempt_seconds: until the next attempt; None if none is scheduled (held).
-        last_reply: code and enhanced code of the last attempt, as "451 4.4.1".
+        last_reply: what was said of a recipient at the last attempt, as redaction allows: "451 4.4.1 No answer".
     """
 
     spool_id: str

@@ -15,6 +15,7 @@ import pytest
 
 from otel_smtp.smtp.states import ConnState
 from otel_smtp.status.siblings import Siblings
+from tests.support import axe
 from tests.support.busy_gateway import HOSTILE, BusyGateway, busy_gateway
 from tests.support.chromium import PROGRAM, Page, chromium
 from tests.support.ports import unclaimed_port
@@ -76,7 +77,8 @@ async def test_it_shows_connections_traces_upstreams_and_queue() -> None:
         verdicts = await page.evaluate(
             "[...document.querySelectorAll('#trace-list .verdict')].map((each) => each.dataset.severity)"
         )
-        assert verdicts == sorted(verdicts, key=["failed", "refused", "ok"].index), "errors first"
+        assert verdicts[0] == "refused", "the newest first"
+        assert set(verdicts) == {"failed", "refused", "ok"}
         breakers = await page.evaluate("[...document.querySelectorAll('.breaker')].map((each) => each.dataset.breaker)")
         assert breakers == ["closed", "open"]
 
@@ -119,7 +121,7 @@ async def test_what_a_peer_wrote_stays_text() -> None:
 @in_a_browser
 async def test_a_mark_tells_its_event_when_hovered_and_stays_told_when_clicked() -> None:
     async with shown(f"#trace={TRACE}") as (_, page):
-        await page.until("document.querySelectorAll('.mark').length === 24")
+        await page.until("document.querySelectorAll('.mark').length === 25")
         # The page may still be laid out when the mouse comes; then it comes again.
         async with asyncio.timeout(20):
             while await page.evaluate("document.getElementById('tip').hidden"):
@@ -152,7 +154,7 @@ async def test_marks_stand_where_their_time_is() -> None:
         shown_marks = await page.evaluate(
             "[...document.querySelectorAll('.mark')].filter((mark) => !mark.hidden).length"
         )
-        assert 11 <= shown_marks < 24, "zoomed to the delivery"
+        assert 11 <= shown_marks < 25, "zoomed to the delivery"
         await page.click(".axis-row .link")
         assert await page.evaluate("[...document.querySelectorAll('.mark')].every((mark) => !mark.hidden)")
 
@@ -183,47 +185,159 @@ async def test_a_trace_on_its_way_is_not_asked_for_again() -> None:
         await page.evaluate("void document.getElementById('search').requestSubmit()")
         await page.until("window.lists >= 1")
         await page.evaluate("void window.release()")
-        await page.until("document.querySelectorAll('.mark').length === 24")
+        await page.until("document.querySelectorAll('.mark').length === 25")
         assert await page.evaluate("window.traces") == 1
 
 
 @in_a_browser
 async def test_the_keyboard_reaches_every_event() -> None:
     async with shown(f"#trace={TRACE}") as (_, page):
-        await page.until("document.querySelectorAll('.mark').length === 24")
+        await page.until("document.querySelectorAll('.mark').length === 25")
         tabbable = await page.evaluate(
             "[...document.querySelectorAll('.mark')].filter((mark) => mark.tabIndex === 0).length"
         )
         assert tabbable == 1, "a waterfall is one stop, its marks are reached by arrows"
         await page.evaluate("document.querySelector('.mark').focus()")
         names = [await page.evaluate("document.activeElement.ariaLabel")]
-        for _ in range(23):
+        for _ in range(24):
             await page.press("ArrowRight")
             names.append(await page.evaluate("document.activeElement.ariaLabel"))
-        assert len(set(names)) == 24
+        assert len(set(names)) == 25
         assert names[0] == "New at 0 µs"
-        assert names[5] == "Error at 35.0 ms: RCPT · 550 · address"
+        assert names[6] == "Error at 35.0 ms: RCPT · 550 · No such user here · address"
         await page.press("ArrowLeft", times=18)
         await page.press("Enter")
         assert "550" in await page.evaluate("document.querySelector('.details').textContent")
 
 
 @in_a_browser
-async def test_search_and_order_by_keyboard() -> None:
+async def test_search_and_errors_by_keyboard() -> None:
     async with shown() as (_, page):
         await page.until("document.querySelectorAll('#trace-list li').length === 25")
-        await page.evaluate("document.getElementById('query').focus()")
+        await page.press("/")
+        assert await page.evaluate("document.activeElement.id") == "query"
         await page.type("451 deferred")
         await page.until("document.querySelectorAll('#trace-list li').length === 4")
         assert await page.evaluate("document.getElementById('traces-count').textContent") == "4 failed"
-        await page.press("Tab")
-        await page.press("ArrowRight")
-        await page.until("location.hash === '#q=451+deferred&order=newest'")
-        await page.evaluate("document.querySelector('.trace-item').focus()")
-        await page.press("ArrowDown")
+        await page.press("Escape")
+        assert await page.evaluate("document.activeElement.id") == "", "Esc leaves the field"
+        await page.press("j")
+        await page.press("j")
+        await page.press("k")
         await page.press("Enter")
         await page.until("document.querySelectorAll('.mark').length > 0")
-        assert "trace=" in await page.evaluate("location.hash"), "a view can be sent to a colleague"
+        first = await page.evaluate("document.querySelector('#trace-list li').dataset.key")
+        assert await page.evaluate("location.hash") == f"#q=451+deferred&trace={first}", "can be sent to a colleague"
+        await page.press("j")
+        await page.until(f"!location.hash.includes('{first}') && location.hash.includes('trace=')")
+        await page.press("Escape")
+        await page.until("document.querySelectorAll('.mark').length === 0")
+        assert await page.evaluate("location.hash") == "#q=451+deferred"
+        await page.evaluate("history.back()")
+        await page.until("document.querySelectorAll('.mark').length > 0")
+
+
+@in_a_browser
+async def test_errors_are_marked_and_can_be_had_alone() -> None:
+    async with shown() as (_, page):
+        await page.until("document.querySelectorAll('#trace-list li').length === 25")
+        await page.click("input[name=only][value=errors] + span")
+        await page.until("document.querySelectorAll('#trace-list li').length === 9")
+        assert await page.evaluate("location.hash") == "#only=errors"
+        marks = await page.evaluate(
+            "[...document.querySelectorAll('.trace-item')].map((each) => each.dataset.severity)"
+        )
+        assert set(marks) == {"failed", "refused"}
+        words = await page.evaluate("document.querySelector('.trace-item .words').textContent")
+        assert words == "550 No such user here", "who refused is quoted in the list"
+
+
+@in_a_browser
+async def test_back_closes_what_was_opened() -> None:
+    async with shown() as (_, page):
+        await page.until("document.querySelectorAll('#trace-list li').length === 25")
+        await page.click("#trace-list li:nth-child(1) button")
+        await page.until("document.querySelector('.trace-head h3')")
+        first = await page.evaluate("location.hash")
+        await page.click("#trace-list li:nth-child(2) button")
+        await page.until(f"location.hash !== {json.dumps(first)} && document.querySelector('.trace-head h3')")
+        await page.evaluate("history.back()")
+        await page.until(f"'#trace=' + document.querySelector('.trace-head h3')?.textContent === {json.dumps(first)}")
+        await page.evaluate("history.back()")
+        await page.until("document.getElementById('trace').textContent.startsWith('Choose a trace')")
+        await page.evaluate("history.forward()")
+        await page.until(f"'#trace=' + document.querySelector('.trace-head h3')?.textContent === {json.dumps(first)}")
+
+
+@in_a_browser
+async def test_what_was_said_stands_beside_each_refused_event() -> None:
+    async with shown(f"#trace={TRACE}") as (_, page):
+        await page.until("document.querySelectorAll('.mark').length === 25")
+        rows = await page.evaluate(
+            "[...document.querySelectorAll('.events tr[data-error]')].map((row) => row.lastChild.textContent)"
+        )
+        assert "RCPT · 550 · No such user here · address" in rows
+        assert "example.org · refused · 550 · No such user here · provider" in rows
+
+
+@in_a_browser
+async def test_the_keys_are_told() -> None:
+    async with shown() as (_, page):
+        await page.press("?")
+        assert await page.evaluate("document.getElementById('keys').open")
+        await page.press("j")
+        assert await page.evaluate("document.getElementById('keys').open"), "keys are the dialog's while it is open"
+        await page.press("Escape")
+        assert not await page.evaluate("document.getElementById('keys').open")
+        await page.click("#show-keys")
+        await page.click("#keys .shut")
+        assert not await page.evaluate("document.getElementById('keys').open")
+        legend = await page.evaluate("[...document.querySelectorAll('#legend li')].map((each) => each.textContent)")
+        assert legend == [
+            "N New", "T StartTLS", "A Active", "U Auth", "D Data", "I Idle", "R Reset", "E Error", "C Closed",
+        ]  # fmt: skip
+
+
+@in_a_browser
+async def test_a_long_list_has_pages() -> None:
+    async with shown() as (gateway, page):
+        day_ns = 86_400_000_000_000
+        for number in range(1, 231):
+            for span in mail_trace(0xA0000 + number, start_ns=time.time_ns() - 400 * day_ns + number * 1_000_000_000):
+                gateway.traces.add(span)
+        await page.until("document.getElementById('trace-place').textContent === '1–100 of 255'")
+        await page.click("#older")
+        await page.until("document.getElementById('trace-place').textContent === '101–200 of 255'")
+        assert re.search(r"20\d\d", await page.evaluate("document.querySelector('.trace-item').textContent")), "a date"
+        await page.click("#older")
+        await page.until("document.querySelectorAll('#trace-list li').length === 55")
+        assert await page.evaluate("document.getElementById('older').disabled")
+        for span in mail_trace(0xFEED, domain="fresh.example", start_ns=time.time_ns()):
+            gateway.traces.add(span)
+        await page.click("#newer")
+        await page.until("document.getElementById('trace-place').textContent === '101–200 of 255'")
+        await page.click("#newer")
+        await page.until("document.getElementById('trace-place').textContent === '1–100 of 256'")
+
+
+@in_a_browser
+async def test_on_a_telephone_a_trace_lies_over_the_list() -> None:
+    async with shown() as (_, page):
+        await page.call("Emulation.setDeviceMetricsOverride", width=390, height=844, deviceScaleFactor=2, mobile=True)
+        await page.until("document.querySelectorAll('#trace-list li').length === 25")
+        await page.click("#trace-list li:nth-child(1) button")
+        await page.until("document.querySelector('.trace-head h3') === document.activeElement")
+        box = "document.getElementById('trace').getBoundingClientRect()"
+        assert await page.evaluate(f"[{box}.left, {box}.top, {box}.width, {box}.height]") == [0, 0, 390, 844]
+        assert await page.evaluate("document.elementFromPoint(195, 400).closest('#trace') !== null")
+        assert await page.evaluate("document.documentElement.scrollWidth") <= 390
+        controls = "[...document.querySelectorAll('a, button, input')]"
+        reachable = await page.evaluate(f"{controls}.filter((each) => !each.closest('[inert], dialog, #trace')).length")
+        assert reachable == 0, "nothing below it can be reached by the keyboard"
+        await page.click(".trace .shut")
+        await page.until("document.querySelectorAll('.mark').length === 0")
+        assert await page.evaluate("document.activeElement.className") == "trace-item"
+        assert not await page.evaluate("document.querySelector('[inert]') !== null")
 
 
 @in_a_browser
@@ -241,9 +355,9 @@ async def test_a_trace_leads_to_the_backend_and_out_of_the_queue() -> None:
 @in_a_browser
 async def test_every_control_has_a_name_and_no_page_scrolls_sideways() -> None:
     async with shown(f"#trace={TRACE}") as (_, page):
-        await page.until("document.querySelectorAll('.mark').length === 24")
+        await page.until("document.querySelectorAll('.mark').length === 25")
         nameless = await page.evaluate(
-            """[...document.querySelectorAll('button, input, a, [role=img], [role=region], table th')]
+            """[...document.querySelectorAll('button, input, a, [role=img], [role=group], table th')]
             .filter((each) => !(each.ariaLabel || each.textContent.trim() || each.labels?.length
                 || each.getAttribute('aria-labelledby'))).map((each) => each.outerHTML)"""
         )
@@ -283,9 +397,28 @@ _CONTRAST: Final = """(() => {
 async def test_all_text_stands_out_from_its_ground(dark: bool) -> None:
     """WCAG 2.2 1.4.3: 4.5 to 1, in the light and in the dark."""
     async with shown(f"#trace={TRACE}", dark=dark) as (_, page):
-        await page.until("document.querySelectorAll('.mark').length === 24")
+        await page.until("document.querySelectorAll('.mark').length === 25")
         await page.until("document.querySelectorAll('#queue-messages tbody tr').length === 2")
         assert await page.evaluate(_CONTRAST) == []
+
+
+@in_a_browser
+@pytest.mark.parametrize("width", [1400, 390])
+@pytest.mark.parametrize("has_trace", [False, True])
+async def test_axe_finds_nothing(width: int, has_trace: bool) -> None:
+    async with shown() as (_, page):
+        await page.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False
+        )
+        await page.until("document.querySelectorAll('#queue-messages tbody tr').length === 2")
+        await page.until("document.querySelectorAll('#trace-list li').length === 25")
+        if has_trace:
+            await page.evaluate("document.querySelector('.trace-item').click()")
+            await page.until("document.querySelectorAll('.mark').length === 25")
+        assert await axe.findings(page) == []
+        if not has_trace:
+            await page.evaluate("document.getElementById('show-keys').click()")
+            assert await axe.findings(page) == []
 
 
 @in_a_browser

@@ -38,6 +38,7 @@ def refused_trace(trace_id: int, start_ns: int, client: str) -> list[EncodedSpan
     events = state_events(states, start_ns, step_ns=7 * MILLISECOND)
     events[2].attributes["tls.protocol.version"] = "1.3"  # type: ignore[index]  # a dict behind its Mapping
     events[3].attributes["smtp.auth.mechanism"] = "SCRAM-SHA-256"  # type: ignore[index]  # as above
+    events[5].attributes["smtp.reply.text"] = "No such user here"  # type: ignore[index]  # as above
     events[12].attributes["smtp.close.reason"] = "quit"  # type: ignore[index]  # as above
     spans = []
     for number, (outcome, begin, end) in enumerate([("aborted", 30, 50), ("relayed", 58, 72)], start=1):
@@ -47,10 +48,15 @@ def refused_trace(trace_id: int, start_ns: int, client: str) -> list[EncodedSpan
             "smtp.rcpt.domains": ("example.org",),
             "smtp.transaction.number": number,
         }
+        refused: dict[str, Value] = {
+            "smtp.rcpt.domain": "example.org", "smtp.recipient.fate": "refused", "smtp.reply.code": 550,
+            "smtp.reply.text": "No such user here", "smtp.upstream.name": "provider",
+        }  # fmt: skip
         spans.append(
             Span(
                 "smtp.transaction", Kind.INTERNAL, transaction, connection,
-                start_ns + begin * MILLISECOND, start_ns + end * MILLISECOND, attributes, [],
+                start_ns + begin * MILLISECOND, start_ns + end * MILLISECOND, attributes,
+                [Event(start_ns + 35 * MILLISECOND, "smtp.recipient", refused)] if number == 1 else [],
                 [Link(Identity(0xAB, 5), {"smtp.link.type": "application"})], False,
             )
         )  # fmt: skip
@@ -142,9 +148,9 @@ class BusyGateway:
             {"due": 2, "held": 1},
             4210.0,
             [
-                QueuedMessage("01J9ZQ4T3M", "due", 4210, 6, 1, ("gmail.example",), 310.0, "451 4.4.1",
-                              "c0ffee0000000000000000000000beef"),
-                QueuedMessage("01J9ZR0HHE", "held", 95, 1, 3, (HOSTILE,), None, "550 5.7.1", None),
+                QueuedMessage("01J9ZQ4T3M", "due", 4210, 6, 1, ("gmail.example",), 310.0,
+                              "451 4.7.1 Greylisted, come back in five minutes", "c0ffee0000000000000000000000beef"),
+                QueuedMessage("01J9ZR0HHE", "held", 95, 1, 3, (HOSTILE,), None, f"550 5.7.1 {HOSTILE}", None),
             ],
         )  # fmt: skip
 

@@ -89,13 +89,13 @@ class Page:
                 await self.evaluate("new Promise((done) => setTimeout(done, 10))")
 
     async def press(self, key: str, *, times: int = 1) -> None:
-        """Press a key, as "Tab", "ArrowRight", "Enter", where the focus is."""
+        """Press a key, as "Tab", "ArrowRight", "Enter", "j", where the focus is."""
         codes = {"Tab": 9, "Enter": 13, "Escape": 27, "ArrowRight": 39, "ArrowLeft": 37, "ArrowDown": 40, "ArrowUp": 38}
-        text = {"text": "\r"} if key == "Enter" else {}
+        text = {"text": "\r"} if key == "Enter" else {"text": key} if len(key) == 1 else {}
         for _ in range(times):
             for kind in ("keyDown", "keyUp"):
                 await self.call(
-                    "Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=codes[key],
+                    "Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=codes.get(key, 0),
                     **(text if kind == "keyDown" else {}),
                 )  # fmt: skip
 

@@ -44,6 +44,9 @@ const LETTERS = {
   New: "N", StartTLS: "T", Active: "A", Auth: "U", Data: "D", Idle: "I", Reset: "R", Error: "E", Closed: "C",
 };
 
+/** The states, in the order in which a connection may go through them. */
+export const STATES = Object.keys(LETTERS);
+
 /** A state as a coloured chip with its name. */
 export function chip(state) {
   return element("span", { class: "chip", "data-state": state }, state);
@@ -79,6 +82,15 @@ export function span(milliseconds) {
 export function clock(unixMilliseconds) {
   const moment = new Date(unixMilliseconds);
   return `${moment.toLocaleTimeString([], { hour12: false })}.${String(moment.getMilliseconds()).padStart(3, "0")}`;
+}
+
+/** A moment: the time of day, and the date if it was not today; today to the millisecond, where `isExact`. */
+export function when(unixMilliseconds, isExact = true) {
+  const moment = new Date(unixMilliseconds);
+  const isToday = moment.toDateString() === new Date().toDateString();
+  if (isToday) return isExact ? clock(unixMilliseconds) : moment.toLocaleTimeString([], { hour12: false });
+  const date = { day: "numeric", month: "short", ...(moment.getFullYear() === new Date().getFullYear() ? {} : { year: "numeric" }) };
+  return `${moment.toLocaleDateString([], date)} ${moment.toLocaleTimeString([], { hour12: false })}`;
 }
 
 export function plural(count, one, many = `${one}s`) {

@@ -1,7 +1,8 @@
 // The page of one gateway: what the stream tells is shown at once; traces and queue are asked for when they change.
 
-import { age, element, reconcile, write } from "/draw.js";
+import { age, element, reconcile, when, write } from "/draw.js";
 import { showConnections, tickConnections } from "/connections.js";
+import { startKeys } from "/keys.js";
 import { showQueue, showUpstreams } from "/places.js";
 import { open, search, startTraces } from "/traces.js";
 
@@ -30,7 +31,9 @@ async function start() {
     ...Object.entries(facts).map(([what, value]) => element("span", {}, `${what} `, element("b", {}, value))),
     element("span", {}, "up ", element("b", { id: "uptime" }, age(status.uptime_seconds))),
   );
+  write(document.getElementById("totals-since"), `since ${when(startedAt, false)}, when the gateway started`);
   startTraces(status.trace_url);
+  startKeys();
   if (status.has_queue) {
     document.getElementById("queue").hidden = false;
     watchQueue();
@@ -80,16 +83,16 @@ function showTotals(counters) {
   const outcomes = counters.transactions;
   const refused = Object.values(counters.connections_refused).reduce((sum, each) => sum + each, 0);
   const tiles = [
-    ["open now", counters.connections_open, ""],
-    ["accepted", counters.connections_accepted, ""],
-    ["relayed", outcomes.relayed ?? 0, "good"],
-    ["partly relayed", outcomes.partly_relayed ?? 0, "warn"],
-    ["queued", outcomes.queued ?? 0, ""],
-    ["deferred", outcomes.deferred ?? 0, "warn"],
-    ["refused", outcomes.refused ?? 0, "warn"],
-    ["aborted", outcomes.aborted ?? 0, ""],
-    ["outcome unknown", outcomes.unknown ?? 0, "alarm"],
-    ["turned away", refused, "warn"],
+    ["connections open now", counters.connections_open, ""],
+    ["connections accepted", counters.connections_accepted, ""],
+    ["connections turned away", refused, "warn"],
+    ["mails relayed", outcomes.relayed ?? 0, "good"],
+    ["mails relayed in part", outcomes.partly_relayed ?? 0, "warn"],
+    ["mails queued", outcomes.queued ?? 0, ""],
+    ["mails deferred", outcomes.deferred ?? 0, "warn"],
+    ["mails refused", outcomes.refused ?? 0, "warn"],
+    ["mails aborted by clients", outcomes.aborted ?? 0, ""],
+    ["mails whose outcome is unknown", outcomes.unknown ?? 0, "alarm"],
   ];
   reconcile(totals, tiles, ([name]) => name,
     ([name]) => element("li", {}, element("b"), element("span", {}, name)),

@@ -66,7 +66,7 @@ export function showQueue(queue, open) {
       element("td", { class: "number" }, age(facts.age_seconds)),
       element("td", { class: "number" }, String(facts.attempts)),
       element("td", { class: "number" }, facts.next_attempt_seconds === null ? "–" : age(facts.next_attempt_seconds)),
-      element("td", { class: "mono" }, facts.last_reply ?? "–"),
+      element("td", { class: "reason" }, facts.last_reply ?? "–"),
     );
   });
 }

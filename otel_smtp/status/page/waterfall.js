@@ -68,14 +68,17 @@ function inTreeOrder(spans) {
 
 /** What an event is called: its state, or the last part of its name. */
 function title(event) {
-  return event.attributes["smtp.state"] ?? event.name.replace("smtp.upstream.", "");
+  return event.attributes["smtp.state"] ?? event.name.replace("smtp.upstream.", "").replace("smtp.", "");
 }
 
 /** What an event says beyond its name, in a few words. */
 function words(event) {
   const a = event.attributes;
   const parts = [
-    a["smtp.verb"], a["smtp.reply.code"], a["smtp.reply.enhanced_code"], a["error.type"], a["smtp.auth.mechanism"],
+    a["smtp.rcpt.address"] ?? a["smtp.rcpt.domain"], a["smtp.recipient.fate"],
+    a["smtp.recipient.more"] && `${a["smtp.recipient.more"]} more recipients`,
+    a["smtp.verb"], a["smtp.reply.code"], a["smtp.reply.enhanced_code"], a["smtp.reply.text"], a["smtp.failure.reason"],
+    a["error.type"], event.name === "smtp.recipient" ? a["smtp.upstream.name"] : "", a["smtp.auth.mechanism"],
     a["tls.protocol.version"] && `TLS ${a["tls.protocol.version"]}`, a["tls.cipher"], a["smtp.reset.cause"],
     a["smtp.close.reason"]?.replaceAll("_", " "),
     a["smtp.transaction.recipient_count"] && `recipients: ${a["smtp.transaction.recipient_count"]}`,
@@ -86,7 +89,7 @@ function words(event) {
 }
 
 function isError(event) {
-  return title(event) === "Error" || Number(event.attributes["smtp.reply.code"]) >= 400;
+  return title(event) === "Error" || event.name === "smtp.recipient" || Number(event.attributes["smtp.reply.code"]) >= 400;
 }
 
 class Waterfall {
@@ -262,7 +265,7 @@ class Waterfall {
       body.append(line);
       before = event.at;
     }
-    return element("div", { class: "scroll events", tabindex: "0", role: "region", "aria-label": "All events by time" },
+    return element("div", { class: "scroll events", tabindex: "0", role: "group", "aria-label": "All events by time" },
       element("table", {},
         element("thead", {}, element("tr", {},
           ...["At", "Since last", "Span", "Event", "What"].map((name, index) => element("th", { scope: "col", class: index < 2 ? "number" : "" }, name)))),
