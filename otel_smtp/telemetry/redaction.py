@@ -13,12 +13,14 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Final
 
+from otel_smtp.smtp import replies
 from otel_smtp.smtp.characters import INVISIBLE
 from otel_smtp.smtp.envelope import Recipient
 from otel_smtp.telemetry.attributes import MAX_DOMAINS, MAX_VALUE_CHARACTERS, USER_HASH, USER_NAME
+from otel_smtp.telemetry.reply_words import HIDDEN, Shown, shown_words
 
 
 class Addresses(StrEnum):
@@ -40,9 +42,10 @@ class ClientIp(StrEnum):
 
 _REPLACEMENT: Final = "\ufffd"
 
-# A mailbox inside free text, wider than RFC 5321's grammar on purpose: a quoted or bare local part up to the @, then
-# anything that could be a domain or an address literal.
-_MAILBOX: Final = re.compile(r"""(?:"(?:[^"\\]|\\.){0,256}"|[^\s<>()\[\],;:"'@]{1,256})@(\[[^\]\s]{0,64}\]|[\w.-]*)""")
+# Our own words, and those of nearly every mail that is taken: no need to look closer.
+_OWN: Final = frozenset(reply.text for reply in replies.named().values())
+_EVERYDAY: Final = re.compile(r"(?:Ok|OK)(?::? queued as [A-Za-z0-9]{5,40}| trace=[0-9a-f]{32})?")
+_TEXTS_REMEMBERED: Final = 512
 _DOMAINS_REMEMBERED: Final = 1024
 _HASH_DIGITS: Final = 16  # 64 bits: no two of a billion addresses are likely to meet
 
@@ -76,6 +79,7 @@ class Redaction:
     shows_mailboxes: bool = field(init=False, repr=False, compare=False)
     _sender_domain: Callable[[str], str | None] = field(init=False, repr=False, compare=False)
     _recipient_domain: Callable[[str], str] = field(init=False, repr=False, compare=False)
+    _words: Callable[[str], str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.addresses is Addresses.HASH and not self.hash_key:
@@ -85,6 +89,8 @@ class Redaction:
         # A gateway sees the same few domains in mail after mail.
         object.__setattr__(self, "_sender_domain", lru_cache(_DOMAINS_REMEMBERED)(self._lower_literal_or_name))
         object.__setattr__(self, "_recipient_domain", lru_cache(_DOMAINS_REMEMBERED)(_lower))
+        shown = Shown(self._in_text, self.ip, self.shows_domains)
+        object.__setattr__(self, "_words", lru_cache(_TEXTS_REMEMBERED)(partial(shown_words, shown=shown)))
 
     def mailbox(self, address: str) -> str | None:
         """The mailbox itself, in `full`, or its hash, in `hash`; None else."""
@@ -160,23 +166,26 @@ class Redaction:
                 return prefix_of(host)
 
     def text(self, text: str, limit: int = MAX_VALUE_CHARACTERS) -> str:
-        """Free text of a peer: upstreams like to repeat the address that they refuse.
+        """Free text of a peer: but for `full`, what of it is recognised as harmless, see `reply_words`.
 
-        The text is cut before it is searched, so that the search is bounded, and at double the limit, so that no
+        The text is cut before it is read, so that the reading is bounded, and at double the limit, so that no
         half of an address stays where it was cut.
         """
-        if "@" in text and self.addresses is not Addresses.FULL:
-            text = _MAILBOX.sub(self._in_text, text[: 2 * limit])
-        return clean(text, limit)
+        if self.addresses is Addresses.FULL:
+            return clean(text, limit)
+        if text in _OWN or _EVERYDAY.fullmatch(text) is not None:
+            return text[:limit]
+        return clean(self._words(text[: 2 * limit]), limit)
 
-    def _in_text(self, found: re.Match[str]) -> str:
+    def _in_text(self, mailbox: str) -> str:
         match self.addresses:
             case Addresses.DOMAIN:
-                return f"...@{self._literal_or_name(found[1]) or ''}"
+                _, _, domain = mailbox.rpartition("@")
+                return f"...@{self._literal_or_name(domain) or ''}"
             case Addresses.HASH:
-                return self._hash(found[0].strip('"'))
+                return self._hash(mailbox.strip('"'))
             case _:
-                return "..."
+                return HIDDEN
 
     def _lower_literal_or_name(self, domain: str) -> str | None:
         return self._literal_or_name(domain.lower())
