@@ -1,5 +1,5 @@
-"""Writes the README's tables and deploy/reference out of the code: `python -m tests.readme`. `test_readme.py` compares
-them."""
+"""Writes the tables of the guides, and deploy/reference, out of the code: `python -m tests.readme`. `test_readme.py`
+compares them."""
 
 import json
 import re
@@ -14,6 +14,7 @@ from otel_smtp.telemetry.attributes import tables
 
 README: Final = Path(__file__).parent.parent / "README.md"
 REFERENCE: Final = README.parent / "deploy" / "reference"
+GUIDES: Final = README.parent / "deploy" / "guides"
 
 
 def states_table() -> str:
@@ -25,9 +26,9 @@ def states_table() -> str:
     return "\n".join(lines)
 
 
-TABLES: Final[Mapping[str, Callable[[], str]]] = {
-    "states": states_table,
-    "client": names.table,
+TABLES: Final[Mapping[str, tuple[Path, Callable[[], str]]]] = {
+    "states": (GUIDES / "operating.md", states_table),
+    "client": (GUIDES / "applications.md", names.table),
 }
 
 
@@ -41,22 +42,25 @@ def reference() -> dict[str, str]:
     }
 
 
-def with_tables(text: str) -> str:
-    """`text` with each table put between its marks.
+def with_tables() -> dict[Path, str]:
+    """The documents that have tables, each put between its marks.
 
     Raises:
         ValueError: a mark is missing.
     """
-    for name, table in TABLES.items():
+    texts: dict[Path, str] = {}
+    for name, (path, table) in TABLES.items():
+        text = texts.get(path) or path.read_text(encoding="utf-8")
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if pattern.search(text) is None:
-            raise ValueError(f"README.md has no place for {name}")
-        text = pattern.sub(lambda match, table=table: f"{match[1]}{table().strip()}\n{match[2]}", text)  # type: ignore[misc]
-    return text
+            raise ValueError(f"{path.name} has no place for {name}")
+        texts[path] = pattern.sub(lambda match, table=table: f"{match[1]}{table().strip()}\n{match[2]}", text)  # type: ignore[misc]
+    return texts
 
 
 if __name__ == "__main__":
     REFERENCE.mkdir(exist_ok=True)
     for name, text in reference().items():
         (REFERENCE / name).write_text(text, encoding="utf-8")
-    README.write_text(with_tables(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for path, text in with_tables().items():
+        path.write_text(text, encoding="utf-8")

@@ -1,26 +1,31 @@
-"""The README and the reference against the program: tables, commands, names."""
+"""The README, the guides and the reference against the program: tables, commands, names."""
 
 import re
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
 
 import pytest
+import trustme
 
 from otel_smtp.config import load
+from otel_smtp.server.users import users_line
 from otel_smtp.telemetry import attributes
-from tests.readme import README, REFERENCE, reference, with_tables
+from tests.readme import GUIDES, README, REFERENCE, reference, with_tables
 
-TEXT = README.read_text(encoding="utf-8")
+DOCUMENTS = [README, README.parent / "deploy" / "CHANGELOG.md", *sorted(GUIDES.glob("*.md"))]
+TEXT = "\n".join(path.read_text(encoding="utf-8") for path in DOCUMENTS)
 
 
 def blocks(language: str) -> list[str]:
-    """The fenced blocks of one language."""
+    """The fenced blocks of one language: those of the README first, then those of the guides."""
     return re.findall(rf"^```{language}\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
 
 
 def test_its_tables_are_those_of_the_code() -> None:
-    assert with_tables(TEXT) == TEXT, "run: python -m tests.readme"
+    for path, text in with_tables().items():
+        assert path.read_text(encoding="utf-8") == text, "run: python -m tests.readme"
 
 
 def test_the_reference_is_that_of_the_code() -> None:
@@ -28,9 +33,14 @@ def test_the_reference_is_that_of_the_code() -> None:
     assert found == reference(), "run: python -m tests.readme"
 
 
-def test_its_links_lead_somewhere() -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", TEXT):
-        assert target.startswith("https://") or (README.parent / target).exists(), target
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_its_links_lead_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
+        assert target.startswith("https://") or (path.parent / target).exists(), target
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 250
 
 
 def test_its_test_command_is_the_one_that_ci_runs() -> None:
@@ -40,13 +50,17 @@ def test_its_test_command_is_the_one_that_ci_runs() -> None:
     assert command in (README.parent / ".ci" / "run").read_text(encoding="utf-8")
 
 
-def test_its_settings_are_settings(tmp_path: object) -> None:
+def test_its_settings_are_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where the files lie that they name
+    certificate = trustme.CA().issue_cert("gw.example.com")
+    certificate.cert_chain_pems[0].write_to_path("cert.pem")
+    certificate.private_key_pem.write_to_path("key.pem")
+    Path("users").write_text(users_line("app", "secret") + "\n")
+    Path("password").write_text("secret")
+    for path in ("key.pem", "users", "password"):
+        Path(path).chmod(0o600)
     for block in blocks("toml"):
-        document = tomllib.loads(block)
-        for upstream in document.get("upstream", ()):
-            if upstream.pop("password_file", None) is not None:  # is not there to be read
-                upstream["password"] = "secret"
-        load(values=document)
+        load(values=tomllib.loads(block))
 
 
 def test_its_python_is_python() -> None:
