@@ -322,6 +322,16 @@ async def pool_messages(site: Site, amount: int) -> bool:
     return site.upstream.connections == 1
 
 
+async def pool_recipients(site: Site, amount: int) -> bool:
+    client = await site.greeted()
+    await client.asks(
+        "MAIL FROM:<a@client.example>", *(f"RCPT TO:<b{number}@there.example>" for number in range(amount))
+    )
+    assert (await client.asks("DATA")).startswith("354 ")
+    assert (await client.asks(".")).startswith("250 ")
+    return len(site.upstream.kept) == 1
+
+
 async def reply_line(site: Site, amount: int) -> bool:
     site.upstream.faults[Phase.MAIL] = Fault(Kind.REFUSE, b"550 " + b"x" * (amount - 6) + b"\r\n")
     reply = await (await site.greeted()).asks(*ENVELOPE)
@@ -547,6 +557,7 @@ BOUNDS: Final = (
     Bound("upstream.timeout.reply", 570, 20, upstream_waits(Phase.REPLY), BELOW),
     # What upstreams make grow, and how long their connections are kept
     Bound("upstream.connections", 20, 2, pool_size),
+    Bound("upstream.recipients_per_transaction", 100, 3, pool_recipients),
     Bound("upstream.messages_per_connection", 100, 2, pool_messages),
     Bound("upstream.connection_age", 300, 40, pool_keeps, BELOW, {"upstream.connection_idle": 1000}),
     Bound("upstream.connection_idle", 30, 20, pool_keeps, BELOW),

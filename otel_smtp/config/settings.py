@@ -332,6 +332,9 @@ class Upstream(Table, frozen=True, kw_only=True):
         str, Key("name to verify", Text("a host name", HOST_NAME_PATTERN), default="the URL's host")
     ] = ""
     connections: Annotated[int, Key("connections at once", _COUNT, "Postfix: 20 to one destination")] = 20
+    recipients_per_transaction: Annotated[
+        int, Key("recipients of one transaction; the others go in further ones", _COUNT, "RFC 5321 4.5.3.1.8")
+    ] = 100
     messages_per_connection: Annotated[int, Key("messages on one connection, then a new one", _COUNT)] = 100
     connection_age: Annotated[
         float, Key("age at which a connection is not used again", Duration(), "Postfix: 300 s")

@@ -54,6 +54,7 @@ class Attempts(ABC):
 
     Attributes:
         route: the upstreams that were not tried yet, the preferred one first.
+        begins_fresh: the first connection to each upstream is one that was not used before.
         has_ended_content: see above; the subclass says so.
         is_under_way: an attempt has begun and is not over.
     """
@@ -80,6 +81,7 @@ class Attempts(ABC):
         "_tried_again",
         "_was_reused",
         "_work",
+        "begins_fresh",
         "has_ended_content",
         "is_under_way",
         "route",
@@ -102,6 +104,7 @@ class Attempts(ABC):
         self._ended_alone = ended_alone
         self._is_aborted = False
         self.route: Sequence[Smarthost] = ()
+        self.begins_fresh = False
         self._faults: list[UpstreamFault] = []
         self._tried_again: frozenset[Smarthost] = frozenset()
         self._put_off: Reply | None = None  # a refusal on a connection that had served before; a fresh one is asked
@@ -240,6 +243,7 @@ class Attempts(ABC):
             self._retries_same = False
             is_fresh = self._retries_fresh
         elif self.route:
+            is_fresh = self.begins_fresh
             smarthost, *self.route = self.route
             deliveries = self._record.deliveries
             self._attempt = DeliveryRecord(

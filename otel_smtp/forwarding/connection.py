@@ -20,7 +20,14 @@ from typing import Final
 from otel_smtp.forwarding import authentication
 from otel_smtp.forwarding.authentication import without_secrets
 from otel_smtp.forwarding.faults import ConnectFailed, ConnectionLost, OutOfStep, TimedOut, UpstreamFault
-from otel_smtp.forwarding.settings import Credentials, PoolLimits, ReplyLimits, Timeouts, UpstreamSettings
+from otel_smtp.forwarding.settings import (
+    DEFAULT_RECIPIENTS,
+    Credentials,
+    PoolLimits,
+    ReplyLimits,
+    Timeouts,
+    UpstreamSettings,
+)
 from otel_smtp.net import Stream, connect, connect_unix
 from otel_smtp.net.reasons import reason_of
 from otel_smtp.observing import DeliveryPhase
@@ -47,8 +54,8 @@ class UpstreamConnection:
     Attributes:
         stream, protocol: what it is made of; commands and content are queued in the protocol.
         is_alive: in step, and nothing has been heard of it since its last answer: neither octets nor its end.
-        messages: transactions that were begun on it.
         opening: the steps of its opening, where it was opened for no mail and has served none yet; else None.
+        messages: transactions that were begun on it. `most_recipients`: of one of them.
         opened_at, used_at: by the loop's clock; when it was opened, and released last.
         deadline: when the exchange under way fails, by the loop's clock; see `check_deadline`.
         is_spent: no further transaction is begun on it.
@@ -70,6 +77,7 @@ class UpstreamConnection:
         "is_alive",
         "is_spent",
         "messages",
+        "most_recipients",
         "needs_reset",
         "on_lost",
         "opened_at",
@@ -100,6 +108,7 @@ class UpstreamConnection:
         self.is_alive = self.is_spent = False
         self.messages = 0
         self.opening: Sequence[tuple[DeliveryPhase, Reply | None]] | None = None
+        self.most_recipients = DEFAULT_RECIPIENTS
         self.opened_at = self.used_at = self._loop.time()
         self.deadline = math.inf
         self.needs_reset = False
@@ -380,6 +389,7 @@ async def open_connection(
     except BaseException:
         stream.abort()
         raise
+    connection.most_recipients = settings.most_recipients(connection.extensions)
     return connection
 
 

@@ -8,12 +8,15 @@ next connection; there what was accepted for the client is put to the upstream f
 * MAIL and the first recipients are one group, or all of a small message is.
 * `has_ended_content` says that the final dot, or the last chunk, is on its way.
 
+An upstream takes so many recipients in one transaction, as it announced or as it says at one too many. Those beyond are
+left: the client was promised a place for them, and they go in a further transaction (see `further`).
+
 A refused recipient in `burst` must refuse the whole. So nothing that ends the content is sent before all are known to
 be accepted, but for a single recipient: where that is refused, the last chunk has nobody to go to.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from time import monotonic_ns
 from typing import Final
@@ -25,7 +28,7 @@ from otel_smtp.forwarding.connection import UpstreamConnection
 from otel_smtp.forwarding.content import Content
 from otel_smtp.forwarding.faults import ConnectionLost, CredentialsRefused, OutOfStep, Spent, UpstreamFault
 from otel_smtp.forwarding.settings import TracePolicy
-from otel_smtp.forwarding.verdicts import fold, is_about_credentials, outcome_of
+from otel_smtp.forwarding.verdicts import fold, is_about_credentials, outcome_of, wants_another_transaction
 from otel_smtp.observing import DeliveryPhase, Observer, Outcome, TransactionRecord
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.client import Answer, Awaited
@@ -43,6 +46,9 @@ BURST_OCTETS: Final = 256 * 1024
 ONE_PIECE_OCTETS: Final = 64 * 1024
 """Content up to this size is joined and sent in one write; joining more costs more than the further writes."""
 
+MOST_TRANSACTIONS: Final = 50
+"""Into which one message is divided; a thousand recipients are ten of the size that any server takes."""
+
 _MAIL: Final = frozenset({Awaited.RSET, Awaited.MAIL})
 _ENVELOPE: Final = frozenset({Awaited.RSET, Awaited.MAIL, Awaited.RCPT})
 _PHASES: Final[dict[Awaited | None, DeliveryPhase]] = {
@@ -57,6 +63,8 @@ class Delivery(Attempts):
 
     Attributes:
         accepted: recipients that go with the content; those of `ask` are added here as they are accepted.
+        left: those that were promised a place in a further transaction. `wants_fresh`: on a connection that was not
+            used before, as the limit that they met may be that of the connection.
     """
 
     __slots__ = (
@@ -65,13 +73,17 @@ class Delivery(Attempts):
         "_content",
         "_delivered",
         "_header",
+        "_is_full",
         "_judged",
         "_mail_refusal",
+        "_promised",
         "_read",
         "_refusal",
         "_sent_octets",
         "_sent_pieces",
         "accepted",
+        "left",
+        "wants_fresh",
     )
 
     _after: "Callable[[Delivery, list[Answer]], None]"  # the step that takes the answers
@@ -86,6 +98,10 @@ class Delivery(Attempts):
     ) -> None:
         super().__init__(mail, record, observer, ended_alone)
         self.accepted: list[Recipient] = []
+        self.left: list[Recipient] = []
+        self.wants_fresh = False
+        self._is_full = False  # nobody else is asked about
+        self._promised: list[Recipient] | None = None  # see `promised`; None: nobody was left
         self._asked: Sequence[Recipient] = ()
         self._judged: RecipientsAnswered | None = None
         self._delivered: MessageAnswered | None = None
@@ -102,6 +118,9 @@ class Delivery(Attempts):
         """
         if self._mail_refusal is not None:
             judged([self._mail_refusal] * len(recipients))
+            return
+        if self._is_full:
+            judged([self._promise(recipient) for recipient in recipients])
             return
         self._asked = recipients
         self._judged = judged
@@ -138,6 +157,52 @@ class Delivery(Attempts):
             self._end(outcome_of(refusal), refusal, error_type, answered=True)
         else:
             self._end(Outcome.ABORTED, None, None)
+
+    @property
+    def promised(self) -> Sequence[Recipient]:
+        """Those that were accepted and those that are left, in the order in which they came."""
+        return self.accepted if self._promised is None else self._promised
+
+    # Recipients beyond what one transaction takes ---------------------------------------------------------
+
+    def _promise(self, recipient: Recipient) -> Reply:
+        """Leave a recipient that was not asked about, or is one too many."""
+        # What a fresh connection took is what one takes.
+        is_measured = self.wants_fresh and not self._was_reused
+        most = max(1, len(self.accepted)) if is_measured else self._connection.most_recipients
+        if len(self.left) >= (MOST_TRANSACTIONS - 1) * most:
+            return replies.TOO_MANY_RECIPIENTS
+        if self._promised is None:
+            self._promised = list(self.accepted)
+        self._is_full = True
+        self.left.append(recipient)
+        self._promised.append(recipient)
+        return replies.RECIPIENT_OK
+
+    def _leave(self, numbers: Collection[int]) -> None:
+        """Leave some that had been accepted: this upstream takes fewer than the one before, or than was known.
+
+        Args:
+            numbers: their places among the accepted.
+        """
+        if self._promised is None:
+            self._promised = list(self.accepted)
+        self._is_full = True
+        self.left[:0] = [recipient for number, recipient in enumerate(self.accepted) if number in numbers]
+        self.accepted = [recipient for number, recipient in enumerate(self.accepted) if number not in numbers]
+
+    def _note_limit(self) -> None:
+        """There was one too many for the transaction, or for the connection: nobody knows which."""
+        self.wants_fresh = True
+        self._connection.is_spent = True
+
+    def _check_quota(self, refusal: Reply) -> None:
+        """Raise what makes the refusal of the first recipients no answer: those of earlier mails may have used up what
+        the connection takes."""
+        if self._was_reused and self._smarthost not in self._tried_again:
+            self.has_ended_content = False
+            self._connection.is_spent = True
+            raise Spent("recipients refused on a connection that has served before", upstream_reply=refusal)
 
     # Answers ----------------------------------------------------------------------------------------------
 
@@ -254,38 +319,106 @@ class Delivery(Attempts):
         protocol = self._connection.protocol
         if not self._is_open:
             self._send_envelope(None)
-        for recipient in self._asked:
+        asked = self._asked
+        if self._is_full or len(self.accepted) + len(asked) > self._connection.most_recipients:
+            asked = asked[: self._connection.most_recipients - len(self.accepted)]
+            self._is_full = True
+            if not asked and self._is_open:
+                self._recipients_answered([])
+                return
+        for recipient in asked:
             protocol.send_recipient(recipient)
         self._after = Delivery._recipients_answered
         self._connection.exchange(self._settled, stop_at=_MAIL)
 
     def _recipients_answered(self, answers: list[Answer]) -> None:
+        before = len(self.accepted)
         if not self._is_open:
             refusal = answers[0].reply
             if refusal.code >= 400:
                 self._sender_refused(refusal)
                 return
             self._is_open = True
-            before = 1 + len(self.accepted)
-            if before > 1:
-                _check_accepted_before(answers[:before])
-            del answers[:before]
-        verdicts = []
-        for recipient, (_, verdict) in zip(self._asked, answers, strict=True):
+            if before:
+                self._check_accepted_before(answers[: 1 + before])
+            del answers[: 1 + before]
+            if before:
+                before = len(self.accepted)
+        verdicts: list[Reply] = []
+        beyond: set[int] = set()
+        for recipient, (_, verdict) in zip(self._asked, answers, strict=False):
             verdicts.append(verdict)
             if verdict.code < 400:
                 self.accepted.append(recipient)
+            elif verdict.code in (452, 552) and wants_another_transaction(verdict):
+                beyond.add(len(verdicts) - 1)
             else:
-                self._refusal = verdict
-                if verdict.code >= 530:
-                    verdicts[-1] = self._as_told(verdict)
-                self._attempt.refuse(recipient, verdicts[-1], monotonic_ns())
+                self._refuse(recipient, verdicts)
+        if beyond or self._is_full:
+            self._divide(before, verdicts, beyond)
         judged, self._judged = self._judged, None
         if judged is not None:
             # The connection is left alone until the client says something: it may be taken away meanwhile.
             self._is_parked = True
             self._smarthost.park(self._connection, self._reclaimed)
             judged(verdicts)
+
+    def _check_accepted_before(self, answers: Sequence[Answer]) -> None:
+        """Look at what another connection says of MAIL and of those that were accepted before."""
+        (_, sender), *others = answers
+        if sender.code >= 400:
+            raise UpstreamFault("what another upstream had accepted is refused", upstream_reply=sender)
+        beyond = set()
+        for number, (_, verdict) in enumerate(others):
+            if verdict.code >= 400:
+                if not wants_another_transaction(verdict):
+                    raise UpstreamFault("what another upstream had accepted is refused", upstream_reply=verdict)
+                beyond.add(number)
+        if not beyond:
+            return
+        if len(beyond) == len(others):
+            self._check_quota(others[0].reply)
+            raise UpstreamFault("what another upstream had accepted is refused", upstream_reply=others[0].reply)
+        self._note_limit()
+        self._leave(beyond)
+
+    def _refuse(self, recipient: Recipient, verdicts: list[Reply]) -> None:
+        """Note that a recipient is refused with the last of `verdicts`, and put there what the client is told."""
+        verdict = self._refusal = verdicts[-1]
+        if verdict.code >= 530:
+            verdicts[-1] = self._as_told(verdict)
+        self._attempt.refuse(recipient, verdicts[-1], monotonic_ns())
+
+    def _divide(self, before: int, verdicts: list[Reply], beyond: Collection[int]) -> list[Reply]:
+        """Leave the recipients of this group that are too many for the transaction.
+
+        Args:
+            before: how many had been accepted before them.
+            verdicts: on those that were asked about.
+            beyond: numbers of those that were one too many.
+
+        Returns:
+            `verdicts`, completed.
+        """
+        asked = self._asked
+        if beyond and not self.accepted:
+            # One too many beside nobody is a refusal like any other.
+            self._check_quota(verdicts[min(beyond)])
+            for number in beyond:
+                self._refusal = verdicts[number]
+                self._attempt.refuse(asked[number], verdicts[number], monotonic_ns())
+            beyond = ()
+        if beyond:
+            self._note_limit()
+        promised = self._promised = self.accepted[:before] if self._promised is None else self._promised
+        for number, recipient in enumerate(asked):
+            if number >= len(verdicts):
+                verdicts.append(self._promise(recipient))
+            elif number in beyond:
+                verdicts[number] = self._promise(recipient)
+            elif verdicts[number].code < 400:
+                promised.append(recipient)
+        return verdicts
 
     def _sender_refused(self, refusal: Reply) -> None:
         self._check_sender_refusal(refusal)
@@ -309,7 +442,7 @@ class Delivery(Attempts):
     def _reopened(self, answers: list[Answer]) -> None:
         if answers[0].reply.code >= 400:
             self._check_sender_refusal(answers[0].reply)
-        _check_accepted_before(answers)
+        self._check_accepted_before(answers)
         self._is_open = True
         self._send()
 
@@ -344,7 +477,7 @@ class Delivery(Attempts):
     def _envelope_answered(self, answers: list[Answer]) -> None:
         self._is_open = answers[0].reply.is_positive
         last = answers[-1]
-        if (refusal := _refusal(answers)) is not None:
+        if (refusal := _refusal(answers)) is not None and not self._is_divided(answers):
             if last.verb is Awaited.DATA and last.reply.code < 400:
                 self._note_refused(answers)
                 self._take_back_data(refusal)
@@ -357,6 +490,17 @@ class Delivery(Attempts):
         else:
             self._ask_for_content()
 
+    def _is_divided(self, answers: Sequence[Answer]) -> bool:
+        """Whether those that were refused were one too many beside others, and no more: they are left."""
+        verdicts = [reply for verb, reply in answers if verb is Awaited.RCPT]
+        beyond = {number for number, verdict in enumerate(verdicts) if verdict.code >= 400}
+        if not (0 < len(beyond) < len(verdicts) and all(wants_another_transaction(verdicts[one]) for one in beyond)):
+            return False
+        self._note_limit()
+        # Without PIPELINING those after the first refusal were not asked about.
+        self._leave({*beyond, *range(len(verdicts), len(self.accepted))})
+        return True
+
     def _refused_in_burst(self, answers: Sequence[Answer]) -> None:
         """MAIL or a recipient was refused, and with it the message."""
         refusal = _refusal(answers)
@@ -364,6 +508,10 @@ class Delivery(Attempts):
         if answers[0].reply.code >= 400:
             self._check_sender_refusal(refusal)
         else:
+            if wants_another_transaction(refusal) and not any(
+                verb is Awaited.RCPT and reply.code < 400 for verb, reply in answers
+            ):
+                self._check_quota(refusal)
             self._note_refused(answers)
         self._conclude(refusal)
 
@@ -556,6 +704,8 @@ class Delivery(Attempts):
                 we add to it: the declaration is of the message as it is transmitted here (RFC 1870 6.1).
         """
         connection = self._connection
+        if self.accepted and len(self.accepted) > connection.most_recipients:
+            self._leave(range(connection.most_recipients, len(self.accepted)))
         if octets is None:
             record = self._record
             octets = self._mail.size if record.octets is None else record.octets
@@ -578,9 +728,3 @@ def _refusal(answers: Sequence[Answer]) -> Reply | None:
         if reply.code >= 400 and (verb is Awaited.MAIL or verb is Awaited.RCPT):
             return reply
     return None
-
-
-def _check_accepted_before(answers: Sequence[Answer]) -> None:
-    for _, reply in answers:
-        if reply.code >= 400:
-            raise UpstreamFault("what another upstream had accepted is refused", upstream_reply=reply)

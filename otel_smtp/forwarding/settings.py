@@ -7,7 +7,10 @@ from typing import Final, Protocol
 
 from otel_smtp.observing import Endpoint
 from otel_smtp.smtp.client import MAX_REPLY_LINE_OCTETS, MAX_REPLY_LINES
+from otel_smtp.smtp.extensions import Extensions
 from otel_smtp.smtp.states import TlsMode
+
+DEFAULT_RECIPIENTS: Final = 100  # which any server takes (RFC 5321 4.5.3.1.8)
 
 
 class Strategy(StrEnum):
@@ -15,7 +18,7 @@ class Strategy(StrEnum):
 
     TRANSPARENT: at RCPT, so that each recipient gets the upstream's own verdict.
     BUFFERED: at the end of the content, all in one group; recipients were accepted by us, and a refusal of any
-        refuses the message.
+        refuses the message, while nobody has it: those that go in a further transaction have verdicts of their own.
     """
 
     TRANSPARENT = "transparent"
@@ -122,6 +125,7 @@ class UpstreamSettings:
         tls_context: used instead of one made from the files above.
         senders, recipients: patterns like "*@example.com" of what it serves; none: all.
         trace_context: see `TracePolicy`.
+        recipients_per_transaction: at most; the others go in further ones.
         disabled: extensions, in capitals, that are not used though it offers them.
     """
 
@@ -143,6 +147,7 @@ class UpstreamSettings:
     senders: tuple[str, ...] = ()
     recipients: tuple[str, ...] = ()
     trace_context: TracePolicy = TracePolicy.STRIP
+    recipients_per_transaction: int = DEFAULT_RECIPIENTS
     disabled: frozenset[str] = frozenset()
 
     @property
@@ -154,6 +159,15 @@ class UpstreamSettings:
     def verified_name(self) -> str:
         """The name that its certificate must have."""
         return self.server_name or self.host
+
+    def most_recipients(self, extensions: Extensions | None) -> int:
+        """How many recipients it is asked about in one transaction.
+
+        Args:
+            extensions: what it offers (LIMITS RCPTMAX, RFC 9422 3.2); None: that is not known.
+        """
+        announced = extensions.limits.get("RCPTMAX", 0) if extensions is not None else 0
+        return min(self.recipients_per_transaction, announced) if announced > 0 else self.recipients_per_transaction
 
 
 MEMORY_LIMIT_OCTETS: Final = 256 * 1024

@@ -109,6 +109,11 @@ class Smarthost:
         """Whether the last that is known of it is good, or nothing is known."""
         return self.failed_at is None or (self.heard_at is not None and self.heard_at >= self.failed_at)
 
+    @property
+    def most_recipients(self) -> int:
+        """How many recipients it takes in one transaction, as far as is known."""
+        return self.settings.most_recipients(self.extensions)
+
     def concurrency(self) -> int:
         """How many mails may be under way to it now."""
         return self._pool.concurrency(asyncio.get_running_loop().time())

@@ -1,19 +1,24 @@
 """A client's transaction, relayed: recipients and their routes, the content, and the end, by each strategy.
 
-A transaction judges what can be said without asking anybody, collects the content, and leaves the rest to a `Delivery`.
+A transaction judges what can be said without asking anybody, collects the content, and leaves the rest to a `Delivery`:
+to several where recipients have routes of their own, or are more than an upstream takes at once (see `further`).
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Final, Protocol
+from time import monotonic_ns
+from typing import ClassVar, Final, Protocol
 
 from otel_smtp.forwarding.base import MessageAnswered, RecipientsAnswered
 from otel_smtp.forwarding.content import Content
-from otel_smtp.forwarding.delivery import Delivery
+from otel_smtp.forwarding.delivery import MOST_TRANSACTIONS, Delivery
+from otel_smtp.forwarding.further import MOST_SECONDS, Further, Part
 from otel_smtp.forwarding.routes import Serving
 from otel_smtp.forwarding.smarthost import Smarthost
-from otel_smtp.observing import Observer, TransactionRecord
+from otel_smtp.forwarding.verdicts import fold
+from otel_smtp.observing import DeliveryPhase, Observer, TransactionRecord
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.client import is_safe_path
 from otel_smtp.smtp.envelope import Mail, Recipient
@@ -69,6 +74,9 @@ class Transaction(ABC):
         "_has_content",
         "_is_over",
         "_mail",
+        "_parts",
+        "_promised",
+        "_record",
         "_relaying",
         "_route",
         "_serving",
@@ -76,15 +84,19 @@ class Transaction(ABC):
     )
 
     spool_id: Final = None  # nothing is made durable here
+    _refuses_all_for_one: ClassVar = False  # the refusal of a recipient is that of the message, while nobody has it
     write: Callable[[bytes], bool]
     _content: Content
 
     def __init__(self, relaying: Relaying, mail: Mail, record: TransactionRecord, serving: Serving[Smarthost]) -> None:
         self._relaying = relaying
         self._mail = mail
+        self._record = record
         self._serving = serving
         self._route: Sequence[Smarthost] = ()
         self._delivery = Delivery(mail, record, relaying.observer, relaying.unwatch)
+        self._parts: list[Part] | None = None  # of other routes, then of all; None: there is one transaction upstream
+        self._promised: list[Recipient] | None = None  # all that were accepted, in order, where there are parts
         self._has_content = False
         self._answered: MessageAnswered | None = None
         self._is_over = False
@@ -116,15 +128,23 @@ class Transaction(ABC):
         self._answered = None
         if self._has_content:
             self._content.close()
-        self._delivery.abort()
-        if self._delivery.is_under_way:
-            self._relaying.watch(self._delivery)
+        self._abandon_all()
+
+    def _begin(self) -> Delivery:
+        return Delivery(self._mail, self._record, self._relaying.observer, self._relaying.unwatch)
+
+    def _abandon_all(self) -> None:
+        for delivery in (self._delivery, *(part.delivery for part in self._parts or ())):
+            if delivery is not None:
+                delivery.abort()
+                if delivery.is_under_way:
+                    self._relaying.watch(delivery)
 
     def _deliver(self) -> None:
         content = self._content
         if content.failure is not None:
-            self._delivery.abort()
-            self._delivered(content.failure, ())
+            self._abandon_all()
+            self._conclude(content.failure, ())
         else:
             self._send(content)
 
@@ -133,6 +153,21 @@ class Transaction(ABC):
         """Put what is still to be put, and send the content."""
 
     def _delivered(self, reply: Reply, verdicts: Sequence[Reply]) -> None:
+        """The first transaction upstream is over."""
+        if self._parts is None and not self._delivery.left:
+            # As `_conclude`, which would be one call more for each mail.
+            self._is_over = True
+            if self._content.pieces is None:
+                self._content.close()
+            answered, self._answered = self._answered, None
+            if answered is not None:
+                answered(reply, verdicts)
+        elif self._refuses_all_for_one and reply.code >= 400 and not any(one.is_positive for one in verdicts):
+            self._conclude(reply, ())  # nobody has it yet, and nobody gets it
+        else:
+            self._go_further(reply, verdicts)
+
+    def _conclude(self, reply: Reply, verdicts: Sequence[Reply]) -> None:
         self._is_over = True
         if self._content.pieces is None:
             self._content.close()
@@ -140,8 +175,52 @@ class Transaction(ABC):
         if answered is not None:
             answered(reply, verdicts)
 
-    def _judge(self, recipient: Recipient) -> Reply | None:
-        """What can be said of a recipient without asking anybody; None where somebody must be asked."""
+    def _go_further(self, reply: Reply | None = None, verdicts: Sequence[Reply] = ()) -> None:
+        """Deliver to those whom the first transaction upstream had no place for.
+
+        Args:
+            reply: its final one; None: it had nobody to deliver to.
+        """
+        first = self._delivery
+        promised = first.promised if self._promised is None else self._promised
+        part = Part(self._route)
+        part.leave(first)
+        self._parts = [part, *(self._parts or ())]
+
+        def ended() -> None:
+            each = further.in_order(promised)
+            self._conclude(fold(each), each)
+
+        further = Further(
+            self._parts,
+            self._begin,
+            self._content,
+            until_ns=self._last_begin_ns(),
+            ended=ended,
+        )
+        if reply is not None:
+            further.note(first.accepted, reply, verdicts)
+            further.skip_unanswered(part, reply)
+        further.go_on()
+
+    def _last_begin_ns(self) -> float:
+        """Until when a transaction is begun for a client that waits; from the queue none does."""
+        if self._record.connection is None:
+            return math.inf
+        ended = (
+            at_ns
+            for delivery in self._record.deliveries
+            for at_ns, phase, _ in delivery.phases
+            if phase is DeliveryPhase.CONTENT
+        )
+        return next(ended, monotonic_ns()) + MOST_SECONDS * 1e9
+
+    def _judge(self, recipient: Recipient) -> "Reply | Part | None":
+        """What can be said of a recipient without asking anybody.
+
+        Returns:
+            Its refusal; the part that it belongs to, where that is another than those before; else None.
+        """
         if (refusal := bad_recipient(self._mail, recipient)) is not None:
             return refusal
         route = self._serving.for_recipient(recipient)
@@ -149,18 +228,32 @@ class Transaction(ABC):
             return replies.RELAY_DENIED
         if not self._route:
             self._route = self._delivery.route = route
-        elif route is not self._route and route != self._route:
-            return self._join(route)
+        elif route is not self._route and route != self._route and not self._join(route):
+            return self._part(route)
         return None
 
-    def _join(self, route: Sequence[Smarthost]) -> Reply | None:
+    def _join(self, route: Sequence[Smarthost]) -> bool:
         """Whether a recipient of another route can travel with those before it."""
         if route[0] is not self._route[0] or not self._delivery.is_served_by(route):
-            return replies.OTHER_ROUTE
+            return False
         # The same upstream first, other ones behind it: only those that serve both are left.
         self._route = [smarthost for smarthost in self._route if smarthost in route]
         self._delivery.route = [smarthost for smarthost in self._delivery.route if smarthost in route]
-        return None
+        return True
+
+    def _part(self, route: Sequence[Smarthost]) -> Part | Reply:
+        """The part of a route other than that of the first recipients; or why there is no other one."""
+        if self._parts is None:
+            self._parts = []
+            self._promised = list(self._delivery.promised)
+        for part in self._parts:
+            if part.route == route:
+                return part
+        if len(self._parts) + 1 >= MOST_TRANSACTIONS:
+            return replies.TOO_MANY_RECIPIENTS
+        part = Part(route)
+        self._parts.append(part)
+        return part
 
 
 class Transparent(Transaction):
@@ -171,27 +264,58 @@ class Transparent(Transaction):
     def recipients(self, batch: Sequence[Recipient], answered: RecipientsAnswered) -> None:
         """See `MailTransaction.recipients`."""
         asked: list[Recipient] = []
-        own: list[Reply | None] = []
+        found: list[Reply | Part | None] = []
         for recipient in batch:
-            refusal = self._judge(recipient)
-            own.append(refusal)
-            if refusal is None:
+            judged = self._judge(recipient)
+            found.append(judged)
+            if judged is None:
                 asked.append(recipient)
-        if len(asked) == len(batch):
+        if len(asked) == len(batch) and self._parts is None:
             self._delivery.ask(asked, answered)
-        elif asked:
-            self._delivery.ask(asked, partial(_merge, own, answered))
         else:
-            _merge(own, answered, ())
+            self._ask_each(batch, found, answered)
+
+    def _ask_each(
+        self, batch: Sequence[Recipient], found: Sequence["Reply | Part | None"], answered: RecipientsAnswered
+    ) -> None:
+        """Answer a batch with our own replies, and with the verdicts of the upstreams of each part of it."""
+        verdicts = [one if isinstance(one, Reply) else replies.RECIPIENT_OK for one in found]
+        groups: dict[Delivery, list[int]] = {}
+        for number, one in enumerate(found):
+            if not isinstance(one, Reply):
+                groups.setdefault(self._delivery if one is None else self._delivery_of(one), []).append(number)
+        left = len(groups)
+
+        def judged(numbers: Sequence[int], replied: Sequence[Reply]) -> None:
+            nonlocal left
+            for number, verdict in zip(numbers, replied, strict=True):
+                verdicts[number] = verdict
+            left -= 1
+            if not left:
+                finished()
+
+        def finished() -> None:
+            if self._promised is not None:
+                self._promised += [one for one, verdict in zip(batch, verdicts, strict=True) if verdict.code < 400]
+            answered(verdicts)
+
+        for delivery, numbers in groups.items():
+            delivery.ask([batch[number] for number in numbers], partial(judged, numbers))
+        if not groups:
+            finished()
+
+    def _delivery_of(self, part: Part) -> Delivery:
+        if part.delivery is None:
+            part.delivery = self._begin()
+            part.delivery.route = part.route
+        return part.delivery
 
     def _send(self, content: Content) -> None:
-        self._delivery.send(content, self._delivered)
-
-
-def _merge(own: Sequence[Reply | None], answered: RecipientsAnswered, verdicts: Sequence[Reply]) -> None:
-    """Answer a batch with our own replies, and the upstream's `verdicts` where we have none."""
-    others = iter(verdicts)
-    answered([next(others) if reply is None else reply for reply in own])
+        if self._delivery.accepted:
+            self._delivery.send(content, self._delivered)
+        else:
+            self._delivery.abort()
+            self._go_further()
 
 
 class Buffered(Transaction):
@@ -199,24 +323,24 @@ class Buffered(Transaction):
 
     __slots__ = ()
 
+    _refuses_all_for_one = True
+
     def recipients(self, batch: Sequence[Recipient], answered: RecipientsAnswered) -> None:
         """See `MailTransaction.recipients`."""
         answered([self._accept(recipient) for recipient in batch])
 
     def _accept(self, recipient: Recipient) -> Reply:
-        refusal = self._judge(recipient)
-        if refusal is None and self._is_full():
-            refusal = replies.TOO_MANY_RECIPIENTS
-        if refusal is not None:
-            return refusal
-        self._delivery.accepted.append(recipient)
+        found = self._judge(recipient)
+        if isinstance(found, Reply):
+            return found
+        accepted = self._delivery.accepted if found is None else found.left
+        upstream = self._route[0] if found is None else found.route[0]
+        if len(accepted) >= MOST_TRANSACTIONS * upstream.most_recipients:
+            return replies.TOO_MANY_RECIPIENTS
+        accepted.append(recipient)
+        if self._promised is not None:
+            self._promised.append(recipient)
         return replies.RECIPIENT_OK
-
-    def _is_full(self) -> bool:
-        """Whether the upstream takes no more recipients in one transaction (RFC 9422 3.2)."""
-        extensions = self._route[0].extensions
-        most = extensions.limits.get("RCPTMAX") if extensions is not None else None
-        return most is not None and len(self._delivery.accepted) >= most > 0
 
     def _send(self, content: Content) -> None:
         self._delivery.burst(content, self._delivered)
@@ -237,10 +361,12 @@ class Spooled(Transparent):
             super().recipients(batch, answered)
             return
         refusal = self._judge(batch[0])
-        if refusal is None:
-            self._delivery.accepted.append(batch[0])
-            self._is_burst = True
-        answered([refusal or replies.RECIPIENT_OK])
+        if isinstance(refusal, Reply):
+            answered([refusal])
+            return
+        self._delivery.accepted.append(batch[0])
+        self._is_burst = True
+        answered([replies.RECIPIENT_OK])
 
     def _send(self, content: Content) -> None:
         if self._is_burst:

@@ -54,6 +54,18 @@ def outcome_of(refusal: Reply) -> Outcome:
     return Outcome.DEFERRED if refusal.is_transient or is_about_credentials(refusal) else Outcome.REFUSED
 
 
+def wants_another_transaction(refusal: Reply) -> bool:
+    """Whether a recipient was refused because there are too many in this transaction, or on this connection.
+
+    452 says so, and 552 where servers follow RFC 821 (RFC 5321 4.5.3.1.10); but not where the enhanced code says that
+    something else is full.
+    """
+    enhanced = refusal.enhanced
+    if refusal.code == 452:
+        return enhanced is None or enhanced[1:] == (5, 3)
+    return refusal.code == 552 and (enhanced is None or enhanced.subject != 2)
+
+
 def fold(verdicts: Sequence[Reply]) -> Reply:
     """One final reply for what was answered for each recipient of a message, in their order.
 

@@ -149,6 +149,7 @@ def upstream_settings(upstream: Upstream) -> UpstreamSettings:
         senders=upstream.senders,
         recipients=upstream.recipients,
         trace_context=TracePolicy(upstream.trace_context),
+        recipients_per_transaction=upstream.recipients_per_transaction,
         disabled=frozenset(upstream.disable),
     )
 

@@ -256,9 +256,6 @@ UPSTREAM_LACKS_SMTPUTF8: Final = _reply(
 UPSTREAM_LACKS_REQUIRETLS: Final = _reply(
     451, "4.3.0", "REQUIRETLS cannot be kept towards the upstream now", ErrorType.UPSTREAM_UNAVAILABLE
 )
-OTHER_ROUTE: Final = _reply(
-    451, "4.5.3", "Another upstream serves this recipient, send it in its own transaction", ErrorType.LIMIT
-)
 SOME_RECIPIENTS_DEFERRED: Final = _reply(
     451, "4.2.0", "Message not taken for all recipients, try again later", ErrorType.UPSTREAM_REFUSED
 )

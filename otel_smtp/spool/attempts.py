@@ -322,7 +322,7 @@ def _verdict(number: int, reply: Reply) -> Verdict:
 
 
 def _wants_another_transaction(reply: Reply | None) -> bool:
-    return reply is not None and (reply.enhanced == replies.OTHER_ROUTE.enhanced or reply.code == 452)
+    return reply is not None and (reply.enhanced == replies.TOO_MANY_RECIPIENTS.enhanced or reply.code == 452)
 
 
 def _codes(reply: Reply | None) -> dict[str, object]:

@@ -442,8 +442,7 @@ class _DirectThenQueued:
             self._draft,
             self._record,
             submitted,
-            # Who was only put off to another transaction was not tried.
-            refusals=self._refusals if any(one is not replies.OTHER_ROUTE for one in self._refusals.values()) else None,
+            refusals=self._refusals or None,
             is_possible_duplicate=verdict is not None and verdict.error_type is ErrorType.OUTCOME_UNKNOWN,
         )
         self._draft = None

@@ -1,14 +1,16 @@
 """How real providers say no, in the modes that queue: whose problem it is, and what people are told."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from otel_smtp.forwarding.settings import Strategy
+from otel_smtp.smtp.envelope import Recipient
 from tests.spool.queueing import AT_ONCE, NEVER_AGAIN, eventually, queueing
 from tests.support.deliveries import MAIL
 from tests.support.relaying import both_strategies, settings
-from tests.support.upstream import Fault, Kind, Phase, ScriptedUpstream
+from tests.support.upstream import EXTENSIONS, Fault, Kind, Phase, ScriptedUpstream
 
 ON_ITS_WAY = [Phase.MAIL, Phase.RCPT, Phase.REPLY]
 
@@ -84,3 +86,74 @@ async def test_credentials_that_are_refused_at_first_leave_the_mail_to_the_queue
         assert reply.code == 250
         await queue.empties()
         assert len(upstream.kept) == 1
+
+
+# Several transactions of one message --------------------------------------------------------------------------
+
+MANY = [Recipient(f"r{number}@example.net") for number in range(23)]
+LIMITED: dict[str, dict[str, Any]] = {
+    "announced": {"extensions": [*EXTENSIONS, "LIMITS RCPTMAX=5"]},
+    "of a transaction": {"most_recipients": 5},
+    "of a connection": {"most_recipients_a_connection": 5},
+    "of a connection, as 552": {"most_recipients_a_connection": 5, "too_many_recipients": b"552 too many\r\n"},
+}
+every_mode = pytest.mark.parametrize("direct", [None, *Strategy])
+
+
+@pytest.mark.parametrize("limit", LIMITED)
+@every_mode
+async def test_recipients_beyond_what_an_upstream_takes_get_the_mail_in_the_same_attempt(
+    tmp_path: Path, direct: Strategy | None, limit: str
+) -> None:
+    async with (
+        ScriptedUpstream(**LIMITED[limit]) as upstream,
+        queueing(tmp_path, settings(upstream), schedule=NEVER_AGAIN, direct=direct) as queue,
+    ):
+        answers, reply = await queue.take(*MANY)
+        assert {answer.code for answer in answers} == {250}
+        assert reply is not None
+        assert reply.code == 250
+        await queue.empties()
+        assert sorted(len(kept.recipients) for kept in upstream.kept) == [3, 5, 5, 5, 5]
+        assert sorted(address for kept in upstream.kept for address in kept.addresses) == sorted(
+            recipient.address for recipient in MANY
+        )
+
+
+@every_mode
+async def test_each_recipient_has_its_own_end_whichever_transaction_it_was_in(
+    tmp_path: Path, direct: Strategy | None
+) -> None:
+    verdicts = {"r7@example.net": b"550 5.1.1 r7 is gone\r\n", "r9@example.net": b"450 4.2.0 greylisted\r\n"}
+
+    def verdict(address: str) -> bytes | None:
+        return verdicts.pop(address, None) if address == "r9@example.net" else verdicts.get(address)
+
+    async with (
+        ScriptedUpstream(verdict=verdict, extensions=[*EXTENSIONS, "LIMITS RCPTMAX=5"]) as upstream,
+        queueing(tmp_path, settings(upstream), direct=direct) as queue,
+    ):
+        answers, reply = await queue.take(*MANY[:12])
+        assert {answer.code for answer in answers} == {250}
+        assert reply is not None
+        assert reply.code == 250
+        await queue.empties()
+        reached = [address for kept in upstream.kept for address in kept.addresses]
+        expected = [recipient.address for recipient in MANY[:12] if recipient.address != "r7@example.net"]
+        assert sorted(reached) == sorted([*expected, MAIL.reverse_path])
+        (bounce,) = (kept for kept in upstream.kept if kept.addresses == (MAIL.reverse_path,))
+        assert b"550 5.1.1 r7 is gone" in bounce.content
+
+
+@pytest.mark.parametrize("direct", list(Strategy))
+async def test_direct_then_queue_delivers_to_two_routes_at_once(tmp_path: Path, direct: Strategy) -> None:
+    recipients = [Recipient("a@one.example"), Recipient("b@two.example")]
+    async with ScriptedUpstream() as one, ScriptedUpstream() as two:
+        routes = [
+            settings(one, "one", recipients=("*@one.example",)),
+            settings(two, "two", recipients=("*@two.example",)),
+        ]
+        async with queueing(tmp_path, *routes, schedule=NEVER_AGAIN, direct=direct) as queue:
+            await queue.take(*recipients)
+            assert queue.spooled == []
+        assert [kept.addresses for kept in (*one.kept, *two.kept)] == [("a@one.example",), ("b@two.example",)]

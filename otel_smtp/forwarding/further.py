@@ -1,0 +1,155 @@
+"""What is left of a message after its first transaction upstream: further ones, one after the other.
+
+A client drops what it is told about single recipients, so none of them is refused for a grouping that is not the
+client's. Who does not fit into the first transaction, or is served by another upstream, was promised a place all the
+same, and gets it here; each with a verdict of its own.
+
+Where a transaction got no answer, the rest of its recipients is not tried now: their upstream would be asked the same
+again at once, while the client waits.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from time import monotonic_ns
+from typing import Final
+
+from otel_smtp.forwarding.content import Content
+from otel_smtp.forwarding.delivery import MOST_TRANSACTIONS, Delivery
+from otel_smtp.forwarding.smarthost import Smarthost
+from otel_smtp.smtp import replies
+from otel_smtp.smtp.envelope import Recipient
+from otel_smtp.smtp.replies import ErrorType, Reply
+
+MOST_SECONDS: Final = 300.0
+"""After the end of the content, how long another transaction is begun for a client that waits. It counts ten minutes
+(RFC 5321 4.5.3.2.6), and the last transaction needs its time, too."""
+
+
+class Part:
+    """Recipients of a message that one route serves.
+
+    Args:
+        route: the upstreams, the preferred one first.
+
+    Attributes:
+        delivery: the transaction that is open for some of them; None: there is none.
+        left: those that go in a further one. `wants_fresh`: on a connection that was not used before.
+    """
+
+    __slots__ = ("delivery", "left", "route", "wants_fresh")
+
+    def __init__(self, route: Sequence[Smarthost]) -> None:
+        self.route = route
+        self.delivery: Delivery | None = None
+        self.left: list[Recipient] = []
+        self.wants_fresh = False
+
+    def leave(self, delivery: Delivery) -> None:
+        """A transaction is over; what it had no room for is left."""
+        self.delivery = None
+        self.left = delivery.left
+        self.wants_fresh = delivery.wants_fresh
+
+
+class Further:
+    """Delivers a message to its parts, in their order.
+
+    Args:
+        begin: makes a transaction upstream.
+        content: of the message; it is complete.
+        until_ns: by the monotonic clock, when no other transaction is begun any more; infinity: never.
+        ended: called, once, when nobody is left; not after the transactions that were open are aborted.
+    """
+
+    __slots__ = ("_begin", "_begun", "_content", "_ended", "_parts", "_until_ns", "_verdicts")
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        begin: Callable[[], Delivery],
+        content: Content,
+        *,
+        until_ns: float,
+        ended: Callable[[], None],
+    ) -> None:
+        self._parts = list(parts)
+        self._begin = begin
+        self._begun = 1 + sum(part.delivery is not None for part in parts)
+        self._content = content
+        self._until_ns = until_ns
+        self._ended = ended
+        self._verdicts: dict[Recipient, list[Reply]] = {}
+
+    def note(self, recipients: Sequence[Recipient], reply: Reply, verdicts: Sequence[Reply] = ()) -> None:
+        """Note what became of some recipients.
+
+        Args:
+            reply: holds for those that `verdicts` does not reach.
+        """
+        for number, recipient in enumerate(recipients):
+            verdict = verdicts[number] if number < len(verdicts) else reply
+            self._verdicts.setdefault(recipient, []).append(verdict)
+
+    def in_order(self, recipients: Sequence[Recipient]) -> list[Reply]:
+        """The verdicts on `recipients`, who are all that there are."""
+        left = {recipient: iter(verdicts) for recipient, verdicts in self._verdicts.items()}
+        return [next(left[recipient]) for recipient in recipients]
+
+    def go_on(self) -> None:
+        """Deliver to the next recipients."""
+        parts = self._parts
+        while parts:
+            part = parts[0]
+            delivery = part.delivery
+            if delivery is not None and delivery.accepted:
+                delivery.send(self._content, partial(self._sent, part, delivery))
+                return
+            if delivery is not None:
+                delivery.abort()  # nobody is left of those that it asked about
+                part.leave(delivery)
+            elif part.left and (refusal := self._refusal()) is not None:
+                self.note(part.left, refusal)
+                part.left = []
+            elif part.left:
+                self._ask(part)
+                return
+            else:
+                del parts[0]
+        self._ended()
+
+    def _refusal(self) -> Reply | None:
+        """Why no other transaction is begun."""
+        if self._begun >= MOST_TRANSACTIONS:
+            return replies.TOO_MANY_RECIPIENTS
+        if monotonic_ns() >= self._until_ns:
+            return replies.UPSTREAM_SILENT
+        return None
+
+    def _ask(self, part: Part) -> None:
+        self._begun += 1
+        delivery = part.delivery = self._begin()
+        delivery.route = part.route
+        delivery.begins_fresh = part.wants_fresh
+        asked, part.left = part.left, []
+        delivery.ask(asked, partial(self._answered, asked))
+
+    def _answered(self, asked: Sequence[Recipient], verdicts: Sequence[Reply]) -> None:
+        for recipient, verdict in zip(asked, verdicts, strict=True):
+            if verdict.code >= 400:
+                self.note([recipient], verdict)
+        self.go_on()
+
+    def _sent(self, part: Part, delivery: Delivery, reply: Reply, verdicts: Sequence[Reply]) -> None:
+        self.note(delivery.accepted, reply, verdicts)
+        part.leave(delivery)
+        self.skip_unanswered(part, reply)
+        self.go_on()
+
+    def skip_unanswered(self, part: Part, reply: Reply) -> None:
+        """Try the rest of a part no further where the last transaction of it, with `reply`, got no answer."""
+        if reply.code < 400 or reply.error_type is ErrorType.UPSTREAM_REFUSED:
+            return
+        # Of these it is known that nobody has them.
+        is_unknown = reply.error_type is ErrorType.OUTCOME_UNKNOWN
+        self.note(part.left, replies.UPSTREAM_LOST if is_unknown else reply)
+        part.left = []
