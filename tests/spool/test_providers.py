@@ -1,5 +1,6 @@
 """How real providers say no, in the modes that queue: whose problem it is, and what people are told."""
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -157,3 +158,20 @@ async def test_direct_then_queue_delivers_to_two_routes_at_once(tmp_path: Path, 
             await queue.take(*recipients)
             assert queue.spooled == []
         assert [kept.addresses for kept in (*one.kept, *two.kept)] == [("a@one.example",), ("b@two.example",)]
+
+
+# Connections --------------------------------------------------------------------------------------------------
+
+
+@every_mode
+async def test_a_cap_on_connections_costs_no_mail_an_attempt(tmp_path: Path, direct: Strategy | None) -> None:
+    async with (
+        ScriptedUpstream(most_connections=3) as upstream,
+        queueing(tmp_path, settings(upstream), schedule=NEVER_AGAIN, direct=direct) as queue,
+    ):
+        for _ in range(2):
+            await asyncio.gather(*(queue.take() for _ in range(20)))
+        await queue.empties()
+        assert len(upstream.kept) == 40
+        assert len(queue.observer.attempts) == (40 if direct is None else 0)
+        assert upstream.refused_connections == 2  # of the window that an upstream is first met with
