@@ -487,6 +487,16 @@ class Status(Table, frozen=True, kw_only=True):
             default="no link",
         ),
     ] = ""
+    token: Annotated[
+        Secret | None,
+        Key(
+            "who knows it may retry, hold, release and expire queued messages on the page; without it the page is "
+            "read-only",
+            SecretText("16 to 200 printable ASCII characters without a space", r"[!-~]{16,200}"),
+            secret=True,
+        ),
+    ] = None
+    token_file: Annotated[Path | None, Key("file that holds it", FilePath(), must_be_readable=True)] = None
 
 
 class Log(Table, frozen=True, kw_only=True):

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from otel_smtp import __version__
 from otel_smtp.config import Settings
@@ -12,7 +12,7 @@ from otel_smtp.forwarding.ceiling import SharedCeilings
 from otel_smtp.gateway.ports import bind
 from otel_smtp.observing import Endpoint
 from otel_smtp.smtp.envelope import Recipient
-from otel_smtp.spool.messages import DeliveryState, Shown
+from otel_smtp.spool.messages import DeliveryState, Shown, SpoolError
 from otel_smtp.status.live import LiveView
 from otel_smtp.status.search import Recorded
 from otel_smtp.status.traces import RecentTraces
@@ -23,6 +23,7 @@ from otel_smtp.telemetry.shapes import EncodedSpan
 
 if TYPE_CHECKING:
     from otel_smtp.gateway.gateway import Gateway
+    from otel_smtp.status.acting import QueueActions
     from otel_smtp.status.server import StatusServer
 
 logger: Final = logging.getLogger("otel_smtp.gateway.status_port")
@@ -111,6 +112,7 @@ class StatusPort:
             metrics=gateway.metrics,
             upstreams=self._upstreams,
             queue=self._queue if gateway.spool is not None else None,
+            actions=self._actions(),
             trace_url=gateway.settings.status.trace_url,
             recorded_mailbox=lambda text: recorded_mailbox(text, self._redaction),
             allow=allow,
@@ -151,6 +153,25 @@ class StatusPort:
             oldest_age_seconds=age_seconds(spool.counts.oldest_arrived_at),
             messages=[_queued(message, now, self._redaction) for message in spool.oldest],
         )
+
+    def _actions(self) -> "QueueActions | None":
+        """What may be done to the queue: nothing where there is none, or no token."""
+        from otel_smtp.status.acting import QueueActions
+
+        token = self._gateway.settings.status.token
+        if self._gateway.spool is None or token is None:
+            return None
+        return QueueActions(self._act, token.reveal())
+
+    async def _act(self, command: str, ids: Sequence[str]) -> Sequence[Mapping[str, Any]]:
+        spool = self._gateway.spool
+        assert spool is not None
+        try:
+            done = [answer async for answer in spool.operations.run({"command": command, "ids": list(ids)})]
+            await spool.runner.look()  # who did it wants to see it
+        except SpoolError as error:
+            return [{"queue_id": one, "error": str(error)} for one in ids]
+        return [answer for answer in done if "queue_id" in answer]
 
     def _delivery_checks(self) -> Mapping[str, Callable[[], str | None]]:
         """What keeps the gateway from accepting mail. With a queue that is its own state alone."""

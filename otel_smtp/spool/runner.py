@@ -243,7 +243,15 @@ class Runner:
         since = time.monotonic() - self._counted_at
         if since < COUNT_SECONDS:
             return COUNT_SECONDS - since if self._has_changed else self._look_seconds
+        await self.look()
+        return self._look_seconds
+
+    async def look(self) -> None:
+        """Look at the spool as a whole: what `counts` and `oldest` show from now on.
+
+        Raises:
+            SpoolError: it cannot be read.
+        """
         self._counted_at, self._has_changed = time.monotonic(), False
         self.counts = await self._store.counts()
         self.oldest = await self._store.page("", SHOWN_MOST)
-        return self._look_seconds

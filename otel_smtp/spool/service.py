@@ -46,6 +46,7 @@ class Spool:
 
     Attributes:
         store, runner: for whoever looks into them.
+        operations: what operators may do.
     """
 
     def __init__(
@@ -66,8 +67,8 @@ class Spool:
         self.forwarder: Forwarder = SpoolForwarder(intake)
         if direct is not None:
             self.forwarder = DirectThenQueueForwarder(direct, intake)
-        operations = Operations(store, self.runner, max_age_seconds=schedule.max_age_seconds)
-        self._control = ControlSocket(settings.control_path, operations)
+        self.operations = Operations(store, self.runner, max_age_seconds=schedule.max_age_seconds)
+        self._control = ControlSocket(settings.control_path, self.operations)
 
     async def start(self) -> None:
         """Own the directory, and begin with what is in it.

@@ -33,6 +33,7 @@ from starlette.types import ASGIApp
 
 from otel_smtp.observing import Endpoint
 from otel_smtp.status import siblings as several
+from otel_smtp.status.acting import QueueActions
 from otel_smtp.status.answers import STREAM_PATH, Answers
 from otel_smtp.status.following import Following, Tail
 from otel_smtp.status.http import LOOPBACK, Guard, Network, http_server
@@ -73,6 +74,7 @@ class StatusServer:
         metrics: takes the request's Accept header, returns the metrics page and its content type.
         upstreams: returns the upstreams now; never waits.
         queue: returns the spool now; None without one.
+        actions: what may be done to it; None: nothing.
         resource: OpenTelemetry resource attributes, for the traces that the API returns.
         trace_url: where a backend shows a trace: a URL with `{trace_id}` in it; "" for none.
         recorded_mailbox: what spans hold of an address that is searched for.
@@ -96,6 +98,7 @@ class StatusServer:
         metrics: Callable[[str], tuple[bytes, str]],
         upstreams: Callable[[], Sequence[UpstreamView]] = lambda: (),
         queue: Callable[[], Awaitable[QueueView]] | None = None,
+        actions: QueueActions | None = None,
         resource: Mapping[str, AttributeValue] | None = None,
         trace_url: str = "",
         recorded_mailbox: RecordedMailbox = Recorded,
@@ -114,6 +117,7 @@ class StatusServer:
         self._metrics = metrics
         self._upstreams = upstreams
         self._queue = queue
+        self._actions = actions
         self._resource = resource or {"service.name": "otel-smtp"}
         self._trace_url = trace_url
         self._trace_search = TraceSearch(traces, recorded_mailbox, siblings)
@@ -182,6 +186,7 @@ class StatusServer:
             Route("/api/tail", self._follow),
             Route("/api/upstreams", self._show_upstreams),
             Route("/api/queue", self._show_queue),
+            Route("/api/queue/{command}", self._act, methods=["POST"]),
             Route("/api/picture", self._show_picture),
             Route(STREAM_PATH, self._stream),
             *(Route(path, _file(name, kind)) for path, (name, kind) in _PAGE.items()),
@@ -233,6 +238,7 @@ class StatusServer:
                 "not_ready": picture["not_ready"],
                 "counters": picture["counters"],
                 "has_queue": self._queue is not None,
+                "may_act": self._actions is not None,
             }
         )
 
@@ -254,6 +260,11 @@ class StatusServer:
 
     async def _show_queue(self, request: Request) -> Response:
         return JSONResponse({"queue": None if self._queue is None else asdict(await self._queue())})
+
+    async def _act(self, request: Request) -> Response:
+        if self._actions is None:
+            return JSONResponse({"error": "read-only: no status.token_file is set, or there is no queue"}, 403)
+        return await self._actions.answer(request.path_params["command"], request)
 
     async def _search(self, request: Request) -> Response:
         return JSONResponse(await self._trace_search.answer(Asked.of(request.query_params)))

@@ -98,3 +98,40 @@ def test_a_disk_without_room_is_told_to_clients_and_probes(tmp_path: Path, upstr
             status, body = health(port)
             assert status == 503
             assert "spool" in body["reasons"]
+
+
+def test_an_operator_acts_on_the_queue_over_the_status_port(
+    tmp_path: Path, upstream: CountingUpstream, start: StartGateway
+) -> None:
+    upstream.is_closed = True
+    token = tmp_path / "token"
+    token.write_text("only-operators-know-it\n")
+    address = f"127.0.0.1:{unclaimed_port()}"
+    more = {"spool.retry": ["1h"], "status.address": address, "status.token_file": str(token)}
+    running = start({**settings(upstream, tmp_path, "queue"), **more})
+    with smtplib.SMTP("127.0.0.1", running.port) as client:
+        client.sendmail("app@example.com", ["user@example.net"], MAIL)
+
+    def queued() -> Any:
+        with urllib.request.urlopen(f"http://{address}/api/queue") as answer:
+            return json.load(answer)["queue"]["messages"]
+
+    def act(command: str, message: str) -> Any:
+        request = urllib.request.Request(
+            f"http://{address}/api/queue/{command}",
+            json.dumps({"ids": [message, "no-such-message"]}).encode(),
+            {"content-type": "application/json", "x-otel-smtp-queue-token": "only-operators-know-it"},
+        )
+        with urllib.request.urlopen(request) as answer:
+            return json.load(answer)["messages"]
+
+    [message] = until(lambda: [one for one in queued() if one["state"] == "deferred"] or None, "it was attempted")
+    assert message["last_reply"], "why it waits"
+    [done, unknown] = act("hold", message["spool_id"])
+    assert done == {"queue_id": message["spool_id"], "changed": True}
+    assert unknown["queue_id"] == "no-such-message"
+    assert [one["state"] for one in queued()] == ["held"], "what was done is seen at once"
+    upstream.is_closed = False
+    act("release", message["spool_id"])
+    act("retry", message["spool_id"])
+    until(lambda: upstream.taken["one"] or None, "it is delivered")

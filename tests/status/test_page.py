@@ -16,7 +16,7 @@ import pytest
 from otel_smtp.smtp.states import ConnState
 from otel_smtp.status.siblings import Siblings
 from tests.support import axe
-from tests.support.busy_gateway import HOSTILE, BusyGateway, busy_gateway
+from tests.support.busy_gateway import HOSTILE, QUEUE_TOKEN, BusyGateway, busy_gateway
 from tests.support.chromium import PROGRAM, Page, chromium
 from tests.support.ports import unclaimed_port
 from tests.support.spans import mail_trace
@@ -400,6 +400,40 @@ async def test_all_text_stands_out_from_its_ground(dark: bool) -> None:
         await page.until("document.querySelectorAll('.mark').length === 25")
         await page.until("document.querySelectorAll('#queue-messages tbody tr').length === 2")
         assert await page.evaluate(_CONTRAST) == []
+
+
+ACTIONS: Final = "[...document.querySelectorAll('#queue-messages tr:nth-child(1) .actions button')]"
+
+
+@in_a_browser
+async def test_an_operator_with_the_token_acts_on_the_queue() -> None:
+    async with shown() as (gateway, page):
+        await page.until("document.querySelectorAll('#queue-messages tbody tr').length === 2")
+        assert await page.evaluate("document.querySelector('.actions')") is None
+        for token in ("not-this-one-surely", QUEUE_TOKEN):
+            await page.click("#unlock")
+            await page.type(token)
+            await page.press("Enter")
+            await page.until(f"{ACTIONS}.length === 3")
+            assert await page.evaluate(f"{ACTIONS}.map((each) => each.textContent)") == ["Retry", "Hold", "Give up"]
+            await page.evaluate(f"{ACTIONS}[1].click()")
+            if token != QUEUE_TOKEN:
+                await page.until("document.getElementById('queue-told').textContent === 'Not done: the token is wrong'")
+                await page.until(f"{ACTIONS}.length === 0")
+                assert gateway.done == []
+                page.problems.clear()  # the browser logs the 403
+        await page.until("document.getElementById('queue-told').textContent === '01J9ZQ4T3M is held'")
+        await page.until(f"{ACTIONS}[1]?.textContent === 'Release'")
+        await page.evaluate(f"{ACTIONS}[2].click()")
+        await page.press("Enter")  # Keep it
+        assert gateway.done == [("hold", ["01J9ZQ4T3M"])]
+        await page.evaluate(f"{ACTIONS}[2].click()")
+        assert await axe.findings(page) == []
+        await page.click("#give-up button[value=expire]")
+        await page.until("document.getElementById('queue-told').textContent === '01J9ZQ4T3M is given up'")
+        assert gateway.done[1:] == [("expire", ["01J9ZQ4T3M"])]
+        await page.click("#unlock")
+        await page.until(f"{ACTIONS}.length === 0")
 
 
 @in_a_browser

@@ -3,12 +3,14 @@
 import contextlib
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 from otel_smtp.gateway.ports import bind
 from otel_smtp.observing import ConnectionInfo, ConnectionRecord, Endpoint, Outcome, TlsInfo
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.states import ConnState, ErrorReply, StateMachine
+from otel_smtp.status.acting import QueueActions
 from otel_smtp.status.live import LiveView
 from otel_smtp.status.server import StatusServer
 from otel_smtp.status.siblings import Siblings
@@ -28,6 +30,7 @@ from tests.support.spans import (
     state_events,
 )
 
+QUEUE_TOKEN = "only-operators-know-it"
 HOSTILE = '<img src=x onerror="document.title=1"><script>document.title=2</script>&amp;'
 
 
@@ -112,6 +115,8 @@ class BusyGateway:
         self.traces = RecentTraces()
         self.not_ready: str | None = None
         self.machines: list[StateMachine] = []
+        self.done: list[tuple[str, list[str]]] = []
+        self.queued_state = "due"
         fill_traces(self.traces)
         self._open("192.0.2.17", "worker-3.shop.example", "New Active Data Active Idle Active Data")
         self._open("2001:db8::25", "reports", "New StartTLS Active Auth Error Auth Active Idle", tls=True)
@@ -148,11 +153,18 @@ class BusyGateway:
             {"due": 2, "held": 1},
             4210.0,
             [
-                QueuedMessage("01J9ZQ4T3M", "due", 4210, 6, 1, ("gmail.example",), 310.0,
+                QueuedMessage("01J9ZQ4T3M", self.queued_state, 4210, 6, 1, ("gmail.example",), 310.0,
                               "451 4.7.1 Greylisted, come back in five minutes", "c0ffee0000000000000000000000beef"),
                 QueuedMessage("01J9ZR0HHE", "held", 95, 1, 3, (HOSTILE,), None, f"550 5.7.1 {HOSTILE}", None),
             ],
         )  # fmt: skip
+
+    async def act(self, command: str, ids: Sequence[str]) -> list[dict[str, Any]]:
+        """Do what is asked to the first message; there is no other."""
+        self.done.append((command, list(ids)))
+        self.queued_state = {"hold": "held"}.get(command, "due")
+        known = {"01J9ZQ4T3M": {"changed": True}}
+        return [{"queue_id": one, **known.get(one, {"error": "no such message"})} for one in ids]
 
     def upstreams(self) -> list[UpstreamView]:
         """One in use, one that is not tried."""
@@ -176,6 +188,7 @@ async def busy_gateway(*, siblings: Siblings | None = None, token: str = "") -> 
         metrics=lambda accept: (b"", "text/plain"),
         upstreams=gateway.upstreams,
         queue=gateway.queue,
+        actions=QueueActions(gateway.act, QUEUE_TOKEN),
         trace_url="http://127.0.0.1:16686/trace/{trace_id}",
         about={"hostname": "gw.example.com", "version": "0.1.0", "traces to": "http://collector:4318"},
         siblings=siblings,

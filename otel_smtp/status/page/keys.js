@@ -18,7 +18,7 @@ export function startKeys() {
   legend.replaceChildren(...STATES.map((state) => element("li", {}, element("i", { "data-state": state }, letter(state)), ` ${state}`)));
   document.getElementById("show-keys").addEventListener("click", tell);
   addEventListener("keydown", (event) => {
-    if (event.ctrlKey || event.metaKey || event.altKey || dialog.open) return;
+    if (event.ctrlKey || event.metaKey || event.altKey || document.querySelector("dialog[open]") !== null) return;
     const isTyping = event.target.matches("input:not([type=radio]), textarea, select");
     if (event.key === "Escape") {
       if (!isTyping) close();

@@ -3,7 +3,7 @@
 import { age, element, reconcile, when, write } from "/draw.js";
 import { showConnections, tickConnections } from "/connections.js";
 import { startKeys } from "/keys.js";
-import { showQueue, showUpstreams } from "/places.js";
+import { showQueue, showUpstreams, startActions } from "/places.js";
 import { open, search, startTraces } from "/traces.js";
 
 const TICK_MILLISECONDS = 250;
@@ -36,6 +36,7 @@ async function start() {
   startKeys();
   if (status.has_queue) {
     document.getElementById("queue").hidden = false;
+    if (status.may_act) startActions();
     watchQueue();
   }
   setInterval(tick, TICK_MILLISECONDS);

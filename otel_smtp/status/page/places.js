@@ -49,16 +49,18 @@ function fillUpstream(item, facts) {
 
 /** Show the queue; `open(traceId)` opens a trace. */
 export function showQueue(queue, open) {
+  shown = { queue, open };
   const states = Object.entries(queue.counts).map(([state, number]) => `${number.toLocaleString()} ${state}`);
   const oldest = queue.oldest_age_seconds === null ? [] : [`oldest ${age(queue.oldest_age_seconds)}`];
   write(queueCount, [...states, ...oldest].join(" · "));
   queueEmpty.hidden = queue.messages.length > 0;
   queueBody.parentElement.hidden = queue.messages.length === 0;
+  actionsHead.hidden = token === "";
   reconcile(queueBody, queue.messages, (each) => each.spool_id, () => element("tr"), (row, facts) => {
-    const seen = JSON.stringify(facts);
-    if (row.seen === seen) return;
+    const seen = JSON.stringify([facts, token === ""]);
+    if (row.seen === seen || row.contains(document.activeElement)) return; // a button must not vanish under a finger
     row.seen = seen;
-    row.replaceChildren(
+    row.replaceChildren(...[
       element("th", { scope: "row", class: "mono" }, facts.trace_id === null ? facts.spool_id
         : element("button", { class: "link mono", type: "button", onclick: () => open(facts.trace_id) }, facts.spool_id)),
       element("td", {}, facts.state),
@@ -67,6 +69,71 @@ export function showQueue(queue, open) {
       element("td", { class: "number" }, String(facts.attempts)),
       element("td", { class: "number" }, facts.next_attempt_seconds === null ? "–" : age(facts.next_attempt_seconds)),
       element("td", { class: "reason" }, facts.last_reply ?? "–"),
-    );
+      token === "" ? null : actionsOf(facts),
+    ].filter((each) => each !== null));
   });
+}
+
+// What an operator may do -------------------------------------------------------------------------------------------
+
+const unlock = document.getElementById("unlock");
+const tokenDialog = document.getElementById("token");
+const tokenText = document.getElementById("token-text");
+const giveUp = document.getElementById("give-up");
+const told = document.getElementById("queue-told");
+const actionsHead = document.getElementById("queue-actions");
+const DONE = { retry: "is attempted now", hold: "is held", release: "is released", expire: "is given up" };
+
+let token = ""; // in this page's memory alone
+let shown = null;
+let sure = ""; // the message that is about to be given up
+
+/** Offer the actions, behind a token. */
+export function startActions() {
+  unlock.hidden = false;
+  unlock.addEventListener("click", () => {
+    if (token === "") tokenDialog.showModal();
+    else setToken("");
+  });
+  tokenDialog.addEventListener("close", () => {
+    if (tokenDialog.returnValue === "unlock") setToken(tokenText.value.trim());
+    tokenText.value = "";
+  });
+  giveUp.addEventListener("close", () => { if (giveUp.returnValue === "expire") act("expire", sure); });
+}
+
+function setToken(text) {
+  token = text;
+  write(unlock, token === "" ? "Unlock actions…" : "Lock actions");
+  if (shown !== null) showQueue(shown.queue, shown.open);
+}
+
+function actionsOf(facts) {
+  const button = (command, name, onclick) => element("button",
+    { type: "button", class: "action", "aria-label": `${name} ${facts.spool_id}`, onclick: onclick ?? (() => act(command, facts.spool_id)) }, name);
+  return element("td", { class: "actions" },
+    button("retry", "Retry"),
+    facts.state === "held" ? button("release", "Release") : button("hold", "Hold"),
+    button("expire", "Give up", () => {
+      sure = facts.spool_id;
+      write(document.getElementById("give-up-what"), `${sure} is not attempted any more; its sender is told by a bounce, as the settings say.`);
+      giveUp.returnValue = "";
+      giveUp.showModal();
+    }));
+}
+
+async function act(command, id) {
+  const answer = await fetch(`/api/queue/${command}`, {
+    method: "POST",
+    headers: { "content-type": "application/json", "x-otel-smtp-queue-token": token },
+    body: JSON.stringify({ ids: [id] }),
+  }).catch(() => null);
+  const found = await answer?.json().catch(() => null);
+  const problem = found?.error ?? found?.messages?.[0]?.error ?? (answer?.ok ? "" : "the gateway does not answer");
+  if (answer?.status === 403) setToken("");
+  const changed = found?.messages?.[0]?.changed;
+  write(told, problem ? `Not done: ${problem}` : changed ? `${id} ${DONE[command]}` : `${id}: nothing to be done`);
+  document.activeElement?.blur(); // its row is drawn again
+  const queue = await fetch("/api/queue").catch(() => null);
+  if (queue?.ok && shown !== null) showQueue((await queue.json()).queue, shown.open);
 }

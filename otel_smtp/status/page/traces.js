@@ -237,7 +237,7 @@ function cover() {
   panes.classList.toggle("covered", isOver);
   for (let inside = pane; inside !== document.body; inside = inside.parentElement) {
     for (const other of inside.parentElement.children) {
-      if (other !== inside && !["tip", "keys"].includes(other.id)) other.inert = isOver;
+      if (other !== inside && other.id !== "tip" && other.localName !== "dialog") other.inert = isOver;
     }
   }
 }
