@@ -82,28 +82,16 @@ def why(
     for note in (*found.notes, *found.problems):
         click.echo(f"otel-smtp: why: {note}", err=True)
     output = console()
-    is_first = True
-    for mail in found.mails:
-        _part(output, is_first)
-        is_first = False
-        rows = [row for row in found.queued if row["trace_id"] == mail.trace_id]
-        for line in (*account_lines(mail), *(line for row in rows for line in queued_lines(row, time.time()))):
+    queued = {row["queue_id"]: queued_lines(row, time.time()) for row in found.queued}
+    parts = [[*account_lines(mail), *queued.pop(mail.ids.get("queue_id", ""), ())] for mail in found.mails]
+    for number, lines in enumerate([*parts, *queued.values()]):
+        if number:
+            output.print()
+        for line in lines:
             output.print(line, soft_wrap=True)
-    told = {mail.trace_id for mail in found.mails}
-    for row in found.queued:
-        if row["trace_id"] not in told:
-            _part(output, is_first)
-            is_first = False
-            for line in queued_lines(row, time.time()):
-                output.print(line, soft_wrap=True)
     is_alone = len(found.mails) == 1
     if found.mails and (is_alone if waterfall is None else waterfall):
         _draw(output, found.mails)
-
-
-def _part(output: "Console", is_first: bool) -> None:
-    if not is_first:
-        output.print()
 
 
 def _draw(output: "Console", mails: Sequence["Account"]) -> None:

@@ -100,7 +100,7 @@ _WORDS: Final = """
     table temporarily temporary terminated than that the their there this time timeout to today too tried try unable
     unauthorized unavailable undeliverable unknown unreachable unroutable unrouteable until unverified usage user
     username users using valid verification verified verify virtual was were what which while whitelist who will with
-    within without wrong you your
+    within without wrong you your resolution
 """
 _VOCABULARY: Final = frozenset(_WORDS.split())
 _GENERIC_DOMAINS: Final = frozenset(

@@ -322,7 +322,9 @@ def _longest(transaction: Span | None, attempts: Sequence[Span]) -> str:
     if transaction is not None and attempts:
         waits.append((attempts[0].start_ns - transaction.start_ns, "what came before the first attempt"))
         if attempts[-1].end_ns < transaction.end_ns:
-            waits.append((transaction.end_ns - attempts[-1].end_ns, "after the last attempt"))
+            is_queued = transaction.attributes.get(names.OUTCOME) == "queued"
+            what = "making it durable, after the attempt" if is_queued else "what came after the last attempt"
+            waits.append((transaction.end_ns - attempts[-1].end_ns, what))
     if not waits:
         return ""
     longest, what = max(waits)
