@@ -1,14 +1,16 @@
 """Writes the tables of the guides, and deploy/reference, out of the code: `python -m tests.readme`. `test_readme.py`
 compares them."""
 
+import importlib
 import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 from otel_smtp.client import names
 from otel_smtp.config import json_schema, settings_table
+from otel_smtp.config.bounds import LEDGER
 from otel_smtp.smtp.states import LEGAL, PULSES, ConnState
 from otel_smtp.telemetry.attributes import tables
 
@@ -32,12 +34,45 @@ TABLES: Final[Mapping[str, tuple[Path, Callable[[], str]]]] = {
 }
 
 
+def constant(name: str) -> float:
+    """The value of a constant, by module and name; of a class's attribute, too."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        return cast("float", getattr(importlib.import_module(module), attribute))
+    except ModuleNotFoundError:
+        module, _, owner = module.rpartition(".")
+        return cast("float", getattr(getattr(importlib.import_module(module), owner), attribute))
+
+
+def bounds_table() -> str:
+    """The ledger of bounds, as Markdown."""
+    lines = ["| whose | what grows | bound | beyond | test |", "|---|---|---|---|---|"]
+    for row in LEDGER:
+        values = [
+            f"{constant(name):,g}" if name.startswith("otel_smtp.") else f"`{name}` ({setting_default(name)})"
+            for name in row.by
+        ]
+        file, _, test = row.test.partition("::")
+        lines.append(f"| {row.whose} | {row.what} | {', '.join(values)} | {row.beyond} | `{test}` in {file} |")
+    return "\n".join(lines)
+
+
+def setting_default(path: str) -> str:
+    """The default of a setting, as its table shows it."""
+    shown = re.escape(re.sub("^upstream", "upstream[]", path))
+    found = re.search(rf"^\| `{shown}` \| (.*?) \|", settings_table(), re.MULTILINE)
+    if found is None:
+        raise ValueError(f"no setting {path}")
+    return found[1].strip("`")
+
+
 def reference() -> dict[str, str]:
     """The files of deploy/reference: what each holds, by name."""
     made = "Made out of the code: do not edit."
     return {
         "settings.md": f"# Settings\n\n{made} `otel-smtp settings` prints the table.\n\n{settings_table().strip()}\n",
         "settings.schema.json": json.dumps(json_schema(), indent=2) + "\n",
+        "bounds.md": f"# Bounds\n\n{made} What others can make grow, and what bounds it.\n\n{bounds_table()}\n",
         "telemetry.md": f"# Telemetry\n\n{made} `otel-smtp telemetry` prints the tables.\n\n{tables().strip()}\n",
     }
 

@@ -417,6 +417,10 @@ class Spool(Table, frozen=True, kw_only=True):
         BouncePolicy,
         Key("after a permanent failure: a bounce, a log line only, or neither", Choice(get_args(BouncePolicy))),
     ] = "mail"
+    most_messages: Annotated[
+        int,
+        Key("messages that wait; beyond, new mail gets 452 4.3.1, as it does where the disk is nearly full", _COUNT),
+    ] = 1_000_000
 
 
 class Telemetry(Table, frozen=True, kw_only=True):

@@ -191,7 +191,11 @@ def spool_store(settings: Settings) -> "EmbeddedStore":
     from otel_smtp.spool.embedded import EmbeddedStore
 
     assert settings.spool.directory is not None
-    return EmbeddedStore(settings.spool.directory, least_free_octets=least_free_octets(settings))
+    return EmbeddedStore(
+        settings.spool.directory,
+        least_free_octets=least_free_octets(settings),
+        most_messages=settings.spool.most_messages,
+    )
 
 
 def least_free_octets(settings: Settings) -> int:

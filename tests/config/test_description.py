@@ -24,7 +24,7 @@ upstream[]: recipients_per_transaction messages_per_connection connection_age co
 upstream[]: reply_line reply_lines senders recipients trace_context
 upstream[].timeout: connect greeting command data block reply
 rewrite: sender
-spool: directory url url_file retry max_age warn_after bounce
+spool: directory url url_file retry max_age warn_after bounce most_messages
 telemetry: addresses addresses_hash_key addresses_hash_key_file client_ip state_events segment_events segment_age
 telemetry: trace_in_reply probes message_id
 status: address allow hosts trace_url token token_file

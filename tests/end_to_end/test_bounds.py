@@ -16,14 +16,21 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Final
 
-from tests.end_to_end.conftest import StartGateway
+import pytest
+
+from otel_smtp.smtp.replies import ErrorType, Reply
+from tests.end_to_end.conftest import Client, StartGateway
 from tests.end_to_end.messages import MIB
 from tests.support.capture import CapturingUpstream
-from tests.support.process import GatewayProcess
+from tests.support.dialogue import UpstreamScript
+from tests.support.ports import unclaimed_port
+from tests.support.process import GatewayProcess, until
 
 # Many times what a mail takes, and far below what people notice; an attack that is not bounded made mail wait for
 # seconds.
 P99_SECONDS: Final = 0.5
+# What deploy/ gives a container.
+LEAST_MEMORY: Final = 384 * MIB
 MAILS: Final = 100  # fewer tell nothing of a hundredth
 
 
@@ -52,7 +59,7 @@ class HonestClient:
     def _send(self) -> None:
         try:
             with smtplib.SMTP("127.0.0.1", self._port, timeout=30) as client:
-                while not self._has_ended.wait(0.005):
+                while not self._has_ended.wait(0.001):
                     began = time.monotonic()
                     client.sendmail("a@client.example", ["b@there.example"], b"Subject: x\r\n\r\nx\r\n")
                     self.seconds.append(time.monotonic() - began)
@@ -109,7 +116,8 @@ def test_two_million_recipients_of_one_transaction(upstream: CapturingUpstream, 
 
 def tiny_chunks_unread(port: int) -> None:
     """Clients that send as many chunks as they can and read nothing."""
-    connections = [opened(port) for _ in range(10)]
+    # As many as leave one of the connections that are opened to an upstream at first.
+    connections = [opened(port) for _ in range(4)]
     ends = time.monotonic() + 3
     for connection in connections:
         connection.setblocking(False)
@@ -187,3 +195,140 @@ def test_readers_of_the_status_port_do_not_slow_mail(upstream: CapturingUpstream
             attack(scrape, port)
             assert probed(("127.0.0.1", port), "/readyz") == 200
     assert honest.p99() < P99_SECONDS / 4
+
+
+def says(port: int, *pieces: bytes, then: bytes = b"") -> bytes:
+    """The last octets that the gateway says to a client that sends `pieces` without reading, as far as it is let."""
+    connection = socket.create_connection(("127.0.0.1", port), 30)
+    assert connection.recv(1000).startswith(b"220 ")
+    with suppress(ConnectionError):
+        for piece in pieces:
+            connection.sendall(piece)
+        connection.shutdown(socket.SHUT_WR)
+    tail = b""
+    with suppress(ConnectionError):
+        while data := connection.recv(65536):
+            tail = (tail + data)[-2000:]
+    connection.close()
+    return tail
+
+
+OPEN: Final = b"EHLO client.example\r\nMAIL FROM:<>\r\nRCPT TO:<b@there.example>\r\n"
+LINE: Final = b"x" * 1022 + b"\r\n"
+
+
+def command_lines(port: int) -> None:
+    assert b"500 5.5.2" in says(port, b"EHLO c\r\n", b"NOOP " + b"x" * 20_480 + b"\r\n")
+    assert b"421 4.5.2" in says(port, b"EHLO c\r\n", b"NOOP ", *[b"x" * MIB] * 10)
+
+
+def own_faults(port: int) -> None:
+    assert b"421 4.7.0 Too many errors" in says(port, b"EHLO c\r\n" + b"FROBNICATE\r\n" * 100)
+
+
+def junk_commands(port: int) -> None:
+    assert b"421 4.7.0 Too many commands" in says(port, b"NOOP\r\n" * 1000)
+    assert b"421 4.7.0 Too many commands" in says(port, OPEN + b"BDAT 0\r\n" * 1000)
+
+
+def recipients(port: int) -> None:
+    assert b"421 4.7.0 Too many refused" in says(port, OPEN + b"RCPT TO:<b@there.example>\r\n" * 10_000)
+
+
+def text_lines(port: int) -> None:
+    assert b"554 5.6.0" in says(port, OPEN + b"DATA\r\n", b"\r\n" + b"x" * 655_350 + b"\r\n.\r\n")
+
+
+def header_blocks(port: int) -> None:
+    assert b"554 5.6.0" in says(port, OPEN + b"DATA\r\n", *[b"X: " + LINE] * 5_120, b"\r\n.\r\n")
+    assert b"554 5.6.0" in says(port, OPEN + b"DATA\r\n", b"X: y\r\n" * 100_000, b"\r\n.\r\n")
+
+
+def received_fields(port: int) -> None:
+    assert b"554 5.4.6" in says(port, OPEN + b"DATA\r\n", b"Received: from x by y; now\r\n" * 1_000, b"\r\n.\r\n")
+
+
+def large_messages(port: int) -> None:
+    # Of ten times the limit, the connection is ended at twice the limit.
+    said = says(port, OPEN + b"DATA\r\n", *[LINE * 1024] * 250, b".\r\n")
+    assert b"552 5.3.4" in said or b"354 " in said  # the end may overtake its own words, as TCP's reset does
+
+
+def connections(port: int) -> None:
+    with ExitStack() as held:
+        for _ in range(10 * 64):
+            connection = held.enter_context(socket.create_connection(("127.0.0.1", port), 10))
+            with suppress(ConnectionError):
+                connection.recv(100)
+
+
+@pytest.mark.parametrize(
+    "beyond",
+    [
+        command_lines, own_faults, junk_commands, recipients, text_lines, header_blocks, received_fields,
+        large_messages, connections,
+    ],
+)  # fmt: skip
+def test_ten_times_a_bound(
+    beyond: Callable[[int], None], upstream: CapturingUpstream, start: StartGateway, tmp_path: Path
+) -> None:
+    running = start({"upstream.url": upstream.url, "log.level": "error", "limits.connections": 64}, file_limit=1024)
+    with HonestClient(running.port) as honest:
+        while len(honest.seconds) < MAILS:
+            attack(beyond, running.port)
+    assert honest.p99() < P99_SECONDS
+    assert running.memory("VmHWM") < LEAST_MEMORY
+
+
+@pytest.mark.parametrize(
+    "lines", [("x" * 20_480,), ("x",) * 1_000, ("x" * 10 * MIB,)], ids=["long", "many", "without end"]
+)
+def test_an_upstream_that_says_too_much(
+    lines: tuple[str, ...], upstream: CapturingUpstream, start: StartGateway, connect: Callable[[int], Client]
+) -> None:
+    running = start({"upstream.url": upstream.url, "log.level": "error"})
+    upstream.say(UpstreamScript(recipients={"x@there.example": Reply(550, None, lines, ErrorType.UPSTREAM_REFUSED)}))
+    with HonestClient(running.port) as honest:
+        while len(honest.seconds) < MAILS:
+            client = connect(running.port)
+            client.opens()
+            assert client.asks("MAIL FROM:<a@client.example>", "RCPT TO:<x@there.example>")[:9] == "451 4.5.0"
+            client.close()
+    assert honest.p99() < P99_SECONDS
+    assert running.memory("VmHWM") < LEAST_MEMORY
+
+
+def test_a_spool_takes_no_more_than_it_may(
+    start: StartGateway, tmp_path: Path, connect: Callable[[int], Client]
+) -> None:
+    settings = {
+        "upstream.url": f"smtp://127.0.0.1:{unclaimed_port()}",
+        "delivery.mode": "queue",
+        "spool.directory": str(tmp_path / "spool"),
+        "spool.most_messages": 10,
+        "log.level": "error",
+    }
+    running = start(settings)
+    answers = []
+    client = connect(running.port)
+    client.opens()
+    for _ in range(100):
+        answers.append(client.asks("MAIL FROM:<a@client.example>"))
+        if answers[-1].startswith("250 "):
+            assert client.asks("RCPT TO:<b@there.example>", "DATA").startswith("354 ")
+            assert client.asks("Subject: x\r\n\r\nx\r\n.").startswith("250 ")
+    assert [answer[:9] for answer in answers] == ["250 2.1.0"] * 10 + ["452 4.3.1"] * 90
+
+
+def test_a_collector_that_takes_nothing(upstream: CapturingUpstream, start: StartGateway) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        environ = {
+            "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}",
+            "OTEL_BSP_MAX_QUEUE_SIZE": "200",
+            "OTEL_BSP_SCHEDULE_DELAY": "100",
+        }
+        running = start({"upstream.url": upstream.url, "log.level": "error"}, environ)
+        with HonestClient(running.port) as honest:
+            until(lambda: len(honest.seconds) >= 700 or None, "ten times the queue's spans", timeout_seconds=60)
+        assert honest.p99() < P99_SECONDS
+        assert running.memory("VmHWM") < LEAST_MEMORY / 4

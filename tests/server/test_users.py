@@ -1,5 +1,6 @@
 """The users file, the AUTH exchanges against real clients, and strangers."""
 
+import asyncio
 import base64
 import logging
 import threading
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from otel_smtp.server.users import (
+    HASHING_THREADS,
     Accepted,
     Argon2Hash,
     Authenticator,
@@ -446,3 +448,34 @@ async def test_replaced_users_count_from_the_next_exchange_on(argon2_users: User
     assert await before.step(build_plain("tim", "tanstaaf")) == Accepted("tim")
     assert await authenticator.begin("PLAIN").step(build_plain("tim", "tanstaaf")) == Rejected()
     assert await authenticator.begin("PLAIN").step(build_plain("tim", "new")) == Accepted("tim")
+
+
+class _SlowProof:
+    """Notes how many passwords are hashed at once."""
+
+    cost = "slow"
+
+    def __init__(self) -> None:
+        self.at_once = self.most = 0
+        self._lock = threading.Lock()
+        self._all_hash = threading.Barrier(HASHING_THREADS)
+
+    def is_proven_by(self, password: str) -> bool:
+        with self._lock:
+            self.at_once += 1
+            self.most = max(self.most, self.at_once)
+        self._all_hash.wait(5)  # for the other threads: as many as there are hash now
+        with self._lock:
+            self.at_once -= 1
+        return False
+
+    def like_this(self) -> "_SlowProof":
+        return self
+
+
+async def test_no_more_passwords_are_hashed_at_once_than_allowed() -> None:
+    proof = _SlowProof()
+    users = Users({"app": proof})
+    guesses = [users.has(Password("app", f"guess {number}")) for number in range(10 * HASHING_THREADS)]
+    assert not any(await asyncio.gather(*guesses))
+    assert proof.most == HASHING_THREADS

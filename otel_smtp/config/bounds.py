@@ -1,0 +1,296 @@
+"""The ledger: each thing that somebody else can make grow, and what bounds it.
+
+A row names its bound where it is written: a setting, or a constant. `tests/test_bounds.py` reads each of them, and sees
+to it that the row's test exists; deploy/reference has the table with the values. Whatever grows by what a client, an
+upstream, a collector, a reader of the status port or a neighbour does has its row here.
+"""
+
+from enum import StrEnum
+from typing import Final, NamedTuple
+
+
+class Whose(StrEnum):
+    """Who makes it grow."""
+
+    CLIENT = "a client"
+    UPSTREAM = "an upstream"
+    COLLECTOR = "a collector"
+    READER = "a reader of the status port"
+    NEIGHBOUR = "a neighbour on this machine"
+
+
+class Bound(NamedTuple):
+    """A row.
+
+    Attributes:
+        whose: see `Whose`.
+        what: grows.
+        by: the settings that bound it, by their paths; or constants, by module and name.
+        beyond: what happens then.
+        test: that shows it, by file and name.
+    """
+
+    whose: Whose
+    what: str
+    by: tuple[str, ...]
+    beyond: str
+    test: str
+
+
+_LIMITS: Final = "tests/test_limits.py::test_a_bound_holds"
+_DRIVEN: Final = "tests/end_to_end/test_bounds.py::"
+_CLIENT, _UPSTREAM, _COLLECTOR, _READER, _NEIGHBOUR = Whose
+
+LEDGER: Final = (
+    # Connections and time
+    Bound(_CLIENT, "connections", ("limits.connections",), "421, and closed", f"{_DRIVEN}test_ten_times_a_bound"),
+    Bound(_CLIENT, "connections of one address", ("limits.connections_per_client",), "421, and closed", _LIMITS),
+    Bound(_CLIENT, "time between commands", ("timeouts.command", "timeouts.command_under_stress"), "421", _LIMITS),
+    Bound(
+        _CLIENT,
+        "time for content, by DATA or in chunks",
+        ("timeouts.data", "limits.octets_per_second"),
+        "421",
+        "tests/server/test_session.py::test_content_in_chunks_has_its_time_as_a_whole",
+    ),
+    Bound(_CLIENT, "time of a connection", ("timeouts.session",), "421", _LIMITS),
+    Bound(_CLIENT, "time of a TLS handshake", ("timeouts.tls_handshake",), "closed", _LIMITS),
+    Bound(
+        _CLIENT,
+        "seconds for a PROXY header",
+        ("otel_smtp.server.admission.PROXY_HEADER_SECONDS",),
+        "554",
+        "tests/server/test_session.py::test_a_proxy_header_that_does_not_end_is_waited_for_five_seconds",
+    ),
+    Bound(
+        _CLIENT,
+        "seconds in which it reads no reply",
+        ("otel_smtp.server.conversation.UNREAD_REPLIES_SECONDS",),
+        "closed",
+        "tests/server/test_session.py::test_a_client_that_never_reads_its_replies_is_cut_off",
+    ),
+    # What one connection holds and does
+    Bound(
+        _CLIENT,
+        "octets that are not read yet, or replies that it does not read, each",
+        ("otel_smtp.net.stream.HIGH_WATER_OCTETS",),
+        "what it sends waits with the kernel",
+        f"{_DRIVEN}test_clients_that_pipeline_and_never_read",
+    ),
+    Bound(
+        _CLIENT,
+        "commands in one turn of the event loop, of all connections that pipeline beyond it",
+        ("otel_smtp.smtp.policy.ServerPolicy.commands_per_turn",),
+        "they wait for a later turn",
+        "tests/server/test_session.py::test_all_that_pipeline_share_one_turn",
+    ),
+    Bound(_CLIENT, "commands refused for its own fault", ("limits.errors",), "421", f"{_DRIVEN}test_ten_times_a_bound"),
+    Bound(
+        _CLIENT,
+        "other refused commands, between two messages that are accepted",
+        ("limits.refusals", "limits.recipients"),
+        "421 beyond the sum",
+        f"{_DRIVEN}test_two_million_recipients_of_one_transaction",
+    ),
+    Bound(
+        _CLIENT,
+        "commands, and empty chunks, that move no mail",
+        ("limits.junk_commands",),
+        "421",
+        f"{_DRIVEN}test_ten_times_a_bound",
+    ),
+    Bound(
+        _CLIENT,
+        "octets of a line",
+        ("limits.command_line", "limits.auth_line"),
+        "500; read off within a bound, then 421",
+        f"{_DRIVEN}test_ten_times_a_bound",
+    ),
+    Bound(_CLIENT, "messages on a connection", ("limits.messages_per_connection",), "421", _LIMITS),
+    Bound(_CLIENT, "failed logins on a connection", ("limits.auth_failures",), "421", _LIMITS),
+    Bound(
+        _CLIENT,
+        "failed logins of an address in a minute",
+        ("limits.auth_failures_per_minute",),
+        "421 at connect",
+        _LIMITS,
+    ),
+    Bound(
+        _CLIENT,
+        "passwords that are hashed at once; the rest waits",
+        ("otel_smtp.server.users.HASHING_THREADS",),
+        "they wait",
+        "tests/server/test_users.py::test_no_more_passwords_are_hashed_at_once_than_allowed",
+    ),
+    # What a message holds
+    Bound(
+        _CLIENT,
+        "octets of a message",
+        ("limits.message_size",),
+        "552; read off within a bound",
+        f"{_DRIVEN}test_ten_times_a_bound",
+    ),
+    Bound(
+        _CLIENT,
+        "octets of a message in memory",
+        ("otel_smtp.forwarding.settings.MEMORY_LIMIT_OCTETS",),
+        "a file without a name",
+        "tests/end_to_end/test_exhaustion.py::test_large_messages_side_by_side_stand_in_files_and_not_in_memory",
+    ),
+    Bound(_CLIENT, "octets of a text line", ("limits.text_line",), "554", f"{_DRIVEN}test_ten_times_a_bound"),
+    Bound(
+        _CLIENT,
+        "the header block",
+        ("limits.header_size", "limits.header_lines"),
+        "554",
+        f"{_DRIVEN}test_ten_times_a_bound",
+    ),
+    Bound(_CLIENT, "Received fields", ("limits.hops",), "554", f"{_DRIVEN}test_ten_times_a_bound"),
+    Bound(_CLIENT, "recipients", ("limits.recipients",), "452", f"{_DRIVEN}test_ten_times_a_bound"),
+    Bound(
+        _CLIENT,
+        "refused recipients that are told one by one",
+        ("otel_smtp.observing.records.MOST_REFUSED",),
+        "counted",
+        "tests/telemetry/test_recipients.py::test_at_most_fifty_are_events_and_the_last_counts_the_rest",
+    ),
+    # What telemetry keeps of it
+    Bound(
+        _CLIENT,
+        "events of a span, between transactions; four times as many wherever it is",
+        ("telemetry.segment_events", "telemetry.segment_age"),
+        "a new span, linked to the one before",
+        "tests/server/test_session.py::test_within_a_transaction_a_record_is_bounded_too",
+    ),
+    Bound(
+        _CLIENT,
+        "characters of an attribute",
+        ("otel_smtp.telemetry.attributes.MAX_VALUE_CHARACTERS",),
+        "cut",
+        "tests/telemetry/test_reply_words.py::test_any_text_is_shown_within_the_bound",
+    ),
+    Bound(
+        _CLIENT,
+        "domains on a span",
+        ("otel_smtp.telemetry.attributes.MAX_DOMAINS",),
+        "left out",
+        "tests/telemetry/test_redaction.py::test_domains_of_recipients_are_the_first_few_distinct_ones",
+    ),
+    Bound(
+        _CLIENT,
+        "log lines alike in a second",
+        ("otel_smtp.telemetry.logs.LINES_A_SECOND",),
+        "counted in one line",
+        "tests/end_to_end/test_exhaustion.py::test_a_flood_of_connections_is_survived_with_64_files",
+    ),
+    Bound(
+        _CLIENT,
+        "octets of traces in memory, and of those in which something failed",
+        ("otel_smtp.status.traces.RECENT_OCTETS", "otel_smtp.status.traces.FAILED_OCTETS"),
+        "the oldest go",
+        "tests/status/test_traces.py::test_the_bound_on_octets_counts_what_is_beside_them_too",
+    ),
+    # Upstreams
+    Bound(
+        _UPSTREAM,
+        "octets of a reply's line",
+        ("upstream.reply_line",),
+        "closed; 451",
+        f"{_DRIVEN}test_an_upstream_that_says_too_much",
+    ),
+    Bound(
+        _UPSTREAM,
+        "lines of a reply",
+        ("upstream.reply_lines",),
+        "closed; 451",
+        f"{_DRIVEN}test_an_upstream_that_says_too_much",
+    ),
+    Bound(_UPSTREAM, "connections", ("upstream.connections",), "mail waits", _LIMITS),
+    Bound(
+        _UPSTREAM,
+        "the time that it takes",
+        (
+            "upstream.timeout.connect",
+            "upstream.timeout.greeting",
+            "upstream.timeout.command",
+            "upstream.timeout.data",
+            "upstream.timeout.block",
+            "upstream.timeout.reply",
+        ),
+        "451",
+        _LIMITS,
+    ),
+    Bound(
+        _UPSTREAM,
+        "phases of an attempt",
+        ("otel_smtp.observing.records.MOST_PHASES",),
+        "the last stands for all",
+        "tests/end_to_end/test_budgets.py::test_a_message_to_a_thousand_recipients",
+    ),
+    Bound(
+        _UPSTREAM,
+        "mail that waits in the spool",
+        ("spool.most_messages",),
+        "452 4.3.1",
+        f"{_DRIVEN}test_a_spool_takes_no_more_than_it_may",
+    ),
+    # Collectors
+    Bound(
+        _COLLECTOR,
+        "octets of telemetry that wait to be exported",
+        ("otel_smtp.telemetry.exporting.LEAST_QUEUE_OCTETS",),
+        "dropped and counted",
+        f"{_DRIVEN}test_a_collector_that_takes_nothing",
+    ),
+    Bound(
+        _COLLECTOR,
+        "octets of its answer",
+        ("otel_smtp.telemetry.collector.MAX_REPLY_OCTETS",),
+        "closed",
+        "tests/telemetry/test_collector.py::test_a_head_that_drips_is_cut_off_at_the_deadline",
+    ),
+    # Readers
+    Bound(
+        _READER,
+        "connections, and those of one address",
+        ("otel_smtp.status.http.HTTP_CONNECTIONS", "otel_smtp.status.http.HTTP_CONNECTIONS_PER_CLIENT"),
+        "the oldest that asks nothing goes",
+        f"{_DRIVEN}test_silent_connections_to_the_status_port_keep_no_probe_out",
+    ),
+    Bound(
+        _READER,
+        "seconds until a request is complete, and until its answer is read",
+        ("otel_smtp.status.http.REQUEST_SECONDS", "otel_smtp.status.http.ANSWER_SECONDS"),
+        "closed",
+        "tests/status/test_server.py::test_an_answer_that_is_not_read_is_given_up",
+    ),
+    Bound(
+        _READER,
+        "requests in a second, and at once",
+        ("otel_smtp.status.answers.REQUESTS_PER_SECOND", "otel_smtp.status.answers.REQUESTS_AT_ONCE"),
+        "they wait; probes have a pace of their own",
+        f"{_DRIVEN}test_readers_of_the_status_port_do_not_slow_mail",
+    ),
+    Bound(
+        _READER,
+        "answers that are kept",
+        ("otel_smtp.status.answers.KEPT_ANSWERS",),
+        "the oldest goes",
+        "tests/status/test_server.py::test_what_is_kept_is_forgotten",
+    ),
+    Bound(
+        _READER,
+        "streams of the page, and followers",
+        ("otel_smtp.status.server.STREAMS", "otel_smtp.status.following.FOLLOWERS"),
+        "503",
+        "tests/status/test_server.py::test_streams_are_bounded_and_a_closed_one_makes_room",
+    ),
+    # Neighbours
+    Bound(
+        _NEIGHBOUR,
+        "octets of a request to the spool's socket",
+        ("otel_smtp.spool.operators.MOST_REQUEST_OCTETS",),
+        "closed",
+        "tests/spool/test_operators.py::test_what_is_not_understood_is_said",
+    ),
+)
