@@ -373,7 +373,7 @@ class Attempts(ABC):
         attempt.end(outcome, reply, error_type, monotonic_ns())
         if self._is_connected:
             self._let_go(answered=answered)
-        if record.ended_ns or record.connection is None:
+        if record.ended_ns:
             self._observer.delivery_ended(attempt)
         if self._is_aborted:
             self._ended_alone(self)

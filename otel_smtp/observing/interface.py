@@ -43,7 +43,14 @@ class Observer:
         """
 
     def delivery_ended(self, delivery: DeliveryRecord) -> None:
-        """An attempt is over whose transaction had ended before: one from the spool, or whose client is gone."""
+        """An attempt is over whose transaction had ended before: one from the spool, or whose client is gone.
+
+        Of one from the spool, what it came to for each recipient is known by then.
+        """
+
+    def spool_acted(self, transaction: TransactionRecord) -> None:
+        """Something befell a message in the spool without an attempt: see `TransactionRecord.action`. Its recipients
+        that ended by it, or wait for an operator, are in `TransactionRecord.refused`."""
 
     def connection_carrier(self, connection: ConnectionRecord) -> Mapping[str, str]:
         """The trace context of the connection, of its present segment, as headers; empty where there is no trace."""

@@ -21,7 +21,9 @@ from otel_smtp.observing.values import (
     DeliveryPhase,
     Endpoint,
     Fate,
+    MessageKind,
     Outcome,
+    SpoolAction,
     TlsInfo,
     TraceHeaders,
 )
@@ -170,6 +172,7 @@ class TransactionRecord:
         ended_ns: 0 while it is open.
         outcome, reply, error_type: how it ended; `reply` is what the client was told, None where it was told nothing.
         failure: why it failed, where that is no upstream's reply: of the attempt that decided, or what befell us.
+        kind: what it is. `action`: what befell a message in the spool without an attempt, where this record tells that.
         carrier: for a message from the spool, the trace context that was stored with it, as headers.
         is_possible_duplicate: an attempt before may have been taken by an upstream.
         waited_seconds: for a mail from the spool, since its acceptance when this attempt began; None for anything else,
@@ -180,6 +183,7 @@ class TransactionRecord:
 
     __slots__ = (
         "accepted",
+        "action",
         "added_octets",
         "attempt",
         "begun_ns",
@@ -192,6 +196,7 @@ class TransactionRecord:
         "failure",
         "is_8bit_offered",
         "is_possible_duplicate",
+        "kind",
         "lost_count",
         "mail",
         "message_id",
@@ -232,6 +237,8 @@ class TransactionRecord:
         self.reply: Reply | None = None
         self.error_type: ErrorType | None = None
         self.failure: str | None = None
+        self.kind = MessageKind.MAIL
+        self.action: SpoolAction | None = None
         self.carrier: Mapping[str, str] = {}
         self.is_possible_duplicate = False
         self.waited_seconds: float | None = None
@@ -245,11 +252,12 @@ class TransactionRecord:
         carrier: Mapping[str, str],
         mail: Mail,
         *,
+        kind: MessageKind = MessageKind.MAIL,
         attempt: int = 1,
         is_possible_duplicate: bool = False,
         waited_seconds: float | None = None,
     ) -> "TransactionRecord":
-        """The record under which a message from the spool is attempted.
+        """The record under which a message from the spool is attempted, or something befalls it.
 
         Args:
             carrier: what `Observer.carrier` gave when the message was stored.
@@ -258,6 +266,7 @@ class TransactionRecord:
         now_ns = time.monotonic_ns()
         record = cls(mail, 0, None, now_ns, time.time_ns() - now_ns)
         record.spool_id = spool_id
+        record.kind = kind
         record.attempt = attempt
         record.carrier = carrier
         record.is_possible_duplicate = is_possible_duplicate
@@ -275,6 +284,26 @@ class TransactionRecord:
         if len(self.refused) < MOST_REFUSED:
             fate = Fate.DEFERRED if is_deferred else Fate.REFUSED
             self.refused.append(RecipientRecord(now_ns, recipient, fate, reply, self._who_said(recipient, reply)))
+
+    def end_in_spool(self, fates: Sequence[tuple[Recipient, Fate, Reply | None]], now_ns: int) -> None:
+        """Note what became of recipients of a message from the spool who were not delivered to; the observers are to be
+        told by the caller.
+
+        It stands with the attempt that decided; where there was none, here.
+        """
+        self.ended_ns = now_ns
+        delivery = self.deliveries[-1] if self.deliveries else None
+        upstream = None
+        if delivery is not None and delivery.ended_ns:
+            now_ns, upstream = delivery.ended_ns, delivery.upstream
+        refused = [
+            RecipientRecord(now_ns, recipient, fate, reply, upstream if _is_of_upstream(reply) else None)
+            for recipient, fate, reply in fates
+        ]
+        if delivery is not None:
+            delivery.refused = refused
+        else:
+            self.refused, self.own_count = refused, len(refused)
 
     def refuse_content(self, reply: Reply, verdicts: Sequence[Reply], now_ns: int) -> None:
         """Note that recipients who were accepted do not get the mail after all.
@@ -319,6 +348,10 @@ class TransactionRecord:
         self.ended_ns = now_ns
         if self.error_type in _OF_ATTEMPTS and self.failure is None:
             self.failure = next((one.failure for one in reversed(self.deliveries) if one.failure is not None), None)
+
+
+def _is_of_upstream(reply: Reply | None) -> bool:
+    return reply is not None and reply.error_type is ErrorType.UPSTREAM_REFUSED
 
 
 class DeliveryRecord:

@@ -99,6 +99,29 @@ class Fate(StrEnum):
     HELD = "held"  # in the spool, until an operator lets it go on
 
 
+class MessageKind(StrEnum):
+    """What is delivered: `smtp.message.kind`."""
+
+    __hash__ = str.__hash__
+
+    MAIL = "mail"  # a client's
+    # Messages of our own, from the spool, that tell of a mail:
+    BOUNCE = "bounce"
+    DELAY_WARNING = "delay_warning"
+    SUCCESS_REPORT = "success_report"
+
+
+class SpoolAction(StrEnum):
+    """What befell a message in the spool without an attempt: `smtp.spool.action`."""
+
+    __hash__ = str.__hash__
+
+    EXPIRED = "expired"  # it was too old, or an operator gave it up
+    REMOVED = "removed"  # by an operator
+    HELD = "held"  # by an operator; or it was part of too many crashes, or is a notice that was too old
+    RELEASED = "released"  # by an operator
+
+
 class DeliveryPhase(StrEnum):
     """A step of one delivery attempt: the last part of the delivery event's name."""
 

@@ -7,9 +7,10 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from otel_smtp.observing import Fate, Observer, SpoolAction, TransactionRecord
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.replies import EnhancedStatus, Reply
-from otel_smtp.spool.attempts import Recording, told
+from otel_smtp.spool.attempts import MESSAGE_KINDS, Recording, told
 from otel_smtp.spool.dsn.notices import Notices
 from otel_smtp.spool.dsn.report import NoticeKind
 from otel_smtp.spool.messages import End, Kind, Lease, Verdict
@@ -33,6 +34,7 @@ class Aging:
         store: Store,
         notices: Notices,
         recording: Recording,
+        observer: Observer,
         *,
         warn_after_seconds: float | None,
         wake: Callable[[Sequence[str]], None],
@@ -40,6 +42,7 @@ class Aging:
         self._store = store
         self._notices = notices
         self._recording = recording
+        self._observer = observer
         self._warn_after_seconds = warn_after_seconds
         self._wake = wake
 
@@ -63,7 +66,9 @@ class Aging:
         """Give up what is too old; a notice of ours goes to an operator instead."""
         verdicts: Sequence[Verdict] = ()
         notices: Sequence[Notice] = ()
-        if lease.kind is Kind.NOTIFICATION:
+        is_notice = lease.kind is not Kind.MAIL
+        self._tell(lease, SpoolAction.HELD if is_notice else SpoolAction.EXPIRED)
+        if is_notice:
             logger.error("a notice cannot be delivered, and is held", extra=told(lease))
         else:
             logger.warning("given up for its age", extra={**told(lease), "recipients": len(lease.recipients)})
@@ -76,15 +81,28 @@ class Aging:
         )
         self._wake([destination for notice, _ in notices for destination in notice.deliveries])
 
+    def _tell(self, lease: Lease, action: SpoolAction) -> None:
+        """Tell the observers how it ended, with what was said of each recipient last."""
+        fate = Fate(action)
+        record = TransactionRecord.resumed(
+            lease.message_id, lease.carrier, lease.mail, kind=MESSAGE_KINDS[lease.kind], attempt=lease.attempt
+        )
+        record.action = action
+        record.error_type = replies.EXPIRED.error_type
+        record.failure = "delivery time expired"
+        fates = [(one.recipient, fate, parsed(one.last_reply) or replies.EXPIRED) for one in lease.recipients]
+        record.end_in_spool(fates, record.begun_ns)
+        self._observer.spool_acted(record)
+
     async def _warn(self, lease: Lease) -> None:
-        waiting = [(one, _parsed(one.last_reply)) for one in lease.recipients]
+        waiting = [(one, parsed(one.last_reply)) for one in lease.recipients]
         notices = await self._notices.of(NoticeKind.DELAYED, lease, waiting, retry_until=lease.expires_at)
         if await self._store.warn(lease.message_id, notices):
             logger.warning("delayed; its sender is told", extra=told(lease))
             self._wake([destination for notice, _ in notices for destination in notice.deliveries])
 
 
-def _parsed(text: str) -> Reply | None:
+def parsed(text: str) -> Reply | None:
     """The reply that was kept as text; its lines in one."""
     if not text[:3].isdigit():
         return None

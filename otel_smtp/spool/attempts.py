@@ -11,8 +11,9 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from otel_smtp.forwarding.base import DeliveryFailed, MailTransaction, Relay
-from otel_smtp.observing import TransactionRecord
+from otel_smtp.observing import Fate, MessageKind, Observer, TransactionRecord, trace_fields
 from otel_smtp.smtp import replies
+from otel_smtp.smtp.envelope import Recipient
 from otel_smtp.smtp.replies import ErrorType, Reply
 from otel_smtp.spool.dsn.notices import Notices
 from otel_smtp.spool.dsn.report import NoticeKind
@@ -32,6 +33,15 @@ logger: Final = logging.getLogger("otel_smtp.spool.attempts")
 
 READ_OCTETS: Final = 256 * 1024
 RECORD_AGAIN_SECONDS: Final = 1.0
+
+MESSAGE_KINDS: Final = {
+    Kind.MAIL: MessageKind.MAIL,
+    Kind.BOUNCE: MessageKind.BOUNCE,
+    Kind.DELAY_WARNING: MessageKind.DELAY_WARNING,
+    Kind.SUCCESS_REPORT: MessageKind.SUCCESS_REPORT,
+    Kind.NOTIFICATION: MessageKind.BOUNCE,  # mostly
+}
+"""What telemetry calls them."""
 
 
 class Recording:
@@ -93,6 +103,7 @@ class Attempt:
         relay: Relay,
         notices: Notices,
         recording: Recording,
+        observer: Observer,
         retry_in: Callable[[], float],
         wake: Callable[[Sequence[str]], None],
         ended: Callable[["Attempt"], None],
@@ -104,6 +115,7 @@ class Attempt:
         self._relay = relay
         self._notices = notices
         self._recording = recording
+        self._observer = observer
         self._retry_in = retry_in
         self._wake = wake
         self._ended = ended
@@ -111,6 +123,7 @@ class Attempt:
             lease.message_id,
             lease.carrier,
             lease.mail,
+            kind=MESSAGE_KINDS[lease.kind],
             attempt=lease.attempt,
             is_possible_duplicate=lease.is_possible_duplicate,
             # A clock that was put back must not make it negative.
@@ -146,6 +159,7 @@ class Attempt:
                 self._task.cancel()
                 await asyncio.gather(self._task, return_exceptions=True)
             self._abort()
+            self._tell(())
             await self._recording.record(
                 self.lease,
                 lambda: self._store.finish(self.lease, (), is_possible_duplicate=self._has_content_left),
@@ -207,7 +221,9 @@ class Attempt:
             self._transaction.finish(self._answered)
         except ContentLost:
             self._is_judged = True
+            self._record.failure = "spool: the content is damaged"
             self._abort()
+            self._tell([(one.recipient, Fate.HELD, None) for one in self.lease.recipients])
             await self._recording.mark_corrupt(self.lease)
             self._ended(self)
         except SpoolError as error:
@@ -246,6 +262,7 @@ class Attempt:
         recipients = self.lease.recipients
         if len(recipients) == 1 and answers[0].is_positive and recipients[0].recipient.notify is None:
             verdicts: Sequence[Verdict] = (Verdict(recipients[0].number, End.DELIVERED, answers[0]),)
+            self._tell(())
             self._store.finish(self.lease, verdicts, is_urgent=False).add_done_callback(
                 lambda done: self._recorded(done, verdicts)
             )
@@ -280,6 +297,7 @@ class Attempt:
                 verdicts = [
                     one if one.end is End.DELIVERED else Verdict(one.number, None, one.reply) for one in verdicts
                 ]
+            self._tell(self._fates(verdicts, has_bounced=bool(notices)))
             await self._recording.record(
                 lease,
                 lambda: self._store.finish(
@@ -291,6 +309,30 @@ class Attempt:
                 self._wake([destination for notice, _ in notices for destination in notice.deliveries])
         finally:
             self._ended(self)
+
+    def _fates(
+        self, verdicts: Sequence[Verdict], *, has_bounced: bool
+    ) -> Sequence[tuple[Recipient, Fate, Reply | None]]:
+        """What became of those that were not delivered to."""
+        by_number = {one.number: one for one in self.lease.recipients}
+        fates = []
+        for verdict in verdicts:
+            one = by_number[verdict.number]
+            if verdict.end is End.DELIVERED:
+                continue
+            fate = Fate.DEFERRED
+            if verdict.end is End.FAILED:
+                bounces = has_bounced and self._notices.is_told(NoticeKind.FAILED, self.lease, one)
+                fate = Fate.BOUNCED if bounces else Fate.REFUSED
+            fates.append((one.recipient, fate, verdict.reply))
+        return fates
+
+    def _tell(self, fates: Sequence[tuple[Recipient, Fate, Reply | None]]) -> None:
+        """Tell the observers of the attempt; what of it goes on for the record alone tells of itself."""
+        self._record.end_in_spool(fates, time.monotonic_ns())
+        for delivery in self._record.deliveries:
+            if delivery.ended_ns:
+                self._observer.delivery_ended(delivery)
 
     async def _notices_of(self, verdicts: Sequence[Verdict]) -> Sequence[Notice]:
         """The notices that are due for what ended."""
@@ -333,4 +375,6 @@ def _codes(reply: Reply | None) -> dict[str, object]:
 
 def told(lease: Lease) -> dict[str, object]:
     """What log lines say of a lease."""
-    return {"spool_id": lease.message_id, "attempt": lease.attempt, "traceparent": lease.carrier.get("traceparent")}
+    traceparent = lease.carrier.get("traceparent")
+    named = {"spool_id": lease.message_id, "attempt": lease.attempt, "traceparent": traceparent}
+    return {**named, **trace_fields(lease.carrier)}

@@ -86,7 +86,11 @@ class Kind(StrEnum):
     """Whose message it is."""
 
     MAIL = "mail"  # a client's
-    NOTIFICATION = "notification"  # a bounce or a warning of ours
+    # Of ours:
+    BOUNCE = "bounce"
+    DELAY_WARNING = "delay_warning"
+    SUCCESS_REPORT = "success_report"
+    NOTIFICATION = "notification"  # any of these, as earlier versions stored them
 
 
 def trace_id_of(carrier: Mapping[str, str]) -> str | None:

@@ -21,6 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
 
+from otel_smtp.observing import Fate, Observer, SpoolAction, TransactionRecord, trace_fields
+from otel_smtp.smtp.envelope import Mail, Recipient
+from otel_smtp.spool.aging import parsed
+from otel_smtp.spool.attempts import MESSAGE_KINDS
 from otel_smtp.spool.messages import DeliveryState, End, Shown, SpoolError, trace_id_of
 from otel_smtp.spool.store import Store, Woken
 
@@ -103,11 +107,15 @@ class Operations:
 
     Args:
         runner: None: none runs here.
+        observer: told of what an operator does to a message; None: nobody.
         max_age_seconds: what `reset` gives a message again.
     """
 
-    def __init__(self, store: Store, runner: Woken | None, *, max_age_seconds: float) -> None:
+    def __init__(
+        self, store: Store, runner: Woken | None, *, max_age_seconds: float, observer: Observer | None = None
+    ) -> None:
         self._store = store
+        self._observer = observer or Observer()
         self._runner = runner
         self._max_age_seconds = max_age_seconds
 
@@ -182,15 +190,21 @@ class Operations:
         yield {"messages": len(ids)}
         for message_id in ids:
             try:
+                before = await self._store.show(message_id) if command in _ACTIONS else None
                 changed = await self._do(command, message_id)
             except SpoolError as error:
                 yield {"queue_id": message_id, "error": str(error)}
                 continue
+            if changed and before is not None:
+                self._observer.spool_acted(acted(_ACTIONS[command], before))
             if changed:
                 level = logging.WARNING if command in ("delete", "expire") else logging.INFO
                 logger.log(
                     level, "an operator changed a queued message",
-                    extra={"spool_id": message_id, "command": command, "recipients": int(changed)},
+                    extra={
+                        "spool_id": message_id, "command": command, "recipients": int(changed),
+                        **trace_fields(before.carrier if before is not None else {}),
+                    },
                 )  # fmt: skip
             yield {"queue_id": message_id, "changed": bool(changed)}
         if self._runner is not None:
@@ -211,6 +225,27 @@ class Operations:
                 return store.delete(message_id)
             case _:
                 return store.reset(message_id, self._max_age_seconds)
+
+
+_ACTIONS: Final = {
+    "hold": SpoolAction.HELD,
+    "release": SpoolAction.RELEASED,
+    "delete": SpoolAction.REMOVED,
+}
+"""What of an operator's commands the trace of a message tells; what expires is told when it ends."""
+
+
+def acted(action: SpoolAction, shown: Shown) -> TransactionRecord:
+    """The record of what befell a message, with what was said of each recipient last."""
+    record = TransactionRecord.resumed(
+        shown.id, shown.carrier, Mail(shown.reverse_path), kind=MESSAGE_KINDS[shown.kind], attempt=shown.attempts
+    )
+    record.action = action
+    fates = []
+    if action is not SpoolAction.RELEASED:
+        fates = [(Recipient(address), Fate(action), parsed(last)) for address, _, last in shown.recipients]
+    record.end_in_spool(fates, record.begun_ns)
+    return record
 
 
 def _concerns(command: str, shown: Shown) -> bool:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from otel_smtp.forwarding.base import Relay
+from otel_smtp.observing import Observer
 from otel_smtp.spool.aging import Aging
 from otel_smtp.spool.attempts import Attempt, Recording
 from otel_smtp.spool.dsn.notices import Notices
@@ -49,6 +50,7 @@ class Runner:
         relay: Relay,
         notices: Notices,
         schedule: Schedule,
+        observer: Observer,
         *,
         most_at_once: int = MOST_AT_ONCE,
         look_seconds: float = LOOK_SECONDS,
@@ -58,12 +60,13 @@ class Runner:
         self._relay = relay
         self._notices = notices
         self._schedule = schedule
+        self._observer = observer
         self._most_at_once = most_at_once
         self._look_seconds = look_seconds
         self._chance = chance
         self._recording = Recording(store)
         self._aging = Aging(
-            store, notices, self._recording, warn_after_seconds=schedule.warn_after_seconds, wake=self.wake
+            store, notices, self._recording, observer, warn_after_seconds=schedule.warn_after_seconds, wake=self.wake
         )
         self._destinations: set[str] = set()
         self._under_way: Counter[str] = Counter()
@@ -220,6 +223,7 @@ class Runner:
             relay=self._relay,
             notices=self._notices,
             recording=self._recording,
+            observer=self._observer,
             retry_in=lambda: self._schedule.next_delay(lease.attempt, self._chance()),
             wake=self.wake,
             ended=self._ended,

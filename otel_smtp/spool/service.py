@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Final
 
 from otel_smtp.forwarding.base import Forwarder, Relay
-from otel_smtp.observing import Observer
+from otel_smtp.observing import Observer, SpoolAction, trace_fields
+from otel_smtp.smtp.replies import ErrorType
 from otel_smtp.spool.dsn.notices import BouncePolicy, Notices
 from otel_smtp.spool.forwarders import DirectThenQueueForwarder, Intake, SpoolForwarder
 from otel_smtp.spool.messages import Counts, Shown, SpoolError
-from otel_smtp.spool.operators import ControlSocket, Operations
+from otel_smtp.spool.operators import ControlSocket, Operations, acted
 from otel_smtp.spool.runner import Runner
 from otel_smtp.spool.schedule import Schedule
 from otel_smtp.spool.store import Store
@@ -55,7 +56,8 @@ class Spool:
         schedule = settings.schedule
         self.store = store
         notices = Notices(store, relay, policy=settings.bounce, hostname=settings.hostname)
-        self.runner = Runner(store, relay, notices, schedule)
+        self.runner = Runner(store, relay, notices, schedule, observer)
+        self._observer = observer
         intake = Intake(
             store,
             relay,
@@ -67,7 +69,7 @@ class Spool:
         self.forwarder: Forwarder = SpoolForwarder(intake)
         if direct is not None:
             self.forwarder = DirectThenQueueForwarder(direct, intake)
-        self.operations = Operations(store, self.runner, max_age_seconds=schedule.max_age_seconds)
+        self.operations = Operations(store, self.runner, max_age_seconds=schedule.max_age_seconds, observer=observer)
         self._control = ControlSocket(settings.control_path, self.operations)
 
     async def start(self) -> None:
@@ -84,7 +86,12 @@ class Spool:
                 extra={"messages": recovery.messages, "interrupted_attempts": recovery.interrupted},
             )
         for message_id in recovery.held:
-            logger.critical("held: it was part of too many crashes", extra={"spool_id": message_id})
+            shown = await self.store.show(message_id)
+            record = acted(SpoolAction.HELD, shown)
+            record.error_type, record.failure = ErrorType.INTERNAL, "it was part of too many crashes"
+            self._observer.spool_acted(record)
+            extra = {"spool_id": message_id, **trace_fields(shown.carrier)}
+            logger.critical("held: it was part of too many crashes", extra=extra)
         for message_id in recovery.lost:
             logger.critical("its content is missing", extra={"spool_id": message_id})
         for remark in recovery.remarks:

@@ -48,6 +48,7 @@ class On(StrEnum):
     STATE = "state event"
     PHASE = "delivery event"
     RECIPIENT = "recipient event"
+    SPOOL = "spool span"
     LINK = "link"
     METRIC = "metric"
     LOG = "log line"
@@ -162,6 +163,13 @@ SPAN_DELIVERY: Final = _span(
     "CLIENT",
     "its transaction, also from the spool",
     "one attempt at one upstream: pool wait to final reply",
+)
+
+SPAN_SPOOL: Final = _span(
+    "smtp.spool",
+    "INTERNAL",
+    "the stored transaction",
+    "a moment: something befell a message in the spool without an attempt",
 )
 
 # Events --------------------------------------------------------------------------------------------------------
@@ -398,14 +406,14 @@ REPLY_TEXT: Final = _attribute(
 ERROR_TYPE: Final = _attribute(
     "error.type",
     Type.STRING,
-    (*_SPAN_ALL, On.STATE, On.LOG),
+    (*_SPAN_ALL, On.SPOOL, On.STATE, On.LOG),
     "on Error events; on spans that failed: a class of ErrorType, else the reply code",
     "upstream_unavailable",
 )
 FAILURE_REASON: Final = _attribute(
     "smtp.failure.reason",
     Type.STRING,
-    (*_SPAN_ALL, On.STATE, On.LOG),
+    (*_SPAN_ALL, On.SPOOL, On.STATE, On.LOG),
     "where something failed for another reason than a reply: in words, on the attempt or the connection, and on the "
     "transaction; the description of the status too",
     "certificate verify failed: self-signed certificate",
@@ -534,9 +542,23 @@ BODY: Final = _attribute(
 SPOOL_ID: Final = _attribute(
     "smtp.spool.id",
     Type.STRING,
-    (On.TRANSACTION, On.DELIVERY, On.LOG),
+    (On.TRANSACTION, On.DELIVERY, On.SPOOL, On.LOG),
     "the message is, or was, durable in the spool",
     "01J9ZQ4T3M",
+)
+SPOOL_ACTION: Final = _attribute(
+    "smtp.spool.action",
+    Type.STRING,
+    (On.SPOOL, On.LOG),
+    "always: expired, removed, held, released; the latter three by an operator, or held as part of too many crashes",
+    "held",
+)
+MESSAGE_KIND: Final = _attribute(
+    "smtp.message.kind",
+    Type.STRING,
+    (On.DELIVERY, On.SPOOL, On.LOG),
+    "always: mail, or a message of our own that tells of one: bounce, delay_warning, success_report",
+    "mail",
 )
 OUTCOME: Final = _attribute(
     "smtp.outcome",
@@ -561,7 +583,9 @@ PEER_SERVICE: Final = _attribute(
 SERVICE_PEER_NAME: Final = _attribute(
     "service.peer.name", Type.STRING, (On.DELIVERY,), "always: the same under its newer name", "provider"
 )
-DELIVERY_ATTEMPT: Final = _attribute("smtp.delivery.attempt", Type.INT, (On.DELIVERY, On.LOG), "always; from 1", "1")
+DELIVERY_ATTEMPT: Final = _attribute(
+    "smtp.delivery.attempt", Type.INT, (On.DELIVERY, On.SPOOL, On.LOG), "always; from 1", "1"
+)
 DELIVERY_ACCEPTED: Final = _attribute(
     "smtp.delivery.recipients_accepted",
     Type.INT,
@@ -600,7 +624,8 @@ LINK_TYPE: Final = _attribute(
     "smtp.link.type",
     Type.STRING,
     (On.LINK,),
-    "always: connection, application, previous_segment, spooled_transaction",
+    "always: connection, application, previous_segment, spooled_transaction; reported_mail: from a delivery of a "
+    "bounce, a warning or a report to the transaction of the mail that it tells of",
     "connection",
 )
 
@@ -612,6 +637,7 @@ class LinkType(StrEnum):
     APPLICATION = "application"
     PREVIOUS_SEGMENT = "previous_segment"
     SPOOLED_TRANSACTION = "spooled_transaction"
+    REPORTED_MAIL = "reported_mail"
 
 
 REFUSED_REASON: Final = _attribute(

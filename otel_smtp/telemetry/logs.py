@@ -235,12 +235,13 @@ class AccessLog:
             for event in told:
                 at_ns = event.time_ns
                 _write(self._logger, level, event.name, at_ns, {**whose, **event.attributes}, record.context)
-            fields |= _recipients(told)
+            if record.name == names.SPAN_TRANSACTION:
+                fields |= _recipients(told)
         _write(self._logger, level, record.name, record.end_ns, fields, record.context)
 
 
 _WHOSE: Final = (names.CONNECTION_ID, names.TRANSACTION_NUMBER, names.SPOOL_ID, names.MAIL_FROM_DOMAIN,
-                 names.MAIL_FROM_ADDRESS, names.DELIVERY_ATTEMPT)  # fmt: skip
+                 names.MAIL_FROM_ADDRESS, names.DELIVERY_ATTEMPT, names.MESSAGE_KIND)  # fmt: skip
 """What the line of a recipient says of its mail."""
 
 

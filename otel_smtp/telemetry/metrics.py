@@ -26,7 +26,15 @@ from prometheus_client.metrics_core import (
 from prometheus_client.metrics_core import Metric as MetricFamily
 from prometheus_client.samples import Exemplar
 
-from otel_smtp.observing import ConnectionRecord, DeliveryRecord, Fate, Observer, Outcome, TransactionRecord
+from otel_smtp.observing import (
+    ConnectionRecord,
+    DeliveryRecord,
+    Fate,
+    MessageKind,
+    Observer,
+    Outcome,
+    TransactionRecord,
+)
 from otel_smtp.smtp.replies import AUTH_FAILED
 from otel_smtp.smtp.states import LEGAL, LEVELS, ConnState, Transition
 from otel_smtp.telemetry import attributes as names
@@ -308,6 +316,22 @@ class Metrics(Observer):
         if context is not None and not (context.flags | _UNSAMPLED) & self._exemplar_flags:
             context = None
         self._measure(delivery, context)
+        if delivery.transaction.connection is None and delivery.transaction.kind is MessageKind.MAIL:
+            self._count_ended(delivery)
+
+    def spool_acted(self, transaction: TransactionRecord) -> None:
+        """Count the recipients that ended, or wait for an operator."""
+        if transaction.kind is MessageKind.MAIL:
+            for one in transaction.refused:
+                self._recipients.add((one.fate.value,))
+
+    def _count_ended(self, delivery: DeliveryRecord) -> None:
+        """Count the recipients of a queued mail that ended by an attempt; those that are deferred have not ended."""
+        if delivery.outcome is Outcome.RELAYED or delivery.outcome is Outcome.PARTLY_RELAYED:
+            self._recipients.add(_RELAYED, delivery.accepted_count)
+        for one in delivery.refused:
+            if one.fate is not Fate.DEFERRED:
+                self._recipients.add((one.fate.value,))
 
     def _measure(self, delivery: DeliveryRecord, context: TraceContext | None) -> None:
         unix_ns = delivery.ended_ns + delivery.transaction.wall_offset_ns

@@ -93,6 +93,7 @@ _DELIVERIES: Final = span_table(
     names.SPAN_DELIVERY,
     SpanKind.CLIENT,
     (
+        names.MESSAGE_KIND,
         names.DELIVERY_ATTEMPT,
         names.DELIVERY_ACCEPTED,
         names.DELIVERY_REFUSED,
@@ -112,6 +113,19 @@ _DELIVERIES: Final = span_table(
         names.OUTCOME,
         names.REPLY_CODE,
         ENHANCED_CODE,
+        names.ERROR_TYPE,
+        names.FAILURE_REASON,
+    ),
+)
+
+
+_SPOOLED: Final = span_table(
+    names.SPAN_SPOOL,
+    SpanKind.INTERNAL,
+    (
+        names.SPOOL_ACTION,
+        names.MESSAGE_KIND,
+        names.DELIVERY_ATTEMPT,
         names.ERROR_TYPE,
         names.FAILURE_REASON,
     ),
@@ -165,7 +179,7 @@ class SpanAttributes:
             reason,
             True if is_closed and is_probe(record) else None,
             error_type,
-            None if failure is None else self.redaction.text(failure),
+            None if failure is None else clean(failure),
         ]
         pairs: list[Pair] = [
             (names.CONNECTION_ID, info.id),
@@ -207,7 +221,7 @@ class SpanAttributes:
         if detail.reply is not None:
             pairs.append((names.REPLY_TEXT, self.words(detail.reply)))
         elif failure is not None:
-            pairs.append((names.FAILURE_REASON, self.redaction.text(failure)))
+            pairs.append((names.FAILURE_REASON, clean(failure)))
         if detail.transaction is not None:
             pairs.append((names.TRANSACTION_NUMBER, detail.transaction))
         return pairs
@@ -248,7 +262,7 @@ class SpanAttributes:
             None if reply is None else reply.code,
             None if reply is None else reply.enhanced,
             our_failure(record.outcome, reply, record.error_type),
-            None if record.failure is None else self.redaction.text(record.failure),
+            None if record.failure is None else clean(record.failure),
         ]
         connection = record.connection
         pairs: list[Pair] = [] if connection is None else [(names.CONNECTION_ID, connection.info.id)]
@@ -300,6 +314,7 @@ class SpanAttributes:
         reply, transaction, peer, tls = record.reply, record.transaction, record.peer, record.tls
         upstream = record.upstream
         shape = _DELIVERIES[
+            transaction.kind,
             record.attempt,
             record.accepted_count,
             record.refused_count,
@@ -321,7 +336,7 @@ class SpanAttributes:
             None if reply is None else reply.enhanced,
             attempt_failure(record.outcome, reply, record.error_type)
             or (ErrorType.UPSTREAM_REFUSED.value if record.refused_count or record.deferred_count else None),
-            None if record.failure is None else self.redaction.text(record.failure),
+            None if record.failure is None else clean(record.failure),
         ]
         pairs: list[Pair] = [_origin(transaction)]
         pairs += pool
@@ -346,6 +361,20 @@ class SpanAttributes:
             ]
         )
 
+    # The spool ---------------------------------------------------------------------------------------------------
+
+    def spooled(self, record: TransactionRecord) -> Described:
+        """What befell a message in the spool without an attempt."""
+        has_failed = record.error_type is not None
+        shape = _SPOOLED[
+            record.action,
+            record.kind,
+            record.attempt or None,
+            record.error_type,
+            record.failure if has_failed else None,
+        ]
+        return shape, [_origin(record)]
+
     # Recipients --------------------------------------------------------------------------------------------------
 
     def recipients(self, refused: Sequence[RecipientRecord], count: int, wall_offset_ns: int) -> list[EventRecord]:
@@ -355,8 +384,8 @@ class SpanAttributes:
             refused: those that are known.
             count: how many there are of them.
         """
-        # The last event may stand for more than one: so there are never more than those that are known at most.
-        shown = refused if count <= len(refused) else refused[: MOST_REFUSED - 1]
+        # The last event may stand for more than one.
+        shown = refused if count <= MOST_REFUSED else refused[: MOST_REFUSED - 1]
         events = [EventRecord(one.at_ns + wall_offset_ns, names.RECIPIENT_EVENT, self.recipient(one)) for one in shown]
         if len(shown) < count:
             time_ns = refused[-1].at_ns + wall_offset_ns

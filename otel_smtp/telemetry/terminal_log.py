@@ -115,6 +115,11 @@ class MailLines:
                     self._delivered.popitem(last=False)
                 # An upstream that was passed over for the next one.
                 return self._mail(when, before) if before is not None else None
+            case names.SPAN_SPOOL:
+                action = str(fields.get(names.SPOOL_ACTION, ""))
+                facts = [str(fields.get(names.SPOOL_ID, "")), action]
+                why = str(fields.get(names.FAILURE_REASON, ""))
+                return self._put(when, MARKS.get(action, "x"), "---", action, facts, why, fields)
             case names.RECIPIENT_EVENT:
                 return self._recipient(when, fields)
             case _:
@@ -126,7 +131,9 @@ class MailLines:
         spool_id, attempt = fields.get(names.SPOOL_ID), fields.get(names.DELIVERY_ATTEMPT)
         facts = [fields.get(names.UPSTREAM_NAME), _seconds(fields.get(names.LOG_DURATION))]
         if attempt is not None and spool_id:  # from the spool, where sender and recipients have been told before
-            facts.insert(0, f"{spool_id} attempt {attempt}")
+            kind = str(fields.get(names.MESSAGE_KIND, "mail"))
+            whose = "" if kind == "mail" else f"{kind.replace('_', ' ')} "
+            facts.insert(0, f"{whose}{spool_id} attempt {attempt}")
         else:
             facts.insert(0, f"{_sender(fields)} -> {_recipients(fields)}")
             if spool_id:

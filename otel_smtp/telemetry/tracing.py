@@ -28,7 +28,7 @@ from opentelemetry.sdk.trace.id_generator import IdGenerator, RandomIdGenerator
 from opentelemetry.sdk.trace.sampling import DEFAULT_ON, Sampler
 from opentelemetry.trace import SpanKind
 
-from otel_smtp.observing import ConnectionRecord, DeliveryRecord, Observer, TransactionRecord
+from otel_smtp.observing import ConnectionRecord, DeliveryRecord, MessageKind, Observer, TransactionRecord
 from otel_smtp.smtp.states import ConnState, ErrorReply, Transition
 from otel_smtp.telemetry import attributes as names
 from otel_smtp.telemetry import propagation
@@ -224,6 +224,32 @@ class Tracing(Observer):
         """Make the span of an attempt that outlived its transaction."""
         self._finish_delivery(delivery)
 
+    def spool_acted(self, transaction: TransactionRecord) -> None:
+        """Make a span of what befell a message in the spool, in the trace of its transaction."""
+        stored = self._settle(transaction)
+        parent = None if stored is None else stored.context
+
+        def at_start() -> names.Attributes:
+            return dict(self.attributes.spooled(transaction)[1])
+
+        identity = self._sampling.decide(
+            names.SPAN_SPOOL, SpanKind.INTERNAL, parent, at_start, _links(transaction, parent)
+        )
+        if not self._wants[identity.is_recording]:
+            return
+        described = self.attributes.spooled(transaction)
+        offset = transaction.wall_offset_ns
+        times = transaction.begun_ns + offset, transaction.ended_ns + offset + AFTER_LAST_EVENT_NS
+        told = (
+            self.attributes.recipients(transaction.refused, transaction.own_count, offset)
+            if transaction.refused
+            else []
+        )
+        if identity.is_recording and self._encodes:
+            self._give(identity, described, times, encode_recipients(told), is_trouble=bool(told))
+        if self._reads[identity.is_recording]:
+            self._show(identity, described, times, told)
+
     def connection_carrier(self, connection: ConnectionRecord) -> Mapping[str, str]:
         """The present segment's own context."""
         return propagation.carrier(identity_of(connection).context)
@@ -291,8 +317,8 @@ class Tracing(Observer):
             transaction: Identity | None = delivery.transaction.trace or self._settle(delivery.transaction)
             parent = None if transaction is None else transaction.context
             links: tuple[LinkRecord, ...] = ()
-            if parent is not None and delivery.transaction.connection is None:
-                links = (LinkRecord(parent, {names.LINK_TYPE: LinkType.SPOOLED_TRANSACTION.value}),)
+            if delivery.transaction.connection is None:
+                links = _links(delivery.transaction, parent)
 
             def at_start() -> names.Attributes:
                 return self.attributes.delivery_at_start(delivery)
@@ -326,7 +352,9 @@ class Tracing(Observer):
         left = [one for one in delivery.refused if id(one.recipient) not in told]
         if not left:
             return ()
-        beyond = delivery.refused_count + delivery.deferred_count - len(delivery.refused) if not told else 0
+        beyond = 0
+        if transaction.connection is not None and not told:
+            beyond = delivery.refused_count + delivery.deferred_count - len(delivery.refused)
         return self.attributes.recipients(left, len(left) + max(0, beyond), transaction.wall_offset_ns)
 
     # Giving away -------------------------------------------------------------------------------------------------
@@ -422,6 +450,16 @@ def identity_of(connection: ConnectionRecord) -> Identity:
 def before_segment_ns(connection: ConnectionRecord) -> int | None:
     """When the last transition before the present segment was; None where there was none."""
     return connection.earlier[-1].at_ns if connection.earlier else None
+
+
+def _links(transaction: TransactionRecord, parent: TraceContext | None) -> tuple[LinkRecord, ...]:
+    """From what happens to a message in the spool to the transaction that brought it; from what happens to a message of
+    our own to the one that it tells of."""
+    if parent is None:
+        return ()
+    is_mail = transaction.kind is MessageKind.MAIL
+    kind = LinkType.SPOOLED_TRANSACTION if is_mail else LinkType.REPORTED_MAIL
+    return (LinkRecord(parent, {names.LINK_TYPE: kind.value}),)
 
 
 def _stored(transaction: TransactionRecord) -> Identity | None:

@@ -4,8 +4,13 @@ Each story is a real gateway before real peers. What is read is written down as 
 each span, below its parent, with what became of it and why, and a line for each recipient who did not get the mail.
 """
 
+import json
+import re
 import smtplib
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, Final
 
 from tests.end_to_end.conftest import Client, Files, StartGateway
@@ -57,9 +62,13 @@ def _span(span: ReceivedSpan) -> str:
         case "smtp.transaction":
             told = f"transaction {facts['smtp.outcome']}: {_reply(facts)}"
         case "smtp.delivery":
-            told = f"delivery to {facts['smtp.upstream.name']} {facts['smtp.outcome']}: {_reply(facts)}"
-        case _:
-            told = span.name
+            kind = facts["smtp.message.kind"]
+            what = f"delivery {facts['smtp.delivery.attempt']}" if "smtp.spool.id" in facts else "delivery"
+            what += "" if kind == "mail" else f" of a {kind} about this mail"
+            assert (kind != "mail") == ("reported_mail" in [link.attributes["smtp.link.type"] for link in span.links])
+            told = f"{what} to {facts['smtp.upstream.name']} {facts['smtp.outcome']}: {_reply(facts)}"
+        case "smtp.spool":
+            told = f"{facts['smtp.spool.action']} in the queue"
     counts = [
         f"{count} {word}"
         for prefix in ("smtp.transaction.", "smtp.delivery.")
@@ -85,7 +94,8 @@ def _recipient(facts: Mapping[str, Any]) -> str:
 
 def _reply(facts: Mapping[str, Any]) -> str:
     told = [facts.get(f"smtp.reply.{part}") for part in ("code", "enhanced_code", "text")]
-    return " ".join(str(one) for one in told if one is not None) or "no reply"
+    words = " ".join(str(one) for one in told if one is not None)
+    return re.sub("trace=[0-9a-f]{32}", "trace=ID", words) or "no reply"
 
 
 # Reading the log ---------------------------------------------------------------------------------------------------
@@ -108,7 +118,10 @@ def log_as_read(lines: Iterable[Mapping[str, Any]]) -> list[str]:
                     told.append(f"transaction {line['smtp.outcome']}: {_reply(line)}{without}{_why(line)}")
                 case "smtp.delivery":
                     upstream, outcome = line["smtp.upstream.name"], line["smtp.outcome"]
-                    told.append(f"delivery to {upstream} {outcome}: {_reply(line)}{_why(line)}")
+                    what = "delivery" if line["smtp.message.kind"] == "mail" else f"{line['smtp.message.kind']}"
+                    told.append(f"{what} to {upstream} {outcome}: {_reply(line)}{_why(line)}")
+                case "smtp.spool":
+                    told.append(f"{line['smtp.spool.action']} in the queue{_why(line)}")
         elif "fault" in line and ("connection_id" in line or "spool_id" in line):  # else it is of no mail
             assert len(line["trace_id"]) == 32
             assert len(line["span_id"]) == 16
@@ -299,6 +312,115 @@ def test_the_tls_handshake_of_a_client_fails(
     assert log_of(running, "smtp.connection") == [f"TLS handshake failed: {words}"]
     [line] = [line for line in running.log if line["event"] == "smtp.connection"]
     assert (line["error.type"], line["smtp.failure.reason"]) == ("tls", words)
+
+
+# f to h: queued mail -------------------------------------------------------------------------------------------------
+
+
+def queueing(url: str, directory: Path) -> dict[str, Any]:
+    return {
+        "upstream.url": url,
+        "upstream.name": "provider",
+        "delivery.mode": "queue",
+        "spool.directory": str(directory / "spool"),
+        "spool.retry": ["1s"],
+    }
+
+
+def operate(directory: Path, command: str, *ids: str) -> list[dict[str, Any]]:
+    """Have an operator's command done."""
+    how = [sys.executable, "-m", "otel_smtp.commands.cli", "queue", command, "--spool", str(directory / "spool")]
+    done = subprocess.run([*how, "--json", *ids], capture_output=True, text=True, timeout=60, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def test_a_queued_mail_is_deferred_twice_then_bounced(
+    upstream: CapturingUpstream, receiver: OtlpReceiver, start: StartGateway, tmp_path: Path
+) -> None:
+    later = scripted_reply("450 4.7.1 Greylisted")
+    upstream.say(UpstreamScript(content=(later, later, scripted_reply("550 5.1.1 No such user"))))
+    running = start(queueing(upstream.url, tmp_path), exporting(receiver))
+    assert failing_mail(running)[0] == 250
+
+    def is_bounced(spans: list[ReceivedSpan]) -> bool:
+        return WHOLE(spans) and "bounce" in [span.attributes.get("smtp.message.kind") for span in spans]
+
+    assert trace_of(receiver, is_bounced) == [
+        "connection, ended by quit",
+        "  transaction queued: 250 2.0.0 Ok trace=ID",
+        "    delivery 1 to provider deferred: 450 4.7.1 Greylisted (1 deferred) ERROR upstream_refused",
+        "      * there.example deferred: 450 4.7.1 Greylisted, said by provider",
+        "    delivery 2 to provider deferred: 450 4.7.1 Greylisted (1 deferred) ERROR upstream_refused",
+        "      * there.example deferred: 450 4.7.1 Greylisted, said by provider",
+        "    delivery 3 to provider refused: 550 5.1.1 No such user (1 refused) ERROR upstream_refused",
+        "      * there.example bounced: 550 5.1.1 No such user, said by provider",
+        "    delivery 1 of a bounce about this mail to provider relayed: 250 2.0.0 Ok: queued as CAPTURE",
+    ]
+    until(lambda: "bounce" in [line.get("smtp.message.kind") for line in running.log] or None, "the bounce's line")
+    assert [line for line in log_as_read(running.log) if "transaction" not in line] == [
+        "recipient there.example deferred: 450 4.7.1 Greylisted, said by provider",
+        "delivery to provider deferred: 450 4.7.1 Greylisted",
+        "recipient there.example deferred: 450 4.7.1 Greylisted, said by provider",
+        "delivery to provider deferred: 450 4.7.1 Greylisted",
+        "recipient there.example bounced: 550 5.1.1 No such user, said by provider",
+        "delivery to provider refused: 550 5.1.1 No such user",
+        "bounce to provider relayed: 250 2.0.0 Ok: queued as CAPTURE",
+    ]
+
+
+def test_a_queued_mail_expires(receiver: OtlpReceiver, start: StartGateway, tmp_path: Path) -> None:
+    running = start(queueing(f"smtp://127.0.0.1:{unclaimed_port()}", tmp_path), exporting(receiver))
+    assert failing_mail(running)[0] == 250
+    receiver.wait_for_spans(has("smtp.delivery"))
+    [queued] = operate(tmp_path, "list")
+    operate(tmp_path, "hold", queued["queue_id"])
+    operate(tmp_path, "expire", queued["queue_id"])
+
+    def has_expired(spans: list[ReceivedSpan]) -> bool:
+        return "expired" in [span.attributes.get("smtp.spool.action") for span in spans]
+
+    said = "451 4.4.1 No upstream can be reached, try again later"
+    trace = trace_of(receiver, has_expired)
+    assert "    expired in the queue ERROR timeout, delivery time expired" in trace
+    assert f"      * there.example expired: {said}" in trace
+    until(lambda: "smtp.spool" in [line["event"] for line in running.log] or None, "the line")
+    told = log_as_read(running.log)
+    assert f"recipient there.example expired: {said}" in told
+    assert "expired in the queue, delivery time expired" in told
+
+
+def test_a_queued_mail_is_held_and_released_by_an_operator(
+    upstream: CapturingUpstream, receiver: OtlpReceiver, start: StartGateway, tmp_path: Path
+) -> None:
+    upstream.say(UpstreamScript(content=(scripted_reply("450 4.7.1 Greylisted"),)))
+    settings = {**queueing(upstream.url, tmp_path), "spool.retry": ["30s"]}
+    running = start(settings, exporting(receiver))
+    assert failing_mail(running)[0] == 250
+    receiver.wait_for_spans(has("smtp.delivery"))
+    [queued] = operate(tmp_path, "list")
+    operate(tmp_path, "hold", queued["queue_id"])
+    operate(tmp_path, "release", queued["queue_id"])
+
+    def is_relayed(spans: list[ReceivedSpan]) -> bool:
+        return WHOLE(spans) and "relayed" in [span.attributes.get("smtp.outcome") for span in spans]
+
+    assert trace_of(receiver, is_relayed) == [
+        "connection, ended by quit",
+        "  transaction queued: 250 2.0.0 Ok trace=ID",
+        "    delivery 1 to provider deferred: 450 4.7.1 Greylisted (1 deferred) ERROR upstream_refused",
+        "      * there.example deferred: 450 4.7.1 Greylisted, said by provider",
+        "    held in the queue",
+        "      * there.example held: 450 4.7.1 Greylisted",
+        "    released in the queue",
+        "    delivery 2 to provider relayed: 250 2.0.0 Ok: queued as CAPTURE",
+    ]
+    until(lambda: "relayed" in [line.get("smtp.outcome") for line in running.log] or None, "it is relayed")
+    assert log_as_read(running.log)[-4:] == [
+        "recipient there.example held: 450 4.7.1 Greylisted",
+        "held in the queue",
+        "released in the queue",
+        "delivery to provider relayed: 250 2.0.0 Ok: queued as CAPTURE",
+    ]
 
 
 # i: refused by our own policy ----------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ CALLS: Final[Mapping[str, tuple[Any, ...]]] = {
     "connection_closed": (CONNECTION,),
     "transaction_ended": (TRANSACTION,),
     "delivery_ended": (DELIVERY,),
+    "spool_acted": (TRANSACTION,),
     "trace_id": (TRANSACTION,),
     "carrier": (TRANSACTION,),
     "delivery_carrier": (DELIVERY,),

@@ -170,7 +170,7 @@ def test_a_failure_of_ours_is_a_warning() -> None:
     delivery, transaction, connection = access_lines(
         {}, outcome=Outcome.DEFERRED, error_type=ErrorType.UPSTREAM_UNAVAILABLE, reply=replies.UPSTREAM_UNAVAILABLE
     )
-    assert (delivery["level"], transaction["level"], connection["level"]) == ("warning", "warning", "info")
+    assert (delivery["level"], transaction["level"], connection["level"]) == ("warning", "warning", "warning")
     assert (delivery["error.type"], transaction["error.type"]) == ("upstream_unavailable", "upstream_unavailable")
 
 

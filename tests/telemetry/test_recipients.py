@@ -2,14 +2,16 @@
 
 import json
 import logging
+import time
 from collections.abc import Mapping
 from typing import Any
 
 import pytest
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 
-from otel_smtp.observing import Outcome
+from otel_smtp.observing import Fate, MessageKind, Observer, Outcome, SpoolAction, TransactionRecord, fan_out
 from otel_smtp.smtp import replies
+from otel_smtp.smtp.envelope import Mail, Recipient
 from otel_smtp.smtp.replies import ErrorType, Reply
 from otel_smtp.telemetry.logs import ACCESS, AccessLog, JsonRenderer, LineFormatter
 from otel_smtp.telemetry.metrics import Metrics
@@ -248,3 +250,69 @@ def test_recipients_are_counted_by_what_became_of_them() -> None:
     assert {fate: count for fate, count in counted.items() if count} == {
         "relayed": 1, "refused": 3, "deferred": 1, "aborted": 2,
     }  # fmt: skip
+
+
+# Queued mail -------------------------------------------------------------------------------------------------------
+
+STORED = {"traceparent": f"00-{'a' * 32}-{'b' * 16}-01"}
+
+
+def attempted(metrics: Metrics, kept: Kept, kind: MessageKind, fate: Fate | None) -> None:
+    """An attempt at a queued mail to two recipients, of whom the second comes to `fate`."""
+    observer = fan_out([Tracing(sinks=[kept]), metrics])
+    record = TransactionRecord.resumed("01J9", STORED, Mail(""), kind=kind, attempt=2)
+    record.accepted = [Recipient("a@example.net"), Recipient("b@example.org")]
+    delivery = begin_delivery(record, "provider", 1, time)
+    outcome = Outcome.RELAYED if fate is None else Outcome.PARTLY_RELAYED
+    finish_delivery(Observer(), delivery, outcome=outcome, clock=time)
+    record.end_in_spool([] if fate is None else [(record.accepted[1], fate, NO_USER)], time.monotonic_ns())
+    observer.delivery_ended(delivery)
+
+
+def test_an_attempt_from_the_spool_tells_the_fate_that_it_decided() -> None:
+    metrics, kept = Metrics(), Kept()
+    attempted(metrics, kept, MessageKind.MAIL, Fate.BOUNCED)
+    span = kept.one("smtp.delivery")
+    told = [event for event in span.events if event.name == "smtp.recipient"]
+    assert [event.attributes["smtp.recipient.fate"] for event in told] == ["bounced"]
+    assert told[0].time_ns + 1000 <= span.end_ns
+    assert told[0].attributes["smtp.upstream.name"] == "provider"
+    assert {fate: count for fate, count in recipients(metrics).items() if count} == {"relayed": 1, "bounced": 1}
+
+
+def test_what_is_deferred_has_not_ended_and_is_not_counted() -> None:
+    metrics, kept = Metrics(), Kept()
+    attempted(metrics, kept, MessageKind.MAIL, Fate.DEFERRED)
+    assert {fate: count for fate, count in recipients(metrics).items() if count} == {"relayed": 1}
+
+
+def test_a_bounce_says_that_it_is_one_and_which_mail_it_tells_of() -> None:
+    metrics, kept = Metrics(), Kept()
+    attempted(metrics, kept, MessageKind.BOUNCE, None)
+    span = kept.one("smtp.delivery")
+    assert span.attributes["smtp.message.kind"] == "bounce"
+    [link] = span.links
+    assert (link.context.span_id, link.attributes) == (int("b" * 16, 16), {"smtp.link.type": "reported_mail"})
+    assert not any(recipients(metrics).values())  # the mail's own recipients are what counts
+
+
+@pytest.mark.parametrize("action", SpoolAction)
+def test_what_befalls_a_queued_mail_without_an_attempt_is_a_span_of_its_trace(action: SpoolAction) -> None:
+    metrics, kept, exported = Metrics(), Kept(), list[EncodedSpan]()
+    record = TransactionRecord.resumed("01J9", STORED, Mail("a@example.com"), attempt=3)
+    record.action = action
+    fates = [] if action is SpoolAction.RELEASED else [(Recipient("b@example.org"), Fate(action), GREYLISTED)]
+    record.end_in_spool(fates, record.begun_ns)
+    fan_out([Tracing(exports=[exported.append], sinks=[kept]), metrics]).spool_acted(record)
+    span = kept.one("smtp.spool")
+    assert span.attributes == {
+        "smtp.spool.action": action.value,
+        "smtp.message.kind": "mail",
+        "smtp.delivery.attempt": 3,
+        "smtp.spool.id": "01J9",
+    }
+    assert span.parent is not None
+    assert (f"{span.context.trace_id:032x}", f"{span.parent.span_id:016x}") == ("a" * 32, "b" * 16)
+    assert [event.attributes["smtp.recipient.fate"] for event in span.events] == [one[1].value for one in fates]
+    assert exported[0].to_record().events == list(span.events)
+    assert sum(recipients(metrics).values()) == len(fates)

@@ -552,6 +552,7 @@ def test_a_delivery_tells_its_phases_and_its_upstream() -> None:
         "smtp.upstream.name": "provider",
         "peer.service": "provider",
         "service.peer.name": "provider",
+        "smtp.message.kind": "mail",
         "smtp.delivery.attempt": 1,
         "smtp.delivery.recipients_accepted": 1,
         "smtp.delivery.recipients_refused": 0,

@@ -17,7 +17,6 @@ from otel_smtp.commands.terminal.otlp_spans import Event, Span
 from otel_smtp.commands.terminal.words import counted, duration, outcome_style, plain
 from otel_smtp.telemetry import attributes as names
 
-_KIND: Final = "smtp.message.kind"
 # Attempts of a mail that is told; the first and the last of more.
 _ATTEMPTS_TOLD: Final = 6
 # What took less is not worth a word.
@@ -161,7 +160,7 @@ def _account(
         trace_id=f"{of_mail[0].context.trace_id:032x}",
         began_ns=of_mail[0].start_ns,
         ended_ns=max(span.end_ns for span in of_mail),
-        kind=str(_first(attempts, _KIND) or "mail"),
+        kind=str(_first(attempts, names.MESSAGE_KIND) or "mail"),
         sender=_sender(about) if transaction else "",
         recipients=_recipients(about),
         outcome=str(about.get(names.OUTCOME, "")) if transaction else "",

@@ -214,6 +214,9 @@ def span_words(name: str, attributes: Attributes) -> list[Word]:
             _add_transaction(reader)
         case names.SPAN_DELIVERY:
             _add_delivery(reader)
+        case names.SPAN_SPOOL:
+            if action := reader.take(names.SPOOL_ACTION):
+                reader.words.append(Word(plain(action), outcome_style(str(action))))
     reader.add(names.ERROR_TYPE, "red")
     reader.add(names.FAILURE_REASON, "red")
     reader.add_tls()
@@ -266,6 +269,8 @@ def _add_transaction(reader: _Reader) -> None:
 
 
 def _add_delivery(reader: _Reader) -> None:
+    if (kind := reader.take(names.MESSAGE_KIND)) not in (None, "mail"):
+        reader.words.append(Word(plain(kind).replace("_", " "), "magenta"))
     reader.add_reply()
     peer = reader.take(names.NETWORK_PEER_ADDRESS)
     if server := _endpoint(reader, "server"):

@@ -31,6 +31,12 @@ NOTICE_MAX_AGE_SECONDS: Final = 86400.0
 """A bounce that cannot be delivered for a day is kept for an operator instead; RFC 5321 4.5.4.1 lets it be shorter."""
 RETURNED_CONTENT_OCTETS: Final = 50_000  # as Postfix returns at most
 
+_KINDS: Final = {
+    NoticeKind.FAILED: Kind.BOUNCE,
+    NoticeKind.DELAYED: Kind.DELAY_WARNING,
+    NoticeKind.RELAYED: Kind.SUCCESS_REPORT,
+}
+
 BouncePolicy = Literal["mail", "log", "off"]
 
 
@@ -118,9 +124,13 @@ class Notices:
             header_octets=header_octets,
             expires_in=NOTICE_MAX_AGE_SECONDS,
             carrier=lease.carrier,
-            kind=Kind.NOTIFICATION,
+            kind=_KINDS[kind],
         )
         return [(notice, content)]
+
+    def is_told(self, kind: NoticeKind, lease: Lease, one: SpooledRecipient) -> bool:
+        """Whether the sender is sent a notice where a recipient ended, or waits, as `kind` says."""
+        return self._policy == "mail" and self._is_wanted(kind, lease, one)
 
     def _is_wanted(self, kind: NoticeKind, lease: Lease, one: SpooledRecipient) -> bool:
         # "MUST NOT" answer a notice with a notice: mail would go round for ever (RFC 5321 6.1).
