@@ -325,8 +325,6 @@ class MemoryStore:
         wall, monotonic = self._clock(), time.monotonic()
         jump = (wall - self._clocks[0]) - (monotonic - self._clocks[1])
         self._clocks = (wall, monotonic)
-        if jump <= -60:
+        if abs(jump) >= 60:
             for entry in self._sorted:
-                for one in entry.deliveries:
-                    if one.state is DeliveryState.READY:
-                        one.due_ms += round(jump * 1000)
+                entry.move(min(0, round(jump * 1000)), round(jump * 1000))

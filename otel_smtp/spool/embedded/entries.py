@@ -391,6 +391,16 @@ class Entry:
                 one.attempts = one.crashes = 0
         return True
 
+    def move(self, due_ms: int, instants_ms: int) -> None:
+        """The clock was set: let what waits be due by so much later, and all that has happened have happened so."""
+        self.arrived_ms += instants_ms
+        self.expires_ms += instants_ms
+        if self.held_ms is not None:
+            self.held_ms += instants_ms
+        for one in self.deliveries:
+            if one.state is DeliveryState.READY:
+                one.due_ms += due_ms
+
     def _age_again(self, now_ms: int) -> None:
         if self.held_ms is not None:
             self.expires_ms += now_ms - self.held_ms

@@ -277,13 +277,22 @@ class Index:
                         delivery.state = DeliveryState.LEASED
         return entries
 
-    def move(self, milliseconds: int, meta: Mapping[str, Any]) -> int:
-        """Let all that waits be due sooner, by a negative number; how many deliveries that are."""
+    def move(self, due_ms: int, instants_ms: int, meta: Mapping[str, Any]) -> int:
+        """Do to all messages what `Entry.move` does to one; how many there are."""
+        execute = self._database.execute
         try:
-            self._database.execute("BEGIN")
-            moved = self._database.execute("UPDATE delivery SET due = due + ? WHERE state = 'ready'", (milliseconds,))
+            execute("BEGIN")
+            if due_ms:
+                execute("UPDATE delivery SET due = due + ? WHERE state = 'ready'", (due_ms,))
+            # Places of the instants in `Entry.encode`.
+            instants = ", ".join(f"'$[{place}]', json_extract(entry, '$[{place}]') + ?1" for place in (2, 3, 4))
+            moved = execute(
+                "UPDATE message SET arrived = arrived + ?1, expires = expires + ?1, unwarned = unwarned + ?1,"  # noqa: S608
+                f" entry = json_set(entry, {instants})",
+                (instants_ms,),
+            )
             self._database.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", list(meta.items()))
-            self._database.execute("COMMIT")
+            execute("COMMIT")
         except sqlite3.Error as error:
             with contextlib.suppress(sqlite3.Error):
                 self._database.execute("ROLLBACK")

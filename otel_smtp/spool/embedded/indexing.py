@@ -6,7 +6,7 @@ within that moment never touches the index.
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from otel_smtp.spool.embedded.entries import Entry, dumps
@@ -16,9 +16,10 @@ from otel_smtp.spool.embedded.journal import Journal
 from otel_smtp.spool.embedded.log import Step
 from otel_smtp.spool.embedded.memory import Memory, Position
 from otel_smtp.spool.embedded.records import RecordKind
-from otel_smtp.spool.messages import DeliveryState, NoSuchMessage
+from otel_smtp.spool.messages import NoSuchMessage, SpoolError, StorageBroken
 
 COOL_SECONDS: Final = 2.0  # what has been in memory for so long goes into the index
+AGAIN_SECONDS: Final = 1.0
 FLUSH_MOST: Final = 500  # messages at a time: to encode them holds the event loop
 
 
@@ -26,17 +27,19 @@ class Indexing:
     """Looks messages up, and keeps the index near to what is in memory.
 
     Args:
-        now_ms: milliseconds since the epoch.
+        seen: gives what the next process is to know of the clocks at this moment.
 
     Attributes:
         known: up to where in the log the index is complete.
     """
 
-    def __init__(self, memory: Memory, index: IndexThread, journal: Journal, now_ms: Callable[[], int]) -> None:
+    def __init__(
+        self, memory: Memory, index: IndexThread, journal: Journal, seen: Callable[[], Mapping[str, int | str]]
+    ) -> None:
         self._memory = memory
         self._index = index
         self._journal = journal
-        self._now_ms = now_ms
+        self._seen = seen
         self.known: Position = (0, 0)
         self._writing = asyncio.Lock()
 
@@ -113,7 +116,7 @@ class Indexing:
         for _, entry in chosen:
             if entry is not None:
                 entry.is_indexed = True  # from here on: one that ends while it is written has a row to be removed
-        meta = self._meta(position) | {"is_clean": int(is_clean), "seen_ms": self._now_ms()}
+        meta = {**self._meta(position), **self._seen(), "is_clean": int(is_clean)}
         await self._index.run(lambda index: index.write(rows, gone, meta))
         self.known = position
         for message_id, entry in chosen:
@@ -128,27 +131,56 @@ class Indexing:
         marker = self._journal.log.markers.get(position[0], b"").hex()
         return {"segment": position[0], "at": position[1], "marker": marker}
 
-    async def move_clock(self, milliseconds: int) -> int:
-        """Let what waits be due when it would have been had the clock not been set back; how many deliveries.
+    async def move_clock(self, jump_ms: int, *, noted: Callable[[], None] = lambda: None) -> None:
+        """Let all messages be as old as they were before the clock was set by so much.
 
-        One that was set ahead makes mail due sooner than it would be, which is no harm.
+        What waits is due when it would have been, had it been set back. One that was set ahead makes mail due sooner
+        than it would be, which is no harm.
+
+        Args:
+            noted: called when that is durable.
         """
-        if milliseconds >= 0:
-            return 0
-        memory = self._memory
+        if not jump_ms:
+            return
+        memory, due_ms = self._memory, min(jump_ms, 0)
+        place: Position = (0, 0)
+        busy: list[tuple[str, int]] = []  # their next records, with instants of before, lie behind this one
 
-        def durable(_: Step) -> None:
+        def durable(step: Step) -> None:
+            nonlocal place
+            place = (step.segment, step.places[0][0])
+            noted()
             for entry in memory.hot.values():
-                for one in entry.deliveries:
-                    if one.state is DeliveryState.READY:
-                        one.due_ms += milliseconds
-                        memory.waiting.offer_one(entry, one)
+                if entry.is_busy:
+                    busy.append((entry.id, entry.expires_ms))
+                    continue
+                entry.move(due_ms, jump_ms)
+                memory.waiting.offer(entry)
 
         await self.write_all()
         async with self._writing:  # else the index could be said to be complete behind the record before it has moved
-            record = dumps({"moved_ms": milliseconds, "ended": {}})
+            record = dumps({"moved_ms": due_ms, "aged_ms": jump_ms, "ended": {}})
             await self._journal.append([(RecordKind.CLOCK, record, ())], durable=durable)
             position = self.position()
-            moved = await self._index.run(lambda index: index.move(milliseconds, self._meta(position)))
+            meta = {**self._meta(position), **self._seen(), **clock_meta(place)}
+            while True:
+                try:
+                    await self._index.run(lambda index: index.move(due_ms, jump_ms, meta))
+                except StorageBroken:
+                    raise
+                except SpoolError:  # it is busy, or full; what was moved here has to be moved there
+                    await asyncio.sleep(AGAIN_SECONDS)
+                else:
+                    break
             self.known = position
-        return moved
+        for message_id, expires_ms in busy:
+            await memory.until_free(message_id)
+            if (entry := memory.hot.get(message_id)) is not None and entry.expires_ms == expires_ms:
+                changed = entry.copy()
+                changed.move(due_ms, jump_ms)
+                await self._journal.change(entry, changed, {})
+
+
+def clock_meta(place: Position) -> dict[str, int]:
+    """What the index is to say of the last clock record that it knows of."""
+    return {"clock_segment": place[0], "clock_at": place[1]}

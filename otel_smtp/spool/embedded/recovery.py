@@ -14,16 +14,17 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from otel_smtp.spool.embedded import records
+from otel_smtp.spool.embedded.clocks import Clocks
 from otel_smtp.spool.embedded.directory import INDEX_FILES, SpoolDirectory
 from otel_smtp.spool.embedded.entries import Entry, Place
 from otel_smtp.spool.embedded.index import Index, NoIndex, index_error, row_of
+from otel_smtp.spool.embedded.indexing import clock_meta
 from otel_smtp.spool.embedded.records import FIRST, Damage, NewerFormat, Record, RecordKind
 from otel_smtp.spool.messages import ContentLost, DeliveryState, SpoolError, StorageFull
 
 logger: Final = logging.getLogger("otel_smtp.spool.embedded.recovery")
 
 _HELD_MOST: Final = 5000  # messages in memory while the log is read
-_CLOCK_JUMP_MS: Final = 60_000
 
 
 @dataclass
@@ -32,7 +33,7 @@ class Recovered:
 
     Attributes:
         markers: of the segments that are there, by number.
-        clock_jump_ms: by how much the clock was set back since the spool was used last; else 0.
+        clock_jump_ms: by how much the clock was set since the spool was used last; 0: it was not.
         tally: recipients by what became of them.
         lost: messages whose content is gone or damaged.
         remarks: what operators should know, in words.
@@ -50,7 +51,7 @@ class Recovered:
     alarms: list[str] = field(default_factory=list)
 
 
-def recover(directory: SpoolDirectory, now_ms: int, *, is_index_trusted: bool) -> Recovered:
+def recover(directory: SpoolDirectory, clocks: Clocks, *, is_index_trusted: bool) -> Recovered:
     """Make index and log agree.
 
     Args:
@@ -59,14 +60,16 @@ def recover(directory: SpoolDirectory, now_ms: int, *, is_index_trusted: bool) -
     Raises:
         SpoolError: it cannot be used; nothing was changed.
     """
-    return _Recovery(directory, now_ms, is_index_trusted=is_index_trusted).run()
+    return _Recovery(directory, clocks, is_index_trusted=is_index_trusted).run()
 
 
 class _Recovery:
-    def __init__(self, directory: SpoolDirectory, now_ms: int, *, is_index_trusted: bool) -> None:
+    def __init__(self, directory: SpoolDirectory, clocks: Clocks, *, is_index_trusted: bool) -> None:
         self._is_index_trusted = is_index_trusted
         self._directory = directory
-        self._now_ms = now_ms
+        self._clocks = clocks
+        self._clock_place = (0, 0)  # of the last clock record that the index knows of
+        self._recorded: set[str] = set()  # messages as a record before that one says
         self._remarks: list[str] = [f"{path} is not ours, and is left alone" for path in directory.foreign()]
         self._markers: dict[int, bytes] = {}
         self._ends: dict[int, int] = {}
@@ -83,7 +86,8 @@ class _Recovery:
         index, start = self._index(numbers)
         try:
             self._index_in_use = index
-            seen_ms = int(index.meta().get("seen_ms", 0))
+            self._seen = meta = index.meta()
+            self._clock_place = (meta.get("clock_segment", 0), meta.get("clock_at", 0))
             with index.filling() if index.is_new and numbers else contextlib.nullcontext():
                 for number in numbers:
                     if number >= start[0] or number == numbers[-1]:
@@ -97,14 +101,19 @@ class _Recovery:
         except BaseException:
             index.close()
             raise
-        jump_ms = self._now_ms - seen_ms
+        jump_ms = self._clocks.jump_since_ms(self._seen)
+        if jump_ms:
+            seconds = f"{jump_ms / 1000:+.0f} s"
+            self._remark(
+                f"the clock was set by {seconds}, as far as is known, since the spool was used; no mail is older"
+            )
         return Recovered(
             index,
             self._markers,
             last + 1,
             self._ends.get(last, 0),
             self._tally,
-            jump_ms if jump_ms < -_CLOCK_JUMP_MS else 0,
+            jump_ms,
             [*lost, *self._corrupt],
             self._remarks,
             self._alarms,
@@ -289,13 +298,13 @@ class _Recovery:
                 )
                 if not record.is_intact:
                     self._mark_corrupt(entry)
-                self._touched[entry.id] = entry
+                self._note(number, record, entry)
             case RecordKind.STATE:
                 entry = Entry.from_values(json.loads(record.text)[1])
                 before = self._known(entry.id)
                 if before is not None:
                     entry.place = before.place
-                    self._touched[entry.id] = entry
+                    self._note(number, record, entry)
             case RecordKind.LEASE:
                 for message_id, delivery_number, attempts, epoch in json.loads(record.text):
                     leased = self._known(message_id)
@@ -308,10 +317,27 @@ class _Recovery:
                 if ended in self._larges:
                     self._ended.add(ended)
             case RecordKind.CLOCK:
-                # Twice moved where the index was written in between: then it is due sooner, and nothing is lost.
-                if moved := json.loads(record.text)["moved_ms"]:
+                said = json.loads(record.text)
+                due_ms, instants_ms = said["moved_ms"], said.get("aged_ms", 0)
+                if not (due_ms or instants_ms):
+                    return
+                if (number, record.at) > self._clock_place:
                     self._write()
-                    self._index_in_use.move(moved, {})
+                    self._clock_place = (number, record.at)
+                    meta = clock_meta(self._clock_place)
+                    if "seen_ms" in self._seen:  # the moment that it tells of was before
+                        meta["seen_ms"] = self._seen["seen_ms"] = int(self._seen["seen_ms"]) + instants_ms
+                    self._index_in_use.move(due_ms, instants_ms, meta)
+                    return
+                # The index has moved what it had; records before this one do not know of it.
+                for message_id in self._recorded:
+                    if (recorded := self._known(message_id)) is not None:
+                        recorded.move(due_ms, instants_ms)
+
+    def _note(self, number: int, record: Record, entry: Entry) -> None:
+        self._touched[entry.id] = entry
+        if (number, record.at) < self._clock_place:
+            self._recorded.add(entry.id)
 
     def _mark_corrupt(self, entry: Entry) -> None:
         self._corrupt.append(entry.id)
@@ -338,8 +364,9 @@ class _Recovery:
             "at": self._ends.get(last, 0),
             "marker": self._markers[last].hex() if last in self._markers else "",
             "is_clean": 0,
-            "seen_ms": self._now_ms,
         }
+        if "seen_ms" not in self._seen:  # else what has jumped since is still to be noted
+            meta |= self._clocks.seen()
         self._index_in_use.write((), (), meta)
 
     # Contents --------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from typing import Any, Final
 from otel_smtp.spool.embedded import first_version
 from otel_smtp.spool.embedded.aside import Found, envelope, found_in, hold_again
 from otel_smtp.spool.embedded.claiming import Claiming
+from otel_smtp.spool.embedded.clocks import Clocks, Uptime, uptime
 from otel_smtp.spool.embedded.compaction import Compaction
 from otel_smtp.spool.embedded.contents import Contents
 from otel_smtp.spool.embedded.directory import SpoolDirectory
@@ -64,7 +65,6 @@ DEFAULT_LEAST_FREE_OCTETS: Final = 40 * 1024 * 1024  # 1.5 times the largest mes
 LEAST_FREE_INODES: Final = 0.01
 CRASHES_ALLOWED: Final = 3
 ROOM_CHECK_SECONDS: Final = 1.0
-CLOCK_JUMP_SECONDS: Final = 60.0
 KEEP_SECONDS: Final = 0.5  # how often memory and index are brought together
 
 
@@ -78,6 +78,7 @@ class EmbeddedStore:
         crashes_allowed: how many crashes a message may be part of before it is held.
         is_index_trusted: False: the index is made again out of the log.
         clock: the wall clock, in seconds since the epoch.
+        up: how long the machine has been up.
 
     Attributes:
         most_messages: as above.
@@ -96,6 +97,7 @@ class EmbeddedStore:
         segment_octets: int = SEGMENT_OCTETS,
         is_index_trusted: bool = True,
         clock: Callable[[], float] = time.time,
+        up: Callable[[], Uptime] = uptime,
     ) -> None:
         self.directory = SpoolDirectory(path)
         self.most_messages = most_messages
@@ -103,8 +105,8 @@ class EmbeddedStore:
         self._crashes_allowed = crashes_allowed
         self._segment_octets = segment_octets
         self._is_index_trusted = is_index_trusted
-        self._clock = clock
-        self._clocks = (clock(), time.monotonic())
+        self._clocks = clocks = Clocks(clock, up)
+        self._now_ms = clocks.now_ms
         self._room_checked_at = float("-inf")
         self._has_room = True
         self._alarm: str | None = None
@@ -113,7 +115,7 @@ class EmbeddedStore:
         self.memory = memory = Memory()
         self.journal = journal = Journal(memory, self._now_ms, self.directory.remove_large)
         self.index = index = IndexThread(journal.latch)
-        self.indexing = indexing = Indexing(memory, index, journal, self._now_ms)
+        self.indexing = indexing = Indexing(memory, index, journal, clocks.seen)
         self._contents = contents = Contents(self.directory, memory, indexing)
         self._claiming = Claiming(memory, index, journal, contents)
         self.compaction = Compaction(self.directory, memory, index, journal, indexing, contents, segment_octets)
@@ -165,7 +167,7 @@ class EmbeddedStore:
     def _open(self) -> Recovered:
         self.directory.open()
         try:
-            recovered = recover(self.directory, self._now_ms(), is_index_trusted=self._is_index_trusted)
+            recovered = recover(self.directory, self._clocks, is_index_trusted=self._is_index_trusted)
         except (OSError, sqlite3.Error) as error:
             raise SpoolError(f"{self.directory.path}: {error}") from error
         return recovered
@@ -283,9 +285,6 @@ class EmbeddedStore:
         self._has_room = has_enough and self.directory.has_reserve  # what is queued goes first
         if had_room and not self._has_room:
             logger.error("no room for new mail", extra={"free_octets": octets, "free_inodes_share": round(inodes, 3)})
-
-    def _now_ms(self) -> int:
-        return round(self._clock() * 1000)
 
     # Messages in -----------------------------------------------------------------------------------------------
 
@@ -600,9 +599,6 @@ class EmbeddedStore:
 
     async def housekeep(self) -> None:
         """See `Store.housekeep`: look at the clocks."""
-        wall, monotonic = self._clock(), time.monotonic()
-        jump = (wall - self._clocks[0]) - (monotonic - self._clocks[1])
-        self._clocks = (wall, monotonic)
-        if abs(jump) >= CLOCK_JUMP_SECONDS:
-            moved = await self.indexing.move_clock(round(jump * 1000))
-            logger.warning("the clock jumped", extra={"seconds": round(jump), "attempts_moved": moved})
+        if jump_ms := self._clocks.jump_ms():
+            logger.warning("the clock jumped; no mail is older for that", extra={"seconds": round(jump_ms / 1000)})
+            await self.indexing.move_clock(jump_ms, noted=lambda: self._clocks.have_moved(jump_ms))

@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from otel_smtp.smtp import replies
 from otel_smtp.spool.embedded import EmbeddedStore
+from otel_smtp.spool.embedded.clocks import Uptime
 from otel_smtp.spool.embedded.store import CRASHES_ALLOWED
 from otel_smtp.spool.messages import End, Kind, Lease, NewMessage, SpoolError, Verdict
 from otel_smtp.spool.store import Store
@@ -35,6 +36,7 @@ class Agreement(RuleBasedStateMachine):
         self._place = Path(tempfile.mkdtemp(prefix="otel-smtp-spool-"))
         self._runs = 0
         self._now = 1_800_000_000.0
+        self._jumped = 0.0
         self._ids: list[str] = []
         self._leases: list[tuple[Lease, Lease]] = []
 
@@ -48,7 +50,12 @@ class Agreement(RuleBasedStateMachine):
         return self._now
 
     def _make(self) -> EmbeddedStore:
-        return EmbeddedStore(self._path, least_free_octets=0, segment_octets=SEGMENT_OCTETS, clock=self._clock)
+        return EmbeddedStore(
+            self._path, least_free_octets=0, segment_octets=SEGMENT_OCTETS, clock=self._clock, up=self._up
+        )
+
+    def _up(self) -> Uptime:
+        return Uptime("boot", round((self._now - self._jumped) * 1000))
 
     @property
     def _path(self) -> Path:
@@ -140,6 +147,24 @@ class Agreement(RuleBasedStateMachine):
     @rule(seconds=st.sampled_from([1.0, 30.0, 400.0]))
     def time_passes(self, seconds: float) -> None:
         self._now += seconds
+
+    @rule(seconds=st.sampled_from([-86_400.0, -400.0, 100.0, 864_000.0]), is_seen=st.booleans())
+    def clock_jumps(self, seconds: float, is_seen: bool) -> None:
+        self._now += seconds
+        self._jumped += seconds
+        milliseconds = round(seconds * 1000)
+        for entry in self._model.memory.entries.values():
+            entry.move(min(0, milliseconds), milliseconds)
+        if is_seen:
+            self._do(self._store.housekeep())
+        else:
+            self._do(self._store.close())
+            self._do(self._model.close())
+            self._model = MemoryStore(self._model.memory, self._clock)
+            self._store = self._make()
+            self._do(self._model.open())
+            self._do(self._store.open())
+            self._leases.clear()
 
     @rule()
     def make_room(self) -> None:

@@ -1,0 +1,93 @@
+"""What time it is, and how much of it has really passed: a wall clock may be wrong, and be put right.
+
+Instants of mail are those of the wall clock, since they outlive processes. Where it jumps, they move with it: the age
+of mail is the time that has passed. How much that is, the time since the boot tells, also between two processes. Across
+boots nobody knows, and a long time counts as a day.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+JUMP_MS: Final = 60_000  # less is drift
+MOST_DOWNTIME_MS: Final = 86_400_000  # between two boots, what counts towards the age of mail
+
+
+@dataclass(frozen=True, slots=True)
+class Uptime:
+    """How long the machine has been up.
+
+    Attributes:
+        boot: which boot that is; "": nobody knows.
+    """
+
+    boot: str
+    milliseconds: int
+
+
+@functools.cache
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+def uptime() -> Uptime:
+    """The machine's, by the kernel."""
+    try:
+        return Uptime(_boot(), round(float(Path("/proc/uptime").read_text(encoding="ascii").split()[0]) * 1000))
+    except (OSError, ValueError):
+        return Uptime("", round(time.monotonic() * 1000))
+
+
+class Clocks:
+    """The clocks of one store.
+
+    Args:
+        wall: seconds since the epoch.
+        up: how long the machine has been up.
+    """
+
+    def __init__(self, wall: Callable[[], float], up: Callable[[], Uptime]) -> None:
+        self._wall = wall
+        self._up = up
+        self._base = (self.now_ms(), up().milliseconds)  # a moment at which mail was as old as the wall clock says
+
+    def now_ms(self) -> int:
+        """Milliseconds since the epoch."""
+        return round(self._wall() * 1000)
+
+    def jump_ms(self) -> int:
+        """By how much the wall clock was set ahead, or back, and mail has not moved with it; 0: it was not."""
+        wall, up = self.now_ms(), self._up().milliseconds
+        jump = (wall - self._base[0]) - (up - self._base[1])
+        if abs(jump) >= JUMP_MS:
+            return jump
+        self._base = (wall, up)
+        return 0
+
+    def have_moved(self, jump_ms: int) -> None:
+        """All mail has moved with a jump."""
+        self._base = (self._base[0] + jump_ms, self._base[1])
+
+    def seen(self) -> dict[str, int | str]:
+        """What the next process is to know of this moment, by the clock that mail is as old as now."""
+        up = self._up()
+        seen_ms = self._base[0] + up.milliseconds - self._base[1]
+        return {"seen_ms": seen_ms, "seen_boot": up.boot, "seen_up_ms": up.milliseconds}
+
+    def jump_since_ms(self, seen: Mapping[str, Any]) -> int:
+        """By how much the wall clock was set since a moment that `seen` told of, as far as can be known; else 0."""
+        if "seen_ms" not in seen:
+            return 0
+        gap, up = self.now_ms() - int(seen["seen_ms"]), self._up()
+        if up.boot and seen.get("seen_boot") == up.boot:
+            passed = up.milliseconds - int(seen["seen_up_ms"])
+        else:
+            passed = min(max(gap, 0), MOST_DOWNTIME_MS)
+        jump = gap - passed
+        return jump if abs(jump) >= JUMP_MS else 0
