@@ -13,6 +13,7 @@ from otel_smtp.config import json_schema, settings_table
 from otel_smtp.config.bounds import LEDGER
 from otel_smtp.smtp.states import LEGAL, PULSES, ConnState
 from otel_smtp.telemetry.attributes import tables
+from tests.manual import manual
 
 README: Final = Path(__file__).parent.parent / "README.md"
 REFERENCE: Final = README.parent / "deploy" / "reference"
@@ -70,6 +71,7 @@ def reference() -> dict[str, str]:
     """The files of deploy/reference: what each holds, by name."""
     made = "Made out of the code: do not edit."
     return {
+        "otel-smtp.1": manual(),
         "settings.md": f"# Settings\n\n{made} `otel-smtp settings` prints the table.\n\n{settings_table().strip()}\n",
         "settings.schema.json": json.dumps(json_schema(), indent=2) + "\n",
         "bounds.md": f"# Bounds\n\n{made} What others can make grow, and what bounds it.\n\n{bounds_table()}\n",
