@@ -107,6 +107,7 @@ class Gateway:
                 open_connections=self._open_connections,
                 upstream_connections=self._upstream_connections,
                 spool=self._spool_counts,
+                worker=None if process is None else process.number,
             )
         )
         members[:0] = self._telemetry.observers

@@ -228,6 +228,7 @@ def telemetry_options(
     open_connections: OpenConnections,
     upstream_connections: Callable[[], Iterator[tuple[str, str, int]]],
     spool: Callable[[], tuple[Mapping[str, int], float, int] | None],
+    worker: int | None = None,
 ) -> TelemetryOptions:
     """What telemetry records.
 
@@ -238,10 +239,12 @@ def telemetry_options(
         upstream_connections: yields (upstream, state, connections) when the gauges are read.
         spool: returns the messages by state, the age of the oldest in seconds, and octets of the disk that no message
             needs; None where there is no spool.
+        worker: the number of this process among several; None: there is one.
     """
     telemetry = settings.telemetry
     return TelemetryOptions(
         version=__version__,
+        worker=worker,
         redaction=redaction,
         policies=inbound_policies(settings),
         upstreams=[upstream.name for upstream in settings.upstream],

@@ -18,6 +18,7 @@ import contextlib
 import logging
 import math
 import os
+import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -38,7 +39,14 @@ from opentelemetry.sdk.environment_variables import (
     OTEL_TRACES_SAMPLER,
     OTEL_TRACES_SAMPLER_ARG,
 )
-from opentelemetry.sdk.resources import SERVICE_NAME, Resource
+from opentelemetry.sdk.resources import (
+    HOST_NAME,
+    PROCESS_PID,
+    SERVICE_INSTANCE_ID,
+    SERVICE_NAME,
+    OTELResourceDetector,
+    Resource,
+)
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, ParentBased, Sampler, TraceIdRatioBased
 from opentelemetry.util.re import parse_env_headers
 
@@ -214,11 +222,24 @@ def read(environ: Mapping[str, str] | None = None, version: str = "") -> Environ
     return _Reading(os.environ if environ is None else environ, version).environment()
 
 
-def own_resource() -> Resource:
-    """Who we are, as the SDK's detectors say; the service is `otel-smtp` if nothing names it."""
-    resource = Resource.create()
-    is_named = not str(resource.attributes[SERVICE_NAME]).startswith("unknown_service")
-    return resource if is_named else resource.merge(Resource({SERVICE_NAME: DEFAULT_SERVICE_NAME}))
+def own_resource(worker: int | None = None) -> Resource:
+    """Who we are: what the SDK's detectors say, the host and the process.
+
+    The service is `otel-smtp` if nothing names it.
+
+    Args:
+        worker: the number of this worker, where there are several: one id that is given for all of them would make one
+            instance of them, whose metrics overwrite one another.
+    """
+    given = OTELResourceDetector().detect().attributes
+    own: dict[str, str | int] = {HOST_NAME: socket.gethostname(), PROCESS_PID: os.getpid()}
+    found = Resource.create()
+    if str(found.attributes[SERVICE_NAME]).startswith("unknown_service"):
+        own[SERVICE_NAME] = DEFAULT_SERVICE_NAME
+    own = {name: value for name, value in own.items() if name not in given}
+    if worker is not None and (instance := given.get(SERVICE_INSTANCE_ID)):
+        own[SERVICE_INSTANCE_ID] = f"{instance}-{worker}"
+    return found.merge(Resource(own))
 
 
 @contextlib.contextmanager

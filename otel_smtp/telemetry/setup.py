@@ -37,6 +37,7 @@ class TelemetryOptions:
     """Our own settings of telemetry.
 
     Attributes:
+        worker: the number of this process among several; None: there is one.
         policies: what to make of a message's trace context, by listener's name: of every listener.
         upstreams: the names of all. `mechanisms`: those of AUTH that are known.
         access_log: write a line per connection, transaction and delivery, if the log's level allows it.
@@ -49,6 +50,7 @@ class TelemetryOptions:
     """
 
     version: str = ""
+    worker: int | None = None
     redaction: Redaction = field(default_factory=Redaction)
     policies: Mapping[str, InboundPolicy] = field(default_factory=dict)
     upstreams: Sequence[str] = ()
@@ -187,7 +189,7 @@ def set_up(options: TelemetryOptions, environ: Mapping[str, str] | None = None) 
         environ: with the OTEL_* variables; None: that of this process. Those that cannot be used count as unset.
     """
     asked = environment.read(environ, options.version)
-    resource = environment.own_resource()
+    resource = environment.own_resource(options.worker)
     if asked.sdk_log_level is not None:
         logging.getLogger("opentelemetry").setLevel(asked.sdk_log_level)
     if asked.is_disabled:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 from collections.abc import Callable
 from typing import Any
 
@@ -385,3 +386,20 @@ def test_the_service_has_a_name(environ: dict[str, str], name: str, monkeypatch:
     for variable, value in environ.items():
         monkeypatch.setenv(variable, value)
     assert own_resource().attributes["service.name"] == name
+
+
+def test_the_resource_names_host_and_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a host Jaeger takes the clocks of attempts from the spool for skewed, and moves them."""
+    monkeypatch.delenv("OTEL_RESOURCE_ATTRIBUTES", raising=False)
+    about = own_resource().attributes
+    assert (about["host.name"], about["process.pid"]) == (socket.gethostname(), os.getpid())
+    assert own_resource(0).attributes["service.instance.id"]
+    monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "host.name=given,process.pid=7")
+    about = own_resource().attributes
+    assert (about["host.name"], about["process.pid"]) == ("given", "7")
+
+
+def test_an_id_that_is_given_to_several_workers_names_each_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "service.instance.id=pod-7")
+    found = [own_resource(worker).attributes["service.instance.id"] for worker in (None, 0, 1)]
+    assert found == ["pod-7", "pod-7-0", "pod-7-1"]
