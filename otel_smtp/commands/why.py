@@ -1,9 +1,11 @@
 """`otel-smtp why`: what became of a mail, asked of the running gateway and of its queue."""
 
 import asyncio
+import contextlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import click
@@ -27,6 +29,7 @@ class _Found(NamedTuple):
 
     Attributes:
         mails: newest first.
+        logged: those of them that the log alone tells of.
         queued: messages in the queue, as `queue list --json` has them.
         searched: where, and since when, in words.
         notes: what to know about the search.
@@ -34,6 +37,7 @@ class _Found(NamedTuple):
     """
 
     mails: Sequence["Account"]
+    logged: Sequence["Account"]
     queued: Sequence[Mapping[str, Any]]
     searched: Sequence[str]
     notes: Sequence[str]
@@ -45,18 +49,29 @@ class _Found(NamedTuple):
 @click.option(
     "--most", "-n", default=_SHOWN_MAILS, show_default=True, type=click.IntRange(1, 1000), help="Mails to tell of."
 )
+@click.option(
+    "--log", type=click.Path(path_type=Path), metavar="FILE", help="Look in this JSON log of the gateway too."
+)
 @click.option("--waterfall/--no-waterfall", default=None, help="Draw the trace; default: where one mail is found.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON per mail.")
 @url_option
 @settings_options
 @click.pass_context
 def why(
-    context: click.Context, *, what: str, most: int, waterfall: bool | None, as_json: bool, url: str | None
+    context: click.Context,
+    *,
+    what: str,
+    most: int,
+    log: Path | None,
+    waterfall: bool | None,
+    as_json: bool,
+    url: str | None,
 ) -> None:
     """Tell what became of a mail, and why.
 
     It asks the running gateway for its recent traces, and the queue of the
-    settings. Part of an id is enough.
+    settings; with --log it looks in a log too, which needs no gateway. Part of
+    an id is enough.
 
     Exit status: 0 found, 1 nothing found or nobody to ask, 2 wrong use or
     settings.
@@ -66,7 +81,7 @@ def why(
     if not what.strip():
         fail(2, "why: give an address, a domain or an id")
     settings = global_options(context).settings(needs_upstream=False)
-    found = _find(settings, running_gateway(settings, url), what.strip(), most)
+    found = _find(settings, running_gateway(settings, url), what.strip(), most, log)
     if not found.mails and not found.queued:
         for problem in found.problems:
             click.echo(f"otel-smtp: why: {problem}", err=True)
@@ -75,7 +90,7 @@ def why(
         fail(FAILED, f"why: nothing found of {what}", *(f"searched {one}" for one in found.searched), *found.notes)
     if as_json:
         for mail in found.mails:
-            click.echo(json.dumps({"from": "trace", **mail.as_json()}))
+            click.echo(json.dumps({"from": "log" if mail in found.logged else "trace", **mail.as_json()}))
         for row in found.queued:
             click.echo(json.dumps({"from": "queue", **row}))
         return
@@ -104,8 +119,9 @@ def _draw(output: "Console", mails: Sequence["Account"]) -> None:
             output.print(line, no_wrap=True, overflow="ignore", crop=False)
 
 
-def _find(settings: Settings, gateway: RunningGateway, what: str, most: int) -> _Found:
+def _find(settings: Settings, gateway: RunningGateway, what: str, most: int, log: Path | None) -> _Found:
     mails: Sequence[Account] = []
+    logged: Sequence[Account] = []
     searched: list[str] = []
     notes: Sequence[str] = []
     problems: list[str] = []
@@ -114,6 +130,13 @@ def _find(settings: Settings, gateway: RunningGateway, what: str, most: int) -> 
         searched.append(where)
     except NoAnswer as error:
         problems.append(str(error))
+    if log is not None:
+        known = {mail.trace_id for mail in mails}
+        try:
+            logged = [mail for mail in _in_log(log, what, most) if mail.trace_id not in known][: most - len(mails)]
+            searched.append(f"the log in {log}")
+        except OSError as error:
+            problems.append(f"{log}: {error.strerror}")
     queued: list[Mapping[str, Any]] = []
     directory = settings.spool.directory
     if directory is not None and directory.exists():
@@ -124,7 +147,7 @@ def _find(settings: Settings, gateway: RunningGateway, what: str, most: int) -> 
             searched.append(f"the queue in {directory}")
         except SpoolError as error:
             problems.append(f"the queue: {error}")
-    return _Found(mails, queued, searched, notes, problems)
+    return _Found([*mails, *logged], logged, queued, searched, notes, problems)
 
 
 def _in_traces(gateway: RunningGateway, what: str, most: int) -> tuple[Sequence["Account"], str, Sequence[str]]:
@@ -157,6 +180,47 @@ def _in_traces(gateway: RunningGateway, what: str, most: int) -> tuple[Sequence[
         if mails:
             break
     return mails[:most], where, found["notes"]
+
+
+def _in_log(path: Path, what: str, most: int) -> list["Account"]:
+    """The mails that a JSON log tells of, newest first.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    from otel_smtp.commands.terminal.account import accounts
+    from otel_smtp.commands.terminal.log_spans import spans_of_lines
+
+    text = what.lower().strip("<>")
+    traces: dict[str, list[Mapping[str, Any]]] = {}
+    # Of an address, its domain, if the log has no more of it.
+    for sought in dict.fromkeys((text, text.rpartition("@")[2])):
+        found = dict.fromkeys(line["trace_id"] for line in _log_lines(path, json.dumps(sought)[1:-1]))
+        traces = {trace_id: [] for trace_id in list(found)[-most:]}
+        if traces:
+            break
+    # What a trace has besides may be anywhere: an attempt from the queue is hours later.
+    for line in _log_lines(path, "") if traces else ():
+        if line["trace_id"] in traces:
+            traces[line["trace_id"]].append(line)
+    mails: list[Account] = []
+    for lines in traces.values():
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # lines of another program
+            mails += _meant(accounts(spans_of_lines(lines)), what)
+    return sorted(mails, key=lambda mail: -mail.began_ns)[:most]
+
+
+def _log_lines(path: Path, sought: str) -> Iterator[Mapping[str, Any]]:
+    """The lines that tell of a trace, and have `sought`, in lower case, anywhere."""
+    with path.open(encoding="utf-8", errors="replace") as log:
+        for text in log:
+            if '"trace_id"' in text and sought in text.lower():
+                try:
+                    line = json.loads(text)
+                except ValueError:
+                    continue
+                if isinstance(line, dict) and isinstance(line.get("trace_id"), str):
+                    yield line
 
 
 def _meant(mails: Sequence["Account"], what: str) -> Sequence["Account"]:

@@ -106,6 +106,33 @@ def test_it_asks_the_queue_with_and_without_a_gateway(upstream: CapturingUpstrea
     assert row["queue_id"] in why(tmp_path, row["queue_id"][3:12]).stdout
 
 
+def test_a_log_alone_tells_it_too(upstream: CapturingUpstream, tmp_path: Path) -> None:
+    upstream.say(UpstreamScript(recipients={"ann@example.org": NO_USER}))
+    settings = {"upstream.url": upstream.url, "upstream.name": "provider"}
+    with gateway(settings, tmp_path) as running:
+        with smtplib.SMTP("127.0.0.1", running.port) as client:
+            client.sendmail("app@shop.example", ["bob@example.net", "ann@example.org"], MAIL)
+            client.sendmail("app@shop.example", ["eve@example.com"], "Subject: another\r\n\r\nHello\r\n")
+        running.stop()
+    nobody = ("--url", f"127.0.0.1:{unclaimed_port()}", "--log", str(tmp_path / "stderr.log"))
+    for what in ("example.org", "ann@example.org"):
+        told = run("why", what, *nobody, COLUMNS="120")
+        assert told.returncode == 0, told.stderr
+        assert "shop.example -> example.net, example.org  partly relayed" in told.stdout
+        assert "  example.org: refused by provider: 550 5.1.1 No such user here\n" in told.stdout
+        assert "  1 recipient: accepted by provider: 250 " in told.stdout
+        assert "example.com" not in told.stdout
+    [mail] = [json.loads(line) for line in run("why", "example.com", *nobody, "--json").stdout.splitlines()]
+    assert (mail["from"], mail["outcome"]) == ("log", "relayed")
+    assert mail["fates"][0]["words"].startswith("250 ")
+    nothing = run("why", "nobody.example", *nobody)
+    assert nothing.returncode == 1
+    assert f"nothing found of nobody.example\n  searched the log in {tmp_path / 'stderr.log'}\n" in nothing.stderr
+    missing = run("why", "x", "--url", nobody[1], "--log", str(tmp_path / "missing"))
+    assert missing.returncode == 1
+    assert f"{tmp_path / 'missing'}: No such file or directory" in missing.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [
