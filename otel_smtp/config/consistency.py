@@ -5,7 +5,7 @@ from ipaddress import IPv4Network, IPv6Network, collapse_addresses
 from typing import TypeVar
 
 from otel_smtp.config.problems import Problem
-from otel_smtp.config.settings import Listener, Settings, Telemetry, Upstream
+from otel_smtp.config.settings import Limit, Listener, Settings, Telemetry, Upstream
 from otel_smtp.config.values import Duration, ListenAddress, Network, is_local, is_loopback_host, literal_address
 from otel_smtp.observing import Endpoint
 from otel_smtp.smtp.states import TlsMode
@@ -68,6 +68,7 @@ class Consistency:
             self._loop(path, upstream, listeners)
         self._names_differ(listeners)
         self._names_differ(upstreams)
+        self._limits(upstreams)
         self._addresses_differ(listeners)
         if self._is_sound("delivery") and self._is_sound("spool"):
             self._spool(settings)
@@ -153,7 +154,9 @@ class Consistency:
                 f"or set {path}.allow = [] or {path}.auth = required",
             )  # fmt: skip
 
-    def _names_differ(self, tables: Sequence[tuple[str, Listener]] | Sequence[tuple[str, Upstream]]) -> None:
+    def _names_differ(
+        self, tables: Sequence[tuple[str, Listener]] | Sequence[tuple[str, Upstream]] | Sequence[tuple[str, Limit]]
+    ) -> None:
         first: dict[str, str] = {}
         for path, table in tables:
             if table.name in first:
@@ -216,6 +219,23 @@ class Consistency:
         for name in ("client_id", "client_secret", "refresh_token", "scope"):
             if getattr(upstream, name):
                 self._add(f"{path}.{name}", "***" if "_" in name else upstream.scope, f"needs {path}.token_url")
+
+    def _limits(self, upstreams: Sequence[tuple[str, Upstream]]) -> None:
+        limits = self._sound("limit", self._settings.limit)
+        self._names_differ(limits)
+        for path, limit in limits:
+            if limit.burst > limit.rate.amount:
+                self._add(f"{path}.burst", limit.burst, f"is more than {path}.rate lets leave: {limit.rate.amount}")
+        if len(limits) < len(self._settings.limit):
+            return  # the names of the others may be wrong
+        names = [limit.name for _, limit in limits]
+        for path, upstream in upstreams:
+            for name in upstream.limits:
+                if name not in names:
+                    known = ", ".join(names) or "there is no [[limit]]"
+                    self._add(f"{path}.limits", list(upstream.limits), f"no [[limit]] is called {name}: {known}")
+        used = {name for _, upstream in upstreams for name in upstream.limits}
+        self.warnings += [f"{path}: no upstream names it" for path, limit in limits if limit.name not in used]
 
     def _loop(self, path: str, upstream: Upstream, listeners: Sequence[tuple[str, Listener]]) -> None:
         """Refuse an upstream that is our own listener: mail would loop until the hop limit."""

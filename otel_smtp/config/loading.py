@@ -10,8 +10,8 @@ import msgspec
 
 from otel_smtp.config.consistency import Consistency
 from otel_smtp.config.problems import Problem, SettingsError, unknown_key
-from otel_smtp.config.settings import SCHEMA, Key, Settings, Table, Tables, Upstream
-from otel_smtp.config.values import MINUTE, BadValue, FilePath, Given, UpstreamUrl, UpstreamUrlKind
+from otel_smtp.config.settings import SCHEMA, Key, Limit, Settings, Table, Tables, Upstream
+from otel_smtp.config.values import MINUTE, BadValue, FilePath, Given, Rate, UpstreamUrl, UpstreamUrlKind
 from otel_smtp.observing import Endpoint
 from otel_smtp.smtp.states import TlsMode
 
@@ -227,6 +227,12 @@ class _Loader:
             if len(self.problems) == before:
                 self.add(_any_source(node), f"{prefix}url", None, f"is missing; allowed: {UpstreamUrlKind().allowed}")
             fields["url"] = _NOWHERE
+        if table is Limit:
+            for name, instead in (("name", ""), ("rate", Rate(1, 1.0))):
+                if name not in fields:
+                    if len(self.problems) == before:
+                        self.add(_any_source(node), f"{prefix}{name}", None, "is missing")
+                    fields[name] = instead
         return table(**fields)
 
     def _in_order(self, tables: _Node, path: str) -> Iterator[tuple[int, _Node]]:

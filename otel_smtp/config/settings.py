@@ -33,6 +33,8 @@ from otel_smtp.config.values import (
     Many,
     Network,
     NetworkKind,
+    Rate,
+    RateKind,
     Secret,
     SecretText,
     Size,
@@ -54,6 +56,7 @@ DeliveryMode = Literal["direct", "queue", "direct-then-queue"]
 DeliveryStrategy = Literal["transparent", "buffered"]
 ContentNewlines = Literal["normalize", "reject"]
 UpstreamAuth = Literal["auto", "plain", "login", "scram-sha-256", "xoauth2", "off"]
+LimitPer = Literal["messages", "recipients"]
 BouncePolicy = Literal["mail", "log", "off"]
 AddressPolicy = Literal["domain", "none", "hash", "full"]
 ClientIpPolicy = Literal["full", "prefix", "none"]
@@ -346,6 +349,13 @@ class Upstream(Table, frozen=True, kw_only=True):
         tuple[str, ...],
         Key('extensions that are never used though it offers them, as `["CHUNKING"]`', Many(Choice(CAN_BE_DISABLED))),
     ] = ()
+    limits: Annotated[
+        tuple[str, ...],
+        Key(
+            "names of `[[limit]]` that all hold for it; mail waits: in mode direct for at most 270 s, then 451 4.7.1",
+            Many(_NAME),
+        ),
+    ] = ()
     reply_line: Annotated[
         int, Key("octets of a line of a reply; more: close", Size(512, MIB), "RFC 5321 4.5.3.1.5 asks for 512")
     ] = 2048
@@ -370,6 +380,22 @@ class Upstream(Table, frozen=True, kw_only=True):
         if self.trace_context is None:
             # A trace id is no secret, but it is none of a provider's business.
             msgspec.structs.force_setattr(self, "trace_context", "inject" if self.url.is_local else "strip")
+
+
+class Limit(Table, frozen=True, kw_only=True):
+    """A rate that a provider allows; several, each named by the upstreams that it holds for."""
+
+    name: Annotated[str, Key("what `upstream.limits` calls it, and metrics", _NAME, default="(required)")]
+    rate: Annotated[
+        Rate,
+        Key(
+            "how much may leave, as `30/m`: in no second (`s`), minute (`m`), hour (`h`) or day (`d`) more than that",
+            RateKind(),
+            default="(required)",
+        ),
+    ]
+    burst: Annotated[int, Key("of these, how much may leave at once", _COUNT, "1: spread evenly")] = 1
+    per: Annotated[LimitPer, Key("what is counted", Choice(get_args(LimitPer)))] = "messages"
 
 
 class Rewrite(Table, frozen=True, kw_only=True):
@@ -538,6 +564,7 @@ class Settings(Table, frozen=True, kw_only=True):
     timeouts: Timeouts = Timeouts()
     delivery: Delivery = Delivery()
     upstream: tuple[Upstream, ...] = ()
+    limit: tuple[Limit, ...] = ()
     rewrite: Rewrite = Rewrite()
     spool: Spool = Spool()
     telemetry: Telemetry = Telemetry()
@@ -580,7 +607,7 @@ def _entries(table: type[Table]) -> dict[str, Entry]:
 SCHEMA: Final[dict[type[Table], dict[str, Entry]]] = {
     table: _entries(table)
     for table in (
-        Settings, Listener, Limits, Timeouts, Delivery, Upstream, UpstreamTimeout, Rewrite, Spool, Telemetry,
+        Settings, Listener, Limits, Timeouts, Delivery, Upstream, UpstreamTimeout, Limit, Rewrite, Spool, Telemetry,
         Status, Log,
     )
 }  # fmt: skip

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import msgspec
 
@@ -239,6 +239,36 @@ class Duration(msgspec.Struct, frozen=True):
 
     def show(self, value: float | None) -> str:
         return "off" if value is None else duration_text(value)
+
+
+class Rate(NamedTuple):
+    """So many in each period."""
+
+    amount: int
+    period_seconds: float
+
+
+_RATE: Final = re.compile(r"([0-9]{1,9})\s*/\s*(s|m|h|d)")
+
+
+class RateKind(msgspec.Struct, frozen=True):
+    """So many per second, minute, hour or day."""
+
+    allowed: str = 'a whole number, at least 1, per second, minute, hour or day, as "5/s", "30/m", "500/h", "10000/d"'
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        return {"type": "string", "pattern": r"^\s*[0-9]{1,9}\s*/\s*(s|m|h|d)\s*$"}
+
+    def parse(self, given: Given) -> Rate:
+        match = _RATE.fullmatch(_as_text(given).strip())
+        if match is None or not int(match[1]):
+            raise BadValue
+        return Rate(int(match[1]), _DURATION_UNITS[match[2]])
+
+    def show(self, value: Rate) -> str:
+        unit = next(unit for unit, seconds in _DURATION_UNITS.items() if seconds == value.period_seconds)
+        return f"{value.amount}/{unit}"
 
 
 _SIZE_UNITS: Final = {"": 1, "B": 1, "KIB": KIB, "MIB": MIB, "GIB": 1024 * MIB, "KB": 1000, "MB": 10**6, "GB": 10**9}

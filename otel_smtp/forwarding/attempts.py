@@ -25,11 +25,13 @@ from otel_smtp.forwarding.faults import (
     CredentialsRefused,
     NoConnectionFree,
     OutOfStep,
+    Paced,
     Spent,
     TimedOut,
     Unsuitable,
     UpstreamFault,
 )
+from otel_smtp.forwarding.limits import Pace, Waiting
 from otel_smtp.forwarding.pool import Decision, Ticket
 from otel_smtp.forwarding.smarthost import Smarthost, told
 from otel_smtp.forwarding.verdicts import missing_extension
@@ -57,6 +59,7 @@ class Attempts(ABC):
         begins_fresh: the first connection to each upstream is one that was not used before.
         has_ended_content: see above; the subclass says so.
         is_under_way: an attempt has begun and is not over.
+        patience_seconds: how long it may wait for the limits of an upstream.
     """
 
     __slots__ = (
@@ -72,6 +75,7 @@ class Attempts(ABC):
         "_mail",
         "_observer",
         "_opening",
+        "_permission",
         "_put_off",
         "_record",
         "_retries_fresh",
@@ -84,6 +88,7 @@ class Attempts(ABC):
         "begins_fresh",
         "has_ended_content",
         "is_under_way",
+        "patience_seconds",
         "route",
     )
 
@@ -112,6 +117,8 @@ class Attempts(ABC):
         self._retries_fresh = False  # and one that was not used before
         self._ticket: Ticket[UpstreamConnection] | None = None
         self._opening: asyncio.Task[None] | None = None
+        self._permission: Waiting | None = None  # of the upstream's limits, where it has some
+        self.patience_seconds = 0.0
         self.is_under_way = False
         self._is_connected = False
         self._is_parked = False  # the client has nothing to say; the connection may be taken away
@@ -252,6 +259,8 @@ class Attempts(ABC):
             deliveries.append(self._attempt)
             self._smarthost = smarthost
             self.is_under_way = True
+            if smarthost.pace is not None and self._must_wait(smarthost.pace):
+                return
         else:
             self._answer_for_all(self._nobody_left())
             return
@@ -264,6 +273,41 @@ class Attempts(ABC):
         ticket.on_decided = partial(self._decided, ticket, asked_ns)
         if ticket.decision is not Decision.WAITING:
             self._take_decision(ticket, 0)
+
+    def _must_wait(self, pace: Pace) -> bool:
+        """Ask for leave to send; whether it is still to come.
+
+        Raises:
+            Paced: it takes too long.
+        """
+        pace.begun += 1
+        leave = self._permission = pace.ask(
+            self._recipients_to_come(), self.patience_seconds, self._leave_decided, with_message=True
+        )
+        if leave is None:
+            pace.begun -= 1
+            raise Paced("the limit of a rate is reached")
+        return leave.is_waiting
+
+    def _leave_decided(self, is_given: bool) -> None:
+        try:
+            assert self._permission is not None
+            self._note_wait(self._permission)
+            if not is_given:
+                raise Paced("the limit of a rate is reached")
+            self._retries_same = True
+            self._retries_fresh = False
+            self._next_attempt()
+        except Exception as error:  # noqa: BLE001 - see `_recover`
+            self._recover(error)
+
+    def _note_wait(self, leave: Waiting) -> None:
+        now_ns = monotonic_ns()
+        self._attempt.note_pace(leave.held_by, now_ns, now_ns - int(leave.since * 1e9))
+
+    @abstractmethod
+    def _recipients_to_come(self) -> int:
+        """How many recipients will be put to the upstream at first."""
 
     def _decided(self, ticket: Ticket[UpstreamConnection], asked_ns: int) -> None:
         try:
@@ -371,6 +415,8 @@ class Attempts(ABC):
         if self._is_connected:
             attempt.round_trips = self._connection.round_trips - self._first_round_trip
         attempt.end(outcome, reply, error_type, monotonic_ns())
+        if self._permission is not None:
+            self._end_leave()
         if self._is_connected:
             self._let_go(answered=answered)
         if record.ended_ns:
@@ -387,6 +433,17 @@ class Attempts(ABC):
         else:
             named |= {"spool_id": record.spool_id, "attempt": record.attempt}
         return named | trace_fields(self._observer.delivery_carrier(self._attempt))
+
+    def _end_leave(self) -> None:
+        pace, leave = self._smarthost.pace, self._permission
+        assert pace is not None
+        assert leave is not None
+        self._permission = None
+        pace.begun -= 1
+        if leave.is_waiting or not self._attempt.peer:
+            pace.withdraw(leave)  # no connection was got, so nothing was said
+        else:
+            pace.landed(leave)
 
     def _let_go(self, *, answered: bool) -> None:
         connection = self._connection

@@ -153,3 +153,7 @@ class Relay(Forwarder, Protocol):
     def concurrency(self, destination: str) -> int:
         """How many deliveries to `destination` may be under way now: none while all of it is in backoff."""
         ...
+
+    def watch_room(self, made: Callable[[], None]) -> None:
+        """Have `made` called when more may be under way though none has ended."""
+        ...

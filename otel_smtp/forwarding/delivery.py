@@ -27,6 +27,7 @@ from otel_smtp.forwarding.base import MessageAnswered, RecipientsAnswered
 from otel_smtp.forwarding.connection import UpstreamConnection
 from otel_smtp.forwarding.content import Content
 from otel_smtp.forwarding.faults import ConnectionLost, CredentialsRefused, OutOfStep, Spent, UpstreamFault
+from otel_smtp.forwarding.limits import Waiting
 from otel_smtp.forwarding.settings import TracePolicy
 from otel_smtp.forwarding.verdicts import fold, is_about_credentials, outcome_of, wants_another_transaction
 from otel_smtp.observing import DeliveryPhase, Observer, Outcome, TransactionRecord
@@ -76,6 +77,7 @@ class Delivery(Attempts):
         "_is_full",
         "_judged",
         "_mail_refusal",
+        "_more",
         "_promised",
         "_read",
         "_refusal",
@@ -107,6 +109,7 @@ class Delivery(Attempts):
         self._delivered: MessageAnswered | None = None
         self._refusal: Reply | None = None  # the last one, of a recipient or of MAIL
         self._mail_refusal: Reply | None = None
+        self._more: Waiting | None = None  # leave for further recipients
         self._read: dict[Recipient, Reply] = {}  # refusals that were read before the connection was lost
 
     # What a transaction asks ------------------------------------------------------------------------------
@@ -125,7 +128,36 @@ class Delivery(Attempts):
         self._asked = recipients
         self._judged = judged
         self._work = Delivery._put
+        if self.is_under_way and (pace := self._smarthost.pace) is not None and pace.counts_recipients:
+            left = self._smarthost.most_recipients - len(self.accepted)
+            more = self._more = pace.ask(
+                max(0, min(left, len(recipients))), self.patience_seconds, self._more_decided, with_message=False
+            )
+            if more is None:
+                self._answer_for_all(replies.UPSTREAM_PACED)
+                return
+            if more.is_waiting:
+                return
+            self._join_leave(more)
         self._proceed()
+
+    def _more_decided(self, is_given: bool) -> None:
+        assert self._more is not None
+        self._note_wait(self._more)
+        if is_given:
+            self._join_leave(self._more)
+            self._proceed()
+        else:
+            self._answer_for_all(replies.UPSTREAM_PACED)
+
+    def _join_leave(self, more: Waiting) -> None:
+        assert self._permission is not None
+        self._permission.permits += more.permits
+
+    def _recipients_to_come(self) -> int:
+        """See `Attempts`."""
+        asked = len(self._asked) if self._judged is not None else 0
+        return min(len(self.accepted) + asked, self._smarthost.most_recipients)
 
     def send(self, content: Content, delivered: MessageAnswered) -> None:
         """Send the content to the recipients that were accepted."""
@@ -148,6 +180,9 @@ class Delivery(Attempts):
         """Nobody waits for an answer any more. A message that is out of our hands comes to its end for the record."""
         self._is_aborted = True
         self._judged = self._delivered = None
+        if self._more is not None and self._more.is_waiting:
+            assert self._smarthost.pace is not None
+            self._smarthost.pace.withdraw(self._more)
         if not self.is_under_way or self.has_ended_content:
             return
         self._stop()
@@ -653,6 +688,9 @@ class Delivery(Attempts):
     def _end_content(self) -> None:
         """Send what is queued, the end of the content with it, and wait for the reply to the message."""
         self.has_ended_content = True
+        if self._permission is not None:
+            assert self._smarthost.pace is not None
+            self._smarthost.pace.landed(self._permission)
         self._attempt.phases.append((monotonic_ns(), DeliveryPhase.CONTENT, None))
         self._after = Delivery._message_answered
         self._connection.exchange(self._settled)

@@ -50,6 +50,12 @@ class NoConnectionFree(UpstreamFault):
     """The pool had none: all were busy for too long, or the upstream is in backoff. Nothing was tried."""
 
 
+class Paced(UpstreamFault):
+    """A limit of ours lets nothing leave to it for longer than the mail may wait. Nothing was tried."""
+
+    usual = replies.UPSTREAM_PACED
+
+
 class CredentialsRefused(UpstreamFault):
     """It asks for credentials in the middle of a transaction, or does not accept ours any more."""
 

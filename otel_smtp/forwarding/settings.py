@@ -126,6 +126,7 @@ class UpstreamSettings:
         senders, recipients: patterns like "*@example.com" of what it serves; none: all.
         trace_context: see `TracePolicy`.
         recipients_per_transaction: at most; the others go in further ones.
+        paced_by: names of limits that all hold for it.
         disabled: extensions, in capitals, that are not used though it offers them.
     """
 
@@ -149,6 +150,7 @@ class UpstreamSettings:
     trace_context: TracePolicy = TracePolicy.STRIP
     recipients_per_transaction: int = DEFAULT_RECIPIENTS
     disabled: frozenset[str] = frozenset()
+    paced_by: tuple[str, ...] = ()
 
     @property
     def endpoint(self) -> Endpoint:
@@ -169,6 +171,9 @@ class UpstreamSettings:
         announced = extensions.limits.get("RCPTMAX", 0) if extensions is not None else 0
         return min(self.recipients_per_transaction, announced) if announced > 0 else self.recipients_per_transaction
 
+
+PACE_PATIENCE_SECONDS: Final = 270.0
+"""How long a client waits for a limit: RFC 5321 4.5.3.2.3 gives it 5 minutes for the reply to RCPT."""
 
 MEMORY_LIMIT_OCTETS: Final = 256 * 1024
 """Content up to this size is held in memory, beyond it in a temporary file. Nine of ten mails are smaller than 256 KiB,

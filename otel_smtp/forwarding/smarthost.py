@@ -9,6 +9,7 @@ from typing import Final
 from otel_smtp.forwarding.ceiling import Ceiling
 from otel_smtp.forwarding.connection import NotePhase, UpstreamConnection, open_connection
 from otel_smtp.forwarding.faults import ConnectFailed, CredentialsRefused, NoConnectionFree, UpstreamFault
+from otel_smtp.forwarding.limits import Pace
 from otel_smtp.forwarding.pool import Decision, Pool, PoolSnapshot, Ticket
 from otel_smtp.forwarding.settings import UpstreamSettings
 from otel_smtp.forwarding.tls import UpstreamTlsContext
@@ -43,6 +44,7 @@ class Smarthost:
 
     Attributes:
         settings: as configured. `endpoint`: where it is.
+        pace: the limits that its mails are held to; None: there are none.
         extensions: what its last EHLO offered; None before the first.
         unpark: `unpark(connection)`: go on with a connection that was left alone by `park`.
         failed_at, failure: when a connection to it last failed, and what became of it, in a word; None: never.
@@ -66,12 +68,21 @@ class Smarthost:
         "failed_at",
         "failure",
         "last_fault",
+        "pace",
         "settings",
         "unpark",
     )
 
-    def __init__(self, settings: UpstreamSettings, hostname: str, sweep: Sweep, ceiling: Ceiling | None = None) -> None:
+    def __init__(
+        self,
+        settings: UpstreamSettings,
+        hostname: str,
+        sweep: Sweep,
+        ceiling: Ceiling | None = None,
+        pace: Pace | None = None,
+    ) -> None:
         self.settings = settings
+        self.pace = pace
         self.endpoint = settings.endpoint
         self.extensions: Extensions | None = None
         self.failed_at: float | None = None
@@ -116,7 +127,8 @@ class Smarthost:
 
     def concurrency(self) -> int:
         """How many mails may be under way to it now."""
-        return self._pool.concurrency(asyncio.get_running_loop().time())
+        most = self._pool.concurrency(asyncio.get_running_loop().time())
+        return most if self.pace is None else self.pace.concurrency(most)
 
     @property
     def is_over(self) -> bool:
@@ -332,6 +344,8 @@ class Smarthost:
 
     def close(self) -> None:
         """Close what is idle, and whatever is in use when it is released. Idempotent."""
+        if self.pace is not None:
+            self.pace.close()
         self._pool.close()
         self._close_what_is_over()
 

@@ -38,6 +38,11 @@ class Relaying(Protocol):
         """Of one message's body; what exceeds it goes to a temporary file."""
         ...
 
+    @property
+    def pace_patience_seconds(self) -> float:
+        """How long a client's mail waits for the limits of an upstream."""
+        ...
+
     def watch(self, delivery: Delivery) -> None:
         """A delivery comes to its end though nobody waits for it any more."""
         ...
@@ -75,6 +80,7 @@ class Transaction(ABC):
         "_is_over",
         "_mail",
         "_parts",
+        "_patience_seconds",
         "_promised",
         "_record",
         "_relaying",
@@ -83,6 +89,7 @@ class Transaction(ABC):
         "write",
     )
 
+    _waits_for_limits = False  # however long: no client waits
     spool_id: Final = None  # nothing is made durable here
     _refuses_all_for_one: ClassVar = False  # the refusal of a recipient is that of the message, while nobody has it
     write: Callable[[bytes], bool]
@@ -95,6 +102,8 @@ class Transaction(ABC):
         self._serving = serving
         self._route: Sequence[Smarthost] = ()
         self._delivery = Delivery(mail, record, relaying.observer, relaying.unwatch)
+        self._patience_seconds = math.inf if self._waits_for_limits else relaying.pace_patience_seconds
+        self._delivery.patience_seconds = self._patience_seconds
         self._parts: list[Part] | None = None  # of other routes, then of all; None: there is one transaction upstream
         self._promised: list[Recipient] | None = None  # all that were accepted, in order, where there are parts
         self._has_content = False
@@ -131,7 +140,9 @@ class Transaction(ABC):
         self._abandon_all()
 
     def _begin(self) -> Delivery:
-        return Delivery(self._mail, self._record, self._relaying.observer, self._relaying.unwatch)
+        delivery = Delivery(self._mail, self._record, self._relaying.observer, self._relaying.unwatch)
+        delivery.patience_seconds = self._patience_seconds
+        return delivery
 
     def _abandon_all(self) -> None:
         for delivery in (self._delivery, *(part.delivery for part in self._parts or ())):
@@ -350,6 +361,8 @@ class Spooled(Transparent):
     """Recipients are put to the upstream together; a single one with the content, as its refusal is the message's."""
 
     __slots__ = ("_is_burst",)
+
+    _waits_for_limits = True
 
     def __init__(self, relaying: Relaying, mail: Mail, record: TransactionRecord, serving: Serving[Smarthost]) -> None:
         super().__init__(relaying, mail, record, serving)

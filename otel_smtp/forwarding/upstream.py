@@ -7,15 +7,16 @@ for what may be tried again.
 import asyncio
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from otel_smtp.forwarding.base import LEAST, Capabilities, MailTransaction, Permanent, Transient
 from otel_smtp.forwarding.ceiling import Ceiling
 from otel_smtp.forwarding.delivery import Delivery
+from otel_smtp.forwarding.limits import Limit, Pace
 from otel_smtp.forwarding.pool import PoolSnapshot
 from otel_smtp.forwarding.routes import Routes, Serving
-from otel_smtp.forwarding.settings import MEMORY_LIMIT_OCTETS, Strategy, UpstreamSettings
+from otel_smtp.forwarding.settings import MEMORY_LIMIT_OCTETS, PACE_PATIENCE_SECONDS, Strategy, UpstreamSettings
 from otel_smtp.forwarding.smarthost import Smarthost
 from otel_smtp.forwarding.transaction import Buffered, Spooled, Transaction, Transparent, bad_recipient
 from otel_smtp.forwarding.verdicts import missing_extension
@@ -68,6 +69,8 @@ class UpstreamForwarder:
         observer: asked for trace headers, and told of deliveries that end after their transaction.
         sweep: looks at the clock, for everything here that can be late.
         ceilings: of the upstreams' connections, by name, where workers share them.
+        limits: that upstreams may be paced by, by name.
+        pace_patience_seconds: how long a client's mail waits for them.
         memory_limit_octets: of one message's body; what exceeds it goes to a temporary file.
 
     Raises:
@@ -83,6 +86,8 @@ class UpstreamForwarder:
         observer: Observer,
         sweep: Sweep,
         ceilings: Mapping[str, Ceiling] | None = None,
+        limits: Mapping[str, Limit] | None = None,
+        pace_patience_seconds: float = PACE_PATIENCE_SECONDS,
         memory_limit_octets: int = MEMORY_LIMIT_OCTETS,
     ) -> None:
         if not upstreams:
@@ -92,8 +97,11 @@ class UpstreamForwarder:
         self._hostname = hostname
         self._sweep = sweep
         self._retired: list[Smarthost] = []
+        self._limits = limits or {}
+        self.pace_patience_seconds = pace_patience_seconds
+        self._room_made: Callable[[], None] = _nothing
         shared = ceilings or {}
-        self._relay_by([Smarthost(one, hostname, sweep, shared.get(one.name)) for one in upstreams], strategy)
+        self._relay_by([self._smarthost(one, shared.get(one.name)) for one in upstreams], strategy)
         self._watched: set[Delivery] = set()
         self._all_ended: asyncio.Event | None = None
         self._probes: set[asyncio.Task[None]] = set()
@@ -102,6 +110,15 @@ class UpstreamForwarder:
 
     def __repr__(self) -> str:
         return f"<UpstreamForwarder {self._strategy.__name__} {self._smarthosts!r}>"
+
+    def _smarthost(self, settings: UpstreamSettings, ceiling: Ceiling | None = None) -> Smarthost:
+        pace: Pace | None = None
+        if settings.paced_by:
+            pace = Pace([self._limits[name] for name in settings.paced_by], lambda: self._room_made())
+            if pace.most_recipients is not None:  # more of them never leave at once
+                most = min(settings.recipients_per_transaction, pace.most_recipients)
+                settings = replace(settings, recipients_per_transaction=most)
+        return Smarthost(settings, self._hostname, self._sweep, ceiling, pace)
 
     def _relay_by(self, smarthosts: Sequence[Smarthost], strategy: Strategy) -> None:
         self._smarthosts = smarthosts
@@ -163,7 +180,13 @@ class UpstreamForwarder:
         names = destination.split(",")
         # The settings may have changed since the name was noted; then the route is looked up again, whatever it is.
         named = [smarthost for smarthost in self._smarthosts if smarthost.settings.name in names] or self._smarthosts
+        if named[0].pace is not None:
+            return named[0].concurrency()  # its mail waits for its limits, whoever else would serve it
         return max(smarthost.concurrency() for smarthost in named)
+
+    def watch_room(self, made: Callable[[], None]) -> None:
+        """See `Relay.watch_room`."""
+        self._room_made = made
 
     def for_spool(self) -> "SpoolRelay":
         """The same upstreams and connections, for mail whose client is gone: each recipient has its own verdict."""
@@ -250,9 +273,9 @@ class UpstreamForwarder:
         """
         known = {one.settings.name: one for one in self._smarthosts if one.settings.name in unchanged}
         kept = [(one, one.tls_context()) for one in known.values()]
-        smarthosts = [known.get(one.name) or Smarthost(one, self._hostname, self._sweep) for one in upstreams]
+        smarthosts = [known.get(one.name) or self._smarthost(one) for one in upstreams]
 
-        def replace() -> None:
+        def relay_by_them() -> None:
             for smarthost, context in kept:
                 smarthost.secure_by(context)
             self._retired = [one for one in self._retired if not one.is_over]
@@ -264,7 +287,7 @@ class UpstreamForwarder:
             if smarthosts[0].extensions is None:
                 self._begin_to_learn()
 
-        return replace
+        return relay_by_them
 
     # The end ----------------------------------------------------------------------------------------------
 
@@ -297,6 +320,10 @@ class UpstreamForwarder:
         self._watched.discard(delivery)
         if not self._watched and self._all_ended is not None:
             self._all_ended.set()
+
+
+def _nothing() -> None:
+    """Nobody wants to know."""
 
 
 def _refusal(mail: Mail, serving: Serving[Smarthost]) -> Reply | None:
@@ -339,3 +366,7 @@ class SpoolRelay:
     def concurrency(self, destination: str) -> int:
         """As `UpstreamForwarder`."""
         return self._forwarder.concurrency(destination)
+
+    def watch_room(self, made: Callable[[], None]) -> None:
+        """As `UpstreamForwarder`."""
+        self._forwarder.watch_room(made)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from otel_smtp.config import Listener, Settings
 from otel_smtp.forwarding.base import Forwarder
+from otel_smtp.forwarding.limits import limits_of
 from otel_smtp.forwarding.rewriting import SenderRewritingForwarder
-from otel_smtp.forwarding.settings import Strategy
+from otel_smtp.forwarding.settings import PACE_PATIENCE_SECONDS, Strategy
 from otel_smtp.forwarding.upstream import CLOSE_GRACE_SECONDS, UpstreamForwarder, UpstreamSnapshot
 from otel_smtp.gateway import wiring
 from otel_smtp.gateway.ports import naming_settings, with_addresses_of, with_present_addresses
@@ -121,6 +122,11 @@ class Gateway:
             hostname=settings.hostname,
             observer=self._observer,
             sweep=self._sweep,
+            limits=process.limits.limits
+            if process is not None and process.limits is not None
+            else limits_of(wiring.limit_settings(settings)),
+            # What a client would have to wait for is queued there instead.
+            pace_patience_seconds=0.0 if settings.delivery.mode == "direct-then-queue" else PACE_PATIENCE_SECONDS,
             ceilings=process.ceilings.claim(process.number) if process is not None and process.ceilings else None,
         )
         self._spool = self._make_spool()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, cast
 from otel_smtp import __version__
 from otel_smtp.config import Listener, Settings, Upstream
 from otel_smtp.config.settings import Table
+from otel_smtp.forwarding.limits import LimitSettings
 from otel_smtp.forwarding.oauth import OAuthSettings, OAuthTokens
 from otel_smtp.forwarding.settings import (
     Credentials,
@@ -151,7 +152,22 @@ def upstream_settings(upstream: Upstream) -> UpstreamSettings:
         trace_context=TracePolicy(upstream.trace_context),
         recipients_per_transaction=upstream.recipients_per_transaction,
         disabled=frozenset(upstream.disable),
+        paced_by=upstream.limits,
     )
+
+
+def limit_settings(settings: Settings) -> list[LimitSettings]:
+    """The limits that upstreams may be held to."""
+    return [
+        LimitSettings(
+            limit.name,
+            limit.rate.amount,
+            limit.rate.period_seconds,
+            limit.burst,
+            per_recipient=limit.per == "recipients",
+        )
+        for limit in settings.limit
+    ]
 
 
 def _tokens(upstream: Upstream) -> OAuthTokens | None:
@@ -248,6 +264,7 @@ def telemetry_options(
         redaction=redaction,
         policies=inbound_policies(settings),
         upstreams=[upstream.name for upstream in settings.upstream],
+        limits=tuple(limit.name for limit in settings.limit),
         mechanisms=MECHANISMS,
         state_events=StateEvents(telemetry.state_events),
         probes=telemetry.probes,

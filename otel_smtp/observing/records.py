@@ -366,6 +366,7 @@ class DeliveryRecord:
         phases: (when, which, the upstream's reply where it gave one).
         accepted_count, refused_count, deferred_count: recipients by the upstream's last answer about each.
         refused: the first `MOST_REFUSED` of those that it refused or deferred.
+        paced: the name of the limit that held it back, and the wait in nanoseconds; None: it did not have to wait.
         round_trips: waits for an answer to something that was sent.
         ended_ns: 0 while it is under way.
         outcome, error_type: how it ended. `reply`: the upstream's own final reply, None where it gave none.
@@ -383,6 +384,7 @@ class DeliveryRecord:
         "failure",
         "is_reused",
         "outcome",
+        "paced",
         "peer",
         "phases",
         "pool_wait_ns",
@@ -412,6 +414,7 @@ class DeliveryRecord:
         self.phases: list[tuple[int, DeliveryPhase, Reply | None]] = []
         self.accepted_count = self.refused_count = self.deferred_count = 0
         self.refused: list[RecipientRecord] = []
+        self.paced: tuple[str, int] | None = None
         self.round_trips = 0
         self.ended_ns = 0
         self.outcome: Outcome | None = None
@@ -437,6 +440,12 @@ class DeliveryRecord:
             self.deferred_count += by
         else:
             self.refused_count += by
+
+    def note_pace(self, limit: str, now_ns: int, wait_ns: int) -> None:
+        """Note that a limit held it back; of several waits the sum counts."""
+        self.paced = (limit, wait_ns + (0 if self.paced is None else self.paced[1]))
+        self.phases = [phase for phase in self.phases if phase[1] is not DeliveryPhase.PACED]
+        self.phases.append((now_ns, DeliveryPhase.PACED, None))
 
     def recipient_phase(self, now_ns: int, reply: Reply) -> None:
         """Note the answer to a recipient.

@@ -127,6 +127,7 @@ class DeliveryPhase(StrEnum):
 
     __hash__ = str.__hash__  # of Enum it is a function of Python, called several times an event
 
+    PACED = "paced"
     POOL = "pool"
     CONNECT = "connect"
     GREETING = "greeting"

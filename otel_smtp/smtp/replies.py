@@ -231,6 +231,9 @@ UPSTREAM_SILENT: Final = _reply(
 UPSTREAM_BUSY: Final = _reply(
     451, "4.4.1", "All connections to the upstream are busy, try again later", ErrorType.UPSTREAM_UNAVAILABLE
 )
+UPSTREAM_PACED: Final = _reply(
+    451, "4.7.1", "The rate limit towards the upstream is reached, try again later", ErrorType.LIMIT
+)
 UPSTREAM_CREDENTIALS: Final = _reply(
     451, "4.7.0", "The upstream does not accept this gateway's credentials", ErrorType.UPSTREAM_AUTH
 )

@@ -442,7 +442,10 @@ class _DirectThenQueued:
             self._draft,
             self._record,
             submitted,
-            refusals=self._refusals or None,
+            # Who waits for a limit was not tried.
+            refusals=self._refusals
+            if any(one is not replies.UPSTREAM_PACED for one in self._refusals.values())
+            else None,
             is_possible_duplicate=verdict is not None and verdict.error_type is ErrorType.OUTCOME_UNKNOWN,
         )
         self._draft = None

@@ -92,6 +92,7 @@ class Runner:
         Raises:
             SpoolError: it cannot be read.
         """
+        self._relay.watch_room(self._wake.set)
         self._destinations.update(await self._store.destinations())
         self._loop_task = asyncio.get_running_loop().create_task(self._run())
 

@@ -192,6 +192,7 @@ STATE_EVENTS: Final[Mapping[ConnState, str]] = {
 PHASE_EVENTS: Final[Mapping[DeliveryPhase, str]] = {
     phase: _event(f"smtp.upstream.{phase.value}", On.DELIVERY, when)
     for phase, when in {
+        DeliveryPhase.PACED: "a limit held the mail back, and does no more",
         DeliveryPhase.POOL: "a pooled connection is at hand, or it is clear that a new one is needed",
         DeliveryPhase.CONNECT: "TCP is connected",
         DeliveryPhase.GREETING: "the upstream's greeting was read",
@@ -616,6 +617,12 @@ POOL_REUSED: Final = _attribute(
 POOL_WAIT: Final = _attribute(
     "smtp.pool.wait", Type.DOUBLE, (On.DELIVERY, On.PHASE), "a connection was at hand: seconds waited for it", "0.0003"
 )
+LIMIT_NAME: Final = _attribute(
+    "smtp.limit.name", Type.STRING, (On.PHASE, On.METRIC), "a limit held the mail back: which", "provider-rate"
+)
+LIMIT_WAIT: Final = _attribute(
+    "smtp.limit.wait", Type.DOUBLE, (On.PHASE,), "a limit held the mail back: for how many seconds", "1.97"
+)
 ROUND_TRIPS: Final = _attribute("smtp.round_trips", Type.INT, (On.DELIVERY, On.LOG), "always", "2")
 
 # Attributes: links, metrics --------------------------------------------------------------------------------------
@@ -785,6 +792,14 @@ CLIENT_POOL_WAIT: Final = _metric(
     (UPSTREAM_NAME,),
     "Wait for an upstream connection",
     _WAIT_SECONDS,
+)
+CLIENT_PACE_WAIT: Final = _metric(
+    "smtp.client.pace.wait",
+    Instrument.HISTOGRAM,
+    "s",
+    (LIMIT_NAME,),
+    "Wait for a rate limit, of the mails that had to wait",
+    _AGE_SECONDS,
 )
 SPOOL_MESSAGES: Final = _metric(
     "smtp.spool.messages", Instrument.UP_DOWN, "{message}", (SPOOL_STATE,), "Messages in the spool"

@@ -166,7 +166,8 @@ class Metrics(Observer):
         dropped: what telemetry itself has lost so far: signal, reason, how many.
         resource: who we are, by attribute, for the page.
         exemplars: which measurements name a span.
-        listeners, upstreams: their configured names, whose series exist from the start, as do those of `mechanisms`.
+        listeners, upstreams, limits: their configured names, whose series exist from the start, as do those of
+            `mechanisms`.
 
     Attributes:
         measurements: all histograms.
@@ -183,6 +184,7 @@ class Metrics(Observer):
         exemplars: ExemplarFilter = ExemplarFilter.TRACE_BASED,
         listeners: Sequence[str] = (),
         upstreams: Sequence[str] = (),
+        limits: Sequence[str] = (),
         mechanisms: Sequence[str] = (),
     ) -> None:
         self._exemplar_flags = _EXEMPLAR_FLAGS[exemplars]
@@ -205,6 +207,7 @@ class Metrics(Observer):
         self._message_size = Measurements(names.SERVER_MESSAGE_SIZE)
         self._delivery_duration = Measurements(names.DELIVERY_DURATION)
         self._pool_wait = Measurements(names.CLIENT_POOL_WAIT)
+        self._pace_wait = Measurements(names.CLIENT_PACE_WAIT)
         self._first_attempt_age = Measurements(names.FIRST_ATTEMPT_AGE)
         self._delivery_age = Measurements(names.DELIVERY_AGE)
         self.measurements: Final = (
@@ -214,6 +217,7 @@ class Metrics(Observer):
             self._message_size,
             self._delivery_duration,
             self._pool_wait,
+            self._pace_wait,
             self._first_attempt_age,
             self._delivery_age,
         )
@@ -221,6 +225,8 @@ class Metrics(Observer):
         self._registry.register(self)
         ProcessCollector(registry=self._registry)
         self._begin(listeners, upstreams, mechanisms)
+        for limit in limits:
+            self._pace_wait.series[(limit,)]
 
     def _begin(self, listeners: Sequence[str], upstreams: Sequence[str], mechanisms: Sequence[str]) -> None:
         """Begin every series whose labels are known with 0: a series that is born at 1 has no increase.
@@ -338,6 +344,9 @@ class Metrics(Observer):
         upstream = delivery.upstream
         if delivery.pool_wait_ns is not None:
             self._pool_wait.series[(upstream,)].add(delivery.pool_wait_ns / 1e9, context, unix_ns)
+        if delivery.paced is not None:
+            limit, wait_ns = delivery.paced
+            self._pace_wait.series[(limit,)].add(wait_ns / 1e9, context, unix_ns)
         if delivery.outcome is not None:
             seconds = (delivery.ended_ns - delivery.begun_ns) / 1e9
             self._delivery_duration.series[upstream, _OUTCOMES[delivery.outcome]].add(seconds, context, unix_ns)

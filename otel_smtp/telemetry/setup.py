@@ -39,7 +39,7 @@ class TelemetryOptions:
     Attributes:
         worker: the number of this process among several; None: there is one.
         policies: what to make of a message's trace context, by listener's name: of every listener.
-        upstreams: the names of all. `mechanisms`: those of AUTH that are known.
+        upstreams, limits: the names of all. `mechanisms`: those of AUTH that are known.
         access_log: write a line per connection, transaction and delivery, if the log's level allows it.
         listeners: receive every finished span, sampled or not.
         memories: take every recorded span as octets, and whether something in it went wrong.
@@ -54,6 +54,7 @@ class TelemetryOptions:
     redaction: Redaction = field(default_factory=Redaction)
     policies: Mapping[str, InboundPolicy] = field(default_factory=dict)
     upstreams: Sequence[str] = ()
+    limits: Sequence[str] = ()
     mechanisms: Sequence[str] = ()
     state_events: StateEvents = StateEvents.SPAN
     probes: bool = False
@@ -200,6 +201,7 @@ def set_up(options: TelemetryOptions, environ: Mapping[str, str] | None = None) 
             resource=resource.attributes,
             listeners=[*options.policies],
             upstreams=options.upstreams,
+            limits=options.limits,
             mechanisms=options.mechanisms,
         )
         return Telemetry(counting, traces_to=asked.describe_traces())
@@ -232,6 +234,7 @@ def set_up(options: TelemetryOptions, environ: Mapping[str, str] | None = None) 
         resource=resource.attributes,
         listeners=[*options.policies],
         upstreams=options.upstreams,
+        limits=options.limits,
         mechanisms=options.mechanisms,
     )
     metric_exports = _metric_exports(

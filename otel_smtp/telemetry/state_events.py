@@ -230,7 +230,16 @@ def pool_pairs(delivery: DeliveryRecord) -> tuple[Pair, ...]:
     return (names.POOL_WAIT, delivery.pool_wait_ns / 1e9), (names.POOL_REUSED, delivery.is_reused)
 
 
+def _pace_pairs(delivery: DeliveryRecord) -> tuple[Pair, ...]:
+    """Which limit held a delivery back, and for how long."""
+    if delivery.paced is None:
+        return ()
+    name, wait_ns = delivery.paced
+    return (names.LIMIT_NAME, name), (names.LIMIT_WAIT, wait_ns / 1e9)
+
+
 _POOL: Final = names.PHASE_EVENTS[DeliveryPhase.POOL]
+_PACED: Final = names.PHASE_EVENTS[DeliveryPhase.PACED]
 
 
 def phase_events(delivery: DeliveryRecord, pool: Iterable[Pair]) -> list[EventRecord]:
@@ -244,7 +253,11 @@ def phase_events(delivery: DeliveryRecord, pool: Iterable[Pair]) -> list[EventRe
         EventRecord(
             at_ns + offset,
             shape.name,
-            {**shape.constant, **dict(pool)} if shape.name == _POOL else shape.constant,
+            {**shape.constant, **dict(pool)}
+            if shape.name == _POOL
+            else {**shape.constant, **dict(_pace_pairs(delivery))}
+            if shape.name == _PACED
+            else shape.constant,
         )
         for at_ns, shape in describe_phases(delivery)
     ]
@@ -261,6 +274,8 @@ def encode_phases(delivery: DeliveryRecord, pool: Iterable[Pair]) -> list[bytes]
     for at_ns, shape in describe_phases(delivery):
         if shape.name == _POOL:
             pieces.append(encode_event(at_ns + offset, shape, pool))
+        elif shape.name == _PACED:
+            pieces.append(encode_event(at_ns + offset, shape, _pace_pairs(delivery)))
         else:
             pieces += (shape.before, pack_time(at_ns + offset), shape.octets)
     return pieces

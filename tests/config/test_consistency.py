@@ -297,3 +297,33 @@ def test_consequences_of_an_invalid_value_are_not_reported() -> None:
     refusal = refusal_of({"address": ["0.0.0.0"], "tls": "starttls"})
     assert refusal.count("\n") == 0
     assert "listener.0.address" in refusal
+
+
+# Limits ------------------------------------------------------------------------------------------------------
+
+RATE: dict[str, Any] = {"name": "provider-rate", "rate": "30/m"}
+
+
+def test_a_limit_holds_for_the_upstreams_that_name_it() -> None:
+    settings = load_with(limit=[RATE | {"burst": 30}], upstream=[LOCAL | {"limits": ["provider-rate"]}])
+    assert settings.limit[0].rate == (30, 60.0)
+    assert settings.warnings == ()
+    assert load_with(limit=[RATE]).warnings == ("limit.0: no upstream names it",)
+
+
+@pytest.mark.parametrize(
+    ("limit", "limits", "expected"),
+    [
+        ([RATE], ["other"], "upstream.0.limits = ['other']: no [[limit]] is called other: provider-rate"),
+        ([], ["other"], "no [[limit]] is called other: there is no [[limit]]"),
+        ([RATE | {"burst": 31}], [], "limit.0.burst = 31: is more than limit.0.rate lets leave: 30"),
+        ([RATE, RATE], [], "limit.1.name = 'provider-rate': is also the name of limit.0"),
+        ([{"rate": "30/m"}], [], "limit.0.name: is missing"),
+        ([{"name": "x"}], [], "limit.0.rate: is missing"),
+        ([RATE | {"rate": "0/m"}], [], "allowed: a whole number, at least 1, per second"),
+        ([RATE | {"per": "octets"}], [], "allowed: messages, recipients"),
+    ],
+)
+def test_limits_that_cannot_hold(limit: list[Any], limits: list[str], expected: str) -> None:
+    values = {"limit": limit} if limit else {}
+    assert expected in refusal_of(upstream=[LOCAL | {"limits": limits}], **values).replace('"', "'")

@@ -21,8 +21,9 @@ delivery: mode strategy content_newlines
 upstream[]: name url username password password_file auth token_url client_id client_secret client_secret_file
 upstream[]: refresh_token refresh_token_file scope ca_file tls_cert tls_key server_name connections
 upstream[]: recipients_per_transaction messages_per_connection connection_age connection_idle disable
-upstream[]: reply_line reply_lines senders recipients trace_context
+upstream[]: limits reply_line reply_lines senders recipients trace_context
 upstream[].timeout: connect greeting command data block reply
+limit[]: name rate burst per
 rewrite: sender
 spool: directory url url_file retry max_age warn_after bounce most_messages
 telemetry: addresses addresses_hash_key addresses_hash_key_file client_ip state_events segment_events segment_age
@@ -70,7 +71,8 @@ def test_every_value_is_described_with_its_origin_and_without_secrets() -> None:
         "OTELSMTP_UPSTREAM__0__PASSWORD": "hunter2",
         "OTELSMTP_LISTEN": "unix:/run/gw,127.0.0.1:0",
     }
-    rows = describe(load(environ=environ))
+    values = {"limit": [{"name": "provider-rate", "rate": "30/m"}]}
+    rows = describe(load(environ=environ, values=values))
     assert [row.key.replace(".0.", "[].") for row in rows] == names()
     by_key = {row.key: row for row in rows}
     assert by_key["upstream.0.password"] == Row(

@@ -217,7 +217,7 @@ def test_certificates_are_relative_to_the_file_that_names_them(write: Any, tmp_p
     ("toml", "expected"),
     [
         ("limits.recipient = 5", "limits.recipient: unknown key; did you mean recipients?"),
-        ("[limit]\nerrors = 5", "limit: unknown key; did you mean limits?"),
+        ("[limts]\nerrors = 5", "limts: unknown key; did you mean limits?"),
         ("[zzz]", "zzz: unknown key; known are hostname, workers, listener, limits, timeouts"),
         ('limits.recipients = "many"', 'limits.recipients = "many": allowed: a whole number from 1 to 2147483647'),
         ("limits.recipients = 0", "limits.recipients = 0: allowed: a whole number from 1 to"),

@@ -21,6 +21,7 @@ from otel_smtp.config.values import (
     MailboxKind,
     Many,
     NetworkKind,
+    RateKind,
     Secret,
     SecretText,
     Size,
@@ -85,6 +86,8 @@ def text(value: str) -> Given:
         (ListenAddress(may_be_off=True), typed("off"), None),
         (MailboxKind(), typed(" relay@example.com "), "relay@example.com"),
         (MailboxKind(), typed("relay@[192.0.2.1]"), "relay@[192.0.2.1]"),
+        (RateKind(), typed("30/m"), (30, 60.0)),
+        (RateKind(), text(" 10000 / d "), (10000, 86400.0)),
         (NetworkKind(), typed("10.0.0.0/8"), ip_network("10.0.0.0/8")),
         (NetworkKind(), typed("10.1.2.3"), ip_network("10.1.2.3/32")),
         (NetworkKind(), typed("::1"), ip_network("::1/128")),
@@ -153,6 +156,12 @@ def test_allowed_values_are_read(kind: Kind, given_value: Given, expected: objec
         (MailboxKind(), typed("relay@ex\u00e4mple.com")),
         (MailboxKind(), typed("Relay <relay@example.com>")),
         (MailboxKind(), typed("")),
+        (RateKind(), typed("0/s")),
+        (RateKind(), typed("30")),
+        (RateKind(), typed(30)),
+        (RateKind(), typed("1.5/s")),
+        (RateKind(), typed("-1/s")),
+        (RateKind(), typed("30/w")),
         (NetworkKind(), typed("10.1.2.3/8")),
         (NetworkKind(), typed("10.0.0.0/33")),
         (NetworkKind(), typed("example.com")),
@@ -256,7 +265,7 @@ def test_a_size_is_shown_as_it_can_be_written(octets: int) -> None:
 def test_no_text_makes_a_kind_raise_anything_else(value: str) -> None:
     kinds: list[Kind] = [
         Integer(), Boolean(), OFF_TOO, Size(), COLOURS, Text(), FilePath(), SecretText(), Many(Integer()),
-        ListenAddress(), NetworkKind(), UpstreamUrlKind(), MailboxKind(), AddressPattern(),
+        ListenAddress(), NetworkKind(), UpstreamUrlKind(), MailboxKind(), RateKind(), AddressPattern(),
     ]  # fmt: skip
     for kind in kinds:
         try:

@@ -12,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,31 @@ def test_workers_share_the_port_and_drain_together(
         assert client.reply().startswith("421 4.3.2 ")
     assert running.wait() == 0
     assert len(upstream.messages) == 28
+
+
+class Clocked(list[Any]):
+    """What an upstream got, and when."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times: list[float] = []
+
+    def append(self, message: Any) -> None:
+        self.times.append(time.monotonic())
+        super().append(message)
+
+
+def test_workers_keep_a_rate_together(upstream: CapturingUpstream, start: StartGateway) -> None:
+    upstream.messages = clocked = Clocked()
+    limited = {"upstream.url": upstream.url, "upstream.limits": ["rate"], "limit.name": "rate", "limit.rate": "6/s"}
+    running = start({**limited, "limit.burst": 3, "workers": 2})
+    with ThreadPoolExecutor(8) as clients:
+        for sending in [clients.submit(send, running.port) for _ in range(20)]:
+            sending.result(timeout=30)
+    assert len(clocked) == 20
+    times = clocked.times
+    assert max(sum(1 for other in times[index:] if other < at + 1.0) for index, at in enumerate(times)) <= 6
+    assert times[-1] - times[0] < 8
 
 
 @pytest.mark.parametrize("protocol", ["http/protobuf", "grpc"])

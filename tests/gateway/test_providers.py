@@ -1,6 +1,8 @@
 """A whole gateway before providers as they are: what upstreams and settings make of a mail."""
 
 import asyncio
+import contextlib
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -9,7 +11,8 @@ from typing import Any
 import aiosmtplib
 import pytest
 
-from otel_smtp import Gateway, load
+from otel_smtp import Gateway, Observer, load
+from otel_smtp.observing import DeliveryRecord, TransactionRecord
 from tests.support.upstream import Fault, Kind, Phase, ScriptedUpstream
 from tests.support.waiting import until
 
@@ -31,7 +34,9 @@ def delivery(mode: str, directory: Path) -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def gateway(upstream: ScriptedUpstream, *, more: Any = None, **tables: Any) -> AsyncIterator[Gateway]:
+async def gateway(
+    upstream: ScriptedUpstream, *, more: Any = None, observers: Sequence[Observer] = (), **tables: Any
+) -> AsyncIterator[Gateway]:
     """A running gateway. `more`: settings of the upstream; `tables`: other settings."""
     values = {
         "listener": [{"address": ["127.0.0.1:0"]}],
@@ -39,7 +44,7 @@ async def gateway(upstream: ScriptedUpstream, *, more: Any = None, **tables: Any
         "status": {"address": "off"},
         **tables,
     }
-    async with Gateway(load(values=values)) as running:
+    async with Gateway(load(values=values), observers=observers) as running:
         yield running
 
 
@@ -240,3 +245,124 @@ async def test_what_was_offered_in_good_faith_is_never_refused_for_good(
         assert upstream.kept == []
         if mode in ("direct", "buffered"):
             assert 451 in codes
+
+
+# Rates --------------------------------------------------------------------------------------------------------
+
+
+class Clocked(list[Any]):
+    """What an upstream keeps, and when."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times: list[float] = []
+
+    def append(self, kept: Any) -> None:
+        self.times.append(time.monotonic())
+        super().append(kept)
+
+    def most_within(self, seconds: float) -> int:
+        """The most messages within any window that is as long."""
+        return max(
+            sum(1 for other in self.times[index:] if other < at + seconds) for index, at in enumerate(self.times)
+        )
+
+
+class Watch(Observer):
+    """Keeps the attempts."""
+
+    def __init__(self) -> None:
+        self.deliveries: list[DeliveryRecord] = []
+
+    def transaction_ended(self, record: TransactionRecord) -> None:
+        self.deliveries += [one for one in record.deliveries if one.ended_ns]
+
+    def delivery_ended(self, delivery: DeliveryRecord) -> None:
+        self.deliveries.append(delivery)
+
+
+async def send_some(running: Gateway, count: int, recipients: int = 1) -> None:
+    addresses = [f"r{number}@there.example" for number in range(recipients)]
+    async with client(running) as app:
+        for _ in range(count):
+            await app.sendmail("a@here.example", addresses, CONTENT)
+
+
+@every_mode
+@pytest.mark.parametrize("burst", [1, 4])
+async def test_the_upstream_never_sees_more_than_the_rate(mode: str, burst: int, tmp_path: Path) -> None:
+    limit = [{"name": "provider-rate", "rate": "8/s", "burst": burst}]
+    watch = Watch()
+    async with ScriptedUpstream(kept=Clocked()) as upstream:
+        values = {"more": {"limits": ["provider-rate"]}, "limit": limit, **delivery(mode, tmp_path)}
+        async with gateway(upstream, observers=[watch], **values) as running:
+            begun = time.monotonic()
+            await asyncio.gather(*(send_some(running, 4) for _ in range(5)))
+            await until(lambda: len(upstream.kept) == 20, timeout_seconds=10)
+            took = time.monotonic() - begun
+    assert isinstance(upstream.kept, Clocked)
+    assert upstream.kept.most_within(1.0) <= 8
+    assert took < 6
+    paced = [one.paced for one in watch.deliveries if one.paced is not None]
+    assert len(paced) >= 8
+    assert {name for name, _ in paced} == {"provider-rate"}
+    assert all(0 < wait_ns < 3e9 for _, wait_ns in paced)
+
+
+@every_mode
+async def test_a_rate_of_recipients(mode: str, tmp_path: Path) -> None:
+    limit = [{"name": "provider-rate", "rate": "9/s", "burst": 9, "per": "recipients"}]
+    async with ScriptedUpstream(kept=Clocked()) as upstream:
+        values = {"more": {"limits": ["provider-rate"]}, "limit": limit, **delivery(mode, tmp_path)}
+        async with gateway(upstream, **values) as running:
+            await asyncio.gather(*(send_some(running, 2, recipients=3) for _ in range(3)))
+            await until(lambda: len(upstream.kept) == 6, timeout_seconds=10)
+    assert isinstance(upstream.kept, Clocked)
+    assert upstream.kept.most_within(1.0) <= 3
+    assert all(len(kept.addresses) == 3 for kept in upstream.kept)
+
+
+@pytest.mark.parametrize("mode", ["direct", "buffered"])
+async def test_who_would_wait_for_too_long_is_told_to_come_again(mode: str, tmp_path: Path) -> None:
+    limit = [{"name": "provider-rate", "rate": "1/h"}]
+    async with (
+        ScriptedUpstream() as upstream,
+        gateway(upstream, more={"limits": ["provider-rate"]}, limit=limit, **delivery(mode, tmp_path)) as running,
+        talk(running) as say,
+    ):
+        await send_some(running, 1)
+        codes = [
+            await say(command) for command in ("EHLO x", "MAIL FROM:<a@here.example>", "RCPT TO:<b@there.example>")
+        ]
+        if codes[-1] == 250:
+            codes += [await say("DATA"), await say("Subject: x\r\n\r\n.")]
+        assert codes[-1] == 451
+        assert len(upstream.kept) == 1
+        assert upstream.verbs.count("MAIL") == 1
+
+
+async def test_mail_that_a_rate_holds_back_is_queued_instead_of_refused_and_was_not_tried(tmp_path: Path) -> None:
+    limit = [{"name": "provider-rate", "rate": "1/h"}]
+    values = {"more": {"limits": ["provider-rate"]}, "limit": limit, **delivery("direct-then-queue", tmp_path)}
+    async with ScriptedUpstream() as upstream, gateway(upstream, **values) as running:
+        await send_some(running, 3)
+        assert running.spool is not None
+        shown = await running.spool.store.page("", 10)
+        assert len(shown) == 2
+        assert sorted(one.attempts for one in shown) in ([0, 0], [0, 1])  # one is next, and waits
+        assert len(upstream.kept) == 1
+
+
+async def test_a_failed_connection_uses_no_permit(tmp_path: Path) -> None:
+    limit = [{"name": "provider-rate", "rate": "1/h"}]
+    async with ScriptedUpstream() as upstream:
+        upstream.faults[Phase.GREETING] = Fault(Kind.REFUSE, b"554 not now\r\n", times=2)  # the first is for learning
+        async with gateway(upstream, more={"limits": ["provider-rate"]}, limit=limit) as running:
+            with pytest.raises(aiosmtplib.SMTPRecipientsRefused):
+                await send_some(running, 1)
+            async with asyncio.timeout(20):
+                while not upstream.kept:  # the breaker lets it be tried again after a while
+                    with contextlib.suppress(aiosmtplib.SMTPRecipientsRefused):
+                        await send_some(running, 1)
+                    await asyncio.sleep(0.05)
+        assert len(upstream.kept) == 1

@@ -64,7 +64,7 @@ def settings_file(settings: Mapping[str, Any], directory: Path) -> Path:
     lines = []
     for table, values in sorted(tables.items()):
         if table:
-            lines.append(f"[[{table}]]" if table in ("listener", "upstream") else f"[{table}]")
+            lines.append(f"[[{table}]]" if table in ("listener", "upstream", "limit", "notify") else f"[{table}]")
         # JSON's texts, numbers, booleans and lists of them are TOML's.
         lines += [f"{key} = {json.dumps(value)}" for key, value in values.items()]
     for upstream in further:
