@@ -175,6 +175,11 @@ class Gateway:
         return self._telemetry.tail
 
     @property
+    def untraced(self) -> str:
+        """Which mails have no trace, in words; "" where all have."""
+        return self._telemetry.leaves_out
+
+    @property
     def is_draining(self) -> bool:
         """Whether the gateway shuts down."""
         return self._server.is_draining

@@ -117,6 +117,7 @@ class StatusPort:
             queue=self._queue if gateway.spool is not None else None,
             actions=self._actions(),
             trace_url=gateway.settings.status.trace_url,
+            untraced=gateway.untraced,
             recorded_mailbox=lambda text: recorded_mailbox(text, self._redaction),
             allow=allow,
             reloads=lambda: gateway.told_of_reloads(),

@@ -81,12 +81,21 @@ class TraceSearch:
         traces: of this process.
         recorded: what spans hold of an address that is searched for.
         siblings: the gateway's other processes, which are asked too.
+        untraced: which mails have no trace, and so cannot be found; in words, "" where all have.
     """
 
-    def __init__(self, traces: RecentTraces, recorded: RecordedMailbox, siblings: Siblings | None = None) -> None:
+    def __init__(
+        self,
+        traces: RecentTraces,
+        recorded: RecordedMailbox,
+        siblings: Siblings | None = None,
+        *,
+        untraced: str = "",
+    ) -> None:
         self._traces = traces
         self._recorded = recorded
         self._siblings = siblings
+        self._untraced = untraced
 
     async def answer(self, asked: Asked) -> dict[str, Any]:
         """A page of the list, with how many there are.
@@ -121,7 +130,7 @@ class TraceSearch:
             "found": len(summaries),
             "held": len(held),
             "by_severity": counts,
-            "notes": query.notes,
+            "notes": [*query.notes, *([self._untraced] if self._untraced else [])],
             "complete_since_unix_milliseconds": self._traces.complete_since_ns() / 1e6,
         }
 

@@ -77,6 +77,7 @@ class StatusServer:
         actions: what may be done to it; None: nothing.
         resource: OpenTelemetry resource attributes, for the traces that the API returns.
         trace_url: where a backend shows a trace: a URL with `{trace_id}` in it; "" for none.
+        untraced: which mails have no trace, in words; "" where all have.
         recorded_mailbox: what spans hold of an address that is searched for.
         allow: networks that may see the page and its API.
         reloads: returns which process takes SIGHUP, and what came of the last one, as plain values.
@@ -101,6 +102,7 @@ class StatusServer:
         actions: QueueActions | None = None,
         resource: Mapping[str, AttributeValue] | None = None,
         trace_url: str = "",
+        untraced: str = "",
         recorded_mailbox: RecordedMailbox = Recorded,
         allow: Sequence[Network] = LOOPBACK,
         reloads: Callable[[], Mapping[str, Any]] = dict,
@@ -120,7 +122,7 @@ class StatusServer:
         self._actions = actions
         self._resource = resource or {"service.name": "otel-smtp"}
         self._trace_url = trace_url
-        self._trace_search = TraceSearch(traces, recorded_mailbox, siblings)
+        self._trace_search = TraceSearch(traces, recorded_mailbox, siblings, untraced=untraced)
         self._following = None if tail is None else Following(tail, recorded_mailbox, siblings, number=number)
         self._allow = allow
         self._reloads = reloads

@@ -10,6 +10,7 @@ from typing import Final
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import SpanProcessor
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter, SimpleSpanProcessor, SpanExporter
+from opentelemetry.sdk.trace.sampling import Sampler
 
 from otel_smtp.observing import Observer
 from otel_smtp.telemetry import environment
@@ -76,6 +77,7 @@ class Telemetry:
             same.
         traces_to: where traces go, in words.
         tail: for who follows the mails; None where nothing is made of them (OTEL_SDK_DISABLED).
+        leaves_out: which mails have no trace, in words for who looks for one; "" where all have.
     """
 
     def __init__(
@@ -90,8 +92,10 @@ class Telemetry:
         metric_exports: Sequence[MetricExport] = (),
         *,
         traces_to: str,
+        leaves_out: str = "",
     ) -> None:
         self.traces_to = traces_to
+        self.leaves_out = leaves_out
         self.tail = None if tracing is None else MailTail(tracing)
         self.observers: Sequence[Observer] = (*([] if tracing is None else [tracing]), *telling, metrics)
         self._tracing = tracing
@@ -204,7 +208,9 @@ def set_up(options: TelemetryOptions, environ: Mapping[str, str] | None = None) 
             limits=options.limits,
             mechanisms=options.mechanisms,
         )
-        return Telemetry(counting, traces_to=asked.describe_traces())
+        return Telemetry(
+            counting, traces_to=asked.describe_traces(), leaves_out="no mail has a trace: OTEL_SDK_DISABLED is set"
+        )
     log_export = _log_export(asked.logs, resource, options.version)
     export = _trace_export(asked.traces, resource, options.version)
     processors = [*options.processors, *_sdk_processors(asked.traces, asked.problems)]
@@ -253,7 +259,16 @@ def set_up(options: TelemetryOptions, environ: Mapping[str, str] | None = None) 
         log_export,
         metric_exports,
         traces_to=asked.describe_traces(),
+        leaves_out=_left_out(asked.sampler),
     )
+
+
+def _left_out(sampler: Sampler) -> str:
+    """Which mails a sampler leaves out, in words."""
+    description = sampler.get_description()
+    if description.removeprefix("ParentBased{root:").startswith("AlwaysOnSampler"):
+        return ""
+    return f"mails that the sampler leaves out have no trace ({description})"
 
 
 def _log_export(logs: SignalExport, resource: Resource, version: str) -> Export[LogRecord] | None:

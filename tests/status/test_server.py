@@ -151,6 +151,11 @@ async def test_the_newest_come_first_unless_errors_are_asked_for() -> None:
     assert (errors["found"], errors["held"]) == (2, 4)
 
 
+async def test_a_search_says_what_it_cannot_find() -> None:
+    async with running(untraced="half of the mails have none") as (_, client):
+        assert (await client.get("/api/traces")).json()["notes"] == ["half of the mails have none"]
+
+
 async def test_pages_do_not_move_while_traces_come() -> None:
     second_ns = 1_000_000_000
     async with running() as (port, client):

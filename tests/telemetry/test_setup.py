@@ -172,3 +172,21 @@ def test_the_sdk_says_as_much_as_the_operator_wants() -> None:
         assert logger.level == logging.CRITICAL
     finally:
         logger.setLevel(before)
+
+
+@pytest.mark.parametrize(
+    ("environ", "words"),
+    [
+        ({}, ""),
+        ({"OTEL_TRACES_SAMPLER": "always_on"}, ""),
+        ({"OTEL_TRACES_SAMPLER": "parentbased_always_on"}, ""),
+        ({"OTEL_TRACES_SAMPLER": "always_off"}, "sampler leaves out"),
+        ({"OTEL_TRACES_SAMPLER": "traceidratio", "OTEL_TRACES_SAMPLER_ARG": "0.25"}, "TraceIdRatioBased{0.25}"),
+        ({"OTEL_TRACES_SAMPLER": "parentbased_always_off"}, "sampler leaves out"),
+        ({"OTEL_SDK_DISABLED": "true"}, "OTEL_SDK_DISABLED is set"),
+    ],
+)
+def test_who_looks_for_a_mail_is_told_which_have_no_trace(environ: Mapping[str, str], words: str) -> None:
+    told = set_up(TelemetryOptions(), environ).leaves_out
+    assert words in told
+    assert bool(told) is bool(words)
