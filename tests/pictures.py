@@ -36,11 +36,11 @@ async def make() -> None:
                     said = told.read()
                     trace_id = found[1] if (found := _REFUSED.search(said)) else ""
             async with chromium() as page:
-                await page.open(f"http://127.0.0.1:{page_port}/", width=1200, height=780)
-                await page.until("document.body.innerText.includes('partly_relayed')")
+                await page.open(f"http://127.0.0.1:{page_port}/", width=1200, height=900)
+                await page.until("document.body.innerText.includes('550')")
                 await page.screenshot(PICTURES / "page.png")
             async with chromium() as page:
-                await page.open(f"http://127.0.0.1:{page_port}/#trace={trace_id}", width=1200, height=720)
+                await page.open(f"http://127.0.0.1:{page_port}/#trace={trace_id}", width=1200, height=860)
                 await page.until(f"document.body.innerText.includes('{trace_id[:16]}')")
                 await page.evaluate(f"({_SECTION}).scrollIntoView()")
                 await page.screenshot(PICTURES / "waterfall.png")
