@@ -24,6 +24,7 @@ from otel_smtp.smtp.envelope import Mail, Recipient
 from otel_smtp.smtp.replies import Reply
 from otel_smtp.spool.dsn.notices import BouncePolicy
 from otel_smtp.spool.embedded import EmbeddedStore, control_path
+from otel_smtp.spool.embedded.clocks import Uptime, uptime
 from otel_smtp.spool.messages import Shown
 from otel_smtp.spool.schedule import Schedule
 from otel_smtp.spool.service import Spool, SpoolSettings
@@ -132,6 +133,7 @@ async def queueing(
     bounce: BouncePolicy = "mail",
     direct: Strategy | None = None,
     clock: Callable[[], float] = time.time,
+    up: Callable[[], Uptime] = uptime,
 ) -> AsyncIterator[Queueing]:
     """A spool that runs, in front of `upstreams`; `direct`: these are asked first."""
     observer = ResumedDeliveries()
@@ -139,7 +141,7 @@ async def queueing(
         upstreams, hostname="gw.example", strategy=direct or Strategy.TRANSPARENT, observer=observer, sweep=Sweep()
     )
     settings = SpoolSettings(control_path(directory / "spool"), schedule, bounce, "gw.example")
-    store = EmbeddedStore(directory / "spool", least_free_octets=0, segment_octets=SEGMENT_OCTETS, clock=clock)
+    store = EmbeddedStore(directory / "spool", least_free_octets=0, segment_octets=SEGMENT_OCTETS, clock=clock, up=up)
     spool = Spool(settings, store, relay.for_spool(), relay if direct is not None else None, observer)
     await spool.start()
     try:
