@@ -223,7 +223,7 @@ class Delivery(Attempts):
         if self._promised is None:
             self._promised = list(self.accepted)
         self._is_full = True
-        self.left[:0] = [recipient for number, recipient in enumerate(self.accepted) if number in numbers]
+        self.left += [recipient for number, recipient in enumerate(self.accepted) if number in numbers]
         self.accepted = [recipient for number, recipient in enumerate(self.accepted) if number not in numbers]
 
     def _note_limit(self) -> None:

@@ -100,6 +100,34 @@ def test_an_idle_connection_below_a_ceiling_is_given_up_at_once() -> None:
     assert other.waiting[0].decision is Decision.OPEN
 
 
+def test_a_connection_that_nobody_here_waits_for_is_given_up_as_it_is_released() -> None:
+    one, other = workers(2)
+    upstream = Upstream(2, one, other)
+    one.wants(3, 0)
+    upstream.step()
+    assert one.pool.ceiling.level == 2
+    while one.held:
+        one.pool.release(one.held.pop(), upstream.now)
+        upstream.serve(one)
+    assert one.pool.snapshot().idle == 0
+
+
+def test_what_lies_idle_is_given_up_when_another_worker_meets_the_cap() -> None:
+    one, other = workers(2)
+    upstream = Upstream(2, one, other)
+    one.wants(2, 0)
+    upstream.step()
+    for connection in one.held:
+        one.pool.release(connection, upstream.now)
+    one.held = []
+    assert one.pool.snapshot().idle == 2
+    other.wants(1, upstream.now)
+    upstream.serve(other)
+    assert upstream.refused == 1
+    one.pool.expire(upstream.now)
+    assert one.pool.snapshot().idle == 0
+
+
 def test_without_a_ceiling_idle_connections_are_kept() -> None:
     one, other = workers(2)
     upstream = Upstream(20, one, other)

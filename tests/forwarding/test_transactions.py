@@ -132,6 +132,28 @@ async def test_a_limit_that_only_shows_costs_the_same_however_clients_group(grou
         assert [kept.connection for kept in upstream.kept] == [1, 2, 3]
 
 
+async def test_once_there_is_one_too_many_nobody_else_is_asked_about_in_that_transaction() -> None:
+    recipients = people(11)
+    async with ScriptedUpstream(most_recipients=5) as upstream, relaying(settings(upstream)) as forwarder:
+        await relay_in_groups(forwarder, recipients, 1)
+        asked = [command for command in upstream.commands if command.startswith(b"RCPT")]
+        # One too many, and in the next transaction again.
+        assert [command[10:12] for command in asked[4:7]] == [b"4@", b"5@", b"5@"]
+
+
+async def test_what_is_left_goes_on_connections_of_which_nothing_is_used_up() -> None:
+    upstream = ScriptedUpstream(most_recipients_a_connection=5, faults={Phase.REPLY: Fault(Kind.LATE, times=2)})
+    async with upstream, relaying(settings(upstream)) as forwarder:
+        before = [asyncio.create_task(relay(forwarder, *people(4))) for _ in range(2)]
+        await until(lambda: upstream.stalled == 2)
+        upstream.let_go.set()
+        await asyncio.gather(*before)
+        assert forwarder.snapshot()[0].pool.idle == 2  # each takes one more
+        upstream.kept.clear()
+        assert_all_have_it_once(await relay(forwarder, *people(7)), people(7), upstream)
+        assert sizes(upstream) == [1, 5, 1]
+
+
 @pytest.mark.parametrize("extensions", [EXTENSIONS, without("CHUNKING"), without("PIPELINING")])
 @pytest.mark.parametrize("count", [1, 2])
 @both_strategies
