@@ -26,6 +26,7 @@ DELIVERY: Final = "smtp_client_delivery_duration_seconds_count"
 TRANSACTIONS: Final = "smtp_server_transactions_total"
 MESSAGES: Final = "smtp_spool_messages"
 AGE: Final = "smtp_spool_age_seconds"
+RECIPIENTS: Final = "smtp_server_recipients_total"
 FIRST_ATTEMPT: Final = "smtp_client_first_attempt_age_seconds"
 
 
@@ -59,6 +60,7 @@ AT_START: Final[Mapping[str, str]] = {
         "smtp_telemetry_dropped_total", smtp_telemetry_signal="traces", smtp_telemetry_drop_reason="queue_full"
     ): ("0x4000"),
     **{transactions(outcome): "0x4000" for outcome in OUTCOMES},
+    on_gateway(RECIPIENTS, smtp_recipient_fate="expired"): "0x4000",
     **{attempts(outcome): "0x4000" for outcome in OUTCOMES if outcome != "queued"},
     **{messages(state): "0x4000" for state in ("ready", "deferred", "active", "held", "corrupt")},
 }
@@ -196,6 +198,10 @@ STORIES: Final[Mapping[str, Story]] = {
         },
         "50m",
         ("SmtpQueueOld",),
+    ),
+    "one recipient's mail expires": Story({on_gateway(RECIPIENTS, smtp_recipient_fate="expired"): "0 1x4000"}, "20m"),
+    "mail of several recipients expires": Story(
+        {on_gateway(RECIPIENTS, smtp_recipient_fate="expired"): "0 8x4000"}, "20m", ("SmtpMailExpires",)
     ),
     # The first one counts -----------------------------------------------------------------------------------------
     "an outcome is unknown": Story({transactions("unknown"): "0x40 1x4000"}, "11m", ("SmtpOutcomeUnknown",)),

@@ -106,12 +106,17 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
         "listener.auth": "optional",
         "listener.auth_in_clear": True,
         "listener.auth_users_file": str(directory / "users"),
+        "upstream.limits": ["provider-rate"],
         "delivery.mode": "queue",
         "spool.directory": str(directory / "spool"),
         "status.address": f"127.0.0.1:{status}",
     }
     (directory / "users").write_text(users_line("app", "secret") + "\n")
-    with CapturingUpstream() as upstream, gateway({**settings, "upstream.url": upstream.url}, directory) as running:
+    limit = {"OTELSMTP_LIMIT__0__NAME": "provider-rate", "OTELSMTP_LIMIT__0__RATE": "1000/s"}
+    with (
+        CapturingUpstream() as upstream,
+        gateway({**settings, "upstream.url": upstream.url}, directory, environ=limit) as running,
+    ):
         with smtplib.SMTP("127.0.0.1", running.port) as client:
             client.login("app", "secret")
             client.docmd("WHAT")
