@@ -37,6 +37,8 @@ def test_the_reference_is_that_of_the_code() -> None:
 def test_its_links_lead_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
         assert target.startswith("https://") or (path.parent / target).exists(), target
+    for named in re.findall(r"`((?:deploy|tests|otel_smtp|\.ci)/[\w./-]+)`", path.read_text(encoding="utf-8")):
+        assert (README.parent / named).exists(), named
 
 
 def test_the_readme_is_short() -> None:
