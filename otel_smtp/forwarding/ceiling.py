@@ -18,7 +18,9 @@ from collections.abc import Sequence
 from typing import Final
 
 FIRST_PROBE_SECONDS: Final = 10.0
-"""After a ceiling was learnt, until one connection more is tried; doubled each time that it is refused."""
+"""After a ceiling was learnt, until one connection more is tried; doubled each time that it is refused, and halved each
+time that it is taken: what was learnt from a passing fault is soon forgotten."""
+SHORTEST_PROBE_SECONDS: Final = 1.0
 LONGEST_PROBE_SECONDS: Final = 600.0
 WORKS_SECONDS: Final = 60.0
 """An upstream works if a connection to it is open, and it said something within this time: a reply to a message may
@@ -186,7 +188,8 @@ class Ceiling:
     def opened(self, now: float) -> None:
         """One more connection was opened, and has been noted."""
         if self._sum(_OPEN) > self.level:
-            self._learn(self._sum(_OPEN), now)
+            seconds = min(FIRST_PROBE_SECONDS, self._cells[_PROBE_SECONDS]) / 2
+            self._learn(self._sum(_OPEN), now, max(SHORTEST_PROBE_SECONDS, seconds))
         self._is_probing = False
 
     def refused(self, now: float, lingering: int = 0) -> None:
@@ -198,17 +201,17 @@ class Ceiling:
         cells = self._cells
         level = max(1.0, self._sum(_OPEN) + self._sum(_OPENING) + lingering)
         if level < self.level:
-            self._learn(level, now)
+            self._learn(level, now, FIRST_PROBE_SECONDS)
         elif self._is_probing:
-            cells[_PROBE_SECONDS] = min(LONGEST_PROBE_SECONDS, cells[_PROBE_SECONDS] * 2)
-            cells[_PROBE_AT] = now + cells[_PROBE_SECONDS]
+            seconds = max(FIRST_PROBE_SECONDS, cells[_PROBE_SECONDS] * 2)
+            self._learn(self.level, now, min(LONGEST_PROBE_SECONDS, seconds))
         self._is_probing = False
 
-    def _learn(self, level: float, now: float) -> None:
+    def _learn(self, level: float, now: float, probe_seconds: float) -> None:
         cells = self._cells
         cells[_LEVEL] = level
-        cells[_PROBE_SECONDS] = FIRST_PROBE_SECONDS
-        cells[_PROBE_AT] = now + FIRST_PROBE_SECONDS
+        cells[_PROBE_SECONDS] = probe_seconds
+        cells[_PROBE_AT] = now + probe_seconds
 
     def _columns(self) -> range:
         return range(_HEAD, len(self._cells), _COLUMN)

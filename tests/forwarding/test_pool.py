@@ -340,8 +340,23 @@ def test_one_connection_more_is_tried_again_ever_more_seldom() -> None:
     assert pool.snapshot().window == 4
     pool.expire(321)
     assert [ticket.decision for ticket in waiting].count(Decision.OPEN) == 1  # the same
-    pool.expire(320 + FIRST_PROBE_SECONDS)
+    pool.expire(320 + FIRST_PROBE_SECONDS / 2)
     assert [ticket.decision for ticket in waiting].count(Decision.OPEN) == 2
+
+
+def test_what_was_learnt_from_a_passing_fault_is_soon_forgotten() -> None:
+    pool: Connections = Pool(PoolLimits(connections=20))
+    for _ in range(1000):
+        pool.breaker.succeeded()
+    _, waiting = burst(pool, 40, cap=1)
+    assert pool.snapshot().window == 1
+    for second in range(40):
+        pool.heard_at = float(second)
+        pool.expire(float(second))
+        for ticket in [one for one in waiting if one.decision is Decision.OPEN]:
+            waiting.remove(ticket)
+            pool.opened(ticket, float(second))
+    assert pool.snapshot().window == 20
 
 
 def test_a_refusal_before_the_first_success_waits_for_what_the_others_meet() -> None:
