@@ -479,7 +479,7 @@ class Telemetry(Table, frozen=True, kw_only=True):
             "long ones show early",
         ),
     ] = 5 * MINUTE
-    trace_in_reply: Annotated[bool, Key("`trace=<id>` in the final 250", Boolean())] = True
+    trace_in_reply: Annotated[bool, Key("`trace=<id>` in the final 250, and in refusals of mail", Boolean())] = True
     probes: Annotated[bool, Key("export spans of connections that sent nothing", Boolean())] = False
     message_id: Annotated[
         bool, Key("put the mail's Message-ID on its span; it may contain the name of a host or person", Boolean())

@@ -62,7 +62,7 @@ class ListenerPolicy:
         tls_context: for its handshakes; None where it speaks no TLS.
         allow: networks that may relay without AUTH; unix sockets always may.
         proxy_protocol_from: networks whose PROXY header is required and believed.
-        trace_in_reply: the final 250 names the trace.
+        trace_in_reply: the final 250, and whatever refuses MAIL, RCPT or content, names the trace.
         names_client: our Received field says who the client is: its greeting and its address.
     """
 

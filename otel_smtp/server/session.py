@@ -34,7 +34,7 @@ from typing import Final
 
 from otel_smtp.forwarding.base import DeliveryFailed
 from otel_smtp.net import Stream
-from otel_smtp.observing import ConnectionRecord, Outcome, TraceHeaders, TransactionRecord
+from otel_smtp.observing import ConnectionRecord, Outcome, TraceHeaders, TransactionRecord, trace_fields
 from otel_smtp.server.admission import Admission
 from otel_smtp.server.conversation import Pause, internal_error
 from otel_smtp.server.policy import House, ListenerPolicy
@@ -101,6 +101,7 @@ class Session(Admission):
         else:
             self._transaction = transaction
             self._forwarded = forwarded
+            self._trace_id = None
             protocol.reply(replies.SENDER_OK)
 
     def _refuse_mail(self, transaction: TransactionRecord, reply: Reply) -> None:
@@ -135,6 +136,17 @@ class Session(Admission):
         """See `Handler`."""
         assert self._transaction is not None
         self._transaction.refuse(recipient, reply, self._protocol.states.now_ns)
+
+    def as_told(self, reply: Reply, *, is_of_content: bool) -> Reply:
+        """See `Handler`: with the id of the trace that tells of it. Before there is a header block that is the
+        connection's: it holds the Error event."""
+        if not self._policy.trace_in_reply:
+            return reply
+        # What comes out of turn is of no message; the last one's id may still be at hand.
+        trace_id = self._trace_id if is_of_content and reply.error_type is not ErrorType.SEQUENCE else None
+        if trace_id is None:
+            trace_id = trace_fields(self._house.observer.connection_carrier(self.record)).get("trace_id")
+        return reply if trace_id is None else reply.with_trace(trace_id)
 
     def content_begun(self) -> None:
         """See `Handler`."""

@@ -39,6 +39,14 @@ class Handler(ContentSink, Protocol):
         """A RCPT of the open transaction was refused by the engine, with `reply`."""
         ...
 
+    def as_told(self, reply: Reply, *, is_of_content: bool) -> Reply:
+        """A refusal of MAIL, RCPT or content as it is written: with what helps people to find it, if anything.
+
+        Args:
+            is_of_content: it answers DATA or BDAT, or the content behind them.
+        """
+        ...
+
     def tls_requested(self) -> None:
         """*decide*: STARTTLS. Stop reading from the transport, then `reply(TLS_READY)`, write it, shake hands, and call
         `tls_started`. Any other reply leaves the session in clear."""

@@ -126,6 +126,16 @@ class Reply:
         """Whether this is a 5yz: the same again will fail again."""
         return self.code >= 500
 
+    def with_trace(self, trace_id: str) -> Self:
+        """The same reply with ``trace=`` and 32 hexadecimal digits at the end of its last line, where the line keeps to
+        512 octets with it (RFC 5321 4.5.3.1.5)."""
+        *first, last = self.lines
+        if last.endswith(f"trace={trace_id}"):
+            return self  # another gateway has said it, of the same trace
+        told = f"{last} trace={trace_id}".lstrip()
+        before = 4 if self.enhanced is None else 5 + len(str(self.enhanced))
+        return self if before + len(told) + 2 > 512 else replace(self, lines=(*first, told))
+
     def with_text(self, *lines: str) -> Self:
         """The same reply with other text."""
         return replace(self, lines=lines)

@@ -107,7 +107,8 @@ class Sites:
         return Site(running, upstream, receiver)
 
     def _settings(self, given: dict[str, Any], directory: Path) -> dict[str, Any]:
-        settings = {"upstream.trace_context": "strip", "telemetry.probes": True, **given}
+        plain = {"upstream.trace_context": "strip", "telemetry.trace_in_reply": False}
+        settings = {**plain, "telemetry.probes": True, **given}
         if settings.get("listener.tls", "off") != "off":
             certificate = self._authority.issue_cert("gateway.example", "127.0.0.1")
             certificate.private_key_pem.write_to_path(str(directory / "key.pem"))

@@ -445,3 +445,51 @@ def test_a_recipient_is_refused_by_our_own_policy(
         "    * there.example deferred: 452 4.5.3 Too many recipients",
     ]
     assert "recipient there.example deferred: 452 4.5.3 Too many recipients" in log_of(running, "smtp.connection")
+
+
+# The id that people are given ----------------------------------------------------------------------------------------
+
+
+def test_every_refusal_of_mail_names_the_trace_that_tells_of_it(
+    upstream: CapturingUpstream, receiver: OtlpReceiver, start: StartGateway, connect: Connect
+) -> None:
+    gone = scripted_reply("550 5.1.1 No such user")
+    upstream.say(UpstreamScript(recipients={"gone@there.example": gone}, content=(scripted_reply("554 5.7.1 Spam"),)))
+    running = start({"upstream.url": upstream.url, "limits.recipients": 1}, exporting(receiver))
+    client = connect(running.port)
+    client.opens()
+    of_mail = client.asks("MAIL FROM:<a@client.example> SIZE=99999999999")
+    client.asks("MAIL FROM:<a@client.example>")
+    passed_on = client.asks("RCPT TO:<gone@there.example>")
+    out_of_turn = client.asks("DATA")
+    client.asks("RCPT TO:<b@there.example>")
+    own = client.asks("RCPT TO:<c@there.example>")
+    client.asks("DATA")
+    given = f"00-{'a' * 32}-{'b' * 16}-01"
+    of_content = client.asks(f"traceparent: {given}\r\n{MAIL}.")
+    out_of_turn_again = client.asks("DATA")
+    other = client.asks("NONSENSE")
+    client.asks("QUIT")
+    spans = receiver.wait_for_spans(WHOLE)
+    [connection] = [span for span in spans if span.name == "smtp.connection"]
+    trace = f" trace={connection.trace_id}"
+    assert [of_mail, passed_on, out_of_turn, own, out_of_turn_again] == [
+        "552 5.3.4 Message exceeds the size limit" + trace,
+        "550 5.1.1 No such user" + trace,
+        "503 5.5.1 No valid recipients" + trace,
+        "452 4.5.3 Too many recipients" + trace,
+        "503 5.5.1 Bad sequence of commands" + trace,
+    ]
+    assert of_content == f"554 5.7.1 Spam trace={'a' * 32}"
+    assert other == "500 5.5.2 Command not recognized"  # no mail is refused by it
+    # The trace does not repeat its own id.
+    assert "trace=" not in str([event.attributes for event in connection.events])
+
+
+def test_refusals_are_plain_where_that_is_set(
+    upstream: CapturingUpstream, start: StartGateway, connect: Connect
+) -> None:
+    running = start({"upstream.url": upstream.url, "telemetry.trace_in_reply": False})
+    client = connect(running.port)
+    client.opens()
+    assert client.asks("DATA") == "503 5.5.1 Bad sequence of commands"

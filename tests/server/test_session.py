@@ -148,7 +148,7 @@ async def test_a_bug_in_the_forwarder_is_451_and_the_session_lives(step: str) ->
 
         served.forwarder.at = fail
         served.stream.feed(ENVELOPE if step in ("begin", "recipients") else MESSAGE)
-        sent = await served.stream.sends(b"451 4.3.0 Internal error, try again later\r\n")
+        sent = await served.stream.sends(b"451 4.3.0 Internal error, try again later")
         assert b"bug" not in sent
         served.forwarder.at = lambda at: None
         served.stream.feed(b"RSET\r\n" + MESSAGE)
@@ -185,7 +185,7 @@ async def test_a_failed_delivery_is_told_to_the_client_as_it_is(reply: Reply, ou
     async with serving() as served:
         served.forwarder.final = reply
         served.stream.feed(MESSAGE)
-        await served.stream.sends(reply.wire)
+        await served.stream.sends(reply.with_trace("5" * 32).wire)
         assert served.seen.transactions[0].outcome is outcome
         assert served.seen.transactions[0].reply is reply
         assert served.seen.states == "New Active Data Error Idle"

@@ -85,6 +85,10 @@ class Forgetful:
     def content_received(self, data: bytes) -> None:
         pass
 
+    def as_told(self, reply: Reply, *, is_of_content: bool) -> Reply:
+        """See `Handler`."""
+        return reply
+
     def recipient_refused(self, recipient: Recipient, reply: Reply) -> None:
         pass
 

@@ -387,6 +387,10 @@ class EngineDriver:
         """See `Handler`."""
         self._take(ContentReceived(data))
 
+    def as_told(self, reply: Reply, *, is_of_content: bool) -> Reply:
+        """See `Handler`."""
+        return reply
+
     def recipient_refused(self, recipient: Recipient, reply: Reply) -> None:
         """See `Handler`."""
 

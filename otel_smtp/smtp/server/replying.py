@@ -45,6 +45,8 @@ _CLIENT_FAULTS: Final = frozenset(
     }
 )
 _PASSED_ON: Final = (Verb.RCPT, Verb.DATA, Verb.BDAT)  # whose 2yz may be the upstream's own
+_OF_CONTENT: Final = frozenset({Verb.DATA, Verb.BDAT})
+_OF_MAIL: Final = _OF_CONTENT | {Verb.MAIL, Verb.RCPT}
 _CLOSE_REASONS: Final = {
     replies.CLOSING: CloseReason.QUIT,
     replies.SHUTTING_DOWN: CloseReason.SHUTDOWN,
@@ -265,7 +267,10 @@ class Replying:
             number = transaction.number if transaction is not None else None
             self.states.enter(ConnState.ERROR, ErrorReply(verb, reply, reply.error_type, number))
         self.said.append((verb, reply))
-        self.out.append(reply.wire)
+        is_refusal = reply.code >= 400 and verb in _OF_MAIL
+        self.out.append(
+            self._handler.as_told(reply, is_of_content=verb in _OF_CONTENT).wire if is_refusal else reply.wire
+        )
         if reply.closes or reply.code == 421:
             # RFC 5321 3.8: a server closes after 421.
             self._end(_CLOSE_REASONS.get(reply, CloseReason.REFUSED))
