@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 import time
 from datetime import UTC, datetime
@@ -47,11 +48,12 @@ def tail(
     said, trace id. Marks: + relayed, = queued, % relayed in part, x refused,
     ~ deferred, - aborted, ? unknown.
 
-    Ctrl-C ends it. A gateway that goes away is waited for.
+    Ctrl-C or SIGTERM ends it. A gateway that goes away is waited for.
 
     Exit status: 0 ended by you, or after -n lines; 1 no gateway answers;
     2 wrong use or settings.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, which a shell's background jobs ignore
     settings = global_options(context).settings(needs_upstream=False)
     gateway = running_gateway(settings, url)
     words = {"to": to, "from": sender, "code": code, "text": text}

@@ -49,8 +49,12 @@ def tailing(directory: Path, *arguments: str, **environ: str) -> Iterator[Path]:
     try:
         yield output
     finally:
-        process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 0, output.read_text()
+        process.send_signal(signal.SIGTERM)
+        try:
+            assert process.wait(30) == 0, output.read_text()
+        finally:
+            process.kill()
+            process.wait()
 
 
 def send(running: GatewayProcess, *to: str) -> None:

@@ -128,7 +128,9 @@ async def test_a_wait_ends_empty_handed() -> None:
 async def test_a_stopping_port_lets_its_followers_go() -> None:
     async with waiting_for(Lines(), 60) as (following, stopping):
         stopping.set()
-        assert (await following.answer({"after": "0:0"}, stopping))["lines"] == []
+        async with asyncio.timeout(20):
+            answer = await following.answer({"after": "0:0"}, stopping)
+        assert answer["lines"] == []
 
 
 async def test_followers_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

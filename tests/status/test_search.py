@@ -104,6 +104,12 @@ def test_it_is_not_found(query: str) -> None:
     assert not INDEX.has(parse(query))
 
 
+def test_the_beginning_of_an_enhanced_code_ends_at_a_dot() -> None:
+    index = Index(TRACE_ID, [{"smtp.reply.enhanced_code": "5.10.0"}])
+    assert index.has(parse("code:5.10"))
+    assert not index.has(parse("code:5.1"))
+
+
 def test_what_only_looks_like_a_field_is_a_word() -> None:
     index = Index(TRACE_ID, [{"client.address": "2001:db8::25", "smtp.helo": "to"}])
     assert index.has(parse("2001:db8::25"))
