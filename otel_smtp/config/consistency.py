@@ -276,6 +276,8 @@ class Consistency:
                 settings.workers,
                 f"delivery.mode = {mode} needs workers = 1, since one process owns the spool",
             )
+        if spool.notice_sender and spool.bounce != "mail":
+            self._add("spool.notice_sender", spool.notice_sender, f"has no effect with spool.bounce = {spool.bounce}")
         if spool.warn_after is not None and spool.warn_after >= spool.max_age:
             shown = Duration().show(spool.warn_after)
             self._add("spool.warn_after", shown, 'must be before spool.max_age, or "off"')

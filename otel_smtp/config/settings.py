@@ -443,6 +443,14 @@ class Spool(Table, frozen=True, kw_only=True):
         BouncePolicy,
         Key("after a permanent failure: a bounce, a log line only, or neither", Choice(get_args(BouncePolicy))),
     ] = "mail"
+    notice_sender: Annotated[
+        str,
+        Key(
+            "envelope sender of bounces and warnings for upstreams that refuse the null sender",
+            MailboxKind(),
+            default="such notices are held",
+        ),
+    ] = ""
     most_messages: Annotated[
         int,
         Key("messages that wait; beyond, new mail gets 452 4.3.1, as it does where the disk is nearly full", _COUNT),

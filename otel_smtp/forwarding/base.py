@@ -142,6 +142,10 @@ class Forwarder(Protocol):
 class Relay(Forwarder, Protocol):
     """A forwarder that the spool delivers through: it says beforehand who would be asked, and how many may ask."""
 
+    def begin_along(self, destination: str, mail: Mail, record: TransactionRecord) -> MailTransaction:
+        """`begin`, by the upstreams of a destination, whatever senders and recipients they serve."""
+        ...
+
     def refusal(self, mail: Mail) -> Reply | None:
         """Why `begin` would refuse a mail for good, as far as is known without asking anybody."""
         ...

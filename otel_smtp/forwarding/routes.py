@@ -55,6 +55,18 @@ class Serving(Generic[T]):
         return [row.upstream for row in self._rows if row.recipients is None or row.recipients.match(recipient.address)]
 
 
+class _Everything:
+    """Patterns that every mail fits."""
+
+    senders: tuple[str, ...] = ()
+    recipients: tuple[str, ...] = ()
+
+
+def whatever_they_serve(upstreams: Sequence[T]) -> Serving[T]:
+    """A route along `upstreams`, the preferred one first, for any sender and recipient."""
+    return Serving([_Row(_Everything(), upstream) for upstream in upstreams])
+
+
 class Routes(Generic[T]):
     """The routes to a list of upstreams.
 

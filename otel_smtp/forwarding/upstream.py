@@ -15,7 +15,7 @@ from otel_smtp.forwarding.ceiling import Ceiling
 from otel_smtp.forwarding.delivery import Delivery
 from otel_smtp.forwarding.limits import Limit, Pace
 from otel_smtp.forwarding.pool import PoolSnapshot
-from otel_smtp.forwarding.routes import Routes, Serving
+from otel_smtp.forwarding.routes import Routes, Serving, whatever_they_serve
 from otel_smtp.forwarding.settings import MEMORY_LIMIT_OCTETS, PACE_PATIENCE_SECONDS, Strategy, UpstreamSettings
 from otel_smtp.forwarding.smarthost import Smarthost
 from otel_smtp.forwarding.transaction import Buffered, Spooled, Transaction, Transparent, bad_recipient
@@ -146,18 +146,27 @@ class UpstreamForwarder:
         return self._capabilities
 
     def begin(
-        self, mail: Mail, record: TransactionRecord, *, strategy: type[Transaction] | None = None
+        self,
+        mail: Mail,
+        record: TransactionRecord,
+        *,
+        strategy: type[Transaction] | None = None,
+        destination: str | None = None,
     ) -> MailTransaction:
         """Open a transaction. Nobody is asked yet.
 
         Args:
             strategy: where it is not ours.
+            destination: whose upstreams serve it, whatever senders and recipients they are for; None: that decides.
 
         Raises:
             Permanent: no upstream serves the sender, or the mail is too big for each that does.
             Transient: each that does is known to lack what the mail needs: it was offered when there was more.
         """
-        serving = self._routes.for_all or self._routes.for_mail(mail)
+        if destination is not None:
+            serving = whatever_they_serve(self._named(destination))
+        else:
+            serving = self._routes.for_all or self._routes.for_mail(mail)
         if (refusal := _refusal(mail, serving)) is not None:
             raise Transient(refusal) if refusal.is_transient else Permanent(refusal)
         return (strategy or self._strategy)(self, mail, record, serving)
@@ -177,12 +186,15 @@ class UpstreamForwarder:
 
     def concurrency(self, destination: str) -> int:
         """How many mails may be under way: as many as the one of its upstreams takes that takes most."""
-        names = destination.split(",")
-        # The settings may have changed since the name was noted; then the route is looked up again, whatever it is.
-        named = [smarthost for smarthost in self._smarthosts if smarthost.settings.name in names] or self._smarthosts
+        named = self._named(destination)
         if named[0].pace is not None:
             return named[0].concurrency()  # its mail waits for its limits, whoever else would serve it
         return max(smarthost.concurrency() for smarthost in named)
+
+    def _named(self, destination: str) -> Sequence[Smarthost]:
+        names = destination.split(",")
+        # The settings may have changed since the name was noted; then any of them may serve it.
+        return [smarthost for smarthost in self._smarthosts if smarthost.settings.name in names] or self._smarthosts
 
     def watch_room(self, made: Callable[[], None]) -> None:
         """See `Relay.watch_room`."""
@@ -354,6 +366,10 @@ class SpoolRelay:
     def begin(self, mail: Mail, record: TransactionRecord) -> MailTransaction:
         """As `UpstreamForwarder`."""
         return self._forwarder.begin(mail, record, strategy=Spooled)
+
+    def begin_along(self, destination: str, mail: Mail, record: TransactionRecord) -> MailTransaction:
+        """See `Relay.begin_along`."""
+        return self._forwarder.begin(mail, record, strategy=Spooled, destination=destination)
 
     def refusal(self, mail: Mail) -> Reply | None:
         """As `UpstreamForwarder`."""

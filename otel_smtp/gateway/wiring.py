@@ -199,6 +199,7 @@ def spool_settings(settings: Settings) -> "SpoolSettings":
         schedule=Schedule(spool.retry, max_age_seconds=spool.max_age, warn_after_seconds=spool.warn_after),
         bounce=spool.bounce,
         hostname=settings.hostname,
+        notice_sender=spool.notice_sender,
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from otel_smtp.forwarding.base import DeliveryFailed, MailTransaction, Relay
-from otel_smtp.observing import Fate, MessageKind, Observer, TransactionRecord, trace_fields
+from otel_smtp.observing import DeliveryPhase, Fate, MessageKind, Observer, TransactionRecord, trace_fields
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Recipient
 from otel_smtp.smtp.replies import ErrorType, Reply
@@ -131,6 +131,7 @@ class Attempt:
         )
         self._record.accepted = [one.recipient for one in lease.recipients]
         self._record.octets = lease.content.octets
+        self._mail = lease.mail
         self._transaction: MailTransaction | None = None
         self._answers: Sequence[Reply] = ()
         self._left: list[bytes] = []  # chunks that have not been written, the last one first
@@ -143,8 +144,17 @@ class Attempt:
         """Begin."""
         if self.lease.is_possible_duplicate:
             logger.warning("attempted again: the upstream may have it already", extra=told(self.lease))
+        self._begin()
+
+    def _begin(self) -> None:
+        if self._is_judged:
+            return
         try:
-            self._transaction = self._relay.begin(self.lease.mail, self._record)
+            if self.lease.kind is Kind.MAIL:
+                self._transaction = self._relay.begin(self._mail, self._record)
+            else:
+                # A notice always has a way: routes are for the senders of mail, and it has none.
+                self._transaction = self._relay.begin_along(self.lease.destination, self._mail, self._record)
             self._transaction.recipients(self._record.accepted, self._recipients_answered)
         except DeliveryFailed as failure:
             self._judge([failure.reply] * len(self.lease.recipients))
@@ -258,6 +268,9 @@ class Attempt:
     def _judge(self, answers: Sequence[Reply]) -> None:
         if self._is_judged:
             return
+        if self.lease.kind is not Kind.MAIL and self._has_another_sender(answers):
+            self._begin_again()
+            return
         self._is_judged = True
         recipients = self.lease.recipients
         if len(recipients) == 1 and answers[0].is_positive and recipients[0].recipient.notify is None:
@@ -269,6 +282,38 @@ class Attempt:
             return
         verdicts = [_verdict(one.number, answer) for one, answer in zip(recipients, answers, strict=True)]
         self._task = asyncio.get_running_loop().create_task(self._settle(verdicts))
+
+    def _has_another_sender(self, answers: Sequence[Reply]) -> bool:
+        """Whether a notice was refused for good that may leave in the name of somebody."""
+        return (
+            bool(self._notices.sender)
+            and not self._mail.reverse_path
+            and any(answer.is_permanent for answer in answers)
+            and not any(self._is_about_recipient(answer) for answer in answers)
+        )
+
+    def _is_about_recipient(self, refusal: Reply) -> bool:
+        """Whether a notice was refused for whom it is to, and not for whom it is from, or for what it is."""
+        deliveries = self._record.deliveries
+        phases = deliveries[-1].phases if deliveries else ()
+        if any(phase is DeliveryPhase.MAIL and reply is not None and reply.is_permanent for _, phase, reply in phases):
+            return False
+        status = refusal.enhanced
+        if status is None:
+            return True
+        # RFC 3463 3.2: X.1.7 and X.1.8 are about the sender's address. 3.3: X.2.Y is about a mailbox.
+        return status.subject == 2 or (status.subject == 1 and status.detail not in (7, 8))
+
+    def _begin_again(self) -> None:
+        """Some upstreams refuse the null sender (against RFC 5321 4.5.5), at MAIL, at RCPT or with the content."""
+        said = self._record.deliveries[-1].reply if self._record.deliveries else None
+        logger.warning("null sender refused, notice_sender is used", extra={**told(self.lease), **_codes(said)})
+        self._mail = self._mail._replace(reverse_path=self._notices.sender)
+        self._answers = ()
+        self._left = []
+        self._room = self._task = self._content = None
+        self._has_content_left = False
+        asyncio.get_running_loop().call_soon(self._begin)
 
     def _recorded(self, done: asyncio.Future[None], verdicts: Sequence[Verdict]) -> None:
         if not done.cancelled() and done.exception() is None:
@@ -289,6 +334,14 @@ class Attempt:
                 for verdict in verdicts
             )
             notices: Sequence[Notice] = ()
+            is_held = lease.kind is not Kind.MAIL and any(
+                verdict.end is End.FAILED and verdict.reply is not None and not self._is_about_recipient(verdict.reply)
+                for verdict in verdicts
+            )
+            if is_held:
+                # It would leave, were the upstream or our settings otherwise: an operator has to see to it.
+                verdicts = [Verdict(one.number, None, one.reply) for one in verdicts]
+                logger.error("notice refused for good: held", extra={**told(lease), **_codes(verdicts[0].reply)})
             try:
                 notices = await self._notices_of(verdicts)
             except Exception:
@@ -297,21 +350,24 @@ class Attempt:
                 verdicts = [
                     one if one.end is End.DELIVERED else Verdict(one.number, None, one.reply) for one in verdicts
                 ]
-            self._tell(self._fates(verdicts, has_bounced=bool(notices)))
+            self._tell(self._fates(verdicts, has_bounced=bool(notices), is_held=is_held))
             await self._recording.record(
                 lease,
                 lambda: self._store.finish(
                     lease, verdicts,
-                    retry_in=retry_in, is_possible_duplicate=is_unknown, notices=notices, is_urgent=False,
+                    retry_in=retry_in, is_possible_duplicate=is_unknown, hold=is_held, notices=notices,
+                    is_urgent=False,
                 ),
             )  # fmt: skip
+            if is_held and self._notices.held is not None:
+                self._notices.held[lease.message_id] = lease.expires_at
             if notices or waiting:
                 self._wake([destination for notice, _ in notices for destination in notice.deliveries])
         finally:
             self._ended(self)
 
     def _fates(
-        self, verdicts: Sequence[Verdict], *, has_bounced: bool
+        self, verdicts: Sequence[Verdict], *, has_bounced: bool, is_held: bool
     ) -> Sequence[tuple[Recipient, Fate, Reply | None]]:
         """What became of those that were not delivered to."""
         by_number = {one.number: one for one in self.lease.recipients}
@@ -320,7 +376,7 @@ class Attempt:
             one = by_number[verdict.number]
             if verdict.end is End.DELIVERED:
                 continue
-            fate = Fate.DEFERRED
+            fate = Fate.HELD if is_held else Fate.DEFERRED
             if verdict.end is End.FAILED:
                 bounces = has_bounced and self._notices.is_told(NoticeKind.FAILED, self.lease, one)
                 fate = Fate.BOUNCED if bounces else Fate.REFUSED

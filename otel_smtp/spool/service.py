@@ -28,12 +28,14 @@ class SpoolSettings:
     Attributes:
         control_path: where operators' commands are heard.
         hostname: ours, for notices.
+        notice_sender: their reverse-path for upstreams that refuse the null one; "": there is none.
     """
 
     control_path: Path
     schedule: Schedule
     bounce: BouncePolicy
     hostname: str
+    notice_sender: str = ""
 
 
 class Spool:
@@ -55,7 +57,14 @@ class Spool:
     ) -> None:
         schedule = settings.schedule
         self.store = store
-        notices = Notices(store, relay, policy=settings.bounce, hostname=settings.hostname)
+        notices = Notices(
+            store,
+            relay,
+            policy=settings.bounce,
+            hostname=settings.hostname,
+            max_age_seconds=schedule.max_age_seconds,
+            sender=settings.notice_sender,
+        )
         self.runner = Runner(store, relay, notices, schedule, observer)
         self._observer = observer
         intake = Intake(

@@ -327,3 +327,13 @@ def test_a_limit_holds_for_the_upstreams_that_name_it() -> None:
 def test_limits_that_cannot_hold(limit: list[Any], limits: list[str], expected: str) -> None:
     values = {"limit": limit} if limit else {}
     assert expected in refusal_of(upstream=[LOCAL | {"limits": limits}], **values).replace('"', "'")
+
+
+# Notices -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bounce", ["log", "off"])
+def test_a_sender_of_notices_needs_notices(bounce: str) -> None:
+    spool = {"notice_sender": "bounces@example.com"}
+    assert load_with(spool=spool).spool.notice_sender == "bounces@example.com"
+    assert f"has no effect with spool.bounce = {bounce}" in refusal_of(spool=spool | {"bounce": bounce})

@@ -366,3 +366,82 @@ async def test_a_failed_connection_uses_no_permit(tmp_path: Path) -> None:
                         await send_some(running, 1)
                     await asyncio.sleep(0.05)
         assert len(upstream.kept) == 1
+
+
+# Notices ------------------------------------------------------------------------------------------------------
+
+
+def gone(address: str) -> bytes | None:
+    return b"550 5.1.1 no such user\r\n" if address.endswith("@gone.example") else None
+
+
+def not_nobody(mail: bytes) -> bytes | None:
+    return b"501 5.1.7 null sender\r\n" if mail.startswith(b"<>") else None
+
+
+@asynccontextmanager
+async def bouncing(
+    tmp_path: Path, *, refuses_null: bool = True, more: Any = None, **spool: Any
+) -> AsyncIterator[tuple[ScriptedUpstream, Gateway]]:
+    """A gateway whose upstream refuses a queued mail for good."""
+    upstream = ScriptedUpstream(verdict=gone)
+    if refuses_null:
+        upstream.sender_verdict = not_nobody
+    queue = {"mode": "queue"}
+    spool = {"directory": str(tmp_path / "spool"), **spool}
+    async with (
+        upstream,
+        gateway(upstream, more=more, delivery=queue, spool=spool) as running,
+        client(running) as app,
+    ):
+        await app.sendmail("app@here.example", ["b@gone.example"], CONTENT)
+        yield upstream, running
+
+
+async def states(running: Gateway, expected: Sequence[str]) -> None:
+    """Wait until the queue's messages are in these states, and let it look at their age meanwhile."""
+    assert running.spool is not None
+    async with asyncio.timeout(10):
+        while [one.state for one in await running.spool.store.page("", 10)] != expected:
+            running.spool.runner.look_soon()
+            await asyncio.sleep(0.02)
+
+
+async def test_a_notice_leaves_in_another_name_where_the_null_sender_is_refused(tmp_path: Path) -> None:
+    async with bouncing(tmp_path, notice_sender="bounces@here.example") as (upstream, running):
+        await arrived(upstream)
+        (bounce,) = upstream.kept
+        assert bounce.mail.startswith(b"<bounces@here.example>")
+        assert bounce.addresses == ("app@here.example",)
+        assert b"Content-Type: multipart/report" in bounce.content
+        await states(running, [])
+
+
+async def test_the_null_sender_is_used_where_it_is_taken(tmp_path: Path) -> None:
+    async with bouncing(tmp_path, refuses_null=False, notice_sender="bounces@here.example") as (upstream, _):
+        await arrived(upstream)
+        assert upstream.kept[0].mail.startswith(b"<>")
+
+
+async def test_a_notice_leaves_by_the_route_of_its_mail_whatever_that_is_for(tmp_path: Path) -> None:
+    routed = {"senders": ["*@here.example"], "recipients": ["*@gone.example"]}
+    async with bouncing(tmp_path, refuses_null=False, more=routed) as (upstream, _):
+        await arrived(upstream)
+        assert upstream.kept[0].addresses == ("app@here.example",)
+
+
+async def test_a_notice_that_cannot_leave_is_held_and_given_up_with_a_critical_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with bouncing(tmp_path, max_age="2s", warn_after="off") as (upstream, running):
+        assert running.spool is not None
+        store = running.spool.store
+        await states(running, ["held"])
+        (held,) = await store.page("", 10)
+        assert held.kind == "bounce"
+        assert held.recipients[0][2] == "501 5.1.7 null sender"
+        assert (await store.counts()).held == 1
+        assert upstream.kept == []
+        await states(running, [])
+    (line,) = [one for one in caplog.records if one.levelname == "CRITICAL"]
+    assert line.getMessage() == "notice given up: nobody learns of what it tells"

@@ -29,7 +29,7 @@ class ScriptedRelay:
         room: how many chunks a transaction takes before it holds the writer back; None: any number.
         is_held: final answers wait until `let_go`.
         taken: mails that were answered 2yz: their recipients and content.
-        transactions: all there were.
+        transactions: all there were. `along`: the destinations of those whose route was given.
     """
 
     mail_refusals: deque[Reply] = field(default_factory=deque)
@@ -44,6 +44,7 @@ class ScriptedRelay:
     can: Capabilities = field(default_factory=Capabilities)
     taken: list[tuple[Mail, tuple[str, ...], bytes]] = field(default_factory=list)
     transactions: list["ScriptedTransaction"] = field(default_factory=list)
+    along: list[str] = field(default_factory=list)
 
     def capabilities(self) -> Capabilities:
         return self.can
@@ -55,6 +56,10 @@ class ScriptedRelay:
         transaction = ScriptedTransaction(self, mail, record)
         self.transactions.append(transaction)
         return transaction
+
+    def begin_along(self, destination: str, mail: Mail, record: TransactionRecord) -> "ScriptedTransaction":
+        self.along.append(destination)
+        return self.begin(mail, record)
 
     def refusal(self, mail: Mail) -> Reply | None:
         return None

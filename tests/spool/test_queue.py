@@ -386,7 +386,9 @@ async def test_what_is_too_old_goes_back_and_a_warning_goes_before(tmp_path: Pat
         assert tally == {"accepted": 1, "expired": 1, "notified": 2, "notified_delivered": 2}
 
 
-async def test_a_notice_that_is_too_old_is_held(tmp_path: Path) -> None:
+async def test_a_notice_that_is_too_old_is_given_up_and_the_log_cries(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     async with ScriptedUpstream() as upstream, queueing(tmp_path, settings(upstream), schedule=NEVER_AGAIN) as queue:
         upstream.verdict = lambda address: b"450 4.2.1 no\r\n" if address == MAIL.reverse_path else b"550 5.1.1 no\r\n"
         await queue.take()
@@ -400,10 +402,10 @@ async def test_a_notice_that_is_too_old_is_held(tmp_path: Path) -> None:
         await queue.spool.store.expire(notice.id)
         queue.spool.runner.look_soon()
 
-        async def is_held() -> bool:
-            return (await queue.spool.store.show(notice.id)).state is DeliveryState.HELD
-
-        await eventually(is_held)
+        await queue.empties()
+    (line,) = [one for one in caplog.records if one.levelname == "CRITICAL"]
+    assert line.getMessage() == "notice given up: nobody learns of what it tells"
+    assert line.__dict__["code"] == 450
 
 
 @pytest.mark.parametrize("has_passed", [True, False], ids=["time has passed", "the clock jumped"])

@@ -107,6 +107,7 @@ class ScriptedUpstream:
         tokens: by name, their bearer tokens for XOAUTH2.
         auth_refusal: the reply to wrong credentials.
         faults: by phase.
+        sender_verdict: the reply to MAIL, by its argument; None: the usual 250.
         verdict: the reply to a recipient, by its address; None: the usual 250.
         kept: the messages.
         connections: accepted so far.
@@ -129,6 +130,7 @@ class ScriptedUpstream:
     knows_ehlo: bool = True
     injected_after_starttls: bytes = b""
     faults: dict[Phase, Fault] = field(default_factory=dict)
+    sender_verdict: Callable[[bytes], bytes | None] = lambda _: None
     verdict: Callable[[str], bytes | None] = lambda _: None
     lmtp_verdict: Callable[[str], bytes | None] = lambda _: None
     kept: list[Kept] = field(default_factory=list)
@@ -463,6 +465,8 @@ class _Session:
     async def do_mail(self, argument: bytes) -> None:
         if self.mail is not None:
             self.replies.append(b"503 5.5.1 nested MAIL\r\n")
+        elif (verdict := self.upstream.sender_verdict(argument[5:])) is not None:
+            self.replies.append(verdict)
         elif await self.answer(Phase.MAIL, b"250 2.1.0 sender ok\r\n"):
             self.mail = argument[5:]
 

@@ -27,8 +27,6 @@ from otel_smtp.spool.store import Notice, Store
 
 logger: Final = logging.getLogger("otel_smtp.spool.dsn.notices")
 
-NOTICE_MAX_AGE_SECONDS: Final = 86400.0
-"""A bounce that cannot be delivered for a day is kept for an operator instead; RFC 5321 4.5.4.1 lets it be shorter."""
 RETURNED_CONTENT_OCTETS: Final = 50_000  # as Postfix returns at most
 
 _KINDS: Final = {
@@ -46,13 +44,31 @@ class Notices:
     Args:
         policy: `mail`: sent; `log`: a line only; `off`: neither.
         hostname: ours: the reporting MTA.
+        max_age_seconds: after which a notice that cannot leave is given up.
+        sender: the reverse-path for upstreams that refuse the null one; "": there is none.
+
+    Attributes:
+        held: the notices that wait for an operator: when each is given up, in seconds since the epoch, by its id; None:
+            that is not known yet.
     """
 
-    def __init__(self, store: Store, relay: Relay, *, policy: BouncePolicy, hostname: str) -> None:
+    def __init__(
+        self,
+        store: Store,
+        relay: Relay,
+        *,
+        policy: BouncePolicy,
+        hostname: str,
+        max_age_seconds: float = 5 * 86400.0,
+        sender: str = "",
+    ) -> None:
         self._store = store
         self._relay = relay
         self._policy = policy
         self._hostname = hostname
+        self._max_age_seconds = max_age_seconds
+        self.sender = sender
+        self.held: dict[str, float] | None = None
 
     async def of(
         self,
@@ -112,17 +128,14 @@ class Notices:
             eight_bit=self._relay.capabilities().eight_bit_mime,
         )
         mail, recipient = envelope(lease.mail, is_ascii=content.isascii())
-        destination = self._relay.destination(mail, recipient)
-        if isinstance(destination, Reply):
-            logger.warning("no upstream takes the notice", extra={"spool_id": lease.message_id, "notice": kind.value})
-            return ()
         header_octets = content.find(b"\r\n\r\n") + 2
         notice = NewMessage(
             id=message_id,
             mail=mail,
-            deliveries={destination: [recipient]},
+            # By the route of the mail that it tells of, whatever senders and recipients that is for: `attempts`.
+            deliveries={lease.destination: [recipient]},
             header_octets=header_octets,
-            expires_in=NOTICE_MAX_AGE_SECONDS,
+            expires_in=self._max_age_seconds,
             carrier=lease.carrier,
             kind=_KINDS[kind],
         )
