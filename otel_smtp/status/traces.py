@@ -106,6 +106,7 @@ class Severity(StrEnum):
     OK = "ok"
 
 
+_VERDICTS: Final = frozenset({Outcome.REFUSED, Outcome.PARTLY_RELAYED})
 _ERROR_EVENT: Final = names.STATE_EVENTS[ConnState.ERROR]
 
 # OTLP's numbers.
@@ -356,11 +357,11 @@ class RecentTraces:
 def _severity(spans: Sequence[FinishedSpan]) -> Severity:
     """How a trace went, as far as it is known.
 
-    A delivery that ended in a 5yz has the status ERROR, as conventions for clients want it; yet the upstream did its
-    work.
+    A delivery that ended in a 5yz, for all recipients or for some, has the status ERROR, as conventions for clients
+    want it; yet the upstream did its work.
     """
     failed = [span for span in spans if span.has_failed]
-    if any(span.attributes.get(names.OUTCOME) != Outcome.REFUSED for span in failed):
+    if any(span.attributes.get(names.OUTCOME) not in _VERDICTS for span in failed):
         return Severity.FAILED
     if failed or any(event.name == _ERROR_EVENT for span in spans for event in span.events):
         return Severity.REFUSED

@@ -68,7 +68,8 @@ def test_severity_tells_our_failures_from_refusals(states: str, has_failed: bool
 
 
 @pytest.mark.parametrize(
-    ("outcome", "severity"), [("refused", "refused"), ("deferred", "failed"), ("unknown", "failed")]
+    ("outcome", "severity"),
+    [("refused", "refused"), ("partly_relayed", "refused"), ("deferred", "failed"), ("unknown", "failed")],
 )
 def test_an_upstreams_verdict_on_a_mail_is_no_failure_of_ours(outcome: str, severity: str) -> None:
     trace = only(kept(mail_trace(1, outcome=outcome, code=550, has_failed=True)))
