@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,36 @@ async def test_a_result_that_may_wait_is_written_all_the_same(tmp_path: Path) ->
             (lease,) = await store.submit(message(), await written(store.draft()), lease=True)
             async with asyncio.timeout(10):
                 await store.finish(lease, DELIVERED, is_urgent=False)
+        assert await ids_in(store) == []
+
+
+class _EarlyTimers:
+    """A loop whose timers fire before their time, as some do by a millisecond, and by chance at once."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+
+    def call_later(self, _: float, callback: Callable[[], None]) -> asyncio.Handle:
+        return self._loop.call_soon(callback)
+
+    def call_soon_threadsafe(self, callback: Callable[..., None], *arguments: object) -> asyncio.Handle:
+        return self._loop.call_soon_threadsafe(callback, *arguments)
+
+
+async def test_a_timer_that_fires_early_leaves_no_result_behind(tmp_path: Path) -> None:
+    async with opened(tmp_path / "spool") as (store, _):
+        store.journal.log._loop = _EarlyTimers(asyncio.get_running_loop())  # type: ignore[assignment]
+        for number in range(60):
+            leases = [
+                *await store.submit(message(), await written(store.draft()), lease=True),
+                *await store.submit(message(), await written(store.draft()), lease=True),
+            ]
+            async with asyncio.timeout(10):
+                first = store.finish(leases[0], DELIVERED, is_urgent=False)
+                await asyncio.sleep(0)  # the timer has fired
+                if number % 2:
+                    await first
+                await asyncio.gather(first, store.finish(leases[1], DELIVERED, is_urgent=False))
         assert await ids_in(store) == []
 
 

@@ -512,6 +512,18 @@ async def test_nobody_writes_in_it_once_it_is_given_up(tmp_path: Path) -> None:
         assert not (tmp_path / "spool" / "log" / "spare.new").exists()
 
 
+async def test_no_spare_segment_is_made_once_it_is_given_up(tmp_path: Path) -> None:
+    """The thread that makes it may come to it only then."""
+    async with opened(tmp_path / "spool") as (store, _):
+        await queued(store)
+    before = set((tmp_path / "spool" / "log").iterdir())
+    for file in before:
+        if not file.name.isdigit():
+            file.unlink()
+    store.directory.prepare(SEGMENT_OCTETS)
+    assert set((tmp_path / "spool" / "log").iterdir()) == {file for file in before if file.name.isdigit()}
+
+
 @pytest.mark.parametrize("umask", [0o000, 0o777], ids=oct)
 async def test_nobody_else_can_read_it_whatever_the_umask(tmp_path: Path, umask: int) -> None:
     path = tmp_path / "spool"
