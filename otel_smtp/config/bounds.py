@@ -112,7 +112,7 @@ LEDGER: Final = (
         _CLIENT,
         "failed logins of an address in a minute",
         ("limits.auth_failures_per_minute",),
-        "421 at connect",
+        "421 at connect; on loopback the answers to wrong passwords wait",
         _LIMITS,
     ),
     Bound(

@@ -212,7 +212,8 @@ class Limits(Table, frozen=True, kw_only=True):
         int, Key("failed logins on one connection, then 421", _COUNT, "RFC 4954: not before three")
     ] = 3
     auth_failures_per_minute: Annotated[
-        int, Key("failed logins from one client address other than loopback, then 421 to its connections", _COUNT)
+        int,
+        Key("failed logins from one client address, then 421 to its connections; to loopback, later answers", _COUNT),
     ] = 10
     octets_per_second: Annotated[
         int, Key("minimum rate at which a client sends content", _COUNT, "Postfix: smtpd_min_data_rate")

@@ -1,5 +1,6 @@
 """Who the client of a session is: PROXY header, access, TLS, AUTH."""
 
+import asyncio
 import logging
 import time
 from typing import Final
@@ -209,5 +210,7 @@ class Admission(Conversation):
                 self._call(self._protocol.reply, replies.AUTH_SUCCEEDED)
             case _:
                 record.auth_mechanism = exchange.mechanism
-                self._house.auth_failed(record.client)
+                if (seconds := self._house.auth_failed(record.client)) > 0:
+                    await asyncio.sleep(seconds)
+                    protocol.states.now_ns = time.monotonic_ns()
                 self._call(self._protocol.reply, replies.AUTH_FAILED)

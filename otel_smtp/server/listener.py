@@ -21,6 +21,9 @@ from otel_smtp.smtp.extensions import Offer
 from otel_smtp.smtp.replies import Reply
 from otel_smtp.smtp.states import IllegalTransition
 
+# An answer to a wrong password, where too many have been given already.
+GUESS_SECONDS: Final = 2.0
+
 logger: Final = logging.getLogger("otel_smtp.server.listener")
 
 
@@ -190,15 +193,20 @@ class Server:
         """Whether this address has not failed to authenticate too often.
 
         Loopback and unix sockets always may: they are many applications, and one with a wrong password must not shut
-        the others out. The limit per connection holds for them too.
+        the others out. The limit per connection holds for them too, and see `auth_failed`.
         """
         return _countable(client) is None or not self._auth_failures.is_exceeded(
             client.host, asyncio.get_running_loop().time()
         )
 
-    def auth_failed(self, client: Endpoint) -> None:
-        """Count a failed AUTH against its address."""
-        self._auth_failures.count(client.host, asyncio.get_running_loop().time())
+    def auth_failed(self, client: Endpoint) -> float:
+        """Count a failed AUTH against its address; for how many seconds the answer is to wait.
+
+        Whoever is not shut out for guessing is slowed: the others on this machine, whose passwords are right, are not.
+        """
+        now = asyncio.get_running_loop().time()
+        self._auth_failures.count(client.host, now)
+        return GUESS_SECONDS if self._auth_failures.is_exceeded(client.host, now) else 0.0
 
     def admit(self, session: Conversation, client: Endpoint) -> Reply | None:
         """Count a client that its PROXY header named; the refusal, where it has too many connections."""

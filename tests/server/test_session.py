@@ -8,12 +8,14 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+import argon2
 import pytest
 
 from otel_smtp.forwarding.base import Capabilities, DeliveryFailed
 from otel_smtp.observing import Endpoint, Fate, Outcome
+from otel_smtp.server.listener import GUESS_SECONDS
 from otel_smtp.server.policy import ListenerPolicy, Segments, ServerTimeouts, is_in
-from otel_smtp.server.users import Authenticator, Users
+from otel_smtp.server.users import Argon2Hash, Authenticator, Users
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.policy import ServerLimits, ServerPolicy
 from otel_smtp.smtp.replies import EnhancedStatus, ErrorType, Reply
@@ -759,3 +761,33 @@ async def test_a_greeting_that_is_no_host_name_stands_in_no_received_field(name:
         received = served.forwarder.kept[0].content.partition(b"Subject")[0]
         assert received.startswith(b"Received: from [%b] ([%b])\r\n by " % (PEER.host.encode(), PEER.host.encode()))
         assert name not in received
+
+
+@pytest.mark.movable_clock
+async def test_guesses_beyond_the_limit_are_answered_late_and_a_right_password_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    users = Users({"user": Argon2Hash(argon2.PasswordHasher(time_cost=1, memory_cost=8, parallelism=1).hash("right"))})
+    protocol = replace(POLICY.protocol, auth_mechanisms=("PLAIN",), auth_in_clear=True)
+    async with serving(replace(POLICY, protocol=protocol, authenticator=Authenticator(users))) as served:
+        waits: list[float] = []
+        count = served.server.auth_failed
+
+        def counted(client: Endpoint) -> float:
+            waits.append(count(client))
+            return waits[-1]
+
+        monkeypatch.setattr(served.server, "auth_failed", counted)
+        for _ in range(8):
+            counted(served.seen.record.client)
+        served.stream.feed(b"EHLO c\r\n" + LOGIN)
+        await served.stream.sends(b"535 5.7.8")
+        served.stream.feed(LOGIN)
+        await until(lambda: len(waits) == 10)
+        assert waits == [0.0] * 9 + [GUESS_SECONDS]
+        await turns()
+        assert b"535 " not in served.stream.sent
+        advance(GUESS_SECONDS + 0.1)
+        await served.stream.sends(b"535 5.7.8")
+        served.stream.feed(b"AUTH PLAIN AHVzZXIAcmlnaHQ=\r\n")
+        await served.stream.sends(b"235 2.7.0")

@@ -479,3 +479,12 @@ async def test_no_more_passwords_are_hashed_at_once_than_allowed() -> None:
     guesses = [users.has(Password("app", f"guess {number}")) for number in range(10 * HASHING_THREADS)]
     assert not any(await asyncio.gather(*guesses))
     assert proof.most == HASHING_THREADS
+
+
+async def test_passwords_are_hashed_where_their_threads_may_not_give_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(increment: int) -> int:
+        raise PermissionError
+
+    monkeypatch.setattr("os.nice", refuse)
+    users = Users({"tim": Argon2Hash(QUICK.hash("tanstaaf"))})
+    assert await users.has(Password("tim", "tanstaaf"))
