@@ -65,7 +65,7 @@ def change(before: Settings, after: Settings) -> Change:
 
     A listener whose address changes keeps all of its old settings, and so do all of them where one comes, goes or is
     renamed: what was checked as a whole must hold as a whole. A new `allow` that suits a new loopback address would
-    make an open relay at the old one.
+    make an open relay at the old one. Upstreams stay as they are where one of them names a limit that is new.
     """
     changed: list[str] = []
     needs_restart: list[str] = []
@@ -77,6 +77,9 @@ def change(before: Settings, after: Settings) -> Change:
             needs_restart += [name] if old != new else []
         elif name == "listener":
             values[name] = _listeners(old, new, changed, needs_restart)
+        elif name == "upstream" and not _names_known_limits(new, before):
+            needs_restart.append(name)
+            values[name] = old
         elif isinstance(entry, Tables):
             values[name] = _lists(entry, name, old, new, changed, needs_restart)
         else:
@@ -86,6 +89,12 @@ def change(before: Settings, after: Settings) -> Change:
         tuple(changed),
         tuple(needs_restart),
     )
+
+
+def _names_known_limits(upstreams: tuple[Upstream, ...], before: Settings) -> bool:
+    """Whether the limits of upstreams are there: those are made at the start, for all workers."""
+    known = {limit.name for limit in before.limit}
+    return all(known.issuperset(upstream.limits) for upstream in upstreams)
 
 
 def _table(old: Table, new: Table, prefix: str, changed: list[str], needs_restart: list[str]) -> Table:

@@ -86,3 +86,17 @@ def test_only_settings_are_named() -> None:
     for table, names in AT_ONCE.items():
         keys = {name for name, entry in SCHEMA[table].items() if isinstance(entry, Key) or entry in AT_ONCE}
         assert names <= keys
+
+
+def test_a_new_limit_needs_a_restart_and_so_does_what_it_holds_for() -> None:
+    limit = {"name": "rate", "rate": "30/m"}
+    limited = {"upstream": [{**UPSTREAM, "connections": 3, "limits": ["rate"]}]}
+    before = settings()
+    new = change(before, settings(limit=[limit], **limited))
+    assert new.needs_restart == ("upstream", "limit")
+    assert new.settings.upstream == before.upstream
+    assert new.changed == ()
+    # One that is there already may hold for an upstream from now on.
+    new = change(settings(limit=[limit]), settings(limit=[limit], **limited))
+    assert new.needs_restart == ()
+    assert new.settings.upstream[0].limits == ("rate",)
