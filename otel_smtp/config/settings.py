@@ -489,6 +489,15 @@ class Telemetry(Table, frozen=True, kw_only=True):
         ),
     ] = 5 * MINUTE
     trace_in_reply: Annotated[bool, Key("`trace=<id>` in the final 250, and in refusals of mail", Boolean())] = True
+    keep: Annotated[
+        tuple[str, ...],
+        Key(
+            "what is exported though OTEL_TRACES_SAMPLER drops it: mails that failed or lost a recipient, slow ones",
+            Many(Choice(("errors", "slow"))),
+        ),
+    ] = ()
+    slow: Annotated[float, Key("time beyond which a mail is slow, for `keep`", Duration())] = 5.0
+    keep_rate: Annotated[Rate, Key("mails that `keep` may keep, per process", RateKind())] = Rate(20, 1.0)
     probes: Annotated[bool, Key("export spans of connections that sent nothing", Boolean())] = False
     message_id: Annotated[
         bool, Key("put the mail's Message-ID on its span; it may contain the name of a host or person", Boolean())

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, cast
 from otel_smtp import __version__
 from otel_smtp.config import Listener, Settings, Upstream
 from otel_smtp.config.settings import Table
+from otel_smtp.config.settings import Telemetry as TelemetrySettings
 from otel_smtp.forwarding.limits import LimitSettings
 from otel_smtp.forwarding.oauth import OAuthSettings, OAuthTokens
 from otel_smtp.forwarding.settings import (
@@ -27,6 +28,8 @@ from otel_smtp.server.policy import ListenerPolicy, Segments, ServerTimeouts
 from otel_smtp.server.users import Authenticator
 from otel_smtp.smtp.policy import ServerLimits, ServerPolicy
 from otel_smtp.smtp.sasl import MECHANISMS
+from otel_smtp.telemetry.keeping import Keep as KeepReason
+from otel_smtp.telemetry.keeping import Keeping
 from otel_smtp.telemetry.metrics import OpenConnections
 from otel_smtp.telemetry.propagation import InboundPolicy
 from otel_smtp.telemetry.records import SpanSink
@@ -236,6 +239,15 @@ def inbound_policies(settings: Settings) -> Mapping[str, InboundPolicy]:
     return {listener.name: InboundPolicy(listener.trace_context) for listener in settings.listener}
 
 
+def _keeping(telemetry: TelemetrySettings) -> Keeping | None:
+    if not telemetry.keep:
+        return None
+    rate = telemetry.keep_rate
+    per_second = rate.amount / rate.period_seconds
+    reasons = [KeepReason(one) for one in telemetry.keep]
+    return Keeping(reasons, slow_seconds=telemetry.slow, per_second=per_second)
+
+
 def telemetry_options(
     settings: Settings,
     redaction: Redaction,
@@ -270,6 +282,7 @@ def telemetry_options(
         state_events=StateEvents(telemetry.state_events),
         probes=telemetry.probes,
         with_message_id=telemetry.message_id,
+        keeping=_keeping(telemetry),
         listeners=span_sinks,
         memories=memories,
         open_connections=open_connections,

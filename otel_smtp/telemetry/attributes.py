@@ -627,6 +627,13 @@ ROUND_TRIPS: Final = _attribute("smtp.round_trips", Type.INT, (On.DELIVERY, On.L
 
 # Attributes: links, metrics --------------------------------------------------------------------------------------
 
+SAMPLING_REASON: Final = _attribute(
+    "smtp.sampling.reason",
+    Type.STRING,
+    (*_SPAN_ALL, On.SPOOL),
+    "where the sampler dropped it and its outcome kept it: errors, slow",
+    "errors",
+)
 LINK_TYPE: Final = _attribute(
     "smtp.link.type",
     Type.STRING,
@@ -663,7 +670,7 @@ DROP_REASON: Final = _attribute(
     "smtp.telemetry.drop_reason",
     Type.STRING,
     (On.METRIC,),
-    "always: queue_full, too_large, export_failed, rejected, shutdown",
+    "always: queue_full, too_large, export_failed, rejected, keep_rate, shutdown",
     "queue_full",
 )
 

@@ -59,6 +59,7 @@ class DropReason(StrEnum):
     TOO_LARGE = "too_large"  # one span larger than a batch may be
     EXPORT_FAILED = "export_failed"  # given up after retries
     REJECTED = "rejected"  # by the collector, for good
+    KEEP_RATE = "keep_rate"  # the sampler dropped it, and more was to be kept by its outcome than may be
     SHUTDOWN = "shutdown"  # still there when the budget for the end was spent
 
 

@@ -9,7 +9,7 @@ from opentelemetry.sdk.trace.sampling import Decision, Sampler
 from opentelemetry.trace import Link, NonRecordingSpan, SpanContext, SpanKind, TraceFlags, set_span_in_context
 from opentelemetry.trace.span import TraceState
 
-from otel_smtp.telemetry.attributes import Attributes
+from otel_smtp.telemetry.attributes import SAMPLING_REASON, Attributes
 from otel_smtp.telemetry.propagation import RANDOM, SAMPLED, TraceContext
 from otel_smtp.telemetry.records import LinkRecord
 from otel_smtp.telemetry.shapes import SpanShape
@@ -26,10 +26,11 @@ class Identity:
 
     Attributes:
         attributes: what the sampler adds.
+        is_kept: the sampler dropped it, and it is exported all the same; whoever inherits its flags is not.
         failure: of a connection's segment, the shape of a transaction's span in it that failed.
     """
 
-    __slots__ = ("attributes", "context", "failure", "is_recording", "links", "parent")
+    __slots__ = ("attributes", "context", "failure", "is_kept", "is_recording", "links", "parent")
 
     def __init__(
         self,
@@ -45,7 +46,14 @@ class Identity:
         self.links = links
         self.is_recording = is_recording
         self.attributes = attributes
+        self.is_kept = False
         self.failure: SpanShape | None = None
+
+    def keep(self, reason: str) -> None:
+        """Have it exported though the sampler dropped it."""
+        if not self.is_recording:
+            self.is_recording = self.is_kept = True
+            self.attributes = {**self.attributes, SAMPLING_REASON: reason}
 
 
 class Sampling:

@@ -17,6 +17,7 @@ from otel_smtp.telemetry import environment
 from otel_smtp.telemetry.collector import Protocol, Signal, connect
 from otel_smtp.telemetry.environment import Environment, Problem, SignalExport
 from otel_smtp.telemetry.exporting import Export, TraceExport
+from otel_smtp.telemetry.keeping import Keeping
 from otel_smtp.telemetry.log_export import LogExportHandler
 from otel_smtp.telemetry.logs import AccessLog, StateLogger
 from otel_smtp.telemetry.metric_export import MetricExport, MetricsReading
@@ -42,6 +43,7 @@ class TelemetryOptions:
         policies: what to make of a message's trace context, by listener's name: of every listener.
         upstreams, limits: the names of all. `mechanisms`: those of AUTH that are known.
         access_log: write a line per connection, transaction and delivery, if the log's level allows it.
+        keeping: decides what is kept that the sampler drops; None: nothing is.
         listeners: receive every finished span, sampled or not.
         memories: take every recorded span as octets, and whether something in it went wrong.
         open_connections: yields the open client connections when the metrics are read, on the event loop.
@@ -61,6 +63,7 @@ class TelemetryOptions:
     probes: bool = False
     with_message_id: bool = False
     access_log: bool = True
+    keeping: Keeping | None = None
     listeners: Sequence[SpanSink] = ()
     memories: Sequence[Keep] = ()
     open_connections: OpenConnections = tuple
@@ -219,6 +222,7 @@ def set_up(options: TelemetryOptions, environ: Mapping[str, str] | None = None) 
     def listeners() -> Sequence[SpanSink]:
         return [*options.listeners, *([access_log] if options.access_log and access_log.is_wanted() else [])]
 
+    keeping = [options.keeping] if options.keeping is not None else []
     tracing = Tracing(
         exports=[export.put] if export else [],
         memories=options.memories,
@@ -230,12 +234,13 @@ def set_up(options: TelemetryOptions, environ: Mapping[str, str] | None = None) 
         state_events=options.state_events,
         probes=options.probes,
         with_message_id=options.with_message_id,
+        keeping=options.keeping,
     )
     metrics = Metrics(
         open_connections=options.open_connections,
         connections=options.upstream_connections,
         spool=options.spool,
-        dropped=lambda: [lost for one in exports for lost in one.dropped()],
+        dropped=lambda: [lost for one in (*exports, *keeping) for lost in one.dropped()],
         exemplars=asked.exemplars,
         resource=resource.attributes,
         listeners=[*options.policies],

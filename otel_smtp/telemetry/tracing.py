@@ -28,11 +28,13 @@ from opentelemetry.sdk.trace.id_generator import IdGenerator, RandomIdGenerator
 from opentelemetry.sdk.trace.sampling import DEFAULT_ON, Sampler
 from opentelemetry.trace import SpanKind
 
-from otel_smtp.observing import ConnectionRecord, DeliveryRecord, MessageKind, Observer, TransactionRecord
+from otel_smtp.observing import ConnectionRecord, DeliveryRecord, MessageKind, Observer, SpoolAction, TransactionRecord
 from otel_smtp.smtp.states import ConnState, ErrorReply, Transition
 from otel_smtp.telemetry import attributes as names
 from otel_smtp.telemetry import propagation
 from otel_smtp.telemetry.attributes import LinkType
+from otel_smtp.telemetry.keeping import Keep as KeepReason
+from otel_smtp.telemetry.keeping import Keeping
 from otel_smtp.telemetry.propagation import SAMPLED, InboundPolicy, TraceContext
 from otel_smtp.telemetry.records import EventRecord, LinkRecord, SpanRecord, SpanSink, StateLog
 from otel_smtp.telemetry.redaction import Redaction
@@ -75,6 +77,7 @@ class Tracing(Observer):
         probes: give spans of connections that sent nothing too.
         with_message_id: put `Message-ID` on transactions.
         monotonic_ns: the clock of the records.
+        keeping: decides what is kept by its outcome; None: the sampler alone decides.
     """
 
     def __init__(
@@ -92,7 +95,9 @@ class Tracing(Observer):
         probes: bool = False,
         with_message_id: bool = False,
         monotonic_ns: Callable[[], int] = time.monotonic_ns,
+        keeping: Keeping | None = None,
     ) -> None:
+        self._keeping = keeping
         self._exports = tuple(exports)
         self._memories = tuple(memories)
         self._encodes = bool(exports or memories)
@@ -199,6 +204,8 @@ class Tracing(Observer):
     def transaction_ended(self, transaction: TransactionRecord) -> None:
         """Make the spans of the transaction and of its deliveries that are over."""
         identity: Identity | None = transaction.trace or self._settle(transaction)
+        if self._keeping is not None and identity is not None and not identity.is_recording:
+            self._keep_by_outcome(self._keeping, identity, transaction)
         for delivery in transaction.deliveries:
             if delivery.ended_ns:
                 self._finish_delivery(delivery)
@@ -220,8 +227,23 @@ class Tracing(Observer):
         if self._reads[identity.is_recording]:
             self._show(identity, described, times, told)
 
+    def _keep_by_outcome(self, keeping: Keeping, identity: Identity, transaction: TransactionRecord) -> None:
+        """Keep a transaction that went wrong or took long, with its attempts and its connection's segment."""
+        reason = keeping.transaction(transaction)
+        if reason is None:
+            return
+        identity.keep(reason.value)
+        for delivery in transaction.deliveries:
+            (delivery.trace or self._settle_delivery(delivery)).keep(reason.value)
+        if transaction.connection is not None:
+            identity_of(transaction.connection).keep(reason.value)
+
     def delivery_ended(self, delivery: DeliveryRecord) -> None:
         """Make the span of an attempt that outlived its transaction."""
+        if self._keeping is not None and delivery.transaction.connection is None:
+            identity = delivery.trace or self._settle_delivery(delivery)
+            if not identity.is_recording and (reason := self._keeping.attempt(delivery)) is not None:
+                _keep_alone(identity, reason)
         self._finish_delivery(delivery)
 
     def spool_acted(self, transaction: TransactionRecord) -> None:
@@ -235,6 +257,10 @@ class Tracing(Observer):
         identity = self._sampling.decide(
             names.SPAN_SPOOL, SpanKind.INTERNAL, parent, at_start, _links(transaction, parent)
         )
+        if self._keeping is not None and not identity.is_recording and transaction.action is not SpoolAction.RELEASED:
+            reason = self._keeping.failure()
+            if reason is not None:
+                _keep_alone(identity, reason)
         if not self._wants[identity.is_recording]:
             return
         described = self.attributes.spooled(transaction)
@@ -374,7 +400,7 @@ class Tracing(Observer):
         if identity.attributes:
             pairs = [*_sampler_pairs(identity, shape, pairs), *pairs]
         span = encode(shape, context, identity.parent, *times, pairs, events, identity.links)
-        if context.flags & SAMPLED:
+        if context.flags & SAMPLED or identity.is_kept:
             for take in self._exports:
                 take(span)
         for keep in self._memories:
@@ -450,6 +476,12 @@ def identity_of(connection: ConnectionRecord) -> Identity:
 def before_segment_ns(connection: ConnectionRecord) -> int | None:
     """When the last transition before the present segment was; None where there was none."""
     return connection.earlier[-1].at_ns if connection.earlier else None
+
+
+def _keep_alone(identity: Identity, reason: KeepReason) -> None:
+    """Keep what happened in the spool to a message whose transaction may not have been kept: a root, linked to that."""
+    identity.keep(reason.value)
+    identity.parent = None
 
 
 def _links(transaction: TransactionRecord, parent: TraceContext | None) -> tuple[LinkRecord, ...]:

@@ -226,6 +226,10 @@ NOT_IN_THE_VISIT: Final = {
     (names.POSSIBLE_DUPLICATE, On.DELIVERY): "queue mode",
     (names.MESSAGE_ID, On.TRANSACTION): "opted in by telemetry.message_id",
     (names.ERROR_TYPE, On.CONNECTION): "a failure of ours",
+    **{
+        (names.SAMPLING_REASON, on): "kept by outcome: test_keeping.py"
+        for on in (On.CONNECTION, On.TRANSACTION, On.DELIVERY)
+    },
     **{(names.FAILURE_REASON, on): "test_stories.py" for on in (On.CONNECTION, On.TRANSACTION, On.DELIVERY, On.STATE)},
     (names.RECIPIENTS_NOT_SHOWN, On.RECIPIENT): "more than fifty refused recipients: test_recipients.py",
     (names.ERROR_TYPE, On.TRANSACTION): "a failure of ours: this upstream refuses",

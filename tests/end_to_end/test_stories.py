@@ -191,6 +191,23 @@ def test_buffered_the_one_who_is_refused_is_named_where_all_are_refused(
     ]
 
 
+def test_a_sampler_that_drops_everything_leaves_the_mail_that_lost_a_recipient(
+    upstream: CapturingUpstream, receiver: OtlpReceiver, start: StartGateway
+) -> None:
+    upstream.say(UpstreamScript(recipients={"gone@there.example": scripted_reply("550 5.1.1 No such user")}))
+    settings = {"upstream.url": upstream.url, "upstream.name": "provider", "telemetry.keep": ["errors"]}
+    running = start(settings, {**exporting(receiver), "OTEL_TRACES_SAMPLER": "always_off"})
+    for recipients in (["b@here.example"], ["b@here.example", "gone@there.example"]):
+        with smtplib.SMTP("127.0.0.1", running.port) as client:
+            client.sendmail("a@client.example", recipients, MAIL)
+    assert trace_of(receiver, WHOLE) == [
+        "connection, ended by quit",
+        "  transaction partly_relayed: 250 2.0.0 Ok: queued as CAPTURE (1 refused)",
+        "    * there.example refused: 550 5.1.1 No such user, said by provider",
+        "    delivery to provider partly_relayed: 250 2.0.0 Ok: queued as CAPTURE (1 refused) ERROR upstream_refused",
+    ]
+
+
 # b to e: the upstream cannot be used ---------------------------------------------------------------------------------
 
 

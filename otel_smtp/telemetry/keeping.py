@@ -1,0 +1,94 @@
+"""Sampling by outcome: what is kept although the sampler dropped it.
+
+A sampler decides before anything has happened. Our spans are made when they end, so what went wrong, or took long, can
+be kept all the same, with its attempts and its connection's segment: of few mails, all that matters. What clients do
+wrong (scanners) keeps nothing.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+from typing import Final
+
+from otel_smtp.observing import DeliveryRecord, Outcome, TransactionRecord
+from otel_smtp.telemetry.collector import Signal
+from otel_smtp.telemetry.exporting import DropReason
+from otel_smtp.telemetry.span_attributes import attempt_failure, our_failure
+
+DEFAULT_SLOW_SECONDS: Final = 5.0
+DEFAULT_PER_SECOND: Final = 20.0
+
+
+class Keep(StrEnum):
+    """Why a span was kept: the value of `smtp.sampling.reason`."""
+
+    ERRORS = "errors"
+    SLOW = "slow"
+
+
+class Keeping:
+    """Decides what is kept, within a rate; counts what is beyond.
+
+    Args:
+        reasons: those that count.
+        slow_seconds: what takes longer is slow.
+        per_second: at most so many transactions and attempts from the spool, with as many at once.
+        monotonic: a clock, in seconds.
+    """
+
+    def __init__(
+        self,
+        reasons: Sequence[Keep],
+        *,
+        slow_seconds: float = DEFAULT_SLOW_SECONDS,
+        per_second: float = DEFAULT_PER_SECOND,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._reasons = frozenset(reasons)
+        self._slow_ns = slow_seconds * 1e9
+        self._per_second = per_second
+        self._monotonic = monotonic
+        self._most = max(1.0, per_second)
+        self._left = self._most
+        self._looked_at = monotonic()
+        self._beyond = 0
+
+    def transaction(self, record: TransactionRecord) -> Keep | None:
+        """Why a transaction is kept; None: it is not."""
+        is_error = (
+            record.refused_count > 0
+            or record.deferred_count > 0
+            or record.outcome is Outcome.UNKNOWN
+            or our_failure(record.outcome, record.reply, record.error_type) is not None
+        )
+        return self._decide(record.ended_ns - record.begun_ns, is_error=is_error)
+
+    def attempt(self, record: DeliveryRecord) -> Keep | None:
+        """Why an attempt from the spool is kept; None: it is not."""
+        is_error = record.refused_count > 0 or record.deferred_count > 0 or bool(record.refused)
+        is_error = is_error or attempt_failure(record.outcome, record.reply, record.error_type) is not None
+        return self._decide(record.ended_ns - record.begun_ns, is_error=is_error)
+
+    def failure(self) -> Keep | None:
+        """Why something is kept that failed."""
+        return self._decide(0, is_error=True)
+
+    def dropped(self) -> list[tuple[str, str, int]]:
+        """What was beyond the rate, as the metrics want it: signal, reason, how many."""
+        return [(Signal.TRACES.value, DropReason.KEEP_RATE.value, self._beyond)]
+
+    def _decide(self, duration_ns: int, *, is_error: bool) -> Keep | None:
+        if is_error and Keep.ERRORS in self._reasons:
+            reason = Keep.ERRORS
+        elif duration_ns > self._slow_ns and Keep.SLOW in self._reasons:
+            reason = Keep.SLOW
+        else:
+            return None
+        now = self._monotonic()
+        self._left = min(self._most, self._left + (now - self._looked_at) * self._per_second)
+        self._looked_at = now
+        if self._left < 1:
+            self._beyond += 1
+            return None
+        self._left -= 1
+        return reason
