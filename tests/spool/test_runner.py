@@ -1,0 +1,123 @@
+"""The runner before a scripted upstream, on a store in memory: what it makes of each verdict and of each fault."""
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import pytest
+
+from otel_smtp.spool import runner as runner_module
+from otel_smtp.spool.dsn.notices import Notices
+from otel_smtp.spool.messages import ContentRef, DeliveryState, Lease, SpoolError
+from otel_smtp.spool.runner import Runner
+from otel_smtp.spool.schedule import Schedule
+from tests.spool.memory_store import MemoryStore
+from tests.spool.messages import BODY, HEADER, message, queued
+from tests.spool.queueing import eventually
+from tests.spool.scripted_relay import BUSY, GONE, ScriptedRelay
+
+AT_ONCE = Schedule((0.01,), warn_after_seconds=None)
+
+
+@dataclass
+class Running:
+    store: MemoryStore
+    relay: ScriptedRelay
+    runner: Runner
+
+    async def put(self, *recipients: str) -> str:
+        one = await queued(self.store, message(*recipients))
+        self.runner.wake(["up"])
+        return one
+
+    async def empties(self) -> None:
+        await eventually(lambda: not self.store.memory.entries)
+
+
+@asynccontextmanager
+async def running(relay: ScriptedRelay | None = None, store: MemoryStore | None = None) -> AsyncIterator[Running]:
+    relay, store = relay or ScriptedRelay(), store or MemoryStore()
+    await store.open()
+    runner = Runner(store, relay, Notices(store, relay, policy="mail", hostname="gw.example"), AT_ONCE, relay.observer)
+    await runner.start()
+    try:
+        yield Running(store, relay, runner)
+    finally:
+        await runner.stop(grace_seconds=1)
+        await store.close()
+
+
+async def test_what_is_due_is_delivered_as_it_came() -> None:
+    async with running() as up:
+        await up.put("a@x.example", "b@x.example")
+        await up.empties()
+        ((_, recipients, content),) = up.relay.taken
+        assert (recipients, content) == (("a@x.example", "b@x.example"), HEADER + BODY)
+        assert await up.store.tally() == {"accepted": 2, "delivered": 2}
+
+
+async def test_what_is_deferred_is_attempted_again() -> None:
+    relay = ScriptedRelay()
+    relay.mail_refusals.extend([BUSY, BUSY])
+    async with running(relay) as up:
+        await up.put()
+        await up.empties()
+        assert [transaction._record.attempt for transaction in relay.transactions] == [3]
+
+
+async def test_what_is_refused_goes_back_to_its_sender() -> None:
+    relay = ScriptedRelay(verdicts={"b@x.example": GONE})
+    async with running(relay) as up:
+        await up.put("a@x.example", "b@x.example")
+        await up.empties()
+        assert [recipients for _, recipients, _ in relay.taken] == [("a@x.example",), ("app@example.com",)]
+        assert b"no such user" in relay.taken[1][2]
+        assert await up.store.tally() == {
+            "accepted": 2, "delivered": 1, "failed": 1, "notified": 1, "notified_delivered": 1,
+        }  # fmt: skip
+
+
+class _Unreadable(MemoryStore):
+    """Contents do not come with their leases, and cannot be read for now."""
+
+    is_readable = False
+
+    async def claim(
+        self, wanted: Mapping[str, int]
+    ) -> tuple[Sequence[tuple[Lease, Sequence[bytes] | None]], float | None]:
+        claimed, due_in = await super().claim(wanted)
+        return [(lease, None) for lease, _ in claimed], due_in
+
+    async def is_intact(self, content: ContentRef) -> bool:
+        return self.is_readable
+
+
+async def test_a_content_that_cannot_be_read_is_set_aside_and_not_retried() -> None:
+    store = _Unreadable()
+    async with running(store=store) as up:
+        one = await up.put()
+        await eventually(lambda: store.memory.entries[one].deliveries[0].state is DeliveryState.CORRUPT)
+        assert (up.relay.taken, len(up.relay.transactions)) == ([], 1)
+        store.is_readable = True
+        assert await store.release(one)
+        up.runner.wake()
+        await up.empties()
+        assert up.relay.taken[0][2] == HEADER + BODY
+
+
+async def test_a_store_that_is_away_for_a_while_is_worked_on_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner_module, "AGAIN_SECONDS", 0.01)
+    failures = iter(range(5))
+
+    class Away(MemoryStore):
+        async def claim(
+            self, wanted: Mapping[str, int]
+        ) -> tuple[Sequence[tuple[Lease, Sequence[bytes] | None]], float | None]:
+            if next(failures, None) is not None:
+                raise SpoolError("the index is busy")
+            return await super().claim(wanted)
+
+    async with running(store=Away()) as up:
+        await up.put()
+        await up.empties()
+        assert next(failures, None) is None
