@@ -14,7 +14,8 @@ def reason_of(error: OSError) -> str:
         case ssl.SSLCertVerificationError():
             return f"certificate verify failed: {error.verify_message}"
         case ssl.SSLError():
-            words = (error.reason or "handshake failed").lower().replace("_", " ")
+            # Only what OpenSSL itself raised has a reason.
+            words = (getattr(error, "reason", None) or "handshake failed").lower().replace("_", " ")
             return f"TLS handshake failed: {words}"
         case socket.gaierror():
             return f"name resolution failed: {error.strerror or error}"
