@@ -624,3 +624,9 @@ def test_mail_that_waits_is_tried_and_given_up_as_promised() -> None:
     assert list(spool.retry) == [30, 60, 120, 300, 600, 1200, 2400, 3600]
     assert spool.max_age == 5 * 24 * 3600
     assert spool.warn_after == 4 * 3600
+
+
+def test_a_dead_gateway_is_soon_replaced() -> None:
+    # When a silent one is declared dead, tests/spool/postgresql shows with real ones.
+    spool = load(values={"upstream": [{"url": "smtp://127.0.0.1:1025"}]}).spool
+    assert spool.takeover_after == 10

@@ -85,7 +85,7 @@ def _try_everything(settings: Settings) -> bool:
     from otel_smtp.commands.checks.collector import check_collectors
     from otel_smtp.commands.checks.findings import Finding
     from otel_smtp.commands.checks.listeners import check_listeners, check_status
-    from otel_smtp.commands.checks.spool import check_spool
+    from otel_smtp.commands.checks.spool import check_shared_queue, check_spool
     from otel_smtp.commands.checks.upstreams import check_upstream
     from otel_smtp.commands.terminal.tables import verdict_line
     from otel_smtp.gateway.wiring import upstream_settings
@@ -107,6 +107,7 @@ def _try_everything(settings: Settings) -> bool:
             report(finding)
         report(check_status(settings))
         report(check_spool(settings))
+        report(await check_shared_queue(settings))
         for upstream in settings.upstream:
             report(await check_upstream(upstream_settings(upstream), settings.hostname))
         async for finding in check_collectors():

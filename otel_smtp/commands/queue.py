@@ -379,20 +379,124 @@ def _every_id(context: click.Context, spool: Path | None) -> list[str]:
     return found
 
 
+def _answers(directory: Path | None, settings: Spool, request: dict[str, Any]) -> AsyncIterator[Any]:
+    """What a directory's owner, or the database, answers."""
+    if directory is not None:
+        from otel_smtp.spool.embedded import ask
+
+        return ask(directory, request, max_age_seconds=settings.max_age)
+    if settings.url is None:
+        fail(WRONG, "queue: no spool; give --spool, or spool.directory or spool.url in the settings")
+    return _ask_database(settings, request)
+
+
+async def _ask_database(settings: Spool, request: dict[str, Any]) -> AsyncIterator[Any]:
+    from otel_smtp.gateway.wiring import shared_store
+    from otel_smtp.spool.operators import Operations
+
+    store = shared_store(settings, name="queue", is_gateway=False)
+    await store.open()
+    try:
+        told = _Told()
+        async for answer in Operations(store, told, max_age_seconds=settings.max_age).run(request):
+            yield answer
+        for what in told.what:
+            await store.tell(what)
+    finally:
+        await store.close()
+
+
+class _Told:
+    """What the gateways of a queue are to be told when a command is done."""
+
+    def __init__(self) -> None:
+        self.what: list[str] = []
+
+    def wake(self, destinations: Sequence[str] = ()) -> None:
+        """Something is due."""
+        self.what.append("due")
+
+    def look_soon(self) -> None:
+        """Something is too old."""
+        self.what.append("look")
+
+
+def _shared(context: click.Context, command: str) -> Spool:
+    settings = global_options(context).settings().spool
+    if settings.url is None:
+        fail(WRONG, f"queue {command}: needs spool.url in the settings: a queue that several gateways share")
+    return settings
+
+
+@queue.command()
+@settings_options
+@json_option
+@click.pass_context
+def gateways(context: click.Context, *, as_json: bool) -> None:
+    """List the gateways of a shared queue.
+
+    With how many deliveries each attempts, and for how long nobody may take them over.
+    """
+    from otel_smtp.gateway.wiring import shared_store
+    from otel_smtp.spool.messages import SpoolError
+
+    settings = _shared(context, "gateways")
+
+    async def rows() -> Sequence[Any]:
+        store = shared_store(settings, name="queue", is_gateway=False)
+        await store.open()
+        try:
+            return await store.gateways()
+        finally:
+            await store.close()
+
+    try:
+        found = asyncio.run(rows())
+    except SpoolError as error:
+        fail(FAILED, f"queue: {error}")
+    for row in found:
+        if as_json:
+            _print_row({**row, "id": str(row["id"])}, as_json=True)
+        else:
+            state = (
+                f"{row['alive_for']:.1f} s left" if row["alive_for"] > 0 else f"silent for {-row['alive_for']:.0f} s"
+            )
+            click.echo(f"{row['name']}  {row['version']}  {row['leases']} being delivered  {state}")
+
+
+@queue.command()
+@click.option("--dry-run", is_flag=True, help="Print the statements and run none.")
+@settings_options
+@click.pass_context
+def migrate(context: click.Context, *, dry_run: bool) -> None:
+    """Make the schema of a shared queue, or update it.
+
+    Gateways of the version before go on meanwhile.
+    """
+    from otel_smtp.gateway.wiring import migrate_shared
+    from otel_smtp.spool.messages import SpoolError
+
+    settings = _shared(context, "migrate")
+    try:
+        done = asyncio.run(migrate_shared(settings, dry_run=dry_run))
+    except SpoolError as error:
+        fail(FAILED, f"queue migrate: {error}")
+    if dry_run:
+        for statements in done:
+            click.echo(statements)
+    click.echo(f"{len(done)} steps {'to do' if dry_run else 'done'}", err=dry_run)
+
+
 def _do(context: click.Context, spool: Path | None, request: dict[str, Any], work: WorkOnAnswers) -> None:
     """Run a command on the spool, by way of the gateway that owns it if one runs, and pass its answers to `work`.
 
     A failure ends the process with status 1.
     """
-    from otel_smtp.spool.embedded import ask
     from otel_smtp.spool.messages import SpoolError
 
     settings = Spool() if spool is not None else global_options(context).settings().spool
-    directory = spool or settings.directory
-    if directory is None:
-        fail(WRONG, "queue: no spool; give --spool, or spool.directory in the settings")
     try:
-        asyncio.run(work(ask(directory, request, max_age_seconds=settings.max_age)))
+        asyncio.run(work(_answers(spool or settings.directory, settings, request)))
     except SpoolError as error:
         fail(FAILED, f"queue: {error}")
     except BrokenPipeError:

@@ -266,15 +266,20 @@ class Consistency:
 
     def _spool(self, settings: Settings) -> None:
         spool, mode = settings.spool, settings.delivery.mode
-        if mode != "direct" and spool.directory is None:
-            self._add("delivery.mode", mode, "needs spool.directory")
-        if spool.url is not None:
-            self._add("spool.url", "***", "this version keeps its spool in a directory; set spool.directory")
-        if mode != "direct" and settings.workers > 1:
+        if mode != "direct" and spool.directory is None and spool.url is None:
+            self._add("delivery.mode", mode, "needs spool.directory, or spool.url")
+        if spool.url is not None and spool.directory is not None:
+            self._add("spool.url", "***", "contradicts spool.directory; the queue is in one of them")
+        if spool.url is None:
+            for name in ("schema", "takeover_after"):
+                if f"spool.{name}" in self._origins:
+                    self._add(f"spool.{name}", getattr(spool, name), "has no effect without spool.url")
+        if mode != "direct" and settings.workers > 1 and spool.url is None:
             self._add(
                 "workers",
                 settings.workers,
-                f"delivery.mode = {mode} needs workers = 1, since one process owns the spool",
+                f"delivery.mode = {mode} needs workers = 1, since one process owns spool.directory; "
+                "several share a queue with spool.url",
             )
         if spool.notice_sender and spool.bounce != "mail":
             self._add("spool.notice_sender", spool.notice_sender, f"has no effect with spool.bounce = {spool.bounce}")

@@ -419,12 +419,26 @@ class Spool(Table, frozen=True, kw_only=True):
     url: Annotated[
         Secret | None,
         Key(
-            "`postgresql://...`: several gateways on one queue; refused by this version",
+            "`postgresql://...`: several gateways on one queue; in place of a directory",
             SecretText("postgresql://user@host/database", "postgres(?:ql)?://.+"),
             secret=True,
         ),
     ] = None
     url_file: Annotated[Path | None, Key("file that holds the URL", FilePath(), must_be_readable=True)] = None
+    schema: Annotated[
+        str,
+        Key(
+            "with `spool.url`: the database's schema; made by `otel-smtp queue migrate`",
+            Text("lower case letters, digits and _, at most 63", r"(?!pg_)[a-z_][a-z0-9_]{0,62}"),
+        ),
+    ] = "otel_smtp"
+    takeover_after: Annotated[
+        float,
+        Key(
+            "with `spool.url`: silence of a gateway after which the others take its deliveries over",
+            Duration(3.0, 5 * MINUTE),
+        ),
+    ] = 10.0
     retry: Annotated[
         tuple[float, ...],
         Key(

@@ -24,6 +24,7 @@ from otel_smtp.server.policy import ListenerPolicy
 from otel_smtp.server.tls import CertificateError, server_context
 from otel_smtp.server.users import Authenticator, TokenVerifier, UsersFileError, load_users
 from otel_smtp.smtp.states import TlsMode, Transition
+from otel_smtp.telemetry.environment import own_instance_id
 from otel_smtp.telemetry.records import SpanSink
 from otel_smtp.telemetry.setup import set_up
 from otel_smtp.telemetry.tail import MailTail
@@ -129,7 +130,7 @@ class Gateway:
             pace_patience_seconds=0.0 if settings.delivery.mode == "direct-then-queue" else PACE_PATIENCE_SECONDS,
             ceilings=process.ceilings.claim(process.number) if process is not None and process.ceilings else None,
         )
-        self._spool = self._make_spool()
+        self._spool = self._make_spool(None if process is None else process.number)
         forwarder: Forwarder = self._forwarder if self._spool is None else self._spool.forwarder
         if settings.rewrite.sender:
             forwarder = SenderRewritingForwarder(forwarder, settings.rewrite.sender)
@@ -310,7 +311,7 @@ class Gateway:
     async def __aexit__(self, *exception: object) -> None:
         await self.stop()
 
-    def _make_spool(self) -> "Spool | None":
+    def _make_spool(self, worker: int | None) -> "Spool | None":
         mode = self._settings.delivery.mode
         if mode == "direct":
             return None
@@ -318,7 +319,7 @@ class Gateway:
 
         relay = self._forwarder.for_spool()
         direct = self._forwarder if mode == "direct-then-queue" else None
-        store = wiring.spool_store(self._settings)
+        store = wiring.spool_store(self._settings, name=own_instance_id(worker))
         return Spool(wiring.spool_settings(self._settings), store, relay, direct, self._observer)
 
     @property

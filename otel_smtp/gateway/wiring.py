@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, cast
 
 from otel_smtp import __version__
 from otel_smtp.config import Listener, Settings, Upstream
-from otel_smtp.config.settings import Table
+from otel_smtp.config.settings import Spool, Table
 from otel_smtp.config.settings import Telemetry as TelemetrySettings
 from otel_smtp.forwarding.limits import LimitSettings
 from otel_smtp.forwarding.oauth import OAuthSettings, OAuthTokens
@@ -39,8 +39,9 @@ from otel_smtp.telemetry.state_events import StateEvents
 from otel_smtp.telemetry.tracing import Keep
 
 if TYPE_CHECKING:
-    from otel_smtp.spool.embedded import EmbeddedStore
+    from otel_smtp.spool.postgresql import Place, PostgresqlStore
     from otel_smtp.spool.service import SpoolSettings
+    from otel_smtp.spool.store import Store
 
 T = TypeVar("T")
 
@@ -196,9 +197,8 @@ def spool_settings(settings: Settings) -> "SpoolSettings":
     from otel_smtp.spool.service import SpoolSettings
 
     spool = settings.spool
-    assert spool.directory is not None
     return SpoolSettings(
-        control_path=control_path(spool.directory),
+        control_path=control_path(spool.directory) if spool.directory is not None else None,
         schedule=Schedule(spool.retry, max_age_seconds=spool.max_age, warn_after_seconds=spool.warn_after),
         bounce=spool.bounce,
         hostname=settings.hostname,
@@ -206,16 +206,69 @@ def spool_settings(settings: Settings) -> "SpoolSettings":
     )
 
 
-def spool_store(settings: Settings) -> "EmbeddedStore":
-    """What keeps the mail of the durable queue, in a mode that has one."""
+def spool_store(settings: Settings, *, name: str) -> "Store":
+    """What keeps the mail of the durable queue, in a mode that has one.
+
+    Args:
+        name: of this process in telemetry.
+    """
+    if settings.spool.url is not None:
+        return shared_store(settings.spool, name=name)
     from otel_smtp.spool.embedded import EmbeddedStore
 
     assert settings.spool.directory is not None
     return EmbeddedStore(
         settings.spool.directory,
-        least_free_octets=least_free_octets(settings),
         most_messages=settings.spool.most_messages,
+        least_free_octets=least_free_octets(settings),
     )
+
+
+def shared_store(spool: Spool, *, name: str, is_gateway: bool = True) -> "PostgresqlStore":
+    """The queue of several gateways.
+
+    Args:
+        is_gateway: False: an operator's command.
+
+    Raises:
+        SpoolError: asyncpg is not installed.
+    """
+    from otel_smtp.spool.messages import SpoolError
+
+    try:
+        from otel_smtp.spool.postgresql import PostgresqlStore
+    except ModuleNotFoundError as error:
+        raise SpoolError("spool.url needs asyncpg: pip install 'otel-smtp[postgresql]'") from error
+    return PostgresqlStore(
+        shared_place(spool),
+        name=name,
+        version=__version__,
+        most_messages=spool.most_messages,
+        is_gateway=is_gateway,
+    )
+
+
+async def migrate_shared(spool: Spool, *, dry_run: bool) -> Sequence[str]:
+    """Make the schema of the queue of several gateways, or bring it up to date; the statements.
+
+    Raises:
+        SpoolError: it cannot be done; the text says why.
+    """
+    from otel_smtp.spool.messages import SpoolError
+
+    try:
+        from otel_smtp.spool.postgresql import migrate_place
+    except ModuleNotFoundError as error:
+        raise SpoolError("spool.url needs asyncpg: pip install 'otel-smtp[postgresql]'") from error
+    return await migrate_place(shared_place(spool), dry_run=dry_run)
+
+
+def shared_place(spool: Spool) -> "Place":
+    """Where the queue of several gateways is."""
+    from otel_smtp.spool.postgresql import Place
+
+    assert spool.url is not None
+    return Place(spool.url.reveal(), spool.schema, spool.takeover_after)
 
 
 def least_free_octets(settings: Settings) -> int:

@@ -175,6 +175,8 @@ class TransactionRecord:
         kind: what it is. `action`: what befell a message in the spool without an attempt, where this record tells that.
         carrier: for a message from the spool, the trace context that was stored with it, as headers.
         is_possible_duplicate: an attempt before may have been taken by an upstream.
+        taken_over: from a spool of several gateways: which one had it before and died, and for how many seconds it had
+            been silent; None: none.
         waited_seconds: for a mail from the spool, since its acceptance when this attempt began; None for anything else,
             notices among it.
         is_8bit_offered: 8BITMIME had been offered to the client; only told where MAIL asks for it.
@@ -208,6 +210,7 @@ class TransactionRecord:
         "refused_count",
         "reply",
         "spool_id",
+        "taken_over",
         "trace",
         "trace_headers",
         "waited_seconds",
@@ -241,6 +244,7 @@ class TransactionRecord:
         self.action: SpoolAction | None = None
         self.carrier: Mapping[str, str] = {}
         self.is_possible_duplicate = False
+        self.taken_over: tuple[str, float] | None = None
         self.waited_seconds: float | None = None
         self.is_8bit_offered = True
         self.trace: Any = None

@@ -129,6 +129,8 @@ class Attempt:
             # A clock that was put back must not make it negative.
             waited_seconds=max(0.0, time.time() - lease.arrived_at) if lease.kind is Kind.MAIL else None,
         )
+        if lease.taken_over is not None:
+            self._record.taken_over = (lease.taken_over.gateway, lease.taken_over.silent_seconds)
         self._record.accepted = [one.recipient for one in lease.recipients]
         self._record.octets = lease.content.octets
         self._mail = lease.mail
@@ -138,6 +140,8 @@ class Attempt:
         self._room: asyncio.Future[None] | None = None  # waited for by the task that reads
         self._has_content_left = False  # from here on, the upstream may have taken it
         self._is_judged = False
+        # A store that no other process shares cannot lose a lease.
+        self._holds = store.holds if store.look_again_seconds is not None else None
         self._task: asyncio.Task[None] | None = None  # what of it takes long: to read the content, to record the result
 
     def start(self) -> None:
@@ -147,7 +151,7 @@ class Attempt:
         self._begin()
 
     def _begin(self) -> None:
-        if self._is_judged:
+        if self._is_judged or self._has_lost_its_lease():
             return
         try:
             if self.lease.kind is Kind.MAIL:
@@ -188,6 +192,8 @@ class Attempt:
             self._abort()
             self._judge(answers)
             return
+        if self._has_lost_its_lease():
+            return
         try:
             self._has_content_left = True
             assert self._transaction is not None
@@ -213,7 +219,8 @@ class Attempt:
         while self._left:
             if not self._transaction.write(self._left.pop()):
                 return
-        self._transaction.finish(self._answered)
+        if not self._has_lost_its_lease():
+            self._transaction.finish(self._answered)
 
     async def _read_and_write(self) -> None:
         assert self._transaction is not None
@@ -225,10 +232,13 @@ class Attempt:
             starts = range(header_octets, content.octets, READ_OCTETS)
             for start, octets in ((0, header_octets), *((start, READ_OCTETS) for start in starts)):
                 chunk = await self._store.read(content, start, octets)
+                if self._has_lost_its_lease():
+                    return
                 self._room = loop.create_future()  # before the call: what makes room may do so within it
                 if chunk and not self._transaction.write(chunk):
                     await self._room
-            self._transaction.finish(self._answered)
+            if not self._has_lost_its_lease():
+                self._transaction.finish(self._answered)
         except ContentLost:
             self._is_judged = True
             self._record.failure = "spool: the content is damaged"
@@ -251,6 +261,30 @@ class Attempt:
         own = iter(each)
         self._transaction = None
         self._judge([next(own, final) if answer.is_positive else answer for answer in self._answers])
+
+    def _has_lost_its_lease(self) -> bool:
+        """Whether the lease may be another gateway's by now: then nothing more leaves, and no final dot."""
+        if self._holds is None or self._holds(self.lease):
+            return False
+        logger.warning("an attempt is given up: its lease may have ended", extra=told(self.lease))
+        self._abort()
+        if not self._is_judged:
+            self._is_judged = True
+            self._task = asyncio.get_running_loop().create_task(self._give_back())
+        return True
+
+    async def _give_back(self) -> None:
+        """Let it be made again, by whoever has it."""
+        try:
+            await self._recording.record(
+                self.lease,
+                lambda: self._store.finish(
+                    self.lease, (),
+                    is_possible_duplicate=self._has_content_left, counts_attempt=self._has_content_left,
+                ),
+            )  # fmt: skip
+        finally:
+            self._ended(self)
 
     def _abort(self) -> None:
         transaction, self._transaction = self._transaction, None

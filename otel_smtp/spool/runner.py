@@ -19,7 +19,7 @@ from otel_smtp.observing import Observer
 from otel_smtp.spool.aging import Aging
 from otel_smtp.spool.attempts import Attempt, Recording
 from otel_smtp.spool.dsn.notices import Notices
-from otel_smtp.spool.messages import Counts, Lease, Shown, SpoolError, StorageBroken
+from otel_smtp.spool.messages import Counts, Lease, Shown, SpoolError, StorageAway, StorageBroken
 from otel_smtp.spool.schedule import Schedule
 from otel_smtp.spool.store import Store
 
@@ -81,6 +81,7 @@ class Runner:
         self._is_stopping = False
         self._counted_at = float("-inf")
         self._has_changed = True
+        self._is_away = False
         self.counts = Counts()
         self.oldest: Sequence[Shown] = ()
 
@@ -93,6 +94,7 @@ class Runner:
             SpoolError: it cannot be read.
         """
         self._relay.watch_room(self._wake.set)
+        self._store.watch(self)
         self._destinations.update(await self._store.destinations())
         self._loop_task = asyncio.get_running_loop().create_task(self._run())
 
@@ -161,11 +163,14 @@ class Runner:
                     await self._aging.look(self.counts.total)
                 wait_seconds = await self._begin_what_is_due()
                 wait_seconds = min(wait_seconds, await self._count())
+                self._is_away = False
             except SpoolError as error:
                 if isinstance(error, StorageBroken):
                     logger.critical("the runner stops: the spool failed", extra={"fault": str(error)})
                     return
-                logger.error("the spool cannot be worked on for now", extra={"fault": str(error)})
+                if not (isinstance(error, StorageAway) and self._is_away):
+                    logger.error("the spool cannot be worked on for now", extra={"fault": str(error)})
+                self._is_away = isinstance(error, StorageAway)
                 wait_seconds = AGAIN_SECONDS
             except Exception:
                 logger.exception("the runner failed, and goes on")
@@ -197,6 +202,8 @@ class Runner:
         waits = [self._look_seconds]
         if len(wanted) < len(rooms):
             waits.append(BLOCKED_POLL_SECONDS)
+        if self._store.look_again_seconds is not None:
+            waits.append(self._store.look_again_seconds)
         if due_in is not None:
             # What is due and was not leased is too old, and the business of the next look.
             waits.append(due_in if due_in > 0 else BLOCKED_POLL_SECONDS)
@@ -257,6 +264,10 @@ class Runner:
         Raises:
             SpoolError: it cannot be read.
         """
-        self._counted_at, self._has_changed = time.monotonic(), False
+        # Others change what is shared, and bring mail for destinations of which nobody has spoken here.
+        is_shared = self._store.look_again_seconds is not None
+        self._counted_at, self._has_changed = time.monotonic(), is_shared
+        if is_shared:
+            self._destinations.update(await self._store.destinations())
         self.counts = await self._store.counts()
         self.oldest = await self._store.page("", SHOWN_MOST)

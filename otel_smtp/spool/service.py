@@ -26,12 +26,12 @@ class SpoolSettings:
     """What a spool is to be.
 
     Attributes:
-        control_path: where operators' commands are heard.
+        control_path: where operators' commands are heard; None: they go to the store themselves.
         hostname: ours, for notices.
         notice_sender: their reverse-path for upstreams that refuse the null one; "": there is none.
     """
 
-    control_path: Path
+    control_path: Path | None
     schedule: Schedule
     bounce: BouncePolicy
     hostname: str
@@ -79,10 +79,12 @@ class Spool:
         if direct is not None:
             self.forwarder = DirectThenQueueForwarder(direct, intake)
         self.operations = Operations(store, self.runner, max_age_seconds=schedule.max_age_seconds, observer=observer)
-        self._control = ControlSocket(settings.control_path, self.operations)
+        self._control: ControlSocket | None = None
+        if settings.control_path is not None:
+            self._control = ControlSocket(settings.control_path, self.operations)
 
     async def start(self) -> None:
-        """Own the directory, and begin with what is in it.
+        """Open the store, and begin with what is in it.
 
         Raises:
             SpoolError: it cannot be used.
@@ -107,12 +109,14 @@ class Spool:
             logger.warning(remark)
         for alarm in recovery.alarms:
             logger.critical(alarm)
-        await self._control.start()
+        if self._control is not None:
+            await self._control.start()
         await self.runner.start()
 
     async def stop(self, *, grace_seconds: float) -> None:
-        """Begin no attempt any more, let those under way end within the grace, and give the directory up."""
-        await self._control.stop()
+        """Begin no attempt any more, let those under way end within the grace, and give the store up."""
+        if self._control is not None:
+            await self._control.stop()
         await self.runner.stop(grace_seconds=grace_seconds)
         await self.store.close()
 

@@ -214,6 +214,12 @@ RECIPIENT_EVENT: Final = _event(
     "that the spool has, on the delivery that decided, or on smtp.spool",
 )
 
+TAKEN_OVER_EVENT: Final = _event(
+    "smtp.spool.taken_over",
+    On.DELIVERY,
+    "from a queue that several gateways share: another one had this mail before, was silent, and may have delivered it",
+)
+
 # Attributes: where and who ---------------------------------------------------------------------------------------
 
 _SPAN_ALL: Final = (On.CONNECTION, On.TRANSACTION, On.DELIVERY)
@@ -606,6 +612,20 @@ POSSIBLE_DUPLICATE: Final = _attribute(
     (On.DELIVERY, On.LOG),
     "from the spool, where an attempt before may have been taken: its reply was lost, or we were killed",
     "true",
+)
+TAKEN_OVER_FROM: Final = _attribute(
+    "smtp.spool.taken_over.from",
+    Type.STRING,
+    (On.PHASE,),
+    "the mail was taken over: `service.instance.id` of the gateway that had it",
+    "627cc493-f310-47de-96bd-71410b7dec09",
+)
+TAKEN_OVER_SILENT: Final = _attribute(
+    "smtp.spool.taken_over.silent",
+    Type.DOUBLE,
+    (On.PHASE,),
+    "likewise: seconds for which nothing had been heard of it",
+    "10.2",
 )
 POOL_REUSED: Final = _attribute(
     "smtp.pool.reused",

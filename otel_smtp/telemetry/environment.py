@@ -222,6 +222,11 @@ def read(environ: Mapping[str, str] | None = None, version: str = "") -> Environ
     return _Reading(os.environ if environ is None else environ, version).environment()
 
 
+def own_instance_id(worker: int | None = None) -> str:
+    """The `service.instance.id` of this process; `worker` as for `own_resource`."""
+    return str(own_resource(worker).attributes.get(SERVICE_INSTANCE_ID, ""))
+
+
 def own_resource(worker: int | None = None) -> Resource:
     """Who we are: what the SDK's detectors say, the host and the process.
 

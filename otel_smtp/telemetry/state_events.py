@@ -189,14 +189,23 @@ def encode_states(
     return pieces
 
 
-# Recipients --------------------------------------------------------------------------------------------------------
+# Recipients, and what went before --------------------------------------------------------------------------------
 
-_RECIPIENT: Final = EventShape(names.RECIPIENT_EVENT, {})
+_SHAPES: Final = {name: EventShape(name, {}) for name in (names.RECIPIENT_EVENT, names.TAKEN_OVER_EVENT)}
 
 
-def encode_recipients(events: Iterable[EventRecord]) -> list[bytes]:
-    """The events that tell of recipients, as pieces of their span."""
-    return [encode_event(event.time_ns, _RECIPIENT, event.attributes.items()) for event in events]
+def encode_events(events: Iterable[EventRecord]) -> list[bytes]:
+    """The events that tell of recipients, or of a gateway that had the mail before, as pieces of their span."""
+    return [encode_event(event.time_ns, _SHAPES[event.name], event.attributes.items()) for event in events]
+
+
+def taken_over_event(time_ns: int, gateway: str, silent_seconds: float) -> EventRecord:
+    """The event that says that another gateway had a mail before."""
+    return EventRecord(
+        time_ns,
+        names.TAKEN_OVER_EVENT,
+        {names.TAKEN_OVER_FROM: gateway, names.TAKEN_OVER_SILENT: float(silent_seconds)},
+    )
 
 
 # Phases ------------------------------------------------------------------------------------------------------------

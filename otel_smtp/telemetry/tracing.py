@@ -43,12 +43,13 @@ from otel_smtp.telemetry.shapes import EncodedSpan, Pair, SpanShape, encode
 from otel_smtp.telemetry.span_attributes import Described, SpanAttributes, is_probe
 from otel_smtp.telemetry.state_events import (
     StateEvents,
+    encode_events,
     encode_phases,
-    encode_recipients,
     encode_states,
     phase_events,
     pool_pairs,
     state_events,
+    taken_over_event,
 )
 
 # A backend that counts in microseconds cuts start and duration of a span each for itself: an event at the very end
@@ -223,7 +224,7 @@ class Tracing(Observer):
         if transaction.refused:
             told = self.attributes.recipients(transaction.refused, transaction.own_count, offset)
         if identity.is_recording and self._encodes:
-            self._give(identity, described, times, encode_recipients(told) if told else (), is_trouble=bool(told))
+            self._give(identity, described, times, encode_events(told) if told else (), is_trouble=bool(told))
         if self._reads[identity.is_recording]:
             self._show(identity, described, times, told)
 
@@ -272,7 +273,7 @@ class Tracing(Observer):
             else []
         )
         if identity.is_recording and self._encodes:
-            self._give(identity, described, times, encode_recipients(told), is_trouble=bool(told))
+            self._give(identity, described, times, encode_events(told), is_trouble=bool(told))
         if self._reads[identity.is_recording]:
             self._show(identity, described, times, told)
 
@@ -362,10 +363,12 @@ class Tracing(Observer):
         offset = delivery.transaction.wall_offset_ns
         times = delivery.begun_ns + offset, delivery.ended_ns + offset + AFTER_LAST_EVENT_NS
         told = self._recipients_of(delivery) if delivery.refused else ()
+        if (taken := delivery.transaction.taken_over) is not None:
+            told = [taken_over_event(times[0], *taken), *told]
         if identity.is_recording and self._encodes:
             events = encode_phases(delivery, pool)
             if told:
-                events += encode_recipients(told)
+                events += encode_events(told)
             self._give(identity, described, times, events)
         if self._reads[identity.is_recording]:
             phases = phase_events(delivery, pool) if identity.is_recording else []

@@ -248,14 +248,25 @@ def test_an_upstream_that_is_our_own_listener_is_refused(address: str, url: str,
     [
         ({"delivery": {"mode": "queue"}}, 'delivery.mode = "queue": needs spool.directory'),
         ({"delivery": {"mode": "direct-then-queue"}}, "needs spool.directory"),
-        ({"spool": {"url": "postgresql://h/d"}}, 'spool.url = "***": this version keeps its spool in a directory'),
-        ({"delivery": {"mode": "queue"}, "spool": {"directory": "s"}, "workers": 2}, "one process owns the spool"),
+        ({"spool": {"url": "postgresql://h/d", "directory": "s"}}, 'spool.url = "***": contradicts spool.directory'),
+        ({"spool": {"takeover_after": "5s"}}, "spool.takeover_after = 5.0: has no effect without spool.url"),
+        ({"spool": {"schema": "mail"}}, 'spool.schema = "mail": has no effect without spool.url'),
+        (
+            {"delivery": {"mode": "queue"}, "spool": {"directory": "s"}, "workers": 2},
+            "one process owns spool.directory",
+        ),
         ({"spool": {"warn_after": "5d"}}, 'spool.warn_after = "5d": must be before spool.max_age, or "off"'),
         ({"telemetry": {"addresses": "hash"}}, 'telemetry.addresses = "hash": needs telemetry.addresses_hash_key_file'),
     ],
 )
 def test_other_contradictions_are_refused(values: dict[str, Any], expected: str) -> None:
     assert expected in refusal_of(**values)
+
+
+def test_several_processes_share_a_queue_in_a_database() -> None:
+    spool = {"url": "postgresql://h/d", "schema": "mail", "takeover_after": "5s"}
+    settings = load_with(delivery={"mode": "queue"}, spool=spool, workers=2)
+    assert (settings.spool.schema, settings.spool.takeover_after) == ("mail", 5.0)
 
 
 TOKENS = {

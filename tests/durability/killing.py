@@ -72,10 +72,15 @@ class Books:
         )
 
 
-class _Clients:
-    """Keep sending, and note what was answered 250."""
+class Clients:
+    """Keep sending, and note what was answered 250.
 
-    def __init__(self, books: Books, count: int) -> None:
+    Args:
+        name: what their messages' ids begin with.
+    """
+
+    def __init__(self, books: Books, count: int, name: str = "") -> None:
+        self._name = name
         self._books = books
         self._lock = threading.Lock()
         self._is_over = threading.Event()
@@ -104,7 +109,7 @@ class _Clients:
                     if self._is_over.is_set():
                         break
                     number += 1
-                    self._send(session, f"{client}-{number}", chance)
+                    self._send(session, f"{self._name}{client}-{number}", chance)
             self._is_over.wait(0.02)
 
     def _send(self, session: smtplib.SMTP, one: str, chance: random.Random) -> None:
@@ -122,7 +127,8 @@ class _Clients:
 
 
 @contextlib.contextmanager
-def _killable(settings: dict[str, Any], directory: Path, number: int) -> Iterator[GatewayProcess]:
+def killable(settings: dict[str, Any], directory: Path, number: int) -> Iterator[GatewayProcess]:
+    """A gateway with a directory of its own for its settings and its log."""
     run = directory / f"run{number}"
     run.mkdir()
     with gateway(settings, run) as process:
@@ -160,27 +166,27 @@ def kill_again_and_again(
             "limits.messages_per_connection": 1000,
             "log.level": "warning",
         }
-        load = _Clients(books, clients)
+        load = Clients(books, clients)
         for number in range(kills):
-            with _killable(settings, directory, number) as running:
+            with killable(settings, directory, number) as running:
                 load.port = running.port
                 if number == 0:
                     load.start()
                 time.sleep(chance.uniform(0.02, 0.6))  # the moment is what is tested
                 running.signal(signal.SIGKILL)
                 running.wait()
-                _note_marks(books, running)
+                note_marks(books, running)
             books.kills += 1
             if books.kills % 20 == 0:
                 tell(f"{books.kills} kills, {len(books.accepted)} answered 250")
         load.stop()
         upstream.is_willing = True
-        with _killable(settings, directory, kills) as running:
+        with killable(settings, directory, kills) as running:
             released = queue_command(spool, "release", "--all")
             books.held_at_the_end = int(released.split()[0])
             until(lambda: is_empty(spool) or None, "everything is delivered", timeout_seconds=600)
             running.stop()
-            _note_marks(books, running)
+            note_marks(books, running)
         counts = json.loads(queue_command(spool, "counts"))
         books.tally = counts["recipients"]
         books.left = len(queue_command(spool, "list", "--json").splitlines())
@@ -188,7 +194,8 @@ def kill_again_and_again(
     return books
 
 
-def _note_marks(books: Books, running: GatewayProcess) -> None:
+def note_marks(books: Books, running: GatewayProcess) -> None:
+    """Note what a gateway's log says of possible duplicates."""
     for line in running.stderr.splitlines():
         if "the upstream may have it already" in line:
             with contextlib.suppress(ValueError):  # the last line of one that was killed

@@ -5,6 +5,7 @@ was, for as long as whoever waits has time; each item knows that it may have bee
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import deque
@@ -115,6 +116,8 @@ class Lanes(Generic[I]):
             self._is_idle.set()
 
     async def _run(self, number: int, line: Line) -> None:
+        with contextlib.suppress(SpoolError):
+            await line.get()  # before the first mail waits for it
         while True:
             if not self._waiting:
                 self._has_work.clear()

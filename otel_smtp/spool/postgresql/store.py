@@ -209,6 +209,11 @@ class PostgresqlStore:
         facts = self._working.facts
         if not facts.version.startswith("PostgreSQL "):
             remarks.append(f"{facts.version}: untested; this program is tested with PostgreSQL")
+        if not facts.has_standby:
+            remarks.append(
+                "the database has no synchronous standby: mail survives a crash of its server, "
+                "and not the loss of its machine"
+            )
         if self._is_gateway:
             try:
                 await self.beats.start()
@@ -223,11 +228,6 @@ class PostgresqlStore:
                 await self.beats.leave()
                 await self._working.close()
                 raise
-            if not facts.has_standby:
-                remarks.append(
-                    "the database has no synchronous standby: mail survives a crash of its server, "
-                    "and not the loss of its machine"
-                )
             self._accepting.start()
             self._large.start()
             self._recording.start()

@@ -4,8 +4,7 @@ import itertools
 import os
 from collections.abc import Iterator
 
-from otel_smtp.spool.postgresql import Place, PostgresqlStore, migrate
-from otel_smtp.spool.postgresql.connecting import connect
+from otel_smtp.spool.postgresql import Place, PostgresqlStore, migrate_place
 from tests.support.postgresql import Server, server
 
 _numbers: Iterator[int] = itertools.count()
@@ -20,11 +19,7 @@ async def new_place(running: Server | None = None, *, takeover_seconds: float = 
 
 async def migrate_to(place: Place) -> None:
     """What `otel-smtp queue migrate` does."""
-    connection, _ = await connect(place, purpose="migrate", checks_schema=False)
-    try:
-        await migrate(connection, place.schema, dry_run=False)
-    finally:
-        await connection.close()
+    await migrate_place(place, dry_run=False)
 
 
 def store(place: Place, name: str = "a gateway") -> PostgresqlStore:

@@ -1,0 +1,192 @@
+"""Several gateways on one queue: killed, or stopped for longer than their leases; then the books are balanced.
+
+What is claimed is what `killing` claims of one gateway, and besides: what a silent gateway had goes on elsewhere within
+the take-over time and two seconds, and without a kill or a stop nothing is delivered twice.
+"""
+
+import contextlib
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Final
+
+from otel_smtp.spool.postgresql import Place
+from tests.durability.killing import Books, Clients, killable, note_marks
+from tests.durability.upstream import CountingUpstream
+from tests.support.process import GatewayProcess, until
+
+TAKEOVER_SECONDS: Final = 3.0
+
+
+@dataclass
+class SharedBooks(Books):
+    """The books of several gateways.
+
+    Attributes:
+        takeovers: how many seconds after a kill or stop a peer declared that gateway dead.
+        stale: results that were refused since they came too late.
+    """
+
+    takeovers: list[float] = field(default_factory=list)
+    stale: int = 0
+
+    def told(self) -> str:
+        """One line."""
+        times = ", ".join(f"{one:.1f}" for one in sorted(self.takeovers))
+        return f"{super().told()}; taken over after {times} s; {self.stale} results refused as stale"
+
+
+@dataclass
+class _Slot:
+    """One of the gateways, started again whenever it was killed."""
+
+    running: GatewayProcess
+    leave: contextlib.ExitStack
+    load: Clients
+
+
+class Sharing:
+    """Gateways on one queue, each with clients of its own."""
+
+    def __init__(self, place: Place, upstream: CountingUpstream, directory: Path, books: SharedBooks) -> None:
+        self._directory = directory
+        self._books = books
+        self._started = 0
+        self.slots: list[_Slot] = []
+        self.all: list[GatewayProcess] = []
+        self.settings: dict[str, Any] = {
+            "upstream.url": f"smtp://127.0.0.1:{upstream.port}",
+            "delivery.mode": "queue",
+            "spool.url": place.url,
+            "spool.schema": place.schema,
+            "spool.takeover_after": f"{TAKEOVER_SECONDS}s",
+            "spool.retry": ["1s"],
+            "limits.messages_per_connection": 1000,
+            "log.level": "warning",
+        }
+
+    def start(self, clients: int) -> None:
+        """One more gateway."""
+        leave = contextlib.ExitStack()
+        running = self._run(leave)
+        load = Clients(self._books, clients, f"{len(self.slots)}-")
+        load.port = running.port
+        load.start()
+        self.slots.append(_Slot(running, leave, load))
+
+    def _run(self, leave: contextlib.ExitStack) -> GatewayProcess:
+        running = leave.enter_context(killable(self.settings, self._directory, self._started))
+        self._started += 1
+        self.all.append(running)
+        return running
+
+    def kill(self, number: int) -> None:
+        """kill -9, and start another in its place once it was declared dead."""
+        slot = self.slots[number]
+        at = time.time()
+        slot.running.signal(signal.SIGKILL)
+        slot.running.wait()
+        self._books.kills += 1
+        self._wait_for_takeover(at, slot.running)
+        slot.running = self._run(slot.leave)
+        slot.load.port = slot.running.port
+
+    def stop_for(self, number: int, seconds: float) -> None:
+        """SIGSTOP, and let it go on after it was declared dead."""
+        slot = self.slots[number]
+        at = time.time()
+        slot.running.signal(signal.SIGSTOP)
+        self._books.kills += 1
+        try:
+            self._wait_for_takeover(at, slot.running)
+            time.sleep(max(0.0, at + seconds - time.time()))  # how long it is stopped is what is tested
+        finally:
+            slot.running.signal(signal.SIGCONT)
+        until(lambda: "was silent for too long" in slot.running.stderr or None, "it finds out", timeout_seconds=30)
+
+    def _wait_for_takeover(self, at: float, dead: GatewayProcess) -> None:
+        def found() -> float | None:
+            for peer in self.all:
+                if peer is dead:
+                    continue
+                for line in peer.log:
+                    if "what it had goes on here" in line["event"]:
+                        when = datetime.fromisoformat(line["timestamp"]).timestamp()
+                        if when > at:
+                            return when - at
+            return None
+
+        self._books.takeovers.append(until(found, "a peer takes over", timeout_seconds=60))
+
+    def queue(self, *arguments: str) -> str:
+        """What `otel-smtp queue` says."""
+        return queue_command(self._directory / "run0" / "settings.toml", *arguments)
+
+    def balance(self, upstream: CountingUpstream) -> None:
+        """Let all be delivered, end, and look at the books."""
+        for slot in self.slots:
+            slot.load.stop()
+        upstream.is_willing = True
+        self._books.held_at_the_end = int(self.queue("release", "--all").split()[0])
+        until(self._is_empty, "everything is delivered", timeout_seconds=120)
+        for slot in self.slots:
+            assert slot.running.stop() == 0
+        for running in self.all:
+            note_marks(self._books, running)
+            self._books.stale += running.stderr.count("a result came too late")
+            assert "by our fault" not in running.stderr, running.stderr
+            assert "a fault of this program" not in running.stderr
+        self._books.tally = json.loads(self.queue("counts"))["recipients"]
+        self._books.left = len(self.queue("list", "--json").splitlines())
+        self._books.taken = dict(upstream.taken)
+
+    def _is_empty(self) -> bool | None:
+        counts = json.loads(self.queue("counts"))
+        return not sum(counts[state] for state in ("ready", "deferred", "active", "held", "corrupt")) or None
+
+
+@contextlib.contextmanager
+def sharing(
+    place: Place, directory: Path, *, gateways: int, clients: int = 3, seed: int = 1
+) -> Iterator[tuple[Sharing, SharedBooks, CountingUpstream]]:
+    """Gateways on one queue that have been up for long enough to take over."""
+    books = SharedBooks()
+    with CountingUpstream(seed) as upstream, contextlib.ExitStack() as stack:
+        shared = Sharing(place, upstream, directory, books)
+        for _ in range(gateways):
+            shared.start(clients)
+            stack.push(shared.slots[-1].leave)
+            stack.callback(shared.slots[-1].load.stop)
+        yield shared, books, upstream
+
+
+def kill_in_turn(
+    place: Place, directory: Path, kills: int, *, gateways: int = 3, tell: Callable[[str], None] = lambda _: None
+) -> SharedBooks:
+    """Kill one after the other at random moments."""
+    chance = random.Random(kills)
+    with sharing(place, directory, gateways=gateways) as (shared, books, upstream):
+        time.sleep(TAKEOVER_SECONDS + 1)  # who has not been up that long takes nothing over
+        for number in range(kills):
+            time.sleep(chance.uniform(0.1, 1.0))  # the moment is what is tested
+            shared.kill(number % gateways)
+            tell(f"{books.kills} kills, {len(books.accepted)} answered 250")
+        shared.balance(upstream)
+    return books
+
+
+def queue_command(settings: Path, *arguments: str) -> str:
+    """What `otel-smtp queue` says."""
+    done = subprocess.run(
+        [sys.executable, "-m", "otel_smtp", "queue", *arguments, "--config", str(settings)],
+        capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout

@@ -1,0 +1,239 @@
+"""Several real gateways on one queue: killed, stopped, without their database."""
+
+import asyncio
+import contextlib
+import json
+import signal
+import smtplib
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from otel_smtp.spool.postgresql import Place
+from tests.durability.sharing import TAKEOVER_SECONDS, SharedBooks, kill_in_turn, queue_command, sharing
+from tests.end_to_end.test_traces import exporting
+from tests.spool.postgresql.schemas import new_place
+from tests.support.capture import CapturingUpstream
+from tests.support.dialogue import UpstreamScript, scripted_reply
+from tests.support.otlp_receiver import OtlpReceiver
+from tests.support.postgresql import Server, server
+from tests.support.process import DEFAULTS, GatewayProcess, gateway, settings_file, until
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture
+def place() -> Place:
+    return asyncio.run(new_place(takeover_seconds=TAKEOVER_SECONDS))
+
+
+def check(books: SharedBooks) -> None:
+    """Nothing is lost, and whatever came twice was known."""
+    assert books.lost == set(), books.told()
+    assert books.unmarked_duplicates == set(), books.told()
+    assert books.is_balanced, books.told()
+    assert books.left == 0, books.told()
+    assert max(books.takeovers, default=0) <= TAKEOVER_SECONDS + 2, books.told()
+
+
+def test_killed_gateways_lose_nothing(place: Place, tmp_path: Path) -> None:
+    books = kill_in_turn(place, tmp_path, 4)
+    print(books.told())
+    check(books)
+    assert len(books.accepted) > 100
+    assert len(books.takeovers) == 4
+
+
+def test_without_a_kill_nothing_is_delivered_twice(place: Place, tmp_path: Path) -> None:
+    with sharing(place, tmp_path, gateways=2) as (shared, books, upstream):
+        until(lambda: len(books.accepted) >= 300 or None, "some mail", timeout_seconds=60)
+        shared.balance(upstream)
+    check(books)
+    assert books.duplicates == set()
+
+
+def test_a_gateway_that_is_stopped_for_longer_than_its_lease_finds_itself_fenced(place: Place, tmp_path: Path) -> None:
+    with sharing(place, tmp_path, gateways=2) as (shared, books, upstream):
+        until(lambda: len(books.accepted) >= 50 or None, "some mail", timeout_seconds=60)
+        until(lambda: len(shared.queue("gateways").splitlines()) == 2 or None, "both have entered")
+        time.sleep(TAKEOVER_SECONDS + 1)  # who has not been up that long takes nothing over
+        shared.stop_for(0, TAKEOVER_SECONDS + 3)
+        count = len(books.accepted)
+        until(lambda: len(books.accepted) >= count + 50 or None, "it goes on as a new one", timeout_seconds=60)
+        shared.balance(upstream)
+    print(books.told())
+    check(books)
+
+
+@contextlib.contextmanager
+def two_gateways(
+    place: Place, upstream: CapturingUpstream, directory: Path, receiver: OtlpReceiver | None = None
+) -> Iterator[list[GatewayProcess]]:
+    """Two gateways with names of their own, which have been up for long enough to take over."""
+    settings = {
+        "upstream.url": upstream.url,
+        "delivery.mode": "queue",
+        "spool.url": place.url,
+        "spool.schema": place.schema,
+        "spool.takeover_after": f"{TAKEOVER_SECONDS}s",
+        "spool.retry": ["1s"],
+        "status.address": "127.0.0.1:0",
+    }
+    with contextlib.ExitStack() as stack:
+        running = []
+        for name in ("first", "second"):
+            (directory / name).mkdir()
+            environ = {"OTEL_RESOURCE_ATTRIBUTES": f"service.instance.id={name}"}
+            if receiver is not None:
+                environ |= exporting(receiver, "http/protobuf")
+            running.append(stack.enter_context(gateway(settings, directory / name, environ=environ)))
+        time.sleep(TAKEOVER_SECONDS + 1)  # who has not been up that long takes nothing over
+        yield running
+
+
+def send(running: GatewayProcess, subject: str = "x") -> tuple[int, str]:
+    """A mail; code and text of the reply to it."""
+    with smtplib.SMTP("127.0.0.1", running.port, timeout=45) as client:
+        client.ehlo()
+        code, text = client.mail("app@example.com")
+        if code == 250:
+            client.rcpt("user@example.net")
+            code, text = client.data(f"Subject: {subject}\r\n\r\nHello\r\n".encode())
+    return code, text.decode()
+
+
+def test_the_trace_goes_on_in_the_gateway_that_takes_over(place: Place, tmp_path: Path) -> None:
+    with (
+        CapturingUpstream() as upstream,
+        OtlpReceiver() as receiver,
+        two_gateways(place, upstream, tmp_path, receiver) as (first, _),
+    ):
+        held = upstream.hold("content")
+        code, text = send(first)
+        assert code == 250
+        trace_id = text.rpartition("trace=")[2].strip()
+        assert held.reached.wait(15)
+        receiver.wait_for_spans(
+            lambda spans: any(span.trace_id == trace_id and span.name == "smtp.transaction" for span in spans)
+        )
+        first.signal(signal.SIGKILL)
+        first.wait()
+        deliveries = [
+            span
+            for span in receiver.wait_for_spans(
+                lambda spans: any(span.trace_id == trace_id and span.name == "smtp.delivery" for span in spans)
+            )
+            if span.trace_id == trace_id and span.name == "smtp.delivery"
+        ]
+        spans = [span for span in receiver.spans if span.trace_id == trace_id]
+        assert {span.resource["service.instance.id"] for span in spans} == {"first", "second"}
+        (delivery,) = deliveries
+        assert delivery.resource["service.instance.id"] == "second"
+        assert delivery.attributes["smtp.delivery.possible_duplicate"] is True
+        assert delivery.attributes["smtp.delivery.attempt"] == 2
+        (event,) = [event for event in delivery.events if event.name == "smtp.spool.taken_over"]
+        assert event.attributes["smtp.spool.taken_over.from"] == "first"
+        assert TAKEOVER_SECONDS <= event.attributes["smtp.spool.taken_over.silent"] <= TAKEOVER_SECONDS + 4
+        held.release()
+
+
+def test_without_its_database_a_gateway_answers_451_and_comes_back(tmp_path: Path) -> None:
+    own = Server().start()
+    try:
+        place = asyncio.run(new_place(own, takeover_seconds=TAKEOVER_SECONDS))
+        with CapturingUpstream() as upstream, two_gateways(place, upstream, tmp_path) as (first, second):
+            assert send(first)[0] == 250
+            upstream.wait_for_messages(1)
+            held = upstream.hold("content")
+            assert send(second, "under way")[0] == 250
+            assert held.reached.wait(15)
+            own.stop()
+            codes = [send(running)[0] for running in (first, second) for _ in range(2)]
+            assert set(codes) == {451}
+            # Its reply comes while there is nowhere to record it.
+            held.release()
+            upstream.wait_for_messages(2)
+            time.sleep(TAKEOVER_SECONDS + 1)  # nobody's lease is sure any more
+            assert send(first)[0] == 451
+            own.start()
+
+            def is_taken() -> bool | None:
+                return send(second, "again")[0] == 250 or None
+
+            until(is_taken, "mail is taken again", timeout_seconds=60)
+            upstream.wait_for_messages(3, 30)
+            settings = tmp_path / "first" / "settings.toml"
+            until(
+                lambda: json.loads(queue_command(settings, "counts"))["recipients"]["delivered"] == 3 or None,
+                "all is recorded",
+                timeout_seconds=30,
+            )
+            subjects = [
+                message.content.partition(b"Subject: ")[2].partition(b"\r\n")[0] for message in upstream.messages
+            ]
+            assert sorted(subjects) == [b"again", b"under way", b"x"]
+            for running in (first, second):
+                assert running.stop() == 0
+    finally:
+        own.remove()
+
+
+def test_workers_share_the_queue_and_commands_reach_it(place: Place, tmp_path: Path) -> None:
+    settings = {
+        "delivery.mode": "queue",
+        "spool.url": place.url,
+        "spool.schema": place.schema,
+        "spool.takeover_after": f"{TAKEOVER_SECONDS}s",
+        "workers": 2,
+    }
+    with (
+        CapturingUpstream(UpstreamScript(content=(scripted_reply("451 4.3.0 later"),))) as upstream,
+        gateway({**settings, "upstream.url": upstream.url}, tmp_path) as running,
+    ):
+        path = tmp_path / "settings.toml"
+        until(lambda: len(queue_command(path, "gateways", "--json").splitlines()) == 2 or None, "both have entered")
+        assert send(running)[0] == 250
+        until(lambda: upstream.messages or None, "its first attempt")
+
+        def waiting() -> str | None:
+            lines = queue_command(path, "list", "--json").splitlines()
+            shown = [json.loads(line) for line in lines]
+            return shown[0]["queue_id"] if shown and shown[0]["queue_name"] == "deferred" else None
+
+        queue_id = until(waiting, "it is deferred")
+        assert "451 4.3.0 later" in queue_command(path, "show", queue_id)
+        assert queue_command(path, "hold", queue_id) == "1 held\n"
+        assert queue_command(path, "release", queue_id) == "1 released\n"
+        upstream.wait_for_messages(2, 10)  # at once: the gateways are told, whoever made the change
+        assert running.stop() == 0
+    assert queue_command(path, "gateways") == ""
+    assert json.loads(queue_command(path, "counts"))["recipients"]["delivered"] == 1
+
+
+def test_a_gateway_does_not_start_on_a_database_without_its_schema(tmp_path: Path) -> None:
+    settings = {
+        **DEFAULTS,
+        "upstream.url": "smtp://127.0.0.1:1",
+        "delivery.mode": "queue",
+        "spool.url": server().url(),
+        "spool.schema": "made_by_a_command",
+    }
+    path = settings_file(settings, tmp_path)
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "otel_smtp", *arguments, "--config", str(path)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+    served = run("serve")
+    assert served.returncode == 1
+    assert "otel-smtp queue migrate" in served.stderr
+    assert "otel-smtp queue migrate" in run("check", "--connect").stdout
+    assert "CREATE TABLE" in run("queue", "migrate", "--dry-run").stdout
+    assert run("queue", "migrate").stdout == "1 steps done\n"
+    assert run("queue", "migrate").stdout == "0 steps done\n"
+    assert "is usable; 0 gateways share it" in run("check", "--connect").stdout
+    server().do("DROP SCHEMA made_by_a_command CASCADE")
