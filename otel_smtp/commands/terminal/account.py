@@ -310,7 +310,7 @@ def _longest(transaction: Span | None, attempts: Sequence[Span]) -> str:
         for event in attempt.events:
             phase = _PHASES.get(event.name.removeprefix("smtp.upstream."))
             if phase is not None:
-                limit = plain(event.attributes.get("smtp.limit.name", "of the settings"))
+                limit = plain(event.attributes.get(names.LIMIT_NAME, "of the settings"))
                 waits.append((event.time_ns - before, phase.format(upstream=upstream, limit=limit)))
                 before = event.time_ns
         is_clients = attempt.attributes.get(names.OUTCOME, "aborted") == "aborted"
