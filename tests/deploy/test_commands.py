@@ -132,6 +132,7 @@ def test_every_variable_is_one_that_the_program_or_the_sdk_reads() -> None:
         "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
         "OTEL_RESOURCE_ATTRIBUTES",
         "OTEL_SERVICE_NAME",
+        "OTEL_TRACES_SAMPLER",
     }
     detected = {
         "OTEL_RESOURCE_ATTRIBUTES",
