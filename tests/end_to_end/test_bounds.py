@@ -94,11 +94,10 @@ def two_million_recipients(port: int) -> None:
     with suppress(ConnectionError):
         for _ in range(200):
             connection.sendall(b"RCPT TO:<b@there.example>\r\n" * 10_000)
-    tail = b""
+    # It has been closed: that it was told why may be lost, since it has not read. `recipients` below has.
     with suppress(ConnectionError):
-        while data := connection.recv(65536):
-            tail = (tail + data)[-100:]
-    assert b"421 4.7.0 Too many refused commands\r\n" in tail
+        while connection.recv(65536):
+            pass
 
 
 def test_two_million_recipients_of_one_transaction(upstream: CapturingUpstream, start: StartGateway) -> None:
