@@ -115,6 +115,9 @@ class _House(WatchedServer):
     def may_authenticate(self, client: Endpoint) -> bool:
         return True
 
+    def auth_failed(self, client: Endpoint) -> float:
+        return 0.0
+
 
 async def _session(server: WatchedServer, word: Word, trace_id: str) -> None:
     """One client that says what it likes."""

@@ -218,8 +218,8 @@ class Gateway:
         """
         if self._spool is not None:
             await self._spool.start()
-        await self._forwarder.learn(wait_seconds=LEARN_SECONDS)
         try:
+            await self._forwarder.learn(wait_seconds=LEARN_SECONDS)
             with naming_settings(self._settings):
                 self.addresses = await self._server.start()
                 if self._status_port is not None:
@@ -229,6 +229,7 @@ class Gateway:
             await self._server.drain(0.0)
             if self._spool is not None:
                 await self._spool.stop(grace_seconds=0)
+            await self._forwarder.close(grace_seconds=0)
             raise
         self._telemetry.start()
         self._catching_up = asyncio.get_running_loop().create_task(self._catch_up())

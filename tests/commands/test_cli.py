@@ -131,7 +131,7 @@ def test_serve_that_cannot_bind_is_exit_status_1() -> None:
     with CapturingUpstream() as taken:
         result = run("serve", "-u", "smtp://127.0.0.1:1", "-l", f"127.0.0.1:{taken.port}")
     assert result.returncode == 1
-    (line,) = result.stderr.splitlines()
+    *_, line = result.stderr.splitlines()  # it has looked for its upstream before
     told = f"cannot start: listener.0.address (-l): cannot listen at 127.0.0.1:{taken.port}: address already in use"
     assert json.loads(line)["event"] == told.replace("(-l)", "(--listen)")
 

@@ -163,7 +163,8 @@ def test_a_wrong_password_is_refused_and_no_mail_goes_through(
         with pytest.raises(smtplib.SMTPAuthenticationError):
             client.login("app", "wrong")
         assert client.docmd("MAIL FROM:<a@client.example>")[0] == 530
-    assert upstream.connections == []
+    # The gateway has asked what the upstream offers, and said nothing of a mail.
+    assert [command for one in upstream.connections for command in one.commands if b"EHLO" not in command] == []
 
 
 PROXY_HEADERS: Final = {
