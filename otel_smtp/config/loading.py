@@ -253,7 +253,7 @@ class _Loader:
             more = f"{why}; " if str(why) else ""
             self.add(given.source, path, "***" if is_secret else given.value, f"{more}allowed: {key.kind.allowed}")
             return
-        if key.must_be_readable and (unreadable := _unreadable(value)):
+        if key.must_be_readable and value is not None and (unreadable := _unreadable(value)):
             self.add(given.source, path, given.value, unreadable)
             return
         fields[name] = value
@@ -268,8 +268,8 @@ class _Loader:
             self.add(given.source, f"{prefix}{name}_file", given.value, f"{name} is set too; set only one of them")
             return
         try:
-            path: Path = FilePath().parse(given)
-            if not path.is_file():
+            path = FilePath(may_be_empty=True).parse(given)
+            if path is None or not path.is_file():
                 return  # reported with `<key>_file` itself; reading a device or pipe might never end
             # Editors and `echo` end a file with one line end; any further one belongs to the secret.
             # Some of them begin it with a byte order mark, which "utf-8-sig" leaves out.

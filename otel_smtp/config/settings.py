@@ -558,7 +558,9 @@ class Status(Table, frozen=True, kw_only=True):
             secret=True,
         ),
     ] = None
-    token_file: Annotated[Path | None, Key("file that holds it", FilePath(), must_be_readable=True)] = None
+    token_file: Annotated[
+        Path | None, Key("file that holds it", FilePath(may_be_empty=True), must_be_readable=True)
+    ] = None
 
 
 class Log(Table, frozen=True, kw_only=True):

@@ -343,16 +343,23 @@ class Choice(msgspec.Struct, frozen=True):
 
 
 class FilePath(msgspec.Struct, frozen=True):
-    """A file or directory. In a settings file a relative path is relative to that file."""
+    """A file or directory. In a settings file a relative path is relative to that file.
+
+    Attributes:
+        may_be_empty: "" is none, as if it were not set; elsewhere it is more likely a variable that was not filled in.
+    """
 
     allowed: str = "a path"
+    may_be_empty: bool = False
 
     @property
     def schema(self) -> dict[str, Any]:
-        return {"type": "string", "minLength": 1}
+        return {"type": "string", "minLength": int(not self.may_be_empty)}
 
-    def parse(self, given: Given) -> Path:
+    def parse(self, given: Given) -> Path | None:
         text = _as_text(given)
+        if not text and self.may_be_empty:
+            return None
         if not text or "\0" in text:
             raise BadValue
         path = Path(text)

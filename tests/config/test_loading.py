@@ -394,3 +394,10 @@ def test_a_route_for_bounces_is_the_empty_reverse_path() -> None:
     settings = load(values={"upstream": [upstream]})
     assert settings.upstream[0].senders == ("", "*@example.com")
     assert {row.key: row.value for row in describe(settings)}["upstream.0.senders"] == "<>, *@example.com"
+
+
+def test_no_file_for_the_token_may_be_said_in_words() -> None:
+    settings = load(values={"upstream": [{"url": "smtp://127.0.0.1"}], "status": {"token_file": ""}})
+    assert (settings.status.token, settings.status.token_file) == (None, None)
+    with pytest.raises(SettingsError, match="password_file"):
+        load(values={"upstream": [{"url": "smtps://a.example", "username": "u", "password_file": ""}]})
