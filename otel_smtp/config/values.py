@@ -620,17 +620,17 @@ class UpstreamUrlKind(msgspec.Struct, frozen=True):
 
 
 class MailboxKind(msgspec.Struct, frozen=True):
-    """One mail address, ASCII: it must be fit for every upstream."""
+    """One mail address, ASCII: it must be fit for every upstream; or "", which is none."""
 
     allowed: str = 'a mail address such as "relay@example.com"'
 
     @property
     def schema(self) -> dict[str, Any]:
-        return {"type": "string", "pattern": "^[^@]+@[^@]+$"}
+        return {"type": "string", "pattern": "^(?:[^@]+@[^@]+)?$"}
 
     def parse(self, given: Given) -> str:
         text = _as_text(given).strip()
-        if not text.isascii() or not is_mailbox(text):
+        if text and (not text.isascii() or not is_mailbox(text)):
             raise BadValue
         return text
 

@@ -401,3 +401,9 @@ def test_no_file_for_the_token_may_be_said_in_words() -> None:
     assert (settings.status.token, settings.status.token_file) == (None, None)
     with pytest.raises(SettingsError, match="password_file"):
         load(values={"upstream": [{"url": "smtps://a.example", "username": "u", "password_file": ""}]})
+
+
+def test_no_address_may_be_said_in_words() -> None:
+    tables = {"rewrite": {"sender": ""}, "spool": {"notice_sender": ""}}
+    settings = load(values={"upstream": [{"url": "smtp://127.0.0.1"}], **tables})
+    assert (settings.rewrite.sender, settings.spool.notice_sender) == ("", "")
