@@ -688,9 +688,6 @@ class Delivery(Attempts):
     def _end_content(self) -> None:
         """Send what is queued, the end of the content with it, and wait for the reply to the message."""
         self.has_ended_content = True
-        if self._permission is not None:
-            assert self._smarthost.pace is not None
-            self._smarthost.pace.landed(self._permission)
         self._attempt.phases.append((monotonic_ns(), DeliveryPhase.CONTENT, None))
         self._after = Delivery._message_answered
         self._connection.exchange(self._settled)

@@ -9,8 +9,9 @@ A limit is two things, and a permit needs both.
 * A window that slides: of the permits of the last period there are never more than the rate says. GCRA alone lets a
   burst pass and then the full rate, which whoever counts by the minute counts as too many.
 
-A permit is timed by what the provider sees: it is in flight, and counts, until the message has left (`Limit.landed`),
-and leaves the window one period after that. One that was not used is given back (`Limit.give_back`).
+A permit is timed by what the provider sees: it is in flight, and counts, until the provider has answered, or the
+attempt has ended otherwise (`Limit.landed`), and leaves the window one period after that. When content leaves here says
+little: it may lie in a socket for a while. One that was not used is given back (`Limit.give_back`).
 
 All numbers are in memory that processes can share, under a lock that the kernel takes from a process that dies. So the
 workers of a gateway keep a limit together, exactly. Times are of the monotonic clock, which they share too.
@@ -141,7 +142,7 @@ class Limit:
             return max(0, min(at_once, settings.count - int(cells[_USED])))
 
     def landed(self, permit: Permit, now: float) -> None:
-        """What a permit was for has left."""
+        """What a permit was for has come to its end."""
         with _held(self._lock):
             if (cell := self._cell(permit)) is not None:
                 self._cells[_HEAD + cell] = now
@@ -363,7 +364,7 @@ class Pace:
             self.give_back(waiting)
 
     def landed(self, waiting: Waiting) -> None:
-        """All of it has left."""
+        """It has come to its end."""
         now = self._clock()
         for limit, permit in waiting.permits:
             limit.landed(permit, now)

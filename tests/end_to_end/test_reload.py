@@ -57,6 +57,14 @@ def mail(client: Client, *recipients: str) -> list[str]:
     return [*replies, end(client)]
 
 
+def connected(connect: ConnectClient, port: int) -> Client | None:
+    """A client, where somebody listens."""
+    try:
+        return connect(port)
+    except ConnectionRefusedError:
+        return None
+
+
 def end(client: Client) -> str:
     """The reply to a content."""
     client.say("Subject: x", "", "y", ".")
@@ -101,7 +109,7 @@ def test_a_worker_that_is_replaced_has_the_new_settings(
             lambda: (not running.children & before and listening_sockets(running.port) == 2) or None,
             "they are replaced",
         )
-        client = connect(running.port)
+        client = until(partial(connected, connect, running.port), "one of them accepts")
         client.opens()
         assert [reply[:3] for reply in mail(client, "b@there.example", "c@there.example")] == ["250", "452", "250"]
         assert running.stop() == 0
