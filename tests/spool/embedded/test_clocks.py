@@ -137,10 +137,11 @@ async def test_what_is_being_recorded_while_the_clock_is_set_is_no_exception(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its record lies behind that of the clock, and was made before."""
-    may_sync = threading.Event()
+    is_at_sync, may_sync = threading.Event(), threading.Event()
     fdatasync = os.fdatasync
 
     def sync_when_told(file: int) -> None:
+        is_at_sync.set()
         assert may_sync.wait(30)
         fdatasync(file)
 
@@ -151,7 +152,7 @@ async def test_what_is_being_recorded_while_the_clock_is_set_is_no_exception(
         machine.wrong = 10 * DAY
         housekeeping = asyncio.ensure_future(store.housekeep())
         log = store.journal.log
-        await eventually(lambda: not log._is_asleep and not log._steps)  # the clock's record is on its way
+        await eventually(is_at_sync.is_set)  # the clock's record is on its way
         holding = asyncio.ensure_future(store.hold(one))
         await eventually(lambda: log._steps)
         may_sync.set()
