@@ -1,8 +1,9 @@
 """`otel-smtp check`: what a gateway would run with, and with --connect, whether it would work."""
 
 import asyncio
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,12 +23,14 @@ from otel_smtp.commands.options import (
 from otel_smtp.config import Settings, describe
 
 if TYPE_CHECKING:
+    from otel_smtp.commands.checks.findings import Finding
     from otel_smtp.gateway.gateway import Gateway
 
 
 @click.command()
 @click.option("--all", "-a", "everything", is_flag=True, help="Show all settings, defaults too.")
 @click.option("--connect", is_flag=True, help="Try listeners, upstreams and collectors; no mail is sent.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object: settings, warnings, findings.")
 @listen_option
 @upstream_option
 @config_option
@@ -38,6 +41,7 @@ def check(
     *,
     everything: bool,
     connect: bool,
+    as_json: bool,
     listen: tuple[str, ...],
     upstream: tuple[str, ...],
     config: Path | None,
@@ -55,8 +59,22 @@ def check(
     )
     gateway = _unstarted_gateway(settings)
     settings = gateway.settings
-    _print_plan(settings, traces_to=gateway.ready.traces_to, everything=everything)
-    if connect and not _try_everything(settings):
+    traces_to = gateway.ready.traces_to
+    findings: list[Finding] = []
+    if as_json:
+        if connect:
+            _try_everything(settings, findings.append)
+        plan = {
+            "settings": [row._asdict() for row in describe(settings) if everything or row.origin != "default"],
+            "warnings": settings.warnings,
+            "traces_to": traces_to,
+        }
+        click.echo(json.dumps(plan | ({"findings": [one._asdict() for one in findings]} if connect else {})))
+    else:
+        _print_plan(settings, traces_to=traces_to, everything=everything)
+        if connect:
+            _print_findings(settings, findings)
+    if any(finding.verdict == "failed" for finding in findings):
         raise SystemExit(FAILED)
 
 
@@ -76,31 +94,35 @@ def _unstarted_gateway(settings: Settings) -> "Gateway":
         fail(WRONG, "invalid file", str(error))
 
 
-def _try_everything(settings: Settings) -> bool:
-    """Print each finding as it comes.
+def _print_findings(settings: Settings, findings: "list[Finding]") -> None:
+    """Print each finding as it comes, and add it to `findings`."""
+    from otel_smtp.commands.terminal.tables import verdict_line
 
-    Returns:
-        Whether nothing failed.
-    """
+    output = console()
+    output.print()
+
+    def report(finding: "Finding") -> None:
+        findings.append(finding)
+        output.print(verdict_line(*finding), soft_wrap=True)
+
+    _try_everything(settings, report)
+
+
+def _try_everything(settings: Settings, found: "Callable[[Finding], None]") -> None:
+    """Try listeners, status port, spool, upstreams and collectors, and tell each finding as it comes."""
     from otel_smtp.commands.checks.collector import check_collectors
-    from otel_smtp.commands.checks.findings import Finding
     from otel_smtp.commands.checks.listeners import check_listeners, check_status
     from otel_smtp.commands.checks.spool import check_shared_queue, check_spool
     from otel_smtp.commands.checks.upstreams import check_upstream
-    from otel_smtp.commands.terminal.tables import verdict_line
     from otel_smtp.gateway.wiring import upstream_settings
     from otel_smtp.telemetry.logs import set_up_logging
 
     # A failure is a finding here; a log line about it would say it twice.
     set_up_logging("auto", "error", sys.stderr)
-    output = console()
-    output.print()
-    findings: list[Finding] = []
 
-    def report(finding: Finding | None) -> None:
+    def report(finding: "Finding | None") -> None:
         if finding is not None:
-            findings.append(finding)
-            output.print(verdict_line(*finding), soft_wrap=True)
+            found(finding)
 
     async def check_all() -> None:
         async for finding in check_listeners(settings):
@@ -114,7 +136,6 @@ def _try_everything(settings: Settings) -> bool:
             report(finding)
 
     asyncio.run(check_all())
-    return all(finding.verdict != "failed" for finding in findings)
 
 
 def _print_plan(settings: Settings, *, traces_to: str, everything: bool) -> None:

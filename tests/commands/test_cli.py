@@ -314,3 +314,19 @@ def test_the_reference_is_printed() -> None:
     assert "`smtp.connection`" in told
     schema = json.loads(run("settings", "--json-schema").stdout)
     assert schema["properties"]["workers"]["type"] == "integer"
+
+
+def test_check_for_machines_is_one_object_with_what_would_run_and_what_was_found() -> None:
+    with CapturingUpstream() as upstream:
+        settings = ["-u", upstream.url, "-l", "127.0.0.1:0", "--set", "status.address=off"]
+        told = run("check", "--json", *settings)
+        assert told.returncode == 0
+        plan = json.loads(told.stdout)
+        assert {"key": "upstream.0.url", "value": upstream.url, "origin": "--upstream"} in plan["settings"]
+        assert "findings" not in plan
+        tried = run("check", "--json", "--connect", *settings)
+    assert tried.returncode == 0, tried.stdout
+    assert {finding["verdict"] for finding in json.loads(tried.stdout)["findings"]} <= {"ok", "skipped"}
+    tried = run("check", "--json", "--connect", *settings)  # nobody is there any more
+    assert tried.returncode == 1
+    assert "failed" in {finding["verdict"] for finding in json.loads(tried.stdout)["findings"]}
