@@ -47,7 +47,7 @@ class _Found(NamedTuple):
 @click.command()
 @click.argument("what", metavar="ADDRESS|DOMAIN|MESSAGE-ID|TRACE-ID|QUEUE-ID")
 @click.option(
-    "--most", "-n", default=_SHOWN_MAILS, show_default=True, type=click.IntRange(1, 1000), help="Mails to tell of."
+    "--most", "-n", default=_SHOWN_MAILS, show_default=True, type=click.IntRange(1, 1000), help="Mails to show."
 )
 @click.option(
     "--log", type=click.Path(path_type=Path), metavar="FILE", help="Look in this JSON log of the gateway too."

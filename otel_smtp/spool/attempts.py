@@ -293,7 +293,7 @@ class Attempt:
 
     def _fail(self) -> None:
         """By our fault; called where the exception is at hand."""
-        logger.exception("an attempt failed by our fault", extra=told(self.lease))
+        logger.exception("delivery attempt failed: internal error", extra=told(self.lease))
         self._abort()
         self._judge([replies.INTERNAL] * len(self.lease.recipients))
 

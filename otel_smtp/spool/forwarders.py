@@ -159,7 +159,7 @@ def _outcome_of(done: asyncio.Future[Sequence[Lease]], message_id: str) -> tuple
         return done.result(), message_id
     if isinstance(error, SpoolError):
         return (), reply_to(error)
-    logger.error("a message could not be queued, by our fault", extra={"spool_id": message_id}, exc_info=error)
+    logger.error("message not queued: internal error", extra={"spool_id": message_id}, exc_info=error)
     return (), replies.STORAGE_FAILED
 
 

@@ -564,7 +564,7 @@ MESSAGE_KIND: Final = _attribute(
     "smtp.message.kind",
     Type.STRING,
     (On.DELIVERY, On.SPOOL, On.LOG),
-    "always: mail, or a message of our own that tells of one: bounce, delay_warning, success_report",
+    "always: mail, or a message of our own that reports on one: bounce, delay_warning, success_report",
     "mail",
 )
 OUTCOME: Final = _attribute(
@@ -659,7 +659,7 @@ LINK_TYPE: Final = _attribute(
     Type.STRING,
     (On.LINK,),
     "always: connection, application, previous_segment, spooled_transaction; reported_mail: from a delivery of a "
-    "bounce, a warning or a report to the transaction of the mail that it tells of",
+    "bounce, a warning or a report to the transaction of the mail it reports on",
     "connection",
 )
 

@@ -141,7 +141,7 @@ class Sharing:
         for running in self.all:
             note_marks(self._books, running)
             self._books.stale += running.stderr.count("a result came too late")
-            assert "by our fault" not in running.stderr, running.stderr
+            assert "internal error" not in running.stderr, running.stderr
             assert "a fault of this program" not in running.stderr
         self._books.tally = json.loads(self.queue("counts"))["recipients"]
         self._books.left = len(self.queue("list", "--json").splitlines())

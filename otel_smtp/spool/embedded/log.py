@@ -192,7 +192,7 @@ class Log:
             self._write(group, outcomes)
         except Exception:
             # Our bug fails the group it met, and nothing else: the thread serves on.
-            logger.exception("the spool failed by our fault")
+            logger.exception("spool failed: internal error")
             told = {id(step) for step, _ in outcomes}
             outcomes += [(step, SpoolError("internal error")) for step in group if id(step) not in told]
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
@@ -204,7 +204,7 @@ class Log:
             try:
                 step.done(step, error)
             except Exception:
-                logger.exception("the spool failed by our fault")
+                logger.exception("spool failed: internal error")
         self.told = told
 
     def _write(self, group: Sequence[Step], outcomes: list[tuple[Step, SpoolError | None]]) -> None:

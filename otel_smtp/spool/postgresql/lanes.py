@@ -128,7 +128,7 @@ class Lanes(Generic[I]):
             try:
                 await self._write_until_done(number, line, group)
             except Exception as error:
-                logger.exception("a group could not be written, by our fault")
+                logger.exception("group of messages not written: internal error")
                 for item in group:
                     self._fail(item, storage_error(error))
             finally:

@@ -1,0 +1,58 @@
+"""What operators read is plain English: words that send a reader to a dictionary, or back to the sentence's start."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+ROOT: Final = Path(__file__).parent.parent
+WORDS: Final = (
+    "anew", "afresh", "hitherto", "thereof", "whoever", "whosoever", "whomever", "nobody else", "can be had", "be had",
+    "in its stead", "by our fault", "of our fault", "tells? of", "told of", "telling of", "is it not", "given a rest",
+    "bearable", "for ever", "what for", "a line a message", "a mail a",
+)  # fmt: skip
+_FOUND: Final = re.compile(rf"\b(?:{'|'.join(WORDS)})\b", re.IGNORECASE)
+_LOGGING: Final = frozenset({"debug", "info", "warning", "error", "critical", "exception", "log"})
+
+
+def documents() -> Iterator[tuple[str, str]]:
+    """Every document for operators; the reference among them holds the help of commands and the settings' meanings."""
+    paths = [ROOT / "README.md", *sorted((ROOT / "deploy").rglob("*.md")), *sorted((ROOT / "deploy").rglob("*.1"))]
+    for path in paths:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            yield f"{path.relative_to(ROOT)}:{number}", line
+
+
+def _texts(node: ast.expr) -> Iterator[str]:
+    for part in ast.walk(node):
+        if isinstance(part, ast.Constant) and isinstance(part.value, str):
+            yield part.value
+
+
+def spoken() -> Iterator[tuple[str, str]]:
+    """The texts of log events, of replies, and of what commands print."""
+    for path in sorted((ROOT / "otel_smtp").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if name in _LOGGING or name in ("_reply", "Reply", "echo", "fail") or name.endswith("Error"):
+                for argument in node.args:
+                    for text in _texts(argument):
+                        yield f"{path.relative_to(ROOT)}:{node.lineno}", text
+
+
+def test_the_list_finds_what_it_is_for() -> None:
+    assert _FOUND.search("The spool starts anew.")
+    assert not _FOUND.search("The spool is empty; renewed certificates are used.")
+    assert sum(1 for _ in spoken()) > 300
+
+
+@pytest.mark.parametrize("where", [documents, spoken])
+def test_operators_read_plain_english(where: object) -> None:
+    assert callable(where)
+    found = [(place, text) for place, text in where() if _FOUND.search(text)]
+    assert found == []
