@@ -165,6 +165,11 @@ class Attempt:
         except Exception:  # noqa: BLE001 - it is logged
             self._fail()
 
+    @property
+    def has_said_nothing(self) -> bool:
+        """Whether no upstream has been reached yet."""
+        return not self._is_judged and not any(delivery.peer for delivery in self._record.deliveries)
+
     async def cut_short(self) -> None:
         """End it now, and let it be made again; or wait for the record of its result, where it has one."""
         if not self._is_judged:

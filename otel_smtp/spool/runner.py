@@ -7,6 +7,7 @@ destination are in backoff, nothing that is meant for it is touched.
 """
 
 import asyncio
+import contextlib
 import logging
 import random
 import time
@@ -29,6 +30,7 @@ MOST_AT_ONCE: Final = 100  # attempts under way, whatever the upstreams bear
 LOOK_SECONDS: Final = 60.0  # how often the age of mail is looked at
 BLOCKED_POLL_SECONDS: Final = 0.5  # how often an upstream in backoff is looked at while mail waits for it
 COUNT_SECONDS: Final = 2.0
+CONNECTION_GRACE_SECONDS: Final = 1.0  # at the end, for attempts that have no connection yet
 SHOWN_MOST: Final = 50
 AGAIN_SECONDS: Final = 1.0
 
@@ -105,13 +107,19 @@ class Runner:
             self._loop_task.cancel()
             await asyncio.gather(self._loop_task, return_exceptions=True)
             self._loop_task = None
-        if self._attempts:
-            try:
-                async with asyncio.timeout(grace_seconds):
-                    await self._is_idle.wait()
-            except TimeoutError:
-                pass
+        ends = asyncio.get_running_loop().time() + grace_seconds
+        await self._idle_until(min(ends, ends - grace_seconds + CONNECTION_GRACE_SECONDS))
+        # Those that wait for a connection, or for a provider's rate, might take all of the grace. Nothing was said yet.
+        await asyncio.gather(*(attempt.cut_short() for attempt in list(self._attempts) if attempt.has_said_nothing))
+        await self._idle_until(ends)
         await asyncio.gather(*(attempt.cut_short() for attempt in list(self._attempts)))
+
+    async def _idle_until(self, ends: float) -> None:
+        """Wait for the end of all attempts, but no longer than until then."""
+        if self._attempts:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(ends):
+                    await self._is_idle.wait()
 
     # What the forwarders ask for --------------------------------------------------------------------------
 
