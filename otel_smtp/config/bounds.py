@@ -230,7 +230,7 @@ LEDGER: Final = (
     Bound(
         _UPSTREAM,
         "mail that waits in the spool",
-        ("spool.most_messages",),
+        ("spool.most_messages", "spool.most_octets"),
         "452 4.3.1",
         f"{_DRIVEN}test_a_spool_takes_no_more_than_it_may",
     ),

@@ -470,6 +470,10 @@ class Spool(Table, frozen=True, kw_only=True):
         int,
         Key("messages that wait; beyond, new mail gets 452 4.3.1, as it does where the disk is nearly full", _COUNT),
     ] = 1_000_000
+    most_octets: Annotated[
+        int | None,
+        Key("octets of messages that wait; beyond, 452 4.3.1", Size(MIB, 2**20 * 1024 * MIB, may_be_off=True)),
+    ] = None
 
 
 class Telemetry(Table, frozen=True, kw_only=True):

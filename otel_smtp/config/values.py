@@ -284,26 +284,30 @@ def size_text(octets: int) -> str:
 
 
 class Size(msgspec.Struct, frozen=True):
-    """Octets as a number, or text such as "25MiB"."""
+    """Octets as a number, or text such as "25MiB"; None where "off" is allowed and given."""
 
     minimum: int = 1
     maximum: int = 4096 * MIB
+    may_be_off: bool = False
 
     @property
     def allowed(self) -> str:
+        off = ', or "off"' if self.may_be_off else ""
         return (
             f'octets as a number or text such as "25MiB", "64KiB", '
-            f"from {size_text(self.minimum)} to {size_text(self.maximum)}"
+            f"from {size_text(self.minimum)} to {size_text(self.maximum)}{off}"
         )
 
     @property
     def schema(self) -> dict[str, Any]:
         number = {"type": "integer", "minimum": self.minimum, "maximum": self.maximum}
         text = {"type": "string", "pattern": r"^\s*[0-9]{1,12}(\.[0-9]{1,6})?\s*([KkMmGg][Ii]?)?[Bb]\s*$"}
-        return {"anyOf": [number, text]}
+        return {"anyOf": [number, text, *([{"const": "off"}] if self.may_be_off else [])]}
 
-    def parse(self, given: Given) -> int:
+    def parse(self, given: Given) -> int | None:
         value = given.value
+        if self.may_be_off and value == "off":
+            return None
         if isinstance(value, str):
             match = _SIZE.fullmatch(value.strip())
             factor = _SIZE_UNITS.get(match[2].upper()) if match else None
@@ -314,8 +318,8 @@ class Size(msgspec.Struct, frozen=True):
             raise BadValue
         return value
 
-    def show(self, value: int) -> str:
-        return size_text(value)
+    def show(self, value: int | None) -> str:
+        return "off" if value is None else size_text(value)
 
 
 class Choice(msgspec.Struct, frozen=True):

@@ -220,6 +220,7 @@ def spool_store(settings: Settings, *, name: str) -> "Store":
     return EmbeddedStore(
         settings.spool.directory,
         most_messages=settings.spool.most_messages,
+        most_octets=settings.spool.most_octets,
         least_free_octets=least_free_octets(settings),
     )
 
@@ -244,6 +245,7 @@ def shared_store(spool: Spool, *, name: str, is_gateway: bool = True) -> "Postgr
         name=name,
         version=__version__,
         most_messages=spool.most_messages,
+        most_octets=spool.most_octets,
         is_gateway=is_gateway,
     )
 

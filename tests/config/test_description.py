@@ -25,7 +25,8 @@ upstream[]: limits reply_line reply_lines senders recipients trace_context
 upstream[].timeout: connect greeting command data block reply
 limit[]: name rate burst per
 rewrite: sender
-spool: directory url url_file schema takeover_after retry max_age warn_after bounce notice_sender most_messages
+spool: directory url url_file schema takeover_after retry max_age warn_after bounce notice_sender
+spool: most_messages most_octets
 telemetry: addresses addresses_hash_key addresses_hash_key_file client_ip state_events segment_events segment_age
 telemetry: trace_in_reply keep slow keep_rate probes message_id
 status: address allow hosts trace_url token token_file

@@ -297,6 +297,32 @@ def test_an_upstream_that_says_too_much(
     assert running.memory("VmHWM") < LEAST_MEMORY
 
 
+@pytest.mark.parametrize("octets", [1000, 200_000], ids=["small", "large"])
+def test_a_spool_takes_no_more_octets_than_it_may(
+    octets: int, start: StartGateway, tmp_path: Path, connect: Callable[[int], Client]
+) -> None:
+    settings = {
+        "upstream.url": f"smtp://127.0.0.1:{unclaimed_port()}",
+        "delivery.mode": "queue",
+        "spool.directory": str(tmp_path / "spool"),
+        "spool.most_octets": "1MiB",
+        "log.level": "error",
+    }
+    taken = 0
+    for _ in range(2):  # what is there at the start counts too
+        running = start(settings)
+        client = connect(running.port)
+        client.opens()
+        while (answer := client.asks("MAIL FROM:<a@client.example>")).startswith("250 "):
+            assert client.asks("RCPT TO:<b@there.example>", "DATA").startswith("354 ")
+            client.say("Subject: x", "", *["x" * 98] * (octets // 100), ".")
+            assert client.reply().startswith("250 ")
+            taken += 1
+        assert answer.startswith("452 4.3.1")
+        assert running.stop() == 0
+    assert 0.4 * MIB / octets < taken <= 1 + MIB / octets
+
+
 def test_a_spool_takes_no_more_than_it_may(
     start: StartGateway, tmp_path: Path, connect: Callable[[int], Client]
 ) -> None:

@@ -357,6 +357,15 @@ class SpoolDirectory:
                 temporary.unlink()
             raise storage_error(error) from error
 
+    def large_octets(self) -> int:
+        """Of all large contents together."""
+        sizes = (
+            entry.stat(follow_symlinks=False).st_size
+            for entry in os.scandir(self.path / "large")
+            if entry.is_file(follow_symlinks=False)
+        )
+        return sum(sizes)
+
     def larges(self) -> set[str]:
         """The names of all large contents."""
         return {entry.name for entry in os.scandir(self.path / "large") if entry.is_file(follow_symlinks=False)}

@@ -32,7 +32,7 @@ class Memory:
             where on in the log; the message, or None: it has ended.
         cold: deliveries in the index alone, by destination.
         live: messages and octets of their records, by segment.
-        messages: how many there are in all.
+        messages: how many there are in all. `large_octets`: of the contents that lie in files of their own.
     """
 
     def __init__(self) -> None:
@@ -42,6 +42,7 @@ class Memory:
         self.cold: Counter[str] = Counter()
         self.live: dict[int, list[int]] = {}
         self.messages = 0
+        self.large_octets = 0
         self._free: dict[str, asyncio.Event] = {}  # waited for, until the message of that id is not busy
         # Of messages that have just come and wait for an attempt: what is attempted at once need not be read again.
         self._contents: dict[str, Sequence[bytes]] = {}
@@ -64,10 +65,17 @@ class Memory:
             self.unindexed[entry.id] = (before[0], before[1], entry)
         self.waiting.offer(entry)
 
+    @property
+    def octets(self) -> int:
+        """Of all messages, with what the log says of them."""
+        return self.large_octets + sum(octets for _, octets in self.live.values())
+
     def note_new(self, entry: Entry, step: Step, part: int, crc: int | None) -> None:
         """A message has come: the record is a step's part of that number."""
         entry.place = self.place(entry, step, part, crc)
         self.messages += 1
+        if entry.is_large:
+            self.large_octets += entry.octets
         self.note(entry, (step.segment, step.places[part][0]))
 
     def note_end(self, entry: Entry, position: Position) -> None:
@@ -75,6 +83,8 @@ class Memory:
         self.hot.pop(entry.id, None)
         self._drop_content(entry)
         self.messages -= 1
+        if entry.is_large:
+            self.large_octets -= entry.octets
         assert entry.place is not None
         self.leave(entry.place)
         before = self.unindexed.get(entry.id)

@@ -73,7 +73,7 @@ class EmbeddedStore:
 
     Args:
         path: the directory; made where it is missing.
-        most_messages: beyond, new mail is refused.
+        most_messages, most_octets: beyond, new mail is refused; None: never for that.
         least_free_octets: below, new mail is refused.
         crashes_allowed: how many crashes a message may be part of before it is held.
         is_index_trusted: False: the index is made again out of the log.
@@ -92,6 +92,7 @@ class EmbeddedStore:
         path: Path,
         *,
         most_messages: int = DEFAULT_MOST_MESSAGES,
+        most_octets: int | None = None,
         least_free_octets: int = DEFAULT_LEAST_FREE_OCTETS,
         crashes_allowed: int = CRASHES_ALLOWED,
         segment_octets: int = SEGMENT_OCTETS,
@@ -101,6 +102,7 @@ class EmbeddedStore:
     ) -> None:
         self.directory = SpoolDirectory(path)
         self.most_messages = most_messages
+        self._most_octets = most_octets
         self._least_free = least_free_octets
         self._crashes_allowed = crashes_allowed
         self._segment_octets = segment_octets
@@ -181,6 +183,7 @@ class EmbeddedStore:
         memory.live.update((number, [*found]) for number, found in live.items())
         memory.cold.update(destinations)
         memory.messages = recovered.index.messages
+        memory.large_octets = await asyncio.to_thread(self.directory.large_octets)
         self.indexing.known = self.journal.log.told
         held: list[str] = []
         interrupted = sum(one.state is DeliveryState.LEASED for entry in leased for one in entry.deliveries)
@@ -268,6 +271,8 @@ class EmbeddedStore:
             return fault
         if self.memory.messages >= self.most_messages:
             return StorageFull(f"the spool holds {self.memory.messages} messages already")
+        if self._most_octets is not None and (octets := self.memory.octets) >= self._most_octets:
+            return StorageFull(f"the spool holds {octets} octets already")
         now = time.monotonic()
         if now - self._room_checked_at >= ROOM_CHECK_SECONDS:
             self._room_checked_at = now
