@@ -285,11 +285,11 @@ class Index:
             if due_ms:
                 execute("UPDATE delivery SET due = due + ? WHERE state = 'ready'", (due_ms,))
             # Places of the instants in `Entry.encode`.
-            instants = ", ".join(f"'$[{place}]', json_extract(entry, '$[{place}]') + ?1" for place in (2, 3, 4))
+            instants = ", ".join(f"'$[{place}]', json_extract(entry, '$[{place}]') + :by" for place in (2, 3, 4))
             moved = execute(
-                "UPDATE message SET arrived = arrived + ?1, expires = expires + ?1, unwarned = unwarned + ?1,"  # noqa: S608
+                "UPDATE message SET arrived = arrived + :by, expires = expires + :by, unwarned = unwarned + :by,"  # noqa: S608
                 f" entry = json_set(entry, {instants})",
-                (instants_ms,),
+                {"by": instants_ms},
             )
             self._database.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", list(meta.items()))
             execute("COMMIT")
