@@ -20,6 +20,7 @@ from otel_smtp.commands.terminal.waterfall import ASCII, UNICODE, waterfall
 from otel_smtp.config import Flag, Settings, load
 from otel_smtp.gateway import Gateway
 from otel_smtp.gateway.ports import bind
+from otel_smtp.net import CannotListen
 from otel_smtp.observing import Endpoint
 
 # A trace is drawn when its connection has ended, which is when the visit has.
@@ -47,7 +48,7 @@ class Demonstration:
         answer_after_seconds: float = 0.0,
     ) -> None:
         self._console = console
-        self._listen = listen or default_addresses(2525)
+        self._listen = listen
         self._flags = flags
         self._upstream = KeepingUpstream(KeepingForwarder(answer_after_seconds=answer_after_seconds))
         self._stories = Stories()
@@ -64,7 +65,9 @@ class Demonstration:
         """
         upstream = await self._upstream.start()
         try:
-            async with Gateway(self._settings(upstream), span_sinks=[self]) as gateway:
+            gateway = await self._started(upstream)
+            async with contextlib.AsyncExitStack() as running:
+                running.push_async_callback(gateway.stop)
                 address = gateway.addresses["local"][0]
                 self._say_where(gateway, upstream)
                 for number, visit in enumerate(VISITS, 1):
@@ -78,13 +81,28 @@ class Demonstration:
         finally:
             await self._upstream.stop()
 
-    def _settings(self, upstream: Endpoint) -> Settings:
+    async def _started(self, upstream: Endpoint) -> Gateway:
+        """A gateway that serves. Where a port was taken since it was found free, the kernel chooses another."""
+        for listen, status in (
+            (default_addresses(2525), default_addresses(9925)[0]),
+            (["127.0.0.1:0"], "127.0.0.1:0"),
+        ):
+            gateway = Gateway(self._settings(upstream, self._listen or listen, status), span_sinks=[self])
+            try:
+                await gateway.start()
+            except CannotListen as error:
+                fault = error
+            else:
+                return gateway
+        raise fault
+
+    def _settings(self, upstream: Endpoint, listen: Sequence[str], status: str) -> Settings:
         # Without the environment on purpose: an upstream named there is real, and would get the visitors' mail.
         return load(
             values={
-                "listener": [{"name": "local", "address": list(self._listen)}],
+                "listener": [{"name": "local", "address": list(listen)}],
                 "upstream": [{"name": "keeper", "url": f"smtp://{upstream}"}],
-                "status": {"address": default_addresses(9925)[0]},
+                "status": {"address": status},
                 "timeouts": {"shutdown_grace": "1s"},  # for Ctrl-C
             },
             flags=self._flags,

@@ -1,14 +1,18 @@
 """The visitors of the demonstration: what they expect, and what they say when it does not happen."""
 
 import asyncio
+import io
 from collections.abc import AsyncIterator
 
 import pytest
 import pytest_asyncio
+from rich.console import Console
 
+from otel_smtp.commands.demo import show
 from otel_smtp.commands.demo.show import default_addresses
 from otel_smtp.commands.demo.upstream import KeepingForwarder, KeepingUpstream
 from otel_smtp.commands.demo.visits import VISITS, Visit, VisitFailed, accepted
+from otel_smtp.net import CannotListen
 from otel_smtp.observing import Endpoint
 
 
@@ -57,3 +61,18 @@ async def test_a_port_that_is_taken_is_left_to_the_kernel() -> None:
     async with server:
         assert default_addresses(server.sockets[0].getsockname()[1]) == ["127.0.0.1:0"]
     assert default_addresses(0)[0] == "127.0.0.1:0"
+
+
+@pytest.mark.parametrize("taken", [2525, 9925])
+async def test_a_port_that_is_taken_at_the_last_moment_is_left_to_the_kernel(
+    taken: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
+    address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    monkeypatch.setattr(show, "default_addresses", lambda port: [address if port == taken else "127.0.0.1:0"])
+    console = Console(file=io.StringIO(), width=120)
+    async with server:
+        await show.Demonstration(console).run(once=True)
+        monkeypatch.undo()
+        with pytest.raises(CannotListen):  # an address that was asked for is another matter
+            await show.Demonstration(console, listen=[address]).run(once=True)
