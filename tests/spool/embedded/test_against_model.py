@@ -150,6 +150,9 @@ class Agreement(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([-86_400.0, -400.0, 100.0, 864_000.0]), is_seen=st.booleans())
     def clock_jumps(self, seconds: float, is_seen: bool) -> None:
+        if not is_seen:  # it jumps between two processes, when no lease is left
+            self._do(self._store.close())
+            self._do(self._model.close())
         self._now += seconds
         self._jumped += seconds
         milliseconds = round(seconds * 1000)
@@ -158,8 +161,6 @@ class Agreement(RuleBasedStateMachine):
         if is_seen:
             self._do(self._store.housekeep())
         else:
-            self._do(self._store.close())
-            self._do(self._model.close())
             self._model = MemoryStore(self._model.memory, self._clock)
             self._store = self._make()
             self._do(self._model.open())
