@@ -81,7 +81,7 @@ def check(
 def _unstarted_gateway(settings: Settings) -> "Gateway":
     """A gateway that is built and never started, so that certificates, users and OTEL_* variables are read too.
 
-    It would run with variables that cannot be used, which others set for all programs; whoever checks wants to know.
+    `serve` ignores variables that cannot be used, since others set them for all programs; `check` reports them.
     """
     from otel_smtp.gateway.gateway import WRONG_FILES, Gateway
     from otel_smtp.telemetry import environment

@@ -108,7 +108,7 @@ class GlobalOptions:
         upstream: Sequence[str] = (),
         needs_upstream: bool = True,
     ) -> Settings:
-        """As `settings`, for whoever goes on without them.
+        """As `settings`, for callers that go on when they are invalid.
 
         Raises:
             SettingsError: they are invalid.

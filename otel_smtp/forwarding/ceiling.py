@@ -84,7 +84,7 @@ def _is_alive(process_id: int) -> bool:
 
 
 class Ceiling:
-    """The ceiling of one upstream, and the part of it that is ours. No clock: each call is told the time.
+    """The ceiling of one upstream, and our share of it. It has no clock: callers pass the time.
 
     Args:
         cells: a table that other processes see too, of 64-bit floating-point numbers; None: one of our own.

@@ -326,7 +326,7 @@ class Delivery(Attempts):
         self._answer_for_all(refusal)
 
     def _as_told(self, refusal: Reply) -> Reply:
-        """A refusal as the client is told it: what is about our credentials is not about the mail."""
+        """The reply to the client for a refusal: one about our credentials is not about the mail."""
         if refusal.code < 530 or not is_about_credentials(refusal):
             return refusal
         fault = CredentialsRefused(self._without_secrets(refusal))
@@ -418,7 +418,7 @@ class Delivery(Attempts):
         self._leave(beyond)
 
     def _refuse(self, recipient: Recipient, verdicts: list[Reply]) -> None:
-        """Note that a recipient is refused with the last of `verdicts`, and put there what the client is told."""
+        """Note that a recipient is refused with the last of `verdicts`, and replace that by the reply to the client."""
         verdict = self._refusal = verdicts[-1]
         if verdict.code >= 530:
             verdicts[-1] = self._as_told(verdict)

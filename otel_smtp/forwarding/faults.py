@@ -16,7 +16,7 @@ class UpstreamFault(Exception):
     """An upstream could not be used.
 
     Args:
-        reply: what the client is told where the upstream said nothing; None: what the class says.
+        reply: to the client, where the upstream said nothing; None: the class's own.
 
     Attributes:
         reply: the reply to the client if no other upstream is left, without the upstream's words: see `told`.

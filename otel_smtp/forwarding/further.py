@@ -1,8 +1,8 @@
 """What is left of a message after its first transaction upstream: further ones, one after the other.
 
-A client drops what it is told about single recipients, so none of them is refused for a grouping that is not the
-client's. Who does not fit into the first transaction, or is served by another upstream, was promised a place all the
-same, and gets it here; each with a verdict of its own.
+Client libraries drop replies about single recipients, so none of them is refused for a grouping that is not the
+client's. A recipient that does not fit into the first transaction, or is served by another upstream, is accepted all
+the same and follows here, with a verdict of its own.
 
 Where a transaction got no answer, the rest of its recipients is not tried now: their upstream would be asked the same
 again at once, while the client waits.

@@ -17,7 +17,7 @@ from otel_smtp.commands.terminal.otlp_spans import Event, Span
 from otel_smtp.commands.terminal.words import counted, duration, outcome_style, plain
 from otel_smtp.telemetry import attributes as names
 
-# Attempts of a mail that is told; the first and the last of more.
+# Attempts shown per mail; of more, the first and the last.
 _ATTEMPTS_TOLD: Final = 6
 # What took less is not worth a word.
 _SHORT_NS: Final = 1_000_000
