@@ -27,6 +27,7 @@ import os
 import tempfile
 import time
 import weakref
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -35,8 +36,8 @@ from typing import Final
 
 MARGIN_SECONDS: Final = 0.05
 """By which a window is longer here than at the provider: what is on its way takes now less, now more time."""
-MOST_CELLS: Final = 65_536
-"""Of a window. A rate of more than this is counted in groups, which leave the window with their last permit."""
+MOST_CELLS: Final = 32_768
+"""Of a window that is full. A rate of more is counted in groups, which leave the window with their last permit."""
 IN_FLIGHT_SECONDS: Final = 1200.0
 """After which a permit counts as used whatever became of it: as long as a client may take for its content."""
 IN_FLIGHT_POLL_SECONDS: Final = 0.05
@@ -44,8 +45,9 @@ IN_FLIGHT_POLL_SECONDS: Final = 0.05
 CONTEND_SECONDS: Final = 0.01
 """Between two looks at a limit that other processes may have used meanwhile: at least this long."""
 
-# The head of a limit's table, then the times of the cells (negative: in flight, until then), then their permits.
-_TAT, _FIRST, _CELLS, _USED, _HEAD = 0, 1, 2, 3, 4
+# The head of a limit's table, then a ring of cells three times: their times (negative: in flight, until then), their
+# permits, their numbers.
+_TAT, _FIRST, _CELLS, _USED, _NEXT, _HEAD = 0, 1, 2, 3, 4, 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +74,12 @@ class LimitSettings:
     @property
     def table_cells(self) -> int:
         """Numbers in memory."""
-        return _HEAD + 2 * self._window_cells
+        return _HEAD + 3 * self.most_cells
 
     @property
-    def _window_cells(self) -> int:
-        return self.count // self.group + 2
+    def most_cells(self) -> int:
+        """Of a window: twice what permits can fill, so that cells whose permits were given back are seldom removed."""
+        return 2 * (self.count // self.group + 2)
 
 
 class Permit:
@@ -109,7 +112,7 @@ class Limit:
         self._lock = lock
         self._interval = settings.period_seconds / settings.count
         self._window_seconds = settings.period_seconds + MARGIN_SECONDS
-        self._most_cells = (settings.table_cells - _HEAD) // 2
+        self._most_cells = settings.most_cells
 
     def __repr__(self) -> str:
         return f"<Limit {self.settings.name} {self._cells[_USED]:.0f} of {self.settings.count}>"
@@ -145,7 +148,7 @@ class Limit:
         """What a permit was for has come to its end."""
         with _held(self._lock):
             if (cell := self._cell(permit)) is not None:
-                self._cells[_HEAD + cell] = now
+                self._cells[cell] = now
 
     def give_back(self, permit: Permit) -> None:
         """A permit was not used."""
@@ -153,7 +156,7 @@ class Limit:
             if (cell := self._cell(permit)) is None:
                 return
             cells = self._cells
-            cells[_HEAD + self._most_cells + cell] -= permit.amount
+            cells[cell + self._most_cells] -= permit.amount
             cells[_USED] -= permit.amount
             cells[_TAT] -= permit.amount * self._interval
 
@@ -166,12 +169,12 @@ class Limit:
         by_rate = cells[_TAT] - tolerance - now
         missing = int(cells[_USED]) + amount - settings.count
         by_window = 0.0
-        for number in range(int(cells[_CELLS])):
+        for position in range(int(cells[_CELLS])):
             if missing <= 0:
                 break
-            cell = (int(cells[_FIRST]) + number) % self._most_cells
-            missing -= int(cells[_HEAD + self._most_cells + cell])
-            at = cells[_HEAD + cell]
+            cell = self._at(position)
+            missing -= int(cells[cell + self._most_cells])
+            at = cells[cell]
             by_window = max(by_window, IN_FLIGHT_POLL_SECONDS if at < 0 else at + self._window_seconds - now)
         # A sum of intervals is not the period to the last digit.
         return max(by_rate if by_rate > 1e-9 else 0.0, by_window)
@@ -180,37 +183,63 @@ class Limit:
         """Forget what has left the window."""
         cells = self._cells
         while cells[_CELLS]:
-            cell = int(cells[_FIRST]) % self._most_cells
-            permits = cells[_HEAD + self._most_cells + cell]
-            at = cells[_HEAD + cell]
+            cell = self._at(0)
+            permits = cells[cell + self._most_cells]
+            at = cells[cell]
             if permits and (-at if at < 0 else at + self._window_seconds) > now:
                 return
             cells[_USED] -= permits
-            cells[_FIRST] += 1
+            cells[_FIRST] = (cells[_FIRST] + 1) % self._most_cells
             cells[_CELLS] -= 1
 
     def _note(self, amount: int, now: float) -> int:
         """Note permits in the window; the number of their cell."""
         cells, most = self._cells, self._most_cells
-        if self.settings.group == 1:
-            now = -(now + IN_FLIGHT_SECONDS)  # of a group, some would be in flight and others not
-        last = int(cells[_FIRST] + cells[_CELLS]) - 1
-        held = cells[_HEAD + most + last % most] if cells[_CELLS] else 0.0
-        if cells[_CELLS] and (held + amount <= self.settings.group or cells[_CELLS] == most):
-            cells[_HEAD + last % most] = max(cells[_HEAD + last % most], now)
-            cells[_HEAD + most + last % most] += amount
-            return last
-        last += 1
+        if cells[_CELLS] == most:
+            self._remove_empty()
+        if cells[_CELLS] and self.settings.group > 1:
+            cell = self._at(int(cells[_CELLS]) - 1)
+            if cells[cell + most] + amount <= self.settings.group or cells[_CELLS] == most:
+                cells[cell] = max(cells[cell], now)
+                cells[cell + most] += amount
+                return int(cells[cell + 2 * most])
+        number = int(cells[_NEXT])
+        cells[_NEXT] += 1
         cells[_CELLS] += 1
-        cells[_HEAD + last % most] = now
-        cells[_HEAD + most + last % most] = amount
-        return last
+        cell = self._at(int(cells[_CELLS]) - 1)
+        # Of a group, some would be in flight and others not.
+        cells[cell] = now if self.settings.group > 1 else -(now + IN_FLIGHT_SECONDS)
+        cells[cell + most] = amount
+        cells[cell + 2 * most] = number
+        return number
+
+    def _remove_empty(self) -> None:
+        """Remove the cells whose permits were all given back. Of groups there may be none; else there are some, as each
+        of the others holds a permit."""
+        cells, most = self._cells, self._most_cells
+        kept = 0
+        for position in range(int(cells[_CELLS])):
+            cell = self._at(position)
+            if cells[cell + most]:
+                to = self._at(kept)
+                for table in (0, most, 2 * most):
+                    cells[to + table] = cells[cell + table]
+                kept += 1
+        cells[_CELLS] = kept
+
+    def _at(self, position: int) -> int:
+        """Where the time of a cell is; the oldest is at position 0."""
+        return _HEAD + (int(self._cells[_FIRST]) + position) % self._most_cells
 
     def _cell(self, permit: Permit) -> int | None:
-        first = int(self._cells[_FIRST])
-        if not first <= permit.number < first + int(self._cells[_CELLS]):
-            return None  # it has left the window
-        return permit.number % self._most_cells
+        """Where the time of its cell is; None: it has left the window."""
+        cells, numbers = self._cells, 2 * self._most_cells
+        position = bisect_left(
+            range(int(cells[_CELLS])), permit.number, key=lambda position: int(cells[self._at(position) + numbers])
+        )
+        if position == cells[_CELLS] or cells[self._at(position) + numbers] != permit.number:
+            return None
+        return self._at(position)
 
 
 class _Locked:
