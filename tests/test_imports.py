@@ -10,6 +10,7 @@ before it is trusted with the package.
 
 import ast
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -375,6 +376,15 @@ def test_a_module_keeps_to_its_room(module: str) -> None:
 def test_modules_of_the_tests_have_names_that_say_something() -> None:
     paths = (ROOT / "tests").rglob("*.py")
     assert [finding for path in paths for finding in naming(module_name(path), ast.Module([], []))] == []
+
+
+def test_no_two_public_classes_of_the_package_share_a_name() -> None:
+    homes = defaultdict(list)
+    for module, path in SOURCES.items():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not is_private(node.name):
+                homes[node.name].append(module)
+    assert {name: modules for name, modules in homes.items() if len(modules) > 1} == {}
 
 
 def test_every_room_of_the_table_is_one_that_a_module_can_be_in() -> None:

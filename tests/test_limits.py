@@ -20,7 +20,15 @@ import pytest
 import trustme
 
 from otel_smtp import Gateway, Settings, load
-from otel_smtp.config.settings import SCHEMA, Key, Limits, Table, Timeouts, Upstream, UpstreamTimeout
+from otel_smtp.config.settings import (
+    SCHEMA,
+    Key,
+    LimitsTable,
+    Table,
+    TimeoutsTable,
+    UpstreamTable,
+    UpstreamTimeoutTable,
+)
 from otel_smtp.config.values import Duration, Integer, Size
 from otel_smtp.forwarding.connection import UpstreamConnection
 from otel_smtp.gateway.wiring import upstream_settings
@@ -565,10 +573,10 @@ BOUNDS: Final = (
     Bound("upstream.reply_lines", 100, 20, reply_lines),
 )
 TABLES: Final[Mapping[str, type[Table]]] = {
-    "limits": Limits,
-    "timeouts": Timeouts,
-    "upstream": Upstream,
-    "upstream.timeout": UpstreamTimeout,
+    "limits": LimitsTable,
+    "timeouts": TimeoutsTable,
+    "upstream": UpstreamTable,
+    "upstream.timeout": UpstreamTimeoutTable,
 }
 
 

@@ -10,7 +10,7 @@ import aiosmtplib
 from opentelemetry.trace import Tracer
 
 from .instrumentor import Arguments, MailInstrumentor, Sending, Wrapper
-from .message_span import Addresses, MailServer, Reply, Transaction
+from .message_span import AddressDetail, ClientTransaction, MailServer, ServerReply
 
 _Call = Callable[..., Awaitable[Any]]
 
@@ -32,15 +32,15 @@ class AiosmtplibInstrumentor(MailInstrumentor):
     def _client_class(self) -> type:
         return aiosmtplib.SMTP
 
-    def _wrappers(self, tracer: Tracer, addresses: Addresses) -> Mapping[str, Wrapper]:
+    def _wrappers(self, tracer: Tracer, addresses: AddressDetail) -> Mapping[str, Wrapper]:
         return _Wrappers(tracer, addresses).by_method()
 
 
 class _Wrappers:
     """What is called in place of the methods of `aiosmtplib.SMTP`."""
 
-    def __init__(self, tracer: Tracer, addresses: Addresses) -> None:
-        self._sending = Sending(tracer, addresses, _server_of, lambda answer: Reply(*answer), _reply_in)
+    def __init__(self, tracer: Tracer, addresses: AddressDetail) -> None:
+        self._sending = Sending(tracer, addresses, _server_of, lambda answer: ServerReply(*answer), _reply_in)
 
     def by_method(self) -> Mapping[str, Wrapper]:
         """The wrappers by the name of the method."""
@@ -55,7 +55,7 @@ class _Wrappers:
     async def _mail(
         self, wrapped: _Call, client: aiosmtplib.SMTP, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        transaction = Transaction()
+        transaction = ClientTransaction()
         answer = await wrapped(*args, **kwargs)
         self._sending.sender(client, transaction, Arguments(args, kwargs).value(0, "sender"))
         return answer
@@ -90,12 +90,12 @@ def _server_of(client: aiosmtplib.SMTP) -> MailServer:
     return MailServer(name, address[1] if address else client.port, address)
 
 
-def _reply_in(error: BaseException) -> Reply | None:
+def _reply_in(error: BaseException) -> ServerReply | None:
     match error:
         case aiosmtplib.SMTPResponseException():
-            return Reply(error.code, error.message)
+            return ServerReply(error.code, error.message)
         case aiosmtplib.SMTPRecipientsRefused() if error.recipients:
-            replies = [Reply(one.code, one.message) for one in error.recipients]
+            replies = [ServerReply(one.code, one.message) for one in error.recipients]
             # One that may be taken later makes the message one that may be taken later.
             return min(replies, key=lambda reply: reply.code // 100)
         case _:

@@ -22,7 +22,7 @@ from opentelemetry.instrumentation.utils import is_instrumentation_enabled, unwr
 from opentelemetry.trace import TracerProvider
 from wrapt import wrap_function_wrapper
 
-from .message_span import Addresses, MailServer, MessageSpan, Reply, Transaction
+from .message_span import AddressDetail, ClientTransaction, MailServer, MessageSpan, ServerReply
 from .version import __version__
 
 logger: Final = logging.getLogger(__name__)
@@ -68,10 +68,10 @@ class Sending:
     def __init__(
         self,
         tracer: trace.Tracer,
-        addresses: Addresses,
+        addresses: AddressDetail,
         server_of: Callable[[Any], MailServer],
-        reply_of: Callable[[Any], Reply],
-        reply_in: Callable[[BaseException], Reply | None],
+        reply_of: Callable[[Any], ServerReply],
+        reply_in: Callable[[BaseException], ServerReply | None],
     ) -> None:
         self._tracer = tracer
         self._addresses = addresses
@@ -79,8 +79,8 @@ class Sending:
         self._reply_of = reply_of
         self._reply_in = reply_in
         self._fault_level = logging.WARNING
-        self._under_way: ContextVar[tuple[object, Transaction] | None] = ContextVar("smtp_send", default=None)
-        self._direct: WeakKeyDictionary[Any, Transaction] = WeakKeyDictionary()
+        self._under_way: ContextVar[tuple[object, ClientTransaction] | None] = ContextVar("smtp_send", default=None)
+        self._direct: WeakKeyDictionary[Any, ClientTransaction] = WeakKeyDictionary()
 
     @contextlib.contextmanager
     def harmless(self) -> Iterator[None]:
@@ -102,13 +102,13 @@ class Sending:
         Yields:
             The arguments to call with.
         """
-        with self._open(client, Transaction(), arguments, index, name) as opened:
+        with self._open(client, ClientTransaction(), arguments, index, name) as opened:
             yield opened
 
     @contextlib.contextmanager
     def content(
         self, client: object, arguments: Arguments, name: str, octets: Callable[[Any], int]
-    ) -> Iterator[tuple[Arguments, Transaction]]:
+    ) -> Iterator[tuple[Arguments, ClientTransaction]]:
         """Within it the content is sent, by `message` or directly.
 
         Args:
@@ -123,14 +123,14 @@ class Sending:
             self._note_content(transaction, arguments.value(0, name), octets)
             yield arguments, transaction
             return
-        transaction = Transaction()
+        transaction = ClientTransaction()
         with self.harmless():
             transaction = self._direct.pop(client, transaction)
         with self._open(client, transaction, arguments, 0, name) as opened:
             self._note_content(transaction, opened.value(0, name), octets)
             yield opened, transaction
 
-    def sender(self, client: object, transaction: Transaction, address: object) -> None:
+    def sender(self, client: object, transaction: ClientTransaction, address: object) -> None:
         """MAIL was answered, with whatever: a refusal is the last that is heard of the transaction.
 
         Args:
@@ -149,22 +149,22 @@ class Sending:
             if transaction is not None:
                 transaction.note_recipient(str(address), self._reply_of(answer))
 
-    def answered(self, transaction: Transaction, answer: object) -> None:
+    def answered(self, transaction: ClientTransaction, answer: object) -> None:
         """The content was answered."""
         with self.harmless():
             transaction.reply = self._reply_of(answer)
 
-    def _current(self, client: object) -> Transaction | None:
+    def _current(self, client: object) -> ClientTransaction | None:
         under_way = self._under_way.get()
         return under_way[1] if under_way is not None and under_way[0] is client else None
 
-    def _note_content(self, transaction: Transaction, content: object, octets: Callable[[Any], int]) -> None:
+    def _note_content(self, transaction: ClientTransaction, content: object, octets: Callable[[Any], int]) -> None:
         with self.harmless():
             transaction.octets = octets(content)
 
     @contextlib.contextmanager
     def _open(
-        self, client: object, transaction: Transaction, arguments: Arguments, index: int, name: str
+        self, client: object, transaction: ClientTransaction, arguments: Arguments, index: int, name: str
     ) -> Iterator[Arguments]:
         span: MessageSpan | None = None
         if is_instrumentation_enabled():
@@ -194,7 +194,7 @@ class Sending:
             with contextlib.suppress(ValueError):
                 self._under_way.reset(under_way)
 
-    def _span(self, client: object, transaction: Transaction) -> MessageSpan:
+    def _span(self, client: object, transaction: ClientTransaction) -> MessageSpan:
         return MessageSpan(
             self._tracer,
             transaction,
@@ -219,7 +219,7 @@ class MailInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # as above
         """The class of the library whose instances send mail."""
 
     @abstractmethod
-    def _wrappers(self, tracer: trace.Tracer, addresses: Addresses) -> Mapping[str, Wrapper]:
+    def _wrappers(self, tracer: trace.Tracer, addresses: AddressDetail) -> Mapping[str, Wrapper]:
         """What its methods are replaced by."""
 
     def _instrument(
@@ -250,10 +250,10 @@ class MailInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # as above
         self._replaced = ()
 
 
-def _addresses(wanted: str | None) -> Addresses:
+def _addresses(wanted: str | None) -> AddressDetail:
     chosen = os.environ.get(ADDRESSES_VARIABLE, "") if wanted is None else wanted
     try:
-        return Addresses(chosen.strip().lower() or Addresses.DOMAIN)
+        return AddressDetail(chosen.strip().lower() or AddressDetail.DOMAIN)
     except ValueError:
-        logger.warning("mailboxes in spans: %r is none of %s; showing domains", chosen, ", ".join(Addresses))
-        return Addresses.DOMAIN
+        logger.warning("mailboxes in spans: %r is none of %s; showing domains", chosen, ", ".join(AddressDetail))
+        return AddressDetail.DOMAIN

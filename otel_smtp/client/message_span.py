@@ -25,7 +25,7 @@ _DOMAIN: Final = re.compile(r"@([\w.\[\]:-]*)[^@]*$")
 _MAILBOX: Final = re.compile(r'(?:"[^"]{0,256}"|[^\s<>",;:@]{1,256})@([\w.\[\]:-]{0,256})')
 
 
-class Addresses(StrEnum):
+class AddressDetail(StrEnum):
     """How much of a mailbox the spans show."""
 
     NONE = "none"
@@ -33,7 +33,7 @@ class Addresses(StrEnum):
     FULL = "full"
 
 
-class Reply(NamedTuple):
+class ServerReply(NamedTuple):
     """A server's reply: its code, and its text, lines separated by "\\n", without the codes of the lines."""
 
     code: int
@@ -67,7 +67,7 @@ class MailServer(NamedTuple):
 
 
 @dataclass(slots=True)
-class Transaction:
+class ClientTransaction:
     """What is known of one mail transaction.
 
     Attributes:
@@ -80,11 +80,11 @@ class Transaction:
     started_ns: int = field(default_factory=time.time_ns)
     sender: str | None = None
     accepted: list[str] = field(default_factory=list)
-    refused: list[tuple[str, Reply]] = field(default_factory=list)
+    refused: list[tuple[str, ServerReply]] = field(default_factory=list)
     octets: int | None = None
-    reply: Reply | None = None
+    reply: ServerReply | None = None
 
-    def note_recipient(self, address: str, reply: Reply) -> None:
+    def note_recipient(self, address: str, reply: ServerReply) -> None:
         """Keep what the server said to RCPT."""
         if reply.is_positive:
             self.accepted.append(address)
@@ -102,7 +102,7 @@ class _Conclusion(NamedTuple):
     """
 
     outcome: str
-    reply: Reply | None = None
+    reply: ServerReply | None = None
     error_type: str | None = None
     reason: str | None = None
 
@@ -117,11 +117,11 @@ class MessageSpan:
     def __init__(
         self,
         tracer: Tracer,
-        transaction: Transaction,
+        transaction: ClientTransaction,
         server: MailServer,
         *,
-        addresses: Addresses,
-        reply_in: Callable[[BaseException], Reply | None],
+        addresses: AddressDetail,
+        reply_in: Callable[[BaseException], ServerReply | None],
     ) -> None:
         self.transaction = transaction
         self._addresses = addresses
@@ -208,7 +208,7 @@ class MessageSpan:
         attributes: dict[str, Any] = {}
         sender = self.transaction.sender
         recipients = [*self.transaction.accepted, *(address for address, _ in self.transaction.refused)]
-        if self._addresses is not Addresses.NONE:
+        if self._addresses is not AddressDetail.NONE:
             domains = list(dict.fromkeys(_domain_of(recipient) for recipient in recipients))
             if domains:
                 attributes[names.RCPT_DOMAINS] = domains[: names.MAX_DOMAINS]
@@ -216,7 +216,7 @@ class MessageSpan:
                 attributes[names.RCPT_DOMAIN] = domains[0]
             if sender is not None:
                 attributes[names.MAIL_FROM_DOMAIN] = _domain_of(sender)
-        if self._addresses is Addresses.FULL:
+        if self._addresses is AddressDetail.FULL:
             if recipients:
                 attributes[names.RCPT_ADDRESSES] = [_clean(one) for one in recipients[: names.MAX_DOMAINS]]
             if sender is not None:
@@ -225,13 +225,13 @@ class MessageSpan:
 
     def _mailbox(self, address: str) -> dict[str, str]:
         shown: dict[str, str] = {}
-        if self._addresses is not Addresses.NONE:
+        if self._addresses is not AddressDetail.NONE:
             shown[names.RCPT_DOMAIN] = _domain_of(address)
-        if self._addresses is Addresses.FULL:
+        if self._addresses is AddressDetail.FULL:
             shown[names.RCPT_ADDRESS] = _clean(address)
         return shown
 
-    def _reply(self, reply: Reply) -> dict[str, Any]:
+    def _reply(self, reply: ServerReply) -> dict[str, Any]:
         lines = reply.text.split("\n")
         code = _ENHANCED.match(lines[0])
         text = " ".join(_ENHANCED.sub("", line, count=1).strip() for line in lines)
@@ -270,14 +270,14 @@ def _domain_of(address: str) -> str:
     return "" if found is None else _clean(found[1].lower())
 
 
-def _shown(text: str, addresses: Addresses) -> str:
+def _shown(text: str, addresses: AddressDetail) -> str:
     """A server's or library's words without mailboxes: servers like to repeat the address that they refuse.
 
     Cut before it is searched, so that the search is bounded, and at double the limit, so that no half of an address
     is left where it was cut.
     """
-    if "@" in text and addresses is not Addresses.FULL:
-        shown = r"...@\1" if addresses is Addresses.DOMAIN else "..."
+    if "@" in text and addresses is not AddressDetail.FULL:
+        shown = r"...@\1" if addresses is AddressDetail.DOMAIN else "..."
         text = _MAILBOX.sub(shown, text[: 2 * names.MAX_VALUE_CHARACTERS])
     return _clean(text)
 

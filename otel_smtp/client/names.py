@@ -13,7 +13,7 @@ MAX_DOMAINS: Final = 10  # an array attribute; the gateway keeps as many
 MAX_RECIPIENT_EVENTS: Final = 50  # well below the 128 events at which an SDK begins to drop the first
 
 
-class Attribute(NamedTuple):
+class ClientAttribute(NamedTuple):
     """One attribute, as the README tells of it."""
 
     name: str
@@ -22,11 +22,11 @@ class Attribute(NamedTuple):
     example: str
 
 
-ATTRIBUTES: Final[dict[str, Attribute]] = {}
+ATTRIBUTES: Final[dict[str, ClientAttribute]] = {}
 
 
 def _attribute(name: str, type_: str, when: str, example: str) -> str:
-    ATTRIBUTES[name] = Attribute(name, type_, when, example)
+    ATTRIBUTES[name] = ClientAttribute(name, type_, when, example)
     return name
 
 

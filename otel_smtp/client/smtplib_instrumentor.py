@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 from opentelemetry.trace import Tracer
 
 from .instrumentor import Arguments, MailInstrumentor, Sending, Wrapper
-from .message_span import Addresses, MailServer, Reply, Transaction
+from .message_span import AddressDetail, ClientTransaction, MailServer, ServerReply
 
 _Call = Callable[..., Any]
 
@@ -34,14 +34,14 @@ class SmtplibInstrumentor(MailInstrumentor):
     def _client_class(self) -> type:
         return smtplib.SMTP
 
-    def _wrappers(self, tracer: Tracer, addresses: Addresses) -> Mapping[str, Wrapper]:
+    def _wrappers(self, tracer: Tracer, addresses: AddressDetail) -> Mapping[str, Wrapper]:
         return _Wrappers(tracer, addresses).by_method()
 
 
 class _Wrappers:
     """What is called in place of the methods of `smtplib.SMTP`."""
 
-    def __init__(self, tracer: Tracer, addresses: Addresses) -> None:
+    def __init__(self, tracer: Tracer, addresses: AddressDetail) -> None:
         self._sending = Sending(tracer, addresses, self._server_of, lambda answer: _reply(*answer), _reply_in)
         # `smtplib` keeps the host for itself.
         self._hosts: WeakKeyDictionary[smtplib.SMTP, str] = WeakKeyDictionary()
@@ -66,7 +66,7 @@ class _Wrappers:
             return wrapped(*traced.args, **traced.kwargs)
 
     def _mail(self, wrapped: _Call, client: smtplib.SMTP, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        transaction = Transaction()
+        transaction = ClientTransaction()
         answer = wrapped(*args, **kwargs)
         self._sending.sender(client, transaction, Arguments(args, kwargs).value(0, "sender"))
         return answer
@@ -99,11 +99,11 @@ class _Wrappers:
         return MailServer(name or (peer[0] if peer else ""), peer[1] if peer else None, peer, protocol)
 
 
-def _reply(code: int, text: bytes | str) -> Reply:
-    return Reply(code, text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text))
+def _reply(code: int, text: bytes | str) -> ServerReply:
+    return ServerReply(code, text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text))
 
 
-def _reply_in(error: BaseException) -> Reply | None:
+def _reply_in(error: BaseException) -> ServerReply | None:
     match error:
         case smtplib.SMTPResponseException():
             return _reply(error.smtp_code, error.smtp_error)

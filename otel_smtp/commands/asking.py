@@ -25,7 +25,7 @@ class NoAnswer(Exception):
     """A gateway could not be asked; the text says which and why."""
 
 
-class RunningGateway:
+class AskedGateway:
     """A gateway, as its status port shows it.
 
     Args:
@@ -70,7 +70,7 @@ class RunningGateway:
             raise NoAnswer(f"what answers at {self.url} is no gateway: {error}") from error
 
 
-def running_gateway(settings: Settings, url: str | None) -> RunningGateway:
+def running_gateway(settings: Settings, url: str | None) -> AskedGateway:
     """The gateway that `--url` names, or else the one that the settings describe.
 
     A URL or settings that name none end the process with status 2.
@@ -79,11 +79,11 @@ def running_gateway(settings: Settings, url: str | None) -> RunningGateway:
         parts = urlsplit(url if "//" in url else f"http://{url}")
         if parts.scheme not in ("http", "https") or not parts.hostname:
             fail(WRONG, f'--url = "{url}": allowed: http://host:port')
-        return RunningGateway(f"{parts.scheme}://{parts.netloc}")
+        return AskedGateway(f"{parts.scheme}://{parts.netloc}")
     address = settings.status.address
     if address is None:
         fail(WRONG, 'status.address is "off": there is no status port to ask; give --url')
     if address.port == 0:
         fail(WRONG, "status.address has port 0, which the kernel replaces at each start; give --url")
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address.host, address.host)  # noqa: S104 - where it listens
-    return RunningGateway(f"http://{f'[{host}]' if ':' in host else host}:{address.port}")
+    return AskedGateway(f"http://{f'[{host}]' if ':' in host else host}:{address.port}")

@@ -14,7 +14,7 @@ from otel_smtp.config import Flag, Settings, SettingsError, assignment, load
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from otel_smtp.config.values import Kind
+    from otel_smtp.config.values import ValueKind
 
 FAILED: Final = 1
 WRONG: Final = 2
@@ -138,7 +138,7 @@ def global_options(context: click.Context) -> GlobalOptions:
     return GlobalOptions() if options is None else options
 
 
-def parse(kind: "Kind", text: str, source: str) -> Any:
+def parse(kind: "ValueKind", text: str, source: str) -> Any:
     """Parse an option by the rules of settings; an invalid one ends the process with status 2."""
     from otel_smtp.config.values import BadValue, Given
 

@@ -10,7 +10,7 @@ from typing import Any, Final
 import click
 
 from otel_smtp.commands.options import FAILED, WRONG, console, fail, global_options, parse, settings_options
-from otel_smtp.config import Spool
+from otel_smtp.config import SpoolTable
 
 
 def spool_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -379,7 +379,7 @@ def _every_id(context: click.Context, spool: Path | None) -> list[str]:
     return found
 
 
-def _answers(directory: Path | None, settings: Spool, request: dict[str, Any]) -> AsyncIterator[Any]:
+def _answers(directory: Path | None, settings: SpoolTable, request: dict[str, Any]) -> AsyncIterator[Any]:
     """What a directory's owner, or the database, answers."""
     if directory is not None:
         from otel_smtp.spool.embedded import ask
@@ -390,7 +390,7 @@ def _answers(directory: Path | None, settings: Spool, request: dict[str, Any]) -
     return _ask_database(settings, request)
 
 
-async def _ask_database(settings: Spool, request: dict[str, Any]) -> AsyncIterator[Any]:
+async def _ask_database(settings: SpoolTable, request: dict[str, Any]) -> AsyncIterator[Any]:
     from otel_smtp.gateway.wiring import shared_store
     from otel_smtp.spool.operators import Operations
 
@@ -421,7 +421,7 @@ class _Told:
         self.what.append("look")
 
 
-def _shared(context: click.Context, command: str) -> Spool:
+def _shared(context: click.Context, command: str) -> SpoolTable:
     settings = global_options(context).settings().spool
     if settings.url is None:
         fail(WRONG, f"queue {command}: needs spool.url in the settings: a queue that several gateways share")
@@ -494,7 +494,7 @@ def _do(context: click.Context, spool: Path | None, request: dict[str, Any], wor
     """
     from otel_smtp.spool.messages import SpoolError
 
-    settings = Spool() if spool is not None else global_options(context).settings().spool
+    settings = SpoolTable() if spool is not None else global_options(context).settings().spool
     try:
         asyncio.run(work(_answers(spool or settings.directory, settings, request)))
     except SpoolError as error:

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import click
 
-from otel_smtp.commands.asking import NoAnswer, RunningGateway, running_gateway, url_option
+from otel_smtp.commands.asking import AskedGateway, NoAnswer, running_gateway, url_option
 from otel_smtp.commands.options import FAILED, fail, global_options, settings_options
 
 # A request waits for ten seconds in the gateway, and a gateway that is busy may take its time.
@@ -112,7 +112,7 @@ class _Printing:
         return colored(line["text"], line["outcome"])
 
 
-def _follow(gateway: RunningGateway, parameters: dict[str, str], printing: _Printing) -> None:
+def _follow(gateway: AskedGateway, parameters: dict[str, str], printing: _Printing) -> None:
     """Print what comes until enough was printed.
 
     Raises:

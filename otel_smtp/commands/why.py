@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import click
 
-from otel_smtp.commands.asking import NoAnswer, RunningGateway, running_gateway, url_option
+from otel_smtp.commands.asking import AskedGateway, NoAnswer, running_gateway, url_option
 from otel_smtp.commands.options import FAILED, console, fail, global_options, settings_options
 from otel_smtp.config import Settings
 
@@ -119,7 +119,7 @@ def _draw(output: "Console", mails: Sequence["Account"]) -> None:
             output.print(line, no_wrap=True, overflow="ignore", crop=False)
 
 
-def _find(settings: Settings, gateway: RunningGateway, what: str, most: int, log: Path | None) -> _Found:
+def _find(settings: Settings, gateway: AskedGateway, what: str, most: int, log: Path | None) -> _Found:
     mails: Sequence[Account] = []
     logged: Sequence[Account] = []
     searched: list[str] = []
@@ -150,7 +150,7 @@ def _find(settings: Settings, gateway: RunningGateway, what: str, most: int, log
     return _Found([*mails, *logged], logged, queued, searched, notes, problems)
 
 
-def _in_traces(gateway: RunningGateway, what: str, most: int) -> tuple[Sequence["Account"], str, Sequence[str]]:
+def _in_traces(gateway: AskedGateway, what: str, most: int) -> tuple[Sequence["Account"], str, Sequence[str]]:
     """The mails that are found in traces, newest first; what was searched; notes.
 
     Raises:

@@ -7,28 +7,28 @@ import msgspec
 
 from otel_smtp.config.settings import (
     SCHEMA,
-    Delivery,
+    DeliveryTable,
     Key,
-    Limits,
-    Listener,
-    Log,
+    LimitsTable,
+    ListenerTable,
+    LogTable,
     Settings,
     Table,
     Tables,
-    Telemetry,
-    Timeouts,
-    Upstream,
-    UpstreamTimeout,
+    TelemetryTable,
+    TimeoutsTable,
+    UpstreamTable,
+    UpstreamTimeoutTable,
 )
 
 AT_ONCE: Final[Mapping[type[Table], frozenset[str]]] = {
-    Listener: frozenset(SCHEMA[Listener]) - {"name", "address"},
-    Limits: frozenset(SCHEMA[Limits]),
-    Timeouts: frozenset(SCHEMA[Timeouts]),
-    Delivery: frozenset({"strategy", "content_newlines"}),
-    Upstream: frozenset(SCHEMA[Upstream]),
-    UpstreamTimeout: frozenset(SCHEMA[UpstreamTimeout]),
-    Telemetry: frozenset(
+    ListenerTable: frozenset(SCHEMA[ListenerTable]) - {"name", "address"},
+    LimitsTable: frozenset(SCHEMA[LimitsTable]),
+    TimeoutsTable: frozenset(SCHEMA[TimeoutsTable]),
+    DeliveryTable: frozenset({"strategy", "content_newlines"}),
+    UpstreamTable: frozenset(SCHEMA[UpstreamTable]),
+    UpstreamTimeoutTable: frozenset(SCHEMA[UpstreamTimeoutTable]),
+    TelemetryTable: frozenset(
         {
             "addresses",
             "addresses_hash_key",
@@ -41,7 +41,7 @@ AT_ONCE: Final[Mapping[type[Table], frozenset[str]]] = {
             "message_id",
         }
     ),
-    Log: frozenset({"level"}),
+    LogTable: frozenset({"level"}),
 }
 """The keys whose new values hold without a restart, by table. Those of no table here, and all others, need one."""
 
@@ -91,7 +91,7 @@ def change(before: Settings, after: Settings) -> Change:
     )
 
 
-def _names_known_limits(upstreams: tuple[Upstream, ...], before: Settings) -> bool:
+def _names_known_limits(upstreams: tuple[UpstreamTable, ...], before: Settings) -> bool:
     """Whether the limits of upstreams are there: those are made at the start, for all workers."""
     known = {limit.name for limit in before.limit}
     return all(known.issuperset(upstream.limits) for upstream in upstreams)
@@ -115,12 +115,12 @@ def _different(old: Table, new: Table) -> Iterator[str]:
 
 
 def _listeners(
-    old: tuple[Listener, ...], new: tuple[Listener, ...], changed: list[str], needs_restart: list[str]
-) -> tuple[Listener, ...]:
+    old: tuple[ListenerTable, ...], new: tuple[ListenerTable, ...], changed: list[str], needs_restart: list[str]
+) -> tuple[ListenerTable, ...]:
     if [one.name for one in old] != [one.name for one in new]:
         needs_restart.append("listener")
         return old
-    kept: list[Listener] = []
+    kept: list[ListenerTable] = []
     for index, (before, after) in enumerate(zip(old, new, strict=True)):
         keys = [f"listener.{index}.{name}" for name in _different(before, after)]
         has_moved = before.address != after.address

@@ -5,7 +5,7 @@ from ipaddress import IPv4Network, IPv6Network, collapse_addresses
 from typing import TypeVar
 
 from otel_smtp.config.problems import Problem
-from otel_smtp.config.settings import Limit, Listener, Settings, Telemetry, Upstream
+from otel_smtp.config.settings import ListenerTable, RateLimitTable, Settings, TelemetryTable, UpstreamTable
 from otel_smtp.config.values import Duration, ListenAddress, Network, is_local, is_loopback_host, literal_address
 from otel_smtp.observing import Endpoint
 from otel_smtp.smtp.states import TlsMode
@@ -86,7 +86,7 @@ class Consistency:
 
     # Listeners
 
-    def _listener(self, path: str, listener: Listener) -> None:
+    def _listener(self, path: str, listener: ListenerTable) -> None:
         self._listener_tls(path, listener)
         self._listener_auth(path, listener)
         if listener.is_exposed:
@@ -94,7 +94,7 @@ class Consistency:
         if listener.protocol == "lmtp" and any(address.port == 25 for address in listener.address):
             self._add(f"{path}.protocol", "lmtp", "LMTP must not use port 25 (RFC 2033 5); choose another port")
 
-    def _listener_tls(self, path: str, listener: Listener) -> None:
+    def _listener_tls(self, path: str, listener: ListenerTable) -> None:
         if listener.tls is TlsMode.OFF:
             for name in ("tls_cert", "tls_key"):
                 if getattr(listener, name) is not None:
@@ -107,7 +107,7 @@ class Consistency:
             if getattr(listener, name) is None:
                 self._add(f"{path}.tls", str(listener.tls), f"needs {path}.{name}")
 
-    def _listener_auth(self, path: str, listener: Listener) -> None:
+    def _listener_auth(self, path: str, listener: ListenerTable) -> None:
         if listener.auth == "off":
             return
         if listener.auth_users_file is None and not self._verifies_tokens:
@@ -118,7 +118,7 @@ class Consistency:
                 f"needs TLS: set {path}.tls to starttls or implicit, or {path}.auth_in_clear = true",
             )  # fmt: skip
 
-    def _exposure(self, path: str, listener: Listener) -> None:
+    def _exposure(self, path: str, listener: ListenerTable) -> None:
         """No open relay by mistake, and no password in clear across a network."""
         exposed = [ListenAddress().show(address) for address in listener.address if not is_local(address)]
         has_auth_over_tls = listener.auth != "off" and listener.tls is not TlsMode.OFF and not listener.auth_in_clear
@@ -143,7 +143,7 @@ class Consistency:
         if listener.auth != "off" and listener.auth_in_clear:
             self.warnings.append(f"{path}.auth_in_clear: clients send passwords in clear to {', '.join(exposed)}")
 
-    def _believed_proxies(self, path: str, listener: Listener) -> None:
+    def _believed_proxies(self, path: str, listener: ListenerTable) -> None:
         """A client whose own PROXY header is believed chooses its address, and with it whether it may relay."""
         proxies = listener.proxy_protocol_from
         chooses = listener.allow and listener.auth != "required" and not covers_everybody(listener.allow)
@@ -155,7 +155,10 @@ class Consistency:
             )  # fmt: skip
 
     def _names_differ(
-        self, tables: Sequence[tuple[str, Listener]] | Sequence[tuple[str, Upstream]] | Sequence[tuple[str, Limit]]
+        self,
+        tables: Sequence[tuple[str, ListenerTable]]
+        | Sequence[tuple[str, UpstreamTable]]
+        | Sequence[tuple[str, RateLimitTable]],
     ) -> None:
         first: dict[str, str] = {}
         for path, table in tables:
@@ -163,7 +166,7 @@ class Consistency:
                 self._add(f"{path}.name", table.name, f"is also the name of {first[table.name]}; names must differ")
             first.setdefault(table.name, path)
 
-    def _addresses_differ(self, listeners: Sequence[tuple[str, Listener]]) -> None:
+    def _addresses_differ(self, listeners: Sequence[tuple[str, ListenerTable]]) -> None:
         first: dict[Endpoint, str] = {}
         for path, listener in listeners:
             for address in listener.address:
@@ -176,7 +179,7 @@ class Consistency:
 
     # Upstreams
 
-    def _upstream(self, path: str, upstream: Upstream) -> None:
+    def _upstream(self, path: str, upstream: UpstreamTable) -> None:
         url = upstream.url
         if upstream.username:
             if upstream.password is None and not upstream.token_url:
@@ -203,7 +206,7 @@ class Consistency:
                     shown = str(getattr(upstream, name))
                     self._add(f"{path}.{name}", shown, f"has no effect with {url}; use smtp+starttls:// or smtps://")
 
-    def _upstream_tokens(self, path: str, upstream: Upstream) -> None:
+    def _upstream_tokens(self, path: str, upstream: UpstreamTable) -> None:
         if upstream.token_url:
             if not upstream.username or not upstream.client_id:
                 self._add(f"{path}.token_url", upstream.token_url, f"needs {path}.username and {path}.client_id")
@@ -220,7 +223,7 @@ class Consistency:
             if getattr(upstream, name):
                 self._add(f"{path}.{name}", "***" if "_" in name else upstream.scope, f"needs {path}.token_url")
 
-    def _limits(self, upstreams: Sequence[tuple[str, Upstream]]) -> None:
+    def _limits(self, upstreams: Sequence[tuple[str, UpstreamTable]]) -> None:
         limits = self._sound("limit", self._settings.limit)
         self._names_differ(limits)
         for path, limit in limits:
@@ -237,7 +240,7 @@ class Consistency:
         used = {name for _, upstream in upstreams for name in upstream.limits}
         self.warnings += [f"{path}: no upstream names it" for path, limit in limits if limit.name not in used]
 
-    def _loop(self, path: str, upstream: Upstream, listeners: Sequence[tuple[str, Listener]]) -> None:
+    def _loop(self, path: str, upstream: UpstreamTable, listeners: Sequence[tuple[str, ListenerTable]]) -> None:
         """Refuse an upstream that is our own listener: mail would loop until the hop limit."""
         target = upstream.url.endpoint
         for listener_path, listener in listeners:
@@ -287,7 +290,7 @@ class Consistency:
             shown = Duration().show(spool.warn_after)
             self._add("spool.warn_after", shown, 'must be before spool.max_age, or "off"')
 
-    def _telemetry(self, telemetry: Telemetry) -> None:
+    def _telemetry(self, telemetry: TelemetryTable) -> None:
         if telemetry.addresses == "hash" and telemetry.addresses_hash_key is None:
             # Without a key, anybody who knows an address can find it in the traces.
             self._add("telemetry.addresses", "hash", "needs telemetry.addresses_hash_key_file")

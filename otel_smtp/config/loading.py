@@ -10,7 +10,7 @@ import msgspec
 
 from otel_smtp.config.consistency import Consistency
 from otel_smtp.config.problems import Problem, SettingsError, unknown_key
-from otel_smtp.config.settings import SCHEMA, Key, Limit, Settings, Table, Tables, Upstream
+from otel_smtp.config.settings import SCHEMA, Key, RateLimitTable, Settings, Table, Tables, UpstreamTable
 from otel_smtp.config.values import MINUTE, BadValue, FilePath, Given, Rate, UpstreamUrl, UpstreamUrlKind
 from otel_smtp.observing import Endpoint
 from otel_smtp.smtp.states import TlsMode
@@ -223,11 +223,11 @@ class _Loader:
     def _table(self, table: type[Table], node: _Node, prefix: str) -> Table:
         before = len(self.problems)
         fields = self._fields(table, node, prefix)
-        if table is Upstream and "url" not in fields:
+        if table is UpstreamTable and "url" not in fields:
             if len(self.problems) == before:
                 self.add(_any_source(node), f"{prefix}url", None, f"is missing; allowed: {UpstreamUrlKind().allowed}")
             fields["url"] = _NOWHERE
-        if table is Limit:
+        if table is RateLimitTable:
             for name, instead in (("name", ""), ("rate", Rate(1, 1.0))):
                 if name not in fields:
                     if len(self.problems) == before:
@@ -383,7 +383,7 @@ def load(
     )
 
 
-def _patient(upstream: Upstream, index: int, settings: Settings, origins: Mapping[str, str]) -> Upstream:
+def _patient(upstream: UpstreamTable, index: int, settings: Settings, origins: Mapping[str, str]) -> UpstreamTable:
     """In mode queue no client waits for the final reply, so the default is the full time of RFC 5321 4.5.3.2.6."""
     if settings.delivery.mode != "queue" or f"upstream.{index}.timeout.reply" in origins:
         return upstream

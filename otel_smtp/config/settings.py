@@ -27,7 +27,6 @@ from otel_smtp.config.values import (
     Duration,
     FilePath,
     Integer,
-    Kind,
     ListenAddress,
     MailboxKind,
     Many,
@@ -41,6 +40,7 @@ from otel_smtp.config.values import (
     Text,
     UpstreamUrl,
     UpstreamUrlKind,
+    ValueKind,
     is_local,
 )
 from otel_smtp.observing import Endpoint
@@ -78,7 +78,7 @@ class Key(msgspec.Struct, frozen=True):
     """
 
     meaning: str
-    kind: Kind
+    kind: ValueKind
     source: str = ""
     default: str = ""
     secret: bool = False
@@ -93,7 +93,7 @@ _NAME: Final = Text("letters, digits and ._:/[]- , at most 64", r"[A-Za-z0-9\[/]
 _COUNT: Final = Integer()
 
 
-class Listener(Table, frozen=True, kw_only=True):
+class ListenerTable(Table, frozen=True, kw_only=True):
     """Where clients connect, and what they may do there."""
 
     name: Annotated[str, Key("the listener's name in spans, metrics and logs", _NAME)] = "local"
@@ -147,7 +147,7 @@ class Listener(Table, frozen=True, kw_only=True):
         return not all(is_local(address) for address in self.address)
 
 
-class Limits(Table, frozen=True, kw_only=True):
+class LimitsTable(Table, frozen=True, kw_only=True):
     """Bounds on everything that a client can make grow."""
 
     message_size: Annotated[
@@ -220,7 +220,7 @@ class Limits(Table, frozen=True, kw_only=True):
     ] = 500
 
 
-class Timeouts(Table, frozen=True, kw_only=True):
+class TimeoutsTable(Table, frozen=True, kw_only=True):
     """How long the gateway waits for a client."""
 
     command: Annotated[float, Key("idle between commands", Duration(), "RFC 5321 4.5.3.2.7: at least 5 minutes")] = (
@@ -238,7 +238,7 @@ class Timeouts(Table, frozen=True, kw_only=True):
     ] = 25.0
 
 
-class Delivery(Table, frozen=True, kw_only=True):
+class DeliveryTable(Table, frozen=True, kw_only=True):
     """When and how mail is relayed."""
 
     mode: Annotated[
@@ -262,7 +262,7 @@ class Delivery(Table, frozen=True, kw_only=True):
     ] = "normalize"
 
 
-class UpstreamTimeout(Table, frozen=True, kw_only=True):
+class UpstreamTimeoutTable(Table, frozen=True, kw_only=True):
     """How long the gateway waits for an upstream."""
 
     connect: Annotated[float, Key("TCP connection", Duration())] = 30.0
@@ -285,7 +285,7 @@ class UpstreamTimeout(Table, frozen=True, kw_only=True):
     ] = 570.0
 
 
-class Upstream(Table, frozen=True, kw_only=True):
+class UpstreamTable(Table, frozen=True, kw_only=True):
     """Where mail is relayed to; several in order of preference."""
 
     name: Annotated[str, Key("its name in spans, metrics and logs", _NAME, default="its host and port")] = ""
@@ -373,7 +373,7 @@ class Upstream(Table, frozen=True, kw_only=True):
             default="inject for loopback, else strip",
         ),
     ] = None
-    timeout: UpstreamTimeout = UpstreamTimeout()
+    timeout: UpstreamTimeoutTable = UpstreamTimeoutTable()
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -383,7 +383,7 @@ class Upstream(Table, frozen=True, kw_only=True):
             msgspec.structs.force_setattr(self, "trace_context", "inject" if self.url.is_local else "strip")
 
 
-class Limit(Table, frozen=True, kw_only=True):
+class RateLimitTable(Table, frozen=True, kw_only=True):
     """A rate that a provider allows; several, each named by the upstreams that it holds for."""
 
     name: Annotated[str, Key("what `upstream.limits` calls it, and metrics", _NAME, default="(required)")]
@@ -399,7 +399,7 @@ class Limit(Table, frozen=True, kw_only=True):
     per: Annotated[LimitPer, Key("what is counted", Choice(get_args(LimitPer)))] = "messages"
 
 
-class Rewrite(Table, frozen=True, kw_only=True):
+class RewriteTable(Table, frozen=True, kw_only=True):
     """What is changed in the envelope, for providers that take only their own customers' addresses."""
 
     sender: Annotated[
@@ -412,7 +412,7 @@ class Rewrite(Table, frozen=True, kw_only=True):
     ] = ""
 
 
-class Spool(Table, frozen=True, kw_only=True):
+class SpoolTable(Table, frozen=True, kw_only=True):
     """The durable store of the queue modes."""
 
     directory: Annotated[Path | None, Key("directory of queued mail; one gateway owns it", FilePath())] = None
@@ -476,7 +476,7 @@ class Spool(Table, frozen=True, kw_only=True):
     ] = None
 
 
-class Telemetry(Table, frozen=True, kw_only=True):
+class TelemetryTable(Table, frozen=True, kw_only=True):
     """What telemetry shows. OpenTelemetry's own `OTEL_*` variables say where it goes."""
 
     addresses: Annotated[
@@ -522,7 +522,7 @@ class Telemetry(Table, frozen=True, kw_only=True):
     ] = False
 
 
-class Status(Table, frozen=True, kw_only=True):
+class StatusTable(Table, frozen=True, kw_only=True):
     """The HTTP side: livez, readyz, metrics, the page."""
 
     address: Annotated[
@@ -567,7 +567,7 @@ class Status(Table, frozen=True, kw_only=True):
     ] = None
 
 
-class Log(Table, frozen=True, kw_only=True):
+class LogTable(Table, frozen=True, kw_only=True):
     """Log lines, to standard error."""
 
     format: Annotated[LogFormat, Key("`auto`: text on a terminal, else JSON", Choice(get_args(LogFormat)))] = "auto"
@@ -597,17 +597,17 @@ class Settings(Table, frozen=True, kw_only=True):
         ),
     ] = msgspec.field(default_factory=_own_name)
     workers: Annotated[int, Key("processes that share the listeners' ports", Integer(1, 256))] = 1
-    listener: tuple[Listener, ...] = (Listener(),)
-    limits: Limits = Limits()
-    timeouts: Timeouts = Timeouts()
-    delivery: Delivery = Delivery()
-    upstream: tuple[Upstream, ...] = ()
-    limit: tuple[Limit, ...] = ()
-    rewrite: Rewrite = Rewrite()
-    spool: Spool = Spool()
-    telemetry: Telemetry = Telemetry()
-    status: Status = Status()
-    log: Log = Log()
+    listener: tuple[ListenerTable, ...] = (ListenerTable(),)
+    limits: LimitsTable = LimitsTable()
+    timeouts: TimeoutsTable = TimeoutsTable()
+    delivery: DeliveryTable = DeliveryTable()
+    upstream: tuple[UpstreamTable, ...] = ()
+    limit: tuple[RateLimitTable, ...] = ()
+    rewrite: RewriteTable = RewriteTable()
+    spool: SpoolTable = SpoolTable()
+    telemetry: TelemetryTable = TelemetryTable()
+    status: StatusTable = StatusTable()
+    log: LogTable = LogTable()
 
     origins: Mapping[str, str] = msgspec.field(default_factory=dict)
     warnings: tuple[str, ...] = ()
@@ -645,7 +645,7 @@ def _entries(table: type[Table]) -> dict[str, Entry]:
 SCHEMA: Final[dict[type[Table], dict[str, Entry]]] = {
     table: _entries(table)
     for table in (
-        Settings, Listener, Limits, Timeouts, Delivery, Upstream, UpstreamTimeout, Limit, Rewrite, Spool, Telemetry,
-        Status, Log,
+        Settings, ListenerTable, LimitsTable, TimeoutsTable, DeliveryTable, UpstreamTable, UpstreamTimeoutTable,
+        RateLimitTable, RewriteTable, SpoolTable, TelemetryTable, StatusTable, LogTable,
     )
 }  # fmt: skip

@@ -1,7 +1,7 @@
 """How the value of a setting is written: durations, sizes, addresses, networks, upstream URLs.
 
-A `Kind` knows three things about a value: what is allowed (for error messages), how to read it, and how to show it.
-A value comes either typed, from TOML, or as text, from the environment or a flag; `parse` takes both, so that
+A `ValueKind` knows three things about a value: what is allowed (for error messages), how to read it, and how to show
+it. A value comes either typed, from TOML, or as text, from the environment or a flag; `parse` takes both, so that
 `recipients = 50` and `OTELSMTP_LIMITS__RECIPIENTS=50` mean the same.
 """
 
@@ -51,7 +51,7 @@ class Given(msgspec.Struct, frozen=True):
     layer: int = 0
 
 
-class Kind(Protocol):
+class ValueKind(Protocol):
     """How one kind of value is written."""
 
     @property
@@ -402,7 +402,7 @@ class SecretText(msgspec.Struct, frozen=True):
 class Many(msgspec.Struct, frozen=True):
     """A list. In the environment and in flags its items stand between commas; in a file, one may stand alone."""
 
-    item: Kind
+    item: ValueKind
     may_be_empty: bool = True
 
     @property

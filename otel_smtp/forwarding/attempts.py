@@ -31,7 +31,7 @@ from otel_smtp.forwarding.faults import (
     Unsuitable,
     UpstreamFault,
 )
-from otel_smtp.forwarding.limits import Pace, Waiting
+from otel_smtp.forwarding.limits import Pace, WaitingMail
 from otel_smtp.forwarding.pool import Decision, Ticket
 from otel_smtp.forwarding.smarthost import Smarthost, told
 from otel_smtp.forwarding.verdicts import missing_extension
@@ -117,7 +117,7 @@ class Attempts(ABC):
         self._retries_fresh = False  # and one that was not used before
         self._ticket: Ticket[UpstreamConnection] | None = None
         self._opening: asyncio.Task[None] | None = None
-        self._permission: Waiting | None = None  # of the upstream's limits, where it has some
+        self._permission: WaitingMail | None = None  # of the upstream's limits, where it has some
         self.patience_seconds = 0.0
         self.is_under_way = False
         self._is_connected = False
@@ -301,7 +301,7 @@ class Attempts(ABC):
         except Exception as error:  # noqa: BLE001 - see `_recover`
             self._recover(error)
 
-    def _note_wait(self, leave: Waiting) -> None:
+    def _note_wait(self, leave: WaitingMail) -> None:
         now_ns = monotonic_ns()
         self._attempt.note_pace(leave.held_by, now_ns, now_ns - int(leave.since * 1e9))
 

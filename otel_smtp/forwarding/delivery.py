@@ -27,7 +27,7 @@ from otel_smtp.forwarding.base import MessageAnswered, RecipientsAnswered
 from otel_smtp.forwarding.connection import UpstreamConnection
 from otel_smtp.forwarding.content import Content
 from otel_smtp.forwarding.faults import ConnectionLost, CredentialsRefused, OutOfStep, Spent, UpstreamFault
-from otel_smtp.forwarding.limits import Waiting
+from otel_smtp.forwarding.limits import WaitingMail
 from otel_smtp.forwarding.settings import TracePolicy
 from otel_smtp.forwarding.verdicts import fold, is_about_credentials, outcome_of, wants_another_transaction
 from otel_smtp.observing import DeliveryPhase, Observer, Outcome, TransactionRecord
@@ -109,7 +109,7 @@ class Delivery(Attempts):
         self._delivered: MessageAnswered | None = None
         self._refusal: Reply | None = None  # the last one, of a recipient or of MAIL
         self._mail_refusal: Reply | None = None
-        self._more: Waiting | None = None  # leave for further recipients
+        self._more: WaitingMail | None = None  # leave for further recipients
         self._read: dict[Recipient, Reply] = {}  # refusals that were read before the connection was lost
 
     # What a transaction asks ------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ class Delivery(Attempts):
         else:
             self._answer_for_all(replies.UPSTREAM_PACED)
 
-    def _join_leave(self, more: Waiting) -> None:
+    def _join_leave(self, more: WaitingMail) -> None:
         assert self._permission is not None
         self._permission.permits += more.permits
 

@@ -286,7 +286,7 @@ def limits_of(settings: Sequence[LimitSettings]) -> dict[str, Limit]:
     return {one.name: Limit(one) for one in settings}
 
 
-class Waiting:
+class WaitingMail:
     """A mail that asked a `Pace` for leave.
 
     Attributes:
@@ -329,7 +329,7 @@ class Pace:
         self._limits = limits
         self._room_made = room_made
         self._clock = clock
-        self._waiting: deque[Waiting] = deque()
+        self._waiting: deque[WaitingMail] = deque()
         self._timer: asyncio.TimerHandle | None = None
         self.begun = 0  # deliveries that have begun and not ended, those that wait among them
         counts = [limit.settings.count for limit in limits if limit.settings.per_recipient]
@@ -352,7 +352,7 @@ class Pace:
 
     def ask(
         self, recipients: int, patience_seconds: float, decided: Callable[[bool], None], *, with_message: bool
-    ) -> Waiting | None:
+    ) -> WaitingMail | None:
         """Ask for leave.
 
         Args:
@@ -365,7 +365,7 @@ class Pace:
             What was given, or waits; None: leave is refused at once, as it would be after all of the patience.
         """
         now = self._clock()
-        waiting = Waiting(recipients, now, now + patience_seconds, decided, with_message=with_message)
+        waiting = WaitingMail(recipients, now, now + patience_seconds, decided, with_message=with_message)
         if not self._waiting:
             wait = self._take(waiting, now)
             if wait is None:
@@ -383,7 +383,7 @@ class Pace:
             return None
         return waiting
 
-    def withdraw(self, waiting: Waiting) -> None:
+    def withdraw(self, waiting: WaitingMail) -> None:
         """The mail is gone."""
         if waiting.is_waiting:
             waiting.is_waiting = False
@@ -392,7 +392,7 @@ class Pace:
         else:
             self.give_back(waiting)
 
-    def landed(self, waiting: Waiting) -> None:
+    def landed(self, waiting: WaitingMail) -> None:
         """It has come to its end."""
         now = self._clock()
         for limit, permit in waiting.permits:
@@ -401,7 +401,7 @@ class Pace:
         if self._waiting:
             self._look()
 
-    def give_back(self, waiting: Waiting) -> None:
+    def give_back(self, waiting: WaitingMail) -> None:
         """Nothing of it has left."""
         for limit, permit in waiting.permits:
             limit.give_back(permit)
@@ -415,7 +415,7 @@ class Pace:
 
     # ------------------------------------------------------------------------------------------------------
 
-    def _take(self, waiting: Waiting, now: float) -> float | None:
+    def _take(self, waiting: WaitingMail, now: float) -> float | None:
         """Take permits of all limits, or of none: then how long to wait."""
         for limit in self._limits:
             amount = waiting.recipients if limit.settings.per_recipient else int(waiting.with_message)
@@ -434,7 +434,7 @@ class Pace:
         self.close()
         now = self._clock()
         refused = [one for one in self._waiting if one.until <= now]
-        given: list[Waiting] = []
+        given: list[WaitingMail] = []
         for one in refused:
             one.is_waiting = False
             self._waiting.remove(one)

@@ -8,7 +8,7 @@ import ssl
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from otel_smtp.config import Listener, Settings
+from otel_smtp.config import ListenerTable, Settings
 from otel_smtp.forwarding.base import Forwarder
 from otel_smtp.forwarding.limits import limits_of
 from otel_smtp.forwarding.rewriting import SenderRewritingForwarder
@@ -328,7 +328,7 @@ class Gateway:
         """The durable queue; None in mode direct."""
         return self._spool
 
-    def _policy(self, settings: Settings, listener: Listener) -> ListenerPolicy:
+    def _policy(self, settings: Settings, listener: ListenerTable) -> ListenerPolicy:
         tls_context: ssl.SSLContext | None = None
         if listener.tls is not TlsMode.OFF:
             assert listener.tls_cert is not None

@@ -13,9 +13,9 @@ from otel_smtp.forwarding.limits import SharedLimits
 from otel_smtp.gateway.ports import bind
 from otel_smtp.observing import Endpoint
 from otel_smtp.smtp.envelope import Recipient
-from otel_smtp.spool.messages import DeliveryState, Shown, SpoolError
+from otel_smtp.spool.messages import DeliveryState, MessageView, SpoolError
 from otel_smtp.status.live import LiveView
-from otel_smtp.status.search import Recorded
+from otel_smtp.status.search import RecordedForm
 from otel_smtp.status.traces import RecentTraces
 from otel_smtp.status.views import QueuedMessage, QueueView, UpstreamView
 from otel_smtp.telemetry.propagation import from_carrier
@@ -204,25 +204,25 @@ class StatusPort:
         ]
 
 
-def recorded_mailbox(text: str, redaction: Redaction) -> Recorded:
+def recorded_mailbox(text: str, redaction: Redaction) -> RecordedForm:
     """What spans hold of a mailbox, or of a part of one, that is searched for."""
     choice = f"telemetry.addresses = {redaction.addresses}"
     is_address = "@" in text.strip("@")
     match redaction.addresses:
         case Addresses.DOMAIN if is_address:
             domain = redaction.domain(text)
-            return Recorded(domain, f"traces hold domains, not addresses ({choice}): searched for {domain}")
+            return RecordedForm(domain, f"traces hold domains, not addresses ({choice}): searched for {domain}")
         case Addresses.DOMAIN | Addresses.FULL:
-            return Recorded(text)
+            return RecordedForm(text)
         case Addresses.HASH if is_address:
-            return Recorded(redaction.mailbox(text))
+            return RecordedForm(redaction.mailbox(text))
         case Addresses.HASH:
-            return Recorded(None, f"traces hold hashes of whole addresses ({choice}): give a whole address")
+            return RecordedForm(None, f"traces hold hashes of whole addresses ({choice}): give a whole address")
         case Addresses.NONE:
-            return Recorded(None, f"traces hold nothing of senders and recipients ({choice})")
+            return RecordedForm(None, f"traces hold nothing of senders and recipients ({choice})")
 
 
-def _queued(message: Shown, now: float, redaction: Redaction) -> QueuedMessage:
+def _queued(message: MessageView, now: float, redaction: Redaction) -> QueuedMessage:
     """A queued message for the page: domains, no addresses, and why it waits."""
     replies = [last for _, _, last in message.recipients if last]
     trace = from_carrier(message.carrier)

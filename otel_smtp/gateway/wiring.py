@@ -11,9 +11,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, cast
 
 from otel_smtp import __version__
-from otel_smtp.config import Listener, Settings, Upstream
-from otel_smtp.config.settings import Spool, Table
-from otel_smtp.config.settings import Telemetry as TelemetrySettings
+from otel_smtp.config import ListenerTable, Settings, UpstreamTable
+from otel_smtp.config.settings import SpoolTable, Table
+from otel_smtp.config.settings import TelemetryTable as TelemetrySettings
 from otel_smtp.forwarding.limits import LimitSettings
 from otel_smtp.forwarding.oauth import OAuthSettings, OAuthTokens
 from otel_smtp.forwarding.settings import (
@@ -39,7 +39,7 @@ from otel_smtp.telemetry.state_events import StateEvents
 from otel_smtp.telemetry.tracing import Keep
 
 if TYPE_CHECKING:
-    from otel_smtp.spool.postgresql import Place, PostgresqlStore
+    from otel_smtp.spool.postgresql import PostgresqlStore, QueueLocation
     from otel_smtp.spool.service import SpoolSettings
     from otel_smtp.spool.store import Store
 
@@ -48,7 +48,7 @@ T = TypeVar("T")
 
 def listener_policy(
     settings: Settings,
-    listener: Listener,
+    listener: ListenerTable,
     *,
     tls_context: ssl.SSLContext | None,
     authenticator: Authenticator | None,
@@ -83,7 +83,7 @@ def listener_policy(
     )
 
 
-class Admission(TypedDict):
+class ServerArguments(TypedDict):
     """Arguments of `Server` and `Server.hold_to`."""
 
     connections: int
@@ -93,10 +93,10 @@ class Admission(TypedDict):
     segments: Segments
 
 
-def admission(settings: Settings) -> Admission:
+def admission(settings: Settings) -> ServerArguments:
     """Who is let in, over all listeners, and where records are cut."""
     limits, telemetry = settings.limits, settings.telemetry
-    return Admission(
+    return ServerArguments(
         connections=limits.connections,
         connections_per_client=limits.connections_per_client,
         stress_percent=limits.stress,
@@ -121,7 +121,7 @@ def _by_name(room: Callable[..., T], table: Table, *, without: Collection[str] =
     return room(**same, **others)
 
 
-def upstream_settings(upstream: Upstream) -> UpstreamSettings:
+def upstream_settings(upstream: UpstreamTable) -> UpstreamSettings:
     """One upstream of the settings, as the forwarding takes it."""
     credentials: Credentials | None = None
     if upstream.username and upstream.auth != "off":
@@ -174,7 +174,7 @@ def limit_settings(settings: Settings) -> list[LimitSettings]:
     ]
 
 
-def _tokens(upstream: Upstream) -> OAuthTokens | None:
+def _tokens(upstream: UpstreamTable) -> OAuthTokens | None:
     if not upstream.token_url:
         return None
     secret, refresh = upstream.client_secret, upstream.refresh_token
@@ -225,7 +225,7 @@ def spool_store(settings: Settings, *, name: str) -> "Store":
     )
 
 
-def shared_store(spool: Spool, *, name: str, is_gateway: bool = True) -> "PostgresqlStore":
+def shared_store(spool: SpoolTable, *, name: str, is_gateway: bool = True) -> "PostgresqlStore":
     """The queue of several gateways.
 
     Args:
@@ -250,7 +250,7 @@ def shared_store(spool: Spool, *, name: str, is_gateway: bool = True) -> "Postgr
     )
 
 
-async def migrate_shared(spool: Spool, *, dry_run: bool) -> Sequence[str]:
+async def migrate_shared(spool: SpoolTable, *, dry_run: bool) -> Sequence[str]:
     """Make the schema of the queue of several gateways, or bring it up to date; the statements.
 
     Raises:
@@ -265,12 +265,12 @@ async def migrate_shared(spool: Spool, *, dry_run: bool) -> Sequence[str]:
     return await migrate_place(shared_place(spool), dry_run=dry_run)
 
 
-def shared_place(spool: Spool) -> "Place":
+def shared_place(spool: SpoolTable) -> "QueueLocation":
     """Where the queue of several gateways is."""
-    from otel_smtp.spool.postgresql import Place
+    from otel_smtp.spool.postgresql import QueueLocation
 
     assert spool.url is not None
-    return Place(spool.url.reveal(), spool.schema, spool.takeover_after)
+    return QueueLocation(spool.url.reveal(), spool.schema, spool.takeover_after)
 
 
 def least_free_octets(settings: Settings) -> int:

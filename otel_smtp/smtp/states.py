@@ -276,7 +276,7 @@ def raise_illegal(step: IllegalTransition) -> None:
     raise step
 
 
-class Recorded(Protocol):
+class TransitionSink(Protocol):
     """Takes transitions as they are recorded; a list does."""
 
     def append(self, transition: Transition, /) -> None:
@@ -302,7 +302,9 @@ class StateMachine:
 
     __slots__ = ("_on_illegal", "_sequence", "last", "level", "now_ns", "recorded")
 
-    def __init__(self, recorded: Recorded, on_illegal: Callable[[IllegalTransition], None] = raise_illegal) -> None:
+    def __init__(
+        self, recorded: TransitionSink, on_illegal: Callable[[IllegalTransition], None] = raise_illegal
+    ) -> None:
         self.recorded = recorded
         self._on_illegal = on_illegal
         self._sequence = 0

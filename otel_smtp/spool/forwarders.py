@@ -29,7 +29,7 @@ from otel_smtp.spool.store import Draft, Store
 logger: Final = logging.getLogger("otel_smtp.spool.forwarders")
 
 
-class Attempts(Protocol):
+class DeliveryAgent(Protocol):
     """Who attempts deliveries."""
 
     def reserve(self, destinations: Sequence[str]) -> bool:
@@ -62,7 +62,7 @@ class Intake:
         self,
         store: Store,
         relay: Relay,
-        attempts: Attempts,
+        attempts: DeliveryAgent,
         observer: Observer,
         *,
         max_age_seconds: float,

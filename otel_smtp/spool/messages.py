@@ -205,7 +205,7 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
-class Shown:
+class MessageView:
     """A queued message as operators see it; times are seconds since the epoch.
 
     Attributes:

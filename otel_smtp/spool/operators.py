@@ -25,7 +25,7 @@ from otel_smtp.observing import Fate, Observer, SpoolAction, TransactionRecord, 
 from otel_smtp.smtp.envelope import Mail, Recipient
 from otel_smtp.spool.aging import parsed
 from otel_smtp.spool.attempts import MESSAGE_KINDS
-from otel_smtp.spool.messages import DeliveryState, End, Shown, SpoolError, trace_id_of
+from otel_smtp.spool.messages import DeliveryState, End, MessageView, SpoolError, trace_id_of
 from otel_smtp.spool.store import Store, Woken
 
 logger: Final = logging.getLogger("otel_smtp.spool.operators")
@@ -88,7 +88,7 @@ class Filter:
         came_before = None if older_than is None else time.time() - older_than
         return cls(domain and domain.removeprefix("@"), "" if sender == "<>" else sender, reason, came_before)
 
-    def fits(self, shown: Shown) -> bool:
+    def fits(self, shown: MessageView) -> bool:
         """Whether a message is meant."""
         if self.came_before is not None and shown.arrived_at > self.came_before:
             return False
@@ -165,7 +165,7 @@ class Operations:
             "recipients": {name: tally.get(name, 0) for name in TALLIED} | dict(tally),
         }
 
-    async def _all(self) -> AsyncIterator[Shown]:
+    async def _all(self) -> AsyncIterator[MessageView]:
         after = ""
         while page := await self._store.page(after, PAGE):
             for shown in page:
@@ -235,7 +235,7 @@ _ACTIONS: Final = {
 """What of an operator's commands the trace of a message tells; what expires is told when it ends."""
 
 
-def acted(action: SpoolAction, shown: Shown) -> TransactionRecord:
+def acted(action: SpoolAction, shown: MessageView) -> TransactionRecord:
     """The record of what befell a message, with what was said of each recipient last."""
     record = TransactionRecord.resumed(
         shown.id, shown.carrier, Mail(shown.reverse_path), kind=MESSAGE_KINDS[shown.kind], attempt=shown.attempts
@@ -248,7 +248,7 @@ def acted(action: SpoolAction, shown: Shown) -> TransactionRecord:
     return record
 
 
-def _concerns(command: str, shown: Shown) -> bool:
+def _concerns(command: str, shown: MessageView) -> bool:
     """Whether `command` for all messages means this one."""
     if command == "release":
         return shown.state in (DeliveryState.HELD, DeliveryState.CORRUPT)
@@ -269,7 +269,7 @@ def _known(request: Answer) -> Sequence[str | None]:
     return known
 
 
-def as_answer(shown: Shown) -> Answer:
+def as_answer(shown: MessageView) -> Answer:
     """A message as operators' tools read it; the names are those of Postfix's `postqueue -j` where it has them."""
     return {
         "queue_name": _queue_name(shown),
@@ -291,7 +291,7 @@ def as_answer(shown: Shown) -> Answer:
     }
 
 
-def _queue_name(shown: Shown) -> str:
+def _queue_name(shown: MessageView) -> str:
     match shown.state:
         case DeliveryState.LEASED:
             return "active"

@@ -20,7 +20,7 @@ from otel_smtp.observing import Observer
 from otel_smtp.spool.aging import Aging
 from otel_smtp.spool.attempts import Attempt, Recording
 from otel_smtp.spool.dsn.notices import Notices
-from otel_smtp.spool.messages import Counts, Lease, Shown, SpoolError, StorageAway, StorageBroken
+from otel_smtp.spool.messages import Counts, Lease, MessageView, SpoolError, StorageAway, StorageBroken
 from otel_smtp.spool.schedule import Schedule
 from otel_smtp.spool.store import Store
 
@@ -85,7 +85,7 @@ class Runner:
         self._has_changed = True
         self._is_away = False
         self.counts = Counts()
-        self.oldest: Sequence[Shown] = ()
+        self.oldest: Sequence[MessageView] = ()
 
     # Life -------------------------------------------------------------------------------------------------
 
@@ -124,7 +124,7 @@ class Runner:
     # What the forwarders ask for --------------------------------------------------------------------------
 
     def reserve(self, destinations: Sequence[str]) -> bool:
-        """See `Attempts.reserve`. Where others have been waiting, half of the room is left for them."""
+        """See `DeliveryAgent.reserve`. Where others have been waiting, half of the room is left for them."""
         if self._is_stopping:
             return False
         for destination in destinations:
@@ -141,14 +141,14 @@ class Runner:
         return room > 0
 
     def begin(self, destinations: Sequence[str], leases: Sequence[Lease], content: Sequence[bytes] | None) -> None:
-        """See `Attempts.begin`."""
+        """See `DeliveryAgent.begin`."""
         for destination in destinations:
             self._note_ended(destination)
         for lease in leases:
             self._begin(lease, content)
 
     def wake(self, destinations: Sequence[str] = ()) -> None:
-        """See `Attempts.wake`."""
+        """See `DeliveryAgent.wake`."""
         self._destinations.update(destinations)
         self._has_changed = True
         self._wake.set()

@@ -12,7 +12,7 @@ from otel_smtp.observing import Observer, SpoolAction, trace_fields
 from otel_smtp.smtp.replies import ErrorType
 from otel_smtp.spool.dsn.notices import BouncePolicy, Notices
 from otel_smtp.spool.forwarders import DirectThenQueueForwarder, Intake, SpoolForwarder
-from otel_smtp.spool.messages import Counts, Shown, SpoolError
+from otel_smtp.spool.messages import Counts, MessageView, SpoolError
 from otel_smtp.spool.operators import ControlSocket, Operations, acted
 from otel_smtp.spool.runner import Runner
 from otel_smtp.spool.schedule import Schedule
@@ -131,7 +131,7 @@ class Spool:
         return self.runner.counts
 
     @property
-    def oldest(self) -> Sequence[Shown]:
+    def oldest(self) -> Sequence[MessageView]:
         """The oldest messages, a few seconds ago."""
         return self.runner.oldest
 

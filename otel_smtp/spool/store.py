@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from otel_smtp.spool.messages import ContentRef, Counts, Lease, NewMessage, Shown, SpoolError, Verdict
+from otel_smtp.spool.messages import ContentRef, Counts, Lease, MessageView, NewMessage, SpoolError, Verdict
 
 Notice = tuple[NewMessage, bytes]
 """A message of our own that tells of others, with its content; the first octets are its header block."""
@@ -219,11 +219,11 @@ class Store(Protocol):
         """Recipients that were ever accepted, and how many of them ended in which way."""
         ...
 
-    async def page(self, after: str, most: int) -> Sequence[Shown]:
+    async def page(self, after: str, most: int) -> Sequence[MessageView]:
         """At most `most` messages whose ids follow `after`, in the order of their ids, which is that of arrival."""
         ...
 
-    async def show(self, message_id: str) -> Shown:
+    async def show(self, message_id: str) -> MessageView:
         """One message.
 
         Raises:
@@ -233,7 +233,7 @@ class Store(Protocol):
 
     async def find(
         self, *, trace_id: str | None = None, sender: str | None = None, recipient: str | None = None, most: int
-    ) -> Sequence[Shown]:
+    ) -> Sequence[MessageView]:
         """The first messages that fit all that is given."""
         ...
 

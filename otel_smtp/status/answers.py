@@ -24,7 +24,7 @@ _KEPT: Final = frozenset({"/metrics", "/api/status", "/api/connections", "/api/u
 _Key = tuple[str, str, bytes, bytes]
 
 
-class Pace:
+class RequestRate:
     """So many a second, after so many at once.
 
     Args:
@@ -59,8 +59,8 @@ class Answers:
         self._keeps = keeps
         self._making = asyncio.Lock()
         self._kept: dict[_Key, Sequence[Message]] = {}
-        self._probes = Pace(REQUESTS_PER_SECOND, REQUESTS_AT_ONCE)
-        self._others = Pace(REQUESTS_PER_SECOND, REQUESTS_AT_ONCE)
+        self._probes = RequestRate(REQUESTS_PER_SECOND, REQUESTS_AT_ONCE)
+        self._others = RequestRate(REQUESTS_PER_SECOND, REQUESTS_AT_ONCE)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path, method = scope["path"], scope["method"]

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, Protocol
 
-from otel_smtp.status.search import Index, RecordedMailbox, parse
+from otel_smtp.status.search import RecordedMailbox, TraceIndex, parse
 from otel_smtp.status.siblings import Siblings
 
 FOLLOWERS: Final = 16
@@ -24,7 +24,7 @@ _CURSOR: Final = re.compile(r"(\d{1,4}):(\d{1,18})")
 _GOOD_OUTCOMES: Final = frozenset({"relayed", "queued"})
 
 
-class Line(Protocol):
+class LogLine(Protocol):
     """One line of the log."""
 
     @property
@@ -50,7 +50,7 @@ class Tail(Protocol):
         """The number of the last line."""
         ...
 
-    async def after(self, number: int, most: int) -> tuple[Sequence[Line], int, int]:
+    async def after(self, number: int, most: int) -> tuple[Sequence[LogLine], int, int]:
         """The lines after one, the number to ask with next, and how many were missed."""
         ...
 
@@ -107,7 +107,7 @@ class Following:
             if has_errors_only and line["outcome"] in _GOOD_OUTCOMES:
                 return False
             fields = line["fields"]
-            return not query.words or Index(fields.get("trace_id", ""), [fields], [line["text"]]).has(query)
+            return not query.words or TraceIndex(fields.get("trace_id", ""), [fields], [line["text"]]).has(query)
 
         ends = time.monotonic() + (0.0 if parameters.get("wait") == "no" else self._wait_seconds)
         missed = 0
@@ -167,5 +167,5 @@ def _cursor(after: Mapping[int, int]) -> str:
     return ",".join(f"{number}:{line}" for number, line in sorted(after.items()))
 
 
-def _as_value(line: Line) -> Mapping[str, Any]:
+def _as_value(line: LogLine) -> Mapping[str, Any]:
     return {"time": line.time, "text": line.text, "outcome": line.outcome, "fields": line.fields}

@@ -29,7 +29,7 @@ class Field(StrEnum):
     ID = "id"
 
 
-class Recorded(NamedTuple):
+class RecordedForm(NamedTuple):
     """What spans hold of a mailbox.
 
     Attributes:
@@ -41,10 +41,10 @@ class Recorded(NamedTuple):
     note: str = ""
 
 
-RecordedMailbox = Callable[[str], Recorded]
+RecordedMailbox = Callable[[str], RecordedForm]
 
 
-class Word(NamedTuple):
+class QueryWord(NamedTuple):
     """One word of a query, in lower case.
 
     Attributes:
@@ -64,7 +64,7 @@ class Query(NamedTuple):
         notes: what to tell about the search.
     """
 
-    words: Sequence[Word]
+    words: Sequence[QueryWord]
     notes: Sequence[str] = ()
 
 
@@ -93,13 +93,13 @@ _FIELDS: Final[Mapping[str, Field]] = {
 }
 
 
-def parse(query: str, recorded: RecordedMailbox = Recorded) -> Query:
+def parse(query: str, recorded: RecordedMailbox = RecordedForm) -> Query:
     """What was typed.
 
     Args:
         recorded: what spans hold of a mailbox.
     """
-    words: list[Word] = []
+    words: list[QueryWord] = []
     notes: dict[str, None] = {}
     for field, quoted, bare in _WORD.findall(query[:QUERY_CHARACTERS]):
         text = (quoted or bare).lower()
@@ -111,11 +111,11 @@ def parse(query: str, recorded: RecordedMailbox = Recorded) -> Query:
             mailbox, note = recorded(text.strip("<>"))
             if note and (about is not None or "@" in text):
                 notes[note] = None
-        words.append(Word(about, text, None if mailbox is None else mailbox.lower()))
+        words.append(QueryWord(about, text, None if mailbox is None else mailbox.lower()))
     return Query(words, tuple(notes))
 
 
-class Index:
+class TraceIndex:
     """What can be found of one trace.
 
     Args:
@@ -145,7 +145,7 @@ class Index:
         """Whether the trace has everything that is searched for."""
         return all(map(self._has, query.words))
 
-    def _has(self, word: Word) -> bool:
+    def _has(self, word: QueryWord) -> bool:
         match word.field:
             case Field.CODE:
                 return self._has_code(word.text)
@@ -165,7 +165,7 @@ class Index:
                     or (_ENHANCED.fullmatch(word.text) is not None and self._has_code(word.text))
                 )
 
-    def _has_mailbox(self, word: Word, field: Field) -> bool:
+    def _has_mailbox(self, word: QueryWord, field: Field) -> bool:
         return word.mailbox is not None and word.mailbox in self._texts.get(field, "")
 
     def _has_code(self, text: str) -> bool:

@@ -12,7 +12,7 @@ from urllib.parse import urlencode
 
 from otel_smtp.status.search import RecordedMailbox, parse
 from otel_smtp.status.siblings import Siblings, merged_searches
-from otel_smtp.status.traces import EncodedSpan, RecentTraces, Severity
+from otel_smtp.status.traces import RecentTraces, Severity, SpanOctets
 
 TRACES_SHOWN: Final = 100
 # Before a page. A process sends the first one all that stands before the page as well, and has half a second for it.
@@ -22,7 +22,7 @@ _TRACES_A_TURN: Final = 32
 _SPANS_A_TURN: Final = 2000  # half a millisecond
 
 
-class Asked(NamedTuple):
+class SearchRequest(NamedTuple):
     """What is asked for.
 
     Attributes:
@@ -97,7 +97,7 @@ class TraceSearch:
         self._siblings = siblings
         self._untraced = untraced
 
-    async def answer(self, asked: Asked) -> dict[str, Any]:
+    async def answer(self, asked: SearchRequest) -> dict[str, Any]:
         """A page of the list, with how many there are.
 
         Yields to the event loop again and again.
@@ -110,7 +110,7 @@ class TraceSearch:
             answers, is_errors_first=asked.is_errors_first, shown=slice(asked.skip, asked.skip + asked.most)
         )
 
-    async def _own(self, asked: Asked) -> dict[str, Any]:
+    async def _own(self, asked: SearchRequest) -> dict[str, Any]:
         query = parse(asked.query, self._recorded)
         held = await self._held_traces()
         counts: dict[str, int] = dict.fromkeys(Severity, 0)
@@ -134,9 +134,9 @@ class TraceSearch:
             "complete_since_unix_milliseconds": self._traces.complete_since_ns() / 1e6,
         }
 
-    async def _held_traces(self) -> Mapping[bytes, Sequence[EncodedSpan]]:
+    async def _held_traces(self) -> Mapping[bytes, Sequence[SpanOctets]]:
         """The spans in memory by trace, newest first."""
-        held: dict[bytes, list[EncodedSpan]] = {}
+        held: dict[bytes, list[SpanOctets]] = {}
         spans = self._traces.spans()
         for start in range(0, len(spans), _SPANS_A_TURN):
             self._traces.group(spans[start : start + _SPANS_A_TURN], held)

@@ -38,8 +38,8 @@ from otel_smtp.status.answers import STREAM_PATH, Answers
 from otel_smtp.status.following import Following, Tail
 from otel_smtp.status.http import LOOPBACK, Guard, Network, http_server
 from otel_smtp.status.live import CONNECTIONS_SHOWN, LiveView
-from otel_smtp.status.search import Recorded, RecordedMailbox
-from otel_smtp.status.searching import Asked, TraceSearch
+from otel_smtp.status.search import RecordedForm, RecordedMailbox
+from otel_smtp.status.searching import SearchRequest, TraceSearch
 from otel_smtp.status.siblings import Siblings
 from otel_smtp.status.traces import AttributeValue, RecentTraces
 from otel_smtp.status.views import QueueView, UpstreamView
@@ -103,7 +103,7 @@ class StatusServer:
         resource: Mapping[str, AttributeValue] | None = None,
         trace_url: str = "",
         untraced: str = "",
-        recorded_mailbox: RecordedMailbox = Recorded,
+        recorded_mailbox: RecordedMailbox = RecordedForm,
         allow: Sequence[Network] = LOOPBACK,
         reloads: Callable[[], Mapping[str, Any]] = dict,
         hosts: Collection[str] = (),
@@ -269,7 +269,7 @@ class StatusServer:
         return await self._actions.answer(request.path_params["command"], request)
 
     async def _search(self, request: Request) -> Response:
-        return JSONResponse(await self._trace_search.answer(Asked.of(request.query_params)))
+        return JSONResponse(await self._trace_search.answer(SearchRequest.of(request.query_params)))
 
     async def _follow(self, request: Request) -> Response:
         following = self._following

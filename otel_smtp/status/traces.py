@@ -1,8 +1,8 @@
 """Recent traces, kept in memory so that a mail can be looked up without any backend.
 
 Spans come one by one as they end, of any trace in any order, and encoded: their octets are all that is kept. Adding one
-is an append; which spans make a trace, what it says in short (`Trace.summary`) and in full (`Trace.otlp_json`) is
-decoded and worked out for who looks.
+is an append; which spans make a trace, what it says in short (`KeptTrace.summary`) and in full
+(`KeptTrace.otlp_json`) is decoded and worked out for who looks.
 
 Two bounded shelves: the recent spans, and behind them those of traces in which something failed, so that an error of
 last night is still found after ten thousand good mails. The bounds are on octets, which are what takes memory, and on
@@ -18,7 +18,7 @@ from typing import Any, Final, Protocol
 
 from otel_smtp.observing import Outcome
 from otel_smtp.smtp.states import ConnState
-from otel_smtp.status.search import Index, Query
+from otel_smtp.status.search import Query, TraceIndex
 from otel_smtp.telemetry import attributes as names
 
 AttributeValue = str | bool | int | float | Sequence[str]
@@ -87,7 +87,7 @@ class FinishedSpan(Protocol):
     def description(self) -> str: ...
 
 
-class EncodedSpan(Protocol):
+class SpanOctets(Protocol):
     """A finished span as octets."""
 
     @property
@@ -133,17 +133,17 @@ _WORDS_SHOWN: Final = 3
 _HEXADECIMAL: Final = re.compile(r"[0-9a-fA-F]{1,32}")
 
 
-class Trace:
+class KeptTrace:
     """Finished spans of one trace, in the order in which they ended: the newest of them where they are very many."""
 
     __slots__ = ("_encoded", "_index", "_summary", "held", "trace_id")
 
-    def __init__(self, trace_id: bytes, spans: Sequence[EncodedSpan]) -> None:
+    def __init__(self, trace_id: bytes, spans: Sequence[SpanOctets]) -> None:
         self.trace_id = trace_id.hex()
         self.held = len(spans)  # tells whether more have come since
         self._encoded = spans
         self._summary: dict[str, Any] | None = None
-        self._index: Index | None = None
+        self._index: TraceIndex | None = None
 
     def spans(self) -> list[FinishedSpan]:
         """The newest spans that together have no more than `TRACE_ITEMS` spans and events; decoded at each call."""
@@ -165,13 +165,13 @@ class Trace:
         """Whether the trace has everything that is searched for."""
         return self._worked_out()[1].has(query)
 
-    def _worked_out(self) -> tuple[dict[str, Any], Index]:
+    def _worked_out(self) -> tuple[dict[str, Any], TraceIndex]:
         """Both at once: decoding the spans is what takes the time."""
         if self._summary is None or self._index is None:
             spans = sorted(self.spans(), key=lambda span: span.start_ns)
             self._summary = self._summarize(spans)
             carried = [*(span.attributes for span in spans), *(e.attributes for span in spans for e in span.events)]
-            self._index = Index(self.trace_id, carried, (self._summary["severity"],))
+            self._index = TraceIndex(self.trace_id, carried, (self._summary["severity"],))
         return self._summary, self._index
 
     def _summarize(self, spans: Sequence[FinishedSpan]) -> dict[str, Any]:
@@ -229,15 +229,15 @@ class _Shelf:
     __slots__ = ("octets", "octets_room", "spans", "spans_room")
 
     def __init__(self, spans_room: int, octets_room: int) -> None:
-        self.spans: deque[EncodedSpan] = deque()
+        self.spans: deque[SpanOctets] = deque()
         self.octets = 0
         self.spans_room = spans_room
         self.octets_room = octets_room
 
-    def make_room(self) -> list[EncodedSpan]:
+    def make_room(self) -> list[SpanOctets]:
         """If there are too many spans, take off the oldest, and some more for the next ones; returns these."""
         spans = self.spans
-        gone: list[EncodedSpan] = []
+        gone: list[SpanOctets] = []
         if self.octets <= self.octets_room and len(spans) <= self.spans_room:
             return gone
         octets, number = (room - room // _MADE_AT_ONCE for room in (self.octets_room, self.spans_room))
@@ -268,12 +268,12 @@ class RecentTraces:
         self._recent = _Shelf(recent_spans, recent_octets)
         self._failed = _Shelf(failed_spans, failed_octets)
         self._failed_traces: dict[bytes, None] = {}  # in order of their first failure
-        self._known: dict[bytes, Trace] = {}
+        self._known: dict[bytes, KeptTrace] = {}
         self._started_ns = time.time_ns()
         self._has_dropped = False
         self.version = 0
 
-    def add(self, span: EncodedSpan, is_trouble: bool = False) -> None:
+    def add(self, span: SpanOctets, is_trouble: bool = False) -> None:
         """Keep a finished span. Called on the mail path.
 
         Args:
@@ -297,11 +297,11 @@ class RecentTraces:
         oldest = self._recent.spans[0].to_record().end_ns if self._has_dropped else self._started_ns
         return max(oldest, self._started_ns)
 
-    def spans(self) -> list[EncodedSpan]:
+    def spans(self) -> list[SpanOctets]:
         """All that is held now, the newest first."""
         return [*reversed(self._recent.spans), *reversed(self._failed.spans)]
 
-    def group(self, spans: Iterable[EncodedSpan], found: dict[bytes, list[EncodedSpan]]) -> None:
+    def group(self, spans: Iterable[SpanOctets], found: dict[bytes, list[SpanOctets]]) -> None:
         """Put `spans`, newest first, into `found` by their trace; may be called piece by piece."""
         for span in spans:
             trace_id = span.trace_id
@@ -310,11 +310,11 @@ class RecentTraces:
             else:
                 found[trace_id] = [span]
 
-    def trace(self, trace_id: bytes, spans: Sequence[EncodedSpan]) -> Trace:
+    def trace(self, trace_id: bytes, spans: Sequence[SpanOctets]) -> KeptTrace:
         """The trace of `spans`, newest first; the same object as last time while nothing was added."""
         known = self._known.get(trace_id)
         if known is None or known.held != len(spans):
-            known = self._known[trace_id] = Trace(trace_id, spans[::-1])
+            known = self._known[trace_id] = KeptTrace(trace_id, spans[::-1])
         return known
 
     def forget_all_but(self, trace_ids: Container[bytes]) -> None:
@@ -322,17 +322,17 @@ class RecentTraces:
         for trace_id in [known for known in self._known if known not in trace_ids]:
             del self._known[trace_id]
 
-    def get(self, trace_id: str) -> Trace | None:
+    def get(self, trace_id: str) -> KeptTrace | None:
         """The trace with this id in hexadecimal; leading zeros may be missing."""
         if not _HEXADECIMAL.fullmatch(trace_id):
             return None
         octets = bytes.fromhex(trace_id.zfill(32))
         spans = [span for span in self.spans() if span.trace_id == octets]
-        return Trace(octets, spans[::-1]) if spans else None
+        return KeptTrace(octets, spans[::-1]) if spans else None
 
-    def newest_first(self) -> Iterator[Trace]:
+    def newest_first(self) -> Iterator[KeptTrace]:
         """All traces as they are now, by the end of their last span."""
-        found: dict[bytes, list[EncodedSpan]] = {}
+        found: dict[bytes, list[SpanOctets]] = {}
         self.group(self.spans(), found)
         for trace_id, spans in found.items():
             yield self.trace(trace_id, spans)
@@ -342,7 +342,7 @@ class RecentTraces:
         if len(self._failed_traces) > FAILED_TRACES:
             del self._failed_traces[next(iter(self._failed_traces))]
 
-    def _outlive(self, gone: Iterable[EncodedSpan]) -> None:
+    def _outlive(self, gone: Iterable[SpanOctets]) -> None:
         """Keep those whose trace has failed."""
         failed = self._failed
         if not self._failed_traces:

@@ -106,7 +106,7 @@ class CollectorSettings:
         return f"{parts.scheme}://{self.address}{parts.path}" if parts.netloc else self.address
 
 
-class Verdict(Enum):
+class BatchOutcome(Enum):
     """What became of a batch."""
 
     TAKEN = auto()
@@ -114,7 +114,7 @@ class Verdict(Enum):
     REJECTED = auto()  # not taken; a retry would not help
 
 
-class Answer(NamedTuple):
+class CollectorAnswer(NamedTuple):
     """A collector's answer, or what happened instead of one.
 
     Attributes:
@@ -124,7 +124,7 @@ class Answer(NamedTuple):
         rejected: number of spans, data points or log records that were not taken out of a batch that was.
     """
 
-    verdict: Verdict
+    verdict: BatchOutcome
     why: str = ""
     retry_after_seconds: float | None = None
     rejected: int = 0
@@ -134,7 +134,7 @@ class Answer(NamedTuple):
 class Collector(Interface):
     """Takes batches; belongs to one thread."""
 
-    def send(self, request: bytes, timeout_seconds: float) -> Answer:
+    def send(self, request: bytes, timeout_seconds: float) -> CollectorAnswer:
         """Send an encoded request and wait for the answer. A network failure is an answer and never raised."""
         ...
 
@@ -176,7 +176,7 @@ class HttpCollector:
             follow_redirects=False,
         )
 
-    def send(self, request: bytes, timeout_seconds: float) -> Answer:
+    def send(self, request: bytes, timeout_seconds: float) -> CollectorAnswer:
         """Post it."""
         deadline = time.monotonic() + timeout_seconds
         body = _compressed(request, self._compression)
@@ -197,17 +197,17 @@ class HttpCollector:
                 reply = _bounded(response, deadline) if response.is_success else b""
         except self._errors as error:
             if not self._deadline.has_passed:
-                return Answer(Verdict.AGAIN, http_failure(error, timeout_seconds))
+                return CollectorAnswer(BatchOutcome.AGAIN, http_failure(error, timeout_seconds))
             if response is None:
-                return Answer(Verdict.AGAIN, no_answer_within(timeout_seconds))
+                return CollectorAnswer(BatchOutcome.AGAIN, no_answer_within(timeout_seconds))
         if response.is_success:
             return _taken(reply)
         status = str(response.status_code)
         why = f"HTTP {status}"
         if response.status_code in _RETRYABLE_STATUSES:
             delay = retry_after_seconds(response.headers.get("retry-after", ""))
-            return Answer(Verdict.AGAIN, why, delay, status=status)
-        return Answer(Verdict.REJECTED, why, status=status)
+            return CollectorAnswer(BatchOutcome.AGAIN, why, delay, status=status)
+        return CollectorAnswer(BatchOutcome.REJECTED, why, status=status)
 
     def close(self) -> None:
         """Close the connection."""
@@ -244,7 +244,7 @@ class GrpcCollector:
         self._metadata = tuple((name.lower(), value) for name, value in settings.headers)
         self._export: grpc.UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(_EXPORTS[settings.signal])
 
-    def send(self, request: bytes, timeout_seconds: float) -> Answer:
+    def send(self, request: bytes, timeout_seconds: float) -> CollectorAnswer:
         """Call Export."""
         try:
             reply = self._export(request, timeout=timeout_seconds, metadata=self._metadata)
@@ -253,14 +253,14 @@ class GrpcCollector:
         return _taken(reply)
 
     @staticmethod
-    def _failed(error: "grpc.RpcError", timeout_seconds: float) -> Answer:
+    def _failed(error: "grpc.RpcError", timeout_seconds: float) -> CollectorAnswer:
         # The error that a call raises is also the call, which knows how it ended.
         code: str = error.code().name
         details = [one.value for one in error.trailing_metadata() or () if one.key == "grpc-status-details-bin"]
         delay = _retry_delay(details[0]) if details else None
         is_retryable = code in _RETRYABLE_CODES or (code == "RESOURCE_EXHAUSTED" and delay is not None)
         why = grpc_failure(code, error.details(), timeout_seconds)
-        return Answer(Verdict.AGAIN if is_retryable else Verdict.REJECTED, why, delay, status=code)
+        return CollectorAnswer(BatchOutcome.AGAIN if is_retryable else BatchOutcome.REJECTED, why, delay, status=code)
 
     def close(self) -> None:
         """Close the channel."""
@@ -314,21 +314,21 @@ def _bounded(response: "httpx.Response", deadline: float) -> bytes:
     return bytes(body)
 
 
-def _taken(reply: bytes) -> Answer:
+def _taken(reply: bytes) -> CollectorAnswer:
     """The answer in a successful reply: all taken, or not all (OTLP, "Partial Success").
 
     The replies of all signals have the same fields under different names.
     """
     if reply in _ALL_TAKEN:
-        return Answer(Verdict.TAKEN)
+        return CollectorAnswer(BatchOutcome.TAKEN)
     from google.protobuf.message import DecodeError
     from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
 
     try:
         partial = ExportTraceServiceResponse.FromString(reply).partial_success
     except DecodeError:
-        return Answer(Verdict.TAKEN)  # as its status says
-    return Answer(Verdict.TAKEN, clean(partial.error_message), rejected=max(0, partial.rejected_spans))
+        return CollectorAnswer(BatchOutcome.TAKEN)  # as its status says
+    return CollectorAnswer(BatchOutcome.TAKEN, clean(partial.error_message), rejected=max(0, partial.rejected_spans))
 
 
 def retry_after_seconds(value: str) -> float | None:

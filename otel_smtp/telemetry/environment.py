@@ -6,8 +6,9 @@ describes them. Names, defaults and meaning are the Python SDK's: timeouts of OT
 dialled: exporting to localhost by default would fill logs.
 
 Operators set these variables for whole clusters, so none of them may stop mail. A value that cannot be used is a
-`Problem`, and the variable counts as unset, as the specification says ("Environment Variable Specification", "Parsing
-Empty Value" to "Enum"): `serve` warns about it, `check` refuses it. A problem never shows what may be a credential.
+`VariableProblem`, and the variable counts as unset, as the specification says ("Environment Variable Specification",
+"Parsing Empty Value" to "Enum"): `serve` warns about it, `check` refuses it. A problem never shows what may be a
+credential.
 
 The resource's variables, OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES, are read by the SDK's detectors; whether they
 can be is looked at here. The limits of spans and attributes are looked at too, but ours are fixed and lower than the
@@ -138,7 +139,7 @@ class ExemplarFilter(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
+class VariableProblem:
     """A variable whose value cannot be used, and that counts as unset therefore.
 
     Attributes:
@@ -196,7 +197,7 @@ class Environment:
     exemplars: ExemplarFilter = ExemplarFilter.TRACE_BASED
     sampler: Sampler = field(default_factory=lambda: _SAMPLERS[_DEFAULT_SAMPLER](1.0))
     sdk_log_level: int | None = None
-    problems: tuple[Problem, ...] = ()
+    problems: tuple[VariableProblem, ...] = ()
 
     @property
     def collectors(self) -> tuple[CollectorSettings, ...]:
@@ -248,7 +249,7 @@ def own_resource(worker: int | None = None) -> Resource:
 
 
 @contextlib.contextmanager
-def without(problems: Iterable[Problem]) -> Iterator[None]:
+def without(problems: Iterable[VariableProblem]) -> Iterator[None]:
     """Take variables that cannot be used out of the process's environment, and put them back afterwards.
 
     For the SDK's exporters, which read it for themselves and raise at some values. Lists stay: of those they use what
@@ -268,7 +269,7 @@ class _Reading:
     def __init__(self, environ: Mapping[str, str], version: str) -> None:
         self._environ = environ
         self._version = version
-        self._problems: dict[str, Problem] = {}  # by variable: those for all signals are read once for each
+        self._problems: dict[str, VariableProblem] = {}  # by variable: those for all signals are read once for each
 
     def environment(self) -> Environment:
         if self._flag(OTEL_SDK_DISABLED):
@@ -299,7 +300,7 @@ class _Reading:
         return self._environ.get(variable, "").strip()
 
     def _unusable(self, variable: str, value: str, allowed: str) -> None:
-        self._problems[variable] = Problem(variable, value, allowed)
+        self._problems[variable] = VariableProblem(variable, value, allowed)
 
     def _flag(self, variable: str) -> bool:
         value = self._value(variable)

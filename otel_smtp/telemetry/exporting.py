@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, Generic, TypeVar
 
-from otel_smtp.telemetry.collector import Answer, Collector, Signal, Verdict
+from otel_smtp.telemetry.collector import BatchOutcome, Collector, CollectorAnswer, Signal
 from otel_smtp.telemetry.export_failures import file_failure
 from otel_smtp.telemetry.otlp import RequestFrame
 
@@ -233,7 +233,9 @@ class Export(Generic[T]):
             except Exception:
                 if not self._is_told:
                     logger.exception("%s could not be sent", self._items, extra={"collector": self._address})
-                self._settle(len(batch), Answer(Verdict.AGAIN, "internal error"), DropReason.EXPORT_FAILED)
+                self._settle(
+                    len(batch), CollectorAnswer(BatchOutcome.AGAIN, "internal error"), DropReason.EXPORT_FAILED
+                )
 
     def _has_full_batch(self) -> bool:
         return len(self._queue) >= self._settings.batch_spans or self._octets_in - self._octets_out > MAX_BATCH_OCTETS
@@ -260,7 +262,7 @@ class Export(Generic[T]):
             self._stopping.wait(max(0.0, self._not_before - time.monotonic()))
             is_last = self._stopping.is_set()
             answer = self._attempt(request, deadline)
-            if answer.verdict is not Verdict.AGAIN:
+            if answer.verdict is not BatchOutcome.AGAIN:
                 break
             pause = answer.retry_after_seconds
             if pause is None:
@@ -271,26 +273,28 @@ class Export(Generic[T]):
                 break
             self._failed(answer.why)
         self._settle(
-            len(batch), answer, DropReason.REJECTED if answer.verdict is Verdict.REJECTED else DropReason.EXPORT_FAILED
+            len(batch),
+            answer,
+            DropReason.REJECTED if answer.verdict is BatchOutcome.REJECTED else DropReason.EXPORT_FAILED,
         )
 
-    def _attempt(self, request: bytes, deadline: float) -> Answer:
+    def _attempt(self, request: bytes, deadline: float) -> CollectorAnswer:
         seconds = min(self._settings.request_seconds, min(deadline, self._stop_by) - time.monotonic())
         if seconds <= 0:
-            return Answer(Verdict.AGAIN, "no time left")
+            return CollectorAnswer(BatchOutcome.AGAIN, "no time left")
         if self._collector is None:
             try:
                 self._collector = self._connect()
             except OSError as error:
-                return Answer(Verdict.AGAIN, file_failure(error))
+                return CollectorAnswer(BatchOutcome.AGAIN, file_failure(error))
         return self._collector.send(request, seconds)
 
-    def _settle(self, spans: int, answer: Answer, reason: DropReason) -> None:
+    def _settle(self, spans: int, answer: CollectorAnswer, reason: DropReason) -> None:
         """Count what became of a batch, and tell when that changes."""
         if self._is_abandoned:
             return  # it was counted as lost
         self._sending = 0
-        if answer.verdict is not Verdict.TAKEN:
+        if answer.verdict is not BatchOutcome.TAKEN:
             self._lost[reason] += spans
             self._failed(answer.why, is_final=True)
         elif answer.rejected:

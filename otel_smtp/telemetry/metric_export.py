@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Final
 from opentelemetry.sdk.resources import Resource
 
 from otel_smtp.telemetry.attributes import SCHEMA_URL, SCOPE_NAME, TELEMETRY_DROPPED, Instrument, Metric
-from otel_smtp.telemetry.collector import Answer, Collector, Signal, Verdict
+from otel_smtp.telemetry.collector import BatchOutcome, Collector, CollectorAnswer, Signal
 from otel_smtp.telemetry.environment import Temporality
 from otel_smtp.telemetry.export_failures import file_failure
 from otel_smtp.telemetry.exporting import DropReason
@@ -292,11 +292,11 @@ class MetricExport:
         from opentelemetry.exporter.otlp.proto.common.metrics_encoder import encode_metrics
 
         answer = self._send(encode_metrics(data).SerializeToString())
-        if answer.verdict is not Verdict.AGAIN:
+        if answer.verdict is not BatchOutcome.AGAIN:
             self._settle()
-        if answer.verdict is not Verdict.TAKEN:
+        if answer.verdict is not BatchOutcome.TAKEN:
             again = DropReason.SHUTDOWN if self._stopping.is_set() else DropReason.EXPORT_FAILED
-            self._lose(DropReason.REJECTED if answer.verdict is Verdict.REJECTED else again, self._points)
+            self._lose(DropReason.REJECTED if answer.verdict is BatchOutcome.REJECTED else again, self._points)
             self._failed(answer.why)
         elif answer.rejected:
             self._lose(DropReason.REJECTED, min(answer.rejected, self._points))
@@ -310,16 +310,16 @@ class MetricExport:
             if not self._is_abandoned:  # else the shutdown has counted them
                 self._lost[reason] += points
 
-    def _send(self, request: bytes) -> Answer:
+    def _send(self, request: bytes) -> CollectorAnswer:
         assert self._connect is not None
         seconds = min(self._request_seconds, self._stop_by - time.monotonic())
         if seconds <= 0:
-            return Answer(Verdict.AGAIN, "no time left")
+            return CollectorAnswer(BatchOutcome.AGAIN, "no time left")
         if self._collector is None:
             try:
                 self._collector = self._connect()
             except OSError as error:
-                return Answer(Verdict.AGAIN, file_failure(error))
+                return CollectorAnswer(BatchOutcome.AGAIN, file_failure(error))
         return self._collector.send(request, seconds)
 
     def _failed(self, why: str, *, with_traceback: bool = False) -> None:

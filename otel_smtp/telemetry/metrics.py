@@ -71,7 +71,7 @@ _EXEMPLAR_FLAGS: Final[Mapping[ExemplarFilter, int]] = {
 }
 
 
-class Counts:
+class LabelledCounts:
     """A counter or gauge: a number for each combination of label values."""
 
     __slots__ = ("metric", "values")
@@ -196,11 +196,11 @@ class Metrics(Observer):
         self._active: dict[Labels, int] = {}
         self._transitions: defaultdict[tuple[ConnState | None, ConnState], int] = defaultdict(int)
         self._replies: defaultdict[tuple[str | None, int], int] = defaultdict(int)
-        self._transactions = Counts(names.TRANSACTIONS)
-        self._recipients = Counts(names.SERVER_RECIPIENTS)
-        self._auth = Counts(names.SERVER_AUTH)
-        self._refused = Counts(names.REFUSED)
-        self._probes = Counts(names.PROBES)
+        self._transactions = LabelledCounts(names.TRANSACTIONS)
+        self._recipients = LabelledCounts(names.SERVER_RECIPIENTS)
+        self._auth = LabelledCounts(names.SERVER_AUTH)
+        self._refused = LabelledCounts(names.REFUSED)
+        self._probes = LabelledCounts(names.PROBES)
         self._connection_duration = Measurements(names.SERVER_CONNECTION_DURATION)
         self._state_duration = Measurements(names.STATE_DURATION)
         self._transaction_duration = Measurements(names.TRANSACTION_DURATION)

@@ -15,7 +15,7 @@ from opentelemetry.sdk.trace.sampling import Sampler
 from otel_smtp.observing import Observer
 from otel_smtp.telemetry import environment
 from otel_smtp.telemetry.collector import Protocol, Signal, connect
-from otel_smtp.telemetry.environment import Environment, Problem, SignalExport
+from otel_smtp.telemetry.environment import Environment, SignalExport, VariableProblem
 from otel_smtp.telemetry.exporting import Export, TraceExport
 from otel_smtp.telemetry.keeping import Keeping
 from otel_smtp.telemetry.log_export import LogExportHandler
@@ -322,7 +322,7 @@ def _trace_export(traces: SignalExport, resource: Resource, version: str) -> Tra
     )
 
 
-def _sdk_processors(traces: SignalExport, problems: Sequence[Problem]) -> list[SpanProcessor]:
+def _sdk_processors(traces: SignalExport, problems: Sequence[VariableProblem]) -> list[SpanProcessor]:
     processors: list[SpanProcessor] = []
     if traces.to_console:
         processors.append(LazyProcessor(lambda: SimpleSpanProcessor(ConsoleSpanExporter())))
@@ -347,7 +347,7 @@ def _sdk_grpc_exporter() -> Callable[[], SpanExporter]:
 _SDK_EXPORTERS: Final = {Protocol.HTTP: _sdk_http_exporter, Protocol.GRPC: _sdk_grpc_exporter}
 
 
-def _batching(make_exporter: Callable[[], SpanExporter], problems: Sequence[Problem]) -> SpanProcessor:
+def _batching(make_exporter: Callable[[], SpanExporter], problems: Sequence[VariableProblem]) -> SpanProcessor:
     def make() -> SpanProcessor:
         with environment.without(problems):
             return BatchSpanProcessor(make_exporter())

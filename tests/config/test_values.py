@@ -16,7 +16,6 @@ from otel_smtp.config.values import (
     FilePath,
     Given,
     Integer,
-    Kind,
     ListenAddress,
     MailboxKind,
     Many,
@@ -27,6 +26,7 @@ from otel_smtp.config.values import (
     Size,
     Text,
     UpstreamUrlKind,
+    ValueKind,
     duration_text,
     is_local,
     is_loopback_host,
@@ -97,7 +97,7 @@ def text(value: str) -> Given:
         (AddressPattern(), typed("<>"), ""),  # the null path, as an envelope has it
     ],
 )
-def test_allowed_values_are_read(kind: Kind, given_value: Given, expected: object) -> None:
+def test_allowed_values_are_read(kind: ValueKind, given_value: Given, expected: object) -> None:
     assert kind.parse(given_value) == expected
 
 
@@ -181,7 +181,7 @@ def test_allowed_values_are_read(kind: Kind, given_value: Given, expected: objec
         (AddressPattern(), typed("")),
     ],
 )
-def test_other_values_are_refused(kind: Kind, given_value: Given) -> None:
+def test_other_values_are_refused(kind: ValueKind, given_value: Given) -> None:
     with pytest.raises(BadValue):
         kind.parse(given_value)
     assert kind.allowed
@@ -263,7 +263,7 @@ def test_a_size_is_shown_as_it_can_be_written(octets: int) -> None:
 
 @given(strategies.text(max_size=40))
 def test_no_text_makes_a_kind_raise_anything_else(value: str) -> None:
-    kinds: list[Kind] = [
+    kinds: list[ValueKind] = [
         Integer(), Boolean(), OFF_TOO, Size(), COLOURS, Text(), FilePath(), SecretText(), Many(Integer()),
         ListenAddress(), NetworkKind(), UpstreamUrlKind(), MailboxKind(), RateKind(), AddressPattern(),
     ]  # fmt: skip

@@ -13,7 +13,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from otel_smtp.config import Settings, Timeouts, load
+from otel_smtp.config import Settings, TimeoutsTable, load
 from otel_smtp.gateway.gateway import TELEMETRY_FLUSH_SECONDS
 from otel_smtp.telemetry import attributes
 from tests.support.tools import tool
@@ -210,7 +210,7 @@ def test_the_unit_is_as_locked_down_as_it_says(tmp_path: Path) -> None:
 def test_the_unit_leaves_the_drain_its_time() -> None:
     unit = (DEPLOY / "systemd/otel-smtp.service").read_text(encoding="utf-8")
     seconds = int(re.search(r"^TimeoutStopSec=(\d+)$", unit, re.MULTILINE)[1])  # type: ignore[index]  # it stands there
-    assert seconds >= Timeouts().shutdown_grace + TELEMETRY_FLUSH_SECONDS
+    assert seconds >= TimeoutsTable().shutdown_grace + TELEMETRY_FLUSH_SECONDS
 
 
 def test_pods_leave_the_drain_its_time() -> None:

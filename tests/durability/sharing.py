@@ -17,7 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
 
-from otel_smtp.spool.postgresql import Place
+from otel_smtp.spool.postgresql import QueueLocation
 from tests.durability.killing import Books, Clients, killable, note_marks
 from tests.durability.upstream import CountingUpstream
 from tests.support.process import GatewayProcess, until
@@ -55,7 +55,7 @@ class _Slot:
 class Sharing:
     """Gateways on one queue, each with clients of its own."""
 
-    def __init__(self, place: Place, upstream: CountingUpstream, directory: Path, books: SharedBooks) -> None:
+    def __init__(self, place: QueueLocation, upstream: CountingUpstream, directory: Path, books: SharedBooks) -> None:
         self._directory = directory
         self._books = books
         self._started = 0
@@ -154,7 +154,7 @@ class Sharing:
 
 @contextlib.contextmanager
 def sharing(
-    place: Place, directory: Path, *, gateways: int, clients: int = 3, seed: int = 1
+    place: QueueLocation, directory: Path, *, gateways: int, clients: int = 3, seed: int = 1
 ) -> Iterator[tuple[Sharing, SharedBooks, CountingUpstream]]:
     """Gateways on one queue that have been up for long enough to take over."""
     books = SharedBooks()
@@ -168,7 +168,12 @@ def sharing(
 
 
 def kill_in_turn(
-    place: Place, directory: Path, kills: int, *, gateways: int = 3, tell: Callable[[str], None] = lambda _: None
+    place: QueueLocation,
+    directory: Path,
+    kills: int,
+    *,
+    gateways: int = 3,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> SharedBooks:
     """Kill one after the other at random moments."""
     chance = random.Random(kills)

@@ -19,7 +19,7 @@ from otel_smtp.forwarding.limits import (
     Pace,
     Permit,
     SharedLimits,
-    Waiting,
+    WaitingMail,
 )
 from tests.support.waiting import until
 
@@ -231,7 +231,7 @@ class Mail:
 
     def __init__(self, pace: Pace, *, recipients: int = 1, patience: float = math.inf) -> None:
         self.answer: bool | None = None
-        self.leave: Waiting | None = pace.ask(recipients, patience, self._decided, with_message=True)
+        self.leave: WaitingMail | None = pace.ask(recipients, patience, self._decided, with_message=True)
 
     def _decided(self, is_given: bool) -> None:
         self.answer = is_given

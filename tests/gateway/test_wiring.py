@@ -9,7 +9,7 @@ from typing import Any, Final, get_type_hints
 import pytest
 
 from otel_smtp import Settings, load
-from otel_smtp.config import Limits, Timeouts, UpstreamTimeout
+from otel_smtp.config import LimitsTable, TimeoutsTable, UpstreamTimeoutTable
 from otel_smtp.forwarding.settings import PoolLimits, ReplyLimits, TracePolicy, UpstreamSettings
 from otel_smtp.forwarding.settings import Timeouts as ForwardingTimeouts
 from otel_smtp.gateway import wiring
@@ -99,7 +99,7 @@ def test_an_upstream_in_mode_direct_has_the_rooms_reply_timeout() -> None:
 
 
 def test_the_servers_defaults_are_those_of_the_settings() -> None:
-    limits = Limits()
+    limits = LimitsTable()
     parameters = inspect.signature(Server).parameters
     assert parameters["stress_percent"].default == limits.stress
     assert parameters["auth_failures_per_minute"].default == limits.auth_failures_per_minute
@@ -107,7 +107,7 @@ def test_the_servers_defaults_are_those_of_the_settings() -> None:
 
 @pytest.mark.parametrize(
     ("room", "table"),
-    [(ServerLimits, Limits), (ServerTimeouts, Timeouts), (ForwardingTimeouts, UpstreamTimeout)],
+    [(ServerLimits, LimitsTable), (ServerTimeouts, TimeoutsTable), (ForwardingTimeouts, UpstreamTimeoutTable)],
 )
 def test_settings_that_are_passed_on_by_name_have_the_rooms_types(room: type[Any], table: type[Any]) -> None:
     ours, theirs = get_type_hints(room), get_type_hints(table)
@@ -119,9 +119,9 @@ def test_settings_that_are_passed_on_by_name_have_the_rooms_types(room: type[Any
 def test_each_setting_arrives(tmp_path: Path) -> None:
     """Not one is forgotten on the way: each limit and timeout with a value of its own."""
     numbers = iter(range(1001, 2000))
-    limits = {name: next(numbers) for name in Limits.__struct_fields__ if name not in ("stress", "connections")}
-    timeouts = {name: float(next(numbers)) for name in Timeouts.__struct_fields__}
-    upstream_timeouts = {name: float(next(numbers)) for name in UpstreamTimeout.__struct_fields__}
+    limits = {name: next(numbers) for name in LimitsTable.__struct_fields__ if name not in ("stress", "connections")}
+    timeouts = {name: float(next(numbers)) for name in TimeoutsTable.__struct_fields__}
+    upstream_timeouts = {name: float(next(numbers)) for name in UpstreamTimeoutTable.__struct_fields__}
     settings = load(
         values={
             "limits": limits,

@@ -19,9 +19,9 @@ from otel_smtp.spool.messages import (
     DeliveryState,
     Kind,
     Lease,
+    MessageView,
     NewMessage,
     NoSuchMessage,
-    Shown,
     SpoolError,
     Verdict,
     stale,
@@ -273,12 +273,12 @@ class MemoryStore:
     async def tally(self) -> Mapping[str, int]:
         return {name: count for name, count in self.memory.tally.items() if count}
 
-    async def page(self, after: str, most: int) -> Sequence[Shown]:
+    async def page(self, after: str, most: int) -> Sequence[MessageView]:
         return [entry.shown() for entry in self._sorted if entry.id > after][:most]
 
     async def find(
         self, *, trace_id: str | None = None, sender: str | None = None, recipient: str | None = None, most: int
-    ) -> Sequence[Shown]:
+    ) -> Sequence[MessageView]:
         return [
             shown
             for shown in await self.page("", len(self.memory.entries))
@@ -292,7 +292,7 @@ class MemoryStore:
             raise NoSuchMessage(f"no message {message_id}")
         return self.memory.entries[message_id]
 
-    async def show(self, message_id: str) -> Shown:
+    async def show(self, message_id: str) -> MessageView:
         return self._entry(message_id).shown()
 
     async def retry(self, message_id: str) -> bool:

@@ -25,7 +25,7 @@ from otel_smtp.smtp.replies import Reply
 from otel_smtp.spool.dsn.notices import BouncePolicy
 from otel_smtp.spool.embedded import EmbeddedStore, control_path
 from otel_smtp.spool.embedded.clocks import Uptime, uptime
-from otel_smtp.spool.messages import Shown
+from otel_smtp.spool.messages import MessageView
 from otel_smtp.spool.schedule import Schedule
 from otel_smtp.spool.service import Spool, SpoolSettings
 from tests.spool.awaiting import AwaitedTransaction
@@ -96,7 +96,7 @@ class Queueing:
             self.spooled.append(record.spool_id)
         return answers, reply
 
-    async def shown(self) -> Sequence[Shown]:
+    async def shown(self) -> Sequence[MessageView]:
         """The first messages that are queued."""
         return await self.spool.store.page("", 10)
 

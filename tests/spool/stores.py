@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from otel_smtp.spool.embedded import EmbeddedStore
-from otel_smtp.spool.postgresql import Place, PostgresqlStore
+from otel_smtp.spool.postgresql import PostgresqlStore, QueueLocation
 from otel_smtp.spool.postgresql.schema import STEPS, VERSION
 from otel_smtp.spool.store import Store
 from tests.spool.memory_store import Memory, MemoryStore
@@ -77,7 +77,7 @@ def in_database(path: Path, clock: Callable[[], float]) -> Store:
 
         clock.follow(follow)
     url = running.url(search_path=f"{schema}_clock,pg_catalog")
-    return PostgresqlStore(Place(url, schema), name="a gateway", version="0")
+    return PostgresqlStore(QueueLocation(url, schema), name="a gateway", version="0")
 
 
 def migrated(running: postgresql.Server, schema: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from otel_smtp.status import following as following_module
 from otel_smtp.status.following import Following
-from otel_smtp.status.search import Recorded
+from otel_smtp.status.search import RecordedForm
 from otel_smtp.status.siblings import Siblings
 from tests.status.test_server import Port, running
 
@@ -99,7 +99,7 @@ async def test_only_what_is_asked_for_comes() -> None:
 
 
 async def test_what_cannot_be_searched_for_is_noted() -> None:
-    async with running(tail=Lines(), recorded_mailbox=lambda text: Recorded(None, "no")) as (_, client):
+    async with running(tail=Lines(), recorded_mailbox=lambda text: RecordedForm(None, "no")) as (_, client):
         assert (await ask(client, q="to:a@b"))["notes"] == ["no"]
 
 
@@ -113,7 +113,7 @@ async def test_missed_lines_are_told_at_once() -> None:
 @contextlib.asynccontextmanager
 async def waiting_for(lines: Lines, seconds: float) -> AsyncIterator[tuple[Following, asyncio.Event]]:
     stopping = asyncio.Event()
-    following = Following(lines, Recorded, wait_seconds=seconds)
+    following = Following(lines, RecordedForm, wait_seconds=seconds)
     try:
         yield following, stopping
     finally:

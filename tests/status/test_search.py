@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from otel_smtp.gateway.status_port import recorded_mailbox
-from otel_smtp.status.search import Index, parse
+from otel_smtp.status.search import TraceIndex, parse
 from otel_smtp.telemetry.redaction import Addresses, Redaction
 
 TRACE_ID = "004bf92f3577b34da6a3ce929d0e0e47"
@@ -35,7 +35,7 @@ DELIVERY: Mapping[str, Any] = {
     "smtp.reply.text": "Ok: queued as 4XyZ12",
     "smtp.failure.reason": "certificate verify failed: self-signed certificate",
 }
-INDEX = Index(TRACE_ID, [TRANSACTION, RECIPIENT, DELIVERY], ["refused"])
+INDEX = TraceIndex(TRACE_ID, [TRANSACTION, RECIPIENT, DELIVERY], ["refused"])
 
 
 @pytest.mark.parametrize(
@@ -105,13 +105,13 @@ def test_it_is_not_found(query: str) -> None:
 
 
 def test_the_beginning_of_an_enhanced_code_ends_at_a_dot() -> None:
-    index = Index(TRACE_ID, [{"smtp.reply.enhanced_code": "5.10.0"}])
+    index = TraceIndex(TRACE_ID, [{"smtp.reply.enhanced_code": "5.10.0"}])
     assert index.has(parse("code:5.10"))
     assert not index.has(parse("code:5.1"))
 
 
 def test_what_only_looks_like_a_field_is_a_word() -> None:
-    index = Index(TRACE_ID, [{"client.address": "2001:db8::25", "smtp.helo": "to"}])
+    index = TraceIndex(TRACE_ID, [{"client.address": "2001:db8::25", "smtp.helo": "to"}])
     assert index.has(parse("2001:db8::25"))
     assert index.has(parse("to:")), "no word yet: it is being typed"
     assert not index.has(parse("cc:ann"))
@@ -145,7 +145,7 @@ def test_an_address_is_searched_for_as_it_is_held(addresses: Addresses, query: s
         if value is not None
     }
     asked = parse(query, lambda text: recorded_mailbox(text, redaction))
-    assert Index(TRACE_ID, [{**shown, "smtp.outcome": "relayed"}]).has(asked) is is_found
+    assert TraceIndex(TRACE_ID, [{**shown, "smtp.outcome": "relayed"}]).has(asked) is is_found
     if note:
         [told] = asked.notes
         assert note in told

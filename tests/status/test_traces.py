@@ -9,7 +9,7 @@ import pytest
 
 from otel_smtp.status import traces as traces_module
 from otel_smtp.status.search import parse
-from otel_smtp.status.traces import TRACE_ITEMS, RecentTraces, Severity, Trace
+from otel_smtp.status.traces import TRACE_ITEMS, KeptTrace, RecentTraces, Severity
 from otel_smtp.telemetry.shapes import EncodedSpan
 from tests.support.spans import MILLISECOND, START, Event, Identity, Kind, Span, Value, encoded, mail_trace
 
@@ -30,7 +30,7 @@ def add(traces: RecentTraces, span: EncodedSpan) -> None:
     traces.add(span, record.has_failed or bool(record.attributes.get("smtp.connection.errors")))
 
 
-def only(traces: RecentTraces) -> Trace:
+def only(traces: RecentTraces) -> KeptTrace:
     [trace] = traces.newest_first()
     return trace
 

@@ -35,7 +35,7 @@ from otel_smtp.smtp.envelope import Mail, Recipient
 from otel_smtp.smtp.states import ConnState, ContentBegun, StateMachine, TlsMode, TlsOffer, TransactionOver
 from otel_smtp.status.live import LiveView
 from otel_smtp.status.traces import RecentTraces
-from otel_smtp.telemetry.collector import Answer, Verdict
+from otel_smtp.telemetry.collector import BatchOutcome, CollectorAnswer
 from otel_smtp.telemetry.exporting import BatchSettings, TraceExport
 from otel_smtp.telemetry.metrics import Metrics
 from otel_smtp.telemetry.otlp import RequestFrame
@@ -137,8 +137,8 @@ def _continued(connection: ConnectionRecord) -> ConnectionRecord:
 class Taking:
     """A collector that takes everything at once."""
 
-    def send(self, request: bytes, timeout_seconds: float) -> Answer:
-        return Answer(Verdict.TAKEN)
+    def send(self, request: bytes, timeout_seconds: float) -> CollectorAnswer:
+        return CollectorAnswer(BatchOutcome.TAKEN)
 
     def close(self) -> None:
         pass

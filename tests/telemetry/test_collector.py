@@ -19,11 +19,11 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 
 from otel_smtp.telemetry.collector import (
     MAX_REPLY_OCTETS,
-    Answer,
+    BatchOutcome,
+    CollectorAnswer,
     CollectorSettings,
     Protocol,
     Signal,
-    Verdict,
     connect,
     retry_after_seconds,
 )
@@ -60,7 +60,7 @@ def playing(play: Play) -> Iterator[str]:
     thread.join(WAIT_SECONDS)
 
 
-def ask(url: str, timeout_seconds: float = WAIT_SECONDS) -> Answer:
+def ask(url: str, timeout_seconds: float = WAIT_SECONDS) -> CollectorAnswer:
     collector = connect(CollectorSettings(url))
     try:
         return collector.send(b"", timeout_seconds)
@@ -83,40 +83,52 @@ def partial(rejected: int, message: str = "") -> bytes:
     ).SerializeToString()
 
 
-TAKEN = Answer(Verdict.TAKEN)
+TAKEN = CollectorAnswer(BatchOutcome.TAKEN)
 HUNG_UP = "Server disconnected without sending a response."
 MEANINGS = [
     ("nothing", reply(b""), TAKEN),
     ("202", reply(b"", "202 Accepted"), TAKEN),
     ("an empty partial success", reply(partial(0)), TAKEN),
-    ("a warning", reply(partial(0, "slow\x00\ud800"[:5])), Answer(Verdict.TAKEN, "slow\N{REPLACEMENT CHARACTER}")),
-    ("a partial success", reply(partial(3, "too old")), Answer(Verdict.TAKEN, "too old", rejected=3)),
+    (
+        "a warning",
+        reply(partial(0, "slow\x00\ud800"[:5])),
+        CollectorAnswer(BatchOutcome.TAKEN, "slow\N{REPLACEMENT CHARACTER}"),
+    ),
+    ("a partial success", reply(partial(3, "too old")), CollectorAnswer(BatchOutcome.TAKEN, "too old", rejected=3)),
     ("a negative count", reply(partial(-3)), TAKEN),
-    ("text of 10 KiB", reply(partial(1, "x" * 10_240)), Answer(Verdict.TAKEN, "x" * 256, rejected=1)),
+    ("text of 10 KiB", reply(partial(1, "x" * 10_240)), CollectorAnswer(BatchOutcome.TAKEN, "x" * 256, rejected=1)),
     ("nonsense", reply(b"\xff" * 300), TAKEN),
     ("a web page", reply(b"<html>It works!</html>"), TAKEN),
     ("more than we read", reply(partial(1, "x" * MAX_REPLY_OCTETS)), TAKEN),
-    ("400", reply(b"", "400 Bad Request"), Answer(Verdict.REJECTED, "HTTP 400", status="400")),
-    ("401", reply(b"", "401 Unauthorized"), Answer(Verdict.REJECTED, "HTTP 401", status="401")),
-    ("404", reply(b"", "404 Not Found"), Answer(Verdict.REJECTED, "HTTP 404", status="404")),
-    ("500 is not for a retry", reply(b"", "500 Oops"), Answer(Verdict.REJECTED, "HTTP 500", status="500")),
-    ("502", reply(b"", "502 Bad Gateway"), Answer(Verdict.AGAIN, "HTTP 502", status="502")),
-    ("503", reply(b"", "503 Unavailable"), Answer(Verdict.AGAIN, "HTTP 503", status="503")),
-    ("504", reply(b"", "504 Timeout"), Answer(Verdict.AGAIN, "HTTP 504", status="504")),
-    ("429, later", reply(b"", "429 Slow\r\nRetry-After: 7"), Answer(Verdict.AGAIN, "HTTP 429", 7.0, status="429")),
-    ("no HTTP", saying(b"220 mail.example ESMTP\r\n"), Answer(Verdict.AGAIN, HUNG_UP)),
-    ("hung up", lambda connection: None, Answer(Verdict.AGAIN, HUNG_UP)),
-    ("hung up within", saying(b"HTTP/1.1 200 OK\r\nContent-Len"), Answer(Verdict.AGAIN, HUNG_UP)),
+    ("400", reply(b"", "400 Bad Request"), CollectorAnswer(BatchOutcome.REJECTED, "HTTP 400", status="400")),
+    ("401", reply(b"", "401 Unauthorized"), CollectorAnswer(BatchOutcome.REJECTED, "HTTP 401", status="401")),
+    ("404", reply(b"", "404 Not Found"), CollectorAnswer(BatchOutcome.REJECTED, "HTTP 404", status="404")),
+    (
+        "500 is not for a retry",
+        reply(b"", "500 Oops"),
+        CollectorAnswer(BatchOutcome.REJECTED, "HTTP 500", status="500"),
+    ),
+    ("502", reply(b"", "502 Bad Gateway"), CollectorAnswer(BatchOutcome.AGAIN, "HTTP 502", status="502")),
+    ("503", reply(b"", "503 Unavailable"), CollectorAnswer(BatchOutcome.AGAIN, "HTTP 503", status="503")),
+    ("504", reply(b"", "504 Timeout"), CollectorAnswer(BatchOutcome.AGAIN, "HTTP 504", status="504")),
+    (
+        "429, later",
+        reply(b"", "429 Slow\r\nRetry-After: 7"),
+        CollectorAnswer(BatchOutcome.AGAIN, "HTTP 429", 7.0, status="429"),
+    ),
+    ("no HTTP", saying(b"220 mail.example ESMTP\r\n"), CollectorAnswer(BatchOutcome.AGAIN, HUNG_UP)),
+    ("hung up", lambda connection: None, CollectorAnswer(BatchOutcome.AGAIN, HUNG_UP)),
+    ("hung up within", saying(b"HTTP/1.1 200 OK\r\nContent-Len"), CollectorAnswer(BatchOutcome.AGAIN, HUNG_UP)),
     (
         "header without end",
         saying(b"HTTP/1.1 200 OK\r\nx: " + b"x" * 300_000),
-        Answer(Verdict.AGAIN, "Receive buffer too long"),
+        CollectorAnswer(BatchOutcome.AGAIN, "Receive buffer too long"),
     ),
 ]
 
 
 @pytest.mark.parametrize(("play", "meaning"), [row[1:] for row in MEANINGS], ids=[row[0] for row in MEANINGS])
-def test_an_answer_means(play: Play, meaning: Answer) -> None:
+def test_an_answer_means(play: Play, meaning: CollectorAnswer) -> None:
     with playing(play) as url:
         assert ask(url) == meaning
 
@@ -125,7 +137,7 @@ def test_a_redirect_is_not_followed() -> None:
     with OtlpReceiver(with_grpc=False) as elsewhere:
         where = f"307 Elsewhere\r\nLocation: {elsewhere.http_endpoint}/v1/traces"
         with playing(reply(b"", where)) as url:
-            assert ask(url) == Answer(Verdict.REJECTED, "HTTP 307", status="307")
+            assert ask(url) == CollectorAnswer(BatchOutcome.REJECTED, "HTTP 307", status="307")
         assert elsewhere.requests == 0
 
 
@@ -181,7 +193,7 @@ def test_a_head_that_drips_is_cut_off_at_the_deadline(octets: bytes, signal: Sig
     with playing(drip) as url:
         began = time.monotonic()
         collector = connect(CollectorSettings(url, signal=signal))
-        assert collector.send(b"", 0.3) == Answer(Verdict.AGAIN, "no answer within 0.3 s")
+        assert collector.send(b"", 0.3) == CollectorAnswer(BatchOutcome.AGAIN, "no answer within 0.3 s")
         assert 0.29 < time.monotonic() - began < 3
         collector.close()
 
@@ -204,7 +216,7 @@ def test_a_handshake_that_drips_is_cut_off_at_the_deadline() -> None:
         thread.start()
         began = time.monotonic()
         collector = connect(CollectorSettings(f"https://127.0.0.1:{listener.getsockname()[1]}/v1/traces"))
-        assert collector.send(b"", 0.3) == Answer(Verdict.AGAIN, "no answer within 0.3 s")
+        assert collector.send(b"", 0.3) == CollectorAnswer(BatchOutcome.AGAIN, "no answer within 0.3 s")
         assert 0.29 < time.monotonic() - began < 3
         collector.close()
         thread.join(WAIT_SECONDS)
@@ -224,7 +236,7 @@ def test_a_collector_that_reads_a_request_in_drips_is_cut_off_at_the_deadline() 
         thread.start()
         began = time.monotonic()
         collector = connect(CollectorSettings(f"http://127.0.0.1:{listener.getsockname()[1]}/v1/traces"))
-        assert collector.send(b"x" * 8_000_000, 0.3) == Answer(Verdict.AGAIN, "no answer within 0.3 s")
+        assert collector.send(b"x" * 8_000_000, 0.3) == CollectorAnswer(BatchOutcome.AGAIN, "no answer within 0.3 s")
         assert time.monotonic() - began < 3
         collector.close()
 
@@ -243,7 +255,7 @@ def test_after_one_that_was_cut_off_the_next_exchange_has_its_own_time() -> None
 
     with playing(first_drips) as url:
         collector = connect(CollectorSettings(url))
-        assert collector.send(b"", 0.1).verdict is Verdict.AGAIN
+        assert collector.send(b"", 0.1).verdict is BatchOutcome.AGAIN
         for _ in range(3):
             assert collector.send(b"", WAIT_SECONDS) == TAKEN
         collector.close()
@@ -257,7 +269,7 @@ def test_an_answer_that_never_comes_is_a_reason_to_come_again() -> None:
 
     with playing(wait) as url:
         # Two clocks measure the same time: the deadline of the exchange, and the timeout of its one read.
-        assert ask(url, 0.05) in [Answer(Verdict.AGAIN, "no answer within 0.05 s")]
+        assert ask(url, 0.05) in [CollectorAnswer(BatchOutcome.AGAIN, "no answer within 0.05 s")]
         over.set()
 
 
@@ -340,7 +352,7 @@ def test_the_collectors_certificate_is_verified_and_ours_shown(tmp_path: Path, t
         answer = collector.send(b"", WAIT_SECONDS)
         collector.close()
         thread.join(WAIT_SECONDS)
-    untrusted = Answer(Verdict.AGAIN, "TLS: self-signed certificate in certificate chain")
+    untrusted = CollectorAnswer(BatchOutcome.AGAIN, "TLS: self-signed certificate in certificate chain")
     assert answer == (TAKEN if trusts else untrusted)
     assert bool(shown and shown[0]) is trusts
 
@@ -349,7 +361,7 @@ def test_grpc_without_a_trusted_certificate_takes_nothing() -> None:
     with OtlpReceiver() as receiver:
         settings = CollectorSettings(receiver.grpc_endpoint, protocol=Protocol.GRPC, is_insecure=False)
         collector = connect(settings)
-        assert collector.send(b"", 0.5).verdict is Verdict.AGAIN
+        assert collector.send(b"", 0.5).verdict is BatchOutcome.AGAIN
         collector.close()
         assert receiver.requests == 0
 

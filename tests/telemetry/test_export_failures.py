@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import trustme
 
-from otel_smtp.telemetry.collector import CollectorSettings, Protocol, Verdict, connect
+from otel_smtp.telemetry.collector import BatchOutcome, CollectorSettings, Protocol, connect
 from otel_smtp.telemetry.export_failures import file_failure, grpc_failure, http_failure
 
 PROTOCOLS = [Protocol.HTTP, Protocol.GRPC]
@@ -53,7 +53,7 @@ def why(protocol: Protocol, address: str, *, tls: bool = False, seconds: float =
         answer = collector.send(b"", seconds)
     finally:
         collector.close()
-    assert answer.verdict is Verdict.AGAIN
+    assert answer.verdict is BatchOutcome.AGAIN
     return answer.why
 
 

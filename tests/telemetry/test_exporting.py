@@ -14,7 +14,15 @@ import pytest
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.trace import SpanKind
 
-from otel_smtp.telemetry.collector import Answer, Collector, CollectorSettings, Compression, Protocol, Verdict, connect
+from otel_smtp.telemetry.collector import (
+    BatchOutcome,
+    Collector,
+    CollectorAnswer,
+    CollectorSettings,
+    Compression,
+    Protocol,
+    connect,
+)
 from otel_smtp.telemetry.exporting import MAX_BATCH_OCTETS, BatchSettings, TraceExport
 from otel_smtp.telemetry.otlp import RequestFrame
 from otel_smtp.telemetry.propagation import TraceContext
@@ -96,15 +104,15 @@ class Held:
     def __init__(self) -> None:
         self.requests: list[bytes] = []
         self.arrived = threading.Semaphore(0)
-        self.answers: list[Answer] = []
+        self.answers: list[CollectorAnswer] = []
         self.answered = threading.Semaphore(0)
         self.is_closed = False
 
-    def send(self, request: bytes, timeout_seconds: float) -> Answer:
+    def send(self, request: bytes, timeout_seconds: float) -> CollectorAnswer:
         self.requests.append(request)
         self.arrived.release()
         if not self.answered.acquire(timeout=timeout_seconds):
-            return Answer(Verdict.AGAIN, "timeout")
+            return CollectorAnswer(BatchOutcome.AGAIN, "timeout")
         return self.answers.pop(0)
 
     def close(self) -> None:
@@ -113,13 +121,13 @@ class Held:
     def wait(self) -> None:
         assert self.arrived.acquire(timeout=WAIT_SECONDS)
 
-    def answer(self, *answers: Answer) -> None:
+    def answer(self, *answers: CollectorAnswer) -> None:
         for one in answers:
             self.answers.append(one)
             self.answered.release()
 
 
-TAKEN = Answer(Verdict.TAKEN)
+TAKEN = CollectorAnswer(BatchOutcome.TAKEN)
 
 
 # Batches ------------------------------------------------------------------------------------------------------------
@@ -287,7 +295,7 @@ def test_spans_of_a_batch_that_were_not_taken_are_counted(log: pytest.LogCapture
     collector = Held()
     export = export_to(lambda: collector)
     export.take(span(1))
-    collector.answer(Answer(Verdict.TAKEN, "too old", rejected=1))
+    collector.answer(CollectorAnswer(BatchOutcome.TAKEN, "too old", rejected=1))
     until(lambda: lost(export) == {"rejected": 1})
     until(lambda: log.records)
     assert log.records[0].__dict__["why"] == "too old"
@@ -357,7 +365,7 @@ def test_what_comes_after_the_end_is_counted() -> None:
 
 def test_an_unexpected_error_loses_a_batch_and_no_more(log: pytest.LogCaptureFixture) -> None:
     class Broken(Held):
-        def send(self, request: bytes, timeout_seconds: float) -> Answer:
+        def send(self, request: bytes, timeout_seconds: float) -> CollectorAnswer:
             if not self.requests:
                 self.requests.append(request)
                 raise RuntimeError("a bug")

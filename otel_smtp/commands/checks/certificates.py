@@ -8,13 +8,13 @@ from email.utils import parsedate_to_datetime
 from typing import Any, Final
 
 from otel_smtp.commands.checks.findings import Finding, Verdict
-from otel_smtp.config import Listener
+from otel_smtp.config import ListenerTable
 
 # Enough to order a new certificate by hand.
 _EXPIRES_SOON: Final = timedelta(days=14)
 
 
-def check_certificate(listener: Listener) -> Finding:
+def check_certificate(listener: ListenerTable) -> Finding:
     """Load a listener's certificate and read its dates, by a handshake in memory."""
     assert listener.tls_cert is not None
     assert listener.tls_key is not None

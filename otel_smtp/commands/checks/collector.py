@@ -14,7 +14,14 @@ from otel_smtp.commands.checks.connecting import connection, printable, reason
 from otel_smtp.commands.checks.findings import TIMEOUT_SECONDS, Finding
 from otel_smtp.observing import Endpoint
 from otel_smtp.telemetry import environment
-from otel_smtp.telemetry.collector import Answer, CollectorSettings, Protocol, Verdict, connect, tls_context
+from otel_smtp.telemetry.collector import (
+    BatchOutcome,
+    CollectorAnswer,
+    CollectorSettings,
+    Protocol,
+    connect,
+    tls_context,
+)
 
 # RFC 9113 3.4: what an HTTP/2 client sends first, and an empty SETTINGS frame.
 _HTTP2_PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"
@@ -49,7 +56,7 @@ async def check_collector(settings: CollectorSettings, *, is_sdk: bool = False) 
         answer = await asyncio.to_thread(_send_empty_batch, settings)
     except OSError as error:
         return Finding("failed", subject, f"its TLS files cannot be used: {reason(error)}")
-    if answer.verdict is Verdict.TAKEN:
+    if answer.verdict is BatchOutcome.TAKEN:
         return Finding("ok", subject, f"accepts {settings.signal}")
     if answer.status in _NO_LOGIN:
         if is_sdk:
@@ -62,7 +69,7 @@ async def check_collector(settings: CollectorSettings, *, is_sdk: bool = False) 
     return Finding("failed", subject, await _diagnose(settings, answer))
 
 
-def _send_empty_batch(settings: CollectorSettings) -> Answer:
+def _send_empty_batch(settings: CollectorSettings) -> CollectorAnswer:
     collector = connect(settings)
     try:
         return collector.send(b"", TIMEOUT_SECONDS)
@@ -70,7 +77,7 @@ def _send_empty_batch(settings: CollectorSettings) -> Answer:
         collector.close()
 
 
-async def _diagnose(settings: CollectorSettings, answer: Answer) -> str:
+async def _diagnose(settings: CollectorSettings, answer: CollectorAnswer) -> str:
     """Why there was no usable answer, by what the port speaks."""
     is_grpc = settings.protocol is Protocol.GRPC
     parts = urlsplit(settings.endpoint if "://" in settings.endpoint else f"//{settings.endpoint}")

@@ -13,7 +13,7 @@ from typing import Final
 from otel_smtp.commands.checks.certificates import check_certificate
 from otel_smtp.commands.checks.connecting import connection, printable, reason
 from otel_smtp.commands.checks.findings import TIMEOUT_SECONDS, Finding
-from otel_smtp.config import Listener, Settings
+from otel_smtp.config import ListenerTable, Settings
 from otel_smtp.config.values import is_local, literal_address
 from otel_smtp.gateway.ports import bind
 from otel_smtp.observing import Endpoint
@@ -75,7 +75,7 @@ def _check_unix_path(subject: str, path: Path) -> Finding | None:
     return Finding("ok", subject, "is free")
 
 
-async def _greeting(subject: str, listener: Listener, address: Endpoint) -> Finding:
+async def _greeting(subject: str, listener: ListenerTable, address: Endpoint) -> Finding:
     """Find out which server answers at an address that is taken."""
     context = None
     if listener.tls is TlsMode.IMPLICIT:
@@ -96,7 +96,7 @@ async def _greeting(subject: str, listener: Listener, address: Endpoint) -> Find
     return Finding("ok", subject, f"a gateway answers: {printable(line)}")
 
 
-async def _probe_relay(subject: str, listener: Listener, address: Endpoint) -> Finding:
+async def _probe_relay(subject: str, listener: ListenerTable, address: Endpoint) -> Finding:
     """Ask a running gateway, from an address other than loopback, to relay to a stranger; no mail is sent."""
     target = address if not _is_unspecified(address) else Endpoint(_own_address(address), address.port)
     try:

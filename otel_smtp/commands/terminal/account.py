@@ -13,7 +13,7 @@ from typing import Any, Final, NamedTuple
 from rich.text import Text
 
 from otel_smtp.commands.terminal.listing import age
-from otel_smtp.commands.terminal.otlp_spans import Event, Span
+from otel_smtp.commands.terminal.otlp_spans import OtlpEvent, OtlpSpan
 from otel_smtp.commands.terminal.words import counted, duration, outcome_style, plain
 from otel_smtp.telemetry import attributes as names
 
@@ -66,8 +66,8 @@ class Account:
         ids: by their names.
     """
 
-    spans: Sequence[Span]
-    trace: Sequence[Span]
+    spans: Sequence[OtlpSpan]
+    trace: Sequence[OtlpSpan]
     trace_id: str
     began_ns: int
     ended_ns: int
@@ -108,14 +108,14 @@ class Account:
                         yield str(each).lower()
 
 
-def accounts(spans: Sequence[Span]) -> list[Account]:
+def accounts(spans: Sequence[OtlpSpan]) -> list[Account]:
     """The mails of a trace, in order of their start; of a connection without any, why that is.
 
     Args:
         spans: of one trace, in order of their start; at least one.
     """
     by_id = {span.context.span_id: span for span in spans}
-    below: dict[int, list[Span]] = {}  # attempts, and what else became of the mail in the queue
+    below: dict[int, list[OtlpSpan]] = {}  # attempts, and what else became of the mail in the queue
     for span in spans:
         above = _above(span)
         if span.name not in (names.SPAN_CONNECTION, names.SPAN_TRANSACTION) and above:
@@ -132,18 +132,18 @@ def accounts(spans: Sequence[Span]) -> list[Account]:
     return sorted(told, key=lambda account: account.began_ns)
 
 
-def _above(span: Span) -> list[int]:
+def _above(span: OtlpSpan) -> list[int]:
     """The spans to which a span belongs: its parent, and those that it links to."""
     return [of.span_id for of in (span.parent, *(link.context for link in span.links)) if of is not None]
 
 
-def _connection_of(transaction: Span, by_id: Mapping[int, Span]) -> Span | None:
+def _connection_of(transaction: OtlpSpan, by_id: Mapping[int, OtlpSpan]) -> OtlpSpan | None:
     above = (by_id.get(one) for one in _above(transaction))
     return next((span for span in above if span is not None and span.name == names.SPAN_CONNECTION), None)
 
 
 def _account(
-    transaction: Span | None, below: Sequence[Span], connection: Span | None, trace: Sequence[Span]
+    transaction: OtlpSpan | None, below: Sequence[OtlpSpan], connection: OtlpSpan | None, trace: Sequence[OtlpSpan]
 ) -> Account:
     attempts = [span for span in below if span.name == names.SPAN_DELIVERY]
     is_alone = sum(span.name == names.SPAN_TRANSACTION for span in trace) <= 1
@@ -171,7 +171,7 @@ def _account(
 
 
 def _sayings(
-    transaction: Span | None, below: Sequence[Span], attempts: Sequence[Span], connection: Span | None
+    transaction: OtlpSpan | None, below: Sequence[OtlpSpan], attempts: Sequence[OtlpSpan], connection: OtlpSpan | None
 ) -> Iterator[Saying]:
     told_events = [
         event
@@ -206,13 +206,13 @@ def _sayings(
         yield Saying("", _became(transaction.attributes), "this gateway", words or _end_of(connection))
 
 
-def _end_of(connection: Span | None) -> str:
+def _end_of(connection: OtlpSpan | None) -> str:
     """How the connection ended, if that ended the mail too."""
     reason = "" if connection is None else str(connection.attributes.get(names.CLOSE_REASON, "quit"))
     return "" if reason in ("", "quit") else plain(reason).replace("_", " ")
 
 
-def _of_recipient(event: Event) -> Saying:
+def _of_recipient(event: OtlpEvent) -> Saying:
     a = event.attributes
     if (more := a.get(names.RECIPIENTS_NOT_SHOWN)) is not None:
         return Saying(f"{more} more recipients", "refused or deferred", "", "")
@@ -220,7 +220,7 @@ def _of_recipient(event: Event) -> Saying:
     return Saying(plain(whom), plain(a.get(names.RECIPIENT_FATE, "refused")), _who(a), _reply(a))
 
 
-def _errors(transaction: Span | None, connection: Span | None) -> Iterator[Event]:
+def _errors(transaction: OtlpSpan | None, connection: OtlpSpan | None) -> Iterator[OtlpEvent]:
     """The error replies that a client got while the transaction was open; without one, all of them."""
     if connection is None:
         return
@@ -238,7 +238,7 @@ def _errors(transaction: Span | None, connection: Span | None) -> Iterator[Event
             yield event
 
 
-def _of_error(event: Event, attempts: Sequence[Span]) -> Saying:
+def _of_error(event: OtlpEvent, attempts: Sequence[OtlpSpan]) -> Saying:
     a = event.attributes
     verb = str(a.get(names.VERB, ""))
     is_upstreams = str(a.get(names.ERROR_TYPE, "")).startswith("upstream")
@@ -251,7 +251,7 @@ def _of_error(event: Event, attempts: Sequence[Span]) -> Saying:
     return Saying(whom, fate, plain(who), _reply(a) or plain(a.get(names.ERROR_TYPE, "")))
 
 
-def _of_attempt(attempt: Span, transaction: Span | None) -> Saying:
+def _of_attempt(attempt: OtlpSpan, transaction: OtlpSpan | None) -> Saying:
     a = attempt.attributes
     accepted = a.get(names.DELIVERY_ACCEPTED)
     if accepted is None and transaction is not None:
@@ -288,7 +288,7 @@ def _reply(attributes: Mapping[str, Any]) -> str:
     return " ".join(plain(part) for part in parts if part not in (None, ""))
 
 
-def _first(spans: Iterable[Span], name: str) -> Any:
+def _first(spans: Iterable[OtlpSpan], name: str) -> Any:
     return next((span.attributes[name] for span in spans if name in span.attributes), None)
 
 
@@ -301,7 +301,7 @@ def _recipients(attributes: Mapping[str, Any]) -> Sequence[str]:
     return [plain(one) for one in attributes.get(names.RCPT_ADDRESSES) or attributes.get(names.RCPT_DOMAINS) or ()]
 
 
-def _longest(transaction: Span | None, attempts: Sequence[Span]) -> str:
+def _longest(transaction: OtlpSpan | None, attempts: Sequence[OtlpSpan]) -> str:
     """The longest wait of all, if it is worth a word."""
     waits: list[tuple[int, str]] = []
     for attempt in attempts:
@@ -330,7 +330,7 @@ def _longest(transaction: Span | None, attempts: Sequence[Span]) -> str:
     return f"{what} ({duration(longest)})" if longest >= _SHORT_NS else ""
 
 
-def _attempt(span: Span) -> int:
+def _attempt(span: OtlpSpan) -> int:
     return int(span.attributes.get(names.DELIVERY_ATTEMPT, 1))
 
 

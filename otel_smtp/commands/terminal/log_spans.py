@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final
 
-from otel_smtp.commands.terminal.otlp_spans import Event, Span, SpanId
+from otel_smtp.commands.terminal.otlp_spans import OtlpEvent, OtlpSpan, SpanId
 from otel_smtp.telemetry import attributes as names
 
 _SPANS: Final = frozenset({names.SPAN_CONNECTION, names.SPAN_TRANSACTION, names.SPAN_DELIVERY})
@@ -26,14 +26,14 @@ _OF_THE_LINE: Final = frozenset(
 _NO_SPAN: Final = 0  # below which those stand whose parent is not in the log
 
 
-def spans_of_lines(lines: Iterable[Mapping[str, Any]]) -> list[Span]:
+def spans_of_lines(lines: Iterable[Mapping[str, Any]]) -> list[OtlpSpan]:
     """The spans that lines of one trace tell of, in order of their start.
 
     Raises:
         ValueError, KeyError, TypeError: a line is none of the gateway's.
     """
-    spans: list[Span] = []
-    told: dict[int, list[Event]] = {}
+    spans: list[OtlpSpan] = []
+    told: dict[int, list[OtlpEvent]] = {}
     for line in lines:
         attributes = {
             name: tuple(value) if isinstance(value, list) else value
@@ -42,17 +42,19 @@ def spans_of_lines(lines: Iterable[Mapping[str, Any]]) -> list[Span]:
         }
         span_id, end_ns = int(line[names.LOG_SPAN_ID], 16), _nanoseconds(line[names.LOG_TIMESTAMP])
         if line[names.LOG_EVENT] == names.RECIPIENT_EVENT:
-            told.setdefault(span_id, []).append(Event(names.RECIPIENT_EVENT, end_ns, attributes))
+            told.setdefault(span_id, []).append(OtlpEvent(names.RECIPIENT_EVENT, end_ns, attributes))
         elif line[names.LOG_EVENT] in _SPANS:
             start_ns = end_ns - round(float(line.get(names.LOG_DURATION, 0.0)) * 1e9)
             context = SpanId(int(line[names.LOG_TRACE_ID], 16), span_id)
             has_failed = line.get(names.LOG_LEVEL) == "warning"
-            spans.append(Span(line[names.LOG_EVENT], context, None, (), start_ns, end_ns, attributes, (), has_failed))
+            spans.append(
+                OtlpSpan(line[names.LOG_EVENT], context, None, (), start_ns, end_ns, attributes, (), has_failed)
+            )
     spans.sort(key=lambda span: span.start_ns)
     return [span._replace(parent=_parent(span, spans), events=told.get(span.context.span_id, ())) for span in spans]
 
 
-def _parent(span: Span, spans: Sequence[Span]) -> SpanId | None:
+def _parent(span: OtlpSpan, spans: Sequence[OtlpSpan]) -> SpanId | None:
     match span.name:
         case names.SPAN_TRANSACTION:
             above = [one for one in spans if one.name == names.SPAN_CONNECTION and _have_same(one, span)]
@@ -67,14 +69,14 @@ def _parent(span: Span, spans: Sequence[Span]) -> SpanId | None:
     return above[-1].context if above else None
 
 
-def _belongs_to(delivery: Span, transaction: Span) -> bool:
+def _belongs_to(delivery: OtlpSpan, transaction: OtlpSpan) -> bool:
     spool_id = delivery.attributes.get(names.SPOOL_ID)
     if spool_id is not None:
         return bool(transaction.attributes.get(names.SPOOL_ID) == spool_id)
     return _have_same(delivery, transaction) and delivery.end_ns <= transaction.end_ns
 
 
-def _have_same(one: Span, other: Span) -> bool:
+def _have_same(one: OtlpSpan, other: OtlpSpan) -> bool:
     connection = one.attributes.get(names.CONNECTION_ID)
     return connection is not None and connection == other.attributes.get(names.CONNECTION_ID)
 

@@ -13,7 +13,7 @@ class SpanId(NamedTuple):
     span_id: int
 
 
-class Event(NamedTuple):
+class OtlpEvent(NamedTuple):
     """An event of a span; its time is nanoseconds since the epoch."""
 
     name: str
@@ -21,28 +21,28 @@ class Event(NamedTuple):
     attributes: Mapping[str, Any]
 
 
-class Link(NamedTuple):
+class OtlpLink(NamedTuple):
     """A link to another span."""
 
     context: SpanId
     attributes: Mapping[str, Any]
 
 
-class Span(NamedTuple):
+class OtlpSpan(NamedTuple):
     """A finished span; times are nanoseconds since the epoch."""
 
     name: str
     context: SpanId
     parent: SpanId | None
-    links: Sequence[Link]
+    links: Sequence[OtlpLink]
     start_ns: int
     end_ns: int
     attributes: Mapping[str, Any]
-    events: Sequence[Event]
+    events: Sequence[OtlpEvent]
     has_failed: bool
 
 
-def spans_of(otlp: Mapping[str, Any]) -> list[Span]:
+def spans_of(otlp: Mapping[str, Any]) -> list[OtlpSpan]:
     """The spans of `resourceSpans`, in order of their start.
 
     Raises:
@@ -57,22 +57,22 @@ def spans_of(otlp: Mapping[str, Any]) -> list[Span]:
     return sorted(spans, key=lambda span: (span.start_ns, -span.end_ns))
 
 
-def _span(otlp: Mapping[str, Any]) -> Span:
+def _span(otlp: Mapping[str, Any]) -> OtlpSpan:
     trace_id = int(otlp["traceId"], 16)
     parent = otlp.get("parentSpanId")
-    return Span(
+    return OtlpSpan(
         otlp["name"],
         SpanId(trace_id, int(otlp["spanId"], 16)),
         SpanId(trace_id, int(parent, 16)) if parent else None,
         [
-            Link(SpanId(int(link["traceId"], 16), int(link["spanId"], 16)), _attributes(link.get("attributes", ())))
+            OtlpLink(SpanId(int(link["traceId"], 16), int(link["spanId"], 16)), _attributes(link.get("attributes", ())))
             for link in otlp.get("links", ())
         ],
         int(otlp["startTimeUnixNano"]),
         int(otlp["endTimeUnixNano"]),
         _attributes(otlp.get("attributes", ())),
         [
-            Event(event["name"], int(event["timeUnixNano"]), _attributes(event.get("attributes", ())))
+            OtlpEvent(event["name"], int(event["timeUnixNano"]), _attributes(event.get("attributes", ())))
             for event in otlp.get("events", ())
         ],
         otlp.get("status", {}).get("code") == _STATUS_ERROR,

@@ -11,7 +11,7 @@ MOST_WAITING: Final = 10_000
 ROOT: Final = names.SPAN_CONNECTION
 
 
-class Identity(Protocol):
+class SpanIds(Protocol):
     """The ids of a span."""
 
     @property
@@ -20,11 +20,11 @@ class Identity(Protocol):
     def span_id(self) -> int: ...
 
 
-class Link(Protocol):
+class DrawnLink(Protocol):
     """A link to another span."""
 
     @property
-    def context(self) -> Identity: ...
+    def context(self) -> SpanIds: ...
 
 
 class DrawnEvent(Protocol):
@@ -44,11 +44,11 @@ class DrawnSpan(Protocol):
     @property
     def name(self) -> str: ...
     @property
-    def context(self) -> Identity: ...
+    def context(self) -> SpanIds: ...
     @property
-    def parent(self) -> Identity | None: ...
+    def parent(self) -> SpanIds | None: ...
     @property
-    def links(self) -> Sequence[Link]: ...
+    def links(self) -> Sequence[DrawnLink]: ...
     @property
     def start_ns(self) -> int: ...
     @property

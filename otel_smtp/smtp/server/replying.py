@@ -23,10 +23,10 @@ from otel_smtp.smtp.states import (
     ConnState,
     ErrorReply,
     IllegalTransition,
-    Recorded,
     ResetBy,
     ResetCause,
     StateMachine,
+    TransitionSink,
     raise_illegal,
     transaction_over,
 )
@@ -139,7 +139,7 @@ class Replying:
         handler: Handler,
         *,
         offer: Callable[[], Offer],
-        recorded: Recorded,
+        recorded: TransitionSink,
         said: Said,
         on_illegal: Callable[[IllegalTransition], None] = raise_illegal,
     ) -> None:

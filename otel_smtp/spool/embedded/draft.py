@@ -16,7 +16,7 @@ MEMORY_LIMIT_OCTETS: Final = 64 * 1024
 _WRITE_OCTETS: Final = 256 * 1024  # a trip to a thread costs as much as writing this
 
 
-class Draft:
+class EmbeddedDraft:
     """A content that is being received.
 
     A draft whose file cannot be written goes on taking what comes, and says at `end` what was wrong.

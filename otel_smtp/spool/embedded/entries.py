@@ -12,8 +12,8 @@ from otel_smtp.spool.messages import (
     DeliveryState,
     Kind,
     Lease,
+    MessageView,
     NewMessage,
-    Shown,
     SpooledRecipient,
     Verdict,
     end_name,
@@ -282,11 +282,11 @@ class Entry:
         """Its content: found by its id, as its place may change."""
         return ContentRef(self.octets, self.id)
 
-    def shown(self) -> Shown:
+    def shown(self) -> MessageView:
         """What operators see."""
         deliveries = sorted(self.deliveries, key=lambda one: one.due_ms)
         states = [one.state for one in deliveries]
-        return Shown(
+        return MessageView(
             id=self.id,
             kind=self.kind,
             state=next((state for state in _MOST_TELLING if state in states), DeliveryState.READY),

@@ -9,13 +9,13 @@ from otel_smtp.spool.embedded.index_thread import IndexThread
 from otel_smtp.spool.embedded.indexing import Indexing
 from otel_smtp.spool.embedded.journal import Journal
 from otel_smtp.spool.embedded.memory import Memory
-from otel_smtp.spool.messages import Counts, DeliveryState, Kind, Shown, SpoolError
+from otel_smtp.spool.messages import Counts, DeliveryState, Kind, MessageView, SpoolError
 
 COUNT_CACHE_SECONDS: Final = 15.0
 COUNT_CACHE_FROM: Final = 50_000
 
 
-class OperatorVerbs:
+class EmbeddedOperatorVerbs:
     """Counts, lists and changes messages.
 
     Args:
@@ -58,7 +58,7 @@ class OperatorVerbs:
             dead_octets=dead_octets,
         )
 
-    async def page(self, after: str, most: int) -> Sequence[Shown]:
+    async def page(self, after: str, most: int) -> Sequence[MessageView]:
         """See `Store.page`."""
         await self._indexing.write_all()
         found = await self._index.run(lambda index: index.page(after, most))
@@ -67,7 +67,9 @@ class OperatorVerbs:
             return await self.page(found[-1].id, most)  # all of these have ended meanwhile; what follows has not
         return [entry.shown() for entry in entries]
 
-    async def find(self, trace_id: str | None, sender: str | None, recipient: str | None, most: int) -> Sequence[Shown]:
+    async def find(
+        self, trace_id: str | None, sender: str | None, recipient: str | None, most: int
+    ) -> Sequence[MessageView]:
         """See `Store.find`."""
         await self._indexing.write_all()
         found = await self._index.run(lambda index: index.find(trace_id, sender, recipient, most))

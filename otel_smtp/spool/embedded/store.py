@@ -28,14 +28,14 @@ from otel_smtp.spool.embedded.clocks import Clocks, Uptime, uptime
 from otel_smtp.spool.embedded.compaction import Compaction
 from otel_smtp.spool.embedded.contents import Contents
 from otel_smtp.spool.embedded.directory import SpoolDirectory
-from otel_smtp.spool.embedded.draft import Draft
+from otel_smtp.spool.embedded.draft import EmbeddedDraft
 from otel_smtp.spool.embedded.entries import Entry, dumps
 from otel_smtp.spool.embedded.index_thread import IndexThread
 from otel_smtp.spool.embedded.indexing import Indexing
 from otel_smtp.spool.embedded.journal import Journal, fail
 from otel_smtp.spool.embedded.log import SEGMENT_OCTETS, Log
 from otel_smtp.spool.embedded.memory import HOT_MOST, Memory
-from otel_smtp.spool.embedded.operator_verbs import OperatorVerbs
+from otel_smtp.spool.embedded.operator_verbs import EmbeddedOperatorVerbs
 from otel_smtp.spool.embedded.records import RecordKind
 from otel_smtp.spool.embedded.recovery import Recovered, recover
 from otel_smtp.spool.messages import (
@@ -45,9 +45,9 @@ from otel_smtp.spool.messages import (
     End,
     Kind,
     Lease,
+    MessageView,
     NewMessage,
     NoSuchMessage,
-    Shown,
     SpoolError,
     StaleLease,
     StorageFull,
@@ -121,7 +121,7 @@ class EmbeddedStore:
         self._contents = contents = Contents(self.directory, memory, indexing)
         self._claiming = Claiming(memory, index, journal, contents)
         self.compaction = Compaction(self.directory, memory, index, journal, indexing, contents, segment_octets)
-        self._operators = OperatorVerbs(memory, index, journal, indexing, self._now_ms)
+        self._operators = EmbeddedOperatorVerbs(memory, index, journal, indexing, self._now_ms)
 
     # Life ------------------------------------------------------------------------------------------------------
 
@@ -293,13 +293,13 @@ class EmbeddedStore:
 
     # Messages in -----------------------------------------------------------------------------------------------
 
-    def draft(self) -> Draft:
+    def draft(self) -> EmbeddedDraft:
         """See `Store.draft`."""
-        return Draft(lambda: self.directory.temporary(new_id()))
+        return EmbeddedDraft(lambda: self.directory.temporary(new_id()))
 
     def submit(self, message: NewMessage, draft: AnyDraft, *, lease: bool) -> asyncio.Future[Sequence[Lease]]:
         """See `Store.submit`."""
-        assert isinstance(draft, Draft)
+        assert isinstance(draft, EmbeddedDraft)
         answer: asyncio.Future[Sequence[Lease]] = self._loop.create_future()
         content = draft.in_memory
         entry = Entry.of(message, self._now_ms(), draft.octets, is_leased=lease, is_large=content is None)
@@ -325,7 +325,7 @@ class EmbeddedStore:
         else:
             self.journal.add(entry, content, None, answer)
 
-    async def _submit_large(self, entry: Entry, draft: Draft, answer: asyncio.Future[Sequence[Lease]]) -> None:
+    async def _submit_large(self, entry: Entry, draft: EmbeddedDraft, answer: asyncio.Future[Sequence[Lease]]) -> None:
         is_kept = False
         try:
             await draft.end()
@@ -564,17 +564,17 @@ class EmbeddedStore:
         # A copy first: the log's thread counts on.
         return {name: count for name, count in dict(self.journal.log.tally).items() if count}
 
-    async def page(self, after: str, most: int) -> Sequence[Shown]:
+    async def page(self, after: str, most: int) -> Sequence[MessageView]:
         """See `Store.page`."""
         return await self._operators.page(after, most)
 
-    async def show(self, message_id: str) -> Shown:
+    async def show(self, message_id: str) -> MessageView:
         """See `Store.show`."""
         return (await self.indexing.look_up(message_id)).shown()
 
     async def find(
         self, *, trace_id: str | None = None, sender: str | None = None, recipient: str | None = None, most: int
-    ) -> Sequence[Shown]:
+    ) -> Sequence[MessageView]:
         """See `Store.find`."""
         return await self._operators.find(trace_id, sender, recipient, most)
 

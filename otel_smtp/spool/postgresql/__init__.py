@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 
-from otel_smtp.spool.postgresql.connecting import Place, close, connect, storage_error
+from otel_smtp.spool.postgresql.connecting import QueueLocation, close, connect, storage_error
 from otel_smtp.spool.postgresql.schema import migrate
 from otel_smtp.spool.postgresql.store import PostgresqlStore
 
-__all__ = ["Place", "PostgresqlStore", "migrate", "migrate_place"]
+__all__ = ["PostgresqlStore", "QueueLocation", "migrate", "migrate_place"]
 
 
-async def migrate_place(place: Place, *, dry_run: bool) -> Sequence[str]:
+async def migrate_place(place: QueueLocation, *, dry_run: bool) -> Sequence[str]:
     """See `schema.migrate`.
 
     Raises:

@@ -15,7 +15,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from otel_smtp.spool.messages import SpoolError, StorageAway
-from otel_smtp.spool.postgresql.connecting import Connection, Line, Place, ServerFacts, close, storage_error
+from otel_smtp.spool.postgresql.connecting import (
+    Connection,
+    LastingConnection,
+    QueueLocation,
+    ServerFacts,
+    close,
+    storage_error,
+)
 from otel_smtp.spool.postgresql.statements import Statements
 
 logger: Final = logging.getLogger("otel_smtp.spool.postgresql.beats")
@@ -26,7 +33,7 @@ MARGIN: Final = 0.2  # of the take-over time
 CRASHES_ALLOWED: Final = 3
 
 
-def channel(place: Place) -> str:
+def channel(place: QueueLocation) -> str:
     """Where the processes of one queue tell each other that something has changed."""
     return f"otel_smtp_{place.schema}"[:63]
 
@@ -48,7 +55,7 @@ class Beats:
 
     def __init__(
         self,
-        place: Place,
+        place: QueueLocation,
         statements: Statements,
         *,
         name: str,
@@ -63,7 +70,7 @@ class Beats:
         self._heard = heard
         self._channel = channel(place)
         self._taken_over = taken_over
-        self.line = Line(place, "beats", self._made)
+        self.line = LastingConnection(place, "beats", self._made)
         self._interval = min(BEAT_SECONDS, place.takeover_seconds * MARGIN)
         self._margin = place.takeover_seconds * MARGIN
         self._ok_until = float("-inf")

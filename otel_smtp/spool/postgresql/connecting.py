@@ -53,7 +53,7 @@ _AGAIN: Final = (
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class QueueLocation:
     """Where a queue is.
 
     Attributes:
@@ -122,7 +122,7 @@ def _tls(url: str) -> ssl.SSLContext | None:
     return ssl.create_default_context()
 
 
-async def connect(place: Place, *, purpose: str, checks_schema: bool = True) -> tuple[Connection, ServerFacts]:
+async def connect(place: QueueLocation, *, purpose: str, checks_schema: bool = True) -> tuple[Connection, ServerFacts]:
     """A connection to the primary that may be trusted with mail.
 
     Args:
@@ -175,7 +175,7 @@ async def connect(place: Place, *, purpose: str, checks_schema: bool = True) -> 
     return connection, facts
 
 
-async def _check(connection: Connection, place: Place, *, checks_schema: bool) -> ServerFacts:
+async def _check(connection: Connection, place: QueueLocation, *, checks_schema: bool) -> ServerFacts:
     row = await connection.fetchrow(
         "SELECT pg_backend_pid() AS backend, version(), current_setting('server_version_num')::int AS number,"
         " current_setting('fsync') AS fsync, current_setting('full_page_writes') AS full_page_writes,"
@@ -252,7 +252,7 @@ async def close(connection: Connection | None) -> None:
         connection.terminate()
 
 
-class Line:
+class LastingConnection:
     """One connection that is made again whenever it is lost.
 
     Args:
@@ -264,7 +264,7 @@ class Line:
     """
 
     def __init__(
-        self, place: Place, purpose: str, made: "Callable[[Connection, ServerFacts], None] | None" = None
+        self, place: QueueLocation, purpose: str, made: "Callable[[Connection, ServerFacts], None] | None" = None
     ) -> None:
         self._place = place
         self._purpose = purpose

@@ -15,7 +15,7 @@ MEMORY_LIMIT_OCTETS: Final = 64 * 1024
 CHUNK_OCTETS: Final = 256 * 1024
 
 
-class Draft:
+class PostgresqlDraft:
     """A content that is being received.
 
     Attributes:

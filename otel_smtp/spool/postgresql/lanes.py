@@ -13,7 +13,13 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, Generic, Protocol, TypeVar
 
 from otel_smtp.spool.messages import SpoolError, StorageAway
-from otel_smtp.spool.postgresql.connecting import Connection, Line, is_lost, may_succeed_again, storage_error
+from otel_smtp.spool.postgresql.connecting import (
+    Connection,
+    LastingConnection,
+    is_lost,
+    may_succeed_again,
+    storage_error,
+)
 
 logger: Final = logging.getLogger("otel_smtp.spool.postgresql.lanes")
 
@@ -49,7 +55,7 @@ class Lanes(Generic[I]):
 
     def __init__(
         self,
-        lines: Sequence[Line],
+        lines: Sequence[LastingConnection],
         write: Callable[[Connection, int, Sequence[I]], Awaitable[None]],
         given_up: Callable[[I], None],
         *,
@@ -115,7 +121,7 @@ class Lanes(Generic[I]):
         if not self._waiting and not self._under_way:
             self._is_idle.set()
 
-    async def _run(self, number: int, line: Line) -> None:
+    async def _run(self, number: int, line: LastingConnection) -> None:
         with contextlib.suppress(SpoolError):
             await line.get()  # before the first mail waits for it
         while True:
@@ -143,7 +149,7 @@ class Lanes(Generic[I]):
             group.append(self._waiting.popleft())
         return group
 
-    async def _write_until_done(self, number: int, line: Line, group: Sequence[I]) -> None:
+    async def _write_until_done(self, number: int, line: LastingConnection, group: Sequence[I]) -> None:
         fault: SpoolError = StorageAway("the database did not answer in time")
         while True:
             now = time.monotonic()

@@ -5,10 +5,10 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
-from otel_smtp.spool.messages import Counts, NoSuchMessage, Shown, SpoolError
+from otel_smtp.spool.messages import Counts, MessageView, NoSuchMessage, SpoolError
 from otel_smtp.spool.postgresql import rows
 from otel_smtp.spool.postgresql.beats import Beats, channel
-from otel_smtp.spool.postgresql.connecting import Connection, Place
+from otel_smtp.spool.postgresql.connecting import Connection, QueueLocation
 from otel_smtp.spool.postgresql.statements import Statements
 from otel_smtp.spool.postgresql.working import Working
 
@@ -18,10 +18,10 @@ COUNT_SELF_BELOW: Final = 50_000  # messages; beyond, what the housekeeper has c
 COUNT_SHARE: Final = 20  # the housekeeper counts for at most this part of its time
 
 
-class OperatorVerbs:
+class PostgresqlOperatorVerbs:
     """Counts, lists and changes messages."""
 
-    def __init__(self, place: Place, statements: Statements, working: Working, beats: Beats) -> None:
+    def __init__(self, place: QueueLocation, statements: Statements, working: Working, beats: Beats) -> None:
         self._place = place
         self._statements = statements
         self._working = working
@@ -77,13 +77,13 @@ class OperatorVerbs:
         found = await self._working.do(lambda connection: connection.fetch(self._statements.tallies))
         return {row["name"]: row["recipients"] for row in found if row["recipients"]}
 
-    async def page(self, after: str, most: int) -> Sequence[Shown]:
+    async def page(self, after: str, most: int) -> Sequence[MessageView]:
         """See `Store.page`."""
         return rows.shown(
             await self._working.do(lambda connection: connection.fetch(self._statements.page, after, most))
         )
 
-    async def show(self, message_id: str) -> Shown:
+    async def show(self, message_id: str) -> MessageView:
         """See `Store.show`."""
         found = rows.shown(
             await self._working.do(lambda connection: connection.fetch(self._statements.show, message_id))
@@ -92,7 +92,9 @@ class OperatorVerbs:
             raise _no_such(message_id)
         return found[0]
 
-    async def find(self, trace_id: str | None, sender: str | None, recipient: str | None, most: int) -> Sequence[Shown]:
+    async def find(
+        self, trace_id: str | None, sender: str | None, recipient: str | None, most: int
+    ) -> Sequence[MessageView]:
         """See `Store.find`."""
         try:
             trace = None if trace_id is None else bytes.fromhex(trace_id)

@@ -16,8 +16,8 @@ from otel_smtp.spool.messages import (
     DeliveryState,
     Kind,
     Lease,
+    MessageView,
     NewMessage,
-    Shown,
     SpooledRecipient,
     TakenOver,
     trace_id_of,
@@ -32,7 +32,7 @@ Row = asyncpg.Record
 
 
 @dataclass(frozen=True, slots=True)
-class Key:
+class ContentKey:
     """Where a content is, and whose lease brought it.
 
     Attributes:
@@ -147,7 +147,7 @@ def new_leases(
                     for place, one in enumerate(recipients)
                 ],
                 row["attempts"], row["arrived_at"], row["expires_at"], message.carrier,
-                ContentRef(octets, Key(message.id, is_chunked, len(message.deliveries) == 1, incarnation)),
+                ContentRef(octets, ContentKey(message.id, is_chunked, len(message.deliveries) == 1, incarnation)),
                 message.header_octets, row["dup"],
             )
         )  # fmt: skip
@@ -173,10 +173,10 @@ def _mail(row: Row) -> Mail:
 
 
 def _content(row: Row, incarnation: UUID | None) -> ContentRef:
-    return ContentRef(row["octets"], Key(row["id"], row["is_chunked"], row["is_alone"], incarnation))
+    return ContentRef(row["octets"], ContentKey(row["id"], row["is_chunked"], row["is_alone"], incarnation))
 
 
-def shown(rows: Sequence[Row]) -> list[Shown]:
+def shown(rows: Sequence[Row]) -> list[MessageView]:
     """Messages as operators see them.
 
     Args:
@@ -185,11 +185,11 @@ def shown(rows: Sequence[Row]) -> list[Shown]:
     return [_shown(list(of_one)) for _, of_one in groupby(rows, key=lambda row: row["id"])]
 
 
-def _shown(rows: Sequence[Row]) -> Shown:
+def _shown(rows: Sequence[Row]) -> MessageView:
     first = rows[0]
     deliveries = [row for row in rows if row["d"] is not None]
     states = [STATES[row["state"]] for row in deliveries]
-    return Shown(
+    return MessageView(
         id=first["id"],
         kind=Kind(first["kind"]),
         state=next((state for state in _MOST_TELLING if state in states), DeliveryState.READY),

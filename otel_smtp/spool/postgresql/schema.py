@@ -75,7 +75,7 @@ INSERT INTO {{schema}}.stat VALUES (now(), '{{{{}}}}');
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class Migration:
     """What brings a schema from the version before to this one.
 
     Attributes:
@@ -88,7 +88,7 @@ class Step:
     statements: str
 
 
-STEPS: Final = (Step(1, 1, _FIRST),)
+STEPS: Final = (Migration(1, 1, _FIRST),)
 
 
 def quoted(schema: str) -> str:

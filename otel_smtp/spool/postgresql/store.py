@@ -29,8 +29,8 @@ from otel_smtp.spool.messages import (
     ContentRef,
     Counts,
     Lease,
+    MessageView,
     NewMessage,
-    Shown,
     SpooledRecipient,
     SpoolError,
     StorageAway,
@@ -40,11 +40,11 @@ from otel_smtp.spool.messages import (
     stale,
 )
 from otel_smtp.spool.postgresql.beats import Beats
-from otel_smtp.spool.postgresql.connecting import Connection, Line, Place
-from otel_smtp.spool.postgresql.draft import CHUNK_OCTETS, Draft
+from otel_smtp.spool.postgresql.connecting import Connection, LastingConnection, QueueLocation
+from otel_smtp.spool.postgresql.draft import CHUNK_OCTETS, PostgresqlDraft
 from otel_smtp.spool.postgresql.lanes import Lanes
-from otel_smtp.spool.postgresql.operator_verbs import OperatorVerbs
-from otel_smtp.spool.postgresql.rows import Key, NewRows, Row, lease_of, new_leases, recipients_json
+from otel_smtp.spool.postgresql.operator_verbs import PostgresqlOperatorVerbs
+from otel_smtp.spool.postgresql.rows import ContentKey, NewRows, Row, lease_of, new_leases, recipients_json
 from otel_smtp.spool.postgresql.statements import Statements
 from otel_smtp.spool.postgresql.working import Working
 from otel_smtp.spool.store import Draft as AnyDraft
@@ -71,7 +71,7 @@ class _Submission:
     """A message on its way in."""
 
     message: NewMessage
-    draft: Draft
+    draft: PostgresqlDraft
     is_leased: bool
     content: bytes | None
     octets: int
@@ -134,8 +134,8 @@ class Figures:
     unanswered: int = 0
 
 
-def _key(content: ContentRef) -> Key:
-    assert isinstance(content.key, Key)
+def _key(content: ContentRef) -> ContentKey:
+    assert isinstance(content.key, ContentKey)
     return content.key
 
 
@@ -158,7 +158,7 @@ class PostgresqlStore:
 
     def __init__(
         self,
-        place: Place,
+        place: QueueLocation,
         *,
         name: str = "otel-smtp",
         version: str = "",
@@ -173,16 +173,20 @@ class PostgresqlStore:
         self._statements = statements = Statements(place.schema)
         self.beats = Beats(place, statements, name=name, version=version, heard=self._heard, taken_over=self._took_over)
         self._accepting: Lanes[_Submission] = Lanes(
-            [Line(place, f"accepts {number}") for number in (0, 1)], self._write_submissions, self._gave_up_submission
+            [LastingConnection(place, f"accepts {number}") for number in (0, 1)],
+            self._write_submissions,
+            self._gave_up_submission,
         )
         self._large: Lanes[_Submission] = Lanes(
-            [Line(place, "large contents")], self._write_large, self._gave_up_submission, most_items=1
+            [LastingConnection(place, "large contents")], self._write_large, self._gave_up_submission, most_items=1
         )
         self._recording: Lanes[_Result] = Lanes(
-            [Line(place, f"records {number}") for number in (0, 1)], self._write_results, self._gave_up_result
+            [LastingConnection(place, f"records {number}") for number in (0, 1)],
+            self._write_results,
+            self._gave_up_result,
         )
         self._working = Working(place)
-        self._operators = OperatorVerbs(place, statements, self._working, self.beats)
+        self._operators = PostgresqlOperatorVerbs(place, statements, self._working, self.beats)
         self._is_open = False
         self._woken: Woken | None = None
         self._keeper: asyncio.Task[None] | None = None
@@ -317,13 +321,13 @@ class PostgresqlStore:
 
     # Messages in -----------------------------------------------------------------------------------------------
 
-    def draft(self) -> Draft:
+    def draft(self) -> PostgresqlDraft:
         """See `Store.draft`."""
-        return Draft()
+        return PostgresqlDraft()
 
     def submit(self, message: NewMessage, draft: AnyDraft, *, lease: bool) -> asyncio.Future[Sequence[Lease]]:
         """See `Store.submit`."""
-        assert isinstance(draft, Draft)
+        assert isinstance(draft, PostgresqlDraft)
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Sequence[Lease]] = loop.create_future()
         if not self._is_open or not self._is_gateway:
@@ -724,17 +728,17 @@ class PostgresqlStore:
         """See `Store.tally`."""
         return await self._operators.tally()
 
-    async def page(self, after: str, most: int) -> Sequence[Shown]:
+    async def page(self, after: str, most: int) -> Sequence[MessageView]:
         """See `Store.page`."""
         return await self._operators.page(after, most)
 
-    async def show(self, message_id: str) -> Shown:
+    async def show(self, message_id: str) -> MessageView:
         """See `Store.show`."""
         return await self._operators.show(message_id)
 
     async def find(
         self, *, trace_id: str | None = None, sender: str | None = None, recipient: str | None = None, most: int
-    ) -> Sequence[Shown]:
+    ) -> Sequence[MessageView]:
         """See `Store.find`."""
         return await self._operators.find(trace_id, sender, recipient, most)
 

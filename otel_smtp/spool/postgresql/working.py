@@ -7,8 +7,8 @@ from typing import Final, TypeVar
 from otel_smtp.spool.messages import SpoolError, StorageAway
 from otel_smtp.spool.postgresql.connecting import (
     Connection,
-    Line,
-    Place,
+    LastingConnection,
+    QueueLocation,
     ServerFacts,
     is_lost,
     may_succeed_again,
@@ -24,8 +24,8 @@ TIMES: Final = 3  # what was rolled back for others' sake is done again so often
 class Working:
     """Does one piece of work after the other."""
 
-    def __init__(self, place: Place) -> None:
-        self._line = Line(place, "claims")
+    def __init__(self, place: QueueLocation) -> None:
+        self._line = LastingConnection(place, "claims")
         self._turn = asyncio.Lock()
         self._not_before = 0.0
         self._running: set[asyncio.Task[object]] = set()

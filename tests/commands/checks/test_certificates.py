@@ -7,14 +7,14 @@ import pytest
 import trustme
 
 from otel_smtp.commands.checks.certificates import check_certificate
-from otel_smtp.config import Listener
+from otel_smtp.config import ListenerTable
 from otel_smtp.smtp.states import TlsMode
 
 
-def listener_with(tmp_path: Path, certificate: trustme.LeafCert) -> Listener:
+def listener_with(tmp_path: Path, certificate: trustme.LeafCert) -> ListenerTable:
     (tmp_path / "key.pem").write_bytes(certificate.private_key_pem.bytes())
     (tmp_path / "cert.pem").write_bytes(b"".join(blob.bytes() for blob in certificate.cert_chain_pems))
-    return Listener(tls=TlsMode.STARTTLS, tls_cert=tmp_path / "cert.pem", tls_key=tmp_path / "key.pem")
+    return ListenerTable(tls=TlsMode.STARTTLS, tls_cert=tmp_path / "cert.pem", tls_key=tmp_path / "key.pem")
 
 
 def test_a_good_certificate_with_its_names_and_expiry(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from otel_smtp.commands.checks.findings import Finding
 from otel_smtp.commands.checks.listeners import check_listeners, check_status
-from otel_smtp.config import Status, load
+from otel_smtp.config import StatusTable, load
 from otel_smtp.observing import Endpoint
 from tests.commands.checks.talker import Talker
 
@@ -128,4 +128,4 @@ def test_a_status_port_that_is_taken(is_asked_for: bool, verdict: str) -> None:
     assert finding is not None
     assert finding.verdict == verdict
     assert "is taken" in finding.detail
-    assert check_status(msgspec.structs.replace(settings, status=Status(address=None))) is None
+    assert check_status(msgspec.structs.replace(settings, status=StatusTable(address=None))) is None

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from otel_smtp.spool.messages import SpoolError
-from otel_smtp.spool.postgresql import Place, PostgresqlStore, migrate_place
+from otel_smtp.spool.postgresql import PostgresqlStore, QueueLocation, migrate_place
 from tests.spool.messages import message, written
 from tests.spool.postgresql.schemas import store
 from tests.support.postgresql import OWNER, Server
@@ -31,7 +31,7 @@ def pair() -> Iterator[tuple[Server, Server]]:
 
 async def test_what_was_acknowledged_is_there_after_a_failover(pair: tuple[Server, Server]) -> None:
     primary, standby = pair
-    place = Place(f"postgresql://{OWNER}@127.0.0.1:{primary.port},127.0.0.1:{standby.port}/postgres", "queue")
+    place = QueueLocation(f"postgresql://{OWNER}@127.0.0.1:{primary.port},127.0.0.1:{standby.port}/postgres", "queue")
     await migrate_place(place, dry_run=False)
     gateway = store(place)
     recovery = await gateway.open()

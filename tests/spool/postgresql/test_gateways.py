@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from otel_smtp.spool.postgresql import Place
+from otel_smtp.spool.postgresql import QueueLocation
 from tests.durability.sharing import TAKEOVER_SECONDS, SharedBooks, kill_in_turn, queue_command, sharing
 from tests.end_to_end.test_traces import exporting
 from tests.spool.postgresql.schemas import new_place
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture
-def place() -> Place:
+def place() -> QueueLocation:
     return asyncio.run(new_place(takeover_seconds=TAKEOVER_SECONDS))
 
 
@@ -40,7 +40,7 @@ def check(books: SharedBooks) -> None:
     assert max(books.takeovers, default=0) <= TAKEOVER_SECONDS + 2, books.told()
 
 
-def test_killed_gateways_lose_nothing(place: Place, tmp_path: Path) -> None:
+def test_killed_gateways_lose_nothing(place: QueueLocation, tmp_path: Path) -> None:
     books = kill_in_turn(place, tmp_path, 2)
     print(books.told())
     check(books)
@@ -48,7 +48,7 @@ def test_killed_gateways_lose_nothing(place: Place, tmp_path: Path) -> None:
     assert len(books.takeovers) == 2
 
 
-def test_without_a_kill_nothing_is_delivered_twice(place: Place, tmp_path: Path) -> None:
+def test_without_a_kill_nothing_is_delivered_twice(place: QueueLocation, tmp_path: Path) -> None:
     with sharing(place, tmp_path, gateways=2) as (shared, books, upstream):
         until(lambda: len(books.accepted) >= 300 or None, "some mail", timeout_seconds=60)
         shared.balance(upstream)
@@ -56,7 +56,9 @@ def test_without_a_kill_nothing_is_delivered_twice(place: Place, tmp_path: Path)
     assert books.duplicates == set()
 
 
-def test_a_gateway_that_is_stopped_for_longer_than_its_lease_finds_itself_fenced(place: Place, tmp_path: Path) -> None:
+def test_a_gateway_that_is_stopped_for_longer_than_its_lease_finds_itself_fenced(
+    place: QueueLocation, tmp_path: Path
+) -> None:
     with sharing(place, tmp_path, gateways=2) as (shared, books, upstream):
         until(lambda: len(books.accepted) >= 50 or None, "some mail", timeout_seconds=60)
         until(lambda: len(shared.queue("gateways").splitlines()) == 2 or None, "both have entered")
@@ -71,7 +73,7 @@ def test_a_gateway_that_is_stopped_for_longer_than_its_lease_finds_itself_fenced
 
 @contextlib.contextmanager
 def two_gateways(
-    place: Place, upstream: CapturingUpstream, directory: Path, receiver: OtlpReceiver | None = None
+    place: QueueLocation, upstream: CapturingUpstream, directory: Path, receiver: OtlpReceiver | None = None
 ) -> Iterator[list[GatewayProcess]]:
     """Two gateways with names of their own, which have been up for long enough to take over."""
     settings = {
@@ -106,7 +108,7 @@ def send(running: GatewayProcess, subject: str = "x") -> tuple[int, str]:
     return code, text.decode()
 
 
-def test_the_trace_goes_on_in_the_gateway_that_takes_over(place: Place, tmp_path: Path) -> None:
+def test_the_trace_goes_on_in_the_gateway_that_takes_over(place: QueueLocation, tmp_path: Path) -> None:
     with (
         CapturingUpstream() as upstream,
         OtlpReceiver() as receiver,
@@ -182,7 +184,7 @@ def test_without_its_database_a_gateway_answers_451_and_comes_back(tmp_path: Pat
         own.remove()
 
 
-def test_workers_share_the_queue_and_commands_reach_it(place: Place, tmp_path: Path) -> None:
+def test_workers_share_the_queue_and_commands_reach_it(place: QueueLocation, tmp_path: Path) -> None:
     settings = {
         "delivery.mode": "queue",
         "spool.url": place.url,

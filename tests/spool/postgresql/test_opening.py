@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 
 from otel_smtp.spool.messages import SpoolError
-from otel_smtp.spool.postgresql import Place, PostgresqlStore, migrate
+from otel_smtp.spool.postgresql import PostgresqlStore, QueueLocation, migrate
 from otel_smtp.spool.postgresql import schema as schemas
 from otel_smtp.spool.postgresql.connecting import connect
 from tests.spool.messages import message, queued
@@ -22,7 +22,7 @@ def own_server() -> Iterator[Server]:
     own.remove()
 
 
-async def refused(place: Place) -> str:
+async def refused(place: QueueLocation) -> str:
     """What opening says."""
     opened = store(place)
     with pytest.raises(SpoolError) as raised:
@@ -40,24 +40,24 @@ async def refused(place: Place) -> str:
     ],
 )
 async def test_a_wrong_url_says_so(url: str, said: str) -> None:
-    assert said in await refused(Place(url))
+    assert said in await refused(QueueLocation(url))
 
 
 async def test_a_database_that_is_not_there_says_so() -> None:
-    assert "there is no such database" in await refused(Place(server().url("elsewhere")))
+    assert "there is no such database" in await refused(QueueLocation(server().url("elsewhere")))
 
 
 async def test_a_refused_password_says_so_without_the_password() -> None:
     running = server()
     running.do("DROP ROLE IF EXISTS locked", "CREATE ROLE locked LOGIN PASSWORD 'right'")
     url = running.url(user="locked:wrong-secret")
-    said = await refused(Place(url))
+    said = await refused(QueueLocation(url))
     assert "the database refused the login" in said
     assert "wrong-secret" not in said
 
 
 async def test_a_database_without_the_schema_says_how_to_make_it() -> None:
-    assert "otel-smtp queue migrate" in await refused(Place(server().url(), "nothing_here"))
+    assert "otel-smtp queue migrate" in await refused(QueueLocation(server().url(), "nothing_here"))
 
 
 async def test_an_older_and_a_newer_schema_say_what_to_do() -> None:
@@ -133,7 +133,7 @@ async def test_a_replica_is_refused(own_server: Server) -> None:
 
 
 async def test_migrating_twice_changes_nothing_and_a_dry_run_less() -> None:
-    place = Place(server().url(), "made_twice")
+    place = QueueLocation(server().url(), "made_twice")
     connection, _ = await connect(place, purpose="test", checks_schema=False)
     try:
         (would,) = await migrate(connection, place.schema, dry_run=True)

@@ -11,7 +11,7 @@ import pytest
 
 from otel_smtp.smtp import replies
 from otel_smtp.spool.messages import End, Kind, Lease, SpoolError, StorageAway, Verdict
-from otel_smtp.spool.postgresql import Place, PostgresqlStore
+from otel_smtp.spool.postgresql import PostgresqlStore, QueueLocation
 from otel_smtp.spool.postgresql import store as store_module
 from tests.spool.messages import BODY, HEADER, leased, message, queued, written
 from tests.spool.postgresql.cutting import CuttingProxy
@@ -49,12 +49,12 @@ async def proxy() -> AsyncIterator[CuttingProxy]:
 
 
 @pytest.fixture
-async def place() -> Place:
+async def place() -> QueueLocation:
     return await new_place()
 
 
 @pytest.fixture
-async def gateway(place: Place, proxy: CuttingProxy) -> AsyncIterator[PostgresqlStore]:
+async def gateway(place: QueueLocation, proxy: CuttingProxy) -> AsyncIterator[PostgresqlStore]:
     """A gateway whose connections go through the proxy."""
     behind = dataclasses.replace(place, url=place.url.replace(str(server().port), str(proxy.port)))
     opened = store(behind)
@@ -83,7 +83,7 @@ async def test_a_submission_whose_answer_is_lost_is_there_once(
 
 
 async def test_what_was_delivered_before_its_submission_is_repeated_is_marked(
-    gateway: PostgresqlStore, proxy: CuttingProxy, place: Place
+    gateway: PostgresqlStore, proxy: CuttingProxy, place: QueueLocation
 ) -> None:
     """Committed, its answer lost, delivered by a peer, and then sent again: its second delivery must say so."""
     peer = store(place)
@@ -119,7 +119,7 @@ async def test_a_submission_whose_time_is_over_is_withdrawn(
 
 
 async def test_a_submission_that_a_peer_has_begun_is_not_withdrawn_but_told(
-    gateway: PostgresqlStore, proxy: CuttingProxy, place: Place, monkeypatch: pytest.MonkeyPatch
+    gateway: PostgresqlStore, proxy: CuttingProxy, place: QueueLocation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store_module, "SUBMIT_SECONDS", 0.5)
     peer = store(place)
@@ -195,7 +195,7 @@ async def test_a_warning_whose_answer_is_lost_is_there_once(gateway: PostgresqlS
     assert len(await leased(gateway, destination="back")) == 1
 
 
-async def test_backends_that_are_killed_again_and_again_lose_nothing(place: Place) -> None:
+async def test_backends_that_are_killed_again_and_again_lose_nothing(place: QueueLocation) -> None:
     gateways = [store(place, name) for name in ("one", "two")]
     for one in gateways:
         await one.open()
