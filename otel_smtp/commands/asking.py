@@ -47,12 +47,27 @@ class AskedGateway:
         Raises:
             NoAnswer: it does not answer, or refuses, or what answers is no gateway.
         """
-        where = "/".join([self.url, *(quote(part, safe="") for part in path)])
         query = f"?{urlencode(parameters)}" if parameters else ""
-        request = urllib.request.Request(f"{where}{query}", headers={"accept": "application/json"})  # noqa: S310 - http(s), see `running_gateway`
+        answer = self._get(f"/{'/'.join(quote(part, safe='') for part in path)}{query}", "application/json", seconds)
+        try:
+            return None if answer is None else json.loads(answer)
+        except ValueError as error:
+            raise NoAnswer(f"what answers at {self.url} is no gateway: {error}") from error
+
+    def metrics(self) -> str:
+        """Its metrics page, in Prometheus' text format.
+
+        Raises:
+            NoAnswer: as for `ask`.
+        """
+        answer = self._get("/metrics", "text/plain", _ANSWER_SECONDS)
+        return "" if answer is None else answer.decode("utf-8", "replace")
+
+    def _get(self, path: str, accept: str, seconds: float) -> bytes | None:
+        request = urllib.request.Request(f"{self.url}{path}", headers={"accept": accept})  # noqa: S310 - http(s), see `running_gateway`
         try:
             with self._opener.open(request, timeout=seconds) as answer:
-                return json.loads(answer.read(_MOST_OCTETS))
+                return bytes(answer.read(_MOST_OCTETS))
         except urllib.error.HTTPError as error:
             if error.code == http.HTTPStatus.NOT_FOUND and error.headers.get_content_type() == "application/json":
                 return None
@@ -66,8 +81,6 @@ class AskedGateway:
             raise NoAnswer(f"the gateway at {self.url} did not answer within {seconds:.0f} s") from error
         except (OSError, http.client.HTTPException) as error:
             raise NoAnswer(f"no gateway answers at {self.url}: {error}") from error
-        except ValueError as error:
-            raise NoAnswer(f"what answers at {self.url} is no gateway: {error}") from error
 
 
 def running_gateway(settings: Settings, url: str | None) -> AskedGateway:

@@ -1,11 +1,37 @@
-"""`otel-smtp bench`: load through a running gateway, with a progress bar."""
+"""`otel-smtp bench`: load through a running gateway, with a progress bar, and what it cost the gateway."""
 
 import json
+import time
+from dataclasses import dataclass
+from typing import Final
 
 import click
 
+from otel_smtp.commands.asking import AskedGateway, NoAnswer, running_gateway, url_option
 from otel_smtp.commands.load_generator import Load, LoadPlan, LoadResult
-from otel_smtp.commands.options import FAILED, fail
+from otel_smtp.commands.options import FAILED, fail, global_options, settings_options
+
+# A status port makes its metrics page once per second; and by then, most telemetry of the last messages is exported.
+_SETTLE_SECONDS: Final = 1.1
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayCost:
+    """What a load cost the gateway, from its metrics page: all its processes, until a second after the last reply.
+
+    Attributes:
+        transactions: that ended meanwhile, those of other clients among them.
+        problem: why nothing else is known; empty: it is.
+    """
+
+    cpu_seconds: float = 0.0
+    transactions: int = 0
+    problem: str = ""
+
+    @property
+    def cpu_us_per_message(self) -> float | None:
+        """Microseconds of CPU per transaction; None: unknown."""
+        return self.cpu_seconds / self.transactions * 1e6 if self.transactions else None
 
 
 @click.command()
@@ -21,8 +47,18 @@ from otel_smtp.commands.options import FAILED, fail
     "--to", "recipient", default="sink@example.com", show_default=True, metavar="ADDRESS", help="Recipient's address."
 )
 @click.option("--fresh", is_flag=True, help="Open a new connection for each message.")
+@click.option(
+    "--rate",
+    type=click.FloatRange(0, min_open=True),
+    metavar="N",
+    help="Messages per second, evenly spaced; default: as many as the sessions can send.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object and no progress bar.")
+@url_option
+@settings_options
+@click.pass_context
 def bench(
+    context: click.Context,
     *,
     host: str,
     port: int,
@@ -32,12 +68,17 @@ def bench(
     sender: str,
     recipient: str,
     fresh: bool,
+    rate: float | None,
     as_json: bool,
+    url: str | None,
 ) -> None:
-    """Send load; print rate, latencies and errors.
+    """Send load; print rate, latencies, errors, and the gateway's CPU per message.
 
-    The upstream receives every message: point the gateway at a sink first. Exit status 1 if a message failed.
+    The upstream receives every message: point the gateway at a sink first. The CPU comes from the gateway's metrics;
+    --url or the settings say where they are. Latency says most at a rate that the gateway can sustain: --rate with
+    half of the highest. Exit status 1 if a message failed.
     """
+    gateway = _status_port(context, url)
     plan = LoadPlan(
         host=host,
         port=port,
@@ -47,26 +88,77 @@ def bench(
         sessions=sessions,
         size_octets=size,
         keeps_connections=not fresh,
+        rate=rate,
     )
+    before = _consumed(gateway)
     try:
         result = Load(plan).run() if as_json else _run_with_progress(plan)
     except OSError as error:
         fail(FAILED, f"{host}:{port}: {error}")
+    cost = _cost(gateway, before, result)
     if as_json:
-        click.echo(json.dumps(figures(plan, result)))
+        click.echo(json.dumps(figures(plan, result, cost)))
     else:
-        _show(result)
+        _show(result, cost)
     if result.failed:
         raise SystemExit(FAILED)
 
 
-def figures(plan: LoadPlan, result: LoadResult) -> dict[str, object]:
+def _status_port(context: click.Context, url: str | None) -> AskedGateway | None:
+    settings = global_options(context).settings(needs_upstream=False)
+    address = settings.status.address
+    if url is None and (address is None or address.port == 0):
+        return None
+    return running_gateway(settings, url)
+
+
+def _consumed(gateway: AskedGateway | None) -> GatewayCost:
+    """What it has consumed since its start."""
+    if gateway is None:
+        return GatewayCost(problem="the settings name no status port; --url does")
+    from prometheus_client.parser import text_string_to_metric_families
+
+    sums = {"process_cpu_seconds_total": 0.0, "smtp_server_transaction_duration_seconds_count": 0.0}
+    found = set()
+    try:
+        for family in text_string_to_metric_families(gateway.metrics()):
+            for sample in family.samples:  # one of each worker and outcome
+                if sample.name in sums:
+                    sums[sample.name] += sample.value
+                    found.add(sample.name)
+    except NoAnswer as error:
+        return GatewayCost(problem=str(error))
+    except ValueError as error:
+        return GatewayCost(problem=f"no metrics page at {gateway.url}: {error}")
+    if missing := sums.keys() - found:
+        return GatewayCost(problem=f"{gateway.url} has no {' and no '.join(sorted(missing))}")
+    cpu_seconds, transactions = sums.values()
+    return GatewayCost(cpu_seconds, int(transactions))
+
+
+def _cost(gateway: AskedGateway | None, before: GatewayCost, result: LoadResult) -> GatewayCost:
+    if gateway is None or before.problem:
+        return before
+    time.sleep(_SETTLE_SECONDS)
+    after = _consumed(gateway)
+    if after.problem:
+        return after
+    cost = GatewayCost(after.cpu_seconds - before.cpu_seconds, after.transactions - before.transactions)
+    if cost.cpu_seconds < 0 or cost.transactions < 0:
+        return GatewayCost(problem=f"the gateway at {gateway.url} restarted meanwhile")
+    if cost.transactions < result.accepted:
+        return GatewayCost(problem=f"the load did not reach the gateway at {gateway.url}")
+    return cost
+
+
+def figures(plan: LoadPlan, result: LoadResult, cost: GatewayCost) -> dict[str, object]:
     """What `--json` prints; latencies in milliseconds."""
     p50, p90, p99, highest = result.percentiles_ms(50, 90, 99, 100)
     return {
         "messages": plan.messages,
         "sessions": plan.sessions,
         "size_octets": plan.size_octets,
+        "rate": plan.rate,
         "accepted": result.accepted,
         "failed": result.failed,
         "failures": dict(result.failures.most_common()),
@@ -74,6 +166,13 @@ def figures(plan: LoadPlan, result: LoadResult) -> dict[str, object]:
         "seconds": round(result.seconds, 6),
         "messages_per_second": round(result.messages_per_second, 1),
         "latency_ms": {"p50": p50, "p90": p90, "p99": p99, "max": highest},
+        "gateway": {"problem": cost.problem}
+        if cost.problem
+        else {
+            "cpu_seconds": round(cost.cpu_seconds, 2),  # in ticks of the kernel's clock
+            "transactions": cost.transactions,
+            "cpu_us_per_message": cost.cpu_us_per_message,
+        },
     }
 
 
@@ -103,7 +202,7 @@ def _run_with_progress(plan: LoadPlan) -> LoadResult:
         return result
 
 
-def _show(result: LoadResult) -> None:
+def _show(result: LoadResult, cost: GatewayCost) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -112,6 +211,15 @@ def _show(result: LoadResult) -> None:
     table.add_row("accepted", f"{result.accepted} in {result.seconds:.2f} s")
     table.add_row("rate", f"{result.messages_per_second:.0f} messages/s")
     table.add_row("latency", f"p50 {p50:.2f} ms   p90 {p90:.2f} ms   p99 {p99:.2f} ms   max {highest:.2f} ms")
+    if cost.problem:
+        table.add_row("gateway's CPU", f"unknown: {cost.problem}".replace("[", r"\["))
+    elif cost.cpu_us_per_message is not None:
+        others = cost.transactions - result.accepted - result.failed
+        table.add_row(
+            "gateway's CPU",
+            f"{cost.cpu_us_per_message:.0f} µs per message"
+            + (f" (of {cost.transactions}, {others} of other clients)" if others > 0 else ""),
+        )
     if result.reconnects:
         table.add_row("reconnects", f"{result.reconnects} (the server's limit on messages per connection)")
     for reason, count in result.failures.most_common(10):

@@ -6,13 +6,17 @@ benchmark in a process of its own.
 
 A session talks like most applications: one command, one reply, no PIPELINING. The latency of a message is the time from
 its MAIL, or from its connect if each message has its own connection, to the final reply after the content.
+
+Without a rate, each session begins its next message when the last one has ended. With one, messages fall due at even
+intervals whatever the server does, and one that finds all sessions busy counts from the time at which it was due: else
+a server that stalls would delay the very messages that would have shown it.
 """
 
 import errno
 import select
 import socket
 from array import array
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import perf_counter, perf_counter_ns
@@ -35,6 +39,7 @@ class LoadPlan:
         sessions: connections at once.
         size_octets: size of a message as sent, without its final dot; at least its header block.
         keeps_connections: many messages per connection; False: one each.
+        rate: messages per second; None: as many as the sessions can send.
         timeout_seconds: after this long without any reply, open messages have failed and the run ends.
     """
 
@@ -47,11 +52,14 @@ class LoadPlan:
     sessions: int = 10
     size_octets: int = 10_240
     keeps_connections: bool = True
+    rate: float | None = None
     timeout_seconds: float = 60.0
 
     def __post_init__(self) -> None:
         if self.messages is None and self.seconds is None:
             raise ValueError("a load without an end: neither messages nor seconds")
+        if self.rate is not None and self.rate <= 0:
+            raise ValueError(f"rate: {self.rate:g} messages per second")
 
 
 @dataclass(slots=True)
@@ -182,10 +190,14 @@ class _Session:
             self.refuse("EHLO", reply)
         self.load.ready(self)
 
-    def begin(self) -> None:
-        """Send MAIL, on a connection that is ready for it."""
+    def begin(self, due_ns: int = 0) -> None:
+        """Send MAIL, on a connection that is ready for it.
+
+        Args:
+            due_ns: when the message was due, if it has waited for a session since.
+        """
         if self.load.plan.keeps_connections:
-            self.began_ns = perf_counter_ns()
+            self.began_ns = due_ns or perf_counter_ns()
         self.on_reply = self.mail_answered
         self.send(self.load.mail)
 
@@ -215,6 +227,13 @@ class _Session:
         self.has_served = True
         self.load.accepted(self)
 
+    def rest(self) -> None:
+        """Wait for a message to fall due."""
+        self.on_reply = self.dismissed
+
+    def dismissed(self, reply: bytes) -> None:
+        self.refuse("idle", reply)
+
     def quit(self) -> None:
         self.on_reply = self.parted
         self.send(b"QUIT\r\n")
@@ -226,7 +245,7 @@ class _Session:
     @property
     def is_retired(self) -> bool:
         """Whether the server closed this connection between two messages, as servers with a limit do."""
-        return self.on_reply == self.mail_answered and self.has_served
+        return self.has_served and self.on_reply in (self.mail_answered, self.dismissed)
 
 
 class Load:
@@ -250,6 +269,9 @@ class Load:
         self._progress = progress
         self._progress_due = 0.0
         self._waiting: list[_Session] = []
+        # With a rate: the sessions that wait for a message to fall due, and since when; None: one that connects for it.
+        self._idle: deque[tuple[_Session | None, float]] = deque()
+        self._due = 0
         self._has_begun = False
         self._began = 0.0
         self._ended = 0.0
@@ -268,7 +290,10 @@ class Load:
             self._start_clock()
         try:
             for _ in range(wanted):
-                self._open()
+                if self._has_begun and self.plan.rate is not None:
+                    self._rest(None)
+                else:
+                    self._open()
             self._loop()
         finally:
             for session in list(self.sessions.values()):
@@ -300,7 +325,10 @@ class Load:
     def parted(self) -> None:
         """A session has ended normally. If each message has its own connection, the next one follows."""
         if not self.plan.keeps_connections:
-            self._open()
+            if self.plan.rate is not None:
+                self._rest(None)
+            else:
+                self._open()
 
     def _begin_when_all_wait(self) -> None:
         if not self._has_begun and len(self._waiting) >= len(self.sessions):
@@ -321,16 +349,49 @@ class Load:
     def _next_message(self, session: _Session) -> None:
         if not self._may_begin():
             session.quit()
-            return
+        elif self.plan.rate is not None:
+            session.rest()
+            self._rest(session)
+        else:
+            self._start(session)
+
+    def _start(self, session: _Session, due_ns: int = 0) -> None:
         self._unstarted -= 1
         session.is_open = True
-        session.begin()
+        session.begin(due_ns)
 
-    def _open(self) -> None:
+    def _rest(self, session: _Session | None) -> None:
+        self._idle.append((session, perf_counter()))
+
+    def _start_due(self, rate: float) -> float:
+        """Start the messages that are due, as far as there are sessions; the seconds until the next one."""
+        while self._idle:
+            if not self._may_begin():
+                for session, _ in self._idle:
+                    if session is not None:
+                        session.quit()
+                self._idle.clear()
+                break
+            now = perf_counter()
+            due = self._began + self._due / rate
+            if due > now:
+                ends = self._began + self.plan.seconds if self.plan.seconds is not None else due
+                return max(0.0, min(due, ends) - now)
+            self._due += 1
+            session, since = self._idle.popleft()
+            # Where a session was there in time, it is this loop that was late, and not the server.
+            due_ns = int(due * 1e9) if since > due else 0
+            if session is None:
+                self._open(due_ns)
+            else:
+                self._start(session, due_ns)
+        return self.plan.timeout_seconds
+
+    def _open(self, due_ns: int = 0) -> None:
         """Open a session. If each message has its own connection, the message begins here."""
         if self._has_begun and not self._may_begin():
             return
-        began_ns = perf_counter_ns()
+        began_ns = due_ns or perf_counter_ns()
         is_open = not self.plan.keeps_connections
         if is_open:
             self._unstarted -= 1
@@ -349,14 +410,26 @@ class Load:
         self.result.failed += 1
         self.result.failures[reason] += 1
 
+    def _poll(self, seconds: float) -> list[tuple[int, int]]:
+        if not isinstance(self.poller, select.epoll):
+            return self.poller.poll(seconds * 1e3)
+        if self.plan.rate is not None:
+            # epoll's own timeout counts in milliseconds, in which several messages may fall due.
+            select.select([self.poller], [], [], seconds)
+            return self.poller.poll(0)
+        return self.poller.poll(seconds)
+
     def _loop(self) -> None:
-        # epoll counts in seconds, poll in milliseconds.
-        timeout = (
-            self.plan.timeout_seconds if isinstance(self.poller, select.epoll) else self.plan.timeout_seconds * 1e3
-        )
-        while self.sessions:
-            happened = self.poller.poll(timeout)
+        seconds, rate = self.plan.timeout_seconds, self.plan.rate
+        while self.sessions or self._idle:
+            if rate is not None and self._has_begun:
+                seconds = self._start_due(rate)
+                if not self.sessions and not self._idle:
+                    return
+            happened = self._poll(seconds)
             if not happened:
+                if self._idle:
+                    continue  # for the message that is due now
                 for silent in list(self.sessions.values()):
                     self._fail(f"no reply within {self.plan.timeout_seconds:g} s")
                     silent.close()
@@ -389,11 +462,15 @@ class Load:
             self.parted()  # closed without 221, after its message was accepted
         elif session.is_retired:
             self.result.reconnects += 1
+            self._idle = deque(idle for idle in self._idle if idle[0] is not session)
             session.connect()
         else:
             self._fail(reason)
             if self._has_begun and session.on_reply != session.greeted:
-                self._open()
+                if self.plan.rate is not None and not self.plan.keeps_connections:
+                    self._rest(None)
+                else:
+                    self._open()
             else:
                 # A server that does not greet one session will not greet the next; the run continues with the others.
                 self._begin_when_all_wait()

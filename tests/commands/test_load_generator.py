@@ -2,6 +2,7 @@
 
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -32,6 +33,8 @@ def plan(port: int, **what: object) -> LoadPlan:
         {"keeps_connections": False},
         {"size_octets": 1},  # the header block alone
         {"size_octets": 3_000_000, "messages": 4},  # far above the socket's buffers
+        {"rate": 2000.0},
+        {"rate": 2000.0, "keeps_connections": False},
     ],
 )
 def test_every_message_arrives_once_and_is_timed(sink: tuple[int, Child], what: dict[str, object]) -> None:
@@ -58,6 +61,22 @@ def test_a_load_by_time_ends_in_time(sink: tuple[int, Child]) -> None:
 def test_a_load_without_an_end_is_refused() -> None:
     with pytest.raises(ValueError, match="without an end"):
         LoadPlan(host="127.0.0.1", port=1)
+    with pytest.raises(ValueError, match="rate: 0 messages per second"):
+        LoadPlan(host="127.0.0.1", port=1, messages=1, rate=0)
+
+
+@pytest.mark.parametrize("keeps_connections", [True, False])
+def test_a_rate_spreads_the_messages(sink: tuple[int, Child], keeps_connections: bool) -> None:
+    result = Load(plan(sink[0], messages=21, rate=200.0, keeps_connections=keeps_connections)).run()
+    assert (result.accepted, result.failed) == (21, 0)
+    assert result.seconds >= 20 / 200
+
+
+@pytest.mark.parametrize("keeps_connections", [True, False])
+def test_a_load_with_a_rate_ends_in_time(sink: tuple[int, Child], keeps_connections: bool) -> None:
+    # The next message would be due after a thousand seconds.
+    sent = plan(sink[0], messages=None, seconds=0.05, rate=0.001, keeps_connections=keeps_connections)
+    assert Load(sent).run().accepted == 1
 
 
 @pytest.mark.parametrize("octets", [*range(150, 400), 10_240, 100_000])
@@ -154,6 +173,38 @@ def test_a_server_that_counts_messages_costs_a_reconnect_and_no_message() -> Non
         result = Load(plan(port, messages=3, sessions=1)).run()
     assert (result.accepted, result.failed) == (3, 0)
     assert result.reconnects == 2
+
+
+def test_a_server_that_closes_an_idle_connection_costs_a_reconnect_and_no_message() -> None:
+    one = (b"220 x\r\n", b"250 x\r\n", b"250 k\r\n", b"250 k\r\n", b"354 go\r\n", b"250 taken\r\n")
+    with server(scripted(*one)) as port:
+        result = Load(plan(port, messages=3, sessions=1, rate=20.0)).run()
+    assert (result.accepted, result.failed) == (3, 0)
+    assert result.reconnects >= 2
+
+
+@pytest.mark.parametrize("keeps_connections", [True, False])
+def test_a_message_that_waits_for_a_session_counts_from_when_it_was_due(keeps_connections: bool) -> None:
+    stalled_seconds = 0.3
+    stalls = [stalled_seconds]
+
+    def stall_once(connection: socket.socket) -> None:
+        connection.sendall(b"220 x\r\n")
+        while data := connection.recv(65536):
+            if data.endswith(b"\r\n.\r\n") and stalls:
+                time.sleep(stalls.pop())
+            connection.sendall(b"354 go\r\n" if data == b"DATA\r\n" else b"250 ok\r\n")
+            if data == b"QUIT\r\n":
+                return
+
+    with server(stall_once) as port:
+        sent = plan(port, messages=3, sessions=1, rate=100.0, keeps_connections=keeps_connections)
+        result = Load(sent).run()
+    assert (result.accepted, result.failed) == (3, 0)
+    first, second, third = (latency / 1e9 for latency in result.latencies_ns)
+    assert first >= stalled_seconds
+    assert second >= stalled_seconds - 1 / 100
+    assert third >= stalled_seconds - 2 / 100
 
 
 def test_silence_ends_the_run() -> None:
