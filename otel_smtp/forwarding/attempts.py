@@ -80,6 +80,7 @@ class Attempts(ABC):
         "_record",
         "_retries_fresh",
         "_retries_same",
+        "_since",
         "_smarthost",
         "_ticket",
         "_tried_again",
@@ -115,6 +116,7 @@ class Attempts(ABC):
         self._put_off: Reply | None = None  # a refusal on a connection that had served before; a fresh one is asked
         self._retries_same = False  # the next connection is one to the same upstream, within the same attempt
         self._retries_fresh = False  # and one that was not used before
+        self._since: float | None = None  # its place among those who wait for a connection; None: a new one
         self._ticket: Ticket[UpstreamConnection] | None = None
         self._opening: asyncio.Task[None] | None = None
         self._permission: WaitingMail | None = None  # of the upstream's limits, where it has some
@@ -269,7 +271,7 @@ class Attempts(ABC):
             self._begin(connection, 0)
             return
         asked_ns = monotonic_ns()
-        ticket = self._ticket = self._smarthost.ask(fresh=is_fresh)
+        ticket = self._ticket = self._smarthost.ask(fresh=is_fresh, since=self._since)
         ticket.on_decided = partial(self._decided, ticket, asked_ns)
         if ticket.decision is not Decision.WAITING:
             self._take_decision(ticket, 0)
@@ -396,6 +398,7 @@ class Attempts(ABC):
         self._is_connected = self._is_parked = False
         self._retries_same = True
         self._retries_fresh = False
+        self._since = self._attempt.begun_ns / 1e9  # of the loop's clock, too
 
     # The end of an attempt --------------------------------------------------------------------------------
 

@@ -7,7 +7,9 @@ others age away. Tickets are served in their order.
 
 A connection may be in the middle of a transaction whose client has nothing to say: it is *parked*. When somebody waits
 and a connection has been parked for a while, it is reclaimed: its transaction can be restarted on another connection.
-Else as many slow clients as there are connections would stop all mail.
+Else as many slow clients as there are connections would stop all mail. The more tickets wait, the shorter is that
+while, so that many idle transactions together delay a mail little longer than a few. A transaction that goes on after
+it lost its connection keeps its place among those who wait: it asked before them.
 
 A connection that was refused while others of the same upstream work says nothing of a mail, and little of the upstream:
 it takes no more at once (see `ceiling`). So the ticket goes back to its place, and waits for one of those others. While
@@ -45,8 +47,11 @@ class Pooled(Protocol):
 C = TypeVar("C", bound=Pooled)
 
 
-RECLAIM_AFTER_SECONDS: Final = 1.0
-"""A client on the same continent sends its content within a few round trips; who takes longer is slow, or gone."""
+RECLAIM_AFTER_SECONDS: Final = 0.25
+"""A client on the same continent sends its content within a few round trips; who takes longer is slow, or gone. So long
+where one ticket waits; where more do, each has its part of it."""
+RECLAIM_SOONEST_SECONDS: Final = 0.05
+"""However many wait: a client nearby, which sends on at once, is not sent round twice."""
 PENDING_SECONDS: Final = 10.0
 """How long a refused mail waits to learn from the connections that are being opened whether the upstream works."""
 LINGERING_SECONDS: Final = 1.0
@@ -69,15 +74,16 @@ class Ticket(Generic[C]):
     """One mail's wish for a connection.
 
     Attributes:
-        asked_at: when it began to wait.
+        asked_at: when it began to wait. `since`: when its transaction first did, which is its place among the others.
         on_decided: called when a waiting ticket is decided; again where it was put back.
         fault, refused_at: how and when the connection failed that it had opened; None: it had none.
     """
 
-    __slots__ = ("asked_at", "connection", "decision", "fault", "on_decided", "refused_at", "wants_fresh")
+    __slots__ = ("asked_at", "connection", "decision", "fault", "on_decided", "refused_at", "since", "wants_fresh")
 
-    def __init__(self, asked_at: float, *, wants_fresh: bool) -> None:
+    def __init__(self, asked_at: float, since: float, *, wants_fresh: bool) -> None:
         self.asked_at = asked_at
+        self.since = since
         self.wants_fresh = wants_fresh
         self.decision = Decision.WAITING
         self.connection: C | None = None
@@ -119,11 +125,12 @@ class Pool(Generic[C]):
     Attributes:
         closing: connections that are to be closed now; see `take_closing`.
         heard_at: when the upstream last was of use, a connection or an answer; None: never.
+        waiting: the tickets that wait, in the order in which they are served.
     """
 
     __slots__ = (
         "_busy", "_closed", "_idle", "_is_closed", "_is_retired", "_is_unexplained", "_limits", "_opening", "_parked",
-        "_retry_at", "_waiting", "breaker", "ceiling", "closing", "heard_at",
+        "_retry_at", "breaker", "ceiling", "closing", "heard_at", "waiting",
     )  # fmt: skip
 
     def __init__(self, limits: PoolLimits, ceiling: Ceiling | None = None) -> None:
@@ -138,14 +145,14 @@ class Pool(Generic[C]):
         self._busy = 0  # the parked ones among them
         self._parked: dict[C, tuple[float, Callable[[], None]]] = {}  # since when, the longest first; whom to tell
         self._opening = 0
-        self._waiting: deque[Ticket[C]] = deque()
+        self.waiting: deque[Ticket[C]] = deque()
         self._is_closed = False
         self._is_retired = False
         self.closing: list[C] = []
 
     def __repr__(self) -> str:
         return (
-            f"<Pool {len(self._idle)} idle, {self._busy} busy, {self._opening} opening, {len(self._waiting)} waiting,"
+            f"<Pool {len(self._idle)} idle, {self._busy} busy, {self._opening} opening, {len(self.waiting)} waiting,"
             f" {self.breaker!r}>"
         )
 
@@ -155,7 +162,7 @@ class Pool(Generic[C]):
             idle=len(self._idle),
             busy=self._busy,
             opening=self._opening,
-            waiting=len(self._waiting),
+            waiting=len(self.waiting),
             most=self._limits.connections,
             window=int(min(self.breaker.window, self.ceiling.level)),
             breaker=self.breaker.state,
@@ -177,10 +184,18 @@ class Pool(Generic[C]):
             self._give_up(connection, now)
         return None
 
-    def ask(self, now: float, *, fresh: bool = False) -> Ticket[C]:
-        """Ask for a connection; `fresh`: one that was not used before."""
-        ticket: Ticket[C] = Ticket(now, wants_fresh=fresh)
-        self._waiting.append(ticket)
+    def ask(self, now: float, *, fresh: bool = False, since: float | None = None) -> Ticket[C]:
+        """Ask for a connection.
+
+        Args:
+            fresh: one that was not used before.
+            since: its place is that of one that has asked then; None: now.
+        """
+        ticket: Ticket[C] = Ticket(now, now if since is None else since, wants_fresh=fresh)
+        if since is None:
+            self.waiting.append(ticket)
+        else:
+            self.waiting.insert(sum(1 for one in self.waiting if one.since <= since), ticket)
         self._assign(now)
         return ticket
 
@@ -188,7 +203,7 @@ class Pool(Generic[C]):
         """The mail that asked is gone. What it was given is given back."""
         match ticket.decision:
             case Decision.WAITING:
-                self._waiting.remove(ticket)
+                self.waiting.remove(ticket)
             case Decision.REUSE:
                 assert ticket.connection is not None
                 self.release(ticket.connection, now)
@@ -214,7 +229,7 @@ class Pool(Generic[C]):
             self._idle.append((connection, now))
         else:
             self._give_up(connection, now)
-        if self._waiting:
+        if self.waiting:
             self._assign(now)
 
     def add(self, connection: C, now: float) -> None:
@@ -284,17 +299,17 @@ class Pool(Generic[C]):
         ticket.fault, ticket.refused_at = fault, now
         before = (
             one
-            for one in self._waiting
-            if one.asked_at < ticket.asked_at or (one.asked_at == ticket.asked_at and one.fault is not None)
+            for one in self.waiting
+            if one.since < ticket.since or (one.since == ticket.since and one.fault is not None)
         )
-        self._waiting.insert(sum(1 for _ in before), ticket)
+        self.waiting.insert(sum(1 for _ in before), ticket)
 
     def _fail_refused(self, now: float, *, refused_before: float = math.inf) -> None:
         """Nothing works, as it turns out: whose connections were refused is sent away with that."""
-        failed = [one for one in self._waiting if one.fault is not None and one.refused_at <= refused_before]
-        self._is_unexplained = any(one.fault is not None for one in self._waiting if one not in failed)
+        failed = [one for one in self.waiting if one.fault is not None and one.refused_at <= refused_before]
+        self._is_unexplained = any(one.fault is not None for one in self.waiting if one not in failed)
         for ticket in failed:
-            self._waiting.remove(ticket)
+            self.waiting.remove(ticket)
             self.breaker.failed(now)
             ticket.decide(Decision.FAILED)
 
@@ -326,18 +341,31 @@ class Pool(Generic[C]):
         self._note()
         if self.ceiling.is_shared:
             self._make_room_for_others(now)
-        if self._waiting:
+        if self.waiting:
             self._explain_refusals(now)
             if self._is_unexplained:
                 self._fail_refused(now, refused_before=now - PENDING_SECONDS)
             self._assign(now)
-        while self._waiting and now - self._waiting[0].asked_at >= most_wait_seconds:
-            self._waiting.popleft().decide(Decision.NONE)
+        late = [one for one in self.waiting if now - one.asked_at >= most_wait_seconds]
+        for ticket in late:
+            if ticket in self.waiting:  # what became of one may have been told to another
+                self.waiting.remove(ticket)
+                ticket.decide(Decision.NONE)
+
+    def serve(self, now: float) -> bool:
+        """Reclaim what has been parked for long enough, for those who wait.
+
+        Returns:
+            Whether to ask again within `RECLAIM_SOONEST_SECONDS`: somebody waits, and something is parked.
+        """
+        if self.waiting and self._parked:
+            self._assign(now)
+        return bool(self.waiting and self._parked)
 
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing that could be late: no connection that is open or opening, and nobody who waits."""
-        return not (self._idle or self._busy or self._opening or self._waiting or self.closing)
+        return not (self._idle or self._busy or self._opening or self.waiting or self.closing)
 
     def retire(self) -> None:
         """Keep no idle connection any more; tickets are served as before, for those that still come."""
@@ -350,8 +378,8 @@ class Pool(Generic[C]):
         """No ticket is served any more; connections in use are closed when they are released."""
         self._is_closed = True
         self.retire()
-        while self._waiting:
-            self._waiting.popleft().decide(Decision.NONE)
+        while self.waiting:
+            self.waiting.popleft().decide(Decision.NONE)
         self._note()
 
     def take_closing(self) -> list[C]:
@@ -363,22 +391,22 @@ class Pool(Generic[C]):
 
     def _assign(self, now: float) -> None:
         """Serve the tickets that can be served, in their order."""
-        while self._waiting:
-            decision, connection = self._decide(self._waiting[0], now)
+        while self.waiting:
+            decision, connection = self._decide(self.waiting[0], now)
             if decision is Decision.WAITING:
                 break
-            self._waiting.popleft().decide(decision, connection)
+            self.waiting.popleft().decide(decision, connection)
         # Who waits for a fresh connection keeps nobody from those that lie idle.
         while self._idle:
-            ticket = next((ticket for ticket in self._waiting if not ticket.wants_fresh), None)
+            ticket = next((ticket for ticket in self.waiting if not ticket.wants_fresh), None)
             if ticket is None or (idle := self.take(now)) is None:
                 return
-            self._waiting.remove(ticket)
+            self.waiting.remove(ticket)
             ticket.decide(Decision.REUSE, idle)
 
     def _note(self) -> None:
         """Let the other workers know how things stand here."""
-        self.ceiling.note(len(self._idle) + self._busy, self._opening, len(self._waiting), self.heard_at or 0.0)
+        self.ceiling.note(len(self._idle) + self._busy, self._opening, len(self.waiting), self.heard_at or 0.0)
 
     def _give_up(self, connection: C, now: float) -> None:
         self.closing.append(connection)
@@ -390,7 +418,7 @@ class Pool(Generic[C]):
         if self.ceiling.level == math.inf:
             return False
         self._note()
-        return not self._waiting or len(self._idle) + self._busy + self._opening >= self.ceiling.share(now)
+        return not self.waiting or len(self._idle) + self._busy + self._opening >= self.ceiling.share(now)
 
     def _make_room_for_others(self, now: float) -> None:
         """Give up what lies idle below a ceiling, and what is parked beyond our share of it."""
@@ -426,7 +454,7 @@ class Pool(Generic[C]):
     def _reclaimed(self, now: float) -> C | None:
         """The connection that has been parked for the longest, if that is long enough; its mail is notified."""
         for connection, (since, on_reclaimed) in self._parked.items():
-            if now - since < RECLAIM_AFTER_SECONDS:
+            if now - since < max(RECLAIM_SOONEST_SECONDS, RECLAIM_AFTER_SECONDS / max(1, len(self.waiting))):
                 return None
             del self._parked[connection]
             on_reclaimed()

@@ -10,7 +10,7 @@ from otel_smtp.forwarding.ceiling import Ceiling
 from otel_smtp.forwarding.connection import NotePhase, UpstreamConnection, open_connection
 from otel_smtp.forwarding.faults import ConnectFailed, CredentialsRefused, NoConnectionFree, UpstreamFault
 from otel_smtp.forwarding.limits import Pace
-from otel_smtp.forwarding.pool import Decision, Pool, PoolSnapshot, Ticket
+from otel_smtp.forwarding.pool import RECLAIM_SOONEST_SECONDS, Decision, Pool, PoolSnapshot, Ticket
 from otel_smtp.forwarding.settings import UpstreamSettings
 from otel_smtp.forwarding.tls import UpstreamTlsContext
 from otel_smtp.net import Sweep
@@ -62,6 +62,7 @@ class Smarthost:
         "_level",
         "_loop",
         "_pool",
+        "_reclaiming",
         "_sweep",
         "endpoint",
         "extensions",
@@ -95,6 +96,7 @@ class Smarthost:
         self._connections: set[UpstreamConnection] = set()  # all that are open
         self._sweep = sweep
         self._is_swept = False
+        self._reclaiming: asyncio.TimerHandle | None = None  # while somebody waits and something is parked
         self._level = self._pool.ceiling.level  # of which people were told
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -148,17 +150,33 @@ class Smarthost:
             connection.messages += 1
         return connection
 
-    def ask(self, *, fresh: bool = False) -> Ticket[UpstreamConnection]:
+    def ask(self, *, fresh: bool = False, since: float | None = None) -> Ticket[UpstreamConnection]:
         """Ask for a connection. A decision to open one is followed by `open`.
 
         Args:
             fresh: none that was used before: those may all be as stale as the one that just died.
+            since: keep the place among those who wait that it had then; None: behind them.
         """
         loop = self._loop = asyncio.get_running_loop()
-        ticket = self._pool.ask(loop.time(), fresh=fresh)
+        ticket = self._pool.ask(loop.time(), fresh=fresh, since=since)
         self._close_what_is_over()
         self._be_swept()
+        if ticket.decision is Decision.WAITING:
+            self._reclaim_soon()
         return ticket
+
+    def _reclaim_soon(self) -> None:
+        if self._reclaiming is None:
+            assert self._loop is not None
+            self._reclaiming = self._loop.call_later(RECLAIM_SOONEST_SECONDS / 2, self._reclaim)
+
+    def _reclaim(self) -> None:
+        assert self._loop is not None
+        self._reclaiming = None
+        goes_on = self._pool.serve(self._loop.time())
+        self._close_what_is_over()
+        if goes_on:
+            self._reclaim_soon()
 
     def _be_swept(self) -> None:
         if not self._is_swept:
@@ -286,6 +304,8 @@ class Smarthost:
         """
         assert self._loop is not None
         self._pool.park(connection, self._loop.time(), on_reclaimed)
+        if self._pool.waiting:
+            self._reclaim_soon()
 
     def release(self, connection: UpstreamConnection, *, answered: bool) -> None:
         """Give a connection back; it is kept if it is in step, else closed.

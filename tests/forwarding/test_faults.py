@@ -18,6 +18,7 @@ from otel_smtp.forwarding.faults import quoting
 from otel_smtp.forwarding.settings import MEMORY_LIMIT_OCTETS, PoolLimits, Strategy, Timeouts, UpstreamSettings
 from otel_smtp.observing import DeliveryPhase, Outcome
 from otel_smtp.smtp import replies
+from otel_smtp.smtp.envelope import Recipient
 from otel_smtp.smtp.replies import ErrorType, Reply
 from tests.support.deliveries import MAIL, Awaited, LateDeliveries, RecordedTransaction, phases_of
 from tests.support.fault_proxy import FaultProxy
@@ -911,6 +912,27 @@ async def test_slow_clients_do_not_keep_the_upstreams_connections_from_others(mo
         ]
         assert nothing_is_kept_out_of_step(forwarder.snapshot())
         assert forwarder.snapshot()[0].pool.idle == 2
+
+
+async def test_idle_transactions_that_go_on_are_neither_lost_nor_delivered_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pool, "RECLAIM_AFTER_SECONDS", 0.02)
+    monkeypatch.setattr(pool, "RECLAIM_SOONEST_SECONDS", 0.01)
+    recipients = [Recipient(f"{number}@example.net") for number in range(25)]
+    async with ScriptedUpstream() as upstream, relaying(settings(upstream)) as forwarder:
+        idle = []
+        for recipient in recipients:
+            transaction = Awaited.begin(forwarder, MAIL, RecordedTransaction())
+            answers = await transaction.recipients([recipient])
+            assert [reply.code for reply in answers] == [250]
+            idle.append(transaction)
+        assert (await relay(forwarder)).told.code == 250
+        contents = await asyncio.gather(*(transaction.content(CHUNKS) for transaction in idle))
+        assert {reply.code for reply in contents} == {250}
+        expected = [(recipient.address,) for recipient in (BOB, *recipients)]
+        assert sorted(kept.addresses for kept in upstream.kept) == sorted(expected)
+        assert nothing_is_kept_out_of_step(forwarder.snapshot())
 
 
 # The network between us ---------------------------------------------------------------------------------------

@@ -16,7 +16,15 @@ from otel_smtp.forwarding.breaker import (
 )
 from otel_smtp.forwarding.ceiling import FIRST_PROBE_SECONDS, WORKS_SECONDS
 from otel_smtp.forwarding.faults import UpstreamFault
-from otel_smtp.forwarding.pool import PENDING_SECONDS, RECLAIM_AFTER_SECONDS, RETRY_SECONDS, Decision, Pool, Ticket
+from otel_smtp.forwarding.pool import (
+    PENDING_SECONDS,
+    RECLAIM_AFTER_SECONDS,
+    RECLAIM_SOONEST_SECONDS,
+    RETRY_SECONDS,
+    Decision,
+    Pool,
+    Ticket,
+)
 from otel_smtp.forwarding.settings import PoolLimits
 
 
@@ -122,10 +130,10 @@ def test_a_parked_connection_is_reclaimed_for_who_waits_and_not_at_once() -> Non
     told: list[str] = []
     first, second = (opened(pool, pool.ask(0)) for _ in range(2))
     pool.park(first, 0, lambda: told.append("first"))
-    pool.park(second, 0.5, lambda: told.append("second"))
-    waiting = pool.ask(0.5)
+    pool.park(second, 0.1, lambda: told.append("second"))
+    waiting = pool.ask(0.1)
     assert decided(waiting, Decision.WAITING)
-    pool.expire(0.9)
+    pool.expire(0.9 * RECLAIM_AFTER_SECONDS)
     assert decided(waiting, Decision.WAITING)
     pool.expire(RECLAIM_AFTER_SECONDS)
     assert (waiting.connection, told) == (first, ["first"])
@@ -148,6 +156,46 @@ def test_a_parked_connection_that_cannot_be_used_again_makes_room() -> None:
     connection.is_alive = False
     assert decided(pool.ask(5), Decision.OPEN)
     assert pool.take_closing() == [connection]
+
+
+@pytest.mark.parametrize("idle_transactions", [25, 250])
+def test_many_idle_transactions_delay_a_mail_little_more_than_a_few(idle_transactions: int) -> None:
+    pool: Connections = Pool(PoolLimits())
+    now = 0.0
+    asking = [pool.ask(now) for _ in range(idle_transactions)]
+    mail = pool.ask(now)
+    while mail.decision is Decision.WAITING:
+        for ticket in [ticket for ticket in asking if ticket.decision is not Decision.WAITING]:
+            asking.remove(ticket)
+            connection = ticket.connection or opened(pool, ticket)
+            pool.park(connection, now, lambda: None)
+        now += RECLAIM_SOONEST_SECONDS
+        pool.serve(now)
+    # An upstream that has proved nothing gets five connections.
+    assert now <= 2 * (RECLAIM_AFTER_SECONDS + RECLAIM_SOONEST_SECONDS * idle_transactions / INITIAL_WINDOW)
+
+
+def test_a_transaction_that_was_reclaimed_keeps_its_place() -> None:
+    pool = grown(connections=1)
+    opened(pool, pool.ask(0))
+    before, behind = pool.ask(1), pool.ask(3)
+    reclaimed = pool.ask(9, since=2)
+    assert list(pool.waiting) == [before, reclaimed, behind]
+    pool.expire(11, most_wait_seconds=10)  # its time to wait begins anew all the same
+    assert list(pool.waiting) == [reclaimed, behind]
+    pool.expire(13, most_wait_seconds=10)
+    assert list(pool.waiting) == [reclaimed]
+
+
+def test_nobody_asks_again_for_what_nobody_waits_for() -> None:
+    pool = grown(connections=1)
+    connection = opened(pool, pool.ask(0))
+    waiting = pool.ask(1)
+    assert not pool.serve(9)  # nothing is parked
+    pool.park(connection, 9, lambda: None)
+    assert pool.serve(9)
+    assert not pool.serve(10)
+    assert waiting.connection is connection
 
 
 def test_idle_connections_expire_the_oldest_first() -> None:
@@ -539,9 +587,15 @@ class AnyOrder(RuleBasedStateMachine):
             assert connection not in self.closed
             self.closed.append(connection)
 
-    @rule(fresh=st.booleans())
-    def ask(self, fresh: bool) -> None:
-        self.waiting.append(self.pool.ask(self.now, fresh=fresh))
+    @rule(fresh=st.booleans(), earlier=st.none() | st.floats(0, 20))
+    def ask(self, fresh: bool, earlier: float | None) -> None:
+        since = None if earlier is None else self.now - earlier
+        self.waiting.append(self.pool.ask(self.now, fresh=fresh, since=since))
+        self.sort()
+
+    @rule()
+    def serve(self) -> None:
+        self.pool.serve(self.now)
         self.sort()
 
     @rule()
