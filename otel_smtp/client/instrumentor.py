@@ -90,7 +90,7 @@ class Sending:
         except Exception:
             # Lowered first: a handler of the log may send mail, which is traced, and fails likewise.
             level, self._fault_level = self._fault_level, logging.DEBUG
-            logger.log(level, "a mail could not be traced in full", exc_info=True)
+            logger.log(level, "mail not traced in full", exc_info=True)
 
     @contextlib.contextmanager
     def message(self, client: object, arguments: Arguments, index: int, name: str) -> Iterator[Arguments]:
@@ -227,11 +227,11 @@ class MailInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # as above
     ) -> None:
         # `opentelemetry-instrument` does not ask: it looks at what the whole distribution instruments.
         if (conflict := get_dependency_conflicts(self.instrumentation_dependencies())) is not None:
-            logger.error("mail is not traced: %s", conflict)
+            logger.error("mail not traced: %s", conflict)
             return
         client = self._client_class()
         if getattr(client, _MARK, False):
-            logger.debug("%s is instrumented already, by this package's other name", client.__qualname__)
+            logger.debug("%s already instrumented under this package's other name", client.__qualname__)
             return
         tracer = trace.get_tracer(__name__.rpartition(".")[0], __version__, tracer_provider)
         wrappers = self._wrappers(tracer, _addresses(addresses))

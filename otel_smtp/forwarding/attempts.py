@@ -203,7 +203,7 @@ class Attempts(ABC):
         if self.has_ended_content:
             # The one case that must never be tried again: it may have been delivered.
             self._attempt.failure = str(fault)
-            logger.error("outcome of a delivery unknown", extra={**self._named(), "fault": str(fault)})
+            logger.error("delivery outcome unknown", extra={**self._named(), "fault": str(fault)})
             self._end(Outcome.UNKNOWN, None, ErrorType.OUTCOME_UNKNOWN)
             # The reply says so, too: transaction, log and a later attempt's mark are made of it.
             is_lost = isinstance(fault, ConnectionLost)

@@ -727,7 +727,7 @@ class Delivery(Attempts):
         if delivered is not None:
             delivered(reply, verdicts if len(verdicts) > 1 else ())
         else:
-            logger.info("outcome of a message whose client is gone", extra={**self._named(), "code": reply.code})
+            logger.info("message outcome after its client left", extra={**self._named(), "code": reply.code})
 
     # ------------------------------------------------------------------------------------------------------
 

@@ -400,15 +400,15 @@ class Smarthost:
         why = {} if fault is None else told(fault)
         words = {"upstream": self.settings.name, "connections": int(level), **why}
         if is_less:
-            logger.warning("upstream takes no more connections; mail waits for those that it takes", extra=words)
+            logger.warning("upstream connection cap reached; mail waits", extra=words)
         else:
-            logger.info("upstream takes more connections than before", extra=words)
+            logger.info("upstream connection cap raised", extra=words)
 
     def credentials_refused(self, fault: CredentialsRefused) -> None:
         """It refused a mail for what the operator has to mend."""
         assert self._loop is not None
         self._note(fault)
-        logger.error("upstream refuses our credentials", extra={"upstream": self.settings.name, **told(fault)})
+        logger.error("upstream refused our credentials", extra={"upstream": self.settings.name, **told(fault)})
 
     def _note(self, fault: UpstreamFault) -> None:
         assert self._loop is not None

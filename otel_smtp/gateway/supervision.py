@@ -235,7 +235,9 @@ class Supervision:
         """Do what is due: kill workers that are late, start those that are missing, and the next successor."""
         for worker in self._workers.values():
             if worker.deadline <= now:
-                logger.error("worker killed: too late", extra={"worker": worker.place, "state": worker.state.value})
+                logger.error(
+                    "worker killed: deadline passed", extra={"worker": worker.place, "state": worker.state.value}
+                )
                 worker.deadline = float("inf")
                 self._workforce.send(worker.process_id, signal.SIGKILL)
         for place in range(self._count):

@@ -221,6 +221,6 @@ def _death_signal() -> Callable[[], None]:
 
     def bind() -> None:
         if prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0):
-            logger.warning("worker outlives its parent", extra={"error": os.strerror(ctypes.get_errno())})
+            logger.warning("worker not bound to its parent", extra={"error": os.strerror(ctypes.get_errno())})
 
     return bind

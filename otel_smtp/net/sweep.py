@@ -45,4 +45,4 @@ class Sweep:
                 try:
                     swept(now)
                 except Exception:
-                    logger.exception("a look at the clock failed")
+                    logger.exception("deadline sweep failed")

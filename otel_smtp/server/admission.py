@@ -195,7 +195,7 @@ class Admission(Conversation):
         try:
             step = await exchange.step(response)
         except Exception:
-            logger.exception("authentication failed to run", extra=self._named())
+            logger.exception("authentication not run: internal error", extra=self._named())
             self._call(self._protocol.reply, replies.AUTH_UNAVAILABLE)
             return
         protocol.states.now_ns = time.monotonic_ns()

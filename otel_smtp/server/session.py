@@ -272,7 +272,7 @@ class Session(Admission):
     def _log_forwarder(self, step: str) -> None:
         if self._transaction is not None:
             self._transaction.failure = internal_error()
-        logger.exception("the forwarder failed", extra={**self._named(), "step": step})
+        logger.exception("forwarding failed: internal error", extra={**self._named(), "step": step})
 
     def _make_received_head(self, *, is_utf8: bool) -> bytes:
         record, protocol, tls = self.record, self._protocol, self.record.tls

@@ -34,7 +34,7 @@ def server_context(certificate: Path, key: Path) -> ssl.SSLContext:
     context.options |= ssl.OP_NO_RENEGOTIATION
     try:
         if key.stat().st_mode & stat.S_IROTH:
-            logger.warning("the private key can be read by every user", extra={"key": str(key)})
+            logger.warning("private key readable by every user", extra={"key": str(key)})
         context.load_cert_chain(certificate, key, password=_refuse_passphrase)
     except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
         raise CertificateError(f"cannot use certificate {str(certificate)!r} with key {str(key)!r}: {error}") from error

@@ -243,7 +243,7 @@ def load_users(path: str | Path) -> Users:
     try:
         content = path.read_bytes()
         if path.stat().st_mode & stat.S_IROTH:
-            logger.warning("the users file can be read by every user", extra={"path": str(path)})
+            logger.warning("users file readable by every user", extra={"path": str(path)})
     except OSError as error:
         raise UsersFileError(path, None, f"cannot be read: {error.strerror}") from error
     proofs: dict[str, Proof] = {}

@@ -98,11 +98,11 @@ class Aging:
         if lease.kind is not Kind.MAIL:
             last = parsed(lease.recipients[0].last_reply) if lease.recipients else None
             logger.critical(
-                "notice given up: nobody learns of what it tells",
+                "notice expired undelivered",
                 extra={**told(lease), "code": last.code if last is not None else None},
             )
         else:
-            logger.warning("given up for its age", extra={**told(lease), "recipients": len(lease.recipients)})
+            logger.warning("message expired", extra={**told(lease), "recipients": len(lease.recipients)})
             notices = await self._notices.of(
                 NoticeKind.FAILED, lease, [(one, replies.EXPIRED) for one in lease.recipients]
             )
@@ -127,7 +127,7 @@ class Aging:
         waiting = [(one, parsed(one.last_reply)) for one in lease.recipients]
         notices = await self._notices.of(NoticeKind.DELAYED, lease, waiting, retry_until=lease.expires_at)
         if await self._store.warn(lease.message_id, notices):
-            logger.warning("delayed; its sender is told", extra=told(lease))
+            logger.warning("message delayed; sender warned", extra=told(lease))
             self._wake([destination for notice, _ in notices for destination in notice.deliveries])
 
 

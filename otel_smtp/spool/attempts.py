@@ -69,17 +69,17 @@ class Recording:
 
     def _may_succeed(self, lease: Lease, error: SpoolError) -> bool:
         if isinstance(error, StaleLease):
-            logger.error("a result came too late", extra={**told(lease), "fault": str(error)})
+            logger.error("delivery result discarded: lease ended", extra={**told(lease), "fault": str(error)})
             return False
         if isinstance(error, StorageBroken):
-            logger.critical("a result cannot be recorded", extra={**told(lease), "fault": str(error)})
+            logger.critical("delivery result not recorded", extra={**told(lease), "fault": str(error)})
             return False
-        logger.error("a result cannot be recorded yet", extra={**told(lease), "fault": str(error)})
+        logger.error("delivery result not recorded yet", extra={**told(lease), "fault": str(error)})
         return not self.is_stopping
 
     async def mark_corrupt(self, lease: Lease) -> None:
         """Set a message aside whose content is damaged."""
-        logger.critical("a queued content is damaged; the message is set aside", extra=told(lease))
+        logger.critical("queued content damaged; message set aside", extra=told(lease))
         loop = asyncio.get_running_loop()
         await self.record(lease, lambda: loop.create_task(self._store.mark_corrupt(lease)))
 
@@ -147,7 +147,7 @@ class Attempt:
     def start(self) -> None:
         """Begin."""
         if self.lease.is_possible_duplicate:
-            logger.warning("attempted again: the upstream may have it already", extra=told(self.lease))
+            logger.warning("message retried: the upstream may have it already", extra=told(self.lease))
         self._begin()
 
     def _begin(self) -> None:
@@ -253,7 +253,7 @@ class Attempt:
             self._ended(self)
         except SpoolError as error:
             # It cannot be read. Nothing was said of the message to anybody.
-            logger.error("a queued message cannot be read", extra={**told(self.lease), "fault": str(error)})
+            logger.error("queued message unreadable", extra={**told(self.lease), "fault": str(error)})
             self._abort()
             self._judge([replies.STORAGE_FAILED] * len(self.lease.recipients))
         except Exception:  # noqa: BLE001 - it is logged
@@ -271,7 +271,7 @@ class Attempt:
         """Whether the lease may be another gateway's by now: then nothing more leaves, and no final dot."""
         if self._holds is None or self._holds(self.lease):
             return False
-        logger.warning("an attempt is given up: its lease may have ended", extra=told(self.lease))
+        logger.warning("delivery attempt abandoned: its lease may have ended", extra=told(self.lease))
         self._abort()
         if not self._is_judged:
             self._is_judged = True
@@ -385,7 +385,7 @@ class Attempt:
                 notices = await self._notices_of(verdicts)
             except Exception:
                 # Who has the mail must not get it again for that; who was refused is asked once more, and told then.
-                logger.exception("a notice could not be made", extra=told(lease))
+                logger.exception("notice not created", extra=told(lease))
                 verdicts = [
                     one if one.end is End.DELIVERED else Verdict(one.number, None, one.reply) for one in verdicts
                 ]
@@ -441,7 +441,8 @@ class Attempt:
                 continue
             if end is End.FAILED:
                 logger.warning(
-                    "refused for good", extra={**told(lease), "recipients": len(ended), **_codes(ended[0][1])}
+                    "recipients refused for good",
+                    extra={**told(lease), "recipients": len(ended), **_codes(ended[0][1])},
                 )
             elif self._relay.capabilities().dsn:
                 continue  # the upstream has taken over to tell of success (RFC 3461 5.2.1)

@@ -200,7 +200,7 @@ class Operations:
             if changed:
                 level = logging.WARNING if command in ("delete", "expire") else logging.INFO
                 logger.log(
-                    level, "an operator changed a queued message",
+                    level, "queued message changed by an operator",
                     extra={
                         "spool_id": message_id, "command": command, "recipients": int(changed),
                         **trace_fields(before.carrier if before is not None else {}),
@@ -323,7 +323,7 @@ class ControlSocket:
         """
         try:
             if not stat.S_ISSOCK(self._path.lstat().st_mode):
-                logger.error("no operators' commands are heard: this is no socket", extra={"path": str(self._path)})
+                logger.error("queue commands unavailable: not a socket", extra={"path": str(self._path)})
                 return
             self._path.unlink()  # we own the directory: it is of one that died
         except FileNotFoundError:
@@ -356,7 +356,7 @@ class ControlSocket:
             with contextlib.suppress(OSError):
                 await self._converse(reader, writer)
         except Exception:
-            logger.exception("an operator's command failed")
+            logger.exception("queue command failed")
         finally:
             self._conversations.discard(task)
             writer.close()
@@ -413,7 +413,7 @@ async def ask(
 async def _do_here(store: Store, request: Answer, *, max_age_seconds: float) -> AsyncIterator[Answer]:
     recovery = await store.open()
     if recovery.lost:
-        logger.critical("contents are missing", extra={"spool_ids": list(recovery.lost)})
+        logger.critical("queued contents missing", extra={"spool_ids": list(recovery.lost)})
     for alarm in recovery.alarms:
         logger.critical(alarm)
     try:

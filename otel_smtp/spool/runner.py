@@ -174,14 +174,14 @@ class Runner:
                 self._is_away = False
             except SpoolError as error:
                 if isinstance(error, StorageBroken):
-                    logger.critical("the runner stops: the spool failed", extra={"fault": str(error)})
+                    logger.critical("queue runner stopped: the spool failed", extra={"fault": str(error)})
                     return
                 if not (isinstance(error, StorageAway) and self._is_away):
-                    logger.error("the spool cannot be worked on for now", extra={"fault": str(error)})
+                    logger.error("spool unavailable; retrying", extra={"fault": str(error)})
                 self._is_away = isinstance(error, StorageAway)
                 wait_seconds = AGAIN_SECONDS
             except Exception:
-                logger.exception("the runner failed, and goes on")
+                logger.exception("queue runner failed; retrying")
                 wait_seconds = AGAIN_SECONDS
             await self._sleep(min(wait_seconds, max(0.0, looked_at + self._look_seconds - time.monotonic())))
 

@@ -93,7 +93,7 @@ class Spool:
         recovery = await self.store.open()
         if recovery.messages:
             logger.info(
-                "mail is queued",
+                "queued mail found",
                 extra={"messages": recovery.messages, "interrupted_attempts": recovery.interrupted},
             )
         for message_id in recovery.held:
@@ -102,9 +102,9 @@ class Spool:
             record.error_type, record.failure = ErrorType.INTERNAL, "it was part of too many crashes"
             self._observer.spool_acted(record)
             extra = {"spool_id": message_id, **trace_fields(shown.carrier)}
-            logger.critical("held: it was part of too many crashes", extra=extra)
+            logger.critical("message held: being delivered during repeated crashes", extra=extra)
         for message_id in recovery.lost:
-            logger.critical("its content is missing", extra={"spool_id": message_id})
+            logger.critical("queued content missing", extra={"spool_id": message_id})
         for remark in recovery.remarks:
             logger.warning(remark)
         for alarm in recovery.alarms:

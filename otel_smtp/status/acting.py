@@ -45,7 +45,7 @@ class QueueActions:
             return _refusal(403, "this comes from another page")
         if not hmac.compare_digest(request.headers.get(QUEUE_TOKEN_HEADER, "").encode(), self._token):
             client = request.client.host if request.client is not None else ""
-            logger.warning("a command to the queue with a wrong token was refused", extra={"client": client})
+            logger.warning("queue action refused: wrong token", extra={"client": client})
             await asyncio.sleep(_WRONG_TOKEN_SECONDS)
             return _refusal(403, "the token is wrong")
         if command not in COMMANDS:

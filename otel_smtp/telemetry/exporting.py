@@ -204,9 +204,7 @@ class Export(Generic[T]):
                 self._lost[DropReason.SHUTDOWN] += len(self._queue) + self._sending
         lost = sum(self._lost.values()) - self._lost_when_told
         if lost:
-            logger.warning(
-                "%s were lost at the end", self._items, extra={self._items: lost, "collector": self._address}
-            )
+            logger.warning("%s lost at shutdown", self._items, extra={self._items: lost, "collector": self._address})
         return self._thread is None or not self._thread.is_alive()
 
     # The thread --------------------------------------------------------------------------------------------------
@@ -232,7 +230,9 @@ class Export(Generic[T]):
                 self._send(batch)
             except Exception:
                 if not self._is_told:
-                    logger.exception("%s could not be sent", self._items, extra={"collector": self._address})
+                    logger.exception(
+                        "export of %s failed: internal error", self._items, extra={"collector": self._address}
+                    )
                 self._settle(
                     len(batch), CollectorAnswer(BatchOutcome.AGAIN, "internal error"), DropReason.EXPORT_FAILED
                 )
@@ -311,7 +311,7 @@ class Export(Generic[T]):
             return
         self._is_told = True
         self._quiet_until = now + _QUIET_SECONDS
-        logger.warning("%s cannot be exported", self._items, extra={"collector": self._address, "why": why})
+        logger.warning("export of %s failing", self._items, extra={"collector": self._address, "why": why})
 
     def _works(self) -> None:
         self._failures = 0
@@ -320,7 +320,7 @@ class Export(Generic[T]):
         if self._is_told:
             self._is_told = False
             logger.info(
-                "%s are exported again",
+                "export of %s recovered",
                 self._items,
                 extra={"collector": self._address, f"{self._items}_lost": lost},
             )
@@ -328,7 +328,7 @@ class Export(Generic[T]):
         elif lost and now >= self._quiet_until:
             # It takes what it is sent, but not as fast as it comes.
             self._quiet_until = now + _QUIET_SECONDS
-            logger.warning("%s were lost", self._items, extra={"collector": self._address, f"{self._items}_lost": lost})
+            logger.warning("%s lost", self._items, extra={"collector": self._address, f"{self._items}_lost": lost})
             self._lost_when_told += lost
 
 

@@ -303,7 +303,7 @@ class MetricExport:
             self._failed(answer.why or "partial success")
         elif self._is_failing:
             self._is_failing = False
-            logger.info("metrics export recovered", extra={"collector": self._address})
+            logger.info("export of metrics recovered", extra={"collector": self._address})
 
     def _lose(self, reason: DropReason, points: int) -> None:
         with self._counting:
@@ -326,7 +326,7 @@ class MetricExport:
         if not self._is_failing:
             self._is_failing = True
             logger.warning(
-                "metrics export failed",
+                "export of metrics failing",
                 extra={"collector": self._address, "why": why},
                 exc_info=with_traceback,
             )

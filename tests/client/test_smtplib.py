@@ -540,7 +540,7 @@ def test_a_bug_of_the_tracing_costs_no_mail(
             send(client)
             client.rset()
     assert len(server.messages) == len(WAYS)
-    assert [record.levelname for record in caplog.records if "could not be traced" in record.message] == ["WARNING"]
+    assert [record.levelname for record in caplog.records if "not traced in full" in record.message] == ["WARNING"]
 
 
 def test_a_log_handler_that_sends_mail_does_not_report_its_own_mail(

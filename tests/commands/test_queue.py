@@ -70,7 +70,7 @@ def test_with_a_gateway_and_after_it(running: GatewayProcess, tmp_path: Path) ->
     assert f"{ids[0]}!" in queue(spool, "list").stdout
     assert queue(spool, "delete", "-", stdin=f"{ids[1]}\n").stdout == "1 removed\n"
     assert "451 4.7.1 later" in queue(spool, "show", ids[0]).stdout
-    assert any(line.get("event") == "an operator changed a queued message" for line in running.log)
+    assert any(line.get("event") == "queued message changed by an operator" for line in running.log)
     assert running.stop() == 0
     # The same, now that nobody runs.
     assert [row["queue_id"] for row in rows(spool)] == [ids[0], ids[2]]

@@ -111,7 +111,7 @@ def _deliver_what_is_left(outcome: Outcome, spool: Path, directory: Path) -> Non
             queue_command(spool, "release", "--all")
             until(lambda: is_empty(spool) or None, "everything is delivered", timeout_seconds=60)
             again.stop()
-            outcome.is_damaged = "its content is missing" in again.stderr
+            outcome.is_damaged = "queued content missing" in again.stderr
         outcome.lost = {one for one in outcome.accepted if not upstream.taken[one]}
 
 

@@ -140,7 +140,7 @@ class Sharing:
             assert slot.running.stop() == 0
         for running in self.all:
             note_marks(self._books, running)
-            self._books.stale += running.stderr.count("a result came too late")
+            self._books.stale += running.stderr.count("delivery result discarded: lease ended")
             assert "internal error" not in running.stderr, running.stderr
             assert "a fault of this program" not in running.stderr
         self._books.tally = json.loads(self.queue("counts"))["recipients"]

@@ -1107,7 +1107,7 @@ async def test_a_refusal_of_our_credentials_is_no_verdict_on_the_mail(
         assert relayed.told.error_type is ErrorType.UPSTREAM_AUTH
         assert relayed.seen.outcomes == [("up", Outcome.DEFERRED)]
         assert forwarder.snapshot()[0].last_failure == "upstream_auth"
-        assert "upstream refuses our credentials" in caplog.text
+        assert "upstream refused our credentials" in caplog.text
         # A refusal by another code is the mail's, and the connection serves the next.
         upstream.faults[phase] = Fault(Kind.REFUSE, b"550 5.7.1 no\r\n", times=1)
         assert (await relay(forwarder)).told.code == 550

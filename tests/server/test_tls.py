@@ -140,4 +140,4 @@ def test_a_key_that_all_can_read_is_warned_of(tmp_path: Path, caplog: pytest.Log
     assert not caplog.records
     key.chmod(0o644)
     server_context(certificate, key)
-    assert [record.message for record in caplog.records] == ["the private key can be read by every user"]
+    assert [record.message for record in caplog.records] == ["private key readable by every user"]

@@ -170,7 +170,7 @@ def test_a_file_that_all_can_read_is_warned_of(tmp_path: Path, caplog: pytest.Lo
         assert not caplog.records
         path.chmod(0o644)
         load_users(path)
-    assert [record.message for record in caplog.records] == ["the users file can be read by every user"]
+    assert [record.message for record in caplog.records] == ["users file readable by every user"]
 
 
 async def test_a_password_that_scram_forbids_is_wrong_and_no_error(scram_users: Users) -> None:

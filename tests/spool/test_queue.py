@@ -404,7 +404,7 @@ async def test_a_notice_that_is_too_old_is_given_up_and_the_log_cries(
 
         await queue.empties()
     (line,) = [one for one in caplog.records if one.levelname == "CRITICAL"]
-    assert line.getMessage() == "notice given up: nobody learns of what it tells"
+    assert line.getMessage() == "notice expired undelivered"
     assert line.__dict__["code"] == 450
 
 

@@ -200,7 +200,7 @@ def test_what_tells_of_mail_is_never_left_out() -> None:
     assert len(through(gate, second=1, times=many, name=STATES, msg="smtp.state")) == many
     assert len(through(gate, second=1, times=many, name=ACCESS, msg=names.SPAN_TRANSACTION)) == many
     assert len(through(gate, second=1, times=many, name=ACCESS, msg=names.SPAN_DELIVERY)) == many
-    assert len(through(gate, second=1, times=many, name="otel_smtp.spool.runner", msg="given up for its age")) == many
+    assert len(through(gate, second=1, times=many, name="otel_smtp.spool.runner", msg="message expired")) == many
     carried = {names.CONNECTION_MESSAGES: 1}
     assert len(through(gate, second=1, times=many, name=ACCESS, msg=names.SPAN_CONNECTION, **carried)) == many
     for_nothing = {names.CONNECTION_MESSAGES: 0}

@@ -90,7 +90,7 @@ class Notices:
         if self._policy != "mail":
             if self._policy == "log":
                 logger.warning(
-                    "a notice is due, and none is sent",
+                    "notice due but not sent",
                     extra={"spool_id": lease.message_id, "notice": kind.value, "recipients": len(asking)},
                 )
             return ()
@@ -101,7 +101,7 @@ class Notices:
         try:
             original = await self._store.read(lease.content, 0, octets)
         except ContentLost:
-            logger.critical("a notice goes without the original, which is lost", extra={"spool_id": lease.message_id})
+            logger.critical("notice sent without the original, which is lost", extra={"spool_id": lease.message_id})
             original = b""
         content = notification(
             kind,

@@ -133,7 +133,7 @@ class Compaction:
                 ]
             )
             if not ids:
-                logger.error("messages are counted in a segment, and none is found", extra={"segment": segment})
+                logger.error("segment counts messages but holds none", extra={"segment": segment})
                 return False
             moved = await asyncio.gather(*[self._relocate(message_id, segment) for message_id in ids])
             if not any(moved):
@@ -158,7 +158,7 @@ class Compaction:
                     content = (await asyncio.to_thread(self._contents.part, entry, 0, entry.octets),)
                 except ContentLost as error:
                     logger.critical(
-                        "a queued content cannot be read; the message is set aside",
+                        "queued content unreadable; message set aside",
                         extra={"spool_id": message_id, "fault": str(error)},
                     )
                     self._unreadable.add(segment)
@@ -166,7 +166,7 @@ class Compaction:
                     moved.lose_content()
                 if content and zlib.crc32(content[0]) != entry.place.crc:
                     # As it is: who needs it finds out, and it stays damaged.
-                    logger.critical("a queued content is damaged", extra={"spool_id": message_id})
+                    logger.critical("queued content damaged", extra={"spool_id": message_id})
             crc, before = entry.place.crc, entry.place
 
             def durable(step: Step) -> None:

@@ -326,10 +326,10 @@ class Log:
     def latch(self, error: SpoolError) -> None:
         """Note an error; after one that says that the disk cannot be trusted, nothing is written any more."""
         if not isinstance(error, StorageBroken):
-            logger.error("a message was not made durable", extra={"fault": str(error)})
+            logger.error("message not made durable", extra={"fault": str(error)})
         elif self.fault is None:
             self.fault = error
             logger.critical(
-                "the spool cannot be trusted: no mail is taken or delivered until the gateway was started again",
+                "spool failed: intake and delivery stopped until a restart",
                 extra={"fault": str(error)},
             )

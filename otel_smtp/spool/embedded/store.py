@@ -211,12 +211,12 @@ class EmbeddedStore:
                 await self.journal.append([(RecordKind.CLOCK, dumps({"moved_ms": 0, "ended": {}}), ())])
         except SpoolError as error:
             is_clean = False
-            logger.error("the spool was not closed well", extra={"fault": str(error)})
+            logger.error("spool not closed cleanly", extra={"fault": str(error)})
         await log.close()
         try:
             await self.indexing.write_all(is_clean=is_clean)
         except SpoolError as error:
-            logger.error("the spool was not closed well", extra={"fault": str(error)})
+            logger.error("spool not closed cleanly", extra={"fault": str(error)})
         await self.index.close()
         await asyncio.to_thread(self.directory.close)
 
@@ -250,9 +250,9 @@ class EmbeddedStore:
             except SpoolError as error:
                 if str(error) != told:  # twice a second would fill a disk that is full
                     told = str(error)
-                    logger.error("the spool's housekeeping failed, and goes on", extra={"fault": told})
+                    logger.error("spool housekeeping failed; retrying", extra={"fault": told})
             except Exception:
-                logger.exception("the spool's housekeeping failed, and goes on")
+                logger.exception("spool housekeeping failed; retrying")
 
     async def _look_aside(self) -> None:
         aside = len(await asyncio.to_thread(self.directory.aside))
@@ -605,5 +605,5 @@ class EmbeddedStore:
     async def housekeep(self) -> None:
         """See `Store.housekeep`: look at the clocks."""
         if jump_ms := self._clocks.jump_ms():
-            logger.warning("the clock jumped; no mail is older for that", extra={"seconds": round(jump_ms / 1000)})
+            logger.warning("clock jumped; ages of queued mail unchanged", extra={"seconds": round(jump_ms / 1000)})
             await self.indexing.move_clock(jump_ms, noted=lambda: self._clocks.have_moved(jump_ms))

@@ -121,7 +121,7 @@ class Beats:
                     watchdog.cancel()
             except Exception as error:  # noqa: BLE001 - it is logged
                 logger.warning(
-                    "this gateway could not leave the queue; its deliveries go on elsewhere once it has been silent",
+                    "leaving the queue failed; peers take over later",
                     extra={"fault": str(storage_error(error))},
                 )
             finally:
@@ -156,7 +156,7 @@ class Beats:
             else:
                 if self._is_away:
                     self._is_away = False
-                    logger.warning("the queue's database answers again")
+                    logger.warning("queue database recovered")
                 wait = began + self._interval - time.monotonic()
             finally:
                 watchdog.cancel()
@@ -168,14 +168,14 @@ class Beats:
         self._unbroken_since = None
         if not self._is_away:
             self._is_away = True
-            logger.error("the queue's database does not answer", extra={"fault": str(error)})
+            logger.error("queue database unavailable", extra={"fault": str(error)})
 
     async def _beat(self, connection: Connection) -> None:
         sent = time.monotonic()
         row = await connection.fetchrow(self._statements.beat, self.incarnation, self._place.takeover_seconds)
         if row is None:
             logger.error(
-                "this gateway was silent for too long: others deliver what it had",
+                "this gateway was silent for too long; peers took over its mail",
                 extra={"incarnation": str(self.incarnation)},
             )
             self.incarnation = uuid.uuid4()
@@ -200,7 +200,7 @@ class Beats:
         """A step of the database's clock moves the ends of all leases: nobody may be declared dead for it."""
         before, self._clocks = self._clocks, (monotonic, clock)
         if before is not None and abs((clock - before[1]) - (monotonic - before[0])) > CLOCK_STEP_SECONDS:
-            logger.warning("the database's clock jumped")
+            logger.warning("database clock jumped")
             self._unbroken_since = None
         if self._unbroken_since is None:
             self._unbroken_since = monotonic
@@ -225,15 +225,15 @@ class Beats:
             await connection.execute(self._statements.free_slots, ids)
         for row in dead:
             logger.warning(
-                "a gateway was silent; what it had goes on here and elsewhere",
+                "silent gateway declared dead; its mail taken over",
                 extra={"gateway": row["name"], "seconds": round(row["silent"], 1), "deliveries": len(taken)},
             )
         for message_id in held:
-            logger.critical("held: it was part of too many crashes", extra={"spool_id": message_id})
+            logger.critical("message held: being delivered during repeated crashes", extra={"spool_id": message_id})
         self._taken_over(len(taken))
 
     def refusal(self) -> SpoolError | None:
         """Why nothing can be taken in for now."""
         if time.monotonic() < self._ok_until:
             return None
-        return StorageAway("the queue's database does not answer")
+        return StorageAway("queue database unavailable")

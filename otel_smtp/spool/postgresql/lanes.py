@@ -186,7 +186,7 @@ class Lanes(Generic[I]):
                         await self._write_until_done(number, line, [item])
                     return
                 else:
-                    logger.error("the database does not take a row", extra={"fault": str(error)})
+                    logger.error("row refused by the database", extra={"fault": str(error)})
                     self._fail(group[0], storage_error(error))
                     return
                 await asyncio.sleep(line.next_wait())

@@ -306,7 +306,7 @@ class PostgresqlStore:
             except SpoolError:
                 pass  # beats tell of it
             except Exception:
-                logger.exception("the queue's housekeeping failed, and goes on")
+                logger.exception("queue housekeeping failed; retrying")
 
     async def _fold(self) -> None:
         async def fold(connection: Connection) -> Sequence[Row]:
@@ -315,7 +315,7 @@ class PostgresqlStore:
 
         if orphans := await self._working.do(fold):
             logger.error(
-                "leases of nobody were freed: a fault of this program",
+                "orphaned leases freed: internal error",
                 extra={"spool_ids": sorted({row["msg_id"] for row in orphans})},
             )
 
@@ -429,7 +429,7 @@ class PostgresqlStore:
                 if row is None and placed.endswith(" 0"):
                     self.figures.unanswered += 1
                     logger.error(
-                        "a message was stored, and its client was told that it was not: it may come again",
+                        "message stored although its client was told otherwise: it may arrive twice",
                         extra={"spool_id": message_id},
                     )
 
@@ -445,7 +445,7 @@ class PostgresqlStore:
         """See `Store.claim`."""
         incarnation = self.beats.incarnation
         if not self.beats.holds(incarnation):
-            raise StorageAway("the queue's database does not answer")
+            raise StorageAway("queue database unavailable")
         found: list[Row] = []
         if time.monotonic() < self._adopt_until:
             found += await self._adopt(incarnation)
