@@ -3,14 +3,17 @@
 import asyncio
 import base64
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from otel_smtp.commands.options import FAILED, WRONG, console, fail, global_options, parse, settings_options
 from otel_smtp.config import SpoolTable
+
+if TYPE_CHECKING:
+    from otel_smtp.spool.postgresql import PostgresqlStore
 
 
 def spool_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -421,6 +424,27 @@ class _Told:
         self.what.append("look")
 
 
+def _asked(
+    settings: SpoolTable, question: "Callable[[PostgresqlStore], Awaitable[Sequence[Mapping[str, Any]]]]"
+) -> Sequence[Mapping[str, Any]]:
+    """What the database of a shared queue answers. A failure ends the process with status 1."""
+    from otel_smtp.gateway.wiring import shared_store
+    from otel_smtp.spool.messages import SpoolError
+
+    async def answer() -> Sequence[Mapping[str, Any]]:
+        store = shared_store(settings, name="queue", is_gateway=False)
+        await store.open()
+        try:
+            return await question(store)
+        finally:
+            await store.close()
+
+    try:
+        return asyncio.run(answer())
+    except SpoolError as error:
+        fail(FAILED, f"queue: {error}")
+
+
 def _shared(context: click.Context, command: str) -> SpoolTable:
     settings = global_options(context).settings().spool
     if settings.url is None:
@@ -437,23 +461,7 @@ def gateways(context: click.Context, *, as_json: bool) -> None:
 
     With how many deliveries each attempts, and for how long nobody may take them over.
     """
-    from otel_smtp.gateway.wiring import shared_store
-    from otel_smtp.spool.messages import SpoolError
-
-    settings = _shared(context, "gateways")
-
-    async def rows() -> Sequence[Any]:
-        store = shared_store(settings, name="queue", is_gateway=False)
-        await store.open()
-        try:
-            return await store.gateways()
-        finally:
-            await store.close()
-
-    try:
-        found = asyncio.run(rows())
-    except SpoolError as error:
-        fail(FAILED, f"queue: {error}")
+    found = _asked(_shared(context, "gateways"), lambda store: store.gateways())
     for row in found:
         if as_json:
             _print_row({**row, "id": str(row["id"])}, as_json=True)
@@ -462,6 +470,29 @@ def gateways(context: click.Context, *, as_json: bool) -> None:
                 f"{row['alive_for']:.1f} s left" if row["alive_for"] > 0 else f"silent for {-row['alive_for']:.0f} s"
             )
             click.echo(f"{row['name']}  {row['version']}  {row['leases']} being delivered  {state}")
+
+
+@queue.command()
+@settings_options
+@json_option
+@click.pass_context
+def limits(context: click.Context, *, as_json: bool) -> None:
+    """List the limits of a shared queue.
+
+    With what of each is used, and which gateway has how much of it under way.
+    """
+    for row in _asked(_shared(context, "limits"), lambda store: store.limits()):
+        if as_json:
+            _print_row(dict(row), as_json=True)
+            continue
+        held = ", ".join(f"{name} {amount}" for name, amount in sorted(row["gateways"].items()))
+        under_way = f"{row['in_flight']} under way" + (f" ({held})" if held else "")
+        wait = max(row["next_in"], row["rests_for"])
+        state = f"rests for {row['rests_for']:.0f} s" if row["rests_for"] else f"next in {wait:.1f} s"
+        click.echo(
+            f"{row['name']}  {row['used']} of {row['most']} {row['per']} in {row['period_seconds']:.0f} s  "
+            f"{under_way}  {state if wait else 'free'}"
+        )
 
 
 @queue.command()

@@ -161,3 +161,58 @@ class Relay(Forwarder, Protocol):
     def watch_room(self, made: Callable[[], None]) -> None:
         """Have `made` called when more may be under way though none has ended."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What one gateway asks of a limit that several keep together, and what became of its permits.
+
+    Attributes:
+        name, count, period_seconds, burst, per_recipient: see `LimitSettings`.
+        in_flight: permits that were taken here and have not landed, in all.
+        landed: since the last claim.
+        unused: given back since then.
+        least: permits that are wanted, or none; 0: none are.
+        wanted: rather so many.
+        rest_seconds: nobody is to send anything for so long: the provider said that it is too much.
+    """
+
+    name: str
+    count: int
+    period_seconds: float
+    burst: int
+    per_recipient: bool
+    in_flight: int
+    landed: int
+    unused: int
+    least: int
+    wanted: int
+    rest_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """The answer to a claim.
+
+    Attributes:
+        granted: permits, at least the least that was wanted, or 0.
+        wait_seconds: where there are none: until it is worth asking again.
+        available: how many more there would have been.
+    """
+
+    granted: int
+    wait_seconds: float
+    available: int
+
+
+class Ledger(Protocol):
+    """Where limits are kept for several gateways."""
+
+    def term(self) -> object | None:
+        """What changes when permits that were taken here count no more; None: it is not known whether they do. Cheap:
+        asked for each mail."""
+        ...
+
+    async def settle(self, claim: Claim) -> Grant | None:
+        """Take permits of a limit; None: they cannot be had for now, and what was said may have to be said again."""
+        ...

@@ -14,7 +14,8 @@ attempt has ended otherwise (`Limit.landed`), and leaves the window one period a
 little: it may lie in a socket for a while. One that was not used is given back (`Limit.give_back`).
 
 All numbers are in memory that processes can share, under a lock that the kernel takes from a process that dies. So the
-workers of a gateway keep a limit together, exactly. Times are of the monotonic clock, which they share too.
+workers of a gateway keep a limit together, exactly. Times are of the monotonic clock, which they share too. Gateways
+that share a queue keep a limit in its database: see `global_limits`.
 
 `Pace` is what holds an upstream's mails to its limits: who comes first is served first.
 """
@@ -32,7 +33,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 MARGIN_SECONDS: Final = 0.05
 """By which a window is longer here than at the provider: what is on its way takes now less, now more time."""
@@ -93,6 +94,37 @@ class Permit:
         self.taken_at = taken_at
 
 
+class AnyLimit(Protocol):
+    """What `Pace` asks of a limit, wherever it is kept.
+
+    Attributes:
+        answer_seconds: how long a mail has to wait for an answer at most, be it that there are no permits.
+    """
+
+    settings: LimitSettings
+    answer_seconds: float
+
+    def take(self, amount: int, now: float) -> "Permit | float":
+        """See `Limit.take`."""
+        ...
+
+    def available(self, now: float) -> int:
+        """See `Limit.available`."""
+        ...
+
+    def landed(self, permit: Permit, now: float) -> None:
+        """See `Limit.landed`."""
+        ...
+
+    def give_back(self, permit: Permit) -> None:
+        """See `Limit.give_back`."""
+        ...
+
+    def watch(self, pace: "Pace") -> None:
+        """Tell one that waits for permits when there may be some."""
+        ...
+
+
 class Limit:
     """One limit; every method is one critical section. No clock: each call is told the time.
 
@@ -100,6 +132,8 @@ class Limit:
         cells: `settings.table_cells` numbers, all 0 at first; None: of our own.
         lock: guards them.
     """
+
+    answer_seconds = 0.0
 
     def __init__(
         self,
@@ -159,6 +193,9 @@ class Limit:
             cells[cell + self._most_cells] -= permit.amount
             cells[_USED] -= permit.amount
             cells[_TAT] -= permit.amount * self._interval
+
+    def watch(self, pace: "Pace") -> None:
+        """See `AnyLimit.watch`: who waits looks again when it was told to."""
 
     # ------------------------------------------------------------------------------------------------------
 
@@ -308,7 +345,11 @@ class WaitingMail:
         self.decided = decided
         self.held_by = ""
         self.is_waiting = True
-        self.permits: list[tuple[Limit, Permit]] = []
+        self.permits: list[tuple[AnyLimit, Permit]] = []
+
+    def amount(self, limit: AnyLimit) -> int:
+        """How many permits of a limit it needs."""
+        return self.recipients if limit.settings.per_recipient else int(self.with_message)
 
 
 class Pace:
@@ -321,7 +362,7 @@ class Pace:
 
     def __init__(
         self,
-        limits: Sequence[Limit],
+        limits: Sequence[AnyLimit],
         room_made: Callable[[], None] = lambda: None,
         *,
         clock: Callable[[], float] = time.monotonic,
@@ -334,6 +375,9 @@ class Pace:
         self.begun = 0  # deliveries that have begun and not ended, those that wait among them
         counts = [limit.settings.count for limit in limits if limit.settings.per_recipient]
         self.most_recipients = min(counts, default=None)
+        self._answer_seconds = max((limit.answer_seconds for limit in limits), default=0.0)
+        for limit in limits:
+            limit.watch(self)
 
     def __repr__(self) -> str:
         return f"<Pace {list(self._limits)} {len(self._waiting)} waiting>"
@@ -365,6 +409,7 @@ class Pace:
             What was given, or waits; None: leave is refused at once, as it would be after all of the patience.
         """
         now = self._clock()
+        patience_seconds = max(patience_seconds, self._answer_seconds)
         waiting = WaitingMail(recipients, now, now + patience_seconds, decided, with_message=with_message)
         if not self._waiting:
             wait = self._take(waiting, now)
@@ -374,11 +419,12 @@ class Pace:
                 return None
             self._waiting.append(waiting)
             self._look_again(wait)
+            if self._answer_seconds:
+                self._look_after(patience_seconds)
         elif patience_seconds > 0:
             waiting.held_by = self._waiting[0].held_by
             self._waiting.append(waiting)
-            if patience_seconds < math.inf:
-                asyncio.get_running_loop().call_later(patience_seconds, self._look)
+            self._look_after(patience_seconds)
         else:
             return None
         return waiting
@@ -388,7 +434,7 @@ class Pace:
         if waiting.is_waiting:
             waiting.is_waiting = False
             self._waiting.remove(waiting)
-            self._look()
+            self.look()
         else:
             self.give_back(waiting)
 
@@ -399,7 +445,13 @@ class Pace:
             limit.landed(permit, now)
         waiting.permits = []
         if self._waiting:
-            self._look()
+            self.look()
+
+    def wanted(self, limit: AnyLimit) -> tuple[int, int]:
+        """How many permits of a limit the first mail needs that waits for it, and all that wait."""
+        if not self._waiting or self._waiting[0].held_by != limit.settings.name:
+            return 0, 0
+        return self._waiting[0].amount(limit), sum(one.amount(limit) for one in self._waiting)
 
     def give_back(self, waiting: WaitingMail) -> None:
         """Nothing of it has left."""
@@ -418,7 +470,7 @@ class Pace:
     def _take(self, waiting: WaitingMail, now: float) -> float | None:
         """Take permits of all limits, or of none: then how long to wait."""
         for limit in self._limits:
-            amount = waiting.recipients if limit.settings.per_recipient else int(waiting.with_message)
+            amount = waiting.amount(limit)
             taken = limit.take(amount, now) if amount else None
             if isinstance(taken, float):
                 self.give_back(waiting)
@@ -429,7 +481,7 @@ class Pace:
         waiting.is_waiting = False
         return None
 
-    def _look(self) -> None:
+    def look(self) -> None:
         """Serve those that wait, as far as there are permits."""
         self.close()
         now = self._clock()
@@ -452,7 +504,11 @@ class Pace:
         if given or refused:
             self._room_made()
 
+    def _look_after(self, patience_seconds: float) -> None:
+        if patience_seconds < math.inf:
+            asyncio.get_running_loop().call_later(patience_seconds, self.look)
+
     def _look_again(self, wait_seconds: float) -> None:
         self.close()
         loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(min(max(wait_seconds, CONTEND_SECONDS), 3600.0), self._look)
+        self._timer = loop.call_later(min(max(wait_seconds, CONTEND_SECONDS), 3600.0), self.look)

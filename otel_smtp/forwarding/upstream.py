@@ -13,7 +13,7 @@ from typing import Final
 from otel_smtp.forwarding.base import LEAST, Capabilities, MailTransaction, Permanent, Transient
 from otel_smtp.forwarding.ceiling import Ceiling
 from otel_smtp.forwarding.delivery import Delivery
-from otel_smtp.forwarding.limits import Limit, Pace
+from otel_smtp.forwarding.limits import AnyLimit, Pace
 from otel_smtp.forwarding.pool import PoolSnapshot
 from otel_smtp.forwarding.routes import Routes, Serving, whatever_they_serve
 from otel_smtp.forwarding.settings import MEMORY_LIMIT_OCTETS, PACE_PATIENCE_SECONDS, Strategy, UpstreamSettings
@@ -86,7 +86,7 @@ class UpstreamForwarder:
         observer: Observer,
         sweep: Sweep,
         ceilings: Mapping[str, Ceiling] | None = None,
-        limits: Mapping[str, Limit] | None = None,
+        limits: Mapping[str, AnyLimit] | None = None,
         pace_patience_seconds: float = PACE_PATIENCE_SECONDS,
         memory_limit_octets: int = MEMORY_LIMIT_OCTETS,
     ) -> None:

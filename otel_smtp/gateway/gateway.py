@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from otel_smtp.config import ListenerTable, Settings
 from otel_smtp.forwarding.base import Forwarder
-from otel_smtp.forwarding.limits import limits_of
 from otel_smtp.forwarding.rewriting import SenderRewritingForwarder
 from otel_smtp.forwarding.settings import PACE_PATIENCE_SECONDS, Strategy
 from otel_smtp.forwarding.upstream import CLOSE_GRACE_SECONDS, UpstreamForwarder, UpstreamSnapshot
@@ -31,6 +30,7 @@ from otel_smtp.telemetry.tail import MailTail
 
 if TYPE_CHECKING:
     from otel_smtp.spool.service import Spool
+    from otel_smtp.spool.store import Store
 
 # The flush at exit has a budget of its own, so that a dead collector cannot hold a pod's shutdown.
 TELEMETRY_FLUSH_SECONDS: Final = 2.0
@@ -117,20 +117,23 @@ class Gateway:
             members.append(StateCallback(conn_state))
         self._observer = fan_out(members)
         self._sweep = Sweep()
+        store: Store | None = None
+        if settings.delivery.mode != "direct":
+            store = wiring.spool_store(settings, name=own_instance_id(None if process is None else process.number))
+        shared_limits = process.limits.limits if process is not None and process.limits is not None else None
         self._forwarder = UpstreamForwarder(
             [wiring.upstream_settings(upstream) for upstream in settings.upstream],
             strategy=Strategy(settings.delivery.strategy),
             hostname=settings.hostname,
             observer=self._observer,
             sweep=self._sweep,
-            limits=process.limits.limits
-            if process is not None and process.limits is not None
-            else limits_of(wiring.limit_settings(settings)),
+            limits=wiring.limits(settings, store, shared_limits),
             # What a client would have to wait for is queued there instead.
             pace_patience_seconds=0.0 if settings.delivery.mode == "direct-then-queue" else PACE_PATIENCE_SECONDS,
             ceilings=process.ceilings.claim(process.number) if process is not None and process.ceilings else None,
         )
-        self._spool = self._make_spool(None if process is None else process.number)
+        if store is not None:
+            self._spool = self._make_spool(store)
         forwarder: Forwarder = self._forwarder if self._spool is None else self._spool.forwarder
         if settings.rewrite.sender:
             forwarder = SenderRewritingForwarder(forwarder, settings.rewrite.sender)
@@ -312,15 +315,11 @@ class Gateway:
     async def __aexit__(self, *exception: object) -> None:
         await self.stop()
 
-    def _make_spool(self, worker: int | None) -> "Spool | None":
-        mode = self._settings.delivery.mode
-        if mode == "direct":
-            return None
+    def _make_spool(self, store: "Store") -> "Spool":
         from otel_smtp.spool.service import Spool
 
         relay = self._forwarder.for_spool()
-        direct = self._forwarder if mode == "direct-then-queue" else None
-        store = wiring.spool_store(self._settings, name=own_instance_id(worker))
+        direct = self._forwarder if self._settings.delivery.mode == "direct-then-queue" else None
         return Spool(wiring.spool_settings(self._settings), store, relay, direct, self._observer)
 
     @property

@@ -14,7 +14,8 @@ from otel_smtp import __version__
 from otel_smtp.config import ListenerTable, Settings, UpstreamTable
 from otel_smtp.config.settings import SpoolTable, Table
 from otel_smtp.config.settings import TelemetryTable as TelemetrySettings
-from otel_smtp.forwarding.limits import LimitSettings
+from otel_smtp.forwarding.global_limits import GlobalLimit
+from otel_smtp.forwarding.limits import AnyLimit, LimitSettings, limits_of
 from otel_smtp.forwarding.oauth import OAuthSettings, OAuthTokens
 from otel_smtp.forwarding.settings import (
     Credentials,
@@ -172,6 +173,18 @@ def limit_settings(settings: Settings) -> list[LimitSettings]:
         )
         for limit in settings.limit
     ]
+
+
+def limits(settings: Settings, store: "Store | None", shared: Mapping[str, AnyLimit] | None) -> Mapping[str, AnyLimit]:
+    """The limits themselves, by name.
+
+    Args:
+        store: of the durable queue; gateways that share one keep their limits there.
+        shared: those that the workers of a gateway share.
+    """
+    if store is not None and store.ledger is not None:
+        return {one.name: GlobalLimit(one, store.ledger) for one in limit_settings(settings)}
+    return shared if shared is not None else limits_of(limit_settings(settings))
 
 
 def _tokens(upstream: UpstreamTable) -> OAuthTokens | None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from otel_smtp.forwarding.base import Ledger
 from otel_smtp.spool.messages import ContentRef, Counts, Lease, MessageView, NewMessage, SpoolError, Verdict
 
 Notice = tuple[NewMessage, bytes]
@@ -88,6 +89,11 @@ class Store(Protocol):
     """
 
     look_again_seconds: float | None
+
+    @property
+    def ledger(self) -> Ledger | None:
+        """Keeps the limits of all gateways that share it; None: it is one gateway's."""
+        ...
 
     async def open(self) -> Recovery:
         """Own it, and take back the leases of the process before."""

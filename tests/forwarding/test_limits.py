@@ -190,8 +190,10 @@ def _take_as_it_can(shared: SharedLimits, ends_at: float, found: "multiprocessin
     one = shared.limits["l"]
     times = []
     while (now := time.monotonic()) < ends_at:
-        if isinstance(take(one, 1, now), Permit):
-            times.append(now)
+        if isinstance(permit := one.take(1, now), Permit):
+            at = time.monotonic()  # another process may have had its turn since
+            one.landed(permit, at)
+            times.append(at)
     found.put(times)
 
 

@@ -66,6 +66,7 @@ class MemoryStore:
     """See `Store`; `memory` is what the store before has left."""
 
     look_again_seconds: float | None = None
+    ledger = None
 
     def __init__(self, memory: Memory | None = None, clock: Callable[[], float] = time.time) -> None:
         self.memory = memory or Memory()

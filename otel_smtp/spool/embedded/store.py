@@ -86,6 +86,7 @@ class EmbeddedStore:
     """
 
     look_again_seconds: float | None = None
+    ledger = None
 
     def __init__(
         self,

@@ -31,6 +31,9 @@ BEAT_SECONDS: Final = 2.0
 CLOCK_STEP_SECONDS: Final = 2.0
 MARGIN: Final = 0.2  # of the take-over time
 CRASHES_ALLOWED: Final = 3
+PERMITS_SECONDS: Final = 60.0
+"""How long a permit that a silent gateway had in flight counts on, before it leaves the window of its limit: as long as
+the reply may take to what was sent before."""
 
 
 def channel(place: QueueLocation) -> str:
@@ -116,6 +119,7 @@ class Beats:
                 connection = await self.line.get()
                 watchdog = asyncio.get_running_loop().call_later(self._place.takeover_seconds, self.line.terminate)
                 try:
+                    await connection.execute(self._statements.land_permits, [self.incarnation], PERMITS_SECONDS)
                     await connection.execute(self._statements.leave, self.incarnation)
                 finally:
                     watchdog.cancel()
@@ -223,6 +227,7 @@ class Beats:
             if held:
                 await connection.execute(self._statements.hold_messages, held)
             await connection.execute(self._statements.free_slots, ids)
+            await connection.execute(self._statements.land_permits, ids, PERMITS_SECONDS)
         for row in dead:
             logger.warning(
                 "silent gateway declared dead; its mail taken over",

@@ -111,6 +111,11 @@ class PostgresqlOperatorVerbs:
         found = await self._working.do(lambda connection: connection.fetch(self._statements.gateways))
         return [dict(row) for row in found]
 
+    async def limits(self) -> Sequence[Mapping[str, Any]]:
+        """All limits of the queue."""
+        found = await self._working.do(lambda connection: connection.fetch(self._statements.limits))
+        return [{**row, "gateways": json.loads(row["gateways"])} for row in found]
+
     # Doing -----------------------------------------------------------------------------------------------------
 
     async def tell(self, what: str) -> None:

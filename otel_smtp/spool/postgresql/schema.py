@@ -14,11 +14,11 @@ import asyncpg
 
 from otel_smtp.spool.messages import SpoolError
 
-VERSION: Final = 1
+VERSION: Final = 2
 """What this program knows to write."""
 
 DEFAULT_SCHEMA: Final = "otel_smtp"
-TABLES: Final = ("meta", "gateway", "msg", "chunk", "dlv", "tally", "pace", "quota", "slot", "stat")
+TABLES: Final = ("meta", "gateway", "msg", "chunk", "dlv", "tally", "pace", "quota", "slot", "stat", "permit")
 _NAME: Final = re.compile(r"[a-z_][a-z0-9_]{0,62}")
 
 # Rows live for seconds: vacuum must keep up rather than be gentle.
@@ -88,7 +88,98 @@ class Migration:
     statements: str
 
 
-STEPS: Final = (Migration(1, 1, _FIRST),)
+# Limits of all gateways together. `pace` has when the next permit is due (GCRA), `quota` what has landed in each
+# hundredth of a limit's period, `permit` what each gateway has taken and not landed.
+_LIMITS: Final = """
+ALTER TABLE {schema}.quota RENAME hour TO begins_at;
+ALTER TABLE {schema}.pace ADD most bigint, ADD period interval, ADD per text;
+ALTER TABLE {schema}.pace SET (fillfactor = 10);
+CREATE TABLE {schema}.permit(
+  name text, owner uuid, amount bigint NOT NULL, turn bigint NOT NULL, PRIMARY KEY(name, owner)) WITH (fillfactor = 10);
+
+-- Take permits of a limit, and tell what became of those that were taken before. What a gateway has in flight is told
+-- as a whole, so that a call whose answer was lost leaves nothing behind; `turn` grows with each call, so that such a
+-- call does not undo a later one. In one function, since each statement of it sees what was committed before, also
+-- while it waited for the row of the limit.
+--   in_flight: what the gateway has taken and not landed; landed, unused: since the last call
+--   least: take so many or none; wanted: rather so many
+--   rest: for how many seconds nobody is to send anything
+-- granted is null where the gateway was declared dead, or a later call came first. wait is in seconds.
+CREATE FUNCTION {schema}.settle(
+  me uuid, this_turn bigint, limit_name text, most_permits bigint, period_seconds float8, most_at_once bigint,
+  counts text, in_flight bigint, landed bigint, unused bigint, least_permits bigint, wanted bigint, rest float8,
+  OUT granted bigint, OUT wait float8, OUT available bigint) LANGUAGE plpgsql AS $settle$
+DECLARE
+  margin CONSTANT float8 := 0.05;       -- by which a window is longer here than at the provider
+  look_again CONSTANT float8 := 0.1;    -- where what is in flight elsewhere has to land first
+  part CONSTANT float8 := period_seconds / 100;
+  gap_seconds CONSTANT float8 := period_seconds / most_permits;
+  at_once CONSTANT bigint := least(least_permits, most_at_once);
+  pace_now {schema}.pace;
+  now_seconds float8;
+  ahead float8;
+  elsewhere bigint;
+  in_window bigint;
+  room float8;
+  missing bigint;
+  leaves float8;
+BEGIN
+  INSERT INTO {schema}.pace AS pace (name, gap, burst, tat, most, period, per)
+  VALUES (limit_name, make_interval(secs => gap_seconds), make_interval(secs => most_at_once * gap_seconds),
+    clock_timestamp(), most_permits, make_interval(secs => period_seconds), counts)
+  ON CONFLICT (name) DO UPDATE SET gap = excluded.gap, burst = excluded.burst, most = excluded.most,
+    period = excluded.period, per = excluded.per,
+    rest_until = CASE WHEN rest > 0
+      THEN greatest(pace.rest_until, clock_timestamp() + make_interval(secs => rest)) ELSE pace.rest_until END
+  RETURNING * INTO pace_now;
+  PERFORM FROM {schema}.gateway WHERE id = me AND alive_until > clock_timestamp() FOR KEY SHARE;
+  IF NOT FOUND OR EXISTS (SELECT FROM {schema}.permit WHERE name = limit_name AND owner = me AND turn >= this_turn) THEN
+    RETURN;
+  END IF;
+  now_seconds := extract(epoch FROM clock_timestamp());
+  IF landed > 0 THEN
+    INSERT INTO {schema}.quota AS quota (name, begins_at, used)
+    VALUES (limit_name, to_timestamp(floor(now_seconds / part) * part), landed)
+    ON CONFLICT (name, begins_at) DO UPDATE SET used = quota.used + excluded.used;
+  END IF;
+  DELETE FROM {schema}.quota
+  WHERE name = limit_name AND begins_at <= to_timestamp(now_seconds - period_seconds - part - margin);
+  -- In this order: what is landed for a dead gateway meanwhile is seen twice rather than not at all.
+  SELECT coalesce(sum(amount), 0) INTO elsewhere FROM {schema}.permit WHERE name = limit_name AND owner <> me;
+  SELECT coalesce(sum(used), 0) INTO in_window FROM {schema}.quota WHERE name = limit_name;
+  in_window := in_window + elsewhere + in_flight;
+  -- A clock that was set back holds nobody up for longer than the period.
+  ahead := extract(epoch FROM pace_now.tat) - now_seconds - unused * gap_seconds;
+  ahead := greatest(0, least(ahead, period_seconds));
+  room := floor(most_at_once - ahead / gap_seconds + 1e-6);
+  available := greatest(0, least(room, most_permits - in_window));
+  granted := 0;
+  wait := 0;
+  IF pace_now.rest_until > to_timestamp(now_seconds) THEN
+    wait := extract(epoch FROM pace_now.rest_until) - now_seconds;
+    available := 0;
+  ELSIF wanted > 0 AND room >= at_once AND in_window + least_permits <= most_permits THEN
+    granted := greatest(least_permits, least(wanted, available));
+    available := greatest(0, available - granted);
+    ahead := ahead + granted * gap_seconds;
+  ELSIF wanted > 0 THEN
+    wait := greatest(0, ahead - (most_at_once - at_once) * gap_seconds);
+    missing := in_window + least_permits - most_permits;
+    IF missing > 0 THEN
+      SELECT min(extract(epoch FROM freed.begins_at)) INTO leaves
+      FROM (SELECT begins_at, sum(used) OVER (ORDER BY begins_at) AS permits
+        FROM {schema}.quota WHERE name = limit_name) AS freed
+      WHERE freed.permits >= missing;
+      wait := greatest(wait, coalesce(leaves + part + period_seconds + margin - now_seconds, look_again));
+    END IF;
+  END IF;
+  UPDATE {schema}.pace SET tat = to_timestamp(now_seconds + ahead) WHERE name = limit_name;
+  INSERT INTO {schema}.permit (name, owner, amount, turn) VALUES (limit_name, me, in_flight + granted, this_turn)
+  ON CONFLICT (name, owner) DO UPDATE SET amount = excluded.amount, turn = excluded.turn;
+END $settle$;
+"""
+
+STEPS: Final = (Migration(1, 1, _FIRST), Migration(2, 1, _LIMITS))
 
 
 def quoted(schema: str) -> str:
@@ -159,7 +250,8 @@ async def migrate(connection: "asyncpg.Connection[asyncpg.Record]", schema: str,
             if found is not None and step.version <= found[0]:
                 continue
             statements = step.statements.format(schema=name).strip()
-            if found is None:
+            is_first = found is None and step is STEPS[0]
+            if is_first:
                 statements = f"CREATE SCHEMA IF NOT EXISTS {name};\n{statements}"
             done.append(statements)
             if dry_run:
@@ -167,7 +259,7 @@ async def migrate(connection: "asyncpg.Connection[asyncpg.Record]", schema: str,
             async with connection.transaction():
                 await connection.execute("SET LOCAL lock_timeout = '2s'")
                 await connection.execute(statements)
-                if found is None and step is STEPS[0]:
+                if is_first:
                     await connection.execute(
                         f"INSERT INTO {name}.meta VALUES ($1, $2, $3)",
                         step.version, step.oldest_reader, uuid.uuid4(),

@@ -211,6 +211,30 @@ WHERE dlv.owner = dead.id AND dlv.state = 'l' RETURNING dlv.msg_id, dlv.state::t
 
 _FREE_SLOTS: Final = "UPDATE {s}.slot SET owner = NULL WHERE owner = ANY($1::uuid[])"
 
+# Permits of gateways that are gone. What they were for may still be answered to one that is only cut off from here.
+_LAND_PERMITS: Final = """
+WITH gone AS (DELETE FROM {s}.permit WHERE {which} RETURNING name, amount)
+INSERT INTO {s}.quota (name, begins_at, used)
+SELECT name, clock_timestamp() + $2::float8 * interval '1 second', sum(amount) FROM gone WHERE amount > 0 GROUP BY name
+ON CONFLICT (name, begins_at) DO UPDATE SET used = quota.used + excluded.used"""
+
+_SETTLE: Final = """
+SELECT granted, wait, available FROM {s}.settle($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)"""
+
+_LIMITS: Final = """
+SELECT pace.name, pace.most, extract(epoch FROM pace.period)::float8 AS period_seconds, pace.per,
+  round(extract(epoch FROM pace.burst) / nullif(extract(epoch FROM pace.gap), 0))::bigint AS burst,
+  coalesce((SELECT sum(used) FROM {s}.quota WHERE quota.name = pace.name
+    AND begins_at > clock_timestamp() - pace.period * 1.01 - interval '50 ms'), 0)::bigint AS used,
+  coalesce((SELECT sum(amount) FROM {s}.permit WHERE permit.name = pace.name), 0)::bigint AS in_flight,
+  greatest(0, extract(epoch FROM pace.tat - pace.burst + pace.gap - clock_timestamp()))::float8 AS next_in,
+  greatest(0, extract(epoch FROM pace.rest_until - clock_timestamp()))::float8 AS rests_for,
+  coalesce((SELECT jsonb_object_agg(holder.name, holder.amount) FROM (
+    SELECT coalesce(gateway.name, permit.owner::text) AS name, sum(permit.amount) AS amount
+    FROM {s}.permit LEFT JOIN {s}.gateway ON gateway.id = permit.owner
+    WHERE permit.name = pace.name AND permit.amount > 0 GROUP BY 1) AS holder), '{}') AS gateways
+FROM {s}.pace WHERE pace.most IS NOT NULL ORDER BY pace.name"""
+
 # A net below the net: with the rules above, there are none.
 _FREE_ORPHANS: Final = """
 UPDATE {s}.dlv SET state = 'r', next_at = now(), dup = true, owner = NULL
@@ -320,6 +344,12 @@ class Statements:
         self.free_slots = on_schema(_FREE_SLOTS)
         self.free_orphans = on_schema(_FREE_ORPHANS)
         self.leave = on_schema(_LEAVE)
+        self.land_permits = on_schema(_LAND_PERMITS.replace("{which}", "owner = ANY($1::uuid[])"))
+        self.land_orphans = on_schema(
+            _LAND_PERMITS.replace("{which}", "owner <> $1 AND owner NOT IN (SELECT id FROM {s}.gateway)")
+        )
+        self.settle = on_schema(_SETTLE)
+        self.limits = on_schema(_LIMITS)
         self.fold_tallies = on_schema(_FOLD_TALLIES)
         self.note_stat = on_schema(_NOTE_STAT)
         self.counts = on_schema(_COUNTS)

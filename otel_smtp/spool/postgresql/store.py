@@ -9,10 +9,11 @@ The parts, each of which knows only those before it:
     rows        messages, deliveries and leases as rows
     beats       who lives; take-over
     working     one connection for all that does not come in groups
+    limits      rates that all gateways keep together
     operators   what operators see and do
 
 A gateway has seven connections: two that accept, two that record, one for large contents, one for beats, and one for
-claims and all the rest.
+claims and all the rest; and an eighth one where mail is held to limits.
 """
 
 import asyncio
@@ -39,10 +40,11 @@ from otel_smtp.spool.messages import (
     end_name,
     stale,
 )
-from otel_smtp.spool.postgresql.beats import Beats
+from otel_smtp.spool.postgresql.beats import PERMITS_SECONDS, Beats
 from otel_smtp.spool.postgresql.connecting import Connection, LastingConnection, QueueLocation
 from otel_smtp.spool.postgresql.draft import CHUNK_OCTETS, PostgresqlDraft
 from otel_smtp.spool.postgresql.lanes import Lanes
+from otel_smtp.spool.postgresql.limits import DatabaseLedger
 from otel_smtp.spool.postgresql.operator_verbs import PostgresqlOperatorVerbs
 from otel_smtp.spool.postgresql.rows import ContentKey, NewRows, Row, lease_of, new_leases, recipients_json
 from otel_smtp.spool.postgresql.statements import Statements
@@ -151,6 +153,7 @@ class PostgresqlStore:
 
     Attributes:
         look_again_seconds: see `Store`.
+        ledger: keeps the limits of all gateways.
         figures: what happened here.
     """
 
@@ -186,6 +189,7 @@ class PostgresqlStore:
             self._gave_up_result,
         )
         self._working = Working(place)
+        self.ledger = DatabaseLedger(place, statements, self.beats)
         self._operators = PostgresqlOperatorVerbs(place, statements, self._working, self.beats)
         self._is_open = False
         self._woken: Woken | None = None
@@ -253,6 +257,7 @@ class PostgresqlStore:
             self._keeper.cancel()
             await asyncio.gather(self._keeper, return_exceptions=True)
         await self._withdraw()
+        await self.ledger.close()
         await self.beats.leave()
         await self._working.close()
 
@@ -311,6 +316,7 @@ class PostgresqlStore:
     async def _fold(self) -> None:
         async def fold(connection: Connection) -> Sequence[Row]:
             await connection.execute(self._statements.fold_tallies, UUID(int=0))
+            await connection.execute(self._statements.land_orphans, self.beats.incarnation, PERMITS_SECONDS)
             return await connection.fetch(self._statements.free_orphans)
 
         if orphans := await self._working.do(fold):
@@ -777,6 +783,11 @@ class PostgresqlStore:
     async def gateways(self) -> Sequence[Mapping[str, Any]]:
         """All gateways of the queue: name, version, started_at, alive_for in seconds, leases."""
         return await self._operators.gateways()
+
+    async def limits(self) -> Sequence[Mapping[str, Any]]:
+        """All limits of the queue: name, most within period_seconds, per, burst, used, in_flight, next_in and rests_for
+        in seconds, gateways: what each has in flight."""
+        return await self._operators.limits()
 
     async def housekeep(self) -> None:
         """See `Store.housekeep`: time is the database's; all else is done between beats."""

@@ -1,4 +1,4 @@
-"""The connection for all that does not come in groups, one piece of work at a time."""
+"""A connection for what does not come in groups, one piece of work at a time."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -22,10 +22,14 @@ TIMES: Final = 3  # what was rolled back for others' sake is done again so often
 
 
 class Working:
-    """Does one piece of work after the other."""
+    """Does one piece of work after the other.
 
-    def __init__(self, place: QueueLocation) -> None:
-        self._line = LastingConnection(place, "claims")
+    Args:
+        purpose: shown by the server beside the connection.
+    """
+
+    def __init__(self, place: QueueLocation, purpose: str = "claims") -> None:
+        self._line = LastingConnection(place, purpose)
         self._turn = asyncio.Lock()
         self._not_before = 0.0
         self._running: set[asyncio.Task[object]] = set()

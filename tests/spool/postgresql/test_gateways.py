@@ -16,6 +16,7 @@ import pytest
 from otel_smtp.spool.postgresql import QueueLocation
 from tests.durability.sharing import TAKEOVER_SECONDS, SharedBooks, kill_in_turn, queue_command, sharing
 from tests.end_to_end.test_traces import exporting
+from tests.end_to_end.test_workers import Clocked
 from tests.spool.postgresql.schemas import new_place
 from tests.support.capture import CapturingUpstream
 from tests.support.dialogue import UpstreamScript, scripted_reply
@@ -216,6 +217,35 @@ def test_workers_share_the_queue_and_commands_reach_it(place: QueueLocation, tmp
     assert json.loads(queue_command(path, "counts"))["recipients"]["delivered"] == 1
 
 
+def test_two_gateways_keep_the_rate_of_their_provider_together(place: QueueLocation, tmp_path: Path) -> None:
+    shared = {
+        "delivery.mode": "queue",
+        "spool.url": place.url,
+        "spool.schema": place.schema,
+        "upstream.limits": ["rate"],
+        "limit.name": "rate",
+        "limit.rate": "8/s",
+        "limit.burst": 4,
+    }
+    with CapturingUpstream() as upstream, contextlib.ExitStack() as stack:
+        upstream.messages = clocked = Clocked()
+        running = []
+        for name in ("first", "second"):
+            (directory := tmp_path / name).mkdir()
+            running.append(stack.enter_context(gateway({**shared, "upstream.url": upstream.url}, directory)))
+        for one in running:
+            with smtplib.SMTP("127.0.0.1", one.port, timeout=45) as client:
+                for _ in range(16):
+                    client.sendmail("app@example.com", ["user@example.net"], b"Subject: x\r\n\r\nHello\r\n")
+        upstream.wait_for_messages(32, 60)
+        told = queue_command(tmp_path / "first" / "settings.toml", "limits", "--json")
+        assert json.loads(told)["most"] == 8
+        assert queue_command(tmp_path / "first" / "settings.toml", "limits").startswith("rate  ")
+    times = clocked.times
+    assert len(times) == 32
+    assert max(sum(1 for other in times[index:] if other < at + 1.0) for index, at in enumerate(times)) <= 8
+
+
 def test_a_gateway_does_not_start_on_a_database_without_its_schema(tmp_path: Path) -> None:
     settings = {
         **DEFAULTS,
@@ -235,7 +265,7 @@ def test_a_gateway_does_not_start_on_a_database_without_its_schema(tmp_path: Pat
     assert "otel-smtp queue migrate" in served.stderr
     assert "otel-smtp queue migrate" in run("check", "--connect").stdout
     assert "CREATE TABLE" in run("queue", "migrate", "--dry-run").stdout
-    assert run("queue", "migrate").stdout == "1 steps done\n"
+    assert run("queue", "migrate").stdout == "2 steps done\n"
     assert run("queue", "migrate").stdout == "0 steps done\n"
     assert "is usable; 0 gateways share it" in run("check", "--connect").stdout
     server().do("DROP SCHEMA made_by_a_command CASCADE")

@@ -10,7 +10,7 @@ from otel_smtp.spool.postgresql import PostgresqlStore, QueueLocation, migrate
 from otel_smtp.spool.postgresql import schema as schemas
 from otel_smtp.spool.postgresql.connecting import connect
 from tests.spool.messages import message, queued
-from tests.spool.postgresql.schemas import new_place, store
+from tests.spool.postgresql.schemas import migrate_to, new_place, store
 from tests.support.postgresql import Server, server
 
 
@@ -132,14 +132,32 @@ async def test_a_replica_is_refused(own_server: Server) -> None:
         replica.remove()
 
 
+async def test_a_queue_of_the_version_before_is_brought_up_to_date_with_its_mail(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    place = QueueLocation(server().url(), "of_before")
+    with monkeypatch.context() as patched:
+        patched.setattr(schemas, "STEPS", schemas.STEPS[:1])
+        await migrate_to(place)
+    server().do("INSERT INTO of_before.quota VALUES ('l', now(), 1)")
+    assert "bring it up to date" in await refused(place)
+    await migrate_to(place)
+    opened = store(place)
+    await opened.open()
+    await opened.close()
+    assert server().do("SELECT version, oldest_reader FROM of_before.meta") == [["2", "1"]]
+    server().do("DROP SCHEMA of_before CASCADE")
+
+
 async def test_migrating_twice_changes_nothing_and_a_dry_run_less() -> None:
     place = QueueLocation(server().url(), "made_twice")
     connection, _ = await connect(place, purpose="test", checks_schema=False)
     try:
-        (would,) = await migrate(connection, place.schema, dry_run=True)
-        assert "CREATE TABLE" in would
+        would = await migrate(connection, place.schema, dry_run=True)
+        assert len(would) == schemas.VERSION
+        assert "CREATE TABLE" in would[0]
         assert await schemas.version_of(connection, place.schema) is None
-        assert await migrate(connection, place.schema, dry_run=False) == [would]
+        assert await migrate(connection, place.schema, dry_run=False) == would
         assert await schemas.version_of(connection, place.schema) == (schemas.VERSION, 1)
         assert await migrate(connection, place.schema, dry_run=False) == []
         await connection.execute("UPDATE made_twice.meta SET version = 99")
