@@ -19,12 +19,13 @@ from typing import Final
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from otel_smtp.forwarding.base import Capabilities, MessageAnswered, RecipientsAnswered
+from otel_smtp.forwarding.base import MOST, MessageAnswered, RecipientsAnswered
 from otel_smtp.observing import DeliveryRecord, Endpoint, Outcome, TransactionRecord, fan_out
 from otel_smtp.server.policy import ListenerPolicy, ServerTimeouts
 from otel_smtp.server.users import Authenticator, Exchange, Rejected, Step
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Mail, Recipient
+from otel_smtp.smtp.extensions import Extensions
 from otel_smtp.smtp.policy import ServerLimits, ServerPolicy
 from otel_smtp.telemetry.setup import Telemetry, TelemetryOptions, set_up
 from tests.server.keeping import WatchedServer
@@ -73,8 +74,8 @@ class _Upstream:
     def __init__(self, word: Word) -> None:
         self._word = word
 
-    def capabilities(self) -> Capabilities:
-        return Capabilities()
+    def capabilities(self) -> Extensions:
+        return MOST
 
     def begin(self, mail: Mail, record: TransactionRecord) -> "_Taken":
         return _Taken(record, self._word)

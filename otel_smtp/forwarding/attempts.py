@@ -34,11 +34,11 @@ from otel_smtp.forwarding.faults import (
 from otel_smtp.forwarding.limits import Pace, WaitingMail
 from otel_smtp.forwarding.pool import Decision, Ticket
 from otel_smtp.forwarding.smarthost import Smarthost, told
-from otel_smtp.forwarding.verdicts import missing_extension
 from otel_smtp.observing import DeliveryPhase, DeliveryRecord, Observer, Outcome, TransactionRecord, trace_fields
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Mail
 from otel_smtp.smtp.errors import RemoteProtocolError
+from otel_smtp.smtp.extensions import missing_extension
 from otel_smtp.smtp.replies import ErrorType, Reply
 
 logger: Final = logging.getLogger("otel_smtp.forwarding.attempts")

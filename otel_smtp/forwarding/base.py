@@ -14,35 +14,18 @@ called once, on the event loop, possibly before the call returns. What the sessi
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Final, Protocol
 
 from otel_smtp.observing import TransactionRecord
 from otel_smtp.smtp.envelope import Mail, Recipient
+from otel_smtp.smtp.extensions import NONE, Extensions, every_relayed
 from otel_smtp.smtp.replies import Reply
 
-
-@dataclass(frozen=True, slots=True)
-class Capabilities:
-    """What can be promised to clients on behalf of what lies behind.
-
-    The defaults promise everything, `LEAST` nothing. MAIL is checked again against the EHLO of the connection that
-    really serves it.
-
-    Attributes:
-        size: octets; None: no limit known.
-    """
-
-    size: int | None = None
-    eight_bit_mime: bool = True
-    smtputf8: bool = True
-    binary_mime: bool = True
-    dsn: bool = True
-    require_tls: bool = True
-
-
-LEAST: Final = Capabilities(eight_bit_mime=False, smtputf8=False, binary_mime=False, dsn=False, require_tls=False)
+LEAST: Final = NONE
 """What can be promised while nothing is known of the upstream."""
+
+MOST: Final = every_relayed()
+"""What can be promised on behalf of something that takes all there is."""
 
 
 class DeliveryFailed(Exception):
@@ -119,7 +102,7 @@ class MailTransaction(Protocol):
 class Forwarder(Protocol):
     """Where accepted mail goes."""
 
-    def capabilities(self) -> Capabilities:
+    def capabilities(self) -> Extensions:
         """What may be offered to clients now.
 
         Cheap: called at each EHLO and MAIL. The same object while nothing changes.

@@ -539,7 +539,7 @@ async def _authenticate(
         return without_secrets(reply, credentials)
 
     try:
-        mechanism = authentication.choose(settings.auth, protocol.extensions.auth, credentials)
+        mechanism = authentication.choose(settings.auth, protocol.extensions.auth_mechanisms, credentials)
         if mechanism is None:
             raise ConnectFailed("no wanted AUTH mechanism is offered", replies.UPSTREAM_LOGIN)
         protocol.send_auth(mechanism.name, await mechanism.initial_response())

@@ -589,8 +589,7 @@ class Delivery(Attempts):
             header = replace_trace_headers(header, {})
         self._header = header
         extensions = self._connection.protocol.extensions
-        size = extensions.size
-        if size is not None and len(header) + self._content.body_octets > size:
+        if extensions.size and len(header) + self._content.body_octets > extensions.size:
             return replies.MESSAGE_TOO_BIG
         if self._mail.body is Body.EIGHT_BIT_MIME and not extensions.eight_bit_mime and self._content.is_8bit:
             # Promised in good faith: another upstream, or this one another time, may take it.

@@ -6,9 +6,10 @@ survive. The null reverse-path stays as it is: what has it is a notice, and an a
 answered by notices (RFC 5321 4.5.5).
 """
 
-from otel_smtp.forwarding.base import Capabilities, Forwarder, MailTransaction
+from otel_smtp.forwarding.base import Forwarder, MailTransaction
 from otel_smtp.observing import TransactionRecord
 from otel_smtp.smtp.envelope import Mail
+from otel_smtp.smtp.extensions import Extensions
 
 
 class SenderRewritingForwarder:
@@ -23,7 +24,7 @@ class SenderRewritingForwarder:
         self._behind = behind
         self._sender = sender
 
-    def capabilities(self) -> Capabilities:
+    def capabilities(self) -> Extensions:
         """Those of the forwarder behind."""
         return self._behind.capabilities()
 

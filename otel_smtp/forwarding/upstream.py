@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from otel_smtp.forwarding.base import LEAST, Capabilities, MailTransaction, Permanent, Transient
+from otel_smtp.forwarding.base import LEAST, MailTransaction, Permanent, Transient
 from otel_smtp.forwarding.ceiling import Ceiling
 from otel_smtp.forwarding.delivery import Delivery
 from otel_smtp.forwarding.limits import AnyLimit, Pace
@@ -19,13 +19,12 @@ from otel_smtp.forwarding.routes import Routes, Serving, whatever_they_serve
 from otel_smtp.forwarding.settings import MEMORY_LIMIT_OCTETS, PACE_PATIENCE_SECONDS, Strategy, UpstreamSettings
 from otel_smtp.forwarding.smarthost import Smarthost
 from otel_smtp.forwarding.transaction import Buffered, Spooled, Transaction, Transparent, bad_recipient
-from otel_smtp.forwarding.verdicts import missing_extension
 from otel_smtp.net import Sweep
 from otel_smtp.observing import Endpoint, Observer, TransactionRecord
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.client import is_safe_path
 from otel_smtp.smtp.envelope import Mail, Recipient
-from otel_smtp.smtp.extensions import Extensions
+from otel_smtp.smtp.extensions import Extensions, missing_extension
 from otel_smtp.smtp.replies import Reply
 from otel_smtp.smtp.states import TlsMode
 
@@ -129,20 +128,14 @@ class UpstreamForwarder:
 
     # Forwarder --------------------------------------------------------------------------------------------
 
-    def capabilities(self) -> Capabilities:
+    def capabilities(self) -> Extensions:
         """What the last EHLO of the preferred upstream said; the least, while it has said nothing."""
         preferred = self._smarthosts[0]
         extensions = preferred.extensions
         if extensions is not None and extensions is not self._extensions:
             self._extensions = extensions
-            self._capabilities = Capabilities(
-                size=extensions.size,
-                eight_bit_mime=extensions.eight_bit_mime,
-                smtputf8=extensions.smtputf8,
-                binary_mime=extensions.binary_mime,
-                dsn=extensions.dsn,
-                require_tls=extensions.require_tls and preferred.settings.tls is not TlsMode.OFF,
-            )
+            has_tls = preferred.settings.tls is not TlsMode.OFF
+            self._capabilities = extensions if has_tls else replace(extensions, require_tls=False)
         return self._capabilities
 
     def begin(
@@ -359,7 +352,7 @@ class SpoolRelay:
     def __init__(self, forwarder: UpstreamForwarder) -> None:
         self._forwarder = forwarder
 
-    def capabilities(self) -> Capabilities:
+    def capabilities(self) -> Extensions:
         """As `UpstreamForwarder`."""
         return self._forwarder.capabilities()
 

@@ -7,34 +7,7 @@ from otel_smtp.forwarding.faults import quoting
 from otel_smtp.observing import Outcome
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.client import MAX_KEPT_CHARACTERS
-from otel_smtp.smtp.envelope import Body, Mail
-from otel_smtp.smtp.extensions import Extensions
 from otel_smtp.smtp.replies import ErrorType, Reply
-
-
-def missing_extension(mail: Mail, extensions: Extensions, *, is_tls: bool) -> Reply | None:
-    """The refusal of a mail that needs what an upstream does not offer; None if it offers all.
-
-    A client is refused what was not offered to it (see `smtp.extensions.unsupported`), so what is missing here was
-    offered in good faith, and the upstream has changed, or another one stands in for it: the refusal is for now. Only
-    8BITMIME is taken from clients that were not offered it, and NEEDS_8BITMIME says that the content must be looked at.
-
-    DSN parameters are not needed: they are left out where they are not offered (RFC 3461 5.2.2 lets a relay do so).
-    """
-    if (mail.smtputf8 or not mail.reverse_path.isascii()) and not extensions.smtputf8:
-        return replies.UPSTREAM_LACKS_SMTPUTF8
-    if mail.body is Body.BINARY_MIME and not extensions.binary_mime:
-        return replies.UPSTREAM_LACKS_BINARYMIME
-    if mail.body is Body.EIGHT_BIT_MIME and not extensions.eight_bit_mime:
-        return replies.NEEDS_8BITMIME
-    # "When the MAIL FROM return-path is empty, the REQUIRETLS parameter SHOULD NOT cause a bounce message to be
-    # discarded" (RFC 8689 5): it is asked for where it is offered.
-    if mail.require_tls and mail.reverse_path and not (extensions.require_tls and is_tls):
-        return replies.UPSTREAM_LACKS_REQUIRETLS
-    if mail.size is not None and extensions.size is not None and mail.size > extensions.size:
-        return replies.MESSAGE_TOO_BIG
-    return None
-
 
 _ABOUT_CREDENTIALS: Final = frozenset({530, 534, 535, 538})
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from otel_smtp.forwarding.base import Capabilities, Forwarder
+from otel_smtp.forwarding.base import Forwarder
 from otel_smtp.net import Listener, Stream, Sweep, listen, refuse_served
 from otel_smtp.observing import ConnectionInfo, ConnectionRecord, Endpoint, FanOut, Observer, fan_out
 from otel_smtp.server.conversation import Conversation
@@ -17,7 +17,7 @@ from otel_smtp.server.failure_rate import FailureRate
 from otel_smtp.server.policy import ListenerPolicy, Segments, is_in, is_loopback
 from otel_smtp.server.session import Session
 from otel_smtp.smtp import replies
-from otel_smtp.smtp.extensions import Offer
+from otel_smtp.smtp.extensions import Extensions
 from otel_smtp.smtp.replies import Reply
 from otel_smtp.smtp.states import IllegalTransition
 
@@ -90,8 +90,6 @@ class Server:
             auth_failures_per_minute=auth_failures_per_minute,
             segments=segments or Segments(),
         )
-        self._can: Capabilities | None = None
-        self._offer = Offer()
         self.offer = self._current_offer  # bound once: each session keeps it
 
     def hold_to(
@@ -173,21 +171,9 @@ class Server:
 
     # What sessions ask -------------------------------------------------------------------------------------------
 
-    def _current_offer(self) -> Offer:
+    def _current_offer(self) -> Extensions:
         """What the forwarder can promise now; the same object while nothing changes."""
-        can = self.forwarder.capabilities()
-        if can is not self._can:
-            self._can = can
-            self._offer = Offer(
-                size=can.size,
-                eight_bit_mime=can.eight_bit_mime,
-                smtputf8=can.smtputf8,
-                binary_mime=can.binary_mime,
-                chunking=True,
-                dsn=can.dsn,
-                require_tls=can.require_tls,
-            )
-        return self._offer
+        return self.forwarder.capabilities()
 
     def may_authenticate(self, client: Endpoint) -> bool:
         """Whether this address has not failed to authenticate too often.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from otel_smtp.forwarding.base import Forwarder
 from otel_smtp.observing import Endpoint, FanOut
 from otel_smtp.server.users import Authenticator
-from otel_smtp.smtp.extensions import Offer
+from otel_smtp.smtp.extensions import Extensions
 from otel_smtp.smtp.policy import ServerPolicy
 from otel_smtp.smtp.replies import Reply
 from otel_smtp.smtp.states import IllegalTransition
@@ -105,7 +105,7 @@ class House(Protocol):
         """Whether the gateway shuts down."""
         ...
 
-    def offer(self) -> Offer:
+    def offer(self) -> Extensions:
         """What the forwarder can promise now; the same object while nothing changes."""
         ...
 

@@ -2,6 +2,11 @@
 
 Theory of operation
 -------------------
+`EXTENSIONS` has a row for each: what EHLO says of it and how that is read, which parameters it adds, whether a client
+is offered it only if the upstream offers it, and what becomes of a mail that uses it where the upstream does not. What
+a listener offers, what the client of an upstream may write, what settings can disable: all of it is read from there. A
+new extension is a row, a field of `Extensions`, and the fields of `Mail` or `Recipient` that its parameters fill.
+
 Parsing knows every parameter of every extension that the gateway can ever offer, whatever this connection offers; a
 parameter is refused here only if it is unknown everywhere, given twice, or malformed. Whether its extension is offered
 on *this* connection is asked by `unsupported` and `unsupported_recipient`.
@@ -15,17 +20,12 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Final, Self
+from typing import Any, Final, NamedTuple, Self
 
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Body, DsnReturn, Mail, Notify, Recipient
 from otel_smtp.smtp.paths import is_visible
 from otel_smtp.smtp.replies import Reply
-
-CAN_BE_DISABLED: Final = (
-    "PIPELINING", "SIZE", "8BITMIME", "SMTPUTF8", "CHUNKING", "BINARYMIME", "DSN", "REQUIRETLS", "LIMITS",
-)  # fmt: skip
-"""Extensions of an upstream that the gateway can do without. STARTTLS and AUTH are asked for where they are needed."""
 
 MAX_ENVID_CHARACTERS: Final = 100
 """RFC 3461 4.4, in xtext form."""
@@ -59,72 +59,37 @@ class ParameterRefused(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Offer:
-    """What EHLO offers on one connection at one time; STARTTLS and AUTH change it.
+class Extensions:
+    """The extensions that one side offers: one field for each row of `EXTENSIONS`. The defaults: none at all.
 
-    PIPELINING and ENHANCEDSTATUSCODES are always offered, which is also all that LMTP demands (RFC 2033 5).
+    Such a value says what an upstream offered in its last EHLO, what a forwarder can promise on behalf of upstreams,
+    and what a listener offers its clients.
 
     Attributes:
-        size: octets of the largest message; 0: SIZE is offered without a limit; None: SIZE is not offered.
-        binary_mime: holds only together with `chunking` (RFC 3030 3).
-        smtputf8: holds only together with `eight_bit_mime` (RFC 6531 3.1 item 8).
-        starttls: STARTTLS can be given now, so TLS is not on.
-        auth_mechanisms: in the order announced. It stays set after AUTH has succeeded, for AUTH= of MAIL.
-        require_tls: holds only where TLS is on (RFC 8689 2); with `starttls` it is therefore not announced.
-        limits: RCPTMAX, MAILMAX, RCPTDOMAINMAX by name (RFC 9422).
+        size: octets of the largest message; 0: offered without a limit (RFC 1870 4); None: not offered.
+        auth_mechanisms: SASL mechanisms in the order offered, in capitals. A listener's stay after AUTH has succeeded,
+            for AUTH= of MAIL.
+        limits: RCPTMAX, MAILMAX, RCPTDOMAINMAX by name (RFC 9422), where they are numbers.
+        keywords: those that are offered, each with the extension that it needs.
     """
 
+    pipelining: bool = False
     size: int | None = None
-    eight_bit_mime: bool = True
-    smtputf8: bool = True
+    eight_bit_mime: bool = False
+    smtputf8: bool = False
+    enhanced_status_codes: bool = False
+    chunking: bool = False
     binary_mime: bool = False
-    chunking: bool = True
-    dsn: bool = True
+    dsn: bool = False
     starttls: bool = False
     auth_mechanisms: tuple[str, ...] = ()
     require_tls: bool = False
     limits: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    keywords: frozenset[str] = field(init=False, repr=False, compare=False)
 
-    @property
-    def takes_binary_mime(self) -> bool:
-        """Whether BINARYMIME is announced and BODY=BINARYMIME taken."""
-        return self.binary_mime and self.chunking
-
-    @property
-    def takes_smtputf8(self) -> bool:
-        """Whether SMTPUTF8 is announced and taken."""
-        return self.smtputf8 and self.eight_bit_mime
-
-    @property
-    def takes_require_tls(self) -> bool:
-        """Whether REQUIRETLS is announced and taken."""
-        return self.require_tls and not self.starttls
-
-
-@dataclass(frozen=True, slots=True)
-class Extensions:
-    """What an upstream said it can do, in its last EHLO; the defaults are those of a server that knows only HELO.
-
-    Attributes:
-        offers_size: SIZE= may be given with MAIL.
-        size: octets of the largest message; None: no limit was told.
-        auth: SASL mechanisms in the order offered, in capitals.
-        limits: RCPTMAX, MAILMAX, RCPTDOMAINMAX by name (RFC 9422), where they are numbers.
-    """
-
-    pipelining: bool = False
-    eight_bit_mime: bool = False
-    smtputf8: bool = False
-    binary_mime: bool = False
-    chunking: bool = False
-    dsn: bool = False
-    enhanced_status_codes: bool = False
-    starttls: bool = False
-    require_tls: bool = False
-    offers_size: bool = False
-    size: int | None = None
-    auth: tuple[str, ...] = ()
-    limits: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    def __post_init__(self) -> None:
+        """Find out which keywords are offered: MAIL and RCPT ask for them with each parameter."""
+        object.__setattr__(self, "keywords", frozenset([line.partition(" ")[0] for line in keyword_lines(self)]))
 
     @classmethod
     def parse(cls, lines: Sequence[str], *, disabled: Collection[str] = ()) -> Self:
@@ -142,76 +107,165 @@ class Extensions:
             words.setdefault(keyword.upper(), []).extend(values)
         for keyword in disabled:
             words.pop(keyword, None)
-        size = next((int(word) for word in words.get("SIZE", ()) if word.isdecimal() and len(word) <= 20), 0)
-        return cls(
-            pipelining="PIPELINING" in words,
-            eight_bit_mime="8BITMIME" in words,
-            smtputf8="SMTPUTF8" in words,
-            binary_mime="BINARYMIME" in words and "CHUNKING" in words,  # RFC 3030 3 wants both
-            chunking="CHUNKING" in words,
-            dsn="DSN" in words,
-            enhanced_status_codes="ENHANCEDSTATUSCODES" in words,
-            starttls="STARTTLS" in words,
-            require_tls="REQUIRETLS" in words,
-            offers_size="SIZE" in words,
-            size=size or None,  # RFC 1870 4: "0 indicates that no fixed maximum message size is in force"
-            auth=tuple(dict.fromkeys(word.upper() for word in words.get("AUTH", ()))),
-            limits=MappingProxyType(_limits(words.get("LIMITS", ()))),
-        )
+        fields: dict[str, Any] = {
+            row.field: True if row.read is None else row.read(words[row.keyword])
+            for row in EXTENSIONS
+            if row.keyword in words and row.needs in (None, *words)
+        }
+        return cls(**fields)
 
 
-def _limits(words: Sequence[str]) -> dict[str, int]:
-    pairs = (word.partition("=") for word in words)
-    return {name.upper(): int(value) for name, _, value in pairs if value.isdecimal() and 0 < len(value) <= 6}
+class Parameter(NamedTuple):
+    """A parameter of MAIL or RCPT.
+
+    Attributes:
+        field: of `Mail` or `Recipient`.
+        read: makes the field's value of what follows "=", or of None where there is no "="; raises ValueError.
+        write: makes what follows "=" of the value, for an upstream; a value of True is the keyword alone.
+    """
+
+    keyword: str
+    field: str
+    read: Callable[[str | None], object]
+    write: Callable[[Any], str] = str
 
 
-def keywords(offer: Offer) -> tuple[str, ...]:
+@dataclass(frozen=True, slots=True)
+class Extension:
+    """One extension: a row of the table that servers, clients and settings read.
+
+    Attributes:
+        keyword: of EHLO.
+        field: of `Extensions`.
+        mail: the parameters that it adds to MAIL.
+        recipient: the parameters that it adds to RCPT.
+        body: the value of BODY= that it adds.
+        needs: the keyword of another one, without which it does not count.
+        needs_tls: it counts under TLS only.
+        is_relayed: a client is offered it only if the upstream offers it; the others we can serve without.
+        can_be_disabled: an upstream's can be done without. STARTTLS and AUTH are asked for where they are needed.
+        is_taken_unoffered: its parameters are taken from clients that were not offered it.
+        lacking: the refusal of a mail that uses it where the upstream does not offer it; None: its parameters are left
+            out.
+        read: makes the field's value of the words behind the keyword; else it is True.
+        words: makes the words behind the keyword of the field's value, or None where it is not offered; else there are
+            none.
+    """
+
+    keyword: str
+    field: str
+    mail: tuple[Parameter, ...] = ()
+    recipient: tuple[Parameter, ...] = ()
+    body: Body | None = None
+    needs: str | None = None
+    needs_tls: bool = False
+    is_relayed: bool = False
+    can_be_disabled: bool = False
+    is_taken_unoffered: bool = False
+    lacking: Reply | None = None
+    read: Callable[[Sequence[str]], Any] | None = None
+    words: Callable[[Any], str | None] | None = None
+
+
+def keyword_lines(extensions: Extensions) -> tuple[str, ...]:
     """The keyword lines of the reply to EHLO and LHLO, in the order sent (RFC 5321 4.1.1.1)."""
-    limits = " ".join(f"{name}={value}" for name, value in offer.limits.items() if 0 < value <= MAX_LIMIT_VALUE)
-    lines = (
-        ("PIPELINING", True),
-        (f"SIZE {offer.size or 0}", offer.size is not None),
-        ("8BITMIME", offer.eight_bit_mime),
-        ("SMTPUTF8", offer.takes_smtputf8),
-        ("ENHANCEDSTATUSCODES", True),
-        ("CHUNKING", offer.chunking),
-        ("BINARYMIME", offer.takes_binary_mime),
-        ("DSN", offer.dsn),
-        ("STARTTLS", offer.starttls),
-        (f"AUTH {' '.join(offer.auth_mechanisms)}", bool(offer.auth_mechanisms)),
-        ("REQUIRETLS", offer.takes_require_tls),
-        (f"LIMITS {limits}", bool(limits)),
-    )
-    return tuple(line for line, is_offered in lines if is_offered)
+    lines: dict[str, str] = {}
+    for row in EXTENSIONS:
+        value = getattr(extensions, row.field)
+        if row.words is not None:
+            words = row.words(value)
+            if words is not None:
+                lines[row.keyword] = f"{row.keyword} {words}"
+        elif value:
+            lines[row.keyword] = row.keyword
+    for row in EXTENSIONS:
+        if row.needs is not None and row.needs not in lines:
+            lines.pop(row.keyword, None)
+    return tuple(lines.values())
 
 
-def unsupported(mail: Mail, offer: Offer) -> Reply | None:
+def every_relayed() -> Extensions:
+    """All that a client can be offered on behalf of an upstream; a size without a limit is not among it."""
+    fields: dict[str, Any] = {row.field: True for row in EXTENSIONS if row.is_relayed and row.field != "size"}
+    return Extensions(chunking=True, **fields)
+
+
+def offer_to_clients(behind: Extensions, *, is_tls: bool, **ours: Any) -> Extensions:
+    """What a listener offers.
+
+    PIPELINING and ENHANCEDSTATUSCODES are always offered, which is also all that LMTP demands (RFC 2033 5).
+
+    Args:
+        behind: what can be promised on behalf of what lies behind.
+        ours: fields that the listener settles itself.
+    """
+    relayed = {
+        row.field: getattr(behind, row.field) for row in EXTENSIONS if row.is_relayed and (is_tls or not row.needs_tls)
+    }
+    return Extensions(**{"pipelining": True, "enhanced_status_codes": True, "chunking": True, **relayed, **ours})
+
+
+def unsupported(mail: Mail, offer: Extensions) -> Reply | None:
     """The refusal of a MAIL that uses an extension which `offer` does not hold; None if all is offered.
 
     RFC 5321 4.1.1.11: 555 for a parameter that is not recognised here, as after HELO. Whether the size is acceptable
     is not asked here.
     """
-    if not mail.reverse_path.isascii() and not (mail.smtputf8 and offer.takes_smtputf8):
+    if not mail.reverse_path.isascii() and not (mail.smtputf8 and "SMTPUTF8" in offer.keywords):
         return replies.NEEDS_SMTPUTF8  # RFC 6531 3.5: 553 (or 550) 5.6.7
-    if (
-        (mail.size is not None and offer.size is None)
-        or (mail.body is not None and not _takes_body(mail.body, offer))
-        or (mail.smtputf8 and not offer.takes_smtputf8)
-        or ((mail.ret is not None or mail.envid is not None) and not offer.dsn)
-        or (mail.auth is not None and not offer.auth_mechanisms)
-        or (mail.require_tls and not offer.takes_require_tls)
-    ):
-        return replies.UNKNOWN_PARAMETER
+    if mail[1:] == WITHOUT_PARAMETERS:
+        return None
+    for row in EXTENSIONS:
+        if row.keyword not in offer.keywords and not row.is_taken_unoffered and _uses(mail, row):
+            return replies.UNKNOWN_PARAMETER
     return None
 
 
-def unsupported_recipient(recipient: Recipient, mail: Mail, offer: Offer) -> Reply | None:
+def unsupported_recipient(recipient: Recipient, mail: Mail, offer: Extensions) -> Reply | None:
     """The refusal of a RCPT that uses what `offer`, or its own MAIL, does not hold; None if all is offered."""
     if not mail.smtputf8 and not (recipient.address.isascii() and (recipient.orcpt or "").isascii()):
         return replies.NEEDS_SMTPUTF8
-    if (recipient.notify is not None or recipient.orcpt is not None) and not offer.dsn:
-        return replies.UNKNOWN_PARAMETER
+    for row, parameter in OF_RECIPIENT:
+        if getattr(recipient, parameter.field) is not None and row.keyword not in offer.keywords:
+            return replies.UNKNOWN_PARAMETER
     return None
+
+
+def missing_extension(mail: Mail, upstream: Extensions, *, is_tls: bool) -> Reply | None:
+    """The refusal of a mail that needs what an upstream does not offer; None if it offers all.
+
+    A client is refused what was not offered to it (see `unsupported`), so what is missing here was offered in good
+    faith, and the upstream has changed, or another one stands in for it: the refusal is for now. Only 8BITMIME is taken
+    from clients that were not offered it, and NEEDS_8BITMIME says that the content must be looked at.
+
+    DSN parameters are not needed: they are left out where they are not offered (RFC 3461 5.2.2 lets a relay do so).
+    """
+    if not mail.reverse_path.isascii() and "SMTPUTF8" not in upstream.keywords:
+        return replies.UPSTREAM_LACKS_SMTPUTF8
+    if mail[1:] == WITHOUT_PARAMETERS:
+        return None
+    if not mail.reverse_path:
+        # "When the MAIL FROM return-path is empty, the REQUIRETLS parameter SHOULD NOT cause a bounce message to be
+        # discarded" (RFC 8689 5): it is asked for where it is offered.
+        mail = mail._replace(require_tls=False)
+    lacking = [
+        row
+        for row in _NEEDED
+        if _uses(mail, row) and not (row.keyword in upstream.keywords and (is_tls or not row.needs_tls))
+    ]
+    firm = next((row for row in lacking if not row.is_taken_unoffered), None)
+    if firm is not None:
+        return firm.lacking
+    if mail.size is not None and upstream.size and mail.size > upstream.size:
+        return replies.MESSAGE_TOO_BIG
+    return lacking[0].lacking if lacking else None
+
+
+def _uses(mail: Mail, row: Extension) -> bool:
+    if row.body is not None:
+        return mail.body is row.body
+    values = (getattr(mail, parameter.field) for parameter in row.mail)
+    return any(value is not None and value is not False for value in values)
 
 
 def mail_with(reverse_path: str, parameters: str) -> Mail:
@@ -251,12 +305,6 @@ def decode_xtext(text: str) -> str:
 def encode_xtext(text: str) -> str:
     """`text` as xtext (RFC 3461 4)."""
     return _NOT_XCHAR.sub(lambda match: b"+%02X" % match[0][0], text.encode("utf-8")).decode("ascii")
-
-
-def _takes_body(body: Body, offer: Offer) -> bool:
-    # BODY=8BITMIME where 8BITMIME is not offered: libraries send it whatever they were told, mostly with content that
-    # is 7-bit. Whether it is, is seen when it is there.
-    return body is not Body.BINARY_MIME or offer.takes_binary_mime
 
 
 def _flag(value: str | None) -> bool:
@@ -338,22 +386,131 @@ def _utf8_address(address: str) -> str:
     return kept
 
 
-_MAIL_PARAMETERS: Final[Mapping[str, tuple[str, Callable[[str | None], object]]]] = {
-    "SIZE": ("size", _size),
-    "BODY": ("body", _body),
-    "SMTPUTF8": ("smtputf8", _flag),
-    "RET": ("ret", _ret),
-    "ENVID": ("envid", _envid),
-    "AUTH": ("auth", _auth),
-    "REQUIRETLS": ("require_tls", _flag),
-}
-_RCPT_PARAMETERS: Final[Mapping[str, tuple[str, Callable[[str | None], object]]]] = {
-    "NOTIFY": ("notify", _notify),
-    "ORCPT": ("orcpt", _orcpt),
-}
+def _notify_text(notify: Notify) -> str:
+    return ",".join(flag.name or "" for flag in Notify if flag in notify)
 
 
-def _read(parameters: str, known: Mapping[str, tuple[str, Callable[[str | None], object]]]) -> dict[str, Any]:
+def _read_size(words: Sequence[str]) -> int:
+    """0: "no fixed maximum message size is in force" (RFC 1870 4), or none that can be understood."""
+    return next((int(word) for word in words if word.isdecimal() and len(word) <= 20), 0)
+
+
+def _size_words(size: int | None) -> str | None:
+    return None if size is None else str(size)
+
+
+def _read_mechanisms(words: Sequence[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(word.upper() for word in words))
+
+
+def _mechanism_words(mechanisms: Sequence[str]) -> str | None:
+    return " ".join(mechanisms) or None
+
+
+def _read_limits(words: Sequence[str]) -> Mapping[str, int]:
+    pairs = (word.partition("=") for word in words)
+    return MappingProxyType(
+        {name.upper(): int(value) for name, _, value in pairs if value.isdecimal() and 0 < len(value) <= 6}
+    )
+
+
+def _limit_words(limits: Mapping[str, int]) -> str | None:
+    return " ".join(f"{name}={value}" for name, value in limits.items() if 0 < value <= MAX_LIMIT_VALUE) or None
+
+
+EXTENSIONS: Final = (
+    Extension("PIPELINING", "pipelining", can_be_disabled=True),
+    Extension(
+        "SIZE",
+        "size",
+        mail=(Parameter("SIZE", "size", _size),),
+        is_relayed=True,
+        can_be_disabled=True,
+        read=_read_size,
+        words=_size_words,
+    ),
+    Extension(
+        "8BITMIME",
+        "eight_bit_mime",
+        mail=(Parameter("BODY", "body", _body),),
+        body=Body.EIGHT_BIT_MIME,
+        is_relayed=True,
+        can_be_disabled=True,
+        # Libraries send BODY=8BITMIME whatever they were told, mostly with content that is 7-bit. Whether it is, is
+        # seen when it is there.
+        is_taken_unoffered=True,
+        lacking=replies.NEEDS_8BITMIME,
+    ),
+    Extension(
+        "SMTPUTF8",
+        "smtputf8",
+        mail=(Parameter("SMTPUTF8", "smtputf8", _flag),),
+        needs="8BITMIME",  # RFC 6531 3.1 item 8
+        is_relayed=True,
+        can_be_disabled=True,
+        lacking=replies.UPSTREAM_LACKS_SMTPUTF8,
+    ),
+    Extension("ENHANCEDSTATUSCODES", "enhanced_status_codes"),
+    Extension("CHUNKING", "chunking", can_be_disabled=True),
+    Extension(
+        "BINARYMIME",
+        "binary_mime",
+        body=Body.BINARY_MIME,
+        needs="CHUNKING",  # RFC 3030 3
+        is_relayed=True,
+        can_be_disabled=True,
+        lacking=replies.UPSTREAM_LACKS_BINARYMIME,
+    ),
+    Extension(
+        "DSN",
+        "dsn",
+        mail=(Parameter("RET", "ret", _ret), Parameter("ENVID", "envid", _envid)),
+        recipient=(Parameter("NOTIFY", "notify", _notify, _notify_text), Parameter("ORCPT", "orcpt", _orcpt)),
+        is_relayed=True,
+        can_be_disabled=True,
+    ),
+    Extension("STARTTLS", "starttls"),
+    Extension(
+        "AUTH",
+        "auth_mechanisms",
+        mail=(Parameter("AUTH", "auth", _auth),),
+        read=_read_mechanisms,
+        words=_mechanism_words,
+    ),
+    Extension(
+        "REQUIRETLS",
+        "require_tls",
+        mail=(Parameter("REQUIRETLS", "require_tls", _flag),),
+        needs_tls=True,  # RFC 8689 2
+        is_relayed=True,
+        can_be_disabled=True,
+        lacking=replies.UPSTREAM_LACKS_REQUIRETLS,
+    ),
+    Extension("LIMITS", "limits", can_be_disabled=True, read=_read_limits, words=_limit_words),
+)
+"""Every extension that is known here, in the order in which EHLO says them."""
+
+NONE: Final = Extensions()
+"""What a server offers that knows only HELO."""
+
+OF_MAIL: Final = tuple((row, parameter) for row in EXTENSIONS for parameter in row.mail)
+"""Every parameter of MAIL, with its extension."""
+
+OF_RECIPIENT: Final = tuple((row, parameter) for row in EXTENSIONS for parameter in row.recipient)
+"""Every parameter of RCPT, with its extension."""
+
+WITHOUT_PARAMETERS: Final = Mail("")[1:]
+"""What follows the reverse-path in a `Mail` that uses no extension: most do not."""
+
+CAN_BE_DISABLED: Final = tuple(row.keyword for row in EXTENSIONS if row.can_be_disabled)
+"""Extensions of an upstream that the gateway can do without."""
+
+_NEEDED: Final = tuple(row for row in EXTENSIONS if row.lacking is not None)
+_MAIL_PARAMETERS: Final = {parameter.keyword: parameter for _, parameter in OF_MAIL}
+_RCPT_PARAMETERS: Final = {parameter.keyword: parameter for _, parameter in OF_RECIPIENT}
+
+
+def _read(parameters: str, known: Mapping[str, Parameter]) -> dict[str, Any]:
     """Field name and value of each parameter in `parameters`."""
     values: dict[str, Any] = {}
     for parameter in parameters.split(" "):
@@ -362,13 +519,13 @@ def _read(parameters: str, known: Mapping[str, tuple[str, Callable[[str | None],
         match = _PARAMETER.fullmatch(parameter)
         if match is None:
             raise ParameterRefused(replies.BAD_ARGUMENT)
-        if match[1].upper() not in known:
+        meant = known.get(match[1].upper())
+        if meant is None:
             raise ParameterRefused(replies.UNKNOWN_PARAMETER)
-        name, convert = known[match[1].upper()]
-        if name in values:
+        if meant.field in values:
             raise ParameterRefused(replies.BAD_ARGUMENT)
         try:
-            values[name] = convert(match[2])
+            values[meant.field] = meant.read(match[2])
         except ValueError:
             raise ParameterRefused(replies.BAD_ARGUMENT) from None
     return values

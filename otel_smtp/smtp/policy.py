@@ -1,12 +1,12 @@
 """How one listener speaks: its policy and its limits, as the engine is given them."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.content import ContentLimits
-from otel_smtp.smtp.extensions import Offer, keywords
+from otel_smtp.smtp.extensions import Extensions, keyword_lines, offer_to_clients
 from otel_smtp.smtp.replies import Reply
 from otel_smtp.smtp.states import TlsMode
 
@@ -46,8 +46,8 @@ class OwnOffer(NamedTuple):
         size_limit: octets of the largest message: our limit, or the upstream's where that is less.
     """
 
-    behind: Offer
-    offer: Offer
+    behind: Extensions
+    offer: Extensions
     reply: Reply
     size_limit: int
 
@@ -83,21 +83,21 @@ class ServerPolicy:
 
     _offers: dict[bool, OwnOffer] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def own_offer(self, behind: Offer, *, is_tls: bool) -> OwnOffer:
+    def own_offer(self, behind: Extensions, *, is_tls: bool) -> OwnOffer:
         """What a session is offered now. One value serves all sessions, until `behind` changes."""
         own = self._offers.get(is_tls)
         if own is None or own.behind is not behind:
             limits = self.limits
-            size_limit = limits.message_size if behind.size is None else min(limits.message_size, behind.size)
-            offer = replace(
+            size_limit = min(limits.message_size, behind.size or limits.message_size)
+            ours = offer_to_clients(
                 behind,
+                is_tls=is_tls,
                 size=size_limit,
                 starttls=self.tls_mode is TlsMode.STARTTLS and not is_tls,
                 auth_mechanisms=self.mechanisms(is_tls=is_tls),
-                require_tls=behind.require_tls and is_tls,
                 limits=limits.announced,
             )
-            own = OwnOffer(behind, offer, replies.hello(self.hostname, keywords(offer)), size_limit)
+            own = OwnOffer(behind, ours, replies.hello(self.hostname, keyword_lines(ours)), size_limit)
             self._offers[is_tls] = own
         return own
 

@@ -10,7 +10,6 @@ from typing import Final, Protocol
 
 from otel_smtp.forwarding.base import (
     LEAST,
-    Capabilities,
     Forwarder,
     MailTransaction,
     MessageAnswered,
@@ -22,6 +21,7 @@ from otel_smtp.forwarding.base import (
 from otel_smtp.observing import Observer, TransactionRecord
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Body, Mail, Recipient
+from otel_smtp.smtp.extensions import Extensions
 from otel_smtp.smtp.replies import ErrorType, Reply
 from otel_smtp.spool.messages import Lease, NewMessage, SpoolError, StorageFull, new_id
 from otel_smtp.spool.store import Draft, Store
@@ -181,7 +181,7 @@ class SpoolForwarder:
     def __init__(self, intake: Intake) -> None:
         self._intake = intake
 
-    def capabilities(self) -> Capabilities:
+    def capabilities(self) -> Extensions:
         """What the upstream is known to take: what it would refuse later is better refused now."""
         return self._intake.relay.capabilities()
 
@@ -291,7 +291,7 @@ class DirectThenQueueForwarder:
         self._direct = direct
         self._intake = intake
 
-    def capabilities(self) -> Capabilities:
+    def capabilities(self) -> Extensions:
         """The upstream's."""
         return self._direct.capabilities()
 

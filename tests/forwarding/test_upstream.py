@@ -6,13 +6,14 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from otel_smtp.forwarding.base import LEAST, Capabilities, DeliveryFailed, Permanent, Transient
+from otel_smtp.forwarding.base import LEAST, DeliveryFailed, Permanent, Transient
 from otel_smtp.forwarding.settings import PoolLimits, Strategy, TracePolicy, UpstreamSettings
 from otel_smtp.forwarding.upstream import UpstreamForwarder
 from otel_smtp.net import Sweep
 from otel_smtp.observing import DeliveryPhase, Endpoint, Observer, Outcome
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Body, DsnReturn, Mail, Notify, Recipient
+from otel_smtp.smtp.extensions import Extensions
 from otel_smtp.smtp.replies import Reply
 from tests.support.clock import advance
 from tests.support.deliveries import MAIL, Awaited, RecordedTransaction, phases_of
@@ -313,7 +314,7 @@ async def test_capabilities_are_those_of_the_last_ehlo() -> None:
     ):
         assert forwarder.capabilities() is LEAST
         await relay(forwarder)
-        assert forwarder.capabilities() == Capabilities(1000, True, False, False, False, False)
+        assert forwarder.capabilities() == Extensions(size=1000, eight_bit_mime=True)
         assert forwarder.capabilities() is forwarder.capabilities()
 
 
@@ -323,7 +324,7 @@ async def test_what_is_offered_is_learnt_without_a_mail() -> None:
         relaying(settings(upstream)) as forwarder,
     ):
         await forwarder.learn(wait_seconds=SECONDS)
-        assert forwarder.capabilities() == Capabilities(1000, True, False, False, False, False)
+        assert forwarder.capabilities() == Extensions(size=1000, eight_bit_mime=True)
         assert upstream.verbs == ["EHLO"]
         # The mail that gets the connection shows how it was opened.
         first, second = [(await relay(forwarder)).seen.deliveries[0] for _ in range(2)]

@@ -152,7 +152,7 @@ class _Delivery:
                 self._stage = "hello"
                 self.ask([])
                 return
-            case "secure" | "handshake" if wishes.wants_auth and "LOGIN" in client.extensions.auth:
+            case "secure" | "handshake" if wishes.wants_auth and "LOGIN" in client.extensions.auth_mechanisms:
                 client.send_auth("LOGIN")
                 self._stage = "auth"
             case "auth" if last is not None and last.reply.code == 334:

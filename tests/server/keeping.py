@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from otel_smtp.forwarding.base import Capabilities, Forwarder, MessageAnswered, RecipientsAnswered
+from otel_smtp.forwarding.base import MOST, Forwarder, MessageAnswered, RecipientsAnswered
 from otel_smtp.net import Stream
 from otel_smtp.observing import ConnectionInfo, ConnectionRecord, Observer, TransactionRecord
 from otel_smtp.server.conversation import Conversation
@@ -12,6 +12,7 @@ from otel_smtp.server.listener import Server
 from otel_smtp.server.policy import ListenerPolicy, Segments
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Mail, Recipient
+from otel_smtp.smtp.extensions import Extensions
 from otel_smtp.smtp.replies import Reply
 from otel_smtp.smtp.states import CloseReason, IllegalTransition, Transition
 
@@ -53,9 +54,9 @@ class KeepingForwarder:
         self.holds_back: int | None = None
         self.resume: Callable[[], None] = lambda: None
         self.at: Callable[[str], None] = lambda step: None
-        self.can = Capabilities()
+        self.can = MOST
 
-    def capabilities(self) -> Capabilities:
+    def capabilities(self) -> Extensions:
         return self.can
 
     def begin(self, mail: Mail, record: TransactionRecord) -> "_Keeping":

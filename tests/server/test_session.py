@@ -11,12 +11,13 @@ from itertools import pairwise
 import argon2
 import pytest
 
-from otel_smtp.forwarding.base import Capabilities, DeliveryFailed
+from otel_smtp.forwarding.base import DeliveryFailed
 from otel_smtp.observing import Endpoint, Fate, Outcome
 from otel_smtp.server.listener import GUESS_SECONDS
 from otel_smtp.server.policy import ListenerPolicy, Segments, ServerTimeouts, is_in
 from otel_smtp.server.users import Argon2Hash, Authenticator, Users
 from otel_smtp.smtp import replies
+from otel_smtp.smtp.extensions import Extensions
 from otel_smtp.smtp.policy import ServerLimits, ServerPolicy
 from otel_smtp.smtp.replies import EnhancedStatus, ErrorType, Reply
 from otel_smtp.smtp.states import CloseReason, TlsMode
@@ -163,7 +164,7 @@ async def test_a_bug_of_ours_ends_its_connection_and_the_text_of_it_stays_with_u
 ) -> None:
     async with serving() as served:
 
-        def fail() -> Capabilities:
+        def fail() -> Extensions:
             raise ValueError("bug")
 
         served.forwarder.capabilities = fail  # type: ignore[method-assign]  # nothing that is asked may raise, and this does

@@ -340,12 +340,12 @@ def test_content_is_refused_without_a_354_and_chunks_without_chunking() -> None:
     [
         ((), Extensions()),
         (("pipelining", "8bitMIME"), Extensions(pipelining=True, eight_bit_mime=True)),
-        (("SIZE",), Extensions(offers_size=True)),
-        (("SIZE 0",), Extensions(offers_size=True)),
-        (("SIZE 10240000",), Extensions(offers_size=True, size=10240000)),
-        (("SIZE many",), Extensions(offers_size=True)),
-        (("SIZE 123456789012345678901",), Extensions(offers_size=True)),  # 21 digits: RFC 1870 has 20
-        (("AUTH PLAIN login", "AUTH=LOGIN XOAUTH2"), Extensions(auth=("PLAIN", "LOGIN", "XOAUTH2"))),
+        (("SIZE",), Extensions(size=0)),
+        (("SIZE 0",), Extensions(size=0)),
+        (("SIZE 10240000",), Extensions(size=10240000)),
+        (("SIZE many",), Extensions(size=0)),
+        (("SIZE 123456789012345678901",), Extensions(size=0)),  # 21 digits: RFC 1870 has 20
+        (("AUTH PLAIN login", "AUTH=LOGIN XOAUTH2"), Extensions(auth_mechanisms=("PLAIN", "LOGIN", "XOAUTH2"))),
         (("BINARYMIME",), Extensions()),
         (("BINARYMIME", "CHUNKING"), Extensions(binary_mime=True, chunking=True)),
         (("", "   ", "X-OTHER thing", "HELP"), Extensions()),
@@ -597,7 +597,7 @@ def test_what_was_said_in_clear_is_forgotten_under_tls() -> None:
     client.send_hello("gw.example")
     assert client.data_to_send() == b"EHLO gw.example\r\n"
     assert fed(client, ehlo_reply(("SIZE 5",))) == [(Awaited.EHLO, 250)]
-    assert client.extensions == Extensions(offers_size=True, size=5)
+    assert client.extensions == Extensions(size=5)
 
 
 @pytest.mark.parametrize("injected", [b"250-up\r\n250 AUTH PLAIN\r\n", b"2", b"\n"])

@@ -1,7 +1,7 @@
 """EHLO keywords, MAIL and RCPT parameters, xtext."""
 
 import contextlib
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 from hypothesis import given
@@ -10,20 +10,26 @@ from hypothesis import strategies as st
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Body, DsnReturn, Mail, Notify, Recipient
 from otel_smtp.smtp.extensions import (
-    Offer,
+    EXTENSIONS,
+    Extension,
+    Extensions,
     ParameterRefused,
     decode_xtext,
     encode_xtext,
-    keywords,
+    keyword_lines,
     mail_with,
+    missing_extension,
+    offer_to_clients,
     recipient_with,
     unsupported,
     unsupported_recipient,
 )
 from otel_smtp.smtp.replies import Reply
 
-BARE = Offer(eight_bit_mime=False, smtputf8=False, chunking=False, dsn=False)
-FULL = Offer(
+BARE = Extensions(pipelining=True, enhanced_status_codes=True)
+USUAL = replace(BARE, eight_bit_mime=True, smtputf8=True, chunking=True, dsn=True)
+FULL = replace(
+    USUAL,
     size=26214400,
     binary_mime=True,
     auth_mechanisms=("PLAIN", "LOGIN"),
@@ -32,12 +38,59 @@ FULL = Offer(
 )
 
 
-def test_pipelining_and_enhanced_codes_are_always_offered() -> None:
-    assert keywords(BARE) == ("PIPELINING", "ENHANCEDSTATUSCODES")
+ALL = replace(FULL, starttls=True)
+
+
+def test_what_we_offer_ourselves_is_always_offered() -> None:
+    assert keyword_lines(offer_to_clients(Extensions(), is_tls=False)) == (
+        "PIPELINING",
+        "ENHANCEDSTATUSCODES",
+        "CHUNKING",
+    )
+
+
+def test_what_depends_on_the_upstream_is_offered_if_it_offers_it() -> None:
+    assert keyword_lines(offer_to_clients(FULL, is_tls=True, size=5)) == (
+        "PIPELINING",
+        "SIZE 5",
+        "8BITMIME",
+        "SMTPUTF8",
+        "ENHANCEDSTATUSCODES",
+        "CHUNKING",
+        "BINARYMIME",
+        "DSN",
+        "REQUIRETLS",
+    )
+
+
+def test_requiretls_is_offered_under_tls_only() -> None:  # RFC 8689 2
+    assert "REQUIRETLS" not in offer_to_clients(FULL, is_tls=False).keywords
+
+
+def test_the_table_has_a_row_for_each_field_and_no_keyword_or_parameter_twice() -> None:
+    assert [row.field for row in EXTENSIONS] == [one.name for one in fields(Extensions) if one.init]
+    for names in (
+        [row.keyword for row in EXTENSIONS],
+        [parameter.field for row in EXTENSIONS for parameter in row.mail],
+        [parameter.field for row in EXTENSIONS for parameter in row.recipient],
+    ):
+        assert len(names) == len(set(names))
+    assert {parameter.field for row in EXTENSIONS for parameter in row.mail} == {*Mail._fields} - {"reverse_path"}
+    assert {one.field for row in EXTENSIONS for one in row.recipient} == {*Recipient._fields} - {"address"}
+
+
+@pytest.mark.parametrize("row", EXTENSIONS, ids=lambda row: row.keyword)
+def test_what_we_announce_is_read_as_it_was_meant(row: Extension) -> None:
+    assert Extensions.parse(keyword_lines(ALL)) == ALL
+    without = Extensions.parse(keyword_lines(ALL), disabled=[row.keyword])
+    assert row.keyword in ALL.keywords
+    assert row.keyword not in without.keywords
+    dependent = {other.keyword for other in EXTENSIONS if other.needs == row.keyword}
+    assert ALL.keywords - without.keywords == {row.keyword, *dependent}
 
 
 def test_all_that_can_be_offered() -> None:
-    assert keywords(FULL) == (
+    assert keyword_lines(FULL) == (
         "PIPELINING",
         "SIZE 26214400",
         "8BITMIME",
@@ -53,11 +106,11 @@ def test_all_that_can_be_offered() -> None:
 
 
 @pytest.mark.parametrize(
-    ("offer", "present", "absent"),
+    ("offered", "present", "absent"),
     [
-        (Offer(size=0), "SIZE 0", ""),  # RFC 1870 3: no fixed limit
-        (Offer(), "8BITMIME", "SIZE"),
-        (replace(FULL, starttls=True), "STARTTLS", "REQUIRETLS"),  # RFC 8689 2: only under TLS
+        (replace(USUAL, size=0), "SIZE 0", ""),  # RFC 1870 3: no fixed limit
+        (USUAL, "8BITMIME", "SIZE"),
+        (replace(BARE, starttls=True), "STARTTLS", "8BITMIME"),
         (replace(FULL, chunking=False), "8BITMIME", "BINARYMIME"),  # RFC 3030 3: BINARYMIME needs CHUNKING
         (replace(FULL, eight_bit_mime=False), "DSN", "SMTPUTF8"),  # RFC 6531 3.1: SMTPUTF8 needs 8BITMIME
         (replace(FULL, limits={"RCPTMAX": 0}), "DSN", "LIMITS"),  # RFC 9422: 0 is no value
@@ -65,8 +118,8 @@ def test_all_that_can_be_offered() -> None:
         (replace(FULL, auth_mechanisms=()), "DSN", "AUTH"),
     ],
 )
-def test_keywords_follow_the_rules_of_their_extension(offer: Offer, present: str, absent: str) -> None:
-    lines = keywords(offer)
+def test_keywords_follow_the_rules_of_their_extension(offered: Extensions, present: str, absent: str) -> None:
+    lines = keyword_lines(offered)
     assert present in lines
     assert not absent or not any(absent in line for line in lines)
 
@@ -209,52 +262,90 @@ def test_no_control_octet_hides_in_xtext(keyword: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mail", "offer", "reply"),
+    ("mail", "offered", "reply"),
     [
         (Mail("a@b"), BARE, None),
         (Mail(""), BARE, None),
         (Mail("a@b", size=1), BARE, replies.UNKNOWN_PARAMETER),
-        (Mail("a@b", size=1), Offer(size=0), None),
+        (Mail("a@b", size=1), replace(USUAL, size=0), None),
         (Mail("a@b", body=Body.EIGHT_BIT_MIME), BARE, None),  # the content tells whether it must be refused
         (Mail("a@b", body=Body.SEVEN_BIT), BARE, None),
-        (Mail("a@b", body=Body.EIGHT_BIT_MIME), Offer(), None),
-        (Mail("a@b", body=Body.BINARY_MIME), Offer(), replies.UNKNOWN_PARAMETER),
+        (Mail("a@b", body=Body.EIGHT_BIT_MIME), USUAL, None),
+        (Mail("a@b", body=Body.BINARY_MIME), USUAL, replies.UNKNOWN_PARAMETER),
         (Mail("a@b", body=Body.BINARY_MIME), FULL, None),
         (Mail("a@b", body=Body.BINARY_MIME), replace(FULL, chunking=False), replies.UNKNOWN_PARAMETER),
         (Mail("a@b", smtputf8=True), BARE, replies.UNKNOWN_PARAMETER),
         (Mail("ü@b", smtputf8=True), BARE, replies.NEEDS_SMTPUTF8),
-        (Mail("ü@b", smtputf8=True), Offer(), None),
-        (Mail("ü@b"), Offer(), replies.NEEDS_SMTPUTF8),
+        (Mail("ü@b", smtputf8=True), USUAL, None),
+        (Mail("ü@b"), USUAL, replies.NEEDS_SMTPUTF8),
         (Mail("a@b", ret=DsnReturn.FULL), BARE, replies.UNKNOWN_PARAMETER),
         (Mail("a@b", envid="x"), BARE, replies.UNKNOWN_PARAMETER),
-        (Mail("a@b", ret=DsnReturn.FULL, envid="x"), Offer(), None),
-        (Mail("a@b", auth="<>"), Offer(), replies.UNKNOWN_PARAMETER),
+        (Mail("a@b", ret=DsnReturn.FULL, envid="x"), USUAL, None),
+        (Mail("a@b", auth="<>"), USUAL, replies.UNKNOWN_PARAMETER),
         (Mail("a@b", auth="<>"), FULL, None),
-        (Mail("a@b", require_tls=True), Offer(), replies.UNKNOWN_PARAMETER),
+        (Mail("a@b", require_tls=True), USUAL, replies.UNKNOWN_PARAMETER),
         (Mail("a@b", require_tls=True), FULL, None),
-        (Mail("a@b", require_tls=True), replace(FULL, starttls=True), replies.UNKNOWN_PARAMETER),
+        (Mail("a@b", require_tls=True), replace(FULL, require_tls=False), replies.UNKNOWN_PARAMETER),
     ],
 )
-def test_a_mail_parameter_needs_its_extension(mail: Mail, offer: Offer, reply: Reply | None) -> None:
-    assert unsupported(mail, offer) is reply
+def test_a_mail_parameter_needs_its_extension(mail: Mail, offered: Extensions, reply: Reply | None) -> None:
+    assert unsupported(mail, offered) is reply
 
 
 @pytest.mark.parametrize(
-    ("recipient", "mail", "offer", "reply"),
+    ("mail", "upstream", "is_tls", "reply"),
+    [
+        (Mail("a@b"), Extensions(), False, None),
+        (Mail("a@b", size=1, ret=DsnReturn.FULL, envid="x", auth="<>"), Extensions(), False, None),  # left out
+        (Mail("a@b", body=Body.SEVEN_BIT), Extensions(), False, None),
+        (Mail("ü@b", smtputf8=True), FULL, True, None),
+        (Mail("ü@b", smtputf8=True), BARE, True, replies.UPSTREAM_LACKS_SMTPUTF8),
+        (Mail("ü@b"), BARE, True, replies.UPSTREAM_LACKS_SMTPUTF8),
+        (Mail("a@b", smtputf8=True), BARE, True, replies.UPSTREAM_LACKS_SMTPUTF8),
+        (Mail("a@b", body=Body.BINARY_MIME), FULL, True, None),
+        (Mail("a@b", body=Body.BINARY_MIME), USUAL, True, replies.UPSTREAM_LACKS_BINARYMIME),
+        (Mail("a@b", body=Body.EIGHT_BIT_MIME), USUAL, True, None),
+        (Mail("a@b", body=Body.EIGHT_BIT_MIME), BARE, True, replies.NEEDS_8BITMIME),
+        (Mail("a@b", require_tls=True), FULL, True, None),
+        (Mail("a@b", require_tls=True), FULL, False, replies.UPSTREAM_LACKS_REQUIRETLS),
+        (Mail("a@b", require_tls=True), USUAL, True, replies.UPSTREAM_LACKS_REQUIRETLS),
+        (Mail("", require_tls=True), USUAL, False, None),  # RFC 8689 5: a bounce goes all the same
+        (Mail("a@b", size=26214400), FULL, False, None),
+        (Mail("a@b", size=26214401), FULL, False, replies.MESSAGE_TOO_BIG),
+        (Mail("a@b", size=26214401), replace(FULL, size=0), False, None),
+        # NEEDS_8BITMIME only has the content looked at, so whatever is firm goes first.
+        (
+            Mail("a@b", body=Body.EIGHT_BIT_MIME, require_tls=True),
+            BARE,
+            True,
+            replies.UPSTREAM_LACKS_REQUIRETLS,
+        ),
+        (Mail("a@b", body=Body.EIGHT_BIT_MIME, smtputf8=True), BARE, True, replies.UPSTREAM_LACKS_SMTPUTF8),
+        (Mail("a@b", body=Body.EIGHT_BIT_MIME, size=2), replace(BARE, size=1), True, replies.MESSAGE_TOO_BIG),
+    ],
+)
+def test_a_mail_needs_what_it_uses_of_the_upstream(
+    mail: Mail, upstream: Extensions, is_tls: bool, reply: Reply | None
+) -> None:
+    assert missing_extension(mail, upstream, is_tls=is_tls) is reply
+
+
+@pytest.mark.parametrize(
+    ("recipient", "mail", "offered", "reply"),
     [
         (Recipient("a@b"), Mail("a@b"), BARE, None),
-        (Recipient("ü@b"), Mail("a@b"), Offer(), replies.NEEDS_SMTPUTF8),
-        (Recipient("ü@b"), Mail("a@b", smtputf8=True), Offer(), None),
-        (Recipient("a@b", orcpt="utf-8;ü@b"), Mail("a@b"), Offer(), replies.NEEDS_SMTPUTF8),
-        (Recipient("a@b", orcpt="rfc822;a@b"), Mail("a@b"), Offer(), None),
+        (Recipient("ü@b"), Mail("a@b"), USUAL, replies.NEEDS_SMTPUTF8),
+        (Recipient("ü@b"), Mail("a@b", smtputf8=True), USUAL, None),
+        (Recipient("a@b", orcpt="utf-8;ü@b"), Mail("a@b"), USUAL, replies.NEEDS_SMTPUTF8),
+        (Recipient("a@b", orcpt="rfc822;a@b"), Mail("a@b"), USUAL, None),
         (Recipient("a@b", orcpt="rfc822;a@b"), Mail("a@b"), BARE, replies.UNKNOWN_PARAMETER),
         (Recipient("a@b", notify=Notify.NEVER), Mail("a@b"), BARE, replies.UNKNOWN_PARAMETER),
     ],
 )
 def test_a_rcpt_parameter_needs_its_extension(
-    recipient: Recipient, mail: Mail, offer: Offer, reply: Reply | None
+    recipient: Recipient, mail: Mail, offered: Extensions, reply: Reply | None
 ) -> None:
-    assert unsupported_recipient(recipient, mail, offer) is reply
+    assert unsupported_recipient(recipient, mail, offered) is reply
 
 
 @given(st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"], include_characters=" ")))

@@ -9,7 +9,7 @@ import pytest
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.commands import Auth
 from otel_smtp.smtp.envelope import Mail, Recipient
-from otel_smtp.smtp.extensions import Offer
+from otel_smtp.smtp.extensions import Extensions
 from otel_smtp.smtp.policy import ServerLimits, ServerPolicy
 from otel_smtp.smtp.received import HeaderFacts
 from otel_smtp.smtp.replies import Reply
@@ -35,7 +35,7 @@ class Forgetful:
         self.last: Reply | None = None
         self.replies = 0
         policy = ServerPolicy("gw.example.com", limits=limits, commands_per_turn=commands_per_turn)
-        offer = Offer(chunking=True, binary_mime=True)
+        offer = Extensions(chunking=True, binary_mime=True)
         self.protocol = ServerProtocol(policy, self, offer=lambda: offer, recorded=_Nowhere(), said=self)
         self.protocol.accepted(TlsMode.OFF)
         self.protocol.greet()

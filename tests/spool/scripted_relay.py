@@ -6,10 +6,11 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from otel_smtp.forwarding.base import Capabilities, MessageAnswered, Permanent, RecipientsAnswered, Transient
+from otel_smtp.forwarding.base import MOST, MessageAnswered, Permanent, RecipientsAnswered, Transient
 from otel_smtp.observing import DeliveryRecord, Endpoint, Observer, Outcome, TransactionRecord
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Mail, Recipient
+from otel_smtp.smtp.extensions import Extensions
 from otel_smtp.smtp.replies import Reply
 
 BUSY = Reply(450, None, ("busy",))
@@ -41,12 +42,12 @@ class ScriptedRelay:
     room: int | None = None
     is_held: bool = False
     observer: Observer = field(default_factory=Observer)
-    can: Capabilities = field(default_factory=Capabilities)
+    can: Extensions = MOST
     taken: list[tuple[Mail, tuple[str, ...], bytes]] = field(default_factory=list)
     transactions: list["ScriptedTransaction"] = field(default_factory=list)
     along: list[str] = field(default_factory=list)
 
-    def capabilities(self) -> Capabilities:
+    def capabilities(self) -> Extensions:
         return self.can
 
     def begin(self, mail: Mail, record: TransactionRecord) -> "ScriptedTransaction":

@@ -39,6 +39,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from otel_smtp.smtp.extensions import EXTENSIONS, Extensions
 from otel_smtp.smtp.replies import EnhancedStatus, ErrorType, Reply
 
 DIRECTORY: Final = Path(__file__).resolve().parent.parent / "dialogues"
@@ -105,6 +106,11 @@ class UpstreamScript:
     recipients: dict[str, Reply] = field(default_factory=dict)
     lacks: frozenset[str] = frozenset()
     size: int | None = None
+
+    def offered(self) -> Extensions:
+        """What can be offered on behalf of it."""
+        fields: dict[str, Any] = {row.field: row.keyword not in self.lacks for row in EXTENSIONS if row.is_relayed}
+        return Extensions(**{**fields, "chunking": True, "size": self.size})
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,6 @@ from typing import Any, Final
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.commands import Verb
 from otel_smtp.smtp.envelope import Body, Mail, Notify, Recipient
-from otel_smtp.smtp.extensions import Offer
 from otel_smtp.smtp.framing import has_bare_line_end
 from otel_smtp.smtp.policy import ServerLimits, ServerPolicy
 from otel_smtp.smtp.received import HeaderFacts
@@ -73,18 +72,6 @@ def policy_from(settings: dict[str, Any]) -> ServerPolicy:
         default_domain=settings.get("listener.default_domain", ""),
         rejects_bare_line_ends=settings.get("delivery.content_newlines") == "reject",
         limits=ServerLimits(**limits),
-    )
-
-
-def offer_from(script: UpstreamScript) -> Offer:
-    """What can be offered on behalf of the scripted upstream."""
-    return Offer(
-        size=script.size,
-        eight_bit_mime="8BITMIME" not in script.lacks,
-        smtputf8="SMTPUTF8" not in script.lacks,
-        binary_mime="BINARYMIME" not in script.lacks,
-        dsn="DSN" not in script.lacks,
-        require_tls=True,
     )
 
 
@@ -268,7 +255,7 @@ class EngineDriver:
         self._mail: Mail | None = None
         self._recipients: list[Recipient] = []
         self._content = bytearray()
-        offer = offer_from(self._script)
+        offer = self._script.offered()
         self.protocol = ServerProtocol(
             policy, self, offer=lambda: offer, recorded=self.record.steps, said=self.record.steps
         )

@@ -3,10 +3,11 @@
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from otel_smtp.forwarding.base import Capabilities, DeliveryFailed, MessageAnswered, RecipientsAnswered
+from otel_smtp.forwarding.base import DeliveryFailed, MessageAnswered, RecipientsAnswered
 from otel_smtp.observing import TransactionRecord
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Mail, Recipient
+from otel_smtp.smtp.extensions import Extensions
 from tests.support.dialogue import UpstreamScript
 from tests.support.engine import Message
 
@@ -23,15 +24,9 @@ class ScriptedForwarder:
         self.messages: list[Message] = []
         self.mail_replies = deque(script.mail)
         self.content_replies = deque(script.content)
-        self._can = Capabilities(
-            size=script.size,
-            eight_bit_mime="8BITMIME" not in script.lacks,
-            smtputf8="SMTPUTF8" not in script.lacks,
-            binary_mime="BINARYMIME" not in script.lacks,
-            dsn="DSN" not in script.lacks,
-        )
+        self._can = script.offered()
 
-    def capabilities(self) -> Capabilities:
+    def capabilities(self) -> Extensions:
         return self._can
 
     def begin(self, mail: Mail, record: TransactionRecord) -> "_Transaction":

@@ -13,7 +13,7 @@ from otel_smtp.forwarding.settings import UpstreamSettings
 from otel_smtp.forwarding.smarthost import Smarthost
 from otel_smtp.net import Sweep
 from otel_smtp.observing import DeliveryPhase
-from otel_smtp.smtp.extensions import Extensions
+from otel_smtp.smtp.extensions import Extensions, keyword_lines
 from otel_smtp.smtp.states import TlsMode
 
 # A server may delay its greeting on purpose, against spam.
@@ -77,15 +77,6 @@ def _got_far(phases: Sequence[DeliveryPhase]) -> bool:
 
 
 def _offered(extensions: Extensions) -> str:
-    names = {
-        "PIPELINING": extensions.pipelining,
-        "8BITMIME": extensions.eight_bit_mime,
-        "SMTPUTF8": extensions.smtputf8,
-        "CHUNKING": extensions.chunking,
-        "DSN": extensions.dsn,
-        "REQUIRETLS": extensions.require_tls,
-    }
-    words = [name for name, is_offered in names.items() if is_offered]
-    if extensions.size is not None:
-        words.append(f"SIZE {size_text(extensions.size)}")
-    return ", ".join(words) or "nothing beyond SMTP"
+    size = f"SIZE {size_text(extensions.size)}" if extensions.size else "SIZE"
+    lines = keyword_lines(extensions)
+    return ", ".join(size if line.startswith("SIZE ") else line for line in lines) or "nothing beyond SMTP"

@@ -7,23 +7,24 @@ up in a list.
 import asyncio
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import IPv4Network
 from typing import Final
 
-from otel_smtp.forwarding.base import Capabilities, MessageAnswered, RecipientsAnswered
+from otel_smtp.forwarding.base import MOST, MessageAnswered, RecipientsAnswered
 from otel_smtp.observing import Endpoint, Observer, TransactionRecord
 from otel_smtp.server.listener import ListenerSpec, Server
 from otel_smtp.server.policy import ListenerPolicy, ServerTimeouts
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Mail, Recipient
+from otel_smtp.smtp.extensions import Extensions
 from otel_smtp.smtp.policy import ServerPolicy
 from otel_smtp.smtp.replies import EnhancedStatus, ErrorType, Reply
 
 NO_SUCH_USER: Final = Reply(550, EnhancedStatus(5, 1, 1), ("No such user here",), ErrorType.ADDRESS)
 REFUSED_ADDRESS: Final = "refused@example.com"
 
-_CAPABILITIES: Final = Capabilities(require_tls=False)
+_CAPABILITIES: Final = replace(MOST, require_tls=False)
 _LOOPBACK: Final = (IPv4Network("127.0.0.0/8"),)
 # Bounds of a demonstration.
 _MOST_KEPT: Final = 100
@@ -54,7 +55,7 @@ class KeepingForwarder:
         self.kept: deque[KeptMail] = deque()
         self._kept_octets = 0
 
-    def capabilities(self) -> Capabilities:
+    def capabilities(self) -> Extensions:
         """All extensions that need no further server."""
         return _CAPABILITIES
 

@@ -3,7 +3,7 @@
 import base64
 import re
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Final
 
 from otel_smtp.smtp import replies
@@ -12,9 +12,9 @@ from otel_smtp.smtp.client.answers import (
     MAX_REPLY_LINES,
     Awaited,
 )
-from otel_smtp.smtp.envelope import Mail, Notify, Recipient
+from otel_smtp.smtp.envelope import Mail, Recipient
 from otel_smtp.smtp.errors import LocalProtocolError, RemoteProtocolError
-from otel_smtp.smtp.extensions import Extensions
+from otel_smtp.smtp.extensions import NONE, OF_MAIL, OF_RECIPIENT, WITHOUT_PARAMETERS, Extension, Parameter
 
 # RFC 2920 3.1: "can only appear as the last command in a group, since their success or failure produces a change of
 # state which the client SMTP must accommodate". The last chunk ends a group since nothing may follow it unanswered.
@@ -30,7 +30,8 @@ _CONTROLS: Final = re.compile(f"[{_CONTROL}]")
 _QUOTED: Final = rf'"[^"\\{_CONTROL}]*(?:\\[ -~][^"\\{_CONTROL}]*)*"'
 _BARE: Final = rf'[^\s<>"{_CONTROL}]'
 _PATH: Final = re.compile(rf"{_QUOTED}(?:@{_BARE}+)?|{_BARE}*")
-_PARAMETER_VALUE: Final = re.compile(r"[^\s\x00-\x20\x7f]+")
+_VALUE: Final = re.compile(r"[^\s\x00-\x20\x7f]+")
+_OF_MAIL: Final = tuple((row, one) for row, one in OF_MAIL if one.field != "size")  # it is told of the content
 
 
 is_safe_path: Final = _PATH.fullmatch
@@ -71,7 +72,7 @@ class Commanding:
         max_reply_lines: int = MAX_REPLY_LINES,
         disabled: Collection[str] = (),
     ) -> None:
-        self.extensions = Extensions()
+        self.extensions = NONE
         self._disabled = disabled
         self._is_lmtp = is_lmtp
         self._max_line_octets = max_reply_line_octets
@@ -163,7 +164,7 @@ class Commanding:
         self._hello("HELO", name)
 
     def _hello(self, verb: str, name: str) -> None:
-        self.extensions = Extensions()
+        self.extensions = NONE
         self._command(Awaited.EHLO, f"{verb} {self._value(name)}")
 
     def send_starttls(self) -> None:
@@ -182,7 +183,7 @@ class Commanding:
         if not self._tls_is_due:
             raise LocalProtocolError("TLS was not agreed on")
         self._tls_is_due = False
-        self.extensions = Extensions()
+        self.extensions = NONE
 
     def send_auth(self, mechanism: str, initial_response: bytes | None = None) -> None:
         """AUTH (RFC 4954 4). An answer with code 334 is a challenge: see `challenge_of` and `send_auth_response`."""
@@ -204,37 +205,25 @@ class Commanding:
         Raises:
             LocalProtocolError: an address or parameter that must not stand in a command.
         """
-        offered = self.extensions
-        self._utf8 = mail.smtputf8 and offered.smtputf8
+        self._utf8 = mail.smtputf8 and "SMTPUTF8" in self.extensions.keywords
         if not is_safe_path(mail.reverse_path):
             raise LocalProtocolError("unsafe path in a command")
-        line = [f"MAIL FROM:<{mail.reverse_path}>"]
-        size = mail.size if size is None else size
-        if size is not None and offered.offers_size:
-            line.append(f"SIZE={size:d}")
-        if mail.body is not None and offered.eight_bit_mime:
-            line.append(f"BODY={mail.body}")
-        if self._utf8:
-            line.append("SMTPUTF8")
-        if offered.dsn and mail.ret is not None:
-            line.append(f"RET={mail.ret}")
-        if offered.dsn and mail.envid is not None:
-            line.append(f"ENVID={self._value(mail.envid)}")
-        if offered.auth and mail.auth is not None:
-            line.append(f"AUTH={self._value(mail.auth)}")
-        if offered.require_tls and mail.require_tls:
-            line.append("REQUIRETLS")
-        self._command(Awaited.MAIL, " ".join(line))
+        line = f"MAIL FROM:<{mail.reverse_path}>"
+        if size is None:
+            size = mail.size
+        if size is not None and "SIZE" in self.extensions.keywords:
+            line += f" SIZE={size:d}"
+        if mail[1:] != WITHOUT_PARAMETERS:
+            line += self._parameters(mail, _OF_MAIL)
+        self._command(Awaited.MAIL, line)
 
     def send_recipient(self, recipient: Recipient) -> None:
         """RCPT, with those of its parameters that the upstream offers; errors as `send_mail`."""
         if not is_safe_path(recipient.address):
             raise LocalProtocolError("unsafe path in a command")
         line = f"RCPT TO:<{recipient.address}>"
-        if self.extensions.dsn and recipient.notify is not None:
-            line += f" NOTIFY={','.join(flag.name or '' for flag in Notify if flag in recipient.notify)}"
-        if self.extensions.dsn and recipient.orcpt is not None:
-            line += f" ORCPT={self._value(recipient.orcpt)}"
+        if recipient.notify is not None or recipient.orcpt is not None:
+            line += self._parameters(recipient, OF_RECIPIENT)
         self._command(Awaited.RCPT, line)
 
     def send_data(self) -> None:
@@ -333,9 +322,21 @@ class Commanding:
             raise self._break("a reply that nobody had asked for")
         self.queued.append((verb, f"{line}\r\n".encode() + content))
 
+    def _parameters(self, given: Mail | Recipient, known: Sequence[tuple[Extension, Parameter]]) -> str:
+        """Those of the parameters that the upstream offers, each behind a space."""
+        offered = self.extensions.keywords
+        line = ""
+        for row, parameter in known:
+            value = getattr(given, parameter.field)
+            if value is None or value is False or row.keyword not in offered:
+                continue
+            text = parameter.keyword if value is True else f"{parameter.keyword}={parameter.write(value)}"
+            line += f" {self._value(text)}"
+        return line
+
     @staticmethod
     def _value(text: str) -> str:
-        if _PARAMETER_VALUE.fullmatch(text) is None:
+        if _VALUE.fullmatch(text) is None:
             raise LocalProtocolError("unsafe argument in a command")
         return text
 

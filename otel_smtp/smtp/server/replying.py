@@ -12,7 +12,7 @@ from otel_smtp.smtp.commands import (
 )
 from otel_smtp.smtp.content import IncomingContent
 from otel_smtp.smtp.envelope import Mail, Recipient
-from otel_smtp.smtp.extensions import Offer
+from otel_smtp.smtp.extensions import Extensions
 from otel_smtp.smtp.framing import ReceiveBuffer
 from otel_smtp.smtp.handler import Asked, Handler, Said
 from otel_smtp.smtp.policy import OwnOffer, ServerPolicy
@@ -66,7 +66,7 @@ class OpenTransaction:
 
     __slots__ = ("content", "mail", "number", "offer", "recipients", "size_limit")
 
-    def __init__(self, mail: Mail, number: int, offer: Offer, size_limit: int) -> None:
+    def __init__(self, mail: Mail, number: int, offer: Extensions, size_limit: int) -> None:
         self.mail = mail
         self.offer = offer
         self.number = number
@@ -138,7 +138,7 @@ class Replying:
         policy: ServerPolicy,
         handler: Handler,
         *,
-        offer: Callable[[], Offer],
+        offer: Callable[[], Extensions],
         recorded: TransitionSink,
         said: Said,
         on_illegal: Callable[[IllegalTransition], None] = raise_illegal,

@@ -23,7 +23,8 @@ async def test_an_upstream_is_connected_to_and_no_mail_is_begun() -> None:
         assert not any(line.startswith(b"MAIL") for line in connection.commands)
         assert finding.verdict == "ok"
         assert finding.detail.startswith(
-            "answers; no TLS; offers PIPELINING, 8BITMIME, SMTPUTF8, CHUNKING, DSN, SIZE 50MiB"
+            "answers; no TLS; offers PIPELINING, SIZE 50MiB, 8BITMIME, SMTPUTF8, ENHANCEDSTATUSCODES, CHUNKING, "
+            "BINARYMIME, DSN"
         )
         assert finding.subject == f"upstream provider 127.0.0.1:{upstream.port}"
 
