@@ -14,6 +14,7 @@ called once, on the event loop, possibly before the call returns. What the sessi
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Final, Protocol
 
 from otel_smtp.observing import TransactionRecord
