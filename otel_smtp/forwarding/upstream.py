@@ -175,12 +175,12 @@ class UpstreamForwarder:
         if (refusal := bad_recipient(mail, recipient)) is not None:
             return refusal
         route = self._routes.for_mail(mail).for_recipient(recipient)
-        return ",".join(smarthost.settings.name for smarthost in route) if route else replies.RELAY_DENIED
+        return ",".join([smarthost.settings.name for smarthost in route]) if route else replies.RELAY_DENIED
 
     def concurrency(self, destination: str) -> int:
         """How many mails may be under way: as many as the one of its upstreams takes that takes most."""
         named = self._named(destination)
-        if named[0].pace is not None:
+        if len(named) == 1 or named[0].pace is not None:
             return named[0].concurrency()  # its mail waits for its limits, whoever else would serve it
         return max(smarthost.concurrency() for smarthost in named)
 

@@ -151,7 +151,7 @@ class Attempt:
         self._begin()
 
     def _begin(self) -> None:
-        if self._is_judged or self._has_lost_its_lease():
+        if self._is_judged or (self._holds is not None and self._has_lost_its_lease()):
             return
         try:
             if self.lease.kind is Kind.MAIL:
@@ -193,11 +193,14 @@ class Attempt:
         if self._is_judged:
             return
         self._answers = answers
-        if not any(answer.is_positive for answer in answers):
+        for answer in answers:
+            if answer.is_positive:
+                break
+        else:
             self._abort()
             self._judge(answers)
             return
-        if self._has_lost_its_lease():
+        if self._holds is not None and self._has_lost_its_lease():
             return
         try:
             self._has_content_left = True
@@ -224,7 +227,7 @@ class Attempt:
         while self._left:
             if not self._transaction.write(self._left.pop()):
                 return
-        if not self._has_lost_its_lease():
+        if self._holds is None or not self._has_lost_its_lease():
             self._transaction.finish(self._answered)
 
     async def _read_and_write(self) -> None:

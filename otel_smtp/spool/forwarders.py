@@ -37,9 +37,10 @@ class DeliveryAgent(Protocol):
         ...
 
     def begin(self, destinations: Sequence[str], leases: Sequence[Lease], content: Sequence[bytes] | None) -> None:
-        """Attempt `leases`, in the room that was kept; none, where it came to nothing.
+        """Attempt `leases`, in the room that was kept.
 
         Args:
+            leases: one for each destination; none, where it came to nothing.
             content: where it is at hand already; the first chunk is the header block.
         """
         ...

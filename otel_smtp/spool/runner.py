@@ -76,8 +76,7 @@ class Runner:
         self._has_backlog: set[str] = set()
         self._attempts: set[Attempt] = set()
         self._wake = asyncio.Event()
-        self._is_idle = asyncio.Event()
-        self._is_idle.set()
+        self._has_become_idle: asyncio.Event | None = None  # waited for at the end
         self._look_is_due = True
         self._loop_task: asyncio.Task[None] | None = None
         self._is_stopping = False
@@ -117,9 +116,10 @@ class Runner:
     async def _idle_until(self, ends: float) -> None:
         """Wait for the end of all attempts, but no longer than until then."""
         if self._attempts:
+            self._has_become_idle = asyncio.Event()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout_at(ends):
-                    await self._is_idle.wait()
+                    await self._has_become_idle.wait()
 
     # What the forwarders ask for --------------------------------------------------------------------------
 
@@ -142,9 +142,10 @@ class Runner:
 
     def begin(self, destinations: Sequence[str], leases: Sequence[Lease], content: Sequence[bytes] | None) -> None:
         """See `DeliveryAgent.begin`."""
-        for destination in destinations:
-            self._note_ended(destination)
-        for lease in leases:
+        if not leases:
+            for destination in destinations:
+                self._note_ended(destination)
+        for lease in leases:  # each has the room of its destination
             self._begin(lease, content)
 
     def wake(self, destinations: Sequence[str] = ()) -> None:
@@ -204,6 +205,7 @@ class Runner:
         for destination, most in wanted.items():
             (self._has_backlog.add if found[destination] == most else self._has_backlog.discard)(destination)
         for lease, content in claimed:
+            self._note_begun(lease.destination)
             self._begin(lease, content)
         if claimed:
             return 0.0
@@ -231,7 +233,6 @@ class Runner:
         self._all_under_way -= 1
 
     def _begin(self, lease: Lease, content: Sequence[bytes] | None) -> None:
-        self._note_begun(lease.destination)
         attempt = Attempt(
             lease,
             content,
@@ -245,7 +246,6 @@ class Runner:
             ended=self._ended,
         )
         self._attempts.add(attempt)
-        self._is_idle.clear()
         attempt.start()
 
     def _ended(self, attempt: Attempt) -> None:
@@ -253,8 +253,8 @@ class Runner:
         self._attempts.discard(attempt)
         self._note_ended(destination)
         self._has_changed = True
-        if not self._attempts:
-            self._is_idle.set()
+        if self._has_become_idle is not None and not self._attempts:
+            self._has_become_idle.set()
         if destination in self._has_backlog and self._room(destination) > self._relay.concurrency(destination) // 4:
             self._wake.set()  # a few at a time: each look into the store costs as much as some deliveries
 

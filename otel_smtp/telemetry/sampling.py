@@ -1,6 +1,6 @@
 """Ids and sampling decisions, both by OpenTelemetry's own objects."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
 from opentelemetry.context import Context
@@ -17,6 +17,8 @@ from otel_smtp.telemetry.shapes import SpanShape
 # Of these the decision for a child of our own span follows from the span's, so nobody has to be asked again.
 _STATIC: Final = ("AlwaysOnSampler", "AlwaysOffSampler", "TraceIdRatioBased{")
 _PARENT_BASED: Final = "localParentSampled:AlwaysOnSampler,localParentNotSampled:AlwaysOffSampler"
+# The same of a span that somebody else made, or we did before: mail from the spool is below such a one.
+_REMOTELY_BASED: Final = "remoteParentSampled:AlwaysOnSampler,remoteParentNotSampled:AlwaysOffSampler"
 
 _NOTHING: Final[Attributes] = {}
 
@@ -60,6 +62,7 @@ class Sampling:
     """Makes the identities of new spans."""
 
     __slots__ = ("_generate_span_id", "_generate_trace_id", "_inherits", "_root_flags", "_sampler")
+    _inherits: Mapping[bool, bool]  # whether a child does as its parent did, by whether that is remote
 
     def __init__(self, sampler: Sampler, id_generator: IdGenerator) -> None:
         self._sampler = sampler
@@ -67,9 +70,11 @@ class Sampling:
         self._generate_span_id = id_generator.generate_span_id
         self._root_flags = RANDOM if id_generator.is_trace_id_random() else 0
         description = sampler.get_description()
-        self._inherits = description.startswith(_STATIC) or (
-            description.startswith("ParentBased{") and _PARENT_BASED in description
-        )
+        is_parent_based = description.startswith("ParentBased{")
+        self._inherits = {
+            False: description.startswith(_STATIC) or (is_parent_based and _PARENT_BASED in description),
+            True: is_parent_based and _REMOTELY_BASED in description,
+        }
 
     def decide(
         self,
@@ -84,7 +89,7 @@ class Sampling:
         Args:
             at_start: the attributes that are known at its start, asked for if the sampler is: it sees no others.
         """
-        if parent is not None and self._inherits and not parent.is_remote:
+        if parent is not None and self._inherits[parent.is_remote]:
             trace_id, _, flags, _, state = parent
             context = TraceContext(trace_id, self._generate_span_id(), flags, False, state)
             return Identity(context, parent, links, is_recording=bool(flags & SAMPLED))

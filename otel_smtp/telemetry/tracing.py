@@ -59,6 +59,9 @@ AFTER_LAST_EVENT_NS: Final = 1000
 DEFAULT_SEGMENT_EVENTS: Final = 500
 DEFAULT_SEGMENT_AGE_SECONDS: Final = 300.0
 
+_TO_SPOOLED: Final = {names.LINK_TYPE: LinkType.SPOOLED_TRANSACTION.value}
+_TO_REPORTED: Final = {names.LINK_TYPE: LinkType.REPORTED_MAIL.value}
+
 Take = Callable[[EncodedSpan], None]
 """Takes a span as octets; called on the event loop, so it neither blocks nor raises."""
 Keep = Callable[[EncodedSpan, bool], None]
@@ -492,9 +495,7 @@ def _links(transaction: TransactionRecord, parent: TraceContext | None) -> tuple
     our own to the one that it tells of."""
     if parent is None:
         return ()
-    is_mail = transaction.kind is MessageKind.MAIL
-    kind = LinkType.SPOOLED_TRANSACTION if is_mail else LinkType.REPORTED_MAIL
-    return (LinkRecord(parent, {names.LINK_TYPE: kind.value}),)
+    return (LinkRecord(parent, _TO_SPOOLED if transaction.kind is MessageKind.MAIL else _TO_REPORTED),)
 
 
 def _stored(transaction: TransactionRecord) -> Identity | None:

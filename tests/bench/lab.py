@@ -5,6 +5,7 @@ over a kept connection, and an upstream with PIPELINING and CHUNKING that says y
 microseconds of CPU per mail, as the minimum of many batches (the machine's other tenants only ever add), by ablation:
 without observers, with metrics, with traces that are not encoded, encoded and queued for export, and with all that is
 on by default. `--calls` counts as well: Python functions and C functions per mail, which is what the guard test bounds.
+`--queue` puts a spool between, whose thread and system calls are not counted: what mail costs the event loop.
 """
 
 import argparse
@@ -12,11 +13,13 @@ import asyncio
 import gc
 import ipaddress
 import sys
+import tempfile
 import time
 import tracemalloc
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any, Final, NamedTuple
 from unittest import mock
@@ -27,6 +30,9 @@ from otel_smtp.net import Stream, Sweep
 from otel_smtp.server.listener import Server
 from otel_smtp.server.policy import ListenerPolicy, ServerTimeouts
 from otel_smtp.smtp.policy import ServerLimits, ServerPolicy
+from otel_smtp.spool.embedded import EmbeddedStore
+from otel_smtp.spool.schedule import Schedule
+from otel_smtp.spool.service import Spool, SpoolSettings
 from tests.telemetry.cost import House
 
 KIB: Final = 1024
@@ -173,8 +179,14 @@ class Figures(NamedTuple):
 
 
 @asynccontextmanager
-async def serving(observers: Observers, strategy: str = "transparent") -> AsyncIterator[Callable[["Client"], None]]:
-    """A gateway in memory; gives what connects a client to it."""
+async def serving(
+    observers: Observers, strategy: str = "transparent", *, spool: Path | None = None
+) -> AsyncIterator[Callable[["Client"], None]]:
+    """A gateway in memory; gives what connects a client to it.
+
+    Args:
+        spool: a directory: it queues all mail there, which is on a disk.
+    """
     house = observers()
     sweep = Sweep()
     forwarder = UpstreamForwarder(
@@ -186,15 +198,26 @@ async def serving(observers: Observers, strategy: str = "transparent") -> AsyncI
         "local", ServerPolicy("gateway.example.com", limits=limits), ServerTimeouts(),
         allow=(ipaddress.ip_network("127.0.0.0/8"),),
     )  # fmt: skip
-    server = Server([], forwarder, house.observer, connections=1000, connections_per_client=1000, sweep=sweep)
+    queue: Spool | None = None
+    if spool is not None:
+        settings = SpoolSettings(None, Schedule((60.0,), warn_after_seconds=None), "off", "gateway.example.com")
+        queue = Spool(settings, EmbeddedStore(spool), forwarder.for_spool(), None, house.observer)
+    server = Server(
+        [], forwarder if queue is None else queue.forwarder, house.observer,
+        connections=1000, connections_per_client=1000, sweep=sweep,
+    )  # fmt: skip
 
     def accept(client: Client) -> None:
         server.accept(policy, client.attach(Stream()))
 
     # The one thing that is replaced: how an upstream is connected to.
     with mock.patch("otel_smtp.forwarding.connection.connect", _connect):
+        if queue is not None:
+            await queue.start()
         yield accept
         await server.drain(0)
+        if queue is not None:
+            await queue.stop(grace_seconds=10)
         await forwarder.close(grace_seconds=0)
     house.close()
 
@@ -207,25 +230,38 @@ async def measure(
     batches: int = 40,
     mails: int = 200,
     counts: bool = False,
+    spool: Path | None = None,
+    sessions: int = 1,
 ) -> Figures:
-    """Send batches of mails through a gateway in memory."""
+    """Send batches of mails through a gateway in memory: what its event loop does for them.
+
+    Args:
+        mails: in a batch, of each session.
+        spool: where it queues them, on a disk.
+    """
     figures = Figures([], Counter(), Counter())
-    async with serving(observers, strategy) as accept:
-        client = Client(octets)
-        accept(client)
-        await client.mails(300)
+    async with serving(observers, strategy, spool=spool) as accept:
+        clients = [Client(octets) for _ in range(sessions)]
+        for client in clients:
+            accept(client)
+        every = mails * sessions
+
+        async def send(count: int) -> None:
+            await asyncio.gather(*(client.mails(count) for client in clients))
+
+        await send(300)
         gc.collect()
         gc.freeze()
         try:
             for _ in range(batches):
                 began = time.thread_time_ns()
-                await client.mails(mails)
-                figures.microseconds.append((time.thread_time_ns() - began) / 1000 / mails)
+                await send(mails)
+                figures.microseconds.append((time.thread_time_ns() - began) / 1000 / every)
             if counts:
                 with _counting(figures.python_calls, figures.c_calls):
-                    await client.mails(mails)
-                _per_mail(figures.python_calls, mails)
-                _per_mail(figures.c_calls, mails)
+                    await send(mails)
+                _per_mail(figures.python_calls, every)
+                _per_mail(figures.c_calls, every)
         finally:
             gc.unfreeze()
     return figures
@@ -303,23 +339,31 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=KIB)
     parser.add_argument("--strategy", default="transparent")
     parser.add_argument("--batches", type=int, default=40)
+    parser.add_argument("--sessions", type=int, default=1)
+    parser.add_argument("--queue", metavar="DIRECTORY", type=Path, help="queue mail, in a new directory below this one")
     parser.add_argument("--loop", choices=("uvloop", "asyncio"), default="uvloop")
     parser.add_argument("--calls", action="store_true")
     options = parser.parse_args()
     for name in options.observers or OBSERVERS:
-        work = measure(
-            OBSERVERS[name],
-            octets=options.size,
-            strategy=options.strategy,
-            batches=options.batches,
-            counts=options.calls,
-        )
-        if options.loop == "uvloop":
-            import uvloop
+        with ExitStack() as stack:
+            spool = None
+            if options.queue is not None:
+                spool = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=options.queue))) / "spool"
+            work = measure(
+                OBSERVERS[name],
+                octets=options.size,
+                strategy=options.strategy,
+                batches=options.batches,
+                counts=options.calls,
+                spool=spool,
+                sessions=options.sessions,
+            )
+            if options.loop == "uvloop":
+                import uvloop
 
-            figures = uvloop.run(work)
-        else:
-            figures = asyncio.run(work)
+                figures = uvloop.run(work)
+            else:
+                figures = asyncio.run(work)
         times = sorted(figures.microseconds)
         print(f"{name:20} min {times[0]:6.1f}  median {times[len(times) // 2]:6.1f} us per mail")
         if options.calls:

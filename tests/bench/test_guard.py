@@ -57,6 +57,14 @@ def test_calls_of_a_message(observers: str, strategy: str, python: float, c: flo
         assert sum(calls.values()) <= most, calls.most_common(30)
 
 
+@pytest.mark.parametrize(("observers", "python", "c"), [("none", 300, 310), ("everything", 400, 450)])
+def test_calls_of_a_queued_message(observers: str, python: float, c: float, tmp_path: Path) -> None:
+    """Those of the event loop, from the client's MAIL to the record that it has been delivered."""
+    figures = run(measure(OBSERVERS[observers], batches=2, mails=40, counts=True, spool=tmp_path / "spool", sessions=5))
+    for calls, most in ((figures.python_calls, python), (figures.c_calls, c)):
+        assert sum(calls.values()) <= most, calls.most_common(30)
+
+
 @pytest.mark.parametrize("strategy", ["transparent", "buffered"])
 async def test_a_message_makes_no_task_no_future_and_no_timer(strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made: collections.Counter[str] = collections.Counter()

@@ -3,7 +3,6 @@
 import base64
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +93,7 @@ async def test_a_filter_chooses_what_is_listed_and_changed(
     await store.open()
     replies = {"user1@example.net": "451 4.7.1 later, please", "user3@example.org": "450 4.7.1 Later"}
     new = [message(f"user{number}@example.net") for number in range(3)] + [message("user3@example.org", sender="")]
-    ids = [await queued(store, replace(one, last_replies=replies)) for one in new]
+    ids = [await queued(store, one._replace(last_replies=replies)) for one in new]
     await store.close()
     chosen = [ids[number] for number in found]
     assert [answer["queue_id"] for answer in await asked(tmp_path / "spool", "list", **wanted)] == chosen

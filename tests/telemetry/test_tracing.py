@@ -12,6 +12,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.sdk.trace.sampling import (
     ALWAYS_OFF,
     ALWAYS_ON,
+    DEFAULT_ON,
     Decision,
     ParentBased,
     Sampler,
@@ -893,6 +894,34 @@ def test_a_sampler_that_looks_at_names_is_asked_for_every_span() -> None:
     kept = Kept()
     Client(tracing(kept, sampler=NoDeliveries())).ehlo().message().quit()
     assert [record.name for record in kept.records] == [TRANSACTION, CONNECTION]
+
+
+@pytest.mark.parametrize("flags", ["00", "01", "02", "03"])
+@pytest.mark.parametrize(
+    "sampler",
+    [DEFAULT_ON, ParentBased(ALWAYS_ON, remote_parent_not_sampled=ALWAYS_ON), ALWAYS_ON, ParentBased(ALWAYS_OFF)],
+)
+def test_below_a_span_of_others_a_sampler_need_not_be_asked_that_does_as_the_parent(
+    sampler: Sampler, flags: str
+) -> None:
+    class Unknown(Sampler):
+        def should_sample(self, *arguments: Any, **others: Any) -> Any:
+            return sampler.should_sample(*arguments, **others)
+
+        def get_description(self) -> str:
+            return "Unknown"
+
+    policies = {"local": InboundPolicy.PARENT}
+
+    def decided(sampler: Sampler) -> tuple[bool, int, str]:
+        client = Client(Tracing(sampler=sampler, policies=policies)).ehlo().mail().rcpt().data()
+        client.header(APPLICATION[:-2] + flags, tracestate="vendor=1")
+        assert client.trace_id() == APPLICATION[3:35]
+        assert client.transaction is not None
+        identity = client.transaction.trace
+        return identity.is_recording, identity.context.flags, identity.context.trace_state
+
+    assert decided(sampler) == decided(Unknown())
 
 
 # State events in the log -----------------------------------------------------------------------------------------

@@ -50,13 +50,9 @@ class EmbeddedDraft:
 
     @property
     def in_memory(self) -> Sequence[bytes] | None:
-        """All of it; None where it is in a file, or was to be."""
-        return None if self.is_large else self._held
-
-    @property
-    def is_large(self) -> bool:
-        """Whether it is in a file, or will be, or would be but for a fault of the disk."""
-        return self._path is not None or self._running is not None or self._fault is not None
+        """All of it; None where it is in a file, or will be, or would be but for a fault of the disk."""
+        is_large = self._path is not None or self._running is not None or self._fault is not None
+        return None if is_large else self._held
 
     def hand_over(self) -> tuple[Path, int]:
         """Give the file of the complete content away: `discard` does not touch it any more.

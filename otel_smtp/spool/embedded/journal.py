@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from otel_smtp.spool.embedded.entries import Entry, dumps
+from otel_smtp.spool.embedded.entries import Entry
 from otel_smtp.spool.embedded.log import Log, Part, Room, Step
 from otel_smtp.spool.embedded.memory import Memory
 from otel_smtp.spool.embedded.records import RecordKind
@@ -121,20 +121,24 @@ class Journal:
     def change(
         self,
         entry: Entry,
-        changed: Entry,
+        changed: Entry | None,
         ended: Mapping[str, int],
         notices: Sequence[Notice] = (),
         *,
         is_urgent: bool = True,
     ) -> "asyncio.Future[None]":
-        """Have `changed` take the place of `entry`, which is not busy, with the notices that tell of it."""
+        """Have `changed` take the place of `entry`, which is not busy, with the notices that tell of it.
+
+        Args:
+            changed: None: nothing is left of it.
+            ended: by how many recipients the tally grows, by name.
+        """
         answer: asyncio.Future[None] = self._loop.create_future()
         memory = self._memory
-        is_over = not changed.deliveries
-        if is_over:
-            parts: list[Part] = [(RecordKind.END, dumps({"id": entry.id, "ended": ended}), ())]
+        if changed is None:
+            parts: list[Part] = [(RecordKind.END, f'{{"id":"{entry.id}","ended":{_tally(ended)}}}', ())]
         else:
-            parts = [(RecordKind.STATE, f"[{dumps(ended)},{changed.encode()}]", ())]
+            parts = [(RecordKind.STATE, f"[{_tally(ended)},{changed.encode()}]", ())]
         counted = ended
         added: list[Entry] = []
         if notices:
@@ -153,7 +157,7 @@ class Journal:
                 fail(answer, error)
                 return
             position = (step.segment, step.places[0][0])
-            if is_over:
+            if changed is None:
                 memory.note_end(entry, position)
                 if entry.is_large:
                     self._loop.run_in_executor(None, self._remove_large, entry.id)
@@ -182,6 +186,12 @@ def message_part(entry: Entry, content: Sequence[bytes], crc: int | None, *, is_
             own, or is moved, and may have been damaged before.
     """
     return RecordKind.MESSAGE, f"[{int(is_new)},{'null' if crc is None else crc},{entry.encode()}]", content
+
+
+def _tally(ended: Mapping[str, int]) -> str:
+    """As JSON; the names are ours."""
+    counts = ",".join([f'"{name}":{recipients}' for name, recipients in ended.items()])
+    return f"{{{counts}}}"
 
 
 def fail(answer: "asyncio.Future[Any]", error: BaseException) -> None:

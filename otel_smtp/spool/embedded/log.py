@@ -77,7 +77,10 @@ class Step:
         self.done = done
         self.ended = ended
         self.room = room
-        self.octets = sum(HEADER_OCTETS + len(text) + sum(map(len, content)) for _, text, content in parts)
+        octets = 0
+        for _, text, content in parts:
+            octets += HEADER_OCTETS + len(text) + sum(map(len, content))
+        self.octets = octets
         self.segment = 0
         self.places: list[tuple[int, int, int, int]] = []
 

@@ -194,10 +194,13 @@ class Memory:
 
     def keep_content(self, entry: Entry, content: Sequence[bytes]) -> None:
         """Keep the content of a message that has just come, if it is to be attempted at once and there is room."""
-        waits = any(one.state is DeliveryState.READY and one.due_ms <= entry.arrived_ms for one in entry.deliveries)
-        if waits and self._contents_octets + entry.octets <= CONTENTS_OCTETS:
-            self._contents[entry.id] = content
-            self._contents_octets += entry.octets
+        if self._contents_octets + entry.octets > CONTENTS_OCTETS:
+            return
+        for one in entry.deliveries:
+            if one.state is DeliveryState.READY and one.due_ms <= entry.arrived_ms:
+                self._contents[entry.id] = content
+                self._contents_octets += entry.octets
+                return
 
     def take_content(self, entry: Entry) -> Sequence[bytes] | None:
         """The content, if it is here; it is not kept any longer."""

@@ -116,11 +116,9 @@ class EmbeddedOperatorVerbs:
         entry = await self._indexing.get(message_id)
         if entry.is_leased:
             raise SpoolError(f"{message_id} is being delivered; hold it, or try again")
-        changed = entry.copy()
         _, recipients = entry.accepted
-        changed.deliveries = []
         ended = {"removed" if entry.kind is Kind.MAIL else "notified_removed": recipients}
-        await self._journal.change(entry, changed, ended)
+        await self._journal.change(entry, None, ended)
         return recipients
 
 

@@ -400,13 +400,17 @@ class EmbeddedStore:
         try:
             if entry is None:
                 raise stale(lease)
-            changed = entry.copy()
-            now_ms = self._now_ms()
-            ended = changed.settle(
-                lease, verdicts,
-                now_ms=now_ms, due_ms=now_ms + round(retry_in * 1000), is_possible_duplicate=is_possible_duplicate,
-                counts_attempt=counts_attempt, hold=hold,
-            )  # fmt: skip
+            changed: Entry | None = None
+            if (ended := entry.ended_by(lease, verdicts)) is None:
+                changed = entry.copy()
+                now_ms = self._now_ms()
+                ended = changed.settle(
+                    lease, verdicts,
+                    now_ms=now_ms, due_ms=now_ms + round(retry_in * 1000),
+                    is_possible_duplicate=is_possible_duplicate, counts_attempt=counts_attempt, hold=hold,
+                )  # fmt: skip
+                if not changed.deliveries:
+                    changed = None
         except StaleLease as error:
             answer: asyncio.Future[None] = loop.create_future()
             answer.set_exception(error)
