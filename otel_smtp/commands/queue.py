@@ -2,6 +2,10 @@
 
 import asyncio
 import base64
+import contextlib
+import dataclasses
+import getpass
+import os
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
@@ -50,6 +54,10 @@ def _chosen(filters: dict[str, str | None]) -> dict[str, Any]:
 
 
 json_option: Final = click.option("--json", "as_json", is_flag=True, help="Print one line of JSON per message.")
+as_option: Final = click.option(
+    "--as", "operator", default="", metavar="NAME",
+    help="Who does it, for the log and the trace; default: the login, or with spool.url the database's user.",
+)  # fmt: skip
 all_option: Final = click.option("--all", "every", is_flag=True, help="All messages that the command applies to.")
 ids_argument: Final = click.argument("ids", nargs=-1, metavar="ID...")
 
@@ -167,13 +175,15 @@ def _changing(name: str, text: str) -> click.Command:
     @all_option
     @filter_options
     @spool_option
+    @as_option
     @json_option
     @click.pass_context
     def change(
-        context: click.Context, /, ids: tuple[str, ...], *, every: bool, spool: Path | None, as_json: bool,
-        **filters: str | None,
+        context: click.Context, /, ids: tuple[str, ...], *, every: bool, spool: Path | None, operator: str,
+        as_json: bool, **filters: str | None,
     ) -> None:  # fmt: skip
-        _change(context, name, ids, _chosen(filters), every=every, spool=spool, as_json=as_json)
+        wanted = _chosen(filters)
+        _change(context, name, ids, wanted, every=every, spool=spool, operator=operator, as_json=as_json)
 
     return change
 
@@ -194,11 +204,12 @@ for _name, _text in {
 @click.option("--yes", is_flag=True, help="Confirm --all.")
 @filter_options
 @spool_option
+@as_option
 @json_option
 @click.pass_context
 def delete(
-    context: click.Context, /, ids: tuple[str, ...], *, every: bool, yes: bool, spool: Path | None, as_json: bool,
-    **filters: str | None,
+    context: click.Context, /, ids: tuple[str, ...], *, every: bool, yes: bool, spool: Path | None, operator: str,
+    as_json: bool, **filters: str | None,
 ) -> None:  # fmt: skip
     """Delete messages without a bounce.
 
@@ -207,7 +218,8 @@ def delete(
     if every and not yes:
         which = "each that fits" if any(filters.values()) else "every queued message"
         fail(WRONG, f"queue delete: --all deletes {which}; add --yes to confirm")
-    _change(context, "delete", ids, _chosen(filters), every=every, spool=spool, as_json=as_json)
+    wanted = _chosen(filters)
+    _change(context, "delete", ids, wanted, every=every, spool=spool, operator=operator, as_json=as_json)
 
 
 @queue.command()
@@ -312,9 +324,9 @@ def _print_row(row: dict[str, Any], *, as_json: bool) -> None:
 
 def _change(
     context: click.Context, command: str, ids: Sequence[str], wanted: dict[str, Any], *, every: bool,
-    spool: Path | None, as_json: bool,
+    spool: Path | None, operator: str, as_json: bool,
 ) -> None:  # fmt: skip
-    request: dict[str, Any] = {"command": command}
+    request: dict[str, Any] = {"command": command, "operator": operator}
     if wanted and not every:
         fail(WRONG, f"queue {command}: --domain, --sender, --reason and --older-than choose among --all")
     if every:
@@ -382,15 +394,24 @@ def _every_id(context: click.Context, spool: Path | None) -> list[str]:
     return found
 
 
-def _answers(directory: Path | None, settings: SpoolTable, request: dict[str, Any]) -> AsyncIterator[Any]:
-    """What a directory's owner, or the database, answers."""
+def ask_queue(directory: Path | None, settings: SpoolTable, request: dict[str, Any]) -> AsyncIterator[Any]:
+    """What a directory's owner, or the database, answers to a request of `spool.operators`."""
     if directory is not None:
         from otel_smtp.spool.embedded import ask
 
+        if request.get("operator") == "":
+            request["operator"] = _login()
         return ask(directory, request, max_age_seconds=settings.max_age)
     if settings.url is None:
         fail(WRONG, "queue: no spool; give --spool, or spool.directory or spool.url in the settings")
     return _ask_database(settings, request)
+
+
+def _login() -> str:
+    """Who is logged in, also where that is another than whose process this is."""
+    with contextlib.suppress(OSError, KeyError):  # of KeyError, before Python 3.13: a uid without a name
+        return os.environ.get("SUDO_USER") or getpass.getuser()
+    return f"uid {os.getuid()}"
 
 
 async def _ask_database(settings: SpoolTable, request: dict[str, Any]) -> AsyncIterator[Any]:
@@ -400,8 +421,13 @@ async def _ask_database(settings: SpoolTable, request: dict[str, Any]) -> AsyncI
     store = shared_store(settings, name="queue", is_gateway=False)
     await store.open()
     try:
+        if "operator" in request and not request["operator"]:
+            request["operator"] = await store.session_user()
         told = _Told()
         async for answer in Operations(store, told, max_age_seconds=settings.max_age).run(request):
+            for deed in told.deeds:
+                await store.tell_deed(deed)
+            told.deeds.clear()
             yield answer
         for what in told.what:
             await store.tell(what)
@@ -410,10 +436,11 @@ async def _ask_database(settings: SpoolTable, request: dict[str, Any]) -> AsyncI
 
 
 class _Told:
-    """What the gateways of a queue are to be told when a command is done."""
+    """What the gateways of a queue are to be told."""
 
     def __init__(self) -> None:
         self.what: list[str] = []
+        self.deeds: list[str] = []
 
     def wake(self, destinations: Sequence[str] = ()) -> None:
         """Something is due."""
@@ -422,6 +449,13 @@ class _Told:
     def look_soon(self) -> None:
         """Something is too old."""
         self.what.append("look")
+
+    def note(self, deed: str) -> None:
+        """One of them is to tell of it."""
+        self.deeds.append(deed)
+
+    def note_crashes(self, message_ids: Sequence[str]) -> None:
+        """No command takes anything over."""
 
 
 def _asked(
@@ -461,15 +495,20 @@ def gateways(context: click.Context, *, as_json: bool) -> None:
 
     With how many deliveries each attempts, and for how long nobody may take them over.
     """
-    found = _asked(_shared(context, "gateways"), lambda store: store.gateways())
-    for row in found:
-        if as_json:
-            _print_row({**row, "id": str(row["id"])}, as_json=True)
-        else:
-            state = (
-                f"{row['alive_for']:.1f} s left" if row["alive_for"] > 0 else f"silent for {-row['alive_for']:.0f} s"
-            )
-            click.echo(f"{row['name']}  {row['version']}  {row['leases']} being delivered  {state}")
+    from otel_smtp.commands.terminal.listing import gateways_table
+
+    async def rows(store: "PostgresqlStore") -> Sequence[Mapping[str, Any]]:
+        found = dataclasses.asdict(await store.company())["gateways"]
+        return [{name: value for name, value in row.items() if name != "is_this"} for row in found]
+
+    found = _asked(_shared(context, "gateways"), rows)
+    if as_json:
+        for row in found:
+            _print_row(dict(row), as_json=True)
+    elif found:
+        console().print(gateways_table(found))
+    else:
+        click.echo("no gateway shares this queue now", err=True)
 
 
 @queue.command()
@@ -527,7 +566,7 @@ def _do(context: click.Context, spool: Path | None, request: dict[str, Any], wor
 
     settings = SpoolTable() if spool is not None else global_options(context).settings().spool
     try:
-        asyncio.run(work(_answers(spool or settings.directory, settings, request)))
+        asyncio.run(work(ask_queue(spool or settings.directory, settings, request)))
     except SpoolError as error:
         fail(FAILED, f"queue: {error}")
     except BrokenPipeError:

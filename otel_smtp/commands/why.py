@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import click
 
-from otel_smtp.commands.asking import AskedGateway, NoAnswer, running_gateway, url_option
+from otel_smtp.commands.asking import AskedGateway, NoAnswer, running_gateway
 from otel_smtp.commands.options import FAILED, console, fail, global_options, settings_options
 from otel_smtp.config import Settings
 
@@ -50,11 +50,18 @@ class _Found(NamedTuple):
     "--most", "-n", default=_SHOWN_MAILS, show_default=True, type=click.IntRange(1, 1000), help="Mails to show."
 )
 @click.option(
-    "--log", type=click.Path(path_type=Path), metavar="FILE", help="Look in this JSON log of the gateway too."
-)
+    "--log", "logs", type=click.Path(path_type=Path), metavar="FILE", multiple=True,
+    help="Look in this JSON log of the gateway too; repeatable.",
+)  # fmt: skip
 @click.option("--waterfall/--no-waterfall", default=None, help="Draw the trace; default: where one mail is found.")
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON per mail.")
-@url_option
+@click.option(
+    "--url",
+    "urls",
+    metavar="URL",
+    multiple=True,
+    help="Status port of the gateway; default: status.address of the settings; repeatable, for several gateways.",
+)
 @settings_options
 @click.pass_context
 def why(
@@ -62,10 +69,10 @@ def why(
     *,
     what: str,
     most: int,
-    log: Path | None,
+    logs: Sequence[Path],
     waterfall: bool | None,
     as_json: bool,
-    url: str | None,
+    urls: Sequence[str],
 ) -> None:
     """Tell what became of a mail, and why.
 
@@ -81,7 +88,8 @@ def why(
     if not what.strip():
         fail(2, "why: give an address, a domain or an id")
     settings = global_options(context).settings(needs_upstream=False)
-    found = _find(settings, running_gateway(settings, url), what.strip(), most, log)
+    gateways = [running_gateway(settings, url) for url in dict.fromkeys(urls or (None,))]
+    found = _find(settings, gateways, what.strip(), most, logs)
     if not found.mails and not found.queued:
         for problem in found.problems:
             click.echo(f"otel-smtp: why: {problem}", err=True)
@@ -119,74 +127,108 @@ def _draw(output: "Console", mails: Sequence["Account"]) -> None:
             output.print(line, no_wrap=True, overflow="ignore", crop=False)
 
 
-def _find(settings: Settings, gateway: AskedGateway, what: str, most: int, log: Path | None) -> _Found:
-    mails: Sequence[Account] = []
-    logged: Sequence[Account] = []
-    searched: list[str] = []
-    notes: Sequence[str] = []
-    problems: list[str] = []
-    try:
-        mails, where, notes = _in_traces(gateway, what, most)
-        searched.append(where)
-    except NoAnswer as error:
-        problems.append(str(error))
-    if log is not None:
-        known = {mail.trace_id for mail in mails}
+def _find(settings: Settings, gateways: Sequence[AskedGateway], what: str, most: int, logs: Sequence[Path]) -> _Found:
+    logged: list[Account] = []
+    mails, searched, notes, problems = _in_traces(gateways, what, most)
+    known = {mail.trace_id for mail in mails}
+    if logs:
         try:
-            logged = [mail for mail in _in_log(log, what, most) if mail.trace_id not in known][: most - len(mails)]
-            searched.append(f"the log in {log}")
+            of_logs = _in_logs(logs, what, most)
+            logged = [mail for mail in of_logs if mail.trace_id not in known][: most - len(mails)]
+            searched += [f"the log in {log}" for log in logs]
         except OSError as error:
-            problems.append(f"{log}: {error.strerror}")
+            problems.append(f"{error.filename}: {error.strerror}")
     queued: list[Mapping[str, Any]] = []
     directory = settings.spool.directory
-    if directory is not None and directory.exists():
+    if settings.spool.url is not None or (directory is not None and directory.exists()):
         from otel_smtp.spool.messages import SpoolError
 
         try:
-            queued = asyncio.run(_in_queue(settings, what, {mail.trace_id for mail in mails}))
-            searched.append(f"the queue in {directory}")
+            queued = asyncio.run(_in_queue(settings, what, known))
+            searched.append("the queue of all gateways" if directory is None else f"the queue in {directory}")
         except SpoolError as error:
             problems.append(f"the queue: {error}")
     return _Found([*mails, *logged], logged, queued, searched, notes, problems)
 
 
-def _in_traces(gateway: AskedGateway, what: str, most: int) -> tuple[Sequence["Account"], str, Sequence[str]]:
-    """The mails that are found in traces, newest first; what was searched; notes.
+def _in_traces(
+    gateways: Sequence[AskedGateway], what: str, most: int
+) -> tuple[Sequence["Account"], list[str], Sequence[str], list[str]]:
+    """The mails that are found in traces, newest first; what was searched; notes; who could not be asked.
 
-    Raises:
-        NoAnswer: the gateway cannot be asked.
+    What several gateways hold of one trace is put together.
     """
-    from otel_smtp.commands.terminal.account import Account, accounts
-    from otel_smtp.commands.terminal.otlp_spans import spans_of
+    from otel_smtp.commands.terminal.account import Account
 
     quoted = '"' + what.replace('"', "") + '"'
     mails: list[Account] = []
+    searched: dict[str, str] = {}
+    notes: dict[str, None] = {}
+    problems: list[str] = []
+    answering = list(gateways)
     # Recipients first: whom a question is about more often than not; then anything that holds the words.
     for query in (f"to:{quoted}", quoted):
-        found = gateway.ask("api", "traces", q=query)
-        try:
-            for summary in found["traces"][:_TRACES_READ]:
-                otlp = gateway.ask("api", "traces", summary["trace_id"])
-                if otlp is None:  # it has left memory meanwhile
-                    continue
-                told = accounts(spans_of(otlp))
-                mails += reversed(_meant(told, what))
-                if len(mails) >= most:
-                    break
-            since = time.strftime("%d %b %H:%M:%S", time.localtime(found["complete_since_unix_milliseconds"] / 1000))
-            where = f"{found['held']} traces of {gateway.url}, all since {since} and failures before"
-        except (ValueError, KeyError, TypeError) as error:
-            raise NoAnswer(f"what answers at {gateway.url} is no gateway of this version: {error!r}") from error
+        ended: dict[str, float] = {}
+        for gateway in list(answering):
+            try:
+                ended |= _matching(gateway, query, searched, notes)
+            except NoAnswer as error:
+                problems.append(str(error))
+                answering.remove(gateway)
+        for trace_id in sorted(ended, key=lambda one: -ended[one])[:_TRACES_READ]:
+            mails += reversed(_meant(_told(answering, trace_id, problems), what))
+            if len(mails) >= most:
+                break
         if mails:
             break
-    return mails[:most], where, found["notes"]
+    return mails[:most], list(searched.values()), list(notes), list(dict.fromkeys(problems))
 
 
-def _in_log(path: Path, what: str, most: int) -> list["Account"]:
-    """The mails that a JSON log tells of, newest first.
+def _matching(
+    gateway: AskedGateway, query: str, searched: dict[str, str], notes: dict[str, None]
+) -> Mapping[str, float]:
+    """The traces of a gateway that match, and when they ended, as far as they have.
 
     Raises:
-        OSError: it cannot be read.
+        NoAnswer: it cannot be asked.
+    """
+    found = gateway.ask("api", "traces", q=query)
+    try:
+        since = time.strftime("%d %b %H:%M:%S", time.localtime(found["complete_since_unix_milliseconds"] / 1000))
+        searched[gateway.url] = f"{found['held']} traces of {gateway.url}, all since {since} and failures before"
+        notes.update(dict.fromkeys(found["notes"]))
+        return {one["trace_id"]: float(one["end_unix_milliseconds"]) for one in found["traces"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise _no_gateway(gateway, error) from error
+
+
+def _told(gateways: Sequence[AskedGateway], trace_id: str, problems: list[str]) -> Sequence["Account"]:
+    """The mails of a trace, as all gateways together tell it; none where it has left memory meanwhile."""
+    from otel_smtp.commands.terminal.account import accounts
+    from otel_smtp.commands.terminal.otlp_spans import OtlpSpan, spans_of
+
+    spans: list[OtlpSpan] = []
+    for gateway in gateways:
+        try:
+            otlp = gateway.ask("api", "traces", trace_id)
+            spans += spans_of(otlp) if otlp is not None else []
+        except NoAnswer as error:
+            problems.append(str(error))
+        except (ValueError, KeyError, TypeError) as error:
+            problems.append(str(_no_gateway(gateway, error)))
+    spans.sort(key=lambda span: (span.start_ns, -span.end_ns))
+    return accounts(spans) if spans else []
+
+
+def _no_gateway(gateway: AskedGateway, error: Exception) -> NoAnswer:
+    return NoAnswer(f"what answers at {gateway.url} is no gateway of this version: {error!r}")
+
+
+def _in_logs(paths: Sequence[Path], what: str, most: int) -> list["Account"]:
+    """The mails that JSON logs tell of together, newest first.
+
+    Raises:
+        OSError: one cannot be read.
     """
     from otel_smtp.commands.terminal.account import accounts
     from otel_smtp.commands.terminal.log_spans import spans_of_lines
@@ -195,12 +237,14 @@ def _in_log(path: Path, what: str, most: int) -> list["Account"]:
     traces: dict[str, list[Mapping[str, Any]]] = {}
     # Of an address, its domain, if the log has no more of it.
     for sought in dict.fromkeys((text, text.rpartition("@")[2])):
-        found = dict.fromkeys(line["trace_id"] for line in _log_lines(path, json.dumps(sought)[1:-1]))
-        traces = {trace_id: [] for trace_id in list(found)[-most:]}
+        found: dict[str, str] = {}  # by trace, the time of its last line
+        for line in _log_lines(paths, json.dumps(sought)[1:-1]):
+            found[line["trace_id"]] = max(found.get(line["trace_id"], ""), str(line.get("timestamp", "")))
+        traces = {trace_id: [] for trace_id in sorted(found, key=found.__getitem__)[-most:]}
         if traces:
             break
     # What a trace has besides may be anywhere: an attempt from the queue is hours later.
-    for line in _log_lines(path, "") if traces else ():
+    for line in _log_lines(paths, "") if traces else ():
         if line["trace_id"] in traces:
             traces[line["trace_id"]].append(line)
     mails: list[Account] = []
@@ -210,17 +254,18 @@ def _in_log(path: Path, what: str, most: int) -> list["Account"]:
     return sorted(mails, key=lambda mail: -mail.began_ns)[:most]
 
 
-def _log_lines(path: Path, sought: str) -> Iterator[Mapping[str, Any]]:
+def _log_lines(paths: Sequence[Path], sought: str) -> Iterator[Mapping[str, Any]]:
     """The lines that tell of a trace, and have `sought`, in lower case, anywhere."""
-    with path.open(encoding="utf-8", errors="replace") as log:
-        for text in log:
-            if '"trace_id"' in text and sought in text.lower():
-                try:
-                    line = json.loads(text)
-                except ValueError:
-                    continue
-                if isinstance(line, dict) and isinstance(line.get("trace_id"), str):
-                    yield line
+    for path in paths:
+        with path.open(encoding="utf-8", errors="replace") as log:
+            for text in log:
+                if '"trace_id"' in text and sought in text.lower():
+                    try:
+                        line = json.loads(text)
+                    except ValueError:
+                        continue
+                    if isinstance(line, dict) and isinstance(line.get("trace_id"), str):
+                        yield line
 
 
 def _meant(mails: Sequence["Account"], what: str) -> Sequence["Account"]:
@@ -238,13 +283,11 @@ async def _in_queue(settings: Settings, what: str, trace_ids: set[str]) -> list[
     Raises:
         SpoolError: the queue cannot be read.
     """
-    from otel_smtp.spool.embedded import ask
+    from otel_smtp.commands.queue import ask_queue
 
-    directory = settings.spool.directory
-    assert directory is not None
     needle = what.lower().strip("<>")
     found: list[Mapping[str, Any]] = []
-    async for row in ask(directory, {"command": "list"}, max_age_seconds=settings.spool.max_age):
+    async for row in ask_queue(settings.spool.directory, settings.spool, {"command": "list"}):
         people = [row["sender"], *(one["address"] for one in row["recipients"])]
         if (
             needle in row["queue_id"].lower()

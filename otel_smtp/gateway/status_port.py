@@ -13,11 +13,12 @@ from otel_smtp.forwarding.limits import SharedLimits
 from otel_smtp.gateway.ports import bind
 from otel_smtp.observing import Endpoint
 from otel_smtp.smtp.envelope import Recipient
-from otel_smtp.spool.messages import DeliveryState, MessageView, SpoolError
+from otel_smtp.spool.messages import Company, DeliveryState, Departure, MessageView, Peer, SpoolError
 from otel_smtp.status.live import LiveView
 from otel_smtp.status.search import RecordedForm
 from otel_smtp.status.traces import RecentTraces
-from otel_smtp.status.views import QueuedMessage, QueueView, UpstreamView
+from otel_smtp.status.views import DepartureView, GatewayView, QueuedMessage, QueueView, UpstreamView
+from otel_smtp.telemetry.environment import own_resource
 from otel_smtp.telemetry.propagation import from_carrier
 from otel_smtp.telemetry.redaction import Addresses, Redaction
 from otel_smtp.telemetry.shapes import EncodedSpan
@@ -116,6 +117,7 @@ class StatusPort:
             upstreams=self._upstreams,
             queue=self._queue if gateway.spool is not None else None,
             actions=self._actions(),
+            resource=_resource(process.number if process is not None else None),
             trace_url=gateway.settings.status.trace_url,
             untraced=gateway.untraced,
             recorded_mailbox=lambda text: recorded_mailbox(text, self._redaction),
@@ -152,10 +154,13 @@ class StatusPort:
         spool = self._gateway.spool
         assert spool is not None
         now = time.time()
+        company = spool.company or Company(())
         return QueueView(
             counts=spool.counts.by_state(),
             oldest_age_seconds=age_seconds(spool.counts.oldest_arrived_at),
             messages=[_queued(message, now, self._redaction) for message in spool.oldest],
+            gateways=[_gateway(peer, now) for peer in company.gateways],
+            departures=[_departed(one, now) for one in company.departures],
         )
 
     def _actions(self) -> "QueueActions | None":
@@ -167,11 +172,13 @@ class StatusPort:
             return None
         return QueueActions(self._act, token.reveal())
 
-    async def _act(self, command: str, ids: Sequence[str]) -> Sequence[Mapping[str, Any]]:
+    async def _act(self, command: str, ids: Sequence[str], client: str) -> Sequence[Mapping[str, Any]]:
         spool = self._gateway.spool
         assert spool is not None
+        shown = self._redaction.ip(client)
+        request = {"command": command, "ids": list(ids), "operator": f"page at {shown}" if shown else "page"}
         try:
-            done = [answer async for answer in spool.operations.run({"command": command, "ids": list(ids)})]
+            done = [answer async for answer in spool.operations.run(request)]
             await spool.runner.look()  # who did it wants to see it
         except SpoolError as error:
             return [{"queue_id": one, "error": str(error)} for one in ids]
@@ -239,7 +246,38 @@ def _queued(message: MessageView, now: float, redaction: Redaction) -> QueuedMes
         ),
         last_reply=redaction.text(replies[0]) if replies else None,
         trace_id=trace.trace_id_hex if trace is not None else None,
+        gateways=message.gateways,
+        held_seconds=max(0.0, now - message.leased_at) if message.leased_at is not None else None,
     )
+
+
+def _gateway(peer: Peer, now: float) -> GatewayView:
+    return GatewayView(
+        id=peer.id,
+        name=peer.name,
+        version=peer.version,
+        up_seconds=max(0.0, now - peer.started_at),
+        alive_seconds=peer.alive_for,
+        delivering=peer.leases,
+        is_this=peer.is_this,
+    )
+
+
+def _departed(one: Departure, now: float) -> DepartureView:
+    return DepartureView(
+        id=one.id,
+        name=one.name,
+        ago_seconds=max(0.0, now - one.at),
+        silent_seconds=one.silent_seconds,
+        deliveries=one.deliveries,
+        found_by=one.found_by,
+    )
+
+
+def _resource(worker: int | None) -> Mapping[str, str | int]:
+    """Which gateway made the traces that the API gives: that of a shared queue's mail may be made by several."""
+    attributes = own_resource(worker).attributes
+    return {name: value if isinstance(value, int) else str(value) for name, value in attributes.items()}
 
 
 def _about(settings: Settings, traces_to: str) -> Mapping[str, str]:

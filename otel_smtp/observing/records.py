@@ -173,6 +173,7 @@ class TransactionRecord:
         outcome, reply, error_type: how it ended; `reply` is what the client was told, None where it was told nothing.
         failure: why it failed, where that is no upstream's reply: of the attempt that decided, or what befell us.
         kind: what it is. `action`: what befell a message in the spool without an attempt, where this record tells that.
+            `operator`: who did it; None: no operator.
         carrier: for a message from the spool, the trace context that was stored with it, as headers.
         is_possible_duplicate: an attempt before may have been taken by an upstream.
         taken_over: from a spool of several gateways: which one had it before and died, and for how many seconds it had
@@ -204,6 +205,7 @@ class TransactionRecord:
         "message_id",
         "number",
         "octets",
+        "operator",
         "outcome",
         "own_count",
         "refused",
@@ -242,6 +244,7 @@ class TransactionRecord:
         self.failure: str | None = None
         self.kind = MessageKind.MAIL
         self.action: SpoolAction | None = None
+        self.operator: str | None = None
         self.carrier: Mapping[str, str] = {}
         self.is_possible_duplicate = False
         self.taken_over: tuple[str, float] | None = None

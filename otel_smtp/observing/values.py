@@ -120,6 +120,7 @@ class SpoolAction(StrEnum):
     REMOVED = "removed"  # by an operator
     HELD = "held"  # by an operator; or it was part of too many crashes, or is a notice that was too old
     RELEASED = "released"  # by an operator
+    GIVEN_UP = "given_up"  # by an operator: it expires next
 
 
 class DeliveryPhase(StrEnum):

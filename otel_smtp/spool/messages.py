@@ -215,7 +215,8 @@ class MessageView:
         recipients: address, state of its delivery, last reply.
         next_attempt_at: of the delivery that is due first.
         header_octets: length of the header block at the head of the content.
-        gateways: those that attempt it now, where several share the queue.
+        gateways: those that attempt it now, where several share the queue. leased_at: since when the first of them
+            does; None: none does.
     """
 
     id: str
@@ -233,6 +234,59 @@ class MessageView:
     content: ContentRef
     header_octets: int
     gateways: Sequence[str] = ()
+    leased_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """A gateway that shares the queue. Its name is that in telemetry (`service.instance.id`).
+
+    Attributes:
+        started_at: seconds since the epoch.
+        alive_for: for how many seconds nobody may take its deliveries over; below 0, for how long somebody may have.
+        leases: deliveries that it attempts.
+        is_this: it is the one that says so.
+    """
+
+    id: str
+    name: str
+    version: str
+    started_at: float
+    alive_for: float
+    leases: int
+    is_this: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Departure:
+    """A gateway that shares the queue no longer.
+
+    Attributes:
+        id: of its incarnation, as `Peer` has it.
+        at: seconds since the epoch.
+        silent_seconds: for how long it had said nothing when it was declared dead; None: it left in order.
+        deliveries: that it had, and that go on elsewhere.
+        found_by: who declared it dead; "" where it left in order.
+    """
+
+    id: str
+    name: str
+    at: float
+    silent_seconds: float | None = None
+    deliveries: int = 0
+    found_by: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Company:
+    """All gateways of a shared queue.
+
+    Attributes:
+        departures: those that this process has heard of, the last first.
+    """
+
+    gateways: Sequence[Peer]
+    departures: Sequence[Departure] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,10 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Self
 
-from otel_smtp.observing import Fate, Observer, SpoolAction, TransactionRecord, trace_fields
-from otel_smtp.smtp.envelope import Mail, Recipient
-from otel_smtp.spool.aging import parsed
-from otel_smtp.spool.attempts import MESSAGE_KINDS
+from otel_smtp.observing import Observer
+from otel_smtp.spool.deeds import Deed, operator_name
 from otel_smtp.spool.messages import DeliveryState, End, MessageView, SpoolError, trace_id_of
 from otel_smtp.spool.store import Store, Woken
 
@@ -106,16 +104,13 @@ class Operations:
     """The operators' commands.
 
     Args:
-        runner: None: none runs here.
-        observer: told of what an operator does to a message; None: nobody.
+        runner: who works on the queue, and tells of what operators do; None: nobody works here, and only the log of
+            this process tells of it.
         max_age_seconds: what `reset` gives a message again.
     """
 
-    def __init__(
-        self, store: Store, runner: Woken | None, *, max_age_seconds: float, observer: Observer | None = None
-    ) -> None:
+    def __init__(self, store: Store, runner: Woken | None, *, max_age_seconds: float) -> None:
         self._store = store
-        self._observer = observer or Observer()
         self._runner = runner
         self._max_age_seconds = max_age_seconds
 
@@ -125,7 +120,7 @@ class Operations:
         Args:
             request: `command`; `ids`, or `all`; for `find`, what is known: `trace_id`, `sender`, `recipient`. For
                 `list` and with `all`, which messages (see `Filter`): `domain`, `sender`, `reason`,
-                `older_than_seconds`.
+                `older_than_seconds`. With what changes messages, `operator`: who asks.
 
         Raises:
             SpoolError: it is not understood, or the spool is broken.
@@ -181,6 +176,7 @@ class Operations:
                 yield {"queue_id": message_id, "content": base64.b64encode(piece).decode("ascii")}
 
     async def _change(self, command: str, request: Answer) -> AsyncIterator[Answer]:
+        operator = operator_name(str(request.get("operator") or ""))
         if request.get("all"):
             # The ids first: a message that comes meanwhile was not meant.
             wanted = Filter.of(request)
@@ -190,22 +186,14 @@ class Operations:
         yield {"messages": len(ids)}
         for message_id in ids:
             try:
-                before = await self._store.show(message_id) if command in _ACTIONS else None
+                before = await self._store.show(message_id)
                 changed = await self._do(command, message_id)
             except SpoolError as error:
                 yield {"queue_id": message_id, "error": str(error)}
                 continue
-            if changed and before is not None:
-                self._observer.spool_acted(acted(_ACTIONS[command], before))
             if changed:
-                level = logging.WARNING if command in ("delete", "expire") else logging.INFO
-                logger.log(
-                    level, "queued message changed by an operator",
-                    extra={
-                        "spool_id": message_id, "command": command, "recipients": int(changed),
-                        **trace_fields(before.carrier if before is not None else {}),
-                    },
-                )  # fmt: skip
+                deed = Deed.of(command, operator, before)
+                self._runner.note(deed.as_text()) if self._runner is not None else deed.note(Observer())
             yield {"queue_id": message_id, "changed": bool(changed)}
         if self._runner is not None:
             self._runner.look_soon() if command == "expire" else self._runner.wake()
@@ -225,27 +213,6 @@ class Operations:
                 return store.delete(message_id)
             case _:
                 return store.reset(message_id, self._max_age_seconds)
-
-
-_ACTIONS: Final = {
-    "hold": SpoolAction.HELD,
-    "release": SpoolAction.RELEASED,
-    "delete": SpoolAction.REMOVED,
-}
-"""What of an operator's commands the trace of a message tells; what expires is told when it ends."""
-
-
-def acted(action: SpoolAction, shown: MessageView) -> TransactionRecord:
-    """The record of what befell a message, with what was said of each recipient last."""
-    record = TransactionRecord.resumed(
-        shown.id, shown.carrier, Mail(shown.reverse_path), kind=MESSAGE_KINDS[shown.kind], attempt=shown.attempts
-    )
-    record.action = action
-    fates = []
-    if action is not SpoolAction.RELEASED:
-        fates = [(Recipient(address), Fate(action), parsed(last)) for address, _, last in shown.recipients]
-    record.end_in_spool(fates, record.begun_ns)
-    return record
 
 
 def _concerns(command: str, shown: MessageView) -> bool:
@@ -287,6 +254,8 @@ def as_answer(shown: MessageView) -> Answer:
         ],
         "attempts": shown.attempts,
         "next_attempt": shown.next_attempt_at,
+        "gateway": ", ".join(shown.gateways) or None,
+        "since": shown.leased_at,
         "trace_id": trace_id_of(shown.carrier),
     }
 

@@ -19,8 +19,9 @@ from otel_smtp.forwarding.base import Relay
 from otel_smtp.observing import Observer
 from otel_smtp.spool.aging import Aging
 from otel_smtp.spool.attempts import Attempt, Recording
+from otel_smtp.spool.deeds import Deed, note_crashes
 from otel_smtp.spool.dsn.notices import Notices
-from otel_smtp.spool.messages import Counts, Lease, MessageView, SpoolError, StorageAway, StorageBroken
+from otel_smtp.spool.messages import Company, Counts, Lease, MessageView, SpoolError, StorageAway, StorageBroken
 from otel_smtp.spool.schedule import Schedule
 from otel_smtp.spool.store import Store
 
@@ -43,7 +44,7 @@ class Runner:
         chance: a number from 0 to 1, for jitter.
 
     Attributes:
-        counts, oldest: the spool a few seconds ago, and its oldest messages, for people.
+        counts, oldest, company: the spool a few seconds ago, its oldest messages, and who shares it, for people.
     """
 
     def __init__(
@@ -80,11 +81,13 @@ class Runner:
         self._look_is_due = True
         self._loop_task: asyncio.Task[None] | None = None
         self._is_stopping = False
+        self._noting: set[asyncio.Task[None]] = set()
         self._counted_at = float("-inf")
         self._has_changed = True
         self._is_away = False
         self.counts = Counts()
         self.oldest: Sequence[MessageView] = ()
+        self.company: Company | None = None
 
     # Life -------------------------------------------------------------------------------------------------
 
@@ -153,6 +156,27 @@ class Runner:
         self._destinations.update(destinations)
         self._has_changed = True
         self._wake.set()
+
+    def note(self, deed: str) -> None:
+        """An operator has changed a message: it is told in the log and in the message's trace."""
+        try:
+            Deed.parse(deed).note(self._observer)
+        except ValueError:
+            logger.warning("operator action not understood", exc_info=True)
+
+    def note_crashes(self, message_ids: Sequence[str]) -> None:
+        """Messages are held since they were part of too many crashes: likewise."""
+        noting = asyncio.get_running_loop().create_task(self._note_crashes(message_ids))
+        self._noting.add(noting)
+        noting.add_done_callback(self._noting.discard)
+
+    async def _note_crashes(self, message_ids: Sequence[str]) -> None:
+        for message_id in message_ids:
+            try:
+                note_crashes(await self._store.show(message_id), self._observer)
+            except SpoolError as error:
+                extra = {"spool_id": message_id, "fault": str(error)}
+                logger.critical("message held: being delivered during repeated crashes", extra=extra)
 
     def look_soon(self) -> None:
         """An operator gave messages up: end them now."""
@@ -267,7 +291,7 @@ class Runner:
         return self._look_seconds
 
     async def look(self) -> None:
-        """Look at the spool as a whole: what `counts` and `oldest` show from now on.
+        """Look at the spool as a whole: what `counts`, `oldest` and `company` show from now on.
 
         Raises:
             SpoolError: it cannot be read.
@@ -279,3 +303,4 @@ class Runner:
             self._destinations.update(await self._store.destinations())
         self.counts = await self._store.counts()
         self.oldest = await self._store.page("", SHOWN_MOST)
+        self.company = await self._store.company()

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Final
 
 from otel_smtp.forwarding.base import Forwarder, Relay
-from otel_smtp.observing import Observer, SpoolAction, trace_fields
-from otel_smtp.smtp.replies import ErrorType
+from otel_smtp.observing import Observer
+from otel_smtp.spool.deeds import note_crashes
 from otel_smtp.spool.dsn.notices import BouncePolicy, Notices
 from otel_smtp.spool.forwarders import DirectThenQueueForwarder, Intake, SpoolForwarder
-from otel_smtp.spool.messages import Counts, MessageView, SpoolError
-from otel_smtp.spool.operators import ControlSocket, Operations, acted
+from otel_smtp.spool.messages import Company, Counts, MessageView, SpoolError
+from otel_smtp.spool.operators import ControlSocket, Operations
 from otel_smtp.spool.runner import Runner
 from otel_smtp.spool.schedule import Schedule
 from otel_smtp.spool.store import Store
@@ -78,7 +78,7 @@ class Spool:
         self.forwarder: Forwarder = SpoolForwarder(intake)
         if direct is not None:
             self.forwarder = DirectThenQueueForwarder(direct, intake)
-        self.operations = Operations(store, self.runner, max_age_seconds=schedule.max_age_seconds, observer=observer)
+        self.operations = Operations(store, self.runner, max_age_seconds=schedule.max_age_seconds)
         self._control: ControlSocket | None = None
         if settings.control_path is not None:
             self._control = ControlSocket(settings.control_path, self.operations)
@@ -97,12 +97,7 @@ class Spool:
                 extra={"messages": recovery.messages, "interrupted_attempts": recovery.interrupted},
             )
         for message_id in recovery.held:
-            shown = await self.store.show(message_id)
-            record = acted(SpoolAction.HELD, shown)
-            record.error_type, record.failure = ErrorType.INTERNAL, "it was part of too many crashes"
-            self._observer.spool_acted(record)
-            extra = {"spool_id": message_id, **trace_fields(shown.carrier)}
-            logger.critical("message held: being delivered during repeated crashes", extra=extra)
+            note_crashes(await self.store.show(message_id), self._observer)
         for message_id in recovery.lost:
             logger.critical("queued content missing", extra={"spool_id": message_id})
         for remark in recovery.remarks:
@@ -134,6 +129,11 @@ class Spool:
     def oldest(self) -> Sequence[MessageView]:
         """The oldest messages, a few seconds ago."""
         return self.runner.oldest
+
+    @property
+    def company(self) -> Company | None:
+        """The gateways that share the queue, a few seconds ago; None: it is this one's own."""
+        return self.runner.company
 
 
 __all__ = ["Spool", "SpoolError", "SpoolSettings"]

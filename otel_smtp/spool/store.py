@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from otel_smtp.forwarding.base import Ledger
-from otel_smtp.spool.messages import ContentRef, Counts, Lease, MessageView, NewMessage, SpoolError, Verdict
+from otel_smtp.spool.messages import Company, ContentRef, Counts, Lease, MessageView, NewMessage, SpoolError, Verdict
 
 Notice = tuple[NewMessage, bytes]
 """A message of our own that tells of others, with its content; the first octets are its header block."""
@@ -77,6 +77,14 @@ class Woken(Protocol):
         """Something is too old."""
         ...
 
+    def note(self, deed: str) -> None:
+        """An operator has changed a message, see `deeds.Deed.as_text`: tell of it."""
+        ...
+
+    def note_crashes(self, message_ids: Sequence[str]) -> None:
+        """These are held now, since they were part of too many crashes: tell of it."""
+        ...
+
 
 class Store(Protocol):
     """A place where mail is durable.
@@ -112,7 +120,7 @@ class Store(Protocol):
         ...
 
     def watch(self, woken: Woken) -> None:
-        """Wake somebody when another process has changed what is queued."""
+        """Tell somebody when another process has changed what is queued."""
         ...
 
     # Messages in -----------------------------------------------------------------------------------------------
@@ -269,6 +277,10 @@ class Store(Protocol):
         Raises:
             SpoolError: it is being attempted: nobody can say what it would come to.
         """
+        ...
+
+    async def company(self) -> Company | None:
+        """The gateways that share the queue; None: it is one gateway's own."""
         ...
 
     async def rebuild(self) -> Sequence[str]:

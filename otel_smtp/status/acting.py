@@ -23,8 +23,9 @@ MOST_IDS: Final = 200
 _MOST_OCTETS: Final = 16 * 1024
 _WRONG_TOKEN_SECONDS: Final = 1.0  # each guess costs this, and a place among the few connections
 
-Act = Callable[[str, Sequence[str]], Awaitable[Sequence[Mapping[str, Any]]]]
-"""Does a command to messages by their ids; for each, `queue_id`, and `changed` or `error`."""
+Act = Callable[[str, Sequence[str], str], Awaitable[Sequence[Mapping[str, Any]]]]
+"""Does a command to messages by their ids, for a client, by its address; for each, `queue_id`, and `changed` or
+`error`."""
 
 
 class QueueActions:
@@ -41,10 +42,10 @@ class QueueActions:
 
     async def answer(self, command: str, request: Request) -> Response:
         """Do a command to the messages that the request names: `{"ids": [...]}`."""
+        client = request.client.host if request.client is not None else ""
         if not _is_of_this_page(request):
             return _refusal(403, "this comes from another page")
         if not hmac.compare_digest(request.headers.get(QUEUE_TOKEN_HEADER, "").encode(), self._token):
-            client = request.client.host if request.client is not None else ""
             logger.warning("queue action refused: wrong token", extra={"client": client})
             await asyncio.sleep(_WRONG_TOKEN_SECONDS)
             return _refusal(403, "the token is wrong")
@@ -53,7 +54,7 @@ class QueueActions:
         ids = await _ids(request)
         if ids is None:
             return _refusal(400, f'send {{"ids": [...]}} as application/json, 1 to {MOST_IDS} queue ids')
-        return JSONResponse({"messages": await self._act(command, ids)})
+        return JSONResponse({"messages": await self._act(command, ids, client)})
 
 
 def _is_of_this_page(request: Request) -> bool:

@@ -36,6 +36,7 @@ class QueuedMessage:
 
     Attributes:
         next_attempt_seconds: until the next attempt; None if none is scheduled (held).
+        gateways: which attempt it now, where several share the spool; `held_seconds`: since when.
         last_reply: what was said of a recipient at the last attempt, as redaction allows: "451 4.4.1 No answer".
     """
 
@@ -48,6 +49,48 @@ class QueuedMessage:
     next_attempt_seconds: float | None
     last_reply: str | None
     trace_id: str | None
+    gateways: Sequence[str] = ()
+    held_seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayView:
+    """A gateway that shares the queue.
+
+    Attributes:
+        id: of its present life: one that was declared dead comes back under another.
+        name: its `service.instance.id`.
+        alive_seconds: for how long its deliveries are surely its own; below 0: it is silent, and how long others may
+            have taken them over.
+        delivering: deliveries that it attempts.
+        is_this: it is the one that shows the page.
+    """
+
+    id: str
+    name: str
+    version: str
+    up_seconds: float
+    alive_seconds: float
+    delivering: int
+    is_this: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DepartureView:
+    """A gateway that shares the queue no longer.
+
+    Attributes:
+        silent_seconds: for how long it had been silent when another took over; None: it left in order.
+        deliveries: that it had, and that go on elsewhere.
+        found_by: who took over; "" where it left in order.
+    """
+
+    id: str
+    name: str
+    ago_seconds: float
+    silent_seconds: float | None
+    deliveries: int
+    found_by: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +101,12 @@ class QueueView:
         counts: messages by state.
         oldest_age_seconds: None if it is empty.
         messages: the oldest few.
+        gateways: those that share it; none where it is one gateway's own.
+        departures: of these, those that went since this gateway started, the last first; at most 20.
     """
 
     counts: Mapping[str, int]
     oldest_age_seconds: float | None
     messages: Sequence[QueuedMessage]
+    gateways: Sequence[GatewayView] = ()
+    departures: Sequence[DepartureView] = ()

@@ -557,8 +557,16 @@ SPOOL_ACTION: Final = _attribute(
     "smtp.spool.action",
     Type.STRING,
     (On.SPOOL, On.LOG),
-    "always: expired, removed, held, released; the latter three by an operator, or held as part of too many crashes",
+    "always: expired, removed, held, released, given_up; but for the first by an operator, or held as part of too many "
+    "crashes",
     "held",
+)
+SPOOL_OPERATOR: Final = _attribute(
+    "smtp.spool.operator",
+    Type.STRING,
+    (On.SPOOL, On.LOG),
+    "an operator did it: who, as `--as` said, or the login, the database's user, or the client of the page",
+    "ann",
 )
 MESSAGE_KIND: Final = _attribute(
     "smtp.message.kind",

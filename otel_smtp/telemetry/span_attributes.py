@@ -124,6 +124,7 @@ _SPOOLED: Final = span_table(
     SpanKind.INTERNAL,
     (
         names.SPOOL_ACTION,
+        names.SPOOL_OPERATOR,
         names.MESSAGE_KIND,
         names.DELIVERY_ATTEMPT,
         names.ERROR_TYPE,
@@ -368,6 +369,7 @@ class SpanAttributes:
         has_failed = record.error_type is not None
         shape = _SPOOLED[
             record.action,
+            record.operator,
             record.kind,
             record.attempt or None,
             record.error_type,

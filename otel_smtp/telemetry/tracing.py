@@ -261,7 +261,8 @@ class Tracing(Observer):
         identity = self._sampling.decide(
             names.SPAN_SPOOL, SpanKind.INTERNAL, parent, at_start, _links(transaction, parent)
         )
-        if self._keeping is not None and not identity.is_recording and transaction.action is not SpoolAction.RELEASED:
+        is_harmless = transaction.action in (SpoolAction.RELEASED, SpoolAction.GIVEN_UP)
+        if self._keeping is not None and not identity.is_recording and not is_harmless:
             reason = self._keeping.failure()
             if reason is not None:
                 _keep_alone(identity, reason)

@@ -68,9 +68,14 @@ def test_with_a_gateway_and_after_it(running: GatewayProcess, tmp_path: Path) ->
     assert ["451", "4.7.1", "later", "3", "3"] in [line.split() for line in shape.splitlines()]
     assert queue(spool, "hold", ids[0]).stdout == "1 held\n"
     assert f"{ids[0]}!" in queue(spool, "list").stdout
-    assert queue(spool, "delete", "-", stdin=f"{ids[1]}\n").stdout == "1 removed\n"
+    assert queue(spool, "delete", "-", "--as", "ann", stdin=f"{ids[1]}\n").stdout == "1 removed\n"
     assert "451 4.7.1 later" in queue(spool, "show", ids[0]).stdout
-    assert any(line.get("event") == "queued message changed by an operator" for line in running.log)
+    changes = [line for line in running.log if line.get("event") == "queued message changed by an operator"]
+    assert [(line["command"], line["spool_id"]) for line in changes] == [("hold", ids[0]), ("delete", ids[1])]
+    assert changes[0]["operator"] not in ("", "ann", "unnamed")  # whose login this is
+    assert changes[1]["operator"] == "ann"
+    [removed] = [line for line in running.log if line.get("smtp.spool.action") == "removed"]
+    assert (removed["smtp.spool.operator"], removed["trace_id"]) == ("ann", changes[1]["trace_id"])
     assert running.stop() == 0
     # The same, now that nobody runs.
     assert [row["queue_id"] for row in rows(spool)] == [ids[0], ids[2]]

@@ -91,6 +91,9 @@ class MemoryStore:
             for entry in self._sorted:
                 entry.take_back(crashes_allowed=None, now_ms=self._now())
 
+    async def company(self) -> None:
+        pass
+
     def watch(self, woken: Woken) -> None:
         pass
 

@@ -17,10 +17,10 @@ class Done:
     """What was done."""
 
     def __init__(self) -> None:
-        self.commands: list[tuple[str, list[str]]] = []
+        self.commands: list[tuple[str, list[str], str]] = []
 
-    async def act(self, command: str, ids: Sequence[str]) -> Sequence[Mapping[str, Any]]:
-        self.commands.append((command, list(ids)))
+    async def act(self, command: str, ids: Sequence[str], client: str) -> Sequence[Mapping[str, Any]]:
+        self.commands.append((command, list(ids), client))
         return [{"queue_id": one, "changed": True} for one in ids]
 
 
@@ -44,7 +44,7 @@ async def test_a_command_with_the_token_is_done(command: str) -> None:
         answer = await post(client, command, origin=f"http://{host}", sec_fetch_site="same-origin")
         status = (await client.get("/api/status")).json()
     assert (answer.status_code, answer.json()) == (200, {"messages": [{"queue_id": "01J", "changed": True}]})
-    assert done.commands == [(command, ["01J"])]
+    assert done.commands == [(command, ["01J"], "127.0.0.1")]
     assert status["may_act"] is True
 
 

@@ -456,6 +456,36 @@ async def test_axe_finds_nothing(width: int, has_trace: bool) -> None:
 
 
 @in_a_browser
+@pytest.mark.parametrize("width", [1400, 390])
+async def test_the_gateways_of_a_shared_queue_are_shown(width: int) -> None:
+    async with shown() as (gateway, page):
+        await page.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False
+        )
+        await page.until("document.querySelectorAll('#queue-messages tbody tr').length === 2")
+        assert await page.evaluate("document.getElementById('sharing').hidden")
+        assert await page.evaluate("document.querySelector('#queue-messages tbody tr').cells.length") == 7
+        gateway.is_shared = True
+        await page.until("document.querySelectorAll('#queue-messages tbody tr').length === 3")
+        rows = "[...document.querySelectorAll('#queue-messages tbody tr')].map((row) => row.cells[3].textContent)"
+        assert await page.evaluate(rows) == ["–", "–", "gw-1 for 1.4 s"]
+        beats = "[...document.querySelectorAll('#gateways .beat')].map((each) => each.textContent)"
+        assert await page.evaluate(beats) == [
+            "lives, lease for 8.1 s", "lives, lease for 9.6 s", "silent, its lease ended 1.3 s ago",
+        ]  # fmt: skip
+        assert await page.evaluate("document.querySelector('#gateways .tag').previousSibling.textContent") == "gw-0"
+        gone = "[...document.querySelectorAll('#departures li')].map((each) => each.textContent)"
+        assert await page.evaluate(gone) == [
+            "gw-2 was silent for 10 s: gw-0 took over, and 3 deliveries go on, 41 s ago", f"{HOSTILE} left, 11 min ago",
+        ]  # fmt: skip
+        assert await page.evaluate("document.documentElement.scrollWidth") <= width
+        assert await page.evaluate(_CONTRAST) == []
+        assert await axe.findings(page) == []
+        gateway.is_shared = False
+        await page.until("document.getElementById('sharing').hidden")
+
+
+@in_a_browser
 async def test_a_lost_gateway_is_told_and_a_trace_that_left_memory_too() -> None:
     async with busy_gateway() as (_, url), chromium() as page:
         await page.open(f"{url}#trace=abcdef")

@@ -15,7 +15,7 @@ from otel_smtp.status.live import LiveView
 from otel_smtp.status.server import StatusServer
 from otel_smtp.status.siblings import Siblings
 from otel_smtp.status.traces import RecentTraces
-from otel_smtp.status.views import QueuedMessage, QueueView, UpstreamView
+from otel_smtp.status.views import DepartureView, GatewayView, QueuedMessage, QueueView, UpstreamView
 from otel_smtp.telemetry.shapes import EncodedSpan
 from tests.support.spans import (
     MILLISECOND,
@@ -117,6 +117,7 @@ class BusyGateway:
         self.machines: list[StateMachine] = []
         self.done: list[tuple[str, list[str]]] = []
         self.queued_state = "due"
+        self.is_shared = False
         fill_traces(self.traces)
         self._open("192.0.2.17", "worker-3.shop.example", "New Active Data Active Idle Active Data")
         self._open("2001:db8::25", "reports", "New StartTLS Active Auth Error Auth Active Idle", tls=True)
@@ -148,18 +149,33 @@ class BusyGateway:
         self.machines.append(machine)
 
     async def queue(self) -> QueueView:
-        """A queue with a message that waits and one that is held."""
+        """A queue with a message that waits and one that is held; with `is_shared`, of several gateways."""
+        messages = [
+            QueuedMessage("01J9ZQ4T3M", self.queued_state, 4210, 6, 1, ("gmail.example",), 310.0,
+                          "451 4.7.1 Greylisted, come back in five minutes", "c0ffee0000000000000000000000beef"),
+            QueuedMessage("01J9ZR0HHE", "held", 95, 1, 3, (HOSTILE,), None, f"550 5.7.1 {HOSTILE}", None),
+        ]  # fmt: skip
+        if not self.is_shared:
+            return QueueView({"due": 2, "held": 1}, 4210.0, messages)
+        messages.append(
+            QueuedMessage("01J9ZS1KKF", "leased", 3.2, 1, 1, ("corp.example",), None, None, None, ("gw-1",), 1.4)
+        )
         return QueueView(
-            {"due": 2, "held": 1},
+            {"due": 2, "active": 1, "held": 1},
             4210.0,
+            messages,
             [
-                QueuedMessage("01J9ZQ4T3M", self.queued_state, 4210, 6, 1, ("gmail.example",), 310.0,
-                              "451 4.7.1 Greylisted, come back in five minutes", "c0ffee0000000000000000000000beef"),
-                QueuedMessage("01J9ZR0HHE", "held", 95, 1, 3, (HOSTILE,), None, f"550 5.7.1 {HOSTILE}", None),
+                GatewayView("a", "gw-0", "0.1.0", 86400.0, 8.1, 0, is_this=True),
+                GatewayView("b", "gw-1", "0.1.0", 120.0, 9.6, 1, is_this=False),
+                GatewayView("c", HOSTILE, "0.1.0", 3000.0, -1.3, 2, is_this=False),
             ],
-        )  # fmt: skip
+            [
+                DepartureView("d", "gw-2", 41.0, 10.4, 3, "gw-0"),
+                DepartureView("e", HOSTILE, 700.0, None, 0, ""),
+            ],
+        )
 
-    async def act(self, command: str, ids: Sequence[str]) -> list[dict[str, Any]]:
+    async def act(self, command: str, ids: Sequence[str], client: str) -> list[dict[str, Any]]:
         """Do what is asked to the first message; there is no other."""
         self.done.append((command, list(ids)))
         self.queued_state = {"hold": "held"}.get(command, "due")

@@ -301,12 +301,15 @@ def test_what_befalls_a_queued_mail_without_an_attempt_is_a_span_of_its_trace(ac
     metrics, kept, exported = Metrics(), Kept(), list[EncodedSpan]()
     record = TransactionRecord.resumed("01J9", STORED, Mail("a@example.com"), attempt=3)
     record.action = action
-    fates = [] if action is SpoolAction.RELEASED else [(Recipient("b@example.org"), Fate(action), GREYLISTED)]
+    record.operator = "ann"
+    is_settled = action not in (SpoolAction.RELEASED, SpoolAction.GIVEN_UP)
+    fates = [] if not is_settled else [(Recipient("b@example.org"), Fate(action), GREYLISTED)]
     record.end_in_spool(fates, record.begun_ns)
     fan_out([Tracing(exports=[exported.append], sinks=[kept]), metrics]).spool_acted(record)
     span = kept.one("smtp.spool")
     assert span.attributes == {
         "smtp.spool.action": action.value,
+        "smtp.spool.operator": "ann",
         "smtp.message.kind": "mail",
         "smtp.delivery.attempt": 3,
         "smtp.spool.id": "01J9",

@@ -38,7 +38,7 @@ async def check_shared_queue(settings: Settings) -> Finding | None:
         store = shared_store(settings.spool, name="check", is_gateway=False)
         recovery = await store.open()
         try:
-            sharing = len(await store.gateways())
+            sharing = len((await store.company()).gateways)
         finally:
             await store.close()
     except SpoolError as error:

@@ -97,8 +97,14 @@ class Account:
                 {"recipient": one.whom, "fate": one.fate, "who": one.who, "words": one.words} for one in self.sayings
             ],
             "took_long": self.took_long,
+            "gateways": list(self.gateways),
             **self.ids,
         }
+
+    @property
+    def gateways(self) -> Sequence[str]:
+        """Names of those that had it (`service.instance.id`), the first first, as far as they are known."""
+        return list(dict.fromkeys(span.instance for span in self.spans if span.instance))
 
     def _values(self) -> Iterator[str]:
         for span in self.spans:
@@ -191,7 +197,8 @@ def _sayings(
     chosen = attempts
     if len(attempts) > _ATTEMPTS_TOLD:
         chosen = [*attempts[: _ATTEMPTS_TOLD // 2], *attempts[-_ATTEMPTS_TOLD // 2 :]]
-    of_attempts = [_of_attempt(attempt, transaction) for attempt in chosen]
+    is_shared = len({span.instance for span in [*below, *([transaction] if transaction else [])]}) > 1
+    of_attempts = [_of_attempt(attempt, transaction, is_shared=is_shared) for attempt in chosen]
     for event in errors:
         said = _of_error(event, attempts)
         # What the client was told is what an upstream said: told once, in the upstream's full words.
@@ -251,7 +258,7 @@ def _of_error(event: OtlpEvent, attempts: Sequence[OtlpSpan]) -> Saying:
     return Saying(whom, fate, plain(who), _reply(a) or plain(a.get(names.ERROR_TYPE, "")))
 
 
-def _of_attempt(attempt: OtlpSpan, transaction: OtlpSpan | None) -> Saying:
+def _of_attempt(attempt: OtlpSpan, transaction: OtlpSpan | None, *, is_shared: bool) -> Saying:
     a = attempt.attributes
     accepted = a.get(names.DELIVERY_ACCEPTED)
     if accepted is None and transaction is not None:
@@ -263,10 +270,25 @@ def _of_attempt(attempt: OtlpSpan, transaction: OtlpSpan | None) -> Saying:
         fate = f"{fate} at attempt {number}"
     words = _reply(a)
     reason = a.get(names.FAILURE_REASON) or ("" if words else a.get(names.ERROR_TYPE, ""))
-    words = "; ".join(part for part in (words, plain(reason)) if part)
+    words = "; ".join(part for part in (words, plain(reason), *_whose(attempt, is_shared=is_shared)) if part)
     if fate == "aborted" and not words:
         words = "the client gave up"
     return Saying(whom if fate.startswith("accepted") else "", fate, _who(a), words)
+
+
+def _whose(attempt: OtlpSpan, *, is_shared: bool) -> Iterator[str]:
+    """Which of several gateways attempted it, and from whom it had the mail."""
+    if is_shared and attempt.instance:
+        yield f"by gateway {plain(attempt.instance)}"
+    for event in attempt.events:
+        if event.name == names.TAKEN_OVER_EVENT:
+            who, silent = (
+                event.attributes.get(names.TAKEN_OVER_FROM),
+                event.attributes.get(names.TAKEN_OVER_SILENT, 0.0),
+            )
+            yield f"taken over from {plain(who)}, which was silent for {float(silent):.1f} s"
+    if attempt.attributes.get(names.POSSIBLE_DUPLICATE):
+        yield "perhaps a second time"
 
 
 def _became(attributes: Mapping[str, Any]) -> str:
@@ -383,7 +405,7 @@ def queued_lines(row: Mapping[str, Any], now: float) -> list[Text]:
     if state == "hold":
         words.append("held: an operator has to release it")
     elif state == "active":
-        words.append("being delivered now")
+        words.append("being delivered now" + (f" by gateway {plain(row['gateway'])}" if row.get("gateway") else ""))
     elif row["next_attempt"] > now:
         words.append(f"next attempt in {age(row['next_attempt'] - now)}")
     if row["expires"] is not None:

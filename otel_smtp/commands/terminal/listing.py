@@ -72,6 +72,8 @@ class Listing:
         facts = (age(self._now - row["arrival_time"]), octets(row["message_size"]), _waits(row, self._now))
         route = Text(f"{plain(row['sender']) or '<>'} -> {_recipients(row)}")
         reasons = _reasons(row)
+        if row.get("gateway"):
+            reasons = [Text(_whose(row, self._now), "green"), *reasons]
         if self._width is not None and self._width < len(_HEADING):
             return [name, *map(_indented, (Text("  ".join(facts)), route, *reasons))]
         name.pad_right(_ID_CHARACTERS + 1 - name.cell_len)
@@ -161,12 +163,36 @@ def details(row: Row, *, now: float | None = None) -> Group:
         ("expires", _moment(row["expires"])),
         ("attempts", str(row["attempts"])),
         ("next attempt", _waits(row, now)),
+        *([("gateway", _whose(row, now))] if row.get("gateway") else []),
         ("trace", plain(row["trace_id"] or "none")),
     ]
     recipients = [
         (plain(one["address"]), one["state"], plain(one.get("delay_reason", ""))) for one in row["recipients"]
     ]
     return Group(_table(("", ""), facts), Text(""), _table(("recipient", "state", "last reply"), recipients))
+
+
+def gateways_table(rows: Sequence[Row], *, now: float | None = None) -> Table:
+    """The gateways of a shared queue.
+
+    Args:
+        rows: `name`, `version`, `started_at`, `alive_for`, `leases` of each.
+    """
+    now = time.time() if now is None else now
+    drawn = _table(
+        ("gateway", "version", "up for", "delivering", "state"),
+        [
+            (
+                plain(row["name"]), plain(row["version"]), age(now - row["started_at"]), str(row["leases"]),
+                f"lives ({row['alive_for']:.1f} s left)" if row["alive_for"] > 0
+                else f"silent, its lease ended {age(-row['alive_for'])} ago",
+            )
+            for row in rows
+        ],
+    )  # fmt: skip
+    for number in (2, 3):
+        drawn.columns[number].justify = "right"
+    return drawn
 
 
 def age(seconds: float) -> str:
@@ -230,6 +256,11 @@ def _waits(row: Row, now: float) -> str:
     if row["queue_name"] == "active":
         return "now"
     return "now" if row["next_attempt"] <= now else f"in {age(row['next_attempt'] - now)}"
+
+
+def _whose(row: Row, now: float) -> str:
+    since = "" if row["since"] is None else f", for {age(now - row['since'])}"
+    return f"{plain(row['gateway'])} delivers it{since}"
 
 
 def _moment(seconds: float) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 _STATUS_ERROR: Final = 2
+_INSTANCE: Final = "service.instance.id"
 
 
 class SpanId(NamedTuple):
@@ -29,7 +30,11 @@ class OtlpLink(NamedTuple):
 
 
 class OtlpSpan(NamedTuple):
-    """A finished span; times are nanoseconds since the epoch."""
+    """A finished span; times are nanoseconds since the epoch.
+
+    Attributes:
+        instance: `service.instance.id` of the gateway that made it; "" where that is not known.
+    """
 
     name: str
     context: SpanId
@@ -40,6 +45,7 @@ class OtlpSpan(NamedTuple):
     attributes: Mapping[str, Any]
     events: Sequence[OtlpEvent]
     has_failed: bool
+    instance: str = ""
 
 
 def spans_of(otlp: Mapping[str, Any]) -> list[OtlpSpan]:
@@ -49,7 +55,7 @@ def spans_of(otlp: Mapping[str, Any]) -> list[OtlpSpan]:
         ValueError, KeyError, TypeError: it is nothing of the kind.
     """
     spans = [
-        _span(span)
+        _span(span, str(_attributes(resource_spans.get("resource", {}).get("attributes", ())).get(_INSTANCE, "")))
         for resource_spans in otlp["resourceSpans"]
         for scope_spans in resource_spans["scopeSpans"]
         for span in scope_spans["spans"]
@@ -57,7 +63,7 @@ def spans_of(otlp: Mapping[str, Any]) -> list[OtlpSpan]:
     return sorted(spans, key=lambda span: (span.start_ns, -span.end_ns))
 
 
-def _span(otlp: Mapping[str, Any]) -> OtlpSpan:
+def _span(otlp: Mapping[str, Any], instance: str) -> OtlpSpan:
     trace_id = int(otlp["traceId"], 16)
     parent = otlp.get("parentSpanId")
     return OtlpSpan(
@@ -76,6 +82,7 @@ def _span(otlp: Mapping[str, Any]) -> OtlpSpan:
             for event in otlp.get("events", ())
         ],
         otlp.get("status", {}).get("code") == _STATUS_ERROR,
+        instance,
     )
 
 

@@ -263,6 +263,9 @@ class EmbeddedStore:
         """See `Store.alarm`."""
         return self._alarm
 
+    async def company(self) -> None:
+        """See `Store.company`: one process owns the directory."""
+
     def watch(self, woken: Woken) -> None:
         """See `Store.watch`: one process owns the directory."""
 

@@ -11,10 +11,11 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
-from otel_smtp.spool.messages import SpoolError, StorageAway
+from otel_smtp.spool.messages import Departure, SpoolError, StorageAway
 from otel_smtp.spool.postgresql.connecting import (
     Connection,
     LastingConnection,
@@ -34,6 +35,8 @@ CRASHES_ALLOWED: Final = 3
 PERMITS_SECONDS: Final = 60.0
 """How long a permit that a silent gateway had in flight counts on, before it leaves the window of its limit: as long as
 the reply may take to what was sent before."""
+DEPARTURES_KEPT: Final = 20
+_GONE: Final = "gone "
 
 
 def channel(place: QueueLocation) -> str:
@@ -47,13 +50,14 @@ class Beats:
     Args:
         name: of this process in telemetry, for people.
         heard: called with what another process of the queue says.
-        taken_over: called with how many deliveries were taken over.
+        taken_over: called with how many deliveries were taken over, and the ids of messages that are held for that.
 
     Attributes:
         incarnation: a new one after this gateway was declared dead.
         stat: what the housekeeper counted.
         gateways: how many live.
         is_housekeeper: this gateway does what one alone has to do.
+        departures: gateways that went since this one came, the last first.
     """
 
     def __init__(
@@ -64,7 +68,7 @@ class Beats:
         name: str,
         version: str,
         heard: Callable[[str], None],
-        taken_over: Callable[[int], None],
+        taken_over: Callable[[int, Sequence[str]], None],
     ) -> None:
         self._place = place
         self._statements = statements
@@ -87,6 +91,7 @@ class Beats:
         self.stat: Mapping[str, Any] = {}
         self.gateways = 0
         self.is_housekeeper = False
+        self.departures: deque[Departure] = deque(maxlen=DEPARTURES_KEPT)
 
     def holds(self, incarnation: uuid.UUID | None) -> bool:
         """Whether the leases of an incarnation are surely ours at this moment."""
@@ -120,7 +125,7 @@ class Beats:
                 watchdog = asyncio.get_running_loop().call_later(self._place.takeover_seconds, self.line.terminate)
                 try:
                     await connection.execute(self._statements.land_permits, [self.incarnation], PERMITS_SECONDS)
-                    await connection.execute(self._statements.leave, self.incarnation)
+                    await connection.execute(self._statements.leave, self.incarnation, self._channel, _GONE)
                 finally:
                     watchdog.cancel()
             except Exception as error:  # noqa: BLE001 - it is logged
@@ -195,7 +200,7 @@ class Beats:
                 "SELECT pg_try_advisory_lock(hashtextextended('otel_smtp ' || $1, 0))", self.line.facts.installation
             )
         if not self._is_heard:
-            await connection.add_listener(self._channel, lambda *heard: self._heard(str(heard[-1])))
+            await connection.add_listener(self._channel, lambda *heard: self._hear(str(heard[-1])))
             self._is_heard = True
         if row["dead"] and self._may_take_over(sent):
             await self._take_over(connection)
@@ -228,14 +233,29 @@ class Beats:
                 await connection.execute(self._statements.hold_messages, held)
             await connection.execute(self._statements.free_slots, ids)
             await connection.execute(self._statements.land_permits, ids, PERMITS_SECONDS)
+            deliveries = Counter(row["dead"] for row in taken)
+            await connection.execute(
+                self._statements.tell_gone, self._channel, _GONE, self._name, ids,
+                [row["name"] for row in dead], [row["silent"] for row in dead], [deliveries[one] for one in ids],
+            )  # fmt: skip
         for row in dead:
             logger.warning(
                 "silent gateway declared dead; its mail taken over",
-                extra={"gateway": row["name"], "seconds": round(row["silent"], 1), "deliveries": len(taken)},
-            )
-        for message_id in held:
-            logger.critical("message held: being delivered during repeated crashes", extra={"spool_id": message_id})
-        self._taken_over(len(taken))
+                extra={
+                    "gateway": row["name"], "seconds": round(row["silent"], 1), "deliveries": deliveries[row["id"]],
+                },
+            )  # fmt: skip
+        self._taken_over(len(taken), held)
+
+    def _hear(self, what: str) -> None:
+        if not what.startswith(_GONE):
+            self._heard(what)
+            return
+        try:
+            gone, name, silent, deliveries, found_by = json.loads(what.removeprefix(_GONE))
+        except (ValueError, TypeError):  # a newer program's
+            return
+        self.departures.appendleft(Departure(gone, name, time.time(), silent, deliveries, found_by))
 
     def refusal(self) -> SpoolError | None:
         """Why nothing can be taken in for now."""

@@ -2,10 +2,11 @@
 
 import json
 import time
+import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
-from otel_smtp.spool.messages import Counts, MessageView, NoSuchMessage, SpoolError
+from otel_smtp.spool.messages import Company, Counts, MessageView, NoSuchMessage, Peer, SpoolError
 from otel_smtp.spool.postgresql import rows
 from otel_smtp.spool.postgresql.beats import Beats, channel
 from otel_smtp.spool.postgresql.connecting import Connection, QueueLocation
@@ -15,6 +16,9 @@ from otel_smtp.spool.postgresql.working import Working
 T = TypeVar("T")
 
 COUNT_SELF_BELOW: Final = 50_000  # messages; beyond, what the housekeeper has counted is near enough
+MOST_TOLD: Final = 7000  # octets; PostgreSQL takes 7999 in a notification
+DEED: Final = "deed "
+MOST_HALF_HEARD: Final = 16
 COUNT_SHARE: Final = 20  # the housekeeper counts for at most this part of its time
 
 
@@ -106,10 +110,24 @@ class PostgresqlOperatorVerbs:
             )
         )
 
-    async def gateways(self) -> Sequence[Mapping[str, Any]]:
-        """All gateways of the queue."""
+    async def company(self) -> Company:
+        """See `Store.company`."""
         found = await self._working.do(lambda connection: connection.fetch(self._statements.gateways))
-        return [dict(row) for row in found]
+        return Company(
+            [
+                Peer(
+                    str(row["id"]), row["name"], row["version"], row["started_at"], row["alive_for"], row["leases"],
+                    is_this=row["id"] == self._beats.incarnation,
+                )
+                for row in found
+            ],
+            list(self._beats.departures),
+        )  # fmt: skip
+
+    async def session_user(self) -> str:
+        """Who is logged in to the database."""
+        name: str = await self._working.do(lambda connection: connection.fetchval("SELECT session_user::text"))
+        return name
 
     async def limits(self) -> Sequence[Mapping[str, Any]]:
         """All limits of the queue."""
@@ -119,9 +137,28 @@ class PostgresqlOperatorVerbs:
     # Doing -----------------------------------------------------------------------------------------------------
 
     async def tell(self, what: str) -> None:
-        """Tell all processes of the queue."""
+        """Tell all processes of the queue: at most `MOST_TOLD` octets."""
         await self._working.do(
             lambda connection: connection.execute("SELECT pg_notify($1, $2)", channel(self._place), what)
+        )
+
+    async def tell_deed(self, deed: str) -> None:
+        """Have the housekeeper tell of a deed. A notification is short, so it comes in pieces, of one transaction.
+
+        Args:
+            deed: in ASCII characters.
+        """
+        pieces = [deed[start : start + MOST_TOLD] for start in range(0, len(deed), MOST_TOLD)]
+        name = uuid.uuid4().hex
+        heads = [f"{DEED}{name} {len(pieces)} " for _ in pieces]
+        await self._working.do(
+            lambda connection: connection.execute(
+                "SELECT pg_notify($1, head || piece) FROM unnest($2::text[], $3::text[]) WITH ORDINALITY"
+                " AS told(head, piece, place) ORDER BY place",
+                channel(self._place),
+                heads,
+                pieces,
+            )
         )
 
     async def retry(self, message_id: str) -> bool:
@@ -199,6 +236,26 @@ class PostgresqlOperatorVerbs:
                 return await change(connection)
 
         return await self._working.do(operate)
+
+
+class HeardDeeds:
+    """Puts deeds together again that come in pieces, in order."""
+
+    def __init__(self) -> None:
+        self._pieces: dict[str, list[str]] = {}
+
+    def hear(self, what: str) -> str | None:
+        """The deed, once its last piece has come; None before that."""
+        name, _, rest = what.removeprefix(DEED).partition(" ")
+        count, _, piece = rest.partition(" ")
+        pieces = self._pieces.setdefault(name, [])
+        pieces.append(piece)
+        if str(len(pieces)) != count:
+            if len(self._pieces) > MOST_HALF_HEARD:
+                del self._pieces[next(iter(self._pieces))]
+            return None
+        del self._pieces[name]
+        return "".join(pieces)
 
 
 def _no_such(message_id: str) -> NoSuchMessage:

@@ -209,4 +209,5 @@ def _shown(rows: Sequence[Row]) -> MessageView:
         content=_content(first, None),
         header_octets=first["header_octets"],
         gateways=sorted({row["gateway"] for row in deliveries if row["gateway"] is not None}),
+        leased_at=min((row["next_at"] for row in deliveries if row["state"] == "l"), default=None),
     )

@@ -117,7 +117,8 @@ c AS (
   SELECT dlv.msg_id, dlv.d, u.place, u.tried, dlv.taken_from
   FROM {{s}}.dlv JOIN u USING (msg_id, d) WHERE dlv.state = 'r' AND EXISTS (SELECT FROM me)
   ORDER BY u.place, u.tried LIMIT $3 FOR UPDATE OF dlv SKIP LOCKED)
-UPDATE {{s}}.dlv SET state = 'l', owner = $1, epoch = epoch + 1, attempts = attempts + 1, taken_from = NULL
+UPDATE {{s}}.dlv SET state = 'l', owner = $1, epoch = epoch + 1, attempts = attempts + 1, next_at = now(),
+  taken_from = NULL
 FROM c JOIN {{s}}.msg ON msg.id = c.msg_id WHERE dlv.msg_id = c.msg_id AND dlv.d = c.d
 RETURNING {_COLUMNS}, msg.content, c.place, c.tried, c.taken_from"""
 
@@ -207,7 +208,7 @@ UPDATE {s}.dlv SET state = CASE WHEN crashes + 1 >= $1 THEN 'h' ELSE 'r' END::"c
   crashes = crashes + 1, dup = true, owner = NULL,
   taken_from = jsonb_build_array(dead.name, round(dead.silent::numeric, 3))
 FROM unnest($2::uuid[], $3::text[], $4::float8[]) AS dead(id, name, silent)
-WHERE dlv.owner = dead.id AND dlv.state = 'l' RETURNING dlv.msg_id, dlv.state::text AS state"""
+WHERE dlv.owner = dead.id AND dlv.state = 'l' RETURNING dlv.msg_id, dlv.state::text AS state, dead.id AS dead"""
 
 _FREE_SLOTS: Final = "UPDATE {s}.slot SET owner = NULL WHERE owner = ANY($1::uuid[])"
 
@@ -242,8 +243,14 @@ WHERE state = 'l' AND owner NOT IN (SELECT id FROM {s}.gateway) RETURNING msg_id
 
 _LEAVE: Final = """
 WITH d AS (UPDATE {s}.dlv SET state = 'r', attempts = attempts - 1, next_at = least(next_at, now()), dup = true,
-  owner = NULL WHERE owner = $1 AND state = 'l')
-DELETE FROM {s}.gateway WHERE id = $1"""
+  owner = NULL WHERE owner = $1 AND state = 'l' RETURNING msg_id),
+g AS (DELETE FROM {s}.gateway WHERE id = $1 RETURNING id, name)
+SELECT pg_notify($2, $3::text || json_build_array(g.id, g.name, NULL, (SELECT count(*) FROM d), '')) FROM g"""
+
+# All gateways hear who has gone: no row tells of one that is not there.
+_TELL_GONE: Final = """
+SELECT pg_notify($1, $2::text || json_build_array(n.id, n.name, n.silent, n.deliveries, $3::text))
+FROM unnest($4::uuid[], $5::text[], $6::float8[], $7::bigint[]) AS n(id, name, silent, deliveries)"""
 
 _FOLD_TALLIES: Final = """
 WITH gone AS (DELETE FROM {s}.tally WHERE gateway <> $1 AND gateway NOT IN (SELECT id FROM {s}.gateway)
@@ -304,7 +311,7 @@ _GATEWAYS: Final = """
 SELECT gateway.id, gateway.name, gateway.version, extract(epoch FROM started_at)::float8 AS started_at,
   extract(epoch FROM alive_until - clock_timestamp())::float8 AS alive_for,
   (SELECT count(*) FROM {s}.dlv WHERE owner = gateway.id AND state = 'l') AS leases
-FROM {s}.gateway ORDER BY started_at"""
+FROM {s}.gateway ORDER BY started_at, id"""
 
 
 class Statements:
@@ -350,6 +357,7 @@ class Statements:
         )
         self.settle = on_schema(_SETTLE)
         self.limits = on_schema(_LIMITS)
+        self.tell_gone = on_schema(_TELL_GONE)
         self.fold_tallies = on_schema(_FOLD_TALLIES)
         self.note_stat = on_schema(_NOTE_STAT)
         self.counts = on_schema(_COUNTS)

@@ -26,6 +26,7 @@ from typing import Any, Final
 from uuid import UUID
 
 from otel_smtp.spool.messages import (
+    Company,
     ContentLost,
     ContentRef,
     Counts,
@@ -45,7 +46,7 @@ from otel_smtp.spool.postgresql.connecting import Connection, LastingConnection,
 from otel_smtp.spool.postgresql.draft import CHUNK_OCTETS, PostgresqlDraft
 from otel_smtp.spool.postgresql.lanes import Lanes
 from otel_smtp.spool.postgresql.limits import DatabaseLedger
-from otel_smtp.spool.postgresql.operator_verbs import PostgresqlOperatorVerbs
+from otel_smtp.spool.postgresql.operator_verbs import DEED, HeardDeeds, PostgresqlOperatorVerbs
 from otel_smtp.spool.postgresql.rows import ContentKey, NewRows, Row, lease_of, new_leases, recipients_json
 from otel_smtp.spool.postgresql.statements import Statements
 from otel_smtp.spool.postgresql.working import Working
@@ -193,6 +194,7 @@ class PostgresqlStore:
         self._operators = PostgresqlOperatorVerbs(place, statements, self._working, self.beats)
         self._is_open = False
         self._woken: Woken | None = None
+        self._heard_deeds = HeardDeeds()
         self._keeper: asyncio.Task[None] | None = None
         self._ending: set[asyncio.Task[None]] = set()
         # What this process knows to be its own, by message and delivery: whatever else the database says is ours comes
@@ -266,13 +268,21 @@ class PostgresqlStore:
         self._woken = woken
 
     def _heard(self, what: str) -> None:
-        if self._woken is not None:
+        if self._woken is None:
+            return
+        if not what.startswith(DEED):
             self._woken.look_soon() if what == "look" else self._woken.wake()
+        elif self.beats.is_housekeeper and (deed := self._heard_deeds.hear(what)) is not None:
+            self._woken.note(deed)  # by one of the gateways: there is one line and one span of it
 
-    def _took_over(self, deliveries: int) -> None:
+    def _took_over(self, deliveries: int, held: Sequence[str]) -> None:
         self.figures.taken_over += deliveries
-        if deliveries and self._woken is not None:
+        if self._woken is None:
+            for message_id in held:
+                logger.critical("message held: being delivered during repeated crashes", extra={"spool_id": message_id})
+        elif deliveries:
             self._woken.wake()
+            self._woken.note_crashes(held)
 
     def refusal(self) -> SpoolError | None:
         """See `Store.refusal`."""
@@ -780,9 +790,17 @@ class PostgresqlStore:
         """Have all gateways of the queue look: "due" for deliveries, "look" for what is too old."""
         await self._operators.tell(what)
 
-    async def gateways(self) -> Sequence[Mapping[str, Any]]:
-        """All gateways of the queue: name, version, started_at, alive_for in seconds, leases."""
-        return await self._operators.gateways()
+    async def tell_deed(self, deed: str) -> None:
+        """Have one gateway of the queue tell of what an operator did, see `deeds.Deed.as_text`."""
+        await self._operators.tell_deed(deed)
+
+    async def session_user(self) -> str:
+        """Who is logged in to the database."""
+        return await self._operators.session_user()
+
+    async def company(self) -> Company:
+        """See `Store.company`."""
+        return await self._operators.company()
 
     async def limits(self) -> Sequence[Mapping[str, Any]]:
         """All limits of the queue: name, most within period_seconds, per, burst, used, in_flight, next_in and rests_for

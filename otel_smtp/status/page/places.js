@@ -7,6 +7,10 @@ const upstreamsEmpty = document.getElementById("upstreams-empty");
 const queueBody = document.querySelector("#queue-messages tbody");
 const queueEmpty = document.getElementById("queue-empty");
 const queueCount = document.getElementById("queue-count");
+const sharing = document.getElementById("sharing");
+const gatewayList = document.getElementById("gateways");
+const departureList = document.getElementById("departures");
+const gatewayHead = document.getElementById("queue-gateway");
 
 const BREAKER = { closed: "in use", open: "not tried", "half-open": "one probe" };
 const TLS = { off: "in clear", starttls: "STARTTLS", implicit: "TLS" };
@@ -47,6 +51,29 @@ function fillUpstream(item, facts) {
   );
 }
 
+/** Show who shares the queue: those who live, those who are silent, and those who have gone. */
+function showSharing(queue) {
+  sharing.hidden = queue.gateways.length === 0;
+  gatewayHead.hidden = sharing.hidden;
+  reconcile(gatewayList, queue.gateways, (each) => each.id, () => element("li"), (item, facts) => {
+    const isSilent = facts.alive_seconds <= 0;
+    item.replaceChildren(
+      element("strong", { class: "mono" }, facts.name),
+      facts.is_this ? element("span", { class: "tag" }, "this one") : null,
+      element("span", { class: "beat", "data-beat": isSilent ? "silent" : "lives" },
+        isSilent ? `silent, its lease ended ${age(-facts.alive_seconds)} ago` : `lives, lease for ${age(facts.alive_seconds)}`),
+      element("span", { class: "faint" }, `${facts.delivering} delivering · up ${age(facts.up_seconds)} · ${facts.version}`));
+  });
+  departureList.hidden = queue.departures.length === 0;
+  reconcile(departureList, queue.departures, (each) => each.id, () => element("li"), (item, facts) => {
+    const isDead = facts.silent_seconds !== null;
+    item.dataset.gone = isDead ? "dead" : "left";
+    item.replaceChildren(element("b", { class: "mono" }, facts.name), isDead
+      ? ` was silent for ${age(facts.silent_seconds)}: ${facts.found_by} took over, and ${plural(facts.deliveries, "delivery goes on", "deliveries go on")}, ${age(facts.ago_seconds)} ago`
+      : ` left, ${age(facts.ago_seconds)} ago`);
+  });
+}
+
 /** Show the queue; `open(traceId)` opens a trace. */
 export function showQueue(queue, open) {
   shown = { queue, open };
@@ -56,8 +83,10 @@ export function showQueue(queue, open) {
   queueEmpty.hidden = queue.messages.length > 0;
   queueBody.parentElement.hidden = queue.messages.length === 0;
   actionsHead.hidden = token === "";
+  showSharing(queue);
+  const isShared = queue.gateways.length > 0;
   reconcile(queueBody, queue.messages, (each) => each.spool_id, () => element("tr"), (row, facts) => {
-    const seen = JSON.stringify([facts, token === ""]);
+    const seen = JSON.stringify([facts, token === "", isShared]);
     if (row.seen === seen || row.contains(document.activeElement)) return; // a button must not vanish under a finger
     row.seen = seen;
     row.replaceChildren(...[
@@ -65,6 +94,8 @@ export function showQueue(queue, open) {
         : element("button", { class: "link mono", type: "button", onclick: () => open(facts.trace_id) }, facts.spool_id)),
       element("td", {}, facts.state),
       element("td", {}, facts.domains.join(", ") || plural(facts.recipients, "recipient")),
+      isShared ? element("td", { class: "mono" }, facts.gateways.join(", ") || "–",
+        facts.held_seconds === null ? null : element("span", { class: "faint" }, ` for ${age(facts.held_seconds)}`)) : null,
       element("td", { class: "number" }, age(facts.age_seconds)),
       element("td", { class: "number" }, String(facts.attempts)),
       element("td", { class: "number" }, facts.next_attempt_seconds === null ? "–" : age(facts.next_attempt_seconds)),

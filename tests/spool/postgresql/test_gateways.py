@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import os
 import signal
 import smtplib
 import subprocess
@@ -21,6 +22,7 @@ from tests.spool.postgresql.schemas import new_place
 from tests.support.capture import CapturingUpstream
 from tests.support.dialogue import UpstreamScript, scripted_reply
 from tests.support.otlp_receiver import OtlpReceiver
+from tests.support.ports import unclaimed_port
 from tests.support.postgresql import Server, server
 from tests.support.process import DEFAULTS, GatewayProcess, gateway, settings_file, until
 
@@ -209,10 +211,15 @@ def test_workers_share_the_queue_and_commands_reach_it(place: QueueLocation, tmp
 
         queue_id = until(waiting, "it is deferred")
         assert "451 4.3.0 later" in queue_command(path, "show", queue_id)
-        assert queue_command(path, "hold", queue_id) == "1 held\n"
+        assert queue_command(path, "hold", queue_id, "--as", "ann") == "1 held\n"
         assert queue_command(path, "release", queue_id) == "1 released\n"
         upstream.wait_for_messages(2, 10)  # at once: the gateways are told, whoever made the change
         assert running.stop() == 0
+    # By one of them, in its log and in the mail's trace.
+    changes = [line for line in running.log if line["event"] == "queued message changed by an operator"]
+    assert [(line["command"], line["operator"]) for line in changes] == [("hold", "ann"), ("release", "owner")]
+    traced = [line for line in running.log if "smtp.spool.operator" in line]
+    assert [line["trace_id"] for line in traced] == [line["trace_id"] for line in changes]
     assert queue_command(path, "gateways") == ""
     assert json.loads(queue_command(path, "counts"))["recipients"]["delivered"] == 1
 
@@ -244,6 +251,49 @@ def test_two_gateways_keep_the_rate_of_their_provider_together(place: QueueLocat
     times = clocked.times
     assert len(times) == 32
     assert max(sum(1 for other in times[index:] if other < at + 1.0) for index, at in enumerate(times)) <= 8
+
+
+def test_a_mail_that_two_gateways_attempted_is_found_as_one(place: QueueLocation, tmp_path: Path) -> None:
+    """The first cannot reach the upstream, so the second delivers what the first took."""
+    shared = {
+        "delivery.mode": "queue",
+        "spool.url": place.url,
+        "spool.schema": place.schema,
+        "spool.retry": ["1s"],
+    }
+    with CapturingUpstream() as upstream, contextlib.ExitStack() as stack:
+        statuses: list[str] = []
+
+        def start(name: str, url: str) -> GatewayProcess:
+            (tmp_path / name).mkdir()
+            statuses.append(f"127.0.0.1:{unclaimed_port()}")
+            settings = {**shared, "upstream.url": url, "upstream.name": "up", "status.address": statuses[-1]}
+            environ = {"OTEL_RESOURCE_ATTRIBUTES": f"service.instance.id={name}"}
+            return stack.enter_context(gateway(settings, tmp_path / name, environ=environ))
+
+        def why(*arguments: str) -> str:
+            command = [sys.executable, "-m", "otel_smtp", "why", trace_id, "--no-waterfall", *arguments]
+            command += ["--config", str(tmp_path / "first" / "settings.toml")]
+            environ = {**os.environ, "COLUMNS": "200"}
+            return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True, env=environ).stdout
+
+        first = start("first", f"smtp://127.0.0.1:{unclaimed_port()}")
+        code, text = send(first)
+        assert code == 250
+        trace_id = text.rpartition("trace=")[2].strip()
+        assert "in the queue as " in why()
+        second = start("second", upstream.url)
+        upstream.wait_for_messages(1, 30)
+        urls = [part for status in statuses for part in ("--url", status)]
+        told = until(lambda: told if "accepted at attempt" in (told := why(*urls)) else None, "both tell of it")
+        assert told.count(f"trace {trace_id}") == 1
+        assert "connection refused; by gateway first" in told
+        assert "by gateway second" in told
+        [mail] = [json.loads(line) for line in why(*urls, "--json").splitlines()]
+        assert mail["gateways"] == ["first", "second"]
+        assert "by gateway" not in why(), "one gateway alone knows of no other"
+        for running in (first, second):
+            assert running.stop() == 0
 
 
 def test_a_gateway_does_not_start_on_a_database_without_its_schema(tmp_path: Path) -> None:

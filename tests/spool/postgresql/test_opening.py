@@ -183,7 +183,7 @@ async def test_a_command_of_an_operator_is_no_gateway() -> None:
         one = await queued(gateway, message())
         await operator.open()
         assert [shown.id for shown in await operator.page("", 9)] == [one]
-        assert [row["name"] for row in await operator.gateways()] == ["a gateway"]
+        assert [peer.name for peer in (await operator.company()).gateways] == ["a gateway"]
         with pytest.raises(SpoolError):
             await queued(operator)
     finally:

@@ -1,0 +1,128 @@
+"""What operators did to queued mail, told in the log and in the mail's trace, with the operator's name.
+
+Where several gateways share a queue, a command changes it in the database and none of them need notice; so a deed has a
+form as text too, in which one of them is asked to tell of it.
+"""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Self
+
+from otel_smtp.observing import Fate, Observer, SpoolAction, TransactionRecord, trace_fields
+from otel_smtp.smtp.envelope import Mail, Recipient
+from otel_smtp.smtp.replies import ErrorType
+from otel_smtp.spool.aging import parsed
+from otel_smtp.spool.attempts import MESSAGE_KINDS
+from otel_smtp.spool.messages import Kind, MessageView
+
+logger: Final = logging.getLogger("otel_smtp.spool.operators")
+
+MOST_NAME_CHARACTERS: Final = 100
+
+_ACTIONS: Final = {
+    "hold": SpoolAction.HELD,
+    "release": SpoolAction.RELEASED,
+    "expire": SpoolAction.GIVEN_UP,
+    "delete": SpoolAction.REMOVED,
+}
+"""What of an operator's commands the trace of a message tells; what is attempted tells of itself."""
+
+
+def operator_name(text: str) -> str:
+    """A name as it may be logged: one line, bounded; "unnamed" for an empty one."""
+    return "".join(char for char in text if char.isprintable()).strip()[:MOST_NAME_CHARACTERS] or "unnamed"
+
+
+@dataclass(frozen=True, slots=True)
+class Deed:
+    """What was done to a message.
+
+    Attributes:
+        command: as in `otel-smtp queue`.
+        operator: who did it; "": no operator.
+        recipients: those that it had, and what was said of each last.
+    """
+
+    command: str
+    operator: str
+    message_id: str
+    kind: Kind
+    attempts: int
+    reverse_path: str
+    carrier: Mapping[str, str]
+    recipients: Sequence[tuple[str, str]]
+
+    @classmethod
+    def of(cls, command: str, operator: str, before: MessageView) -> Self:
+        """What was done to a message, as that was before."""
+        recipients = [(address, last) for address, _, last in before.recipients]
+        return cls(
+            command, operator, before.id, before.kind, before.attempts, before.reverse_path, before.carrier, recipients
+        )
+
+    def as_text(self) -> str:
+        """In ASCII characters, for `parse`."""
+        return json.dumps(
+            [
+                self.command, self.operator, self.message_id, self.kind.value, self.attempts, self.reverse_path,
+                dict(self.carrier), self.recipients,
+            ]
+        )  # fmt: skip
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """What another process did.
+
+        Raises:
+            ValueError: this is no such text, or is a newer program's.
+        """
+        try:
+            command, operator, message_id, kind, attempts, reverse_path, carrier, recipients = json.loads(text)
+            return cls(
+                str(command), operator_name(operator), str(message_id), Kind(kind), int(attempts), str(reverse_path),
+                {str(name): str(value) for name, value in carrier.items()},
+                [(str(address), str(last)) for address, last in recipients],
+            )  # fmt: skip
+        except (TypeError, AttributeError) as error:
+            raise ValueError(f"no deed: {error}") from error
+
+    def note(self, observer: Observer) -> None:
+        """Tell of it in the log and in the message's trace."""
+        level = logging.WARNING if self.command in ("delete", "expire") else logging.INFO
+        logger.log(
+            level, "queued message changed by an operator",
+            extra={
+                "spool_id": self.message_id, "command": self.command, "operator": self.operator,
+                "recipients": len(self.recipients), **trace_fields(self.carrier),
+            },
+        )  # fmt: skip
+        if (action := _ACTIONS.get(self.command)) is not None:
+            observer.spool_acted(self.record(action))
+
+    def record(self, action: SpoolAction) -> TransactionRecord:
+        """The record of what befell the message; where it ends, or waits, what was said of each recipient last."""
+        record = TransactionRecord.resumed(
+            self.message_id,
+            self.carrier,
+            Mail(self.reverse_path),
+            kind=MESSAGE_KINDS[self.kind],
+            attempt=self.attempts,
+        )
+        record.action = action
+        record.operator = self.operator or None
+        fates = []
+        if action in (SpoolAction.HELD, SpoolAction.REMOVED):
+            fates = [(Recipient(address), Fate(action), parsed(last)) for address, last in self.recipients]
+        record.end_in_spool(fates, record.begun_ns)
+        return record
+
+
+def note_crashes(held: MessageView, observer: Observer) -> None:
+    """Tell of a message that is held since it was part of too many crashes."""
+    record = Deed.of("hold", "", held).record(SpoolAction.HELD)
+    record.error_type, record.failure = ErrorType.INTERNAL, "it was part of too many crashes"
+    observer.spool_acted(record)
+    extra = {"spool_id": held.id, **trace_fields(held.carrier)}
+    logger.critical("message held: being delivered during repeated crashes", extra=extra)
