@@ -13,6 +13,7 @@ and replies by the segments into which the session cuts them.
 """
 
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
@@ -185,6 +186,7 @@ class TransactionRecord:
     """
 
     __slots__ = (
+        "__weakref__",
         "accepted",
         "action",
         "added_octets",
@@ -382,6 +384,7 @@ class DeliveryRecord:
     """
 
     __slots__ = (
+        "_transaction",
         "accepted_count",
         "attempt",
         "begun_ns",
@@ -402,14 +405,14 @@ class DeliveryRecord:
         "server",
         "tls",
         "trace",
-        "transaction",
         "upstream",
     )
 
     def __init__(
         self, transaction: TransactionRecord, upstream: str, server: Endpoint, attempt: int, begun_ns: int
     ) -> None:
-        self.transaction = transaction
+        # The transaction holds its attempts. If each held it in turn, every mail would wait for the garbage collector.
+        self._transaction = weakref.ref(transaction)
         self.upstream = upstream
         self.server = server
         self.attempt = transaction.attempt or attempt
@@ -429,6 +432,20 @@ class DeliveryRecord:
         self.error_type: ErrorType | None = None
         self.failure: str | None = None
         self.trace: Any = None
+
+    @property
+    def transaction(self) -> TransactionRecord:
+        """The transaction that this is an attempt of.
+
+        Whoever relays it keeps its record, until the attempt has ended and observers have been told.
+
+        Raises:
+            ReferenceError: an observer kept the attempt, but not the transaction.
+        """
+        transaction = self._transaction()
+        if transaction is None:
+            raise ReferenceError("the record of the transaction is gone")
+        return transaction
 
     def refuse(self, recipient: Recipient, reply: Reply, now_ns: int) -> None:
         """Note a recipient that the upstream refused or deferred; one that is asked about again counts once."""

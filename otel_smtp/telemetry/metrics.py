@@ -317,12 +317,13 @@ class Metrics(Observer):
 
     def delivery_ended(self, delivery: DeliveryRecord) -> None:
         """Count an attempt that outlived its transaction."""
-        trace: Identity | None = delivery.transaction.trace
+        transaction = delivery.transaction
+        trace: Identity | None = transaction.trace
         context = None if trace is None else trace.context
         if context is not None and not (context.flags | _UNSAMPLED) & self._exemplar_flags:
             context = None
         self._measure(delivery, context)
-        if delivery.transaction.connection is None and delivery.transaction.kind is MessageKind.MAIL:
+        if transaction.connection is None and transaction.kind is MessageKind.MAIL:
             self._count_ended(delivery)
 
     def spool_acted(self, transaction: TransactionRecord) -> None:
@@ -340,7 +341,8 @@ class Metrics(Observer):
                 self._recipients.add((one.fate.value,))
 
     def _measure(self, delivery: DeliveryRecord, context: TraceContext | None) -> None:
-        unix_ns = delivery.ended_ns + delivery.transaction.wall_offset_ns
+        transaction = delivery.transaction
+        unix_ns = delivery.ended_ns + transaction.wall_offset_ns
         upstream = delivery.upstream
         if delivery.pool_wait_ns is not None:
             self._pool_wait.series[(upstream,)].add(delivery.pool_wait_ns / 1e9, context, unix_ns)
@@ -350,7 +352,7 @@ class Metrics(Observer):
         if delivery.outcome is not None:
             seconds = (delivery.ended_ns - delivery.begun_ns) / 1e9
             self._delivery_duration.series[upstream, _OUTCOMES[delivery.outcome]].add(seconds, context, unix_ns)
-            waited = delivery.transaction.waited_seconds
+            waited = transaction.waited_seconds
             if waited is not None:
                 labels = (upstream,)
                 if delivery.attempt == 1:

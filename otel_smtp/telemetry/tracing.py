@@ -345,11 +345,12 @@ class Tracing(Observer):
     def _settle_delivery(self, delivery: DeliveryRecord) -> Identity:
         identity: Identity | None = delivery.trace
         if identity is None:
-            transaction: Identity | None = delivery.transaction.trace or self._settle(delivery.transaction)
-            parent = None if transaction is None else transaction.context
+            transaction = delivery.transaction
+            above: Identity | None = transaction.trace or self._settle(transaction)
+            parent = None if above is None else above.context
             links: tuple[LinkRecord, ...] = ()
-            if delivery.transaction.connection is None:
-                links = _links(delivery.transaction, parent)
+            if transaction.connection is None:
+                links = _links(transaction, parent)
 
             def at_start() -> names.Attributes:
                 return self.attributes.delivery_at_start(delivery)
@@ -364,10 +365,11 @@ class Tracing(Observer):
             return
         pool = pool_pairs(delivery)
         described = self.attributes.delivery(delivery, pool)
-        offset = delivery.transaction.wall_offset_ns
+        transaction = delivery.transaction
+        offset = transaction.wall_offset_ns
         times = delivery.begun_ns + offset, delivery.ended_ns + offset + AFTER_LAST_EVENT_NS
         told = self._recipients_of(delivery) if delivery.refused else ()
-        if (taken := delivery.transaction.taken_over) is not None:
+        if (taken := transaction.taken_over) is not None:
             told = [taken_over_event(times[0], *taken), *told]
         if identity.is_recording and self._encodes:
             events = encode_phases(delivery, pool)

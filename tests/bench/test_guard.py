@@ -111,6 +111,30 @@ def test_nothing_survives_a_message_but_its_encoded_spans(observers: str, most: 
     assert run(counted()) <= most
 
 
+@pytest.mark.parametrize("strategy", ["transparent", "buffered"])
+@pytest.mark.parametrize("observers", ["none", "everything"])
+def test_a_message_leaves_nothing_that_only_the_garbage_collector_frees(observers: str, strategy: str) -> None:
+    async def unreachable() -> list[str]:
+        async with serving(OBSERVERS[observers], strategy) as accept:
+            client = Client(KIB)
+            accept(client)
+            await client.mails(10)
+            gc.collect()
+            gc.disable()
+            try:
+                await client.mails(50)
+                gc.set_debug(gc.DEBUG_SAVEALL)
+                gc.collect()
+                return [type(one).__qualname__ for one in gc.garbage]
+            finally:
+                gc.set_debug(0)
+                gc.garbage.clear()
+                gc.enable()
+
+    left = run(unreachable())
+    assert len(left) < 50, collections.Counter(left)
+
+
 @pytest.mark.parametrize(("observers", "most"), [("none", 2_400), ("everything", 2_640)])
 def test_octets_of_an_idle_connection(observers: str, most: int) -> None:
     assert run(idle_octets(OBSERVERS[observers])) <= most

@@ -148,8 +148,9 @@ def test_numbers_that_another_thread_reads_are_those_of_the_latest_look() -> Non
 def test_a_delivery_that_outlives_its_transaction_is_measured_once() -> None:
     metrics = Metrics()
     client = Client(metrics).ehlo().mail().rcpt().data().header()
-    assert client.transaction is not None
-    delivery = begin_delivery(client.transaction)
+    transaction = client.transaction  # which the forwarder keeps
+    assert transaction is not None
+    delivery = begin_delivery(transaction)
     client.close()
     assert not [name for (name, _), value in samples(metrics).items() if "delivery" in name and value]
     finish_delivery(metrics, delivery)

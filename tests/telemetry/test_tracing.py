@@ -386,8 +386,9 @@ def test_a_transaction_whose_client_vanished_is_told_when_its_delivery_is_over()
 def test_a_delivery_that_outlives_its_transaction_is_told_once_when_it_is_over() -> None:
     kept = Kept()
     client = Client(tracing(kept)).ehlo().mail().rcpt().data().header()
-    assert client.transaction is not None
-    delivery = begin_delivery(client.transaction)
+    transaction = client.transaction  # which the forwarder keeps
+    assert transaction is not None
+    delivery = begin_delivery(transaction)
     client.octets_received = 2000
     client.close()
     assert [record.name for record in kept.records] == [TRANSACTION, CONNECTION]
