@@ -92,7 +92,7 @@ def test_a_disk_that_fails_is_never_250(tmp_path: Path, call: str, error: str, w
         # From the fault on nothing is taken, and the log says why.
         refused = outcome.replies.index(451)
         assert set(outcome.replies[refused:]) == {451}
-        assert outcome.log.count("the spool cannot be trusted") == 1
+        assert outcome.log.count("spool failed: intake and delivery stopped until a restart") == 1
 
 
 def test_a_full_disk_refuses_mail_and_keeps_what_is_queued(tmp_path: Path) -> None:
