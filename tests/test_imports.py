@@ -47,6 +47,7 @@ PURE_LIBRARY: Final = frozenset(
         "types",
         "typing",
         "unicodedata",
+        "weakref",
     }
 )
 # What of the spool its stores may know.
