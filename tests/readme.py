@@ -13,10 +13,12 @@ from otel_smtp.config import json_schema, settings_table
 from otel_smtp.config.bounds import LEDGER
 from otel_smtp.smtp.states import LEGAL, PULSES, ConnState
 from otel_smtp.telemetry.attributes import tables
+from tests.bench import report
 from tests.manual import manual
 
 README: Final = Path(__file__).parent.parent / "README.md"
 REFERENCE: Final = README.parent / "deploy" / "reference"
+PUBLISHED: Final = REFERENCE / "figures"  # by `python -m tests.bench --publish`
 GUIDES: Final = README.parent / "deploy" / "guides"
 
 
@@ -29,8 +31,15 @@ def states_table() -> str:
     return "\n".join(lines)
 
 
+def figures() -> str:
+    """What the README shows of the published run of the benchmark; empty: there is none."""
+    published = PUBLISHED / report.JSON_NAME
+    return report.readme(report.decode(published.read_bytes())) if published.exists() else ""
+
+
 TABLES: Final[Mapping[str, tuple[Path, Callable[[], str]]]] = {
     "states": (GUIDES / "operating.md", states_table),
+    "figures": (README, figures),
     "client": (GUIDES / "applications.md", names.table),
 }
 
@@ -95,9 +104,14 @@ def with_tables() -> dict[Path, str]:
     return texts
 
 
-if __name__ == "__main__":
+def write() -> None:
+    """Write all of it."""
     REFERENCE.mkdir(exist_ok=True)
     for name, text in reference().items():
         (REFERENCE / name).write_text(text, encoding="utf-8")
     for path, text in with_tables().items():
         path.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write()

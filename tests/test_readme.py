@@ -12,7 +12,9 @@ import trustme
 from otel_smtp.config import load
 from otel_smtp.server.users import users_line
 from otel_smtp.telemetry import attributes
-from tests.readme import GUIDES, README, REFERENCE, reference, with_tables
+from tests.bench import report
+from tests.bench.charts import CHARTS
+from tests.readme import GUIDES, PUBLISHED, README, REFERENCE, reference, with_tables
 
 DOCUMENTS = [README, README.parent / "deploy" / "CHANGELOG.md", *sorted(GUIDES.glob("*.md"))]
 TEXT = "\n".join(path.read_text(encoding="utf-8") for path in DOCUMENTS)
@@ -29,8 +31,18 @@ def test_its_tables_are_those_of_the_code() -> None:
 
 
 def test_the_reference_is_that_of_the_code() -> None:
-    found = {path.name: path.read_text(encoding="utf-8") for path in REFERENCE.iterdir()}
+    found = {path.name: path.read_text(encoding="utf-8") for path in REFERENCE.iterdir() if path != PUBLISHED}
     assert found == reference(), "run: python -m tests.readme"
+
+
+def test_the_published_figures_are_those_of_their_run() -> None:
+    if PUBLISHED.exists():
+        results = report.decode((PUBLISHED / report.JSON_NAME).read_bytes())
+        charts = [name for name, (_, _, bars) in CHARTS.items() if bars(results)]
+        assert {path.name for path in PUBLISHED.iterdir()} == {report.JSON_NAME, report.MARKDOWN_NAME, *charts}
+        told = (PUBLISHED / report.MARKDOWN_NAME).read_text(encoding="utf-8")
+        again = f"python -m tests.bench --draw {PUBLISHED / report.JSON_NAME} --publish"
+        assert told == report.as_markdown(results, charts), f"run: {again}"
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
@@ -49,7 +61,8 @@ def test_its_test_command_is_the_one_that_ci_runs() -> None:
     command = "python3 -m venv .venv && .venv/bin/pip install -q -e '.[test]' && .venv/bin/python -m pytest"
     _, second, *_ = (block.strip() for block in blocks("sh"))
     assert second.endswith(f" && {command}")
-    assert command in (README.parent / ".ci" / "run").read_text(encoding="utf-8")
+    install, _, test = command.rpartition(" && ")
+    assert f"\n{install}\n{test} || " in (README.parent / ".ci" / "run").read_text(encoding="utf-8")
 
 
 def test_its_settings_are_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

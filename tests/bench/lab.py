@@ -6,23 +6,28 @@ microseconds of CPU per mail, as the minimum of many batches (the machine's othe
 without observers, with metrics, with traces that are not encoded, encoded and queued for export, and with all that is
 on by default. `--calls` counts as well: Python functions and C functions per mail, which is what the guard test bounds.
 `--queue` puts a spool between, whose thread and system calls are not counted: what mail costs the event loop.
+`--json` prints all that as one object, with what an idle connection holds and a profile, for `python -m tests.bench`.
 """
 
 import argparse
 import asyncio
+import cProfile
 import gc
 import ipaddress
+import pstats
 import sys
 import tempfile
 import time
 import tracemalloc
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from types import CodeType, FrameType
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 from unittest import mock
+
+import msgspec
 
 from otel_smtp.forwarding.settings import Strategy, UpstreamSettings
 from otel_smtp.forwarding.upstream import UpstreamForwarder
@@ -33,7 +38,8 @@ from otel_smtp.smtp.policy import ServerLimits, ServerPolicy
 from otel_smtp.spool.embedded import EmbeddedStore
 from otel_smtp.spool.schedule import Schedule
 from otel_smtp.spool.service import Spool, SpoolSettings
-from tests.telemetry.cost import House
+from tests.bench.figures import Lab, Spent
+from tests.telemetry.cost import House, count_octets
 
 KIB: Final = 1024
 _HEADER: Final = (
@@ -332,6 +338,48 @@ OBSERVERS: Final[dict[str, Observers]] = {
 }
 
 
+async def profile(observers: Observers, *, mails: int = 2000, most: int = 25) -> list[Spent]:
+    """The functions that take most of a mail, by their own time, which the profiler makes longer."""
+    async with serving(observers) as accept:
+        client = Client(KIB)
+        accept(client)
+        await client.mails(300)
+        profiler = cProfile.Profile()
+        with profiler:
+            await client.mails(mails)
+    found = [
+        Spent(f"{file.rpartition('/')[2]}:{line} {name}" if line else name, calls / mails, own / mails * 1e6)
+        for (file, line, name), (_, calls, own, _, _) in pstats.Stats(profiler).stats.items()  # type: ignore[attr-defined]  # not in the stubs
+        if file != __file__
+    ]
+    return sorted(found, key=lambda spent: -spent.own_us)[:most]
+
+
+def whole(batches: int) -> Lab:
+    """All that the lab finds."""
+    run = _runner("uvloop")
+    found = {name: run(measure(observers, batches=batches, counts=True)) for name, observers in OBSERVERS.items()}
+    return Lab(
+        microseconds={name: min(figures.microseconds) for name, figures in found.items()},
+        python_calls={name: float(sum(figures.python_calls.values())) for name, figures in found.items()},
+        c_calls={name: float(sum(figures.c_calls.values())) for name, figures in found.items()},
+        idle_octets=run(idle_octets(OBSERVERS["everything"])),
+        otlp_octets=count_octets(),
+        profile=run(profile(OBSERVERS["everything"])),
+    )
+
+
+T = TypeVar("T")
+
+
+def _runner(loop: str) -> Callable[[Coroutine[Any, Any, T]], T]:
+    if loop == "asyncio":
+        return asyncio.run
+    import uvloop
+
+    return uvloop.run
+
+
 def main() -> None:
     """Measure, and print."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.lab", description=__doc__)
@@ -343,7 +391,11 @@ def main() -> None:
     parser.add_argument("--queue", metavar="DIRECTORY", type=Path, help="queue mail, in a new directory below this one")
     parser.add_argument("--loop", choices=("uvloop", "asyncio"), default="uvloop")
     parser.add_argument("--calls", action="store_true")
+    parser.add_argument("--json", action="store_true", help="all observers, 1 KB, uvloop")
     options = parser.parse_args()
+    if options.json:
+        print(msgspec.json.encode(whole(options.batches)).decode())
+        return
     for name in options.observers or OBSERVERS:
         with ExitStack() as stack:
             spool = None
@@ -358,12 +410,7 @@ def main() -> None:
                 spool=spool,
                 sessions=options.sessions,
             )
-            if options.loop == "uvloop":
-                import uvloop
-
-                figures = uvloop.run(work)
-            else:
-                figures = asyncio.run(work)
+            figures = _runner(options.loop)(work)
         times = sorted(figures.microseconds)
         print(f"{name:20} min {times[0]:6.1f}  median {times[len(times) // 2]:6.1f} us per mail")
         if options.calls:

@@ -15,7 +15,6 @@ from typing import IO, Any, Final
 
 ROOT: Final = Path(__file__).resolve().parents[2]
 _TICKS: Final = os.sysconf("SC_CLK_TCK")
-_PAGE_OCTETS: Final = os.sysconf("SC_PAGE_SIZE")
 
 
 class Child:
@@ -28,6 +27,7 @@ class Child:
         environment: Mapping[str, str] | None = None,
         log: Path | None = None,
         talks: bool = False,
+        pipes_log: bool = False,
         directory: Path = ROOT,
     ) -> None:
         """Start it.
@@ -36,27 +36,47 @@ class Child:
             environment: added to a bare one: neither the caller's OTEL_* nor OTELSMTP_* variables reach a target.
             log: takes its standard output and error.
             talks: speaks JSON lines over its standard input and output.
+            pipes_log: the log goes through a pipe, and only its beginning is kept.
         """
         bare = {key: value for key, value in os.environ.items() if not key.startswith(("OTEL_", "OTELSMTP_"))}
         sink: IO[bytes] | int = log.open("ab") if log else subprocess.DEVNULL
-        self._process = subprocess.Popen(
-            [str(argument) for argument in arguments],
-            cwd=directory,
-            env={**bare, "PYTHONPATH": str(ROOT), **(environment or {})},
-            stdin=subprocess.PIPE if talks else subprocess.DEVNULL,
-            stdout=subprocess.PIPE if talks else sink,
-            stderr=sink if log else None,
-            start_new_session=True,
-            preexec_fn=_raise_file_limit,
-        )
-        if not isinstance(sink, int):
+        self._log_reader = None
+        if pipes_log and not isinstance(sink, int):
+            self._log_reader = subprocess.Popen(
+                ["sh", "-c", "head -c 65536; exec cat >/dev/null"],
+                stdin=subprocess.PIPE, stdout=sink, start_new_session=True,
+            )  # fmt: skip
             sink.close()
+            assert self._log_reader.stdin is not None
+            sink = self._log_reader.stdin
+        try:
+            self._process = subprocess.Popen(
+                [str(argument) for argument in arguments],
+                cwd=directory,
+                env={**bare, "PYTHONPATH": str(ROOT), **(environment or {})},
+                stdin=subprocess.PIPE if talks else subprocess.DEVNULL,
+                stdout=subprocess.PIPE if talks else sink,
+                stderr=sink if log else None,
+                start_new_session=True,
+                preexec_fn=_raise_file_limit,
+            )
+        finally:
+            if not isinstance(sink, int):
+                sink.close()
         self.pid = self._process.pid
 
     @property
     def is_alive(self) -> bool:
         """Whether the process at the root still runs."""
         return self._process.poll() is None
+
+    def wait(self, seconds: float = 60.0) -> int:
+        """Its exit status, once it has ended by itself.
+
+        Raises:
+            subprocess.TimeoutExpired: it does not.
+        """
+        return self._process.wait(seconds)
 
     def read(self) -> dict[str, Any]:
         """The next JSON line that it prints."""
@@ -75,20 +95,15 @@ class Child:
 
     def tree(self) -> list[int]:
         """Ids of the process and its living descendants."""
-        children: dict[int, list[int]] = {}
-        for entry in os.scandir("/proc"):
-            if entry.name.isdigit() and (stat := _stat(int(entry.name))) is not None:
-                children.setdefault(int(stat[1]), []).append(int(entry.name))
-        found = [self.pid]
-        for pid in found:
-            found.extend(children.get(pid, ()))
-        return found
+        return _tree(self.pid)
 
     def cpu_seconds(self) -> float:
         """User and system time of the tree, of those included who have ended and been waited for."""
-        # Fields 14 to 17 of proc(5): utime, stime, cutime, cstime.
-        stats = (_stat(pid) for pid in self.tree())
-        return sum(sum(map(int, stat[11:15])) for stat in stats if stat is not None) / _TICKS
+        return cpu_seconds(self.pid)
+
+    def descriptors(self) -> int:
+        """Open file descriptors of the process at the root."""
+        return len(os.listdir(f"/proc/{self.pid}/fd"))
 
     def rss_octets(self) -> int:
         """Resident memory of the tree now; pages that processes share count in each."""
@@ -130,6 +145,8 @@ class Child:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()
+        if self._log_reader is not None:
+            self._log_reader.wait()  # its pipe has no writer any more
 
 
 def python(module: str, *arguments: str, talks: bool = False, log: Path | None = None) -> Child:
@@ -159,6 +176,24 @@ def wait_for_greeting(port: int, child: Child, *, timeout_seconds: float = 30.0)
 def _raise_file_limit() -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def cpu_seconds(root: int) -> float:
+    """User and system time of a process and its descendants, of those included who have ended and been waited for."""
+    # Fields 14 to 17 of proc(5): utime, stime, cutime, cstime.
+    stats = (_stat(pid) for pid in _tree(root))
+    return sum(sum(map(int, stat[11:15])) for stat in stats if stat is not None) / _TICKS
+
+
+def _tree(root: int) -> list[int]:
+    children: dict[int, list[int]] = {}
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit() and (stat := _stat(int(entry.name))) is not None:
+            children.setdefault(int(stat[1]), []).append(int(entry.name))
+    found = [root]
+    for pid in found:
+        found.extend(children.get(pid, ()))
+    return found
 
 
 def _stat(pid: int) -> list[str] | None:

@@ -1,96 +1,191 @@
-"""The report: ratios first, then the figures they come from; the same as JSON."""
+"""The report: goals first, then ratios, then the figures they come from; the same as JSON, and one paragraph of it."""
 
 import os
 import platform
-from dataclasses import asdict
-from typing import Any
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
 
-from tests.bench.figures import KIB, MIB, Cell, Results, Run, cpu, rate, table
-from tests.bench.goals import Goal, markdown
+import msgspec
 
-_BASE = "gateway, all exported"
+from tests.bench.charts import CHARTS
+from tests.bench.figures import KIB, MIB, Figure, Load, Results, Run, Sample, cpu, p99, rate, table
+from tests.bench.goals import HEADLINE, TRACED, goals, markdown, outrun
+from tests.bench.targets import gateway
+
+JSON_NAME: Final = "figures.json"
+MARKDOWN_NAME: Final = "figures.md"
+LEAST_ROUNDS: Final = 5
+# Of one minute, per CPU, before the benchmark began: above, somebody else was at work.
+_QUIET_LOAD: Final = 0.25
+_WANTED_LANGUAGES: Final = ("Go", "C", "JavaScript")
 
 
-def as_markdown(results: Results, goals: list[Goal]) -> str:
-    """The whole report."""
-    parts = [f"Machine: {machine()}.", "## Goals", markdown(goals)]
-    for cell, loads in results.loads.items():
-        parts += [f"## {cell}", _load_table(results, cell, loads)]
-        parts.append(f"Load generator into the sink, no relay between: {results.ceiling[cell]:,.0f} messages/s.")
+def encode(results: Results) -> bytes:
+    """All rounds of all figures as JSON, with the goals, which are not read back."""
+    judged = [goal._asdict() for goal in goals(results)]
+    return msgspec.json.format(msgspec.json.encode({"goals": judged, **_fields(results)}), indent=1) + b"\n"
+
+
+def _fields(results: Results) -> dict[str, Any]:
+    return dict(msgspec.to_builtins(results))
+
+
+def decode(text: bytes) -> Results:
+    """The results of a file that `encode` made.
+
+    Raises:
+        msgspec.DecodeError: it is none.
+    """
+    return msgspec.json.decode(text, type=Results)
+
+
+def machine() -> str:
+    """What this is, without names."""
+    is_optimised = "-fprofile-use" in str(sysconfig.get_config_var("PY_CFLAGS_NODIST"))
+    model = ""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    except OSError:
+        pass
+    return (
+        f"{os.cpu_count()} CPUs{f' ({model})' if model else ''}, {platform.system()} "
+        f"{platform.release().partition('-')[0]}, Python {platform.python_version()} "
+        f"({'with' if is_optimised else 'without'} profile-guided optimisation)"
+    )
+
+
+def reservations(results: Results) -> list[str]:
+    """Why these figures are not for publication; empty: they are."""
+    found = []
+    rounds = min((len(runs) for load in results.loads for runs in load.relays.values()), default=0)
+    headline = len(results.runs(HEADLINE, TRACED))
+    if headline < LEAST_ROUNDS:
+        found.append(f"{headline} rounds of the headline, fewer than {LEAST_ROUNDS}")
+    elif rounds < LEAST_ROUNDS:
+        found.append("a relay failed before its last round")
+    began = next(iter(results.load_average.values()), (0.0, 0.0))[0]
+    if began > _QUIET_LOAD * results.cpus:
+        found.append(f"the machine was busy before it began: load average {began:.2f}")
+    return found
+
+
+def headline(results: Results) -> str:
+    """What the run showed, in one sentence, and nothing that it did not show; empty: it showed nothing to tell."""
+    found = outrun(results)
+    if all(found.get(language) for language in _WANTED_LANGUAGES):
+        return "A fully traced gateway in Python that outruns the untraced relays in Go, C and JavaScript."
+    ahead = [language for language, is_ahead in found.items() if is_ahead]
+    behind = [language for language, is_ahead in found.items() if not is_ahead]
+    if not ahead:
+        return ""
+    missing = [language for language in _WANTED_LANGUAGES if language not in found]
+    return (
+        f"Fully traced, it relays more mails per second than the untraced relays in {_listed(ahead)}"
+        + (f", but not than those in {_listed(behind)}" if behind else "")
+        + (f" (no relay in {_listed(missing)} was measured)" if missing else "")
+        + "."
+    )
+
+
+def readme(results: Results) -> str:
+    """What the README shows of a run; empty: it is not for publication."""
+    if reservations(results):
+        return ""
+    judged = [goal.is_met for goal in goals(results) if goal.is_met is not None]
+    said = headline(results)
+    pictures = "\n".join(
+        f'<img src="deploy/reference/figures/{name}" alt="{title}" width="49%">'
+        for name, (title, _, bars) in CHARTS.items()
+        if bars(results)
+    )
+    return "\n\n".join(
+        [
+            "## How fast it is",
+            *([f"**{said}**"] if said else []),
+            pictures,
+            f"One run on {results.date[:10]}, {results.machine.partition(',')[0]}: medians of "
+            f"{len(results.runs(HEADLINE, TRACED))} interleaved rounds. "
+            f"It met {sum(judged)} of {len(judged)} goals;\n"
+            f"[all figures](deploy/reference/figures/{MARKDOWN_NAME}) show which. `python -m tests.bench` measures "
+            "them on your machine.",
+        ]
+    )
+
+
+def _listed(words: list[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
+
+
+def as_markdown(results: Results, charts: list[str]) -> str:
+    """The whole report.
+
+    Args:
+        charts: names of the pictures that lie beside it.
+    """
+    parts = [
+        "# Figures",
+        f"Made by `python -m tests.bench` on {results.date[:10]}: do not edit. {results.machine}.",
+        "Each figure is the median of its rounds, with the lowest and the highest; ratios are taken within a round, "
+        "in which all relays are measured one after another. CPU is user and system time of all processes of a relay, "
+        "until export and delivery are done. Only ratios travel to other machines.",
+    ]
+    if why := reservations(results):
+        parts.append(f"**Not for publication: {'; '.join(why)}.**")
+    if said := headline(results):
+        parts.append(said)
+    parts += [f"![]({name})" for name in charts]
+    parts += ["## Goals", markdown(list(goals(results)))]
+    for load in results.loads:
+        if load.relays or load.failed:
+            parts += [f"## {load.cell}", _load_table(results, load)]
+        if load.ceiling:
+            ceiling = Figure(tuple(load.ceiling)).text()
+            parts.append(f"Load generator into the sink, no relay between: {ceiling} mails/s.")
     names = [*dict.fromkeys([*results.idle_octets, *results.cold_start_seconds, *results.peak_octets])]
     if names:
         parts += ["## Memory and start", _memory_table(results, names)]
     if results.second_opinion:
         parts.append("## Second opinion: smtp-source and smtp-sink, 1 KB, 10 sessions, kept connections")
-        rows = [[name, figure.text()] for name, figure in results.second_opinion.items()]
-        parts.append(table(["relay", "messages/s"], rows))
+        parts.append(table(["relay", "mails/s"], [[name, one.text()] for name, one in results.second_opinion.items()]))
+    parts += _long_run(results) + _lab(results)
+    if results.load_average:
+        rows = [[part, f"{before:.2f}", f"{after:.2f}"] for part, (before, after) in results.load_average.items()]
+        parts += ["## Load average of one minute", table(["part", "before", "after"], rows)]
     if results.skipped:
         parts += ["## Skipped", table(["what", "why"], [[what, why] for what, why in results.skipped.items()])]
     return "\n\n".join(parts) + "\n"
 
 
-def as_json(results: Results, goals: list[Goal]) -> dict[str, Any]:
-    """All rounds of all figures."""
-    return {
-        "machine": machine(),
-        "goals": [goal._asdict() for goal in goals],
-        "loads": [
-            {
-                "load": asdict(cell),
-                "ceiling": results.ceiling[cell],
-                "relay": name,
-                "rounds": [asdict(run) for run in runs],
-            }
-            for cell, loads in results.loads.items()
-            for name, runs in loads.items()
-        ],
-        "idle_octets": {name: figure.rounds for name, figure in results.idle_octets.items()},
-        "cold_start_seconds": {name: figure.rounds for name, figure in results.cold_start_seconds.items()},
-        "peak_octets": results.peak_octets,
-        "large_mails": results.large_mails,
-        "large_mails_peak_octets": results.large_mails_peak_octets,
-        "second_opinion": {name: figure.rounds for name, figure in results.second_opinion.items()},
-        "skipped": results.skipped,
-    }
-
-
-def machine() -> str:
-    """What it ran on, without names."""
-    build = "PGO" if "profile" in str(__import__("sysconfig").get_config_var("PY_CFLAGS_NODIST")) else "no PGO"
-    return (
-        f"{os.cpu_count()} CPUs, {platform.system()} {platform.release().partition('-')[0]}, "
-        f"Python {platform.python_version()} ({build}), load average {os.getloadavg()[0]:.1f} at the end"
+def _load_table(results: Results, load: Load) -> str:
+    base = TRACED if TRACED in load.relays else gateway.QUEUE.name
+    quantities: tuple[tuple[Callable[[Run], float], str], ...] = (
+        (rate, ",.0f"),
+        (cpu, ",.0f"),
+        (lambda run: run.p50_ms, ".2f"),
+        (p99, ".2f"),
+        (lambda run: run.round_trips, ".1f"),
+        (lambda run: run.spans, ".1f"),
     )
-
-
-def _load_table(results: Results, cell: Cell, loads: dict[str, list[Run]]) -> str:
     rows = []
-    for name, runs in loads.items():
-        relative_rate = results.ratio(cell, _BASE, name, rate)
-        relative_cpu = results.ratio(cell, name, _BASE, cpu)
+    for name, runs in load.relays.items():
+        relative_rate = results.ratio(load.cell, base, name, rate)
+        relative_cpu = results.ratio(load.cell, base, name, cpu)
         failed = sum(run.failed for run in runs)
         rows.append(
             [
-                name + (f" ({failed} failed)" if failed else ""),
-                relative_rate.text(".2f") if relative_rate else "",
+                name + (f" (**{failed} mails failed**)" if failed else ""),
                 relative_cpu.text(".2f") if relative_cpu else "",
-                *(
-                    figure.text(form)
-                    for quantity, form in (
-                        (rate, ",.0f"),
-                        (cpu, ",.0f"),
-                        (lambda run: run.p50_ms, ".2f"),
-                        (lambda run: run.p99_ms, ".1f"),
-                        (lambda run: run.round_trips, ".1f"),
-                        (lambda run: run.spans, ".1f"),
-                    )
-                    if (figure := results.figure(cell, name, quantity))
-                ),
+                relative_rate.text(".2f") if relative_rate else "",
+                *(Figure(tuple(map(quantity, runs))).text(form) for quantity, form in quantities),
             ]
         )
+    rows += [[f"{name}: **failed**: {why}", *[""] * 8] for name, why in load.failed.items()]
     head = [
-        "relay", f"rate of *{_BASE}* : this", f"CPU of this : *{_BASE}*", "messages/s", "CPU us a message", "p50 ms",
-        "p99 ms", "upstream round trips a message", "spans a message",
+        "relay", f"CPU of *{base}* : this", f"rate of *{base}* : this", "mails/s", "CPU µs per mail", "p50 ms",
+        "p99 ms", "upstream round trips per mail", "spans per mail",
     ]  # fmt: skip
     return table(head, rows)
 
@@ -105,14 +200,56 @@ def _memory_table(results: Results, names: list[str]) -> str:
         rows.append(
             [
                 name,
-                f"{idle.median / KIB:.1f}" if idle else "",
+                Figure(tuple(octets / KIB for octets in idle.rounds)).text(".1f") if idle else "",
                 start.text(".2f") if start else "",
                 f"{peak / MIB:.0f}" if peak else "",
-                f"{large / MIB:.0f}" if large else "",
+                Figure(tuple(octets / MIB for octets in large.rounds)).text() if large else "",
             ]
         )
     head = [
-        "relay", "KiB an idle connection", "s to the first 220", "peak RSS MiB over the loads",
-        f"peak RSS MiB, {results.large_mails} mails of 25 MiB at once",
+        "relay", "KiB per idle connection", "s to the first 220", "peak resident MiB under load",
+        f"peak resident MiB, {results.large_mails} mails of 25 MiB at once",
     ]  # fmt: skip
     return table(head, rows)
+
+
+def _long_run(results: Results) -> list[str]:
+    run = results.long_run
+    if run is None or not run.samples:
+        return []
+    columns: tuple[tuple[str, Callable[[Sample], str]], ...] = (
+        ("minutes", lambda sample: f"{sample.at_seconds / 60:.1f}"),
+        ("mails since the line before", lambda sample: f"{sample.accepted:,}"),
+        ("failed", lambda sample: f"{sample.failed}"),
+        ("p50 ms", lambda sample: f"{sample.p50_ms:.2f}"),
+        ("p99 ms", lambda sample: f"{sample.p99_ms:.2f}"),
+        ("resident MiB", lambda sample: f"{sample.resident_octets / MIB:.1f}"),
+        ("descriptors", lambda sample: f"{sample.descriptors}"),
+        ("objects", lambda sample: f"{sample.objects:,}"),
+        ("blocks of memory", lambda sample: f"{sample.blocks:,}"),
+    )
+    rows = [[show(sample) for _, show in columns] for sample in run.samples]
+    return [
+        f"## Long run: {run.samples[-1].at_seconds / 60:.0f} minutes of mixed load",
+        f"*{run.relay}*: {run.rate:,.0f} mails/s of 1 KB over kept connections, whose latency is shown; beside them "
+        "mails of 10 KB, each over a connection of its own, and of 5 MiB. What it holds is counted at rest, after each "
+        "stretch.",
+        table([name for name, _ in columns], rows),
+    ]
+
+
+def _lab(results: Results) -> list[str]:
+    lab = results.lab
+    if lab is None:
+        return []
+    rows = [
+        [name, f"{least:.1f}", f"{lab.python_calls[name]:.0f}", f"{lab.c_calls[name]:.0f}"]
+        for name, least in lab.microseconds.items()
+    ]
+    spent = [[one.function, f"{one.calls:.1f}", f"{one.own_us:.1f}"] for one in lab.profile]
+    return [
+        "## In process, without sockets",
+        table(["what observes", "µs of CPU per mail, the least", "Python calls", "C calls"], rows),
+        "Where the time goes with everything on; the profiler's own is in it, so these are shares and not times:",
+        table(["function", "calls per mail", "own µs per mail"], spent),
+    ]

@@ -40,11 +40,12 @@ class Server:
     Args:
         settings: lines of its configuration.
         standby_of: it follows that one.
+        parent: of its directory; others must be able to enter it.
     """
 
-    def __init__(self, *settings: str, standby_of: "Server | None" = None) -> None:
+    def __init__(self, *settings: str, standby_of: "Server | None" = None, parent: Path = Path("/tmp")) -> None:
         self._programs = _programs()
-        self.directory = Path(tempfile.mkdtemp(prefix="pg-", dir="/tmp"))
+        self.directory = Path(tempfile.mkdtemp(prefix="pg-", dir=parent))
         self.port = unclaimed_port()
         if os.geteuid() == 0:
             os.chown(self.directory, _USER, _USER)

@@ -1,10 +1,10 @@
 """What the benchmark knows of a relay under measurement."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.bench.process import Child, wait_for_greeting
+from tests.bench.process import Child, cpu_seconds, wait_for_greeting
 
 
 class UnavailableError(Exception):
@@ -26,12 +26,32 @@ class Place:
     collector_port: int
 
 
+def _nothing() -> None:
+    pass
+
+
 @dataclass(slots=True)
 class Running:
-    """A relay that runs."""
+    """A relay that runs.
+
+    Attributes:
+        beside: processes that work for it and are weighed with it, as a database's.
+        release: frees what was set up for it, after its end.
+    """
 
     child: Child
     port: int
+    beside: Sequence[int] = ()
+    release: Callable[[], None] = _nothing
+
+    def cpu_seconds(self) -> float:
+        """User and system time of all that works for it."""
+        return self.child.cpu_seconds() + sum(map(cpu_seconds, self.beside))
+
+    def stop(self) -> None:
+        """End it."""
+        self.child.stop()
+        self.release()
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +60,8 @@ class Target:
 
     Attributes:
         start: starts it; it need not listen yet.
+        language: that it is written in; empty: unknown.
+        is_gateway: it is this project's.
         exports_spans: its spans are counted at the collector, and its runs are waited for until these have come.
         answers_before_delivery: it queues: its runs last until the sink has everything.
         has_process_per_connection: thousands of idle connections are not asked of it.
@@ -47,6 +69,8 @@ class Target:
 
     name: str
     start: Callable[[Place], Running]
+    language: str = ""
+    is_gateway: bool = False
     exports_spans: bool = False
     answers_before_delivery: bool = False
     has_process_per_connection: bool = False
@@ -65,8 +89,12 @@ class Target:
         try:
             wait_for_greeting(running.port, running.child)
         except RuntimeError as silence:
-            running.child.stop(patience_seconds=1)
-            log = place.directory / "log"
-            said = log.read_text(errors="replace").strip().splitlines()[-3:] if log.exists() else []
-            raise UnavailableError(" / ".join([str(silence), *said])) from silence
+            running.stop()
+            raise UnavailableError(" / ".join([str(silence), *last_words(place.directory)])) from silence
         return running
+
+
+def last_words(directory: Path) -> list[str]:
+    """The end of a relay's log."""
+    log = directory / "log"
+    return log.read_text(errors="replace").strip().splitlines()[-3:] if log.exists() else []

@@ -1,32 +1,37 @@
 """This project's gateway, run by its own command."""
 
+import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Final
+
+import pytest
 
 from tests.bench.process import Child
-from tests.bench.targets.base import Place, Running, Target
+from tests.bench.targets.base import Place, Running, Target, UnavailableError
+from tests.support import postgresql
 from tests.support.ports import unclaimed_port
 
-TRACING_OFF = {"OTEL_SDK_DISABLED": "true"}
-SAMPLED_TO_NOTHING = {"OTEL_TRACES_SAMPLER": "always_off"}
+TRACING_OFF: Final = {"OTEL_SDK_DISABLED": "true"}
+SAMPLED_TO_NOTHING: Final = {"OTEL_TRACES_SAMPLER": "always_off"}
 # Exported within half a second, so that a run's spans are counted with the run; a queue that drops nothing.
-EXPORT = {
+_EXPORT: Final = {
     "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf",
-    "OTEL_METRICS_EXPORTER": "none",
-    "OTEL_LOGS_EXPORTER": "none",
     "OTEL_BSP_SCHEDULE_DELAY": "500",
     "OTEL_BSP_MAX_QUEUE_SIZE": "131072",
 }
+_TRACES_ONLY: Final = {"OTEL_METRICS_EXPORTER": "none", "OTEL_LOGS_EXPORTER": "none"}
 # Loads are meant to reach the machine's bounds and not these. A client's bound does not hold on the loopback.
-_UNBOUNDED = {
+_UNBOUNDED: Final = {
     "OTELSMTP_LIMITS__CONNECTIONS": "5000",
     "OTELSMTP_LIMITS__MESSAGES_PER_CONNECTION": "100000000",
     "OTELSMTP_LIMITS__MESSAGE_SIZE": "100MiB",
-    "OTELSMTP_STATUS__ADDRESS": "off",
-    "OTELSMTP_LOG__LEVEL": "warning",
     "OTELSMTP_HOSTNAME": "gateway.example.com",
 }
+_PAGE: Final = {"OTELSMTP_STATUS__ADDRESS": "127.0.0.1:0"}  # on, at a port of the kernel's choice
+_NO_PAGE: Final = {"OTELSMTP_STATUS__ADDRESS": "off"}
+_NO_ACCESS_LOG: Final = {"OTELSMTP_LOG__LEVEL": "warning"}
 
 
 def settings(port: int, upstream_port: int) -> dict[str, str]:
@@ -39,8 +44,8 @@ def settings(port: int, upstream_port: int) -> dict[str, str]:
 
 
 def collector(port: int) -> dict[str, str]:
-    """OpenTelemetry's variables for a collector on this machine."""
-    return {**EXPORT, "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{port}"}
+    """OpenTelemetry's variables for a collector on this machine that gets traces only."""
+    return {**_EXPORT, **_TRACES_ONLY, "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{port}"}
 
 
 def start(
@@ -49,13 +54,19 @@ def start(
     *,
     program: Sequence[str] = ("-m", "otel_smtp.commands.cli"),
     without_uvloop: bool = False,
+    pipes_log: bool = False,
 ) -> Running:
     """Start it; `program` is the command line of a Python that runs it, as a profiler's wrapper."""
     port = unclaimed_port()
     all_settings = {**settings(port, place.upstream_port), **environment}
     if without_uvloop:
         all_settings["PYTHONPATH"] = f"{_hide_uvloop(place.directory)}:{Path.cwd()}"
-    child = Child([sys.executable, *program, "serve"], environment=all_settings, log=place.directory / "log")
+    child = Child(
+        [sys.executable, *program, "serve"],
+        environment=all_settings,
+        log=place.directory / "log",
+        pipes_log=pipes_log,
+    )
     return Running(child, port)
 
 
@@ -72,31 +83,75 @@ def _gateway(
     environment: Mapping[str, str],
     *,
     traced: bool = False,
+    page: bool = False,
     without_uvloop: bool = False,
     is_durable: bool = False,
 ) -> Target:
     def begin(place: Place) -> Running:
         traces = collector(place.collector_port) if "OTEL_SDK_DISABLED" not in environment else {}
         spool = {"OTELSMTP_SPOOL__DIRECTORY": str(place.directory / "spool")} if is_durable else {}
-        return start(place, {**traces, **spool, **environment}, without_uvloop=without_uvloop)
+        shown = {**_NO_ACCESS_LOG, **(_PAGE if page else _NO_PAGE)}
+        return start(place, {**traces, **spool, **shown, **environment}, without_uvloop=without_uvloop)
 
-    return Target(name, begin, exports_spans=traced, answers_before_delivery=is_durable)
+    return _target(name, begin, traced=traced, is_durable=is_durable)
 
 
-_BUFFERED = {"OTELSMTP_DELIVERY__STRATEGY": "buffered"}
-_TWO = {"OTELSMTP_WORKERS": "2"}
-_QUEUE = {"OTELSMTP_DELIVERY__MODE": "queue"}
+def _target(name: str, begin: Callable[[Place], Running], *, traced: bool, is_durable: bool = False) -> Target:
+    return Target(
+        name, begin, language="Python", is_gateway=True, exports_spans=traced, answers_before_delivery=is_durable
+    )
 
-GATEWAY_OFF = _gateway("gateway, tracing off", TRACING_OFF)
-GATEWAY_SAMPLED = _gateway("gateway, sampled to nothing", SAMPLED_TO_NOTHING)
-GATEWAY_TRACED = _gateway("gateway, all exported", {}, traced=True)
-GATEWAY_SDK = _gateway(
-    "gateway, all exported by the SDK's exporter", {"OTEL_TRACES_EXPORTER": "otlp_proto_http"}, traced=True
-)
-GATEWAY_ASYNCIO = _gateway("gateway, all exported, asyncio's loop", {}, traced=True, without_uvloop=True)
-GATEWAY_BUFFERED = _gateway("gateway, buffered, tracing off", {**TRACING_OFF, **_BUFFERED})
-GATEWAY_BUFFERED_TRACED = _gateway("gateway, buffered, all exported", _BUFFERED, traced=True)
-GATEWAY_TWO = _gateway("gateway, 2 workers, tracing off", {**TRACING_OFF, **_TWO})
-GATEWAY_TWO_TRACED = _gateway("gateway, 2 workers, all exported", _TWO, traced=True)
-GATEWAY_QUEUE = _gateway("gateway, queue, tracing off", {**TRACING_OFF, **_QUEUE}, is_durable=True)
-GATEWAY_QUEUE_TRACED = _gateway("gateway, queue, all exported", _QUEUE, traced=True, is_durable=True)
+
+def _as_installed(place: Place) -> Running:
+    exported = {**_EXPORT, "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://127.0.0.1:{place.collector_port}"}
+    return start(place, {**exported, **_PAGE}, pipes_log=True)
+
+
+def _on_postgresql(place: Place) -> Running:
+    """A gateway whose queue is in a database server of its own, on the same disk."""
+    try:
+        server = postgresql.Server("shared_buffers = 128MB", "max_wal_size = 2GB", parent=place.directory)
+    except (pytest.skip.Exception, pytest.fail.Exception) as missing:
+        raise UnavailableError(str(missing)) from missing
+    try:
+        server.start()
+        assert server.process is not None
+        queue = {**_QUEUE, "OTELSMTP_SPOOL__URL": server.url()}
+        migrated = Child(
+            [sys.executable, "-m", "otel_smtp.commands.cli", "queue", "migrate"],
+            environment={**queue, "OTELSMTP_UPSTREAM": "smtp://127.0.0.1"},
+            log=place.directory / "log",
+        )
+        if (status := migrated.wait()) != 0:
+            raise UnavailableError(f"otel-smtp queue migrate ended with status {status}")
+        shown = {**_NO_ACCESS_LOG, **_PAGE}
+        running = start(place, {**collector(place.collector_port), **shown, **queue})
+    except BaseException:
+        server.remove()
+        raise
+    running.beside = [server.process.pid]
+    running.release = server.remove
+    return running
+
+
+def watched(place: Place) -> Running:
+    """The headline's gateway under `targets.watched`, whose socket is `watch` in its directory."""
+    return start(
+        place,
+        {**collector(place.collector_port), **_NO_ACCESS_LOG, **_PAGE},
+        program=("-m", "tests.bench.targets.watched", os.fspath(place.directory / "watch")),
+    )
+
+
+_TWO: Final = {"OTELSMTP_WORKERS": "2"}
+_QUEUE: Final = {"OTELSMTP_DELIVERY__MODE": "queue"}
+
+OFF: Final = _gateway("gateway, tracing off", TRACING_OFF)
+SAMPLED: Final = _gateway("gateway, sampled to nothing", SAMPLED_TO_NOTHING)
+TRACED_ONLY: Final = _gateway("gateway, traced only", {}, traced=True)
+TRACED: Final = _gateway("gateway, traced", {}, traced=True, page=True)
+AS_INSTALLED: Final = _target("gateway, as installed", _as_installed, traced=True)
+ASYNCIO: Final = _gateway("gateway, traced, asyncio's loop", {}, traced=True, page=True, without_uvloop=True)
+TWO: Final = _gateway("gateway, traced, 2 workers", _TWO, traced=True, page=True)
+QUEUE: Final = _gateway("gateway-queue, traced", _QUEUE, traced=True, page=True, is_durable=True)
+QUEUE_POSTGRESQL: Final = _target("gateway-queue-postgresql, traced", _on_postgresql, traced=True, is_durable=True)

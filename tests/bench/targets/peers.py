@@ -1,6 +1,8 @@
-"""Other relays: Python's and Node's usual parts put together, Haraka, Postfix."""
+"""Other relays: the null relay, Python's and Node's usual parts put together, Haraka, Postfix, any by command line."""
 
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -181,20 +183,65 @@ def _postfix(place: Place, *, options: str) -> Running:
     return Running(Child([master, "-c", config, "-d"], log=home / "log"), port)
 
 
-AIOSMTPD = Target("aiosmtpd + aiosmtplib", lambda place: _aiosmtpd(place, traced=False))
+def _null(place: Place, *options: str) -> Running:
+    port = unclaimed_port()
+    arguments = ["-m", "tests.bench.targets.null_relay", str(port), str(place.upstream_port), *options]
+    return Running(Child([sys.executable, *arguments], log=place.directory / "log"), port)
+
+
+def named(text: str) -> Target:
+    """A relay by its command line, as `--peer` takes it: `name=command {listen} {upstream}`.
+
+    Both places become host:port; `{listen_port}` and `{upstream_port}` are the ports alone, `{directory}` an empty
+    directory of its own. A language in brackets at the end of the name counts as the one that it is written in.
+
+    Raises:
+        ValueError: there is no name or no command, or the command does not say where to listen.
+    """
+    name, _, command = text.partition("=")
+    words = shlex.split(command)
+    if not name.strip() or not words:
+        raise ValueError(f"{text!r}: wanted is 'name=command {{listen}} {{upstream}}'")
+    if "{listen" not in command or "{upstream" not in command:
+        raise ValueError(f"{text!r}: the command has no place {{listen}} or {{upstream}}")
+
+    def begin(place: Place) -> Running:
+        port = unclaimed_port()
+        values = {
+            "{listen}": f"127.0.0.1:{port}",
+            "{upstream}": f"127.0.0.1:{place.upstream_port}",
+            "{listen_port}": str(port),
+            "{upstream_port}": str(place.upstream_port),
+            "{directory}": str(place.directory),
+        }
+        arguments = [re.sub(r"\{\w+\}", lambda found: values.get(found[0], found[0]), word) for word in words]
+        return Running(Child(arguments, log=place.directory / "log"), port)
+
+    language = re.search(r"\((\w+)\)$", name.strip())
+    return Target(name.strip(), begin, language=language[1] if language else "")
+
+
+NULL = Target("null relay, nothing parsed", _null)
+NULL_ASYNCIO = Target("null relay, asyncio's loop", lambda place: _null(place, "--asyncio"))
+AIOSMTPD = Target("aiosmtpd + aiosmtplib", lambda place: _aiosmtpd(place, traced=False), language="Python")
 AIOSMTPD_TRACED = Target(
-    "aiosmtpd + aiosmtplib + OpenTelemetry SDK", lambda place: _aiosmtpd(place, traced=True), exports_spans=True
+    "aiosmtpd + aiosmtplib + OpenTelemetry SDK",
+    lambda place: _aiosmtpd(place, traced=True),
+    language="Python",
+    exports_spans=True,
 )
-NODEMAILER = Target("nodemailer", _nodemailer)
-HARAKA = Target("Haraka smtp_forward", _haraka)
+NODEMAILER = Target("nodemailer", _nodemailer, language="JavaScript")
+HARAKA = Target("Haraka smtp_forward", _haraka, language="JavaScript")
 POSTFIX_QUEUE = Target(
     "Postfix queue",
     lambda place: _postfix(place, options=""),
+    language="C",
     answers_before_delivery=True,
     has_process_per_connection=True,
 )
 POSTFIX_PROXY = Target(
     "Postfix smtpd_proxy_filter",
     lambda place: _postfix(place, options=f"-o smtpd_proxy_filter=127.0.0.1:{place.upstream_port}"),
+    language="C",
     has_process_per_connection=True,
 )
