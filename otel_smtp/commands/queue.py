@@ -480,7 +480,7 @@ def _asked(
 
 
 def _shared(context: click.Context, command: str) -> SpoolTable:
-    settings = global_options(context).settings().spool
+    settings = global_options(context).settings(needs_upstream=False).spool
     if settings.url is None:
         fail(WRONG, f"queue {command}: needs spool.url in the settings: a queue that several gateways share")
     return settings
@@ -564,7 +564,7 @@ def _do(context: click.Context, spool: Path | None, request: dict[str, Any], wor
     """
     from otel_smtp.spool.messages import SpoolError
 
-    settings = SpoolTable() if spool is not None else global_options(context).settings().spool
+    settings = SpoolTable() if spool is not None else global_options(context).settings(needs_upstream=False).spool
     try:
         asyncio.run(work(ask_queue(spool or settings.directory, settings, request)))
     except SpoolError as error:

@@ -46,19 +46,23 @@ def test_every_yaml_file_is_yaml(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", COMPOSE, ids=lambda path: path.name)
-def test_a_compose_project_sets_what_the_program_reads_and_mounts_what_is_there(path: Path) -> None:
+def test_a_compose_project_sets_what_the_program_reads_and_mounts_what_is_there(path: Path, tmp_path: Path) -> None:
     (project,) = documents(path)
     gateway = project["services"]["gateway"]
-    settings = load(
-        environ={key: value for key, value in gateway["environment"].items() if key.startswith("OTELSMTP_")}
-    )
+    environ = {key: value for key, value in gateway["environment"].items() if key.startswith("OTELSMTP_")}
+    for config in gateway.get("configs", ()):
+        there = tmp_path / config["source"]
+        there.write_text(project["configs"][config["source"]]["content"])
+        environ = {key: value.replace(config["target"], str(there)) for key, value in environ.items()}
+    settings = load(environ=environ)
     assert settings.upstream[0].url.endpoint.host in project["services"]
     assert settings.listener[0].is_exposed
     (network,) = project["networks"]["default"]["ipam"]["config"]
     assert [str(allowed) for allowed in settings.listener[0].allow] == [network["subnet"]]
     for service in project["services"].values():
         for volume in service.get("volumes", ()):
-            assert (DEPLOY / volume.split(":")[0]).exists(), volume
+            source = volume.split(":")[0]
+            assert source in project.get("volumes", {}) or (DEPLOY / source).exists(), volume
         for name in service.get("depends_on", ()):
             assert name in project["services"]
         assert not service.get("image", "x:1").endswith(":latest")
@@ -137,7 +141,11 @@ def test_a_container_says_which_pod_it_is_by_the_downward_api(container: dict[st
 
 
 def manifests() -> list[Path]:
-    return [*DEPLOY.glob("kubernetes/standalone/*.yaml"), DEPLOY / "kubernetes/base/config.yaml"]
+    return [
+        *DEPLOY.glob("kubernetes/standalone/*.yaml"),
+        DEPLOY / "kubernetes/base/config.yaml",
+        *(DEPLOY / "kubernetes/gateways" / f"{name}.yaml" for name in ("database", "migrate")),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,16 @@ def test_the_values_are_by_their_schema() -> None:
     assert VALUES.keys() <= SCHEMA["properties"].keys()
 
 
-@pytest.mark.parametrize("wrong", [{"replica": 2}, {"replicas": "two"}, {"settings": ""}, {"queue": {"enable": True}}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"replica": 2},
+        {"replicas": "two"},
+        {"settings": ""},
+        {"queue": {"enable": True}},
+        {"sharedQueue": {"secret": ""}},
+    ],
+)
 def test_a_wrong_value_is_refused_by_the_schema(wrong: dict[str, Any]) -> None:
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({**VALUES, **wrong}, SCHEMA)
@@ -76,6 +85,14 @@ def test_helm_finds_no_fault() -> None:
             ("--set", "queue.enabled=true,queue.storageClassName=fast,existingSecret="),
             {"ConfigMap", "StatefulSet", "Service", "PodDisruptionBudget", "NetworkPolicy"},
         ),
+        (
+            ("--set", "sharedQueue.enabled=true"),
+            {"ConfigMap", "Deployment", "Job", "Service", "PodDisruptionBudget", "NetworkPolicy"},
+        ),
+        (
+            ("--set", "sharedQueue.enabled=true,sharedQueue.ownerUrlKey="),
+            {"ConfigMap", "Deployment", "Service", "PodDisruptionBudget", "NetworkPolicy"},
+        ),
     ],
 )
 def test_what_helm_makes_is_valid_by_kubernetes_own_schema(options: tuple[str, ...], kinds: set[str]) -> None:
@@ -97,6 +114,26 @@ def test_a_rendered_gateway_is_locked_down_and_says_who_it_is() -> None:
     assert "k8s.pod.name=$(POD_NAME)" in environment["OTEL_RESOURCE_ATTRIBUTES"]
     (config,) = (document for document in documents if document["kind"] == "ConfigMap")
     assert tomllib.loads(config["data"]["gateway.toml"]) == tomllib.loads(VALUES["settings"])
+
+
+def test_a_shared_queue_reaches_gateways_and_migration_as_different_users() -> None:
+    documents = render("--set", "sharedQueue.enabled=true")
+    keys = {}
+    for document in documents:
+        if document["kind"] in ("Deployment", "Job"):
+            pod = document["spec"]["template"]["spec"]
+            [queue] = [volume["secret"] for volume in pod["volumes"] if volume["name"] == "queue"]
+            keys[document["kind"]] = queue["items"][0]["key"]
+            environment = {variable["name"]: variable.get("value") for variable in pod["containers"][0]["env"]}
+            assert environment["OTELSMTP_SPOOL__URL_FILE"] == "/etc/otel-smtp/queue/url"
+    assert keys == {"Deployment": "url", "Job": "owner-url"}
+
+
+def test_a_queue_for_each_and_one_for_all_exclude_each_other() -> None:
+    both = "queue.enabled=true,sharedQueue.enabled=true"
+    done = subprocess.run([helm(), "template", "gw", str(CHART), "--set", both], capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "choose one" in done.stderr
 
 
 def test_other_settings_make_other_pods(tmp_path: Path) -> None:

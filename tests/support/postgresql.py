@@ -123,6 +123,15 @@ class Server:
         """Wait until a statement gives a row."""
         until(lambda: self.do(statement) or None, statement)
 
+    def run_file(self, path: Path, database: str, *, user: str = OWNER, **environ: str) -> None:
+        """Run a file of statements, as psql does."""
+        command = [str(self._programs / "psql"), "-qX", "-v", "ON_ERROR_STOP=1", "-f", str(path)]
+        done = subprocess.run(
+            [*command, self.url(database, user=user)],
+            capture_output=True, text=True, check=False, env={**os.environ, **environ},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+
     def do(self, *statements: str, database: str = "postgres") -> list[Any]:
         """Run statements, outside of any event loop; the rows of the last."""
         done = subprocess.run(

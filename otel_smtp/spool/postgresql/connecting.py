@@ -122,11 +122,14 @@ def _tls(url: str) -> ssl.SSLContext | None:
     return ssl.create_default_context()
 
 
-async def connect(place: QueueLocation, *, purpose: str, checks_schema: bool = True) -> tuple[Connection, ServerFacts]:
+async def connect(
+    place: QueueLocation, *, purpose: str, checks_schema: bool = True, checks_rights: bool = True
+) -> tuple[Connection, ServerFacts]:
     """A connection to the primary that may be trusted with mail.
 
     Args:
         purpose: shown by the server beside the connection.
+        checks_rights: it must be able to do all that a gateway does.
 
     Raises:
         SpoolError: the server, the database or our rights are not what they must be; the text says what to do.
@@ -166,7 +169,7 @@ async def connect(place: QueueLocation, *, purpose: str, checks_schema: bool = T
     except asyncpg.PostgresError as error:
         raise StorageAway(f"the database took no connection: {_words(error)}") from error
     try:
-        facts = await _check(connection, place, checks_schema=checks_schema)
+        facts = await _check(connection, place, checks_schema=checks_schema, checks_rights=checks_rights)
     except BaseException as error:
         connection.terminate()
         if isinstance(error, SpoolError) or not isinstance(error, Exception):
@@ -175,7 +178,9 @@ async def connect(place: QueueLocation, *, purpose: str, checks_schema: bool = T
     return connection, facts
 
 
-async def _check(connection: Connection, place: QueueLocation, *, checks_schema: bool) -> ServerFacts:
+async def _check(
+    connection: Connection, place: QueueLocation, *, checks_schema: bool, checks_rights: bool
+) -> ServerFacts:
     row = await connection.fetchrow(
         "SELECT pg_backend_pid() AS backend, version(), current_setting('server_version_num')::int AS number,"
         " current_setting('fsync') AS fsync, current_setting('full_page_writes') AS full_page_writes,"
@@ -205,7 +210,8 @@ async def _check(connection: Connection, place: QueueLocation, *, checks_schema:
         found = await _schema_version(connection, place.schema, row["name"])
         if (why := schemas.why_unusable(found, place.schema)) is not None:
             raise SpoolError(why)
-        await _check_rights(connection, place.schema, row["name"])
+        if checks_rights:
+            await _check_rights(connection, place.schema, row["name"])
         quoted = schemas.quoted(place.schema)
         installation = str(await connection.fetchval(f"SELECT installation FROM {quoted}.meta"))  # noqa: S608
     return ServerFacts(row["backend"], row["version"], row["has_standby"], installation)
@@ -257,6 +263,7 @@ class LastingConnection:
 
     Args:
         made: called with each new connection, before anybody else uses it.
+        checks_rights: see `connect`.
 
     Attributes:
         facts: what the server of the present connection said, or of the last one.
@@ -264,9 +271,15 @@ class LastingConnection:
     """
 
     def __init__(
-        self, place: QueueLocation, purpose: str, made: "Callable[[Connection, ServerFacts], None] | None" = None
+        self,
+        place: QueueLocation,
+        purpose: str,
+        made: "Callable[[Connection, ServerFacts], None] | None" = None,
+        *,
+        checks_rights: bool = True,
     ) -> None:
         self._place = place
+        self._checks_rights = checks_rights
         self._purpose = purpose
         self._made = made
         self._connection: Connection | None = None
@@ -293,7 +306,7 @@ class LastingConnection:
         if (present := self.present) is not None:
             return present
         try:
-            connection, facts = await connect(self._place, purpose=self._purpose)
+            connection, facts = await connect(self._place, purpose=self._purpose, checks_rights=self._checks_rights)
         except SpoolError as error:
             self.fault = error
             raise

@@ -41,7 +41,6 @@ class ContentKey:
     """
 
     message_id: str
-    is_chunked: bool
     is_alone: bool
     incarnation: UUID | None
 
@@ -126,9 +125,7 @@ def _octets_of(trace_id: str | None) -> bytes | None:
         return None
 
 
-def new_leases(
-    message: NewMessage, octets: int, rows: Sequence[Row], incarnation: UUID, *, is_chunked: bool
-) -> list[Lease]:
+def new_leases(message: NewMessage, octets: int, rows: Sequence[Row], incarnation: UUID) -> list[Lease]:
     """The leases that a submission gave.
 
     Args:
@@ -147,7 +144,7 @@ def new_leases(
                     for place, one in enumerate(recipients)
                 ],
                 row["attempts"], row["arrived_at"], row["expires_at"], message.carrier,
-                ContentRef(octets, ContentKey(message.id, is_chunked, len(message.deliveries) == 1, incarnation)),
+                ContentRef(octets, ContentKey(message.id, len(message.deliveries) == 1, incarnation)),
                 message.header_octets, row["dup"],
             )
         )  # fmt: skip
@@ -173,7 +170,7 @@ def _mail(row: Row) -> Mail:
 
 
 def _content(row: Row, incarnation: UUID | None) -> ContentRef:
-    return ContentRef(row["octets"], ContentKey(row["id"], row["is_chunked"], row["is_alone"], incarnation))
+    return ContentRef(row["octets"], ContentKey(row["id"], row["is_alone"], incarnation))
 
 
 def shown(rows: Sequence[Row]) -> list[MessageView]:

@@ -18,7 +18,7 @@ _ME: Final = "me AS (SELECT 1 FROM {s}.gateway WHERE id = $1 AND alive_until > c
 _COLUMNS: Final = """
   msg.id, msg.kind, extract(epoch FROM msg.arrived_at)::float8 AS arrived_at,
   extract(epoch FROM msg.expires_at)::float8 AS expires_at, msg.reverse_path, msg.parameters, msg.carrier, msg.octets,
-  msg.header_octets, msg.digest, msg.forced, msg.content IS NULL AS is_chunked,
+  msg.header_octets, msg.digest, msg.forced,
   dlv.d, dlv.dest, dlv.state::text AS state, dlv.attempts, extract(epoch FROM dlv.next_at)::float8 AS next_at,
   dlv.epoch, dlv.dup, dlv.rcpt,
   NOT EXISTS (SELECT FROM {s}.dlv AS other WHERE other.msg_id = msg.id AND other.d <> dlv.d) AS is_alone"""

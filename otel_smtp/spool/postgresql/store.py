@@ -189,7 +189,8 @@ class PostgresqlStore:
             self._write_results,
             self._gave_up_result,
         )
-        self._working = Working(place)
+        # An operator who only looks needs no more rights than that.
+        self._working = Working(place, "claims" if is_gateway else "command", checks_rights=is_gateway)
         self.ledger = DatabaseLedger(place, statements, self.beats)
         self._operators = PostgresqlOperatorVerbs(place, statements, self._working, self.beats)
         self._is_open = False
@@ -400,9 +401,7 @@ class PostgresqlStore:
         for row in rows:
             by_message.setdefault(row["msg_id"], []).append(row)
         for one in group:
-            leases = new_leases(
-                one.message, one.octets, by_message[one.message.id], incarnation, is_chunked=one.content is None
-            )
+            leases = new_leases(one.message, one.octets, by_message[one.message.id], incarnation)
             self._submitting.discard(one.message.id)
             one.draft.discard()
             for lease in leases:

@@ -26,10 +26,11 @@ class Working:
 
     Args:
         purpose: shown by the server beside the connection.
+        checks_rights: see `connecting.connect`.
     """
 
-    def __init__(self, place: QueueLocation, purpose: str = "claims") -> None:
-        self._line = LastingConnection(place, purpose)
+    def __init__(self, place: QueueLocation, purpose: str = "claims", *, checks_rights: bool = True) -> None:
+        self._line = LastingConnection(place, purpose, checks_rights=checks_rights)
         self._turn = asyncio.Lock()
         self._not_before = 0.0
         self._running: set[asyncio.Task[object]] = set()
