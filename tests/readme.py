@@ -69,7 +69,7 @@ def bounds_table() -> str:
 
 def setting_default(path: str) -> str:
     """The default of a setting, as its table shows it."""
-    shown = re.escape(re.sub("^upstream", "upstream[]", path))
+    shown = re.escape(re.sub("^(upstream|notify)", r"\1[]", path))
     found = re.search(rf"^\| `{shown}` \| (.*?) \|", settings_table(), re.MULTILINE)
     if found is None:
         raise ValueError(f"no setting {path}")

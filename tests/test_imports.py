@@ -117,6 +117,7 @@ ROOMS: Final = {
     "otel_smtp.forwarding": Room(_ADAPTER, frozenset({"httpx", "scramp"})),
     "otel_smtp.server": Room(_ADAPTER, frozenset({"argon2", "scramp"})),
     "otel_smtp.spool": Room(_ADAPTER),
+    "otel_smtp.spool.outcomes.posting": Room(_ADAPTER, frozenset({"httpx"})),
     # Two stores that know nothing of each other, and nobody else knows which one there is.
     "otel_smtp.spool.embedded": Room((*_ADAPTER, *SPOOL_TYPES), stands_apart=True),
     "otel_smtp.spool.postgresql": Room((*_ADAPTER, *SPOOL_TYPES), frozenset({"asyncpg"}), stands_apart=True),

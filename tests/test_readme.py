@@ -72,7 +72,8 @@ def test_its_settings_are_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     certificate.private_key_pem.write_to_path("key.pem")
     Path("users").write_text(users_line("app", "secret") + "\n")
     Path("password").write_text("secret")
-    for path in ("key.pem", "users", "password"):
+    Path("hmac-key").write_text("a key of thirty-two octets, here")
+    for path in ("key.pem", "users", "password", "hmac-key"):
         Path(path).chmod(0o600)
     for block in blocks("toml"):
         load(values=tomllib.loads(block))

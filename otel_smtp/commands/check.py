@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.option("--all", "-a", "everything", is_flag=True, help="Show all settings, defaults too.")
-@click.option("--connect", is_flag=True, help="Try listeners, upstreams and collectors; no mail is sent.")
+@click.option("--connect", is_flag=True, help="Try listeners, upstreams, receivers and collectors; no mail is sent.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object: settings, warnings, findings.")
 @listen_option
 @upstream_option
@@ -109,12 +109,12 @@ def _print_findings(settings: Settings, findings: "list[Finding]") -> None:
 
 
 def _try_everything(settings: Settings, found: "Callable[[Finding], None]") -> None:
-    """Try listeners, status port, spool, upstreams and collectors, and tell each finding as it comes."""
+    """Try listeners, status port, spool, upstreams, receivers and collectors, and tell each finding as it comes."""
     from otel_smtp.commands.checks.collector import check_collectors
     from otel_smtp.commands.checks.listeners import check_listeners, check_status
     from otel_smtp.commands.checks.spool import check_shared_queue, check_spool
     from otel_smtp.commands.checks.upstreams import check_upstream
-    from otel_smtp.gateway.wiring import upstream_settings
+    from otel_smtp.gateway.wiring import receivers, upstream_settings
     from otel_smtp.telemetry.logs import set_up_logging
 
     # A failure is a finding here; a log line about it would say it twice.
@@ -132,6 +132,10 @@ def _try_everything(settings: Settings, found: "Callable[[Finding], None]") -> N
         report(await check_shared_queue(settings))
         for upstream in settings.upstream:
             report(await check_upstream(upstream_settings(upstream), settings.hostname))
+        for receiver in receivers(settings):
+            from otel_smtp.commands.checks.receivers import check_receiver  # HTTP, for those who have any
+
+            report(await check_receiver(receiver, settings.hostname))
         async for finding in check_collectors():
             report(finding)
 

@@ -32,6 +32,7 @@ def spool_option(command: Callable[..., Any]) -> Callable[..., Any]:
 def filter_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Which messages; one must fit all that is given."""
     for option in (
+        click.option("--outcomes", is_flag=True, help="Outcomes that wait for the application, instead of mail."),
         click.option("--older-than", metavar="AGE", help='Only messages that came longer ago, for example "2h".'),
         click.option("--reason", metavar="TEXT", help="Only with this in the last reply to a recipient."),
         click.option(
@@ -43,11 +44,11 @@ def filter_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def _chosen(filters: dict[str, str | None]) -> dict[str, Any]:
+def _chosen(filters: dict[str, str | bool | None]) -> dict[str, Any]:
     """The filters that were given, as the spool understands them."""
     from otel_smtp.config.values import Duration
 
-    wanted: dict[str, Any] = {name: value for name, value in filters.items() if value is not None}
+    wanted: dict[str, Any] = {name: value for name, value in filters.items() if value not in (None, False)}
     if (age := wanted.pop("older_than", None)) is not None:
         wanted["older_than_seconds"] = parse(Duration(), age, "--older-than")
     return wanted
@@ -80,7 +81,7 @@ def queue() -> None:
 @spool_option
 @json_option
 @click.pass_context
-def list_(context: click.Context, /, *, spool: Path | None, as_json: bool, **filters: str | None) -> None:
+def list_(context: click.Context, /, *, spool: Path | None, as_json: bool, **filters: str | bool | None) -> None:
     """List messages and why they wait.
 
     The oldest come first.
@@ -126,7 +127,9 @@ def find(
 @spool_option
 @click.option("--json", "as_json", is_flag=True, help="Print one line of JSON per group.")
 @click.pass_context
-def shape(context: click.Context, /, *, by: str, spool: Path | None, as_json: bool, **filters: str | None) -> None:
+def shape(
+    context: click.Context, /, *, by: str, spool: Path | None, as_json: bool, **filters: str | bool | None
+) -> None:
     """Count messages by age and domain.
 
     With --by, by age and sender or reason.
@@ -180,7 +183,7 @@ def _changing(name: str, text: str) -> click.Command:
     @click.pass_context
     def change(
         context: click.Context, /, ids: tuple[str, ...], *, every: bool, spool: Path | None, operator: str,
-        as_json: bool, **filters: str | None,
+        as_json: bool, **filters: str | bool | None,
     ) -> None:  # fmt: skip
         wanted = _chosen(filters)
         _change(context, name, ids, wanted, every=every, spool=spool, operator=operator, as_json=as_json)
@@ -209,7 +212,7 @@ for _name, _text in {
 @click.pass_context
 def delete(
     context: click.Context, /, ids: tuple[str, ...], *, every: bool, yes: bool, spool: Path | None, operator: str,
-    as_json: bool, **filters: str | None,
+    as_json: bool, **filters: str | bool | None,
 ) -> None:  # fmt: skip
     """Delete messages without a bounce.
 

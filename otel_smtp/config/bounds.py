@@ -15,6 +15,7 @@ class Whose(StrEnum):
     CLIENT = "a client"
     UPSTREAM = "an upstream"
     COLLECTOR = "a collector"
+    RECEIVER = "a receiver of outcomes"
     READER = "a reader of the status port"
     NEIGHBOUR = "a neighbour on this machine"
 
@@ -39,7 +40,7 @@ class Bound(NamedTuple):
 
 _LIMITS: Final = "tests/test_limits.py::test_a_bound_holds"
 _DRIVEN: Final = "tests/end_to_end/test_bounds.py::"
-_CLIENT, _UPSTREAM, _COLLECTOR, _READER, _NEIGHBOUR = Whose
+_CLIENT, _UPSTREAM, _COLLECTOR, _RECEIVER, _READER, _NEIGHBOUR = Whose
 
 LEDGER: Final = (
     # Connections and time
@@ -248,6 +249,35 @@ LEDGER: Final = (
         ("otel_smtp.telemetry.collector.MAX_REPLY_OCTETS",),
         "closed",
         "tests/telemetry/test_collector.py::test_a_head_that_drips_is_cut_off_at_the_deadline",
+    ),
+    # Receivers of outcomes
+    Bound(
+        _RECEIVER,
+        "outcomes that wait for it",
+        ("notify.most_pending",),
+        "dropped and counted; mail goes on",
+        "tests/spool/outcomes/test_recording.py::test_beyond_the_bound_mail_ends_as_ever_and_outcomes_are_dropped",
+    ),
+    Bound(
+        _RECEIVER,
+        "the time that it takes",
+        ("notify.timeout",),
+        "closed; sent again",
+        "tests/spool/outcomes/test_posting.py::test_a_receiver_that_drips_its_answer_is_left_at_the_deadline",
+    ),
+    Bound(
+        _RECEIVER,
+        "requests to it at once",
+        ("notify.connections",),
+        "outcomes wait",
+        "tests/spool/outcomes/test_sending.py::test_a_receiver_that_fails_is_asked_with_one_at_a_time",
+    ),
+    Bound(
+        _RECEIVER,
+        "octets of its answer",
+        ("otel_smtp.spool.outcomes.posting.MOST_ANSWER_OCTETS",),
+        "closed",
+        "tests/spool/outcomes/test_posting.py::test_an_answer_beyond_the_bound_is_not_read_to_its_end",
     ),
     # Readers
     Bound(

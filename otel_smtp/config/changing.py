@@ -12,6 +12,7 @@ from otel_smtp.config.settings import (
     LimitsTable,
     ListenerTable,
     LogTable,
+    NotifyTable,
     Settings,
     Table,
     Tables,
@@ -28,6 +29,7 @@ AT_ONCE: Final[Mapping[type[Table], frozenset[str]]] = {
     DeliveryTable: frozenset({"strategy", "content_newlines"}),
     UpstreamTable: frozenset(SCHEMA[UpstreamTable]),
     UpstreamTimeoutTable: frozenset(SCHEMA[UpstreamTimeoutTable]),
+    NotifyTable: frozenset(SCHEMA[NotifyTable]),
     TelemetryTable: frozenset(
         {
             "addresses",

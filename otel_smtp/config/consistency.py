@@ -5,7 +5,14 @@ from ipaddress import IPv4Network, IPv6Network, collapse_addresses
 from typing import TypeVar
 
 from otel_smtp.config.problems import Problem
-from otel_smtp.config.settings import ListenerTable, RateLimitTable, Settings, TelemetryTable, UpstreamTable
+from otel_smtp.config.settings import (
+    ListenerTable,
+    NotifyTable,
+    RateLimitTable,
+    Settings,
+    TelemetryTable,
+    UpstreamTable,
+)
 from otel_smtp.config.values import Duration, ListenAddress, Network, is_local, is_loopback_host, literal_address
 from otel_smtp.observing import Endpoint
 from otel_smtp.smtp.states import TlsMode
@@ -69,6 +76,7 @@ class Consistency:
         self._names_differ(listeners)
         self._names_differ(upstreams)
         self._limits(upstreams)
+        self._notify(self._sound("notify", settings.notify))
         self._addresses_differ(listeners)
         if self._is_sound("delivery") and self._is_sound("spool"):
             self._spool(settings)
@@ -158,7 +166,8 @@ class Consistency:
         self,
         tables: Sequence[tuple[str, ListenerTable]]
         | Sequence[tuple[str, UpstreamTable]]
-        | Sequence[tuple[str, RateLimitTable]],
+        | Sequence[tuple[str, RateLimitTable]]
+        | Sequence[tuple[str, NotifyTable]],
     ) -> None:
         first: dict[str, str] = {}
         for path, table in tables:
@@ -239,6 +248,18 @@ class Consistency:
                     self._add(f"{path}.limits", list(upstream.limits), f"no [[limit]] is called {name}: {known}")
         used = {name for _, upstream in upstreams for name in upstream.limits}
         self.warnings += [f"{path}: no upstream names it" for path, limit in limits if limit.name not in used]
+
+    def _notify(self, receivers: Sequence[tuple[str, NotifyTable]]) -> None:
+        self._names_differ(receivers)
+        for path, receiver in receivers:
+            if receiver.key is None:
+                self._add(f"{path}.key_file", "", "is missing; what is not signed could be anybody's")
+            if self._is_sound("delivery") and self._settings.delivery.mode == "direct":
+                self._add(
+                    f"{path}.url", receiver.url,
+                    "needs delivery.mode = queue or direct-then-queue: in mode direct the client has each recipient's "
+                    "end in the replies",
+                )  # fmt: skip
 
     def _loop(self, path: str, upstream: UpstreamTable, listeners: Sequence[tuple[str, ListenerTable]]) -> None:
         """Refuse an upstream that is our own listener: mail would loop until the hop limit."""

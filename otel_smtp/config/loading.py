@@ -10,7 +10,7 @@ import msgspec
 
 from otel_smtp.config.consistency import Consistency
 from otel_smtp.config.problems import Problem, SettingsError, unknown_key
-from otel_smtp.config.settings import SCHEMA, Key, RateLimitTable, Settings, Table, Tables, UpstreamTable
+from otel_smtp.config.settings import SCHEMA, Key, NotifyTable, RateLimitTable, Settings, Table, Tables, UpstreamTable
 from otel_smtp.config.values import MINUTE, BadValue, FilePath, Given, Rate, UpstreamUrl, UpstreamUrlKind
 from otel_smtp.observing import Endpoint
 from otel_smtp.smtp.states import TlsMode
@@ -227,12 +227,11 @@ class _Loader:
             if len(self.problems) == before:
                 self.add(_any_source(node), f"{prefix}url", None, f"is missing; allowed: {UpstreamUrlKind().allowed}")
             fields["url"] = _NOWHERE
-        if table is RateLimitTable:
-            for name, instead in (("name", ""), ("rate", Rate(1, 1.0))):
-                if name not in fields:
-                    if len(self.problems) == before:
-                        self.add(_any_source(node), f"{prefix}{name}", None, "is missing")
-                    fields[name] = instead
+        for name, instead in _REQUIRED.get(table, {}).items():
+            if name not in fields:
+                if len(self.problems) == before:
+                    self.add(_any_source(node), f"{prefix}{name}", None, "is missing")
+                fields[name] = instead
         return table(**fields)
 
     def _in_order(self, tables: _Node, path: str) -> Iterator[tuple[int, _Node]]:
@@ -287,6 +286,12 @@ class _Loader:
 
 # Stands for an upstream whose URL is invalid, so that the others keep their numbers. Never leaves `load`.
 _NOWHERE: Final = UpstreamUrl("smtp", TlsMode.OFF, "smtp", Endpoint("", 0))
+
+# What a table must have, and what stands for it where it is missing, as above.
+_REQUIRED: Final[Mapping[type[Table], Mapping[str, Any]]] = {
+    RateLimitTable: {"name": "", "rate": Rate(1, 1.0)},
+    NotifyTable: {"url": ""},
+}
 
 # Kubernetes sets these in every pod of a namespace that has a service called "otelsmtp".
 _FROM_KUBERNETES: Final = re.compile(r"OTELSMTP_(?:SERVICE_HOST|SERVICE_PORT(?:_.*)?|PORT(?:_[0-9]+_.*)?)")

@@ -34,6 +34,7 @@ from otel_smtp.config.values import (
     NetworkKind,
     Rate,
     RateKind,
+    ReceiverUrlKind,
     Secret,
     SecretText,
     Size,
@@ -42,6 +43,7 @@ from otel_smtp.config.values import (
     UpstreamUrlKind,
     ValueKind,
     is_local,
+    url_endpoint,
 )
 from otel_smtp.observing import Endpoint
 from otel_smtp.smtp.extensions import CAN_BE_DISABLED
@@ -57,6 +59,7 @@ DeliveryStrategy = Literal["transparent", "buffered"]
 ContentNewlines = Literal["normalize", "reject"]
 UpstreamAuth = Literal["auto", "plain", "login", "scram-sha-256", "xoauth2", "off"]
 LimitPer = Literal["messages", "recipients"]
+OUTCOMES: Final = ("delivered", "bounced", "refused", "expired")
 BouncePolicy = Literal["mail", "log", "off"]
 AddressPolicy = Literal["domain", "none", "hash", "full"]
 ClientIpPolicy = Literal["full", "prefix", "none"]
@@ -383,6 +386,59 @@ class UpstreamTable(Table, frozen=True, kw_only=True):
             msgspec.structs.force_setattr(self, "trace_context", "inject" if self.url.is_local else "strip")
 
 
+class NotifyTable(Table, frozen=True, kw_only=True):
+    """An application that is told what became of each recipient of queued mail; several, each told by itself."""
+
+    name: Annotated[
+        str,
+        Key("its name in metrics and logs; what waits for it goes by that", _NAME, default="the URL's host and port"),
+    ] = ""
+    url: Annotated[
+        str,
+        Key(
+            "where outcomes are POSTed, as CloudEvents: an https URL, or http on this machine; needs a queue mode",
+            ReceiverUrlKind(),
+            default="(required)",
+        ),
+    ]
+    key: Annotated[
+        Secret | None,
+        Key(
+            "signs time and body (HMAC-SHA256, Standard Webhooks): `whsec_` and base64 of 24 octets or more, or at "
+            "least 24 other characters",
+            SecretText(
+                "whsec_ and base64 of at least 24 octets, or at least 24 other characters, in one line",
+                r"whsec_(?:[A-Za-z0-9+/]{4}){8,}(?:[A-Za-z0-9+/]{2,3}={0,2})?|(?!whsec_).{24,}",
+            ),
+            default="(required)",
+            secret=True,
+        ),
+    ] = None
+    key_file: Annotated[Path | None, Key("file that holds it", FilePath(), must_be_readable=True)] = None
+    events: Annotated[
+        tuple[str, ...],
+        Key(
+            "the ends that are told: `delivered`, `bounced` (refused for good, and the sender gets a bounce), "
+            "`refused` (the same without a bounce), `expired`",
+            Many(Choice(OUTCOMES), may_be_empty=False),
+        ),
+    ] = OUTCOMES
+    ca_file: Annotated[
+        Path | None, Key("authorities to trust, PEM", FilePath(), default="the system's", must_be_readable=True)
+    ] = None
+    connections: Annotated[int, Key("requests at once, per process", Integer(1, 100))] = 4
+    timeout: Annotated[
+        float, Key("a whole exchange; what is not taken by then is sent again, as `spool.retry` says", Duration(0.1))
+    ] = 10.0
+    most_pending: Annotated[
+        int, Key("outcomes that wait for it; beyond, new ones are dropped and counted, and mail goes on", _COUNT)
+    ] = 100_000
+
+    def __post_init__(self) -> None:
+        if not self.name and self.url:
+            msgspec.structs.force_setattr(self, "name", str(url_endpoint(self.url)))
+
+
 class RateLimitTable(Table, frozen=True, kw_only=True):
     """A rate that a provider allows; several, each named by the upstreams that it holds for."""
 
@@ -603,6 +659,7 @@ class Settings(Table, frozen=True, kw_only=True):
     delivery: DeliveryTable = DeliveryTable()
     upstream: tuple[UpstreamTable, ...] = ()
     limit: tuple[RateLimitTable, ...] = ()
+    notify: tuple[NotifyTable, ...] = ()
     rewrite: RewriteTable = RewriteTable()
     spool: SpoolTable = SpoolTable()
     telemetry: TelemetryTable = TelemetryTable()
@@ -646,6 +703,6 @@ SCHEMA: Final[dict[type[Table], dict[str, Entry]]] = {
     table: _entries(table)
     for table in (
         Settings, ListenerTable, LimitsTable, TimeoutsTable, DeliveryTable, UpstreamTable, UpstreamTimeoutTable,
-        RateLimitTable, RewriteTable, SpoolTable, TelemetryTable, StatusTable, LogTable,
+        RateLimitTable, NotifyTable, RewriteTable, SpoolTable, TelemetryTable, StatusTable, LogTable,
     )
 }  # fmt: skip

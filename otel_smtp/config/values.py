@@ -623,6 +623,39 @@ class UpstreamUrlKind(msgspec.Struct, frozen=True):
         return str(value)
 
 
+class ReceiverUrlKind(msgspec.Struct, frozen=True):
+    """The URL that events are sent to: https, or http on this machine."""
+
+    allowed: str = "an https URL, or http on this machine, without user, password and fragment"
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        return {"type": "string", "pattern": r"^\s*https?://[^\s/?#@]+(?:[/?][^\s#]*)?\s*$"}
+
+    def parse(self, given: Given) -> str:
+        text = _as_text(given).strip()
+        if re.fullmatch(r"https?://[^\s/?#@]+(?:[/?][!-~]*)?", text) is None or "#" in text:
+            raise BadValue
+        host = url_endpoint(text).host
+        if text.startswith("http://") and not is_loopback_host(host):
+            raise BadValue("other machines could read and change what is sent in clear")
+        return text
+
+    def show(self, value: str) -> str:
+        return value
+
+
+def url_endpoint(url: str) -> Endpoint:
+    """Host and port of an http or https URL.
+
+    Raises:
+        BadValue: they are none.
+    """
+    scheme, _, rest = url.partition("://")
+    host, port = _host_and_port(re.split("[/?]", rest, maxsplit=1)[0], lowest_port=1)
+    return Endpoint(host, port if port is not None else 443 if scheme == "https" else 80)
+
+
 class MailboxKind(msgspec.Struct, frozen=True):
     """One mail address, ASCII: it must be fit for every upstream; or "", which is none."""
 

@@ -109,6 +109,7 @@ class Gateway:
                 open_connections=self._open_connections,
                 upstream_connections=self._upstream_connections,
                 spool=self._spool_counts,
+                receivers=self._receiver_counts,
                 worker=None if process is None else process.number,
             )
         )
@@ -203,6 +204,11 @@ class Gateway:
         counts = self._spool.counts
         return counts.by_state(), age_seconds(counts.oldest_arrived_at) or 0.0, counts.dead_octets
 
+    def _receiver_counts(self) -> Iterator[tuple[str, Mapping[str, int], int, float]]:
+        if self._spool is not None:
+            for name, figures, pending, oldest in self._spool.receivers():
+                yield name, figures.by_result(), pending, age_seconds(oldest) or 0.0
+
     def can_reach_an_upstream(self) -> bool:
         """Whether an upstream can be reached, as far as is known. Stale knowledge is renewed in the background."""
         self._forwarder.probe_if_stale()
@@ -288,6 +294,7 @@ class Gateway:
         redaction = wiring.redaction(settings)
         policies = [self._policy(settings, listener) for listener in settings.listener]
         upstreams = [wiring.upstream_settings(upstream) for upstream in settings.upstream]
+        receivers = wiring.receivers(settings)
         unchanged = {upstream.name for upstream in settings.upstream if upstream in self._settings.upstream}
         strategy = Strategy(settings.delivery.strategy)
         try:
@@ -297,6 +304,8 @@ class Gateway:
         # Here nothing can fail any more.
         relay_by_them()
         self._server.hold_to(policies, **wiring.admission(settings))
+        if self._spool is not None:
+            self._spool.tell(receivers)
         telemetry = settings.telemetry
         inbound = wiring.inbound_policies(settings)
         self._telemetry.show(redaction, inbound, probes=telemetry.probes, with_message_id=telemetry.message_id)
@@ -320,7 +329,9 @@ class Gateway:
 
         relay = self._forwarder.for_spool()
         direct = self._forwarder if self._settings.delivery.mode == "direct-then-queue" else None
-        return Spool(wiring.spool_settings(self._settings), store, relay, direct, self._observer)
+        spool = Spool(wiring.spool_settings(self._settings), store, relay, direct, self._observer)
+        spool.tell(wiring.receivers(self._settings))
+        return spool
 
     @property
     def spool(self) -> "Spool | None":

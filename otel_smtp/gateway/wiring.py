@@ -31,7 +31,7 @@ from otel_smtp.smtp.policy import ServerLimits, ServerPolicy
 from otel_smtp.smtp.sasl import MECHANISMS
 from otel_smtp.telemetry.keeping import Keep as KeepReason
 from otel_smtp.telemetry.keeping import Keeping
-from otel_smtp.telemetry.metrics import OpenConnections
+from otel_smtp.telemetry.metrics import OpenConnections, ReceiverCounts
 from otel_smtp.telemetry.propagation import InboundPolicy
 from otel_smtp.telemetry.records import SpanSink
 from otel_smtp.telemetry.redaction import Addresses, ClientIp, Redaction
@@ -40,6 +40,7 @@ from otel_smtp.telemetry.state_events import StateEvents
 from otel_smtp.telemetry.tracing import Keep
 
 if TYPE_CHECKING:
+    from otel_smtp.spool.outcomes.receivers import ReceiverSettings
     from otel_smtp.spool.postgresql import PostgresqlStore, QueueLocation
     from otel_smtp.spool.service import SpoolSettings
     from otel_smtp.spool.store import Store
@@ -159,6 +160,28 @@ def upstream_settings(upstream: UpstreamTable) -> UpstreamSettings:
         disabled=frozenset(upstream.disable),
         paced_by=upstream.limits,
     )
+
+
+def receivers(settings: Settings) -> "list[ReceiverSettings]":
+    """Whom outcomes are told; nothing is imported where there is nobody."""
+    if not settings.notify:
+        return []
+    from otel_smtp.spool.outcomes.events import RecipientOutcome, key_of
+    from otel_smtp.spool.outcomes.receivers import ReceiverSettings
+
+    return [
+        ReceiverSettings(
+            name=one.name,
+            url=one.url,
+            key=key_of(one.key.reveal() if one.key is not None else ""),
+            outcomes=frozenset(map(RecipientOutcome, one.events)),
+            ca_file=str(one.ca_file) if one.ca_file is not None else None,
+            connections=one.connections,
+            timeout_seconds=one.timeout,
+            most_pending=one.most_pending,
+        )
+        for one in settings.notify
+    ]
 
 
 def limit_settings(settings: Settings) -> list[LimitSettings]:
@@ -325,6 +348,7 @@ def telemetry_options(
     open_connections: OpenConnections,
     upstream_connections: Callable[[], Iterator[tuple[str, str, int]]],
     spool: Callable[[], tuple[Mapping[str, int], float, int] | None],
+    receivers: ReceiverCounts,
     worker: int | None = None,
 ) -> TelemetryOptions:
     """What telemetry records.
@@ -336,6 +360,7 @@ def telemetry_options(
         upstream_connections: yields (upstream, state, connections) when the gauges are read.
         spool: returns the messages by state, the age of the oldest in seconds, and octets of the disk that no message
             needs; None where there is no spool.
+        receivers: returns how the receivers of outcomes fare, when the metrics are read.
         worker: the number of this process among several; None: there is one.
     """
     telemetry = settings.telemetry
@@ -356,4 +381,5 @@ def telemetry_options(
         open_connections=open_connections,
         upstream_connections=upstream_connections,
         spool=spool,
+        receivers=receivers,
     )

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from otel_smtp.observing import Fate, Observer, SpoolAction, TransactionRecord
 from otel_smtp.smtp import replies
@@ -17,6 +17,9 @@ from otel_smtp.spool.dsn.notices import Notices
 from otel_smtp.spool.dsn.report import NoticeKind
 from otel_smtp.spool.messages import DeliveryState, End, Kind, Lease, NoSuchMessage, Verdict
 from otel_smtp.spool.store import Notice, Store
+
+if TYPE_CHECKING:
+    from otel_smtp.spool.outcomes.recording import Outcomes
 
 logger: Final = logging.getLogger("otel_smtp.spool.aging")
 
@@ -30,6 +33,9 @@ class Aging:
     Args:
         warn_after_seconds: since arrival, once; None: never.
         wake: called with destinations for which something waits now.
+
+    Attributes:
+        outcomes: makes what the application is told of those that end; None: it is told nothing.
     """
 
     def __init__(
@@ -48,6 +54,7 @@ class Aging:
         self._observer = observer
         self._warn_after_seconds = warn_after_seconds
         self._wake = wake
+        self.outcomes: Outcomes | None = None
 
     async def look(self, messages: int) -> None:
         """End and warn.
@@ -107,7 +114,12 @@ class Aging:
                 NoticeKind.FAILED, lease, [(one, replies.EXPIRED) for one in lease.recipients]
             )
         verdicts = [Verdict(one.number, End.EXPIRED, replies.EXPIRED) for one in lease.recipients]
-        await self._recording.record(lease, lambda: self._store.finish(lease, verdicts, notices=notices))
+        outcomes: Sequence[Notice] = ()
+        if self.outcomes is not None:
+            outcomes = await self.outcomes.of(lease, verdicts)
+        await self._recording.record(lease, lambda: self._store.finish(lease, verdicts, notices=(*notices, *outcomes)))
+        if self.outcomes is not None:
+            self.outcomes.stored(outcomes)
         self._wake([destination for notice, _ in notices for destination in notice.deliveries])
 
     def _tell(self, lease: Lease, action: SpoolAction) -> None:

@@ -8,7 +8,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from otel_smtp.forwarding.base import DeliveryFailed, MailTransaction, Relay
 from otel_smtp.observing import DeliveryPhase, Fate, MessageKind, Observer, TransactionRecord, trace_fields
@@ -28,6 +28,9 @@ from otel_smtp.spool.messages import (
     Verdict,
 )
 from otel_smtp.spool.store import Notice, Store
+
+if TYPE_CHECKING:
+    from otel_smtp.spool.outcomes.recording import Outcomes
 
 logger: Final = logging.getLogger("otel_smtp.spool.attempts")
 
@@ -89,6 +92,7 @@ class Attempt:
 
     Args:
         content: the chunks, where they are at hand; the first is the header block.
+        outcomes: makes what the application is told of those that end; None: it is told nothing.
         retry_in: gives the wait after this attempt, in seconds.
         wake: called with destinations for which something waits now.
         ended: called, once, when the result is recorded.
@@ -102,6 +106,7 @@ class Attempt:
         store: Store,
         relay: Relay,
         notices: Notices,
+        outcomes: "Outcomes | None",
         recording: Recording,
         observer: Observer,
         retry_in: Callable[[], float],
@@ -114,6 +119,8 @@ class Attempt:
         self._store = store
         self._relay = relay
         self._notices = notices
+        self._outcomes = outcomes
+        self._header = self._content[0] if outcomes is not None and self._content else None
         self._recording = recording
         self._observer = observer
         self._retry_in = retry_in
@@ -315,7 +322,8 @@ class Attempt:
             return
         self._is_judged = True
         recipients = self.lease.recipients
-        if len(recipients) == 1 and answers[0].is_positive and recipients[0].recipient.notify is None:
+        is_common = len(recipients) == 1 and self._outcomes is None
+        if is_common and answers[0].is_positive and recipients[0].recipient.notify is None:
             verdicts: Sequence[Verdict] = (Verdict(recipients[0].number, End.DELIVERED, answers[0]),)
             self._tell(())
             self._store.finish(self.lease, verdicts, is_urgent=False).add_done_callback(
@@ -393,14 +401,24 @@ class Attempt:
                     one if one.end is End.DELIVERED else Verdict(one.number, None, one.reply) for one in verdicts
                 ]
             self._tell(self._fates(verdicts, has_bounced=bool(notices), is_held=is_held))
+            outcomes: Sequence[Notice] = ()
+            if self._outcomes is not None:
+                outcomes = await self._outcomes.of(
+                    lease, verdicts,
+                    bounces=lambda one: bool(notices) and self._notices.is_told(NoticeKind.FAILED, lease, one),
+                    upstream=self._record.deliveries[-1].upstream if self._record.deliveries else lease.destination,
+                    header=self._header,
+                )  # fmt: skip
             await self._recording.record(
                 lease,
                 lambda: self._store.finish(
                     lease, verdicts,
-                    retry_in=retry_in, is_possible_duplicate=is_unknown, hold=is_held, notices=notices,
+                    retry_in=retry_in, is_possible_duplicate=is_unknown, hold=is_held, notices=(*notices, *outcomes),
                     is_urgent=False,
                 ),
             )  # fmt: skip
+            if self._outcomes is not None:
+                self._outcomes.stored(outcomes)
             if is_held and self._notices.held is not None:
                 self._notices.held[lease.message_id] = lease.expires_at
             if notices or waiting:

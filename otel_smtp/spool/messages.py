@@ -99,6 +99,12 @@ class Kind(StrEnum):
     DELAY_WARNING = "delay_warning"
     SUCCESS_REPORT = "success_report"
     NOTIFICATION = "notification"  # any of these, as earlier versions stored them
+    # For the application, by HTTP and not by mail: what became of a recipient.
+    OUTCOME = "outcome"
+
+
+OUTCOME_PREFIX: Final = "notify "
+"""What the destinations of outcomes begin with; no upstream's name has a space."""
 
 
 def trace_id_of(carrier: Mapping[str, str]) -> str | None:
@@ -319,9 +325,43 @@ class Counts:
         return self.ready + self.deferred + self.active + self.held + self.corrupt
 
 
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """The outcomes that wait for one receiver.
+
+    Attributes:
+        oldest_arrived_at: seconds since the epoch; None where none waits.
+    """
+
+    pending: int = 0
+    oldest_arrived_at: float | None = None
+
+
+def is_for_receiver(destination: str) -> bool:
+    """Whether what has that destination is an outcome for the application, and no mail."""
+    return destination.startswith(OUTCOME_PREFIX)
+
+
+def accepted_name(kind: Kind) -> str:
+    """The name in the tally of recipients that came."""
+    match kind:
+        case Kind.MAIL:
+            return "accepted"
+        case Kind.OUTCOME:
+            return "outcomes"
+        case _:
+            return "notified"
+
+
 def end_name(kind: Kind, end: End) -> str:
     """The name of an end in the tally."""
-    return end.value if kind is Kind.MAIL else f"notified_{end.value}"
+    match kind:
+        case Kind.MAIL:
+            return end.value
+        case Kind.OUTCOME:
+            return f"outcomes_{end.value}"
+        case _:
+            return f"notified_{end.value}"
 
 
 def stale(lease: Lease) -> StaleLease:

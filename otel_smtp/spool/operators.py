@@ -23,7 +23,7 @@ from typing import Any, Final, Self
 
 from otel_smtp.observing import Observer
 from otel_smtp.spool.deeds import Deed, operator_name
-from otel_smtp.spool.messages import DeliveryState, End, MessageView, SpoolError, trace_id_of
+from otel_smtp.spool.messages import OUTCOME_PREFIX, DeliveryState, End, MessageView, SpoolError, trace_id_of
 from otel_smtp.spool.store import Store, Woken
 
 logger: Final = logging.getLogger("otel_smtp.spool.operators")
@@ -107,12 +107,16 @@ class Operations:
         runner: who works on the queue, and tells of what operators do; None: nobody works here, and only the log of
             this process tells of it.
         max_age_seconds: what `reset` gives a message again.
+
+    Attributes:
+        outcomes_changed: called when an operator has changed some.
     """
 
     def __init__(self, store: Store, runner: Woken | None, *, max_age_seconds: float) -> None:
         self._store = store
         self._runner = runner
         self._max_age_seconds = max_age_seconds
+        self.outcomes_changed: Callable[[], None] = lambda: None
 
     async def run(self, request: Answer) -> AsyncIterator[Answer]:
         """Do one command.
@@ -120,7 +124,8 @@ class Operations:
         Args:
             request: `command`; `ids`, or `all`; for `find`, what is known: `trace_id`, `sender`, `recipient`. For
                 `list` and with `all`, which messages (see `Filter`): `domain`, `sender`, `reason`,
-                `older_than_seconds`. With what changes messages, `operator`: who asks.
+                `older_than_seconds`; `outcomes`: those that wait for their receivers, in place of mail. With what
+                changes messages, `operator`: who asks.
 
         Raises:
             SpoolError: it is not understood, or the spool is broken.
@@ -134,7 +139,7 @@ class Operations:
                     yield {"told": told}
             case "list":
                 wanted = Filter.of(request)
-                async for listed in self._all():
+                async for listed in self._all(outcomes=bool(request.get("outcomes"))):
                     if wanted.fits(listed):
                         yield as_answer(listed)
             case "find":
@@ -154,15 +159,25 @@ class Operations:
 
     async def _counts(self) -> Answer:
         counts, tally = await self._store.counts(), await self._store.tally()
-        return {
+        answer: dict[str, Any] = {
             **counts.by_state(),
             "oldest_arrival_time": counts.oldest_arrived_at,
             "recipients": {name: tally.get(name, 0) for name in TALLIED} | dict(tally),
         }
+        if destinations := await self._store.destinations(outcomes=True):
+            backlog = await self._store.backlog(destinations)
+            answer["outcomes"] = {
+                destination.removeprefix(OUTCOME_PREFIX): {
+                    "pending": one.pending,
+                    "oldest_arrival_time": one.oldest_arrived_at,
+                }
+                for destination, one in backlog.items()
+            }
+        return answer
 
-    async def _all(self) -> AsyncIterator[MessageView]:
+    async def _all(self, *, outcomes: bool) -> AsyncIterator[MessageView]:
         after = ""
-        while page := await self._store.page(after, PAGE):
+        while page := await self._store.page(after, PAGE, outcomes=outcomes):
             for shown in page:
                 yield shown
             after = page[-1].id
@@ -180,7 +195,8 @@ class Operations:
         if request.get("all"):
             # The ids first: a message that comes meanwhile was not meant.
             wanted = Filter.of(request)
-            ids = [shown.id async for shown in self._all() if _concerns(command, shown) and wanted.fits(shown)]
+            everything = self._all(outcomes=bool(request.get("outcomes")))
+            ids = [shown.id async for shown in everything if _concerns(command, shown) and wanted.fits(shown)]
         else:
             ids = list(_ids(request))
         yield {"messages": len(ids)}
@@ -197,6 +213,7 @@ class Operations:
             yield {"queue_id": message_id, "changed": bool(changed)}
         if self._runner is not None:
             self._runner.look_soon() if command == "expire" else self._runner.wake()
+        self.outcomes_changed()
 
     def _do(self, command: str, message_id: str) -> Awaitable[int]:
         store = self._store

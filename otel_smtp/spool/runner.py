@@ -13,7 +13,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from otel_smtp.forwarding.base import Relay
 from otel_smtp.observing import Observer
@@ -24,6 +24,9 @@ from otel_smtp.spool.dsn.notices import Notices
 from otel_smtp.spool.messages import Company, Counts, Lease, MessageView, SpoolError, StorageAway, StorageBroken
 from otel_smtp.spool.schedule import Schedule
 from otel_smtp.spool.store import Store
+
+if TYPE_CHECKING:
+    from otel_smtp.spool.outcomes.recording import Outcomes
 
 logger: Final = logging.getLogger("otel_smtp.spool.runner")
 
@@ -71,6 +74,7 @@ class Runner:
         self._aging = Aging(
             store, notices, self._recording, observer, warn_after_seconds=schedule.warn_after_seconds, wake=self.wake
         )
+        self._outcomes: Outcomes | None = None
         self._destinations: set[str] = set()
         self._under_way: Counter[str] = Counter()
         self._all_under_way = 0
@@ -88,6 +92,10 @@ class Runner:
         self.counts = Counts()
         self.oldest: Sequence[MessageView] = ()
         self.company: Company | None = None
+
+    def tell_of(self, outcomes: "Outcomes") -> None:
+        """Store with each end, from now on, what the application is told of it."""
+        self._outcomes = self._aging.outcomes = outcomes
 
     # Life -------------------------------------------------------------------------------------------------
 
@@ -263,6 +271,7 @@ class Runner:
             store=self._store,
             relay=self._relay,
             notices=self._notices,
+            outcomes=self._outcomes,
             recording=self._recording,
             observer=self._observer,
             retry_in=lambda: self._schedule.next_delay(lease.attempt, self._chance()),

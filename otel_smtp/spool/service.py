@@ -5,7 +5,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from otel_smtp.forwarding.base import Forwarder, Relay
 from otel_smtp.observing import Observer
@@ -17,6 +17,10 @@ from otel_smtp.spool.operators import ControlSocket, Operations
 from otel_smtp.spool.runner import Runner
 from otel_smtp.spool.schedule import Schedule
 from otel_smtp.spool.store import Store
+
+if TYPE_CHECKING:
+    from otel_smtp.spool.outcomes.receivers import OutcomeFigures, ReceiverSettings
+    from otel_smtp.spool.outcomes.telling import Telling
 
 logger: Final = logging.getLogger("otel_smtp.spool.service")
 
@@ -67,6 +71,9 @@ class Spool:
         )
         self.runner = Runner(store, relay, notices, schedule, observer)
         self._observer = observer
+        self._settings = settings
+        self._telling: Telling | None = None
+        self._is_running = False
         intake = Intake(
             store,
             relay,
@@ -107,13 +114,38 @@ class Spool:
         if self._control is not None:
             await self._control.start()
         await self.runner.start()
+        self._is_running = True
+        if self._telling is not None:
+            self._telling.start()
 
     async def stop(self, *, grace_seconds: float) -> None:
         """Begin no attempt any more, let those under way end within the grace, and give the store up."""
         if self._control is not None:
             await self._control.stop()
         await self.runner.stop(grace_seconds=grace_seconds)
+        self._is_running = False
+        if self._telling is not None:
+            await self._telling.stop()
         await self.store.close()
+
+    def tell(self, receivers: "Sequence[ReceiverSettings]") -> None:
+        """Tell these receivers, from now on, what becomes of each recipient. Without any, nothing is imported."""
+        if self._telling is None:
+            if not receivers:
+                return
+            from otel_smtp.spool.outcomes.telling import Telling
+
+            settings = self._settings
+            self._telling = Telling(self.store, settings.schedule, hostname=settings.hostname)
+            self.runner.tell_of(self._telling.outcomes)
+            self.operations.outcomes_changed = self._telling.look_soon
+            if self._is_running:
+                self._telling.start()
+        self._telling.receivers.replace(receivers)
+
+    def receivers(self) -> "Sequence[tuple[str, OutcomeFigures, int, float | None]]":
+        """The receivers of outcomes: name, figures, how many wait, and since when, in seconds since the epoch."""
+        return () if self._telling is None else self._telling.receivers.figures()
 
     def problem(self) -> str | None:
         """Why no mail can be taken now, or an operator has to look, for probes."""

@@ -10,7 +10,17 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from otel_smtp.forwarding.base import Ledger
-from otel_smtp.spool.messages import Company, ContentRef, Counts, Lease, MessageView, NewMessage, SpoolError, Verdict
+from otel_smtp.spool.messages import (
+    Backlog,
+    Company,
+    ContentRef,
+    Counts,
+    Lease,
+    MessageView,
+    NewMessage,
+    SpoolError,
+    Verdict,
+)
 
 Notice = tuple[NewMessage, bytes]
 """A message of our own that tells of others, with its content; the first octets are its header block."""
@@ -189,8 +199,12 @@ class Store(Protocol):
         """Its content is damaged: it waits for an operator, and counts as nothing else."""
         ...
 
-    async def end_overdue(self, most: int) -> Sequence[Lease]:
-        """Lease what is too old, without counting an attempt: to be ended by the caller."""
+    async def end_overdue(self, most: int, *, outcomes: bool = False) -> Sequence[Lease]:
+        """Lease what is too old, without counting an attempt: to be ended by the caller.
+
+        Args:
+            outcomes: of those, and not of mail.
+        """
         ...
 
     async def unwarned(self, age: float, most: int) -> Sequence[Lease]:
@@ -201,8 +215,8 @@ class Store(Protocol):
         """Note that the sender was warned, by `notices`; False where that was noted before, or the message is gone."""
         ...
 
-    async def destinations(self) -> Sequence[str]:
-        """All destinations that anything waits for."""
+    async def destinations(self, *, outcomes: bool = False) -> Sequence[str]:
+        """All destinations that mail waits for; or, with `outcomes`, those that outcomes wait for."""
         ...
 
     def holds(self, lease: Lease) -> bool:
@@ -226,15 +240,23 @@ class Store(Protocol):
     # What operators see and do ---------------------------------------------------------------------------------
 
     async def counts(self) -> Counts:
-        """How much there is of what."""
+        """How much mail there is in which state; outcomes are not counted."""
+        ...
+
+    async def backlog(self, destinations: Sequence[str]) -> Mapping[str, Backlog]:
+        """The outcomes that wait, or are being sent, for each of these destinations."""
         ...
 
     async def tally(self) -> Mapping[str, int]:
         """Recipients that were ever accepted, and how many of them ended in which way."""
         ...
 
-    async def page(self, after: str, most: int) -> Sequence[MessageView]:
-        """At most `most` messages whose ids follow `after`, in the order of their ids, which is that of arrival."""
+    async def page(self, after: str, most: int, *, outcomes: bool = False) -> Sequence[MessageView]:
+        """At most `most` messages whose ids follow `after`, in the order of their ids, which is that of arrival.
+
+        Args:
+            outcomes: those, and no mail.
+        """
         ...
 
     async def show(self, message_id: str) -> MessageView:
@@ -248,7 +270,7 @@ class Store(Protocol):
     async def find(
         self, *, trace_id: str | None = None, sender: str | None = None, recipient: str | None = None, most: int
     ) -> Sequence[MessageView]:
-        """The first messages that fit all that is given."""
+        """The first messages that fit all that is given; no outcomes."""
         ...
 
     async def retry(self, message_id: str) -> bool:

@@ -691,6 +691,16 @@ UPSTREAM_CONNECTION_STATE: Final = _attribute(
 SPOOL_STATE: Final = _attribute(
     "smtp.spool.state", Type.STRING, (On.METRIC,), "always: ready, deferred, active, held, corrupt", "deferred"
 )
+RECEIVER_NAME: Final = _attribute(
+    "smtp.notify.receiver", Type.STRING, (On.METRIC,), "always: the configured name", "app.example.com:443"
+)
+NOTIFY_RESULT: Final = _attribute(
+    "smtp.notify.result",
+    Type.STRING,
+    (On.METRIC,),
+    "always: sent, failed (an attempt, which is made again), expired, dropped (too many waited)",
+    "sent",
+)
 SIGNAL: Final = _attribute(
     "smtp.telemetry.signal", Type.STRING, (On.METRIC,), "always: traces, logs, metrics", "traces"
 )
@@ -842,6 +852,19 @@ SPOOL_MESSAGES: Final = _metric(
 SPOOL_AGE: Final = _metric("smtp.spool.age", Instrument.GAUGE, "s", (), "Age of the oldest message in the spool")
 SPOOL_DEAD: Final = _metric(
     "smtp.spool.dead", Instrument.UP_DOWN, "By", (), "Disk space of the spool that no message needs any more"
+)
+NOTIFY_OUTCOMES: Final = _metric(
+    "smtp.notify.outcomes",
+    Instrument.COUNTER,
+    "{outcome}",
+    (RECEIVER_NAME, NOTIFY_RESULT),
+    "Outcomes sent to the application, and attempts that failed",
+)
+NOTIFY_PENDING: Final = _metric(
+    "smtp.notify.pending", Instrument.UP_DOWN, "{outcome}", (RECEIVER_NAME,), "Outcomes that wait for their receiver"
+)
+NOTIFY_AGE: Final = _metric(
+    "smtp.notify.age", Instrument.GAUGE, "s", (RECEIVER_NAME,), "Age of the oldest outcome that waits"
 )
 TELEMETRY_DROPPED: Final = _metric(
     "smtp.telemetry.dropped",

@@ -51,6 +51,8 @@ ConnectionCounts = Callable[[], Iterable[tuple[str, str, int]]]
 OpenConnections = Callable[[], Iterable[ConnectionRecord]]
 """The client connections that are open now."""
 SpoolCounts = Callable[[], tuple[Mapping[str, int], float, int] | None]
+ReceiverCounts = Callable[[], Iterable[tuple[str, Mapping[str, int], int, float]]]
+"""The receivers of outcomes: name, outcomes by result, how many wait, and the age of the oldest in seconds."""
 
 # A look-up is quicker than `value`, which is a descriptor in Python.
 _NAMES: Final[Mapping[ConnState, str]] = {state: state.value for state in ConnState}
@@ -163,6 +165,7 @@ class Metrics(Observer):
         connections: connections to upstreams now.
         spool: messages in the spool by state, the age of the oldest in seconds, and the octets of the disk that it
             holds for messages that have ended; None where there is no spool.
+        receivers: those of outcomes now.
         dropped: what telemetry itself has lost so far: signal, reason, how many.
         resource: who we are, by attribute, for the page.
         exemplars: which measurements name a span.
@@ -179,6 +182,7 @@ class Metrics(Observer):
         open_connections: OpenConnections = tuple,
         connections: ConnectionCounts = tuple,
         spool: SpoolCounts = lambda: None,
+        receivers: ReceiverCounts = tuple,
         dropped: ConnectionCounts = tuple,
         resource: Mapping[str, object] | None = None,
         exemplars: ExemplarFilter = ExemplarFilter.TRACE_BASED,
@@ -191,6 +195,7 @@ class Metrics(Observer):
         self._open_connections = open_connections
         self._connections = connections
         self._spool = spool
+        self._receivers = receivers
         self._dropped = dropped
         self._resource = {name.replace(".", "_"): str(value) for name, value in (resource or {}).items()}
         self._active: dict[Labels, int] = {}
@@ -446,6 +451,13 @@ class Metrics(Observer):
             yield names.SPOOL_MESSAGES, [((state,), count) for state, count in states.items()]
             yield names.SPOOL_AGE, [((), oldest_age_seconds)]
             yield names.SPOOL_DEAD, [((), dead_octets)]
+        if receivers := list(self._receivers()):
+            yield (
+                names.NOTIFY_OUTCOMES,
+                [((name, result), n) for name, by_result, _, _ in receivers for result, n in by_result.items()],
+            )
+            yield names.NOTIFY_PENDING, [((name,), pending) for name, _, pending, _ in receivers]
+            yield names.NOTIFY_AGE, [((name,), age_seconds) for name, _, _, age_seconds in receivers]
         lost = {(signal.value, reason.value): 0 for signal in Signal for reason in DropReason}
         for signal, reason, count in self._dropped():
             lost[signal, reason] = lost.get((signal, reason), 0) + count

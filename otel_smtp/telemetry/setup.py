@@ -21,7 +21,7 @@ from otel_smtp.telemetry.keeping import Keeping
 from otel_smtp.telemetry.log_export import LogExportHandler
 from otel_smtp.telemetry.logs import AccessLog, StateLogger
 from otel_smtp.telemetry.metric_export import MetricExport, MetricsReading
-from otel_smtp.telemetry.metrics import ConnectionCounts, Metrics, OpenConnections, SpoolCounts
+from otel_smtp.telemetry.metrics import ConnectionCounts, Metrics, OpenConnections, ReceiverCounts, SpoolCounts
 from otel_smtp.telemetry.otlp import LogEncoder, RequestFrame
 from otel_smtp.telemetry.propagation import InboundPolicy
 from otel_smtp.telemetry.records import LogRecord, SpanSink
@@ -48,7 +48,7 @@ class TelemetryOptions:
         memories: take every recorded span as octets, and whether something in it went wrong.
         open_connections: yields the open client connections when the metrics are read, on the event loop.
         upstream_connections: yields the connections to upstreams when the metrics are read.
-        spool: returns what is queued when the metrics are read.
+        spool: returns what is queued when the metrics are read. `receivers`: how those of outcomes fare.
         processors: of the SDK; each receives every recorded span as from the SDK, and is shut down at the end.
     """
 
@@ -69,6 +69,7 @@ class TelemetryOptions:
     open_connections: OpenConnections = tuple
     upstream_connections: ConnectionCounts = tuple
     spool: SpoolCounts = lambda: None
+    receivers: ReceiverCounts = tuple
     processors: Sequence[SpanProcessor] = ()
 
 
@@ -205,6 +206,7 @@ def set_up(options: TelemetryOptions, environ: Mapping[str, str] | None = None) 
             open_connections=options.open_connections,
             connections=options.upstream_connections,
             spool=options.spool,
+            receivers=options.receivers,
             resource=resource.attributes,
             listeners=[*options.policies],
             upstreams=options.upstreams,
@@ -240,6 +242,7 @@ def set_up(options: TelemetryOptions, environ: Mapping[str, str] | None = None) 
         open_connections=options.open_connections,
         connections=options.upstream_connections,
         spool=options.spool,
+        receivers=options.receivers,
         dropped=lambda: [lost for one in (*exports, *keeping) for lost in one.dropped()],
         exemplars=asked.exemplars,
         resource=resource.attributes,

@@ -64,6 +64,17 @@ def test_what_needs_a_restart_stays_as_it_was(tables: dict[str, Any], key: str) 
     assert msgspec.structs.replace(made.settings, origins=settings().origins) == settings()
 
 
+def test_receivers_of_outcomes_change_at_once() -> None:
+    queue: dict[str, Any] = {"delivery": {"mode": "queue"}, "spool": {"directory": "spool"}}
+    app = {"url": "https://app.example/", "key": "a key of thirty-two octets, here"}
+    before, after = settings(**queue), settings(**queue, notify=[app])
+    assert change(before, after)[1:] == (("notify",), ())
+    rotated = settings(**queue, notify=[app | {"key": "another of thirty-two octets, so"}])
+    made = change(after, rotated)
+    assert made[1:] == (("notify.0.key",), ())
+    assert made.settings.notify == rotated.notify
+
+
 def test_what_waits_for_a_restart_is_told_each_time() -> None:
     after = settings(workers=2, limits={"recipients": 7})
     once = change(settings(), after)

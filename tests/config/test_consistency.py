@@ -340,6 +340,80 @@ def test_limits_that_cannot_hold(limit: list[Any], limits: list[str], expected: 
     assert expected in refusal_of(upstream=[LOCAL | {"limits": limits}], **values).replace('"', "'")
 
 
+# Receivers of outcomes ---------------------------------------------------------------------------------------
+
+APP: dict[str, Any] = {"url": "https://app.example/mail-events", "key": "a key of thirty-two octets, here"}
+QUEUE: dict[str, Any] = {"delivery": {"mode": "queue"}, "spool": {"directory": "spool"}}
+
+
+@pytest.mark.parametrize(
+    ("url", "name"),
+    [
+        ("https://app.example/mail-events?tenant=7", "app.example:443"),
+        ("https://app.example:8443", "app.example:8443"),
+        ("http://127.0.0.1:9000/events", "127.0.0.1:9000"),
+        ("http://localhost/", "localhost:80"),
+        ("http://[::1]:9000/", "[::1]:9000"),
+    ],
+)
+def test_a_receiver_is_named_by_its_host(url: str, name: str) -> None:
+    (receiver,) = load_with(notify=[APP | {"url": url}], **QUEUE).notify
+    assert (receiver.url, receiver.name) == (url, name)
+
+
+@pytest.mark.parametrize("mode", ["queue", "direct-then-queue"])
+def test_a_receiver_in_a_mode_with_a_queue(mode: str, tmp_path: Path) -> None:
+    (tmp_path / "hmac").write_text("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw\n")
+    app = {"name": "shop", "url": APP["url"], "key_file": "hmac", "events": ["bounced", "expired"]}
+    settings = load_with(notify=[app], **QUEUE | {"delivery": {"mode": mode}})
+    assert settings.notify[0].events == ("bounced", "expired")
+    assert settings.warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"url": "http://app.example/"}, "other machines could read and change what is sent in clear"),
+        ({"url": "http://127.0.0.1.evil.example/"}, "other machines could read"),
+        ({"url": "https://user:secret@app.example/"}, "an https URL, or http on this machine"),
+        ({"url": "ftp://app.example/"}, "an https URL"),
+        ({"url": "https://app.example/#part"}, "an https URL"),
+        ({"url": "https://app.example:0/"}, "an https URL"),
+        ({"url": "https:///events"}, "an https URL"),
+        ({"key": "too short"}, "at least 24 other characters"),
+        ({"key": "whsec_dG9vIHNob3J0"}, "base64 of at least 24 octets"),
+        ({"key": None}, "notify.0.key_file = '': is missing"),
+        ({"key": None, "key_file": "nowhere"}, "no such file"),
+        ({"key": None, "key_file": "key"}, "the file's content is invalid"),
+        (
+            {"events": ["delivered", "opened"]},
+            "each delivered, bounced, refused, expired",
+        ),
+        ({"events": []}, "at least one"),
+        ({"url": None}, "notify.0.url: is missing"),
+        ({"ca_file": "nowhere"}, "no such file"),
+    ],
+)
+def test_a_receiver_that_cannot_be_told(changes: dict[str, Any], expected: str) -> None:
+    app = {name: value for name, value in (APP | changes).items() if value is not None}
+    refusal = refusal_of(notify=[app], **QUEUE)
+    assert expected in refusal.replace('"', "'")
+    assert "too short" not in refusal
+    assert refusal.count("\n") == 0
+
+
+def test_receivers_have_different_names() -> None:
+    assert "notify.1.name = 'app.example:443': is also the name of notify.0" in refusal_of(
+        notify=[APP, APP], **QUEUE
+    ).replace('"', "'")
+    assert len(load_with(notify=[APP, APP | {"name": "other"}], **QUEUE).notify) == 2
+
+
+def test_without_a_queue_the_replies_tell_the_client_everything() -> None:
+    assert "notify.0.url" in (refusal := refusal_of(notify=[APP]))
+    assert "needs delivery.mode = queue or direct-then-queue" in refusal
+
+
 # Notices -----------------------------------------------------------------------------------------------------
 
 

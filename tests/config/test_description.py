@@ -24,6 +24,7 @@ upstream[]: recipients_per_transaction messages_per_connection connection_age co
 upstream[]: limits reply_line reply_lines senders recipients trace_context
 upstream[].timeout: connect greeting command data block reply
 limit[]: name rate burst per
+notify[]: name url key key_file events ca_file connections timeout most_pending
 rewrite: sender
 spool: directory url url_file schema takeover_after retry max_age warn_after bounce notice_sender
 spool: most_messages most_octets
@@ -72,7 +73,12 @@ def test_every_value_is_described_with_its_origin_and_without_secrets() -> None:
         "OTELSMTP_UPSTREAM__0__PASSWORD": "hunter2",
         "OTELSMTP_LISTEN": "unix:/run/gw,127.0.0.1:0",
     }
-    values = {"limit": [{"name": "provider-rate", "rate": "30/m"}]}
+    values = {
+        "limit": [{"name": "provider-rate", "rate": "30/m"}],
+        "notify": [{"url": "https://app.example/events", "key": "a key of thirty-two octets, here"}],
+        "delivery": {"mode": "queue"},
+        "spool": {"directory": "spool"},
+    }
     rows = describe(load(environ=environ, values=values))
     assert [row.key.replace(".0.", "[].") for row in rows] == names()
     by_key = {row.key: row for row in rows}
@@ -80,12 +86,13 @@ def test_every_value_is_described_with_its_origin_and_without_secrets() -> None:
         "upstream.0.password", "***", "environment OTELSMTP_UPSTREAM__0__PASSWORD"
     )
     assert by_key["upstream.0.url"].value == "smtps://m.example:465"
+    assert (by_key["notify.0.key"].value, by_key["notify.0.name"].value) == ("***", "app.example:443")
     assert by_key["listener.0.address"] == Row(
         "listener.0.address", "unix:/run/gw, 127.0.0.1:0", "environment OTELSMTP_LISTEN"
     )
     assert by_key["listener.0.allow"] == Row("listener.0.allow", "127.0.0.0/8, ::1/128", "default")
     assert by_key["timeouts.session"].value == "off"
-    assert by_key["spool.directory"].value == ""
+    assert by_key["spool.url_file"].value == ""
     assert "hunter2" not in repr(rows)
 
 

@@ -38,7 +38,7 @@ def rooms(settings: Settings) -> Iterator[Any]:
     yield redaction
     yield wiring.telemetry_options(
         settings, redaction, span_sinks=(), memories=(), open_connections=lambda: iter(()),
-        upstream_connections=lambda: iter(()), spool=lambda: None
+        upstream_connections=lambda: iter(()), spool=lambda: None, receivers=tuple,
     )  # fmt: skip
 
 

@@ -13,10 +13,12 @@ from typing import TypeVar
 
 from otel_smtp.spool.embedded.entries import DeliveryEntry, Entry
 from otel_smtp.spool.messages import (
+    Backlog,
     ContentLost,
     ContentRef,
     Counts,
     DeliveryState,
+    End,
     Kind,
     Lease,
     MessageView,
@@ -24,6 +26,8 @@ from otel_smtp.spool.messages import (
     NoSuchMessage,
     SpoolError,
     Verdict,
+    end_name,
+    is_for_receiver,
     stale,
 )
 from otel_smtp.spool.store import Draft, Notice, Recovery, Woken
@@ -83,7 +87,7 @@ class MemoryStore:
 
     async def open(self) -> Recovery:
         self._is_open = True
-        return Recovery(messages=len(self.memory.entries))
+        return Recovery(messages=sum(not entry.is_outcome for entry in self._sorted))
 
     async def close(self) -> None:
         if self._is_open:
@@ -217,10 +221,15 @@ class MemoryStore:
     async def mark_corrupt(self, lease: Lease) -> None:
         self._leased(lease).owned(lease).state = DeliveryState.CORRUPT
 
-    async def end_overdue(self, most: int) -> Sequence[Lease]:
+    async def end_overdue(self, most: int, *, outcomes: bool = False) -> Sequence[Lease]:
         leases: list[Lease] = []
         for entry in self._sorted:
-            if entry.expires_ms > self._now() or entry.held_ms is not None or len(leases) >= most:
+            if (
+                entry.is_outcome is not outcomes
+                or entry.expires_ms > self._now()
+                or entry.held_ms is not None
+                or len(leases) >= most
+            ):
                 continue
             for one in entry.deliveries:
                 if one.state is DeliveryState.READY:
@@ -247,8 +256,9 @@ class MemoryStore:
             self._add(message, content, is_leased=False)
         return True
 
-    async def destinations(self) -> Sequence[str]:
-        return sorted({one.destination for entry in self._sorted for one in entry.deliveries})
+    async def destinations(self, *, outcomes: bool = False) -> Sequence[str]:
+        found = {one.destination for entry in self._sorted for one in entry.deliveries}
+        return sorted(destination for destination in found if is_for_receiver(destination) is outcomes)
 
     async def read(self, content: ContentRef, start: int, octets: int) -> bytes:
         found = self.memory.contents.get(str(content.key))
@@ -259,10 +269,23 @@ class MemoryStore:
     async def is_intact(self, content: ContentRef) -> bool:
         return str(content.key) in self.memory.contents
 
+    async def backlog(self, destinations: Sequence[str]) -> Mapping[str, Backlog]:
+        found: dict[str, Backlog] = {}
+        for destination in destinations:
+            arrived = [
+                entry.arrived_ms / 1000
+                for entry in self._sorted
+                for one in entry.deliveries
+                if one.destination == destination
+            ]
+            found[destination] = Backlog(len(arrived), min(arrived, default=None))
+        return found
+
     async def counts(self) -> Counts:
         now = self._now()
-        states = Counter(one.state for entry in self._sorted for one in entry.deliveries)
-        due = [one.due_ms for entry in self._sorted for one in entry.deliveries if one.state is DeliveryState.READY]
+        mail = [entry for entry in self._sorted if not entry.is_outcome]
+        states = Counter(one.state for entry in mail for one in entry.deliveries)
+        due = [one.due_ms for entry in mail for one in entry.deliveries if one.state is DeliveryState.READY]
         later = [at for at in due if at > now]
         return Counts(
             ready=len(due) - len(later),
@@ -270,15 +293,15 @@ class MemoryStore:
             active=states[DeliveryState.LEASED],
             held=states[DeliveryState.HELD],
             corrupt=states[DeliveryState.CORRUPT],
-            oldest_arrived_at=self._sorted[0].arrived_ms / 1000 if self._sorted else None,
+            oldest_arrived_at=mail[0].arrived_ms / 1000 if mail else None,
             next_due_at=min(later) / 1000 if later else None,
         )
 
     async def tally(self) -> Mapping[str, int]:
         return {name: count for name, count in self.memory.tally.items() if count}
 
-    async def page(self, after: str, most: int) -> Sequence[MessageView]:
-        return [entry.shown() for entry in self._sorted if entry.id > after][:most]
+    async def page(self, after: str, most: int, *, outcomes: bool = False) -> Sequence[MessageView]:
+        return [entry.shown() for entry in self._sorted if entry.id > after and entry.is_outcome is outcomes][:most]
 
     async def find(
         self, *, trace_id: str | None = None, sender: str | None = None, recipient: str | None = None, most: int
@@ -320,7 +343,7 @@ class MemoryStore:
         if entry.is_leased:
             raise SpoolError(f"{message_id} is being delivered; hold it, or try again")
         _, recipients = entry.accepted
-        self.memory.tally["removed" if entry.kind is Kind.MAIL else "notified_removed"] += recipients
+        self.memory.tally[end_name(entry.kind, End.REMOVED)] += recipients
         entry.deliveries = []
         self._drop_if_over(entry)
         return recipients

@@ -11,6 +11,8 @@ import pytest
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Body, DsnReturn, Mail, Notify, Recipient
 from otel_smtp.spool.messages import (
+    OUTCOME_PREFIX,
+    Backlog,
     DeliveryState,
     End,
     Kind,
@@ -465,6 +467,71 @@ async def test_counts(case: Case) -> None:
     assert counts.by_state() == {"ready": 1, "deferred": 1, "active": 1, "held": 1, "corrupt": 0}
     assert counts.oldest_arrived_at == pytest.approx(case.clock(), abs=5)
     assert counts.next_due_at == pytest.approx(case.clock() + 100, abs=5)
+
+
+# Outcomes for the application --------------------------------------------------------------------------------------
+
+APPLICATION = f"{OUTCOME_PREFIX}app"
+
+
+def outcome(*, max_age_seconds: float = 1000.0) -> NewMessage:
+    return message(
+        sender="", destination=APPLICATION, kind=Kind.OUTCOME, header_octets=0, max_age_seconds=max_age_seconds
+    )
+
+
+async def test_an_outcome_is_stored_with_the_end_that_it_tells_of(case: Case) -> None:
+    _, (lease,) = await put(case, lease=True)
+    told = outcome()
+    await case.store.finish(lease, DELIVERED, notices=[(told, b"{}")])
+    with pytest.raises(StaleLease):
+        await case.store.finish(lease, DELIVERED, notices=[(outcome(), b"{}")])
+    ((claimed, content),), _ = await case.store.claim({APPLICATION: 5})
+    assert (claimed.message_id, claimed.kind, claimed.destination) == (told.id, Kind.OUTCOME, APPLICATION)
+    assert content is not None
+    assert b"".join(content) == b"{}"
+    await case.store.finish(claimed, (Verdict(0, None, replies.UPSTREAM_UNAVAILABLE),), retry_in=100)
+    assert await leased(case.store, destination=APPLICATION) == []
+    case.clock.ahead += 101
+    (claimed,) = await leased(case.store, destination=APPLICATION)
+    assert claimed.attempt == 2
+    await case.store.finish(claimed, DELIVERED)
+    assert await case.store.tally() == {"accepted": 1, "delivered": 1, "outcomes": 1, "outcomes_delivered": 1}
+    assert await case.store.backlog([APPLICATION]) == {APPLICATION: Backlog()}
+
+
+async def test_outcomes_are_no_mail(case: Case) -> None:
+    one = await queued(case.store)
+    told = await queued(case.store, outcome())
+    for _ in range(2):
+        assert [shown.id for shown in await case.store.page("", 9)] == [one]
+        assert [shown.id for shown in await case.store.page("", 9, outcomes=True)] == [told]
+        assert list(await case.store.destinations()) == ["up"]
+        assert list(await case.store.destinations(outcomes=True)) == [APPLICATION]
+        assert [shown.id for shown in await case.store.find(recipient="user@example.net", most=9)] == [one]
+        assert (await case.store.counts()).by_state() == {
+            "ready": 1, "deferred": 0, "active": 0, "held": 0, "corrupt": 0,
+        }  # fmt: skip
+        backlog = (await case.store.backlog([APPLICATION, "notify other"]))[APPLICATION]
+        assert backlog.pending == 1
+        assert backlog.oldest_arrived_at == pytest.approx(case.clock(), abs=5)
+        await case.store.close()
+        case.store = case.again()
+        assert (await case.store.open()).messages in (0, 1)
+    assert (await case.store.show(told)).kind is Kind.OUTCOME
+    assert await case.store.delete(told) == 1
+    assert (await case.store.tally())["outcomes_removed"] == 1
+    assert await case.store.backlog([APPLICATION]) == {APPLICATION: Backlog()}
+
+
+async def test_old_outcomes_and_old_mail_are_ended_apart(case: Case) -> None:
+    told = await queued(case.store, outcome(max_age_seconds=-1))
+    late = await queued(case.store, message(max_age_seconds=-1))
+    assert [lease.message_id for lease in await case.store.end_overdue(10)] == [late]
+    (lease,) = await case.store.end_overdue(10, outcomes=True)
+    assert lease.message_id == told
+    await case.store.finish(lease, [Verdict(0, End.EXPIRED)])
+    assert (await case.store.tally())["outcomes_expired"] == 1
 
 
 # Time ------------------------------------------------------------------------------------------------------------

@@ -269,7 +269,11 @@ def test_no_client_can_make_the_series_grow() -> None:
 @pytest.mark.parametrize("metric", attributes.METRICS.values(), ids=lambda metric: metric.name)
 def test_every_metric_of_the_registry_is_on_the_page(metric: attributes.Metric) -> None:
     connections: list[ConnectionRecord] = []
-    metrics = Metrics(open_connections=lambda: connections, spool=lambda: ({"deferred": 2}, 60.0, 4096))
+    metrics = Metrics(
+        open_connections=lambda: connections,
+        spool=lambda: ({"deferred": 2}, 60.0, 4096),
+        receivers=lambda: [("app", {"sent": 1}, 2, 3.5)],
+    )
     relay_a_mail(metrics)
     connections.append(Client(metrics).record)
     page = metrics.page("text/plain")[0].decode()
@@ -282,3 +286,12 @@ def test_the_spool_is_told_where_there_is_one() -> None:
     assert "smtp_spool_age_seconds 61.5" in page
     assert "smtp_spool_dead_bytes 4096.0" in page
     assert "smtp_spool" not in Metrics().page("text/plain")[0].decode()
+
+
+def test_the_receivers_of_outcomes_are_told_where_there_are_any() -> None:
+    page = Metrics(receivers=lambda: [("app", {"sent": 7, "dropped": 0}, 2, 3.5)]).page("text/plain")[0].decode()
+    assert 'smtp_notify_outcomes_total{smtp_notify_receiver="app",smtp_notify_result="sent"} 7.0' in page
+    assert 'smtp_notify_outcomes_total{smtp_notify_receiver="app",smtp_notify_result="dropped"} 0.0' in page
+    assert 'smtp_notify_pending{smtp_notify_receiver="app"} 2.0' in page
+    assert 'smtp_notify_age_seconds{smtp_notify_receiver="app"} 3.5' in page
+    assert "smtp_notify" not in Metrics().page("text/plain")[0].decode()

@@ -134,9 +134,9 @@ def _marker(data: bytes) -> bytes | None:
 
 
 def hold_again(entry: Entry, now_ms: int) -> None:
-    """Let what is put back wait for an operator: it may have been delivered since."""
+    """Let what is put back wait for an operator: it may have been delivered since. An outcome may be sent twice."""
     for one in entry.deliveries:
-        one.state = DeliveryState.HELD
+        one.state = DeliveryState.READY if entry.is_outcome else DeliveryState.HELD
         one.is_possible_duplicate = True
-    entry.held_ms = now_ms
+    entry.held_ms = None if entry.is_outcome else now_ms
     entry.expires_ms = max(entry.expires_ms, now_ms + _LEAST_SECONDS * 1000)

@@ -172,6 +172,8 @@ class Compaction:
             def durable(step: Step) -> None:
                 self._memory.leave(before)
                 moved.place = self._memory.place(moved, step, 0, crc)
+                if moved.is_outcome:
+                    self._memory.outcome_octets += moved.place.octets - before.octets
                 self._memory.note(moved, (step.segment, step.places[0][0]))
 
             await self._journal.append([message_part(moved, content, crc, is_new=False)], durable=durable)

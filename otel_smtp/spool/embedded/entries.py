@@ -15,6 +15,7 @@ from otel_smtp.spool.messages import (
     NewMessage,
     SpooledRecipient,
     Verdict,
+    accepted_name,
     end_name,
     stale,
     trace_id_of,
@@ -236,7 +237,12 @@ class Entry:
         recipients = 0
         for one in self.deliveries:
             recipients += len(one.recipients)
-        return "accepted" if self.kind is Kind.MAIL else "notified", recipients
+        return "accepted" if self.kind is Kind.MAIL else accepted_name(self.kind), recipients
+
+    @property
+    def is_outcome(self) -> bool:
+        """Whether it is for the application, and no mail."""
+        return self.kind is Kind.OUTCOME
 
     @property
     def trace_id(self) -> str | None:
@@ -449,8 +455,8 @@ class Entry:
 
         Args:
             crashes_allowed: the process that had it died in the midst: that many times a message may be part of a crash
-                before it is held, since it may be the cause. None: it ended in good order, and the attempt does not
-                count.
+                before it is held, since it may be the cause. An outcome is never held: it is a few lines of our own.
+                None: it ended in good order, and the attempt does not count.
         """
         is_held = False
         for one in self.deliveries:
@@ -463,7 +469,7 @@ class Entry:
                 one.attempts -= 1
                 continue
             one.crashes += 1
-            if one.crashes >= crashes_allowed:
+            if one.crashes >= crashes_allowed and not self.is_outcome:
                 one.state = DeliveryState.HELD
                 is_held = True
         if is_held and self.held_ms is None:

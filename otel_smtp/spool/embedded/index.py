@@ -19,13 +19,15 @@ from typing import Any, Final
 
 from otel_smtp.spool.embedded.directory import open_regular, write_zeros
 from otel_smtp.spool.embedded.entries import Entry, Place
-from otel_smtp.spool.messages import DeliveryState, Kind, SpoolError, StorageBroken, StorageFull
+from otel_smtp.spool.messages import OUTCOME_PREFIX, DeliveryState, Kind, SpoolError, StorageBroken, StorageFull
 
 VERSION: Final = 1
 BUSY_SECONDS: Final = 5.0  # how long it is waited for while somebody else has it locked
 WAL_OCTETS: Final = 8 * 1024 * 1024  # twice what it grows to before SQLite writes it back and begins it again
 _WAL_HEAD_OCTETS: Final = 32
 _ROWS_AT_ONCE: Final = 200
+_OUTCOME: Final = f"destination >= '{OUTCOME_PREFIX}' AND destination < '{OUTCOME_PREFIX[:-1]}!'"
+_IS_OUTCOME: Final = f"EXISTS (SELECT 1 FROM delivery WHERE delivery.id = message.id AND {_OUTCOME})"  # noqa: S608
 
 _TABLES: Final = """
 CREATE TABLE meta(name TEXT PRIMARY KEY, value) WITHOUT ROWID;
@@ -321,12 +323,12 @@ class Index:
         ]
         return min(times, default=None)
 
-    def overdue(self, now_ms: int, most: int) -> list[str]:
-        """Messages that are too old, and wait."""
+    def overdue(self, now_ms: int, most: int, *, outcomes: bool) -> list[str]:
+        """Messages that are too old, and wait; or outcomes."""
         return self._ids(
-            "SELECT DISTINCT message.id FROM message CROSS JOIN delivery ON delivery.id = message.id"
-            " WHERE expires <= ? AND state = 'ready' LIMIT ?",
-            (now_ms, most),
+            "SELECT DISTINCT message.id FROM message CROSS JOIN delivery ON delivery.id = message.id"  # noqa: S608 - ours
+            f" WHERE expires <= ? AND state = 'ready' AND ({_OUTCOME}) = ? LIMIT ?",
+            (now_ms, int(outcomes), most),
         )
 
     def unwarned(self, before_ms: int, most: int) -> list[str]:
@@ -356,6 +358,26 @@ class Index:
             self._database.execute("SELECT destination, count(*) FROM delivery GROUP BY destination").fetchall()
         )
 
+    def outcomes(self) -> tuple[dict[str, int], int]:
+        """How many outcomes there are for each destination, and the octets of their records."""
+        by_destination = self._database.execute(
+            f"SELECT destination, count(*) FROM delivery WHERE {_OUTCOME} GROUP BY destination"  # noqa: S608 - ours
+        )
+        (octets,) = self._database.execute(
+            "SELECT coalesce(sum(message.octets), 0) FROM delivery CROSS JOIN message USING (id)"  # noqa: S608 - ours
+            f" WHERE {_OUTCOME}"
+        ).fetchone()
+        return dict(by_destination.fetchall()), octets
+
+    def oldest(self, destination: str) -> int | None:
+        """When the first of what waits for a destination came; the ids begin with the time."""
+        row = self._database.execute(
+            "SELECT arrived FROM message WHERE id ="
+            " (SELECT min(id) FROM delivery WHERE state = 'ready' AND destination = ?)",
+            (destination,),
+        ).fetchone()
+        return None if row is None else int(row[0])
+
     def larges(self) -> Iterator[str]:
         """Messages whose content has a file of its own."""
         for (message_id,) in self._database.execute("SELECT id FROM message WHERE content_at < 0"):
@@ -367,28 +389,34 @@ class Index:
     # What operators ask ----------------------------------------------------------------------------------------
 
     def counts(self, now_ms: int) -> dict[str, Any]:
-        """Deliveries by state, `deferred` of the ready ones; `oldest` and `next_due`, in milliseconds."""
+        """Deliveries of mail by state, `deferred` of the ready ones; `oldest` and `next_due`, in milliseconds."""
         execute = self._database.execute
         found: dict[str, Any] = dict(
-            execute("SELECT state, count(*) FROM delivery WHERE state != 'ready' GROUP BY state").fetchall()
+            execute(
+                f"SELECT state, count(*) FROM delivery WHERE state != 'ready' AND NOT ({_OUTCOME})"  # noqa: S608 - ours
+                " GROUP BY state"
+            ).fetchall()
         )
         (found["ready"],) = execute(
-            "SELECT count(*) FROM delivery WHERE state = 'ready' AND due <= ?", (now_ms,)
+            f"SELECT count(*) FROM delivery WHERE state = 'ready' AND due <= ? AND NOT ({_OUTCOME})",  # noqa: S608
+            (now_ms,),
         ).fetchone()
         found["deferred"], found["next_due"] = execute(
-            "SELECT count(*), min(due) FROM delivery WHERE state = 'ready' AND due > ?", (now_ms,)
+            f"SELECT count(*), min(due) FROM delivery WHERE state = 'ready' AND due > ? AND NOT ({_OUTCOME})",  # noqa: S608
+            (now_ms,),
         ).fetchone()
         # The ids begin with the time.
-        first = execute("SELECT arrived FROM message ORDER BY id LIMIT 1").fetchone()
+        first = execute(f"SELECT arrived FROM message WHERE NOT {_IS_OUTCOME} ORDER BY id LIMIT 1").fetchone()  # noqa: S608
         found["oldest"] = first[0] if first is not None else None
         return found
 
-    def page(self, after: str, most: int) -> list[Entry]:
-        """The messages whose ids follow `after`."""
-        return self._entries("WHERE id > ? ORDER BY id LIMIT ?", (after, most))
+    def page(self, after: str, most: int, *, outcomes: bool) -> list[Entry]:
+        """The mail, or the outcomes, whose ids follow `after`."""
+        chosen = _IS_OUTCOME if outcomes else f"NOT {_IS_OUTCOME}"
+        return self._entries(f"WHERE id > ? AND {chosen} ORDER BY id LIMIT ?", (after, most))
 
     def find(self, trace_id: str | None, sender: str | None, recipient: str | None, most: int) -> list[Entry]:
-        """The first messages that fit all that is given."""
+        """The first mail that fits all that is given."""
         wanted = [
             (condition, value)
             for condition, value in (
@@ -398,7 +426,7 @@ class Index:
             )
             if value is not None
         ]
-        where = " AND ".join(condition for condition, _ in wanted) or "1"
+        where = " AND ".join([*(condition for condition, _ in wanted), f"NOT {_IS_OUTCOME}"])
         return self._entries(f"WHERE {where} ORDER BY id LIMIT ?", [*(value for _, value in wanted), most])
 
     def all_ids(self) -> Iterator[list[str]]:

@@ -13,7 +13,7 @@ from typing import Final
 from otel_smtp.spool.embedded.entries import Entry, Place
 from otel_smtp.spool.embedded.log import Step
 from otel_smtp.spool.embedded.waiting import Waiting
-from otel_smtp.spool.messages import DeliveryState
+from otel_smtp.spool.messages import DeliveryState, Kind
 
 HOT_MOST: Final = 20_000
 CONTENTS_OCTETS: Final = 4 * 1024 * 1024  # of contents that are kept
@@ -33,6 +33,7 @@ class Memory:
         cold: deliveries in the index alone, by destination.
         live: messages and octets of their records, by segment.
         messages: how many there are in all. `large_octets`: of the contents that lie in files of their own.
+        outcomes: how many of them are outcomes, by destination; `outcome_messages` in all, and `outcome_octets`.
     """
 
     def __init__(self) -> None:
@@ -43,6 +44,9 @@ class Memory:
         self.live: dict[int, list[int]] = {}
         self.messages = 0
         self.large_octets = 0
+        self.outcomes: Counter[str] = Counter()
+        self.outcome_messages = 0
+        self.outcome_octets = 0
         self._free: dict[str, asyncio.Event] = {}  # waited for, until the message of that id is not busy
         # Of messages that have just come and wait for an attempt: what is attempted at once need not be read again.
         self._contents: dict[str, Sequence[bytes]] = {}
@@ -67,8 +71,8 @@ class Memory:
 
     @property
     def octets(self) -> int:
-        """Of all messages, with what the log says of them."""
-        return self.large_octets + sum(octets for _, octets in self.live.values())
+        """Of all mail, with what the log says of it."""
+        return self.large_octets + sum(octets for _, octets in self.live.values()) - self.outcome_octets
 
     def note_new(self, entry: Entry, step: Step, part: int, crc: int | None) -> None:
         """A message has come: the record is a step's part of that number."""
@@ -76,6 +80,8 @@ class Memory:
         self.messages += 1
         if entry.is_large:
             self.large_octets += entry.octets
+        if entry.kind is Kind.OUTCOME:
+            self._count_outcome(entry, 1)
         self.note(entry, (step.segment, step.places[part][0]))
 
     def note_end(self, entry: Entry, position: Position) -> None:
@@ -86,6 +92,8 @@ class Memory:
         if entry.is_large:
             self.large_octets -= entry.octets
         assert entry.place is not None
+        if entry.kind is Kind.OUTCOME:
+            self._count_outcome(entry, -1)
         self.leave(entry.place)
         before = self.unindexed.get(entry.id)
         if entry.is_indexed:
@@ -93,6 +101,13 @@ class Memory:
             self.unindexed[entry.id] = (since, first, None)
         elif before is not None:
             del self.unindexed[entry.id]
+
+    def _count_outcome(self, entry: Entry, by: int) -> None:
+        assert entry.place is not None
+        self.outcome_messages += by
+        self.outcome_octets += by * entry.place.octets
+        for one in entry.deliveries:
+            self.outcomes[one.destination] += by
 
     def place(self, entry: Entry, step: Step, part: int, crc: int | None) -> Place:
         """Where a message lies from now on: in a step's part of that number.

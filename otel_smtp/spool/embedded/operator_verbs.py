@@ -1,7 +1,7 @@
 """What operators see and do."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from otel_smtp.spool.embedded.entries import Entry
@@ -9,7 +9,7 @@ from otel_smtp.spool.embedded.index_thread import IndexThread
 from otel_smtp.spool.embedded.indexing import Indexing
 from otel_smtp.spool.embedded.journal import Journal
 from otel_smtp.spool.embedded.memory import Memory
-from otel_smtp.spool.messages import Counts, DeliveryState, Kind, MessageView, SpoolError
+from otel_smtp.spool.messages import Backlog, Counts, DeliveryState, End, MessageView, SpoolError, end_name
 
 COUNT_CACHE_SECONDS: Final = 15.0
 COUNT_CACHE_FROM: Final = 50_000
@@ -43,7 +43,7 @@ class EmbeddedOperatorVerbs:
             now_ms = self._now_ms()
             counted = await self._index.run(lambda index: index.counts(now_ms))
             for _, _, entry in memory.unindexed.values():
-                if entry is not None and not entry.is_indexed:
+                if entry is not None and not entry.is_indexed and not entry.is_outcome:
                     _count(entry, counted, now_ms)
             self._counted = (now, counted)
         found = self._counted[1]
@@ -58,13 +58,36 @@ class EmbeddedOperatorVerbs:
             dead_octets=dead_octets,
         )
 
-    async def page(self, after: str, most: int) -> Sequence[MessageView]:
+    async def backlog(self, destinations: Sequence[str]) -> Mapping[str, Backlog]:
+        """See `Store.backlog`."""
+        memory = self._memory
+        waiting = [destination for destination in destinations if memory.outcomes[destination] > 0]
+        oldest: dict[str, int] = {}
+        if cold := [destination for destination in waiting if memory.cold[destination] > 0]:
+            found = await self._index.run(lambda index: [index.oldest(destination) for destination in cold])
+            oldest.update(
+                (destination, first) for destination, first in zip(cold, found, strict=True) if first is not None
+            )
+        if waiting:
+            for entry in memory.hot.values():
+                if entry.is_outcome:
+                    for one in entry.deliveries:
+                        oldest[one.destination] = min(entry.arrived_ms, oldest.get(one.destination, entry.arrived_ms))
+        return {
+            destination: Backlog(
+                memory.outcomes[destination], oldest[destination] / 1000 if destination in oldest else None
+            )
+            for destination in destinations
+        }
+
+    async def page(self, after: str, most: int, *, outcomes: bool) -> Sequence[MessageView]:
         """See `Store.page`."""
         await self._indexing.write_all()
-        found = await self._index.run(lambda index: index.page(after, most))
-        entries = self._memory.overlay(found, lambda entry: entry.id > after, most)
+        found = await self._index.run(lambda index: index.page(after, most, outcomes=outcomes))
+        entries = self._memory.overlay(found, lambda entry: entry.id > after and entry.is_outcome is outcomes, most)
         if not entries and len(found) == most:
-            return await self.page(found[-1].id, most)  # all of these have ended meanwhile; what follows has not
+            # All of these have ended meanwhile; what follows has not.
+            return await self.page(found[-1].id, most, outcomes=outcomes)
         return [entry.shown() for entry in entries]
 
     async def find(
@@ -73,7 +96,9 @@ class EmbeddedOperatorVerbs:
         """See `Store.find`."""
         await self._indexing.write_all()
         found = await self._index.run(lambda index: index.find(trace_id, sender, recipient, most))
-        found = self._memory.overlay(found, lambda entry: entry.fits(trace_id, sender, recipient), most)
+        found = self._memory.overlay(
+            found, lambda entry: not entry.is_outcome and entry.fits(trace_id, sender, recipient), most
+        )
         return [entry.shown() for entry in found]
 
     # Doing -----------------------------------------------------------------------------------------------------
@@ -117,7 +142,7 @@ class EmbeddedOperatorVerbs:
         if entry.is_leased:
             raise SpoolError(f"{message_id} is being delivered; hold it, or try again")
         _, recipients = entry.accepted
-        ended = {"removed" if entry.kind is Kind.MAIL else "notified_removed": recipients}
+        ended = {end_name(entry.kind, End.REMOVED): recipients}
         await self._journal.change(entry, None, ended)
         return recipients
 

@@ -39,6 +39,7 @@ from otel_smtp.spool.embedded.operator_verbs import EmbeddedOperatorVerbs
 from otel_smtp.spool.embedded.records import RecordKind
 from otel_smtp.spool.embedded.recovery import Recovered, recover
 from otel_smtp.spool.messages import (
+    Backlog,
     ContentRef,
     Counts,
     DeliveryState,
@@ -52,6 +53,7 @@ from otel_smtp.spool.messages import (
     StaleLease,
     StorageFull,
     Verdict,
+    is_for_receiver,
     new_id,
     stale,
 )
@@ -164,7 +166,12 @@ class EmbeddedStore:
             raise
         self._keeper = self._loop.create_task(self._keep())
         return Recovery(
-            self.memory.messages, interrupted, held, recovered.lost, recovered.remarks, alarms=recovered.alarms
+            self.memory.messages - self.memory.outcome_messages,
+            interrupted,
+            held,
+            recovered.lost,
+            recovered.remarks,
+            alarms=recovered.alarms,
         )
 
     def _open(self) -> Recovered:
@@ -178,12 +185,14 @@ class EmbeddedStore:
     async def _take_over(self, recovered: Recovered) -> tuple[list[str], int]:
         """Begin with what the index has; the messages that are held from now on, and how many attempts were cut off."""
         memory = self.memory
-        live, destinations, leased = await self.index.run(
-            lambda index: (index.segments(), index.destinations(), index.load(index.leased()))
+        live, destinations, leased, (outcomes, outcome_octets) = await self.index.run(
+            lambda index: (index.segments(), index.destinations(), index.load(index.leased()), index.outcomes())
         )
         memory.live.update((number, [*found]) for number, found in live.items())
         memory.cold.update(destinations)
         memory.messages = recovered.index.messages
+        memory.outcomes.update(outcomes)
+        memory.outcome_messages, memory.outcome_octets = sum(outcomes.values()), outcome_octets
         memory.large_octets = await asyncio.to_thread(self.directory.large_octets)
         self.indexing.known = self.journal.log.told
         held: list[str] = []
@@ -273,8 +282,8 @@ class EmbeddedStore:
         """See `Store.refusal`."""
         if (fault := self.journal.log.fault) is not None:
             return fault
-        if self.memory.messages >= self.most_messages:
-            return StorageFull(f"the spool holds {self.memory.messages} messages already")
+        if (messages := self.memory.messages - self.memory.outcome_messages) >= self.most_messages:
+            return StorageFull(f"the spool holds {messages} messages already")
         if self._most_octets is not None and (octets := self.memory.octets) >= self._most_octets:
             return StorageFull(f"the spool holds {octets} octets already")
         now = time.monotonic()
@@ -433,12 +442,12 @@ class EmbeddedStore:
         changed.owned(lease).state = DeliveryState.CORRUPT
         await self.journal.change(entry, changed, {})
 
-    async def end_overdue(self, most: int) -> Sequence[Lease]:
+    async def end_overdue(self, most: int, *, outcomes: bool = False) -> Sequence[Lease]:
         """See `Store.end_overdue`."""
         await self.indexing.write_all()
         now_ms = self._now_ms()
         leases: list[Lease] = []
-        for message_id in await self.index.run(lambda index: index.overdue(now_ms, most)):
+        for message_id in await self.index.run(lambda index: index.overdue(now_ms, most, outcomes=outcomes)):
             try:
                 entry = await self.indexing.get(message_id)
             except NoSuchMessage:
@@ -487,10 +496,11 @@ class EmbeddedStore:
         await self.journal.change(entry, changed, {}, notices)
         return True
 
-    async def destinations(self) -> Sequence[str]:
+    async def destinations(self, *, outcomes: bool = False) -> Sequence[str]:
         """See `Store.destinations`."""
         hot = {one.destination for entry in self.memory.hot.values() for one in entry.deliveries}
-        return sorted(hot | {destination for destination, count in self.memory.cold.items() if count > 0})
+        found = hot | {destination for destination, count in self.memory.cold.items() if count > 0}
+        return sorted(destination for destination in found if is_for_receiver(destination) is outcomes)
 
     async def rebuild(self) -> Sequence[str]:
         """See `Store.rebuild`: what lies in lost+found/ and has its envelope."""
@@ -572,9 +582,13 @@ class EmbeddedStore:
         # A copy first: the log's thread counts on.
         return {name: count for name, count in dict(self.journal.log.tally).items() if count}
 
-    async def page(self, after: str, most: int) -> Sequence[MessageView]:
+    async def backlog(self, destinations: Sequence[str]) -> Mapping[str, Backlog]:
+        """See `Store.backlog`."""
+        return await self._operators.backlog(destinations)
+
+    async def page(self, after: str, most: int, *, outcomes: bool = False) -> Sequence[MessageView]:
         """See `Store.page`."""
-        return await self._operators.page(after, most)
+        return await self._operators.page(after, most, outcomes=outcomes)
 
     async def show(self, message_id: str) -> MessageView:
         """See `Store.show`."""

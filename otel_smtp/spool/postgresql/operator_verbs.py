@@ -6,7 +6,18 @@ import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
-from otel_smtp.spool.messages import Company, Counts, MessageView, NoSuchMessage, Peer, SpoolError
+from otel_smtp.spool.messages import (
+    Backlog,
+    Company,
+    Counts,
+    End,
+    Kind,
+    MessageView,
+    NoSuchMessage,
+    Peer,
+    SpoolError,
+    end_name,
+)
 from otel_smtp.spool.postgresql import rows
 from otel_smtp.spool.postgresql.beats import Beats, channel
 from otel_smtp.spool.postgresql.connecting import Connection, QueueLocation
@@ -81,10 +92,18 @@ class PostgresqlOperatorVerbs:
         found = await self._working.do(lambda connection: connection.fetch(self._statements.tallies))
         return {row["name"]: row["recipients"] for row in found if row["recipients"]}
 
-    async def page(self, after: str, most: int) -> Sequence[MessageView]:
+    async def backlog(self, destinations: Sequence[str]) -> Mapping[str, Backlog]:
+        """See `Store.backlog`."""
+        found = await self._working.do(
+            lambda connection: connection.fetch(self._statements.backlog, list(destinations))
+        )
+        by_destination = {row["dest"]: Backlog(row["pending"], row["oldest"]) for row in found}
+        return {destination: by_destination.get(destination, Backlog()) for destination in destinations}
+
+    async def page(self, after: str, most: int, *, outcomes: bool) -> Sequence[MessageView]:
         """See `Store.page`."""
         return rows.shown(
-            await self._working.do(lambda connection: connection.fetch(self._statements.page, after, most))
+            await self._working.do(lambda connection: connection.fetch(self._statements.page, after, most, outcomes))
         )
 
     async def show(self, message_id: str) -> MessageView:
@@ -222,7 +241,7 @@ class PostgresqlOperatorVerbs:
                 raise SpoolError(f"{message_id} is being delivered; hold it, or try again")
             recipients: int = sum(row["recipients"] for row in states)
             kind = await connection.fetchval(self._statements.delete, message_id)
-            name = "removed" if kind == "mail" else "notified_removed"
+            name = end_name(Kind(kind), End.REMOVED)
             await connection.execute(self._statements.tally, self._beats.incarnation, "operators", [name], [recipients])
             return recipients
 

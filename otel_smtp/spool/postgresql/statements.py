@@ -10,6 +10,7 @@ declared dead, and nobody would take the lease over.
 
 from typing import Final
 
+from otel_smtp.spool.messages import OUTCOME_PREFIX, Kind, accepted_name
 from otel_smtp.spool.postgresql.schema import quoted
 
 _ME: Final = "me AS (SELECT 1 FROM {s}.gateway WHERE id = $1 AND alive_until > clock_timestamp() FOR KEY SHARE)"
@@ -25,6 +26,13 @@ _COLUMNS: Final = """
 
 # Repeated after an unknown commit it must write: a transaction that writes nothing waits for no standby. What is not
 # there then may have been delivered by another gateway meanwhile: it is marked as a possible duplicate.
+_ACCEPTED: Final = (
+    f"CASE m.kind WHEN '{Kind.MAIL}' THEN '{accepted_name(Kind.MAIL)}'"
+    f" WHEN '{Kind.OUTCOME}' THEN '{accepted_name(Kind.OUTCOME)}' ELSE '{accepted_name(Kind.BOUNCE)}' END"
+)
+_IS_OUTCOME: Final = f"msg.kind = '{Kind.OUTCOME}'"
+_HAS_OUTCOME: Final = f"starts_with(dest, '{OUTCOME_PREFIX}')"
+
 _SUBMIT: Final = f"""
 WITH {_ME},
 m AS (
@@ -51,7 +59,7 @@ e AS (
   RETURNING msg_id, d, state::text AS state, owner, epoch, attempts, dup, rcpt),
 t AS (
   INSERT INTO {{s}}.tally AS tally (gateway, name, recipients)
-  SELECT $1, CASE m.kind WHEN 'mail' THEN 'accepted' ELSE 'notified' END || '/' || $22::text,
+  SELECT $1, {_ACCEPTED} || '/' || $22::text,
     sum(jsonb_array_length(e.rcpt))
   FROM e JOIN m ON m.id = e.msg_id WHERE m.is_new GROUP BY 2
   ON CONFLICT (gateway, name) DO UPDATE SET recipients = tally.recipients + excluded.recipients)
@@ -136,7 +144,7 @@ WHERE dlv.owner = $1 AND dlv.state = 'l' AND dlv.msg_id || '/' || dlv.d <> ALL($
 
 _END_OVERDUE: Final = f"""
 WITH {_ME},
-o AS (SELECT id FROM {{s}}.msg WHERE held_at IS NULL AND expires_at <= now()
+o AS (SELECT id FROM {{s}}.msg WHERE held_at IS NULL AND expires_at <= now() AND ({_IS_OUTCOME}) = $3
   AND EXISTS (SELECT FROM {{s}}.dlv WHERE msg_id = msg.id AND state = 'r') ORDER BY expires_at LIMIT $2),
 c AS (SELECT dlv.msg_id, dlv.d, dlv.taken_from FROM {{s}}.dlv JOIN o ON o.id = dlv.msg_id
   WHERE dlv.state = 'r' AND EXISTS (SELECT FROM me) FOR UPDATE OF dlv SKIP LOCKED)
@@ -203,8 +211,10 @@ DELETE FROM {s}.gateway WHERE id IN (
   SELECT id FROM {s}.gateway WHERE alive_until < clock_timestamp() AND id <> $1 FOR UPDATE SKIP LOCKED)
 RETURNING id, name, extract(epoch FROM clock_timestamp() - alive_until)::float8 + $2::float8 AS silent"""
 
-_TAKE_OVER: Final = """
-UPDATE {s}.dlv SET state = CASE WHEN crashes + 1 >= $1 THEN 'h' ELSE 'r' END::"char", next_at = least(next_at, now()),
+# An outcome is a few lines of our own, and caused no crash.
+_TAKE_OVER: Final = f"""
+UPDATE {{s}}.dlv SET next_at = least(next_at, now()),
+  state = CASE WHEN crashes + 1 >= $1 AND NOT {_HAS_OUTCOME} THEN 'h' ELSE 'r' END::"char",
   crashes = crashes + 1, dup = true, owner = NULL,
   taken_from = jsonb_build_array(dead.name, round(dead.silent::numeric, 3))
 FROM unnest($2::uuid[], $3::text[], $4::float8[]) AS dead(id, name, silent)
@@ -262,14 +272,24 @@ _NOTE_STAT: Final = "UPDATE {s}.stat SET at = now(), body = $1::jsonb"
 
 # Operators ----------------------------------------------------------------------------------------------------------
 
-_COUNTS: Final = """
+_COUNTS: Final = f"""
 SELECT state::text AS state, count(*)::bigint AS deliveries,
   count(*) FILTER (WHERE next_at > now())::bigint AS later,
   extract(epoch FROM min(next_at) FILTER (WHERE next_at > now()))::float8 AS next_due
-FROM {s}.dlv GROUP BY state"""
+FROM {{s}}.dlv WHERE NOT {_HAS_OUTCOME} GROUP BY state"""
 
-_OLDEST: Final = "SELECT extract(epoch FROM arrived_at)::float8 FROM {s}.msg ORDER BY id LIMIT 1"
-_MESSAGES: Final = "SELECT count(*), coalesce(sum(octets), 0)::bigint FROM {s}.msg"
+_BACKLOG: Final = """
+SELECT found.dest, found.pending,
+  (SELECT extract(epoch FROM arrived_at)::float8 FROM {s}.msg WHERE id = found.oldest) AS oldest
+FROM (SELECT dest, count(*)::bigint AS pending, min(msg_id) AS oldest FROM (
+    SELECT dest, msg_id FROM {s}.dlv WHERE state = 'r' AND dest = ANY($1::text[])
+    UNION ALL SELECT dest, msg_id FROM {s}.dlv WHERE state = 'l' AND dest = ANY($1::text[])) AS waiting
+  GROUP BY dest) AS found"""
+
+_OLDEST: Final = (
+    f"SELECT extract(epoch FROM arrived_at)::float8 FROM {{s}}.msg WHERE NOT ({_IS_OUTCOME}) ORDER BY id LIMIT 1"
+)
+_MESSAGES: Final = f"SELECT count(*), coalesce(sum(octets), 0)::bigint FROM {{s}}.msg WHERE NOT ({_IS_OUTCOME})"
 _TALLIES: Final = (
     "SELECT split_part(name, '/', 1) AS name, sum(recipients)::bigint AS recipients FROM {s}.tally GROUP BY 1"
 )
@@ -279,11 +299,14 @@ SELECT {_COLUMNS}, gateway.name AS gateway
 FROM ({{chosen}}) AS chosen JOIN {{s}}.msg USING (id) LEFT JOIN {{s}}.dlv ON dlv.msg_id = msg.id
 LEFT JOIN {{s}}.gateway ON gateway.id = dlv.owner ORDER BY msg.id, dlv.next_at, dlv.d"""
 
-_PAGE: Final = _SHOWN.replace("{chosen}", "SELECT id FROM {s}.msg WHERE id > $1 ORDER BY id LIMIT $2")
+_PAGE: Final = _SHOWN.replace(
+    "{chosen}", f"SELECT id FROM {{s}}.msg WHERE id > $1 AND ({_IS_OUTCOME}) = $3 ORDER BY id LIMIT $2"
+)
 _SHOW: Final = _SHOWN.replace("{chosen}", "SELECT $1::text AS id")
 _FIND: Final = _SHOWN.replace(
     "{chosen}",
-    "SELECT id FROM {s}.msg WHERE ($1::bytea IS NULL OR trace_id = $1) AND ($2::text IS NULL OR reverse_path = $2)"
+    f"SELECT id FROM {{s}}.msg WHERE NOT ({_IS_OUTCOME}) AND ($1::bytea IS NULL OR trace_id = $1)"
+    " AND ($2::text IS NULL OR reverse_path = $2)"
     " AND ($3::text IS NULL OR EXISTS (SELECT FROM {s}.dlv, jsonb_array_elements(rcpt) AS there"
     " WHERE dlv.msg_id = msg.id AND there ->> 1 = $3)) ORDER BY id LIMIT $4",
 )
@@ -361,6 +384,7 @@ class Statements:
         self.fold_tallies = on_schema(_FOLD_TALLIES)
         self.note_stat = on_schema(_NOTE_STAT)
         self.counts = on_schema(_COUNTS)
+        self.backlog = on_schema(_BACKLOG)
         self.oldest = on_schema(_OLDEST)
         self.messages = on_schema(_MESSAGES)
         self.tallies = on_schema(_TALLIES)

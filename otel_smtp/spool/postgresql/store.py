@@ -26,6 +26,7 @@ from typing import Any, Final
 from uuid import UUID
 
 from otel_smtp.spool.messages import (
+    Backlog,
     Company,
     ContentLost,
     ContentRef,
@@ -39,6 +40,7 @@ from otel_smtp.spool.messages import (
     StorageFull,
     Verdict,
     end_name,
+    is_for_receiver,
     stale,
 )
 from otel_smtp.spool.postgresql.beats import PERMITS_SECONDS, Beats
@@ -656,14 +658,14 @@ class PostgresqlStore:
         """See `Store.mark_corrupt`."""
         await self._record(lease, {}, lease.recipients, "c")
 
-    async def end_overdue(self, most: int) -> Sequence[Lease]:
+    async def end_overdue(self, most: int, *, outcomes: bool = False) -> Sequence[Lease]:
         """See `Store.end_overdue`; the housekeeper does it for all."""
         incarnation = self.beats.incarnation
         if not self.beats.is_housekeeper or not self.beats.holds(incarnation):
             return []
         try:
             rows = await self._working.do(
-                lambda connection: connection.fetch(self._statements.end_overdue, incarnation, most)
+                lambda connection: connection.fetch(self._statements.end_overdue, incarnation, most, outcomes)
             )
         except StorageAway:
             self._adopt_until = time.monotonic() + ADOPT_SECONDS
@@ -697,10 +699,10 @@ class PostgresqlStore:
         done: bool = await self._working.do(warn)
         return done
 
-    async def destinations(self) -> Sequence[str]:
+    async def destinations(self, *, outcomes: bool = False) -> Sequence[str]:
         """See `Store.destinations`."""
         rows = await self._working.do(lambda connection: connection.fetch(self._statements.destinations))
-        return [row["dest"] for row in rows]
+        return [row["dest"] for row in rows if is_for_receiver(row["dest"]) is outcomes]
 
     # Contents --------------------------------------------------------------------------------------------------
 
@@ -743,9 +745,13 @@ class PostgresqlStore:
         """See `Store.tally`."""
         return await self._operators.tally()
 
-    async def page(self, after: str, most: int) -> Sequence[MessageView]:
+    async def backlog(self, destinations: Sequence[str]) -> Mapping[str, Backlog]:
+        """See `Store.backlog`."""
+        return await self._operators.backlog(destinations)
+
+    async def page(self, after: str, most: int, *, outcomes: bool = False) -> Sequence[MessageView]:
         """See `Store.page`."""
-        return await self._operators.page(after, most)
+        return await self._operators.page(after, most, outcomes=outcomes)
 
     async def show(self, message_id: str) -> MessageView:
         """See `Store.show`."""

@@ -15,7 +15,7 @@ from otel_smtp.smtp import replies
 from otel_smtp.spool.embedded import EmbeddedStore
 from otel_smtp.spool.embedded.clocks import Uptime
 from otel_smtp.spool.embedded.store import CRASHES_ALLOWED
-from otel_smtp.spool.messages import End, Kind, Lease, NewMessage, SpoolError, Verdict
+from otel_smtp.spool.messages import OUTCOME_PREFIX, End, Kind, Lease, NewMessage, SpoolError, Verdict
 from otel_smtp.spool.store import Store
 from tests.spool.memory_store import MemoryStore
 from tests.spool.messages import BODY, HEADER, message
@@ -24,6 +24,7 @@ T = TypeVar("T")
 
 SEGMENT_OCTETS = 256 * 1024  # small: so that segments fill, are moved out of, and are used again
 ENDS = st.sampled_from([End.DELIVERED, End.FAILED, None])
+APPLICATION = f"{OUTCOME_PREFIX}app"
 VERBS = st.sampled_from(["retry", "hold", "release", "expire", "delete"])
 
 
@@ -94,7 +95,7 @@ class Agreement(RuleBasedStateMachine):
     @rule(most=st.integers(1, 4))
     def claim(self, most: int) -> None:
         (ours, ours_due), (theirs, theirs_due) = (
-            self._do(store.claim({"up": most, "back": 1})) for store in (self._store, self._model)
+            self._do(store.claim({"up": most, "back": 1, APPLICATION: 1})) for store in (self._store, self._model)
         )
         assert ours_due == theirs_due
         assert [_plain(lease) for lease, _ in ours] == [_plain(lease) for lease, _ in theirs]
@@ -112,6 +113,8 @@ class Agreement(RuleBasedStateMachine):
         if len(verdicts) == 1:
             verdicts = [Verdict(verdicts[0].number, end, replies.UPSTREAM_UNAVAILABLE)]
         notices = [(message("a@x.example", sender="", destination="back", kind=Kind.NOTIFICATION), HEADER + BODY)]
+        told = message(sender="", destination=APPLICATION, kind=Kind.OUTCOME, max_age_seconds=1000)
+        notices.append((told, HEADER + BODY))
         given: dict[str, Any] = {
             "retry_in": wait,
             "is_possible_duplicate": unknown,
@@ -123,7 +126,7 @@ class Agreement(RuleBasedStateMachine):
 
         self._same(finish(self._store, lease), finish(self._model, expected))
         if bounces:
-            self._ids.append(notices[0][0].id)
+            self._ids += [notice.id for notice, _ in notices]
 
     @precondition(lambda self: self._ids)
     @rule(data=st.data(), verb=VERBS)
@@ -137,9 +140,9 @@ class Agreement(RuleBasedStateMachine):
         one = data.draw(st.sampled_from(self._ids))
         self._same(*(store.reset(one, 500.0) for store in (self._store, self._model)))
 
-    @rule()
-    def end_overdue(self) -> None:
-        ours, theirs = (self._do(store.end_overdue(100)) for store in (self._store, self._model))
+    @rule(outcomes=st.booleans())
+    def end_overdue(self, outcomes: bool) -> None:
+        ours, theirs = (self._do(store.end_overdue(100, outcomes=outcomes)) for store in (self._store, self._model))
         assert sorted(map(_plain, ours)) == sorted(map(_plain, theirs))
         by_name = {(lease.message_id, lease.delivery): lease for lease in theirs}
         self._leases += [(lease, by_name[lease.message_id, lease.delivery]) for lease in ours]
@@ -224,7 +227,7 @@ class Agreement(RuleBasedStateMachine):
 
 
 async def _all_of(store: Store) -> tuple[object, ...]:
-    shown = await store.page("", 1000)
+    shown = [*await store.page("", 1000), *await store.page("", 1000, outcomes=True)]
     counts = await store.counts()
     contents = [await store.read(one.content, 0, 200) for one in shown]
     return (
@@ -233,7 +236,8 @@ async def _all_of(store: Store) -> tuple[object, ...]:
         counts.by_state(),
         (counts.oldest_arrived_at, counts.next_due_at),
         dict(await store.tally()),
-        list(await store.destinations()),
+        [list(await store.destinations(outcomes=outcomes)) for outcomes in (False, True)],
+        dict(await store.backlog([APPLICATION])),
     )
 
 
