@@ -44,7 +44,13 @@ _CLIENT, _UPSTREAM, _COLLECTOR, _RECEIVER, _READER, _NEIGHBOUR = Whose
 
 LEDGER: Final = (
     # Connections and time
-    Bound(_CLIENT, "connections", ("limits.connections",), "421, and closed", f"{_DRIVEN}test_ten_times_a_bound"),
+    Bound(
+        _CLIENT,
+        "connections",
+        ("limits.connections",),
+        "the one least missed gives way to who has fewer, else 421",
+        f"{_DRIVEN}test_ten_times_a_bound",
+    ),
     Bound(_CLIENT, "connections of one address", ("limits.connections_per_client",), "421, and closed", _LIMITS),
     Bound(_CLIENT, "time between commands", ("timeouts.command", "timeouts.command_under_stress"), "421", _LIMITS),
     Bound(
@@ -316,6 +322,20 @@ LEDGER: Final = (
         "tests/status/test_server.py::test_streams_are_bounded_and_a_closed_one_makes_room",
     ),
     # Neighbours
+    Bound(
+        _NEIGHBOUR,
+        "connections of one owner on this machine, while another wants one",
+        ("limits.connections",),
+        "the one least missed gives way",
+        f"{_DRIVEN}test_a_neighbour_that_takes_all_connections_keeps_no_mail_out",
+    ),
+    Bound(
+        _NEIGHBOUR,
+        "part of the connections that may wait in line for one, and seconds that they wait",
+        ("otel_smtp.server.places.LINE_PART", "otel_smtp.server.places.IN_LINE_SECONDS"),
+        "421",
+        "tests/server/test_listener.py::test_of_one_owner_those_that_do_nothing_give_way_one_after_the_other",
+    ),
     Bound(
         _NEIGHBOUR,
         "octets of a request to the spool's socket",

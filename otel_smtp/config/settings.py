@@ -161,7 +161,13 @@ class LimitsTable(Table, frozen=True, kw_only=True):
         int, Key("recipients of one transaction", _COUNT, "RFC 5321 4.5.3.1.8 asks for 100; Postfix takes 1000")
     ] = 1000
     connections: Annotated[
-        int, Key("connections at once, at most a quarter of the process's file limit", _COUNT, "1024 files / 4")
+        int,
+        Key(
+            "connections at once, at most a quarter of the process's file limit; beyond, the one that is least missed"
+            " gives way to a client that has fewer, else 421",
+            _COUNT,
+            "1024 files / 4",
+        ),
     ] = 256
     connections_per_client: Annotated[
         int, Key("of these, from one client address other than loopback", _COUNT, "a quarter of the connections")

@@ -242,12 +242,17 @@ class Stream(asyncio.BufferedProtocol):
         """Whether octets, or the end of the stream, have arrived: here, or in clear with the kernel."""
         if self._chunks or self.is_eof:
             return True
-        sock = None if self._transport is None else self._transport.get_extra_info("socket")
-        if sock is None or self._is_tls or sock.fileno() < 0:
+        descriptor = self.fileno()
+        if self._is_tls or descriptor < 0:
             return False
         poll = select.poll()
-        poll.register(sock.fileno(), select.POLLIN)
+        poll.register(descriptor, select.POLLIN)
         return bool(poll.poll(0))
+
+    def fileno(self) -> int:
+        """The descriptor of the socket, for looking at it; -1 where there is none any more."""
+        sock = None if self._transport is None else self._transport.get_extra_info("socket")
+        return -1 if sock is None else int(sock.fileno())
 
     @property
     def has_unread(self) -> bool:

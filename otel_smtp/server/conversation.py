@@ -9,8 +9,10 @@ from enum import IntEnum
 from typing import Any, Final
 
 from otel_smtp.forwarding.base import MailTransaction
-from otel_smtp.net import CLOCK_SLACK_SECONDS, Stream
+from otel_smtp.net import CLOCK_SLACK_SECONDS, Stream, owner_of_peer
 from otel_smtp.observing import ConnectionRecord, TransactionRecord, trace_fields
+from otel_smtp.server.failure_rate import network_of
+from otel_smtp.server.places import Standing
 from otel_smtp.server.policy import House, ListenerPolicy
 from otel_smtp.server.users import Exchange
 from otel_smtp.smtp import replies
@@ -30,6 +32,7 @@ UNREAD_REPLIES_SECONDS: Final = 180.0
 _GENTLE_ENDS: Final = frozenset(
     {CloseReason.TIMEOUT, CloseReason.TOO_MANY_ERRORS, CloseReason.REFUSED, CloseReason.INTERNAL_ERROR}
 )
+_ELSEWHERE: Final = "elsewhere "  # so begin the shares of clients that are not on this machine
 # A segment is cut between transactions. One that has grown to so many times its size is cut wherever it is, so that a
 # client cannot make it grow without end within one transaction. Replies count likewise: those to a thousand recipients,
 # or to chunk after chunk, come without transitions.
@@ -86,6 +89,7 @@ class Conversation:
         "_transaction",
         "client_counted",
         "record",
+        "share",
     )
 
     def __init__(
@@ -104,6 +108,7 @@ class Conversation:
         self._protocol = protocol
         self._protocol.states.now_ns = record.opened_ns
         self.client_counted: str | None = None
+        self.share = ""  # whose it is, for `Places`; not asked for yet
         self._forwarded: MailTransaction | None = None
         self._transaction: TransactionRecord | None = None
         self._trace_id: str | None = None  # of the message at hand
@@ -252,6 +257,61 @@ class Conversation:
         while self._told < len(transitions):
             self._told += 1
             self._house.observer.conn_state(self.record, transitions[self._told - 1])
+
+    # A place among all connections -------------------------------------------------------------------------------
+
+    def learn_share(self, *, is_local: bool) -> None:
+        """Find out whose the connection is; see `Places`."""
+        host = self.record.client.host
+        owner = owner_of_peer(self._stream) if is_local else _ELSEWHERE + network_of(host)
+        self.share = sys.intern(owner or f"address {host}")  # one object for all connections of a share
+
+    @property
+    def is_local(self) -> bool:
+        """See `PlaceHolder`."""
+        return bool(self.share) and not self.share.startswith(_ELSEWHERE)
+
+    @property
+    def standing(self) -> Standing:
+        """See `PlaceHolder`."""
+        protocol = self._protocol
+        if self._has_ended or protocol.asked is Asked.TLS:
+            return Standing.IDLE
+        if protocol.asked is not Asked.NOTHING:
+            return Standing.OURS
+        if protocol.awaits_content or protocol.has_open_content:
+            return Standing.CONTENT
+        return Standing.OPEN if protocol.is_in_transaction else Standing.IDLE
+
+    @property
+    def has_moved_mail(self) -> bool:
+        """See `PlaceHolder`."""
+        return self.record.messages > 0
+
+    def idle_seconds(self, now: float) -> float:
+        """See `PlaceHolder`."""
+        return now - self._began
+
+    def age_seconds(self, now: float) -> float:
+        """See `PlaceHolder`."""
+        return now - self.record.opened_ns / 1e9
+
+    def wait_in_line(self) -> None:
+        """It is not served yet: what the client sends stays with the kernel."""
+        self._stream.pause_reading()
+
+    def leave_line(self) -> None:
+        """It is served now, or refused: `begin` follows. Its time begins anew."""
+        self._began = self._loop.time()
+
+    def give_way(self) -> None:
+        """Another connection needs the place now: end, and hold the socket for no gentle end."""
+        if self._has_ended:
+            self._stream.close()
+            self._house.ended(self)
+            return
+        self._is_served = False
+        self._end_from_outside(replies.TOO_MANY_CONNECTIONS, CloseReason.REFUSED)
 
     # Time --------------------------------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ class FailureRate:
 
     def count(self, host: str, now: float) -> None:
         """Note a failure of `host` at the moment `now` (seconds of any clock that does not go back)."""
-        client = _network_of(host)
+        client = network_of(host)
         moments = self._failures.setdefault(client, deque(maxlen=self._limit))
         moments.append(now)
         self._failures.move_to_end(client)
@@ -37,11 +37,12 @@ class FailureRate:
         """Whether `host` has failed too often within the window that ends `now`."""
         if not self._failures:
             return False
-        moments = self._failures.get(_network_of(host))
+        moments = self._failures.get(network_of(host))
         return moments is not None and len(moments) == self._limit and now - moments[0] < self._window_seconds
 
 
-def _network_of(host: str) -> str:
+def network_of(host: str) -> str:
+    """What one client has of addresses: an IPv4 address, the /64 of an IPv6 address; else `host` itself."""
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import os
 import time
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -14,6 +14,7 @@ from otel_smtp.net import Listener, Stream, Sweep, listen, refuse_served
 from otel_smtp.observing import ConnectionInfo, ConnectionRecord, Endpoint, FanOut, Observer, fan_out
 from otel_smtp.server.conversation import Conversation
 from otel_smtp.server.failure_rate import FailureRate
+from otel_smtp.server.places import IN_LINE_SECONDS, Admittance, Places
 from otel_smtp.server.policy import ListenerPolicy, Segments, is_in, is_loopback
 from otel_smtp.server.session import Session
 from otel_smtp.smtp import replies
@@ -21,6 +22,9 @@ from otel_smtp.smtp.extensions import Extensions
 from otel_smtp.smtp.replies import Reply
 from otel_smtp.smtp.states import IllegalTransition
 
+# Of those that were accepted before there was need to know whose they are: with each newcomer so many, so that all are
+# known when the places run out, and the event loop is not held up.
+NAMED_WITH_EACH: Final = 2
 # An answer to a wrong password, where too many have been given already.
 GUESS_SECONDS: Final = 2.0
 
@@ -42,7 +46,7 @@ class Server:
         listeners: what to listen on.
         forwarder: where accepted mail goes.
         observer: is given every accepted socket, refused ones too.
-        connections: how many at once, over all listeners; more are refused with 421.
+        connections: how many at once, over all listeners; see `Places` for who gets them, and who is refused with 421.
         connections_per_client: how many at once from one address that is not loopback.
         stress_percent: of `connections`; while more are taken, idle ones give way sooner. Postfix shortens its timers
             when its processes run out; ours, before that.
@@ -78,6 +82,11 @@ class Server:
         self._sweep = sweep or Sweep()
         self._listening: list[Listener] = []
         self._sessions: dict[Conversation, None] = {}  # in the order in which they were accepted
+        self._places: Places[Conversation] = Places(connections)
+        self._nameless: deque[Conversation] = deque()  # whose they are is still to be asked for
+        self._names_all = False  # `_nameless` has all of those
+        self._line: OrderedDict[Session, float] = OrderedDict()  # newcomers that wait for a place; until when
+        self._serves_line = False  # a call that does is under way
         self._waiting: OrderedDict[Conversation, None] = OrderedDict()  # for their turn
         self._gives_turns = False  # a call that gives the next one is under way
         self._all_ended: asyncio.Future[None] | None = None
@@ -108,7 +117,7 @@ class Server:
             connections, connections_per_client, stress_percent, auth_failures_per_minute, segments: see above.
         """
         self._policies = {policy.name: policy for policy in policies}
-        self._limit = connections
+        self._limit = self._places.most = connections
         self._limit_per_client = connections_per_client
         self._stress_percent = stress_percent
         self._auth_failures = FailureRate(limit=auth_failures_per_minute)
@@ -156,6 +165,8 @@ class Server:
         over."""
         self.is_draining = True
         self.stop_accepting()
+        while self._line:
+            self._end_wait(self._line.popitem(last=False)[0], replies.SHUTTING_DOWN)
         for session in list(self._sessions):
             session.drain()
         if self._sessions and grace_seconds > 0:
@@ -197,6 +208,11 @@ class Server:
     def admit(self, session: Conversation, client: Endpoint) -> Reply | None:
         """Count a client that its PROXY header named; the refusal, where it has too many connections."""
         host = _countable(client)
+        if self._places.are_scarce(len(self._sessions)):
+            if session.share:
+                self._places.remove(session.share)  # that of the balancer
+            session.learn_share(is_local=host is None)
+            self._places.add(session.share)
         if host is None:
             return None
         if self._per_client[host] >= self._limit_per_client:
@@ -230,14 +246,20 @@ class Server:
                 asyncio.get_running_loop().call_soon(self._give_turn)
 
     def ended(self, session: Conversation) -> None:
-        """A session is over."""
-        self._sessions.pop(session, None)
+        """A session is over, and its place free. Idempotent."""
+        if session not in self._sessions:
+            return
+        del self._sessions[session]
+        if session.share:
+            self._places.remove(session.share)
         host = session.client_counted
         if host is not None:
             self._per_client[host] -= 1
             if not self._per_client[host]:
                 del self._per_client[host]
-        if not self._sessions:
+        if self._line:
+            self._serve_line_soon()
+        elif not self._sessions:
             self._sweep.remove(self._look_at_clock)
             if self._all_ended is not None and not self._all_ended.done():
                 self._all_ended.set_result(None)
@@ -272,10 +294,30 @@ class Server:
         now_ns = time.monotonic_ns()
         session = Session(stream, ConnectionRecord(info, now_ns, time.time_ns() - now_ns), policy, self)
         # Behind a balancer the client is not known before its PROXY header; see `admit`.
-        client = None if is_in(policy.proxy_protocol_from, stream.peer.host) else _countable(stream.peer)
-        refusal = self._capacity_refusal(client)
+        is_proxied = is_in(policy.proxy_protocol_from, stream.peer.host)
+        client = None if is_proxied else _countable(stream.peer)
+        if not self._places.are_scarce(len(self._sessions)):
+            self._names_all = False
+        elif not is_proxied:
+            self._learn_shares(session, is_local=client is None)
+        refusal = self._refusal(client)
+        if refusal is None and (self._line or len(self._sessions) >= self._limit):
+            verdict = self._make_room(session, len(self._line))
+            if verdict is Admittance.WAIT:
+                session.wait_in_line()
+                self._line[session] = asyncio.get_running_loop().time() + IN_LINE_SECONDS
+                return session
+            if verdict is Admittance.REFUSE:
+                self.observer.connection_refused("capacity")
+                refusal = replies.TOO_MANY_CONNECTIONS
+        self._take_in(session, client, refusal)
+        return session
+
+    def _take_in(self, session: Session, client: str | None, refusal: Reply | None) -> None:
         was_stressed = self.is_stressed
         self._sessions[session] = None
+        if session.share:
+            self._places.add(session.share)
         self._sweep.add(self._look_at_clock)
         if client is not None:
             self._count(session, client)
@@ -283,26 +325,72 @@ class Server:
             # Those that are idle give way at once where their shorter time is over already.
             self._look_at_clock(asyncio.get_running_loop().time())
         session.begin(refusal)
-        return session
 
     def _count(self, session: Conversation, client: str) -> None:
         self._per_client[client] += 1
         session.client_counted = client
 
-    def _capacity_refusal(self, client: str | None) -> Reply | None:
+    def _refusal(self, client: str | None) -> Reply | None:
+        """Why a newcomer is refused whether there is a place or not."""
         if self.is_draining:
             return replies.SHUTTING_DOWN
-        if len(self._sessions) >= self._limit:
-            self.observer.connection_refused("capacity")
-            return replies.TOO_MANY_CONNECTIONS
         if client is not None and self._per_client[client] >= self._limit_per_client:
             self.observer.connection_refused("client_limit")
             return replies.TOO_MANY_CONNECTIONS
         return None
 
+    # Places ------------------------------------------------------------------------------------------------------
+
+    def _learn_shares(self, newcomer: Conversation, *, is_local: bool) -> None:
+        """Find out whose a newcomer is, and the older ones little by little: before there is no place any more."""
+        newcomer.learn_share(is_local=is_local)
+        if not self._names_all:
+            self._names_all = True
+            self._nameless.extend(session for session in self._sessions if not session.share)
+        for _ in range(min(NAMED_WITH_EACH, len(self._nameless))):
+            session = self._nameless.popleft()
+            if session in self._sessions and not session.share:
+                session.learn_share(is_local=_countable(session.record.client) is None)
+                self._places.add(session.share)
+
+    def _make_room(self, newcomer: Session, before: int) -> Admittance:
+        """Let a newcomer have a place, if there is one, or another connection gives way to it."""
+        now = asyncio.get_running_loop().time()
+        judged = self._places.judge(newcomer, self._sessions, before, now)
+        if isinstance(judged, Admittance):
+            return judged
+        self.observer.connection_refused("gave_way")
+        judged.give_way()
+        return Admittance.ADMIT
+
+    def _serve_line_soon(self) -> None:
+        if not self._serves_line:
+            self._serves_line = True
+            asyncio.get_running_loop().call_soon(self._serve_line)
+
+    def _serve_line(self) -> None:
+        """Take in those that wait, in their order, as far as there are places."""
+        self._serves_line = False
+        now = asyncio.get_running_loop().time()
+        while self._line:
+            session, until = next(iter(self._line.items()))
+            verdict = self._make_room(session, 0)
+            if verdict is not Admittance.ADMIT and now < until:
+                break
+            del self._line[session]
+            if verdict is not Admittance.ADMIT:
+                self.observer.connection_refused("capacity")
+            self._end_wait(session, None if verdict is Admittance.ADMIT else replies.TOO_MANY_CONNECTIONS)
+
+    def _end_wait(self, session: Session, refusal: Reply | None) -> None:
+        session.leave_line()
+        self._take_in(session, None, refusal)  # only those on this machine wait
+
     def _look_at_clock(self, now: float) -> None:
         for session in list(self._sessions):
             session.look_at_clock(now)
+        if self._line:
+            self._serve_line_soon()
 
 
 def _countable(peer: Endpoint) -> str | None:

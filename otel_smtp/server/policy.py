@@ -130,7 +130,7 @@ class House(Protocol):
         ...
 
     def ended(self, session: "Conversation") -> None:
-        """The session is over, and its socket closed or closing; called once."""
+        """The session is over, and its socket closed or closing. Idempotent."""
         ...
 
 

@@ -683,7 +683,7 @@ class LinkType(StrEnum):
 
 
 REFUSED_REASON: Final = _attribute(
-    "smtp.refused.reason", Type.STRING, (On.METRIC,), "always: capacity, client_limit, ..., other", "capacity"
+    "smtp.refused.reason", Type.STRING, (On.METRIC,), "always: capacity, client_limit, gave_way, ..., other", "capacity"
 )
 UPSTREAM_CONNECTION_STATE: Final = _attribute(
     "smtp.upstream.connection.state", Type.STRING, (On.METRIC,), "always: idle, busy, opening", "idle"

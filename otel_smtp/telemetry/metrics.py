@@ -264,7 +264,7 @@ class Metrics(Observer):
         for mechanism in (*mechanisms, "other"):
             for result in (_ACCEPTED, _REFUSED):
                 self._auth.values[mechanism, result] = 0
-        for reason in ("capacity", "client_limit"):
+        for reason in ("capacity", "client_limit", "gave_way"):
             self._refused.values[(reason,)] = 0
         for listener in listeners:
             self._probes.values[(listener,)] = 0

@@ -6,6 +6,7 @@ An attack runs in a process of its own, so that it takes no time from the client
 import http.client
 import multiprocessing
 import re
+import selectors
 import smtplib
 import socket
 import threading
@@ -13,11 +14,13 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Final
 
 import pytest
 
+from otel_smtp.server.places import RIPE_SECONDS
 from otel_smtp.smtp.replies import ErrorType, Reply
 from tests.end_to_end.conftest import Client, StartGateway
 from tests.end_to_end.messages import MIB
@@ -277,6 +280,53 @@ def test_ten_times_a_bound(
             attack(beyond, running.port)
     assert honest.p99() < P99_SECONDS
     assert running.memory("VmHWM") < LEAST_MEMORY
+
+
+def refill(port: int, amount: int, is_full: Event, is_over: Event) -> None:
+    """Hold so many connections, and open another one for each that is closed."""
+
+    def opened() -> socket.socket:
+        connection = socket.create_connection(("127.0.0.1", port), 30)
+        connection.setblocking(False)
+        selector.register(connection, selectors.EVENT_READ)
+        return connection
+
+    with selectors.DefaultSelector() as selector:
+        for _ in range(amount):
+            opened()
+        is_full.set()
+        while not is_over.is_set():
+            for key, _ in selector.select(0.1):
+                connection = key.fileobj
+                assert isinstance(connection, socket.socket)
+                with suppress(ConnectionError):
+                    if connection.recv(65536):
+                        continue
+                selector.unregister(connection)
+                connection.close()
+                with suppress(ConnectionError):
+                    opened()
+
+
+def test_a_neighbour_that_takes_all_connections_keeps_no_mail_out(
+    upstream: CapturingUpstream, start: StartGateway
+) -> None:
+    running = start({"upstream.url": upstream.url, "log.level": "error"})
+    context = multiprocessing.get_context("fork")
+    is_full, is_over = context.Event(), context.Event()
+    neighbour = context.Process(target=refill, args=(running.port, 256, is_full, is_over))
+    neighbour.start()
+    try:
+        assert is_full.wait(60)
+        time.sleep(RIPE_SECONDS)  # by the gateway's clock: until then each of them may be at the beginning of a mail
+        for number in range(40):
+            with smtplib.SMTP("127.0.0.1", running.port, timeout=60) as client:
+                client.sendmail("a@client.example", [f"{number}@there.example"], b"Subject: x\r\n\r\nx\r\n")
+    finally:
+        is_over.set()
+        neighbour.join(60)
+    assert neighbour.exitcode == 0
+    assert len(upstream.messages) == 40
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from otel_smtp.net import Stream
 from otel_smtp.observing import Endpoint
+from otel_smtp.server import conversation
 from otel_smtp.server.listener import ListenerSpec, Server
 from otel_smtp.server.policy import ListenerPolicy, ServerTimeouts
 from otel_smtp.smtp import replies
@@ -33,13 +35,16 @@ class Running:
     seen: Noting
     address: Endpoint
     clients: list[asyncio.StreamWriter] = field(default_factory=list)
+    readers: list[asyncio.StreamReader] = field(default_factory=list)
 
-    async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        if self.address.port is None:
-            reader, writer = await asyncio.open_unix_connection(self.address.host)
+    async def connect(self, source: str = "127.0.0.1") -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        host, port = self.address.host, self.address.port
+        if port is None:
+            reader, writer = await asyncio.open_unix_connection(host)
         else:
-            reader, writer = await asyncio.open_connection(self.address.host, self.address.port)
+            reader, writer = await asyncio.open_connection(host, port, local_addr=(source, 0))
         self.clients.append(writer)
+        self.readers.append(reader)
         return reader, writer
 
     async def disconnect(self) -> None:
@@ -281,6 +286,106 @@ async def test_behind_a_balancer_each_client_is_counted_by_its_own_address() -> 
         gateway.clients[0].close()
         await until(lambda: gateway.seen.connections[0].close_reason)
         assert (await greeting_of("198.51.100.1")).startswith(b"220 ")
+
+
+def by_address(stream: Stream) -> str:
+    """As if each address of loopback were a user of its own."""
+    return stream.peer.host
+
+
+async def held(
+    gateway: Running, amount: int, said: bytes = b"", answers: int = 0, *, source: str = "127.0.0.1"
+) -> None:
+    """Open so many connections, which are greeted, and answered as often as that where something is said on them."""
+    for _ in range(amount):
+        reader, writer = await gateway.connect(source)
+        assert (await reader.readline()).startswith(b"220 ")
+        writer.write(said)
+        for _ in range(answers):
+            while (await reader.readline())[3:4] == b"-":
+                pass
+
+
+@pytest.mark.both_loops
+async def test_who_has_no_connection_yet_gets_one_of_who_has_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversation, "owner_of_peer", by_address)
+    async with running(connections=8) as gateway:
+        await held(gateway, 8)
+        await held(gateway, 4, source="127.0.0.2")
+        gone = [record for record in gateway.seen.connections if record.close_reason is CloseReason.REFUSED]
+        assert len(gone) == 4
+        assert {record.info.peer.host for record in gone} == {"127.0.0.1"}
+        assert all(record.replies[-1][1] is replies.TOO_MANY_CONNECTIONS for record in gone)
+        assert gateway.seen.refused == ["gave_way"] * 4
+        for source in ("127.0.0.1", "127.0.0.2"):  # each has its part
+            reader, _ = await gateway.connect(source)
+            assert await reader.read() == replies.TOO_MANY_CONNECTIONS.wire
+        assert gateway.seen.refused[4:] == ["capacity"] * 2
+
+
+async def test_a_mail_whose_content_is_complete_does_not_give_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversation, "owner_of_peer", by_address)
+    async with running(connections=2) as gateway:
+        gateway.forwarder.hold = asyncio.Event()
+        for _ in range(2):
+            _, writer = await gateway.connect()
+            writer.write(MESSAGE)
+        await until(lambda: [kept.content for kept in gateway.forwarder.kept if kept.content.endswith(b"y\r\n")][1:])
+        reader, _ = await gateway.connect("127.0.0.2")
+        assert await reader.read() == replies.TOO_MANY_CONNECTIONS.wire
+        gateway.forwarder.hold.set()
+        await until(lambda: sum(kept.is_accepted for kept in gateway.forwarder.kept) == 2)
+
+
+@pytest.mark.movable_clock
+async def test_of_one_owner_those_that_do_nothing_give_way_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running(connections=32) as gateway:
+        await held(gateway, 32, b"EHLO c\r\nMAIL FROM:<a@example.com>\r\n", 2)
+        reader, _ = await gateway.connect()
+        assert await reader.read() == replies.TOO_MANY_CONNECTIONS.wire  # all are new
+        advance(1.1)
+        await held(gateway, 32)
+        assert [await reader.readline() for reader in gateway.readers[:32]] == [replies.TOO_MANY_CONNECTIONS.wire] * 32
+        waiting = [await gateway.connect() for _ in range(4)]
+        reader, _ = await gateway.connect()
+        assert await reader.read() == replies.TOO_MANY_CONNECTIONS.wire  # no more wait
+        assert not any(reader._buffer for reader, _ in waiting)  # type: ignore[attr-defined]
+        advance(1.1)
+        assert [(await reader.readline())[:4] for reader, _ in waiting] == [b"220 "] * 4
+
+
+@pytest.mark.movable_clock
+async def test_who_waits_in_line_is_refused_in_the_end() -> None:
+    async with running(connections=32) as gateway:
+        await held(gateway, 31, MESSAGE, 5)
+        await held(gateway, 1)
+        advance(1.1)
+        await held(gateway, 1, MESSAGE, 5)  # in the place of the one that did nothing
+        reader, _ = await gateway.connect()
+        gone, leaving = await gateway.connect()
+        leaving.close()
+        advance(2.1)
+        assert await reader.read() == replies.TOO_MANY_CONNECTIONS.wire
+        assert not await gone.read()
+        last, _ = await gateway.connect()
+        drained = asyncio.create_task(gateway.server.drain(0))
+        assert await last.read() == replies.SHUTTING_DOWN.wire
+        await drained
+
+
+async def test_behind_a_balancer_too_each_client_keeps_its_part() -> None:
+    async with running(connections=8, connections_per_client=8, policy=BALANCED) as gateway:
+
+        async def greeted(client: str) -> bytes:
+            reader, writer = await gateway.connect()
+            writer.write(f"PROXY TCP4 {client} 192.0.2.1 40000 25\r\n".encode())
+            return (await reader.readline())[:4]
+
+        assert [await greeted("198.51.100.1") for _ in range(8)] == [b"220 "] * 8
+        assert await greeted("198.51.100.2") == b"421 "  # it is not known yet who it is
+        assert gateway.seen.refused == ["capacity"]
+        await gateway.server.drain(0)
+        assert not gateway.server._places._counts
 
 
 async def test_one_local_application_with_a_wrong_password_does_not_lock_the_others_out() -> None:
