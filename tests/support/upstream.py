@@ -10,6 +10,7 @@ import base64
 import contextlib
 import socket
 import ssl
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -86,6 +87,7 @@ class Kept:
     is_tls: bool
     user: str | None
     by_chunks: bool
+    ended_at: float  # when all of it was there, before the reply; of the monotonic clock
 
     @property
     def addresses(self) -> tuple[str, ...]:
@@ -521,7 +523,14 @@ class _Session:
     async def end(self) -> None:
         assert self.mail is not None
         kept = Kept(
-            self.mail, tuple(self.recipients), self.content, self.number, self.is_tls, self.user, self.by_chunks
+            self.mail,
+            tuple(self.recipients),
+            self.content,
+            self.number,
+            self.is_tls,
+            self.user,
+            self.by_chunks,
+            time.monotonic(),
         )
         fault = self.upstream.faults.get(Phase.REPLY)
         if fault is not None and fault.kind is Kind.KEPT_THEN_LOST and (fault.times is None or fault.times > 0):
