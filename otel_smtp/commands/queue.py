@@ -538,6 +538,55 @@ def limits(context: click.Context, *, as_json: bool) -> None:
 
 
 @queue.command()
+@click.option(
+    "--from",
+    "directory",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    required=True,
+    help="Directory of the spool whose mail is moved.",
+)
+@settings_options
+@click.pass_context
+def move(context: click.Context, *, directory: Path) -> None:
+    """Move mail from a directory into the shared queue.
+
+    Ids, ages, attempts, holds and traces stay the same. The gateway of the directory must be stopped. If the command is
+    interrupted, run it again: it continues. No gateway starts on the directory before it has finished.
+    """
+    from otel_smtp.gateway.wiring import shared_store
+    from otel_smtp.spool.embedded import to_be_moved
+    from otel_smtp.spool.messages import SpoolError
+    from otel_smtp.spool.moving import Moved
+    from otel_smtp.spool.moving import move as move_all
+
+    settings = _shared(context, "move")
+
+    async def work() -> Moved:
+        target = shared_store(settings, name="queue", is_gateway=False)
+        await target.open()
+        try:
+            source = to_be_moved(directory)
+            recovery = await source.open()
+            try:
+                return await move_all(source, target, _progress("move", recovery.messages) or (lambda: None))
+            finally:
+                await source.close()
+        finally:
+            await target.close()
+
+    try:
+        done = asyncio.run(work())
+    except SpoolError as error:
+        fail(FAILED, f"queue move: {error}; nothing is lost; correct that and run the command again")
+    click.echo(f"{done.messages + done.finished} moved")
+    for message_id, why in done.left.items():
+        click.echo(f"otel-smtp: queue move: {message_id} stays in {directory}: {why}", err=True)
+    if done.left:
+        raise SystemExit(FAILED)
+
+
+@queue.command()
 @click.option("--dry-run", is_flag=True, help="Print the statements and run none.")
 @settings_options
 @click.pass_context

@@ -200,6 +200,50 @@ class Lease(NamedTuple):
     taken_over: TakenOver | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class MovedDelivery:
+    """A delivery on its way from one store into another; times are as in `MovedMessage`.
+
+    Attributes:
+        due_in: negative where it is due already.
+    """
+
+    number: int
+    destination: str
+    state: DeliveryState
+    attempts: int
+    crashes: int
+    due_in: float
+    is_possible_duplicate: bool
+    recipients: Sequence[SpooledRecipient]
+
+
+@dataclass(frozen=True, slots=True)
+class MovedMessage:
+    """A queued message on its way from one store into another, with all that is known of it. Times are durations in
+    seconds, since the clocks of two stores differ.
+
+    Attributes:
+        age: since it arrived.
+        expires_in: negative where it is too old.
+        held_for: since when it does not age; None: it does.
+        content: the source's.
+    """
+
+    id: str
+    kind: Kind
+    mail: Mail
+    carrier: Mapping[str, str]
+    age: float
+    expires_in: float
+    held_for: float | None
+    is_warned: bool
+    is_forced_to_expire: bool
+    header_octets: int
+    content: ContentRef
+    deliveries: Sequence[MovedDelivery]
+
+
 class Verdict(NamedTuple):
     """What an attempt made of one recipient.
 

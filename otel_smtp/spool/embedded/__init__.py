@@ -9,7 +9,7 @@ from otel_smtp.spool.embedded.store import EmbeddedStore
 from otel_smtp.spool.messages import SpoolError
 from otel_smtp.spool.operators import Answer
 
-__all__ = ["EmbeddedStore", "ask", "control_path"]
+__all__ = ["EmbeddedStore", "ask", "control_path", "to_be_moved"]
 
 
 def control_path(directory: Path) -> Path:
@@ -23,8 +23,7 @@ async def ask(directory: Path, request: Answer, *, max_age_seconds: float) -> As
     Raises:
         SpoolError: what went wrong.
     """
-    if not await asyncio.to_thread(_is_spool, directory):
-        raise SpoolError(f"{directory}: there is no spool")
+    await asyncio.to_thread(_check_is_spool, directory)
     answers = operators.ask(
         control_path(directory),
         request,
@@ -35,6 +34,17 @@ async def ask(directory: Path, request: Answer, *, max_age_seconds: float) -> As
         yield answer
 
 
-def _is_spool(directory: Path) -> bool:
-    """Whether a store has been here, of this version or the first: a question must not make one."""
-    return all((directory / name).is_dir() for name in ("log", "large")) or (directory / "spool.db").is_file()
+def to_be_moved(directory: Path) -> EmbeddedStore:
+    """A spool whose mail is moved into another store; not opened yet.
+
+    Raises:
+        SpoolError: there is none.
+    """
+    _check_is_spool(directory)
+    return EmbeddedStore(directory, moves_out=True)
+
+
+def _check_is_spool(directory: Path) -> None:
+    """A store must have been here, of this version or the first: a question does not make one."""
+    if not all((directory / name).is_dir() for name in ("log", "large")) and not (directory / "spool.db").is_file():
+        raise SpoolError(f"{directory}: there is no spool")

@@ -8,6 +8,7 @@
     large/         contents that are too large for the log, by the ids of their messages, with their envelopes
     tmp/           contents that are being received
     index.db       for what waits and for operators; made again out of the log where it is missing
+    moving         into which other store its messages are being moved, while they are
     index.reserve  room for the index's write-ahead log, while it has none
     lost+found/    what was damaged or nobody knows, for `otel-smtp queue rebuild` and for people to look at
 
@@ -35,7 +36,7 @@ _REMOTE_FILE_SYSTEMS: Final = frozenset(
 )
 _DIRECTORIES: Final = ("log", "large", "tmp", "lost+found")
 INDEX_FILES: Final = ("index.db", "index.db-wal", "index.db-shm", "index.db-journal")
-_FILES: Final = ("LOCK", *INDEX_FILES, "index.reserve")
+_FILES: Final = ("LOCK", *INDEX_FILES, "index.reserve", "moving")
 # Of the first version, until its mail is carried over.
 _BEFORE: Final = frozenset({"spool.db", "spool.db-wal", "spool.db-shm", "body", "reserve", "clean"})
 _OPEN: Final = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a FIFO answers at once, and is found out
@@ -442,6 +443,44 @@ class SpoolDirectory:
         """
         path.rename(self.large(message_id))
         sync_directory(self.path / "large")
+
+    def moving(self) -> str | None:
+        """Into which other store the messages are being moved, as `begin_move` was told; None: they are not.
+
+        Raises:
+            OSError: that cannot be read.
+        """
+        try:
+            file = open_regular(self.path / "moving", os.O_RDONLY)
+        except FileNotFoundError:
+            return None
+        with open(file, encoding="utf-8") as text:
+            return text.read()
+
+    def begin_move(self, where: str) -> None:
+        """Note, durably, that the messages are being moved.
+
+        Raises:
+            OSError: it cannot be noted.
+        """
+        new = self.path / "tmp" / "moving"
+        file = open_regular(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        try:
+            os.write(file, where.encode())
+            os.fsync(file)
+        finally:
+            os.close(file)
+        new.rename(self.path / "moving")
+        sync_directory(self.path)
+
+    def end_move(self) -> None:
+        """No message is on its way any more.
+
+        Raises:
+            OSError: it cannot be noted.
+        """
+        (self.path / "moving").unlink(missing_ok=True)
+        sync_directory(self.path)
 
     def give_up(self, path: Path) -> None:
         """Put away what is kept and cannot be put back: people know of it."""

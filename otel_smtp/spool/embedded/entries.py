@@ -12,6 +12,8 @@ from otel_smtp.spool.messages import (
     Kind,
     Lease,
     MessageView,
+    MovedDelivery,
+    MovedMessage,
     NewMessage,
     SpooledRecipient,
     Verdict,
@@ -317,6 +319,29 @@ class Entry:
             content=self.content_ref(),
             header_octets=self.header_octets,
         )
+
+    def moved(self, now_ms: int) -> MovedMessage:
+        """All that is known of it, as another store takes it."""
+        return MovedMessage(
+            id=self.id,
+            kind=self.kind,
+            mail=self.mail,
+            carrier=self.carrier,
+            age=(now_ms - self.arrived_ms) / 1000,
+            expires_in=(self.expires_ms - now_ms) / 1000,
+            held_for=None if self.held_ms is None else (now_ms - self.held_ms) / 1000,
+            is_warned=self.is_warned,
+            is_forced_to_expire=self.is_forced,
+            header_octets=self.header_octets,
+            content=self.content_ref(),
+            deliveries=[
+                MovedDelivery(
+                    one.number, one.destination, one.state, one.attempts, one.crashes, (one.due_ms - now_ms) / 1000,
+                    one.is_possible_duplicate, one.recipients,
+                )
+                for one in self.deliveries
+            ],
+        )  # fmt: skip
 
     # Changes ---------------------------------------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ from otel_smtp.spool.embedded.claiming import Claiming
 from otel_smtp.spool.embedded.clocks import Clocks, Uptime, uptime
 from otel_smtp.spool.embedded.compaction import Compaction
 from otel_smtp.spool.embedded.contents import Contents
-from otel_smtp.spool.embedded.directory import SpoolDirectory
+from otel_smtp.spool.embedded.directory import SpoolDirectory, storage_error
 from otel_smtp.spool.embedded.draft import EmbeddedDraft
 from otel_smtp.spool.embedded.entries import Entry, dumps
 from otel_smtp.spool.embedded.index_thread import IndexThread
@@ -47,6 +47,7 @@ from otel_smtp.spool.messages import (
     Kind,
     Lease,
     MessageView,
+    MovedMessage,
     NewMessage,
     NoSuchMessage,
     SpoolError,
@@ -79,6 +80,7 @@ class EmbeddedStore:
         least_free_octets: below, new mail is refused.
         crashes_allowed: how many crashes a message may be part of before it is held.
         is_index_trusted: False: the index is made again out of the log.
+        moves_out: its messages go into another store: see `begin_move`.
         clock: the wall clock, in seconds since the epoch.
         up: how long the machine has been up.
 
@@ -100,6 +102,7 @@ class EmbeddedStore:
         crashes_allowed: int = CRASHES_ALLOWED,
         segment_octets: int = SEGMENT_OCTETS,
         is_index_trusted: bool = True,
+        moves_out: bool = False,
         clock: Callable[[], float] = time.time,
         up: Callable[[], Uptime] = uptime,
     ) -> None:
@@ -110,6 +113,7 @@ class EmbeddedStore:
         self._crashes_allowed = crashes_allowed
         self._segment_octets = segment_octets
         self._is_index_trusted = is_index_trusted
+        self._moves_out = moves_out
         self._clocks = clocks = Clocks(clock, up)
         self._now_ms = clocks.now_ms
         self._room_checked_at = float("-inf")
@@ -177,6 +181,11 @@ class EmbeddedStore:
     def _open(self) -> Recovered:
         self.directory.open()
         try:
+            if not self._moves_out and self.directory.moving() is not None:
+                raise SpoolError(
+                    f"{self.directory.path}: its mail is being moved into a shared queue, and some of it may be there; "
+                    f"finish that: otel-smtp queue move --from {self.directory.path}"
+                )
             recovered = recover(self.directory, self._clocks, is_index_trusted=self._is_index_trusted)
         except (OSError, sqlite3.Error) as error:
             raise SpoolError(f"{self.directory.path}: {error}") from error
@@ -562,6 +571,50 @@ class EmbeddedStore:
     def holds(self, lease: Lease) -> bool:
         """See `Store.holds`: one process owns the directory."""
         return True
+
+    # Into another store ------------------------------------------------------------------------------------------
+
+    async def begin_move(self, where: str) -> None:
+        """From here on, until `end_move`, no gateway may deliver from this directory.
+
+        Args:
+            where: names the other store.
+
+        Raises:
+            SpoolError: it cannot be noted, or a move into another store has begun and not ended.
+        """
+        try:
+            before = await asyncio.to_thread(self.directory.moving)
+            if before is None:
+                await asyncio.to_thread(self.directory.begin_move, where)
+        except OSError as error:
+            raise storage_error(error) from error
+        if before not in (None, where):
+            raise SpoolError(
+                f"{self.directory.path}: its mail is being moved into another queue; finish that first, with the "
+                "settings of that queue"
+            )
+
+    async def end_move(self) -> None:
+        """No message is in both stores any more."""
+        try:
+            await asyncio.to_thread(self.directory.end_move)
+        except OSError as error:
+            raise storage_error(error) from error
+
+    async def whole(self, message_id: str) -> MovedMessage:
+        """A message with all that is known of it.
+
+        Raises:
+            NoSuchMessage: there is none of that id.
+        """
+        return (await self.indexing.look_up(message_id)).moved(self._now_ms())
+
+    async def forget(self, message_id: str) -> None:
+        """End a message that another store has: as if it had never been accepted here."""
+        entry = await self.indexing.get(message_id)
+        name, recipients = entry.accepted
+        await self.journal.change(entry, None, {name: -recipients})
 
     # Contents, and what operators see and do -----------------------------------------------------------------------
 

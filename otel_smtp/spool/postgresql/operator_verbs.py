@@ -1,5 +1,6 @@
 """What operators see and do."""
 
+import hashlib
 import json
 import time
 import uuid
@@ -13,6 +14,7 @@ from otel_smtp.spool.messages import (
     End,
     Kind,
     MessageView,
+    MovedMessage,
     NoSuchMessage,
     Peer,
     SpoolError,
@@ -21,6 +23,7 @@ from otel_smtp.spool.messages import (
 from otel_smtp.spool.postgresql import rows
 from otel_smtp.spool.postgresql.beats import Beats, channel
 from otel_smtp.spool.postgresql.connecting import Connection, QueueLocation
+from otel_smtp.spool.postgresql.draft import MEMORY_LIMIT_OCTETS
 from otel_smtp.spool.postgresql.statements import Statements
 from otel_smtp.spool.postgresql.working import Working
 
@@ -246,6 +249,34 @@ class PostgresqlOperatorVerbs:
             return recipients
 
         return await self._operate(message_id, delete)
+
+    async def take_in(self, message: MovedMessage, content: Sequence[bytes], *, is_intact: bool) -> bool:
+        """See `PostgresqlStore.take_in`."""
+        octets = message.content.octets
+        whole = b"".join(content) if octets <= MEMORY_LIMIT_OCTETS else None
+        digest = hashlib.sha256()
+        for piece in content:
+            digest.update(piece)
+
+        async def take_in(connection: Connection) -> bool:
+            async with connection.transaction():
+                if not await connection.fetchval(self._statements.note_moved, message.id):
+                    return False
+                await connection.execute(
+                    self._statements.move_message, *rows.moved_values(message), self._beats.incarnation, octets,
+                    message.header_octets, digest.digest() if is_intact else b"", whole,
+                )  # fmt: skip
+                for number, piece in enumerate(content if whole is None else ()):
+                    await connection.execute(self._statements.chunk, message.id, number, piece)
+                await connection.executemany(self._statements.move_delivery, rows.moved_deliveries(message))
+                recipients = sum(len(one.recipients) for one in message.deliveries)
+                name = "accepted" if message.kind is Kind.MAIL else "notified"
+                await connection.execute(
+                    self._statements.tally, self._beats.incarnation, "operators", [name], [recipients]
+                )
+            return True
+
+        return await self._working.do(take_in)
 
     async def _operate(self, message_id: str, change: Callable[[Connection], Awaitable[T]]) -> T:
         async def operate(connection: Connection) -> T:

@@ -17,6 +17,7 @@ from otel_smtp.spool.messages import (
     Kind,
     Lease,
     MessageView,
+    MovedMessage,
     NewMessage,
     SpooledRecipient,
     TakenOver,
@@ -26,6 +27,7 @@ from otel_smtp.spool.messages import (
 STATES: Final = {
     "r": DeliveryState.READY, "l": DeliveryState.LEASED, "h": DeliveryState.HELD, "c": DeliveryState.CORRUPT,
 }  # fmt: skip
+_LETTERS: Final = {state: letter for letter, state in STATES.items()}
 _MOST_TELLING: Final = (DeliveryState.LEASED, DeliveryState.CORRUPT, DeliveryState.HELD, DeliveryState.READY)
 
 Row = asyncpg.Record
@@ -123,6 +125,26 @@ def _octets_of(trace_id: str | None) -> bytes | None:
         return bytes.fromhex(trace_id) if trace_id is not None else None
     except ValueError:
         return None
+
+
+def moved_values(message: MovedMessage) -> list[object]:
+    """The first arguments of `move_message`."""
+    return [
+        message.id, message.kind.value, message.age, message.expires_in, message.held_for, message.is_warned,
+        message.is_forced_to_expire, message.mail.reverse_path, as_json(parameters_of(message.mail)),
+        as_json(dict(message.carrier)), _octets_of(trace_id_of(message.carrier)),
+    ]  # fmt: skip
+
+
+def moved_deliveries(message: MovedMessage) -> list[tuple[object, ...]]:
+    """The arguments of `move_delivery`."""
+    return [
+        (
+            message.id, one.number, one.destination, message.mail.reverse_path, _LETTERS[one.state], one.attempts,
+            one.crashes, one.due_in, one.is_possible_duplicate, recipients_json(one.recipients),
+        )
+        for one in message.deliveries
+    ]  # fmt: skip
 
 
 def new_leases(message: NewMessage, octets: int, rows: Sequence[Row], incarnation: UUID) -> list[Lease]:

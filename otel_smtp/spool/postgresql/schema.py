@@ -18,7 +18,7 @@ VERSION: Final = 2
 """What this program knows to write."""
 
 DEFAULT_SCHEMA: Final = "otel_smtp"
-TABLES: Final = ("meta", "gateway", "msg", "chunk", "dlv", "tally", "pace", "quota", "slot", "stat", "permit")
+TABLES: Final = ("meta", "gateway", "msg", "chunk", "dlv", "tally", "pace", "quota", "slot", "stat", "permit", "moved")
 _NAME: Final = re.compile(r"[a-z_][a-z0-9_]{0,62}")
 
 # Rows live for seconds: vacuum must keep up rather than be gentle.
@@ -96,6 +96,9 @@ ALTER TABLE {schema}.pace ADD most bigint, ADD period interval, ADD per text;
 ALTER TABLE {schema}.pace SET (fillfactor = 10);
 CREATE TABLE {schema}.permit(
   name text, owner uuid, amount bigint NOT NULL, turn bigint NOT NULL, PRIMARY KEY(name, owner)) WITH (fillfactor = 10);
+
+-- Messages that have come from the directory of one gateway, and may be there still.
+CREATE TABLE {schema}.moved(id text COLLATE "C" PRIMARY KEY, at timestamptz NOT NULL);
 
 -- Take permits of a limit, and tell what became of those that were taken before. What a gateway has in flight is told
 -- as a whole, so that a call whose answer was lost leaves nothing behind; `turn` grows with each call, so that such a

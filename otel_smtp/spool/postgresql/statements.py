@@ -192,6 +192,25 @@ DELETE FROM {s}.msg WHERE id = $2 AND NOT EXISTS (SELECT FROM {s}.dlv WHERE msg_
   (state = 'r' AND attempts = $3 AND epoch = 0 OR state = 'l' AND owner = $1 AND epoch = 1)) RETURNING
   (SELECT coalesce(sum(jsonb_array_length(rcpt)), 0) FROM {s}.dlv WHERE msg_id = $2)::int AS recipients"""
 
+# From the directory of one gateway ----------------------------------------------------------------------------------
+
+# Repeated it must write: a transaction that writes nothing waits for no standby.
+_NOTE_MOVED: Final = """
+INSERT INTO {s}.moved (id, at) VALUES ($1, now()) ON CONFLICT (id) DO UPDATE SET at = excluded.at
+RETURNING xmax = 0 AS is_new"""
+
+_MOVE_MESSAGE: Final = """
+INSERT INTO {s}.msg (id, kind, arrived_at, expires_at, held_at, warned, forced, reverse_path, parameters, carrier,
+  trace_id, accepted_by, octets, header_octets, digest, content)
+VALUES ($1, $2, now() - $3::float8 * interval '1 second', now() + $4::float8 * interval '1 second',
+  now() - $5::float8 * interval '1 second', $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16)"""
+
+_MOVE_DELIVERY: Final = """
+INSERT INTO {s}.dlv (msg_id, d, dest, sender, state, attempts, crashes, next_at, dup, rcpt)
+VALUES ($1, $2, $3, $4, $5::text::"char", $6, $7, now() + $8::float8 * interval '1 second', $9, $10)"""
+
+_FORGET_MOVED: Final = "DELETE FROM {s}.moved WHERE id = ANY($1::text[])"
+
 # Gateways -----------------------------------------------------------------------------------------------------------
 
 _ENTER: Final = """
@@ -375,6 +394,10 @@ class Statements:
         self.free_orphans = on_schema(_FREE_ORPHANS)
         self.leave = on_schema(_LEAVE)
         self.land_permits = on_schema(_LAND_PERMITS.replace("{which}", "owner = ANY($1::uuid[])"))
+        self.note_moved = on_schema(_NOTE_MOVED)
+        self.move_message = on_schema(_MOVE_MESSAGE)
+        self.move_delivery = on_schema(_MOVE_DELIVERY)
+        self.forget_moved = on_schema(_FORGET_MOVED)
         self.land_orphans = on_schema(
             _LAND_PERMITS.replace("{which}", "owner <> $1 AND owner NOT IN (SELECT id FROM {s}.gateway)")
         )

@@ -33,6 +33,7 @@ from otel_smtp.spool.messages import (
     Counts,
     Lease,
     MessageView,
+    MovedMessage,
     NewMessage,
     SpooledRecipient,
     SpoolError,
@@ -161,6 +162,7 @@ class PostgresqlStore:
     """
 
     look_again_seconds: float | None = LOOK_AGAIN_SECONDS
+    piece_octets = CHUNK_OCTETS
 
     def __init__(
         self,
@@ -734,6 +736,29 @@ class PostgresqlStore:
         return bool(
             await self._working.do(lambda connection: connection.fetchval(self._statements.is_intact, message_id))
         )
+
+    # From the directory of one gateway ---------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """Of this queue among all that there are, for who has it open."""
+        return f"{self._working.facts.installation} {self._place.schema}"
+
+    async def take_in(self, message: MovedMessage, content: Sequence[bytes], *, is_intact: bool) -> bool:
+        """Make a message that comes from another store durable, with all that is known of it.
+
+        Args:
+            content: in pieces of `piece_octets`, but for the last one.
+            is_intact: False: it is what could be read of it.
+
+        Returns:
+            False: it came before, and may have ended here.
+        """
+        return await self._operators.take_in(message, content, is_intact=is_intact)
+
+    async def forget_moved(self, ids: Sequence[str]) -> None:
+        """The other store does not have these any more."""
+        await self._working.do(lambda connection: connection.execute(self._statements.forget_moved, ids))
 
     # What operators see and do ---------------------------------------------------------------------------------
 

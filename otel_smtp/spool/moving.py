@@ -1,0 +1,135 @@
+"""Moves all mail of one gateway's directory into the queue that several share.
+
+A message is first made durable there, under the same id and noted as moved, then ended in the directory, then the note
+is removed. A crash in between leaves it in both, and the next run goes on: what is noted as moved is not made again,
+whatever has become of it there meanwhile. For as long as a message may be in both, no gateway opens the directory.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+from otel_smtp.spool.messages import ContentLost, ContentRef, MessageView, MovedMessage
+
+MESSAGES_AT_ONCE: Final = 100
+
+
+class Source(Protocol):
+    """The store that is emptied; it is open, and nothing is delivered from it."""
+
+    async def begin_move(self, where: str) -> None:
+        """From here on, until `end_move`, no gateway may deliver from it."""
+        ...
+
+    async def end_move(self) -> None:
+        """No message is in both any more."""
+        ...
+
+    async def page(self, after: str, most: int) -> Sequence[MessageView]:
+        """See `Store.page`."""
+        ...
+
+    async def whole(self, message_id: str) -> MovedMessage:
+        """A message with all that is known of it."""
+        ...
+
+    async def read(self, content: ContentRef, start: int, octets: int) -> bytes:
+        """See `Store.read`."""
+        ...
+
+    async def is_intact(self, content: ContentRef) -> bool:
+        """See `Store.is_intact`."""
+        ...
+
+    async def forget(self, message_id: str) -> None:
+        """End a message that the other store has: as if it had never been accepted here."""
+        ...
+
+
+class Target(Protocol):
+    """The store that takes the messages in.
+
+    Attributes:
+        name: of it among all that there are.
+        piece_octets: length of the pieces of a content that it takes.
+    """
+
+    piece_octets: int
+
+    @property
+    def name(self) -> str: ...
+
+    async def take_in(self, message: MovedMessage, content: Sequence[bytes], *, is_intact: bool) -> bool:
+        """Make a message durable; False: it came before, and may have ended here."""
+        ...
+
+    async def forget_moved(self, ids: Sequence[str]) -> None:
+        """The source does not have these any more."""
+        ...
+
+    async def tell(self, what: str) -> None:
+        """Have all gateways look for what is due."""
+        ...
+
+
+@dataclass(slots=True)
+class Moved:
+    """What came of it.
+
+    Attributes:
+        messages: that were moved.
+        finished: those that an earlier run had brought there.
+        left: ids of those that cannot be moved, and why.
+    """
+
+    messages: int = 0
+    finished: int = 0
+    left: dict[str, str] = field(default_factory=dict)
+
+
+async def move(source: Source, target: Target, moved: Callable[[], None] = lambda: None) -> Moved:
+    """Move all messages.
+
+    Args:
+        moved: called for each message that has been.
+
+    Raises:
+        SpoolError: a store failed; nothing is lost, and the next run goes on from there.
+    """
+    done = Moved()
+    await source.begin_move(target.name)
+    after = ""
+    while page := await source.page(after, MESSAGES_AT_ONCE):
+        after = page[-1].id
+        there: list[str] = []
+        for shown in page:
+            try:
+                is_new = await _bring(source, target, shown.id)
+            except ContentLost as error:
+                done.left[shown.id] = str(error)
+                continue
+            there.append(shown.id)
+            done.messages += is_new
+            done.finished += not is_new
+        # All of them, whatever happens to one: what has ended here is told below, or at the next run.
+        results = await asyncio.gather(*(source.forget(one) for one in there), return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+        await target.forget_moved(there)
+        await target.tell("due")
+        for _ in there:
+            moved()
+    await source.end_move()
+    return done
+
+
+async def _bring(source: Source, target: Target, message_id: str) -> bool:
+    message = await source.whole(message_id)
+    content = message.content
+    pieces = [
+        await source.read(content, start, min(target.piece_octets, content.octets - start))
+        for start in range(0, content.octets, target.piece_octets)
+    ]
+    return await target.take_in(message, pieces, is_intact=await source.is_intact(content))
