@@ -15,8 +15,9 @@ from typing import Final
 import pytest
 
 from otel_smtp.observing import TlsInfo
+from otel_smtp.server.exchanges import Authenticator
 from otel_smtp.server.policy import ListenerPolicy, ServerTimeouts
-from otel_smtp.server.users import Authenticator, Users
+from otel_smtp.server.users import Users
 from tests.server.keeping import WatchedServer
 from tests.support.clock import advance
 from tests.support.dialogue import Act, Dialogue, Expect, ReplyReader, Say, ServerCloses, Step, load, matches

@@ -6,46 +6,33 @@ leaves it out of step, and such a connection is closed and never used again. The
 clean up.
 
 An exchange is begun by `exchange`, and ends by one call back. What arrives is pushed here by the stream, in the call in
-which the transport delivers it. Only opening a connection is written as coroutines: it waits long, and comes seldom.
+which the transport delivers it. How a connection is opened is told by `opening`.
 """
 
 import asyncio
-import ipaddress
 import math
-import ssl
 from collections.abc import Callable, Collection, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Final
 
-from otel_smtp.forwarding import authentication
-from otel_smtp.forwarding.authentication import without_secrets
-from otel_smtp.forwarding.faults import ConnectFailed, ConnectionLost, OutOfStep, TimedOut, UpstreamFault
+from otel_smtp.forwarding.faults import ConnectionLost, OutOfStep, TimedOut, UpstreamFault
 from otel_smtp.forwarding.settings import (
     DEFAULT_RECIPIENTS,
-    Credentials,
     PoolLimits,
     ReplyLimits,
     Timeouts,
-    UpstreamSettings,
 )
-from otel_smtp.net import Stream, connect, connect_unix
-from otel_smtp.net.reasons import reason_of
+from otel_smtp.net import Stream
 from otel_smtp.observing import DeliveryPhase
-from otel_smtp.smtp import replies
-from otel_smtp.smtp.client import Answer, Awaited, ClientProtocol, challenge_of
-from otel_smtp.smtp.errors import RemoteProtocolError
+from otel_smtp.smtp.client import Answer, Awaited, ClientProtocol
 from otel_smtp.smtp.extensions import Extensions
 from otel_smtp.smtp.replies import Reply
-from otel_smtp.smtp.states import TlsMode
 
 _NOTHING: Final[AbstractSet[Awaited]] = frozenset()
 
 Settled = Callable[[list[Answer], UpstreamFault | None], None]
 """Takes the answers of an exchange, in order, and what ended it before its last answer; None where nothing did. It must
 not raise."""
-
-NotePhase = Callable[[DeliveryPhase, Reply | None], None]
-"""Takes each step of opening a connection, with the upstream's reply where it gave one."""
 
 
 class UpstreamConnection:
@@ -357,211 +344,3 @@ def _answer_to(verb: Awaited | None) -> str:
             return "reply to the end of DATA"  # BDAT LAST as well
         case _:
             return f"reply to {verb}"
-
-
-# Opening ------------------------------------------------------------------------------------------------------
-
-
-async def open_connection(
-    settings: UpstreamSettings, context: ssl.SSLContext | None, hostname: str, note: NotePhase
-) -> UpstreamConnection:
-    """Connect, shake hands, say EHLO and AUTH, as `settings` want it.
-
-    Args:
-        context: for TLS; None only where `settings.tls` is OFF.
-        hostname: what we call ourselves in EHLO.
-        note: called with each phase.
-
-    Raises:
-        ConnectFailed: it did not come to a connection that can take mail. Nothing of it is left.
-    """
-    stream = await _connect(settings, context)
-    note(DeliveryPhase.CONNECT, None)
-    connection = UpstreamConnection(
-        stream,
-        settings.timeouts,
-        is_lmtp=settings.is_lmtp,
-        reply_limits=settings.reply_limits,
-        disabled=settings.disabled,
-    )
-    try:
-        await introduce(connection, settings, context, hostname, note)
-    except BaseException:
-        stream.abort()
-        raise
-    connection.most_recipients = settings.most_recipients(connection.extensions)
-    return connection
-
-
-async def _connect(settings: UpstreamSettings, context: ssl.SSLContext | None) -> Stream:
-    seconds = settings.timeouts.connect
-    try:
-        if settings.port is None:
-            return await connect_unix(settings.host, timeout_seconds=seconds)
-        return await connect(
-            settings.host,
-            settings.port,
-            timeout_seconds=seconds,
-            context=context if settings.tls is TlsMode.IMPLICIT else None,
-            server_hostname=settings.verified_name,
-        )
-    except ssl.SSLError as error:
-        raise ConnectFailed(reason_of(error), replies.UPSTREAM_TLS) from error
-    except ConnectionResetError as error:  # somebody was there
-        raise ConnectFailed("connection lost before the greeting", replies.UPSTREAM_LOST) from error
-    except TimeoutError as error:
-        raise ConnectFailed(f"no connection within {seconds:g} s") from error
-    except OSError as error:  # refused, no such name
-        raise ConnectFailed(reason_of(error)) from error
-
-
-async def introduce(
-    connection: UpstreamConnection,
-    settings: UpstreamSettings,
-    context: ssl.SSLContext | None,
-    hostname: str,
-    note: NotePhase,
-) -> None:
-    """All that comes before the first mail on a new connection; arguments and errors as `open_connection`."""
-    try:
-        await _introduce(connection, settings, context, hostname, note)
-    except ConnectFailed:
-        raise
-    except UpstreamFault as fault:
-        raise ConnectFailed(str(fault), fault.reply, fault.upstream_reply) from fault
-    except RemoteProtocolError as error:
-        raise ConnectFailed(str(error), error.reply) from error
-
-
-async def _introduce(
-    connection: UpstreamConnection,
-    settings: UpstreamSettings,
-    context: ssl.SSLContext | None,
-    hostname: str,
-    note: NotePhase,
-) -> None:
-    greeting = await _answer(connection, DeliveryPhase.GREETING, note)
-    note(DeliveryPhase.GREETING, greeting)
-    if greeting.code != 220:
-        # A 5yz here is about our configuration, not about anybody's mail: never passed on.
-        raise ConnectFailed("refused in the greeting", upstream_reply=greeting)
-    await _hello(connection, settings, hostname, note)
-    if settings.tls is TlsMode.STARTTLS:
-        assert context is not None
-        await _start_tls(connection, settings, context, note)
-        await _hello(connection, settings, hostname, note)
-    if settings.credentials is not None and settings.auth != "off":
-        await _authenticate(connection, settings, settings.credentials, note)
-
-
-async def _answer(
-    connection: UpstreamConnection,
-    phase: DeliveryPhase,
-    note: NotePhase,
-    shown: Callable[[Reply], Reply] = lambda reply: reply,
-) -> Reply:
-    """The answer to the one command that was queued.
-
-    Args:
-        shown: what others may see of it.
-
-    Raises:
-        UpstreamFault: there is none, or it is 421; that is noted as the answer of `phase`.
-    """
-    try:
-        return (await connection.settled())[0].reply
-    except UpstreamFault as fault:
-        if fault.upstream_reply is not None:
-            fault.upstream_reply = shown(fault.upstream_reply)
-            note(phase, fault.upstream_reply)
-        raise
-
-
-async def _hello(connection: UpstreamConnection, settings: UpstreamSettings, hostname: str, note: NotePhase) -> None:
-    connection.protocol.send_hello(hostname)
-    reply = await _answer(connection, DeliveryPhase.EHLO, note)
-    # RFC 5321 3.2: a client falls back to HELO where EHLO is refused. LMTP has no such thing.
-    if reply.is_permanent and not settings.is_lmtp:
-        refusal = reply
-        try:
-            connection.ensure_alive()
-            connection.protocol.send_helo(hostname)
-            reply = await _answer(connection, DeliveryPhase.EHLO, note)
-        except ConnectionLost as fault:
-            if fault.upstream_reply is not None:
-                raise
-            # It refused EHLO and hung up: that is what it has to say, not the silence after it.
-            note(DeliveryPhase.EHLO, refusal)
-            raise ConnectFailed("EHLO refused", upstream_reply=refusal) from fault
-    note(DeliveryPhase.EHLO, reply)
-    if not reply.is_positive:
-        raise ConnectFailed("EHLO refused", upstream_reply=reply)
-
-
-async def _start_tls(
-    connection: UpstreamConnection, settings: UpstreamSettings, context: ssl.SSLContext, note: NotePhase
-) -> None:
-    if not connection.extensions.starttls:
-        raise ConnectFailed("STARTTLS is not offered", replies.UPSTREAM_TLS)
-    connection.protocol.send_starttls()
-    reply = await _answer(connection, DeliveryPhase.STARTTLS, note)
-    if not reply.is_positive:
-        note(DeliveryPhase.STARTTLS, reply)
-        raise ConnectFailed("STARTTLS refused", replies.UPSTREAM_TLS, reply)
-    stream = connection.stream
-    try:
-        # What has arrived since was written by somebody in the middle: the engine refuses it.
-        connection.protocol.tls_started()
-        await stream.start_tls(
-            context,
-            server_side=False,
-            server_hostname=settings.verified_name,
-            timeout_seconds=settings.timeouts.connect,
-        )
-    except ssl.SSLError as error:
-        raise ConnectFailed(reason_of(error), replies.UPSTREAM_TLS) from error
-    except TimeoutError as error:
-        seconds = settings.timeouts.connect
-        raise ConnectFailed(f"no TLS handshake within {seconds:g} s", replies.UPSTREAM_LOST) from error
-    except OSError as error:
-        raise ConnectFailed("connection lost in the TLS handshake", replies.UPSTREAM_LOST) from error
-    note(DeliveryPhase.STARTTLS, reply)
-
-
-async def _authenticate(
-    connection: UpstreamConnection, settings: UpstreamSettings, credentials: Credentials, note: NotePhase
-) -> None:
-    if connection.stream.tls is None and not _is_local(connection.stream):
-        raise ConnectFailed("no credential goes over an unverified channel", replies.UPSTREAM_TLS)
-    protocol = connection.protocol
-
-    def shown(reply: Reply) -> Reply:
-        return without_secrets(reply, credentials)
-
-    try:
-        mechanism = authentication.choose(settings.auth, protocol.extensions.auth_mechanisms, credentials)
-        if mechanism is None:
-            raise ConnectFailed("no wanted AUTH mechanism is offered", replies.UPSTREAM_LOGIN)
-        protocol.send_auth(mechanism.name, await mechanism.initial_response())
-        reply = await _answer(connection, DeliveryPhase.AUTH, note, shown)
-        while reply.code < 400 and not reply.is_positive:
-            protocol.send_auth_response(await mechanism.respond(challenge_of(reply)))
-            reply = await _answer(connection, DeliveryPhase.AUTH, note, shown)
-        if reply.is_positive:
-            mechanism.check_success()
-    except authentication.ExchangeFailed as error:
-        raise ConnectFailed(f"AUTH broken off: {error}", replies.UPSTREAM_LOGIN) from error
-    reply = shown(reply)
-    note(DeliveryPhase.AUTH, reply)
-    if not reply.is_positive:
-        raise ConnectFailed("AUTH refused", replies.UPSTREAM_LOGIN, reply)
-
-
-def _is_local(stream: Stream) -> bool:
-    """Whether the octets stay on this machine."""
-    if stream.peer.port is None:
-        return True
-    try:
-        return ipaddress.ip_address(stream.peer.host).is_loopback
-    except ValueError:
-        return False

@@ -18,10 +18,11 @@ from otel_smtp.gateway.ports import naming_settings, with_addresses_of, with_pre
 from otel_smtp.gateway.status_port import Process, StatusPort, age_seconds
 from otel_smtp.net import Sweep
 from otel_smtp.observing import ConnectionInfo, ConnectionRecord, Endpoint, Observer, StateCallback, fan_out
+from otel_smtp.server.exchanges import Authenticator, TokenVerifier
 from otel_smtp.server.listener import ListenerSpec, Server
 from otel_smtp.server.policy import ListenerPolicy
 from otel_smtp.server.tls import CertificateError, server_context
-from otel_smtp.server.users import Authenticator, TokenVerifier, UsersFileError, load_users
+from otel_smtp.server.users import UsersFileError, load_users
 from otel_smtp.smtp.states import TlsMode, Transition
 from otel_smtp.telemetry.environment import own_instance_id
 from otel_smtp.telemetry.records import SpanSink

@@ -25,8 +25,8 @@ from otel_smtp.forwarding.settings import (
     TracePolicy,
     UpstreamSettings,
 )
+from otel_smtp.server.exchanges import Authenticator
 from otel_smtp.server.policy import ListenerPolicy, Segments, ServerTimeouts
-from otel_smtp.server.users import Authenticator
 from otel_smtp.smtp.policy import ServerLimits, ServerPolicy
 from otel_smtp.smtp.sasl import MECHANISMS
 from otel_smtp.telemetry.keeping import Keep as KeepReason

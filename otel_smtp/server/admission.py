@@ -8,9 +8,9 @@ from typing import Final
 from otel_smtp.net.reasons import reason_of
 from otel_smtp.observing import Endpoint
 from otel_smtp.server.conversation import Conversation, Pause
+from otel_smtp.server.exchanges import Accepted, Challenge, Exchange
 from otel_smtp.server.policy import is_in, is_loopback
 from otel_smtp.server.proxy_protocol import ProxyHeader, ProxyHeaderParser, ProxyProtocolError
-from otel_smtp.server.users import Accepted, Challenge, Exchange
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.replies import Reply
 from otel_smtp.smtp.sequence import Phase

@@ -11,10 +11,10 @@ from typing import Any, Final
 from otel_smtp.forwarding.base import MailTransaction
 from otel_smtp.net import CLOCK_SLACK_SECONDS, Stream, owner_of_peer
 from otel_smtp.observing import ConnectionRecord, TransactionRecord, trace_fields
+from otel_smtp.server.exchanges import Exchange
 from otel_smtp.server.failure_rate import network_of
 from otel_smtp.server.places import Standing
 from otel_smtp.server.policy import House, ListenerPolicy
-from otel_smtp.server.users import Exchange
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Recipient
 from otel_smtp.smtp.handler import Asked

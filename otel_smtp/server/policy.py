@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from otel_smtp.forwarding.base import Forwarder
 from otel_smtp.observing import Endpoint, FanOut
-from otel_smtp.server.users import Authenticator
+from otel_smtp.server.exchanges import Authenticator
 from otel_smtp.smtp.extensions import Extensions
 from otel_smtp.smtp.policy import ServerPolicy
 from otel_smtp.smtp.replies import Reply

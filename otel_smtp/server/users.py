@@ -1,4 +1,4 @@
-"""Who may authenticate: the users file and the AUTH exchanges.
+"""Who may authenticate: the users file.
 
 The users file is UTF-8 text, a user a line, ``NAME:HASH``; blank lines and lines that begin with ``#`` are passed over.
 HASH is one of
@@ -28,7 +28,7 @@ import stat
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,18 +37,10 @@ from typing import Final, Protocol
 import argon2
 import scramp
 
-from otel_smtp.smtp.errors import LocalProtocolError
 from otel_smtp.smtp.sasl import (
-    LOGIN_CHALLENGES,
-    OAUTH_REFUSED,
-    BearerToken,
     Password,
     SaslError,
     decode_base64,
-    parse_login,
-    parse_oauthbearer,
-    parse_plain,
-    parse_xoauth2,
     prepare_name,
 )
 
@@ -67,19 +59,11 @@ HASHING_THREADS: Final = 2
 HASHING_NICENESS: Final = 10
 """Hashes at once: 19 MiB each with our own parameters, in a process that may be a sidecar of 128 MiB."""
 
-TOKEN_VERIFIER_SECONDS: Final = 10.0
-
 # OWASP's and RFC 9106's advice for machines without memory to spare: 19 MiB, two passes, one lane; some 25 ms.
 _HASHER: Final = argon2.PasswordHasher(time_cost=2, memory_cost=19 * 1024, parallelism=1)
 _SCRAM: Final = scramp.ScramMechanism("SCRAM-SHA-256")
 _PHC = re.compile(r"\$argon2id\$v=19\$m=[0-9]{1,8},t=[0-9]{1,4},p=[0-9]{1,3}\$[A-Za-z0-9+/]{11,}\$[A-Za-z0-9+/]{16,}")
 _SCRAM_LINE = re.compile(r"SCRAM-SHA-256\$([0-9]{4,7}):([^$:]+)\$([^$:]+):([^$:]+)")
-
-TokenVerifier = Callable[[str, str], Awaitable[str | None]]
-"""Given the name a client claims ("" for none) and its bearer token, the name the token proves, or None."""
-
-
-# The users file --------------------------------------------------------------------------------------------------
 
 
 class UsersFileError(Exception):
@@ -333,200 +317,3 @@ def _prepared(password: str) -> str:
 
 def _b64(octets: bytes) -> str:
     return base64.b64encode(octets).decode("ascii")
-
-
-# The exchanges ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Challenge:
-    """Ask the client for one more response (334)."""
-
-    data: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class Accepted:
-    """The client is who it says (235)."""
-
-    user: str
-
-
-@dataclass(frozen=True, slots=True)
-class Rejected:
-    """It is not, or its messages were malformed (535); the same answer for every reason."""
-
-
-Step = Challenge | Accepted | Rejected
-
-
-class Exchange(Protocol):
-    """One AUTH command, from its first response to its end.
-
-    Attributes:
-        mechanism: its name, one of `sasl.MECHANISMS`.
-    """
-
-    mechanism: str
-
-    async def step(self, response: bytes | None) -> Step:
-        """Take the client's next response, decoded.
-
-        Args:
-            response: None only at first, where AUTH came without an initial response.
-
-        Raises:
-            Exception: the check itself failed (no memory, a token verifier that raises or is late): nothing is known
-                of the credentials, so the client is to try again later (454).
-        """
-        ...
-
-
-class Authenticator:
-    """Begins exchanges with those who know the users.
-
-    Args:
-        users: for PLAIN, LOGIN and SCRAM-SHA-256; None: these are not offered.
-        token_verifier: for XOAUTH2 and OAUTHBEARER; None: these are not offered.
-    """
-
-    def __init__(self, users: Users | None = None, *, token_verifier: TokenVerifier | None = None) -> None:
-        self._users = users
-        self._token_verifier = token_verifier
-
-    @property
-    def mechanisms(self) -> tuple[str, ...]:
-        """What to announce, in order."""
-        by_password = () if self._users is None else self._users.mechanisms
-        by_token = () if self._token_verifier is None else ("OAUTHBEARER", "XOAUTH2")
-        return by_password + by_token
-
-    def replace_users(self, users: Users) -> None:
-        """Use other users from the next exchange on: the file was read again."""
-        self._users = users
-
-    def begin(self, mechanism: str) -> Exchange:
-        """A new exchange.
-
-        Raises:
-            LocalProtocolError: the mechanism is none of `mechanisms`.
-        """
-        users, verifier = self._users, self._token_verifier
-        if users is not None:
-            match mechanism:
-                case "PLAIN":
-                    return _PlainExchange(users)
-                case "LOGIN":
-                    return _LoginExchange(users)
-                case "SCRAM-SHA-256":
-                    return _ScramExchange(users)
-        if verifier is not None:
-            match mechanism:
-                case "XOAUTH2":
-                    return _TokenExchange(mechanism, parse_xoauth2, verifier)
-                case "OAUTHBEARER":
-                    return _TokenExchange(mechanism, parse_oauthbearer, verifier)
-        raise LocalProtocolError(f"AUTH {mechanism!r} was not offered")
-
-
-async def _check(users: Users, credentials: Password) -> Step:
-    return Accepted(credentials.name) if await users.has(credentials) else Rejected()
-
-
-class _PlainExchange:
-    __slots__ = ("_users",)
-    mechanism = "PLAIN"
-
-    def __init__(self, users: Users) -> None:
-        self._users = users
-
-    async def step(self, response: bytes | None) -> Step:
-        if response is None:
-            return Challenge(b"")
-        try:
-            credentials = parse_plain(response)
-        except SaslError:
-            return Rejected()
-        return await _check(self._users, credentials)
-
-
-class _LoginExchange:
-    __slots__ = ("_answers", "_users")
-    mechanism = "LOGIN"
-
-    def __init__(self, users: Users) -> None:
-        self._users = users
-        self._answers: list[bytes] = []
-
-    async def step(self, response: bytes | None) -> Step:
-        if response is not None:
-            self._answers.append(response)
-        if len(self._answers) < len(LOGIN_CHALLENGES):
-            return Challenge(LOGIN_CHALLENGES[len(self._answers)])
-        try:
-            credentials = parse_login(*self._answers)
-        except SaslError:
-            return Rejected()
-        return await _check(self._users, credentials)
-
-
-class _ScramExchange:
-    """RFC 5802. Our proof of knowing the keys goes in a last challenge, which the client answers with nothing."""
-
-    __slots__ = ("_is_proven", "_name", "_server", "_users")
-    mechanism = "SCRAM-SHA-256"
-
-    def __init__(self, users: Users) -> None:
-        self._users = users
-        self._name = ""
-        self._is_proven = False
-        self._server = _SCRAM.make_server(self._keys)
-
-    async def step(self, response: bytes | None) -> Step:
-        if response is None:
-            return Challenge(b"")
-        if self._is_proven:
-            return Rejected() if response else Accepted(self._name)
-        try:
-            message = response.decode("utf-8")
-            if not self._name:
-                self._server.set_client_first(message)
-                return Challenge(self._server.get_server_first().encode())
-            self._server.set_client_final(message)
-            server_final = self._server.get_server_final().encode()
-        except (scramp.ScramException, ValueError):
-            return Rejected()
-        # Nobody knows a password that fits a stranger's keys; still, only a user may come in.
-        self._is_proven = self._users.knows(self._name)
-        return Challenge(server_final) if self._is_proven else Rejected()
-
-    def _keys(self, name: str) -> tuple[bytes, bytes, bytes, int]:
-        self._name = prepare_name(name)
-        keys = self._users.scram_keys(self._name)
-        return keys.salt, keys.stored_key, keys.server_key, keys.iterations
-
-
-class _TokenExchange:
-    __slots__ = ("_is_refused", "_parse", "_verifier", "mechanism")
-
-    def __init__(self, mechanism: str, parse: Callable[[bytes], BearerToken], verifier: TokenVerifier) -> None:
-        self.mechanism = mechanism
-        self._parse = parse
-        self._verifier = verifier
-        self._is_refused = False
-
-    async def step(self, response: bytes | None) -> Step:
-        if self._is_refused:
-            return Rejected()
-        if response is None:
-            return Challenge(b"")
-        try:
-            token = self._parse(response)
-        except SaslError:
-            return Rejected()
-        async with asyncio.timeout(TOKEN_VERIFIER_SECONDS):
-            user = await self._verifier(token.name, token.token)
-        if user is not None:
-            return Accepted(user)
-        self._is_refused = True
-        return Challenge(OAUTH_REFUSED)

@@ -217,7 +217,7 @@ async def serving(
         server.accept(policy, client.attach(Stream()))
 
     # The one thing that is replaced: how an upstream is connected to.
-    with mock.patch("otel_smtp.forwarding.connection.connect", _connect):
+    with mock.patch("otel_smtp.forwarding.opening.connect", _connect):
         if queue is not None:
             await queue.start()
         yield accept

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import otel_smtp
-from otel_smtp.forwarding import connection
+from otel_smtp.forwarding import opening
 from otel_smtp.forwarding.content import Content
 from otel_smtp.forwarding.delivery import Delivery
 from otel_smtp.forwarding.settings import PoolLimits, Strategy, UpstreamSettings
@@ -86,7 +86,7 @@ def relaying_in_memory(strategy: Strategy, monkeypatch: pytest.MonkeyPatch) -> U
         stream.answer(b"220 up\r\n")
         return stream
 
-    monkeypatch.setattr(connection, "_connect", connect)
+    monkeypatch.setattr(opening, "_connect", connect)
     settings = UpstreamSettings("up", "192.0.2.1", limits=PoolLimits(messages=10_000))
     return UpstreamForwarder([settings], strategy=strategy, hostname="gw.example", observer=Observer(), sweep=Sweep())
 

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from otel_smtp.forwarding import connection
+from otel_smtp.forwarding import opening
 from otel_smtp.forwarding.settings import UpstreamSettings
 from otel_smtp.observing import Outcome
 from otel_smtp.smtp import replies
@@ -60,7 +60,7 @@ async def test_a_connection_lost_in_large_content(
         stream.feed(b"220 up\r\n")
         return stream
 
-    monkeypatch.setattr(connection, "_connect", connect)
+    monkeypatch.setattr(opening, "_connect", connect)
     async with relaying(UpstreamSettings("up", "192.0.2.1"), memory_limit_octets=memory_limit) as forwarder:
         transaction = Awaited.begin(forwarder, MAIL, seen := RecordedTransaction())
         await transaction.recipients([BOB])

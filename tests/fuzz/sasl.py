@@ -14,7 +14,8 @@ from typing import Final, TypeVar
 
 from otel_smtp.forwarding.authentication import ExchangeFailed, choose
 from otel_smtp.forwarding.settings import Credentials
-from otel_smtp.server.users import Accepted, Authenticator, Challenge, ScramKeys, Users
+from otel_smtp.server.exchanges import Accepted, Authenticator, Challenge
+from otel_smtp.server.users import ScramKeys, Users
 from otel_smtp.smtp import sasl
 from otel_smtp.smtp.sasl import BearerToken, Password, SaslError
 from tests.support.bearer import oauthbearer

@@ -13,9 +13,10 @@ import pytest
 
 from otel_smtp.forwarding.base import DeliveryFailed
 from otel_smtp.observing import Endpoint, Fate, Outcome
+from otel_smtp.server.exchanges import Authenticator
 from otel_smtp.server.listener import GUESS_SECONDS
 from otel_smtp.server.policy import ListenerPolicy, Segments, ServerTimeouts, is_in
-from otel_smtp.server.users import Argon2Hash, Authenticator, Users
+from otel_smtp.server.users import Argon2Hash, Users
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.extensions import Extensions
 from otel_smtp.smtp.policy import ServerLimits, ServerPolicy

@@ -11,8 +11,9 @@ import pytest
 import trustme
 
 from otel_smtp.forwarding.authentication import MAX_ITERATIONS, ExchangeFailed, choose
-from otel_smtp.forwarding.connection import UpstreamConnection, introduce, open_connection
+from otel_smtp.forwarding.connection import UpstreamConnection
 from otel_smtp.forwarding.faults import ConnectFailed, quoting
+from otel_smtp.forwarding.opening import introduce, open_connection
 from otel_smtp.forwarding.settings import Credentials, Timeouts, UpstreamSettings
 from otel_smtp.forwarding.tls import UpstreamTlsContext
 from otel_smtp.observing import DeliveryPhase, Endpoint
