@@ -300,7 +300,7 @@ def clocks(module: str, tree: ast.AST) -> Iterator[Finding]:
 
 
 # Documented, and public in spite of their names.
-PUBLIC_ALL_THE_SAME: Final = frozenset({"_asdict", "_exit", "_replace"})
+PUBLIC_ALL_THE_SAME: Final = frozenset({"_asdict", "_exit", "_fields", "_replace"})
 
 
 def is_private(name: str) -> bool:

@@ -213,10 +213,13 @@ def unsupported(mail: Mail, offer: Extensions) -> Reply | None:
     """
     if not mail.reverse_path.isascii() and not (mail.smtputf8 and "SMTPUTF8" in offer.keywords):
         return replies.NEEDS_SMTPUTF8  # RFC 6531 3.5: 553 (or 550) 5.6.7
-    if mail[1:] == WITHOUT_PARAMETERS:
+    if mail.size is None and mail[2:] == BEYOND_SIZE:
         return None
-    for row in EXTENSIONS:
-        if row.keyword not in offer.keywords and not row.is_taken_unoffered and _uses(mail, row):
+    for row, place, value in _USES:
+        given = mail[place]
+        if given is None or given is False or row.keyword in offer.keywords or row.is_taken_unoffered:
+            continue
+        if value is None or given is value:
             return replies.UNKNOWN_PARAMETER
     return None
 
@@ -225,8 +228,8 @@ def unsupported_recipient(recipient: Recipient, mail: Mail, offer: Extensions) -
     """The refusal of a RCPT that uses what `offer`, or its own MAIL, does not hold; None if all is offered."""
     if not mail.smtputf8 and not (recipient.address.isascii() and (recipient.orcpt or "").isascii()):
         return replies.NEEDS_SMTPUTF8
-    for row, parameter in OF_RECIPIENT:
-        if getattr(recipient, parameter.field) is not None and row.keyword not in offer.keywords:
+    for row, _, place in OF_RECIPIENT:
+        if recipient[place] is not None and row.keyword not in offer.keywords:
             return replies.UNKNOWN_PARAMETER
     return None
 
@@ -242,30 +245,23 @@ def missing_extension(mail: Mail, upstream: Extensions, *, is_tls: bool) -> Repl
     """
     if not mail.reverse_path.isascii() and "SMTPUTF8" not in upstream.keywords:
         return replies.UPSTREAM_LACKS_SMTPUTF8
-    if mail[1:] == WITHOUT_PARAMETERS:
-        return None
     if not mail.reverse_path:
         # "When the MAIL FROM return-path is empty, the REQUIRETLS parameter SHOULD NOT cause a bounce message to be
         # discarded" (RFC 8689 5): it is asked for where it is offered.
         mail = mail._replace(require_tls=False)
-    lacking = [
-        row
-        for row in _NEEDED
-        if _uses(mail, row) and not (row.keyword in upstream.keywords and (is_tls or not row.needs_tls))
-    ]
-    firm = next((row for row in lacking if not row.is_taken_unoffered), None)
-    if firm is not None:
-        return firm.lacking
+    passing: Reply | None = None
+    for row, place, value in _USES if mail[2:] != BEYOND_SIZE else ():
+        given = mail[place]
+        if given is None or given is False or row.lacking is None or (value is not None and given is not value):
+            continue
+        if row.keyword in upstream.keywords and (is_tls or not row.needs_tls):
+            continue
+        if not row.is_taken_unoffered:
+            return row.lacking
+        passing = row.lacking
     if mail.size is not None and upstream.size and mail.size > upstream.size:
         return replies.MESSAGE_TOO_BIG
-    return lacking[0].lacking if lacking else None
-
-
-def _uses(mail: Mail, row: Extension) -> bool:
-    if row.body is not None:
-        return mail.body is row.body
-    values = (getattr(mail, parameter.field) for parameter in row.mail)
-    return any(value is not None and value is not False for value in values)
+    return passing
 
 
 def mail_with(reverse_path: str, parameters: str) -> Mail:
@@ -493,21 +489,28 @@ EXTENSIONS: Final = (
 NONE: Final = Extensions()
 """What a server offers that knows only HELO."""
 
-OF_MAIL: Final = tuple((row, parameter) for row in EXTENSIONS for parameter in row.mail)
-"""Every parameter of MAIL, with its extension."""
+OF_MAIL: Final = tuple((row, one, Mail._fields.index(one.field)) for row in EXTENSIONS for one in row.mail)
+"""Every parameter of MAIL, with its extension and the place of its field in a `Mail`."""
 
-OF_RECIPIENT: Final = tuple((row, parameter) for row in EXTENSIONS for parameter in row.recipient)
-"""Every parameter of RCPT, with its extension."""
+OF_RECIPIENT: Final = tuple(
+    (row, one, Recipient._fields.index(one.field)) for row in EXTENSIONS for one in row.recipient
+)
+"""Every parameter of RCPT, likewise."""
 
-WITHOUT_PARAMETERS: Final = Mail("")[1:]
-"""What follows the reverse-path in a `Mail` that uses no extension: most do not."""
+BEYOND_SIZE: Final = Mail("")[2:]
+"""What follows the reverse-path and the size in most `Mail`s: nothing was asked for."""
 
 CAN_BE_DISABLED: Final = tuple(row.keyword for row in EXTENSIONS if row.can_be_disabled)
 """Extensions of an upstream that the gateway can do without."""
 
-_NEEDED: Final = tuple(row for row in EXTENSIONS if row.lacking is not None)
-_MAIL_PARAMETERS: Final = {parameter.keyword: parameter for _, parameter in OF_MAIL}
-_RCPT_PARAMETERS: Final = {parameter.keyword: parameter for _, parameter in OF_RECIPIENT}
+# Each extension with the place in a `Mail` of the field that uses it, and the value by which it does; None: by any.
+_USES: Final[Sequence[tuple[Extension, int, Body | None]]] = tuple(
+    (row, Mail._fields.index(name), row.body)
+    for row in EXTENSIONS
+    for name in (["body"] if row.body is not None else [parameter.field for parameter in row.mail])
+)
+_MAIL_PARAMETERS: Final = {parameter.keyword: parameter for _, parameter, _ in OF_MAIL}
+_RCPT_PARAMETERS: Final = {parameter.keyword: parameter for _, parameter, _ in OF_RECIPIENT}
 
 
 def _read(parameters: str, known: Mapping[str, Parameter]) -> dict[str, Any]:

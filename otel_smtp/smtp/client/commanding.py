@@ -14,7 +14,7 @@ from otel_smtp.smtp.client.answers import (
 )
 from otel_smtp.smtp.envelope import Mail, Recipient
 from otel_smtp.smtp.errors import LocalProtocolError, RemoteProtocolError
-from otel_smtp.smtp.extensions import NONE, OF_MAIL, OF_RECIPIENT, WITHOUT_PARAMETERS, Extension, Parameter
+from otel_smtp.smtp.extensions import BEYOND_SIZE, NONE, OF_MAIL, OF_RECIPIENT, Extension, Parameter
 
 # RFC 2920 3.1: "can only appear as the last command in a group, since their success or failure produces a change of
 # state which the client SMTP must accommodate". The last chunk ends a group since nothing may follow it unanswered.
@@ -31,7 +31,7 @@ _QUOTED: Final = rf'"[^"\\{_CONTROL}]*(?:\\[ -~][^"\\{_CONTROL}]*)*"'
 _BARE: Final = rf'[^\s<>"{_CONTROL}]'
 _PATH: Final = re.compile(rf"{_QUOTED}(?:@{_BARE}+)?|{_BARE}*")
 _VALUE: Final = re.compile(r"[^\s\x00-\x20\x7f]+")
-_OF_MAIL: Final = tuple((row, one) for row, one in OF_MAIL if one.field != "size")  # it is told of the content
+_OF_MAIL: Final = tuple(of for of in OF_MAIL if of[1].field != "size")  # it is told of the content
 
 
 is_safe_path: Final = _PATH.fullmatch
@@ -213,7 +213,7 @@ class Commanding:
             size = mail.size
         if size is not None and "SIZE" in self.extensions.keywords:
             line += f" SIZE={size:d}"
-        if mail[1:] != WITHOUT_PARAMETERS:
+        if mail[2:] != BEYOND_SIZE:
             line += self._parameters(mail, _OF_MAIL)
         self._command(Awaited.MAIL, line)
 
@@ -322,16 +322,18 @@ class Commanding:
             raise self._break("a reply that nobody had asked for")
         self.queued.append((verb, f"{line}\r\n".encode() + content))
 
-    def _parameters(self, given: Mail | Recipient, known: Sequence[tuple[Extension, Parameter]]) -> str:
+    def _parameters(self, given: Mail | Recipient, known: Sequence[tuple[Extension, Parameter, int]]) -> str:
         """Those of the parameters that the upstream offers, each behind a space."""
         offered = self.extensions.keywords
         line = ""
-        for row, parameter in known:
-            value = getattr(given, parameter.field)
+        for row, parameter, place in known:
+            value = given[place]
             if value is None or value is False or row.keyword not in offered:
                 continue
             text = parameter.keyword if value is True else f"{parameter.keyword}={parameter.write(value)}"
-            line += f" {self._value(text)}"
+            if _VALUE.fullmatch(text) is None:
+                raise LocalProtocolError("unsafe argument in a command")
+            line += f" {text}"
         return line
 
     @staticmethod
