@@ -39,6 +39,7 @@ HEADLINE_RELAYS: Final = (
     peers.AIOSMTPD_TRACED,
     peers.NODEMAILER,
     peers.HARAKA,
+    peers.GO_SMTP,
     peers.POSTFIX_PROXY,
 )
 # Beside each other in everything else.
@@ -49,6 +50,7 @@ COMPARED: Final = (
     peers.AIOSMTPD,
     peers.NODEMAILER,
     peers.HARAKA,
+    peers.GO_SMTP,
     peers.POSTFIX_PROXY,
 )
 DURABLE_RELAYS: Final = (gateway.QUEUE, gateway.QUEUE_POSTGRESQL, peers.POSTFIX_QUEUE)

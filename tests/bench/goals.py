@@ -49,7 +49,7 @@ def scaled(figure: Figure | None, divisor: float) -> Figure | None:
 
 
 def in_go(results: Results) -> list[str]:
-    """The relays in Go, which are there where the command line names them."""
+    """The relays in Go: from go-smtp's parts, and what the command line names."""
     return [name for name, language in results.languages.items() if language == "Go"]
 
 
@@ -59,7 +59,7 @@ def goals(results: Results) -> Iterator[Goal]:
     def ratio(cell: Cell, above: str, below: str, quantity: Callable[[Run], float]) -> Figure | None:
         return results.ratio(cell, above, below, quantity)
 
-    go = in_go(results) or ["smtprelay (Go)"]
+    go = in_go(results) or [peers.GO_SMTP.name]
     compared: Sequence[tuple[str, float, float]] = (
         (_AIOSMTPD, 0.27, 4),
         (peers.NODEMAILER.name, 0.6, 1.8),
@@ -152,16 +152,20 @@ def _of_the_lab(results: Results) -> Iterator[Goal]:
 def outrun(results: Results) -> dict[str, bool]:
     """By language, whether the traced gateway relays more per second than each untraced relay in it, by the median.
 
-    Our own relays and those that trace are left out.
+    Our own relays and those that trace are left out; so is a language of which a relay failed before its last round.
     """
     found: dict[str, bool] = {}
+    rounds = len(results.runs(HEADLINE, TRACED))
+    incomplete = set()
     for name, language in results.languages.items():
         if name in results.gateways or name == peers.AIOSMTPD_TRACED.name or not language:
             continue
         ratio = results.ratio(HEADLINE, TRACED, name, rate)
         if ratio is not None:
             found[language] = found.get(language, True) and ratio.median > 1
-    return found
+            if len(ratio.rounds) < rounds:
+                incomplete.add(language)
+    return {language: is_ahead for language, is_ahead in found.items() if language not in incomplete}
 
 
 def markdown(found: list[Goal]) -> str:

@@ -1,11 +1,13 @@
-"""Other relays: the null relay, Python's and Node's usual parts put together, Haraka, Postfix, any by command line."""
+"""Other relays: the null relay, Python's, Node's and Go's usual parts put together, Haraka, Postfix, any by command."""
 
+import hashlib
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -15,7 +17,8 @@ from tests.bench.targets.gateway import collector
 from tests.support.ports import unclaimed_port
 
 _HERE: Final = Path(__file__).parent
-_NPM_SECONDS: Final = 240
+_INSTALL_SECONDS: Final = 240
+_GO_SMTP: Final = "github.com/emersion/go-smtp@v0.25.1"
 
 
 def _aiosmtpd(place: Place, *, traced: bool) -> Running:
@@ -40,15 +43,7 @@ def _npm(place: Place, *packages: str) -> Path:
             raise UnavailableError("not installed: npm")
         home.mkdir(parents=True, exist_ok=True)
         (home / "package.json").write_text("{}", encoding="ascii")
-        try:
-            done = subprocess.run(
-                ["npm", "install", "--no-audit", "--no-fund", *packages],
-                cwd=home, capture_output=True, text=True, timeout=_NPM_SECONDS, check=False,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired as late:
-            raise UnavailableError(f"npm install {' '.join(packages)}: not done in {_NPM_SECONDS} s") from late
-        if done.returncode:
-            raise UnavailableError(f"npm install {' '.join(packages)}: {done.stderr.strip().splitlines()[-1]}")
+        _installed(["npm", "install", "--no-audit", "--no-fund", *packages], home)
     return home
 
 
@@ -61,6 +56,41 @@ def _nodemailer(place: Place) -> Running:
         log=place.directory / "log",
     )
     return Running(child, port)
+
+
+def _go_smtp(place: Place) -> Running:
+    source = (_HERE / "go_smtp_relay.go").read_bytes()
+    home = place.cache / f"go-smtp-{hashlib.sha256(source).hexdigest()[:12]}"
+    if not (home / "relay").exists():
+        if shutil.which("go") is None:
+            raise UnavailableError("not installed: go")
+        home.mkdir(parents=True, exist_ok=True)
+        (home / "main.go").write_bytes(source)
+        (home / "go.mod").unlink(missing_ok=True)
+        for command in (("mod", "init", "relay"), ("get", _GO_SMTP), ("build", "-o", "relay", ".")):
+            _installed(["go", *command], home)
+    port = unclaimed_port()
+    child = Child(
+        [home / "relay", f"127.0.0.1:{port}", f"127.0.0.1:{place.upstream_port}"], log=place.directory / "log"
+    )
+    return Running(child, port)
+
+
+def _installed(command: Sequence[str], home: Path) -> None:
+    """Run a package manager in `home`.
+
+    Raises:
+        UnavailableError: it fails, or is not done in time.
+    """
+    try:
+        done = subprocess.run(
+            command, cwd=home, capture_output=True, text=True, timeout=_INSTALL_SECONDS, check=False
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as late:
+        raise UnavailableError(f"{' '.join(command)}: not done in {_INSTALL_SECONDS} s") from late
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no reason"])[-1]
+        raise UnavailableError(f"{' '.join(command)}: {last}")
 
 
 # A file of one's own stands for the whole of its defaults: what is missing here is undefined there, and throws.
@@ -231,6 +261,7 @@ AIOSMTPD_TRACED = Target(
     exports_spans=True,
 )
 NODEMAILER = Target("nodemailer", _nodemailer, language="JavaScript")
+GO_SMTP = Target("go-smtp", _go_smtp, language="Go")
 HARAKA = Target("Haraka smtp_forward", _haraka, language="JavaScript")
 POSTFIX_QUEUE = Target(
     "Postfix queue",
