@@ -121,14 +121,17 @@ ROOMS: Final = {
     # Two stores that know nothing of each other, and nobody else knows which one there is.
     "otel_smtp.spool.embedded": Room((*_ADAPTER, *SPOOL_TYPES), stands_apart=True),
     "otel_smtp.spool.postgresql": Room((*_ADAPTER, *SPOOL_TYPES), frozenset({"asyncpg"}), stands_apart=True),
+    # What of a peer's words may be shown is one decision for the gateway and for what applications install.
     "otel_smtp.telemetry": Room(
-        ("otel_smtp.observing", *SMTP_TYPES), frozenset({"opentelemetry", "prometheus_client", "structlog", "google"})
+        ("otel_smtp.observing", "otel_smtp.client.reply_words", *SMTP_TYPES),
+        frozenset({"opentelemetry", "prometheus_client", "structlog", "google"}),
     ),
     # The way to a collector: its libraries are imported by the thread that exports.
     "otel_smtp.telemetry.collector": Room((), frozenset({"grpc", "httpx", "google", "opentelemetry"})),
     # What applications import: nothing of the gateway, and of OpenTelemetry the API and the base class of
     # instrumentors. A module that replaces methods imports the library whose they are.
     "otel_smtp.client": Room((), frozenset({"opentelemetry"}), is_relocatable=True),
+    "otel_smtp.client.reply_words": Room((), standard=PURE_LIBRARY | {"contextlib"}, stands_apart=True),
     "otel_smtp.client.instrumentor": Room(
         (), frozenset({"opentelemetry", "wrapt"}), reads_environment=True, is_relocatable=True
     ),

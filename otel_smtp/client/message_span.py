@@ -16,13 +16,12 @@ from opentelemetry.context import Context
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer
 
 from . import names
+from .reply_words import HIDDEN, Shown, shown_words
 from .trace_headers import header_block, trace_headers
 
 _ENHANCED: Final = re.compile(r"[245]\.\d{1,3}\.\d{1,3}(?= |$)")
 _TRACE_IN_REPLY: Final = re.compile(r"\btrace=([0-9a-f]{32})\b")
 _DOMAIN: Final = re.compile(r"@([\w.\[\]:-]*)[^@]*$")
-# A mailbox inside a server's words, wider than RFC 5321's grammar: what is taken for one by mistake costs one word.
-_MAILBOX: Final = re.compile(r'(?:"[^"]{0,256}"|[^\s<>",;:@]{1,256})@([\w.\[\]:-]{0,256})')
 
 
 class AddressDetail(StrEnum):
@@ -31,6 +30,12 @@ class AddressDetail(StrEnum):
     NONE = "none"
     DOMAIN = "domain"  # what is behind the @
     FULL = "full"
+
+
+_SHOWN: Final = {
+    AddressDetail.NONE: Shown(mailbox=lambda _: HIDDEN, ip=str, has_domains=False),
+    AddressDetail.DOMAIN: Shown(mailbox=lambda mailbox: f"...@{_domain_of(mailbox)}", ip=str, has_domains=True),
+}
 
 
 class ServerReply(NamedTuple):
@@ -271,14 +276,13 @@ def _domain_of(address: str) -> str:
 
 
 def _shown(text: str, addresses: AddressDetail) -> str:
-    """A server's or library's words without mailboxes: servers like to repeat the address that they refuse.
+    """A server's or library's words: but for `full`, what of them is recognised as harmless, see `reply_words`.
 
-    Cut before it is searched, so that the search is bounded, and at double the limit, so that no half of an address
-    is left where it was cut.
+    Cut before they are read, so that the reading is bounded, and at double the limit, so that no half of an address is
+    left where it was cut.
     """
-    if "@" in text and addresses is not AddressDetail.FULL:
-        shown = r"...@\1" if addresses is AddressDetail.DOMAIN else "..."
-        text = _MAILBOX.sub(shown, text[: 2 * names.MAX_VALUE_CHARACTERS])
+    if addresses is not AddressDetail.FULL:
+        text = shown_words(text[: 2 * names.MAX_VALUE_CHARACTERS], _SHOWN[addresses])
     return _clean(text)
 
 

@@ -174,7 +174,7 @@ LEDGER: Final = (
         "characters of an attribute",
         ("otel_smtp.telemetry.attributes.MAX_VALUE_CHARACTERS",),
         "cut",
-        "tests/telemetry/test_reply_words.py::test_any_text_is_shown_within_the_bound",
+        "tests/client/test_reply_words.py::test_any_text_is_shown_within_the_bound",
     ),
     Bound(
         _CLIENT,

@@ -16,11 +16,11 @@ from enum import StrEnum
 from functools import lru_cache, partial
 from typing import Final
 
+from otel_smtp.client.reply_words import HIDDEN, Shown, shown_words
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.characters import INVISIBLE
 from otel_smtp.smtp.envelope import Recipient
 from otel_smtp.telemetry.attributes import MAX_DOMAINS, MAX_VALUE_CHARACTERS, USER_HASH, USER_NAME
-from otel_smtp.telemetry.reply_words import HIDDEN, Shown, shown_words
 
 
 class Addresses(StrEnum):

@@ -392,6 +392,27 @@ def test_mailboxes_are_shown_as_far_as_is_wanted(
 
 
 @pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("552 5.2.2 bob%40there.example is full", "... is full"),
+        ('554 5.7.1 Message "Your bill of May" looks like spam', 'Message "..." looks like spam'),
+        ("550 5.1.1 User bob unknown", "User ... unknown"),
+        ("451 4.3.2 See https://provider.example/help?mail=bob", "See https://provider.example/help?..."),
+        ("421 4.7.0 192.0.2.7 sends too much, id 4XyZ12", "192.0.2.7 sends too much, id 4XyZ12"),
+    ],
+)
+def test_of_a_servers_words_only_what_names_nobody_is_shown(
+    said: str, shown: str, server: CapturingUpstream, spans: Spans, instrument: Instrument
+) -> None:
+    instrument()
+    server.say(UpstreamScript(recipients={BOB: scripted_reply(said)}))
+    with smtplib.SMTP("127.0.0.1", server.port) as client, contextlib.suppress(smtplib.SMTPException):
+        client.sendmail(SENDER, [BOB], MESSAGE)
+    (event,) = spans.only.events
+    assert (event.attributes or {})["smtp.reply.text"] == shown
+
+
+@pytest.mark.parametrize(
     ("address", "domain"),
     [
         ("bob@There.Example", "there.example"),
