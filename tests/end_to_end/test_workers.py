@@ -89,7 +89,9 @@ def test_workers_keep_a_rate_together(upstream: CapturingUpstream, start: StartG
 def test_every_worker_exports_its_own_traces(
     protocol: str, upstream: CapturingUpstream, receiver: OtlpReceiver, start: StartGateway
 ) -> None:
-    running = start({"upstream.url": upstream.url, "workers": 2}, exporting(receiver, protocol))
+    named = {**exporting(receiver, protocol), "OTEL_RESOURCE_ATTRIBUTES": "service.instance.id=gateway-7"}
+    running = start({"upstream.url": upstream.url, "workers": 2}, named)
+    workers = {str(pid) for pid in running.children}
     for _ in range(20):
         send(running.port)
     assert running.stop() == 0
@@ -97,6 +99,14 @@ def test_every_worker_exports_its_own_traces(
     # Ids are random; processes that were forked must not draw the same.
     assert len({span.span_id for span in spans}) == len(spans) == 60
     assert len({span.trace_id for span in spans}) == 20
+    # Each exports metrics, whether it has relayed any mail or not: two processes of one id would be one to a backend,
+    # and its counters would jump to and fro.
+    exported = {(one.resource["service.instance.id"], str(one.resource["process.pid"])) for one in receiver.metrics}
+    assert {pid for _, pid in exported} == workers
+    assert {instance for instance, _ in exported} == {"gateway-7-0", "gateway-7-1"}
+    assert len(exported) == 2
+    by_process = {str(span.resource["process.pid"]): span.resource["service.instance.id"] for span in spans}
+    assert {(instance, pid) for pid, instance in by_process.items()} <= exported
 
 
 @pytest.mark.parametrize("workers", [1, 2])
