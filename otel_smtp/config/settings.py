@@ -359,6 +359,15 @@ class UpstreamTable(Table, frozen=True, kw_only=True):
         tuple[str, ...],
         Key('extensions that are never used though it offers them, as `["CHUNKING"]`', Many(Choice(CAN_BE_DISABLED))),
     ] = ()
+    reencode_8bit: Annotated[
+        bool,
+        Key(
+            "re-encode 8-bit parts (quoted-printable, base64) where it lacks 8BITMIME, in place of a refusal; "
+            "this breaks DKIM signatures",
+            Boolean(),
+            "RFC 6152 3",
+        ),
+    ] = False
     limits: Annotated[
         tuple[str, ...],
         Key(

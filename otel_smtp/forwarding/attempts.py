@@ -372,14 +372,26 @@ class Attempts(ABC):
         attempt.tls = connection.stream.tls
         refusal = missing_extension(self._mail, connection.protocol.extensions, is_tls=attempt.tls is not None)
         # What was declared 8-bit may be 7-bit; where nobody else is left, the content tells.
-        if refusal is not None and (refusal is not replies.NEEDS_8BITMIME or self.route):
-            fault = Unsuitable("the upstream lacks an extension that the mail needs", refusal)
-            self._faults.append(fault)
-            attempt.failure = str(fault)
-            self._end(Outcome.DEFERRED if refusal.is_transient else Outcome.REFUSED, None, refusal.error_type)
-            self._next_attempt()
-            return
-        self._work(self)
+        if refusal is not None and (
+            refusal is not replies.NEEDS_8BITMIME or (self.route and not self._smarthost.settings.reencode_8bit)
+        ):
+            self._pass_by(refusal)
+        elif self._mail.smtputf8 and not connection.protocol.extensions.smtputf8 and not self._has_ascii_recipients():
+            self._pass_by(replies.UPSTREAM_LACKS_SMTPUTF8)
+        else:
+            self._work(self)
+
+    def _pass_by(self, refusal: Reply) -> None:
+        """The upstream at hand lacks what the mail needs: another one may have it, now or when it is well again."""
+        fault = Unsuitable("the upstream lacks what the mail needs", refusal)
+        self._faults.append(fault)
+        self._attempt.failure = str(fault)
+        self._end(Outcome.DEFERRED if refusal.is_transient else Outcome.REFUSED, None, refusal.error_type)
+        self._next_attempt()
+
+    @abstractmethod
+    def _has_ascii_recipients(self) -> bool:
+        """Whether those that are put to an upstream at first need no SMTPUTF8."""
 
     def _nobody_left(self) -> Reply:
         """The reply to the client: rather that it may try again than that it may not."""

@@ -138,6 +138,10 @@ class Relay(Forwarder, Protocol):
         """The name of whatever serves a recipient, or why nobody does. Recipients of one name travel together."""
         ...
 
+    def keeps_8bit(self) -> bool:
+        """Whether 8-bit content leaves as it is: not as something else, and not refused."""
+        ...
+
     def concurrency(self, destination: str) -> int:
         """How many deliveries to `destination` may be under way now: none while all of it is in backoff."""
         ...

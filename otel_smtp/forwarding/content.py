@@ -7,14 +7,18 @@ small message knows nothing of that.
 
 import asyncio
 import errno
+import logging
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import IO, Final, TypeVar, TypeVarTuple, Unpack
+from typing import IO, Final, NamedTuple, TypeVar, TypeVarTuple, Unpack
 
+from otel_smtp.forwarding.reencoding import CannotReencode, Reencoder, Survey
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.replies import Reply
+
+logger: Final = logging.getLogger("otel_smtp.forwarding.content")
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -35,6 +39,7 @@ class Content:
         pieces: the body, while it is in memory; None: it is in the file, see `read`.
         body_octets: of all that follows the header block, the empty line included.
         failure: the reply to the client if the message could not be held; from then on it is taken, and dropped.
+        original: what this is the re-encoded form of; None: it is as the client sent it.
     """
 
     __slots__ = (
@@ -47,11 +52,13 @@ class Content:
         "_is_closed",
         "_is_writing",
         "_memory_limit",
+        "_reencoded",
         "_resume",
         "_threads",
         "body_octets",
         "failure",
         "header",
+        "original",
         "pieces",
     )
 
@@ -71,6 +78,8 @@ class Content:
         self._threads = 0  # that use the file
         self._is_closed = False
         self._has_8bit_in_file = False
+        self.original: Content | None = None
+        self._reencoded: Content | Reply | None = None
 
     # Collecting -------------------------------------------------------------------------------------------
 
@@ -104,6 +113,9 @@ class Content:
         self._is_closed = True
         self._completed = None
         self._held.clear()
+        if isinstance(self._reencoded, Content):
+            self._reencoded.close()
+        self._reencoded = self.original = None
         # Were it closed while a thread uses it, the thread might write into whatever gets the file's number next.
         if self._file is not None and not self._threads:
             self._file.close()
@@ -129,6 +141,43 @@ class Content:
         self, answered: Callable[[bytes | None], None], piece: bytes | None, error: BaseException | None
     ) -> None:
         answered(piece or None)  # an end before the end is no better than an error
+
+    def reencode(self, answered: "Callable[[Content | Reply], None]") -> None:
+        """Make 7-bit what is 8-bit: see `reencoding`. All of it has come.
+
+        Args:
+            answered: takes another content, which lives as long as this one; or why there is none. Perhaps at once: the
+                work is done once, in a thread.
+        """
+        if self._reencoded is not None:
+            answered(self._reencoded)
+            return
+        file = self._file if self.pieces is None else None
+        pieces = tuple(self._held)
+        ended = partial(self._reencoding_ended, answered)
+        self._in_thread(ended, _reencode, self.header, pieces, file, self.body_octets)
+
+    def _reencoding_ended(
+        self, answered: "Callable[[Content | Reply], None]", made: "_Made | None", error: BaseException | None
+    ) -> None:
+        if made is not None:
+            content = Content(self._memory_limit, _nothing)
+            content.original = self
+            content.header, content.body_octets = made.header, made.octets
+            content._held, content._file = made.pieces, made.file
+            content.pieces = made.pieces if made.file is None else None
+            self._reencoded = content
+        elif isinstance(error, CannotReencode):
+            reply = replies.CANNOT_REENCODE
+            self._reencoded = reply.with_text(f"{reply.text}: {error}")
+        elif isinstance(error, OSError):
+            answered(_storage_reply(error))
+            return
+        else:
+            logger.error("re-encoding failed: internal error", exc_info=error)
+            answered(replies.INTERNAL)
+            return
+        answered(self._reencoded)
 
     # ------------------------------------------------------------------------------------------------------
 
@@ -163,8 +212,7 @@ class Content:
 
     def _fail(self, error: BaseException) -> None:
         self._held.clear()
-        is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        self.failure = replies.STORAGE_FULL if is_full else replies.STORAGE_FAILED
+        self.failure = _storage_reply(error)
 
     def _in_thread(
         self,
@@ -182,11 +230,73 @@ class Content:
         self._threads -= 1
         error = asyncio.CancelledError() if running.cancelled() else running.exception()
         if self._is_closed:
+            if error is None and isinstance(made := running.result(), _Made) and made.file is not None:
+                made.file.close()
             self.close()
         elif error is not None:
             done(None, error)
         else:
             done(running.result(), None)
+
+
+def _storage_reply(error: BaseException) -> Reply:
+    is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return replies.STORAGE_FULL if is_full else replies.STORAGE_FAILED
+
+
+def _nothing() -> None:
+    """Nobody waits for room."""
+
+
+class _Made(NamedTuple):
+    """A re-encoded message; its body, of so many octets, is in `pieces`, or in `file` where it was in one."""
+
+    header: bytes
+    octets: int
+    pieces: list[bytes]
+    file: IO[bytes] | None
+
+
+def _reencode(header: bytes, pieces: Sequence[bytes], file: IO[bytes] | None, octets: int) -> _Made:
+    """In a thread.
+
+    Args:
+        pieces: the body, where it is not in `file`.
+        octets: of the body.
+
+    Raises:
+        CannotReencode: see there.
+        OSError: the file cannot be read, or there is no room for another.
+    """
+    survey = Survey()
+    survey.feed(header)
+    for piece in pieces if file is None else _pieces_of(file, octets):
+        survey.feed(piece)
+    survey.finish()
+    reencoder = Reencoder(survey)
+    reencoder.feed(header)
+    if file is None:
+        made = [*map(reencoder.feed, pieces), reencoder.finish()]
+        return _Made(reencoder.header, sum(map(len, made)), [piece for piece in made if piece], None)
+    out = tempfile.TemporaryFile(prefix="otel_smtp-", buffering=0)  # noqa: SIM115 - see Content.close
+    try:
+        for piece in _pieces_of(file, octets):
+            _write_all(out, [reencoder.feed(piece)])
+        _write_all(out, [reencoder.finish()])
+        return _Made(reencoder.header, out.tell(), [], out)
+    except BaseException:
+        out.close()
+        raise
+
+
+def _pieces_of(file: IO[bytes], octets: int) -> Iterator[bytes]:
+    offset = 0
+    while offset < octets:
+        piece = _read(file, offset)
+        if not piece:
+            raise OSError(errno.EIO, "an end before the end")
+        offset += len(piece)
+        yield piece
 
 
 def _write_all(file: IO[bytes], chunks: list[bytes]) -> None:

@@ -34,6 +34,7 @@ from otel_smtp.observing import DeliveryPhase, Observer, Outcome, TransactionRec
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.client import Answer, Awaited
 from otel_smtp.smtp.envelope import Body, Mail, Recipient
+from otel_smtp.smtp.extensions import is_ascii
 from otel_smtp.smtp.received import TRACEPARENT_FIELD_OCTETS, replace_trace_headers
 from otel_smtp.smtp.replies import ErrorType, Reply
 
@@ -49,6 +50,8 @@ ONE_PIECE_OCTETS: Final = 64 * 1024
 
 MOST_TRANSACTIONS: Final = 50
 """Into which one message is divided; a thousand recipients are ten of the size that any server takes."""
+
+_TO_BE_REENCODED: Final = replies.NEEDS_8BITMIME.with_text("to be re-encoded")  # is told to nobody
 
 _MAIL: Final = frozenset({Awaited.RSET, Awaited.MAIL})
 _ENVELOPE: Final = frozenset({Awaited.RSET, Awaited.MAIL, Awaited.RCPT})
@@ -158,6 +161,11 @@ class Delivery(Attempts):
         """See `Attempts`."""
         asked = len(self._asked) if self._judged is not None else 0
         return min(len(self.accepted) + asked, self._smarthost.most_recipients)
+
+    def _has_ascii_recipients(self) -> bool:
+        """See `Attempts`."""
+        asked = self._asked if self._judged is not None else ()
+        return all(map(is_ascii, self.accepted)) and all(map(is_ascii, asked))
 
     def send(self, content: Content, delivered: MessageAnswered) -> None:
         """Send the content to the recipients that were accepted."""
@@ -277,6 +285,7 @@ class Delivery(Attempts):
         verdicts = [reply for verb, reply in answers if verb is Awaited.CONTENT]
         if verdicts:
             # LMTP: these are known. Of the others nobody knows, or 421 says that they do not have it.
+            verdicts = [self._as_told(verdict) for verdict in verdicts]
             rest = fault.told if said_goodbye else replies.OUTCOME_UNKNOWN
             verdicts += [rest] * (len(self.accepted) - len(verdicts))
             self._conclude(fold(verdicts), verdicts)
@@ -352,9 +361,12 @@ class Delivery(Attempts):
     def _put(self) -> None:
         """Put the recipients that are asked about; where an upstream takes over from another, those before as well."""
         protocol = self._connection.protocol
+        asked = self._asked
         if not self._is_open:
             self._send_envelope(None)
-        asked = self._asked
+        elif self._mail.smtputf8 and not protocol.extensions.smtputf8 and not all(map(is_ascii, asked)):
+            self._pass_by(replies.UPSTREAM_LACKS_SMTPUTF8)
+            return
         if self._is_full or len(self.accepted) + len(asked) > self._connection.most_recipients:
             asked = asked[: self._connection.most_recipients - len(self.accepted)]
             self._is_full = True
@@ -468,7 +480,7 @@ class Delivery(Attempts):
             self._after = Delivery._reopened
             self._connection.exchange(self._settled, stop_at=_MAIL)
         elif (refusal := self._unfit()) is not None:
-            self._conclude(refusal)
+            self._decline(refusal)
         elif self._connection.protocol.extensions.chunking:
             self._write()
         else:
@@ -485,7 +497,7 @@ class Delivery(Attempts):
 
     def _burst(self) -> None:
         if (refusal := self._unfit()) is not None:
-            self._conclude(refusal)
+            self._decline(refusal)
             return
         protocol, content = self._connection.protocol, self._content
         extensions = protocol.extensions
@@ -581,20 +593,58 @@ class Delivery(Attempts):
 
     def _unfit(self) -> Reply | None:
         """Make the header block that leaves, and say why this upstream cannot take the message; None where it can."""
-        header = self._content.header
+        content, extensions = self._content, self._connection.protocol.extensions
+        if content.original is not None and extensions.eight_bit_mime:
+            content = self._content = content.original  # it was made 7-bit for an upstream before this one
+        header = content.header
         policy = self._smarthost.settings.trace_context
         if policy is TracePolicy.INJECT:
             header = replace_trace_headers(header, self._observer.delivery_carrier(self._attempt))
         elif policy is TracePolicy.STRIP and b"trace" in header.lower():
             header = replace_trace_headers(header, {})
         self._header = header
-        extensions = self._connection.protocol.extensions
-        if extensions.size and len(header) + self._content.body_octets > extensions.size:
-            return replies.MESSAGE_TOO_BIG
-        if self._mail.body is Body.EIGHT_BIT_MIME and not extensions.eight_bit_mime and self._content.is_8bit:
+        reencodes = self._smarthost.settings.reencode_8bit
+        if (
+            not extensions.eight_bit_mime
+            and (reencodes or self._mail.body is Body.EIGHT_BIT_MIME)
+            and content.original is None
+            and content.is_8bit
+        ):
+            if reencodes:
+                return _TO_BE_REENCODED
             # Promised in good faith: another upstream, or this one another time, may take it.
             return replies.UPSTREAM_LACKS_8BITMIME if self._record.is_8bit_offered else replies.NEEDS_8BITMIME
+        if self._mail.smtputf8 and not extensions.smtputf8 and content.is_8bit:
+            return replies.UPSTREAM_LACKS_SMTPUTF8  # it was offered: else such content would have been refused before
+        if extensions.size and len(header) + content.body_octets > extensions.size:
+            return replies.MESSAGE_TOO_BIG
         return None
+
+    def _decline(self, refusal: Reply) -> None:
+        """This upstream cannot take the message. For good, if no other one serves it, here or later."""
+        if refusal is _TO_BE_REENCODED:
+            self._content.reencode(partial(self._content_reencoded, self._connection))
+        elif self.route or self._faults:
+            self._pass_by(refusal)
+        else:
+            self._conclude(refusal)
+
+    def _content_reencoded(self, connection: UpstreamConnection, made: Content | Reply) -> None:
+        """Go on with the same work and what was made for it."""
+        if not self._is_connected or connection is not self._connection:
+            return  # lost meanwhile
+        if isinstance(made, Content):
+            self._content = made
+            self._proceed()
+            return
+        try:
+            if made.is_permanent:
+                self._decline(made)
+            else:
+                self._end(Outcome.ABORTED, None, None)
+                self._answer_for_all(made)
+        except Exception as error:  # noqa: BLE001 - see `_recover`
+            self._recover(error)
 
     def _ask_for_content(self) -> None:
         self._connection.protocol.send_data()
@@ -698,7 +748,7 @@ class Delivery(Attempts):
         if _refusal(answers) is not None:
             self._refused_in_burst(answers)
             return
-        verdicts = [reply for verb, reply in answers if verb is Awaited.CONTENT]
+        verdicts = [self._as_told(reply) for verb, reply in answers if verb is Awaited.CONTENT]
         self._conclude(fold(verdicts), verdicts)
 
     # The end of an attempt --------------------------------------------------------------------------------

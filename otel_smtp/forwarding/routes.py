@@ -76,14 +76,19 @@ class Routes(Generic[T]):
 
     Attributes:
         for_all: what serves whatever sender; None where that depends on the sender.
+        preferred: the upstreams that come first for some mail.
     """
 
-    __slots__ = ("_rows", "for_all")
+    __slots__ = ("_rows", "for_all", "preferred")
 
     def __init__(self, upstreams: Sequence[tuple[Routed, T]]) -> None:
         self._rows = [_Row(settings, upstream) for settings, upstream in upstreams]
         has_patterns = any(row.senders is not None for row in self._rows)
         self.for_all = None if has_patterns else Serving(self._rows)
+        catch_all = (
+            number for number, row in enumerate(self._rows, 1) if row.senders is None and row.recipients is None
+        )
+        self.preferred: Sequence[T] = [row.upstream for row in self._rows[: next(catch_all, None)]]
 
     def for_mail(self, mail: Mail) -> Serving[T]:
         """The upstreams that serve the sender."""

@@ -127,6 +127,7 @@ class UpstreamSettings:
         trace_context: see `TracePolicy`.
         recipients_per_transaction: at most; the others go in further ones.
         paced_by: names of limits that all hold for it.
+        reencode_8bit: content is made 7-bit where it does not offer 8BITMIME: see `reencoding`.
         disabled: extensions, in capitals, that are not used though it offers them.
     """
 
@@ -149,6 +150,7 @@ class UpstreamSettings:
     recipients: tuple[str, ...] = ()
     trace_context: TracePolicy = TracePolicy.STRIP
     recipients_per_transaction: int = DEFAULT_RECIPIENTS
+    reencode_8bit: bool = False
     disabled: frozenset[str] = frozenset()
     paced_by: tuple[str, ...] = ()
 

@@ -42,11 +42,13 @@ class Smarthost:
         hostname: what we call ourselves in EHLO.
         sweep: calls `check_clock` while there is anything that can be late.
         ceiling: of its connections, shared with other workers; None: there are none.
+        learnt: called when `extensions` or `is_unheard` has changed.
 
     Attributes:
         settings: as configured. `endpoint`: where it is.
         pace: the limits that its mails are held to; None: there are none.
         extensions: what its last EHLO offered; None before the first.
+        is_unheard: nobody knows yet what it offers, nor that it cannot be asked now.
         unpark: `unpark(connection)`: go on with a connection that was left alone by `park`.
         failed_at, failure: when a connection to it last failed, and what became of it, in a word; None: never.
         last_fault: likewise, with what it said.
@@ -60,6 +62,7 @@ class Smarthost:
         "_context",
         "_hostname",
         "_is_swept",
+        "_learnt",
         "_level",
         "_loop",
         "_pool",
@@ -69,6 +72,7 @@ class Smarthost:
         "extensions",
         "failed_at",
         "failure",
+        "is_unheard",
         "last_fault",
         "pace",
         "settings",
@@ -82,11 +86,14 @@ class Smarthost:
         sweep: Sweep,
         ceiling: Ceiling | None = None,
         pace: Pace | None = None,
+        learnt: Callable[[], None] | None = None,
     ) -> None:
         self.settings = settings
         self.pace = pace
         self.endpoint = settings.endpoint
         self.extensions: Extensions | None = None
+        self.is_unheard = True
+        self._learnt = learnt
         self.failed_at: float | None = None
         self.failure: str | None = None
         self.last_fault: UpstreamFault | None = None
@@ -263,6 +270,7 @@ class Smarthost:
             try:
                 connection = await self._open_unasked()
             except ConnectFailed as fault:
+                self._learn(None)
                 level = logging.WARNING if wait_seconds == LEARN_AGAIN_SECONDS else logging.DEBUG
                 extra = {"upstream": self.settings.name}
                 logger.log(level, "no connection to the upstream", extra=extra | told(fault))
@@ -275,6 +283,13 @@ class Smarthost:
                 return
             await asyncio.sleep(wait_seconds)
             wait_seconds = min(2 * wait_seconds, LEARN_AGAIN_MOST_SECONDS)
+
+    def _learn(self, extensions: Extensions | None) -> None:
+        """Note what it offers; None: it could not be asked."""
+        self.extensions = extensions
+        self.is_unheard = False
+        if self._learnt is not None:
+            self._learnt()
 
     async def _open_unasked(self) -> UpstreamConnection:
         opening: list[tuple[DeliveryPhase, Reply | None]] = []
@@ -290,7 +305,7 @@ class Smarthost:
         """Take a connection that no ticket asked for into the pool."""
         loop = self._loop = asyncio.get_running_loop()
         if self.extensions is None:
-            self.extensions = connection.extensions
+            self._learn(connection.extensions)
         connection.on_lost = self._lost
         self._connections.add(connection)
         self._be_swept()
@@ -376,6 +391,7 @@ class Smarthost:
             connection = await open_connection(self.settings, self._context, self._hostname, note)
         except ConnectFailed as fault:
             last = self.last_fault = _alone(fault)
+            self._learn(self.extensions)
             if self._pool.failed(ticket, self._loop.time(), last):
                 self._tell_ceiling(fault)
                 raise _WaitsAgain from None
@@ -387,7 +403,7 @@ class Smarthost:
         connection.on_lost = self._lost
         connection.messages = 1
         self._connections.add(connection)
-        self.extensions = connection.extensions
+        self._learn(connection.extensions)
         self._pool.opened(ticket, self._loop.time())
         self._tell_ceiling(None)
         return connection

@@ -8,7 +8,7 @@ import asyncio
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Any, Final
 
 from otel_smtp.forwarding.base import LEAST, MailTransaction, Permanent, Transient
 from otel_smtp.forwarding.ceiling import Ceiling
@@ -24,7 +24,7 @@ from otel_smtp.observing import Endpoint, Observer, TransactionRecord
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.client import is_safe_path
 from otel_smtp.smtp.envelope import Mail, Recipient
-from otel_smtp.smtp.extensions import Extensions, missing_extension
+from otel_smtp.smtp.extensions import EXTENSIONS, Extensions, missing_extension
 from otel_smtp.smtp.replies import Reply
 from otel_smtp.smtp.states import TlsMode
 
@@ -117,26 +117,36 @@ class UpstreamForwarder:
             if pace.most_recipients is not None:  # more of them never leave at once
                 most = min(settings.recipients_per_transaction, pace.most_recipients)
                 settings = replace(settings, recipients_per_transaction=most)
-        return Smarthost(settings, self._hostname, self._sweep, ceiling, pace)
+        return Smarthost(settings, self._hostname, self._sweep, ceiling, pace, self._forget_promise)
 
     def _relay_by(self, smarthosts: Sequence[Smarthost], strategy: Strategy) -> None:
         self._smarthosts = smarthosts
         self._routes = Routes([(smarthost.settings, smarthost) for smarthost in smarthosts])
         self._strategy = _STRATEGIES[strategy]
-        self._extensions: Extensions | None = None
-        self._capabilities = LEAST
+        self._capabilities: Extensions | None = None
 
     # Forwarder --------------------------------------------------------------------------------------------
 
     def capabilities(self) -> Extensions:
-        """What the last EHLO of the preferred upstream said; the least, while it has said nothing."""
-        preferred = self._smarthosts[0]
-        extensions = preferred.extensions
-        if extensions is not None and extensions is not self._extensions:
-            self._extensions = extensions
-            has_tls = preferred.settings.tls is not TlsMode.OFF
-            self._capabilities = extensions if has_tls else replace(extensions, require_tls=False)
+        """What the last EHLO of each upstream that some mail prefers said; the least, while one of them is being asked.
+
+        Where none of these can be reached, the first of the others that is known speaks for them.
+        """
+        if self._capabilities is None:
+            self._capabilities = self._promise()
         return self._capabilities
+
+    def _promise(self) -> Extensions:
+        preferred = self._routes.preferred
+        if any(one.is_unheard for one in preferred):
+            return LEAST
+        known = [one for one in (*preferred, *self._smarthosts) if one.extensions is not None]
+        if not known:
+            return LEAST
+        return _common([_capabilities_of(one) for one in known if one in preferred] or [_capabilities_of(known[0])])
+
+    def _forget_promise(self) -> None:
+        self._capabilities = None
 
     def begin(
         self,
@@ -177,6 +187,12 @@ class UpstreamForwarder:
         route = self._routes.for_mail(mail).for_recipient(recipient)
         return ",".join([smarthost.settings.name for smarthost in route]) if route else replies.RELAY_DENIED
 
+    def keeps_8bit(self) -> bool:
+        """See `Relay.keeps_8bit`."""
+        return self.capabilities().eight_bit_mime and all(
+            one.extensions is None or one.extensions.eight_bit_mime for one in self._routes.preferred
+        )
+
     def concurrency(self, destination: str) -> int:
         """How many mails may be under way: as many as the one of its upstreams takes that takes most."""
         named = self._named(destination)
@@ -200,20 +216,24 @@ class UpstreamForwarder:
     # What is known ----------------------------------------------------------------------------------------
 
     async def learn(self, *, wait_seconds: float = 0.0) -> None:
-        """Find out in the background what the preferred upstream offers, for `capabilities`.
+        """Find out in the background what the upstreams offer, for `capabilities` and for the way along them.
 
         Args:
-            wait_seconds: how long this waits for it: a client that is told too little has to do without.
+            wait_seconds: how long this waits for those that some mail prefers: a client that is told too little has to
+                do without.
         """
-        await asyncio.wait([self._begin_to_learn()], timeout=wait_seconds)
+        await asyncio.wait(self._begin_to_learn(), timeout=wait_seconds)
 
-    def _begin_to_learn(self) -> asyncio.Task[None]:
+    def _begin_to_learn(self) -> Sequence[asyncio.Task[None]]:
+        """Ask each upstream that nothing is known of; the tasks of those that some mail prefers."""
         for task in self._background:
-            task.cancel()  # of an upstream that was preferred before
-        learning = asyncio.get_running_loop().create_task(self._smarthosts[0].learn())
-        self._background.add(learning)
-        learning.add_done_callback(self._background.discard)
-        return learning
+            task.cancel()  # some of upstreams that are none any more
+        loop = asyncio.get_running_loop()
+        learning = {one: loop.create_task(one.learn()) for one in self._smarthosts}
+        for task in learning.values():
+            self._background.add(task)
+            task.add_done_callback(self._background.discard)
+        return [learning[one] for one in self._routes.preferred]
 
     # Status -----------------------------------------------------------------------------------------------
 
@@ -289,8 +309,7 @@ class UpstreamForwarder:
                     smarthost.retire()
                     self._retired.append(smarthost)
             self._relay_by(smarthosts, strategy)
-            if smarthosts[0].extensions is None:
-                self._begin_to_learn()
+            self._begin_to_learn()
 
         return relay_by_them
 
@@ -329,6 +348,27 @@ class UpstreamForwarder:
 
 def _nothing() -> None:
     """Nobody wants to know."""
+
+
+def _capabilities_of(smarthost: Smarthost) -> Extensions:
+    offered, settings = smarthost.extensions, smarthost.settings
+    assert offered is not None
+    if settings.reencode_8bit and not offered.eight_bit_mime:
+        offered = replace(offered, eight_bit_mime=True)
+    return offered if settings.tls is not TlsMode.OFF else replace(offered, require_tls=False)
+
+
+def _common(each: Sequence[Extensions]) -> Extensions:
+    """What all can do. Of sizes the greatest: a mail that is too big for its own upstream is refused at MAIL."""
+    if len(each) == 1:
+        return each[0]
+    fields: dict[str, Any] = {
+        row.field: all(getattr(one, row.field) for one in each)
+        for row in EXTENSIONS
+        if row.is_relayed and row.field != "size"
+    }
+    sizes = [one.size for one in each]
+    return Extensions(size=max(size for size in sizes if size) if all(sizes) else None, **fields)
 
 
 def _refusal(mail: Mail, serving: Serving[Smarthost]) -> Reply | None:
@@ -371,6 +411,10 @@ class SpoolRelay:
     def destination(self, mail: Mail, recipient: Recipient) -> str | Reply:
         """As `UpstreamForwarder`."""
         return self._forwarder.destination(mail, recipient)
+
+    def keeps_8bit(self) -> bool:
+        """As `UpstreamForwarder`."""
+        return self._forwarder.keeps_8bit()
 
     def concurrency(self, destination: str) -> int:
         """As `UpstreamForwarder`."""

@@ -157,6 +157,7 @@ def upstream_settings(upstream: UpstreamTable) -> UpstreamSettings:
         recipients=upstream.recipients,
         trace_context=TracePolicy(upstream.trace_context),
         recipients_per_transaction=upstream.recipients_per_transaction,
+        reencode_8bit=upstream.reencode_8bit,
         disabled=frozenset(upstream.disable),
         paced_by=upstream.limits,
     )

@@ -73,7 +73,8 @@ class IncomingContent:
         limits: what is acceptable.
         size_limit: octets of the whole; more is counted and dropped.
         is_binary: BODY=BINARYMIME was declared: nothing is normalised, NUL and long lines are fine.
-        must_be_7bit: 8-bit content cannot be kept: BODY=8BITMIME was given though it had not been offered.
+        refusal_of_8bit: what the client is told where any octet is above 127: it asked for what had not been offered,
+            as nothing of it may be needed; None: such content is fine.
         by_data: it comes by DATA and ends with a lone dot; else by BDAT, and `finish` says where it ends.
         sink: see there.
 
@@ -91,7 +92,7 @@ class IncomingContent:
         "_inspector",
         "_is_binary",
         "_limits",
-        "_must_be_7bit",
+        "_refusal_of_8bit",
         "_sink",
         "_size_limit",
         "by_data",
@@ -109,13 +110,13 @@ class IncomingContent:
         *,
         is_binary: bool,
         by_data: bool,
-        must_be_7bit: bool = False,
+        refusal_of_8bit: Reply | None = None,
     ) -> None:
         self._limits = limits
         self._size_limit = size_limit
         self._sink = sink
         self._is_binary = is_binary
-        self._must_be_7bit = must_be_7bit
+        self._refusal_of_8bit = refusal_of_8bit
         self.by_data = by_data
         self._inspector: ContentInspector | None = None  # made with the others, where the content is no quick one
         self.octets = 0
@@ -126,7 +127,7 @@ class IncomingContent:
     def feed(self, data: bytes) -> None:
         """Take octets from the wire: of DATA, up to its end at most; or of a chunk, and not one more."""
         if self._inspector is None:
-            if self.by_data and not self._must_be_7bit and self._take_whole(data):
+            if self.by_data and self._refusal_of_8bit is None and self._take_whole(data):
                 return
             self._begin()
         assert self._inspector is not None
@@ -168,8 +169,8 @@ class IncomingContent:
         has_bare_line_ends = self._dots.bare_line_ends if self.by_data else self._chunks.bare_line_ends
         if has_bare_line_ends and limits.rejects_bare_line_ends:
             return replies.BARE_LINE_END
-        if inspector.has_8bit and self._must_be_7bit:
-            return replies.NEEDS_8BITMIME
+        if inspector.has_8bit and self._refusal_of_8bit is not None:
+            return self._refusal_of_8bit
         if inspector.has_long_line and not self._is_binary:
             return replies.LINE_IN_CONTENT_TOO_LONG
         if self._header.is_too_big:

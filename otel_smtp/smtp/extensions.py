@@ -226,7 +226,7 @@ def unsupported(mail: Mail, offer: Extensions) -> Reply | None:
 
 def unsupported_recipient(recipient: Recipient, mail: Mail, offer: Extensions) -> Reply | None:
     """The refusal of a RCPT that uses what `offer`, or its own MAIL, does not hold; None if all is offered."""
-    if not mail.smtputf8 and not (recipient.address.isascii() and (recipient.orcpt or "").isascii()):
+    if not is_ascii(recipient) and not (mail.smtputf8 and "SMTPUTF8" in offer.keywords):
         return replies.NEEDS_SMTPUTF8
     for row, _, place in OF_RECIPIENT:
         if recipient[place] is not None and row.keyword not in offer.keywords:
@@ -234,12 +234,18 @@ def unsupported_recipient(recipient: Recipient, mail: Mail, offer: Extensions) -
     return None
 
 
+def is_ascii(recipient: Recipient) -> bool:
+    """Whether RCPT of it needs no SMTPUTF8."""
+    return recipient.address.isascii() and (recipient.orcpt is None or recipient.orcpt.isascii())
+
+
 def missing_extension(mail: Mail, upstream: Extensions, *, is_tls: bool) -> Reply | None:
     """The refusal of a mail that needs what an upstream does not offer; None if it offers all.
 
     A client is refused what was not offered to it (see `unsupported`), so what is missing here was offered in good
-    faith, and the upstream has changed, or another one stands in for it: the refusal is for now. Only 8BITMIME is taken
-    from clients that were not offered it, and NEEDS_8BITMIME says that the content must be looked at.
+    faith, and the upstream has changed, or another one stands in for it: the refusal is for now. Of what is taken from
+    clients that were not offered it, NEEDS_8BITMIME says that the content must be looked at; and SMTPUTF8 is asked
+    about for the reverse-path alone: recipients and content may need it all the same.
 
     DSN parameters are not needed: they are left out where they are not offered (RFC 3461 5.2.2 lets a relay do so).
     """
@@ -444,7 +450,9 @@ EXTENSIONS: Final = (
         needs="8BITMIME",  # RFC 6531 3.1 item 8
         is_relayed=True,
         can_be_disabled=True,
-        lacking=replies.UPSTREAM_LACKS_SMTPUTF8,
+        # A mail that is all ASCII needs it as little, and is then sent without. An address that is not is seen at MAIL
+        # or RCPT, content at its end.
+        is_taken_unoffered=True,
     ),
     Extension("ENHANCEDSTATUSCODES", "enhanced_status_codes"),
     Extension("CHUNKING", "chunking", can_be_disabled=True),

@@ -320,6 +320,8 @@ HEADER_TOO_BIG: Final = _reply(554, "5.6.0", "Header block too long", ErrorType.
 NUL_IN_CONTENT: Final = _reply(554, "5.6.0", "NUL in content", ErrorType.CONTENT)
 TOO_MANY_HOPS: Final = _reply(554, "5.4.6", "Too many hops", ErrorType.CONTENT)
 NEEDS_8BITMIME: Final = _reply(554, "5.6.3", "The upstream does not take 8-bit content", ErrorType.CONTENT)
+CANNOT_REENCODE: Final = _reply(554, "5.6.5", "8-bit content cannot be re-encoded", ErrorType.CONTENT)
+CONTENT_NEEDS_SMTPUTF8: Final = _reply(554, "5.6.9", "The upstream does not take SMTPUTF8", ErrorType.CONTENT)
 UNKNOWN_PARAMETER: Final = _reply(555, "5.5.4", "MAIL or RCPT parameter not recognized", ErrorType.UNSUPPORTED)
 
 

@@ -21,7 +21,7 @@ delivery: mode strategy content_newlines
 upstream[]: name url username password password_file auth token_url client_id client_secret client_secret_file
 upstream[]: refresh_token refresh_token_file scope ca_file tls_cert tls_key server_name connections
 upstream[]: recipients_per_transaction messages_per_connection connection_age connection_idle disable
-upstream[]: limits reply_line reply_lines senders recipients trace_context
+upstream[]: reencode_8bit limits reply_line reply_lines senders recipients trace_context
 upstream[].timeout: connect greeting command data block reply
 limit[]: name rate burst per
 notify[]: name url key key_file events ca_file connections timeout most_pending

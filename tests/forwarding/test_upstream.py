@@ -374,6 +374,55 @@ async def test_what_is_offered_is_learnt_when_the_upstream_comes_up_and_no_mail_
         assert (await relay(forwarder)).told.code == 250
 
 
+async def test_what_every_upstream_offers_is_learnt() -> None:
+    async with (
+        ScriptedUpstream() as first,
+        ScriptedUpstream() as second,
+        relaying(settings(first, "first"), settings(second, "second")) as forwarder,
+    ):
+        await forwarder.learn(wait_seconds=SECONDS)
+        await until(lambda: second.verbs == ["EHLO"])
+        # The connection is there when the first fails.
+        first.faults[Phase.MAIL] = Fault(Kind.GOODBYE)
+        assert (await relay(forwarder)).told.code == 250
+        assert second.connections == 1
+
+
+async def test_where_mail_has_several_routes_no_more_is_offered_than_each_of_them_keeps() -> None:
+    async with (
+        ScriptedUpstream(extensions=("SIZE 1000", "8BITMIME", "DSN")) as first,
+        ScriptedUpstream(extensions=("SIZE 2000", "SMTPUTF8", "8BITMIME")) as second,
+        ScriptedUpstream(extensions=()) as behind,
+        relaying(
+            settings(first, "first", recipients=("*@first.example",)),
+            settings(second, "second"),
+            settings(behind, "behind", senders=("*@behind.example",)),  # it only stands in for the others
+        ) as forwarder,
+    ):
+        second.faults[Phase.GREETING] = Fault(Kind.LATE)
+        await forwarder.learn()
+        await until(lambda: first.verbs == ["EHLO"] and behind.verbs == ["EHLO"])
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert forwarder.capabilities() is LEAST  # nothing is promised before it is known
+        second.let_go.set()
+        await until(lambda: forwarder.capabilities() is not LEAST)
+        # Too big for the first is not too big for the second: MAIL is where that shows.
+        assert forwarder.capabilities() == Extensions(size=2000, eight_bit_mime=True)
+
+
+async def test_where_the_preferred_upstream_cannot_be_reached_the_next_one_speaks_for_it() -> None:
+    async with (
+        ScriptedUpstream() as first,
+        ScriptedUpstream(extensions=("SIZE 1000", "8BITMIME")) as second,
+        relaying(settings(first, "first"), settings(second, "second")) as forwarder,
+    ):
+        first.faults[Phase.GREETING] = Fault(Kind.REFUSE, b"554 not now\r\n")
+        await forwarder.learn(wait_seconds=SECONDS / 10)
+        await until(lambda: forwarder.capabilities() is not LEAST)
+        assert forwarder.capabilities() == Extensions(size=1000, eight_bit_mime=True)
+
+
 async def test_learning_ends_with_the_forwarder() -> None:
     async with ScriptedUpstream() as upstream:
         upstream.faults[Phase.GREETING] = Fault(Kind.STALL)
@@ -381,6 +430,106 @@ async def test_learning_ends_with_the_forwarder() -> None:
             await forwarder.learn()
             await until(lambda: upstream.stalled)
         await until(lambda: upstream.open_connections == 0)
+
+
+SHRUNK = ("SIZE 1000",)
+BIG = (HEADER, b"\r\n", b"x" * 78 + b"\r\n") + (b"x" * 78 + b"\r\n",) * 12
+FIRST_IS_DOWN = (b"421 4.3.2 down\r\n", b"451 4.4.1 The upstream refuses service: 421 4.3.2 down\r\n")
+
+
+@pytest.mark.parametrize("size", [None, 5000])
+@both_strategies
+async def test_too_big_for_the_upstream_that_stands_in_is_too_big_for_now(strategy: Strategy, size: int | None) -> None:
+    async with (
+        ScriptedUpstream() as first,
+        ScriptedUpstream(extensions=SHRUNK) as second,
+        relaying(settings(first, "first"), settings(second, "second"), strategy=strategy) as forwarder,
+    ):
+        said, told = FIRST_IS_DOWN
+        mail = Mail("a@example.com", size=size)
+        first.faults[Phase.GREETING] = Fault(Kind.REFUSE, said)
+        relayed = await relay(forwarder, mail=mail, chunks=BIG)
+        assert relayed.told.wire == told
+        assert relayed.seen.outcomes == [("first", Outcome.DEFERRED), ("second", Outcome.REFUSED)]
+        assert (await relay(forwarder)).told.code == 250  # small enough
+        assert nothing_waits(forwarder)
+        del first.faults[Phase.GREETING]
+    async with (
+        ScriptedUpstream(extensions=SHRUNK) as first,
+        ScriptedUpstream() as second,
+        relaying(settings(first, "first"), settings(second, "second"), strategy=strategy) as forwarder,
+    ):
+        assert (await relay(forwarder, mail=mail, chunks=BIG)).told.code == 250
+        assert (len(first.kept), len(second.kept)) == (0, 1)
+
+
+def nothing_waits(forwarder: UpstreamForwarder) -> bool:
+    return all((one.pool.busy, one.pool.opening, one.pool.waiting) == (0, 0, 0) for one in forwarder.snapshot())
+
+
+INTERNATIONAL = Mail("a@example.com", smtputf8=True)
+
+
+@pytest.mark.parametrize("extensions", [SHRUNK, ("PIPELINING",), ("PIPELINING", "CHUNKING", "8BITMIME")])
+@both_strategies
+async def test_smtputf8_is_left_out_where_it_is_neither_offered_nor_needed(
+    strategy: Strategy, extensions: Sequence[str]
+) -> None:
+    async with (
+        ScriptedUpstream(extensions=extensions) as upstream,
+        relaying(settings(upstream), strategy=strategy) as forwarder,
+    ):
+        for _ in range(2):
+            relayed = await relay(forwarder, BOB, CAROL, mail=INTERNATIONAL)
+            assert (relayed.codes, relayed.told.code) == ([250, 250], 250)
+        assert all(b"SMTPUTF8" not in kept.mail for kept in upstream.kept)
+        assert len(upstream.kept) == 2
+
+
+@pytest.mark.parametrize("memory_limit", [10, 100_000])
+@pytest.mark.parametrize("has_other", [False, True])
+@pytest.mark.parametrize(
+    ("recipients", "chunks"),
+    [
+        ((Recipient("ä@example.net"),), CHUNKS),
+        ((BOB, Recipient("ä@example.net")), CHUNKS),
+        ((BOB, Recipient("b@example.net", orcpt="utf-8;ä@example.net")), CHUNKS),
+        ((BOB,), (b"Subject: \xc3\xa4\r\n", b"\r\nseven\r\n")),
+        ((BOB, CAROL), (HEADER, b"\r\n\xc3\xa4\r\n")),
+    ],
+)
+@both_strategies
+async def test_what_needs_smtputf8_goes_to_an_upstream_that_has_it_or_nowhere_now(
+    strategy: Strategy,
+    recipients: Sequence[Recipient],
+    chunks: Sequence[bytes],
+    has_other: bool,
+    memory_limit: int,
+) -> None:
+    lacking, having = ("PIPELINING", "8BITMIME"), EXTENSIONS if has_other else ("8BITMIME",)
+    async with (
+        ScriptedUpstream(extensions=lacking) as first,
+        ScriptedUpstream(extensions=having) as second,
+        relaying(
+            settings(first, "first"), settings(second, "second"), strategy=strategy, memory_limit_octets=memory_limit
+        ) as forwarder,
+    ):
+        seen = RecordedTransaction(INTERNATIONAL)
+        transaction = Awaited.begin(forwarder, INTERNATIONAL, seen)
+        answers = [(await transaction.recipients([one]))[0] for one in recipients]  # as clients without PIPELINING do
+        reply = await transaction.content(chunks) if any(one.is_positive for one in answers) else answers[0]
+        transaction.abort()
+        if has_other:
+            assert [answer.code for answer in answers] == [250] * len(recipients)
+            assert reply.code == 250
+            assert [kept.addresses for kept in second.kept] == [tuple(one.address for one in recipients)]
+            assert b"SMTPUTF8" in second.kept[0].mail
+        else:
+            assert reply is replies.UPSTREAM_LACKS_SMTPUTF8
+            assert second.kept == []
+        assert first.kept == []
+        assert nothing_waits(forwarder)
+        assert (await relay(forwarder)).told.code == 250
 
 
 async def test_8bit_content_is_refused_for_good_where_8bitmime_was_not_offered() -> None:
@@ -394,7 +543,7 @@ async def test_8bit_content_is_refused_for_good_where_8bitmime_was_not_offered()
 
 
 NEEDY = [
-    (Mail("a@example.com", smtputf8=True), replies.UPSTREAM_LACKS_SMTPUTF8),
+    (Mail("ä@example.com", smtputf8=True), replies.UPSTREAM_LACKS_SMTPUTF8),
     (Mail("a@example.com", body=Body.BINARY_MIME), replies.UPSTREAM_LACKS_BINARYMIME),
     (Mail("a@example.com", require_tls=True), replies.UPSTREAM_LACKS_REQUIRETLS),
     (Mail("a@example.com", size=1001), replies.MESSAGE_TOO_BIG),
@@ -780,3 +929,120 @@ async def test_an_old_server_that_knows_only_helo_is_served() -> None:
         assert (await relay(forwarder)).codes == [250]
         assert upstream.verbs[:2] == ["EHLO", "HELO"]
         assert len(upstream.kept) == 1
+
+
+# Content that is re-encoded -----------------------------------------------------------------------------------
+
+GREETINGS = (b"Subject: x\r\n", b"\r\n", "Grüße\r\n".encode() * 300)
+REENCODED = b"Gr=C3=BC=C3=9Fe\r\n" * 300
+
+
+@pytest.mark.parametrize("memory_limit", [10, 100_000], ids=["file", "memory"])
+@pytest.mark.parametrize("extensions", [("PIPELINING", "SIZE 50000"), ("PIPELINING", "CHUNKING"), ()])
+@pytest.mark.parametrize("mail", [EIGHT_BIT, MAIL], ids=["declared", "not declared"])
+@both_strategies
+async def test_8bit_content_is_re_encoded_where_that_is_wanted(
+    strategy: Strategy, mail: Mail, extensions: Sequence[str], memory_limit: int
+) -> None:
+    async with (
+        ScriptedUpstream(extensions=extensions) as upstream,
+        ScriptedUpstream() as other,
+        relaying(
+            settings(upstream, reencode_8bit=True),
+            settings(other, "other"),
+            strategy=strategy,
+            memory_limit_octets=memory_limit,
+        ) as forwarder,
+    ):
+        await forwarder.learn(wait_seconds=SECONDS)
+        assert forwarder.capabilities().eight_bit_mime
+        assert not forwarder.keeps_8bit()
+        for recipients in ((BOB,), (BOB, CAROL)):
+            assert (await relay(forwarder, *recipients, mail=mail, chunks=GREETINGS)).told.code == 250
+        assert (await relay(forwarder, mail=mail)).told.code == 250
+        first, second, seven = upstream.kept
+        for kept in (first, second):
+            assert kept.content.isascii()
+            assert kept.content.endswith(b"\r\n\r\n" + REENCODED)
+            assert b"Content-Transfer-Encoding: quoted-printable\r\n" in kept.content
+        assert seven.content == HEADER + BODY
+        assert all(b"BODY=" not in kept.mail for kept in upstream.kept)
+        assert other.kept == []
+        assert nothing_waits(forwarder)
+
+
+@pytest.mark.parametrize("memory_limit", [10, 100_000], ids=["file", "memory"])
+@both_strategies
+async def test_content_that_was_re_encoded_for_one_upstream_goes_to_the_next_as_it_came(
+    strategy: Strategy, memory_limit: int
+) -> None:
+    async with (
+        ScriptedUpstream(extensions=("PIPELINING",)) as first,
+        ScriptedUpstream() as second,
+        relaying(
+            settings(first, "first", reencode_8bit=True),
+            settings(second, "second"),
+            strategy=strategy,
+            memory_limit_octets=memory_limit,
+        ) as forwarder,
+    ):
+        first.faults[Phase.CONTENT] = Fault(Kind.CLOSE)
+        assert (await relay(forwarder, mail=EIGHT_BIT, chunks=GREETINGS)).told.code in (250, 451)
+        first.faults[Phase.DATA] = Fault(Kind.GOODBYE)
+        assert (await relay(forwarder, mail=EIGHT_BIT, chunks=GREETINGS)).told.code == 250
+        assert second.kept[-1].content == b"".join(GREETINGS)
+        assert b"BODY=8BITMIME" in second.kept[-1].mail
+        assert first.kept == []
+
+
+@pytest.mark.parametrize("has_other", [False, True])
+@both_strategies
+async def test_what_cannot_be_re_encoded_is_refused_for_good_or_goes_to_who_takes_it(
+    strategy: Strategy, has_other: bool
+) -> None:
+    async with (
+        ScriptedUpstream(extensions=("PIPELINING",)) as first,
+        ScriptedUpstream() as second,
+        relaying(
+            settings(first, "first", reencode_8bit=True),
+            *([settings(second, "second")] if has_other else []),
+            strategy=strategy,
+        ) as forwarder,
+    ):
+        told = (await relay(forwarder, mail=EIGHT_BIT, chunks=("Subject: ü\r\n".encode(), b"\r\nx\r\n"))).told
+        if has_other:
+            assert told.code == 250
+            assert len(second.kept) == 1
+        else:
+            assert str(told) == "554 5.6.5 8-bit content cannot be re-encoded: a header field holds 8-bit octets"
+        assert first.kept == []
+        assert nothing_waits(forwarder)
+        assert (await relay(forwarder)).told.code == 250
+
+
+@both_strategies
+async def test_what_grows_too_big_by_re_encoding_is_too_big(strategy: Strategy) -> None:
+    async with (
+        ScriptedUpstream(extensions=("SIZE 4000",)) as upstream,
+        relaying(settings(upstream, reencode_8bit=True), strategy=strategy) as forwarder,
+    ):
+        assert sum(map(len, GREETINGS)) < 4000 < len(REENCODED)
+        assert (await relay(forwarder, mail=EIGHT_BIT, chunks=GREETINGS)).told is replies.MESSAGE_TOO_BIG
+        assert upstream.kept == []
+
+
+@both_strategies
+async def test_a_client_that_leaves_while_its_mail_is_re_encoded_leaves_nothing(strategy: Strategy) -> None:
+    async with (
+        ScriptedUpstream(extensions=("PIPELINING",)) as upstream,
+        relaying(settings(upstream, reencode_8bit=True), strategy=strategy, memory_limit_octets=10) as forwarder,
+    ):
+        transaction = Awaited.begin(forwarder, EIGHT_BIT, RecordedTransaction(EIGHT_BIT))
+        assert [reply.code for reply in await transaction.recipients([BOB])] == [250]
+        sending = asyncio.create_task(transaction.content(GREETINGS))
+        await asyncio.sleep(0)
+        transaction.abort()
+        sending.cancel()
+        await until(lambda: nothing_waits(forwarder))
+        assert upstream.kept == []
+        assert (await relay(forwarder, mail=EIGHT_BIT, chunks=GREETINGS)).told.code == 250

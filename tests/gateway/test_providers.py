@@ -216,7 +216,7 @@ async def test_8bitmime_asked_for_without_an_offer(mode: str, content: bytes, tm
 @pytest.mark.parametrize(
     ("option", "content"),
     [
-        ("SMTPUTF8", CONTENT),
+        ("SMTPUTF8", b"Subject: \xc3\xa4\r\n\r\nx\r\n"),
         ("BODY=8BITMIME", EIGHT_BIT),
         ("BODY=BINARYMIME", CONTENT),
     ],
@@ -245,6 +245,57 @@ async def test_what_was_offered_in_good_faith_is_never_refused_for_good(
         assert upstream.kept == []
         if mode in ("direct", "buffered"):
             assert 451 in codes
+
+
+@every_mode
+async def test_8bit_content_is_re_encoded_where_that_is_wanted(mode: str, tmp_path: Path) -> None:
+    async with (
+        ScriptedUpstream(extensions=PLAIN) as upstream,
+        gateway(upstream, more={"reencode_8bit": True}, **delivery(mode, tmp_path)) as running,
+        client(running) as app,
+    ):
+        await app.ehlo()
+        assert "8bitmime" in app.esmtp_extensions
+        assert (await app.mail("a@here.example", options=["BODY=8BITMIME"])).code == 250
+        await app.rcpt("b@there.example")
+        assert (await app.data(EIGHT_BIT)).code == 250
+        await arrived(upstream)
+        assert b"BODY" not in upstream.kept[0].mail
+        assert upstream.kept[0].content.endswith(
+            b"Subject: x\r\nContent-Transfer-Encoding: quoted-printable\r\nMIME-Version: 1.0\r\n"
+            b"Content-Type: text/plain; charset=unknown-8bit\r\n\r\n=E4\r\n"
+        )
+
+
+@every_mode
+@pytest.mark.parametrize(
+    ("recipient", "content", "codes"),
+    [
+        ("b@there.example", CONTENT, [250, 250, 250]),
+        ("b@there.example", b"Subject: \xc3\xa4\r\n\r\n", [250, 250, 554]),
+        ("\xe4@there.example", CONTENT, [250, 553, 503]),
+    ],
+)
+async def test_smtputf8_asked_for_without_an_offer(
+    mode: str, recipient: str, content: bytes, codes: Sequence[int], tmp_path: Path
+) -> None:
+    async with (
+        ScriptedUpstream(extensions=("8BITMIME",)) as upstream,
+        gateway(upstream, **delivery(mode, tmp_path)) as running,
+        talk(running) as say,
+    ):
+        await say("EHLO app.example")
+        told = [
+            await say("MAIL FROM:<a@here.example> BODY=8BITMIME SMTPUTF8"),
+            await say(f"RCPT TO:<{recipient.encode().decode('latin-1')}>"),
+            await say(f"BDAT {len(content)} LAST\r\n{content.decode('latin-1')}", end=""),
+        ]
+        assert told == codes
+        if codes[-1] == 250:
+            await arrived(upstream)
+            assert upstream.kept[0].mail.split()[1:] == [b"BODY=8BITMIME"]
+        else:
+            assert upstream.kept == []
 
 
 # Rates --------------------------------------------------------------------------------------------------------

@@ -68,6 +68,9 @@ class ScriptedRelay:
     def destination(self, mail: Mail, recipient: Recipient) -> str | Reply:
         return self.routes.get(recipient.address, self.destination_name)
 
+    def keeps_8bit(self) -> bool:
+        return self.can.eight_bit_mime
+
     def concurrency(self, destination: str) -> int:
         return self.window
 

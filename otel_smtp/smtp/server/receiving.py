@@ -59,14 +59,19 @@ class Receiving(Securing):
 
     def _begin_content(self, transaction: OpenTransaction, *, by_data: bool) -> None:
         policy = self._policy
-        body = transaction.mail.body
+        mail, offer = transaction.mail, transaction.offer
+        refusal_of_8bit: Reply | None = None
+        if mail.body is Body.EIGHT_BIT_MIME and not offer.eight_bit_mime:
+            refusal_of_8bit = replies.NEEDS_8BITMIME
+        elif mail.smtputf8 and "SMTPUTF8" not in offer.keywords:
+            refusal_of_8bit = replies.CONTENT_NEEDS_SMTPUTF8
         transaction.content = IncomingContent(
             policy.content_limits,
             transaction.size_limit,
             self._handler,
-            is_binary=body is Body.BINARY_MIME,
+            is_binary=mail.body is Body.BINARY_MIME,
             by_data=by_data,
-            must_be_7bit=body is Body.EIGHT_BIT_MIME and not transaction.offer.eight_bit_mime,
+            refusal_of_8bit=refusal_of_8bit,
         )
         self.states.enter(ConnState.DATA, content_begun((transaction.number, transaction.recipients)))
         self._handler.content_begun()

@@ -125,7 +125,7 @@ class Notices:
             now=_date(now),
             message_id=f"<{message_id}@{self._hostname}>",
             trace_id=trace_id_of(lease.carrier),
-            eight_bit=self._relay.capabilities().eight_bit_mime,
+            eight_bit=self._relay.keeps_8bit(),
         )
         mail, recipient = envelope(lease.mail, is_ascii=content.isascii())
         header_octets = content.find(b"\r\n\r\n") + 2
