@@ -2,21 +2,32 @@
 
 Each story is a real gateway before real peers. What is read is written down as an operator would retell it: a line for
 each span, below its parent, with what became of it and why, and a line for each recipient who did not get the mail.
+
+The same trace is asked of whoever has it: the collector that got it, the status page's API, and a real Jaeger, where
+the program is on the PATH, which is given what the collector got, octet for octet. `otel-smtp why` tells the rest.
 """
 
+import contextlib
 import json
 import re
 import smtplib
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import pytest
+from click.testing import CliRunner
+
+from otel_smtp.commands.cli import cli
 from tests.end_to_end.conftest import Client, Files, StartGateway
 from tests.support.capture import KEYWORDS, CapturingUpstream
 from tests.support.dialogue import UpstreamScript, scripted_reply
-from tests.support.otlp_receiver import OtlpReceiver, ReceivedSpan
+from tests.support.jaeger import Jaeger, jaeger, tags_of
+from tests.support.otlp_receiver import OtlpReceiver, ReceivedEvent, ReceivedSpan
 from tests.support.ports import unclaimed_port
 from tests.support.process import GatewayProcess, until
 
@@ -41,7 +52,7 @@ def trace_as_read(spans: Iterable[ReceivedSpan]) -> list[str]:
     def tell(span: ReceivedSpan, depth: int) -> None:
         indent = "  " * depth
         assert (span.status == "ERROR") == ("error.type" in span.attributes and span.status != "UNSET")
-        assert all(event.time_ns + 1000 <= span.end_ns for event in span.events)
+        assert all(event.time_ns <= span.end_ns for event in span.events)
         told.append(indent + _span(span))
         told.extend(f"{indent}  * {_recipient(one.attributes)}" for one in span.events if one.name == "smtp.recipient")
         for child in spans:
@@ -65,7 +76,6 @@ def _span(span: ReceivedSpan) -> str:
             kind = facts["smtp.message.kind"]
             what = f"delivery {facts['smtp.delivery.attempt']}" if "smtp.spool.id" in facts else "delivery"
             what += "" if kind == "mail" else f" of a {kind} about this mail"
-            assert (kind != "mail") == ("reported_mail" in [link.attributes["smtp.link.type"] for link in span.links])
             told = f"{what} to {facts['smtp.upstream.name']} {facts['smtp.outcome']}: {_reply(facts)}"
         case "smtp.spool":
             told = f"{facts['smtp.spool.action']} in the queue"
@@ -137,7 +147,151 @@ def log_of(running: GatewayProcess, event: str) -> list[str]:
 
 def trace_of(receiver: OtlpReceiver, enough: Callable[[list[ReceivedSpan]], bool]) -> list[str]:
     """The trace as it is read, once it has enough spans."""
-    return trace_as_read(receiver.wait_for_spans(enough))
+    spans = receiver.wait_for_spans(enough)
+    for span in spans:
+        # Jaeger cuts start and duration to microseconds, each by itself.
+        assert all(event.time_ns + 1000 <= span.end_ns for event in span.events)
+        is_notice = span.attributes.get("smtp.message.kind", "mail") != "mail"
+        assert is_notice == ("reported_mail" in [link.attributes["smtp.link.type"] for link in span.links])
+    return trace_as_read(spans)
+
+
+# Asking others -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jaeger | None]:
+    """A Jaeger for all stories, which look for a trace each; None where there is none: other tests are skipped then."""
+    with contextlib.ExitStack() as running:
+        try:
+            found = running.enter_context(jaeger(tmp_path_factory.mktemp("jaeger")))
+        except pytest.skip.Exception:
+            yield None
+            return
+        yield found
+
+
+@dataclass
+class Story:
+    """A gateway whose telemetry goes to a collector, and who can be asked of it."""
+
+    start_gateway: StartGateway
+    receiver: OtlpReceiver
+    jaeger: Jaeger | None
+    port: int = 0
+
+    def start(self, settings: Mapping[str, Any]) -> GatewayProcess:
+        """Start it, with a status page."""
+        self.port = unclaimed_port()
+        return self.start_gateway({**settings, "status.address": f"127.0.0.1:{self.port}"}, exporting(self.receiver))
+
+    def tells(self, enough: Callable[[list[ReceivedSpan]], bool], trace: Sequence[str], why: Sequence[str]) -> None:
+        """Compare what everybody says with what is right: the trace, and the account that `otel-smtp why` gives."""
+        assert trace_of(self.receiver, enough) == trace
+        spans = self.receiver.spans
+        trace_id = spans[0].trace_id
+        assert trace_as_read(self._on_the_page(trace_id, len(spans))) == trace
+        assert self.account(trace_id) == why
+        if self.jaeger is not None:
+            for body in self.receiver.traces:
+                self.jaeger.take(body)
+            assert trace_as_read(map(_of_jaeger, self.jaeger.spans(trace_id, len(spans)))) == trace
+
+    def _on_the_page(self, trace_id: str, count: int) -> list[ReceivedSpan]:
+        def whole() -> list[ReceivedSpan] | None:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/api/traces/{trace_id}", timeout=10) as answer:
+                found = [
+                    _of_otlp_json(span)
+                    for resource in json.load(answer)["resourceSpans"]
+                    for scope in resource["scopeSpans"]
+                    for span in scope["spans"]
+                ]
+            return found if len(found) >= count else None
+
+        return until(whole, "the page has it")
+
+    def account(self, what: str) -> list[str]:
+        """What `otel-smtp why` prints, but for what differs from run to run."""
+        url = f"http://127.0.0.1:{self.port}"
+        done = CliRunner().invoke(cli, ["why", what, "--url", url, "--no-waterfall"], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        told = re.sub(r"\d+(\.\d+)? (µs|ms|s|min)\b", "TIME", done.output)
+        told = re.sub(r"^\d\d \w{3} \d\d:\d\d:\d\d", "WHEN", told, flags=re.MULTILINE)
+        told = re.sub(r"trace [0-9a-f]{32}", "trace ID", told)
+        told = re.sub(r"trace=[0-9a-f]{32}", "trace=ID", told)
+        told = re.sub(r"queue id \S+|in the queue as \S+:", lambda found: f"{found[0].rpartition(' ')[0]} ID", told)
+        told = re.sub(r"127\.0\.0\.1:\d+|localhost:\d+", "HOST", told)
+        return [line for line in told.splitlines() if not line.startswith("  Longest: ")]
+
+
+@pytest.fixture
+def story(start: StartGateway, receiver: OtlpReceiver, store: Jaeger | None) -> Story:
+    """See there."""
+    return Story(start, receiver, store)
+
+
+def _received(
+    name: str,
+    trace_id: str,
+    span_id: str,
+    parent_span_id: str,
+    times: tuple[int, int],
+    attributes: dict[str, Any],
+    events: list[ReceivedEvent],
+    status: tuple[str, str],
+) -> ReceivedSpan:
+    """A span of which others keep less than a collector gets; times are nanoseconds."""
+    return ReceivedSpan(
+        name, "", trace_id, span_id, parent_span_id, *times, attributes, events, [], *status, "", 0, 0, {}, ""
+    )
+
+
+def _of_otlp_json(span: Mapping[str, Any]) -> ReceivedSpan:
+    return _received(
+        span["name"],
+        span["traceId"],
+        span["spanId"],
+        span.get("parentSpanId", ""),
+        (int(span["startTimeUnixNano"]), int(span["endTimeUnixNano"])),
+        _key_values(span["attributes"]),
+        [
+            ReceivedEvent(one["name"], int(one["timeUnixNano"]), _key_values(one["attributes"]))
+            for one in span["events"]
+        ],
+        ("ERROR" if span["status"].get("code") == 2 else "UNSET", span["status"].get("message", "")),
+    )
+
+
+def _key_values(pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    kinds: dict[str, Callable[[Any], Any]] = {"intValue": int, "arrayValue": str}
+    return {
+        pair["key"]: kinds.get(kind, lambda value: value)(value)
+        for pair in pairs
+        for kind, value in pair["value"].items()
+    }
+
+
+def _of_jaeger(span: Mapping[str, Any]) -> ReceivedSpan:
+    # An attempt from the queue begins when the transaction is over, which it takes for clocks that differ.
+    assert [one for one in span.get("warnings") or () if not one.startswith("clock skew adjustment disabled")] == []
+    tags = tags_of(span)
+    # Where an attempt is linked to its transaction, too, the one reference to it is "FOLLOWS_FROM".
+    parents = [one["spanID"] for one in sorted(span["references"], key=lambda one: str(one["refType"]))]
+    end = span["startTime"] + span["duration"]
+    return _received(
+        span["operationName"],
+        span["traceID"],
+        span["spanID"],
+        parents[0] if parents else "",
+        (1000 * span["startTime"], 1000 * end),
+        tags,
+        [
+            ReceivedEvent(fields.pop("event"), 1000 * log["timestamp"], fields)
+            for log in span["logs"]
+            for fields in [tags_of(log)]
+        ],
+        (tags.pop("otel.status_code", "UNSET"), tags.pop("otel.status_description", "")),
+    )
 
 
 def has(*names: str) -> Callable[[list[ReceivedSpan]], bool]:
@@ -151,20 +305,28 @@ WHOLE: Final = has("smtp.connection", "smtp.transaction", "smtp.delivery")
 # a: two recipients, one refused by the upstream ----------------------------------------------------------------------
 
 
-def test_one_of_two_recipients_is_refused_by_the_upstream(
-    upstream: CapturingUpstream, receiver: OtlpReceiver, start: StartGateway
-) -> None:
+def test_one_of_two_recipients_is_refused_by_the_upstream(upstream: CapturingUpstream, story: Story) -> None:
     upstream.say(UpstreamScript(recipients={"gone@there.example": scripted_reply("550 5.1.1 No such user")}))
-    running = start({"upstream.url": upstream.url, "upstream.name": "provider"}, exporting(receiver))
+    running = story.start({"upstream.url": upstream.url, "upstream.name": "provider"})
     with smtplib.SMTP("127.0.0.1", running.port) as client:
         refused = client.sendmail("a@client.example", ["b@here.example", "gone@there.example"], MAIL)
     assert refused["gone@there.example"][0] == 550
-    assert trace_of(receiver, WHOLE) == [
+    trace = [
         "connection, ended by quit",
         "  transaction partly_relayed: 250 2.0.0 Ok: queued as CAPTURE (1 refused)",
         "    * there.example refused: 550 5.1.1 No such user, said by provider",
         "    delivery to provider partly_relayed: 250 2.0.0 Ok: queued as CAPTURE (1 refused) ERROR upstream_refused",
     ]
+    story.tells(
+        WHOLE,
+        trace,
+        why=[
+            "WHEN  client.example -> here.example, there.example  partly relayed  TIME",
+            "  there.example: refused by provider: 550 5.1.1 No such user",
+            "  1 recipient: accepted by provider (HOST): 250 2.0.0 Ok: queued as CAPTURE",
+            "  trace ID",
+        ],
+    )
     assert log_of(running, "smtp.connection") == [
         "delivery to provider partly_relayed: 250 2.0.0 Ok: queued as CAPTURE",
         "recipient there.example refused: 550 5.1.1 No such user, said by provider",
@@ -233,16 +395,23 @@ def failed(span: str, words: str, error: str, reply: str = UNREACHABLE) -> list[
     ]
 
 
-def test_the_certificate_of_the_upstream_is_self_signed(
-    files: Files, receiver: OtlpReceiver, start: StartGateway
-) -> None:
+def test_the_certificate_of_the_upstream_is_self_signed(files: Files, story: Story) -> None:
     with CapturingUpstream(tls=files.server_context("localhost")) as upstream:
         settings = {"upstream.url": f"smtp+starttls://localhost:{upstream.port}", "upstream.name": "provider"}
-        running = start(settings, exporting(receiver))
+        running = story.start(settings)
         assert failing_mail(running)[0] == 451
         words = "certificate verify failed: unable to get local issuer certificate"
         reply = "451 4.7.5 The upstream's TLS could not be verified"
-        assert trace_of(receiver, WHOLE) == failed("no reply", words, "upstream_tls", reply)
+        story.tells(
+            WHOLE,
+            failed("no reply", words, "upstream_tls", reply),
+            why=[
+                "WHEN  client.example -> there.example  deferred  TIME",
+                f"  there.example: deferred by this gateway: {reply}",
+                f"  deferred by provider (HOST): {words}",
+                "  trace ID",
+            ],
+        )
         assert log_of(running, "smtp.connection") == [
             f"no connection to the upstream: {words}",
             f"delivery to provider deferred: no reply, {words}",
@@ -251,59 +420,96 @@ def test_the_certificate_of_the_upstream_is_self_signed(
         ]
 
 
-def test_the_name_of_the_upstream_does_not_resolve(receiver: OtlpReceiver, start: StartGateway) -> None:
-    running = start({"upstream.url": "smtp://nowhere.invalid:25", "upstream.name": "provider"}, exporting(receiver))
+def test_the_name_of_the_upstream_does_not_resolve(story: Story) -> None:
+    running = story.start({"upstream.url": "smtp://nowhere.invalid:25", "upstream.name": "provider"})
     assert failing_mail(running)[0] == 451
-    [_, _, _, delivery] = trace_of(receiver, WHOLE)
-    assert delivery.startswith(
-        "    delivery to provider deferred: no reply ERROR upstream_unavailable, name resolution failed: "
+    [_, _, _, delivery] = trace_of(story.receiver, WHOLE)
+    _, _, reason = delivery.partition(": no reply ERROR upstream_unavailable, name resolution failed: ")
+    assert reason, delivery  # in the resolver's words, which differ from machine to machine
+    words = f"name resolution failed: {reason}"
+    story.tells(
+        WHOLE,
+        failed("no reply", words, "upstream_unavailable"),
+        why=[
+            "WHEN  client.example -> there.example  deferred  TIME",
+            f"  there.example: deferred by this gateway: {UNREACHABLE}",
+            f"  deferred by provider (nowhere.invalid:25): {words}",
+            "  trace ID",
+        ],
     )
+    assert f"no connection to the upstream: {words}" in log_of(running, "smtp.connection")
 
 
-def test_nobody_listens_at_the_upstream(receiver: OtlpReceiver, start: StartGateway) -> None:
+def test_nobody_listens_at_the_upstream(story: Story) -> None:
     settings = {"upstream.url": f"smtp://127.0.0.1:{unclaimed_port()}", "upstream.name": "provider"}
-    running = start(settings, exporting(receiver))
+    running = story.start(settings)
     assert failing_mail(running)[0] == 451
-    assert trace_of(receiver, WHOLE) == failed("no reply", "connection refused", "upstream_unavailable")
+    story.tells(
+        WHOLE,
+        failed("no reply", "connection refused", "upstream_unavailable"),
+        why=[
+            "WHEN  client.example -> there.example  deferred  TIME",
+            f"  there.example: deferred by this gateway: {UNREACHABLE}",
+            "  deferred by provider (HOST): connection refused",
+            "  trace ID",
+        ],
+    )
     assert "no connection to the upstream: connection refused" in log_of(running, "smtp.connection")
 
 
-def test_the_upstream_does_not_answer_data_in_time(receiver: OtlpReceiver, start: StartGateway) -> None:
+def test_the_upstream_does_not_answer_data_in_time(story: Story) -> None:
     without_chunking = tuple(one for one in KEYWORDS if one not in ("CHUNKING", "BINARYMIME"))
     with CapturingUpstream(keywords=without_chunking) as upstream:
         upstream.hold("DATA")
         settings = {"upstream.url": upstream.url, "upstream.name": "provider", "upstream.timeout.data": "200ms"}
-        running = start(settings, exporting(receiver))
+        running = story.start(settings)
         assert failing_mail(running)[0] == 451
         words = "no reply to DATA within 0.2 s"
-        assert trace_of(receiver, WHOLE) == [
+        trace = [
             f"connection, ended by quit ERROR upstream_unavailable, {words}",
             "  transaction deferred: 451 4.4.1 The upstream did not answer in time, try again later (1 deferred) "
             f"ERROR upstream_unavailable, {words}",
             f"    delivery to provider deferred: no reply ERROR upstream_unavailable, {words}",
         ]
+        story.tells(
+            WHOLE,
+            trace,
+            why=[
+                "WHEN  client.example -> there.example  deferred  TIME",
+                "  deferred by provider (HOST): no reply to DATA within TIME",
+                "  trace ID",
+            ],
+        )
         assert f"delivery to provider deferred: no reply, {words}" in log_of(running, "smtp.connection")
 
 
 # k: relayed after failover -------------------------------------------------------------------------------------------
 
 
-def test_a_mail_is_relayed_by_the_second_upstream(
-    upstream: CapturingUpstream, receiver: OtlpReceiver, start: StartGateway
-) -> None:
+def test_a_mail_is_relayed_by_the_second_upstream(upstream: CapturingUpstream, story: Story) -> None:
     settings = {
         "upstream.url": f"smtp://127.0.0.1:{unclaimed_port()}",
         "upstream.name": "first",
         "upstream": [{"url": upstream.url, "name": "second"}],
     }
-    running = start(settings, exporting(receiver))
+    running = story.start(settings)
     assert failing_mail(running)[0] == 250
-    assert trace_of(receiver, lambda spans: len(spans) == 4) == [
+    trace = [
         "connection, ended by quit",
         "  transaction relayed: 250 2.0.0 Ok: queued as CAPTURE",
         "    delivery to first deferred: no reply ERROR upstream_unavailable, connection refused",
         "    delivery to second relayed: 250 2.0.0 Ok: queued as CAPTURE",
     ]
+    story.tells(
+        lambda spans: len(spans) == 4,
+        trace,
+        why=[
+            "WHEN  client.example -> there.example  relayed  TIME",
+            "  deferred by first (HOST): connection refused",
+            "  1 recipient: accepted at attempt 2 by second (HOST): 250 2.0.0 Ok: queued as CAPTURE",
+            "  trace ID",
+        ],
+    )
     assert log_of(running, "smtp.connection") == [
         "no connection to the upstream: connection refused",
         "delivery to first deferred: no reply, connection refused",
@@ -316,16 +522,23 @@ def test_a_mail_is_relayed_by_the_second_upstream(
 
 
 def test_the_tls_handshake_of_a_client_fails(
-    upstream: CapturingUpstream, files: Files, receiver: OtlpReceiver, start: StartGateway, connect: Connect
+    upstream: CapturingUpstream, files: Files, story: Story, connect: Connect
 ) -> None:
-    running = start({"upstream.url": upstream.url, **files.listener("starttls", "off")}, exporting(receiver))
+    running = story.start({"upstream.url": upstream.url, **files.listener("starttls", "off")})
     client = connect(running.port)
     client.opens()
     assert client.asks("STARTTLS").startswith("220 ")
     client.say("this is no ClientHello")
-    spans = receiver.wait_for_spans(has("smtp.connection"))
     words = "TLS handshake failed: wrong version number"
-    assert trace_as_read(spans) == [f"connection, ended by tls_failure ERROR tls, {words}"]
+    story.tells(
+        has("smtp.connection"),
+        [f"connection, ended by tls_failure ERROR tls, {words}"],
+        why=[
+            "WHEN  a connection without mail  TIME",
+            f"  failed by this gateway: {words}",
+            "  trace ID",
+        ],
+    )
     assert log_of(running, "smtp.connection") == [f"TLS handshake failed: {words}"]
     [line] = [line for line in running.log if line["event"] == "smtp.connection"]
     assert (line["error.type"], line["smtp.failure.reason"]) == ("tls", words)
@@ -352,17 +565,17 @@ def operate(directory: Path, command: str, *ids: str) -> list[dict[str, Any]]:
 
 
 def test_a_queued_mail_is_deferred_twice_then_bounced(
-    upstream: CapturingUpstream, receiver: OtlpReceiver, start: StartGateway, tmp_path: Path
+    upstream: CapturingUpstream, story: Story, tmp_path: Path
 ) -> None:
     later = scripted_reply("450 4.7.1 Greylisted")
     upstream.say(UpstreamScript(content=(later, later, scripted_reply("550 5.1.1 No such user"))))
-    running = start(queueing(upstream.url, tmp_path), exporting(receiver))
+    running = story.start(queueing(upstream.url, tmp_path))
     assert failing_mail(running)[0] == 250
 
     def is_bounced(spans: list[ReceivedSpan]) -> bool:
         return WHOLE(spans) and "bounce" in [span.attributes.get("smtp.message.kind") for span in spans]
 
-    assert trace_of(receiver, is_bounced) == [
+    trace = [
         "connection, ended by quit",
         "  transaction queued: 250 2.0.0 Ok trace=ID",
         "    delivery 1 to provider deferred: 450 4.7.1 Greylisted (1 deferred) ERROR upstream_refused",
@@ -373,6 +586,21 @@ def test_a_queued_mail_is_deferred_twice_then_bounced(
         "      * there.example bounced: 550 5.1.1 No such user, said by provider",
         "    delivery 1 of a bounce about this mail to provider relayed: 250 2.0.0 Ok: queued as CAPTURE",
     ]
+    story.tells(
+        is_bounced,
+        trace,
+        why=[
+            "WHEN  client.example -> there.example  queued  TIME",
+            "  there.example: deferred by provider: 450 4.7.1 Greylisted",
+            "  there.example: deferred by provider: 450 4.7.1 Greylisted",
+            "  there.example: bounced by provider: 550 5.1.1 No such user",
+            "  deferred by provider (HOST): 450 4.7.1 Greylisted",
+            "  deferred at attempt 2 by provider (HOST): 450 4.7.1 Greylisted",
+            "  refused at attempt 3 by provider (HOST): 550 5.1.1 No such user",
+            "  1 recipient: accepted by provider (HOST): 250 2.0.0 Ok: queued as CAPTURE",
+            "  trace ID  queue id ID",
+        ],
+    )
     until(lambda: "bounce" in [line.get("smtp.message.kind") for line in running.log] or None, "the bounce's line")
     assert [line for line in log_as_read(running.log) if "transaction" not in line] == [
         "recipient there.example deferred: 450 4.7.1 Greylisted, said by provider",
@@ -385,21 +613,46 @@ def test_a_queued_mail_is_deferred_twice_then_bounced(
     ]
 
 
-def test_a_queued_mail_expires(receiver: OtlpReceiver, start: StartGateway, tmp_path: Path) -> None:
-    running = start(queueing(f"smtp://127.0.0.1:{unclaimed_port()}", tmp_path), exporting(receiver))
+def test_a_queued_mail_expires(story: Story, tmp_path: Path) -> None:
+    settings = queueing(f"smtp://127.0.0.1:{unclaimed_port()}", tmp_path)
+    running = story.start({**settings, "spool.retry": ["30s"]})
     assert failing_mail(running)[0] == 250
-    receiver.wait_for_spans(has("smtp.delivery"))
+    story.receiver.wait_for_spans(has("smtp.delivery"))
     [queued] = operate(tmp_path, "list")
     operate(tmp_path, "hold", queued["queue_id"])
     operate(tmp_path, "expire", queued["queue_id"])
 
     def has_expired(spans: list[ReceivedSpan]) -> bool:
-        return "expired" in [span.attributes.get("smtp.spool.action") for span in spans]
+        return WHOLE(spans) and "bounce" in [span.attributes.get("smtp.message.kind") for span in spans]
 
     said = "451 4.4.1 No upstream can be reached, try again later"
-    trace = trace_of(receiver, has_expired)
-    assert "    expired in the queue ERROR timeout, delivery time expired" in trace
-    assert f"      * there.example expired: {said}" in trace
+    trace = [
+        "connection, ended by quit",
+        "  transaction queued: 250 2.0.0 Ok trace=ID",
+        "    delivery 1 to provider deferred: no reply ERROR upstream_unavailable, connection refused",
+        f"      * there.example deferred: {said}",
+        "    held in the queue",
+        f"      * there.example held: {said}",
+        "    expired in the queue ERROR timeout, delivery time expired",
+        f"      * there.example expired: {said}",
+        "    delivery 1 of a bounce about this mail to provider deferred: no reply ERROR upstream_unavailable, "
+        "connection refused",
+        f"      * client.example deferred: {said}",
+    ]
+    story.tells(
+        has_expired,
+        trace,
+        why=[
+            "WHEN  client.example -> there.example  queued  TIME",
+            f"  there.example: deferred by this gateway: {said}",
+            f"  there.example: held by this gateway: {said}",
+            f"  there.example: expired by this gateway: {said}",
+            f"  client.example: deferred by this gateway: {said}",
+            "  deferred by provider (HOST): connection refused",
+            "  deferred by provider (HOST): connection refused",
+            "  trace ID  queue id ID",
+        ],
+    )
     until(lambda: "smtp.spool" in [line["event"] for line in running.log] or None, "the line")
     told = log_as_read(running.log)
     assert f"recipient there.example expired: {said}" in told
@@ -407,13 +660,13 @@ def test_a_queued_mail_expires(receiver: OtlpReceiver, start: StartGateway, tmp_
 
 
 def test_a_queued_mail_is_held_and_released_by_an_operator(
-    upstream: CapturingUpstream, receiver: OtlpReceiver, start: StartGateway, tmp_path: Path
+    upstream: CapturingUpstream, story: Story, tmp_path: Path
 ) -> None:
     upstream.say(UpstreamScript(content=(scripted_reply("450 4.7.1 Greylisted"),)))
     settings = {**queueing(upstream.url, tmp_path), "spool.retry": ["30s"]}
-    running = start(settings, exporting(receiver))
+    running = story.start(settings)
     assert failing_mail(running)[0] == 250
-    receiver.wait_for_spans(has("smtp.delivery"))
+    story.receiver.wait_for_spans(has("smtp.delivery"))
     [queued] = operate(tmp_path, "list")
     operate(tmp_path, "hold", queued["queue_id"])
     operate(tmp_path, "release", queued["queue_id"])
@@ -421,7 +674,7 @@ def test_a_queued_mail_is_held_and_released_by_an_operator(
     def is_relayed(spans: list[ReceivedSpan]) -> bool:
         return WHOLE(spans) and "relayed" in [span.attributes.get("smtp.outcome") for span in spans]
 
-    assert trace_of(receiver, is_relayed) == [
+    trace = [
         "connection, ended by quit",
         "  transaction queued: 250 2.0.0 Ok trace=ID",
         "    delivery 1 to provider deferred: 450 4.7.1 Greylisted (1 deferred) ERROR upstream_refused",
@@ -431,6 +684,18 @@ def test_a_queued_mail_is_held_and_released_by_an_operator(
         "    released in the queue",
         "    delivery 2 to provider relayed: 250 2.0.0 Ok: queued as CAPTURE",
     ]
+    story.tells(
+        is_relayed,
+        trace,
+        why=[
+            "WHEN  client.example -> there.example  queued  TIME",
+            "  there.example: deferred by provider: 450 4.7.1 Greylisted",
+            "  there.example: held by this gateway: 450 4.7.1 Greylisted",
+            "  deferred by provider (HOST): 450 4.7.1 Greylisted",
+            "  1 recipient: accepted at attempt 2 by provider (HOST): 250 2.0.0 Ok: queued as CAPTURE",
+            "  trace ID  queue id ID",
+        ],
+    )
     until(lambda: "relayed" in [line.get("smtp.outcome") for line in running.log] or None, "it is relayed")
     assert log_as_read(running.log)[-4:] == [
         "recipient there.example held: 450 4.7.1 Greylisted",
@@ -443,11 +708,9 @@ def test_a_queued_mail_is_held_and_released_by_an_operator(
 # i: refused by our own policy ----------------------------------------------------------------------------------------
 
 
-def test_a_recipient_is_refused_by_our_own_policy(
-    upstream: CapturingUpstream, receiver: OtlpReceiver, start: StartGateway, connect: Connect
-) -> None:
-    settings = {"upstream.url": upstream.url, "limits.recipients": 1}
-    running = start(settings, exporting(receiver))
+def test_a_recipient_is_refused_by_our_own_policy(upstream: CapturingUpstream, story: Story, connect: Connect) -> None:
+    settings = {"upstream.url": upstream.url, "upstream.name": "provider", "limits.recipients": 1}
+    running = story.start(settings)
     client = connect(running.port)
     client.opens()
     client.asks("MAIL FROM:<a@client.example>", "RCPT TO:<b@here.example>")
@@ -455,12 +718,22 @@ def test_a_recipient_is_refused_by_our_own_policy(
     assert client.asks("DATA").startswith("354 ")
     assert client.asks(f"{MAIL}.").startswith("250 ")
     client.asks("QUIT")
-    trace = trace_of(receiver, WHOLE)
-    assert trace[:3] == [
+    trace = [
         "connection, ended by quit",
         "  transaction partly_relayed: 250 2.0.0 Ok: queued as CAPTURE (1 deferred)",
         "    * there.example deferred: 452 4.5.3 Too many recipients",
+        "    delivery to provider relayed: 250 2.0.0 Ok: queued as CAPTURE",
     ]
+    story.tells(
+        WHOLE,
+        trace,
+        why=[
+            "WHEN  client.example -> here.example, there.example  partly relayed  TIME",
+            "  there.example: deferred by this gateway: 452 4.5.3 Too many recipients",
+            "  1 recipient: accepted by provider (HOST): 250 2.0.0 Ok: queued as CAPTURE",
+            "  trace ID",
+        ],
+    )
     assert "recipient there.example deferred: 452 4.5.3 Too many recipients" in log_of(running, "smtp.connection")
 
 

@@ -46,6 +46,27 @@ class Jaeger:
         """What makes a gateway send its traces here, soon."""
         return {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": f"{self._otlp}/v1/traces", "OTEL_BSP_SCHEDULE_DELAY": "20"}
 
+    def take(self, body: bytes) -> None:
+        """Have it take what a gateway exported: an OTLP request for traces, in protobuf."""
+        request = urllib.request.Request(
+            f"{self._otlp}/v1/traces", body, {"Content-Type": "application/x-protobuf"}, method="POST"
+        )
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            assert answer.status == 200
+
+    def spans(self, trace_id: str, count: int) -> list[dict[str, Any]]:
+        """A trace's spans, once it has so many.
+
+        Raises:
+            TimeoutError: it did not get them.
+        """
+
+        def whole() -> list[dict[str, Any]] | None:
+            found = [span for trace in self._ask(f"/api/traces/{trace_id}") for span in trace["spans"]]
+            return found if len(found) >= count else None
+
+        return until(whole, f"Jaeger has {count} spans", timeout_seconds=FOUND_SECONDS)
+
     def trace(self, trace_id: str, *spans: str) -> dict[str, dict[str, Any]]:
         """A trace's spans by their names, once it has all of these.
 

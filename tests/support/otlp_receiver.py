@@ -178,6 +178,7 @@ class _Store:
     spans: list[ReceivedSpan] = field(default_factory=list)
     logs: list[ReceivedLog] = field(default_factory=list)
     metrics: list[ReceivedMetric] = field(default_factory=list)
+    traces: list[bytes] = field(default_factory=list)
     bodies: list[bytes] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     requests: int = 0
@@ -200,6 +201,7 @@ class _Store:
         with self.changed:
             if isinstance(message, ExportTraceServiceRequest):
                 self.spans += _spans(message)
+                self.traces.append(body)
             elif isinstance(message, ExportLogsServiceRequest):
                 self.logs += _logs(message)
             elif isinstance(message, ExportMetricsServiceRequest):
@@ -272,6 +274,12 @@ class OtlpReceiver:
             return list(self._store.bodies)
 
     @property
+    def traces(self) -> list[bytes]:
+        """The bodies of the requests that brought spans."""
+        with self._store.changed:
+            return list(self._store.traces)
+
+    @property
     def headers(self) -> list[dict[str, str]]:
         """The header fields (metadata) of all requests, names in lower case."""
         with self._store.changed:
@@ -290,6 +298,7 @@ class OtlpReceiver:
                 self._store.spans,
                 self._store.logs,
                 self._store.metrics,
+                self._store.traces,
                 self._store.bodies,
                 self._store.headers,
             ):

@@ -200,7 +200,7 @@ def _sayings(
     is_shared = len({span.instance for span in [*below, *([transaction] if transaction else [])]}) > 1
     of_attempts = [_of_attempt(attempt, transaction, is_shared=is_shared) for attempt in chosen]
     for event in errors:
-        said = _of_error(event, attempts)
+        said = _of_error(event, attempts, connection)
         # What the client was told is what an upstream said: told once, in the upstream's full words.
         same = next((one for one in of_attempts if f"{one.words} ".startswith(f"{said.words} ")), None)
         if same is not None:
@@ -245,7 +245,7 @@ def _errors(transaction: OtlpSpan | None, connection: OtlpSpan | None) -> Iterat
             yield event
 
 
-def _of_error(event: OtlpEvent, attempts: Sequence[OtlpSpan]) -> Saying:
+def _of_error(event: OtlpEvent, attempts: Sequence[OtlpSpan], connection: OtlpSpan | None) -> Saying:
     a = event.attributes
     verb = str(a.get(names.VERB, ""))
     is_upstreams = str(a.get(names.ERROR_TYPE, "")).startswith("upstream")
@@ -255,7 +255,9 @@ def _of_error(event: OtlpEvent, attempts: Sequence[OtlpSpan]) -> Saying:
     code = a.get(names.REPLY_CODE)
     fate = "failed" if code is None else "refused" if int(code) >= 500 else "deferred"
     whom = {"RCPT": "a recipient", "MAIL": "the sender"}.get(verb, "" if verb in ("", ".", "DATA", "BDAT") else verb)
-    return Saying(whom, fate, plain(who), _reply(a) or plain(a.get(names.ERROR_TYPE, "")))
+    # Where it was no reply, the connection says what went wrong with it.
+    reason = None if connection is None else connection.attributes.get(names.FAILURE_REASON)
+    return Saying(whom, fate, plain(who), _reply(a) or plain(reason or a.get(names.ERROR_TYPE, "")))
 
 
 def _of_attempt(attempt: OtlpSpan, transaction: OtlpSpan | None, *, is_shared: bool) -> Saying:
