@@ -31,7 +31,7 @@ _WRITABLE: Final = select.POLLOUT
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadPlan:
-    """What to send. The run ends at `messages` or after `seconds`, whichever comes first.
+    """What to send. The run ends at `messages` or after `seconds`, whichever comes first; one is always sent.
 
     Attributes:
         messages: None: as many as there is time for.
@@ -275,7 +275,8 @@ class Load:
         self._has_begun = False
         self._began = 0.0
         self._ended = 0.0
-        self._unstarted = plan.messages if plan.messages is not None else -1  # negative: no limit
+        self._all = plan.messages if plan.messages is not None else -1  # negative: no limit
+        self._unstarted = self._all
 
     def run(self) -> LoadResult:
         """Send everything.
@@ -344,7 +345,9 @@ class Load:
     def _may_begin(self) -> bool:
         if self._unstarted == 0:
             return False
-        return self.plan.seconds is None or perf_counter() - self._began < self.plan.seconds
+        if self.plan.seconds is None or self._unstarted == self._all:
+            return True  # the first message is sent even if this process had to wait for a processor
+        return perf_counter() - self._began < self.plan.seconds
 
     def _next_message(self, session: _Session) -> None:
         if not self._may_begin():

@@ -58,6 +58,12 @@ def test_a_load_by_time_ends_in_time(sink: tuple[int, Child]) -> None:
     assert not result.failed
 
 
+@pytest.mark.parametrize("more", [{}, {"rate": 100.0}, {"keeps_connections": False}])
+def test_a_load_sends_a_message_however_short_it_is(sink: tuple[int, Child], more: dict[str, object]) -> None:
+    result = Load(plan(sink[0], messages=None, seconds=1e-9, **more)).run()
+    assert (result.accepted, result.failed) == (1, 0)
+
+
 def test_a_load_without_an_end_is_refused() -> None:
     with pytest.raises(ValueError, match="without an end"):
         LoadPlan(host="127.0.0.1", port=1)
