@@ -9,6 +9,7 @@ before it is trusted with the package.
 """
 
 import ast
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
@@ -51,7 +52,9 @@ PURE_LIBRARY: Final = frozenset(
     }
 )
 # What of the spool its stores may know.
-SPOOL_TYPES: Final = tuple(f"otel_smtp.spool.{module}" for module in ("encoding", "messages", "operators", "store"))
+SPOOL_TYPES: Final = tuple(
+    f"otel_smtp.spool.{module}" for module in ("drafting", "encoding", "messages", "operators", "store")
+)
 INPUT_OUTPUT: Final = frozenset(
     {
         "asyncio",
@@ -381,6 +384,15 @@ def test_a_module_keeps_to_its_room(module: str) -> None:
 def test_modules_of_the_tests_have_names_that_say_something() -> None:
     paths = (ROOT / "tests").rglob("*.py")
     assert [finding for path in paths for finding in naming(module_name(path), ast.Module([], []))] == []
+
+
+def test_the_package_tells_what_each_of_its_rooms_is_for() -> None:
+    told = ast.get_docstring(ast.parse((ROOT / PACKAGE / "__init__.py").read_text(encoding="utf-8"))) or ""
+    rooms = [path.parent.name for path in (ROOT / PACKAGE).glob("*/__init__.py")]
+    assert [room for room in rooms if f"`{room}" not in told] == []
+    named = {name for name in re.findall(r"`([a-z_]+(?:\.[a-z_]+)*)[`.]", told) if name.split(".")[0] in rooms}
+    known = {module.removeprefix(f"{PACKAGE}.") for module in SOURCES}
+    assert {name for name in named if name not in known} == set()
 
 
 def test_no_two_public_classes_of_the_package_share_a_name() -> None:

@@ -97,10 +97,6 @@ class Authenticator:
         by_token = () if self._token_verifier is None else ("OAUTHBEARER", "XOAUTH2")
         return by_password + by_token
 
-    def replace_users(self, users: Users) -> None:
-        """Use other users from the next exchange on: the file was read again."""
-        self._users = users
-
     def begin(self, mechanism: str) -> Exchange:
         """A new exchange.
 

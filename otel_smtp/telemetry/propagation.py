@@ -43,11 +43,6 @@ class TraceContext(NamedTuple):
     trace_state: str = ""
 
     @property
-    def is_sampled(self) -> bool:
-        """Whether the span is recorded by whoever made it."""
-        return bool(self.flags & SAMPLED)
-
-    @property
     def trace_id_hex(self) -> str:
         """32 hexadecimal digits."""
         return f"{self.trace_id:032x}"

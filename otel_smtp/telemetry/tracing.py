@@ -56,9 +56,6 @@ from otel_smtp.telemetry.state_events import (
 # would lie behind it, and not be shown.
 AFTER_LAST_EVENT_NS: Final = 1000
 
-DEFAULT_SEGMENT_EVENTS: Final = 500
-DEFAULT_SEGMENT_AGE_SECONDS: Final = 300.0
-
 _TO_SPOOLED: Final = {names.LINK_TYPE: LinkType.SPOOLED_TRANSACTION.value}
 _TO_REPORTED: Final = {names.LINK_TYPE: LinkType.REPORTED_MAIL.value}
 

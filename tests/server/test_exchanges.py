@@ -1,14 +1,12 @@
 """The AUTH exchanges against real clients."""
 
-from pathlib import Path
-
 import pytest
 import scramp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from otel_smtp.server.exchanges import Accepted, Authenticator, Challenge, Exchange, Rejected, Step
-from otel_smtp.server.users import ScramKeys, Users, load_users
+from otel_smtp.server.users import ScramKeys, Users
 from otel_smtp.smtp.errors import LocalProtocolError
 from otel_smtp.smtp.sasl import (
     MECHANISMS,
@@ -17,7 +15,6 @@ from otel_smtp.smtp.sasl import (
     build_plain,
     build_xoauth2,
 )
-from tests.server.passwords import quick_line, written
 from tests.support.bearer import oauthbearer
 
 
@@ -190,12 +187,3 @@ def test_only_what_is_announced_can_be_begun(argon2_users: Users, scram_users: U
         "OAUTHBEARER",
         "XOAUTH2",
     )
-
-
-async def test_replaced_users_count_from_the_next_exchange_on(argon2_users: Users, tmp_path: Path) -> None:
-    authenticator = Authenticator(argon2_users)
-    before = authenticator.begin("PLAIN")
-    authenticator.replace_users(load_users(written(tmp_path, quick_line("tim", "new"))))
-    assert await before.step(build_plain("tim", "tanstaaf")) == Accepted("tim")
-    assert await authenticator.begin("PLAIN").step(build_plain("tim", "tanstaaf")) == Rejected()
-    assert await authenticator.begin("PLAIN").step(build_plain("tim", "new")) == Accepted("tim")

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from otel_smtp.spool.drafting import MEMORY_LIMIT_OCTETS
 from otel_smtp.spool.embedded.aside import envelope
 from otel_smtp.spool.embedded.directory import SpoolDirectory, open_regular, sync_directory, write_all_at
-from otel_smtp.spool.embedded.draft import MEMORY_LIMIT_OCTETS
 from otel_smtp.spool.embedded.entries import Entry
 from otel_smtp.spool.messages import DeliveryState, SpoolError
 

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
+from otel_smtp.spool.drafting import MEMORY_LIMIT_OCTETS
 from otel_smtp.spool.messages import (
     Backlog,
     Company,
@@ -23,7 +24,6 @@ from otel_smtp.spool.messages import (
 from otel_smtp.spool.postgresql import rows
 from otel_smtp.spool.postgresql.beats import Beats, channel
 from otel_smtp.spool.postgresql.connecting import Connection, QueueLocation
-from otel_smtp.spool.postgresql.draft import MEMORY_LIMIT_OCTETS
 from otel_smtp.spool.postgresql.statements import Statements
 from otel_smtp.spool.postgresql.working import Working
 

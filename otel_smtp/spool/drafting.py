@@ -1,0 +1,119 @@
+"""What the drafts of all stores share: content is held in memory while it is small, and in a file beyond."""
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from otel_smtp.spool.messages import SpoolError
+
+MEMORY_LIMIT_OCTETS: Final = 64 * 1024
+"""Most mail of applications is smaller; to copy a large content when its message moves is dear."""
+
+WRITE_OCTETS: Final = 256 * 1024
+"""What is written to the file at a time: a trip to a thread costs as much as writing this."""
+
+
+class SpillingDraft(ABC):
+    """A content that is being received; see `store.Draft`.
+
+    One that cannot be written goes on taking what comes, and says at `end` what was wrong.
+
+    Attributes:
+        header_octets: length of the first chunk, the header block.
+        octets: of all that was added.
+    """
+
+    __slots__ = (
+        "_fault", "_has_file", "_held", "_held_octets", "_memory_limit", "_resume", "_running", "header_octets",
+        "octets",
+    )  # fmt: skip
+
+    def __init__(self, *, memory_limit_octets: int = MEMORY_LIMIT_OCTETS) -> None:
+        self._memory_limit = memory_limit_octets
+        self._held: list[bytes] = []
+        self._held_octets = 0
+        self._has_file = False
+        self._fault: SpoolError | None = None
+        self._resume: Callable[[], None] | None = None
+        self._running: asyncio.Future[None] | None = None  # what a thread does with the file
+        self.header_octets = 0
+        self.octets = 0
+
+    @abstractmethod
+    def _write(self, data: bytes) -> None:
+        """Write to the file, which the first call makes. In a thread, one call at a time; raises OSError."""
+
+    @abstractmethod
+    def _close(self) -> None:
+        """Close the file, if there is one, and remove it unless it was taken over. Idempotent."""
+
+    @abstractmethod
+    def _fault_of(self, error: OSError) -> SpoolError:
+        """What it means that the file could not be written."""
+
+    @property
+    def in_memory(self) -> Sequence[bytes] | None:
+        """All of it; None where it is in a file, or will be, or would be but for a fault of the disk."""
+        return None if self._has_file else self._held
+
+    def write(self, chunk: bytes, resume: Callable[[], None]) -> bool:
+        """See `store.Draft.write`."""
+        if self.octets == 0:
+            self.header_octets = len(chunk)
+        self.octets += len(chunk)
+        if self._fault is not None:
+            return True
+        self._held.append(chunk)
+        self._held_octets += len(chunk)
+        if self._resume is not None:
+            return False
+        if self._held_octets <= (WRITE_OCTETS if self._has_file else self._memory_limit):
+            return True
+        self._resume = resume
+        if self._running is None:
+            self._spill()
+        return False
+
+    async def end(self) -> None:
+        """It is complete.
+
+        Raises:
+            SpoolError: it could not be written.
+        """
+        while self._running is not None or (self._has_file and self._held and self._fault is None):
+            if self._running is None:
+                self._spill()
+            running = self._running
+            assert running is not None
+            await asyncio.wait([running])
+        if self._fault is not None:
+            raise self._fault
+
+    def discard(self) -> None:
+        """Forget it. Idempotent; what the store has taken over is not touched."""
+        self._held = []  # not cleared: an attempt may have been given it
+        self._resume = None
+        if self._running is not None and not self._running.done():
+            # Were the file closed now, the thread might write into whatever gets its number next.
+            self._running.add_done_callback(lambda _: self.discard())
+            return
+        self._close()
+
+    def _spill(self) -> None:
+        data, self._held, self._held_octets = b"".join(self._held), [], 0
+        self._has_file = True
+        self._running = asyncio.get_running_loop().run_in_executor(None, self._write, data)
+        self._running.add_done_callback(self._has_spilled)
+
+    def _has_spilled(self, spilled: "asyncio.Future[None]") -> None:
+        self._running = None
+        error = None if spilled.cancelled() else spilled.exception()
+        if error is not None:
+            if not isinstance(error, OSError):
+                raise error
+            self._fault = self._fault_of(error)
+            self._held.clear()
+        resume, self._resume = self._resume, None
+        if resume is not None:
+            resume()
