@@ -429,13 +429,6 @@ class Index:
         where = " AND ".join([*(condition for condition, _ in wanted), f"NOT {_IS_OUTCOME}"])
         return self._entries(f"WHERE {where} ORDER BY id LIMIT ?", [*(value for _, value in wanted), most])
 
-    def all_ids(self) -> Iterator[list[str]]:
-        """All ids, some at a time."""
-        after = ""
-        while part := self._ids("SELECT id FROM message WHERE id > ? ORDER BY id LIMIT 500", (after,)):
-            yield part
-            after = part[-1]
-
 
 def row_of(entry: Entry) -> tuple[Any, ...]:
     """A message as `Index.write` wants it."""
