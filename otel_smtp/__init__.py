@@ -12,8 +12,21 @@ A message's path through the package
 4. What happened is noted in records as it happens, and `observing.Observer` receives them: `telemetry` turns them into
    spans, events, metrics and log lines, `status` shows them, and a `conn_state` callback gets each transition.
 
-`commands` has what people type, `config` the settings. `gateway.Gateway` builds all of it from settings; programs that
-embed the gateway need these two::
+Where a change is made
+----------------------
+* What may be said and how it is answered: `smtp`, without input and output. An extension is a row of `smtp.extensions`,
+  a reply a line of `smtp.replies`, a connection state a row of `smtp.states`.
+* Who may connect, log in, and how long they may take: `server`. Sockets and their deadlines themselves: `net`.
+* Which upstream gets a mail, when, over which connection, and what its answers mean: `forwarding`.
+* What becomes of a mail that waits: `spool`; how it is kept: `spool.embedded` (a directory), `spool.postgresql` (a
+  database); what its sender and its application are told: `spool.dsn`, `spool.outcomes`.
+* What is noted of all this: `observing`. How OpenTelemetry says it: `telemetry`, with every name in
+  `telemetry.attributes`. What the status port shows: `status`.
+* A setting: its row in `config.settings`, and `gateway.wiring`, which gives it to the room that uses it. Start, reload,
+  workers and shutdown: `gateway`.
+* What people type: `commands`. For applications that send mail: `client`; for their tests: `testing`.
+
+Programs that embed the gateway need these two::
 
     settings = load(upstream=["smtp://127.0.0.1:1025"], listen=["127.0.0.1:0"])
     async with Gateway(settings, conn_state=callback) as gateway:
