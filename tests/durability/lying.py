@@ -4,7 +4,6 @@ It keeps book of what it really did, by message and recipient. A message names i
 length by `X-Octets`, so that a part is never taken for the whole.
 """
 
-import contextlib
 import random
 import re
 import socketserver
@@ -12,8 +11,9 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
+
+from tests.durability.threaded import Gone, ThreadedUpstream, read_content
 
 Copy = tuple[str, str]
 """A message for one recipient: its id, and the address."""
@@ -29,11 +29,7 @@ ENDINGS: Final = {
 }  # fmt: skip
 
 
-class _Gone(Exception):
-    """It ends the connection."""
-
-
-class LyingUpstream:
+class LyingUpstream(ThreadedUpstream):
     """Listens on a port of its own.
 
     Args:
@@ -51,6 +47,7 @@ class LyingUpstream:
     """
 
     def __init__(self, seed: int, script: Sequence[str] | None = None) -> None:
+        super().__init__()
         self._script = list(script or ())
         self.is_honest = script is not None
         self.taken: Counter[Copy] = Counter()
@@ -62,40 +59,12 @@ class LyingUpstream:
         self.said: defaultdict[str, list[str]] = defaultdict(list)
         self._chance = random.Random(seed)
         self._lock = threading.Lock()
-        upstream = self
-
-        class Session(socketserver.StreamRequestHandler):
-            disable_nagle_algorithm = True
-
-            def handle(self) -> None:
-                with contextlib.suppress(OSError, ValueError, _Gone):
-                    upstream._converse(self)
-
-        class Server(socketserver.ThreadingTCPServer):
-            daemon_threads = True
-            request_queue_size = 128
-
-            def handle_error(self, request: object, client_address: object) -> None:
-                pass
-
-        self._server = Server(("127.0.0.1", 0), Session)
-        self.port = int(self._server.server_address[1])
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
 
     def _happens(self, share: float) -> bool:
         with self._lock:
             return not self.is_honest and self._chance.random() < share
 
-    def _converse(self, session: socketserver.StreamRequestHandler) -> None:
+    def converse(self, session: socketserver.StreamRequestHandler) -> None:
         def say(text: str) -> None:
             session.wfile.write(text.encode() + b"\r\n")
 
@@ -103,7 +72,7 @@ class LyingUpstream:
             if self._happens(share):
                 if self._happens(0.5):
                     session.wfile.write(self._chance.choice(GARBAGE))
-                raise _Gone
+                raise Gone
 
         misbehave(0.02)
         if self._happens(0.02):
@@ -142,11 +111,7 @@ class LyingUpstream:
                     say("451 4.3.0 not now")
                     continue
                 say("354 go on")
-                content = b""
-                while (line := session.rfile.readline()) != b".\r\n":
-                    if not line:
-                        return
-                    content += line[1:] if line.startswith(b".") else line
+                content = read_content(session)
                 self._end(session, sender, recipients, content)
                 sender, recipients = "", []
             elif verb == b"QUIT":
@@ -176,12 +141,12 @@ class LyingUpstream:
             case "refuse for good":
                 write(b"550 5.7.1 never\r\n")
             case "take and vanish" | "vanish":
-                raise _Gone
+                raise Gone
             case "take and garble" | "garble":
                 write(garbage)
             case "take, answer and vanish":
                 write(b"250 2.0.0 taken\r\n")
-                raise _Gone
+                raise Gone
             case "take and answer slowly":
                 for octet in b"250 2.0.0 taken\r\n":
                     write(bytes([octet]))
@@ -192,7 +157,7 @@ class LyingUpstream:
                 write(b"250 2.0.0 taken\r\n")
             case "say goodbye":
                 write(b"421 4.3.2 going down\r\n")
-                raise _Gone
+                raise Gone
             case _:
                 write(b"250 2.0.0 taken\r\n")
 

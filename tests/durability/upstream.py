@@ -1,18 +1,17 @@
 """An upstream that lives in this process while gateways are killed in front of it, and that is not always willing."""
 
-import contextlib
 import random
 import socketserver
 import threading
 import time
 from collections import Counter
-from types import TracebackType
-from typing import Self
+
+from tests.durability.threaded import ThreadedUpstream, read_content
 
 UNWILLING: float = 0.1  # share of messages that are deferred
 
 
-class CountingUpstream:
+class CountingUpstream(ThreadedUpstream):
     """Counts the messages that it answered 250, by the value of their `X-Id` field.
 
     Attributes:
@@ -22,45 +21,20 @@ class CountingUpstream:
     """
 
     def __init__(self, seed: int, *, unwilling: float = UNWILLING) -> None:
+        super().__init__()
         self._unwilling = unwilling
         self.taken: Counter[str] = Counter()
         self.is_willing = False
         self.is_closed = False
         self._chance = random.Random(seed)
         self._lock = threading.Lock()
-        upstream = self
-
-        class Session(socketserver.StreamRequestHandler):
-            def handle(self) -> None:
-                with contextlib.suppress(OSError, ValueError):  # its client was killed
-                    upstream._converse(self)
-
-        class Server(socketserver.ThreadingTCPServer):
-            daemon_threads = True
-            request_queue_size = 128
-
-            def handle_error(self, request: object, client_address: object) -> None:
-                pass
-
-        self._server = Server(("127.0.0.1", 0), Session)
-        self.port = int(self._server.server_address[1])
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
 
     def refuses(self) -> bool:
         """Whether the next one is deferred."""
         with self._lock:
             return not self.is_willing and self._chance.random() < self._unwilling
 
-    def _converse(self, session: socketserver.StreamRequestHandler) -> None:
+    def converse(self, session: socketserver.StreamRequestHandler) -> None:
         def say(text: str) -> None:
             session.wfile.write(text.encode() + b"\r\n")
 
@@ -73,11 +47,7 @@ class CountingUpstream:
                 say("250-counting.example\r\n250-PIPELINING\r\n250 8BITMIME")
             elif verb == b"DATA":
                 say("354 go on")
-                content = b""
-                while (line := session.rfile.readline()) != b".\r\n":
-                    if not line:
-                        return
-                    content += line
+                content = read_content(session)
                 time.sleep(self._chance.random() / 200)  # so that some kills come just here
                 if self.refuses():
                     say("451 4.3.0 not now")
