@@ -1,9 +1,11 @@
-"""`python -m tests.durability kill|faults|full|workers|model`: the long proofs.
+"""`python -m tests.durability kill|faults|full|workers|model|gateways`: the long proofs.
 
-`tests/spool/test_durability.py` and `tests/end_to_end/test_workers.py` run short ones.
+`tests/spool/test_durability.py`, `tests/end_to_end/test_workers.py` and `tests/spool/postgresql/test_gateways.py` run
+short ones.
 """
 
 import argparse
+import asyncio
 import sys
 import tempfile
 from pathlib import Path
@@ -11,7 +13,9 @@ from pathlib import Path
 from tests.durability.failing import CALLS, fill, inject, starve
 from tests.durability.killing import kill_again_and_again
 from tests.durability.model import MODES, Model, run_model
+from tests.durability.sharing import TAKEOVER_SECONDS, kill_in_turn, stop_at_known_moments
 from tests.durability.supervising import storm
+from tests.spool.postgresql.schemas import new_place
 
 
 def main() -> int:
@@ -33,6 +37,11 @@ def main() -> int:
     model.add_argument("--transactions", type=int, default=20_000, help="in each mode")
     model.add_argument("--mode", choices=MODES, action="append", help="default: all")
     model.add_argument("--seed", type=int, default=1)
+    gateways = commands.add_parser("gateways", help="several on one queue: kill -9, and stops longer than their leases")
+    gateways.add_argument("--kills", type=int, default=10)
+    gateways.add_argument("--stops", type=int, default=3)
+    gateways.add_argument("--mails", type=int, default=1000, help="before the first kill, and again at the end")
+    gateways.add_argument("--seed", type=int, default=1)
     parser.add_argument("--directory", type=Path, default=None, help="on the disk that is to be tried")
     arguments = parser.parse_args()
     directory = Path(tempfile.mkdtemp(prefix="otel-smtp-durability-", dir=arguments.directory))
@@ -58,6 +67,19 @@ def main() -> int:
             )
             print(stormed.told())
             return int(not stormed.is_right)
+        case "gateways":
+            place = asyncio.run(new_place(takeover_seconds=TAKEOVER_SECONDS))
+            shared = kill_in_turn(
+                place, directory, arguments.kills, stops=arguments.stops, mails=arguments.mails, seed=arguments.seed,
+                tell=lambda line: print(line, flush=True),
+            )  # fmt: skip
+            print(shared.told(), flush=True)
+            (moments := directory / "moments").mkdir()
+            stopped = stop_at_known_moments(place, moments)
+            print(f"stopped at known moments: {stopped}")
+            is_wrong = max(shared.takeovers, default=0) > TAKEOVER_SECONDS + 2 or stopped.taken["content"] != 2
+            is_wrong |= bool(shared.lost or shared.unmarked_duplicates or shared.left or not shared.is_balanced)
+            return int(is_wrong or stopped.marked != 3)
         case "model":
             print(Model.HEADING, flush=True)
             is_right = True
