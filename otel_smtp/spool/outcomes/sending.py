@@ -124,7 +124,10 @@ class Sender:
             return wait_seconds
         claimed, due_in = await self._store.claim(wanted)
         for lease, content in claimed:
-            self._begin(receivers[lease.destination], lease, content)
+            if (receiver := receivers.get(lease.destination)) is not None:
+                self._begin(receiver, lease, content)
+            else:  # a lease that was lost track of, for one that has gone since
+                await self._record(lease, (), LOOK_SECONDS)
         if claimed:
             return 0.0
         if self._store.look_again_seconds is not None:

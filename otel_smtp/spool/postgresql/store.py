@@ -20,7 +20,7 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 from uuid import UUID
@@ -467,7 +467,7 @@ class PostgresqlStore:
             raise StorageAway("queue database unavailable")
         found: list[Row] = []
         if time.monotonic() < self._adopt_until:
-            found += await self._adopt(incarnation)
+            found += await self._adopt(incarnation, {is_for_receiver(destination) for destination in wanted})
         for destination, most in wanted.items():
             try:
                 claimed = await self._claim(incarnation, destination, min(most, MOST_CLAIMED))
@@ -497,8 +497,12 @@ class PostgresqlStore:
         )
         return None if due_in is None else max(0.0, due_in)
 
-    async def _adopt(self, incarnation: UUID) -> Sequence[Row]:
-        """Leases of ours that nobody here knows of."""
+    async def _adopt(self, incarnation: UUID, are_outcomes: Container[bool]) -> Sequence[Row]:
+        """Leases of ours that nobody here knows of.
+
+        Args:
+            are_outcomes: outcomes are claimed, mail is, or both: who sends the one must never be given the other.
+        """
         known = [f"{message_id}/{delivery}" for message_id, delivery in self._held]
         rows: Sequence[Row] = await self._working.do(
             lambda connection: connection.fetch(self._statements.unknown_leases, incarnation, known)
@@ -506,7 +510,8 @@ class PostgresqlStore:
         return [
             row
             for row in rows
-            if row["id"] not in self._submitting
+            if is_for_receiver(row["dest"]) in are_outcomes
+            and row["id"] not in self._submitting
             and row["id"] not in self._withdrawn
             and (row["id"], row["d"]) not in self._held
         ]

@@ -10,7 +10,7 @@ from typing import TypeVar
 import pytest
 
 from otel_smtp.smtp import replies
-from otel_smtp.spool.messages import End, Kind, Lease, SpoolError, StorageAway, Verdict
+from otel_smtp.spool.messages import OUTCOME_PREFIX, End, Kind, Lease, SpoolError, StorageAway, Verdict
 from otel_smtp.spool.postgresql import PostgresqlStore, QueueLocation
 from otel_smtp.spool.postgresql import store as store_module
 from tests.spool.messages import BODY, HEADER, leased, message, queued, written
@@ -178,6 +178,26 @@ async def test_a_claim_whose_answer_is_lost_is_found_again(gateway: PostgresqlSt
     assert await leased(gateway) == []
     await gateway.finish(found[0], DELIVERED)
     assert await gateway.tally() == {"accepted": 1, "delivered": 1}
+
+
+async def test_outcomes_and_mail_whose_claims_are_lost_are_found_by_who_sends_them(
+    gateway: PostgresqlStore, proxy: CuttingProxy
+) -> None:
+    """An outcome that the runner found would leave as mail."""
+    application = f"{OUTCOME_PREFIX}app"
+    mail = await queued(gateway)
+    outcome = await queued(gateway, message(sender="", destination=application, kind=Kind.OUTCOME))
+    for destination in ("up", application):
+        proxy.cut("claims")
+        with pytest.raises(StorageAway):
+            await leased(gateway, destination=destination)
+    for destination, one in ((application, outcome), ("up", mail)):
+
+        async def found(destination: str = destination) -> list[Lease]:
+            return list(await leased(gateway, destination=destination))
+
+        assert [lease.message_id for lease in await found_by(found)] == [one]
+        assert await leased(gateway, destination=destination) == []
 
 
 async def test_a_warning_whose_answer_is_lost_is_there_once(gateway: PostgresqlStore, proxy: CuttingProxy) -> None:
