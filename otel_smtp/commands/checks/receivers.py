@@ -18,7 +18,7 @@ async def check_receiver(settings: ReceiverSettings, hostname: str) -> Finding:
         return Finding("failed", subject, answer.why or "no answer")
     words = ["answers", "TLS verified" if settings.url.startswith("https:") else "no TLS"]
     said = f"HTTP status {answer.status} to OPTIONS"
-    if answer.status >= 500:
+    if answer.status >= 500 and answer.status != 501:  # RFC 9110 15.6.2: it knows no OPTIONS
         return Finding("failed", subject, f"{said}; it would be sent outcomes again and again")
     if answer.status in (401, 403, 404, 410) or 300 <= answer.status < 400:
         return Finding("warning", subject, "; ".join([*words, f"{said}: is the URL right?"]))

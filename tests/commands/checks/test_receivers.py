@@ -13,6 +13,7 @@ from tests.support.receiver import KEY, receiving, status
         (200, "ok", "answers; no TLS"),
         (204, "ok", "answers; no TLS"),
         (405, "ok", "answers; no TLS"),
+        (501, "ok", "answers; no TLS"),
         (404, "warning", "answers; no TLS; HTTP status 404 to OPTIONS: is the URL right?"),
         (401, "warning", "answers; no TLS; HTTP status 401 to OPTIONS: is the URL right?"),
         (302, "warning", "answers; no TLS; HTTP status 302 to OPTIONS: is the URL right?"),

@@ -8,6 +8,7 @@ from otel_smtp.spool.embedded import EmbeddedStore
 from otel_smtp.spool.embedded.store import CRASHES_ALLOWED
 from otel_smtp.spool.messages import OUTCOME_PREFIX, Backlog, End, Kind, NewMessage, StorageFull, Verdict
 from tests.spool.messages import leased, message, queued
+from tests.spool.queueing import eventually
 from tests.spool.stores import SEGMENT_OCTETS
 
 APPLICATION = f"{OUTCOME_PREFIX}app"
@@ -48,6 +49,25 @@ async def test_a_backlog_of_outcomes_refuses_no_mail(tmp_path: Path, bound: dict
     assert (store.memory.messages, store.memory.outcome_messages, store.memory.outcome_octets) == (0, 0, 0)
     assert store.memory.octets == 0
     assert await store.backlog([APPLICATION]) == {APPLICATION: Backlog()}
+    await store.close()
+
+
+async def test_an_outcome_that_was_moved_is_counted_as_what_it_takes_there(tmp_path: Path) -> None:
+    store = EmbeddedStore(tmp_path / "spool", least_free_octets=0, segment_octets=256 * 1024)
+    await store.open()
+    told = await queued(store, outcome(), b"{}")
+    first = store.memory.hot[told].place
+    assert first is not None
+    for _ in range(60):
+        await queued(store, message(), b"x" * 40_000)
+        (lease,) = await leased(store)
+        await store.finish(lease, (Verdict(0, End.DELIVERED),))
+    # The store's own housekeeping moves it: the rest of its segment has ended.
+    await eventually(lambda: first.segment not in store.memory.live, timeout_seconds=60)
+    (lease,) = await leased(store, destination=APPLICATION)
+    assert store.memory.octets == 0
+    await store.finish(lease, (Verdict(0, End.DELIVERED),))
+    assert store.memory.outcome_octets == 0
     await store.close()
 
 
