@@ -261,7 +261,8 @@ class DeliveryTable(Table, frozen=True, kw_only=True):
     strategy: Annotated[
         DeliveryStrategy,
         Key(
-            "`transparent`: each recipient is asked upstream; `buffered`: the whole transaction in one burst",
+            "`transparent`: each recipient is asked upstream; `buffered`: the whole transaction in one burst, "
+            "and one refused recipient refuses the message for all",
             Choice(get_args(DeliveryStrategy)),
         ),
     ] = "transparent"

@@ -17,12 +17,14 @@ from otel_smtp.forwarding.delivery import MOST_TRANSACTIONS, Delivery
 from otel_smtp.forwarding.further import MOST_SECONDS, Further, Part
 from otel_smtp.forwarding.routes import Serving
 from otel_smtp.forwarding.smarthost import Smarthost
-from otel_smtp.forwarding.verdicts import fold
+from otel_smtp.forwarding.verdicts import fold, with_remark
 from otel_smtp.observing import DeliveryPhase, Observer, TransactionRecord
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.client import is_safe_path
 from otel_smtp.smtp.envelope import Mail, Recipient
 from otel_smtp.smtp.replies import Reply
+
+MOST_NAMED_CHARACTERS: Final = 128  # of a recipient whose refusal is that of the whole message
 
 
 class Relaying(Protocol):
@@ -172,11 +174,24 @@ class Transaction(ABC):
                 self._content.close()
             answered, self._answered = self._answered, None
             if answered is not None:
+                if reply.code >= 400 and self._refuses_all_for_one and not verdicts:
+                    reply = self._naming(reply)
                 answered(reply, verdicts)
         elif self._refuses_all_for_one and reply.code >= 400 and not any(one.is_positive for one in verdicts):
-            self._conclude(reply, ())  # nobody has it yet, and nobody gets it
+            # Nobody has it yet, and nobody gets it.
+            self._conclude(reply if verdicts else self._naming(reply), ())
         else:
             self._go_further(reply, verdicts)
+
+    def _naming(self, reply: Reply) -> Reply:
+        """The refusal of a message for one of its recipients, with whom it is: nothing else tells the client."""
+        delivery, deliveries = self._delivery, self._record.deliveries
+        if len(delivery.accepted) + len(delivery.left) < 2 or not deliveries:
+            return reply
+        whom = next((one.recipient.address for one in deliveries[-1].refused if one.reply is reply), "")
+        if not whom or not whom.isascii() or len(whom) > MOST_NAMED_CHARACTERS:
+            return reply
+        return with_remark(reply, f"recipient {whom}")
 
     def _conclude(self, reply: Reply, verdicts: Sequence[Reply]) -> None:
         self._is_over = True

@@ -56,12 +56,13 @@ def fold(verdicts: Sequence[Reply]) -> Reply:
         return passing or refusals[0]
     count = f"taken for {len(verdicts) - len(refusals)} of {len(verdicts)} recipients"
     if unknown is not None:
-        return _with_behind(unknown, count)
+        return with_remark(unknown, count)
     if passing is not None:
         return quoting(replies.SOME_RECIPIENTS_DEFERRED.with_text(f"Message {count}"), passing)
-    return _with_behind(refusals[0], count)
+    return with_remark(refusals[0], count)
 
 
-def _with_behind(reply: Reply, remark: str) -> Reply:
+def with_remark(reply: Reply, remark: str) -> Reply:
+    """A reply with a remark of ours behind its words, which make way where they are too long."""
     *lines, last = reply.lines
     return reply.with_text(*lines, f"{last[: MAX_KEPT_CHARACTERS - len(remark) - 3]} ({remark})".lstrip())

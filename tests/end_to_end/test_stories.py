@@ -347,7 +347,7 @@ def test_buffered_the_one_who_is_refused_is_named_where_all_are_refused(
         assert client.data(MAIL)[0] == 550
     assert trace_of(receiver, WHOLE) == [
         "connection, ended by quit",
-        "  transaction refused: 550 5.1.1 No such user (2 refused)",
+        "  transaction refused: 550 5.1.1 No such user (recipient ...@there.example) (2 refused)",
         "    * there.example refused: 550 5.1.1 No such user, said by provider",
         "    delivery to provider refused: 550 5.1.1 No such user (2 refused) ERROR upstream_refused",
     ]
@@ -633,6 +633,7 @@ def test_a_queued_mail_expires(story: Story, tmp_path: Path) -> None:
         f"      * there.example deferred: {said}",
         "    held in the queue",
         f"      * there.example held: {said}",
+        "    given_up in the queue",
         "    expired in the queue ERROR timeout, delivery time expired",
         f"      * there.example expired: {said}",
         "    delivery 1 of a bounce about this mail to provider deferred: no reply ERROR upstream_unavailable, "

@@ -340,7 +340,7 @@ async def test_buffered_nobody_gets_it_where_the_first_transaction_is_refused() 
     gone = {"r1@example.net": b"550 5.1.1 gone\r\n"}
     upstream = ScriptedUpstream(verdict=gone.get)
     relayed = await divided(upstream, Strategy.BUFFERED)
-    assert str(relayed.told) == "550 5.1.1 gone"
+    assert str(relayed.told) == "550 5.1.1 gone (recipient r1@example.net)"
     assert upstream.kept == []
     assert upstream.verbs.count("MAIL") == 1
 

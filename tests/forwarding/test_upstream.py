@@ -240,7 +240,10 @@ async def test_buffered_a_refused_recipient_refuses_the_whole(
         assert relayed.codes == [250] * len(group)
         refused = next(recipient for recipient in group if verdict(recipient.address))
         assert relayed.reply is not None
-        assert relayed.reply.wire == verdict(refused.address)
+        # The reply is the message's, so it says whom it is about, where that is not plain.
+        whom = f" (recipient {refused.address})\r\n".encode() if len(group) > 1 else b"\r\n"
+        assert relayed.reply.wire == (verdict(refused.address) or b"").removesuffix(b"\r\n") + whom
+        assert str(relayed.seen.deliveries[0].reply) == relayed.reply.wire.decode().partition(" (")[0].strip()
         outcome = Outcome.DEFERRED if refused is FULL else Outcome.REFUSED
         assert relayed.seen.outcomes == [("up", outcome)]
         # Nobody got anything, not even an empty message; and the next mail is well.
