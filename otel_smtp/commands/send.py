@@ -74,7 +74,8 @@ def send(
     GATEWAY is host:port or a URL with smtp://, smtp+starttls:// or smtps://; the default is 127.0.0.1:2525.
     """
     from otel_smtp.commands.terminal.tables import exchange_line
-    from otel_smtp.config.values import Size, UpstreamUrlKind
+    from otel_smtp.config.addresses import UpstreamUrlKind
+    from otel_smtp.config.values import Size
 
     for option, address in (("--from", sender), *(("--to", address) for address in to)):
         if not (is_mailbox(address) or (option == "--from" and not address)):

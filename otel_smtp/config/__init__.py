@@ -4,9 +4,9 @@ Theory of operation
 -------------------
 The structures of `settings` are the one home of every setting: a field is a setting, its name is the key, its default
 is the default, and the `Key` beside it says what the value means, how it is written and where the default comes from.
-`loading` merges the sources and reads each value by its kind (`values`), `consistency` finds settings that contradict
-each other, `problems` words what is wrong, `description` makes the effective settings, the reference table and the JSON
-Schema, `changing` says which new values a running gateway takes.
+`loading` merges the sources and reads each value by its kind (`values`, `addresses`), `consistency` finds settings that
+contradict each other, `problems` words what is wrong, `description` makes the effective settings, the reference table
+and the JSON Schema, `changing` says which new values a running gateway takes.
 
 Settings come from four places, each over the one before: defaults, the TOML file, the environment
 (`OTELSMTP_LIMITS__RECIPIENTS`, `OTELSMTP_LISTENER__0__TLS`), flags (`--set limits.recipients=50`). They are merged key
@@ -18,6 +18,7 @@ shown. What `OTEL_*` variables set has no second name here.
 The loader reads files and nothing else. It resolves no name and opens no socket; `check --connect` does.
 """
 
+from otel_smtp.config.addresses import Network, UpstreamUrl
 from otel_smtp.config.changing import Change, change
 from otel_smtp.config.description import Row, describe, json_schema, settings_table
 from otel_smtp.config.loading import PREFIX, Flag, assignment, load
@@ -35,7 +36,7 @@ from otel_smtp.config.settings import (
     UpstreamTable,
     UpstreamTimeoutTable,
 )
-from otel_smtp.config.values import Network, Secret, UpstreamUrl
+from otel_smtp.config.values import Secret
 
 __all__ = [
     "PREFIX",

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from ipaddress import IPv4Network, IPv6Network, collapse_addresses
 from typing import TypeVar
 
+from otel_smtp.config.addresses import ListenAddress, Network, is_local, is_loopback_host, literal_address
 from otel_smtp.config.problems import Problem
 from otel_smtp.config.settings import (
     ListenerTable,
@@ -13,7 +14,7 @@ from otel_smtp.config.settings import (
     TelemetryTable,
     UpstreamTable,
 )
-from otel_smtp.config.values import Duration, ListenAddress, Network, is_local, is_loopback_host, literal_address
+from otel_smtp.config.values import Duration
 from otel_smtp.observing import Endpoint
 from otel_smtp.smtp.states import TlsMode
 

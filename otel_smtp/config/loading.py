@@ -8,10 +8,11 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
+from otel_smtp.config.addresses import UpstreamUrl, UpstreamUrlKind
 from otel_smtp.config.consistency import Consistency
 from otel_smtp.config.problems import Problem, SettingsError, unknown_key
 from otel_smtp.config.settings import SCHEMA, Key, NotifyTable, RateLimitTable, Settings, Table, Tables, UpstreamTable
-from otel_smtp.config.values import MINUTE, BadValue, FilePath, Given, Rate, UpstreamUrl, UpstreamUrlKind
+from otel_smtp.config.values import MINUTE, BadValue, FilePath, Given, Rate
 from otel_smtp.observing import Endpoint
 from otel_smtp.smtp.states import TlsMode
 

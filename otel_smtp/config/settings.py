@@ -13,37 +13,39 @@ from typing import Annotated, Final, Literal, NamedTuple, get_args
 
 import msgspec
 
+from otel_smtp.config.addresses import (
+    HOST_NAME_PATTERN,
+    LOOPBACK_NETWORKS,
+    AddressPattern,
+    ListenAddress,
+    MailboxKind,
+    Network,
+    NetworkKind,
+    ReceiverUrlKind,
+    UpstreamUrl,
+    UpstreamUrlKind,
+    is_local,
+    url_endpoint,
+)
 from otel_smtp.config.values import (
     DAY,
-    HOST_NAME_PATTERN,
     HOUR,
     KIB,
-    LOOPBACK_NETWORKS,
     MIB,
     MINUTE,
-    AddressPattern,
     Boolean,
     Choice,
     Duration,
     FilePath,
     Integer,
-    ListenAddress,
-    MailboxKind,
     Many,
-    Network,
-    NetworkKind,
     Rate,
     RateKind,
-    ReceiverUrlKind,
     Secret,
     SecretText,
     Size,
     Text,
-    UpstreamUrl,
-    UpstreamUrlKind,
     ValueKind,
-    is_local,
-    url_endpoint,
 )
 from otel_smtp.observing import Endpoint
 from otel_smtp.smtp.extensions import CAN_BE_DISABLED

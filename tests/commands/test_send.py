@@ -14,7 +14,8 @@ import trustme
 
 from otel_smtp.commands.send import SendingFailed, Sent, sample_message, send_message
 from otel_smtp.config import Secret, UpstreamUrl
-from otel_smtp.config.values import Given, UpstreamUrlKind
+from otel_smtp.config.addresses import UpstreamUrlKind
+from otel_smtp.config.values import Given
 from otel_smtp.smtp.replies import Reply
 from tests.commands.test_cli import run
 from tests.support.capture import CapturingUpstream

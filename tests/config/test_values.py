@@ -7,8 +7,16 @@ from typing import Any
 import pytest
 from hypothesis import given, strategies
 
-from otel_smtp.config.values import (
+from otel_smtp.config.addresses import (
     AddressPattern,
+    ListenAddress,
+    MailboxKind,
+    NetworkKind,
+    UpstreamUrlKind,
+    is_local,
+    is_loopback_host,
+)
+from otel_smtp.config.values import (
     BadValue,
     Boolean,
     Choice,
@@ -16,20 +24,14 @@ from otel_smtp.config.values import (
     FilePath,
     Given,
     Integer,
-    ListenAddress,
-    MailboxKind,
     Many,
-    NetworkKind,
     RateKind,
     Secret,
     SecretText,
     Size,
     Text,
-    UpstreamUrlKind,
     ValueKind,
     duration_text,
-    is_local,
-    is_loopback_host,
     size_text,
 )
 from otel_smtp.observing import Endpoint

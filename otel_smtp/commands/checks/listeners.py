@@ -14,7 +14,7 @@ from otel_smtp.commands.checks.certificates import check_certificate
 from otel_smtp.commands.checks.connecting import connection, printable, reason
 from otel_smtp.commands.checks.findings import TIMEOUT_SECONDS, Finding
 from otel_smtp.config import ListenerTable, Settings
-from otel_smtp.config.values import is_local, literal_address
+from otel_smtp.config.addresses import is_local, literal_address
 from otel_smtp.gateway.ports import bind
 from otel_smtp.observing import Endpoint
 from otel_smtp.smtp.states import TlsMode

@@ -7,7 +7,8 @@ from typing import Final
 
 from otel_smtp.commands.checks.connecting import reason
 from otel_smtp.commands.checks.findings import Finding
-from otel_smtp.config.values import is_local, size_text
+from otel_smtp.config.addresses import is_local
+from otel_smtp.config.values import size_text
 from otel_smtp.forwarding.faults import UpstreamFault
 from otel_smtp.forwarding.settings import UpstreamSettings
 from otel_smtp.forwarding.smarthost import Smarthost
