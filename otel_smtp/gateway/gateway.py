@@ -25,6 +25,7 @@ from otel_smtp.server.tls import CertificateError, server_context
 from otel_smtp.server.users import UsersFileError, load_users
 from otel_smtp.smtp.states import TlsMode, Transition
 from otel_smtp.telemetry.environment import own_instance_id
+from otel_smtp.telemetry.metrics import SharedQueue
 from otel_smtp.telemetry.records import SpanSink
 from otel_smtp.telemetry.setup import set_up
 from otel_smtp.telemetry.tail import MailTail
@@ -110,6 +111,7 @@ class Gateway:
                 open_connections=self._open_connections,
                 upstream_connections=self._upstream_connections,
                 spool=self._spool_counts,
+                shared_queue=self._shared_queue,
                 receivers=self._receiver_counts,
                 worker=None if process is None else process.number,
             )
@@ -204,6 +206,19 @@ class Gateway:
             return None
         counts = self._spool.counts
         return counts.by_state(), age_seconds(counts.oldest_arrived_at) or 0.0, counts.dead_octets
+
+    def _shared_queue(self) -> SharedQueue | None:
+        standing = None if self._spool is None else self._spool.store.standing()
+        if standing is None:
+            return None
+        return SharedQueue(
+            standing.is_housekeeper,
+            standing.gateways,
+            standing.away_seconds,
+            standing.taken_over,
+            standing.stale,
+            standing.unanswered,
+        )
 
     def _receiver_counts(self) -> Iterator[tuple[str, Mapping[str, int], int, float]]:
         if self._spool is not None:

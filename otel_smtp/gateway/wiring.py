@@ -31,7 +31,7 @@ from otel_smtp.smtp.policy import ServerLimits, ServerPolicy
 from otel_smtp.smtp.sasl import MECHANISMS
 from otel_smtp.telemetry.keeping import Keep as KeepReason
 from otel_smtp.telemetry.keeping import Keeping
-from otel_smtp.telemetry.metrics import OpenConnections, ReceiverCounts
+from otel_smtp.telemetry.metrics import OpenConnections, ReceiverCounts, SharedQueueFigures
 from otel_smtp.telemetry.propagation import InboundPolicy
 from otel_smtp.telemetry.records import SpanSink
 from otel_smtp.telemetry.redaction import Addresses, ClientIp, Redaction
@@ -349,6 +349,7 @@ def telemetry_options(
     open_connections: OpenConnections,
     upstream_connections: Callable[[], Iterator[tuple[str, str, int]]],
     spool: Callable[[], tuple[Mapping[str, int], float, int] | None],
+    shared_queue: SharedQueueFigures,
     receivers: ReceiverCounts,
     worker: int | None = None,
 ) -> TelemetryOptions:
@@ -361,6 +362,7 @@ def telemetry_options(
         upstream_connections: yields (upstream, state, connections) when the gauges are read.
         spool: returns the messages by state, the age of the oldest in seconds, and octets of the disk that no message
             needs; None where there is no spool.
+        shared_queue: returns how this gateway fares with a queue that several share; None where it has none.
         receivers: returns how the receivers of outcomes fare, when the metrics are read.
         worker: the number of this process among several; None: there is one.
     """
@@ -382,5 +384,6 @@ def telemetry_options(
         open_connections=open_connections,
         upstream_connections=upstream_connections,
         spool=spool,
+        shared_queue=shared_queue,
         receivers=receivers,
     )

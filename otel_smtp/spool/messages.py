@@ -340,6 +340,27 @@ class Company:
 
 
 @dataclass(frozen=True, slots=True)
+class ShareOfQueue:
+    """How this process stands in a shared queue.
+
+    Attributes:
+        is_housekeeper: it counts for all.
+        gateways: how many there are.
+        away_seconds: for how long the database has been silent, beyond what leases allow; 0: it answers.
+        taken_over: deliveries of others that went on, as this process found out.
+        stale: results that came too late.
+        unanswered: messages that were stored though their client was told 451.
+    """
+
+    is_housekeeper: bool
+    gateways: int
+    away_seconds: float
+    taken_over: int
+    stale: int
+    unanswered: int
+
+
+@dataclass(frozen=True, slots=True)
 class Counts:
     """The spool at one moment: messages by state, and the age of the oldest.
 

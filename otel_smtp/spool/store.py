@@ -18,6 +18,7 @@ from otel_smtp.spool.messages import (
     Lease,
     MessageView,
     NewMessage,
+    ShareOfQueue,
     SpoolError,
     Verdict,
 )
@@ -299,6 +300,10 @@ class Store(Protocol):
         Raises:
             SpoolError: it is being attempted: nobody can say what it would come to.
         """
+        ...
+
+    def standing(self) -> ShareOfQueue | None:
+        """How this process stands among all that share the store; None: nobody else does. Cheap."""
         ...
 
     async def company(self) -> Company | None:

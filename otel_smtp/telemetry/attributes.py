@@ -847,11 +847,42 @@ CLIENT_PACE_WAIT: Final = _metric(
     _AGE_SECONDS,
 )
 SPOOL_MESSAGES: Final = _metric(
-    "smtp.spool.messages", Instrument.UP_DOWN, "{message}", (SPOOL_STATE,), "Messages in the spool"
+    "smtp.spool.messages",
+    Instrument.UP_DOWN,
+    "{message}",
+    (SPOOL_STATE,),
+    "Messages in the spool; of a shared queue one of its gateways tells it for all",
 )
 SPOOL_AGE: Final = _metric("smtp.spool.age", Instrument.GAUGE, "s", (), "Age of the oldest message in the spool")
 SPOOL_DEAD: Final = _metric(
     "smtp.spool.dead", Instrument.UP_DOWN, "By", (), "Disk space of the spool that no message needs any more"
+)
+SPOOL_GATEWAYS: Final = _metric(
+    "smtp.spool.gateways", Instrument.GAUGE, "{gateway}", (), "Gateways that share the queue, as this one knows"
+)
+SPOOL_AWAY: Final = _metric(
+    "smtp.spool.away",
+    Instrument.GAUGE,
+    "s",
+    (),
+    "For how long the database of a shared queue has been silent, beyond what leases allow; 0: it answers",
+)
+SPOOL_TAKEN_OVER: Final = _metric(
+    "smtp.spool.taken_over",
+    Instrument.COUNTER,
+    "{delivery}",
+    (),
+    "Deliveries of gateways that died, which go on as possible duplicates; counted by the one that found out",
+)
+SPOOL_STALE: Final = _metric(
+    "smtp.spool.stale", Instrument.COUNTER, "{delivery}", (), "Results refused since another gateway had the delivery"
+)
+SPOOL_UNANSWERED: Final = _metric(
+    "smtp.spool.unanswered",
+    Instrument.COUNTER,
+    "{message}",
+    (),
+    "Messages that were stored though their client was told 451: it may send them again",
 )
 NOTIFY_OUTCOMES: Final = _metric(
     "smtp.notify.outcomes",

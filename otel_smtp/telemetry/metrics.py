@@ -13,7 +13,7 @@ from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Final
+from typing import Final, NamedTuple
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.exposition import choose_encoder
@@ -51,6 +51,25 @@ ConnectionCounts = Callable[[], Iterable[tuple[str, str, int]]]
 OpenConnections = Callable[[], Iterable[ConnectionRecord]]
 """The client connections that are open now."""
 SpoolCounts = Callable[[], tuple[Mapping[str, int], float, int] | None]
+
+
+class SharedQueue(NamedTuple):
+    """How this gateway fares with a queue that several share.
+
+    Attributes:
+        tells_messages: it is the one that tells the messages for all: counts of one queue would add up.
+        gateways, away_seconds, taken_over, stale, unanswered: see the registry.
+    """
+
+    tells_messages: bool
+    gateways: int
+    away_seconds: float
+    taken_over: int
+    stale: int
+    unanswered: int
+
+
+SharedQueueFigures = Callable[[], SharedQueue | None]
 ReceiverCounts = Callable[[], Iterable[tuple[str, Mapping[str, int], int, float]]]
 """The receivers of outcomes: name, outcomes by result, how many wait, and the age of the oldest in seconds."""
 
@@ -165,6 +184,7 @@ class Metrics(Observer):
         connections: connections to upstreams now.
         spool: messages in the spool by state, the age of the oldest in seconds, and the octets of the disk that it
             holds for messages that have ended; None where there is no spool.
+        shared_queue: None where there is no spool, or it is this gateway's alone.
         receivers: those of outcomes now.
         dropped: what telemetry itself has lost so far: signal, reason, how many.
         resource: who we are, by attribute, for the page.
@@ -182,6 +202,7 @@ class Metrics(Observer):
         open_connections: OpenConnections = tuple,
         connections: ConnectionCounts = tuple,
         spool: SpoolCounts = lambda: None,
+        shared_queue: SharedQueueFigures = lambda: None,
         receivers: ReceiverCounts = tuple,
         dropped: ConnectionCounts = tuple,
         resource: Mapping[str, object] | None = None,
@@ -195,6 +216,7 @@ class Metrics(Observer):
         self._open_connections = open_connections
         self._connections = connections
         self._spool = spool
+        self._shared_queue = shared_queue
         self._receivers = receivers
         self._dropped = dropped
         self._resource = {name.replace(".", "_"): str(value) for name, value in (resource or {}).items()}
@@ -448,9 +470,18 @@ class Metrics(Observer):
         yield names.CLIENT_CONNECTIONS, [((upstream, state), n) for upstream, state, n in self._connections()]
         if (spool := self._spool()) is not None:
             states, oldest_age_seconds, dead_octets = spool
-            yield names.SPOOL_MESSAGES, [((state,), count) for state, count in states.items()]
+            shared = self._shared_queue()
+            if shared is None or shared.tells_messages:
+                yield names.SPOOL_MESSAGES, [((state,), count) for state, count in states.items()]
             yield names.SPOOL_AGE, [((), oldest_age_seconds)]
-            yield names.SPOOL_DEAD, [((), dead_octets)]
+            if shared is None:
+                yield names.SPOOL_DEAD, [((), dead_octets)]
+            else:
+                yield names.SPOOL_GATEWAYS, [((), shared.gateways)]
+                yield names.SPOOL_AWAY, [((), shared.away_seconds)]
+                yield names.SPOOL_TAKEN_OVER, [((), shared.taken_over)]
+                yield names.SPOOL_STALE, [((), shared.stale)]
+                yield names.SPOOL_UNANSWERED, [((), shared.unanswered)]
         if receivers := list(self._receivers()):
             yield (
                 names.NOTIFY_OUTCOMES,

@@ -21,7 +21,14 @@ from otel_smtp.telemetry.keeping import Keeping
 from otel_smtp.telemetry.log_export import LogExportHandler
 from otel_smtp.telemetry.logs import AccessLog, StateLogger
 from otel_smtp.telemetry.metric_export import MetricExport, MetricsReading
-from otel_smtp.telemetry.metrics import ConnectionCounts, Metrics, OpenConnections, ReceiverCounts, SpoolCounts
+from otel_smtp.telemetry.metrics import (
+    ConnectionCounts,
+    Metrics,
+    OpenConnections,
+    ReceiverCounts,
+    SharedQueueFigures,
+    SpoolCounts,
+)
 from otel_smtp.telemetry.otlp import LogEncoder, RequestFrame
 from otel_smtp.telemetry.propagation import InboundPolicy
 from otel_smtp.telemetry.records import LogRecord, SpanSink
@@ -49,6 +56,7 @@ class TelemetryOptions:
         open_connections: yields the open client connections when the metrics are read, on the event loop.
         upstream_connections: yields the connections to upstreams when the metrics are read.
         spool: returns what is queued when the metrics are read. `receivers`: how those of outcomes fare.
+        shared_queue: returns how this gateway fares with a queue that several share.
         processors: of the SDK; each receives every recorded span as from the SDK, and is shut down at the end.
     """
 
@@ -69,6 +77,7 @@ class TelemetryOptions:
     open_connections: OpenConnections = tuple
     upstream_connections: ConnectionCounts = tuple
     spool: SpoolCounts = lambda: None
+    shared_queue: SharedQueueFigures = lambda: None
     receivers: ReceiverCounts = tuple
     processors: Sequence[SpanProcessor] = ()
 
@@ -206,6 +215,7 @@ def set_up(options: TelemetryOptions, environ: Mapping[str, str] | None = None) 
             open_connections=options.open_connections,
             connections=options.upstream_connections,
             spool=options.spool,
+            shared_queue=options.shared_queue,
             receivers=options.receivers,
             resource=resource.attributes,
             listeners=[*options.policies],
@@ -242,6 +252,7 @@ def set_up(options: TelemetryOptions, environ: Mapping[str, str] | None = None) 
         open_connections=options.open_connections,
         connections=options.upstream_connections,
         spool=options.spool,
+        shared_queue=options.shared_queue,
         receivers=options.receivers,
         dropped=lambda: [lost for one in (*exports, *keeping) for lost in one.dropped()],
         exemplars=asked.exemplars,

@@ -27,6 +27,10 @@ TRANSACTIONS: Final = "smtp_server_transactions_total"
 MESSAGES: Final = "smtp_spool_messages"
 AGE: Final = "smtp_spool_age_seconds"
 RECIPIENTS: Final = "smtp_server_recipients_total"
+AWAY: Final = "smtp_spool_away_seconds"
+TAKEN_OVER: Final = "smtp_spool_taken_over_total"
+STALE: Final = "smtp_spool_stale_total"
+UNANSWERED: Final = "smtp_spool_unanswered_total"
 FIRST_ATTEMPT: Final = "smtp_client_first_attempt_age_seconds"
 
 
@@ -62,6 +66,7 @@ AT_START: Final[Mapping[str, str]] = {
     **{transactions(outcome): "0x4000" for outcome in OUTCOMES},
     on_gateway(RECIPIENTS, smtp_recipient_fate="expired"): "0x4000",
     **{attempts(outcome): "0x4000" for outcome in OUTCOMES if outcome != "queued"},
+    **{on_gateway(name): "0x4000" for name in (AWAY, TAKEN_OVER, STALE, UNANSWERED)},
     **{messages(state): "0x4000" for state in ("ready", "deferred", "active", "held", "corrupt")},
 }
 
@@ -115,6 +120,18 @@ STORIES: Final[Mapping[str, Story]] = {
     ),
     "ten wrong addresses among mail that is relayed": Story(
         {transactions("refused"): "0+1x10 10x4000", attempts("refused"): "0+1x10 10x4000", **BUSY}, "4m"
+    ),
+    # Several gateways on one queue --------------------------------------------------------------------------------
+    "the database of the queue fails over within seconds": Story({**BUSY, on_gateway(AWAY): "0x40 7 0x4000"}, "12m"),
+    "the database of the queue stays away": Story(
+        {on_gateway(AWAY): "0x40 0+15x4000"}, "15m", ("SmtpQueueDatabaseAway",)
+    ),
+    "a gateway died with three deliveries": Story(
+        {**BUSY, on_gateway(TAKEN_OVER): "0x40 3x4000"}, "15m", ("SmtpGatewayDied",)
+    ),
+    "a result came too late": Story({**BUSY, on_gateway(STALE): "0x40 1x4000"}, "15m", ("SmtpMailMayComeTwice",)),
+    "a client was told 451 for a stored mail": Story(
+        {**BUSY, on_gateway(UNANSWERED): "0x40 1x4000"}, "15m", ("SmtpMailMayComeTwice",)
     ),
     # An upstream fails for all ------------------------------------------------------------------------------------
     "an upstream fails for all: direct": Story(

@@ -17,7 +17,7 @@ from prometheus_client.samples import Sample
 from otel_smtp.observing import Outcome
 from otel_smtp.server.users import users_line
 from otel_smtp.telemetry import attributes
-from otel_smtp.telemetry.metrics import Metrics
+from otel_smtp.telemetry.metrics import Metrics, SharedQueue
 from tests.support.capture import CapturingUpstream
 from tests.support.ports import unclaimed_port
 from tests.support.process import gateway
@@ -47,6 +47,12 @@ def traceql() -> list[str]:
     return [target["query"] for target in targets("tempo") if "query" in target] + examples[1].splitlines()
 
 
+SHARING: Final = Metrics(
+    spool=lambda: ({"deferred": 1}, 0.0, 0), shared_queue=lambda: SharedQueue(True, 2, 0.0, 0, 0, 0)
+)
+"""What a gateway tells that shares its queue."""
+
+
 def known_series() -> dict[str, set[str]]:
     """Series name -> its labels, as the metrics page has them."""
     labels = {
@@ -54,7 +60,8 @@ def known_series() -> dict[str, set[str]]:
         for name, metric in attributes.METRICS.items()
     }
     series = {"up": set[str]()}
-    for family in Metrics(spool=lambda: ({"deferred": 1}, 0.0, 0)).collect():
+    alone = Metrics(spool=lambda: ({"deferred": 1}, 0.0, 0))
+    for family in [*alone.collect(), *SHARING.collect()]:
         metric = max((name for name in labels if family.name.startswith(name)), key=len)
         suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_count", "_sum")}.get(family.type, ("",))
         series |= {family.name + suffix: labels[metric] for suffix in suffixes}
@@ -123,7 +130,10 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
             client.sendmail("a@client.example", ["b@there.example"], b"Subject: hi\r\n\r\nHello.\r\n")
         with urllib.request.urlopen(f"http://127.0.0.1:{status}/metrics", timeout=10) as answer:
             text = answer.read().decode()
-    return [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    sharing = SHARING.page("text/plain")[0].decode()
+    return [
+        sample for one in (text, sharing) for family in text_string_to_metric_families(one) for sample in family.samples
+    ]
 
 
 def missing_series(query: str, page: Sequence[Sample]) -> list[str]:

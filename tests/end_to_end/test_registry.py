@@ -313,6 +313,12 @@ def test_metrics_are_those_of_the_registry_with_its_labels(played: dict[str, Pla
     assert {metric.unit for metric in metrics} <= {metric.unit for metric in names.METRICS.values()}
     # Queue mode and connections that are refused or lost are not part of the visit.
     spool = {names.SPOOL_MESSAGES.name, names.SPOOL_AGE.name, names.SPOOL_DEAD.name}
+    spool |= {
+        one.name
+        for one in (
+            names.SPOOL_GATEWAYS, names.SPOOL_AWAY, names.SPOOL_TAKEN_OVER, names.SPOOL_STALE, names.SPOOL_UNANSWERED,
+        )
+    }  # fmt: skip
     told = {names.NOTIFY_OUTCOMES.name, names.NOTIFY_PENDING.name, names.NOTIFY_AGE.name}
     missing = set(names.METRICS) - {metric.name for metric in metrics} - spool - told
     assert missing <= {names.REFUSED.name, names.TELEMETRY_DROPPED.name}

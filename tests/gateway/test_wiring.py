@@ -38,7 +38,8 @@ def rooms(settings: Settings) -> Iterator[Any]:
     yield redaction
     yield wiring.telemetry_options(
         settings, redaction, span_sinks=(), memories=(), open_connections=lambda: iter(()),
-        upstream_connections=lambda: iter(()), spool=lambda: None, receivers=tuple,
+        upstream_connections=lambda: iter(()), spool=lambda: None, shared_queue=lambda: None,
+        receivers=tuple,
     )  # fmt: skip
 
 
@@ -60,6 +61,7 @@ DIFFERENT: Final = {
     (TelemetryOptions, "open_connections"),
     (TelemetryOptions, "upstream_connections"),
     (TelemetryOptions, "spool"),
+    (TelemetryOptions, "shared_queue"),
 }
 
 

@@ -95,6 +95,9 @@ class MemoryStore:
             for entry in self._sorted:
                 entry.take_back(crashes_allowed=None, now_ms=self._now())
 
+    def standing(self) -> None:
+        """See `Store.standing`: one process owns it."""
+
     async def company(self) -> None:
         pass
 

@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from otel_smtp.observing import ConnectionRecord, Observer, Outcome
 from otel_smtp.smtp import replies
 from otel_smtp.telemetry import attributes
-from otel_smtp.telemetry.metrics import Buckets, Metrics
+from otel_smtp.telemetry.metrics import Buckets, Metrics, SharedQueue
 from otel_smtp.telemetry.propagation import InboundPolicy
 from otel_smtp.telemetry.setup import TelemetryOptions, set_up
 from tests.cardinality import series_before_and_after
@@ -276,8 +276,30 @@ def test_every_metric_of_the_registry_is_on_the_page(metric: attributes.Metric) 
     )
     relay_a_mail(metrics)
     connections.append(Client(metrics).record)
-    page = metrics.page("text/plain")[0].decode()
+    sharing = Metrics(spool=lambda: ({"deferred": 2}, 60.0, 0), shared_queue=lambda: SharedQueue(True, 2, 0.0, 0, 0, 0))
+    page = "".join(one.page("text/plain")[0].decode() for one in (metrics, sharing))
     assert f"# TYPE {metric.name.replace('.', '_')}" in page
+
+
+def test_of_a_shared_queue_one_gateway_tells_the_messages_and_each_what_happened_there() -> None:
+    pages = [
+        Metrics(
+            spool=lambda: ({"deferred": 2}, 61.5, 0),
+            shared_queue=lambda tells=tells: SharedQueue(tells, 3, 4.5, 7, 1, 2),  # type: ignore[misc]  # a lambda
+        )
+        .page("text/plain")[0]
+        .decode()
+        for tells in (True, False)
+    ]
+    assert ["smtp_spool_messages{" in page for page in pages] == [True, False]
+    for page in pages:
+        assert "smtp_spool_age_seconds 61.5" in page
+        assert "smtp_spool_gateways 3.0" in page
+        assert "smtp_spool_away_seconds 4.5" in page
+        assert "smtp_spool_taken_over_total 7.0" in page
+        assert "smtp_spool_stale_total 1.0" in page
+        assert "smtp_spool_unanswered_total 2.0" in page
+        assert "smtp_spool_dead" not in page
 
 
 def test_the_spool_is_told_where_there_is_one() -> None:

@@ -281,6 +281,9 @@ class EmbeddedStore:
         """See `Store.alarm`."""
         return self._alarm
 
+    def standing(self) -> None:
+        """See `Store.standing`: one process owns it."""
+
     async def company(self) -> None:
         """See `Store.company`: one process owns the directory."""
 

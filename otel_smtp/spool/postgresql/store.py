@@ -35,6 +35,7 @@ from otel_smtp.spool.messages import (
     MessageView,
     MovedMessage,
     NewMessage,
+    ShareOfQueue,
     SpooledRecipient,
     SpoolError,
     StorageAway,
@@ -832,6 +833,16 @@ class PostgresqlStore:
     async def session_user(self) -> str:
         """Who is logged in to the database."""
         return await self._operators.session_user()
+
+    def standing(self) -> ShareOfQueue | None:
+        """See `Store.standing`."""
+        if not self._is_open:
+            return None
+        beats, figures = self.beats, self.figures
+        return ShareOfQueue(
+            beats.is_housekeeper, beats.gateways, beats.silent_for, figures.taken_over, figures.stale,
+            figures.unanswered,
+        )  # fmt: skip
 
     async def company(self) -> Company:
         """See `Store.company`."""
