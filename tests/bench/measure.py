@@ -355,13 +355,16 @@ class Bench:
 
     # The long run
 
-    def long_run(self, target: Target, *, rate_of: str, cell: Cell, seconds: float, stretches: int) -> None:
+    def long_run(
+        self, target: Target, *, rate_of: str, cell: Cell, seconds: float, stretches: int, filling: int
+    ) -> None:
         """Mixed load for a long time on a relay that is watched: what it holds, and its latency, after each stretch.
 
         Args:
             target: the relay under `targets.watched`.
             rate_of: the relay and cell whose highest rate is known.
             cell: the load whose latency is looked at; others run beside it.
+            filling: mails before it begins, which fill what keeps the last ones.
         """
         with self._forgiving(target, "long run"):
             runs = self.results.runs(cell, rate_of)
@@ -372,6 +375,7 @@ class Bench:
             relay = target.ready(place)
             self.results.long_run = LongRun(target.name, pace)
             try:
+                self._send(relay.port, cell, 0, messages=filling)
                 began = time.monotonic()
                 plan = {"sessions": cell.sessions, "size_octets": cell.size_octets, "rate": pace}
                 each = seconds / (stretches + 1)
