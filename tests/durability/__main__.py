@@ -94,7 +94,9 @@ def main() -> int:
         case _:
             full = fill(directory / "full")
             print(full.told(), flush=True)
-            starved = [starve(directory / f"starved{trial}", mails=600 * (trial + 1)) for trial in range(4)]
+            starved = [
+                starve(directory / f"starved{trial}", mails=600 * (trial + 1), starts=trial + 1) for trial in range(4)
+            ]
             for one in starved:
                 print(one.told())
             return int(bool(full.lost) or not full.refused or not all(one.is_right for one in starved))

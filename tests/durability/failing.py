@@ -11,7 +11,7 @@ import signal
 import smtplib
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Self
@@ -282,10 +282,23 @@ class Ballast:
                 self._is_over.wait(0.001)
 
 
-def starve(directory: Path, *, mails: int = 300, octets: int = 80 * 1024 * 1024, deferred: float = 0.3) -> Starved:
+def until_taken(upstream: CountingUpstream, mails: Sequence[str], amount: int) -> None:
+    """Wait until so many were delivered, or it takes too long."""
+    with contextlib.suppress(TimeoutError):
+        until(
+            lambda: sum(upstream.taken[one] > 0 for one in mails) >= amount or None,
+            "deliveries go on",
+            timeout_seconds=60,
+        )
+
+
+def starve(
+    directory: Path, *, mails: int = 300, octets: int = 80 * 1024 * 1024, deferred: float = 0.3, starts: int = 1
+) -> Starved:
     """Queue mail, take all the room there is, deliver, and start again in the midst of it.
 
     Args:
+        starts: how often; each start delivers a part of what was queued.
         deferred: share of the attempts that the upstream defers: results that make no room.
     """
     outcome = Starved()
@@ -305,13 +318,14 @@ def starve(directory: Path, *, mails: int = 300, octets: int = 80 * 1024 * 1024,
                 running.signal(signal.SIGKILL)
                 running.wait()
                 outcome.log = running.stderr
-                with gateway(settings, directory, under=under) as again:
-                    queue_all = lambda: all(upstream.taken[one] for one in accepted) or None  # noqa: E731
-                    with contextlib.suppress(TimeoutError):
-                        until(queue_all, "everything is delivered", timeout_seconds=60)
-                    outcome.delivered = sum(upstream.taken[one] > 0 for one in accepted)
-                    outcome.refused.add(send(again.port, "late"))
-                    outcome.log += again.stderr
+                for part in range(1, 1 + starts):
+                    with gateway(settings, directory, under=under) as again:
+                        until_taken(upstream, accepted, len(accepted) * part // starts)
+                        outcome.delivered = sum(upstream.taken[one] > 0 for one in accepted)
+                        outcome.refused.add(send(again.port, "late"))
+                        again.signal(signal.SIGTERM if part % 2 else signal.SIGKILL)
+                        again.wait()
+                        outcome.log += again.stderr
         with gateway(settings, directory, under=under) as running:
             outcome.accepted_later = send(running.port, "later") == 250
     return outcome

@@ -12,7 +12,8 @@ its head is synced, its name moved into place and the directory synced.
 An error that says that the disk cannot be trusted *latches*: nothing is written any more until the gateway was started
 again, since a delivery whose result cannot be recorded would be repeated for ever. A full disk is less: new mail is
 refused; deliveries go on, since they make room, in a segment that is kept in reserve; and the last part of each segment
-is kept for the results of what is being delivered.
+is kept for the results of what is being delivered. After a start on a full disk they go on where the log ended: each
+start would use up a segment else, and a disk that stays full gives none.
 """
 
 import asyncio
@@ -27,7 +28,13 @@ from enum import IntEnum
 from typing import Final
 
 from otel_smtp.spool.embedded import records
-from otel_smtp.spool.embedded.directory import SpoolDirectory, storage_error, sync_directory, write_all_at
+from otel_smtp.spool.embedded.directory import (
+    SpoolDirectory,
+    open_regular,
+    storage_error,
+    sync_directory,
+    write_all_at,
+)
 from otel_smtp.spool.embedded.entries import dumps
 from otel_smtp.spool.embedded.records import FIRST, HEADER_OCTETS, RecordKind
 from otel_smtp.spool.messages import SpoolError, StorageBroken
@@ -117,7 +124,7 @@ class Log:
         self._number = next_number - 1
         self._at = previous_end
         self._file = -1
-        self._is_reserve = False  # the segment takes results alone
+        self._is_reserve = False  # the segment takes no mail
         self._marker = b""
         self._segment_octets = segment_octets
         self._mail_octets = segment_octets - segment_octets // RESULTS_SHARE  # the rest is for results
@@ -227,7 +234,7 @@ class Log:
                 # Mail waits for room; the rest goes into what is kept for it, as far as that reaches.
                 refused = [step for step in group if step.room is Room.MAIL]
                 group = [step for step in group if step.room is not Room.MAIL]
-                if group and not self._that_fit(group) and not self._has_begun_reserve():
+                if group and not self._that_fit(group) and not self._has_gone_on() and not self._has_begun_reserve():
                     refused += [step for step in group if step.room is Room.WORK]
                     group = [step for step in group if step.room is Room.RESULT]
                     if not self._that_fit(group):
@@ -235,6 +242,31 @@ class Log:
                 if refused:
                     self.latch(fault)
                 outcomes += [(step, fault) for step in refused]
+
+    def _has_gone_on(self) -> bool:
+        """Go on in the segment that was the last one before this start, if there is one that can be written.
+
+        What was torn behind its last record is cut off first: shorter records would leave some of it behind them.
+        """
+        if self._file >= 0 or self.fault is not None or self._number not in self.markers:
+            return False
+        try:
+            file = open_regular(self._directory.segment(self._number), os.O_RDWR)
+        except OSError:
+            return False
+        try:
+            rest = os.pread(file, self._segment_octets, self._at)
+            is_whole = len(rest) == self._segment_octets - self._at  # beyond its end there may be no room
+            if is_whole and (torn := rest.rstrip(b"\0")):
+                write_all_at(file, bytes(len(torn)), self._at)
+                os.fdatasync(file)
+        except OSError:
+            is_whole = False
+        if not is_whole:
+            os.close(file)
+            return False
+        self._file, self._marker, self._is_reserve = file, self.markers[self._number], True
+        return True
 
     def _has_begun_reserve(self) -> bool:
         """Go on in the segment that is kept for results, if there is one."""

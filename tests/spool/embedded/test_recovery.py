@@ -1,6 +1,7 @@
 """What is found after a crash, with a damaged disk, or without an index: nothing that was answered is lost."""
 
 import asyncio
+import errno
 import gc
 import os
 import shutil
@@ -15,6 +16,7 @@ import pytest
 
 from otel_smtp.smtp import replies
 from otel_smtp.spool.embedded import EmbeddedStore, records
+from otel_smtp.spool.embedded.directory import SpoolDirectory
 from otel_smtp.spool.embedded.store import CRASHES_ALLOWED
 from otel_smtp.spool.messages import (
     ContentLost,
@@ -645,6 +647,84 @@ async def test_no_mail_is_taken_where_the_disk_is_nearly_full(tmp_path: Path) ->
 
 
 # Room ------------------------------------------------------------------------------------------------------------
+
+
+def fill_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on no segment can be made, and none lies ready."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(SpoolDirectory, "_make_spare", full)
+    for name in ("spare", "reserve"):
+        (path / "log" / name).unlink(missing_ok=True)
+
+
+async def test_deliveries_go_on_after_every_start_on_a_disk_that_stays_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "spool"
+    async with opened(path) as (store, _):
+        waiting = {await queued(store) for _ in range(12)}
+    fill_disk(path, monkeypatch)
+    for number in range(4):
+        async with opened(path) as (store, recovery):
+            assert recovery.messages == len(waiting)
+            with pytest.raises(StorageFull):
+                await queued(store)
+            leases = await leased(store)
+            for lease in leases[:3]:
+                assert await store.is_intact(lease.content)
+                await store.finish(lease, DELIVERED)
+                waiting.remove(lease.message_id)
+            assert set(await ids_in(store)) == waiting
+            if number % 2:
+                path = left_by_a_crash(store)
+    assert not waiting
+    assert len(segments(path)) == 1
+
+
+async def test_what_was_torn_is_gone_before_the_log_goes_on_behind_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "spool"
+    async with opened(path) as (store, _):
+        for _ in range(3):
+            await queued(store)
+        crashed = left_by_a_crash(store)
+        marker = store.journal.log.markers[1]
+    (segment,) = segments(crashed)
+    end = len(segment.read_bytes().rstrip(b"\0"))
+    # A group that was not synced: its first record is damaged, its second one is whole.
+    first, octets, _ = records.pack(marker, 1, b"x" * 500, [b"y" * 20_000], at=end, synced=end, has_more=False)
+    second, _, _ = records.pack(marker, 1, b"x" * 500, [b"y"], at=end + octets, synced=end, has_more=False)
+    with segment.open("r+b") as file:
+        file.seek(end)
+        file.write(b"".join(first)[:-5_000] + b"z" * 5_000 + b"".join(second))
+    fill_disk(crashed, monkeypatch)
+    for left in (2, 1, 0):
+        async with opened(crashed) as (store, recovery):
+            assert recovery.alarms == []
+            assert bool(recovery.remarks) is (left == 2), recovery.remarks  # that it was torn is told once
+            (lease, *_) = await leased(store)
+            await store.finish(lease, DELIVERED)
+            assert len(await ids_in(store)) == left
+
+
+async def test_a_log_that_cannot_be_gone_on_with_is_said_to_be_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "spool"
+    async with opened(path) as (store, _):
+        await queued(store)
+    fill_disk(path, monkeypatch)
+    (segment,) = segments(path)
+    with segment.open("r+b") as file:
+        file.truncate(len(segment.read_bytes().rstrip(b"\0")))  # as a copy may be: what is behind has no room
+    async with opened(path) as (store, recovery):
+        assert recovery.messages == 1
+        with pytest.raises(StorageFull):
+            await leased(store)
 
 
 async def test_segments_whose_mail_has_ended_are_used_again(tmp_path: Path) -> None:
