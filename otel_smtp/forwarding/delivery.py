@@ -264,6 +264,9 @@ class Delivery(Attempts):
                 return
             if answers[0][0] is Awaited.RSET:
                 self._check_reset(answers.pop(0).reply)
+            # The answer may have been long in coming, and this process stopped meanwhile.
+            if self._record.has_lost_lease is not None and self._may_not_go_on():
+                return
             self._after(self, answers)
         except Exception as error:  # noqa: BLE001 - see `_recover`
             self._recover(error)
@@ -473,6 +476,11 @@ class Delivery(Attempts):
             raise UpstreamFault("a sender that another upstream had accepted is refused", upstream_reply=refusal)
         self._refused_by(refusal)
 
+    def _may_not_go_on(self) -> bool:
+        """Whether the message may be another gateway's by now, with its content not all sent: this was aborted then."""
+        has_lost_lease = self._record.has_lost_lease
+        return has_lost_lease is not None and not self.has_ended_content and has_lost_lease()
+
     def _send(self) -> None:
         if not self._is_open:
             # What was accepted elsewhere is put to this upstream before it gets the content.
@@ -496,6 +504,8 @@ class Delivery(Attempts):
     # The buffered way -------------------------------------------------------------------------------------
 
     def _burst(self) -> None:
+        if self._record.has_lost_lease is not None and self._may_not_go_on():
+            return
         if (refusal := self._unfit()) is not None:
             self._decline(refusal)
             return
@@ -693,7 +703,8 @@ class Delivery(Attempts):
 
     def _writable(self) -> None:
         try:
-            self._write_more()
+            if self._record.has_lost_lease is None or not self._may_not_go_on():
+                self._write_more()
         except Exception as error:  # noqa: BLE001 - see `_recover`
             self._recover(error)
 
@@ -725,7 +736,7 @@ class Delivery(Attempts):
             if piece is None:
                 self._end(Outcome.ABORTED, None, None)
                 self._answer_for_all(replies.STORAGE_FAILED)
-            elif self._write_piece(piece):
+            elif not self._may_not_go_on() and self._write_piece(piece):
                 self._write_more()
         except Exception as error:  # noqa: BLE001 - see `_recover`
             self._recover(error)

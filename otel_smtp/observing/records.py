@@ -14,7 +14,7 @@ and replies by the segments into which the session cuts them.
 
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from otel_smtp.observing.values import (
@@ -179,6 +179,8 @@ class TransactionRecord:
         is_possible_duplicate: an attempt before may have been taken by an upstream.
         taken_over: from a spool of several gateways: which one had it before and died, and for how many seconds it had
             been silent; None: none.
+        has_lost_lease: likewise: asked before more of the message leaves; True: another gateway may have it by now, and
+            the attempt was aborted. None: it cannot be lost.
         waited_seconds: for a mail from the spool, since its acceptance when this attempt began; None for anything else,
             notices among it.
         is_8bit_offered: 8BITMIME had been offered to the client; only told where MAIL asks for it.
@@ -199,6 +201,7 @@ class TransactionRecord:
         "ended_ns",
         "error_type",
         "failure",
+        "has_lost_lease",
         "is_8bit_offered",
         "is_possible_duplicate",
         "kind",
@@ -250,6 +253,7 @@ class TransactionRecord:
         self.carrier: Mapping[str, str] = {}
         self.is_possible_duplicate = False
         self.taken_over: tuple[str, float] | None = None
+        self.has_lost_lease: Callable[[], bool] | None = None
         self.waited_seconds: float | None = None
         self.is_8bit_offered = True
         self.trace: Any = None

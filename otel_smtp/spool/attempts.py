@@ -149,6 +149,8 @@ class Attempt:
         self._is_judged = False
         # A store that no other process shares cannot lose a lease.
         self._holds = store.holds if store.look_again_seconds is not None else None
+        if self._holds is not None:
+            self._record.has_lost_lease = self._has_lost_its_lease
         self._task: asyncio.Task[None] | None = None  # what of it takes long: to read the content, to record the result
 
     def start(self) -> None:

@@ -79,7 +79,7 @@ def main() -> int:
             print(f"stopped at known moments: {stopped}")
             is_wrong = max(shared.takeovers, default=0) > TAKEOVER_SECONDS + 2 or stopped.taken["content"] != 2
             is_wrong |= bool(shared.lost or shared.unmarked_duplicates or shared.left or not shared.is_balanced)
-            return int(is_wrong or stopped.marked != 3)
+            return int(is_wrong or stopped.taken != {"RCPT": 1, "DATA": 1, "content": 2} or stopped.marked != 3)
         case "model":
             print(Model.HEADING, flush=True)
             is_right = True

@@ -258,6 +258,7 @@ def stop_at_known_moments(place: QueueLocation, directory: Path) -> StoppedBooks
         until(lambda: queue_command(queue, "list", "--json") == "" or None, "all have ended", timeout_seconds=60)
         for running in (stopped, other):
             assert running.stop() == 0
+            assert "internal error" not in running.stderr, running.stderr
         subjects = Counter(
             message.content.partition(b"Subject: ")[2].partition(b"\r\n")[0].decode() for message in upstream.messages
         )
