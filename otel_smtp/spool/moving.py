@@ -1,4 +1,4 @@
-"""Moves all mail of one gateway's directory into the queue that several share.
+"""Moves all mail of one gateway's directory, and its outcomes for the application, into the queue that several share.
 
 A message is first made durable there, under the same id and noted as moved, then ended in the directory, then the note
 is removed. A crash in between leaves it in both, and the next run goes on: what is noted as moved is not made again,
@@ -26,7 +26,7 @@ class Source(Protocol):
         """No message is in both any more."""
         ...
 
-    async def page(self, after: str, most: int) -> Sequence[MessageView]:
+    async def page(self, after: str, most: int, *, outcomes: bool = False) -> Sequence[MessageView]:
         """See `Store.page`."""
         ...
 
@@ -99,8 +99,15 @@ async def move(source: Source, target: Target, moved: Callable[[], None] = lambd
     """
     done = Moved()
     await source.begin_move(target.name)
+    for outcomes in (False, True):
+        await _move(source, target, moved, done, outcomes=outcomes)
+    await source.end_move()
+    return done
+
+
+async def _move(source: Source, target: Target, moved: Callable[[], None], done: Moved, *, outcomes: bool) -> None:
     after = ""
-    while page := await source.page(after, MESSAGES_AT_ONCE):
+    while page := await source.page(after, MESSAGES_AT_ONCE, outcomes=outcomes):
         after = page[-1].id
         there: list[str] = []
         for shown in page:
@@ -121,8 +128,6 @@ async def move(source: Source, target: Target, moved: Callable[[], None] = lambd
         await target.tell("due")
         for _ in there:
             moved()
-    await source.end_move()
-    return done
 
 
 async def _bring(source: Source, target: Target, message_id: str) -> bool:

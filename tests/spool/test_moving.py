@@ -9,7 +9,7 @@ import pytest
 from otel_smtp.smtp.envelope import DsnReturn, Mail, Notify, Recipient
 from otel_smtp.smtp.replies import Reply
 from otel_smtp.spool.embedded import EmbeddedStore, to_be_moved
-from otel_smtp.spool.messages import End, Kind, NewMessage, SpoolError, Verdict, new_id
+from otel_smtp.spool.messages import OUTCOME_PREFIX, End, Kind, NewMessage, SpoolError, Verdict, new_id
 from otel_smtp.spool.moving import move
 from otel_smtp.spool.operators import as_answer
 from otel_smtp.spool.postgresql import PostgresqlStore, QueueLocation
@@ -247,6 +247,27 @@ async def test_a_damaged_content_is_still_known_as_damaged(tmp_path: Path) -> No
     await move(source, target)
     (shown,) = await target.page("", 10)
     assert not await target.is_intact(shown.content)
+    await source.close()
+    await target.close()
+
+
+async def test_outcomes_come_along(tmp_path: Path) -> None:
+    application = f"{OUTCOME_PREFIX}app"
+    one = directory(tmp_path)
+    await one.open()
+    await queued(one)
+    (lease,) = await leased(one)
+    told = message(sender="", destination=application, kind=Kind.OUTCOME, header_octets=0)
+    await one.finish(lease, [Verdict(0, End.DELIVERED)], notices=[(told, b"{}")])
+    await one.close()
+    source = to_be_moved(tmp_path / "spool")
+    await source.open()
+    target = await opened(await new_place())
+    assert (await move(source, target)).messages == 1
+    assert await source.page("", 9, outcomes=True) == []
+    ((moved, content),), _ = await target.claim({application: 9})
+    assert (moved.message_id, moved.kind, b"".join(content or ())) == (told.id, Kind.OUTCOME, b"{}")
+    assert await target.tally() == {"outcomes": 1}
     await source.close()
     await target.close()
 

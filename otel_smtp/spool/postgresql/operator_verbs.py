@@ -19,6 +19,7 @@ from otel_smtp.spool.messages import (
     NoSuchMessage,
     Peer,
     SpoolError,
+    accepted_name,
     end_name,
 )
 from otel_smtp.spool.postgresql import rows
@@ -270,7 +271,7 @@ class PostgresqlOperatorVerbs:
                     await connection.execute(self._statements.chunk, message.id, number, piece)
                 await connection.executemany(self._statements.move_delivery, rows.moved_deliveries(message))
                 recipients = sum(len(one.recipients) for one in message.deliveries)
-                name = "accepted" if message.kind is Kind.MAIL else "notified"
+                name = accepted_name(message.kind)
                 await connection.execute(
                     self._statements.tally, self._beats.incarnation, "operators", [name], [recipients]
                 )
