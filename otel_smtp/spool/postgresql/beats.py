@@ -97,6 +97,11 @@ class Beats:
         """Whether the leases of an incarnation are surely ours at this moment."""
         return incarnation == self.incarnation and time.monotonic() < self._ok_until
 
+    @property
+    def silent_for(self) -> float:
+        """For how many seconds no beat has been answered, beyond what leases allow; 0: none."""
+        return max(0.0, time.monotonic() - self._ok_until)
+
     async def start(self) -> None:
         """Enter.
 
