@@ -270,6 +270,7 @@ class Bench:
                     relay = self.start(target)
                     try:
                         with self._held(relay, _WARM_CONNECTIONS):
+                            self._settle(target, relay)  # its start goes on after the first greeting
                             before = relay.child.rss_octets()
                             with self._held(relay, connections):
                                 grown = relay.child.rss_octets() - before
