@@ -20,6 +20,7 @@ PACKAGES: Final = {
     "msmtp": "msmtp",
     "node": "nodejs npm",  # npm brings what node is to run
     "npm": "npm",
+    "pgbouncer": "pgbouncer",
     "prometheus": "prometheus",
     "promtool": "prometheus",
     "smtp-sink": "postfix",

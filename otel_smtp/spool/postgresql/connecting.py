@@ -34,6 +34,17 @@ RETRY_SECONDS: Final = (0.1, 5.0)  # first and longest wait between attempts to 
 LOCK_SECONDS: Final = 2
 _LOOPBACK: Final = ("localhost", "127.0.0.1", "::1", "")
 
+_OF_A_SESSION: Final = (
+    "jit",
+    "lock_timeout",
+    "idle_in_transaction_session_timeout",
+    "tcp_keepalives_idle",
+    "tcp_keepalives_interval",
+    "tcp_keepalives_count",
+    "tcp_user_timeout",
+)
+"""Settings that a connection is made with, and that a connection pool does not know."""
+
 _LOST: Final = (
     OSError,
     asyncpg.InterfaceError,
@@ -166,6 +177,11 @@ async def connect(
         raise SpoolError(f"spool.url is not understood: {_words(error)}") from error
     except (OSError, TimeoutError) as error:
         raise StorageAway(f"no PostgreSQL answers: {_words(error)}") from error
+    except asyncpg.ProtocolViolationError as error:
+        raise SpoolError(
+            f"what answers is a connection pool, and refuses our settings: {_words(error)}; connect directly, or let "
+            f"PgBouncer pool by session, with ignore_startup_parameters = {', '.join(_OF_A_SESSION)}"
+        ) from error
     except asyncpg.PostgresError as error:
         raise StorageAway(f"the database took no connection: {_words(error)}") from error
     try:

@@ -1,7 +1,13 @@
 """What a gateway says of a database that it cannot trust with mail, and what it does to one that it can."""
 
+import contextlib
 import dataclasses
+import os
+import socket
+import subprocess
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +17,10 @@ from otel_smtp.spool.postgresql import schema as schemas
 from otel_smtp.spool.postgresql.connecting import connect
 from tests.spool.messages import message, queued
 from tests.spool.postgresql.schemas import migrate_to, new_place, store
-from tests.support.postgresql import Server, server
+from tests.support.ports import unclaimed_port
+from tests.support.postgresql import OWNER, Server, server
+from tests.support.process import until as process_until
+from tests.support.tools import tool
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +130,58 @@ async def test_a_role_without_rights_says_which_and_how_to_grant_them() -> None:
         await opened.close()
     finally:
         running.do("DROP OWNED BY poor", "DROP ROLE poor")
+
+
+@contextlib.contextmanager
+def pooled(mode: str, directory: Path, *, ignores: str = "") -> Iterator[int]:
+    """PgBouncer in front of the server; its port."""
+    program, port = tool("pgbouncer"), unclaimed_port()
+    directory.chmod(0o755)
+    users, settings = directory / "users", directory / "pgbouncer.ini"
+    users.write_text(f'"{OWNER}" ""\n')
+    settings.write_text(
+        f"[databases]\npostgres = host=127.0.0.1 port={server().port} user={OWNER}\n[pgbouncer]\n"
+        f"listen_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\nauth_type = any\nauth_file = {users}\n"
+        f"pool_mode = {mode}\nignore_startup_parameters = extra_float_digits, {ignores}\n"
+    )
+    command = [program, str(settings)] if os.geteuid() else ["setpriv", "--reuid=65534", program, str(settings)]
+    with (directory / "log").open("wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+        try:
+            process_until(lambda: _listens(port) or None, "the pool listens")
+            yield port
+        finally:
+            process.terminate()
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+async def test_a_pool_by_transaction_is_refused_and_one_by_session_is_not(open_directory: Path) -> None:
+    place = await new_place()
+    url = f"postgresql://{OWNER}@127.0.0.1:{{}}/postgres"
+    with pooled("session", open_directory) as port:
+        said = await refused(dataclasses.replace(place, url=url.format(port)))
+    assert "ignore_startup_parameters = jit, lock_timeout" in said
+    ignores = said.partition("ignore_startup_parameters = ")[2]
+    with pooled("transaction", open_directory, ignores=ignores) as port:
+        assert "pool by session" in await refused(dataclasses.replace(place, url=url.format(port)))
+    with pooled("session", open_directory, ignores=ignores) as port:
+        opened = store(dataclasses.replace(place, url=url.format(port)))
+        await opened.open()
+        await queued(opened)
+        share = opened.standing()
+        assert share is not None
+        assert share.gateways == 1
+        await opened.close()
+
+
+@pytest.fixture
+def open_directory() -> Iterator[Path]:
+    """A directory that any user may look into."""
+    with tempfile.TemporaryDirectory(prefix="pool-", dir="/tmp") as path:
+        yield Path(path)
 
 
 async def test_a_replica_is_refused(own_server: Server) -> None:
