@@ -116,7 +116,7 @@ class _House(WatchedServer):
     def may_authenticate(self, client: Endpoint) -> bool:
         return True
 
-    def auth_failed(self, client: Endpoint) -> float:
+    def auth_failed(self, client: Endpoint, guesser: str = "") -> float:
         return 0.0
 
 

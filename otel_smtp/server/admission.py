@@ -5,6 +5,7 @@ import logging
 import time
 from typing import Final
 
+from otel_smtp.net import owner_of_peer
 from otel_smtp.net.reasons import reason_of
 from otel_smtp.observing import Endpoint
 from otel_smtp.server.conversation import Conversation, Pause
@@ -210,7 +211,14 @@ class Admission(Conversation):
                 self._call(self._protocol.reply, replies.AUTH_SUCCEEDED)
             case _:
                 record.auth_mechanism = exchange.mechanism
-                if (seconds := self._house.auth_failed(record.client)) > 0:
+                if (seconds := self._house.auth_failed(record.client, self._guesser())) > 0:
                     await asyncio.sleep(seconds)
                     protocol.states.now_ns = time.monotonic_ns()
                 self._call(self._protocol.reply, replies.AUTH_FAILED)
+
+    def _guesser(self) -> str:
+        """Who guesses: on this machine the owner of the socket, since it may have any of the addresses of loopback."""
+        record = self.record
+        is_tcp = record.info.transport != "unix"
+        is_here = record.client == record.info.peer and (not is_tcp or is_loopback(record.client.host))
+        return (owner_of_peer(self._stream) if is_here else None) or record.client.host

@@ -196,14 +196,14 @@ class Server:
             client.host, asyncio.get_running_loop().time()
         )
 
-    def auth_failed(self, client: Endpoint) -> float:
-        """Count a failed AUTH against its address; for how many seconds the answer is to wait.
+    def auth_failed(self, client: Endpoint, guesser: str = "") -> float:
+        """Count a failed AUTH against `guesser`, its address unless given; for how many seconds the answer is to wait.
 
         Whoever is not shut out for guessing is slowed: the others on this machine, whose passwords are right, are not.
         """
         now = asyncio.get_running_loop().time()
-        self._auth_failures.count(client.host, now)
-        return GUESS_SECONDS if self._auth_failures.is_exceeded(client.host, now) else 0.0
+        self._auth_failures.count(guesser or client.host, now)
+        return GUESS_SECONDS if self._auth_failures.is_exceeded(guesser or client.host, now) else 0.0
 
     def admit(self, session: Conversation, client: Endpoint) -> Reply | None:
         """Count a client that its PROXY header named; the refusal, where it has too many connections."""

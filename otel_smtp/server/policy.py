@@ -117,8 +117,8 @@ class House(Protocol):
         """Whether this address has not failed to authenticate too often."""
         ...
 
-    def auth_failed(self, client: Endpoint) -> float:
-        """An AUTH from this address failed; for how many seconds the answer is to wait."""
+    def auth_failed(self, client: Endpoint, guesser: str = "") -> float:
+        """An AUTH of `guesser`, its address unless given, failed; for how many seconds the answer is to wait."""
         ...
 
     def illegal_step(self, step: IllegalTransition) -> None:

@@ -7,13 +7,16 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import argon2
 import pytest
 
 from otel_smtp.net import Stream
 from otel_smtp.observing import Endpoint
 from otel_smtp.server import conversation
-from otel_smtp.server.listener import ListenerSpec, Server
+from otel_smtp.server.exchanges import Authenticator
+from otel_smtp.server.listener import GUESS_SECONDS, ListenerSpec, Server
 from otel_smtp.server.policy import ListenerPolicy, ServerTimeouts
+from otel_smtp.server.users import Argon2Hash, Users
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.policy import ServerPolicy
 from otel_smtp.smtp.states import CloseReason
@@ -386,6 +389,31 @@ async def test_behind_a_balancer_too_each_client_keeps_its_part() -> None:
         assert gateway.seen.refused == ["capacity"]
         await gateway.server.drain(0)
         assert not gateway.server._places._counts
+
+
+async def test_guesses_count_against_whoever_makes_them_from_whatever_address_of_loopback(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    users = Users({"user": Argon2Hash(argon2.PasswordHasher(time_cost=1, memory_cost=8, parallelism=1).hash("right"))})
+    protocol = replace(POLICY.protocol, auth_mechanisms=("PLAIN",), auth_in_clear=True)
+    async with running(
+        connections=16, policy=replace(POLICY, protocol=protocol, authenticator=Authenticator(users))
+    ) as gateway:
+        waits: list[float] = []
+        count = gateway.server.auth_failed
+
+        def counted(client: Endpoint, guesser: str = "") -> float:
+            waits.append(count(client, guesser))
+            return 0.0
+
+        monkeypatch.setattr(gateway.server, "auth_failed", counted)
+        for number in range(10):
+            source = f"127.0.0.{1 + number}"
+            reader, writer = await gateway.connect(source)
+            writer.write(b"EHLO c\r\nAUTH PLAIN AHVzZXIAd3Jvbmc=\r\n")
+            while not (await reader.readline()).startswith(b"535 "):
+                pass
+    assert waits == [0.0] * 9 + [GUESS_SECONDS]
 
 
 async def test_one_local_application_with_a_wrong_password_does_not_lock_the_others_out() -> None:

@@ -775,8 +775,8 @@ async def test_guesses_beyond_the_limit_are_answered_late_and_a_right_password_i
         waits: list[float] = []
         count = served.server.auth_failed
 
-        def counted(client: Endpoint) -> float:
-            waits.append(count(client))
+        def counted(client: Endpoint, guesser: str = "") -> float:
+            waits.append(count(client, guesser))
             return waits[-1]
 
         monkeypatch.setattr(served.server, "auth_failed", counted)
