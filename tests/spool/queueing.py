@@ -47,9 +47,11 @@ class ResumedDeliveries(Observer):
 
     def __init__(self) -> None:
         self.ended: list[DeliveryRecord] = []
+        self._transactions: list[TransactionRecord] = []  # a delivery does not keep its own
 
     def delivery_ended(self, delivery: DeliveryRecord) -> None:
         self.ended.append(delivery)
+        self._transactions.append(delivery.transaction)
 
     def carrier(self, transaction: TransactionRecord) -> Mapping[str, str]:
         return CARRIER
