@@ -147,6 +147,7 @@ class Attempt:
         self._room: asyncio.Future[None] | None = None  # waited for by the task that reads
         self._has_content_left = False  # from here on, the upstream may have taken it
         self._is_judged = False
+        self._verdicts: Sequence[Verdict] = ()  # of one that was delivered, until that is recorded
         # A store that no other process shares cannot lose a lease.
         self._holds = store.holds if store.look_again_seconds is not None else None
         if self._holds is not None:
@@ -326,11 +327,9 @@ class Attempt:
         recipients = self.lease.recipients
         is_common = len(recipients) == 1 and self._outcomes is None
         if is_common and answers[0].is_positive and recipients[0].recipient.notify is None:
-            verdicts: Sequence[Verdict] = (Verdict(recipients[0].number, End.DELIVERED, answers[0]),)
+            self._verdicts = (Verdict(recipients[0].number, End.DELIVERED, answers[0]),)
             self._tell(())
-            self._store.finish(self.lease, verdicts, is_urgent=False).add_done_callback(
-                lambda done: self._recorded(done, verdicts)
-            )
+            self._store.finish(self.lease, self._verdicts, is_urgent=False).add_done_callback(self._recorded)
             return
         verdicts = [_verdict(one.number, answer) for one, answer in zip(recipients, answers, strict=True)]
         self._task = asyncio.get_running_loop().create_task(self._settle(verdicts))
@@ -367,11 +366,11 @@ class Attempt:
         self._has_content_left = False
         asyncio.get_running_loop().call_soon(self._begin)
 
-    def _recorded(self, done: asyncio.Future[None], verdicts: Sequence[Verdict]) -> None:
+    def _recorded(self, done: asyncio.Future[None]) -> None:
         if not done.cancelled() and done.exception() is None:
             self._ended(self)
         else:
-            self._task = asyncio.get_running_loop().create_task(self._settle(verdicts))
+            self._task = asyncio.get_running_loop().create_task(self._settle(self._verdicts))
 
     async def _settle(self, verdicts: Sequence[Verdict]) -> None:
         """Record what it came to, with the notices that are due for it."""

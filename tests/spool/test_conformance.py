@@ -184,6 +184,22 @@ async def test_recipients_end_one_by_one(case: Case) -> None:
     assert await case.store.tally() == {"accepted": 3, "delivered": 1, "failed": 1, "expired": 1}
 
 
+async def test_results_of_one_message_that_come_at_once_are_all_noted(case: Case) -> None:
+    new = message("a@x.example")
+    destinations = ["up", "other", "third"]
+    await put(case, new._replace(deliveries=dict.fromkeys(destinations, new.deliveries["up"])))
+    leases = [lease for destination in destinations for lease in await leased(case.store, destination=destination)]
+    unreachable = (Verdict(0, None, replies.UPSTREAM_UNAVAILABLE),)
+    await asyncio.gather(
+        case.store.finish(leases[0], DELIVERED),
+        case.store.finish(leases[1], unreachable, retry_in=3600.0),
+        case.store.finish(leases[2], DELIVERED),
+    )
+    shown = await case.store.show(new.id)
+    assert list(shown.recipients) == [("a@x.example", DeliveryState.READY, str(replies.UPSTREAM_UNAVAILABLE))]
+    assert await case.store.tally() == {"accepted": 3, "delivered": 2}
+
+
 async def test_an_unknown_outcome_marks_all_later_attempts(case: Case) -> None:
     await queued(case.store)
     (lease,) = await leased(case.store)

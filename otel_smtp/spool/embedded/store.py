@@ -412,17 +412,30 @@ class EmbeddedStore:
     ) -> asyncio.Future[None]:
         """See `Store.finish`."""
         entry = self.memory.hot.get(lease.message_id)
-        loop = self._loop
         if entry is not None and entry.is_busy:
-            return loop.create_task(
+            return self._loop.create_task(
                 self._finish_later(
                     lease, verdicts,
                     retry_in=retry_in, is_possible_duplicate=is_possible_duplicate, counts_attempt=counts_attempt,
                     hold=hold, notices=notices, is_urgent=is_urgent,
                 )
             )  # fmt: skip
+        return self._finish(lease, verdicts, retry_in, is_possible_duplicate, counts_attempt, hold, notices, is_urgent)
+
+    def _finish(
+        self,
+        lease: Lease,
+        verdicts: Sequence[Verdict],
+        retry_in: float,
+        is_possible_duplicate: bool,
+        counts_attempt: bool,
+        hold: bool,
+        notices: Sequence[Notice],
+        is_urgent: bool,
+    ) -> asyncio.Future[None]:
+        """As `finish`; the message is not busy."""
         try:
-            if entry is None:
+            if (entry := self.memory.hot.get(lease.message_id)) is None:
                 raise stale(lease)
             changed: Entry | None = None
             if (ended := entry.ended_by(lease, verdicts)) is None:
@@ -436,14 +449,14 @@ class EmbeddedStore:
                 if not changed.deliveries:
                     changed = None
         except StaleLease as error:
-            answer: asyncio.Future[None] = loop.create_future()
+            answer: asyncio.Future[None] = self._loop.create_future()
             answer.set_exception(error)
             return answer
         return self.journal.change(entry, changed, ended, notices, is_urgent=is_urgent)
 
     async def _finish_later(self, lease: Lease, verdicts: Sequence[Verdict], **how: Any) -> None:
         await self.memory.until_free(lease.message_id)
-        await self.finish(lease, verdicts, **how)
+        await self._finish(lease, verdicts, **how)
 
     async def mark_corrupt(self, lease: Lease) -> None:
         """See `Store.mark_corrupt`."""
