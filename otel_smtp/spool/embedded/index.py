@@ -430,21 +430,30 @@ class Index:
         return self._entries(f"WHERE {where} ORDER BY id LIMIT ?", [*(value for _, value in wanted), most])
 
 
-def row_of(entry: Entry) -> tuple[Any, ...]:
-    """A message as `Index.write` wants it."""
+def row_of(entry: Entry, text: str | None = None) -> tuple[Any, ...]:
+    """A message as `Index.write` wants it.
+
+    Args:
+        text: what `Entry.encode` makes of it, where that is at hand.
+    """
     place = entry.place
     assert place is not None
     sender = entry.mail.reverse_path
-    is_ready = any(one.state is DeliveryState.READY for one in entry.deliveries)
-    is_attempted = any(one.attempts > 0 and one.state is DeliveryState.READY for one in entry.deliveries)
+    is_ready = is_attempted = False
+    addresses: list[str] = []
+    for one in entry.deliveries:
+        if one.state is DeliveryState.READY:
+            is_ready = True
+            is_attempted |= one.attempts > 0
+        addresses += [there.recipient.address for there in one.recipients]
     is_unwarned = is_attempted and not entry.is_warned and entry.kind is Kind.MAIL
-    addresses = [there.recipient.address for one in entry.deliveries for there in one.recipients]
     return (
         (
             entry.id, place.segment, place.at, place.octets, place.content_at, place.crc, entry.arrived_ms,
             entry.expires_ms if is_ready and entry.held_ms is None else None,
             entry.arrived_ms if is_unwarned else None,
-            sender, "\n".join(["", *addresses, ""]), entry.trace_id, entry.encode(),
+            sender, "\n".join(["", *addresses, ""]), entry.trace_id,
+            entry.encode() if text is None else text,
         ),
         [
             (

@@ -14,9 +14,8 @@ import os
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from enum import IntEnum
-from typing import Final
+from typing import Final, NamedTuple
 
 FORMAT: Final = 2
 """Of the spool; the first version's was a database with a file for each group of messages."""
@@ -44,8 +43,7 @@ class NewerFormat(Exception):
     """A segment was written by a newer version."""
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """A record as it was found.
 
     Attributes:
@@ -70,8 +68,7 @@ class Record:
         return self.content_at + self.content_octets
 
 
-@dataclass(frozen=True, slots=True)
-class Damage:
+class Damage(NamedTuple):
     """Octets that are no record, between records."""
 
     at: int

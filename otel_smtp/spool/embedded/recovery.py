@@ -24,6 +24,7 @@ from otel_smtp.spool.messages import ContentLost, DeliveryState, SpoolError, Sto
 
 logger: Final = logging.getLogger("otel_smtp.spool.embedded.recovery")
 
+_parse: Final = json.JSONDecoder().decode
 _HELD_MOST: Final = 5000  # messages in memory while the log is read
 
 
@@ -79,6 +80,7 @@ class _Recovery:
         self._alarms: list[str] = []
         self._larges = directory.larges()
         self._ended: set[str] = set()  # of those that have a file of their own
+        self._texts: dict[str, str | None] = {}  # of those that still are as their own record says
         self._is_complete = True  # whatever was answered is known
 
     def run(self) -> Recovered:
@@ -287,7 +289,8 @@ class _Recovery:
     def _apply(self, number: int, record: Record) -> None:
         match record.kind:
             case RecordKind.MESSAGE:
-                _, crc, values = json.loads(record.text)  # of a content that is elsewhere, or was when it was whole
+                text = record.text.decode("ascii")
+                _, crc, values = _parse(text)  # of a content that is elsewhere, or was when it was whole
                 entry = Entry.from_values(values)
                 entry.place = Place(
                     number,
@@ -298,9 +301,10 @@ class _Recovery:
                 )
                 if not record.is_intact:
                     self._mark_corrupt(entry)
+                self._texts[entry.id] = text[text.index("[", 1) : -1] if record.is_intact else None
                 self._note(number, record, entry)
             case RecordKind.STATE:
-                entry = Entry.from_values(json.loads(record.text)[1])
+                entry = Entry.from_values(_parse(record.text.decode("ascii"))[1])
                 before = self._known(entry.id)
                 if before is not None:
                     entry.place = before.place
@@ -346,17 +350,21 @@ class _Recovery:
             one.state = DeliveryState.CORRUPT
 
     def _known(self, message_id: str) -> Entry | None:
+        """A message as far as it has been read, to be changed by what is read next."""
+        self._texts.pop(message_id, None)
         if message_id not in self._touched:
             found = self._index_in_use.load([message_id])
             self._touched[message_id] = found[0] if found else None
         return self._touched[message_id]
 
     def _write(self) -> None:
-        rows = [row_of(entry) for entry in self._touched.values() if entry is not None]
+        texts = self._texts
+        rows = [row_of(entry, texts.get(entry.id)) for entry in self._touched.values() if entry is not None]
         gone = [message_id for message_id, entry in self._touched.items() if entry is None]
         if rows or gone:
             self._index_in_use.write(rows, gone, {})
         self._touched.clear()
+        texts.clear()
 
     def _write_meta(self, last: int) -> None:
         meta = {
