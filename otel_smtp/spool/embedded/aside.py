@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Final
 
 from otel_smtp.spool.embedded import records
-from otel_smtp.spool.embedded.directory import open_regular, read_at
 from otel_smtp.spool.embedded.entries import Entry
+from otel_smtp.spool.embedded.files import open_regular, read_at
 from otel_smtp.spool.embedded.records import Record, RecordKind
 from otel_smtp.spool.messages import DeliveryState
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from otel_smtp.spool.drafting import MEMORY_LIMIT_OCTETS, SpillingDraft
-from otel_smtp.spool.embedded.directory import open_regular, storage_error, write_all
+from otel_smtp.spool.embedded.files import open_regular, storage_error, write_all
 from otel_smtp.spool.messages import SpoolError
 
 

@@ -20,8 +20,9 @@ from typing import Any, Final
 
 from otel_smtp.spool.drafting import MEMORY_LIMIT_OCTETS
 from otel_smtp.spool.embedded.aside import envelope
-from otel_smtp.spool.embedded.directory import SpoolDirectory, open_regular, sync_directory, write_all_at
+from otel_smtp.spool.embedded.directory import SpoolDirectory
 from otel_smtp.spool.embedded.entries import Entry
+from otel_smtp.spool.embedded.files import open_regular, sync_directory, write_all_at
 from otel_smtp.spool.messages import DeliveryState, SpoolError
 
 _SCHEMA_VERSION: Final = 1

@@ -17,8 +17,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from otel_smtp.spool.embedded.directory import open_regular, write_zeros
 from otel_smtp.spool.embedded.entries import Entry, Place
+from otel_smtp.spool.embedded.files import open_regular, write_zeros
 from otel_smtp.spool.messages import OUTCOME_PREFIX, DeliveryState, Kind, SpoolError, StorageBroken, StorageFull
 
 VERSION: Final = 1

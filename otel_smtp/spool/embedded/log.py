@@ -28,14 +28,9 @@ from enum import IntEnum
 from typing import Final
 
 from otel_smtp.spool.embedded import records
-from otel_smtp.spool.embedded.directory import (
-    SpoolDirectory,
-    open_regular,
-    storage_error,
-    sync_directory,
-    write_all_at,
-)
+from otel_smtp.spool.embedded.directory import SpoolDirectory
 from otel_smtp.spool.embedded.entries import dumps
+from otel_smtp.spool.embedded.files import open_regular, storage_error, sync_directory, write_all_at
 from otel_smtp.spool.embedded.records import FIRST, HEADER_OCTETS, RecordKind
 from otel_smtp.spool.messages import SpoolError, StorageBroken
 

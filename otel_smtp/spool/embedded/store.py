@@ -27,9 +27,10 @@ from otel_smtp.spool.embedded.claiming import Claiming
 from otel_smtp.spool.embedded.clocks import Clocks, Uptime, uptime
 from otel_smtp.spool.embedded.compaction import Compaction
 from otel_smtp.spool.embedded.contents import Contents
-from otel_smtp.spool.embedded.directory import SpoolDirectory, storage_error
+from otel_smtp.spool.embedded.directory import SpoolDirectory
 from otel_smtp.spool.embedded.draft import EmbeddedDraft
 from otel_smtp.spool.embedded.entries import Entry, dumps
+from otel_smtp.spool.embedded.files import storage_error
 from otel_smtp.spool.embedded.index_thread import IndexThread
 from otel_smtp.spool.embedded.indexing import Indexing
 from otel_smtp.spool.embedded.journal import Journal, fail

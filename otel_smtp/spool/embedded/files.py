@@ -1,0 +1,92 @@
+"""Files as a spool wants them: regular ones only, written whole, and what an error of the disk means."""
+
+import contextlib
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import Final
+
+from otel_smtp.spool.messages import SpoolError, StorageBroken, StorageFull
+
+_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+_OPEN: Final = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a FIFO answers at once, and is found out
+_ZEROS: Final = bytes(1024 * 1024)
+
+
+def storage_error(error: OSError) -> SpoolError:
+    """What an error of the disk means for a message."""
+    if error.errno in _FULL:
+        return StorageFull(f"the disk is full: {error}")
+    return StorageBroken(f"the disk failed: {error}")
+
+
+def open_regular(path: Path, flags: int) -> int:
+    """Open a file of ours, readable by us alone.
+
+    Raises:
+        OSError: it cannot be opened, or is no regular file.
+    """
+    file = os.open(path, flags | _OPEN, 0o600)
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise OSError(errno.EINVAL, "is no regular file", str(path))
+    if flags & os.O_CREAT:
+        os.fchmod(file, 0o600)  # whatever the umask
+    return file
+
+
+def write_all(file: int, data: bytes) -> None:
+    """Write all of `data`: the system may take less than it is given without saying that anything is wrong."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(file, rest) :]
+
+
+def write_all_at(file: int, data: bytes, at: int) -> None:
+    """Write all of `data` at an offset."""
+    done = os.pwrite(file, data, at)
+    if done < len(data):
+        rest = memoryview(data)
+        while done < len(data):
+            done += os.pwrite(file, rest[done:], at + done)
+
+
+def write_zeros(file: int, octets: int) -> None:
+    """Fill the first octets of a file."""
+    for at in range(0, octets, len(_ZEROS)):
+        write_all_at(file, _ZEROS[: octets - at], at)
+
+
+def read_at(file: int, at: int, octets: int) -> bytes:
+    """`octets` from `at` on, or what there is of them."""
+    pieces: list[bytes] = []
+    while octets > 0 and (piece := os.pread(file, octets, at)):
+        pieces.append(piece)
+        at += len(piece)
+        octets -= len(piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable."""
+    directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def file_system_of(path: Path) -> str:
+    """The kind of file system that `path` lies on, as the kernel calls it; "" where it does not say."""
+    best, kind = "", ""
+    with contextlib.suppress(OSError):
+        real = os.path.realpath(path)
+        with open("/proc/self/mounts", encoding="utf-8", errors="replace") as mounts:
+            for line in mounts:
+                _, mounted_on, found, *_ = line.split(" ")
+                mounted_on = mounted_on.encode().decode("unicode_escape")
+                is_below = mounted_on == "/" or real == mounted_on or real.startswith(f"{mounted_on}/")
+                if is_below and len(mounted_on) >= len(best):
+                    best, kind = mounted_on, found
+    return kind
