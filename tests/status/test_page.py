@@ -474,6 +474,7 @@ async def test_the_gateways_of_a_shared_queue_are_shown(width: int) -> None:
             "lives, lease for 8.1 s", "lives, lease for 9.6 s", "silent, its lease ended 1.3 s ago",
         ]  # fmt: skip
         assert await page.evaluate("document.querySelector('#gateways .tag').previousSibling.textContent") == "gw-0"
+        assert "null" not in await page.evaluate("document.getElementById('gateways').textContent")
         gone = "[...document.querySelectorAll('#departures li')].map((each) => each.textContent)"
         assert await page.evaluate(gone) == [
             "gw-2 was silent for 10 s: gw-0 took over, and 3 deliveries go on, 41 s ago", f"{HOSTILE} left, 11 min ago",

@@ -59,7 +59,7 @@ function showSharing(queue) {
     const isSilent = facts.alive_seconds <= 0;
     item.replaceChildren(
       element("strong", { class: "mono" }, facts.name),
-      facts.is_this ? element("span", { class: "tag" }, "this one") : null,
+      ...(facts.is_this ? [element("span", { class: "tag" }, "this one")] : []),
       element("span", { class: "beat", "data-beat": isSilent ? "silent" : "lives" },
         isSilent ? `silent, its lease ended ${age(-facts.alive_seconds)} ago` : `lives, lease for ${age(facts.alive_seconds)}`),
       element("span", { class: "faint" }, `${facts.delivering} delivering · up ${age(facts.up_seconds)} · ${facts.version}`));
