@@ -62,7 +62,10 @@ class NoIndex(Exception):
 
 
 class Index:
-    """An index in a file.
+    """An index in a file, or in memory where the disk has no room for one.
+
+    Args:
+        path: None: in memory.
 
     Attributes:
         is_new: nothing was there.
@@ -73,10 +76,13 @@ class Index:
         SpoolError: it cannot be opened.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None) -> None:
         self._path = path
-        self.is_new = not path.exists()
+        self.is_new = path is None or not path.exists()
         self.messages = self._deliveries = 0
+        if path is None:
+            self._connect()
+            return
         try:
             os.close(open_regular(path, os.O_RDWR | os.O_CREAT))
         except OSError as error:
@@ -90,6 +96,8 @@ class Index:
 
     def make_wal_again(self) -> None:
         """Give it a write-ahead log that has all its room, where SQLite has just made one of its own."""
+        if self._path is None:
+            return
         self._database.close()
         self._lay_out()
         self._connect()
@@ -115,7 +123,11 @@ class Index:
 
     def _connect(self) -> None:
         self._database = sqlite3.connect(
-            self._path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False, cached_statements=64
+            self._path or ":memory:",
+            timeout=BUSY_SECONDS,
+            isolation_level=None,
+            check_same_thread=False,
+            cached_statements=64,
         )
         try:
             self._prepare()
@@ -169,8 +181,9 @@ class Index:
     def close(self) -> None:
         """Close it."""
         # SQLite removes the write-ahead log, and with it the room that the next start needs on a full disk.
-        with contextlib.suppress(OSError):
-            os.link(self._wal, self._reserve)
+        if self._path is not None:
+            with contextlib.suppress(OSError):
+                os.link(self._wal, self._reserve)
         self._database.close()
 
     @contextlib.contextmanager

@@ -53,7 +53,8 @@ class Recovered:
 
 
 def recover(directory: SpoolDirectory, clocks: Clocks, *, is_index_trusted: bool) -> Recovered:
-    """Make index and log agree.
+    """Make index and log agree. Where the disk has no room for the index, it is made in memory, and that in the file
+    stays as it is: deliveries make room, so they must go on.
 
     Args:
         is_index_trusted: False: it is made again.
@@ -61,23 +62,37 @@ def recover(directory: SpoolDirectory, clocks: Clocks, *, is_index_trusted: bool
     Raises:
         SpoolError: it cannot be used; nothing was changed.
     """
-    return _Recovery(directory, clocks, is_index_trusted=is_index_trusted).run()
+    first = _Recovery(directory, clocks, is_index_trusted=is_index_trusted)
+    try:
+        return first.run()
+    except (StorageFull, sqlite3.OperationalError) as error:
+        if not isinstance(error, StorageFull) and not isinstance(index_error(error), StorageFull):
+            raise
+        logger.warning("no room for the index of the spool: made in memory", extra={"fault": str(error)})
+    recovered = _Recovery(directory, clocks, is_index_trusted=False, is_in_memory=True).run()
+    # What was moved or kept aside is found only once.
+    recovered.remarks[:0] = [one for one in first.remarks if one not in recovered.remarks]
+    recovered.alarms[:0] = [one for one in first.alarms if one not in recovered.alarms]
+    return recovered
 
 
 class _Recovery:
-    def __init__(self, directory: SpoolDirectory, clocks: Clocks, *, is_index_trusted: bool) -> None:
+    def __init__(
+        self, directory: SpoolDirectory, clocks: Clocks, *, is_index_trusted: bool, is_in_memory: bool = False
+    ) -> None:
         self._is_index_trusted = is_index_trusted
+        self._is_in_memory = is_in_memory
         self._directory = directory
         self._clocks = clocks
         self._clock_place = (0, 0)  # of the last clock record that the index knows of
         self._recorded: set[str] = set()  # messages as a record before that one says
-        self._remarks: list[str] = [f"{path} is not ours, and is left alone" for path in directory.foreign()]
+        self.remarks: list[str] = [f"{path} is not ours, and is left alone" for path in directory.foreign()]
         self._markers: dict[int, bytes] = {}
         self._ends: dict[int, int] = {}
         self._tally: dict[str, int] = {}
         self._touched: dict[str, Entry | None] = {}
         self._corrupt: list[str] = []
-        self._alarms: list[str] = []
+        self.alarms: list[str] = []
         self._larges = directory.larges()
         self._ended: set[str] = set()  # of those that have a file of their own
         self._texts: dict[str, str | None] = {}  # of those that still are as their own record says
@@ -117,8 +132,8 @@ class _Recovery:
             self._tally,
             jump_ms,
             [*lost, *self._corrupt],
-            self._remarks,
-            self._alarms,
+            self.remarks,
+            self.alarms,
         )
 
     # Segments --------------------------------------------------------------------------------------------------
@@ -153,11 +168,11 @@ class _Recovery:
         return found
 
     def _alarm(self, words: str) -> None:
-        self._alarms.append(words)
+        self.alarms.append(words)
         self._is_complete = False
 
     def _remark(self, words: str) -> None:
-        self._remarks.append(words)
+        self.remarks.append(words)
 
     # The index -------------------------------------------------------------------------------------------------
 
@@ -166,6 +181,9 @@ class _Recovery:
         path = self._directory.index_path
         beginning = (numbers[0] if numbers else 0, FIRST)
         self._is_complete &= path.exists()  # of what the log has lost, the index alone knows
+        if self._is_in_memory:
+            self._is_complete = False
+            return Index(None), beginning
         try:
             index = Index(path)
             try:

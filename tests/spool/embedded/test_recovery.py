@@ -17,6 +17,7 @@ import pytest
 from otel_smtp.smtp import replies
 from otel_smtp.spool.embedded import EmbeddedStore, records
 from otel_smtp.spool.embedded.directory import SpoolDirectory
+from otel_smtp.spool.embedded.index import Index
 from otel_smtp.spool.embedded.store import CRASHES_ALLOWED
 from otel_smtp.spool.messages import (
     ContentLost,
@@ -682,6 +683,35 @@ async def test_deliveries_go_on_after_every_start_on_a_disk_that_stays_full(
                 path = left_by_a_crash(store)
     assert not waiting
     assert len(segments(path)) == 1
+
+
+@pytest.mark.parametrize("step", ["_prepare", "write"])
+async def test_a_disk_without_room_for_the_index_costs_no_mail(
+    tmp_path: Path, step: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(index: Index, *arguments: object) -> object:
+        if index._path is None:
+            return whole(index, *arguments)
+        error = sqlite3.OperationalError("database or disk is full")
+        error.sqlite_errorcode = sqlite3.SQLITE_FULL
+        raise error
+
+    async with opened(tmp_path / "spool") as (store, _):
+        kept = [await queued(store), await queued(store, None, LARGE), await queued(store)]
+        path = left_by_a_crash(store)
+    whole = getattr(Index, step)
+    with monkeypatch.context() as patch:
+        patch.setattr(Index, step, full)
+        async with opened(path) as (store, recovery):
+            assert recovery.messages == 3
+            assert recovery.lost == []
+            assert await ids_in(store) == kept
+            lease, *_ = await leased(store)
+            await store.finish(lease, DELIVERED)
+            path = left_by_a_crash(store)
+    assert "no room for the index of the spool: made in memory" in caplog.text
+    async with opened(path) as (store, _):
+        assert await ids_in(store) == [one for one in kept if one != lease.message_id]
 
 
 async def test_what_was_torn_is_gone_before_the_log_goes_on_behind_it(
