@@ -104,7 +104,7 @@ def test_a_command_imports_no_other_command() -> None:
 def test_settings_in_front_of_a_command_hold_for_it() -> None:
     result = run("--set", "limits.hops=4", "queue", "list")
     assert result.returncode == 2
-    assert "none is set; set [[upstream]] url" in result.stderr
+    assert "no spool; give --spool" in result.stderr
     result = run("--set", "limits.hop=4", "queue", "list")
     assert "unknown key; did you mean hops?" in result.stderr
 
