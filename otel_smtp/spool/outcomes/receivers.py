@@ -100,7 +100,7 @@ class OutcomeReceiver:
         if not self._is_full:
             self._is_full = True
             logger.error(
-                "outcomes are dropped: too many wait for their receiver",
+                "outcomes dropped: too many wait for their receiver",
                 extra={"receiver": self.settings.name, "pending": self.pending},
             )
         self.figures.dropped += 1
@@ -148,7 +148,7 @@ class OutcomeReceiver:
         self.figures.failed += 1
         if not self._failures:
             self._failing_since = now
-            logger.warning("receiver of outcomes fails", extra={"receiver": self.settings.name, "fault": why})
+            logger.warning("receiver of outcomes failing", extra={"receiver": self.settings.name, "fault": why})
         rest = min(LONGEST_REST_SECONDS, FIRST_REST_SECONDS * 2 ** min(self._failures, 10))
         self._failures += 1
         self._rests_until = now + max(rest, retry_in)

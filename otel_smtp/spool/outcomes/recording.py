@@ -73,7 +73,7 @@ class Outcomes:
                         receiver.note_stored()
                         outcomes.append(self._stored_as(destination, lease, recipient, told))
         except Exception:
-            logger.exception("an outcome could not be made", extra={"spool_id": lease.message_id})
+            logger.exception("outcome not created", extra={"spool_id": lease.message_id})
         return outcomes
 
     def stored(self, outcomes: Sequence[Notice]) -> None:
@@ -100,7 +100,7 @@ class Outcomes:
                 header = await self._store.read(lease.content, 0, lease.header_octets)
             except SpoolError as error:
                 logger.warning(
-                    "an outcome goes without the Message-ID: the header cannot be read",
+                    "outcome sent without the Message-ID: header unreadable",
                     extra={"spool_id": lease.message_id, "fault": str(error)},
                 )
                 return None

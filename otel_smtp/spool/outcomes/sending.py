@@ -92,14 +92,14 @@ class Sender:
                 is_away = False
             except SpoolError as error:
                 if isinstance(error, StorageBroken):
-                    logger.critical("no outcomes are sent: the spool failed", extra={"fault": str(error)})
+                    logger.critical("outcome sender stopped: the spool failed", extra={"fault": str(error)})
                     return
                 if not is_away:
-                    logger.error("outcomes cannot be worked on for now", extra={"fault": str(error)})
+                    logger.error("outcomes unavailable; retrying", extra={"fault": str(error)})
                 is_away = isinstance(error, StorageAway)
                 wait_seconds = AGAIN_SECONDS
             except Exception:
-                logger.exception("sending outcomes failed, and goes on")
+                logger.exception("outcome sender failed; retrying")
                 wait_seconds = AGAIN_SECONDS
             try:
                 async with asyncio.timeout(wait_seconds):
@@ -161,7 +161,7 @@ class Sender:
             receiver = self._receivers.by_destination.get(destination)
             if receiver is not None:
                 receiver.figures.expired += outcomes
-            logger.error("outcomes given up for their age", extra={"receiver": destination, "outcomes": outcomes})
+            logger.error("outcomes expired", extra={"receiver": destination, "outcomes": outcomes})
 
     # One outcome ------------------------------------------------------------------------------------------------
 
@@ -176,13 +176,13 @@ class Sender:
         receiver.under_way -= 1
         self.wake()
         if not exchange.cancelled() and (error := exchange.exception()) is not None:
-            logger.error("an outcome could not be sent: internal error", exc_info=error)
+            logger.error("outcome not sent: internal error", exc_info=error)
 
     async def _send(self, receiver: OutcomeReceiver, lease: Lease, content: Sequence[bytes] | None) -> None:
         try:
             body = b"".join(content) if content is not None else await self._read(lease)
         except ContentLost as error:
-            logger.critical("an outcome is lost", extra={"spool_id": lease.message_id, "fault": str(error)})
+            logger.critical("outcome lost: content damaged", extra={"spool_id": lease.message_id, "fault": str(error)})
             await self._record(lease, [Verdict(one.number, End.FAILED) for one in lease.recipients])
             return
         except SpoolError:

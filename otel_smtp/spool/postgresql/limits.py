@@ -45,7 +45,7 @@ class DatabaseLedger:
         try:
             row = await self._working.do(settle)
         except SpoolError as error:
-            logger.debug("limits cannot be asked", extra={"fault": str(error)})  # beats tell people of it
+            logger.debug("shared limits unavailable", extra={"fault": str(error)})  # beats tell people of it
             return None
         if row is None or row["granted"] is None:
             return None

@@ -234,7 +234,7 @@ async def test_a_mail_ends_though_its_outcome_cannot_be_made(
         await up.put("user@example.net")
         await up.ends()
         assert await up.store.tally() == {"accepted": 1, "delivered": 1}
-    assert "an outcome could not be made" in [record.message for record in caplog.records]
+    assert "outcome not created" in [record.message for record in caplog.records]
 
 
 async def test_outcomes_are_no_business_of_the_runner() -> None:

@@ -103,8 +103,8 @@ async def test_what_is_not_taken_is_sent_again_as_it_was_with_a_new_signature(
         assert all(request.is_signed() for request in application.requests)
         assert (up.receiver.figures.sent, up.receiver.figures.failed) == (1, 3)
     words = [record.message for record in caplog.records]
-    assert words.count("receiver of outcomes fails") == words.count("receiver of outcomes recovered") == 1
-    failing = next(record for record in caplog.records if record.message == "receiver of outcomes fails")
+    assert words.count("receiver of outcomes failing") == words.count("receiver of outcomes recovered") == 1
+    failing = next(record for record in caplog.records if record.message == "receiver of outcomes failing")
     assert failing.fault == "HTTP status 500"  # type: ignore[attr-defined]
 
 
@@ -191,7 +191,7 @@ async def test_what_is_too_old_is_given_up_though_its_receiver_is_gone(caplog: p
     async with receiving() as application, running(app(application), store=store) as up:
         await eventually(lambda: list(up.store.memory.entries) == [mail])  # which is not the sender's business
         assert (await up.store.tally())["outcomes_expired"] == 150
-    assert [record.outcomes for record in caplog.records if "given up" in record.message] == [150]  # type: ignore[attr-defined]
+    assert [record.outcomes for record in caplog.records if record.message == "outcomes expired"] == [150]  # type: ignore[attr-defined]
 
 
 async def test_beyond_the_bound_outcomes_are_dropped_and_counted(caplog: pytest.LogCaptureFixture) -> None:
@@ -202,7 +202,7 @@ async def test_beyond_the_bound_outcomes_are_dropped_and_counted(caplog: pytest.
             receiver.note_stored()
             taken += 1
     assert (taken, receiver.figures.dropped) == (3, 2)
-    assert [record.message for record in caplog.records] == ["outcomes are dropped: too many wait for their receiver"]
+    assert [record.message for record in caplog.records] == ["outcomes dropped: too many wait for their receiver"]
 
 
 class _Damaged(MemoryStore):
@@ -228,7 +228,7 @@ async def test_an_outcome_that_is_damaged_is_not_sent(caplog: pytest.LogCaptureF
         await up.empties()
         assert application.requests == []
         assert (await up.store.tally())["outcomes_failed"] == 1
-    assert "an outcome is lost" in [record.message for record in caplog.records]
+    assert "outcome lost: content damaged" in [record.message for record in caplog.records]
 
 
 async def test_an_outcome_that_cannot_be_read_for_now_is_sent_later() -> None:
