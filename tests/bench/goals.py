@@ -150,7 +150,8 @@ def _of_the_lab(results: Results) -> Iterator[Goal]:
 
 
 def outrun(results: Results) -> dict[str, bool]:
-    """By language, whether the traced gateway relays more per second than each untraced relay in it, by the median.
+    """By language, whether the traced gateway relays more per second than each untraced relay in it: in the median of
+    the rounds' ratios, and of the rates themselves, which the chart shows.
 
     Our own relays and those that trace are left out; so is a language of which a relay failed before its last round.
     """
@@ -161,8 +162,10 @@ def outrun(results: Results) -> dict[str, bool]:
         if name in results.gateways or name == peers.AIOSMTPD_TRACED.name or not language:
             continue
         ratio = results.ratio(HEADLINE, TRACED, name, rate)
-        if ratio is not None:
-            found[language] = found.get(language, True) and ratio.median > 1
+        ours, theirs = results.figure(HEADLINE, TRACED, rate), results.figure(HEADLINE, name, rate)
+        if ratio is not None and ours is not None and theirs is not None:
+            is_ahead = ratio.median > 1 and ours.median > theirs.median
+            found[language] = found.get(language, True) and is_ahead
             if len(ratio.rounds) < rounds:
                 incomplete.add(language)
     return {language: is_ahead for language, is_ahead in found.items() if language not in incomplete}

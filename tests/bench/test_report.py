@@ -106,6 +106,17 @@ def test_the_sentence_is_not_said_of_what_was_not_measured() -> None:
     assert report.headline(slow) == ""
 
 
+def test_the_sentence_agrees_with_the_chart_and_with_the_ratios() -> None:
+    found = results()
+    for name, rates in [(TRACED, (10, 9, 5, 4, 3)), (peers.NODEMAILER.name, (9, 8, 6, 6, 2))]:
+        runs = found.runs(HEADLINE, name)
+        runs[:] = [replace(one, rate=per_second) for one, per_second in zip(runs, rates, strict=True)]
+    ratio = found.ratio(HEADLINE, TRACED, peers.NODEMAILER.name, rate)
+    assert ratio is not None
+    assert ratio.median > 1  # but the medians of the rates, 5 and 6, say the contrary
+    assert outrun(found)["JavaScript"] is False
+
+
 def test_what_is_not_for_publication_is_not_in_the_readme() -> None:
     assert report.reservations(results()) == []
     assert report.readme(results()) != ""
