@@ -405,7 +405,7 @@ class UpstreamTable(Table, frozen=True, kw_only=True):
 
 
 class NotifyTable(Table, frozen=True, kw_only=True):
-    """An application that is told what became of each recipient of queued mail; several, each told by itself."""
+    """An application that the gateway notifies of each recipient's outcome; several are notified independently."""
 
     name: Annotated[
         str,

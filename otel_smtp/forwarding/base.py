@@ -202,5 +202,5 @@ class Ledger(Protocol):
         ...
 
     async def settle(self, claim: Claim) -> Grant | None:
-        """Take permits of a limit; None: they cannot be had for now, and what was said may have to be said again."""
+        """Take permits of a limit; None: none is available now, and the question may have to be repeated."""
         ...

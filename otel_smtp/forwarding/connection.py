@@ -6,7 +6,7 @@ leaves it out of step, and such a connection is closed and never used again. The
 clean up.
 
 An exchange is begun by `exchange`, and ends by one call back. What arrives is pushed here by the stream, in the call in
-which the transport delivers it. How a connection is opened is told by `opening`.
+which the transport delivers it. `opening` opens connections.
 """
 
 import asyncio

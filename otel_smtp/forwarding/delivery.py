@@ -51,7 +51,7 @@ ONE_PIECE_OCTETS: Final = 64 * 1024
 MOST_TRANSACTIONS: Final = 50
 """Into which one message is divided; a thousand recipients are ten of the size that any server takes."""
 
-_TO_BE_REENCODED: Final = replies.NEEDS_8BITMIME.with_text("to be re-encoded")  # is told to nobody
+_TO_BE_REENCODED: Final = replies.NEEDS_8BITMIME.with_text("to be re-encoded")  # never sent to a client
 
 _MAIL: Final = frozenset({Awaited.RSET, Awaited.MAIL})
 _ENVELOPE: Final = frozenset({Awaited.RSET, Awaited.MAIL, Awaited.RCPT})

@@ -7,7 +7,7 @@ A limit is two things, and a permit needs both.
 * GCRA (the leaky bucket as a virtual schedule, ITU-T I.371): one number, the theoretical arrival time, moves by one
   interval with each permit, and may run ahead of the clock by as much as the burst. So what leaves is spread evenly.
 * A window that slides: of the permits of the last period there are never more than the rate says. GCRA alone lets a
-  burst pass and then the full rate, which whoever counts by the minute counts as too many.
+  burst pass and then the full rate, which is too many for a provider that counts by the minute.
 
 A permit is timed by what the provider sees: it is in flight, and counts, until the provider has answered, or the
 attempt has ended otherwise (`Limit.landed`), and leaves the window one period after that. When content leaves here says
@@ -126,7 +126,7 @@ class AnyLimit(Protocol):
 
 
 class Limit:
-    """One limit; every method is one critical section. No clock: each call is told the time.
+    """One limit; every method is one critical section. No clock: each call is given the time.
 
     Args:
         cells: `settings.table_cells` numbers, all 0 at first; None: of our own.
@@ -280,7 +280,7 @@ class Limit:
 
 
 class _Locked:
-    """A lock over processes that ends with whoever holds it: a record lock (POSIX fcntl) on a file without a name."""
+    """A lock between processes that ends with its holder: a record lock (POSIX fcntl) on a file without a name."""
 
     def __init__(self, file: int) -> None:
         self._file = file
