@@ -19,6 +19,6 @@ SELECT format('REVOKE ALL ON DATABASE %I FROM PUBLIC', current_database()) \gexe
 
 CREATE SCHEMA otel_smtp AUTHORIZATION otel_smtp_owner;
 GRANT USAGE ON SCHEMA otel_smtp TO otel_smtp_gateway;
--- Also of the tables that a later version brings.
+-- Also of the tables that a later version brings. (What version the schema has, `queue migrate` lets only its owner write.)
 ALTER DEFAULT PRIVILEGES FOR ROLE otel_smtp_owner IN SCHEMA otel_smtp
   GRANT SELECT, INSERT, UPDATE, DELETE ON TABLES TO otel_smtp_gateway;

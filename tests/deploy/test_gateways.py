@@ -61,7 +61,11 @@ async def test_each_role_can_do_its_work_and_no_more(places: dict[str, QueueLoca
         one = await queued(serving)
         large = await queued(serving, None, b"Subject: x\r\n\r\n", b"x" * 200_000)
         async with connected(gateway.url) as connection:
-            for statement in ("CREATE TABLE otel_smtp.more (x int)", "DROP TABLE otel_smtp.msg", "CREATE SCHEMA more"):
+            for statement in (
+                "CREATE TABLE otel_smtp.more (x int)", "DROP TABLE otel_smtp.msg", "CREATE SCHEMA more",
+                "UPDATE otel_smtp.meta SET version = 9", "DELETE FROM otel_smtp.meta", "TRUNCATE otel_smtp.meta",
+                "INSERT INTO otel_smtp.meta SELECT * FROM otel_smtp.meta",
+            ):  # fmt: skip
                 with pytest.raises(asyncpg.InsufficientPrivilegeError):
                     await connection.execute(statement)
 
@@ -84,6 +88,26 @@ async def test_each_role_can_do_its_work_and_no_more(places: dict[str, QueueLoca
         assert await ask(gateway, command="list") == []
     finally:
         await serving.close()
+
+
+async def test_who_may_write_what_version_the_schema_has_loses_that_when_it_is_migrated(
+    places: dict[str, QueueLocation],
+) -> None:
+    owner, gateway, _ = places.values()
+    await migrate_place(owner, dry_run=False)
+    async with connected(owner.url) as connection:
+        await connection.execute("GRANT UPDATE ON otel_smtp.meta TO otel_smtp_gateway, PUBLIC")
+    statements = [
+        f'REVOKE INSERT, UPDATE, DELETE, TRUNCATE ON "otel_smtp".meta FROM {who}'
+        for who in ("PUBLIC", "otel_smtp_gateway")
+    ]
+    assert await migrate_place(owner, dry_run=True) == statements
+    assert await migrate_place(owner, dry_run=False) == statements
+    assert await migrate_place(owner, dry_run=False) == []
+    async with connected(gateway.url) as connection:
+        assert await connection.fetchval("SELECT count(*) FROM otel_smtp.meta") == 1
+        with pytest.raises(asyncpg.InsufficientPrivilegeError):
+            await connection.execute("UPDATE otel_smtp.meta SET version = 9")
 
 
 async def test_a_later_versions_tables_are_the_gateways_too(places: dict[str, QueueLocation]) -> None:

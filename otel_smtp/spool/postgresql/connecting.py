@@ -260,7 +260,8 @@ def _rights(table: str) -> tuple[str, ...]:
 def _no_rights(schema: str, table: str, role: str, rights: str = "SELECT") -> SpoolError:
     return SpoolError(
         f"{role} may not {rights} in {table}; as its owner run: GRANT USAGE ON SCHEMA {schema} TO {role}; "
-        f"GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA {schema} TO {role}"
+        f"GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA {schema} TO {role}; "
+        f"REVOKE INSERT, UPDATE, DELETE ON {schema}.meta FROM {role}"
     )
 
 

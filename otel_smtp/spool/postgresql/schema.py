@@ -184,6 +184,13 @@ END $settle$;
 
 STEPS: Final = (Migration(1, 1, _FIRST), Migration(2, 1, _LIMITS))
 
+# Default privileges, by which gateways get the rights to the tables of later versions, name no table.
+_WHO_WRITES_META: Final = """
+SELECT DISTINCT CASE WHEN one.grantee = 0 THEN 'PUBLIC' ELSE quote_ident(pg_get_userbyid(one.grantee)) END AS name
+FROM pg_class, aclexplode(relacl) AS one
+WHERE pg_class.oid = to_regclass($1) AND one.grantee <> relowner
+  AND one.privilege_type IN ('INSERT', 'UPDATE', 'DELETE', 'TRUNCATE') ORDER BY name"""
+
 
 def quoted(schema: str) -> str:
     """A schema's name as statements have it.
@@ -227,7 +234,8 @@ def why_unusable(found: tuple[int, int] | None, schema: str) -> str | None:
 async def migrate(connection: "asyncpg.Connection[asyncpg.Record]", schema: str, *, dry_run: bool) -> Sequence[str]:
     """Make the schema, or bring it up to date.
 
-    Each step is one transaction; who migrates at the same time waits.
+    Each step is one transaction; who migrates at the same time waits. What version the schema has is its owner's to
+    say: whoever else may is deprived of that.
 
     Args:
         dry_run: change nothing.
@@ -272,6 +280,16 @@ async def migrate(connection: "asyncpg.Connection[asyncpg.Record]", schema: str,
                         f"UPDATE {name}.meta SET version = $1, oldest_reader = $2",
                         step.version, step.oldest_reader,
                     )  # fmt: skip
+        done += await _keep_meta(connection, name, dry_run=dry_run)
     finally:
         await connection.execute("SELECT pg_advisory_unlock(hashtext('otel_smtp migrate ' || $1))", schema)
     return done
+
+
+async def _keep_meta(connection: "asyncpg.Connection[asyncpg.Record]", name: str, *, dry_run: bool) -> Sequence[str]:
+    """Let nobody but its owner write what version the schema has; the statements."""
+    others = [row["name"] for row in await connection.fetch(_WHO_WRITES_META, f"{name}.meta")]
+    statements = [f"REVOKE INSERT, UPDATE, DELETE, TRUNCATE ON {name}.meta FROM {other}" for other in others]
+    for statement in statements if not dry_run else ():
+        await connection.execute(statement)
+    return statements
