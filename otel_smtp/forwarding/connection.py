@@ -291,7 +291,18 @@ class UpstreamConnection:
         """Match what arrived with what was asked."""
         protocol = self.protocol
         answers = protocol.receive(data)
-        self._answers += answers
+        if self._answers:
+            self._answers += answers
+        else:
+            self._answers = answers
+        if protocol.is_in_step and (on_settled := self._on_settled) is not None:
+            # As `_end`, at once: all is answered, by nothing that ends the connection. It goes so for each mail.
+            answers, self._answers = self._answers, []
+            self._on_settled = self._on_writable = None
+            self.deadline = math.inf
+            self.is_alive = True
+            on_settled(answers, None)
+            return
         if self._on_settled is None:
             self._be_lost()
             return

@@ -363,23 +363,28 @@ class Delivery(Attempts):
 
     def _put(self) -> None:
         """Put the recipients that are asked about; where an upstream takes over from another, those before as well."""
-        protocol = self._connection.protocol
+        connection = self._connection
         asked = self._asked
+        accepted: Sequence[Recipient] = self.accepted
+        most = connection.most_recipients
         if not self._is_open:
-            self._send_envelope(None)
-        elif self._mail.smtputf8 and not protocol.extensions.smtputf8 and not all(map(is_ascii, asked)):
+            if accepted:
+                accepted = self._fitting()
+        elif self._mail.smtputf8 and not connection.protocol.extensions.smtputf8 and not all(map(is_ascii, asked)):
             self._pass_by(replies.UPSTREAM_LACKS_SMTPUTF8)
             return
-        if self._is_full or len(self.accepted) + len(asked) > self._connection.most_recipients:
-            asked = asked[: self._connection.most_recipients - len(self.accepted)]
+        if self._is_full or len(accepted) + len(asked) > most:
+            asked = asked[: most - len(accepted)]
             self._is_full = True
             if not asked and self._is_open:
                 self._recipients_answered([])
                 return
-        for recipient in asked:
-            protocol.send_recipient(recipient)
+        if self._is_open:
+            connection.protocol.send_envelope(None, asked)
+        else:
+            self._send_envelope(None, [*accepted, *asked] if accepted else asked)
         self._after = Delivery._recipients_answered
-        self._connection.exchange(self._settled, stop_at=_MAIL)
+        connection.exchange(self._settled, stop_at=_MAIL)
 
     def _recipients_answered(self, answers: list[Answer]) -> None:
         before = len(self.accepted)
@@ -484,7 +489,7 @@ class Delivery(Attempts):
     def _send(self) -> None:
         if not self._is_open:
             # What was accepted elsewhere is put to this upstream before it gets the content.
-            self._send_envelope(None)
+            self._send_envelope(None, self._fitting())
             self._after = Delivery._reopened
             self._connection.exchange(self._settled, stop_at=_MAIL)
         elif (refusal := self._unfit()) is not None:
@@ -511,7 +516,7 @@ class Delivery(Attempts):
             return
         protocol, content = self._connection.protocol, self._content
         extensions = protocol.extensions
-        self._send_envelope(len(self._header) + content.body_octets)
+        self._send_envelope(len(self._header) + content.body_octets, self._fitting())
         if content.pieces is not None and self._may_be_all_in_one():
             protocol.send_last_chunk(self._header, *content.pieces)
             self._end_content()
@@ -791,16 +796,21 @@ class Delivery(Attempts):
 
     # ------------------------------------------------------------------------------------------------------
 
-    def _send_envelope(self, octets: int | None) -> None:
-        """Queue MAIL and the recipients that were accepted before.
+    def _fitting(self) -> Sequence[Recipient]:
+        """Those that were accepted before, as far as this upstream takes so many at once; the others are left."""
+        most = self._connection.most_recipients
+        if len(self.accepted) > most:
+            self._leave(range(most, len(self.accepted)))
+        return self.accepted
+
+    def _send_envelope(self, octets: int | None, recipients: Sequence[Recipient]) -> None:
+        """Queue MAIL and its first recipients.
 
         Args:
             octets: of all that leaves; None: what the client sent counts, else what it declared, and the fields that
                 we add to it: the declaration is of the message as it is transmitted here (RFC 1870 6.1).
         """
         connection = self._connection
-        if self.accepted and len(self.accepted) > connection.most_recipients:
-            self._leave(range(connection.most_recipients, len(self.accepted)))
         if octets is None:
             record = self._record
             octets = self._mail.size if record.octets is None else record.octets
@@ -812,9 +822,7 @@ class Delivery(Attempts):
             connection.protocol.send_reset()
         # Until the upstream has taken the message. RFC 3030 2 wants RSET after a chunk that was refused too.
         connection.needs_reset = True
-        connection.protocol.send_mail(self._mail, size=octets)
-        for recipient in self.accepted:
-            connection.protocol.send_recipient(recipient)
+        connection.protocol.send_envelope(self._mail, recipients, size=octets)
 
 
 def _refusal(answers: Sequence[Answer]) -> Reply | None:

@@ -45,10 +45,10 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 @pytest.mark.parametrize(
     ("observers", "strategy", "python", "c"),
     [
-        ("none", "transparent", 160, 210),
-        ("none", "buffered", 155, 200),
-        ("everything", "transparent", 260, 330),
-        ("everything", "buffered", 250, 320),
+        ("none", "transparent", 153, 180),
+        ("none", "buffered", 149, 166),
+        ("everything", "transparent", 224, 298),
+        ("everything", "buffered", 220, 284),
     ],
 )
 def test_calls_of_a_message(observers: str, strategy: str, python: float, c: float) -> None:

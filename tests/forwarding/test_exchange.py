@@ -43,9 +43,9 @@ async def greeted(ehlo: bytes = EHLO) -> tuple[UpstreamConnection, FakeStream]:
 
 
 def queue_envelope(connection: UpstreamConnection) -> None:
-    connection.protocol.send_mail(Mail("a@example.com"))
+    connection.protocol.send_envelope(Mail("a@example.com"))
     for name in ("b", "c"):
-        connection.protocol.send_recipient(Recipient(f"{name}@example.com"))
+        connection.protocol.send_envelope(None, [Recipient(f"{name}@example.com")])
 
 
 @pytest.mark.both_loops

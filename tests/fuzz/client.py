@@ -182,7 +182,7 @@ class _Delivery:
         reverse_path, *recipients = self._envelope
         everything = wishes.is_utf8
         self._queue(
-            lambda: self.client.send_mail(
+            lambda: self.client.send_envelope(
                 Mail(
                     reverse_path,
                     size=len(self._content),
@@ -197,8 +197,9 @@ class _Delivery:
         )
         for address in recipients:
             self._queue(
-                lambda address=address: self.client.send_recipient(
-                    Recipient(address, Notify.NEVER if everything else None, address if everything else None)
+                lambda address=address: self.client.send_envelope(
+                    None,
+                    [Recipient(address, Notify.NEVER if everything else None, address if everything else None)],
                 )
             )
         self._stage = "envelope"
@@ -245,7 +246,7 @@ def run(data: bytes) -> None:
         return
     for address in data[HEAD_OCTETS:].decode("utf-8", "surrogateescape").split("\n")[:5]:
         if is_safe_path(address) and address.isascii():
-            ClientProtocol().send_recipient(Recipient(address))  # what is called safe is not refused
+            ClientProtocol().send_envelope(None, [Recipient(address)])  # what is called safe is not refused
     whole = _converse(data, is_cut=False)
     cut = _converse(data, is_cut=True)
     assert cut.answers[: len(whole.answers)] == whole.answers

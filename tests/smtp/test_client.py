@@ -55,9 +55,9 @@ def fails(client: ClientProtocol, data: bytes, *codes: int) -> None:
 
 
 def begin(client: ClientProtocol, *recipients: str) -> None:
-    client.send_mail(Mail("a@example.com"))
+    client.send_envelope(Mail("a@example.com"))
     for recipient in recipients or ("b@example.com",):
-        client.send_recipient(Recipient(recipient))
+        client.send_envelope(None, [Recipient(recipient)])
 
 
 # Groups and their answers -------------------------------------------------------------------------------------
@@ -195,8 +195,8 @@ FULL_MAIL = Mail(
 
 def test_parameters_travel_where_they_are_offered() -> None:
     client = greeted()
-    client.send_mail(FULL_MAIL, size=4711)
-    client.send_recipient(Recipient("b@example.com", Notify.SUCCESS | Notify.DELAY, "rfc822;b@example.com"))
+    client.send_envelope(FULL_MAIL, size=4711)
+    client.send_envelope(None, [Recipient("b@example.com", Notify.SUCCESS | Notify.DELAY, "rfc822;b@example.com")])
     assert client.data_to_send().decode() == (
         "MAIL FROM:<jos\u00e9@example.com> SIZE=4711 BODY=BINARYMIME SMTPUTF8 RET=HDRS ENVID=QQ+2B1 AUTH=<>"
         " REQUIRETLS\r\nRCPT TO:<b@example.com> NOTIFY=SUCCESS,DELAY ORCPT=rfc822;b@example.com\r\n"
@@ -205,20 +205,20 @@ def test_parameters_travel_where_they_are_offered() -> None:
 
 def test_parameters_stay_at_home_where_they_are_not() -> None:
     client = greeted(("PIPELINING",))
-    client.send_mail(Mail("", 1, Body.EIGHT_BIT_MIME, ret=DsnReturn.FULL, envid="x", require_tls=True, auth="<>"))
-    client.send_recipient(Recipient("Postmaster", Notify.NEVER, "rfc822;x"))
+    client.send_envelope(Mail("", 1, Body.EIGHT_BIT_MIME, ret=DsnReturn.FULL, envid="x", require_tls=True, auth="<>"))
+    client.send_envelope(None, [Recipient("Postmaster", Notify.NEVER, "rfc822;x")])
     assert client.data_to_send() == b"MAIL FROM:<>\r\nRCPT TO:<Postmaster>\r\n"
 
 
 def test_the_clients_size_is_told_where_nothing_better_is_known() -> None:
     client = greeted()
-    client.send_mail(Mail("a@example.com", size=10))
+    client.send_envelope(Mail("a@example.com", size=10))
     assert client.data_to_send() == b"MAIL FROM:<a@example.com> SIZE=10\r\n"
 
 
 def test_a_quoted_local_part_travels_as_it_is() -> None:
     client = greeted()
-    client.send_mail(Mail('"a > \\" b"@example.com'))
+    client.send_envelope(Mail('"a > \\" b"@example.com'))
     assert client.data_to_send() == b'MAIL FROM:<"a > \\" b"@example.com>\r\n'
 
 
@@ -232,13 +232,13 @@ CONTROLS = [chr(number) for number in (*range(0x20), 0x7F, 0x85, 0x9B, 0x2028)]
         lambda client, text: client.send_hello(f"gw{text}x"),
         lambda client, text: client.send_helo(f"gw{text}x"),
         lambda client, text: client.send_auth(f"PLAIN{text}x"),
-        lambda client, text: client.send_mail(Mail(f"a{text}x@example.com")),
-        lambda client, text: client.send_mail(Mail(f'"a{text}x"@example.com', smtputf8=True)),
-        lambda client, text: client.send_mail(Mail(f"a@example.com{text}", smtputf8=True)),
-        lambda client, text: client.send_mail(Mail("", envid=f"x{text}")),
-        lambda client, text: client.send_mail(Mail("", auth=f"x{text}")),
-        lambda client, text: client.send_recipient(Recipient(f"b{text}@example.com")),
-        lambda client, text: client.send_recipient(Recipient("b@example.com", orcpt=f"rfc822;{text}x")),
+        lambda client, text: client.send_envelope(Mail(f"a{text}x@example.com")),
+        lambda client, text: client.send_envelope(Mail(f'"a{text}x"@example.com', smtputf8=True)),
+        lambda client, text: client.send_envelope(Mail(f"a@example.com{text}", smtputf8=True)),
+        lambda client, text: client.send_envelope(Mail("", envid=f"x{text}")),
+        lambda client, text: client.send_envelope(Mail("", auth=f"x{text}")),
+        lambda client, text: client.send_envelope(None, [Recipient(f"b{text}@example.com")]),
+        lambda client, text: client.send_envelope(None, [Recipient("b@example.com", orcpt=f"rfc822;{text}x")]),
     ],
     ids=["hello", "helo", "mechanism", "local", "quoted", "domain", "envid", "auth", "rcpt", "orcpt"],
 )
@@ -271,9 +271,9 @@ def test_a_path_that_could_be_read_as_more_than_a_path_is_refused(address: str) 
     assert not is_safe_path(address)
     client = greeted()
     with pytest.raises(LocalProtocolError):
-        client.send_mail(Mail(address))
+        client.send_envelope(Mail(address))
     with pytest.raises(LocalProtocolError):
-        client.send_recipient(Recipient(address))
+        client.send_envelope(None, [Recipient(address)])
     assert client.data_to_send() == b""
 
 
@@ -309,12 +309,12 @@ def test_non_ascii_leaves_only_under_smtputf8() -> None:
         (greeted(("PIPELINING",)), Mail("jos\u00e9@example.com", smtputf8=True)),
     ):
         with pytest.raises(LocalProtocolError):
-            client.send_mail(mail)
+            client.send_envelope(mail)
         assert client.data_to_send() == b""
     client = greeted()
-    client.send_mail(Mail("a@example.com"))
+    client.send_envelope(Mail("a@example.com"))
     with pytest.raises(LocalProtocolError):
-        client.send_recipient(Recipient("jos\u00e9@example.com"))
+        client.send_envelope(None, [Recipient("jos\u00e9@example.com")])
 
 
 def test_content_is_refused_without_a_354_and_chunks_without_chunking() -> None:
@@ -364,7 +364,7 @@ def test_keywords_are_read(lines: Sequence[str], expected: Extensions) -> None:
 
 def refusal(wire: bytes) -> replies.Reply:
     client = greeted()
-    client.send_mail(Mail(""))
+    client.send_envelope(Mail(""))
     client.data_to_send()
     (answer,) = client.receive(wire)
     return answer.reply
@@ -467,13 +467,13 @@ def test_any_other_unasked_reply_is_a_fault() -> None:
     assert fed(late, b"250 ok\r\n250 ok\r\n") == [(Awaited.RSET, 250)]
     assert not late.is_in_step
     with pytest.raises(RemoteProtocolError):
-        late.send_mail(Mail(""))  # a late reply must not answer the next command
+        late.send_envelope(Mail(""))  # a late reply must not answer the next command
     assert fault_of(late) is not None
     half = greeted()
     assert fed(half, b"250-late\r\n") == []
     assert not half.is_in_step
     with pytest.raises(RemoteProtocolError):
-        half.send_mail(Mail(""))  # nor may the rest of one
+        half.send_envelope(Mail(""))  # nor may the rest of one
     fails(greeted_with_surplus(), b"")
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import re
 from collections.abc import Sequence
 from enum import StrEnum
 from functools import lru_cache, partial
@@ -57,10 +58,24 @@ def challenge_of(reply: Reply) -> bytes:
         raise RemoteProtocolError("challenge is not base64", replies.UPSTREAM_PROTOCOL) from None
 
 
+REPLY_LINE: Final = re.compile(rb"([2-5][0-9]{2})(?:([ -])(.*))?", re.DOTALL)
+MOST_CACHED_OCTETS: Final = 128  # of a line, its end included
+
+
 @lru_cache(maxsize=256)
-def read_reply(line: bytes) -> Reply:
-    """The reply of a single short line. The few that come again and again are made once; replies are immutable."""
-    return make_reply((line,))
+def read_reply(line: bytes) -> Reply | None:
+    """The reply of a line, with its end, of at most `MOST_CACHED_OCTETS`; None where it is not a whole one, or none.
+
+    The few that come again and again are made once; replies are immutable.
+    """
+    line = without_end(line)
+    match = REPLY_LINE.fullmatch(line)
+    return make_reply((line,)) if match is not None and match[2] != b"-" else None
+
+
+def without_end(line: bytes) -> bytes:
+    """A line without the LF, or CRLF, that ends it."""
+    return line[:-1].removesuffix(b"\r")
 
 
 def make_reply(lines: Sequence[bytes]) -> Reply:

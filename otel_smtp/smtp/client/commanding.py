@@ -61,6 +61,7 @@ class Commanding:
         "awaited",
         "extensions",
         "fault",
+        "is_in_step",
         "queued",
     )
 
@@ -79,7 +80,7 @@ class Commanding:
         self._max_lines = max_reply_lines
         self._rest = b""  # what was received and not read: the beginning of a line, or what nobody had asked for
         self._lines: list[bytes] = []  # of the reply that is arriving
-        self.queued: deque[tuple[Awaited, bytes]] = deque()
+        self.queued: deque[tuple[Awaited, Sequence[bytes]]] = deque()
         self._out: list[bytes] = []
         self.awaited: deque[Awaited] = deque((Awaited.GREETING,))
         self._accepted = 0  # recipients of the transaction
@@ -91,6 +92,7 @@ class Commanding:
         self._utf8 = False  # MAIL had SMTPUTF8
         self._is_closing = False
         self.fault: RemoteProtocolError | None = None
+        self.is_in_step = False
 
     def __repr__(self) -> str:
         waits = " ".join(self.awaited) or "nothing"
@@ -109,20 +111,6 @@ class Commanding:
         return not self.awaited and not self.queued
 
     @property
-    def is_in_step(self) -> bool:
-        """The connection can serve another transaction: all is answered, and nothing more has arrived."""
-        return not (
-            self.awaited
-            or self.queued
-            or self._rest
-            or self._lines
-            or self._is_open
-            or self._chunk_left
-            or self._is_closing
-            or self.fault is not None
-        )
-
-    @property
     def accepted_recipients(self) -> int:
         """Recipients of the open transaction that got a 2yz."""
         return self._accepted
@@ -130,6 +118,7 @@ class Commanding:
     def _break(self, what: str) -> RemoteProtocolError:
         """Note how the upstream broke the protocol; nothing is sent or kept any more."""
         self.fault = RemoteProtocolError(what, replies.UPSTREAM_PROTOCOL)
+        self.is_in_step = False
         self.queued.clear()
         self._out.clear()
         return self.fault
@@ -142,9 +131,9 @@ class Commanding:
         while queued:
             if awaited and (not self.extensions.pipelining or awaited[-1] in _ENDS_GROUP):
                 break
-            verb, octets = queued.popleft()
+            verb, pieces = queued.popleft()
             awaited.append(verb)
-            out.append(octets)
+            out += pieces
         data = out[0] if len(out) == 1 else b"".join(out)
         out.clear()
         return data
@@ -153,6 +142,15 @@ class Commanding:
         """Take back the commands that were not sent yet; how many there were."""
         count = len(self.queued)
         self.queued.clear()
+        self.is_in_step = not (
+            self.awaited
+            or self._rest
+            or self._lines
+            or self._is_open
+            or self._chunk_left
+            or self._is_closing
+            or self.fault is not None
+        )
         return count
 
     def send_hello(self, name: str) -> None:
@@ -196,35 +194,47 @@ class Commanding:
         """The answer to a challenge."""
         self._command(Awaited.AUTH, base64.b64encode(response).decode("ascii"))
 
-    def send_mail(self, mail: Mail, *, size: int | None = None) -> None:
-        """MAIL, with those of its parameters that the upstream offers.
+    def send_envelope(
+        self, mail: Mail | None, recipients: Sequence[Recipient] = (), *, size: int | None = None
+    ) -> None:
+        """MAIL and RCPT, one for each recipient, with those of their parameters that the upstream offers.
 
         Args:
+            mail: None: it was said before.
             size: octets of the content, where it is known better than the client said.
 
         Raises:
-            LocalProtocolError: an address or parameter that must not stand in a command.
+            LocalProtocolError: an address or parameter that must not stand in a command, or it is not its time.
         """
-        self._utf8 = mail.smtputf8 and "SMTPUTF8" in self.extensions.keywords
-        if not is_safe_path(mail.reverse_path):
-            raise LocalProtocolError("unsafe path in a command")
-        line = f"MAIL FROM:<{mail.reverse_path}>"
-        if size is None:
-            size = mail.size
-        if size is not None and "SIZE" in self.extensions.keywords:
-            line += f" SIZE={size:d}"
-        if mail[2:] != BEYOND_SIZE:
-            line += self._parameters(mail, _OF_MAIL)
-        self._command(Awaited.MAIL, line)
-
-    def send_recipient(self, recipient: Recipient) -> None:
-        """RCPT, with those of its parameters that the upstream offers; errors as `send_mail`."""
-        if not is_safe_path(recipient.address):
-            raise LocalProtocolError("unsafe path in a command")
-        line = f"RCPT TO:<{recipient.address}>"
-        if recipient.notify is not None or recipient.orcpt is not None:
-            line += self._parameters(recipient, OF_RECIPIENT)
-        self._command(Awaited.RCPT, line)
+        # Each line is written and checked here, and not by `_command`, which would be two calls more for each mail.
+        if not self.is_in_step or self._tls_is_due:
+            self._check_turn(Awaited.RCPT if mail is None else Awaited.MAIL)
+        commands: list[tuple[Awaited, Sequence[bytes]]] = []
+        if mail is not None:
+            self._utf8 = mail.smtputf8 and "SMTPUTF8" in self.extensions.keywords
+            if not is_safe_path(mail.reverse_path):
+                raise LocalProtocolError("unsafe path in a command")
+            if size is None:
+                size = mail.size
+            line = f"MAIL FROM:<{mail.reverse_path}>"
+            if size is not None and "SIZE" in self.extensions.keywords:
+                line += f" SIZE={size:d}"
+            if mail[2:] != BEYOND_SIZE:
+                line += self._parameters(mail, _OF_MAIL)
+            if not line.isascii() or not line.isprintable():
+                self._check_text(Awaited.MAIL, line)
+            commands.append((Awaited.MAIL, (line.encode(), b"\r\n")))
+        for recipient in recipients:
+            if not is_safe_path(recipient.address):
+                raise LocalProtocolError("unsafe path in a command")
+            line = f"RCPT TO:<{recipient.address}>"
+            if recipient.notify is not None or recipient.orcpt is not None:
+                line += self._parameters(recipient, OF_RECIPIENT)
+            if not line.isascii() or not line.isprintable():
+                self._check_text(Awaited.RCPT, line)
+            commands.append((Awaited.RCPT, (line.encode(), b"\r\n")))
+        self.is_in_step = False
+        self.queued += commands
 
     def send_data(self) -> None:
         """DATA. Its 354 asks for `send_content` and `end_content`."""
@@ -251,6 +261,7 @@ class Commanding:
             raise LocalProtocolError("a final dot without a 354")
         if self._rest or self._lines:
             raise self._break("a reply that nobody had asked for")
+        self.is_in_step = False
         self._out.append(b".\r\n" if self._tail == b"\r\n" else b"\r\n.\r\n")
         self._is_open = False
         self._tail = b"\r\n"
@@ -264,8 +275,10 @@ class Commanding:
         """
         if not self.extensions.chunking:
             raise LocalProtocolError("BDAT without CHUNKING")
-        content = b"".join(pieces)
-        self._command(Awaited.CONTENT, f"BDAT {len(content)} LAST", content)
+        if not self.is_in_step or self._tls_is_due:
+            self._check_turn(Awaited.CONTENT)
+        self.is_in_step = False
+        self.queued.append((Awaited.CONTENT, (b"BDAT %d LAST\r\n" % sum(map(len, pieces)), *pieces)))
 
     def begin_last_chunk(self, octets: int) -> None:
         """BDAT LAST for content that comes in pieces: `send_chunk_octets` must bring exactly `octets` of them.
@@ -278,7 +291,7 @@ class Commanding:
         if not self.is_settled:
             raise LocalProtocolError("a chunk in pieces cannot wait for its turn")
         self._command(Awaited.CONTENT, f"BDAT {octets} LAST")
-        self._out.append(self.queued.pop()[1])
+        self._out += self.queued.pop()[1]
         self.awaited.append(Awaited.CONTENT)
         self._chunk_left = octets
 
@@ -303,16 +316,26 @@ class Commanding:
 
     # The one writer ---------------------------------------------------------------------------------------
 
-    def _command(self, verb: Awaited, line: str, content: bytes = b"") -> None:
-        """Queue one command line, with the content that goes with it.
+    def _command(self, verb: Awaited, line: str) -> None:
+        """Queue one command line.
 
         Raises:
             LocalProtocolError: the line holds what must never be in one, or it is not its time.
         """
+        self._check_text(verb, line)
+        self._check_turn(verb)
+        self.is_in_step = False
+        self.queued.append((verb, (f"{line}\r\n".encode(),)))
+
+    def _check_text(self, verb: Awaited, line: str) -> None:
+        """Refuse a command line that holds what must never be in one. Printable ASCII passes."""
         if _CONTROLS.search(line) is not None:
             raise LocalProtocolError("control character in a command")
         if not line.isascii() and not (self._utf8 and verb in (Awaited.MAIL, Awaited.RCPT)):
             raise LocalProtocolError("non-ASCII text in a command without SMTPUTF8")
+
+    def _check_turn(self, verb: Awaited) -> None:
+        """Refuse a command out of its turn. Where the engine is in step, and TLS is not due, each has its turn."""
         if self.fault is not None:
             raise self.fault
         if self._is_open or self._tls_is_due or self._chunk_left:
@@ -320,7 +343,6 @@ class Commanding:
         if (self._rest or self._lines) and not self.awaited and not self.queued:
             # Sending now would let a late reply answer this command.
             raise self._break("a reply that nobody had asked for")
-        self.queued.append((verb, f"{line}\r\n".encode() + content))
 
     def _parameters(self, given: Mail | Recipient, known: Sequence[tuple[Extension, Parameter, int]]) -> str:
         """Those of the parameters that the upstream offers, each behind a space."""

@@ -1,15 +1,17 @@
 """What arrives from an upstream, matched to what it answers."""
 
-import re
 from collections.abc import Mapping, Sequence
 from typing import Final
 
 from otel_smtp.smtp.client.answers import (
+    MOST_CACHED_OCTETS,
+    REPLY_LINE,
     Answer,
     Awaited,
     answer_of,
     make_reply,
     read_reply,
+    without_end,
 )
 from otel_smtp.smtp.client.commanding import Commanding
 from otel_smtp.smtp.extensions import Extensions
@@ -22,7 +24,6 @@ _CLASSES: Final[Mapping[Awaited, frozenset[int]]] = {
     Awaited.DATA: frozenset({3, 4, 5}),
     Awaited.AUTH: frozenset({2, 3, 4, 5}),
 }
-_REPLY_LINE: Final = re.compile(rb"([2-5][0-9]{2})(?:([ -])(.*))?", re.DOTALL)
 
 
 class ClientProtocol(Commanding):
@@ -39,6 +40,7 @@ class ClientProtocol(Commanding):
         fault: how the upstream broke the protocol; None while it has not. Close the connection.
         awaited: what the next replies will answer, in order; to be read only.
         queued: commands that `data_to_send` has not given out yet, in order; to be read only.
+        is_in_step: the connection can serve another transaction: all is answered, and nothing more has arrived.
 
     Holds at most one reply within its bounds, and what was queued and not sent.
     """
@@ -59,41 +61,37 @@ class ClientProtocol(Commanding):
             An answer whose verb is None is a 421 that nobody had asked for.
         """
         answers: list[Answer] = []
+        self.is_in_step = False
         if self.fault is not None or self._is_closing:
             return answers
         if self._rest:
             data = self._rest + data
             self._rest = b""
+        if self._tls_is_due and data:
+            # Injection before TLS: it is there to be read as if it had come under TLS.
+            self._break("octets behind the 220 of STARTTLS")
+            return answers
         awaited = self.awaited
         position = 0
         while True:
-            if self._tls_is_due and position < len(data):
-                # Injection before TLS: it is there to be read as if it had come under TLS.
-                self._break("octets behind the 220 of STARTTLS")
-                return answers
             end = data.find(b"\n", position) + 1
-            if (end or len(data)) - position > self._max_line_octets:
+            octets = (end or len(data)) - position
+            if octets > self._max_line_octets:
                 self._break("reply line too long")
                 return answers
             if not end:
                 break
-            line = data[position : end - 1].removesuffix(b"\r")
+            line = data[position:end]
             position = end
-            match = _REPLY_LINE.fullmatch(line)
-            if match is None or (self._lines and self._lines[0][:3] != line[:3]):
-                self._break("a line that is no reply")
-                return answers
-            lines = [line]
-            if self._lines or match[2] == b"-":
-                lines = self._lines
-                lines.append(line)
-                if len(lines) > self._max_lines:
-                    self._break("reply of too many lines")
+            lines: Sequence[bytes] = ()
+            reply = read_reply(line) if octets <= MOST_CACHED_OCTETS and not self._lines else None
+            if reply is None:
+                taken = self._take_line(without_end(line))
+                if taken is None:
                     return answers
-                if match[2] == b"-":
+                if not taken:
                     continue
-                self._lines = []
-            reply = read_reply(line) if len(lines) == 1 and len(line) <= 128 else make_reply(lines)
+                lines, reply = taken, make_reply(taken)
             code = reply.code
             self._is_closing = code == 421
             if not awaited:
@@ -118,8 +116,31 @@ class ClientProtocol(Commanding):
                 return answers
             if not awaited:
                 break
-        self._rest = data[position:]
+        if position < len(data):
+            self._rest = data[position:]
+        elif not awaited:
+            self.is_in_step = not (self.queued or self._lines or self._is_open or self._chunk_left)
         return answers
+
+    def _take_line(self, line: bytes) -> Sequence[bytes] | None:
+        """Take a line of a reply of several, or one that is long.
+
+        Returns:
+            All lines of the reply; none where more of it is to come; None: it is no such line, and `fault` is set.
+        """
+        match = REPLY_LINE.fullmatch(line)
+        lines = self._lines
+        if match is None or (lines and lines[0][:3] != line[:3]):
+            self._break("a line that is no reply")
+            return None
+        lines.append(line)
+        if len(lines) > self._max_lines:
+            self._break("reply of too many lines")
+            return None
+        if match[2] == b"-":
+            return ()
+        self._lines = []
+        return lines
 
     def _take_unasked(self, reply: Reply, answers: list[Answer]) -> None:
         """A reply without a command: a farewell, or a refusal of the content before its end."""
