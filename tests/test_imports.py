@@ -257,11 +257,14 @@ def layering(module: str, tree: ast.AST) -> Iterator[Finding]:
             if top == "tests" or not may_import(module, room, name):
                 yield Finding(module, line, f"imports {name}")
         elif top in _LIBRARY:
-            # A date is a value; what is beside it in its module is a clock.
-            if top not in room.standard and name != "datetime.date":
+            if top not in room.standard and name not in _VALUES:
                 yield Finding(module, line, f"imports {name}")
         elif room.libraries is not None and top not in room.libraries:
             yield Finding(module, line, f"imports {name}")
+
+
+# A date is a value, and a codec a function of octets; what is beside them in their modules is a clock, and files.
+_VALUES: Final = frozenset({"datetime.date", "io.IncrementalNewlineDecoder"})
 
 
 def may_import(module: str, room: Room, name: str) -> bool:
@@ -412,6 +415,7 @@ GOOD = [
     ("otel_smtp.smtp.server", "from otel_smtp.smtp import replies\nimport re\nfrom collections import deque"),
     ("otel_smtp.smtp.server", "class A:\n    def f(self, other):\n        self._x = other._x"),
     ("otel_smtp.smtp.received", "from datetime import date\nx = date.fromordinal(1)"),
+    ("otel_smtp.smtp.framing", "from io import IncrementalNewlineDecoder"),
     ("otel_smtp.smtp.client", "def f(values):\n    return values._replace(x=1)"),
     ("otel_smtp.server.connection", "from otel_smtp.forwarding.base import Forwarder\nimport asyncio"),
     ("otel_smtp.server.connection", "from otel_smtp import net\nfrom otel_smtp.server import tls"),
@@ -437,6 +441,7 @@ BAD = [
     ("otel_smtp.smtp.server", "from logging import getLogger", "imports logging.getLogger"),
     ("otel_smtp.smtp.server", "from datetime import datetime", "imports datetime.datetime"),
     ("otel_smtp.smtp.server", "import datetime", "imports datetime"),
+    ("otel_smtp.smtp.server", "from io import FileIO", "imports io.FileIO"),
     ("otel_smtp.smtp.server", "import scramp", "imports scramp"),
     ("otel_smtp.smtp.server", "from otel_smtp.observing import TlsInfo", "imports otel_smtp.observing.TlsInfo"),
     ("otel_smtp.smtp.server", "async def f() -> None: ...", "awaits"),

@@ -197,8 +197,7 @@ _COMMON_MAIL = re.compile(
 )
 _COMMON_RCPT = re.compile(rb"(?i:RCPT TO:)<(%b)>" % _MAILBOX)
 _COMMON_MAILBOX_OCTETS: Final = 64  # so short that neither local part nor label nor path can be over its limit
-_COMMON_BODIES: Final[Mapping[bytes | None, Body | None]] = {
-    None: None,
+_COMMON_BODIES: Final[Mapping[bytes, Body]] = {
     b"7BIT": Body.SEVEN_BIT,
     b"8BITMIME": Body.EIGHT_BIT_MIME,
 }
@@ -209,8 +208,9 @@ _TO = re.compile(r"TO: *", re.IGNORECASE | re.ASCII)
 _CHUNK = re.compile(rb"([0-9]{1,20})(?: +(LAST))?", re.IGNORECASE)
 # sasl-mech = 1*20mech-char (RFC 4422 3.1); the initial response is base64 or "=", judged when it is decoded
 _AUTH = re.compile(rb"([A-Za-z0-9_-]{1,20})(?: +([!-~]+))?")
-COMMON_LINES: Final[Mapping[bytes, Command]] = {b"DATA": Data(), b"QUIT": Quit(), b"RSET": Rset(), b"NOOP": Noop()}
-"""What is said without arguments, as nearly everybody writes it."""
+_ALONE: Final[Mapping[bytes, Command]] = {b"DATA": Data(), b"QUIT": Quit(), b"RSET": Rset(), b"NOOP": Noop()}
+COMMON_LINES: Final[Mapping[bytes, Command]] = {**_ALONE, **{line.lower(): command for line, command in _ALONE.items()}}
+"""What is said without arguments, as nearly everybody writes it; the lower case is that of smtplib."""
 
 # A NamedTuple's own constructor is a function in Python; each mail has one `Mail` and at least one `Recipient`.
 _mail_of: Final = partial(tuple.__new__, Mail)
@@ -238,22 +238,24 @@ def parse_command(line: bytes) -> Command:
 def common_recipient(line: bytes) -> Recipient | None:
     """The recipient of a RCPT with a short ASCII mailbox and nothing else; None for any other line."""
     match = _COMMON_RCPT.fullmatch(line)
-    if match is None or match.end(1) - match.start(1) > _COMMON_MAILBOX_OCTETS:
+    if match is None or len(mailbox := match[1]) > _COMMON_MAILBOX_OCTETS:
         return None
-    return _recipient_of((match[1].decode("ascii"), None, None))
+    return _recipient_of((mailbox.decode(), None, None))
 
 
 def common_mail(line: bytes) -> Mail | None:
     """The mail of a MAIL with a short ASCII mailbox, and SIZE and BODY at most; None for any other line."""
     match = _COMMON_MAIL.fullmatch(line)
-    if match is None or match.end(1) - match.start(1) > _COMMON_MAILBOX_OCTETS:
+    if match is None:
         return None
     mailbox, size, body = match.groups()
+    if len(mailbox) > _COMMON_MAILBOX_OCTETS:
+        return None
     return _mail_of(
         (
-            mailbox.decode("ascii"),
+            mailbox.decode(),
             None if size is None else int(size),
-            _COMMON_BODIES[body],
+            None if body is None else _COMMON_BODIES[body],
             False,
             None,
             None,

@@ -189,7 +189,7 @@ class IncomingContent:
             size > self._size_limit
             or size > limits.text_line
             or not data.endswith(END_OF_DATA)
-            or data.find(b"\r\n.") != size - 2  # no line but the last begins with a dot
+            or data.rfind(b"\r\n.", 0, size) >= 0  # a line begins with a dot; backwards this is found sooner
             or data.startswith(b".")
             or b"\0" in data
             or has_bare_line_end(data)

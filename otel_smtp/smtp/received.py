@@ -145,7 +145,7 @@ def received_field(head: bytes, identifier: str, unix_seconds: float) -> bytes:
     Raises:
         LocalProtocolError: the identifier is malformed.
     """
-    if _ATOM.fullmatch(identifier) is None:
+    if not (identifier.isascii() and identifier.isalnum()) and _ATOM.fullmatch(identifier) is None:
         raise LocalProtocolError(f"malformed word for the Received field: {identifier!r}")
     now = _date_of_second(int(unix_seconds // 1))
     return b"%b%b;\r\n %b\r\n" % (head, identifier.encode("ascii"), now.encode("ascii"))

@@ -97,6 +97,7 @@ COMMANDS: list[tuple[bytes, Command]] = [
     (b"RCPT TO:<@x,@y:a@b.c>", rcpt()),
     ("RCPT TO:<ü@b.c>".encode(), rcpt("ü@b.c")),  # the engine knows whether MAIL had SMTPUTF8
     (b"DATA", Data()),
+    (b"data", Data()),
     (b"data  ", Data()),
     (b"RSET", Rset()),
     (b"QuIt", Quit()),

@@ -1,6 +1,7 @@
 """Lines, ends of data, dots, chunks, header blocks: tables, and the property that cuts change nothing."""
 
 import itertools
+import re
 
 import pytest
 from hypothesis import given
@@ -103,6 +104,15 @@ def test_stuffed_lines_come_back_as_they_were(lines: list[bytes]) -> None:
 
 def test_a_cr_and_an_lf_with_something_between_are_bare() -> None:
     assert has_bare_line_end(b"a\rx\nb")
+
+
+@given(
+    tricky
+    | st.binary(max_size=40)
+    | st.text("\r\n\x0b\x0c\x1c\x85\xff", max_size=12).map(lambda text: text.encode("latin-1"))
+)
+def test_whatever_is_no_crlf_is_a_bare_line_end_and_nothing_else_is(octets: bytes) -> None:
+    assert has_bare_line_end(octets) is (re.search(rb"\r(?!\n)|(?<!\r)\n", octets) is not None)
 
 
 @given(tricky, st.lists(st.integers(0, 60), max_size=6), st.booleans())
