@@ -21,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from otel_smtp.forwarding.base import MOST, MessageAnswered, RecipientsAnswered
 from otel_smtp.observing import DeliveryRecord, Endpoint, Outcome, TransactionRecord, fan_out
-from otel_smtp.server.exchanges import Authenticator, Exchange, Rejected, Step
+from otel_smtp.server.exchanges import Authenticator, Exchange, Rejected, Step, Turn
 from otel_smtp.server.policy import ListenerPolicy, ServerTimeouts
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Mail, Recipient
@@ -42,7 +42,7 @@ Word = Callable[[], str]
 class _Refusing(Authenticator):
     """Knows nobody."""
 
-    def begin(self, mechanism: str) -> Exchange:
+    def begin(self, mechanism: str, turn: Turn | None = None) -> Exchange:
         return _Refusal(mechanism)
 
 

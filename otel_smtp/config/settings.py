@@ -224,7 +224,10 @@ class LimitsTable(Table, frozen=True, kw_only=True):
     ] = 3
     auth_failures_per_minute: Annotated[
         int,
-        Key("failed logins from one client address, then 421 to its connections; to loopback, later answers", _COUNT),
+        Key(
+            "failed logins from one client address, then 421 to its connections; to loopback, five in a second",
+            _COUNT,
+        ),
     ] = 10
     octets_per_second: Annotated[
         int, Key("minimum rate at which a client sends content", _COUNT, "Postfix: smtpd_min_data_rate")

@@ -1,8 +1,9 @@
 """Who the client of a session is: PROXY header, access, TLS, AUTH."""
 
-import asyncio
+import contextlib
 import logging
 import time
+from collections.abc import AsyncIterator
 from typing import Final
 
 from otel_smtp.net import owner_of_peer
@@ -10,6 +11,7 @@ from otel_smtp.net.reasons import reason_of
 from otel_smtp.observing import Endpoint
 from otel_smtp.server.conversation import Conversation, Pause
 from otel_smtp.server.exchanges import Accepted, Challenge, Exchange
+from otel_smtp.server.guesses import TooManyGuesses
 from otel_smtp.server.policy import is_in, is_loopback
 from otel_smtp.server.proxy_protocol import ProxyHeader, ProxyHeaderParser, ProxyProtocolError
 from otel_smtp.smtp import replies
@@ -183,7 +185,8 @@ class Admission(Conversation):
         """See `Handler`."""
         authenticator = self._policy.authenticator
         assert authenticator is not None
-        self._auth = authenticator.begin(mechanism)
+        self._claimed = ""
+        self._auth = authenticator.begin(mechanism, self._turn)
         self._start(self._authenticate(self._auth, initial_response))
 
     def auth_responded(self, response: bytes) -> None:
@@ -191,10 +194,25 @@ class Admission(Conversation):
         assert self._auth is not None
         self._start(self._authenticate(self._auth, response))
 
+    @contextlib.asynccontextmanager
+    async def _turn(self, name: str) -> AsyncIterator[None]:
+        """In which the client's word that it is `name` is judged."""
+        self._claimed = name
+        self._awaits_turn = True
+        try:
+            async with self._house.guesses.turn(self._guesser(), name):
+                self._awaits_turn = False
+                yield
+        finally:
+            self._awaits_turn = False
+
     async def _authenticate(self, exchange: Exchange, response: bytes | None) -> None:
         record, protocol = self.record, self._protocol
         try:
             step = await exchange.step(response)
+        except TooManyGuesses:
+            self._call(self._protocol.reply, replies.TOO_MANY_AUTH_FAILURES)
+            return
         except Exception:
             logger.exception("authentication not run: internal error", extra=self._named())
             self._call(self._protocol.reply, replies.AUTH_UNAVAILABLE)
@@ -205,15 +223,14 @@ class Admission(Conversation):
                 self._task = None
                 self._call(protocol.challenge, data)
             case Accepted(user):
+                self._house.guesses.succeeded(self._guesser(), self._claimed)
                 record.user = user
                 record.auth_mechanism = exchange.mechanism
                 self._received_head = None
                 self._call(self._protocol.reply, replies.AUTH_SUCCEEDED)
             case _:
                 record.auth_mechanism = exchange.mechanism
-                if (seconds := self._house.auth_failed(record.client, self._guesser())) > 0:
-                    await asyncio.sleep(seconds)
-                    protocol.states.now_ns = time.monotonic_ns()
+                self._house.guesses.failed(self._guesser(), self._claimed)
                 self._call(self._protocol.reply, replies.AUTH_FAILED)
 
     def _guesser(self) -> str:

@@ -62,8 +62,10 @@ class Conversation:
     __slots__ = (
         "_allows",
         "_auth",
+        "_awaits_turn",
         "_batch",
         "_began",
+        "_claimed",
         "_content_began",
         "_content_octets",
         "_failed_content",
@@ -115,6 +117,8 @@ class Conversation:
         self._failed_content: Reply | None = None  # the forwarder has failed while the client was still sending
         self._batch: Sequence[Recipient] = ()
         self._auth: Exchange | None = None
+        self._claimed = ""  # whom the client says to be, in AUTH
+        self._awaits_turn = False  # to have that judged
         self._task: asyncio.Task[None] | None = None  # what is rare enough to be a coroutine
         self._refusal: Reply | None = None  # of the connection itself
         self._allows: bool | None = None  # whether this client may relay without AUTH; None: not looked up yet
@@ -156,7 +160,11 @@ class Conversation:
     def _end_input(self) -> None:
         if self._protocol.phase is Phase.UNGREETED:
             self._protocol.greet()
-        self._protocol.receive_eof()
+        if self._awaits_turn:
+            # It will hear no answer, and others wait behind it.
+            self._protocol.fail(None, CloseReason.CLIENT_DISCONNECT)
+        else:
+            self._protocol.receive_eof()
 
     def writing_resumed(self) -> None:
         """See `Receiver`."""
@@ -275,8 +283,8 @@ class Conversation:
     def standing(self) -> Standing:
         """See `PlaceHolder`."""
         protocol = self._protocol
-        if self._has_ended or protocol.asked is Asked.TLS:
-            return Standing.IDLE
+        if self._has_ended or protocol.asked in (Asked.TLS, Asked.AUTH):
+            return Standing.IDLE  # whoever guesses passwords waits for us, and holds no place by it
         if protocol.asked is not Asked.NOTHING:
             return Standing.OURS
         if protocol.awaits_content or protocol.has_open_content:

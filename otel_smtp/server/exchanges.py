@@ -5,7 +5,8 @@ reason, so that nobody learns from it which names there are.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -32,6 +33,9 @@ _SCRAM: Final = scramp.ScramMechanism("SCRAM-SHA-256")
 
 TokenVerifier = Callable[[str, str], Awaitable[str | None]]
 """Given the name a client claims ("" for none) and its bearer token, the name the token proves, or None."""
+
+Turn = Callable[[str], AbstractAsyncContextManager[None]]
+"""Given the name a client claims, what to enter while it is judged whether it is that; see `guesses`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,40 +101,51 @@ class Authenticator:
         by_token = () if self._token_verifier is None else ("OAUTHBEARER", "XOAUTH2")
         return by_password + by_token
 
-    def begin(self, mechanism: str) -> Exchange:
+    def begin(self, mechanism: str, turn: Turn | None = None) -> Exchange:
         """A new exchange.
+
+        Args:
+            turn: of the client, to have its credentials judged; None: it waits for nobody.
 
         Raises:
             LocalProtocolError: the mechanism is none of `mechanisms`.
         """
         users, verifier = self._users, self._token_verifier
+        turn = turn or _at_once
         if users is not None:
             match mechanism:
                 case "PLAIN":
-                    return _PlainExchange(users)
+                    return _PlainExchange(users, turn)
                 case "LOGIN":
-                    return _LoginExchange(users)
+                    return _LoginExchange(users, turn)
                 case "SCRAM-SHA-256":
-                    return _ScramExchange(users)
+                    return _ScramExchange(users, turn)
         if verifier is not None:
             match mechanism:
                 case "XOAUTH2":
-                    return _TokenExchange(mechanism, parse_xoauth2, verifier)
+                    return _TokenExchange(mechanism, parse_xoauth2, verifier, turn)
                 case "OAUTHBEARER":
-                    return _TokenExchange(mechanism, parse_oauthbearer, verifier)
+                    return _TokenExchange(mechanism, parse_oauthbearer, verifier, turn)
         raise LocalProtocolError(f"AUTH {mechanism!r} was not offered")
 
 
-async def _check(users: Users, credentials: Password) -> Step:
-    return Accepted(credentials.name) if await users.has(credentials) else Rejected()
+@asynccontextmanager
+async def _at_once(name: str) -> AsyncIterator[None]:
+    yield
+
+
+async def _check(users: Users, credentials: Password, turn: Turn) -> Step:
+    async with turn(credentials.name):
+        return Accepted(credentials.name) if await users.has(credentials) else Rejected()
 
 
 class _PlainExchange:
-    __slots__ = ("_users",)
+    __slots__ = ("_turn", "_users")
     mechanism = "PLAIN"
 
-    def __init__(self, users: Users) -> None:
+    def __init__(self, users: Users, turn: Turn) -> None:
         self._users = users
+        self._turn = turn
 
     async def step(self, response: bytes | None) -> Step:
         if response is None:
@@ -139,15 +154,16 @@ class _PlainExchange:
             credentials = parse_plain(response)
         except SaslError:
             return Rejected()
-        return await _check(self._users, credentials)
+        return await _check(self._users, credentials, self._turn)
 
 
 class _LoginExchange:
-    __slots__ = ("_answers", "_users")
+    __slots__ = ("_answers", "_turn", "_users")
     mechanism = "LOGIN"
 
-    def __init__(self, users: Users) -> None:
+    def __init__(self, users: Users, turn: Turn) -> None:
         self._users = users
+        self._turn = turn
         self._answers: list[bytes] = []
 
     async def step(self, response: bytes | None) -> Step:
@@ -159,17 +175,18 @@ class _LoginExchange:
             credentials = parse_login(*self._answers)
         except SaslError:
             return Rejected()
-        return await _check(self._users, credentials)
+        return await _check(self._users, credentials, self._turn)
 
 
 class _ScramExchange:
     """RFC 5802. Our proof of knowing the keys goes in a last challenge, which the client answers with nothing."""
 
-    __slots__ = ("_is_proven", "_name", "_server", "_users")
+    __slots__ = ("_is_proven", "_name", "_server", "_turn", "_users")
     mechanism = "SCRAM-SHA-256"
 
-    def __init__(self, users: Users) -> None:
+    def __init__(self, users: Users, turn: Turn) -> None:
         self._users = users
+        self._turn = turn
         self._name = ""
         self._is_proven = False
         self._server = _SCRAM.make_server(self._keys)
@@ -184,8 +201,9 @@ class _ScramExchange:
             if not self._name:
                 self._server.set_client_first(message)
                 return Challenge(self._server.get_server_first().encode())
-            self._server.set_client_final(message)
-            server_final = self._server.get_server_final().encode()
+            async with self._turn(self._name):
+                self._server.set_client_final(message)
+                server_final = self._server.get_server_final().encode()
         except (scramp.ScramException, ValueError):
             return Rejected()
         # Nobody knows a password that fits a stranger's keys; still, only a user may come in.
@@ -199,12 +217,15 @@ class _ScramExchange:
 
 
 class _TokenExchange:
-    __slots__ = ("_is_refused", "_parse", "_verifier", "mechanism")
+    __slots__ = ("_is_refused", "_parse", "_turn", "_verifier", "mechanism")
 
-    def __init__(self, mechanism: str, parse: Callable[[bytes], BearerToken], verifier: TokenVerifier) -> None:
+    def __init__(
+        self, mechanism: str, parse: Callable[[bytes], BearerToken], verifier: TokenVerifier, turn: Turn
+    ) -> None:
         self.mechanism = mechanism
         self._parse = parse
         self._verifier = verifier
+        self._turn = turn
         self._is_refused = False
 
     async def step(self, response: bytes | None) -> Step:
@@ -216,7 +237,7 @@ class _TokenExchange:
             token = self._parse(response)
         except SaslError:
             return Rejected()
-        async with asyncio.timeout(TOKEN_VERIFIER_SECONDS):
+        async with self._turn(token.name), asyncio.timeout(TOKEN_VERIFIER_SECONDS):
             user = await self._verifier(token.name, token.token)
         if user is not None:
             return Accepted(user)

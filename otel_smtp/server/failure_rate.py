@@ -2,6 +2,9 @@
 
 import ipaddress
 from collections import OrderedDict, deque
+from typing import Final
+
+MOST_ADDRESSES: Final = 4096
 
 
 class FailureRate:
@@ -15,7 +18,7 @@ class FailureRate:
         addresses: how many addresses are kept; beyond that the one that failed longest ago is forgotten.
     """
 
-    def __init__(self, *, limit: int = 10, window_seconds: float = 60.0, addresses: int = 4096) -> None:
+    def __init__(self, *, limit: int = 10, window_seconds: float = 60.0, addresses: int = MOST_ADDRESSES) -> None:
         self._limit = limit
         self._window_seconds = window_seconds
         self._addresses = addresses
@@ -39,6 +42,11 @@ class FailureRate:
             return False
         moments = self._failures.get(network_of(host))
         return moments is not None and len(moments) == self._limit and now - moments[0] < self._window_seconds
+
+    def count_of(self, host: str, now: float) -> int:
+        """How often `host` has failed within the window that ends `now`; the limit at most."""
+        moments = self._failures.get(network_of(host), ())
+        return sum(now - moment < self._window_seconds for moment in moments)
 
 
 def network_of(host: str) -> str:

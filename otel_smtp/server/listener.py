@@ -13,7 +13,7 @@ from otel_smtp.forwarding.base import Forwarder
 from otel_smtp.net import Listener, Stream, Sweep, listen, refuse_served
 from otel_smtp.observing import ConnectionInfo, ConnectionRecord, Endpoint, FanOut, Observer, fan_out
 from otel_smtp.server.conversation import Conversation
-from otel_smtp.server.failure_rate import FailureRate
+from otel_smtp.server.guesses import Guesses
 from otel_smtp.server.places import IN_LINE_SECONDS, Admittance, Places
 from otel_smtp.server.policy import ListenerPolicy, Segments, is_in, is_loopback
 from otel_smtp.server.session import Session
@@ -25,8 +25,6 @@ from otel_smtp.smtp.states import IllegalTransition
 # Of those that were accepted before there was need to know whose they are: with each newcomer so many, so that all are
 # known when the places run out, and the event loop is not held up.
 NAMED_WITH_EACH: Final = 2
-# An answer to a wrong password, where too many have been given already.
-GUESS_SECONDS: Final = 2.0
 
 logger: Final = logging.getLogger("otel_smtp.server.listener")
 
@@ -57,6 +55,7 @@ class Server:
 
     Attributes:
         forwarder, observer, segments: see above.
+        guesses: failed logins, and whose turn it is.
         is_draining: the gateway shuts down.
     """
 
@@ -91,6 +90,7 @@ class Server:
         self._gives_turns = False  # a call that gives the next one is under way
         self._all_ended: asyncio.Future[None] | None = None
         self._per_client: Counter[str] = Counter()
+        self.guesses = Guesses(auth_failures_per_minute)
         self.hold_to(
             [listener.policy for listener in listeners],
             connections=connections,
@@ -120,7 +120,7 @@ class Server:
         self._limit = self._places.most = connections
         self._limit_per_client = connections_per_client
         self._stress_percent = stress_percent
-        self._auth_failures = FailureRate(limit=auth_failures_per_minute)
+        self.guesses.hold_to(auth_failures_per_minute)
         self.segments = segments
 
     @property
@@ -190,20 +190,9 @@ class Server:
         """Whether this address has not failed to authenticate too often.
 
         Loopback and unix sockets always may: they are many applications, and one with a wrong password must not shut
-        the others out. The limit per connection holds for them too, and see `auth_failed`.
+        the others out. The limit per connection holds for them too, and they have to wait for a turn: see `guesses`.
         """
-        return _countable(client) is None or not self._auth_failures.is_exceeded(
-            client.host, asyncio.get_running_loop().time()
-        )
-
-    def auth_failed(self, client: Endpoint, guesser: str = "") -> float:
-        """Count a failed AUTH against `guesser`, its address unless given; for how many seconds the answer is to wait.
-
-        Whoever is not shut out for guessing is slowed: the others on this machine, whose passwords are right, are not.
-        """
-        now = asyncio.get_running_loop().time()
-        self._auth_failures.count(guesser or client.host, now)
-        return GUESS_SECONDS if self._auth_failures.is_exceeded(guesser or client.host, now) else 0.0
+        return _countable(client) is None or not self.guesses.are_too_many(client.host)
 
     def admit(self, session: Conversation, client: Endpoint) -> Reply | None:
         """Count a client that its PROXY header named; the refusal, where it has too many connections."""
@@ -346,7 +335,7 @@ class Server:
         newcomer.learn_share(is_local=is_local)
         if not self._names_all:
             self._names_all = True
-            self._nameless.extend(session for session in self._sessions if not session.share)
+            self._nameless = deque(session for session in self._sessions if not session.share)
         for _ in range(min(NAMED_WITH_EACH, len(self._nameless))):
             session = self._nameless.popleft()
             if session in self._sessions and not session.share:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from otel_smtp.forwarding.base import Forwarder
 from otel_smtp.observing import Endpoint, FanOut
 from otel_smtp.server.exchanges import Authenticator
+from otel_smtp.server.guesses import Guesses
 from otel_smtp.smtp.extensions import Extensions
 from otel_smtp.smtp.policy import ServerPolicy
 from otel_smtp.smtp.replies import Reply
@@ -117,8 +118,9 @@ class House(Protocol):
         """Whether this address has not failed to authenticate too often."""
         ...
 
-    def auth_failed(self, client: Endpoint, guesser: str = "") -> float:
-        """An AUTH of `guesser`, its address unless given, failed; for how many seconds the answer is to wait."""
+    @property
+    def guesses(self) -> Guesses:
+        """Failed logins, and whose turn it is to have a password judged."""
         ...
 
     def illegal_step(self, step: IllegalTransition) -> None:

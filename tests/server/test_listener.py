@@ -14,7 +14,7 @@ from otel_smtp.net import Stream
 from otel_smtp.observing import Endpoint
 from otel_smtp.server import conversation
 from otel_smtp.server.exchanges import Authenticator
-from otel_smtp.server.listener import GUESS_SECONDS, ListenerSpec, Server
+from otel_smtp.server.listener import ListenerSpec, Server
 from otel_smtp.server.policy import ListenerPolicy, ServerTimeouts
 from otel_smtp.server.users import Argon2Hash, Users
 from otel_smtp.smtp import replies
@@ -326,6 +326,19 @@ async def test_who_has_no_connection_yet_gets_one_of_who_has_all(monkeypatch: py
         assert gateway.seen.refused[4:] == ["capacity"] * 2
 
 
+async def test_connections_that_come_and_go_at_half_of_all_are_not_remembered() -> None:
+    async with running(connections=64) as gateway:
+        await held(gateway, 31)
+        for _ in range(20):
+            for taken in (32, 33, 32, 31):
+                if taken > len(gateway.server._sessions):
+                    await held(gateway, 1)
+                else:
+                    gateway.clients.pop().close()
+                    await until(lambda: len(gateway.server._sessions) == taken)  # noqa: B023 - awaited here
+        assert len(gateway.server._nameless) <= 33
+
+
 async def test_a_mail_whose_content_is_complete_does_not_give_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conversation, "owner_of_peer", by_address)
     async with running(connections=2) as gateway:
@@ -391,35 +404,27 @@ async def test_behind_a_balancer_too_each_client_keeps_its_part() -> None:
         assert not gateway.server._places._counts
 
 
-async def test_guesses_count_against_whoever_makes_them_from_whatever_address_of_loopback(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_guesses_count_against_whoever_makes_them_from_whatever_address_of_loopback() -> None:
     users = Users({"user": Argon2Hash(argon2.PasswordHasher(time_cost=1, memory_cost=8, parallelism=1).hash("right"))})
     protocol = replace(POLICY.protocol, auth_mechanisms=("PLAIN",), auth_in_clear=True)
     async with running(
         connections=16, policy=replace(POLICY, protocol=protocol, authenticator=Authenticator(users))
     ) as gateway:
-        waits: list[float] = []
-        count = gateway.server.auth_failed
-
-        def counted(client: Endpoint, guesser: str = "") -> float:
-            waits.append(count(client, guesser))
-            return 0.0
-
-        monkeypatch.setattr(gateway.server, "auth_failed", counted)
+        counted = gateway.server.guesses._failures._failures
         for number in range(10):
-            source = f"127.0.0.{1 + number}"
-            reader, writer = await gateway.connect(source)
+            assert not [guesser for guesser in counted if gateway.server.guesses.are_too_many(guesser)]
+            reader, writer = await gateway.connect(f"127.0.0.{1 + number}")
             writer.write(b"EHLO c\r\nAUTH PLAIN AHVzZXIAd3Jvbmc=\r\n")
             while not (await reader.readline()).startswith(b"535 "):
                 pass
-    assert waits == [0.0] * 9 + [GUESS_SECONDS]
+        assert all(gateway.server.guesses.are_too_many(guesser) for guesser in counted)  # the owner, and its name
+        assert len(counted) == 2
 
 
 async def test_one_local_application_with_a_wrong_password_does_not_lock_the_others_out() -> None:
     async with running() as gateway:
         for client in (Endpoint("127.0.0.1", 40000), Endpoint("198.51.100.1", 40000)):
             for _ in range(20):
-                gateway.server.auth_failed(client)
+                gateway.server.guesses.failed(client.host, "app")
         assert gateway.server.may_authenticate(Endpoint("127.0.0.1", 40001))
         assert not gateway.server.may_authenticate(Endpoint("198.51.100.1", 40001))

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Final
 
 import argon2
 import pytest
@@ -14,7 +15,8 @@ import pytest
 from otel_smtp.forwarding.base import DeliveryFailed
 from otel_smtp.observing import Endpoint, Fate, Outcome
 from otel_smtp.server.exchanges import Authenticator
-from otel_smtp.server.listener import GUESS_SECONDS
+from otel_smtp.server.guesses import GUESS_SECONDS
+from otel_smtp.server.places import Standing
 from otel_smtp.server.policy import ListenerPolicy, Segments, ServerTimeouts, is_in
 from otel_smtp.server.users import Argon2Hash, Users
 from otel_smtp.smtp import replies
@@ -765,31 +767,47 @@ async def test_a_greeting_that_is_no_host_name_stands_in_no_received_field(name:
         assert name not in received
 
 
-@pytest.mark.movable_clock
-async def test_guesses_beyond_the_limit_are_answered_late_and_a_right_password_is_not(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@asynccontextmanager
+async def guessed_at() -> AsyncIterator[Served]:
+    """A session of a client that has failed to log in as often as it may."""
     users = Users({"user": Argon2Hash(argon2.PasswordHasher(time_cost=1, memory_cost=8, parallelism=1).hash("right"))})
     protocol = replace(POLICY.protocol, auth_mechanisms=("PLAIN",), auth_in_clear=True)
     async with serving(replace(POLICY, protocol=protocol, authenticator=Authenticator(users))) as served:
-        waits: list[float] = []
-        count = served.server.auth_failed
-
-        def counted(client: Endpoint, guesser: str = "") -> float:
-            waits.append(count(client, guesser))
-            return waits[-1]
-
-        monkeypatch.setattr(served.server, "auth_failed", counted)
-        for _ in range(8):
-            counted(served.seen.record.client)
+        for _ in range(10):
+            served.server.guesses.failed(PEER.host, "user")
         served.stream.feed(b"EHLO c\r\n" + LOGIN)
         await served.stream.sends(b"535 5.7.8")
-        served.stream.feed(LOGIN)
-        await until(lambda: len(waits) == 10)
-        assert waits == [0.0] * 9 + [GUESS_SECONDS]
+        yield served
+
+
+RIGHT: Final = b"AUTH PLAIN AHVzZXIAcmlnaHQ=\r\n"
+
+
+@pytest.mark.movable_clock
+async def test_guesses_beyond_the_limit_wait_for_their_turn_right_or_wrong() -> None:
+    async with guessed_at() as served:
+        for line, answer in ((LOGIN, b"535 5.7.8"), (RIGHT, b"235 2.7.0")):
+            served.stream.feed(line)
+            await turns()
+            assert answer not in served.stream.sent
+            advance(GUESS_SECONDS + 0.1)
+            await served.stream.sends(answer)
+
+
+@pytest.mark.movable_clock
+async def test_who_waits_for_a_turn_to_guess_holds_no_place() -> None:
+    async with guessed_at() as served:
+        served.stream.feed(RIGHT)
         await turns()
-        assert b"535 " not in served.stream.sent
-        advance(GUESS_SECONDS + 0.1)
-        await served.stream.sends(b"535 5.7.8")
-        served.stream.feed(b"AUTH PLAIN AHVzZXIAcmlnaHQ=\r\n")
-        await served.stream.sends(b"235 2.7.0")
+        assert served.session.standing is Standing.IDLE
+        served.stream.feed_eof()
+        await served.ended()
+        assert b"235" not in served.stream.sent
+        assert served.seen.record.close_reason is CloseReason.CLIENT_DISCONNECT
+
+
+async def test_who_is_beyond_the_end_of_the_line_is_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("otel_smtp.server.guesses.MOST_WAITING", 0)
+    async with guessed_at() as served:
+        served.stream.feed(LOGIN)
+        await served.stream.sends(b"421 4.7.0")
