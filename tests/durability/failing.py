@@ -26,6 +26,8 @@ CALLS: Final = (
     ("fdatasync", "EIO"),  # segments, large contents, and the index
     ("fsync", "EIO"),  # directories
     ("rename", "EIO"),
+    ("pwritev2", "EIO"),  # groups of records, on a file system of which one call is enough
+    ("pwritev2", "ENOSPC"),
     ("pwrite64", "EIO"),  # segments, and the index
     ("pwrite64", "ENOSPC"),
 )

@@ -29,6 +29,7 @@ from typing import Final
 
 from otel_smtp.spool.embedded.files import (
     file_system_of,
+    has_durable_writes,
     open_regular,
     read_at,
     storage_error,
@@ -61,6 +62,7 @@ class SpoolDirectory:
 
     Attributes:
         has_reserve: what is kept for a full disk is there, or was not missed yet.
+        has_durable_writes: see `files.has_durable_writes`; known once it is open.
     """
 
     def __init__(self, path: Path) -> None:
@@ -70,6 +72,7 @@ class SpoolDirectory:
         self._lock: int | None = None
         self._making_spare = threading.Lock()
         self.has_reserve = True
+        self.has_durable_writes = False
 
     # Life ------------------------------------------------------------------------------------------------------
 
@@ -121,6 +124,7 @@ class SpoolDirectory:
                 (self.path / name).mkdir(mode=0o700, exist_ok=True)
                 (self.path / name).chmod(0o700)
             sync_directory(self.path)
+            self.has_durable_writes = has_durable_writes(self.log_path)
             for left in self._half_made():
                 left.unlink()
         except OSError as error:

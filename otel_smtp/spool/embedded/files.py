@@ -12,6 +12,10 @@ from otel_smtp.spool.messages import SpoolError, StorageBroken, StorageFull
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _OPEN: Final = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a FIFO answers at once, and is found out
 _ZEROS: Final = bytes(1024 * 1024)
+# Where a write that is asked to be durable is just that, by the kernel's own code. Others leave it to whoever keeps the
+# file, as FUSE does, and need not tell.
+_DURABLE_WRITES: Final = frozenset({"ext3", "ext4", "xfs", "btrfs"})
+_UNKNOWN_CALL: Final = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM})  # to the kernel, or a sandbox
 
 
 def storage_error(error: OSError) -> SpoolError:
@@ -50,6 +54,38 @@ def write_all_at(file: int, data: bytes, at: int) -> None:
         rest = memoryview(data)
         while done < len(data):
             done += os.pwrite(file, rest[done:], at + done)
+
+
+def has_durable_writes(path: Path) -> bool:
+    """Whether `write_durably` may have writes below `path` made durable by the call that writes."""
+    return hasattr(os, "RWF_DSYNC") and file_system_of(path) in _DURABLE_WRITES
+
+
+def write_durably(file: int, data: bytes, at: int, *, in_one_call: bool) -> bool:
+    """Write all of `data` at an offset, and come back when the disk has it.
+
+    A thread that comes back from a system call waits for the interpreter's lock, and then the event loop waits for it
+    until the thread's next call: the fewer calls, the less of both.
+
+    Args:
+        in_one_call: the file's directory `has_durable_writes`.
+
+    Returns:
+        Whether one call will do the next time, too.
+    """
+    if in_one_call:
+        try:
+            done = os.pwritev(file, [data], at, os.RWF_DSYNC)
+        except OSError as error:
+            if error.errno not in _UNKNOWN_CALL:
+                raise
+            in_one_call, done = False, 0
+        if done == len(data):
+            return True
+        data, at = data[done:], at + done
+    write_all_at(file, data, at)
+    os.fdatasync(file)
+    return in_one_call
 
 
 def write_zeros(file: int, octets: int) -> None:

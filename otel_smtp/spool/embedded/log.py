@@ -3,7 +3,7 @@
 While the thread syncs, more work gathers; that becomes the next group. So a lone message waits for nobody, and under
 load one sync serves all that came during the last one. The order within a group is the promise::
 
-    records written > segment synced > 250
+    records written and segment synced (in one system call where that can be relied on) > 250
 
 A segment is a file of fixed size that has been written before, so that a sync has nothing to do but the data. A new one
 is made ready while nobody waits, mostly out of one whose messages have all ended; before the first record in it counts,
@@ -30,7 +30,7 @@ from typing import Final
 from otel_smtp.spool.embedded import records
 from otel_smtp.spool.embedded.directory import SpoolDirectory
 from otel_smtp.spool.embedded.entries import dumps
-from otel_smtp.spool.embedded.files import open_regular, storage_error, sync_directory, write_all_at
+from otel_smtp.spool.embedded.files import open_regular, storage_error, sync_directory, write_all_at, write_durably
 from otel_smtp.spool.embedded.records import FIRST, HEADER_OCTETS, RecordKind
 from otel_smtp.spool.messages import SpoolError, StorageBroken
 
@@ -132,7 +132,9 @@ class Log:
         # Woken by a token where it sleeps: an `Event` costs several times as much.
         self._wakes: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._is_asleep = False
+        self._will_wake = False  # at the end of this turn of the loop
         self._is_stopping = False
+        self._writes_in_one_call = directory.has_durable_writes
         self._nudge: asyncio.TimerHandle | None = None  # wakes the thread for what is not urgent
         self._loop = asyncio.get_running_loop()
         self.fault: StorageBroken | None = None
@@ -153,10 +155,17 @@ class Log:
             raise SpoolError(f"{step.octets} octets are more than the spool takes at once")
         self._steps.append(step)
         if is_urgent:
-            if self._is_asleep:
-                self._wake()
+            if self._is_asleep and not self._will_wake:
+                # What else comes in this turn of the loop shares the sync.
+                self._will_wake = True
+                self._loop.call_soon(self._wake_if_asleep)
         elif self._nudge is None:
             self._nudge = self._loop.call_later(GATHER_SECONDS, self._wake)
+
+    def _wake_if_asleep(self) -> None:
+        self._will_wake = False
+        if self._is_asleep:
+            self._wake()
 
     def _wake(self) -> None:
         if self._nudge is not None:
@@ -303,8 +312,9 @@ class Log:
                 step.places.append((at, octets, at + HEADER_OCTETS + len(encoded), crc))
                 at += octets
         try:
-            write_all_at(self._file, b"".join(pieces), start)
-            os.fdatasync(self._file)
+            self._writes_in_one_call = write_durably(
+                self._file, b"".join(pieces), start, in_one_call=self._writes_in_one_call
+            )
         except OSError as error:
             fault = storage_error(error)
             self.latch(fault)

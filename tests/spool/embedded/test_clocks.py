@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import os
 import sqlite3
 import threading
 import time
@@ -15,6 +14,7 @@ import pytest
 from otel_smtp.smtp import replies
 from otel_smtp.spool.embedded import EmbeddedStore
 from otel_smtp.spool.embedded.clocks import MOST_DOWNTIME_MS, Clocks, Uptime, uptime
+from otel_smtp.spool.embedded.files import write_durably
 from otel_smtp.spool.embedded.index import Index
 from otel_smtp.spool.embedded.records import FIRST
 from otel_smtp.spool.messages import End, StorageBroken, Verdict
@@ -139,17 +139,16 @@ async def test_what_is_being_recorded_while_the_clock_is_set_is_no_exception(
 ) -> None:
     """Its record lies behind that of the clock, and was made before."""
     is_at_sync, may_sync = threading.Event(), threading.Event()
-    fdatasync = os.fdatasync
 
-    def sync_when_told(file: int) -> None:
+    def write_when_told(file: int, data: bytes, at: int, *, in_one_call: bool) -> bool:
         is_at_sync.set()
         assert may_sync.wait(30)
-        fdatasync(file)
+        return write_durably(file, data, at, in_one_call=in_one_call)
 
     machine = Machine()
     async with machine.opened(tmp_path / "spool") as (store, _):
         one = await queued(store, message(max_age_seconds=AGE))
-        monkeypatch.setattr(os, "fdatasync", sync_when_told)
+        monkeypatch.setattr("otel_smtp.spool.embedded.log.write_durably", write_when_told)
         machine.wrong = 10 * DAY
         housekeeping = asyncio.ensure_future(store.housekeep())
         log = store.journal.log

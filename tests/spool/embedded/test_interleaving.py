@@ -5,7 +5,6 @@ goes into the index, what is read back from it, what is moved to another segment
 """
 
 import asyncio
-import os
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ import pytest
 
 from otel_smtp.smtp import replies
 from otel_smtp.spool.embedded import EmbeddedStore
+from otel_smtp.spool.embedded.files import write_durably
 from otel_smtp.spool.embedded.index_thread import IndexThread
 from otel_smtp.spool.messages import End, Kind, Lease, NoSuchMessage, SpoolError, Verdict
 from tests.spool.embedded.test_recovery import ids_in, left_by_a_crash
@@ -190,11 +190,11 @@ class Worker:
 @pytest.mark.parametrize("seed", range(3))
 async def test_many_do_everything_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     chance = random.Random(seed)
-    fdatasync, call = os.fdatasync, IndexThread.call
+    call = IndexThread.call
 
-    def sync_slowly(file: int) -> None:
+    def write_slowly(file: int, data: bytes, at: int, *, in_one_call: bool) -> bool:
         time.sleep(chance.choice((0.0, 0.0, 0.002, 0.01)))  # in the log's thread
-        fdatasync(file)
+        return write_durably(file, data, at, in_one_call=in_one_call)
 
     def call_slowly(thread: IndexThread, work: Callable[[], Any]) -> Any:
         def slowly() -> Any:
@@ -203,7 +203,7 @@ async def test_many_do_everything_at_once(tmp_path: Path, monkeypatch: pytest.Mo
 
         return call(thread, slowly)
 
-    monkeypatch.setattr(os, "fdatasync", sync_slowly)
+    monkeypatch.setattr("otel_smtp.spool.embedded.log.write_durably", write_slowly)
     monkeypatch.setattr(IndexThread, "call", call_slowly)
     monkeypatch.setattr(Worker, "_compacting", asyncio.Lock())
     ledger = Ledger()

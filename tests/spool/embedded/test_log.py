@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from otel_smtp.smtp import replies
+from otel_smtp.spool.embedded.files import write_durably
 from otel_smtp.spool.messages import End, StorageFull, Verdict
 from tests.spool.embedded.test_recovery import ids_in, opened
 from tests.spool.messages import BODY, HEADER, message, queued, written
@@ -36,6 +37,9 @@ class _EarlyTimers:
     def call_later(self, _: float, callback: Callable[[], None]) -> asyncio.Handle:
         return self._loop.call_soon(callback)
 
+    def call_soon(self, callback: Callable[[], None]) -> asyncio.Handle:
+        return self._loop.call_soon(callback)
+
     def call_soon_threadsafe(self, callback: Callable[..., None], *arguments: object) -> asyncio.Handle:
         return self._loop.call_soon_threadsafe(callback, *arguments)
 
@@ -61,14 +65,13 @@ async def test_what_comes_at_the_same_time_shares_a_sync(tmp_path: Path, monkeyp
     async with opened(tmp_path / "spool") as (store, _):
         await queued(store)
         syncs = 0
-        sync = os.fdatasync
 
-        def count(file: int) -> None:
+        def count(file: int, data: bytes, at: int, *, in_one_call: bool) -> bool:
             nonlocal syncs
             syncs += 1
-            sync(file)
+            return write_durably(file, data, at, in_one_call=in_one_call)
 
-        monkeypatch.setattr(os, "fdatasync", count)
+        monkeypatch.setattr("otel_smtp.spool.embedded.log.write_durably", count)
         await asyncio.gather(*[queued(store) for _ in range(100)])
         monkeypatch.undo()
         assert syncs < 20
@@ -77,8 +80,13 @@ async def test_what_comes_at_the_same_time_shares_a_sync(tmp_path: Path, monkeyp
 async def test_a_disk_that_takes_less_than_it_is_given_is_given_the_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pwrite = os.pwrite
+    pwrite, pwritev = os.pwrite, os.pwritev
+
+    def write_less(file: int, buffers: list[bytes], at: int, flags: int) -> int:
+        return pwritev(file, [buffers[0][: max(1, len(buffers[0]) // 3)]], at, flags)
+
     monkeypatch.setattr(os, "pwrite", lambda file, data, at: pwrite(file, data[: max(1, len(data) // 3)], at))
+    monkeypatch.setattr(os, "pwritev", write_less)
     async with opened(tmp_path / "spool") as (store, _):
         one = await queued(store, None, HEADER, BODY * 100)
         monkeypatch.undo()

@@ -32,13 +32,24 @@ class Disk:
         self.synced: dict[int, bytearray] = {}
         self.pending: dict[int, list[tuple[int, bytes]]] = {}
         self._pwrite, self._fdatasync, self._fsync = os.pwrite, os.fdatasync, os.fsync
+        self._pwritev = os.pwritev
         monkeypatch.setattr(os, "pwrite", self.pwrite)
+        monkeypatch.setattr(os, "pwritev", self.pwritev)
         monkeypatch.setattr(os, "fdatasync", self.fdatasync)
         monkeypatch.setattr(os, "fsync", self.fsync)
 
     def pwrite(self, file: int, data: bytes, at: int) -> int:
         done = self._pwrite(file, data, at)
         self.pending.setdefault(os.fstat(file).st_ino, []).append((at, bytes(data[:done])))
+        return done
+
+    def pwritev(self, file: int, buffers: list[bytes], at: int, flags: int) -> int:
+        """Writes, and syncs as `fdatasync` does; what happens before a sync happens in between."""
+        assert flags == os.RWF_DSYNC
+        data = b"".join(buffers)
+        done = self._pwritev(file, [data], at)
+        self.pending.setdefault(os.fstat(file).st_ino, []).append((at, data[:done]))
+        os.fdatasync(file)
         return done
 
     def fdatasync(self, file: int) -> None:

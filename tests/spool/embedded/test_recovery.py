@@ -17,6 +17,7 @@ import pytest
 from otel_smtp.smtp import replies
 from otel_smtp.spool.embedded import EmbeddedStore, records
 from otel_smtp.spool.embedded.directory import SpoolDirectory
+from otel_smtp.spool.embedded.files import write_durably
 from otel_smtp.spool.embedded.index import Index
 from otel_smtp.spool.embedded.store import CRASHES_ALLOWED
 from otel_smtp.spool.messages import (
@@ -131,13 +132,12 @@ async def test_an_attempt_that_began_beside_new_mail_is_known_after_a_crash(
         old = await queued(store)
     may_sync = threading.Event()
     may_sync.set()
-    fdatasync = os.fdatasync
 
-    def sync_when_told(file: int) -> None:
+    def write_when_told(file: int, data: bytes, at: int, *, in_one_call: bool) -> bool:
         assert may_sync.wait(30)
-        fdatasync(file)
+        return write_durably(file, data, at, in_one_call=in_one_call)
 
-    monkeypatch.setattr(os, "fdatasync", sync_when_told)
+    monkeypatch.setattr("otel_smtp.spool.embedded.log.write_durably", write_when_told)
     async with opened(tmp_path / "first") as (store, _):  # the old one is in the index alone
         may_sync.clear()
         first = store.submit(message(destination="elsewhere"), await written(store.draft()), lease=False)
