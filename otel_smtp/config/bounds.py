@@ -17,6 +17,7 @@ class Whose(StrEnum):
     COLLECTOR = "a collector"
     RECEIVER = "a receiver of outcomes"
     READER = "a reader of the status port"
+    LOG_READER = "a reader of the log"
     NEIGHBOUR = "a neighbour on this machine"
 
 
@@ -40,7 +41,7 @@ class Bound(NamedTuple):
 
 _LIMITS: Final = "tests/test_limits.py::test_a_bound_holds"
 _DRIVEN: Final = "tests/end_to_end/test_bounds.py::"
-_CLIENT, _UPSTREAM, _COLLECTOR, _RECEIVER, _READER, _NEIGHBOUR = Whose
+_CLIENT, _UPSTREAM, _COLLECTOR, _RECEIVER, _READER, _LOG_READER, _NEIGHBOUR = Whose
 
 LEDGER: Final = (
     # Connections and time
@@ -341,6 +342,13 @@ LEDGER: Final = (
         ("otel_smtp.status.server.STREAMS", "otel_smtp.status.following.FOLLOWERS"),
         "503",
         "tests/status/test_server.py::test_streams_are_bounded_and_a_closed_one_makes_room",
+    ),
+    Bound(
+        _LOG_READER,
+        "octets of log lines that nobody reads",
+        ("otel_smtp.telemetry.line_output.HELD_OCTETS",),
+        "lines are lost and counted; mail never waits",
+        "tests/telemetry/test_line_output.py::test_a_reader_that_has_stopped_costs_lines_and_never_time",
     ),
     # Neighbours
     Bound(

@@ -175,6 +175,7 @@ class Supervisor:
             with contextlib.suppress(OSError, ValueError):
                 sys.stdout.flush()
                 sys.stderr.flush()
+            logging.shutdown()  # lines that wait; at this end nothing else calls it
             os._exit(status)
 
     def _on_signals(self, numbers: bytes) -> None:

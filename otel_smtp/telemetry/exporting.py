@@ -148,6 +148,11 @@ class Export(Generic[T]):
         """Spans that wait."""
         return len(self._queue)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether what comes now is lost, so that it need not be encoded."""
+        return self._is_stopping or len(self._queue) >= self._settings.queue_spans
+
     def dropped(self) -> Iterator[tuple[str, str, int]]:
         """What was lost so far, as the metrics want it: signal, reason, how many."""
         for reason, count in self._lost.items():
@@ -155,8 +160,7 @@ class Export(Generic[T]):
 
     def take(self, record: T) -> None:
         """Encode one span, or whatever else is sent, and queue it. For one thread at a time."""
-        # What cannot be queued need not be encoded.
-        self.put(b"" if self._is_stopping or len(self._queue) >= self._settings.queue_spans else self._encode(record))
+        self.put(b"" if self.is_full else self._encode(record))
 
     def put(self, record: bytes) -> None:
         """Queue one that is encoded. For one thread at a time."""

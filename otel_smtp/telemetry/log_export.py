@@ -10,25 +10,26 @@ OpenTelemetry's events, are the state transitions that `StateLogger` writes.
 """
 
 import logging
+from collections.abc import Sequence
 from typing import Final
 
 from otel_smtp.telemetry import attributes as names
 from otel_smtp.telemetry.attributes import MAX_VALUE_CHARACTERS, AttributeValue
 from otel_smtp.telemetry.exporting import Export
 from otel_smtp.telemetry.logs import ACCESS, EVENT_TIME_NS, ROOT, STATES, FloodGate, exception_of, extra_of
+from otel_smtp.telemetry.propagation import TraceContext
 from otel_smtp.telemetry.records import LogRecord
 from otel_smtp.telemetry.redaction import clean
+from otel_smtp.telemetry.shapes import Pair
+from otel_smtp.telemetry.span_lines import LineShape, SpanLineHandler, SpanLinesAsOtlp, severity_of
 
 _OWN: Final = ("otel_smtp.telemetry.exporting", "otel_smtp.telemetry.metric_export")
 # Their values are a span's attributes, which are bounded and cleaned already.
 _OF_SPANS: Final = frozenset({ACCESS, STATES})
-# OpenTelemetry's log data model, "Severity": the lowest number of each range.
-_SEVERITIES: Final = ((logging.CRITICAL, 21), (logging.ERROR, 17), (logging.WARNING, 13), (logging.INFO, 9))
-_SEVERITY_DEBUG: Final = 5
 _MAX_BODY_CHARACTERS: Final = 1024
 
 
-class LogExportHandler(logging.Handler):
+class LogExportHandler(SpanLineHandler):
     """Passes log records to an export.
 
     Args:
@@ -38,8 +39,10 @@ class LogExportHandler(logging.Handler):
     def __init__(self, export: Export[LogRecord]) -> None:
         super().__init__()
         self._export = export
+        self._span_lines = SpanLinesAsOtlp(ACCESS)
         self.addFilter(FloodGate())
         self.addFilter(lambda record: record.name not in _OWN)
+        self.own_filters = [*self.filters]
 
     def attach(self) -> None:
         """Receive our loggers' records from now on."""
@@ -55,6 +58,23 @@ class LogExportHandler(logging.Handler):
             self._export.take(log_record_of(record))
         except Exception:  # noqa: BLE001 - the contract of handlers: an error is reported and never raised
             self.handleError(record)
+
+    def take_line(
+        self,
+        shape: LineShape,
+        pairs: Sequence[Pair],
+        duration_seconds: float,
+        context: TraceContext,
+        time_ns: int,
+        now_ns: int,
+    ) -> None:
+        """Queue the line of a span."""
+        assert self.lock is not None  # by createLock
+        with self.lock:
+            if self._export.is_full:
+                self._export.put(b"")  # lost and counted; it need not be encoded
+            else:
+                self._export.put(self._span_lines(shape, pairs, duration_seconds, context, time_ns, now_ns))
 
 
 def log_record_of(record: logging.LogRecord) -> LogRecord:
@@ -72,7 +92,7 @@ def log_record_of(record: logging.LogRecord) -> LogRecord:
     return LogRecord(
         time_ns=record.__dict__.get(EVENT_TIME_NS, observed_ns),
         observed_ns=observed_ns,
-        severity=_severity(record.levelno),
+        severity=severity_of(record.levelno),
         severity_text=record.levelname,
         body=clean(record.getMessage(), _MAX_BODY_CHARACTERS),
         attributes=attributes,
@@ -80,13 +100,6 @@ def log_record_of(record: logging.LogRecord) -> LogRecord:
         trace_id=_id(trace_id, 16),
         span_id=_id(span_id, 8),
     )
-
-
-def _severity(level: int) -> int:
-    for least, number in _SEVERITIES:
-        if level >= least:
-            return number
-    return _SEVERITY_DEBUG
 
 
 def _value(value: object) -> AttributeValue:

@@ -3,8 +3,8 @@
 Of a mail, people get one line in all (`terminal_log`), machines one for each span.
 
 Whoever has something to say uses the standard library's `logging`, a constant text and values in `extra`. Here is how a
-line comes out of that, and the two sources of lines that belong to telemetry: `AccessLog`, a line for each connection,
-transaction and delivery that is over, and `StateLogger`, a line for each state transition where those are wanted.
+line comes out of that. Lines of telemetry's own are those of the access log (`access_log`), a line for each connection,
+transaction and delivery that is over, and of `StateLogger`, a line for each state transition where those are wanted.
 
 Whoever can connect can make lines, a refused connection each time: `FloodGate` bounds what comes of that. Lines of mail
 are never left out.
@@ -16,19 +16,22 @@ of telemetry carry the attributes of the span, so what `redaction` keeps back st
 import json
 import logging
 import traceback
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any, Final, TextIO
 
-from otel_smtp.observing import Fate
 from otel_smtp.smtp.states import ConnState
 from otel_smtp.telemetry import attributes as names
-from otel_smtp.telemetry.attributes import ATTRIBUTES, Attributes, On
+from otel_smtp.telemetry.attributes import Attributes
+from otel_smtp.telemetry.line_output import line_output
 from otel_smtp.telemetry.propagation import TraceContext
-from otel_smtp.telemetry.records import EventRecord, SpanRecord
 from otel_smtp.telemetry.redaction import clean
+from otel_smtp.telemetry.shapes import Pair
+from otel_smtp.telemetry.span_lines import LineShape, SpanLineHandler, SpanLinesAsJson
 from otel_smtp.telemetry.terminal_log import LINE, MailFilter
+
+logger: Final = logging.getLogger("otel_smtp.telemetry.logs")
 
 ROOT: Final = "otel_smtp"
 ACCESS: Final = "otel_smtp.access"
@@ -51,8 +54,6 @@ _MAX_TEXTS: Final = 1000
 # A traceback may be long, and its end is what counts; everything else has its own bound before it comes here.
 _MAX_TRACEBACK_CHARACTERS: Final = 8192
 _MAX_TEXT_CHARACTERS: Final = 1024
-
-_ON_LINES: Final = frozenset(attribute.name for attribute in ATTRIBUTES.values() if On.LOG in attribute.on)
 
 
 class LogFormat(StrEnum):
@@ -80,15 +81,13 @@ def set_up_logging(format_: str, level: str, stream: TextIO, *, colors: bool | N
     if level.upper() not in logging.getLevelNamesMapping():
         raise ValueError(f"{level!r} is not a log level")
     is_text = shape is LogFormat.TEXT or (shape is LogFormat.AUTO and stream.isatty())
-    handler = logging.StreamHandler(stream)
     colors = stream.isatty() if colors is None else colors
-    handler.setFormatter(LineFormatter(TextRenderer(colors=colors) if is_text else JsonRenderer()))
-    handler.addFilter(FloodGate())
-    if is_text:
-        handler.addFilter(MailFilter(ACCESS, colors=colors))
+    handler = TextLines(stream, colors=colors) if is_text else JsonLines(stream)
     root = logging.getLogger()
-    for old in [old for old in root.handlers if isinstance(old.formatter, LineFormatter)]:
+    for old in [old for old in root.handlers if isinstance(old, LineHandler)]:
         root.removeHandler(old)
+        old.flush()
+        old.close()
     root.addHandler(handler)
     root.setLevel(logging.WARNING)
     set_log_level(level)
@@ -97,6 +96,69 @@ def set_up_logging(format_: str, level: str, stream: TextIO, *, colors: bool | N
 def set_log_level(level: str) -> None:
     """Log what is ours from `level` on: debug, info, warning, error or critical."""
     logging.getLogger(ROOT).setLevel(level.upper())
+
+
+class LineHandler(logging.Handler):
+    """Writes a line for each record.
+
+    Args:
+        stream: its owner keeps it open.
+    """
+
+    def __init__(self, stream: TextIO, render: "JsonRenderer | TextRenderer") -> None:
+        super().__init__()
+        self.setFormatter(LineFormatter(render))
+        self.addFilter(FloodGate())
+        self._output = line_output(stream, _tell_lost)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the line at once."""
+        try:
+            self._output.write(self.format(record) + "\n")
+        except Exception:  # noqa: BLE001 - the contract of handlers: an error is reported and never raised
+            self.handleError(record)
+
+    def flush(self) -> None:
+        """Write what waits, without waiting long for whoever reads."""
+        self._output.flush()
+
+    def close(self) -> None:
+        """Release what the output has of its own; flush before."""
+        self._output.close()
+        super().close()
+
+
+class JsonLines(LineHandler, SpanLineHandler):
+    """Writes lines for machines; those of spans from templates, in batches."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream, JsonRenderer())
+        self._span_lines = SpanLinesAsJson(ACCESS)
+        self.own_filters = [*self.filters]
+
+    def take_line(
+        self,
+        shape: LineShape,
+        pairs: Sequence[Pair],
+        duration_seconds: float,
+        context: TraceContext,
+        time_ns: int,
+        now_ns: int,
+    ) -> None:
+        """Write the line of a span with others of this turn of the event loop."""
+        self._output.add(self._span_lines(shape, pairs, duration_seconds, context, now_ns) + "\n")
+
+
+class TextLines(LineHandler):
+    """Writes lines for people, of which each mail has one."""
+
+    def __init__(self, stream: TextIO, *, colors: bool) -> None:
+        super().__init__(stream, TextRenderer(colors=colors))
+        self.addFilter(MailFilter(ACCESS, colors=colors))
+
+
+def _tell_lost(lines: int) -> None:
+    logger.warning("log lines lost: their reader was too slow", extra={"lines": lines})
 
 
 class FloodGate:
@@ -204,63 +266,6 @@ def _iso_8601(record: logging.LogRecord) -> str:
     return datetime.fromtimestamp(record.created, UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
-class AccessLog:
-    """A line for each connection, transaction and delivery that is over; give it to tracing as a listener.
-
-    So is each recipient that was refused or deferred, or that ended in the spool without the mail.
-
-    Args:
-        logger: to whom the lines go, in place of the log.
-    """
-
-    __slots__ = ("_logger",)
-
-    def __init__(self, logger: logging.Logger | None = None) -> None:
-        self._logger = logger or logging.getLogger(ACCESS)
-
-    def is_wanted(self) -> bool:
-        """Whether its lines would be seen: making them costs, and so does what is put in them."""
-        return self._logger.isEnabledFor(logging.INFO)
-
-    def take(self, record: SpanRecord) -> None:
-        """Write the line; "warning" where the gateway, or what it depends on, failed."""
-        if record.name == names.SPAN_CONNECTION and names.CLOSE_REASON not in record.attributes:
-            return  # a segment is over, the connection is not
-        fields: dict[str, Any] = {name: value for name, value in record.attributes.items() if name in _ON_LINES}
-        fields[names.LOG_DURATION] = record.attributes.get(names.CONNECTION_DURATION, record.duration_seconds)
-        level = logging.WARNING if record.has_failed else logging.INFO
-        told = [event for event in record.events if event.name == names.RECIPIENT_EVENT]
-        if told:
-            whose = {name: fields[name] for name in _WHOSE if name in fields}
-            for event in told:
-                at_ns = event.time_ns
-                _write(self._logger, level, event.name, at_ns, {**whose, **event.attributes}, record.context)
-            if record.name == names.SPAN_TRANSACTION:
-                fields |= _recipients(told)
-        _write(self._logger, level, record.name, record.end_ns, fields, record.context)
-
-
-_WHOSE: Final = (names.CONNECTION_ID, names.TRANSACTION_NUMBER, names.SPOOL_ID, names.MAIL_FROM_DOMAIN,
-                 names.MAIL_FROM_ADDRESS, names.DELIVERY_ATTEMPT, names.MESSAGE_KIND)  # fmt: skip
-"""What the line of a recipient says of its mail."""
-
-
-def _recipients(told: Iterable[EventRecord]) -> dict[str, tuple[str, ...]]:
-    """The recipients of a transaction that were refused, and deferred, each in one text."""
-    texts: dict[str, list[str]] = {names.RCPT_REFUSED: [], names.RCPT_DEFERRED: []}
-    for event in told:
-        attributes = event.attributes
-        if names.RECIPIENT_FATE not in attributes:
-            continue
-        is_deferred = attributes[names.RECIPIENT_FATE] == Fate.DEFERRED.value
-        found = texts[names.RCPT_DEFERRED if is_deferred else names.RCPT_REFUSED]
-        if len(found) < names.MAX_DOMAINS:
-            who = attributes.get(names.RCPT_ADDRESS, attributes.get(names.RCPT_DOMAIN, "..."))
-            said = [attributes.get(name) for name in (names.REPLY_CODE, names.REPLY_ENHANCED_CODE, names.REPLY_TEXT)]
-            found.append(f"{who}: {' '.join(str(one) for one in said if one not in (None, ''))}")
-    return {name: tuple(found) for name, found in texts.items() if found}
-
-
 class StateLogger:
     """A line for each state transition, as it happens."""
 
@@ -274,10 +279,10 @@ class StateLogger:
         is_error = attributes[names.STATE] == ConnState.ERROR.value
         level = logging.WARNING if is_error else logging.INFO
         if self._logger.isEnabledFor(level):
-            _write(self._logger, level, name, time_ns, attributes, context)
+            write_line(self._logger, level, name, time_ns, attributes, context)
 
 
-def _write(
+def write_line(
     logger: logging.Logger,
     level: int,
     event: str,
@@ -285,6 +290,12 @@ def _write(
     fields: Mapping[str, Any],
     context: TraceContext,
 ) -> None:
+    """Write a line of telemetry the general way.
+
+    Args:
+        event: its text. `time_ns`: when that happened, since the epoch.
+        context: of the span that it tells of, or within which it happened.
+    """
     # Not by logger.log: looking for the calling line costs as much as writing the line, and tells nothing here.
     logger.handle(
         logging.makeLogRecord(

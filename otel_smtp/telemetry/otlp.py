@@ -263,12 +263,12 @@ class RequestFrame:
         return b"".join([start, resource, scope, self._scope, *items, self._scope_end, resource_end])
 
 
-_LOG_TIME, _OBSERVED_TIME = tag(1, FIXED64), tag(11, FIXED64)
+LOG_TIME, OBSERVED_TIME = tag(1, FIXED64), tag(11, FIXED64)
 _SEVERITY: Final = tag(2, VARINT)
 
 
 @lru_cache(maxsize=256)
-def _kind_of_line(severity: int, severity_text: str, body: str, event_name: str) -> bytes:
+def kind_of_line(severity: int, severity_text: str, body: str, event_name: str) -> bytes:
     """What all lines of a kind have in common: texts are constant by our own rule, and there are some dozens."""
     return _SEVERITY + varint(severity) + text(3, severity_text) + field(5, _any_value(body)) + text(12, event_name)
 
@@ -289,13 +289,13 @@ class LogEncoder(RequestFrame):
     def record(self, record: LogRecord) -> bytes:
         """`record` as the field of a request that holds it."""
         parts = [
-            _LOG_TIME + pack_time(record.time_ns),
-            _kind_of_line(record.severity, record.severity_text, record.body, record.event_name),
+            LOG_TIME + pack_time(record.time_ns),
+            kind_of_line(record.severity, record.severity_text, record.body, record.event_name),
             *map(self._pairs.__getitem__, record.attributes.items()),
         ]
         if record.trace_id:
             parts.append(field(9, record.trace_id))
         if record.span_id:
             parts.append(field(10, record.span_id))
-        parts.append(_OBSERVED_TIME + pack_time(record.observed_ns))
+        parts.append(OBSERVED_TIME + pack_time(record.observed_ns))
         return field(2, b"".join(parts))

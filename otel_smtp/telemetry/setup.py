@@ -14,12 +14,13 @@ from opentelemetry.sdk.trace.sampling import Sampler
 
 from otel_smtp.observing import Observer
 from otel_smtp.telemetry import environment
+from otel_smtp.telemetry.access_log import AccessLog
 from otel_smtp.telemetry.collector import Protocol, Signal, connect
 from otel_smtp.telemetry.environment import Environment, SignalExport, VariableProblem
 from otel_smtp.telemetry.exporting import Export, TraceExport
 from otel_smtp.telemetry.keeping import Keeping
 from otel_smtp.telemetry.log_export import LogExportHandler
-from otel_smtp.telemetry.logs import AccessLog, StateLogger
+from otel_smtp.telemetry.logs import StateLogger
 from otel_smtp.telemetry.metric_export import MetricExport, MetricsReading
 from otel_smtp.telemetry.metrics import (
     ConnectionCounts,
@@ -36,7 +37,7 @@ from otel_smtp.telemetry.redaction import Redaction
 from otel_smtp.telemetry.sdk_spans import SdkSpans
 from otel_smtp.telemetry.state_events import StateEvents
 from otel_smtp.telemetry.tail import MailTail
-from otel_smtp.telemetry.tracing import Keep, StateTelling, Tracing
+from otel_smtp.telemetry.tracing import Keep, LineSink, StateTelling, Tracing
 
 DEFAULT_FLUSH_SECONDS: Final = 2.0
 
@@ -98,7 +99,7 @@ class Telemetry:
         metrics: Metrics,
         tracing: Tracing | None = None,
         telling: Sequence[Observer] = (),
-        listeners: Callable[[], Sequence[SpanSink]] = tuple,
+        lines: Callable[[], Sequence[LineSink]] = tuple,
         processors: Sequence[SpanProcessor] = (),
         export: TraceExport | None = None,
         log_export: Export[LogRecord] | None = None,
@@ -112,7 +113,7 @@ class Telemetry:
         self.tail = None if tracing is None else MailTail(tracing)
         self.observers: Sequence[Observer] = (*([] if tracing is None else [tracing]), *telling, metrics)
         self._tracing = tracing
-        self._listeners = listeners
+        self._lines = lines
         self._metrics = metrics
         self._processors = processors
         self._export = export
@@ -137,7 +138,7 @@ class Telemetry:
     def heed_log_level(self) -> None:
         """Write the access log or leave it, as the log's level of now has it."""
         if self._tracing is not None:
-            self._tracing.tell(self._listeners())
+            self._tracing.tell(self._lines())
 
     def metrics_page(self, accept: str) -> tuple[bytes, str]:
         """The metrics for a scraper that accepts `accept`, and their content type."""
@@ -231,15 +232,16 @@ def set_up(options: TelemetryOptions, environ: Mapping[str, str] | None = None) 
     processors = [*options.processors, *_sdk_processors(asked.traces, asked.problems)]
     access_log = AccessLog()
 
-    def listeners() -> Sequence[SpanSink]:
-        return [*options.listeners, *([access_log] if options.access_log and access_log.is_wanted() else [])]
+    def lines() -> Sequence[LineSink]:
+        return [access_log] if options.access_log and access_log.is_wanted() else []
 
     keeping = [options.keeping] if options.keeping is not None else []
     tracing = Tracing(
         exports=[export.put] if export else [],
         memories=options.memories,
         sinks=[SdkSpans(made, resource, options.version) for made in processors],
-        listeners=listeners(),
+        listeners=options.listeners,
+        lines=lines(),
         sampler=asked.sampler,
         redaction=options.redaction,
         policies=options.policies,
@@ -272,7 +274,7 @@ def set_up(options: TelemetryOptions, environ: Mapping[str, str] | None = None) 
         metrics,
         tracing,
         telling,
-        listeners,
+        lines,
         processors,
         export,
         log_export,

@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
     from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
+    from otel_smtp.telemetry.span_lines import LineShape
+
 Row = tuple[object, ...]
 """Values of constant attributes in the order of a header; None: the attribute is absent."""
 Pair = tuple[str, AttributeValue]
@@ -97,9 +99,10 @@ class SpanShape:
         octets: of all of these, up to the tag of the start time.
         description: of the status: why it has failed, where `error.type` does not say it all.
         pack: puts the ids and times of one span around `octets`.
+        line: what the log keeps of them (`span_lines`); None before their first line.
     """
 
-    __slots__ = ("constant", "description", "has_failed", "kind", "name", "octets", "pack")
+    __slots__ = ("constant", "description", "has_failed", "kind", "line", "name", "octets", "pack")
 
     def __init__(
         self, name: str, kind: SpanKind, constant: Attributes, *, has_failed: bool, description: str = ""
@@ -109,6 +112,7 @@ class SpanShape:
         self.constant = constant
         self.has_failed = has_failed
         self.description = description if has_failed else ""
+        self.line: LineShape | None = None
         self.octets = b"".join(
             [
                 text_field(5, name),

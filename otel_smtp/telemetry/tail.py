@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from otel_smtp.telemetry import attributes as names
-from otel_smtp.telemetry.logs import ACCESS, AccessLog
+from otel_smtp.telemetry.access_log import AccessLog
+from otel_smtp.telemetry.logs import ACCESS
 from otel_smtp.telemetry.terminal_log import MailLines
 from otel_smtp.telemetry.tracing import Tracing
 

@@ -22,7 +22,7 @@ A span that is not sampled costs its identity and a few comparisons, unless a li
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Final
+from typing import Final, Protocol
 
 from opentelemetry.sdk.trace.id_generator import IdGenerator, RandomIdGenerator
 from opentelemetry.sdk.trace.sampling import DEFAULT_ON, Sampler
@@ -65,6 +65,21 @@ Keep = Callable[[EncodedSpan, bool], None]
 """As `Take`, told also whether something in it went wrong."""
 
 
+class LineSink(Protocol):
+    """Takes every span as it is described, before it is a value or octets; called on the event loop."""
+
+    def take_described(
+        self, described: Described, context: TraceContext, times: tuple[int, int], told: Sequence[EventRecord]
+    ) -> None:
+        """Take one span.
+
+        Args:
+            times: start and end, in nanoseconds since the epoch.
+            told: its events that tell of recipients, and of whoever had the mail before.
+        """
+        ...
+
+
 class Tracing(Observer):
     """Makes spans of what happens. To be told before all who read a record's `trace`.
 
@@ -73,6 +88,7 @@ class Tracing(Observer):
         memories: take every span that is recorded.
         sinks: take every span that is recorded, as a value.
         listeners: take every span, recorded or not, as a value; those that are not come without events.
+        lines: take every span, recorded or not, as it is described: the access log.
         policies: what to make of a message's trace context, by listener's name; AUTO for those that it does not name.
         state_events: where state events go; in the log, by way of `StateTelling`.
         probes: give spans of connections that sent nothing too.
@@ -88,6 +104,7 @@ class Tracing(Observer):
         memories: Sequence[Keep] = (),
         sinks: Sequence[SpanSink] = (),
         listeners: Sequence[SpanSink] = (),
+        lines: Sequence[LineSink] = (),
         sampler: Sampler = DEFAULT_ON,
         id_generator: IdGenerator | None = None,
         redaction: Redaction | None = None,
@@ -103,33 +120,36 @@ class Tracing(Observer):
         self._memories = tuple(memories)
         self._encodes = bool(exports or memories)
         self._sinks = tuple(sinks)
-        self._followers: tuple[SpanSink, ...] = ()
-        self.tell(listeners)
+        self._listeners = tuple(listeners)
+        self._followers: tuple[LineSink, ...] = ()
+        self.tell(lines)
         self._sampling = Sampling(sampler, id_generator or RandomIdGenerator())
         self._events_on_span = state_events.on_span
         self._monotonic_ns = monotonic_ns
         self.show(redaction or Redaction(), policies or {}, probes=probes, with_message_id=with_message_id)
 
-    def tell(self, listeners: Sequence[SpanSink]) -> None:
+    def tell(self, lines: Sequence[LineSink]) -> None:
         """Tell these of every span from now on, beside those that `follow`."""
-        self._told = tuple(listeners)
+        self._told = tuple(lines)
         self._heed()
 
-    def follow(self, listener: SpanSink) -> None:
-        """Tell `listener` too, until it leaves."""
-        self._followers = (*self._followers, listener)
+    def follow(self, lines: LineSink) -> None:
+        """Tell `lines` too, until it leaves."""
+        self._followers = (*self._followers, lines)
         self._heed()
 
-    def leave(self, listener: SpanSink) -> None:
-        """Tell `listener` nothing more. Idempotent."""
-        self._followers = tuple(one for one in self._followers if one is not listener)
+    def leave(self, lines: LineSink) -> None:
+        """Tell `lines` nothing more. Idempotent."""
+        self._followers = tuple(one for one in self._followers if one is not lines)
         self._heed()
 
     def _heed(self) -> None:
-        self._listeners = listeners = (*self._told, *self._followers)
+        self._lines = (*self._told, *self._followers)
+        listeners = self._listeners
         # Whether anybody takes a span, and whether anybody reads one as a value: of those that are recorded, and else.
         self._reads = {True: bool(self._sinks or listeners), False: bool(listeners)}
-        self._wants = {True: self._encodes or self._reads[True], False: bool(listeners)}
+        self._wants = {is_recorded: bool(reads or self._lines) for is_recorded, reads in self._reads.items()}
+        self._wants[True] |= self._encodes
 
     def show(
         self,
@@ -192,6 +212,8 @@ class Tracing(Observer):
             self._give(identity, described, times, events, is_trouble=connection.errors > 0)
         if self._reads[identity.is_recording]:
             self._show(identity, described, times, state_events(transitions, before_ns, offset, more))
+        if self._lines:
+            self._tell_lines(identity, described, times, ())
 
     def more_of_state(self, connection: ConnectionRecord, transition: Transition) -> Sequence[Pair]:
         """What a state in `WITH_MORE` has beside what its transition carries."""
@@ -227,6 +249,8 @@ class Tracing(Observer):
             self._give(identity, described, times, encode_events(told) if told else (), is_trouble=bool(told))
         if self._reads[identity.is_recording]:
             self._show(identity, described, times, told)
+        if self._lines:
+            self._tell_lines(identity, described, times, told)
 
     def _keep_by_outcome(self, keeping: Keeping, identity: Identity, transaction: TransactionRecord) -> None:
         """Keep a transaction that went wrong or took long, with its attempts and its connection's segment."""
@@ -277,6 +301,8 @@ class Tracing(Observer):
             self._give(identity, described, times, encode_events(told), is_trouble=bool(told))
         if self._reads[identity.is_recording]:
             self._show(identity, described, times, told)
+        if self._lines:
+            self._tell_lines(identity, described, times, told)
 
     def connection_carrier(self, connection: ConnectionRecord) -> Mapping[str, str]:
         """The present segment's own context."""
@@ -376,6 +402,8 @@ class Tracing(Observer):
         if self._reads[identity.is_recording]:
             phases = phase_events(delivery, pool) if identity.is_recording else []
             self._show(identity, described, times, [*phases, *told] if told else phases)
+        if self._lines:
+            self._tell_lines(identity, described, times, told)
 
     def _recipients_of(self, delivery: DeliveryRecord) -> Sequence[EventRecord]:
         """The events of recipients that no transaction's span tells of: of mail from the spool, or that went there."""
@@ -435,6 +463,16 @@ class Tracing(Observer):
                 sink.take(record)
         for listener in self._listeners:
             listener.take(record)
+
+    def _tell_lines(
+        self, identity: Identity, described: Described, times: tuple[int, int], told: Sequence[EventRecord]
+    ) -> None:
+        """Give what the log tells of a span to those who write it."""
+        if identity.attributes:
+            shape, pairs = described
+            described = shape, [*_sampler_pairs(identity, shape, pairs), *pairs]
+        for lines in self._lines:
+            lines.take_described(described, identity.context, times, told)
 
 
 class StateTelling(Observer):

@@ -335,6 +335,7 @@ OBSERVERS: Final[dict[str, Observers]] = {
     "traced, not encoded": _house(exports=False, page=False),
     "encoded, queued": _house(page=False),
     "everything": _house(),
+    "as installed": _house(log=True),
 }
 
 

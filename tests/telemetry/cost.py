@@ -10,9 +10,12 @@ segments. `test_cost.py` holds the counts against their budget.
 
 import argparse
 import gc
+import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -35,10 +38,13 @@ from otel_smtp.smtp.envelope import Mail, Recipient
 from otel_smtp.smtp.states import ConnState, ContentBegun, StateMachine, TlsMode, TlsOffer, TransactionOver
 from otel_smtp.status.live import LiveView
 from otel_smtp.status.traces import RecentTraces
-from otel_smtp.telemetry.collector import BatchOutcome, CollectorAnswer
-from otel_smtp.telemetry.exporting import BatchSettings, TraceExport
+from otel_smtp.telemetry.access_log import AccessLog
+from otel_smtp.telemetry.collector import BatchOutcome, CollectorAnswer, Signal
+from otel_smtp.telemetry.exporting import BatchSettings, Export, TraceExport
+from otel_smtp.telemetry.log_export import LogExportHandler
+from otel_smtp.telemetry.logs import ACCESS, JsonLines
 from otel_smtp.telemetry.metrics import Metrics
-from otel_smtp.telemetry.otlp import RequestFrame
+from otel_smtp.telemetry.otlp import LogEncoder, RequestFrame
 from otel_smtp.telemetry.propagation import InboundPolicy
 from otel_smtp.telemetry.shapes import EncodedSpan
 from otel_smtp.telemetry.tracing import Tracing
@@ -147,11 +153,22 @@ class Taking:
 class House:
     """Everything that observes mail in a gateway with everything on.
 
+    Args:
+        log: write the access log, to a stream that keeps nothing, and export it.
+
     Attributes:
         octets, spans: of what was encoded.
     """
 
-    def __init__(self, *, traces: bool = True, exports: bool = True, metrics: bool = True, page: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        traces: bool = True,
+        exports: bool = True,
+        metrics: bool = True,
+        page: bool = True,
+        log: bool = False,
+    ) -> None:
         self.octets = 0
         self.spans = 0
         # Larger than what a batch of mails needs: the thread stays out of the measurement.
@@ -160,9 +177,11 @@ class House:
         takes = [self._export.take] if exports else []
         memories = [RecentTraces().add] if page else []
         observers: list[Observer] = []
+        self._log = _Log(settings) if log else None
         if traces:
             policies = {"local": InboundPolicy.AUTO}
-            observers.append(Tracing(exports=takes, memories=memories, policies=policies))
+            lines = [] if self._log is None else [self._log.access_log]
+            observers.append(Tracing(exports=takes, memories=memories, policies=policies, lines=lines))
         if metrics:
             observers.append(Metrics())
         if page:
@@ -192,7 +211,28 @@ class House:
         self._export._octets_out = self._export._octets_in
 
     def close(self) -> None:
-        """End the thread."""
+        """End the threads."""
+        self._export.shutdown(1)
+        if self._log is not None:
+            self._log.close()
+
+
+class _Log:
+    """The access log as it is installed: JSON lines by a descriptor, and OTLP."""
+
+    def __init__(self, settings: BatchSettings) -> None:
+        encoder = LogEncoder(Resource({}), "1")
+        self._export = Export(Signal.LOGS, "log_records", encoder.record, encoder.request, Taking, settings)
+        self._stream = Path(os.devnull).open("w")  # noqa: SIM115 - closed by `close`
+        self._lines = JsonLines(self._stream)
+        logger = logging.Logger(ACCESS)
+        logger.addHandler(self._lines)
+        logger.addHandler(LogExportHandler(self._export))
+        self.access_log = AccessLog(logger)
+
+    def close(self) -> None:
+        self._lines.close()
+        self._stream.close()
         self._export.shutdown(1)
 
 
@@ -288,6 +328,7 @@ HOUSES: dict[str, Callable[[], House]] = {
     "metrics, traces not encoded": lambda: House(exports=False, page=False),
     "metrics, traces encoded and queued": lambda: House(page=False),
     "everything, page too": House,
+    "the access log too": lambda: House(log=True),
 }
 
 

@@ -16,11 +16,11 @@ from otel_smtp.observing import Outcome, fan_out
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.replies import ErrorType
 from otel_smtp.telemetry import attributes as names
+from otel_smtp.telemetry.access_log import AccessLog
 from otel_smtp.telemetry.logs import (
     ACCESS,
     LINES_A_SECOND,
     STATES,
-    AccessLog,
     FloodGate,
     JsonRenderer,
     LineFormatter,
@@ -133,7 +133,7 @@ def access_lines(
 ) -> list[dict[str, Any]]:
     stream = io.StringIO()
     set_up_logging("json", "info", stream)
-    client = Client(Tracing(listeners=[AccessLog()], **observer_more), peer=client_peer).ehlo().mail().rcpt()
+    client = Client(Tracing(lines=[AccessLog()], **observer_more), peer=client_peer).ehlo().mail().rcpt()
     client.data().header()
     client.deliver(scenario.get("upstream_reply"), scenario["outcome"], error_type=scenario.get("error_type"))
     client.final(scenario.get("reply"), scenario["outcome"]).quit()
@@ -228,7 +228,7 @@ def test_a_flood_is_bounded_on_the_stream() -> None:
 def test_a_segment_that_is_over_is_not_a_connection_that_is_closed() -> None:
     stream = io.StringIO()
     set_up_logging("json", "info", stream)
-    client = Client(Tracing(listeners=[AccessLog()], sinks=[Kept()])).ehlo().rset()
+    client = Client(Tracing(lines=[AccessLog()], sinks=[Kept()])).ehlo().rset()
     client.rotate()
     client.rset().quit()
     assert [line["event"] for line in lines(stream)] == ["smtp.connection"]

@@ -13,7 +13,8 @@ from otel_smtp.observing import Fate, MessageKind, Observer, Outcome, SpoolActio
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Mail, Recipient
 from otel_smtp.smtp.replies import ErrorType, Reply
-from otel_smtp.telemetry.logs import ACCESS, AccessLog, JsonRenderer, LineFormatter
+from otel_smtp.telemetry.access_log import AccessLog
+from otel_smtp.telemetry.logs import ACCESS, JsonRenderer, LineFormatter
 from otel_smtp.telemetry.metrics import Metrics
 from otel_smtp.telemetry.records import SpanRecord
 from otel_smtp.telemetry.redaction import Addresses, Redaction
@@ -181,7 +182,7 @@ def test_an_attempt_that_lost_a_recipient_has_failed_and_says_how_many() -> None
 def lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
     caplog.set_level(logging.INFO, logger=ACCESS)
     kept = Kept()
-    relayed_in_part(Client(Tracing(sinks=[kept], listeners=[AccessLog()], redaction=FULL)).ehlo())
+    relayed_in_part(Client(Tracing(sinks=[kept], lines=[AccessLog()], redaction=FULL)).ehlo())
     formatter = LineFormatter(JsonRenderer())
     return [json.loads(formatter.format(record)) for record in caplog.records]
 

@@ -6,7 +6,15 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, Sampler
 from otel_smtp.telemetry.tail import MailTail
 from otel_smtp.telemetry.terminal_log import colored
 from otel_smtp.telemetry.tracing import Tracing
-from tests.telemetry.driving import Client, Kept
+from tests.telemetry.driving import Client
+
+
+class KeptLines:
+    def __init__(self) -> None:
+        self.records: list[object] = []
+
+    def take_described(self, *described: object) -> None:
+        self.records.append(described)
 
 
 def mails(tracing: Tracing, number: int = 1) -> None:
@@ -37,13 +45,13 @@ async def test_nothing_is_made_while_nobody_follows() -> None:
     taken: list[object] = []
 
     class Sampled(Tracing):
-        def _show(self, *arguments: object) -> None:
+        def _tell_lines(self, *arguments: object) -> None:
             taken.append(arguments)
 
     tracing = Sampled()
     tail = MailTail(tracing)
     mails(tracing)
-    assert taken == [], "no span is made a value"
+    assert taken == [], "no line is made of a span"
     tail.start()
     tail.start()
     mails(tracing)
@@ -57,8 +65,8 @@ async def test_nothing_is_made_while_nobody_follows() -> None:
 
 
 async def test_other_listeners_stay() -> None:
-    kept = Kept()
-    tracing = Tracing(listeners=[kept], sampler=ALWAYS_OFF)
+    kept = KeptLines()
+    tracing = Tracing(lines=[kept], sampler=ALWAYS_OFF)
     tail = MailTail(tracing)
     tail.start()
     tracing.tell([kept])

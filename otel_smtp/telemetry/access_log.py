@@ -1,0 +1,113 @@
+"""The access log: a line for each connection, transaction and delivery that is over, and each recipient left out.
+
+Nearly all lines tell of mail that went well, and go to handlers of ours. They are made from templates (`span_lines`),
+without a record of `logging`: a fifth of the cost. Everything else goes the general way, by `logging`: lines that a
+filter may leave out, lines about recipients, and all lines where somebody else listens. Both ways give the same octets.
+"""
+
+import logging
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
+
+from otel_smtp.observing import Fate
+from otel_smtp.telemetry import attributes as names
+from otel_smtp.telemetry.logs import ACCESS, write_line
+from otel_smtp.telemetry.propagation import TraceContext
+from otel_smtp.telemetry.records import EventRecord
+from otel_smtp.telemetry.span_attributes import Described
+from otel_smtp.telemetry.span_lines import ON_LINES, SpanLineHandler, line_shape
+
+
+class AccessLog:
+    """A line for each connection, transaction and delivery that is over; give it to tracing.
+
+    So is each recipient that was refused or deferred, or that ended in the spool without the mail.
+
+    Args:
+        logger: to whom the lines go, in place of the log.
+    """
+
+    __slots__ = ("_logger",)
+
+    def __init__(self, logger: logging.Logger | None = None) -> None:
+        self._logger = logger or logging.getLogger(ACCESS)
+
+    def is_wanted(self) -> bool:
+        """Whether its lines would be seen: making them costs, and so does what is put in them."""
+        return self._logger.isEnabledFor(logging.INFO)
+
+    def take_described(
+        self, described: Described, context: TraceContext, times: tuple[int, int], told: Sequence[EventRecord]
+    ) -> None:
+        """Write the line of a span; "warning" where the gateway, or what it depends on, failed.
+
+        Args:
+            times: start and end, in nanoseconds since the epoch.
+            told: events that tell of recipients, among them.
+        """
+        shape, pairs = described
+        line = shape.line or line_shape(shape)
+        start_ns, end_ns = times
+        duration = (end_ns - start_ns) / 1e9
+        is_of_mail = True
+        if shape.name == names.SPAN_CONNECTION:
+            if names.CLOSE_REASON not in shape.constant:
+                return  # a segment is over, the connection is not
+            facts = dict(pairs)
+            duration = facts.get(names.CONNECTION_DURATION, duration)  # type: ignore[assignment]  # a float by its name
+            is_of_mail = bool(facts[names.CONNECTION_MESSAGES])
+        shown = [pair for pair in pairs if pair[0] in ON_LINES]
+        if is_of_mail and not told and (handlers := self._handlers()) is not None:
+            now_ns = time.time_ns()
+            for handler in handlers:
+                try:
+                    handler.take_line(line, shown, duration, context, end_ns, now_ns)
+                except Exception:  # noqa: BLE001 - the contract of handlers: an error is reported and never raised
+                    handler.handleError(logging.makeLogRecord({"name": self._logger.name, "msg": line.name}))
+            return
+        told = [event for event in told if event.name == names.RECIPIENT_EVENT]
+        fields: dict[str, Any] = {**line.constant, **dict(shown), names.LOG_DURATION: duration}
+        if told:
+            whose = {name: fields[name] for name in _WHOSE if name in fields}
+            for event in told:
+                of_recipient = {**whose, **event.attributes}
+                write_line(self._logger, line.level, event.name, event.time_ns, of_recipient, context)
+            if shape.name == names.SPAN_TRANSACTION:
+                fields |= _recipients(told)
+        write_line(self._logger, line.level, line.name, end_ns, fields, context)
+
+    def _handlers(self) -> list[SpanLineHandler] | None:
+        """The handlers of our lines, if each can do without a record; None where one cannot."""
+        found = []
+        logger: logging.Logger | None = self._logger
+        if self._logger.filters or self._logger.disabled:
+            return None
+        while logger is not None:
+            for handler in logger.handlers:
+                if not isinstance(handler, SpanLineHandler) or handler.level or handler.filters != handler.own_filters:
+                    return None
+                found.append(handler)
+            logger = logger.parent if logger.propagate else None
+        return found or None
+
+
+_WHOSE: Final = (names.CONNECTION_ID, names.TRANSACTION_NUMBER, names.SPOOL_ID, names.MAIL_FROM_DOMAIN,
+                 names.MAIL_FROM_ADDRESS, names.DELIVERY_ATTEMPT, names.MESSAGE_KIND)  # fmt: skip
+"""What the line of a recipient says of its mail."""
+
+
+def _recipients(told: Iterable[EventRecord]) -> Mapping[str, tuple[str, ...]]:
+    """The recipients of a transaction that were refused, and deferred, each in one text."""
+    texts: dict[str, list[str]] = {names.RCPT_REFUSED: [], names.RCPT_DEFERRED: []}
+    for event in told:
+        attributes = event.attributes
+        if names.RECIPIENT_FATE not in attributes:
+            continue
+        is_deferred = attributes[names.RECIPIENT_FATE] == Fate.DEFERRED.value
+        found = texts[names.RCPT_DEFERRED if is_deferred else names.RCPT_REFUSED]
+        if len(found) < names.MAX_DOMAINS:
+            who = attributes.get(names.RCPT_ADDRESS, attributes.get(names.RCPT_DOMAIN, "..."))
+            said = [attributes.get(name) for name in (names.REPLY_CODE, names.REPLY_ENHANCED_CODE, names.REPLY_TEXT)]
+            found.append(f"{who}: {' '.join(str(one) for one in said if one not in (None, ''))}")
+    return {name: tuple(found) for name, found in texts.items() if found}
