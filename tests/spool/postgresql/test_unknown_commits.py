@@ -1,4 +1,7 @@
-"""Connections that break when a change was committed and before anybody was told; servers that kill them."""
+"""Connections that break when a change was committed and before anybody was told; servers that kill them.
+
+`test_verbs.py` has each verb; here is what follows of it.
+"""
 
 import asyncio
 import contextlib
@@ -62,24 +65,6 @@ async def gateway(place: QueueLocation, proxy: CuttingProxy) -> AsyncIterator[Po
     yield opened
     proxy.let_through()
     await opened.close()
-
-
-@pytest.mark.parametrize("octets", [100, 300_000], ids=["small", "large"])
-@pytest.mark.parametrize("lease", [False, True])
-async def test_a_submission_whose_answer_is_lost_is_there_once(
-    gateway: PostgresqlStore, proxy: CuttingProxy, octets: int, lease: bool
-) -> None:
-    proxy.cut("accepts" if octets < 65536 else "large contents")
-    new = message()
-    leases = await gateway.submit(new, await written(gateway.draft(), HEADER, b"x" * octets), lease=lease)
-    assert proxy.cuts == 1
-    assert [shown.id for shown in await gateway.page("", 9)] == [new.id]
-    leases = leases if lease else await leased(gateway)
-    assert [one.message_id for one in leases] == [new.id]
-    assert await gateway.is_intact(leases[0].content)
-    await gateway.finish(leases[0], DELIVERED)
-    assert await gateway.tally() == {"accepted": 1, "delivered": 1}
-    assert await gateway.page("", 9) == []
 
 
 async def test_what_was_delivered_before_its_submission_is_repeated_is_marked(
@@ -198,21 +183,6 @@ async def test_outcomes_and_mail_whose_claims_are_lost_are_found_by_who_sends_th
 
         assert [lease.message_id for lease in await found_by(found)] == [one]
         assert await leased(gateway, destination=destination) == []
-
-
-async def test_a_warning_whose_answer_is_lost_is_there_once(gateway: PostgresqlStore, proxy: CuttingProxy) -> None:
-    one = await queued(gateway)
-    warning = message("app@example.com", sender="", destination="back", kind=Kind.NOTIFICATION)
-    proxy.cut("claims")
-    with pytest.raises(StorageAway):
-        await gateway.warn(one, [(warning, HEADER + BODY)])
-    async with asyncio.timeout(20):
-        while True:
-            with contextlib.suppress(StorageAway):
-                assert not await gateway.warn(one, [(message(destination="back"), HEADER + BODY)])
-                break
-            await asyncio.sleep(0.01)
-    assert len(await leased(gateway, destination="back")) == 1
 
 
 async def test_backends_that_are_killed_again_and_again_lose_nothing(place: QueueLocation) -> None:
