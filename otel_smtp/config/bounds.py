@@ -370,6 +370,17 @@ LEDGER: Final = (
         "octets of a request to the spool's socket",
         ("otel_smtp.spool.operators.MOST_REQUEST_OCTETS",),
         "closed",
-        "tests/spool/test_operators.py::test_what_is_not_understood_is_said",
+        "tests/spool/test_operators.py::test_a_command_without_end_is_refused",
+    ),
+    Bound(
+        _NEIGHBOUR,
+        "queue commands at once, seconds until one is sent, and until its answer is read",
+        (
+            "otel_smtp.spool.operators.MOST_CONVERSATIONS",
+            "otel_smtp.spool.operators.REQUEST_SECONDS",
+            "otel_smtp.spool.operators.ANSWER_SECONDS",
+        ),
+        "refused; closed",
+        "tests/spool/test_operators.py::test_so_many_queue_commands_are_heard_at_once",
     ),
 )

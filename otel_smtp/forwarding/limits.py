@@ -331,9 +331,12 @@ class WaitingMail:
         held_by: the name of the limit that it waits, or waited, for; "" where it did not.
         permits: what it was given; none while it waits.
         is_waiting: neither given nor refused.
+        patience: a look when its time is over.
     """
 
-    __slots__ = ("decided", "held_by", "is_waiting", "permits", "recipients", "since", "until", "with_message")
+    __slots__ = (
+        "decided", "held_by", "is_waiting", "patience", "permits", "recipients", "since", "until", "with_message",
+    )  # fmt: skip
 
     def __init__(
         self, recipients: int, since: float, until: float, decided: Callable[[bool], None], *, with_message: bool
@@ -346,6 +349,14 @@ class WaitingMail:
         self.held_by = ""
         self.is_waiting = True
         self.permits: list[tuple[AnyLimit, Permit]] = []
+        self.patience: asyncio.TimerHandle | None = None
+
+    def ends(self) -> None:
+        """It waits no more."""
+        self.is_waiting = False
+        if self.patience is not None:
+            self.patience.cancel()
+            self.patience = None
 
     def amount(self, limit: AnyLimit) -> int:
         """How many permits of a limit it needs."""
@@ -420,11 +431,11 @@ class Pace:
             self._waiting.append(waiting)
             self._look_again(wait)
             if self._answer_seconds:
-                self._look_after(patience_seconds)
+                self._look_after(waiting, patience_seconds)
         elif patience_seconds > 0:
             waiting.held_by = self._waiting[0].held_by
             self._waiting.append(waiting)
-            self._look_after(patience_seconds)
+            self._look_after(waiting, patience_seconds)
         else:
             return None
         return waiting
@@ -432,7 +443,7 @@ class Pace:
     def withdraw(self, waiting: WaitingMail) -> None:
         """The mail is gone."""
         if waiting.is_waiting:
-            waiting.is_waiting = False
+            waiting.ends()
             self._waiting.remove(waiting)
             self.look()
         else:
@@ -478,7 +489,7 @@ class Pace:
                 return taken
             if taken is not None:
                 waiting.permits.append((limit, taken))
-        waiting.is_waiting = False
+        waiting.ends()
         return None
 
     def look(self) -> None:
@@ -488,7 +499,7 @@ class Pace:
         refused = [one for one in self._waiting if one.until <= now]
         given: list[WaitingMail] = []
         for one in refused:
-            one.is_waiting = False
+            one.ends()
             self._waiting.remove(one)
         while self._waiting:
             wait = self._take(self._waiting[0], now)
@@ -504,9 +515,9 @@ class Pace:
         if given or refused:
             self._room_made()
 
-    def _look_after(self, patience_seconds: float) -> None:
+    def _look_after(self, waiting: WaitingMail, patience_seconds: float) -> None:
         if patience_seconds < math.inf:
-            asyncio.get_running_loop().call_later(patience_seconds, self.look)
+            waiting.patience = asyncio.get_running_loop().call_later(patience_seconds, self.look)
 
     def _look_again(self, wait_seconds: float) -> None:
         self.close()

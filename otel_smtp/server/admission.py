@@ -9,8 +9,8 @@ from typing import Final
 from otel_smtp.net import owner_of_peer
 from otel_smtp.net.reasons import reason_of
 from otel_smtp.observing import Endpoint
-from otel_smtp.server.conversation import Conversation, Pause
-from otel_smtp.server.exchanges import Accepted, Challenge, Exchange
+from otel_smtp.server.conversation import Conversation, Login, Pause
+from otel_smtp.server.exchanges import Accepted, Challenge
 from otel_smtp.server.guesses import TooManyGuesses
 from otel_smtp.server.policy import is_in, is_loopback
 from otel_smtp.server.proxy_protocol import ProxyHeader, ProxyHeaderParser, ProxyProtocolError
@@ -185,8 +185,7 @@ class Admission(Conversation):
         """See `Handler`."""
         authenticator = self._policy.authenticator
         assert authenticator is not None
-        self._claimed = ""
-        self._auth = authenticator.begin(mechanism, self._turn)
+        self._auth = Login(authenticator.begin(mechanism, self._turn))
         self._start(self._authenticate(self._auth, initial_response))
 
     def auth_responded(self, response: bytes) -> None:
@@ -197,17 +196,19 @@ class Admission(Conversation):
     @contextlib.asynccontextmanager
     async def _turn(self, name: str) -> AsyncIterator[None]:
         """In which the client's word that it is `name` is judged."""
-        self._claimed = name
-        self._awaits_turn = True
+        login = self._auth
+        assert login is not None
+        login.claimed = name
+        login.awaits_turn = True
         try:
             async with self._house.guesses.turn(self._guesser(), name):
-                self._awaits_turn = False
+                login.awaits_turn = False
                 yield
         finally:
-            self._awaits_turn = False
+            login.awaits_turn = False
 
-    async def _authenticate(self, exchange: Exchange, response: bytes | None) -> None:
-        record, protocol = self.record, self._protocol
+    async def _authenticate(self, login: Login, response: bytes | None) -> None:
+        record, protocol, exchange = self.record, self._protocol, login.exchange
         try:
             step = await exchange.step(response)
         except TooManyGuesses:
@@ -223,14 +224,14 @@ class Admission(Conversation):
                 self._task = None
                 self._call(protocol.challenge, data)
             case Accepted(user):
-                self._house.guesses.succeeded(self._guesser(), self._claimed)
+                self._house.guesses.succeeded(self._guesser(), login.claimed)
                 record.user = user
                 record.auth_mechanism = exchange.mechanism
                 self._received_head = None
                 self._call(self._protocol.reply, replies.AUTH_SUCCEEDED)
             case _:
                 record.auth_mechanism = exchange.mechanism
-                self._house.guesses.failed(self._guesser(), self._claimed)
+                self._house.guesses.failed(self._guesser(), login.claimed)
                 self._call(self._protocol.reply, replies.AUTH_FAILED)
 
     def _guesser(self) -> str:

@@ -5,6 +5,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Final
 
@@ -39,6 +40,20 @@ _ELSEWHERE: Final = "elsewhere "  # so begin the shares of clients that are not 
 _HARD_SEGMENTS: Final = 4
 
 
+@dataclass(slots=True)
+class Login:
+    """One AUTH command.
+
+    Attributes:
+        claimed: whom the client says to be.
+        awaits_turn: that is to be judged, and others are before it.
+    """
+
+    exchange: Exchange
+    claimed: str = ""
+    awaits_turn: bool = False
+
+
 def internal_error() -> str:
     """The exception at hand, a bug of ours, as the reason why something failed: its class, as its text may hold what a
     peer wrote."""
@@ -62,10 +77,8 @@ class Conversation:
     __slots__ = (
         "_allows",
         "_auth",
-        "_awaits_turn",
         "_batch",
         "_began",
-        "_claimed",
         "_content_began",
         "_content_octets",
         "_failed_content",
@@ -116,9 +129,7 @@ class Conversation:
         self._trace_id: str | None = None  # of the message at hand
         self._failed_content: Reply | None = None  # the forwarder has failed while the client was still sending
         self._batch: Sequence[Recipient] = ()
-        self._auth: Exchange | None = None
-        self._claimed = ""  # whom the client says to be, in AUTH
-        self._awaits_turn = False  # to have that judged
+        self._auth: Login | None = None
         self._task: asyncio.Task[None] | None = None  # what is rare enough to be a coroutine
         self._refusal: Reply | None = None  # of the connection itself
         self._allows: bool | None = None  # whether this client may relay without AUTH; None: not looked up yet
@@ -160,7 +171,7 @@ class Conversation:
     def _end_input(self) -> None:
         if self._protocol.phase is Phase.UNGREETED:
             self._protocol.greet()
-        if self._awaits_turn:
+        if self._auth is not None and self._auth.awaits_turn:
             # It will hear no answer, and others wait behind it.
             self._protocol.fail(None, CloseReason.CLIENT_DISCONNECT)
         else:

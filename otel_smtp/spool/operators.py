@@ -32,6 +32,11 @@ PAGE: Final = 200  # messages that are read at a time: mail must not wait for a 
 PIECE_OCTETS: Final = 48 * 1024  # of content, in a line of an answer
 MOST_FOUND: Final = 1000
 MOST_REQUEST_OCTETS: Final = 4 * 1024 * 1024
+MOST_CONVERSATIONS: Final = 16
+REQUEST_SECONDS: Final = 10.0
+"""A command is sent in one go."""
+ANSWER_SECONDS: Final = 60.0
+"""Until a piece of the answer has been read. The work itself may take long."""
 COMMANDS: Final = (
     "list",
     "find",
@@ -337,9 +342,13 @@ class ControlSocket:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
+        if len(self._conversations) >= MOST_CONVERSATIONS:
+            writer.write(json.dumps({"error": "too many queue commands at once"}).encode() + b"\n")
+            writer.close()
+            return
         self._conversations.add(task)
         try:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # TimeoutError, too
                 await self._converse(reader, writer)
         except Exception:
             logger.exception("queue command failed")
@@ -349,12 +358,15 @@ class ControlSocket:
 
     async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            request = json.loads(await reader.readline() or b"null")
+            async with asyncio.timeout(REQUEST_SECONDS):
+                line = await reader.readline()
+            request = json.loads(line or b"null")
             if not isinstance(request, dict):
                 raise SpoolError("a command is a JSON object")
             async for answer in self._operations.run(request):
                 writer.write(json.dumps(answer).encode() + b"\n")
-                await writer.drain()
+                async with asyncio.timeout(ANSWER_SECONDS):
+                    await writer.drain()
             last: Answer = {"done": True}
         except (SpoolError, ValueError) as error:
             last = {"error": str(error)}

@@ -96,8 +96,15 @@ class _BoundedProtocol(H11Protocol):
             self._make_room(of_client)
         elif len(open_now) > HTTP_CONNECTIONS:
             self._make_room(open_now)
-        self.loop.call_later(REQUEST_SECONDS, self._close_if_silent)
-        self.loop.call_later(ANSWER_SECONDS, self._abort_if_unread)
+        self._timers = (
+            self.loop.call_later(REQUEST_SECONDS, self._close_if_silent),
+            self.loop.call_later(ANSWER_SECONDS, self._abort_if_unread),
+        )
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        for timer in self._timers:
+            timer.cancel()  # else the loop would hold whatever has come and gone since
+        super().connection_lost(exc)
 
     @property
     def client_host(self) -> str:

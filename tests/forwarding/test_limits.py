@@ -277,6 +277,20 @@ async def test_who_leaves_makes_room() -> None:
     pace.close()
 
 
+async def test_nothing_is_kept_of_who_leaves() -> None:
+    # Else who asks and goes, a thousand times a second, fills the memory within one patience.
+    pace = Pace([limit(1, 60.0)])
+    Mail(pace)
+    Mail(pace)
+    behind = Mail(pace, patience=50.0).leave
+    assert behind is not None
+    timer = behind.patience
+    assert timer is not None
+    pace.withdraw(behind)
+    assert timer.cancelled()
+    pace.close()
+
+
 async def test_who_would_wait_too_long_is_refused_at_once() -> None:
     pace = Pace([limit(1, 60.0)])
     assert not Mail(pace).is_waiting

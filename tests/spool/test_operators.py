@@ -1,8 +1,10 @@
 """What operators do with the spool, over the gateway's socket and without a gateway."""
 
+import asyncio
 import base64
+import contextlib
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,12 @@ import pytest
 
 from otel_smtp.spool.embedded import EmbeddedStore, ask
 from otel_smtp.spool.messages import SpoolError
-from otel_smtp.spool.operators import COMMANDS, Answer
+from otel_smtp.spool.operators import COMMANDS, MOST_CONVERSATIONS, MOST_REQUEST_OCTETS, Answer
 from tests.spool.messages import BODY, HEADER, TRACE_ID, message, queued
 from tests.spool.queueing import NEVER_AGAIN, eventually, queueing
 from tests.support.relaying import BOB, settings
 from tests.support.upstream import Fault, Kind, Phase, ScriptedUpstream
+from tests.support.waiting import SECONDS
 
 
 async def asked(directory: Path, command: str, *ids: str, **more: Any) -> list[Answer]:
@@ -188,6 +191,47 @@ async def test_what_is_not_understood_is_said(tmp_path: Path, request_: Answer, 
     async with ScriptedUpstream() as upstream, queueing(tmp_path, settings(upstream)):
         with pytest.raises(SpoolError, match=told):
             [answer async for answer in ask(tmp_path / "spool", request_, max_age_seconds=1)]
+
+
+async def test_a_command_without_end_is_refused(tmp_path: Path) -> None:
+    async with ScriptedUpstream() as upstream, queueing(tmp_path, settings(upstream)):
+        reader, writer = await asyncio.open_unix_connection(tmp_path / "spool" / "control")
+        with contextlib.suppress(ConnectionError):
+            for _ in range(10):
+                writer.write(b"x" * MOST_REQUEST_OCTETS)
+                await writer.drain()
+        with contextlib.suppress(ConnectionError):
+            assert b"error" in await reader.read()
+        writer.close()
+
+
+async def test_so_many_queue_commands_are_heard_at_once(tmp_path: Path) -> None:
+    async with ScriptedUpstream() as upstream, queueing(tmp_path, settings(upstream)):
+        async with AsyncExitStack() as stack:
+            readers = []
+            for _ in range(10 * MOST_CONVERSATIONS):
+                reader, writer = await asyncio.open_unix_connection(tmp_path / "spool" / "control")
+                stack.callback(writer.close)
+                readers.append(reader)
+            refused = [await reader.read() for reader in readers[MOST_CONVERSATIONS:]]
+            assert set(refused) == {b'{"error": "too many queue commands at once"}\n'}
+        async with asyncio.timeout(SECONDS):
+            while True:  # until it has seen that they are closed
+                with contextlib.suppress(SpoolError):
+                    assert not await asked(tmp_path / "spool", "list")
+                    break
+
+
+async def test_a_queue_command_that_is_not_sent_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("otel_smtp.spool.operators.REQUEST_SECONDS", 0.05)
+    async with ScriptedUpstream() as upstream, queueing(tmp_path, settings(upstream)):
+        reader, writer = await asyncio.open_unix_connection(tmp_path / "spool" / "control")
+        writer.write(b'{"command"')
+        async with asyncio.timeout(SECONDS):
+            assert await reader.read() == b""
+        writer.close()
 
 
 async def test_no_spool_is_told_as_such(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 import asyncio
 import contextlib
+import gc
 import ipaddress
 import json
 import signal
 import socket
 import time
+import weakref
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -26,6 +28,7 @@ from otel_smtp.status.server import StatusServer
 from otel_smtp.status.traces import RecentTraces
 from otel_smtp.status.views import QueuedMessage, QueueView, UpstreamView
 from tests.support.spans import START, mail_trace
+from tests.support.waiting import until
 
 LOOPBACK = Endpoint("127.0.0.1", 0)
 
@@ -450,6 +453,26 @@ async def test_an_answer_that_is_not_read_is_given_up(monkeypatch: pytest.Monkey
                 while data := await asyncio.get_running_loop().sock_recv(sock, 1 << 20):
                     received += data
     assert not received.endswith(b"}")
+    await port.server.stop()
+
+
+async def test_a_connection_that_is_over_is_kept_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Else who connects and goes, thousands of times a second, fills the memory within the time for an answer.
+    made: list[weakref.ref[object]] = []
+    begin = status_http._BoundedProtocol.connection_made
+
+    def noted(self: Any, transport: Any) -> None:
+        begin(self, transport)
+        made.append(weakref.ref(self))
+
+    monkeypatch.setattr(status_http._BoundedProtocol, "connection_made", noted)
+    port = Port()
+    address = port.start()
+    for number in range(3):
+        with contextlib.ExitStack() as stack:
+            connect(address, stack)
+            await until(lambda: len(made) > number)  # noqa: B023 - awaited here
+    await until(lambda: gc.collect() >= 0 and not any(each() for each in made))
     await port.server.stop()
 
 
