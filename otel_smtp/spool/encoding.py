@@ -1,14 +1,18 @@
 """What every store writes of a message as JSON, in one form."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from otel_smtp.smtp.envelope import Body, DsnReturn, Mail, Notify, Recipient
 from otel_smtp.spool.messages import SpooledRecipient
 
+_NO_PARAMETERS: Final = Mail("")[1:]
+
 
 def parameters_of(mail: Mail) -> dict[str, object]:
     """MAIL's parameters, those that were given."""
+    if mail[1:] == _NO_PARAMETERS:
+        return {}
     given = {
         "size": mail.size,
         "body": mail.body,

@@ -125,7 +125,7 @@ class Intake:
             is_possible_duplicate=is_possible_duplicate,
             retry_in=self._first_wait_seconds() if was_tried else 0.0,
             attempts=int(was_tried),
-            last_replies={address: str(reply) for address, reply in (refusals or {}).items()},
+            last_replies={address: str(reply) for address, reply in refusals.items()} if refusals else {},
         )
         destinations = list(deliveries)
         is_leased = not was_tried and self._attempts.reserve(destinations)

@@ -14,9 +14,11 @@ from otel_smtp.smtp.replies import Reply
 
 _ALPHABET: Final = "0123456789abcdefghjkmnpqrstvwxyz"  # Crockford's base 32: nothing that people confuse
 _TIME_BITS, _RANDOM_BITS, _DIGITS = 48, 80, 26
+_HALF: Final = (1 << _RANDOM_BITS // 2) - 1
 _PAIRS: Final = tuple(first + second for first in _ALPHABET for second in _ALPHABET)
 
 _last = 0
+_time_written = (-1, "")  # the time of the last id, and its digits: many ids share it
 _making = threading.Lock()
 
 
@@ -27,20 +29,22 @@ def new_id() -> str:
     process they only grow, also within a millisecond and while the clock is set back. They are names and no secrets: a
     generator that asks the kernel each time would cost the spool's thread its turn.
     """
-    global _last
+    global _last, _time_written
     now = time.time_ns() // 1_000_000
     with _making:
         number = _last = max(
             _last + 1,
             (now & ((1 << _TIME_BITS) - 1)) << _RANDOM_BITS | random.getrandbits(_RANDOM_BITS),
         )
-    # Written out: this is done for every message, and a loop takes twice as long.
+        time_of_it = number >> _RANDOM_BITS
+        if time_of_it != _time_written[0]:
+            _time_written = (time_of_it, "".join([_PAIRS[time_of_it >> place & 1023] for place in (40, 30, 20, 10, 0)]))
+        written = _time_written[1]
+    # Written out, and in numbers that fit into a machine's word: this is done for every message.
+    high, low = number >> 40 & _HALF, number & _HALF
     return (
-        _PAIRS[number >> 120] + _PAIRS[number >> 110 & 1023] + _PAIRS[number >> 100 & 1023]
-        + _PAIRS[number >> 90 & 1023] + _PAIRS[number >> 80 & 1023] + _PAIRS[number >> 70 & 1023]
-        + _PAIRS[number >> 60 & 1023] + _PAIRS[number >> 50 & 1023] + _PAIRS[number >> 40 & 1023]
-        + _PAIRS[number >> 30 & 1023] + _PAIRS[number >> 20 & 1023] + _PAIRS[number >> 10 & 1023]
-        + _PAIRS[number & 1023]
+        written + _PAIRS[high >> 30] + _PAIRS[high >> 20 & 1023] + _PAIRS[high >> 10 & 1023] + _PAIRS[high & 1023]
+        + _PAIRS[low >> 30] + _PAIRS[low >> 20 & 1023] + _PAIRS[low >> 10 & 1023] + _PAIRS[low & 1023]
     )  # fmt: skip
 
 

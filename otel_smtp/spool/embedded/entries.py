@@ -147,23 +147,22 @@ class Entry:
         Args:
             octets: of its content.
         """
-        deliveries = [
-            DeliveryEntry(
-                number,
-                destination,
-                DeliveryState.LEASED if is_leased else DeliveryState.READY,
-                message.attempts + is_leased,
-                0,
-                now_ms + round(message.retry_in * 1000),
-                int(is_leased),
-                message.is_possible_duplicate,
-                [
-                    SpooledRecipient(place, one, message.last_replies.get(one.address, ""))
-                    for place, one in enumerate(recipients)
-                ],
-            )
-            for number, (destination, recipients) in enumerate(message.deliveries.items())
-        ]
+        state = DeliveryState.LEASED if is_leased else DeliveryState.READY
+        due_ms = now_ms + round(message.retry_in * 1000) if message.retry_in else now_ms
+        last_replies = message.last_replies
+        deliveries: list[DeliveryEntry] = []
+        # Loops, as each comprehension is a call, and this is done for every message.
+        for destination, recipients in message.deliveries.items():
+            waiting: list[SpooledRecipient] = []
+            for one in recipients:
+                last_reply = last_replies.get(one.address, "") if last_replies else ""
+                waiting.append(SpooledRecipient(len(waiting), one, last_reply))
+            deliveries.append(
+                DeliveryEntry(
+                    len(deliveries), destination, state, message.attempts + is_leased, 0, due_ms, int(is_leased),
+                    message.is_possible_duplicate, waiting,
+                )
+            )  # fmt: skip
         return cls(
             message.id, message.kind, message.mail, message.carrier, deliveries,
             arrived_ms=now_ms, expires_ms=now_ms + round(message.expires_in * 1000),

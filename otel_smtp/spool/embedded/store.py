@@ -321,7 +321,10 @@ class EmbeddedStore:
 
     def draft(self) -> EmbeddedDraft:
         """See `Store.draft`."""
-        return EmbeddedDraft(lambda: self.directory.temporary(new_id()))
+        return EmbeddedDraft(self._new_temporary)
+
+    def _new_temporary(self) -> Path:
+        return self.directory.temporary(new_id())
 
     def submit(self, message: NewMessage, draft: AnyDraft, *, lease: bool) -> asyncio.Future[Sequence[Lease]]:
         """See `Store.submit`."""
