@@ -67,7 +67,7 @@ class Admission(Conversation):
             if not await self._shake_hands():
                 return
         self._task = None
-        self._open()  # concluded with this task
+        self._open()  # written at the end of this task
 
     def _open(self) -> None:
         """Refuse the connection, or greet it: at once, or, where it has spoken already, when that has been heard."""

@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, Final
+from time import monotonic_ns
+from typing import Any, Final, TypeVar
 
 from otel_smtp.forwarding.base import MailTransaction
 from otel_smtp.net import CLOCK_SLACK_SECONDS, Stream, owner_of_peer
@@ -24,6 +25,8 @@ from otel_smtp.smtp.sequence import Phase
 from otel_smtp.smtp.server import ServerProtocol
 from otel_smtp.smtp.states import CloseReason
 
+T = TypeVar("T")
+
 logger: Final = logging.getLogger("otel_smtp.server.session")
 
 # A client that takes none of our replies: RFC 5321 4.5.3.2.5 gives a block of octets three minutes.
@@ -33,6 +36,8 @@ UNREAD_REPLIES_SECONDS: Final = 180.0
 _GENTLE_ENDS: Final = frozenset(
     {CloseReason.TIMEOUT, CloseReason.TOO_MANY_ERRORS, CloseReason.REFUSED, CloseReason.INTERNAL_ERROR}
 )
+_CONTENT: Final = Phase.CONTENT
+_UNGREETED: Final = Phase.UNGREETED
 _ELSEWHERE: Final = "elsewhere "  # so begin the shares of clients that are not on this machine
 # A segment is cut between transactions. One that has grown to so many times its size is cut wherever it is, so that a
 # client cannot make it grow without end within one transaction. Replies count likewise: those to a thousand recipients,
@@ -89,7 +94,6 @@ class Conversation:
         "_is_busy",
         "_is_served",
         "_loop",
-        "_most_transitions",
         "_pauses",
         "_policy",
         "_protocol",
@@ -141,9 +145,8 @@ class Conversation:
         self._content_octets = 0  # received before it
         self._held_back_at = 0.0  # when the forwarder stopped the content
         self._session_ends: float | None = None
-        self._most_transitions = house.segments.transitions
         self._told = 0  # transitions of the present segment that `conn_state` observers know
-        self._is_busy = False  # a call is under way that ends with `_conclude`
+        self._is_busy = False  # a call from outside is under way, see `_step`
         self._is_served = False  # not refused at accept: a flood of those must not hold sockets
         self._has_ended = False
 
@@ -151,18 +154,12 @@ class Conversation:
 
     def data_received(self, data: bytes) -> None:
         """See `Receiver`."""
-        # As `_call`, which would be one call more for each of the four reads of a mail.
         protocol = self._protocol
-        protocol.states.now_ns = time.monotonic_ns()
-        self._is_busy = True
-        try:
-            protocol.receive_data(data)
-            if protocol.phase is Phase.UNGREETED:
-                protocol.greet()
-        except Exception:  # noqa: BLE001 - logged there
-            self._log_failure()
-            protocol.fail(replies.INTERNAL_CLOSING, CloseReason.INTERNAL_ERROR)
-        self._conclude()
+        self._step(protocol.receive_data if protocol.phase is not _UNGREETED else self._hear_early, data)
+
+    def _hear_early(self, data: bytes) -> None:
+        self._protocol.receive_data(data)
+        self._protocol.greet()
 
     def input_ended(self) -> None:
         """See `Receiver`."""
@@ -183,21 +180,45 @@ class Conversation:
         self._house.wait_turn(self)
 
     def _call(self, work: Callable[..., None], *arguments: Any) -> None:
-        """Do `work` as a call from outside: with its own time, and concluded. A bug of ours ends the session, and
-        nothing else."""
+        """`_step` for work that takes any number of arguments."""
+        self._step(lambda _: work(*arguments), None)
+
+    def _step(self, work: Callable[[T], None], argument: T) -> None:
+        """Do `work` as a call from outside, with its own time. Then observers hear what was recorded, what was decided
+        is written, and what has ended is closed. A bug of ours ends the session, and nothing else.
+
+        Most turns are of mail that goes its common way. They have no news: all that is left to do is to write.
+        """
         if self._has_ended:
             return
         if self._is_busy:
-            work(*arguments)  # within such a call
+            work(argument)  # within such a call
             return
-        self._protocol.states.now_ns = time.monotonic_ns()
+        protocol = self._protocol
+        protocol.states.now_ns = monotonic_ns()
         self._is_busy = True
         try:
-            work(*arguments)
+            work(argument)
         except Exception:  # noqa: BLE001 - logged there
             self._log_failure()
-            self._protocol.fail(replies.INTERNAL_CLOSING, CloseReason.INTERNAL_ERROR)
-        self._conclude()
+            protocol.fail(replies.INTERNAL_CLOSING, CloseReason.INTERNAL_ERROR)
+        self._is_busy = False
+        has_news = protocol.has_news or self._pauses
+        if has_news:
+            self._tell_news()
+        if out := protocol.out:
+            stream, record = self._stream, self.record
+            record.messages = protocol.messages
+            stream.write(out[0] if len(out) == 1 else b"".join(out))
+            out.clear()
+            if protocol.phase is not _CONTENT:
+                self._began = self._loop.time()
+                self._request_octets = stream.octets_received
+            # There are as many replies as transitions, or nearly; where there are not, that was news.
+            if stream.is_write_paused or len(record.replies) >= self._house.segments.transitions:
+                has_news = True
+        if has_news:
+            self._act_on_news()
 
     def _log_failure(self) -> None:
         """Log the exception at hand, a bug of ours."""
@@ -209,36 +230,31 @@ class Conversation:
         record = self.record
         return {"connection_id": record.info.id, **trace_fields(self._house.observer.connection_carrier(record))}
 
-    def _conclude(self) -> None:
-        """Every call from outside ends here: observers hear what was recorded, what was decided is written, and what
-        has ended is closed."""
-        self._is_busy = False
+    def _tell_news(self) -> None:
+        """Before anything is written: what ends now, and what observers are to know."""
         protocol, house, record = self._protocol, self._house, self.record
+        is_watched = house.observer.wants_transitions
+        protocol.has_news = is_watched or house.is_draining  # then each turn has
         if house.is_draining and not protocol.is_in_transaction:
             protocol.fail(replies.SHUTTING_DOWN, CloseReason.SHUTDOWN)
         record.errors = protocol.errors
         record.messages = protocol.messages
-        if house.observer.wants_transitions:
+        if is_watched:
             self._tell_transitions()
-        if out := protocol.out:
-            stream = self._stream
-            stream.write(out[0] if len(out) == 1 else b"".join(out))
-            out.clear()
-            if stream.is_write_paused:
-                self._pause(Pause.UNREAD)
-            if protocol.phase is not Phase.CONTENT:
-                self._began = self._loop.time()
-                self._request_octets = stream.octets_received
+
+    def _act_on_news(self) -> None:
+        """When all is written: what to read, what to close, where the record is cut."""
+        protocol, record = self._protocol, self.record
+        if self._stream.is_write_paused:
+            self._pause(Pause.UNREAD)
         if protocol.close_reason is not None:
             self._finish(protocol.close_reason)
             return
         if protocol.received.held or self._pauses:
             self._manage_reading()
-        if (
-            len(record.transitions) >= self._most_transitions
-            or len(record.replies) >= _HARD_SEGMENTS * self._most_transitions
-        ):
-            self._end_full_segment()
+        most = self._house.segments.transitions
+        if len(record.transitions) >= most or len(record.replies) >= _HARD_SEGMENTS * most:
+            self._end_full_segment(most)
 
     def _manage_reading(self) -> None:
         """Leave with the kernel what comes beyond what is held and cannot be run now."""
@@ -380,6 +396,7 @@ class Conversation:
 
     def drain(self) -> None:
         """The gateway shuts down: end the session now if it is between transactions, else after the open one."""
+        self._protocol.has_news = True
         if not self._protocol.is_in_transaction:
             self.cancel()
 
@@ -392,12 +409,12 @@ class Conversation:
 
     # Segments ----------------------------------------------------------------------------------------------------
 
-    def _end_full_segment(self) -> None:
+    def _end_full_segment(self, most: int) -> None:
         record = self.record
         if (
             not self._protocol.is_in_transaction
-            or len(record.transitions) >= _HARD_SEGMENTS * self._most_transitions
-            or len(record.replies) >= _HARD_SEGMENTS * self._most_transitions
+            or len(record.transitions) >= _HARD_SEGMENTS * most
+            or len(record.replies) >= _HARD_SEGMENTS * most
         ):
             self._end_segment()
 
@@ -460,5 +477,8 @@ class Conversation:
         finally:
             if self._task is mine:
                 self._task = None
-        if not self._has_ended:
-            self._conclude()
+        self._step(_nothing_more, None)
+
+
+def _nothing_more(_: None) -> None:
+    """What is left to a turn whose work was done by a task."""

@@ -5,15 +5,15 @@ The way of a mail, seen from here::
     client octets -> data_received -> ServerProtocol -> mail_requested       -> forwarder.begin
                                                         recipients_requested -> transaction.recipients
                                                         content_begun        -> transaction.content
-                                                        header_received      -> transaction.write: our Received field
-                                                                                and the header block
-                                                        content_received     -> transaction.write
-                                                        content_ended        -> transaction.finish
-                     replies, one write <- _conclude  <-            the decisions, at once or by a call back later
+                                                        message_received     -> transaction.write: our Received field
+                                                                                and the header block; then the body
+                                                                             -> transaction.finish
+                     replies, one write <- _step      <-            the decisions, at once or by a call back later
 
 All of it happens in plain calls: within the call in which the transport delivers the octets, or the upstream's answer.
-Every such call from outside begins with the time, ends with `_conclude`, and lets nothing out but through it: there the
-replies are written, after what observers are to know has been recorded. Coroutines are left to what is rare: PROXY
+Every such call from outside is a `_step`: it begins with the time, and what is decided in it is written at its end,
+after what observers are to know has been recorded. Content that comes in pieces is received by `header_received`,
+`content_received` and `content_ended`, which do the same. Coroutines are left to what is rare: PROXY
 headers, TLS handshakes, AUTH, and a gentle end.
 
 Reading stops, so that what a client sends stays with the kernel, for each of these reasons: the forwarder takes the
@@ -46,6 +46,8 @@ from otel_smtp.smtp.server import ServerProtocol
 
 logger: Final = logging.getLogger("otel_smtp.server.session")
 _NO_TRACE: Final = TraceHeaders()
+_EIGHT_BIT_MIME: Final = Body.EIGHT_BIT_MIME
+_RELAYED: Final = Outcome.RELAYED
 
 
 class Session(Admission):
@@ -77,37 +79,35 @@ class Session(Admission):
 
     # The transaction ---------------------------------------------------------------------------------------------
 
-    def mail_requested(self, mail: Mail) -> None:
+    def mail_requested(self, mail: Mail) -> Reply:
         """See `Handler`."""
         protocol, record, house = self._protocol, self.record, self._house
         if self._policy.protocol.auth_mechanisms and not protocol.is_authenticated and not self._is_allowed():
-            protocol.reply(replies.AUTH_REQUIRED)
-            return
+            return replies.AUTH_REQUIRED
         transaction = TransactionRecord(
             mail, protocol.transactions + 1, record, protocol.states.now_ns, record.wall_offset_ns
         )
         head = self._received_head or self._make_received_head(is_utf8=False)
         transaction.added_octets = len(head) + RECEIVED_TAIL_OCTETS
-        if mail.body is Body.EIGHT_BIT_MIME:
+        if mail.body is _EIGHT_BIT_MIME:
             transaction.is_8bit_offered = protocol.offers_8bit
         try:
             forwarded = house.forwarder.begin(mail, transaction)
         except DeliveryFailed as failure:
-            self._refuse_mail(transaction, failure.reply)
+            return self._refuse_mail(transaction, failure.reply)
         except Exception:  # noqa: BLE001 - logged there
             transaction.failure = internal_error()
             self._log_forwarder("MAIL")
-            self._refuse_mail(transaction, replies.INTERNAL)
-        else:
-            self._transaction = transaction
-            self._forwarded = forwarded
-            self._trace_id = None
-            protocol.reply(replies.SENDER_OK)
+            return self._refuse_mail(transaction, replies.INTERNAL)
+        self._transaction = transaction
+        self._forwarded = forwarded
+        self._trace_id = None
+        return replies.SENDER_OK
 
-    def _refuse_mail(self, transaction: TransactionRecord, reply: Reply) -> None:
+    def _refuse_mail(self, transaction: TransactionRecord, reply: Reply) -> Reply:
         transaction.end(outcome_of(reply), reply, self._protocol.states.now_ns)
         self._house.observer.transaction_ended(transaction)
-        self._protocol.reply(reply)
+        return reply
 
     def recipients_requested(self, recipients: Sequence[Recipient]) -> None:
         """See `Handler`."""
@@ -125,12 +125,13 @@ class Session(Admission):
         batch, self._batch = self._batch, ()
         if transaction is None or not batch:
             return  # the transaction was given up while the upstream was asked
+        accepted = transaction.accepted
         for recipient, reply in zip(batch, decided, strict=True):
             if 200 <= reply.code < 300:
-                transaction.accepted.append(recipient)
+                accepted.append(recipient)
             else:
                 transaction.refuse(recipient, reply, time.monotonic_ns())
-        self._call(self._protocol.reply, *decided)
+        self._step(self._protocol.answer, decided)
 
     def recipient_refused(self, recipient: Recipient, reply: Reply) -> None:
         """See `Handler`."""
@@ -160,19 +161,42 @@ class Session(Admission):
         except Exception:  # noqa: BLE001 - logged there
             self._fail_content()
 
+    def message_received(self, block: bytes, facts: HeaderFacts, body: bytes, octets: int) -> None:
+        """See `Handler`."""
+        transaction, forwarded = self._transaction, self._forwarded
+        assert transaction is not None
+        assert forwarded is not None
+        transaction.octets = octets
+        block = self._headed(block, facts)
+        if self._failed_content is None:
+            try:
+                # Neither holds anybody back: there is no more to come.
+                forwarded.write(block)
+                forwarded.write(body)
+                forwarded.finish(self._message_answered)
+            except Exception:  # noqa: BLE001 - logged there
+                self._fail_content()
+        if self._failed_content is not None:
+            forwarded.abort()
+            self._message_answered(self._failed_content, ())
+
     def header_received(self, block: bytes, facts: HeaderFacts) -> None:
         """See `Handler`."""
+        self.content_received(self._headed(block, facts))
+
+    def _headed(self, block: bytes, facts: HeaderFacts) -> bytes:
+        """Note what the header block says; the block with our Received field."""
         transaction = self._transaction
         assert transaction is not None
-        has_trace = facts.traceparents or facts.tracestate
-        transaction.trace_headers = TraceHeaders(facts.traceparents, facts.tracestate) if has_trace else _NO_TRACE
-        transaction.message_id = facts.message_id
+        _, traceparents, tracestate, transaction.message_id = facts
+        has_trace = traceparents or tracestate
+        transaction.trace_headers = TraceHeaders(traceparents, tracestate) if has_trace else _NO_TRACE
         # Our Received field (RFC 5321 4.4); its head is the same for all messages of a session but those of SMTPUTF8.
         head = self._received_head
         if head is None or transaction.mail.smtputf8:
             head = self._make_received_head(is_utf8=transaction.mail.smtputf8)
         self._trace_id = self._house.observer.trace_id(transaction)
-        self.content_received(received_field(head, self._trace_id or self.record.info.id, time.time()) + block)
+        return received_field(head, self._trace_id or self.record.info.id, time.time()) + block
 
     def content_received(self, data: bytes) -> None:
         """See `Handler`."""
@@ -225,7 +249,7 @@ class Session(Admission):
         if verdicts or reply.code >= 400:
             transaction.refuse_content(reply, verdicts, now_ns)
         if 200 <= reply.code < 300:
-            outcome = Outcome.RELAYED
+            outcome = _RELAYED
             if (spool_id := forwarded.spool_id) is not None:
                 transaction.spool_id = spool_id
                 outcome = Outcome.QUEUED
@@ -243,9 +267,9 @@ class Session(Admission):
         if self._policy.protocol.is_lmtp:
             # RFC 2033 4.2: each recipient has its own reply, and verdicts may be fewer.
             rest = [reply] * (len(transaction.accepted) - len(verdicts))
-            self._call(self._protocol.reply, *verdicts, *rest)
+            self._step(self._protocol.answer, (*verdicts, *rest))
         else:
-            self._call(self._protocol.reply, reply)
+            self._step(self._protocol.answer, (reply,))
 
     def transaction_aborted(self, reply: Reply | None) -> None:
         """See `Handler`."""

@@ -193,9 +193,9 @@ _MAILBOX = (
     rb"@[A-Za-z0-9]+(?:(?:\.|-+)[A-Za-z0-9]+)*"
 )
 _COMMON_MAIL = re.compile(
-    rb"(?i:MAIL FROM:)<(%b)>(?: (?i:SIZE)=([0-9]{1,20}))?(?: (?i:BODY)=(7BIT|8BITMIME))?" % _MAILBOX
+    rb"(?i:MAIL FROM:)<(%b)>(?: (?i:SIZE)=([0-9]{1,20}))?(?: (?i:BODY)=(7BIT|8BITMIME))?\r\n" % _MAILBOX
 )
-_COMMON_RCPT = re.compile(rb"(?i:RCPT TO:)<(%b)>" % _MAILBOX)
+_COMMON_RCPT = re.compile(rb"(?i:RCPT TO:)<(%b)>\r\n" % _MAILBOX)
 _COMMON_MAILBOX_OCTETS: Final = 64  # so short that neither local part nor label nor path can be over its limit
 _COMMON_BODIES: Final[Mapping[bytes, Body]] = {
     b"7BIT": Body.SEVEN_BIT,
@@ -208,9 +208,15 @@ _TO = re.compile(r"TO: *", re.IGNORECASE | re.ASCII)
 _CHUNK = re.compile(rb"([0-9]{1,20})(?: +(LAST))?", re.IGNORECASE)
 # sasl-mech = 1*20mech-char (RFC 4422 3.1); the initial response is base64 or "=", judged when it is decoded
 _AUTH = re.compile(rb"([A-Za-z0-9_-]{1,20})(?: +([!-~]+))?")
-_ALONE: Final[Mapping[bytes, Command]] = {b"DATA": Data(), b"QUIT": Quit(), b"RSET": Rset(), b"NOOP": Noop()}
+_ALONE: Final[Mapping[bytes, Command]] = {
+    b"DATA\r\n": Data(),
+    b"QUIT\r\n": Quit(),
+    b"RSET\r\n": Rset(),
+    b"NOOP\r\n": Noop(),
+}
 COMMON_LINES: Final[Mapping[bytes, Command]] = {**_ALONE, **{line.lower(): command for line, command in _ALONE.items()}}
-"""What is said without arguments, as nearly everybody writes it; the lower case is that of smtplib."""
+"""Lines without arguments, as nearly everybody writes them; the lower case is that of smtplib."""
+DATA_LINES: Final = frozenset(line for line, command in COMMON_LINES.items() if command.verb is Verb.DATA)
 
 # A NamedTuple's own constructor is a function in Python; each mail has one `Mail` and at least one `Recipient`.
 _mail_of: Final = partial(tuple.__new__, Mail)
@@ -226,17 +232,19 @@ def parse_command(line: bytes) -> Command:
     Raises:
         CommandRefused: the line is no command, or its arguments are wrong.
     """
-    recipient = common_recipient(line)
+    whole = line + b"\r\n"
+    recipient = common_recipient(whole)
     if recipient is not None:
         return RcptTo(recipient)
-    mail = common_mail(line)
+    mail = common_mail(whole)
     if mail is not None:
         return MailFrom(mail)
-    return COMMON_LINES.get(line) or parse_by_grammar(line)
+    return COMMON_LINES.get(whole) or parse_by_grammar(line)
 
 
 def common_recipient(line: bytes) -> Recipient | None:
-    """The recipient of a RCPT with a short ASCII mailbox and nothing else; None for any other line."""
+    """The recipient of a RCPT with a short ASCII mailbox and nothing else; None for any other line, and for what is
+    not one line, its CRLF included."""
     match = _COMMON_RCPT.fullmatch(line)
     if match is None or len(mailbox := match[1]) > _COMMON_MAILBOX_OCTETS:
         return None
@@ -244,7 +252,7 @@ def common_recipient(line: bytes) -> Recipient | None:
 
 
 def common_mail(line: bytes) -> Mail | None:
-    """The mail of a MAIL with a short ASCII mailbox, and SIZE and BODY at most; None for any other line."""
+    """The mail of a MAIL with a short ASCII mailbox, and SIZE and BODY at most; else as `common_recipient`."""
     match = _COMMON_MAIL.fullmatch(line)
     if match is None:
         return None

@@ -4,8 +4,8 @@ It joins the machines of `framing`: octets of the wire go in, in pieces of any s
 behind it come out, dots unstuffed and line ends normalised, with the verdict on all of it. How the input is cut changes
 neither what comes out, put together, nor the verdict.
 
-Most messages are small, come in one piece, and hold nothing that would have to be changed. For them one pass of
-searches over the whole answers every question; `_take_whole` has no effect that the general way would not have.
+Most messages are small, come in one piece, and hold nothing that would have to be changed. For them a few searches over
+the whole answer every question: `whole_message` gives what the general way would give for them, and nothing for others.
 """
 
 from dataclasses import dataclass
@@ -23,8 +23,9 @@ from otel_smtp.smtp.framing import (
 from otel_smtp.smtp.received import HeaderFacts, inspect_header
 from otel_smtp.smtp.replies import Reply
 
-_NO_HEADER: Final = (b"\r\n", b" ", b"\t")
-"""How content begins that has no header block, or none that may be put behind our own fields; see `HeaderSplitter`."""
+_NO_FIELD: Final = frozenset({b".", b"\r", b" ", b"\t"})
+"""How content begins whose first octet is a dot, or that has no header block, or none that may be put behind our own
+fields; see `HeaderSplitter`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,35 @@ class ContentSink(Protocol):
         It is there too, although the client sent none, before content that begins with a blank.
         """
         ...
+
+
+def whole_message(data: bytes, limits: ContentLimits, size_limit: int) -> tuple[HeaderFacts, int] | None:
+    """Look at the octets behind DATA: whether they are one message from its beginning to its end, with a header, within
+    every limit, and such that nothing in it has to be changed.
+
+    Args:
+        limits, size_limit: as for `IncomingContent`.
+
+    Returns:
+        The facts of the header block, and where it ends: before the empty line. None where it is not so, which says
+        nothing about the message.
+    """
+    size = len(data) - 3  # of the content: all but the lone dot and its CRLF
+    if (
+        size > size_limit
+        or size > limits.text_line
+        or data[-5:] != END_OF_DATA
+        or data.rfind(b"\r\n.", 0, size) >= 0  # a line begins with a dot; backwards this is found sooner
+        or data[:1] in _NO_FIELD
+        or b"\0" in data
+        or has_bare_line_end(data)
+    ):
+        return None
+    end = data.find(b"\r\n\r\n", 0, size) + 2
+    if end < 2 or end > limits.header_size or data.count(b"\n", 0, end) > limits.header_lines:
+        return None
+    facts = inspect_header(data[:end])
+    return None if facts.hops > limits.hops else (facts, end)
 
 
 class IncomingContent:
@@ -118,7 +148,12 @@ class IncomingContent:
         self._is_binary = is_binary
         self._refusal_of_8bit = refusal_of_8bit
         self.by_data = by_data
-        self._inspector: ContentInspector | None = None  # made with the others, where the content is no quick one
+        if by_data:
+            self._dots = DotReader()
+        else:
+            self._chunks = ChunkReader(is_binary=is_binary)
+        self._header = HeaderSplitter(limits.header_size, limits.header_lines)
+        self._inspector = ContentInspector(limits.text_line)
         self.octets = 0
         self.facts: HeaderFacts | None = None
         self.is_ended = False
@@ -126,11 +161,6 @@ class IncomingContent:
 
     def feed(self, data: bytes) -> None:
         """Take octets from the wire: of DATA, up to its end at most; or of a chunk, and not one more."""
-        if self._inspector is None:
-            if self.by_data and self._refusal_of_8bit is None and self._take_whole(data):
-                return
-            self._begin()
-        assert self._inspector is not None
         if self.by_data:
             dots = self._dots
             self._take(dots.feed(data))
@@ -145,11 +175,6 @@ class IncomingContent:
 
         The rest of the content goes to the sink, unless it is larger than the limit.
         """
-        if self._inspector is None:
-            if self.facts is not None:
-                return None  # taken whole, and found to be good
-            self._begin()
-        assert self._inspector is not None
         if not self.by_data:
             self._take(self._chunks.finish())
         if self._header.block is None and self._inspector.octets <= self._size_limit:
@@ -160,8 +185,6 @@ class IncomingContent:
     def refusal(self) -> Reply | None:
         """What is wrong with the content so far, in a fixed order: the verdict must not depend on cuts."""
         inspector, limits = self._inspector, self._limits
-        if inspector is None:
-            return None
         if inspector.octets > self._size_limit:
             return replies.MESSAGE_TOO_BIG
         if inspector.has_nul and not self._is_binary:
@@ -179,57 +202,10 @@ class IncomingContent:
             return replies.TOO_MANY_HOPS
         return None
 
-    # A message in one piece ------------------------------------------------------------------------------------
-
-    def _take_whole(self, data: bytes) -> bool:
-        """Take a message that is all there and needs no change; False, and nothing done, where it is not so."""
-        limits = self._limits
-        size = len(data) - 3  # of the content: all but the lone dot and its CRLF
-        if (
-            size > self._size_limit
-            or size > limits.text_line
-            or not data.endswith(END_OF_DATA)
-            or data.rfind(b"\r\n.", 0, size) >= 0  # a line begins with a dot; backwards this is found sooner
-            or data.startswith(b".")
-            or b"\0" in data
-            or has_bare_line_end(data)
-        ):
-            return False
-        end = data.find(b"\r\n\r\n", 0, size) + 2
-        if (
-            end < 2
-            or end > limits.header_size
-            or data.startswith(_NO_HEADER)
-            or data.count(b"\n", 0, end) > limits.header_lines
-        ):
-            return False
-        block = data[:end]
-        facts = inspect_header(block)
-        if facts.hops > limits.hops:
-            return False
-        self.facts = facts
-        self.is_ended = True
-        self.octets = size
-        self._sink.header_received(block, facts)
-        self._sink.content_received(data[end:size])
-        return True
-
-    # A message in any number of pieces -------------------------------------------------------------------------
-
-    def _begin(self) -> None:
-        limits = self._limits
-        if self.by_data:
-            self._dots = DotReader()
-        else:
-            self._chunks = ChunkReader(is_binary=self._is_binary)
-        self._header = HeaderSplitter(limits.header_size, limits.header_lines)
-        self._inspector = ContentInspector(limits.text_line)
-
     def _take(self, content: bytes) -> None:
         if not content:
             return
         inspector = self._inspector
-        assert inspector is not None
         inspector.inspect(content)
         self.octets = inspector.octets
         if inspector.octets <= self._size_limit:  # refused at its end; handing up more would only fill a disk

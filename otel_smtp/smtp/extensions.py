@@ -505,6 +505,9 @@ OF_RECIPIENT: Final = tuple(
 )
 """Every parameter of RCPT, likewise."""
 
+WITHOUT_PARAMETERS: Final = Mail("")[1:]
+"""What follows the reverse-path in a `Mail` without any."""
+
 BEYOND_SIZE: Final = Mail("")[2:]
 """What follows the reverse-path and the size in most `Mail`s: nothing was asked for."""
 

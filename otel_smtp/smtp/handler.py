@@ -6,6 +6,7 @@ from typing import Protocol
 
 from otel_smtp.smtp.content import ContentSink
 from otel_smtp.smtp.envelope import Mail, Recipient
+from otel_smtp.smtp.received import HeaderFacts
 from otel_smtp.smtp.replies import Reply
 
 
@@ -27,8 +28,12 @@ class Handler(ContentSink, Protocol):
         """HELO, EHLO or LHLO was accepted; `name` is the peer's word: bounded by the command line, printable."""
         ...
 
-    def mail_requested(self, mail: Mail) -> None:
-        """*decide*: MAIL. A 2yz opens the transaction."""
+    def mail_requested(self, mail: Mail) -> Reply | None:
+        """*decide*: MAIL. A 2yz opens the transaction.
+
+        Returns:
+            The reply, where it is known; else None, and it is given by `ServerProtocol.reply` as any other.
+        """
         ...
 
     def recipients_requested(self, recipients: Sequence[Recipient]) -> None:
@@ -67,6 +72,11 @@ class Handler(ContentSink, Protocol):
 
     def content_begun(self) -> None:
         """DATA is about to be answered with 354, or the first BDAT chunk was taken."""
+        ...
+
+    def message_received(self, block: bytes, facts: HeaderFacts, body: bytes, octets: int) -> None:
+        """*decide*: a message that came whole, by DATA: `header_received`, `content_received` and `content_ended` in
+        one."""
         ...
 
     def content_ended(self, octets: int) -> None:

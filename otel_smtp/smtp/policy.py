@@ -5,6 +5,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from otel_smtp.smtp import replies
+from otel_smtp.smtp.commands import Verb
 from otel_smtp.smtp.content import ContentLimits
 from otel_smtp.smtp.extensions import Extensions, keyword_lines, offer_to_clients
 from otel_smtp.smtp.replies import Reply
@@ -42,13 +43,13 @@ class OwnOffer(NamedTuple):
     Attributes:
         behind: what can be offered on behalf of what lies behind; the very object that this was made from.
         offer: that, and what is our own: limits, TLS, AUTH.
-        reply: how EHLO says it.
+        said: how EHLO says it, with the verb that it answers. Every session keeps what it said.
         size_limit: octets of the largest message: our limit, or the upstream's where that is less.
     """
 
     behind: Extensions
     offer: Extensions
-    reply: Reply
+    said: tuple[str, Reply]
     size_limit: int
 
 
@@ -97,13 +98,19 @@ class ServerPolicy:
                 auth_mechanisms=self.mechanisms(is_tls=is_tls),
                 limits=limits.announced,
             )
-            own = OwnOffer(behind, ours, replies.hello(self.hostname, keyword_lines(ours)), size_limit)
+            said = Verb.LHLO if self.is_lmtp else Verb.EHLO, replies.hello(self.hostname, keyword_lines(ours))
+            own = OwnOffer(behind, ours, said, size_limit)
             self._offers[is_tls] = own
         return own
 
     def mechanisms(self, *, is_tls: bool) -> tuple[str, ...]:
         """The SASL mechanisms that are offered."""
         return self.auth_mechanisms if is_tls or self.auth_in_clear else ()
+
+    @cached_property
+    def greeting(self) -> tuple[None, Reply]:
+        """The 220, and that it answers no verb; every session keeps what it said."""
+        return None, replies.greeting(self.hostname, protocol="LMTP" if self.is_lmtp else "ESMTP")
 
     @cached_property
     def quick_octets(self) -> int:

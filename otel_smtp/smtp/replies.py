@@ -173,7 +173,6 @@ def _reply(code: int, enhanced: str, text: str, error_type: ErrorType | None = N
 # 2yz and 3yz --------------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=64)  # a gateway has few names, and each session keeps what it said
 def greeting(hostname: str, *, protocol: str = "ESMTP") -> Reply:
     """The 220 that opens a session; its first word is our name (RFC 5321 4.3.1)."""
     return Reply(220, None, (f"{hostname} {protocol} otel_smtp",))

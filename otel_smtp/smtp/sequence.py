@@ -12,7 +12,11 @@ from otel_smtp.smtp.commands import Verb
 
 
 class Phase(Enum):
-    """Where a session stands in the order of commands."""
+    """Where a session stands in the order of commands.
+
+    What runs for each mail keeps the members of this and of other enums that it needs as globals of its module: on
+    Python 3.11 reading one from its class takes as long as three calls.
+    """
 
     __hash__ = object.__hash__  # of Enum it is a function of Python, called several times a command
 

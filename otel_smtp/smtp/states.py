@@ -319,16 +319,17 @@ class StateMachine:
             IllegalTransition: the step is not in `LEGAL` and `on_illegal` raises.
         """
         last = self.last
+        is_level = state not in PULSES
         if last is None:
-            if state is not ConnState.NEW:
+            if state is not _S.NEW:
                 self._on_illegal(IllegalTransition(None, state))
         else:
             # The one repetition that counts: the pulse Reset is always followed by Active, also at level Active.
-            if state is self.level and state not in PULSES and last is not ConnState.RESET:
+            if state is self.level and is_level and last is not _S.RESET:
                 return
             if state not in LEGAL[last]:
                 self._on_illegal(IllegalTransition(last, state))
-        if state not in PULSES:
+        if is_level:
             self.level = state
         self._sequence = sequence = self._sequence + 1
         self.last = state

@@ -45,10 +45,10 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 @pytest.mark.parametrize(
     ("observers", "strategy", "python", "c"),
     [
-        ("none", "transparent", 153, 180),
-        ("none", "buffered", 149, 166),
-        ("everything", "transparent", 224, 298),
-        ("everything", "buffered", 220, 284),
+        ("none", "transparent", 136, 158),
+        ("none", "buffered", 133, 146),
+        ("everything", "transparent", 207, 265),
+        ("everything", "buffered", 204, 253),
     ],
 )
 def test_calls_of_a_message(observers: str, strategy: str, python: float, c: float) -> None:
@@ -135,7 +135,7 @@ def test_a_message_leaves_nothing_that_only_the_garbage_collector_frees(observer
     assert len(left) < 50, collections.Counter(left)
 
 
-@pytest.mark.parametrize(("observers", "most"), [("none", 2_400), ("everything", 2_650)])
+@pytest.mark.parametrize(("observers", "most"), [("none", 2_250), ("everything", 2_560)])
 def test_octets_of_an_idle_connection(observers: str, most: int) -> None:
     assert run(idle_octets(OBSERVERS[observers])) <= most
 

@@ -1,5 +1,6 @@
 """Content while it is received: whole, cut anywhere, by DATA and by BDAT, with one verdict and one result."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Final
 
@@ -8,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from otel_smtp.smtp import replies
-from otel_smtp.smtp.content import ContentLimits, IncomingContent
+from otel_smtp.smtp.content import ContentLimits, IncomingContent, whole_message
 from otel_smtp.smtp.received import HeaderFacts
 from otel_smtp.smtp.replies import Reply
 
@@ -46,7 +47,12 @@ def by_data(pieces: Iterator[bytes], limits: ContentLimits = LIMITS, *, is_binar
     what followed the end."""
     taken = Taken()
     content = IncomingContent(limits, SIZE_LIMIT, taken, is_binary=is_binary, by_data=True)
-    for piece in pieces:
+    first = next(pieces)
+    if (found := whole_message(first, limits, SIZE_LIMIT)) is not None:
+        facts, end = found
+        size = len(first) - len(b".\r\n")
+        return None, first[:end], facts, first[end:size], size, b"".join(pieces)
+    for piece in itertools.chain([first], pieces):
         content.feed(piece)
         if content.is_ended:
             break

@@ -61,8 +61,8 @@ class Forgetful:
     def hello_received(self, verb: str, name: str) -> None:
         pass
 
-    def mail_requested(self, mail: Mail) -> None:
-        self.protocol.reply(replies.SENDER_OK)
+    def mail_requested(self, mail: Mail) -> Reply:
+        return replies.SENDER_OK
 
     def recipients_requested(self, recipients: Sequence[Recipient]) -> None:
         self.protocol.reply(*[replies.RECIPIENT_OK] * len(recipients))
@@ -91,6 +91,9 @@ class Forgetful:
 
     def recipient_refused(self, recipient: Recipient, reply: Reply) -> None:
         pass
+
+    def message_received(self, block: bytes, facts: HeaderFacts, body: bytes, octets: int) -> None:
+        self.protocol.reply(replies.OK)
 
     def content_ended(self, octets: int) -> None:
         self.protocol.reply(replies.OK)

@@ -339,9 +339,21 @@ class EngineDriver:
         """See `Handler`."""
         self._take(HelloReceived(verb, name))
 
-    def mail_requested(self, mail: Mail) -> None:
-        """See `Handler`."""
+    def mail_requested(self, mail: Mail) -> Reply | None:
+        """See `Handler`. What is known at once is returned, as the gateway does."""
         self._take(MailRequested(mail))
+        if self._answers_late():
+            return None
+        self._waiting.pop()
+        return self._mail_decided(mail)
+
+    def _mail_decided(self, mail: Mail) -> Reply:
+        reply = self.mail_reply()
+        if reply.is_positive:
+            assert self._mail is None, "MAIL within a transaction"
+            self._mail = mail
+            self._recipients = []
+        return reply
 
     def recipients_requested(self, recipients: Sequence[Recipient]) -> None:
         """See `Handler`."""
@@ -381,6 +393,12 @@ class EngineDriver:
     def recipient_refused(self, recipient: Recipient, reply: Reply) -> None:
         """See `Handler`."""
 
+    def message_received(self, block: bytes, facts: HeaderFacts, body: bytes, octets: int) -> None:
+        """See `Handler`."""
+        self.header_received(block, facts)
+        self.content_received(body)
+        self.content_ended(octets)
+
     def content_ended(self, octets: int) -> None:
         """See `Handler`."""
         self._take(ContentEnded(octets))
@@ -419,12 +437,7 @@ class EngineDriver:
     def _answer(self, event: Decision) -> None:
         match event:
             case MailRequested(mail):
-                reply = self.mail_reply()
-                if reply.is_positive:
-                    assert self._mail is None, "MAIL within a transaction"
-                    self._mail = mail
-                    self._recipients = []
-                self.protocol.reply(reply)
+                self.protocol.reply(self._mail_decided(mail))
             case RecipientRequested(recipient):
                 assert self._mail is not None, "RCPT without MAIL"
                 reply = self.recipient_reply(recipient)
@@ -477,9 +490,9 @@ class EngineDriver:
         verdicts = self.content_replies(len(self._recipients) if self.policy.is_lmtp else 1)
         if any(reply.is_positive for reply in verdicts):
             self.record.messages.append(Message(self._mail, tuple(self._recipients), content))
-        self.protocol.reply(*verdicts)
-        self._mail = None
+        self._mail = None  # the engine may go on to the next one within the call
         self._recipients = []
+        self.protocol.reply(*verdicts)
 
 
 def base64_of(text: bytes) -> str:

@@ -6,6 +6,7 @@ from typing import Final
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.commands import (
     COMMON_LINES,
+    DATA_LINES,
     Auth,
     Bdat,
     Command,
@@ -20,11 +21,11 @@ from otel_smtp.smtp.commands import (
     Verb,
     common_mail,
     common_recipient,
-    parse_command,
+    parse_by_grammar,
 )
 from otel_smtp.smtp.envelope import Mail, Recipient
 from otel_smtp.smtp.errors import LocalProtocolError
-from otel_smtp.smtp.extensions import unsupported, unsupported_recipient
+from otel_smtp.smtp.extensions import WITHOUT_PARAMETERS, unsupported, unsupported_recipient
 from otel_smtp.smtp.handler import Asked
 from otel_smtp.smtp.replies import Reply
 from otel_smtp.smtp.sequence import IN_TRANSACTION, SEQUENCE, Phase
@@ -49,31 +50,65 @@ _ANSWERS: Final = {
     Verb.QUIT: replies.CLOSING,
 }
 
+_ACTIVE: Final = ConnState.ACTIVE
+_MAIL: Final = Phase.MAIL
+_MAIL_ASKED: Final = Asked.MAIL
+_MAIL_VERB: Final = Verb.MAIL
+_NOTHING: Final = Asked.NOTHING
+_RCPT: Final = Verb.RCPT
+_READY: Final = Phase.READY
+_RECIPIENTS: Final = Phase.RECIPIENTS
+_RECIPIENTS_ASKED: Final = Asked.RECIPIENTS
+
 
 class Dispatching(Receiving):
     """A session that runs commands."""
 
     __slots__ = ()
 
-    def _run_line(self, line: bytes) -> None:
-        """Run one command line."""
+    def _run_alone(self, line: bytes) -> bool:
+        """Run what has come while nothing else is to be run, if it is one line of those that common mail consists of;
+        False, and nothing done, where it is anything else. `run` would do the same by way of `_run_line`."""
         phase = self.phase
-        if len(line) == 4 and (common := COMMON_LINES.get(line)) is not None:
-            self._run(common)  # DATA, mostly
+        if phase is _RECIPIENTS or phase is _MAIL:
+            if line in DATA_LINES:
+                if phase is _RECIPIENTS:
+                    self._run_data()
+                    return True
+            elif (recipient := common_recipient(line)) is not None:  # which uses no extension
+                transaction = self._transaction
+                assert transaction is not None
+                if transaction.recipients < self._policy.limits.recipients:
+                    self._batch = [recipient]
+                    self.asked = _RECIPIENTS_ASKED
+                    self._handler.recipients_requested(self._batch)
+                    return True
+        elif phase is _READY and (self.is_tls or not self._policy.tls_required):
+            mail = common_mail(line)
+            if mail is not None:
+                self._run_mail(mail)
+                return True
+        return False
+
+    def _run_line(self, line: bytes) -> None:
+        """Run one command line, its CRLF included."""
+        phase = self.phase
+        command: Command | CommandRefused
+        if (common := COMMON_LINES.get(line)) is not None:
+            self._run(common)
             return
-        if phase is Phase.RECIPIENTS or phase is Phase.MAIL:
+        if phase is _RECIPIENTS or phase is _MAIL:
             recipient = common_recipient(line)
             if recipient is not None:
                 self._add_recipient(recipient)  # which uses no extension
                 return
-        elif phase is Phase.READY and (self.is_tls or not self._policy.tls_required):
+        elif phase is _READY and (self.is_tls or not self._policy.tls_required):
             mail = common_mail(line)
             if mail is not None:
                 self._run_mail(mail)
                 return
-        command: Command | CommandRefused
         try:
-            command = parse_command(line)
+            command = parse_by_grammar(line[:-2])
         except CommandRefused as refusal:
             command = self._completed(refusal) if self._policy.default_domain else refusal
         self._run(command)
@@ -105,7 +140,7 @@ class Dispatching(Receiving):
             return
         match command:
             case Data():
-                self._run_data(command)
+                self._run_data()
             case MailFrom():
                 self._run_mail(command.mail)
             case RcptTo():
@@ -163,28 +198,31 @@ class Dispatching(Receiving):
             self._send(replies.hello(self._policy.hostname), command.verb)
         else:
             self._told = self._policy.own_offer(self._offer(), is_tls=self.is_tls)
-            self._send(self._told.reply, command.verb)
+            self._say(self._told.said)
 
     def _run_mail(self, mail: Mail) -> None:
-        told, behind = self._told, self._offer()
+        policy, told, behind = self._policy, self._told, self._offer()
         # A mail is held against what this session was told; whether the upstream still keeps it is asked above. Its
         # size is held against what the upstream takes now.
-        now = told if told is not None and told.behind is behind else self._policy.own_offer(behind, is_tls=self.is_tls)
+        now = told if told is not None and told.behind is behind else policy.own_offer(behind, is_tls=self.is_tls)
         offer = now.offer if told is None else told.offer
         size_limit = now.size_limit
-        if self._policy.auth_required and not self.is_authenticated:
+        if policy.auth_required and not self.is_authenticated:
             self._send(replies.AUTH_REQUIRED, Verb.MAIL)
-        elif (most := self._policy.limits.messages_per_connection) is not None and self.messages >= most:
+        elif (most := policy.limits.messages_per_connection) is not None and self.messages >= most:
             self._send(replies.TOO_MANY_MESSAGES, Verb.MAIL)
         elif mail.size is not None and mail.size > size_limit:
             # RFC 1870 6.1: refused before a single octet of it is sent.
             self._send(replies.MESSAGE_TOO_BIG, Verb.MAIL)
-        elif (refusal := unsupported(mail, offer)) is not None:
+        elif mail[1:] != WITHOUT_PARAMETERS and (refusal := unsupported(mail, offer)) is not None:
             self._send(refusal, Verb.MAIL)
         else:
             self._mail = OpenTransaction(mail, self.transactions + 1, offer, size_limit)
-            self.asked = Asked.MAIL
-            self._handler.mail_requested(mail)
+            self.asked = _MAIL_ASKED
+            decided = self._handler.mail_requested(mail)
+            if decided is not None and self.asked is _MAIL_ASKED:
+                self.asked = _NOTHING
+                self._answer_mail(decided)
 
     def _run_rcpt(self, command: RcptTo) -> None:
         transaction = self._transaction
@@ -231,18 +269,23 @@ class Dispatching(Receiving):
         assert transaction is not None
         self.transactions += 1
         self._transaction = transaction
-        self.phase = Phase.MAIL
-        self.states.enter(ConnState.ACTIVE)  # recorded only where the level was Idle
-        self._send(reply, Verb.MAIL)
+        self.phase = _MAIL
+        self.states.enter(_ACTIVE)  # recorded only where the level was Idle
+        self.said.append((_MAIL_VERB, reply))
+        self.out.append(reply.wire)
 
     def _answer_recipients(self, decided: Sequence[Reply]) -> None:
         if len(decided) != len(self._batch):
             raise LocalProtocolError("not as many replies as recipients")
         self._batch = ()
         for reply in decided:
-            if reply.code < 300 and self._transaction is not None:
-                self._transaction.recipients += 1
-                self.phase = Phase.RECIPIENTS
+            if reply.code < 300 and (transaction := self._transaction) is not None:
+                transaction.recipients += 1
+                self.phase = _RECIPIENTS
+                if reply.code == 250 and reply.enhanced is not None:
+                    self.said.append((_RCPT, reply))
+                    self.out.append(reply.wire)
+                    continue
                 if reply.code > 251:
                     reply = reply.as_plain_success()
-            self._send(reply, Verb.RCPT)
+            self._send(reply, _RCPT)

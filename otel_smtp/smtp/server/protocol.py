@@ -2,6 +2,7 @@
 
 import base64
 import re
+from collections.abc import Sequence
 from typing import Final
 
 from otel_smtp.smtp import replies
@@ -29,8 +30,11 @@ _HTTP_REQUEST: Final = re.compile(rb"(?:GET|HEAD|POST|PUT|DELETE|CONNECT|OPTIONS
 # The record header of a TLS handshake: type 22, version 3.x (RFC 8446 5.1).
 _TLS_HANDSHAKE: Final = b"\x16\x03"
 _NO_INPUT: Final = frozenset({Phase.HANDSHAKE, Phase.UNGREETED, Phase.ENDING})
-# A lone command line is run at once in these. Not before the first EHLO: there TLS and HTTP are looked for.
-_QUICK: Final = frozenset({Phase.READY, Phase.MAIL, Phase.RECIPIENTS})
+_CONTENT: Final = Phase.CONTENT
+_CONTENT_ASKED: Final = Asked.CONTENT
+_ENDING: Final = Phase.ENDING
+_NOTHING: Final = Asked.NOTHING
+_RECIPIENTS_ASKED: Final = Asked.RECIPIENTS
 
 
 class ServerProtocol(Dispatching):
@@ -57,6 +61,8 @@ class ServerProtocol(Dispatching):
         asked: what the handler was asked and has not answered: nothing is run until it does.
         received: octets that have not been run yet.
         out: the replies that have not been taken by `data_to_send`.
+        has_news: something but the common course of a mail, received whole, has happened: an error, an end, octets that
+            are held. For the driver, which sets it back, and may set it.
         wants_turn: commands are left to be run, and other connections come first: call `run` soon.
 
     Holds at most one line (12 KiB), what one `receive_data` call brought, and one header block (256 KiB).
@@ -77,9 +83,7 @@ class ServerProtocol(Dispatching):
         if self.phase is not Phase.ENDING:
             self.phase = Phase.CONNECTED
             self.states.enter(ConnState.ACTIVE)
-            self._send(
-                replies.greeting(self._policy.hostname, protocol="LMTP" if self._policy.is_lmtp else "ESMTP"), None
-            )
+            self._say(self._policy.greeting)
             self.run()
 
     def receive_data(self, data: bytes) -> None:
@@ -90,35 +94,26 @@ class ServerProtocol(Dispatching):
         """
         if self._eof:
             raise LocalProtocolError("receive_data after receive_eof")
-        held = self.received.held
-        if not held and self.asked is Asked.NOTHING and not self._discarded:
-            phase = self.phase
-            if phase in _QUICK:
-                length = len(data)
-                if (
-                    2 <= length <= self._policy.quick_octets
-                    and data.find(b"\n") == length - 1
-                    and data[length - 2] == 0x0D
-                ):
+        has_more = self.received.held or self._discarded or self.wants_turn
+        if self.asked is _NOTHING and not has_more:
+            if self.phase is _CONTENT:
+                if self._chunk is None:
                     self._is_running = True
                     try:
-                        self._run_line(data[:-2])
-                        if self._batch and self.asked is Asked.NOTHING:
-                            self._ask_recipients()
+                        self._take_content(data)
                     finally:
                         self._is_running = False
-                    if self._chunk is not None:
-                        self.run()  # it may have no octets
+                    if self.received.held:
+                        self.run()
                     return
-            elif phase is Phase.CONTENT and self._chunk is None:
+            elif len(data) <= self._policy.quick_octets:
                 self._is_running = True
                 try:
-                    self._take_content(data)
+                    is_run = self._run_alone(data)
                 finally:
                     self._is_running = False
-                if self.received.held:
-                    self.run()
-                return
+                if is_run:
+                    return
         self.received.feed(data)
         self.run()
 
@@ -152,24 +147,32 @@ class ServerProtocol(Dispatching):
         Raises:
             LocalProtocolError: nothing waits for an answer, or the replies are not as many as were asked for.
         """
-        if self.phase is Phase.ENDING:
+        self.answer(decided)
+
+    def answer(self, decided: Sequence[Reply]) -> None:
+        """`reply`, with the replies as one argument."""
+        if self.phase is _ENDING:
             return  # the session was ended from outside while the decision was being made
-        asked, self.asked = self.asked, Asked.NOTHING
-        match asked:
-            case Asked.RECIPIENTS:
-                self._answer_recipients(decided)
-            case Asked.MAIL:
-                self._answer_mail(*decided)
-            case Asked.CONTENT:
-                self._answer_content(decided)
-            case Asked.TLS:
-                self._answer_starttls(*decided)
-            case Asked.AUTH:
-                self._answer_auth(*decided)
-            case Asked.NOTHING:
-                raise LocalProtocolError("a reply to nothing that was asked")
+        asked, self.asked = self.asked, _NOTHING
+        if asked is _RECIPIENTS_ASKED:
+            self._answer_recipients(decided)
+        elif asked is _CONTENT_ASKED:
+            self._answer_content(decided)
+        else:
+            self._answer_seldom(asked, *decided)
         if not self._is_running and (self.received.held or self._held is not None or self._eof):
             self.run()
+
+    def _answer_seldom(self, asked: Asked, reply: Reply) -> None:
+        match asked:
+            case Asked.MAIL:
+                self._answer_mail(reply)
+            case Asked.TLS:
+                self._answer_starttls(reply)
+            case Asked.AUTH:
+                self._answer_auth(reply)
+            case _:
+                raise LocalProtocolError("a reply to nothing that was asked")
 
     def challenge(self, data: bytes) -> None:
         """Go on with the AUTH exchange: 334 with `data`."""
@@ -187,6 +190,7 @@ class ServerProtocol(Dispatching):
     def run(self) -> None:
         """Run what has been received, as far as decisions and the budget of one turn allow. Called by the driver only
         where `wants_turn` says so."""
+        self.has_news = True
         if self._is_running:
             return  # a decision that was made within the call that asked for it: the loop below goes on
         self._is_running = True
@@ -227,11 +231,11 @@ class ServerProtocol(Dispatching):
                 return self._read_command()
 
     def _read_line(self, limit: int) -> bytes | None:
-        """The next line without its CRLF, or None; a line that is too long is read off and answered here."""
+        """The next line, its CRLF included, or None; a line that is too long is read off and answered here."""
         if not self._discarded:
             length = self.received.find_line(limit)
             if length > 0:
-                return self.received.take(length)[:-2]
+                return self.received.take(length)
             if length == 0 or self._batch:
                 return None  # a line that is too long is answered in its turn
             self._discard_limit = limit * _DISCARD_FACTOR
@@ -284,6 +288,7 @@ class ServerProtocol(Dispatching):
         line = self._read_line(self._policy.limits.auth_line) if had else None
         if line is None:
             return self.phase is not Phase.AUTHENTICATING or len(self.received) != had
+        line = line[:-2]
         if line == b"*":
             # RFC 4954 4: the client cancels.
             self.phase = Phase.READY

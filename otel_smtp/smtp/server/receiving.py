@@ -2,16 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Final
 
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.commands import (
     Bdat,
-    Data,
     Verb,
 )
-from otel_smtp.smtp.content import IncomingContent
-from otel_smtp.smtp.envelope import Body
+from otel_smtp.smtp.content import IncomingContent, whole_message
+from otel_smtp.smtp.envelope import Body, Mail
 from otel_smtp.smtp.errors import LocalProtocolError
+from otel_smtp.smtp.extensions import Extensions
 from otel_smtp.smtp.handler import Asked
 from otel_smtp.smtp.replies import Reply
 from otel_smtp.smtp.sequence import Phase
@@ -22,29 +23,38 @@ from otel_smtp.smtp.states import (
     content_begun,
 )
 
+_ACTIVE: Final = ConnState.ACTIVE
+_BINARY: Final = Body.BINARY_MIME
+_CONTENT: Final = Phase.CONTENT
+_CONTENT_ASKED: Final = Asked.CONTENT
+_DATA: Final = Verb.DATA
+_DATA_STATE: Final = ConnState.DATA
+_ENDING: Final = Phase.ENDING
+_GO_ON: Final = (_DATA, replies.SEND_CONTENT)
+
 
 class Receiving(Securing):
     """A session that takes content."""
 
     __slots__ = ()
 
-    def _run_data(self, command: Data) -> None:
+    def _run_data(self) -> None:
         transaction = self._transaction
         assert transaction is not None
-        if transaction.mail.body is Body.BINARY_MIME:
+        if transaction.mail.body is _BINARY:
             # RFC 3030 3: binary content cannot be sent by DATA.
-            self._send(replies.BAD_SEQUENCE, Verb.DATA)
+            self._send(replies.BAD_SEQUENCE, _DATA)
             return
-        self._begin_content(transaction, by_data=True)
-        self.phase = Phase.CONTENT
-        self._send(replies.SEND_CONTENT, Verb.DATA)
+        self._begin_content(transaction, True)
+        self.said.append(_GO_ON)
+        self.out.append(replies.SEND_CONTENT.wire)
 
     def _run_bdat(self, command: Bdat) -> None:
         transaction = self._transaction
         assert transaction is not None
         if not command.size and not command.last and not self._count_junk(Verb.BDAT):
             return
-        octets = transaction.content.octets if transaction.content is not None else 0
+        octets = 0 if transaction.content is None else transaction.content.octets
         if octets + command.size > transaction.size_limit:
             if self.phase is Phase.CHUNKING:
                 self.messages += 1
@@ -52,29 +62,29 @@ class Receiving(Securing):
             copies = self._final_replies(transaction) if command.last else 1
             self._read_off(command, replies.MESSAGE_TOO_BIG, copies=copies)
             return
-        if transaction.content is None:
-            self._begin_content(transaction, by_data=False)
+        if transaction.by_data is None:
+            self._begin_content(transaction, False)
+        self.phase = _CONTENT
         self._chunk = IncomingChunk(command.size, is_last=command.last)
-        self.phase = Phase.CONTENT
 
-    def _begin_content(self, transaction: OpenTransaction, *, by_data: bool) -> None:
-        policy = self._policy
-        mail, offer = transaction.mail, transaction.offer
-        refusal_of_8bit: Reply | None = None
-        if mail.body is Body.EIGHT_BIT_MIME and not offer.eight_bit_mime:
-            refusal_of_8bit = replies.NEEDS_8BITMIME
-        elif mail.smtputf8 and "SMTPUTF8" not in offer.keywords:
-            refusal_of_8bit = replies.CONTENT_NEEDS_SMTPUTF8
-        transaction.content = IncomingContent(
-            policy.content_limits,
+    def _begin_content(self, transaction: OpenTransaction, by_data: bool) -> None:
+        transaction.by_data = by_data
+        self.phase = _CONTENT
+        self.states.enter(_DATA_STATE, content_begun((transaction.number, transaction.recipients)))
+        self._handler.content_begun()
+
+    def _begin_pieces(self, transaction: OpenTransaction) -> IncomingContent:
+        """The content has not come whole."""
+        mail = transaction.mail
+        transaction.content = content = IncomingContent(
+            self._policy.content_limits,
             transaction.size_limit,
             self._handler,
-            is_binary=mail.body is Body.BINARY_MIME,
-            by_data=by_data,
-            refusal_of_8bit=refusal_of_8bit,
+            is_binary=mail.body is _BINARY,
+            by_data=transaction.by_data is True,
+            refusal_of_8bit=_refusal_of_8bit(mail, transaction.offer),
         )
-        self.states.enter(ConnState.DATA, content_begun((transaction.number, transaction.recipients)))
-        self._handler.content_begun()
+        return content
 
     def _read_off(self, command: Bdat, reply: Reply, *, copies: int = 1) -> None:
         """Refuse a BDAT, reading its octets off so that they are not run as commands (RFC 3030 2)."""
@@ -99,7 +109,15 @@ class Receiving(Securing):
         transaction = self._transaction
         assert transaction is not None
         content = transaction.content
-        assert content is not None
+        if content is None:
+            whole = whole_message(data, self._policy.content_limits, transaction.size_limit)
+            if whole is not None and (data.isascii() or _refusal_of_8bit(transaction.mail, transaction.offer) is None):
+                facts, end = whole
+                size = len(data) - 3
+                self.asked = _CONTENT_ASKED
+                self._handler.message_received(data[:end], facts, data[end:size], size)
+                return
+            content = self._begin_pieces(transaction)
         content.feed(data)
         if content.octets > 2 * transaction.size_limit:
             # The rest is read off within a bound; then the connection ends, or one client could send for ever.
@@ -115,8 +133,7 @@ class Receiving(Securing):
         if chunk.refusal is None:
             transaction = self._transaction
             assert transaction is not None
-            content = transaction.content
-            assert content is not None
+            content = transaction.content or self._begin_pieces(transaction)
             if data:
                 content.feed(data)
             if chunk.remaining == 0:
@@ -168,15 +185,27 @@ class Receiving(Securing):
     def _answer_content(self, decided: Sequence[Reply]) -> None:
         transaction = self._transaction
         assert transaction is not None
-        assert transaction.content is not None
         if len(decided) != (transaction.recipients if self._policy.is_lmtp else 1):
             raise LocalProtocolError("not as many replies as the content asks for")
-        verb = Verb.DATA if transaction.content.by_data else Verb.BDAT
+        verb = _DATA if transaction.by_data else Verb.BDAT
         self._end_transaction()
         self.messages += 1
         if decided[0].code < 400 or any(reply.is_positive for reply in decided):
             self._refusals = 0
-            self.states.enter(ConnState.ACTIVE)
+            self.states.enter(_ACTIVE)
         for reply in decided:
-            self._send(reply.as_plain_success() if 250 < reply.code < 300 else reply, verb)
+            if reply.code == 250 and reply.enhanced is not None and self.phase is not _ENDING:
+                self.said.append((verb, reply))
+                self.out.append(reply.wire)
+            else:
+                self._send(reply.as_plain_success() if 250 < reply.code < 300 else reply, verb)
         self._settle()
+
+
+def _refusal_of_8bit(mail: Mail, offer: Extensions) -> Reply | None:
+    """What the client is told whose content has octets above 127; None where it may have."""
+    if mail.body is Body.EIGHT_BIT_MIME and not offer.eight_bit_mime:
+        return replies.NEEDS_8BITMIME
+    if mail.smtputf8 and "SMTPUTF8" not in offer.keywords:
+        return replies.CONTENT_NEEDS_SMTPUTF8
+    return None

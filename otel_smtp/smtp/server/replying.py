@@ -44,6 +44,8 @@ _CLIENT_FAULTS: Final = frozenset(
         ErrorType.PROTOCOL,
     }
 )
+_ENDING: Final = Phase.ENDING
+_IDLE: Final = ConnState.IDLE
 _PASSED_ON: Final = (Verb.RCPT, Verb.DATA, Verb.BDAT)  # whose 2yz may be the upstream's own
 _OF_CONTENT: Final = frozenset({Verb.DATA, Verb.BDAT})
 _OF_MAIL: Final = _OF_CONTENT | {Verb.MAIL, Verb.RCPT}
@@ -64,7 +66,7 @@ _CLOSE_REASONS: Final = {
 class OpenTransaction:
     """One mail transaction, from the accepted MAIL to its end."""
 
-    __slots__ = ("content", "mail", "number", "offer", "recipients", "size_limit")
+    __slots__ = ("by_data", "content", "mail", "number", "offer", "recipients", "size_limit")
 
     def __init__(self, mail: Mail, number: int, offer: Extensions, size_limit: int) -> None:
         self.mail = mail
@@ -72,7 +74,8 @@ class OpenTransaction:
         self.number = number
         self.size_limit = size_limit
         self.recipients = 0  # accepted
-        self.content: IncomingContent | None = None
+        self.by_data: bool | None = None  # that the content comes by DATA, not by BDAT; None: it has not begun
+        self.content: IncomingContent | None = None  # there from its first octets on, unless it comes whole
 
 
 class IncomingChunk:
@@ -121,6 +124,7 @@ class Replying:
         "asked",
         "close_reason",
         "errors",
+        "has_news",
         "is_authenticated",
         "is_tls",
         "messages",
@@ -156,6 +160,7 @@ class Replying:
         self.errors = 0
         self.close_reason: CloseReason | None = None
         self.wants_turn = False
+        self.has_news = False
         self.received = ReceiveBuffer()
         self.out: list[bytes] = []
         self.asked = Asked.NOTHING
@@ -190,7 +195,7 @@ class Replying:
     @property
     def has_open_content(self) -> bool:
         """Whether the content of a message has begun and not ended; so also between two BDAT chunks."""
-        return self._transaction is not None and self._transaction.content is not None
+        return self._transaction is not None and self._transaction.by_data is not None
 
     @property
     def offers_8bit(self) -> bool:
@@ -198,9 +203,7 @@ class Replying:
         return self._mail is not None and self._mail.offer.eight_bit_mime
 
     def _content_verb(self) -> Verb:
-        transaction = self._transaction
-        is_chunked = transaction is not None and transaction.content is not None and not transaction.content.by_data
-        return Verb.BDAT if is_chunked else Verb.DATA
+        return Verb.BDAT if self._transaction is not None and self._transaction.by_data is False else Verb.DATA
 
     # Ends --------------------------------------------------------------------------------------------------------
 
@@ -220,9 +223,9 @@ class Replying:
 
     def _settle(self) -> None:
         """A transaction has ended with the final reply to its message: the connection is Idle."""
-        if self.phase is not Phase.ENDING:
+        if self.phase is not _ENDING:
             self._junk = 0
-            self.states.enter(ConnState.IDLE, transaction_over((self.messages,)))
+            self.states.enter(_IDLE, transaction_over((self.messages,)))
 
     def _reset(self, cause: ResetCause) -> None:
         self._drop_transaction(None)
@@ -254,11 +257,16 @@ class Replying:
             self.received.clear()
             self.phase = Phase.ENDING
             self.close_reason = reason
+            self.has_news = True
 
     def _send(self, reply: Reply, verb: str | None) -> None:
-        """Write a reply: the one place where Error is raised."""
-        if self.phase is Phase.ENDING:
+        """Write a reply: the one place where Error is raised.
+
+        What a common mail is answered, each time the same and good, is written where it is decided: `said`, then `out`.
+        """
+        if self.phase is _ENDING:
             return
+        self.has_news = True
         if reply.enhanced is None and (reply.code >= 400 or (reply.code < 300 and verb in _PASSED_ON)):
             reply = reply.with_general_status()  # RFC 2034 4 wants one in every reply, also where the upstream had none
         if reply.code >= 400:
@@ -274,6 +282,12 @@ class Replying:
         if reply.closes or reply.code == 421:
             # RFC 5321 3.8: a server closes after 421.
             self._end(_CLOSE_REASONS.get(reply, CloseReason.REFUSED))
+
+    def _say(self, said: tuple[str | None, Reply]) -> None:
+        """Write a reply that every session gives, and that is good."""
+        self.has_news = True
+        self.said.append(said)
+        self.out.append(said[1].wire)
 
     def _count_junk(self, verb: Verb) -> bool:
         """Count a command that moves no mail; False where it was one too many, which has been answered."""
