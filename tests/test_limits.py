@@ -316,7 +316,9 @@ async def pool_size(site: Site, amount: int) -> bool:
     clients = [await site.greeted() for _ in range(amount)]
     for client in clients:
         client.say(*ENVELOPE)
-    await until(lambda: site.upstream.stalled == min(amount, site.settings.upstream[0].connections))
+    upstream = site.settings.upstream[0]
+    most = min(upstream.connections, upstream.connections_total or amount)
+    await until(lambda: site.upstream.stalled == min(amount, most))
     await turns()
     opened = site.upstream.connections
     site.upstream.let_go.set()
@@ -565,6 +567,7 @@ BOUNDS: Final = (
     Bound("upstream.timeout.reply", 570, 20, upstream_waits(Phase.REPLY), BELOW),
     # What upstreams make grow, and how long their connections are kept
     Bound("upstream.connections", 20, 2, pool_size),
+    Bound("upstream.connections_total", None, 2, pool_size),
     Bound("upstream.recipients_per_transaction", 100, 3, pool_recipients),
     Bound("upstream.messages_per_connection", 100, 2, pool_messages),
     Bound("upstream.connection_age", 300, 40, pool_keeps, BELOW, {"upstream.connection_idle": 1000}),

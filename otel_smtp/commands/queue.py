@@ -519,9 +519,9 @@ def gateways(context: click.Context, *, as_json: bool) -> None:
 @json_option
 @click.pass_context
 def limits(context: click.Context, *, as_json: bool) -> None:
-    """List the limits of a shared queue.
+    """List the limits of a shared queue, and its connection slots.
 
-    With what of each is used, and which gateway has how much of it under way.
+    With what of each is used, and which gateway has how much of it.
     """
     for row in _asked(_shared(context, "limits"), lambda store: store.limits()):
         if as_json:
@@ -535,6 +535,13 @@ def limits(context: click.Context, *, as_json: bool) -> None:
             f"{row['name']}  {row['used']} of {row['most']} {row['per']} in {row['period_seconds']:.0f} s  "
             f"{under_way}  {state if wait else 'free'}"
         )
+    for row in _asked(_shared(context, "limits"), lambda store: store.slots()):
+        if as_json:
+            shown = {"upstream": row["name"], "connections_total": row["total"]}
+            _print_row(shown | {name: row[name] for name in ("used", "gateways")}, as_json=True)
+            continue
+        held = ", ".join(f"{name} {amount}" for name, amount in sorted(row["gateways"].items()))
+        click.echo(f"{row['name']}  {row['used']} of {row['total']} connections{f' ({held})' if held else ''}")
 
 
 @queue.command()

@@ -235,6 +235,7 @@ LEDGER: Final = (
         f"{_DRIVEN}test_an_upstream_that_says_too_much",
     ),
     Bound(_UPSTREAM, "connections", ("upstream.connections",), "mail waits", _LIMITS),
+    Bound(_UPSTREAM, "connections of all gateways", ("upstream.connections_total",), "mail waits", _LIMITS),
     Bound(
         _UPSTREAM,
         "the time that it takes",

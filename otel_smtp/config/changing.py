@@ -67,7 +67,8 @@ def change(before: Settings, after: Settings) -> Change:
 
     A listener whose address changes keeps all of its old settings, and so do all of them where one comes, goes or is
     renamed: what was checked as a whole must hold as a whole. A new `allow` that suits a new loopback address would
-    make an open relay at the old one. Upstreams stay as they are where one of them names a limit that is new.
+    make an open relay at the old one. Upstreams stay as they are where one of them names a limit that is new, or
+    shares another number of connections.
     """
     changed: list[str] = []
     needs_restart: list[str] = []
@@ -94,9 +95,14 @@ def change(before: Settings, after: Settings) -> Change:
 
 
 def _names_known_limits(upstreams: tuple[UpstreamTable, ...], before: Settings) -> bool:
-    """Whether the limits of upstreams are there: those are made at the start, for all workers."""
+    """Whether the limits and connection slots of upstreams are there: those are made at the start, for all workers."""
     known = {limit.name for limit in before.limit}
-    return all(known.issuperset(upstream.limits) for upstream in upstreams)
+    slots = {(upstream.name, upstream.connections_total) for upstream in before.upstream}
+    return all(
+        known.issuperset(upstream.limits)
+        and (upstream.connections_total is None or (upstream.name, upstream.connections_total) in slots)
+        for upstream in upstreams
+    )
 
 
 def _table(old: Table, new: Table, prefix: str, changed: list[str], needs_restart: list[str]) -> Table:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from ipaddress import IPv4Network, IPv6Network, collapse_addresses
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from otel_smtp.config.addresses import ListenAddress, Network, is_local, is_loopback_host, literal_address
 from otel_smtp.config.problems import Problem
@@ -19,6 +19,9 @@ from otel_smtp.observing import Endpoint
 from otel_smtp.smtp.states import TlsMode
 
 _T = TypeVar("_T")
+
+HANDED_ON_MESSAGES: Final = 100
+"""After which a connection slot is another's turn; see `forwarding.slots`."""
 
 
 def covers_everybody(networks: Iterable[Network]) -> bool:
@@ -77,6 +80,7 @@ class Consistency:
         self._names_differ(listeners)
         self._names_differ(upstreams)
         self._limits(upstreams)
+        self._slots(upstreams)
         self._notify(self._sound("notify", settings.notify))
         self._addresses_differ(listeners)
         if self._is_sound("delivery") and self._is_sound("spool"):
@@ -232,6 +236,20 @@ class Consistency:
         for name in ("client_id", "client_secret", "refresh_token", "scope"):
             if getattr(upstream, name):
                 self._add(f"{path}.{name}", "***" if "_" in name else upstream.scope, f"needs {path}.token_url")
+
+    def _slots(self, upstreams: Sequence[tuple[str, UpstreamTable]]) -> None:
+        """Say what is never reached where connections are shared out."""
+        for path, upstream in upstreams:
+            total = upstream.connections_total
+            if total is None:
+                continue
+            for name, most, why in (
+                ("connections", total, f"{path}.connections_total lets all together have no more"),
+                ("messages_per_connection", HANDED_ON_MESSAGES, f"{path}.connections_total lets others have a turn"),
+            ):
+                given = getattr(upstream, name)
+                if given > most and f"{path}.{name}" in self._origins:
+                    self.warnings.append(f"{path}.{name} = {given} is lowered to {most}: {why}")
 
     def _limits(self, upstreams: Sequence[tuple[str, UpstreamTable]]) -> None:
         limits = self._sound("limit", self._settings.limit)

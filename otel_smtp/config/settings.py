@@ -350,7 +350,17 @@ class UpstreamTable(Table, frozen=True, kw_only=True):
     server_name: Annotated[
         str, Key("name to verify", Text("a host name", HOST_NAME_PATTERN), default="the URL's host")
     ] = ""
-    connections: Annotated[int, Key("connections at once", _COUNT, "Postfix: 20 to one destination")] = 20
+    connections: Annotated[
+        int, Key("connections at once, of one process", _COUNT, "Postfix: 20 to one destination")
+    ] = 20
+    connections_total: Annotated[
+        int | None,
+        Key(
+            "connections at once that a provider allows: of all gateways that share a queue together, else of all "
+            "workers. Mail waits for one; it is handed on after 100 messages, or 5 s in which it was not used",
+            Integer(1, 10_000, may_be_off=True),
+        ),
+    ] = None
     recipients_per_transaction: Annotated[
         int, Key("recipients of one transaction; the others go in further ones", _COUNT, "RFC 5321 4.5.3.1.8")
     ] = 100

@@ -13,7 +13,7 @@ called once, on the event loop, possibly before the call returns. What the sessi
 * A call that raises has done nothing; the session answers 451 and aborts.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -193,7 +193,45 @@ class Grant:
     available: int
 
 
-class Ledger(Protocol):
+HeldSlot = tuple[int, Hashable]
+"""A slot for a connection: its number, and since when it is held."""
+
+
+class SlotHeard(Protocol):
+    """Told what another gateway says of slots."""
+
+    def __call__(self, *, is_wish: bool) -> None:
+        """It waits for some; or it has given some back."""
+        ...
+
+
+class SlotLedger(Protocol):
+    """Where the connection slots of several gateways are kept."""
+
+    def term(self) -> object | None:
+        """What changes when slots that were taken here are ours no more; None: it is not known whether they are."""
+        ...
+
+    async def hold(
+        self, name: str, total: int, released: Collection[HeldSlot], wanted: int
+    ) -> Collection[HeldSlot] | None:
+        """Give slots back, and take others.
+
+        Args:
+            name: of the upstream. `total`: how many slots it has.
+            wanted: at most so many more.
+
+        Returns:
+            All that are ours now; None: that is not known.
+        """
+        ...
+
+    def watch_slots(self, name: str, heard: SlotHeard) -> None:
+        """Have somebody told of what other gateways say of the slots of an upstream."""
+        ...
+
+
+class LimitLedger(Protocol):
     """Where limits are kept for several gateways."""
 
     def term(self) -> object | None:
@@ -204,3 +242,7 @@ class Ledger(Protocol):
     async def settle(self, claim: Claim) -> Grant | None:
         """Take permits of a limit; None: none is available now, and the question may have to be repeated."""
         ...
+
+
+class Ledger(LimitLedger, SlotLedger, Protocol):
+    """Where all is kept that gateways keep together."""

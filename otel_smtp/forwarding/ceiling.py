@@ -59,7 +59,7 @@ class SharedCeilings:
         Args:
             place: of the worker, from 0.
         """
-        free = (column for column in (place, self._workers + place) if not _is_alive(int(self._cells[column])))
+        free = (column for column in (place, self._workers + place) if not is_alive(int(self._cells[column])))
         column = next(free, place)
         self._cells[column] = os.getpid()
         ceilings = {}
@@ -71,7 +71,8 @@ class SharedCeilings:
         return ceilings
 
 
-def _is_alive(process_id: int) -> bool:
+def is_alive(process_id: int) -> bool:
+    """Whether there is another process of that id."""
     if process_id in (0, os.getpid()):
         return False
     try:

@@ -29,6 +29,8 @@ from otel_smtp.smtp.extensions import Extensions
 from otel_smtp.smtp.replies import Reply
 
 _NOTHING: Final[AbstractSet[Awaited]] = frozenset()
+PART_SECONDS: Final = 2.0
+"""How long an upstream may take to end a connection after QUIT."""
 
 Settled = Callable[[list[Answer], UpstreamFault | None], None]
 """Takes the answers of an exchange, in order, and what ended it before its last answer; None where nothing did. It must
@@ -268,6 +270,32 @@ class UpstreamConnection:
         self.protocol.send_quit()
         self._flush()
         self.stream.close()
+
+    def part(self, gone: Callable[[bool], None]) -> None:
+        """End it, and tell when the upstream has ended it too: QUIT, and wait for that (RFC 5321 4.1.1.10).
+
+        Args:
+            gone: called with whether the upstream is known to have noticed.
+        """
+        stream, was_alive = self.stream, self.is_alive
+        if stream.is_eof or not was_alive:
+            has_noticed = stream.is_eof
+            self.close()
+            self._loop.call_soon(gone, has_noticed)
+            return
+        self.on_lost = None
+        self.is_alive = False
+
+        def over(has_noticed: bool) -> None:
+            stream.on_lost = None
+            late.cancel()
+            stream.close() if has_noticed else stream.abort()
+            gone(has_noticed)
+
+        late = self._loop.call_later(PART_SECONDS, over, False)
+        stream.on_lost = lambda: over(True)
+        self.protocol.send_quit()
+        self._flush()
 
     def _flush(self) -> None:
         """Write what may travel now, in one piece."""

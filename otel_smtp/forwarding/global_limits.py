@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable
 from typing import Final
 
-from otel_smtp.forwarding.base import Claim, Grant, Ledger
+from otel_smtp.forwarding.base import Claim, Grant, LimitLedger
 from otel_smtp.forwarding.limits import LimitSettings, Pace, Permit
 
 ANSWER_SECONDS: Final = 1.0
@@ -35,7 +35,9 @@ class GlobalLimit:
 
     answer_seconds = ANSWER_SECONDS
 
-    def __init__(self, settings: LimitSettings, ledger: Ledger, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, settings: LimitSettings, ledger: LimitLedger, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.settings = settings
         self._ledger = ledger
         self._clock = clock

@@ -139,7 +139,7 @@ class Limit:
         self,
         settings: LimitSettings,
         cells: "memoryview[float] | None" = None,
-        lock: "Callable[[], _Locked] | None" = None,
+        lock: "Callable[[], Locked] | None" = None,
     ) -> None:
         self.settings = settings
         self._cells = cells if cells is not None else memoryview(bytearray(8 * settings.table_cells)).cast("d")
@@ -279,7 +279,7 @@ class Limit:
         return self._at(position)
 
 
-class _Locked:
+class Locked:
     """A lock between processes that ends with its holder: a record lock (POSIX fcntl) on a file without a name."""
 
     def __init__(self, file: int) -> None:
@@ -293,7 +293,7 @@ class _Locked:
 
 
 @contextmanager
-def _held(lock: Callable[[], _Locked] | None) -> Iterator[None]:
+def _held(lock: Callable[[], Locked] | None) -> Iterator[None]:
     if lock is None:
         yield
     else:
@@ -309,7 +309,7 @@ class SharedLimits:
             descriptor = os.dup(file.fileno())
         weakref.finalize(self, os.close, descriptor)
         cells = memoryview(mmap.mmap(-1, max(1, sum(one.table_cells for one in settings)) * 8)).cast("d")
-        lock = _Locked(descriptor)
+        lock = Locked(descriptor)
         self.limits: dict[str, Limit] = {}
         first = 0
         for one in settings:

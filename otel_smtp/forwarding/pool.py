@@ -15,13 +15,17 @@ A connection that was refused while others of the same upstream work says nothin
 it takes no more at once (see `ceiling`). So the ticket goes back to its place, and waits for one of those others. While
 none is known to work, and more are being opened, their outcome decides what the refusal meant.
 
+Where all who share an upstream may have only so many connections together, one is opened when it has a slot, which it
+keeps until the upstream has noticed its end (see `slots`). Others that wait get what lies idle here, and what has had
+its turn.
+
 `Ticket.on_decided` is called in the middle of the pool's own work, and may call the pool: by then the pool is in order.
 """
 
 import math
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 from typing import Final, Generic, Protocol, TypeVar
 
@@ -29,6 +33,7 @@ from otel_smtp.forwarding.breaker import Breaker, BreakerState
 from otel_smtp.forwarding.ceiling import Ceiling
 from otel_smtp.forwarding.faults import UpstreamFault
 from otel_smtp.forwarding.settings import PoolLimits
+from otel_smtp.forwarding.slots import TURN_SECONDS, AnySlots
 
 
 class Pooled(Protocol):
@@ -121,6 +126,7 @@ class Pool(Generic[C]):
 
     Args:
         ceiling: what is known, perhaps with other workers, of how many connections the upstream takes.
+        slots: of its connections; None: there are none, and none are needed.
 
     Attributes:
         closing: connections that are to be closed now; see `take_closing`.
@@ -130,11 +136,14 @@ class Pool(Generic[C]):
 
     __slots__ = (
         "_busy", "_closed", "_idle", "_is_closed", "_is_retired", "_is_unexplained", "_limits", "_opening", "_parked",
-        "_retry_at", "breaker", "ceiling", "closing", "heard_at", "waiting",
+        "_parting", "_retry_at", "_slots", "_turn", "breaker", "ceiling", "closing", "heard_at", "waiting",
     )  # fmt: skip
 
-    def __init__(self, limits: PoolLimits, ceiling: Ceiling | None = None) -> None:
+    def __init__(self, limits: PoolLimits, ceiling: Ceiling | None = None, slots: AnySlots | None = None) -> None:
         self._limits = limits
+        self._slots = slots
+        self._turn = replace(limits, age_seconds=min(limits.age_seconds, TURN_SECONDS))
+        self._parting = 0  # given up, and their slots are not free yet
         self.breaker = Breaker(limits.connections)
         self.ceiling = ceiling if ceiling is not None else Ceiling()
         self.heard_at: float | None = None
@@ -216,6 +225,8 @@ class Pool(Generic[C]):
     def concurrency(self, now: float) -> int:
         """How many mails may be under way; see `Breaker.concurrency`."""
         most = self.breaker.concurrency(now)
+        if self._slots is not None:
+            most = min(most, self._slots.held + 1)  # and one that waits for another slot
         return most if most <= 1 or self.ceiling.level > most else int(max(1, min(most, self.ceiling.share(now))))
 
     def release(self, connection: C, now: float) -> None:
@@ -225,6 +236,7 @@ class Pool(Generic[C]):
             not self._is_retired
             and connection.is_reusable(now, self._limits)
             and not (self.ceiling.is_shared and self._is_for_others(now))
+            and (self._slots is None or self._keeps_slot(connection, now))
         ):
             self._idle.append((connection, now))
         else:
@@ -268,6 +280,8 @@ class Pool(Generic[C]):
             Whether the ticket waits again: for another connection, or to learn whether the upstream works.
         """
         self._opening -= 1
+        if self._slots is not None:
+            self._slots.give_back(now, lingers=True)
         self._note()
         ceiling = self.ceiling
         works = ceiling.works(now)
@@ -316,6 +330,8 @@ class Pool(Generic[C]):
     def gave_up(self, now: float) -> None:
         """The attempt to open was given up: no verdict."""
         self._opening -= 1
+        if self._slots is not None:
+            self._slots.give_back(now, lingers=True)
         self.breaker.give_up()
         self._assign(now)
 
@@ -341,6 +357,8 @@ class Pool(Generic[C]):
         self._note()
         if self.ceiling.is_shared:
             self._make_room_for_others(now)
+        if self._slots is not None and (self._slots.are_wanted(now) or not self._slots.are_ours()):
+            self._give_idle_up(now)
         if self.waiting:
             self._explain_refusals(now)
             if self._is_unexplained:
@@ -351,6 +369,41 @@ class Pool(Generic[C]):
             if ticket in self.waiting:  # what became of one may have been told to another
                 self.waiting.remove(ticket)
                 ticket.decide(Decision.NONE)
+
+    # Slots ------------------------------------------------------------------------------------------------
+
+    def wanted_slots(self, now: float) -> int:
+        """How many connections would be opened now, were there slots for them."""
+        if self._is_closed:
+            return 0
+        in_use = self._busy + self._opening
+        return max(0, min(len(self.waiting), self._limits.connections - in_use, self.breaker.concurrency(now) - in_use))
+
+    def look_at_slots(self, now: float) -> None:
+        """There may be slots, or others may wait for them."""
+        assert self._slots is not None
+        if self._slots.are_wanted(now):
+            self._give_idle_up(now)
+        self._assign(now)
+
+    def gone(self, now: float, *, lingers: bool) -> None:
+        """A connection that was given up is over; see `AnySlots.give_back`."""
+        assert self._slots is not None
+        self._parting -= 1
+        self._slots.give_back(now, lingers=lingers)
+        self._assign(now)
+
+    def _give_idle_up(self, now: float) -> None:
+        while self._idle:
+            self._give_up(self._idle.popleft()[0], now)
+
+    def _keeps_slot(self, connection: C, now: float) -> bool:
+        """Whether a connection that is released may be used again here."""
+        slots = self._slots
+        assert slots is not None
+        if not slots.are_ours():
+            return False
+        return not slots.are_wanted(now) or (bool(self.waiting) and connection.is_reusable(now, self._turn))
 
     def serve(self, now: float) -> bool:
         """Reclaim what has been parked for long enough, for those who wait.
@@ -365,12 +418,19 @@ class Pool(Generic[C]):
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing that could be late: no connection that is open or opening, and nobody who waits."""
-        return not (self._idle or self._busy or self._opening or self.waiting or self.closing)
+        return not (self._idle or self._busy or self._opening or self.waiting or self.closing or self._parting)
+
+    @property
+    def is_parting(self) -> bool:
+        """Whether connections that were given up are not over yet."""
+        return self._parting > 0
 
     def retire(self) -> None:
         """Keep no idle connection any more; tickets are served as before, for those that still come."""
         self._is_retired = True
         self.closing.extend(connection for connection, _ in self._idle)
+        if self._slots is not None:
+            self._parting += len(self._idle)
         self._idle.clear()
         self._note()
 
@@ -410,6 +470,8 @@ class Pool(Generic[C]):
 
     def _give_up(self, connection: C, now: float) -> None:
         self.closing.append(connection)
+        if self._slots is not None:
+            self._parting += 1
         self._closed.append(now)
         self.ceiling.closed(now)
 
@@ -475,6 +537,17 @@ class Pool(Generic[C]):
             return False  # what is being opened tells first
         if now < self._retry_at and self.ceiling.works(now):
             return False
+        if self._slots is not None and not self._slots.take(now):
+            if self._idle and not self._parting:  # likewise, for its slot
+                self._give_up(self._idle.popleft()[0], now)
+            return False
+        if self._ceiling_allows(now):
+            return True
+        if self._slots is not None:
+            self._slots.put_back(now)
+        return False
+
+    def _ceiling_allows(self, now: float) -> bool:
         if self.ceiling.allows(now):
             return True
         if not self._idle:

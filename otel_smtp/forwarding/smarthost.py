@@ -1,6 +1,7 @@
 """One upstream: its pool, brought to life with real connections, and what it said of itself last."""
 
 import asyncio
+import contextlib
 import logging
 import ssl
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from otel_smtp.forwarding.limits import Pace
 from otel_smtp.forwarding.opening import NotePhase, open_connection
 from otel_smtp.forwarding.pool import RECLAIM_SOONEST_SECONDS, Decision, Pool, PoolSnapshot, Ticket
 from otel_smtp.forwarding.settings import UpstreamSettings
+from otel_smtp.forwarding.slots import AnySlots
 from otel_smtp.forwarding.tls import UpstreamTlsContext
 from otel_smtp.net import Sweep
 from otel_smtp.observing import DeliveryPhase
@@ -25,6 +27,8 @@ logger: Final = logging.getLogger("otel_smtp.forwarding.smarthost")
 
 LEARN_AGAIN_SECONDS: Final = 1.0  # after the first failure; twice as long after each further one
 LEARN_AGAIN_MOST_SECONDS: Final = 60.0
+SLOT_SECONDS: Final = 1.0
+"""How long clients are promised nothing while what it offers is not known for want of a connection slot."""
 
 Opened = Callable[[UpstreamConnection | None, UpstreamFault | None], None]
 """Takes a connection that was opened, or why none was; neither: the ticket waits again, or was decided otherwise
@@ -43,10 +47,12 @@ class Smarthost:
         sweep: calls `check_clock` while there is anything that can be late.
         ceiling: of its connections, shared with other workers; None: there are none.
         learnt: called when `extensions` or `is_unheard` has changed.
+        room_made: called when more mails may be under way.
 
     Attributes:
         settings: as configured. `endpoint`: where it is.
         pace: the limits that its mails are held to; None: there are none.
+        slots: of its connections; None: they need none.
         extensions: what its last EHLO offered; None before the first.
         is_unheard: nobody knows yet what it offers, nor that it cannot be asked now.
         unpark: `unpark(connection)`: go on with a connection that was left alone by `park`.
@@ -58,15 +64,19 @@ class Smarthost:
     """
 
     __slots__ = (
+        "__weakref__",
         "_connections",
         "_context",
         "_hostname",
         "_is_swept",
+        "_learning",
         "_learnt",
         "_level",
         "_loop",
+        "_parted",
         "_pool",
         "_reclaiming",
+        "_room_made",
         "_sweep",
         "endpoint",
         "extensions",
@@ -76,6 +86,7 @@ class Smarthost:
         "last_fault",
         "pace",
         "settings",
+        "slots",
         "unpark",
     )
 
@@ -87,9 +98,15 @@ class Smarthost:
         ceiling: Ceiling | None = None,
         pace: Pace | None = None,
         learnt: Callable[[], None] | None = None,
+        slots: AnySlots | None = None,
+        room_made: Callable[[], None] = lambda: None,
     ) -> None:
         self.settings = settings
         self.pace = pace
+        self.slots = slots
+        self._room_made = room_made
+        self._learning: asyncio.Future[None] | None = None  # done when there may be a slot for that
+        self._parted: asyncio.Event | None = None  # waited for at the end
         self.endpoint = settings.endpoint
         self.extensions: Extensions | None = None
         self.is_unheard = True
@@ -99,7 +116,9 @@ class Smarthost:
         self.last_fault: UpstreamFault | None = None
         self._hostname = hostname
         self._context = self.tls_context()
-        self._pool: Pool[UpstreamConnection] = Pool(settings.limits, ceiling)
+        self._pool: Pool[UpstreamConnection] = Pool(settings.limits, ceiling, slots)
+        if slots is not None:
+            slots.watch(self)
         self.unpark = self._pool.unpark
         self._connections: set[UpstreamConnection] = set()  # all that are open
         self._sweep = sweep
@@ -268,6 +287,8 @@ class Smarthost:
         wait_seconds = LEARN_AGAIN_SECONDS
         while self.extensions is None:
             try:
+                if self.slots is not None and not await self._slot_to_learn(self.slots):
+                    return
                 connection = await self._open_unasked()
             except ConnectFailed as fault:
                 self._learn(None)
@@ -291,13 +312,36 @@ class Smarthost:
         if self._learnt is not None:
             self._learnt()
 
+    async def _slot_to_learn(self, slots: AnySlots) -> bool:
+        """Take a slot; False: it is known by now what the upstream offers."""
+        loop = asyncio.get_running_loop()
+        asked_at = loop.time()
+        try:
+            while not slots.take(loop.time()):
+                self._learning = loop.create_future()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(SLOT_SECONDS):
+                        await self._learning
+                if self.extensions is not None:
+                    return False
+                if self.is_unheard and loop.time() - asked_at >= SLOT_SECONDS:
+                    self._learn(None)
+        finally:
+            self._learning = None
+        return True
+
     async def _open_unasked(self) -> UpstreamConnection:
         opening: list[tuple[DeliveryPhase, Reply | None]] = []
 
         def note(phase: DeliveryPhase, reply: Reply | None) -> None:
             opening.append((phase, reply))
 
-        connection = await open_connection(self.settings, self._context, self._hostname, note)
+        try:
+            connection = await open_connection(self.settings, self._context, self._hostname, note)
+        except BaseException:
+            if self.slots is not None:
+                self.slots.give_back(asyncio.get_running_loop().time(), lingers=True)
+            raise
         connection.opening = opening
         return connection
 
@@ -450,7 +494,44 @@ class Smarthost:
     def _close_what_is_over(self) -> None:
         for connection in self._pool.take_closing():
             self._connections.discard(connection)
-            connection.close()
+            if self.slots is None:
+                connection.close()
+            else:
+                connection.part(self._gone)
+
+    # Slots, see `SlotUser` --------------------------------------------------------------------------------
+
+    def _gone(self, has_noticed: bool) -> None:
+        assert self._loop is not None
+        self._pool.gone(self._loop.time(), lingers=not has_noticed)
+        self._close_what_is_over()
+        if self._parted is not None and not self._pool.is_parting:
+            self._parted.set()
+
+    def wanted_slots(self) -> int:
+        """How many more connections would be opened now."""
+        wanted = 0 if self._loop is None else self._pool.wanted_slots(self._loop.time())
+        return wanted + int(self._learning is not None)
+
+    def look(self) -> None:
+        """There may be slots, or others may wait for them."""
+        if self._learning is not None and not self._learning.done():
+            self._learning.set_result(None)
+        if self._loop is not None:
+            self._pool.look_at_slots(self._loop.time())
+            self._close_what_is_over()
+        self._room_made()
+
+    async def parted(self) -> None:
+        """Wait until the upstream has noticed the end of the connections that were closed, and all slots are free."""
+        if self.slots is None:
+            return
+        self._pool.retire()
+        self._close_what_is_over()
+        if self._pool.is_parting:
+            self._parted = asyncio.Event()
+            await self._parted.wait()
+        await self.slots.told()
 
 
 def _alone(fault: UpstreamFault) -> UpstreamFault:

@@ -17,6 +17,7 @@ from otel_smtp.forwarding.limits import AnyLimit, Pace
 from otel_smtp.forwarding.pool import PoolSnapshot
 from otel_smtp.forwarding.routes import Routes, Serving, whatever_they_serve
 from otel_smtp.forwarding.settings import MEMORY_LIMIT_OCTETS, PACE_PATIENCE_SECONDS, Strategy, UpstreamSettings
+from otel_smtp.forwarding.slots import AnySlots
 from otel_smtp.forwarding.smarthost import Smarthost
 from otel_smtp.forwarding.transaction import Buffered, Spooled, Transaction, Transparent, bad_recipient
 from otel_smtp.net import Sweep
@@ -69,6 +70,7 @@ class UpstreamForwarder:
         sweep: looks at the clock, for everything here that can be late.
         ceilings: of the upstreams' connections, by name, where workers share them.
         limits: that upstreams may be paced by, by name.
+        slots: of the connections to upstreams, by their names, of those that have some.
         pace_patience_seconds: how long a client's mail waits for them.
         memory_limit_octets: of one message's body; what exceeds it goes to a temporary file.
 
@@ -86,6 +88,7 @@ class UpstreamForwarder:
         sweep: Sweep,
         ceilings: Mapping[str, Ceiling] | None = None,
         limits: Mapping[str, AnyLimit] | None = None,
+        slots: Mapping[str, AnySlots] | None = None,
         pace_patience_seconds: float = PACE_PATIENCE_SECONDS,
         memory_limit_octets: int = MEMORY_LIMIT_OCTETS,
     ) -> None:
@@ -97,6 +100,7 @@ class UpstreamForwarder:
         self._sweep = sweep
         self._retired: list[Smarthost] = []
         self._limits = limits or {}
+        self._slots = slots or {}
         self.pace_patience_seconds = pace_patience_seconds
         self._room_made: Callable[[], None] = _nothing
         shared = ceilings or {}
@@ -117,7 +121,16 @@ class UpstreamForwarder:
             if pace.most_recipients is not None:  # more of them never leave at once
                 most = min(settings.recipients_per_transaction, pace.most_recipients)
                 settings = replace(settings, recipients_per_transaction=most)
-        return Smarthost(settings, self._hostname, self._sweep, ceiling, pace, self._forget_promise)
+        return Smarthost(
+            settings,
+            self._hostname,
+            self._sweep,
+            ceiling,
+            pace,
+            self._forget_promise,
+            self._slots.get(settings.name),
+            lambda: self._room_made(),
+        )
 
     def _relay_by(self, smarthosts: Sequence[Smarthost], strategy: Strategy) -> None:
         self._smarthosts = smarthosts
@@ -314,6 +327,13 @@ class UpstreamForwarder:
         return relay_by_them
 
     # The end ----------------------------------------------------------------------------------------------
+
+    async def give_slots_back(self) -> None:
+        """Close the connections that have slots and no mail, and wait until the upstreams have noticed.
+
+        For a gateway that is about to leave the others.
+        """
+        await asyncio.gather(*(smarthost.parted() for smarthost in (*self._smarthosts, *self._retired)))
 
     async def close(self, *, grace_seconds: float = CLOSE_GRACE_SECONDS) -> None:
         """Close the connections, those in use when their mail is done with them. Idempotent.

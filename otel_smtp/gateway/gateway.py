@@ -132,6 +132,7 @@ class Gateway:
             observer=self._observer,
             sweep=self._sweep,
             limits=wiring.limits(settings, store, shared_limits),
+            slots=wiring.slots(settings, store, process.slots.slots if process is not None and process.slots else None),
             # What a client would have to wait for is queued there instead.
             pace_patience_seconds=0.0 if settings.delivery.mode == "direct-then-queue" else PACE_PATIENCE_SECONDS,
             ceilings=process.ceilings.claim(process.number) if process is not None and process.ceilings else None,
@@ -271,7 +272,9 @@ class Gateway:
         ends = loop.time() + (0.0 if immediately else self._settings.timeouts.shutdown_grace)
         await self._server.drain(max(0.0, ends - loop.time()))
         if self._spool is not None:
-            await self._spool.stop(grace_seconds=max(0.0, ends - loop.time()))
+            await self._spool.stop(
+                grace_seconds=max(0.0, ends - loop.time()), before_leaving=self._forwarder.give_slots_back
+            )
         await self._forwarder.close(grace_seconds=min(CLOSE_GRACE_SECONDS, max(0.0, ends - loop.time())))
         if self._catching_up is not None:
             self._catching_up.cancel()

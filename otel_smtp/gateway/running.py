@@ -14,6 +14,7 @@ from typing import Any, Final
 from otel_smtp.config import Settings
 from otel_smtp.forwarding.ceiling import SharedCeilings
 from otel_smtp.forwarding.limits import SharedLimits
+from otel_smtp.forwarding.slots import SharedSlots
 from otel_smtp.gateway import wiring
 from otel_smtp.gateway.gateway import WRONG_FILES, Gateway, Ready
 from otel_smtp.gateway.ports import SharedPorts, with_present_addresses
@@ -80,13 +81,14 @@ def _supervise(settings: Settings, on_ready: OnReady, read_settings: ReadSetting
     token = secrets.token_hex()
     ceilings = SharedCeilings([upstream.name for upstream in settings.upstream], settings.workers)
     limits = SharedLimits(wiring.limit_settings(settings))
+    slots = SharedSlots(wiring.slot_settings(settings))
     with SharedPorts(with_present_addresses(settings)) as shared:
         # For workers that are forked later.
         reloading = Reloading(settings, read_settings, shared.adopt)
         manager = ServiceManager(os.environ.get("NOTIFY_SOCKET"))
 
         def work(number: int, announce: Callable[[], None]) -> int:
-            process = Process(number, shared.worker_status_ports, token, ceilings, limits)
+            process = Process(number, shared.worker_status_ports, token, ceilings, limits, slots)
             serving = serve(
                 shared.settings,
                 lambda _: announce(),

@@ -10,6 +10,7 @@ from otel_smtp.config import Settings
 from otel_smtp.forwarding.breaker import BreakerState
 from otel_smtp.forwarding.ceiling import SharedCeilings
 from otel_smtp.forwarding.limits import SharedLimits
+from otel_smtp.forwarding.slots import SharedSlots
 from otel_smtp.gateway.ports import bind
 from otel_smtp.observing import Endpoint
 from otel_smtp.smtp.envelope import Recipient
@@ -38,7 +39,7 @@ class Process(NamedTuple):
         number: from 0. The first one has the operator's status port and asks the others for their status.
         status_ports: by number, where each process serves its status on the loopback. The first's is not used.
         token: the secret by which they authenticate to each other.
-        limits: that they keep together; None: each keeps them alone.
+        limits, slots: that they keep together; None: each keeps them alone.
         ceilings: what they learn of the upstreams' connection caps; None: that is not shared.
     """
 
@@ -47,6 +48,7 @@ class Process(NamedTuple):
     token: str
     ceilings: SharedCeilings | None = None
     limits: SharedLimits | None = None
+    slots: SharedSlots | None = None
 
 
 class StatusPort:

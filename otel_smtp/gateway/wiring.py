@@ -15,6 +15,7 @@ from otel_smtp.config import ListenerTable, Settings, UpstreamTable
 from otel_smtp.config.settings import SpoolTable, Table
 from otel_smtp.config.settings import TelemetryTable as TelemetrySettings
 from otel_smtp.forwarding.global_limits import GlobalLimit
+from otel_smtp.forwarding.global_slots import GlobalSlots
 from otel_smtp.forwarding.limits import AnyLimit, LimitSettings, limits_of
 from otel_smtp.forwarding.oauth import OAuthSettings, OAuthTokens
 from otel_smtp.forwarding.settings import (
@@ -25,6 +26,7 @@ from otel_smtp.forwarding.settings import (
     TracePolicy,
     UpstreamSettings,
 )
+from otel_smtp.forwarding.slots import IDLE_SECONDS, TURN_MESSAGES, AnySlots, SlotSettings, slots_of
 from otel_smtp.server.exchanges import Authenticator
 from otel_smtp.server.policy import ListenerPolicy, Segments, ServerTimeouts
 from otel_smtp.smtp.policy import ServerLimits, ServerPolicy
@@ -145,12 +147,7 @@ def upstream_settings(upstream: UpstreamTable) -> UpstreamSettings:
         certificate_file=str(upstream.tls_cert) if upstream.tls_cert is not None else None,
         key_file=str(upstream.tls_key) if upstream.tls_key is not None else None,
         server_name=upstream.server_name or None,
-        limits=PoolLimits(
-            connections=upstream.connections,
-            messages=upstream.messages_per_connection,
-            age_seconds=upstream.connection_age,
-            idle_seconds=upstream.connection_idle,
-        ),
+        limits=_pool_limits(upstream),
         reply_limits=ReplyLimits(upstream.reply_line, upstream.reply_lines),
         timeouts=_by_name(Timeouts, upstream.timeout, without=("pool",)),
         senders=upstream.senders,
@@ -160,6 +157,23 @@ def upstream_settings(upstream: UpstreamTable) -> UpstreamSettings:
         reencode_8bit=upstream.reencode_8bit,
         disabled=frozenset(upstream.disable),
         paced_by=upstream.limits,
+    )
+
+
+def _pool_limits(upstream: UpstreamTable) -> PoolLimits:
+    limits = PoolLimits(
+        connections=upstream.connections,
+        messages=upstream.messages_per_connection,
+        age_seconds=upstream.connection_age,
+        idle_seconds=upstream.connection_idle,
+    )
+    if upstream.connections_total is None:
+        return limits
+    return dataclasses.replace(
+        limits,
+        connections=min(limits.connections, upstream.connections_total),
+        messages=min(limits.messages, TURN_MESSAGES),
+        idle_seconds=min(limits.idle_seconds, IDLE_SECONDS),
     )
 
 
@@ -209,6 +223,22 @@ def limits(settings: Settings, store: "Store | None", shared: Mapping[str, AnyLi
     if store is not None and store.ledger is not None:
         return {one.name: GlobalLimit(one, store.ledger) for one in limit_settings(settings)}
     return shared if shared is not None else limits_of(limit_settings(settings))
+
+
+def slot_settings(settings: Settings) -> list[SlotSettings]:
+    """The upstreams whose connections need slots."""
+    return [
+        SlotSettings(upstream.name, upstream.connections_total)
+        for upstream in settings.upstream
+        if upstream.connections_total is not None
+    ]
+
+
+def slots(settings: Settings, store: "Store | None", shared: Mapping[str, AnySlots] | None) -> Mapping[str, AnySlots]:
+    """The connection slots themselves, by the upstreams' names; arguments as for `limits`."""
+    if store is not None and store.ledger is not None:
+        return {one.name: GlobalSlots(one, store.ledger) for one in slot_settings(settings)}
+    return shared if shared is not None else slots_of(slot_settings(settings))
 
 
 def _tokens(upstream: UpstreamTable) -> OAuthTokens | None:

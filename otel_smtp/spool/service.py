@@ -2,7 +2,7 @@
 
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -118,14 +118,20 @@ class Spool:
         if self._telling is not None:
             self._telling.start()
 
-    async def stop(self, *, grace_seconds: float) -> None:
-        """Begin no attempt any more, let those under way end within the grace, and give the store up."""
+    async def stop(self, *, grace_seconds: float, before_leaving: Callable[[], Awaitable[None]] | None = None) -> None:
+        """Begin no attempt any more, let those under way end within the grace, and give the store up.
+
+        Args:
+            before_leaving: done when no attempt is under way, and the store is still ours.
+        """
         if self._control is not None:
             await self._control.stop()
         await self.runner.stop(grace_seconds=grace_seconds)
         self._is_running = False
         if self._telling is not None:
             await self._telling.stop()
+        if before_leaving is not None:
+            await before_leaving()
         await self.store.close()
 
     def tell(self, receivers: "Sequence[ReceiverSettings]") -> None:

@@ -111,7 +111,7 @@ class Store(Protocol):
 
     @property
     def ledger(self) -> Ledger | None:
-        """Keeps the limits of all gateways that share it; None: it is one gateway's."""
+        """Keeps the limits and connection slots of all gateways that share it; None: it is one gateway's."""
         ...
 
     async def open(self) -> Recovery:

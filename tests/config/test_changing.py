@@ -107,6 +107,13 @@ def test_a_new_limit_needs_a_restart_and_so_does_what_it_holds_for() -> None:
     assert new.needs_restart == ("upstream", "limit")
     assert new.settings.upstream == before.upstream
     assert new.changed == ()
+    # So it is with connections that are shared out.
+    three, four = (settings(upstream=[{**UPSTREAM, "connections_total": total}]) for total in (3, 4))
+    for old, other in ((before, three), (three, four)):
+        new = change(old, other)
+        assert new.needs_restart == ("upstream",)
+        assert new.settings.upstream == old.upstream
+    assert change(three, before).needs_restart == ()
     # One that is there already may hold for an upstream from now on.
     new = change(settings(limit=[limit]), settings(limit=[limit], **limited))
     assert new.needs_restart == ()

@@ -340,6 +340,26 @@ def test_limits_that_cannot_hold(limit: list[Any], limits: list[str], expected: 
     assert expected in refusal_of(upstream=[LOCAL | {"limits": limits}], **values).replace('"', "'")
 
 
+def test_connections_that_are_shared_out_bound_those_of_a_process() -> None:
+    shared = {"connections_total": 3}
+    assert load_with(upstream=[LOCAL | shared]).warnings == ()  # the default contradicts nothing
+    settings = load_with(upstream=[LOCAL | shared | {"connections": 4, "messages_per_connection": 101}])
+    assert settings.warnings == (
+        "upstream.0.connections = 4 is lowered to 3: upstream.0.connections_total lets all together have no more",
+        "upstream.0.messages_per_connection = 101 is lowered to 100: "
+        "upstream.0.connections_total lets others have a turn",
+    )
+    less = {"connections": 2, "messages_per_connection": 7}
+    assert load_with(upstream=[LOCAL | shared | less]).warnings == ()
+
+
+@pytest.mark.parametrize("total", [0, -1, 10_001, "3 or so", True])
+def test_connections_in_all_that_are_no_number(total: object) -> None:
+    refusal = refusal_of(upstream=[LOCAL | {"connections_total": total}])
+    assert "upstream.0.connections_total" in refusal
+    assert 'allowed: a whole number from 1 to 10000, or "off"' in refusal
+
+
 # Receivers of outcomes ---------------------------------------------------------------------------------------
 
 APP: dict[str, Any] = {"url": "https://app.example/mail-events", "key": "a key of thirty-two octets, here"}

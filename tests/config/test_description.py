@@ -20,7 +20,7 @@ timeouts: command command_under_stress data session tls_handshake shutdown_grace
 delivery: mode strategy content_newlines
 upstream[]: name url username password password_file auth token_url client_id client_secret client_secret_file
 upstream[]: refresh_token refresh_token_file scope ca_file tls_cert tls_key server_name connections
-upstream[]: recipients_per_transaction messages_per_connection connection_age connection_idle disable
+upstream[]: connections_total recipients_per_transaction messages_per_connection connection_age connection_idle disable
 upstream[]: reencode_8bit limits reply_line reply_lines senders recipients trace_context
 upstream[].timeout: connect greeting command data block reply
 limit[]: name rate burst per

@@ -13,7 +13,7 @@ from pathlib import Path
 from tests.durability.failing import CALLS, fill, inject, starve
 from tests.durability.killing import kill_again_and_again
 from tests.durability.model import MODES, Model, run_model
-from tests.durability.sharing import TAKEOVER_SECONDS, kill_in_turn, stop_at_known_moments
+from tests.durability.sharing import TAKEOVER_SECONDS, keep_limits, kill_in_turn, stop_at_known_moments
 from tests.durability.supervising import storm
 from tests.spool.postgresql.schemas import new_place
 
@@ -41,6 +41,7 @@ def main() -> int:
     gateways.add_argument("--kills", type=int, default=10)
     gateways.add_argument("--stops", type=int, default=3)
     gateways.add_argument("--mails", type=int, default=1000, help="before the first kill, and again at the end")
+    gateways.add_argument("--limited-mails", type=int, default=1500, help="of which 600 a minute may leave")
     gateways.add_argument("--seed", type=int, default=1)
     parser.add_argument("--directory", type=Path, default=None, help="on the disk that is to be tried")
     arguments = parser.parse_args()
@@ -77,7 +78,15 @@ def main() -> int:
             (moments := directory / "moments").mkdir()
             stopped = stop_at_known_moments(place, moments)
             print(f"stopped at known moments: {stopped}")
-            is_wrong = max(shared.takeovers, default=0) > TAKEOVER_SECONDS + 2 or stopped.taken["content"] != 2
+            (limited := directory / "limits").mkdir()
+            place = asyncio.run(new_place(takeover_seconds=TAKEOVER_SECONDS))
+            kept = keep_limits(
+                place, limited, arguments.kills, mails=arguments.limited_mails, count=600, period_seconds=60.0,
+                seed=arguments.seed, tell=lambda line: print(line, flush=True),
+            )  # fmt: skip
+            print(f"600/m and 3 connections in all: {kept.told()}", flush=True)
+            is_wrong = kept.most_open > 3 or kept.most_in_a_window > 600 or bool(kept.books.lost)
+            is_wrong |= max(shared.takeovers, default=0) > TAKEOVER_SECONDS + 2 or stopped.taken["content"] != 2
             is_wrong |= bool(shared.lost or shared.unmarked_duplicates or shared.left or not shared.is_balanced)
             return int(is_wrong or stopped.taken != {"RCPT": 1, "DATA": 1, "content": 2} or stopped.marked != 3)
         case "model":

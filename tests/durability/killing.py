@@ -96,6 +96,14 @@ class Clients:
         for thread in self._threads:
             thread.join(30)
 
+    def send(self, count: int) -> None:
+        """Send so many in one session, at once."""
+        chance = random.Random(count)
+        with smtplib.SMTP("127.0.0.1", self.port, timeout=45) as session:
+            session.ehlo()
+            for number in range(count):
+                self._send(session, f"{self._name}-{number}", chance)
+
     def _send_on(self, client: int) -> None:
         chance = random.Random(client)
         number = 0

@@ -12,11 +12,13 @@ import smtplib
 import subprocess
 import sys
 import time
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 from otel_smtp.spool.postgresql import QueueLocation
@@ -59,7 +61,14 @@ class _Slot:
 class Sharing:
     """Gateways on one queue, each with clients of its own."""
 
-    def __init__(self, place: QueueLocation, upstream: CountingUpstream, directory: Path, books: SharedBooks) -> None:
+    def __init__(
+        self,
+        place: QueueLocation,
+        upstream: CountingUpstream,
+        directory: Path,
+        books: SharedBooks,
+        more: Mapping[str, Any],
+    ) -> None:
         self._directory = directory
         self._books = books
         self._started = 0
@@ -74,6 +83,7 @@ class Sharing:
             "spool.retry": ["1s"],
             "limits.messages_per_connection": 1000,
             "log.level": "warning",
+            **more,
         }
 
     def start(self, clients: int) -> None:
@@ -133,13 +143,13 @@ class Sharing:
         """What `otel-smtp queue` says."""
         return queue_command(self._directory / "run0" / "settings.toml", *arguments)
 
-    def balance(self, upstream: CountingUpstream) -> None:
+    def balance(self, upstream: CountingUpstream, *, timeout_seconds: float = 120) -> None:
         """Let all be delivered, end, and look at the books."""
         for slot in self.slots:
             slot.load.stop()
         upstream.is_willing = True
         self._books.held_at_the_end = int(self.queue("release", "--all").split()[0])
-        until(self._is_empty, "everything is delivered", timeout_seconds=120)
+        until(self._is_empty, "everything is delivered", timeout_seconds=timeout_seconds)
         for slot in self.slots:
             assert slot.running.stop() == 0
         for running in self.all:
@@ -157,12 +167,18 @@ class Sharing:
 
 @contextlib.contextmanager
 def sharing(
-    place: QueueLocation, directory: Path, *, gateways: int, clients: int = 3, seed: int = 1
+    place: QueueLocation,
+    directory: Path,
+    *,
+    gateways: int,
+    clients: int = 3,
+    seed: int = 1,
+    more: Mapping[str, Any] = MappingProxyType({}),
 ) -> Iterator[tuple[Sharing, SharedBooks, CountingUpstream]]:
     """Gateways on one queue that have been up for long enough to take over."""
     books = SharedBooks()
     with CountingUpstream(seed) as upstream, contextlib.ExitStack() as stack:
-        shared = Sharing(place, upstream, directory, books)
+        shared = Sharing(place, upstream, directory, books, more)
         for _ in range(gateways):
             shared.start(clients)
             stack.push(shared.slots[-1].leave)
@@ -206,6 +222,68 @@ def kill_in_turn(
 
 def _wait_for_mails(books: SharedBooks, count: int) -> None:
     until(lambda: len(books.accepted) >= count or None, f"{count} mails", timeout_seconds=600)
+
+
+@dataclass(frozen=True)
+class KeptLimits:
+    """What a provider saw of gateways that were killed at random.
+
+    Attributes:
+        most_open: connections at once. `most_in_a_window`: messages within any period of the rate.
+        seconds: from the first message to the last.
+    """
+
+    books: SharedBooks
+    most_open: int
+    most_in_a_window: int
+    seconds: float
+
+    def told(self) -> str:
+        """One line."""
+        return (
+            f"at most {self.most_open} connections at once, and {self.most_in_a_window} messages in a window; "
+            f"{sum(self.books.taken.values())} in {self.seconds:.0f} s; {self.books.told()}"
+        )
+
+
+def keep_limits(
+    place: QueueLocation,
+    directory: Path,
+    kills: int,
+    *,
+    mails: int,
+    count: int,
+    period_seconds: float,
+    connections: int = 3,
+    gateways: int = 3,
+    seed: int = 1,
+    tell: Callable[[str], None] = lambda _: None,
+) -> KeptLimits:
+    """Kill gateways at random that deliver what they have queued, within the rate and the connections of a provider.
+
+    Args:
+        count, period_seconds: the rate; the period is a second, or a minute.
+    """
+    chance = random.Random(seed)
+    more = {
+        "upstream.connections_total": connections,
+        "upstream.limits": ["provider-rate"],
+        "limit.name": "provider-rate",
+        "limit.rate": f"{count}/{ {1.0: 's', 60.0: 'm'}[period_seconds] }",
+        "limit.burst": count,  # so that the window is what holds them
+    }
+    with sharing(place, directory, gateways=gateways, clients=0, seed=seed, more=more) as (shared, books, upstream):
+        upstream.is_willing = True
+        for slot in shared.slots:
+            slot.load.send(mails // gateways)
+        for _ in range(kills):
+            time.sleep(chance.uniform(0.1, 1.0))  # the moment is what is tested
+            shared.kill(chance.randrange(gateways))
+            tell(f"{books.kills} kills, {len(upstream.taken)} delivered, at most {upstream.most_open} connections")
+        shared.balance(upstream, timeout_seconds=300 + 60 * mails / count * period_seconds)
+        times = sorted(upstream.times)
+        in_windows = [bisect_left(times, at + period_seconds) - number for number, at in enumerate(times)]
+    return KeptLimits(books, upstream.most_open, max(in_windows), times[-1] - times[0])
 
 
 @dataclass(frozen=True)

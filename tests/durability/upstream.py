@@ -15,7 +15,8 @@ class CountingUpstream(ThreadedUpstream):
     """Counts the messages that it answered 250, by the value of their `X-Id` field.
 
     Attributes:
-        taken: how often each was taken.
+        taken: how often each was taken. `times`: when, by the monotonic clock.
+        most_open: connections that there were at once.
         is_willing: False: it defers a share of what it is offered.
         is_closed: it lets nobody in.
     """
@@ -26,6 +27,8 @@ class CountingUpstream(ThreadedUpstream):
         self.taken: Counter[str] = Counter()
         self.is_willing = False
         self.is_closed = False
+        self.times: list[float] = []
+        self.open = self.most_open = 0
         self._chance = random.Random(seed)
         self._lock = threading.Lock()
 
@@ -35,6 +38,17 @@ class CountingUpstream(ThreadedUpstream):
             return not self.is_willing and self._chance.random() < self._unwilling
 
     def converse(self, session: socketserver.StreamRequestHandler) -> None:
+        """See `ThreadedUpstream`."""
+        with self._lock:
+            self.open += 1
+            self.most_open = max(self.most_open, self.open)
+        try:
+            self._converse(session)
+        finally:
+            with self._lock:
+                self.open -= 1
+
+    def _converse(self, session: socketserver.StreamRequestHandler) -> None:
         def say(text: str) -> None:
             session.wfile.write(text.encode() + b"\r\n")
 
@@ -53,6 +67,7 @@ class CountingUpstream(ThreadedUpstream):
                     say("451 4.3.0 not now")
                     continue
                 with self._lock:
+                    self.times.append(time.monotonic())
                     self.taken[content.partition(b"X-Id: ")[2].partition(b"\r\n")[0].decode()] += 1
                 say("250 2.0.0 taken")
             elif verb == b"QUIT":

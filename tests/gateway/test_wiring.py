@@ -10,8 +10,10 @@ import pytest
 
 from otel_smtp import Settings, load
 from otel_smtp.config import LimitsTable, TimeoutsTable, UpstreamTimeoutTable
+from otel_smtp.config.consistency import HANDED_ON_MESSAGES
 from otel_smtp.forwarding.settings import PoolLimits, ReplyLimits, TracePolicy, UpstreamSettings
 from otel_smtp.forwarding.settings import Timeouts as ForwardingTimeouts
+from otel_smtp.forwarding.slots import IDLE_SECONDS, TURN_MESSAGES, SlotSettings
 from otel_smtp.gateway import wiring
 from otel_smtp.server.listener import Server
 from otel_smtp.server.policy import ListenerPolicy, ServerTimeouts
@@ -98,6 +100,20 @@ def test_the_difference_is_one() -> None:
 def test_an_upstream_in_mode_direct_has_the_rooms_reply_timeout() -> None:
     settings = load(upstream=["smtp://mail.example.com"])
     assert wiring.upstream_settings(settings.upstream[0]).timeouts == ForwardingTimeouts()
+
+
+def test_connections_that_are_shared_out_are_few_and_handed_on() -> None:
+    def limits(**more: Any) -> tuple[int, int, float]:
+        settings = load(values={"upstream": [{"url": "smtp://mail.example.com", "connections_total": 3, **more}]})
+        assert wiring.slot_settings(settings) == [SlotSettings("mail.example.com:25", 3)]
+        made = wiring.upstream_settings(settings.upstream[0]).limits
+        return made.connections, made.messages, made.idle_seconds
+
+    assert limits() == (3, TURN_MESSAGES, IDLE_SECONDS)
+    assert limits(connections=5, messages_per_connection=500, connection_idle="1m") == (3, TURN_MESSAGES, IDLE_SECONDS)
+    assert limits(connections=2, messages_per_connection=7, connection_idle="2s") == (2, 7, 2.0)
+    assert TURN_MESSAGES == HANDED_ON_MESSAGES
+    assert wiring.slots(load(upstream=["smtp://mail.example.com"]), None, None) == {}
 
 
 def test_the_servers_defaults_are_those_of_the_settings() -> None:

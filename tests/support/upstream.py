@@ -40,6 +40,7 @@ class Phase(StrEnum):
     DATA = "data"
     CONTENT = "content"  # as soon as the first octets of the content are there
     REPLY = "reply"  # to the end of the content
+    QUIT = "quit"
 
 
 class Kind(StrEnum):
@@ -115,6 +116,7 @@ class ScriptedUpstream:
         connections: accepted so far.
         commands: all command lines, without their arguments' secrets.
         hangs_up_after: a recipient whose reply is the last on its connection.
+        most_open: connections that there were at once.
         most_connections: at once; one more gets `too_many_connections` in place of the greeting, and is closed.
         most_recipients: of a transaction; `most_recipients_a_connection`: of all its transactions; one more gets
             `too_many_recipients`.
@@ -147,6 +149,7 @@ class ScriptedUpstream:
     round_trips: int = 0
     stalled: int = 0
     refused_connections: int = 0
+    most_open: int = 0
 
     def __post_init__(self) -> None:
         self.let_go = asyncio.Event()
@@ -215,6 +218,7 @@ class ScriptedUpstream:
         self._sessions.add(task)
         self._writers.add(writer)
         self.connections += 1
+        self.most_open = max(self.most_open, self.open_connections)
         try:
             await _Session(self, reader, writer, self.connections).run()
         except (_Gone, OSError, ssl.SSLError, asyncio.CancelledError):
@@ -553,7 +557,7 @@ class _Session:
         self.replies.append(b"250 2.0.0 ok\r\n")
 
     async def do_quit(self, argument: bytes) -> None:
-        self.replies.append(b"221 2.0.0 bye\r\n")
+        await self.answer(Phase.QUIT, b"221 2.0.0 bye\r\n")
         await self.flush()
         raise _Gone
 

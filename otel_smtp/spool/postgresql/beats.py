@@ -35,6 +35,8 @@ CRASHES_ALLOWED: Final = 3
 PERMITS_SECONDS: Final = 60.0
 """How long a permit that a silent gateway had in flight counts on, before it leaves the window of its limit: as long as
 the reply may take to what was sent before."""
+SLOTS_SECONDS: Final = 5.0
+"""How long nobody else uses the connection slots that a gateway still had when it left."""
 DEPARTURES_KEPT: Final = 20
 _GONE: Final = "gone "
 
@@ -125,6 +127,7 @@ class Beats:
                 watchdog = asyncio.get_running_loop().call_later(self._place.takeover_seconds, self.line.terminate)
                 try:
                     await connection.execute(self._statements.land_permits, [self.incarnation], PERMITS_SECONDS)
+                    await connection.execute(self._statements.leave_slots, self.incarnation, SLOTS_SECONDS)
                     await connection.execute(self._statements.leave, self.incarnation, self._channel, _GONE)
                 finally:
                     watchdog.cancel()

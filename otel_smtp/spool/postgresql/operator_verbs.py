@@ -157,6 +157,11 @@ class PostgresqlOperatorVerbs:
         found = await self._working.do(lambda connection: connection.fetch(self._statements.limits))
         return [{**row, "gateways": json.loads(row["gateways"])} for row in found]
 
+    async def slots(self) -> Sequence[Mapping[str, Any]]:
+        """The connection slots of all upstreams."""
+        found = await self._working.do(lambda connection: connection.fetch(self._statements.slots))
+        return [{**row, "gateways": json.loads(row["gateways"])} for row in found]
+
     # Doing -----------------------------------------------------------------------------------------------------
 
     async def tell(self, what: str) -> None:

@@ -239,7 +239,42 @@ UPDATE {{s}}.dlv SET next_at = least(next_at, now()),
 FROM unnest($2::uuid[], $3::text[], $4::float8[]) AS dead(id, name, silent)
 WHERE dlv.owner = dead.id AND dlv.state = 'l' RETURNING dlv.msg_id, dlv.state::text AS state, dead.id AS dead"""
 
-_FREE_SLOTS: Final = "UPDATE {s}.slot SET owner = NULL WHERE owner = ANY($1::uuid[])"
+# Connection slots. One that is free has `since` where it is not free before that.
+_FREE_SLOTS: Final = "UPDATE {s}.slot SET owner = NULL, since = NULL WHERE owner = ANY($1::uuid[])"
+
+_FREE_ORPHANED_SLOTS: Final = """
+UPDATE {s}.slot SET owner = NULL, since = NULL
+WHERE owner <> $1 AND owner NOT IN (SELECT id FROM {s}.gateway)"""
+
+# Of one that stops: what it has kept until now belongs to connections that are about to end.
+_LEAVE_SLOTS: Final = """
+UPDATE {s}.slot SET owner = NULL, since = clock_timestamp() + $2::float8 * interval '1 second' WHERE owner = $1"""
+
+_GIVE_SLOTS_BACK: Final = """
+UPDATE {s}.slot SET owner = NULL, since = NULL FROM unnest($3::int[], $4::timestamptz[]) AS given(n, since)
+WHERE slot.owner = $1 AND slot.name = $2 AND slot.n = given.n AND slot.since = given.since"""
+
+_MAKE_SLOTS: Final = """
+WITH beyond AS (DELETE FROM {s}.slot WHERE name = $1 AND n > $2::int AND owner IS NULL)
+INSERT INTO {s}.slot (name, n) SELECT $1, n FROM generate_series(1, $2::int) AS n ON CONFLICT DO NOTHING"""
+
+_TAKE_SLOTS: Final = f"""
+WITH {_ME}, free AS (
+  SELECT n FROM {{s}}.slot WHERE name = $2 AND n <= $3 AND owner IS NULL
+    AND (since IS NULL OR since <= clock_timestamp()) AND EXISTS (SELECT FROM me)
+  ORDER BY n LIMIT $4 FOR UPDATE SKIP LOCKED)
+UPDATE {{s}}.slot SET owner = $1, since = clock_timestamp() FROM free WHERE slot.name = $2 AND slot.n = free.n
+RETURNING slot.n"""
+
+_SLOTS_HELD: Final = "SELECT n, since FROM {s}.slot WHERE owner = $1 AND name = $2"
+
+_SLOTS: Final = """
+SELECT slot.name, count(*) AS total, count(slot.owner) AS used,
+  coalesce((SELECT jsonb_object_agg(holder.name, holder.amount) FROM (
+    SELECT coalesce(gateway.name, one.owner::text) AS name, count(*) AS amount
+    FROM {s}.slot AS one LEFT JOIN {s}.gateway ON gateway.id = one.owner
+    WHERE one.name = slot.name AND one.owner IS NOT NULL GROUP BY 1) AS holder), '{}') AS gateways
+FROM {s}.slot GROUP BY slot.name ORDER BY slot.name"""
 
 # Permits of gateways that are gone. What they were for may still be answered to one that is only cut off from here.
 _LAND_PERMITS: Final = """
@@ -391,6 +426,13 @@ class Statements:
         self.bury = on_schema(_BURY)
         self.take_over = on_schema(_TAKE_OVER)
         self.free_slots = on_schema(_FREE_SLOTS)
+        self.free_orphaned_slots = on_schema(_FREE_ORPHANED_SLOTS)
+        self.leave_slots = on_schema(_LEAVE_SLOTS)
+        self.give_slots_back = on_schema(_GIVE_SLOTS_BACK)
+        self.make_slots = on_schema(_MAKE_SLOTS)
+        self.take_slots = on_schema(_TAKE_SLOTS)
+        self.slots_held = on_schema(_SLOTS_HELD)
+        self.slots = on_schema(_SLOTS)
         self.free_orphans = on_schema(_FREE_ORPHANS)
         self.leave = on_schema(_LEAVE)
         self.land_permits = on_schema(_LAND_PERMITS.replace("{which}", "owner = ANY($1::uuid[])"))

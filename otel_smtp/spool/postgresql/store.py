@@ -51,7 +51,7 @@ from otel_smtp.spool.postgresql.beats import PERMITS_SECONDS, Beats
 from otel_smtp.spool.postgresql.connecting import Connection, LastingConnection, QueueLocation
 from otel_smtp.spool.postgresql.draft import CHUNK_OCTETS, PostgresqlDraft
 from otel_smtp.spool.postgresql.lanes import Lanes
-from otel_smtp.spool.postgresql.limits import DatabaseLedger
+from otel_smtp.spool.postgresql.limits import SLOTS, DatabaseLedger
 from otel_smtp.spool.postgresql.operator_verbs import DEED, HeardDeeds, PostgresqlOperatorVerbs
 from otel_smtp.spool.postgresql.rows import ContentKey, NewRows, Row, lease_of, new_leases, recipients_json
 from otel_smtp.spool.postgresql.statements import Statements
@@ -276,6 +276,9 @@ class PostgresqlStore:
         self._woken = woken
 
     def _heard(self, what: str) -> None:
+        if what.startswith(SLOTS):
+            self.ledger.hear(what)
+            return
         if self._woken is None:
             return
         if not what.startswith(DEED):
@@ -335,6 +338,7 @@ class PostgresqlStore:
         async def fold(connection: Connection) -> Sequence[Row]:
             await connection.execute(self._statements.fold_tallies, UUID(int=0))
             await connection.execute(self._statements.land_orphans, self.beats.incarnation, PERMITS_SECONDS)
+            await connection.execute(self._statements.free_orphaned_slots, self.beats.incarnation)
             return await connection.fetch(self._statements.free_orphans)
 
         if orphans := await self._working.do(fold):
@@ -860,6 +864,10 @@ class PostgresqlStore:
         """All limits of the queue: name, most within period_seconds, per, burst, used, in_flight, next_in and rests_for
         in seconds, gateways: what each has in flight."""
         return await self._operators.limits()
+
+    async def slots(self) -> Sequence[Mapping[str, Any]]:
+        """The connection slots of each upstream that has some: name, total, used, gateways: how many each has."""
+        return await self._operators.slots()
 
     async def housekeep(self) -> None:
         """See `Store.housekeep`: time is the database's; all else is done between beats."""

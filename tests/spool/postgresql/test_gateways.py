@@ -18,6 +18,7 @@ from otel_smtp.spool.postgresql import QueueLocation
 from tests.durability.sharing import (
     TAKEOVER_SECONDS,
     SharedBooks,
+    keep_limits,
     kill_in_turn,
     queue_command,
     stop_at_known_moments,
@@ -214,6 +215,15 @@ def test_workers_share_the_queue_and_commands_reach_it(place: QueueLocation, tmp
     assert [line["trace_id"] for line in traced] == [line["trace_id"] for line in changes]
     assert queue_command(path, "gateways") == ""
     assert json.loads(queue_command(path, "counts"))["recipients"]["delivered"] == 1
+
+
+def test_killed_gateways_never_exceed_the_rate_and_connections_of_their_provider(
+    place: QueueLocation, tmp_path: Path
+) -> None:
+    kept = keep_limits(place, tmp_path, 1, mails=90, count=20, period_seconds=1.0)
+    check(kept.books)
+    assert kept.most_open <= 3, kept.told()
+    assert kept.most_in_a_window <= 20, kept.told()
 
 
 def test_two_gateways_keep_the_rate_of_their_provider_together(place: QueueLocation, tmp_path: Path) -> None:
