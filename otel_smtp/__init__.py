@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     from otel_smtp.config import Settings, SettingsError, load
     from otel_smtp.gateway import Gateway
     from otel_smtp.net import CannotListen
+    from otel_smtp.server.errors import UsersFileError
     from otel_smtp.server.tls import CertificateError
-    from otel_smtp.server.users import UsersFileError
     from otel_smtp.spool.messages import SpoolError
 
 __version__ = "0.1.0"
@@ -94,7 +94,7 @@ def __getattr__(name: str) -> Any:
 
             return SpoolError
         case "UsersFileError":
-            from otel_smtp.server.users import UsersFileError
+            from otel_smtp.server.errors import UsersFileError
 
             return UsersFileError
         case "load":

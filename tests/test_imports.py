@@ -106,7 +106,7 @@ ROOMS: Final = {
             "otel_smtp.observing",
             "otel_smtp.net",
             "otel_smtp.server.tls",
-            "otel_smtp.server.users",
+            "otel_smtp.server.errors",
             "otel_smtp.spool.messages",
             "otel_smtp.telemetry.environment",
             *SMTP_TYPES,

@@ -3,6 +3,7 @@
 Nothing is imported here that the first greeting does not need.
 """
 
+import gc
 import logging
 import os
 import resource
@@ -56,6 +57,9 @@ def serve(
     `otel-smtp reload` does.
     """
     hold_back()  # first: from here on an early SIGHUP is a late reload
+    # Until it serves (`leave_out_of_garbage_collection`): what a start makes stays, and looking through it is a sixth
+    # of the time to the first greeting.
+    gc.disable()
     _raise_file_limit()
     options = {
         "--workers": ("workers", workers),

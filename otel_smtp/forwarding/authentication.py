@@ -9,8 +9,6 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol, TypeVar
 
-import scramp
-
 from otel_smtp.forwarding.settings import Credentials
 from otel_smtp.smtp import sasl
 from otel_smtp.smtp.replies import Reply
@@ -162,7 +160,10 @@ class _Scram:
     name = "SCRAM-SHA-256"
 
     def __init__(self, credentials: Credentials) -> None:
-        self._client = scramp.ScramClient([self.name], credentials.username, credentials.password)
+        from scramp import ScramClient, ScramException  # late: it brings ASN.1, and few upstreams ask for it
+
+        self._faults = (ScramException, UnicodeDecodeError, ValueError)
+        self._client = ScramClient([self.name], credentials.username, credentials.password)
         self._step = 0
 
     async def initial_response(self) -> bytes | None:
@@ -181,7 +182,7 @@ class _Scram:
             if self._step == 2:
                 self._client.set_server_final(text)
                 return b""
-        except (scramp.ScramException, UnicodeDecodeError, ValueError) as error:
+        except self._faults as error:
             raise ExchangeFailed("SCRAM failed") from error
         raise ExchangeFailed("a challenge too many")
 

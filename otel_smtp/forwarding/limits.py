@@ -25,7 +25,6 @@ import fcntl
 import math
 import mmap
 import os
-import tempfile
 import time
 import weakref
 from bisect import bisect_left
@@ -305,6 +304,8 @@ class SharedLimits:
     """Limits in memory that is shared by the processes that are forked after it was made."""
 
     def __init__(self, settings: Sequence[LimitSettings]) -> None:
+        import tempfile  # late: only several processes share limits
+
         with tempfile.TemporaryFile() as file:
             descriptor = os.dup(file.fileno())
         weakref.finalize(self, os.close, descriptor)

@@ -18,11 +18,11 @@ from otel_smtp.gateway.ports import naming_settings, with_addresses_of, with_pre
 from otel_smtp.gateway.status_port import Process, StatusPort, age_seconds
 from otel_smtp.net import Sweep
 from otel_smtp.observing import ConnectionInfo, ConnectionRecord, Endpoint, Observer, StateCallback, fan_out
+from otel_smtp.server.errors import UsersFileError
 from otel_smtp.server.exchanges import Authenticator, TokenVerifier
 from otel_smtp.server.listener import ListenerSpec, Server
 from otel_smtp.server.policy import ListenerPolicy
 from otel_smtp.server.tls import CertificateError, server_context
-from otel_smtp.server.users import UsersFileError, load_users
 from otel_smtp.smtp.states import TlsMode, Transition
 from otel_smtp.telemetry.environment import own_instance_id
 from otel_smtp.telemetry.metrics import SharedQueue
@@ -249,8 +249,8 @@ class Gateway:
             with naming_settings(self._settings):
                 self.addresses = await self._server.start()
                 if self._status_port is not None:
-                    # Last: it imports a web server, and a client may be waiting for its greeting.
-                    self._status_port.start(is_required="status.address" in self._settings.origins)
+                    # Last: it imports a web server. Clients get their greeting meanwhile.
+                    await self._status_port.start(is_required="status.address" in self._settings.origins)
         except BaseException:
             await self._server.drain(0.0)
             if self._spool is not None:
@@ -365,7 +365,11 @@ class Gateway:
             tls_context = server_context(listener.tls_cert, listener.tls_key)
         authenticator: Authenticator | None = None
         if listener.auth != "off":
-            users = load_users(listener.auth_users_file) if listener.auth_users_file is not None else None
+            users = None
+            if listener.auth_users_file is not None:
+                from otel_smtp.server.users import load_users  # late: it brings two libraries of passwords
+
+                users = load_users(listener.auth_users_file)
             if users is None and self._token_verifier is None:
                 raise ValueError(f"listener {listener.name!r} has AUTH, but neither a users file nor a token verifier")
             authenticator = Authenticator(users, token_verifier=self._token_verifier)

@@ -24,7 +24,6 @@ from otel_smtp.gateway.status_port import Process
 from otel_smtp.gateway.systemd import ServiceManager
 from otel_smtp.gateway.workers import AT_ONCE, REPLACED, Supervisor
 from otel_smtp.net import is_accept_exhausted
-from otel_smtp.spool.messages import SpoolError
 from otel_smtp.telemetry import environment
 from otel_smtp.telemetry.logs import set_log_level
 
@@ -65,7 +64,11 @@ def _exit_status(running: Callable[[], int]) -> int:
     except WRONG_FILES as error:
         logger.error("cannot start: %s", error)
         return WRONG
-    except (OSError, SpoolError) as error:
+    except Exception as error:
+        from otel_smtp.spool.messages import SpoolError  # late: most gateways have no spool
+
+        if not isinstance(error, OSError | SpoolError):
+            raise
         logger.error("cannot start: %s", error)
         return FAILED
 
@@ -77,6 +80,7 @@ def _run_here(serving: Coroutine[Any, Any, None]) -> int:
 
 
 def _supervise(settings: Settings, on_ready: OnReady, read_settings: ReadSettings) -> int:
+    leave_out_of_garbage_collection()
     traces_to = environment.read().describe_traces()
     token = secrets.token_hex()
     ceilings = SharedCeilings([upstream.name for upstream in settings.upstream], settings.workers)
@@ -236,13 +240,14 @@ def _ignored(number: signal.Signals) -> None:
 
 
 def leave_out_of_garbage_collection() -> None:
-    """Exclude the objects that start-up made from cyclic garbage collection.
+    """Exclude the objects that start-up made from cyclic garbage collection, and begin it.
 
     Some hundred thousand of them live as long as the process: a collection that visits them stops all mail for 37 ms,
     one without them for 4. There is no last collection before, since the first client may be waiting for its greeting.
     For a process that is a gateway and nothing else: a program that embeds one decides for itself.
     """
     gc.freeze()
+    gc.enable()
 
 
 class _LoopFaults:

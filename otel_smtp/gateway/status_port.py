@@ -1,5 +1,6 @@
 """What a gateway shows on its status port: probes, metrics and the page, put into the values that `status` takes."""
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -7,20 +8,15 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from otel_smtp import __version__
 from otel_smtp.config import Settings
-from otel_smtp.forwarding.breaker import BreakerState
 from otel_smtp.forwarding.ceiling import SharedCeilings
 from otel_smtp.forwarding.limits import SharedLimits
 from otel_smtp.forwarding.slots import SharedSlots
 from otel_smtp.gateway.ports import bind
 from otel_smtp.observing import Endpoint
-from otel_smtp.smtp.envelope import Recipient
-from otel_smtp.spool.messages import Company, DeliveryState, Departure, MessageView, Peer, SpoolError
 from otel_smtp.status.live import LiveView
 from otel_smtp.status.search import RecordedForm
 from otel_smtp.status.traces import RecentTraces
-from otel_smtp.status.views import DepartureView, GatewayView, QueuedMessage, QueueView, UpstreamView
 from otel_smtp.telemetry.environment import own_resource
-from otel_smtp.telemetry.propagation import from_carrier
 from otel_smtp.telemetry.redaction import Addresses, Redaction
 from otel_smtp.telemetry.shapes import EncodedSpan
 
@@ -28,6 +24,7 @@ if TYPE_CHECKING:
     from otel_smtp.gateway.gateway import Gateway
     from otel_smtp.status.acting import QueueActions
     from otel_smtp.status.server import StatusServer
+    from otel_smtp.status.views import QueueView, UpstreamView
 
 logger: Final = logging.getLogger("otel_smtp.gateway.status_port")
 
@@ -86,7 +83,7 @@ class StatusPort:
         """Keep a finished span for the page; those in which something went wrong for longer."""
         self._traces.add(span, is_trouble)
 
-    def start(self, *, is_required: bool) -> None:
+    async def start(self, *, is_required: bool) -> None:
         """Listen.
 
         Args:
@@ -96,7 +93,8 @@ class StatusPort:
         Raises:
             CannotListen: the address cannot be bound, and it is required.
         """
-        # Imported here: a cold start is measured to the first greeting, and this brings a web server.
+        # A cold start is measured to the first greeting, and this brings a web server: the event loop greets meanwhile.
+        await asyncio.to_thread(_import_server)
         from otel_smtp.status.http import LOOPBACK, Network
         from otel_smtp.status.server import StatusServer
         from otel_smtp.status.siblings import Siblings
@@ -152,18 +150,11 @@ class StatusPort:
     def _no_upstream(self) -> str | None:
         return None if self._gateway.can_reach_an_upstream() else "no upstream can be reached"
 
-    async def _queue(self) -> QueueView:
-        spool = self._gateway.spool
-        assert spool is not None
-        now = time.time()
-        company = spool.company or Company(())
-        return QueueView(
-            counts=spool.counts.by_state(),
-            oldest_age_seconds=age_seconds(spool.counts.oldest_arrived_at),
-            messages=[_queued(message, now, self._redaction) for message in spool.oldest],
-            gateways=[_gateway(peer, now) for peer in company.gateways],
-            departures=[_departed(one, now) for one in company.departures],
-        )
+    async def _queue(self) -> "QueueView":
+        from otel_smtp.gateway.status_views import queue_view
+
+        assert self._gateway.spool is not None
+        return queue_view(self._gateway.spool, self._redaction)
 
     def _actions(self) -> "QueueActions | None":
         """What may be done to the queue: nothing where there is none, or no token."""
@@ -175,6 +166,8 @@ class StatusPort:
         return QueueActions(self._act, token.reveal())
 
     async def _act(self, command: str, ids: Sequence[str], client: str) -> Sequence[Mapping[str, Any]]:
+        from otel_smtp.spool.messages import SpoolError
+
         spool = self._gateway.spool
         assert spool is not None
         shown = self._redaction.ip(client)
@@ -191,26 +184,17 @@ class StatusPort:
         spool = self._gateway.spool
         return {"upstream": self._no_upstream} if spool is None else {"spool": spool.problem}
 
-    def _upstreams(self) -> Sequence[UpstreamView]:
+    def _upstreams(self) -> "Sequence[UpstreamView]":
+        from otel_smtp.gateway.status_views import upstream_views
+
         tls = {upstream.name: str(upstream.url.tls) for upstream in self._gateway.settings.upstream}
-        words = {BreakerState.PROBING: "half-open"}
-        return [
-            UpstreamView(
-                name=snapshot.name,
-                address=str(snapshot.endpoint),
-                tls=tls[snapshot.name],
-                idle=snapshot.pool.idle,
-                busy=snapshot.pool.busy + snapshot.pool.opening,
-                limit=snapshot.pool.most,
-                waiting=snapshot.pool.waiting,
-                breaker=words.get(snapshot.pool.breaker, str(snapshot.pool.breaker)),
-                retry_seconds=snapshot.retry_seconds,
-                last_success_seconds=snapshot.last_success_seconds,
-                last_failure_seconds=snapshot.last_failure_seconds,
-                last_failure=snapshot.last_failure,
-            )
-            for snapshot in self._gateway.upstreams()
-        ]
+        return upstream_views(self._gateway.upstreams(), tls)
+
+
+def _import_server() -> None:
+    import otel_smtp.gateway.status_views
+    import otel_smtp.status.server
+    import otel_smtp.telemetry.metrics_page  # noqa: F401 - for the first scrape
 
 
 def recorded_mailbox(text: str, redaction: Redaction) -> RecordedForm:
@@ -229,51 +213,6 @@ def recorded_mailbox(text: str, redaction: Redaction) -> RecordedForm:
             return RecordedForm(None, f"traces hold hashes of whole addresses ({choice}): give a whole address")
         case Addresses.NONE:
             return RecordedForm(None, f"traces hold nothing of senders and recipients ({choice})")
-
-
-def _queued(message: MessageView, now: float, redaction: Redaction) -> QueuedMessage:
-    """A queued message for the page: domains, no addresses, and why it waits."""
-    replies = [last for _, _, last in message.recipients if last]
-    trace = from_carrier(message.carrier)
-    is_deferred = message.state is DeliveryState.READY and message.next_attempt_at > now
-    return QueuedMessage(
-        spool_id=message.id,
-        state="deferred" if is_deferred else message.state.value,
-        age_seconds=max(0.0, now - message.arrived_at),
-        attempts=message.attempts,
-        recipients=len(message.recipients),
-        domains=redaction.domains([Recipient(address) for address, _, _ in message.recipients]) or (),
-        next_attempt_seconds=(
-            max(0.0, message.next_attempt_at - now) if message.state is DeliveryState.READY else None
-        ),
-        last_reply=redaction.text(replies[0]) if replies else None,
-        trace_id=trace.trace_id_hex if trace is not None else None,
-        gateways=message.gateways,
-        held_seconds=max(0.0, now - message.leased_at) if message.leased_at is not None else None,
-    )
-
-
-def _gateway(peer: Peer, now: float) -> GatewayView:
-    return GatewayView(
-        id=peer.id,
-        name=peer.name,
-        version=peer.version,
-        up_seconds=max(0.0, now - peer.started_at),
-        alive_seconds=peer.alive_for,
-        delivering=peer.leases,
-        is_this=peer.is_this,
-    )
-
-
-def _departed(one: Departure, now: float) -> DepartureView:
-    return DepartureView(
-        id=one.id,
-        name=one.name,
-        ago_seconds=max(0.0, now - one.at),
-        silent_seconds=one.silent_seconds,
-        deliveries=one.deliveries,
-        found_by=one.found_by,
-    )
 
 
 def _resource(worker: int | None) -> Mapping[str, str | int]:

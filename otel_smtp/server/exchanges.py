@@ -8,11 +8,8 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
-import scramp
-
-from otel_smtp.server.users import Users
 from otel_smtp.smtp.errors import LocalProtocolError
 from otel_smtp.smtp.sasl import (
     LOGIN_CHALLENGES,
@@ -27,9 +24,10 @@ from otel_smtp.smtp.sasl import (
     prepare_name,
 )
 
-TOKEN_VERIFIER_SECONDS: Final = 10.0
+if TYPE_CHECKING:
+    from otel_smtp.server.users import Users
 
-_SCRAM: Final = scramp.ScramMechanism("SCRAM-SHA-256")
+TOKEN_VERIFIER_SECONDS: Final = 10.0
 
 TokenVerifier = Callable[[str, str], Awaitable[str | None]]
 """Given the name a client claims ("" for none) and its bearer token, the name the token proves, or None."""
@@ -90,7 +88,7 @@ class Authenticator:
         token_verifier: for XOAUTH2 and OAUTHBEARER; None: these are not offered.
     """
 
-    def __init__(self, users: Users | None = None, *, token_verifier: TokenVerifier | None = None) -> None:
+    def __init__(self, users: "Users | None" = None, *, token_verifier: TokenVerifier | None = None) -> None:
         self._users = users
         self._token_verifier = token_verifier
 
@@ -134,7 +132,7 @@ async def _at_once(name: str) -> AsyncIterator[None]:
     yield
 
 
-async def _check(users: Users, credentials: Password, turn: Turn) -> Step:
+async def _check(users: "Users", credentials: Password, turn: Turn) -> Step:
     async with turn(credentials.name):
         return Accepted(credentials.name) if await users.has(credentials) else Rejected()
 
@@ -143,7 +141,7 @@ class _PlainExchange:
     __slots__ = ("_turn", "_users")
     mechanism = "PLAIN"
 
-    def __init__(self, users: Users, turn: Turn) -> None:
+    def __init__(self, users: "Users", turn: Turn) -> None:
         self._users = users
         self._turn = turn
 
@@ -161,7 +159,7 @@ class _LoginExchange:
     __slots__ = ("_answers", "_turn", "_users")
     mechanism = "LOGIN"
 
-    def __init__(self, users: Users, turn: Turn) -> None:
+    def __init__(self, users: "Users", turn: Turn) -> None:
         self._users = users
         self._turn = turn
         self._answers: list[bytes] = []
@@ -181,15 +179,19 @@ class _LoginExchange:
 class _ScramExchange:
     """RFC 5802. Our proof of knowing the keys goes in a last challenge, which the client answers with nothing."""
 
-    __slots__ = ("_is_proven", "_name", "_server", "_turn", "_users")
+    __slots__ = ("_is_proven", "_name", "_refusals", "_server", "_turn", "_users")
     mechanism = "SCRAM-SHA-256"
 
-    def __init__(self, users: Users, turn: Turn) -> None:
+    def __init__(self, users: "Users", turn: Turn) -> None:
         self._users = users
         self._turn = turn
         self._name = ""
         self._is_proven = False
-        self._server = _SCRAM.make_server(self._keys)
+        # Late: it brings ASN.1, and whoever has users has imported it with them.
+        from scramp import ScramException, ScramMechanism
+
+        self._server = ScramMechanism(self.mechanism).make_server(self._keys)
+        self._refusals = (ScramException, ValueError)
 
     async def step(self, response: bytes | None) -> Step:
         if response is None:
@@ -204,7 +206,7 @@ class _ScramExchange:
             async with self._turn(self._name):
                 self._server.set_client_final(message)
                 server_final = self._server.get_server_final().encode()
-        except (scramp.ScramException, ValueError):
+        except self._refusals:
             return Rejected()
         # Nobody knows a password that fits a stranger's keys; still, only a user may come in.
         self._is_proven = self._users.knows(self._name)

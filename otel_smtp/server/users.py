@@ -37,6 +37,7 @@ from typing import Final, Protocol
 import argon2
 import scramp
 
+from otel_smtp.server.errors import UsersFileError
 from otel_smtp.smtp.sasl import (
     Password,
     SaslError,
@@ -64,15 +65,6 @@ _HASHER: Final = argon2.PasswordHasher(time_cost=2, memory_cost=19 * 1024, paral
 _SCRAM: Final = scramp.ScramMechanism("SCRAM-SHA-256")
 _PHC = re.compile(r"\$argon2id\$v=19\$m=[0-9]{1,8},t=[0-9]{1,4},p=[0-9]{1,3}\$[A-Za-z0-9+/]{11,}\$[A-Za-z0-9+/]{16,}")
 _SCRAM_LINE = re.compile(r"SCRAM-SHA-256\$([0-9]{4,7}):([^$:]+)\$([^$:]+):([^$:]+)")
-
-
-class UsersFileError(Exception):
-    """The users file cannot be used; names file and line, never the hash."""
-
-    def __init__(self, path: Path, line_number: int | None, problem: str) -> None:
-        super().__init__(f"{path}{'' if line_number is None else f', line {line_number}'}: {problem}")
-        self.path = path
-        self.line_number = line_number
 
 
 class Proof(Protocol):

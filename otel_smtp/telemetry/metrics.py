@@ -2,7 +2,7 @@
 
 A record is counted once: a connection's transitions and replies when a segment of it ends, a transaction and its
 deliveries when they end. No library is called for that; counts are additions in a dict, measurements one bisection.
-What is counted is turned into Prometheus text, with exemplars that name a trace, when the page is asked for.
+What is counted is turned into Prometheus text (`metrics_page`) when the page is asked for.
 
 Every label value comes from a closed set: verbs and states are enumerations, reply codes lie between 200 and 599,
 mechanisms, outcomes and reasons are our own words, listeners and upstreams the operator's. So the number of series has
@@ -13,18 +13,7 @@ from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Final, NamedTuple
-
-from prometheus_client import CollectorRegistry, ProcessCollector
-from prometheus_client.exposition import choose_encoder
-from prometheus_client.metrics_core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-    InfoMetricFamily,
-)
-from prometheus_client.metrics_core import Metric as MetricFamily
-from prometheus_client.samples import Exemplar
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from otel_smtp.observing import (
     ConnectionRecord,
@@ -38,12 +27,15 @@ from otel_smtp.observing import (
 from otel_smtp.smtp.replies import AUTH_FAILED
 from otel_smtp.smtp.states import LEGAL, LEVELS, ConnState, Transition
 from otel_smtp.telemetry import attributes as names
-from otel_smtp.telemetry.attributes import Instrument, Metric
+from otel_smtp.telemetry.attributes import Metric
 from otel_smtp.telemetry.collector import Signal
 from otel_smtp.telemetry.environment import ExemplarFilter
 from otel_smtp.telemetry.exporting import DropReason
 from otel_smtp.telemetry.propagation import SAMPLED, TraceContext
 from otel_smtp.telemetry.sampling import Identity
+
+if TYPE_CHECKING:
+    from otel_smtp.telemetry.metrics_page import MetricsPage
 
 Labels = tuple[str, ...]
 ConnectionCounts = Callable[[], Iterable[tuple[str, str, int]]]
@@ -76,7 +68,6 @@ ReceiverCounts = Callable[[], Iterable[tuple[str, Mapping[str, int], int, float]
 # A look-up is quicker than `value`, which is a descriptor in Python.
 _NAMES: Final[Mapping[ConnState, str]] = {state: state.value for state in ConnState}
 _OUTCOMES: Final[Mapping[Outcome, str]] = {outcome: outcome.value for outcome in Outcome}
-_UNITS: Final[Mapping[str, str]] = {"s": "seconds", "By": "bytes"}
 _ACCEPTED, _REFUSED = "accepted", "refused"
 _REFUSED_FATE, _DEFERRED_FATE = (Fate.REFUSED.value,), (Fate.DEFERRED.value,)
 _RELAYED, _PARTLY = (Outcome.RELAYED.value,), (Outcome.PARTLY_RELAYED.value,)
@@ -219,7 +210,7 @@ class Metrics(Observer):
         self._shared_queue = shared_queue
         self._receivers = receivers
         self._dropped = dropped
-        self._resource = {name.replace(".", "_"): str(value) for name, value in (resource or {}).items()}
+        self.resource = {name.replace(".", "_"): str(value) for name, value in (resource or {}).items()}
         self._active: dict[Labels, int] = {}
         self._transitions: defaultdict[tuple[ConnState | None, ConnState], int] = defaultdict(int)
         self._replies: defaultdict[tuple[str | None, int], int] = defaultdict(int)
@@ -248,9 +239,7 @@ class Metrics(Observer):
             self._first_attempt_age,
             self._delivery_age,
         )
-        self._registry = CollectorRegistry(auto_describe=False)
-        self._registry.register(self)
-        ProcessCollector(registry=self._registry)
+        self._page: MetricsPage | None = None  # made when it is first asked for
         self._begin(listeners, upstreams, mechanisms)
         for limit in limits:
             self._pace_wait.series[(limit,)]
@@ -445,8 +434,11 @@ class Metrics(Observer):
         On the event loop.
         """
         self.catch_up()
-        encode, content_type = choose_encoder(accept)
-        return encode(self._registry), content_type
+        if self._page is None:
+            from otel_smtp.telemetry.metrics_page import MetricsPage  # no greeting waits for its library
+
+            self._page = MetricsPage(self)
+        return self._page.encode(accept)
 
     def numbers(self) -> Iterator[tuple[Metric, list[tuple[Labels, float]]]]:
         """Everything but the histograms, as of the latest `catch_up`: each counter and gauge with its rows.
@@ -493,60 +485,3 @@ class Metrics(Observer):
         for signal, reason, count in self._dropped():
             lost[signal, reason] = lost.get((signal, reason), 0) + count
         yield names.TELEMETRY_DROPPED, list(lost.items())
-
-    def collect(self) -> Iterator[MetricFamily]:
-        """Everything now, as prometheus_client wants it of a collector."""
-        if self._resource:
-            yield InfoMetricFamily("target", "Who is measured: the resource of all telemetry", self._resource)
-        for metric, rows in self.numbers():
-            yield _family(_FAMILIES[metric.instrument], metric, rows)
-        for measured in self.measurements:
-            yield _histogram(measured)
-
-
-_Number = CounterMetricFamily | GaugeMetricFamily
-_FAMILIES: Final[Mapping[Instrument, type[_Number]]] = {
-    Instrument.COUNTER: CounterMetricFamily,
-    Instrument.UP_DOWN: GaugeMetricFamily,
-    Instrument.GAUGE: GaugeMetricFamily,
-}
-
-
-def _prometheus_name(metric: Metric) -> str:
-    unit = _UNITS.get(metric.unit)
-    name = metric.name.replace(".", "_")
-    return f"{name}_{unit}" if unit is not None else name
-
-
-def _label_names(metric: Metric) -> Sequence[str]:
-    return [label.replace(".", "_") for label in metric.labels]
-
-
-def _family(make: type[_Number], metric: Metric, rows: Sequence[tuple[Labels, float]]) -> MetricFamily:
-    family = make(_prometheus_name(metric), metric.description, labels=_label_names(metric))
-    for labels, value in rows:
-        family.add_metric(list(labels), value)
-    return family
-
-
-def _exemplar_labels(span: TraceContext) -> dict[str, str]:
-    return {"trace_id": span.trace_id_hex, "span_id": span.span_id_hex}
-
-
-def _histogram(measured: Measurements) -> MetricFamily:
-    metric = measured.metric
-    family = HistogramMetricFamily(_prometheus_name(metric), metric.description, labels=_label_names(metric))
-    for labels, buckets in list(measured.series.items()):
-        rows: list[tuple[str, float] | tuple[str, float, Exemplar]] = []
-        below = 0
-        for bound, count, exemplar in zip(
-            (*metric.bounds, float("inf")), buckets.counts, buckets.exemplars, strict=True
-        ):
-            below += count
-            told = "+Inf" if bound == float("inf") else str(float(bound))
-            if exemplar is None:
-                rows.append((told, below))
-            else:
-                rows.append((told, below, Exemplar(_exemplar_labels(exemplar[0]), exemplar[1], exemplar[2])))
-        family.add_metric(list(labels), rows, sum_value=buckets.total)
-    return family

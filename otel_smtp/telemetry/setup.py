@@ -5,11 +5,10 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import SpanProcessor
-from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter, SimpleSpanProcessor, SpanExporter
 from opentelemetry.sdk.trace.sampling import Sampler
 
 from otel_smtp.observing import Observer
@@ -38,6 +37,9 @@ from otel_smtp.telemetry.sdk_spans import SdkSpans
 from otel_smtp.telemetry.state_events import StateEvents
 from otel_smtp.telemetry.tail import MailTail
 from otel_smtp.telemetry.tracing import Keep, LineSink, StateTelling, Tracing
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace.export import SpanExporter
 
 DEFAULT_FLUSH_SECONDS: Final = 2.0
 
@@ -341,19 +343,21 @@ def _trace_export(traces: SignalExport, resource: Resource, version: str) -> Tra
 def _sdk_processors(traces: SignalExport, problems: Sequence[VariableProblem]) -> list[SpanProcessor]:
     processors: list[SpanProcessor] = []
     if traces.to_console:
+        from opentelemetry.sdk.trace.export import ConsoleSpanExporter, SimpleSpanProcessor
+
         processors.append(LazyProcessor(lambda: SimpleSpanProcessor(ConsoleSpanExporter())))
     return processors + [
         _batching(_SDK_EXPORTERS[collector.protocol](), problems) for collector in traces.sdk_collectors
     ]
 
 
-def _sdk_http_exporter() -> Callable[[], SpanExporter]:
+def _sdk_http_exporter() -> Callable[[], "SpanExporter"]:
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
     return OTLPSpanExporter
 
 
-def _sdk_grpc_exporter() -> Callable[[], SpanExporter]:
+def _sdk_grpc_exporter() -> Callable[[], "SpanExporter"]:
     from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 
     return OTLPSpanExporter
@@ -363,7 +367,9 @@ def _sdk_grpc_exporter() -> Callable[[], SpanExporter]:
 _SDK_EXPORTERS: Final = {Protocol.HTTP: _sdk_http_exporter, Protocol.GRPC: _sdk_grpc_exporter}
 
 
-def _batching(make_exporter: Callable[[], SpanExporter], problems: Sequence[VariableProblem]) -> SpanProcessor:
+def _batching(make_exporter: Callable[[], "SpanExporter"], problems: Sequence[VariableProblem]) -> SpanProcessor:
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
     def make() -> SpanProcessor:
         with environment.without(problems):
             return BatchSpanProcessor(make_exporter())

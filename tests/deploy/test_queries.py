@@ -18,6 +18,7 @@ from otel_smtp.observing import Outcome
 from otel_smtp.server.users import users_line
 from otel_smtp.telemetry import attributes
 from otel_smtp.telemetry.metrics import Metrics, SharedQueue
+from otel_smtp.telemetry.metrics_page import MetricsPage
 from tests.support.capture import CapturingUpstream
 from tests.support.ports import unclaimed_port
 from tests.support.process import gateway
@@ -61,7 +62,7 @@ def known_series() -> dict[str, set[str]]:
     }
     series = {"up": set[str]()}
     alone = Metrics(spool=lambda: ({"deferred": 1}, 0.0, 0))
-    for family in [*alone.collect(), *SHARING.collect()]:
+    for family in [*MetricsPage(alone).collect(), *MetricsPage(SHARING).collect()]:
         metric = max((name for name in labels if family.name.startswith(name)), key=len)
         suffixes = {"counter": ("_total",), "histogram": ("_bucket", "_count", "_sum")}.get(family.type, ("",))
         series |= {family.name + suffix: labels[metric] for suffix in suffixes}

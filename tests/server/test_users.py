@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from otel_smtp.server.users import HASHING_THREADS, Argon2Hash, ScramKeys, Users, UsersFileError, load_users, users_line
+from otel_smtp.server.errors import UsersFileError
+from otel_smtp.server.users import HASHING_THREADS, Argon2Hash, ScramKeys, Users, load_users, users_line
 from otel_smtp.smtp.sasl import (
     Password,
 )
