@@ -12,7 +12,7 @@ added), protobuf encoding (protobuf.dev/programming-guides/encoding).
 """
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Final
 
@@ -161,6 +161,63 @@ class Integers:
         if 0x4000 <= value < 0x20_0000:
             return self.three_octets + bytes((value & 0x7F | 0x80, value >> 7 & 0x7F | 0x80, value >> 14))
         return field(self._number, key_value(self._name, value))
+
+
+def text_head(number: int, key: str, octets: int) -> bytes:
+    """What stands before a text of so many octets, the value of the attribute `key`."""
+    heads = _TEXT_HEADS[number, key]
+    return heads[octets] if octets < len(heads) else _text_head(number, key, octets)
+
+
+def _text_head(number: int, key: str, octets: int) -> bytes:
+    return field(number, key_value(key, " " * octets))[: -octets or None]
+
+
+class _TextHeads(dict[tuple[int, str], tuple[bytes, ...]]):
+    def __missing__(self, item: tuple[int, str]) -> tuple[bytes, ...]:
+        heads = self[item] = tuple(_text_head(*item, octets) for octets in range(256))
+        return heads
+
+
+_TEXT_HEADS: Final = _TextHeads()  # of the few attributes that are encoded so
+
+
+class Mould:
+    """Octets with gaps for numbers and ids, so that what is constant is copied in one go.
+
+    Args:
+        pieces: octets, and formats of gaps as `struct` has them, in their order.
+
+    Attributes:
+        size: of what comes out, in octets.
+    """
+
+    __slots__ = ("_pack", "_parts", "size")
+
+    def __init__(self, *pieces: bytes | str) -> None:
+        parts: list[bytes | float] = [b""]
+        formats: list[str] = [""]
+        for piece in pieces:
+            if isinstance(piece, str):
+                parts += (0, b"")
+                formats += (piece, "")
+            else:
+                parts[-1] += piece  # type: ignore[operator]  # every other part is octets
+        formats[::2] = [f"{len(part)}s" for part in parts[::2]]  # type: ignore[arg-type]  # as above
+        packing = struct.Struct("<" + "".join(formats))
+        self._pack: Callable[..., bytes] = packing.pack
+        self._parts = parts
+        self.size = packing.size
+
+    def fill(self, values: Sequence[bytes | float]) -> bytes:
+        """The octets with `values` in the gaps.
+
+        Raises:
+            ValueError, struct.error: they do not fit.
+        """
+        parts = self._parts.copy()
+        parts[1::2] = values
+        return self._pack(*parts)
 
 
 class Pairs(dict[tuple[str, object], bytes]):

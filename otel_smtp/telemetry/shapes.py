@@ -67,6 +67,10 @@ SPAN_PAIRS: Final = Pairs(9)
 EVENT_PAIRS: Final = Pairs(3)
 _LINK_PAIRS: Final = Pairs(4)
 
+# A backend that counts in microseconds cuts start and duration of a span each for itself: an event at the very end
+# would lie behind it, and not be shown.
+AFTER_LAST_EVENT_NS: Final = 1000
+
 # SpanFlags: whether the flag "is remote" says anything, and the flag itself.
 _FLAGS: Final = {False: 0x100, True: 0x300}
 _SPAN_FLAGS: Final = {is_remote: tag(16, FIXED32) + struct.pack("<I", flags) for is_remote, flags in _FLAGS.items()}
@@ -259,7 +263,7 @@ def encode(
         *events,
     ]
     if links:
-        parts += map(_link, links)
+        parts += map(encode_link, links)
     if parent is None:
         parts.append(_SPAN_FLAGS[False])
     else:
@@ -270,6 +274,16 @@ def encode(
     return EncodedSpan(b"".join((TAGS[2], LENGTHS[size] if size < 2048 else length(size), *parts)))
 
 
+def frame_of_span(shape: SpanShape, *, is_remote: bool) -> tuple[bytes | str, ...]:
+    """Pieces of a `Mould` for spans of one shape: with gaps for trace id, span id, parent's span id, start and end.
+
+    Args:
+        is_remote: the parent is somebody else's.
+    """
+    flags = _SPAN_FLAGS[is_remote]
+    return _TRACE_ID, "16s", _SPAN_ID, "8s", _PARENT_ID, "8s", flags, shape.octets, "Q", _END, "Q"
+
+
 def encode_event(time_ns: int, shape: EventShape, varying: Iterable[Pair]) -> bytes:
     """An event as octets, with attributes of any kind beside those of its shape."""
     octets = b"".join((shape.octets, *map(EVENT_PAIRS.__getitem__, varying)))
@@ -277,7 +291,8 @@ def encode_event(time_ns: int, shape: EventShape, varying: Iterable[Pair]) -> by
     return b"".join((BEFORE_TIME[size] if size < 1024 else before_time(size), pack_time(time_ns), octets))
 
 
-def _link(link: LinkRecord) -> bytes:
+def encode_link(link: LinkRecord) -> bytes:
+    """A link, as a field of its span."""
     context = link.context
     return field(
         13,

@@ -143,7 +143,7 @@ class SpanAttributes:
 
     def __init__(self, redaction: Redaction, *, with_message_id: bool = False) -> None:
         self.redaction = redaction
-        self._with_message_id = with_message_id
+        self.with_message_id = with_message_id
         # Of the latest reply: a delivery and its transaction tell the same one.
         self._worded: Reply | None = None
         self._words = ""
@@ -270,7 +270,7 @@ class SpanAttributes:
         pairs.append((names.TRANSACTION_NUMBER, record.number))
         if record.octets is not None:
             pairs.append((names.MESSAGE_SIZE, record.octets))
-        if self._with_message_id and record.message_id is not None:
+        if self.with_message_id and record.message_id is not None:
             pairs.append((names.MESSAGE_ID, clean(record.message_id)))
         if record.spool_id is not None:
             pairs.append((names.SPOOL_ID, clean(record.spool_id)))

@@ -35,11 +35,12 @@ from otel_smtp.telemetry import propagation
 from otel_smtp.telemetry.attributes import LinkType
 from otel_smtp.telemetry.keeping import Keep as KeepReason
 from otel_smtp.telemetry.keeping import Keeping
+from otel_smtp.telemetry.ordinary import OrdinaryMail
 from otel_smtp.telemetry.propagation import SAMPLED, InboundPolicy, TraceContext
 from otel_smtp.telemetry.records import EventRecord, LinkRecord, SpanRecord, SpanSink, StateLog
 from otel_smtp.telemetry.redaction import Redaction
 from otel_smtp.telemetry.sampling import Identity, Sampling
-from otel_smtp.telemetry.shapes import EncodedSpan, Pair, SpanShape, encode
+from otel_smtp.telemetry.shapes import AFTER_LAST_EVENT_NS, EncodedSpan, Pair, SpanShape, encode
 from otel_smtp.telemetry.span_attributes import Described, SpanAttributes, is_probe
 from otel_smtp.telemetry.state_events import (
     StateEvents,
@@ -51,10 +52,6 @@ from otel_smtp.telemetry.state_events import (
     state_events,
     taken_over_event,
 )
-
-# A backend that counts in microseconds cuts start and duration of a span each for itself: an event at the very end
-# would lie behind it, and not be shown.
-AFTER_LAST_EVENT_NS: Final = 1000
 
 _TO_SPOOLED: Final = {names.LINK_TYPE: LinkType.SPOOLED_TRANSACTION.value}
 _TO_REPORTED: Final = {names.LINK_TYPE: LinkType.REPORTED_MAIL.value}
@@ -146,10 +143,8 @@ class Tracing(Observer):
     def _heed(self) -> None:
         self._lines = (*self._told, *self._followers)
         listeners = self._listeners
-        # Whether anybody takes a span, and whether anybody reads one as a value: of those that are recorded, and else.
+        # Whether anybody reads a span as a value: of those that are recorded, and else.
         self._reads = {True: bool(self._sinks or listeners), False: bool(listeners)}
-        self._wants = {is_recorded: bool(reads or self._lines) for is_recorded, reads in self._reads.items()}
-        self._wants[True] |= self._encodes
 
     def show(
         self,
@@ -167,6 +162,7 @@ class Tracing(Observer):
         self._policies = dict(policies)
         self._probes = probes
         self.attributes = SpanAttributes(redaction, with_message_id=with_message_id)
+        self._ordinary = OrdinaryMail(self.attributes, self._settle_delivery)
 
     # Connections -------------------------------------------------------------------------------------------------
 
@@ -194,7 +190,8 @@ class Tracing(Observer):
 
     def _finish_segment(self, connection: ConnectionRecord, end_ns: int, *, is_closed: bool) -> None:
         identity = identity_of(connection)
-        if not self._wants[identity.is_recording]:
+        encodes, reads = self._wanted(identity)
+        if not encodes and not reads and not self._lines:
             return
         described = self.attributes.connection(connection, identity.failure, is_closed=is_closed)
         offset = connection.wall_offset_ns
@@ -207,10 +204,10 @@ class Tracing(Observer):
         def more(transition: Transition) -> Sequence[Pair]:
             return self.more_of_state(connection, transition)
 
-        if identity.is_recording and self._encodes:
+        if encodes:
             events = encode_states(transitions, before_ns, offset, more)
             self._give(identity, described, times, events, is_trouble=connection.errors > 0)
-        if self._reads[identity.is_recording]:
+        if reads:
             self._show(identity, described, times, state_events(transitions, before_ns, offset, more))
         if self._lines:
             self._tell_lines(identity, described, times, ())
@@ -229,10 +226,23 @@ class Tracing(Observer):
         identity: Identity | None = transaction.trace or self._settle(transaction)
         if self._keeping is not None and identity is not None and not identity.is_recording:
             self._keep_by_outcome(self._keeping, identity, transaction)
+        is_encoded = False
+        if self._encodes and identity is not None and identity.is_recording:
+            spans = self._ordinary.spans(transaction, identity)
+            if spans is not None:
+                is_encoded = True
+                is_exported = bool(identity.context.flags & SAMPLED)
+                for span in spans:
+                    self._pass_on(span, is_exported=is_exported, is_trouble=False)
+                if not self._reads[True] and not self._lines:
+                    return
         for delivery in transaction.deliveries:
             if delivery.ended_ns:
-                self._finish_delivery(delivery)
-        if identity is None or not self._wants[identity.is_recording]:
+                self._finish_delivery(delivery, is_encoded=is_encoded)
+        if identity is None:
+            return
+        encodes, reads = self._wanted(identity, is_encoded=is_encoded)
+        if not encodes and not reads and not self._lines:
             return
         parent = identity.parent
         is_in_application = parent is not None and parent.is_remote
@@ -245,9 +255,9 @@ class Tracing(Observer):
         told: Sequence[EventRecord] = ()
         if transaction.refused:
             told = self.attributes.recipients(transaction.refused, transaction.own_count, offset)
-        if identity.is_recording and self._encodes:
+        if encodes:
             self._give(identity, described, times, encode_events(told) if told else (), is_trouble=bool(told))
-        if self._reads[identity.is_recording]:
+        if reads:
             self._show(identity, described, times, told)
         if self._lines:
             self._tell_lines(identity, described, times, told)
@@ -287,7 +297,8 @@ class Tracing(Observer):
             reason = self._keeping.failure()
             if reason is not None:
                 _keep_alone(identity, reason)
-        if not self._wants[identity.is_recording]:
+        encodes, reads = self._wanted(identity)
+        if not encodes and not reads and not self._lines:
             return
         described = self.attributes.spooled(transaction)
         offset = transaction.wall_offset_ns
@@ -297,9 +308,9 @@ class Tracing(Observer):
             if transaction.refused
             else []
         )
-        if identity.is_recording and self._encodes:
+        if encodes:
             self._give(identity, described, times, encode_events(told), is_trouble=bool(told))
-        if self._reads[identity.is_recording]:
+        if reads:
             self._show(identity, described, times, told)
         if self._lines:
             self._tell_lines(identity, described, times, told)
@@ -382,9 +393,10 @@ class Tracing(Observer):
             delivery.trace = identity
         return identity
 
-    def _finish_delivery(self, delivery: DeliveryRecord) -> None:
+    def _finish_delivery(self, delivery: DeliveryRecord, *, is_encoded: bool = False) -> None:
         identity = delivery.trace or self._settle_delivery(delivery)
-        if not self._wants[identity.is_recording]:
+        encodes, reads = self._wanted(identity, is_encoded=is_encoded)
+        if not encodes and not reads and not self._lines:
             return
         pool = pool_pairs(delivery)
         described = self.attributes.delivery(delivery, pool)
@@ -394,12 +406,12 @@ class Tracing(Observer):
         told = self._recipients_of(delivery) if delivery.refused else ()
         if (taken := transaction.taken_over) is not None:
             told = [taken_over_event(times[0], *taken), *told]
-        if identity.is_recording and self._encodes:
+        if encodes:
             events = encode_phases(delivery, pool)
             if told:
                 events += encode_events(told)
             self._give(identity, described, times, events)
-        if self._reads[identity.is_recording]:
+        if reads:
             phases = phase_events(delivery, pool) if identity.is_recording else []
             self._show(identity, described, times, [*phases, *told] if told else phases)
         if self._lines:
@@ -419,6 +431,11 @@ class Tracing(Observer):
 
     # Giving away -------------------------------------------------------------------------------------------------
 
+    def _wanted(self, identity: Identity, *, is_encoded: bool = False) -> tuple[bool, bool]:
+        """Whether a span is to be encoded, and whether somebody reads it as a value."""
+        is_recording = identity.is_recording
+        return is_recording and self._encodes and not is_encoded, self._reads[is_recording]
+
     def _give(
         self,
         identity: Identity,
@@ -434,11 +451,15 @@ class Tracing(Observer):
         if identity.attributes:
             pairs = [*_sampler_pairs(identity, shape, pairs), *pairs]
         span = encode(shape, context, identity.parent, *times, pairs, events, identity.links)
-        if context.flags & SAMPLED or identity.is_kept:
+        is_exported = bool(context.flags & SAMPLED) or identity.is_kept
+        self._pass_on(span, is_exported=is_exported, is_trouble=is_trouble or shape.has_failed)
+
+    def _pass_on(self, span: EncodedSpan, *, is_exported: bool, is_trouble: bool) -> None:
+        if is_exported:
             for take in self._exports:
                 take(span)
         for keep in self._memories:
-            keep(span, is_trouble or shape.has_failed)
+            keep(span, is_trouble)
 
     def _show(
         self, identity: Identity, described: Described, times: tuple[int, int], events: Sequence[EventRecord]

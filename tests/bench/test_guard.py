@@ -47,8 +47,8 @@ def run(work: Coroutine[Any, Any, T]) -> T:
     [
         ("none", "transparent", 136, 158),
         ("none", "buffered", 133, 146),
-        ("everything", "transparent", 207, 265),
-        ("everything", "buffered", 204, 253),
+        ("everything", "transparent", 185, 241),
+        ("everything", "buffered", 182, 229),
     ],
 )
 def test_calls_of_a_message(observers: str, strategy: str, python: float, c: float) -> None:

@@ -1,18 +1,21 @@
 """Our own OTLP encoding: the same message as the SDK's exporter makes of the same spans."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
 from google.protobuf.message import Message
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace.sampling import Decision, Sampler, SamplingResult
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import SpanKind
+from opentelemetry.trace.span import TraceState
 
 from otel_smtp.observing import (
     ConnectionInfo,
@@ -20,6 +23,7 @@ from otel_smtp.observing import (
     DeliveryPhase,
     DeliveryRecord,
     Endpoint,
+    MessageKind,
     Outcome,
     TlsInfo,
     TraceHeaders,
@@ -44,6 +48,7 @@ from otel_smtp.smtp.states import (
 )
 from otel_smtp.telemetry import attributes as names
 from otel_smtp.telemetry.attributes import ATTRIBUTES, SCHEMA_URL, SCOPE_NAME, Type
+from otel_smtp.telemetry.ordinary import OrdinaryMail
 from otel_smtp.telemetry.otlp import Pairs, RequestFrame, varint
 from otel_smtp.telemetry.propagation import InboundPolicy, TraceContext
 from otel_smtp.telemetry.records import EventRecord, LinkRecord, SpanRecord
@@ -372,6 +377,220 @@ def test_whatever_happens_is_encoded_as_the_sdks_exporter_encodes_it(data: st.Da
 
 
 _PYTHON = {Type.STRING: str, Type.INT: int, Type.DOUBLE: float, Type.BOOLEAN: bool, Type.STRINGS: tuple}
+
+
+# Ordinary mail is encoded in a way of its own.
+
+plain_texts = st.one_of(
+    st.just("Ok"), st.text(max_size=300), st.text(st.sampled_from("aé"), min_size=250, max_size=260)
+)
+good_replies = st.builds(
+    Reply,
+    st.sampled_from([250, 251]),
+    st.one_of(st.none(), codes),
+    st.lists(plain_texts, min_size=1, max_size=2).map(tuple),
+)
+mailboxes = st.sampled_from(
+    ["", "a@example.com", "b@EXAMPLE.com", "c@[192.0.2.1]", "postmaster", "ü@\u200bbücher.example"]
+)
+
+
+@st.composite
+def ordinary_mails(draw: st.DrawFn, connection: ConnectionRecord) -> TransactionRecord:
+    mail = Mail(draw(mailboxes), body=draw(st.one_of(st.none(), st.sampled_from(Body))))
+    record = TransactionRecord(mail, draw(st.integers(1, 1 << 22)), connection, draw(moments), draw(moments))
+    record.accepted = [Recipient(address) for address in draw(st.lists(mailboxes, min_size=1, max_size=12))]
+    headers = st.sampled_from([(), (REMOTE,), ("x",)])
+    record.trace_headers = TraceHeaders(draw(headers), draw(st.sampled_from(["", "vendor=1"])))
+    record.message_id = "<1@example.com>"
+    record.octets = draw(st.one_of(st.integers(0, 1 << 22), st.integers(0, 1 << 40)))
+    delivery = DeliveryRecord(record, draw(st.sampled_from(["u", "ü"])), draw(endpoints), 1, draw(moments))
+    record.deliveries.append(delivery)
+    delivery.pool_wait_ns, delivery.is_reused = draw(moments), draw(st.booleans())
+    delivery.peer, delivery.tls = draw(endpoints), draw(tls)
+    delivery.phases.append((draw(moments), DeliveryPhase.POOL, None))
+    phase = st.tuples(moments, st.sampled_from(DeliveryPhase), st.one_of(st.none(), good_replies))
+    delivery.phases += draw(st.lists(phase.filter(lambda one: one[1] is not DeliveryPhase.POOL), max_size=5))
+    delivery.accepted_count, delivery.round_trips = draw(st.integers(0, 300)), draw(st.integers(0, 300))
+    delivery.end(Outcome.RELAYED, draw(good_replies), None, draw(moments))
+    record.end(Outcome.RELAYED, draw(good_replies), draw(moments))
+    return record
+
+
+class Choosing(Sampler):
+    """Decides and adds what it is told."""
+
+    def __init__(self, result: SamplingResult) -> None:
+        self.result = result
+
+    def should_sample(self, *arguments: Any, **more: Any) -> SamplingResult:
+        return self.result
+
+    def get_description(self) -> str:
+        return "Choosing"
+
+
+REFUSAL = Reply(550, EnhancedStatus(5, 1, 1), ("no such user",), ErrorType.UPSTREAM_REFUSED)
+BUSY = Reply(451, None, ("busy",))
+ODD = Reply(250, EnhancedStatus(2, 0, 0), ("odd",), ErrorType.STORAGE)
+SOMEBODY = Recipient("x@there.example")
+
+
+def _another_attempt(record: TransactionRecord) -> None:
+    another = DeliveryRecord(record, "other", Endpoint("mx.example", 25), 2, 5)
+    another.end(Outcome.RELAYED, Reply(250, None, ("Ok",)), None, 6)
+    record.deliveries.append(another)
+
+
+def _sets(name: str, *values: Any) -> dict[str, Callable[[TransactionRecord, DeliveryRecord], object]]:
+    of, _, attribute = name.partition(".")
+    return {
+        f"{name} = {value}": lambda record, delivery, value=value: setattr(  # type: ignore[misc]
+            record if of == "record" else delivery, attribute, value
+        )
+        for value in values
+    }
+
+
+# What makes of an ordinary mail another one, one thing at a time.
+SPOILT: dict[str, Callable[[TransactionRecord, DeliveryRecord], object]] = {
+    "nothing": lambda record, delivery: None,
+    "refused": lambda record, delivery: record.refuse(SOMEBODY, REFUSAL, 5),
+    "refused by the upstream": lambda record, delivery: delivery.refuse(SOMEBODY, BUSY, 5),
+    "paced": lambda record, delivery: delivery.note_pace("limit", 5, 6),
+    "no wait among the phases": lambda record, delivery: delivery.phases.pop(0),
+    "two waits": lambda record, delivery: delivery.phases.append((5, DeliveryPhase.POOL, None)),
+    "wait at the end": lambda record, delivery: delivery.phases.reverse(),
+    "no phases": lambda record, delivery: delivery.phases.clear(),
+    "two attempts": lambda record, delivery: _another_attempt(record),
+    "no attempt": lambda record, delivery: record.deliveries.clear(),
+    **_sets("record.refused_count", 1),
+    **_sets("record.deferred_count", 1),
+    **_sets("delivery.refused_count", 1),
+    **_sets("delivery.deferred_count", 1),
+    **_sets("delivery.accepted_count", 7),
+    **_sets("record.failure", "broken"),
+    **_sets("delivery.failure", "broken"),
+    **_sets("record.error_type", ErrorType.STORAGE),
+    **_sets("delivery.error_type", ErrorType.TIMEOUT),
+    **_sets("record.reply", None, REFUSAL, BUSY, ODD),
+    **_sets("delivery.reply", None, REFUSAL, BUSY, ODD),
+    **_sets("record.outcome", *Outcome, None),
+    **_sets("delivery.outcome", *Outcome, None),
+    **_sets("record.spool_id", "01J9"),
+    **_sets("record.octets", None, 0),
+    **_sets("record.kind", MessageKind.BOUNCE),
+    **_sets("record.is_possible_duplicate", True),
+    **_sets("record.taken_over", ("other", 2.5)),
+    **_sets("record.mail", Mail("a@b.example", body=Body.EIGHT_BIT_MIME)),
+    **_sets("record.accepted", [], [SOMEBODY], [SOMEBODY, Recipient("y@here.example")], [Recipient("postmaster")]),
+    **_sets("record.trace_headers", TraceHeaders((REMOTE,), "v=1"), TraceHeaders((REMOTE,))),
+    **_sets("delivery.attempt", 2),
+    **_sets("delivery.round_trips", 9),
+    **_sets("delivery.is_reused", False),
+    **_sets("delivery.upstream", "other"),
+    **_sets("delivery.peer", None, Endpoint("198.51.100.4", 25), Endpoint("192.0.2.9", 26), Endpoint("/run/x.sock")),
+    **_sets("delivery.server", Endpoint("mx.example", 25), Endpoint("192.0.2.9", 26), Endpoint("/run/x.sock")),
+    **_sets("delivery.tls", TlsInfo("1.3", "A"), TlsInfo("1.3", "B"), TlsInfo("1.3", "A", True), TlsInfo("1.2", "A")),
+    **_sets("delivery.pool_wait_ns", None),
+    **_sets("delivery.ended_ns", 0),
+}
+
+
+def _ordinary_mail(connection: ConnectionRecord) -> TransactionRecord:
+    record = TransactionRecord(Mail("a@example.com"), 1, connection, 10, 0)
+    record.accepted = [Recipient("b@example.net")]
+    record.octets, record.message_id, record.trace_headers = 1000, "<1@example.com>", TraceHeaders()
+    delivery = DeliveryRecord(record, "u", Endpoint("192.0.2.9", 25), 1, 20)
+    record.deliveries.append(delivery)
+    delivery.pool_wait_ns, delivery.is_reused, delivery.peer = 30, True, Endpoint("192.0.2.9", 25)
+    accepted = Reply(250, EnhancedStatus(2, 1, 0), ("Ok",))
+    queued = Reply(250, EnhancedStatus(2, 0, 0), ("Ok: queued as 4XyZ12",))
+    phases = DeliveryPhase.POOL, DeliveryPhase.MAIL, DeliveryPhase.CONTENT, DeliveryPhase.REPLY
+    for at_ns, (phase, reply) in enumerate(zip(phases, (None, accepted, None, queued), strict=True), start=40):
+        delivery.phases.append((at_ns, phase, reply))
+    delivery.end(Outcome.RELAYED, queued, None, 50)
+    record.end(Outcome.RELAYED, Reply(250, EnhancedStatus(2, 0, 0), (f"Ok trace={'a' * 32}",)), 60)
+    return record
+
+
+def _connection() -> ConnectionRecord:
+    info = ConnectionInfo("c" * 32, Endpoint("127.0.0.1", 40000), Endpoint("127.0.0.1", 25), "local")
+    return ConnectionRecord(info, 1, 1000)
+
+
+CHOOSING = [
+    SamplingResult(Decision.RECORD_AND_SAMPLE, {"added": 1}),
+    SamplingResult(Decision.RECORD_AND_SAMPLE, {names.OUTCOME: "x"}),
+    SamplingResult(Decision.RECORD_AND_SAMPLE, None, TraceState([("a", "1")])),
+]
+OPTIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    **{f"sampler {number}": {"sampler": Choosing(result)} for number, result in enumerate(CHOOSING)},
+    "with message ids": {"with_message_id": True},
+    **{f"addresses = {shown}": {"redaction": Redaction(shown, hash_key=b"key")} for shown in Addresses},
+    **{f"trace context: {policy}": {"policies": {"local": policy}} for policy in InboundPolicy},
+}
+
+
+@pytest.mark.parametrize("spoilt", SPOILT)
+def test_a_mail_that_differs_in_one_thing_from_an_ordinary_one_is_told_as_it_was(spoilt: str) -> None:
+    for options in OPTIONS.values():
+        both = Both(**options)
+        connection = _connection()
+        both.tracing.connection_opened(connection)
+        for spoil in (SPOILT["nothing"], SPOILT[spoilt], SPOILT["nothing"]):
+            record = _ordinary_mail(connection)
+            spoil(record, record.deliveries[0])
+            both.tracing.transaction_ended(record)
+        both.check()
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(st.data())
+def test_ordinary_mail_is_encoded_as_any_other(data: st.DataObject) -> None:
+    both = Both(
+        policies={"local": data.draw(st.sampled_from(InboundPolicy))},
+        redaction=Redaction(data.draw(st.sampled_from(Addresses)), data.draw(st.sampled_from(ClientIp)), b"key"),
+        with_message_id=data.draw(st.booleans()),
+    )
+    connection = data.draw(connections())
+    both.tracing.connection_opened(connection)
+    for _ in range(data.draw(st.integers(1, 3))):
+        record = data.draw(ordinary_mails(connection))
+        both.tracing.transaction_ended(record)
+    both.check()
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow])
+@given(st.data())
+def test_ordinary_mail_is_encoded_in_its_own_way(data: st.DataObject) -> None:
+    """What the test above is for would else be gone unseen."""
+    tracing = Tracing(exports=[lambda span: None])
+    connection = data.draw(connections())
+    tracing.connection_opened(connection)
+    record = data.draw(ordinary_mails(connection))
+    tracing.trace_id(record)
+    spans = OrdinaryMail(tracing.attributes, tracing._settle_delivery).spans(record, record.trace)
+    assert (spans is not None) == (not record.trace.context.trace_state)
+
+
+def test_of_an_ordinary_mail_a_sampler_may_export_one_span_and_not_the_other() -> None:
+    class NoDeliveries(Choosing):
+        def should_sample(
+            self, parent_context: Context | None, trace_id: int, name: str, *arguments: Any, **more: Any
+        ) -> SamplingResult:
+            is_left_out = name == names.SPAN_DELIVERY
+            return SamplingResult(Decision.RECORD_ONLY if is_left_out else Decision.RECORD_AND_SAMPLE)
+
+    exported: list[EncodedSpan] = []
+    kept: list[EncodedSpan] = []
+    sampler = NoDeliveries(SamplingResult(Decision.DROP))
+    Client(
+        Tracing(exports=[exported.append], memories=[lambda span, is_trouble: kept.append(span)], sampler=sampler)
+    ).ehlo().message().close()
+    assert [span.to_record().name for span in exported] == [names.SPAN_TRANSACTION, names.SPAN_CONNECTION]
+    assert len(kept) == 3
 
 
 # What must not go wrong ----------------------------------------------------------------------------------------------

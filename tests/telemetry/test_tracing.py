@@ -29,9 +29,9 @@ from otel_smtp.smtp.states import CloseReason, TlsMode
 from otel_smtp.telemetry.propagation import InboundPolicy
 from otel_smtp.telemetry.records import SpanRecord
 from otel_smtp.telemetry.sdk_spans import SdkSpans
-from otel_smtp.telemetry.shapes import EncodedSpan
+from otel_smtp.telemetry.shapes import AFTER_LAST_EVENT_NS, EncodedSpan
 from otel_smtp.telemetry.state_events import StateEvents
-from otel_smtp.telemetry.tracing import AFTER_LAST_EVENT_NS, StateTelling, Tracing
+from otel_smtp.telemetry.tracing import StateTelling, Tracing
 from tests.telemetry.driving import QUEUED, Client, FakeClock, Kept, begin_delivery, finish_delivery, resume
 
 CONNECTION, TRANSACTION, DELIVERY = "smtp.connection", "smtp.transaction", "smtp.delivery"

@@ -1,0 +1,253 @@
+"""Both spans of an ordinary mail as octets, in one go.
+
+Theory of operation
+-------------------
+Nearly every mail is relayed by its first attempt to all of its recipients, and then nearly all of what its two spans
+say has been said before. So a `_Mould` holds, for mails alike, the octets of all that they have in common: of the
+shapes of both spans (`shapes`), of the events of the attempt's phases, and what stands between times. It is found by
+everything that these depend on; what is left for each mail are ids, times, sizes, domains and the upstream's words.
+
+A mould is made of what the general encoder uses (`SpanAttributes`, `describe_phases`), and a mail that is not ordinary
+in any respect is left to that: `OrdinaryMail.spans` says None. A test holds both encodings against one another.
+"""
+
+from collections.abc import Callable
+from typing import Final, NamedTuple
+
+from otel_smtp.observing import DeliveryPhase, DeliveryRecord, Outcome, TransactionRecord
+from otel_smtp.telemetry import attributes as names
+from otel_smtp.telemetry.otlp import TAGS, Integers, Mould, length, text_head
+from otel_smtp.telemetry.sampling import Identity
+from otel_smtp.telemetry.shapes import (
+    AFTER_LAST_EVENT_NS,
+    EVENT_PAIRS,
+    MAX_SHAPES,
+    SPAN_PAIRS,
+    EncodedSpan,
+    before_time,
+    encode_link,
+    frame_of_span,
+)
+from otel_smtp.telemetry.span_attributes import SpanAttributes
+from otel_smtp.telemetry.state_events import describe_phases
+
+_MAX_DOMAINS_KEPT: Final = 1024
+
+_NUMBERS: Final = Integers(9, names.TRANSACTION_NUMBER)
+_SIZES: Final = Integers(9, names.MESSAGE_SIZE)
+_SPAN_WAIT: Final = SPAN_PAIRS[names.POOL_WAIT, 0.0][:-8]
+_EVENT_WAIT: Final = EVENT_PAIRS[names.POOL_WAIT, 0.0][:-8]
+
+
+class _Moulds(NamedTuple):
+    """What mails alike have in common: of the attempt's span all but its origin and the reply, with gaps for ids and
+    times, for the wait for a connection, and for the times of its phases, the first followed by that wait again; of the
+    transaction's span its shape, with gaps for ids and times."""
+
+    delivery: Mould
+    transaction: Mould
+
+
+class OrdinaryMail:
+    """Encodes the spans of ordinary mails.
+
+    Args:
+        attributes: says which attributes spans have.
+        settle_delivery: gives an attempt its identity.
+    """
+
+    __slots__ = ("_attributes", "_has_plain_attributes", "_moulds", "_recipients", "_senders", "_settle_delivery")
+
+    def __init__(self, attributes: SpanAttributes, settle_delivery: Callable[[DeliveryRecord], Identity]) -> None:
+        self._attributes = attributes
+        self._settle_delivery = settle_delivery
+        self._has_plain_attributes = not (attributes.with_message_id or attributes.redaction.shows_mailboxes)
+        self._moulds: dict[tuple[object, ...], _Moulds] = {}
+        # By the domain as it was written: the attributes of one sender, and of one recipient.
+        self._senders: dict[str, bytes] = {}
+        self._recipients: dict[str, bytes] = {}
+
+    def spans(self, record: TransactionRecord, identity: Identity) -> tuple[EncodedSpan, EncodedSpan] | None:
+        """The spans of the attempt and of the transaction; None where something about them is not ordinary.
+
+        Args:
+            identity: the transaction's; it is recorded.
+        """
+        deliveries = record.deliveries
+        if len(deliveries) != 1 or record.outcome is not Outcome.RELAYED:
+            return None
+        delivery = deliveries[0]
+        attempt: Identity = delivery.trace or self._settle_delivery(delivery)
+        reply, told, peer, tls = delivery.reply, record.reply, delivery.peer, delivery.tls
+        wait_ns, octets, connection, parent = delivery.pool_wait_ns, record.octets, record.connection, identity.parent
+        context = identity.context
+        if (
+            reply is None
+            or told is None
+            or peer is None
+            or wait_ns is None
+            or octets is None
+            or connection is None
+            or parent is None
+            or delivery.outcome is not Outcome.RELAYED
+            or attempt.parent is not context
+            or not attempt.is_recording
+            or attempt.attributes
+            or attempt.links
+            or attempt.context.trace_state
+            or attempt.context.flags != context.flags
+            or identity.attributes
+            or context.trace_state
+            or reply.code >= 400
+            or told.code >= 400
+            or reply.error_type is not None
+            or told.error_type is not None
+            or delivery.error_type is not None
+            or record.error_type is not None
+            or delivery.failure is not None
+            or record.failure is not None
+            or delivery.refused
+            or record.refused
+            or delivery.refused_count
+            or delivery.deferred_count
+            or record.refused_count
+            or record.deferred_count
+            or delivery.paced is not None
+            or record.spool_id is not None
+            or record.is_possible_duplicate
+            or record.taken_over is not None
+            or not delivery.ended_ns
+            or not self._has_plain_attributes
+        ):
+            return None
+        server, upstream, accepted = delivery.server, delivery.upstream, record.accepted
+        offset, wait_seconds = record.wall_offset_ns, wait_ns / 1e9
+        trace_id = context.trace_id.to_bytes(16, "big")
+        span_id = context.span_id.to_bytes(8, "big")
+        origin = SPAN_PAIRS[names.CONNECTION_ID, connection.info.id]
+        alike: list[object] = [
+            len(origin),
+            upstream,
+            server.host,
+            server.port,
+            peer.host,
+            peer.port,
+            None if tls is None else (tls.version, tls.cipher, tls.resumed),
+            delivery.attempt,
+            delivery.accepted_count,
+            delivery.round_trips,
+            delivery.is_reused,
+            reply.code,
+            reply.enhanced,
+            told.code,
+            told.enhanced,
+            len(accepted),
+            record.mail.body,
+            record.kind,
+            parent.is_remote,
+        ]
+        values: list[bytes | float] = [
+            trace_id,
+            attempt.context.span_id.to_bytes(8, "big"),
+            span_id,
+            delivery.begun_ns + offset,
+            delivery.ended_ns + offset + AFTER_LAST_EVENT_NS,
+            origin,
+            wait_seconds,
+        ]
+        for at_ns, phase, answer in delivery.phases:
+            values.append(at_ns + offset)
+            if answer is None:
+                alike.append(phase)
+            else:
+                alike += (phase, answer.code, answer.enhanced)
+        values.insert(8, wait_seconds)
+        key = tuple(alike)
+        moulds = self._moulds.get(key)
+        if moulds is None:
+            moulds = self._make(record, delivery, origin, is_remote=parent.is_remote)
+            if moulds is None:
+                return None
+            if len(self._moulds) >= MAX_SHAPES:
+                self._moulds.clear()
+            self._moulds[key] = moulds
+
+        lines = reply.lines
+        words = self._attributes.redaction.text(lines[0] if len(lines) == 1 else reply.text).encode("utf-8", "replace")
+        before_words = text_head(9, names.REPLY_TEXT, len(words))
+        of_both = len(before_words) + len(words)
+        of_attempt, of_transaction = moulds
+        first = (
+            TAGS[2], length(of_attempt.size + of_both), of_attempt.fill(values), before_words, words
+        )  # fmt: skip
+
+        values = [
+            trace_id,
+            span_id,
+            parent.span_id.to_bytes(8, "big"),
+            record.begun_ns + offset,
+            record.ended_ns + offset + AFTER_LAST_EVENT_NS,
+            origin,
+        ]
+        own = b"".join((_NUMBERS(record.number), _SIZES(octets), self._domains(record)))
+        if identity.links:
+            own = b"".join((own, *map(encode_link, identity.links)))
+        second = (
+            TAGS[2], length(of_transaction.size + of_both + len(own)), of_transaction.fill(values), own,
+            before_words, words,
+        )  # fmt: skip
+        return EncodedSpan(b"".join(first)), EncodedSpan(b"".join(second))
+
+    def _domains(self, record: TransactionRecord) -> bytes:
+        """The attributes that tell the domains of sender and recipients."""
+        _, at, domain = record.mail.reverse_path.rpartition("@")
+        sender = self._senders.get(domain if at else "")
+        if sender is None:
+            sender = self._sender(record.mail.reverse_path, domain if at else "")
+        if len(record.accepted) != 1:
+            return sender + self._recipient_domains(record)
+        _, at, domain = record.accepted[0].address.rpartition("@")
+        recipient = self._recipients.get(domain if at else "")
+        if recipient is None:
+            recipient = self._recipient_domains(record)
+            if len(self._recipients) >= _MAX_DOMAINS_KEPT:
+                self._recipients.clear()
+            self._recipients[domain if at else ""] = recipient
+        return sender + recipient
+
+    def _sender(self, path: str, written: str) -> bytes:
+        domain = self._attributes.redaction.domain(path)
+        if len(self._senders) >= _MAX_DOMAINS_KEPT:
+            self._senders.clear()
+        octets = self._senders[written] = b"" if domain is None else SPAN_PAIRS[names.MAIL_FROM_DOMAIN, domain]
+        return octets
+
+    def _recipient_domains(self, record: TransactionRecord) -> bytes:
+        domains = self._attributes.redaction.domains(record.accepted)
+        if not domains:
+            return b""
+        octets = SPAN_PAIRS[names.RCPT_DOMAINS, domains]
+        return octets if len(domains) > 1 else octets + SPAN_PAIRS[names.RCPT_DOMAIN, domains[0]]
+
+    def _make(
+        self, record: TransactionRecord, delivery: DeliveryRecord, origin: bytes, *, is_remote: bool
+    ) -> _Moulds | None:
+        phases = [phase for _, phase, _ in delivery.phases]
+        if phases[:1] != [DeliveryPhase.POOL] or phases.count(DeliveryPhase.POOL) > 1:
+            return None
+        events: list[bytes | str] = []
+        for phase, (_, shape) in zip(phases, describe_phases(delivery), strict=True):
+            if phase is DeliveryPhase.POOL:
+                reused = EVENT_PAIRS[names.POOL_REUSED, delivery.is_reused]
+                before = shape.octets + _EVENT_WAIT
+                events += (before_time(len(before) + 8 + len(reused)), "Q", before, "d", reused)
+            else:
+                events += (shape.before, "Q", shape.octets)
+        of_attempt, _ = self._attributes.delivery(delivery, ())
+        of_transaction, _ = self._attributes.transaction(record, is_in_application=is_remote)
+        gap = f"{len(origin)}s"
+        wait = (_SPAN_WAIT, "d", SPAN_PAIRS[names.POOL_REUSED, delivery.is_reused])
+        return _Moulds(
+            Mould(*frame_of_span(of_attempt, is_remote=False), gap, *wait, *events),
+            Mould(*frame_of_span(of_transaction, is_remote=is_remote), gap),
+        )
