@@ -665,6 +665,9 @@ DRIVES: Final = (
         ("connections to it",), "40 of 4", open_transactions, {"upstream.connections": 4},
     ),
     Drive(
+        ("connections of all gateways",), "40 of 4", open_transactions, {"upstream.connections_total": 4},
+    ),
+    Drive(
         ("the time that it takes",), "on until it is given up", an_upstream_that_stalls,
         {"upstream.url": "{peer}", "upstream.timeout.command": 1, "upstream.timeout.reply": 1},
         peer=lambda: served(stalling, "smtp"),
