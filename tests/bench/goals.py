@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import Final, NamedTuple
 
-from tests.bench.figures import KIB, MIB, Cell, Figure, Results, Run, Sample, cpu, p99, rate, table
+from tests.bench.figures import KIB, MIB, Cell, Figure, Results, Run, Sample, cpu, own_cpu, p99, rate, table
 from tests.bench.targets import gateway, peers
 
 HEADLINE: Final = Cell(10, 1 * KIB)
@@ -113,6 +113,22 @@ def goals(results: Results) -> Iterator[Goal]:
             most=250,
             unit="µs",
         )
+    shared, of_many = gateway.QUEUE_POSTGRESQL.name, DURABLE[-1]
+    yield judge(
+        f"durable mails/s, 50 sessions, traced, in PostgreSQL : {_QUEUE}",
+        ratio(of_many, shared, _QUEUE, rate),
+        least=0.5,
+    )
+    yield judge(
+        f"CPU per durable mail with the database's, 50 sessions, in PostgreSQL : {_QUEUE}",
+        ratio(of_many, shared, _QUEUE, cpu),
+        most=2.2,
+    )
+    yield judge(
+        f"CPU per durable mail of the gateway alone, 50 sessions, in PostgreSQL : {_QUEUE}",
+        ratio(of_many, shared, _QUEUE, own_cpu),
+        most=0.7,
+    )
     two = gateway.TWO.name
     if results.spread:
         yield judge("mails/s, 2 workers : 1, on cores of their own", ratio(MANY, two, TRACED, rate), least=1.8)

@@ -29,9 +29,9 @@ LANGUAGES: Mapping[str, str] = {
 }
 
 
-def run(cpu_us: float, rate: float, *, p99_ms: float = 2.0) -> Run:
+def run(cpu_us: float, rate: float, *, p99_ms: float = 2.0, beside_cpu_us: float = 0.0) -> Run:
     """One round."""
-    return Run(1000, 0, {}, rate, cpu_us, 1.0, p99_ms, 2.0, 3.0)
+    return Run(1000, 0, {}, rate, cpu_us, 1.0, p99_ms, 2.0, 3.0, beside_cpu_us)
 
 
 def results(replaced: Mapping[str, tuple[float, float]] = MappingProxyType({}), *, rounds: int = 5) -> Results:
@@ -53,6 +53,7 @@ def results(replaced: Mapping[str, tuple[float, float]] = MappingProxyType({}), 
     put(MANY, {gateway.TRACED.name: (96, 9_900), gateway.TWO.name: (98, 9_900)})
     for cell in DURABLE:
         put(cell, {gateway.QUEUE.name: (240, 4_000), peers.POSTFIX_QUEUE.name: (2_400, 700)})
+        made.load(cell).relays[gateway.QUEUE_POSTGRESQL.name] = [run(500, 2_400, beside_cpu_us=340)] * rounds
     made.idle_octets = {gateway.TRACED.name: Figure((2_500.0,) * rounds)}
     made.cold_start_seconds = {gateway.TRACED.name: Figure((0.25,) * rounds)}
     made.large_mails_peak_octets = {gateway.TRACED.name: Figure((1e8,))}

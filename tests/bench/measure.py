@@ -188,7 +188,7 @@ class Bench:
     def _run(self, target: Target, relay: Running, cell: Cell, seconds: float) -> Run:
         began = time.monotonic()
         pace = None if cell.share is None else cell.share * self._highest_rate(target, cell)
-        cpu_before = relay.cpu_seconds()
+        cpu_before, beside_before = relay.cpu_seconds(), relay.beside_cpu_seconds()
         sink_before = self._sink.ask()
         spans_before = self._collector.ask()["spans"]
         sent = self._send(relay.port, cell, seconds, rate=pace)
@@ -210,6 +210,7 @@ class Bench:
             p99_ms=sent["p99_ms"],
             round_trips=(sink_after["round_trips"] - sink_before["round_trips"]) / accepted,
             spans=(self._collector.ask()["spans"] - spans_before) / accepted,
+            beside_cpu_us=(relay.beside_cpu_seconds() - beside_before) / accepted * 1e6,
         )
 
     def _highest_rate(self, target: Target, cell: Cell) -> float:

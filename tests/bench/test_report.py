@@ -6,7 +6,7 @@ import pytest
 
 from tests.bench import report
 from tests.bench.figures import Results, rate
-from tests.bench.goals import HALF, HEADLINE, LARGE, MANY, TRACED, goals, outrun
+from tests.bench.goals import DURABLE, HALF, HEADLINE, LARGE, MANY, TRACED, goals, outrun
 from tests.bench.made import GO, GOOD, results, run
 from tests.bench.targets import gateway, peers
 
@@ -47,6 +47,8 @@ def test_the_goals_beside_the_headline() -> None:
     found.load(HALF).relays[TRACED] = [run(96, 9_900, p99_ms=2.6)] * 5
     found.load(LARGE).relays[TRACED] = [run(18_000, 60)] * 5
     found.load(MANY).relays[gateway.TWO.name] = [run(105, 19_000)] * 5
+    shared = gateway.QUEUE_POSTGRESQL.name
+    found.load(DURABLE[1]).relays[shared] = [run(540, 1_900, beside_cpu_us=360)] * 5
     found.idle_octets.clear()
     assert found.long_run is not None
     found.long_run.samples[-2:] = [replace(found.long_run.samples[0], p99_ms=2.3, resident_octets=70_000_000)] * 2
@@ -54,6 +56,9 @@ def test_the_goals_beside_the_headline() -> None:
         "p99 at half of its own highest rate, traced : tracing off",
         "CPU per mail of 5 MiB, traced : Postfix smtpd_proxy_filter",
         "idle connection, traced",
+        "durable mails/s, 50 sessions, traced, in PostgreSQL : gateway-queue, traced",
+        "CPU per durable mail with the database's, 50 sessions, in PostgreSQL : gateway-queue, traced",
+        "CPU per durable mail of the gateway alone, 50 sessions, in PostgreSQL : gateway-queue, traced",
         "CPU per mail, 2 workers : 1 (the load has no cores of its own here)",
         "long run, p99: last quarter : first quarter",
         "long run, resident memory: last quarter : first quarter",

@@ -1,4 +1,4 @@
-"""`python -m tests.durability kill|faults|full|workers|model|gateways`: the long proofs.
+"""`python -m tests.durability kill|faults|full|workers|model|gateways|away|churn`: the long proofs.
 
 `tests/spool/test_durability.py`, `tests/end_to_end/test_workers.py` and `tests/spool/postgresql/test_gateways.py` run
 short ones.
@@ -10,6 +10,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tests.durability.away import go_away
+from tests.durability.churning import churn
 from tests.durability.failing import CALLS, fill, inject, starve
 from tests.durability.killing import kill_again_and_again
 from tests.durability.model import MODES, Model, run_model
@@ -43,6 +45,11 @@ def main() -> int:
     gateways.add_argument("--mails", type=int, default=1000, help="before the first kill, and again at the end")
     gateways.add_argument("--limited-mails", type=int, default=1500, help="of which 600 a minute may leave")
     gateways.add_argument("--seed", type=int, default=1)
+    away = commands.add_parser("away", help="a shared queue whose database goes away and comes back")
+    away.add_argument("--seconds", type=float, default=60.0)
+    churned = commands.add_parser("churn", help="a shared queue while an old transaction holds vacuum up")
+    churned.add_argument("--seconds", type=float, default=3600.0)
+    churned.add_argument("--rate", type=float, default=500.0)
     parser.add_argument("--directory", type=Path, default=None, help="on the disk that is to be tried")
     arguments = parser.parse_args()
     directory = Path(tempfile.mkdtemp(prefix="otel-smtp-durability-", dir=arguments.directory))
@@ -89,6 +96,16 @@ def main() -> int:
             is_wrong |= max(shared.takeovers, default=0) > TAKEOVER_SECONDS + 2 or stopped.taken["content"] != 2
             is_wrong |= bool(shared.lost or shared.unmarked_duplicates or shared.left or not shared.is_balanced)
             return int(is_wrong or stopped.taken != {"RCPT": 1, "DATA": 1, "content": 2} or stopped.marked != 3)
+        case "away":
+            absence = go_away(directory, arguments.seconds, tell=lambda line: print(line, flush=True))
+            print(absence.told())
+            return int(not absence.is_right)
+        case "churn":
+            churned_books = asyncio.run(
+                churn(arguments.seconds, arguments.rate, tell=lambda line: print(line, flush=True))
+            )
+            print(churned_books.told())
+            return int(not churned_books.is_right)
         case "model":
             print(Model.HEADING, flush=True)
             is_right = True

@@ -50,11 +50,16 @@ class Server:
         if os.geteuid() == 0:
             os.chown(self.directory, _USER, _USER)
         if standby_of is None:
-            self._run("initdb", "--pgdata", self.data, "--username", OWNER, "--auth", "trust", "--encoding", "UTF8")
+            # What it makes need not outlast the machine; what the server writes then is synced, as everywhere.
+            self._run(
+                "initdb", "--pgdata", self.data, "--username", OWNER, "--auth", "trust", "--encoding", "UTF8",
+                "--no-sync",
+            )  # fmt: skip
         else:
             self._run(
                 "pg_basebackup", "--pgdata", self.data, "--host", "127.0.0.1", "--port", str(standby_of.port),
                 "--username", OWNER, "--write-recovery-conf", "--checkpoint", "fast", "--wal-method", "stream",
+                "--no-sync",
             )  # fmt: skip
         with (self.directory / "data" / "postgresql.conf").open("a") as file:
             file.write(

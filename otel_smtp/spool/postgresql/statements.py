@@ -324,6 +324,18 @@ ON CONFLICT (gateway, name) DO UPDATE SET recipients = tally.recipients + exclud
 
 _NOTE_STAT: Final = "UPDATE {s}.stat SET at = now(), body = $1::jsonb"
 
+# Of other users' transactions a plain role sees nothing; what they do to vacuum it sees. A prepared transaction has no
+# backend.
+_VACUUM_STATE: Final = """
+SELECT n_dead_tup AS dead, n_live_tup AS living,
+  coalesce(extract(epoch FROM clock_timestamp() - oldest.began), 0)::float8 AS oldest_seconds, oldest.pid AS backend
+FROM pg_stat_user_tables LEFT JOIN (
+  SELECT pid, xact_start AS began FROM pg_stat_activity
+  WHERE datname = current_database() AND backend_type = 'client backend' AND xact_start IS NOT NULL
+  UNION ALL SELECT NULL, prepared FROM pg_prepared_xacts WHERE database = current_database()
+  ORDER BY began LIMIT 1) AS oldest ON true
+WHERE relid = '{s}.dlv'::regclass"""
+
 # Operators ----------------------------------------------------------------------------------------------------------
 
 _COUNTS: Final = f"""
@@ -448,6 +460,7 @@ class Statements:
         self.tell_gone = on_schema(_TELL_GONE)
         self.fold_tallies = on_schema(_FOLD_TALLIES)
         self.note_stat = on_schema(_NOTE_STAT)
+        self.vacuum_state = on_schema(_VACUUM_STATE)
         self.counts = on_schema(_COUNTS)
         self.backlog = on_schema(_BACKLOG)
         self.oldest = on_schema(_OLDEST)

@@ -10,6 +10,7 @@ The parts, each of which knows only those before it:
     beats       who lives; take-over
     working     one connection for all that does not come in groups
     limits      rates that all gateways keep together
+    vacuum      whether vacuum keeps up
     operators   what operators see and do
 
 A gateway has seven connections: two that accept, two that record, one for large contents, one for beats, and one for
@@ -55,6 +56,7 @@ from otel_smtp.spool.postgresql.limits import SLOTS, DatabaseLedger
 from otel_smtp.spool.postgresql.operator_verbs import DEED, HeardDeeds, PostgresqlOperatorVerbs
 from otel_smtp.spool.postgresql.rows import ContentKey, NewRows, Row, lease_of, new_leases, recipients_json
 from otel_smtp.spool.postgresql.statements import Statements
+from otel_smtp.spool.postgresql.vacuum import VacuumWatch
 from otel_smtp.spool.postgresql.working import Working
 from otel_smtp.spool.store import Draft as AnyDraft
 from otel_smtp.spool.store import Notice, Recovery, Woken
@@ -200,6 +202,7 @@ class PostgresqlStore:
         self._working = Working(place, "claims" if is_gateway else "command", checks_rights=is_gateway)
         self.ledger = DatabaseLedger(place, statements, self.beats)
         self._operators = PostgresqlOperatorVerbs(place, statements, self._working, self.beats)
+        self._vacuum = VacuumWatch(statements, self._working)
         self._is_open = False
         self._woken: Woken | None = None
         self._heard_deeds = HeardDeeds()
@@ -326,6 +329,7 @@ class PostgresqlStore:
                 await self._withdraw()
                 if self.beats.is_housekeeper:
                     await self._operators.note_stat()
+                    await self._vacuum.look()
                     if time.monotonic() - folded_at >= FOLD_SECONDS:
                         folded_at = time.monotonic()
                         await self._fold()

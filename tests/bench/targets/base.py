@@ -46,7 +46,11 @@ class Running:
 
     def cpu_seconds(self) -> float:
         """User and system time of all that works for it."""
-        return self.child.cpu_seconds() + sum(map(cpu_seconds, self.beside))
+        return self.child.cpu_seconds() + self.beside_cpu_seconds()
+
+    def beside_cpu_seconds(self) -> float:
+        """That of the processes beside it."""
+        return sum(map(cpu_seconds, self.beside))
 
     def stop(self) -> None:
         """End it."""

@@ -8,13 +8,13 @@ import signal
 import smtplib
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from otel_smtp.spool.postgresql import QueueLocation
+from tests.durability.away import go_away
 from tests.durability.sharing import (
     TAKEOVER_SECONDS,
     SharedBooks,
@@ -30,7 +30,7 @@ from tests.support.capture import CapturingUpstream
 from tests.support.dialogue import UpstreamScript, scripted_reply
 from tests.support.otlp_receiver import OtlpReceiver
 from tests.support.ports import unclaimed_port
-from tests.support.postgresql import Server, server
+from tests.support.postgresql import server
 from tests.support.process import DEFAULTS, GatewayProcess, gateway, settings_file, until
 
 pytestmark = pytest.mark.timeout(300)
@@ -140,44 +140,8 @@ def test_the_trace_goes_on_in_the_gateway_that_takes_over(place: QueueLocation, 
 
 
 def test_without_its_database_a_gateway_answers_451_and_comes_back(tmp_path: Path) -> None:
-    own = Server().start()
-    try:
-        place = asyncio.run(new_place(own, takeover_seconds=TAKEOVER_SECONDS))
-        with CapturingUpstream() as upstream, two_gateways(place, upstream, tmp_path) as (first, second):
-            assert send(first)[0] == 250
-            upstream.wait_for_messages(1)
-            held = upstream.hold("content")
-            assert send(second, "under way")[0] == 250
-            assert held.reached.wait(15)
-            own.stop()
-            codes = [send(running)[0] for running in (first, second) for _ in range(2)]
-            assert set(codes) == {451}
-            # Its reply comes while there is nowhere to record it.
-            held.release()
-            upstream.wait_for_messages(2)
-            time.sleep(TAKEOVER_SECONDS + 1)  # nobody's lease is sure any more
-            assert send(first)[0] == 451
-            own.start()
-
-            def is_taken() -> bool | None:
-                return send(second, "again")[0] == 250 or None
-
-            until(is_taken, "mail is taken again", timeout_seconds=60)
-            upstream.wait_for_messages(3, 30)
-            settings = tmp_path / "first" / "settings.toml"
-            until(
-                lambda: json.loads(queue_command(settings, "counts"))["recipients"]["delivered"] == 3 or None,
-                "all is recorded",
-                timeout_seconds=30,
-            )
-            subjects = [
-                message.content.partition(b"Subject: ")[2].partition(b"\r\n")[0] for message in upstream.messages
-            ]
-            assert sorted(subjects) == [b"again", b"under way", b"x"]
-            for running in (first, second):
-                assert running.stop() == 0
-    finally:
-        own.remove()
+    absence = go_away(tmp_path, 0.0)
+    assert absence.is_right, absence.told()
 
 
 def test_workers_share_the_queue_and_commands_reach_it(place: QueueLocation, tmp_path: Path) -> None:
