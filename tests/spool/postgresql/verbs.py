@@ -150,6 +150,10 @@ async def settled(store: PostgresqlStore) -> Claim:
     return Claim("limit", 10, 3600.0, 10, False, 0, 0, 0, 1, 1)
 
 
+async def slot(store: PostgresqlStore) -> Ready:
+    return await store.ledger.hold("up", 1, (), 1)
+
+
 def a_bounce() -> tuple[NewMessage, bytes]:
     return message("app@example.com", sender="", destination="back", kind=Kind.BOUNCE), HEADER + BODY
 
@@ -220,6 +224,13 @@ VERBS: Final = {
     "session_user": Verb("claims", lambda store, _: store.session_user(), tables=()),
     "company": Verb("claims", _company, lease),
     "limits": Verb("claims", lambda store, _: store.limits(), tables=["pace"]),
+    "slots": Verb("claims", lambda store, _: store.slots(), slot, tables=["slot"]),
+    "ledger.hold": Verb(
+        "limits", lambda store, _: store.ledger.hold("up", 1, (), 1), changes=True, tables=["slot"]
+    ),
+    "ledger.hold, released": Verb(
+        "limits", lambda store, given: store.ledger.hold("up", 1, given, 0), slot, changes=True, tables=["slot"]
+    ),
     "ledger.settle": Verb("limits", _settle, settled, changes=True, tables=["pace"]),
 }  # fmt: skip
 """By verb, and what is special of the call."""
@@ -243,6 +254,7 @@ _STATE: Final = {
     " ORDER BY 1",
     "moved": "SELECT count(*) FROM {s}.moved",
     "permit": "SELECT name, amount FROM {s}.permit ORDER BY 1",
+    "slot": "SELECT name, n, owner IS NULL FROM {s}.slot ORDER BY 1, 2",
     "gateway": "SELECT name FROM {s}.gateway",
 }
 
@@ -258,7 +270,7 @@ async def state_of(place: QueueLocation, connection: Any) -> State:
 async def empty(place: QueueLocation, connection: Any) -> None:
     """Remove all that a queue has, but for its gateways."""
     async with connection.transaction():
-        for table in ("msg", "tally", "moved", "permit", "quota", "pace"):
+        for table in ("msg", "tally", "moved", "permit", "quota", "pace", "slot"):
             await connection.execute(f"DELETE FROM {place.schema}.{table}")
 
 
