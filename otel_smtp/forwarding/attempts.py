@@ -34,6 +34,7 @@ from otel_smtp.forwarding.faults import (
 from otel_smtp.forwarding.limits import Pace, WaitingMail
 from otel_smtp.forwarding.pool import Decision, Ticket
 from otel_smtp.forwarding.smarthost import Smarthost, told
+from otel_smtp.forwarding.verdicts import asks_for_less
 from otel_smtp.observing import DeliveryPhase, DeliveryRecord, Observer, Outcome, TransactionRecord, trace_fields
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Mail
@@ -455,10 +456,19 @@ class Attempts(ABC):
         assert leave is not None
         self._permission = None
         pace.begun -= 1
-        if leave.is_waiting or not self._attempt.peer:
+        attempt = self._attempt
+        if leave.is_waiting or not attempt.peer:
             pace.withdraw(leave)  # no connection was got, so nothing was said
-        else:
-            pace.landed(leave)
+            return
+        if (refusal := _asks_for_less(attempt)) is not None:
+            if (seconds := pace.is_too_much(leave)) is not None:
+                logger.warning(
+                    "upstream asks for less mail; mail waits",
+                    extra={**self._named(), "seconds": seconds, "code": refusal.code, "reply": str(refusal)},
+                )
+        elif attempt.outcome is Outcome.RELAYED:
+            pace.got_through()
+        pace.landed(leave)
 
     def _let_go(self, *, answered: bool) -> None:
         connection = self._connection
@@ -472,3 +482,11 @@ class Attempts(ABC):
 
     def _note_phase(self, phase: DeliveryPhase, reply: Reply | None) -> None:
         self._attempt.phases.append((monotonic_ns(), phase, reply))
+
+
+def _asks_for_less(attempt: DeliveryRecord) -> Reply | None:
+    """What the upstream said of how much it gets, of the message or of a recipient; None: nothing."""
+    said = [one.reply for one in attempt.refused if one.reply is not None]
+    if attempt.reply is not None:
+        said.append(attempt.reply)
+    return next((reply for reply in said if asks_for_less(reply)), None)

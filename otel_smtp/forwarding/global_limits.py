@@ -48,7 +48,8 @@ class GlobalLimit:
         self._stocked_at = 0.0
         self._in_use = 0
         self._landed = 0  # and not told yet
-        self._rest_seconds = 0.0
+        self._rest_seconds = 0.0  # to be told
+        self._rest_until = 0.0
         self._not_before = 0.0
         self._known = (0.0, settings.burst)  # when how many more were available
         self._claiming: asyncio.Task[None] | None = None
@@ -63,7 +64,7 @@ class GlobalLimit:
 
     def take(self, amount: int, now: float) -> Permit | float:
         """See `Limit.take`. Where there are none in stock, they are asked for, and those who wait are told."""
-        if self._is_ours() and self._stock >= amount:
+        if now >= self._rest_until and self._is_ours() and self._stock >= amount:
             self._stock -= amount
             self._in_use += amount
             return Permit(0, amount, now)
@@ -75,7 +76,7 @@ class GlobalLimit:
     def available(self, now: float) -> int:
         """How many permits there probably are: others take them too."""
         if now < self._not_before:
-            return self._stock
+            return self._stock if now >= self._rest_until else 0
         at, known = self._known
         return self._stock + min(self.settings.burst, known + int((now - at) / self._interval))
 
@@ -93,10 +94,11 @@ class GlobalLimit:
             self._stocked_at = self._clock()
         self._soon()
 
-    def rest(self, seconds: float) -> None:
-        """The provider said that it is too much: no gateway is to send anything for so long."""
+    def rest(self, seconds: float, now: float) -> None:
+        """See `AnyLimit.rest`: no gateway is to send anything for so long."""
         self._rest_seconds = max(self._rest_seconds, seconds)
-        self._not_before = max(self._not_before, self._clock() + seconds)
+        self._rest_until = max(self._rest_until, now + seconds)
+        self._not_before = max(self._not_before, now + seconds)
         self._soon()
 
     async def told(self) -> None:

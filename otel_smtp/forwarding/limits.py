@@ -17,6 +17,9 @@ All numbers are in memory that processes can share, under a lock that the kernel
 workers of a gateway keep a limit together, exactly. Times are of the monotonic clock, which they share too. Gateways
 that share a queue keep a limit in its database: see `global_limits`.
 
+Where a provider says all the same that it is too much, a limit rests: nobody is given anything for a while, longer each
+time that this happens again.
+
 `Pace` is what holds an upstream's mails to its limits: who comes first is served first.
 """
 
@@ -42,12 +45,15 @@ IN_FLIGHT_SECONDS: Final = 1200.0
 """After which a permit counts as used whatever became of it: as long as a client may take for its content."""
 IN_FLIGHT_POLL_SECONDS: Final = 0.05
 """Between two looks at a permit that another process has in flight."""
+FIRST_REST_SECONDS: Final = 5.0
+"""For how long nothing leaves when a provider says that it is too much; doubled each time that it says so again."""
+LONGEST_REST_SECONDS: Final = 300.0
 CONTEND_SECONDS: Final = 0.01
 """Between two looks at a limit that other processes may have used meanwhile: at least this long."""
 
 # The head of a limit's table, then a ring of cells three times: their times (negative: in flight, until then), their
 # permits, their numbers.
-_TAT, _FIRST, _CELLS, _USED, _NEXT, _HEAD = 0, 1, 2, 3, 4, 5
+_TAT, _FIRST, _CELLS, _USED, _NEXT, _REST_UNTIL, _HEAD = 0, 1, 2, 3, 4, 5, 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +125,10 @@ class AnyLimit(Protocol):
         """See `Limit.give_back`."""
         ...
 
+    def rest(self, seconds: float, now: float) -> None:
+        """The provider said that it is too much: nobody is given anything for so long."""
+        ...
+
     def watch(self, pace: "Pace") -> None:
         """Tell one that waits for permits when there may be some."""
         ...
@@ -173,6 +183,8 @@ class Limit:
         with _held(self._lock):
             self._expire(now)
             cells, settings = self._cells, self.settings
+            if cells[_REST_UNTIL] > now:
+                return 0
             ahead = max(0.0, cells[_TAT] - now)
             at_once = math.floor(settings.burst - ahead / self._interval + 1e-6)
             return max(0, min(at_once, settings.count - int(cells[_USED])))
@@ -192,6 +204,11 @@ class Limit:
             cells[cell + self._most_cells] -= permit.amount
             cells[_USED] -= permit.amount
             cells[_TAT] -= permit.amount * self._interval
+
+    def rest(self, seconds: float, now: float) -> None:
+        """See `AnyLimit.rest`."""
+        with _held(self._lock):
+            self._cells[_REST_UNTIL] = max(self._cells[_REST_UNTIL], now + seconds)
 
     def watch(self, pace: "Pace") -> None:
         """See `AnyLimit.watch`: who waits looks again when it was told to."""
@@ -213,7 +230,7 @@ class Limit:
             at = cells[cell]
             by_window = max(by_window, IN_FLIGHT_POLL_SECONDS if at < 0 else at + self._window_seconds - now)
         # A sum of intervals is not the period to the last digit.
-        return max(by_rate if by_rate > 1e-9 else 0.0, by_window)
+        return max(by_rate if by_rate > 1e-9 else 0.0, by_window, cells[_REST_UNTIL] - now)
 
     def _expire(self, now: float) -> None:
         """Forget what has left the window."""
@@ -331,12 +348,13 @@ class WaitingMail:
         since: when it asked.
         held_by: the name of the limit that it waits, or waited, for; "" where it did not.
         permits: what it was given; none while it waits.
-        is_waiting: neither given nor refused.
+        is_waiting: neither given nor refused. `given_at`: when it was given leave.
         patience: a look when its time is over.
     """
 
     __slots__ = (
-        "decided", "held_by", "is_waiting", "patience", "permits", "recipients", "since", "until", "with_message",
+        "decided", "given_at", "held_by", "is_waiting", "patience", "permits", "recipients", "since", "until",
+        "with_message",
     )  # fmt: skip
 
     def __init__(
@@ -348,6 +366,7 @@ class WaitingMail:
         self.until = until
         self.decided = decided
         self.held_by = ""
+        self.given_at = 0.0
         self.is_waiting = True
         self.permits: list[tuple[AnyLimit, Permit]] = []
         self.patience: asyncio.TimerHandle | None = None
@@ -384,6 +403,8 @@ class Pace:
         self._clock = clock
         self._waiting: deque[WaitingMail] = deque()
         self._timer: asyncio.TimerHandle | None = None
+        self._rests = 0  # of which nothing got through since
+        self._rested_at = -math.inf
         self.begun = 0  # deliveries that have begun and not ended, those that wait among them
         counts = [limit.settings.count for limit in limits if limit.settings.per_recipient]
         self.most_recipients = min(counts, default=None)
@@ -465,6 +486,28 @@ class Pace:
             return 0, 0
         return self._waiting[0].amount(limit), sum(one.amount(limit) for one in self._waiting)
 
+    def is_too_much(self, waiting: WaitingMail) -> float | None:
+        """The provider says that it gets too much: nothing leaves for a while.
+
+        Args:
+            waiting: the mail that it said so of.
+
+        Returns:
+            For how many seconds; None: it left before we knew, and nothing new follows.
+        """
+        now = self._clock()
+        if waiting.given_at <= self._rested_at:
+            return None
+        seconds = min(LONGEST_REST_SECONDS, FIRST_REST_SECONDS * 2.0**self._rests)
+        self._rests = min(self._rests + 1, 10)
+        self._rested_at = now
+        self._limits[0].rest(seconds, now)  # all must give leave, and others may be of other upstreams too
+        return seconds
+
+    def got_through(self) -> None:
+        """The provider took something."""
+        self._rests = 0
+
     def give_back(self, waiting: WaitingMail) -> None:
         """Nothing of it has left."""
         for limit, permit in waiting.permits:
@@ -491,6 +534,7 @@ class Pace:
             if taken is not None:
                 waiting.permits.append((limit, taken))
         waiting.ends()
+        waiting.given_at = now
         return None
 
     def look(self) -> None:

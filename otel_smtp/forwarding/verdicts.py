@@ -1,5 +1,6 @@
 """What follows from what an upstream offers, and from what it answers: for one mail, as pure functions."""
 
+import re
 from collections.abc import Sequence
 from typing import Final
 
@@ -37,6 +38,25 @@ def wants_another_transaction(refusal: Reply) -> bool:
     if refusal.code == 452:
         return enhanced is None or enhanced[1:] == (5, 3)
     return refusal.code == 552 and (enhanced is None or enhanced.subject != 2)
+
+
+_TOO_MUCH: Final = re.compile(r"too many (?!recipients|rcpt)|too much mail|rate limit|throttl|slow down", re.IGNORECASE)
+_ABOUT_ONE_MAIL: Final = re.compile(r"gr[ae]y-?list", re.IGNORECASE)
+
+
+def asks_for_less(refusal: Reply) -> bool:
+    """Whether an upstream says that it gets too much from us, and not that something is wrong with this mail.
+
+    421 ends a connection that worked; 450 and 451 with X.7.x are a policy's (RFC 3463 3.8); others have words for it.
+    Greylisting, which has the same codes, is about one sender and one recipient.
+    """
+    if not refusal.is_transient or wants_another_transaction(refusal):
+        return False
+    text = " ".join(refusal.lines)
+    if refusal.code == 421 or _TOO_MUCH.search(text) is not None:
+        return True
+    is_policy = refusal.code in (450, 451) and refusal.enhanced is not None and refusal.enhanced.subject == 7
+    return is_policy and _ABOUT_ONE_MAIL.search(text) is None
 
 
 def fold(verdicts: Sequence[Reply]) -> Reply:

@@ -257,6 +257,45 @@ async def test_two_gateways_keep_a_limit_together_also_when_their_connections_br
         await one.close()
 
 
+async def test_what_a_provider_tells_one_gateway_holds_for_the_other() -> None:
+    place = await new_place()
+    first, second = [await opened(place, name) for name in ("first", "second")]
+    senders = [Sender(one, LimitSettings("l", 100, 1.0, 100)) for one in (first, second)]
+    for sender in senders:
+        sender.mail()
+    await until(lambda: all(sender.answered for sender in senders))
+    limit = senders[0].limit
+    limit.rest(1.5, time.monotonic())
+    await limit.told()
+    rested_at = time.monotonic()
+    (row,) = await second.limits()
+    assert 0 < row["rests_for"] <= 1.5
+    for sender in senders:
+        sender.mail()
+    await until(lambda: all(len(sender.answered) == 2 for sender in senders))
+    for sender in senders:
+        assert sender.answered[-1] - rested_at > 1.0
+    assert (await second.limits())[0]["rests_for"] == 0
+    await first.close()
+    await second.close()
+
+
+async def test_during_a_rest_nothing_is_given_that_was_in_stock() -> None:
+    ledger = AwayLedger()
+    limit = GlobalLimit(LimitSettings("l", 10, 60.0, 10), ledger)
+    pace = Pace([limit])
+    given: list[bool] = []
+    mail = pace.ask(1, 60.0, given.append, with_message=True)
+    assert mail is not None
+    await until(lambda: given == [True])
+    pace.give_back(mail)
+    now = time.monotonic()
+    limit.rest(30.0, now)
+    assert limit.take(1, now) == pytest.approx(30.0)
+    assert limit.available(now) == 0
+    assert isinstance(limit.take(1, now + 30.0), Permit)
+
+
 async def test_operators_see_which_gateway_holds_what() -> None:
     place = await new_place()
     one = await opened(place, "first")
