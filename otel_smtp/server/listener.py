@@ -25,6 +25,8 @@ from otel_smtp.smtp.states import IllegalTransition
 # Of those that were accepted before there was need to know whose they are: with each newcomer so many, so that all are
 # known when the places run out, and the event loop is not held up.
 NAMED_WITH_EACH: Final = 2
+# Two looks at two clocks differ by less. Connections share the offset while nobody sets the clock.
+SAME_OFFSET_NS: Final = 10_000
 
 logger: Final = logging.getLogger("otel_smtp.server.listener")
 
@@ -90,6 +92,7 @@ class Server:
         self._gives_turns = False  # a call that gives the next one is under way
         self._all_ended: asyncio.Future[None] | None = None
         self._per_client: Counter[str] = Counter()
+        self._wall_offset_ns = 0
         self.guesses = Guesses(auth_failures_per_minute)
         self.hold_to(
             [listener.policy for listener in listeners],
@@ -281,7 +284,10 @@ class Server:
             tls_mode=policy.protocol.tls_mode,
         )
         now_ns = time.monotonic_ns()
-        session = Session(stream, ConnectionRecord(info, now_ns, time.time_ns() - now_ns), policy, self)
+        wall_offset_ns = time.time_ns() - now_ns
+        if abs(wall_offset_ns - self._wall_offset_ns) > SAME_OFFSET_NS:
+            self._wall_offset_ns = wall_offset_ns
+        session = Session(stream, ConnectionRecord(info, now_ns, self._wall_offset_ns), policy, self)
         # Behind a balancer the client is not known before its PROXY header; see `admit`.
         is_proxied = is_in(policy.proxy_protocol_from, stream.peer.host)
         client = None if is_proxied else _countable(stream.peer)

@@ -82,6 +82,26 @@ async def running(
         await gateway.disconnect()
 
 
+async def test_connections_share_the_offset_of_the_clocks_until_one_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    clocks = {"wall": 1_700_000_000_000_000_000, "monotonic": 5_000_000_000}
+    async with running() as gateway:
+        monkeypatch.setattr("time.time_ns", lambda: clocks["wall"])
+        monkeypatch.setattr("time.monotonic_ns", lambda: clocks["monotonic"])
+
+        async def offset(wall_ns: int, monotonic_ns: int) -> int:
+            clocks["wall"] += wall_ns
+            clocks["monotonic"] += monotonic_ns
+            reader, _ = await gateway.connect()
+            assert (await reader.readline()).startswith(b"220 ")
+            return gateway.seen.connections[-1].record.wall_offset_ns
+
+        first = await offset(0, 0)
+        assert first == 1_700_000_000_000_000_000 - 5_000_000_000
+        assert await offset(1_000_900, 1_000_000) is first
+        assert await offset(3_000_000_000, 0) == first + 3_000_000_900
+        assert await offset(-60_000_000_000, 0) == first - 56_999_999_100
+
+
 @pytest.mark.both_loops
 async def test_a_connection_beyond_the_limit_is_refused_with_a_trace_of_its_own() -> None:
     async with running(connections=2) as gateway:
