@@ -254,11 +254,6 @@ class Stream(asyncio.BufferedProtocol):
         sock = None if self._transport is None else self._transport.get_extra_info("socket")
         return -1 if sock is None else int(sock.fileno())
 
-    @property
-    def has_unread(self) -> bool:
-        """Whether octets have arrived that were not read."""
-        return bool(self._chunks)
-
     def pause_reading(self) -> None:
         """Leave what arrives with the kernel until `resume_reading` or `start_tls`."""
         self._owner_pauses = True

@@ -91,15 +91,6 @@ def with_protocol(*, is_extended: bool, is_lmtp: bool, is_tls: bool, is_authenti
     return f"{prefix}{'LMTP' if is_lmtp else 'SMTP'}{'S' if is_tls else ''}{'A' if is_authenticated else ''}"
 
 
-def rfc5322_date(unix_seconds: float) -> str:
-    """A moment as date-time of RFC 5322 3.3, in UTC: "Thu, 1 Jan 1970 00:00:00 +0000".
-
-    Args:
-        unix_seconds: since 1970-01-01 00:00 UTC; the fraction is dropped.
-    """
-    return _date_of_second(int(unix_seconds // 1))
-
-
 def received_head(
     *, helo: str, peer_host: str, by: str, with_protocol: str, tls: str | None = None, is_anonymous: bool = False
 ) -> bytes:
@@ -147,7 +138,7 @@ def received_field(head: bytes, identifier: str, unix_seconds: float) -> bytes:
     """
     if not (identifier.isascii() and identifier.isalnum()) and _ATOM.fullmatch(identifier) is None:
         raise LocalProtocolError(f"malformed word for the Received field: {identifier!r}")
-    now = _date_of_second(int(unix_seconds // 1))
+    now = rfc5322_date(int(unix_seconds // 1))
     return b"%b%b;\r\n %b\r\n" % (head, identifier.encode("ascii"), now.encode("ascii"))
 
 
@@ -207,7 +198,8 @@ def _is_own_name(name: str) -> bool:
 
 
 @lru_cache(maxsize=4)
-def _date_of_second(unix_seconds: int) -> str:
+def rfc5322_date(unix_seconds: int) -> str:
+    """A second since 1970-01-01 00:00 UTC as date-time of RFC 5322 3.3, in UTC: "Thu, 1 Jan 1970 00:00:00 +0000"."""
     days, second_of_day = divmod(unix_seconds, 86400)
     hour, second_of_hour = divmod(second_of_day, 3600)
     minute, second = divmod(second_of_hour, 60)

@@ -45,11 +45,6 @@ class Schedule:
         if self.warn_after_seconds is not None and not self.warn_after_seconds > 0:
             raise ValueError(f"a warning comes after some seconds, not {self.warn_after_seconds}")
 
-    @property
-    def longest_seconds(self) -> float:
-        """The longest wait there can be."""
-        return max(self.waits_seconds) * (1 + self.jitter)
-
     def next_delay(self, attempts: int, chance: float) -> float:
         """How long to wait after `attempts` attempts, from 1, in seconds.
 

@@ -12,7 +12,7 @@ spans, which are what a search takes its time for.
 import re
 import time
 from collections import deque
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from enum import StrEnum
 from typing import Any, Final, Protocol
 
@@ -329,13 +329,6 @@ class RecentTraces:
         octets = bytes.fromhex(trace_id.zfill(32))
         spans = [span for span in self.spans() if span.trace_id == octets]
         return KeptTrace(octets, spans[::-1]) if spans else None
-
-    def newest_first(self) -> Iterator[KeptTrace]:
-        """All traces as they are now, by the end of their last span."""
-        found: dict[bytes, list[SpanOctets]] = {}
-        self.group(self.spans(), found)
-        for trace_id, spans in found.items():
-            yield self.trace(trace_id, spans)
 
     def _note_failure(self, trace_id: bytes) -> None:
         self._failed_traces[trace_id] = None

@@ -85,7 +85,7 @@ def greeted(site: Site) -> Iterator[socket.socket]:
         yield connected
 
 
-# E2: an early ClientHello that the plain reader swallows makes the handshake hang. The delays are the test's subject.
+# An early ClientHello that the plain reader swallows makes the handshake hang. The delays are the test's subject.
 @pytest.mark.parametrize("delay_seconds", [0.0, 0.001, 0.02, 0.2])
 def test_the_handshake_works_whenever_the_client_hello_comes(site: Site, delay_seconds: float) -> None:
     with greeted(site) as clear:
@@ -122,7 +122,7 @@ INJECTED: Final = b"RSET\r\nMAIL FROM:<evil@client.example>\r\nRCPT TO:<b@there.
 STARTTLS: Final = b"STARTTLS\r\n"
 
 
-# E1 (CVE-2011-0411): what was said in clear is never run as if it had been said under TLS.
+# CVE-2011-0411: what was said in clear is never run as if it had been said under TLS.
 @pytest.mark.parametrize(
     "pieces",
     [
@@ -197,7 +197,7 @@ def speak_in_clear(connected: ssl.SSLSocket) -> None:
         assert b"250" not in read_to_end(clear)
 
 
-# E7: the end of TLS, or what comes behind it, is no end of content.
+# The end of TLS, or what comes behind it, is no end of content.
 @pytest.mark.parametrize("leave", [close_by_notify, close_without_notify, speak_in_clear])
 def test_a_message_whose_tls_ends_is_not_sent(site: Site, leave: Callable[[ssl.SSLSocket], None]) -> None:
     with greeted(site) as clear:
@@ -210,7 +210,7 @@ def test_a_message_whose_tls_ends_is_not_sent(site: Site, leave: Callable[[ssl.S
     assert all("half" not in message.reverse_path for message in site.upstream.messages)
 
 
-# B4: HTTP and TLS on a port that speaks neither; here on both loops and in one flight with the connection.
+# HTTP and TLS on a port that speaks neither; here on both loops and in one flight with the connection.
 @pytest.mark.parametrize("waits", [True, False], ids=["after the greeting", "before the greeting"])
 @pytest.mark.parametrize(
     "said",

@@ -131,15 +131,14 @@ def test_the_with_word_is_the_registered_one(
     ("unix_seconds", "date"),
     [
         (0, "Thu, 1 Jan 1970 00:00:00 +0000"),
-        (0.999, "Thu, 1 Jan 1970 00:00:00 +0000"),
-        (-0.5, "Wed, 31 Dec 1969 23:59:59 +0000"),
+        (-1, "Wed, 31 Dec 1969 23:59:59 +0000"),
         (951782400, "Tue, 29 Feb 2000 00:00:00 +0000"),  # a leap day of a century
         (951868800, "Wed, 1 Mar 2000 00:00:00 +0000"),
         (4107542400, "Mon, 1 Mar 2100 00:00:00 +0000"),  # a century without one
         (1_700_000_000, DATE),
     ],
 )
-def test_dates(unix_seconds: float, date: str) -> None:
+def test_dates(unix_seconds: int, date: str) -> None:
     assert rfc5322_date(unix_seconds) == date
 
 

@@ -498,7 +498,7 @@ def test_a_boundary_in_the_original_is_no_boundary() -> None:
     assert split(octets)[2][1] == content
 
 
-# Hostile peers: P13 -------------------------------------------------------------------------------------------
+# Hostile peers ------------------------------------------------------------------------------------------------
 
 FORGED: Final = "Final-Recipient: rfc822; forged@example.org"
 FRAGMENTS: Final = (

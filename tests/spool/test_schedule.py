@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from otel_smtp.spool.schedule import DEFAULT_WAITS_SECONDS, Schedule
+from otel_smtp.spool.schedule import Schedule
 
 MIDDLE = 0.5  # of the jitter's range: the wait itself
 
@@ -48,11 +48,6 @@ def test_no_wait_leaves_the_range_of_the_jitter(
     delay = schedule.next_delay(attempts, chance)
     assert delay > 0
     assert wait * (1 - jitter) * 0.999999 <= delay <= wait * (1 + jitter) * 1.000001
-    assert delay <= schedule.longest_seconds * 1.000001
-
-
-def test_the_longest_wait_is_that_of_the_longest_step() -> None:
-    assert Schedule(DEFAULT_WAITS_SECONDS).longest_seconds == pytest.approx(3600 * 1.2)
 
 
 @pytest.mark.parametrize(
