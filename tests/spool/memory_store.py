@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from otel_smtp.spool.embedded.entries import DeliveryEntry, Entry
+from otel_smtp.spool.embedded.deliveries import DeliveryEntry
+from otel_smtp.spool.embedded.entries import Entry
 from otel_smtp.spool.messages import (
     Backlog,
     ContentLost,

@@ -5,7 +5,8 @@ import heapq
 from collections.abc import Mapping, Sequence
 
 from otel_smtp.spool.embedded.contents import Contents
-from otel_smtp.spool.embedded.entries import DeliveryEntry, Entry, dumps
+from otel_smtp.spool.embedded.deliveries import DeliveryEntry
+from otel_smtp.spool.embedded.entries import Entry, dumps
 from otel_smtp.spool.embedded.index_thread import IndexThread
 from otel_smtp.spool.embedded.journal import Journal
 from otel_smtp.spool.embedded.log import Step

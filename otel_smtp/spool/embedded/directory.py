@@ -31,7 +31,9 @@ from otel_smtp.spool.embedded.files import (
     file_system_of,
     has_durable_writes,
     open_regular,
+    open_whole,
     read_at,
+    read_or_zeros,
     storage_error,
     sync_directory,
     write_all_at,
@@ -214,7 +216,7 @@ class SpoolDirectory:
             except OSError as error:
                 if error.errno != errno.EIO:
                     raise
-            return b"".join(_readable(file, at, min(_SECTOR, octets - at)) for at in range(0, octets, _SECTOR))
+            return b"".join(read_or_zeros(file, at, min(_SECTOR, octets - at)) for at in range(0, octets, _SECTOR))
         finally:
             os.close(file)
 
@@ -240,14 +242,14 @@ class SpoolDirectory:
         """
         with self._making_spare:
             spare = self._ready("spare")
-            if (file := _open_whole(spare, octets)) is None:
+            if (file := open_whole(spare, octets)) is None:
                 try:
                     self._make_spare(spare, octets)
                 except OSError:
                     if not is_for_results:
                         raise
                     spare = self._ready("reserve")
-                    if (file := _open_whole(spare, octets)) is None:
+                    if (file := open_whole(spare, octets)) is None:
                         raise
                     self.has_reserve = False
                     return spare, file, True
@@ -487,19 +489,3 @@ class SpoolDirectory:
 def _number(name: str) -> int:
     """The number of a segment's name; 0: it is none."""
     return int(name) if len(name) == 12 and name.isascii() and name.isdigit() else 0
-
-
-def _open_whole(path: Path, octets: int) -> int | None:
-    """A file of exactly so many octets, if it is there."""
-    with contextlib.suppress(FileNotFoundError):
-        file = open_regular(path, os.O_RDWR)
-        if os.fstat(file).st_size == octets:
-            return file
-        os.close(file)
-    return None
-
-
-def _readable(file: int, at: int, octets: int) -> bytes:
-    with contextlib.suppress(OSError):
-        return read_at(file, at, octets)
-    return bytes(octets)

@@ -6,6 +6,7 @@ from json.encoder import encode_basestring_ascii as quoted
 from typing import Any, Final, NamedTuple
 
 from otel_smtp.smtp.envelope import Mail, Notify
+from otel_smtp.spool.embedded.deliveries import DeliveryEntry
 from otel_smtp.spool.encoding import mail_of, parameters_of, recipient_of
 from otel_smtp.spool.messages import (
     ContentRef,
@@ -44,49 +45,6 @@ class Place(NamedTuple):
     octets: int
     content_at: int
     crc: int
-
-
-class DeliveryEntry:
-    """The recipients of one destination within one message."""
-
-    __slots__ = (
-        "attempts", "crashes", "destination", "due_ms", "epoch", "is_possible_duplicate", "number", "recipients",
-        "state",
-    )  # fmt: skip
-
-    def __init__(
-        self,
-        number: int,
-        destination: str,
-        state: DeliveryState,
-        attempts: int,
-        crashes: int,
-        due_ms: int,
-        epoch: int,
-        is_possible_duplicate: bool,
-        recipients: list[SpooledRecipient],
-    ) -> None:
-        self.number = number
-        self.destination = destination
-        self.state = state
-        self.attempts = attempts
-        self.crashes = crashes
-        self.due_ms = due_ms
-        self.epoch = epoch
-        self.is_possible_duplicate = is_possible_duplicate
-        self.recipients = recipients
-
-    def copy(self) -> "DeliveryEntry":
-        """One that can be changed without changing this one."""
-        return DeliveryEntry(
-            self.number, self.destination, self.state, self.attempts, self.crashes, self.due_ms, self.epoch,
-            self.is_possible_duplicate, self.recipients,
-        )  # fmt: skip
-
-    def lease(self) -> None:
-        """Give it to an attempt."""
-        self.state = DeliveryState.LEASED
-        self.epoch += 1
 
 
 class Entry:

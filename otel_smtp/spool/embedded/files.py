@@ -104,6 +104,23 @@ def read_at(file: int, at: int, octets: int) -> bytes:
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
+def open_whole(path: Path, octets: int) -> int | None:
+    """A file of exactly so many octets, if it is there."""
+    with contextlib.suppress(FileNotFoundError):
+        file = open_regular(path, os.O_RDWR)
+        if os.fstat(file).st_size == octets:
+            return file
+        os.close(file)
+    return None
+
+
+def read_or_zeros(file: int, at: int, octets: int) -> bytes:
+    """`octets` from `at` on; zeros where the disk does not give them back."""
+    with contextlib.suppress(OSError):
+        return read_at(file, at, octets)
+    return bytes(octets)
+
+
 def sync_directory(path: Path) -> None:
     """Make the names in a directory durable."""
     directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -4,7 +4,8 @@ import heapq
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from otel_smtp.spool.embedded.entries import DeliveryEntry, Entry
+from otel_smtp.spool.embedded.deliveries import DeliveryEntry
+from otel_smtp.spool.embedded.entries import Entry
 from otel_smtp.spool.messages import DeliveryState
 
 Candidate = tuple[int, str, int, str]

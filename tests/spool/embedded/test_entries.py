@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Body, DsnReturn, Mail, Notify, Recipient
-from otel_smtp.spool.embedded.entries import DeliveryEntry, Entry
+from otel_smtp.spool.embedded.deliveries import DeliveryEntry
+from otel_smtp.spool.embedded.entries import Entry
 from otel_smtp.spool.encoding import parameters_of, recipient_values
 from otel_smtp.spool.messages import DeliveryState, End, Kind, SpooledRecipient, Verdict, new_id
 

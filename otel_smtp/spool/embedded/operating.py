@@ -5,43 +5,28 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from otel_smtp.spool.embedded.entries import Entry
-from otel_smtp.spool.embedded.index_thread import IndexThread
-from otel_smtp.spool.embedded.indexing import Indexing
-from otel_smtp.spool.embedded.journal import Journal
-from otel_smtp.spool.embedded.memory import Memory
+from otel_smtp.spool.embedded.parts import Parts
 from otel_smtp.spool.messages import Backlog, Counts, DeliveryState, End, MessageView, SpoolError, end_name
 
 COUNT_CACHE_SECONDS: Final = 15.0
 COUNT_CACHE_FROM: Final = 50_000
 
 
-class EmbeddedOperatorVerbs:
-    """Counts, lists and changes messages.
+class Operating(Parts):
+    """Counts, lists and changes messages."""
 
-    Args:
-        now_ms: milliseconds since the epoch.
-    """
-
-    def __init__(
-        self, memory: Memory, index: IndexThread, journal: Journal, indexing: Indexing, now_ms: Callable[[], int]
-    ) -> None:
-        self._memory = memory
-        self._index = index
-        self._journal = journal
-        self._indexing = indexing
-        self._now_ms = now_ms
-        self._counted: tuple[float, dict[str, Any]] | None = None
+    _counted: tuple[float, dict[str, Any]] | None = None
 
     # Seeing ----------------------------------------------------------------------------------------------------
 
-    async def counts(self, dead_octets: int) -> Counts:
+    async def counts(self) -> Counts:
         """See `Store.counts`; where there is very much, a few seconds old."""
         now = time.monotonic()
-        memory = self._memory
+        memory = self.memory
         if self._counted is None or memory.messages < COUNT_CACHE_FROM or now - self._counted[0] > COUNT_CACHE_SECONDS:
-            await self._indexing.write_all()
+            await self.indexing.write_all()
             now_ms = self._now_ms()
-            counted = await self._index.run(lambda index: index.counts(now_ms))
+            counted = await self.index.run(lambda index: index.counts(now_ms))
             for _, _, entry in memory.unindexed.values():
                 if entry is not None and not entry.is_indexed and not entry.is_outcome:
                     _count(entry, counted, now_ms)
@@ -55,16 +40,21 @@ class EmbeddedOperatorVerbs:
             corrupt=found.get("corrupt", 0),
             oldest_arrived_at=None if found["oldest"] is None else found["oldest"] / 1000,
             next_due_at=None if found["next_due"] is None else found["next_due"] / 1000,
-            dead_octets=dead_octets,
+            dead_octets=self.compaction.dead_octets,
         )
+
+    async def tally(self) -> Mapping[str, int]:
+        """See `Store.tally`."""
+        # A copy first: the log's thread counts on.
+        return {name: count for name, count in dict(self.journal.log.tally).items() if count}
 
     async def backlog(self, destinations: Sequence[str]) -> Mapping[str, Backlog]:
         """See `Store.backlog`."""
-        memory = self._memory
+        memory = self.memory
         waiting = [destination for destination in destinations if memory.outcomes[destination] > 0]
         oldest: dict[str, int] = {}
         if cold := [destination for destination in waiting if memory.cold[destination] > 0]:
-            found = await self._index.run(lambda index: [index.oldest(destination) for destination in cold])
+            found = await self.index.run(lambda index: [index.oldest(destination) for destination in cold])
             oldest.update(
                 (destination, first) for destination, first in zip(cold, found, strict=True) if first is not None
             )
@@ -80,23 +70,27 @@ class EmbeddedOperatorVerbs:
             for destination in destinations
         }
 
-    async def page(self, after: str, most: int, *, outcomes: bool) -> Sequence[MessageView]:
+    async def page(self, after: str, most: int, *, outcomes: bool = False) -> Sequence[MessageView]:
         """See `Store.page`."""
-        await self._indexing.write_all()
-        found = await self._index.run(lambda index: index.page(after, most, outcomes=outcomes))
-        entries = self._memory.overlay(found, lambda entry: entry.id > after and entry.is_outcome is outcomes, most)
+        await self.indexing.write_all()
+        found = await self.index.run(lambda index: index.page(after, most, outcomes=outcomes))
+        entries = self.memory.overlay(found, lambda entry: entry.id > after and entry.is_outcome is outcomes, most)
         if not entries and len(found) == most:
             # All of these have ended meanwhile; what follows has not.
             return await self.page(found[-1].id, most, outcomes=outcomes)
         return [entry.shown() for entry in entries]
 
+    async def show(self, message_id: str) -> MessageView:
+        """See `Store.show`."""
+        return (await self.indexing.look_up(message_id)).shown()
+
     async def find(
-        self, trace_id: str | None, sender: str | None, recipient: str | None, most: int
+        self, *, trace_id: str | None = None, sender: str | None = None, recipient: str | None = None, most: int
     ) -> Sequence[MessageView]:
         """See `Store.find`."""
-        await self._indexing.write_all()
-        found = await self._index.run(lambda index: index.find(trace_id, sender, recipient, most))
-        found = self._memory.overlay(
+        await self.indexing.write_all()
+        found = await self.index.run(lambda index: index.find(trace_id, sender, recipient, most))
+        found = self.memory.overlay(
             found, lambda entry: not entry.is_outcome and entry.fits(trace_id, sender, recipient), most
         )
         return [entry.shown() for entry in found]
@@ -129,21 +123,21 @@ class EmbeddedOperatorVerbs:
         return await self._operate(message_id, reset)
 
     async def _operate(self, message_id: str, change: Callable[[Entry], bool]) -> bool:
-        entry = await self._indexing.get(message_id)
+        entry = await self.indexing.get(message_id)
         changed = entry.copy()
         if not change(changed):
             return False
-        await self._journal.change(entry, changed, {})
+        await self.journal.change(entry, changed, {})
         return True
 
     async def delete(self, message_id: str) -> int:
         """See `Store.delete`."""
-        entry = await self._indexing.get(message_id)
+        entry = await self.indexing.get(message_id)
         if entry.is_leased:
             raise SpoolError(f"{message_id} is being delivered; hold it, or try again")
         _, recipients = entry.accepted
         ended = {end_name(entry.kind, End.REMOVED): recipients}
-        await self._journal.change(entry, None, ended)
+        await self.journal.change(entry, None, ended)
         return recipients
 
 

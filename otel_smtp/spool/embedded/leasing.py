@@ -1,0 +1,68 @@
+"""Deliveries out: what is attempted, ended for its age, or shown for a warning."""
+
+from collections.abc import Mapping, Sequence
+
+from otel_smtp.spool.embedded.parts import Parts
+from otel_smtp.spool.messages import DeliveryState, Lease, NoSuchMessage, SpoolError, is_for_receiver
+
+
+class Leasing(Parts):
+    """Gives deliveries out."""
+
+    async def claim(
+        self, wanted: Mapping[str, int]
+    ) -> tuple[Sequence[tuple[Lease, Sequence[bytes] | None]], float | None]:
+        """See `Store.claim`."""
+        leases, next_due = await self._claiming.claim(wanted, self._now_ms())
+        return leases, None if next_due is None else max(0.0, (next_due - self._now_ms()) / 1000)
+
+    async def end_overdue(self, most: int, *, outcomes: bool = False) -> Sequence[Lease]:
+        """See `Store.end_overdue`."""
+        await self.indexing.write_all()
+        now_ms = self._now_ms()
+        leases: list[Lease] = []
+        for message_id in await self.index.run(lambda index: index.overdue(now_ms, most, outcomes=outcomes)):
+            try:
+                entry = await self.indexing.get(message_id)
+            except NoSuchMessage:
+                continue
+            except SpoolError:
+                if not leases:
+                    raise
+                break
+            changed = entry.copy()
+            waiting = [one for one in changed.deliveries if one.state is DeliveryState.READY]
+            if not waiting or changed.held_ms is not None or changed.expires_ms > now_ms:
+                continue
+            for one in waiting:
+                one.lease()
+            try:
+                await self.journal.change(entry, changed, {})
+            except SpoolError:
+                if not leases:
+                    raise
+                break  # those before are leased, and have to be ended
+            leases += [changed.lease_of(one) for one in waiting]
+        return leases
+
+    async def unwarned(self, age: float, most: int) -> Sequence[Lease]:
+        """See `Store.unwarned`."""
+        await self.indexing.write_all()
+        before_ms = self._now_ms() - round(age * 1000)
+        entries = await self.index.run(lambda index: index.load(index.unwarned(before_ms, most)))
+        return [
+            entry.lease_of(one)
+            for entry in entries
+            for one in entry.deliveries
+            if one.state is DeliveryState.READY and one.attempts > 0
+        ]
+
+    async def destinations(self, *, outcomes: bool = False) -> Sequence[str]:
+        """See `Store.destinations`."""
+        hot = {one.destination for entry in self.memory.hot.values() for one in entry.deliveries}
+        found = hot | {destination for destination, count in self.memory.cold.items() if count > 0}
+        return sorted(destination for destination in found if is_for_receiver(destination) is outcomes)
+
+    def holds(self, lease: Lease) -> bool:
+        """See `Store.holds`: one process owns the directory."""
+        return True

@@ -1,0 +1,28 @@
+"""What the parts of the embedded store's class have in common."""
+
+import asyncio
+from collections.abc import Callable
+
+from otel_smtp.spool.embedded.claiming import Claiming
+from otel_smtp.spool.embedded.compaction import Compaction
+from otel_smtp.spool.embedded.contents import Contents
+from otel_smtp.spool.embedded.directory import SpoolDirectory
+from otel_smtp.spool.embedded.index_thread import IndexThread
+from otel_smtp.spool.embedded.indexing import Indexing
+from otel_smtp.spool.embedded.journal import Journal
+from otel_smtp.spool.embedded.memory import Memory
+
+
+class Parts:
+    """What `EmbeddedStore` is made of, for the classes that it is put together from; it makes them."""
+
+    directory: SpoolDirectory
+    memory: Memory
+    journal: Journal
+    index: IndexThread
+    indexing: Indexing
+    compaction: Compaction
+    _contents: Contents
+    _claiming: Claiming
+    _now_ms: Callable[[], int]  # milliseconds since the epoch
+    _loop: asyncio.AbstractEventLoop

@@ -1,0 +1,96 @@
+"""Results: what an attempt came to, with the messages that tell of it."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from otel_smtp.spool.embedded.entries import Entry
+from otel_smtp.spool.embedded.parts import Parts
+from otel_smtp.spool.messages import DeliveryState, Lease, NoSuchMessage, StaleLease, Verdict, stale
+from otel_smtp.spool.store import Notice
+
+
+class Recording(Parts):
+    """Notes results."""
+
+    def finish(
+        self,
+        lease: Lease,
+        verdicts: Sequence[Verdict],
+        *,
+        retry_in: float = 0.0,
+        is_possible_duplicate: bool = False,
+        counts_attempt: bool = True,
+        hold: bool = False,
+        notices: Sequence[Notice] = (),
+        is_urgent: bool = True,
+    ) -> asyncio.Future[None]:
+        """See `Store.finish`."""
+        entry = self.memory.hot.get(lease.message_id)
+        if entry is not None and entry.is_busy:
+            return self._loop.create_task(
+                self._finish_later(
+                    lease, verdicts,
+                    retry_in=retry_in, is_possible_duplicate=is_possible_duplicate, counts_attempt=counts_attempt,
+                    hold=hold, notices=notices, is_urgent=is_urgent,
+                )
+            )  # fmt: skip
+        return self._finish(lease, verdicts, retry_in, is_possible_duplicate, counts_attempt, hold, notices, is_urgent)
+
+    def _finish(
+        self,
+        lease: Lease,
+        verdicts: Sequence[Verdict],
+        retry_in: float,
+        is_possible_duplicate: bool,
+        counts_attempt: bool,
+        hold: bool,
+        notices: Sequence[Notice],
+        is_urgent: bool,
+    ) -> asyncio.Future[None]:
+        """As `finish`; the message is not busy."""
+        try:
+            if (entry := self.memory.hot.get(lease.message_id)) is None:
+                raise stale(lease)
+            changed: Entry | None = None
+            if (ended := entry.ended_by(lease, verdicts)) is None:
+                changed = entry.copy()
+                now_ms = self._now_ms()
+                ended = changed.settle(
+                    lease, verdicts,
+                    now_ms=now_ms, due_ms=now_ms + round(retry_in * 1000),
+                    is_possible_duplicate=is_possible_duplicate, counts_attempt=counts_attempt, hold=hold,
+                )  # fmt: skip
+                if not changed.deliveries:
+                    changed = None
+        except StaleLease as error:
+            answer: asyncio.Future[None] = self._loop.create_future()
+            answer.set_exception(error)
+            return answer
+        return self.journal.change(entry, changed, ended, notices, is_urgent=is_urgent)
+
+    async def _finish_later(self, lease: Lease, verdicts: Sequence[Verdict], **how: Any) -> None:
+        await self.memory.until_free(lease.message_id)
+        await self._finish(lease, verdicts, **how)
+
+    async def mark_corrupt(self, lease: Lease) -> None:
+        """See `Store.mark_corrupt`."""
+        await self.memory.until_free(lease.message_id)
+        if (entry := self.memory.hot.get(lease.message_id)) is None:
+            raise stale(lease)
+        changed = entry.copy()
+        changed.owned(lease).state = DeliveryState.CORRUPT
+        await self.journal.change(entry, changed, {})
+
+    async def warn(self, message_id: str, notices: Sequence[Notice]) -> bool:
+        """See `Store.warn`."""
+        try:
+            entry = await self.indexing.get(message_id)
+        except NoSuchMessage:
+            return False
+        if entry.is_warned:
+            return False
+        changed = entry.copy()
+        changed.is_warned = True
+        await self.journal.change(entry, changed, {}, notices)
+        return True
