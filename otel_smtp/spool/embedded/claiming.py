@@ -80,11 +80,16 @@ class Claiming:
     ) -> list[Claimed]:
         memory = self._memory
         if memory.cold[destination] > 0:
+
+            def is_known(message_id: str) -> bool:
+                """Asked in the index's thread; what changes meanwhile is found out below."""
+                return message_id in memory.hot or message_id in memory.unindexed
+
             cold_new, cold_old = await self._index.run(
-                lambda index: (
-                    index.due(destination, now_ms, SAMPLE * most, was_tried=False),
-                    index.due(destination, now_ms, SAMPLE * most, was_tried=True),
-                )
+                lambda index: [
+                    index.due(destination, now_ms, SAMPLE * most, was_tried=was_tried, is_known=is_known)
+                    for was_tried in (False, True)
+                ]
             )
             new = list(heapq.merge(new, (one for one in cold_new if one[1] not in memory.hot)))
             old = list(heapq.merge(old, (one for one in cold_old if one[1] not in memory.hot)))

@@ -13,7 +13,7 @@ import gc
 import json
 import os
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -314,15 +314,30 @@ class Index:
             raise index_error(error) from error
         return moved.rowcount
 
-    def due(self, destination: str, now_ms: int, most: int, *, was_tried: bool) -> list[tuple[int, str, int, str]]:
-        """The first deliveries that are due, and not too old: since when, message, number, sender."""
+    def due(
+        self, destination: str, now_ms: int, most: int, *, was_tried: bool, is_known: Callable[[str], bool]
+    ) -> list[tuple[int, str, int, str]]:
+        """The first deliveries that are due, and not too old: since when, message, number, sender.
+
+        Args:
+            is_known: whether a message, by its id, is passed over: whoever asks knows of it what its row does not tell.
+                While nothing can be written, such rows may be the first thousands.
+        """
+        found: list[tuple[int, str, int, str]] = []
         # CROSS JOIN is SQLite's way to say which table leads.
-        return self._database.execute(
+        rows = self._database.execute(
             "SELECT due, id, number, delivery.sender FROM delivery CROSS JOIN message USING (id)"
             " WHERE state = 'ready' AND destination = ? AND tried = ? AND due <= ?"
-            " AND (expires IS NULL OR expires > ?) ORDER BY due, id LIMIT ?",
-            (destination, int(was_tried), now_ms, now_ms, most),
-        ).fetchall()
+            " AND (expires IS NULL OR expires > ?) ORDER BY due, id",
+            (destination, int(was_tried), now_ms, now_ms),
+        )
+        with contextlib.closing(rows):
+            for row in rows:
+                if not is_known(row[1]):
+                    found.append(row)
+                    if len(found) == most:
+                        break
+        return found
 
     def next_due(self, destination: str) -> int | None:
         """When the next delivery is due."""

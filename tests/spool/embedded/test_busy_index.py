@@ -14,6 +14,7 @@ from otel_smtp.smtp import replies
 from otel_smtp.spool.embedded import EmbeddedStore
 from otel_smtp.spool.embedded import index as index_module
 from otel_smtp.spool.embedded.index import Index
+from otel_smtp.spool.embedded.waiting import SAMPLE
 from otel_smtp.spool.messages import End, SpoolError, Verdict
 from tests.spool.embedded.test_recovery import ids_in, opened
 from tests.spool.messages import leased, message, queued
@@ -126,6 +127,30 @@ async def _claimable(store: EmbeddedStore) -> list[str]:
     for lease in leases:
         await store.finish(lease, (), counts_attempt=False)
     return sorted(lease.message_id for lease in leases)
+
+
+async def test_an_index_that_cannot_be_written_holds_up_no_delivery(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It offers what has ended, and what waits for later, again and again: more of it than is looked at at a time."""
+    path = tmp_path / "spool"
+    async with opened(path) as (store, _):
+        ids = [await queued(store) for _ in range(5 * SAMPLE)]
+
+    def fail(*_: object, **__: object) -> None:
+        raise _full()
+
+    attempted: list[str] = []
+    async with opened(path) as (store, _):
+        with monkeypatch.context() as patched:
+            patched.setattr(Index, "write", fail)
+            patched.setattr(Index, "note_leased", fail)
+            for number in range(len(ids)):
+                claimed, _ = await store.claim({"up": 1})
+                for lease, _ in claimed:
+                    attempted.append(lease.message_id)
+                    await store.finish(lease, DELIVERED if number % 2 else (), retry_in=3600.0)
+    assert sorted(attempted) == sorted(ids)
 
 
 async def test_the_write_ahead_log_has_its_room_from_the_start(tmp_path: Path) -> None:
