@@ -27,8 +27,8 @@ import select
 import ssl
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from functools import lru_cache
-from typing import Any, Final, Protocol, cast
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
 from otel_smtp.net.endpoints import endpoint
 from otel_smtp.observing.values import Endpoint, TlsInfo
@@ -94,8 +94,8 @@ class Stream(asyncio.BufferedProtocol):
         "_loss",
         "_on_connected",
         "_owner_pauses",
-        "_ration",
         "_reader",
+        "_reads_once",
         "_timer",
         "_timer_at",
         "_transport",
@@ -130,7 +130,7 @@ class Stream(asyncio.BufferedProtocol):
         self._timer_at = 0.0
         self._linger: asyncio.TimerHandle | None = None
         self._has_expired = False
-        self._ration = 0  # octets to take from the kernel at once, then pause; 0: all there are
+        self._reads_once = False  # what comes next, then reading is paused
         self._owner_pauses = False
         self._water_pauses = False
         self.is_write_paused = False
@@ -218,22 +218,23 @@ class Stream(asyncio.BufferedProtocol):
         return data
 
     async def read_sparingly(self, octets: int) -> bytes:
-        """At most `octets`; what follows stays with the kernel, for the next reader (TLS behind a PROXY header).
+        """At most `octets`. What came with them is left for the next reader, TLS behind a PROXY header; what follows is
+        left with the kernel.
 
         Reading must have been paused since the connection was accepted, and is paused when this returns.
 
         Raises:
             TimeoutError: as `read`.
         """
-        self._ration = octets
-        self.resume_reading()
+        if not self._chunks:
+            self._reads_once = True
+            self.resume_reading()
         try:
             data = await self.read()
         finally:
-            self._ration = 0
+            self._reads_once = False
             self.pause_reading()
         if len(data) > octets:
-            # uvloop begins to read right after a pause made at accept, so more may have come than was asked for.
             self._chunks = [data[octets:], *self._chunks]
             self._unread += len(data) - octets
         return data[:octets]
@@ -431,9 +432,16 @@ class Stream(asyncio.BufferedProtocol):
         if self._on_connected is not None:
             self._on_connected(self)
 
-    def get_buffer(self, sizehint: int) -> memoryview:
-        """The buffer of the process: it is filled and emptied within one call of the loop."""
-        return _RECEIVE_BUFFER[: self._ration] if self._ration else _RECEIVE_BUFFER
+    if TYPE_CHECKING:
+
+        def get_buffer(self, sizehint: int) -> memoryview:
+            """The buffer of the process: it is filled and emptied within one call of the loop."""
+            ...
+
+    else:
+        # The same for any size hint, which `get` takes for what else it might give: a mail is read in six reads, and
+        # none of them calls a function of Python to be told this.
+        get_buffer = staticmethod(partial({None: _RECEIVE_BUFFER}.get, None))
 
     def buffer_updated(self, nbytes: int) -> None:
         """Copy out what arrived; give it to the receiver, or keep it and wake the reader."""
@@ -449,7 +457,7 @@ class Stream(asyncio.BufferedProtocol):
             self._chunks = [data]
         self.octets_received += nbytes
         self._unread += nbytes
-        if self._ration:
+        if self._reads_once:
             self.pause_reading()
         if self._unread > HIGH_WATER_OCTETS and not self._water_pauses:
             self._water_pauses = True

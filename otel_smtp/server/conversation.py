@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from time import monotonic_ns
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from otel_smtp.forwarding.base import MailTransaction
 from otel_smtp.net import CLOCK_SLACK_SECONDS, Stream, owner_of_peer
@@ -24,8 +24,6 @@ from otel_smtp.smtp.replies import Reply
 from otel_smtp.smtp.sequence import Phase
 from otel_smtp.smtp.server import ServerProtocol
 from otel_smtp.smtp.states import CloseReason
-
-T = TypeVar("T")
 
 logger: Final = logging.getLogger("otel_smtp.server.session")
 
@@ -152,15 +150,6 @@ class Conversation:
 
     # What the stream tells ---------------------------------------------------------------------------------------
 
-    def data_received(self, data: bytes) -> None:
-        """See `Receiver`."""
-        protocol = self._protocol
-        self._step(protocol.receive_data if protocol.phase is not _UNGREETED else self._hear_early, data)
-
-    def _hear_early(self, data: bytes) -> None:
-        self._protocol.receive_data(data)
-        self._protocol.greet()
-
     def input_ended(self) -> None:
         """See `Receiver`."""
         self._call(self._end_input)
@@ -181,24 +170,30 @@ class Conversation:
 
     def _call(self, work: Callable[..., None], *arguments: Any) -> None:
         """`_step` for work that takes any number of arguments."""
-        self._step(lambda _: work(*arguments), None)
+        self._step(None, lambda _: work(*arguments))
 
-    def _step(self, work: Callable[[T], None], argument: T) -> None:
-        """Do `work` as a call from outside, with its own time. Then observers hear what was recorded, what was decided
-        is written, and what has ended is closed. A bug of ours ends the session, and nothing else.
+    def _step(self, data: Any, work: Callable[[Any], None] | None = None) -> None:
+        """Do `work`, called from outside, with its own time. Then observers hear what was recorded, what was decided is
+        written, and what has ended is closed. A bug of ours ends the session, and nothing else.
 
-        Most turns are of mail that goes its common way. They have no news: all that is left to do is to write.
+        Most steps are of mail that goes its common way. They have no news: all that is left to do is to write.
+
+        Args:
+            data: what `work` is given.
+            work: None: to take octets of the client, which is what most steps are about; see `Receiver.data_received`.
         """
         if self._has_ended:
             return
-        if self._is_busy:
-            work(argument)  # within such a call
-            return
         protocol = self._protocol
+        if work is None:
+            work = protocol.receive_data if protocol.phase is not _UNGREETED else self._hear_early
+        if self._is_busy:
+            work(data)  # within such a call
+            return
         protocol.states.now_ns = monotonic_ns()
         self._is_busy = True
         try:
-            work(argument)
+            work(data)
         except Exception:  # noqa: BLE001 - logged there
             self._log_failure()
             protocol.fail(replies.INTERNAL_CLOSING, CloseReason.INTERNAL_ERROR)
@@ -219,6 +214,13 @@ class Conversation:
                 has_news = True
         if has_news:
             self._act_on_news()
+
+    data_received = _step
+
+    def _hear_early(self, data: bytes) -> None:
+        """The client speaks before it is greeted."""
+        self._protocol.receive_data(data)
+        self._protocol.greet()
 
     def _log_failure(self) -> None:
         """Log the exception at hand, a bug of ours."""
@@ -477,7 +479,7 @@ class Conversation:
         finally:
             if self._task is mine:
                 self._task = None
-        self._step(_nothing_more, None)
+        self._step(None, _nothing_more)
 
 
 def _nothing_more(_: None) -> None:

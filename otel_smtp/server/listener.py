@@ -18,7 +18,6 @@ from otel_smtp.server.places import IN_LINE_SECONDS, Admittance, Places
 from otel_smtp.server.policy import ListenerPolicy, Segments, is_in, is_loopback
 from otel_smtp.server.session import Session
 from otel_smtp.smtp import replies
-from otel_smtp.smtp.extensions import Extensions
 from otel_smtp.smtp.replies import Reply
 from otel_smtp.smtp.states import IllegalTransition
 
@@ -102,7 +101,7 @@ class Server:
             auth_failures_per_minute=auth_failures_per_minute,
             segments=segments or Segments(),
         )
-        self.offer = self._current_offer  # bound once: each session keeps it
+        self.offer = forwarder.capabilities  # bound once: each session keeps it
 
     def hold_to(
         self,
@@ -184,10 +183,6 @@ class Server:
         await asyncio.wait([self._all_ended], timeout=timeout_seconds)
 
     # What sessions ask -------------------------------------------------------------------------------------------
-
-    def _current_offer(self) -> Extensions:
-        """What the forwarder can promise now; the same object while nothing changes."""
-        return self.forwarder.capabilities()
 
     def may_authenticate(self, client: Endpoint) -> bool:
         """Whether this address has not failed to authenticate too often.

@@ -131,7 +131,7 @@ class Session(Admission):
                 accepted.append(recipient)
             else:
                 transaction.refuse(recipient, reply, time.monotonic_ns())
-        self._step(self._protocol.answer, decided)
+        self._step(decided, self._protocol.answer)
 
     def recipient_refused(self, recipient: Recipient, reply: Reply) -> None:
         """See `Handler`."""
@@ -267,9 +267,9 @@ class Session(Admission):
         if self._policy.protocol.is_lmtp:
             # RFC 2033 4.2: each recipient has its own reply, and verdicts may be fewer.
             rest = [reply] * (len(transaction.accepted) - len(verdicts))
-            self._step(self._protocol.answer, (*verdicts, *rest))
+            self._step((*verdicts, *rest), self._protocol.answer)
         else:
-            self._step(self._protocol.answer, (reply,))
+            self._step((reply,), self._protocol.answer)
 
     def transaction_aborted(self, reply: Reply | None) -> None:
         """See `Handler`."""

@@ -113,11 +113,6 @@ class ServerPolicy:
         return None, replies.greeting(self.hostname, protocol="LMTP" if self.is_lmtp else "ESMTP")
 
     @cached_property
-    def quick_octets(self) -> int:
-        """Octets of a line that is within every limit, whatever the command."""
-        return min(self.limits.command_line, self.limits.auth_line)
-
-    @cached_property
     def content_limits(self) -> ContentLimits:
         """What of it concerns content."""
         limits = self.limits

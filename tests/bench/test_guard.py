@@ -45,10 +45,10 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 @pytest.mark.parametrize(
     ("observers", "strategy", "python", "c"),
     [
-        ("none", "transparent", 136, 158),
-        ("none", "buffered", 133, 146),
-        ("everything", "transparent", 185, 241),
-        ("everything", "buffered", 182, 229),
+        ("none", "transparent", 120, 157),
+        ("none", "buffered", 118, 145),
+        ("everything", "transparent", 170, 240),
+        ("everything", "buffered", 168, 228),
     ],
 )
 def test_calls_of_a_message(observers: str, strategy: str, python: float, c: float) -> None:
@@ -135,7 +135,7 @@ def test_a_message_leaves_nothing_that_only_the_garbage_collector_frees(observer
     assert len(left) < 50, collections.Counter(left)
 
 
-@pytest.mark.parametrize(("observers", "most"), [("none", 2_220), ("everything", 2_530)])
+@pytest.mark.parametrize(("observers", "most"), [("none", 2_190), ("everything", 2_520)])
 def test_octets_of_an_idle_connection(observers: str, most: int) -> None:
     assert run(idle_octets(OBSERVERS[observers])) <= most
 

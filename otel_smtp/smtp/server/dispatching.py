@@ -6,7 +6,6 @@ from typing import Final
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.commands import (
     COMMON_LINES,
-    DATA_LINES,
     Auth,
     Bdat,
     Command,
@@ -58,37 +57,12 @@ _NOTHING: Final = Asked.NOTHING
 _RCPT: Final = Verb.RCPT
 _READY: Final = Phase.READY
 _RECIPIENTS: Final = Phase.RECIPIENTS
-_RECIPIENTS_ASKED: Final = Asked.RECIPIENTS
 
 
 class Dispatching(Receiving):
     """A session that runs commands."""
 
     __slots__ = ()
-
-    def _run_alone(self, line: bytes) -> bool:
-        """Run what has come while nothing else is to be run, if it is one line of those that common mail consists of;
-        False, and nothing done, where it is anything else. `run` would do the same by way of `_run_line`."""
-        phase = self.phase
-        if phase is _RECIPIENTS or phase is _MAIL:
-            if line in DATA_LINES:
-                if phase is _RECIPIENTS:
-                    self._run_data()
-                    return True
-            elif (recipient := common_recipient(line)) is not None:  # which uses no extension
-                transaction = self._transaction
-                assert transaction is not None
-                if transaction.recipients < self._policy.limits.recipients:
-                    self._batch = [recipient]
-                    self.asked = _RECIPIENTS_ASKED
-                    self._handler.recipients_requested(self._batch)
-                    return True
-        elif phase is _READY and (self.is_tls or not self._policy.tls_required):
-            mail = common_mail(line)
-            if mail is not None:
-                self._run_mail(mail)
-                return True
-        return False
 
     def _run_line(self, line: bytes) -> None:
         """Run one command line, its CRLF included."""

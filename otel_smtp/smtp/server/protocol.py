@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from otel_smtp.smtp import replies
-from otel_smtp.smtp.commands import (
-    Verb,
-)
+from otel_smtp.smtp.commands import DATA_LINES, Verb, common_mail, common_recipient
 from otel_smtp.smtp.errors import LocalProtocolError
 from otel_smtp.smtp.handler import Asked
 from otel_smtp.smtp.replies import Reply
@@ -33,7 +31,10 @@ _NO_INPUT: Final = frozenset({Phase.HANDSHAKE, Phase.UNGREETED, Phase.ENDING})
 _CONTENT: Final = Phase.CONTENT
 _CONTENT_ASKED: Final = Asked.CONTENT
 _ENDING: Final = Phase.ENDING
+_MAIL: Final = Phase.MAIL
 _NOTHING: Final = Asked.NOTHING
+_READY: Final = Phase.READY
+_RECIPIENTS: Final = Phase.RECIPIENTS
 _RECIPIENTS_ASKED: Final = Asked.RECIPIENTS
 
 
@@ -94,26 +95,41 @@ class ServerProtocol(Dispatching):
         """
         if self._eof:
             raise LocalProtocolError("receive_data after receive_eof")
-        has_more = self.received.held or self._discarded or self.wants_turn
-        if self.asked is _NOTHING and not has_more:
-            if self.phase is _CONTENT:
-                if self._chunk is None:
-                    self._is_running = True
-                    try:
-                        self._take_content(data)
-                    finally:
-                        self._is_running = False
-                    if self.received.held:
-                        self.run()
-                    return
-            elif len(data) <= self._policy.quick_octets:
+        held = self.received.held
+        if held or self.asked is not _NOTHING or self._discarded or self.wants_turn:
+            self.received.feed(data)
+            self.run()
+            return
+        # Nothing is to be run before it. What common mail consists of is run here, as `run` would run it.
+        phase = self.phase
+        if phase is _CONTENT:
+            if self._chunk is None:
                 self._is_running = True
                 try:
-                    is_run = self._run_alone(data)
+                    self._take_content(data)
                 finally:
                     self._is_running = False
-                if is_run:
+                if self.received.held:
+                    self.run()
+                return
+        elif phase is _RECIPIENTS or phase is _MAIL:
+            if data in DATA_LINES:
+                if phase is _RECIPIENTS:
+                    self._run_data()
                     return
+            elif (recipient := common_recipient(data)) is not None:  # which uses no extension
+                transaction, limits = self._transaction, self._policy.limits
+                assert transaction is not None
+                if transaction.recipients < limits.recipients and len(data) <= limits.command_line:
+                    self._batch = [recipient]
+                    self.asked = _RECIPIENTS_ASKED
+                    self._handler.recipients_requested(self._batch)
+                    return
+        elif phase is _READY and (self.is_tls or not self._policy.tls_required):
+            mail = common_mail(data)
+            if mail is not None and len(data) <= self._policy.limits.command_line:
+                self._run_mail(mail)
+                return
         self.received.feed(data)
         self.run()
 

@@ -21,6 +21,7 @@ from otel_smtp.smtp.server.securing import Securing
 from otel_smtp.smtp.states import (
     ConnState,
     content_begun,
+    transaction_over,
 )
 
 _ACTIVE: Final = ConnState.ACTIVE
@@ -30,6 +31,8 @@ _CONTENT_ASKED: Final = Asked.CONTENT
 _DATA: Final = Verb.DATA
 _DATA_STATE: Final = ConnState.DATA
 _ENDING: Final = Phase.ENDING
+_IDLE: Final = ConnState.IDLE
+_READY: Final = Phase.READY
 _GO_ON: Final = (_DATA, replies.SEND_CONTENT)
 
 
@@ -188,7 +191,10 @@ class Receiving(Securing):
         if len(decided) != (transaction.recipients if self._policy.is_lmtp else 1):
             raise LocalProtocolError("not as many replies as the content asks for")
         verb = _DATA if transaction.by_data else Verb.BDAT
-        self._end_transaction()
+        # As `_end_transaction` and `_settle`.
+        self._transaction = self._chunk = None
+        self.phase = _READY
+        self._junk = 0
         self.messages += 1
         if decided[0].code < 400 or any(reply.is_positive for reply in decided):
             self._refusals = 0
@@ -199,7 +205,8 @@ class Receiving(Securing):
                 self.out.append(reply.wire)
             else:
                 self._send(reply.as_plain_success() if 250 < reply.code < 300 else reply, verb)
-        self._settle()
+        if self.phase is not _ENDING:
+            self.states.enter(_IDLE, transaction_over((self.messages,)))
 
 
 def _refusal_of_8bit(mail: Mail, offer: Extensions) -> Reply | None:
