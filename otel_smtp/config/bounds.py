@@ -209,6 +209,13 @@ LEDGER: Final = (
     ),
     Bound(
         _CLIENT,
+        "domains, and kinds of spans and events, that are kept encoded",
+        ("otel_smtp.telemetry.ordinary.MAX_DOMAINS_KEPT", "otel_smtp.telemetry.shapes.MAX_SHAPES"),
+        "all are forgotten, or made each time",
+        "tests/bounds/drives.py::mail_of_many_domains",
+    ),
+    Bound(
+        _CLIENT,
         "log lines alike in a second",
         ("otel_smtp.telemetry.logs.LINES_A_SECOND",),
         "counted in one line",

@@ -31,7 +31,7 @@ from otel_smtp.telemetry.shapes import (
 from otel_smtp.telemetry.span_attributes import SpanAttributes
 from otel_smtp.telemetry.state_events import describe_phases
 
-_MAX_DOMAINS_KEPT: Final = 1024
+MAX_DOMAINS_KEPT: Final = 1024
 
 _NUMBERS: Final = Integers(9, names.TRANSACTION_NUMBER)
 _SIZES: Final = Integers(9, names.MESSAGE_SIZE)
@@ -210,14 +210,14 @@ class OrdinaryMail:
         recipient = self._recipients.get(domain if at else "")
         if recipient is None:
             recipient = self._recipient_domains(record)
-            if len(self._recipients) >= _MAX_DOMAINS_KEPT:
+            if len(self._recipients) >= MAX_DOMAINS_KEPT:
                 self._recipients.clear()
             self._recipients[domain if at else ""] = recipient
         return sender + recipient
 
     def _sender(self, path: str, written: str) -> bytes:
         domain = self._attributes.redaction.domain(path)
-        if len(self._senders) >= _MAX_DOMAINS_KEPT:
+        if len(self._senders) >= MAX_DOMAINS_KEPT:
             self._senders.clear()
         octets = self._senders[written] = b"" if domain is None else SPAN_PAIRS[names.MAIL_FROM_DOMAIN, domain]
         return octets

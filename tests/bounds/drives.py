@@ -352,6 +352,15 @@ def lines_alike(site: Site) -> None:
     assert not seconds or max(seconds.values()) <= LINES_A_SECOND
 
 
+def mail_of_many_domains(site: Site) -> None:
+    mails = [
+        b"MAIL FROM:<a@s%d.example>\r\nRCPT TO:<b@r%d.example>\r\nBDAT 3 LAST\r\nx\r\n" % (number, number)
+        for number in range(10_240)
+    ]
+    for first in range(0, len(mails), 1024):
+        flood(site.port, b"EHLO c\r\n" + b"".join(mails[first : first + 1024]), 1)
+
+
 def lines_unread(site: Site) -> None:
     side_by_side(4, lambda _: flood(site.port, OPEN + b"BDAT 3 LAST\r\nx\r\n", 5_000))
 
@@ -359,6 +368,12 @@ def lines_unread(site: Site) -> None:
 def events_without_end(site: Site) -> None:
     # Some hundred octets for each refused command.
     side_by_side(4, lambda _: flood(site.port, b"FROBNICATE\r\n" * 1000, 300))
+    if site.status_port:  # what is worked out for who looks is bounded with it
+        for path in (b"/api/traces", b"/api/traces?q=frobnicate", b"/api/traces?q=nothing"):
+            with connected(site.status_port) as connection:
+                connection.sendall(b"GET " + path + b" HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                assert connection.recv(1000).startswith(b"HTTP/1.1 200")
+                rest(connection)
 
 
 # Upstreams ---------------------------------------------------------------------------------------------------------
@@ -652,6 +667,10 @@ DRIVES: Final = (
     ),
     Drive(("characters of an attribute",), "1,900 of 256", long_words, WITH_STATUS),
     Drive(("domains on a span",), "100 of 10", many_domains, WITH_STATUS),
+    Drive(
+        ("domains, and kinds of spans and events, that are kept encoded",), "10,240 of 1,024", mail_of_many_domains,
+        {**WITH_STATUS, "upstream.url": "{peer}"}, peer=sink, is_long=True,
+    ),
     Drive(("log lines alike in a second",), "800 connections of 11 faults", lines_alike, {"log.level": "info"}),
     Drive(
         ("octets of traces in memory, and of those in which something failed",), "1,200,000 events", events_without_end,
