@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 
-from otel_smtp.spool.embedded.parts import Parts
+from otel_smtp.spool.embedded.parts import EmbeddedParts
 from otel_smtp.spool.messages import DeliveryState, Lease, NoSuchMessage, SpoolError, is_for_receiver
 
 
-class Leasing(Parts):
+class EmbeddedLeasing(EmbeddedParts):
     """Gives deliveries out."""
 
     async def claim(

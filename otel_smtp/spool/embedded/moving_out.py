@@ -3,11 +3,11 @@
 import asyncio
 
 from otel_smtp.spool.embedded.files import storage_error
-from otel_smtp.spool.embedded.parts import Parts
+from otel_smtp.spool.embedded.parts import EmbeddedParts
 from otel_smtp.spool.messages import MovedMessage, SpoolError
 
 
-class MovingOut(Parts):
+class MovingOut(EmbeddedParts):
     """Gives messages away for good."""
 
     async def begin_move(self, where: str) -> None:

@@ -5,14 +5,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from otel_smtp.spool.embedded.entries import Entry
-from otel_smtp.spool.embedded.parts import Parts
+from otel_smtp.spool.embedded.parts import EmbeddedParts
 from otel_smtp.spool.messages import Backlog, Counts, DeliveryState, End, MessageView, SpoolError, end_name
 
 COUNT_CACHE_SECONDS: Final = 15.0
 COUNT_CACHE_FROM: Final = 50_000
 
 
-class Operating(Parts):
+class EmbeddedOperating(EmbeddedParts):
     """Counts, lists and changes messages."""
 
     _counted: tuple[float, dict[str, Any]] | None = None

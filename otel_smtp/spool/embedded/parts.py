@@ -13,7 +13,7 @@ from otel_smtp.spool.embedded.journal import Journal
 from otel_smtp.spool.embedded.memory import Memory
 
 
-class Parts:
+class EmbeddedParts:
     """What `EmbeddedStore` is made of, for the classes that it is put together from; it makes them."""
 
     directory: SpoolDirectory

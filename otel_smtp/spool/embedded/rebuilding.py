@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from otel_smtp.spool.embedded.aside import Found, found_in, hold_again
-from otel_smtp.spool.embedded.operating import Operating
+from otel_smtp.spool.embedded.operating import EmbeddedOperating
 from otel_smtp.spool.messages import End, Kind, Lease, NoSuchMessage, SpoolError
 
 
-class Rebuilding(Operating):
+class Rebuilding(EmbeddedOperating):
     """Queues again what was set aside."""
 
     _alarm: str | None = None

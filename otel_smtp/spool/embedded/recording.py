@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from otel_smtp.spool.embedded.entries import Entry
-from otel_smtp.spool.embedded.parts import Parts
+from otel_smtp.spool.embedded.parts import EmbeddedParts
 from otel_smtp.spool.messages import DeliveryState, Lease, NoSuchMessage, StaleLease, Verdict, stale
 from otel_smtp.spool.store import Notice
 
 
-class Recording(Parts):
+class EmbeddedRecording(EmbeddedParts):
     """Notes results."""
 
     def finish(

@@ -39,15 +39,15 @@ from otel_smtp.spool.embedded.entries import Entry, dumps
 from otel_smtp.spool.embedded.index_thread import IndexThread
 from otel_smtp.spool.embedded.indexing import Indexing
 from otel_smtp.spool.embedded.journal import Journal
-from otel_smtp.spool.embedded.leasing import Leasing
+from otel_smtp.spool.embedded.leasing import EmbeddedLeasing
 from otel_smtp.spool.embedded.log import SEGMENT_OCTETS, Log
 from otel_smtp.spool.embedded.memory import Memory
 from otel_smtp.spool.embedded.moving_out import MovingOut
 from otel_smtp.spool.embedded.rebuilding import Rebuilding
-from otel_smtp.spool.embedded.recording import Recording
+from otel_smtp.spool.embedded.recording import EmbeddedRecording
 from otel_smtp.spool.embedded.records import RecordKind
 from otel_smtp.spool.embedded.recovery import Recovered, recover
-from otel_smtp.spool.embedded.submitting import Submitting
+from otel_smtp.spool.embedded.submitting import EmbeddedSubmitting
 from otel_smtp.spool.messages import ContentRef, DeliveryState, SpoolError, StorageFull
 from otel_smtp.spool.store import Recovery, Woken
 
@@ -61,7 +61,7 @@ ROOM_CHECK_SECONDS: Final = 1.0
 KEEP_SECONDS: Final = 0.5  # how often memory and index are brought together
 
 
-class EmbeddedStore(Submitting, Leasing, Recording, Rebuilding, MovingOut):
+class EmbeddedStore(EmbeddedSubmitting, EmbeddedLeasing, EmbeddedRecording, Rebuilding, MovingOut):
     """A store in one directory.
 
     Args:

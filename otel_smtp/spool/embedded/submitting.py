@@ -11,13 +11,13 @@ from otel_smtp.spool.embedded.draft import EmbeddedDraft
 from otel_smtp.spool.embedded.entries import Entry, dumps
 from otel_smtp.spool.embedded.journal import fail
 from otel_smtp.spool.embedded.memory import HOT_MOST
-from otel_smtp.spool.embedded.parts import Parts
+from otel_smtp.spool.embedded.parts import EmbeddedParts
 from otel_smtp.spool.embedded.records import RecordKind
 from otel_smtp.spool.messages import Lease, NewMessage, SpoolError, new_id
 from otel_smtp.spool.store import Draft as AnyDraft
 
 
-class Submitting(Parts):
+class EmbeddedSubmitting(EmbeddedParts):
     """Takes messages in."""
 
     _submitting: set[asyncio.Task[Any]]

@@ -1,5 +1,6 @@
 """Messages, deliveries and leases as rows of the tables, and back."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -108,6 +109,11 @@ class NewRows:
                     message.is_possible_duplicate or is_marked, recipients_json(there),
                 )
             )  # fmt: skip
+
+    def add_notice(self, message: NewMessage, content: bytes) -> None:
+        """Add a message of our own."""
+        digest = hashlib.sha256(content).digest()
+        self.add(message, len(content), digest, content, is_leased=False, is_marked=False)
 
     @property
     def arguments(self) -> list[object]:
@@ -230,3 +236,18 @@ def _shown(rows: Sequence[Row]) -> MessageView:
         gateways=sorted({row["gateway"] for row in deliveries if row["gateway"] is not None}),
         leased_at=min((row["next_at"] for row in deliveries if row["state"] == "l"), default=None),
     )
+
+
+def key_of(content: ContentRef) -> ContentKey:
+    """Where a content of this store is."""
+    assert isinstance(content.key, ContentKey)
+    return content.key
+
+
+def small_content(row: Row) -> Sequence[bytes] | None:
+    """Header block and body, if they are at hand and whole."""
+    content: bytes | None = row["content"]
+    if content is None or hashlib.sha256(content).digest() != row["digest"]:
+        return None
+    header_octets = row["header_octets"]
+    return content[:header_octets], content[header_octets:]

@@ -23,10 +23,9 @@ from otel_smtp.spool.messages import (
     end_name,
 )
 from otel_smtp.spool.postgresql import rows
-from otel_smtp.spool.postgresql.beats import Beats, channel
-from otel_smtp.spool.postgresql.connecting import Connection, QueueLocation
-from otel_smtp.spool.postgresql.statements import Statements
-from otel_smtp.spool.postgresql.working import Working
+from otel_smtp.spool.postgresql.beats import channel
+from otel_smtp.spool.postgresql.connecting import Connection
+from otel_smtp.spool.postgresql.parts import PostgresqlParts
 
 T = TypeVar("T")
 
@@ -37,21 +36,16 @@ MOST_HALF_HEARD: Final = 16
 COUNT_SHARE: Final = 20  # the housekeeper counts for at most this part of its time
 
 
-class PostgresqlOperatorVerbs:
+class PostgresqlOperating(PostgresqlParts):
     """Counts, lists and changes messages."""
 
-    def __init__(self, place: QueueLocation, statements: Statements, working: Working, beats: Beats) -> None:
-        self._place = place
-        self._statements = statements
-        self._working = working
-        self._beats = beats
-        self._not_before = 0.0
+    _not_before = 0.0  # the next count for all gateways
 
     # Seeing ----------------------------------------------------------------------------------------------------
 
     async def counts(self) -> Counts:
         """See `Store.counts`; where there is very much, as the housekeeper counted it."""
-        stat = self._beats.stat
+        stat = self.beats.stat
         if stat.get("messages", 0) < COUNT_SELF_BELOW:
             stat = await self._count()
         return Counts(**{name: stat[name] for name in Counts.__dataclass_fields__ if name in stat})
@@ -104,7 +98,7 @@ class PostgresqlOperatorVerbs:
         by_destination = {row["dest"]: Backlog(row["pending"], row["oldest"]) for row in found}
         return {destination: by_destination.get(destination, Backlog()) for destination in destinations}
 
-    async def page(self, after: str, most: int, *, outcomes: bool) -> Sequence[MessageView]:
+    async def page(self, after: str, most: int, *, outcomes: bool = False) -> Sequence[MessageView]:
         """See `Store.page`."""
         return rows.shown(
             await self._working.do(lambda connection: connection.fetch(self._statements.page, after, most, outcomes))
@@ -120,7 +114,7 @@ class PostgresqlOperatorVerbs:
         return found[0]
 
     async def find(
-        self, trace_id: str | None, sender: str | None, recipient: str | None, most: int
+        self, *, trace_id: str | None = None, sender: str | None = None, recipient: str | None = None, most: int
     ) -> Sequence[MessageView]:
         """See `Store.find`."""
         try:
@@ -140,11 +134,11 @@ class PostgresqlOperatorVerbs:
             [
                 Peer(
                     str(row["id"]), row["name"], row["version"], row["started_at"], row["alive_for"], row["leases"],
-                    is_this=row["id"] == self._beats.incarnation,
+                    is_this=row["id"] == self.beats.incarnation,
                 )
                 for row in found
             ],
-            list(self._beats.departures),
+            list(self.beats.departures),
         )  # fmt: skip
 
     async def session_user(self) -> str:
@@ -153,28 +147,29 @@ class PostgresqlOperatorVerbs:
         return name
 
     async def limits(self) -> Sequence[Mapping[str, Any]]:
-        """All limits of the queue."""
+        """All limits of the queue: name, most within period_seconds, per, burst, used, in_flight, next_in and rests_for
+        in seconds, gateways: what each has in flight."""
         found = await self._working.do(lambda connection: connection.fetch(self._statements.limits))
         return [{**row, "gateways": json.loads(row["gateways"])} for row in found]
 
     async def slots(self) -> Sequence[Mapping[str, Any]]:
-        """The connection slots of all upstreams."""
+        """The connection slots of each upstream that has some: name, total, used, gateways: how many each has."""
         found = await self._working.do(lambda connection: connection.fetch(self._statements.slots))
         return [{**row, "gateways": json.loads(row["gateways"])} for row in found]
 
     # Doing -----------------------------------------------------------------------------------------------------
 
     async def tell(self, what: str) -> None:
-        """Tell all processes of the queue: at most `MOST_TOLD` octets."""
+        """Have all gateways of the queue look: "due" for deliveries, "look" for what is too old."""
         await self._working.do(
             lambda connection: connection.execute("SELECT pg_notify($1, $2)", channel(self._place), what)
         )
 
     async def tell_deed(self, deed: str) -> None:
-        """Have the housekeeper tell of a deed. A notification is short, so it comes in pieces, of one transaction.
+        """Have one gateway of the queue tell of what an operator did; a notification is short, so it comes in pieces.
 
         Args:
-            deed: in ASCII characters.
+            deed: see `deeds.Deed.as_text`, in ASCII characters.
         """
         pieces = [deed[start : start + MOST_TOLD] for start in range(0, len(deed), MOST_TOLD)]
         name = uuid.uuid4().hex
@@ -251,13 +246,21 @@ class PostgresqlOperatorVerbs:
             recipients: int = sum(row["recipients"] for row in states)
             kind = await connection.fetchval(self._statements.delete, message_id)
             name = end_name(Kind(kind), End.REMOVED)
-            await connection.execute(self._statements.tally, self._beats.incarnation, "operators", [name], [recipients])
+            await connection.execute(self._statements.tally, self.beats.incarnation, "operators", [name], [recipients])
             return recipients
 
         return await self._operate(message_id, delete)
 
     async def take_in(self, message: MovedMessage, content: Sequence[bytes], *, is_intact: bool) -> bool:
-        """See `PostgresqlStore.take_in`."""
+        """Make a message that comes from another store durable, with all that is known of it.
+
+        Args:
+            content: in pieces of `piece_octets`, but for the last one.
+            is_intact: False: it is what could be read of it.
+
+        Returns:
+            False: it came before, and may have ended here.
+        """
         octets = message.content.octets
         whole = b"".join(content) if octets <= MEMORY_LIMIT_OCTETS else None
         digest = hashlib.sha256()
@@ -269,7 +272,7 @@ class PostgresqlOperatorVerbs:
                 if not await connection.fetchval(self._statements.note_moved, message.id):
                     return False
                 await connection.execute(
-                    self._statements.move_message, *rows.moved_values(message), self._beats.incarnation, octets,
+                    self._statements.move_message, *rows.moved_values(message), self.beats.incarnation, octets,
                     message.header_octets, digest.digest() if is_intact else b"", whole,
                 )  # fmt: skip
                 for number, piece in enumerate(content if whole is None else ()):
@@ -278,7 +281,7 @@ class PostgresqlOperatorVerbs:
                 recipients = sum(len(one.recipients) for one in message.deliveries)
                 name = accepted_name(message.kind)
                 await connection.execute(
-                    self._statements.tally, self._beats.incarnation, "operators", [name], [recipients]
+                    self._statements.tally, self.beats.incarnation, "operators", [name], [recipients]
                 )
             return True
 
