@@ -17,6 +17,8 @@ LOOK_SECONDS: Final = 30.0
 OLD_TRANSACTION_SECONDS: Final = 600.0
 DEAD_FOR_EACH_LIVING: Final = 10
 LEAST_DEAD: Final = 5000  # vacuum is not due before
+MANY_DEAD: Final = 100_000
+"""Too many, however much mail waits: where claims have become slow, more and more does."""
 HELD_UP_SECONDS: Final = 180.0
 """How long there have to be too many dead rows: autovacuum looks once a minute, and takes its time."""
 
@@ -51,7 +53,7 @@ class VacuumWatch:
         row = await self._working.do(ask)
         if row is None:
             return
-        is_many = row["dead"] > max(LEAST_DEAD, DEAD_FOR_EACH_LIVING * row["living"])
+        is_many = row["dead"] > min(MANY_DEAD, max(LEAST_DEAD, DEAD_FOR_EACH_LIVING * row["living"]))
         if not is_many:
             self._many_since = None
         elif self._many_since is None:

@@ -52,6 +52,34 @@ async def test_dead_rows_that_do_not_go_raise_an_alarm_once(caplog: pytest.LogCa
     await working.close()
 
 
+async def test_dead_rows_raise_one_however_much_mail_waits(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("otel_smtp.spool.postgresql.vacuum.LEAST_DEAD", 10)
+    monkeypatch.setattr("otel_smtp.spool.postgresql.vacuum.MANY_DEAD", 100)
+    place, clock = await new_place(), Clock()
+    working = Working(place)
+    watch = VacuumWatch(Statements(place.schema), working, clock=clock)
+    async with connected(place.url) as other:
+        await other.execute(
+            f"ALTER TABLE {place.schema}.dlv SET (autovacuum_enabled = false); "
+            f"ALTER TABLE {place.schema}.dlv DROP CONSTRAINT dlv_msg_id_fkey; "
+            f"INSERT INTO {place.schema}.dlv (msg_id, d, dest, sender, state, next_at, rcpt)"
+            " SELECT n, 0, '', '', 'r', now(), '[]' FROM generate_series(1, 1000) AS n"
+        )
+        for dead, is_alarmed in ((90, False), (20, True)):
+            await other.execute(
+                f"DELETE FROM {place.schema}.dlv WHERE ctid IN (SELECT ctid FROM {place.schema}.dlv LIMIT {dead});"
+                " SELECT pg_stat_force_next_flush()"
+            )
+            await other.execute("SELECT")
+            for _ in range(2):
+                clock.now += HELD_UP_SECONDS
+                await watch.look()
+            assert bool(caplog.records) is is_alarmed
+    await working.close()
+
+
 async def test_an_old_transaction_raises_one(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     place, clock = await new_place(), Clock()
     working = Working(place)
