@@ -40,6 +40,8 @@ _NUMBER: Final = re.compile(r"[+-]?\d{1,6}(?:[.,:/-]\d{1,4}){0,6}(?:[A-Za-z]{1,3
 _MOMENT: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{1,9})?(?:Z|[+-]\d\d:?\d\d)?")
 _ID: Final = re.compile(r"[A-Za-z0-9]{1,64}(?:[-._][A-Za-z0-9]{1,64}){0,8}")
 _LIKE_A_NAME: Final = re.compile(r"[A-Za-z]+(?:[._-][A-Za-z]+)*[._-]?\d{0,4}|\d+(?:[._-]\d+)*")
+# "ann.lee", "ann_lee42": no queue makes such ids, and one logs in, or is known, "as" a person too.
+_JOINED_NAMES: Final = re.compile(r"[A-Za-z]{2,}(?:[._][A-Za-z]{2,})+\d{0,4}")
 _DOMAIN: Final = re.compile(r"(?:[A-Za-z0-9_-]{1,63}\.){1,10}([A-Za-z]{2,24}|xn--[A-Za-z0-9-]{1,59})")
 _BASE64: Final = re.compile(r"[A-Za-z0-9+/_-]{12,}={0,2}")
 _HEX: Final = re.compile(r"(?:[0-9A-Fa-f]{2}){8,}")
@@ -52,7 +54,20 @@ _BEFORE_ID: Final = frozenset(
 )
 # Behind these the next word may be a name.
 _BEFORE_NAME: Final = frozenset(
-    {"user", "username", "userid", "mailbox", "account", "recipient", "alias", "address", "sender", "member", "name"}
+    {
+        "rcpt",
+        "user",
+        "username",
+        "userid",
+        "mailbox",
+        "account",
+        "recipient",
+        "alias",
+        "address",
+        "sender",
+        "member",
+        "name",
+    }
 )
 # Behind these, and a colon or a sign of equality, stands what a person has written, to the end.
 _BEFORE_WORDS: Final = frozenset({"subject", "from", "to", "cc", "bcc", "reply-to", "header", "body", "message-id"})
@@ -252,7 +267,7 @@ class _Reading:
         if _ID.fullmatch(core) is None:
             return None
         if before in _BEFORE_ID:
-            return core
+            return None if before != "hostname" and _JOINED_NAMES.fullmatch(core) else core
         return None if len(core) < 5 or _LIKE_A_NAME.fullmatch(core) else core
 
     def _pair(self, key: str, value: str) -> str | None:

@@ -85,6 +85,9 @@ def test_what_names_nobody_stays_as_it_is(text: str, redaction: Redaction) -> No
         ("bad id=YW5uQGV4YW1wbGUub3Jn here", "bad ... here", "bad ... here", "bad ... here"),
         ("bad 616e6e406578616d706c652e6f7267 here", "bad ... here", "bad ... here", "bad ... here"),
         ("queued as YW5uQGV4YW1wbGUub3Jn", "queued as ...", "queued as ...", "queued as ..."),
+        ("logged in as ann.lee, no", "logged in as ..., no", "logged in as ..., no", "logged in as ..., no"),
+        ("queued as ann_lee42", "queued as ...", "queued as ...", "queued as ..."),
+        ("rcpt ann refused", "rcpt ... refused", "rcpt ... refused", "rcpt ... refused"),
         # or a part of it
         ("<ann> unknown", "<...> unknown", "<...> unknown", "<...> unknown"),
         ("ann... User unknown", "... User unknown", "... User unknown", "... User unknown"),
