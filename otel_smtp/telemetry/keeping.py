@@ -55,13 +55,17 @@ class Keeping:
 
     def transaction(self, record: TransactionRecord) -> Keep | None:
         """Why a transaction is kept; None: it is not."""
+        reply, duration_ns = record.reply, record.ended_ns - record.begun_ns
         is_error = (
             record.refused_count > 0
             or record.deferred_count > 0
             or record.outcome is Outcome.UNKNOWN
-            or our_failure(record.outcome, record.reply, record.error_type) is not None
+            or (
+                (record.error_type is not None or (reply is not None and reply.error_type is not None))
+                and our_failure(record.outcome, reply, record.error_type) is not None
+            )
         )
-        return self._decide(record.ended_ns - record.begun_ns, is_error=is_error)
+        return self._decide(duration_ns, is_error=is_error) if is_error or duration_ns > self._slow_ns else None
 
     def attempt(self, record: DeliveryRecord) -> Keep | None:
         """Why an attempt from the spool is kept; None: it is not."""

@@ -10,7 +10,7 @@ a bound that no client can move.
 """
 
 from bisect import bisect_left, bisect_right
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -212,8 +212,8 @@ class Metrics(Observer):
         self._dropped = dropped
         self.resource = {name.replace(".", "_"): str(value) for name, value in (resource or {}).items()}
         self._active: dict[Labels, int] = {}
-        self._transitions: defaultdict[tuple[ConnState | None, ConnState], int] = defaultdict(int)
-        self._replies: defaultdict[tuple[str | None, int], int] = defaultdict(int)
+        self._transitions: Counter[tuple[ConnState | None, ConnState]] = Counter()
+        self._replies: Counter[tuple[str | None, int]] = Counter()
         self._transactions = LabelledCounts(names.TRANSACTIONS)
         self._recipients = LabelledCounts(names.SERVER_RECIPIENTS)
         self._auth = LabelledCounts(names.SERVER_AUTH)
@@ -386,21 +386,24 @@ class Metrics(Observer):
             before = transitions[counted - 1]
         elif connection.earlier:
             before = connection.earlier[-1]
-        by_states = self._transitions
         durations: defaultdict[ConnState, list[float]] = defaultdict(list)
+        steps = []
+        if before is None:
+            before_state, before_ns = None, 0
+        else:
+            before_state, before_ns = before.state, before.at_ns
         for transition in islice(transitions, counted, None):
             state, previous, _, _, at_ns, _ = transition
-            by_states[previous, state] += 1
-            if before is not None:
-                durations[before.state].append((at_ns - before.at_ns) / 1e9)
-                if before.state is ConnState.AUTH:
+            steps.append((previous, state))
+            if before_state is not None:
+                durations[before_state].append((at_ns - before_ns) / 1e9)
+                if before_state is ConnState.AUTH and before is not None:
                     self._count_auth(before, transition)
-            before = transition
+            before, before_state, before_ns = transition, state, at_ns
+        self._transitions.update(steps)
         for state, seconds in durations.items():
             self._state_duration.series[(_NAMES[state],)].add_all(seconds)
-        by_reply = self._replies
-        for verb, reply in islice(replies, counted_replies, None):
-            by_reply[verb, reply.code] += 1
+        self._replies.update([(verb, reply.code) for verb, reply in islice(replies, counted_replies, None)])
 
     def _count_auth(self, auth: Transition, then: Transition) -> None:
         """Count an exchange that is over; one that nobody could judge was neither accepted nor refused."""

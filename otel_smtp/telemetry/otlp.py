@@ -47,6 +47,10 @@ def tag(number: int, kind: int) -> bytes:
 
 def varint(value: int) -> bytes:
     """`value`, not negative, seven bits an octet, the lowest first."""
+    if 0x7F < value < 0x4000:
+        return bytes((value & 0x7F | 0x80, value >> 7))
+    if 0x3FFF < value < 0x20_0000:
+        return bytes((value & 0x7F | 0x80, value >> 7 & 0x7F | 0x80, value >> 14))
     octets = bytearray()
     while value > 0x7F:
         octets.append(value & 0x7F | 0x80)
@@ -157,9 +161,9 @@ class Integers:
         if 0 <= value < 0x80:
             return self.small[value]
         if 0x80 <= value < 0x4000:
-            return self.two_octets + bytes((value & 0x7F | 0x80, value >> 7))
+            return self.two_octets + (LENGTHS[value] if value < 2048 else varint(value))
         if 0x4000 <= value < 0x20_0000:
-            return self.three_octets + bytes((value & 0x7F | 0x80, value >> 7 & 0x7F | 0x80, value >> 14))
+            return self.three_octets + varint(value)
         return field(self._number, key_value(self._name, value))
 
 

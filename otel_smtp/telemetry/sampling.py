@@ -1,6 +1,7 @@
 """Ids and sampling decisions, both by OpenTelemetry's own objects."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Final
 
 from opentelemetry.context import Context
@@ -21,6 +22,8 @@ _PARENT_BASED: Final = "localParentSampled:AlwaysOnSampler,localParentNotSampled
 _REMOTELY_BASED: Final = "remoteParentSampled:AlwaysOnSampler,remoteParentNotSampled:AlwaysOffSampler"
 
 _NOTHING: Final[Attributes] = {}
+# A NamedTuple's own constructor is a function in Python; each mail has two of these.
+_context: Final = partial(tuple.__new__, TraceContext)
 
 
 class Identity:
@@ -59,9 +62,13 @@ class Identity:
 
 
 class Sampling:
-    """Makes the identities of new spans."""
+    """Makes the identities of new spans.
 
-    __slots__ = ("_generate_span_id", "_generate_trace_id", "_inherits", "_root_flags", "_sampler")
+    Attributes:
+        inherits_ours: a child of a span of ours does as that does.
+    """
+
+    __slots__ = ("_generate_span_id", "_generate_trace_id", "_inherits", "_root_flags", "_sampler", "inherits_ours")
     _inherits: Mapping[bool, bool]  # whether a child does as its parent did, by whether that is remote
 
     def __init__(self, sampler: Sampler, id_generator: IdGenerator) -> None:
@@ -71,10 +78,19 @@ class Sampling:
         self._root_flags = RANDOM if id_generator.is_trace_id_random() else 0
         description = sampler.get_description()
         is_parent_based = description.startswith("ParentBased{")
-        self._inherits = {
+        self._inherits = inherits = {
             False: description.startswith(_STATIC) or (is_parent_based and _PARENT_BASED in description),
             True: is_parent_based and _REMOTELY_BASED in description,
         }
+        self.inherits_ours = inherits[False]
+
+    def inherit(self, parent: TraceContext) -> Identity | None:
+        """A new span below `parent` that does as that does; None where the sampler has to be asked. It has no links."""
+        trace_id, _, flags, is_remote, state = parent
+        if not self._inherits[is_remote]:
+            return None
+        context = _context((trace_id, self._generate_span_id(), flags, False, state))
+        return Identity(context, parent, is_recording=bool(flags & SAMPLED))
 
     def decide(
         self,

@@ -26,11 +26,12 @@ from otel_smtp.smtp.states import (
 )
 from otel_smtp.telemetry import attributes as names
 from otel_smtp.telemetry.attributes import AttributeValue
-from otel_smtp.telemetry.otlp import pack_double, pack_time
+from otel_smtp.telemetry.otlp import LENGTHS, Mould, length, pack_double, pack_time, varint
 from otel_smtp.telemetry.records import EventRecord
 from otel_smtp.telemetry.shapes import (
     BEFORE_TIME,
     EVENT_PAIRS,
+    MAX_SHAPES,
     Column,
     EventShape,
     Pair,
@@ -160,12 +161,97 @@ _DURATION: Final = EVENT_PAIRS[names.STATE_PREVIOUS_DURATION, 0.0][:-8]
 
 
 def encode_states(
-    transitions: Iterable[Transition],
+    transitions: Sequence[Transition],
     before_ns: int | None,
     wall_offset_ns: int,
     more: Callable[[Transition], Iterable[Pair]],
 ) -> list[bytes]:
     """The events that tell `transitions`, as pieces of their span; else as `state_events`."""
+    pieces: list[bytes] = []
+    start, most = 0, len(transitions)
+    while start < most:
+        four = transitions[start : start + _OF_A_MAIL]
+        if before_ns is not None and (octets := _of_a_mail(four, before_ns, wall_offset_ns)) is not None:
+            pieces.append(octets)
+            start += _OF_A_MAIL
+        else:
+            pieces += _encode_states(four[:1], before_ns, wall_offset_ns, more)
+            start += 1
+        before_ns = transitions[start - 1].at_ns
+    return pieces
+
+
+_OF_A_MAIL: Final = 4
+_moulds: Final[dict[Row, Mould]] = {}
+
+
+def _of_a_mail(transitions: Sequence[Transition], before_ns: int, wall_offset_ns: int) -> bytes | None:
+    """The events of a mail that went well, in one go; None where `transitions` do not begin with such a mail."""
+    if len(transitions) < _OF_A_MAIL:
+        return None
+    (
+        (begun, before_begun, begun_level, begun_sequence, begun_ns, of_begun),
+        (data, before_data, data_level, data_sequence, data_ns, of_data),
+        (active, before_active, active_level, active_sequence, active_ns, of_active),
+        (idle, before_idle, idle_level, idle_sequence, idle_ns, of_idle),
+    ) = transitions
+    if (
+        data is not ConnState.DATA
+        or idle is not ConnState.IDLE
+        or begun is not ConnState.ACTIVE
+        or active is not ConnState.ACTIVE
+        or of_begun is not None
+        or of_active is not None
+        or of_data.__class__ is not ContentBegun
+        or of_idle.__class__ is not TransactionOver
+    ):
+        return None
+    number, recipients, messages = [LENGTHS[n] if n < 2048 else varint(n) for n in (*of_data, *of_idle)]
+    sequences = begun_sequence, data_sequence, active_sequence, idle_sequence
+    first, second, third, fourth = [LENGTHS[n] if n < 2048 else varint(n) for n in sequences]
+    key = (
+        before_begun, begun_level, before_data, data_level, before_active, active_level, before_idle, idle_level,
+        len(first), len(second), len(third), len(fourth), len(number), len(recipients), len(messages),
+    )  # fmt: skip
+    mould = _moulds.get(key)
+    if mould is None:
+        if len(_moulds) >= MAX_SHAPES:
+            _moulds.clear()
+        mould = _moulds[key] = _mould(transitions)
+    return mould.fill(
+        (
+            begun_ns + wall_offset_ns, first, (begun_ns - before_ns) / 1e9,
+            data_ns + wall_offset_ns, second, (data_ns - begun_ns) / 1e9, number, recipients,
+            active_ns + wall_offset_ns, third, (active_ns - data_ns) / 1e9,
+            idle_ns + wall_offset_ns, fourth, (idle_ns - active_ns) / 1e9, messages,
+        )
+    )  # fmt: skip
+
+
+def _mould(transitions: Iterable[Transition]) -> Mould:
+    """With gaps for time, sequence and duration of each event, and for the integers that belong to it."""
+    pieces: list[bytes | str] = []
+    for transition, shape, values in describe_transitions(transitions):
+        rest: list[bytes | str] = [shape.octets, *_gap(names.STATE_SEQUENCE, transition.sequence), _DURATION, "d"]
+        for name, value in zip(shape.varying, values, strict=True):
+            rest += _gap(name, value)
+        pieces += (before_time(Mould(*rest).size), "Q", *rest)
+    return Mould(*pieces)
+
+
+def _gap(name: str, value: int) -> tuple[bytes, str]:
+    """An integer attribute with a gap for the octets of such a value."""
+    octets = len(length(value))
+    return EVENT_PAIRS[name, value][:-octets], f"{octets}s"
+
+
+def _encode_states(
+    transitions: Iterable[Transition],
+    before_ns: int | None,
+    wall_offset_ns: int,
+    more: Callable[[Transition], Iterable[Pair]],
+) -> list[bytes]:
+    """Any events."""
     pieces: list[bytes] = []
     small = _sequences.small
     for transition, shape, values in describe_transitions(transitions):

@@ -145,6 +145,7 @@ class Tracing(Observer):
         listeners = self._listeners
         # Whether anybody reads a span as a value: of those that are recorded, and else.
         self._reads = {True: bool(self._sinks or listeners), False: bool(listeners)}
+        self._tells_all = bool(listeners or self._lines)  # of those that are not recorded too
 
     def show(
         self,
@@ -226,6 +227,8 @@ class Tracing(Observer):
         identity: Identity | None = transaction.trace or self._settle(transaction)
         if self._keeping is not None and identity is not None and not identity.is_recording:
             self._keep_by_outcome(self._keeping, identity, transaction)
+        if identity is not None and not identity.is_recording and self._sampling.inherits_ours and not self._tells_all:
+            return
         is_encoded = False
         if self._encodes and identity is not None and identity.is_recording:
             spans = self._ordinary.spans(transaction, identity)
@@ -337,11 +340,15 @@ class Tracing(Observer):
         """The transaction's identity, known from now on; None for a message from the spool without a trace."""
         identity: Identity | None = transaction.trace
         if identity is None:
-            identity = transaction.trace = (
-                _stored(transaction)
-                if transaction.connection is None
-                else self._join(transaction, transaction.connection)
-            )
+            connection, headers = transaction.connection, transaction.trace_headers
+            if connection is None:
+                identity = _stored(transaction)
+            else:
+                if headers is None or not headers.traceparents:
+                    identity = self._sampling.inherit(connection.trace.context)
+                if identity is None:
+                    identity = self._join(transaction, connection)
+            transaction.trace = identity
         return identity
 
     def _join(self, transaction: TransactionRecord, connection: ConnectionRecord) -> Identity:
@@ -381,17 +388,22 @@ class Tracing(Observer):
         if identity is None:
             transaction = delivery.transaction
             above: Identity | None = transaction.trace or self._settle(transaction)
-            parent = None if above is None else above.context
-            links: tuple[LinkRecord, ...] = ()
-            if transaction.connection is None:
-                links = _links(transaction, parent)
-
-            def at_start() -> names.Attributes:
-                return self.attributes.delivery_at_start(delivery)
-
-            identity = self._sampling.decide(names.SPAN_DELIVERY, SpanKind.CLIENT, parent, at_start, links)
+            if transaction.connection is not None and above is not None:
+                identity = self._sampling.inherit(above.context)
+            if identity is None:
+                identity = self._decide_delivery(delivery, transaction, None if above is None else above.context)
             delivery.trace = identity
         return identity
+
+    def _decide_delivery(
+        self, delivery: DeliveryRecord, transaction: TransactionRecord, parent: TraceContext | None
+    ) -> Identity:
+        links = _links(transaction, parent) if transaction.connection is None else ()
+
+        def at_start() -> names.Attributes:
+            return self.attributes.delivery_at_start(delivery)
+
+        return self._sampling.decide(names.SPAN_DELIVERY, SpanKind.CLIENT, parent, at_start, links)
 
     def _finish_delivery(self, delivery: DeliveryRecord, *, is_encoded: bool = False) -> None:
         identity = delivery.trace or self._settle_delivery(delivery)

@@ -47,8 +47,8 @@ def run(work: Coroutine[Any, Any, T]) -> T:
     [
         ("none", "transparent", 120, 157),
         ("none", "buffered", 118, 145),
-        ("everything", "transparent", 170, 240),
-        ("everything", "buffered", 168, 228),
+        ("everything", "transparent", 168, 238),
+        ("everything", "buffered", 166, 226),
     ],
 )
 def test_calls_of_a_message(observers: str, strategy: str, python: float, c: float) -> None:

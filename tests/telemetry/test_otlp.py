@@ -37,9 +37,11 @@ from otel_smtp.smtp.states import (
     ConnectionOver,
     ConnState,
     ContentBegun,
+    Detail,
     ErrorReply,
     ResetBy,
     ResetCause,
+    StateMachine,
     TlsAgreed,
     TlsMode,
     TlsOffer,
@@ -262,18 +264,63 @@ details = st.one_of(
 moments = st.integers(1, 10**15)
 
 
+# The states of a mail that goes well, with their details.
+OF_A_MAIL = [
+    (ConnState.ACTIVE, st.none()),
+    (ConnState.DATA, st.builds(ContentBegun, st.sampled_from([1, 127, 128, 1 << 40]), st.integers(0, 200))),
+    (ConnState.ACTIVE, st.none()),
+    (ConnState.IDLE, st.builds(TransactionOver, st.sampled_from([0, 127, 16383, 16384]))),
+]
+
+
 @st.composite
 def transitions(draw: st.DrawFn) -> list[Transition]:
-    """Any transitions, legal or not: what the engine would do with them is not the encoder's business."""
-    first = draw(st.sampled_from([1, 2, 125, 16381, 1 << 30]))
+    """Any transitions, legal or not: what the engine would do with them is not the encoder's business. Many are those
+    of mails, or nearly so."""
+    sequence = draw(st.sampled_from([1, 2, 125, 2045, 16381, 1 << 30]))
     at_ns = draw(moments)
-    found = []
-    for sequence in range(first, first + draw(st.integers(0, 5))):
-        state = draw(st.sampled_from(ConnState))
-        previous = draw(st.one_of(st.none(), st.sampled_from(ConnState)))
-        at_ns += draw(st.integers(0, 10**10))
-        found.append(Transition(state, previous, draw(st.sampled_from(ConnState)), sequence, at_ns, draw(details)))
+    found: list[Transition] = []
+    for is_mail in draw(st.lists(st.booleans(), max_size=5)):
+        steps = [(state, draw(detail)) for state, detail in OF_A_MAIL] if is_mail else []
+        if not is_mail or draw(st.booleans()):
+            steps.insert(draw(st.integers(0, len(steps))), (draw(st.sampled_from(ConnState)), draw(details)))
+        for state, detail in steps:
+            previous = draw(st.one_of(st.none(), st.sampled_from(ConnState)))
+            at_ns += draw(st.integers(0, 10**10))
+            found.append(Transition(state, previous, draw(st.sampled_from(ConnState)), sequence, at_ns, detail))
+            sequence += 1
     return found
+
+
+def test_the_events_of_mails_are_encoded_as_any_others() -> None:
+    """Mails after one another, whose numbers and sequences get longer, and each with one thing that is not so."""
+    both = Both()
+    connection = _connection()
+    both.tracing.connection_opened(connection)
+    for begins, spoilt in ((1, None), (100, None), (16_300, None), *((2, place) for place in range(4))):
+        machine = StateMachine(connection.transitions)
+        for number in range(begins, begins + 60):
+            steps: list[tuple[ConnState, Detail | None]] = [
+                (ConnState.ACTIVE, None),
+                (ConnState.DATA, ContentBegun(number, number % 200)),
+                (ConnState.ACTIVE, None),
+                (ConnState.IDLE, TransactionOver(number)),
+            ]
+            if machine.last is None:
+                steps.insert(0, (ConnState.NEW, TlsOffer(TlsMode.OFF)))
+            elif spoilt is not None:
+                steps[spoilt] = (steps[spoilt][0], TlsAgreed("1.3", "A"))
+            for state, detail in steps:
+                machine.now_ns += number
+                machine.enter(state, detail)
+        if spoilt is None:
+            # As of a connection that has lived long.
+            connection.transitions[:] = [one._replace(sequence=one.sequence + begins) for one in connection.transitions]
+        both.tracing.segment_ended(connection)
+        connection.begin_segment(10**16)
+    both.check()
+    names_of = [event.name for record in both.records for event in record.events]
+    assert names_of.count("smtp.state.idle") == 7 * 60
 
 
 @st.composite
@@ -562,17 +609,16 @@ def test_ordinary_mail_is_encoded_as_any_other(data: st.DataObject) -> None:
     both.check()
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow])
-@given(st.data())
-def test_ordinary_mail_is_encoded_in_its_own_way(data: st.DataObject) -> None:
-    """What the test above is for would else be gone unseen."""
+@pytest.mark.parametrize("headers", [(), (REMOTE,), ("x",)])
+def test_ordinary_mail_is_encoded_in_its_own_way(headers: tuple[str, ...]) -> None:
+    """What the tests above are for would else be gone unseen."""
     tracing = Tracing(exports=[lambda span: None])
-    connection = data.draw(connections())
+    connection = _connection()
     tracing.connection_opened(connection)
-    record = data.draw(ordinary_mails(connection))
+    record = _ordinary_mail(connection)
+    record.trace_headers = TraceHeaders(headers)
     tracing.trace_id(record)
-    spans = OrdinaryMail(tracing.attributes, tracing._settle_delivery).spans(record, record.trace)
-    assert (spans is not None) == (not record.trace.context.trace_state)
+    assert OrdinaryMail(tracing.attributes, tracing._settle_delivery).spans(record, record.trace) is not None
 
 
 def test_of_an_ordinary_mail_a_sampler_may_export_one_span_and_not_the_other() -> None:
