@@ -16,6 +16,7 @@ from typing import Final
 from otel_smtp.server.guesses import GUESS_SECONDS
 from otel_smtp.server.users import HASHING_THREADS
 from otel_smtp.smtp.replies import ErrorType, Reply
+from otel_smtp.telemetry.exporting import LEAST_QUEUE_OCTETS, MAX_BATCH_OCTETS
 from otel_smtp.telemetry.logs import LINES_A_SECOND
 from tests.bounds.driving import KEPT, MIB, Drive, Site
 from tests.bounds.peers import dripping, flooding, served, silent, sink, stalling
@@ -570,6 +571,8 @@ WITH_TLS: Final = {"listener.tls": "starttls", "listener.tls_cert": "cert.pem", 
 WITH_AUTH: Final = {"listener.auth": "optional", "listener.auth_in_clear": True, "listener.auth_users_file": "users"}
 # What a hash takes stays with its thread's heap for the next one.
 HASHING: Final = KEPT + HASHING_THREADS * 19 * MIB
+# What waits for a collector is owed to it.
+OWED: Final = KEPT + LEAST_QUEUE_OCTETS + 2 * MAX_BATCH_OCTETS
 PROXIED: Final = b"PROXY TCP4 198.51.100.200 192.0.2.1 40000 25\r\n"
 WITH_STATUS: Final = {"status.address": "127.0.0.1:0"}
 QUEUEING: Final = {"delivery.mode": "queue", "spool.directory": "{directory}/spool"}
@@ -698,7 +701,7 @@ DRIVES: Final = (
     ),
     Drive(
         ("octets of telemetry that wait to be exported",), "1,200,000 events", events_without_end, GENEROUS, EXPORTING,
-        lambda: served(silent, "http"), is_long=True,
+        lambda: served(silent, "http"), keeps=OWED, is_long=True,
     ),
     Drive(
         ("octets of a collector's answer",), "without end", a_few_mails, {},
