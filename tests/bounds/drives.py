@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from typing import Final
 
+from otel_smtp.server.conversation import UNREAD_REPLIES_SECONDS
 from otel_smtp.server.guesses import GUESS_SECONDS
 from otel_smtp.server.users import HASHING_THREADS
 from otel_smtp.smtp.replies import ErrorType, Reply
@@ -169,10 +170,12 @@ def replies_that_nobody_reads(site: Site) -> None:
             connection = stack.enter_context(socket.socket())
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             connection.connect(("127.0.0.1", site.port))
+            assert connection.recv(1000).startswith(b"220 ")
             connection.sendall(OPEN)
             connection.setblocking(False)
             held.append(connection)
-        ends = time.monotonic() + 400
+        began = time.monotonic()
+        ends = began + 10 * UNREAD_REPLIES_SECONDS
         while held and time.monotonic() < ends:
             for connection in list(held):
                 try:
@@ -183,6 +186,7 @@ def replies_that_nobody_reads(site: Site) -> None:
                     held.remove(connection)
             time.sleep(0.01)
         assert not held
+        assert time.monotonic() - began > UNREAD_REPLIES_SECONDS / 2  # it was that which ended them
 
 
 # What one connection holds and does --------------------------------------------------------------------------------
