@@ -112,6 +112,7 @@ class Gateway:
                 upstream_connections=self._upstream_connections,
                 spool=self._spool_counts,
                 shared_queue=self._shared_queue,
+                store_timings=self._store_timings,
                 receivers=self._receiver_counts,
                 worker=None if process is None else process.number,
             )
@@ -220,6 +221,13 @@ class Gateway:
             standing.stale,
             standing.unanswered,
         )
+
+    def _store_timings(self) -> Iterator[tuple[str, float, int]]:
+        """Takes them away as they are read."""
+        timings = () if self._spool is None else self._spool.store.timings
+        while timings:
+            verb, seconds, items = timings.popleft()
+            yield verb.value, seconds, items
 
     def _receiver_counts(self) -> Iterator[tuple[str, Mapping[str, int], int, float]]:
         if self._spool is not None:

@@ -33,7 +33,7 @@ from otel_smtp.smtp.policy import ServerLimits, ServerPolicy
 from otel_smtp.smtp.sasl import MECHANISMS
 from otel_smtp.telemetry.keeping import Keep as KeepReason
 from otel_smtp.telemetry.keeping import Keeping
-from otel_smtp.telemetry.metrics import OpenConnections, ReceiverCounts, SharedQueueFigures
+from otel_smtp.telemetry.metrics import OpenConnections, ReceiverCounts, SharedQueueFigures, StoreTimings
 from otel_smtp.telemetry.propagation import InboundPolicy
 from otel_smtp.telemetry.records import SpanSink
 from otel_smtp.telemetry.redaction import Addresses, ClientIp, Redaction
@@ -317,6 +317,13 @@ def shared_store(spool: SpoolTable, *, name: str, is_gateway: bool = True) -> "P
     )
 
 
+def store_verbs() -> Sequence[str]:
+    """What the store of a queue is asked for, as metrics tell it apart."""
+    from otel_smtp.spool.messages import StoreVerb
+
+    return [verb.value for verb in StoreVerb]
+
+
 async def migrate_shared(spool: SpoolTable, *, dry_run: bool) -> Sequence[str]:
     """Make the schema of the queue of several gateways, or bring it up to date; the statements.
 
@@ -380,6 +387,7 @@ def telemetry_options(
     upstream_connections: Callable[[], Iterator[tuple[str, str, int]]],
     spool: Callable[[], tuple[Mapping[str, int], float, int] | None],
     shared_queue: SharedQueueFigures,
+    store_timings: StoreTimings,
     receivers: ReceiverCounts,
     worker: int | None = None,
 ) -> TelemetryOptions:
@@ -393,6 +401,7 @@ def telemetry_options(
         spool: returns the messages by state, the age of the oldest in seconds, and octets of the disk that no message
             needs; None where there is no spool.
         shared_queue: returns how this gateway fares with a queue that several share; None where it has none.
+        store_timings: returns what the spool's store did since it was asked last.
         receivers: returns how the receivers of outcomes fare, when the metrics are read.
         worker: the number of this process among several; None: there is one.
     """
@@ -415,5 +424,7 @@ def telemetry_options(
         upstream_connections=upstream_connections,
         spool=spool,
         shared_queue=shared_queue,
+        store_timings=store_timings,
+        store_verbs=() if settings.delivery.mode == "direct" else store_verbs(),
         receivers=receivers,
     )

@@ -3,6 +3,7 @@
 import random
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -362,6 +363,30 @@ class ShareOfQueue:
     taken_over: int
     stale: int
     unanswered: int
+
+
+class StoreVerb(StrEnum):
+    """What a store is asked for, as metrics tell it apart.
+
+    SUBMIT, FINISH: to make messages, and results of attempts, durable; those that come together share a group.
+    CLAIM: what is due. READ: a content. LIMIT: permits and connection slots. OTHER: whatever operators ask, and upkeep.
+    """
+
+    SUBMIT = "submit"
+    FINISH = "finish"
+    CLAIM = "claim"
+    READ = "read"
+    LIMIT = "limit"
+    OTHER = "other"
+
+
+Timing = tuple[StoreVerb, float, int]
+"""What a store did: the verb, how many seconds that took, and how many messages and results shared it; 0 where that is
+told of another verb, or of none."""
+Timings = deque[Timing]
+
+MOST_TIMINGS: Final = 8192
+"""Which nobody has asked for; the oldest go."""
 
 
 @dataclass(frozen=True, slots=True)

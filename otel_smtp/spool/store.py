@@ -20,6 +20,7 @@ from otel_smtp.spool.messages import (
     NewMessage,
     ShareOfQueue,
     SpoolError,
+    Timings,
     Verdict,
 )
 
@@ -105,9 +106,11 @@ class Store(Protocol):
 
     Attributes:
         look_again_seconds: how often to look for what others have queued; None: nobody else does.
+        timings: what it did lately; whoever reads them takes them away.
     """
 
     look_again_seconds: float | None
+    timings: Timings
 
     @property
     def ledger(self) -> Ledger | None:

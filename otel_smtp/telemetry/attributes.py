@@ -691,6 +691,9 @@ UPSTREAM_CONNECTION_STATE: Final = _attribute(
 SPOOL_STATE: Final = _attribute(
     "smtp.spool.state", Type.STRING, (On.METRIC,), "always: ready, deferred, active, held, corrupt", "deferred"
 )
+SPOOL_VERB: Final = _attribute(
+    "smtp.spool.verb", Type.STRING, (On.METRIC,), "always: submit, finish, claim, read, limit, other", "submit"
+)
 RECEIVER_NAME: Final = _attribute(
     "smtp.notify.receiver", Type.STRING, (On.METRIC,), "always: the configured name", "app.example.com:443"
 )
@@ -856,6 +859,22 @@ SPOOL_MESSAGES: Final = _metric(
 SPOOL_AGE: Final = _metric("smtp.spool.age", Instrument.GAUGE, "s", (), "Age of the oldest message in the spool")
 SPOOL_DEAD: Final = _metric(
     "smtp.spool.dead", Instrument.UP_DOWN, "By", (), "Disk space of the spool that no message needs any more"
+)
+SPOOL_STORE: Final = _metric(
+    "smtp.spool.store",
+    Instrument.HISTOGRAM,
+    "s",
+    (SPOOL_VERB,),
+    "Work of the spool's store: messages and results of attempts are made durable in groups, which count once",
+    _WAIT_SECONDS,
+)
+SPOOL_GROUP_SIZE: Final = _metric(
+    "smtp.spool.group_size",
+    Instrument.HISTOGRAM,
+    "{item}",
+    (),
+    "Messages and results of attempts that were made durable together",
+    tuple(float(2**power) for power in range(10)),
 )
 SPOOL_GATEWAYS: Final = _metric(
     "smtp.spool.gateways", Instrument.GAUGE, "{gateway}", (), "Gateways that share the queue, as this one knows"

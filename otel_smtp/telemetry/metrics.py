@@ -61,6 +61,9 @@ class SharedQueue(NamedTuple):
     unanswered: int
 
 
+StoreTimings = Callable[[], Iterable[tuple[str, float, int]]]
+"""What the spool's store did since this was asked last: verb, seconds, and how many shared it; 0: that is told
+elsewhere."""
 SharedQueueFigures = Callable[[], SharedQueue | None]
 ReceiverCounts = Callable[[], Iterable[tuple[str, Mapping[str, int], int, float]]]
 """The receivers of outcomes: name, outcomes by result, how many wait, and the age of the oldest in seconds."""
@@ -176,6 +179,7 @@ class Metrics(Observer):
         spool: messages in the spool by state, the age of the oldest in seconds, and the octets of the disk that it
             holds for messages that have ended; None where there is no spool.
         shared_queue: None where there is no spool, or it is this gateway's alone.
+        store_timings: of the spool, asked on the event loop. `store_verbs`: its verbs.
         receivers: those of outcomes now.
         dropped: what telemetry itself has lost so far: signal, reason, how many.
         resource: who we are, by attribute, for the page.
@@ -194,6 +198,8 @@ class Metrics(Observer):
         connections: ConnectionCounts = tuple,
         spool: SpoolCounts = lambda: None,
         shared_queue: SharedQueueFigures = lambda: None,
+        store_timings: StoreTimings = tuple,
+        store_verbs: Sequence[str] = (),
         receivers: ReceiverCounts = tuple,
         dropped: ConnectionCounts = tuple,
         resource: Mapping[str, object] | None = None,
@@ -208,6 +214,7 @@ class Metrics(Observer):
         self._connections = connections
         self._spool = spool
         self._shared_queue = shared_queue
+        self._store_timings = store_timings
         self._receivers = receivers
         self._dropped = dropped
         self.resource = {name.replace(".", "_"): str(value) for name, value in (resource or {}).items()}
@@ -228,6 +235,8 @@ class Metrics(Observer):
         self._pace_wait = Measurements(names.CLIENT_PACE_WAIT)
         self._first_attempt_age = Measurements(names.FIRST_ATTEMPT_AGE)
         self._delivery_age = Measurements(names.DELIVERY_AGE)
+        self._store = Measurements(names.SPOOL_STORE)
+        self._group_size = Measurements(names.SPOOL_GROUP_SIZE)
         self.measurements: Final = (
             self._connection_duration,
             self._state_duration,
@@ -238,11 +247,15 @@ class Metrics(Observer):
             self._pace_wait,
             self._first_attempt_age,
             self._delivery_age,
+            *((self._store, self._group_size) if store_verbs else ()),
         )
         self._page: MetricsPage | None = None  # made when it is first asked for
         self._begin(listeners, upstreams, mechanisms)
         for limit in limits:
             self._pace_wait.series[(limit,)]
+        for verb in store_verbs:
+            self._store.series[(verb,)]
+            self._group_size.series[()]
 
     def _begin(self, listeners: Sequence[str], upstreams: Sequence[str], mechanisms: Sequence[str]) -> None:
         """Begin every series whose labels are known with 0: a series that is born at 1 has no increase.
@@ -416,7 +429,7 @@ class Metrics(Observer):
     # What is told --------------------------------------------------------------------------------------------------
 
     def catch_up(self) -> None:
-        """Count what open connections have done so far, and how many there are in which state.
+        """Count what open connections, and the spool's store, have done so far, and how many there are in which state.
 
         On the event loop, which writes the records. `page` does it by itself; whoever lets other threads read calls
         it every few seconds.
@@ -430,6 +443,10 @@ class Metrics(Observer):
                 labels = (connection.info.listener, _NAMES[level])
                 active[labels] = active.get(labels, 0) + 1
         self._active = active
+        for verb, seconds, items in self._store_timings():
+            self._store.series[(verb,)].add(seconds)
+            if items:
+                self._group_size.series[()].add(items)
 
     def page(self, accept: str) -> tuple[bytes, str]:
         """The metrics page for a scraper that accepts `accept`, and its content type (OpenMetrics where asked for).

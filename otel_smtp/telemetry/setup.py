@@ -28,6 +28,7 @@ from otel_smtp.telemetry.metrics import (
     ReceiverCounts,
     SharedQueueFigures,
     SpoolCounts,
+    StoreTimings,
 )
 from otel_smtp.telemetry.otlp import LogEncoder, RequestFrame
 from otel_smtp.telemetry.propagation import InboundPolicy
@@ -58,6 +59,7 @@ class TelemetryOptions:
         memories: take every recorded span as octets, and whether something in it went wrong.
         open_connections: yields the open client connections when the metrics are read, on the event loop.
         upstream_connections: yields the connections to upstreams when the metrics are read.
+        store_timings: returns what its store did since. `store_verbs`: what that may be.
         spool: returns what is queued when the metrics are read. `receivers`: how those of outcomes fare.
         shared_queue: returns how this gateway fares with a queue that several share.
         processors: of the SDK; each receives every recorded span as from the SDK, and is shut down at the end.
@@ -81,6 +83,8 @@ class TelemetryOptions:
     upstream_connections: ConnectionCounts = tuple
     spool: SpoolCounts = lambda: None
     shared_queue: SharedQueueFigures = lambda: None
+    store_timings: StoreTimings = tuple
+    store_verbs: Sequence[str] = ()
     receivers: ReceiverCounts = tuple
     processors: Sequence[SpanProcessor] = ()
 
@@ -219,6 +223,8 @@ def set_up(options: TelemetryOptions, environ: Mapping[str, str] | None = None) 
             connections=options.upstream_connections,
             spool=options.spool,
             shared_queue=options.shared_queue,
+            store_timings=options.store_timings,
+            store_verbs=options.store_verbs,
             receivers=options.receivers,
             resource=resource.attributes,
             listeners=[*options.policies],
@@ -257,6 +263,8 @@ def set_up(options: TelemetryOptions, environ: Mapping[str, str] | None = None) 
         connections=options.upstream_connections,
         spool=options.spool,
         shared_queue=options.shared_queue,
+        store_timings=options.store_timings,
+        store_verbs=options.store_verbs,
         receivers=options.receivers,
         dropped=lambda: [lost for one in (*exports, *keeping) for lost in one.dropped()],
         exemplars=asked.exemplars,

@@ -49,8 +49,9 @@ def traceql() -> list[str]:
 
 
 SHARING: Final = Metrics(
-    spool=lambda: ({"deferred": 1}, 0.0, 0), shared_queue=lambda: SharedQueue(True, 2, 0.0, 0, 0, 0)
-)
+    spool=lambda: ({"deferred": 1}, 0.0, 0), shared_queue=lambda: SharedQueue(True, 2, 0.0, 0, 0, 0),
+    store_verbs=["submit"],
+)  # fmt: skip
 """What a gateway tells that shares its queue."""
 
 

@@ -41,7 +41,7 @@ def rooms(settings: Settings) -> Iterator[Any]:
     yield wiring.telemetry_options(
         settings, redaction, span_sinks=(), memories=(), open_connections=lambda: iter(()),
         upstream_connections=lambda: iter(()), spool=lambda: None, shared_queue=lambda: None,
-        receivers=tuple,
+        store_timings=tuple, receivers=tuple,
     )  # fmt: skip
 
 
@@ -64,6 +64,7 @@ DIFFERENT: Final = {
     (TelemetryOptions, "upstream_connections"),
     (TelemetryOptions, "spool"),
     (TelemetryOptions, "shared_queue"),
+    (TelemetryOptions, "store_verbs"),  # those of a queue, which the mode has
 }
 
 

@@ -21,10 +21,12 @@ from otel_smtp.spool.messages import (
     NoSuchMessage,
     SpoolError,
     StaleLease,
+    StoreVerb,
     Verdict,
     new_id,
 )
 from otel_smtp.spool.store import Store
+from tests.spool.memory_store import MemoryStore
 from tests.spool.messages import BODY, CARRIER, HEADER, TRACE_ID, leased, message, queued, written
 from tests.spool.stores import STORES, Clock
 
@@ -77,6 +79,24 @@ async def test_a_message_comes_back_as_it_went_in(case: Case) -> None:
     assert await case.store.read(lease.content, 0, 1000) == HEADER + BODY
     assert await case.store.read(lease.content, len(HEADER), 3) == BODY[:3]
     assert await case.store.is_intact(lease.content)
+
+
+async def test_it_tells_what_it_did_and_how_many_shared_it(case: Case) -> None:
+    if isinstance(case.store, MemoryStore):
+        return  # which takes no time
+    for _ in range(3):
+        await queued(case.store)
+    large = await queued(case.store, None, HEADER, b"x" * 300_000)
+    leases = await leased(case.store)
+    assert len(leases) == 4
+    (whole,) = (lease.content for lease in leases if lease.message_id == large)
+    await case.store.read(whole, 0, 10)
+    await asyncio.gather(*(case.store.finish(lease, DELIVERED) for lease in leases))
+    told = list(case.store.timings)
+    assert {verb for verb, _, _ in told} >= {StoreVerb.SUBMIT, StoreVerb.CLAIM, StoreVerb.READ, StoreVerb.FINISH}
+    assert all(seconds >= 0 for _, seconds, _ in told)
+    assert sum(items for _, _, items in told) >= 8  # a directory notes who leases what, too
+    assert {items for verb, _, items in told if verb in (StoreVerb.CLAIM, StoreVerb.READ)} == {0}
 
 
 async def test_what_is_attempted_at_once_is_leased_with_its_submission(case: Case) -> None:

@@ -1,6 +1,6 @@
 """What is counted, and how it reads."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 from hypothesis import given
@@ -276,9 +276,31 @@ def test_every_metric_of_the_registry_is_on_the_page(metric: attributes.Metric) 
     )
     relay_a_mail(metrics)
     connections.append(Client(metrics).record)
-    sharing = Metrics(spool=lambda: ({"deferred": 2}, 60.0, 0), shared_queue=lambda: SharedQueue(True, 2, 0.0, 0, 0, 0))
+    sharing = Metrics(
+        spool=lambda: ({"deferred": 2}, 60.0, 0), shared_queue=lambda: SharedQueue(True, 2, 0.0, 0, 0, 0),
+        store_verbs=["submit"],
+    )  # fmt: skip
     page = "".join(one.page("text/plain")[0].decode() for one in (metrics, sharing))
     assert f"# TYPE {metric.name.replace('.', '_')}" in page
+
+
+def test_what_a_store_did_is_measured_once_with_the_groups_that_shared_it() -> None:
+    timings = [("submit", 0.002, 3), ("finish", 0.002, 0), ("submit", 0.02, 1), ("claim", 0.0001, 0)]
+
+    def taken() -> Iterator[tuple[str, float, int]]:
+        while timings:
+            yield timings.pop(0)
+
+    metrics = Metrics(store_timings=taken, store_verbs=["submit", "finish", "claim", "read"])
+    for _ in range(2):
+        page = metrics.page("text/plain")[0].decode()
+        counts = {verb: f'smtp_spool_store_seconds_count{{smtp_spool_verb="{verb}"}} {count}.0' for verb, count in
+                  (("submit", 2), ("finish", 1), ("claim", 1), ("read", 0))}  # fmt: skip
+        assert all(line in page for line in counts.values()), page
+        assert 'smtp_spool_store_seconds_bucket{le="0.005",smtp_spool_verb="submit"} 1.0' in page
+        assert "smtp_spool_group_size_count 2.0" in page
+        assert "smtp_spool_group_size_sum 4.0" in page
+    assert "smtp_spool_store_seconds_count" not in Metrics().page("text/plain")[0].decode()
 
 
 def test_of_a_shared_queue_one_gateway_tells_the_messages_and_each_what_happened_there() -> None:

@@ -1,9 +1,10 @@
 """Deliveries out: what is attempted, ended for its age, or shown for a warning."""
 
+import time
 from collections.abc import Mapping, Sequence
 
 from otel_smtp.spool.embedded.parts import EmbeddedParts
-from otel_smtp.spool.messages import DeliveryState, Lease, NoSuchMessage, SpoolError, is_for_receiver
+from otel_smtp.spool.messages import DeliveryState, Lease, NoSuchMessage, SpoolError, StoreVerb, is_for_receiver
 
 
 class EmbeddedLeasing(EmbeddedParts):
@@ -13,7 +14,9 @@ class EmbeddedLeasing(EmbeddedParts):
         self, wanted: Mapping[str, int]
     ) -> tuple[Sequence[tuple[Lease, Sequence[bytes] | None]], float | None]:
         """See `Store.claim`."""
+        began = time.monotonic()
         leases, next_due = await self._claiming.claim(wanted, self._now_ms())
+        self.timings.append((StoreVerb.CLAIM, time.monotonic() - began, 0))
         return leases, None if next_due is None else max(0.0, (next_due - self._now_ms()) / 1000)
 
     async def end_overdue(self, most: int, *, outcomes: bool = False) -> Sequence[Lease]:

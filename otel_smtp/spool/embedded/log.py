@@ -22,6 +22,7 @@ import logging
 import os
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum
@@ -32,7 +33,7 @@ from otel_smtp.spool.embedded.directory import SpoolDirectory
 from otel_smtp.spool.embedded.entries import dumps
 from otel_smtp.spool.embedded.files import open_regular, storage_error, sync_directory, write_all_at, write_durably
 from otel_smtp.spool.embedded.records import FIRST, HEADER_OCTETS, RecordKind
-from otel_smtp.spool.messages import SpoolError, StorageBroken
+from otel_smtp.spool.messages import SpoolError, StorageBroken, StoreVerb, Timings
 
 logger: Final = logging.getLogger("otel_smtp.spool.embedded.log")
 
@@ -53,6 +54,11 @@ class Room(IntEnum):
     MAIL = 0  # nothing that is kept for others
     WORK = 1  # the segment in reserve: to deliver makes room, and so does to move
     RESULT = 2  # the end of each segment, too: what was begun has to be recorded
+
+
+_VERBS: Final = (
+    (StoreVerb.SUBMIT, 1 << Room.MAIL), (StoreVerb.FINISH, 1 << Room.RESULT), (StoreVerb.OTHER, 1 << Room.WORK),
+)  # fmt: skip
 
 
 class Step:
@@ -96,6 +102,7 @@ class Log:
         previous_end: where the last record of the segment before ends.
         markers: of the segments that are there, by number.
         has_begun: called in the thread with the number of each segment that was begun.
+        timings: gets each group's.
 
     Attributes:
         markers, tally: as above, up to what was synced last.
@@ -114,6 +121,7 @@ class Log:
         now_ms: Callable[[], int],
         has_begun: Callable[[int], None],
         segment_octets: int = SEGMENT_OCTETS,
+        timings: Timings | None = None,
     ) -> None:
         self._directory = directory
         self._number = next_number - 1
@@ -125,6 +133,7 @@ class Log:
         self._mail_octets = segment_octets - segment_octets // RESULTS_SHARE  # the rest is for results
         self._now_ms = now_ms
         self._has_begun = has_begun
+        self._timings: Timings = timings if timings is not None else deque(maxlen=0)
         self.markers = markers
         self.tally = tally
         self.told = (self._number, self._at)
@@ -195,11 +204,13 @@ class Log:
             self._file = -1
 
     def _serve(self) -> None:
+        began = time.monotonic()
         group: list[Step] = []
-        octets = 0
+        octets = rooms = 0
         while self._steps and len(group) < GROUP_MOST and octets < GROUP_OCTETS:
             step = self._steps.popleft()
             octets += step.octets
+            rooms |= 1 << step.room
             group.append(step)
         outcomes: list[tuple[Step, SpoolError | None]] = []
         try:
@@ -209,6 +220,11 @@ class Log:
             logger.exception("spool failed: internal error")
             told = {id(step) for step, _ in outcomes}
             outcomes += [(step, SpoolError("internal error")) for step in group if id(step) not in told]
+        seconds, items = time.monotonic() - began, len(group)
+        for verb, bit in _VERBS:
+            if rooms & bit:
+                self._timings.append((verb, seconds, items))
+                items = 0
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
             self._loop.call_soon_threadsafe(self._tell, outcomes, (self._number, self._at))
 

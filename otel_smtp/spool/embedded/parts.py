@@ -11,12 +11,14 @@ from otel_smtp.spool.embedded.index_thread import IndexThread
 from otel_smtp.spool.embedded.indexing import Indexing
 from otel_smtp.spool.embedded.journal import Journal
 from otel_smtp.spool.embedded.memory import Memory
+from otel_smtp.spool.messages import Timings
 
 
 class EmbeddedParts:
     """What `EmbeddedStore` is made of, for the classes that it is put together from; it makes them."""
 
     directory: SpoolDirectory
+    timings: Timings
     memory: Memory
     journal: Journal
     index: IndexThread

@@ -25,6 +25,7 @@ import asyncio
 import logging
 import sqlite3
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
@@ -48,7 +49,14 @@ from otel_smtp.spool.embedded.recording import EmbeddedRecording
 from otel_smtp.spool.embedded.records import RecordKind
 from otel_smtp.spool.embedded.recovery import Recovered, recover
 from otel_smtp.spool.embedded.submitting import EmbeddedSubmitting
-from otel_smtp.spool.messages import ContentRef, DeliveryState, SpoolError, StorageFull
+from otel_smtp.spool.messages import (
+    MOST_TIMINGS,
+    ContentRef,
+    DeliveryState,
+    SpoolError,
+    StorageFull,
+    StoreVerb,
+)
 from otel_smtp.spool.store import Recovery, Woken
 
 logger: Final = logging.getLogger("otel_smtp.spool.embedded.store")
@@ -76,7 +84,7 @@ class EmbeddedStore(EmbeddedSubmitting, EmbeddedLeasing, EmbeddedRecording, Rebu
 
     Attributes:
         most_messages: as above.
-        look_again_seconds: see `Store`.
+        look_again_seconds, timings: see `Store`.
     """
 
     look_again_seconds: float | None = None
@@ -109,6 +117,7 @@ class EmbeddedStore(EmbeddedSubmitting, EmbeddedLeasing, EmbeddedRecording, Rebu
         self._room_checked_at = float("-inf")
         self._has_room = True
         self._keeper: asyncio.Task[None] | None = None
+        self.timings = deque(maxlen=MOST_TIMINGS)
         self._submitting = set()
         self.memory = memory = Memory()
         self.journal = journal = Journal(memory, self._now_ms, self.directory.remove_large)
@@ -144,6 +153,7 @@ class EmbeddedStore(EmbeddedSubmitting, EmbeddedLeasing, EmbeddedRecording, Rebu
             now_ms=self._now_ms,
             has_begun=self.compaction.begin(recovered.markers),
             segment_octets=self._segment_octets,
+            timings=self.timings,
         )
         self.journal.begin(log)
         try:
@@ -300,7 +310,10 @@ class EmbeddedStore(EmbeddedSubmitting, EmbeddedLeasing, EmbeddedRecording, Rebu
 
     async def read(self, content: ContentRef, start: int, octets: int) -> bytes:
         """See `Store.read`."""
-        return await self._contents.read(content, start, octets)
+        began = time.monotonic()
+        part = await self._contents.read(content, start, octets)
+        self.timings.append((StoreVerb.READ, time.monotonic() - began, 0))
+        return part
 
     async def is_intact(self, content: ContentRef) -> bool:
         """See `Store.is_intact`."""

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final, Generic, Protocol, TypeVar
 
-from otel_smtp.spool.messages import SpoolError, StorageAway
+from otel_smtp.spool.messages import SpoolError, StorageAway, StoreVerb, Timings
 from otel_smtp.spool.postgresql.connecting import (
     Connection,
     LastingConnection,
@@ -51,6 +51,7 @@ class Lanes(Generic[I]):
     Args:
         write: writes a group and answers its items, by one transaction; it is not cancelled.
         given_up: called with an item whose time is over while its outcome is unknown.
+        verb, timings: `timings` gets how long each group took, under that name.
     """
 
     def __init__(
@@ -59,11 +60,15 @@ class Lanes(Generic[I]):
         write: Callable[[Connection, int, Sequence[I]], Awaitable[None]],
         given_up: Callable[[I], None],
         *,
+        verb: StoreVerb,
+        timings: Timings,
         most_items: int = MOST_ITEMS,
     ) -> None:
         self._lines = lines
         self._write = write
         self._given_up = given_up
+        self._verb = verb
+        self._timings = timings
         self._most_items = most_items
         self._waiting: deque[I] = deque()
         self._under_way = 0
@@ -168,8 +173,10 @@ class Lanes(Generic[I]):
                 watchdog = asyncio.get_running_loop().call_later(
                     min(item.deadline for item in group) - now, line.terminate
                 )
+                began = time.monotonic()
                 try:
                     await self._write(connection, number, group)
+                    self._timings.append((self._verb, time.monotonic() - began, len(group)))
                 finally:
                     watchdog.cancel()
             except Exception as error:  # noqa: BLE001 - it is judged

@@ -5,7 +5,7 @@ from collections.abc import Container, Mapping, Sequence
 from typing import Final
 from uuid import UUID
 
-from otel_smtp.spool.messages import Lease, StorageAway, is_for_receiver
+from otel_smtp.spool.messages import Lease, StorageAway, StoreVerb, is_for_receiver
 from otel_smtp.spool.postgresql.parts import PostgresqlParts
 from otel_smtp.spool.postgresql.rows import Row, key_of, lease_of, small_content
 
@@ -48,7 +48,8 @@ class PostgresqlLeasing(PostgresqlParts):
 
     async def _claim(self, incarnation: UUID, destination: str, most: int) -> list[Row]:
         return await self._working.do(
-            lambda connection: connection.fetch(self._statements.claim, incarnation, destination, most)
+            lambda connection: connection.fetch(self._statements.claim, incarnation, destination, most),
+            StoreVerb.CLAIM,
         )
 
     async def _next_due(self, destinations: Sequence[str]) -> float | None:

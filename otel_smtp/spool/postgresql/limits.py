@@ -12,7 +12,7 @@ from uuid import UUID
 import asyncpg
 
 from otel_smtp.forwarding.base import Claim, Grant, HeldSlot, SlotHeard
-from otel_smtp.spool.messages import SpoolError
+from otel_smtp.spool.messages import SpoolError, StoreVerb, Timings
 from otel_smtp.spool.postgresql.beats import Beats, channel
 from otel_smtp.spool.postgresql.connecting import Connection, QueueLocation
 from otel_smtp.spool.postgresql.statements import Statements
@@ -27,10 +27,10 @@ SLOTS: Final = "slots "
 class DatabaseLedger:
     """Keeps limits in the database of a queue, over a connection of its own that is made when it is needed."""
 
-    def __init__(self, place: QueueLocation, statements: Statements, beats: Beats) -> None:
+    def __init__(self, place: QueueLocation, statements: Statements, beats: Beats, timings: Timings) -> None:
         self._statements = statements
         self._beats = beats
-        self._working = Working(place, "limits")
+        self._working = Working(place, "limits", timings=timings)
         self._channel = channel(place)
         self._turn = 0
         self._watching: dict[str, SlotHeard] = {}
@@ -53,7 +53,7 @@ class DatabaseLedger:
             return await connection.fetchrow(self._statements.settle, *arguments)
 
         try:
-            row = await self._working.do(settle)
+            row = await self._working.do(settle, StoreVerb.LIMIT)
         except SpoolError as error:
             logger.debug("shared limits unavailable", extra={"fault": str(error)})  # beats tell people of it
             return None
@@ -84,7 +84,7 @@ class DatabaseLedger:
                 return [tuple(row) for row in await connection.fetch(statements.slots_held, me, name)]
 
         try:
-            return await self._working.do(hold)
+            return await self._working.do(hold, StoreVerb.LIMIT)
         except SpoolError as error:
             logger.debug("connection slots unavailable", extra={"fault": str(error)})  # beats tell people of it
             return None

@@ -26,11 +26,22 @@ claims and all the rest; and an eighth one where mail is held to limits.
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Sequence
 from typing import Final
 from uuid import UUID
 
-from otel_smtp.spool.messages import ContentLost, ContentRef, ShareOfQueue, SpoolError, StorageAway, StorageFull
+from otel_smtp.spool.messages import (
+    MOST_TIMINGS,
+    ContentLost,
+    ContentRef,
+    ShareOfQueue,
+    SpoolError,
+    StorageAway,
+    StorageFull,
+    StoreVerb,
+    Timing,
+)
 from otel_smtp.spool.postgresql.beats import PERMITS_SECONDS, Beats
 from otel_smtp.spool.postgresql.connecting import Connection, LastingConnection, QueueLocation
 from otel_smtp.spool.postgresql.draft import CHUNK_OCTETS
@@ -66,7 +77,7 @@ class PostgresqlStore(PostgresqlSubmitting, PostgresqlLeasing, PostgresqlOperati
         is_gateway: False: an operator's command, which is no gateway: it takes no mail and no lease.
 
     Attributes:
-        look_again_seconds: see `Store`.
+        look_again_seconds, timings: see `Store`.
         ledger: keeps the limits of all gateways.
         figures: what happened here.
     """
@@ -90,22 +101,32 @@ class PostgresqlStore(PostgresqlSubmitting, PostgresqlLeasing, PostgresqlOperati
         self._is_gateway = is_gateway
         self._statements = statements = Statements(place.schema)
         self.beats = Beats(place, statements, name=name, version=version, heard=self._heard, taken_over=self._took_over)
+        self.timings = timings = deque[Timing](maxlen=MOST_TIMINGS)
         self._accepting = Lanes(
             [LastingConnection(place, f"accepts {number}") for number in (0, 1)],
             self._write_submissions,
             self._gave_up_submission,
+            verb=StoreVerb.SUBMIT,
+            timings=timings,
         )
         self._large = Lanes(
-            [LastingConnection(place, "large contents")], self._write_large, self._gave_up_submission, most_items=1
+            [LastingConnection(place, "large contents")],
+            self._write_large,
+            self._gave_up_submission,
+            verb=StoreVerb.SUBMIT,
+            timings=timings,
+            most_items=1,
         )
         self._recording = Lanes(
             [LastingConnection(place, f"records {number}") for number in (0, 1)],
             self._write_results,
             self._gave_up_result,
+            verb=StoreVerb.FINISH,
+            timings=timings,
         )
         # An operator who only looks needs no more rights than that.
-        self._working = Working(place, "claims" if is_gateway else "command", checks_rights=is_gateway)
-        self.ledger = DatabaseLedger(place, statements, self.beats)
+        self._working = Working(place, "claims" if is_gateway else "command", timings=timings, checks_rights=is_gateway)
+        self.ledger = DatabaseLedger(place, statements, self.beats, timings)
         self._vacuum = VacuumWatch(statements, self._working)
         self._is_open = False
         self._woken = None
@@ -269,7 +290,7 @@ class PostgresqlStore(PostgresqlSubmitting, PostgresqlLeasing, PostgresqlOperati
                 raise ContentLost(f"not all of the content of {message_id} is there")
             return found
 
-        part: bytes = await self._working.do(read)
+        part: bytes = await self._working.do(read, StoreVerb.READ)
         return part
 
     async def is_intact(self, content: ContentRef) -> bool:

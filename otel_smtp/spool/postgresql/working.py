@@ -1,10 +1,11 @@
 """A connection for what does not come in groups, one piece of work at a time."""
 
 import asyncio
+from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Final, TypeVar
 
-from otel_smtp.spool.messages import SpoolError, StorageAway
+from otel_smtp.spool.messages import SpoolError, StorageAway, StoreVerb, Timings
 from otel_smtp.spool.postgresql.connecting import (
     Connection,
     LastingConnection,
@@ -26,11 +27,20 @@ class Working:
 
     Args:
         purpose: shown by the server beside the connection.
+        timings: gets how long each piece took.
         checks_rights: see `connecting.connect`.
     """
 
-    def __init__(self, place: QueueLocation, purpose: str = "claims", *, checks_rights: bool = True) -> None:
+    def __init__(
+        self,
+        place: QueueLocation,
+        purpose: str = "claims",
+        *,
+        timings: Timings | None = None,
+        checks_rights: bool = True,
+    ) -> None:
         self._line = LastingConnection(place, purpose, checks_rights=checks_rights)
+        self._timings: Timings = timings if timings is not None else deque(maxlen=0)
         self._turn = asyncio.Lock()
         self._not_before = 0.0
         self._running: set[asyncio.Task[object]] = set()
@@ -50,14 +60,14 @@ class Working:
         assert self._line.facts is not None
         return self._line.facts
 
-    async def do(self, work: Callable[[Connection], Awaitable[T]]) -> T:
+    async def do(self, work: Callable[[Connection], Awaitable[T]], verb: StoreVerb = StoreVerb.OTHER) -> T:
         """Do some work. It goes on where whoever asked for it is cancelled: a commit is not to be disturbed.
 
         Raises:
             StorageAway: its outcome is unknown, or it was not begun.
             SpoolError: it was not done.
         """
-        task = asyncio.get_running_loop().create_task(self._do(work))
+        task = asyncio.get_running_loop().create_task(self._do(work, verb))
         self._running.add(task)
         task.add_done_callback(self._ended)
         return await asyncio.shield(task)
@@ -67,7 +77,7 @@ class Working:
         if not task.cancelled():
             task.exception()  # whoever was cancelled does not ask
 
-    async def _do(self, work: Callable[[Connection], Awaitable[T]]) -> T:
+    async def _do(self, work: Callable[[Connection], Awaitable[T]], verb: StoreVerb) -> T:
         loop = asyncio.get_running_loop()
         async with self._turn:
             if self._line.present is None and loop.time() < self._not_before:
@@ -79,8 +89,11 @@ class Working:
                 raise
             for time in range(TIMES):
                 watchdog = loop.call_later(WORK_SECONDS, self._line.terminate)
+                began = loop.time()
                 try:
-                    return await work(connection)
+                    done = await work(connection)
+                    self._timings.append((verb, loop.time() - began, 0))
+                    return done
                 except SpoolError:
                     raise
                 except Exception as error:
