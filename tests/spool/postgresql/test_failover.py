@@ -92,7 +92,7 @@ async def test_who_gives_up_waiting_for_the_standby_does_not_make_the_primary_co
     pair: tuple[Server, Server], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A cancelled statement would: the row is on the primary alone then, for all to see."""
-    monkeypatch.setattr(store_module, "SUBMIT_SECONDS", 0.3)
+    monkeypatch.setattr("otel_smtp.spool.postgresql.submitting.SUBMIT_SECONDS", 0.3)
     monkeypatch.setattr(store_module, "KEEP_SECONDS", 0.1)
     primary, standby = pair
     place = await new_place(primary)

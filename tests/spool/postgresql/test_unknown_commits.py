@@ -15,7 +15,6 @@ import pytest
 from otel_smtp.smtp import replies
 from otel_smtp.spool.messages import OUTCOME_PREFIX, End, Kind, Lease, SpoolError, StorageAway, Verdict
 from otel_smtp.spool.postgresql import PostgresqlStore, QueueLocation
-from otel_smtp.spool.postgresql import store as store_module
 from tests.spool.messages import BODY, HEADER, leased, message, queued, written
 from tests.spool.postgresql.cutting import CuttingProxy
 from tests.spool.postgresql.schemas import new_place, store
@@ -90,7 +89,7 @@ async def test_what_was_delivered_before_its_submission_is_repeated_is_marked(
 async def test_a_submission_whose_time_is_over_is_withdrawn(
     gateway: PostgresqlStore, proxy: CuttingProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "SUBMIT_SECONDS", 0.5)
+    monkeypatch.setattr("otel_smtp.spool.postgresql.submitting.SUBMIT_SECONDS", 0.5)
     proxy.cut("accepts", is_lasting=True)
     new = message()
     with pytest.raises(StorageAway):
@@ -106,7 +105,7 @@ async def test_a_submission_whose_time_is_over_is_withdrawn(
 async def test_a_submission_that_a_peer_has_begun_is_not_withdrawn_but_told(
     gateway: PostgresqlStore, proxy: CuttingProxy, place: QueueLocation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store_module, "SUBMIT_SECONDS", 0.5)
+    monkeypatch.setattr("otel_smtp.spool.postgresql.submitting.SUBMIT_SECONDS", 0.5)
     peer = store(place)
     await peer.open()
     try:
