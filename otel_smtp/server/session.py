@@ -161,12 +161,12 @@ class Session(Admission):
         except Exception:  # noqa: BLE001 - logged there
             self._fail_content()
 
-    def message_received(self, block: bytes, facts: HeaderFacts, body: bytes, octets: int) -> None:
+    def message_received(self, block: bytes, facts: HeaderFacts, body: bytes) -> None:
         """See `Handler`."""
         transaction, forwarded = self._transaction, self._forwarded
         assert transaction is not None
         assert forwarded is not None
-        transaction.octets = octets
+        transaction.octets = len(block) + len(body)
         block = self._headed(block, facts)
         if self._failed_content is None:
             try:

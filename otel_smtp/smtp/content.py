@@ -67,7 +67,7 @@ class ContentSink(Protocol):
         ...
 
 
-def whole_message(data: bytes, limits: ContentLimits, size_limit: int) -> tuple[HeaderFacts, int] | None:
+def whole_message(data: bytes, limits: ContentLimits, size_limit: int) -> tuple[bytes, HeaderFacts, bytes] | None:
     """Look at the octets behind DATA: whether they are one message from its beginning to its end, with a header, within
     every limit, and such that nothing in it has to be changed.
 
@@ -75,8 +75,8 @@ def whole_message(data: bytes, limits: ContentLimits, size_limit: int) -> tuple[
         limits, size_limit: as for `IncomingContent`.
 
     Returns:
-        The facts of the header block, and where it ends: before the empty line. None where it is not so, which says
-        nothing about the message.
+        The header block, its facts, and what follows it, as they go to a `ContentSink`. None where it is not so, which
+        says nothing about the message.
     """
     size = len(data) - 3  # of the content: all but the lone dot and its CRLF
     if (
@@ -92,8 +92,9 @@ def whole_message(data: bytes, limits: ContentLimits, size_limit: int) -> tuple[
     end = data.find(b"\r\n\r\n", 0, size) + 2
     if end < 2 or end > limits.header_size or data.count(b"\n", 0, end) > limits.header_lines:
         return None
-    facts = inspect_header(data[:end])
-    return None if facts.hops > limits.hops else (facts, end)
+    block = data[:end]
+    facts = inspect_header(block)
+    return None if facts.hops > limits.hops else (block, facts, data[end:size])
 
 
 class IncomingContent:

@@ -74,9 +74,9 @@ class Handler(ContentSink, Protocol):
         """DATA is about to be answered with 354, or the first BDAT chunk was taken."""
         ...
 
-    def message_received(self, block: bytes, facts: HeaderFacts, body: bytes, octets: int) -> None:
+    def message_received(self, block: bytes, facts: HeaderFacts, body: bytes) -> None:
         """*decide*: a message that came whole, by DATA: `header_received`, `content_received` and `content_ended` in
-        one."""
+        one. Its octets, as RFC 1870 counts them, are those of block and body."""
         ...
 
     def content_ended(self, octets: int) -> None:

@@ -138,8 +138,7 @@ def received_field(head: bytes, identifier: str, unix_seconds: float) -> bytes:
     """
     if not (identifier.isascii() and identifier.isalnum()) and _ATOM.fullmatch(identifier) is None:
         raise LocalProtocolError(f"malformed word for the Received field: {identifier!r}")
-    now = rfc5322_date(int(unix_seconds // 1))
-    return b"%b%b;\r\n %b\r\n" % (head, identifier.encode("ascii"), now.encode("ascii"))
+    return b"".join((head, identifier.encode(), _tail_of_second(int(unix_seconds))))
 
 
 def inspect_header(block: bytes) -> HeaderFacts:
@@ -158,7 +157,11 @@ def inspect_header(block: bytes) -> HeaderFacts:
     if b"tracestate" in wanted and (field := _TRACESTATE.search(lower)) is not None:
         tracestate = _trace_value(block, field)
     if b"message-id" in wanted and (field := _MESSAGE_ID.search(lower)) is not None:
-        message_id = _value(block, field)[:MAX_MESSAGE_ID_OCTETS].decode("utf-8", "replace")
+        start, end = field.span(1)
+        value = block[start - 1 : end - 1].strip(b" \t\r")
+        if b"\n" in value or b"\r" in value:
+            value = _value(block, field)
+        message_id = value[:MAX_MESSAGE_ID_OCTETS].decode("utf-8", "replace")
     return _facts((wanted.count(b"received"), traceparents, tracestate, message_id))
 
 
@@ -198,6 +201,11 @@ def _is_own_name(name: str) -> bool:
 
 
 @lru_cache(maxsize=4)
+def _tail_of_second(unix_seconds: int) -> bytes:
+    """Of our Received field, behind the id."""
+    return f";\r\n {rfc5322_date(unix_seconds)}\r\n".encode("ascii")
+
+
 def rfc5322_date(unix_seconds: int) -> str:
     """A second since 1970-01-01 00:00 UTC as date-time of RFC 5322 3.3, in UTC: "Thu, 1 Jan 1970 00:00:00 +0000"."""
     days, second_of_day = divmod(unix_seconds, 86400)

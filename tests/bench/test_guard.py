@@ -45,10 +45,10 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 @pytest.mark.parametrize(
     ("observers", "strategy", "python", "c"),
     [
-        ("none", "transparent", 120, 157),
-        ("none", "buffered", 118, 145),
-        ("everything", "transparent", 168, 238),
-        ("everything", "buffered", 166, 226),
+        ("none", "transparent", 119, 156),
+        ("none", "buffered", 117, 144),
+        ("everything", "transparent", 167, 237),
+        ("everything", "buffered", 165, 225),
     ],
 )
 def test_calls_of_a_message(observers: str, strategy: str, python: float, c: float) -> None:

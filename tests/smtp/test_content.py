@@ -49,9 +49,8 @@ def by_data(pieces: Iterator[bytes], limits: ContentLimits = LIMITS, *, is_binar
     content = IncomingContent(limits, SIZE_LIMIT, taken, is_binary=is_binary, by_data=True)
     first = next(pieces)
     if (found := whole_message(first, limits, SIZE_LIMIT)) is not None:
-        facts, end = found
-        size = len(first) - len(b".\r\n")
-        return None, first[:end], facts, first[end:size], size, b"".join(pieces)
+        block, facts, body = found
+        return None, block, facts, body, len(block) + len(body), b"".join(pieces)
     for piece in itertools.chain([first], pieces):
         content.feed(piece)
         if content.is_ended:

@@ -92,7 +92,7 @@ class Forgetful:
     def recipient_refused(self, recipient: Recipient, reply: Reply) -> None:
         pass
 
-    def message_received(self, block: bytes, facts: HeaderFacts, body: bytes, octets: int) -> None:
+    def message_received(self, block: bytes, facts: HeaderFacts, body: bytes) -> None:
         self.protocol.reply(replies.OK)
 
     def content_ended(self, octets: int) -> None:
@@ -232,3 +232,25 @@ def test_a_client_that_says_no_more_than_a_turn_holds_does_not_wait_for_one() ->
     driver.protocol.receive_data(b"EHLO c\r\n" + b"NOOP\r\n" * 9)
     assert not driver.protocol.wants_turn
     assert driver.replies == 11
+
+
+class Asking(Forgetful):
+    """Keeps whom it was asked about."""
+
+    def __init__(self, limits: ServerLimits, *, commands_per_turn: int) -> None:
+        self.asked: list[str] = []
+        super().__init__(limits, commands_per_turn=commands_per_turn)
+
+    def recipients_requested(self, recipients: Sequence[Recipient]) -> None:
+        self.asked += [recipient.address for recipient in recipients]
+        super().recipients_requested(recipients)
+
+
+def test_nothing_is_run_before_commands_that_wait_for_their_turn() -> None:
+    driver = Asking(ServerLimits(), commands_per_turn=2)
+    driver.feed(b"EHLO c\r\nMAIL FROM:<a@client.example>\r\n")
+    driver.protocol.receive_data(b"RCPT TO:<b@there.example>\r\nDATA\r\n")
+    assert driver.protocol.wants_turn
+    driver.feed(b"RCPT TO:<c@there.example>\r\n")  # behind DATA, so it is content
+    assert driver.last is replies.SEND_CONTENT
+    assert driver.asked == ["b@there.example"]

@@ -393,11 +393,11 @@ class EngineDriver:
     def recipient_refused(self, recipient: Recipient, reply: Reply) -> None:
         """See `Handler`."""
 
-    def message_received(self, block: bytes, facts: HeaderFacts, body: bytes, octets: int) -> None:
+    def message_received(self, block: bytes, facts: HeaderFacts, body: bytes) -> None:
         """See `Handler`."""
         self.header_received(block, facts)
         self.content_received(body)
-        self.content_ended(octets)
+        self.content_ended(len(block) + len(body))
 
     def content_ended(self, octets: int) -> None:
         """See `Handler`."""

@@ -115,10 +115,8 @@ class Receiving(Securing):
         if content is None:
             whole = whole_message(data, self._policy.content_limits, transaction.size_limit)
             if whole is not None and (data.isascii() or _refusal_of_8bit(transaction.mail, transaction.offer) is None):
-                facts, end = whole
-                size = len(data) - 3
                 self.asked = _CONTENT_ASKED
-                self._handler.message_received(data[:end], facts, data[end:size], size)
+                self._handler.message_received(*whole)
                 return
             content = self._begin_pieces(transaction)
         content.feed(data)
