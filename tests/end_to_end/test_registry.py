@@ -150,7 +150,7 @@ def play(mode: str, files: Files, directory: Path, running: contextlib.ExitStack
         "upstream.password": "canaryupstreampassword",
         "upstream.limits": ["provider-rate"],
         "limit.name": "provider-rate",
-        "limit.rate": "10/s",
+        "limit.rate": "2/s",
         "telemetry.addresses": mode,
         "telemetry.state_events": "both",
         "limits.auth_failures": 20,
