@@ -44,6 +44,8 @@ from otel_smtp.smtp.replies import ErrorType, Reply
 
 logger: Final = logging.getLogger("otel_smtp.forwarding.attempts")
 
+_POOL: Final = DeliveryPhase.POOL  # see `smtp.client.answers` for why such names are here
+
 
 class Attempts(ABC):
     """Carries a piece of work along upstreams.
@@ -159,13 +161,14 @@ class Attempts(ABC):
         """Do the work, on the connection at hand, else on the next that is available."""
         try:
             if not self._is_connected:
-                self._next_attempt()
-                return
-            if self._is_parked:
-                self._is_parked = False
-                self._smarthost.unpark(self._connection)
-            if not self._connection.is_alive:
-                self._connection.ensure_alive()
+                if not self._connect():
+                    return
+            else:
+                if self._is_parked:
+                    self._is_parked = False
+                    self._smarthost.unpark(self._connection)
+                if not self._connection.is_alive:
+                    self._connection.ensure_alive()
             self._work(self)
         except Exception as error:  # noqa: BLE001 - see `_recover`
             self._recover(error)
@@ -248,29 +251,42 @@ class Attempts(ABC):
 
     def _next_attempt(self) -> None:
         """Get a connection for the next attempt, or once more for this one, and do the work on it."""
+        if self._connect():
+            self._work(self)
+
+    def _connect(self) -> bool:
+        """Begin the next attempt, or go on with this one.
+
+        Returns:
+            Whether there is a connection for it at once. Else the work is done when there is one, or it came to
+            nothing.
+        """
         is_fresh = False
         if self._retries_same:
             self._retries_same = False
             is_fresh = self._retries_fresh
         elif self.route:
             is_fresh = self.begins_fresh
-            smarthost, *self.route = self.route
-            deliveries = self._record.deliveries
+            smarthost = self._smarthost = self.route[0]
+            self.route = self.route[1:]
+            record = self._record
+            deliveries = record.deliveries
             self._attempt = DeliveryRecord(
-                self._record, smarthost.settings.name, smarthost.endpoint, len(deliveries) + 1, monotonic_ns()
+                record, smarthost.name, smarthost.endpoint, len(deliveries) + 1, monotonic_ns()
             )
             deliveries.append(self._attempt)
-            self._smarthost = smarthost
             self.is_under_way = True
             if smarthost.pace is not None and self._must_wait(smarthost.pace):
-                return
+                return False
         else:
             self._answer_for_all(self._nobody_left())
-            return
-        connection = None if is_fresh else self._smarthost.take()
-        if connection is not None:
-            self._begin(connection, 0)
-            return
+            return False
+        if not is_fresh and (connection := self._smarthost.take(asyncio.get_running_loop().time())) is not None:
+            return self._begin(connection, 0)
+        self._ask_for_connection(is_fresh=is_fresh)
+        return False
+
+    def _ask_for_connection(self, *, is_fresh: bool) -> None:
         asked_ns = monotonic_ns()
         ticket = self._ticket = self._smarthost.ask(fresh=is_fresh, since=self._since)
         ticket.on_decided = partial(self._decided, ticket, asked_ns)
@@ -322,8 +338,8 @@ class Attempts(ABC):
         self._opening = None
         if ticket.connection is not None:
             self._ticket = ticket.on_decided = None
-            ticket.connection.messages += 1
-            self._begin(ticket.connection, wait_ns)
+            if self._begin(ticket.connection, wait_ns):
+                self._work(self)
             return
         attempt = self._attempt
         attempt.pool_wait_ns = wait_ns
@@ -340,47 +356,56 @@ class Attempts(ABC):
         self._opening = self._ticket = None
         try:
             if connection is not None:
-                self._begin(connection, None)
+                if self._begin(connection, None):
+                    self._work(self)
             elif fault is not None:
                 self._fail(fault)
         except Exception as error:  # noqa: BLE001 - see `_recover`
             self._recover(error)
 
-    def _begin(self, connection: UpstreamConnection, wait_ns: int | None) -> None:
-        """Do the work on a connection that has just been got.
+    def _begin(self, connection: UpstreamConnection, wait_ns: int | None) -> bool:
+        """Go on with a connection that has just been got.
 
         Args:
             wait_ns: for a connection that was used before; None: it was opened for this attempt.
+
+        Returns:
+            Whether the work can be done on it. Else the upstream lacks what the mail needs, and was passed by.
         """
         attempt = self._attempt
         if wait_ns is not None:
             attempt.pool_wait_ns = wait_ns
             attempt.is_reused = True
-            attempt.phases.append((monotonic_ns(), DeliveryPhase.POOL, None))
+            attempt.phases.append((monotonic_ns(), _POOL, None))
             if connection.opening is not None:
                 # Opened before there was a mail for it, to learn what the upstream offers: this mail is its first.
                 now_ns = monotonic_ns()
                 attempt.phases += [(now_ns, phase, reply) for phase, reply in connection.opening]
                 attempt.is_reused = False
                 connection.opening = None
+        connection.messages += 1
+        if connection.messages >= connection.most_messages:
+            connection.is_spent = True
         self._connection = connection
         self._is_connected = True
         self._is_open = False
         self._was_reused = wait_ns is not None
         self._first_round_trip = connection.round_trips if wait_ns is not None else 0
         attempt.accepted_count = 0  # who was accepted on a connection before is asked about again
-        attempt.peer = connection.stream.peer
-        attempt.tls = connection.stream.tls
-        refusal = missing_extension(self._mail, connection.protocol.extensions, is_tls=attempt.tls is not None)
+        stream, extensions = connection.stream, connection.protocol.extensions
+        attempt.peer = stream.peer
+        attempt.tls = stream.tls
+        refusal = missing_extension(self._mail, extensions, is_tls=stream.tls is not None)
         # What was declared 8-bit may be 7-bit; where nobody else is left, the content tells.
         if refusal is not None and (
             refusal is not replies.NEEDS_8BITMIME or (self.route and not self._smarthost.settings.reencode_8bit)
         ):
             self._pass_by(refusal)
-        elif self._mail.smtputf8 and not connection.protocol.extensions.smtputf8 and not self._has_ascii_recipients():
+            return False
+        if self._mail.smtputf8 and not extensions.smtputf8 and not self._has_ascii_recipients():
             self._pass_by(replies.UPSTREAM_LACKS_SMTPUTF8)
-        else:
-            self._work(self)
+            return False
+        return True
 
     def _pass_by(self, refusal: Reply) -> None:
         """The upstream at hand lacks what the mail needs: another one may have it, now or when it is well again."""
@@ -427,15 +452,17 @@ class Attempts(ABC):
         if not self.is_under_way:
             return
         self.is_under_way = False
-        attempt, record = self._attempt, self._record
-        if self._is_connected:
-            attempt.round_trips = self._connection.round_trips - self._first_round_trip
+        attempt = self._attempt
+        is_connected = self._is_connected
+        if is_connected:
+            connection = self._connection
+            attempt.round_trips = connection.round_trips - self._first_round_trip
         attempt.end(outcome, reply, error_type, monotonic_ns())
         if self._permission is not None:
             self._end_leave()
-        if self._is_connected:
+        if is_connected:
             self._let_go(answered=answered)
-        if record.ended_ns:
+        if self._record.ended_ns:
             self._observer.delivery_ended(attempt)
         if self._is_aborted:
             self._ended_alone(self)

@@ -44,8 +44,9 @@ class UpstreamConnection:
         stream, protocol: what it is made of; commands and content are queued in the protocol.
         is_alive: in step, and nothing has been heard of it since its last answer: neither octets nor its end.
         opening: the steps of its opening, where it was opened for no mail and has served none yet; else None.
-        messages: transactions that were begun on it. `most_recipients`: of one of them.
-        opened_at, used_at: by the loop's clock; when it was opened, and released last.
+        messages: transactions that were begun on it; `most_messages`: at most. `most_recipients`: of one of them.
+        opened_at, used_at: by the loop's clock; when it was opened, and released last. `expires_at`: from when on no
+            transaction is begun on it.
         deadline: when the exchange under way fails, by the loop's clock; see `check_deadline`.
         is_spent: no further transaction is begun on it.
         needs_reset: the last transaction was left open: RSET goes before the next MAIL, in the same group.
@@ -63,9 +64,11 @@ class UpstreamConnection:
         "_stop_at",
         "_timeouts",
         "deadline",
+        "expires_at",
         "is_alive",
         "is_spent",
         "messages",
+        "most_messages",
         "most_recipients",
         "needs_reset",
         "on_lost",
@@ -83,6 +86,7 @@ class UpstreamConnection:
         timeouts: Timeouts,
         *,
         is_lmtp: bool = False,
+        limits: PoolLimits = PoolLimits(),  # noqa: B008 - frozen
         reply_limits: ReplyLimits = ReplyLimits(),  # noqa: B008 - frozen
         disabled: Collection[str] = (),
     ) -> None:
@@ -99,6 +103,8 @@ class UpstreamConnection:
         self.opening: Sequence[tuple[DeliveryPhase, Reply | None]] | None = None
         self.most_recipients = DEFAULT_RECIPIENTS
         self.opened_at = self.used_at = self._loop.time()
+        self.most_messages = limits.messages
+        self.expires_at = self.opened_at + limits.age_seconds
         self.deadline = math.inf
         self.needs_reset = False
         self.round_trips = 0
@@ -127,17 +133,6 @@ class UpstreamConnection:
     def idle_seconds(self) -> float:
         """Since it was released last, or opened."""
         return self._loop.time() - self.used_at
-
-    def is_reusable(self, now: float, limits: PoolLimits) -> bool:
-        """Whether another transaction may be begun on it."""
-        messages = self.messages
-        return (
-            self.is_alive
-            and not self.is_spent
-            and messages < limits.messages
-            and messages < self.protocol.extensions.limits.get("MAILMAX", limits.messages)
-            and now - self.opened_at < limits.age_seconds
-        )
 
     def ensure_alive(self) -> None:
         """Look, before an exchange begins: what is sent to a connection that is known to be dead has no known outcome.

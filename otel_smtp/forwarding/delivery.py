@@ -15,6 +15,7 @@ A refused recipient in `burst` must refuse the whole. So nothing that ends the c
 be accepted, but for a single recipient: where that is refused, the last chunk has nobody to go to.
 """
 
+import asyncio
 import logging
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
@@ -32,7 +33,7 @@ from otel_smtp.forwarding.settings import TracePolicy
 from otel_smtp.forwarding.verdicts import fold, is_about_credentials, outcome_of, wants_another_transaction
 from otel_smtp.observing import DeliveryPhase, Observer, Outcome, TransactionRecord
 from otel_smtp.smtp import replies
-from otel_smtp.smtp.client import Answer, Awaited
+from otel_smtp.smtp.client import CONTENT, DATA, MAIL, RCPT, RSET, Answer, Awaited
 from otel_smtp.smtp.envelope import Body, Mail, Recipient
 from otel_smtp.smtp.extensions import is_ascii
 from otel_smtp.smtp.received import TRACEPARENT_FIELD_OCTETS, replace_trace_headers
@@ -53,13 +54,18 @@ MOST_TRANSACTIONS: Final = 50
 
 _TO_BE_REENCODED: Final = replies.NEEDS_8BITMIME.with_text("to be re-encoded")  # never sent to a client
 
-_MAIL: Final = frozenset({Awaited.RSET, Awaited.MAIL})
-_ENVELOPE: Final = frozenset({Awaited.RSET, Awaited.MAIL, Awaited.RCPT})
+_MAIL: Final = frozenset({RSET, MAIL})
+_ENVELOPE: Final = frozenset({RSET, MAIL, RCPT})
 _PHASES: Final[dict[Awaited | None, DeliveryPhase]] = {
-    Awaited.MAIL: DeliveryPhase.MAIL,
-    Awaited.DATA: DeliveryPhase.DATA,
-    Awaited.CONTENT: DeliveryPhase.REPLY,
+    MAIL: DeliveryPhase.MAIL,
+    DATA: DeliveryPhase.DATA,
+    CONTENT: DeliveryPhase.REPLY,
 }
+# See `smtp.client.answers` for why such names are here.
+_CONTENT_ENDED: Final = DeliveryPhase.CONTENT
+_RELAYED: Final = Outcome.RELAYED
+_INJECT: Final = TracePolicy.INJECT
+_STRIP: Final = TracePolicy.STRIP
 
 
 class Delivery(Attempts):
@@ -255,14 +261,14 @@ class Delivery(Attempts):
             now_ns = monotonic_ns()
             attempt = self._attempt
             for verb, reply in answers:
-                if verb is Awaited.RCPT:
+                if verb is RCPT:
                     attempt.recipient_phase(now_ns, reply)
-                elif verb in _PHASES:
-                    attempt.phases.append((now_ns, _PHASES[verb], reply))
+                elif (phase := _PHASES.get(verb)) is not None:
+                    attempt.phases.append((now_ns, phase, reply))
             if fault is not None:
                 self._cut_short(answers, fault)
                 return
-            if answers[0][0] is Awaited.RSET:
+            if answers[0][0] is RSET:
                 self._check_reset(answers.pop(0).reply)
             # The answer may have been long in coming, and this process stopped meanwhile.
             if self._record.has_lost_lease is not None and self._may_not_go_on():
@@ -283,9 +289,9 @@ class Delivery(Attempts):
                 self._conclude(refusal)
                 return
             raise fault
-        if answers and answers[0].verb is Awaited.RSET:
+        if answers and answers[0].verb is RSET:
             answers = answers[1:]
-        verdicts = [reply for verb, reply in answers if verb is Awaited.CONTENT]
+        verdicts = [reply for verb, reply in answers if verb is CONTENT]
         if verdicts:
             # LMTP: these are known. Of the others nobody knows, or 421 says that they do not have it.
             verdicts = [self._as_told(verdict) for verdict in verdicts]
@@ -387,26 +393,28 @@ class Delivery(Attempts):
         connection.exchange(self._settled, stop_at=_MAIL)
 
     def _recipients_answered(self, answers: list[Answer]) -> None:
-        before = len(self.accepted)
+        accepted = self.accepted
+        before = len(accepted)
         if not self._is_open:
-            refusal = answers[0].reply
+            _, refusal = answers[0]
             if refusal.code >= 400:
                 self._sender_refused(refusal)
                 return
             self._is_open = True
+            del answers[0]
             if before:
-                self._check_accepted_before(answers[: 1 + before])
-            del answers[: 1 + before]
-            if before:
-                before = len(self.accepted)
+                self._check_accepted_before(answers[:before])
+                del answers[:before]
+                accepted = self.accepted
+                before = len(accepted)
         verdicts: list[Reply] = []
-        beyond: set[int] = set()
+        beyond: list[int] = []
         for recipient, (_, verdict) in zip(self._asked, answers, strict=False):
             verdicts.append(verdict)
             if verdict.code < 400:
-                self.accepted.append(recipient)
+                accepted.append(recipient)
             elif verdict.code in (452, 552) and wants_another_transaction(verdict):
-                beyond.add(len(verdicts) - 1)
+                beyond.append(len(verdicts) - 1)
             else:
                 self._refuse(recipient, verdicts)
         if beyond or self._is_full:
@@ -415,25 +423,22 @@ class Delivery(Attempts):
         if judged is not None:
             # The connection is left alone until the client says something: it may be taken away meanwhile.
             self._is_parked = True
-            self._smarthost.park(self._connection, self._reclaimed)
+            self._smarthost.park(self._connection, asyncio.get_running_loop().time(), self._reclaimed)
             judged(verdicts)
 
     def _check_accepted_before(self, answers: Sequence[Answer]) -> None:
-        """Look at what another connection says of MAIL and of those that were accepted before."""
-        (_, sender), *others = answers
-        if sender.code >= 400:
-            raise UpstreamFault("what another upstream had accepted is refused", upstream_reply=sender)
+        """Look at what another connection says of those that were accepted before."""
         beyond = set()
-        for number, (_, verdict) in enumerate(others):
+        for number, (_, verdict) in enumerate(answers):
             if verdict.code >= 400:
                 if not wants_another_transaction(verdict):
                     raise UpstreamFault("what another upstream had accepted is refused", upstream_reply=verdict)
                 beyond.add(number)
         if not beyond:
             return
-        if len(beyond) == len(others):
-            self._check_quota(others[0].reply)
-            raise UpstreamFault("what another upstream had accepted is refused", upstream_reply=others[0].reply)
+        if len(beyond) == len(answers):
+            self._check_quota(answers[0].reply)
+            raise UpstreamFault("what another upstream had accepted is refused", upstream_reply=answers[0].reply)
         self._note_limit()
         self._leave(beyond)
 
@@ -500,9 +505,11 @@ class Delivery(Attempts):
             self._ask_for_content()
 
     def _reopened(self, answers: list[Answer]) -> None:
-        if answers[0].reply.code >= 400:
-            self._check_sender_refusal(answers[0].reply)
-        self._check_accepted_before(answers)
+        refusal = answers[0].reply
+        if refusal.code >= 400:
+            self._check_sender_refusal(refusal)
+            raise UpstreamFault("what another upstream had accepted is refused", upstream_reply=refusal)
+        self._check_accepted_before(answers[1:])
         self._is_open = True
         self._send()
 
@@ -540,12 +547,12 @@ class Delivery(Attempts):
         self._is_open = answers[0].reply.is_positive
         last = answers[-1]
         if (refusal := _refusal(answers)) is not None and not self._is_divided(answers):
-            if last.verb is Awaited.DATA and last.reply.code < 400:
+            if last.verb is DATA and last.reply.code < 400:
                 self._note_refused(answers)
                 self._take_back_data(refusal)
             else:
                 self._refused_in_burst(answers)
-        elif last.verb is Awaited.DATA:
+        elif last.verb is DATA:
             self._data_answered([last])
         elif self._connection.protocol.extensions.chunking:
             self._write()
@@ -554,7 +561,7 @@ class Delivery(Attempts):
 
     def _is_divided(self, answers: Sequence[Answer]) -> bool:
         """Whether those that were refused were one too many beside others, and no more: they are left."""
-        verdicts = [reply for verb, reply in answers if verb is Awaited.RCPT]
+        verdicts = [reply for verb, reply in answers if verb is RCPT]
         beyond = {number for number, verdict in enumerate(verdicts) if verdict.code >= 400}
         if not (0 < len(beyond) < len(verdicts) and all(wants_another_transaction(verdicts[one]) for one in beyond)):
             return False
@@ -571,7 +578,7 @@ class Delivery(Attempts):
             self._check_sender_refusal(refusal)
         else:
             if wants_another_transaction(refusal) and not any(
-                verb is Awaited.RCPT and reply.code < 400 for verb, reply in answers
+                verb is RCPT and reply.code < 400 for verb, reply in answers
             ):
                 self._check_quota(refusal)
             self._note_refused(answers)
@@ -579,7 +586,7 @@ class Delivery(Attempts):
 
     def _note_refused(self, answers: Sequence[Answer]) -> None:
         """Note for whom a message was refused before its content counted."""
-        verdicts = [reply for verb, reply in answers if verb is Awaited.RCPT]
+        verdicts = [reply for verb, reply in answers if verb is RCPT]
         for recipient, verdict in zip(self.accepted, verdicts, strict=False):
             if verdict.code >= 400:
                 self._attempt.refuse(recipient, self._as_told(verdict), monotonic_ns())
@@ -613,9 +620,9 @@ class Delivery(Attempts):
             content = self._content = content.original  # it was made 7-bit for an upstream before this one
         header = content.header
         policy = self._smarthost.settings.trace_context
-        if policy is TracePolicy.INJECT:
+        if policy is _INJECT:
             header = replace_trace_headers(header, self._observer.delivery_carrier(self._attempt))
-        elif policy is TracePolicy.STRIP and b"trace" in header.lower():
+        elif policy is _STRIP and b"trace" in header.lower():
             header = replace_trace_headers(header, {})
         self._header = header
         reencodes = self._smarthost.settings.reencode_8bit
@@ -683,8 +690,7 @@ class Delivery(Attempts):
         if protocol.extensions.chunking:
             protocol.send_last_chunk(self._header, *content.pieces)
         else:
-            protocol.send_content(self._header)
-            for piece in content.pieces:
+            for piece in (self._header, *content.pieces):
                 protocol.send_content(piece)
             protocol.end_content()
         self._end_content()
@@ -753,39 +759,45 @@ class Delivery(Attempts):
     def _end_content(self) -> None:
         """Send what is queued, the end of the content with it, and wait for the reply to the message."""
         self.has_ended_content = True
-        self._attempt.phases.append((monotonic_ns(), DeliveryPhase.CONTENT, None))
+        self._attempt.phases.append((monotonic_ns(), _CONTENT_ENDED, None))
         self._after = Delivery._message_answered
         self._connection.exchange(self._settled)
 
     def _message_answered(self, answers: list[Answer]) -> None:
         if len(answers) == 1:
-            self._conclude(answers[0].reply)
+            self._conclude(answers[0][1])
             return
         if _refusal(answers) is not None:
             self._refused_in_burst(answers)
             return
-        verdicts = [self._as_told(reply) for verb, reply in answers if verb is Awaited.CONTENT]
+        if answers[-2][0] is not CONTENT:  # one reply for all
+            self._conclude(answers[-1][1])
+            return
+        verdicts = [self._as_told(reply) for verb, reply in answers if verb is CONTENT]
         self._conclude(fold(verdicts), verdicts)
 
     # The end of an attempt --------------------------------------------------------------------------------
 
     def _conclude(self, reply: Reply, verdicts: Sequence[Reply] = ()) -> None:
         """The message has its reply."""
-        own = reply if reply.error_type in (None, ErrorType.UPSTREAM_REFUSED) else None
+        attempt = self._attempt
+        error_type = reply.error_type
+        own = reply if error_type is None or error_type is ErrorType.UPSTREAM_REFUSED else None
         if reply.code < 400:
             self._connection.needs_reset = False
-        elif reply.code >= 530:
-            reply = self._as_told(reply)
-        outcome = Outcome.RELAYED if reply.code < 400 else outcome_of(reply)
-        attempt = self._attempt
-        if len(verdicts) > 1 and outcome is not Outcome.RELAYED:
+            outcome = _RELAYED
+        else:
+            if reply.code >= 530:
+                reply = self._as_told(reply)
+            outcome = outcome_of(reply)
+        if len(verdicts) > 1 and outcome is not _RELAYED:
             for recipient, verdict in zip(self.accepted, verdicts, strict=False):
                 if verdict.code >= 400:
                     attempt.accepted_count -= 1
                     attempt.refuse(recipient, verdict, monotonic_ns())
                 elif outcome is not Outcome.UNKNOWN:
                     outcome = Outcome.PARTLY_RELAYED
-        elif outcome is Outcome.RELAYED and attempt.refused:
+        elif outcome is _RELAYED and attempt.refused:
             outcome = Outcome.PARTLY_RELAYED
         self._end(outcome, own, reply.error_type, answered=True)
         delivered, self._delivered = self._delivered, None
@@ -816,7 +828,7 @@ class Delivery(Attempts):
             octets = self._mail.size if record.octets is None else record.octets
             if octets is not None:
                 octets += record.added_octets
-                if self._smarthost.settings.trace_context is TracePolicy.INJECT:
+                if self._smarthost.settings.trace_context is _INJECT:
                     octets += TRACEPARENT_FIELD_OCTETS
         if connection.needs_reset:
             connection.protocol.send_reset()
@@ -828,6 +840,6 @@ class Delivery(Attempts):
 def _refusal(answers: Sequence[Answer]) -> Reply | None:
     """The first refusal of MAIL or a recipient."""
     for verb, reply in answers:
-        if reply.code >= 400 and (verb is Awaited.MAIL or verb is Awaited.RCPT):
+        if reply.code >= 400 and (verb is MAIL or verb is RCPT):
             return reply
     return None

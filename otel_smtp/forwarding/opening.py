@@ -44,6 +44,7 @@ async def open_connection(
         stream,
         settings.timeouts,
         is_lmtp=settings.is_lmtp,
+        limits=settings.limits,
         reply_limits=settings.reply_limits,
         disabled=settings.disabled,
     )
@@ -53,6 +54,8 @@ async def open_connection(
         stream.abort()
         raise
     connection.most_recipients = settings.most_recipients(connection.extensions)
+    most_messages = settings.limits.messages
+    connection.most_messages = min(most_messages, connection.extensions.limits.get("MAILMAX", most_messages))
     return connection
 
 

@@ -25,7 +25,7 @@ its turn.
 import math
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Final, Generic, Protocol, TypeVar
 
@@ -44,8 +44,19 @@ class Pooled(Protocol):
         """Nothing has been heard of it since it was released."""
         ...
 
-    def is_reusable(self, now: float, limits: PoolLimits) -> bool:
-        """Another transaction may be begun on it."""
+    @property
+    def is_spent(self) -> bool:
+        """No other transaction is begun on it. Does not change while nobody uses it."""
+        ...
+
+    @property
+    def opened_at(self) -> float:
+        """When it was opened."""
+        ...
+
+    @property
+    def expires_at(self) -> float:
+        """When no other transaction is begun on it any more."""
         ...
 
 
@@ -127,6 +138,7 @@ class Pool(Generic[C]):
     Args:
         ceiling: what is known, perhaps with other workers, of how many connections the upstream takes.
         slots: of its connections; None: there are none, and none are needed.
+        contended: called when a connection is parked while somebody waits: `serve` may be able to reclaim it soon.
 
     Attributes:
         closing: connections that are to be closed now; see `take_closing`.
@@ -135,14 +147,20 @@ class Pool(Generic[C]):
     """
 
     __slots__ = (
-        "_busy", "_closed", "_idle", "_is_closed", "_is_retired", "_is_unexplained", "_limits", "_opening", "_parked",
-        "_parting", "_retry_at", "_slots", "_turn", "breaker", "ceiling", "closing", "heard_at", "waiting",
+        "_busy", "_closed", "_contended", "_idle", "_is_closed", "_is_retired", "_is_unexplained", "_limits", "_opening",
+        "_parked", "_parting", "_retry_at", "_slots", "breaker", "ceiling", "closing", "heard_at", "waiting",
     )  # fmt: skip
 
-    def __init__(self, limits: PoolLimits, ceiling: Ceiling | None = None, slots: AnySlots | None = None) -> None:
+    def __init__(
+        self,
+        limits: PoolLimits,
+        ceiling: Ceiling | None = None,
+        slots: AnySlots | None = None,
+        contended: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._contended = contended
         self._limits = limits
         self._slots = slots
-        self._turn = replace(limits, age_seconds=min(limits.age_seconds, TURN_SECONDS))
         self._parting = 0  # given up, and their slots are not free yet
         self.breaker = Breaker(limits.connections)
         self.ceiling = ceiling if ceiling is not None else Ceiling()
@@ -183,11 +201,12 @@ class Pool(Generic[C]):
         """An idle connection; None: there is none, see `ask`. It is given back by `release`.
 
         It is proof enough of the upstream's health, whatever the breaker says. It is taken from nobody: where
-        connections are idle, those who wait want fresh ones.
+        connections are idle, those who wait want fresh ones. Those that have died or expired meanwhile are given up.
         """
-        while self._idle:
-            connection, _ = self._idle.pop()
-            if connection.is_reusable(now, self._limits):
+        idle = self._idle
+        while idle:
+            connection, _ = idle.pop()
+            if connection.is_alive and now < connection.expires_at:
                 self._busy += 1
                 return connection
             self._give_up(connection, now)
@@ -233,8 +252,10 @@ class Pool(Generic[C]):
         """A mail is done with its connection."""
         self._busy -= 1
         if (
-            not self._is_retired
-            and connection.is_reusable(now, self._limits)
+            connection.is_alive
+            and not connection.is_spent
+            and now < connection.expires_at
+            and not self._is_retired
             and not (self.ceiling.is_shared and self._is_for_others(now))
             and (self._slots is None or self._keeps_slot(connection, now))
         ):
@@ -257,6 +278,8 @@ class Pool(Generic[C]):
     def park(self, connection: C, now: float, on_reclaimed: Callable[[], None]) -> None:
         """A mail leaves its connection alone for now; from the call of `on_reclaimed` on, it is another mail's."""
         self._parked[connection] = (now, on_reclaimed)
+        if self.waiting:
+            self._contended()
 
     def unpark(self, connection: C) -> None:
         """The mail goes on with its connection."""
@@ -403,7 +426,7 @@ class Pool(Generic[C]):
         assert slots is not None
         if not slots.are_ours():
             return False
-        return not slots.are_wanted(now) or (bool(self.waiting) and connection.is_reusable(now, self._turn))
+        return not slots.are_wanted(now) or (bool(self.waiting) and now - connection.opened_at < TURN_SECONDS)
 
     def serve(self, now: float) -> bool:
         """Reclaim what has been parked for long enough, for those who wait.
@@ -504,7 +527,7 @@ class Pool(Generic[C]):
             self._note()
             return Decision.OPEN, None
         if (reclaimed := self._reclaimed(now)) is not None:
-            if reclaimed.is_reusable(now, self._limits) and not ticket.wants_fresh:
+            if reclaimed.is_alive and now < reclaimed.expires_at and not reclaimed.is_spent and not ticket.wants_fresh:
                 return Decision.REUSE, reclaimed
             self._give_up(reclaimed, now)
             self._busy -= 1

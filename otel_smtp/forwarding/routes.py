@@ -38,19 +38,19 @@ class Serving(Generic[T]):
     """The upstreams that serve one sender.
 
     Attributes:
-        upstreams: all of them, the preferred one first.
+        upstreams: all of them, the preferred one first. `has_patterns`: not each of them serves every recipient.
     """
 
-    __slots__ = ("_has_patterns", "_rows", "upstreams")
+    __slots__ = ("_rows", "has_patterns", "upstreams")
 
     def __init__(self, rows: "Sequence[_Row[T]]") -> None:
         self._rows = rows
-        self._has_patterns = any(row.recipients is not None for row in rows)
+        self.has_patterns = any(row.recipients is not None for row in rows)
         self.upstreams: Sequence[T] = [row.upstream for row in rows]
 
     def for_recipient(self, recipient: Recipient) -> Sequence[T]:
         """Those that serve a recipient too, the preferred one first."""
-        if not self._has_patterns:
+        if not self.has_patterns:
             return self.upstreams
         return [row.upstream for row in self._rows if row.recipients is None or row.recipients.match(recipient.address)]
 

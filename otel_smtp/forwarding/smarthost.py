@@ -50,12 +50,14 @@ class Smarthost:
         room_made: called when more mails may be under way.
 
     Attributes:
-        settings: as configured. `endpoint`: where it is.
+        settings: as configured. `name`: its name there. `endpoint`: where it is.
         pace: the limits that its mails are held to; None: there are none.
         slots: of its connections; None: they need none.
         extensions: what its last EHLO offered; None before the first.
         is_unheard: nobody knows yet what it offers, nor that it cannot be asked now.
-        unpark: `unpark(connection)`: go on with a connection that was left alone by `park`.
+        take: `take(now)`: a connection that is idle; None: see `ask`. It is given back by `release`.
+        park, unpark: leave a connection alone in the middle of a transaction, as others may need it more, and go on
+            with it: see `Pool`, whose methods these are. All take the time of the loop's clock.
         failed_at, failure: when a connection to it last failed, and what became of it, in a word; None: never.
         last_fault: likewise, with what it said.
 
@@ -84,9 +86,12 @@ class Smarthost:
         "failure",
         "is_unheard",
         "last_fault",
+        "name",
         "pace",
+        "park",
         "settings",
         "slots",
+        "take",
         "unpark",
     )
 
@@ -102,6 +107,7 @@ class Smarthost:
         room_made: Callable[[], None] = lambda: None,
     ) -> None:
         self.settings = settings
+        self.name = settings.name
         self.pace = pace
         self.slots = slots
         self._room_made = room_made
@@ -116,10 +122,10 @@ class Smarthost:
         self.last_fault: UpstreamFault | None = None
         self._hostname = hostname
         self._context = self.tls_context()
-        self._pool: Pool[UpstreamConnection] = Pool(settings.limits, ceiling, slots)
+        self._pool: Pool[UpstreamConnection] = Pool(settings.limits, ceiling, slots, self._reclaim_soon)
         if slots is not None:
             slots.watch(self)
-        self.unpark = self._pool.unpark
+        self.take, self.park, self.unpark = self._pool.take, self._pool.park, self._pool.unpark
         self._connections: set[UpstreamConnection] = set()  # all that are open
         self._sweep = sweep
         self._is_swept = False
@@ -165,17 +171,6 @@ class Smarthost:
         return self._pool.is_empty
 
     # Who may use which connection -------------------------------------------------------------------------
-
-    def take(self) -> UpstreamConnection | None:
-        """A connection that is idle, and that nobody waits for; None: see `ask`. It is given back by `release`."""
-        if self._loop is None:
-            return None
-        connection = self._pool.take(self._loop.time())
-        if self._pool.closing:
-            self._close_what_is_over()
-        if connection is not None:
-            connection.messages += 1
-        return connection
 
     def ask(self, *, fresh: bool = False, since: float | None = None) -> Ticket[UpstreamConnection]:
         """Ask for a connection. A decision to open one is followed by `open`.
@@ -251,7 +246,7 @@ class Smarthost:
             ConnectFailed: one was tried, and did not come about.
             NoConnectionFree: none was tried.
         """
-        if (connection := self.take()) is not None:
+        if (connection := self.take(asyncio.get_running_loop().time())) is not None:
             return connection
         ticket = self.ask()
         if ticket.decision is not Decision.OPEN:
@@ -356,17 +351,6 @@ class Smarthost:
         self._pool.add(connection, loop.time())
         self._close_what_is_over()
 
-    def park(self, connection: UpstreamConnection, on_reclaimed: Callable[[], None]) -> None:
-        """Leave a connection alone in the middle of a transaction; others may need it more.
-
-        Args:
-            on_reclaimed: called when it was given to another mail.
-        """
-        assert self._loop is not None
-        self._pool.park(connection, self._loop.time(), on_reclaimed)
-        if self._pool.waiting:
-            self._reclaim_soon()
-
     def release(self, connection: UpstreamConnection, *, answered: bool) -> None:
         """Give a connection back; it is kept if it is in step, else closed.
 
@@ -375,14 +359,15 @@ class Smarthost:
         """
         assert self._loop is not None
         now = connection.used_at = self._loop.time()
+        pool = self._pool
         if answered:
-            self._pool.heard_at = now
-            if not self._pool.breaker.is_at_best:
-                self._pool.breaker.succeeded()
+            pool.heard_at = now
+            if not pool.breaker.is_at_best:
+                pool.breaker.succeeded()
         if connection.messages == 1 and isinstance(self._context, UpstreamTlsContext):
             self._context.keep_session(connection.stream.tls_object)
-        self._pool.release(connection, now)
-        if self._pool.closing:
+        pool.release(connection, now)
+        if pool.closing:
             self._close_what_is_over()
 
     # What time and peers do -------------------------------------------------------------------------------
@@ -445,7 +430,6 @@ class Smarthost:
             self._pool.gave_up(self._loop.time())
             raise
         connection.on_lost = self._lost
-        connection.messages = 1
         self._connections.add(connection)
         self._learn(connection.extensions)
         self._pool.opened(ticket, self._loop.time())

@@ -289,15 +289,21 @@ class Transparent(Transaction):
 
     def recipients(self, batch: Sequence[Recipient], answered: RecipientsAnswered) -> None:
         """See `MailTransaction.recipients`."""
-        asked: list[Recipient] = []
-        found: list[Reply | Part | None] = []
-        for recipient in batch:
-            judged = self._judge(recipient)
-            found.append(judged)
-            if judged is None:
-                asked.append(recipient)
-        if len(asked) == len(batch) and self._parts is None:
-            self._delivery.ask(asked, answered)
+        serving = self._serving
+        if self._parts is None and not serving.has_patterns and serving.upstreams:
+            # All are served alike; and most of them may reach an upstream: see `_judge`.
+            for recipient in batch:
+                address = recipient.address
+                if not address.isascii() or not address or not is_safe_path(address):
+                    break
+            else:
+                if not self._route:
+                    self._route = self._delivery.route = serving.upstreams
+                self._delivery.ask(batch, answered)
+                return
+        found = [self._judge(recipient) for recipient in batch]
+        if self._parts is None and not any(found):
+            self._delivery.ask(batch, answered)
         else:
             self._ask_each(batch, found, answered)
 

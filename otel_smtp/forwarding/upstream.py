@@ -25,7 +25,7 @@ from otel_smtp.observing import Endpoint, Observer, TransactionRecord
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.client import is_safe_path
 from otel_smtp.smtp.envelope import Mail, Recipient
-from otel_smtp.smtp.extensions import EXTENSIONS, Extensions, missing_extension
+from otel_smtp.smtp.extensions import BEYOND_SIZE, EXTENSIONS, Extensions, missing_extension
 from otel_smtp.smtp.replies import Reply
 from otel_smtp.smtp.states import TlsMode
 
@@ -34,6 +34,7 @@ PROBE_AGAIN_SECONDS: Final = 5.0  # while none can be reached, so that its retur
 CLOSE_GRACE_SECONDS: Final = 5.0
 """How long `close` waits for the reply to messages whose client is gone already."""
 
+_NO_NEEDS: Final = [*BEYOND_SIZE]
 _STRATEGIES: Final[dict[Strategy, type[Transaction]]] = {
     Strategy.TRANSPARENT: Transparent,
     Strategy.BUFFERED: Buffered,
@@ -183,7 +184,16 @@ class UpstreamForwarder:
             serving = whatever_they_serve(self._named(destination))
         else:
             serving = self._routes.for_all or self._routes.for_mail(mail)
-        if (refusal := _refusal(mail, serving)) is not None:
+        # What needs nothing, and fits into what is taken by the one that is asked first, is refused by none: most mail.
+        reverse_path, size, *needs = mail
+        known = serving.upstreams[0].extensions if serving.upstreams else None
+        if (
+            known is None
+            or needs != _NO_NEEDS
+            or (size is not None and known.size and size > known.size)
+            or not reverse_path.isascii()
+            or not is_safe_path(reverse_path)
+        ) and (refusal := _refusal(mail, serving)) is not None:
             raise Transient(refusal) if refusal.is_transient else Permanent(refusal)
         return (strategy or self._strategy)(self, mail, record, serving)
 

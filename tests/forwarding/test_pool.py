@@ -1,5 +1,6 @@
 """The pool and the breaker decide; a clock and connections are made up here."""
 
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -32,9 +33,16 @@ from otel_smtp.forwarding.settings import PoolLimits
 class Connection:
     is_alive: bool = True
     uses: int = 0
+    most_uses: int = 100
+    opened_at: float = 0.0
+    expires_at: float = math.inf
 
-    def is_reusable(self, now: float, limits: PoolLimits) -> bool:
-        return self.is_alive and self.uses < limits.messages
+    @property
+    def is_spent(self) -> bool:
+        return self.uses >= self.most_uses
+
+    def is_reusable(self, now: float) -> bool:
+        return self.is_alive and not self.is_spent and now < self.expires_at
 
 
 Connections = Pool[Connection]
@@ -445,9 +453,9 @@ def test_a_refused_mail_does_not_wait_for_ever_for_a_connection_that_stalls() ->
 
 
 def test_a_refusal_in_place_of_what_was_just_closed_lowers_nothing() -> None:
-    pool: Connections = Pool(PoolLimits(messages=1))
+    pool: Connections = Pool(PoolLimits())
     (first, *_), waiting = burst(pool, 4, cap=3)
-    first.uses = 1
+    first.most_uses = first.uses
     pool.release(first, 1)
     assert decided(waiting[0], Decision.OPEN)
     assert pool.failed(waiting[0], 1, REFUSED)  # it has not noticed yet
@@ -563,7 +571,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.limits = PoolLimits(connections=4, messages=5, idle_seconds=10)
+        self.limits = PoolLimits(connections=4, idle_seconds=10)
         self.pool: Connections = Pool(self.limits)
         self.now = 0.0
         self.open_tickets: list[Ticket[Connection]] = []
@@ -580,7 +588,7 @@ class AnyOrder(RuleBasedStateMachine):
                 self.open_tickets.append(ticket)
             elif ticket.decision is Decision.REUSE:
                 assert ticket.connection is not None
-                assert ticket.connection.is_reusable(self.now, self.limits)
+                assert ticket.connection.is_reusable(self.now)
                 ticket.connection.uses += 1
                 self.busy.append(ticket.connection)
         for connection in self.pool.take_closing():
@@ -603,7 +611,7 @@ class AnyOrder(RuleBasedStateMachine):
         connection = self.pool.take(self.now)
         if connection is not None:
             assert all(ticket.wants_fresh for ticket in self.waiting)
-            assert connection.is_reusable(self.now, self.limits)
+            assert connection.is_reusable(self.now)
             connection.uses += 1
             self.busy.append(connection)
         self.sort()
@@ -622,7 +630,7 @@ class AnyOrder(RuleBasedStateMachine):
         ticket = self.open_tickets.pop()
         if verdict == "opened":
             self.pool.opened(ticket, self.now)
-            self.busy.append(Connection(uses=1))
+            self.busy.append(Connection(uses=1, most_uses=5, expires_at=self.now + 15))
         elif verdict == "failed":
             # The pool may have given it something else within the call.
             self.waiting.append(ticket)

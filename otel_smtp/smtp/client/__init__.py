@@ -22,9 +22,14 @@ there is nothing to stuff is passed on as it is, uncopied.
 """
 
 from otel_smtp.smtp.client.answers import (
+    CONTENT,
+    DATA,
+    MAIL,
     MAX_KEPT_CHARACTERS,
     MAX_REPLY_LINE_OCTETS,
     MAX_REPLY_LINES,
+    RCPT,
+    RSET,
     Answer,
     Awaited,
     challenge_of,
@@ -33,9 +38,14 @@ from otel_smtp.smtp.client.commanding import is_safe_path
 from otel_smtp.smtp.client.protocol import ClientProtocol
 
 __all__ = [
+    "CONTENT",
+    "DATA",
+    "MAIL",
     "MAX_KEPT_CHARACTERS",
     "MAX_REPLY_LINES",
     "MAX_REPLY_LINE_OCTETS",
+    "RCPT",
+    "RSET",
     "Answer",
     "Awaited",
     "ClientProtocol",

@@ -35,6 +35,14 @@ class Awaited(StrEnum):
     QUIT = "QUIT"
 
 
+# A member that is looked up in its Enum costs as much as a call. What each mail passes has these names for them.
+MAIL: Final = Awaited.MAIL
+RCPT: Final = Awaited.RCPT
+DATA: Final = Awaited.DATA
+CONTENT: Final = Awaited.CONTENT
+RSET: Final = Awaited.RSET
+
+
 class Answer(NamedTuple):
     """One reply and what it answers; `verb` is None for a 421 that nobody had asked for."""
 

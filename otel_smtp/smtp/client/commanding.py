@@ -8,8 +8,12 @@ from typing import Final
 
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.client.answers import (
+    CONTENT,
+    MAIL,
     MAX_REPLY_LINE_OCTETS,
     MAX_REPLY_LINES,
+    RCPT,
+    RSET,
     Awaited,
 )
 from otel_smtp.smtp.envelope import Mail, Recipient
@@ -208,31 +212,36 @@ class Commanding:
         """
         # Each line is written and checked here, and not by `_command`, which would be two calls more for each mail.
         if not self.is_in_step or self._tls_is_due:
-            self._check_turn(Awaited.RCPT if mail is None else Awaited.MAIL)
+            self._check_turn(RCPT if mail is None else MAIL)
         commands: list[tuple[Awaited, Sequence[bytes]]] = []
         if mail is not None:
-            self._utf8 = mail.smtputf8 and "SMTPUTF8" in self.extensions.keywords
-            if not is_safe_path(mail.reverse_path):
+            offered = self.extensions.keywords
+            reverse_path, declared, *_ = mail
+            if not is_safe_path(reverse_path):
                 raise LocalProtocolError("unsafe path in a command")
             if size is None:
-                size = mail.size
-            line = f"MAIL FROM:<{mail.reverse_path}>"
-            if size is not None and "SIZE" in self.extensions.keywords:
-                line += f" SIZE={size:d}"
+                size = declared
+            if size is None or "SIZE" not in offered:
+                line = f"MAIL FROM:<{reverse_path}>"
+            else:
+                line = f"MAIL FROM:<{reverse_path}> SIZE={size:d}"
+            self._utf8 = False
             if mail[2:] != BEYOND_SIZE:
+                self._utf8 = mail.smtputf8 and "SMTPUTF8" in offered
                 line += self._parameters(mail, _OF_MAIL)
             if not line.isascii() or not line.isprintable():
-                self._check_text(Awaited.MAIL, line)
-            commands.append((Awaited.MAIL, (line.encode(), b"\r\n")))
+                self._check_text(MAIL, line)
+            commands.append((MAIL, (line.encode(), b"\r\n")))
         for recipient in recipients:
-            if not is_safe_path(recipient.address):
+            address, notify, orcpt = recipient
+            if not is_safe_path(address):
                 raise LocalProtocolError("unsafe path in a command")
-            line = f"RCPT TO:<{recipient.address}>"
-            if recipient.notify is not None or recipient.orcpt is not None:
+            line = f"RCPT TO:<{address}>"
+            if notify is not None or orcpt is not None:
                 line += self._parameters(recipient, OF_RECIPIENT)
             if not line.isascii() or not line.isprintable():
-                self._check_text(Awaited.RCPT, line)
-            commands.append((Awaited.RCPT, (line.encode(), b"\r\n")))
+                self._check_text(RCPT, line)
+            commands.append((RCPT, (line.encode(), b"\r\n")))
         self.is_in_step = False
         self.queued += commands
 
@@ -265,7 +274,7 @@ class Commanding:
         self._out.append(b".\r\n" if self._tail == b"\r\n" else b"\r\n.\r\n")
         self._is_open = False
         self._tail = b"\r\n"
-        self.awaited.append(Awaited.CONTENT)
+        self.awaited.append(CONTENT)
 
     def send_last_chunk(self, *pieces: bytes) -> None:
         """BDAT LAST (RFC 3030 2): the whole message, octets as they are; it may travel in the group of its envelope.
@@ -276,9 +285,12 @@ class Commanding:
         if not self.extensions.chunking:
             raise LocalProtocolError("BDAT without CHUNKING")
         if not self.is_in_step or self._tls_is_due:
-            self._check_turn(Awaited.CONTENT)
+            self._check_turn(CONTENT)
         self.is_in_step = False
-        self.queued.append((Awaited.CONTENT, (b"BDAT %d LAST\r\n" % sum(map(len, pieces)), *pieces)))
+        octets = 0
+        for piece in pieces:
+            octets += len(piece)
+        self.queued.append((CONTENT, (b"BDAT %d LAST\r\n" % octets, *pieces)))
 
     def begin_last_chunk(self, octets: int) -> None:
         """BDAT LAST for content that comes in pieces: `send_chunk_octets` must bring exactly `octets` of them.
@@ -290,9 +302,9 @@ class Commanding:
             raise LocalProtocolError("BDAT without CHUNKING")
         if not self.is_settled:
             raise LocalProtocolError("a chunk in pieces cannot wait for its turn")
-        self._command(Awaited.CONTENT, f"BDAT {octets} LAST")
+        self._command(CONTENT, f"BDAT {octets} LAST")
         self._out += self.queued.pop()[1]
-        self.awaited.append(Awaited.CONTENT)
+        self.awaited.append(CONTENT)
         self._chunk_left = octets
 
     def send_chunk_octets(self, piece: bytes) -> None:
@@ -308,7 +320,7 @@ class Commanding:
 
     def send_reset(self) -> None:
         """RSET."""
-        self._command(Awaited.RSET, "RSET")
+        self._command(RSET, "RSET")
 
     def send_quit(self) -> None:
         """QUIT."""
@@ -331,7 +343,7 @@ class Commanding:
         """Refuse a command line that holds what must never be in one. Printable ASCII passes."""
         if _CONTROLS.search(line) is not None:
             raise LocalProtocolError("control character in a command")
-        if not line.isascii() and not (self._utf8 and verb in (Awaited.MAIL, Awaited.RCPT)):
+        if not line.isascii() and not (self._utf8 and verb in (MAIL, RCPT)):
             raise LocalProtocolError("non-ASCII text in a command without SMTPUTF8")
 
     def _check_turn(self, verb: Awaited) -> None:

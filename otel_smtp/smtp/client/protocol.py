@@ -4,8 +4,13 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from otel_smtp.smtp.client.answers import (
+    CONTENT,
+    DATA,
+    MAIL,
     MOST_CACHED_OCTETS,
+    RCPT,
     REPLY_LINE,
+    RSET,
     Answer,
     Awaited,
     answer_of,
@@ -71,11 +76,11 @@ class ClientProtocol(Commanding):
             # Injection before TLS: it is there to be read as if it had come under TLS.
             self._break("octets behind the 220 of STARTTLS")
             return answers
-        awaited = self.awaited
+        awaited, size = self.awaited, len(data)
         position = 0
         while True:
             end = data.find(b"\n", position) + 1
-            octets = (end or len(data)) - position
+            octets = (end or size) - position
             if octets > self._max_line_octets:
                 self._break("reply line too long")
                 return answers
@@ -84,7 +89,7 @@ class ClientProtocol(Commanding):
             line = data[position:end]
             position = end
             lines: Sequence[bytes] = ()
-            reply = read_reply(line) if octets <= MOST_CACHED_OCTETS and not self._lines else None
+            reply = None if octets > MOST_CACHED_OCTETS or self._lines else read_reply(line)
             if reply is None:
                 taken = self._take_line(without_end(line))
                 if taken is None:
@@ -93,30 +98,34 @@ class ClientProtocol(Commanding):
                     continue
                 lines, reply = taken, make_reply(taken)
             code = reply.code
-            self._is_closing = code == 421
+            if code == 421:
+                self._is_closing = True
             if not awaited:
                 self._take_unasked(reply, answers)
                 return answers
             verb = awaited[0]
-            if code // 100 not in _CLASSES[verb]:
+            # Those of 4yz and 5yz are answers to anything, and 2yz is to all but DATA.
+            if code < 400 and (code >= 300 or verb is DATA) and code // 100 not in _CLASSES[verb]:
                 self._break(f"{verb} answered with {code}")
                 return answers
             awaited.popleft()
-            if verb is Awaited.RCPT:
+            if verb is RCPT:
                 self._accepted += code < 400
-            elif verb is Awaited.MAIL or verb is Awaited.RSET:
+            elif verb is MAIL or verb is RSET:
                 self._accepted = 0
-            elif verb is Awaited.CONTENT:
-                if not self._settle_content(reply, data[position : position + 3]):
+            elif verb is CONTENT:
+                if position == size and not self._is_lmtp and not self._chunk_left:
+                    self._accepted = 0  # one reply, nothing behind it, and all of the content was sent: it stands
+                elif not self._settle_content(reply, data[position : position + 3]):
                     return answers
-            elif not self._settle(verb, reply, lines, has_surplus=position < len(data)):
+            elif not self._settle(verb, reply, lines, has_surplus=position < size):
                 return answers
             answers.append(answer_of((verb, reply)))
-            if self._is_closing:
+            if code == 421:
                 return answers
             if not awaited:
                 break
-        if position < len(data):
+        if position < size:
             self._rest = data[position:]
         elif not awaited:
             self.is_in_step = not (self.queued or self._lines or self._is_open or self._chunk_left)
