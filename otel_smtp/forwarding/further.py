@@ -14,7 +14,8 @@ from time import monotonic_ns
 from typing import Final
 
 from otel_smtp.forwarding.content import Content
-from otel_smtp.forwarding.delivery import MOST_TRANSACTIONS, Delivery
+from otel_smtp.forwarding.delivery import Delivery
+from otel_smtp.forwarding.enveloping import MOST_TRANSACTIONS
 from otel_smtp.forwarding.smarthost import Smarthost
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Recipient

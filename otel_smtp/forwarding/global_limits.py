@@ -16,7 +16,8 @@ from collections.abc import Callable
 from typing import Final
 
 from otel_smtp.forwarding.base import Claim, Grant, LimitLedger
-from otel_smtp.forwarding.limits import LimitSettings, Pace, Permit
+from otel_smtp.forwarding.limits import LimitSettings, Permit
+from otel_smtp.forwarding.pace import Pace
 
 ANSWER_SECONDS: Final = 1.0
 """How long a client's mail waits to learn whether there is a permit: as long as a database may take."""

@@ -20,22 +20,19 @@ that share a queue keep a limit in its database: see `global_limits`.
 Where a provider says all the same that it is too much, a limit rests: nobody is given anything for a while, longer each
 time that this happens again.
 
-`Pace` is what holds an upstream's mails to its limits: who comes first is served first.
+How an upstream's mails are held to its limits: see `pace`.
 """
 
-import asyncio
 import fcntl
 import math
 import mmap
 import os
-import time
 import weakref
 from bisect import bisect_left
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final
 
 MARGIN_SECONDS: Final = 0.05
 """By which a window is longer here than at the provider: what is on its way takes now less, now more time."""
@@ -45,11 +42,6 @@ IN_FLIGHT_SECONDS: Final = 1200.0
 """After which a permit counts as used whatever became of it: as long as a client may take for its content."""
 IN_FLIGHT_POLL_SECONDS: Final = 0.05
 """Between two looks at a permit that another process has in flight."""
-FIRST_REST_SECONDS: Final = 5.0
-"""For how long nothing leaves when a provider says that it is too much; doubled each time that it says so again."""
-LONGEST_REST_SECONDS: Final = 300.0
-CONTEND_SECONDS: Final = 0.01
-"""Between two looks at a limit that other processes may have used meanwhile: at least this long."""
 
 # The head of a limit's table, then a ring of cells three times: their times (negative: in flight, until then), their
 # permits, their numbers.
@@ -97,41 +89,6 @@ class Permit:
         self.number = number  # of its cell, of all that there ever were
         self.amount = amount
         self.taken_at = taken_at
-
-
-class AnyLimit(Protocol):
-    """What `Pace` asks of a limit, wherever it is kept.
-
-    Attributes:
-        answer_seconds: how long a mail has to wait for an answer at most, be it that there are no permits.
-    """
-
-    settings: LimitSettings
-    answer_seconds: float
-
-    def take(self, amount: int, now: float) -> "Permit | float":
-        """See `Limit.take`."""
-        ...
-
-    def available(self, now: float) -> int:
-        """See `Limit.available`."""
-        ...
-
-    def landed(self, permit: Permit, now: float) -> None:
-        """See `Limit.landed`."""
-        ...
-
-    def give_back(self, permit: Permit) -> None:
-        """See `Limit.give_back`."""
-        ...
-
-    def rest(self, seconds: float, now: float) -> None:
-        """The provider said that it is too much: nobody is given anything for so long."""
-        ...
-
-    def watch(self, pace: "Pace") -> None:
-        """Tell one that waits for permits when there may be some."""
-        ...
 
 
 class Limit:
@@ -210,7 +167,7 @@ class Limit:
         with _held(self._lock):
             self._cells[_REST_UNTIL] = max(self._cells[_REST_UNTIL], now + seconds)
 
-    def watch(self, pace: "Pace") -> None:
+    def watch(self, pace: object) -> None:
         """See `AnyLimit.watch`: who waits looks again when it was told to."""
 
     # ------------------------------------------------------------------------------------------------------
@@ -339,232 +296,3 @@ class SharedLimits:
 def limits_of(settings: Sequence[LimitSettings]) -> dict[str, Limit]:
     """The limits of one process, by name."""
     return {one.name: Limit(one) for one in settings}
-
-
-class WaitingMail:
-    """A mail that asked a `Pace` for leave.
-
-    Attributes:
-        since: when it asked.
-        held_by: the name of the limit that it waits, or waited, for; "" where it did not.
-        permits: what it was given; none while it waits.
-        is_waiting: neither given nor refused. `given_at`: when it was given leave.
-        patience: a look when its time is over.
-    """
-
-    __slots__ = (
-        "decided", "given_at", "held_by", "is_waiting", "patience", "permits", "recipients", "since", "until",
-        "with_message",
-    )  # fmt: skip
-
-    def __init__(
-        self, recipients: int, since: float, until: float, decided: Callable[[bool], None], *, with_message: bool
-    ) -> None:
-        self.recipients = recipients
-        self.with_message = with_message
-        self.since = since
-        self.until = until
-        self.decided = decided
-        self.held_by = ""
-        self.given_at = 0.0
-        self.is_waiting = True
-        self.permits: list[tuple[AnyLimit, Permit]] = []
-        self.patience: asyncio.TimerHandle | None = None
-
-    def ends(self) -> None:
-        """It waits no more."""
-        self.is_waiting = False
-        if self.patience is not None:
-            self.patience.cancel()
-            self.patience = None
-
-    def amount(self, limit: AnyLimit) -> int:
-        """How many permits of a limit it needs."""
-        return self.recipients if limit.settings.per_recipient else int(self.with_message)
-
-
-class Pace:
-    """The limits of one upstream, and the mails that wait for them, in their order.
-
-    Args:
-        limits: all of them hold.
-        room_made: called when another mail may begin to wait.
-    """
-
-    def __init__(
-        self,
-        limits: Sequence[AnyLimit],
-        room_made: Callable[[], None] = lambda: None,
-        *,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._limits = limits
-        self._room_made = room_made
-        self._clock = clock
-        self._waiting: deque[WaitingMail] = deque()
-        self._timer: asyncio.TimerHandle | None = None
-        self._rests = 0  # of which nothing got through since
-        self._rested_at = -math.inf
-        self.begun = 0  # deliveries that have begun and not ended, those that wait among them
-        counts = [limit.settings.count for limit in limits if limit.settings.per_recipient]
-        self.most_recipients = min(counts, default=None)
-        self._answer_seconds = max((limit.answer_seconds for limit in limits), default=0.0)
-        for limit in limits:
-            limit.watch(self)
-
-    def __repr__(self) -> str:
-        return f"<Pace {list(self._limits)} {len(self._waiting)} waiting>"
-
-    @property
-    def counts_recipients(self) -> bool:
-        """Whether a limit is per recipient."""
-        return self.most_recipients is not None
-
-    def concurrency(self, most: int) -> int:
-        """How many deliveries may be under way, of those that `most` allows: no more than there are permits for, and
-        one that waits for the next."""
-        now = self._clock()
-        available = min(limit.available(now) for limit in self._limits)
-        return min(most, self.begun + max(0, available + 1 - len(self._waiting)))
-
-    def ask(
-        self, recipients: int, patience_seconds: float, decided: Callable[[bool], None], *, with_message: bool
-    ) -> WaitingMail | None:
-        """Ask for leave.
-
-        Args:
-            recipients: how many, at most `most_recipients`.
-            patience_seconds: after which leave is refused.
-            decided: called when leave is given (True) or refused.
-            with_message: a new message, too; else more recipients of one.
-
-        Returns:
-            What was given, or waits; None: leave is refused at once, as it would be after all of the patience.
-        """
-        now = self._clock()
-        patience_seconds = max(patience_seconds, self._answer_seconds)
-        waiting = WaitingMail(recipients, now, now + patience_seconds, decided, with_message=with_message)
-        if not self._waiting:
-            wait = self._take(waiting, now)
-            if wait is None:
-                return waiting
-            if wait > patience_seconds:
-                return None
-            self._waiting.append(waiting)
-            self._look_again(wait)
-            if self._answer_seconds:
-                self._look_after(waiting, patience_seconds)
-        elif patience_seconds > 0:
-            waiting.held_by = self._waiting[0].held_by
-            self._waiting.append(waiting)
-            self._look_after(waiting, patience_seconds)
-        else:
-            return None
-        return waiting
-
-    def withdraw(self, waiting: WaitingMail) -> None:
-        """The mail is gone."""
-        if waiting.is_waiting:
-            waiting.ends()
-            self._waiting.remove(waiting)
-            self.look()
-        else:
-            self.give_back(waiting)
-
-    def landed(self, waiting: WaitingMail) -> None:
-        """It has come to its end."""
-        now = self._clock()
-        for limit, permit in waiting.permits:
-            limit.landed(permit, now)
-        waiting.permits = []
-        if self._waiting:
-            self.look()
-
-    def wanted(self, limit: AnyLimit) -> tuple[int, int]:
-        """How many permits of a limit the first mail needs that waits for it, and all that wait."""
-        if not self._waiting or self._waiting[0].held_by != limit.settings.name:
-            return 0, 0
-        return self._waiting[0].amount(limit), sum(one.amount(limit) for one in self._waiting)
-
-    def is_too_much(self, waiting: WaitingMail) -> float | None:
-        """The provider says that it gets too much: nothing leaves for a while.
-
-        Args:
-            waiting: the mail that it said so of.
-
-        Returns:
-            For how many seconds; None: it left before we knew, and nothing new follows.
-        """
-        now = self._clock()
-        if waiting.given_at <= self._rested_at:
-            return None
-        seconds = min(LONGEST_REST_SECONDS, FIRST_REST_SECONDS * 2.0**self._rests)
-        self._rests = min(self._rests + 1, 10)
-        self._rested_at = now
-        self._limits[0].rest(seconds, now)  # all must give leave, and others may be of other upstreams too
-        return seconds
-
-    def got_through(self) -> None:
-        """The provider took something."""
-        self._rests = 0
-
-    def give_back(self, waiting: WaitingMail) -> None:
-        """Nothing of it has left."""
-        for limit, permit in waiting.permits:
-            limit.give_back(permit)
-        waiting.permits = []
-
-    def close(self) -> None:
-        """Nobody is given leave any more."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    # ------------------------------------------------------------------------------------------------------
-
-    def _take(self, waiting: WaitingMail, now: float) -> float | None:
-        """Take permits of all limits, or of none: then how long to wait."""
-        for limit in self._limits:
-            amount = waiting.amount(limit)
-            taken = limit.take(amount, now) if amount else None
-            if isinstance(taken, float):
-                self.give_back(waiting)
-                waiting.held_by = limit.settings.name
-                return taken
-            if taken is not None:
-                waiting.permits.append((limit, taken))
-        waiting.ends()
-        waiting.given_at = now
-        return None
-
-    def look(self) -> None:
-        """Serve those that wait, as far as there are permits."""
-        self.close()
-        now = self._clock()
-        refused = [one for one in self._waiting if one.until <= now]
-        given: list[WaitingMail] = []
-        for one in refused:
-            one.ends()
-            self._waiting.remove(one)
-        while self._waiting:
-            wait = self._take(self._waiting[0], now)
-            if wait is not None:
-                self._look_again(wait)
-                break
-            given.append(self._waiting.popleft())
-        # They may ask again within the call.
-        for one in given:
-            one.decided(True)
-        for one in refused:
-            one.decided(False)
-        if given or refused:
-            self._room_made()
-
-    def _look_after(self, waiting: WaitingMail, patience_seconds: float) -> None:
-        if patience_seconds < math.inf:
-            waiting.patience = asyncio.get_running_loop().call_later(patience_seconds, self.look)
-
-    def _look_again(self, wait_seconds: float) -> None:
-        self.close()
-        loop = asyncio.get_running_loop()
-        self._timer = loop.call_later(min(max(wait_seconds, CONTEND_SECONDS), 3600.0), self.look)

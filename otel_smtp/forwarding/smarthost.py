@@ -10,8 +10,8 @@ from typing import Final
 from otel_smtp.forwarding.ceiling import Ceiling
 from otel_smtp.forwarding.connection import UpstreamConnection
 from otel_smtp.forwarding.faults import ConnectFailed, CredentialsRefused, NoConnectionFree, UpstreamFault
-from otel_smtp.forwarding.limits import Pace
 from otel_smtp.forwarding.opening import NotePhase, open_connection
+from otel_smtp.forwarding.pace import Pace
 from otel_smtp.forwarding.pool import RECLAIM_SOONEST_SECONDS, Decision, Pool, PoolSnapshot, Ticket
 from otel_smtp.forwarding.settings import UpstreamSettings
 from otel_smtp.forwarding.slots import AnySlots

@@ -13,7 +13,8 @@ from typing import ClassVar, Final, Protocol
 
 from otel_smtp.forwarding.base import MessageAnswered, RecipientsAnswered
 from otel_smtp.forwarding.content import Content
-from otel_smtp.forwarding.delivery import MOST_TRANSACTIONS, Delivery
+from otel_smtp.forwarding.delivery import Delivery
+from otel_smtp.forwarding.enveloping import MOST_TRANSACTIONS
 from otel_smtp.forwarding.further import MOST_SECONDS, Further, Part
 from otel_smtp.forwarding.routes import Serving
 from otel_smtp.forwarding.smarthost import Smarthost

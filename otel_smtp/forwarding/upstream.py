@@ -13,7 +13,7 @@ from typing import Any, Final
 from otel_smtp.forwarding.base import LEAST, MailTransaction, Permanent, Transient
 from otel_smtp.forwarding.ceiling import Ceiling
 from otel_smtp.forwarding.delivery import Delivery
-from otel_smtp.forwarding.limits import AnyLimit, Pace
+from otel_smtp.forwarding.pace import AnyLimit, Pace
 from otel_smtp.forwarding.pool import PoolSnapshot
 from otel_smtp.forwarding.routes import Routes, Serving, whatever_they_serve
 from otel_smtp.forwarding.settings import MEMORY_LIMIT_OCTETS, PACE_PATIENCE_SECONDS, Strategy, UpstreamSettings

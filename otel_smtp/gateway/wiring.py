@@ -16,8 +16,9 @@ from otel_smtp.config.settings import SpoolTable, Table
 from otel_smtp.config.settings import TelemetryTable as TelemetrySettings
 from otel_smtp.forwarding.global_limits import GlobalLimit
 from otel_smtp.forwarding.global_slots import GlobalSlots
-from otel_smtp.forwarding.limits import AnyLimit, LimitSettings, limits_of
+from otel_smtp.forwarding.limits import LimitSettings, limits_of
 from otel_smtp.forwarding.oauth import OAuthSettings, OAuthTokens
+from otel_smtp.forwarding.pace import AnyLimit
 from otel_smtp.forwarding.settings import (
     Credentials,
     PoolLimits,

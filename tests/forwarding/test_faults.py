@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from otel_smtp.forwarding import breaker, delivery, pool
+from otel_smtp.forwarding import breaker, pool, transmitting
 from otel_smtp.forwarding.breaker import BreakerState
 from otel_smtp.forwarding.faults import quoting
 from otel_smtp.forwarding.settings import MEMORY_LIMIT_OCTETS, PoolLimits, Strategy, Timeouts, UpstreamSettings
@@ -734,7 +734,7 @@ async def test_our_own_bug_defers_the_mail_and_costs_one_connection(
 
     async with ScriptedUpstream() as upstream, relaying(settings(upstream), strategy=strategy) as forwarder:
         with monkeypatch.context() as broken:
-            broken.setattr(delivery.Delivery, "_message_answered" if is_ended else "_unfit", bug)
+            broken.setattr(transmitting.Transmitting, "_message_answered" if is_ended else "_unfit", bug)
             relayed = await relay(forwarder)
         assert relayed.told is (replies.INTERNAL_OUTCOME if is_ended else replies.INTERNAL)
         assert relayed.seen.outcomes == [("up", Outcome.UNKNOWN if is_ended else Outcome.ABORTED)]

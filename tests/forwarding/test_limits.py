@@ -11,16 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from otel_smtp.forwarding.limits import (
-    IN_FLIGHT_SECONDS,
-    MARGIN_SECONDS,
-    Limit,
-    LimitSettings,
-    Pace,
-    Permit,
-    SharedLimits,
-    WaitingMail,
-)
+from otel_smtp.forwarding.limits import IN_FLIGHT_SECONDS, MARGIN_SECONDS, Limit, LimitSettings, Permit, SharedLimits
+from otel_smtp.forwarding.pace import Pace, WaitingMail
 from tests.support.waiting import until
 
 

@@ -6,18 +6,9 @@ import os
 
 import pytest
 
-from otel_smtp.forwarding import limits as limiting
-from otel_smtp.forwarding.limits import (
-    FIRST_REST_SECONDS,
-    LONGEST_REST_SECONDS,
-    Limit,
-    LimitSettings,
-    Pace,
-    Permit,
-    SharedLimits,
-    WaitingMail,
-    limits_of,
-)
+from otel_smtp.forwarding import pace as pacing
+from otel_smtp.forwarding.limits import Limit, LimitSettings, Permit, SharedLimits, limits_of
+from otel_smtp.forwarding.pace import FIRST_REST_SECONDS, LONGEST_REST_SECONDS, Pace, WaitingMail
 from otel_smtp.forwarding.settings import PoolLimits
 from otel_smtp.forwarding.verdicts import asks_for_less
 from tests.support.relaying import BOB, CAROL, both_strategies, relay, relaying, reply_of, settings
@@ -134,7 +125,7 @@ TOO_MUCH = b"451 4.7.1 too fast\r\n"
 async def test_the_next_mail_waits_and_says_what_for(
     phase: Phase, strategy: object, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(limiting, "FIRST_REST_SECONDS", 0.4)
+    monkeypatch.setattr(pacing, "FIRST_REST_SECONDS", 0.4)
     upstream = ScriptedUpstream(faults={phase: Fault(Kind.REFUSE, TOO_MUCH)})
     limits = limits_of([WIDE])
     async with (
@@ -159,7 +150,7 @@ async def test_the_next_mail_waits_and_says_what_for(
 
 
 async def test_one_recipient_of_several_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limiting, "FIRST_REST_SECONDS", 60.0)
+    monkeypatch.setattr(pacing, "FIRST_REST_SECONDS", 60.0)
     refusals = {"carol@example.net": b"450 4.7.1 too many messages to carol\r\n"}
     upstream = ScriptedUpstream(verdict=refusals.get)
     limits = limits_of([WIDE])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from otel_smtp.forwarding.delivery import MOST_TRANSACTIONS
+from otel_smtp.forwarding.enveloping import MOST_TRANSACTIONS
 from otel_smtp.forwarding.settings import Strategy, UpstreamSettings
 from otel_smtp.forwarding.upstream import UpstreamForwarder
 from otel_smtp.observing import Outcome

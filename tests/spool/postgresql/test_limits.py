@@ -13,7 +13,8 @@ import pytest
 
 from otel_smtp.forwarding.base import Claim, Grant
 from otel_smtp.forwarding.global_limits import GlobalLimit
-from otel_smtp.forwarding.limits import LimitSettings, Pace, Permit, WaitingMail
+from otel_smtp.forwarding.limits import LimitSettings, Permit
+from otel_smtp.forwarding.pace import Pace, WaitingMail
 from otel_smtp.spool.postgresql import PostgresqlStore, QueueLocation
 from otel_smtp.spool.postgresql.beats import PERMITS_SECONDS
 from otel_smtp.spool.postgresql.statements import Statements

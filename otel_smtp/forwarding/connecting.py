@@ -1,0 +1,309 @@
+"""How an attempt gets a connection: a kept one at once, else one that it asks for and waits for, within the limits of
+the upstream.
+
+The common case goes straight through: `_connect` takes a connection that lies idle, and `_begin` goes on with it.
+Whoever waits is called back by the pool, by the opening of a connection, or by the limits, and has the work done then.
+"""
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from functools import partial
+from time import monotonic_ns
+from typing import Any, Final
+
+from otel_smtp.forwarding.connection import UpstreamConnection
+from otel_smtp.forwarding.faults import (
+    Paced,
+    UpstreamFault,
+)
+from otel_smtp.forwarding.pace import Pace, WaitingMail
+from otel_smtp.forwarding.pool import Decision, Ticket
+from otel_smtp.forwarding.smarthost import Smarthost
+from otel_smtp.observing import DeliveryPhase, DeliveryRecord, Observer, TransactionRecord
+from otel_smtp.smtp import replies
+from otel_smtp.smtp.envelope import Mail
+from otel_smtp.smtp.extensions import missing_extension
+from otel_smtp.smtp.replies import Reply
+
+_POOL: Final = DeliveryPhase.POOL  # see `smtp.client.answers` for why such names are here
+
+
+class Connecting(ABC):
+    """An attempt and its connection; see `Attempts`, which goes along the upstreams, for arguments and attributes."""
+
+    __slots__ = (
+        "_attempt",
+        "_connection",
+        "_ended_alone",
+        "_faults",
+        "_first_round_trip",
+        "_is_aborted",
+        "_is_connected",
+        "_is_open",
+        "_is_parked",
+        "_mail",
+        "_observer",
+        "_opening",
+        "_permission",
+        "_put_off",
+        "_record",
+        "_retries_fresh",
+        "_retries_same",
+        "_since",
+        "_smarthost",
+        "_ticket",
+        "_tried_again",
+        "_was_reused",
+        "_work",
+        "begins_fresh",
+        "has_ended_content",
+        "is_under_way",
+        "patience_seconds",
+        "route",
+    )
+
+    _work: Callable[[Any], None]  # takes self: a bound method would keep us alive by a cycle
+    # Of the attempt; they are set when it begins, and when it has got its connection.
+    _attempt: DeliveryRecord
+    _smarthost: Smarthost
+    _connection: UpstreamConnection
+    _first_round_trip: int
+    _was_reused: bool
+
+    def __init__(
+        self, mail: Mail, record: TransactionRecord, observer: Observer, ended_alone: Callable[[Any], None]
+    ) -> None:
+        self._mail = mail
+        self._record = record
+        self._observer = observer
+        self._ended_alone = ended_alone
+        self._is_aborted = False
+        self.route: Sequence[Smarthost] = ()
+        self.begins_fresh = False
+        self._faults: list[UpstreamFault] = []
+        self._tried_again: frozenset[Smarthost] = frozenset()
+        self._put_off: Reply | None = None  # a refusal on a connection that had served before; a fresh one is asked
+        self._retries_same = False  # the next connection is one to the same upstream, within the same attempt
+        self._retries_fresh = False  # and one that was not used before
+        self._since: float | None = None  # its place among those who wait for a connection; None: a new one
+        self._ticket: Ticket[UpstreamConnection] | None = None
+        self._opening: asyncio.Task[None] | None = None
+        self._permission: WaitingMail | None = None  # of the upstream's limits, where it has some
+        self.patience_seconds = 0.0
+        self.is_under_way = False
+        self._is_connected = False
+        self._is_parked = False  # the client has nothing to say; the connection may be taken away
+        self._is_open = False  # the upstream has answered MAIL with 2yz on this connection
+        self.has_ended_content = False
+
+    @abstractmethod
+    def _recover(self, error: Exception) -> None:
+        """Decide what follows from whatever went wrong in a step."""
+
+    @abstractmethod
+    def _fail(self, fault: UpstreamFault) -> None:
+        """Decide what follows from an attempt without a usable answer."""
+
+    @abstractmethod
+    def _pass_by(self, refusal: Reply) -> None:
+        """The upstream at hand lacks what the mail needs."""
+
+    @abstractmethod
+    def _nobody_left(self) -> None:
+        """No upstream is left to be tried."""
+
+    @abstractmethod
+    def _recipients_to_come(self) -> int:
+        """How many recipients will be put to the upstream at first."""
+
+    @abstractmethod
+    def _has_ascii_recipients(self) -> bool:
+        """Whether those that are put to an upstream at first need no SMTPUTF8."""
+
+    # A connection ------------------------------------------------------------------------------------------
+
+    def _connect(self) -> bool:
+        """Begin the next attempt, or go on with this one.
+
+        Returns:
+            Whether there is a connection for it at once. Else the work is done when there is one, or it came to
+            nothing.
+        """
+        is_fresh = False
+        if self._retries_same:
+            self._retries_same = False
+            is_fresh = self._retries_fresh
+        elif self.route:
+            is_fresh = self.begins_fresh
+            smarthost = self._smarthost = self.route[0]
+            self.route = self.route[1:]
+            record = self._record
+            deliveries = record.deliveries
+            self._attempt = DeliveryRecord(
+                record, smarthost.name, smarthost.endpoint, len(deliveries) + 1, monotonic_ns()
+            )
+            deliveries.append(self._attempt)
+            self.is_under_way = True
+            if smarthost.pace is not None and self._must_wait(smarthost.pace):
+                return False
+        else:
+            self._nobody_left()
+            return False
+        if not is_fresh and (connection := self._smarthost.take(asyncio.get_running_loop().time())) is not None:
+            return self._begin(connection, 0)
+        self._ask_for_connection(is_fresh=is_fresh)
+        return False
+
+    def _begin(self, connection: UpstreamConnection, wait_ns: int | None) -> bool:
+        """Go on with a connection that has just been got.
+
+        Args:
+            wait_ns: for a connection that was used before; None: it was opened for this attempt.
+
+        Returns:
+            Whether the work can be done on it. Else the upstream lacks what the mail needs, and was passed by.
+        """
+        attempt = self._attempt
+        if wait_ns is not None:
+            attempt.pool_wait_ns = wait_ns
+            attempt.is_reused = True
+            attempt.phases.append((monotonic_ns(), _POOL, None))
+            if connection.opening is not None:
+                # Opened before there was a mail for it, to learn what the upstream offers: this mail is its first.
+                now_ns = monotonic_ns()
+                attempt.phases += [(now_ns, phase, reply) for phase, reply in connection.opening]
+                attempt.is_reused = False
+                connection.opening = None
+        connection.messages += 1
+        if connection.messages >= connection.most_messages:
+            connection.is_spent = True
+        self._connection = connection
+        self._is_connected = True
+        self._is_open = False
+        self._was_reused = wait_ns is not None
+        self._first_round_trip = connection.round_trips if wait_ns is not None else 0
+        attempt.accepted_count = 0  # who was accepted on a connection before is asked about again
+        stream, extensions = connection.stream, connection.protocol.extensions
+        attempt.peer = stream.peer
+        attempt.tls = stream.tls
+        refusal = missing_extension(self._mail, extensions, is_tls=stream.tls is not None)
+        # What was declared 8-bit may be 7-bit; where nobody else is left, the content tells.
+        if refusal is not None and (
+            refusal is not replies.NEEDS_8BITMIME or (self.route and not self._smarthost.settings.reencode_8bit)
+        ):
+            self._pass_by(refusal)
+            return False
+        if self._mail.smtputf8 and not extensions.smtputf8 and not self._has_ascii_recipients():
+            self._pass_by(replies.UPSTREAM_LACKS_SMTPUTF8)
+            return False
+        return True
+
+    def _ask_for_connection(self, *, is_fresh: bool) -> None:
+        asked_ns = monotonic_ns()
+        ticket = self._ticket = self._smarthost.ask(fresh=is_fresh, since=self._since)
+        ticket.on_decided = partial(self._decided, ticket, asked_ns)
+        if ticket.decision is not Decision.WAITING:
+            self._take_decision(ticket, 0)
+
+    def _decided(self, ticket: Ticket[UpstreamConnection], asked_ns: int) -> None:
+        try:
+            self._take_decision(ticket, monotonic_ns() - asked_ns)
+        except Exception as error:  # noqa: BLE001 - see `_recover`
+            self._recover(error)
+
+    def _take_decision(self, ticket: Ticket[UpstreamConnection], wait_ns: int) -> None:
+        self._opening = None
+        if ticket.connection is not None:
+            self._ticket = ticket.on_decided = None
+            if self._begin(ticket.connection, wait_ns):
+                self._work(self)
+            return
+        attempt = self._attempt
+        attempt.pool_wait_ns = wait_ns
+        attempt.is_reused = False
+        attempt.phases.append((monotonic_ns(), DeliveryPhase.POOL, None))
+        if ticket.decision is not Decision.OPEN:
+            self._ticket = ticket.on_decided = None
+            raise self._smarthost.no_connection(ticket)
+        self._opening = self._smarthost.open(ticket, self._note_phase, self._opened)
+
+    def _opened(self, connection: UpstreamConnection | None, fault: UpstreamFault | None) -> None:
+        if connection is None and fault is None:
+            return  # see `_decided`
+        self._opening = self._ticket = None
+        try:
+            if connection is not None:
+                if self._begin(connection, None):
+                    self._work(self)
+            elif fault is not None:
+                self._fail(fault)
+        except Exception as error:  # noqa: BLE001 - see `_recover`
+            self._recover(error)
+
+    def _stop(self) -> None:
+        """Wait for no connection any more."""
+        ticket, self._ticket = self._ticket, None
+        opening, self._opening = self._opening, None
+        if ticket is not None:
+            ticket.on_decided = None
+            if ticket.decision is Decision.OPEN and opening is not None:
+                opening.cancel()
+            else:
+                self._smarthost.withdraw(ticket)
+
+    # The limits of the upstream ----------------------------------------------------------------------------
+
+    def _must_wait(self, pace: Pace) -> bool:
+        """Ask for leave to send; whether it is still to come.
+
+        Raises:
+            Paced: it takes too long.
+        """
+        pace.begun += 1
+        leave = self._permission = pace.ask(
+            self._recipients_to_come(), self.patience_seconds, self._leave_decided, with_message=True
+        )
+        if leave is None:
+            pace.begun -= 1
+            raise Paced("the limit of a rate is reached")
+        return leave.is_waiting
+
+    def _leave_decided(self, is_given: bool) -> None:
+        try:
+            assert self._permission is not None
+            self._note_wait(self._permission)
+            if not is_given:
+                raise Paced("the limit of a rate is reached")
+            self._retries_same = True
+            self._retries_fresh = False
+            if self._connect():
+                self._work(self)
+        except Exception as error:  # noqa: BLE001 - see `_recover`
+            self._recover(error)
+
+    def _note_wait(self, leave: WaitingMail) -> None:
+        now_ns = monotonic_ns()
+        self._attempt.note_pace(leave.held_by, now_ns, now_ns - int(leave.since * 1e9))
+
+    # Leaving it --------------------------------------------------------------------------------------------
+
+    def _reclaimed(self) -> None:
+        """The parked connection is another mail's; the work is begun once more when there is more of it."""
+        self._is_connected = self._is_parked = False
+        self._retries_same = True
+        self._retries_fresh = False
+        self._since = self._attempt.begun_ns / 1e9  # of the loop's clock, too
+
+    def _let_go(self, *, answered: bool) -> None:
+        connection = self._connection
+        self._is_connected = False
+        if self._is_parked:
+            self._is_parked = False
+            self._smarthost.unpark(connection)
+        if not connection.is_alive:
+            connection.abandon()
+        self._smarthost.release(connection, answered=answered)
+
+    def _note_phase(self, phase: DeliveryPhase, reply: Reply | None) -> None:
+        self._attempt.phases.append((monotonic_ns(), phase, reply))

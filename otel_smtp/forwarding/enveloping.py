@@ -1,0 +1,337 @@
+"""The envelope of a transaction upstream: MAIL and recipients, and what the answers to them mean.
+
+An upstream takes so many recipients in one transaction, as it announced or as it says at one too many. Those beyond are
+left: the client was promised a place for them, and they go in a further transaction (see `further`).
+"""
+
+import asyncio
+from abc import abstractmethod
+from collections.abc import Callable, Collection, Sequence
+from time import monotonic_ns
+from typing import Any, Final
+
+from otel_smtp.forwarding.attempts import Attempts
+from otel_smtp.forwarding.authentication import without_secrets
+from otel_smtp.forwarding.base import MessageAnswered, RecipientsAnswered
+from otel_smtp.forwarding.content import Content
+from otel_smtp.forwarding.faults import CredentialsRefused, Spent, UpstreamFault
+from otel_smtp.forwarding.pace import WaitingMail
+from otel_smtp.forwarding.settings import TracePolicy
+from otel_smtp.forwarding.verdicts import is_about_credentials, outcome_of, wants_another_transaction
+from otel_smtp.observing import Observer, TransactionRecord
+from otel_smtp.smtp import replies
+from otel_smtp.smtp.client import MAIL, RSET, Answer
+from otel_smtp.smtp.envelope import Mail, Recipient
+from otel_smtp.smtp.extensions import is_ascii
+from otel_smtp.smtp.received import TRACEPARENT_FIELD_OCTETS
+from otel_smtp.smtp.replies import Reply
+
+MOST_TRANSACTIONS: Final = 50
+"""Into which one message is divided; a thousand recipients are ten of the size that any server takes."""
+
+_MAIL: Final = frozenset({RSET, MAIL})
+# See `smtp.client.answers` for why such names are here.
+_INJECT: Final = TracePolicy.INJECT
+
+
+class Enveloping(Attempts):
+    """The envelope; see `Delivery` for arguments and attributes."""
+
+    __slots__ = (
+        "_after",
+        "_asked",
+        "_content",
+        "_delivered",
+        "_header",
+        "_is_full",
+        "_judged",
+        "_mail_refusal",
+        "_more",
+        "_promised",
+        "_read",
+        "_refusal",
+        "_sent_octets",
+        "_sent_pieces",
+        "accepted",
+        "left",
+        "wants_fresh",
+    )
+
+    _after: Callable[[Any, list[Answer]], None]  # the step that takes the answers
+    # Set when they are needed.
+    _content: Content
+    _header: bytes
+    _sent_octets: int
+    _sent_pieces: int
+
+    def __init__(
+        self, mail: Mail, record: TransactionRecord, observer: Observer, ended_alone: Callable[[Any], None]
+    ) -> None:
+        super().__init__(mail, record, observer, ended_alone)
+        self.accepted: list[Recipient] = []
+        self.left: list[Recipient] = []
+        self.wants_fresh = False
+        self._is_full = False  # nobody else is asked about
+        self._promised: list[Recipient] | None = None  # see `promised`; None: nobody was left
+        self._asked: Sequence[Recipient] = ()
+        self._judged: RecipientsAnswered | None = None
+        self._delivered: MessageAnswered | None = None
+        self._refusal: Reply | None = None  # the last one, of a recipient or of MAIL
+        self._mail_refusal: Reply | None = None
+        self._more: WaitingMail | None = None  # leave for further recipients
+        self._read: dict[Recipient, Reply] = {}  # refusals that were read before the connection was lost
+
+    @abstractmethod
+    def _settled(self, answers: list[Answer], fault: UpstreamFault | None) -> None:
+        """An exchange is over: note what was answered, and take the next step."""
+
+    @property
+    def promised(self) -> Sequence[Recipient]:
+        """Those that were accepted and those that are left, in the order in which they came."""
+        return self.accepted if self._promised is None else self._promised
+
+    def _recipients_to_come(self) -> int:
+        """See `Attempts`."""
+        asked = len(self._asked) if self._judged is not None else 0
+        return min(len(self.accepted) + asked, self._smarthost.most_recipients)
+
+    def _has_ascii_recipients(self) -> bool:
+        """See `Attempts`."""
+        asked = self._asked if self._judged is not None else ()
+        return all(map(is_ascii, self.accepted)) and all(map(is_ascii, asked))
+
+    def _answer_for_all(self, reply: Reply) -> None:
+        """Tell who waits that it came to nothing."""
+        judged, self._judged = self._judged, None
+        delivered, self._delivered = self._delivered, None
+        if judged is not None:
+            judged([self._read.get(recipient, reply) for recipient in self._asked])
+        elif delivered is not None:
+            delivered(reply, ())
+
+    # Put ---------------------------------------------------------------------------------------------------
+
+    def put_recipients(self) -> None:
+        """Put the recipients that are asked about; where an upstream takes over from another, those before as well."""
+        connection = self._connection
+        asked = self._asked
+        accepted: Sequence[Recipient] = self.accepted
+        most = connection.most_recipients
+        if not self._is_open:
+            if accepted:
+                accepted = self._fitting()
+        elif self._mail.smtputf8 and not connection.protocol.extensions.smtputf8 and not all(map(is_ascii, asked)):
+            self._pass_by(replies.UPSTREAM_LACKS_SMTPUTF8)
+            return
+        if self._is_full or len(accepted) + len(asked) > most:
+            asked = asked[: most - len(accepted)]
+            self._is_full = True
+            if not asked and self._is_open:
+                self._recipients_answered([])
+                return
+        if self._is_open:
+            connection.protocol.send_envelope(None, asked)
+        else:
+            self._send_envelope(None, [*accepted, *asked] if accepted else asked)
+        self._after = Enveloping._recipients_answered
+        connection.exchange(self._settled, stop_at=_MAIL)
+
+    def _send_envelope(self, octets: int | None, recipients: Sequence[Recipient]) -> None:
+        """Queue MAIL and its first recipients.
+
+        Args:
+            octets: of all that leaves; None: what the client sent counts, else what it declared, and the fields that
+                we add to it: the declaration is of the message as it is transmitted here (RFC 1870 6.1).
+        """
+        connection = self._connection
+        if octets is None:
+            record = self._record
+            octets = self._mail.size if record.octets is None else record.octets
+            if octets is not None:
+                octets += record.added_octets
+                if self._smarthost.settings.trace_context is _INJECT:
+                    octets += TRACEPARENT_FIELD_OCTETS
+        if connection.needs_reset:
+            connection.protocol.send_reset()
+        # Until the upstream has taken the message. RFC 3030 2 wants RSET after a chunk that was refused too.
+        connection.needs_reset = True
+        connection.protocol.send_envelope(self._mail, recipients, size=octets)
+
+    def _fitting(self) -> Sequence[Recipient]:
+        """Those that were accepted before, as far as this upstream takes so many at once; the others are left."""
+        most = self._connection.most_recipients
+        if len(self.accepted) > most:
+            self._leave(range(most, len(self.accepted)))
+        return self.accepted
+
+    def _recipients_answered(self, answers: list[Answer]) -> None:
+        accepted = self.accepted
+        before = len(accepted)
+        if not self._is_open:
+            _, refusal = answers[0]
+            if refusal.code >= 400:
+                self._sender_refused(refusal)
+                return
+            self._is_open = True
+            del answers[0]
+            if before:
+                self._check_accepted_before(answers[:before])
+                del answers[:before]
+                accepted = self.accepted
+                before = len(accepted)
+        verdicts: list[Reply] = []
+        beyond: list[int] = []
+        for recipient, (_, verdict) in zip(self._asked, answers, strict=False):
+            verdicts.append(verdict)
+            if verdict.code < 400:
+                accepted.append(recipient)
+            elif verdict.code in (452, 552) and wants_another_transaction(verdict):
+                beyond.append(len(verdicts) - 1)
+            else:
+                self._refuse(recipient, verdicts)
+        if beyond or self._is_full:
+            self._divide(before, verdicts, beyond)
+        judged, self._judged = self._judged, None
+        if judged is not None:
+            # The connection is left alone until the client says something: it may be taken away meanwhile.
+            self._is_parked = True
+            self._smarthost.park(self._connection, asyncio.get_running_loop().time(), self._reclaimed)
+            judged(verdicts)
+
+    def _check_accepted_before(self, answers: Sequence[Answer]) -> None:
+        """Look at what another connection says of those that were accepted before."""
+        beyond = set()
+        for number, (_, verdict) in enumerate(answers):
+            if verdict.code >= 400:
+                if not wants_another_transaction(verdict):
+                    raise UpstreamFault("what another upstream had accepted is refused", upstream_reply=verdict)
+                beyond.add(number)
+        if not beyond:
+            return
+        if len(beyond) == len(answers):
+            self._check_quota(answers[0].reply)
+            raise UpstreamFault("what another upstream had accepted is refused", upstream_reply=answers[0].reply)
+        self._note_limit()
+        self._leave(beyond)
+
+    # Refused -----------------------------------------------------------------------------------------------
+
+    def _refuse(self, recipient: Recipient, verdicts: list[Reply]) -> None:
+        """Note that a recipient is refused with the last of `verdicts`, and replace that by the reply to the client."""
+        verdict = self._refusal = verdicts[-1]
+        if verdict.code >= 530:
+            verdicts[-1] = self._as_told(verdict)
+        self._attempt.refuse(recipient, verdicts[-1], monotonic_ns())
+
+    def _keep_refusals(self, answers: Sequence[Answer]) -> None:
+        """Note who was refused, for the case that nobody can be asked again."""
+        for recipient, (_, verdict) in zip(self._asked, answers, strict=False):
+            if verdict.code >= 400:
+                self._read[recipient] = told = self._as_told(verdict)
+                self._attempt.refuse(recipient, told, monotonic_ns())
+
+    def _sender_refused(self, refusal: Reply) -> None:
+        self._check_sender_refusal(refusal)
+        if self.accepted:
+            raise UpstreamFault("a sender that another upstream had accepted is refused", upstream_reply=refusal)
+        self._refused_by(refusal)
+
+    def _check_sender_refusal(self, refusal: Reply) -> None:
+        """Raise what makes a refusal of MAIL no answer to the mail."""
+        if is_about_credentials(refusal):
+            self.has_ended_content = False
+            raise CredentialsRefused(self._without_secrets(refusal))
+        if refusal.is_transient and self._was_reused and self._may_try_again:
+            self.has_ended_content = False
+            self._connection.is_spent = True
+            raise Spent("MAIL refused on a connection that has served before", upstream_reply=refusal)
+
+    def _refused_by(self, refusal: Reply) -> None:
+        """MAIL was refused: so is whatever is asked."""
+        self._refusal = self._mail_refusal = refusal
+        self._end(outcome_of(refusal), refusal, refusal.error_type, answered=True)
+        self._answer_for_all(refusal)
+
+    def _as_told(self, refusal: Reply) -> Reply:
+        """The reply to the client for a refusal: one about our credentials is not about the mail."""
+        if refusal.code < 530 or not is_about_credentials(refusal):
+            return refusal
+        fault = CredentialsRefused(self._without_secrets(refusal))
+        self._smarthost.credentials_refused(fault)
+        return fault.told
+
+    def _without_secrets(self, refusal: Reply) -> Reply:
+        credentials = self._smarthost.settings.credentials
+        return refusal if credentials is None else without_secrets(refusal, credentials)
+
+    # More than one transaction takes -----------------------------------------------------------------------
+
+    def _promise(self, recipient: Recipient) -> Reply:
+        """Leave a recipient that was not asked about, or is one too many."""
+        # What a fresh connection took is what one takes.
+        is_measured = self.wants_fresh and not self._was_reused
+        most = max(1, len(self.accepted)) if is_measured else self._connection.most_recipients
+        if len(self.left) >= (MOST_TRANSACTIONS - 1) * most:
+            return replies.TOO_MANY_RECIPIENTS
+        if self._promised is None:
+            self._promised = list(self.accepted)
+        self._is_full = True
+        self.left.append(recipient)
+        self._promised.append(recipient)
+        return replies.RECIPIENT_OK
+
+    def _leave(self, numbers: Collection[int]) -> None:
+        """Leave some that had been accepted: this upstream takes fewer than the one before, or than was known.
+
+        Args:
+            numbers: their places among the accepted.
+        """
+        if self._promised is None:
+            self._promised = list(self.accepted)
+        self._is_full = True
+        self.left += [recipient for number, recipient in enumerate(self.accepted) if number in numbers]
+        self.accepted = [recipient for number, recipient in enumerate(self.accepted) if number not in numbers]
+
+    def _note_limit(self) -> None:
+        """There was one too many for the transaction, or for the connection: nobody knows which."""
+        self.wants_fresh = True
+        self._connection.is_spent = True
+
+    def _check_quota(self, refusal: Reply) -> None:
+        """Raise what makes the refusal of the first recipients no answer: those of earlier mails may have used up what
+        the connection takes."""
+        if self._was_reused and self._smarthost not in self._tried_again:
+            self.has_ended_content = False
+            self._connection.is_spent = True
+            raise Spent("recipients refused on a connection that has served before", upstream_reply=refusal)
+
+    def _divide(self, before: int, verdicts: list[Reply], beyond: Collection[int]) -> list[Reply]:
+        """Leave the recipients of this group that are too many for the transaction.
+
+        Args:
+            before: how many had been accepted before them.
+            verdicts: on those that were asked about.
+            beyond: numbers of those that were one too many.
+
+        Returns:
+            `verdicts`, completed.
+        """
+        asked = self._asked
+        if beyond and not self.accepted:
+            # One too many beside nobody is a refusal like any other.
+            self._check_quota(verdicts[min(beyond)])
+            for number in beyond:
+                self._refusal = verdicts[number]
+                self._attempt.refuse(asked[number], verdicts[number], monotonic_ns())
+            beyond = ()
+        if beyond:
+            self._note_limit()
+        promised = self._promised = self.accepted[:before] if self._promised is None else self._promised
+        for number, recipient in enumerate(asked):
+            if number >= len(verdicts):
+                verdicts.append(self._promise(recipient))
+            elif number in beyond:
+                verdicts[number] = self._promise(recipient)
+            elif verdicts[number].code < 400:
+                promised.append(recipient)
+        return verdicts

@@ -1,0 +1,270 @@
+"""The content of a transaction upstream, and what the reply to it means.
+
+What is small leaves in one write; what is large as the upstream takes it, from memory or from a file.
+"""
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+from time import monotonic_ns
+from typing import Final
+
+from otel_smtp.forwarding.connection import UpstreamConnection
+from otel_smtp.forwarding.content import Content
+from otel_smtp.forwarding.enveloping import Enveloping
+from otel_smtp.forwarding.settings import TracePolicy
+from otel_smtp.forwarding.verdicts import fold, outcome_of, wants_another_transaction
+from otel_smtp.observing import DeliveryPhase, Outcome
+from otel_smtp.smtp import replies
+from otel_smtp.smtp.client import CONTENT, MAIL, RCPT, Answer
+from otel_smtp.smtp.envelope import Body
+from otel_smtp.smtp.received import replace_trace_headers
+from otel_smtp.smtp.replies import ErrorType, Reply
+
+logger: Final = logging.getLogger("otel_smtp.forwarding.transmitting")
+
+ONE_PIECE_OCTETS: Final = 64 * 1024
+"""Content up to this size is joined and sent in one write; joining more costs more than the further writes."""
+
+_TO_BE_REENCODED: Final = replies.NEEDS_8BITMIME.with_text("to be re-encoded")  # never sent to a client
+
+# See `smtp.client.answers` for why such names are here.
+_CONTENT_ENDED: Final = DeliveryPhase.CONTENT
+_RELAYED: Final = Outcome.RELAYED
+_INJECT: Final = TracePolicy.INJECT
+_STRIP: Final = TracePolicy.STRIP
+
+
+class Transmitting(Enveloping):
+    """The content; see `Delivery` for arguments and attributes."""
+
+    __slots__ = ()
+
+    def _may_not_go_on(self) -> bool:
+        """Whether the message may be another gateway's by now, with its content not all sent: this was aborted then."""
+        has_lost_lease = self._record.has_lost_lease
+        return has_lost_lease is not None and not self.has_ended_content and has_lost_lease()
+
+    def _unfit(self) -> Reply | None:
+        """Make the header block that leaves, and say why this upstream cannot take the message; None where it can."""
+        content, extensions = self._content, self._connection.protocol.extensions
+        if content.original is not None and extensions.eight_bit_mime:
+            content = self._content = content.original  # it was made 7-bit for an upstream before this one
+        header = content.header
+        policy = self._smarthost.settings.trace_context
+        if policy is _INJECT:
+            header = replace_trace_headers(header, self._observer.delivery_carrier(self._attempt))
+        elif policy is _STRIP and b"trace" in header.lower():
+            header = replace_trace_headers(header, {})
+        self._header = header
+        reencodes = self._smarthost.settings.reencode_8bit
+        if (
+            not extensions.eight_bit_mime
+            and (reencodes or self._mail.body is Body.EIGHT_BIT_MIME)
+            and content.original is None
+            and content.is_8bit
+        ):
+            if reencodes:
+                return _TO_BE_REENCODED
+            # Promised in good faith: another upstream, or this one another time, may take it.
+            return replies.UPSTREAM_LACKS_8BITMIME if self._record.is_8bit_offered else replies.NEEDS_8BITMIME
+        if self._mail.smtputf8 and not extensions.smtputf8 and content.is_8bit:
+            return replies.UPSTREAM_LACKS_SMTPUTF8  # it was offered: else such content would have been refused before
+        if extensions.size and len(header) + content.body_octets > extensions.size:
+            return replies.MESSAGE_TOO_BIG
+        return None
+
+    def _decline(self, refusal: Reply) -> None:
+        """This upstream cannot take the message. For good, if no other one serves it, here or later."""
+        if refusal is _TO_BE_REENCODED:
+            self._content.reencode(partial(self._content_reencoded, self._connection))
+        elif self.route or self._faults:
+            self._pass_by(refusal)
+        else:
+            self._conclude(refusal)
+
+    def _content_reencoded(self, connection: UpstreamConnection, made: Content | Reply) -> None:
+        """Go on with the same work and what was made for it."""
+        if not self._is_connected or connection is not self._connection:
+            return  # lost meanwhile
+        if isinstance(made, Content):
+            self._content = made
+            self._proceed()
+            return
+        try:
+            if made.is_permanent:
+                self._decline(made)
+            else:
+                self._end(Outcome.ABORTED, None, None)
+                self._answer_for_all(made)
+        except Exception as error:  # noqa: BLE001 - see `_recover`
+            self._recover(error)
+
+    # Written -----------------------------------------------------------------------------------------------
+
+    def _ask_for_content(self) -> None:
+        self._connection.protocol.send_data()
+        self._after = Transmitting._data_answered
+        self._connection.exchange(self._settled)
+
+    def _data_answered(self, answers: list[Answer]) -> None:
+        reply = answers[0].reply
+        if reply.code >= 400:
+            self._conclude(reply)
+        else:
+            self._write()
+
+    def _write(self) -> None:
+        """Write the content with its end, a small message in one piece, and wait for the reply to it."""
+        protocol, content = self._connection.protocol, self._content
+        octets = len(self._header) + content.body_octets
+        if content.pieces is None or octets > ONE_PIECE_OCTETS:
+            self._write_large(octets)
+            return
+        if protocol.extensions.chunking:
+            protocol.send_last_chunk(self._header, *content.pieces)
+        else:
+            for piece in (self._header, *content.pieces):
+                protocol.send_content(piece)
+            protocol.end_content()
+        self._end_content()
+
+    def _end_content(self) -> None:
+        """Send what is queued, the end of the content with it, and wait for the reply to the message."""
+        self.has_ended_content = True
+        self._attempt.phases.append((monotonic_ns(), _CONTENT_ENDED, None))
+        self._after = Transmitting._message_answered
+        self._connection.exchange(self._settled)
+
+    def _write_large(self, octets: int) -> None:
+        protocol = self._connection.protocol
+        if protocol.extensions.chunking:
+            protocol.begin_last_chunk(octets)
+        self._sent_octets = self._sent_pieces = 0
+        self._after = Transmitting._refused_early
+        self._put_content(self._header)
+        if self._connection.send_content(self._settled, self._writable):
+            self._write_more()
+
+    def _put_content(self, piece: bytes) -> None:
+        protocol = self._connection.protocol
+        if protocol.extensions.chunking:
+            protocol.send_chunk_octets(piece)
+        else:
+            protocol.send_content(piece)
+
+    def _writable(self) -> None:
+        try:
+            if self._record.has_lost_lease is None or not self._may_not_go_on():
+                self._write_more()
+        except Exception as error:  # noqa: BLE001 - see `_recover`
+            self._recover(error)
+
+    def _write_more(self) -> None:
+        """Write the rest of the body, as fast as the upstream takes it; the last piece leaves with the end."""
+        content = self._content
+        while self._sent_octets < content.body_octets:
+            if content.pieces is None:
+                content.read(self._sent_octets, partial(self._piece_read, self._connection))
+                return
+            self._sent_pieces += 1
+            if not self._write_piece(content.pieces[self._sent_pieces - 1]):
+                return
+        if not self._connection.protocol.extensions.chunking:
+            self._connection.protocol.end_content()
+        self._end_content()
+
+    def _write_piece(self, piece: bytes) -> bool:
+        """Write a piece, but keep the last one back; whether to go on at once."""
+        self._put_content(piece)
+        self._sent_octets += len(piece)
+        is_last = self._sent_octets >= self._content.body_octets
+        return is_last or self._connection.send_content(self._settled, self._writable)
+
+    def _piece_read(self, connection: UpstreamConnection, piece: bytes | None) -> None:
+        if not self._is_connected or connection is not self._connection:
+            return  # lost meanwhile
+        try:
+            if piece is None:
+                self._end(Outcome.ABORTED, None, None)
+                self._answer_for_all(replies.STORAGE_FAILED)
+            elif not self._may_not_go_on() and self._write_piece(piece):
+                self._write_more()
+        except Exception as error:  # noqa: BLE001 - see `_recover`
+            self._recover(error)
+
+    def _refused_early(self, answers: list[Answer]) -> None:
+        """The upstream refuses the content before its end; the connection cannot be used again then."""
+        self._conclude(answers[-1].reply)
+
+    # Answered ----------------------------------------------------------------------------------------------
+
+    def _message_answered(self, answers: list[Answer]) -> None:
+        if len(answers) == 1:
+            self._conclude(answers[0][1])
+            return
+        if refusal_in(answers) is not None:
+            self._refused_in_burst(answers)
+            return
+        if answers[-2][0] is not CONTENT:  # one reply for all
+            self._conclude(self._as_told(answers[-1][1]))
+            return
+        verdicts = [self._as_told(reply) for verb, reply in answers if verb is CONTENT]
+        self._conclude(fold(verdicts), verdicts)
+
+    def _refused_in_burst(self, answers: Sequence[Answer]) -> None:
+        """MAIL or a recipient was refused, and with it the message."""
+        refusal = refusal_in(answers)
+        assert refusal is not None
+        if answers[0].reply.code >= 400:
+            self._check_sender_refusal(refusal)
+        else:
+            if wants_another_transaction(refusal) and not any(
+                verb is RCPT and reply.code < 400 for verb, reply in answers
+            ):
+                self._check_quota(refusal)
+            self._note_refused(answers)
+        self._conclude(refusal)
+
+    def _note_refused(self, answers: Sequence[Answer]) -> None:
+        """Note for whom a message was refused before its content counted."""
+        verdicts = [reply for verb, reply in answers if verb is RCPT]
+        for recipient, verdict in zip(self.accepted, verdicts, strict=False):
+            if verdict.code >= 400:
+                self._attempt.refuse(recipient, self._as_told(verdict), monotonic_ns())
+
+    def _conclude(self, reply: Reply, verdicts: Sequence[Reply] = ()) -> None:
+        """The message has its reply."""
+        attempt = self._attempt
+        error_type = reply.error_type
+        own = reply if error_type is None or error_type is ErrorType.UPSTREAM_REFUSED else None
+        if reply.code < 400:
+            self._connection.needs_reset = False
+            outcome = _RELAYED
+        else:
+            if reply.code >= 530:
+                reply = self._as_told(reply)
+            outcome = outcome_of(reply)
+        if len(verdicts) > 1 and outcome is not _RELAYED:
+            for recipient, verdict in zip(self.accepted, verdicts, strict=False):
+                if verdict.code >= 400:
+                    attempt.accepted_count -= 1
+                    attempt.refuse(recipient, verdict, monotonic_ns())
+                elif outcome is not Outcome.UNKNOWN:
+                    outcome = Outcome.PARTLY_RELAYED
+        elif outcome is _RELAYED and attempt.refused:
+            outcome = Outcome.PARTLY_RELAYED
+        self._end(outcome, own, reply.error_type, answered=True)
+        delivered, self._delivered = self._delivered, None
+        if delivered is not None:
+            delivered(reply, verdicts if len(verdicts) > 1 else ())
+        else:
+            logger.info("message outcome after its client left", extra={**self._named(), "code": reply.code})
+
+
+def refusal_in(answers: Sequence[Answer]) -> Reply | None:
+    """The first refusal of MAIL or a recipient."""
+    for verb, reply in answers:
+        if reply.code >= 400 and (verb is MAIL or verb is RCPT):
+            return reply
+    return None
