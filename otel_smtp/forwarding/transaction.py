@@ -259,6 +259,19 @@ class Transaction(ABC):
             return self._part(route)
         return None
 
+    def _have_one_route(self, batch: Sequence[Recipient]) -> bool:
+        """Whether `_judge` would find nothing to say of any recipient: most batches, for which it is one look here."""
+        serving = self._serving
+        if serving.has_patterns or not serving.upstreams:
+            return False
+        for recipient in batch:
+            address = recipient.address
+            if not address.isascii() or not address or not is_safe_path(address):
+                return False
+        if not self._route:
+            self._route = self._delivery.route = serving.upstreams
+        return True
+
     def _join(self, route: Sequence[Smarthost]) -> bool:
         """Whether a recipient of another route can travel with those before it."""
         if route[0] is not self._route[0] or not self._delivery.is_served_by(route):
@@ -290,18 +303,9 @@ class Transparent(Transaction):
 
     def recipients(self, batch: Sequence[Recipient], answered: RecipientsAnswered) -> None:
         """See `MailTransaction.recipients`."""
-        serving = self._serving
-        if self._parts is None and not serving.has_patterns and serving.upstreams:
-            # All are served alike; and most of them may reach an upstream: see `_judge`.
-            for recipient in batch:
-                address = recipient.address
-                if not address.isascii() or not address or not is_safe_path(address):
-                    break
-            else:
-                if not self._route:
-                    self._route = self._delivery.route = serving.upstreams
-                self._delivery.ask(batch, answered)
-                return
+        if self._have_one_route(batch):
+            self._delivery.ask(batch, answered)
+            return
         found = [self._judge(recipient) for recipient in batch]
         if self._parts is None and not any(found):
             self._delivery.ask(batch, answered)
@@ -360,7 +364,13 @@ class Buffered(Transaction):
 
     def recipients(self, batch: Sequence[Recipient], answered: RecipientsAnswered) -> None:
         """See `MailTransaction.recipients`."""
-        answered([self._accept(recipient) for recipient in batch])
+        accepted = self._delivery.accepted
+        # So many are fewer than any upstream takes in all transactions together.
+        if len(accepted) + len(batch) <= MOST_TRANSACTIONS and self._have_one_route(batch):
+            accepted += batch
+            answered([replies.RECIPIENT_OK] * len(batch))
+        else:
+            answered([self._accept(recipient) for recipient in batch])
 
     def _accept(self, recipient: Recipient) -> Reply:
         found = self._judge(recipient)
