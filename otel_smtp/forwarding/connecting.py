@@ -18,8 +18,8 @@ from otel_smtp.forwarding.faults import (
     UpstreamFault,
 )
 from otel_smtp.forwarding.pace import Pace, WaitingMail
-from otel_smtp.forwarding.pool import Decision, Ticket
 from otel_smtp.forwarding.smarthost import Smarthost
+from otel_smtp.forwarding.tickets import Decision, Ticket
 from otel_smtp.observing import DeliveryPhase, DeliveryRecord, Observer, TransactionRecord
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Mail

@@ -25,43 +25,15 @@ its turn.
 import math
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from enum import Enum, auto
-from typing import Final, Generic, Protocol, TypeVar
+from typing import Final, Generic
 
-from otel_smtp.forwarding.breaker import Breaker, BreakerState
+from otel_smtp.forwarding.breaker import Breaker
 from otel_smtp.forwarding.ceiling import Ceiling
 from otel_smtp.forwarding.faults import UpstreamFault
 from otel_smtp.forwarding.settings import PoolLimits
 from otel_smtp.forwarding.slots import TURN_SECONDS, AnySlots
-
-
-class Pooled(Protocol):
-    """What the pool asks of a connection."""
-
-    @property
-    def is_alive(self) -> bool:
-        """Nothing has been heard of it since it was released."""
-        ...
-
-    @property
-    def is_spent(self) -> bool:
-        """No other transaction is begun on it. Does not change while nobody uses it."""
-        ...
-
-    @property
-    def opened_at(self) -> float:
-        """When it was opened."""
-        ...
-
-    @property
-    def expires_at(self) -> float:
-        """When no other transaction is begun on it any more."""
-        ...
-
-
-C = TypeVar("C", bound=Pooled)
-
+from otel_smtp.forwarding.snapshots import PoolSnapshot
+from otel_smtp.forwarding.tickets import C, Decision, Ticket
 
 RECLAIM_AFTER_SECONDS: Final = 0.25
 """A client on the same continent sends its content within a few round trips; who takes longer is slow, or gone. So long
@@ -74,60 +46,6 @@ LINGERING_SECONDS: Final = 1.0
 """After a connection was closed, how long the upstream may still count it."""
 RETRY_SECONDS: Final = 0.25
 """After a refusal, until the next connection is opened beside those that work."""
-
-
-class Decision(Enum):
-    """What became of a ticket."""
-
-    WAITING = auto()
-    REUSE = auto()  # `connection` is it
-    OPEN = auto()  # open one, then tell `opened`, `failed` or `gave_up`
-    FAILED = auto()  # the one that it had opened was refused, and so were all others; `fault` says how
-    NONE = auto()  # none is available: the upstream is in backoff, all were busy for too long, or the pool is closed
-
-
-class Ticket(Generic[C]):
-    """One mail's wish for a connection.
-
-    Attributes:
-        asked_at: when it began to wait. `since`: when its transaction first did, which is its place among the others.
-        on_decided: called when a waiting ticket is decided; again where it was put back.
-        fault, refused_at: how and when the connection failed that it had opened; None: it had none.
-    """
-
-    __slots__ = ("asked_at", "connection", "decision", "fault", "on_decided", "refused_at", "since", "wants_fresh")
-
-    def __init__(self, asked_at: float, since: float, *, wants_fresh: bool) -> None:
-        self.asked_at = asked_at
-        self.since = since
-        self.wants_fresh = wants_fresh
-        self.decision = Decision.WAITING
-        self.connection: C | None = None
-        self.on_decided: Callable[[], None] | None = None
-        self.fault: UpstreamFault | None = None
-        self.refused_at = 0.0
-
-    def decide(self, decision: Decision, connection: C | None = None) -> None:
-        self.decision = decision
-        self.connection = connection
-        on_decided = self.on_decided
-        if decision is not Decision.OPEN:
-            self.on_decided = None
-        if on_decided is not None:
-            on_decided()
-
-
-@dataclass(frozen=True, slots=True)
-class PoolSnapshot:
-    """A pool at one moment, for people."""
-
-    idle: int
-    busy: int
-    opening: int
-    waiting: int
-    most: int
-    window: int
-    breaker: BreakerState
 
 
 class Pool(Generic[C]):

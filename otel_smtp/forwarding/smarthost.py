@@ -12,9 +12,11 @@ from otel_smtp.forwarding.connection import UpstreamConnection
 from otel_smtp.forwarding.faults import ConnectFailed, CredentialsRefused, NoConnectionFree, UpstreamFault
 from otel_smtp.forwarding.opening import NotePhase, open_connection
 from otel_smtp.forwarding.pace import Pace
-from otel_smtp.forwarding.pool import RECLAIM_SOONEST_SECONDS, Decision, Pool, PoolSnapshot, Ticket
+from otel_smtp.forwarding.pool import RECLAIM_SOONEST_SECONDS, Pool
 from otel_smtp.forwarding.settings import UpstreamSettings
 from otel_smtp.forwarding.slots import AnySlots
+from otel_smtp.forwarding.snapshots import PoolSnapshot
+from otel_smtp.forwarding.tickets import Decision, Ticket
 from otel_smtp.forwarding.tls import UpstreamTlsContext
 from otel_smtp.net import Sweep
 from otel_smtp.observing import DeliveryPhase

@@ -7,21 +7,21 @@ for what may be tried again.
 import asyncio
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Final
 
 from otel_smtp.forwarding.base import LEAST, MailTransaction, Permanent, Transient
 from otel_smtp.forwarding.ceiling import Ceiling
 from otel_smtp.forwarding.delivery import Delivery
 from otel_smtp.forwarding.pace import AnyLimit, Pace
-from otel_smtp.forwarding.pool import PoolSnapshot
 from otel_smtp.forwarding.routes import Routes, Serving, whatever_they_serve
 from otel_smtp.forwarding.settings import MEMORY_LIMIT_OCTETS, PACE_PATIENCE_SECONDS, Strategy, UpstreamSettings
 from otel_smtp.forwarding.slots import AnySlots
 from otel_smtp.forwarding.smarthost import Smarthost
+from otel_smtp.forwarding.snapshots import UpstreamSnapshot
 from otel_smtp.forwarding.transaction import Buffered, Spooled, Transaction, Transparent, bad_recipient
 from otel_smtp.net import Sweep
-from otel_smtp.observing import Endpoint, Observer, TransactionRecord
+from otel_smtp.observing import Observer, TransactionRecord
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.client import is_safe_path
 from otel_smtp.smtp.envelope import Mail, Recipient
@@ -39,25 +39,6 @@ _STRATEGIES: Final[dict[Strategy, type[Transaction]]] = {
     Strategy.TRANSPARENT: Transparent,
     Strategy.BUFFERED: Buffered,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class UpstreamSnapshot:
-    """One upstream at one moment, for the status page.
-
-    Attributes:
-        retry_seconds: until the next attempt is allowed; None where it is not in backoff.
-        last_success_seconds, last_failure_seconds: ago; None: never. `last_failure`: what it was, in a word.
-    """
-
-    name: str
-    endpoint: Endpoint
-    pool: PoolSnapshot
-    is_reachable: bool = True
-    retry_seconds: float | None = None
-    last_success_seconds: float | None = None
-    last_failure_seconds: float | None = None
-    last_failure: str | None = None
 
 
 class UpstreamForwarder:

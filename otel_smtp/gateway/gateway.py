@@ -12,7 +12,8 @@ from otel_smtp.config import ListenerTable, Settings
 from otel_smtp.forwarding.base import Forwarder
 from otel_smtp.forwarding.rewriting import SenderRewritingForwarder
 from otel_smtp.forwarding.settings import PACE_PATIENCE_SECONDS, Strategy
-from otel_smtp.forwarding.upstream import CLOSE_GRACE_SECONDS, UpstreamForwarder, UpstreamSnapshot
+from otel_smtp.forwarding.snapshots import UpstreamSnapshot
+from otel_smtp.forwarding.upstream import CLOSE_GRACE_SECONDS, UpstreamForwarder
 from otel_smtp.gateway import wiring
 from otel_smtp.gateway.ports import naming_settings, with_addresses_of, with_present_addresses
 from otel_smtp.gateway.status_port import Process, StatusPort, age_seconds

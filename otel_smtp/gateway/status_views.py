@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 from otel_smtp.forwarding.breaker import BreakerState
-from otel_smtp.forwarding.upstream import UpstreamSnapshot
+from otel_smtp.forwarding.snapshots import UpstreamSnapshot
 from otel_smtp.gateway.status_port import age_seconds
 from otel_smtp.smtp.envelope import Recipient
 from otel_smtp.spool.messages import Company, DeliveryState, Departure, MessageView, Peer

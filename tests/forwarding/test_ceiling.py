@@ -5,8 +5,9 @@ import os
 import pytest
 
 from otel_smtp.forwarding.ceiling import HANDED_ON_SECONDS, TURN_SECONDS, Ceiling, SharedCeilings
-from otel_smtp.forwarding.pool import Decision, Pool, Ticket
+from otel_smtp.forwarding.pool import Pool
 from otel_smtp.forwarding.settings import PoolLimits
+from otel_smtp.forwarding.tickets import Decision, Ticket
 from tests.forwarding.test_pool import REFUSED, Connection, Connections
 
 

@@ -22,11 +22,10 @@ from otel_smtp.forwarding.pool import (
     RECLAIM_AFTER_SECONDS,
     RECLAIM_SOONEST_SECONDS,
     RETRY_SECONDS,
-    Decision,
     Pool,
-    Ticket,
 )
 from otel_smtp.forwarding.settings import PoolLimits
+from otel_smtp.forwarding.tickets import Decision, Ticket
 
 
 @dataclass(eq=False)
