@@ -60,6 +60,28 @@ def says(port: int, *pieces: bytes) -> bytes:
         return rest(connection)
 
 
+class Chunks:
+    """Sends chunk after chunk of one octet, as far as it is let, and reads no reply."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        assert connection.recv(1000).startswith(b"220 ")
+        connection.sendall(OPEN)
+        connection.setblocking(False)
+        self._connection = connection
+        self._unsent = b""
+
+    def send(self) -> bool:
+        """Send some; False where the connection is over."""
+        self._unsent = self._unsent or b"BDAT 1\r\nx" * 1000
+        try:
+            self._unsent = self._unsent[self._connection.send(self._unsent) :]
+        except BlockingIOError:
+            pass
+        except ConnectionError:
+            return False
+        return True
+
+
 def side_by_side(amount: int, work: Callable[[int], object]) -> None:
     with ThreadPoolExecutor(amount) as threads:
         for done in [threads.submit(work, number) for number in range(amount)]:
@@ -170,20 +192,11 @@ def replies_that_nobody_reads(site: Site) -> None:
             connection = stack.enter_context(socket.socket())
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             connection.connect(("127.0.0.1", site.port))
-            assert connection.recv(1000).startswith(b"220 ")
-            connection.sendall(OPEN)
-            connection.setblocking(False)
-            held.append(connection)
+            held.append(Chunks(connection))
         began = time.monotonic()
         ends = began + 10 * UNREAD_REPLIES_SECONDS
         while held and time.monotonic() < ends:
-            for connection in list(held):
-                try:
-                    connection.send(b"BDAT 1\r\nx" * 1000)
-                except BlockingIOError:
-                    pass
-                except ConnectionError:
-                    held.remove(connection)
+            held = [chunks for chunks in held if chunks.send()]
             time.sleep(0.01)
         assert not held
         assert time.monotonic() - began > UNREAD_REPLIES_SECONDS / 2  # it was that which ended them
@@ -195,15 +208,10 @@ def replies_that_nobody_reads(site: Site) -> None:
 def tiny_chunks_unread(site: Site) -> None:
     with ExitStack() as stack:
         # As many as leave one of the connections that are opened to an upstream at first.
-        held = [stack.enter_context(greeted(site.port)) for _ in range(4)]
+        held = [Chunks(stack.enter_context(connected(site.port))) for _ in range(4)]
         ends = time.monotonic() + 3
-        for connection in held:
-            connection.sendall(OPEN)
-            connection.setblocking(False)
         while time.monotonic() < ends:
-            for connection in held:
-                with suppress(OSError):
-                    connection.send(b"BDAT 1\r\nx" * 1000)
+            assert all(chunks.send() for chunks in held)
             time.sleep(0.001)
 
 
