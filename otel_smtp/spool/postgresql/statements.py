@@ -116,15 +116,21 @@ _DUE: Final = """
     AND (SELECT expires_at > now() FROM {{s}}.msg WHERE id = dlv.msg_id)
   ORDER BY next_at LIMIT 8 * $3"""
 
+# The planner's figures may be of a moment when the queue was empty, and claims must not depend on them. `tried` comes
+# of a subquery, since a constant is folded into what the index does not have; the sample is sorted once; and each of it
+# is looked up by its key, one by one, which `state::text` leaves as the only way.
 _CLAIM: Final = f"""
 WITH {_ME},
-s AS (({_DUE.format(tried="false")}) UNION ALL ({_DUE.format(tried="true")})),
+s AS (({_DUE.format(tried="(SELECT false)")}) UNION ALL ({_DUE.format(tried="(SELECT true)")})),
 t AS (SELECT *, row_number() OVER (PARTITION BY tried, sender ORDER BY next_at, msg_id) AS turn FROM s),
-u AS (SELECT *, row_number() OVER (PARTITION BY tried ORDER BY turn, hashtext(msg_id || $1::text)) AS place FROM t),
+u AS MATERIALIZED (
+  SELECT *, row_number() OVER (PARTITION BY tried ORDER BY turn, hashtext(msg_id || $1::text)) AS place FROM t),
 c AS (
-  SELECT dlv.msg_id, dlv.d, u.place, u.tried, dlv.taken_from
-  FROM {{s}}.dlv JOIN u USING (msg_id, d) WHERE dlv.state = 'r' AND EXISTS (SELECT FROM me)
-  ORDER BY u.place, u.tried LIMIT $3 FOR UPDATE OF dlv SKIP LOCKED)
+  SELECT one.msg_id, one.d, u.place, u.tried, one.taken_from
+  FROM (SELECT * FROM u ORDER BY place, tried) AS u CROSS JOIN LATERAL (
+    SELECT msg_id, d, taken_from FROM {{s}}.dlv
+    WHERE dlv.msg_id = u.msg_id AND dlv.d = u.d AND state::text = 'r' FOR UPDATE SKIP LOCKED) AS one
+  WHERE EXISTS (SELECT FROM me) LIMIT $3)
 UPDATE {{s}}.dlv SET state = 'l', owner = $1, epoch = epoch + 1, attempts = attempts + 1, next_at = now(),
   taken_from = NULL
 FROM c JOIN {{s}}.msg ON msg.id = c.msg_id WHERE dlv.msg_id = c.msg_id AND dlv.d = c.d
