@@ -28,7 +28,8 @@ from otel_smtp.forwarding.faults import (
     Unsuitable,
     UpstreamFault,
 )
-from otel_smtp.forwarding.smarthost import Smarthost, told
+from otel_smtp.forwarding.reaching import told
+from otel_smtp.forwarding.smarthost import Smarthost
 from otel_smtp.forwarding.verdicts import asks_for_less
 from otel_smtp.observing import DeliveryRecord, Outcome, trace_fields
 from otel_smtp.smtp import replies

@@ -1,47 +1,15 @@
-"""One upstream: its pool, brought to life with real connections, and what it said of itself last."""
+"""One upstream: its pool, brought to life with real connections. How these come about: see `reaching`."""
 
 import asyncio
-import contextlib
-import logging
-import ssl
-from collections.abc import Callable
-from typing import Final
 
-from otel_smtp.forwarding.ceiling import Ceiling
 from otel_smtp.forwarding.connection import UpstreamConnection
-from otel_smtp.forwarding.faults import ConnectFailed, CredentialsRefused, NoConnectionFree, UpstreamFault
-from otel_smtp.forwarding.opening import NotePhase, open_connection
-from otel_smtp.forwarding.pace import Pace
-from otel_smtp.forwarding.pool import RECLAIM_SOONEST_SECONDS, Pool
-from otel_smtp.forwarding.settings import UpstreamSettings
-from otel_smtp.forwarding.slots import AnySlots
-from otel_smtp.forwarding.snapshots import PoolSnapshot
+from otel_smtp.forwarding.pool import RECLAIM_SOONEST_SECONDS
+from otel_smtp.forwarding.reaching import Reaching
 from otel_smtp.forwarding.tickets import Decision, Ticket
 from otel_smtp.forwarding.tls import UpstreamTlsContext
-from otel_smtp.net import Sweep
-from otel_smtp.observing import DeliveryPhase
-from otel_smtp.smtp import replies
-from otel_smtp.smtp.extensions import Extensions
-from otel_smtp.smtp.replies import Reply
-from otel_smtp.smtp.states import TlsMode
-
-logger: Final = logging.getLogger("otel_smtp.forwarding.smarthost")
-
-LEARN_AGAIN_SECONDS: Final = 1.0  # after the first failure; twice as long after each further one
-LEARN_AGAIN_MOST_SECONDS: Final = 60.0
-SLOT_SECONDS: Final = 1.0
-"""How long clients are promised nothing while what it offers is not known for want of a connection slot."""
-
-Opened = Callable[[UpstreamConnection | None, UpstreamFault | None], None]
-"""Takes a connection that was opened, or why none was; neither: the ticket waits again, or was decided otherwise
-meanwhile. It must not raise."""
 
 
-class _WaitsAgain(Exception):
-    """No connection was opened, and that is no verdict."""
-
-
-class Smarthost:
+class Smarthost(Reaching):
     """One upstream that mail is relayed to.
 
     Args:
@@ -67,100 +35,10 @@ class Smarthost:
         OSError: a file of its TLS settings cannot be read.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "_connections",
-        "_context",
-        "_hostname",
-        "_is_swept",
-        "_learning",
-        "_learnt",
-        "_level",
-        "_loop",
-        "_parted",
-        "_pool",
-        "_reclaiming",
-        "_room_made",
-        "_sweep",
-        "endpoint",
-        "extensions",
-        "failed_at",
-        "failure",
-        "is_unheard",
-        "last_fault",
-        "name",
-        "pace",
-        "park",
-        "settings",
-        "slots",
-        "take",
-        "unpark",
-    )
-
-    def __init__(
-        self,
-        settings: UpstreamSettings,
-        hostname: str,
-        sweep: Sweep,
-        ceiling: Ceiling | None = None,
-        pace: Pace | None = None,
-        learnt: Callable[[], None] | None = None,
-        slots: AnySlots | None = None,
-        room_made: Callable[[], None] = lambda: None,
-    ) -> None:
-        self.settings = settings
-        self.name = settings.name
-        self.pace = pace
-        self.slots = slots
-        self._room_made = room_made
-        self._learning: asyncio.Future[None] | None = None  # done when there may be a slot for that
-        self._parted: asyncio.Event | None = None  # waited for at the end
-        self.endpoint = settings.endpoint
-        self.extensions: Extensions | None = None
-        self.is_unheard = True
-        self._learnt = learnt
-        self.failed_at: float | None = None
-        self.failure: str | None = None
-        self.last_fault: UpstreamFault | None = None
-        self._hostname = hostname
-        self._context = self.tls_context()
-        self._pool: Pool[UpstreamConnection] = Pool(settings.limits, ceiling, slots, self._reclaim_soon)
-        if slots is not None:
-            slots.watch(self)
-        self.take, self.park, self.unpark = self._pool.take, self._pool.park, self._pool.unpark
-        self._connections: set[UpstreamConnection] = set()  # all that are open
-        self._sweep = sweep
-        self._is_swept = False
-        self._reclaiming: asyncio.TimerHandle | None = None  # while somebody waits and something is parked
-        self._level = self._pool.ceiling.level  # of which people were told
-        self._loop: asyncio.AbstractEventLoop | None = None
+    __slots__ = ()
 
     def __repr__(self) -> str:
         return f"<Smarthost {self.settings.name} {self.endpoint} {self._pool!r}>"
-
-    def snapshot(self) -> PoolSnapshot:
-        """Its pool at this moment."""
-        return self._pool.snapshot()
-
-    @property
-    def heard_at(self) -> float | None:
-        """When it last was of use, a connection or an answer; the loop's clock; None: never."""
-        return self._pool.heard_at
-
-    @property
-    def retry_at(self) -> float | None:
-        """When the next attempt is allowed, by the loop's clock; None where it is not in backoff."""
-        return self._pool.breaker.retry_at
-
-    @property
-    def is_reachable(self) -> bool:
-        """Whether the last that is known of it is good, or nothing is known."""
-        return self.failed_at is None or (self.heard_at is not None and self.heard_at >= self.failed_at)
-
-    @property
-    def most_recipients(self) -> int:
-        """How many recipients it takes in one transaction, as far as is known."""
-        return self.settings.most_recipients(self.extensions)
 
     def concurrency(self) -> int:
         """How many mails may be under way to it now."""
@@ -172,7 +50,7 @@ class Smarthost:
         """Whether it has no connection, and nobody waits for one."""
         return self._pool.is_empty
 
-    # Who may use which connection -------------------------------------------------------------------------
+    # Who may use which connection --------------------------------------------------------------------------
 
     def ask(self, *, fresh: bool = False, since: float | None = None) -> Ticket[UpstreamConnection]:
         """Ask for a connection. A decision to open one is followed by `open`.
@@ -213,146 +91,6 @@ class Smarthost:
         self._pool.withdraw(ticket, self._loop.time())
         self._close_what_is_over()
 
-    def open(self, ticket: Ticket[UpstreamConnection], note: NotePhase, opened: Opened) -> "asyncio.Task[None]":
-        """Open the connection that a ticket allowed; until it is open, the task may be cancelled."""
-        assert self._loop is not None
-        opening = self._loop.create_task(self._open_for(ticket, note, opened))
-        # A task that is cancelled before its first step never runs: only its end is certain.
-        opening.add_done_callback(self._opening_ended)
-        return opening
-
-    def _opening_ended(self, opening: "asyncio.Task[None]") -> None:
-        assert self._loop is not None
-        if opening.cancelled():
-            self._pool.gave_up(self._loop.time())
-
-    async def _open_for(self, ticket: Ticket[UpstreamConnection], note: NotePhase, opened: Opened) -> None:
-        try:
-            connection = await self._open(ticket, note)
-        except _WaitsAgain:
-            opened(None, None)
-        except UpstreamFault as fault:
-            opened(None, fault)
-        except Exception:
-            logger.exception(
-                "connecting to the upstream failed: internal error", extra={"upstream": self.settings.name}
-            )
-            opened(None, UpstreamFault("internal error", replies.INTERNAL))
-        else:
-            opened(connection, None)
-
-    async def connect(self, note: NotePhase) -> UpstreamConnection:
-        """A connection for a look at the upstream, not for a mail; give it back by `release`.
-
-        Raises:
-            ConnectFailed: one was tried, and did not come about.
-            NoConnectionFree: none was tried.
-        """
-        if (connection := self.take(asyncio.get_running_loop().time())) is not None:
-            return connection
-        ticket = self.ask()
-        if ticket.decision is not Decision.OPEN:
-            self.withdraw(ticket)
-            raise self.no_connection(ticket)
-        try:
-            return await self._open(ticket, note)
-        except _WaitsAgain:
-            self.withdraw(ticket)
-            assert ticket.fault is not None
-            raise ticket.fault from None
-        except ConnectFailed as fault:
-            logger.warning("no connection to the upstream", extra={"upstream": self.settings.name, **told(fault)})
-            raise
-        except asyncio.CancelledError:
-            assert self._loop is not None
-            self._pool.gave_up(self._loop.time())
-            raise
-
-    async def probe(self) -> None:
-        """Connect to it and say EHLO, if it may be asked now; the connection is kept for the next mail."""
-        try:
-            connection = await self.connect(_note_nothing)
-        except UpstreamFault:
-            return  # noted where it happened
-        self.release(connection, answered=False)
-
-    async def learn(self) -> None:
-        """Connect to it until it has said what it offers, to this or to a mail; the connection is kept for a mail.
-
-        The breaker hears nothing of it: no mail waits because nobody was there before there was any.
-        """
-        wait_seconds = LEARN_AGAIN_SECONDS
-        while self.extensions is None:
-            try:
-                if self.slots is not None and not await self._slot_to_learn(self.slots):
-                    return
-                connection = await self._open_unasked()
-            except ConnectFailed as fault:
-                self._learn(None)
-                level = logging.WARNING if wait_seconds == LEARN_AGAIN_SECONDS else logging.DEBUG
-                extra = {"upstream": self.settings.name}
-                logger.log(level, "no connection to the upstream", extra=extra | told(fault))
-            except Exception:
-                extra = {"upstream": self.settings.name}
-                logger.exception("connecting to the upstream failed: internal error", extra=extra)
-                return
-            else:
-                self._keep(connection)
-                return
-            await asyncio.sleep(wait_seconds)
-            wait_seconds = min(2 * wait_seconds, LEARN_AGAIN_MOST_SECONDS)
-
-    def _learn(self, extensions: Extensions | None) -> None:
-        """Note what it offers; None: it could not be asked."""
-        self.extensions = extensions
-        self.is_unheard = False
-        if self._learnt is not None:
-            self._learnt()
-
-    async def _slot_to_learn(self, slots: AnySlots) -> bool:
-        """Take a slot; False: it is known by now what the upstream offers."""
-        loop = asyncio.get_running_loop()
-        asked_at = loop.time()
-        try:
-            while not slots.take(loop.time()):
-                self._learning = loop.create_future()
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(SLOT_SECONDS):
-                        await self._learning
-                if self.extensions is not None:
-                    return False
-                if self.is_unheard and loop.time() - asked_at >= SLOT_SECONDS:
-                    self._learn(None)
-        finally:
-            self._learning = None
-        return True
-
-    async def _open_unasked(self) -> UpstreamConnection:
-        opening: list[tuple[DeliveryPhase, Reply | None]] = []
-
-        def note(phase: DeliveryPhase, reply: Reply | None) -> None:
-            opening.append((phase, reply))
-
-        try:
-            connection = await open_connection(self.settings, self._context, self._hostname, note)
-        except BaseException:
-            if self.slots is not None:
-                self.slots.give_back(asyncio.get_running_loop().time(), lingers=True)
-            raise
-        connection.opening = opening
-        return connection
-
-    def _keep(self, connection: UpstreamConnection) -> None:
-        """Take a connection that no ticket asked for into the pool."""
-        loop = self._loop = asyncio.get_running_loop()
-        if self.extensions is None:
-            self._learn(connection.extensions)
-        connection.on_lost = self._lost
-        self._connections.add(connection)
-        self._be_swept()
-        self._pool.add(connection, loop.time())
-        self._close_what_is_over()
-
     def release(self, connection: UpstreamConnection, *, answered: bool) -> None:
         """Give a connection back; it is kept if it is in step, else closed.
 
@@ -372,7 +110,7 @@ class Smarthost:
         if pool.closing:
             self._close_what_is_over()
 
-    # What time and peers do -------------------------------------------------------------------------------
+    # What time and peers do --------------------------------------------------------------------------------
 
     def check_clock(self, now: float) -> None:
         """End what takes too long, and close what has been idle for too long."""
@@ -383,23 +121,6 @@ class Smarthost:
         if self._pool.is_empty:
             self._is_swept = False
             self._sweep.remove(self.check_clock)
-
-    def tls_context(self) -> ssl.SSLContext | None:
-        """A context with what the files of its TLS settings hold now; None where it is spoken to in clear.
-
-        Raises:
-            OSError: one of them cannot be read, or holds nothing of use.
-        """
-        settings = self.settings
-        if settings.tls is TlsMode.OFF:
-            return None
-        return settings.tls_context or UpstreamTlsContext.create(
-            ca_file=settings.ca_file, certificate_file=settings.certificate_file, key_file=settings.key_file
-        )
-
-    def secure_by(self, context: ssl.SSLContext | None) -> None:
-        """Use another TLS context from the next connection on."""
-        self._context = context
 
     def retire(self) -> None:
         """Others take its place: close what is idle, and each connection after the mail that it carries now.
@@ -416,62 +137,6 @@ class Smarthost:
         self._pool.close()
         self._close_what_is_over()
 
-    async def _open(self, ticket: Ticket[UpstreamConnection], note: NotePhase) -> UpstreamConnection:
-        assert self._loop is not None
-        try:
-            connection = await open_connection(self.settings, self._context, self._hostname, note)
-        except ConnectFailed as fault:
-            last = self.last_fault = _alone(fault)
-            self._learn(self.extensions)
-            if self._pool.failed(ticket, self._loop.time(), last):
-                self._tell_ceiling(fault)
-                raise _WaitsAgain from None
-            self._note(fault)
-            raise
-        except Exception:
-            self._pool.gave_up(self._loop.time())
-            raise
-        connection.on_lost = self._lost
-        self._connections.add(connection)
-        self._learn(connection.extensions)
-        self._pool.opened(ticket, self._loop.time())
-        self._tell_ceiling(None)
-        return connection
-
-    def _tell_ceiling(self, fault: UpstreamFault | None) -> None:
-        """Tell people where another number of connections was learnt."""
-        level = self._pool.ceiling.level
-        if level == self._level:
-            return
-        is_less, self._level = level < self._level, level
-        why = {} if fault is None else told(fault)
-        words = {"upstream": self.settings.name, "connections": int(level), **why}
-        if is_less:
-            logger.warning("upstream connection cap reached; mail waits", extra=words)
-        else:
-            logger.info("upstream connection cap raised", extra=words)
-
-    def credentials_refused(self, fault: CredentialsRefused) -> None:
-        """It refused a mail for what the operator has to mend."""
-        assert self._loop is not None
-        self._note(fault)
-        logger.error("upstream refused our credentials", extra={"upstream": self.settings.name, **told(fault)})
-
-    def _note(self, fault: UpstreamFault) -> None:
-        assert self._loop is not None
-        self.last_fault = _alone(fault)
-        self.failed_at, self.failure = self._loop.time(), str(fault.reply.error_type)
-
-    def no_connection(self, ticket: Ticket[UpstreamConnection]) -> UpstreamFault:
-        """Why a ticket came to nothing: an upstream in backoff has said why it is, or its silence did."""
-        if ticket.decision is Decision.FAILED and ticket.fault is not None:
-            return ticket.fault
-        last = self.last_fault
-        if self.retry_at is not None and last is not None:
-            return NoConnectionFree(f"not tried again yet: {last}", last.reply, last.upstream_reply)
-        said = ticket.fault.upstream_reply if ticket.fault is not None else None
-        return NoConnectionFree("all connections are busy", replies.UPSTREAM_BUSY, said)
-
     def _lost(self, connection: UpstreamConnection) -> None:
         assert self._loop is not None
         self._pool.lost(connection, self._loop.time())
@@ -485,7 +150,7 @@ class Smarthost:
             else:
                 connection.part(self._gone)
 
-    # Slots, see `SlotUser` --------------------------------------------------------------------------------
+    # Slots, see `SlotUser` ---------------------------------------------------------------------------------
 
     def _gone(self, has_noticed: bool) -> None:
         assert self._loop is not None
@@ -518,22 +183,3 @@ class Smarthost:
             self._parted = asyncio.Event()
             await self._parted.wait()
         await self.slots.told()
-
-
-def _alone(fault: UpstreamFault) -> UpstreamFault:
-    """A fault without what led to it: that would keep frames alive, and with them a mail."""
-    return UpstreamFault(str(fault), fault.reply, fault.upstream_reply)
-
-
-def told(fault: UpstreamFault) -> dict[str, object]:
-    """What log lines say of a fault."""
-    said = fault.upstream_reply
-    return {
-        "fault": str(fault),
-        "code": said.code if said is not None else None,
-        "reply": str(said) if said is not None else None,
-    }
-
-
-def _note_nothing(phase: DeliveryPhase, reply: Reply | None) -> None:
-    """The steps of a probe are of no delivery."""

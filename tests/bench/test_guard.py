@@ -45,10 +45,10 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 @pytest.mark.parametrize(
     ("observers", "strategy", "python", "c"),
     [
-        ("none", "transparent", 119, 156),
-        ("none", "buffered", 117, 144),
-        ("everything", "transparent", 167, 237),
-        ("everything", "buffered", 165, 225),
+        ("none", "transparent", 110, 155),
+        ("none", "buffered", 103, 144),
+        ("everything", "transparent", 161, 237),
+        ("everything", "buffered", 153, 225),
     ],
 )
 def test_calls_of_a_message(observers: str, strategy: str, python: float, c: float) -> None:

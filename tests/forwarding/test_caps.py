@@ -42,7 +42,7 @@ async def test_no_mail_is_lost_to_a_cap_from_the_first_burst_on(
     assert refused == 2  # of the window that an upstream is first met with
     assert upstream.refused_connections == refused
     assert {len(one.seen.deliveries) for one in first} == {1}
-    lines = [record for record in caplog.records if record.name == "otel_smtp.forwarding.smarthost"]
+    lines = [record for record in caplog.records if record.name == "otel_smtp.forwarding.reaching"]
     assert [(line.levelname, line.connections) for line in lines] == [("WARNING", 3)]  # type: ignore[attr-defined]
 
 
