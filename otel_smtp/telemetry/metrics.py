@@ -12,7 +12,7 @@ a bound that no client can move.
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from otel_smtp.observing import (
@@ -342,7 +342,7 @@ class Metrics(Observer):
             self._message_size.series[()].add(transaction.octets, context, unix_ns)
         for delivery in transaction.deliveries:
             if delivery.ended_ns:
-                self._measure(delivery, context)
+                self._measure(delivery, transaction, context)
 
     def delivery_ended(self, delivery: DeliveryRecord) -> None:
         """Count an attempt that outlived its transaction."""
@@ -351,7 +351,7 @@ class Metrics(Observer):
         context = None if trace is None else trace.context
         if context is not None and not (context.flags | _UNSAMPLED) & self._exemplar_flags:
             context = None
-        self._measure(delivery, context)
+        self._measure(delivery, transaction, context)
         if transaction.connection is None and transaction.kind is MessageKind.MAIL:
             self._count_ended(delivery)
 
@@ -369,8 +369,7 @@ class Metrics(Observer):
             if one.fate is not Fate.DEFERRED:
                 self._recipients.add((one.fate.value,))
 
-    def _measure(self, delivery: DeliveryRecord, context: TraceContext | None) -> None:
-        transaction = delivery.transaction
+    def _measure(self, delivery: DeliveryRecord, transaction: TransactionRecord, context: TraceContext | None) -> None:
         unix_ns = delivery.ended_ns + transaction.wall_offset_ns
         upstream = delivery.upstream
         if delivery.pool_wait_ns is not None:
@@ -394,28 +393,21 @@ class Metrics(Observer):
         transitions, replies = connection.transitions, connection.replies
         counted, counted_replies = connection.counted
         connection.counted = (len(transitions), len(replies))
-        before: Transition | None = None
-        if counted:
-            before = transitions[counted - 1]
-        elif connection.earlier:
-            before = connection.earlier[-1]
-        durations: defaultdict[ConnState, list[float]] = defaultdict(list)
-        steps = []
-        if before is None:
-            before_state, before_ns = None, 0
-        else:
-            before_state, before_ns = before.state, before.at_ns
-        for transition in islice(transitions, counted, None):
-            state, previous, _, _, at_ns, _ = transition
-            steps.append((previous, state))
-            if before_state is not None:
-                durations[before_state].append((at_ns - before_ns) / 1e9)
-                if before_state is ConnState.AUTH and before is not None:
-                    self._count_auth(before, transition)
-            before, before_state, before_ns = transition, state, at_ns
-        self._transitions.update(steps)
-        for state, seconds in durations.items():
-            self._state_duration.series[(_NAMES[state],)].add_all(seconds)
+        new = transitions[counted:]
+        if new:
+            before = transitions[counted - 1 : counted] if counted else connection.earlier[-1:]
+            states, previous, _, _, moments, _ = zip(*new, strict=True)
+            self._transitions.update(zip(previous, states, strict=True))
+            durations: defaultdict[ConnState, list[float]] = defaultdict(list)
+            left, since = (*(one.state for one in before), *states), (*(one.at_ns for one in before), *moments)
+            for state, from_ns, to_ns in zip(left, since, since[1:], strict=False):
+                durations[state].append((to_ns - from_ns) / 1e9)
+            for state, seconds in durations.items():
+                self._state_duration.series[(_NAMES[state],)].add_all(seconds)
+            if ConnState.AUTH in durations:
+                for auth, then in pairwise((*before, *new)):
+                    if auth.state is ConnState.AUTH:
+                        self._count_auth(auth, then)
         self._replies.update([(verb, reply.code) for verb, reply in islice(replies, counted_replies, None)])
 
     def _count_auth(self, auth: Transition, then: Transition) -> None:

@@ -234,9 +234,7 @@ class Tracing(Observer):
             spans = self._ordinary.spans(transaction, identity)
             if spans is not None:
                 is_encoded = True
-                is_exported = bool(identity.context.flags & SAMPLED)
-                for span in spans:
-                    self._pass_on(span, is_exported=is_exported, is_trouble=False)
+                self._pass_on(spans, is_exported=bool(identity.context.flags & SAMPLED), is_trouble=False)
                 if not self._reads[True] and not self._lines:
                     return
         for delivery in transaction.deliveries:
@@ -464,14 +462,15 @@ class Tracing(Observer):
             pairs = [*_sampler_pairs(identity, shape, pairs), *pairs]
         span = encode(shape, context, identity.parent, *times, pairs, events, identity.links)
         is_exported = bool(context.flags & SAMPLED) or identity.is_kept
-        self._pass_on(span, is_exported=is_exported, is_trouble=is_trouble or shape.has_failed)
+        self._pass_on((span,), is_exported=is_exported, is_trouble=is_trouble or shape.has_failed)
 
-    def _pass_on(self, span: EncodedSpan, *, is_exported: bool, is_trouble: bool) -> None:
-        if is_exported:
-            for take in self._exports:
-                take(span)
-        for keep in self._memories:
-            keep(span, is_trouble)
+    def _pass_on(self, spans: Iterable[EncodedSpan], *, is_exported: bool, is_trouble: bool) -> None:
+        for span in spans:
+            if is_exported:
+                for take in self._exports:
+                    take(span)
+            for keep in self._memories:
+                keep(span, is_trouble)
 
     def _show(
         self, identity: Identity, described: Described, times: tuple[int, int], events: Sequence[EventRecord]
