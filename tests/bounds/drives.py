@@ -61,7 +61,7 @@ def says(port: int, *pieces: bytes) -> bytes:
 
 
 class Chunks:
-    """Sends chunk after chunk of one octet, as far as it is let, and reads no reply."""
+    """Sends chunk after chunk of two octets, as far as it is let, and reads no reply."""
 
     def __init__(self, connection: socket.socket) -> None:
         assert connection.recv(1000).startswith(b"220 ")
@@ -72,7 +72,7 @@ class Chunks:
 
     def send(self) -> bool:
         """Send some; False where the connection is over."""
-        self._unsent = self._unsent or b"BDAT 1\r\nx" * 1000
+        self._unsent = self._unsent or b"BDAT 2\r\n\r\n" * 1000  # lines, or the content's one line would be too long
         try:
             self._unsent = self._unsent[self._connection.send(self._unsent) :]
         except BlockingIOError:
