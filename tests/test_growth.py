@@ -41,6 +41,7 @@ BOUNDED: Final = {
     "Mould": _ENCODED,
     "SpanShape": _ENCODED,
     "EventShape": _ENCODED,
+    "LineShape": _ENCODED,  # one of each kind of span
 }
 
 
