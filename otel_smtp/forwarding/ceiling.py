@@ -27,6 +27,8 @@ WORKS_SECONDS: Final = 60.0
 take a while, and a host that has vanished keeps connections open that lead nowhere."""
 TURN_SECONDS: Final = 2.0
 """How long a worker has its turn where there is not one connection for each."""
+LINGERING_SECONDS: Final = 1.0
+"""After a connection was closed, how long the upstream may still count it."""
 HANDED_ON_SECONDS: Final = 0.1
 """After one worker closed a connection, until another opens one in its place: the upstream has to notice first."""
 
@@ -142,6 +144,13 @@ class Ceiling:
         return any(
             cells[first + _OPEN] > 0 and now - cells[first + _HEARD_AT] < WORKS_SECONDS for first in self._columns()
         )
+
+    def may_count_closed(self, now: float) -> bool:
+        """Whether it caps connections, and one was closed so lately, here or in another worker, that it may not have
+        noticed."""
+        if self.level == math.inf:
+            return False
+        return any(0 < self._cells[first + _CLOSED_AT] > now - LINGERING_SECONDS for first in self._columns())
 
     @property
     def is_opening(self) -> bool:

@@ -13,7 +13,8 @@ it lost its connection keeps its place among those who wait: it asked before the
 
 A connection that was refused while others of the same upstream work says nothing of a mail, and little of the upstream:
 it takes no more at once (see `ceiling`). So the ticket goes back to its place, and waits for one of those others. While
-none is known to work, and more are being opened, their outcome decides what the refusal meant.
+none is known to work, and more are being opened, their outcome decides what the refusal meant. Where the last of those
+that worked were closed a moment ago, for another worker, the upstream may only not have noticed: it is tried again.
 
 Where all who share an upstream may have only so many connections together, one is opened when it has a slot, which it
 keeps until the upstream has noticed its end (see `slots`). Others that wait get what lies idle here, and what has had
@@ -28,7 +29,7 @@ from collections.abc import Callable
 from typing import Final, Generic
 
 from otel_smtp.forwarding.breaker import Breaker
-from otel_smtp.forwarding.ceiling import Ceiling
+from otel_smtp.forwarding.ceiling import LINGERING_SECONDS, Ceiling
 from otel_smtp.forwarding.faults import UpstreamFault
 from otel_smtp.forwarding.settings import PoolLimits
 from otel_smtp.forwarding.slots import TURN_SECONDS, AnySlots
@@ -42,8 +43,6 @@ RECLAIM_SOONEST_SECONDS: Final = 0.05
 """However many wait: a client nearby, which sends on at once, is not sent round twice."""
 PENDING_SECONDS: Final = 10.0
 """How long a refused mail waits to learn from the connections that are being opened whether the upstream works."""
-LINGERING_SECONDS: Final = 1.0
-"""After a connection was closed, how long the upstream may still count it."""
 RETRY_SECONDS: Final = 0.25
 """After a refusal, until the next connection is opened beside those that work."""
 
@@ -226,8 +225,10 @@ class Pool(Generic[C]):
             self._slots.give_back(now, lingers=True)
         self._note()
         ceiling = self.ceiling
-        works = ceiling.works(now)
-        waits = not self._is_closed and (works or ceiling.is_opening)
+        is_late = fault.upstream_reply is not None and ceiling.may_count_closed(now)
+        if is_late:
+            self._retry_at = now + RETRY_SECONDS
+        waits = not self._is_closed and (is_late or ceiling.is_opening or ceiling.works(now))
         self._is_unexplained = True
         self._explain_refusals(now)
         if waits:
@@ -477,7 +478,7 @@ class Pool(Generic[C]):
         self._note()
         if ticket.fault is not None and not self.ceiling.works(now) and self.ceiling.is_opening:
             return False  # what is being opened tells first
-        if now < self._retry_at and self.ceiling.works(now):
+        if now < self._retry_at and (self.ceiling.works(now) or self.ceiling.may_count_closed(now)):
             return False
         if self._slots is not None and not self._slots.take(now):
             if self._idle and not self._parting:  # likewise, for its slot

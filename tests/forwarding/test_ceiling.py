@@ -4,11 +4,13 @@ import os
 
 import pytest
 
-from otel_smtp.forwarding.ceiling import HANDED_ON_SECONDS, TURN_SECONDS, Ceiling, SharedCeilings
-from otel_smtp.forwarding.pool import Pool
+from otel_smtp.forwarding.ceiling import HANDED_ON_SECONDS, LINGERING_SECONDS, TURN_SECONDS, Ceiling, SharedCeilings
+from otel_smtp.forwarding.faults import UpstreamFault
+from otel_smtp.forwarding.pool import RETRY_SECONDS, Pool
 from otel_smtp.forwarding.settings import PoolLimits
 from otel_smtp.forwarding.tickets import Decision, Ticket
-from tests.forwarding.test_pool import REFUSED, Connection, Connections
+from otel_smtp.smtp.replies import Reply
+from tests.forwarding.test_pool import REFUSED, Connection, Connections, decided
 
 
 class Worker:
@@ -161,6 +163,44 @@ def test_what_another_worker_has_just_closed_is_opened_a_little_later() -> None:
     one.pool.ceiling.closed(now)
     assert not other.pool.ceiling.allows(now + HANDED_ON_SECONDS / 2)
     assert other.pool.ceiling.allows(now + 2 * HANDED_ON_SECONDS)
+
+
+def test_an_upstream_that_has_not_noticed_what_another_worker_closed_is_tried_again() -> None:
+    one, other = workers(2)
+    upstream = Upstream(1, one, other)
+    one.wants(2, 0)
+    for _ in range(3):
+        upstream.step()
+    closed_at = now = upstream.now
+    one.pool.ceiling.closed(closed_at)
+    assert other.pool.ceiling.level == 1
+    assert not other.pool.ceiling.works(now)
+    other.wants(1, now + HANDED_ON_SECONDS)
+    (ticket,) = other.waiting
+    said = UpstreamFault("refused", upstream_reply=Reply(421, None, ("too many connections",)))
+    for _ in range(3):
+        now += RETRY_SECONDS
+        other.pool.expire(now)
+        assert decided(ticket, Decision.OPEN)
+        assert other.pool.failed(ticket, now, said)
+        other.pool.expire(now + RETRY_SECONDS / 2)
+        assert decided(ticket, Decision.WAITING)
+    now = closed_at + LINGERING_SECONDS
+    other.pool.expire(now)
+    assert decided(ticket, Decision.OPEN)
+    assert not other.pool.failed(ticket, now, said)  # it has noticed by now: nobody gets in
+
+
+def test_an_upstream_that_does_not_answer_is_away_whatever_was_closed() -> None:
+    one, other = workers(2)
+    upstream = Upstream(1, one, other)
+    one.wants(2, 0)
+    for _ in range(3):
+        upstream.step()
+    one.pool.ceiling.closed(upstream.now)
+    now = upstream.now + HANDED_ON_SECONDS
+    other.wants(1, now)
+    assert not other.pool.failed(other.waiting[0], now, REFUSED)
 
 
 def test_turns_are_taken_where_there_is_not_one_for_each() -> None:
