@@ -141,7 +141,7 @@ def _boundary_of(value: bytes) -> bytes | None:
 class _Reading(ABC):
     """Finds the parts of a message, and says of each line what it belongs to.
 
-    A subclass is told of headers (`_begin`), of lines of content (`_take`) and of those between the parts (`_pass`).
+    A subclass receives headers (`_begin`), lines of content (`_take`) and the lines between the parts (`_pass`).
     """
 
     def __init__(self) -> None:

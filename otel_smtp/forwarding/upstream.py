@@ -201,7 +201,7 @@ class UpstreamForwarder:
         """How many mails may be under way: as many as the one of its upstreams takes that takes most."""
         named = self._named(destination)
         if len(named) == 1 or named[0].pace is not None:
-            return named[0].concurrency()  # its mail waits for its limits, whoever else would serve it
+            return named[0].concurrency()  # its mail waits for its limits, even where another upstream has room
         return max(smarthost.concurrency() for smarthost in named)
 
     def _named(self, destination: str) -> Sequence[Smarthost]:
@@ -223,8 +223,8 @@ class UpstreamForwarder:
         """Find out in the background what the upstreams offer, for `capabilities` and for the way along them.
 
         Args:
-            wait_seconds: how long this waits for those that some mail prefers: a client that is told too little has to
-                do without.
+            wait_seconds: how long to wait for the upstreams that some mail prefers: until these answer, clients are
+                offered the least.
         """
         await asyncio.wait(self._begin_to_learn(), timeout=wait_seconds)
 

@@ -63,7 +63,7 @@ def fold(verdicts: Sequence[Reply]) -> Reply:
     """One final reply for what was answered for each recipient of a message, in their order.
 
     All accepted: the first. None accepted: a refusal that lets the client try again, if there is one. Some of both says
-    for how many, as a client that is told nothing of single recipients must not take it for success: 451 where another
+    for how many, since a client that gets one reply for all recipients must not take it for success: 451 where another
     try may help one of the others (those who have it may get it twice then), else the first refusal's code and words,
     so that nobody gets a copy with each of many tries.
     """

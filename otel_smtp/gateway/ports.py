@@ -149,7 +149,7 @@ def _bound(address: Endpoint, *, is_shared: bool, is_dual_stack: bool) -> socket
 
 @contextlib.contextmanager
 def naming_settings(settings: Settings) -> Iterator[None]:
-    """Within, an address that cannot be listened at is told with the setting that names it, and where that was set."""
+    """Within, a failure to listen on an address names the setting that holds it, and where that was set."""
     try:
         yield
     except CannotListen as error:

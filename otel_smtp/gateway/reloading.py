@@ -1,7 +1,7 @@
 """Reading the settings again while the gateway runs: on SIGHUP, which `otel-smtp reload` sends.
 
-Wrong settings, certificates or users files change nothing. What changed, what waits for a restart and what was refused
-is logged, and kept for whoever asks at the status port.
+Wrong settings, certificates or users files change nothing. The log reports what changed, what waits for a restart and
+what was refused; the status port shows the same.
 """
 
 import logging

@@ -103,7 +103,7 @@ async def listen(
 
 
 def refuse_served(address: Endpoint) -> None:
-    """Refuse a unix socket that somebody serves: whoever binds its path takes the clients of the other, unnoticed.
+    """Refuse a unix socket in use: a second process that binds its path takes over the clients of the first, unnoticed.
 
     Raises:
         CannotListen: something accepts connections there.

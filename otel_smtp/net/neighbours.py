@@ -4,8 +4,8 @@ Of a unix socket SO_PEERCRED tells who connected it. Of a TCP connection over lo
 NETLINK_SOCK_DIAG (sock_diag(7)), which any process may do: it tells the user of the socket at the other end, and its
 control group. So the containers of a pod, which share loopback and often the user, can be told apart.
 
-It answers at once and takes some twenty microseconds. Where it cannot be had (another system than Linux, a sandbox
-without netlink, the peer is gone), nothing is known.
+The kernel answers at once, in some twenty microseconds. Where the owner is not available (another system than Linux, a
+sandbox without netlink, a peer that has gone), it is unknown.
 """
 
 import ipaddress
