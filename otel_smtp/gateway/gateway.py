@@ -289,6 +289,7 @@ class Gateway:
             self._catching_up.cancel()
         if self._status_port is not None:
             await self._status_port.stop()
+        self._telemetry.finish()
         await asyncio.to_thread(self._telemetry.flush_and_shutdown, TELEMETRY_FLUSH_SECONDS)
 
     async def leave_status_port(self) -> None:

@@ -154,6 +154,11 @@ class Telemetry:
         """Count what open connections have done so far; to be called on the event loop, every few seconds."""
         self._metrics.catch_up()
 
+    def finish(self) -> None:
+        """Make the spans that are under way; to be called on the event loop, when nothing is observed any more."""
+        if self._tracing is not None:
+            self._tracing.finish()
+
     def flush_and_shutdown(self, budget_seconds: float = DEFAULT_FLUSH_SECONDS) -> bool:
         """Export the rest, and return within the budget whatever the collector does. Blocks: not for the event loop.
 

@@ -6,7 +6,7 @@ The span event API of OpenTelemetry is being retired in favour of log-based even
 `tracing` are what that will change.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import StrEnum
 from operator import itemgetter
 from typing import Any, Final, NamedTuple
@@ -167,18 +167,35 @@ def encode_states(
     more: Callable[[Transition], Iterable[Pair]],
 ) -> list[bytes]:
     """The events that tell `transitions`, as pieces of their span; else as `state_events`."""
-    pieces: list[bytes] = []
+    return [
+        piece
+        for pieces in encode_states_by(len(transitions), transitions, before_ns, wall_offset_ns, more)
+        for piece in pieces
+    ]
+
+
+def encode_states_by(
+    at_once: int,
+    transitions: Sequence[Transition],
+    before_ns: int | None,
+    wall_offset_ns: int,
+    more: Callable[[Transition], Iterable[Pair]],
+) -> Iterator[list[bytes]]:
+    """The same, the pieces of about `at_once` events at a time."""
     start, most = 0, len(transitions)
     while start < most:
-        four = transitions[start : start + _OF_A_MAIL]
-        if before_ns is not None and (octets := _of_a_mail(four, before_ns, wall_offset_ns)) is not None:
-            pieces.append(octets)
-            start += _OF_A_MAIL
-        else:
-            pieces += _encode_states(four[:1], before_ns, wall_offset_ns, more)
-            start += 1
-        before_ns = transitions[start - 1].at_ns
-    return pieces
+        pieces: list[bytes] = []
+        stop = min(start + at_once, most)
+        while start < stop:
+            four = transitions[start : start + _OF_A_MAIL]
+            if before_ns is not None and (octets := _of_a_mail(four, before_ns, wall_offset_ns)) is not None:
+                pieces.append(octets)
+                start += _OF_A_MAIL
+            else:
+                pieces += _encode_states(four[:1], before_ns, wall_offset_ns, more)
+                start += 1
+            before_ns = transitions[start - 1].at_ns
+        yield pieces
 
 
 _OF_A_MAIL: Final = 4

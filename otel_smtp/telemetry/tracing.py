@@ -17,11 +17,13 @@ An identity is settled by the first who needs it, and is kept in the record's `t
 A connection is a chain of segments, each a root span of its own, linked to the one before; the session decides when one
 ends. Whether a connection was only a probe is known when it is closed.
 
+A segment with many events is encoded over several turns of the event loop, from what its record held when it ended.
+
 A span that is not sampled costs its identity and a few comparisons, unless a listener (the access log) wants all spans.
 """
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final, Protocol
 
 from opentelemetry.sdk.trace.id_generator import IdGenerator, RandomIdGenerator
@@ -43,16 +45,22 @@ from otel_smtp.telemetry.sampling import Identity, Sampling
 from otel_smtp.telemetry.shapes import AFTER_LAST_EVENT_NS, EncodedSpan, Pair, SpanShape, encode
 from otel_smtp.telemetry.span_attributes import Described, SpanAttributes, is_probe
 from otel_smtp.telemetry.state_events import (
+    WITH_MORE,
     StateEvents,
     encode_events,
     encode_phases,
     encode_states,
+    encode_states_by,
     phase_events,
     pool_pairs,
     state_events,
     taken_over_event,
 )
+from otel_smtp.telemetry.turns import StepByStep
 
+# A connection's segment has up to some five hundred events: in one go they would keep all mails waiting for half a
+# millisecond, and with ten busy connections that is what one mail in twenty would meet.
+_EVENTS_A_TURN: Final = 64
 _TO_SPOOLED: Final = {names.LINK_TYPE: LinkType.SPOOLED_TRANSACTION.value}
 _TO_REPORTED: Final = {names.LINK_TYPE: LinkType.REPORTED_MAIL.value}
 
@@ -122,6 +130,7 @@ class Tracing(Observer):
         self.tell(lines)
         self._sampling = Sampling(sampler, id_generator or RandomIdGenerator())
         self._events_on_span = state_events.on_span
+        self._long_spans = StepByStep()
         self._monotonic_ns = monotonic_ns
         self.show(redaction or Redaction(), policies or {}, probes=probes, with_message_id=with_message_id)
 
@@ -206,8 +215,17 @@ class Tracing(Observer):
             return self.more_of_state(connection, transition)
 
         if encodes:
-            events = encode_states(transitions, before_ns, offset, more)
-            self._give(identity, described, times, events, is_trouble=connection.errors > 0)
+            is_trouble = connection.errors > 0
+            if len(transitions) > _EVENTS_A_TURN:
+                # As the connection is now: it goes on, and so do its totals and failures.
+                shown = {each.sequence: more(each) for each in transitions if each.state in WITH_MORE}
+                pieces = encode_states_by(
+                    _EVENTS_A_TURN, transitions, before_ns, offset, lambda each: shown[each.sequence]
+                )
+                self._long_spans.do(self._give_long(identity, described, times, pieces, is_trouble=is_trouble))
+            else:
+                events = encode_states(transitions, before_ns, offset, more)
+                self._give(identity, described, times, events, is_trouble=is_trouble)
         if reads:
             self._show(identity, described, times, state_events(transitions, before_ns, offset, more))
         if self._lines:
@@ -219,6 +237,10 @@ class Tracing(Observer):
             return self.attributes.error(transition.detail, connection.failure)
         is_new = transition.state is ConnState.NEW
         return self.attributes.addresses(connection) if is_new else self.attributes.totals(connection)
+
+    def finish(self) -> None:
+        """Give away all spans of which only some events are encoded; to be called on the event loop."""
+        self._long_spans.finish()
 
     # Transactions and their deliveries ---------------------------------------------------------------------------
 
@@ -463,6 +485,22 @@ class Tracing(Observer):
         span = encode(shape, context, identity.parent, *times, pairs, events, identity.links)
         is_exported = bool(context.flags & SAMPLED) or identity.is_kept
         self._pass_on((span,), is_exported=is_exported, is_trouble=is_trouble or shape.has_failed)
+
+    def _give_long(
+        self,
+        identity: Identity,
+        described: Described,
+        times: tuple[int, int],
+        pieces: Iterable[list[bytes]],
+        *,
+        is_trouble: bool,
+    ) -> Iterator[None]:
+        """The same in steps."""
+        events: list[bytes] = []
+        for some in pieces:
+            events += some
+            yield
+        self._give(identity, described, times, events, is_trouble=is_trouble)
 
     def _pass_on(self, spans: Iterable[EncodedSpan], *, is_exported: bool, is_trouble: bool) -> None:
         for span in spans:

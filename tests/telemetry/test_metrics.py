@@ -108,6 +108,17 @@ def test_what_an_open_connection_does_is_counted_when_it_is_asked_for_and_once()
     assert counted(metrics) == {"transitions_total": 10, "replies_total": 11, "state_duration_seconds_count": 9}
 
 
+def test_a_busy_connection_is_counted_as_it_goes_on_and_once() -> None:
+    metrics = Metrics()
+    client = Client(metrics).ehlo()
+    for _ in range(100):
+        client.message()
+    # Nobody asked, and no segment has ended: all but the last dozens are there.
+    assert 300 < counted(metrics)["transitions_total"] <= 401
+    client.rotate()
+    assert counted(metrics) == {"transitions_total": 401, "replies_total": 402, "state_duration_seconds_count": 400}
+
+
 def test_a_state_lasts_until_the_next_one_whatever_segments_they_are_in() -> None:
     clock = FakeClock()
     metrics = Metrics()

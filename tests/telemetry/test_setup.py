@@ -1,5 +1,6 @@
 """Set-up by the standard variables, and the way of spans to a real receiver."""
 
+import asyncio
 import logging
 import subprocess
 import sys
@@ -54,6 +55,19 @@ def test_a_mail_arrives_at_a_receiver_as_three_spans(
     assert all(span.dropped == 0 for span in spans)
     assert connection.resource["service.name"] == "otel-smtp"
     assert connection.scope == "otel_smtp"
+
+
+@pytest.mark.asyncio
+async def test_a_span_of_many_events_is_sent_at_the_end_too(receiver: OtlpReceiver) -> None:
+    telemetry = set_up(TelemetryOptions(version="1.2.3"), {"OTEL_EXPORTER_OTLP_ENDPOINT": receiver.http_endpoint})
+    client = Client(telemetry.observers).ehlo()
+    for _ in range(40):
+        client.message()
+    client.quit()
+    telemetry.finish()  # on the loop, as a gateway that stops does
+    assert await asyncio.to_thread(telemetry.flush_and_shutdown, 10)
+    [connection] = named(receiver.wait_for_spans(81), "smtp.connection")
+    assert len(connection.event_names) == 162
 
 
 @pytest.mark.parametrize("exporter", ["otlp", "otlp_proto_http"])

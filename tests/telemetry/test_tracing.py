@@ -1,5 +1,6 @@
 """Spans: which there are, how they hang together, what they carry."""
 
+import asyncio
 import time
 from collections.abc import Callable, Mapping
 from itertools import pairwise
@@ -923,6 +924,57 @@ def test_below_a_span_of_others_a_sampler_need_not_be_asked_that_does_as_the_par
         return identity.is_recording, identity.context.flags, identity.context.trace_state
 
     assert decided(sampler) == decided(Unknown())
+
+
+# Segments that take several turns of the event loop ------------------------------------------------------------------
+
+
+def busy_client(observer: Tracing) -> Client:
+    """One with a mail that failed, and a segment of more events than are encoded in one turn."""
+    client = Client(observer).ehlo().mail().rcpt().data().header()
+    client.deliver(None, Outcome.DEFERRED, error_type=ErrorType.UPSTREAM_UNAVAILABLE)
+    client.final(replies.UPSTREAM_UNAVAILABLE, Outcome.DEFERRED)
+    for _ in range(40):
+        client.message()
+    return client
+
+
+@pytest.mark.asyncio
+async def test_a_long_segment_is_encoded_in_several_turns_as_it_was_when_it_ended() -> None:
+    exported: list[EncodedSpan] = []
+    kept = Kept()
+    observer = Tracing(exports=[exported.append], listeners=[kept])
+    client = busy_client(observer)
+    before = len(exported)
+    client.rotate()
+    client.record.failure = "what the next segment will tell"
+    assert len(exported) == before, "only some of its events are encoded"
+    turns = 0
+    while len(exported) == before:
+        await asyncio.sleep(0)
+        turns += 1
+    assert turns >= 2
+    span, told = exported[before].to_record(), kept.one(CONNECTION)
+    assert len(span.events) > 160
+    assert [(event.name, event.time_ns, event.attributes) for event in span.events] == [
+        (event.name, event.time_ns, event.attributes) for event in told.events
+    ]
+    assert span.attributes == told.attributes
+    assert span.context.span_id == told.context.span_id
+    assert (span.start_ns, span.end_ns, span.has_failed) == (told.start_ns, told.end_ns, True)
+
+
+@pytest.mark.asyncio
+async def test_a_long_segment_is_there_when_all_is_to_be_finished() -> None:
+    exported: list[EncodedSpan] = []
+    observer = Tracing(exports=[exported.append])
+    client = busy_client(observer)
+    before = len(exported)
+    client.quit()
+    assert len(exported) == before
+    observer.finish()
+    [span] = [one.to_record() for one in exported[before:]]
+    assert (span.name, len(span.events)) == (CONNECTION, len(client.record.transitions))
 
 
 # State events in the log -----------------------------------------------------------------------------------------

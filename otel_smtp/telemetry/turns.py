@@ -1,0 +1,57 @@
+"""Work that is too long for one turn of the event loop, done in steps."""
+
+import asyncio
+from collections import deque
+from collections.abc import Iterator
+from typing import Final
+
+_DONE: Final = object()
+
+
+class StepByStep:
+    """Does work in steps, one in each turn of the event loop, so that no mail waits for more than a step.
+
+    While several pieces of work wait, as many steps are done in a turn: what waits has a bound, however much happens in
+    a turn. All of it is for the thread of one event loop.
+    """
+
+    __slots__ = ("_due_in", "_waiting")
+
+    def __init__(self) -> None:
+        self._waiting: Final[deque[Iterator[None]]] = deque()
+        self._due_in: asyncio.AbstractEventLoop | None = None  # a callback of this loop will go on
+
+    def do(self, work: Iterator[None]) -> None:
+        """Do `work` soon, after what waits already; at once where no loop runs.
+
+        Args:
+            work: each of its items is the end of a step.
+        """
+        self._waiting.append(work)
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            self.finish()
+            return
+        if self._due_in is not loop:
+            self._due_in = loop
+            loop.call_soon(self._go_on, loop)
+
+    def finish(self) -> None:
+        """Do all that waits."""
+        while self._waiting:
+            for _ in self._waiting.popleft():
+                pass
+
+    def _go_on(self, loop: asyncio.AbstractEventLoop) -> None:
+        waiting = self._waiting
+        try:
+            for _ in range(len(waiting)):
+                work = waiting.popleft()
+                if next(work, _DONE) is not _DONE:
+                    waiting.appendleft(work)
+        finally:
+            if waiting:
+                loop.call_soon(self._go_on, loop)
+            else:
+                self._due_in = None
