@@ -46,7 +46,7 @@ class AccessLog:
             times: start and end, in nanoseconds since the epoch.
             told: events that tell of recipients, among them.
         """
-        shape, pairs = described
+        shape, pairs, on_line = described
         line = shape.line or line_shape(shape)
         start_ns, end_ns = times
         duration = (end_ns - start_ns) / 1e9
@@ -57,7 +57,7 @@ class AccessLog:
             facts = dict(pairs)
             duration = facts.get(names.CONNECTION_DURATION, duration)  # type: ignore[assignment]  # a float by its name
             is_of_mail = bool(facts[names.CONNECTION_MESSAGES])
-        shown = [pair for pair in pairs if pair[0] in ON_LINES]
+        shown = [*on_line, *[pair for pair in pairs if pair[0] in ON_LINES]]
         if is_of_mail and not told and (handlers := self._handlers()) is not None:
             now_ns = time.time_ns()
             for handler in handlers:

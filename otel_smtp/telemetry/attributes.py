@@ -227,8 +227,8 @@ _SPAN_ALL: Final = (On.CONNECTION, On.TRANSACTION, On.DELIVERY)
 CONNECTION_ID: Final = _attribute(
     "smtp.connection.id",
     Type.STRING,
-    (*_SPAN_ALL, On.LOG),
-    "always, but for deliveries from the spool",
+    (On.CONNECTION, On.TRANSACTION, On.LOG),
+    "always; in the log also on deliveries, but for those from the spool",
     "6f1c0e2d9a4b4d0f8a57c3e1b2d4f6a8",
 )
 CONNECTION_SEGMENT: Final = _attribute(
@@ -254,7 +254,8 @@ NETWORK_PEER_ADDRESS: Final = _attribute(
     "network.peer.address",
     Type.STRING,
     (On.CONNECTION, On.DELIVERY, On.STATE),
-    "where a PROXY header was believed: the proxy; on New; on a delivery, once connected",
+    "where a PROXY header was believed: the proxy; on New; on a delivery, once connected, where it differs from "
+    "`server.address`",
     "10.0.0.3",
 )
 NETWORK_PEER_PORT: Final = _attribute(
@@ -392,22 +393,23 @@ REPLY_CODE: Final = _attribute(
     "smtp.reply.code",
     Type.INT,
     (On.TRANSACTION, On.DELIVERY, On.STATE, On.PHASE, On.RECIPIENT, On.METRIC, On.LOG),
-    "where a reply was given: ours on transactions and on Error, the upstream's on deliveries",
+    "where a reply was given: ours on Error and on transactions, but for those that an upstream accepted, whose "
+    "delivery has it; the upstream's on deliveries",
     "250",
 )
 REPLY_ENHANCED_CODE: Final = _attribute(
     "smtp.reply.enhanced_code",
     Type.STRING,
     (On.TRANSACTION, On.DELIVERY, On.STATE, On.PHASE, On.RECIPIENT, On.LOG),
-    "where the reply had one",
+    "where the reply had one; likewise",
     "2.0.0",
 )
 REPLY_TEXT: Final = _attribute(
     "smtp.reply.text",
     Type.STRING,
     (On.TRANSACTION, On.DELIVERY, On.STATE, On.RECIPIENT, On.LOG),
-    "where there was a reply: the upstream's words on deliveries, and on transactions that it accepted; cleaned, at "
-    "most 256 characters, addresses in it as `addresses` says",
+    "where there was a reply; likewise, but the log has the upstream's words also on transactions that it accepted; "
+    "cleaned, at most 256 characters, addresses in it as `addresses` says",
     "Ok: queued as 4XyZ12",
 )
 ERROR_TYPE: Final = _attribute(
@@ -638,12 +640,12 @@ TAKEN_OVER_SILENT: Final = _attribute(
 POOL_REUSED: Final = _attribute(
     "smtp.pool.reused",
     Type.BOOLEAN,
-    (On.DELIVERY, On.PHASE),
+    (On.DELIVERY,),
     "a connection was at hand: whether it had served before",
     "true",
 )
 POOL_WAIT: Final = _attribute(
-    "smtp.pool.wait", Type.DOUBLE, (On.DELIVERY, On.PHASE), "a connection was at hand: seconds waited for it", "0.0003"
+    "smtp.pool.wait", Type.DOUBLE, (On.DELIVERY,), "a connection was at hand: seconds waited for it", "0.0003"
 )
 LIMIT_NAME: Final = _attribute(
     "smtp.limit.name", Type.STRING, (On.PHASE, On.METRIC), "a limit held the mail back: which", "provider-rate"

@@ -14,17 +14,15 @@ in any respect is left to that: `OrdinaryMail.spans` says None. A test holds bot
 from collections.abc import Callable
 from typing import Final, NamedTuple
 
-from otel_smtp.observing import DeliveryPhase, DeliveryRecord, Outcome, TransactionRecord
+from otel_smtp.observing import DeliveryRecord, Outcome, TransactionRecord
 from otel_smtp.telemetry import attributes as names
 from otel_smtp.telemetry.otlp import TAGS, Integers, Mould, length, text_head
 from otel_smtp.telemetry.sampling import Identity
 from otel_smtp.telemetry.shapes import (
     AFTER_LAST_EVENT_NS,
-    EVENT_PAIRS,
     MAX_SHAPES,
     SPAN_PAIRS,
     EncodedSpan,
-    before_time,
     encode_link,
     frame_of_span,
 )
@@ -35,14 +33,13 @@ MAX_DOMAINS_KEPT: Final = 1024
 
 _NUMBERS: Final = Integers(9, names.TRANSACTION_NUMBER)
 _SIZES: Final = Integers(9, names.MESSAGE_SIZE)
-_SPAN_WAIT: Final = SPAN_PAIRS[names.POOL_WAIT, 0.0][:-8]
-_EVENT_WAIT: Final = EVENT_PAIRS[names.POOL_WAIT, 0.0][:-8]
+_WAIT: Final = SPAN_PAIRS[names.POOL_WAIT, 0.0][:-8]
 
 
 class _Moulds(NamedTuple):
-    """What mails alike have in common: of the attempt's span all but its origin and the reply, with gaps for ids and
-    times, for the wait for a connection, and for the times of its phases, the first followed by that wait again; of the
-    transaction's span its shape, with gaps for ids and times."""
+    """What mails alike have in common: of the attempt's span all but the reply, with gaps for ids and times, for the
+    wait for a connection, and for the times of its phases; of the transaction's span its shape, with gaps for ids,
+    times and origin."""
 
     delivery: Mould
     transaction: Mould
@@ -121,7 +118,7 @@ class OrdinaryMail:
         ):
             return None
         server, upstream, accepted = delivery.server, delivery.upstream, record.accepted
-        offset, wait_seconds = record.wall_offset_ns, wait_ns / 1e9
+        offset = record.wall_offset_ns
         trace_id = context.trace_id.to_bytes(16, "big")
         span_id = context.span_id.to_bytes(8, "big")
         origin = SPAN_PAIRS[names.CONNECTION_ID, connection.info.id]
@@ -139,8 +136,6 @@ class OrdinaryMail:
             delivery.is_reused,
             reply.code,
             reply.enhanced,
-            told.code,
-            told.enhanced,
             len(accepted),
             record.mail.body,
             record.kind,
@@ -152,8 +147,7 @@ class OrdinaryMail:
             span_id,
             delivery.begun_ns + offset,
             delivery.ended_ns + offset + AFTER_LAST_EVENT_NS,
-            origin,
-            wait_seconds,
+            wait_ns / 1e9,
         ]
         for at_ns, phase, answer in delivery.phases:
             values.append(at_ns + offset)
@@ -161,13 +155,10 @@ class OrdinaryMail:
                 alike.append(phase)
             else:
                 alike += (phase, answer.code, answer.enhanced)
-        values.insert(8, wait_seconds)
         key = tuple(alike)
         moulds = self._moulds.get(key)
         if moulds is None:
             moulds = self._make(record, delivery, origin, is_remote=parent.is_remote)
-            if moulds is None:
-                return None
             if len(self._moulds) >= MAX_SHAPES:
                 self._moulds.clear()
             self._moulds[key] = moulds
@@ -175,10 +166,10 @@ class OrdinaryMail:
         lines = reply.lines
         words = self._attributes.redaction.text(lines[0] if len(lines) == 1 else reply.text).encode("utf-8", "replace")
         before_words = text_head(9, names.REPLY_TEXT, len(words))
-        of_both = len(before_words) + len(words)
         of_attempt, of_transaction = moulds
         first = (
-            TAGS[2], length(of_attempt.size + of_both), of_attempt.fill(values), before_words, words
+            TAGS[2], length(of_attempt.size + len(before_words) + len(words)), of_attempt.fill(values), before_words,
+            words,
         )  # fmt: skip
 
         values = [
@@ -192,10 +183,7 @@ class OrdinaryMail:
         own = b"".join((_NUMBERS(record.number), _SIZES(octets), self._domains(record)))
         if identity.links:
             own = b"".join((own, *map(encode_link, identity.links)))
-        second = (
-            TAGS[2], length(of_transaction.size + of_both + len(own)), of_transaction.fill(values), own,
-            before_words, words,
-        )  # fmt: skip
+        second = (TAGS[2], length(of_transaction.size + len(own)), of_transaction.fill(values), own)
         return EncodedSpan(b"".join(first)), EncodedSpan(b"".join(second))
 
     def _domains(self, record: TransactionRecord) -> bytes:
@@ -229,25 +217,15 @@ class OrdinaryMail:
         octets = SPAN_PAIRS[names.RCPT_DOMAINS, domains]
         return octets if len(domains) > 1 else octets + SPAN_PAIRS[names.RCPT_DOMAIN, domains[0]]
 
-    def _make(
-        self, record: TransactionRecord, delivery: DeliveryRecord, origin: bytes, *, is_remote: bool
-    ) -> _Moulds | None:
-        phases = [phase for _, phase, _ in delivery.phases]
-        if phases[:1] != [DeliveryPhase.POOL] or phases.count(DeliveryPhase.POOL) > 1:
-            return None
+    def _make(self, record: TransactionRecord, delivery: DeliveryRecord, origin: bytes, *, is_remote: bool) -> _Moulds:
         events: list[bytes | str] = []
-        for phase, (_, shape) in zip(phases, describe_phases(delivery), strict=True):
-            if phase is DeliveryPhase.POOL:
-                reused = EVENT_PAIRS[names.POOL_REUSED, delivery.is_reused]
-                before = shape.octets + _EVENT_WAIT
-                events += (before_time(len(before) + 8 + len(reused)), "Q", before, "d", reused)
-            else:
-                events += (shape.before, "Q", shape.octets)
-        of_attempt, _ = self._attributes.delivery(delivery, ())
-        of_transaction, _ = self._attributes.transaction(record, is_in_application=is_remote)
+        for _, shape in describe_phases(delivery):
+            events += (shape.before, "Q", shape.octets)
+        of_attempt, _, _ = self._attributes.delivery(delivery)
+        of_transaction, _, _ = self._attributes.transaction(record, is_in_application=is_remote)
         gap = f"{len(origin)}s"
-        wait = (_SPAN_WAIT, "d", SPAN_PAIRS[names.POOL_REUSED, delivery.is_reused])
+        wait = (_WAIT, "d", SPAN_PAIRS[names.POOL_REUSED, delivery.is_reused])
         return _Moulds(
-            Mould(*frame_of_span(of_attempt, is_remote=False), gap, *wait, *events),
+            Mould(*frame_of_span(of_attempt, is_remote=False), *wait, *events),
             Mould(*frame_of_span(of_transaction, is_remote=is_remote), gap),
         )

@@ -12,9 +12,10 @@ An `EncodedSpan` is octets, and can be decoded for people who look at it.
 """
 
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from enum import Enum
 from functools import lru_cache
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, TypeVar
 
 from opentelemetry.trace import SpanKind
@@ -100,20 +101,29 @@ class SpanShape:
     """Spans of one row: name, kind, status and constant attributes.
 
     Attributes:
-        octets: of all of these, up to the tag of the start time.
+        on_line: constant attributes that its line in the log has besides, and another span of its trace.
+        octets: of all but these, up to the tag of the start time.
         description: of the status: why it has failed, where `error.type` does not say it all.
         pack: puts the ids and times of one span around `octets`.
         line: what the log keeps of them (`span_lines`); None before their first line.
     """
 
-    __slots__ = ("constant", "description", "has_failed", "kind", "line", "name", "octets", "pack")
+    __slots__ = ("constant", "description", "has_failed", "kind", "line", "name", "octets", "on_line", "pack")
 
     def __init__(
-        self, name: str, kind: SpanKind, constant: Attributes, *, has_failed: bool, description: str = ""
+        self,
+        name: str,
+        kind: SpanKind,
+        constant: Attributes,
+        *,
+        has_failed: bool,
+        description: str = "",
+        on_line: Attributes = MappingProxyType({}),
     ) -> None:
         self.name = name
         self.kind = kind
         self.constant = constant
+        self.on_line = on_line
         self.has_failed = has_failed
         self.description = description if has_failed else ""
         self.line: LineShape | None = None
@@ -200,12 +210,22 @@ def _plain(value: Any) -> AttributeValue:
     return plain
 
 
-def span_table(name: str, kind: SpanKind, header: Iterable[Column | str | None]) -> ShapeTable[SpanShape]:
-    """A table of spans; those with an `error.type` have failed."""
+def span_table(
+    name: str, kind: SpanKind, header: Iterable[Column | str | None], told_elsewhere: Collection[str] = ()
+) -> ShapeTable[SpanShape]:
+    """A table of spans; those with an `error.type` have failed.
+
+    Args:
+        told_elsewhere: names of columns that only the log has, of rows that end in True.
+    """
 
     def make(row: Row, constant: Attributes) -> SpanShape:
         reason = str(constant.get(names.FAILURE_REASON, ""))
-        return SpanShape(name, kind, constant, has_failed=names.ERROR_TYPE in constant, description=reason)
+        has_failed = names.ERROR_TYPE in constant
+        left_out = told_elsewhere if row[-1] is True else ()
+        on_line = {key: value for key, value in constant.items() if key in left_out}
+        constant = {key: value for key, value in constant.items() if key not in left_out}
+        return SpanShape(name, kind, constant, has_failed=has_failed, description=reason, on_line=on_line)
 
     return ShapeTable(header, make)
 

@@ -3,7 +3,7 @@
 Each is described by a shape (`shapes`), found by the values that come from small sets, and by the pairs that vary.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 from opentelemetry.trace import SpanKind
@@ -27,8 +27,9 @@ from otel_smtp.telemetry.redaction import Redaction, clean
 from otel_smtp.telemetry.shapes import Column, Pair, SpanShape, span_table
 from otel_smtp.telemetry.state_events import ENHANCED_CODE
 
-Described = tuple[SpanShape, list[Pair]]
-"""What a span consists of, beside ids, times, events and links."""
+Described = tuple[SpanShape, list[Pair], Sequence[Pair]]
+"""What a span consists of, beside ids, times, events and links; and what its line in the log, which stands alone, has
+besides: what another span of the trace tells."""
 
 # Failures of the gateway or of what it depends on. All else is the client's doing, or a policy that was kept: an Error
 # event, not an ERROR status.
@@ -84,10 +85,12 @@ _TRANSACTION_HEADER: Final = (
     ENHANCED_CODE,
     names.ERROR_TYPE,
     names.FAILURE_REASON,
+    None,  # whether an upstream accepted it: then the reply is on the attempt's span, and here only in the log
 )
-_TRANSACTIONS: Final = span_table(names.SPAN_TRANSACTION, SpanKind.INTERNAL, _TRANSACTION_HEADER)
+_OF_REPLY: Final = (names.REPLY_CODE, names.REPLY_ENHANCED_CODE)
+_TRANSACTIONS: Final = span_table(names.SPAN_TRANSACTION, SpanKind.INTERNAL, _TRANSACTION_HEADER, _OF_REPLY)
 # An edge of a service graph needs the application's CLIENT span as direct parent of a SERVER span.
-_APPLICATIONS_TRANSACTIONS: Final = span_table(names.SPAN_TRANSACTION, SpanKind.SERVER, _TRANSACTION_HEADER)
+_APPLICATIONS_TRANSACTIONS: Final = span_table(names.SPAN_TRANSACTION, SpanKind.SERVER, _TRANSACTION_HEADER, _OF_REPLY)
 
 _DELIVERIES: Final = span_table(
     names.SPAN_DELIVERY,
@@ -200,7 +203,7 @@ class SpanAttributes:
             pairs += redaction.user(record.user).items()
         if is_closed:
             pairs += self.totals(record)
-        return shape, pairs
+        return shape, pairs, ()
 
     def addresses(self, record: ConnectionRecord) -> list[Pair]:
         """The row of New: peer, local address, listener."""
@@ -253,6 +256,11 @@ class SpanAttributes:
     def transaction(self, record: TransactionRecord, *, is_in_application: bool) -> Described:
         """A transaction of a client."""
         reply, mail, accepted = record.reply, record.mail, record.accepted
+        theirs: Reply | None = None
+        if reply is not None and reply.code < 400 and record.deliveries:
+            theirs = record.deliveries[-1].reply
+            if theirs is not None and theirs.code >= 400:
+                theirs = None
         table = _APPLICATIONS_TRANSACTIONS if is_in_application else _TRANSACTIONS
         shape = table[
             len(accepted),
@@ -264,6 +272,7 @@ class SpanAttributes:
             None if reply is None else reply.enhanced,
             our_failure(record.outcome, reply, record.error_type),
             None if record.failure is None else clean(record.failure),
+            theirs is not None,
         ]
         connection = record.connection
         pairs: list[Pair] = [] if connection is None else [(names.CONNECTION_ID, connection.info.id)]
@@ -283,20 +292,18 @@ class SpanAttributes:
             pairs.append((names.RCPT_DOMAINS, domains))
             if len(domains) == 1:
                 pairs.append((names.RCPT_DOMAIN, domains[0]))
-        if reply is not None:
+        on_line: Sequence[Pair] = ()
+        if theirs is not None:
             # A 2yz of ours says less than the upstream's own words, with its queue id.
-            said = reply
-            if reply.code < 400 and record.deliveries:
-                theirs = record.deliveries[-1].reply
-                if theirs is not None and theirs.code < 400:
-                    said = theirs
-            pairs.append((names.REPLY_TEXT, self._words if said is self._worded else self.words(said)))
+            on_line = [(names.REPLY_TEXT, self._words if theirs is self._worded else self.words(theirs))]
+        elif reply is not None:
+            pairs.append((names.REPLY_TEXT, self.words(reply)))
         if redaction.shows_mailboxes:
             if (address := redaction.mailbox(mail.reverse_path)) is not None:
                 pairs.append((names.MAIL_FROM_ADDRESS, address))
             if addresses := redaction.mailboxes(recipients):
                 pairs.append((names.RCPT_ADDRESSES, addresses))
-        return shape, pairs
+        return shape, pairs, on_line
 
     @staticmethod
     def transaction_at_start(record: TransactionRecord) -> Attributes:
@@ -306,14 +313,13 @@ class SpanAttributes:
 
     # Deliveries --------------------------------------------------------------------------------------------------
 
-    def delivery(self, record: DeliveryRecord, pool: Iterable[Pair]) -> Described:
-        """An attempt at an upstream.
-
-        Args:
-            pool: its `pool_pairs`.
-        """
-        reply, transaction, peer, tls = record.reply, record.transaction, record.peer, record.tls
+    def delivery(self, record: DeliveryRecord) -> Described:
+        """An attempt at an upstream."""
+        reply, transaction, server, tls = record.reply, record.transaction, record.server, record.tls
         upstream = record.upstream
+        peer = record.peer
+        if peer is not None and peer.host == server.host and peer.port == server.port:
+            peer = None  # it says nothing new where the upstream's name is an address
         shape = _DELIVERIES[
             transaction.kind,
             record.attempt,
@@ -321,8 +327,8 @@ class SpanAttributes:
             record.refused_count,
             record.deferred_count,
             transaction.is_possible_duplicate or None,
-            record.server.host,
-            record.server.port,
+            server.host,
+            server.port,
             upstream,
             upstream,
             upstream,
@@ -339,11 +345,18 @@ class SpanAttributes:
             or (ErrorType.UPSTREAM_REFUSED.value if record.refused_count or record.deferred_count else None),
             None if record.failure is None else clean(record.failure),
         ]
-        pairs: list[Pair] = [_origin(transaction)]
-        pairs += pool
+        connection = transaction.connection
+        on_line: list[Pair] = []
+        pairs: list[Pair] = []
+        if connection is not None:
+            on_line.append((names.CONNECTION_ID, connection.info.id))  # the transaction's span has it
+        else:
+            pairs.append(_origin(transaction))
+        if record.pool_wait_ns is not None:
+            pairs += (names.POOL_WAIT, record.pool_wait_ns / 1e9), (names.POOL_REUSED, record.is_reused)
         if reply is not None:
             pairs.append((names.REPLY_TEXT, self.words(reply)))
-        return shape, pairs
+        return shape, pairs, on_line
 
     @staticmethod
     def delivery_at_start(record: DeliveryRecord) -> Attributes:
@@ -375,7 +388,7 @@ class SpanAttributes:
             record.error_type,
             record.failure if has_failed else None,
         ]
-        return shape, [_origin(record)]
+        return shape, [_origin(record)], ()
 
     # Recipients --------------------------------------------------------------------------------------------------
 

@@ -68,7 +68,7 @@ def line_shape(shape: SpanShape) -> LineShape:
     """The line's shape, kept with the span's."""
     found = shape.line
     if found is None:
-        found = shape.line = LineShape(shape.name, shape.constant, has_failed=shape.has_failed)
+        found = shape.line = LineShape(shape.name, {**shape.constant, **shape.on_line}, has_failed=shape.has_failed)
     return found
 
 

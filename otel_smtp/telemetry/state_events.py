@@ -326,20 +326,13 @@ _PHASES: Final = ShapeTable((None, names.REPLY_CODE, ENHANCED_CODE), _phase_shap
 def describe_phases(delivery: DeliveryRecord) -> list[tuple[int, EventShape]]:
     """What the events consist of that tell the phases of a delivery: when they are over, and their shapes.
 
-    That of the wait for a connection has `pool_pairs` beside.
+    That of the wait for a limit has `_pace_pairs` beside.
     """
     shapes, described = _PHASES, []
     for at_ns, phase, reply in delivery.phases:
         row: Row = (phase, None, None) if reply is None else (phase, reply.code, reply.enhanced)
         described.append((at_ns, shapes[row]))
     return described
-
-
-def pool_pairs(delivery: DeliveryRecord) -> tuple[Pair, ...]:
-    """What the wait for a connection tells; nothing while none was at hand."""
-    if delivery.pool_wait_ns is None:
-        return ()
-    return (names.POOL_WAIT, delivery.pool_wait_ns / 1e9), (names.POOL_REUSED, delivery.is_reused)
 
 
 def _pace_pairs(delivery: DeliveryRecord) -> tuple[Pair, ...]:
@@ -350,43 +343,28 @@ def _pace_pairs(delivery: DeliveryRecord) -> tuple[Pair, ...]:
     return (names.LIMIT_NAME, name), (names.LIMIT_WAIT, wait_ns / 1e9)
 
 
-_POOL: Final = names.PHASE_EVENTS[DeliveryPhase.POOL]
 _PACED: Final = names.PHASE_EVENTS[DeliveryPhase.PACED]
 
 
-def phase_events(delivery: DeliveryRecord, pool: Iterable[Pair]) -> list[EventRecord]:
-    """The phases of a delivery, as values.
-
-    Args:
-        pool: its `pool_pairs`.
-    """
+def phase_events(delivery: DeliveryRecord) -> list[EventRecord]:
+    """The phases of a delivery, as values."""
     offset = delivery.transaction.wall_offset_ns
     return [
         EventRecord(
             at_ns + offset,
             shape.name,
-            {**shape.constant, **dict(pool)}
-            if shape.name == _POOL
-            else {**shape.constant, **dict(_pace_pairs(delivery))}
-            if shape.name == _PACED
-            else shape.constant,
+            {**shape.constant, **dict(_pace_pairs(delivery))} if shape.name == _PACED else shape.constant,
         )
         for at_ns, shape in describe_phases(delivery)
     ]
 
 
-def encode_phases(delivery: DeliveryRecord, pool: Iterable[Pair]) -> list[bytes]:
-    """The phases of a delivery, as pieces of its span.
-
-    Args:
-        pool: its `pool_pairs`.
-    """
+def encode_phases(delivery: DeliveryRecord) -> list[bytes]:
+    """The phases of a delivery, as pieces of its span."""
     offset = delivery.transaction.wall_offset_ns
     pieces: list[bytes] = []
     for at_ns, shape in describe_phases(delivery):
-        if shape.name == _POOL:
-            pieces.append(encode_event(at_ns + offset, shape, pool))
-        elif shape.name == _PACED:
+        if shape.name == _PACED:
             pieces.append(encode_event(at_ns + offset, shape, _pace_pairs(delivery)))
         else:
             pieces += (shape.before, pack_time(at_ns + offset), shape.octets)

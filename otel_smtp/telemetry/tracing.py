@@ -52,7 +52,6 @@ from otel_smtp.telemetry.state_events import (
     encode_states,
     encode_states_by,
     phase_events,
-    pool_pairs,
     state_events,
     taken_over_event,
 )
@@ -430,8 +429,7 @@ class Tracing(Observer):
         encodes, reads = self._wanted(identity, is_encoded=is_encoded)
         if not encodes and not reads and not self._lines:
             return
-        pool = pool_pairs(delivery)
-        described = self.attributes.delivery(delivery, pool)
+        described = self.attributes.delivery(delivery)
         transaction = delivery.transaction
         offset = transaction.wall_offset_ns
         times = delivery.begun_ns + offset, delivery.ended_ns + offset + AFTER_LAST_EVENT_NS
@@ -439,12 +437,12 @@ class Tracing(Observer):
         if (taken := transaction.taken_over) is not None:
             told = [taken_over_event(times[0], *taken), *told]
         if encodes:
-            events = encode_phases(delivery, pool)
+            events = encode_phases(delivery)
             if told:
                 events += encode_events(told)
             self._give(identity, described, times, events)
         if reads:
-            phases = phase_events(delivery, pool) if identity.is_recording else []
+            phases = phase_events(delivery) if identity.is_recording else []
             self._show(identity, described, times, [*phases, *told] if told else phases)
         if self._lines:
             self._tell_lines(identity, described, times, told)
@@ -478,7 +476,7 @@ class Tracing(Observer):
         is_trouble: bool = False,
     ) -> None:
         """Encode a span, and give the octets to those who take them."""
-        shape, pairs = described
+        shape, pairs, _ = described
         context = identity.context
         if identity.attributes:
             pairs = [*_sampler_pairs(identity, shape, pairs), *pairs]
@@ -514,7 +512,7 @@ class Tracing(Observer):
         self, identity: Identity, described: Described, times: tuple[int, int], events: Sequence[EventRecord]
     ) -> None:
         """Make a span a value, and give it to those who read it."""
-        shape, pairs = described
+        shape, pairs, _ = described
         record = SpanRecord(
             shape.name,
             shape.kind,
@@ -539,8 +537,8 @@ class Tracing(Observer):
     ) -> None:
         """Give what the log tells of a span to those who write it."""
         if identity.attributes:
-            shape, pairs = described
-            described = shape, [*_sampler_pairs(identity, shape, pairs), *pairs]
+            shape, pairs, on_line = described
+            described = shape, [*_sampler_pairs(identity, shape, [*on_line, *pairs]), *pairs], on_line
         for lines in self._lines:
             lines.take_described(described, identity.context, times, told)
 

@@ -9,7 +9,7 @@ from tests.telemetry.cost import House, count_calls, count_octets
 # weak reference from a delivery to its transaction, which keeps mails away from the garbage collector.
 MAX_PYTHON_CALLS = 46
 MAX_C_CALLS = 80
-MAX_OCTETS = 2650
+MAX_OCTETS = 2300
 
 
 @pytest.fixture

@@ -155,6 +155,8 @@ def test_a_mail_leaves_a_line_for_its_delivery_its_transaction_and_its_connectio
     assert transaction["smtp.mail.from.domain"] == "example.com"
     assert transaction["smtp.rcpt.domains"] == ["example.net"]
     assert transaction["smtp.outcome"] == "relayed"
+    assert transaction["smtp.reply.text"] == delivery["smtp.reply.text"] == "Ok"
+    assert (transaction["smtp.reply.code"], transaction["smtp.reply.enhanced_code"]) == (250, "2.0.0")
     assert delivery["smtp.upstream.name"] == "provider"
     assert connection["client.address"] == "192.0.2.7"
     assert connection["smtp.close.reason"] == "quit"

@@ -99,7 +99,7 @@ def test_it_is_found_by_the_context_that_the_application_injected(smtp_gateway: 
 
 def test_a_message_that_never_came_is_not_waited_for_long(smtp_gateway: RunningGateway) -> None:
     send(smtp_gateway, email())
-    with pytest.raises(TimeoutError, match=r"There are: .*smtp\.transaction .*relayed 250"):
+    with pytest.raises(TimeoutError, match=r"There are: smtp\.delivery .*relayed 250; smtp\.transaction .*relayed"):
         smtp_gateway.trace_of("0" * 32, timeout_seconds=0.01)
 
 

@@ -179,7 +179,6 @@ def event_words(name: str, attributes: Attributes) -> list[Word]:
     reader.add(names.ERROR_TYPE, "red")
     reader.add(names.FAILURE_REASON, "red")
     reader.add(names.CLOSE_REASON)
-    _add_pool(reader)
     reader.add_tls()
     _add_totals(reader)
     for address in (names.NETWORK_PEER_ADDRESS, names.CONNECTION_SEGMENT):
@@ -288,6 +287,7 @@ def _add_delivery(reader: _Reader) -> None:
     ):
         if number := reader.take(name):
             reader.words.append(Word(f"{plain(number)} {word}", style))
-    # Its event "pool" shows these, and its reply code the outcome.
-    for key in (names.OUTCOME, names.POOL_REUSED, names.POOL_WAIT, names.DELIVERY_ACCEPTED):
+    _add_pool(reader)
+    # Its reply code shows the outcome.
+    for key in (names.OUTCOME, names.DELIVERY_ACCEPTED):
         reader.take(key)

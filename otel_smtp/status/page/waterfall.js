@@ -83,7 +83,6 @@ function words(event) {
     a["smtp.close.reason"]?.replaceAll("_", " "),
     a["smtp.transaction.recipient_count"] && `recipients: ${a["smtp.transaction.recipient_count"]}`,
     a["smtp.connection.messages"] && `messages: ${a["smtp.connection.messages"]}`,
-    a["smtp.pool.reused"] === true ? "connection reused" : a["smtp.pool.reused"] === false ? "new connection" : "",
   ];
   return parts.filter((part) => part !== undefined && part !== "" && part !== null).join(" · ");
 }
