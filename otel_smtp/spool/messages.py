@@ -421,7 +421,7 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class Backlog:
-    """The outcomes that wait for one receiver.
+    """The outcomes that wait for one receiver, or are being sent; not what an operator holds.
 
     Attributes:
         oldest_arrived_at: seconds since the epoch; None where none waits.

@@ -172,7 +172,7 @@ class Store(Protocol):
 
         Returns:
             The leases, small contents with them (the header block first; read whole and intact), and in how many
-            seconds the next delivery to one of the destinations is due.
+            seconds the next delivery to one of the destinations is due that is not too old.
         """
         ...
 

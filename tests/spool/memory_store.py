@@ -160,7 +160,7 @@ class MemoryStore:
                 one.attempts += 1
                 content = self.memory.contents[entry.id]
                 claimed.append((entry.lease_of(one), (content[: entry.header_octets], content[entry.header_octets :])))
-            times += [one.due_ms for _, one in self._waiting(destination)]
+            times += [one.due_ms for entry, one in self._waiting(destination) if entry.expires_ms > now]
         return claimed, max(0, min(times) - now) / 1000 if times else None
 
     def _waiting(self, destination: str) -> list[tuple[Entry, DeliveryEntry]]:
@@ -282,7 +282,7 @@ class MemoryStore:
                 entry.arrived_ms / 1000
                 for entry in self._sorted
                 for one in entry.deliveries
-                if one.destination == destination
+                if one.destination == destination and one.is_pending
             ]
             found[destination] = Backlog(len(arrived), min(arrived, default=None))
         return found

@@ -294,6 +294,18 @@ async def test_what_is_too_old_holds_up_nobody(case: Case, is_in_memory: bool) -
     assert [lease.message_id for lease in await leased(case.store, most=1)] == [one]
 
 
+@pytest.mark.parametrize("is_in_memory", [True, False])
+async def test_what_is_too_old_is_not_waited_for(case: Case, is_in_memory: bool) -> None:
+    one = await queued(case.store)
+    assert await case.store.expire(one)
+    if not is_in_memory:
+        await case.store.page("", 1)
+    assert await case.store.claim({"up": 1}) == ([], None)
+    await queued(case.store, message(due_in_seconds=100))
+    _, due_in = await case.store.claim({"up": 1})
+    assert due_in == pytest.approx(100, abs=5)
+
+
 async def test_only_what_was_attempted_is_worth_a_warning_and_only_once(case: Case) -> None:
     tried = await queued(case.store)
     (lease,) = await leased(case.store)
@@ -534,6 +546,29 @@ async def test_an_outcome_is_stored_with_the_end_that_it_tells_of(case: Case) ->
     await case.store.finish(claimed, DELIVERED)
     assert await case.store.tally() == {"accepted": 1, "delivered": 1, "outcomes": 1, "outcomes_delivered": 1}
     assert await case.store.backlog([APPLICATION]) == {APPLICATION: Backlog()}
+
+
+async def test_an_outcome_that_an_operator_holds_waits_for_nobody(case: Case) -> None:
+    told = await queued(case.store, outcome())
+    other = await queued(case.store, outcome())
+    assert await case.store.hold(told)
+    for _ in range(2):
+        assert (await case.store.backlog([APPLICATION]))[APPLICATION].pending == 1
+        await case.store.close()
+        case.store = case.again()
+        await case.store.open()
+    (lease,) = await leased(case.store, destination=APPLICATION)
+    await case.store.finish(lease, DELIVERED)
+    assert lease.message_id == other
+    for _ in range(2):
+        assert await case.store.backlog([APPLICATION]) == {APPLICATION: Backlog()}
+        await case.store.page("", 9, outcomes=True)  # writes the index, where there is one
+    assert await case.store.release(told)
+    for _ in range(2):
+        backlog = (await case.store.backlog([APPLICATION]))[APPLICATION]
+        assert backlog.pending == 1
+        assert backlog.oldest_arrived_at == pytest.approx(case.clock(), abs=30)
+        await case.store.page("", 9, outcomes=True)
 
 
 async def test_outcomes_are_no_mail(case: Case) -> None:

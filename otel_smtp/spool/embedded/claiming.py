@@ -33,7 +33,8 @@ class Claiming:
         """Lease what is due, and count the attempt.
 
         Returns:
-            The leases, with small contents; and when the next delivery is due, in milliseconds since the epoch.
+            The leases, with small contents; and when the next delivery is due that is not too old, in milliseconds
+            since the epoch.
         """
         found: list[Claimed] = []
         try:
@@ -53,7 +54,7 @@ class Claiming:
         leases = await self._lease(chosen) if chosen else []
         contents = await self._contents.small([entry for entry, _ in leases])
         try:
-            next_due = await self._next_due(list(wanted))
+            next_due = await self._next_due(list(wanted), now_ms)
         except SpoolError:  # what was leased has to be attempted, whatever became of the index meanwhile
             if not leases:
                 raise
@@ -158,17 +159,17 @@ class Claiming:
                 await self._index.run(lambda index: index.note_leased(rows))
         return [(changed, one) for _, changed, leased in changes.values() for one in leased]
 
-    async def _next_due(self, destinations: Sequence[str]) -> int | None:
+    async def _next_due(self, destinations: Sequence[str], now_ms: int) -> int | None:
         memory = self._memory
         times: list[int] = []
         cold: list[str] = []
         for destination in destinations:
-            if (due := memory.waiting.next_due(destination)) is not None:
+            if (due := memory.waiting.next_due(destination, now_ms)) is not None:
                 times.append(due)
             if memory.cold[destination] > 0:
                 cold.append(destination)
         if cold:
-            found = await self._index.run(lambda index: [index.next_due(destination) for destination in cold])
+            found = await self._index.run(lambda index: [index.next_due(destination, now_ms) for destination in cold])
             times += [due for due in found if due is not None]
         return min(times, default=None)
 

@@ -40,6 +40,11 @@ class DeliveryEntry:
             self.is_possible_duplicate, self.recipients,
         )  # fmt: skip
 
+    @property
+    def is_pending(self) -> bool:
+        """Whether it waits for an attempt or for its end, and not for an operator."""
+        return self.state is DeliveryState.READY or self.state is DeliveryState.LEASED
+
     def lease(self) -> None:
         """Give it to an attempt."""
         self.state = DeliveryState.LEASED

@@ -339,14 +339,16 @@ class Index:
                         break
         return found
 
-    def next_due(self, destination: str) -> int | None:
-        """When the next delivery is due."""
+    def next_due(self, destination: str, now_ms: int) -> int | None:
+        """When the next delivery is due that is not too old."""
         times = [
             due
             for tried in (0, 1)
             for (due,) in self._database.execute(
-                "SELECT due FROM delivery WHERE state = 'ready' AND destination = ? AND tried = ? ORDER BY due LIMIT 1",
-                (destination, tried),
+                "SELECT due FROM delivery CROSS JOIN message USING (id)"
+                " WHERE state = 'ready' AND destination = ? AND tried = ? AND (expires IS NULL OR expires > ?)"
+                " ORDER BY due LIMIT 1",
+                (destination, tried, now_ms),
             )
         ]
         return min(times, default=None)
@@ -386,16 +388,18 @@ class Index:
             self._database.execute("SELECT destination, count(*) FROM delivery GROUP BY destination").fetchall()
         )
 
-    def outcomes(self) -> tuple[dict[str, int], int]:
-        """How many outcomes there are for each destination, and the octets of their records."""
+    def outcomes(self) -> tuple[dict[str, int], int, int]:
+        """Outcomes that wait for each destination or are leased; how many there are in all, held ones among them, and
+        the octets of their records."""
         by_destination = self._database.execute(
-            f"SELECT destination, count(*) FROM delivery WHERE {_OUTCOME} GROUP BY destination"  # noqa: S608 - ours
+            f"SELECT destination, count(*) FROM delivery WHERE {_OUTCOME}"  # noqa: S608 - ours
+            " AND state IN ('ready', 'leased') GROUP BY destination"
         )
-        (octets,) = self._database.execute(
-            "SELECT coalesce(sum(message.octets), 0) FROM delivery CROSS JOIN message USING (id)"  # noqa: S608 - ours
-            f" WHERE {_OUTCOME}"
+        messages, octets = self._database.execute(
+            "SELECT count(*), coalesce(sum(message.octets), 0)"  # noqa: S608 - ours
+            f" FROM delivery CROSS JOIN message USING (id) WHERE {_OUTCOME}"
         ).fetchone()
-        return dict(by_destination.fetchall()), octets
+        return dict(by_destination.fetchall()), messages, octets
 
     def oldest(self, destination: str) -> int | None:
         """When the first of what waits for a destination came; the ids begin with the time."""

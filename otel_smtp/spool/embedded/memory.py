@@ -33,7 +33,8 @@ class Memory:
         cold: deliveries in the index alone, by destination.
         live: messages and octets of their records, by segment.
         messages: how many there are in all. `large_octets`: of the contents that lie in files of their own.
-        outcomes: how many of them are outcomes, by destination; `outcome_messages` in all, and `outcome_octets`.
+        outcomes: deliveries of outcomes that wait or are being attempted, by destination.
+        outcome_messages: how many messages are outcomes, held ones among them; `outcome_octets`.
     """
 
     def __init__(self) -> None:
@@ -61,6 +62,9 @@ class Memory:
             entry: not the object that was noted before, where it has changed: that one may be on its way into the
                 index.
         """
+        if entry.kind is Kind.OUTCOME and (changed := self.hot.get(entry.id)) is not None:
+            self._count_waiting(changed, -1)
+            self._count_waiting(entry, 1)
         self.hot[entry.id] = entry
         before = self.unindexed.get(entry.id)
         if before is None:
@@ -106,8 +110,12 @@ class Memory:
         assert entry.place is not None
         self.outcome_messages += by
         self.outcome_octets += by * entry.place.octets
-        for one in entry.deliveries:
-            self.outcomes[one.destination] += by
+        self._count_waiting(entry, by)
+
+    def _count_waiting(self, outcome: Entry, by: int) -> None:
+        for one in outcome.deliveries:
+            if one.is_pending:
+                self.outcomes[one.destination] += by
 
     def place(self, entry: Entry, step: Step, part: int, crc: int | None) -> Place:
         """Where a message lies from now on: in a step's part of that number.

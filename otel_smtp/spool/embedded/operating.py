@@ -62,7 +62,9 @@ class EmbeddedOperating(EmbeddedParts):
             for entry in memory.hot.values():
                 if entry.is_outcome:
                     for one in entry.deliveries:
-                        oldest[one.destination] = min(entry.arrived_ms, oldest.get(one.destination, entry.arrived_ms))
+                        if one.is_pending:
+                            first = oldest.get(one.destination, entry.arrived_ms)
+                            oldest[one.destination] = min(entry.arrived_ms, first)
         return {
             destination: Backlog(
                 memory.outcomes[destination], oldest[destination] / 1000 if destination in oldest else None

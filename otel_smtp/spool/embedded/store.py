@@ -192,14 +192,14 @@ class EmbeddedStore(EmbeddedSubmitting, EmbeddedLeasing, EmbeddedRecording, Rebu
     async def _take_over(self, recovered: Recovered) -> tuple[list[str], int]:
         """Begin with what the index has; the messages that are held from now on, and how many attempts were cut off."""
         memory = self.memory
-        live, destinations, leased, (outcomes, outcome_octets) = await self.index.run(
+        live, destinations, leased, (outcomes, outcome_messages, outcome_octets) = await self.index.run(
             lambda index: (index.segments(), index.destinations(), index.load(index.leased()), index.outcomes())
         )
         memory.live.update((number, [*found]) for number, found in live.items())
         memory.cold.update(destinations)
         memory.messages = recovered.index.messages
         memory.outcomes.update(outcomes)
-        memory.outcome_messages, memory.outcome_octets = sum(outcomes.values()), outcome_octets
+        memory.outcome_messages, memory.outcome_octets = outcome_messages, outcome_octets
         memory.large_octets = await asyncio.to_thread(self.directory.large_octets)
         self.indexing.known = self.journal.log.told
         held: list[str] = []

@@ -45,17 +45,16 @@ class Waiting:
         found: dict[tuple[str, int], Candidate] = {}
         while heap and heap[0][0] <= now_ms and len(found) < SAMPLE * most:
             candidate = heapq.heappop(heap)
-            entry = self._find(candidate[1])
-            if entry is not None and entry.expires_ms > now_ms and self._is_current(candidate, was_tried=was_tried):
+            if self._may_come(candidate, now_ms, was_tried=was_tried):
                 found[candidate[1], candidate[2]] = candidate
         return list(found.values())
 
-    def next_due(self, destination: str) -> int | None:
-        """When the first is due, in milliseconds since the epoch."""
+    def next_due(self, destination: str, now_ms: int) -> int | None:
+        """When the first is due that is not too old, in milliseconds since the epoch."""
         times: list[int] = []
         for was_tried in (False, True):
             heap = self._heaps.get((destination, was_tried))
-            while heap and not self._is_current(heap[0], was_tried=was_tried):
+            while heap and not self._may_come(heap[0], now_ms, was_tried=was_tried):
                 heapq.heappop(heap)
             if heap:
                 times.append(heap[0][0])
@@ -71,6 +70,11 @@ class Waiting:
             if len(heap) > _TIDY_FROM + 2 * messages:
                 heap[:] = [one for one in heap if self._is_current(one, was_tried=was_tried)]
                 heapq.heapify(heap)
+
+    def _may_come(self, candidate: Candidate, now_ms: int, *, was_tried: bool) -> bool:
+        """Whether it is as it was offered, and not too old: whatever changes that offers it again."""
+        entry = self._find(candidate[1])
+        return entry is not None and entry.expires_ms > now_ms and self._is_current(candidate, was_tried=was_tried)
 
     def _is_current(self, candidate: Candidate, *, was_tried: bool) -> bool:
         due_ms, message_id, number, _ = candidate

@@ -140,7 +140,8 @@ _NEXT_DUE: Final = """
 SELECT min(extract(epoch FROM next_at - now()))::float8 FROM unnest($1::text[]) AS wanted(dest)
 CROSS JOIN (VALUES (false), (true)) AS tried(tried)
 CROSS JOIN LATERAL (SELECT next_at FROM {s}.dlv
-  WHERE state = 'r' AND dlv.dest = wanted.dest AND (attempts > 0) = tried.tried ORDER BY next_at LIMIT 1) AS first"""
+  WHERE state = 'r' AND dlv.dest = wanted.dest AND (attempts > 0) = tried.tried
+    AND (SELECT expires_at > now() FROM {s}.msg WHERE id = dlv.msg_id) ORDER BY next_at LIMIT 1) AS first"""
 
 # Leases of ours that nobody here knows of: their claim was committed, and its answer was lost.
 _UNKNOWN_LEASES: Final = f"""
