@@ -16,7 +16,7 @@ from otel_smtp.telemetry.logs import ACCESS, write_line
 from otel_smtp.telemetry.propagation import TraceContext
 from otel_smtp.telemetry.records import EventRecord
 from otel_smtp.telemetry.span_attributes import Described
-from otel_smtp.telemetry.span_lines import ON_LINES, SpanLineHandler, line_shape
+from otel_smtp.telemetry.span_lines import ON_LINES, LinesOfMail, SpanLineHandler, line_shape
 
 
 class AccessLog:
@@ -76,6 +76,19 @@ class AccessLog:
             if shape.name == names.SPAN_TRANSACTION:
                 fields |= _recipients(told)
         write_line(self._logger, line.level, line.name, end_ns, fields, context)
+
+    def take_mail(self, mail: LinesOfMail) -> bool:
+        """Write both lines of an ordinary mail. False: somebody wants records, which only descriptions make."""
+        handlers = self._handlers()
+        if handlers is None:
+            return False
+        now_ns = time.time_ns()
+        for handler in handlers:
+            try:
+                handler.take_mail(mail, now_ns)
+            except Exception:  # noqa: BLE001 - the contract of handlers: an error is reported and never raised
+                handler.handleError(logging.makeLogRecord({"name": self._logger.name, "msg": mail.shapes[1].name}))
+        return True
 
     def _handlers(self) -> list[SpanLineHandler] | None:
         """The handlers of our lines, if each can do without a record; None where one cannot."""

@@ -21,7 +21,7 @@ from otel_smtp.telemetry.propagation import TraceContext
 from otel_smtp.telemetry.records import LogRecord
 from otel_smtp.telemetry.redaction import clean
 from otel_smtp.telemetry.shapes import Pair
-from otel_smtp.telemetry.span_lines import LineShape, SpanLineHandler, SpanLinesAsOtlp, severity_of
+from otel_smtp.telemetry.span_lines import LineShape, LinesOfMail, SpanLineHandler, SpanLinesAsOtlp, severity_of
 
 _OWN: Final = ("otel_smtp.telemetry.exporting", "otel_smtp.telemetry.metric_export")
 # Their values are a span's attributes, which are bounded and cleaned already.
@@ -75,6 +75,14 @@ class LogExportHandler(SpanLineHandler):
                 self._export.put(b"")  # lost and counted; it need not be encoded
             else:
                 self._export.put(self._span_lines(shape, pairs, duration_seconds, context, time_ns, now_ns))
+
+    def take_mail(self, mail: LinesOfMail, now_ns: int) -> None:
+        """Queue both lines of a mail."""
+        assert self.lock is not None  # by createLock
+        with self.lock:
+            lines = (b"", b"") if self._export.is_full else self._span_lines.of_mail(mail, now_ns)
+            for line in lines:
+                self._export.put(line)
 
 
 def log_record_of(record: logging.LogRecord) -> LogRecord:

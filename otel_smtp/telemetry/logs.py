@@ -24,11 +24,11 @@ from typing import Any, Final, TextIO
 from otel_smtp.smtp.states import ConnState
 from otel_smtp.telemetry import attributes as names
 from otel_smtp.telemetry.attributes import Attributes
-from otel_smtp.telemetry.line_output import line_output
+from otel_smtp.telemetry.line_output import PIPE_BUF, line_output
 from otel_smtp.telemetry.propagation import TraceContext
 from otel_smtp.telemetry.redaction import clean
 from otel_smtp.telemetry.shapes import Pair
-from otel_smtp.telemetry.span_lines import LineShape, SpanLineHandler, SpanLinesAsJson
+from otel_smtp.telemetry.span_lines import LineShape, LinesOfMail, SpanLineHandler, SpanLinesAsJson
 from otel_smtp.telemetry.terminal_log import LINE, MailFilter
 
 logger: Final = logging.getLogger("otel_smtp.telemetry.logs")
@@ -147,6 +147,16 @@ class JsonLines(LineHandler, SpanLineHandler):
     ) -> None:
         """Write the line of a span with others of this turn of the event loop."""
         self._output.add(self._span_lines(shape, pairs, duration_seconds, context, now_ns) + "\n")
+
+    def take_mail(self, mail: LinesOfMail, now_ns: int) -> None:
+        """Write both lines of a mail, likewise."""
+        of_attempt, of_transaction = self._span_lines.of_mail(mail, now_ns)
+        both = of_attempt + of_transaction
+        if len(both) <= PIPE_BUF:
+            self._output.add(both)
+        else:  # together they might be torn apart
+            self._output.add(of_attempt)
+            self._output.add(of_transaction)
 
 
 class TextLines(LineHandler):

@@ -1,4 +1,4 @@
-"""Both spans of an ordinary mail as octets, in one go.
+"""Both spans of an ordinary mail as octets, in one go, and what the log's lines say of them.
 
 Theory of operation
 -------------------
@@ -23,10 +23,12 @@ from otel_smtp.telemetry.shapes import (
     MAX_SHAPES,
     SPAN_PAIRS,
     EncodedSpan,
+    Pair,
     encode_link,
     frame_of_span,
 )
 from otel_smtp.telemetry.span_attributes import SpanAttributes
+from otel_smtp.telemetry.span_lines import LineShape, LinesOfMail, line_shape
 from otel_smtp.telemetry.state_events import describe_phases
 
 MAX_DOMAINS_KEPT: Final = 1024
@@ -39,10 +41,11 @@ _WAIT: Final = SPAN_PAIRS[names.POOL_WAIT, 0.0][:-8]
 class _Moulds(NamedTuple):
     """What mails alike have in common: of the attempt's span all but the reply, with gaps for ids and times, for the
     wait for a connection, and for the times of its phases; of the transaction's span its shape, with gaps for ids,
-    times and origin."""
+    times and origin; and what the log keeps of both."""
 
     delivery: Mould
     transaction: Mould
+    lines: tuple[LineShape, LineShape]
 
 
 class OrdinaryMail:
@@ -53,12 +56,21 @@ class OrdinaryMail:
         settle_delivery: gives an attempt its identity.
     """
 
-    __slots__ = ("_attributes", "_has_plain_attributes", "_moulds", "_recipients", "_senders", "_settle_delivery")
+    __slots__ = (
+        "_attributes",
+        "_has_plain_attributes",
+        "_moulds",
+        "_recipients",
+        "_senders",
+        "_settle_delivery",
+        "_told",
+    )
 
     def __init__(self, attributes: SpanAttributes, settle_delivery: Callable[[DeliveryRecord], Identity]) -> None:
         self._attributes = attributes
         self._settle_delivery = settle_delivery
         self._has_plain_attributes = not (attributes.with_message_id or attributes.redaction.shows_mailboxes)
+        self._told: tuple[tuple[LineShape, LineShape], str]  # of the latest mail: the shapes of its lines, the words
         self._moulds: dict[tuple[object, ...], _Moulds] = {}
         # By the domain as it was written: the attributes of one sender, and of one recipient.
         self._senders: dict[str, bytes] = {}
@@ -136,6 +148,8 @@ class OrdinaryMail:
             delivery.is_reused,
             reply.code,
             reply.enhanced,
+            told.code,
+            told.enhanced,
             len(accepted),
             record.mail.body,
             record.kind,
@@ -164,9 +178,11 @@ class OrdinaryMail:
             self._moulds[key] = moulds
 
         lines = reply.lines
-        words = self._attributes.redaction.text(lines[0] if len(lines) == 1 else reply.text).encode("utf-8", "replace")
+        text = self._attributes.redaction.text(lines[0] if len(lines) == 1 else reply.text)
+        words = text.encode("utf-8", "replace")
         before_words = text_head(9, names.REPLY_TEXT, len(words))
-        of_attempt, of_transaction = moulds
+        of_attempt, of_transaction, shapes = moulds
+        self._told = shapes, text
         first = (
             TAGS[2], length(of_attempt.size + len(before_words) + len(words)), of_attempt.fill(values), before_words,
             words,
@@ -185,6 +201,35 @@ class OrdinaryMail:
             own = b"".join((own, *map(encode_link, identity.links)))
         second = (TAGS[2], length(of_transaction.size + len(own)), of_transaction.fill(values), own)
         return EncodedSpan(b"".join(first)), EncodedSpan(b"".join(second))
+
+    def lines(self, record: TransactionRecord, identity: Identity) -> LinesOfMail:
+        """What stands on the lines of a mail that is ordinary: that of which `spans` were made last."""
+        shapes, text = self._told
+        delivery, connection = record.deliveries[0], record.connection
+        attempt: Identity = delivery.trace
+        assert connection is not None
+        assert record.octets is not None
+        ended_ns = delivery.ended_ns + AFTER_LAST_EVENT_NS, record.ended_ns + AFTER_LAST_EVENT_NS
+        offset = record.wall_offset_ns
+        return LinesOfMail(
+            shapes,
+            connection.info.id,
+            text,
+            record.number,
+            record.octets,
+            self._domain_pairs(record),
+            ((ended_ns[0] - delivery.begun_ns) / 1e9, (ended_ns[1] - record.begun_ns) / 1e9),
+            (attempt.context, identity.context),
+            (ended_ns[0] + offset, ended_ns[1] + offset),
+        )
+
+    def _domain_pairs(self, record: TransactionRecord) -> tuple[Pair, ...]:
+        redaction = self._attributes.redaction
+        sender, domains = redaction.domain(record.mail.reverse_path), redaction.domains(record.accepted)
+        pairs: tuple[Pair, ...] = () if sender is None else ((names.MAIL_FROM_DOMAIN, sender),)
+        if len(domains) == 1:
+            return (*pairs, (names.RCPT_DOMAINS, domains), (names.RCPT_DOMAIN, domains[0]))
+        return (*pairs, (names.RCPT_DOMAINS, domains)) if domains else pairs
 
     def _domains(self, record: TransactionRecord) -> bytes:
         """The attributes that tell the domains of sender and recipients."""
@@ -228,4 +273,5 @@ class OrdinaryMail:
         return _Moulds(
             Mould(*frame_of_span(of_attempt, is_remote=False), *wait, *events),
             Mould(*frame_of_span(of_transaction, is_remote=is_remote), gap),
+            (line_shape(of_attempt), line_shape(of_transaction)),
         )

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from json.encoder import encode_basestring_ascii as _quoted
-from typing import Final
+from typing import Final, NamedTuple
 
 from otel_smtp.telemetry import attributes as names
 from otel_smtp.telemetry.attributes import ATTRIBUTES, Attributes, On
@@ -19,6 +19,7 @@ from otel_smtp.telemetry.otlp import (
     LOG_TIME,
     OBSERVED_TIME,
     TAGS,
+    Integers,
     Pairs,
     field,
     key_value,
@@ -26,6 +27,7 @@ from otel_smtp.telemetry.otlp import (
     length,
     pack_double,
     pack_time,
+    text_head,
 )
 from otel_smtp.telemetry.propagation import TraceContext
 from otel_smtp.telemetry.shapes import Pair, SpanShape
@@ -40,8 +42,12 @@ _SEVERITY_DEBUG: Final = 5
 _JSON_DURATION: Final = f', "{names.LOG_DURATION}": '
 _JSON_TRACE_ID: Final = f', "{names.LOG_TRACE_ID}": "'
 _JSON_SPAN_ID: Final = f'", "{names.LOG_SPAN_ID}": "'
+_JSON_WORDS: Final = f', "{names.REPLY_TEXT}": '
+_JSON_NUMBER: Final = f', "{names.TRANSACTION_NUMBER}": '
+_JSON_SIZE: Final = f', "{names.MESSAGE_SIZE}": '
 _ATTRIBUTE: Final = 6  # LogRecord.attributes
 _OTLP_DURATION: Final = field(_ATTRIBUTE, key_value(names.LOG_DURATION, 0.0))[:-8]
+_OTLP_NUMBER, _OTLP_SIZE = Integers(_ATTRIBUTE, names.TRANSACTION_NUMBER), Integers(_ATTRIBUTE, names.MESSAGE_SIZE)
 _OTLP_TRACE_ID, _OTLP_SPAN_ID = TAGS[9] + b"\x10", TAGS[10] + b"\x08"
 
 
@@ -72,6 +78,26 @@ def line_shape(shape: SpanShape) -> LineShape:
     return found
 
 
+class LinesOfMail(NamedTuple):
+    """What stands on the two lines of an ordinary mail: that of its only attempt, and that of its transaction.
+
+    Attributes:
+        words: the upstream's.
+        domains: of sender and recipients.
+        times: when each span ended, since the epoch.
+    """
+
+    shapes: tuple[LineShape, LineShape]
+    connection_id: str
+    words: str
+    number: int
+    octets: int
+    domains: tuple[Pair, ...]
+    durations: tuple[float, float]
+    contexts: tuple[TraceContext, TraceContext]
+    times: tuple[int, int]
+
+
 class SpanLineHandler(logging.Handler):
     """A handler that can write a span's line without a record of `logging`.
 
@@ -96,6 +122,10 @@ class SpanLineHandler(logging.Handler):
             pairs: what varies, of `ON_LINES`.
             time_ns, now_ns: when the span ended and what the time is, since the epoch.
         """
+        raise NotImplementedError
+
+    def take_mail(self, mail: LinesOfMail, now_ns: int) -> None:
+        """Write the two lines of an ordinary mail, the attempt's first. On the event loop."""
         raise NotImplementedError
 
 
@@ -152,22 +182,47 @@ class SpanLinesAsJson:
         self, shape: LineShape, pairs: Sequence[Pair], duration_seconds: float, context: TraceContext, now_ns: int
     ) -> str:
         """The line, without its end."""
-        if not shape.json:
-            head: Attributes = {
-                names.LOG_LEVEL: logging.getLevelName(shape.level).lower(),
-                names.LOG_LOGGER: self._logger_name,
-                names.LOG_EVENT: shape.name,
-            }
-            shape.json = "".join(map(self._fields.__getitem__, (*head.items(), *shape.constant.items())))
-        now_us = now_ns // 1000
-        if now_us // 1_000_000 != self._second:
-            self._second = now_us // 1_000_000
-            self._begin = f'{{"{names.LOG_TIMESTAMP}": "{datetime.fromtimestamp(self._second, UTC):%Y-%m-%dT%H:%M:%S}'
         varying = "".join(map(self._fields.__getitem__, pairs))
         return (
-            f'{self._begin}.{now_us % 1_000_000:06}Z"{shape.json}{varying}{_JSON_DURATION}{duration_seconds!r}'
+            f"{self._stamp(now_ns)}{shape.json or self._head(shape)}{varying}{_JSON_DURATION}{duration_seconds!r}"
             f'{_JSON_TRACE_ID}{context.trace_id:032x}{_JSON_SPAN_ID}{context.span_id:016x}"}}'
         )
+
+    def of_mail(self, mail: LinesOfMail, now_ns: int) -> tuple[str, str]:
+        """Both lines of an ordinary mail, with their ends; what they have in common is written once."""
+        (attempt, transaction), connection_id, words, number, octets, domains, durations, contexts, _ = mail
+        of_attempt, of_transaction = contexts
+        stamp = self._stamp(now_ns)
+        fields = self._fields
+        origin = fields[names.CONNECTION_ID, connection_id]
+        said = f"{_JSON_WORDS}{_quoted(words)}"
+        trace = f"{_JSON_TRACE_ID}{of_attempt.trace_id:032x}{_JSON_SPAN_ID}"
+        whose = "".join(map(fields.__getitem__, domains))
+        return (
+            f"{stamp}{attempt.json or self._head(attempt)}{origin}{said}{_JSON_DURATION}{durations[0]!r}"
+            f'{trace}{of_attempt.span_id:016x}"}}\n',
+            f"{stamp}{transaction.json or self._head(transaction)}{said}{origin}{_JSON_NUMBER}{number}"
+            f'{_JSON_SIZE}{octets}{whose}{_JSON_DURATION}{durations[1]!r}{trace}{of_transaction.span_id:016x}"}}\n',
+        )
+
+    def _head(self, shape: LineShape) -> str:
+        """What all lines of a shape have, behind their time."""
+        head: Attributes = {
+            names.LOG_LEVEL: logging.getLevelName(shape.level).lower(),
+            names.LOG_LOGGER: self._logger_name,
+            names.LOG_EVENT: shape.name,
+        }
+        shape.json = '"' + "".join(map(self._fields.__getitem__, (*head.items(), *shape.constant.items())))
+        return shape.json
+
+    def _stamp(self, now_ns: int) -> str:
+        """The beginning of a line, up to the end of its time."""
+        now_us = now_ns // 1000
+        second = now_us // 1_000_000
+        if second != self._second:
+            self._second = second
+            self._begin = f'{{"{names.LOG_TIMESTAMP}": "{datetime.fromtimestamp(second, UTC):%Y-%m-%dT%H:%M:%S}'
+        return f"{self._begin}.{now_us % 1_000_000:06}Z"
 
 
 class SpanLinesAsOtlp:
@@ -191,17 +246,12 @@ class SpanLinesAsOtlp:
         now_ns: int,
     ) -> bytes:
         """The line as the field of a request that holds it."""
-        encoded = self._fields.__getitem__
-        if not shape.otlp:
-            head = kind_of_line(severity_of(shape.level), logging.getLevelName(shape.level), shape.name, "")
-            of_all: Sequence[Pair] = ((names.LOGGER, self._logger_name), *shape.constant.items())
-            shape.otlp = head + b"".join(map(encoded, of_all))
-        octets = b"".join(
+        return _as_field(
             (
                 LOG_TIME,
                 pack_time(time_ns),
-                shape.otlp,
-                *map(encoded, pairs),
+                shape.otlp or self._head(shape),
+                *map(self._fields.__getitem__, pairs),
                 _OTLP_DURATION,
                 pack_double(duration_seconds),
                 _OTLP_TRACE_ID,
@@ -212,8 +262,63 @@ class SpanLinesAsOtlp:
                 pack_time(now_ns),
             )
         )
-        size = len(octets)
-        return TAGS[2] + (LENGTHS[size] if size < len(LENGTHS) else length(size)) + octets
+
+    def of_mail(self, mail: LinesOfMail, now_ns: int) -> tuple[bytes, bytes]:
+        """Both lines of an ordinary mail, likewise."""
+        (attempt, transaction), connection_id, text, number, octets, domains, durations, contexts, times = mail
+        of_attempt, of_transaction = contexts
+        fields = self._fields
+        words = text.encode("utf-8", "replace")
+        said = text_head(_ATTRIBUTE, names.REPLY_TEXT, len(words)) + words
+        origin = fields[names.CONNECTION_ID, connection_id]
+        trace = _OTLP_TRACE_ID + of_attempt.trace_id.to_bytes(16, "big") + _OTLP_SPAN_ID
+        observed = OBSERVED_TIME + pack_time(now_ns)
+        return (
+            _as_field(
+                (
+                    LOG_TIME,
+                    pack_time(times[0]),
+                    attempt.otlp or self._head(attempt),
+                    origin,
+                    said,
+                    _OTLP_DURATION,
+                    pack_double(durations[0]),
+                    trace,
+                    of_attempt.span_id.to_bytes(8, "big"),
+                    observed,
+                )
+            ),
+            _as_field(
+                (
+                    LOG_TIME,
+                    pack_time(times[1]),
+                    transaction.otlp or self._head(transaction),
+                    said,
+                    origin,
+                    _OTLP_NUMBER(number),
+                    _OTLP_SIZE(octets),
+                    *map(fields.__getitem__, domains),
+                    _OTLP_DURATION,
+                    pack_double(durations[1]),
+                    trace,
+                    of_transaction.span_id.to_bytes(8, "big"),
+                    observed,
+                )
+            ),
+        )
+
+    def _head(self, shape: LineShape) -> bytes:
+        """What all lines of a shape have, behind their time."""
+        head = kind_of_line(severity_of(shape.level), logging.getLevelName(shape.level), shape.name, "")
+        of_all: Sequence[Pair] = ((names.LOGGER, self._logger_name), *shape.constant.items())
+        shape.otlp = head + b"".join(map(self._fields.__getitem__, of_all))
+        return shape.otlp
+
+
+def _as_field(parts: Sequence[bytes]) -> bytes:
+    octets = b"".join(parts)
+    size = len(octets)
+    return TAGS[2] + (LENGTHS[size] if size < len(LENGTHS) else length(size)) + octets
 
 
 def severity_of(level: int) -> int:

@@ -44,6 +44,7 @@ from otel_smtp.telemetry.redaction import Redaction
 from otel_smtp.telemetry.sampling import Identity, Sampling
 from otel_smtp.telemetry.shapes import AFTER_LAST_EVENT_NS, EncodedSpan, Pair, SpanShape, encode
 from otel_smtp.telemetry.span_attributes import Described, SpanAttributes, is_probe
+from otel_smtp.telemetry.span_lines import LinesOfMail
 from otel_smtp.telemetry.state_events import (
     WITH_MORE,
     StateEvents,
@@ -81,6 +82,10 @@ class LineSink(Protocol):
             times: start and end, in nanoseconds since the epoch.
             told: its events that tell of recipients, and of whoever had the mail before.
         """
+        ...
+
+    def take_mail(self, mail: LinesOfMail) -> bool:
+        """Take both spans of an ordinary mail at once; False: only as they are described."""
         ...
 
 
@@ -256,7 +261,7 @@ class Tracing(Observer):
             if spans is not None:
                 is_encoded = True
                 self._pass_on(spans, is_exported=bool(identity.context.flags & SAMPLED), is_trouble=False)
-                if not self._reads[True] and not self._lines:
+                if not self._reads[True] and self._have_taken_mail(transaction, identity):
                     return
         for delivery in transaction.deliveries:
             if delivery.ended_ns:
@@ -283,6 +288,12 @@ class Tracing(Observer):
             self._show(identity, described, times, told)
         if self._lines:
             self._tell_lines(identity, described, times, told)
+
+    def _have_taken_mail(self, transaction: TransactionRecord, identity: Identity) -> bool:
+        """Whether all who want lines have taken those of a mail that is ordinary."""
+        if not self._lines:
+            return True
+        return len(self._lines) == 1 and self._lines[0].take_mail(self._ordinary.lines(transaction, identity))
 
     def _keep_by_outcome(self, keeping: Keeping, identity: Identity, transaction: TransactionRecord) -> None:
         """Keep a transaction that went wrong or took long, with its attempts and its connection's segment."""

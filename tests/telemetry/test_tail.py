@@ -3,6 +3,7 @@
 import pytest
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, Sampler
 
+from otel_smtp.telemetry.span_lines import LinesOfMail
 from otel_smtp.telemetry.tail import MailTail
 from otel_smtp.telemetry.terminal_log import colored
 from otel_smtp.telemetry.tracing import Tracing
@@ -15,6 +16,9 @@ class KeptLines:
 
     def take_described(self, *described: object) -> None:
         self.records.append(described)
+
+    def take_mail(self, mail: LinesOfMail) -> bool:
+        return False
 
 
 def mails(tracing: Tracing, number: int = 1) -> None:
