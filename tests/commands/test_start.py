@@ -77,6 +77,13 @@ def test_the_first_client_waits_for_what_greets_it_and_for_nothing_else(environ:
     assert imported[-1] == "collects-nothing"
 
 
+def test_the_first_export_imports_nothing_to_draw_with() -> None:
+    program = _SERVE.replace("import gc\n", "import gc, httpx\n        httpx.Client().close()\n")
+    imported = modules(program, *_SETTINGS)
+    assert "httpx" in imported
+    assert {"rich", "pygments", "markdown_it"}.isdisjoint(imported)
+
+
 _COMMAND: Final = """
 import sys
 sys.argv = ["otel-smtp", *sys.argv[1:]]
