@@ -25,7 +25,7 @@ PACKAGE: Final = "otel_smtp"
 # What of SMTP the other rooms may know without speaking it.
 SMTP_TYPES: Final = tuple(
     f"otel_smtp.smtp.{module}"
-    for module in ("characters", "envelope", "errors", "events", "replies", "states", "extensions")
+    for module in ("characters", "envelope", "errors", "events", "replies", "states", "extensions", "parameters")
 )
 # Standard library without a clock, socket, file, logger, thread or event loop.
 PURE_LIBRARY: Final = frozenset(

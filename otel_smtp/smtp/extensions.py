@@ -10,10 +10,6 @@ new extension is a row, a field of `Extensions`, and the fields of `Mail` or `Re
 Parsing knows every parameter of every extension that the gateway can ever offer, whatever this connection offers; a
 parameter is refused here only if it is unknown everywhere, given twice, or malformed. Whether its extension is offered
 on *this* connection is asked by `unsupported` and `unsupported_recipient`.
-
-Values that travel on to the upstream (ENVID, ORCPT, AUTH) are xtext. They are decoded to be judged and encoded anew to
-be kept, so that only canonical xtext is ever repeated: a CR LF encoded in ENVID or ORCPT has reached the headers of
-bounces in servers that kept what they got.
 """
 
 import re
@@ -23,27 +19,25 @@ from types import MappingProxyType
 from typing import Any, Final, NamedTuple, Self
 
 from otel_smtp.smtp import replies
-from otel_smtp.smtp.envelope import Body, DsnReturn, Mail, Notify, Recipient
-from otel_smtp.smtp.paths import is_visible
+from otel_smtp.smtp.envelope import Body, Mail, Recipient
+from otel_smtp.smtp.parameters import (
+    notify_text,
+    read_auth,
+    read_body,
+    read_envid,
+    read_flag,
+    read_notify,
+    read_orcpt,
+    read_ret,
+    read_size,
+)
 from otel_smtp.smtp.replies import Reply
-
-MAX_ENVID_CHARACTERS: Final = 100
-"""RFC 3461 4.4, in xtext form."""
-
-MAX_ORCPT_CHARACTERS: Final = 500
-"""RFC 3461 4.2, address type and xtext together."""
 
 MAX_LIMIT_VALUE: Final = 999_999
 """RFC 9422 3: "6-digit maximum"; a limit beyond it is as good as none and is not announced."""
 
 # esmtp-keyword "=" esmtp-value (RFC 5321 4.1.2), the value opened to UTF-8 by RFC 6531 3.3
 _PARAMETER = re.compile(r"([A-Za-z0-9][A-Za-z0-9-]*)(?:=([!-<>-~\x80-\U0010ffff]+))?")
-_SIZE = re.compile(r"[0-9]{1,20}")  # RFC 1870 4
-_XTEXT = re.compile(r"[!-*,-<>-~]*(?:\+[0-9A-Fa-f]{2}[!-*,-<>-~]*)*")  # RFC 3461 4
-_HEXCHAR = re.compile(rb"\+([0-9A-Fa-f]{2})")
-_NOT_XCHAR = re.compile(rb"[^!-*,-<>-~]")
-_EMBEDDED = re.compile(r"\\x\{(10[0-9A-F]{4}|[1-9A-F][0-9A-F]{1,4}|0[0-9A-F])\}")  # EmbeddedUnicodeChar (RFC 6533 3)
-_ADDRESS_TYPE = re.compile(r"[A-Za-z0-9!#$%&'*/?^_`{|}~-]+")  # an atom (RFC 3461 4.2) without what xtext would encode
 
 
 class ParameterRefused(Exception):
@@ -288,111 +282,7 @@ def recipient_with(address: str, parameters: str) -> Recipient:
     return Recipient(address, **_read(parameters, _RCPT_PARAMETERS))
 
 
-def decode_xtext(text: str) -> str:
-    """The text that xtext stands for (RFC 3461 4).
-
-    Lower-case hexadecimal digits are read too; `encode_xtext` writes upper case only, as the RFC wants.
-
-    Raises:
-        ValueError: not xtext, or it hides control octets or what is not UTF-8.
-    """
-    if _XTEXT.fullmatch(text) is None:
-        raise ValueError("not xtext")
-    decoded = _HEXCHAR.sub(lambda match: bytes((int(match[1], 16),)), text.encode("ascii")).decode("utf-8")
-    if not is_visible(decoded):
-        raise ValueError("control or invisible characters within xtext")
-    return decoded
-
-
-def encode_xtext(text: str) -> str:
-    """`text` as xtext (RFC 3461 4)."""
-    return _NOT_XCHAR.sub(lambda match: b"+%02X" % match[0][0], text.encode("utf-8")).decode("ascii")
-
-
-def _flag(value: str | None) -> bool:
-    if value is not None:
-        raise ValueError("takes no value")
-    return True
-
-
-def _size(value: str | None) -> int:
-    if _SIZE.fullmatch(value or "") is None:
-        raise ValueError("not 1 to 20 digits")
-    return int(value or "")
-
-
-def _body(value: str | None) -> Body:
-    return Body((value or "").upper())
-
-
-def _ret(value: str | None) -> DsnReturn:
-    return DsnReturn((value or "").upper())
-
-
-def _auth(value: str | None) -> str:
-    if value is None:
-        raise ValueError("needs a value")
-    return encode_xtext(decode_xtext(value))
-
-
-def _envid(value: str | None) -> str:
-    return _ascii_xtext(value or "", limit=MAX_ENVID_CHARACTERS)
-
-
-def _notify(value: str | None) -> Notify:
-    notify = Notify(0)
-    for word in (value or "").upper().split(","):
-        flag = Notify.__members__.get(word)
-        if flag is None or flag in notify:
-            raise ValueError("unknown or doubled word")
-        notify |= flag
-    if Notify.NEVER in notify and notify is not Notify.NEVER:
-        raise ValueError("NEVER does not stand alone")
-    return notify
-
-
-def _orcpt(value: str | None) -> str:
-    address_type, _, address = (value or "").partition(";")
-    if _ADDRESS_TYPE.fullmatch(address_type) is None or len(value or "") > MAX_ORCPT_CHARACTERS:
-        raise ValueError("no address type, or too long")
-    if address_type.lower() == "utf-8":
-        return f"{address_type};{_utf8_address(address)}"
-    return f"{address_type};{_ascii_xtext(address, limit=MAX_ORCPT_CHARACTERS)}"
-
-
-def _ascii_xtext(value: str, *, limit: int) -> str:
-    # RFC 3461 4.4: "printable (graphic and white space) characters from the US-ASCII repertoire"
-    decoded = decode_xtext(value)
-    xtext = encode_xtext(decoded)
-    if not decoded.isascii() or not 0 < len(xtext) <= limit:
-        raise ValueError("empty, too long or not ASCII")
-    return xtext
-
-
-def _utf8_address(address: str) -> str:
-    """An address of type utf-8 (RFC 6533 3), as ASCII xtext or as itself, with or without embedded characters.
-
-    Raises:
-        ValueError: neither form, or an invisible character is hidden in an embedded one.
-    """
-    if address.isascii():
-        text = decode_xtext(address)
-        kept = encode_xtext(text)
-    elif "+" in address or not is_visible(address):  # "+" would be decoded by whoever takes it for xtext
-        raise ValueError("not utf-8-addr-unitext")
-    else:
-        text = kept = address
-    plain = _EMBEDDED.sub(lambda match: chr(int(match[1], 16)) if match[1] != "5C" else "", text)
-    if not plain or "\\" in plain or not is_visible(plain):
-        raise ValueError("bad embedded character")
-    return kept
-
-
-def _notify_text(notify: Notify) -> str:
-    return ",".join(flag.name or "" for flag in Notify if flag in notify)
-
-
-def _read_size(words: Sequence[str]) -> int:
+def _offered_size(words: Sequence[str]) -> int:
     """0: "no fixed maximum message size is in force" (RFC 1870 4), or none that can be understood."""
     return next((int(word) for word in words if word.isdecimal() and len(word) <= 20), 0)
 
@@ -425,16 +315,16 @@ EXTENSIONS: Final = (
     Extension(
         "SIZE",
         "size",
-        mail=(Parameter("SIZE", "size", _size),),
+        mail=(Parameter("SIZE", "size", read_size),),
         is_relayed=True,
         can_be_disabled=True,
-        read=_read_size,
+        read=_offered_size,
         words=_size_words,
     ),
     Extension(
         "8BITMIME",
         "eight_bit_mime",
-        mail=(Parameter("BODY", "body", _body),),
+        mail=(Parameter("BODY", "body", read_body),),
         body=Body.EIGHT_BIT_MIME,
         is_relayed=True,
         can_be_disabled=True,
@@ -446,7 +336,7 @@ EXTENSIONS: Final = (
     Extension(
         "SMTPUTF8",
         "smtputf8",
-        mail=(Parameter("SMTPUTF8", "smtputf8", _flag),),
+        mail=(Parameter("SMTPUTF8", "smtputf8", read_flag),),
         needs="8BITMIME",  # RFC 6531 3.1 item 8
         is_relayed=True,
         can_be_disabled=True,
@@ -468,8 +358,8 @@ EXTENSIONS: Final = (
     Extension(
         "DSN",
         "dsn",
-        mail=(Parameter("RET", "ret", _ret), Parameter("ENVID", "envid", _envid)),
-        recipient=(Parameter("NOTIFY", "notify", _notify, _notify_text), Parameter("ORCPT", "orcpt", _orcpt)),
+        mail=(Parameter("RET", "ret", read_ret), Parameter("ENVID", "envid", read_envid)),
+        recipient=(Parameter("NOTIFY", "notify", read_notify, notify_text), Parameter("ORCPT", "orcpt", read_orcpt)),
         is_relayed=True,
         can_be_disabled=True,
     ),
@@ -477,14 +367,14 @@ EXTENSIONS: Final = (
     Extension(
         "AUTH",
         "auth_mechanisms",
-        mail=(Parameter("AUTH", "auth", _auth),),
+        mail=(Parameter("AUTH", "auth", read_auth),),
         read=_read_mechanisms,
         words=_mechanism_words,
     ),
     Extension(
         "REQUIRETLS",
         "require_tls",
-        mail=(Parameter("REQUIRETLS", "require_tls", _flag),),
+        mail=(Parameter("REQUIRETLS", "require_tls", read_flag),),
         needs_tls=True,  # RFC 8689 2
         is_relayed=True,
         can_be_disabled=True,

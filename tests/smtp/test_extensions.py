@@ -14,8 +14,6 @@ from otel_smtp.smtp.extensions import (
     Extension,
     Extensions,
     ParameterRefused,
-    decode_xtext,
-    encode_xtext,
     keyword_lines,
     mail_with,
     missing_extension,
@@ -24,6 +22,7 @@ from otel_smtp.smtp.extensions import (
     unsupported,
     unsupported_recipient,
 )
+from otel_smtp.smtp.parameters import decode_xtext, encode_xtext
 from otel_smtp.smtp.replies import Reply
 
 BARE = Extensions(pipelining=True, enhanced_status_codes=True)

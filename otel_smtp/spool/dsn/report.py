@@ -27,8 +27,8 @@ from enum import StrEnum
 from typing import Final
 
 from otel_smtp.smtp.envelope import Body, DsnReturn, Mail, Notify, Recipient
-from otel_smtp.smtp.extensions import decode_xtext
 from otel_smtp.smtp.framing import has_bare_line_end
+from otel_smtp.smtp.parameters import decode_xtext
 from otel_smtp.smtp.paths import address_literal, is_visible
 from otel_smtp.smtp.received import inspect_header
 from otel_smtp.smtp.replies import Reply

@@ -1,0 +1,33 @@
+"""`otel-smtp queue`: operators look at the spool and change it, with a gateway running or not.
+
+`messages` has the commands for any queue, `shared` those for one that several gateways share; `asking` brings their
+requests to whoever owns the queue.
+"""
+
+from typing import Final
+
+import click
+
+from otel_smtp.commands.options import settings_options
+from otel_smtp.commands.queue import messages, shared
+from otel_smtp.commands.queue.asking import ask_queue
+
+__all__: Final = ("ask_queue", "queue")
+
+
+@click.group()
+@settings_options
+def queue() -> None:
+    """Show queued mail and act on it.
+
+    It makes no difference whether a gateway runs.
+
+    ID... are queue ids; - reads them from standard input, one per line.
+    """
+
+
+for command in (
+    messages.list_, messages.find, messages.shape, messages.show, *messages.changing, messages.delete, messages.export,
+    messages.rebuild, messages.counts, shared.gateways, shared.limits, shared.move, shared.migrate,
+):  # fmt: skip
+    queue.add_command(command)
