@@ -211,8 +211,17 @@ def _heading(ordered: Sequence[DrawnSpan], total_ns: int, width: int, glyphs: Gl
     """The trace id, and the outcome in one line."""
     traces = dict.fromkeys(span.context.trace_id for span in ordered)
     line = Text().append("trace ", "dim").append(f"{next(iter(traces)):032x}", "bold")
+    # Where an upstream accepted a mail, its reply is on the attempt alone.
+    accepted = {
+        span.parent.span_id: span.attributes[names.REPLY_CODE]
+        for span in ordered
+        if span.parent is not None and int(span.attributes.get(names.REPLY_CODE, 999)) < 400
+    }
     outcomes = Counter(
-        (plain(span.attributes[names.OUTCOME]), span.attributes.get(names.REPLY_CODE))
+        (
+            plain(span.attributes[names.OUTCOME]),
+            span.attributes.get(names.REPLY_CODE, accepted.get(span.context.span_id)),
+        )
         for span in ordered
         if span.name == names.SPAN_TRANSACTION and names.OUTCOME in span.attributes
     )
