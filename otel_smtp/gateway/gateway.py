@@ -40,6 +40,7 @@ TELEMETRY_FLUSH_SECONDS: Final = 2.0
 # How long the listeners wait for what the upstream offers, which clients are told. It takes a few round trips.
 LEARN_SECONDS: Final = 0.3
 # How often the metrics that are exported catch up with open connections; OTLP exports them once a minute.
+MAILS_COUNTED_SECONDS: Final = 1.0
 METRICS_CATCH_UP_SECONDS: Final = 5.0
 
 WRONG_FILES: Final = (CertificateError, UsersFileError)
@@ -303,9 +304,11 @@ class Gateway:
             await self._status_port.stop()
 
     async def _catch_up(self) -> None:
-        """Count what long-lived connections have done while they live."""
+        """Count mails soon after they ended, and what long-lived connections have done while they live."""
         while True:
-            await asyncio.sleep(METRICS_CATCH_UP_SECONDS)
+            for _ in range(round(METRICS_CATCH_UP_SECONDS / MAILS_COUNTED_SECONDS)):
+                await asyncio.sleep(MAILS_COUNTED_SECONDS)
+                self._telemetry.count_mails()
             self._telemetry.catch_up()
 
     def reload(self, settings: Settings) -> None:

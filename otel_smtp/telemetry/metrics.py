@@ -1,8 +1,9 @@
 """The metrics: folded out of records when these are complete, told when somebody asks.
 
 A record is counted once: a connection's transitions and replies when a transaction or a segment of it ends, some dozens
-at a time; a transaction and its deliveries when they end. No library is called for that; counts are additions in a
-dict, measurements one bisection. What is counted is turned into Prometheus text (`metrics_page`) when the page is asked
+at a time; a transaction and its deliveries when they end. What was measured of an ordinary mail is only noted then, and
+counted some dozens of mails at a time too. No library is called for that; counts are additions in a dict, measurements
+one bisection. What is counted is turned into Prometheus text (`metrics_page`) when the page is asked
 for.
 
 Every label value comes from a closed set: verbs and states are enumerations, reply codes lie between 200 and 599,
@@ -13,6 +14,7 @@ a bound that no client can move.
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice, pairwise
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -75,9 +77,33 @@ _OUTCOMES: Final[Mapping[Outcome, str]] = {outcome: outcome.value for outcome in
 _ACCEPTED, _REFUSED = "accepted", "refused"
 _REFUSED_FATE, _DEFERRED_FATE = (Fate.REFUSED.value,), (Fate.DEFERRED.value,)
 _RELAYED, _PARTLY = (Outcome.RELAYED.value,), (Outcome.PARTLY_RELAYED.value,)
+_RELAYED_OUTCOME: Final = Outcome.RELAYED  # looked up in its class, a member costs as much as a call
 _NO_VERB: Final = "none"
 # So many transitions of a busy connection are counted in one go: sixteen mails, some 50 us.
 _COUNTED_AT_ONCE: Final = 64
+# So many ordinary mails are, likewise.
+_MAILS_COUNTED_AT_ONCE: Final = 50
+
+
+class _Measured(NamedTuple):
+    """What was measured of one ordinary mail: it was relayed to all of its recipients, by its first attempt.
+
+    Attributes:
+        delivered_ns, ended_ns: when the attempt and the transaction ended, since the epoch.
+        context: a span in whose trace it can be seen; None: there is none.
+    """
+
+    duration_ns: int
+    octets: int
+    pool_wait_ns: int
+    delivery_ns: int
+    recipients: int
+    delivered_ns: int
+    ended_ns: int
+    context: TraceContext | None
+
+
+_measured: Final = partial(tuple.__new__, _Measured)  # its own constructor is a function in Python
 
 
 # Of a span's flags, and this one that all have: those that make a measurement an exemplar.
@@ -126,6 +152,26 @@ class Buckets:
         if value > self.most:
             self.most = value
         if context is not None:
+            self._latest[place] = (context, value, unix_ns / 1e9)
+
+    def add_each(
+        self, values: Sequence[float], contexts: Sequence[TraceContext | None], moments_ns: Sequence[int]
+    ) -> None:
+        """Measure several, at least one, in their order; each as `add` does."""
+        if None in contexts:
+            for value, context, unix_ns in zip(values, contexts, moments_ns, strict=True):
+                self.add(value, context, unix_ns)
+            return
+        bounds, counts = self._bounds, self.counts
+        places = [bisect_left(bounds, value) for value in values]
+        for place in places:
+            counts[place] += 1
+        self.total += sum(values)
+        self.least = min(self.least, *values)
+        self.most = max(self.most, *values)
+        latest = dict(zip(places, zip(contexts, values, moments_ns, strict=True), strict=True))
+        for place, (context, value, unix_ns) in latest.items():
+            assert context is not None
             self._latest[place] = (context, value, unix_ns / 1e9)
 
     def add_all(self, values: list[float]) -> None:
@@ -221,6 +267,7 @@ class Metrics(Observer):
         self._receivers = receivers
         self._dropped = dropped
         self.resource = {name.replace(".", "_"): str(value) for name, value in (resource or {}).items()}
+        self._noted: defaultdict[str, list[_Measured]] = defaultdict(list)  # by upstream, and not counted yet
         self._active: dict[Labels, int] = {}
         self._transitions: Counter[tuple[ConnState | None, ConnState]] = Counter()
         self._replies: Counter[tuple[str | None, int]] = Counter()
@@ -328,6 +375,8 @@ class Metrics(Observer):
         context = None if trace is None else trace.context
         if context is not None and not (context.flags | _UNSAMPLED) & self._exemplar_flags:
             context = None
+        if transaction.outcome is _RELAYED_OUTCOME and self._note(transaction, context):
+            return
         if transaction.outcome is not None:
             labels = (_OUTCOMES[transaction.outcome],)
             self._transactions.values[labels] += 1
@@ -349,6 +398,54 @@ class Metrics(Observer):
         for delivery in transaction.deliveries:
             if delivery.ended_ns:
                 self._measure(delivery, transaction, context)
+
+    def _note(self, transaction: TransactionRecord, context: TraceContext | None) -> bool:
+        """Note what was measured of a mail that was relayed, to be counted with others; whether it is ordinary."""
+        deliveries, octets = transaction.deliveries, transaction.octets
+        if len(deliveries) != 1 or octets is None:
+            return False
+        delivery = deliveries[0]
+        wait_ns = delivery.pool_wait_ns
+        if (
+            wait_ns is None
+            or delivery.outcome is not _RELAYED_OUTCOME
+            or delivery.paced is not None
+            or transaction.waited_seconds is not None
+            or transaction.refused_count
+            or transaction.deferred_count
+        ):
+            return False
+        offset, delivered_ns, ended_ns = transaction.wall_offset_ns, delivery.ended_ns, transaction.ended_ns
+        noted = self._noted[delivery.upstream]
+        noted.append(
+            _measured(
+                (
+                    ended_ns - transaction.begun_ns,
+                    octets,
+                    wait_ns,
+                    delivered_ns - delivery.begun_ns,
+                    len(transaction.accepted),
+                    delivered_ns + offset,
+                    ended_ns + offset,
+                    context,
+                )
+            )
+        )
+        if len(noted) >= _MAILS_COUNTED_AT_ONCE:
+            self._count_noted(delivery.upstream, noted)
+        return True
+
+    def _count_noted(self, upstream: str, noted: list[_Measured]) -> None:
+        """Count ordinary mails, and note them no more."""
+        durations, octets, waits, deliveries, recipients, delivered, ended, contexts = zip(*noted, strict=True)
+        self._transactions.values[_RELAYED] += len(noted)
+        self._recipients.values[_RELAYED] += sum(recipients)
+        noted.clear()
+        self._transaction_duration.series[_RELAYED].add_each([ns / 1e9 for ns in durations], contexts, ended)
+        self._message_size.series[()].add_each(octets, contexts, ended)
+        self._pool_wait.series[(upstream,)].add_each([ns / 1e9 for ns in waits], contexts, delivered)
+        series = self._delivery_duration.series[upstream, *_RELAYED]
+        series.add_each([ns / 1e9 for ns in deliveries], contexts, delivered)
 
     def delivery_ended(self, delivery: DeliveryRecord) -> None:
         """Count an attempt that outlived its transaction."""
@@ -426,12 +523,20 @@ class Metrics(Observer):
 
     # What is told --------------------------------------------------------------------------------------------------
 
+    def count_mails(self) -> None:
+        """Count the ordinary mails that are only noted. On the event loop; `catch_up` does it too."""
+        for upstream, noted in self._noted.items():
+            if noted:
+                self._count_noted(upstream, noted)
+
     def catch_up(self) -> None:
-        """Count what open connections, and the spool's store, have done so far, and how many there are in which state.
+        """Count what was noted of mails, what open connections, and the spool's store, have done so far, and how many
+        connections there are in which state.
 
         On the event loop, which writes the records. `page` does it by itself; whoever lets other threads read calls
         it every few seconds.
         """
+        self.count_mails()
         active = dict.fromkeys(self._active, 0)
         for connection in self._open_connections():
             self._fold(connection)

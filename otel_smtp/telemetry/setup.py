@@ -154,10 +154,16 @@ class Telemetry:
         """Count what open connections have done so far; to be called on the event loop, every few seconds."""
         self._metrics.catch_up()
 
+    def count_mails(self) -> None:
+        """Count the mails that ended since this was called last; to be called on the event loop, each second or so."""
+        self._metrics.count_mails()
+
     def finish(self) -> None:
-        """Make the spans that are under way; to be called on the event loop, when nothing is observed any more."""
+        """Make the spans that are under way, and count what is only noted; to be called on the event loop, when nothing
+        is observed any more."""
         if self._tracing is not None:
             self._tracing.finish()
+        self._metrics.catch_up()
 
     def flush_and_shutdown(self, budget_seconds: float = DEFAULT_FLUSH_SECONDS) -> bool:
         """Export the rest, and return within the budget whatever the collector does. Blocks: not for the event loop.

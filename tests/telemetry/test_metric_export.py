@@ -50,6 +50,12 @@ def exporting(receiver: OtlpReceiver, protocol: str = "http/protobuf", **more: s
     return telemetry
 
 
+def relay_mail(telemetry: Telemetry) -> None:
+    """One mail, of which the metrics tell at once."""
+    Client(telemetry.observers).ehlo().message().quit()
+    telemetry.count_mails()
+
+
 def latest(metrics: list[ReceivedMetric]) -> dict[str, ReceivedMetric]:
     """Each metric as it came last."""
     return {metric.name: metric for metric in metrics}
@@ -64,7 +70,7 @@ def value(metric: ReceivedMetric, **labels: str) -> float | None:
 @pytest.mark.parametrize("protocol", ["http/protobuf", "grpc"])
 def test_a_mail_is_counted_at_the_collector(receiver: OtlpReceiver, protocol: str) -> None:
     telemetry = exporting(receiver, protocol)
-    Client(telemetry.observers).ehlo().message().quit()
+    relay_mail(telemetry)
     assert telemetry.flush_and_shutdown(10)
     metrics = latest(receiver.metrics)
     assert value(metrics["smtp.server.transactions"], smtp_outcome="relayed") == 1
@@ -82,7 +88,7 @@ def test_a_mail_is_counted_at_the_collector(receiver: OtlpReceiver, protocol: st
 
 def test_exported_metrics_are_those_of_the_registry(receiver: OtlpReceiver) -> None:
     telemetry = exporting(receiver)
-    Client(telemetry.observers).ehlo().message().quit()
+    relay_mail(telemetry)
     assert telemetry.flush_and_shutdown(10)
     for name, metric in latest(receiver.metrics).items():
         registered = attributes.METRICS[name]
@@ -104,6 +110,7 @@ def test_the_first_transition_has_no_state_before_it(receiver: OtlpReceiver) -> 
 def test_a_measurement_names_its_trace(receiver: OtlpReceiver) -> None:
     telemetry = exporting(receiver)
     client = Client(telemetry.observers).ehlo().message()
+    telemetry.count_mails()
     assert telemetry.flush_and_shutdown(10)
     assert client.transaction is None or client.trace_id()
     [size] = latest(receiver.metrics)["smtp.server.message.size"].points
@@ -118,7 +125,7 @@ def test_a_measurement_names_its_trace(receiver: OtlpReceiver) -> None:
 def test_counts_go_on_from_the_start_and_are_sent_at_an_interval(receiver: OtlpReceiver) -> None:
     telemetry = exporting(receiver)
     for mails in (1, 2):
-        Client(telemetry.observers).ehlo().message().quit()
+        relay_mail(telemetry)
         receiver.wait_for_metrics(lambda metrics, mails=mails: _relayed(metrics) == mails)  # type: ignore[misc]  # a lambda
     assert telemetry.flush_and_shutdown(10)
 
@@ -138,7 +145,7 @@ def test_sums_have_the_temporality_that_the_operator_prefers(
     receiver: OtlpReceiver, preference: str, deltas: set[str], others: set[str]
 ) -> None:
     telemetry = exporting(receiver, OTEL_METRIC_EXPORT_INTERVAL="60000", **{PREFERENCE: preference})
-    Client(telemetry.observers).ehlo().message().quit()
+    relay_mail(telemetry)
     assert telemetry.flush_and_shutdown(10)
     told = {name: metric.is_delta for name, metric in latest(receiver.metrics).items()}
     assert {name for name in deltas | others if told[name]} == deltas
@@ -148,15 +155,15 @@ def test_sums_have_the_temporality_that_the_operator_prefers(
 
 def test_deltas_add_up_to_what_happened_though_exports_failed(receiver: OtlpReceiver) -> None:
     telemetry = exporting(receiver, **{PREFERENCE: "delta"})
-    Client(telemetry.observers).ehlo().message().quit()
+    relay_mail(telemetry)
     receiver.wait_for_metrics(lambda metrics: _total(metrics) == 1)
     receiver.fault = Fault(FaultKind.UNAVAILABLE)
     lost = _dropped(telemetry, "export_failed")
-    Client(telemetry.observers).ehlo().message().quit()
+    relay_mail(telemetry)
     until(lambda: _dropped(telemetry, "export_failed") > lost or None, "a loss is counted")
     receiver.fault = Fault()
     receiver.wait_for_metrics(lambda metrics: _total(metrics) == 2)
-    Client(telemetry.observers).ehlo().message().quit()
+    relay_mail(telemetry)
     assert telemetry.flush_and_shutdown(10)
     assert _total(receiver.metrics) == 3
     sizes = [
@@ -189,7 +196,7 @@ def test_a_failed_export_is_counted_and_the_next_one_makes_up_for_it(
 ) -> None:
     receiver.fault = Fault(kind)
     telemetry = exporting(receiver)
-    Client(telemetry.observers).ehlo().message().quit()
+    relay_mail(telemetry)
     until(lambda: _dropped(telemetry, reason) or None, "a loss is counted")
     receiver.fault = Fault()
     receiver.wait_for_metrics(lambda metrics: _relayed(metrics) == 1)
@@ -218,7 +225,7 @@ def test_a_black_hole_holds_the_end_no_longer_than_its_budget(
 ) -> None:
     receiver.fault = Fault(FaultKind.BLACK_HOLE)
     telemetry = exporting(receiver, OTEL_METRIC_EXPORT_INTERVAL="3600000")
-    Client(telemetry.observers).ehlo().message().quit()
+    relay_mail(telemetry)
     began = time.monotonic()
     assert telemetry.flush_and_shutdown(BUDGET_SECONDS), "the last request ends before its budget does"
     assert time.monotonic() - began < 5
@@ -232,7 +239,7 @@ def test_a_request_that_hangs_from_before_is_given_up_with_the_budget_and_counte
 ) -> None:
     receiver.fault = Fault(FaultKind.BLACK_HOLE)
     telemetry = exporting(receiver, OTEL_METRIC_EXPORT_INTERVAL="3000")
-    Client(telemetry.observers).ehlo().message().quit()
+    relay_mail(telemetry)
     receiver.wait_for_requests(1)
     began = time.monotonic()
     assert not telemetry.flush_and_shutdown(BUDGET_SECONDS)
@@ -276,7 +283,7 @@ def test_an_endpoint_for_metrics_alone_sends_metrics_alone(receiver: OtlpReceive
     environ = {"OTEL_EXPORTER_OTLP_METRICS_ENDPOINT": f"{receiver.http_endpoint}/v1/metrics"}
     telemetry = set_up(OPTIONS, environ)
     telemetry.start()
-    Client(telemetry.observers).ehlo().message().quit()
+    relay_mail(telemetry)
     assert telemetry.flush_and_shutdown(10)
     assert receiver.requests == 1
     assert _relayed(receiver.metrics) == 1
@@ -285,7 +292,7 @@ def test_an_endpoint_for_metrics_alone_sends_metrics_alone(receiver: OtlpReceive
 def test_on_the_console_metrics_are_json(capsys: pytest.CaptureFixture[str]) -> None:
     telemetry = set_up(OPTIONS, {"OTEL_METRICS_EXPORTER": "console"})
     telemetry.start()
-    Client(telemetry.observers).ehlo().message().quit()
+    relay_mail(telemetry)
     assert telemetry.flush_and_shutdown(10)
     assert '"smtp.server.transactions"' in capsys.readouterr().out
 

@@ -12,7 +12,7 @@ from otel_smtp.observing import ConnectionRecord, Observer, Outcome
 from otel_smtp.smtp import replies
 from otel_smtp.telemetry import attributes
 from otel_smtp.telemetry.metrics import Buckets, Metrics, SharedQueue
-from otel_smtp.telemetry.propagation import InboundPolicy
+from otel_smtp.telemetry.propagation import InboundPolicy, TraceContext
 from otel_smtp.telemetry.setup import TelemetryOptions, set_up
 from tests.cardinality import series_before_and_after
 from tests.telemetry.driving import Client, FakeClock, begin_delivery, finish_delivery, resume
@@ -264,6 +264,46 @@ def test_a_transaction_is_measured_by_its_outcome() -> None:
     metrics = Metrics()
     relay_a_mail(metrics)
     assert samples(metrics)["smtp_server_transaction_duration_seconds_count", (("smtp_outcome", "relayed"),)] == 1
+
+
+def test_mails_are_counted_together_and_each_once() -> None:
+    metrics = Metrics()
+    client = Client(metrics).ehlo()
+    for _ in range(120):
+        client.message()
+    labels = (("smtp_outcome", "relayed"),)
+    [relayed] = [
+        count
+        for metric, rows in metrics.numbers()
+        if metric is attributes.TRANSACTIONS
+        for (outcome,), count in rows
+        if outcome == "relayed"
+    ]
+    assert relayed == 100, "nobody asked: all but the last dozens are there"
+    for _ in range(2):
+        found = samples(metrics)
+        assert found["smtp_server_transactions_total", labels] == 120
+        assert found["smtp_server_transaction_duration_seconds_count", labels] == 120
+        assert found["smtp_server_message_size_bytes_count", ()] == 120
+        assert found["smtp_client_pool_wait_seconds_count", (("smtp_upstream_name", "provider"),)] == 120
+
+
+_contexts = st.one_of(st.none(), st.builds(TraceContext, st.integers(1, 9), st.integers(1, 9), st.just(1)))
+_measurements = st.tuples(st.floats(0, 400), _contexts, st.integers(0, 10**18))
+
+
+@given(st.lists(st.lists(_measurements, min_size=1), max_size=4))
+def test_several_measurements_count_as_each_of_them(lots: list[list[tuple[float, TraceContext | None, int]]]) -> None:
+    one_by_one, together = (Buckets(attributes.TRANSACTION_DURATION.bounds) for _ in range(2))
+    for lot in lots:
+        for value, context, unix_ns in lot:
+            one_by_one.add(value, context, unix_ns)
+        values, contexts, moments_ns = zip(*lot, strict=True)
+        together.add_each(values, contexts, moments_ns)
+    assert together.counts == one_by_one.counts
+    assert together.exemplars == one_by_one.exemplars
+    assert (together.least, together.most) == (one_by_one.least, one_by_one.most)
+    assert together.total == pytest.approx(one_by_one.total)
 
 
 @pytest.mark.parametrize("name", ["smtp.server.state.duration", "smtp.client.pool.wait"])
