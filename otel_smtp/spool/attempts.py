@@ -92,9 +92,11 @@ class Attempt:
 
     Args:
         content: the chunks, where they are at hand; the first is the header block.
+        is_new: the lease came with the record that made the message durable.
         outcomes: makes what the application is told of those that end; None: it is told nothing.
         retry_in: gives the wait after this attempt, in seconds.
         wake: called with destinations for which something waits now.
+        judged: called, once, when no upstream has to do with it any more, if it was begun.
         ended: called, once, when the result is recorded.
     """
 
@@ -103,6 +105,7 @@ class Attempt:
         lease: Lease,
         content: Sequence[bytes] | None,
         *,
+        is_new: bool,
         store: Store,
         relay: Relay,
         notices: Notices,
@@ -111,9 +114,11 @@ class Attempt:
         observer: Observer,
         retry_in: Callable[[], float],
         wake: Callable[[Sequence[str]], None],
+        judged: Callable[["Attempt"], None],
         ended: Callable[["Attempt"], None],
     ) -> None:
         self.lease = lease
+        self.is_new = is_new
         # Never a part for the whole, whatever became of the chunks since they were stored.
         self._content = content if content is not None and sum(map(len, content)) == lease.content.octets else None
         self._store = store
@@ -125,6 +130,7 @@ class Attempt:
         self._observer = observer
         self._retry_in = retry_in
         self._wake = wake
+        self._judged = judged
         self._ended = ended
         self._record = TransactionRecord.resumed(
             lease.message_id,
@@ -175,6 +181,11 @@ class Attempt:
         except Exception:  # noqa: BLE001 - it is logged
             self._fail()
 
+    def give_back(self) -> None:
+        """Do not begin: it is due for the next who asks the store."""
+        self._is_judged = True
+        self._task = asyncio.get_running_loop().create_task(self._give_back())
+
     @property
     def has_said_nothing(self) -> bool:
         """Whether no upstream has been reached yet."""
@@ -184,6 +195,7 @@ class Attempt:
         """End it now, and let it be made again; or wait for the record of its result, where it has one."""
         if not self._is_judged:
             self._is_judged = True
+            self._judged(self)
             if self._task is not None:
                 self._task.cancel()
                 await asyncio.gather(self._task, return_exceptions=True)
@@ -259,6 +271,7 @@ class Attempt:
                 self._transaction.finish(self._answered)
         except ContentLost:
             self._is_judged = True
+            self._judged(self)
             self._record.failure = "spool: the content is damaged"
             self._abort()
             self._tell([(one.recipient, Fate.HELD, None) for one in self.lease.recipients])
@@ -287,8 +300,8 @@ class Attempt:
         logger.warning("delivery attempt abandoned: its lease may have ended", extra=told(self.lease))
         self._abort()
         if not self._is_judged:
-            self._is_judged = True
-            self._task = asyncio.get_running_loop().create_task(self._give_back())
+            self._judged(self)
+            self.give_back()
         return True
 
     async def _give_back(self) -> None:
@@ -301,6 +314,7 @@ class Attempt:
                     is_possible_duplicate=self._has_content_left, counts_attempt=self._has_content_left,
                 ),
             )  # fmt: skip
+            self._wake((self.lease.destination,))
         finally:
             self._ended(self)
 
@@ -324,6 +338,7 @@ class Attempt:
             self._begin_again()
             return
         self._is_judged = True
+        self._judged(self)
         recipients = self.lease.recipients
         is_common = len(recipients) == 1 and self._outcomes is None
         if is_common and answers[0].is_positive and recipients[0].recipient.notify is None:

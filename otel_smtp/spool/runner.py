@@ -4,6 +4,10 @@ An attempt is counted, durably, before its connection is made; so a message that
 an attempt that a crash cut short is known as one that may have succeeded. How many attempts run at once is the
 upstream's own window (it grows with successes and shrinks with failures to connect); while all upstreams of a
 destination are in backoff, nothing that is meant for it is touched.
+
+A new message is given to an attempt by the record that makes it durable: what has to be claimed costs one more, and is
+looked for and read. While its record is written, and that of its result, no upstream has to do with it; so more are
+given out than the window is wide, and those that are durable wait in line, in turns with those that were claimed.
 """
 
 import asyncio
@@ -11,7 +15,7 @@ import contextlib
 import logging
 import random
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
@@ -30,13 +34,34 @@ if TYPE_CHECKING:
 
 logger: Final = logging.getLogger("otel_smtp.spool.runner")
 
-MOST_AT_ONCE: Final = 100  # attempts under way, whatever the upstreams bear
+MOST_AT_ONCE: Final = 100  # claimed deliveries under way, whatever the upstreams bear
+MOST_NEW: Final = 200  # and new ones: of fifty clients, as many become durable, are attempted, and recorded
+NEW_WINDOWS: Final = 8  # of one destination, so many times what its upstream bears
 LOOK_SECONDS: Final = 60.0  # how often the age of mail is looked at
 BLOCKED_POLL_SECONDS: Final = 0.5  # how often an upstream in backoff is looked at while mail waits for it
 COUNT_SECONDS: Final = 2.0
 CONNECTION_GRACE_SECONDS: Final = 1.0  # at the end, for attempts that have no connection yet
 SHOWN_MOST: Final = 50
 AGAIN_SECONDS: Final = 1.0
+
+
+class _Line:
+    """Attempts at one destination that wait for an upstream."""
+
+    __slots__ = ("claimed", "new", "was_new")
+
+    def __init__(self) -> None:
+        self.new: deque[Attempt] = deque()
+        self.claimed: deque[Attempt] = deque()
+        self.was_new = True
+
+    def __bool__(self) -> bool:
+        return bool(self.new or self.claimed)
+
+    def next(self) -> Attempt:
+        """Take the next one out: a new one and a claimed one in turns."""
+        self.was_new = bool(self.new) and not (self.was_new and self.claimed)
+        return (self.new if self.was_new else self.claimed).popleft()
 
 
 class Runner:
@@ -76,8 +101,12 @@ class Runner:
         )
         self._outcomes: Outcomes | None = None
         self._destinations: set[str] = set()
-        self._under_way: Counter[str] = Counter()
-        self._all_under_way = 0
+        # By destination, with what is in line and what is not recorded yet: new ones, durable or not; and claimed ones.
+        self._new: Counter[str] = Counter()
+        self._claimed: Counter[str] = Counter()
+        self._all_new = self._all_claimed = 0
+        self._attempting: Counter[str] = Counter()  # those that an upstream has to do with
+        self._lines: dict[str, _Line] = {}  # those that wait for that
         self._has_backlog: set[str] = set()
         self._attempts: set[Attempt] = set()
         self._wake = asyncio.Event()
@@ -117,6 +146,8 @@ class Runner:
             self._loop_task.cancel()
             await asyncio.gather(self._loop_task, return_exceptions=True)
             self._loop_task = None
+        for destination in list(self._lines):
+            self._give_line_back(destination)
         ends = asyncio.get_running_loop().time() + grace_seconds
         await self._idle_until(min(ends, ends - grace_seconds + CONNECTION_GRACE_SECONDS))
         # Those that wait for a connection, or for a provider's rate, might take all of the grace. Nothing was said yet.
@@ -135,29 +166,32 @@ class Runner:
     # What the forwarders ask for --------------------------------------------------------------------------
 
     def reserve(self, destinations: Sequence[str]) -> bool:
-        """See `DeliveryAgent.reserve`. Where others have been waiting, half of the room is left for them."""
+        """See `DeliveryAgent.reserve`."""
         if self._is_stopping:
             return False
         for destination in destinations:
             if not self._has_room_for_new(destination):
                 return False
         for destination in destinations:
-            self._note_begun(destination)
+            self._destinations.add(destination)
+            self._new[destination] += 1
+        self._all_new += len(destinations)
         return True
 
     def _has_room_for_new(self, destination: str) -> bool:
-        room = self._room(destination)
-        if destination in self._has_backlog:
-            room -= self._relay.concurrency(destination) // 2
-        return room > 0
+        return (
+            self._all_new < MOST_NEW
+            and self._new[destination] < NEW_WINDOWS * self._relay.concurrency(destination)
+        )  # fmt: skip
 
     def begin(self, destinations: Sequence[str], leases: Sequence[Lease], content: Sequence[bytes] | None) -> None:
         """See `DeliveryAgent.begin`."""
         if not leases:
             for destination in destinations:
-                self._note_ended(destination)
+                self._new[destination] -= 1
+            self._all_new -= len(destinations)
         for lease in leases:  # each has the room of its destination
-            self._begin(lease, content)
+            self._begin(lease, content, is_new=True)
 
     def wake(self, destinations: Sequence[str] = ()) -> None:
         """See `DeliveryAgent.wake`."""
@@ -237,8 +271,10 @@ class Runner:
         for destination, most in wanted.items():
             (self._has_backlog.add if found[destination] == most else self._has_backlog.discard)(destination)
         for lease, content in claimed:
-            self._note_begun(lease.destination)
-            self._begin(lease, content)
+            self._destinations.add(lease.destination)
+            self._claimed[lease.destination] += 1
+            self._all_claimed += 1
+            self._begin(lease, content, is_new=False)
         if claimed:
             return 0.0
         waits = [self._look_seconds]
@@ -252,22 +288,16 @@ class Runner:
         return min(waits)
 
     def _room(self, destination: str) -> int:
-        free = self._most_at_once - self._all_under_way
-        return max(0, min(self._relay.concurrency(destination) - self._under_way[destination], free))
+        """How many may be claimed. New ones never take more than half of it."""
+        window = self._relay.concurrency(destination)
+        room = window - self._claimed[destination] - min(self._new[destination], window // 2)
+        return max(0, min(room, self._most_at_once - self._all_claimed))
 
-    def _note_begun(self, destination: str) -> None:
-        self._destinations.add(destination)
-        self._under_way[destination] += 1
-        self._all_under_way += 1
-
-    def _note_ended(self, destination: str) -> None:
-        self._under_way[destination] -= 1
-        self._all_under_way -= 1
-
-    def _begin(self, lease: Lease, content: Sequence[bytes] | None) -> None:
+    def _begin(self, lease: Lease, content: Sequence[bytes] | None, *, is_new: bool) -> None:
         attempt = Attempt(
             lease,
             content,
+            is_new=is_new,
             store=self._store,
             relay=self._relay,
             notices=self._notices,
@@ -276,15 +306,56 @@ class Runner:
             observer=self._observer,
             retry_in=lambda: self._schedule.next_delay(lease.attempt, self._chance()),
             wake=self.wake,
+            judged=self._judged,
             ended=self._ended,
         )
         self._attempts.add(attempt)
-        attempt.start()
+        destination = lease.destination
+        attempting = self._attempting[destination]
+        if attempting and attempting >= self._relay.concurrency(destination):
+            line = self._lines.setdefault(destination, _Line())
+            (line.new if is_new else line.claimed).append(attempt)
+            if self._is_stopping:
+                self._give_line_back(destination)
+        else:
+            self._attempting[destination] = attempting + 1
+            attempt.start()
+
+    def _judged(self, attempt: Attempt) -> None:
+        """An attempt has no use for an upstream any more: whoever is the first in line may have one."""
+        destination = attempt.lease.destination
+        self._attempting[destination] -= 1
+        if destination in self._lines:
+            # Not at once: its connection is about to be released.
+            asyncio.get_running_loop().call_soon(self._serve_line, destination)
+
+    def _serve_line(self, destination: str) -> None:
+        line = self._lines.get(destination)
+        if line is None:
+            return
+        room = self._relay.concurrency(destination)
+        while line and self._attempting[destination] < room:
+            self._attempting[destination] += 1
+            line.next().start()
+        if not line:
+            del self._lines[destination]
+        elif not self._attempting[destination]:  # who waits for an upstream's backoff waits in the store
+            self._give_line_back(destination)
+
+    def _give_line_back(self, destination: str) -> None:
+        line = self._lines.pop(destination)
+        while line:
+            line.next().give_back()
 
     def _ended(self, attempt: Attempt) -> None:
         destination = attempt.lease.destination
         self._attempts.discard(attempt)
-        self._note_ended(destination)
+        if attempt.is_new:
+            self._new[destination] -= 1
+            self._all_new -= 1
+        else:
+            self._claimed[destination] -= 1
+            self._all_claimed -= 1
         self._has_changed = True
         if self._has_become_idle is not None and not self._attempts:
             self._has_become_idle.set()

@@ -1,5 +1,6 @@
 """The runner before a scripted upstream, on a store in memory: what it makes of each verdict and of each fault."""
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -8,11 +9,12 @@ import pytest
 
 from otel_smtp.spool import runner as runner_module
 from otel_smtp.spool.dsn.notices import Notices
+from otel_smtp.spool.embedded.deliveries import DeliveryEntry
 from otel_smtp.spool.messages import ContentRef, DeliveryState, Lease, SpoolError
 from otel_smtp.spool.runner import Runner
 from otel_smtp.spool.schedule import Schedule
 from tests.spool.memory_store import MemoryStore
-from tests.spool.messages import BODY, HEADER, message, queued
+from tests.spool.messages import BODY, HEADER, message, queued, written
 from tests.spool.queueing import eventually
 from tests.spool.scripted_relay import BUSY, GONE, ScriptedRelay
 
@@ -121,3 +123,71 @@ async def test_a_store_that_is_away_for_a_while_is_worked_on_again(monkeypatch: 
         await up.put()
         await up.empties()
         assert next(failures, None) is None
+
+
+async def given(up: Running, *senders: str) -> None:
+    """Messages that are leased with the record that makes them durable, as clients' are."""
+    for sender in senders:
+        assert up.runner.reserve(["up"])
+        draft = await written(up.store.draft())
+        leases = await up.store.submit(message(sender=sender), draft, lease=True)
+        up.runner.begin(["up"], leases, draft.in_memory)
+
+
+def senders(relay: ScriptedRelay) -> list[str]:
+    return [transaction._mail.reverse_path for transaction in relay.transactions]
+
+
+async def test_what_an_upstream_does_not_bear_yet_waits_in_line() -> None:
+    relay = ScriptedRelay(window=2, is_held=True)
+    async with running(relay) as up:
+        await given(up, *[f"{number}@x.example" for number in range(2 * runner_module.NEW_WINDOWS)])
+        assert not up.runner.reserve(["up"])
+        await eventually(lambda: [one.calls[-1:] for one in relay.transactions] == [["finish"], ["finish"]])
+        relay.transactions[0].let_go()
+        await eventually(lambda: len(relay.transactions) == 3)
+        relay.let_go()
+        await up.empties()
+        assert senders(relay) == [f"{number}@x.example" for number in range(2 * runner_module.NEW_WINDOWS)]
+        assert {transaction._record.attempt for transaction in relay.transactions} == {1}
+        assert up.runner.reserve(["up"])
+        up.runner.begin(["up"], (), None)
+
+
+async def test_what_was_claimed_has_its_turns_while_new_messages_wait_in_line() -> None:
+    relay = ScriptedRelay(window=2, is_held=True)
+    async with running(relay) as up:
+        await given(up, "first", "second", "third", "fourth", "fifth")
+        await queued(up.store, message(sender="waiting"))
+        up.runner.wake(["up"])
+        await eventually(lambda: not waiting(up.store))
+        relay.let_go()
+        await up.empties()
+        assert senders(relay)[:4] == ["first", "second", "waiting", "third"]
+
+
+@pytest.mark.parametrize("stops", [False, True])
+async def test_a_line_before_an_upstream_that_takes_no_more_goes_back_into_the_store(stops: bool) -> None:
+    relay, store = ScriptedRelay(window=1, is_held=True), MemoryStore()
+    async with running(relay, store) as up:
+        await given(up, "first", "second", "third")
+        await eventually(lambda: len(relay.transactions) == 1)
+        relay.window = 0
+        if stops:
+            stopping = asyncio.create_task(up.runner.stop(grace_seconds=60))
+            await eventually(lambda: len(waiting(store)) == 2)
+        relay.let_go()
+        await eventually(lambda: len(store.memory.entries) == len(waiting(store)) == 2)
+        assert senders(relay) == ["first"]
+        assert {(one.attempts, one.is_possible_duplicate) for one in waiting(store)} == {(0, False)}
+        if stops:
+            await stopping
+            return
+        relay.window = 1
+        await up.empties()
+        assert sorted(senders(relay)) == ["first", "second", "third"]
+
+
+def waiting(store: MemoryStore) -> list[DeliveryEntry]:
+    entries = store.memory.entries.values()
+    return [one for entry in entries for one in entry.deliveries if one.state is DeliveryState.READY]
