@@ -15,6 +15,7 @@ and replies by the segments into which the session cuts them.
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
 from otel_smtp.observing.values import (
@@ -37,6 +38,13 @@ MOST_REFUSED: Final = 50
 # An attempt has about ten phases beside those of its recipients.
 MOST_PHASES: Final = 64
 
+
+# A member that is looked up in its enumeration costs as much as a call; each mail passes these.
+_MAIL: Final = MessageKind.MAIL
+_RCPT: Final = DeliveryPhase.RCPT
+_REFUSED: Final = Outcome.REFUSED
+_DEFERRED: Final = Outcome.DEFERRED
+_NO_CARRIER: Final[Mapping[str, str]] = MappingProxyType({})
 
 # What a transaction comes to when its attempts fail; the last of these says why.
 _OF_ATTEMPTS: Final = frozenset(
@@ -247,10 +255,10 @@ class TransactionRecord:
         self.reply: Reply | None = None
         self.error_type: ErrorType | None = None
         self.failure: str | None = None
-        self.kind = MessageKind.MAIL
+        self.kind = _MAIL
         self.action: SpoolAction | None = None
         self.operator: str | None = None
-        self.carrier: Mapping[str, str] = {}
+        self.carrier = _NO_CARRIER
         self.is_possible_duplicate = False
         self.taken_over: tuple[str, float] | None = None
         self.has_lost_lease: Callable[[], bool] | None = None
@@ -357,9 +365,9 @@ class TransactionRecord:
         """Note how it ended; the observers are to be told by the caller."""
         self.outcome = outcome
         self.reply = reply
-        self.error_type = reply.error_type if reply is not None else None
+        self.error_type = error_type = reply.error_type if reply is not None else None
         self.ended_ns = now_ns
-        if self.error_type in _OF_ATTEMPTS and self.failure is None:
+        if error_type is not None and error_type in _OF_ATTEMPTS and self.failure is None:
             self.failure = next((one.failure for one in reversed(self.deliveries) if one.failure is not None), None)
 
 
@@ -484,12 +492,12 @@ class DeliveryRecord:
         phases = self.phases
         if reply.code < 400:
             self.accepted_count += 1
-        if phases and phases[-1][1] is DeliveryPhase.RCPT:
+        if phases and phases[-1][1] is _RCPT:
             before = phases[-1][2]
             if len(phases) >= MOST_PHASES or (before is not None and before.code == reply.code):
-                phases[-1] = (now_ns, DeliveryPhase.RCPT, reply)
+                phases[-1] = (now_ns, _RCPT, reply)
                 return
-        phases.append((now_ns, DeliveryPhase.RCPT, reply))
+        phases.append((now_ns, _RCPT, reply))
 
     def end(self, outcome: Outcome, reply: Reply | None, error_type: ErrorType | None, now_ns: int) -> None:
         """Note how it ended; an answer of the upstream to the whole content holds for all who had been accepted."""
@@ -498,9 +506,9 @@ class DeliveryRecord:
         self.error_type = error_type
         self.ended_ns = now_ns
         if reply is not None and self.accepted_count:
-            if outcome is Outcome.REFUSED:
+            if outcome is _REFUSED:
                 self.refused_count += self.accepted_count
                 self.accepted_count = 0
-            elif outcome is Outcome.DEFERRED:
+            elif outcome is _DEFERRED:
                 self.deferred_count += self.accepted_count
                 self.accepted_count = 0

@@ -7,10 +7,10 @@ octet that a peer chose, and no address.
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import lru_cache
-from typing import TYPE_CHECKING, Final, NamedTuple, Self
+from typing import Final, NamedTuple, Self
 
 
 class ErrorType(StrEnum):
@@ -69,7 +69,19 @@ def _status(klass: str, subject: str, detail: str) -> EnhancedStatus:
     return EnhancedStatus(int(klass), int(subject), int(detail))
 
 
-@dataclass(frozen=True, slots=True)
+class _Wire:
+    """A reply's octets: made when they are first asked for, as most replies of upstreams never are, and found in the
+    instance from then on. `__getattr__` would do the same, and make all other attributes slower."""
+
+    def __get__(self, reply: "Reply", owner: type) -> bytes:
+        prefix = f"{reply.enhanced} " if reply.enhanced is not None else ""
+        first = "".join([f"{reply.code}-{prefix}{line}\r\n" for line in reply.lines[:-1]])
+        wire = f"{first}{reply.code} {prefix}{reply.lines[-1]}\r\n".encode("ascii")
+        object.__setattr__(reply, "wire", wire)
+        return wire
+
+
+@dataclass(frozen=True)
 class Reply:
     """One SMTP reply: code, enhanced status code, one or more lines of text.
 
@@ -80,6 +92,7 @@ class Reply:
         lines: text without codes or line ends, at least one (it may be empty).
         error_type: what telemetry calls it; set for every code >= 400.
         closes: the connection ends after this reply.
+        wire: the octets to send, CRLF included.
     """
 
     code: int
@@ -87,21 +100,7 @@ class Reply:
     lines: tuple[str, ...]
     error_type: ErrorType | None = None
     closes: bool = False
-    wire: bytes = field(init=False, repr=False, compare=False)
-    """The octets to send, CRLF included."""
-
-    if not TYPE_CHECKING:  # which would take any name for an attribute
-
-        def __getattr__(self, name: str) -> bytes:
-            """Fill `wire` when it is first asked for: most replies of upstreams never are. From then on reading it is
-            reading a slot, and this is not called."""
-            if name != "wire":
-                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-            prefix = f"{self.enhanced} " if self.enhanced is not None else ""
-            first = "".join([f"{self.code}-{prefix}{line}\r\n" for line in self.lines[:-1]])
-            wire = f"{first}{self.code} {prefix}{self.lines[-1]}\r\n".encode("ascii")
-            object.__setattr__(self, "wire", wire)
-            return wire
+    wire = _Wire()
 
     def __str__(self) -> str:
         return self.wire.decode("ascii").rstrip("\r\n").replace("\r\n", " | ")
@@ -188,7 +187,7 @@ def message_accepted(trace_id: str | None = None) -> Reply:
     if trace_id is None:
         return OK
     reply = Reply(250, OK.enhanced, (text := f"Ok trace={trace_id}",))
-    object.__setattr__(reply, "wire", f"250 2.0.0 {text}\r\n".encode())  # as `__getattr__` would, for each mail
+    object.__setattr__(reply, "wire", f"250 2.0.0 {text}\r\n".encode())  # as `_Wire` would, for each mail
     return reply
 
 

@@ -35,6 +35,7 @@ MAX_DOMAINS_KEPT: Final = 1024
 
 _NUMBERS: Final = Integers(9, names.TRANSACTION_NUMBER)
 _SIZES: Final = Integers(9, names.MESSAGE_SIZE)
+_BEFORE_WORDS: Final = tuple(text_head(9, names.REPLY_TEXT, octets) for octets in range(256))
 _WAIT: Final = SPAN_PAIRS[names.POOL_WAIT, 0.0][:-8]
 
 
@@ -53,7 +54,7 @@ class OrdinaryMail:
 
     Args:
         attributes: says which attributes spans have.
-        settle_delivery: gives an attempt its identity.
+        settle_delivery: gives an attempt of a transaction its identity.
     """
 
     __slots__ = (
@@ -66,7 +67,9 @@ class OrdinaryMail:
         "_told",
     )
 
-    def __init__(self, attributes: SpanAttributes, settle_delivery: Callable[[DeliveryRecord], Identity]) -> None:
+    def __init__(
+        self, attributes: SpanAttributes, settle_delivery: Callable[[DeliveryRecord, TransactionRecord], Identity]
+    ) -> None:
         self._attributes = attributes
         self._settle_delivery = settle_delivery
         self._has_plain_attributes = not (attributes.with_message_id or attributes.redaction.shows_mailboxes)
@@ -86,7 +89,7 @@ class OrdinaryMail:
         if len(deliveries) != 1 or record.outcome is not Outcome.RELAYED:
             return None
         delivery = deliveries[0]
-        attempt: Identity = delivery.trace or self._settle_delivery(delivery)
+        attempt: Identity = delivery.trace or self._settle_delivery(delivery, record)
         reply, told, peer, tls = delivery.reply, record.reply, delivery.peer, delivery.tls
         wait_ns, octets, connection, parent = delivery.pool_wait_ns, record.octets, record.connection, identity.parent
         context = identity.context
@@ -180,11 +183,12 @@ class OrdinaryMail:
         lines = reply.lines
         text = self._attributes.redaction.text(lines[0] if len(lines) == 1 else reply.text)
         words = text.encode("utf-8", "replace")
-        before_words = text_head(9, names.REPLY_TEXT, len(words))
+        size = len(words)
+        before_words = _BEFORE_WORDS[size] if size < 256 else text_head(9, names.REPLY_TEXT, size)
         of_attempt, of_transaction, shapes = moulds
         self._told = shapes, text
         first = (
-            TAGS[2], length(of_attempt.size + len(before_words) + len(words)), of_attempt.fill(values), before_words,
+            TAGS[2], length(of_attempt.size + len(before_words) + size), of_attempt.fill(values), before_words,
             words,
         )  # fmt: skip
 

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from random import getrandbits
 from typing import Final
 
 from opentelemetry.context import Context
-from opentelemetry.sdk.trace.id_generator import IdGenerator
+from opentelemetry.sdk.trace.id_generator import IdGenerator, RandomIdGenerator
 from opentelemetry.sdk.trace.sampling import Decision, Sampler
 from opentelemetry.trace import Link, NonRecordingSpan, SpanContext, SpanKind, TraceFlags, set_span_in_context
 from opentelemetry.trace.span import TraceState
@@ -68,13 +69,22 @@ class Sampling:
         inherits_ours: a child of a span of ours does as that does.
     """
 
-    __slots__ = ("_generate_span_id", "_generate_trace_id", "_inherits", "_root_flags", "_sampler", "inherits_ours")
+    __slots__ = (
+        "_generate_span_id",
+        "_generate_trace_id",
+        "_has_own_ids",
+        "_inherits",
+        "_root_flags",
+        "_sampler",
+        "inherits_ours",
+    )
     _inherits: Mapping[bool, bool]  # whether a child does as its parent did, by whether that is remote
 
     def __init__(self, sampler: Sampler, id_generator: IdGenerator) -> None:
         self._sampler = sampler
         self._generate_trace_id = id_generator.generate_trace_id
         self._generate_span_id = id_generator.generate_span_id
+        self._has_own_ids = type(id_generator) is not RandomIdGenerator
         self._root_flags = RANDOM if id_generator.is_trace_id_random() else 0
         description = sampler.get_description()
         is_parent_based = description.startswith("ParentBased{")
@@ -89,8 +99,17 @@ class Sampling:
         trace_id, _, flags, is_remote, state = parent
         if not self._inherits[is_remote]:
             return None
-        context = _context((trace_id, self._generate_span_id(), flags, False, state))
-        return Identity(context, parent, is_recording=bool(flags & SAMPLED))
+        # As RandomIdGenerator has it, which is three calls for each mail's span.
+        span_id = self._generate_span_id() if self._has_own_ids else getrandbits(64) or self._generate_span_id()
+        identity = Identity.__new__(Identity)
+        identity.context = _context((trace_id, span_id, flags, False, state))
+        identity.parent = parent
+        identity.links = ()
+        identity.is_recording = flags & SAMPLED != 0
+        identity.attributes = _NOTHING
+        identity.is_kept = False
+        identity.failure = None
+        return identity
 
     def decide(
         self,

@@ -302,14 +302,14 @@ class Tracing(Observer):
             return
         identity.keep(reason.value)
         for delivery in transaction.deliveries:
-            (delivery.trace or self._settle_delivery(delivery)).keep(reason.value)
+            (delivery.trace or self._settle_delivery(delivery, transaction)).keep(reason.value)
         if transaction.connection is not None:
             identity_of(transaction.connection).keep(reason.value)
 
     def delivery_ended(self, delivery: DeliveryRecord) -> None:
         """Make the span of an attempt that outlived its transaction."""
         if self._keeping is not None and delivery.transaction.connection is None:
-            identity = delivery.trace or self._settle_delivery(delivery)
+            identity = delivery.trace or self._settle_delivery(delivery, delivery.transaction)
             if not identity.is_recording and (reason := self._keeping.attempt(delivery)) is not None:
                 _keep_alone(identity, reason)
         self._finish_delivery(delivery)
@@ -364,7 +364,7 @@ class Tracing(Observer):
 
     def delivery_carrier(self, delivery: DeliveryRecord) -> Mapping[str, str]:
         """The attempt's own context."""
-        return propagation.carrier(self._settle_delivery(delivery).context)
+        return propagation.carrier(self._settle_delivery(delivery, delivery.transaction).context)
 
     def _settle(self, transaction: TransactionRecord) -> Identity | None:
         """The transaction's identity, known from now on; None for a message from the spool without a trace."""
@@ -413,10 +413,9 @@ class Tracing(Observer):
             is_authenticated=connection.user is not None,
         )
 
-    def _settle_delivery(self, delivery: DeliveryRecord) -> Identity:
+    def _settle_delivery(self, delivery: DeliveryRecord, transaction: TransactionRecord) -> Identity:
         identity: Identity | None = delivery.trace
         if identity is None:
-            transaction = delivery.transaction
             above: Identity | None = transaction.trace or self._settle(transaction)
             if transaction.connection is not None and above is not None:
                 identity = self._sampling.inherit(above.context)
@@ -436,7 +435,7 @@ class Tracing(Observer):
         return self._sampling.decide(names.SPAN_DELIVERY, SpanKind.CLIENT, parent, at_start, links)
 
     def _finish_delivery(self, delivery: DeliveryRecord, *, is_encoded: bool = False) -> None:
-        identity = delivery.trace or self._settle_delivery(delivery)
+        identity = delivery.trace or self._settle_delivery(delivery, delivery.transaction)
         encodes, reads = self._wanted(identity, is_encoded=is_encoded)
         if not encodes and not reads and not self._lines:
             return

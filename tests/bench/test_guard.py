@@ -47,8 +47,8 @@ def run(work: Coroutine[Any, Any, T]) -> T:
     [
         ("none", "transparent", 110, 155),
         ("none", "buffered", 103, 144),
-        ("everything", "transparent", 161, 237),
-        ("everything", "buffered", 153, 225),
+        ("everything", "transparent", 149, 236),
+        ("everything", "buffered", 141, 224),
         # How many lines are written together depends on time; these bounds hold where each mail's are written alone.
         ("as installed", "transparent", 185, 285),
     ],
