@@ -23,12 +23,11 @@ from otel_smtp.telemetry.shapes import (
     MAX_SHAPES,
     SPAN_PAIRS,
     EncodedSpan,
-    Pair,
     encode_link,
     frame_of_span,
 )
 from otel_smtp.telemetry.span_attributes import SpanAttributes
-from otel_smtp.telemetry.span_lines import LineShape, LinesOfMail, line_shape
+from otel_smtp.telemetry.span_lines import LineShape, LinesOfMail, ShownDomains, line_shape
 from otel_smtp.telemetry.state_events import describe_phases
 
 MAX_DOMAINS_KEPT: Final = 1024
@@ -73,11 +72,12 @@ class OrdinaryMail:
         self._attributes = attributes
         self._settle_delivery = settle_delivery
         self._has_plain_attributes = not (attributes.with_message_id or attributes.redaction.shows_mailboxes)
-        self._told: tuple[tuple[LineShape, LineShape], str]  # of the latest mail: the shapes of its lines, the words
+        # Of the latest mail, what its lines have too: their shapes, the upstream's words, the domains.
+        self._told: tuple[tuple[LineShape, LineShape], str, ShownDomains, ShownDomains]
         self._moulds: dict[tuple[object, ...], _Moulds] = {}
         # By the domain as it was written: the attributes of one sender, and of one recipient.
-        self._senders: dict[str, bytes] = {}
-        self._recipients: dict[str, bytes] = {}
+        self._senders: dict[str, ShownDomains] = {}
+        self._recipients: dict[str, ShownDomains] = {}
 
     def spans(self, record: TransactionRecord, identity: Identity) -> tuple[EncodedSpan, EncodedSpan] | None:
         """The spans of the attempt and of the transaction; None where something about them is not ordinary.
@@ -186,7 +186,6 @@ class OrdinaryMail:
         size = len(words)
         before_words = _BEFORE_WORDS[size] if size < 256 else text_head(9, names.REPLY_TEXT, size)
         of_attempt, of_transaction, shapes = moulds
-        self._told = shapes, text
         first = (
             TAGS[2], length(of_attempt.size + len(before_words) + size), of_attempt.fill(values), before_words,
             words,
@@ -200,7 +199,9 @@ class OrdinaryMail:
             record.ended_ns + offset + AFTER_LAST_EVENT_NS,
             origin,
         ]
-        own = b"".join((_NUMBERS(record.number), _SIZES(octets), self._domains(record)))
+        sender, recipients = self._domains(record)
+        self._told = shapes, text, sender, recipients
+        own = b"".join((_NUMBERS(record.number), _SIZES(octets), sender.octets, recipients.octets))
         if identity.links:
             own = b"".join((own, *map(encode_link, identity.links)))
         second = (TAGS[2], length(of_transaction.size + len(own)), of_transaction.fill(values), own)
@@ -208,7 +209,7 @@ class OrdinaryMail:
 
     def lines(self, record: TransactionRecord, identity: Identity) -> LinesOfMail:
         """What stands on the lines of a mail that is ordinary: that of which `spans` were made last."""
-        shapes, text = self._told
+        shapes, text, sender, recipients = self._told
         delivery, connection = record.deliveries[0], record.connection
         attempt: Identity = delivery.trace
         assert connection is not None
@@ -221,50 +222,38 @@ class OrdinaryMail:
             text,
             record.number,
             record.octets,
-            self._domain_pairs(record),
+            sender,
+            recipients,
             ((ended_ns[0] - delivery.begun_ns) / 1e9, (ended_ns[1] - record.begun_ns) / 1e9),
             (attempt.context, identity.context),
             (ended_ns[0] + offset, ended_ns[1] + offset),
         )
 
-    def _domain_pairs(self, record: TransactionRecord) -> tuple[Pair, ...]:
-        redaction = self._attributes.redaction
-        sender, domains = redaction.domain(record.mail.reverse_path), redaction.domains(record.accepted)
-        pairs: tuple[Pair, ...] = () if sender is None else ((names.MAIL_FROM_DOMAIN, sender),)
-        if len(domains) == 1:
-            return (*pairs, (names.RCPT_DOMAINS, domains), (names.RCPT_DOMAIN, domains[0]))
-        return (*pairs, (names.RCPT_DOMAINS, domains)) if domains else pairs
-
-    def _domains(self, record: TransactionRecord) -> bytes:
+    def _domains(self, record: TransactionRecord) -> tuple[ShownDomains, ShownDomains]:
         """The attributes that tell the domains of sender and recipients."""
         _, at, domain = record.mail.reverse_path.rpartition("@")
         sender = self._senders.get(domain if at else "")
         if sender is None:
-            sender = self._sender(record.mail.reverse_path, domain if at else "")
+            sender = self._sender(record.mail.reverse_path)
+            _keep(self._senders, domain if at else "", sender)
         if len(record.accepted) != 1:
-            return sender + self._recipient_domains(record)
+            return sender, self._recipient_domains(record)
         _, at, domain = record.accepted[0].address.rpartition("@")
         recipient = self._recipients.get(domain if at else "")
         if recipient is None:
             recipient = self._recipient_domains(record)
-            if len(self._recipients) >= MAX_DOMAINS_KEPT:
-                self._recipients.clear()
-            self._recipients[domain if at else ""] = recipient
-        return sender + recipient
+            _keep(self._recipients, domain if at else "", recipient)
+        return sender, recipient
 
-    def _sender(self, path: str, written: str) -> bytes:
+    def _sender(self, path: str) -> ShownDomains:
         domain = self._attributes.redaction.domain(path)
-        if len(self._senders) >= MAX_DOMAINS_KEPT:
-            self._senders.clear()
-        octets = self._senders[written] = b"" if domain is None else SPAN_PAIRS[names.MAIL_FROM_DOMAIN, domain]
-        return octets
+        return ShownDomains() if domain is None else ShownDomains((names.MAIL_FROM_DOMAIN, domain))
 
-    def _recipient_domains(self, record: TransactionRecord) -> bytes:
+    def _recipient_domains(self, record: TransactionRecord) -> ShownDomains:
         domains = self._attributes.redaction.domains(record.accepted)
-        if not domains:
-            return b""
-        octets = SPAN_PAIRS[names.RCPT_DOMAINS, domains]
-        return octets if len(domains) > 1 else octets + SPAN_PAIRS[names.RCPT_DOMAIN, domains[0]]
+        if len(domains) == 1:
+            return ShownDomains((names.RCPT_DOMAINS, domains), (names.RCPT_DOMAIN, domains[0]))
+        return ShownDomains((names.RCPT_DOMAINS, domains)) if domains else ShownDomains()
 
     def _make(self, record: TransactionRecord, delivery: DeliveryRecord, origin: bytes, *, is_remote: bool) -> _Moulds:
         events: list[bytes | str] = []
@@ -279,3 +268,9 @@ class OrdinaryMail:
             Mould(*frame_of_span(of_transaction, is_remote=is_remote), gap),
             (line_shape(of_attempt), line_shape(of_transaction)),
         )
+
+
+def _keep(kept: dict[str, ShownDomains], written: str, shown: ShownDomains) -> None:
+    if len(kept) >= MAX_DOMAINS_KEPT:
+        kept.clear()
+    kept[written] = shown

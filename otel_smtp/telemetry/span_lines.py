@@ -30,7 +30,7 @@ from otel_smtp.telemetry.otlp import (
     text_head,
 )
 from otel_smtp.telemetry.propagation import TraceContext
-from otel_smtp.telemetry.shapes import Pair, SpanShape
+from otel_smtp.telemetry.shapes import SPAN_PAIRS, Pair, SpanShape
 
 ON_LINES: Final = frozenset(attribute.name for attribute in ATTRIBUTES.values() if On.LOG in attribute.on)
 _MAX_REMEMBERED: Final = 1024
@@ -78,12 +78,30 @@ def line_shape(shape: SpanShape) -> LineShape:
     return found
 
 
+class ShownDomains:
+    """The attributes that tell the domains of a sender, or of recipients: in each form made once.
+
+    Attributes:
+        pairs: the attributes.
+        octets: of a span.
+        json, otlp: of a line; None before the first one.
+    """
+
+    __slots__ = ("json", "octets", "otlp", "pairs")
+
+    def __init__(self, *pairs: Pair) -> None:
+        self.pairs = pairs
+        self.octets = b"".join(map(SPAN_PAIRS.__getitem__, pairs))
+        self.json: str | None = None
+        self.otlp: bytes | None = None
+
+
 class LinesOfMail(NamedTuple):
     """What stands on the two lines of an ordinary mail: that of its only attempt, and that of its transaction.
 
     Attributes:
         words: the upstream's.
-        domains: of sender and recipients.
+        sender, recipients: whose domains they have.
         times: when each span ended, since the epoch.
     """
 
@@ -92,7 +110,8 @@ class LinesOfMail(NamedTuple):
     words: str
     number: int
     octets: int
-    domains: tuple[Pair, ...]
+    sender: ShownDomains
+    recipients: ShownDomains
     durations: tuple[float, float]
     contexts: tuple[TraceContext, TraceContext]
     times: tuple[int, int]
@@ -190,20 +209,24 @@ class SpanLinesAsJson:
 
     def of_mail(self, mail: LinesOfMail, now_ns: int) -> tuple[str, str]:
         """Both lines of an ordinary mail, with their ends; what they have in common is written once."""
-        (attempt, transaction), connection_id, words, number, octets, domains, durations, contexts, _ = mail
+        (attempt, transaction), connection_id, words, number, octets, sender, recipients, durations, contexts, _ = mail
         of_attempt, of_transaction = contexts
         stamp = self._stamp(now_ns)
-        fields = self._fields
-        origin = fields[names.CONNECTION_ID, connection_id]
+        origin = self._fields[names.CONNECTION_ID, connection_id]
         said = f"{_JSON_WORDS}{_quoted(words)}"
+        of_sender = sender.json if sender.json is not None else self._shown(sender)
+        of_recipients = recipients.json if recipients.json is not None else self._shown(recipients)
         trace = f"{_JSON_TRACE_ID}{of_attempt.trace_id:032x}{_JSON_SPAN_ID}"
-        whose = "".join(map(fields.__getitem__, domains))
         return (
             f"{stamp}{attempt.json or self._head(attempt)}{origin}{said}{_JSON_DURATION}{durations[0]!r}"
             f'{trace}{of_attempt.span_id:016x}"}}\n',
             f"{stamp}{transaction.json or self._head(transaction)}{said}{origin}{_JSON_NUMBER}{number}"
-            f'{_JSON_SIZE}{octets}{whose}{_JSON_DURATION}{durations[1]!r}{trace}{of_transaction.span_id:016x}"}}\n',
+            f'{_JSON_SIZE}{octets}{of_sender}{of_recipients}{_JSON_DURATION}{durations[1]!r}{trace}{of_transaction.span_id:016x}"}}\n',
         )
+
+    def _shown(self, domains: ShownDomains) -> str:
+        domains.json = "".join(map(self._fields.__getitem__, domains.pairs))
+        return domains.json
 
     def _head(self, shape: LineShape) -> str:
         """What all lines of a shape have, behind their time."""
@@ -265,12 +288,13 @@ class SpanLinesAsOtlp:
 
     def of_mail(self, mail: LinesOfMail, now_ns: int) -> tuple[bytes, bytes]:
         """Both lines of an ordinary mail, likewise."""
-        (attempt, transaction), connection_id, text, number, octets, domains, durations, contexts, times = mail
+        (attempt, transaction), connection_id, text, number, octets, sender, recipients, durations, contexts, times = (
+            mail
+        )
         of_attempt, of_transaction = contexts
-        fields = self._fields
         words = text.encode("utf-8", "replace")
         said = text_head(_ATTRIBUTE, names.REPLY_TEXT, len(words)) + words
-        origin = fields[names.CONNECTION_ID, connection_id]
+        origin = self._fields[names.CONNECTION_ID, connection_id]
         trace = _OTLP_TRACE_ID + of_attempt.trace_id.to_bytes(16, "big") + _OTLP_SPAN_ID
         observed = OBSERVED_TIME + pack_time(now_ns)
         return (
@@ -297,7 +321,8 @@ class SpanLinesAsOtlp:
                     origin,
                     _OTLP_NUMBER(number),
                     _OTLP_SIZE(octets),
-                    *map(fields.__getitem__, domains),
+                    sender.otlp if sender.otlp is not None else self._shown(sender),
+                    recipients.otlp if recipients.otlp is not None else self._shown(recipients),
                     _OTLP_DURATION,
                     pack_double(durations[1]),
                     trace,
@@ -306,6 +331,10 @@ class SpanLinesAsOtlp:
                 )
             ),
         )
+
+    def _shown(self, domains: ShownDomains) -> bytes:
+        domains.otlp = b"".join(map(self._fields.__getitem__, domains.pairs))
+        return domains.otlp
 
     def _head(self, shape: LineShape) -> bytes:
         """What all lines of a shape have, behind their time."""
