@@ -214,7 +214,11 @@ class Attempts(Connecting):
         if self._permission is not None:
             self._end_leave()
         if is_connected:
-            self._let_go(answered=answered)
+            if self._is_parked or not connection.is_alive:
+                self._let_go(answered=answered)
+            else:  # as there, which would be one call more for each mail
+                self._is_connected = False
+                self._smarthost.release(connection, answered=answered)
         if self._record.ended_ns:
             self._observer.delivery_ended(attempt)
         if self._is_aborted:

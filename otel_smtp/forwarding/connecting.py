@@ -9,7 +9,7 @@ import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
-from time import monotonic_ns
+from time import monotonic, monotonic_ns
 from typing import Any, Final
 
 from otel_smtp.forwarding.connection import UpstreamConnection
@@ -23,7 +23,7 @@ from otel_smtp.forwarding.tickets import Decision, Ticket
 from otel_smtp.observing import DeliveryPhase, DeliveryRecord, Observer, TransactionRecord
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Mail
-from otel_smtp.smtp.extensions import missing_extension
+from otel_smtp.smtp.extensions import BEYOND_SIZE, missing_extension
 from otel_smtp.smtp.replies import Reply
 
 _POOL: Final = DeliveryPhase.POOL  # see `smtp.client.answers` for why such names are here
@@ -150,7 +150,8 @@ class Connecting(ABC):
         else:
             self._nobody_left()
             return False
-        if not is_fresh and (connection := self._smarthost.take(asyncio.get_running_loop().time())) is not None:
+        # Asking for the loop that runs is a system call (before 3.12); its clock is this one.
+        if not is_fresh and (connection := self._smarthost.take(monotonic())) is not None:
             return self._begin(connection, 0)
         self._ask_for_connection(is_fresh=is_fresh)
         return False
@@ -187,7 +188,10 @@ class Connecting(ABC):
         stream, extensions = connection.stream, connection.protocol.extensions
         attempt.peer = stream.peer
         attempt.tls = stream.tls
-        refusal = missing_extension(self._mail, extensions, is_tls=stream.tls is not None)
+        mail, size = self._mail, extensions.size
+        if mail[2:] == BEYOND_SIZE and (not size or mail[1] is None or mail[1] <= size) and mail[0].isascii():
+            return True  # as most mail, it needs nothing
+        refusal = missing_extension(mail, extensions, is_tls=stream.tls is not None)
         # What was declared 8-bit may be 7-bit; where nobody else is left, the content tells.
         if refusal is not None and (
             refusal is not replies.NEEDS_8BITMIME or (self.route and not self._smarthost.settings.reencode_8bit)

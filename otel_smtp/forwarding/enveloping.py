@@ -4,10 +4,9 @@ An upstream takes so many recipients in one transaction, as it announced or as i
 left: the client was promised a place for them, and they go in a further transaction (see `further`).
 """
 
-import asyncio
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Sequence
-from time import monotonic_ns
+from time import monotonic, monotonic_ns
 from typing import Any, Final
 
 from otel_smtp.forwarding.attempts import Attempts
@@ -195,7 +194,7 @@ class Enveloping(Attempts):
         if judged is not None:
             # The connection is left alone until the client says something: it may be taken away meanwhile.
             self._is_parked = True
-            self._smarthost.park(self._connection, asyncio.get_running_loop().time(), self._reclaimed)
+            self._smarthost.park(self._connection, monotonic(), self._reclaimed)
             judged(verdicts)
 
     def _check_accepted_before(self, answers: Sequence[Answer]) -> None:

@@ -45,12 +45,12 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 @pytest.mark.parametrize(
     ("observers", "strategy", "python", "c"),
     [
-        ("none", "transparent", 110, 155),
-        ("none", "buffered", 103, 144),
-        ("everything", "transparent", 149, 236),
-        ("everything", "buffered", 141, 224),
+        ("none", "transparent", 108, 154),
+        ("none", "buffered", 100, 144),
+        ("everything", "transparent", 147, 236),
+        ("everything", "buffered", 139, 224),
         # How many lines are written together depends on time; these bounds hold where each mail's are written alone.
-        ("as installed", "transparent", 185, 285),
+        ("as installed", "transparent", 172, 283),
     ],
 )
 def test_calls_of_a_message(observers: str, strategy: str, python: float, c: float) -> None:
