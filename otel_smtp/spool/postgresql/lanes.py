@@ -1,4 +1,7 @@
-"""Group commit: what comes while one group commits is the next group. No timer: a lone mail waits for nobody.
+"""Group commit: what comes while one group commits is the next group. A lone mail waits for nobody.
+
+A group costs as much as ten mails, here and in the database. So a second group is under way beside the first only where
+many wait, or the first takes long; and what nobody waits for gathers for a moment.
 
 The outcome of a group is unknown where its connection broke before the server answered. It is sent again then, as it
 was, for as long as whoever waits has time; each item knows that it may have been done before.
@@ -25,6 +28,9 @@ logger: Final = logging.getLogger("otel_smtp.spool.postgresql.lanes")
 
 MOST_ITEMS: Final = 256
 MOST_OCTETS: Final = 4 * 1024 * 1024
+ENOUGH_ITEMS: Final = 64  # for another group beside one that is under way
+PATIENCE_SECONDS: Final = 0.02  # with a group that is under way
+GATHER_SECONDS: Final = 0.005  # what is not urgent waits for company
 
 
 class Item(Protocol):
@@ -71,8 +77,12 @@ class Lanes(Generic[I]):
         self._timings = timings
         self._most_items = most_items
         self._waiting: deque[I] = deque()
+        self._is_urgent = False  # one of these
+        self._is_over_time = False  # they have waited for long enough
+        self._patience: asyncio.TimerHandle | None = None
         self._under_way = 0
-        self._has_work = asyncio.Event()
+        self._idle_lanes: list[asyncio.Future[None]] = []
+        self._is_called = False  # a lane, to take them
         self._is_idle = asyncio.Event()
         self._is_idle.set()
         self._tasks: list[asyncio.Task[None]] = []
@@ -88,24 +98,54 @@ class Lanes(Generic[I]):
         """How many items no lane has taken yet."""
         return len(self._waiting)
 
-    def add(self, item: I) -> None:
+    def add(self, item: I, *, is_urgent: bool = True) -> None:
         """Have an item written."""
+        if not self._waiting:
+            self._is_idle.clear()
         self._waiting.append(item)
-        self._has_work.set()
-        self._is_idle.clear()
+        if is_urgent:
+            self._is_urgent = True
+        self._call()
         if self._sweep is None:
             self._sweep_at(item.deadline)
+
+    @property
+    def _is_due(self) -> bool:
+        """Whether an idle lane is to take what waits."""
+        return bool(self._waiting) and (
+            (self._is_urgent and not self._under_way) or len(self._waiting) >= ENOUGH_ITEMS or self._is_over_time
+        )
+
+    def _call(self) -> None:
+        """Have what waits taken by an idle lane, now or later; or by one that becomes idle."""
+        if self._is_called or not self._waiting:
+            return
+        if not self._is_due:
+            if self._patience is None:
+                seconds = PATIENCE_SECONDS if self._under_way else GATHER_SECONDS
+                self._patience = asyncio.get_running_loop().call_later(seconds, self._lose_patience)
+        elif self._idle_lanes:
+            self._is_called = True
+            self._idle_lanes.pop().set_result(None)
+
+    def _lose_patience(self) -> None:
+        self._patience = None
+        self._is_over_time = True
+        self._call()
 
     async def close(self) -> None:
         """Let what is there be written, or its time be over; then end. Idempotent."""
         if self._tasks:
+            if self._waiting:
+                self._lose_patience()
             await self._is_idle.wait()
         for task in self._tasks:
             task.cancel()  # none is within a statement: all are idle
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks = []
-        if self._sweep is not None:
-            self._sweep.cancel()
+        for timer in (self._sweep, self._patience):
+            if timer is not None:
+                timer.cancel()
         await asyncio.gather(*(line.close() for line in self._lines))
 
     def _sweep_at(self, deadline: float) -> None:
@@ -129,13 +169,19 @@ class Lanes(Generic[I]):
     async def _run(self, number: int, line: LastingConnection) -> None:
         with contextlib.suppress(SpoolError):
             await line.get()  # before the first mail waits for it
+        loop = asyncio.get_running_loop()
         while True:
-            if not self._waiting:
-                self._has_work.clear()
-                await self._has_work.wait()
-                continue
+            while not self._is_due:
+                self._call()
+                called = loop.create_future()
+                self._idle_lanes.append(called)
+                try:
+                    await called
+                finally:
+                    self._is_called = False
             group = self._take()
             self._under_way += len(group)
+            self._call()
             try:
                 await self._write_until_done(number, line, group)
             except Exception as error:
@@ -152,6 +198,11 @@ class Lanes(Generic[I]):
         while self._waiting and len(group) < self._most_items and octets + self._waiting[0].octets <= MOST_OCTETS:
             octets += self._waiting[0].octets
             group.append(self._waiting.popleft())
+        if not self._waiting:
+            self._is_urgent = self._is_over_time = False
+            if self._patience is not None:
+                self._patience.cancel()
+                self._patience = None
         return group
 
     async def _write_until_done(self, number: int, line: LastingConnection, group: Sequence[I]) -> None:

@@ -91,7 +91,7 @@ class PostgresqlRecording(PostgresqlParts):
         return self._record(
             lease, ended, left, state,
             retry_in=retry_in, is_possible_duplicate=is_possible_duplicate, counts_attempt=counts_attempt,
-            notices=notices,
+            notices=notices, is_urgent=is_urgent,
         )  # fmt: skip
 
     def _record(
@@ -105,6 +105,7 @@ class PostgresqlRecording(PostgresqlParts):
         is_possible_duplicate: bool = False,
         counts_attempt: bool = True,
         notices: Sequence[Notice] = (),
+        is_urgent: bool = True,
     ) -> asyncio.Future[None]:
         answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         if not self._is_open:
@@ -115,7 +116,7 @@ class PostgresqlRecording(PostgresqlParts):
             sum(len(content) for _, content in notices), time.monotonic() + FINISH_SECONDS, answer,
             (lease.message_id, lease.delivery, lease.epoch) in self._unknown_results,
         )  # fmt: skip
-        self._recording.add(result)
+        self._recording.add(result, is_urgent=is_urgent)
         return answer
 
     async def _write_results(self, connection: Connection, lane: int, group: Sequence[Result]) -> None:

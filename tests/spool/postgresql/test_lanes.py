@@ -1,0 +1,190 @@
+"""Which items are written together, and when another group begins beside one that is under way."""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import pytest
+
+from otel_smtp.spool.messages import StoreVerb
+from otel_smtp.spool.postgresql import lanes as lanes_module
+from otel_smtp.spool.postgresql.connecting import LastingConnection
+from otel_smtp.spool.postgresql.lanes import ENOUGH_ITEMS, MOST_ITEMS, Lanes
+from tests.spool.queueing import eventually
+
+NEVER = 3600.0
+
+
+@dataclass(eq=False)
+class _Item:
+    answer: "asyncio.Future[Any]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    octets: int = 1
+    deadline: float = float("inf")
+    may_be_done: bool = False
+
+
+class _Line:
+    """A connection that is there."""
+
+    async def get(self) -> None:
+        pass
+
+    async def close(self) -> None:
+        pass
+
+    def terminate(self) -> None:
+        pass
+
+
+class _Written:
+    """Groups, in the order of their beginnings; each ends when it is let go."""
+
+    def __init__(self) -> None:
+        self.groups: list[int] = []
+        self._under_way: list[asyncio.Event] = []
+
+    async def write(self, connection: object, lane: int, group: Sequence[_Item]) -> None:
+        self.groups.append(len(group))
+        let_go = asyncio.Event()
+        self._under_way.append(let_go)
+        await let_go.wait()
+        for item in group:
+            item.answer.set_result(None)
+
+    def let_go(self, number: int) -> None:
+        self._under_way[number].set()
+
+    def let_all_go(self) -> None:
+        for one in self._under_way:
+            one.set()
+
+
+@pytest.fixture(autouse=True)
+def without_timers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lanes_module, "PATIENCE_SECONDS", NEVER)
+    monkeypatch.setattr(lanes_module, "GATHER_SECONDS", NEVER)
+
+
+@asynccontextmanager
+async def _running(lines: int = 2) -> AsyncIterator[tuple[Lanes[_Item], _Written]]:
+    written = _Written()
+    lanes = Lanes[_Item](
+        [cast(LastingConnection, _Line()) for _ in range(lines)], written.write, lambda _: None,
+        verb=StoreVerb.SUBMIT, timings=deque(),
+    )  # fmt: skip
+    lanes.start()
+    await asyncio.sleep(0)
+    try:
+        yield lanes, written
+    finally:
+        closing = asyncio.create_task(lanes.close())
+        while not closing.done():
+            written.let_all_go()
+            await asyncio.sleep(0)
+
+
+def _add(lanes: Lanes[_Item], count: int, *, is_urgent: bool = True) -> list[_Item]:
+    items = [_Item() for _ in range(count)]
+    for item in items:
+        lanes.add(item, is_urgent=is_urgent)
+    return items
+
+
+async def test_a_lone_one_waits_for_nobody() -> None:
+    async with _running() as (lanes, written):
+        (item,) = _add(lanes, 1)
+        await eventually(lambda: written.groups == [1])
+        written.let_go(0)
+        await item.answer
+
+
+async def test_what_comes_while_a_group_is_under_way_is_the_next() -> None:
+    async with _running() as (lanes, written):
+        _add(lanes, 3)
+        await eventually(lambda: written.groups == [3])
+        for _ in range(ENOUGH_ITEMS - 1):
+            _add(lanes, 1)
+            await asyncio.sleep(0)
+        assert written.groups == [3]
+        written.let_go(0)
+        await eventually(lambda: written.groups == [3, ENOUGH_ITEMS - 1])
+
+
+async def test_many_are_written_beside_it() -> None:
+    async with _running() as (lanes, written):
+        _add(lanes, 1)
+        await eventually(lambda: written.groups == [1])
+        _add(lanes, ENOUGH_ITEMS)
+        await eventually(lambda: written.groups == [1, ENOUGH_ITEMS])
+
+
+async def test_what_exceeds_a_group_is_another_at_once() -> None:
+    async with _running() as (lanes, written):
+        _add(lanes, MOST_ITEMS + ENOUGH_ITEMS)
+        await eventually(lambda: written.groups == [MOST_ITEMS, ENOUGH_ITEMS])
+
+
+async def test_a_group_that_takes_long_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with _running() as (lanes, written):
+        _add(lanes, 1)
+        await eventually(lambda: written.groups == [1])
+        monkeypatch.setattr(lanes_module, "PATIENCE_SECONDS", 0.001)
+        _add(lanes, 2)
+        await eventually(lambda: written.groups == [1, 2])
+
+
+async def test_what_is_not_urgent_gathers() -> None:
+    async with _running() as (lanes, written):
+        for _ in range(3):
+            _add(lanes, 1, is_urgent=False)
+            await asyncio.sleep(0)
+        assert written.groups == []
+        _add(lanes, 1)
+        await eventually(lambda: written.groups == [4])
+
+
+async def test_it_does_not_gather_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lanes_module, "GATHER_SECONDS", 0.001)
+    async with _running() as (lanes, written):
+        _add(lanes, 2, is_urgent=False)
+        await eventually(lambda: written.groups == [2])
+        _add(lanes, 1, is_urgent=False)  # while that is under way
+        written.let_go(0)
+        monkeypatch.setattr(lanes_module, "PATIENCE_SECONDS", 0.001)
+        _add(lanes, 1)
+        await eventually(lambda: written.groups == [2, 2])
+
+
+async def test_nor_when_all_is_to_end() -> None:
+    async with _running() as (lanes, written):
+        (item,) = _add(lanes, 1, is_urgent=False)
+    assert (written.groups, item.answer.done()) == ([1], True)
+
+
+async def test_enough_of_it_gathers_no_more() -> None:
+    async with _running() as (lanes, written):
+        _add(lanes, ENOUGH_ITEMS, is_urgent=False)
+        await eventually(lambda: written.groups == [ENOUGH_ITEMS])
+
+
+@pytest.mark.parametrize("lines", [1, 2, 3])
+async def test_all_are_written_once_whatever_comes_when(lines: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lanes_module, "PATIENCE_SECONDS", 0.002)
+    monkeypatch.setattr(lanes_module, "GATHER_SECONDS", 0.001)
+    async with _running(lines) as (lanes, written):
+        items: list[_Item] = []
+        for turn in range(200):
+            items += _add(lanes, turn % 7, is_urgent=turn % 3 == 0)
+            if turn % 5 == 0:
+                await asyncio.sleep(0.001 if turn % 10 else 0)
+            if turn % 4 == 0 and turn // 4 < len(written.groups):
+                written.let_go(turn // 4)
+        closing = asyncio.create_task(lanes.close())
+        while not closing.done():
+            written.let_all_go()
+            await asyncio.sleep(0)
+        assert sum(written.groups) == len(items)
+        assert all(item.answer.done() for item in items)
