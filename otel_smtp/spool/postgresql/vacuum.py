@@ -20,7 +20,10 @@ LEAST_DEAD: Final = 5000  # vacuum is not due before
 MANY_DEAD: Final = 100_000
 """Too many, however much mail waits: where claims have become slow, more and more does."""
 HELD_UP_SECONDS: Final = 180.0
-"""How long there have to be too many dead rows: autovacuum looks once a minute, and takes its time."""
+"""How long there have to be too many dead rows, and none of them removed: autovacuum looks once a minute, and takes its
+time."""
+LEFT_BY_VACUUM: Final = 0.8
+"""Of the most dead rows there have been: with fewer, vacuum has removed some. Under load many come again at once."""
 
 
 class VacuumWatch:
@@ -34,6 +37,8 @@ class VacuumWatch:
         self._clock = clock
         self._next_at = float("-inf")
         self._many_since: float | None = None
+        self._most_dead = 0
+        self._has_fallen = False  # since the alarm
         self._is_alarmed = False
 
     async def look(self) -> None:
@@ -54,13 +59,17 @@ class VacuumWatch:
         if row is None:
             return
         is_many = row["dead"] > min(MANY_DEAD, max(LEAST_DEAD, DEAD_FOR_EACH_LIVING * row["living"]))
+        has_fallen = row["dead"] < LEFT_BY_VACUUM * self._most_dead
+        self._most_dead = row["dead"] if has_fallen else max(self._most_dead, row["dead"])
+        self._has_fallen = self._has_fallen or has_fallen
         if not is_many:
             self._many_since = None
-        elif self._many_since is None:
+        elif self._many_since is None or has_fallen:
             self._many_since = now
         is_late = self._many_since is not None and now - self._many_since >= HELD_UP_SECONDS
         is_held_up = is_late or row["oldest_seconds"] >= OLD_TRANSACTION_SECONDS
         if is_held_up and not self._is_alarmed:
+            self._has_fallen = False
             logger.warning(
                 "vacuum of the queue database held up",
                 extra={
@@ -68,7 +77,7 @@ class VacuumWatch:
                     "oldest_transaction_seconds": round(row["oldest_seconds"]), "backend": row["backend"],
                 },
             )  # fmt: skip
-        elif self._is_alarmed and not is_held_up and not is_many:
+        elif self._is_alarmed and not is_held_up and (self._has_fallen or not is_many):
             logger.warning("vacuum of the queue database caught up")
         else:
             return

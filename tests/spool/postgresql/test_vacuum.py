@@ -1,6 +1,7 @@
 """An alarm where vacuum is held up, by an old transaction or by dead rows that do not go."""
 
 import logging
+from typing import cast
 
 import pytest
 
@@ -78,6 +79,41 @@ async def test_dead_rows_raise_one_however_much_mail_waits(
                 await watch.look()
             assert bool(caplog.records) is is_alarmed
     await working.close()
+
+
+async def test_dead_rows_that_go_and_come_raise_none_and_end_one(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At some hundred mails a second there are too many again a few seconds after each vacuum."""
+    dead_rows, oldest, clock = 0, 0.0, Clock()
+
+    class Asked:
+        async def do(self, ask: object) -> dict[str, object]:
+            return {"dead": dead_rows, "living": 50, "oldest_seconds": oldest, "backend": 1}
+
+    watch = VacuumWatch(Statements("queue"), cast(Working, Asked()), clock=clock)
+
+    async def said(dead: int) -> list[str]:
+        nonlocal dead_rows
+        caplog.clear()
+        clock.now += LOOK_SECONDS
+        dead_rows = dead
+        await watch.look()
+        return [record.getMessage() for record in caplog.records]
+
+    for dead in (30_000, 60_000) * 10:
+        assert await said(dead) == []
+    held_up = [await said(60_000 + 30_000 * look) for look in range(8)]
+    assert [len(one) for one in held_up].count(1) == 1
+    assert await said(400_000) == []
+    assert await said(300_000) == ["vacuum of the queue database caught up"]
+    for dead in (30_000, 60_000) * 10:
+        assert await said(dead) == []
+    oldest = OLD_TRANSACTION_SECONDS
+    assert await said(60_000) == ["vacuum of the queue database held up"]
+    oldest = 0.0
+    assert await said(70_000) == []
+    assert await said(30_000) == ["vacuum of the queue database caught up"]
 
 
 async def test_an_old_transaction_raises_one(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
