@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from typing import Any
+from uuid import UUID
 
 from otel_smtp.spool.postgresql.statements import Statements
 from tests.spool.postgresql.schemas import new_place, store
@@ -49,3 +50,30 @@ async def test_a_claim_reads_a_sample_of_a_backlog_and_sorts_it_once() -> None:
     assert (locked["Actual Loops"], locked["Actual Rows"]) == (CLAIMED, 1)
     assert not locked["Plans"][0].get("Rows Removed by Filter")
     await gateway.close()
+
+
+async def test_when_the_next_is_due_is_found_without_reading_what_has_gone() -> None:
+    """An old transaction keeps all that has gone since where it was: before what waits."""
+    place = await new_place()
+    schema = place.schema
+    statement = Statements(schema).next_due
+    async with connected(place.url) as connection, connected(place.url) as other:
+        await connection.execute(
+            f"INSERT INTO {schema}.msg SELECT n, 'mail', now(), now() + interval '1 day', false, NULL, false,"
+            f" 'a@b.example', '{{}}', '{{}}', NULL, '{UUID(int=0)}', 4, 2, '', '' FROM generate_series(1, 1000) AS n"
+        )
+        async with other.transaction(isolation="repeatable_read"):
+            await other.execute("SELECT")
+            await connection.execute(
+                f"INSERT INTO {schema}.dlv (msg_id, d, dest, sender, state, next_at, rcpt)"
+                " SELECT n, 0, 'up', 'a@b.example', 'r', now() - interval '1 minute', '[]'"
+                " FROM generate_series(1, 1000) AS n"
+            )
+            await connection.execute(
+                f"UPDATE {schema}.dlv SET next_at = now() + interval '1 hour' WHERE msg_id = '1000';"
+                f" DELETE FROM {schema}.dlv WHERE msg_id <> '1000'"
+            )
+            told = await connection.fetchval(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {statement}", ["up"])
+            due_in = await connection.fetchval(statement, ["up"])
+    read = json.loads(told)[0]["Plan"]["Shared Hit Blocks"]
+    assert (round(due_in / 60), read < 20) == (60, True), read
