@@ -36,8 +36,9 @@ from otel_smtp.smtp.replies import Reply
 MAX_LIMIT_VALUE: Final = 999_999
 """RFC 9422 3: "6-digit maximum"; a limit beyond it is as good as none and is not announced."""
 
-# esmtp-keyword "=" esmtp-value (RFC 5321 4.1.2), the value opened to UTF-8 by RFC 6531 3.3
-_PARAMETER = re.compile(r"([A-Za-z0-9][A-Za-z0-9-]*)(?:=([!-<>-~\x80-\U0010ffff]+))?")
+# esmtp-keyword "=" esmtp-value (RFC 5321 4.1.2), the value opened to UTF-8 by RFC 6531 3.3: by what it must not have,
+# since a range up to the last character of all takes 2 ms to compile.
+_PARAMETER = re.compile(r"([A-Za-z0-9][A-Za-z0-9-]*)(?:=([^\x00-\x20=\x7f]+))?")
 
 
 class ParameterRefused(Exception):
