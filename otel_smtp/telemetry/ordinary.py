@@ -199,7 +199,7 @@ class OrdinaryMail:
             record.ended_ns + offset + AFTER_LAST_EVENT_NS,
             origin,
         ]
-        sender, recipients = self._domains(record)
+        sender, recipients = self.domains(record)
         self._told = shapes, text, sender, recipients
         own = b"".join((_NUMBERS(record.number), _SIZES(octets), sender.octets, recipients.octets))
         if identity.links:
@@ -229,7 +229,7 @@ class OrdinaryMail:
             (ended_ns[0] + offset, ended_ns[1] + offset),
         )
 
-    def _domains(self, record: TransactionRecord) -> tuple[ShownDomains, ShownDomains]:
+    def domains(self, record: TransactionRecord) -> tuple[ShownDomains, ShownDomains]:
         """The attributes that tell the domains of sender and recipients."""
         _, at, domain = record.mail.reverse_path.rpartition("@")
         sender = self._senders.get(domain if at else "")

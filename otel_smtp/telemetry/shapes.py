@@ -329,6 +329,15 @@ def encode_link(link: LinkRecord) -> bytes:
     )
 
 
+def frame_of_link(link: LinkRecord) -> tuple[bytes | str, ...]:
+    """Pieces of a `Mould` for links like this one: with gaps for trace id and span id."""
+    context = link.context
+    octets = encode_link(LinkRecord(TraceContext(0, 0, context.flags, context.is_remote), link.attributes))
+    before = octets.index(_TRACE_ID + bytes(16)) + len(_TRACE_ID)
+    after = before + 16 + len(_SPAN_ID) + 8
+    return octets[:before], "16s", _SPAN_ID, "8s", octets[after:]
+
+
 # Octets to values --------------------------------------------------------------------------------------------------
 
 

@@ -38,6 +38,7 @@ from otel_smtp.telemetry.attributes import LinkType
 from otel_smtp.telemetry.keeping import Keep as KeepReason
 from otel_smtp.telemetry.keeping import Keeping
 from otel_smtp.telemetry.ordinary import OrdinaryMail
+from otel_smtp.telemetry.ordinary_spooled import OrdinarySpooled
 from otel_smtp.telemetry.propagation import SAMPLED, InboundPolicy, TraceContext
 from otel_smtp.telemetry.records import EventRecord, LinkRecord, SpanRecord, SpanSink, StateLog
 from otel_smtp.telemetry.redaction import Redaction
@@ -177,6 +178,7 @@ class Tracing(Observer):
         self._probes = probes
         self.attributes = SpanAttributes(redaction, with_message_id=with_message_id)
         self._ordinary = OrdinaryMail(self.attributes, self._settle_delivery)
+        self._ordinary_spooled = OrdinarySpooled(self.attributes, self._ordinary)
 
     # Connections -------------------------------------------------------------------------------------------------
 
@@ -263,6 +265,13 @@ class Tracing(Observer):
                 self._pass_on(spans, is_exported=bool(identity.context.flags & SAMPLED), is_trouble=False)
                 if not self._reads[True] and self._have_taken_mail(transaction, identity):
                     return
+            elif transaction.spool_id is not None:
+                span = self._ordinary_spooled.transaction(transaction, identity)
+                if span is not None:
+                    is_encoded = True
+                    self._pass_on((span,), is_exported=_is_exported(identity), is_trouble=False)
+                    if not self._reads[True] and not self._lines:
+                        return
         for delivery in transaction.deliveries:
             if delivery.ended_ns:
                 self._finish_delivery(delivery, is_encoded=is_encoded)
@@ -439,8 +448,15 @@ class Tracing(Observer):
         encodes, reads = self._wanted(identity, is_encoded=is_encoded)
         if not encodes and not reads and not self._lines:
             return
-        described = self.attributes.delivery(delivery)
         transaction = delivery.transaction
+        if encodes and transaction.connection is None:
+            span = self._ordinary_spooled.attempt(delivery, identity)
+            if span is not None:
+                encodes = False
+                self._pass_on((span,), is_exported=_is_exported(identity), is_trouble=False)
+                if not reads and not self._lines:
+                    return
+        described = self.attributes.delivery(delivery)
         offset = transaction.wall_offset_ns
         times = delivery.begun_ns + offset, delivery.ended_ns + offset + AFTER_LAST_EVENT_NS
         told = self._recipients_of(delivery) if delivery.refused else ()
@@ -491,8 +507,7 @@ class Tracing(Observer):
         if identity.attributes:
             pairs = [*_sampler_pairs(identity, shape, pairs), *pairs]
         span = encode(shape, context, identity.parent, *times, pairs, events, identity.links)
-        is_exported = bool(context.flags & SAMPLED) or identity.is_kept
-        self._pass_on((span,), is_exported=is_exported, is_trouble=is_trouble or shape.has_failed)
+        self._pass_on((span,), is_exported=_is_exported(identity), is_trouble=is_trouble or shape.has_failed)
 
     def _give_long(
         self,
@@ -598,6 +613,10 @@ def identity_of(connection: ConnectionRecord) -> Identity:
 def before_segment_ns(connection: ConnectionRecord) -> int | None:
     """When the last transition before the present segment was; None where there was none."""
     return connection.earlier[-1].at_ns if connection.earlier else None
+
+
+def _is_exported(identity: Identity) -> bool:
+    return bool(identity.context.flags & SAMPLED) or identity.is_kept
 
 
 def _keep_alone(identity: Identity, reason: KeepReason) -> None:

@@ -51,6 +51,7 @@ from otel_smtp.smtp.states import (
 from otel_smtp.telemetry import attributes as names
 from otel_smtp.telemetry.attributes import ATTRIBUTES, SCHEMA_URL, SCOPE_NAME, Type
 from otel_smtp.telemetry.ordinary import OrdinaryMail
+from otel_smtp.telemetry.ordinary_spooled import OrdinarySpooled
 from otel_smtp.telemetry.otlp import Pairs, RequestFrame, varint
 from otel_smtp.telemetry.propagation import InboundPolicy, TraceContext
 from otel_smtp.telemetry.records import EventRecord, LinkRecord, SpanRecord
@@ -619,6 +620,87 @@ def test_ordinary_mail_is_encoded_in_its_own_way(headers: tuple[str, ...]) -> No
     record.trace_headers = TraceHeaders(headers)
     tracing.trace_id(record)
     assert OrdinaryMail(tracing.attributes, tracing._settle_delivery).spans(record, record.trace) is not None
+
+
+# Queued mail: the span of the transaction that brought it, and later that of an attempt.
+QUEUED_ID = "01j9zq4k5m6n7p8q9r0s1t2v3w"
+
+
+def _queued_mail(ordinary: TransactionRecord) -> TransactionRecord:
+    ordinary.deliveries.clear()
+    ordinary.outcome, ordinary.spool_id = Outcome.QUEUED, QUEUED_ID
+    return ordinary
+
+
+def _attempted(ordinary: TransactionRecord) -> TransactionRecord:
+    record = TransactionRecord.resumed(QUEUED_ID, {"traceparent": REMOTE}, ordinary.mail)
+    record.accepted, record.octets = ordinary.accepted, ordinary.octets
+    [before] = ordinary.deliveries
+    delivery = DeliveryRecord(record, before.upstream, before.server, 1, before.begun_ns)
+    for name in ("pool_wait_ns", "is_reused", "peer", "tls", "phases", "accepted_count", "round_trips"):
+        setattr(delivery, name, getattr(before, name))
+    delivery.end(Outcome.RELAYED, before.reply, None, before.ended_ns)
+    record.deliveries.append(delivery)
+    return record
+
+
+SPOILT_SPOOLED = {
+    **SPOILT,
+    **_sets("record.spool_id", None, "", "01J9-", "\u200bü", QUEUED_ID[1:]),
+    **_sets("record.carrier", {}, {"traceparent": REMOTE, "tracestate": "v=1"}),
+}
+
+
+@pytest.mark.parametrize("spoilt", SPOILT_SPOOLED)
+def test_queued_mail_that_differs_in_one_thing_from_an_ordinary_one_is_told_as_it_was(spoilt: str) -> None:
+    for options in OPTIONS.values():
+        both = Both(**options)
+        connection = _connection()
+        both.tracing.connection_opened(connection)
+        for spoil in (SPOILT_SPOOLED["nothing"], SPOILT_SPOOLED[spoilt], SPOILT_SPOOLED["nothing"]):
+            ordinary = _ordinary_mail(connection)
+            delivery = ordinary.deliveries[0]
+            record = _queued_mail(ordinary)
+            spoil(record, delivery)
+            both.tracing.transaction_ended(record)
+            record = _attempted(_ordinary_mail(connection))
+            delivery = record.deliveries[0]
+            spoil(record, delivery)
+            both.tracing.delivery_ended(delivery)
+        both.check()
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(st.data())
+def test_ordinary_queued_mail_is_encoded_as_any_other(data: st.DataObject) -> None:
+    both = Both(
+        policies={"local": data.draw(st.sampled_from(InboundPolicy))},
+        redaction=Redaction(data.draw(st.sampled_from(Addresses)), data.draw(st.sampled_from(ClientIp)), b"key"),
+        with_message_id=data.draw(st.booleans()),
+    )
+    connection = data.draw(connections())
+    both.tracing.connection_opened(connection)
+    for _ in range(data.draw(st.integers(1, 3))):
+        both.tracing.transaction_ended(_queued_mail(data.draw(ordinary_mails(connection))))
+        attempted = _attempted(data.draw(ordinary_mails(connection)))
+        both.tracing.delivery_ended(attempted.deliveries[0])
+    both.check()
+
+
+@pytest.mark.parametrize("headers", [(), (REMOTE,), ("x",)])
+def test_ordinary_queued_mail_is_encoded_in_its_own_way(headers: tuple[str, ...]) -> None:
+    """As above, for mail that is relayed at once."""
+    tracing = Tracing(exports=[lambda span: None])
+    connection = _connection()
+    tracing.connection_opened(connection)
+    record = _queued_mail(_ordinary_mail(connection))
+    record.trace_headers = TraceHeaders(headers)
+    tracing.trace_id(record)
+    ours = OrdinarySpooled(tracing.attributes, OrdinaryMail(tracing.attributes, tracing._settle_delivery))
+    assert ours.transaction(record, record.trace) is not None
+    record = _attempted(_ordinary_mail(connection))
+    delivery = record.deliveries[0]
+    assert ours.attempt(delivery, tracing._settle_delivery(delivery, record)) is not None
 
 
 def test_of_an_ordinary_mail_a_sampler_may_export_one_span_and_not_the_other() -> None:

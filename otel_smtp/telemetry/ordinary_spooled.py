@@ -1,0 +1,217 @@
+"""The spans of ordinary mail that is queued as octets, in one go: of its transaction, and of its attempt.
+
+As `ordinary`, for mail that is relayed at once: nearly every transaction ends in the spool with a 250, and nearly every
+message leaves it by its first attempt. The two spans are made at different moments, so each has moulds of its own.
+"""
+
+from typing import Final
+
+from otel_smtp.observing import DeliveryRecord, Outcome, TransactionRecord
+from otel_smtp.telemetry import attributes as names
+from otel_smtp.telemetry.ordinary import OrdinaryMail
+from otel_smtp.telemetry.otlp import TAGS, Integers, Mould, length, text_head
+from otel_smtp.telemetry.sampling import Identity
+from otel_smtp.telemetry.shapes import (
+    AFTER_LAST_EVENT_NS,
+    MAX_SHAPES,
+    SPAN_PAIRS,
+    EncodedSpan,
+    encode_link,
+    frame_of_link,
+    frame_of_span,
+)
+from otel_smtp.telemetry.span_attributes import SpanAttributes
+from otel_smtp.telemetry.state_events import describe_phases
+
+_NUMBERS: Final = Integers(9, names.TRANSACTION_NUMBER)
+_SIZES: Final = Integers(9, names.MESSAGE_SIZE)
+_WAIT: Final = SPAN_PAIRS[names.POOL_WAIT, 0.0][:-8]
+
+
+class OrdinarySpooled:
+    """Encodes the spans of ordinary mail that is queued.
+
+    Args:
+        attributes: says which attributes spans have.
+        mail: knows what tells the domains of senders and recipients.
+    """
+
+    __slots__ = ("_attempts", "_attributes", "_has_plain_attributes", "_mail", "_transactions")
+
+    def __init__(self, attributes: SpanAttributes, mail: OrdinaryMail) -> None:
+        self._attributes = attributes
+        self._mail = mail
+        self._has_plain_attributes = not (attributes.with_message_id or attributes.redaction.shows_mailboxes)
+        self._transactions: dict[tuple[object, ...], Mould] = {}
+        self._attempts: dict[tuple[object, ...], Mould] = {}
+
+    def transaction(self, record: TransactionRecord, identity: Identity) -> EncodedSpan | None:
+        """The span of a transaction that ended in the spool; None where something about it is not ordinary.
+
+        Args:
+            identity: the transaction's; it is recorded.
+        """
+        reply, octets, connection, spool_id = record.reply, record.octets, record.connection, record.spool_id
+        context, parent = identity.context, identity.parent
+        if (
+            record.outcome is not Outcome.QUEUED
+            or reply is None
+            or octets is None
+            or connection is None
+            or spool_id is None
+            or parent is None
+            or reply.code >= 400
+            or reply.error_type is not None
+            or record.deliveries
+            or record.refused
+            or record.refused_count
+            or record.deferred_count
+            or record.error_type is not None
+            or record.failure is not None
+            or identity.attributes
+            or context.trace_state
+            or not _is_plain(spool_id)
+            or not self._has_plain_attributes
+        ):
+            return None
+        origin = SPAN_PAIRS[names.CONNECTION_ID, connection.info.id]
+        key = (
+            len(origin),
+            reply.code,
+            reply.enhanced,
+            len(record.accepted),
+            record.mail.body,
+            parent.is_remote,
+        )
+        mould = self._transactions.get(key)
+        if mould is None:
+            shape, _, _ = self._attributes.transaction(record, is_in_application=parent.is_remote)
+            mould = Mould(*frame_of_span(shape, is_remote=parent.is_remote), f"{len(origin)}s")
+            _keep(self._transactions, key, mould)
+        offset = record.wall_offset_ns
+        values: list[bytes | float] = [
+            context.trace_id.to_bytes(16, "big"),
+            context.span_id.to_bytes(8, "big"),
+            parent.span_id.to_bytes(8, "big"),
+            record.begun_ns + offset,
+            record.ended_ns + offset + AFTER_LAST_EVENT_NS,
+            origin,
+        ]
+        words = self._attributes.words(reply).encode("utf-8", "replace")
+        sender, recipients = self._mail.domains(record)
+        own = [
+            _NUMBERS(record.number), _SIZES(octets),
+            text_head(9, names.SPOOL_ID, len(spool_id)), spool_id.encode("ascii"),
+            sender.octets, recipients.octets,
+            text_head(9, names.REPLY_TEXT, len(words)), words,
+        ]  # fmt: skip
+        if identity.links:
+            own += map(encode_link, identity.links)
+        rest = b"".join(own)
+        return EncodedSpan(b"".join((TAGS[2], length(mould.size + len(rest)), mould.fill(values), rest)))
+
+    def attempt(self, delivery: DeliveryRecord, identity: Identity) -> EncodedSpan | None:
+        """The span of an attempt at a message of the spool that took all of it; None as above.
+
+        Args:
+            identity: the attempt's; it is recorded.
+        """
+        record, reply, server, peer, tls = (
+            delivery.transaction, delivery.reply, delivery.server, delivery.peer, delivery.tls,
+        )  # fmt: skip
+        wait_ns, spool_id, links = delivery.pool_wait_ns, record.spool_id, identity.links
+        context, parent = identity.context, identity.parent
+        if (
+            delivery.outcome is not Outcome.RELAYED
+            or record.connection is not None
+            or reply is None
+            or peer is None
+            or wait_ns is None
+            or spool_id is None
+            or parent is None
+            or len(links) != 1
+            or links[0].context is not parent
+            or reply.code >= 400
+            or reply.error_type is not None
+            or delivery.error_type is not None
+            or delivery.failure is not None
+            or delivery.refused
+            or delivery.refused_count
+            or delivery.deferred_count
+            or delivery.paced is not None
+            or record.taken_over is not None
+            or identity.attributes
+            or context.trace_state
+            or parent.trace_state
+            or not _is_plain(spool_id)
+        ):
+            return None
+        alike: list[object] = [
+            len(spool_id),
+            record.kind,
+            record.is_possible_duplicate,
+            delivery.upstream,
+            server.host,
+            server.port,
+            peer.host,
+            peer.port,
+            None if tls is None else (tls.version, tls.cipher, tls.resumed),
+            delivery.attempt,
+            delivery.accepted_count,
+            delivery.round_trips,
+            delivery.is_reused,
+            reply.code,
+            reply.enhanced,
+            parent.is_remote,
+        ]
+        offset, parents_id = record.wall_offset_ns, parent.span_id.to_bytes(8, "big")
+        values: list[bytes | float] = [
+            context.trace_id.to_bytes(16, "big"),
+            context.span_id.to_bytes(8, "big"),
+            parents_id,
+            delivery.begun_ns + offset,
+            delivery.ended_ns + offset + AFTER_LAST_EVENT_NS,
+            spool_id.encode("ascii"),
+            wait_ns / 1e9,
+        ]
+        for at_ns, phase, answer in delivery.phases:
+            values.append(at_ns + offset)
+            if answer is None:
+                alike.append(phase)
+            else:
+                alike += (phase, answer.code, answer.enhanced)
+        values += (parent.trace_id.to_bytes(16, "big"), parents_id)
+        key = tuple(alike)
+        mould = self._attempts.get(key)
+        if mould is None:
+            mould = self._mould_of_attempt(delivery, identity, len(spool_id))
+            _keep(self._attempts, key, mould)
+        words = self._attributes.words(reply).encode("utf-8", "replace")
+        head = text_head(9, names.REPLY_TEXT, len(words))
+        size = length(mould.size + len(head) + len(words))
+        return EncodedSpan(b"".join((TAGS[2], size, mould.fill(values), head, words)))
+
+    def _mould_of_attempt(self, delivery: DeliveryRecord, identity: Identity, id_octets: int) -> Mould:
+        shape, _, _ = self._attributes.delivery(delivery)
+        events: list[bytes | str] = []
+        for _, event in describe_phases(delivery):
+            events += (event.before, "Q", event.octets)
+        assert identity.parent is not None
+        return Mould(
+            *frame_of_span(shape, is_remote=identity.parent.is_remote),
+            text_head(9, names.SPOOL_ID, id_octets), f"{id_octets}s",
+            _WAIT, "d", SPAN_PAIRS[names.POOL_REUSED, delivery.is_reused],
+            *events,
+            *frame_of_link(identity.links[0]),
+        )  # fmt: skip
+
+
+def _is_plain(spool_id: str) -> bool:
+    """Whether it is shown as it is."""
+    return spool_id.isascii() and spool_id.isalnum()
+
+
+def _keep(moulds: dict[tuple[object, ...], Mould], key: tuple[object, ...], mould: Mould) -> None:
+    if len(moulds) >= MAX_SHAPES:
+        moulds.clear()
+    moulds[key] = mould
