@@ -309,7 +309,8 @@ class Gateway:
             for _ in range(round(METRICS_CATCH_UP_SECONDS / MAILS_COUNTED_SECONDS)):
                 await asyncio.sleep(MAILS_COUNTED_SECONDS)
                 self._telemetry.count_mails()
-            self._telemetry.catch_up()
+            for _ in self._telemetry.catching_up():
+                await asyncio.sleep(0)
 
     def reload(self, settings: Settings) -> None:
         """Go on by other settings, without dropping a connection; certificates and users are read again in any case.

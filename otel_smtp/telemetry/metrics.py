@@ -81,6 +81,8 @@ _RELAYED_OUTCOME: Final = Outcome.RELAYED  # looked up in its class, a member co
 _NO_VERB: Final = "none"
 # So many transitions of a busy connection are counted in one go: sixteen mails, some 50 us.
 _COUNTED_AT_ONCE: Final = 64
+# So many connections are looked at in one go: each may have done as much as that.
+_CONNECTIONS_A_STEP: Final = 16
 # So many ordinary mails are, likewise.
 _MAILS_COUNTED_AT_ONCE: Final = 50
 
@@ -495,6 +497,8 @@ class Metrics(Observer):
         """Count the transitions and replies of the present segment that have not been counted."""
         transitions, replies = connection.transitions, connection.replies
         counted, counted_replies = connection.counted
+        if len(transitions) == counted and len(replies) == counted_replies:
+            return
         connection.counted = (len(transitions), len(replies))
         new = transitions[counted:]
         if new:
@@ -536,15 +540,22 @@ class Metrics(Observer):
         On the event loop, which writes the records. `page` does it by itself; whoever lets other threads read calls
         it every few seconds.
         """
+        for _ in self.catching_up():
+            pass
+
+    def catching_up(self) -> Iterator[None]:
+        """`catch_up` in steps, between which mail may go on: of thousands of connections it takes milliseconds."""
         self.count_mails()
         active = dict.fromkeys(self._active, 0)
-        for connection in self._open_connections():
+        for looked_at, connection in enumerate([*self._open_connections()], start=1):
             self._fold(connection)
             last = (connection.transitions or connection.earlier)[-1:]
             level = last[0].level if last else ConnState.NEW
             if level is not ConnState.CLOSED:
                 labels = (connection.info.listener, _NAMES[level])
                 active[labels] = active.get(labels, 0) + 1
+            if looked_at % _CONNECTIONS_A_STEP == 0:
+                yield
         self._active = active
         for verb, seconds, items in self._store_timings():
             self._store.series[(verb,)].add(seconds)

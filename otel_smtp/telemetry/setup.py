@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
@@ -150,9 +150,10 @@ class Telemetry:
         """The metrics for a scraper that accepts `accept`, and their content type."""
         return self._metrics.page(accept)
 
-    def catch_up(self) -> None:
-        """Count what open connections have done so far; to be called on the event loop, every few seconds."""
-        self._metrics.catch_up()
+    def catching_up(self) -> Iterator[None]:
+        """Count what open connections have done so far, in steps between which mail may go on; on the event loop, every
+        few seconds."""
+        return self._metrics.catching_up()
 
     def count_mails(self) -> None:
         """Count the mails that ended since this was called last; to be called on the event loop, each second or so."""

@@ -119,6 +119,29 @@ def test_a_busy_connection_is_counted_as_it_goes_on_and_once() -> None:
     assert counted(metrics) == {"transitions_total": 401, "replies_total": 402, "state_duration_seconds_count": 400}
 
 
+def test_many_connections_are_looked_at_in_steps_while_mail_goes_on() -> None:
+    clients: dict[Client, None] = {}
+    metrics = Metrics(open_connections=lambda: (client.record for client in clients))
+
+    def all_counted() -> dict[str, float]:
+        return {name: rows for name, rows in counted(metrics).items() if name != "state_duration_seconds_count"}
+
+    for _ in range(40):
+        clients[Client(metrics).ehlo()] = None
+    first, *_, last = clients
+    steps = 0
+    for _ in metrics.catching_up():
+        if not steps:  # what happens meanwhile: one leaves, one comes, one that is still to be looked at has a mail
+            first.quit()
+            del clients[first]
+            clients[Client(metrics)] = None
+            last.message()
+        steps += 1
+    assert steps == 2
+    assert sum(active(metrics).values()) == 40
+    assert all_counted() == {"transitions_total": 40 * 2 + 2 + 1 + 3, "replies_total": 40 * 2 + 1 + 1 + 4}
+
+
 def test_a_state_lasts_until_the_next_one_whatever_segments_they_are_in() -> None:
     clock = FakeClock()
     metrics = Metrics()
