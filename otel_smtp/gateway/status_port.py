@@ -79,9 +79,9 @@ class StatusPort:
         self._redaction = redaction
         self.live.show(redaction.ip, redaction.host_name)
 
-    def keep(self, span: EncodedSpan, is_trouble: bool) -> None:
-        """Keep a finished span for the page; those in which something went wrong for longer."""
-        self._traces.add(span, is_trouble)
+    def keep(self, spans: Sequence[EncodedSpan], is_trouble: bool) -> None:
+        """Keep finished spans of one trace for the page; those in which something went wrong for longer."""
+        self._traces.add(*spans, is_trouble=is_trouble)
 
     async def start(self, *, is_required: bool) -> None:
         """Listen.

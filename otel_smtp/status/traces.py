@@ -273,18 +273,19 @@ class RecentTraces:
         self._has_dropped = False
         self.version = 0
 
-    def add(self, span: SpanOctets, is_trouble: bool = False) -> None:
-        """Keep a finished span. Called on the mail path.
+    def add(self, *spans: SpanOctets, is_trouble: bool = False) -> None:
+        """Keep finished spans of one trace. Called on the mail path.
 
         Args:
-            is_trouble: something in it went wrong.
+            is_trouble: something in them went wrong.
         """
         self.version += 1
-        if is_trouble:
-            self._note_failure(span.trace_id)
         recent = self._recent
-        recent.spans.append(span)
-        recent.octets += len(span) + _OCTETS_BESIDE
+        recent.spans += spans
+        for span in spans:
+            recent.octets += len(span) + _OCTETS_BESIDE
+        if is_trouble:
+            self._note_failure(spans[0].trace_id)
         if recent.octets > recent.octets_room or len(recent.spans) > recent.spans_room:
             self._has_dropped = True
             self._outlive(recent.make_room())

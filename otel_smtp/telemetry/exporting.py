@@ -160,33 +160,33 @@ class Export(Generic[T]):
 
     def take(self, record: T) -> None:
         """Encode one span, or whatever else is sent, and queue it. For one thread at a time."""
-        self.put(b"" if self.is_full else self._encode(record))
+        self.put((b"" if self.is_full else self._encode(record),))
 
-    def put(self, record: bytes) -> None:
-        """Queue one that is encoded. For one thread at a time."""
+    def put(self, records: Sequence[bytes]) -> None:
+        """Queue some that are encoded. For one thread at a time."""
         queue, settings = self._queue, self._settings
         if self._is_stopping:
-            self._lost[DropReason.SHUTDOWN] += 1
+            self._lost[DropReason.SHUTDOWN] += len(records)
             return
-        # The newest is lost, not the oldest: what led to the trouble is worth more than what came after.
-        waiting_spans = len(queue)
-        if waiting_spans >= settings.queue_spans:
-            self._lost[DropReason.QUEUE_FULL] += 1
-            return
-        octets = len(record)
-        if octets > MAX_BATCH_OCTETS:
-            self._lost[DropReason.TOO_LARGE] += 1
-            return
-        waiting = self._octets_in - self._octets_out + octets
-        if waiting > self._queue_octets:
-            self._lost[DropReason.QUEUE_FULL] += 1
-            return
-        queue.append(record)
-        self._octets_in += octets
-        if self._thread is None:
+        waiting_spans, waiting = len(queue), self._octets_in - self._octets_out
+        for record in records:
+            octets = len(record)
+            # The newest is lost, not the oldest: what led to the trouble is worth more than what came after.
+            if waiting_spans >= settings.queue_spans:
+                self._lost[DropReason.QUEUE_FULL] += 1
+            elif octets > MAX_BATCH_OCTETS:
+                self._lost[DropReason.TOO_LARGE] += 1
+            elif waiting + octets > self._queue_octets:
+                self._lost[DropReason.QUEUE_FULL] += 1
+            else:
+                queue.append(record)
+                self._octets_in += octets
+                waiting_spans += 1
+                waiting += octets
+        if self._thread is None and waiting_spans:
             self._thread = threading.Thread(target=self._run, name=f"otlp-{self._signal}", daemon=True)
             self._thread.start()
-        if (waiting_spans + 1 >= settings.batch_spans or waiting > MAX_BATCH_OCTETS) and not self._wake.is_set():
+        if (waiting_spans >= settings.batch_spans or waiting > MAX_BATCH_OCTETS) and not self._wake.is_set():
             self._wake.set()
 
     def shutdown(self, budget_seconds: float) -> bool:
@@ -337,7 +337,8 @@ class Export(Generic[T]):
 
 
 class TraceExport(Export[bytes]):
-    """Sends spans that are encoded already; see `Export`.
+    """Sends spans that are encoded already; see `Export`. `put` takes them as they are: by `take` they would be
+    copies, beside what the recent traces keep.
 
     Args:
         frame: what is around them in a request.
@@ -352,5 +353,3 @@ class TraceExport(Export[bytes]):
         address: str = "",
     ) -> None:
         super().__init__(Signal.TRACES, "spans", bytes, frame.request, connect, settings, address=address)
-
-    take = Export.put  # as they are: a copy would be kept beside that of the recent traces

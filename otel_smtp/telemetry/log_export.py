@@ -72,17 +72,15 @@ class LogExportHandler(SpanLineHandler):
         assert self.lock is not None  # by createLock
         with self.lock:
             if self._export.is_full:
-                self._export.put(b"")  # lost and counted; it need not be encoded
+                self._export.put((b"",))  # lost and counted; it need not be encoded
             else:
-                self._export.put(self._span_lines(shape, pairs, duration_seconds, context, time_ns, now_ns))
+                self._export.put((self._span_lines(shape, pairs, duration_seconds, context, time_ns, now_ns),))
 
     def take_mail(self, mail: LinesOfMail, now_ns: int) -> None:
         """Queue both lines of a mail."""
         assert self.lock is not None  # by createLock
         with self.lock:
-            lines = (b"", b"") if self._export.is_full else self._span_lines.of_mail(mail, now_ns)
-            for line in lines:
-                self._export.put(line)
+            self._export.put((b"", b"") if self._export.is_full else self._span_lines.of_mail(mail, now_ns))
 
 
 def log_record_of(record: logging.LogRecord) -> LogRecord:

@@ -65,10 +65,10 @@ _EVENTS_A_TURN: Final = 64
 _TO_SPOOLED: Final = {names.LINK_TYPE: LinkType.SPOOLED_TRANSACTION.value}
 _TO_REPORTED: Final = {names.LINK_TYPE: LinkType.REPORTED_MAIL.value}
 
-Take = Callable[[EncodedSpan], None]
-"""Takes a span as octets; called on the event loop, so it neither blocks nor raises."""
-Keep = Callable[[EncodedSpan, bool], None]
-"""As `Take`, told also whether something in it went wrong."""
+Take = Callable[[Sequence[EncodedSpan]], None]
+"""Takes spans of one trace that ended together, as octets; called on the event loop, it neither blocks nor raises."""
+Keep = Callable[[Sequence[EncodedSpan], bool], None]
+"""As `Take`, told also whether something in them went wrong."""
 
 
 class LineSink(Protocol):
@@ -525,13 +525,12 @@ class Tracing(Observer):
             yield
         self._give(identity, described, times, events, is_trouble=is_trouble)
 
-    def _pass_on(self, spans: Iterable[EncodedSpan], *, is_exported: bool, is_trouble: bool) -> None:
-        for span in spans:
-            if is_exported:
-                for take in self._exports:
-                    take(span)
-            for keep in self._memories:
-                keep(span, is_trouble)
+    def _pass_on(self, spans: Sequence[EncodedSpan], *, is_exported: bool, is_trouble: bool) -> None:
+        if is_exported:
+            for take in self._exports:
+                take(spans)
+        for keep in self._memories:
+            keep(spans, is_trouble)
 
     def _show(
         self, identity: Identity, described: Described, times: tuple[int, int], events: Sequence[EventRecord]

@@ -27,7 +27,7 @@ def kept(*spans: Sequence[EncodedSpan], recent_spans: int = 1000, failed_spans: 
 def add(traces: RecentTraces, span: EncodedSpan) -> None:
     """Add it as tracing does."""
     record = span.to_record()
-    traces.add(span, record.has_failed or bool(record.attributes.get("smtp.connection.errors")))
+    traces.add(span, is_trouble=record.has_failed or bool(record.attributes.get("smtp.connection.errors")))
 
 
 def newest_first(traces: RecentTraces) -> list[KeptTrace]:

@@ -202,6 +202,16 @@ def test_the_queue_is_bounded_in_spans_and_the_newest_are_lost(log: pytest.LogCa
     assert [record.message for record in log.records] == ["spans lost"]
 
 
+def test_of_spans_that_come_together_those_without_room_are_lost() -> None:
+    export = export_to(Held, replace(QUICK, queue_spans=3, batch_spans=100, delay_seconds=3600))
+    export.put([span(1), span(2)])
+    export.put([span(3, value="x" * MAX_BATCH_OCTETS), span(3), span(4)])
+    assert export.queued == 3
+    assert lost(export) == {"queue_full": 1, "too_large": 1}
+    export.put([])
+    assert export.queued == 3
+
+
 def test_the_queue_is_bounded_in_octets() -> None:
     collector = Held()
     export = export_to(lambda: collector, replace(QUICK, delay_seconds=3600))

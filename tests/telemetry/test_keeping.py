@@ -23,7 +23,7 @@ class Exported:
     def __init__(self, keeping: Keeping | None) -> None:
         self._octets: list[EncodedSpan] = []
         self.clock = FakeClock()
-        self.observer = Tracing(exports=[self._octets.append], sampler=ALWAYS_OFF, keeping=keeping)
+        self.observer = Tracing(exports=[self._octets.extend], sampler=ALWAYS_OFF, keeping=keeping)
 
     def client(self) -> Client:
         return Client(self.observer, clock=self.clock).ehlo()

@@ -201,7 +201,7 @@ class Both:
     def __init__(self, **options: Any) -> None:
         self.spans: list[EncodedSpan] = []
         self._kept = Kept()
-        self.tracing = Tracing(exports=[self.spans.append], sinks=[self._kept], **options)
+        self.tracing = Tracing(exports=[self.spans.extend], sinks=[self._kept], **options)
 
     @property
     def records(self) -> list[SpanRecord]:
@@ -613,7 +613,7 @@ def test_ordinary_mail_is_encoded_as_any_other(data: st.DataObject) -> None:
 @pytest.mark.parametrize("headers", [(), (REMOTE,), ("x",)])
 def test_ordinary_mail_is_encoded_in_its_own_way(headers: tuple[str, ...]) -> None:
     """What the tests above are for would else be gone unseen."""
-    tracing = Tracing(exports=[lambda span: None])
+    tracing = Tracing(exports=[lambda spans: None])
     connection = _connection()
     tracing.connection_opened(connection)
     record = _ordinary_mail(connection)
@@ -715,7 +715,7 @@ def test_of_an_ordinary_mail_a_sampler_may_export_one_span_and_not_the_other() -
     kept: list[EncodedSpan] = []
     sampler = NoDeliveries(SamplingResult(Decision.DROP))
     Client(
-        Tracing(exports=[exported.append], memories=[lambda span, is_trouble: kept.append(span)], sampler=sampler)
+        Tracing(exports=[exported.extend], memories=[lambda spans, is_trouble: kept.extend(spans)], sampler=sampler)
     ).ehlo().message().close()
     assert [span.to_record().name for span in exported] == [names.SPAN_TRANSACTION, names.SPAN_CONNECTION]
     assert len(kept) == 3

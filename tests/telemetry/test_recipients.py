@@ -31,7 +31,7 @@ FULL = Redaction(Addresses.FULL)
 def spans_of(client_does: Any, redaction: Redaction = FULL) -> Mapping[str, SpanRecord]:
     """What a client's connection becomes, the octets and the values alike."""
     kept, exported = Kept(), list[EncodedSpan]()
-    client_does(Client(Tracing(exports=[exported.append], sinks=[kept], redaction=redaction)).ehlo())
+    client_does(Client(Tracing(exports=[exported.extend], sinks=[kept], redaction=redaction)).ehlo())
     for span, record in zip(exported, kept.records, strict=True):
         assert list(span.to_record().events) == list(record.events)
     return {record.name: record for record in kept.records}
@@ -306,7 +306,7 @@ def test_what_befalls_a_queued_mail_without_an_attempt_is_a_span_of_its_trace(ac
     is_settled = action not in (SpoolAction.RELEASED, SpoolAction.GIVEN_UP)
     fates = [] if not is_settled else [(Recipient("b@example.org"), Fate(action), GREYLISTED)]
     record.end_in_spool(fates, record.begun_ns)
-    fan_out([Tracing(exports=[exported.append], sinks=[kept]), metrics]).spool_acted(record)
+    fan_out([Tracing(exports=[exported.extend], sinks=[kept]), metrics]).spool_acted(record)
     span = kept.one("smtp.spool")
     assert span.attributes == {
         "smtp.spool.action": action.value,

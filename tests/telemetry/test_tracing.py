@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -857,8 +857,8 @@ def test_a_span_that_is_recorded_but_not_sampled_is_kept_and_not_exported() -> N
     exported: list[EncodedSpan] = []
     kept: list[tuple[str, bool]] = []
     observer = Tracing(
-        exports=[exported.append],
-        memories=[lambda span, is_trouble: kept.append((span.to_record().name, is_trouble))],
+        exports=[exported.extend],
+        memories=[lambda spans, is_trouble: kept.extend((span.to_record().name, is_trouble) for span in spans)],
         sampler=RecordOnly(),
     )
     Client(observer).ehlo().message().quit()
@@ -868,7 +868,11 @@ def test_a_span_that_is_recorded_but_not_sampled_is_kept_and_not_exported() -> N
 
 def test_those_who_remember_are_told_what_went_wrong() -> None:
     kept: list[tuple[str, bool]] = []
-    observer = Tracing(memories=[lambda span, is_trouble: kept.append((span.to_record().name, is_trouble))])
+
+    def keep(spans: Sequence[EncodedSpan], is_trouble: bool) -> None:
+        kept.extend((span.to_record().name, is_trouble) for span in spans)
+
+    observer = Tracing(memories=[keep])
     client = Client(observer).ehlo().mail().rcpt(reply=replies.RELAY_DENIED).rcpt().data().header()
     client.deliver(None, Outcome.DEFERRED, error_type=ErrorType.UPSTREAM_UNAVAILABLE)
     client.deliver()
@@ -886,7 +890,7 @@ def test_what_a_sampler_adds_is_on_the_span_and_never_twice() -> None:
 
     kept = Kept()
     exported: list[EncodedSpan] = []
-    Client(Tracing(exports=[exported.append], sinks=[kept], sampler=Adding())).ehlo().message().quit()
+    Client(Tracing(exports=[exported.extend], sinks=[kept], sampler=Adding())).ehlo().message().quit()
     for span, record in zip(exported, kept.records, strict=True):
         assert span.to_record().attributes == record.attributes
         assert record.attributes["rate"] == 0.5
@@ -975,7 +979,7 @@ def busy_client(observer: Tracing) -> Client:
 async def test_a_long_segment_is_encoded_in_several_turns_as_it_was_when_it_ended() -> None:
     exported: list[EncodedSpan] = []
     kept = Kept()
-    observer = Tracing(exports=[exported.append], listeners=[kept])
+    observer = Tracing(exports=[exported.extend], listeners=[kept])
     client = busy_client(observer)
     before = len(exported)
     client.rotate()
@@ -999,7 +1003,7 @@ async def test_a_long_segment_is_encoded_in_several_turns_as_it_was_when_it_ende
 @pytest.mark.asyncio
 async def test_a_long_segment_is_there_when_all_is_to_be_finished() -> None:
     exported: list[EncodedSpan] = []
-    observer = Tracing(exports=[exported.append])
+    observer = Tracing(exports=[exported.extend])
     client = busy_client(observer)
     before = len(exported)
     client.quit()
