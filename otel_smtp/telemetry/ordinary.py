@@ -34,6 +34,7 @@ MAX_DOMAINS_KEPT: Final = 1024
 
 _NUMBERS: Final = Integers(9, names.TRANSACTION_NUMBER)
 _SIZES: Final = Integers(9, names.MESSAGE_SIZE)
+_RELAYED: Final = Outcome.RELAYED  # looked up in its class, a member costs as much as a call
 _BEFORE_WORDS: Final = tuple(text_head(9, names.REPLY_TEXT, octets) for octets in range(256))
 _WAIT: Final = SPAN_PAIRS[names.POOL_WAIT, 0.0][:-8]
 
@@ -86,13 +87,15 @@ class OrdinaryMail:
             identity: the transaction's; it is recorded.
         """
         deliveries = record.deliveries
-        if len(deliveries) != 1 or record.outcome is not Outcome.RELAYED:
+        if len(deliveries) != 1 or record.outcome is not _RELAYED:
             return None
         delivery = deliveries[0]
         attempt: Identity = delivery.trace or self._settle_delivery(delivery, record)
         reply, told, peer, tls = delivery.reply, record.reply, delivery.peer, delivery.tls
         wait_ns, octets, connection, parent = delivery.pool_wait_ns, record.octets, record.connection, identity.parent
         context = identity.context
+        trace_number, span_number, flags, _, state = context
+        _, attempt_number, attempt_flags, _, attempt_state = attempt.context
         if (
             reply is None
             or told is None
@@ -101,15 +104,15 @@ class OrdinaryMail:
             or octets is None
             or connection is None
             or parent is None
-            or delivery.outcome is not Outcome.RELAYED
+            or delivery.outcome is not _RELAYED
             or attempt.parent is not context
             or not attempt.is_recording
             or attempt.attributes
             or attempt.links
-            or attempt.context.trace_state
-            or attempt.context.flags != context.flags
+            or attempt_state
+            or attempt_flags != flags
             or identity.attributes
-            or context.trace_state
+            or state
             or reply.code >= 400
             or told.code >= 400
             or reply.error_type is not None
@@ -134,8 +137,8 @@ class OrdinaryMail:
             return None
         server, upstream, accepted = delivery.server, delivery.upstream, record.accepted
         offset = record.wall_offset_ns
-        trace_id = context.trace_id.to_bytes(16, "big")
-        span_id = context.span_id.to_bytes(8, "big")
+        trace_id = trace_number.to_bytes(16, "big")
+        span_id = span_number.to_bytes(8, "big")
         origin = SPAN_PAIRS[names.CONNECTION_ID, connection.info.id]
         alike: list[object] = [
             len(origin),
@@ -160,7 +163,7 @@ class OrdinaryMail:
         ]
         values: list[bytes | float] = [
             trace_id,
-            attempt.context.span_id.to_bytes(8, "big"),
+            attempt_number.to_bytes(8, "big"),
             span_id,
             delivery.begun_ns + offset,
             delivery.ended_ns + offset + AFTER_LAST_EVENT_NS,
@@ -201,7 +204,15 @@ class OrdinaryMail:
         ]
         sender, recipients = self.domains(record)
         self._told = shapes, text, sender, recipients
-        own = b"".join((_NUMBERS(record.number), _SIZES(octets), sender.octets, recipients.octets))
+        number = record.number
+        own = b"".join(
+            (
+                _NUMBERS.small[number] if number < 0x80 else _NUMBERS(number),
+                _SIZES(octets),
+                sender.octets,
+                recipients.octets,
+            )
+        )
         if identity.links:
             own = b"".join((own, *map(encode_link, identity.links)))
         second = (TAGS[2], length(of_transaction.size + len(own)), of_transaction.fill(values), own)

@@ -363,7 +363,14 @@ class Tracing(Observer):
 
     def trace_id(self, transaction: TransactionRecord) -> str | None:
         """The trace id, sampled or not."""
-        identity: Identity | None = transaction.trace or self._settle(transaction)
+        identity: Identity | None = transaction.trace
+        if identity is None:
+            headers, connection = transaction.trace_headers, transaction.connection
+            if connection is not None and (headers is None or not headers.traceparents):
+                # As `_settle`, which would be one call more for nearly each mail.
+                identity = transaction.trace = self._sampling.inherit(connection.trace.context)
+            if identity is None:
+                identity = self._settle(transaction)
         return None if identity is None else f"{identity.context.trace_id:032x}"
 
     def carrier(self, transaction: TransactionRecord) -> Mapping[str, str]:

@@ -47,8 +47,8 @@ def run(work: Coroutine[Any, Any, T]) -> T:
     [
         ("none", "transparent", 108, 154),
         ("none", "buffered", 100, 144),
-        ("everything", "transparent", 145, 232),
-        ("everything", "buffered", 137, 222),
+        ("everything", "transparent", 143, 231),
+        ("everything", "buffered", 135, 221),
         # How many lines are written together depends on time; these bounds hold where each mail's are written alone.
         ("as installed", "transparent", 172, 283),
     ],
