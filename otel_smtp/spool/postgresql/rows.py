@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from operator import itemgetter
 from typing import Final
 from uuid import UUID
 
@@ -32,6 +33,7 @@ _LETTERS: Final = {state: letter for letter, state in STATES.items()}
 _MOST_TELLING: Final = (DeliveryState.LEASED, DeliveryState.CORRUPT, DeliveryState.HELD, DeliveryState.READY)
 
 Row = asyncpg.Record
+_NUMBER: Final = itemgetter("d")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +50,13 @@ class ContentKey:
     incarnation: UUID | None
 
 
+_encoded = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
+
+
 def as_json(value: object) -> str:
     """JSON that PostgreSQL takes: it has no NUL and no half of a surrogate pair in its texts."""
-    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False).replace("\\u0000", "")
-    return text.encode("utf-8", "replace").decode()
+    text = _encoded(value).replace("\\u0000", "")
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
 def recipients_json(recipients: Sequence[SpooledRecipient]) -> str:
@@ -160,10 +165,11 @@ def new_leases(message: NewMessage, octets: int, rows: Sequence[Row], incarnatio
         rows: what the statement said of the message's deliveries.
     """
     leases: list[Lease] = []
-    for row in sorted(rows, key=lambda row: row["d"]):
+    deliveries = list(message.deliveries.items())
+    for row in sorted(rows, key=_NUMBER) if len(rows) > 1 else rows:
         if row["state"] != "l" or not row["is_ours"]:
             continue
-        destination, recipients = list(message.deliveries.items())[row["d"]]
+        destination, recipients = deliveries[row["d"]]
         leases.append(
             Lease(
                 row["d"], row["epoch"], message.id, message.kind, message.mail, destination,
@@ -172,7 +178,7 @@ def new_leases(message: NewMessage, octets: int, rows: Sequence[Row], incarnatio
                     for place, one in enumerate(recipients)
                 ],
                 row["attempts"], row["arrived_at"], row["expires_at"], message.carrier,
-                ContentRef(octets, ContentKey(message.id, len(message.deliveries) == 1, incarnation)),
+                ContentRef(octets, ContentKey(message.id, len(deliveries) == 1, incarnation)),
                 message.header_octets, row["dup"],
             )
         )  # fmt: skip
