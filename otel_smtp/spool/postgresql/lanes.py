@@ -29,8 +29,8 @@ logger: Final = logging.getLogger("otel_smtp.spool.postgresql.lanes")
 MOST_ITEMS: Final = 256
 MOST_OCTETS: Final = 4 * 1024 * 1024
 ENOUGH_ITEMS: Final = 64  # for another group beside one that is under way
-PATIENCE_SECONDS: Final = 0.02  # with a group that is under way
-GATHER_SECONDS: Final = 0.005  # what is not urgent waits for company
+GATHER_SECONDS: Final = 0.005  # what is not urgent waits for company; and what is, for a group that is under way
+PATIENCE_SECONDS: Final = 0.02  # what is not urgent waits for that
 
 
 class Item(Protocol):
@@ -122,7 +122,7 @@ class Lanes(Generic[I]):
             return
         if not self._is_due:
             if self._patience is None:
-                seconds = PATIENCE_SECONDS if self._under_way else GATHER_SECONDS
+                seconds = PATIENCE_SECONDS if self._under_way and not self._is_urgent else GATHER_SECONDS
                 self._patience = asyncio.get_running_loop().call_later(seconds, self._lose_patience)
         elif self._idle_lanes:
             self._is_called = True

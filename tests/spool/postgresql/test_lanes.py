@@ -127,12 +127,15 @@ async def test_what_exceeds_a_group_is_another_at_once() -> None:
         await eventually(lambda: written.groups == [MOST_ITEMS, ENOUGH_ITEMS])
 
 
-async def test_a_group_that_takes_long_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("is_urgent", "patience"), [(True, "GATHER_SECONDS"), (False, "PATIENCE_SECONDS")])
+async def test_a_group_that_takes_long_is_not_waited_for(
+    is_urgent: bool, patience: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with _running() as (lanes, written):
         _add(lanes, 1)
         await eventually(lambda: written.groups == [1])
-        monkeypatch.setattr(lanes_module, "PATIENCE_SECONDS", 0.001)
-        _add(lanes, 2)
+        monkeypatch.setattr(lanes_module, patience, 0.001)
+        _add(lanes, 2, is_urgent=is_urgent)
         await eventually(lambda: written.groups == [1, 2])
 
 
@@ -151,11 +154,6 @@ async def test_it_does_not_gather_for_long(monkeypatch: pytest.MonkeyPatch) -> N
     async with _running() as (lanes, written):
         _add(lanes, 2, is_urgent=False)
         await eventually(lambda: written.groups == [2])
-        _add(lanes, 1, is_urgent=False)  # while that is under way
-        written.let_go(0)
-        monkeypatch.setattr(lanes_module, "PATIENCE_SECONDS", 0.001)
-        _add(lanes, 1)
-        await eventually(lambda: written.groups == [2, 2])
 
 
 async def test_nor_when_all_is_to_end() -> None:
