@@ -2,6 +2,7 @@
 
 import asyncio
 import ipaddress
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -12,10 +13,11 @@ import pytest
 
 from otel_smtp.net import Stream
 from otel_smtp.observing import Endpoint
-from otel_smtp.server import conversation
+from otel_smtp.server import conversation, listener
 from otel_smtp.server.exchanges import Authenticator
 from otel_smtp.server.listener import ListenerSpec, Server
 from otel_smtp.server.policy import ListenerPolicy, ServerTimeouts
+from otel_smtp.server.session import Session
 from otel_smtp.server.users import Argon2Hash, Users
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.policy import ServerPolicy
@@ -160,6 +162,34 @@ async def test_when_most_connections_are_taken_those_that_idled_for_long_give_wa
             assert await reader.read() == replies.TIMED_OUT.wire
         clients[0][1].write(b"NOOP\r\n")
         assert await clients[0][0].readline() == replies.OK.wire
+
+
+@pytest.mark.movable_clock
+async def test_all_sessions_look_at_the_clock_and_few_of_them_in_one_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener, "LOOKS_A_TURN", 2)
+    turn = 0
+    looked: list[int] = []
+    look_at_clock = Session.look_at_clock
+
+    def look(session: Session, now: float) -> None:
+        looked.append(turn)
+        look_at_clock(session, now)
+
+    def next_turn() -> None:
+        nonlocal turn
+        turn += 1
+        asyncio.get_running_loop().call_soon(next_turn)
+
+    async with running(connections=100) as gateway:
+        clients = [await gateway.connect() for _ in range(5)]
+        for reader, _ in clients:
+            assert (await reader.readline()).startswith(b"220 ")
+        next_turn()
+        monkeypatch.setattr(Session, "look_at_clock", look)
+        advance(301)
+        for reader, _ in clients:
+            assert await reader.read() == replies.TIMED_OUT.wire
+        assert max(Counter(looked).values()) == 2
 
 
 async def test_loopback_clients_are_not_limited_one_by_one() -> None:
