@@ -2,7 +2,7 @@
 
 import os
 import platform
-import sysconfig
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -43,7 +43,7 @@ def decode(text: bytes) -> Results:
 
 def machine() -> str:
     """What this is, without names."""
-    is_optimised = "-fprofile-use" in str(sysconfig.get_config_var("PY_CFLAGS_NODIST"))
+    is_distributions = Path(sys.base_prefix) == Path("/usr")
     model = ""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -53,7 +53,7 @@ def machine() -> str:
     return (
         f"{os.cpu_count()} CPUs{f' ({model})' if model else ''}, {platform.system()} "
         f"{platform.release().partition('-')[0]}, Python {platform.python_version()} "
-        f"({'with' if is_optimised else 'without'} profile-guided optimisation)"
+        f"({'the distribution' if is_distributions else 'not the distribution'}'s build)"
     )
 
 
