@@ -449,6 +449,10 @@ def accepted_name(kind: Kind) -> str:
 
 def end_name(kind: Kind, end: End) -> str:
     """The name of an end in the tally."""
+    return _END_NAMES[kind, end]
+
+
+def _end_name(kind: Kind, end: End) -> str:
     match kind:
         case Kind.MAIL:
             return end.value
@@ -456,6 +460,9 @@ def end_name(kind: Kind, end: End) -> str:
             return f"outcomes_{end.value}"
         case _:
             return f"notified_{end.value}"
+
+
+_END_NAMES: Final = {(kind, end): _end_name(kind, end) for kind in Kind for end in End}
 
 
 def stale(lease: Lease) -> StaleLease:

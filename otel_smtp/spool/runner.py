@@ -106,6 +106,7 @@ class Runner:
         self._claimed: Counter[str] = Counter()
         self._all_new = self._all_claimed = 0
         self._attempting: Counter[str] = Counter()  # those that an upstream has to do with
+        self._windows: dict[str, int] = {}  # what upstreams bore when room was looked for
         self._lines: dict[str, _Line] = {}  # those that wait for that
         self._has_backlog: set[str] = set()
         self._attempts: set[Attempt] = set()
@@ -179,10 +180,8 @@ class Runner:
         return True
 
     def _has_room_for_new(self, destination: str) -> bool:
-        return (
-            self._all_new < MOST_NEW
-            and self._new[destination] < NEW_WINDOWS * self._relay.concurrency(destination)
-        )  # fmt: skip
+        window = self._windows[destination] = self._relay.concurrency(destination)
+        return self._all_new < MOST_NEW and self._new[destination] < NEW_WINDOWS * window
 
     def begin(self, destinations: Sequence[str], leases: Sequence[Lease], content: Sequence[bytes] | None) -> None:
         """See `DeliveryAgent.begin`."""
@@ -289,7 +288,7 @@ class Runner:
 
     def _room(self, destination: str) -> int:
         """How many may be claimed. New ones never take more than half of it."""
-        window = self._relay.concurrency(destination)
+        window = self._windows[destination] = self._relay.concurrency(destination)
         room = window - self._claimed[destination] - min(self._new[destination], window // 2)
         return max(0, min(room, self._most_at_once - self._all_claimed))
 
@@ -312,7 +311,7 @@ class Runner:
         self._attempts.add(attempt)
         destination = lease.destination
         attempting = self._attempting[destination]
-        if attempting and attempting >= self._relay.concurrency(destination):
+        if attempting and attempting >= self._windows.get(destination, 0):
             line = self._lines.setdefault(destination, _Line())
             (line.new if is_new else line.claimed).append(attempt)
             if self._is_stopping:

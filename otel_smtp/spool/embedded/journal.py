@@ -190,8 +190,10 @@ def message_part(entry: Entry, content: Sequence[bytes], crc: int | None, *, is_
 
 def _tally(ended: Mapping[str, int]) -> str:
     """As JSON; the names are ours."""
-    counts = ",".join([f'"{name}":{recipients}' for name, recipients in ended.items()])
-    return f"{{{counts}}}"
+    counts = ""
+    for name, recipients in ended.items():
+        counts += f',"{name}":{recipients}'
+    return f"{{{counts[1:]}}}"
 
 
 def fail(answer: "asyncio.Future[Any]", error: BaseException) -> None:
