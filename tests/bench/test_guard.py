@@ -59,9 +59,12 @@ def test_calls_of_a_message(observers: str, strategy: str, python: float, c: flo
         assert sum(calls.values()) <= most, calls.most_common(30)
 
 
-@pytest.mark.parametrize(("observers", "python", "c"), [("none", 243, 257), ("everything", 335, 382)])
+@pytest.mark.parametrize(("observers", "python", "c"), [("none", 255, 272), ("everything", 352, 408)])
 def test_calls_of_a_queued_message(observers: str, python: float, c: float, tmp_path: Path) -> None:
-    """Those of the event loop, from the client's MAIL to the record that it has been delivered."""
+    """Those of the event loop, from the client's MAIL to the record that it has been delivered.
+
+    A disk that is slow makes smaller groups, and costs some turns of the runner: the bounds have room for that.
+    """
     figures = run(measure(OBSERVERS[observers], batches=2, mails=40, counts=True, spool=tmp_path / "spool", sessions=5))
     for calls, most in ((figures.python_calls, python), (figures.c_calls, c)):
         assert sum(calls.values()) <= most, calls.most_common(30)
