@@ -9,7 +9,7 @@ import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
-from time import monotonic, monotonic_ns
+from time import monotonic_ns
 from typing import Any, Final
 
 from otel_smtp.forwarding.connection import UpstreamConnection
@@ -150,8 +150,8 @@ class Connecting(ABC):
         else:
             self._nobody_left()
             return False
-        # Asking for the loop that runs is a system call (before 3.12); its clock is this one.
-        if not is_fresh and (connection := self._smarthost.take(monotonic())) is not None:
+        # By the loop's clock, as all deadlines: the age of connections is one.
+        if not is_fresh and (connection := self._smarthost.take(asyncio.get_running_loop().time())) is not None:
             return self._begin(connection, 0)
         self._ask_for_connection(is_fresh=is_fresh)
         return False
