@@ -98,7 +98,12 @@ class Attempt:
         wake: called with destinations for which something waits now.
         judged: called, once, when no upstream has to do with it any more, if it was begun.
         ended: called, once, when the result is recorded.
+
+    Attributes:
+        in_line_since: when it began to wait for its upstream, where it did; in seconds of the monotonic clock.
     """
+
+    in_line_since = 0.0
 
     def __init__(
         self,

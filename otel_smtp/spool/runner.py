@@ -37,6 +37,8 @@ logger: Final = logging.getLogger("otel_smtp.spool.runner")
 MOST_AT_ONCE: Final = 100  # claimed deliveries under way, whatever the upstreams bear
 MOST_NEW: Final = 200  # and new ones: of fifty clients, as many become durable, are attempted, and recorded
 NEW_WINDOWS: Final = 8  # of one destination, so many times what its upstream bears
+LINE_SECONDS: Final = 1.0  # in line; then another gateway may take it
+SLOW_SECONDS: Final = 30.0  # and so long nothing waits in line for that destination
 LOOK_SECONDS: Final = 60.0  # how often the age of mail is looked at
 BLOCKED_POLL_SECONDS: Final = 0.5  # how often an upstream in backoff is looked at while mail waits for it
 COUNT_SECONDS: Final = 2.0
@@ -62,6 +64,13 @@ class _Line:
         """Take the next one out: a new one and a claimed one in turns."""
         self.was_new = bool(self.new) and not (self.was_new and self.claimed)
         return (self.new if self.was_new else self.claimed).popleft()
+
+    def take_late(self, before: float) -> Sequence[Attempt]:
+        """Take the new ones out that came before some moment of the monotonic clock."""
+        late = []
+        while self.new and self.new[0].in_line_since < before:
+            late.append(self.new.popleft())
+        return late
 
 
 class Runner:
@@ -108,6 +117,8 @@ class Runner:
         self._attempting: Counter[str] = Counter()  # those that an upstream has to do with
         self._windows: dict[str, int] = {}  # what upstreams bore when room was looked for
         self._lines: dict[str, _Line] = {}  # those that wait for that
+        self._line_timer: asyncio.TimerHandle | None = None
+        self._slow_until: dict[str, float] = {}
         self._has_backlog: set[str] = set()
         self._attempts: set[Attempt] = set()
         self._wake = asyncio.Event()
@@ -147,6 +158,8 @@ class Runner:
             self._loop_task.cancel()
             await asyncio.gather(self._loop_task, return_exceptions=True)
             self._loop_task = None
+        if self._line_timer is not None:
+            self._line_timer.cancel()
         for destination in list(self._lines):
             self._give_line_back(destination)
         ends = asyncio.get_running_loop().time() + grace_seconds
@@ -181,14 +194,23 @@ class Runner:
 
     def _has_room_for_new(self, destination: str) -> bool:
         window = self._windows[destination] = self._relay.concurrency(destination)
-        return self._all_new < MOST_NEW and self._new[destination] < NEW_WINDOWS * window
+        windows = NEW_WINDOWS if destination not in self._slow_until else self._windows_of_slow(destination)
+        return self._all_new < MOST_NEW and self._new[destination] < windows * window
+
+    def _windows_of_slow(self, destination: str) -> int:
+        if time.monotonic() < self._slow_until[destination]:
+            return 1
+        del self._slow_until[destination]
+        return NEW_WINDOWS
 
     def begin(self, destinations: Sequence[str], leases: Sequence[Lease], content: Sequence[bytes] | None) -> None:
         """See `DeliveryAgent.begin`."""
-        if not leases:
+        if len(leases) < len(destinations):
+            leased = {lease.destination for lease in leases}
             for destination in destinations:
-                self._new[destination] -= 1
-            self._all_new -= len(destinations)
+                if destination not in leased:
+                    self._new[destination] -= 1
+                    self._all_new -= 1
         for lease in leases:  # each has the room of its destination
             self._begin(lease, content, is_new=True)
 
@@ -313,9 +335,12 @@ class Runner:
         attempting = self._attempting[destination]
         if attempting and attempting >= self._windows.get(destination, 0):
             line = self._lines.setdefault(destination, _Line())
+            attempt.in_line_since = time.monotonic()
             (line.new if is_new else line.claimed).append(attempt)
             if self._is_stopping:
                 self._give_line_back(destination)
+            elif self._line_timer is None and self._store.look_again_seconds is not None:
+                self._line_timer = asyncio.get_running_loop().call_later(LINE_SECONDS, self._look_at_lines)
         else:
             self._attempting[destination] = attempting + 1
             attempt.start()
@@ -345,6 +370,21 @@ class Runner:
         line = self._lines.pop(destination)
         while line:
             line.next().give_back()
+
+    def _look_at_lines(self) -> None:
+        """Where others share the queue, no new message waits here for long; claims are for what there is room for."""
+        self._line_timer = None
+        now = time.monotonic()
+        for destination, line in list(self._lines.items()):
+            late = line.take_late(now - LINE_SECONDS)
+            if late:  # more would only be given back as well
+                self._slow_until[destination] = now + SLOW_SECONDS
+            if not line:
+                del self._lines[destination]
+            for attempt in late:
+                attempt.give_back()
+        if self._lines:
+            self._line_timer = asyncio.get_running_loop().call_later(LINE_SECONDS / 2, self._look_at_lines)
 
     def _ended(self, attempt: Attempt) -> None:
         destination = attempt.lease.destination

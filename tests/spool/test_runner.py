@@ -1,6 +1,7 @@
 """The runner before a scripted upstream, on a store in memory: what it makes of each verdict and of each fault."""
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -186,6 +187,40 @@ async def test_a_line_before_an_upstream_that_takes_no_more_goes_back_into_the_s
         relay.window = 1
         await up.empties()
         assert sorted(senders(relay)) == ["first", "second", "third"]
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+async def test_nobody_waits_in_line_for_long_where_others_share_the_queue(
+    is_shared: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner_module, "LINE_SECONDS", 0.01)
+    relay, store = ScriptedRelay(window=1, is_held=True), MemoryStore()
+    store.look_again_seconds = 3600.0 if is_shared else None
+    async with running(relay, store) as up:
+        await given(up, "first", "second", "third")
+        await eventually(lambda: len(relay.transactions) == 1)
+        if is_shared:
+            await eventually(lambda: len(waiting(store)) == 1)  # the other one is claimed for the next turn
+            assert [(one.attempts, one.is_possible_duplicate) for one in waiting(store)] == [(0, False)]
+            assert not up.runner.reserve(["up"])  # nor does the next one
+            up.runner._slow_until["up"] = -math.inf
+            assert up.runner.reserve(["up"])
+            up.runner.begin(["up"], (), None)
+        relay.is_held = False
+        relay.let_go()
+        await up.empties()
+        assert sorted(senders(relay)) == ["first", "second", "third"]
+
+
+async def test_what_of_a_message_was_not_leased_leaves_its_room() -> None:
+    relay = ScriptedRelay(window=1)
+    async with running(relay) as up:
+        for _ in range(runner_module.MOST_NEW + 1):
+            assert up.runner.reserve(["up", "elsewhere"])
+            one = message()
+            leases = await up.store.submit(one, await written(up.store.draft()), lease=True)
+            up.runner.begin(["up", "elsewhere"], leases, (HEADER, BODY))
+            await eventually(lambda: not up.store.memory.entries)
 
 
 def waiting(store: MemoryStore) -> list[DeliveryEntry]:
