@@ -45,10 +45,10 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 @pytest.mark.parametrize(
     ("observers", "strategy", "python", "c"),
     [
-        ("none", "transparent", 108, 154),
-        ("none", "buffered", 100, 144),
-        ("everything", "transparent", 145, 231),
-        ("everything", "buffered", 135, 221),
+        ("none", "transparent", 109, 156),
+        ("none", "buffered", 101, 146),
+        ("everything", "transparent", 147, 234),
+        ("everything", "buffered", 137, 224),
         # How many lines are written together depends on time; these bounds hold where each mail's are written alone.
         ("as installed", "transparent", 172, 283),
     ],
