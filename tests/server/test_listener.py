@@ -309,9 +309,10 @@ async def test_trickling_clients_are_cut_off_and_delay_nobody() -> None:
         for reader, writer in in_data:
             writer.write(MESSAGE[: MESSAGE.index(b"Subject")])
             await reader.readuntil(b"354 ")
-        for _second in range(62):
-            for _, writer in in_command + in_data:
-                writer.write(b"x")
+        for second in range(62):
+            if second < 58:  # who writes to a connection that is over may lose what was said on it
+                for _, writer in in_command + in_data:
+                    writer.write(b"x")
             advance(1)
             reader, writer = await gateway.connect()
             await reader.readline()
