@@ -37,7 +37,7 @@ logger: Final = logging.getLogger("otel_smtp.spool.runner")
 MOST_AT_ONCE: Final = 100  # claimed deliveries under way, whatever the upstreams bear
 MOST_NEW: Final = 200  # and new ones: of fifty clients, as many become durable, are attempted, and recorded
 NEW_WINDOWS: Final = 8  # of one destination, so many times what its upstream bears
-LINE_SECONDS: Final = 1.0  # in line; then another gateway may take it
+LINE_SECONDS: Final = 1.0  # in line; then operators may hold it, and another gateway deliver it
 SLOW_SECONDS: Final = 30.0  # and so long nothing waits in line for that destination
 LOOK_SECONDS: Final = 60.0  # how often the age of mail is looked at
 BLOCKED_POLL_SECONDS: Final = 0.5  # how often an upstream in backoff is looked at while mail waits for it
@@ -66,10 +66,11 @@ class _Line:
         return (self.new if self.was_new else self.claimed).popleft()
 
     def take_late(self, before: float) -> Sequence[Attempt]:
-        """Take the new ones out that came before some moment of the monotonic clock."""
+        """Take those out that came before some moment of the monotonic clock."""
         late = []
-        while self.new and self.new[0].in_line_since < before:
-            late.append(self.new.popleft())
+        for some in (self.new, self.claimed):
+            while some and some[0].in_line_since < before:
+                late.append(some.popleft())
         return late
 
 
@@ -194,8 +195,15 @@ class Runner:
 
     def _has_room_for_new(self, destination: str) -> bool:
         window = self._windows[destination] = self._relay.concurrency(destination)
+        if window <= 1:
+            return self._is_free(destination, window) and destination not in self._has_backlog
         windows = NEW_WINDOWS if destination not in self._slow_until else self._windows_of_slow(destination)
         return self._all_new < MOST_NEW and self._new[destination] < windows * window
+
+    def _is_free(self, destination: str, window: int) -> bool:
+        """Whether one may begin where the window is of one at most: for a rate that lets the next one go in an hour, or
+        after a backoff. Nobody waits in line there: it might be for long."""
+        return self._new[destination] + self._claimed[destination] < window
 
     def _windows_of_slow(self, destination: str) -> int:
         if time.monotonic() < self._slow_until[destination]:
@@ -311,6 +319,8 @@ class Runner:
     def _room(self, destination: str) -> int:
         """How many may be claimed. New ones never take more than half of it."""
         window = self._windows[destination] = self._relay.concurrency(destination)
+        if window <= 1:
+            return int(self._is_free(destination, window) and self._all_claimed < self._most_at_once)
         room = window - self._claimed[destination] - min(self._new[destination], window // 2)
         return max(0, min(room, self._most_at_once - self._all_claimed))
 
@@ -339,7 +349,7 @@ class Runner:
             (line.new if is_new else line.claimed).append(attempt)
             if self._is_stopping:
                 self._give_line_back(destination)
-            elif self._line_timer is None and self._store.look_again_seconds is not None:
+            elif self._line_timer is None:
                 self._line_timer = asyncio.get_running_loop().call_later(LINE_SECONDS, self._look_at_lines)
         else:
             self._attempting[destination] = attempting + 1
@@ -372,7 +382,7 @@ class Runner:
             line.next().give_back()
 
     def _look_at_lines(self) -> None:
-        """Where others share the queue, no new message waits here for long; claims are for what there is room for."""
+        """Nobody waits here for long."""
         self._line_timer = None
         now = time.monotonic()
         for destination, line in list(self._lines.items()):
