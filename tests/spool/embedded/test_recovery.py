@@ -1,6 +1,7 @@
 """What is found after a crash, with a damaged disk, or without an index: nothing that was answered is lost."""
 
 import asyncio
+import contextlib
 import errno
 import gc
 import os
@@ -37,6 +38,7 @@ from tests.spool.stores import SEGMENT_OCTETS, alter
 
 DELIVERED = (Verdict(0, End.DELIVERED, replies.OK),)
 LARGE = b"x" * 200_000
+COPIES_TRIED = 100
 
 
 def at(path: Path, **more: object) -> EmbeddedStore:
@@ -57,15 +59,26 @@ async def opened(path: Path, **more: object) -> AsyncIterator[tuple[EmbeddedStor
 def left_by_a_crash(store: EmbeddedStore) -> Path:
     """The files as a process leaves them that is killed now; the lock goes with the process."""
     copy = store.directory.path.with_name(f"crashed-{new_id()}")
-    while True:
-        try:
+    for _ in range(COPIES_TRIED):
+        before = _files(store.directory.path)
+        with contextlib.suppress(shutil.Error):  # a segment was given up meanwhile
             shutil.copytree(
                 store.directory.path, copy, ignore=shutil.ignore_patterns("LOCK", "control", "spare*", "*reserve")
             )
-            break
-        except shutil.Error:  # a segment was given up meanwhile: what was copied is no moment's state
-            shutil.rmtree(copy)
-    return copy
+            if _files(store.directory.path) == before:
+                return copy
+        shutil.rmtree(copy, ignore_errors=True)  # what was copied is no moment's state
+    raise AssertionError("the store never rested")
+
+
+def _files(directory: Path) -> dict[Path, tuple[int, int, int]]:
+    """What changes when something is written, made, moved or removed."""
+    found = {}
+    for file in directory.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            status = file.stat()
+            found[file] = (status.st_ino, status.st_size, status.st_mtime_ns)
+    return found
 
 
 async def ids_in(store: EmbeddedStore) -> list[str]:
