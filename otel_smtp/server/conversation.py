@@ -313,7 +313,7 @@ class Conversation:
         """See `PlaceHolder`."""
         protocol = self._protocol
         if self._has_ended or protocol.asked in (Asked.TLS, Asked.AUTH):
-            return Standing.IDLE  # whoever guesses passwords waits for us, and holds no place by it
+            return Standing.IDLE  # a client that guesses passwords waits for us, but keeps no place
         if protocol.asked is not Asked.NOTHING:
             return Standing.OURS
         if protocol.awaits_content or protocol.has_open_content:
@@ -338,7 +338,7 @@ class Conversation:
         self._stream.pause_reading()
 
     def leave_line(self) -> None:
-        """It is served now, or refused: `begin` follows. Its time begins anew."""
+        """Leave the waiting line, to be served or refused: `begin` follows. The timeout starts again."""
         self._began = self._loop.time()
 
     def give_way(self) -> None:

@@ -1,7 +1,7 @@
 """The AUTH exchanges: from the client's first response to whether it is who it says.
 
-Who the users are is told by `users`, what the messages look like by `smtp.sasl`. A refusal is the same for every
-reason, so that nobody learns from it which names there are.
+`users` knows the users, `smtp.sasl` the format of the messages. The refusal is the same for every reason, so that it
+does not show which names exist.
 """
 
 import asyncio
@@ -187,7 +187,7 @@ class _ScramExchange:
         self._turn = turn
         self._name = ""
         self._is_proven = False
-        # Late: it brings ASN.1, and whoever has users has imported it with them.
+        # Late: it imports an ASN.1 library. A gateway with users has already imported it.
         from scramp import ScramException, ScramMechanism
 
         self._server = ScramMechanism(self.mechanism).make_server(self._keys)

@@ -3,8 +3,8 @@
 One client, as far as it can be told from others, has one password judged at a time, so that however many connections it
 has, it takes one hashing thread and leaves the rest to others. Once it has failed too often in a minute, it has one
 judged every `GUESS_SECONDS`, right or wrong: an answer that only a wrong one waits for need not be waited for, since
-its silence tells the same. Those that wait stand in line, the fewest failures of their name first; whoever is beyond
-`MOST_WAITING` is sent away.
+its silence tells the same. Those that wait are in line, the fewest failures of their name first; beyond
+`MOST_WAITING` they are refused.
 
 A name that has logged in from there before, and is not itself guessed at, waits for nobody: it may be an application
 beside one that has a wrong password.

@@ -104,8 +104,8 @@ class IncomingContent:
         limits: what is acceptable.
         size_limit: octets of the whole; more is counted and dropped.
         is_binary: BODY=BINARYMIME was declared: nothing is normalised, NUL and long lines are fine.
-        refusal_of_8bit: what the client is told where any octet is above 127: it asked for what had not been offered,
-            as nothing of it may be needed; None: such content is fine.
+        refusal_of_8bit: the reply where any octet is above 127: the client used an extension that was not offered,
+            which 7-bit content does not need; None: such content is accepted.
         by_data: it comes by DATA and ends with a lone dot; else by BDAT, and `finish` says where it ends.
         sink: see there.
 

@@ -3,8 +3,7 @@
 A record is counted once: a connection's transitions and replies when a transaction or a segment of it ends, some dozens
 at a time; a transaction and its deliveries when they end. What was measured of an ordinary mail is only noted then, and
 counted some dozens of mails at a time too. No library is called for that; counts are additions in a dict, measurements
-one bisection. What is counted is turned into Prometheus text (`metrics_page`) when the page is asked
-for.
+one bisection. The counts become Prometheus text (`metrics_page`) when the page is requested.
 
 Every label value comes from a closed set: verbs and states are enumerations, reply codes lie between 200 and 599,
 mechanisms, outcomes and reasons are our own words, listeners and upstreams the operator's. So the number of series has

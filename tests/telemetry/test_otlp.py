@@ -594,14 +594,19 @@ def test_a_mail_that_differs_in_one_thing_from_an_ordinary_one_is_told_as_it_was
         both.check()
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
-@given(st.data())
-def test_ordinary_mail_is_encoded_as_any_other(data: st.DataObject) -> None:
-    both = Both(
+def _both(data: st.DataObject) -> Both:
+    """With any of the options."""
+    return Both(
         policies={"local": data.draw(st.sampled_from(InboundPolicy))},
         redaction=Redaction(data.draw(st.sampled_from(Addresses)), data.draw(st.sampled_from(ClientIp)), b"key"),
         with_message_id=data.draw(st.booleans()),
     )
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(st.data())
+def test_ordinary_mail_is_encoded_as_any_other(data: st.DataObject) -> None:
+    both = _both(data)
     connection = data.draw(connections())
     both.tracing.connection_opened(connection)
     for _ in range(data.draw(st.integers(1, 3))):
@@ -612,7 +617,7 @@ def test_ordinary_mail_is_encoded_as_any_other(data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("headers", [(), (REMOTE,), ("x",)])
 def test_ordinary_mail_is_encoded_in_its_own_way(headers: tuple[str, ...]) -> None:
-    """What the tests above are for would else be gone unseen."""
+    """Else the tests above would pass without it."""
     tracing = Tracing(exports=[lambda spans: None])
     connection = _connection()
     tracing.connection_opened(connection)
@@ -673,11 +678,7 @@ def test_queued_mail_that_differs_in_one_thing_from_an_ordinary_one_is_told_as_i
 @settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(st.data())
 def test_ordinary_queued_mail_is_encoded_as_any_other(data: st.DataObject) -> None:
-    both = Both(
-        policies={"local": data.draw(st.sampled_from(InboundPolicy))},
-        redaction=Redaction(data.draw(st.sampled_from(Addresses)), data.draw(st.sampled_from(ClientIp)), b"key"),
-        with_message_id=data.draw(st.booleans()),
-    )
+    both = _both(data)
     connection = data.draw(connections())
     both.tracing.connection_opened(connection)
     for _ in range(data.draw(st.integers(1, 3))):
@@ -689,7 +690,7 @@ def test_ordinary_queued_mail_is_encoded_as_any_other(data: st.DataObject) -> No
 
 @pytest.mark.parametrize("headers", [(), (REMOTE,), ("x",)])
 def test_ordinary_queued_mail_is_encoded_in_its_own_way(headers: tuple[str, ...]) -> None:
-    """As above, for mail that is relayed at once."""
+    """Else the tests above would pass without it."""
     tracing = Tracing(exports=[lambda span: None])
     connection = _connection()
     tracing.connection_opened(connection)

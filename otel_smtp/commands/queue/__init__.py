@@ -1,7 +1,7 @@
 """`otel-smtp queue`: operators look at the spool and change it, with a gateway running or not.
 
-`messages` has the commands for any queue, `shared` those for one that several gateways share; `asking` brings their
-requests to whoever owns the queue.
+`messages` has the commands for any queue, `shared` those for a queue that several gateways share. `asking` sends their
+requests to the owner of the queue.
 """
 
 from typing import Final

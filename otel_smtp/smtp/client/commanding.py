@@ -35,7 +35,7 @@ _QUOTED: Final = rf'"[^"\\{_CONTROL}]*(?:\\[ -~][^"\\{_CONTROL}]*)*"'
 _BARE: Final = rf'[^\s<>"{_CONTROL}]'
 _PATH: Final = re.compile(rf"{_QUOTED}(?:@{_BARE}+)?|{_BARE}*")
 _VALUE: Final = re.compile(r"[^\s\x00-\x20\x7f]+")
-_OF_MAIL: Final = tuple(of for of in OF_MAIL if of[1].field != "size")  # it is told of the content
+_OF_MAIL: Final = tuple(of for of in OF_MAIL if of[1].field != "size")  # SIZE comes from the content
 
 
 is_safe_path: Final = _PATH.fullmatch
