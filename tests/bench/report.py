@@ -81,7 +81,7 @@ def headline(results: Results) -> str:
     missing = [language for language in _WANTED_LANGUAGES if language not in found]
     return (
         f"Fully traced, it relays more mails per second than the untraced relays in {_listed(ahead)}"
-        + (f", but not than those in {_listed(behind)}" if behind else "")
+        + (f", but not more than those in {_listed(behind)}" if behind else "")
         + (f" (no relay in {_listed(missing)} was measured to the end)" if missing else "")
         + "."
     )

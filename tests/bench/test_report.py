@@ -86,7 +86,7 @@ def test_ratios_are_taken_within_a_round() -> None:
             peers.NODEMAILER.name,
             (220, 9_901),
             "Fully traced, it relays more mails per second than the untraced relays in Go, Python and C, "
-            "but not than those in JavaScript.",
+            "but not more than those in JavaScript.",
         ),
     ],
 )
