@@ -140,13 +140,12 @@ class Claiming:
                 memory.set_free(entry)
                 memory.note(changed, position)
 
-        try:
-            await self._journal.append([(RecordKind.LEASE, dumps(told), ())], durable=durable)
-        except SpoolError:
+        def failed() -> None:
             for entry, _, _ in changes.values():
                 memory.set_free(entry)
                 memory.waiting.offer(entry)
-            raise
+
+        await self._journal.append([(RecordKind.LEASE, dumps(told), ())], durable=durable, failed=failed)
         rows = [
             (changed.id, one.number)
             for entry, changed, leased in changes.values()

@@ -9,6 +9,7 @@ from typing import Final
 
 from otel_smtp.spool.embedded.contents import Contents
 from otel_smtp.spool.embedded.directory import SpoolDirectory
+from otel_smtp.spool.embedded.entries import Entry, Place
 from otel_smtp.spool.embedded.index_thread import IndexThread
 from otel_smtp.spool.embedded.indexing import Indexing
 from otel_smtp.spool.embedded.journal import Journal, message_part
@@ -100,8 +101,8 @@ class Compaction:
                 if not await self._move_out(oldest):
                     return
             await self._indexing.write_all()
-            if oldest in self._memory.live or self._indexing.position()[0] <= oldest:
-                return  # what is busy is for the next time
+            if oldest in self._memory.live or self._indexing.known[0] <= oldest:
+                return  # what is busy is for the next time, and so is what the index is not complete up to
             self._segments.discard(oldest)
             if oldest in self._unreadable:
                 self._unreadable.discard(oldest)
@@ -133,6 +134,8 @@ class Compaction:
                 ]
             )
             if not ids:
+                if segment not in memory.live:
+                    return True  # the last one has just ended
                 logger.error("segment counts messages but holds none", extra={"segment": segment})
                 return False
             moved = await asyncio.gather(*[self._relocate(message_id, segment) for message_id in ids])
@@ -149,34 +152,44 @@ class Compaction:
             return True
         if entry.is_leased:  # whoever attempts it may be reading it
             return False
+        before = entry.place
+        moved = entry.copy()  # the index may just be given `entry`, with its place of before
         entry.is_busy = True
         try:
-            content: Sequence[bytes] = ()
-            moved = entry
-            if not entry.is_large:
-                try:
-                    content = (await asyncio.to_thread(self._contents.part, entry, 0, entry.octets),)
-                except ContentLost as error:
-                    logger.critical(
-                        "queued content unreadable; message set aside",
-                        extra={"spool_id": message_id, "fault": str(error)},
-                    )
-                    self._unreadable.add(segment)
-                    moved = entry.copy()
-                    moved.lose_content()
-                if content and zlib.crc32(content[0]) != entry.place.crc:
-                    # As it is: who needs it finds out, and it stays damaged.
-                    logger.critical("queued content damaged", extra={"spool_id": message_id})
-            crc, before = entry.place.crc, entry.place
-
-            def durable(step: Step) -> None:
-                self._memory.leave(before)
-                moved.place = self._memory.place(moved, step, 0, crc)
-                if moved.is_outcome:
-                    self._memory.outcome_octets += moved.place.octets - before.octets
-                self._memory.note(moved, (step.segment, step.places[0][0]))
-
-            await self._journal.append([message_part(moved, content, crc, is_new=False)], durable=durable)
-        finally:
+            content = () if entry.is_large else await self._content(entry, before)
+        except BaseException:
             self._memory.set_free(entry)
+            raise
+        if content is None:
+            self._unreadable.add(segment)
+            moved.lose_content()
+            content = ()
+
+        def durable(step: Step) -> None:
+            self._memory.set_free(entry)
+            self._memory.leave(before)
+            moved.place = self._memory.place(moved, step, 0, before.crc)
+            if moved.is_outcome:
+                self._memory.outcome_octets += moved.place.octets - before.octets
+            self._memory.note(moved, (step.segment, step.places[0][0]))
+
+        await self._journal.append(
+            [message_part(moved, content, before.crc, is_new=False)],
+            durable=durable,
+            failed=lambda: self._memory.set_free(entry),
+        )
         return True
+
+    async def _content(self, entry: Entry, place: Place) -> Sequence[bytes] | None:
+        """The content of a message that lies in the log; None: the disk does not give it back."""
+        try:
+            content = await asyncio.to_thread(self._contents.part, entry, 0, entry.octets)
+        except ContentLost as error:
+            logger.critical(
+                "queued content unreadable; message set aside", extra={"spool_id": entry.id, "fault": str(error)}
+            )
+            return None
+        if zlib.crc32(content) != place.crc:
+            # As it is: who needs it finds out, and it stays damaged.
+            logger.critical("queued content damaged", extra={"spool_id": entry.id})
+        return (content,)

@@ -61,23 +61,30 @@ class Journal:
         *,
         ended: Mapping[str, int] | None = None,
         durable: Callable[[Step], None] = lambda _: None,
+        failed: Callable[[], None] = lambda: None,
     ) -> None:
         """Write records.
 
         Args:
             durable: notes what they say, called before the records behind them are told of.
+            failed: called instead where they are not; either is, also where nobody waits for the answer any more.
         """
         answer: asyncio.Future[None] = self._loop.create_future()
 
         def done(step: Step, error: SpoolError | None) -> None:
             if error is not None:
+                failed()
                 fail(answer, error)
                 return
             durable(step)
             if not answer.done():
                 answer.set_result(None)
 
-        self._start(Step(parts, done, ended=ended or {}, room=Room.WORK))
+        try:
+            self._start(Step(parts, done, ended=ended or {}, room=Room.WORK))
+        except SpoolError:
+            failed()
+            raise
         await answer
 
     def add(
