@@ -770,6 +770,49 @@ def test_cutting_the_replies_differently_changes_nothing(wire: bytes, cuts: list
         assert not surplus
 
 
+def after_mail_of_before(wire: bytes, *, at_once: bool) -> tuple[list[tuple[Awaited | None, bytes]], int, bool, bool]:
+    """What a client makes of `wire` after a reset and the envelope of a second mail: read at once, or by the octet.
+
+    Returns:
+        The answers, how many recipients count, whether it is in step, and whether it broke.
+    """
+    client = greeted()
+    begin(client)
+    client.data_to_send()
+    client.receive(TAKEN[:16])
+    client.send_reset()
+    begin(client, "b@example.com", "c@example.com")
+    client.data_to_send()
+    found: list[tuple[Awaited | None, bytes]] = []
+    for piece in [wire] if at_once else [wire[place : place + 1] for place in range(len(wire))]:
+        found += [(verb, reply.wire) for verb, reply in client.receive(piece)]
+    return found, client.accepted_recipients, client.is_in_step, client.fault is not None
+
+
+@given(st.lists(st.sampled_from(["250 ok", "250 2.1.5 ok", "250", "451 later", "550 5.1.1 no", "421 bye", "354 go",
+                                 "250-more", "nonsense", "250 " + "x" * 130, "250 a\rb"]), max_size=5),
+       st.sampled_from(["\n", "\r\n"]))  # fmt: skip
+@example(["250 ok", "250 ok", "550 5.1.1 no", "250 ok"], "\r\n")
+def test_replies_that_were_known_whole_mean_what_they_mean_one_by_one(lines: list[str], end: str) -> None:
+    wire = "".join(line + end for line in lines).encode()
+    if len(lines) <= 4:  # what lies behind the last answer is judged by the next call
+        assert after_mail_of_before(wire, at_once=True) == after_mail_of_before(wire, at_once=False)
+    assert after_mail_of_before(wire, at_once=True) == after_mail_of_before(wire, at_once=True)
+
+
+def test_the_longest_line_bounds_what_is_known_too() -> None:
+    for octets in (30, 29):
+        client = ClientProtocol(max_reply_line_octets=octets)
+        client.receive(b"220 hello\r\n")
+        for _ in range(2):
+            client.send_reset()
+            client.data_to_send()
+            client.receive(b"250 " + b"x" * 24 + b"\r\n")
+            assert (client.fault is None) == (octets == 30)
+            if client.fault is not None:
+                break
+
+
 def test_an_unfinished_reply_needs_data() -> None:
     client = ClientProtocol()
     for octet in b"220-a\r\n220 b\r":

@@ -81,6 +81,51 @@ def read_reply(line: bytes) -> Reply | None:
     return make_reply((line,)) if match is not None and match[2] != b"-" else None
 
 
+# What is read at once, and kept as a whole: the answers to the few commands of a mail.
+MOST_KNOWN_OCTETS: Final = 512
+MOST_KNOWN_ANSWERS: Final = 8
+_ORDINARY: Final = frozenset({MAIL, RCPT, CONTENT, RSET})
+
+
+class KnownAnswers(NamedTuple):
+    """What one read answered.
+
+    Attributes:
+        begins_anew: no recipient of before counts. `accepted`: how many were accepted since.
+    """
+
+    answers: tuple[Answer, ...]
+    begins_anew: bool
+    accepted: int
+
+
+@lru_cache(maxsize=256)
+def read_answers(data: bytes, verbs: tuple[Awaited, ...]) -> KnownAnswers | None:
+    """The answers to `verbs`, where `data` is one short line for each of them, and nothing more.
+
+    Upstreams say the same again and again; what they said before is not read again.
+
+    Returns:
+        None where it is anything else, a command is not one of those that every mail has, or a reply asks for more than
+        to be noted. The reply to the content is one, as of SMTP.
+    """
+    *lines, rest = data.split(b"\n")
+    if rest or not verbs or len(lines) != len(verbs) or not _ORDINARY.issuperset(verbs):
+        return None
+    answers: list[Answer] = []
+    begins_anew, accepted = False, 0
+    for verb, line in zip(verbs, lines, strict=True):
+        reply = read_reply(line + b"\n") if len(line) < MOST_CACHED_OCTETS else None
+        if reply is None or 300 <= reply.code < 400 or reply.code == 421:
+            return None
+        if verb is RCPT:
+            accepted += reply.code < 400
+        else:
+            begins_anew, accepted = True, 0
+        answers.append(answer_of((verb, reply)))
+    return KnownAnswers(tuple(answers), begins_anew, accepted)
+
+
 def without_end(line: bytes) -> bytes:
     """A line without the LF, or CRLF, that ends it."""
     return line[:-1].removesuffix(b"\r")

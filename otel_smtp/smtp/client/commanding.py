@@ -12,6 +12,7 @@ from otel_smtp.smtp.client.answers import (
     MAIL,
     MAX_REPLY_LINE_OCTETS,
     MAX_REPLY_LINES,
+    MOST_KNOWN_OCTETS,
     RCPT,
     RSET,
     Awaited,
@@ -35,6 +36,7 @@ _QUOTED: Final = rf'"[^"\\{_CONTROL}]*(?:\\[ -~][^"\\{_CONTROL}]*)*"'
 _BARE: Final = rf'[^\s<>"{_CONTROL}]'
 _PATH: Final = re.compile(rf"{_QUOTED}(?:@{_BARE}+)?|{_BARE}*")
 _VALUE: Final = re.compile(r"[^\s\x00-\x20\x7f]+")
+_CONTENT: Final = (CONTENT,)
 _OF_MAIL: Final = tuple(of for of in OF_MAIL if of[1].field != "size")  # SIZE comes from the content
 
 
@@ -51,12 +53,14 @@ class Commanding:
         "_chunk_left",
         "_content_left",
         "_disabled",
+        "_is_clear",
         "_is_closing",
         "_is_lmtp",
         "_is_open",
         "_lines",
         "_max_line_octets",
         "_max_lines",
+        "_most_known_octets",
         "_out",
         "_rest",
         "_tail",
@@ -82,9 +86,11 @@ class Commanding:
         self._is_lmtp = is_lmtp
         self._max_line_octets = max_reply_line_octets
         self._max_lines = max_reply_lines
+        # Of a read that may be looked up whole; with LMTP the content has several replies.
+        self._most_known_octets = -1 if is_lmtp else min(MOST_KNOWN_OCTETS, max_reply_line_octets)
         self._rest = b""  # what was received and not read: the beginning of a line, or what nobody had asked for
         self._lines: list[bytes] = []  # of the reply that is arriving
-        self.queued: deque[tuple[Awaited, Sequence[bytes]]] = deque()
+        self.queued: deque[tuple[Sequence[Awaited], Sequence[bytes]]] = deque()
         self._out: list[bytes] = []
         self.awaited: deque[Awaited] = deque((Awaited.GREETING,))
         self._accepted = 0  # recipients of the transaction
@@ -95,12 +101,16 @@ class Commanding:
         self._tls_is_due = False  # 220 to STARTTLS was given: only tls_started may follow
         self._utf8 = False  # MAIL had SMTPUTF8
         self._is_closing = False
+        # Nothing that was received bears on what comes next: no part of a reply, no content that is open, no farewell,
+        # no fault. It is found out whenever something is received; what ends it in between says so.
+        self._is_clear = False
         self.fault: RemoteProtocolError | None = None
         self.is_in_step = False
 
     def __repr__(self) -> str:
         waits = " ".join(self.awaited) or "nothing"
-        return f"<ClientProtocol waits for {waits}, {len(self.queued)} queued{', broken' if self.fault else ''}>"
+        queued = " ".join(verb for verbs, _ in self.queued for verb in verbs) or "nothing"
+        return f"<ClientProtocol waits for {waits}, {queued} queued{', broken' if self.fault else ''}>"
 
     # What is asked of it ----------------------------------------------------------------------------------
 
@@ -122,7 +132,7 @@ class Commanding:
     def _break(self, what: str) -> RemoteProtocolError:
         """Note how the upstream broke the protocol; nothing is sent or kept any more."""
         self.fault = RemoteProtocolError(what, replies.UPSTREAM_PROTOCOL)
-        self.is_in_step = False
+        self.is_in_step = self._is_clear = False
         self.queued.clear()
         self._out.clear()
         return self.fault
@@ -135,8 +145,8 @@ class Commanding:
         while queued:
             if awaited and (not self.extensions.pipelining or awaited[-1] in _ENDS_GROUP):
                 break
-            verb, pieces = queued.popleft()
-            awaited.append(verb)
+            verbs, pieces = queued.popleft()
+            awaited += verbs
             out += pieces
         data = out[0] if len(out) == 1 else b"".join(out)
         out.clear()
@@ -144,17 +154,9 @@ class Commanding:
 
     def cancel_queued(self) -> int:
         """Take back the commands that were not sent yet; how many there were."""
-        count = len(self.queued)
+        count = sum(len(verbs) for verbs, _ in self.queued)
         self.queued.clear()
-        self.is_in_step = not (
-            self.awaited
-            or self._rest
-            or self._lines
-            or self._is_open
-            or self._chunk_left
-            or self._is_closing
-            or self.fault is not None
-        )
+        self.is_in_step = self._is_clear and not self.awaited
         return count
 
     def send_hello(self, name: str) -> None:
@@ -210,17 +212,19 @@ class Commanding:
         Raises:
             LocalProtocolError: an address or parameter that must not stand in a command, or it is not its time.
         """
-        # Each line is written and checked here, and not by `_command`, which would be two calls more for each mail.
+        # Each line is written and checked here, and not by `_command`, which would be two calls more for each mail. A
+        # safe path in ASCII has no control characters; nor has a parameter.
         if not self.is_in_step or self._tls_is_due:
             self._check_turn(RCPT if mail is None else MAIL)
-        commands: list[tuple[Awaited, Sequence[bytes]]] = []
+        verbs = [RCPT] * len(recipients)
+        lines: list[str] = []
         if mail is not None:
             offered = self.extensions.keywords
-            reverse_path, declared, *_ = mail
+            reverse_path = mail.reverse_path
             if not is_safe_path(reverse_path):
                 raise LocalProtocolError("unsafe path in a command")
             if size is None:
-                size = declared
+                size = mail.size
             if size is None or "SIZE" not in offered:
                 line = f"MAIL FROM:<{reverse_path}>"
             else:
@@ -229,9 +233,8 @@ class Commanding:
             if mail[2:] != BEYOND_SIZE:
                 self._utf8 = mail.smtputf8 and "SMTPUTF8" in offered
                 line += self._parameters(mail, _OF_MAIL)
-            if not line.isascii() or not line.isprintable():
-                self._check_text(MAIL, line)
-            commands.append((MAIL, (line.encode(), b"\r\n")))
+            verbs = [MAIL, *verbs]
+            lines.append(line)
         for recipient in recipients:
             address, notify, orcpt = recipient
             if not is_safe_path(address):
@@ -239,11 +242,18 @@ class Commanding:
             line = f"RCPT TO:<{address}>"
             if notify is not None or orcpt is not None:
                 line += self._parameters(recipient, OF_RECIPIENT)
-            if not line.isascii() or not line.isprintable():
-                self._check_text(RCPT, line)
-            commands.append((RCPT, (line.encode(), b"\r\n")))
+            lines.append(line)
+        lines.append("")  # for the end of the last one
+        group = "\r\n".join(lines)
+        if not group.isascii():
+            for verb, line in zip(verbs, lines, strict=False):
+                self._check_text(verb, line)
         self.is_in_step = False
-        self.queued += commands
+        if self.extensions.pipelining:
+            self.queued.append((verbs, (group.encode(),)))
+        else:
+            for verb, line in zip(verbs, lines, strict=False):
+                self.queued.append(((verb,), (f"{line}\r\n".encode(),)))
 
     def send_data(self) -> None:
         """DATA. Its 354 asks for `send_content` and `end_content`."""
@@ -290,7 +300,7 @@ class Commanding:
         octets = 0
         for piece in pieces:
             octets += len(piece)
-        self.queued.append((CONTENT, (b"BDAT %d LAST\r\n" % octets, *pieces)))
+        self.queued.append((_CONTENT, (b"BDAT %d LAST\r\n" % octets, *pieces)))
 
     def begin_last_chunk(self, octets: int) -> None:
         """BDAT LAST for content that comes in pieces: `send_chunk_octets` must bring exactly `octets` of them.
@@ -306,6 +316,7 @@ class Commanding:
         self._out += self.queued.pop()[1]
         self.awaited.append(CONTENT)
         self._chunk_left = octets
+        self._is_clear = False
 
     def send_chunk_octets(self, piece: bytes) -> None:
         """Some octets of the chunk that was begun.
@@ -337,7 +348,7 @@ class Commanding:
         self._check_text(verb, line)
         self._check_turn(verb)
         self.is_in_step = False
-        self.queued.append((verb, (f"{line}\r\n".encode(),)))
+        self.queued.append(((verb,), (f"{line}\r\n".encode(),)))
 
     def _check_text(self, verb: Awaited, line: str) -> None:
         """Refuse a command line that holds what must never be in one. Printable ASCII passes."""

@@ -8,6 +8,7 @@ from otel_smtp.smtp.client.answers import (
     DATA,
     MAIL,
     MOST_CACHED_OCTETS,
+    MOST_KNOWN_ANSWERS,
     RCPT,
     REPLY_LINE,
     RSET,
@@ -15,6 +16,7 @@ from otel_smtp.smtp.client.answers import (
     Awaited,
     answer_of,
     make_reply,
+    read_answers,
     read_reply,
     without_end,
 )
@@ -44,7 +46,8 @@ class ClientProtocol(Commanding):
         extensions: those of the last EHLO; none before it, after HELO, and from the start of TLS to the next EHLO.
         fault: how the upstream broke the protocol; None while it has not. Close the connection.
         awaited: what the next replies will answer, in order; to be read only.
-        queued: commands that `data_to_send` has not given out yet, in order; to be read only.
+        queued: commands that `data_to_send` has not given out yet, in order, those together that always travel so; to
+            be read only.
         is_in_step: the connection can serve another transaction: all is answered, and nothing more has arrived.
 
     Holds at most one reply within its bounds, and what was queued and not sent.
@@ -65,8 +68,25 @@ class ClientProtocol(Commanding):
         Returns:
             An answer whose verb is None is a 421 that nobody had asked for.
         """
+        awaited = self.awaited
+        if self._is_clear and len(data) <= self._most_known_octets and len(awaited) <= MOST_KNOWN_ANSWERS:
+            known = read_answers(data, (*awaited,))
+            if known is not None:
+                answers, begins_anew, accepted = known
+                self._accepted = accepted if begins_anew else self._accepted + accepted
+                awaited.clear()
+                self.is_in_step = not self.queued
+                return [*answers]
+        read = self._read(data)
+        self._is_clear = not (
+            self._rest or self._lines or self._is_open or self._chunk_left or self._is_closing or self.fault is not None
+        )
+        self.is_in_step = self._is_clear and not (awaited or self.queued)
+        return read
+
+    def _read(self, data: bytes) -> list[Answer]:
+        """Read `data` line by line; see `receive`."""
         answers: list[Answer] = []
-        self.is_in_step = False
         if self.fault is not None or self._is_closing:
             return answers
         if self._rest:
@@ -127,8 +147,6 @@ class ClientProtocol(Commanding):
                 break
         if position < size:
             self._rest = data[position:]
-        elif not awaited:
-            self.is_in_step = not (self.queued or self._lines or self._is_open or self._chunk_left)
         return answers
 
     def _take_line(self, line: bytes) -> Sequence[bytes] | None:
