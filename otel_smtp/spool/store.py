@@ -282,7 +282,8 @@ class Store(Protocol):
         ...
 
     async def hold(self, message_id: str) -> bool:
-        """Let a message wait for an operator; it does not age meanwhile. What is being attempted is left alone."""
+        """Let a message wait for an operator; it does not age meanwhile. What is being attempted is left alone: it is
+        attempted again where it has to be, however long the rest is held."""
         ...
 
     async def release(self, message_id: str) -> bool:

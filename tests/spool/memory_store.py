@@ -160,7 +160,7 @@ class MemoryStore:
                 one.attempts += 1
                 content = self.memory.contents[entry.id]
                 claimed.append((entry.lease_of(one), (content[: entry.header_octets], content[entry.header_octets :])))
-            times += [one.due_ms for entry, one in self._waiting(destination) if entry.expires_ms > now]
+            times += [one.due_ms for entry, one in self._waiting(destination) if not _is_overdue(entry, now)]
         return claimed, max(0, min(times) - now) / 1000 if times else None
 
     def _waiting(self, destination: str) -> list[tuple[Entry, DeliveryEntry]]:
@@ -175,7 +175,7 @@ class MemoryStore:
         due = [
             (entry, one)
             for entry, one in self._waiting(destination)
-            if one.due_ms <= now < entry.expires_ms and (one.attempts > 0) is was_tried
+            if one.due_ms <= now and not _is_overdue(entry, now) and (one.attempts > 0) is was_tried
         ]
         due.sort(key=lambda pair: (pair[1].due_ms, pair[0].id))
         turns: Counter[str] = Counter()
@@ -230,12 +230,7 @@ class MemoryStore:
     async def end_overdue(self, most: int, *, outcomes: bool = False) -> Sequence[Lease]:
         leases: list[Lease] = []
         for entry in self._sorted:
-            if (
-                entry.is_outcome is not outcomes
-                or entry.expires_ms > self._now()
-                or entry.held_ms is not None
-                or len(leases) >= most
-            ):
+            if entry.is_outcome is not outcomes or not _is_overdue(entry, self._now()) or len(leases) >= most:
                 continue
             for one in entry.deliveries:
                 if one.state is DeliveryState.READY:
@@ -361,3 +356,7 @@ class MemoryStore:
         if abs(jump) >= 60:
             for entry in self._sorted:
                 entry.move(min(0, round(jump * 1000)), round(jump * 1000))
+
+
+def _is_overdue(entry: Entry, now: int) -> bool:
+    return entry.held_ms is None and entry.expires_ms <= now

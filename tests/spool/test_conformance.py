@@ -411,6 +411,37 @@ async def test_held_mail_waits_and_does_not_age(case: Case) -> None:
     assert len(await leased(case.store)) == 1
 
 
+@pytest.mark.parametrize("is_in_memory", [True, False])
+async def test_what_is_attempted_beside_what_is_held_goes_on_and_does_not_age_either(
+    case: Case, is_in_memory: bool
+) -> None:
+    """A message ages as one: a delivery that was attempted while the others were held is neither ended nor let lie."""
+    deliveries = {"up": [Recipient("a@x.example")], "back": [Recipient("b@x.example")]}
+    new = NewMessage(new_id(), Mail("app@example.com"), deliveries, len(HEADER), 100.0, CARRIER)
+    await put(case, new)
+    (lease,) = await leased(case.store)
+    assert await case.store.hold(new.id)
+    await case.store.finish(lease, (), retry_in=500)
+    case.clock.ahead += 200
+    if not is_in_memory:
+        await case.store.page("", 1)
+    leases, due_in = await case.store.claim({"up": 1})
+    assert not leases
+    assert due_in == pytest.approx(300, abs=5)
+    case.clock.ahead += 400
+    assert await case.store.end_overdue(10) == []
+    (lease,) = await leased(case.store)
+    assert lease.recipients[0].recipient.address == "a@x.example"
+    await case.store.finish(lease, ())
+    assert await case.store.release(new.id)
+    assert await case.store.end_overdue(10) == []
+    case.clock.ahead += 90
+    assert len(await leased(case.store, destination="back")) == 1
+    case.clock.ahead += 20
+    (overdue,) = await case.store.end_overdue(10)
+    assert overdue.destination == "up"
+
+
 async def test_what_is_being_attempted_is_left_alone(case: Case) -> None:
     one = await queued(case.store)
     (lease,) = await leased(case.store)

@@ -177,6 +177,6 @@ def _may_be_leased(entry: Entry, delivery: DeliveryEntry, now_ms: int) -> bool:
     return (
         delivery.state is DeliveryState.READY
         and delivery.due_ms <= now_ms
-        and entry.expires_ms > now_ms
+        and (entry.expires_ms > now_ms or entry.held_ms is not None)
         and not entry.is_busy
     )

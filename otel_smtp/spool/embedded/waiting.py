@@ -74,7 +74,11 @@ class Waiting:
     def _may_come(self, candidate: Candidate, now_ms: int, *, was_tried: bool) -> bool:
         """Whether it is as it was offered, and not too old: whatever changes that offers it again."""
         entry = self._find(candidate[1])
-        return entry is not None and entry.expires_ms > now_ms and self._is_current(candidate, was_tried=was_tried)
+        return (
+            entry is not None
+            and (entry.expires_ms > now_ms or entry.held_ms is not None)
+            and self._is_current(candidate, was_tried=was_tried)
+        )
 
     def _is_current(self, candidate: Candidate, *, was_tried: bool) -> bool:
         due_ms, message_id, number, _ = candidate

@@ -109,11 +109,14 @@ RETURNING dlv.msg_id, dlv.d"""
 
 _HOLD_MESSAGES: Final = "UPDATE {s}.msg SET held_at = coalesce(held_at, now()) WHERE id = ANY($1::text[])"
 
+# A message ages as one, and not while an operator holds a part of it.
+_MAY_BE_ATTEMPTED: Final = "expires_at > now() OR held_at IS NOT NULL"
+
 # The expiry is asked for row by row, in the order of the index: a join that the planner chose freely may read all mail.
-_DUE: Final = """
-  SELECT msg_id, d, sender, next_at, attempts > 0 AS tried FROM {{s}}.dlv
-  WHERE state = 'r' AND dest = $2 AND (attempts > 0) = {tried} AND next_at <= now()
-    AND (SELECT expires_at > now() FROM {{s}}.msg WHERE id = dlv.msg_id)
+_DUE: Final = f"""
+  SELECT msg_id, d, sender, next_at, attempts > 0 AS tried FROM {{{{s}}}}.dlv
+  WHERE state = 'r' AND dest = $2 AND (attempts > 0) = {{tried}} AND next_at <= now()
+    AND (SELECT {_MAY_BE_ATTEMPTED} FROM {{{{s}}}}.msg WHERE id = dlv.msg_id)
   ORDER BY next_at LIMIT 8 * $3"""
 
 # The planner's figures may be of a moment when the queue was empty, and claims must not depend on them. `tried` comes
@@ -137,12 +140,12 @@ FROM c JOIN {{s}}.msg ON msg.id = c.msg_id WHERE dlv.msg_id = c.msg_id AND dlv.d
 RETURNING {_COLUMNS}, msg.content, c.place, c.tried, c.taken_from"""
 
 # What has long been due was seen by the claim before; where vacuum is held up, all that has gone lies there as well.
-_NEXT_DUE: Final = """
+_NEXT_DUE: Final = f"""
 SELECT min(extract(epoch FROM next_at - now()))::float8 FROM unnest($1::text[]) AS wanted(dest)
 CROSS JOIN (VALUES (false), (true)) AS tried(tried)
-CROSS JOIN LATERAL (SELECT next_at FROM {s}.dlv
+CROSS JOIN LATERAL (SELECT next_at FROM {{s}}.dlv
   WHERE state = 'r' AND dlv.dest = wanted.dest AND (attempts > 0) = tried.tried
-    AND next_at > now() - interval '1 second' AND (SELECT expires_at > now() FROM {s}.msg WHERE id = dlv.msg_id)
+    AND next_at > now() - interval '1 second' AND (SELECT {_MAY_BE_ATTEMPTED} FROM {{s}}.msg WHERE id = dlv.msg_id)
   ORDER BY next_at LIMIT 1) AS first"""
 
 # Leases of ours that nobody here knows of: their claim was committed, and its answer was lost.
