@@ -1,6 +1,7 @@
-"""What all tests share: the event loops that they run on."""
+"""What all tests share: the event loops that they run on, and which of them wait for a long run."""
 
 import asyncio
+import os
 from collections.abc import Callable, Generator, Mapping
 
 import pytest
@@ -18,9 +19,26 @@ settings.load_profile("default")
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="run the long tests too, as CI=true does")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "movable_clock: run on a loop whose clock the test moves")
+    config.addinivalue_line(
+        "markers", "long: takes seconds, as it kills, crowds or outlasts processes, or tries each case by a program"
+    )
     config.addinivalue_line("markers", "both_loops: run once on asyncio's own event loop and once on uvloop")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    is_named = any("::" in argument for argument in config.args)
+    if os.environ.get("CI") or config.option.long or is_named:
+        return
+    waits = pytest.mark.skip(reason="a long test; CI=true and --long run them")
+    for item in items:
+        if item.get_closest_marker("long") is not None:
+            item.add_marker(waits)
 
 
 def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> Mapping[str, LoopFactory]:

@@ -101,6 +101,7 @@ async def visit(gateway: Gateway, upstream: ScriptedUpstream, number: int) -> No
         writer.close()  # says nothing
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "delivery",
     [{"mode": "direct"}, {"strategy": "buffered"}, {"mode": "queue"}],

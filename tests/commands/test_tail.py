@@ -118,6 +118,7 @@ def test_it_ends_after_as_many_lines_as_were_asked_for(upstream: CapturingUpstre
         assert process.communicate()[0].count("\n") == 1
 
 
+@pytest.mark.long
 def test_it_waits_for_a_gateway_that_went_away(upstream: CapturingUpstream, tmp_path: Path) -> None:
     with followed(upstream, tmp_path) as running, tailing(tmp_path) as output:
         printed(running, output, "bob@example.net")

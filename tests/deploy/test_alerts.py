@@ -269,6 +269,7 @@ STORIES: Final[Mapping[str, Story]] = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", STORIES)
 def test_the_alerts_of_a_story_are_these_and_no_other(name: str, tmp_path: Path) -> None:
     story = STORIES[name]

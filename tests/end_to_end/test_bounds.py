@@ -37,6 +37,7 @@ IN_THE_SUITE: Final = (
 )  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", IN_THE_SUITE)
 def test_far_beyond_a_bound(name: str, tmp_path: Path) -> None:
     (drive,) = (drive for drive in DRIVES if drive.name == name)

@@ -106,6 +106,7 @@ def site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     assert upstream.violations == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("message", MESSAGES)
 @pytest.mark.parametrize("client", CLIENTS)
 def test_what_a_client_sends_arrives_to_the_octet(site: Site, client: str, message: str, tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ import statistics
 import time
 from pathlib import Path
 
+import pytest
+
 from tests.support.capture import CapturingUpstream
 from tests.support.otlp_receiver import Fault, FaultKind, OtlpReceiver
 from tests.support.ports import unclaimed_port
@@ -26,6 +28,7 @@ def latencies(client: smtplib.SMTP) -> list[float]:
     return found
 
 
+@pytest.mark.long
 def test_mail_is_as_quick_whatever_the_collector_does(tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:
         upstream = stack.enter_context(CapturingUpstream())

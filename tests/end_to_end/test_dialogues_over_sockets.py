@@ -234,6 +234,7 @@ def is_parameter(word: str) -> bool:
     return word.startswith(("SIZE=", "BODY=", "RET=", "ENVID=", "AUTH=", "NOTIFY=", "ORCPT="))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "dialogue",
     [

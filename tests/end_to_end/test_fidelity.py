@@ -120,6 +120,7 @@ WAYS: Final[dict[str, tuple[Callable[[Client, bytes, Iterator[int]], str], Calla
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", MODES)
 def test_every_octet_arrives(mode: str, tmp_path: Path, start: StartGateway, connect: Callable[[int], Client]) -> None:
     more, keywords = MODES[mode]

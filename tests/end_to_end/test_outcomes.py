@@ -67,6 +67,7 @@ def send(port: int | None) -> None:
         client.sendmail("app@example.com", ["user@example.net"], MAIL)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("store", ["embedded", "postgresql"])
 async def test_an_outcome_survives_a_gateway_that_is_killed_while_it_sends(
     store: str, tmp_path: Path, upstream: CountingUpstream, application: Receiver

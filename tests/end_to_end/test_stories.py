@@ -459,6 +459,7 @@ def test_nobody_listens_at_the_upstream(story: Story) -> None:
     assert "no connection to the upstream: connection refused" in log_of(running, "smtp.connection")
 
 
+@pytest.mark.long
 def test_the_upstream_does_not_answer_data_in_time(story: Story) -> None:
     without_chunking = tuple(one for one in KEYWORDS if one not in ("CHUNKING", "BINARYMIME"))
     with CapturingUpstream(keywords=without_chunking) as upstream:

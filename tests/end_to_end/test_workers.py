@@ -337,6 +337,7 @@ def test_while_workers_are_replaced_the_page_tells_of_the_successors_alone(
     assert running.stop() == 0
 
 
+@pytest.mark.long
 def test_the_page_names_a_worker_that_is_gone_until_it_is_back(
     upstream: CapturingUpstream, start: StartGateway
 ) -> None:
@@ -361,6 +362,7 @@ def test_a_status_port_that_is_taken_is_not_shared(upstream: CapturingUpstream, 
     assert first.stop() == 0
 
 
+@pytest.mark.long
 def test_after_random_signals_and_kills_there_are_as_many_workers_as_asked_for(tmp_path: Path) -> None:
     outcome = storm(4, tmp_path, seed=2)
     assert outcome.is_right, outcome.told()

@@ -327,6 +327,7 @@ async def send_some(running: Gateway, count: int, recipients: int = 1) -> None:
             await app.sendmail("a@here.example", addresses, CONTENT)
 
 
+@pytest.mark.long
 @every_mode
 @pytest.mark.parametrize("burst", [1, 4])
 async def test_the_upstream_never_sees_more_than_the_rate(mode: str, burst: int, tmp_path: Path) -> None:

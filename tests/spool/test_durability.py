@@ -73,6 +73,7 @@ def test_a_process_that_is_killed_loses_nothing_that_it_answered_250(tmp_path: P
     assert books.left == 0
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("call", "error", "when"),
     # The sync of a large content, or of a group; a segment's name, its directory, its head; groups. In the thread of
@@ -111,6 +112,7 @@ def test_a_full_disk_refuses_mail_and_keeps_what_is_queued(tmp_path: Path) -> No
     assert full.lost == set()
 
 
+@pytest.mark.long
 def test_deliveries_go_on_with_no_octet_free(tmp_path: Path) -> None:
     if not may_mount():
         pytest.skip("this process may not mount a file system of its own")
@@ -120,6 +122,7 @@ def test_deliveries_go_on_with_no_octet_free(tmp_path: Path) -> None:
     assert starved.accepted_later == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", MODES)
 def test_the_books_are_balanced_whatever_happens(tmp_path: Path, mode: str) -> None:
     model = run_model(mode, 150, tmp_path / mode, seed=3)

@@ -436,6 +436,7 @@ async def test_an_operator_with_the_token_acts_on_the_queue() -> None:
         await page.until(f"{ACTIONS}.length === 0")
 
 
+@pytest.mark.long
 @in_a_browser
 @pytest.mark.parametrize("width", [1400, 390])
 @pytest.mark.parametrize("has_trace", [False, True])
@@ -455,6 +456,7 @@ async def test_axe_finds_nothing(width: int, has_trace: bool) -> None:
             assert await axe.findings(page) == []
 
 
+@pytest.mark.long
 @in_a_browser
 @pytest.mark.parametrize("width", [1400, 390])
 async def test_the_gateways_of_a_shared_queue_are_shown(width: int) -> None:

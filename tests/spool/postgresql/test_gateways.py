@@ -33,7 +33,7 @@ from tests.support.ports import unclaimed_port
 from tests.support.postgresql import server
 from tests.support.process import DEFAULTS, GatewayProcess, gateway, settings_file, until
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.long]
 
 
 @pytest.fixture
