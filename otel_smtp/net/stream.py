@@ -97,7 +97,6 @@ class Stream(asyncio.BufferedProtocol):
         "_reader",
         "_reads_once",
         "_timer",
-        "_timer_at",
         "_transport",
         "_unread",
         "_water_pauses",
@@ -127,7 +126,6 @@ class Stream(asyncio.BufferedProtocol):
         self._closed: asyncio.Future[None] | None = None
         self._deadline: float | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._timer_at = 0.0
         self._linger: asyncio.TimerHandle | None = None
         self._has_expired = False
         self._reads_once = False  # what comes next, then reading is paused
@@ -178,7 +176,7 @@ class Stream(asyncio.BufferedProtocol):
             return
         if self._timer is None:
             self._arm(deadline)
-        elif deadline < self._timer_at:
+        elif deadline < self._timer.when():
             self._timer.cancel()
             self._arm(deadline)
 
@@ -269,10 +267,11 @@ class Stream(asyncio.BufferedProtocol):
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Send `data`, without waiting; one call is one send where the kernel takes it. Lost connections take all."""
-        if self._transport is None or self.is_lost or not data:
+        transport = self._transport
+        if transport is None or self.is_lost:
             return
         self.octets_sent += len(data)
-        self._transport.write(data)
+        transport.write(data)
 
     async def drain(self, *, timeout_seconds: float = DRAIN_SECONDS) -> None:
         """Wait until less than `LOW_WATER_OCTETS` are unsent, if more than `HIGH_WATER_OCTETS` are.
@@ -515,7 +514,6 @@ class Stream(asyncio.BufferedProtocol):
             self._reader.set_result(None)
 
     def _arm(self, deadline: float) -> None:
-        self._timer_at = deadline
         self._timer = self._loop.call_at(deadline, self._look_at_clock)
 
     def _look_at_clock(self) -> None:

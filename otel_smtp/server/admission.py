@@ -38,7 +38,6 @@ class Admission(Conversation):
         Args:
             refusal: answer it with this instead (capacity).
         """
-        self._refusal = refusal
         self._house.observer.connection_opened(self.record)
         policy = self._policy
         if policy.timeouts.session is not None:
@@ -49,17 +48,21 @@ class Admission(Conversation):
         ):
             # What comes first is for the TLS layer, or is a PROXY header and not one octet more.
             self._stream.pause_reading()
-            self._start(self._prepare())
+            self._start(self._prepare(refusal))
         else:
-            self._call(self._open)
+            self._call(self._open, refusal)
 
-    async def _prepare(self) -> None:
+    async def _prepare(self, refusal: Reply | None) -> None:
         """What comes before the session itself: the PROXY header, implicit TLS."""
         policy = self._policy
-        if is_in(policy.proxy_protocol_from, self.record.info.peer.host) and not await self._read_proxy_header():
-            return
+        if is_in(policy.proxy_protocol_from, self.record.info.peer.host):
+            header = await self._read_proxy_header()
+            if header is None:
+                return
+            if self._believe(header):
+                refusal = refusal or self._house.admit(self, self.record.client)
         if policy.protocol.tls_mode is TlsMode.IMPLICIT:
-            refusal = self._refusal or self._access_refusal()
+            refusal = refusal or self._access_refusal()
             if refusal is not None:
                 self._protocol.refuse(refusal)
                 return
@@ -67,11 +70,11 @@ class Admission(Conversation):
             if not await self._shake_hands():
                 return
         self._task = None
-        self._open()  # written at the end of this task
+        self._open(refusal)  # written at the end of this task
 
-    def _open(self) -> None:
+    def _open(self, refusal: Reply | None) -> None:
         """Refuse the connection, or greet it: at once, or, where it has spoken already, when that has been heard."""
-        refusal = self._refusal or self._access_refusal()
+        refusal = refusal or self._access_refusal()
         if refusal is not None:
             self._protocol.refuse(refusal)
             return
@@ -82,8 +85,8 @@ class Admission(Conversation):
         if not is_early:
             self._protocol.greet()
 
-    async def _read_proxy_header(self) -> bool:
-        """Read the PROXY header that a listed network must send; whether the connection goes on."""
+    async def _read_proxy_header(self) -> ProxyHeader | None:
+        """Read the PROXY header that a listed network must send; None: the connection is at its end."""
         stream = self._stream
         parser = ProxyHeaderParser()
         stream.deadline = self._loop.time() + PROXY_HEADER_SECONDS
@@ -93,20 +96,24 @@ class Admission(Conversation):
                 data = await stream.read_sparingly(parser.octets_wanted)
                 if not data:
                     self._protocol.fail(None, CloseReason.CLIENT_DISCONNECT)
-                    return False
+                    return None
                 header = parser.feed(data)
         except (ProxyProtocolError, TimeoutError) as error:
             is_late = isinstance(error, TimeoutError)
             fault = f"no PROXY header within {PROXY_HEADER_SECONDS:g} s" if is_late else str(error)
             logger.warning("bad PROXY header", extra={**self._named(), "fault": fault})
             self._protocol.refuse(replies.BAD_PROXY_HEADER)
-            return False
+            return None
         finally:
             stream.deadline = None
-        if header.source is not None and header.destination is not None and self._may_be(header.source):
-            self.record.client = header.source
-            self.record.server = header.destination
-            self._refusal = self._refusal or self._house.admit(self, header.source)
+        return header
+
+    def _believe(self, header: ProxyHeader) -> bool:
+        """Take the ends of the connection to be those that the header names; whether it does, and they can be."""
+        if header.source is None or header.destination is None or not self._may_be(header.source):
+            return False
+        self.record.client = header.source
+        self.record.server = header.destination
         return True
 
     def _may_be(self, source: Endpoint) -> bool:

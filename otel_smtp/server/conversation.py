@@ -34,8 +34,6 @@ UNREAD_REPLIES_SECONDS: Final = 180.0
 _GENTLE_ENDS: Final = frozenset(
     {CloseReason.TIMEOUT, CloseReason.TOO_MANY_ERRORS, CloseReason.REFUSED, CloseReason.INTERNAL_ERROR}
 )
-_CONTENT: Final = Phase.CONTENT
-_UNGREETED: Final = Phase.UNGREETED
 _ELSEWHERE: Final = "elsewhere "  # so begin the shares of clients that are not on this machine
 # A segment is cut between transactions. One that has grown to so many times its size is cut wherever it is, so that a
 # client cannot make it grow without end within one transaction. Replies count likewise: those to a thousand recipients,
@@ -96,7 +94,6 @@ class Conversation:
         "_policy",
         "_protocol",
         "_received_head",
-        "_refusal",
         "_request_octets",
         "_session_ends",
         "_stream",
@@ -133,7 +130,6 @@ class Conversation:
         self._batch: Sequence[Recipient] = ()
         self._auth: Login | None = None
         self._task: asyncio.Task[None] | None = None  # what is rare enough to be a coroutine
-        self._refusal: Reply | None = None  # of the connection itself
         self._allows: bool | None = None  # whether this client may relay without AUTH; None: not looked up yet
         self._received_head: bytes | None = None  # of this session's Received fields, but for SMTPUTF8 messages
         self._pauses = 0
@@ -144,7 +140,7 @@ class Conversation:
         self._held_back_at = 0.0  # when the forwarder stopped the content
         self._session_ends: float | None = None
         self._told = 0  # transitions of the present segment that `conn_state` observers know
-        self._is_busy = False  # a call from outside is under way, see `_step`
+        self._is_busy = False  # a call from outside is under way, see `_step`; or none will be any more
         self._is_served = False  # not refused at accept: a flood of those must not hold sockets
         self._has_ended = False
 
@@ -182,13 +178,12 @@ class Conversation:
             data: what `work` is given.
             work: None: to take octets of the client, which is what most steps are about; see `Receiver.data_received`.
         """
-        if self._has_ended:
-            return
         protocol = self._protocol
         if work is None:
-            work = protocol.receive_data if protocol.phase is not _UNGREETED else self._hear_early
+            work = protocol.receive_data
         if self._is_busy:
-            work(data)  # within such a call
+            if not self._has_ended:
+                work(data)  # within such a call
             return
         protocol.states.now_ns = monotonic_ns()
         self._is_busy = True
@@ -198,17 +193,16 @@ class Conversation:
             self._log_failure()
             protocol.fail(replies.INTERNAL_CLOSING, CloseReason.INTERNAL_ERROR)
         self._is_busy = False
-        has_news = protocol.has_news or self._pauses
+        has_news = protocol.has_news
         if has_news:
             self._tell_news()
         if out := protocol.out:
             stream, record = self._stream, self.record
             record.messages = protocol.messages
-            stream.write(out[0] if len(out) == 1 else b"".join(out))
+            self._began = self._loop.time()
+            self._request_octets = stream.octets_received
+            stream.write(b"".join(out))
             out.clear()
-            if protocol.phase is not _CONTENT:
-                self._began = self._loop.time()
-                self._request_octets = stream.octets_received
             # There are as many replies as transitions, or nearly; where there are not, that was news.
             if stream.is_write_paused or len(record.replies) >= self._house.segments.transitions:
                 has_news = True
@@ -216,11 +210,6 @@ class Conversation:
             self._act_on_news()
 
     data_received = _step
-
-    def _hear_early(self, data: bytes) -> None:
-        """The client speaks before it is greeted."""
-        self._protocol.receive_data(data)
-        self._protocol.greet()
 
     def _log_failure(self) -> None:
         """Log the exception at hand, a bug of ours."""
@@ -433,7 +422,7 @@ class Conversation:
     def _finish(self, reason: CloseReason) -> None:
         if self._has_ended:
             return
-        self._has_ended = True
+        self._has_ended = self._is_busy = True
         stream, protocol, record = self._stream, self._protocol, self.record
         protocol.closed(reason)
         record.close_reason = protocol.close_reason

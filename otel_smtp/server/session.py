@@ -32,7 +32,7 @@ import time
 from collections.abc import Sequence
 from typing import Final
 
-from otel_smtp.forwarding.base import DeliveryFailed
+from otel_smtp.forwarding.base import DeliveryFailed, MailTransaction
 from otel_smtp.net import Stream
 from otel_smtp.observing import ConnectionRecord, Outcome, TraceHeaders, TransactionRecord, trace_fields
 from otel_smtp.server.admission import Admission
@@ -174,11 +174,10 @@ class Session(Admission):
                 forwarded.write(block)
                 forwarded.write(body)
                 forwarded.finish(self._message_answered)
+                return
             except Exception:  # noqa: BLE001 - logged there
                 self._fail_content()
-        if self._failed_content is not None:
-            forwarded.abort()
-            self._message_answered(self._failed_content, ())
+        self._answer_failed_content(forwarded)
 
     def header_received(self, block: bytes, facts: HeaderFacts) -> None:
         """See `Handler`."""
@@ -235,11 +234,15 @@ class Session(Admission):
         if self._failed_content is None:
             try:
                 forwarded.finish(self._message_answered)
+                return
             except Exception:  # noqa: BLE001 - logged there
                 self._fail_content()
-        if self._failed_content is not None:
-            forwarded.abort()
-            self._message_answered(self._failed_content, ())
+        self._answer_failed_content(forwarded)
+
+    def _answer_failed_content(self, forwarded: MailTransaction) -> None:
+        assert self._failed_content is not None
+        forwarded.abort()
+        self._message_answered(self._failed_content, ())
 
     def _message_answered(self, reply: Reply, verdicts: Sequence[Reply]) -> None:
         transaction, forwarded = self._transaction, self._forwarded

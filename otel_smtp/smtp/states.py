@@ -105,6 +105,13 @@ LEGAL: Final[Mapping[ConnState, frozenset[ConnState]]] = {
 """Which recorded state may directly follow which: the one truth; the README's table and the tests read it here."""
 
 
+_FOLLOWING: Final[Mapping[ConnState | None, frozenset[ConnState]]] = {
+    None: frozenset({_S.NEW}),
+    **{state: LEGAL[state] for state in ConnState},
+}
+_RESET: Final = _S.RESET
+
+
 class TlsOffer(NamedTuple):
     """What New and StartTLS tell: how TLS comes to the connection."""
 
@@ -318,22 +325,17 @@ class StateMachine:
         Raises:
             IllegalTransition: the step is not in `LEGAL` and `on_illegal` raises.
         """
-        last = self.last
-        is_level = state not in PULSES
-        if last is None:
-            if state is not _S.NEW:
-                self._on_illegal(IllegalTransition(None, state))
-        else:
-            # The one repetition that counts: the pulse Reset is always followed by Active, also at level Active.
-            if state is self.level and is_level and last is not _S.RESET:
-                return
-            if state not in LEGAL[last]:
-                self._on_illegal(IllegalTransition(last, state))
-        if is_level:
-            self.level = state
+        last, level = self.last, self.level
+        # The one repetition that counts: the pulse Reset is always followed by Active, also at level Active.
+        if state is level and last is not _RESET and last is not None:
+            return
+        if state not in _FOLLOWING[last]:
+            self._on_illegal(IllegalTransition(last, state))
+        if state not in PULSES:
+            self.level = level = state
         self._sequence = sequence = self._sequence + 1
         self.last = state
-        self.recorded.append(_transition((state, last, self.level, sequence, self.now_ns, detail)))
+        self.recorded.append(_transition((state, last, level, sequence, self.now_ns, detail)))
 
     def fall_back(self, level: ConnState) -> None:
         """Change the level without recording it: after a failed AUTH exchange the connection is Active again."""

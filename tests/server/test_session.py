@@ -339,7 +339,8 @@ async def test_between_two_chunks_a_client_idles_as_between_commands() -> None:
 async def test_octets_of_a_message_before_buy_no_time_for_a_refused_chunk() -> None:
     timeouts = ServerTimeouts(command=60, data=1000, octets_per_second=1)
     async with serving(replace(POLICY, timeouts=timeouts)) as served:
-        served.stream.feed(ENVELOPE + b"BDAT 500 LAST\r\n" + b"x" * 500)
+        served.stream.feed(ENVELOPE + b"BDAT 500 LAST\r\n")
+        served.stream.feed(b"x" * 500)
         await served.stream.sends(b"250 2.0.0 Ok trace=")
         served.stream.feed(b"BDAT 500\r\nx")
         advance(80)

@@ -234,6 +234,22 @@ def test_a_client_that_says_no_more_than_a_turn_holds_does_not_wait_for_one() ->
     assert driver.replies == 11
 
 
+@pytest.mark.parametrize(
+    ("before", "rest"),
+    [
+        (b"EHLO c\r\n", b"MAIL FROM:<a@client.example>\r\n"),
+        (b"EHLO c\r\nMAIL FROM:<a@client.example>\r\n", b"RCPT TO:<b@there.example>\r\n"),
+        (b"EHLO c\r\nMAIL FROM:<a@client.example>\r\nRCPT TO:<b@there.example>\r\n", b"DATA\r\n"),
+    ],
+)
+def test_the_rest_of_a_line_that_is_too_long_is_no_command(before: bytes, rest: bytes) -> None:
+    driver = Forgetful(ServerLimits(command_line=600))
+    driver.feed(before)
+    driver.feed(b"x" * 700)
+    driver.feed(rest)
+    assert driver.last is replies.LINE_TOO_LONG
+
+
 class Asking(Forgetful):
     """Keeps whom it was asked about."""
 

@@ -36,6 +36,7 @@ _NOTHING: Final = Asked.NOTHING
 _READY: Final = Phase.READY
 _RECIPIENTS: Final = Phase.RECIPIENTS
 _RECIPIENTS_ASKED: Final = Asked.RECIPIENTS
+_UNGREETED: Final = Phase.UNGREETED
 
 
 class ServerProtocol(Dispatching):
@@ -88,50 +89,46 @@ class ServerProtocol(Dispatching):
             self.run()
 
     def receive_data(self, data: bytes) -> None:
-        """Take octets from the peer, and run what they hold.
+        """Take octets from the peer, and run what they hold. A peer that speaks before it was greeted is greeted now.
 
         Raises:
             LocalProtocolError: called after `receive_eof`.
         """
-        if self._eof:
-            raise LocalProtocolError("receive_data after receive_eof")
-        held = self.received.held
-        if held or self.asked is not _NOTHING or self._discarded or self.wants_turn:
-            self.received.feed(data)
-            self.run()
-            return
-        # Nothing is to be run before it. What common mail consists of is run here, as `run` would run it.
         phase = self.phase
-        if phase is _CONTENT:
+        if self._is_behind or self.asked is not _NOTHING:
+            if self._eof:
+                raise LocalProtocolError("receive_data after receive_eof")
+        # Nothing is to be run before it. What common mail consists of is run here, as `run` would run it.
+        elif phase is _CONTENT:
             if self._chunk is None:
-                self._is_running = True
-                try:
-                    self._take_content(data)
-                finally:
-                    self._is_running = False
+                self._take_content(data)
                 if self.received.held:
                     self.run()
                 return
-        elif phase is _RECIPIENTS or phase is _MAIL:
-            if data in DATA_LINES:
-                if phase is _RECIPIENTS:
-                    self._run_data()
-                    return
-            elif (recipient := common_recipient(data)) is not None:  # which uses no extension
+        elif phase is _RECIPIENTS and data in DATA_LINES:
+            self._run_data()
+            return
+        elif phase is _MAIL or phase is _RECIPIENTS:
+            recipient = common_recipient(data)  # which uses no extension
+            if recipient is not None:
                 transaction, limits = self._transaction, self._policy.limits
                 assert transaction is not None
                 if transaction.recipients < limits.recipients and len(data) <= limits.command_line:
-                    self._batch = [recipient]
+                    self._batch = batch = [recipient]
                     self.asked = _RECIPIENTS_ASKED
-                    self._handler.recipients_requested(self._batch)
+                    self._handler.recipients_requested(batch)
                     return
-        elif phase is _READY and (self.is_tls or not self._policy.tls_required):
-            mail = common_mail(data)
-            if mail is not None and len(data) <= self._policy.limits.command_line:
+        elif phase is _READY:
+            mail, policy = common_mail(data), self._policy
+            is_allowed = not policy.tls_required or self.is_tls
+            if mail is not None and is_allowed and len(data) <= policy.limits.command_line:
                 self._run_mail(mail)
                 return
         self.received.feed(data)
-        self.run()
+        if phase is _UNGREETED:
+            self.greet()
+        else:
+            self.run()
 
     def receive_eof(self) -> None:
         """The peer will send no more. What it sent before is still answered."""
@@ -176,7 +173,7 @@ class ServerProtocol(Dispatching):
             self._answer_content(decided)
         else:
             self._answer_seldom(asked, *decided)
-        if not self._is_running and (self.received.held or self._held is not None or self._eof):
+        if self._is_behind and not self._is_running:
             self.run()
 
     def _answer_seldom(self, asked: Asked, reply: Reply) -> None:
@@ -227,6 +224,7 @@ class ServerProtocol(Dispatching):
                     return
         finally:
             self._is_running = False
+            self._is_behind = bool(self.received.held or self._held is not None or self._discarded or self._eof)
 
     def _advance(self) -> bool:
         """Use up some input; whether anything changed."""

@@ -113,6 +113,7 @@ class Replying:
         "_faults",
         "_handler",
         "_held",
+        "_is_behind",
         "_is_running",
         "_junk",
         "_mail",
@@ -177,6 +178,7 @@ class Replying:
         self._refusals = 0  # of nobody's doing, since a message was accepted
         self._junk = 0
         self._eof = False
+        self._is_behind = False  # something received before waits to be run or read off, or the input has ended
         self._is_running = False
         self._told: OwnOffer | None = None  # what the last EHLO of this session offered
 
