@@ -111,12 +111,16 @@ def test_the_packages_docstring_names_what_there_is() -> None:
 
 
 def test_garbage_collection_leaves_out_what_start_up_made() -> None:
+    thresholds = gc.get_threshold()
     try:
         leave_out_of_garbage_collection()
         assert gc.get_freeze_count() > 1000
         assert len(gc.get_objects()) < 1000
+        assert gc.isenabled()
+        assert gc.get_threshold()[0] > thresholds[0]
     finally:
         gc.unfreeze()
+        gc.set_threshold(*thresholds)
 
 
 # Starts that fail -----------------------------------------------------------------------------------------------------

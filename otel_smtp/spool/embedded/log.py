@@ -141,6 +141,7 @@ class Log:
         # Woken by a token where it sleeps: an `Event` costs several times as much.
         self._wakes: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._is_asleep = False
+        self._is_urgent = False  # something waits that is to be written without waiting for more
         self._will_wake = False  # at the end of this turn of the loop
         self._is_stopping = False
         self._writes_in_one_call = directory.has_durable_writes
@@ -164,22 +165,30 @@ class Log:
             raise SpoolError(f"{step.octets} octets are more than the spool takes at once")
         self._steps.append(step)
         if is_urgent:
+            self._is_urgent = True  # behind the step: who takes this back takes the step
             if self._is_asleep and not self._will_wake:
                 # What else comes in this turn of the loop shares the sync.
                 self._will_wake = True
                 self._loop.call_soon(self._wake_if_asleep)
         elif self._nudge is None:
-            self._nudge = self._loop.call_later(GATHER_SECONDS, self._wake)
+            self._nudge = self._loop.call_later(GATHER_SECONDS, self._have_gathered)
 
     def _wake_if_asleep(self) -> None:
         self._will_wake = False
         if self._is_asleep:
             self._wake()
 
+    def _have_gathered(self) -> None:
+        """What is not urgent has waited for long enough, unless it was written with something else."""
+        self._nudge = None
+        if self._steps:
+            self._wake()
+
     def _wake(self) -> None:
         if self._nudge is not None:
             self._nudge.cancel()
             self._nudge = None
+        self._is_urgent = True
         self._is_asleep = False
         self._wakes.put(None)
 
@@ -194,11 +203,13 @@ class Log:
     def _run(self) -> None:
         while not (self._is_stopping and not self._steps):
             self._is_asleep = True
-            if not self._steps:  # what comes from here on finds it asleep
+            if not self._is_urgent:  # what comes from here on finds it asleep
                 self._wakes.get()
             self._is_asleep = False
-            while self._steps:
-                self._serve()
+            while self._is_urgent:
+                self._is_urgent = False
+                if self._steps:
+                    self._serve()
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
@@ -212,6 +223,8 @@ class Log:
             octets += step.octets
             rooms |= 1 << step.room
             group.append(step)
+        if self._steps:  # more than a group, or it has just come
+            self._is_urgent = True
         outcomes: list[tuple[Step, SpoolError | None]] = []
         try:
             self._write(group, outcomes)

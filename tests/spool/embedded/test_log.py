@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -75,6 +76,34 @@ async def test_what_comes_at_the_same_time_shares_a_sync(tmp_path: Path, monkeyp
         await asyncio.gather(*[queued(store) for _ in range(100)])
         monkeypatch.undo()
         assert syncs < 20
+
+
+async def test_results_wait_for_the_next_message_also_while_the_log_is_busy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("otel_smtp.spool.embedded.log.GATHER_SECONDS", 3600.0)
+    async with opened(tmp_path / "spool") as (store, _):
+        (lease,) = await store.submit(message(), await written(store.draft()), lease=True)
+        begun, may_end, writes = threading.Event(), threading.Event(), 0
+
+        def write_slowly(file: int, data: bytes, at: int, *, in_one_call: bool) -> bool:
+            nonlocal writes
+            writes += 1
+            begun.set()
+            assert may_end.wait(30)
+            return write_durably(file, data, at, in_one_call=in_one_call)
+
+        monkeypatch.setattr("otel_smtp.spool.embedded.log.write_durably", write_slowly)
+        first = store.submit(message(), await written(store.draft()), lease=False)
+        assert await asyncio.to_thread(begun.wait, 30)
+        result = store.finish(lease, DELIVERED, is_urgent=False)
+        may_end.set()
+        await first
+        assert not result.done()
+        second = store.submit(message(), await written(store.draft()), lease=False)
+        async with asyncio.timeout(30):
+            await asyncio.gather(second, result)
+        assert writes == 2
 
 
 async def test_a_disk_that_takes_less_than_it_is_given_is_given_the_rest(
