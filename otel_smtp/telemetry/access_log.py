@@ -16,7 +16,7 @@ from otel_smtp.telemetry.logs import ACCESS, write_line
 from otel_smtp.telemetry.propagation import TraceContext
 from otel_smtp.telemetry.records import EventRecord
 from otel_smtp.telemetry.span_attributes import Described
-from otel_smtp.telemetry.span_lines import ON_LINES, LinesOfMail, SpanLineHandler, line_shape
+from otel_smtp.telemetry.span_lines import ON_LINES, LineOfSpan, LinesOfMail, SpanLineHandler, line_shape
 
 
 class AccessLog:
@@ -58,13 +58,7 @@ class AccessLog:
             duration = facts.get(names.CONNECTION_DURATION, duration)  # type: ignore[assignment]  # a float by its name
             is_of_mail = bool(facts[names.CONNECTION_MESSAGES])
         shown = [*on_line, *[pair for pair in pairs if pair[0] in ON_LINES]]
-        if is_of_mail and not told and (handlers := self._handlers()) is not None:
-            now_ns = time.time_ns()
-            for handler in handlers:
-                try:
-                    handler.take_line(line, shown, duration, context, end_ns, now_ns)
-                except Exception:  # noqa: BLE001 - the contract of handlers: an error is reported and never raised
-                    handler.handleError(logging.makeLogRecord({"name": self._logger.name, "msg": line.name}))
+        if is_of_mail and not told and self.take_line(LineOfSpan(line, shown, duration, context, end_ns)):
             return
         told = [event for event in told if event.name == names.RECIPIENT_EVENT]
         fields: dict[str, Any] = {**line.constant, **dict(shown), names.LOG_DURATION: duration}
@@ -76,6 +70,19 @@ class AccessLog:
             if shape.name == names.SPAN_TRANSACTION:
                 fields |= _recipients(told)
         write_line(self._logger, line.level, line.name, end_ns, fields, context)
+
+    def take_line(self, line: LineOfSpan) -> bool:
+        """Write the line of a span. False: somebody wants records, which only descriptions make."""
+        handlers = self._handlers()
+        if handlers is None:
+            return False
+        now_ns = time.time_ns()
+        for handler in handlers:
+            try:
+                handler.take_line(*line, now_ns)
+            except Exception:  # noqa: BLE001 - the contract of handlers: an error is reported and never raised
+                handler.handleError(logging.makeLogRecord({"name": self._logger.name, "msg": line.shape.name}))
+        return True
 
     def take_mail(self, mail: LinesOfMail) -> bool:
         """Write both lines of an ordinary mail. False: somebody wants records, which only descriptions make."""

@@ -76,7 +76,11 @@ _OUTCOMES: Final[Mapping[Outcome, str]] = {outcome: outcome.value for outcome in
 _ACCEPTED, _REFUSED = "accepted", "refused"
 _REFUSED_FATE, _DEFERRED_FATE = (Fate.REFUSED.value,), (Fate.DEFERRED.value,)
 _RELAYED, _PARTLY = (Outcome.RELAYED.value,), (Outcome.PARTLY_RELAYED.value,)
-_RELAYED_OUTCOME: Final = Outcome.RELAYED  # looked up in its class, a member costs as much as a call
+_QUEUED: Final = (Outcome.QUEUED.value,)
+# Looked up in its class, a member costs as much as a call.
+_RELAYED_OUTCOME: Final = Outcome.RELAYED
+_QUEUED_OUTCOME: Final = Outcome.QUEUED
+_MAIL: Final = MessageKind.MAIL
 _NO_VERB: Final = "none"
 # So many transitions of a busy connection are counted in one go: sixteen mails, some 50 us.
 _COUNTED_AT_ONCE: Final = 64
@@ -104,7 +108,34 @@ class _Measured(NamedTuple):
     context: TraceContext | None
 
 
+class _MeasuredQueued(NamedTuple):
+    """The same of the transaction of an ordinary mail that was queued."""
+
+    duration_ns: int
+    octets: int
+    recipients: int
+    ended_ns: int
+    context: TraceContext | None
+
+
+class _MeasuredAttempt(NamedTuple):
+    """The same of the first attempt at a queued mail, by which it was relayed to all of its recipients.
+
+    Attributes:
+        waited_seconds: since its acceptance, when the attempt began.
+    """
+
+    pool_wait_ns: int
+    delivery_ns: int
+    waited_seconds: float
+    recipients: int
+    ended_ns: int
+    context: TraceContext | None
+
+
 _measured: Final = partial(tuple.__new__, _Measured)  # its own constructor is a function in Python
+_measured_queued: Final = partial(tuple.__new__, _MeasuredQueued)
+_measured_attempt: Final = partial(tuple.__new__, _MeasuredAttempt)
 
 
 # Of a span's flags, and this one that all have: those that make a measurement an exemplar.
@@ -269,6 +300,8 @@ class Metrics(Observer):
         self._dropped = dropped
         self.resource = {name.replace(".", "_"): str(value) for name, value in (resource or {}).items()}
         self._noted: defaultdict[str, list[_Measured]] = defaultdict(list)  # by upstream, and not counted yet
+        self._noted_queued: list[_MeasuredQueued] = []
+        self._noted_attempts: defaultdict[str, list[_MeasuredAttempt]] = defaultdict(list)
         self._active: dict[Labels, int] = {}
         self._transitions: Counter[tuple[ConnState | None, ConnState]] = Counter()
         self._replies: Counter[tuple[str | None, int]] = Counter()
@@ -376,7 +409,10 @@ class Metrics(Observer):
         context = None if trace is None else trace.context
         if context is not None and not (context.flags | _UNSAMPLED) & self._exemplar_flags:
             context = None
-        if transaction.outcome is _RELAYED_OUTCOME and self._note(transaction, context):
+        if transaction.outcome is _RELAYED_OUTCOME:
+            if self._note(transaction, context):
+                return
+        elif transaction.outcome is _QUEUED_OUTCOME and self._note_queued(transaction, context):
             return
         if transaction.outcome is not None:
             labels = (_OUTCOMES[transaction.outcome],)
@@ -436,6 +472,82 @@ class Metrics(Observer):
             self._count_noted(delivery.upstream, noted)
         return True
 
+    def _note_queued(self, transaction: TransactionRecord, context: TraceContext | None) -> bool:
+        """The same of a mail that was queued."""
+        octets = transaction.octets
+        if octets is None or transaction.deliveries or transaction.refused_count or transaction.deferred_count:
+            return False
+        ended_ns, noted = transaction.ended_ns, self._noted_queued
+        noted.append(
+            _measured_queued(
+                (
+                    ended_ns - transaction.begun_ns,
+                    octets,
+                    len(transaction.accepted),
+                    ended_ns + transaction.wall_offset_ns,
+                    context,
+                )
+            )
+        )
+        if len(noted) >= _MAILS_COUNTED_AT_ONCE:
+            self._count_queued(noted)
+        return True
+
+    def _note_attempt(
+        self, delivery: DeliveryRecord, transaction: TransactionRecord, context: TraceContext | None
+    ) -> bool:
+        """The same of an attempt at a queued mail."""
+        waited, wait_ns = transaction.waited_seconds, delivery.pool_wait_ns
+        if (
+            waited is None
+            or wait_ns is None
+            or delivery.outcome is not _RELAYED_OUTCOME
+            or delivery.attempt != 1
+            or delivery.paced is not None
+            or delivery.refused
+            or transaction.connection is not None
+            or transaction.kind is not _MAIL
+        ):
+            return False
+        ended_ns, noted = delivery.ended_ns, self._noted_attempts[delivery.upstream]
+        noted.append(
+            _measured_attempt(
+                (
+                    wait_ns,
+                    ended_ns - delivery.begun_ns,
+                    waited,
+                    delivery.accepted_count,
+                    ended_ns + transaction.wall_offset_ns,
+                    context,
+                )
+            )
+        )
+        if len(noted) >= _MAILS_COUNTED_AT_ONCE:
+            self._count_attempts(delivery.upstream, noted)
+        return True
+
+    def _count_queued(self, noted: list[_MeasuredQueued]) -> None:
+        """Count ordinary mails that were queued, and note them no more."""
+        durations, octets, recipients, ended, contexts = zip(*noted, strict=True)
+        self._transactions.values[_QUEUED] += len(noted)
+        self._recipients.values[_QUEUED] += sum(recipients)
+        noted.clear()
+        self._transaction_duration.series[_QUEUED].add_each([ns / 1e9 for ns in durations], contexts, ended)
+        self._message_size.series[()].add_each(octets, contexts, ended)
+
+    def _count_attempts(self, upstream: str, noted: list[_MeasuredAttempt]) -> None:
+        """Count ordinary attempts at queued mails, likewise."""
+        waits, durations, waited, recipients, ended, contexts = zip(*noted, strict=True)
+        self._recipients.values[_RELAYED] += sum(recipients)
+        noted.clear()
+        seconds = [ns / 1e9 for ns in durations]
+        ages = [before + each for before, each in zip(waited, seconds, strict=True)]
+        labels = (upstream,)
+        self._pool_wait.series[labels].add_each([ns / 1e9 for ns in waits], contexts, ended)
+        self._delivery_duration.series[upstream, *_RELAYED].add_each(seconds, contexts, ended)
+        self._first_attempt_age.series[labels].add_each(waited, contexts, ended)
+        self._delivery_age.series[labels].add_each(ages, contexts, ended)
+
     def _count_noted(self, upstream: str, noted: list[_Measured]) -> None:
         """Count ordinary mails, and note them no more."""
         durations, octets, waits, deliveries, recipients, delivered, ended, contexts = zip(*noted, strict=True)
@@ -455,6 +567,8 @@ class Metrics(Observer):
         context = None if trace is None else trace.context
         if context is not None and not (context.flags | _UNSAMPLED) & self._exemplar_flags:
             context = None
+        if self._note_attempt(delivery, transaction, context):
+            return
         self._measure(delivery, transaction, context)
         if transaction.connection is None and transaction.kind is MessageKind.MAIL:
             self._count_ended(delivery)
@@ -531,6 +645,11 @@ class Metrics(Observer):
         for upstream, noted in self._noted.items():
             if noted:
                 self._count_noted(upstream, noted)
+        if self._noted_queued:
+            self._count_queued(self._noted_queued)
+        for upstream, attempts in self._noted_attempts.items():
+            if attempts:
+                self._count_attempts(upstream, attempts)
 
     def catch_up(self) -> None:
         """Count what was noted of mails, what open connections, and the spool's store, have done so far, and how many

@@ -1,10 +1,11 @@
-"""The spans of ordinary mail that is queued as octets, in one go: of its transaction, and of its attempt.
+"""The spans of ordinary mail that is queued as octets, in one go, and what the log's lines say of them.
 
 As `ordinary`, for mail that is relayed at once: nearly every transaction ends in the spool with a 250, and nearly every
 message leaves it by its first attempt. The two spans are made at different moments, so each has moulds of its own.
 """
 
-from typing import Final
+from collections.abc import Sequence
+from typing import Final, NamedTuple
 
 from otel_smtp.observing import DeliveryRecord, Outcome, TransactionRecord
 from otel_smtp.telemetry import attributes as names
@@ -16,16 +17,26 @@ from otel_smtp.telemetry.shapes import (
     MAX_SHAPES,
     SPAN_PAIRS,
     EncodedSpan,
+    Pair,
     encode_link,
     frame_of_link,
     frame_of_span,
 )
 from otel_smtp.telemetry.span_attributes import SpanAttributes
+from otel_smtp.telemetry.span_lines import LineOfSpan, LineShape, ShownDomains, line_shape
 from otel_smtp.telemetry.state_events import describe_phases
 
 _NUMBERS: Final = Integers(9, names.TRANSACTION_NUMBER)
 _SIZES: Final = Integers(9, names.MESSAGE_SIZE)
 _WAIT: Final = SPAN_PAIRS[names.POOL_WAIT, 0.0][:-8]
+_NO_DOMAINS: Final = ShownDomains()
+
+
+class _Mould(NamedTuple):
+    """What spans alike have in common, and what the log keeps of them."""
+
+    span: Mould
+    line: LineShape
 
 
 class OrdinarySpooled:
@@ -36,14 +47,16 @@ class OrdinarySpooled:
         mail: knows what tells the domains of senders and recipients.
     """
 
-    __slots__ = ("_attempts", "_attributes", "_has_plain_attributes", "_mail", "_transactions")
+    __slots__ = ("_attempts", "_attributes", "_has_plain_attributes", "_mail", "_told", "_transactions")
 
     def __init__(self, attributes: SpanAttributes, mail: OrdinaryMail) -> None:
         self._attributes = attributes
         self._mail = mail
         self._has_plain_attributes = not (attributes.with_message_id or attributes.redaction.shows_mailboxes)
-        self._transactions: dict[tuple[object, ...], Mould] = {}
-        self._attempts: dict[tuple[object, ...], Mould] = {}
+        self._transactions: dict[tuple[object, ...], _Mould] = {}
+        self._attempts: dict[tuple[object, ...], _Mould] = {}
+        # Of the latest span, what its line has too: its shape, the words of its reply, a transaction's domains.
+        self._told: tuple[LineShape, str, ShownDomains, ShownDomains]
 
     def transaction(self, record: TransactionRecord, identity: Identity) -> EncodedSpan | None:
         """The span of a transaction that ended in the spool; None where something about it is not ordinary.
@@ -86,7 +99,8 @@ class OrdinarySpooled:
         mould = self._transactions.get(key)
         if mould is None:
             shape, _, _ = self._attributes.transaction(record, is_in_application=parent.is_remote)
-            mould = Mould(*frame_of_span(shape, is_remote=parent.is_remote), f"{len(origin)}s")
+            span = Mould(*frame_of_span(shape, is_remote=parent.is_remote), f"{len(origin)}s")
+            mould = _Mould(span, line_shape(shape))
             _keep(self._transactions, key, mould)
         offset = record.wall_offset_ns
         values: list[bytes | float] = [
@@ -97,8 +111,11 @@ class OrdinarySpooled:
             record.ended_ns + offset + AFTER_LAST_EVENT_NS,
             origin,
         ]
-        words = self._attributes.words(reply).encode("utf-8", "replace")
+        text = self._attributes.words(reply)
+        words = text.encode("utf-8", "replace")
         sender, recipients = self._mail.domains(record)
+        of_all, shape_of_line = mould
+        self._told = shape_of_line, text, sender, recipients
         own = [
             _NUMBERS(record.number), _SIZES(octets),
             text_head(9, names.SPOOL_ID, len(spool_id)), spool_id.encode("ascii"),
@@ -108,7 +125,26 @@ class OrdinarySpooled:
         if identity.links:
             own += map(encode_link, identity.links)
         rest = b"".join(own)
-        return EncodedSpan(b"".join((TAGS[2], length(mould.size + len(rest)), mould.fill(values), rest)))
+        return EncodedSpan(b"".join((TAGS[2], length(of_all.size + len(rest)), of_all.fill(values), rest)))
+
+    def line_of_transaction(self, record: TransactionRecord, identity: Identity) -> LineOfSpan:
+        """What stands on the line of a transaction: that of which the span was made last."""
+        shape, words, sender, recipients = self._told
+        assert record.connection is not None
+        assert record.octets is not None
+        assert record.spool_id is not None
+        pairs: Sequence[Pair] = (
+            (names.CONNECTION_ID, record.connection.info.id),
+            (names.TRANSACTION_NUMBER, record.number),
+            (names.MESSAGE_SIZE, record.octets),
+            (names.SPOOL_ID, record.spool_id),
+            *sender.pairs,
+            *recipients.pairs,
+            (names.REPLY_TEXT, words),
+        )
+        ended_ns = record.ended_ns + AFTER_LAST_EVENT_NS
+        seconds = (ended_ns - record.begun_ns) / 1e9
+        return LineOfSpan(shape, pairs, seconds, identity.context, ended_ns + record.wall_offset_ns)
 
     def attempt(self, delivery: DeliveryRecord, identity: Identity) -> EncodedSpan | None:
         """The span of an attempt at a message of the spool that took all of it; None as above.
@@ -186,24 +222,38 @@ class OrdinarySpooled:
         if mould is None:
             mould = self._mould_of_attempt(delivery, identity, len(spool_id))
             _keep(self._attempts, key, mould)
-        words = self._attributes.words(reply).encode("utf-8", "replace")
+        text = self._attributes.words(reply)
+        words = text.encode("utf-8", "replace")
         head = text_head(9, names.REPLY_TEXT, len(words))
-        size = length(mould.size + len(head) + len(words))
-        return EncodedSpan(b"".join((TAGS[2], size, mould.fill(values), head, words)))
+        of_all, shape_of_line = mould
+        self._told = shape_of_line, text, _NO_DOMAINS, _NO_DOMAINS
+        size = length(of_all.size + len(head) + len(words))
+        return EncodedSpan(b"".join((TAGS[2], size, of_all.fill(values), head, words)))
 
-    def _mould_of_attempt(self, delivery: DeliveryRecord, identity: Identity, id_octets: int) -> Mould:
+    def line_of_attempt(self, delivery: DeliveryRecord, identity: Identity) -> LineOfSpan:
+        """What stands on the line of an attempt: that of which the span was made last."""
+        shape, words, _, _ = self._told
+        record = delivery.transaction
+        assert record.spool_id is not None
+        pairs: Sequence[Pair] = (names.SPOOL_ID, record.spool_id), (names.REPLY_TEXT, words)
+        ended_ns = delivery.ended_ns + AFTER_LAST_EVENT_NS
+        seconds = (ended_ns - delivery.begun_ns) / 1e9
+        return LineOfSpan(shape, pairs, seconds, identity.context, ended_ns + record.wall_offset_ns)
+
+    def _mould_of_attempt(self, delivery: DeliveryRecord, identity: Identity, id_octets: int) -> _Mould:
         shape, _, _ = self._attributes.delivery(delivery)
         events: list[bytes | str] = []
         for _, event in describe_phases(delivery):
             events += (event.before, "Q", event.octets)
         assert identity.parent is not None
-        return Mould(
+        span = Mould(
             *frame_of_span(shape, is_remote=identity.parent.is_remote),
             text_head(9, names.SPOOL_ID, id_octets), f"{id_octets}s",
             _WAIT, "d", SPAN_PAIRS[names.POOL_REUSED, delivery.is_reused],
             *events,
             *frame_of_link(identity.links[0]),
         )  # fmt: skip
+        return _Mould(span, line_shape(shape))
 
 
 def _is_plain(spool_id: str) -> bool:
@@ -211,7 +261,7 @@ def _is_plain(spool_id: str) -> bool:
     return spool_id.isascii() and spool_id.isalnum()
 
 
-def _keep(moulds: dict[tuple[object, ...], Mould], key: tuple[object, ...], mould: Mould) -> None:
+def _keep(moulds: dict[tuple[object, ...], _Mould], key: tuple[object, ...], mould: _Mould) -> None:
     if len(moulds) >= MAX_SHAPES:
         moulds.clear()
     moulds[key] = mould

@@ -117,6 +117,21 @@ class LinesOfMail(NamedTuple):
     times: tuple[int, int]
 
 
+class LineOfSpan(NamedTuple):
+    """What stands on the line of one span.
+
+    Attributes:
+        pairs: what varies, of `ON_LINES`.
+        time_ns: when the span ended, since the epoch.
+    """
+
+    shape: LineShape
+    pairs: Sequence[Pair]
+    duration_seconds: float
+    context: TraceContext
+    time_ns: int
+
+
 class SpanLineHandler(logging.Handler):
     """A handler that can write a span's line without a record of `logging`.
 

@@ -45,7 +45,7 @@ from otel_smtp.telemetry.redaction import Redaction
 from otel_smtp.telemetry.sampling import Identity, Sampling
 from otel_smtp.telemetry.shapes import AFTER_LAST_EVENT_NS, EncodedSpan, Pair, SpanShape, encode
 from otel_smtp.telemetry.span_attributes import Described, SpanAttributes, is_probe
-from otel_smtp.telemetry.span_lines import LinesOfMail
+from otel_smtp.telemetry.span_lines import LineOfSpan, LinesOfMail
 from otel_smtp.telemetry.state_events import (
     WITH_MORE,
     StateEvents,
@@ -83,6 +83,10 @@ class LineSink(Protocol):
             times: start and end, in nanoseconds since the epoch.
             told: its events that tell of recipients, and of whoever had the mail before.
         """
+        ...
+
+    def take_line(self, line: LineOfSpan) -> bool:
+        """Take a span that needs no description; False: only as it is described."""
         ...
 
     def take_mail(self, mail: LinesOfMail) -> bool:
@@ -270,7 +274,10 @@ class Tracing(Observer):
                 if span is not None:
                     is_encoded = True
                     self._pass_on((span,), is_exported=_is_exported(identity), is_trouble=False)
-                    if not self._reads[True] and not self._lines:
+                    if not self._reads[True] and (
+                        not self._lines
+                        or self._have_taken_line(self._ordinary_spooled.line_of_transaction(transaction, identity))
+                    ):
                         return
         for delivery in transaction.deliveries:
             if delivery.ended_ns:
@@ -303,6 +310,10 @@ class Tracing(Observer):
         if not self._lines:
             return True
         return len(self._lines) == 1 and self._lines[0].take_mail(self._ordinary.lines(transaction, identity))
+
+    def _have_taken_line(self, line: LineOfSpan) -> bool:
+        """Whether all who want lines have taken that of a span that is ordinary."""
+        return len(self._lines) == 1 and self._lines[0].take_line(line)
 
     def _keep_by_outcome(self, keeping: Keeping, identity: Identity, transaction: TransactionRecord) -> None:
         """Keep a transaction that went wrong or took long, with its attempts and its connection's segment."""
@@ -461,7 +472,9 @@ class Tracing(Observer):
             if span is not None:
                 encodes = False
                 self._pass_on((span,), is_exported=_is_exported(identity), is_trouble=False)
-                if not reads and not self._lines:
+                if not reads and (
+                    not self._lines or self._have_taken_line(self._ordinary_spooled.line_of_attempt(delivery, identity))
+                ):
                     return
         described = self.attributes.delivery(delivery)
         offset = transaction.wall_offset_ns

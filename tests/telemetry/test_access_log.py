@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON
 
-from otel_smtp.observing import Observer, Outcome, TransactionRecord, fan_out
+from otel_smtp.observing import DeliveryRecord, Endpoint, Observer, Outcome, TransactionRecord, fan_out
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Body, Mail
 from otel_smtp.smtp.replies import EnhancedStatus, ErrorType, Reply
@@ -165,6 +165,75 @@ def test_all_ways_write_the_same_octets(scenario: dict[str, Any]) -> None:
         of_mail = of_mails[2 * at : 2 * at + 2]
         assert as_json.of_mail(mail, now_ns) == tuple(as_json(*one[:4], now_ns) + "\n" for one in of_mail)
         assert as_otlp.of_mail(mail, now_ns) == tuple(as_otlp(*one[:5], now_ns) for one in of_mail)
+
+
+def drive_queued(tracing: Observer, scenario: dict[str, Any]) -> None:
+    """Mails of one kind that are queued, and their attempts."""
+    client = Client(tracing).ehlo()
+    reply = Reply(scenario["code"], scenario["enhanced"], (scenario["words"],), scenario["error_type"])
+    for enhanced in scenario["mails"]:
+        mail = Mail(scenario["sender"], body=scenario["body"])
+        client.mail(mail=mail)
+        for recipient in scenario["recipients"]:
+            client.rcpt(recipient)
+        client.data().header()
+        transaction: TransactionRecord | None = client.transaction
+        assert transaction is not None
+        spool_id = transaction.spool_id = scenario["spool_id"] or "01j9zq4t3m"
+        carrier = tracing.carrier(transaction)
+        client.final(Reply(250, enhanced, ("Ok",)), Outcome.QUEUED, octets=scenario["octets"])
+        attempted = TransactionRecord.resumed(spool_id, carrier, mail)
+        attempted.accepted = transaction.accepted
+        delivery = DeliveryRecord(attempted, "sink", Endpoint("192.0.2.1", 25), 1, attempted.begun_ns)
+        delivery.peer, delivery.pool_wait_ns = delivery.server, 1000
+        delivery.accepted_count = len(attempted.accepted)
+        delivery.failure = scenario["failure"]
+        delivery.end(scenario["outcome"], reply, scenario["error_type"], attempted.begun_ns + 1_234_567)
+        attempted.deliveries.append(delivery)
+        tracing.delivery_ended(delivery)
+    client.close()
+
+
+@given(scenario=scenarios())
+def test_the_lines_of_queued_mail_are_those_of_its_descriptions(scenario: dict[str, Any]) -> None:
+    described, undescribed = QuickLines(), QuickLines()
+    options: dict[str, Any] = {
+        "redaction": Redaction(scenario["addresses"], scenario["client_ip"], hash_key=b"k"),
+        "sampler": ALWAYS_ON if scenario["is_sampled"] else ALWAYS_OFF,
+    }
+    describing = Tracing(lines=[AccessLog(logger_with(described))], **options)
+    encoding = Tracing(exports=[lambda spans: None], lines=[AccessLog(logger_with(undescribed))], **options)
+    drive_queued(fan_out([describing, encoding]), scenario)
+    expected, found = (
+        [(shape, [*pairs], *more) for shape, pairs, *more, _ in lines.taken] for lines in (described, undescribed)
+    )
+    assert len(expected) == 2 * len(scenario["mails"]) + bool(scenario["mails"])
+    assert found == expected
+
+
+def test_the_lines_of_ordinary_queued_mail_need_no_description(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the test above is for would else be gone unseen."""
+    quick, other, names_described = QuickLines(), Records(), []
+    take_described = AccessLog.take_described
+
+    def take(self: AccessLog, described: Any, *more: Any) -> None:
+        names_described.append(described[0].name)
+        take_described(self, described, *more)
+
+    monkeypatch.setattr(AccessLog, "take_described", take)
+    tracing = Tracing(exports=[lambda spans: None], lines=[AccessLog(logger_with(quick))])
+    mails: dict[str, Any] = {
+        "sender": "news@example.com", "recipients": ["bob@example.net"], "body": None, "words": "Ok", "code": 250,
+        "enhanced": None, "octets": 1000, "spool_id": None, "failure": None, "outcome": Outcome.RELAYED,
+        "error_type": None, "mails": [None],
+    }  # fmt: skip
+    drive_queued(tracing, mails)
+    assert [shape.name for shape, *_ in quick.taken] == [names.SPAN_TRANSACTION, names.SPAN_DELIVERY, "smtp.connection"]
+    assert names_described == ["smtp.connection"]
+    follower = AccessLog(logger_with(other))
+    tracing.follow(follower)
+    drive_queued(tracing, mails)
+    assert (len(quick.taken), len(other.records)) == (6, 3), "nobody gets a line twice"
 
 
 def test_of_an_ordinary_mail_both_lines_are_written_at_once() -> None:

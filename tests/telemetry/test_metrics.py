@@ -1,5 +1,6 @@
 """What is counted, and how it reads."""
 
+import re
 from collections.abc import Iterator, Sequence
 
 import pytest
@@ -8,12 +9,13 @@ from hypothesis import strategies as st
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from otel_smtp.observing import ConnectionRecord, Observer, Outcome
+from otel_smtp.observing import ConnectionRecord, Observer, Outcome, fan_out
 from otel_smtp.smtp import replies
 from otel_smtp.telemetry import attributes
 from otel_smtp.telemetry.metrics import Buckets, Metrics, SharedQueue
 from otel_smtp.telemetry.propagation import InboundPolicy, TraceContext
 from otel_smtp.telemetry.setup import TelemetryOptions, set_up
+from otel_smtp.telemetry.tracing import Tracing
 from tests.cardinality import series_before_and_after
 from tests.telemetry.driving import Client, FakeClock, begin_delivery, finish_delivery, resume
 
@@ -309,6 +311,49 @@ def test_mails_are_counted_together_and_each_once() -> None:
         assert found["smtp_server_transaction_duration_seconds_count", labels] == 120
         assert found["smtp_server_message_size_bytes_count", ()] == 120
         assert found["smtp_client_pool_wait_seconds_count", (("smtp_upstream_name", "provider"),)] == 120
+
+
+class _CountsAtOnce(Metrics):
+    """Notes nothing of queued mail for later."""
+
+    def _note_queued(self, *_: object) -> bool:
+        return False
+
+    def _note_attempt(self, *_: object) -> bool:
+        return False
+
+
+def test_queued_mails_and_their_attempts_are_counted_together_and_as_each_of_them() -> None:
+    together, one_by_one = Metrics(upstreams=["provider"]), _CountsAtOnce(upstreams=["provider"])
+    observer = fan_out([Tracing(exports=[lambda spans: None]), together, one_by_one])
+    client = Client(observer).ehlo()
+    for number in range(120):
+        client.mail().rcpt().data().header()
+        client.final(replies.OK, Outcome.QUEUED, octets=1000 + number)
+        resume(observer, {}, attempt=1, waited_seconds=number / 1000)
+    labels = (("smtp_outcome", "queued"),)
+    queued = {rows.metric: dict(rows.values) for rows in (together._transactions, together._recipients)}
+    assert queued[attributes.TRANSACTIONS]["queued",] == 100, "nobody asked: all but the last dozens are there"
+    # None of these is ordinary.
+    resume(observer, {}, attempt=2, waited_seconds=40.0)
+    resume(observer, {}, attempt=1, waited_seconds=1.0, reply=replies.UPSTREAM_LOST, outcome=Outcome.DEFERRED)
+    resume(observer, {}, attempt=1)  # a bounce
+    client.mail().rcpt().rcpt(reply=replies.RELAY_DENIED).data().header()
+    client.final(replies.OK, Outcome.QUEUED)
+    for _ in range(2):
+        found, expected = (
+            # What a connection did is counted once, by whoever comes first.
+            {key: n for key, n in samples(metrics).items() if not re.search("_(replies|transitions|state)_", key[0])}
+            for metrics in (together, one_by_one)
+        )
+        assert found == pytest.approx(expected)
+        assert found["smtp_server_transactions_total", labels] == 121
+        assert found["smtp_server_recipients_total", (("smtp_recipient_fate", "queued"),)] == 121
+        assert found["smtp_client_first_attempt_age_seconds_count", (("smtp_upstream_name", "provider"),)] == 121
+        assert found["smtp_client_delivery_age_seconds_count", (("smtp_upstream_name", "provider"),)] == 121
+    for ours, theirs in zip(together.measurements, one_by_one.measurements, strict=True):
+        for name, series in ours.series.items():
+            assert list(map(bool, series.exemplars)) == list(map(bool, theirs.series[name].exemplars))
 
 
 _contexts = st.one_of(st.none(), st.builds(TraceContext, st.integers(1, 9), st.integers(1, 9), st.just(1)))

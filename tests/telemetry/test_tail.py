@@ -3,7 +3,7 @@
 import pytest
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, Sampler
 
-from otel_smtp.telemetry.span_lines import LinesOfMail
+from otel_smtp.telemetry.span_lines import LineOfSpan, LinesOfMail
 from otel_smtp.telemetry.tail import MailTail
 from otel_smtp.telemetry.terminal_log import colored
 from otel_smtp.telemetry.tracing import Tracing
@@ -16,6 +16,9 @@ class KeptLines:
 
     def take_described(self, *described: object) -> None:
         self.records.append(described)
+
+    def take_line(self, line: LineOfSpan) -> bool:
+        return False
 
     def take_mail(self, mail: LinesOfMail) -> bool:
         return False
