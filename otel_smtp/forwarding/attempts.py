@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from time import monotonic_ns
 from typing import Final
 
-from otel_smtp.forwarding.connecting import Connecting
+from otel_smtp.forwarding.connecting import Connecting, Retry
 from otel_smtp.forwarding.faults import (
     ConnectFailed,
     ConnectionLost,
@@ -47,14 +47,15 @@ class Attempts(Connecting):
 
     Args:
         record: gets a `DeliveryRecord` for each attempt.
-        ended_alone: called when an attempt is over that went on without its client, after `abort`.
+        relaying: told when an attempt is over that went on without its client, after `abort`.
+        route: see below.
 
     Attributes:
         route: the upstreams that were not tried yet, the preferred one first.
         begins_fresh: the first connection to each upstream is one that was not used before.
         has_ended_content: see above; the subclass says so.
         is_under_way: an attempt has begun and is not over.
-        patience_seconds: how long it may wait for the limits of an upstream.
+        waits_for_limits: of an upstream, however long it takes: no client waits.
     """
 
     __slots__ = ()
@@ -143,7 +144,7 @@ class Attempts(Connecting):
         if was_connected and isinstance(fault, ConnectionLost) and not isinstance(fault, TimedOut):
             if self._may_try_again and not self._is_aborted:
                 self._tried_again |= {self._smarthost}
-                self._retries_same = self._retries_fresh = True
+                self._retry = Retry.FRESH
                 self._put_off = fault.upstream_reply if isinstance(fault, Spent) else None
                 self._let_go(answered=False)
                 self._next_attempt()
@@ -158,7 +159,7 @@ class Attempts(Connecting):
         if isinstance(fault, ConnectFailed):
             logger.warning("no connection to the upstream", extra={**self._named(), **told(fault)})
         self._end(Outcome.DEFERRED, fault.upstream_reply, fault.reply.error_type)
-        self._faults.append(fault)
+        self._faults = [*self._faults, fault]
         if was_connected and fault.reply is replies.UPSTREAM_PROTOCOL:
             # What it makes of the mail is anybody's guess; the next upstream would be asked behind its back.
             self._answer_for_all(fault.reply)
@@ -173,7 +174,7 @@ class Attempts(Connecting):
     def _pass_by(self, refusal: Reply) -> None:
         """The upstream at hand lacks what the mail needs: another one may have it, now or when it is well again."""
         fault = Unsuitable("the upstream lacks what the mail needs", refusal)
-        self._faults.append(fault)
+        self._faults = [*self._faults, fault]
         self._attempt.failure = str(fault)
         self._end(Outcome.DEFERRED if refusal.is_transient else Outcome.REFUSED, None, refusal.error_type)
         self._next_attempt()
@@ -209,7 +210,7 @@ class Attempts(Connecting):
         is_connected = self._is_connected
         if is_connected:
             connection = self._connection
-            attempt.round_trips = connection.round_trips - self._first_round_trip
+            attempt.round_trips = connection.round_trips
         attempt.end(outcome, reply, error_type, monotonic_ns())
         if self._permission is not None:
             self._end_leave()
@@ -220,9 +221,9 @@ class Attempts(Connecting):
                 self._is_connected = False
                 self._smarthost.release(connection, answered=answered)
         if self._record.ended_ns:
-            self._observer.delivery_ended(attempt)
+            self._relaying.observer.delivery_ended(attempt)
         if self._is_aborted:
-            self._ended_alone(self)
+            self._relaying.unwatch(self)
 
     def _named(self) -> dict[str, object]:
         """What log lines say of the attempt: whose mail it is, where it is tried, and where its trace has it."""
@@ -232,7 +233,7 @@ class Attempts(Connecting):
             named["connection_id"] = record.connection.info.id
         else:
             named |= {"spool_id": record.spool_id, "attempt": record.attempt}
-        return named | trace_fields(self._observer.delivery_carrier(self._attempt))
+        return named | trace_fields(self._relaying.observer.delivery_carrier(self._attempt))
 
     def _end_leave(self) -> None:
         pace, leave = self._smarthost.pace, self._permission

@@ -6,11 +6,13 @@ Whoever waits is called back by the pool, by the opening of a connection, or by 
 """
 
 import asyncio
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from enum import Enum, auto
 from functools import partial
 from time import monotonic_ns
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from otel_smtp.forwarding.connection import UpstreamConnection
 from otel_smtp.forwarding.faults import (
@@ -29,27 +31,58 @@ from otel_smtp.smtp.replies import Reply
 _POOL: Final = DeliveryPhase.POOL  # see `smtp.client.answers` for why such names are here
 
 
+class Retry(Enum):
+    """On what connection the same upstream is asked again."""
+
+    ANY = auto()
+    FRESH = auto()
+
+
+class Relaying(Protocol):
+    """The forwarder that a transaction is of."""
+
+    @property
+    def observer(self) -> Observer:
+        """Asked for the trace headers of a delivery, and told of those that end late."""
+        ...
+
+    @property
+    def memory_limit_octets(self) -> int:
+        """Of one message's body; what exceeds it goes to a temporary file."""
+        ...
+
+    @property
+    def pace_patience_seconds(self) -> float:
+        """How long a client's mail waits for the limits of an upstream."""
+        ...
+
+    def watch(self, delivery: Any) -> None:
+        """A delivery comes to its end though nobody waits for it any more."""
+        ...
+
+    def unwatch(self, delivery: Any) -> None:
+        """It has."""
+        ...
+
+
 class Connecting(ABC):
     """An attempt and its connection; see `Attempts`, which goes along the upstreams, for arguments and attributes."""
 
     __slots__ = (
         "_attempt",
         "_connection",
-        "_ended_alone",
         "_faults",
-        "_first_round_trip",
         "_is_aborted",
         "_is_connected",
         "_is_open",
         "_is_parked",
         "_mail",
-        "_observer",
         "_opening",
         "_permission",
         "_put_off",
         "_record",
-        "_retries_fresh",
-        "_retries_same",
+        "_relaying",
+        "_retry",
         "_since",
         "_smarthost",
         "_ticket",
@@ -59,8 +92,8 @@ class Connecting(ABC):
         "begins_fresh",
         "has_ended_content",
         "is_under_way",
-        "patience_seconds",
         "route",
+        "waits_for_limits",
     )
 
     _work: Callable[[Any], None]  # takes self: a bound method would keep us alive by a cycle
@@ -68,29 +101,26 @@ class Connecting(ABC):
     _attempt: DeliveryRecord
     _smarthost: Smarthost
     _connection: UpstreamConnection
-    _first_round_trip: int
     _was_reused: bool
 
     def __init__(
-        self, mail: Mail, record: TransactionRecord, observer: Observer, ended_alone: Callable[[Any], None]
+        self, mail: Mail, record: TransactionRecord, relaying: Relaying, route: Sequence[Smarthost] = ()
     ) -> None:
         self._mail = mail
         self._record = record
-        self._observer = observer
-        self._ended_alone = ended_alone
+        self._relaying = relaying
+        self.route = route
         self._is_aborted = False
-        self.route: Sequence[Smarthost] = ()
         self.begins_fresh = False
-        self._faults: list[UpstreamFault] = []
+        self._faults: Sequence[UpstreamFault] = ()
         self._tried_again: frozenset[Smarthost] = frozenset()
         self._put_off: Reply | None = None  # a refusal on a connection that had served before; a fresh one is asked
-        self._retries_same = False  # the next connection is one to the same upstream, within the same attempt
-        self._retries_fresh = False  # and one that was not used before
+        self._retry: Retry | None = None  # the next connection is one to the same upstream, within the same attempt
         self._since: float | None = None  # its place among those who wait for a connection; None: a new one
         self._ticket: Ticket[UpstreamConnection] | None = None
         self._opening: asyncio.Task[None] | None = None
         self._permission: WaitingMail | None = None  # of the upstream's limits, where it has some
-        self.patience_seconds = 0.0
+        self.waits_for_limits = False
         self.is_under_way = False
         self._is_connected = False
         self._is_parked = False  # the client has nothing to say; the connection may be taken away
@@ -130,19 +160,18 @@ class Connecting(ABC):
             Whether there is a connection for it at once. Else the work is done when there is one, or it came to
             nothing.
         """
-        is_fresh = False
-        if self._retries_same:
-            self._retries_same = False
-            is_fresh = self._retries_fresh
+        now_ns = monotonic_ns()
+        if self._retry is not None:
+            smarthost = self._smarthost
+            is_fresh = self._retry is Retry.FRESH
+            self._retry = None
         elif self.route:
-            is_fresh = self.begins_fresh
             smarthost = self._smarthost = self.route[0]
             self.route = self.route[1:]
+            is_fresh = self.begins_fresh
             record = self._record
             deliveries = record.deliveries
-            self._attempt = DeliveryRecord(
-                record, smarthost.name, smarthost.endpoint, len(deliveries) + 1, monotonic_ns()
-            )
+            self._attempt = DeliveryRecord(record, smarthost.name, smarthost.endpoint, len(deliveries) + 1, now_ns)
             deliveries.append(self._attempt)
             self.is_under_way = True
             if smarthost.pace is not None and self._must_wait(smarthost.pace):
@@ -151,39 +180,40 @@ class Connecting(ABC):
             self._nobody_left()
             return False
         # By the loop's clock, as all deadlines: the age of connections is one.
-        if not is_fresh and (connection := self._smarthost.take(asyncio.get_running_loop().time())) is not None:
-            return self._begin(connection, 0)
+        if not is_fresh and (connection := smarthost.take(asyncio.get_running_loop().time())) is not None:
+            return self._begin(connection, 0, now_ns)
         self._ask_for_connection(is_fresh=is_fresh)
         return False
 
-    def _begin(self, connection: UpstreamConnection, wait_ns: int | None) -> bool:
+    def _begin(self, connection: UpstreamConnection, wait_ns: int | None, now_ns: int) -> bool:
         """Go on with a connection that has just been got.
 
         Args:
             wait_ns: for a connection that was used before; None: it was opened for this attempt.
+            now_ns: when it was got.
 
         Returns:
             Whether the work can be done on it. Else the upstream lacks what the mail needs, and was passed by.
         """
         attempt = self._attempt
         if wait_ns is not None:
+            self._was_reused = attempt.is_reused = True
+            connection.round_trips = 0
             attempt.pool_wait_ns = wait_ns
-            attempt.is_reused = True
-            attempt.phases.append((monotonic_ns(), _POOL, None))
+            attempt.phases.append((now_ns, _POOL, None))
             if connection.opening is not None:
                 # Opened before there was a mail for it, to learn what the upstream offers: this mail is its first.
-                now_ns = monotonic_ns()
                 attempt.phases += [(now_ns, phase, reply) for phase, reply in connection.opening]
                 attempt.is_reused = False
                 connection.opening = None
-        connection.messages += 1
-        if connection.messages >= connection.most_messages:
+        else:
+            self._was_reused = False
+        messages = connection.messages = connection.messages + 1
+        if messages >= connection.most_messages:
             connection.is_spent = True
         self._connection = connection
         self._is_connected = True
         self._is_open = False
-        self._was_reused = wait_ns is not None
-        self._first_round_trip = connection.round_trips if wait_ns is not None else 0
         attempt.accepted_count = 0  # who was accepted on a connection before is asked about again
         stream, extensions = connection.stream, connection.protocol.extensions
         attempt.peer = stream.peer
@@ -220,7 +250,7 @@ class Connecting(ABC):
         self._opening = None
         if ticket.connection is not None:
             self._ticket = ticket.on_decided = None
-            if self._begin(ticket.connection, wait_ns):
+            if self._begin(ticket.connection, wait_ns, monotonic_ns()):
                 self._work(self)
             return
         attempt = self._attempt
@@ -238,7 +268,7 @@ class Connecting(ABC):
         self._opening = self._ticket = None
         try:
             if connection is not None:
-                if self._begin(connection, None):
+                if self._begin(connection, None, monotonic_ns()):
                     self._work(self)
             elif fault is not None:
                 self._fail(fault)
@@ -266,12 +296,16 @@ class Connecting(ABC):
         """
         pace.begun += 1
         leave = self._permission = pace.ask(
-            self._recipients_to_come(), self.patience_seconds, self._leave_decided, with_message=True
+            self._recipients_to_come(), self._patience_seconds(), self._leave_decided, with_message=True
         )
         if leave is None:
             pace.begun -= 1
             raise Paced("the limit of a rate is reached")
         return leave.is_waiting
+
+    def _patience_seconds(self) -> float:
+        """How long it may wait for the limits of an upstream."""
+        return math.inf if self.waits_for_limits else self._relaying.pace_patience_seconds
 
     def _leave_decided(self, is_given: bool) -> None:
         try:
@@ -279,8 +313,7 @@ class Connecting(ABC):
             self._note_wait(self._permission)
             if not is_given:
                 raise Paced("the limit of a rate is reached")
-            self._retries_same = True
-            self._retries_fresh = False
+            self._retry = Retry.ANY
             if self._connect():
                 self._work(self)
         except Exception as error:  # noqa: BLE001 - see `_recover`
@@ -295,8 +328,7 @@ class Connecting(ABC):
     def _reclaimed(self) -> None:
         """The parked connection is another mail's; the work is begun once more when there is more of it."""
         self._is_connected = self._is_parked = False
-        self._retries_same = True
-        self._retries_fresh = False
+        self._retry = Retry.ANY
         self._since = self._attempt.begun_ns / 1e9  # of the loop's clock, too
 
     def _let_go(self, *, answered: bool) -> None:

@@ -11,8 +11,10 @@ which the transport delivers it. `opening` opens connections.
 
 import asyncio
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from functools import lru_cache
+from types import MappingProxyType
 from typing import Final
 
 from otel_smtp.forwarding.faults import ConnectionLost, OutOfStep, TimedOut, UpstreamFault
@@ -47,16 +49,15 @@ class UpstreamConnection:
         messages: transactions that were begun on it; `most_messages`: at most. `most_recipients`: of one of them.
         opened_at, used_at: by the loop's clock; when it was opened, and released last. `expires_at`: from when on no
             transaction is begun on it.
-        deadline: when the exchange under way fails, by the loop's clock; see `check_deadline`.
+        deadline: when the exchange under way fails, by the loop's clock; see `check_deadline`. Else it means nothing.
         is_spent: no further transaction is begun on it.
         needs_reset: the last transaction was left open: RSET goes before the next MAIL, in the same group.
-        round_trips: since it was opened, each wait for an answer to something that was sent.
+        round_trips: for the present mail, each wait for an answer to something that was sent.
         on_lost: called when the connection stops being alive between two exchanges.
     """
 
     __slots__ = (
         "_answers",
-        "_is_in_content",
         "_loop",
         "_on_settled",
         "_on_writable",
@@ -110,15 +111,10 @@ class UpstreamConnection:
         self.round_trips = 0
         self.on_lost: Callable[[UpstreamConnection], None] | None = None
         self._timeouts = timeouts
-        self._patience_seconds: dict[Awaited | None, float] = {
-            Awaited.GREETING: timeouts.greeting,
-            Awaited.DATA: timeouts.data,
-            Awaited.CONTENT: timeouts.reply,
-        }
+        self._patience_seconds = _patience_seconds(timeouts)
         self._answers: list[Answer] = []  # of the exchange under way
         self._on_settled: Settled | None = None  # None: no exchange is under way
-        self._stop_at = _NOTHING
-        self._is_in_content = False  # its end has not been sent; whatever is answered now ends the exchange
+        self._stop_at: AbstractSet[Awaited] | None = _NOTHING  # None: see `_is_in_content`
         self._on_writable: Callable[[], None] | None = None
 
     def __repr__(self) -> str:
@@ -162,16 +158,15 @@ class UpstreamConnection:
             stop_at: verbs whose refusal makes what is queued and not sent yet pointless; it is taken back.
         """
         self.is_alive = False
-        self._is_in_content = False
         self._on_settled = on_settled
         self._stop_at = stop_at
-        protocol = self.protocol
+        protocol, stream = self.protocol, self.stream
         if data := protocol.data_to_send():
             self.round_trips += 1
-            self.stream.write(data)
-        verb = protocol.awaited[0] if protocol.awaited else None
-        self.deadline = self._loop.time() + self._patience_seconds.get(verb, self._timeouts.command)
-        if self.stream.is_eof and self.stream.receiver is self:
+            stream.write(data)
+        awaited = protocol.awaited
+        self.deadline = self._loop.time() + self._patience_seconds[awaited[0] if awaited else None]
+        if stream.is_eof and stream.receiver is self:
             self._end(self._lost())
 
     def send_content(self, on_settled: Settled, on_writable: Callable[[], None]) -> bool:
@@ -184,8 +179,8 @@ class UpstreamConnection:
             Whether more can be sent at once. Else `on_writable` is called when it can.
         """
         self.is_alive = False
-        self._is_in_content = True
         self._on_settled = on_settled
+        self._stop_at = None
         self.stream.write(self.protocol.data_to_send())
         if self.stream.is_eof:
             self._end(self._lost())
@@ -237,7 +232,7 @@ class UpstreamConnection:
         if self._is_in_content:
             return TimedOut(f"the upstream took no more content within {self._timeouts.block:g} s")
         verb = self._awaited
-        seconds = self._patience_seconds.get(verb, self._timeouts.command)
+        seconds = self._patience_seconds[verb]
         return TimedOut(f"no {_answer_to(verb)} within {seconds:g} s")
 
     def _lost(self) -> ConnectionLost:
@@ -246,13 +241,17 @@ class UpstreamConnection:
         return ConnectionLost(f"connection lost before the {_answer_to(self._awaited)}")
 
     @property
+    def _is_in_content(self) -> bool:
+        """The end of the content has not been sent; whatever is answered now ends the exchange."""
+        return self._stop_at is None
+
+    @property
     def _awaited(self) -> Awaited | None:
         return self.protocol.awaited[0] if self.protocol.awaited else None
 
     def abandon(self) -> None:
         """The exchange under way is of interest to nobody any more; the connection stays out of step."""
         self._on_settled = self._on_writable = None
-        self.deadline = math.inf
 
     def close(self) -> None:
         """End it: QUIT without waiting for the answer if it is in step, else at once. Idempotent."""
@@ -304,7 +303,6 @@ class UpstreamConnection:
         assert on_settled is not None
         answers, self._answers = self._answers, []
         self._on_settled = self._on_writable = None
-        self.deadline = math.inf
         self.is_alive = fault is None and self.protocol.is_in_step
         on_settled(answers, fault)
 
@@ -314,26 +312,25 @@ class UpstreamConnection:
         """Match what arrived with what was asked."""
         protocol = self.protocol
         answers = protocol.receive(data)
-        if self._answers:
-            self._answers += answers
-        else:
-            self._answers = answers
-        if protocol.is_in_step and (on_settled := self._on_settled) is not None:
+        on_settled = self._on_settled
+        if protocol.is_in_step and on_settled is not None:
             # As `_end`, at once: all is answered, by nothing that ends the connection. It goes so for each mail.
-            answers, self._answers = self._answers, []
-            self._on_settled = self._on_writable = None
-            self.deadline = math.inf
+            if self._answers:
+                answers = [*self._answers, *answers]
+                self._answers = []
+            self._on_settled = None
             self.is_alive = True
             on_settled(answers, None)
             return
-        if self._on_settled is None:
+        self._answers += answers
+        if on_settled is None:
             self._be_lost()
             return
         for verb, reply in answers:
             if reply.code == 421:
                 self._end(ConnectionLost("the upstream closed the connection with 421", upstream_reply=reply))
                 return
-            if reply.code >= 400 and verb in self._stop_at:
+            if reply.code >= 400 and self._stop_at is not None and verb in self._stop_at:
                 protocol.cancel_queued()
         if protocol.fault is not None:
             fault = OutOfStep(str(protocol.fault))
@@ -346,7 +343,7 @@ class UpstreamConnection:
                 return
             if protocol.queued:
                 self._flush()
-            self.deadline = self._loop.time() + self._patience_seconds.get(protocol.awaited[0], self._timeouts.command)
+            self.deadline = self._loop.time() + self._patience_seconds[protocol.awaited[0]]
 
     def input_ended(self) -> None:
         """The upstream is gone."""
@@ -366,6 +363,18 @@ class UpstreamConnection:
         self.is_alive = False
         if self.on_lost is not None:
             self.on_lost(self)
+
+
+@lru_cache(maxsize=64)
+def _patience_seconds(timeouts: Timeouts) -> Mapping[Awaited | None, float]:
+    """How long each answer may take."""
+    patience: dict[Awaited | None, float] = {
+        **dict.fromkeys((*Awaited, None), timeouts.command),
+        Awaited.GREETING: timeouts.greeting,
+        Awaited.DATA: timeouts.data,
+        Awaited.CONTENT: timeouts.reply,
+    }
+    return MappingProxyType(patience)
 
 
 def _answer_to(verb: Awaited | None) -> str:

@@ -48,10 +48,10 @@ class Content:
         "_has_8bit_in_file",
         "_has_header",
         "_held",
-        "_held_octets",
         "_is_closed",
         "_is_writing",
         "_memory_limit",
+        "_most_octets",
         "_reencoded",
         "_resume",
         "_threads",
@@ -67,12 +67,12 @@ class Content:
         self.body_octets = 0
         self.failure: Reply | None = None
         self._memory_limit = memory_limit_octets
+        self._most_octets = memory_limit_octets  # of the body, before more of it goes to the file
         self._resume = resume
         self._completed: Callable[[], None] | None = None
         self._has_header = False
         self._held: list[bytes] = []  # of the body, not in the file
         self.pieces: list[bytes] | None = self._held
-        self._held_octets = 0
         self._file: IO[bytes] | None = None
         self._is_writing = False  # a thread is; nothing more comes before it is done
         self._threads = 0  # that use the file
@@ -91,11 +91,9 @@ class Content:
             return True
         if self.failure is not None:
             return True
-        octets = len(chunk)
         self._held.append(chunk)
-        self._held_octets += octets
-        self.body_octets += octets
-        if self._held_octets > self._memory_limit:
+        octets = self.body_octets = self.body_octets + len(chunk)
+        if octets > self._most_octets:
             self._spill()
         return not self._is_writing
 
@@ -185,7 +183,8 @@ class Content:
         """Move what is held to the file."""
         if self._is_writing:
             return
-        data, self._held, self._held_octets = self._held, [], 0
+        data, self._held = self._held, []
+        self._most_octets = self.body_octets + self._memory_limit
         self.pieces = None
         self._has_8bit_in_file = self._has_8bit_in_file or not all(map(bytes.isascii, data))
         try:
@@ -201,7 +200,7 @@ class Content:
         self._is_writing = False
         if error is not None:
             self._fail(error)
-        elif self._held_octets > self._memory_limit or (self._held and self._completed is not None):
+        elif self.body_octets > self._most_octets or (self._held and self._completed is not None):
             self._spill()  # more had been on its way
             return
         completed, self._completed = self._completed, None

@@ -13,7 +13,7 @@ be accepted, but for a single recipient: where that is refused, the last chunk h
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from time import monotonic_ns
 from typing import Final
 
@@ -39,7 +39,8 @@ BURST_OCTETS: Final = 256 * 1024
 
 _MAIL: Final = frozenset({RSET, MAIL})
 _ENVELOPE: Final = frozenset({RSET, MAIL, RCPT})
-_PHASES: Final[dict[Awaited | None, DeliveryPhase]] = {
+_PHASES: Final[Mapping[Awaited | None, DeliveryPhase | None]] = {
+    **dict.fromkeys((*Awaited, None)),
     MAIL: DeliveryPhase.MAIL,
     DATA: DeliveryPhase.DATA,
     CONTENT: DeliveryPhase.REPLY,
@@ -76,7 +77,7 @@ class Delivery(Transmitting):
         if self.is_under_way and (pace := self._smarthost.pace) is not None and pace.counts_recipients:
             left = self._smarthost.most_recipients - len(self.accepted)
             more = self._more = pace.ask(
-                max(0, min(left, len(recipients))), self.patience_seconds, self._more_decided, with_message=False
+                max(0, min(left, len(recipients))), self._patience_seconds(), self._more_decided, with_message=False
             )
             if more is None:
                 self._answer_for_all(replies.UPSTREAM_PACED)
@@ -143,7 +144,7 @@ class Delivery(Transmitting):
             for verb, reply in answers:
                 if verb is RCPT:
                     attempt.recipient_phase(now_ns, reply)
-                elif (phase := _PHASES.get(verb)) is not None:
+                elif (phase := _PHASES[verb]) is not None:
                     attempt.phases.append((now_ns, phase, reply))
             if fault is not None:
                 self._cut_short(answers, fault)
@@ -235,7 +236,7 @@ class Delivery(Transmitting):
             return
         protocol, content = self._connection.protocol, self._content
         extensions = protocol.extensions
-        self._send_envelope(len(self._header) + content.body_octets, self._fitting())
+        self._send_envelope(self._octets, self._fitting())
         if content.pieces is not None and self._may_be_all_in_one():
             protocol.send_last_chunk(self._header, *content.pieces)
             self._end_content()

@@ -5,19 +5,22 @@ left: the client was promised a place for them, and they go in a further transac
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from time import monotonic, monotonic_ns
+from types import MappingProxyType
 from typing import Any, Final
 
 from otel_smtp.forwarding.attempts import Attempts
 from otel_smtp.forwarding.authentication import without_secrets
 from otel_smtp.forwarding.base import MessageAnswered, RecipientsAnswered
+from otel_smtp.forwarding.connecting import Relaying
 from otel_smtp.forwarding.content import Content
 from otel_smtp.forwarding.faults import CredentialsRefused, Spent, UpstreamFault
 from otel_smtp.forwarding.pace import WaitingMail
 from otel_smtp.forwarding.settings import TracePolicy
+from otel_smtp.forwarding.smarthost import Smarthost
 from otel_smtp.forwarding.verdicts import is_about_credentials, outcome_of, wants_another_transaction
-from otel_smtp.observing import Observer, TransactionRecord
+from otel_smtp.observing import TransactionRecord
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.client import MAIL, RSET, Answer
 from otel_smtp.smtp.envelope import Mail, Recipient
@@ -28,6 +31,7 @@ from otel_smtp.smtp.replies import Reply
 MOST_TRANSACTIONS: Final = 50
 """Into which one message is divided; a thousand recipients are ten of the size that any server takes."""
 
+_NOTHING_READ: Final[Mapping[Recipient, Reply]] = MappingProxyType({})
 _MAIL: Final = frozenset({RSET, MAIL})
 # See `smtp.client.answers` for why such names are here.
 _INJECT: Final = TracePolicy.INJECT
@@ -46,6 +50,7 @@ class Enveloping(Attempts):
         "_judged",
         "_mail_refusal",
         "_more",
+        "_octets",
         "_promised",
         "_read",
         "_refusal",
@@ -60,13 +65,14 @@ class Enveloping(Attempts):
     # Set when they are needed.
     _content: Content
     _header: bytes
+    _octets: int  # of the header block that leaves, and the body
     _sent_octets: int
     _sent_pieces: int
 
     def __init__(
-        self, mail: Mail, record: TransactionRecord, observer: Observer, ended_alone: Callable[[Any], None]
+        self, mail: Mail, record: TransactionRecord, relaying: Relaying, route: Sequence[Smarthost] = ()
     ) -> None:
-        super().__init__(mail, record, observer, ended_alone)
+        super().__init__(mail, record, relaying, route)
         self.accepted: list[Recipient] = []
         self.left: list[Recipient] = []
         self.wants_fresh = False
@@ -78,7 +84,7 @@ class Enveloping(Attempts):
         self._refusal: Reply | None = None  # the last one, of a recipient or of MAIL
         self._mail_refusal: Reply | None = None
         self._more: WaitingMail | None = None  # leave for further recipients
-        self._read: dict[Recipient, Reply] = {}  # refusals that were read before the connection was lost
+        self._read: Mapping[Recipient, Reply] = _NOTHING_READ  # refusals that were read before the connection was lost
 
     @abstractmethod
     def _settled(self, answers: list[Answer], fault: UpstreamFault | None) -> None:
@@ -112,23 +118,24 @@ class Enveloping(Attempts):
 
     def put_recipients(self) -> None:
         """Put the recipients that are asked about; where an upstream takes over from another, those before as well."""
-        connection = self._connection
+        connection, is_open = self._connection, self._is_open
         asked = self._asked
         accepted: Sequence[Recipient] = self.accepted
         most = connection.most_recipients
-        if not self._is_open:
-            if accepted:
-                accepted = self._fitting()
-        elif self._mail.smtputf8 and not connection.protocol.extensions.smtputf8 and not all(map(is_ascii, asked)):
-            self._pass_by(replies.UPSTREAM_LACKS_SMTPUTF8)
-            return
+        if is_open:
+            extensions = connection.protocol.extensions
+            if self._mail.smtputf8 and not extensions.smtputf8 and not all(map(is_ascii, asked)):
+                self._pass_by(replies.UPSTREAM_LACKS_SMTPUTF8)
+                return
+        elif accepted:
+            accepted = self._fitting()
         if self._is_full or len(accepted) + len(asked) > most:
             asked = asked[: most - len(accepted)]
             self._is_full = True
-            if not asked and self._is_open:
+            if not asked and is_open:
                 self._recipients_answered([])
                 return
-        if self._is_open:
+        if is_open:
             connection.protocol.send_envelope(None, asked)
         else:
             self._send_envelope(None, [*accepted, *asked] if accepted else asked)
@@ -167,12 +174,11 @@ class Enveloping(Attempts):
         accepted = self.accepted
         before = len(accepted)
         if not self._is_open:
-            _, refusal = answers[0]
-            if refusal.code >= 400:
-                self._sender_refused(refusal)
+            _, verdict = answers.pop(0)
+            if verdict.code >= 400:
+                self._sender_refused(verdict)
                 return
             self._is_open = True
-            del answers[0]
             if before:
                 self._check_accepted_before(answers[:before])
                 del answers[:before]
@@ -224,9 +230,10 @@ class Enveloping(Attempts):
 
     def _keep_refusals(self, answers: Sequence[Answer]) -> None:
         """Note who was refused, for the case that nobody can be asked again."""
+        read = self._read = dict(self._read)
         for recipient, (_, verdict) in zip(self._asked, answers, strict=False):
             if verdict.code >= 400:
-                self._read[recipient] = told = self._as_told(verdict)
+                read[recipient] = told = self._as_told(verdict)
                 self._attempt.refuse(recipient, told, monotonic_ns())
 
     def _sender_refused(self, refusal: Reply) -> None:

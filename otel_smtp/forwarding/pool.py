@@ -64,9 +64,9 @@ class Pool(Generic[C]):
     """
 
     __slots__ = (
-        "_busy", "_closed", "_contended", "_idle", "_is_closed", "_is_retired", "_is_unexplained", "_limits",
-        "_opening", "_parked", "_parting", "_retry_at", "_slots", "breaker", "ceiling", "closing", "heard_at",
-        "waiting",
+        "_busy", "_closed", "_contended", "_idle", "_is_alone", "_is_closed", "_is_retired", "_is_unexplained",
+        "_limits", "_opening", "_parked", "_parting", "_retry_at", "_slots", "breaker", "ceiling", "closing",
+        "heard_at", "waiting",
     )  # fmt: skip
 
     def __init__(
@@ -82,6 +82,7 @@ class Pool(Generic[C]):
         self._parting = 0  # given up, and their slots are not free yet
         self.breaker = Breaker(limits.connections)
         self.ceiling = ceiling if ceiling is not None else Ceiling()
+        self._is_alone = slots is None and not self.ceiling.is_shared  # nobody else has a right to our connections
         self.heard_at: float | None = None
         self._is_unexplained = False  # some were refused, and whether the upstream works is not known yet
         self._retry_at = 0.0  # not before: another connection beside those that work
@@ -174,8 +175,7 @@ class Pool(Generic[C]):
             and not connection.is_spent
             and now < connection.expires_at
             and not self._is_retired
-            and not (self.ceiling.is_shared and self._is_for_others(now))
-            and (self._slots is None or self._keeps_slot(connection, now))
+            and (self._is_alone or self._may_keep(connection, now))
         ):
             self._idle.append((connection, now))
         else:
@@ -417,6 +417,12 @@ class Pool(Generic[C]):
             self._parting += 1
         self._closed.append(now)
         self.ceiling.closed(now)
+
+    def _may_keep(self, connection: C, now: float) -> bool:
+        """Whether nobody else has more right to a connection."""
+        if self.ceiling.is_shared and self._is_for_others(now):
+            return False
+        return self._slots is None or self._keeps_slot(connection, now)
 
     def _is_for_others(self, now: float) -> bool:
         """Whether another worker has more right to a connection: none of our mails waits, or we have too many."""

@@ -38,20 +38,21 @@ class Serving(Generic[T]):
     """The upstreams that serve one sender.
 
     Attributes:
-        upstreams: all of them, the preferred one first. `has_patterns`: not each of them serves every recipient.
+        upstreams: all of them, the preferred one first.
+        for_all: those that serve every recipient; none where that depends on the recipient.
     """
 
-    __slots__ = ("_rows", "has_patterns", "upstreams")
+    __slots__ = ("_rows", "for_all", "upstreams")
 
     def __init__(self, rows: "Sequence[_Row[T]]") -> None:
         self._rows = rows
-        self.has_patterns = any(row.recipients is not None for row in rows)
         self.upstreams: Sequence[T] = [row.upstream for row in rows]
+        self.for_all: Sequence[T] = () if any(row.recipients is not None for row in rows) else self.upstreams
 
     def for_recipient(self, recipient: Recipient) -> Sequence[T]:
         """Those that serve a recipient too, the preferred one first."""
-        if not self.has_patterns:
-            return self.upstreams
+        if self.for_all:
+            return self.for_all
         return [row.upstream for row in self._rows if row.recipients is None or row.recipients.match(recipient.address)]
 
 

@@ -9,9 +9,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 from time import monotonic_ns
-from typing import ClassVar, Final, Protocol
+from typing import ClassVar, Final
 
 from otel_smtp.forwarding.base import MessageAnswered, RecipientsAnswered
+from otel_smtp.forwarding.connecting import Relaying
 from otel_smtp.forwarding.content import Content
 from otel_smtp.forwarding.delivery import Delivery
 from otel_smtp.forwarding.enveloping import MOST_TRANSACTIONS
@@ -19,40 +20,13 @@ from otel_smtp.forwarding.further import MOST_SECONDS, Further, Part
 from otel_smtp.forwarding.routes import Serving
 from otel_smtp.forwarding.smarthost import Smarthost
 from otel_smtp.forwarding.verdicts import fold, with_remark
-from otel_smtp.observing import DeliveryPhase, Observer, TransactionRecord
+from otel_smtp.observing import DeliveryPhase, TransactionRecord
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.client import is_safe_path
 from otel_smtp.smtp.envelope import Mail, Recipient
 from otel_smtp.smtp.replies import Reply
 
 MOST_NAMED_CHARACTERS: Final = 128  # of a recipient whose refusal is that of the whole message
-
-
-class Relaying(Protocol):
-    """What a transaction asks of the forwarder that began it."""
-
-    @property
-    def observer(self) -> Observer:
-        """Asked for the trace headers of a delivery, and told of those that end late."""
-        ...
-
-    @property
-    def memory_limit_octets(self) -> int:
-        """Of one message's body; what exceeds it goes to a temporary file."""
-        ...
-
-    @property
-    def pace_patience_seconds(self) -> float:
-        """How long a client's mail waits for the limits of an upstream."""
-        ...
-
-    def watch(self, delivery: Delivery) -> None:
-        """A delivery comes to its end though nobody waits for it any more."""
-        ...
-
-    def unwatch(self, delivery: Delivery) -> None:
-        """It has."""
-        ...
 
 
 def bad_recipient(mail: Mail, recipient: Recipient) -> Reply | None:
@@ -83,7 +57,6 @@ class Transaction(ABC):
         "_is_over",
         "_mail",
         "_parts",
-        "_patience_seconds",
         "_promised",
         "_record",
         "_relaying",
@@ -92,7 +65,6 @@ class Transaction(ABC):
         "write",
     )
 
-    _waits_for_limits = False  # however long: no client waits
     spool_id: Final = None  # nothing is made durable here
     _refuses_all_for_one: ClassVar = False  # the refusal of a recipient is that of the message, while nobody has it
     write: Callable[[bytes], bool]
@@ -103,10 +75,8 @@ class Transaction(ABC):
         self._mail = mail
         self._record = record
         self._serving = serving
-        self._route: Sequence[Smarthost] = ()
-        self._delivery = Delivery(mail, record, relaying.observer, relaying.unwatch)
-        self._patience_seconds = math.inf if self._waits_for_limits else relaying.pace_patience_seconds
-        self._delivery.patience_seconds = self._patience_seconds
+        route = self._route = serving.for_all
+        self._delivery = Delivery(mail, record, relaying, route)
         self._parts: list[Part] | None = None  # of other routes, then of all; None: there is one transaction upstream
         self._promised: list[Recipient] | None = None  # all that were accepted, in order, where there are parts
         self._has_content = False
@@ -143,9 +113,8 @@ class Transaction(ABC):
         self._abandon_all()
 
     def _begin(self) -> Delivery:
-        delivery = Delivery(self._mail, self._record, self._relaying.observer, self._relaying.unwatch)
-        delivery.patience_seconds = self._patience_seconds
-        return delivery
+        """Begin another transaction upstream."""
+        return Delivery(self._mail, self._record, self._relaying)
 
     def _abandon_all(self) -> None:
         for delivery in (self._delivery, *(part.delivery for part in self._parts or ())):
@@ -261,15 +230,12 @@ class Transaction(ABC):
 
     def _have_one_route(self, batch: Sequence[Recipient]) -> bool:
         """Whether `_judge` would find nothing to say of any recipient: most batches, for which it is one look here."""
-        serving = self._serving
-        if serving.has_patterns or not serving.upstreams:
+        if not self._serving.for_all:
             return False
         for recipient in batch:
             address = recipient.address
             if not address.isascii() or not address or not is_safe_path(address):
                 return False
-        if not self._route:
-            self._route = self._delivery.route = serving.upstreams
         return True
 
     def _join(self, route: Sequence[Smarthost]) -> bool:
@@ -394,11 +360,15 @@ class Spooled(Transparent):
 
     __slots__ = ("_is_burst",)
 
-    _waits_for_limits = True
-
     def __init__(self, relaying: Relaying, mail: Mail, record: TransactionRecord, serving: Serving[Smarthost]) -> None:
         super().__init__(relaying, mail, record, serving)
+        self._delivery.waits_for_limits = True
         self._is_burst = False
+
+    def _begin(self) -> Delivery:
+        delivery = super()._begin()
+        delivery.waits_for_limits = True
+        return delivery
 
     def recipients(self, batch: Sequence[Recipient], answered: RecipientsAnswered) -> None:
         """See `MailTransaction.recipients`."""

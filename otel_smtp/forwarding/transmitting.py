@@ -53,24 +53,21 @@ class Transmitting(Enveloping):
         header = content.header
         policy = self._smarthost.settings.trace_context
         if policy is _INJECT:
-            header = replace_trace_headers(header, self._observer.delivery_carrier(self._attempt))
+            header = replace_trace_headers(header, self._relaying.observer.delivery_carrier(self._attempt))
         elif policy is _STRIP and b"trace" in header.lower():
             header = replace_trace_headers(header, {})
         self._header = header
-        reencodes = self._smarthost.settings.reencode_8bit
-        if (
-            not extensions.eight_bit_mime
-            and (reencodes or self._mail.body is Body.EIGHT_BIT_MIME)
-            and content.original is None
-            and content.is_8bit
-        ):
-            if reencodes:
-                return _TO_BE_REENCODED
-            # Promised in good faith: another upstream, or this one another time, may take it.
-            return replies.UPSTREAM_LACKS_8BITMIME if self._record.is_8bit_offered else replies.NEEDS_8BITMIME
+        if not extensions.eight_bit_mime and content.original is None:
+            reencodes = self._smarthost.settings.reencode_8bit
+            if (reencodes or self._mail.body is Body.EIGHT_BIT_MIME) and content.is_8bit:
+                if reencodes:
+                    return _TO_BE_REENCODED
+                # Promised in good faith: another upstream, or this one another time, may take it.
+                return replies.UPSTREAM_LACKS_8BITMIME if self._record.is_8bit_offered else replies.NEEDS_8BITMIME
         if self._mail.smtputf8 and not extensions.smtputf8 and content.is_8bit:
             return replies.UPSTREAM_LACKS_SMTPUTF8  # it was offered: else such content would have been refused before
-        if extensions.size and len(header) + content.body_octets > extensions.size:
+        octets = self._octets = len(header) + content.body_octets
+        if extensions.size and octets > extensions.size:
             return replies.MESSAGE_TOO_BIG
         return None
 
@@ -117,9 +114,8 @@ class Transmitting(Enveloping):
     def _write(self) -> None:
         """Write the content with its end, a small message in one piece, and wait for the reply to it."""
         protocol, content = self._connection.protocol, self._content
-        octets = len(self._header) + content.body_octets
-        if content.pieces is None or octets > ONE_PIECE_OCTETS:
-            self._write_large(octets)
+        if content.pieces is None or self._octets > ONE_PIECE_OCTETS:
+            self._write_large()
             return
         if protocol.extensions.chunking:
             protocol.send_last_chunk(self._header, *content.pieces)
@@ -136,10 +132,10 @@ class Transmitting(Enveloping):
         self._after = Transmitting._message_answered
         self._connection.exchange(self._settled)
 
-    def _write_large(self, octets: int) -> None:
+    def _write_large(self) -> None:
         protocol = self._connection.protocol
         if protocol.extensions.chunking:
-            protocol.begin_last_chunk(octets)
+            protocol.begin_last_chunk(self._octets)
         self._sent_octets = self._sent_pieces = 0
         self._after = Transmitting._refused_early
         self._put_content(self._header)
@@ -235,31 +231,34 @@ class Transmitting(Enveloping):
 
     def _conclude(self, reply: Reply, verdicts: Sequence[Reply] = ()) -> None:
         """The message has its reply."""
-        attempt = self._attempt
-        error_type = reply.error_type
-        own = reply if error_type is None or error_type is ErrorType.UPSTREAM_REFUSED else None
+        if len(verdicts) == 1:
+            verdicts = ()
         if reply.code < 400:
             self._connection.needs_reset = False
-            outcome = _RELAYED
+            self._end(Outcome.PARTLY_RELAYED if self._attempt.refused else _RELAYED, reply, None, answered=True)
         else:
-            if reply.code >= 530:
-                reply = self._as_told(reply)
-            outcome = outcome_of(reply)
-        if len(verdicts) > 1 and outcome is not _RELAYED:
-            for recipient, verdict in zip(self.accepted, verdicts, strict=False):
-                if verdict.code >= 400:
-                    attempt.accepted_count -= 1
-                    attempt.refuse(recipient, verdict, monotonic_ns())
-                elif outcome is not Outcome.UNKNOWN:
-                    outcome = Outcome.PARTLY_RELAYED
-        elif outcome is _RELAYED and attempt.refused:
-            outcome = Outcome.PARTLY_RELAYED
-        self._end(outcome, own, reply.error_type, answered=True)
-        delivered, self._delivered = self._delivered, None
+            reply = self._conclude_refused(reply, verdicts)
+        delivered = self._delivered
         if delivered is not None:
-            delivered(reply, verdicts if len(verdicts) > 1 else ())
+            self._delivered = None
+            delivered(reply, verdicts)
         else:
             logger.info("message outcome after its client left", extra={**self._named(), "code": reply.code})
+
+    def _conclude_refused(self, reply: Reply, verdicts: Sequence[Reply]) -> Reply:
+        """The message was refused, perhaps for some of its recipients alone; the reply to the client."""
+        attempt = self._attempt
+        own = reply if reply.error_type is ErrorType.UPSTREAM_REFUSED else None
+        reply = self._as_told(reply)
+        outcome = outcome_of(reply)
+        for recipient, verdict in zip(self.accepted, verdicts, strict=False):
+            if verdict.code >= 400:
+                attempt.accepted_count -= 1
+                attempt.refuse(recipient, verdict, monotonic_ns())
+            elif outcome is not Outcome.UNKNOWN:
+                outcome = Outcome.PARTLY_RELAYED
+        self._end(outcome, own, reply.error_type, answered=True)
+        return reply
 
 
 def refusal_in(answers: Sequence[Answer]) -> Reply | None:

@@ -147,6 +147,8 @@ class Commanding:
                 break
             verbs, pieces = queued.popleft()
             awaited += verbs
+            if not (queued or out):
+                return b"".join(pieces)
             out += pieces
         data = out[0] if len(out) == 1 else b"".join(out)
         out.clear()
@@ -297,9 +299,7 @@ class Commanding:
         if not self.is_in_step or self._tls_is_due:
             self._check_turn(CONTENT)
         self.is_in_step = False
-        octets = 0
-        for piece in pieces:
-            octets += len(piece)
+        octets = sum(map(len, pieces))
         self.queued.append((_CONTENT, (b"BDAT %d LAST\r\n" % octets, *pieces)))
 
     def begin_last_chunk(self, octets: int) -> None:
