@@ -79,9 +79,10 @@ class StatusPort:
         self._redaction = redaction
         self.live.show(redaction.ip, redaction.host_name)
 
-    def keep(self, spans: Sequence[EncodedSpan], is_trouble: bool) -> None:
-        """Keep finished spans of one trace for the page; those in which something went wrong for longer."""
-        self._traces.add(*spans, is_trouble=is_trouble)
+    @property
+    def keep(self) -> Callable[[EncodedSpan, bool], None]:
+        """Keeps finished spans of one trace for the page; those in which something went wrong for longer."""
+        return self._traces.add
 
     async def start(self, *, is_required: bool) -> None:
         """Listen.

@@ -88,13 +88,19 @@ class FinishedSpan(Protocol):
 
 
 class SpanOctets(Protocol):
-    """A finished span as octets."""
+    """A finished span as octets, or some that ended together.
 
+    Attributes:
+        spans: how many they are.
+    """
+
+    @property
+    def spans(self) -> int: ...
     @property
     def trace_id(self) -> bytes: ...
     def __len__(self) -> int: ...
-    def to_record(self) -> FinishedSpan:
-        """The span as a value."""
+    def to_records(self) -> Sequence[FinishedSpan]:
+        """The spans as values, in the order in which they ended."""
         ...
 
 
@@ -134,13 +140,17 @@ _HEXADECIMAL: Final = re.compile(r"[0-9a-fA-F]{1,32}")
 
 
 class KeptTrace:
-    """Finished spans of one trace, in the order in which they ended: the newest of them where they are very many."""
+    """Finished spans of one trace, in the order in which they ended: the newest of them where they are very many.
+
+    Attributes:
+        held: how many there are.
+    """
 
     __slots__ = ("_encoded", "_index", "_summary", "held", "trace_id")
 
     def __init__(self, trace_id: bytes, spans: Sequence[SpanOctets]) -> None:
         self.trace_id = trace_id.hex()
-        self.held = len(spans)  # tells whether more have come since
+        self.held = sum(one.spans for one in spans)
         self._encoded = spans
         self._summary: dict[str, Any] | None = None
         self._index: TraceIndex | None = None
@@ -149,8 +159,7 @@ class KeptTrace:
         """The newest spans that together have no more than `TRACE_ITEMS` spans and events; decoded at each call."""
         found: list[FinishedSpan] = []
         items = 0
-        for encoded in reversed(self._encoded):
-            span = encoded.to_record()
+        for span in (one for encoded in reversed(self._encoded) for one in reversed(encoded.to_records())):
             items += 1 + len(span.events)
             if found and items > TRACE_ITEMS:
                 break
@@ -224,7 +233,7 @@ class KeptTrace:
 
 
 class _Shelf:
-    """Spans in order, bounded in number and octets; it always has room for one."""
+    """Spans in order, those that ended together as one, bounded in number and octets; it always has room for one."""
 
     __slots__ = ("octets", "octets_room", "spans", "spans_room")
 
@@ -273,20 +282,20 @@ class RecentTraces:
         self._has_dropped = False
         self.version = 0
 
-    def add(self, *spans: SpanOctets, is_trouble: bool = False) -> None:
-        """Keep finished spans of one trace. Called on the mail path.
+    def add(self, span: SpanOctets, is_trouble: bool = False) -> None:
+        """Keep a finished span, or some of one trace that ended together. Called on the mail path.
 
         Args:
             is_trouble: something in them went wrong.
         """
         self.version += 1
         recent = self._recent
-        recent.spans += spans
-        for span in spans:
-            recent.octets += len(span) + _OCTETS_BESIDE
+        spans = recent.spans
+        spans.append(span)
+        recent.octets = octets = recent.octets + len(span) + _OCTETS_BESIDE
         if is_trouble:
-            self._note_failure(spans[0].trace_id)
-        if recent.octets > recent.octets_room or len(recent.spans) > recent.spans_room:
+            self._note_failure(span.trace_id)
+        if octets > recent.octets_room or len(spans) > recent.spans_room:
             self._has_dropped = True
             self._outlive(recent.make_room())
 
@@ -295,7 +304,7 @@ class RecentTraces:
 
         Nanoseconds since the epoch.
         """
-        oldest = self._recent.spans[0].to_record().end_ns if self._has_dropped else self._started_ns
+        oldest = self._recent.spans[0].to_records()[0].end_ns if self._has_dropped else self._started_ns
         return max(oldest, self._started_ns)
 
     def spans(self) -> list[SpanOctets]:
@@ -314,7 +323,7 @@ class RecentTraces:
     def trace(self, trace_id: bytes, spans: Sequence[SpanOctets]) -> KeptTrace:
         """The trace of `spans`, newest first; the same object as last time while nothing was added."""
         known = self._known.get(trace_id)
-        if known is None or known.held != len(spans):
+        if known is None or known.held != sum(one.spans for one in spans):
             known = self._known[trace_id] = KeptTrace(trace_id, spans[::-1])
         return known
 

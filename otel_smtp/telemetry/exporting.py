@@ -10,7 +10,8 @@ is every `delay_seconds`, and sooner when a batch is full. A collector that is d
 are counted, and a log line when that begins and when it ends; it never costs mail, nor time at the end beyond the
 budget that `shutdown` is given.
 
-Each counter of lost spans is written by one thread alone, the loop's or ours, as is each of the two sums of octets.
+Each counter of lost spans is written by one thread alone, the loop's or ours, as is each of the sums of what was
+queued and taken out again.
 """
 
 import logging
@@ -23,11 +24,12 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final, Generic, TypeVar
+from typing import ClassVar, Final, Generic, TypeVar, cast
 
 from otel_smtp.telemetry.collector import BatchOutcome, Collector, CollectorAnswer, Signal
 from otel_smtp.telemetry.export_failures import file_failure
 from otel_smtp.telemetry.otlp import RequestFrame
+from otel_smtp.telemetry.shapes import EncodedPair, EncodedSpan
 
 logger: Final = logging.getLogger("otel_smtp.telemetry.exporting")
 
@@ -100,6 +102,8 @@ class Export(Generic[T]):
         address: the collector's, for the log.
     """
 
+    _most_together: ClassVar[int] = 1
+
     def __init__(
         self,
         signal: Signal,
@@ -118,7 +122,8 @@ class Export(Generic[T]):
         self._connect = connect
         self._settings = settings or BatchSettings()
         self._address = address
-        self._queue_octets = self._settings.queue_octets
+        self._most_octets = self._settings.queue_octets
+        self._most_items, self._batch_items = self._settings.queue_spans, self._settings.batch_spans
         self._lost = dict.fromkeys(DropReason, 0)
         self._begin()
         # A fork while the thread runs: the child has no thread, and the parent sends what was queued.
@@ -127,8 +132,8 @@ class Export(Generic[T]):
 
     def _begin(self) -> None:
         self._queue: deque[bytes] = deque()
-        self._octets_in = 0  # ever queued; written by the loop's thread
-        self._octets_out = 0  # ever taken out again; written by ours
+        self._octets_in = self._items_in = 0  # ever queued; written by the loop's thread
+        self._octets_out = self._items_out = 0  # ever taken out again; written by ours
         self._thread: threading.Thread | None = None
         self._wake = threading.Event()
         self._stopping = threading.Event()
@@ -146,12 +151,12 @@ class Export(Generic[T]):
     @property
     def queued(self) -> int:
         """Spans that wait."""
-        return len(self._queue)
+        return self._items_in - self._items_out
 
     @property
     def is_full(self) -> bool:
         """Whether what comes now is lost, so that it need not be encoded."""
-        return self._is_stopping or len(self._queue) >= self._settings.queue_spans
+        return self._is_stopping or self.queued >= self._settings.queue_spans
 
     def dropped(self) -> Iterator[tuple[str, str, int]]:
         """What was lost so far, as the metrics want it: signal, reason, how many."""
@@ -160,34 +165,40 @@ class Export(Generic[T]):
 
     def take(self, record: T) -> None:
         """Encode one span, or whatever else is sent, and queue it. For one thread at a time."""
-        self.put((b"" if self.is_full else self._encode(record),))
+        self.put(b"" if self.is_full else self._encode(record))
 
-    def put(self, records: Sequence[bytes]) -> None:
-        """Queue some that are encoded. For one thread at a time."""
-        queue, settings = self._queue, self._settings
-        if self._is_stopping:
-            self._lost[DropReason.SHUTDOWN] += len(records)
+    def put(self, record: bytes, items: int = 1) -> None:
+        """Queue one that is encoded, or as many as `_most_together`, which then stay so. For one thread at a time.
+
+        Args:
+            items: how many they are.
+        """
+        octets = len(record)
+        waiting_items = self._items_in - self._items_out + items
+        waiting = self._octets_in - self._octets_out + octets
+        if (
+            waiting_items > self._most_items
+            or waiting > self._most_octets
+            or octets > MAX_BATCH_OCTETS
+            or self._is_stopping
+        ):
+            self._lost[self._why_not(octets, waiting_items)] += items
             return
-        waiting_spans, waiting = len(queue), self._octets_in - self._octets_out
-        for record in records:
-            octets = len(record)
-            # The newest is lost, not the oldest: what led to the trouble is worth more than what came after.
-            if waiting_spans >= settings.queue_spans:
-                self._lost[DropReason.QUEUE_FULL] += 1
-            elif octets > MAX_BATCH_OCTETS:
-                self._lost[DropReason.TOO_LARGE] += 1
-            elif waiting + octets > self._queue_octets:
-                self._lost[DropReason.QUEUE_FULL] += 1
-            else:
-                queue.append(record)
-                self._octets_in += octets
-                waiting_spans += 1
-                waiting += octets
-        if self._thread is None and waiting_spans:
+        self._queue.append(record)
+        self._items_in += items
+        self._octets_in += octets
+        if self._thread is None:
             self._thread = threading.Thread(target=self._run, name=f"otlp-{self._signal}", daemon=True)
             self._thread.start()
-        if (waiting_spans >= settings.batch_spans or waiting > MAX_BATCH_OCTETS) and not self._wake.is_set():
+        if (waiting_items >= self._batch_items or waiting > MAX_BATCH_OCTETS) and not self._wake.is_set():
             self._wake.set()
+
+    def _why_not(self, octets: int, waiting_items: int) -> DropReason:
+        # The newest is lost, not the oldest: what led to the trouble is worth more than what came after.
+        if self._is_stopping:
+            return DropReason.SHUTDOWN
+        is_full = waiting_items > self._most_items or octets <= MAX_BATCH_OCTETS
+        return DropReason.QUEUE_FULL if is_full else DropReason.TOO_LARGE
 
     def shutdown(self, budget_seconds: float) -> bool:
         """Send what is left, within the budget. Blocks: not for the event loop. What comes later is lost.
@@ -205,7 +216,7 @@ class Export(Generic[T]):
             if self._thread.is_alive():
                 # A request that began long ago: it is left to itself, with the thread.
                 self._is_abandoned = True
-                self._lost[DropReason.SHUTDOWN] += len(self._queue) + self._sending
+                self._lost[DropReason.SHUTDOWN] += self.queued + self._sending
         lost = sum(self._lost.values()) - self._lost_when_told
         if lost:
             logger.warning("%s lost at shutdown", self._items, extra={self._items: lost, "collector": self._address})
@@ -219,7 +230,7 @@ class Export(Generic[T]):
             # Cleared before the look at what is there, so that what comes between is not slept through.
             self._wake.clear()
             is_last = self._stopping.is_set()
-            self._send_queued(len(self._queue) if is_due or is_last else 0)
+            self._send_queued(self.queued if is_due or is_last else 0)
             if is_last:
                 break
         if self._collector is not None:
@@ -228,37 +239,46 @@ class Export(Generic[T]):
     def _send_queued(self, wanted: int) -> None:
         """Send at least `wanted` spans of those that wait, and else only full batches."""
         while self._queue and not self._is_abandoned and (wanted > 0 or self._has_full_batch()):
-            batch = self._next_batch()
-            wanted -= len(batch)
+            batch, items = self._next_batch()
+            wanted -= items
             try:
-                self._send(batch)
+                self._send(batch, items)
             except Exception:
                 if not self._is_told:
                     logger.exception(
                         "export of %s failed: internal error", self._items, extra={"collector": self._address}
                     )
-                self._settle(
-                    len(batch), CollectorAnswer(BatchOutcome.AGAIN, "internal error"), DropReason.EXPORT_FAILED
-                )
+                self._settle(items, CollectorAnswer(BatchOutcome.AGAIN, "internal error"), DropReason.EXPORT_FAILED)
 
     def _has_full_batch(self) -> bool:
-        return len(self._queue) >= self._settings.batch_spans or self._octets_in - self._octets_out > MAX_BATCH_OCTETS
+        return self.queued >= self._batch_items or self._octets_in - self._octets_out > MAX_BATCH_OCTETS
 
-    def _next_batch(self) -> list[bytes]:
+    def _next_batch(self) -> tuple[list[bytes], int]:
+        """A batch, and how many spans it has."""
         queue = self._queue
         # Few steps of Python, as each is taken from the loop: the batch is cut to its size afterwards.
-        batch = [queue.popleft() for _ in range(min(len(queue), self._settings.batch_spans))]
+        batch = [queue.popleft() for _ in range(min(len(queue), self._batch_items // self._most_together))]
+        items = self._count(batch)
+        while queue and (not batch or items + self._count((queue[0],)) <= self._batch_items):
+            batch.append(queue.popleft())
+            items += self._count(batch[-1:])
         octets = sum(map(len, batch))
         while octets > MAX_BATCH_OCTETS and len(batch) > 1:
             queue.appendleft(batch.pop())
             octets -= len(queue[0])
+            items -= self._count((queue[0],))
         self._octets_out += octets
-        return batch
+        self._items_out += items
+        return batch, items
 
-    def _send(self, batch: list[bytes]) -> None:
+    def _count(self, batch: Sequence[bytes]) -> int:
+        """How many items those are that were queued."""
+        return len(batch)
+
+    def _send(self, batch: list[bytes], items: int) -> None:
         """Send a batch until it is taken, rejected, or its time is over."""
         request = self._request(batch)
-        self._sending = len(batch)
+        self._sending = items
         deadline = time.monotonic() + self._settings.export_seconds
         backoff = self._settings.first_backoff_seconds
         while True:
@@ -277,7 +297,7 @@ class Export(Generic[T]):
                 break
             self._failed(answer.why)
         self._settle(
-            len(batch),
+            items,
             answer,
             DropReason.REJECTED if answer.verdict is BatchOutcome.REJECTED else DropReason.EXPORT_FAILED,
         )
@@ -336,7 +356,7 @@ class Export(Generic[T]):
             self._lost_when_told += lost
 
 
-class TraceExport(Export[bytes]):
+class TraceExport(Export[EncodedSpan]):
     """Sends spans that are encoded already; see `Export`. `put` takes them as they are: by `take` they would be
     copies, beside what the recent traces keep.
 
@@ -352,4 +372,14 @@ class TraceExport(Export[bytes]):
         *,
         address: str = "",
     ) -> None:
-        super().__init__(Signal.TRACES, "spans", bytes, frame.request, connect, settings, address=address)
+        super().__init__(Signal.TRACES, "spans", EncodedSpan, frame.request, connect, settings, address=address)
+
+    _most_together = EncodedPair.spans
+
+    def _count(self, batch: Sequence[bytes]) -> int:
+        return sum(one.spans for one in cast("Sequence[EncodedSpan]", batch))
+
+    def put_alone(self, span: EncodedSpan, items: int) -> None:
+        """Queue two spans that ended together each by itself, where they are more than a request may have."""
+        for one in span.each() if isinstance(span, EncodedPair) else (span,):
+            self.put(one)

@@ -72,15 +72,18 @@ class LogExportHandler(SpanLineHandler):
         assert self.lock is not None  # by createLock
         with self.lock:
             if self._export.is_full:
-                self._export.put((b"",))  # lost and counted; it need not be encoded
+                self._export.put(b"")  # lost and counted; it need not be encoded
             else:
-                self._export.put((self._span_lines(shape, pairs, duration_seconds, context, time_ns, now_ns),))
+                self._export.put(self._span_lines(shape, pairs, duration_seconds, context, time_ns, now_ns))
 
     def take_mail(self, mail: LinesOfMail, now_ns: int) -> None:
         """Queue both lines of a mail."""
         assert self.lock is not None  # by createLock
         with self.lock:
-            self._export.put((b"", b"") if self._export.is_full else self._span_lines.of_mail(mail, now_ns))
+            export = self._export
+            of_attempt, of_transaction = (b"", b"") if export.is_full else self._span_lines.of_mail(mail, now_ns)
+            export.put(of_attempt)
+            export.put(of_transaction)
 
 
 def log_record_of(record: logging.LogRecord) -> LogRecord:

@@ -126,10 +126,17 @@ def checked_tracestate(text: str) -> str:
 
 def carrier(context: TraceContext) -> Mapping[str, str]:
     """`context` as header fields, names in lower case."""
-    fields = {TRACEPARENT: f"00-{context.trace_id:032x}-{context.span_id:016x}-{context.flags & 0xFF:02x}"}
-    if context.trace_state:
-        fields[TRACESTATE] = context.trace_state
-    return fields
+    return carrier_of(context.trace_id_hex, context.span_id, context.flags, context.trace_state)
+
+
+def carrier_of(trace_id: str, span_id: int, flags: int, trace_state: str) -> Mapping[str, str]:
+    """The same of the parts of a context.
+
+    Args:
+        trace_id: 32 hexadecimal digits.
+    """
+    traceparent = f"00-{trace_id}-{span_id:016x}-{flags & 0xFF:02x}"
+    return {TRACEPARENT: traceparent, TRACESTATE: trace_state} if trace_state else {TRACEPARENT: traceparent}
 
 
 def from_carrier(fields: Mapping[str, str]) -> TraceContext | None:

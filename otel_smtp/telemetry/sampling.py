@@ -62,29 +62,57 @@ class Identity:
             self.attributes = {**self.attributes, SAMPLING_REASON: reason}
 
 
+class SegmentIdentity(Identity):
+    """That of a connection's segment, below which many transactions stand.
+
+    Attributes:
+        trace_text: its trace id in hexadecimal; "" before it is first asked for, as an idle connection needs none.
+        octets: its trace id, its span id, and the attribute that names the connection, as `ordinary` writes them; None
+            before the first mail.
+    """
+
+    __slots__ = ("octets", "trace_text")
+
+    def __init__(self, identity: Identity) -> None:
+        super().__init__(
+            identity.context,
+            identity.parent,
+            identity.links,
+            is_recording=identity.is_recording,
+            attributes=identity.attributes,
+        )
+        self.trace_text = ""
+        self.octets: tuple[bytes, bytes, bytes] | None = None
+
+    def tell_trace(self) -> str:
+        """Its trace id in hexadecimal."""
+        self.trace_text = self.context.trace_id_hex
+        return self.trace_text
+
+
 class Sampling:
     """Makes the identities of new spans.
 
     Attributes:
         inherits_ours: a child of a span of ours does as that does.
+        new_span_id: makes the id of a span.
     """
 
     __slots__ = (
-        "_generate_span_id",
         "_generate_trace_id",
-        "_has_own_ids",
         "_inherits",
         "_root_flags",
         "_sampler",
         "inherits_ours",
+        "new_span_id",
     )
     _inherits: Mapping[bool, bool]  # whether a child does as its parent did, by whether that is remote
 
     def __init__(self, sampler: Sampler, id_generator: IdGenerator) -> None:
         self._sampler = sampler
         self._generate_trace_id = id_generator.generate_trace_id
-        self._generate_span_id = id_generator.generate_span_id
-        self._has_own_ids = type(id_generator) is not RandomIdGenerator
+        has_own_ids = type(id_generator) is not RandomIdGenerator
+        self.new_span_id: Callable[[], int] = id_generator.generate_span_id if has_own_ids else _random_span_id
         self._root_flags = RANDOM if id_generator.is_trace_id_random() else 0
         description = sampler.get_description()
         is_parent_based = description.startswith("ParentBased{")
@@ -99,10 +127,8 @@ class Sampling:
         trace_id, _, flags, is_remote, state = parent
         if not self._inherits[is_remote]:
             return None
-        # As RandomIdGenerator has it, which is three calls for each mail's span.
-        span_id = self._generate_span_id() if self._has_own_ids else getrandbits(64) or self._generate_span_id()
         identity = Identity.__new__(Identity)
-        identity.context = _context((trace_id, span_id, flags, False, state))
+        identity.context = _context((trace_id, self.new_span_id(), flags, False, state))
         identity.parent = parent
         identity.links = ()
         identity.is_recording = flags & SAMPLED != 0
@@ -126,7 +152,7 @@ class Sampling:
         """
         if parent is not None and self._inherits[parent.is_remote]:
             trace_id, _, flags, _, state = parent
-            context = TraceContext(trace_id, self._generate_span_id(), flags, False, state)
+            context = TraceContext(trace_id, self.new_span_id(), flags, False, state)
             return Identity(context, parent, links, is_recording=bool(flags & SAMPLED))
         attributes = at_start()
         trace_id = self._generate_trace_id() if parent is None else parent.trace_id
@@ -139,12 +165,17 @@ class Sampling:
         state = "" if result.trace_state is None else result.trace_state.to_header()
         added = {key: value for key, value in result.attributes.items() if key not in attributes}
         return Identity(
-            TraceContext(trace_id, self._generate_span_id(), flags, False, state),
+            TraceContext(trace_id, self.new_span_id(), flags, False, state),
             parent,
             links,
             is_recording=result.decision is not Decision.DROP,
             attributes=added or _NOTHING,
         )
+
+
+def _random_span_id() -> int:
+    """As RandomIdGenerator has it, in one call and not three: it must not be 0."""
+    return getrandbits(64) or 1
 
 
 def _as_current(parent: TraceContext | None) -> Context:

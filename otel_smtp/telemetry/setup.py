@@ -16,7 +16,7 @@ from otel_smtp.telemetry import environment
 from otel_smtp.telemetry.access_log import AccessLog
 from otel_smtp.telemetry.collector import Protocol, Signal, connect
 from otel_smtp.telemetry.environment import Environment, SignalExport, VariableProblem
-from otel_smtp.telemetry.exporting import Export, TraceExport
+from otel_smtp.telemetry.exporting import BatchSettings, Export, TraceExport
 from otel_smtp.telemetry.keeping import Keeping
 from otel_smtp.telemetry.log_export import LogExportHandler
 from otel_smtp.telemetry.logs import StateLogger
@@ -35,9 +35,10 @@ from otel_smtp.telemetry.propagation import InboundPolicy
 from otel_smtp.telemetry.records import LogRecord, SpanSink
 from otel_smtp.telemetry.redaction import Redaction
 from otel_smtp.telemetry.sdk_spans import SdkSpans
+from otel_smtp.telemetry.shapes import EncodedPair
 from otel_smtp.telemetry.state_events import StateEvents
 from otel_smtp.telemetry.tail import MailTail
-from otel_smtp.telemetry.tracing import Keep, LineSink, StateTelling, Tracing
+from otel_smtp.telemetry.tracing import Keep, LineSink, StateTelling, Take, Tracing
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
@@ -257,7 +258,7 @@ def set_up(options: TelemetryOptions, environ: Mapping[str, str] | None = None) 
 
     keeping = [options.keeping] if options.keeping is not None else []
     tracing = Tracing(
-        exports=[export.put] if export else [],
+        exports=[_takes(export, asked.traces.batches)] if export else [],
         memories=options.memories,
         sinks=[SdkSpans(made, resource, options.version) for made in processors],
         listeners=options.listeners,
@@ -358,6 +359,10 @@ def _trace_export(traces: SignalExport, resource: Resource, version: str) -> Tra
     return TraceExport(
         RequestFrame(resource, version), lambda: connect(settings), traces.batches, address=settings.address
     )
+
+
+def _takes(export: TraceExport, batches: BatchSettings) -> Take:
+    return export.put_alone if batches.batch_spans < EncodedPair.spans else export.put
 
 
 def _sdk_processors(traces: SignalExport, problems: Sequence[VariableProblem]) -> list[SpanProcessor]:

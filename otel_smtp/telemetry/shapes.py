@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from enum import Enum
 from functools import lru_cache
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, NamedTuple, TypeVar
 
 from opentelemetry.trace import SpanKind
 
@@ -231,25 +231,51 @@ def span_table(
 
 
 class EncodedSpan(bytes):
-    """A finished span, as the field of a request that holds it."""
+    """A finished span, as the field of a request that holds it.
+
+    Attributes:
+        spans: how many they are.
+    """
 
     __slots__ = ()
+    spans: ClassVar[int] = 1
 
     @property
     def trace_id(self) -> bytes:
         """The 16 octets that tell its trace."""
         # They stand first: tag and length of the whole, tag and length of the id.
-        at = 1
-        while self[at] > 0x7F:
-            at += 1
-        return self[at + 3 : at + 19]
+        _, at = _length_at(self, 1)
+        return self[at + 2 : at + 18]
 
-    def to_record(self) -> SpanRecord:
-        """The span as a value; of flags and trace states, what OTLP tells of them."""
+    def to_records(self) -> list[SpanRecord]:
+        """The spans as values; of flags and trace states, what OTLP tells of them."""
         from opentelemetry.proto.trace.v1.trace_pb2 import ScopeSpans  # on demand: 30 ms
 
-        [span] = ScopeSpans.FromString(self).spans
-        return _decoded(span)
+        return [_decoded(span) for span in ScopeSpans.FromString(self).spans]
+
+
+class EncodedPair(EncodedSpan):
+    """Two spans of one trace that ended together, one behind the other."""
+
+    __slots__ = ()
+    spans = 2
+
+    def each(self) -> tuple[EncodedSpan, EncodedSpan]:
+        """Each by itself."""
+        octets, at = _length_at(self, 1)
+        return EncodedSpan(self[: at + octets]), EncodedSpan(self[at + octets :])
+
+
+def _length_at(octets: bytes, at: int) -> tuple[int, int]:
+    """The length of a field that stands at `at`, and where its value begins."""
+    value = shift = 0
+    while True:
+        octet = octets[at]
+        at += 1
+        value |= (octet & 0x7F) << shift
+        if octet < 0x80:
+            return value, at
+        shift += 7
 
 
 def encode(

@@ -102,6 +102,7 @@ class LinesOfMail(NamedTuple):
     Attributes:
         words: the upstream's.
         sender, recipients: whose domains they have.
+        attempt_id: of the attempt's span. `context`: of the transaction's, whose trace it is.
         times: when each span ended, since the epoch.
     """
 
@@ -113,7 +114,8 @@ class LinesOfMail(NamedTuple):
     sender: ShownDomains
     recipients: ShownDomains
     durations: tuple[float, float]
-    contexts: tuple[TraceContext, TraceContext]
+    attempt_id: int
+    context: TraceContext
     times: tuple[int, int]
 
 
@@ -224,19 +226,21 @@ class SpanLinesAsJson:
 
     def of_mail(self, mail: LinesOfMail, now_ns: int) -> tuple[str, str]:
         """Both lines of an ordinary mail, with their ends; what they have in common is written once."""
-        (attempt, transaction), connection_id, words, number, octets, sender, recipients, durations, contexts, _ = mail
-        of_attempt, of_transaction = contexts
+        (
+            (attempt, transaction), connection_id, words, number, octets, sender, recipients, durations, attempt_id,
+            (trace_id, transaction_id, _, _, _), _,
+        ) = mail  # fmt: skip
         stamp = self._stamp(now_ns)
         origin = self._fields[names.CONNECTION_ID, connection_id]
         said = f"{_JSON_WORDS}{_quoted(words)}"
         of_sender = sender.json if sender.json is not None else self._shown(sender)
         of_recipients = recipients.json if recipients.json is not None else self._shown(recipients)
-        trace = f"{_JSON_TRACE_ID}{of_attempt.trace_id:032x}{_JSON_SPAN_ID}"
+        trace = f"{_JSON_TRACE_ID}{trace_id:032x}{_JSON_SPAN_ID}"
         return (
             f"{stamp}{attempt.json or self._head(attempt)}{origin}{said}{_JSON_DURATION}{durations[0]!r}"
-            f'{trace}{of_attempt.span_id:016x}"}}\n',
+            f'{trace}{attempt_id:016x}"}}\n',
             f"{stamp}{transaction.json or self._head(transaction)}{said}{origin}{_JSON_NUMBER}{number}"
-            f'{_JSON_SIZE}{octets}{of_sender}{of_recipients}{_JSON_DURATION}{durations[1]!r}{trace}{of_transaction.span_id:016x}"}}\n',
+            f'{_JSON_SIZE}{octets}{of_sender}{of_recipients}{_JSON_DURATION}{durations[1]!r}{trace}{transaction_id:016x}"}}\n',
         )
 
     def _shown(self, domains: ShownDomains) -> str:
@@ -303,14 +307,14 @@ class SpanLinesAsOtlp:
 
     def of_mail(self, mail: LinesOfMail, now_ns: int) -> tuple[bytes, bytes]:
         """Both lines of an ordinary mail, likewise."""
-        (attempt, transaction), connection_id, text, number, octets, sender, recipients, durations, contexts, times = (
-            mail
-        )
-        of_attempt, of_transaction = contexts
+        (
+            (attempt, transaction), connection_id, text, number, octets, sender, recipients, durations, attempt_id,
+            (trace_id, transaction_id, _, _, _), times,
+        ) = mail  # fmt: skip
         words = text.encode("utf-8", "replace")
         said = text_head(_ATTRIBUTE, names.REPLY_TEXT, len(words)) + words
         origin = self._fields[names.CONNECTION_ID, connection_id]
-        trace = _OTLP_TRACE_ID + of_attempt.trace_id.to_bytes(16, "big") + _OTLP_SPAN_ID
+        trace = _OTLP_TRACE_ID + trace_id.to_bytes(16, "big") + _OTLP_SPAN_ID
         observed = OBSERVED_TIME + pack_time(now_ns)
         return (
             _as_field(
@@ -323,7 +327,7 @@ class SpanLinesAsOtlp:
                     _OTLP_DURATION,
                     pack_double(durations[0]),
                     trace,
-                    of_attempt.span_id.to_bytes(8, "big"),
+                    attempt_id.to_bytes(8, "big"),
                     observed,
                 )
             ),
@@ -341,7 +345,7 @@ class SpanLinesAsOtlp:
                     _OTLP_DURATION,
                     pack_double(durations[1]),
                     trace,
-                    of_transaction.span_id.to_bytes(8, "big"),
+                    transaction_id.to_bytes(8, "big"),
                     observed,
                 )
             ),

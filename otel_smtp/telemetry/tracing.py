@@ -42,7 +42,7 @@ from otel_smtp.telemetry.ordinary_spooled import OrdinarySpooled
 from otel_smtp.telemetry.propagation import SAMPLED, InboundPolicy, TraceContext
 from otel_smtp.telemetry.records import EventRecord, LinkRecord, SpanRecord, SpanSink, StateLog
 from otel_smtp.telemetry.redaction import Redaction
-from otel_smtp.telemetry.sampling import Identity, Sampling
+from otel_smtp.telemetry.sampling import Identity, Sampling, SegmentIdentity
 from otel_smtp.telemetry.shapes import AFTER_LAST_EVENT_NS, EncodedSpan, Pair, SpanShape, encode
 from otel_smtp.telemetry.span_attributes import Described, SpanAttributes, is_probe
 from otel_smtp.telemetry.span_lines import LineOfSpan, LinesOfMail
@@ -65,10 +65,11 @@ _EVENTS_A_TURN: Final = 64
 _TO_SPOOLED: Final = {names.LINK_TYPE: LinkType.SPOOLED_TRANSACTION.value}
 _TO_REPORTED: Final = {names.LINK_TYPE: LinkType.REPORTED_MAIL.value}
 
-Take = Callable[[Sequence[EncodedSpan]], None]
-"""Takes spans of one trace that ended together, as octets; called on the event loop, it neither blocks nor raises."""
-Keep = Callable[[Sequence[EncodedSpan], bool], None]
-"""As `Take`, told also whether something in them went wrong."""
+Take = Callable[[EncodedSpan, int], None]
+"""Takes a span, or two of one trace that ended together, as octets, and how many they are; called on the event loop, it
+neither blocks nor raises."""
+Keep = Callable[[EncodedSpan, bool], None]
+"""Takes them likewise, and whether something in them went wrong."""
 
 
 class LineSink(Protocol):
@@ -164,6 +165,7 @@ class Tracing(Observer):
         # Whether anybody reads a span as a value: of those that are recorded, and else.
         self._reads = {True: bool(self._sinks or listeners), False: bool(listeners)}
         self._tells_all = bool(listeners or self._lines)  # of those that are not recorded too
+        self._only_encodes = not self._sinks and not self._tells_all
 
     def show(
         self,
@@ -181,7 +183,7 @@ class Tracing(Observer):
         self._policies = dict(policies)
         self._probes = probes
         self.attributes = SpanAttributes(redaction, with_message_id=with_message_id)
-        self._ordinary = OrdinaryMail(self.attributes, self._settle_delivery)
+        self._ordinary = OrdinaryMail(self.attributes, self._settle_attempt)
         self._ordinary_spooled = OrdinarySpooled(self.attributes, self._ordinary)
 
     # Connections -------------------------------------------------------------------------------------------------
@@ -202,11 +204,13 @@ class Tracing(Observer):
         if self._probes or connection.segment > 1 or not is_probe(connection):
             self._finish_segment(connection, connection.closed_ns, is_closed=True)
 
-    def _segment_identity(self, connection: ConnectionRecord, segment: int, links: Sequence[LinkRecord]) -> Identity:
+    def _segment_identity(
+        self, connection: ConnectionRecord, segment: int, links: Sequence[LinkRecord]
+    ) -> SegmentIdentity:
         def at_start() -> names.Attributes:
             return self.attributes.connection_at_start(connection, segment)
 
-        return self._sampling.decide(names.SPAN_CONNECTION, SpanKind.SERVER, None, at_start, links)
+        return SegmentIdentity(self._sampling.decide(names.SPAN_CONNECTION, SpanKind.SERVER, None, at_start, links))
 
     def _finish_segment(self, connection: ConnectionRecord, end_ns: int, *, is_closed: bool) -> None:
         identity = identity_of(connection)
@@ -266,14 +270,18 @@ class Tracing(Observer):
             spans = self._ordinary.spans(transaction, identity)
             if spans is not None:
                 is_encoded = True
-                self._pass_on(spans, is_exported=bool(identity.context.flags & SAMPLED), is_trouble=False)
-                if not self._reads[True] and self._have_taken_mail(transaction, identity):
+                if identity.context.flags & SAMPLED:
+                    for take in self._exports:
+                        take(spans, 2)
+                for keep in self._memories:
+                    keep(spans, False)
+                if self._only_encodes or (not self._reads[True] and self._have_taken_mail(transaction, identity)):
                     return
             elif transaction.spool_id is not None:
                 span = self._ordinary_spooled.transaction(transaction, identity)
                 if span is not None:
                     is_encoded = True
-                    self._pass_on((span,), is_exported=_is_exported(identity), is_trouble=False)
+                    self._pass_on(span, is_exported=_is_exported(identity), is_trouble=False)
                     if not self._reads[True] and (
                         not self._lines
                         or self._have_taken_line(self._ordinary_spooled.line_of_transaction(transaction, identity))
@@ -322,14 +330,14 @@ class Tracing(Observer):
             return
         identity.keep(reason.value)
         for delivery in transaction.deliveries:
-            (delivery.trace or self._settle_delivery(delivery, transaction)).keep(reason.value)
+            self._settle_delivery(delivery, transaction).keep(reason.value)
         if transaction.connection is not None:
             identity_of(transaction.connection).keep(reason.value)
 
     def delivery_ended(self, delivery: DeliveryRecord) -> None:
         """Make the span of an attempt that outlived its transaction."""
         if self._keeping is not None and delivery.transaction.connection is None:
-            identity = delivery.trace or self._settle_delivery(delivery, delivery.transaction)
+            identity = self._settle_delivery(delivery, delivery.transaction)
             if not identity.is_recording and (reason := self._keeping.attempt(delivery)) is not None:
                 _keep_alone(identity, reason)
         self._finish_delivery(delivery)
@@ -379,10 +387,12 @@ class Tracing(Observer):
             headers, connection = transaction.trace_headers, transaction.connection
             if connection is not None and (headers is None or not headers.traceparents):
                 # As `_settle`, which would be one call more for nearly each mail.
-                identity = transaction.trace = self._sampling.inherit(connection.trace.context)
-            if identity is None:
-                identity = self._settle(transaction)
-        return None if identity is None else f"{identity.context.trace_id:032x}"
+                segment: SegmentIdentity = connection.trace
+                identity = transaction.trace = self._sampling.inherit(segment.context)
+                if identity is not None:
+                    return segment.trace_text or segment.tell_trace()
+            identity = self._settle(transaction)
+        return None if identity is None else identity.context.trace_id_hex
 
     def carrier(self, transaction: TransactionRecord) -> Mapping[str, str]:
         """The transaction's own context; of a message from the spool the stored one."""
@@ -391,7 +401,14 @@ class Tracing(Observer):
 
     def delivery_carrier(self, delivery: DeliveryRecord) -> Mapping[str, str]:
         """The attempt's own context."""
-        return propagation.carrier(self._settle_delivery(delivery, delivery.transaction).context)
+        transaction = delivery.transaction
+        span_id = delivery.trace or self._settle_attempt(delivery, transaction)
+        connection, above = transaction.connection, transaction.trace
+        if span_id.__class__ is int and connection is not None and above.parent is connection.trace.context:
+            segment: SegmentIdentity = connection.trace
+            trace_id = segment.trace_text or segment.tell_trace()
+            return propagation.carrier_of(trace_id, span_id, above.context.flags, above.context.trace_state)
+        return propagation.carrier(self._settle_delivery(delivery, transaction).context)
 
     def _settle(self, transaction: TransactionRecord) -> Identity | None:
         """The transaction's identity, known from now on; None for a message from the spool without a trace."""
@@ -440,15 +457,25 @@ class Tracing(Observer):
             is_authenticated=connection.user is not None,
         )
 
-    def _settle_delivery(self, delivery: DeliveryRecord, transaction: TransactionRecord) -> Identity:
-        identity: Identity | None = delivery.trace
-        if identity is None:
+    def _settle_attempt(self, delivery: DeliveryRecord, transaction: TransactionRecord) -> Identity | int:
+        """The identity of an attempt, known from now on: the id of its span, where all else follows from its
+        transaction's identity, as it does for nearly each mail."""
+        if delivery.trace is None:
             above: Identity | None = transaction.trace or self._settle(transaction)
-            if transaction.connection is not None and above is not None:
-                identity = self._sampling.inherit(above.context)
-            if identity is None:
-                identity = self._decide_delivery(delivery, transaction, None if above is None else above.context)
-            delivery.trace = identity
+            if above is not None and transaction.connection is not None and self._sampling.inherits_ours:
+                delivery.trace = self._sampling.new_span_id()
+            else:
+                delivery.trace = self._decide_delivery(delivery, transaction, None if above is None else above.context)
+        settled: Identity | int = delivery.trace
+        return settled
+
+    def _settle_delivery(self, delivery: DeliveryRecord, transaction: TransactionRecord) -> Identity:
+        """The same in full."""
+        identity = self._settle_attempt(delivery, transaction)
+        if isinstance(identity, int):
+            above: TraceContext = transaction.trace.context
+            context = above._replace(span_id=identity, is_remote=False)
+            identity = delivery.trace = Identity(context, above, is_recording=bool(above.flags & SAMPLED))
         return identity
 
     def _decide_delivery(
@@ -462,7 +489,7 @@ class Tracing(Observer):
         return self._sampling.decide(names.SPAN_DELIVERY, SpanKind.CLIENT, parent, at_start, links)
 
     def _finish_delivery(self, delivery: DeliveryRecord, *, is_encoded: bool = False) -> None:
-        identity = delivery.trace or self._settle_delivery(delivery, delivery.transaction)
+        identity = self._settle_delivery(delivery, delivery.transaction)
         encodes, reads = self._wanted(identity, is_encoded=is_encoded)
         if not encodes and not reads and not self._lines:
             return
@@ -471,7 +498,7 @@ class Tracing(Observer):
             span = self._ordinary_spooled.attempt(delivery, identity)
             if span is not None:
                 encodes = False
-                self._pass_on((span,), is_exported=_is_exported(identity), is_trouble=False)
+                self._pass_on(span, is_exported=_is_exported(identity), is_trouble=False)
                 if not reads and (
                     not self._lines or self._have_taken_line(self._ordinary_spooled.line_of_attempt(delivery, identity))
                 ):
@@ -527,7 +554,7 @@ class Tracing(Observer):
         if identity.attributes:
             pairs = [*_sampler_pairs(identity, shape, pairs), *pairs]
         span = encode(shape, context, identity.parent, *times, pairs, events, identity.links)
-        self._pass_on((span,), is_exported=_is_exported(identity), is_trouble=is_trouble or shape.has_failed)
+        self._pass_on(span, is_exported=_is_exported(identity), is_trouble=is_trouble or shape.has_failed)
 
     def _give_long(
         self,
@@ -545,12 +572,12 @@ class Tracing(Observer):
             yield
         self._give(identity, described, times, events, is_trouble=is_trouble)
 
-    def _pass_on(self, spans: Sequence[EncodedSpan], *, is_exported: bool, is_trouble: bool) -> None:
+    def _pass_on(self, span: EncodedSpan, *, is_exported: bool, is_trouble: bool) -> None:
         if is_exported:
             for take in self._exports:
-                take(spans)
+                take(span, span.spans)
         for keep in self._memories:
-            keep(spans, is_trouble)
+            keep(span, is_trouble)
 
     def _show(
         self, identity: Identity, described: Described, times: tuple[int, int], events: Sequence[EventRecord]

@@ -26,7 +26,7 @@ def kept(*spans: Sequence[EncodedSpan], recent_spans: int = 1000, failed_spans: 
 
 def add(traces: RecentTraces, span: EncodedSpan) -> None:
     """Add it as tracing does."""
-    record = span.to_record()
+    record = span.to_records()[0]
     traces.add(span, is_trouble=record.has_failed or bool(record.attributes.get("smtp.connection.errors")))
 
 
@@ -154,7 +154,7 @@ def test_it_tells_since_when_nothing_is_missing(monkeypatch: pytest.MonkeyPatch)
     for number in range(2, 9):
         for span in mail_trace(number, start_ns=START + number * 1000 * MILLISECOND):
             add(traces, span)
-    oldest = traces.spans()[-1].to_record().end_ns
+    oldest = traces.spans()[-1].to_records()[0].end_ns
     assert traces.complete_since_ns() == oldest > START
 
 
@@ -217,7 +217,7 @@ def test_one_endless_trace_shows_its_newest_spans() -> None:
     trace = only(traces)
     shown = trace.spans()
     assert TRACE_ITEMS - 10 < sum(1 + len(span.events) for span in shown) <= TRACE_ITEMS
-    assert shown[-1] == spans[-1].to_record()
+    assert shown[-1] == spans[-1].to_records()[0]
     assert trace.summary()["dropped_spans"] == 3 * TRACE_ITEMS - len(shown) > 0
 
 
@@ -225,7 +225,7 @@ def test_a_span_larger_than_the_bound_is_held_all_the_same() -> None:
     traces = RecentTraces(recent_octets=30)
     for span in mail_trace(1):
         traces.add(span)
-    assert [span.to_record().name for span in traces.spans()] == ["smtp.connection"]
+    assert [span.to_records()[0].name for span in traces.spans()] == ["smtp.connection"]
 
 
 def test_what_was_worked_out_is_kept_while_nothing_was_added_and_forgotten_with_its_trace() -> None:

@@ -176,7 +176,7 @@ class House:
         self._export = TraceExport(RequestFrame(Resource({}), "1"), Taking, settings)
         takes = [self._export.put] if exports else []
         self._recent = RecentTraces()
-        memories = [self._keep] if page else []
+        memories = [self._recent.add] if page else []  # as `gateway.status_port` does
         observers: list[Observer] = []
         self._log = _Log(settings) if log else None
         if traces:
@@ -190,12 +190,9 @@ class House:
         self.observer = fan_out(observers)
         self.counting = Tracing(exports=[self._count])
 
-    def _keep(self, spans: Sequence[EncodedSpan], is_trouble: bool) -> None:
-        self._recent.add(*spans, is_trouble=is_trouble)  # as `gateway.status_port` does
-
-    def _count(self, spans: Sequence[EncodedSpan]) -> None:
-        self.octets += sum(map(len, spans))
-        self.spans += len(spans)
+    def _count(self, span: EncodedSpan, items: int) -> None:
+        self.octets += len(span)
+        self.spans += items
 
     def run(self, steps: Sequence[Step]) -> None:
         """Ask and tell what a session and a forwarder ask and tell."""
@@ -213,6 +210,7 @@ class House:
         """Take the queued spans off, as the thread would between two batches."""
         self._export._queue.clear()
         self._export._octets_out = self._export._octets_in
+        self._export._items_out = self._export._items_in
 
     def close(self) -> None:
         """End the threads."""
@@ -311,9 +309,9 @@ def count_octets(mails: int = MAILS) -> float:
     """Octets of OTLP per mail, all three spans, without the resource."""
     octets = 0
 
-    def take(spans: Sequence[EncodedSpan]) -> None:
+    def take(span: EncodedSpan, items: int) -> None:
         nonlocal octets
-        octets += sum(map(len, spans))
+        octets += len(span)
 
     house = House(traces=False, metrics=False, page=False)
     house.observer = fan_out([Tracing(exports=[take])])

@@ -37,10 +37,23 @@ from otel_smtp.smtp.states import (
     Transition,
 )
 from otel_smtp.telemetry.records import SpanRecord
+from otel_smtp.telemetry.shapes import EncodedPair, EncodedSpan
+from otel_smtp.telemetry.tracing import Take
 
 UPSTREAM = Endpoint("smtp.provider.example", 587)
 QUEUED = Reply(250, replies.OK.enhanced, ("Ok: queued as 4XyZ12",))
 TLS = TlsInfo("1.3", "TLS_AES_256_GCM_SHA384")
+
+
+def each_to(spans: list[EncodedSpan]) -> Take:
+    """What puts every span that is exported into `spans`, each by itself."""
+
+    def take(span: EncodedSpan, items: int) -> None:
+        each = span.each() if isinstance(span, EncodedPair) else (span,)
+        assert len(each) == items
+        spans.extend(each)
+
+    return take
 
 
 class Clock(Protocol):

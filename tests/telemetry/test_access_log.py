@@ -145,7 +145,7 @@ def test_all_ways_write_the_same_octets(scenario: dict[str, Any]) -> None:
         "sampler": ALWAYS_ON if scenario["is_sampled"] else ALWAYS_OFF,
     }
     described = Tracing(lines=[AccessLog(logger_with(quick)), AccessLog(logger_with(general))], **options)
-    encoding = Tracing(exports=[lambda spans: None], lines=[AccessLog(logger_with(by_mail))], **options)
+    encoding = Tracing(exports=[lambda span, items: None], lines=[AccessLog(logger_with(by_mail))], **options)
     drive(fan_out([described, encoding]), scenario)  # ids and times are the records', so they are the same
     as_json, as_otlp = SpanLinesAsJson(ACCESS), SpanLinesAsOtlp(ACCESS)
     formatter, encoder = LineFormatter(JsonRenderer()), LogEncoder(Resource({}), "1")
@@ -202,7 +202,7 @@ def test_the_lines_of_queued_mail_are_those_of_its_descriptions(scenario: dict[s
         "sampler": ALWAYS_ON if scenario["is_sampled"] else ALWAYS_OFF,
     }
     describing = Tracing(lines=[AccessLog(logger_with(described))], **options)
-    encoding = Tracing(exports=[lambda spans: None], lines=[AccessLog(logger_with(undescribed))], **options)
+    encoding = Tracing(exports=[lambda span, items: None], lines=[AccessLog(logger_with(undescribed))], **options)
     drive_queued(fan_out([describing, encoding]), scenario)
     expected, found = (
         [(shape, [*pairs], *more) for shape, pairs, *more, _ in lines.taken] for lines in (described, undescribed)
@@ -221,7 +221,7 @@ def test_the_lines_of_ordinary_queued_mail_need_no_description(monkeypatch: pyte
         take_described(self, described, *more)
 
     monkeypatch.setattr(AccessLog, "take_described", take)
-    tracing = Tracing(exports=[lambda spans: None], lines=[AccessLog(logger_with(quick))])
+    tracing = Tracing(exports=[lambda span, items: None], lines=[AccessLog(logger_with(quick))])
     mails: dict[str, Any] = {
         "sender": "news@example.com", "recipients": ["bob@example.net"], "body": None, "words": "Ok", "code": 250,
         "enhanced": None, "octets": 1000, "spool_id": None, "failure": None, "outcome": Outcome.RELAYED,
@@ -239,7 +239,7 @@ def test_the_lines_of_ordinary_queued_mail_need_no_description(monkeypatch: pyte
 def test_of_an_ordinary_mail_both_lines_are_written_at_once() -> None:
     """What the test above is for would else be gone unseen."""
     quick, other = QuickLines(), Records()
-    tracing = Tracing(exports=[lambda spans: None], lines=[AccessLog(logger_with(quick))])
+    tracing = Tracing(exports=[lambda span, items: None], lines=[AccessLog(logger_with(quick))])
     client = Client(tracing).ehlo().message()
     assert (len(quick.mails), len(quick.taken)) == (1, 0)
     follower = AccessLog(logger_with(other))
@@ -260,7 +260,7 @@ def test_lines_that_may_be_torn_apart_together_are_written_one_by_one(recipients
 
     written: list[str] = []
     lines = JsonLines(Stream())
-    tracing = Tracing(exports=[lambda spans: None], lines=[AccessLog(logger_with(lines))])
+    tracing = Tracing(exports=[lambda span, items: None], lines=[AccessLog(logger_with(lines))])
     client = Client(tracing).ehlo().mail()
     domains = [f"{'é' * 55}{number}.example" for number in range(recipients)]
     for domain in domains:

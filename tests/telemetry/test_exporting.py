@@ -27,7 +27,7 @@ from otel_smtp.telemetry.exporting import MAX_BATCH_OCTETS, BatchSettings, Trace
 from otel_smtp.telemetry.otlp import RequestFrame
 from otel_smtp.telemetry.propagation import TraceContext
 from otel_smtp.telemetry.records import SpanRecord
-from otel_smtp.telemetry.shapes import EncodedSpan
+from otel_smtp.telemetry.shapes import EncodedPair, EncodedSpan
 from tests.support.otlp_receiver import Fault, FaultKind, OtlpReceiver
 from tests.support.ports import unclaimed_port
 from tests.support.spans import encoded
@@ -69,6 +69,10 @@ def _ended(log: pytest.LogCaptureFixture) -> Iterator[None]:
 def span(number: int = 1, **attributes: Any) -> EncodedSpan:
     context = TraceContext(0xABC, number, 1)
     return encoded(SpanRecord("smtp.test", SpanKind.SERVER, context, None, 1, 2, attributes, (), (), False, True))
+
+
+def pair(*numbers: int) -> EncodedPair:
+    return EncodedPair(b"".join(map(span, numbers)))
 
 
 def export_to(collector: CollectorSettings | Callable[[], Collector], settings: BatchSettings = QUICK) -> TraceExport:
@@ -204,12 +208,44 @@ def test_the_queue_is_bounded_in_spans_and_the_newest_are_lost(log: pytest.LogCa
 
 def test_of_spans_that_come_together_those_without_room_are_lost() -> None:
     export = export_to(Held, replace(QUICK, queue_spans=3, batch_spans=100, delay_seconds=3600))
-    export.put([span(1), span(2)])
-    export.put([span(3, value="x" * MAX_BATCH_OCTETS), span(3), span(4)])
+    export.put(pair(1, 2), 2)
+    export.put(span(3, value="x" * MAX_BATCH_OCTETS))
+    assert export.queued == 2
+    export.put(pair(3, 4), 2)  # there is room for one
+    assert export.queued == 2
+    export.put(span(5))
+    export.put(span(6))
     assert export.queued == 3
-    assert lost(export) == {"queue_full": 1, "too_large": 1}
-    export.put([])
-    assert export.queued == 3
+    assert lost(export) == {"queue_full": 3, "too_large": 1}
+
+
+def test_two_spans_that_ended_together_count_as_two(receiver: OtlpReceiver) -> None:
+    export = export_to(http(receiver), replace(QUICK, batch_spans=4, delay_seconds=3600))
+    export.put(pair(1, 2), 2)
+    export.put(span(3))
+    export.put(pair(4, 5), 2)
+    receiver.wait_for_spans(3)
+    assert receiver.requests == 1
+    assert export.shutdown(WAIT_SECONDS)
+    receiver.wait_for_spans(5)
+    assert lost(export) == {}
+
+
+def test_two_spans_that_ended_together_are_lost_as_two(receiver: OtlpReceiver) -> None:
+    receiver.fault = Fault(FaultKind.REJECTED)
+    export = export_to(http(receiver))
+    export.put(pair(1, 2), 2)
+    until(lambda: lost(export) == {"rejected": 2})
+    assert export.shutdown(WAIT_SECONDS)
+
+
+def test_where_a_request_may_have_one_span_two_go_in_two(receiver: OtlpReceiver) -> None:
+    export = export_to(http(receiver), replace(QUICK, batch_spans=1, delay_seconds=3600))
+    export.put_alone(pair(1, 2), 2)
+    export.put_alone(span(3), 1)
+    receiver.wait_for_spans(3)
+    assert receiver.requests == 3
+    assert export.shutdown(WAIT_SECONDS)
 
 
 def test_the_queue_is_bounded_in_octets() -> None:

@@ -12,7 +12,7 @@ from otel_smtp.telemetry.keeping import Keep, Keeping
 from otel_smtp.telemetry.records import SpanRecord
 from otel_smtp.telemetry.shapes import EncodedSpan
 from otel_smtp.telemetry.tracing import Tracing
-from tests.telemetry.driving import Client, FakeClock, begin_delivery, finish_delivery
+from tests.telemetry.driving import Client, FakeClock, begin_delivery, each_to, finish_delivery
 
 BOTH = [Keep.ERRORS, Keep.SLOW]
 
@@ -23,14 +23,14 @@ class Exported:
     def __init__(self, keeping: Keeping | None) -> None:
         self._octets: list[EncodedSpan] = []
         self.clock = FakeClock()
-        self.observer = Tracing(exports=[self._octets.extend], sampler=ALWAYS_OFF, keeping=keeping)
+        self.observer = Tracing(exports=[each_to(self._octets)], sampler=ALWAYS_OFF, keeping=keeping)
 
     def client(self) -> Client:
         return Client(self.observer, clock=self.clock).ehlo()
 
     @property
     def spans(self) -> list[SpanRecord]:
-        return [span.to_record() for span in self._octets]
+        return [span.to_records()[0] for span in self._octets]
 
     @property
     def names(self) -> list[str]:

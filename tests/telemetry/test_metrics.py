@@ -325,7 +325,7 @@ class _CountsAtOnce(Metrics):
 
 def test_queued_mails_and_their_attempts_are_counted_together_and_as_each_of_them() -> None:
     together, one_by_one = Metrics(upstreams=["provider"]), _CountsAtOnce(upstreams=["provider"])
-    observer = fan_out([Tracing(exports=[lambda spans: None]), together, one_by_one])
+    observer = fan_out([Tracing(exports=[lambda span, items: None]), together, one_by_one])
     client = Client(observer).ehlo()
     for number in range(120):
         client.mail().rcpt().data().header()

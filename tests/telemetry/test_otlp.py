@@ -60,7 +60,7 @@ from otel_smtp.telemetry.sdk_spans import readable_span
 from otel_smtp.telemetry.shapes import MAX_SHAPES, Column, EncodedSpan, span_table
 from otel_smtp.telemetry.tracing import Tracing
 from tests.support.spans import encoded
-from tests.telemetry.driving import Client, Kept
+from tests.telemetry.driving import Client, Kept, each_to
 
 VERSION = "1.2.3"
 RESOURCE = Resource(
@@ -183,7 +183,7 @@ def test_a_span_reads_back_as_it_was_but_for_what_otlp_does_not_tell(record: Spa
     )
     span = encoded(record)
     assert span.trace_id == context.trace_id.to_bytes(16, "big")
-    assert repr(span.to_record()) == repr(record._replace(context=context._replace(flags=0)))
+    assert repr(span.to_records()[0]) == repr(record._replace(context=context._replace(flags=0)))
 
 
 @given(few_attributes)
@@ -201,7 +201,7 @@ class Both:
     def __init__(self, **options: Any) -> None:
         self.spans: list[EncodedSpan] = []
         self._kept = Kept()
-        self.tracing = Tracing(exports=[self.spans.extend], sinks=[self._kept], **options)
+        self.tracing = Tracing(exports=[each_to(self.spans)], sinks=[self._kept], **options)
 
     @property
     def records(self) -> list[SpanRecord]:
@@ -618,13 +618,13 @@ def test_ordinary_mail_is_encoded_as_any_other(data: st.DataObject) -> None:
 @pytest.mark.parametrize("headers", [(), (REMOTE,), ("x",)])
 def test_ordinary_mail_is_encoded_in_its_own_way(headers: tuple[str, ...]) -> None:
     """Else the tests above would pass without it."""
-    tracing = Tracing(exports=[lambda spans: None])
+    tracing = Tracing(exports=[lambda span, items: None])
     connection = _connection()
     tracing.connection_opened(connection)
     record = _ordinary_mail(connection)
     record.trace_headers = TraceHeaders(headers)
     tracing.trace_id(record)
-    assert OrdinaryMail(tracing.attributes, tracing._settle_delivery).spans(record, record.trace) is not None
+    assert OrdinaryMail(tracing.attributes, tracing._settle_attempt).spans(record, record.trace) is not None
 
 
 # Queued mail: the span of the transaction that brought it, and later that of an attempt.
@@ -691,13 +691,13 @@ def test_ordinary_queued_mail_is_encoded_as_any_other(data: st.DataObject) -> No
 @pytest.mark.parametrize("headers", [(), (REMOTE,), ("x",)])
 def test_ordinary_queued_mail_is_encoded_in_its_own_way(headers: tuple[str, ...]) -> None:
     """Else the tests above would pass without it."""
-    tracing = Tracing(exports=[lambda span: None])
+    tracing = Tracing(exports=[lambda span, items: None])
     connection = _connection()
     tracing.connection_opened(connection)
     record = _queued_mail(_ordinary_mail(connection))
     record.trace_headers = TraceHeaders(headers)
     tracing.trace_id(record)
-    ours = OrdinarySpooled(tracing.attributes, OrdinaryMail(tracing.attributes, tracing._settle_delivery))
+    ours = OrdinarySpooled(tracing.attributes, OrdinaryMail(tracing.attributes, tracing._settle_attempt))
     assert ours.transaction(record, record.trace) is not None
     record = _attempted(_ordinary_mail(connection))
     delivery = record.deliveries[0]
@@ -716,10 +716,10 @@ def test_of_an_ordinary_mail_a_sampler_may_export_one_span_and_not_the_other() -
     kept: list[EncodedSpan] = []
     sampler = NoDeliveries(SamplingResult(Decision.DROP))
     Client(
-        Tracing(exports=[exported.extend], memories=[lambda spans, is_trouble: kept.extend(spans)], sampler=sampler)
+        Tracing(exports=[each_to(exported)], memories=[lambda span, is_trouble: kept.append(span)], sampler=sampler)
     ).ehlo().message().close()
-    assert [span.to_record().name for span in exported] == [names.SPAN_TRANSACTION, names.SPAN_CONNECTION]
-    assert len(kept) == 3
+    assert [span.to_records()[0].name for span in exported] == [names.SPAN_TRANSACTION, names.SPAN_CONNECTION]
+    assert sum(one.spans for one in kept) == 3
 
 
 # What must not go wrong ----------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from otel_smtp.telemetry.redaction import Addresses, Redaction
 from otel_smtp.telemetry.shapes import EncodedSpan
 from otel_smtp.telemetry.terminal_log import MailLines
 from otel_smtp.telemetry.tracing import Tracing
-from tests.telemetry.driving import Client, Kept, begin_delivery, finish_delivery
+from tests.telemetry.driving import Client, Kept, begin_delivery, each_to, finish_delivery
 
 NO_USER = Reply(550, replies.BAD_RECIPIENT.enhanced, ("<gone@example.org>: No such user",), ErrorType.UPSTREAM_REFUSED)
 GREYLISTED = Reply(450, replies.UPSTREAM_CREDENTIALS.enhanced, ("Greylisted",), ErrorType.UPSTREAM_REFUSED)
@@ -31,9 +31,9 @@ FULL = Redaction(Addresses.FULL)
 def spans_of(client_does: Any, redaction: Redaction = FULL) -> Mapping[str, SpanRecord]:
     """What a client's connection becomes, the octets and the values alike."""
     kept, exported = Kept(), list[EncodedSpan]()
-    client_does(Client(Tracing(exports=[exported.extend], sinks=[kept], redaction=redaction)).ehlo())
+    client_does(Client(Tracing(exports=[each_to(exported)], sinks=[kept], redaction=redaction)).ehlo())
     for span, record in zip(exported, kept.records, strict=True):
-        assert list(span.to_record().events) == list(record.events)
+        assert list(span.to_records()[0].events) == list(record.events)
     return {record.name: record for record in kept.records}
 
 
@@ -306,7 +306,7 @@ def test_what_befalls_a_queued_mail_without_an_attempt_is_a_span_of_its_trace(ac
     is_settled = action not in (SpoolAction.RELEASED, SpoolAction.GIVEN_UP)
     fates = [] if not is_settled else [(Recipient("b@example.org"), Fate(action), GREYLISTED)]
     record.end_in_spool(fates, record.begun_ns)
-    fan_out([Tracing(exports=[exported.extend], sinks=[kept]), metrics]).spool_acted(record)
+    fan_out([Tracing(exports=[each_to(exported)], sinks=[kept]), metrics]).spool_acted(record)
     span = kept.one("smtp.spool")
     assert span.attributes == {
         "smtp.spool.action": action.value,
@@ -318,5 +318,5 @@ def test_what_befalls_a_queued_mail_without_an_attempt_is_a_span_of_its_trace(ac
     assert span.parent is not None
     assert (f"{span.context.trace_id:032x}", f"{span.parent.span_id:016x}") == ("a" * 32, "b" * 16)
     assert [event.attributes["smtp.recipient.fate"] for event in span.events] == [one[1].value for one in fates]
-    assert exported[0].to_record().events == list(span.events)
+    assert exported[0].to_records()[0].events == list(span.events)
     assert sum(recipients(metrics).values()) == len(fates)

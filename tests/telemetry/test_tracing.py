@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -33,7 +33,7 @@ from otel_smtp.telemetry.sdk_spans import SdkSpans
 from otel_smtp.telemetry.shapes import AFTER_LAST_EVENT_NS, EncodedSpan
 from otel_smtp.telemetry.state_events import StateEvents
 from otel_smtp.telemetry.tracing import StateTelling, Tracing
-from tests.telemetry.driving import QUEUED, Client, FakeClock, Kept, begin_delivery, finish_delivery, resume
+from tests.telemetry.driving import QUEUED, Client, FakeClock, Kept, begin_delivery, each_to, finish_delivery, resume
 
 CONNECTION, TRANSACTION, DELIVERY = "smtp.connection", "smtp.transaction", "smtp.delivery"
 APPLICATION = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -857,8 +857,8 @@ def test_a_span_that_is_recorded_but_not_sampled_is_kept_and_not_exported() -> N
     exported: list[EncodedSpan] = []
     kept: list[tuple[str, bool]] = []
     observer = Tracing(
-        exports=[exported.extend],
-        memories=[lambda spans, is_trouble: kept.extend((span.to_record().name, is_trouble) for span in spans)],
+        exports=[each_to(exported)],
+        memories=[lambda span, is_trouble: kept.extend((one.name, is_trouble) for one in span.to_records())],
         sampler=RecordOnly(),
     )
     Client(observer).ehlo().message().quit()
@@ -869,8 +869,8 @@ def test_a_span_that_is_recorded_but_not_sampled_is_kept_and_not_exported() -> N
 def test_those_who_remember_are_told_what_went_wrong() -> None:
     kept: list[tuple[str, bool]] = []
 
-    def keep(spans: Sequence[EncodedSpan], is_trouble: bool) -> None:
-        kept.extend((span.to_record().name, is_trouble) for span in spans)
+    def keep(span: EncodedSpan, is_trouble: bool) -> None:
+        kept.extend((one.name, is_trouble) for one in span.to_records())
 
     observer = Tracing(memories=[keep])
     client = Client(observer).ehlo().mail().rcpt(reply=replies.RELAY_DENIED).rcpt().data().header()
@@ -890,9 +890,9 @@ def test_what_a_sampler_adds_is_on_the_span_and_never_twice() -> None:
 
     kept = Kept()
     exported: list[EncodedSpan] = []
-    Client(Tracing(exports=[exported.extend], sinks=[kept], sampler=Adding())).ehlo().message().quit()
+    Client(Tracing(exports=[each_to(exported)], sinks=[kept], sampler=Adding())).ehlo().message().quit()
     for span, record in zip(exported, kept.records, strict=True):
-        assert span.to_record().attributes == record.attributes
+        assert span.to_records()[0].attributes == record.attributes
         assert record.attributes["rate"] == 0.5
     assert kept.one(TRANSACTION).attributes["smtp.outcome"] == "relayed"
     assert kept.one(CONNECTION).attributes["smtp.outcome"] == "mine"
@@ -979,7 +979,7 @@ def busy_client(observer: Tracing) -> Client:
 async def test_a_long_segment_is_encoded_in_several_turns_as_it_was_when_it_ended() -> None:
     exported: list[EncodedSpan] = []
     kept = Kept()
-    observer = Tracing(exports=[exported.extend], listeners=[kept])
+    observer = Tracing(exports=[each_to(exported)], listeners=[kept])
     client = busy_client(observer)
     before = len(exported)
     client.rotate()
@@ -990,7 +990,7 @@ async def test_a_long_segment_is_encoded_in_several_turns_as_it_was_when_it_ende
         await asyncio.sleep(0)
         turns += 1
     assert turns >= 2
-    span, told = exported[before].to_record(), kept.one(CONNECTION)
+    span, told = exported[before].to_records()[0], kept.one(CONNECTION)
     assert len(span.events) > 160
     assert [(event.name, event.time_ns, event.attributes) for event in span.events] == [
         (event.name, event.time_ns, event.attributes) for event in told.events
@@ -1003,13 +1003,13 @@ async def test_a_long_segment_is_encoded_in_several_turns_as_it_was_when_it_ende
 @pytest.mark.asyncio
 async def test_a_long_segment_is_there_when_all_is_to_be_finished() -> None:
     exported: list[EncodedSpan] = []
-    observer = Tracing(exports=[exported.extend])
+    observer = Tracing(exports=[each_to(exported)])
     client = busy_client(observer)
     before = len(exported)
     client.quit()
     assert len(exported) == before
     observer.finish()
-    [span] = [one.to_record() for one in exported[before:]]
+    [span] = [one.to_records()[0] for one in exported[before:]]
     assert (span.name, len(span.events)) == (CONNECTION, len(client.record.transitions))
 
 
