@@ -49,7 +49,6 @@ class UpstreamConnection:
         messages: transactions that were begun on it; `most_messages`: at most. `most_recipients`: of one of them.
         opened_at, used_at: by the loop's clock; when it was opened, and released last. `expires_at`: from when on no
             transaction is begun on it.
-        deadline: when the exchange under way fails, by the loop's clock; see `check_deadline`. Else it means nothing.
         is_spent: no further transaction is begun on it.
         needs_reset: the last transaction was left open: RSET goes before the next MAIL, in the same group.
         round_trips: for the present mail, each wait for an answer to something that was sent.
@@ -58,13 +57,13 @@ class UpstreamConnection:
 
     __slots__ = (
         "_answers",
+        "_asked_at",
         "_loop",
         "_on_settled",
         "_on_writable",
         "_patience_seconds",
         "_stop_at",
         "_timeouts",
-        "deadline",
         "expires_at",
         "is_alive",
         "is_spent",
@@ -106,13 +105,13 @@ class UpstreamConnection:
         self.opened_at = self.used_at = self._loop.time()
         self.most_messages = limits.messages
         self.expires_at = self.opened_at + limits.age_seconds
-        self.deadline = math.inf
         self.needs_reset = False
         self.round_trips = 0
         self.on_lost: Callable[[UpstreamConnection], None] | None = None
         self._timeouts = timeouts
         self._patience_seconds = _patience_seconds(timeouts)
         self._answers: list[Answer] = []  # of the exchange under way
+        self._asked_at = 0.0  # when it began to wait for what it waits for
         self._on_settled: Settled | None = None  # None: no exchange is under way
         self._stop_at: AbstractSet[Awaited] | None = _NOTHING  # None: see `_is_in_content`
         self._on_writable: Callable[[], None] | None = None
@@ -164,8 +163,7 @@ class UpstreamConnection:
         if data := protocol.data_to_send():
             self.round_trips += 1
             stream.write(data)
-        awaited = protocol.awaited
-        self.deadline = self._loop.time() + self._patience_seconds[awaited[0] if awaited else None]
+        self._asked_at = self._loop.time()
         if stream.is_eof and stream.receiver is self:
             self._end(self._lost())
 
@@ -186,10 +184,9 @@ class UpstreamConnection:
             self._end(self._lost())
             return False
         if not self.stream.is_write_paused:
-            self.deadline = math.inf
             return True
         self._on_writable = on_writable
-        self.deadline = self._loop.time() + self._timeouts.block
+        self._asked_at = self._loop.time()
         return False
 
     async def settled(self) -> list[Answer]:
@@ -223,9 +220,18 @@ class UpstreamConnection:
             raise fault
         return got
 
+    @property
+    def deadline(self) -> float:
+        """When the exchange under way fails, by the loop's clock; infinity: there is none, or it is our turn."""
+        if self._on_settled is None:
+            return math.inf
+        if self._is_in_content:
+            return math.inf if self._on_writable is None else self._asked_at + self._timeouts.block
+        return self._asked_at + self._patience_seconds[self._awaited]
+
     def check_deadline(self, now: float) -> None:
         """End an exchange that takes too long; to be called a few times a second while one may be under way."""
-        if now >= self.deadline and self._on_settled is not None:
+        if self._on_settled is not None and now >= self.deadline:
             self._end(self._late())
 
     def _late(self) -> TimedOut:
@@ -343,7 +349,7 @@ class UpstreamConnection:
                 return
             if protocol.queued:
                 self._flush()
-            self.deadline = self._loop.time() + self._patience_seconds[protocol.awaited[0]]
+            self._asked_at = self._loop.time()
 
     def input_ended(self) -> None:
         """The upstream is gone."""
@@ -356,7 +362,6 @@ class UpstreamConnection:
         """The upstream takes more content."""
         on_writable, self._on_writable = self._on_writable, None
         if on_writable is not None:
-            self.deadline = math.inf
             on_writable()
 
     def _be_lost(self) -> None:

@@ -67,7 +67,8 @@ class Transmitting(Enveloping):
         if self._mail.smtputf8 and not extensions.smtputf8 and content.is_8bit:
             return replies.UPSTREAM_LACKS_SMTPUTF8  # it was offered: else such content would have been refused before
         octets = self._octets = len(header) + content.body_octets
-        if extensions.size and octets > extensions.size:
+        size = extensions.size
+        if size and octets > size:
             return replies.MESSAGE_TOO_BIG
         return None
 

@@ -129,7 +129,7 @@ async def relay_many(forwarder: UpstreamForwarder, records: list[TransactionReco
 
 
 @pytest.mark.parametrize(
-    ("strategy", "most_python", "most_c"), [(Strategy.TRANSPARENT, 51, 78), (Strategy.BUFFERED, 45, 70)]
+    ("strategy", "most_python", "most_c"), [(Strategy.TRANSPARENT, 51, 58), (Strategy.BUFFERED, 45, 52)]
 )
 async def test_calls_of_a_mail_on_a_kept_connection(
     strategy: Strategy, most_python: int, most_c: int, monkeypatch: pytest.MonkeyPatch
