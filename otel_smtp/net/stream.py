@@ -447,9 +447,9 @@ class Stream(asyncio.BufferedProtocol):
         receiver = self.receiver
         if receiver is not None:
             self.octets_received += nbytes
-            receiver.data_received(bytes(_RECEIVE_BUFFER[:nbytes]))
+            receiver.data_received(_RECEIVE_BUFFER[:nbytes].tobytes())
             return
-        data = bytes(_RECEIVE_BUFFER[:nbytes])
+        data = _RECEIVE_BUFFER[:nbytes].tobytes()
         if self._chunks:
             self._chunks.append(data)
         else:

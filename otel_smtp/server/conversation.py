@@ -179,16 +179,17 @@ class Conversation:
             work: None: to take octets of the client, which is what most steps are about; see `Receiver.data_received`.
         """
         protocol = self._protocol
-        if work is None:
-            work = protocol.receive_data
         if self._is_busy:
             if not self._has_ended:
-                work(data)  # within such a call
+                (work or protocol.receive_data)(data)  # within such a call
             return
         protocol.states.now_ns = monotonic_ns()
         self._is_busy = True
         try:
-            work(data)
+            if work is None:
+                protocol.receive_data(data)
+            else:
+                work(data)
         except Exception:  # noqa: BLE001 - logged there
             self._log_failure()
             protocol.fail(replies.INTERNAL_CLOSING, CloseReason.INTERNAL_ERROR)

@@ -125,12 +125,11 @@ class Session(Admission):
         batch, self._batch = self._batch, ()
         if transaction is None or not batch:
             return  # the transaction was given up while the upstream was asked
-        accepted = transaction.accepted
-        for recipient, reply in zip(batch, decided, strict=True):
+        for place, reply in enumerate(decided):
             if 200 <= reply.code < 300:
-                accepted.append(recipient)
+                transaction.accepted.append(batch[place])
             else:
-                transaction.refuse(recipient, reply, time.monotonic_ns())
+                transaction.refuse(batch[place], reply, time.monotonic_ns())
         self._step(decided, self._protocol.answer)
 
     def recipient_refused(self, recipient: Recipient, reply: Reply) -> None:

@@ -90,7 +90,9 @@ def whole_message(data: bytes, limits: ContentLimits, size_limit: int) -> tuple[
     ):
         return None
     end = data.find(b"\r\n\r\n", 0, size) + 2
-    if end < 2 or end > limits.header_size or data.count(b"\n", 0, end) > limits.header_lines:
+    if end < 2 or end > limits.header_size:
+        return None
+    if end > limits.header_lines and data.count(b"\n", 0, end) > limits.header_lines:  # a line has an octet at least
         return None
     block = data[:end]
     facts = inspect_header(block)

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
 
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.commands import Verb
@@ -37,7 +36,8 @@ class ServerLimits:
         return {**most, "RCPTMAX": self.recipients}
 
 
-class OwnOffer(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class OwnOffer:
     """What a listener offers.
 
     Attributes:
@@ -68,6 +68,7 @@ class ServerPolicy:
         default_domain: completes bare local parts; "": they are refused.
         commands_per_turn: commands of one client that are run before the other connections get their turn.
         rejects_bare_line_ends: 550 5.6.11 to content with a bare CR or LF, instead of normalising it.
+        content_limits: what of all that concerns content.
     """
 
     hostname: str
@@ -82,7 +83,16 @@ class ServerPolicy:
     commands_per_turn: int = 100
     limits: ServerLimits = field(default_factory=ServerLimits)
 
+    content_limits: ContentLimits = field(init=False, repr=False, compare=False)
+
     _offers: dict[bool, OwnOffer] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        limits = self.limits
+        of_content = ContentLimits(
+            limits.text_line, limits.header_size, limits.header_lines, limits.hops, self.rejects_bare_line_ends
+        )
+        object.__setattr__(self, "content_limits", of_content)
 
     def own_offer(self, behind: Extensions, *, is_tls: bool) -> OwnOffer:
         """What a session is offered now. One value serves all sessions, until `behind` changes."""
@@ -111,11 +121,3 @@ class ServerPolicy:
     def greeting(self) -> tuple[None, Reply]:
         """The 220, and that it answers no verb; every session keeps what it said."""
         return None, replies.greeting(self.hostname, protocol="LMTP" if self.is_lmtp else "ESMTP")
-
-    @cached_property
-    def content_limits(self) -> ContentLimits:
-        """What of it concerns content."""
-        limits = self.limits
-        return ContentLimits(
-            limits.text_line, limits.header_size, limits.header_lines, limits.hops, self.rejects_bare_line_ends
-        )

@@ -116,7 +116,8 @@ class Receiving(Securing):
             whole = whole_message(data, self._policy.content_limits, transaction.size_limit)
             if whole is not None and (data.isascii() or _refusal_of_8bit(transaction.mail, transaction.offer) is None):
                 self.asked = _CONTENT_ASKED
-                self._handler.message_received(*whole)
+                block, facts, body = whole
+                self._handler.message_received(block, facts, body)
                 return
             content = self._begin_pieces(transaction)
         content.feed(data)
