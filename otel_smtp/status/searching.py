@@ -20,6 +20,7 @@ MOST_SKIPPED: Final = 4900
 # Per turn of the loop: making a summary takes up to 0.1 ms.
 _TRACES_A_TURN: Final = 32
 _SPANS_A_TURN: Final = 2000  # half a millisecond
+_ERRORS: Final = frozenset({Severity.FAILED, Severity.REFUSED})
 
 
 class SearchRequest(NamedTuple):
@@ -28,7 +29,8 @@ class SearchRequest(NamedTuple):
     Attributes:
         query: see `search`.
         has_errors_only: only traces in which something was refused or failed.
-        is_errors_first: failures, then refusals, then the others; else the newest first, by their last span.
+        is_errors_first: failures, then refusals, then what clients gave up, then the others; else the newest first, by
+            their last span.
         skip: traces before the page.
         most: traces on it.
         until: traces whose last span ended later are left out; milliseconds since the epoch.
@@ -123,7 +125,7 @@ class TraceSearch:
                 continue
             severity = trace.summary()["severity"]
             counts[severity] += 1
-            if severity != Severity.OK or not asked.has_errors_only:
+            if severity in _ERRORS or not asked.has_errors_only:
                 summaries.append(trace.summary())
         return {
             "traces": summaries,

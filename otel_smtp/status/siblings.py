@@ -20,7 +20,7 @@ TOKEN_HEADER: Final = "x-otel-smtp-token"  # noqa: S105 - the name of a header
 ANSWER_SECONDS: Final = 0.5
 
 _SAMPLE: Final = re.compile(r"([a-zA-Z_:][a-zA-Z0-9_:]*)(\{\}?)?")
-_SEVERITIES: Final = ("failed", "refused", "ok")
+_SEVERITIES: Final = ("failed", "refused", "aborted", "ok")
 _BREAKERS: Final = ("closed", "half-open", "open")  # from good to bad
 
 

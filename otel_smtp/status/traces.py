@@ -109,6 +109,7 @@ class Severity(StrEnum):
 
     FAILED = "failed"  # the gateway, or what it depends on
     REFUSED = "refused"  # a client's fault, policy, or the upstream's verdict on the mail
+    ABORTED = "aborted"  # a client gave up a mail that nobody had refused
     OK = "ok"
 
 
@@ -368,6 +369,9 @@ def _severity(spans: Sequence[FinishedSpan]) -> Severity:
         return Severity.FAILED
     if failed or any(event.name == _ERROR_EVENT for span in spans for event in span.events):
         return Severity.REFUSED
+    mails = (span for span in spans if span.name == names.SPAN_TRANSACTION)
+    if any(mail.attributes.get(names.OUTCOME) == Outcome.ABORTED for mail in mails):
+        return Severity.ABORTED
     return Severity.OK
 
 

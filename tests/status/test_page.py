@@ -253,6 +253,19 @@ async def test_errors_are_marked_and_can_be_had_alone() -> None:
 
 
 @in_a_browser
+async def test_a_mail_that_its_client_gave_up_has_no_mark_of_one_that_went_well() -> None:
+    async with shown() as (gateway, page):
+        for span in mail_trace(0xFEED, outcome="aborted", domain="fresh.example", start_ns=time.time_ns()):
+            gateway.traces.add(span)
+        await page.until("document.getElementById('trace-list').textContent.includes('fresh.example')")
+        colors = await page.evaluate(
+            "Object.fromEntries([...document.querySelectorAll('.verdict')].map((each) => "
+            "[each.dataset.severity, getComputedStyle(each, '::before').color]))"
+        )
+        assert colors["aborted"] == colors["refused"] != colors["ok"]
+
+
+@in_a_browser
 async def test_back_closes_what_was_opened() -> None:
     async with shown() as (_, page):
         await page.until("document.querySelectorAll('#trace-list li').length === 25")

@@ -138,6 +138,8 @@ async def test_the_newest_come_first_unless_errors_are_asked_for() -> None:
                 port.traces.add(span)
         for span in mail_trace(4, states="New Active Error Closed"):
             port.traces.add(span)
+        for span in mail_trace(5, outcome="aborted"):
+            port.traces.add(span)
         errors_first = (await client.get("/api/traces", params={"order": "errors"})).json()
         newest_first = (await client.get("/api/traces")).json()
         errors = (await client.get("/api/traces", params={"only": "errors"})).json()
@@ -146,12 +148,12 @@ async def test_the_newest_come_first_unless_errors_are_asked_for() -> None:
     def numbers(answer: Any) -> list[int]:
         return [int(trace["trace_id"], 16) for trace in answer["traces"]]
 
-    assert numbers(errors_first) == [2, 4, 3, 1]
-    assert numbers(newest_first) == [4, 3, 2, 1]
+    assert numbers(errors_first) == [2, 4, 5, 3, 1]
+    assert numbers(newest_first) == [5, 4, 3, 2, 1]
     assert numbers(errors) == [4, 2]
     assert numbers(found) == [2]
-    assert errors_first["by_severity"] == errors["by_severity"] == {"failed": 1, "refused": 1, "ok": 2}
-    assert (errors["found"], errors["held"]) == (2, 4)
+    assert errors_first["by_severity"] == errors["by_severity"] == {"failed": 1, "refused": 1, "aborted": 1, "ok": 2}
+    assert (errors["found"], errors["held"]) == (2, 5)
 
 
 async def test_a_search_says_what_it_cannot_find() -> None:

@@ -83,6 +83,14 @@ def test_an_upstreams_verdict_on_a_mail_is_no_failure_of_ours(outcome: str, seve
     assert trace.summary()["severity"] == severity
 
 
+def test_a_mail_that_its_client_gave_up_did_not_go_well() -> None:
+    assert only(kept(mail_trace(1, outcome="aborted"))).summary()["severity"] == Severity.ABORTED
+    both = [*mail_trace(1), *mail_trace(1, outcome="aborted")]
+    assert only(kept(both)).summary()["severity"] == Severity.ABORTED
+    refused = mail_trace(1, outcome="aborted", states="New Active Error Closed")
+    assert only(kept(refused)).summary()["severity"] == Severity.REFUSED
+
+
 MAIL = mail_trace(
     0x00_4BF92F3577B34DA6A3CE929D0E0E47,
     states="New Active Data Error Idle Closed", outcome="deferred", code=451, domain="Gmail.example", has_failed=True,

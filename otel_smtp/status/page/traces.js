@@ -18,7 +18,7 @@ const panes = document.getElementById("panes");
 const pane = document.getElementById("trace");
 const nothing = pane.firstElementChild;
 
-const VERDICT = { failed: "failed", refused: "refused", ok: "ok" };
+const VERDICT = { failed: "failed", refused: "refused", aborted: "aborted", ok: "ok" };
 const QUIET_MILLISECONDS = 150; // typing: one search when the fingers rest
 const PAGE = 100; // traces that the gateway gives at a time
 const narrow = matchMedia("(max-width: 62rem)"); // as in the style sheet: an open trace covers all else
