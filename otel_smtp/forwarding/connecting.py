@@ -66,7 +66,10 @@ class Relaying(Protocol):
 
 
 class Connecting(ABC):
-    """An attempt and its connection; see `Attempts`, which goes along the upstreams, for arguments and attributes."""
+    """An attempt and its connection; see `Attempts`, which goes along the upstreams, for arguments and attributes.
+
+    What it has from the beginning is set by `Delivery`, for all parts of it at once.
+    """
 
     __slots__ = (
         "_attempt",
@@ -96,36 +99,32 @@ class Connecting(ABC):
         "waits_for_limits",
     )
 
+    _mail: Mail
+    _record: TransactionRecord
+    _relaying: Relaying
+    route: Sequence[Smarthost]
+    _is_aborted: bool
+    begins_fresh: bool
+    waits_for_limits: bool
+    _faults: Sequence[UpstreamFault]
+    _tried_again: frozenset[Smarthost]
+    _put_off: Reply | None  # a refusal on a connection that had served before; a fresh one is asked
+    _retry: Retry | None  # the next connection is one to the same upstream, within the same attempt
+    _since: float | None  # its place among those who wait for a connection; None: a new one
+    _ticket: Ticket[UpstreamConnection] | None
+    _opening: asyncio.Task[None] | None
+    _permission: WaitingMail | None  # of the upstream's limits, where it has some
+    _is_connected: bool
+    _is_parked: bool  # the client has nothing to say; the connection may be taken away
+    _is_open: bool  # the upstream has answered MAIL with 2yz on this connection
+    is_under_way: bool
+    has_ended_content: bool
     _work: Callable[[Any], None]  # takes self: a bound method would keep us alive by a cycle
     # Of the attempt; they are set when it begins, and when it has got its connection.
     _attempt: DeliveryRecord
     _smarthost: Smarthost
     _connection: UpstreamConnection
     _was_reused: bool
-
-    def __init__(
-        self, mail: Mail, record: TransactionRecord, relaying: Relaying, route: Sequence[Smarthost] = ()
-    ) -> None:
-        self._mail = mail
-        self._record = record
-        self._relaying = relaying
-        self.route = route
-        self._is_aborted = False
-        self.begins_fresh = False
-        self._faults: Sequence[UpstreamFault] = ()
-        self._tried_again: frozenset[Smarthost] = frozenset()
-        self._put_off: Reply | None = None  # a refusal on a connection that had served before; a fresh one is asked
-        self._retry: Retry | None = None  # the next connection is one to the same upstream, within the same attempt
-        self._since: float | None = None  # its place among those who wait for a connection; None: a new one
-        self._ticket: Ticket[UpstreamConnection] | None = None
-        self._opening: asyncio.Task[None] | None = None
-        self._permission: WaitingMail | None = None  # of the upstream's limits, where it has some
-        self.waits_for_limits = False
-        self.is_under_way = False
-        self._is_connected = False
-        self._is_parked = False  # the client has nothing to say; the connection may be taken away
-        self._is_open = False  # the upstream has answered MAIL with 2yz on this connection
-        self.has_ended_content = False
 
     @abstractmethod
     def _recover(self, error: Exception) -> None:

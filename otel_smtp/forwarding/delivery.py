@@ -15,18 +15,21 @@ be accepted, but for a single recipient: where that is refused, the last chunk h
 import logging
 from collections.abc import Mapping, Sequence
 from time import monotonic_ns
+from types import MappingProxyType
 from typing import Final
 
 from otel_smtp.forwarding.base import MessageAnswered, RecipientsAnswered
+from otel_smtp.forwarding.connecting import Relaying
 from otel_smtp.forwarding.content import Content
 from otel_smtp.forwarding.faults import ConnectionLost, OutOfStep, UpstreamFault
 from otel_smtp.forwarding.pace import WaitingMail
+from otel_smtp.forwarding.smarthost import Smarthost
 from otel_smtp.forwarding.transmitting import Transmitting, refusal_in
 from otel_smtp.forwarding.verdicts import fold, is_about_credentials, outcome_of, wants_another_transaction
-from otel_smtp.observing import DeliveryPhase, Outcome
+from otel_smtp.observing import DeliveryPhase, Outcome, TransactionRecord
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.client import CONTENT, DATA, MAIL, RCPT, RSET, Answer, Awaited
-from otel_smtp.smtp.envelope import Recipient
+from otel_smtp.smtp.envelope import Mail, Recipient
 from otel_smtp.smtp.replies import ErrorType, Reply
 
 logger: Final = logging.getLogger("otel_smtp.forwarding.delivery")
@@ -37,6 +40,8 @@ only then, a message sent in one piece would have an unknown outcome instead of 
 BURST_OCTETS: Final = 256 * 1024
 """A message up to this size may leave with its envelope: what is lost of it in the middle has an unknown outcome."""
 
+_NOTHING_READ: Final[Mapping[Recipient, Reply]] = MappingProxyType({})
+_NOBODY: Final[frozenset[Smarthost]] = frozenset()
 _MAIL: Final = frozenset({RSET, MAIL})
 _ENVELOPE: Final = frozenset({RSET, MAIL, RCPT})
 _PHASES: Final[Mapping[Awaited | None, DeliveryPhase | None]] = {
@@ -57,6 +62,27 @@ class Delivery(Transmitting):
     """
 
     __slots__ = ()
+
+    def __init__(
+        self, mail: Mail, record: TransactionRecord, relaying: Relaying, route: Sequence[Smarthost] = ()
+    ) -> None:
+        # What each of these is says the part that uses it, from `Connecting` on. They are set here, as a chain of
+        # constructors costs more than what it sets; each mail has one of this.
+        self._mail = mail
+        self._record = record
+        self._relaying = relaying
+        self.route = route
+        self.begins_fresh = self.wants_fresh = self.waits_for_limits = False
+        self.is_under_way = self._is_connected = self._is_parked = self._is_open = self._is_full = False
+        self.has_ended_content = self._is_aborted = False
+        self.accepted, self.left, self._promised = [], [], None
+        self._asked = self._faults = ()
+        self._read = _NOTHING_READ
+        self._tried_again = _NOBODY
+        self._judged = self._delivered = None
+        self._refusal = self._mail_refusal = self._put_off = None
+        self._permission = self._more = None
+        self._ticket = self._opening = self._retry = self._since = None
 
     # What a transaction asks -------------------------------------------------------------------------------
 

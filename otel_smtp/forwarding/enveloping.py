@@ -7,23 +7,19 @@ left: the client was promised a place for them, and they go in a further transac
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from time import monotonic, monotonic_ns
-from types import MappingProxyType
 from typing import Any, Final
 
 from otel_smtp.forwarding.attempts import Attempts
 from otel_smtp.forwarding.authentication import without_secrets
 from otel_smtp.forwarding.base import MessageAnswered, RecipientsAnswered
-from otel_smtp.forwarding.connecting import Relaying
 from otel_smtp.forwarding.content import Content
 from otel_smtp.forwarding.faults import CredentialsRefused, Spent, UpstreamFault
 from otel_smtp.forwarding.pace import WaitingMail
 from otel_smtp.forwarding.settings import TracePolicy
-from otel_smtp.forwarding.smarthost import Smarthost
 from otel_smtp.forwarding.verdicts import is_about_credentials, outcome_of, wants_another_transaction
-from otel_smtp.observing import TransactionRecord
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.client import MAIL, RSET, Answer
-from otel_smtp.smtp.envelope import Mail, Recipient
+from otel_smtp.smtp.envelope import Recipient
 from otel_smtp.smtp.extensions import is_ascii
 from otel_smtp.smtp.received import TRACEPARENT_FIELD_OCTETS
 from otel_smtp.smtp.replies import Reply
@@ -31,7 +27,6 @@ from otel_smtp.smtp.replies import Reply
 MOST_TRANSACTIONS: Final = 50
 """Into which one message is divided; a thousand recipients are ten of the size that any server takes."""
 
-_NOTHING_READ: Final[Mapping[Recipient, Reply]] = MappingProxyType({})
 _MAIL: Final = frozenset({RSET, MAIL})
 # See `smtp.client.answers` for why such names are here.
 _INJECT: Final = TracePolicy.INJECT
@@ -62,29 +57,24 @@ class Enveloping(Attempts):
     )
 
     _after: Callable[[Any, list[Answer]], None]  # the step that takes the answers
+    accepted: list[Recipient]
+    left: list[Recipient]
+    wants_fresh: bool
+    _is_full: bool  # nobody else is asked about
+    _promised: list[Recipient] | None  # see `promised`; None: nobody was left
+    _asked: Sequence[Recipient]
+    _judged: RecipientsAnswered | None
+    _delivered: MessageAnswered | None
+    _refusal: Reply | None  # the last one, of a recipient or of MAIL
+    _mail_refusal: Reply | None
+    _more: WaitingMail | None  # leave for further recipients
+    _read: Mapping[Recipient, Reply]  # refusals that were read before the connection was lost
     # Set when they are needed.
     _content: Content
     _header: bytes
     _octets: int  # of the header block that leaves, and the body
     _sent_octets: int
     _sent_pieces: int
-
-    def __init__(
-        self, mail: Mail, record: TransactionRecord, relaying: Relaying, route: Sequence[Smarthost] = ()
-    ) -> None:
-        super().__init__(mail, record, relaying, route)
-        self.accepted: list[Recipient] = []
-        self.left: list[Recipient] = []
-        self.wants_fresh = False
-        self._is_full = False  # nobody else is asked about
-        self._promised: list[Recipient] | None = None  # see `promised`; None: nobody was left
-        self._asked: Sequence[Recipient] = ()
-        self._judged: RecipientsAnswered | None = None
-        self._delivered: MessageAnswered | None = None
-        self._refusal: Reply | None = None  # the last one, of a recipient or of MAIL
-        self._mail_refusal: Reply | None = None
-        self._more: WaitingMail | None = None  # leave for further recipients
-        self._read: Mapping[Recipient, Reply] = _NOTHING_READ  # refusals that were read before the connection was lost
 
     @abstractmethod
     def _settled(self, answers: list[Answer], fault: UpstreamFault | None) -> None:

@@ -64,9 +64,25 @@ class Pool(Generic[C]):
     """
 
     __slots__ = (
-        "_busy", "_closed", "_contended", "_idle", "_is_alone", "_is_closed", "_is_retired", "_is_unexplained",
-        "_limits", "_opening", "_parked", "_parting", "_retry_at", "_slots", "breaker", "ceiling", "closing",
-        "heard_at", "waiting",
+        "_busy",
+        "_closed",
+        "_contended",
+        "_has_all_rights",
+        "_idle",
+        "_is_closed",
+        "_is_retired",
+        "_is_unexplained",
+        "_limits",
+        "_opening",
+        "_parked",
+        "_parting",
+        "_retry_at",
+        "_slots",
+        "breaker",
+        "ceiling",
+        "closing",
+        "heard_at",
+        "waiting",
     )  # fmt: skip
 
     def __init__(
@@ -82,7 +98,8 @@ class Pool(Generic[C]):
         self._parting = 0  # given up, and their slots are not free yet
         self.breaker = Breaker(limits.connections)
         self.ceiling = ceiling if ceiling is not None else Ceiling()
-        self._is_alone = slots is None and not self.ceiling.is_shared  # nobody else has a right to our connections
+        # Whoever is done with a connection that can be used leaves it here: nobody else has a right to it.
+        self._has_all_rights = slots is None and not self.ceiling.is_shared
         self.heard_at: float | None = None
         self._is_unexplained = False  # some were refused, and whether the upstream works is not known yet
         self._retry_at = 0.0  # not before: another connection beside those that work
@@ -174,8 +191,7 @@ class Pool(Generic[C]):
             connection.is_alive
             and not connection.is_spent
             and now < connection.expires_at
-            and not self._is_retired
-            and (self._is_alone or self._may_keep(connection, now))
+            and (self._has_all_rights or self._may_keep(connection, now))
         ):
             self._idle.append((connection, now))
         else:
@@ -371,6 +387,7 @@ class Pool(Generic[C]):
     def retire(self) -> None:
         """Keep no idle connection any more; tickets are served as before, for those that still come."""
         self._is_retired = True
+        self._has_all_rights = False
         self.closing.extend(connection for connection, _ in self._idle)
         if self._slots is not None:
             self._parting += len(self._idle)
@@ -420,6 +437,8 @@ class Pool(Generic[C]):
 
     def _may_keep(self, connection: C, now: float) -> bool:
         """Whether nobody else has more right to a connection."""
+        if self._is_retired:
+            return False
         if self.ceiling.is_shared and self._is_for_others(now):
             return False
         return self._slots is None or self._keeps_slot(connection, now)

@@ -227,35 +227,31 @@ class Commanding:
                 raise LocalProtocolError("unsafe path in a command")
             if size is None:
                 size = mail.size
-            if size is None or "SIZE" not in offered:
-                line = f"MAIL FROM:<{reverse_path}>"
-            else:
-                line = f"MAIL FROM:<{reverse_path}> SIZE={size:d}"
+            parameters = "" if size is None or "SIZE" not in offered else f" SIZE={size:d}"
             self._utf8 = False
             if mail[2:] != BEYOND_SIZE:
                 self._utf8 = mail.smtputf8 and "SMTPUTF8" in offered
-                line += self._parameters(mail, _OF_MAIL)
+                parameters += self._parameters(mail, _OF_MAIL)
             verbs = [MAIL, *verbs]
-            lines.append(line)
+            lines.append(f"MAIL FROM:<{reverse_path}>{parameters}\r\n")
         for recipient in recipients:
             address, notify, orcpt = recipient
             if not is_safe_path(address):
                 raise LocalProtocolError("unsafe path in a command")
-            line = f"RCPT TO:<{address}>"
-            if notify is not None or orcpt is not None:
-                line += self._parameters(recipient, OF_RECIPIENT)
-            lines.append(line)
-        lines.append("")  # for the end of the last one
-        group = "\r\n".join(lines)
+            if notify is None and orcpt is None:
+                lines.append(f"RCPT TO:<{address}>\r\n")
+            else:
+                lines.append(f"RCPT TO:<{address}>{self._parameters(recipient, OF_RECIPIENT)}\r\n")
+        group = "".join(lines)
         if not group.isascii():
-            for verb, line in zip(verbs, lines, strict=False):
-                self._check_text(verb, line)
+            for verb, line in zip(verbs, lines, strict=True):
+                self._check_text(verb, line[:-2])
         self.is_in_step = False
         if self.extensions.pipelining:
             self.queued.append((verbs, (group.encode(),)))
         else:
-            for verb, line in zip(verbs, lines, strict=False):
-                self.queued.append(((verb,), (f"{line}\r\n".encode(),)))
+            for verb, line in zip(verbs, lines, strict=True):
+                self.queued.append(((verb,), (line.encode(),)))
 
     def send_data(self) -> None:
         """DATA. Its 354 asks for `send_content` and `end_content`."""
