@@ -1,5 +1,7 @@
 """The parts that tests rely on: an oracle that sees nothing proves nothing."""
 
+import contextlib
+import itertools
 import os
 import smtplib
 import socket
@@ -169,3 +171,16 @@ def test_a_port_where_somebody_listens_is_passed_over(monkeypatch: pytest.Monkey
     monkeypatch.setattr(ports, "_ports", iter([first, second]))
     with socket.create_server(("127.0.0.1", first)):
         assert unclaimed_port() == second
+
+
+def test_no_two_runs_of_tests_are_told_the_same_port() -> None:
+    with contextlib.ExitStack() as until_both_end:
+
+        def ports_of_a_run() -> list[int]:
+            claims: list[socket.socket] = []
+            told = list(itertools.islice(ports._claimed(claims), 150))  # all runs of one process begin at one place
+            for claim in claims:
+                until_both_end.enter_context(claim)
+            return told
+
+        assert set(ports_of_a_run()).isdisjoint(ports_of_a_run())
