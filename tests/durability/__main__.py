@@ -1,7 +1,7 @@
-"""`python -m tests.durability kill|faults|full|workers|model|gateways|away|churn`: the long proofs.
+"""`python -m tests.durability kill|crashes|faults|full|workers|model|gateways|away|churn`: the long proofs.
 
-`tests/spool/test_durability.py`, `tests/end_to_end/test_workers.py` and `tests/spool/postgresql/test_gateways.py` run
-short ones.
+`tests/spool/test_durability.py`, `tests/spool/embedded/test_crashes.py`, `tests/end_to_end/test_workers.py` and
+`tests/spool/postgresql/test_gateways.py` run short ones.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from tests.durability.killing import kill_again_and_again
 from tests.durability.model import MODES, Model, run_model
 from tests.durability.sharing import TAKEOVER_SECONDS, keep_limits, kill_in_turn, stop_at_known_moments
 from tests.durability.supervising import storm
+from tests.spool.embedded.crashing import crash_at_any_call
 from tests.spool.postgresql.schemas import new_place
 
 
@@ -27,6 +28,11 @@ def main() -> int:
     kill = commands.add_parser("kill", help="kill -9 at random moments, under load")
     kill.add_argument("--kills", type=int, default=200)
     kill.add_argument("--seed", type=int, default=1)
+    crashes = commands.add_parser("crashes", help="after any system call of the embedded store: killed, or power lost")
+    crashes.add_argument("--seeds", type=int, default=20, help="so many times, some 2000 system calls are made")
+    crashes.add_argument("--moments", type=int, default=100, help="of these, after which crashes are looked at")
+    crashes.add_argument("--crashes", type=int, default=4, help="at each of them; the first two are kills")
+    crashes.add_argument("--seed", type=int, default=1, help="the first one")
     faults = commands.add_parser("faults", help="errors injected into one system call after the other")
     faults.add_argument("--most", type=int, default=8, help="the last call of each kind that fails")
     commands.add_parser("full", help="a disk that fills up")
@@ -61,6 +67,18 @@ def main() -> int:
             )
             print(books.told())
             return int(bool(books.lost or books.unmarked_duplicates or not books.is_balanced))
+        case "crashes":
+            is_wrong = False
+            for seed in range(arguments.seed, arguments.seed + arguments.seeds):
+                (seeded := directory / f"seed{seed}").mkdir()
+                found = asyncio.run(
+                    crash_at_any_call(
+                        seeded, seed, workers=24, steps=40, moments=arguments.moments, crashes=arguments.crashes
+                    )
+                )
+                print(f"seed {seed}: {found.told()}", *found.faults, sep="\n", flush=True)
+                is_wrong |= bool(found.faults)
+            return int(is_wrong)
         case "faults":
             is_wrong = False
             for call, error in CALLS:
