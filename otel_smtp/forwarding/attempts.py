@@ -45,6 +45,11 @@ class Attempts(Connecting):
     A subclass sets `_work`, calls `_proceed`, and has the work done on `_connection`; whatever that raises decides what
     comes next. It ends an attempt by `_end`, and answers by `_answer_for_all` when nobody is left.
 
+    Args:
+        record: gets a `DeliveryRecord` for each attempt.
+        relaying: told when an attempt is over that went on without its client, after `abort`.
+        route: see below.
+
     Attributes:
         route: the upstreams that were not tried yet, the preferred one first.
         begins_fresh: the first connection to each upstream is one that was not used before.

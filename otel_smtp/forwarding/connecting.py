@@ -66,7 +66,7 @@ class Relaying(Protocol):
 
 
 class Connecting(ABC):
-    """An attempt and its connection; see `Attempts`, which goes along the upstreams, for attributes.
+    """An attempt and its connection; see `Attempts`, which goes along the upstreams, for arguments and attributes.
 
     What it has from the beginning is set by `Delivery`, for all parts of it at once.
     """

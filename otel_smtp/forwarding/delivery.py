@@ -55,11 +55,6 @@ _PHASES: Final[Mapping[Awaited | None, DeliveryPhase | None]] = {
 class Delivery(Transmitting):
     """One transaction upstream.
 
-    Args:
-        record: gets a `DeliveryRecord` for each attempt.
-        relaying: told when an attempt is over that went on without its client, after `abort`.
-        route: see `Attempts`.
-
     Attributes:
         accepted: recipients that go with the content; those of `ask` are added here as they are accepted.
         left: those that were promised a place in a further transaction. `wants_fresh`: on a connection that was not

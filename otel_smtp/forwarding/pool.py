@@ -60,15 +60,29 @@ class Pool(Generic[C]):
     Attributes:
         closing: connections that are to be closed now; see `take_closing`.
         heard_at: when the upstream last was of use, a connection or an answer; None: never.
-        unpark: `unpark(connection)`: the mail goes on with the connection that it has parked, and that was not
-            reclaimed.
         waiting: the tickets that wait, in the order in which they are served.
     """
 
     __slots__ = (
-        "_busy", "_closed", "_contended", "_has_all_rights", "_idle", "_is_closed", "_is_retired", "_is_unexplained",
-        "_limits", "_opening", "_parked", "_parting", "_retry_at", "_slots", "breaker", "ceiling", "closing",
-        "heard_at", "unpark", "waiting",
+        "_busy",
+        "_closed",
+        "_contended",
+        "_has_all_rights",
+        "_idle",
+        "_is_closed",
+        "_is_retired",
+        "_is_unexplained",
+        "_limits",
+        "_opening",
+        "_parked",
+        "_parting",
+        "_retry_at",
+        "_slots",
+        "breaker",
+        "ceiling",
+        "closing",
+        "heard_at",
+        "waiting",
     )  # fmt: skip
 
     def __init__(
@@ -93,8 +107,6 @@ class Pool(Generic[C]):
         self._idle: deque[tuple[C, float]] = deque()  # with the time of release, the latest on the right
         self._busy = 0  # the parked ones among them
         self._parked: dict[C, tuple[float, Callable[[], None]]] = {}  # since when, the longest first; whom to tell
-        # A method of the dictionary itself, as each mail that is asked about and then sent calls it.
-        self.unpark: Callable[[C], object] = self._parked.pop
         self._opening = 0
         self.waiting: deque[Ticket[C]] = deque()
         self._is_closed = False
@@ -202,6 +214,10 @@ class Pool(Generic[C]):
         self._parked[connection] = (now, on_reclaimed)
         if self.waiting:
             self._contended()
+
+    def unpark(self, connection: C) -> None:
+        """The mail goes on with its connection."""
+        self._parked.pop(connection, None)
 
     def opened(self, ticket: Ticket[C], now: float) -> None:
         """The connection that a ticket allowed is open, and in use by the ticket's mail."""

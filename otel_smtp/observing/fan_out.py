@@ -4,6 +4,7 @@ The dispatch of every hook is derived from `Observer`: a hook that is added ther
 """
 
 import difflib
+import inspect
 import logging
 from collections.abc import Callable, Iterable
 from typing import Any, Final
@@ -41,39 +42,53 @@ class FanOut(Observer):
 
     def __init__(self, observers: Iterable[Observer]) -> None:
         members = [_Member(observer) for observer in observers]
-        self._listeners: dict[str, tuple[tuple[_Member, Callable[..., Any]], ...]] = {
-            hook: tuple(
+        for hook, asks in HOOKS.items():
+            listeners = tuple(
                 (member, getattr(member.observer, hook)) for member in members if _overrides(member.observer, hook)
             )
-            for hook in HOOKS
-        }
-        self.wants_transitions = bool(self._listeners["conn_state"])
+            if hook == "conn_state":
+                self.wants_transitions = bool(listeners)
+            # Bound to those who listen, so that a call has nothing to look up; of those who do not, the interface's.
+            if listeners:
+                setattr(self, hook, (_asker if asks else _teller)(hook, listeners))
+
+
+_Listeners = tuple[tuple[_Member, Callable[..., Any]], ...]
 
 
 def _overrides(observer: Observer, hook: str) -> bool:
     return getattr(type(observer), hook) is not getattr(Observer, hook) or hook in getattr(observer, "__dict__", ())
 
 
-def _teller(hook: str) -> Callable[..., None]:
-    def tell(self: FanOut, *args: Any) -> None:
-        for member, method in self._listeners[hook]:
+def _teller(hook: str, listeners: _Listeners) -> Callable[..., None]:
+    def tell(*about: Any) -> None:
+        for member, method in listeners:
             if not member.raised:
                 try:
-                    method(*args)
+                    method(*about)
                 except Exception:  # noqa: BLE001 - telemetry never touches mail
                     member.drop(hook)
 
-    return tell
-
-
-def _asker(hook: str) -> Callable[..., Any]:
-    no_answer = getattr(Observer(), hook)(None)  # what the interface itself says
-
-    def ask(self: FanOut, *args: Any) -> Any:
-        for member, method in self._listeners[hook]:
+    def tell_one(record: Any) -> None:
+        """The same of one argument, as nearly all hooks have: several times a mail."""
+        for member, method in listeners:
             if not member.raised:
                 try:
-                    answer = method(*args)
+                    method(record)
+                except Exception:  # noqa: BLE001 - as above
+                    member.drop(hook)
+
+    return tell_one if _takes_one(hook) else tell
+
+
+def _asker(hook: str, listeners: _Listeners) -> Callable[..., Any]:
+    no_answer = getattr(Observer(), hook)(None)  # what the interface itself says
+
+    def ask(record: Any) -> Any:
+        for member, method in listeners:
+            if not member.raised:
+                try:
+                    answer = method(record)
                 except Exception:  # noqa: BLE001 - telemetry never touches mail
                     member.drop(hook)
                     continue
@@ -84,8 +99,8 @@ def _asker(hook: str) -> Callable[..., Any]:
     return ask
 
 
-for _hook, _asks in HOOKS.items():
-    setattr(FanOut, _hook, (_asker if _asks else _teller)(_hook))
+def _takes_one(hook: str) -> bool:
+    return len(inspect.signature(getattr(Observer, hook)).parameters) == 2  # its observer, and what it is about
 
 
 def fan_out(observers: Iterable[Observer]) -> FanOut:

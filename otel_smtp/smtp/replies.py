@@ -182,6 +182,7 @@ def hello(hostname: str, keywords: Iterable[str] = ()) -> Reply:
     return Reply(250, None, (hostname, *keywords))
 
 
+@lru_cache(maxsize=1024)  # the mails of a busy connection are in one trace
 def message_accepted(trace_id: str | None = None) -> Reply:
     """The final 250 of a message, with the trace id that leads people to its trace."""
     if trace_id is None:

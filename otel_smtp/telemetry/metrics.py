@@ -190,6 +190,9 @@ class Buckets:
         self, values: Sequence[float], contexts: Sequence[TraceContext | None], moments_ns: Sequence[int]
     ) -> None:
         """Measure several, at least one, in their order; each as `add` does."""
+        if contexts[0] is None and contexts.count(None) == len(contexts):
+            self.add_all([*values])
+            return
         if None in contexts:
             for value, context, unix_ns in zip(values, contexts, moments_ns, strict=True):
                 self.add(value, context, unix_ns)
@@ -291,6 +294,7 @@ class Metrics(Observer):
         mechanisms: Sequence[str] = (),
     ) -> None:
         self._exemplar_flags = _EXEMPLAR_FLAGS[exemplars]
+        self._names_unsampled = exemplars is ExemplarFilter.ALWAYS_ON
         self._open_connections = open_connections
         self._connections = connections
         self._spool = spool
@@ -406,6 +410,8 @@ class Metrics(Observer):
         if connection is not None and len(connection.transitions) - connection.counted[0] >= _COUNTED_AT_ONCE:
             self._fold(connection)
         trace: Identity | None = transaction.trace
+        if trace is None and connection is not None and self._names_unsampled:
+            trace = connection.trace  # it is in the same trace
         context = None if trace is None else trace.context
         if context is not None and not (context.flags | _UNSAMPLED) & self._exemplar_flags:
             context = None

@@ -131,6 +131,7 @@ class Tracing(Observer):
         keeping: Keeping | None = None,
     ) -> None:
         self._keeping = keeping
+        self._sampling = Sampling(sampler, id_generator or RandomIdGenerator())
         self._exports = tuple(exports)
         self._memories = tuple(memories)
         self._encodes = bool(exports or memories)
@@ -138,7 +139,6 @@ class Tracing(Observer):
         self._listeners = tuple(listeners)
         self._followers: tuple[LineSink, ...] = ()
         self.tell(lines)
-        self._sampling = Sampling(sampler, id_generator or RandomIdGenerator())
         self._events_on_span = state_events.on_span
         self._long_spans = StepByStep()
         self._monotonic_ns = monotonic_ns
@@ -166,6 +166,8 @@ class Tracing(Observer):
         self._reads = {True: bool(self._sinks or listeners), False: bool(listeners)}
         self._tells_all = bool(listeners or self._lines)  # of those that are not recorded too
         self._only_encodes = not self._sinks and not self._tells_all
+        # Of a mail whose connection's segment the sampler dropped: nobody will hear of it.
+        self._drops_mails = self._sampling.inherits_ours and self._keeping is None and not self._tells_all
 
     def show(
         self,
@@ -260,6 +262,9 @@ class Tracing(Observer):
 
     def transaction_ended(self, transaction: TransactionRecord) -> None:
         """Make the spans of the transaction and of its deliveries that are over."""
+        connection = transaction.connection
+        if transaction.trace is None and connection is not None and self._is_dropped(transaction, connection):
+            return
         identity: Identity | None = transaction.trace or self._settle(transaction)
         if self._keeping is not None and identity is not None and not identity.is_recording:
             self._keep_by_outcome(self._keeping, identity, transaction)
@@ -388,6 +393,8 @@ class Tracing(Observer):
             if connection is not None and (headers is None or not headers.traceparents):
                 # As `_settle`, which would be one call more for nearly each mail.
                 segment: SegmentIdentity = connection.trace
+                if not segment.is_recording and self._drops_mails:
+                    return segment.trace_text or segment.tell_trace()  # it needs no identity of its own
                 identity = transaction.trace = self._sampling.inherit(segment.context)
                 if identity is not None:
                     return segment.trace_text or segment.tell_trace()
@@ -404,11 +411,20 @@ class Tracing(Observer):
         transaction = delivery.transaction
         span_id = delivery.trace or self._settle_attempt(delivery, transaction)
         connection, above = transaction.connection, transaction.trace
-        if span_id.__class__ is int and connection is not None and above.parent is connection.trace.context:
+        if span_id.__class__ is int and connection is not None:
             segment: SegmentIdentity = connection.trace
-            trace_id = segment.trace_text or segment.tell_trace()
-            return propagation.carrier_of(trace_id, span_id, above.context.flags, above.context.trace_state)
+            context = segment.context
+            if above is None or above.parent is context:
+                # A transaction below its segment has all but its span's id from that.
+                trace_id = segment.trace_text or segment.tell_trace()
+                return propagation.carrier_of(trace_id, span_id, context.flags, context.trace_state)
         return propagation.carrier(self._settle_delivery(delivery, transaction).context)
+
+    def _is_dropped(self, transaction: TransactionRecord, connection: ConnectionRecord) -> bool:
+        """Whether a transaction needs no identity: it is below a segment that the sampler dropped, and nobody will hear
+        of it. All that is ever told of it is its trace id, which is the segment's."""
+        headers = transaction.trace_headers
+        return self._drops_mails and not connection.trace.is_recording and (headers is None or not headers.traceparents)
 
     def _settle(self, transaction: TransactionRecord) -> Identity | None:
         """The transaction's identity, known from now on; None for a message from the spool without a trace."""
@@ -461,7 +477,12 @@ class Tracing(Observer):
         """The identity of an attempt, known from now on: the id of its span, where all else follows from its
         transaction's identity, as it does for nearly each mail."""
         if delivery.trace is None:
-            above: Identity | None = transaction.trace or self._settle(transaction)
+            above: Identity | None = transaction.trace
+            connection = transaction.connection
+            if above is None and connection is not None and self._is_dropped(transaction, connection):
+                delivery.trace = span_id = self._sampling.new_span_id()
+                return span_id
+            above = above or self._settle(transaction)
             if above is not None and transaction.connection is not None and self._sampling.inherits_ours:
                 delivery.trace = self._sampling.new_span_id()
             else:
@@ -473,7 +494,9 @@ class Tracing(Observer):
         """The same in full."""
         identity = self._settle_attempt(delivery, transaction)
         if isinstance(identity, int):
-            above: TraceContext = transaction.trace.context
+            settled = transaction.trace or self._settle(transaction)
+            assert settled is not None
+            above = settled.context
             context = above._replace(span_id=identity, is_remote=False)
             identity = delivery.trace = Identity(context, above, is_recording=bool(above.flags & SAMPLED))
         return identity

@@ -3,8 +3,9 @@
 The real server, session, forwarder and telemetry run over transports in memory: a client that says one command per turn
 over a kept connection, and an upstream with PIPELINING and CHUNKING that says yes. `python -m tests.bench.lab` prints
 microseconds of CPU per mail, as the minimum of many batches (the machine's other tenants only ever add), by ablation:
-without observers, with metrics, with traces that are not encoded, encoded and queued for export, and with all that is
-on by default. `--calls` counts as well: Python functions and C functions per mail, which is what the guard test bounds.
+without observers, with metrics, with traces that the sampler drops, that are not encoded, that are encoded and queued
+for export, and with all that is on by default. `--calls` counts as well: Python functions and C functions per mail,
+which is what the guard test bounds.
 `--queue` puts a spool between, whose thread and system calls are not counted: what mail costs the event loop.
 `--json` prints all that as one object, with what an idle connection holds and a profile, for `python -m tests.bench`.
 """
@@ -332,6 +333,7 @@ def _house(**parts: bool) -> Observers:
 OBSERVERS: Final[dict[str, Observers]] = {
     "none": _house(traces=False, metrics=False, page=False),
     "metrics": _house(traces=False, page=False),
+    "sampled to nothing": _house(samples=False, page=False),
     "traced, not encoded": _house(exports=False, page=False),
     "encoded, queued": _house(page=False),
     "everything": _house(),

@@ -45,12 +45,12 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 @pytest.mark.parametrize(
     ("observers", "strategy", "python", "c"),
     [
-        ("none", "transparent", 107, 142),
-        ("none", "buffered", 100, 133),
-        ("everything", "transparent", 138, 212),
-        ("everything", "buffered", 131, 203),
+        ("none", "transparent", 109, 156),
+        ("none", "buffered", 101, 146),
+        ("everything", "transparent", 147, 234),
+        ("everything", "buffered", 137, 224),
         # How many lines are written together depends on time; these bounds hold where each mail's are written alone.
-        ("as installed", "transparent", 168, 258),
+        ("as installed", "transparent", 172, 283),
     ],
 )
 def test_calls_of_a_message(observers: str, strategy: str, python: float, c: float) -> None:

@@ -671,8 +671,8 @@ class AnyOrder(RuleBasedStateMachine):
             self.unpark(connection)
 
     def unpark(self, connection: Connection) -> None:
+        self.pool.unpark(connection)
         if connection in self.parked:
-            self.pool.unpark(connection)
             self.parked.remove(connection)
 
     @precondition(lambda self: self.idle_or_closed)

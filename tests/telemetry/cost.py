@@ -20,6 +20,7 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, DEFAULT_ON
 
 from otel_smtp.observing import (
     ConnectionInfo,
@@ -155,6 +156,7 @@ class House:
 
     Args:
         log: write the access log, to a stream that keeps nothing, and export it.
+        samples: make spans; False: the sampler drops every trace.
 
     Attributes:
         octets, spans: of what was encoded.
@@ -168,6 +170,7 @@ class House:
         metrics: bool = True,
         page: bool = True,
         log: bool = False,
+        samples: bool = True,
     ) -> None:
         self.octets = 0
         self.spans = 0
@@ -182,7 +185,8 @@ class House:
         if traces:
             policies = {"local": InboundPolicy.AUTO}
             lines = [] if self._log is None else [self._log.access_log]
-            observers.append(Tracing(exports=takes, memories=memories, policies=policies, lines=lines))
+            sampler = DEFAULT_ON if samples else ALWAYS_OFF
+            observers.append(Tracing(exports=takes, memories=memories, policies=policies, lines=lines, sampler=sampler))
         if metrics:
             observers.append(Metrics())
         if page:
@@ -327,6 +331,7 @@ def count_octets(mails: int = MAILS) -> float:
 HOUSES: dict[str, Callable[[], House]] = {
     "nobody observes": lambda: House(traces=False, metrics=False, page=False),
     "metrics": lambda: House(traces=False, page=False),
+    "sampled to nothing": lambda: House(samples=False, page=False),
     "metrics, traces not encoded": lambda: House(exports=False, page=False),
     "metrics, traces encoded and queued": lambda: House(page=False),
     "everything, page too": House,
