@@ -429,7 +429,7 @@ class Runner:
         is_shared = self._store.look_again_seconds is not None
         self._counted_at, self._has_changed = time.monotonic(), is_shared
         if is_shared:
-            self._destinations.update(await self._store.destinations())
+            self._destinations.update(await self._store.destinations(known=self._destinations))
         self.counts = await self._store.counts()
         self.oldest = await self._store.page("", SHOWN_MOST)
         self.company = await self._store.company()

@@ -5,7 +5,7 @@ connection or an instant of the caller's clock: times that go in are durations, 
 """
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -219,8 +219,12 @@ class Store(Protocol):
         """Note that the sender was warned, by `notices`; False where that was noted before, or the message is gone."""
         ...
 
-    async def destinations(self, *, outcomes: bool = False) -> Sequence[str]:
-        """All destinations that mail waits for; or, with `outcomes`, those that outcomes wait for."""
+    async def destinations(self, *, outcomes: bool = False, known: Collection[str] = ()) -> Sequence[str]:
+        """All destinations that mail waits for; or, with `outcomes`, those that outcomes wait for.
+
+        Args:
+            known: those that need not be told.
+        """
         ...
 
     def holds(self, lease: Lease) -> bool:

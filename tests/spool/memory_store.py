@@ -7,7 +7,7 @@ place, so that it can be closed and opened like any other.
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -257,9 +257,9 @@ class MemoryStore:
             self._add(message, content, is_leased=False)
         return True
 
-    async def destinations(self, *, outcomes: bool = False) -> Sequence[str]:
+    async def destinations(self, *, outcomes: bool = False, known: Collection[str] = ()) -> Sequence[str]:
         found = {one.destination for entry in self._sorted for one in entry.deliveries}
-        return sorted(destination for destination in found if is_for_receiver(destination) is outcomes)
+        return sorted(one for one in found.difference(known) if is_for_receiver(one) is outcomes)
 
     async def read(self, content: ContentRef, start: int, octets: int) -> bytes:
         found = self.memory.contents.get(str(content.key))

@@ -1,7 +1,7 @@
 """Deliveries out: what is attempted, ended for its age, or shown for a warning."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from otel_smtp.spool.embedded.parts import EmbeddedParts
 from otel_smtp.spool.messages import DeliveryState, Lease, NoSuchMessage, SpoolError, StoreVerb, is_for_receiver
@@ -60,11 +60,11 @@ class EmbeddedLeasing(EmbeddedParts):
             if one.state is DeliveryState.READY and one.attempts > 0
         ]
 
-    async def destinations(self, *, outcomes: bool = False) -> Sequence[str]:
+    async def destinations(self, *, outcomes: bool = False, known: Collection[str] = ()) -> Sequence[str]:
         """See `Store.destinations`."""
         hot = {one.destination for entry in self.memory.hot.values() for one in entry.deliveries}
         found = hot | {destination for destination, count in self.memory.cold.items() if count > 0}
-        return sorted(destination for destination in found if is_for_receiver(destination) is outcomes)
+        return sorted(one for one in found.difference(known) if is_for_receiver(one) is outcomes)
 
     def holds(self, lease: Lease) -> bool:
         """See `Store.holds`: one process owns the directory."""

@@ -1,7 +1,7 @@
 """Deliveries out: what is attempted, ended for its age, or shown for a warning."""
 
 import time
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from typing import Final
 from uuid import UUID
 
@@ -101,10 +101,17 @@ class PostgresqlLeasing(PostgresqlParts):
         rows = await self._working.do(lambda connection: connection.fetch(self._statements.unwarned, age, most))
         return [lease_of(row, None) for row in rows]
 
-    async def destinations(self, *, outcomes: bool = False) -> Sequence[str]:
+    async def destinations(self, *, outcomes: bool = False, known: Collection[str] = ()) -> Sequence[str]:
         """See `Store.destinations`."""
-        rows = await self._working.do(lambda connection: connection.fetch(self._statements.destinations))
-        return [row["dest"] for row in rows if is_for_receiver(row["dest"]) is outcomes]
+        passed_over = [*{*known, *self._not_asked_for[outcomes]}]
+        rows = await self._working.do(lambda connection: connection.fetch(self._statements.destinations, passed_over))
+        found: list[str] = []
+        for row in rows:
+            if is_for_receiver(row["dest"]) is outcomes:
+                found.append(row["dest"])
+            else:
+                self._not_asked_for[outcomes].add(row["dest"])
+        return found
 
     def holds(self, lease: Lease) -> bool:
         """See `Store.holds`."""

@@ -39,4 +39,5 @@ class PostgresqlParts:
     # claim whose answer was lost.
     _held: dict[tuple[str, int], int]
     _submitting: set[str]
+    _not_asked_for: tuple[set[str], set[str]]  # destinations of the other kind, where mail is asked for or outcomes are
     _withdrawn: dict[str, int]  # may have been stored, though the client was told otherwise: attempts, by message

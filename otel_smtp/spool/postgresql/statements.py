@@ -171,14 +171,24 @@ WHERE dlv.state = 'r' AND dlv.attempts > 0 AND NOT msg.warned AND msg.kind = 'ma
 
 _WARN: Final = "UPDATE {s}.msg SET warned = true WHERE id = $1 AND NOT warned RETURNING id"
 
-# One look into the index for each destination, instead of all of its entries.
-_DESTINATIONS: Final = """
-WITH RECURSIVE found AS (
-  (SELECT dest FROM {s}.dlv WHERE state = 'r' ORDER BY dest LIMIT 1)
+# The first destination between two others, of which the second may be NULL.
+_NEXT_DESTINATION: Final = """
+  (SELECT dest FROM {{s}}.dlv WHERE state = 'r' AND dest > {after} AND dest < {before} ORDER BY dest LIMIT 1)
   UNION ALL
-  SELECT (SELECT dest FROM {s}.dlv WHERE state = 'r' AND dest > found.dest ORDER BY dest LIMIT 1)
-  FROM found WHERE found.dest IS NOT NULL)
-SELECT dest FROM found WHERE dest IS NOT NULL"""
+  (SELECT dest FROM {{s}}.dlv WHERE {before} IS NULL AND state = 'r' AND dest > {after} ORDER BY dest LIMIT 1)"""
+
+# One look into the index for each destination, instead of all of its entries. Those that are known are passed over by
+# their names: where vacuum is held up, all that has gone lies before what waits.
+_DESTINATIONS: Final = f"""
+WITH RECURSIVE gap AS (
+  SELECT name AS after, lead(name) OVER (ORDER BY name) AS before FROM unnest(array_append($1::text[], '')) AS name),
+found AS (
+  SELECT one.dest, gap.before
+  FROM gap CROSS JOIN LATERAL ({_NEXT_DESTINATION.format(after="gap.after", before="gap.before")}) AS one
+  UNION ALL
+  SELECT one.dest, found.before
+  FROM found CROSS JOIN LATERAL ({_NEXT_DESTINATION.format(after="found.dest", before="found.before")}) AS one)
+SELECT dest FROM found ORDER BY dest"""
 
 _READ: Final = """
 SELECT octets, substring(content FROM $2::int + 1 FOR $3::int) AS part, content IS NULL AS is_chunked

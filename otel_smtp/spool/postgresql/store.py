@@ -136,6 +136,7 @@ class PostgresqlStore(PostgresqlSubmitting, PostgresqlLeasing, PostgresqlOperati
         self._held = {}
         self._submitting = set()
         self._unknown_results = set()
+        self._not_asked_for = (set(), set())
         self._withdrawn = {}
         self.figures = Figures()
 

@@ -1,9 +1,13 @@
 """What a claim reads where the planner knows nothing: a queue is empty when it is analyzed, and full soon after."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from typing import Any
 from uuid import UUID
+
+import asyncpg
+import pytest
 
 from otel_smtp.spool.postgresql.statements import Statements
 from tests.spool.postgresql.schemas import new_place, store
@@ -52,12 +56,10 @@ async def test_a_claim_reads_a_sample_of_a_backlog_and_sorts_it_once() -> None:
     await gateway.close()
 
 
-async def test_when_the_next_is_due_is_found_without_reading_what_has_gone() -> None:
-    """An old transaction keeps all that has gone since where it was: before what waits."""
-    place = await new_place()
-    schema = place.schema
-    statement = Statements(schema).next_due
-    async with connected(place.url) as connection, connected(place.url) as other:
+@asynccontextmanager
+async def much_that_has_gone(schema: str, url: str) -> AsyncIterator[asyncpg.Connection]:
+    """A queue with one delivery for `up` in an hour, behind 999 that an old transaction keeps since they have gone."""
+    async with connected(url) as connection, connected(url) as other:
         await connection.execute(
             f"INSERT INTO {schema}.msg SELECT n, 'mail', now(), now() + interval '1 day', false, NULL, false,"
             f" 'a@b.example', '{{}}', '{{}}', NULL, '{UUID(int=0)}', 4, 2, '', '' FROM generate_series(1, 1000) AS n"
@@ -73,7 +75,33 @@ async def test_when_the_next_is_due_is_found_without_reading_what_has_gone() -> 
                 f"UPDATE {schema}.dlv SET next_at = now() + interval '1 hour' WHERE msg_id = '1000';"
                 f" DELETE FROM {schema}.dlv WHERE msg_id <> '1000'"
             )
-            told = await connection.fetchval(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {statement}", ["up"])
-            due_in = await connection.fetchval(statement, ["up"])
-    read = json.loads(told)[0]["Plan"]["Shared Hit Blocks"]
+            yield connection
+
+
+async def blocks_read(connection: asyncpg.Connection, statement: str, *arguments: object) -> int:
+    told = await connection.fetchval(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {statement}", *arguments)
+    read: int = json.loads(told)[0]["Plan"]["Shared Hit Blocks"]
+    return read
+
+
+async def test_when_the_next_is_due_is_found_without_reading_what_has_gone() -> None:
+    place = await new_place()
+    statement = Statements(place.schema).next_due
+    async with much_that_has_gone(place.schema, place.url) as connection:
+        read = await blocks_read(connection, statement, ["up"])
+        due_in = await connection.fetchval(statement, ["up"])
     assert (round(due_in / 60), read < 20) == (60, True), read
+
+
+@pytest.mark.parametrize("new", ["after", "zz"])  # before the one that is known, and behind it
+async def test_new_destinations_are_found_without_reading_what_has_gone_of_others(new: str) -> None:
+    place = await new_place()
+    statement = Statements(place.schema).destinations
+    async with much_that_has_gone(place.schema, place.url) as connection:
+        await connection.execute(
+            f"INSERT INTO {place.schema}.dlv (msg_id, d, dest, sender, state, next_at, rcpt)"
+            f" VALUES ('1', 1, '{new}', 'a@b.example', 'r', now(), '[]')"
+        )
+        read = await blocks_read(connection, statement, ["up", "somewhere"])
+        found = await connection.fetch(statement, ["up", "somewhere"])
+    assert ([row["dest"] for row in found], read < 20) == ([new], True), read
