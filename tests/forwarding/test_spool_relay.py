@@ -1,5 +1,6 @@
 """The relay as the spool uses it: no client waits, so a single recipient may travel with its content."""
 
+from otel_smtp.forwarding.limits import Limit, LimitSettings
 from otel_smtp.forwarding.settings import Strategy
 from otel_smtp.observing import Outcome, TransactionRecord
 from otel_smtp.smtp import replies
@@ -45,6 +46,23 @@ async def test_several_recipients_are_asked_together_and_lmtp_judges_each() -> N
         assert [reply.code for reply in await transaction.recipients([BOB, GONE, CAROL])] == [250] * 3
         assert str(await transaction.content(CHUNKS)) == "550 5.1.1 gone (taken for 2 of 3 recipients)"
         assert [reply.code for reply in transaction.verdicts] == [250, 550, 250]
+
+
+async def test_each_of_its_transactions_waits_for_limits_for_which_no_client_would() -> None:
+    limits = {"rate": Limit(LimitSettings("rate", count=1, period_seconds=0.05))}
+    async with (
+        ScriptedUpstream() as upstream,
+        relaying(
+            settings(upstream, paced_by=("rate",), recipients_per_transaction=1),
+            limits=limits,
+            pace_patience_seconds=0.0,
+        ) as forwarder,
+    ):
+        for recipients in ([BOB], [BOB, CAROL, GONE]):
+            transaction = Awaited.begin(forwarder.for_spool(), MAIL, record := resumed())
+            assert all(reply.is_positive for reply in await transaction.recipients(recipients))
+            assert (await transaction.content(CHUNKS)).code == 250
+            assert [one.outcome for one in record.deliveries] == [Outcome.RELAYED] * len(recipients)
 
 
 async def test_who_attempts_tells_of_its_deliveries_as_it_alone_knows_each_recipients_end() -> None:
