@@ -342,19 +342,30 @@ class Conversation:
 
     # Time --------------------------------------------------------------------------------------------------------
 
-    def look_at_clock(self, now: float) -> None:
-        """Act on what is due at `now`, by the loop's clock: a deadline, the age of the segment."""
-        protocol = self._protocol
+    def look_at_clock(self, now: float, until: float) -> bool:
+        """Act on what is due at `now`, by the loop's clock: a deadline, the age of the segment.
+
+        Returns:
+            Whether something may be due before `until`, or it cannot be known.
+        """
         if self._has_ended:
-            return
-        record = self.record
-        if not protocol.is_in_transaction and time.monotonic_ns() - record.begun_ns >= self._segment_age_ns:
+            return False
+        age_left = self._house.segments.age_seconds - (time.monotonic_ns() - self.record.begun_ns) / 1e9
+        if age_left <= 0 and not self._protocol.is_in_transaction:
             self._end_segment()
+            age_left = self._house.segments.age_seconds
         if self._pauses & Pause.UNREAD:
             if now >= self._began + UNREAD_REPLIES_SECONDS:
                 self._end_from_outside(None, CloseReason.TIMEOUT)
-        elif self._is_reading and now >= self._deadline() - CLOCK_SLACK_SECONDS:
+            return True
+        if not self._is_reading:
+            return True  # it is when something else is over, and then may have little time left
+        deadline = self._deadline()
+        if now >= deadline - CLOCK_SLACK_SECONDS:
             self._end_from_outside(replies.TIMED_OUT, CloseReason.TIMEOUT)
+            return False
+        # What the client says from now on has a deadline of its own.
+        return min(deadline, now + self._policy.timeouts.shortest, now + age_left) < until
 
     @property
     def _is_reading(self) -> bool:
@@ -365,10 +376,6 @@ class Conversation:
             and self._protocol.asked is Asked.NOTHING
             and not self._pauses & Pause.CONTENT
         )
-
-    @property
-    def _segment_age_ns(self) -> int:
-        return int(self._house.segments.age_seconds * 1e9)
 
     def _deadline(self) -> float:
         """When the request at hand must be complete: octets buy time at the minimum rate, within a hard bound."""

@@ -26,6 +26,8 @@ from otel_smtp.smtp.states import IllegalTransition
 NAMED_WITH_EACH: Final = 2
 # So many sessions look at the clock in one turn of the event loop: a tenth of a millisecond.
 LOOKS_A_TURN: Final = 64
+# All of them do so often; at each sweep only those for which something may be due before all do again.
+ALL_LOOK_SECONDS: Final = 5.0
 # Two looks at two clocks differ by less. Connections share the offset while nobody sets the clock.
 SAME_OFFSET_NS: Final = 10_000
 
@@ -84,6 +86,8 @@ class Server:
         self._sweep = sweep or Sweep()
         self._listening: list[Listener] = []
         self._sessions: dict[Conversation, None] = {}  # in the order in which they were accepted
+        self._soon: dict[Conversation, None] = {}  # those of them that look at the clock at the next sweep
+        self._all_look_at = 0.0  # when all do
         self._places: Places[Conversation] = Places(connections)
         self._nameless: deque[Conversation] = deque()  # whose they are is still to be asked for
         self._names_all = False  # `_nameless` has all of those
@@ -126,6 +130,7 @@ class Server:
         self._stress_percent = stress_percent
         self.guesses.hold_to(auth_failures_per_minute)
         self.segments = segments
+        self._all_look_at = 0.0  # what was not due may be now
 
     @property
     def is_stressed(self) -> bool:
@@ -239,6 +244,7 @@ class Server:
         if session not in self._sessions:
             return
         del self._sessions[session]
+        self._soon.pop(session, None)
         if session.share:
             self._places.remove(session.share)
         host = session.client_counted
@@ -307,7 +313,7 @@ class Server:
 
     def _take_in(self, session: Session, client: str | None, refusal: Reply | None) -> None:
         was_stressed = self.is_stressed
-        self._sessions[session] = None
+        self._sessions[session] = self._soon[session] = None
         if session.share:
             self._places.add(session.share)
         self._sweep.add(self._look_at_clock)
@@ -315,6 +321,7 @@ class Server:
             self._count(session, client)
         if self.is_stressed and not was_stressed:
             # Those that are idle give way at once where their shorter time is over already.
+            self._all_look_at = 0.0
             self._look_at_clock(asyncio.get_running_loop().time())
         session.begin(refusal)
 
@@ -379,14 +386,21 @@ class Server:
         self._take_in(session, None, refusal)  # only those on this machine wait
 
     def _look_at_clock(self, now: float) -> None:
-        self._look_at(deque(self._sessions), now)
+        looking = self._soon
+        if now >= self._all_look_at:
+            self._all_look_at = now + ALL_LOOK_SECONDS
+            looking = self._sessions
+        self._soon = {}
+        self._look_at(deque(looking), now, self._all_look_at)
 
-    def _look_at(self, left: deque[Conversation], now: float) -> None:
+    def _look_at(self, left: deque[Conversation], now: float, until: float) -> None:
         """Have some sessions look at the clock; the others do in the next turns, so that mail goes on meanwhile."""
         for _ in range(min(len(left), LOOKS_A_TURN)):
-            left.popleft().look_at_clock(now)
+            session = left.popleft()
+            if session.look_at_clock(now, until):
+                self._soon[session] = None
         if left:
-            asyncio.get_running_loop().call_soon(self._look_at, left, now)
+            asyncio.get_running_loop().call_soon(self._look_at, left, now, until)
         elif self._line:
             self._serve_line_soon()
 

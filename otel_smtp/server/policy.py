@@ -41,6 +41,11 @@ class ServerTimeouts:
     session: float | None = None
     octets_per_second: int = 500
 
+    @property
+    def shortest(self) -> float:
+        """Whatever a client begins to say has at least so long."""
+        return min(self.command, self.command_under_stress, self.data)
+
 
 @dataclass(frozen=True, slots=True)
 class Segments:

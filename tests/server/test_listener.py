@@ -158,6 +158,7 @@ async def test_when_most_connections_are_taken_those_that_idled_for_long_give_wa
         assert not gateway.server.is_stressed
         newcomer, _ = await gateway.connect()
         assert (await newcomer.readline()).startswith(b"220 ")
+        assert [seen.close_reason for seen in gateway.seen.connections] == [None, *[CloseReason.TIMEOUT] * 3, None]
         for reader, _ in clients[1:]:
             assert await reader.read() == replies.TIMED_OUT.wire
         clients[0][1].write(b"NOOP\r\n")
@@ -171,9 +172,9 @@ async def test_all_sessions_look_at_the_clock_and_few_of_them_in_one_turn(monkey
     looked: list[int] = []
     look_at_clock = Session.look_at_clock
 
-    def look(session: Session, now: float) -> None:
+    def look(session: Session, now: float, until: float) -> bool:
         looked.append(turn)
-        look_at_clock(session, now)
+        return look_at_clock(session, now, until)
 
     def next_turn() -> None:
         nonlocal turn

@@ -348,6 +348,76 @@ async def test_octets_of_a_message_before_buy_no_time_for_a_refused_chunk() -> N
         assert served.seen.close_reason is CloseReason.TIMEOUT
 
 
+async def pass_time(seconds: float) -> None:
+    """Put the clock forward, so slowly that no sweep is missed."""
+    for _ in range(round(seconds / 0.3)):
+        advance(0.3)
+        await turns()
+
+
+# All sessions look at the clock every five seconds. What is due between two such looks is met at the next sweep.
+
+
+@pytest.mark.movable_clock
+async def test_a_client_that_idles_is_late_at_once() -> None:
+    async with serving(replace(POLICY, timeouts=ServerTimeouts(command=7))) as served:
+        await pass_time(7.5)
+        assert served.seen.close_reason is CloseReason.TIMEOUT
+
+
+@pytest.mark.movable_clock
+async def test_a_newcomer_that_has_little_time_is_late_at_once() -> None:
+    async with serving() as served:
+        await pass_time(0.6)
+        served.server.serve(replace(POLICY, timeouts=ServerTimeouts(command=1)), FakeStream())
+        await pass_time(1.5)
+        assert [seen.close_reason for seen in served.observer.connections] == [None, CloseReason.TIMEOUT]
+
+
+@pytest.mark.movable_clock
+async def test_content_that_has_less_time_than_a_command_is_late_at_once() -> None:
+    async with serving(replace(POLICY, timeouts=ServerTimeouts(data=2))) as served:
+        await pass_time(6)
+        served.stream.feed(ENVELOPE + b"DATA\r\n")
+        await served.stream.sends(b"354 ")
+        await pass_time(2.4)
+        assert served.seen.close_reason is CloseReason.TIMEOUT
+
+
+@pytest.mark.movable_clock
+async def test_content_that_was_held_back_is_late_when_the_rest_of_its_time_is_over() -> None:
+    async with serving(replace(POLICY, timeouts=ServerTimeouts(command=7))) as served:
+        served.forwarder.holds_back = 10
+        served.stream.feed(ENVELOPE + b"DATA\r\n")
+        await served.stream.sends(b"354 ")
+        await pass_time(6.3)
+        served.stream.feed(CONTENT)
+        await pass_time(6)
+        served.forwarder.resume()
+        await pass_time(1.5)
+        assert served.seen.close_reason is CloseReason.TIMEOUT
+
+
+@pytest.mark.movable_clock
+async def test_a_setting_that_gives_less_time_holds_at_once() -> None:
+    async with serving() as served:
+        await pass_time(12)
+        served.server.stressed = True
+        served.server.hold_to(
+            [POLICY], connections=1, connections_per_client=1, stress_percent=1, auth_failures_per_minute=1,
+            segments=Segments(),
+        )  # fmt: skip
+        await pass_time(0.3)
+        assert served.seen.close_reason is CloseReason.TIMEOUT
+
+
+@pytest.mark.movable_clock
+async def test_an_old_segment_ends_at_once() -> None:
+    async with serving(segments=Segments(age_seconds=0)) as served:
+        await pass_time(3)
+        assert served.seen.record.segment > 5
+
+
 async def test_all_that_pipeline_share_one_turn() -> None:
     limits = ServerLimits(junk_commands=10_000)
     policy = replace(POLICY, protocol=replace(POLICY.protocol, commands_per_turn=10, limits=limits))
