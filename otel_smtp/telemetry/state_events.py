@@ -186,6 +186,11 @@ def encode_states_by(
     while start < most:
         pieces: list[bytes] = []
         stop = min(start + at_once, most)
+        mails = transitions[start : stop - (stop - start) % _OF_A_MAIL]
+        if before_ns is not None and (octets := _of_mails(mails, before_ns, wall_offset_ns)) is not None:
+            pieces.append(octets)
+            start += len(mails)
+            before_ns = mails[-1].at_ns
         while start < stop:
             four = transitions[start : start + _OF_A_MAIL]
             if before_ns is not None and (octets := _of_a_mail(four, before_ns, wall_offset_ns)) is not None:
@@ -199,6 +204,7 @@ def encode_states_by(
 
 
 _OF_A_MAIL: Final = 4
+_VALUES: Final = 15  # of a mail, in its four events
 _moulds: Final[dict[Row, Mould]] = {}
 
 
@@ -243,6 +249,63 @@ def _of_a_mail(transitions: Sequence[Transition], before_ns: int, wall_offset_ns
             idle_ns + wall_offset_ns, fourth, (idle_ns - active_ns) / 1e9, messages,
         )
     )  # fmt: skip
+
+
+def _varints(column: Sequence[int]) -> Sequence[bytes]:
+    """Integers that have the same number of octets; nothing where they do not."""
+    least, most = min(column), max(column)
+    if len(length(least)) != len(length(most)):
+        return ()
+    if most < len(LENGTHS):
+        return [LENGTHS[value] for value in column]
+    if most < len(LENGTHS) << 7:
+        return [_LOWEST[value & 0x7F] + LENGTHS[value >> 7] for value in column]
+    return [varint(value) for value in column]
+
+
+# Of mails that went well, one after another.
+_LOWEST: Final = tuple(bytes((0x80 | bits,)) for bits in range(0x80))
+_STATES: Final = (ConnState.ACTIVE, ConnState.DATA, ConnState.ACTIVE, ConnState.IDLE)
+_DETAILS: Final = (type(None), ContentBegun, type(None), TransactionOver)
+_MOST_RUNS: Final = 64  # each mould has some ten thousand octets
+_runs: Final[dict[Row, Mould]] = {}
+
+
+def _of_mails(transitions: Sequence[Transition], before_ns: int, wall_offset_ns: int) -> bytes | None:
+    """The same of several mails, a column at a time; None where `transitions` are anything but mails alike."""
+    mails = len(transitions) // _OF_A_MAIL
+    if mails < 2:
+        return None
+    states, before, levels, sequences, moments, details = zip(*transitions, strict=True)
+    if (
+        states != _STATES * mails
+        or tuple(map(type, details)) != _DETAILS * mails
+        or before != before[:_OF_A_MAIL] * mails
+        or levels != levels[:_OF_A_MAIL] * mails
+    ):
+        return None
+    numbers, recipients = zip(*details[1::_OF_A_MAIL], strict=True)
+    [messages] = zip(*details[3::_OF_A_MAIL], strict=True)
+    of_integers = [_varints(column) for column in (sequences, numbers, recipients, messages)]
+    if not all(of_integers):
+        return None
+    key = (mails, before[:_OF_A_MAIL], levels[:_OF_A_MAIL], *[len(column[0]) for column in of_integers])
+    mould = _runs.get(key)
+    if mould is None:
+        if len(_runs) >= _MOST_RUNS:
+            _runs.clear()
+        mould = _runs[key] = _mould(transitions)
+    in_order, of_number, of_recipients, of_messages = of_integers
+    times = [at_ns + wall_offset_ns for at_ns in moments]
+    seconds = [(to_ns - from_ns) / 1e9 for from_ns, to_ns in zip((before_ns, *moments), moments, strict=False)]
+    # Time, sequence and duration of each event; behind these of DATA two integers, and behind those of IDLE one.
+    values: list[bytes | float] = [0] * (_VALUES * mails)
+    for place, first in enumerate((0, 3, 8, 11)):
+        values[first::_VALUES] = times[place::_OF_A_MAIL]
+        values[first + 1 :: _VALUES] = in_order[place::_OF_A_MAIL]
+        values[first + 2 :: _VALUES] = seconds[place::_OF_A_MAIL]
+    values[6::_VALUES], values[7::_VALUES], values[14::_VALUES] = of_number, of_recipients, of_messages
+    return mould.fill(values)
 
 
 def _mould(transitions: Iterable[Transition]) -> Mould:

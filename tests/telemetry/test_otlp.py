@@ -324,6 +324,46 @@ def test_the_events_of_mails_are_encoded_as_any_others() -> None:
     assert names_of.count("smtp.state.idle") == 7 * 60
 
 
+@pytest.mark.parametrize("place", [0, 1, 2, 3, 21, 38, 44, 63])
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"state": ConnState.RESET},
+        {"previous": ConnState.AUTH},
+        {"previous": None},
+        {"level": ConnState.AUTH},
+        {"detail": TransactionOver(3)},
+        {"detail": ContentBegun(3, 1 << 20)},
+        {"detail": ContentBegun(1 << 20, 2)},
+        {"detail": TlsAgreed("1.3", "A")},
+        {"detail": None},
+        {"sequence": 1 << 20},
+    ],
+    ids=str,
+)
+def test_one_event_among_those_of_mails_may_be_another(other: dict[str, Any], place: int) -> None:
+    both = Both()
+    connection = _connection()
+    both.tracing.connection_opened(connection)
+    machine = StateMachine(connection.transitions)
+    machine.enter(ConnState.NEW, TlsOffer(TlsMode.OFF))
+    for is_spoilt in (None, False, False, False, True):  # from the third on, sequences have two octets
+        if is_spoilt is not None:
+            for number in range(1, 17):
+                machine.now_ns += 1000 * number
+                machine.enter(ConnState.ACTIVE)
+                machine.enter(ConnState.DATA, ContentBegun(number, 2))
+                machine.now_ns += number
+                machine.enter(ConnState.ACTIVE)
+                machine.enter(ConnState.IDLE, TransactionOver(number))
+        if is_spoilt:
+            connection.transitions[place] = connection.transitions[place]._replace(**other)
+        both.tracing.segment_ended(connection)
+        connection.begin_segment(1)
+        machine.recorded = connection.transitions
+    both.check()
+
+
 @st.composite
 def connections(draw: st.DrawFn) -> ConnectionRecord:
     info = ConnectionInfo(
