@@ -3,13 +3,16 @@
 import asyncio
 import contextlib
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from otel_smtp.spool.embedded.directory import SpoolDirectory
 from otel_smtp.spool.embedded.entries import Entry
 from otel_smtp.spool.embedded.indexing import Indexing
 from otel_smtp.spool.embedded.memory import Memory
 from otel_smtp.spool.messages import ContentLost, ContentRef, SpoolError
+
+T = TypeVar("T")
 
 
 class Contents:
@@ -22,17 +25,26 @@ class Contents:
 
     async def read(self, content: ContentRef, start: int, octets: int) -> bytes:
         """See `Store.read`."""
-        while True:
-            entry = await self._holder(content)
-            place = entry.place
-            found = await asyncio.to_thread(self.part, entry, start, octets)
-            if (await self._holder(content)).place == place:  # else it was moved meanwhile, and its place is another's
-                return found
+        return await self._look(content, lambda entry: self.part(entry, start, octets))
 
     async def is_intact(self, content: ContentRef) -> bool:
         """See `Store.is_intact`."""
-        entry = await self._holder(content)
-        return await asyncio.to_thread(self._is_intact, entry)
+        return await self._look(content, self._is_intact)
+
+    async def _look(self, content: ContentRef, look: Callable[[Entry], T]) -> T:
+        """What `look`, called in a thread, finds where the content lies; if it is moved meanwhile, where it went."""
+        while True:
+            entry = await self._holder(content)
+            found: T | ContentLost
+            try:
+                found = await asyncio.to_thread(look, entry)
+            except ContentLost as error:
+                found = error
+            if (await self._holder(content)).place != entry.place:
+                continue  # its place may be another's by now
+            if isinstance(found, ContentLost):
+                raise found
+            return found
 
     async def _holder(self, content: ContentRef) -> Entry:
         """The message of a content, wherever it lies now."""

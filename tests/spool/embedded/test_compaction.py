@@ -11,11 +11,12 @@ import pytest
 
 from otel_smtp.smtp import replies
 from otel_smtp.spool.embedded import EmbeddedStore
+from otel_smtp.spool.embedded.directory import SpoolDirectory
 from otel_smtp.spool.embedded.files import write_durably
 from otel_smtp.spool.embedded.index import Index
 from otel_smtp.spool.messages import DeliveryState, End, Lease, Verdict
 from tests.spool.embedded.test_recovery import ids_in, left_by_a_crash, opened, segments
-from tests.spool.messages import HEADER, leased, message, queued, written
+from tests.spool.messages import BODY, HEADER, leased, message, queued, written
 from tests.spool.queueing import eventually
 
 SEGMENT_OCTETS = 256 * 1024
@@ -166,6 +167,33 @@ async def test_the_last_mail_of_a_segment_may_end_while_the_index_is_written(
         await compacting
         assert [int(file.name) for file in segments(tmp_path / "spool")] == [5]
     assert not caplog.records
+
+
+@pytest.mark.parametrize("verb", ["read", "is_intact"])
+async def test_a_content_that_is_moved_while_it_is_read_is_read_where_it_went(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    """Mail that waits is read for a warning, for another queue and by operators."""
+    async with opened_without_keeper(tmp_path / "spool") as store:
+        kept = await queued(store, message(due_in_seconds=900.0))
+        await begin_segments(store, 5)
+        loop, read = asyncio.get_running_loop(), SpoolDirectory.read
+        first: list[Path] = []
+
+        def read_once_it_has_moved(directory: SpoolDirectory, path: Path, at: int, octets: int) -> bytes:
+            if not first:
+                first.append(path)
+                asyncio.run_coroutine_threadsafe(store.compaction.compact(), loop).result(PATIENCE_SECONDS)
+                assert not path.exists()
+            return read(directory, path, at, octets)
+
+        content = (await store.show(kept)).content
+        monkeypatch.setattr(SpoolDirectory, "read", read_once_it_has_moved)
+        if verb == "read":
+            assert await store.read(content, 0, 1000) == HEADER + BODY
+        else:
+            assert await store.is_intact(content)
+        assert first
 
 
 async def finish(store: EmbeddedStore, lease: Lease) -> None:
