@@ -45,12 +45,12 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 @pytest.mark.parametrize(
     ("observers", "strategy", "python", "c"),
     [
-        ("none", "transparent", 109, 156),
-        ("none", "buffered", 101, 146),
-        ("everything", "transparent", 147, 234),
-        ("everything", "buffered", 137, 224),
+        ("none", "transparent", 108, 141),
+        ("none", "buffered", 100, 132),
+        ("everything", "transparent", 138, 214),
+        ("everything", "buffered", 130, 204),
         # How many lines are written together depends on time; these bounds hold where each mail's are written alone.
-        ("as installed", "transparent", 172, 283),
+        ("as installed", "transparent", 163, 256),
     ],
 )
 def test_calls_of_a_message(observers: str, strategy: str, python: float, c: float) -> None:
