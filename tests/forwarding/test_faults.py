@@ -411,6 +411,8 @@ async def test_an_upstream_has_one_second_chance_for_a_mail() -> None:
         relayed = await relay(forwarder)
         assert relayed.told.code == 250
         assert relayed.seen.outcomes == [("bad", Outcome.DEFERRED), ("good", Outcome.RELAYED)]
+        # On its second connection the recipient was accepted once more, and is one all the same.
+        assert [(one.accepted_count, one.deferred_count) for one in relayed.seen.deliveries] == [(0, 1), (1, 0)]
         assert (bad.connections, len(bad.kept)) == (2, 1)
 
 

@@ -641,6 +641,7 @@ async def test_content_that_turns_out_too_big_is_refused_before_it_is_sent(strat
     ):
         relayed = await relay(forwarder, chunks=(HEADER, b"\r\n" + b"x" * 1000))
         assert relayed.reply is replies.MESSAGE_TOO_BIG
+        assert [(one.reply, one.error_type) for one in relayed.seen.deliveries] == [(None, relayed.reply.error_type)]
         assert upstream.kept == []
         assert (await relay(forwarder)).codes == [250]
         assert len(upstream.kept) == 1
