@@ -1,7 +1,10 @@
 """What is counted, and how it reads."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 
 from otel_smtp.observing import ConnectionRecord, Observer, Outcome, fan_out
 from otel_smtp.smtp import replies
+from otel_smtp.smtp.states import ConnState, Transition
 from otel_smtp.telemetry import attributes
 from otel_smtp.telemetry.metrics import Buckets, Metrics, SharedQueue
 from otel_smtp.telemetry.propagation import InboundPolicy, TraceContext
@@ -166,6 +170,38 @@ def test_many_measurements_at_once_are_those_one_by_one(values: list[float]) -> 
     assert once.counts == single.counts
     assert (once.least, once.most) == (single.least, single.most)
     assert once.total == pytest.approx(single.total)
+
+
+_OF_A_MAIL = [ConnState.ACTIVE, ConnState.DATA, ConnState.ACTIVE, ConnState.IDLE]
+_steps = st.lists(st.just(_OF_A_MAIL) | st.lists(st.sampled_from(ConnState), max_size=5), max_size=9)
+
+
+@given(st.lists(_steps, max_size=3))
+def test_transitions_count_as_each_of_them(looks: list[list[list[ConnState]]]) -> None:
+    """Mails and anything else, looked at now and then."""
+    connection = Client(Metrics()).record
+    metrics = Metrics(open_connections=lambda: [connection])
+    for look in looks:
+        for state in (state for steps in look for state in steps):
+            last = connection.transitions[-1]
+            at_ns = last.at_ns + 1_000_000 * (1 + int(state is ConnState.DATA))
+            connection.transitions.append(Transition(state, last.state, state, last.sequence + 1, at_ns, None))
+        metrics.catch_up()
+    pairs = Counter((one.previous, one.state) for one in connection.transitions)
+    left = Counter(one.state for one in connection.transitions[:-1])
+    seconds: Counter[ConnState] = Counter()
+    for one, then in pairwise(connection.transitions):
+        seconds[one.state] += then.at_ns - one.at_ns
+    if not looks:
+        return
+    told = samples(metrics)
+    for state in ConnState:
+        for previous in (None, *ConnState):
+            labels = (("smtp_state", state.value), ("smtp_state_previous", "" if previous is None else previous.value))
+            assert told.get(("smtp_server_transitions_total", labels), 0) == pairs[previous, state]
+        of_state = (("smtp_state", state.value),)
+        assert told.get(("smtp_server_state_duration_seconds_count", of_state), 0) == left[state]
+        assert told.get(("smtp_server_state_duration_seconds_sum", of_state), 0) == pytest.approx(seconds[state] / 1e9)
 
 
 def test_numbers_that_another_thread_reads_are_those_of_the_latest_look() -> None:
@@ -356,11 +392,15 @@ def test_queued_mails_and_their_attempts_are_counted_together_and_as_each_of_the
             assert list(map(bool, series.exemplars)) == list(map(bool, theirs.series[name].exemplars))
 
 
-_contexts = st.one_of(st.none(), st.builds(TraceContext, st.integers(1, 9), st.integers(1, 9), st.just(1)))
-_measurements = st.tuples(st.floats(0, 400), _contexts, st.integers(0, 10**18))
+_contexts = st.builds(TraceContext, st.integers(1, 9), st.integers(1, 9), st.just(1))
+_values = st.floats(0, 400) | st.just(10_000.0)
 
 
-@given(st.lists(st.lists(_measurements, min_size=1), max_size=4))
+def _lots(contexts: st.SearchStrategy[TraceContext | None]) -> st.SearchStrategy[list[tuple[float, Any, int]]]:
+    return st.lists(st.tuples(_values, contexts, st.integers(0, 10**18)), min_size=1)
+
+
+@given(st.lists(_lots(_contexts) | _lots(st.none()) | _lots(st.none() | _contexts), max_size=4))
 def test_several_measurements_count_as_each_of_them(lots: list[list[tuple[float, TraceContext | None, int]]]) -> None:
     one_by_one, together = (Buckets(attributes.TRANSACTION_DURATION.bounds) for _ in range(2))
     for lot in lots:
