@@ -3,6 +3,7 @@
 import asyncio
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -22,7 +23,7 @@ class Ledger:
         leased: deliveries that somebody attempts, by message.
         durable: of these, those that have come, and are not about to end.
         held: of these, those that an operator holds, and nobody is about to change.
-        operated: how many operators are about to change a message.
+        operated, leaving: how many operators are about to change a message, or to delete it.
         ended: those whose end was recorded.
         contents: of all messages there ever were.
         counted: recipients by what became of them.
@@ -32,7 +33,8 @@ class Ledger:
         self.bodies: dict[str, bytes] = {}
         self.contents: dict[str, bytes] = {}
         self.held: set[str] = set()
-        self.operated: dict[str, int] = {}
+        self.operated: Counter[str] = Counter()
+        self.leaving: Counter[str] = Counter()
         self.ended: set[str] = set()
         self.durable: set[str] = set()
         self.leased: set[str] = set()
@@ -48,6 +50,10 @@ class Ledger:
 
     def add(self, message_id: str, content: bytes) -> None:
         self.bodies[message_id] = self.contents[message_id] = content
+
+    def is_durable(self, message_id: str) -> None:
+        if message_id in self.bodies and not self.leaving[message_id]:  # else it has ended already, or is about to
+            self.durable.add(message_id)
 
     def end(self, message_id: str, name: str) -> None:
         assert self.bodies.pop(message_id, None) is not None, "ended twice"
@@ -89,8 +95,7 @@ class Worker:
             self._ledger.leased.add(new.id)
         leases = await self._store.submit(new, draft, lease=is_leased)
         self._ledger.count("accepted")
-        if new.id in self._ledger.bodies:  # else it has ended already
-            self._ledger.durable.add(new.id)
+        self._ledger.is_durable(new.id)
         for lease in leases:
             await self._finish(lease)
 
@@ -119,7 +124,8 @@ class Worker:
             self._ledger.end(one, end.value if lease.kind is Kind.MAIL else f"notified_{end.value}")
             await self._store.finish(lease, [Verdict(0, end, replies.OK)], notices=notices, is_urgent=choice < 0.3)
             self._ledger.ended.add(one)
-            self._ledger.durable.update(notice.id for notice, _ in notices if notice.id in self._ledger.bodies)
+            for notice, _ in notices:
+                self._ledger.is_durable(notice.id)
         else:
             waiting = [Verdict(0, None, replies.UPSTREAM_UNAVAILABLE)]
             await self._store.finish(lease, waiting, retry_in=self._chance.choice((0.0, 0.05)), hold=choice > 0.9)
@@ -128,7 +134,7 @@ class Worker:
         verb = self._chance.choice(("retry", "hold", "release", "expire"))
         one = self._any_id()
         self._ledger.held.discard(one)
-        self._ledger.operated[one] = self._ledger.operated.get(one, 0) + 1
+        self._ledger.operated[one] += 1
         is_held = False
         try:
             if self._chance.random() < 0.2:
@@ -148,11 +154,13 @@ class Worker:
         was_durable = one in self._ledger.durable
         self._ledger.durable.discard(one)
         self._ledger.held.discard(one)
+        self._ledger.leaving[one] += 1
         try:
             recipients = await self._store.delete(one)
         except SpoolError:
-            if was_durable and one in self._ledger.bodies:
-                self._ledger.durable.add(one)
+            self._ledger.leaving[one] -= 1
+            if was_durable:
+                self._ledger.is_durable(one)
             return  # it is being attempted, or has just ended
         assert recipients == 1
         self._ledger.end(one, "removed" if kind is Kind.MAIL else "notified_removed")
