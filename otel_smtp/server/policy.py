@@ -4,6 +4,7 @@ import ipaddress
 import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Protocol
 
 from otel_smtp.forwarding.base import Forwarder
@@ -144,14 +145,19 @@ class House(Protocol):
 def is_in(networks: Sequence[Network], host: str) -> bool:
     """Whether the IP address `host` lies in one of `networks`; an IPv4-mapped IPv6 address counts as IPv4."""
     if not networks:
-        return False  # as for most listeners' PROXY headers; an address takes longer to read than all else of an accept
+        return False  # as for the PROXY headers of most listeners
+    address = _address(host)
+    return address is not None and any(address in network for network in networks if network.version == address.version)
+
+
+@lru_cache(maxsize=1024)  # clients come back, and reading an address takes as long as all else of an accept
+def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The IP address `host`, that of IPv4 where it is mapped; None where it is none."""
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
-        return False
-    if address.version == 6 and address.ipv4_mapped is not None:
-        address = address.ipv4_mapped
-    return any(address in network for network in networks if network.version == address.version)
+        return None
+    return address.ipv4_mapped or address if address.version == 6 else address
 
 
 def is_loopback(host: str) -> bool:

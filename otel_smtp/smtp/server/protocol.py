@@ -28,6 +28,8 @@ _HTTP_REQUEST: Final = re.compile(rb"(?:GET|HEAD|POST|PUT|DELETE|CONNECT|OPTIONS
 # The record header of a TLS handshake: type 22, version 3.x (RFC 8446 5.1).
 _TLS_HANDSHAKE: Final = b"\x16\x03"
 _NO_INPUT: Final = frozenset({Phase.HANDSHAKE, Phase.UNGREETED, Phase.ENDING})
+_AUTHENTICATING: Final = Phase.AUTHENTICATING
+_CONNECTED: Final = Phase.CONNECTED
 _CONTENT: Final = Phase.CONTENT
 _CONTENT_ASKED: Final = Asked.CONTENT
 _ENDING: Final = Phase.ENDING
@@ -82,11 +84,12 @@ class ServerProtocol(Dispatching):
         """Open the session with 220; a client that spoke first is refused (RFC 5321 4.3.1: the sender waits)."""
         if self.received.held and not self._is_mismatch():
             self._send(replies.EARLY_TALKER, None)
-        if self.phase is not Phase.ENDING:
-            self.phase = Phase.CONNECTED
+        if self.phase is not _ENDING:
+            self.phase = _CONNECTED
             self.states.enter(ConnState.ACTIVE)
             self._say(self._policy.greeting)
-            self.run()
+            if self._eof:
+                self.run()
 
     def receive_data(self, data: bytes) -> None:
         """Take octets from the peer, and run what they hold. A peer that speaks before it was greeted is greeted now.
@@ -210,7 +213,7 @@ class ServerProtocol(Dispatching):
         self.wants_turn = False
         left = self._policy.commands_per_turn
         try:
-            while self.asked is Asked.NOTHING:
+            while self.asked is _NOTHING:
                 if self._advance():
                     left -= 1
                     if left <= 0 and (self.received.held or self._held is not None):
@@ -234,15 +237,12 @@ class ServerProtocol(Dispatching):
             held, self._held = self._held, None
             self._run(held)
             return True
-        match self.phase:
-            case Phase.CONTENT:
-                return self._read_content()
-            case Phase.AUTHENTICATING:
-                return self._read_auth_line()
-            case Phase.HANDSHAKE | Phase.UNGREETED | Phase.ENDING:
-                return False
-            case _:
-                return self._read_command()
+        phase = self.phase
+        if phase is _CONTENT:
+            return self._read_content()
+        if phase in _NO_INPUT:
+            return False
+        return self._read_auth_line() if phase is _AUTHENTICATING else self._read_command()
 
     def _read_line(self, limit: int) -> bytes | None:
         """The next line, its CRLF included, or None; a line that is too long is read off and answered here."""
@@ -274,11 +274,11 @@ class ServerProtocol(Dispatching):
             self._send(replies.LINE_TOO_LONG, "other")
 
     def _read_command(self) -> bool:
-        had = len(self.received)
-        if had == 0:
+        if not self.received.held:
             return False
-        if self.phase is Phase.CONNECTED and not self._discarded and self._is_mismatch():
+        if self.phase is _CONNECTED and not self._discarded and self._is_mismatch():
             return True
+        had = len(self.received)
         limits = self._policy.limits
         is_auth = self.received.peek(5).upper() == b"AUTH "
         line = self._read_line(limits.auth_line if is_auth else limits.command_line)
