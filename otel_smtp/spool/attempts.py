@@ -8,6 +8,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from otel_smtp.forwarding.base import DeliveryFailed, MailTransaction, Relay
@@ -36,6 +37,10 @@ logger: Final = logging.getLogger("otel_smtp.spool.attempts")
 
 READ_OCTETS: Final = 256 * 1024
 RECORD_AGAIN_SECONDS: Final = 1.0
+
+# Looked up in its class, a member costs as much as a call.
+_MAIL: Final = Kind.MAIL
+_DELIVERED: Final = End.DELIVERED
 
 MESSAGE_KINDS: Final = {
     Kind.MAIL: MessageKind.MAIL,
@@ -87,71 +92,70 @@ class Recording:
         await self.record(lease, lambda: loop.create_task(self._store.mark_corrupt(lease)))
 
 
+@dataclass(slots=True)
+class Means:
+    """What all attempts of one runner have in common.
+
+    Attributes:
+        outcomes: makes what the application is told of recipients that end; None: it is told nothing.
+        retry_in: gives the wait after an attempt of some number, in seconds.
+        wake: called with destinations for which something waits now.
+        judged: called, once for each attempt that was begun, when no upstream has to do with it any more.
+        ended: called, once for each attempt, when its result is recorded.
+    """
+
+    store: Store
+    relay: Relay
+    notices: Notices
+    recording: Recording
+    observer: Observer
+    retry_in: Callable[[int], float]
+    wake: Callable[[Sequence[str]], None]
+    judged: Callable[["Attempt"], None]
+    ended: Callable[["Attempt"], None]
+    outcomes: "Outcomes | None" = None
+
+
 class Attempt:
     """One attempt at one delivery.
 
     Args:
         content: the chunks, where they are at hand; the first is the header block.
         is_new: the lease came with the record that made the message durable.
-        outcomes: makes what the application is told of those that end; None: it is told nothing.
-        retry_in: gives the wait after this attempt, in seconds.
-        wake: called with destinations for which something waits now.
-        judged: called, once, when no upstream has to do with it any more, if it was begun.
-        ended: called, once, when the result is recorded.
 
     Attributes:
         in_line_since: when it began to wait for its upstream, where it did; in seconds of the monotonic clock.
     """
 
-    in_line_since = 0.0
+    __slots__ = (
+        "_answers", "_content", "_has_content_left", "_header", "_holds", "_is_judged", "_left", "_mail", "_means",
+        "_record", "_room", "_task", "_transaction", "_verdicts", "in_line_since", "is_new", "lease",
+    )  # fmt: skip
 
-    def __init__(
-        self,
-        lease: Lease,
-        content: Sequence[bytes] | None,
-        *,
-        is_new: bool,
-        store: Store,
-        relay: Relay,
-        notices: Notices,
-        outcomes: "Outcomes | None",
-        recording: Recording,
-        observer: Observer,
-        retry_in: Callable[[], float],
-        wake: Callable[[Sequence[str]], None],
-        judged: Callable[["Attempt"], None],
-        ended: Callable[["Attempt"], None],
-    ) -> None:
+    def __init__(self, lease: Lease, content: Sequence[bytes] | None, means: Means, *, is_new: bool) -> None:
         self.lease = lease
         self.is_new = is_new
+        self.in_line_since = 0.0
+        self._means = means
         # Never a part for the whole, whatever became of the chunks since they were stored.
-        self._content = content if content is not None and sum(map(len, content)) == lease.content.octets else None
-        self._store = store
-        self._relay = relay
-        self._notices = notices
-        self._outcomes = outcomes
-        self._header = self._content[0] if outcomes is not None and self._content else None
-        self._recording = recording
-        self._observer = observer
-        self._retry_in = retry_in
-        self._wake = wake
-        self._judged = judged
-        self._ended = ended
-        self._record = TransactionRecord.resumed(
+        octets = lease.content.octets
+        self._content = content if content is not None and sum(map(len, content)) == octets else None
+        self._header = self._content[0] if means.outcomes is not None and self._content else None
+        kind, self._mail = lease.kind, lease.mail
+        self._record = record = TransactionRecord.resumed(
             lease.message_id,
             lease.carrier,
-            lease.mail,
-            kind=MESSAGE_KINDS[lease.kind],
+            self._mail,
+            kind=MESSAGE_KINDS[kind],
             attempt=lease.attempt,
             is_possible_duplicate=lease.is_possible_duplicate,
             # A clock that was put back must not make it negative.
-            waited_seconds=max(0.0, time.time() - lease.arrived_at) if lease.kind is Kind.MAIL else None,
+            waited_seconds=max(0.0, time.time() - lease.arrived_at) if kind is _MAIL else None,
         )
         if lease.taken_over is not None:
-            self._record.taken_over = (lease.taken_over.gateway, lease.taken_over.silent_seconds)
-        self._record.accepted = [one.recipient for one in lease.recipients]
-        self._record.octets = lease.content.octets
-        self._mail = lease.mail
+            record.taken_over = (lease.taken_over.gateway, lease.taken_over.silent_seconds)
+        record.accepted = [one.recipient for one in lease.recipients]
+        record.octets = octets
         self._transaction: MailTransaction | None = None
         self._answers: Sequence[Reply] = ()
         self._left: list[bytes] = []  # chunks that have not been written, the last one first
@@ -160,9 +164,10 @@ class Attempt:
         self._is_judged = False
         self._verdicts: Sequence[Verdict] = ()  # of one that was delivered, until that is recorded
         # A store that no other process shares cannot lose a lease.
-        self._holds = store.holds if store.look_again_seconds is not None else None
-        if self._holds is not None:
-            self._record.has_lost_lease = self._has_lost_its_lease
+        self._holds: Callable[[Lease], bool] | None = None
+        if means.store.look_again_seconds is not None:
+            self._holds = means.store.holds
+            record.has_lost_lease = self._has_lost_its_lease
         self._task: asyncio.Task[None] | None = None  # what of it takes long: to read the content, to record the result
 
     def start(self) -> None:
@@ -175,11 +180,11 @@ class Attempt:
         if self._is_judged or (self._holds is not None and self._has_lost_its_lease()):
             return
         try:
-            if self.lease.kind is Kind.MAIL:
-                self._transaction = self._relay.begin(self._mail, self._record)
+            if self.lease.kind is _MAIL:
+                self._transaction = self._means.relay.begin(self._mail, self._record)
             else:
                 # A notice always has a way: routes are for the senders of mail, and it has none.
-                self._transaction = self._relay.begin_along(self.lease.destination, self._mail, self._record)
+                self._transaction = self._means.relay.begin_along(self.lease.destination, self._mail, self._record)
             self._transaction.recipients(self._record.accepted, self._recipients_answered)
         except DeliveryFailed as failure:
             self._judge([failure.reply] * len(self.lease.recipients))
@@ -200,17 +205,17 @@ class Attempt:
         """End it now, and let it be made again; or wait for the record of its result, where it has one."""
         if not self._is_judged:
             self._is_judged = True
-            self._judged(self)
+            self._means.judged(self)
             if self._task is not None:
                 self._task.cancel()
                 await asyncio.gather(self._task, return_exceptions=True)
             self._abort()
             self._tell(())
-            await self._recording.record(
+            await self._means.recording.record(
                 self.lease,
-                lambda: self._store.finish(self.lease, (), is_possible_duplicate=self._has_content_left),
+                lambda: self._means.store.finish(self.lease, (), is_possible_duplicate=self._has_content_left),
             )
-            self._ended(self)
+            self._means.ended(self)
         elif self._task is not None:
             await asyncio.gather(self._task, return_exceptions=True)
 
@@ -236,7 +241,8 @@ class Attempt:
             if self._content is None:
                 self._task = asyncio.get_running_loop().create_task(self._read_and_write())
             else:
-                self._left = [chunk for chunk in reversed(self._content) if chunk]
+                self._left = [*self._content]
+                self._left.reverse()
                 self._content = None
                 self._go_on()
         except Exception:  # noqa: BLE001 - it is logged
@@ -250,23 +256,25 @@ class Attempt:
             return
         if self._is_judged or self._task is not None:
             return
-        assert self._transaction is not None
-        while self._left:
-            if not self._transaction.write(self._left.pop()):
+        transaction, left = self._transaction, self._left
+        assert transaction is not None
+        while left:
+            chunk = left.pop()
+            if chunk and not transaction.write(chunk):
                 return
         if self._holds is None or not self._has_lost_its_lease():
-            self._transaction.finish(self._answered)
+            transaction.finish(self._answered)
 
     async def _read_and_write(self) -> None:
         assert self._transaction is not None
         content, header_octets = self.lease.content, self.lease.header_octets
         loop = asyncio.get_running_loop()
         try:
-            if not await self._store.is_intact(content):
+            if not await self._means.store.is_intact(content):
                 raise ContentLost("the content is not what was written")
             starts = range(header_octets, content.octets, READ_OCTETS)
             for start, octets in ((0, header_octets), *((start, READ_OCTETS) for start in starts)):
-                chunk = await self._store.read(content, start, octets)
+                chunk = await self._means.store.read(content, start, octets)
                 if self._has_lost_its_lease():
                     return
                 self._room = loop.create_future()  # before the call: what makes room may do so within it
@@ -276,12 +284,12 @@ class Attempt:
                 self._transaction.finish(self._answered)
         except ContentLost:
             self._is_judged = True
-            self._judged(self)
+            self._means.judged(self)
             self._record.failure = "spool: the content is damaged"
             self._abort()
             self._tell([(one.recipient, Fate.HELD, None) for one in self.lease.recipients])
-            await self._recording.mark_corrupt(self.lease)
-            self._ended(self)
+            await self._means.recording.mark_corrupt(self.lease)
+            self._means.ended(self)
         except SpoolError as error:
             # It cannot be read. Nothing was said of the message to anybody.
             logger.error("queued message unreadable", extra={**told(self.lease), "fault": str(error)})
@@ -305,23 +313,23 @@ class Attempt:
         logger.warning("delivery attempt abandoned: its lease may have ended", extra=told(self.lease))
         self._abort()
         if not self._is_judged:
-            self._judged(self)
+            self._means.judged(self)
             self.give_back()
         return True
 
     async def _give_back(self) -> None:
         """Let it be made again, by whoever has it."""
         try:
-            await self._recording.record(
+            await self._means.recording.record(
                 self.lease,
-                lambda: self._store.finish(
+                lambda: self._means.store.finish(
                     self.lease, (),
                     is_possible_duplicate=self._has_content_left, counts_attempt=self._has_content_left,
                 ),
             )  # fmt: skip
-            self._wake((self.lease.destination,))
+            self._means.wake((self.lease.destination,))
         finally:
-            self._ended(self)
+            self._means.ended(self)
 
     def _abort(self) -> None:
         transaction, self._transaction = self._transaction, None
@@ -339,25 +347,27 @@ class Attempt:
     def _judge(self, answers: Sequence[Reply]) -> None:
         if self._is_judged:
             return
-        if self.lease.kind is not Kind.MAIL and self._has_another_sender(answers):
+        lease, means = self.lease, self._means
+        if lease.kind is not _MAIL and self._has_another_sender(answers):
             self._begin_again()
             return
         self._is_judged = True
-        self._judged(self)
-        recipients = self.lease.recipients
-        is_common = len(recipients) == 1 and self._outcomes is None
-        if is_common and answers[0].is_positive and recipients[0].recipient.notify is None:
-            self._verdicts = (Verdict(recipients[0].number, End.DELIVERED, answers[0]),)
-            self._tell(())
-            self._store.finish(self.lease, self._verdicts, is_urgent=False).add_done_callback(self._recorded)
-            return
+        means.judged(self)
+        recipients = lease.recipients
+        if len(recipients) == 1 and means.outcomes is None and answers[0].is_positive:
+            number, recipient, _ = recipients[0]
+            if recipient.notify is None:
+                self._verdicts = (Verdict(number, _DELIVERED, answers[0]),)
+                self._tell(())
+                means.store.finish(lease, self._verdicts, is_urgent=False).add_done_callback(self._recorded)
+                return
         verdicts = [_verdict(one.number, answer) for one, answer in zip(recipients, answers, strict=True)]
         self._task = asyncio.get_running_loop().create_task(self._settle(verdicts))
 
     def _has_another_sender(self, answers: Sequence[Reply]) -> bool:
         """Whether a notice was refused for good that may leave in the name of somebody."""
         return (
-            bool(self._notices.sender)
+            bool(self._means.notices.sender)
             and not self._mail.reverse_path
             and any(answer.is_permanent for answer in answers)
             and not any(self._is_about_recipient(answer) for answer in answers)
@@ -379,7 +389,7 @@ class Attempt:
         """Some upstreams refuse the null sender (against RFC 5321 4.5.5), at MAIL, at RCPT or with the content."""
         said = self._record.deliveries[-1].reply if self._record.deliveries else None
         logger.warning("null sender refused, notice_sender is used", extra={**told(self.lease), **_codes(said)})
-        self._mail = self._mail._replace(reverse_path=self._notices.sender)
+        self._mail = self._mail._replace(reverse_path=self._means.notices.sender)
         self._answers = ()
         self._left = []
         self._room = self._task = self._content = None
@@ -388,7 +398,7 @@ class Attempt:
 
     def _recorded(self, done: asyncio.Future[None]) -> None:
         if not done.cancelled() and done.exception() is None:
-            self._ended(self)
+            self._means.ended(self)
         else:
             self._task = asyncio.get_running_loop().create_task(self._settle(self._verdicts))
 
@@ -397,7 +407,7 @@ class Attempt:
         lease = self.lease
         try:
             waiting = [verdict for verdict in verdicts if verdict.end is None]
-            retry_in = self._retry_in()
+            retry_in = self._means.retry_in(lease.attempt)
             if len(waiting) < len(verdicts) and all(_wants_another_transaction(verdict.reply) for verdict in waiting):
                 retry_in = 0.0  # "should be ... sent in another transaction" (RFC 5321 4.5.3.1.10): at once
             is_unknown = any(
@@ -423,29 +433,29 @@ class Attempt:
                 ]
             self._tell(self._fates(verdicts, has_bounced=bool(notices), is_held=is_held))
             outcomes: Sequence[Notice] = ()
-            if self._outcomes is not None:
-                outcomes = await self._outcomes.of(
+            if self._means.outcomes is not None:
+                outcomes = await self._means.outcomes.of(
                     lease, verdicts,
-                    bounces=lambda one: bool(notices) and self._notices.is_told(NoticeKind.FAILED, lease, one),
+                    bounces=lambda one: bool(notices) and self._means.notices.is_told(NoticeKind.FAILED, lease, one),
                     upstream=self._record.deliveries[-1].upstream if self._record.deliveries else lease.destination,
                     header=self._header,
                 )  # fmt: skip
-            await self._recording.record(
+            await self._means.recording.record(
                 lease,
-                lambda: self._store.finish(
+                lambda: self._means.store.finish(
                     lease, verdicts,
                     retry_in=retry_in, is_possible_duplicate=is_unknown, hold=is_held, notices=(*notices, *outcomes),
                     is_urgent=False,
                 ),
             )  # fmt: skip
-            if self._outcomes is not None:
-                self._outcomes.stored(outcomes)
-            if is_held and self._notices.held is not None:
-                self._notices.held[lease.message_id] = lease.expires_at
+            if self._means.outcomes is not None:
+                self._means.outcomes.stored(outcomes)
+            if is_held and self._means.notices.held is not None:
+                self._means.notices.held[lease.message_id] = lease.expires_at
             if notices or waiting:
-                self._wake([destination for notice, _ in notices for destination in notice.deliveries])
+                self._means.wake([destination for notice, _ in notices for destination in notice.deliveries])
         finally:
-            self._ended(self)
+            self._means.ended(self)
 
     def _fates(
         self, verdicts: Sequence[Verdict], *, has_bounced: bool, is_held: bool
@@ -459,7 +469,7 @@ class Attempt:
                 continue
             fate = Fate.HELD if is_held else Fate.DEFERRED
             if verdict.end is End.FAILED:
-                bounces = has_bounced and self._notices.is_told(NoticeKind.FAILED, self.lease, one)
+                bounces = has_bounced and self._means.notices.is_told(NoticeKind.FAILED, self.lease, one)
                 fate = Fate.BOUNCED if bounces else Fate.REFUSED
             fates.append((one.recipient, fate, verdict.reply))
         return fates
@@ -469,7 +479,7 @@ class Attempt:
         self._record.end_in_spool(fates, time.monotonic_ns())
         for delivery in self._record.deliveries:
             if delivery.ended_ns:
-                self._observer.delivery_ended(delivery)
+                self._means.observer.delivery_ended(delivery)
 
     async def _notices_of(self, verdicts: Sequence[Verdict]) -> Sequence[Notice]:
         """The notices that are due for what ended."""
@@ -486,9 +496,9 @@ class Attempt:
                     "recipients refused for good",
                     extra={**told(lease), "recipients": len(ended), **_codes(ended[0][1])},
                 )
-            elif self._relay.capabilities().dsn:
+            elif self._means.relay.capabilities().dsn:
                 continue  # the upstream has taken over to tell of success (RFC 3461 5.2.1)
-            notices += await self._notices.of(kind, lease, ended, remote=remote)
+            notices += await self._means.notices.of(kind, lease, ended, remote=remote)
         return notices
 
 

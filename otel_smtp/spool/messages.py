@@ -19,7 +19,7 @@ _HALF: Final = (1 << _RANDOM_BITS // 2) - 1
 _PAIRS: Final = tuple(first + second for first in _ALPHABET for second in _ALPHABET)
 
 _last = 0
-_time_written = (-1, "")  # the time of the last id, and its digits: many ids share it
+_time_written = (-1, "")  # the time of the last id, but for its last second or so, and the digits: many ids share it
 _making = threading.Lock()
 
 
@@ -38,13 +38,15 @@ def new_id() -> str:
             (now & ((1 << _TIME_BITS) - 1)) << _RANDOM_BITS | random.getrandbits(_RANDOM_BITS),
         )
         time_of_it = number >> _RANDOM_BITS
-        if time_of_it != _time_written[0]:
-            _time_written = (time_of_it, "".join([_PAIRS[time_of_it >> place & 1023] for place in (40, 30, 20, 10, 0)]))
+        if time_of_it >> 10 != _time_written[0]:
+            digits = [_PAIRS[time_of_it >> place & 1023] for place in (40, 30, 20, 10)]
+            _time_written = (time_of_it >> 10, "".join(digits))
         written = _time_written[1]
     # Written out, and in numbers that fit into a machine's word: this is done for every message.
     high, low = number >> 40 & _HALF, number & _HALF
     return (
-        written + _PAIRS[high >> 30] + _PAIRS[high >> 20 & 1023] + _PAIRS[high >> 10 & 1023] + _PAIRS[high & 1023]
+        written + _PAIRS[time_of_it & 1023]
+        + _PAIRS[high >> 30] + _PAIRS[high >> 20 & 1023] + _PAIRS[high >> 10 & 1023] + _PAIRS[high & 1023]
         + _PAIRS[low >> 30] + _PAIRS[low >> 20 & 1023] + _PAIRS[low >> 10 & 1023] + _PAIRS[low & 1023]
     )  # fmt: skip
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Final
 from otel_smtp.forwarding.base import Relay
 from otel_smtp.observing import Observer
 from otel_smtp.spool.aging import Aging
-from otel_smtp.spool.attempts import Attempt, Recording
+from otel_smtp.spool.attempts import Attempt, Means, Recording
 from otel_smtp.spool.deeds import Deed, note_crashes
 from otel_smtp.spool.dsn.notices import Notices
 from otel_smtp.spool.messages import Company, Counts, Lease, MessageView, SpoolError, StorageAway, StorageBroken
@@ -99,17 +99,18 @@ class Runner:
     ) -> None:
         self._store = store
         self._relay = relay
-        self._notices = notices
-        self._schedule = schedule
         self._observer = observer
         self._most_at_once = most_at_once
         self._look_seconds = look_seconds
-        self._chance = chance
         self._recording = Recording(store)
+        self._means = Means(
+            store, relay, notices, self._recording, observer,
+            retry_in=lambda attempt: schedule.next_delay(attempt, chance()),
+            wake=self.wake, judged=self._judged, ended=self._ended,
+        )  # fmt: skip
         self._aging = Aging(
             store, notices, self._recording, observer, warn_after_seconds=schedule.warn_after_seconds, wake=self.wake
         )
-        self._outcomes: Outcomes | None = None
         self._destinations: set[str] = set()
         # By destination, with what is in line and what is not recorded yet: new ones, durable or not; and claimed ones.
         self._new: Counter[str] = Counter()
@@ -137,7 +138,7 @@ class Runner:
 
     def tell_of(self, outcomes: "Outcomes") -> None:
         """Store with each end, from now on, what the application is told of it."""
-        self._outcomes = self._aging.outcomes = outcomes
+        self._means.outcomes = self._aging.outcomes = outcomes
 
     # Life -------------------------------------------------------------------------------------------------
 
@@ -325,21 +326,7 @@ class Runner:
         return max(0, min(room, self._most_at_once - self._all_claimed))
 
     def _begin(self, lease: Lease, content: Sequence[bytes] | None, *, is_new: bool) -> None:
-        attempt = Attempt(
-            lease,
-            content,
-            is_new=is_new,
-            store=self._store,
-            relay=self._relay,
-            notices=self._notices,
-            outcomes=self._outcomes,
-            recording=self._recording,
-            observer=self._observer,
-            retry_in=lambda: self._schedule.next_delay(lease.attempt, self._chance()),
-            wake=self.wake,
-            judged=self._judged,
-            ended=self._ended,
-        )
+        attempt = Attempt(lease, content, self._means, is_new=is_new)
         self._attempts.add(attempt)
         destination = lease.destination
         attempting = self._attempting[destination]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Final, NamedTuple
 
 from otel_smtp.observing import DeliveryRecord, Outcome, TransactionRecord
+from otel_smtp.smtp.replies import Reply
 from otel_smtp.telemetry import attributes as names
 from otel_smtp.telemetry.ordinary import OrdinaryMail
 from otel_smtp.telemetry.otlp import TAGS, Integers, Mould, length, text_head
@@ -28,6 +29,10 @@ from otel_smtp.telemetry.state_events import describe_phases
 
 _NUMBERS: Final = Integers(9, names.TRANSACTION_NUMBER)
 _SIZES: Final = Integers(9, names.MESSAGE_SIZE)
+_BEFORE_WORDS: Final = tuple(text_head(9, names.REPLY_TEXT, octets) for octets in range(256))
+# Looked up in its class, a member costs as much as a call.
+_QUEUED: Final = Outcome.QUEUED
+_RELAYED: Final = Outcome.RELAYED
 _WAIT: Final = SPAN_PAIRS[names.POOL_WAIT, 0.0][:-8]
 _NO_DOMAINS: Final = ShownDomains()
 
@@ -67,7 +72,7 @@ class OrdinarySpooled:
         reply, octets, connection, spool_id = record.reply, record.octets, record.connection, record.spool_id
         context, parent = identity.context, identity.parent
         if (
-            record.outcome is not Outcome.QUEUED
+            record.outcome is not _QUEUED
             or reply is None
             or octets is None
             or connection is None
@@ -83,7 +88,7 @@ class OrdinarySpooled:
             or record.failure is not None
             or identity.attributes
             or context.trace_state
-            or not _is_plain(spool_id)
+            or not (spool_id.isascii() and spool_id.isalnum())  # it is shown as it is
             or not self._has_plain_attributes
         ):
             return None
@@ -111,16 +116,14 @@ class OrdinarySpooled:
             record.ended_ns + offset + AFTER_LAST_EVENT_NS,
             origin,
         ]
-        text = self._attributes.words(reply)
-        words = text.encode("utf-8", "replace")
+        text, words, before_words = self._words(reply)
         sender, recipients = self._mail.domains(record)
         of_all, shape_of_line = mould
         self._told = shape_of_line, text, sender, recipients
         own = [
             _NUMBERS(record.number), _SIZES(octets),
             text_head(9, names.SPOOL_ID, len(spool_id)), spool_id.encode("ascii"),
-            sender.octets, recipients.octets,
-            text_head(9, names.REPLY_TEXT, len(words)), words,
+            sender.octets, recipients.octets, before_words, words,
         ]  # fmt: skip
         if identity.links:
             own += map(encode_link, identity.links)
@@ -158,7 +161,7 @@ class OrdinarySpooled:
         wait_ns, spool_id, links = delivery.pool_wait_ns, record.spool_id, identity.links
         context, parent = identity.context, identity.parent
         if (
-            delivery.outcome is not Outcome.RELAYED
+            delivery.outcome is not _RELAYED
             or record.connection is not None
             or reply is None
             or peer is None
@@ -179,7 +182,7 @@ class OrdinarySpooled:
             or identity.attributes
             or context.trace_state
             or parent.trace_state
-            or not _is_plain(spool_id)
+            or not (spool_id.isascii() and spool_id.isalnum())  # it is shown as it is
         ):
             return None
         alike: list[object] = [
@@ -222,13 +225,11 @@ class OrdinarySpooled:
         if mould is None:
             mould = self._mould_of_attempt(delivery, identity, len(spool_id))
             _keep(self._attempts, key, mould)
-        text = self._attributes.words(reply)
-        words = text.encode("utf-8", "replace")
-        head = text_head(9, names.REPLY_TEXT, len(words))
+        text, words, before_words = self._words(reply)
         of_all, shape_of_line = mould
         self._told = shape_of_line, text, _NO_DOMAINS, _NO_DOMAINS
-        size = length(of_all.size + len(head) + len(words))
-        return EncodedSpan(b"".join((TAGS[2], size, of_all.fill(values), head, words)))
+        size = length(of_all.size + len(before_words) + len(words))
+        return EncodedSpan(b"".join((TAGS[2], size, of_all.fill(values), before_words, words)))
 
     def line_of_attempt(self, delivery: DeliveryRecord, identity: Identity) -> LineOfSpan:
         """What stands on the line of an attempt: that of which the span was made last."""
@@ -239,6 +240,14 @@ class OrdinarySpooled:
         ended_ns = delivery.ended_ns + AFTER_LAST_EVENT_NS
         seconds = (ended_ns - delivery.begun_ns) / 1e9
         return LineOfSpan(shape, pairs, seconds, identity.context, ended_ns + record.wall_offset_ns)
+
+    def _words(self, reply: Reply) -> tuple[str, bytes, bytes]:
+        """A reply's words, as they are shown, as octets, and what stands before these."""
+        lines = reply.lines
+        text = self._attributes.redaction.text(lines[0] if len(lines) == 1 else reply.text)
+        words = text.encode("utf-8", "replace")
+        size = len(words)
+        return text, words, _BEFORE_WORDS[size] if size < 256 else text_head(9, names.REPLY_TEXT, size)
 
     def _mould_of_attempt(self, delivery: DeliveryRecord, identity: Identity, id_octets: int) -> _Mould:
         shape, _, _ = self._attributes.delivery(delivery)
@@ -254,11 +263,6 @@ class OrdinarySpooled:
             *frame_of_link(identity.links[0]),
         )  # fmt: skip
         return _Mould(span, line_shape(shape))
-
-
-def _is_plain(spool_id: str) -> bool:
-    """Whether it is shown as it is."""
-    return spool_id.isascii() and spool_id.isalnum()
 
 
 def _keep(moulds: dict[tuple[object, ...], _Mould], key: tuple[object, ...], mould: _Mould) -> None:

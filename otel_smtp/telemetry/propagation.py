@@ -103,13 +103,14 @@ def parse_traceparent(text: str, trace_state: str = "") -> TraceContext | None:
     match = _TRACEPARENT.fullmatch(text.strip(" \t"))
     if match is None:
         return None
-    version, trace_id, span_id, flags, rest = match.groups()
+    version, trace_digits, span_digits, flags, rest = match.groups()
     # "Version 255 is invalid." Version 00 ends with its flags; a later one may go on behind a dash.
     if version == "ff" or (version == "00" and rest is not None):
         return None
-    if int(trace_id, 16) == 0 or int(span_id, 16) == 0:
+    trace_id, span_id = int(trace_digits, 16), int(span_digits, 16)
+    if not trace_id or not span_id:
         return None
-    return TraceContext(int(trace_id, 16), int(span_id, 16), int(flags, 16) & (SAMPLED | RANDOM), True, trace_state)
+    return TraceContext(trace_id, span_id, int(flags, 16) & (SAMPLED | RANDOM), True, trace_state)
 
 
 def checked_tracestate(text: str) -> str:
@@ -144,4 +145,5 @@ def from_carrier(fields: Mapping[str, str]) -> TraceContext | None:
     traceparent = fields.get(TRACEPARENT)
     if traceparent is None:
         return None
-    return parse(TraceHeaders((traceparent,), fields.get(TRACESTATE, "")), with_state=True)
+    state = fields.get(TRACESTATE)
+    return parse_traceparent(traceparent, checked_tracestate(state) if state else "")

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from json.encoder import encode_basestring_ascii as quoted
 from typing import Any, Final, NamedTuple
 
@@ -28,7 +29,15 @@ from otel_smtp.spool.messages import (
 # To look a member up is a fraction of what to call its class costs, when a million messages are read.
 _KINDS: Final = {kind.value: kind for kind in Kind}
 _STATES: Final = {state.value: state for state in DeliveryState}
+_MAIL: Final = Kind.MAIL
+_LEASED, _READY = DeliveryState.LEASED, DeliveryState.READY
 _MOST_TELLING: Final = (DeliveryState.LEASED, DeliveryState.CORRUPT, DeliveryState.HELD, DeliveryState.READY)
+
+
+# The constructor of a named tuple is a function in Python.
+_lease: Final = partial(tuple.__new__, Lease)
+_content_ref: Final = partial(tuple.__new__, ContentRef)
+_spooled_recipient: Final = partial(tuple.__new__, SpooledRecipient)
 
 
 class Place(NamedTuple):
@@ -105,7 +114,7 @@ class Entry:
         Args:
             octets: of its content.
         """
-        state = DeliveryState.LEASED if is_leased else DeliveryState.READY
+        state = _LEASED if is_leased else _READY
         due_ms = now_ms + round(message.retry_in * 1000) if message.retry_in else now_ms
         last_replies = message.last_replies
         deliveries: list[DeliveryEntry] = []
@@ -114,7 +123,7 @@ class Entry:
             waiting: list[SpooledRecipient] = []
             for one in recipients:
                 last_reply = last_replies.get(one.address, "") if last_replies else ""
-                waiting.append(SpooledRecipient(len(waiting), one, last_reply))
+                waiting.append(_spooled_recipient((len(waiting), one, last_reply)))
             deliveries.append(
                 DeliveryEntry(
                     len(deliveries), destination, state, message.attempts + is_leased, 0, due_ms, int(is_leased),
@@ -200,7 +209,7 @@ class Entry:
         recipients = 0
         for one in self.deliveries:
             recipients += len(one.recipients)
-        return "accepted" if self.kind is Kind.MAIL else accepted_name(self.kind), recipients
+        return "accepted" if self.kind is _MAIL else accepted_name(self.kind), recipients
 
     @property
     def is_outcome(self) -> bool:
@@ -242,21 +251,31 @@ class Entry:
             StaleLease: it is not ours any more.
         """
         delivery = self.delivery(lease.delivery)
-        if delivery is None or delivery.state is not DeliveryState.LEASED or delivery.epoch != lease.epoch:
+        if delivery is None or delivery.state is not _LEASED or delivery.epoch != lease.epoch:
             raise stale(lease)
         return delivery
 
     def lease_of(self, delivery: DeliveryEntry) -> Lease:
         """A delivery as it is given out."""
-        return Lease(
-            delivery.number, delivery.epoch, self.id, self.kind, self.mail, delivery.destination, delivery.recipients,
-            delivery.attempts, self.arrived_ms / 1000, self.expires_ms / 1000, self.carrier, self.content_ref(),
-            self.header_octets, delivery.is_possible_duplicate,
+        return _lease(
+            (
+                delivery.number, delivery.epoch, self.id, self.kind, self.mail, delivery.destination,
+                delivery.recipients, delivery.attempts, self.arrived_ms / 1000, self.expires_ms / 1000, self.carrier,
+                self.content_ref(), self.header_octets, delivery.is_possible_duplicate, None,
+            )
         )  # fmt: skip
+
+    def leases(self) -> list[Lease]:
+        """Its deliveries that are given out."""
+        leases: list[Lease] = []
+        for one in self.deliveries:
+            if one.state is _LEASED:
+                leases.append(self.lease_of(one))  # noqa: PERF401 - a comprehension is a call more
+        return leases
 
     def content_ref(self) -> ContentRef:
         """Its content: found by its id, as its place may change."""
-        return ContentRef(self.octets, self.id)
+        return _content_ref((self.octets, self.id))
 
     def shown(self) -> MessageView:
         """What operators see."""

@@ -6,14 +6,20 @@ records behind it are told of, when the index may be said to be complete up to o
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from otel_smtp.spool.embedded.entries import Entry
 from otel_smtp.spool.embedded.log import Log, Part, Room, Step
 from otel_smtp.spool.embedded.memory import Memory
 from otel_smtp.spool.embedded.records import RecordKind
-from otel_smtp.spool.messages import DeliveryState, Lease, SpoolError, StorageBroken
+from otel_smtp.spool.messages import Lease, SpoolError, StorageBroken
 from otel_smtp.spool.store import Notice
+
+# Looked up in its class, a member costs as much as a call.
+_MAIL: Final = Room.MAIL
+_RESULT: Final = Room.RESULT
+_MESSAGE: Final = RecordKind.MESSAGE
+_END: Final = RecordKind.END
 
 
 class Journal:
@@ -51,7 +57,7 @@ class Journal:
             self._log.latch(error)
 
     def _start(self, step: Step, *, is_urgent: bool = True) -> None:
-        if self._log is None or (self.is_closing and step.room is Room.MAIL):
+        if self._log is None or (self.is_closing and step.room is _MAIL):
             raise SpoolError("the spool is closed")
         self._log.append(step, is_urgent=is_urgent or self.is_closing)
 
@@ -110,16 +116,14 @@ class Journal:
             if content and is_new:
                 self._memory.keep_content(entry, content)
             if not answer.done():
-                answer.set_result(
-                    [entry.lease_of(one) for one in entry.deliveries if one.state is DeliveryState.LEASED]
-                )
+                answer.set_result(entry.leases())
 
         name, recipients = entry.accepted
         try:
             self._start(
                 Step(
                     [message_part(entry, content, crc, is_new=is_new)], done,
-                    ended={name: recipients} if is_new else {}, room=Room.MAIL,
+                    ended={name: recipients} if is_new else {}, room=_MAIL,
                 )
             )  # fmt: skip
         except SpoolError as error:
@@ -143,7 +147,7 @@ class Journal:
         answer: asyncio.Future[None] = self._loop.create_future()
         memory = self._memory
         if changed is None:
-            parts: list[Part] = [(RecordKind.END, f'{{"id":"{entry.id}","ended":{_tally(ended)}}}', ())]
+            parts: list[Part] = [(_END, f'{{"id":"{entry.id}","ended":{_tally(ended)}}}', ())]
         else:
             parts = [(RecordKind.STATE, f"[{_tally(ended)},{changed.encode()}]", ())]
         counted = ended
@@ -178,7 +182,7 @@ class Journal:
 
         entry.is_busy = True
         try:
-            self._start(Step(parts, done, ended=counted, room=Room.RESULT), is_urgent=is_urgent)
+            self._start(Step(parts, done, ended=counted, room=_RESULT), is_urgent=is_urgent)
         except SpoolError as error:
             memory.set_free(entry)
             fail(answer, error)
@@ -192,7 +196,7 @@ def message_part(entry: Entry, content: Sequence[bytes], crc: int | None, *, is_
         crc: of the content, where it is not what the record's own content has to be measured by: it has a file of its
             own, or is moved, and may have been damaged before.
     """
-    return RecordKind.MESSAGE, f"[{int(is_new)},{'null' if crc is None else crc},{entry.encode()}]", content
+    return _MESSAGE, f"[{int(is_new)},{'null' if crc is None else crc},{entry.encode()}]", content
 
 
 def _tally(ended: Mapping[str, int]) -> str:

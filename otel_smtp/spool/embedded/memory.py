@@ -8,6 +8,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Container, Sequence
+from functools import partial
 from typing import Final
 
 from otel_smtp.spool.embedded.entries import Entry, Place
@@ -17,6 +18,11 @@ from otel_smtp.spool.messages import DeliveryState, Kind
 
 HOT_MOST: Final = 20_000
 CONTENTS_OCTETS: Final = 4 * 1024 * 1024  # of contents that are kept
+
+# Looked up in its class, a member costs as much as a call; and so does the constructor of a named tuple.
+_OUTCOME: Final = Kind.OUTCOME
+_READY: Final = DeliveryState.READY
+_place: Final = partial(tuple.__new__, Place)
 
 Position = tuple[int, int]
 """A place in the log: segment, offset."""
@@ -62,7 +68,7 @@ class Memory:
             entry: not the object that was noted before, where it has changed: that one may be on its way into the
                 index.
         """
-        if entry.kind is Kind.OUTCOME and (changed := self.hot.get(entry.id)) is not None:
+        if entry.kind is _OUTCOME and (changed := self.hot.get(entry.id)) is not None:
             self._count_waiting(changed, -1)
             self._count_waiting(entry, 1)
         self.hot[entry.id] = entry
@@ -84,7 +90,7 @@ class Memory:
         self.messages += 1
         if entry.is_large:
             self.large_octets += entry.octets
-        if entry.kind is Kind.OUTCOME:
+        if entry.kind is _OUTCOME:
             self._count_outcome(entry, 1)
         self.note(entry, (step.segment, step.places[part][0]))
 
@@ -96,15 +102,15 @@ class Memory:
         if entry.is_large:
             self.large_octets -= entry.octets
         assert entry.place is not None
-        if entry.kind is Kind.OUTCOME:
+        if entry.kind is _OUTCOME:
             self._count_outcome(entry, -1)
         self.leave(entry.place)
-        before = self.unindexed.get(entry.id)
         if entry.is_indexed:
+            before = self.unindexed.get(entry.id)
             since, first = (before[0], before[1]) if before is not None else (time.monotonic(), position)
             self.unindexed[entry.id] = (since, first, None)
-        elif before is not None:
-            del self.unindexed[entry.id]
+        else:
+            self.unindexed.pop(entry.id, None)
 
     def _count_outcome(self, entry: Entry, by: int) -> None:
         assert entry.place is not None
@@ -124,12 +130,12 @@ class Memory:
             crc: of its content, where the record's own does not tell.
         """
         at, octets, content_at, written_crc = step.places[part]
-        found = self.live.setdefault(step.segment, [0, 0])
+        segment = step.segment
+        if (found := self.live.get(segment)) is None:
+            found = self.live[segment] = [0, 0]
         found[0] += 1
         found[1] += octets
-        return Place(
-            step.segment, at, octets, -1 if entry.is_large else content_at, written_crc if crc is None else crc
-        )
+        return _place((segment, at, octets, -1 if entry.is_large else content_at, written_crc if crc is None else crc))
 
     def leave(self, place: Place) -> None:
         """No message lies there any more."""
@@ -220,7 +226,7 @@ class Memory:
         if self._contents_octets + entry.octets > CONTENTS_OCTETS:
             return
         for one in entry.deliveries:
-            if one.state is DeliveryState.READY and one.due_ms <= entry.arrived_ms:
+            if one.state is _READY and one.due_ms <= entry.arrived_ms:
                 self._contents[entry.id] = content
                 self._contents_octets += entry.octets
                 return

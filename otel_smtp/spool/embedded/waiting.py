@@ -3,6 +3,7 @@
 import heapq
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Final
 
 from otel_smtp.spool.embedded.deliveries import DeliveryEntry
 from otel_smtp.spool.embedded.entries import Entry
@@ -13,6 +14,7 @@ Candidate = tuple[int, str, int, str]
 
 SAMPLE = 8  # so many times what is wanted are looked at, for the sake of many senders
 _TIDY_FROM = 1000
+_READY: Final = DeliveryState.READY  # looked up in its class, a member costs as much as a call
 
 
 class Waiting:
@@ -31,7 +33,7 @@ class Waiting:
     def offer(self, entry: Entry) -> None:
         """Note all deliveries of a message that wait."""
         for delivery in entry.deliveries:
-            if delivery.state is DeliveryState.READY:
+            if delivery.state is _READY:
                 self.offer_one(entry, delivery)
 
     def offer_one(self, entry: Entry, delivery: DeliveryEntry) -> None:
