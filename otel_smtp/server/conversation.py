@@ -357,7 +357,7 @@ class Conversation:
         if self._pauses & Pause.UNREAD:
             if now >= self._began + UNREAD_REPLIES_SECONDS:
                 self._end_from_outside(None, CloseReason.TIMEOUT)
-            return True
+            return not self._has_ended
         if not self._is_reading:
             return True  # it is when something else is over, and then may have little time left
         deadline = self._deadline()
