@@ -48,7 +48,7 @@ _MESSAGE_ID = re.compile(rb"\nmessage-id" + _BODY)
 _ATOM = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~.-]+")
 _WORDS = re.compile(r"[A-Za-z0-9 ,:+._-]+")  # of a date, of a TLS comment
 _FIELD_NAME = re.compile(r"[!-9;-~]+")  # ftext (RFC 5322 2.2)
-_FIELD_VALUE = re.compile(r"[ -~]{0,998}")
+_MOST_IN_A_FIELD: Final = 998  # RFC 5322 2.1.1
 
 _DAYS: Final = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 _EPOCH: Final = date(1970, 1, 1).toordinal()
@@ -178,11 +178,11 @@ def replace_trace_headers(block: bytes, carrier: Mapping[str, str] | None) -> by
     lower = b"\n" + block.lower()
     if b"\ntrace" in lower:
         block = _without(block, _TRACE_FIELD.finditer(lower))
-    fields = "".join(
-        f"{name}: {value}\r\n"
-        for name, value in carrier.items()
-        if _FIELD_NAME.fullmatch(name) is not None and _FIELD_VALUE.fullmatch(value) is not None
-    )
+    fields = ""
+    for name, value in carrier.items():
+        is_short = len(value) <= _MOST_IN_A_FIELD
+        if is_short and value.isascii() and value.isprintable() and _FIELD_NAME.fullmatch(name) is not None:
+            fields += f"{name}: {value}\r\n"
     return fields.encode("ascii") + block
 
 

@@ -17,6 +17,8 @@ from otel_smtp.observing import TraceHeaders
 SAMPLED: Final = 0x01
 RANDOM: Final = 0x02  # level 2: the trace id's last 7 octets are random
 
+_TWO_DIGITS: Final = tuple(f"{octet:02x}" for octet in range(0x100))
+
 TRACEPARENT: Final = "traceparent"
 TRACESTATE: Final = "tracestate"
 
@@ -136,7 +138,7 @@ def carrier_of(trace_id: str, span_id: int, flags: int, trace_state: str) -> Map
     Args:
         trace_id: 32 hexadecimal digits.
     """
-    traceparent = f"00-{trace_id}-{span_id:016x}-{flags & 0xFF:02x}"
+    traceparent = f"00-{trace_id}-{span_id.to_bytes(8, 'big').hex()}-{_TWO_DIGITS[flags & 0xFF]}"
     return {TRACEPARENT: traceparent, TRACESTATE: trace_state} if trace_state else {TRACEPARENT: traceparent}
 
 

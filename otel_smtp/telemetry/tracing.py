@@ -262,14 +262,17 @@ class Tracing(Observer):
 
     def transaction_ended(self, transaction: TransactionRecord) -> None:
         """Make the spans of the transaction and of its deliveries that are over."""
-        connection = transaction.connection
-        if transaction.trace is None and connection is not None and self._is_dropped(transaction, connection):
-            return
-        identity: Identity | None = transaction.trace or self._settle(transaction)
-        if self._keeping is not None and identity is not None and not identity.is_recording:
-            self._keep_by_outcome(self._keeping, identity, transaction)
-        if identity is not None and not identity.is_recording and self._sampling.inherits_ours and not self._tells_all:
-            return
+        identity: Identity | None = transaction.trace
+        if identity is None:
+            connection = transaction.connection
+            if connection is not None and self._is_dropped(transaction, connection):
+                return
+            identity = self._settle(transaction)
+        if identity is not None and not identity.is_recording:
+            if self._keeping is not None:
+                self._keep_by_outcome(self._keeping, identity, transaction)
+            if self._sampling.inherits_ours and not self._tells_all and not identity.is_recording:
+                return
         is_encoded = False
         if self._encodes and identity is not None and identity.is_recording:
             spans = self._ordinary.spans(transaction, identity)

@@ -47,10 +47,10 @@ def run(work: Coroutine[Any, Any, T]) -> T:
     [
         ("none", "transparent", 108, 141),
         ("none", "buffered", 100, 132),
-        ("everything", "transparent", 138, 214),
-        ("everything", "buffered", 130, 204),
+        ("everything", "transparent", 134, 204),
+        ("everything", "buffered", 126, 194),
         # How many lines are written together depends on time; these bounds hold where each mail's are written alone.
-        ("as installed", "transparent", 163, 256),
+        ("as installed", "transparent", 158, 246),
     ],
 )
 def test_calls_of_a_message(observers: str, strategy: str, python: float, c: float) -> None:
