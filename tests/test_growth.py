@@ -18,7 +18,7 @@ from otel_smtp import Gateway, load
 from otel_smtp.config.bounds import LEDGER
 from tests.support.clock import advance
 from tests.support.upstream import Fault, Kind, Phase, ScriptedUpstream
-from tests.support.waiting import SECONDS
+from tests.support.waiting import SECONDS, until
 from tests.test_limits import Client
 
 pytestmark = pytest.mark.movable_clock
@@ -128,18 +128,23 @@ async def test_nothing_grows_with_the_number_of_clients(
         async with Gateway(load(values=values)) as gateway:
             for number in range(BEFORE):
                 await visit(gateway, upstream, number)
-            await rest()
+            await rest(gateway)
             before = held()
             for number in range(BEFORE, BEFORE + CLIENTS):
                 await visit(gateway, upstream, number)
-            await rest()
+            await rest(gateway)
             after = held()
     grown = {name: (before[name], size) for name, size in after.items() if size - before[name] > CLIENTS // 8}
     assert {one: sizes for one, sizes in grown.items() if not {one, one.partition(".")[0]} & set(BOUNDED)} == {}
 
 
-async def rest() -> None:
-    """Until all connections are over, and what is due has been done."""
+async def rest(gateway: Gateway) -> None:
+    """Until all connections are over, what was queued has been delivered, and what is due has been done."""
+    if gateway.spool is not None:
+        store = gateway.spool.store
+        while (counts := await store.counts()).ready or counts.active:
+            await asyncio.sleep(0)
+    await until(lambda: not any(one.pool.busy or one.pool.opening for one in gateway.upstreams()))
     for _ in range(5):
         advance(2.0)
         for _ in range(20):

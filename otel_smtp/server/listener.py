@@ -313,7 +313,7 @@ class Server:
 
     def _take_in(self, session: Session, client: str | None, refusal: Reply | None) -> None:
         was_stressed = self.is_stressed
-        self._sessions[session] = self._soon[session] = None
+        self._sessions[session] = None
         if session.share:
             self._places.add(session.share)
         self._sweep.add(self._look_at_clock)
@@ -324,6 +324,8 @@ class Server:
             self._all_look_at = 0.0
             self._look_at_clock(asyncio.get_running_loop().time())
         session.begin(refusal)
+        if session.look_at_clock(asyncio.get_running_loop().time(), self._all_look_at):
+            self._soon[session] = None
 
     def _count(self, session: Conversation, client: str) -> None:
         self._per_client[client] += 1
