@@ -142,7 +142,7 @@ async def rest(gateway: Gateway) -> None:
     """Until all connections are over, what was queued has been delivered, and what is due has been done."""
     if gateway.spool is not None:
         store = gateway.spool.store
-        while (counts := await store.counts()).ready or counts.active:
+        while (counts := await store.counts()).ready or counts.active:  # noqa: ASYNC110 - a thread works on it
             await asyncio.sleep(0)
     await until(lambda: not any(one.pool.busy or one.pool.opening for one in gateway.upstreams()))
     for _ in range(5):
