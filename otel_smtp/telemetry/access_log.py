@@ -7,7 +7,7 @@ filter may leave out, lines about recipients, and all lines where somebody else 
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from otel_smtp.observing import Fate
@@ -73,28 +73,22 @@ class AccessLog:
 
     def take_line(self, line: LineOfSpan) -> bool:
         """Write the line of a span. False: somebody wants records, which only descriptions make."""
-        handlers = self._handlers()
-        if handlers is None:
-            return False
-        now_ns = time.time_ns()
-        for handler in handlers:
-            try:
-                handler.take_line(*line, now_ns)
-            except Exception:  # noqa: BLE001 - the contract of handlers: an error is reported and never raised
-                handler.handleError(logging.makeLogRecord({"name": self._logger.name, "msg": line.shape.name}))
-        return True
+        return self._write(line.shape.name, lambda handler, now_ns: handler.take_line(*line, now_ns))
 
     def take_mail(self, mail: LinesOfMail) -> bool:
         """Write both lines of an ordinary mail. False: somebody wants records, which only descriptions make."""
+        return self._write(mail.shapes[1].name, lambda handler, now_ns: handler.take_mail(mail, now_ns))
+
+    def _write(self, name: str, write: Callable[[SpanLineHandler, int], None]) -> bool:
         handlers = self._handlers()
         if handlers is None:
             return False
         now_ns = time.time_ns()
         for handler in handlers:
             try:
-                handler.take_mail(mail, now_ns)
+                write(handler, now_ns)
             except Exception:  # noqa: BLE001 - the contract of handlers: an error is reported and never raised
-                handler.handleError(logging.makeLogRecord({"name": self._logger.name, "msg": mail.shapes[1].name}))
+                handler.handleError(logging.makeLogRecord({"name": self._logger.name, "msg": name}))
         return True
 
     def _handlers(self) -> list[SpanLineHandler] | None:
