@@ -64,12 +64,11 @@ class Entry:
         place: None until it is durable.
         is_indexed: the index has a row of it, which may be older.
         is_busy: a change of it is on its way to the disk.
-        version: grows with each change.
     """
 
     __slots__ = (
         "arrived_ms", "carrier", "deliveries", "expires_ms", "header_octets", "held_ms", "id", "is_busy", "is_forced",
-        "is_indexed", "is_large", "is_warned", "kind", "mail", "octets", "place", "version",
+        "is_indexed", "is_large", "is_warned", "kind", "mail", "octets", "place",
     )  # fmt: skip
 
     def __init__(
@@ -105,7 +104,6 @@ class Entry:
         self.place: Place | None = None
         self.is_indexed = False
         self.is_busy = False
-        self.version = 0
 
     @classmethod
     def of(cls, message: NewMessage, now_ms: int, octets: int, *, is_leased: bool, is_large: bool) -> "Entry":
@@ -145,7 +143,7 @@ class Entry:
             octets=self.octets, is_large=self.is_large, is_warned=self.is_warned, is_forced=self.is_forced,
             held_ms=self.held_ms,
         )  # fmt: skip
-        other.place, other.is_indexed, other.version = self.place, self.is_indexed, self.version + 1
+        other.place, other.is_indexed = self.place, self.is_indexed
         return other
 
     # As text ---------------------------------------------------------------------------------------------------
