@@ -194,7 +194,7 @@ class Conversation:
             self._log_failure()
             protocol.fail(replies.INTERNAL_CLOSING, CloseReason.INTERNAL_ERROR)
         self._is_busy = False
-        has_news = protocol.has_news
+        has_news = protocol.has_news or self._pauses  # an answer may let the client go on
         if has_news:
             self._tell_news()
         if out := protocol.out:

@@ -1,6 +1,7 @@
 """A forwarder in memory, and a server whose sessions a test watches: what stands around a session under test."""
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -38,7 +39,7 @@ class KeepingForwarder:
         final: what it answers to the content; raised if it is an exception.
         verdicts: of each recipient, where they are its own.
         refuses: recipients that it refuses.
-        hold: while set, the answer to the content waits for it.
+        hold: while set, the answer to the content waits for it. `hold_recipients`: likewise that to recipients.
         holds_back: after how many octets of a message's content it asks for a pause; `resume` ends the pause.
         resume: what the transaction at hand gave to be called.
         at: called with the name of each step; may raise.
@@ -51,6 +52,7 @@ class KeepingForwarder:
         self.verdicts: Sequence[Reply] = ()
         self.refuses: dict[str, Reply] = {}
         self.hold: asyncio.Event | None = None
+        self.hold_recipients: asyncio.Event | None = None
         self.holds_back: int | None = None
         self.resume: Callable[[], None] = lambda: None
         self.at: Callable[[str], None] = lambda step: None
@@ -80,6 +82,13 @@ class _Keeping:
         self._kept.recipients += [
             recipient for recipient, reply in zip(batch, answers, strict=True) if reply.is_positive
         ]
+        if (hold := self._forwarder.hold_recipients) is None:
+            answered(answers)
+        else:
+            self._waiting = asyncio.get_running_loop().create_task(self._tell_late(answered, answers, hold))
+
+    async def _tell_late(self, answered: RecipientsAnswered, answers: Sequence[Reply], hold: asyncio.Event) -> None:
+        await hold.wait()
         answered(answers)
 
     def content(self, resume: Callable[[], None]) -> None:
@@ -119,13 +128,18 @@ class NotingConnection:
 
     def __init__(self, record: ConnectionRecord) -> None:
         self.record = record
-        self.transitions: list[Transition] = []
+        self.past: list[Transition] = []  # those of segments that are over
         self.transactions: list[TransactionRecord] = []
 
     @property
     def info(self) -> ConnectionInfo:
         """Its identity."""
         return self.record.info
+
+    @property
+    def transitions(self) -> list[Transition]:
+        """All that were recorded."""
+        return self.past if self.record.closed_ns else [*self.past, *self.record.transitions]
 
     @property
     def states(self) -> str:
@@ -147,7 +161,7 @@ TRACE_ID = "5" * 32
 
 
 class Noting(Observer):
-    """Notes every connection."""
+    """Notes every connection. It does not ask for transitions as they happen, and nearly no gateway's observer does."""
 
     def __init__(self) -> None:
         self.connections: list[NotingConnection] = []
@@ -163,14 +177,12 @@ class Noting(Observer):
     def connection_refused(self, reason: str) -> None:
         self.refused.append(reason)
 
-    def conn_state(self, connection: ConnectionRecord, transition: Transition) -> None:
-        self._by_record[connection].transitions.append(transition)
-
     def segment_ended(self, connection: ConnectionRecord) -> None:
         self.segments.append(list(connection.transitions))
+        self._by_record[connection].past += connection.transitions
 
     def connection_closed(self, connection: ConnectionRecord) -> None:
-        self.segments.append(list(connection.transitions))
+        self.segment_ended(connection)
         del self._by_record[connection]  # a connection closes once
 
     def transaction_ended(self, transaction: TransactionRecord) -> None:
@@ -182,6 +194,22 @@ class Noting(Observer):
     def trace_id(self, transaction: TransactionRecord) -> str | None:
         assert transaction.trace_headers is not None, "asked before the header block was read"
         return TRACE_ID
+
+
+class Watching(Noting):
+    """Asks for them too, and wants to hear of each once, in order, before anything else is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._told: Counter[ConnectionRecord] = Counter()
+
+    def conn_state(self, connection: ConnectionRecord, transition: Transition) -> None:
+        self._told[connection] += 1
+        assert transition is connection.transitions[self._told[connection] - 1]
+
+    def segment_ended(self, connection: ConnectionRecord) -> None:
+        assert self._told.pop(connection, 0) == len(connection.transitions)
+        super().segment_ended(connection)
 
 
 class WatchedServer(Server):

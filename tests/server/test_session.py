@@ -2,12 +2,13 @@
 
 import asyncio
 import ipaddress
+import random
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Final
+from typing import ClassVar, Final
 
 import argon2
 import pytest
@@ -25,7 +26,7 @@ from otel_smtp.smtp.extensions import Extensions
 from otel_smtp.smtp.policy import ServerLimits, ServerPolicy
 from otel_smtp.smtp.replies import EnhancedStatus, ErrorType, Reply
 from otel_smtp.smtp.states import CloseReason, TlsMode
-from tests.server.keeping import KeepingForwarder, Noting, WatchedServer
+from tests.server.keeping import KeepingForwarder, Noting, WatchedServer, Watching
 from tests.support.clock import advance
 from tests.support.fake_stream import PEER, FakeStream
 from tests.support.waiting import until
@@ -40,6 +41,8 @@ MESSAGE = ENVELOPE + b"DATA\r\n" + CONTENT + b".\r\n"
 class Served:
     """A connection being served, and both of its sides."""
 
+    observed_by: ClassVar[type[Noting]] = Noting
+
     def __init__(
         self,
         policy: ListenerPolicy = POLICY,
@@ -52,7 +55,7 @@ class Served:
         if early:
             self.stream.feed(early)
         self.forwarder = KeepingForwarder()
-        self.observer = Noting()
+        self.observer = self.observed_by()
         self.server = WatchedServer(self.forwarder, self.observer, segments=segments)
         self.session, self.end = self.server.serve(policy, self.stream)
         (self.seen,) = self.observer.connections
@@ -82,6 +85,12 @@ async def turns() -> None:
         await asyncio.sleep(0)
 
 
+@pytest.fixture(params=[Noting, Watching], ids=["unwatched", "watched"], autouse=True)
+def each_kind_of_observer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A session has more to do where somebody asks for transitions; it must leave nothing else to that."""
+    monkeypatch.setattr(Served, "observed_by", request.param)
+
+
 async def test_a_mail_goes_through_and_its_reply_names_the_trace() -> None:
     async with serving() as served:
         served.stream.feed(MESSAGE + b"QUIT\r\n")
@@ -97,6 +106,57 @@ async def test_a_mail_goes_through_and_its_reply_names_the_trace() -> None:
         assert served.seen.close_reason is CloseReason.QUIT
         assert served.seen.transactions[0].outcome is Outcome.RELAYED
         assert served.seen.transactions[0].octets == len(CONTENT)
+
+
+def pipelined(chance: random.Random) -> tuple[bytes, list[bytes]]:
+    """What a client says without waiting, and the codes of its replies."""
+    said, codes = [b"EHLO client.example\r\n"], [b"250"]
+    for _ in range(chance.randint(1, 4)):
+        recipients = chance.randint(1, 3)
+        said += [b"MAIL FROM:<a@example.com>\r\n", b"RCPT TO:<b@example.org>\r\n" * recipients]
+        codes += [b"250"] * (1 + recipients)
+        match chance.randrange(5):
+            case 0:
+                said += [b"RSET\r\n", b"NOOP\r\n", b"VERB\r\n"]
+                codes += [b"250", b"250", b"500"]
+            case 1:
+                first = chance.randint(1, len(CONTENT) - 1)
+                said += [b"BDAT %d\r\n" % first, CONTENT[:first]]
+                said += [b"BDAT %d LAST\r\n" % (len(CONTENT) - first), CONTENT[first:]]
+                codes += [b"250", b"250"]
+            case _:
+                said += [b"DATA\r\n", CONTENT, b".\r\n"]
+                codes += [b"354", b"250"]
+    return b"".join(said), codes
+
+
+@pytest.mark.parametrize("ends", [b"QUIT\r\n", None], ids=["QUIT", "sends no more"])
+async def test_whatever_comes_while_a_decision_is_awaited_is_served_after_it(ends: bytes | None) -> None:
+    """However octets are cut, and whichever answers come late: a client that was paused is heard again."""
+    for seed in range(200):
+        chance = random.Random(seed)
+        said, codes = pipelined(chance)
+        cuts = sorted(chance.sample(range(1, len(said)), chance.randrange(6)))
+        async with serving() as served:
+            stream = served.stream
+            for begin, end in pairwise([0, *cuts, len(said)]):
+                late = asyncio.Event()
+                served.forwarder.hold = late if chance.random() < 0.5 else None
+                served.forwarder.hold_recipients = late if chance.random() < 0.5 else None
+                stream.feed(said[begin:end])
+                if chance.random() < 0.5:
+                    await turns()
+                late.set()
+                if chance.random() < 0.5:
+                    await turns()
+            if ends is None:
+                stream.feed_eof()
+            else:
+                stream.feed(ends)
+                codes.append(b"221")
+            await served.ended()
+            told = [line[:3] for line in stream.sent.splitlines()[1:] if line[3:4] == b" "]
+            assert told == codes, f"seed {seed}"
 
 
 async def test_an_lmtp_client_gets_the_verdict_of_each_recipient() -> None:
