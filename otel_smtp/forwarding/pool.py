@@ -64,25 +64,9 @@ class Pool(Generic[C]):
     """
 
     __slots__ = (
-        "_busy",
-        "_closed",
-        "_contended",
-        "_has_all_rights",
-        "_idle",
-        "_is_closed",
-        "_is_retired",
-        "_is_unexplained",
-        "_limits",
-        "_opening",
-        "_parked",
-        "_parting",
-        "_retry_at",
-        "_slots",
-        "breaker",
-        "ceiling",
-        "closing",
-        "heard_at",
-        "waiting",
+        "_busy", "_closed", "_contended", "_has_all_rights", "_idle", "_is_closed", "_is_retired", "_is_unexplained",
+        "_limits", "_opening", "_parked", "_parting", "_retry_at", "_slots", "breaker", "ceiling", "closing",
+        "heard_at", "waiting",
     )  # fmt: skip
 
     def __init__(

@@ -1,7 +1,7 @@
 """Values of MAIL and RCPT parameters: read from a client's command, and written for an upstream.
 
-Values that travel on to the upstream (ENVID, ORCPT, AUTH) are xtext. They are decoded to be judged and encoded anew to
-be kept, so that only canonical xtext is ever repeated: a CR LF encoded in ENVID or ORCPT has reached the headers of
+Values that travel on to the upstream (ENVID, ORCPT, AUTH) are xtext. They are decoded to be checked and encoded again
+to be kept, so that only canonical xtext is ever repeated: a CR LF encoded in ENVID or ORCPT has reached the headers of
 bounces in servers that kept what they got.
 
 Every reader takes what follows "=", or None where there is no "="; it raises ValueError if that is malformed.
@@ -125,7 +125,7 @@ def _utf8_address(address: str) -> str:
     if address.isascii():
         text = decode_xtext(address)
         kept = encode_xtext(text)
-    elif "+" in address or not is_visible(address):  # "+" would be decoded by whoever takes it for xtext
+    elif "+" in address or not is_visible(address):  # a server that takes it for xtext would decode "+"
         raise ValueError("not utf-8-addr-unitext")
     else:
         text = kept = address

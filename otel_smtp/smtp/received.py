@@ -7,8 +7,8 @@ costs tens. A field begins at the start of the block or behind an LF, with its n
 (the blanks before the colon are RFC 5322 4.5's obsolete form, which readers must understand). A line that begins with
 a blank belongs to the field before it.
 
-A bare LF counts as a line end here although content normally has none left: whoever reads the message behind us may
-take it for one, and then a trace header behind it would be a header to them.
+A bare LF counts as a line end here although content normally has none left: a program that reads the message after
+us may take it for one, and would then see a header in a trace header that follows it.
 
 No field but the trace headers is ever changed, no octet of any other is touched.
 """

@@ -30,7 +30,7 @@ class ErrorType(StrEnum):
     UPSTREAM_REFUSED = "upstream_refused"  # the upstream's own 4xx or 5xx, passed on
     UPSTREAM_UNAVAILABLE = "upstream_unavailable"  # no upstream could be asked
     UPSTREAM_AUTH = "upstream_auth"  # the upstream refuses our credentials, or wants some
-    UPSTREAM_TLS = "upstream_tls"  # the upstream's TLS could not be had or trusted
+    UPSTREAM_TLS = "upstream_tls"  # TLS with the upstream failed, or its certificate is not trusted
     UPSTREAM_PROTOCOL = "upstream_protocol"  # the upstream's reply made no sense
     OUTCOME_UNKNOWN = "outcome_unknown"  # lost between our final dot and its reply
     STORAGE = "storage"  # our disk

@@ -7,7 +7,7 @@ states, Reset and Error, are *pulses*: they are recorded and do not, by themselv
 
 The states are a report, not a decision. Which verb is legal is decided by phase in ``sequence.py``; the two tables
 share no fact. Only the connection's own protocol engine calls `StateMachine.enter`, and it does so inside the
-call that decides a reply, before that reply's octets can be fetched. So whoever has read a reply can rely on its
+call that decides a reply, before that reply's octets can be fetched. A client that has read a reply can rely on its
 transition having been recorded ("record before reveal").
 
 Three rules live here and nowhere else:

@@ -35,7 +35,7 @@ class Aging:
         wake: called with destinations for which something waits now.
 
     Attributes:
-        outcomes: makes what the application is told of those that end; None: it is told nothing.
+        outcomes: writes the messages that tell the application of recipients that ended; None: it is told nothing.
     """
 
     def __init__(

@@ -258,7 +258,7 @@ class ServerProtocol(Dispatching):
         if self._discarded > self._discard_limit:
             self._send(replies.LINE_DISCARD_EXCEEDED, None)
         elif end == b"\n":
-            # What stands behind may have been content to whoever passed it on: smuggling. None of it is run.
+            # The server that passed it on may have taken what follows for content: smuggling. None of it is run.
             self._send(replies.BARE_LINE_FEED, "other")
         elif end:
             self._discarded = 0

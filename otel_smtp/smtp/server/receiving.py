@@ -209,7 +209,7 @@ class Receiving(Securing):
 
 
 def _refusal_of_8bit(mail: Mail, offer: Extensions) -> Reply | None:
-    """What the client is told whose content has octets above 127; None where it may have."""
+    """The refusal of content with octets above 127; None where the client may send it."""
     if mail.body is Body.EIGHT_BIT_MIME and not offer.eight_bit_mime:
         return replies.NEEDS_8BITMIME
     if mail.smtputf8 and "SMTPUTF8" not in offer.keywords:
