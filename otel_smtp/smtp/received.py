@@ -45,6 +45,10 @@ _TRACESTATE = re.compile(rb"\ntracestate" + _BODY)
 _TRACE_FIELD = re.compile(rb"\ntrace(?:parent|state)" + _BODY)
 _MESSAGE_ID = re.compile(rb"\nmessage-id" + _BODY)
 
+_FIRST_RECEIVED = re.compile(
+    rb"Received:[^\n]*\n(?:[ \t][^\n]*\n)*"
+)  # as `received_head` writes it, and few lines long
+
 _ATOM = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~.-]+")
 _WORDS = re.compile(r"[A-Za-z0-9 ,:+._-]+")  # of a date, of a TLS comment
 _FIELD_NAME = re.compile(r"[!-9;-~]+")  # ftext (RFC 5322 2.2)
@@ -166,7 +170,9 @@ def inspect_header(block: bytes) -> HeaderFacts:
 
 
 def replace_trace_headers(block: bytes, carrier: Mapping[str, str] | None) -> bytes:
-    """Take every traceparent and tracestate field out of `block` and put those of `carrier` on top.
+    """Take every traceparent and tracestate field out of `block` and put those of `carrier` in: below the Received
+    field that it begins with, which stays the first line (RFC 5321 4.4); on top where it begins with another field, as
+    our own notices do.
 
     Args:
         block: as for `inspect_header`.
@@ -183,7 +189,11 @@ def replace_trace_headers(block: bytes, carrier: Mapping[str, str] | None) -> by
         is_short = len(value) <= _MOST_IN_A_FIELD
         if is_short and value.isascii() and value.isprintable() and _FIELD_NAME.fullmatch(name) is not None:
             fields += f"{name}: {value}\r\n"
-    return fields.encode("ascii") + block
+    own = _FIRST_RECEIVED.match(block)
+    if own is None:
+        return fields.encode("ascii") + block
+    place = own.end()
+    return b"".join((block[:place], fields.encode("ascii"), block[place:]))
 
 
 @lru_cache(maxsize=4096)

@@ -101,7 +101,8 @@ def test_the_final_reply_and_the_relayed_header_name_the_trace(
     spans = receiver.wait_for_spans(lambda spans: bool(named(spans, "smtp.delivery")))
     (delivery,) = named(spans, "smtp.delivery")
     assert delivery.trace_id == "a" * 32
-    assert f"traceparent: 00-{'a' * 32}-{delivery.span_id}-01\r\n".encode() in message.content.lower()
+    # Our Received field is the first line (RFC 5321 4.4), and the trace headers come next.
+    assert message.below_received.startswith(f"traceparent: 00-{'a' * 32}-{delivery.span_id}-01\r\n".encode())
     assert given.encode() not in message.content
     assert message.content.lower().count(b"traceparent:") == 1
     transaction = connect_transaction(receiver)

@@ -176,7 +176,7 @@ TRACED = b"Received: x\r\ntraceparent: 00-11111111111111111111111111111111-22222
         (TracePolicy.STRIP, b"Received: x\r\nSubject: x\r\n"),
         (
             TracePolicy.INJECT,
-            b"traceparent: 00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01\r\nReceived: x\r\nSubject: x\r\n",
+            b"Received: x\r\ntraceparent: 00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01\r\nSubject: x\r\n",
         ),
     ],
 )

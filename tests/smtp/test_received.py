@@ -215,6 +215,14 @@ def test_trace_headers_are_replaced(block: bytes, without: bytes) -> None:
     assert put == f"traceparent: {PARENT}\r\ntracestate: a=b\r\n".encode() + without
 
 
+@pytest.mark.parametrize("below", [b"", FIELDS, b"Received: by x;\r\n date\r\n", b"\r\n folded: no field\r\n"])
+@pytest.mark.parametrize("own", [received(), b"Received: x\r\n", b"Received:\r\n\tx\r\n y\r\n"])
+def test_trace_headers_stand_below_the_received_field_that_comes_first(own: bytes, below: bytes) -> None:
+    put = replace_trace_headers(own + b"TraceParent: old\r\n" + below, {"traceparent": PARENT})
+    assert put == own + f"traceparent: {PARENT}\r\n".encode() + below
+    assert replace_trace_headers(FIELDS + own, {"traceparent": PARENT}).startswith(b"traceparent: ")
+
+
 @pytest.mark.parametrize(
     "carrier",
     [

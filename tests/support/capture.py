@@ -1,8 +1,8 @@
 """A capturing SMTP upstream: it keeps what arrives to the octet, says what it is told to say, and forgives nothing.
 
 It runs in threads, so that a test may drive the gateway by a blocking client or a subprocess. It is strict where the
-gateway promises to be: a bare CR or LF or NUL that is not BINARYMIME, a dot that is not stuffed, a command out of turn
-or with control octets is noted in `violations`, which a test asserts to be empty.
+gateway promises to be: a bare CR or LF or NUL that is not BINARYMIME, a dot that is not stuffed, a field above our
+Received field, a command out of turn or with control octets is noted in `violations`, which a test asserts to be empty.
 
     with CapturingUpstream() as upstream:
         ... "--upstream", upstream.url ...
@@ -387,6 +387,9 @@ class _Session:
                 self._upstream.violated("NUL in content")
             if re.search(rb"\r(?!\n)|(?<!\r)\n", self._content):
                 self._upstream.violated("bare CR or LF in content")
+        head, _, _ = self._content.partition(b"\r\n\r\n")
+        if b"\nReceived:" in head and not head.startswith(b"Received:"):
+            self._upstream.violated("something stands above the Received field")
         self._pause_at("content")
         reply = self._upstream.next_content_reply()
         # Kept before it is answered: who has seen the gateway's reply finds the message here.
