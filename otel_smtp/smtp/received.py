@@ -45,9 +45,8 @@ _TRACESTATE = re.compile(rb"\ntracestate" + _BODY)
 _TRACE_FIELD = re.compile(rb"\ntrace(?:parent|state)" + _BODY)
 _MESSAGE_ID = re.compile(rb"\nmessage-id" + _BODY)
 
-_FIRST_RECEIVED = re.compile(
-    rb"Received:[^\n]*\n(?:[ \t][^\n]*\n)*"
-)  # as `received_head` writes it, and few lines long
+# As `received_head` writes it: a few lines.
+_FIRST_RECEIVED = re.compile(rb"Received:[^\n]*\n(?:[ \t][^\n]*\n)*")
 
 _ATOM = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~.-]+")
 _WORDS = re.compile(r"[A-Za-z0-9 ,:+._-]+")  # of a date, of a TLS comment
