@@ -109,7 +109,8 @@ def test_the_settings_stand_in_front_of_the_command_and_behind_it(running: Gatew
 def test_filters_choose_messages(running: GatewayProcess, tmp_path: Path) -> None:
     spool = tmp_path / "spool"
     assert "3 messages" in queue(spool, "list", "--domain", "example.net", "--reason", "later").stdout
-    assert queue(spool, "list", "--older-than", "1h").stdout == "the queue is empty\n"
+    assert queue(spool, "list", "--older-than", "1h").stdout == "no message in the queue fits\n"
+    assert queue(spool, "find", "--trace", "0" * 32).stdout == "no message in the queue fits\n"
     assert queue(spool, "hold", "--all", "--sender", "@example.org").stdout == "0 held\n"
     assert queue(spool, "hold", "--all", "--sender", "@example.com").stdout == "3 held\n"
     told = [json.loads(line) for line in queue(spool, "shape", "--json", "--domain", "example.net").stdout.splitlines()]

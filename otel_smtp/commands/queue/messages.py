@@ -2,7 +2,8 @@
 
 import base64
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,7 +32,8 @@ def list_(context: click.Context, /, *, spool: Path | None, as_json: bool, **fil
 
     The oldest come first.
     """
-    work_on(context, spool, {"command": "list", **chosen(filters)}, _list_as_json if as_json else _list)
+    wanted = chosen(filters)
+    work_on(context, spool, {"command": "list", **wanted}, _shown(as_json=as_json, is_chosen=bool(wanted)))
 
 
 @click.command()
@@ -57,7 +59,7 @@ def find(
     known = {"trace_id": trace_id, "sender": sender, "recipient": recipient}
     if not any(known.values()):
         fail(WRONG, "queue find: give --trace, --sender or --recipient")
-    work_on(context, spool, {"command": "find", **known}, _list_as_json if as_json else _list)
+    work_on(context, spool, {"command": "find", **known}, _shown(as_json=as_json, is_chosen=True))
 
 
 @click.command()
@@ -242,11 +244,15 @@ def counts(context: click.Context, *, spool: Path | None) -> None:
     work_on(context, spool, {"command": "counts"}, work)
 
 
-async def _list(answers: AsyncIterator[Any]) -> None:
+def _shown(*, as_json: bool, is_chosen: bool) -> Callable[[AsyncIterator[Any]], Coroutine[Any, Any, None]]:
+    return _list_as_json if as_json else partial(_list, is_chosen=is_chosen)
+
+
+async def _list(answers: AsyncIterator[Any], *, is_chosen: bool) -> None:
     from otel_smtp.commands.terminal.listing import Listing
 
     output = console()
-    listing = Listing(width=output.width if output.is_terminal else None)
+    listing = Listing(width=output.width if output.is_terminal else None, is_chosen=is_chosen)
     lines = listing.heading()
     async for answer in answers:
         for line in (*lines, *listing.lines(answer)):

@@ -48,11 +48,13 @@ class Listing:
 
     Args:
         width: cells of a line; None: no terminal, so each message is one line.
+        is_chosen: only some messages were asked for, so that none may be left though there are others.
         now: seconds since the epoch.
     """
 
-    def __init__(self, *, width: int | None, now: float | None = None) -> None:
+    def __init__(self, *, width: int | None, is_chosen: bool = False, now: float | None = None) -> None:
         self._width = width
+        self._is_chosen = is_chosen
         self._now = time.time() if now is None else now
         self._messages = 0
         self._octets = 0
@@ -87,7 +89,7 @@ class Listing:
     def summary(self) -> Sequence[RenderableType]:
         """The total, and the legend of the marks."""
         if not self._messages:
-            return [Text("the queue is empty")]
+            return [Text("no message in the queue fits" if self._is_chosen else "the queue is empty")]
         return [Text(f"{counted(self._messages, 'message')}, {octets(self._octets)}", "bold"), Text(LEGEND, "dim")]
 
     @property

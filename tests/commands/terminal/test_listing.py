@@ -70,6 +70,7 @@ def test_a_message_is_one_line_with_its_reasons_below() -> None:
 def test_an_empty_queue() -> None:
     listing = Listing(width=80, now=NOW)
     assert drawn(*listing.summary()) == "the queue is empty\n"
+    assert drawn(*Listing(width=80, is_chosen=True, now=NOW).summary()) == "no message in the queue fits\n"
 
 
 @pytest.mark.parametrize(
