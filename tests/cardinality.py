@@ -19,7 +19,7 @@ from typing import Final
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from otel_smtp.forwarding.base import MOST, MessageAnswered, RecipientsAnswered
+from otel_smtp.forwarding.base import MOST, MailTransaction, MessageAnswered, RecipientsAnswered
 from otel_smtp.observing import DeliveryRecord, Endpoint, Outcome, TransactionRecord, fan_out
 from otel_smtp.server.exchanges import Authenticator, Exchange, Rejected, Step, Turn
 from otel_smtp.server.policy import ListenerPolicy, ServerTimeouts
@@ -81,7 +81,7 @@ class _Upstream:
         return _Taken(record, self._word)
 
 
-class _Taken:
+class _Taken(MailTransaction):
     spool_id: str | None = None
 
     def __init__(self, record: TransactionRecord, word: Word) -> None:

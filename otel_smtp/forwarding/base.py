@@ -3,10 +3,10 @@
 The session does not know which it talks to. Nothing here waits: what needs an answer is given a callback, which is
 called once, on the event loop, possibly before the call returns. What the session may rely on:
 
-* The final reply of `MailTransaction.finish` is 2yz only if the upstream said 2yz to the end of data, or the message is
+* The final reply of a `MailTransaction` is 2yz only if the upstream said 2yz to the end of data, or the message is
   durable. Doubt is a 4yz.
 * Until `finish` is called nothing ends the message upstream: no final dot was sent, no last chunk. After `abort`
-  instead of `finish`, nothing of the message is with the upstream.
+  instead of `finish`, nothing of the message is with the upstream. What is said of `finish` holds for `message`.
 * `abort` is idempotent, never raises, and frees what the transaction holds. It is called once for every transaction
   whose `finish` was not called, and after `finish` where nobody waits for its answer any more (shutdown): then a
   message that is out of our hands comes to its end all the same, for the record, and no callback is called.
@@ -55,8 +55,10 @@ The verdicts may be fewer than the recipients; the final reply holds for the oth
 
 
 class MailTransaction(Protocol):
-    """One transaction, from MAIL on. Its calls come in this order: recipients*, then content, write*, finish; abort may
-    come at any time."""
+    """One transaction, from MAIL on. Its calls come in this order: recipients*, then message, or content, write*,
+    finish; abort may come at any time."""
+
+    __slots__ = ()
 
     @property
     def spool_id(self) -> str | None:
@@ -67,8 +69,20 @@ class MailTransaction(Protocol):
         """Answer a pipelined group of recipients. The next group comes after the answer to this one."""
         ...
 
+    def message(self, header: bytes, body: bytes, answered: MessageAnswered) -> None:
+        """Take a message that is whole, deliver it, and answer it: `content`, `write` and `finish` in one.
+
+        Args:
+            header, body: see `write`; the body may be empty.
+        """
+        self.content(nobody_waits)
+        self.write(header)
+        if body:
+            self.write(body)  # and whatever it says: there is no more to be held back
+        self.finish(answered)
+
     def content(self, resume: Callable[[], None]) -> None:
-        """The content begins.
+        """The content begins, and comes in pieces.
 
         Args:
             resume: to be called, once, after a `write` that returned False, when more can be taken.
@@ -98,6 +112,10 @@ class MailTransaction(Protocol):
     def abort(self) -> None:
         """Give the transaction up."""
         ...
+
+
+def nobody_waits() -> None:
+    """What resumes content of which there is no more."""
 
 
 class Forwarder(Protocol):

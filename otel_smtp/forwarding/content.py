@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import IO, Final, NamedTuple, TypeVar, TypeVarTuple, Unpack
 
+from otel_smtp.forwarding.base import nobody_waits
 from otel_smtp.forwarding.reencoding import CannotReencode, Reencoder, Survey
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.replies import Reply
@@ -33,9 +34,10 @@ class Content:
     Args:
         memory_limit_octets: of the body; what exceeds it goes to an unnamed temporary file.
         resume: called, once, after a `write` that returned False, when more can be taken.
+        header, body: of a message that is there as a whole, and small enough; then nothing is to be written.
 
     Attributes:
-        header: the whole header block, as it came.
+        header: the whole header block, as it came; b"" before.
         pieces: the body, while it is in memory; None: it is in the file, see `read`.
         body_octets: of all that follows the header block, the empty line included.
         failure: the reply to the client if the message could not be held; from then on it is taken, and dropped.
@@ -46,7 +48,6 @@ class Content:
         "_completed",
         "_file",
         "_has_8bit_in_file",
-        "_has_header",
         "_held",
         "_is_closed",
         "_is_writing",
@@ -62,22 +63,25 @@ class Content:
         "pieces",
     )
 
-    def __init__(self, memory_limit_octets: int, resume: Callable[[], None]) -> None:
-        self.header = b""
-        self.body_octets = 0
+    # Of the file; they are set when there is one.
+    _is_writing: bool  # a thread is; nothing more comes before it is done
+    _has_8bit_in_file: bool
+    _completed: Callable[[], None] | None
+
+    def __init__(
+        self, memory_limit_octets: int, resume: Callable[[], None], header: bytes = b"", body: bytes = b""
+    ) -> None:
+        self.header = header
+        self.body_octets = len(body)
         self.failure: Reply | None = None
         self._memory_limit = memory_limit_octets
         self._most_octets = memory_limit_octets  # of the body, before more of it goes to the file
         self._resume = resume
-        self._completed: Callable[[], None] | None = None
-        self._has_header = False
-        self._held: list[bytes] = []  # of the body, not in the file
+        self._held = [body] if body else []  # of the body, not in the file
         self.pieces: list[bytes] | None = self._held
         self._file: IO[bytes] | None = None
-        self._is_writing = False  # a thread is; nothing more comes before it is done
-        self._threads = 0  # that use the file
+        self._threads = 0  # that use the file, or what is held
         self._is_closed = False
-        self._has_8bit_in_file = False
         self.original: Content | None = None
         self._reencoded: Content | Reply | None = None
 
@@ -85,8 +89,7 @@ class Content:
 
     def write(self, chunk: bytes) -> bool:
         """Hold some more of the message, the header block first; whether more may come now."""
-        if not self._has_header:
-            self._has_header = True
+        if not self.header:
             self.header = chunk
             return True
         if self.failure is not None:
@@ -95,12 +98,15 @@ class Content:
         octets = self.body_octets = self.body_octets + len(chunk)
         if octets > self._most_octets:
             self._spill()
-        return not self._is_writing
+        return self._file is None or not self._is_writing
 
     def complete(self, completed: Callable[[], None]) -> None:
         """All of it has come; `completed` is called when it can be read, or `failure` is known, perhaps at once."""
+        if self._file is None:
+            completed()
+            return
         if not self._is_writing:
-            if self._file is None or not self._held or self.failure is not None:
+            if not self._held or self.failure is not None:
                 completed()
                 return
             self._spill()
@@ -109,19 +115,22 @@ class Content:
     def close(self) -> None:
         """Free what it holds, and call nobody any more; the file has no name and is gone with this. Idempotent."""
         self._is_closed = True
-        self._completed = None
         self._held.clear()
         if isinstance(self._reencoded, Content):
             self._reencoded.close()
         self._reencoded = self.original = None
-        # Were it closed while a thread uses it, the thread might write into whatever gets the file's number next.
-        if self._file is not None and not self._threads:
-            self._file.close()
+        if self._file is not None:
+            self._completed = None
+            # Were it closed while a thread uses it, the thread might write into whatever gets the file's number next.
+            if not self._threads:
+                self._file.close()
 
     @property
     def is_8bit(self) -> bool:
         """Whether any octet of it is above 127."""
-        return self._has_8bit_in_file or not self.header.isascii() or not all(map(bytes.isascii, self._held))
+        if self._file is not None and self._has_8bit_in_file:
+            return True
+        return not self.header.isascii() or not all(map(bytes.isascii, self._held))
 
     # Reading ----------------------------------------------------------------------------------------------
 
@@ -159,11 +168,12 @@ class Content:
         self, answered: "Callable[[Content | Reply], None]", made: "_Made | None", error: BaseException | None
     ) -> None:
         if made is not None:
-            content = Content(self._memory_limit, _nothing)
+            content = Content(self._memory_limit, nobody_waits, made.header)
             content.original = self
-            content.header, content.body_octets = made.header, made.octets
-            content._held, content._file = made.pieces, made.file
+            content.body_octets, content._held = made.octets, made.pieces
             content.pieces = made.pieces if made.file is None else None
+            if made.file is not None:
+                content._begin_file(made.file)
             self._reencoded = content
         elif isinstance(error, CannotReencode):
             reply = replies.CANNOT_REENCODE
@@ -181,20 +191,26 @@ class Content:
 
     def _spill(self) -> None:
         """Move what is held to the file."""
-        if self._is_writing:
+        if self._file is not None and self._is_writing:
             return
         data, self._held = self._held, []
         self._most_octets = self.body_octets + self._memory_limit
         self.pieces = None
+        if self._file is None:
+            try:
+                self._begin_file(tempfile.TemporaryFile(prefix="otel_smtp-", buffering=0))  # noqa: SIM115 - see close
+            except OSError as error:
+                self._fail(error)
+                return
+            assert self._file is not None
         self._has_8bit_in_file = self._has_8bit_in_file or not all(map(bytes.isascii, data))
-        try:
-            if self._file is None:
-                self._file = tempfile.TemporaryFile(prefix="otel_smtp-", buffering=0)  # noqa: SIM115 - see close
-        except OSError as error:
-            self._fail(error)
-            return
         self._is_writing = True
         self._in_thread(self._spilled, _write_all, self._file, data)
+
+    def _begin_file(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._is_writing = self._has_8bit_in_file = False
+        self._completed = None
 
     def _spilled(self, _: None, error: BaseException | None) -> None:
         self._is_writing = False
@@ -241,10 +257,6 @@ class Content:
 def _storage_reply(error: BaseException) -> Reply:
     is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return replies.STORAGE_FULL if is_full else replies.STORAGE_FAILED
-
-
-def _nothing() -> None:
-    """Nobody waits for room."""
 
 
 class _Made(NamedTuple):

@@ -5,13 +5,13 @@ to several where recipients have routes of their own, or are more than an upstre
 """
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 from time import monotonic_ns
 from typing import ClassVar, Final
 
-from otel_smtp.forwarding.base import MessageAnswered, RecipientsAnswered
+from otel_smtp.forwarding.base import MailTransaction, MessageAnswered, RecipientsAnswered, nobody_waits
 from otel_smtp.forwarding.connecting import Relaying
 from otel_smtp.forwarding.content import Content
 from otel_smtp.forwarding.delivery import Delivery
@@ -39,21 +39,17 @@ def bad_recipient(mail: Mail, recipient: Recipient) -> Reply | None:
     return None
 
 
-class Transaction(ABC):
+class Transaction(MailTransaction):
     """What all strategies share. See `MailTransaction`.
 
     Args:
         serving: the upstreams that serve the sender.
-
-    Attributes:
-        write: see `MailTransaction.write`; it is there from `content` on.
     """
 
     __slots__ = (
         "_answered",
         "_content",
         "_delivery",
-        "_has_content",
         "_is_over",
         "_mail",
         "_parts",
@@ -62,13 +58,10 @@ class Transaction(ABC):
         "_relaying",
         "_route",
         "_serving",
-        "write",
     )
 
     spool_id: Final = None  # nothing is made durable here
     _refuses_all_for_one: ClassVar = False  # the refusal of a recipient is that of the message, while nobody has it
-    write: Callable[[bytes], bool]
-    _content: Content
 
     def __init__(self, relaying: Relaying, mail: Mail, record: TransactionRecord, serving: Serving[Smarthost]) -> None:
         self._relaying = relaying
@@ -79,7 +72,7 @@ class Transaction(ABC):
         self._delivery = Delivery(mail, record, relaying, route)
         self._parts: list[Part] | None = None  # of other routes, then of all; None: there is one transaction upstream
         self._promised: list[Recipient] | None = None  # all that were accepted, in order, where there are parts
-        self._has_content = False
+        self._content: Content | None = None
         self._answered: MessageAnswered | None = None
         self._is_over = False
 
@@ -87,20 +80,31 @@ class Transaction(ABC):
     def recipients(self, batch: Sequence[Recipient], answered: RecipientsAnswered) -> None:
         """See `MailTransaction.recipients`."""
 
+    def message(self, header: bytes, body: bytes, answered: MessageAnswered) -> None:
+        """See `MailTransaction.message`."""
+        limit = self._relaying.memory_limit_octets
+        if len(body) > limit:
+            super().message(header, body, answered)
+            return
+        self._answered = answered
+        content = self._content = Content(limit, nobody_waits, header, body)
+        self._send(content)
+
     def content(self, resume: Callable[[], None]) -> None:
         """See `MailTransaction.content`."""
-        self._has_content = True
         self._content = Content(self._relaying.memory_limit_octets, resume)
-        self.write = self._content.write
+
+    def write(self, chunk: bytes) -> bool:
+        """See `MailTransaction.write`."""
+        assert self._content is not None
+        return self._content.write(chunk)
 
     def finish(self, answered: MessageAnswered) -> None:
         """See `MailTransaction.finish`."""
         self._answered = answered
         content = self._content
-        if content.pieces is not None:
-            self._send(content)  # it is in memory: there is nothing to wait for
-        else:
-            content.complete(self._deliver)
+        assert content is not None
+        content.complete(partial(self._deliver, content))
 
     def abort(self) -> None:
         """See `MailTransaction.abort`."""
@@ -108,7 +112,7 @@ class Transaction(ABC):
             return
         self._is_over = True
         self._answered = None
-        if self._has_content:
+        if self._content is not None:
             self._content.close()
         self._abandon_all()
 
@@ -123,8 +127,7 @@ class Transaction(ABC):
                 if delivery.is_under_way:
                     self._relaying.watch(delivery)
 
-    def _deliver(self) -> None:
-        content = self._content
+    def _deliver(self, content: Content) -> None:
         if content.failure is not None:
             self._abandon_all()
             self._conclude(content.failure, ())
@@ -140,8 +143,9 @@ class Transaction(ABC):
         if self._parts is None and not self._delivery.left:
             # As `_conclude`, which would be one call more for each mail.
             self._is_over = True
-            if self._content.pieces is None:
-                self._content.close()
+            content = self._content
+            if content is not None and content.pieces is None:
+                content.close()
             answered, self._answered = self._answered, None
             if answered is not None:
                 if reply.code >= 400 and self._refuses_all_for_one and not verdicts:
@@ -165,8 +169,9 @@ class Transaction(ABC):
 
     def _conclude(self, reply: Reply, verdicts: Sequence[Reply]) -> None:
         self._is_over = True
-        if self._content.pieces is None:
-            self._content.close()
+        content = self._content
+        if content is not None and content.pieces is None:
+            content.close()
         answered, self._answered = self._answered, None
         if answered is not None:
             answered(reply, verdicts)
@@ -177,7 +182,8 @@ class Transaction(ABC):
         Args:
             reply: its final one; None: it had nobody to deliver to.
         """
-        first = self._delivery
+        first, content = self._delivery, self._content
+        assert content is not None
         promised = first.promised if self._promised is None else self._promised
         part = Part(self._route)
         part.leave(first)
@@ -190,7 +196,7 @@ class Transaction(ABC):
         further = Further(
             self._parts,
             self._begin,
-            self._content,
+            content,
             until_ns=self._last_begin_ns(),
             ended=ended,
         )

@@ -4,17 +4,15 @@ The way of a mail, seen from here::
 
     client octets -> data_received -> ServerProtocol -> mail_requested       -> forwarder.begin
                                                         recipients_requested -> transaction.recipients
-                                                        content_begun        -> transaction.content
-                                                        message_received     -> transaction.write: our Received field
-                                                                                and the header block; then the body
-                                                                             -> transaction.finish
+                                                        message_received     -> transaction.message: our Received field
+                                                                                and the header block; the body
                      replies, one write <- _step      <-            the decisions, at once or by a call back later
 
 All of it happens in plain calls: within the call in which the transport delivers the octets, or the upstream's answer.
 Every such call from outside is a `_step`: it begins with the time, and what is decided in it is written at its end,
 after what observers are to know has been recorded. Content that comes in pieces is received by `header_received`,
-`content_received` and `content_ended`, which do the same. Coroutines are left to what is rare: PROXY
-headers, TLS handshakes, AUTH, and a gentle end.
+`content_received` and `content_ended`, and forwarded by `content`, `write` and `finish`. Coroutines are left to what is
+rare: PROXY headers, TLS handshakes, AUTH, and a gentle end.
 
 Reading stops, so that what a client sends stays with the kernel, for each of these reasons: the forwarder takes the
 content slower than it comes, a decision is awaited and more has come already, the client does not read its replies, or
@@ -150,15 +148,9 @@ class Session(Admission):
 
     def content_begun(self) -> None:
         """See `Handler`."""
-        forwarded = self._forwarded
-        assert forwarded is not None
         self._began = self._content_began = self._loop.time()
         self._request_octets = self._content_octets = self._stream.octets_received
         self._failed_content = None
-        try:
-            forwarded.content(self._content_resumed)
-        except Exception:  # noqa: BLE001 - logged there
-            self._fail_content()
 
     def message_received(self, block: bytes, facts: HeaderFacts, body: bytes) -> None:
         """See `Handler`."""
@@ -167,19 +159,20 @@ class Session(Admission):
         assert forwarded is not None
         transaction.octets = len(block) + len(body)
         block = self._headed(block, facts)
-        if self._failed_content is None:
-            try:
-                # Neither holds anybody back: there is no more to come.
-                forwarded.write(block)
-                forwarded.write(body)
-                forwarded.finish(self._message_answered)
-                return
-            except Exception:  # noqa: BLE001 - logged there
-                self._fail_content()
-        self._answer_failed_content(forwarded)
+        try:
+            forwarded.message(block, body, self._message_answered)
+        except Exception:  # noqa: BLE001 - logged there
+            self._fail_content()
+            self._answer_failed_content(forwarded)
 
     def header_received(self, block: bytes, facts: HeaderFacts) -> None:
         """See `Handler`."""
+        forwarded = self._forwarded
+        assert forwarded is not None
+        try:
+            forwarded.content(self._content_resumed)
+        except Exception:  # noqa: BLE001 - logged there
+            self._fail_content()
         self.content_received(self._headed(block, facts))
 
     def _headed(self, block: bytes, facts: HeaderFacts) -> bytes:

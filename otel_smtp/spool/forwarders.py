@@ -203,7 +203,7 @@ class SpoolForwarder:
         return _Queued(self._intake, mail, record)
 
 
-class _Queued:
+class _Queued(MailTransaction):
     """A transaction that ends in the spool."""
 
     __slots__ = ("_answered", "_deliveries", "_draft", "_intake", "_mail", "_record", "_resume", "spool_id")
@@ -308,7 +308,7 @@ class DirectThenQueueForwarder:
         return _DirectThenQueued(self._intake, direct, mail, record)
 
 
-class _DirectThenQueued:
+class _DirectThenQueued(MailTransaction):
     """A transaction with the upstream that may turn to the spool at each step.
 
     Args:

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from otel_smtp.forwarding.base import MOST, Forwarder, MessageAnswered, RecipientsAnswered
+from otel_smtp.forwarding.base import MOST, Forwarder, MailTransaction, MessageAnswered, RecipientsAnswered
 from otel_smtp.net import Stream
 from otel_smtp.observing import ConnectionInfo, ConnectionRecord, Observer, TransactionRecord
 from otel_smtp.server.conversation import Conversation
@@ -67,7 +67,7 @@ class KeepingForwarder:
         return _Keeping(self, self.kept[-1])
 
 
-class _Keeping:
+class _Keeping(MailTransaction):
     spool_id: str | None = None
 
     def __init__(self, forwarder: KeepingForwarder, kept: Kept) -> None:

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from otel_smtp.forwarding.base import MOST, MessageAnswered, Permanent, RecipientsAnswered, Transient
+from otel_smtp.forwarding.base import MOST, MailTransaction, MessageAnswered, Permanent, RecipientsAnswered, Transient
 from otel_smtp.observing import DeliveryRecord, Endpoint, Observer, Outcome, TransactionRecord
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Mail, Recipient
@@ -84,7 +84,7 @@ class ScriptedRelay:
             transaction.let_go()
 
 
-class ScriptedTransaction:
+class ScriptedTransaction(MailTransaction):
     """One mail. `calls` notes what was asked of it, in order."""
 
     spool_id: str | None = None

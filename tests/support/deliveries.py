@@ -86,15 +86,19 @@ class Awaited:
         return answers
 
     async def content(self, chunks: Iterable[bytes]) -> Reply:
-        """Give the content, as slowly as it is taken, and wait for the final reply."""
-        resumed = asyncio.Event()
-        self.transaction.content(resumed.set)
-        for chunk in chunks:
-            if not self.transaction.write(chunk):
-                await resumed.wait()
-                resumed.clear()
+        """Give the content, as slowly as it is taken, and wait for the final reply. A header block and one more chunk
+        are given as a session gives a message that came whole."""
         future: asyncio.Future[tuple[Reply, Sequence[Reply]]] = asyncio.get_running_loop().create_future()
-        self.transaction.finish(lambda reply, verdicts: self._answer(future, (reply, verdicts)))
+        if isinstance(chunks, Sequence) and len(chunks) == 2:
+            self.transaction.message(*chunks, lambda reply, verdicts: self._answer(future, (reply, verdicts)))
+        else:
+            resumed = asyncio.Event()
+            self.transaction.content(resumed.set)
+            for chunk in chunks:
+                if not self.transaction.write(chunk):
+                    await resumed.wait()
+                    resumed.clear()
+            self.transaction.finish(lambda reply, verdicts: self._answer(future, (reply, verdicts)))
         reply, self.verdicts = await future
         return reply
 

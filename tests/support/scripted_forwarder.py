@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from otel_smtp.forwarding.base import DeliveryFailed, MessageAnswered, RecipientsAnswered
+from otel_smtp.forwarding.base import DeliveryFailed, MailTransaction, MessageAnswered, RecipientsAnswered
 from otel_smtp.observing import TransactionRecord
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Mail, Recipient
@@ -36,7 +36,7 @@ class ScriptedForwarder:
         return _Transaction(self, mail)
 
 
-class _Transaction:
+class _Transaction(MailTransaction):
     spool_id: str | None = None
 
     def __init__(self, forwarder: ScriptedForwarder, mail: Mail) -> None:

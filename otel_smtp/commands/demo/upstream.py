@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from ipaddress import IPv4Network
 from typing import Final
 
-from otel_smtp.forwarding.base import MOST, MessageAnswered, RecipientsAnswered
+from otel_smtp.forwarding.base import MOST, MailTransaction, MessageAnswered, RecipientsAnswered
 from otel_smtp.observing import Endpoint, Observer, TransactionRecord
 from otel_smtp.server.listener import ListenerSpec, Server
 from otel_smtp.server.policy import ListenerPolicy, ServerTimeouts
@@ -72,7 +72,7 @@ class KeepingForwarder:
         return replies.OK
 
 
-class _KeepingTransaction:
+class _KeepingTransaction(MailTransaction):
     spool_id = None  # memory is not durable
 
     def __init__(self, forwarder: KeepingForwarder, mail: Mail) -> None:
