@@ -230,7 +230,7 @@ class Attempts(Connecting):
         record = self._record
         named: dict[str, object] = {"upstream": self._attempt.upstream}
         if record.connection is not None:
-            named["connection_id"] = record.connection.info.id
+            named["connection_id"] = record.connection.id
         else:
             named |= {"spool_id": record.spool_id, "attempt": record.attempt}
         return named | trace_fields(self._relaying.observer.delivery_carrier(self._attempt))

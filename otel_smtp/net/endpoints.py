@@ -1,6 +1,7 @@
 """Socket names as endpoints."""
 
 import os
+from functools import lru_cache
 from typing import Any
 
 from otel_smtp.observing.values import Endpoint
@@ -10,10 +11,15 @@ def endpoint(name: Any) -> Endpoint:
     """What getpeername and getsockname say, as an Endpoint; IPv4 seen through an IPv6 socket is IPv4."""
     match name:
         case (str(host), int(port), *_):
-            return Endpoint(host.removeprefix("::ffff:") if "." in host else host, port)
+            return Endpoint(_host(host), port)
         case str():
             return Endpoint(name)
         case bytes():  # Linux's abstract namespace
             return Endpoint(os.fsdecode(name).replace("\0", "@"))
         case _:
             return Endpoint("")
+
+
+@lru_cache(maxsize=1024)  # a client has one address and many connections, each of which keeps it
+def _host(name: str) -> str:
+    return name.removeprefix("::ffff:") if "." in name else name

@@ -11,7 +11,7 @@ from typing import Final
 
 from otel_smtp.observing.records import ConnectionRecord, DeliveryRecord, TransactionRecord
 from otel_smtp.observing.values import ConnectionInfo
-from otel_smtp.smtp.states import Transition
+from otel_smtp.smtp.states import ConnState, Transition
 
 
 class Observer:
@@ -83,6 +83,12 @@ class StateCallback(Observer):
 
     def __init__(self, callback: Callable[[ConnectionInfo, Transition], None]) -> None:
         self._callback = callback
+        self._infos: dict[ConnectionRecord, ConnectionInfo] = {}  # of open connections: a record makes one each time
 
     def conn_state(self, connection: ConnectionRecord, transition: Transition) -> None:
-        self._callback(connection.info, transition)
+        info = self._infos.get(connection)
+        if info is None:
+            info = self._infos[connection] = connection.info
+        if transition.state is ConnState.CLOSED:
+            del self._infos[connection]
+        self._callback(info, transition)

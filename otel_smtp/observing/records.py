@@ -15,6 +15,7 @@ and replies by the segments into which the session cuts them.
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
@@ -31,7 +32,7 @@ from otel_smtp.observing.values import (
 )
 from otel_smtp.smtp.envelope import Mail, Recipient
 from otel_smtp.smtp.replies import ErrorType, Reply
-from otel_smtp.smtp.states import CloseReason, Transition
+from otel_smtp.smtp.states import CloseReason, TlsMode, Transition
 
 # Beyond this the number says enough; each is one event of a span.
 MOST_REFUSED: Final = 50
@@ -44,6 +45,7 @@ _MAIL: Final = MessageKind.MAIL
 _RCPT: Final = DeliveryPhase.RCPT
 _REFUSED: Final = Outcome.REFUSED
 _DEFERRED: Final = Outcome.DEFERRED
+_Accepted = tuple[str, str, str, TlsMode]  # listener, protocol, transport and TLS, as `ConnectionInfo` has them
 _NO_CARRIER: Final[Mapping[str, str]] = MappingProxyType({})
 
 # What a transaction comes to when its attempts fail; the last of these says why.
@@ -63,8 +65,9 @@ class ConnectionRecord:
     """One client connection.
 
     Attributes:
-        info: its identity from accept on.
-        client, server: the two ends as the client sees them: those of `info`, or what a believed PROXY header named.
+        id, listener, transport: as `ConnectionInfo` has them.
+        client, server: the two ends as the client sees them: those of the socket, or what a believed PROXY header
+            named.
         opened_ns, wall_offset_ns: see the head of the module.
         hello_verb, hello_name: the last EHLO, HELO or LHLO that was accepted, as the peer said it; "" before.
         tls: what the handshake agreed on; None in clear.
@@ -79,22 +82,25 @@ class ConnectionRecord:
         failure: why it failed, in the words that an operator needs, where no reply says it: a TLS handshake.
         close_reason: None while it is open. `closed_ns`: when it was closed; 0 while it is open.
         trace: what tracing keeps of the present segment.
-        counted: how many transitions and replies of the present segment the metrics have counted already.
+        counted_transitions, counted_replies: of the present segment, those that the metrics have counted already.
     """
 
     __slots__ = (
+        "_accepted",
+        "_socket",
         "auth_mechanism",
         "begun_ns",
         "client",
         "close_reason",
         "closed_ns",
-        "counted",
+        "counted_replies",
+        "counted_transitions",
         "earlier",
         "errors",
         "failure",
         "hello_name",
         "hello_verb",
-        "info",
+        "id",
         "messages",
         "octets_received",
         "octets_sent",
@@ -110,7 +116,9 @@ class ConnectionRecord:
     )
 
     def __init__(self, info: ConnectionInfo, opened_ns: int, wall_offset_ns: int) -> None:
-        self.info = info
+        self.id = info.id
+        self._accepted = _one_of_accepted(info.listener, info.protocol, info.transport, info.tls_mode)
+        self._socket: tuple[Endpoint, Endpoint] | None = None  # its ends, where a PROXY header named others
         self.client = info.peer
         self.server = info.local
         self.opened_ns = self.begun_ns = opened_ns
@@ -131,7 +139,30 @@ class ConnectionRecord:
         self.close_reason: CloseReason | None = None
         self.closed_ns = 0
         self.trace: Any = None
-        self.counted: tuple[int, int] = (0, 0)
+        self.counted_transitions = self.counted_replies = 0
+
+    @property
+    def listener(self) -> str:
+        """See `ConnectionInfo`."""
+        return self._accepted[0]
+
+    @property
+    def transport(self) -> str:
+        """See `ConnectionInfo`."""
+        return self._accepted[2]
+
+    @property
+    def info(self) -> ConnectionInfo:
+        """Its identity from accept on. It is put together when asked for: most of it is the same for all connections of
+        a listener."""
+        peer, local = self._socket or (self.client, self.server)
+        return ConnectionInfo(self.id, peer, local, *self._accepted)
+
+    def proxied(self, client: Endpoint, server: Endpoint) -> None:
+        """Note the ends that a believed PROXY header named."""
+        self._socket = self._socket or (self.client, self.server)
+        self.client = client
+        self.server = server
 
     def begin_segment(self, now_ns: int, *, keep: int = 24) -> None:
         """Leave the present segment behind; observers have been given it.
@@ -142,9 +173,15 @@ class ConnectionRecord:
         self.earlier = (*self.earlier, *self.transitions[-keep:])[-keep:]
         self.transitions = []
         self.replies = []
-        self.counted = (0, 0)
+        self.counted_transitions = self.counted_replies = 0
         self.segment += 1
         self.begun_ns = now_ns
+
+
+@lru_cache(maxsize=64)
+def _one_of_accepted(*accepted: Any) -> _Accepted:
+    """One object for all connections of a listener."""
+    return accepted
 
 
 class RecipientRecord(NamedTuple):

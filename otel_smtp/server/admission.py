@@ -43,9 +43,7 @@ class Admission(Conversation):
         if policy.timeouts.session is not None:
             self._session_ends = self._began + policy.timeouts.session
         self._protocol.accepted(policy.protocol.tls_mode)
-        if policy.protocol.tls_mode is TlsMode.IMPLICIT or is_in(
-            policy.proxy_protocol_from, self.record.info.peer.host
-        ):
+        if policy.protocol.tls_mode is TlsMode.IMPLICIT or is_in(policy.proxy_protocol_from, self._stream.peer.host):
             # What comes first is for the TLS layer, or is a PROXY header and not one octet more.
             self._stream.pause_reading()
             self._start(self._prepare(refusal))
@@ -55,7 +53,7 @@ class Admission(Conversation):
     async def _prepare(self, refusal: Reply | None) -> None:
         """What comes before the session itself: the PROXY header, implicit TLS."""
         policy = self._policy
-        if is_in(policy.proxy_protocol_from, self.record.info.peer.host):
+        if is_in(policy.proxy_protocol_from, self._stream.peer.host):
             header = await self._read_proxy_header()
             if header is None:
                 return
@@ -112,14 +110,13 @@ class Admission(Conversation):
         """Take the ends of the connection to be those that the header names; whether it does, and they can be."""
         if header.source is None or header.destination is None or not self._may_be(header.source):
             return False
-        self.record.client = header.source
-        self.record.server = header.destination
+        self.record.proxied(header.source, header.destination)
         return True
 
     def _may_be(self, source: Endpoint) -> bool:
         """Whether the client can be `source`. A loopback address that another machine names is that machine's own: the
         client on it is, seen from here, the peer. Believed, it would have all that our own applications may do."""
-        return not is_loopback(source.host) or is_loopback(self.record.info.peer.host)
+        return not is_loopback(source.host) or is_loopback(self._stream.peer.host)
 
     def _access_refusal(self) -> Reply | None:
         if not self._house.may_authenticate(self.record.client):
@@ -132,7 +129,7 @@ class Admission(Conversation):
         """Whether this client may relay without AUTH."""
         if self._allows is None:
             record = self.record
-            self._allows = record.info.transport == "unix" or is_in(self._policy.allow, record.client.host)
+            self._allows = record.transport == "unix" or is_in(self._policy.allow, record.client.host)
         return self._allows
 
     # TLS and AUTH ------------------------------------------------------------------------------------------------
@@ -170,7 +167,7 @@ class Admission(Conversation):
                 context,
                 server_side=True,
                 timeout_seconds=self._policy.timeouts.tls_handshake,
-                from_first_octet=self.record.info.tls_mode is TlsMode.IMPLICIT,
+                from_first_octet=self._policy.protocol.tls_mode is TlsMode.IMPLICIT,
             )
         except (OSError, TimeoutError) as error:  # ssl.SSLError is an OSError
             seconds = self._policy.timeouts.tls_handshake
@@ -244,6 +241,6 @@ class Admission(Conversation):
     def _guesser(self) -> str:
         """Who guesses: on this machine the owner of the socket, since it may have any of the addresses of loopback."""
         record = self.record
-        is_tcp = record.info.transport != "unix"
-        is_here = record.client == record.info.peer and (not is_tcp or is_loopback(record.client.host))
+        is_tcp = record.transport != "unix"
+        is_here = record.client == self._stream.peer and (not is_tcp or is_loopback(record.client.host))
         return (owner_of_peer(self._stream) if is_here else None) or record.client.host

@@ -220,7 +220,7 @@ class Conversation:
     def _named(self) -> dict[str, object]:
         """How log lines name the connection, and the span that tells of it."""
         record = self.record
-        return {"connection_id": record.info.id, **trace_fields(self._house.observer.connection_carrier(record))}
+        return {"connection_id": record.id, **trace_fields(self._house.observer.connection_carrier(record))}
 
     def _tell_news(self) -> None:
         """Before anything is written: what ends now, and what observers are to know."""

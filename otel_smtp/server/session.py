@@ -187,7 +187,7 @@ class Session(Admission):
         if head is None or transaction.mail.smtputf8:
             head = self._make_received_head(is_utf8=transaction.mail.smtputf8)
         self._trace_id = self._house.observer.trace_id(transaction)
-        return received_field(head, self._trace_id or self.record.info.id, time.time()) + block
+        return received_field(head, self._trace_id or self.record.id, time.time()) + block
 
     def content_received(self, data: bytes) -> None:
         """See `Handler`."""

@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import partial
+from functools import lru_cache, partial
 from typing import ClassVar, Final, NamedTuple
 
 from otel_smtp.smtp import replies
@@ -294,8 +294,13 @@ def _hello(verb: Verb, argument: bytes) -> Hello:
     with blanks, brackets, slashes and worse. It is cleaned, as it is shown to people."""
     if not argument:
         raise CommandRefused(verb, replies.BAD_ARGUMENT)
+    return Hello(verb, _cleaned_name(argument))
+
+
+@lru_cache(maxsize=256)  # an application has one name and many connections, each of which keeps it
+def _cleaned_name(argument: bytes) -> str:
     name = INVISIBLE.sub("?", argument.decode("utf-8", "replace"))
-    return Hello(verb, name.encode()[:MAX_DOMAIN_OCTETS].decode("utf-8", "ignore"))
+    return name.encode()[:MAX_DOMAIN_OCTETS].decode("utf-8", "ignore")
 
 
 def _mail(verb: Verb, argument: bytes) -> MailFrom:

@@ -408,7 +408,7 @@ class Metrics(Observer):
     def connection_closed(self, connection: ConnectionRecord) -> None:
         """Count what the last segment holds, and the connection."""
         self._fold(connection)
-        listener = connection.info.listener
+        listener = connection.listener
         labels = (listener,)
         if (listener, _NAMES[ConnState.NEW]) not in self._active:
             self._active |= {(listener, _NAMES[level]): 0 for level in LEVELS}  # there all the same, and none
@@ -419,7 +419,7 @@ class Metrics(Observer):
     def transaction_ended(self, transaction: TransactionRecord) -> None:
         """Count it, and its deliveries that are over."""
         connection = transaction.connection
-        if connection is not None and len(connection.transitions) - connection.counted[0] >= _COUNTED_AT_ONCE:
+        if connection is not None and len(connection.transitions) - connection.counted_transitions >= _COUNTED_AT_ONCE:
             self._fold(connection)
         trace: Identity | None = transaction.trace
         if trace is None and connection is not None and self._names_unsampled:
@@ -627,10 +627,10 @@ class Metrics(Observer):
     def _fold(self, connection: ConnectionRecord) -> None:
         """Count the transitions and replies of the present segment that have not been counted."""
         transitions, replies = connection.transitions, connection.replies
-        counted, counted_replies = connection.counted
+        counted, counted_replies = connection.counted_transitions, connection.counted_replies
         if len(transitions) == counted and len(replies) == counted_replies:
             return
-        connection.counted = (len(transitions), len(replies))
+        connection.counted_transitions, connection.counted_replies = len(transitions), len(replies)
         new = transitions[counted:]
         if new:
             before = transitions[counted - 1 : counted] if counted else connection.earlier[-1:]
@@ -700,7 +700,7 @@ class Metrics(Observer):
             last = (connection.transitions or connection.earlier)[-1:]
             level = last[0].level if last else ConnState.NEW
             if level is not ConnState.CLOSED:
-                labels = (connection.info.listener, _NAMES[level])
+                labels = (connection.listener, _NAMES[level])
                 active[labels] = active.get(labels, 0) + 1
             if looked_at % _CONNECTIONS_A_STEP == 0:
                 yield

@@ -224,7 +224,7 @@ class OrdinaryMail:
         offset = record.wall_offset_ns
         return LinesOfMail(
             shapes,
-            connection.info.id,
+            connection.id,
             text,
             record.number,
             record.octets,
@@ -313,7 +313,7 @@ def _octets_of(segment: SegmentIdentity, connection: ConnectionRecord) -> tuple[
     segment.octets = octets = (
         context.trace_id.to_bytes(16, "big"),
         context.span_id.to_bytes(8, "big"),
-        SPAN_PAIRS[names.CONNECTION_ID, connection.info.id],
+        SPAN_PAIRS[names.CONNECTION_ID, connection.id],
     )
     return octets
 

@@ -92,7 +92,7 @@ class OrdinarySpooled:
             or not self._has_plain_attributes
         ):
             return None
-        origin = SPAN_PAIRS[names.CONNECTION_ID, connection.info.id]
+        origin = SPAN_PAIRS[names.CONNECTION_ID, connection.id]
         key = (
             len(origin),
             reply.code,
@@ -137,7 +137,7 @@ class OrdinarySpooled:
         assert record.octets is not None
         assert record.spool_id is not None
         pairs: Sequence[Pair] = (
-            (names.CONNECTION_ID, record.connection.info.id),
+            (names.CONNECTION_ID, record.connection.id),
             (names.TRANSACTION_NUMBER, record.number),
             (names.MESSAGE_SIZE, record.octets),
             (names.SPOOL_ID, record.spool_id),

@@ -249,7 +249,7 @@ class SpanAttributes:
     @staticmethod
     def connection_at_start(record: ConnectionRecord, segment: int) -> Attributes:
         """What a sampler sees of a segment."""
-        return {names.LISTENER: record.info.listener, names.CONNECTION_SEGMENT: segment}
+        return {names.LISTENER: record.listener, names.CONNECTION_SEGMENT: segment}
 
     # Transactions ------------------------------------------------------------------------------------------------
 
@@ -275,7 +275,7 @@ class SpanAttributes:
             theirs is not None,
         ]
         connection = record.connection
-        pairs: list[Pair] = [] if connection is None else [(names.CONNECTION_ID, connection.info.id)]
+        pairs: list[Pair] = [] if connection is None else [(names.CONNECTION_ID, connection.id)]
         pairs.append((names.TRANSACTION_NUMBER, record.number))
         if record.octets is not None:
             pairs.append((names.MESSAGE_SIZE, record.octets))
@@ -309,7 +309,7 @@ class SpanAttributes:
     def transaction_at_start(record: TransactionRecord) -> Attributes:
         """What a sampler sees of a transaction."""
         assert record.connection is not None
-        return {names.CONNECTION_ID: record.connection.info.id, names.TRANSACTION_NUMBER: record.number}
+        return {names.CONNECTION_ID: record.connection.id, names.TRANSACTION_NUMBER: record.number}
 
     # Deliveries --------------------------------------------------------------------------------------------------
 
@@ -349,7 +349,7 @@ class SpanAttributes:
         on_line: list[Pair] = []
         pairs: list[Pair] = []
         if connection is not None:
-            on_line.append((names.CONNECTION_ID, connection.info.id))  # the transaction's span has it
+            on_line.append((names.CONNECTION_ID, connection.id))  # the transaction's span has it
         else:
             pairs.append(_origin(transaction))
         if record.pool_wait_ns is not None:
@@ -440,7 +440,7 @@ def _origin(transaction: TransactionRecord) -> Pair:
     """Where a delivery's mail came from: a connection, or the spool."""
     connection = transaction.connection
     if connection is not None:
-        return names.CONNECTION_ID, connection.info.id
+        return names.CONNECTION_ID, connection.id
     return names.SPOOL_ID, clean(transaction.spool_id or "")
 
 

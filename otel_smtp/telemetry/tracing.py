@@ -468,11 +468,10 @@ class Tracing(Observer):
 
     def _inbound_policy(self, connection: ConnectionRecord) -> InboundPolicy:
         """What to make of a trace context that comes from this client now."""
-        info = connection.info
         return propagation.decide(
-            self._policies.get(info.listener, InboundPolicy.AUTO),
+            self._policies.get(connection.listener, InboundPolicy.AUTO),
             client=connection.client.host,
-            is_local=info.transport == "unix",
+            is_local=connection.transport == "unix",
             is_authenticated=connection.user is not None,
         )
 
@@ -672,7 +671,7 @@ class StateTelling(Observer):
             return self._tracing.more_of_state(connection, transition)
 
         [event] = state_events([transition], before_ns, connection.wall_offset_ns, more)
-        attributes = {names.CONNECTION_ID: connection.info.id, **event.attributes}
+        attributes = {names.CONNECTION_ID: connection.id, **event.attributes}
         self._log.take(event.name, event.time_ns, attributes, identity_of(connection).context)
 
 

@@ -174,8 +174,7 @@ class Client:
         self._enter(ConnState.ACTIVE, TlsAgreed(TLS.version, TLS.cipher))
 
     def proxied(self, client: Endpoint, server: Endpoint) -> Self:
-        self.record.client = client
-        self.record.server = server
+        self.record.proxied(client, server)
         return self
 
     def ehlo(self, name: str = "client.example") -> Self:
