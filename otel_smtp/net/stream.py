@@ -63,6 +63,47 @@ class Receiver(Protocol):
         ...
 
 
+class _Pulled:
+    """What a stream keeps while it has no receiver, and only then: most connections are idle, and have one.
+
+    Attributes:
+        chunks: what arrived and was not read. `unread`: octets of it; beyond `HIGH_WATER_OCTETS` it `is_full`, and
+            reading is paused.
+        reader: who waits for more.
+        deadline: when reads give up. `timer`: looks at it, then or sooner. `has_expired`: it has passed.
+        reads_once: reading is paused by whatever comes next.
+    """
+
+    __slots__ = ("chunks", "deadline", "has_expired", "is_full", "reader", "reads_once", "timer", "unread")
+
+    def __init__(self) -> None:
+        self.chunks: list[bytes] = []
+        self.unread = 0
+        self.is_full = False
+        self.reader: asyncio.Future[None] | None = None
+        self.deadline: float | None = None
+        self.timer: asyncio.TimerHandle | None = None
+        self.has_expired = False
+        self.reads_once = False
+
+
+class _Ending:
+    """What the end of a stream needs.
+
+    Attributes:
+        linger: gives up sending what is unsent.
+        closed: done when the transport is gone.
+        loss: why it is gone, where that was an error.
+    """
+
+    __slots__ = ("closed", "linger", "loss")
+
+    def __init__(self) -> None:
+        self.linger: asyncio.TimerHandle | None = None
+        self.closed: asyncio.Future[None] | None = None
+        self.loss: Exception | None = None
+
+
 class Stream(asyncio.BufferedProtocol):
     """One connection, in clear or under TLS.
 
@@ -83,23 +124,13 @@ class Stream(asyncio.BufferedProtocol):
     """
 
     __slots__ = (
-        "_chunks",
-        "_closed",
-        "_deadline",
         "_drained",
-        "_has_expired",
+        "_ending",
         "_is_tls",
-        "_linger",
-        "_loop",
-        "_loss",
         "_on_connected",
         "_owner_pauses",
-        "_reader",
-        "_reads_once",
-        "_timer",
+        "_pulled",
         "_transport",
-        "_unread",
-        "_water_pauses",
         "is_eof",
         "is_lost",
         "is_write_paused",
@@ -116,24 +147,14 @@ class Stream(asyncio.BufferedProtocol):
     local: Endpoint
 
     def __init__(self, on_connected: "Callable[[Stream], None] | None" = None) -> None:
-        self._loop = asyncio.get_running_loop()
         self._on_connected = on_connected
         self._transport: asyncio.Transport | None = None
-        self._chunks: list[bytes] | tuple[()] = ()  # nothing is kept on the mail path: not even an empty list
-        self._unread = 0
-        self._reader: asyncio.Future[None] | None = None
+        self._pulled: _Pulled | None = None  # nothing is kept on the mail path
+        self._ending: _Ending | None = None
         self._drained: asyncio.Future[None] | None = None
-        self._closed: asyncio.Future[None] | None = None
-        self._deadline: float | None = None
-        self._timer: asyncio.TimerHandle | None = None
-        self._linger: asyncio.TimerHandle | None = None
-        self._has_expired = False
-        self._reads_once = False  # what comes next, then reading is paused
         self._owner_pauses = False
-        self._water_pauses = False
         self.is_write_paused = False
         self._is_tls = False
-        self._loss: Exception | None = None
         self.tls: TlsInfo | None = None
         self.octets_received = 0
         self.octets_sent = 0
@@ -158,27 +179,32 @@ class Stream(asyncio.BufferedProtocol):
         if receiver is None:
             return
         self._stop_timer()
-        if self._chunks:
-            receiver.data_received(self.take_pending())
+        if data := self.take_pending():
+            receiver.data_received(data)
+        if self.receiver is receiver and self._pulled is not None and self._pulled.reader is None:
+            self._pulled = None
         if self.is_eof and self.receiver is receiver:
             receiver.input_ended()
 
     @property
     def deadline(self) -> float | None:
         """When reads give up, by the loop's clock; None: never. May be moved at any time, also while a read waits."""
-        return self._deadline
+        return None if self._pulled is None else self._pulled.deadline
 
     @deadline.setter
     def deadline(self, deadline: float | None) -> None:
-        self._deadline = deadline
-        self._has_expired = False
+        if deadline is None and self._pulled is None:
+            return
+        pulled = self._pull()
+        pulled.deadline = deadline
+        pulled.has_expired = False
         if deadline is None or self.is_lost:
             return
-        if self._timer is None:
-            self._arm(deadline)
-        elif deadline < self._timer.when():
-            self._timer.cancel()
-            self._arm(deadline)
+        if pulled.timer is None:
+            self._arm(pulled, deadline)
+        elif deadline < pulled.timer.when():
+            pulled.timer.cancel()
+            self._arm(pulled, deadline)
 
     async def read(self) -> bytes:
         """Whatever has arrived, in one piece, waiting for at least one octet.
@@ -190,28 +216,29 @@ class Stream(asyncio.BufferedProtocol):
             TimeoutError: the deadline has passed, also where octets keep trickling in. It stays so until the
                 deadline is moved; nothing that arrived is lost.
         """
-        if not self._chunks and not self.is_eof and not self._has_expired:
-            if self._reader is not None:
+        pulled = self._pull()
+        if not pulled.chunks and not self.is_eof and not pulled.has_expired:
+            if pulled.reader is not None:
                 raise RuntimeError("two tasks read from one stream")
-            self._reader = self._loop.create_future()
+            pulled.reader = asyncio.get_running_loop().create_future()
             try:
-                await self._reader
+                await pulled.reader
             finally:
-                self._reader = None
-        if self._has_expired:
+                pulled.reader = None
+        if pulled.has_expired:
             raise TimeoutError("read deadline has passed")
         return self.take_pending()
 
     def take_pending(self) -> bytes:
         """What has arrived and was not read, without waiting; b"" where nothing has."""
-        chunks = self._chunks
-        if not chunks:
+        pulled = self._pulled
+        if pulled is None or not pulled.chunks:
             return b""
-        data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
-        self._chunks = ()
-        self._unread = 0
-        if self._water_pauses:
-            self._water_pauses = False
+        data = b"".join(pulled.chunks)
+        pulled.chunks.clear()
+        pulled.unread = 0
+        if pulled.is_full:
+            pulled.is_full = False
             self._apply_pause()
         return data
 
@@ -224,22 +251,23 @@ class Stream(asyncio.BufferedProtocol):
         Raises:
             TimeoutError: as `read`.
         """
-        if not self._chunks:
-            self._reads_once = True
+        pulled = self._pull()
+        if not pulled.chunks:
+            pulled.reads_once = True
             self.resume_reading()
         try:
             data = await self.read()
         finally:
-            self._reads_once = False
+            pulled.reads_once = False
             self.pause_reading()
         if len(data) > octets:
-            self._chunks = [data[octets:], *self._chunks]
-            self._unread += len(data) - octets
+            pulled.chunks.insert(0, data[octets:])
+            pulled.unread += len(data) - octets
         return data[:octets]
 
     def has_input(self) -> bool:
         """Whether octets, or the end of the stream, have arrived: here, or in clear with the kernel."""
-        if self._chunks or self.is_eof:
+        if self.is_eof or (self._pulled is not None and self._pulled.chunks):
             return True
         descriptor = self.fileno()
         if self._is_tls or descriptor < 0:
@@ -286,7 +314,7 @@ class Stream(asyncio.BufferedProtocol):
             return
         if self._drained is not None:
             raise RuntimeError("two tasks drain one stream")
-        self._drained = self._loop.create_future()
+        self._drained = asyncio.get_running_loop().create_future()
         try:
             async with asyncio.timeout(timeout_seconds):
                 await self._drained
@@ -297,10 +325,13 @@ class Stream(asyncio.BufferedProtocol):
 
     def close(self) -> None:
         """Send what is unsent, then close; abort after `LINGER_SECONDS`. Idempotent."""
-        if self._transport is None or self.is_lost or self._linger is not None:
+        if self._transport is None or self.is_lost:
+            return
+        ending = self._end()
+        if ending.linger is not None:
             return
         self._stop_timer()
-        self._linger = self._loop.call_later(LINGER_SECONDS, self.abort)
+        ending.linger = asyncio.get_running_loop().call_later(LINGER_SECONDS, self.abort)
         self._transport.close()
 
     async def close_gently(self) -> None:
@@ -317,7 +348,7 @@ class Stream(asyncio.BufferedProtocol):
             if transport is None or self._is_tls or self.is_eof or transport.is_closing():
                 return
             transport.write_eof()  # behind what is unsent
-            self.deadline = self._loop.time() + READ_OFF_SECONDS
+            self.deadline = asyncio.get_running_loop().time() + READ_OFF_SECONDS
             self.resume_reading()
             left = READ_OFF_OCTETS
             with suppress(TimeoutError):
@@ -335,9 +366,10 @@ class Stream(asyncio.BufferedProtocol):
     async def wait_closed(self) -> None:
         """Wait until the transport is gone."""
         if not self.is_lost:
-            if self._closed is None:
-                self._closed = self._loop.create_future()
-            await asyncio.shield(self._closed)
+            ending = self._end()
+            if ending.closed is None:
+                ending.closed = asyncio.get_running_loop().create_future()
+            await asyncio.shield(ending.closed)
 
     # TLS --------------------------------------------------------------------------------------------------
 
@@ -374,7 +406,7 @@ class Stream(asyncio.BufferedProtocol):
         self._is_tls = True
         try:
             async with asyncio.timeout(timeout_seconds):
-                handshake = self._loop.start_tls(
+                handshake = asyncio.get_running_loop().start_tls(
                     clear,
                     self,
                     context,
@@ -406,10 +438,11 @@ class Stream(asyncio.BufferedProtocol):
 
         uvloop reads at accept, whatever `connection_made` asked for, and a quick client's ClientHello is there by then.
         """
-        task = self._loop.create_task(handshake)
+        loop = asyncio.get_running_loop()
+        task = loop.create_task(handshake)
         await asyncio.sleep(0)  # the loop puts its TLS layer in our place and reads no more until that is connected
         if data := self.take_pending():
-            self._loop.call_soon(_deliver, clear, data)  # behind its `connection_made`, before it reads
+            loop.call_soon(_deliver, clear, data)  # behind its `connection_made`, before it reads
             self.octets_received -= len(data)  # what the application sees is counted, not the handshake
         return await task
 
@@ -449,17 +482,14 @@ class Stream(asyncio.BufferedProtocol):
             self.octets_received += nbytes
             receiver.data_received(_RECEIVE_BUFFER[:nbytes].tobytes())
             return
-        data = _RECEIVE_BUFFER[:nbytes].tobytes()
-        if self._chunks:
-            self._chunks.append(data)
-        else:
-            self._chunks = [data]
+        pulled = self._pull()
+        pulled.chunks.append(_RECEIVE_BUFFER[:nbytes].tobytes())
         self.octets_received += nbytes
-        self._unread += nbytes
-        if self._reads_once:
+        pulled.unread += nbytes
+        if pulled.reads_once:
             self.pause_reading()
-        if self._unread > HIGH_WATER_OCTETS and not self._water_pauses:
-            self._water_pauses = True
+        if pulled.unread > HIGH_WATER_OCTETS and not pulled.is_full:
+            pulled.is_full = True
             self._apply_pause()
         self._wake_reader()
 
@@ -473,14 +503,15 @@ class Stream(asyncio.BufferedProtocol):
         if self.is_lost:
             return
         self.is_lost = True
-        self._loss = exc
+        ending = self._end()
+        ending.loss = exc
         self._stop_timer()
-        if self._linger is not None:
-            self._linger.cancel()
+        if ending.linger is not None:
+            ending.linger.cancel()
         if self._drained is not None and not self._drained.done():
             self._drained.set_exception(self._connection_error())
-        if self._closed is not None and not self._closed.done():
-            self._closed.set_result(None)
+        if ending.closed is not None and not ending.closed.done():
+            ending.closed.set_result(None)
         was_paused, self.is_write_paused = self.is_write_paused, False
         self._end_of_input()
         if was_paused and self.receiver is not None:
@@ -509,41 +540,56 @@ class Stream(asyncio.BufferedProtocol):
             if self.receiver is not None:
                 self.receiver.input_ended()
 
+    def _pull(self) -> _Pulled:
+        """What is kept of pulled octets, from now on."""
+        if self._pulled is None:
+            self._pulled = _Pulled()
+        return self._pulled
+
+    def _end(self) -> _Ending:
+        """What its end needs, from now on."""
+        if self._ending is None:
+            self._ending = _Ending()
+        return self._ending
+
     def _wake_reader(self) -> None:
-        if self._reader is not None and not self._reader.done():
-            self._reader.set_result(None)
+        pulled = self._pulled
+        if pulled is not None and pulled.reader is not None and not pulled.reader.done():
+            pulled.reader.set_result(None)
 
-    def _arm(self, deadline: float) -> None:
-        self._timer = self._loop.call_at(deadline, self._look_at_clock)
+    def _arm(self, pulled: _Pulled, deadline: float) -> None:
+        pulled.timer = asyncio.get_running_loop().call_at(deadline, self._look_at_clock, pulled)
 
-    def _look_at_clock(self) -> None:
-        self._timer = None
-        deadline = self._deadline
+    def _look_at_clock(self, pulled: _Pulled) -> None:
+        pulled.timer = None
+        deadline = pulled.deadline
         if deadline is None:
             return
-        if self._loop.time() < deadline - CLOCK_SLACK_SECONDS:
-            self._arm(deadline)
+        if asyncio.get_running_loop().time() < deadline - CLOCK_SLACK_SECONDS:
+            self._arm(pulled, deadline)
             return
-        self._has_expired = True
+        pulled.has_expired = True
         self._wake_reader()
 
     def _stop_timer(self) -> None:
-        self._deadline = None
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        pulled = self._pulled
+        if pulled is not None:
+            pulled.deadline = None
+            if pulled.timer is not None:
+                pulled.timer.cancel()
+                pulled.timer = None
 
     def _apply_pause(self) -> None:
         if self._transport is None or self.is_eof or self._transport.is_closing():
             return
-        if self._owner_pauses or self._water_pauses:
+        if self._owner_pauses or (self._pulled is not None and self._pulled.is_full):
             self._transport.pause_reading()
         else:
             self._transport.resume_reading()
 
     def _connection_error(self) -> ConnectionError:
         error = ConnectionResetError("connection lost")
-        error.__cause__ = self._loss
+        error.__cause__ = None if self._ending is None else self._ending.loss
         return error
 
 

@@ -138,7 +138,8 @@ async def test_a_peer_that_is_still_sending_gets_the_last_reply_and_no_reset() -
         await asyncio.wait_for(closing, SECONDS)
         await asyncio.wait_for(pair.server.wait_closed(), SECONDS)
         assert pair.server.octets_received == READ_OFF_OCTETS // 2 + 100
-        assert pair.client._loss is None
+        assert pair.client._ending is not None
+        assert pair.client._ending.loss is None
 
 
 async def test_what_is_read_off_at_the_end_is_bounded() -> None:
@@ -281,16 +282,18 @@ async def test_a_read_ends_at_its_deadline_and_works_again_with_a_new_one() -> N
 async def test_a_deadline_ends_a_trickle_that_never_lets_a_read_wait() -> None:
     async with joined() as pair:
         pair.server.deadline = asyncio.get_running_loop().time() + 0.02
+        pulled = pair.server._pulled
+        assert pulled is not None
 
         async def trickle() -> None:
             while True:
                 pair.client.write(b"x")
-                await until(lambda: pair.server._unread or pair.server._has_expired)
+                await until(lambda: pulled.unread or pulled.has_expired)
                 await pair.server.read()
 
         with pytest.raises(TimeoutError):
             await trickle()
-        assert pair.server._has_expired
+        assert pulled.has_expired
 
 
 async def test_a_deadline_can_be_moved_while_a_read_waits() -> None:
@@ -318,7 +321,8 @@ async def test_no_timer_outlives_the_stream() -> None:
         pair.server.abort()
         await pair.server.wait_closed()
         pair.server.deadline = asyncio.get_running_loop().time() + 600
-        assert pair.server._timer is None
+        assert pair.server._pulled is not None
+        assert pair.server._pulled.timer is None
 
 
 async def test_a_peer_that_does_not_read_cannot_hold_a_closed_stream(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -779,6 +783,7 @@ async def test_a_receiver_gets_what_had_arrived_and_what_arrives_and_the_end() -
         pushed = Pushed()
         pair.server.receive_by(pushed)
         assert pushed.data == b"before "
+        assert pair.server._pulled is None  # an idle connection keeps nothing for a reader
         pair.client.write(b"after")
         await until(lambda: pushed.data == b"before after")
         assert pair.server.octets_received == len(b"before after")
