@@ -218,7 +218,7 @@ def recorded_mailbox(text: str, redaction: Redaction) -> RecordedForm:
 
 def _resource(worker: int | None) -> Mapping[str, str | int]:
     """Which gateway made the traces that the API gives: that of a shared queue's mail may be made by several."""
-    attributes = own_resource(worker).attributes
+    attributes = own_resource(worker, version=__version__).attributes
     return {name: value if isinstance(value, int) else str(value) for name, value in attributes.items()}
 
 

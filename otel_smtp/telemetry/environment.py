@@ -45,6 +45,7 @@ from opentelemetry.sdk.resources import (
     PROCESS_PID,
     SERVICE_INSTANCE_ID,
     SERVICE_NAME,
+    SERVICE_VERSION,
     OTELResourceDetector,
     Resource,
 )
@@ -228,7 +229,7 @@ def own_instance_id(worker: int | None = None) -> str:
     return str(own_resource(worker).attributes.get(SERVICE_INSTANCE_ID, ""))
 
 
-def own_resource(worker: int | None = None) -> Resource:
+def own_resource(worker: int | None = None, *, version: str = "") -> Resource:
     """Who we are: what the SDK's detectors say, the host and the process.
 
     The service is `otel-smtp` if nothing names it.
@@ -236,9 +237,12 @@ def own_resource(worker: int | None = None) -> Resource:
     Args:
         worker: the number of this worker, where there are several: one id that is given for all of them would make one
             instance of them, whose metrics overwrite one another.
+        version: of this program; "": it is not told.
     """
     given = OTELResourceDetector().detect().attributes
     own: dict[str, str | int] = {HOST_NAME: socket.gethostname(), PROCESS_PID: os.getpid()}
+    if version:
+        own[SERVICE_VERSION] = version
     found = Resource.create()
     if str(found.attributes[SERVICE_NAME]).startswith("unknown_service"):
         own[SERVICE_NAME] = DEFAULT_SERVICE_NAME

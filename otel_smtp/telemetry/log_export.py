@@ -16,7 +16,7 @@ from typing import Final
 from otel_smtp.telemetry import attributes as names
 from otel_smtp.telemetry.attributes import MAX_VALUE_CHARACTERS, AttributeValue
 from otel_smtp.telemetry.exporting import Export
-from otel_smtp.telemetry.logs import ACCESS, EVENT_TIME_NS, ROOT, STATES, FloodGate, exception_of, extra_of
+from otel_smtp.telemetry.logs import ACCESS, EVENT_TIME_NS, ROOT, STATES, TRACE_FLAGS, FloodGate, exception_of, extra_of
 from otel_smtp.telemetry.propagation import TraceContext
 from otel_smtp.telemetry.records import LogRecord
 from otel_smtp.telemetry.redaction import clean
@@ -108,6 +108,7 @@ def log_record_of(record: logging.LogRecord) -> LogRecord:
         event_name=record.msg if record.name == STATES else "",
         trace_id=_id(trace_id, 16),
         span_id=_id(span_id, 8),
+        flags=record.__dict__.get(TRACE_FLAGS, 0),
     )
 
 

@@ -40,6 +40,8 @@ SPOOL: Final = "otel_smtp.spool."  # each line tells of a message: its end, or w
 
 # On records of ours: when it happened, in nanoseconds since the epoch. Never in a line, which has `timestamp`.
 EVENT_TIME_NS: Final = "event_time_ns"
+# Likewise: those of the span's context (W3C trace-flags).
+TRACE_FLAGS: Final = "trace_flags"
 
 # What every record has: all else came by `extra`.
 _STANDARD: Final = frozenset(logging.LogRecord("", 0, "", 0, "", None, None).__dict__) | {
@@ -47,6 +49,7 @@ _STANDARD: Final = frozenset(logging.LogRecord("", 0, "", 0, "", None, None).__d
     "asctime",
     "taskName",  # from Python 3.12 on
     EVENT_TIME_NS,
+    TRACE_FLAGS,
     LINE,
 }
 LINES_A_SECOND: Final = 50  # for people to see what is going on; how often, the metrics tell
@@ -317,6 +320,7 @@ def write_line(
                 **fields,
                 names.LOG_TRACE_ID: context.trace_id_hex,
                 names.LOG_SPAN_ID: context.span_id_hex,
+                TRACE_FLAGS: context.flags,
                 EVENT_TIME_NS: time_ns,
             }
         )

@@ -334,11 +334,16 @@ def kind_of_line(severity: int, severity_text: str, body: str, event_name: str) 
     return _SEVERITY + varint(severity) + text(3, severity_text) + field(5, _any_value(body)) + text(12, event_name)
 
 
+def flags_of_line(flags: int) -> bytes:
+    """The trace flags of a line's context; nothing where none is set, as proto3 has it."""
+    return tag(8, FIXED32) + flags.to_bytes(4, "little") if flags else b""
+
+
 class LogEncoder(RequestFrame):
     """Encodes the log records of one resource. `record` is for one thread at a time; `request` for any.
 
-    LogRecord: time 1, severity_number 2, severity_text 3, body 5, attributes 6, trace_id 9, span_id 10, observed_time
-    11, event_name 12.
+    LogRecord: time 1, severity_number 2, severity_text 3, body 5, attributes 6, flags 8, trace_id 9, span_id 10,
+    observed_time 11, event_name 12.
     """
 
     __slots__ = ("_pairs",)
@@ -354,6 +359,7 @@ class LogEncoder(RequestFrame):
             kind_of_line(record.severity, record.severity_text, record.body, record.event_name),
             *map(self._pairs.__getitem__, record.attributes.items()),
         ]
+        parts.append(flags_of_line(record.flags))
         if record.trace_id:
             parts.append(field(9, record.trace_id))
         if record.span_id:

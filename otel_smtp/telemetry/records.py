@@ -80,6 +80,7 @@ class LogRecord(NamedTuple):
         severity: from 1 to 24.
         event_name: "" for what is no event.
         trace_id, span_id: 16 and 8 octets, or none.
+        flags: of the span's context (W3C trace-flags).
     """
 
     time_ns: int
@@ -91,3 +92,4 @@ class LogRecord(NamedTuple):
     event_name: str = ""
     trace_id: bytes = b""
     span_id: bytes = b""
+    flags: int = 0

@@ -227,7 +227,7 @@ def set_up(options: TelemetryOptions, environ: Mapping[str, str] | None = None) 
         environ: with the OTEL_* variables; None: that of this process. Those that cannot be used count as unset.
     """
     asked = environment.read(environ, options.version)
-    resource = environment.own_resource(options.worker)
+    resource = environment.own_resource(options.worker, version=options.version)
     if asked.sdk_log_level is not None:
         logging.getLogger("opentelemetry").setLevel(asked.sdk_log_level)
     if asked.is_disabled:

@@ -22,6 +22,7 @@ from otel_smtp.telemetry.otlp import (
     Integers,
     Pairs,
     field,
+    flags_of_line,
     key_value,
     kind_of_line,
     length,
@@ -48,7 +49,9 @@ _JSON_SIZE: Final = f', "{names.MESSAGE_SIZE}": '
 _ATTRIBUTE: Final = 6  # LogRecord.attributes
 _OTLP_DURATION: Final = field(_ATTRIBUTE, key_value(names.LOG_DURATION, 0.0))[:-8]
 _OTLP_NUMBER, _OTLP_SIZE = Integers(_ATTRIBUTE, names.TRANSACTION_NUMBER), Integers(_ATTRIBUTE, names.MESSAGE_SIZE)
-_OTLP_TRACE_ID, _OTLP_SPAN_ID = TAGS[9] + b"\x10", TAGS[10] + b"\x08"
+# By the flags of the trace's context, which are one octet: these, and the beginning of the id.
+_OTLP_TRACE_ID: Final = tuple(flags_of_line(flags) + TAGS[9] + b"\x10" for flags in range(256))
+_OTLP_SPAN_ID: Final = TAGS[10] + b"\x08"
 
 
 class LineShape:
@@ -296,7 +299,7 @@ class SpanLinesAsOtlp:
                 *map(self._fields.__getitem__, pairs),
                 _OTLP_DURATION,
                 pack_double(duration_seconds),
-                _OTLP_TRACE_ID,
+                _OTLP_TRACE_ID[context.flags],
                 context.trace_id.to_bytes(16, "big"),
                 _OTLP_SPAN_ID,
                 context.span_id.to_bytes(8, "big"),
@@ -309,12 +312,12 @@ class SpanLinesAsOtlp:
         """Both lines of an ordinary mail, likewise."""
         (
             (attempt, transaction), connection_id, text, number, octets, sender, recipients, durations, attempt_id,
-            (trace_id, transaction_id, _, _, _), times,
+            (trace_id, transaction_id, flags, _, _), times,
         ) = mail  # fmt: skip
         words = text.encode("utf-8", "replace")
         said = text_head(_ATTRIBUTE, names.REPLY_TEXT, len(words)) + words
         origin = self._fields[names.CONNECTION_ID, connection_id]
-        trace = _OTLP_TRACE_ID + trace_id.to_bytes(16, "big") + _OTLP_SPAN_ID
+        trace = _OTLP_TRACE_ID[flags] + trace_id.to_bytes(16, "big") + _OTLP_SPAN_ID
         observed = OBSERVED_TIME + pack_time(now_ns)
         return (
             _as_field(

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from opentelemetry.proto.logs.v1.logs_pb2 import ScopeLogs
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON
 
@@ -24,7 +25,7 @@ from otel_smtp.telemetry.access_log import AccessLog
 from otel_smtp.telemetry.log_export import log_record_of
 from otel_smtp.telemetry.logs import ACCESS, JsonLines, JsonRenderer, LineFormatter
 from otel_smtp.telemetry.otlp import LogEncoder
-from otel_smtp.telemetry.propagation import TraceContext
+from otel_smtp.telemetry.propagation import SAMPLED, TraceContext
 from otel_smtp.telemetry.redaction import Addresses, ClientIp, Redaction
 from otel_smtp.telemetry.shapes import Pair
 from otel_smtp.telemetry.span_lines import LineShape, LinesOfMail, SpanLineHandler, SpanLinesAsJson, SpanLinesAsOtlp
@@ -159,6 +160,9 @@ def test_all_ways_write_the_same_octets(scenario: dict[str, Any]) -> None:
         observed_ns = int(record.created * 1e9)
         encoded = as_otlp(shape, pairs, duration, context, time_ns, observed_ns)
         assert encoded == encoder.record(log_record_of(record))
+        [log] = ScopeLogs.FromString(encoded).log_records
+        assert log.flags == context.flags
+        assert bool(log.flags & SAMPLED) == scenario["is_sampled"]
     of_mails = quick.taken if not by_mail.mails else quick.taken[: 2 * len(by_mail.mails)]
     assert len(by_mail.taken) + 2 * len(by_mail.mails) == len(quick.taken)
     for at, (mail, now_ns) in enumerate(by_mail.mails):

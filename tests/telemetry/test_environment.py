@@ -399,6 +399,13 @@ def test_the_resource_names_host_and_process(monkeypatch: pytest.MonkeyPatch) ->
     assert (about["host.name"], about["process.pid"]) == ("given", "7")
 
 
+def test_the_resource_names_the_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OTEL_RESOURCE_ATTRIBUTES", raising=False)
+    assert own_resource(version="1.2.3").attributes["service.version"] == "1.2.3"
+    monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "service.version=given")
+    assert own_resource(version="1.2.3").attributes["service.version"] == "given"
+
+
 def test_an_id_that_is_given_to_several_workers_names_each_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "service.instance.id=pod-7")
     found = [own_resource(worker).attributes["service.instance.id"] for worker in (None, 0, 1)]

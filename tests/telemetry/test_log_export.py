@@ -152,6 +152,7 @@ def test_a_record_is_encoded_as_the_protocol_has_it() -> None:
             "event_time_ns": 123,
             "trace_id": "a" * 32,
             "span_id": "b" * 16,
+            "trace_flags": 3,
             "smtp.state": "New",
         }
     )
@@ -164,7 +165,7 @@ def test_a_record_is_encoded_as_the_protocol_has_it() -> None:
     [log] = scoped.log_records
     assert (log.time_unix_nano, log.severity_number, log.severity_text) == (123, 9, "INFO")
     assert (log.body.string_value, log.event_name) == ("smtp.state.new", "smtp.state.new")
-    assert (log.trace_id, log.span_id) == (bytes.fromhex("a" * 32), bytes.fromhex("b" * 16))
+    assert (log.trace_id, log.span_id, log.flags) == (bytes.fromhex("a" * 32), bytes.fromhex("b" * 16), 3)
     assert log.observed_time_unix_nano > 0
     attributes = {pair.key: pair.value.string_value for pair in log.attributes}
     assert attributes == {"smtp.logger": "otel_smtp.state", "smtp.state": "New"}
