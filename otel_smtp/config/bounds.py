@@ -183,7 +183,7 @@ LEDGER: Final = (
         "refused recipients that are told one by one",
         ("otel_smtp.observing.records.MOST_REFUSED",),
         "counted",
-        "tests/telemetry/test_recipients.py::test_at_most_fifty_are_events_and_the_last_counts_the_rest",
+        "tests/telemetry/test_recipients.py::test_at_most_fifty_are_events_and_then_one_counts_the_rest",
     ),
     # What telemetry keeps of it
     Bound(

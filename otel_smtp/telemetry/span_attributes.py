@@ -399,8 +399,7 @@ class SpanAttributes:
             refused: those that are known.
             count: how many there are of them.
         """
-        # The last event may stand for more than one.
-        shown = refused if count <= MOST_REFUSED else refused[: MOST_REFUSED - 1]
+        shown = refused[:MOST_REFUSED]
         events = [EventRecord(one.at_ns + wall_offset_ns, names.RECIPIENT_EVENT, self.recipient(one)) for one in shown]
         if len(shown) < count:
             time_ns = refused[-1].at_ns + wall_offset_ns
