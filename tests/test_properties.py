@@ -435,7 +435,7 @@ class Session(RuleBasedStateMachine):
     @invariant()
     def the_states_are_the_models(self) -> None:
         assert list(self.driver.record.states) == self.states
-        assert self.driver.protocol.states.level == self.level
+        assert self.driver.protocol.level == self.level
 
     @invariant()
     def what_was_taken_is_what_was_sent(self) -> None:

@@ -174,14 +174,14 @@ class Admission(Conversation):
             is_late = isinstance(error, TimeoutError)
             self.record.failure = f"no TLS handshake within {seconds:g} s" if is_late else reason_of(error)
             logger.info("TLS handshake failed", extra={**self._named(), "fault": self.record.failure})
-            self._protocol.states.now_ns = time.monotonic_ns()
+            self._protocol.now_ns = time.monotonic_ns()
             self._protocol.tls_failed()
             return False
         record = self.record
         record.hello_verb = record.hello_name = ""
         record.tls = tls
         self._received_head = None
-        self._protocol.states.now_ns = time.monotonic_ns()
+        self._protocol.now_ns = time.monotonic_ns()
         self._protocol.tls_started(tls.version, tls.cipher)
         return True
 
@@ -222,7 +222,7 @@ class Admission(Conversation):
             logger.exception("authentication not run: internal error", extra=self._named())
             self._call(self._protocol.reply, replies.AUTH_UNAVAILABLE)
             return
-        protocol.states.now_ns = time.monotonic_ns()
+        protocol.now_ns = time.monotonic_ns()
         match step:
             case Challenge(data):
                 self._task = None

@@ -120,7 +120,7 @@ class Conversation:
         self._policy = policy
         self._house = house
         self._protocol = protocol
-        self._protocol.states.now_ns = record.opened_ns
+        self._protocol.now_ns = record.opened_ns
         self.client_counted: str | None = None
         self.share = ""  # whose it is, for `Places`; not asked for yet
         self._forwarded: MailTransaction | None = None
@@ -183,7 +183,7 @@ class Conversation:
             if not self._has_ended:
                 (work or protocol.receive_data)(data)  # within such a call
             return
-        protocol.states.now_ns = monotonic_ns()
+        protocol.now_ns = monotonic_ns()
         self._is_busy = True
         try:
             if work is None:
@@ -202,8 +202,8 @@ class Conversation:
             record.messages = protocol.messages
             self._began = self._loop.time()
             self._request_octets = stream.octets_received
-            stream.write(b"".join(out))
-            out.clear()
+            stream.write(out)
+            protocol.out = b""
             # There are as many replies as transitions, or nearly; where there are not, that was news.
             if stream.is_write_paused or len(record.replies) >= self._house.segments.transitions:
                 has_news = True
@@ -421,7 +421,7 @@ class Conversation:
         record, protocol = self.record, self._protocol
         self._house.observer.segment_ended(record)
         record.begin_segment(time.monotonic_ns())
-        protocol.states.recorded = record.transitions
+        protocol.recorded = record.transitions
         protocol.said = record.replies
         self._told = 0
 
@@ -434,7 +434,7 @@ class Conversation:
         stream, protocol, record = self._stream, self._protocol, self.record
         protocol.closed(reason)
         record.close_reason = protocol.close_reason
-        record.closed_ns = protocol.states.now_ns
+        record.closed_ns = protocol.now_ns
         record.octets_received = stream.octets_received
         record.octets_sent = stream.octets_sent
         if self._house.observer.wants_transitions:
@@ -471,7 +471,7 @@ class Conversation:
             await work
         except Exception:  # noqa: BLE001 - logged there
             self._log_failure()
-            self._protocol.states.now_ns = time.monotonic_ns()
+            self._protocol.now_ns = time.monotonic_ns()
             self._protocol.fail(replies.INTERNAL_CLOSING, CloseReason.INTERNAL_ERROR)
         finally:
             if self._task is mine:

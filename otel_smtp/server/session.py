@@ -82,9 +82,7 @@ class Session(Admission):
         protocol, record, house = self._protocol, self.record, self._house
         if self._policy.protocol.auth_mechanisms and not protocol.is_authenticated and not self._is_allowed():
             return replies.AUTH_REQUIRED
-        transaction = TransactionRecord(
-            mail, protocol.transactions + 1, record, protocol.states.now_ns, record.wall_offset_ns
-        )
+        transaction = TransactionRecord(mail, protocol.transactions + 1, record, protocol.now_ns, record.wall_offset_ns)
         head = self._received_head or self._make_received_head(is_utf8=False)
         transaction.added_octets = len(head) + RECEIVED_TAIL_OCTETS
         if mail.body is _EIGHT_BIT_MIME:
@@ -103,7 +101,7 @@ class Session(Admission):
         return replies.SENDER_OK
 
     def _refuse_mail(self, transaction: TransactionRecord, reply: Reply) -> Reply:
-        transaction.end(outcome_of(reply), reply, self._protocol.states.now_ns)
+        transaction.end(outcome_of(reply), reply, self._protocol.now_ns)
         self._house.observer.transaction_ended(transaction)
         return reply
 
@@ -133,7 +131,7 @@ class Session(Admission):
     def recipient_refused(self, recipient: Recipient, reply: Reply) -> None:
         """See `Handler`."""
         assert self._transaction is not None
-        self._transaction.refuse(recipient, reply, self._protocol.states.now_ns)
+        self._transaction.refuse(recipient, reply, self._protocol.now_ns)
 
     def as_told(self, reply: Reply, *, is_of_content: bool) -> Reply:
         """See `Handler`: with the id of the trace that tells of it. Before there is a header block that is the
@@ -284,8 +282,8 @@ class Session(Admission):
         except Exception:  # noqa: BLE001 - logged there
             self._log_forwarder("abort")
         if reply is not None:
-            transaction.refuse_content(reply, (), self._protocol.states.now_ns)
-        transaction.end(outcome, reply, self._protocol.states.now_ns)
+            transaction.refuse_content(reply, (), self._protocol.now_ns)
+        transaction.end(outcome, reply, self._protocol.now_ns)
         self._house.observer.transaction_ended(transaction)
 
     def _log_forwarder(self, step: str) -> None:

@@ -244,22 +244,26 @@ class Dispatching(Receiving):
         self.transactions += 1
         self._transaction = transaction
         self.phase = _MAIL
-        self.states.enter(_ACTIVE)  # recorded only where the level was Idle
+        self.enter(_ACTIVE)  # recorded only where the level was Idle
         self.said.append((_MAIL_VERB, reply))
-        self.out.append(reply.wire)
+        self.out += reply.wire
 
     def _answer_recipients(self, decided: Sequence[Reply]) -> None:
         if len(decided) != len(self._batch):
             raise LocalProtocolError("not as many replies as recipients")
         self._batch = ()
+        wires = []  # of a thousand recipients, joined once
         for reply in decided:
             if reply.code < 300 and (transaction := self._transaction) is not None:
                 transaction.recipients += 1
                 self.phase = _RECIPIENTS
                 if reply.code == 250 and reply.enhanced is not None:
                     self.said.append((_RCPT, reply))
-                    self.out.append(reply.wire)
+                    wires.append(reply.wire)
                     continue
                 if reply.code > 251:
                     reply = reply.as_plain_success()
+            self.out += b"".join(wires)
+            wires.clear()
             self._send(reply, _RCPT)
+        self.out += b"".join(wires)

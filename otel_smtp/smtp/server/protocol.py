@@ -56,7 +56,7 @@ class ServerProtocol(Dispatching):
 
     Attributes:
         phase: of the session.
-        states: the states of the connection. The driver sets `states.now_ns` before it calls.
+        level, last, now_ns, recorded: see `StateMachine`. The driver sets `now_ns` before it calls.
         said: see above; may be exchanged at any time.
         is_tls, is_authenticated: whether TLS is on; whether AUTH has succeeded.
         messages: that got their final reply on this connection. `transactions`: begun on it.
@@ -78,7 +78,7 @@ class ServerProtocol(Dispatching):
 
     def accepted(self, tls_mode: TlsMode) -> None:
         """Record New: the socket has been accepted."""
-        self.states.enter(ConnState.NEW, TLS_OFFERS[tls_mode])
+        self.enter(ConnState.NEW, TLS_OFFERS[tls_mode])
 
     def greet(self) -> None:
         """Open the session with 220; a client that spoke first is refused (RFC 5321 4.3.1: the sender waits)."""
@@ -86,7 +86,7 @@ class ServerProtocol(Dispatching):
             self._send(replies.EARLY_TALKER, None)
         if self.phase is not _ENDING:
             self.phase = _CONNECTED
-            self.states.enter(ConnState.ACTIVE)
+            self.enter(ConnState.ACTIVE)
             self._say(self._policy.greeting)
             if self._eof:
                 self.run()
@@ -140,15 +140,14 @@ class ServerProtocol(Dispatching):
 
     def closed(self, reason: CloseReason) -> None:
         """Record Closed: the transport is gone. `reason` holds unless the session had already found its own end."""
-        if self.states.level is not ConnState.CLOSED:
+        if self.level is not ConnState.CLOSED:
             self._end(reason)
             assert self.close_reason is not None
-            self.states.enter(ConnState.CLOSED, ConnectionOver(self.close_reason, self.messages))
+            self.enter(ConnState.CLOSED, ConnectionOver(self.close_reason, self.messages))
 
     def data_to_send(self) -> bytes:
-        """Take what is in `out`, in one piece."""
-        data = b"".join(self.out)
-        self.out.clear()
+        """Take what is in `out`."""
+        data, self.out = self.out, b""
         return data
 
     # Decisions from above ----------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ class Receiving(Securing):
             return
         self._begin_content(transaction, True)
         self.said.append(_GO_ON)
-        self.out.append(replies.SEND_CONTENT.wire)
+        self.out += replies.SEND_CONTENT.wire
 
     def _run_bdat(self, command: Bdat) -> None:
         transaction = self._transaction
@@ -73,7 +73,7 @@ class Receiving(Securing):
     def _begin_content(self, transaction: OpenTransaction, by_data: bool) -> None:
         transaction.by_data = by_data
         self.phase = _CONTENT
-        self.states.enter(_DATA_STATE, content_begun((transaction.number, transaction.recipients)))
+        self.enter(_DATA_STATE, content_begun((transaction.number, transaction.recipients)))
         self._handler.content_begun()
 
     def _begin_pieces(self, transaction: OpenTransaction) -> IncomingContent:
@@ -161,7 +161,7 @@ class Receiving(Securing):
         self.phase = refusal.phase
         for _ in range(refusal.copies):
             self._send(refusal.reply, Verb.BDAT)
-        if self.states.level is ConnState.DATA and self._transaction is None:
+        if self.level is ConnState.DATA and self._transaction is None:
             self._settle()
 
     def _finish_content(self, transaction: OpenTransaction, content: IncomingContent) -> None:
@@ -197,15 +197,19 @@ class Receiving(Securing):
         self.messages += 1
         if decided[0].code < 400 or any(reply.is_positive for reply in decided):
             self._refusals = 0
-            self.states.enter(_ACTIVE)
+            self.enter(_ACTIVE)
+        wires = []  # one for each recipient over LMTP, joined once
         for reply in decided:
             if reply.code == 250 and reply.enhanced is not None and self.phase is not _ENDING:
                 self.said.append((verb, reply))
-                self.out.append(reply.wire)
+                wires.append(reply.wire)
             else:
+                self.out += b"".join(wires)
+                wires.clear()
                 self._send(reply.as_plain_success() if 250 < reply.code < 300 else reply, verb)
+        self.out += b"".join(wires)
         if self.phase is not _ENDING:
-            self.states.enter(_IDLE, transaction_over((self.messages,)))
+            self.enter(_IDLE, transaction_over((self.messages,)))
 
 
 def _refusal_of_8bit(mail: Mail, offer: Extensions) -> Reply | None:

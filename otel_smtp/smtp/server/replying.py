@@ -99,7 +99,7 @@ class ChunkRefusal:
     phase: Phase  # where the session then stands
 
 
-class Replying:
+class Replying(StateMachine):
     """What a session is, says and ends with; see `ServerProtocol` for its arguments and attributes."""
 
     __slots__ = (
@@ -133,7 +133,6 @@ class Replying:
         "phase",
         "received",
         "said",
-        "states",
         "transactions",
         "wants_turn",
     )
@@ -151,7 +150,7 @@ class Replying:
         self._policy = policy
         self._handler = handler
         self._offer = offer
-        self.states = StateMachine(recorded, on_illegal)
+        super().__init__(recorded, on_illegal)
         self.said = said
         self.phase = Phase.UNGREETED
         self.is_tls = False
@@ -163,7 +162,7 @@ class Replying:
         self.wants_turn = False
         self.has_news = False
         self.received = ReceiveBuffer()
-        self.out: list[bytes] = []
+        self.out = b""
         self.asked = Asked.NOTHING
         self._mail: OpenTransaction | None = None  # that was asked about
         self._batch: list[Recipient] | tuple[()] = ()  # to be asked about, or asked about
@@ -227,12 +226,12 @@ class Replying:
         """A transaction has ended with the final reply to its message: the connection is Idle."""
         if self.phase is not _ENDING:
             self._junk = 0
-            self.states.enter(_IDLE, transaction_over((self.messages,)))
+            self.enter(_IDLE, transaction_over((self.messages,)))
 
     def _reset(self, cause: ResetCause) -> None:
         self._drop_transaction(None)
-        self.states.enter(ConnState.RESET, ResetBy(cause))
-        self.states.enter(ConnState.ACTIVE)
+        self.enter(ConnState.RESET, ResetBy(cause))
+        self.enter(ConnState.ACTIVE)
 
     def _end_transaction(self) -> None:
         """Replace, never edit: nothing of a transaction survives its end (21 years of that bug elsewhere)."""
@@ -275,12 +274,10 @@ class Replying:
             reply = self._count_error(reply)
             transaction = self._transaction
             number = transaction.number if transaction is not None else None
-            self.states.enter(ConnState.ERROR, ErrorReply(verb, reply, reply.error_type, number))
+            self.enter(ConnState.ERROR, ErrorReply(verb, reply, reply.error_type, number))
         self.said.append((verb, reply))
         is_refusal = reply.code >= 400 and verb in _OF_MAIL
-        self.out.append(
-            self._handler.as_told(reply, is_of_content=verb in _OF_CONTENT).wire if is_refusal else reply.wire
-        )
+        self.out += self._handler.as_told(reply, is_of_content=verb in _OF_CONTENT).wire if is_refusal else reply.wire
         if reply.closes or reply.code == 421:
             # RFC 5321 3.8: a server closes after 421.
             self._end(_CLOSE_REASONS.get(reply, CloseReason.REFUSED))
@@ -289,7 +286,7 @@ class Replying:
         """Write a reply that every session gives, and that is good."""
         self.has_news = True
         self.said.append(said)
-        self.out.append(said[1].wire)
+        self.out += said[1].wire
 
     def _count_junk(self, verb: Verb) -> bool:
         """Count a command that moves no mail; False where it was one too many, which has been answered."""

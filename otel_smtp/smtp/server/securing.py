@@ -47,13 +47,13 @@ class Securing(Replying):
             self._send(reply, Verb.STARTTLS)
         else:
             self.phase = Phase.HANDSHAKE
-            self.states.enter(ConnState.STARTTLS, TLS_OFFERS[TlsMode.STARTTLS])
+            self.enter(ConnState.STARTTLS, TLS_OFFERS[TlsMode.STARTTLS])
             self._send(reply, Verb.STARTTLS)
 
     def handshake_begins(self) -> None:
         """Record StartTLS for implicit TLS, before the handshake."""
         self.phase = Phase.HANDSHAKE
-        self.states.enter(ConnState.STARTTLS, TLS_OFFERS[TlsMode.IMPLICIT])
+        self.enter(ConnState.STARTTLS, TLS_OFFERS[TlsMode.IMPLICIT])
 
     def tls_started(self, version: str, cipher: str) -> None:
         """The handshake is done: the session starts over, and nothing said in clear counts any more (RFC 3207 4.2)."""
@@ -64,12 +64,12 @@ class Securing(Replying):
         self.is_authenticated = False  # somebody in the middle may have said it
         self._told = None
         self.phase = Phase.CONNECTED if self._policy.tls_mode is TlsMode.STARTTLS else Phase.UNGREETED
-        self.states.enter(ConnState.ACTIVE, TlsAgreed(version, cipher))
+        self.enter(ConnState.ACTIVE, TlsAgreed(version, cipher))
 
     def tls_failed(self) -> None:
         """The handshake failed; no reply is possible. The connection ends."""
         self.errors += 1
-        self.states.enter(ConnState.ERROR, ErrorReply(None, None, ErrorType.TLS, None))
+        self.enter(ConnState.ERROR, ErrorReply(None, None, ErrorType.TLS, None))
         self._end(CloseReason.TLS_FAILURE)
 
     def _run_auth(self, command: Auth) -> None:
@@ -100,18 +100,18 @@ class Securing(Replying):
         """Record Auth, before any check of the command; but not inside a transaction, where it is out of place."""
         if self.phase in (Phase.CONNECTED, Phase.READY):
             self._auth_mechanism = mechanism if mechanism is not None and mechanism in MECHANISMS else "other"
-            self.states.enter(ConnState.AUTH, AuthBegun(self._auth_mechanism))
+            self.enter(ConnState.AUTH, AuthBegun(self._auth_mechanism))
 
     def _fail_auth(self, reply: Reply) -> None:
         self._send(reply, Verb.AUTH)
-        if self.states.level is ConnState.AUTH:
-            self.states.fall_back(ConnState.ACTIVE)
+        if self.level is ConnState.AUTH:
+            self.fall_back(ConnState.ACTIVE)
 
     def _answer_auth(self, reply: Reply) -> None:
         self.phase = Phase.READY
         if reply.code == 235:
             self.is_authenticated = True
-            self.states.enter(ConnState.ACTIVE, AuthBegun(self._auth_mechanism))
+            self.enter(ConnState.ACTIVE, AuthBegun(self._auth_mechanism))
             self._send(reply, Verb.AUTH)
         else:
             if reply.error_type is ErrorType.AUTH and reply.is_permanent:
