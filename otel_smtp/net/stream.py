@@ -28,6 +28,7 @@ import ssl
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from functools import lru_cache, partial
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
 from otel_smtp.net.endpoints import endpoint
@@ -44,7 +45,10 @@ TLS_SHUTDOWN_SECONDS: Final = 2.0  # for the peer's close_notify; few peers send
 CLOCK_SLACK_SECONDS: Final = 0.002  # uvloop's timers count whole milliseconds
 
 _own_endpoint: Final = lru_cache(maxsize=64)(endpoint)  # of a listener: the same for all of its connections
-_RECEIVE_BUFFER: Final = memoryview(bytearray(RECEIVE_BUFFER_OCTETS))
+# A slice of a mapping is bytes, for half of what it takes to slice a memoryview and to copy that. It is private: a
+# process that has forked does not read into its child's.
+_RECEIVED: Final = mmap(-1, RECEIVE_BUFFER_OCTETS, flags=MAP_PRIVATE | MAP_ANONYMOUS)
+_RECEIVE_BUFFER: Final = memoryview(_RECEIVED)  # what TLS layers slice to write into
 
 
 class Receiver(Protocol):
@@ -480,10 +484,10 @@ class Stream(asyncio.BufferedProtocol):
         receiver = self.receiver
         if receiver is not None:
             self.octets_received += nbytes
-            receiver.data_received(_RECEIVE_BUFFER[:nbytes].tobytes())
+            receiver.data_received(_RECEIVED[:nbytes])
             return
         pulled = self._pull()
-        pulled.chunks.append(_RECEIVE_BUFFER[:nbytes].tobytes())
+        pulled.chunks.append(_RECEIVED[:nbytes])
         self.octets_received += nbytes
         pulled.unread += nbytes
         if pulled.reads_once:

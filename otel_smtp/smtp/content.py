@@ -23,7 +23,8 @@ from otel_smtp.smtp.framing import (
 from otel_smtp.smtp.received import HeaderFacts, inspect_header
 from otel_smtp.smtp.replies import Reply
 
-_NO_FIELD: Final = frozenset({b".", b"\r", b" ", b"\t"})
+_NUL: Final = 0  # as a number: `in` takes bytes to be one, and then recovers from its error
+_NO_FIELD: Final = frozenset(b".\r \t")
 """How content begins whose first octet is a dot, or that has no header block, or none that may be put behind our own
 fields; see `HeaderSplitter`."""
 
@@ -84,8 +85,8 @@ def whole_message(data: bytes, limits: ContentLimits, size_limit: int) -> tuple[
         or size > limits.text_line
         or data[-5:] != END_OF_DATA
         or data.rfind(b"\r\n.", 0, size) >= 0  # a line begins with a dot; backwards this is found sooner
-        or data[:1] in _NO_FIELD
-        or b"\0" in data
+        or data[0] in _NO_FIELD
+        or _NUL in data
         or has_bare_line_end(data)
     ):
         return None
