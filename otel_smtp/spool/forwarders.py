@@ -213,7 +213,7 @@ class _Queued(MailTransaction):
         self._mail = mail
         self._record = record
         self._deliveries: dict[str, list[Recipient]] = {}
-        self._draft: Draft | None = None
+        self._draft: Draft | None = intake.draft()  # by which the store knows that a message is on its way
         self._resume: Callable[[], None] | None = None
         self._answered: MessageAnswered | None = None
         self.spool_id: str | None = None
@@ -232,7 +232,6 @@ class _Queued(MailTransaction):
     def content(self, resume: Callable[[], None]) -> None:
         """See `MailTransaction.content`."""
         self._resume = resume
-        self._draft = self._intake.draft()
 
     def write(self, chunk: bytes) -> bool:
         """See `MailTransaction.write`."""

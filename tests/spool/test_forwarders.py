@@ -122,6 +122,21 @@ def files(store: EmbeddedStore) -> list[Path]:
     return [file for file in (store.directory.path / "tmp").iterdir() if file.stat().st_size]
 
 
+async def test_a_mail_waits_for_those_whose_transaction_is_open_and_not_for_those_given_up(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("otel_smtp.spool.embedded.log.COMPANY_SECONDS", 3600.0)
+    begun, other = gateway.queued(), gateway.queued()
+    await other.ask(BOB)
+    other.begin_content()
+    other.write(HEADER, BODY)
+    other.finish()
+    await asyncio.sleep(0.02)
+    assert not other.answers
+    begun.transaction.abort()
+    assert await other.answer() == replies.OK
+
+
 async def test_a_message_is_answered_with_its_id_once_it_is_durable(gateway: Gateway) -> None:
     client = gateway.queued()
     assert (await client.send(BOB)).code == 250

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from otel_smtp.spool.drafting import MEMORY_LIMIT_OCTETS, SpillingDraft
 from otel_smtp.spool.embedded.files import open_regular, storage_error, write_all
+from otel_smtp.spool.embedded.log import Log
 from otel_smtp.spool.messages import SpoolError
 
 
@@ -16,16 +17,25 @@ class EmbeddedDraft(SpillingDraft):
 
     Args:
         name: gives the name of the file, should one be needed.
+        log: expects the message, until it has come or was discarded.
     """
 
-    __slots__ = ("_crc", "_file", "_name", "_path")
+    __slots__ = ("_crc", "_expected_by", "_expected_since", "_file", "_name", "_path")
 
-    def __init__(self, name: Callable[[], Path], *, memory_limit_octets: int = MEMORY_LIMIT_OCTETS) -> None:
+    def __init__(self, name: Callable[[], Path], log: Log, *, memory_limit_octets: int = MEMORY_LIMIT_OCTETS) -> None:
         super().__init__(memory_limit_octets=memory_limit_octets)
+        self._expected_by: Log | None = log
+        self._expected_since = log.expect()
         self._name = name
         self._path: Path | None = None
         self._file = -1
         self._crc = 0
+
+    def has_come(self) -> None:
+        """The message is expected no longer. Idempotent."""
+        if self._expected_by is not None:
+            self._expected_by.expect_no_more(self._expected_since)
+            self._expected_by = None
 
     def hand_over(self) -> tuple[Path, int]:
         """Give the file of the complete content away: `discard` does not touch it any more.
@@ -55,6 +65,7 @@ class EmbeddedDraft(SpillingDraft):
         write_all(self._file, data)
 
     def _close(self) -> None:
+        self.has_come()
         self._close_file()
         if self._path is not None:
             with contextlib.suppress(OSError):

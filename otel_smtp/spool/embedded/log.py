@@ -1,7 +1,8 @@
 """The log: segments that are only appended to, by one thread, which makes durable in one go whatever waits for it.
 
-While the thread syncs, more work gathers; that becomes the next group. So a lone message waits for nobody, and under
-load one sync serves all that came during the last one. The order within a group is the promise::
+While the thread syncs, more work gathers; that becomes the next group. A message that is complete while others are on
+their way waits for them, a moment at most, since each group costs as much as some messages. So a lone message waits for
+nobody, and under load one sync serves many. The order within a group is the promise::
 
     records written and segment synced (in one system call where that can be relied on) > 250
 
@@ -43,6 +44,7 @@ BEGIN_OCTETS: Final = 4096  # its first record is not longer
 GROUP_MOST: Final = 512  # steps that share a sync: beyond, the first would wait for the last
 GROUP_OCTETS: Final = 2 * 1024 * 1024
 GATHER_SECONDS: Final = 0.005  # a delivery's result waits so long for a message that comes in, to share its sync
+COMPANY_SECONDS: Final = 0.001  # a message waits so long for others that are on their way
 
 Part = tuple[RecordKind, str, Sequence[bytes]]
 """A record to be written: kind, text, content."""
@@ -55,6 +57,8 @@ class Room(IntEnum):
     WORK = 1  # the segment in reserve: to deliver makes room, and so does to move
     RESULT = 2  # the end of each segment, too: what was begun has to be recorded
 
+
+_MAIL: Final = Room.MAIL  # looked up in its class, a member costs as much as a call
 
 _VERBS: Final = (
     (StoreVerb.SUBMIT, 1 << Room.MAIL), (StoreVerb.FINISH, 1 << Room.RESULT), (StoreVerb.OTHER, 1 << Room.WORK),
@@ -146,6 +150,9 @@ class Log:
         self._is_stopping = False
         self._writes_in_one_call = directory.has_durable_writes
         self._nudge: asyncio.TimerHandle | None = None  # wakes the thread for what is not urgent
+        self._expected = 0  # messages on their way, but for those of which one was waited for in vain
+        self._round = 0  # how often that was
+        self._company: asyncio.TimerHandle | None = None  # until a message waits for them
         self._loop = asyncio.get_running_loop()
         self.fault: StorageBroken | None = None
         self._thread = threading.Thread(target=self._run, name="spool", daemon=True)
@@ -165,13 +172,48 @@ class Log:
             raise SpoolError(f"{step.octets} octets are more than the spool takes at once")
         self._steps.append(step)
         if is_urgent:
-            self._is_urgent = True  # behind the step: who takes this back takes the step
-            if self._is_asleep and not self._will_wake:
-                # What else comes in this turn of the loop shares the sync.
-                self._will_wake = True
-                self._loop.call_soon(self._wake_if_asleep)
+            if not self._expected or step.room is not _MAIL:
+                self._hurry()
+            elif self._company is None:
+                self._company = self._loop.call_later(COMPANY_SECONDS, self._have_waited)
         elif self._nudge is None:
             self._nudge = self._loop.call_later(GATHER_SECONDS, self._have_gathered)
+
+    def expect(self) -> int:
+        """A message is on its way: those that are complete wait for it, for a moment.
+
+        Returns:
+            What `expect_no_more` is to be given.
+        """
+        self._expected += 1
+        return self._round
+
+    def expect_no_more(self, since: int) -> None:
+        """A message has come, or will not. Call before its own step is appended."""
+        if since != self._round:
+            return  # it was waited for in vain, and is not expected any more
+        self._expected -= 1
+        if not self._expected and self._company is not None:
+            self._hurry()
+
+    def _have_waited(self) -> None:
+        """Some that are on their way take longer than others are to wait: these are not waited for again."""
+        self._company = None
+        self._round += 1
+        self._expected = 0
+        if self._steps:
+            self._hurry()
+
+    def _hurry(self) -> None:
+        """Have the thread write what has been appended, as soon as it can."""
+        if self._company is not None:
+            self._company.cancel()
+            self._company = None
+        self._is_urgent = True  # behind the step: who takes this back takes the step
+        if self._is_asleep and not self._will_wake:
+            # What else comes in this turn of the loop shares the sync.
+            self._will_wake = True
+            self._loop.call_soon(self._wake_if_asleep)
 
     def _wake_if_asleep(self) -> None:
         self._will_wake = False

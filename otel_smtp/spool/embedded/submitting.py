@@ -24,7 +24,7 @@ class EmbeddedSubmitting(EmbeddedParts):
 
     def draft(self) -> EmbeddedDraft:
         """See `Store.draft`."""
-        return EmbeddedDraft(self._new_temporary)
+        return EmbeddedDraft(self._new_temporary, self.journal.log)
 
     def _new_temporary(self) -> Path:
         return self.directory.temporary(new_id())
@@ -34,6 +34,7 @@ class EmbeddedSubmitting(EmbeddedParts):
         assert isinstance(draft, EmbeddedDraft)
         answer: asyncio.Future[Sequence[Lease]] = self._loop.create_future()
         content = draft.in_memory
+        draft.has_come()
         entry = Entry.of(message, self._now_ms(), draft.octets, is_leased=lease, is_large=content is None)
         if content is not None and len(self.memory.hot) < 2 * HOT_MOST:
             self.journal.add(entry, content, None, answer)

@@ -78,6 +78,65 @@ async def test_what_comes_at_the_same_time_shares_a_sync(tmp_path: Path, monkeyp
         assert syncs < 20
 
 
+@pytest.fixture
+def writes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The octets of each group that was written."""
+    found: list[int] = []
+
+    def note(file: int, data: bytes, at: int, *, in_one_call: bool) -> bool:
+        found.append(len(data))
+        return write_durably(file, data, at, in_one_call=in_one_call)
+
+    monkeypatch.setattr("otel_smtp.spool.embedded.log.write_durably", note)
+    return found
+
+
+async def test_a_message_waits_for_those_that_are_on_their_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: list[int]
+) -> None:
+    monkeypatch.setattr("otel_smtp.spool.embedded.log.COMPANY_SECONDS", 3600.0)
+    async with opened(tmp_path / "spool") as (store, _):
+        drafts = [await written(store.draft()) for _ in range(3)]
+        first, second = (store.submit(message(), draft, lease=False) for draft in drafts[:2])
+        await asyncio.sleep(0.02)
+        assert not writes, "the third is expected"
+        async with asyncio.timeout(30):
+            await asyncio.gather(first, second, store.submit(message(), drafts[2], lease=False))
+        assert len(writes) == 1
+
+
+async def test_a_message_waits_no_longer_for_one_that_will_not_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("otel_smtp.spool.embedded.log.COMPANY_SECONDS", 3600.0)
+    async with opened(tmp_path / "spool") as (store, _):
+        given_up = store.draft()
+        waiting = store.submit(message(), await written(store.draft()), lease=False)
+        given_up.discard()
+        async with asyncio.timeout(30):
+            await waiting
+            given_up.discard()
+            await queued(store)  # alone: it waits for nobody
+
+
+async def test_a_slow_message_is_waited_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with opened(tmp_path / "spool") as (store, _):
+        slow = store.draft()
+        async with asyncio.timeout(30):
+            await queued(store)
+            monkeypatch.setattr("otel_smtp.spool.embedded.log.COMPANY_SECONDS", 3600.0)
+            await queued(store)
+            slow.discard()
+            await queued(store)
+            # Who comes after that is expected again.
+            other = store.draft()
+            waiting = store.submit(message(), await written(store.draft()), lease=False)
+            await asyncio.sleep(0.02)
+            assert not waiting.done()
+            other.discard()
+            await waiting
+
+
 async def test_results_wait_for_the_next_message_also_while_the_log_is_busy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
