@@ -81,7 +81,7 @@ class ConnectionRecord:
         octets_received, octets_sent: of the application, set when the connection is closed.
         failure: why it failed, in the words that an operator needs, where no reply says it: a TLS handshake.
         close_reason: None while it is open. `closed_ns`: when it was closed; 0 while it is open.
-        trace: what tracing keeps of the present segment.
+        trace: what tracing keeps of the present segment; None until it is needed.
         counted_transitions, counted_replies: of the present segment, those that the metrics have counted already.
     """
 

@@ -9,7 +9,8 @@ clock; with the connection's offset they become wall clock times whose order is 
 What a span is called, its *identity*, is needed before it ends: people are shown a trace id, relayed mail carries one.
 An identity is settled by the first who needs it, and is kept in the record's `trace`:
 
-* that of a connection's segment when the segment begins: after accept, and after the segment before it;
+* that of a connection's first segment with its first mail, or at its end: a connection that only waits needs none.
+  That of a later one when it begins, as it is linked to the one before;
 * that of a transaction when its header block has been read, or when it ends without: the application's trace context in
   the header decides which trace it joins. Observers are asked for a trace id no sooner;
 * that of a delivery when the relayed message is to carry it, or at its end.
@@ -190,14 +191,10 @@ class Tracing(Observer):
 
     # Connections -------------------------------------------------------------------------------------------------
 
-    def connection_opened(self, connection: ConnectionRecord) -> None:
-        """The first segment begins."""
-        connection.trace = self._segment_identity(connection, connection.segment, ())
-
     def segment_ended(self, connection: ConnectionRecord) -> None:
         """Make the segment's span; the next one is linked to it."""
         self._finish_segment(connection, self._monotonic_ns(), is_closed=False)
-        previous = LinkRecord(identity_of(connection).context, {names.LINK_TYPE: LinkType.PREVIOUS_SEGMENT.value})
+        previous = LinkRecord(self.segment(connection).context, {names.LINK_TYPE: LinkType.PREVIOUS_SEGMENT.value})
         connection.trace = self._segment_identity(connection, connection.segment + 1, (previous,))
 
     def connection_closed(self, connection: ConnectionRecord) -> None:
@@ -205,6 +202,13 @@ class Tracing(Observer):
         # A health check connects and leaves. Once a segment was exported, its end is exported too.
         if self._probes or connection.segment > 1 or not is_probe(connection):
             self._finish_segment(connection, connection.closed_ns, is_closed=True)
+
+    def segment(self, connection: ConnectionRecord) -> SegmentIdentity:
+        """The identity of a connection's present segment, or of its last one; known from now on."""
+        identity: SegmentIdentity | None = connection.trace
+        if identity is None:
+            identity = connection.trace = self._segment_identity(connection, connection.segment, ())
+        return identity
 
     def _segment_identity(
         self, connection: ConnectionRecord, segment: int, links: Sequence[LinkRecord]
@@ -215,7 +219,7 @@ class Tracing(Observer):
         return SegmentIdentity(self._sampling.decide(names.SPAN_CONNECTION, SpanKind.SERVER, None, at_start, links))
 
     def _finish_segment(self, connection: ConnectionRecord, end_ns: int, *, is_closed: bool) -> None:
-        identity = identity_of(connection)
+        identity = self.segment(connection)
         encodes, reads = self._wanted(identity)
         if not encodes and not reads and not self._lines:
             return
@@ -308,7 +312,7 @@ class Tracing(Observer):
         described = self.attributes.transaction(transaction, is_in_application=is_in_application)
         if described[0].has_failed and transaction.connection is not None:
             # What looks at SERVER spans, as span metrics do, is to see it.
-            identity_of(transaction.connection).failure = described[0]
+            self.segment(transaction.connection).failure = described[0]
         offset = transaction.wall_offset_ns
         times = transaction.begun_ns + offset, transaction.ended_ns + offset + AFTER_LAST_EVENT_NS
         told: Sequence[EventRecord] = ()
@@ -340,7 +344,7 @@ class Tracing(Observer):
         for delivery in transaction.deliveries:
             self._settle_delivery(delivery, transaction).keep(reason.value)
         if transaction.connection is not None:
-            identity_of(transaction.connection).keep(reason.value)
+            self.segment(transaction.connection).keep(reason.value)
 
     def delivery_ended(self, delivery: DeliveryRecord) -> None:
         """Make the span of an attempt that outlived its transaction."""
@@ -386,7 +390,7 @@ class Tracing(Observer):
 
     def connection_carrier(self, connection: ConnectionRecord) -> Mapping[str, str]:
         """The present segment's own context."""
-        return propagation.carrier(identity_of(connection).context)
+        return propagation.carrier(self.segment(connection).context)
 
     def trace_id(self, transaction: TransactionRecord) -> str | None:
         """The trace id, sampled or not."""
@@ -395,7 +399,7 @@ class Tracing(Observer):
             headers, connection = transaction.trace_headers, transaction.connection
             if connection is not None and (headers is None or not headers.traceparents):
                 # As `_settle`, which would be one call more for nearly each mail.
-                segment: SegmentIdentity = connection.trace
+                segment: SegmentIdentity = connection.trace or self.segment(connection)
                 if not segment.is_recording and self._drops_mails:
                     return segment.trace_text or segment.tell_trace()  # it needs no identity of its own
                 identity = transaction.trace = self._sampling.inherit(segment.context)
@@ -427,7 +431,10 @@ class Tracing(Observer):
         """Whether a transaction needs no identity: it is below a segment that the sampler dropped, and nobody will hear
         of it. All that is ever told of it is its trace id, which is the segment's."""
         headers = transaction.trace_headers
-        return self._drops_mails and not connection.trace.is_recording and (headers is None or not headers.traceparents)
+        if not self._drops_mails or (headers is not None and headers.traceparents):
+            return False
+        segment: SegmentIdentity = connection.trace or self.segment(connection)
+        return not segment.is_recording
 
     def _settle(self, transaction: TransactionRecord) -> Identity | None:
         """The transaction's identity, known from now on; None for a message from the spool without a trace."""
@@ -438,7 +445,7 @@ class Tracing(Observer):
                 identity = _stored(transaction)
             else:
                 if headers is None or not headers.traceparents:
-                    identity = self._sampling.inherit(connection.trace.context)
+                    identity = self._sampling.inherit(self.segment(connection).context)
                 if identity is None:
                     identity = self._join(transaction, connection)
             transaction.trace = identity
@@ -446,7 +453,7 @@ class Tracing(Observer):
 
     def _join(self, transaction: TransactionRecord, connection: ConnectionRecord) -> Identity:
         """Place the transaction below its connection or below the application's span, with a link to the other."""
-        parent: TraceContext = connection.trace.context
+        parent = self.segment(connection).context
         links: tuple[LinkRecord, ...] = ()
         kind = SpanKind.INTERNAL
         headers = transaction.trace_headers
@@ -672,13 +679,7 @@ class StateTelling(Observer):
 
         [event] = state_events([transition], before_ns, connection.wall_offset_ns, more)
         attributes = {names.CONNECTION_ID: connection.id, **event.attributes}
-        self._log.take(event.name, event.time_ns, attributes, identity_of(connection).context)
-
-
-def identity_of(connection: ConnectionRecord) -> Identity:
-    """The identity of a connection's present segment, or of its last one."""
-    identity: Identity = connection.trace
-    return identity
+        self._log.take(event.name, event.time_ns, attributes, self._tracing.segment(connection).context)
 
 
 def before_segment_ns(connection: ConnectionRecord) -> int | None:

@@ -274,8 +274,7 @@ def count_calls(house: House, mails: int = MAILS) -> Calls:
 def _identified(house: House, traffic: Traffic, steps: list[Step]) -> list[Step]:
     """Give records that continue another's connection the identity of their segment, which no session needs to do."""
     for connection, _ in steps:
-        if connection.trace is None:
-            house.observer.connection_opened(connection)
+        house.observer.connection_carrier(connection)
     return steps
 
 

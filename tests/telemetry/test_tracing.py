@@ -134,6 +134,14 @@ def test_every_transition_of_a_golden_sequence_is_an_event_in_order(
         assert attributes["smtp.state.level"] not in ("Reset", "Error")
 
 
+def test_a_connection_that_only_waits_has_no_identity_before_its_end() -> None:
+    kept = Kept()
+    client = Client(tracing(kept)).ehlo()
+    assert client.record.trace is None
+    client.quit()
+    assert states(kept.one(CONNECTION)) == ["New", "Active", "Closed"]
+
+
 def event_attributes(record: SpanRecord, name: str) -> dict[str, object]:
     common = ("smtp.state", "smtp.state.previous", "smtp.state.sequence", "smtp.state.previous_duration")
     [event] = [event for event in record.events if event.name == name]
