@@ -30,6 +30,7 @@ from otel_smtp.telemetry.metrics import SharedQueue
 from otel_smtp.telemetry.records import SpanSink
 from otel_smtp.telemetry.setup import set_up
 from otel_smtp.telemetry.tail import MailTail
+from otel_smtp.telemetry.turns import AtEndOfTurn
 
 if TYPE_CHECKING:
     from otel_smtp.spool.service import Spool
@@ -122,7 +123,8 @@ class Gateway:
         members[:0] = self._telemetry.observers
         if conn_state is not None:
             members.append(StateCallback(conn_state))
-        self._observer = fan_out(members)
+        # Who reads spans in this process finds a mail's there when its reply has come.
+        self._observer = fan_out(members, None if span_sinks else AtEndOfTurn())
         self._sweep = Sweep()
         store: Store | None = None
         if settings.delivery.mode != "direct":
@@ -179,7 +181,12 @@ class Gateway:
 
     def metrics(self, accept: str) -> tuple[bytes, str]:
         """The metrics page, and its content type, for a scraper that accepts `accept`."""
+        self._observer.catch_up()
         return self._telemetry.metrics_page(accept)
+
+    def catch_up(self) -> None:
+        """Make the spans of mails that have ended: for whoever reads them now."""
+        self._observer.catch_up()
 
     @property
     def mail_tail(self) -> MailTail | None:
@@ -290,6 +297,7 @@ class Gateway:
             self._catching_up.cancel()
         if self._status_port is not None:
             await self._status_port.stop()
+        self._observer.catch_up()
         self._telemetry.finish()
         await asyncio.to_thread(self._telemetry.flush_and_shutdown, TELEMETRY_FLUSH_SECONDS)
 

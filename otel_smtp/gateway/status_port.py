@@ -69,7 +69,7 @@ class StatusPort:
         self._process = process
         self._address = address
         self._redaction = redaction
-        self._traces = RecentTraces()
+        self._traces = RecentTraces(catch_up=gateway.catch_up)
         self._server: StatusServer | None = None
         self.live = LiveView(shown_host=redaction.ip, shown_name=redaction.host_name)
         self.listening: Endpoint | None = None
@@ -80,8 +80,8 @@ class StatusPort:
         self.live.show(redaction.ip, redaction.host_name)
 
     @property
-    def keep(self) -> Callable[[EncodedSpan, bool], None]:
-        """Keeps finished spans of one trace for the page; those in which something went wrong for longer."""
+    def keep(self) -> Callable[[Sequence[EncodedSpan], bool], None]:
+        """Keeps finished spans for the page; those in whose trace something went wrong for longer."""
         return self._traces.add
 
     async def start(self, *, is_required: bool) -> None:

@@ -1,17 +1,32 @@
 """Several observers as one, each kept from harming the others and the mail.
 
 The dispatch of every hook is derived from `Observer`: a hook that is added there is dispatched from then on.
+
+Transactions that went well wait here for a moment, to be told to `transactions_settled` together. Nobody writes to such
+a record or to its deliveries any more, and the connection's segment in which it happened lasts until it has been told.
 """
 
 import difflib
 import inspect
 import logging
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Final
 
 from otel_smtp.observing.interface import HOOKS, Observer
+from otel_smtp.observing.records import ConnectionRecord, TransactionRecord
+from otel_smtp.observing.values import Outcome
 
 logger: Final = logging.getLogger("otel_smtp.observing")
+
+# So many records wait at most: what is made of them takes half a millisecond, for which mail waits.
+MOST_WAITING: Final = 32
+
+_RELAYED: Final = Outcome.RELAYED  # looked up in its class, a member costs as much as a call
+_QUEUED: Final = Outcome.QUEUED
+
+Soon = Callable[[Callable[[], None]], None]
+"""Calls what it is given within a few milliseconds, on the event loop, or at once."""
 
 
 class _Member:
@@ -40,7 +55,7 @@ class FanOut(Observer):
         wants_transitions: somebody overrides `conn_state`, so that it has to be called.
     """
 
-    def __init__(self, observers: Iterable[Observer]) -> None:
+    def __init__(self, observers: Iterable[Observer], soon: Soon | None = None) -> None:
         members = [_Member(observer) for observer in observers]
         for hook, asks in HOOKS.items():
             listeners = tuple(
@@ -51,6 +66,43 @@ class FanOut(Observer):
             # Bound to those who listen, so that a call has nothing to look up; of those who do not, the interface's.
             if listeners:
                 setattr(self, hook, (_asker if asks else _teller)(hook, listeners))
+        self._soon = soon
+        self._waiting: list[TransactionRecord] = []
+        self._tell_at_once: Callable[[TransactionRecord], None] | None = None
+        if "transactions_settled" in self.__dict__:
+            self._tell_at_once = self.__dict__.get("transaction_ended")
+            self.transaction_ended = self._transaction_ended  # type: ignore[method-assign]
+            for hook in ("segment_ended", "connection_closed"):
+                setattr(self, hook, partial(self._after_those_waiting, getattr(self, hook)))
+
+    def catch_up(self) -> None:
+        """Tell the transactions that wait: for whoever wants to read what observers make of them."""
+        if waiting := self._waiting:
+            self._waiting = []
+            self.transactions_settled(waiting)
+
+    def _transaction_ended(self, transaction: TransactionRecord) -> None:
+        if self._tell_at_once is not None:
+            self._tell_at_once(transaction)
+        waiting, outcome, deliveries = self._waiting, transaction.outcome, transaction.deliveries
+        waiting.append(transaction)
+        if (
+            self._soon is None
+            or (outcome is not _RELAYED and outcome is not _QUEUED)
+            or (deliveries and not deliveries[-1].ended_ns)  # each begins when the one before has ended
+            or len(waiting) >= MOST_WAITING
+        ):
+            self.catch_up()
+        elif len(waiting) == 1:
+            self._soon(partial(self._told_soon, waiting))
+
+    def _told_soon(self, waiting: list[TransactionRecord]) -> None:
+        if waiting is self._waiting:  # else they have been told before
+            self.catch_up()
+
+    def _after_those_waiting(self, tell: Callable[[ConnectionRecord], None], connection: ConnectionRecord) -> None:
+        self.catch_up()
+        tell(connection)
 
 
 _Listeners = tuple[tuple[_Member, Callable[..., Any]], ...]
@@ -103,10 +155,13 @@ def _takes_one(hook: str) -> bool:
     return len(inspect.signature(getattr(Observer, hook)).parameters) == 2  # its observer, and what it is about
 
 
-def fan_out(observers: Iterable[Observer]) -> FanOut:
+def fan_out(observers: Iterable[Observer], soon: Soon | None = None) -> FanOut:
     """One observer that tells all of `observers`; one that raises is logged once and dropped.
 
     Where several could answer a question, the first answer that is not empty holds.
+
+    Args:
+        soon: lets transactions wait for others (`Observer.transactions_settled`); None: each is told at once.
 
     Raises:
         TypeError: a method of an observer is named almost like a hook and is none, so it would never be called.
@@ -114,7 +169,7 @@ def fan_out(observers: Iterable[Observer]) -> FanOut:
     observers = list(observers)
     for observer in observers:
         _check_names(type(observer))
-    return FanOut(observers)
+    return FanOut(observers, soon)
 
 
 def _check_names(kind: type) -> None:

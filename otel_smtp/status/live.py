@@ -6,7 +6,7 @@ asks. All rendering, and all redaction, happens then (`LiveView.snapshot`).
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain, islice
 from typing import Any, Final
 
@@ -69,10 +69,9 @@ class LiveView(Observer):
         if self._connections.pop(connection, connection) is None:
             self._gone += 1 + _changes(connection)
 
-    def transaction_ended(self, transaction: TransactionRecord) -> None:
-        """Count it."""
-        if transaction.outcome is not None:
-            self.outcomes[transaction.outcome] += 1
+    def transactions_settled(self, transactions: Sequence[TransactionRecord]) -> None:
+        """Count them."""
+        self.outcomes.update([each.outcome for each in transactions if each.outcome is not None])
 
     @property
     def version(self) -> int:

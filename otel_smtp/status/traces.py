@@ -12,7 +12,7 @@ spans, which are what a search takes its time for.
 import re
 import time
 from collections import deque
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from enum import StrEnum
 from typing import Any, Final, Protocol
 
@@ -262,6 +262,7 @@ class RecentTraces:
 
     Args:
         recent_spans, recent_octets, failed_spans, failed_octets: how much each shelf may hold.
+        catch_up: adds what is still to be made of mails that have ended; called before what is held is read.
 
     Attributes:
         version: grows with every span.
@@ -274,7 +275,9 @@ class RecentTraces:
         recent_octets: int = RECENT_OCTETS,
         failed_spans: int = FAILED_SPANS,
         failed_octets: int = FAILED_OCTETS,
+        catch_up: Callable[[], None] = lambda: None,
     ) -> None:
+        self._catch_up = catch_up
         self._recent = _Shelf(recent_spans, recent_octets)
         self._failed = _Shelf(failed_spans, failed_octets)
         self._failed_traces: dict[bytes, None] = {}  # in order of their first failure
@@ -283,20 +286,21 @@ class RecentTraces:
         self._has_dropped = False
         self.version = 0
 
-    def add(self, span: SpanOctets, is_trouble: bool = False) -> None:
-        """Keep a finished span, or some of one trace that ended together. Called on the mail path.
+    def add(self, spans: Sequence[SpanOctets], is_trouble: bool = False) -> None:
+        """Keep finished spans, each one or some of one trace that ended together. Called on the event loop.
 
         Args:
             is_trouble: something in them went wrong.
         """
-        self.version += 1
+        self.version += len(spans)
         recent = self._recent
-        spans = recent.spans
-        spans.append(span)
-        recent.octets = octets = recent.octets + len(span) + _OCTETS_BESIDE
+        held = recent.spans
+        held.extend(spans)
+        recent.octets = octets = recent.octets + sum(map(len, spans)) + len(spans) * _OCTETS_BESIDE
         if is_trouble:
-            self._note_failure(span.trace_id)
-        if octets > recent.octets_room or len(spans) > recent.spans_room:
+            for span in spans:
+                self._note_failure(span.trace_id)
+        if octets > recent.octets_room or len(held) > recent.spans_room:
             self._has_dropped = True
             self._outlive(recent.make_room())
 
@@ -310,6 +314,7 @@ class RecentTraces:
 
     def spans(self) -> list[SpanOctets]:
         """All that is held now, the newest first."""
+        self._catch_up()
         return [*reversed(self._recent.spans), *reversed(self._failed.spans)]
 
     def group(self, spans: Iterable[SpanOctets], found: dict[bytes, list[SpanOctets]]) -> None:

@@ -8,6 +8,7 @@ filter may leave out, lines about recipients, and all lines where somebody else 
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Final
 
 from otel_smtp.observing import Fate
@@ -16,7 +17,14 @@ from otel_smtp.telemetry.logs import ACCESS, write_line
 from otel_smtp.telemetry.propagation import TraceContext
 from otel_smtp.telemetry.records import EventRecord
 from otel_smtp.telemetry.span_attributes import Described
-from otel_smtp.telemetry.span_lines import ON_LINES, LineOfSpan, LinesOfMail, SpanLineHandler, line_shape
+from otel_smtp.telemetry.span_lines import (
+    ON_LINES,
+    LineOfSpan,
+    LinesOfMail,
+    SpanLineHandler,
+    WriteLines,
+    line_shape,
+)
 
 
 class AccessLog:
@@ -73,23 +81,30 @@ class AccessLog:
 
     def take_line(self, line: LineOfSpan) -> bool:
         """Write the line of a span. False: somebody wants records, which only descriptions make."""
-        return self._write(line.shape.name, lambda handler, now_ns: handler.take_line(*line, now_ns))
-
-    def take_mail(self, mail: LinesOfMail) -> bool:
-        """Write both lines of an ordinary mail. False: somebody wants records, which only descriptions make."""
-        return self._write(mail.shapes[1].name, lambda handler, now_ns: handler.take_mail(mail, now_ns))
-
-    def _write(self, name: str, write: Callable[[SpanLineHandler, int], None]) -> bool:
         handlers = self._handlers()
         if handlers is None:
             return False
+        self._write(handlers, line.shape.name, lambda handler, now_ns: handler.take_line(*line, now_ns))
+        return True
+
+    def writer_of_mails(self) -> WriteLines | None:
+        """What writes both lines of ordinary mails. None: somebody wants records, which only descriptions make."""
+        handlers = self._handlers()
+        return None if handlers is None else partial(self._write_mails, handlers)
+
+    def _write_mails(self, handlers: Sequence[SpanLineHandler], mails: Sequence[LinesOfMail]) -> None:
+        name = mails[0].shapes[1].name
+        self._write(handlers, name, lambda handler, now_ns: handler.take_mails(mails, now_ns))
+
+    def _write(
+        self, handlers: Sequence[SpanLineHandler], name: str, write: Callable[[SpanLineHandler, int], None]
+    ) -> None:
         now_ns = time.time_ns()
         for handler in handlers:
             try:
                 write(handler, now_ns)
             except Exception:  # noqa: BLE001 - the contract of handlers: an error is reported and never raised
                 handler.handleError(logging.makeLogRecord({"name": self._logger.name, "msg": name}))
-        return True
 
     def _handlers(self) -> list[SpanLineHandler] | None:
         """The handlers of our lines, if each can do without a record; None where one cannot."""

@@ -193,6 +193,31 @@ class Export(Generic[T]):
         if (waiting_items >= self._batch_items or waiting > MAX_BATCH_OCTETS) and not self._wake.is_set():
             self._wake.set()
 
+    def put_all(self, records: Sequence[bytes], items: int) -> None:
+        """Queue several that are encoded, none of which is larger than a batch may be, as `put` does each.
+
+        Args:
+            items: how many they are in all.
+        """
+        octets = sum(map(len, records))
+        waiting_items = self._items_in - self._items_out + items
+        waiting = self._octets_in - self._octets_out + octets
+        if (
+            waiting_items > self._most_items
+            or waiting > self._most_octets
+            or octets > MAX_BATCH_OCTETS
+            or self._is_stopping
+            or self._thread is None
+        ):
+            for record in records:  # what there is room for is queued
+                self.put(record, self._count((record,)))
+            return
+        self._queue.extend(records)
+        self._items_in += items
+        self._octets_in += octets
+        if (waiting_items >= self._batch_items or waiting > MAX_BATCH_OCTETS) and not self._wake.is_set():
+            self._wake.set()
+
     def _why_not(self, octets: int, waiting_items: int) -> DropReason:
         # The newest is lost, not the oldest: what led to the trouble is worth more than what came after.
         if self._is_stopping:
@@ -379,7 +404,8 @@ class TraceExport(Export[EncodedSpan]):
     def _count(self, batch: Sequence[bytes]) -> int:
         return sum(one.spans for one in cast("Sequence[EncodedSpan]", batch))
 
-    def put_alone(self, span: EncodedSpan, items: int) -> None:
+    def put_alone(self, spans: Sequence[EncodedSpan], items: int) -> None:
         """Queue two spans that ended together each by itself, where they are more than a request may have."""
-        for one in span.each() if isinstance(span, EncodedPair) else (span,):
-            self.put(one)
+        for span in spans:
+            for one in span.each() if isinstance(span, EncodedPair) else (span,):
+                self.put(one)

@@ -151,15 +151,17 @@ class JsonLines(LineHandler, SpanLineHandler):
         """Write the line of a span with others of this turn of the event loop."""
         self._output.add(self._span_lines(shape, pairs, duration_seconds, context, now_ns) + "\n")
 
-    def take_mail(self, mail: LinesOfMail, now_ns: int) -> None:
-        """Write both lines of a mail, likewise."""
-        of_attempt, of_transaction = self._span_lines.of_mail(mail, now_ns)
-        both = of_attempt + of_transaction
-        if len(both) <= PIPE_BUF:
-            self._output.add(both)
-        else:  # together they might be torn apart
-            self._output.add(of_attempt)
-            self._output.add(of_transaction)
+    def take_mails(self, mails: Sequence[LinesOfMail], now_ns: int) -> None:
+        """Write both lines of each mail, likewise."""
+        of_mail, add = self._span_lines.of_mail, self._output.add
+        for mail in mails:
+            of_attempt, of_transaction = of_mail(mail, now_ns)
+            both = of_attempt + of_transaction
+            if len(both) <= PIPE_BUF:
+                add(both)
+            else:  # together they might be torn apart
+                add(of_attempt)
+                add(of_transaction)
 
 
 class TextLines(LineHandler):

@@ -416,8 +416,12 @@ class Metrics(Observer):
         if connection.octets_received == 0:
             self._probes.add(labels)
 
-    def transaction_ended(self, transaction: TransactionRecord) -> None:
-        """Count it, and its deliveries that are over."""
+    def transactions_settled(self, transactions: Sequence[TransactionRecord]) -> None:
+        """Count them, and their deliveries that are over."""
+        for transaction in transactions:
+            self._count(transaction)
+
+    def _count(self, transaction: TransactionRecord) -> None:
         connection = transaction.connection
         if connection is not None and len(connection.transitions) - connection.counted_transitions >= _COUNTED_AT_ONCE:
             self._fold(connection)

@@ -362,7 +362,7 @@ def _trace_export(traces: SignalExport, resource: Resource, version: str) -> Tra
 
 
 def _takes(export: TraceExport, batches: BatchSettings) -> Take:
-    return export.put_alone if batches.batch_spans < EncodedPair.spans else export.put
+    return export.put_alone if batches.batch_spans < EncodedPair.spans else export.put_all
 
 
 def _sdk_processors(traces: SignalExport, problems: Sequence[VariableProblem]) -> list[SpanProcessor]:

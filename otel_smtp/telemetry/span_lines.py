@@ -7,7 +7,7 @@ decided here, for the lines that are made of templates and for those that `loggi
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from json.encoder import encode_basestring_ascii as _quoted
 from typing import Final, NamedTuple
@@ -122,6 +122,10 @@ class LinesOfMail(NamedTuple):
     times: tuple[int, int]
 
 
+WriteLines = Callable[[Sequence[LinesOfMail]], None]
+"""Writes the two lines of each of several ordinary mails, in their order."""
+
+
 class LineOfSpan(NamedTuple):
     """What stands on the line of one span.
 
@@ -163,8 +167,8 @@ class SpanLineHandler(logging.Handler):
         """
         raise NotImplementedError
 
-    def take_mail(self, mail: LinesOfMail, now_ns: int) -> None:
-        """Write the two lines of an ordinary mail, the attempt's first. On the event loop."""
+    def take_mails(self, mails: Sequence[LinesOfMail], now_ns: int) -> None:
+        """Write the two lines of each of several ordinary mails, the attempt's first. On the event loop."""
         raise NotImplementedError
 
 

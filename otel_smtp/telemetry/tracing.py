@@ -44,9 +44,9 @@ from otel_smtp.telemetry.propagation import SAMPLED, InboundPolicy, TraceContext
 from otel_smtp.telemetry.records import EventRecord, LinkRecord, SpanRecord, SpanSink, StateLog
 from otel_smtp.telemetry.redaction import Redaction
 from otel_smtp.telemetry.sampling import Identity, Sampling, SegmentIdentity
-from otel_smtp.telemetry.shapes import AFTER_LAST_EVENT_NS, EncodedSpan, Pair, SpanShape, encode
+from otel_smtp.telemetry.shapes import AFTER_LAST_EVENT_NS, EncodedPair, EncodedSpan, Pair, SpanShape, encode
 from otel_smtp.telemetry.span_attributes import Described, SpanAttributes, is_probe
-from otel_smtp.telemetry.span_lines import LineOfSpan, LinesOfMail
+from otel_smtp.telemetry.span_lines import LineOfSpan, LinesOfMail, WriteLines
 from otel_smtp.telemetry.state_events import (
     WITH_MORE,
     StateEvents,
@@ -66,10 +66,10 @@ _EVENTS_A_TURN: Final = 64
 _TO_SPOOLED: Final = {names.LINK_TYPE: LinkType.SPOOLED_TRANSACTION.value}
 _TO_REPORTED: Final = {names.LINK_TYPE: LinkType.REPORTED_MAIL.value}
 
-Take = Callable[[EncodedSpan, int], None]
-"""Takes a span, or two of one trace that ended together, as octets, and how many they are; called on the event loop, it
-neither blocks nor raises."""
-Keep = Callable[[EncodedSpan, bool], None]
+Take = Callable[[Sequence[EncodedSpan], int], None]
+"""Takes spans as octets, each one or two of one trace that ended together, and how many they are in all; called on the
+event loop, it neither blocks nor raises, and what it is given is its caller's."""
+Keep = Callable[[Sequence[EncodedSpan], bool], None]
 """Takes them likewise, and whether something in them went wrong."""
 
 
@@ -91,8 +91,8 @@ class LineSink(Protocol):
         """Take a span that needs no description; False: only as it is described."""
         ...
 
-    def take_mail(self, mail: LinesOfMail) -> bool:
-        """Take both spans of an ordinary mail at once; False: only as they are described."""
+    def writer_of_mails(self) -> WriteLines | None:
+        """What takes both spans of each of several ordinary mails at once; None: only as they are described."""
         ...
 
 
@@ -264,41 +264,67 @@ class Tracing(Observer):
 
     # Transactions and their deliveries ---------------------------------------------------------------------------
 
-    def transaction_ended(self, transaction: TransactionRecord) -> None:
-        """Make the spans of the transaction and of its deliveries that are over."""
-        identity: Identity | None = transaction.trace
-        if identity is None:
-            connection = transaction.connection
-            if connection is not None and self._is_dropped(transaction, connection):
-                return
-            identity = self._settle(transaction)
+    def transactions_settled(self, transactions: Sequence[TransactionRecord]) -> None:
+        """Make the spans of each transaction and of its deliveries that are over; those of ordinary mails, and their
+        lines in the log, are given away together."""
+        together: list[EncodedSpan] = []
+        write_lines = None if self._only_encodes or self._reads[True] else self._writer_of_lines()
+        lines: list[LinesOfMail] = []
+        ordinary, encodes = self._ordinary, self._encodes
+        for transaction in transactions:
+            identity: Identity | None = transaction.trace or self._settle_unless_dropped(transaction)
+            spans = None
+            if encodes and identity is not None and identity.is_recording and identity.context.flags & SAMPLED:
+                spans = ordinary.spans(transaction, identity)
+            if spans is None or identity is None:
+                self._give_together(together, lines, write_lines)
+                self._finish_transaction(transaction, identity)
+                continue
+            together.append(spans)
+            if write_lines is not None:
+                lines.append(ordinary.lines(transaction, identity))
+            elif not self._only_encodes:
+                self._finish_transaction(transaction, identity, is_encoded=True)
+        self._give_together(together, lines, write_lines)
+
+    def _writer_of_lines(self) -> WriteLines | None:
+        """What writes the lines of ordinary mails for all who want lines; None where that takes descriptions."""
+        return self._lines[0].writer_of_mails() if len(self._lines) == 1 else None
+
+    def _settle_unless_dropped(self, transaction: TransactionRecord) -> Identity | None:
+        connection = transaction.connection
+        if connection is not None and self._is_dropped(transaction, connection):
+            return None
+        return self._settle(transaction)
+
+    def _finish_transaction(
+        self, transaction: TransactionRecord, identity: Identity | None, *, is_encoded: bool = False
+    ) -> None:
+        """Make the spans of a transaction and of its deliveries that are over.
+
+        Args:
+            identity: None for one that is dropped, and for a message from the spool without a trace.
+            is_encoded: those who take octets have them.
+        """
+        if identity is None and transaction.connection is not None:
+            return
         if identity is not None and not identity.is_recording:
             if self._keeping is not None:
                 self._keep_by_outcome(self._keeping, identity, transaction)
             if self._sampling.inherits_ours and not self._tells_all and not identity.is_recording:
                 return
-        is_encoded = False
-        if self._encodes and identity is not None and identity.is_recording:
-            spans = self._ordinary.spans(transaction, identity)
-            if spans is not None:
-                is_encoded = True
-                if identity.context.flags & SAMPLED:
-                    for take in self._exports:
-                        take(spans, 2)
-                for keep in self._memories:
-                    keep(spans, False)
-                if self._only_encodes or (not self._reads[True] and self._have_taken_mail(transaction, identity)):
-                    return
-            elif transaction.spool_id is not None:
+        if self._encodes and not is_encoded and identity is not None and identity.is_recording:
+            span = None
+            if transaction.spool_id is not None:
                 span = self._ordinary_spooled.transaction(transaction, identity)
-                if span is not None:
-                    is_encoded = True
-                    self._pass_on(span, is_exported=_is_exported(identity), is_trouble=False)
-                    if not self._reads[True] and (
-                        not self._lines
-                        or self._have_taken_line(self._ordinary_spooled.line_of_transaction(transaction, identity))
-                    ):
-                        return
+            if span is not None:
+                is_encoded = True
+                self._pass_on(span, is_exported=_is_exported(identity), is_trouble=False)
+                if not self._reads[True] and (
+                    not self._lines
+                    or self._have_taken_line(self._ordinary_spooled.line_of_transaction(transaction, identity))
+                ):
+                    return
         for delivery in transaction.deliveries:
             if delivery.ended_ns:
                 self._finish_delivery(delivery, is_encoded=is_encoded)
@@ -324,12 +350,6 @@ class Tracing(Observer):
             self._show(identity, described, times, told)
         if self._lines:
             self._tell_lines(identity, described, times, told)
-
-    def _have_taken_mail(self, transaction: TransactionRecord, identity: Identity) -> bool:
-        """Whether all who want lines have taken those of a mail that is ordinary."""
-        if not self._lines:
-            return True
-        return len(self._lines) == 1 and self._lines[0].take_mail(self._ordinary.lines(transaction, identity))
 
     def _have_taken_line(self, line: LineOfSpan) -> bool:
         """Whether all who want lines have taken that of a span that is ordinary."""
@@ -607,9 +627,23 @@ class Tracing(Observer):
     def _pass_on(self, span: EncodedSpan, *, is_exported: bool, is_trouble: bool) -> None:
         if is_exported:
             for take in self._exports:
-                take(span, span.spans)
+                take((span,), span.spans)
         for keep in self._memories:
-            keep(span, is_trouble)
+            keep((span,), is_trouble)
+
+    def _give_together(
+        self, pairs: list[EncodedSpan], lines: list[LinesOfMail], write_lines: WriteLines | None
+    ) -> None:
+        """Give away the spans of ordinary mails, all of which are exported, and their lines; leaves none of them."""
+        if pairs:
+            for take in self._exports:
+                take(pairs, len(pairs) * EncodedPair.spans)
+            for keep in self._memories:
+                keep(pairs, False)
+            pairs.clear()
+        if lines and write_lines is not None:
+            write_lines(lines)
+            lines.clear()
 
     def _show(
         self, identity: Identity, described: Described, times: tuple[int, int], events: Sequence[EventRecord]

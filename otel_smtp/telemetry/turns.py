@@ -1,10 +1,11 @@
-"""Work that is too long for one turn of the event loop, done in steps."""
+"""When work is done on the event loop: in steps, where it is too long for one turn; and what can wait, in one go."""
 
 import asyncio
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
+PATIENCE_SECONDS: Final = 0.005
 _DONE: Final = object()
 
 
@@ -55,3 +56,31 @@ class StepByStep:
                 loop.call_soon(self._go_on, loop)
             else:
                 self._due_in = None
+
+
+class AtEndOfTurn:
+    """Does work at the end of this turn of the event loop; under load, where one turn follows the other, at most every
+    `PATIENCE_SECONDS`, so that there is work on several mails to be done in one go.
+    """
+
+    __slots__ = ("_last_at",)
+
+    def __init__(self) -> None:
+        self._last_at = 0.0  # by the loop's clock
+
+    def __call__(self, work: Callable[[], None]) -> None:
+        """Do `work` then; at once where no loop runs."""
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            work()
+            return
+        left = self._last_at + PATIENCE_SECONDS - loop.time()
+        if 0 < left <= PATIENCE_SECONDS:
+            loop.call_later(left, self._do, loop, work)
+        else:
+            loop.call_soon(self._do, loop, work)
+
+    def _do(self, loop: asyncio.AbstractEventLoop, work: Callable[[], None]) -> None:
+        self._last_at = loop.time()
+        work()

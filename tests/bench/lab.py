@@ -327,7 +327,7 @@ def _name(code: CodeType) -> str:
 
 
 def _house(**parts: bool) -> Observers:
-    return lambda: House(**parts)
+    return lambda: House(**parts)  # type: ignore[arg-type]  # none of them is `soon`
 
 
 OBSERVERS: Final[dict[str, Observers]] = {

@@ -19,6 +19,7 @@ from tests.bench.lab import KIB, OBSERVERS, Client, idle_octets, measure, servin
 from tests.support.capture import CapturingUpstream
 from tests.support.process import gateway
 from tests.support.tools import tool
+from tests.telemetry.cost import House, in_batches
 
 MESSAGES = 60
 T = TypeVar("T")
@@ -83,7 +84,8 @@ async def test_a_message_makes_no_task_no_future_and_no_timer(strategy: str, mon
 
     for name in ("create_task", "create_future", "call_later", "call_at", "run_in_executor", "call_soon_threadsafe"):
         count(name)
-    async with serving(OBSERVERS["encoded, queued"], strategy) as accept:
+    # The timer for mails that wait to be told together is one for all that come in some milliseconds.
+    async with serving(lambda: House(page=False, soon=in_batches), strategy) as accept:
         client = Client(KIB)
         accept(client)
         await client.mails(110)  # an upstream's connection serves a hundred

@@ -1,7 +1,7 @@
 """Observers side by side: every hook arrives, one that raises is dropped, and nobody else notices."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import pytest
@@ -18,6 +18,7 @@ from otel_smtp.observing import (
     TransactionRecord,
     fan_out,
 )
+from otel_smtp.observing.fan_out import MOST_WAITING
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Mail, Recipient
 from otel_smtp.smtp.states import ConnState, Transition
@@ -37,6 +38,7 @@ CALLS: Final[Mapping[str, tuple[Any, ...]]] = {
     "segment_ended": (CONNECTION,),
     "connection_closed": (CONNECTION,),
     "transaction_ended": (TRANSACTION,),
+    "transactions_settled": ([TRANSACTION],),
     "delivery_ended": (DELIVERY,),
     "spool_acted": (TRANSACTION,),
     "trace_id": (TRANSACTION,),
@@ -69,6 +71,10 @@ for _hook in HOOKS:
     setattr(Recording, _hook, _recorder(_hook))
 
 
+TOLD: Final = [*CALLS]  # what a fan-out tells when it is told all that: an ended transaction by both hooks
+TOLD.insert(TOLD.index("transaction_ended") + 1, "transactions_settled")
+
+
 def call_all(observer: Observer) -> None:
     for hook, arguments in CALLS.items():
         getattr(observer, hook)(*arguments)
@@ -82,7 +88,10 @@ def test_every_hook_of_the_interface_is_tried_here() -> None:
 def test_every_hook_arrives_at_every_member_with_its_arguments(hook: str) -> None:
     members = [Recording(), Recording(), Recording()]
     getattr(fan_out(members), hook)(*CALLS[hook])
-    assert [member.told for member in members] == [[(hook, CALLS[hook])]] * 3
+    told = [(hook, CALLS[hook])]
+    if hook == "transaction_ended":
+        told.append(("transactions_settled", ([TRANSACTION],)))
+    assert [member.told for member in members] == [told] * 3
 
 
 @pytest.mark.parametrize("hook", CALLS)
@@ -92,8 +101,8 @@ def test_a_member_that_raises_is_dropped_for_good_and_logged_once(hook: str, cap
     with caplog.at_level(logging.ERROR, "otel_smtp"):
         call_all(fan)
         call_all(fan)
-    assert [told for told, _ in good.told] == [*CALLS, *CALLS]
-    assert [told for told, _ in bad.told] == list(CALLS)[: list(CALLS).index(hook) + 1]
+    assert [told for told, _ in good.told] == [*TOLD, *TOLD]
+    assert [told for told, _ in bad.told] == TOLD[: TOLD.index(hook) + 1]
     assert len(caplog.records) == 1
 
 
@@ -127,6 +136,106 @@ def test_a_hook_that_nobody_overrides_calls_nobody() -> None:
     fan.transaction_ended(TRANSACTION)
     assert not fan.wants_transitions
     assert fan_out([Quiet(), Recording()]).wants_transitions
+
+
+class Settled(Observer):
+    """Notes the transactions that it is told together, and what else it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[object] = []
+
+    def transactions_settled(self, transactions: Sequence[TransactionRecord]) -> None:
+        self.told.append([transaction.number for transaction in transactions])
+
+    def segment_ended(self, connection: ConnectionRecord) -> None:
+        self.told.append("segment")
+
+    def connection_closed(self, connection: ConnectionRecord) -> None:
+        self.told.append("closed")
+
+    def delivery_ended(self, delivery: DeliveryRecord) -> None:
+        self.told.append("delivery")
+
+
+def ended(number: int, outcome: Outcome = Outcome.RELAYED, delivery_ended_ns: int | None = 5) -> TransactionRecord:
+    record = TransactionRecord(Mail("a@example.com"), number, CONNECTION, 3, 2)
+    if delivery_ended_ns is not None:
+        record.deliveries.append(DeliveryRecord(record, "provider", Endpoint("upstream.example", 25), 1, 4))
+        record.deliveries[0].ended_ns = delivery_ended_ns
+    record.end(outcome, replies.OK, 6)
+    return record
+
+
+def test_transactions_that_went_well_are_told_together_when_their_time_has_come() -> None:
+    settled, due = Settled(), list[Callable[[], None]]()
+    fan = fan_out([settled], due.append)
+    for record in (ended(1), ended(2, Outcome.QUEUED, None), ended(3)):
+        fan.transaction_ended(record)
+    assert (settled.told, len(due)) == ([], 1)
+    due[0]()
+    due[0]()
+    assert settled.told == [[1, 2, 3]]
+    fan.transaction_ended(ended(4))
+    due[0]()
+    assert settled.told == [[1, 2, 3]], "these are others, whose time has not come"
+    due[1]()
+    assert settled.told == [[1, 2, 3], [4]]
+
+
+def test_what_waits_is_told_before_its_segment_ends_and_when_somebody_asks() -> None:
+    settled = Settled()
+    fan = fan_out([settled], lambda work: None)
+    fan.transaction_ended(ended(1))
+    fan.segment_ended(CONNECTION)
+    fan.transaction_ended(ended(2))
+    fan.connection_closed(CONNECTION)
+    fan.transaction_ended(ended(3))
+    fan.catch_up()
+    fan.catch_up()
+    assert settled.told == [[1], "segment", [2], "closed", [3]]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [ended(2, outcome) for outcome in Outcome if outcome not in (Outcome.RELAYED, Outcome.QUEUED)]
+    + [ended(2, Outcome.QUEUED, 0)],  # its attempt is under way, and will be told by itself
+)
+def test_what_went_wrong_or_is_not_over_is_told_at_once_after_what_waits(record: TransactionRecord) -> None:
+    settled = Settled()
+    fan = fan_out([settled], lambda work: None)
+    fan.transaction_ended(ended(1))
+    assert settled.told == []
+    fan.transaction_ended(record)
+    assert settled.told == [[1, 2]]
+
+
+def test_no_more_wait_than_a_turn_of_the_loop_has_time_for() -> None:
+    settled = Settled()
+    fan = fan_out([settled], lambda work: None)
+    for number in range(MOST_WAITING + 1):
+        fan.transaction_ended(ended(number))
+    assert settled.told == [[*range(MOST_WAITING)]]
+
+
+def test_who_needs_a_transaction_at_once_is_told_it_at_once() -> None:
+    order: list[str] = []
+
+    class AtOnce(Observer):
+        def transaction_ended(self, transaction: TransactionRecord) -> None:
+            order.append("at once")
+
+    class Later(Observer):
+        def transactions_settled(self, transactions: Sequence[TransactionRecord]) -> None:
+            order.append("later")
+
+    fan = fan_out([Later(), AtOnce()], lambda work: None)
+    fan.transaction_ended(ended(1))
+    assert order == ["at once"]
+    fan.catch_up()
+    assert order == ["at once", "later"]
+    order.clear()
+    fan_out([Later(), AtOnce()]).transaction_ended(ended(1))
+    assert order == ["at once", "later"], "where nothing waits too"
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ async def test_it_follows_the_gateway_without_a_reload() -> None:
             "document.querySelector('#connections tbody tr:nth-child(2)').cells[1].textContent === 'Active'"
         )
         for span in mail_trace(0xFEED, domain="fresh.example", start_ns=time.time_ns()):
-            gateway.traces.add(span)
+            gateway.traces.add([span])
         await page.until("document.getElementById('trace-list').textContent.includes('fresh.example')")
         gateway.not_ready = "draining"
         await page.until("document.getElementById('readiness').textContent === 'Not ready: mail: draining'")
@@ -256,7 +256,7 @@ async def test_errors_are_marked_and_can_be_had_alone() -> None:
 async def test_a_mail_that_its_client_gave_up_has_no_mark_of_one_that_went_well() -> None:
     async with shown() as (gateway, page):
         for span in mail_trace(0xFEED, outcome="aborted", domain="fresh.example", start_ns=time.time_ns()):
-            gateway.traces.add(span)
+            gateway.traces.add([span])
         await page.until("document.getElementById('trace-list').textContent.includes('fresh.example')")
         colors = await page.evaluate(
             "Object.fromEntries([...document.querySelectorAll('.verdict')].map((each) => "
@@ -317,7 +317,7 @@ async def test_a_long_list_has_pages() -> None:
         day_ns = 86_400_000_000_000
         for number in range(1, 231):
             for span in mail_trace(0xA0000 + number, start_ns=time.time_ns() - 400 * day_ns + number * 1_000_000_000):
-                gateway.traces.add(span)
+                gateway.traces.add([span])
         await page.until("document.getElementById('trace-place').textContent === '1–100 of 255'")
         await page.click("#older")
         await page.until("document.getElementById('trace-place').textContent === '101–200 of 255'")
@@ -326,7 +326,7 @@ async def test_a_long_list_has_pages() -> None:
         await page.until("document.querySelectorAll('#trace-list li').length === 55")
         assert await page.evaluate("document.getElementById('older').disabled")
         for span in mail_trace(0xFEED, domain="fresh.example", start_ns=time.time_ns()):
-            gateway.traces.add(span)
+            gateway.traces.add([span])
         await page.click("#newer")
         await page.until("document.getElementById('trace-place').textContent === '101–200 of 255'")
         await page.click("#newer")

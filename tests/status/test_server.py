@@ -135,11 +135,11 @@ async def test_the_newest_come_first_unless_errors_are_asked_for() -> None:
     async with running() as (port, client):
         for number, failed in enumerate([False, True, False], start=1):
             for span in mail_trace(number, has_failed=failed):
-                port.traces.add(span)
+                port.traces.add([span])
         for span in mail_trace(4, states="New Active Error Closed"):
-            port.traces.add(span)
+            port.traces.add([span])
         for span in mail_trace(5, outcome="aborted"):
-            port.traces.add(span)
+            port.traces.add([span])
         errors_first = (await client.get("/api/traces", params={"order": "errors"})).json()
         newest_first = (await client.get("/api/traces")).json()
         errors = (await client.get("/api/traces", params={"only": "errors"})).json()
@@ -166,11 +166,11 @@ async def test_pages_do_not_move_while_traces_come() -> None:
     async with running() as (port, client):
         for number in range(1, 251):
             for span in mail_trace(number, start_ns=START + number * second_ns):
-                port.traces.add(span)
+                port.traces.add([span])
         first = (await client.get("/api/traces")).json()
         until = first["traces"][0]["end_unix_milliseconds"]
         for span in mail_trace(999, start_ns=START + 999 * second_ns):
-            port.traces.add(span)
+            port.traces.add([span])
         pages = [
             (await client.get("/api/traces", params={"skip": skip, "until": until})).json()
             for skip in (0, 100, 200, 300)
@@ -188,7 +188,7 @@ async def test_pages_do_not_move_while_traces_come() -> None:
 async def test_nonsense_counts_as_absent(parameters: str) -> None:
     async with running() as (port, client):
         for span in mail_trace(1):
-            port.traces.add(span)
+            port.traces.add([span])
         answer = await client.get(f"/api/traces?{parameters}")
     assert (answer.status_code, answer.json()["found"]) == (200, 1)
 
@@ -197,7 +197,7 @@ async def test_a_long_search_lets_mail_through_between_traces() -> None:
     async with running() as (port, client):
         for number in range(1, 301):
             for span in mail_trace(number):
-                port.traces.add(span)
+                port.traces.add([span])
         turns = 0
         is_searching = True
 
@@ -218,7 +218,7 @@ async def test_a_long_search_lets_mail_through_between_traces() -> None:
 async def test_one_trace_is_given_in_full_and_an_unknown_one_is_not_found() -> None:
     async with running(resource={"service.name": "gateway"}) as (port, client):
         for span in mail_trace(0xAB):
-            port.traces.add(span)
+            port.traces.add([span])
         known = await client.get("/api/traces/ab")
         unknown = await client.get("/api/traces/ac")
     [resource_spans] = known.json()["resourceSpans"]

@@ -106,7 +106,7 @@ async def test_traces_are_found_wherever_they_are_and_put_together_where_they_ar
             (second, 0xC, "both.example", 3),
         ):
             for span in mail_trace(trace_id, domain=domain, start_ns=at * SECOND):
-                port.traces.add(span)
+                port.traces.add([span])
         found = (await client.get("/api/traces?order=newest")).json()
         assert [trace["trace_id"] for trace in found["traces"]] == [f"{each:032x}" for each in (0xC, 0xB, 0xA)]
         assert found["held"] == 4

@@ -27,7 +27,7 @@ def kept(*spans: Sequence[EncodedSpan], recent_spans: int = 1000, failed_spans: 
 def add(traces: RecentTraces, span: EncodedSpan) -> None:
     """Add it as tracing does."""
     record = span.to_records()[0]
-    traces.add(span, is_trouble=record.has_failed or bool(record.attributes.get("smtp.connection.errors")))
+    traces.add([span], is_trouble=record.has_failed or bool(record.attributes.get("smtp.connection.errors")))
 
 
 def newest_first(traces: RecentTraces) -> list[KeptTrace]:
@@ -58,7 +58,7 @@ def test_the_summary_is_worked_out_again_after_a_late_span() -> None:
     delivery, *rest = mail_trace(1)
     traces = kept(rest)
     before = only(traces).summary()["spans"]
-    traces.add(delivery)
+    traces.add([delivery])
     assert (before, only(traces).summary()["spans"]) == (2, 3)
 
 
@@ -221,7 +221,7 @@ def test_one_endless_trace_shows_its_newest_spans() -> None:
     spans = mail_trace(7)
     for _ in range(TRACE_ITEMS):
         for span in spans:
-            traces.add(span)
+            traces.add([span])
     trace = only(traces)
     shown = trace.spans()
     assert TRACE_ITEMS - 10 < sum(1 + len(span.events) for span in shown) <= TRACE_ITEMS
@@ -232,7 +232,7 @@ def test_one_endless_trace_shows_its_newest_spans() -> None:
 def test_a_span_larger_than_the_bound_is_held_all_the_same() -> None:
     traces = RecentTraces(recent_octets=30)
     for span in mail_trace(1):
-        traces.add(span)
+        traces.add([span])
     assert [span.to_records()[0].name for span in traces.spans()] == ["smtp.connection"]
 
 

@@ -102,9 +102,9 @@ def fill_traces(traces: RecentTraces) -> None:
         start = now - (60 - 2 * number) * 1_000_000_000
         identity = 0x4BF92F3577B34DA6A3CE929D0E0E4736 + number * 0x1F3D5B790000000000000000
         for span in mail_trace(identity, start_ns=start, **kinds[number % len(kinds)]):  # type: ignore[arg-type]  # as above
-            traces.add(span)
+            traces.add([span])
     for span in refused_trace(0xC0FFEE0000000000000000000000BEEF, now - 3_000_000_000, "203.0.113.9"):
-        traces.add(span)
+        traces.add([span])
 
 
 class BusyGateway:

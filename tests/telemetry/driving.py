@@ -10,6 +10,7 @@ from otel_smtp.observing import (
     DeliveryPhase,
     DeliveryRecord,
     Endpoint,
+    FanOut,
     Observer,
     Outcome,
     TlsInfo,
@@ -48,8 +49,8 @@ TLS = TlsInfo("1.3", "TLS_AES_256_GCM_SHA384")
 def each_to(spans: list[EncodedSpan]) -> Take:
     """What puts every span that is exported into `spans`, each by itself."""
 
-    def take(span: EncodedSpan, items: int) -> None:
-        each = span.each() if isinstance(span, EncodedPair) else (span,)
+    def take(given: Sequence[EncodedSpan], items: int) -> None:
+        each = [one for span in given for one in (span.each() if isinstance(span, EncodedPair) else (span,))]
         assert len(each) == items
         spans.extend(each)
 
@@ -124,7 +125,9 @@ class Client:
         local = Endpoint("/run/smtp.sock") if transport == "unix" else Endpoint("127.0.0.1", 2525)
         remote = Endpoint("") if transport == "unix" else Endpoint(peer, 50732)
         self.info = ConnectionInfo(f"{Client.ids:032x}", remote, local, listener, "smtp", transport, tls_mode)
-        self.observer = observer = observer if isinstance(observer, Observer) else fan_out(observer)
+        if not isinstance(observer, FanOut):
+            observer = fan_out([observer] if isinstance(observer, Observer) else observer)
+        self.observer = observer
         self.clock = clock
         self._segment_events = segment_events
         self._segment_age_ns = int(segment_age_seconds * 1e9)

@@ -30,7 +30,7 @@ from otel_smtp.telemetry.redaction import Addresses, ClientIp, Redaction
 from otel_smtp.telemetry.shapes import Pair
 from otel_smtp.telemetry.span_lines import LineShape, LinesOfMail, SpanLineHandler, SpanLinesAsJson, SpanLinesAsOtlp
 from otel_smtp.telemetry.tracing import Tracing
-from tests.telemetry.cost import House, Traffic
+from tests.telemetry.cost import House, Traffic, in_batches
 from tests.telemetry.driving import Client
 
 TEXT = st.text(st.sampled_from('aZ9 .@"\\/\x7f\u00e9\u2028\U0001f4e7'), min_size=1, max_size=40)
@@ -67,8 +67,8 @@ class QuickLines(SpanLineHandler):
     ) -> None:
         self.taken.append((shape, pairs, duration_seconds, context, time_ns, now_ns))
 
-    def take_mail(self, mail: LinesOfMail, now_ns: int) -> None:
-        self.mails.append((mail, now_ns))
+    def take_mails(self, mails: Sequence[LinesOfMail], now_ns: int) -> None:
+        self.mails += [(mail, now_ns) for mail in mails]
 
     def emit(self, record: logging.LogRecord) -> None:
         self.records.append(record)
@@ -365,7 +365,7 @@ async def test_calls_of_a_line() -> None:
     """What an access line costs, written and exported, in calls of Python functions; each mail has two."""
     costs = []
     for log in (False, True):
-        house = House(metrics=False, page=False, log=log)
+        house = House(metrics=False, page=False, log=log, soon=in_batches)
         traffic = Traffic()
         for connection in traffic.connections:
             house.observer.connection_opened(connection)

@@ -241,8 +241,7 @@ def test_two_spans_that_ended_together_are_lost_as_two(receiver: OtlpReceiver) -
 
 def test_where_a_request_may_have_one_span_two_go_in_two(receiver: OtlpReceiver) -> None:
     export = export_to(http(receiver), replace(QUICK, batch_spans=1, delay_seconds=3600))
-    export.put_alone(pair(1, 2), 2)
-    export.put_alone(span(3), 1)
+    export.put_alone([pair(1, 2), span(3)], 3)
     receiver.wait_for_spans(3)
     assert receiver.requests == 3
     assert export.shutdown(WAIT_SECONDS)

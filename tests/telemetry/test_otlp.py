@@ -453,7 +453,7 @@ def test_whatever_happens_is_encoded_as_the_sdks_exporter_encodes_it(data: st.Da
             for delivery in transaction.deliveries:
                 both.tracing.delivery_ended(delivery)
         else:
-            both.tracing.transaction_ended(transaction)
+            both.tracing.transactions_settled([transaction])
     connection.transitions = data.draw(transitions())
     connection.close_reason, connection.closed_ns = data.draw(st.sampled_from(CloseReason)), data.draw(moments)
     both.tracing.connection_closed(connection)
@@ -630,7 +630,7 @@ def test_a_mail_that_differs_in_one_thing_from_an_ordinary_one_is_told_as_it_was
         for spoil in (SPOILT["nothing"], SPOILT[spoilt], SPOILT["nothing"]):
             record = _ordinary_mail(connection)
             spoil(record, record.deliveries[0])
-            both.tracing.transaction_ended(record)
+            both.tracing.transactions_settled([record])
         both.check()
 
 
@@ -651,7 +651,7 @@ def test_ordinary_mail_is_encoded_as_any_other(data: st.DataObject) -> None:
     both.tracing.connection_opened(connection)
     for _ in range(data.draw(st.integers(1, 3))):
         record = data.draw(ordinary_mails(connection))
-        both.tracing.transaction_ended(record)
+        both.tracing.transactions_settled([record])
     both.check()
 
 
@@ -707,7 +707,7 @@ def test_queued_mail_that_differs_in_one_thing_from_an_ordinary_one_is_told_as_i
             delivery = ordinary.deliveries[0]
             record = _queued_mail(ordinary)
             spoil(record, delivery)
-            both.tracing.transaction_ended(record)
+            both.tracing.transactions_settled([record])
             record = _attempted(_ordinary_mail(connection))
             delivery = record.deliveries[0]
             spoil(record, delivery)
@@ -722,7 +722,7 @@ def test_ordinary_queued_mail_is_encoded_as_any_other(data: st.DataObject) -> No
     connection = data.draw(connections())
     both.tracing.connection_opened(connection)
     for _ in range(data.draw(st.integers(1, 3))):
-        both.tracing.transaction_ended(_queued_mail(data.draw(ordinary_mails(connection))))
+        both.tracing.transactions_settled([_queued_mail(data.draw(ordinary_mails(connection)))])
         attempted = _attempted(data.draw(ordinary_mails(connection)))
         both.tracing.delivery_ended(attempted.deliveries[0])
     both.check()
@@ -756,7 +756,7 @@ def test_of_an_ordinary_mail_a_sampler_may_export_one_span_and_not_the_other() -
     kept: list[EncodedSpan] = []
     sampler = NoDeliveries(SamplingResult(Decision.DROP))
     Client(
-        Tracing(exports=[each_to(exported)], memories=[lambda span, is_trouble: kept.append(span)], sampler=sampler)
+        Tracing(exports=[each_to(exported)], memories=[lambda spans, is_trouble: kept.extend(spans)], sampler=sampler)
     ).ehlo().message().close()
     assert [span.to_records()[0].name for span in exported] == [names.SPAN_TRANSACTION, names.SPAN_CONNECTION]
     assert sum(one.spans for one in kept) == 3

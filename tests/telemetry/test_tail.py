@@ -3,7 +3,7 @@
 import pytest
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, Sampler
 
-from otel_smtp.telemetry.span_lines import LineOfSpan, LinesOfMail
+from otel_smtp.telemetry.span_lines import LineOfSpan
 from otel_smtp.telemetry.tail import MailTail
 from otel_smtp.telemetry.terminal_log import colored
 from otel_smtp.telemetry.tracing import Tracing
@@ -20,8 +20,8 @@ class KeptLines:
     def take_line(self, line: LineOfSpan) -> bool:
         return False
 
-    def take_mail(self, mail: LinesOfMail) -> bool:
-        return False
+    def writer_of_mails(self) -> None:
+        return None
 
 
 def mails(tracing: Tracing, number: int = 1) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 from unittest import mock
@@ -898,9 +898,13 @@ def test_a_span_that_is_recorded_but_not_sampled_is_kept_and_not_exported() -> N
 
     exported: list[EncodedSpan] = []
     kept: list[tuple[str, bool]] = []
+
+    def keep(spans: Sequence[EncodedSpan], is_trouble: bool) -> None:
+        kept.extend((one.name, is_trouble) for span in spans for one in span.to_records())
+
     observer = Tracing(
         exports=[each_to(exported)],
-        memories=[lambda span, is_trouble: kept.extend((one.name, is_trouble) for one in span.to_records())],
+        memories=[keep],
         sampler=RecordOnly(),
     )
     Client(observer).ehlo().message().quit()
@@ -911,8 +915,8 @@ def test_a_span_that_is_recorded_but_not_sampled_is_kept_and_not_exported() -> N
 def test_those_who_remember_are_told_what_went_wrong() -> None:
     kept: list[tuple[str, bool]] = []
 
-    def keep(span: EncodedSpan, is_trouble: bool) -> None:
-        kept.extend((one.name, is_trouble) for one in span.to_records())
+    def keep(spans: Sequence[EncodedSpan], is_trouble: bool) -> None:
+        kept.extend((one.name, is_trouble) for span in spans for one in span.to_records())
 
     observer = Tracing(memories=[keep])
     client = Client(observer).ehlo().mail().rcpt(reply=replies.RELAY_DENIED).rcpt().data().header()

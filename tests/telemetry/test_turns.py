@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from otel_smtp.telemetry.turns import StepByStep
+from otel_smtp.telemetry.turns import PATIENCE_SECONDS, AtEndOfTurn, StepByStep
 
 
 def steps(done: list[str], name: str, count: int) -> Iterator[None]:
@@ -104,3 +104,32 @@ def test_what_a_loop_left_is_done_in_the_next() -> None:
     asyncio.run(give("a"))
     asyncio.run(give_and_wait())
     assert done == ["a0", "a over", "b0", "b over"]
+
+
+async def test_what_can_wait_is_done_at_the_end_of_the_turn() -> None:
+    done: list[str] = []
+    soon = AtEndOfTurn()
+    soon(lambda: done.append("a"))
+    assert done == []
+    await asyncio.sleep(0)
+    assert done == ["a"]
+
+
+async def test_under_load_what_can_wait_is_done_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    loop = asyncio.get_running_loop()
+    delays: list[float] = []
+    now = 100.0
+    monkeypatch.setattr(loop, "time", lambda: now)
+    monkeypatch.setattr(loop, "call_later", lambda delay, *work: delays.append(delay))
+    soon = AtEndOfTurn()
+    soon(lambda: None)
+    await asyncio.sleep(0)
+    now += 0.2 * PATIENCE_SECONDS
+    soon(lambda: None)
+    assert delays == [pytest.approx(0.8 * PATIENCE_SECONDS)]
+
+
+def test_without_a_loop_what_can_wait_is_done_at_once() -> None:
+    done: list[str] = []
+    AtEndOfTurn()(lambda: done.append("a"))
+    assert done == ["a"]

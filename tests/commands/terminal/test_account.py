@@ -33,7 +33,7 @@ def told(*spans: Any) -> list[Account]:
     """The accounts of a trace that has gone through the status port's JSON."""
     traces = RecentTraces()
     for span in spans:
-        traces.add(span)
+        traces.add([span])
     trace = traces.get(f"{TRACE:x}")
     assert trace is not None
     return accounts(spans_of(trace.otlp_json({})))
