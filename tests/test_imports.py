@@ -147,6 +147,8 @@ ROOMS: Final = {
     "otel_smtp.testing.plugin": Room((), frozenset({"pytest"})),
     "otel_smtp.telemetry.metric_export": Room(("otel_smtp.telemetry",), frozenset({"opentelemetry"})),
     "otel_smtp.telemetry.log_export": Room(("otel_smtp.telemetry",)),
+    # It hides a variable from the SDK while that is imported, and reads none.
+    "otel_smtp.telemetry.sdk": Room((), frozenset({"opentelemetry"}), reads_environment=True),
     # The one reading of the OTEL_* variables.
     "otel_smtp.telemetry.environment": Room(
         ("otel_smtp.telemetry",), frozenset({"opentelemetry"}), reads_environment=True
@@ -290,6 +292,17 @@ def environment(module: str, tree: ast.AST) -> Iterator[Finding]:
                         yield Finding(module, node.lineno, f"reads os.{alias.name}")
 
 
+def sdk_tracing(module: str, tree: ast.AST) -> Iterator[Finding]:
+    """Imports of the SDK's tracing that may be the first: it raises at a variable that it cannot use."""
+    if module == "otel_smtp.telemetry.sdk" or not is_within(module, PACKAGE):
+        return
+    for each in imports_of(tree):
+        if is_within(each.name, "opentelemetry.sdk.trace") and not is_within(
+            each.name, "opentelemetry.sdk.trace.export"
+        ):
+            yield Finding(module, each.line, f"imports {each.name}")
+
+
 def awaiting(module: str, tree: ast.AST) -> Iterator[Finding]:
     """Coroutines in the value machine."""
     if not is_within(module, "otel_smtp.smtp"):
@@ -361,7 +374,7 @@ def naming(module: str, tree: ast.AST) -> Iterator[Finding]:
             yield Finding(module, 1, f"is named {part}")
 
 
-CHECKS: Final = (layering, environment, awaiting, clocks, foreign_privates, naming)
+CHECKS: Final = (layering, environment, sdk_tracing, awaiting, clocks, foreign_privates, naming)
 
 
 def check(module: str, source: str) -> list[Finding]:
@@ -459,6 +472,11 @@ BAD = [
     ("otel_smtp.server.tls", "import importlib\nimportlib.import_module(name)", "imports otel_smtp"),
     ("otel_smtp.smtp.server", "from . import replies", "relative import"),
     ("otel_smtp.server.listener", "from .connection import Connection", "relative import"),
+    (
+        "otel_smtp.telemetry.sampling",
+        "from opentelemetry.sdk.trace.sampling import Sampler",
+        "imports opentelemetry.sdk.trace.sampling.Sampler",
+    ),
     # the adapters do not know one another
     (
         "otel_smtp.server.connection",

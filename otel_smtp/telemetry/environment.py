@@ -49,12 +49,12 @@ from opentelemetry.sdk.resources import (
     OTELResourceDetector,
     Resource,
 )
-from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, ParentBased, Sampler, TraceIdRatioBased
 from opentelemetry.util.re import parse_env_headers
 
 from otel_smtp.telemetry.attributes import DEFAULT_SERVICE_NAME
 from otel_smtp.telemetry.collector import CollectorSettings, Compression, Protocol, Signal
 from otel_smtp.telemetry.exporting import BatchSettings
+from otel_smtp.telemetry.sdk import ALWAYS_OFF, ALWAYS_ON, ParentBased, Sampler, TraceIdRatioBased
 
 T = TypeVar("T")
 

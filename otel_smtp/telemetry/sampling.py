@@ -6,14 +6,13 @@ from random import getrandbits
 from typing import Final
 
 from opentelemetry.context import Context
-from opentelemetry.sdk.trace.id_generator import IdGenerator, RandomIdGenerator
-from opentelemetry.sdk.trace.sampling import Decision, Sampler
 from opentelemetry.trace import Link, NonRecordingSpan, SpanContext, SpanKind, TraceFlags, set_span_in_context
 from opentelemetry.trace.span import TraceState
 
 from otel_smtp.telemetry.attributes import SAMPLING_REASON, Attributes
 from otel_smtp.telemetry.propagation import RANDOM, SAMPLED, TraceContext
 from otel_smtp.telemetry.records import LinkRecord
+from otel_smtp.telemetry.sdk import Decision, IdGenerator, RandomIdGenerator, Sampler
 from otel_smtp.telemetry.shapes import SpanShape
 
 # Of these the decision for a child of our own span follows from the span's, so nobody has to be asked again.

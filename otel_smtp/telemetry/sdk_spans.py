@@ -4,13 +4,13 @@ What the SDK's exporter makes of these is the reference for our own encoding.
 """
 
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import Event, ReadableSpan, SpanProcessor
 from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import Status, StatusCode
 
 from otel_smtp.telemetry.attributes import SCHEMA_URL, SCOPE_NAME
 from otel_smtp.telemetry.records import SpanRecord
 from otel_smtp.telemetry.sampling import sdk_context, sdk_link
+from otel_smtp.telemetry.sdk import Event, ReadableSpan, SpanProcessor
 
 
 class SdkSpans:

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
 from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import SpanProcessor
-from opentelemetry.sdk.trace.sampling import Sampler
 
 from otel_smtp.observing import Observer
 from otel_smtp.telemetry import environment
@@ -34,6 +32,7 @@ from otel_smtp.telemetry.otlp import LogEncoder, RequestFrame
 from otel_smtp.telemetry.propagation import InboundPolicy
 from otel_smtp.telemetry.records import LogRecord, SpanSink
 from otel_smtp.telemetry.redaction import Redaction
+from otel_smtp.telemetry.sdk import Sampler, SpanProcessor
 from otel_smtp.telemetry.sdk_spans import SdkSpans
 from otel_smtp.telemetry.shapes import EncodedPair
 from otel_smtp.telemetry.state_events import StateEvents

@@ -27,8 +27,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final, Protocol
 
-from opentelemetry.sdk.trace.id_generator import IdGenerator, RandomIdGenerator
-from opentelemetry.sdk.trace.sampling import DEFAULT_ON, Sampler
 from opentelemetry.trace import SpanKind
 
 from otel_smtp.observing import ConnectionRecord, DeliveryRecord, MessageKind, Observer, SpoolAction, TransactionRecord
@@ -44,6 +42,7 @@ from otel_smtp.telemetry.propagation import SAMPLED, InboundPolicy, TraceContext
 from otel_smtp.telemetry.records import EventRecord, LinkRecord, SpanRecord, SpanSink, StateLog
 from otel_smtp.telemetry.redaction import Redaction
 from otel_smtp.telemetry.sampling import Identity, Sampling, SegmentIdentity
+from otel_smtp.telemetry.sdk import DEFAULT_ON, IdGenerator, RandomIdGenerator, Sampler
 from otel_smtp.telemetry.shapes import AFTER_LAST_EVENT_NS, EncodedPair, EncodedSpan, Pair, SpanShape, encode
 from otel_smtp.telemetry.span_attributes import Described, SpanAttributes, is_probe
 from otel_smtp.telemetry.span_lines import LineOfSpan, LinesOfMail, WriteLines

@@ -3,10 +3,13 @@
 import logging
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from opentelemetry.sdk import environment_variables
 
 from otel_smtp.telemetry.collector import CollectorSettings, Compression, Protocol
 from otel_smtp.telemetry.environment import (
@@ -410,3 +413,13 @@ def test_an_id_that_is_given_to_several_workers_names_each_of_them(monkeypatch: 
     monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "service.instance.id=pod-7")
     found = [own_resource(worker).attributes["service.instance.id"] for worker in (None, 0, 1)]
     assert found == ["pod-7", "pod-7-0", "pod-7-1"]
+
+
+def test_no_variable_keeps_the_package_from_being_imported() -> None:
+    """The SDK reads one of them while it is imported, and raises at a value that it cannot use."""
+    variables = [name for name in vars(environment_variables) if name.startswith("OTEL_")]
+    assert "OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT" in variables
+    environ = {**os.environ, **dict.fromkeys(variables, "no such thing"), "PYTHONWARNINGS": "error"}
+    code = "import os, otel_smtp.gateway; print(os.environ['OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT'])"
+    ran = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=False)
+    assert (ran.stdout, ran.stderr) == ("no such thing\n", "")

@@ -1,0 +1,43 @@
+"""What we use of the SDK's tracing, imported here and nowhere else.
+
+While it is imported, the SDK reads one variable, and raises at a value that it cannot use. For a constant that nobody
+uses; and no `OTEL_*` variable may keep mail from being relayed. `environment` reads that variable too, and says what is
+wrong with it.
+"""
+
+import os
+from typing import Final
+
+_READ_AT_IMPORT: Final = "OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT"
+
+_value = os.environ.pop(_READ_AT_IMPORT, None)
+try:
+    from opentelemetry.sdk.trace import Event, ReadableSpan, SpanProcessor
+    from opentelemetry.sdk.trace.id_generator import IdGenerator, RandomIdGenerator
+    from opentelemetry.sdk.trace.sampling import (
+        ALWAYS_OFF,
+        ALWAYS_ON,
+        DEFAULT_ON,
+        Decision,
+        ParentBased,
+        Sampler,
+        TraceIdRatioBased,
+    )
+finally:
+    if _value is not None:
+        os.environ[_READ_AT_IMPORT] = _value
+
+__all__: Final = (
+    "ALWAYS_OFF",
+    "ALWAYS_ON",
+    "DEFAULT_ON",
+    "Decision",
+    "Event",
+    "IdGenerator",
+    "ParentBased",
+    "RandomIdGenerator",
+    "ReadableSpan",
+    "Sampler",
+    "SpanProcessor",
+    "TraceIdRatioBased",
+)
