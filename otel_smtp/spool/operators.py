@@ -139,9 +139,8 @@ class Operations:
             case "counts":
                 yield await self._counts()
             case "rebuild":
-                for told in await self._store.rebuild():
-                    logger.warning(told)
-                    yield {"told": told}
+                async for answer in self._rebuild():
+                    yield answer
             case "list":
                 wanted = Filter.of(request)
                 async for listed in self._all(outcomes=bool(request.get("outcomes"))):
@@ -161,6 +160,21 @@ class Operations:
                     yield answer
             case command:
                 raise SpoolError(f"no command {command!r}; there are {', '.join(COMMANDS)}")
+
+    async def _rebuild(self) -> AsyncIterator[Answer]:
+        rebuilt = await self._store.rebuild()
+        for told in rebuilt.told:
+            logger.warning(told)
+            yield {"told": told}
+        for one in rebuilt.not_found:
+            logger.critical("content of queued message not found", extra={"spool_id": one.id, "reason": one.reason})
+            yield {
+                "queue_id": one.id,
+                "sender": one.reverse_path,
+                "recipients": list(one.recipients),
+                "reason": one.reason,
+                "queue_name": "corrupt" if one.is_queued else None,
+            }
 
     async def _counts(self) -> Answer:
         counts, tally = await self._store.counts(), await self._store.tally()

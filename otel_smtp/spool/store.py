@@ -7,7 +7,7 @@ connection or an instant of the caller's clock: times that go in are durations, 
 import asyncio
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from otel_smtp.forwarding.base import Ledger
 from otel_smtp.spool.messages import (
@@ -47,6 +47,34 @@ class Recovery:
     lost: Sequence[str] = ()
     remarks: Sequence[str] = ()
     alarms: Sequence[str] = ()
+
+
+class NotFound(NamedTuple):
+    """A message whose content is not to be found, as far as anything knows of it.
+
+    Attributes:
+        reason: why it cannot be delivered, in words.
+        is_queued: it is still in the queue, as corrupt.
+    """
+
+    id: str
+    reverse_path: str
+    recipients: Sequence[str]
+    reason: str
+    is_queued: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Rebuilt:
+    """What a rebuild came to.
+
+    Attributes:
+        told: what became of what was set aside, in words.
+        not_found: messages whose contents are lost.
+    """
+
+    told: Sequence[str] = ()
+    not_found: Sequence[NotFound] = ()
 
 
 class Draft(Protocol):
@@ -318,12 +346,8 @@ class Store(Protocol):
         """The gateways that share the queue; None: it is one gateway's own."""
         ...
 
-    async def rebuild(self) -> Sequence[str]:
-        """Put back what was set aside and can be read: held, since it may have been delivered.
-
-        Returns:
-            What became of each, in words.
-        """
+    async def rebuild(self) -> Rebuilt:
+        """Put back what was set aside and can be read: held, since it may have been delivered."""
         ...
 
     async def housekeep(self) -> None:

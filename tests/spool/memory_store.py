@@ -32,7 +32,7 @@ from otel_smtp.spool.messages import (
     is_for_receiver,
     stale,
 )
-from otel_smtp.spool.store import Draft, Notice, Recovery, Woken
+from otel_smtp.spool.store import Draft, Notice, Rebuilt, Recovery, Woken
 
 T = TypeVar("T")
 
@@ -116,8 +116,8 @@ class MemoryStore:
     def alarm(self) -> str | None:
         return None
 
-    async def rebuild(self) -> Sequence[str]:
-        return ()
+    async def rebuild(self) -> Rebuilt:
+        return Rebuilt()
 
     def draft(self) -> Draft:
         return MemoryDraft()
@@ -158,8 +158,9 @@ class MemoryStore:
             for entry, one in turns[:most]:
                 one.lease()
                 one.attempts += 1
-                content = self.memory.contents[entry.id]
-                claimed.append((entry.lease_of(one), (content[: entry.header_octets], content[entry.header_octets :])))
+                content, header_octets = self.memory.contents.get(entry.id), entry.header_octets
+                chunks = None if content is None else (content[:header_octets], content[header_octets:])
+                claimed.append((entry.lease_of(one), chunks))
             times += [one.due_ms for entry, one in self._waiting(destination) if not _is_overdue(entry, now)]
         return claimed, max(0, min(times) - now) / 1000 if times else None
 
@@ -222,7 +223,8 @@ class MemoryStore:
 
     def _drop_if_over(self, entry: Entry) -> None:
         if not entry.deliveries:
-            del self.memory.entries[entry.id], self.memory.contents[entry.id]
+            del self.memory.entries[entry.id]
+            self.memory.contents.pop(entry.id, None)
 
     async def mark_corrupt(self, lease: Lease) -> None:
         self._leased(lease).owned(lease).state = DeliveryState.CORRUPT

@@ -2,7 +2,7 @@
 
 import base64
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -214,18 +214,30 @@ def export(context: click.Context, ids: tuple[str, ...], *, to: Path, every: boo
 
 @click.command()
 @spool_option
+@json_option
 @click.pass_context
-def rebuild(context: click.Context, *, spool: Path | None) -> None:
+def rebuild(context: click.Context, *, spool: Path | None, as_json: bool) -> None:
     """Queue again what is in lost+found/.
 
     What comes back is held, since it may have been delivered. Where no gateway runs, the index is made again, too.
+    Messages whose contents are not found are listed, and the exit status is 1.
     """
+    not_found: list[bool] = []
 
     async def work(answers: AsyncIterator[Any]) -> None:
         async for answer in answers:
-            click.echo(answer["told"])
+            if "told" not in answer:
+                not_found.append(answer["queue_name"] is not None)
+            if as_json:
+                print_row(answer, as_json=True)
+            else:
+                click.echo(answer["told"] if "told" in answer else _not_found(answer))
 
     work_on(context, spool, {"command": "rebuild"}, work)
+    if not_found:
+        if not as_json:
+            click.echo(f"{len(not_found)} not found; {sum(not_found)} of them are in the queue, as corrupt")
+        raise SystemExit(FAILED)
 
 
 @click.command()
@@ -242,6 +254,12 @@ def counts(context: click.Context, *, spool: Path | None) -> None:
             print_row(answer, as_json=True)
 
     work_on(context, spool, {"command": "counts"}, work)
+
+
+def _not_found(answer: Mapping[str, Any]) -> str:
+    place = "not queued" if answer["queue_name"] is None else "queued as corrupt"
+    to = ", ".join(answer["recipients"])
+    return f"{answer['queue_id']}: not found: {answer['reason']}; {place}; from <{answer['sender']}> to {to}"
 
 
 def _shown(*, as_json: bool, is_chosen: bool) -> Callable[[AsyncIterator[Any]], Coroutine[Any, Any, None]]:

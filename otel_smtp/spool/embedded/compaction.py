@@ -21,6 +21,7 @@ logger: Final = logging.getLogger("otel_smtp.spool.embedded.compaction")
 
 DEAD_SEGMENTS: Final = 2  # of dead octets beyond as many as live: the log is at most twice what lives in it, and these
 MOVE_MOST: Final = 64  # messages that are moved at a time
+_NO_SEGMENT: Final = 0  # where messages lie whose records are lost, until they are written to the log again
 
 
 class Compaction:
@@ -91,6 +92,8 @@ class Compaction:
 
         In their order: a record that says that a message has ended must not go before the message's own.
         """
+        if _NO_SEGMENT in self._memory.live:
+            await self._move_out(_NO_SEGMENT)
         while len(self._segments) > 1:
             oldest = min(self._segments)
             if oldest == self._journal.log.told[0]:
@@ -160,6 +163,7 @@ class Compaction:
         except BaseException:
             self._memory.set_free(entry)
             raise
+        is_lost = content is None or entry.id in self._memory.lost
         if content is None:
             self._unreadable.add(segment)
             moved.lose_content()
@@ -167,11 +171,7 @@ class Compaction:
 
         def durable(step: Step) -> None:
             self._memory.set_free(entry)
-            self._memory.leave(before)
-            moved.place = self._memory.place(moved, step, 0, before.crc)
-            if moved.is_outcome:
-                self._memory.outcome_octets += moved.place.octets - before.octets
-            self._memory.note(moved, (step.segment, step.places[0][0]))
+            self._memory.note_moved(entry, moved, step, before.crc, is_lost=is_lost)
 
         await self._journal.append(
             [message_part(moved, content, before.crc, is_new=False)],

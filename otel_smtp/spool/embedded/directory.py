@@ -348,15 +348,6 @@ class SpoolDirectory:
                 temporary.unlink()
             raise storage_error(error) from error
 
-    def large_octets(self) -> int:
-        """Of all large contents together."""
-        sizes = (
-            entry.stat(follow_symlinks=False).st_size
-            for entry in os.scandir(self.path / "large")
-            if entry.is_file(follow_symlinks=False)
-        )
-        return sum(sizes)
-
     def larges(self) -> set[str]:
         """The names of all large contents."""
         return {entry.name for entry in os.scandir(self.path / "large") if entry.is_file(follow_symlinks=False)}
@@ -409,11 +400,36 @@ class SpoolDirectory:
         with contextlib.suppress(OSError):
             path.rename(to)
 
-    def replace_aside(self, path: Path) -> None:
-        """Keep a file in the place of the one of that name before."""
+    @property
+    def former_index(self) -> Path:
+        """An index that cannot be used, for as long as nobody has asked it for what the log has lost."""
+        return self.path / "lost+found" / "index.db.unread"
+
+    def set_index_aside(self) -> None:
+        """Keep the index as the former one; where there is one, it is what was being made in the place of that."""
+        former = self.former_index
+        is_replacement = former.exists()
+        for name in reversed(INDEX_FILES):  # that without which the others mean nothing comes last
+            file, kept = self.path / name, former.with_name(name.replace("index.db", former.name))
+            if not is_replacement:
+                kept.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    file.rename(kept)
+            file.unlink(missing_ok=True)
+
+    def keep_former_index(self, *, is_needed: bool) -> None:
+        """Keep the former index, if there is one, for people to look at: nobody else will.
+
+        Args:
+            is_needed: also when the next one comes: else it is kept until then.
+        """
+        aside = self.path / "lost+found"
         with contextlib.suppress(OSError):
-            path.replace(self.path / "lost+found" / path.name)
-        path.unlink(missing_ok=True)
+            if is_needed:
+                (aside / "unreadable").mkdir(mode=0o700, exist_ok=True)
+                self.former_index.rename(aside / "unreadable" / f"index.db-{new_id()}")
+            else:
+                self.former_index.replace(aside / "index.db")
 
     def aside(self) -> list[Path]:
         """What is kept there and may be mail, and nobody has looked at."""

@@ -235,6 +235,11 @@ class Entry:
         """Whether any delivery is being attempted."""
         return any(one.state is DeliveryState.LEASED for one in self.deliveries)
 
+    @property
+    def is_corrupt(self) -> bool:
+        """Whether any delivery waits for an operator, since the content is damaged or lost."""
+        return any(one.state is DeliveryState.CORRUPT for one in self.deliveries)
+
     def delivery(self, number: int) -> DeliveryEntry | None:
         """The delivery of that number, if it has not ended."""
         for one in self.deliveries:
@@ -431,7 +436,8 @@ class Entry:
         if self.held_ms is not None:
             self.held_ms += instants_ms
         for one in self.deliveries:
-            if one.state is DeliveryState.READY:
+            # The log does not say which contents are lost: what is found to be corrupt was ready by its records.
+            if one.state in (DeliveryState.READY, DeliveryState.CORRUPT):
                 one.due_ms += due_ms
 
     def _age_again(self, now_ms: int) -> None:
@@ -451,6 +457,7 @@ class Entry:
         """Its content is gone: only an operator lets it go on."""
         self.is_large = True  # there is no file of its own either
         for one in self.deliveries:
+            one.is_possible_duplicate |= one.state is _LEASED  # it may come back, and have been delivered
             one.state = DeliveryState.CORRUPT
 
     def take_back(self, *, crashes_allowed: int | None, now_ms: int) -> bool:

@@ -13,7 +13,7 @@ import gc
 import json
 import os
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -270,6 +270,16 @@ class Index:
             found += self._entries(f"WHERE id IN ({marks}) ORDER BY id", part)
         return found
 
+    def known(self, ids: Collection[str]) -> set[str]:
+        """Those of these ids that are there."""
+        found: set[str] = set()
+        asked = list(ids)
+        for start in range(0, len(asked), _ROWS_AT_ONCE):
+            part = asked[start : start + _ROWS_AT_ONCE]
+            marks = ",".join("?" * len(part))
+            found.update(self._ids(f"SELECT id FROM message WHERE id IN ({marks})", part))  # noqa: S608 - marks
+        return found
+
     def _entries(self, condition: str, values: Sequence[Any] = ()) -> list[Entry]:
         rows = self._database.execute(
             f"SELECT entry, segment, at, octets, content_at, crc FROM message {condition}",  # noqa: S608 - ours
@@ -298,7 +308,7 @@ class Index:
         try:
             execute("BEGIN")
             if due_ms:
-                execute("UPDATE delivery SET due = due + ? WHERE state = 'ready'", (due_ms,))
+                execute("UPDATE delivery SET due = due + ? WHERE state IN ('ready', 'corrupt')", (due_ms,))
             # Places of the instants in `Entry.encode`.
             instants = ", ".join(f"'$[{place}]', json_extract(entry, '$[{place}]') + :by" for place in (2, 3, 4))
             moved = execute(
@@ -414,6 +424,17 @@ class Index:
         """Messages whose content has a file of its own."""
         for (message_id,) in self._database.execute("SELECT id FROM message WHERE content_at < 0"):
             yield message_id
+
+    def large_octets(self) -> dict[str, int]:
+        """The contents that have files of their own: how many octets, by message."""
+        rows = self._database.execute(
+            "SELECT id, json_extract(entry, '$[8]') FROM message WHERE content_at < 0"  # a place in `Entry.encode`
+        )
+        return dict(rows.fetchall())
+
+    def corrupt(self) -> list[str]:
+        """Messages whose content is damaged or lost."""
+        return self._ids("SELECT DISTINCT id FROM delivery WHERE state = 'corrupt' ORDER BY id", ())
 
     def _ids(self, statement: str, values: Sequence[Any]) -> list[str]:
         return [message_id for (message_id,) in self._database.execute(statement, values)]

@@ -38,7 +38,9 @@ class Memory:
             where on in the log; the message, or None: it has ended.
         cold: deliveries in the index alone, by destination.
         live: messages and octets of their records, by segment.
-        messages: how many there are in all. `large_octets`: of the contents that lie in files of their own.
+        messages: how many there are in all.
+        large_octets: of the contents that lie in files of their own.
+        lost: messages whose contents are nowhere.
         outcomes: deliveries of outcomes that wait or are being attempted, by destination.
         outcome_messages: how many messages are outcomes, held ones among them; `outcome_octets`.
     """
@@ -51,6 +53,7 @@ class Memory:
         self.live: dict[int, list[int]] = {}
         self.messages = 0
         self.large_octets = 0
+        self.lost: set[str] = set()
         self.outcomes: Counter[str] = Counter()
         self.outcome_messages = 0
         self.outcome_octets = 0
@@ -99,8 +102,7 @@ class Memory:
         self.hot.pop(entry.id, None)
         self._drop_content(entry)
         self.messages -= 1
-        if entry.is_large:
-            self.large_octets -= entry.octets
+        self._leave_large(entry)
         assert entry.place is not None
         if entry.kind is _OUTCOME:
             self._count_outcome(entry, -1)
@@ -111,6 +113,31 @@ class Memory:
             self.unindexed[entry.id] = (since, first, None)
         else:
             self.unindexed.pop(entry.id, None)
+
+    def note_moved(self, entry: Entry, moved: Entry, step: Step, crc: int, *, is_lost: bool) -> None:
+        """A message lies elsewhere from now on: the record is all of a step. Call in the order of the log.
+
+        Args:
+            crc: of its content.
+            is_lost: it has none any more.
+        """
+        assert entry.place is not None
+        self._leave_large(entry)
+        self.leave(entry.place)
+        moved.place = self.place(moved, step, 0, crc)
+        if moved.is_outcome:
+            self.outcome_octets += moved.place.octets - entry.place.octets
+        if is_lost:
+            self.lost.add(moved.id)
+        elif moved.is_large:
+            self.large_octets += moved.octets
+        self.note(moved, (step.segment, step.places[0][0]))
+
+    def _leave_large(self, entry: Entry) -> None:
+        if entry.id in self.lost:
+            self.lost.discard(entry.id)
+        elif entry.is_large:
+            self.large_octets -= entry.octets
 
     def _count_outcome(self, entry: Entry, by: int) -> None:
         assert entry.place is not None

@@ -9,18 +9,22 @@ import itertools
 import json
 import logging
 import sqlite3
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 from otel_smtp.spool.embedded import records
+from otel_smtp.spool.embedded.aside import hold_again
 from otel_smtp.spool.embedded.clocks import Clocks
-from otel_smtp.spool.embedded.directory import INDEX_FILES, SpoolDirectory
+from otel_smtp.spool.embedded.directory import SpoolDirectory
 from otel_smtp.spool.embedded.entries import Entry, Place
+from otel_smtp.spool.embedded.former_index import FormerIndex
 from otel_smtp.spool.embedded.index import Index, NoIndex, index_error, row_of
 from otel_smtp.spool.embedded.indexing import clock_meta
 from otel_smtp.spool.embedded.records import FIRST, Damage, NewerFormat, Record, RecordKind
 from otel_smtp.spool.messages import ContentLost, DeliveryState, SpoolError, StorageFull
+from otel_smtp.spool.store import NotFound
 
 logger: Final = logging.getLogger("otel_smtp.spool.embedded.recovery")
 
@@ -39,6 +43,7 @@ class Recovered:
         lost: messages whose content is gone or damaged.
         remarks: what operators should know, in words.
         alarms: what was set aside and may be mail, in words.
+        not_found: messages that an index of another time, or a damaged one, knew, and the log does not.
     """
 
     index: Index
@@ -50,6 +55,7 @@ class Recovered:
     lost: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     alarms: list[str] = field(default_factory=list)
+    not_found: list[NotFound] = field(default_factory=list)
 
 
 def recover(directory: SpoolDirectory, clocks: Clocks, *, is_index_trusted: bool) -> Recovered:
@@ -97,11 +103,17 @@ class _Recovery:
         self._ended: set[str] = set()  # of those that have a file of their own
         self._texts: dict[str, str | None] = {}  # of those that still are as their own record says
         self._is_complete = True  # whatever was answered is known
+        self._former: FormerIndex | None = None
+        self._unfound: set[str] = set()  # messages that it knows, and that have not ended as far as the log was read
+        self._not_found: list[NotFound] = []
+        self._why_not = "it was being replaced"  # the index that was set aside
 
     def run(self) -> Recovered:
         numbers = self._readable_segments()
         index, start = self._index(numbers)
         try:
+            if index.is_new:
+                self._open_former()
             self._index_in_use = index
             self._seen = meta = index.meta()
             self._clock_place = (meta.get("clock_segment", 0), meta.get("clock_at", 0))
@@ -110,6 +122,8 @@ class _Recovery:
                     if number >= start[0] or number == numbers[-1]:
                         self._replay(number, numbers, start)
                 self._write()
+                if self._unfound:
+                    self._ask_former(set(numbers))
             for number in numbers:
                 self._ends.setdefault(number, 0)
             last = numbers[-1] if numbers else max(0, int(index.meta().get("segment", 0)))
@@ -118,6 +132,11 @@ class _Recovery:
         except BaseException:
             index.close()
             raise
+        finally:
+            if self._former is not None:
+                self._former.close()
+        if not self._is_in_memory:  # else it is asked again, once there is room for what it knows
+            self._directory.keep_former_index(is_needed=bool(self._not_found))
         jump_ms = self._clocks.jump_since_ms(self._seen)
         if jump_ms:
             seconds = f"{jump_ms / 1000:+.0f} s"
@@ -134,6 +153,7 @@ class _Recovery:
             [*lost, *self._corrupt],
             self.remarks,
             self.alarms,
+            self._not_found,
         )
 
     # Segments --------------------------------------------------------------------------------------------------
@@ -210,12 +230,72 @@ class _Recovery:
             if isinstance(error, sqlite3.DatabaseError) and isinstance(index_error(error), StorageFull):
                 raise
             self._remark(f"the index cannot be used and is made again out of the log: {error}")
+            self._why_not = str(error)
         self._is_complete = False
-        # It may know of mail that the log has lost.
-        for name in INDEX_FILES:
-            if (path := self._directory.path / name).exists():
-                self._directory.replace_aside(path)
-        return Index(self._directory.index_path), beginning
+        self._directory.set_index_aside()
+        return Index(path), beginning
+
+    # What an index knew that cannot be used ---------------------------------------------------------------------
+
+    def _open_former(self) -> None:
+        """Have an index at hand that was set aside, until the log is read: it may know of mail that is not there."""
+        path = self._directory.former_index
+        if not path.exists():
+            return
+        try:
+            self._former = FormerIndex(path, self._markers)
+        except sqlite3.Error as error:
+            self._cannot_read_former(error)
+        else:
+            self._unfound = set(self._former.ids)
+
+    def _cannot_read_former(self, error: Exception) -> None:
+        self._remark(f"the index that was set aside cannot be read: which messages it knew is unknown: {error}")
+
+    def _ask_former(self, numbers: set[int]) -> None:
+        """Find what was set aside with the index that cannot be used, and the log does not know."""
+        former, index = self._former, self._index_in_use
+        assert former is not None
+        unfound = sorted(self._unfound - index.known(self._unfound))
+        if not unfound:
+            return
+        try:
+            if former.is_current:
+                self._keep_unfound(former.load(unfound), numbers)
+            else:
+                reason = f"the index that knew of it cannot be used ({self._why_not}): it may have ended since"
+                self._not_found += former.tell(unfound, reason)
+                self._alarm(
+                    f"{len(unfound)} messages that the index knew are not in the log, and may have ended since: "
+                    "it is kept in lost+found/unreadable/"
+                )
+        except (sqlite3.Error, ValueError) as error:
+            self._cannot_read_former(error)
+
+    def _keep_unfound(self, entries: Sequence[Entry], numbers: set[int]) -> None:
+        """Queue messages whose records are lost: they have not ended, or the log would say so."""
+        for entry in entries:
+            assert entry.place is not None
+            if entry.is_large and entry.place.segment not in numbers:
+                entry.place = entry.place._replace(segment=0, at=0, octets=0)
+            if self._has_content(entry, numbers):
+                hold_again(entry, self._clocks.now_ms())
+                self._remark(f"the record of {entry.id} is lost, and its content is not: it is held")
+            elif entry.place.segment in numbers:
+                self._mark_corrupt(entry)
+        self._index_in_use.write([row_of(entry) for entry in entries], (), {})
+
+    def _has_content(self, entry: Entry, numbers: set[int]) -> bool:
+        place = entry.place
+        assert place is not None
+        if entry.is_large:
+            return entry.id in self._larges
+        if place.segment not in numbers:
+            return False
+        with contextlib.suppress(SpoolError):
+            content = self._directory.read(self._directory.segment(place.segment), place.content_at, entry.octets)
+            return zlib.crc32(content) == place.crc
+        return False
 
     # The log ---------------------------------------------------------------------------------------------------
 
@@ -336,6 +416,7 @@ class _Recovery:
             case RecordKind.END:
                 ended = json.loads(record.text)["id"]
                 self._touched[ended] = None
+                self._unfound.discard(ended)
                 if ended in self._larges:
                     self._ended.add(ended)
             case RecordKind.CLOCK:
@@ -401,11 +482,11 @@ class _Recovery:
         """Set messages aside whose content is not there, and clear away contents without a message."""
         index, directory = self._index_in_use, self._directory
         needed, there = set(index.larges()), self._larges
-        lost = self._lose(index.load(sorted(needed - there)))
+        lost = self._lose(index.load(sorted(needed - there)), numbers)
         for segment in index.segments():
             if segment and segment not in numbers:
                 while ids := index.in_segment(segment, _HELD_MOST):
-                    lost += self._lose(index.load(ids))
+                    lost += self._lose(index.load(ids), numbers)
         strays = there - needed
         # Nobody was answered 250 for it, or its message has ended, as far as log and index are whole.
         over = strays if self._is_complete else strays & self._ended
@@ -417,11 +498,12 @@ class _Recovery:
             self._alarm(f"{len(strays - over)} contents whose messages nobody knows are moved to lost+found/")
         return lost
 
-    def _lose(self, entries: Sequence[Entry]) -> list[str]:
+    def _lose(self, entries: Sequence[Entry], numbers: set[int]) -> list[str]:
         for entry in entries:
             assert entry.place is not None
-            # One that has a file of its own is whole, as far as that is: an operator may release it.
-            entry.place = Place(0, 0, 0, -1, entry.place.crc if entry.id in self._larges else 0)
+            if entry.place.segment not in numbers:
+                # One that has a file of its own, or gets it back, is whole, as far as that is: it may be released.
+                entry.place = Place(0, 0, 0, -1, entry.place.crc)
             entry.lose_content()
         if entries:
             self._index_in_use.write([row_of(entry) for entry in entries], (), {})

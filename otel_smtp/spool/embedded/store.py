@@ -37,6 +37,7 @@ from otel_smtp.spool.embedded.compaction import Compaction
 from otel_smtp.spool.embedded.contents import Contents
 from otel_smtp.spool.embedded.directory import SpoolDirectory
 from otel_smtp.spool.embedded.entries import Entry, dumps
+from otel_smtp.spool.embedded.index import Index
 from otel_smtp.spool.embedded.index_thread import IndexThread
 from otel_smtp.spool.embedded.indexing import Indexing
 from otel_smtp.spool.embedded.journal import Journal
@@ -157,6 +158,7 @@ class EmbeddedStore(EmbeddedSubmitting, EmbeddedLeasing, EmbeddedRecording, Rebu
         )
         self.journal.begin(log)
         try:
+            self._not_found = recovered.not_found
             held, interrupted = await self._take_over(recovered)
             await self.indexing.move_clock(recovered.clock_jump_ms)
             carried = await first_version.carry_over(self.directory, self._add_carried)
@@ -195,12 +197,15 @@ class EmbeddedStore(EmbeddedSubmitting, EmbeddedLeasing, EmbeddedRecording, Rebu
         live, destinations, leased, (outcomes, outcome_messages, outcome_octets) = await self.index.run(
             lambda index: (index.segments(), index.destinations(), index.load(index.leased()), index.outcomes())
         )
+        large_octets = await self.index.run(Index.large_octets)
+        there = await asyncio.to_thread(self.directory.larges)
         memory.live.update((number, [*found]) for number, found in live.items())
         memory.cold.update(destinations)
         memory.messages = recovered.index.messages
         memory.outcomes.update(outcomes)
         memory.outcome_messages, memory.outcome_octets = outcome_messages, outcome_octets
-        memory.large_octets = await asyncio.to_thread(self.directory.large_octets)
+        memory.lost.update(large_octets.keys() - there)
+        memory.large_octets = sum(octets for message_id, octets in large_octets.items() if message_id in there)
         self.indexing.known = self.journal.log.told
         held: list[str] = []
         interrupted = sum(one.state is DeliveryState.LEASED for entry in leased for one in entry.deliveries)

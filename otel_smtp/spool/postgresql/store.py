@@ -55,7 +55,7 @@ from otel_smtp.spool.postgresql.statements import Statements
 from otel_smtp.spool.postgresql.submitting import PostgresqlSubmitting
 from otel_smtp.spool.postgresql.vacuum import VacuumWatch
 from otel_smtp.spool.postgresql.working import Working
-from otel_smtp.spool.store import Recovery, Woken
+from otel_smtp.spool.store import Rebuilt, Recovery, Woken
 
 logger: Final = logging.getLogger("otel_smtp.spool.postgresql.store")
 
@@ -312,9 +312,9 @@ class PostgresqlStore(PostgresqlSubmitting, PostgresqlLeasing, PostgresqlOperati
         """The other store does not have these any more."""
         await self._working.do(lambda connection: connection.execute(self._statements.forget_moved, ids))
 
-    async def rebuild(self) -> Sequence[str]:
+    async def rebuild(self) -> Rebuilt:
         """See `Store.rebuild`: a database sets nothing aside."""
-        return []
+        return Rebuilt()
 
     def standing(self) -> ShareOfQueue | None:
         """See `Store.standing`."""
