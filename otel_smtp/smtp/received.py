@@ -98,6 +98,7 @@ def with_protocol(*, is_extended: bool, is_lmtp: bool, is_tls: bool, is_authenti
     return f"{prefix}{'LMTP' if is_lmtp else 'SMTP'}{'S' if is_tls else ''}{'A' if is_authenticated else ''}"
 
 
+@lru_cache(maxsize=256)  # an application has many connections, each of which keeps it
 def received_head(
     *, helo: str, peer_host: str, by: str, with_protocol: str, tls: str | None = None, is_anonymous: bool = False
 ) -> bytes:

@@ -130,6 +130,10 @@ class Client(_Memory):
             self.send(self._flights[0])
         return self._done
 
+    def rest(self) -> None:
+        """Keep nothing of the mails that were sent."""
+        self._done = None
+
     def write(self, data: bytes | bytearray | memoryview) -> None:
         if self._step == -2:
             self.send(b"EHLO load.example.com\r\n")
@@ -274,16 +278,19 @@ async def measure(
     return figures
 
 
-async def idle_octets(observers: Observers, *, connections: int = 500) -> float:
-    """What one idle connection holds in Python objects, by tracemalloc: greeted, EHLO answered, no mail yet."""
+async def idle_octets(observers: Observers, *, connections: int = 500, mails: int = 0) -> float:
+    """What one idle connection holds in Python objects, by tracemalloc: greeted, EHLO answered, and after `mails`.
+
+    Of observers that keep encoded spans, those of the mails are counted too.
+    """
     async with serving(observers) as accept:
-        await _introduce(accept, [Client(KIB) for _ in range(200)])  # what is made once
+        await _introduce(accept, [Client(KIB) for _ in range(200)], mails)  # what is made once
         clients = [Client(KIB) for _ in range(connections)]
         gc.collect()
         tracemalloc.start()
         try:
             before, _ = tracemalloc.get_traced_memory()
-            await _introduce(accept, clients)
+            await _introduce(accept, clients, mails)
             gc.collect()
             after, _ = tracemalloc.get_traced_memory()
         finally:
@@ -291,11 +298,15 @@ async def idle_octets(observers: Observers, *, connections: int = 500) -> float:
     return (after - before) / connections
 
 
-async def _introduce(accept: Callable[[Client], None], clients: Sequence[Client]) -> None:
+async def _introduce(accept: Callable[[Client], None], clients: Sequence[Client], mails: int = 0) -> None:
     for client in clients:
         accept(client)
     while not all(client.is_introduced for client in clients):  # noqa: ASYNC110
         await asyncio.sleep(0)  # all of it happens in turns of this loop, each of which is short
+    if mails:
+        for client in clients:
+            await client.mails(mails)
+            client.rest()
 
 
 def _per_mail(calls: Counter[str], mails: int) -> None:

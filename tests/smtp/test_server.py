@@ -14,6 +14,7 @@ from otel_smtp.smtp.policy import ServerLimits, ServerPolicy
 from otel_smtp.smtp.received import HeaderFacts
 from otel_smtp.smtp.replies import Reply
 from otel_smtp.smtp.server import ServerProtocol
+from otel_smtp.smtp.server.replying import NOTHING_RECEIVED
 from otel_smtp.smtp.states import TlsMode, Transition
 from tests.support.events import AuthRequested, AuthResponded
 
@@ -108,6 +109,17 @@ class _Nowhere:
 
 
 ENVELOPE: Final = b"EHLO c\r\nMAIL FROM:<a@client.example>\r\nRCPT TO:<b@there.example>\r\n"
+
+
+def test_a_session_that_waits_holds_no_buffer_of_its_own() -> None:
+    idle, halfway = Forgetful(ServerLimits()), Forgetful(ServerLimits())
+    said = ENVELOPE + b"DATA\r\nSubject: x\r\n\r\nText\r\n.\r\nNOOP\r\n"
+    for octet in said:
+        idle.feed(bytes([octet]))
+        halfway.feed(bytes([octet]))
+    halfway.feed(b"NO")
+    assert idle.protocol.received is NOTHING_RECEIVED
+    assert (NOTHING_RECEIVED.held, halfway.protocol.received.held) == (b"", b"NO")
 
 
 def endless_command() -> Iterator[bytes]:

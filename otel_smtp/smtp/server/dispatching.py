@@ -55,6 +55,8 @@ _MAIL_ASKED: Final = Asked.MAIL
 _MAIL_VERB: Final = Verb.MAIL
 _NOTHING: Final = Asked.NOTHING
 _RCPT: Final = Verb.RCPT
+_SENDER_OK: Final = replies.SENDER_OK
+_MAIL_OK: Final = (_MAIL_VERB, _SENDER_OK)
 _READY: Final = Phase.READY
 _RECIPIENTS: Final = Phase.RECIPIENTS
 
@@ -245,7 +247,7 @@ class Dispatching(Receiving):
         self._transaction = transaction
         self.phase = _MAIL
         self.enter(_ACTIVE)  # recorded only where the level was Idle
-        self.said.append((_MAIL_VERB, reply))
+        self.said.append(_MAIL_OK if reply is _SENDER_OK else (_MAIL_VERB, reply))
         self.out += reply.wire
 
     def _answer_recipients(self, decided: Sequence[Reply]) -> None:

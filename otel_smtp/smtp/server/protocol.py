@@ -12,6 +12,7 @@ from otel_smtp.smtp.handler import Asked
 from otel_smtp.smtp.replies import Reply
 from otel_smtp.smtp.sequence import Phase
 from otel_smtp.smtp.server.dispatching import Dispatching
+from otel_smtp.smtp.server.replying import NOTHING_RECEIVED
 from otel_smtp.smtp.server.securing import decoded_response
 from otel_smtp.smtp.states import (
     TLS_OFFERS,
@@ -127,7 +128,7 @@ class ServerProtocol(Dispatching):
             if mail is not None and is_allowed and len(data) <= policy.limits.command_line:
                 self._run_mail(mail)
                 return
-        self.received.feed(data)
+        self._hold(data)
         if phase is _UNGREETED:
             self.greet()
         else:
@@ -226,6 +227,8 @@ class ServerProtocol(Dispatching):
                     return
         finally:
             self._is_running = False
+            if not self.received.held:
+                self.received = NOTHING_RECEIVED
             self._is_behind = bool(self.received.held or self._held is not None or self._discarded or self._eof)
 
     def _advance(self) -> bool:

@@ -126,7 +126,7 @@ class Receiving(Securing):
             self._refuse_message(replace(replies.MESSAGE_TOO_BIG, closes=True), Verb.DATA)
         elif content.is_ended:
             if content.rest:
-                self.received.give_back(content.rest)
+                self._hold_again(content.rest)
             self._finish_content(transaction, content)
 
     def _read_chunk(self, chunk: IncomingChunk) -> bool:
@@ -193,10 +193,13 @@ class Receiving(Securing):
         # As `_end_transaction` and `_settle`.
         self._transaction = self._chunk = None
         self.phase = _READY
-        self._junk = 0
+        misconduct = self._misconduct
+        if misconduct is not None:
+            misconduct.junk = 0
         self.messages += 1
         if decided[0].code < 400 or any(reply.is_positive for reply in decided):
-            self._refusals = 0
+            if misconduct is not None:
+                misconduct.refusals = 0
             self.enter(_ACTIVE)
         wires = []  # one for each recipient over LMTP, joined once
         for reply in decided:

@@ -44,6 +44,7 @@ _CLIENT_FAULTS: Final = frozenset(
         ErrorType.PROTOCOL,
     }
 )
+NOTHING_RECEIVED: Final = ReceiveBuffer()  # of all sessions that hold nothing: idle ones; so it is never fed
 _ENDING: Final = Phase.ENDING
 _IDLE: Final = ConnState.IDLE
 _PASSED_ON: Final = (Verb.RCPT, Verb.DATA, Verb.BDAT)  # whose 2yz may be the upstream's own
@@ -90,6 +91,25 @@ class IncomingChunk:
         self.refusal: ChunkRefusal | None = None  # the octets are only read off, then this is said
 
 
+class Misconduct:
+    """How often a client was refused, or has wasted our time: kept of those few that were, or have.
+
+    Attributes:
+        faults: refusals of the client's own doing.
+        refusals: of nobody's doing, since a message was accepted.
+        junk: commands that moved no mail, since a message was answered.
+        auth_failures: of this session.
+    """
+
+    __slots__ = ("auth_failures", "faults", "junk", "refusals")
+
+    def __init__(self) -> None:
+        self.faults = 0
+        self.refusals = 0
+        self.junk = 0
+        self.auth_failures = 0
+
+
 @dataclass(frozen=True, slots=True)
 class ChunkRefusal:
     """What is said to a BDAT that is refused, once its octets are read off."""
@@ -103,23 +123,20 @@ class Replying(StateMachine):
     """What a session is, says and ends with; see `ServerProtocol` for its arguments and attributes."""
 
     __slots__ = (
-        "_auth_failures",
         "_auth_mechanism",
         "_batch",
         "_chunk",
         "_discard_limit",
         "_discarded",
         "_eof",
-        "_faults",
         "_handler",
         "_held",
         "_is_behind",
         "_is_running",
-        "_junk",
         "_mail",
+        "_misconduct",
         "_offer",
         "_policy",
-        "_refusals",
         "_told",
         "_transaction",
         "asked",
@@ -161,7 +178,7 @@ class Replying(StateMachine):
         self.close_reason: CloseReason | None = None
         self.wants_turn = False
         self.has_news = False
-        self.received = ReceiveBuffer()
+        self.received = NOTHING_RECEIVED
         self.out = b""
         self.asked = Asked.NOTHING
         self._mail: OpenTransaction | None = None  # that was asked about
@@ -172,10 +189,7 @@ class Replying(StateMachine):
         self._discarded = 0  # octets of a line that is too long, so far; 0: not discarding
         self._discard_limit = 0
         self._auth_mechanism = "other"
-        self._auth_failures = 0
-        self._faults = 0  # of the client's own doing
-        self._refusals = 0  # of nobody's doing, since a message was accepted
-        self._junk = 0
+        self._misconduct: Misconduct | None = None
         self._eof = False
         self._is_behind = False  # something received before waits to be run or read off, or the input has ended
         self._is_running = False
@@ -203,6 +217,18 @@ class Replying(StateMachine):
         """Whether 8BITMIME was offered for the MAIL that is asked about."""
         return self._mail is not None and self._mail.offer.eight_bit_mime
 
+    def _hold(self, data: bytes) -> None:
+        """Hold octets that come after those held."""
+        if self.received is NOTHING_RECEIVED:
+            self.received = ReceiveBuffer()
+        self.received.feed(data)
+
+    def _hold_again(self, data: bytes) -> None:
+        """Hold octets that were taken, before those held."""
+        if self.received is NOTHING_RECEIVED:
+            self.received = ReceiveBuffer()
+        self.received.give_back(data)
+
     def _content_verb(self) -> Verb:
         return Verb.BDAT if self._transaction is not None and self._transaction.by_data is False else Verb.DATA
 
@@ -225,7 +251,8 @@ class Replying(StateMachine):
     def _settle(self) -> None:
         """A transaction has ended with the final reply to its message: the connection is Idle."""
         if self.phase is not _ENDING:
-            self._junk = 0
+            if self._misconduct is not None:
+                self._misconduct.junk = 0
             self.enter(_IDLE, transaction_over((self.messages,)))
 
     def _reset(self, cause: ResetCause) -> None:
@@ -290,8 +317,9 @@ class Replying(StateMachine):
 
     def _count_junk(self, verb: Verb) -> bool:
         """Count a command that moves no mail; False where it was one too many, which has been answered."""
-        self._junk += 1
-        if self._junk > self._policy.limits.junk_commands:
+        misconduct = self._noted_misconduct()
+        misconduct.junk += 1
+        if misconduct.junk > self._policy.limits.junk_commands:
             self._send(replies.TOO_MANY_JUNK_COMMANDS, verb)
             return False
         return True
@@ -300,9 +328,14 @@ class Replying(StateMachine):
         self.errors += 1
         if reply.closes:
             return reply
-        limits = self._policy.limits
+        limits, misconduct = self._policy.limits, self._noted_misconduct()
         if reply.error_type in _CLIENT_FAULTS:
-            self._faults += 1
-            return reply if self._faults <= limits.errors else replies.TOO_MANY_ERRORS
-        self._refusals += 1
-        return reply if self._refusals <= limits.refusals + limits.recipients else replies.TOO_MANY_REFUSALS
+            misconduct.faults += 1
+            return reply if misconduct.faults <= limits.errors else replies.TOO_MANY_ERRORS
+        misconduct.refusals += 1
+        return reply if misconduct.refusals <= limits.refusals + limits.recipients else replies.TOO_MANY_REFUSALS
+
+    def _noted_misconduct(self) -> Misconduct:
+        if self._misconduct is None:
+            self._misconduct = Misconduct()
+        return self._misconduct

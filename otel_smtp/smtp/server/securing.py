@@ -75,7 +75,7 @@ class Securing(Replying):
     def _run_auth(self, command: Auth) -> None:
         self._announce_auth(command.mechanism)
         policy = self._policy
-        if self._auth_failures >= policy.limits.auth_failures:
+        if self._misconduct is not None and self._misconduct.auth_failures >= policy.limits.auth_failures:
             self._send(replies.TOO_MANY_AUTH_FAILURES, Verb.AUTH)
         elif not policy.auth_mechanisms:
             self._fail_auth(replies.NOT_IMPLEMENTED)
@@ -115,7 +115,7 @@ class Securing(Replying):
             self._send(reply, Verb.AUTH)
         else:
             if reply.error_type is ErrorType.AUTH and reply.is_permanent:
-                self._auth_failures += 1
+                self._noted_misconduct().auth_failures += 1
             self._fail_auth(reply)
 
 
