@@ -148,7 +148,19 @@ def _asker(hook: str, listeners: _Listeners) -> Callable[..., Any]:
                     return answer
         return no_answer
 
-    return ask
+    [(member, method), *others] = listeners
+
+    def ask_one(record: Any) -> Any:
+        """The same where nobody else could answer, as it is of each mail."""
+        if member.raised:
+            return no_answer
+        try:
+            return method(record) or no_answer
+        except Exception:  # noqa: BLE001 - as above
+            member.drop(hook)
+            return no_answer
+
+    return ask if others else ask_one
 
 
 def _takes_one(hook: str) -> bool:

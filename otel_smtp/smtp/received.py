@@ -196,6 +196,8 @@ def replace_trace_headers(block: bytes, carrier: Mapping[str, str] | None) -> by
         is_short = len(value) <= _MOST_IN_A_FIELD
         if is_short and value.isascii() and value.isprintable() and _FIELD_NAME.fullmatch(name) is not None:
             fields += f"{name}: {value}\r\n"
+    if not fields:
+        return block
     own = _FIRST_RECEIVED.match(block)
     if own is None:
         return fields.encode("ascii") + block

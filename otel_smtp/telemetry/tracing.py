@@ -271,7 +271,9 @@ class Tracing(Observer):
         lines: list[LinesOfMail] = []
         ordinary, encodes = self._ordinary, self._encodes
         for transaction in transactions:
-            identity: Identity | None = transaction.trace or self._settle_unless_dropped(transaction)
+            identity: Identity | None = transaction.trace
+            if identity.__class__ is not Identity:
+                identity = self._settle_unless_dropped(transaction)
             spans = None
             if encodes and identity is not None and identity.is_recording and identity.context.flags & SAMPLED:
                 spans = ordinary.spans(transaction, identity)
@@ -291,9 +293,14 @@ class Tracing(Observer):
         return self._lines[0].writer_of_mails() if len(self._lines) == 1 else None
 
     def _settle_unless_dropped(self, transaction: TransactionRecord) -> Identity | None:
-        connection = transaction.connection
-        if connection is not None and self._is_dropped(transaction, connection):
-            return None
+        """The transaction's identity; None for one that needs none: it is below a segment that the sampler dropped, and
+        nobody will hear of it. All that is ever told of it is its trace id, which is the segment's. None as well for a
+        message from the spool without a trace."""
+        connection, headers = transaction.connection, transaction.trace_headers
+        if self._drops_mails and connection is not None and (headers is None or not headers.traceparents):
+            segment: SegmentIdentity = connection.trace or self.segment(connection)
+            if not segment.is_recording:
+                return None
         return self._settle(transaction)
 
     def _finish_transaction(
@@ -419,8 +426,9 @@ class Tracing(Observer):
             if connection is not None and (headers is None or not headers.traceparents):
                 # As `_settle`, which would be one call more for nearly each mail.
                 segment: SegmentIdentity = connection.trace or self.segment(connection)
-                if not segment.is_recording and self._drops_mails:
-                    return segment.trace_text or segment.tell_trace()  # it needs no identity of its own
+                if self._drops_mails and not segment.is_recording:
+                    transaction.trace = segment  # see `_settle_unless_dropped`
+                    return segment.trace_text or segment.tell_trace()
                 identity = transaction.trace = self._sampling.inherit(segment.context)
                 if identity is not None:
                     return segment.trace_text or segment.tell_trace()
@@ -440,25 +448,16 @@ class Tracing(Observer):
         if span_id.__class__ is int and connection is not None:
             segment: SegmentIdentity = connection.trace
             context = segment.context
-            if above is None or above.parent is context:
+            if above is None or above is segment or above.parent is context:
                 # A transaction below its segment has all but its span's id from that.
                 trace_id = segment.trace_text or segment.tell_trace()
                 return propagation.carrier_of(trace_id, span_id, context.flags, context.trace_state)
         return propagation.carrier(self._settle_delivery(delivery, transaction).context)
 
-    def _is_dropped(self, transaction: TransactionRecord, connection: ConnectionRecord) -> bool:
-        """Whether a transaction needs no identity: it is below a segment that the sampler dropped, and nobody will hear
-        of it. All that is ever told of it is its trace id, which is the segment's."""
-        headers = transaction.trace_headers
-        if not self._drops_mails or (headers is not None and headers.traceparents):
-            return False
-        segment: SegmentIdentity = connection.trace or self.segment(connection)
-        return not segment.is_recording
-
     def _settle(self, transaction: TransactionRecord) -> Identity | None:
         """The transaction's identity, known from now on; None for a message from the spool without a trace."""
         identity: Identity | None = transaction.trace
-        if identity is None:
+        if identity.__class__ is not Identity:
             connection, headers = transaction.connection, transaction.trace_headers
             if connection is None:
                 identity = _stored(transaction)
@@ -506,12 +505,9 @@ class Tracing(Observer):
         transaction's identity, as it does for nearly each mail."""
         if delivery.trace is None:
             above: Identity | None = transaction.trace
-            connection = transaction.connection
-            if above is None and connection is not None and self._is_dropped(transaction, connection):
-                delivery.trace = span_id = self._sampling.new_span_id()
-                return span_id
-            above = above or self._settle(transaction)
-            if above is not None and transaction.connection is not None and self._sampling.inherits_ours:
+            if above is None:
+                above = self._settle_unless_dropped(transaction)
+            if transaction.connection is not None and self._sampling.inherits_ours:
                 delivery.trace = self._sampling.new_span_id()
             else:
                 delivery.trace = self._decide_delivery(delivery, transaction, None if above is None else above.context)
@@ -522,7 +518,7 @@ class Tracing(Observer):
         """The same in full."""
         identity = self._settle_attempt(delivery, transaction)
         if isinstance(identity, int):
-            settled = transaction.trace or self._settle(transaction)
+            settled = self._settle(transaction)
             assert settled is not None
             above = settled.context
             context = above._replace(span_id=identity, is_remote=False)
