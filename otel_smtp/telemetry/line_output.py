@@ -2,10 +2,11 @@
 
 Theory of operation
 -------------------
-A line of mail (`add`) waits for the others of the same turn of the event loop and is written at its end; under load,
-where one turn follows the other, for at most `BATCH_SECONDS`. Any other line (`write`) is written at once, after those
-that wait. So the order of lines is the order of calls, and a process that is killed loses the lines of mail of
-its last turn or two milliseconds, and no other. One that ends by itself, or by an exception, writes everything first.
+Lines of mails that were told together are written together (`write_all`). A line of a span by itself (`add`) waits for
+the others of the same turn of the event loop and is written at its end; under load, where one turn follows the other,
+for at most `BATCH_SECONDS`. Any other line (`write`) is written at once, after those that wait. So the order of lines
+is the order of calls, and a process that is killed loses the lines of mail of its last turn or few milliseconds, and no
+other. One that ends by itself, or by an exception, writes everything first.
 
 A write has whole lines, and of several at most `PIPE_BUF` octets, so that lines of processes that share a pipe are
 never torn apart (pipe(7): such a write is atomic).
@@ -27,7 +28,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, Protocol, TextIO
 
 PIPE_BUF: Final = 4096  # Linux; POSIX has 512 as the least, and macOS that
@@ -48,6 +49,10 @@ class LineOutput(Protocol):
 
     def write(self, line: str) -> None:
         """Write a line at once, after those before it. By any thread."""
+        ...
+
+    def write_all(self, lines: Sequence[str]) -> None:
+        """Write several at once, likewise, in few writes."""
         ...
 
     def flush(self) -> None:
@@ -85,6 +90,10 @@ class StreamOutput:
         self._stream.flush()
 
     add = write
+
+    def write_all(self, lines: Sequence[str]) -> None:
+        """Write lines; raises as `write` does."""
+        self.write("".join(lines))
 
     def flush(self) -> None:
         """Nothing waits."""
@@ -156,6 +165,18 @@ class DescriptorOutput:
             if self._octets + len(octets) > PIPE_BUF:
                 self._pass_on()
             self._lines.append(octets)
+            self._pass_on()
+
+    def write_all(self, lines: Sequence[str]) -> None:
+        """Write lines at once, and what waits before them."""
+        encoded = [line.encode(self._encoding, "backslashreplace") for line in lines]
+        with self._lock:
+            for octets in encoded:
+                size = len(octets)
+                if self._octets + size > PIPE_BUF:
+                    self._pass_on()
+                self._lines.append(octets)
+                self._octets += size
             self._pass_on()
 
     def flush(self) -> None:

@@ -24,7 +24,7 @@ from typing import Any, Final, TextIO
 from otel_smtp.smtp.states import ConnState
 from otel_smtp.telemetry import attributes as names
 from otel_smtp.telemetry.attributes import Attributes
-from otel_smtp.telemetry.line_output import PIPE_BUF, line_output
+from otel_smtp.telemetry.line_output import line_output
 from otel_smtp.telemetry.propagation import TraceContext
 from otel_smtp.telemetry.redaction import clean
 from otel_smtp.telemetry.shapes import Pair
@@ -153,15 +153,8 @@ class JsonLines(LineHandler, SpanLineHandler):
 
     def take_mails(self, mails: Sequence[LinesOfMail], now_ns: int) -> None:
         """Write both lines of each mail, likewise."""
-        of_mail, add = self._span_lines.of_mail, self._output.add
-        for mail in mails:
-            of_attempt, of_transaction = of_mail(mail, now_ns)
-            both = of_attempt + of_transaction
-            if len(both) <= PIPE_BUF:
-                add(both)
-            else:  # together they might be torn apart
-                add(of_attempt)
-                add(of_transaction)
+        of_mail = self._span_lines.of_mail
+        self._output.write_all([line for mail in mails for line in of_mail(mail, now_ns)])
 
 
 class TextLines(LineHandler):

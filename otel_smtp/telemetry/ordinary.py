@@ -11,7 +11,7 @@ A mould is made of what the general encoder uses (`SpanAttributes`, `describe_ph
 in any respect is left to that: `OrdinaryMail.spans` says None. A test holds both encodings against one another.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
 from otel_smtp.observing import ConnectionRecord, DeliveryRecord, Outcome, TransactionRecord
@@ -27,7 +27,7 @@ from otel_smtp.telemetry.shapes import (
     frame_of_span,
 )
 from otel_smtp.telemetry.span_attributes import SpanAttributes
-from otel_smtp.telemetry.span_lines import LineShape, LinesOfMail, ShownDomains, line_shape
+from otel_smtp.telemetry.span_lines import LineShape, LinesOfMail, ShownDomains, line_shape, lines_of_mail
 from otel_smtp.telemetry.state_events import describe_phases
 
 MAX_DOMAINS_KEPT: Final = 1024
@@ -81,8 +81,8 @@ class OrdinaryMail:
         self._shown_text = attributes.redaction.text
         self._settle_delivery = settle_delivery
         self._has_plain_attributes = not (attributes.with_message_id or attributes.redaction.shows_mailboxes)
-        # Of the latest mail, what its lines have too: shapes, the upstream's words, domains, the id of the attempt.
-        self._told: tuple[tuple[LineShape, LineShape], str, ShownDomains, ShownDomains, int]
+        # Of the latest mail, what its lines have too: shapes, the upstream's words, domains; ids of trace and spans.
+        self._told: tuple[tuple[LineShape, LineShape], str, ShownDomains, ShownDomains, Sequence[bytes | float]]
         self._kinds: dict[tuple[object, ...], _Kind] = {}
         # By the domain as it was written, with its @: the attributes of one sender, and of one recipient.
         self._senders: dict[str, ShownDomains] = {}
@@ -184,7 +184,7 @@ class OrdinaryMail:
             number_octets,
             size_octets,
         )
-        self._told = shapes, text, sender, recipients, attempt_number
+        self._told = shapes, text, sender, recipients, values
         return EncodedPair(b"".join((mould.fill(values), own, others, links)))
 
     def _is_ordinary(self, record: TransactionRecord, delivery: DeliveryRecord, identity: Identity) -> bool:
@@ -216,24 +216,26 @@ class OrdinaryMail:
 
     def lines(self, record: TransactionRecord, identity: Identity) -> LinesOfMail:
         """What stands on the lines of a mail that is ordinary: that of which `spans` were made last."""
-        shapes, text, sender, recipients, attempt_number = self._told
+        shapes, text, sender, recipients, values = self._told
         delivery, connection = record.deliveries[0], record.connection
         assert connection is not None
         assert record.octets is not None
-        ended_ns = delivery.ended_ns + AFTER_LAST_EVENT_NS, record.ended_ns + AFTER_LAST_EVENT_NS
+        delivered_ns, ended_ns = delivery.ended_ns + AFTER_LAST_EVENT_NS, record.ended_ns + AFTER_LAST_EVENT_NS
         offset = record.wall_offset_ns
-        return LinesOfMail(
-            shapes,
-            connection.id,
-            text,
-            record.number,
-            record.octets,
-            sender,
-            recipients,
-            ((ended_ns[0] - delivery.begun_ns) / 1e9, (ended_ns[1] - record.begun_ns) / 1e9),
-            attempt_number,
-            identity.context,
-            (ended_ns[0] + offset, ended_ns[1] + offset),
+        return lines_of_mail(
+            (
+                shapes,
+                connection.id,
+                text,
+                record.number,
+                record.octets,
+                sender,
+                recipients,
+                ((delivered_ns - delivery.begun_ns) / 1e9, (ended_ns - record.begun_ns) / 1e9),
+                *values[:3],
+                identity.context.flags,
+                (delivered_ns + offset, ended_ns + offset),
+            )
         )
 
     def domains(self, record: TransactionRecord) -> tuple[ShownDomains, ShownDomains]:

@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from json.encoder import encode_basestring_ascii as _quoted
 from typing import Final, NamedTuple
 
@@ -105,7 +106,7 @@ class LinesOfMail(NamedTuple):
     Attributes:
         words: the upstream's.
         sender, recipients: whose domains they have.
-        attempt_id: of the attempt's span. `context`: of the transaction's, whose trace it is.
+        trace_id: 16 octets. `attempt_id`, `transaction_id`: of the spans, 8 octets. `flags`: of the transaction's.
         times: when each span ended, since the epoch.
     """
 
@@ -117,9 +118,14 @@ class LinesOfMail(NamedTuple):
     sender: ShownDomains
     recipients: ShownDomains
     durations: tuple[float, float]
-    attempt_id: int
-    context: TraceContext
+    trace_id: bytes
+    attempt_id: bytes
+    transaction_id: bytes
+    flags: int
     times: tuple[int, int]
+
+
+lines_of_mail: Final = partial(tuple.__new__, LinesOfMail)  # its own constructor is a function in Python
 
 
 WriteLines = Callable[[Sequence[LinesOfMail]], None]
@@ -234,20 +240,21 @@ class SpanLinesAsJson:
     def of_mail(self, mail: LinesOfMail, now_ns: int) -> tuple[str, str]:
         """Both lines of an ordinary mail, with their ends; what they have in common is written once."""
         (
-            (attempt, transaction), connection_id, words, number, octets, sender, recipients, durations, attempt_id,
-            (trace_id, transaction_id, _, _, _), _,
+            (attempt, transaction), connection_id, words, number, octets, sender, recipients, durations,
+            trace_id, attempt_id, transaction_id, _, _,
         ) = mail  # fmt: skip
         stamp = self._stamp(now_ns)
         origin = self._fields[names.CONNECTION_ID, connection_id]
         said = f"{_JSON_WORDS}{_quoted(words)}"
         of_sender = sender.json if sender.json is not None else self._shown(sender)
         of_recipients = recipients.json if recipients.json is not None else self._shown(recipients)
-        trace = f"{_JSON_TRACE_ID}{trace_id:032x}{_JSON_SPAN_ID}"
+        trace = f"{_JSON_TRACE_ID}{trace_id.hex()}{_JSON_SPAN_ID}"
         return (
             f"{stamp}{attempt.json or self._head(attempt)}{origin}{said}{_JSON_DURATION}{durations[0]!r}"
-            f'{trace}{attempt_id:016x}"}}\n',
+            f'{trace}{attempt_id.hex()}"}}\n',
             f"{stamp}{transaction.json or self._head(transaction)}{said}{origin}{_JSON_NUMBER}{number}"
-            f'{_JSON_SIZE}{octets}{of_sender}{of_recipients}{_JSON_DURATION}{durations[1]!r}{trace}{transaction_id:016x}"}}\n',
+            f"{_JSON_SIZE}{octets}{of_sender}{of_recipients}{_JSON_DURATION}{durations[1]!r}"
+            f'{trace}{transaction_id.hex()}"}}\n',
         )
 
     def _shown(self, domains: ShownDomains) -> str:
@@ -315,13 +322,13 @@ class SpanLinesAsOtlp:
     def of_mail(self, mail: LinesOfMail, now_ns: int) -> tuple[bytes, bytes]:
         """Both lines of an ordinary mail, likewise."""
         (
-            (attempt, transaction), connection_id, text, number, octets, sender, recipients, durations, attempt_id,
-            (trace_id, transaction_id, flags, _, _), times,
+            (attempt, transaction), connection_id, text, number, octets, sender, recipients, durations,
+            trace_id, attempt_id, transaction_id, flags, times,
         ) = mail  # fmt: skip
         words = text.encode("utf-8", "replace")
         said = text_head(_ATTRIBUTE, names.REPLY_TEXT, len(words)) + words
         origin = self._fields[names.CONNECTION_ID, connection_id]
-        trace = _OTLP_TRACE_ID[flags] + trace_id.to_bytes(16, "big") + _OTLP_SPAN_ID
+        trace = _OTLP_TRACE_ID[flags] + trace_id + _OTLP_SPAN_ID
         observed = OBSERVED_TIME + pack_time(now_ns)
         return (
             _as_field(
@@ -334,7 +341,7 @@ class SpanLinesAsOtlp:
                     _OTLP_DURATION,
                     pack_double(durations[0]),
                     trace,
-                    attempt_id.to_bytes(8, "big"),
+                    attempt_id,
                     observed,
                 )
             ),
@@ -352,7 +359,7 @@ class SpanLinesAsOtlp:
                     _OTLP_DURATION,
                     pack_double(durations[1]),
                     trace,
-                    transaction_id.to_bytes(8, "big"),
+                    transaction_id,
                     observed,
                 )
             ),

@@ -255,8 +255,8 @@ def test_of_an_ordinary_mail_both_lines_are_written_at_once() -> None:
     assert (len(quick.mails), len(quick.taken), len(other.records)) == (2, 2, 2)
 
 
-@pytest.mark.parametrize(("recipients", "writes"), [(1, [2]), (5, [2]), (10, [1, 1])])
-def test_lines_that_may_be_torn_apart_together_are_written_one_by_one(recipients: int, writes: list[int]) -> None:
+@pytest.mark.parametrize("recipients", [1, 5, 10])
+def test_both_lines_of_a_mail_are_given_to_be_written_together(recipients: int) -> None:
     class Stream(io.StringIO):
         def write(self, text: str) -> int:
             written.append(text)
@@ -272,7 +272,7 @@ def test_lines_that_may_be_torn_apart_together_are_written_one_by_one(recipients
     client.data().header()
     client.deliver()
     client.final()
-    assert [text.count("\n") for text in written] == writes
+    assert len(written) == 1
     told = [json.loads(line) for text in written for line in text.splitlines()]
     assert [line["event"] for line in told] == ["smtp.delivery", "smtp.transaction"]
     assert told[1]["smtp.rcpt.domains"] == domains

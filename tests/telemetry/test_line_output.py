@@ -81,6 +81,13 @@ async def test_another_line_is_written_at_once_and_after_those_that_wait(pipe: P
     assert pipe.read() == b"of a mail\nanother\n"
 
 
+async def test_several_lines_are_written_at_once_and_after_those_that_wait(pipe: Pipe) -> None:
+    output = output_to(pipe)
+    output.add("of a span\n")
+    output.write_all(["one\n", "two\n"])
+    assert pipe.read() == b"of a span\none\ntwo\n"
+
+
 async def test_under_load_turns_share_a_write(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
     output = output_to(pipe)
     writes = 0
@@ -104,8 +111,9 @@ async def test_under_load_turns_share_a_write(pipe: Pipe, monkeypatch: pytest.Mo
     assert writes <= 60, "one in two milliseconds, and some"
 
 
+@pytest.mark.parametrize("together", [False, True])
 async def test_lines_are_never_torn_and_several_fit_into_an_atomic_write(
-    pipe: Pipe, monkeypatch: pytest.MonkeyPatch
+    together: bool, pipe: Pipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = output_to(pipe)
     batches: list[bytes] = []
@@ -116,9 +124,12 @@ async def test_lines_are_never_torn_and_several_fit_into_an_atomic_write(
 
     monkeypatch.setattr(os, "write", kept)
     lines = [f"{number} {'x' * size}\n" for number, size in enumerate([1000] * 10 + [5000, 10])]
-    for line in lines:
-        output.add(line)
-    output.flush()
+    if together:
+        output.write_all(lines)
+    else:
+        for line in lines:
+            output.add(line)
+        output.flush()
     assert b"".join(batches).decode() == "".join(lines)
     assert all(batch.endswith(b"\n") for batch in batches)
     assert [len(batch) > PIPE_BUF for batch in batches] == [False, False, False, False, True, False][-len(batches) :]
