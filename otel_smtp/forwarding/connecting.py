@@ -160,18 +160,20 @@ class Connecting(ABC):
             nothing.
         """
         now_ns = monotonic_ns()
+        route = self.route
         if self._retry is not None:
             smarthost = self._smarthost
             is_fresh = self._retry is Retry.FRESH
             self._retry = None
-        elif self.route:
-            smarthost = self._smarthost = self.route[0]
-            self.route = self.route[1:]
+        elif route:
+            smarthost = self._smarthost = route[0]
+            self.route = route[1:] if len(route) > 1 else ()
             is_fresh = self.begins_fresh
             record = self._record
             deliveries = record.deliveries
-            self._attempt = DeliveryRecord(record, smarthost.name, smarthost.endpoint, len(deliveries) + 1, now_ns)
-            deliveries.append(self._attempt)
+            attempt = DeliveryRecord(record, smarthost.name, smarthost.endpoint, len(deliveries) + 1, now_ns)
+            self._attempt = attempt
+            deliveries.append(attempt)
             self.is_under_way = True
             if smarthost.pace is not None and self._must_wait(smarthost.pace):
                 return False
@@ -202,7 +204,8 @@ class Connecting(ABC):
             attempt.phases.append((now_ns, _POOL, None))
             if connection.opening is not None:
                 # Opened before there was a mail for it, to learn what the upstream offers: this mail is its first.
-                attempt.phases += [(now_ns, phase, reply) for phase, reply in connection.opening]
+                for phase, reply in connection.opening:
+                    attempt.phases.append((now_ns, phase, reply))
                 attempt.is_reused = False
                 connection.opening = None
         else:

@@ -26,7 +26,7 @@ from otel_smtp.forwarding.settings import (
 )
 from otel_smtp.net import Stream
 from otel_smtp.observing import DeliveryPhase
-from otel_smtp.smtp.client import Answer, Awaited, ClientProtocol
+from otel_smtp.smtp.client import NO_ANSWERS, Answer, Awaited, ClientProtocol, ExchangeAnswers
 from otel_smtp.smtp.extensions import Extensions
 from otel_smtp.smtp.replies import Reply
 
@@ -34,7 +34,7 @@ _NOTHING: Final[AbstractSet[Awaited]] = frozenset()
 PART_SECONDS: Final = 2.0
 """How long an upstream may take to end a connection after QUIT."""
 
-Settled = Callable[[list[Answer], UpstreamFault | None], None]
+Settled = Callable[[ExchangeAnswers, UpstreamFault | None], None]
 """Takes the answers of an exchange, in order, and what ended it before its last answer; None where nothing did. It must
 not raise."""
 
@@ -110,7 +110,7 @@ class UpstreamConnection:
         self.on_lost: Callable[[UpstreamConnection], None] | None = None
         self._timeouts = timeouts
         self._patience_seconds = _patience_seconds(timeouts)
-        self._answers: list[Answer] = []  # of the exchange under way
+        self._answers: list[Answer] = []  # of the exchange under way, where some are still to come
         self._asked_at = 0.0  # when it began to wait for what it waits for
         self._on_settled: Settled | None = None  # None: no exchange is under way
         self._stop_at: AbstractSet[Awaited] | None = _NOTHING  # None: see `_is_in_content`
@@ -138,7 +138,7 @@ class UpstreamConnection:
         """
         if self.is_alive:
             return
-        farewell = self._answers or self.protocol.receive(b"")
+        farewell: Sequence[Answer] = self._answers or self.protocol.receive(b"")
         if self.protocol.fault is not None:
             raise OutOfStep(str(self.protocol.fault)) from self.protocol.fault
         if farewell:
@@ -198,7 +198,7 @@ class UpstreamConnection:
         waiting: asyncio.Future[UpstreamFault | None] = self._loop.create_future()
         got: list[Answer] = []
 
-        def on_settled(answers: list[Answer], fault: UpstreamFault | None) -> None:
+        def on_settled(answers: ExchangeAnswers, fault: UpstreamFault | None) -> None:
             got.extend(answers)
             if not waiting.done():
                 waiting.set_result(fault)
@@ -310,7 +310,7 @@ class UpstreamConnection:
         answers, self._answers = self._answers, []
         self._on_settled = self._on_writable = None
         self.is_alive = fault is None and self.protocol.is_in_step
-        on_settled(answers, fault)
+        on_settled(ExchangeAnswers(answers) if answers else NO_ANSWERS, fault)
 
     # Receiver ---------------------------------------------------------------------------------------------
 
@@ -322,7 +322,7 @@ class UpstreamConnection:
         if protocol.is_in_step and on_settled is not None:
             # As `_end`, at once: all is answered, by nothing that ends the connection. It goes so for each mail.
             if self._answers:
-                answers = [*self._answers, *answers]
+                answers = ExchangeAnswers((*self._answers, *answers))
                 self._answers = []
             self._on_settled = None
             self.is_alive = True

@@ -24,11 +24,11 @@ from otel_smtp.forwarding.content import Content
 from otel_smtp.forwarding.faults import ConnectionLost, OutOfStep, UpstreamFault
 from otel_smtp.forwarding.pace import WaitingMail
 from otel_smtp.forwarding.smarthost import Smarthost
-from otel_smtp.forwarding.transmitting import Transmitting, refusal_in
+from otel_smtp.forwarding.transmitting import Transmitting
 from otel_smtp.forwarding.verdicts import fold, is_about_credentials, outcome_of, wants_another_transaction
 from otel_smtp.observing import DeliveryPhase, Outcome, TransactionRecord
 from otel_smtp.smtp import replies
-from otel_smtp.smtp.client import CONTENT, DATA, MAIL, RCPT, RSET, Answer, Awaited
+from otel_smtp.smtp.client import CONTENT, DATA, MAIL, RCPT, RSET, Awaited, ExchangeAnswers
 from otel_smtp.smtp.envelope import Mail, Recipient
 from otel_smtp.smtp.replies import ErrorType, Reply
 
@@ -44,9 +44,10 @@ _NOTHING_READ: Final[Mapping[Recipient, Reply]] = MappingProxyType({})
 _NOBODY: Final[frozenset[Smarthost]] = frozenset()
 _MAIL: Final = frozenset({RSET, MAIL})
 _ENVELOPE: Final = frozenset({RSET, MAIL, RCPT})
-_PHASES: Final[Mapping[Awaited | None, DeliveryPhase | None]] = {
-    **dict.fromkeys((*Awaited, None)),
+_RCPT: Final = DeliveryPhase.RCPT
+_PHASES: Final[Mapping[Awaited | None, DeliveryPhase]] = {
     MAIL: DeliveryPhase.MAIL,
+    RCPT: _RCPT,
     DATA: DeliveryPhase.DATA,
     CONTENT: DeliveryPhase.REPLY,
 }
@@ -160,23 +161,26 @@ class Delivery(Transmitting):
         else:
             self._end(Outcome.ABORTED, None, None)
 
-    # Answers -----------------------------------------------------------------------------------------------
+    # ExchangeAnswers -----------------------------------------------------------------------------------------------
 
-    def _settled(self, answers: list[Answer], fault: UpstreamFault | None) -> None:
+    def _settled(self, answers: ExchangeAnswers, fault: UpstreamFault | None) -> None:
         """An exchange is over: note what was answered, and take the next step."""
         try:
             now_ns = monotonic_ns()
             attempt = self._attempt
-            for verb, reply in answers:
-                if verb is RCPT:
+            phases = attempt.phases
+            for verb, reply in answers.steps:
+                if verb is RCPT and phases[-1][1] is _RCPT:
                     attempt.recipient_phase(now_ns, reply)
-                elif (phase := _PHASES[verb]) is not None:
-                    attempt.phases.append((now_ns, phase, reply))
+                else:
+                    phases.append((now_ns, _PHASES[verb], reply))
+            attempt.accepted_count += answers.accepted
             if fault is not None:
                 self._cut_short(answers, fault)
                 return
-            if answers[0][0] is RSET:
-                self._check_reset(answers.pop(0).reply)
+            if answers.begins_with_reset:
+                self._check_reset(answers[0].reply)
+                answers = ExchangeAnswers(answers[1:])
             # The answer may have been long in coming, and this process stopped meanwhile.
             if self._record.has_lost_lease is not None and self._may_not_go_on():
                 return
@@ -184,30 +188,28 @@ class Delivery(Transmitting):
         except Exception as error:  # noqa: BLE001 - see `_recover`
             self._recover(error)
 
-    def _cut_short(self, answers: list[Answer], fault: UpstreamFault) -> None:
+    def _cut_short(self, answers: ExchangeAnswers, fault: UpstreamFault) -> None:
         """The answers ended early; what is known of the message all the same counts."""
         if answers and answers[-1].reply.code == 421:
-            answers = answers[:-1]
+            answers = ExchangeAnswers(answers[:-1])
             said_goodbye = True
         else:
             said_goodbye = False
         if not isinstance(fault, ConnectionLost):
-            if self.has_ended_content and (refusal := refusal_in(answers)) is not None:
-                self._conclude(refusal)
+            if self.has_ended_content and answers.refusal is not None:
+                self._conclude(answers.refusal)
                 return
             raise fault
-        if answers and answers[0].verb is RSET:
-            answers = answers[1:]
-        verdicts = [reply for verb, reply in answers if verb is CONTENT]
-        if verdicts:
+        if answers.begins_with_reset:
+            answers = ExchangeAnswers(answers[1:])
+        if answers.contents:
             # LMTP: these are known. Of the others nobody knows, or 421 says that they do not have it.
-            verdicts = [self._as_told(verdict) for verdict in verdicts]
+            verdicts = [self._as_told(verdict) for verdict in answers.contents]
             rest = fault.told if said_goodbye else replies.OUTCOME_UNKNOWN
             verdicts += [rest] * (len(self.accepted) - len(verdicts))
             self._conclude(fold(verdicts), verdicts)
             return
-        refusal = refusal_in(answers)
-        if self._delivered is not None and refusal is not None and self._work is Delivery._burst:
+        if self._delivered is not None and answers.refusal is not None and self._work is Delivery._burst:
             # Whatever comes behind it, the message is refused, and nobody got it.
             self._refused_in_burst(answers)
             return
@@ -243,12 +245,12 @@ class Delivery(Transmitting):
         else:
             self._ask_for_content()
 
-    def _reopened(self, answers: list[Answer]) -> None:
+    def _reopened(self, answers: ExchangeAnswers) -> None:
         refusal = answers[0].reply
         if refusal.code >= 400:
             self._check_sender_refusal(refusal)
             raise UpstreamFault("what another upstream had accepted is refused", upstream_reply=refusal)
-        self._check_accepted_before(answers[1:])
+        self._check_accepted_before(answers.verdicts)
         self._is_open = True
         self._send()
 
@@ -282,25 +284,24 @@ class Delivery(Transmitting):
             and not (self._was_reused and self._connection.idle_seconds > STALE_AFTER_SECONDS)
         )
 
-    def _envelope_answered(self, answers: list[Answer]) -> None:
+    def _envelope_answered(self, answers: ExchangeAnswers) -> None:
         self._is_open = answers[0].reply.is_positive
         last = answers[-1]
-        if (refusal := refusal_in(answers)) is not None and not self._is_divided(answers):
+        if (refusal := answers.refusal) is not None and not self._is_divided(answers.verdicts):
             if last.verb is DATA and last.reply.code < 400:
                 self._note_refused(answers)
                 self._take_back_data(refusal)
             else:
                 self._refused_in_burst(answers)
         elif last.verb is DATA:
-            self._data_answered([last])
+            self._data_settled(last.reply)
         elif self._connection.protocol.extensions.chunking:
             self._write()
         else:
             self._ask_for_content()
 
-    def _is_divided(self, answers: Sequence[Answer]) -> bool:
+    def _is_divided(self, verdicts: Sequence[Reply]) -> bool:
         """Whether those that were refused were one too many beside others, and no more: they are left."""
-        verdicts = [reply for verb, reply in answers if verb is RCPT]
         beyond = {number for number, verdict in enumerate(verdicts) if verdict.code >= 400}
         if not (0 < len(beyond) < len(verdicts) and all(wants_another_transaction(verdicts[one]) for one in beyond)):
             return False
@@ -325,6 +326,6 @@ class Delivery(Transmitting):
         self._after = Delivery._data_taken_back
         self._connection.exchange(self._settled)
 
-    def _data_taken_back(self, _: list[Answer]) -> None:
+    def _data_taken_back(self, _: ExchangeAnswers) -> None:
         if self._refusal is not None:
             self._conclude(self._refusal)

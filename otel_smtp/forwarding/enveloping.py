@@ -18,7 +18,7 @@ from otel_smtp.forwarding.pace import WaitingMail
 from otel_smtp.forwarding.settings import TracePolicy
 from otel_smtp.forwarding.verdicts import is_about_credentials, outcome_of, wants_another_transaction
 from otel_smtp.smtp import replies
-from otel_smtp.smtp.client import MAIL, RSET, Answer
+from otel_smtp.smtp.client import MAIL, NO_ANSWERS, RSET, Answer, ExchangeAnswers
 from otel_smtp.smtp.envelope import Recipient
 from otel_smtp.smtp.extensions import is_ascii
 from otel_smtp.smtp.received import TRACEPARENT_FIELD_OCTETS
@@ -56,7 +56,7 @@ class Enveloping(Attempts):
         "wants_fresh",
     )
 
-    _after: Callable[[Any, list[Answer]], None]  # the step that takes the answers
+    _after: Callable[[Any, ExchangeAnswers], None]  # the step that takes the answers
     accepted: list[Recipient]
     left: list[Recipient]
     wants_fresh: bool
@@ -77,7 +77,7 @@ class Enveloping(Attempts):
     _sent_pieces: int
 
     @abstractmethod
-    def _settled(self, answers: list[Answer], fault: UpstreamFault | None) -> None:
+    def _settled(self, answers: ExchangeAnswers, fault: UpstreamFault | None) -> None:
         """An exchange is over: note what was answered, and take the next step."""
 
     @property
@@ -123,7 +123,7 @@ class Enveloping(Attempts):
             asked = asked[: most - len(accepted)]
             self._is_full = True
             if not asked and is_open:
-                self._recipients_answered([])
+                self._recipients_answered(NO_ANSWERS)
                 return
         if is_open:
             connection.protocol.send_envelope(None, asked)
@@ -160,32 +160,16 @@ class Enveloping(Attempts):
             self._leave(range(most, len(self.accepted)))
         return self.accepted
 
-    def _recipients_answered(self, answers: list[Answer]) -> None:
-        accepted = self.accepted
-        before = len(accepted)
-        if not self._is_open:
-            _, verdict = answers.pop(0)
-            if verdict.code >= 400:
-                self._sender_refused(verdict)
-                return
+    def _recipients_answered(self, answers: ExchangeAnswers) -> None:
+        verdicts: Sequence[Reply] = answers.verdicts
+        if answers.refusal is None and not self._is_full and (self._is_open or not self.accepted):
             self._is_open = True
-            if before:
-                self._check_accepted_before(answers[:before])
-                del answers[:before]
-                accepted = self.accepted
-                before = len(accepted)
-        verdicts: list[Reply] = []
-        beyond: list[int] = []
-        for recipient, (_, verdict) in zip(self._asked, answers, strict=False):
-            verdicts.append(verdict)
-            if verdict.code < 400:
-                accepted.append(recipient)
-            elif verdict.code in (452, 552) and wants_another_transaction(verdict):
-                beyond.append(len(verdicts) - 1)
-            else:
-                self._refuse(recipient, verdicts)
-        if beyond or self._is_full:
-            self._divide(before, verdicts, beyond)
+            self.accepted += self._asked
+        else:
+            if not self._is_open and (refusal := answers[0].reply).code >= 400:
+                self._sender_refused(refusal)
+                return
+            verdicts = self._sorted_out(answers)
         judged, self._judged = self._judged, None
         if judged is not None:
             # The connection is left alone until the client says something: it may be taken away meanwhile.
@@ -193,30 +177,52 @@ class Enveloping(Attempts):
             self._smarthost.park(self._connection, monotonic(), self._reclaimed)
             judged(verdicts)
 
-    def _check_accepted_before(self, answers: Sequence[Answer]) -> None:
+    def _sorted_out(self, answers: ExchangeAnswers) -> Sequence[Reply]:
+        """The verdicts on those that are asked about: some are refused, or left, or others were put before them."""
+        verdicts = [*answers.verdicts]
+        before = len(self.accepted)
+        if not self._is_open:
+            self._is_open = True
+            self._check_accepted_before(verdicts[:before])
+            del verdicts[:before]
+            before = len(self.accepted)
+        beyond: list[int] = []
+        for number, verdict in enumerate(verdicts):
+            recipient = self._asked[number]
+            if verdict.code < 400:
+                self.accepted.append(recipient)
+            elif wants_another_transaction(verdict):
+                beyond.append(number)
+            else:
+                verdicts[number] = self._refuse(recipient, verdict)
+        if beyond or self._is_full:
+            self._divide(before, verdicts, beyond)
+        return verdicts
+
+    def _check_accepted_before(self, verdicts: Sequence[Reply]) -> None:
         """Look at what another connection says of those that were accepted before."""
         beyond = set()
-        for number, (_, verdict) in enumerate(answers):
+        for number, verdict in enumerate(verdicts):
             if verdict.code >= 400:
                 if not wants_another_transaction(verdict):
                     raise UpstreamFault("what another upstream had accepted is refused", upstream_reply=verdict)
                 beyond.add(number)
         if not beyond:
             return
-        if len(beyond) == len(answers):
-            self._check_quota(answers[0].reply)
-            raise UpstreamFault("what another upstream had accepted is refused", upstream_reply=answers[0].reply)
+        if len(beyond) == len(verdicts):
+            self._check_quota(verdicts[0])
+            raise UpstreamFault("what another upstream had accepted is refused", upstream_reply=verdicts[0])
         self._note_limit()
         self._leave(beyond)
 
     # Refused -----------------------------------------------------------------------------------------------
 
-    def _refuse(self, recipient: Recipient, verdicts: list[Reply]) -> None:
-        """Note that a recipient is refused with the last of `verdicts`, and replace that by the reply to the client."""
-        verdict = self._refusal = verdicts[-1]
-        if verdict.code >= 530:
-            verdicts[-1] = self._as_told(verdict)
-        self._attempt.refuse(recipient, verdicts[-1], monotonic_ns())
+    def _refuse(self, recipient: Recipient, verdict: Reply) -> Reply:
+        """Note that a recipient is refused; the reply to the client."""
+        self._refusal = verdict
+        told = self._as_told(verdict)
+        self._attempt.refuse(recipient, told, monotonic_ns())
+        return told
 
     def _keep_refusals(self, answers: Sequence[Answer]) -> None:
         """Note who was refused, for the case that nobody can be asked again."""
@@ -301,16 +307,13 @@ class Enveloping(Attempts):
             self._connection.is_spent = True
             raise Spent("recipients refused on a connection that has served before", upstream_reply=refusal)
 
-    def _divide(self, before: int, verdicts: list[Reply], beyond: Collection[int]) -> list[Reply]:
-        """Leave the recipients of this group that are too many for the transaction.
+    def _divide(self, before: int, verdicts: list[Reply], beyond: Collection[int]) -> None:
+        """Leave the recipients of this group that are too many for the transaction, and complete `verdicts`.
 
         Args:
             before: how many had been accepted before them.
             verdicts: on those that were asked about.
             beyond: numbers of those that were one too many.
-
-        Returns:
-            `verdicts`, completed.
         """
         asked = self._asked
         if beyond and not self.accepted:
@@ -330,4 +333,3 @@ class Enveloping(Attempts):
                 verdicts[number] = self._promise(recipient)
             elif verdicts[number].code < 400:
                 promised.append(recipient)
-        return verdicts

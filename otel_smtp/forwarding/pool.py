@@ -88,7 +88,7 @@ class Pool(Generic[C]):
         self._is_unexplained = False  # some were refused, and whether the upstream works is not known yet
         self._retry_at = 0.0  # not before: another connection beside those that work
         self._closed: deque[float] = deque(maxlen=64)  # when connections were closed, the latest on the right
-        self._idle: deque[tuple[C, float]] = deque()  # with the time of release, the latest on the right
+        self._idle: deque[C] = deque()  # the one released last on the right
         self._busy = 0  # the parked ones among them
         self._parked: dict[C, tuple[float, Callable[[], None]]] = {}  # since when, the longest first; whom to tell
         self._opening = 0
@@ -125,7 +125,7 @@ class Pool(Generic[C]):
         """
         idle = self._idle
         while idle:
-            connection, _ = idle.pop()
+            connection = idle.pop()
             if connection.is_alive and now < connection.expires_at:
                 self._busy += 1
                 return connection
@@ -154,7 +154,9 @@ class Pool(Generic[C]):
                 self.waiting.remove(ticket)
             case Decision.REUSE:
                 assert ticket.connection is not None
+                used_at = ticket.connection.used_at
                 self.release(ticket.connection, now)
+                ticket.connection.used_at = used_at  # it was not
             case Decision.OPEN:
                 self.gave_up(now)
             case Decision.NONE:
@@ -168,8 +170,17 @@ class Pool(Generic[C]):
             most = min(most, self._slots.held + 1)  # and one that waits for another slot
         return most if most <= 1 or self.ceiling.level > most else int(max(1, min(most, self.ceiling.share(now))))
 
-    def release(self, connection: C, now: float) -> None:
-        """A mail is done with its connection."""
+    def release(self, connection: C, now: float, *, answered: bool = False) -> None:
+        """A mail is done with its connection.
+
+        Args:
+            answered: the upstream answered what it was asked.
+        """
+        connection.used_at = now
+        if answered:
+            self.heard_at = now
+            if not self.breaker.is_at_best:
+                self.breaker.succeeded()
         self._busy -= 1
         if (
             connection.is_alive
@@ -177,7 +188,7 @@ class Pool(Generic[C]):
             and now < connection.expires_at
             and (self._has_all_rights or self._may_keep(connection, now))
         ):
-            self._idle.append((connection, now))
+            self._idle.append(connection)
         else:
             self._give_up(connection, now)
         if self.waiting:
@@ -188,8 +199,8 @@ class Pool(Generic[C]):
         if self._is_closed or self._busy + self._opening + len(self._idle) >= self._limits.connections:
             self._give_up(connection, now)
             return
-        self.heard_at = now
-        self._idle.append((connection, now))
+        self.heard_at = connection.used_at = now
+        self._idle.append(connection)
         self._note()
         self._assign(now)
 
@@ -282,12 +293,10 @@ class Pool(Generic[C]):
 
     def lost(self, connection: C, now: float) -> None:
         """An idle connection died."""
-        for entry in self._idle:
-            if entry[0] is connection:
-                self._idle.remove(entry)
-                self._give_up(connection, now)
-                self._assign(now)
-                return
+        if connection in self._idle:
+            self._idle.remove(connection)
+            self._give_up(connection, now)
+            self._assign(now)
 
     def expire(self, now: float, *, most_wait_seconds: float = math.inf) -> None:
         """Look at the clock; to be called a few times a second while the pool is not empty.
@@ -295,8 +304,8 @@ class Pool(Generic[C]):
         Connections that have been idle for too long are closed. Tickets that wait are served with connections that have
         been parked for long enough, and those that have waited for `most_wait_seconds` are sent away.
         """
-        while self._idle and now - self._idle[0][1] >= self._limits.idle_seconds:
-            self._give_up(self._idle.popleft()[0], now)
+        while self._idle and now - self._idle[0].used_at >= self._limits.idle_seconds:
+            self._give_up(self._idle.popleft(), now)
         self._note()
         if self.ceiling.is_shared:
             self._make_room_for_others(now)
@@ -338,7 +347,7 @@ class Pool(Generic[C]):
 
     def _give_idle_up(self, now: float) -> None:
         while self._idle:
-            self._give_up(self._idle.popleft()[0], now)
+            self._give_up(self._idle.popleft(), now)
 
     def _keeps_slot(self, connection: C, now: float) -> bool:
         """Whether a connection that is released may be used again here."""
@@ -372,7 +381,7 @@ class Pool(Generic[C]):
         """Keep no idle connection any more; tickets are served as before, for those that still come."""
         self._is_retired = True
         self._has_all_rights = False
-        self.closing.extend(connection for connection, _ in self._idle)
+        self.closing += self._idle
         if self._slots is not None:
             self._parting += len(self._idle)
         self._idle.clear()
@@ -439,7 +448,7 @@ class Pool(Generic[C]):
         if self.ceiling.level == math.inf:
             return
         while self._idle:
-            self._give_up(self._idle.popleft()[0], now)
+            self._give_up(self._idle.popleft(), now)
         while self._busy + self._opening > self.ceiling.share(now) and (reclaimed := self._reclaimed(now)) is not None:
             self._busy -= 1
             self._give_up(reclaimed, now)
@@ -483,7 +492,7 @@ class Pool(Generic[C]):
             return False
         # A fresh one is wanted though others lie idle: the oldest makes room.
         if in_use + len(self._idle) >= self._limits.connections:
-            self._give_up(self._idle.popleft()[0], now)
+            self._give_up(self._idle.popleft(), now)
         self._note()
         if ticket.fault is not None and not self.ceiling.works(now) and self.ceiling.is_opening:
             return False  # what is being opened tells first
@@ -491,7 +500,7 @@ class Pool(Generic[C]):
             return False
         if self._slots is not None and not self._slots.take(now):
             if self._idle and not self._parting:  # likewise, for its slot
-                self._give_up(self._idle.popleft()[0], now)
+                self._give_up(self._idle.popleft(), now)
             return False
         if self._ceiling_allows(now):
             return True
@@ -504,6 +513,6 @@ class Pool(Generic[C]):
             return True
         if not self._idle:
             return False
-        self._give_up(self._idle.popleft()[0], now)
+        self._give_up(self._idle.popleft(), now)
         self._note()
         return self.ceiling.allows(now)

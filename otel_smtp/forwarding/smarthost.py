@@ -98,15 +98,10 @@ class Smarthost(Reaching):
             answered: it answered what it was asked.
         """
         assert self._loop is not None
-        now = connection.used_at = self._loop.time()
         pool = self._pool
-        if answered:
-            pool.heard_at = now
-            if not pool.breaker.is_at_best:
-                pool.breaker.succeeded()
         if connection.messages == 1 and isinstance(self._context, UpstreamTlsContext):
             self._context.keep_session(connection.stream.tls_object)
-        pool.release(connection, now)
+        pool.release(connection, self._loop.time(), answered=answered)
         if pool.closing:
             self._close_what_is_over()
 

@@ -10,6 +10,9 @@ from otel_smtp.forwarding.faults import UpstreamFault
 class Pooled(Protocol):
     """What the pool asks of a connection."""
 
+    used_at: float
+    """When it was released last; the pool notes that."""
+
     @property
     def is_alive(self) -> bool:
         """Nothing has been heard of it since it was released."""

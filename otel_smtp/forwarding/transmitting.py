@@ -16,7 +16,7 @@ from otel_smtp.forwarding.settings import TracePolicy
 from otel_smtp.forwarding.verdicts import fold, outcome_of, wants_another_transaction
 from otel_smtp.observing import DeliveryPhase, Outcome
 from otel_smtp.smtp import replies
-from otel_smtp.smtp.client import CONTENT, MAIL, RCPT, Answer
+from otel_smtp.smtp.client import ExchangeAnswers
 from otel_smtp.smtp.envelope import Body
 from otel_smtp.smtp.received import replace_trace_headers
 from otel_smtp.smtp.replies import ErrorType, Reply
@@ -105,8 +105,10 @@ class Transmitting(Enveloping):
         self._after = Transmitting._data_answered
         self._connection.exchange(self._settled)
 
-    def _data_answered(self, answers: list[Answer]) -> None:
-        reply = answers[0].reply
+    def _data_answered(self, answers: ExchangeAnswers) -> None:
+        self._data_settled(answers[0].reply)
+
+    def _data_settled(self, reply: Reply) -> None:
         if reply.code >= 400:
             self._conclude(reply)
         else:
@@ -190,43 +192,37 @@ class Transmitting(Enveloping):
         except Exception as error:  # noqa: BLE001 - see `_recover`
             self._recover(error)
 
-    def _refused_early(self, answers: list[Answer]) -> None:
+    def _refused_early(self, answers: ExchangeAnswers) -> None:
         """The upstream refuses the content before its end; the connection cannot be used again then."""
         self._conclude(answers[-1].reply)
 
     # Answered ----------------------------------------------------------------------------------------------
 
-    def _message_answered(self, answers: list[Answer]) -> None:
-        if len(answers) == 1:
-            self._conclude(answers[0][1])
-            return
-        if refusal_in(answers) is not None:
+    def _message_answered(self, answers: ExchangeAnswers) -> None:
+        contents = answers.contents
+        if answers.refusal is not None:
             self._refused_in_burst(answers)
-            return
-        if answers[-2][0] is not CONTENT:  # one reply for all
-            self._conclude(self._as_told(answers[-1][1]))
-            return
-        verdicts = [self._as_told(reply) for verb, reply in answers if verb is CONTENT]
-        self._conclude(fold(verdicts), verdicts)
+        elif len(contents) == 1:  # one reply for all
+            self._conclude(self._as_told(contents[0]) if answers.verdicts else contents[0])
+        else:
+            verdicts = [self._as_told(reply) for reply in contents]
+            self._conclude(fold(verdicts), verdicts)
 
-    def _refused_in_burst(self, answers: Sequence[Answer]) -> None:
+    def _refused_in_burst(self, answers: ExchangeAnswers) -> None:
         """MAIL or a recipient was refused, and with it the message."""
-        refusal = refusal_in(answers)
+        refusal = answers.refusal
         assert refusal is not None
         if answers[0].reply.code >= 400:
             self._check_sender_refusal(refusal)
         else:
-            if wants_another_transaction(refusal) and not any(
-                verb is RCPT and reply.code < 400 for verb, reply in answers
-            ):
+            if wants_another_transaction(refusal) and not answers.accepted:
                 self._check_quota(refusal)
             self._note_refused(answers)
         self._conclude(refusal)
 
-    def _note_refused(self, answers: Sequence[Answer]) -> None:
+    def _note_refused(self, answers: ExchangeAnswers) -> None:
         """Note for whom a message was refused before its content counted."""
-        verdicts = [reply for verb, reply in answers if verb is RCPT]
-        for recipient, verdict in zip(self.accepted, verdicts, strict=False):
+        for recipient, verdict in zip(self.accepted, answers.verdicts, strict=False):
             if verdict.code >= 400:
                 self._attempt.refuse(recipient, self._as_told(verdict), monotonic_ns())
 
@@ -260,11 +256,3 @@ class Transmitting(Enveloping):
                 outcome = Outcome.PARTLY_RELAYED
         self._end(outcome, own, reply.error_type, answered=True)
         return reply
-
-
-def refusal_in(answers: Sequence[Answer]) -> Reply | None:
-    """The first refusal of MAIL or a recipient."""
-    for verb, reply in answers:
-        if reply.code >= 400 and (verb is MAIL or verb is RCPT):
-            return reply
-    return None

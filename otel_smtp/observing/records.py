@@ -521,14 +521,12 @@ class DeliveryRecord:
         self.phases.append((now_ns, DeliveryPhase.PACED, None))
 
     def recipient_phase(self, now_ns: int, reply: Reply) -> None:
-        """Note the answer to a recipient.
+        """Note when a recipient was answered.
 
         A thousand recipients are not a thousand phases: of answers alike in a row the last stands for all, and beyond
         `MOST_PHASES` for those that differ too.
         """
         phases = self.phases
-        if reply.code < 400:
-            self.accepted_count += 1
         if phases and phases[-1][1] is _RCPT:
             before = phases[-1][2]
             if len(phases) >= MOST_PHASES or (before is not None and before.code == reply.code):

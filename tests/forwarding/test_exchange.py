@@ -8,7 +8,7 @@ import pytest
 from otel_smtp.forwarding.connection import UpstreamConnection
 from otel_smtp.forwarding.faults import ConnectionLost, OutOfStep, TimedOut, UpstreamFault
 from otel_smtp.forwarding.settings import Timeouts
-from otel_smtp.smtp.client import Answer, Awaited
+from otel_smtp.smtp.client import NO_ANSWERS, Awaited, ExchangeAnswers
 from otel_smtp.smtp.envelope import Mail, Recipient
 from tests.support.fake_stream import FakeStream
 
@@ -23,7 +23,7 @@ class Ends:
         self.answers: list[list[int]] = []
         self.faults: list[UpstreamFault | None] = []
 
-    def __call__(self, answers: list[Answer], fault: UpstreamFault | None) -> None:
+    def __call__(self, answers: ExchangeAnswers, fault: UpstreamFault | None) -> None:
         self.answers.append([answer.reply.code for answer in answers])
         self.faults.append(fault)
 
@@ -251,11 +251,11 @@ async def test_content_waits_while_the_upstream_does_not_take_it() -> None:
     connection, stream = await in_content()
     ends, writable = Ends(), Ends()
     connection.protocol.send_content(b"one\r\n")
-    assert connection.send_content(ends, lambda: writable([], None))
+    assert connection.send_content(ends, lambda: writable(NO_ANSWERS, None))
     assert connection.deadline == math.inf
     stream.stop_taking()
     connection.protocol.send_content(b"two\r\n")
-    assert not connection.send_content(ends, lambda: writable([], None))
+    assert not connection.send_content(ends, lambda: writable(NO_ANSWERS, None))
     assert asyncio.get_running_loop().time() + 4.9 < connection.deadline
     assert writable.faults == []
     stream.resume_writing()

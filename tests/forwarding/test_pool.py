@@ -34,6 +34,7 @@ class Connection:
     uses: int = 0
     most_uses: int = 100
     opened_at: float = 0.0
+    used_at: float = 0.0
     expires_at: float = math.inf
 
     @property
@@ -646,10 +647,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.unpark(connection)
         self.busy.remove(connection)
         connection.is_alive = alive
-        if answered:
-            self.pool.breaker.succeeded()
-            self.pool.expire(self.now)
-        self.pool.release(connection, self.now)
+        self.pool.release(connection, self.now, answered=answered)
         self.idle_or_closed.append(connection)
         self.sort()
 

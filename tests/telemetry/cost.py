@@ -113,6 +113,7 @@ class Traffic:
         delivery.phases.append((now + 3000, DeliveryPhase.POOL, None))
         delivery.phases.append((now + 4000, DeliveryPhase.MAIL, replies.SENDER_OK))
         delivery.recipient_phase(now + 5000, replies.RECIPIENT_OK)
+        delivery.accepted_count = 1
         record.accepted.append(Recipient("bob@example.net"))
         connection.replies.append(("RCPT", replies.RECIPIENT_OK))
         machine.now_ns = now + 6000

@@ -366,6 +366,7 @@ def finish_delivery(
     delivery.peer, delivery.tls = Endpoint("198.51.100.4", 587), TLS
     delivery.phases.append((now(), DeliveryPhase.MAIL, replies.SENDER_OK))
     delivery.recipient_phase(now(), replies.RECIPIENT_OK)
+    delivery.accepted_count = 1
     delivery.phases.append((now(), DeliveryPhase.DATA, replies.SEND_CONTENT))
     carried = observer.delivery_carrier(delivery)
     delivery.phases.append((now(), DeliveryPhase.CONTENT, None))

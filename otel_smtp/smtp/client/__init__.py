@@ -10,7 +10,7 @@ strategy is right with and without PIPELINING, and cutting what arrives differen
 Replies are bounded, and matched to commands by order alone. Whatever does not fit (a reply that nobody asked for, a
 class that the command cannot have, a line that is no reply, octets behind the 220 of STARTTLS) is a fault of the
 upstream: `fault` is set, and the engine takes nothing more, as one reply too many would make every following answer
-that of another command. Answers that came before the fault stay true: a reply that has been read counts.
+that of another command. ExchangeAnswers that came before the fault stay true: a reply that has been read counts.
 
 One writer makes every command line. It refuses what could end the line, open another path or smuggle a parameter. That
 is `LocalProtocolError`, as such an argument should have been refused long before; `is_safe_path` is how.
@@ -28,10 +28,12 @@ from otel_smtp.smtp.client.answers import (
     MAX_KEPT_CHARACTERS,
     MAX_REPLY_LINE_OCTETS,
     MAX_REPLY_LINES,
+    NO_ANSWERS,
     RCPT,
     RSET,
     Answer,
     Awaited,
+    ExchangeAnswers,
     challenge_of,
 )
 from otel_smtp.smtp.client.commanding import is_safe_path
@@ -44,11 +46,13 @@ __all__ = [
     "MAX_KEPT_CHARACTERS",
     "MAX_REPLY_LINES",
     "MAX_REPLY_LINE_OCTETS",
+    "NO_ANSWERS",
     "RCPT",
     "RSET",
     "Answer",
     "Awaited",
     "ClientProtocol",
+    "ExchangeAnswers",
     "challenge_of",
     "is_safe_path",
 ]

@@ -3,10 +3,10 @@
 import base64
 import binascii
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from functools import lru_cache, partial
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, overload
 
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.errors import RemoteProtocolError
@@ -53,6 +53,58 @@ class Answer(NamedTuple):
 # A NamedTuple's own constructor is a function in Python; a mail has three answers or more.
 answer_of: Final = partial(tuple.__new__, Answer)
 
+_OF_TRANSACTION: Final = frozenset({MAIL, RCPT, DATA, CONTENT})
+
+
+class ExchangeAnswers(Sequence[Answer]):
+    """The answers of an exchange, in their order, and what they come to. It never changes: those that come again and
+    again are one object.
+
+    Attributes:
+        steps: those to MAIL, RCPT, DATA and the content; of recipients that are answered alike in a row the last one.
+        verdicts: the replies to RCPT. `accepted`: how many of them are 2yz.
+        contents: the replies to the content.
+        refusal: the first one of MAIL or a recipient; None where neither was refused.
+        begins_with_reset: the first one is that to RSET.
+    """
+
+    __slots__ = ("_each", "accepted", "begins_with_reset", "contents", "refusal", "steps", "verdicts")
+
+    def __init__(self, each: Iterable[Answer]) -> None:
+        self._each = each = tuple(each)
+        self.verdicts = tuple([reply for verb, reply in each if verb is RCPT])
+        self.contents = tuple([reply for verb, reply in each if verb is CONTENT])
+        self.accepted = sum([verdict.code < 400 for verdict in self.verdicts])
+        refusals = (reply for verb, reply in each if reply.code >= 400 and (verb is MAIL or verb is RCPT))
+        self.refusal = next(refusals, None)
+        self.begins_with_reset = bool(each) and each[0].verb is RSET
+        steps: list[Answer] = []
+        for answer in each:
+            verb, reply = answer
+            if verb is RCPT and steps and steps[-1].verb is RCPT and steps[-1].reply.code == reply.code:
+                steps[-1] = answer
+            elif verb in _OF_TRANSACTION:
+                steps.append(answer)
+        self.steps = tuple(steps)
+
+    def __repr__(self) -> str:
+        return f"<ExchangeAnswers {' '.join(f'{verb}:{reply.code}' for verb, reply in self._each)}>"
+
+    def __len__(self) -> int:
+        return len(self._each)
+
+    @overload
+    def __getitem__(self, place: int) -> Answer: ...
+
+    @overload
+    def __getitem__(self, place: slice) -> tuple[Answer, ...]: ...
+
+    def __getitem__(self, place: int | slice) -> Answer | tuple[Answer, ...]:
+        return self._each[place]
+
+
+NO_ANSWERS: Final = ExchangeAnswers(())
+
 
 def challenge_of(reply: Reply) -> bytes:
     """The octets of a 334 challenge.
@@ -94,7 +146,7 @@ class KnownAnswers(NamedTuple):
         begins_anew: no recipient of before counts. `accepted`: how many were accepted since.
     """
 
-    answers: tuple[Answer, ...]
+    answers: ExchangeAnswers
     begins_anew: bool
     accepted: int
 
@@ -123,7 +175,7 @@ def read_answers(data: bytes, verbs: tuple[Awaited, ...]) -> KnownAnswers | None
         else:
             begins_anew, accepted = True, 0
         answers.append(answer_of((verb, reply)))
-    return KnownAnswers(tuple(answers), begins_anew, accepted)
+    return KnownAnswers(ExchangeAnswers(answers), begins_anew, accepted)
 
 
 def without_end(line: bytes) -> bytes:

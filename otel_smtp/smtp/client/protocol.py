@@ -9,11 +9,13 @@ from otel_smtp.smtp.client.answers import (
     MAIL,
     MOST_CACHED_OCTETS,
     MOST_KNOWN_ANSWERS,
+    NO_ANSWERS,
     RCPT,
     REPLY_LINE,
     RSET,
     Answer,
     Awaited,
+    ExchangeAnswers,
     answer_of,
     make_reply,
     read_answers,
@@ -55,7 +57,7 @@ class ClientProtocol(Commanding):
 
     __slots__ = ()
 
-    def receive(self, data: bytes) -> list[Answer]:
+    def receive(self, data: bytes) -> ExchangeAnswers:
         """Take octets from the upstream, and give the replies that are whole now, with what they answer.
 
         Never raises: what breaks the protocol sets `fault`, behind the answers that came before it. It goes no further
@@ -76,13 +78,13 @@ class ClientProtocol(Commanding):
                 self._accepted = accepted if begins_anew else self._accepted + accepted
                 awaited.clear()
                 self.is_in_step = not self.queued
-                return [*answers]
+                return answers
         read = self._read(data)
         self._is_clear = not (
             self._rest or self._lines or self._is_open or self._chunk_left or self._is_closing or self.fault is not None
         )
         self.is_in_step = self._is_clear and not (awaited or self.queued)
-        return read
+        return ExchangeAnswers(read) if read else NO_ANSWERS
 
     def _read(self, data: bytes) -> list[Answer]:
         """Read `data` line by line; see `receive`."""
