@@ -25,7 +25,7 @@ from otel_smtp.forwarding.tickets import Decision, Ticket
 from otel_smtp.observing import DeliveryPhase, DeliveryRecord, Observer, TransactionRecord
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Mail
-from otel_smtp.smtp.extensions import BEYOND_SIZE, missing_extension
+from otel_smtp.smtp.extensions import missing_extension
 from otel_smtp.smtp.replies import Reply
 
 _POOL: Final = DeliveryPhase.POOL  # see `smtp.client.answers` for why such names are here
@@ -79,6 +79,7 @@ class Connecting(ABC):
         "_is_connected",
         "_is_open",
         "_is_parked",
+        "_is_plain",
         "_mail",
         "_opening",
         "_permission",
@@ -103,6 +104,7 @@ class Connecting(ABC):
     _record: TransactionRecord
     _relaying: Relaying
     route: Sequence[Smarthost]
+    _is_plain: bool
     _is_aborted: bool
     begins_fresh: bool
     waits_for_limits: bool
@@ -220,10 +222,10 @@ class Connecting(ABC):
         stream, extensions = connection.stream, connection.protocol.extensions
         attempt.peer = stream.peer
         attempt.tls = stream.tls
-        mail, size = self._mail, extensions.size
-        if mail[2:] == BEYOND_SIZE and (not size or mail[1] is None or mail[1] <= size) and mail[0].isascii():
+        declared, size = self._mail.size, extensions.size
+        if self._is_plain and (declared is None or not size or declared <= size):
             return True  # as most mail, it needs nothing
-        refusal = missing_extension(mail, extensions, is_tls=stream.tls is not None)
+        refusal = missing_extension(self._mail, extensions, is_tls=stream.tls is not None)
         # What was declared 8-bit may be 7-bit; where nobody else is left, the content tells.
         if refusal is not None and (
             refusal is not replies.NEEDS_8BITMIME or (self.route and not self._smarthost.settings.reencode_8bit)

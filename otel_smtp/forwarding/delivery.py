@@ -56,6 +56,9 @@ _PHASES: Final[Mapping[Awaited | None, DeliveryPhase]] = {
 class Delivery(Transmitting):
     """One transaction upstream.
 
+    Args:
+        is_plain: the mail is one whose parameters ask nothing of an upstream, but for its size.
+
     Attributes:
         accepted: recipients that go with the content; those of `ask` are added here as they are accepted.
         left: those that were promised a place in a further transaction. `wants_fresh`: on a connection that was not
@@ -65,7 +68,12 @@ class Delivery(Transmitting):
     __slots__ = ()
 
     def __init__(
-        self, mail: Mail, record: TransactionRecord, relaying: Relaying, route: Sequence[Smarthost] = ()
+        self,
+        mail: Mail,
+        record: TransactionRecord,
+        relaying: Relaying,
+        route: Sequence[Smarthost],
+        is_plain: bool,
     ) -> None:
         # What each of these is says the part that uses it, from `Connecting` on. They are set here, as a chain of
         # constructors costs more than what it sets; each mail has one of this.
@@ -73,6 +81,7 @@ class Delivery(Transmitting):
         self._record = record
         self._relaying = relaying
         self.route = route
+        self._is_plain = is_plain
         self.begins_fresh = self.wants_fresh = self.waits_for_limits = False
         self.is_under_way = self._is_connected = self._is_parked = self._is_open = self._is_full = False
         self.has_ended_content = self._is_aborted = False

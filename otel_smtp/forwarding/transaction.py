@@ -1,7 +1,8 @@
 """A client's transaction, relayed: recipients and their routes, the content, and the end, by each strategy.
 
-A transaction judges what can be said without asking anybody, collects the content, and leaves the rest to a `Delivery`:
-to several where recipients have routes of their own, or are more than an upstream takes at once (see `further`).
+A transaction judges what can be said without asking anybody, and collects the content. It is itself the first
+`Delivery` of the mail, which for nearly every mail is the only one. Recipients that have routes of their own, or are
+more than an upstream takes at once, go in deliveries of their own (see `further`).
 """
 
 import math
@@ -39,23 +40,19 @@ def bad_recipient(mail: Mail, recipient: Recipient) -> Reply | None:
     return None
 
 
-class Transaction(MailTransaction):
+class Transaction(Delivery, MailTransaction):
     """What all strategies share. See `MailTransaction`.
 
     Args:
         serving: the upstreams that serve the sender.
+        is_plain: see `Delivery`.
     """
 
     __slots__ = (
         "_answered",
-        "_content",
-        "_delivery",
-        "_is_over",
-        "_mail",
+        "_collected",
         "_parts",
-        "_promised",
-        "_record",
-        "_relaying",
+        "_pledged",
         "_route",
         "_serving",
     )
@@ -63,18 +60,22 @@ class Transaction(MailTransaction):
     spool_id: Final = None  # nothing is made durable here
     _refuses_all_for_one: ClassVar = False  # the refusal of a recipient is that of the message, while nobody has it
 
-    def __init__(self, relaying: Relaying, mail: Mail, record: TransactionRecord, serving: Serving[Smarthost]) -> None:
-        self._relaying = relaying
-        self._mail = mail
-        self._record = record
+    def __init__(
+        self,
+        relaying: Relaying,
+        mail: Mail,
+        record: TransactionRecord,
+        serving: Serving[Smarthost],
+        is_plain: bool,
+    ) -> None:
+        route = serving.for_all
+        Delivery.__init__(self, mail, record, relaying, route, is_plain)
         self._serving = serving
-        route = self._route = serving.for_all
-        self._delivery = Delivery(mail, record, relaying, route)
+        self._route = route  # of the first recipients
         self._parts: list[Part] | None = None  # of other routes, then of all; None: there is one transaction upstream
-        self._promised: list[Recipient] | None = None  # all that were accepted, in order, where there are parts
-        self._content: Content | None = None
+        self._pledged: list[Recipient] | None = None  # all that were accepted, in order, where there are parts
+        self._collected: Content | None = None
         self._answered: MessageAnswered | None = None
-        self._is_over = False
 
     @abstractmethod
     def recipients(self, batch: Sequence[Recipient], answered: RecipientsAnswered) -> None:
@@ -87,92 +88,88 @@ class Transaction(MailTransaction):
             super().message(header, body, answered)
             return
         self._answered = answered
-        content = self._content = Content(limit, nobody_waits, header, body)
-        self._send(content)
+        content = self._collected = Content(limit, nobody_waits, header, body)
+        self._relay(content)
 
     def content(self, resume: Callable[[], None]) -> None:
         """See `MailTransaction.content`."""
-        self._content = Content(self._relaying.memory_limit_octets, resume)
+        self._collected = Content(self._relaying.memory_limit_octets, resume)
 
     def write(self, chunk: bytes) -> bool:
         """See `MailTransaction.write`."""
-        assert self._content is not None
-        return self._content.write(chunk)
+        assert self._collected is not None
+        return self._collected.write(chunk)
 
     def finish(self, answered: MessageAnswered) -> None:
         """See `MailTransaction.finish`."""
         self._answered = answered
-        content = self._content
+        content = self._collected
         assert content is not None
-        content.complete(partial(self._deliver, content))
+        content.complete(partial(self._collected_whole, content))
 
     def abort(self) -> None:
         """See `MailTransaction.abort`."""
-        if self._is_over:
-            return
-        self._is_over = True
         self._answered = None
-        if self._content is not None:
-            self._content.close()
+        if self._collected is not None:
+            self._collected.close()
         self._abandon_all()
 
-    def _begin(self) -> Delivery:
+    def _begin_another(self) -> Delivery:
         """Begin another transaction upstream."""
-        return Delivery(self._mail, self._record, self._relaying)
+        return Delivery(self._mail, self._record, self._relaying, (), self._is_plain)
+
+    def _abandon_first(self) -> None:
+        """Give up the transaction upstream that this is."""
+        super().abort()
+        if self.is_under_way:
+            self._relaying.watch(self)
 
     def _abandon_all(self) -> None:
-        for delivery in (self._delivery, *(part.delivery for part in self._parts or ())):
-            if delivery is not None:
-                delivery.abort()
-                if delivery.is_under_way:
-                    self._relaying.watch(delivery)
+        self._abandon_first()
+        for part in self._parts or ():
+            if part.delivery is not None:
+                part.delivery.abort()
+                if part.delivery.is_under_way:
+                    self._relaying.watch(part.delivery)
 
-    def _deliver(self, content: Content) -> None:
+    def _collected_whole(self, content: Content) -> None:
         if content.failure is not None:
             self._abandon_all()
-            self._conclude(content.failure, ())
+            self._answer(content.failure, ())
         else:
-            self._send(content)
+            self._relay(content)
 
     @abstractmethod
-    def _send(self, content: Content) -> None:
+    def _relay(self, content: Content) -> None:
         """Put what is still to be put, and send the content."""
 
-    def _delivered(self, reply: Reply, verdicts: Sequence[Reply]) -> None:
+    def _first_ended(self, reply: Reply, verdicts: Sequence[Reply]) -> None:
         """The first transaction upstream is over."""
-        if self._parts is None and not self._delivery.left:
-            # As `_conclude`, which would be one call more for each mail.
-            self._is_over = True
-            content = self._content
-            if content is not None and content.pieces is None:
-                content.close()
-            answered, self._answered = self._answered, None
-            if answered is not None:
-                if reply.code >= 400 and self._refuses_all_for_one and not verdicts:
-                    reply = self._naming(reply)
-                answered(reply, verdicts)
+        if self._parts is None and not self.left:
+            if reply.code >= 400 and self._refuses_all_for_one and not verdicts:
+                reply = self._naming(reply)
+            self._answer(reply, verdicts)
         elif self._refuses_all_for_one and reply.code >= 400 and not any(one.is_positive for one in verdicts):
             # Nobody has it yet, and nobody gets it.
-            self._conclude(reply if verdicts else self._naming(reply), ())
+            self._answer(reply if verdicts else self._naming(reply), ())
         else:
             self._go_further(reply, verdicts)
 
     def _naming(self, reply: Reply) -> Reply:
         """The refusal of a message for one of its recipients, with whom it is: nothing else tells the client."""
-        delivery, deliveries = self._delivery, self._record.deliveries
-        if len(delivery.accepted) + len(delivery.left) < 2 or not deliveries:
+        deliveries = self._record.deliveries
+        if len(self.accepted) + len(self.left) < 2 or not deliveries:
             return reply
         whom = next((one.recipient.address for one in deliveries[-1].refused if one.reply is reply), "")
         if not whom or not whom.isascii() or len(whom) > MOST_NAMED_CHARACTERS:
             return reply
         return with_remark(reply, f"recipient {whom}")
 
-    def _conclude(self, reply: Reply, verdicts: Sequence[Reply]) -> None:
-        self._is_over = True
-        content = self._content
+    def _answer(self, reply: Reply, verdicts: Sequence[Reply]) -> None:
+        """The message has its answer."""
+        content, answered = self._collected, self._answered
         if content is not None and content.pieces is None:
             content.close()
-        answered, self._answered = self._answered, None
         if answered is not None:
             answered(reply, verdicts)
 
@@ -182,26 +179,26 @@ class Transaction(MailTransaction):
         Args:
             reply: its final one; None: it had nobody to deliver to.
         """
-        first, content = self._delivery, self._content
+        content = self._collected
         assert content is not None
-        promised = first.promised if self._promised is None else self._promised
+        promised = self.promised if self._pledged is None else self._pledged
         part = Part(self._route)
-        part.leave(first)
+        part.leave(self)
         self._parts = [part, *(self._parts or ())]
 
         def ended() -> None:
             each = further.in_order(promised)
-            self._conclude(fold(each), each)
+            self._answer(fold(each), each)
 
         further = Further(
             self._parts,
-            self._begin,
+            self._begin_another,
             content,
             until_ns=self._last_begin_ns(),
             ended=ended,
         )
         if reply is not None:
-            further.note(first.accepted, reply, verdicts)
+            further.note(self.accepted, reply, verdicts)
             further.skip_unanswered(part, reply)
         further.go_on()
 
@@ -229,7 +226,7 @@ class Transaction(MailTransaction):
         if not route:
             return replies.RELAY_DENIED
         if not self._route:
-            self._route = self._delivery.route = route
+            self._route = self.route = route
         elif route is not self._route and route != self._route and not self._join(route):
             return self._part(route)
         return None
@@ -246,18 +243,18 @@ class Transaction(MailTransaction):
 
     def _join(self, route: Sequence[Smarthost]) -> bool:
         """Whether a recipient of another route can travel with those before it."""
-        if route[0] is not self._route[0] or not self._delivery.is_served_by(route):
+        if route[0] is not self._route[0] or not self.is_served_by(route):
             return False
         # The same upstream first, other ones behind it: only those that serve both are left.
         self._route = [smarthost for smarthost in self._route if smarthost in route]
-        self._delivery.route = [smarthost for smarthost in self._delivery.route if smarthost in route]
+        self.route = [smarthost for smarthost in self.route if smarthost in route]
         return True
 
     def _part(self, route: Sequence[Smarthost]) -> Part | Reply:
         """The part of a route other than that of the first recipients; or why there is no other one."""
         if self._parts is None:
             self._parts = []
-            self._promised = list(self._delivery.promised)
+            self._pledged = list(self.promised)
         for part in self._parts:
             if part.route == route:
                 return part
@@ -276,11 +273,11 @@ class Transparent(Transaction):
     def recipients(self, batch: Sequence[Recipient], answered: RecipientsAnswered) -> None:
         """See `MailTransaction.recipients`."""
         if self._have_one_route(batch):
-            self._delivery.ask(batch, answered)
+            self.ask(batch, answered)
             return
         found = [self._judge(recipient) for recipient in batch]
         if self._parts is None and not any(found):
-            self._delivery.ask(batch, answered)
+            self.ask(batch, answered)
         else:
             self._ask_each(batch, found, answered)
 
@@ -292,7 +289,7 @@ class Transparent(Transaction):
         groups: dict[Delivery, list[int]] = {}
         for number, one in enumerate(found):
             if not isinstance(one, Reply):
-                groups.setdefault(self._delivery if one is None else self._delivery_of(one), []).append(number)
+                groups.setdefault(self if one is None else self._delivery_of(one), []).append(number)
         left = len(groups)
 
         def judged(numbers: Sequence[int], replied: Sequence[Reply]) -> None:
@@ -304,8 +301,8 @@ class Transparent(Transaction):
                 finished()
 
         def finished() -> None:
-            if self._promised is not None:
-                self._promised += [one for one, verdict in zip(batch, verdicts, strict=True) if verdict.code < 400]
+            if self._pledged is not None:
+                self._pledged += [one for one, verdict in zip(batch, verdicts, strict=True) if verdict.code < 400]
             answered(verdicts)
 
         for delivery, numbers in groups.items():
@@ -315,15 +312,15 @@ class Transparent(Transaction):
 
     def _delivery_of(self, part: Part) -> Delivery:
         if part.delivery is None:
-            part.delivery = self._begin()
+            part.delivery = self._begin_another()
             part.delivery.route = part.route
         return part.delivery
 
-    def _send(self, content: Content) -> None:
-        if self._delivery.accepted:
-            self._delivery.send(content, self._delivered)
+    def _relay(self, content: Content) -> None:
+        if self.accepted:
+            self.send(content, self._first_ended)
         else:
-            self._delivery.abort()
+            self._abandon_first()
             self._go_further()
 
 
@@ -336,7 +333,7 @@ class Buffered(Transaction):
 
     def recipients(self, batch: Sequence[Recipient], answered: RecipientsAnswered) -> None:
         """See `MailTransaction.recipients`."""
-        accepted = self._delivery.accepted
+        accepted = self.accepted
         # So many are fewer than any upstream takes in all transactions together.
         if len(accepted) + len(batch) <= MOST_TRANSACTIONS and self._have_one_route(batch):
             accepted += batch
@@ -348,17 +345,17 @@ class Buffered(Transaction):
         found = self._judge(recipient)
         if isinstance(found, Reply):
             return found
-        accepted = self._delivery.accepted if found is None else found.left
+        accepted = self.accepted if found is None else found.left
         upstream = self._route[0] if found is None else found.route[0]
         if len(accepted) >= MOST_TRANSACTIONS * upstream.most_recipients:
             return replies.TOO_MANY_RECIPIENTS
         accepted.append(recipient)
-        if self._promised is not None:
-            self._promised.append(recipient)
+        if self._pledged is not None:
+            self._pledged.append(recipient)
         return replies.RECIPIENT_OK
 
-    def _send(self, content: Content) -> None:
-        self._delivery.burst(content, self._delivered)
+    def _relay(self, content: Content) -> None:
+        self.burst(content, self._first_ended)
 
 
 class Spooled(Transparent):
@@ -366,31 +363,38 @@ class Spooled(Transparent):
 
     __slots__ = ("_is_burst",)
 
-    def __init__(self, relaying: Relaying, mail: Mail, record: TransactionRecord, serving: Serving[Smarthost]) -> None:
-        super().__init__(relaying, mail, record, serving)
-        self._delivery.waits_for_limits = True
+    def __init__(
+        self,
+        relaying: Relaying,
+        mail: Mail,
+        record: TransactionRecord,
+        serving: Serving[Smarthost],
+        is_plain: bool,
+    ) -> None:
+        super().__init__(relaying, mail, record, serving, is_plain)
+        self.waits_for_limits = True
         self._is_burst = False
 
-    def _begin(self) -> Delivery:
-        delivery = super()._begin()
+    def _begin_another(self) -> Delivery:
+        delivery = super()._begin_another()
         delivery.waits_for_limits = True
         return delivery
 
     def recipients(self, batch: Sequence[Recipient], answered: RecipientsAnswered) -> None:
         """See `MailTransaction.recipients`."""
-        if len(batch) > 1 or self._delivery.accepted:
+        if len(batch) > 1 or self.accepted:
             super().recipients(batch, answered)
             return
         refusal = self._judge(batch[0])
         if isinstance(refusal, Reply):
             answered([refusal])
             return
-        self._delivery.accepted.append(batch[0])
+        self.accepted.append(batch[0])
         self._is_burst = True
         answered([replies.RECIPIENT_OK])
 
-    def _send(self, content: Content) -> None:
+    def _relay(self, content: Content) -> None:
         if self._is_burst:
-            self._delivery.burst(content, self._delivered)
+            self.burst(content, self._first_ended)
         else:
-            super()._send(content)
+            super()._relay(content)

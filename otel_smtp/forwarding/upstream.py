@@ -168,15 +168,15 @@ class UpstreamForwarder:
         # What needs nothing, and fits into what is taken by the one that is asked first, is refused by none: most mail.
         reverse_path, size, *needs = mail
         known = serving.upstreams[0].extensions if serving.upstreams else None
+        is_plain = needs == _NO_NEEDS and reverse_path.isascii()
         if (
             known is None
-            or needs != _NO_NEEDS
+            or not is_plain
             or (size is not None and known.size and size > known.size)
-            or not reverse_path.isascii()
             or not is_safe_path(reverse_path)
         ) and (refusal := _refusal(mail, serving)) is not None:
             raise Transient(refusal) if refusal.is_transient else Permanent(refusal)
-        return (strategy or self._strategy)(self, mail, record, serving)
+        return (strategy or self._strategy)(self, mail, record, serving, is_plain)
 
     # Relay ------------------------------------------------------------------------------------------------
 
