@@ -87,9 +87,7 @@ class Attempts(Connecting):
                 if not self._connect():
                     return
             else:
-                if self._is_parked:
-                    self._is_parked = False
-                    self._smarthost.unpark(self._connection)
+                self._smarthost.unpark(self._connection)
                 if not self._connection.is_alive:
                     self._connection.ensure_alive()
             self._work(self)
@@ -143,15 +141,16 @@ class Attempts(Connecting):
             return
         if was_connected and isinstance(fault, ConnectionLost) and not isinstance(fault, TimedOut):
             if self._may_try_again and not self._is_aborted:
-                self._tried_again |= {self._smarthost}
+                put_off = fault.upstream_reply if isinstance(fault, Spent) else None
+                tried_again = self._tried.again | {self._smarthost}
+                self._tried = self._tried._replace(again=tried_again, put_off=put_off)
                 self._retry = Retry.FRESH
-                self._put_off = fault.upstream_reply if isinstance(fault, Spent) else None
                 self._let_go(answered=False)
                 self._next_attempt()
                 return
-        elif not was_connected and self._put_off is not None and not self._is_aborted:
+        elif not was_connected and self._tried.put_off is not None and not self._is_aborted:
             # There was no second connection; what it said on the first is its answer.
-            self._refused_by(self._put_off)
+            self._refused_by(self._tried.put_off)
             return
         if isinstance(fault, CredentialsRefused):
             self._smarthost.credentials_refused(fault)
@@ -159,7 +158,7 @@ class Attempts(Connecting):
         if isinstance(fault, ConnectFailed):
             logger.warning("no connection to the upstream", extra={**self._named(), **told(fault)})
         self._end(Outcome.DEFERRED, fault.upstream_reply, fault.reply.error_type)
-        self._faults = [*self._faults, fault]
+        self._note_fault(fault)
         if was_connected and fault.reply is replies.UPSTREAM_PROTOCOL:
             # What it makes of the mail is anybody's guess; the next upstream would be asked behind its back.
             self._answer_for_all(fault.reply)
@@ -169,19 +168,22 @@ class Attempts(Connecting):
     @property
     def _may_try_again(self) -> bool:
         """Whether the upstream at hand has a second chance for this mail: see the head of the module."""
-        return (self._was_reused or self._is_open) and self._smarthost not in self._tried_again
+        return (self._was_reused or self._is_open) and self._smarthost not in self._tried.again
+
+    def _note_fault(self, fault: UpstreamFault) -> None:
+        self._tried = self._tried._replace(faults=(*self._tried.faults, fault))
 
     def _pass_by(self, refusal: Reply) -> None:
         """The upstream at hand lacks what the mail needs: another one may have it, now or when it is well again."""
         fault = Unsuitable("the upstream lacks what the mail needs", refusal)
-        self._faults = [*self._faults, fault]
+        self._note_fault(fault)
         self._attempt.failure = str(fault)
         self._end(Outcome.DEFERRED if refusal.is_transient else Outcome.REFUSED, None, refusal.error_type)
         self._next_attempt()
 
     def _nobody_left(self) -> None:
         """No upstream is left: answer, rather that the client may try again than that it may not."""
-        faults = self._faults
+        faults = self._tried.faults
         tried = [fault for fault in faults if not isinstance(fault, NoConnectionFree)] or faults
         passing = [fault for fault in reversed(tried) if fault.reply.is_transient]
         if passing:
@@ -215,14 +217,14 @@ class Attempts(Connecting):
         if self._permission is not None:
             self._end_leave()
         if is_connected:
-            if self._is_parked or not connection.is_alive:
-                self._let_go(answered=answered)
-            else:  # as there, which would be one call more for each mail
-                self._is_connected = False
-                self._smarthost.release(connection, answered=answered)
-        if self._record.ended_ns:
-            self._relaying.observer.delivery_ended(attempt)
+            self._is_connected = False
+            if not connection.is_alive:
+                connection.abandon()
+            self._smarthost.release(connection, answered=answered)
         if self._is_aborted:
+            # Who observes a mail is told of its attempts with it; what ends later is told by itself.
+            if self._record.ended_ns:
+                self._relaying.observer.delivery_ended(attempt)
             self._relaying.unwatch(self)
 
     def _named(self) -> dict[str, object]:

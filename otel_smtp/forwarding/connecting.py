@@ -8,11 +8,12 @@ Whoever waits is called back by the pool, by the opening of a connection, or by 
 import asyncio
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum, auto
 from functools import partial
 from time import monotonic_ns
-from typing import Any, Final, Protocol
+from types import MappingProxyType
+from typing import Any, Final, NamedTuple, Protocol
 
 from otel_smtp.forwarding.connection import UpstreamConnection
 from otel_smtp.forwarding.faults import (
@@ -24,7 +25,7 @@ from otel_smtp.forwarding.smarthost import Smarthost
 from otel_smtp.forwarding.tickets import Decision, Ticket
 from otel_smtp.observing import DeliveryPhase, DeliveryRecord, Observer, TransactionRecord
 from otel_smtp.smtp import replies
-from otel_smtp.smtp.envelope import Mail
+from otel_smtp.smtp.envelope import Mail, Recipient
 from otel_smtp.smtp.extensions import missing_extension
 from otel_smtp.smtp.replies import Reply
 
@@ -36,6 +37,25 @@ class Retry(Enum):
 
     ANY = auto()
     FRESH = auto()
+
+
+class Tried(NamedTuple):
+    """What was tried before for a mail, in vain. For most mails it is nothing.
+
+    Attributes:
+        faults: of the attempts without a usable answer, in their order.
+        again: the upstreams that have had their second chance.
+        put_off: a refusal on a connection that had served before; a fresh one is asked.
+        refusals: those that were read before a connection was lost.
+    """
+
+    faults: tuple[UpstreamFault, ...] = ()
+    again: frozenset[Smarthost] = frozenset()
+    put_off: Reply | None = None
+    refusals: Mapping[Recipient, Reply] = MappingProxyType({})
+
+
+NOTHING_TRIED: Final = Tried()
 
 
 class Relaying(Protocol):
@@ -74,23 +94,20 @@ class Connecting(ABC):
     __slots__ = (
         "_attempt",
         "_connection",
-        "_faults",
         "_is_aborted",
         "_is_connected",
         "_is_open",
-        "_is_parked",
         "_is_plain",
         "_mail",
         "_opening",
         "_permission",
-        "_put_off",
         "_record",
         "_relaying",
         "_retry",
         "_since",
         "_smarthost",
         "_ticket",
-        "_tried_again",
+        "_tried",
         "_was_reused",
         "_work",
         "begins_fresh",
@@ -108,20 +125,17 @@ class Connecting(ABC):
     _is_aborted: bool
     begins_fresh: bool
     waits_for_limits: bool
-    _faults: Sequence[UpstreamFault]
-    _tried_again: frozenset[Smarthost]
-    _put_off: Reply | None  # a refusal on a connection that had served before; a fresh one is asked
+    _tried: "Tried"
     _retry: Retry | None  # the next connection is one to the same upstream, within the same attempt
     _since: float | None  # its place among those who wait for a connection; None: a new one
     _ticket: Ticket[UpstreamConnection] | None
-    _opening: asyncio.Task[None] | None
     _permission: WaitingMail | None  # of the upstream's limits, where it has some
     _is_connected: bool
-    _is_parked: bool  # the client has nothing to say; the connection may be taken away
     _is_open: bool  # the upstream has answered MAIL with 2yz on this connection
     is_under_way: bool
     has_ended_content: bool
     _work: Callable[[Any], None]  # takes self: a bound method would keep us alive by a cycle
+    _opening: asyncio.Task[None] | None  # set with the ticket
     # Of the attempt; they are set when it begins, and when it has got its connection.
     _attempt: DeliveryRecord
     _smarthost: Smarthost
@@ -239,6 +253,7 @@ class Connecting(ABC):
 
     def _ask_for_connection(self, *, is_fresh: bool) -> None:
         asked_ns = monotonic_ns()
+        self._opening = None
         ticket = self._ticket = self._smarthost.ask(fresh=is_fresh, since=self._since)
         ticket.on_decided = partial(self._decided, ticket, asked_ns)
         if ticket.decision is not Decision.WAITING:
@@ -282,8 +297,8 @@ class Connecting(ABC):
     def _stop(self) -> None:
         """Wait for no connection any more."""
         ticket, self._ticket = self._ticket, None
-        opening, self._opening = self._opening, None
         if ticket is not None:
+            opening, self._opening = self._opening, None
             ticket.on_decided = None
             if ticket.decision is Decision.OPEN and opening is not None:
                 opening.cancel()
@@ -330,17 +345,15 @@ class Connecting(ABC):
     # Leaving it --------------------------------------------------------------------------------------------
 
     def _reclaimed(self) -> None:
-        """The parked connection is another mail's; the work is begun once more when there is more of it."""
-        self._is_connected = self._is_parked = False
+        """The connection was left alone, and is another mail's now; the work is begun once more when there is more of
+        it."""
+        self._is_connected = False
         self._retry = Retry.ANY
         self._since = self._attempt.begun_ns / 1e9  # of the loop's clock, too
 
     def _let_go(self, *, answered: bool) -> None:
         connection = self._connection
         self._is_connected = False
-        if self._is_parked:
-            self._is_parked = False
-            self._smarthost.unpark(connection)
         if not connection.is_alive:
             connection.abandon()
         self._smarthost.release(connection, answered=answered)

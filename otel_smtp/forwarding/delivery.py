@@ -15,17 +15,16 @@ be accepted, but for a single recipient: where that is refused, the last chunk h
 import logging
 from collections.abc import Mapping, Sequence
 from time import monotonic_ns
-from types import MappingProxyType
 from typing import Final
 
 from otel_smtp.forwarding.base import MessageAnswered, RecipientsAnswered
-from otel_smtp.forwarding.connecting import Relaying
+from otel_smtp.forwarding.connecting import NOTHING_TRIED, Relaying
 from otel_smtp.forwarding.content import Content
 from otel_smtp.forwarding.faults import ConnectionLost, OutOfStep, UpstreamFault
 from otel_smtp.forwarding.pace import WaitingMail
 from otel_smtp.forwarding.smarthost import Smarthost
 from otel_smtp.forwarding.transmitting import Transmitting
-from otel_smtp.forwarding.verdicts import fold, is_about_credentials, outcome_of, wants_another_transaction
+from otel_smtp.forwarding.verdicts import is_about_credentials, outcome_of, wants_another_transaction
 from otel_smtp.observing import DeliveryPhase, Outcome, TransactionRecord
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.client import CONTENT, DATA, MAIL, RCPT, RSET, Awaited, ExchangeAnswers
@@ -40,8 +39,6 @@ only then, a message sent in one piece would have an unknown outcome instead of 
 BURST_OCTETS: Final = 256 * 1024
 """A message up to this size may leave with its envelope: what is lost of it in the middle has an unknown outcome."""
 
-_NOTHING_READ: Final[Mapping[Recipient, Reply]] = MappingProxyType({})
-_NOBODY: Final[frozenset[Smarthost]] = frozenset()
 _MAIL: Final = frozenset({RSET, MAIL})
 _ENVELOPE: Final = frozenset({RSET, MAIL, RCPT})
 _RCPT: Final = DeliveryPhase.RCPT
@@ -83,16 +80,13 @@ class Delivery(Transmitting):
         self.route = route
         self._is_plain = is_plain
         self.begins_fresh = self.wants_fresh = self.waits_for_limits = False
-        self.is_under_way = self._is_connected = self._is_parked = self._is_open = self._is_full = False
+        self.is_under_way = self._is_connected = self._is_open = self._is_full = False
         self.has_ended_content = self._is_aborted = False
         self.accepted, self.left, self._promised = [], [], None
-        self._asked = self._faults = ()
-        self._read = _NOTHING_READ
-        self._tried_again = _NOBODY
-        self._judged = self._delivered = None
-        self._refusal = self._mail_refusal = self._put_off = None
+        self._tried = NOTHING_TRIED
+        self._judged = self._delivered = self._refusal = self._mail_refusal = None
         self._permission = self._more = None
-        self._ticket = self._opening = self._retry = self._since = None
+        self._ticket = self._retry = self._since = None
 
     # What a transaction asks -------------------------------------------------------------------------------
 
@@ -101,15 +95,13 @@ class Delivery(Transmitting):
 
         `judged` gets one reply each. Where MAIL was refused, its refusal is that of each.
         """
-        if self._mail_refusal is not None:
-            judged([self._mail_refusal] * len(recipients))
-            return
         if self._is_full:
-            judged([self._promise(recipient) for recipient in recipients])
+            refusal = self._mail_refusal
+            judged([self._promise(recipient) if refusal is None else refusal for recipient in recipients])
             return
         self._asked = recipients
         self._judged = judged
-        self._work = Delivery.put_recipients
+        self._work = _PUT_RECIPIENTS
         if self.is_under_way and (pace := self._smarthost.pace) is not None and pace.counts_recipients:
             left = self._smarthost.most_recipients - len(self.accepted)
             more = self._more = pace.ask(
@@ -140,7 +132,7 @@ class Delivery(Transmitting):
         """Send the content to the recipients that were accepted."""
         self._content = content
         self._delivered = delivered
-        self._work = Delivery._send
+        self._work = _SEND
         self._proceed()
 
     def burst(self, content: Content, delivered: MessageAnswered) -> None:
@@ -150,7 +142,7 @@ class Delivery(Transmitting):
         """
         self._content = content
         self._delivered = delivered
-        self._work = Delivery._burst
+        self._work = _BURST
         self._proceed()
 
     def abort(self) -> None:
@@ -163,6 +155,8 @@ class Delivery(Transmitting):
         if not self.is_under_way or self.has_ended_content:
             return
         self._stop()
+        if self._is_connected:
+            self._smarthost.unpark(self._connection)
         refusal = self._refusal
         if refusal is not None and not self.accepted and self._is_connected:
             error_type = ErrorType.UPSTREAM_AUTH if is_about_credentials(refusal) else refusal.error_type
@@ -170,7 +164,7 @@ class Delivery(Transmitting):
         else:
             self._end(Outcome.ABORTED, None, None)
 
-    # ExchangeAnswers -----------------------------------------------------------------------------------------------
+    # Answers -------------------------------------------------------------------------------------------------------
 
     def _settled(self, answers: ExchangeAnswers, fault: UpstreamFault | None) -> None:
         """An exchange is over: note what was answered, and take the next step."""
@@ -216,18 +210,18 @@ class Delivery(Transmitting):
             verdicts = [self._as_told(verdict) for verdict in answers.contents]
             rest = fault.told if said_goodbye else replies.OUTCOME_UNKNOWN
             verdicts += [rest] * (len(self.accepted) - len(verdicts))
-            self._conclude(fold(verdicts), verdicts)
+            self._conclude_each(verdicts)
             return
-        if self._delivered is not None and answers.refusal is not None and self._work is Delivery._burst:
+        if self._delivered is not None and answers.refusal is not None and self._work is _BURST:
             # Whatever comes behind it, the message is refused, and nobody got it.
             self._refused_in_burst(answers)
             return
-        if self._work is Delivery.put_recipients and not self._is_open and answers:
+        if self._work is _PUT_RECIPIENTS and not self._is_open and answers:
             if answers[0].reply.code >= 400:
                 self._sender_refused(answers[0].reply)
                 return
             self._keep_refusals(answers[1 + len(self.accepted) :])
-        elif self._work is Delivery.put_recipients:
+        elif self._work is _PUT_RECIPIENTS:
             self._keep_refusals(answers)
         if said_goodbye:
             self.has_ended_content = False
@@ -250,7 +244,7 @@ class Delivery(Transmitting):
         elif (refusal := self._unfit()) is not None:
             self._decline(refusal)
         elif self._connection.protocol.extensions.chunking:
-            self._write()
+            self._write_chunk()
         else:
             self._ask_for_content()
 
@@ -305,7 +299,7 @@ class Delivery(Transmitting):
         elif last.verb is DATA:
             self._data_settled(last.reply)
         elif self._connection.protocol.extensions.chunking:
-            self._write()
+            self._write_chunk()
         else:
             self._ask_for_content()
 
@@ -338,3 +332,9 @@ class Delivery(Transmitting):
     def _data_taken_back(self, _: ExchangeAnswers) -> None:
         if self._refusal is not None:
             self._conclude(self._refusal)
+
+
+# As in `enveloping`.
+_PUT_RECIPIENTS: Final = Delivery.put_recipients
+_SEND: Final = Delivery._send
+_BURST: Final = Delivery._burst

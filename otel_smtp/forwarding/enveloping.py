@@ -5,7 +5,7 @@ left: the client was promised a place for them, and they go in a further transac
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from time import monotonic, monotonic_ns
 from typing import Any, Final
 
@@ -47,7 +47,6 @@ class Enveloping(Attempts):
         "_more",
         "_octets",
         "_promised",
-        "_read",
         "_refusal",
         "_sent_octets",
         "_sent_pieces",
@@ -60,15 +59,14 @@ class Enveloping(Attempts):
     accepted: list[Recipient]
     left: list[Recipient]
     wants_fresh: bool
-    _is_full: bool  # nobody else is asked about
+    _is_full: bool  # nobody else is asked about: all that fit are there, or MAIL was refused
     _promised: list[Recipient] | None  # see `promised`; None: nobody was left
-    _asked: Sequence[Recipient]
+    _asked: Sequence[Recipient]  # set with the next
     _judged: RecipientsAnswered | None
     _delivered: MessageAnswered | None
     _refusal: Reply | None  # the last one, of a recipient or of MAIL
     _mail_refusal: Reply | None
     _more: WaitingMail | None  # leave for further recipients
-    _read: Mapping[Recipient, Reply]  # refusals that were read before the connection was lost
     # Set when they are needed.
     _content: Content
     _header: bytes
@@ -100,7 +98,8 @@ class Enveloping(Attempts):
         judged, self._judged = self._judged, None
         delivered, self._delivered = self._delivered, None
         if judged is not None:
-            judged([self._read.get(recipient, reply) for recipient in self._asked])
+            read = self._tried.refusals
+            judged([read.get(recipient, reply) for recipient in self._asked])
         elif delivered is not None:
             delivered(reply, ())
 
@@ -129,7 +128,7 @@ class Enveloping(Attempts):
             connection.protocol.send_envelope(None, asked)
         else:
             self._send_envelope(None, [*accepted, *asked] if accepted else asked)
-        self._after = Enveloping._recipients_answered
+        self._after = _RECIPIENTS_ANSWERED
         connection.exchange(self._settled, stop_at=_MAIL)
 
     def _send_envelope(self, octets: int | None, recipients: Sequence[Recipient]) -> None:
@@ -173,7 +172,6 @@ class Enveloping(Attempts):
         judged, self._judged = self._judged, None
         if judged is not None:
             # The connection is left alone until the client says something: it may be taken away meanwhile.
-            self._is_parked = True
             self._smarthost.park(self._connection, monotonic(), self._reclaimed)
             judged(verdicts)
 
@@ -226,11 +224,12 @@ class Enveloping(Attempts):
 
     def _keep_refusals(self, answers: Sequence[Answer]) -> None:
         """Note who was refused, for the case that nobody can be asked again."""
-        read = self._read = dict(self._read)
+        read = dict(self._tried.refusals)
         for recipient, (_, verdict) in zip(self._asked, answers, strict=False):
             if verdict.code >= 400:
                 read[recipient] = told = self._as_told(verdict)
                 self._attempt.refuse(recipient, told, monotonic_ns())
+        self._tried = self._tried._replace(refusals=read)
 
     def _sender_refused(self, refusal: Reply) -> None:
         self._check_sender_refusal(refusal)
@@ -251,6 +250,7 @@ class Enveloping(Attempts):
     def _refused_by(self, refusal: Reply) -> None:
         """MAIL was refused: so is whatever is asked."""
         self._refusal = self._mail_refusal = refusal
+        self._is_full = True
         self._end(outcome_of(refusal), refusal, refusal.error_type, answered=True)
         self._answer_for_all(refusal)
 
@@ -302,7 +302,7 @@ class Enveloping(Attempts):
     def _check_quota(self, refusal: Reply) -> None:
         """Raise what makes the refusal of the first recipients no answer: those of earlier mails may have used up what
         the connection takes."""
-        if self._was_reused and self._smarthost not in self._tried_again:
+        if self._was_reused and self._smarthost not in self._tried.again:
             self.has_ended_content = False
             self._connection.is_spent = True
             raise Spent("recipients refused on a connection that has served before", upstream_reply=refusal)
@@ -333,3 +333,7 @@ class Enveloping(Attempts):
                 verdicts[number] = self._promise(recipient)
             elif verdicts[number].code < 400:
                 promised.append(recipient)
+
+
+# What is looked up in a class costs as much as a call; each mail takes these steps.
+_RECIPIENTS_ANSWERED: Final = Enveloping._recipients_answered

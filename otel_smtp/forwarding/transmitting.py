@@ -64,7 +64,7 @@ class Transmitting(Enveloping):
                     return _TO_BE_REENCODED
                 # Promised in good faith: another upstream, or this one another time, may take it.
                 return replies.UPSTREAM_LACKS_8BITMIME if self._record.is_8bit_offered else replies.NEEDS_8BITMIME
-        if self._mail.smtputf8 and not extensions.smtputf8 and content.is_8bit:
+        if not self._is_plain and self._mail.smtputf8 and not extensions.smtputf8 and content.is_8bit:
             return replies.UPSTREAM_LACKS_SMTPUTF8  # it was offered: else such content would have been refused before
         octets = self._octets = len(header) + content.body_octets
         size = extensions.size
@@ -76,7 +76,7 @@ class Transmitting(Enveloping):
         """This upstream cannot take the message. For good, if no other one serves it, here or later."""
         if refusal is _TO_BE_REENCODED:
             self._content.reencode(partial(self._content_reencoded, self._connection))
-        elif self.route or self._faults:
+        elif self.route or self._tried.faults:
             self._pass_by(refusal)
         else:
             self._conclude(refusal)
@@ -109,30 +109,32 @@ class Transmitting(Enveloping):
         self._data_settled(answers[0].reply)
 
     def _data_settled(self, reply: Reply) -> None:
+        pieces = self._content.pieces
         if reply.code >= 400:
             self._conclude(reply)
-        else:
-            self._write()
-
-    def _write(self) -> None:
-        """Write the content with its end, a small message in one piece, and wait for the reply to it."""
-        protocol, content = self._connection.protocol, self._content
-        if content.pieces is None or self._octets > ONE_PIECE_OCTETS:
+        elif pieces is None or self._octets > ONE_PIECE_OCTETS:
             self._write_large()
-            return
-        if protocol.extensions.chunking:
-            protocol.send_last_chunk(self._header, *content.pieces)
         else:
-            for piece in (self._header, *content.pieces):
+            protocol = self._connection.protocol
+            for piece in (self._header, *pieces):
                 protocol.send_content(piece)
             protocol.end_content()
-        self._end_content()
+            self._end_content()
+
+    def _write_chunk(self) -> None:
+        """Write the content as one chunk, which ends it, and wait for the reply to it."""
+        pieces = self._content.pieces
+        if pieces is None or self._octets > ONE_PIECE_OCTETS:
+            self._write_large()
+        else:
+            self._connection.protocol.send_last_chunk(self._header, *pieces)
+            self._end_content()
 
     def _end_content(self) -> None:
         """Send what is queued, the end of the content with it, and wait for the reply to the message."""
         self.has_ended_content = True
         self._attempt.phases.append((monotonic_ns(), _CONTENT_ENDED, None))
-        self._after = Transmitting._message_answered
+        self._after = _MESSAGE_ANSWERED
         self._connection.exchange(self._settled)
 
     def _write_large(self) -> None:
@@ -205,8 +207,7 @@ class Transmitting(Enveloping):
         elif len(contents) == 1:  # one reply for all
             self._conclude(self._as_told(contents[0]) if answers.verdicts else contents[0])
         else:
-            verdicts = [self._as_told(reply) for reply in contents]
-            self._conclude(fold(verdicts), verdicts)
+            self._conclude_each([self._as_told(reply) for reply in contents])
 
     def _refused_in_burst(self, answers: ExchangeAnswers) -> None:
         """MAIL or a recipient was refused, and with it the message."""
@@ -226,10 +227,12 @@ class Transmitting(Enveloping):
             if verdict.code >= 400:
                 self._attempt.refuse(recipient, self._as_told(verdict), monotonic_ns())
 
+    def _conclude_each(self, verdicts: Sequence[Reply]) -> None:
+        """The message has its reply for each recipient."""
+        self._conclude(fold(verdicts), verdicts if len(verdicts) > 1 else ())
+
     def _conclude(self, reply: Reply, verdicts: Sequence[Reply] = ()) -> None:
         """The message has its reply."""
-        if len(verdicts) == 1:
-            verdicts = ()
         if reply.code < 400:
             self._connection.needs_reset = False
             self._end(Outcome.PARTLY_RELAYED if self._attempt.refused else _RELAYED, reply, None, answered=True)
@@ -256,3 +259,6 @@ class Transmitting(Enveloping):
                 outcome = Outcome.PARTLY_RELAYED
         self._end(outcome, own, reply.error_type, answered=True)
         return reply
+
+
+_MESSAGE_ANSWERED: Final = Transmitting._message_answered  # see `enveloping`

@@ -472,7 +472,7 @@ class DeliveryRecord:
         self.tls: TlsInfo | None = None
         self.phases: list[tuple[int, DeliveryPhase, Reply | None]] = []
         self.accepted_count = self.refused_count = self.deferred_count = 0
-        self.refused: list[RecipientRecord] = []
+        self.refused: Sequence[RecipientRecord] = ()
         self.paced: tuple[str, int] | None = None
         self.round_trips = 0
         self.ended_ns = 0
@@ -498,15 +498,17 @@ class DeliveryRecord:
 
     def refuse(self, recipient: Recipient, reply: Reply, now_ns: int) -> None:
         """Note a recipient that the upstream refused or deferred; one that is asked about again counts once."""
-        for place, one in enumerate(self.refused):
+        refused = [*self.refused]
+        for place, one in enumerate(refused):
             if one.recipient is recipient:
-                del self.refused[place]
+                del refused[place]
                 self._count(one.fate, -1)
                 break
         fate = Fate.DEFERRED if reply.is_transient else Fate.REFUSED
         self._count(fate, 1)
-        if len(self.refused) < MOST_REFUSED:
-            self.refused.append(RecipientRecord(now_ns, recipient, fate, reply, self.upstream))
+        if len(refused) < MOST_REFUSED:
+            refused.append(RecipientRecord(now_ns, recipient, fate, reply, self.upstream))
+        self.refused = refused
 
     def _count(self, fate: Fate, by: int) -> None:
         if fate is Fate.DEFERRED:

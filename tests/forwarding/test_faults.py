@@ -736,7 +736,7 @@ async def test_our_own_bug_defers_the_mail_and_costs_one_connection(
 
     async with ScriptedUpstream() as upstream, relaying(settings(upstream), strategy=strategy) as forwarder:
         with monkeypatch.context() as broken:
-            broken.setattr(transmitting.Transmitting, "_message_answered" if is_ended else "_unfit", bug)
+            broken.setattr(transmitting.Transmitting, "_conclude" if is_ended else "_unfit", bug)
             relayed = await relay(forwarder)
         assert relayed.told is (replies.INTERNAL_OUTCOME if is_ended else replies.INTERNAL)
         assert relayed.seen.outcomes == [("up", Outcome.UNKNOWN if is_ended else Outcome.ABORTED)]

@@ -37,6 +37,7 @@ _BARE: Final = rf'[^\s<>"{_CONTROL}]'
 _PATH: Final = re.compile(rf"{_QUOTED}(?:@{_BARE}+)?|{_BARE}*")
 _VALUE: Final = re.compile(r"[^\s\x00-\x20\x7f]+")
 _CONTENT: Final = (CONTENT,)
+_FOR_ONE: Final = (MAIL, RCPT)
 _OF_MAIL: Final = tuple(of for of in OF_MAIL if of[1].field != "size")  # SIZE comes from the content
 
 
@@ -218,22 +219,24 @@ class Commanding:
         # safe path in ASCII has no control characters; nor has a parameter.
         if not self.is_in_step or self._tls_is_due:
             self._check_turn(RCPT if mail is None else MAIL)
-        verbs = [RCPT] * len(recipients)
-        lines: list[str] = []
-        if mail is not None:
-            offered = self.extensions.keywords
+        verbs: Sequence[Awaited]
+        lines: list[str]
+        if mail is None:
+            verbs = (RCPT,) * len(recipients)
+            lines = []
+        else:
+            verbs = _FOR_ONE if len(recipients) == 1 else (MAIL, *[RCPT] * len(recipients))
             reverse_path = mail.reverse_path
             if not is_safe_path(reverse_path):
                 raise LocalProtocolError("unsafe path in a command")
             if size is None:
                 size = mail.size
-            parameters = "" if size is None or "SIZE" not in offered else f" SIZE={size:d}"
+            parameters = "" if size is None or "SIZE" not in self.extensions.keywords else f" SIZE={size:d}"
             self._utf8 = False
             if mail[2:] != BEYOND_SIZE:
-                self._utf8 = mail.smtputf8 and "SMTPUTF8" in offered
+                self._utf8 = mail.smtputf8 and "SMTPUTF8" in self.extensions.keywords
                 parameters += self._parameters(mail, _OF_MAIL)
-            verbs = [MAIL, *verbs]
-            lines.append(f"MAIL FROM:<{reverse_path}>{parameters}\r\n")
+            lines = [f"MAIL FROM:<{reverse_path}>{parameters}\r\n"]
         for recipient in recipients:
             address, notify, orcpt = recipient
             if not is_safe_path(address):
