@@ -14,8 +14,8 @@ from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import islice, pairwise
-from typing import TYPE_CHECKING, Final, NamedTuple
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from otel_smtp.observing import (
     ConnectionRecord,
@@ -26,7 +26,7 @@ from otel_smtp.observing import (
     Outcome,
     TransactionRecord,
 )
-from otel_smtp.smtp.replies import AUTH_FAILED
+from otel_smtp.smtp.replies import AUTH_FAILED, Reply
 from otel_smtp.smtp.states import LEGAL, LEVELS, ConnState, Transition
 from otel_smtp.telemetry import attributes as names
 from otel_smtp.telemetry.attributes import Metric
@@ -137,6 +137,13 @@ class _MeasuredAttempt(NamedTuple):
 _measured: Final = partial(tuple.__new__, _Measured)  # its own constructor is a function in Python
 _measured_queued: Final = partial(tuple.__new__, _MeasuredQueued)
 _measured_attempt: Final = partial(tuple.__new__, _MeasuredAttempt)
+
+
+def _by_place_in_mail(*columns: Sequence[Any]) -> Iterator[tuple[Sequence[Any], ...]]:
+    """`columns` in parts, each of every fourth row: a mail that goes well is four transitions and four replies, so that
+    most often all rows of a part are alike."""
+    for first in range(min(_OF_A_MAIL, len(columns[0]))):
+        yield tuple([column[first::_OF_A_MAIL] for column in columns])
 
 
 # Of a span's flags, and this one that all have: those that make a measurement an exemplar.
@@ -635,34 +642,44 @@ class Metrics(Observer):
         if len(transitions) == counted and len(replies) == counted_replies:
             return
         connection.counted_transitions, connection.counted_replies = len(transitions), len(replies)
-        new = transitions[counted:]
-        if new:
-            before = transitions[counted - 1 : counted] if counted else connection.earlier[-1:]
-            states, previous, _, _, moments, _ = zip(*new, strict=True)
-            left, since = (*(one.state for one in before), *states), (*(one.at_ns for one in before), *moments)
-            lasted = [(to_ns - from_ns) / 1e9 for from_ns, to_ns in pairwise(since)]
-            durations: defaultdict[ConnState, list[float]] = defaultdict(list)
-            # A mail that goes well is four transitions, so that every fourth is most often one of the same.
-            for first in range(_OF_A_MAIL):
-                pairs = [*zip(previous[first::_OF_A_MAIL], states[first::_OF_A_MAIL], strict=True)]
-                if pairs and pairs.count(pairs[0]) == len(pairs):
-                    self._transitions[pairs[0]] += len(pairs)
-                else:
-                    self._transitions.update(pairs)
-                some = lasted[first::_OF_A_MAIL]
-                column = left[first::_OF_A_MAIL][: len(some)]
-                if some and column.count(column[0]) == len(column):
-                    durations[column[0]] += some
-                else:
-                    for state, seconds_of_one in zip(column, some, strict=True):
-                        durations[state].append(seconds_of_one)
-            for state, seconds in durations.items():
-                self._state_duration.series[(_NAMES[state],)].add_all(seconds)
-            if ConnState.AUTH in durations:
-                for auth, then in pairwise((*before, *new)):
-                    if auth.state is ConnState.AUTH:
-                        self._count_auth(auth, then)
-        self._replies.update([(verb, reply.code) for verb, reply in islice(replies, counted_replies, None)])
+        before, new = (transitions[counted - 1] if counted else None), transitions[counted:]
+        if before is None and connection.earlier:
+            before = connection.earlier[-1]
+        if before is None and new:
+            before, *new = new  # New, which follows nothing
+            self._transitions[before.previous, before.state] += 1
+        if before is not None and new:
+            self._count_transitions(before, new)
+        if said := replies[counted_replies:]:
+            self._count_replies(said)
+
+    def _count_transitions(self, before: Transition, new: Sequence[Transition]) -> None:
+        """Count transitions, and how long the states lasted that they ended; `before` is counted already."""
+        states, left, _, _, moments, _ = zip(*new, strict=True)
+        lasted = [(to_ns - from_ns) / 1e9 for from_ns, to_ns in pairwise((before.at_ns, *moments))]
+        durations: defaultdict[ConnState, list[float]] = defaultdict(list)
+        for column, left_column, seconds in _by_place_in_mail(states, left, lasted):
+            if column.count(column[0]) == left_column.count(left_column[0]) == len(column):
+                self._transitions[left_column[0], column[0]] += len(column)
+                durations[left_column[0]] += seconds
+            else:
+                self._transitions.update(zip(left_column, column, strict=True))
+                for state, seconds_of_one in zip(left_column, seconds, strict=True):
+                    durations[state].append(seconds_of_one)
+        for state, seconds in durations.items():
+            self._state_duration.series[(_NAMES[state],)].add_all(seconds)
+        if ConnState.AUTH in durations:
+            for auth, then in pairwise((before, *new)):
+                if auth.state is ConnState.AUTH:
+                    self._count_auth(auth, then)
+
+    def _count_replies(self, said: Sequence[tuple[str | None, Reply]]) -> None:
+        """Count replies by verb and code."""
+        for verbs, codes in _by_place_in_mail([verb for verb, _ in said], [reply.code for _, reply in said]):
+            if verbs.count(verbs[0]) == codes.count(codes[0]) == len(verbs):
+                self._replies[verbs[0], codes[0]] += len(verbs)
+            else:
+                self._replies.update(zip(verbs, codes, strict=True))
 
     def _count_auth(self, auth: Transition, then: Transition) -> None:
         """Count an exchange that is over; one that nobody could judge was neither accepted nor refused."""
