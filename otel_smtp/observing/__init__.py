@@ -2,7 +2,13 @@
 
 from otel_smtp.observing.fan_out import FanOut, fan_out
 from otel_smtp.observing.interface import HOOKS, Observer, StateCallback
-from otel_smtp.observing.records import ConnectionRecord, DeliveryRecord, RecipientRecord, TransactionRecord
+from otel_smtp.observing.records import (
+    ConnectionEnd,
+    ConnectionRecord,
+    DeliveryRecord,
+    RecipientRecord,
+    TransactionRecord,
+)
 from otel_smtp.observing.values import (
     ConnectionInfo,
     DeliveryPhase,
@@ -18,6 +24,7 @@ from otel_smtp.observing.values import (
 
 __all__ = [
     "HOOKS",
+    "ConnectionEnd",
     "ConnectionInfo",
     "ConnectionRecord",
     "DeliveryPhase",

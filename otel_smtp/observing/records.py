@@ -61,6 +61,23 @@ _OF_ATTEMPTS: Final = frozenset(
 )
 
 
+class ConnectionEnd(NamedTuple):
+    """How a connection ended.
+
+    Attributes:
+        octets_received, octets_sent: of the application.
+        reason: None while it is open. `at_ns`: when it was closed; 0 while it is open.
+    """
+
+    octets_received: int = 0
+    octets_sent: int = 0
+    reason: CloseReason | None = None
+    at_ns: int = 0
+
+
+_OPEN: Final = ConnectionEnd()
+
+
 class ConnectionRecord:
     """One client connection.
 
@@ -78,9 +95,8 @@ class ConnectionRecord:
             that goes with them.
         replies: of the present segment: the verb that was answered, "other", or None; and the reply.
         earlier: the last transitions of the segments before, for views that show a path.
-        octets_received, octets_sent: of the application, set when the connection is closed.
         failure: why it failed, in the words that an operator needs, where no reply says it: a TLS handshake.
-        close_reason: None while it is open. `closed_ns`: when it was closed; 0 while it is open.
+        end: how it ended, once it is closed.
         trace: what tracing keeps of the present segment; None until it is needed.
         counted_transitions, counted_replies: of the present segment, those that the metrics have counted already.
     """
@@ -91,19 +107,16 @@ class ConnectionRecord:
         "auth_mechanism",
         "begun_ns",
         "client",
-        "close_reason",
-        "closed_ns",
         "counted_replies",
         "counted_transitions",
         "earlier",
+        "end",
         "errors",
         "failure",
         "hello_name",
         "hello_verb",
         "id",
         "messages",
-        "octets_received",
-        "octets_sent",
         "opened_ns",
         "replies",
         "segment",
@@ -133,11 +146,8 @@ class ConnectionRecord:
         self.transitions: list[Transition] = []
         self.replies: list[tuple[str | None, Reply]] = []
         self.earlier: tuple[Transition, ...] = ()
-        self.octets_received = 0
-        self.octets_sent = 0
         self.failure: str | None = None
-        self.close_reason: CloseReason | None = None
-        self.closed_ns = 0
+        self.end = _OPEN
         self.trace: Any = None
         self.counted_transitions = self.counted_replies = 0
 

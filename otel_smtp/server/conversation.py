@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from otel_smtp.forwarding.base import MailTransaction
 from otel_smtp.net import CLOCK_SLACK_SECONDS, Stream, owner_of_peer
-from otel_smtp.observing import ConnectionRecord, TransactionRecord, trace_fields
+from otel_smtp.observing import ConnectionEnd, ConnectionRecord, TransactionRecord, trace_fields
 from otel_smtp.server.exchanges import Exchange
 from otel_smtp.server.failure_rate import network_of
 from otel_smtp.server.places import Standing
@@ -433,10 +433,7 @@ class Conversation:
         self._has_ended = self._is_busy = True
         stream, protocol, record = self._stream, self._protocol, self.record
         protocol.closed(reason)
-        record.close_reason = protocol.close_reason
-        record.closed_ns = protocol.now_ns
-        record.octets_received = stream.octets_received
-        record.octets_sent = stream.octets_sent
+        record.end = ConnectionEnd(stream.octets_received, stream.octets_sent, protocol.close_reason, protocol.now_ns)
         if self._house.observer.wants_transitions:
             self._tell_transitions()
         stream.receive_by(None)
@@ -444,7 +441,7 @@ class Conversation:
         if task is not None and task is not asyncio.current_task():
             task.cancel()
         self._house.observer.connection_closed(record)
-        is_gentle = record.close_reason in _GENTLE_ENDS or any(
+        is_gentle = protocol.close_reason in _GENTLE_ENDS or any(
             reply is replies.BARE_LINE_FEED for _, reply in record.replies[-1:]
         )
         if self._is_served and is_gentle and not stream.is_eof:

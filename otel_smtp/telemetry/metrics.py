@@ -419,8 +419,8 @@ class Metrics(Observer):
         labels = (listener,)
         if (listener, _NAMES[ConnState.NEW]) not in self._active:
             self._active |= {(listener, _NAMES[level]): 0 for level in LEVELS}  # there all the same, and none
-        self._connection_duration.series[labels].add((connection.closed_ns - connection.opened_ns) / 1e9)
-        if connection.octets_received == 0:
+        self._connection_duration.series[labels].add((connection.end.at_ns - connection.opened_ns) / 1e9)
+        if connection.end.octets_received == 0:
             self._probes.add(labels)
 
     def transactions_settled(self, transactions: Sequence[TransactionRecord]) -> None:

@@ -160,7 +160,7 @@ class SpanAttributes:
             failed: a transaction in it that failed; the segment has then failed as well.
         """
         info, client, tls, redaction = record.info, record.client, record.tls, self.redaction
-        reason = record.close_reason if is_closed else None
+        reason = record.end.reason if is_closed else None
         network_type = error_type = None
         failure = record.failure
         if reason is not None and reason in _CLOSED_BY:
@@ -241,9 +241,9 @@ class SpanAttributes:
     def totals(record: ConnectionRecord) -> list[Pair]:
         """The row of Closed: octets and duration."""
         return [
-            (names.OCTETS_RECEIVED, record.octets_received),
-            (names.OCTETS_SENT, record.octets_sent),
-            (names.CONNECTION_DURATION, (record.closed_ns - record.opened_ns) / 1e9),
+            (names.OCTETS_RECEIVED, record.end.octets_received),
+            (names.OCTETS_SENT, record.end.octets_sent),
+            (names.CONNECTION_DURATION, (record.end.at_ns - record.opened_ns) / 1e9),
         ]
 
     @staticmethod
@@ -432,7 +432,7 @@ def _not_among(accepted: Sequence[Recipient], refused: Sequence[RecipientRecord]
 
 def is_probe(record: ConnectionRecord) -> bool:
     """Whether the client connected and left without sending an octet: a health check."""
-    return record.octets_received == 0 and record.close_reason is CloseReason.CLIENT_DISCONNECT
+    return record.end.octets_received == 0 and record.end.reason is CloseReason.CLIENT_DISCONNECT
 
 
 def _origin(transaction: TransactionRecord) -> Pair:

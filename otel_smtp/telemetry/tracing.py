@@ -200,7 +200,7 @@ class Tracing(Observer):
         """Make the last segment's span."""
         # A health check connects and leaves. Once a segment was exported, its end is exported too.
         if self._probes or connection.segment > 1 or not is_probe(connection):
-            self._finish_segment(connection, connection.closed_ns, is_closed=True)
+            self._finish_segment(connection, connection.end.at_ns, is_closed=True)
 
     def segment(self, connection: ConnectionRecord) -> SegmentIdentity:
         """The identity of a connection's present segment, or of its last one; known from now on."""

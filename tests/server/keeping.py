@@ -139,7 +139,7 @@ class NotingConnection:
     @property
     def transitions(self) -> list[Transition]:
         """All that were recorded."""
-        return self.past if self.record.closed_ns else [*self.past, *self.record.transitions]
+        return self.past if self.record.end.at_ns else [*self.past, *self.record.transitions]
 
     @property
     def states(self) -> str:
@@ -154,7 +154,7 @@ class NotingConnection:
     @property
     def close_reason(self) -> CloseReason | None:
         """Why it ended; None while it lives."""
-        return self.record.close_reason
+        return self.record.end.reason
 
 
 TRACE_ID = "5" * 32

@@ -934,7 +934,7 @@ async def test_who_waits_for_a_turn_to_guess_holds_no_place() -> None:
         served.stream.feed_eof()
         await served.ended()
         assert b"235" not in served.stream.sent
-        assert served.seen.record.close_reason is CloseReason.CLIENT_DISCONNECT
+        assert served.seen.record.end.reason is CloseReason.CLIENT_DISCONNECT
 
 
 async def test_who_is_beyond_the_end_of_the_line_is_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -144,7 +144,7 @@ def test_each_change_grows_the_version_and_nothing_else_does(rotates: bool) -> N
             change(client)
             seen.append(view.version)
             view.snapshot()
-            if rotates and client.record.close_reason is None:
+            if rotates and client.record.end.reason is None:
                 client.rotate()
             assert view.version == seen[-1]
     assert seen == sorted(set(seen))

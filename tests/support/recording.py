@@ -23,7 +23,7 @@ class RecordingObserver(Observer):
 
     def connection_closed(self, connection: ConnectionRecord) -> None:
         self.records.append(Record(list(in_order(connection.transitions, connection.replies))))
-        self.reasons.append(connection.close_reason)
+        self.reasons.append(connection.end.reason)
 
 
 def in_order(transitions: Sequence[Transition], said: Sequence[Said]) -> Iterator[Transition | Said]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol, Self
 
 from otel_smtp.observing import (
+    ConnectionEnd,
     ConnectionInfo,
     ConnectionRecord,
     DeliveryPhase,
@@ -334,9 +335,7 @@ class Client:
         if self.transaction is not None:
             self._end(self.transaction, Outcome.ABORTED)
         self._enter(ConnState.CLOSED, ConnectionOver(reason, record.messages))
-        record.octets_received, record.octets_sent = self.octets_received, self.octets_sent
-        record.close_reason = reason
-        record.closed_ns = self.clock.monotonic_ns()
+        record.end = ConnectionEnd(self.octets_received, self.octets_sent, reason, self.clock.monotonic_ns())
         self.observer.connection_closed(record)
 
 

@@ -18,6 +18,7 @@ from opentelemetry.trace import SpanKind
 from opentelemetry.trace.span import TraceState
 
 from otel_smtp.observing import (
+    ConnectionEnd,
     ConnectionInfo,
     ConnectionRecord,
     DeliveryPhase,
@@ -383,7 +384,7 @@ def connections(draw: st.DrawFn) -> ConnectionRecord:
     record.user = draw(st.one_of(st.none(), cleanable))
     record.auth_mechanism = draw(st.one_of(st.none(), st.just("PLAIN")))
     record.messages, record.errors = draw(st.integers(0, 20_000)), draw(st.integers(0, 3))
-    record.octets_received, record.octets_sent = draw(st.integers(0, 3)), draw(st.integers(0, 1 << 40))
+    record.end = ConnectionEnd(draw(st.integers(0, 3)), draw(st.integers(0, 1 << 40)))
     return record
 
 
@@ -455,7 +456,7 @@ def test_whatever_happens_is_encoded_as_the_sdks_exporter_encodes_it(data: st.Da
         else:
             both.tracing.transactions_settled([transaction])
     connection.transitions = data.draw(transitions())
-    connection.close_reason, connection.closed_ns = data.draw(st.sampled_from(CloseReason)), data.draw(moments)
+    connection.end = connection.end._replace(reason=data.draw(st.sampled_from(CloseReason)), at_ns=data.draw(moments))
     both.tracing.connection_closed(connection)
     both.check()
     for record in both.records:
