@@ -168,7 +168,7 @@ class Stream(asyncio.BufferedProtocol):
         self.receiver: Receiver | None = None
 
     def __repr__(self) -> str:
-        ends = f"{self.local} <-> {self.peer}" if self._transport is not None else "not connected"
+        ends = f"{self.local} <-> {self.peer}" if self._transport is not None or self.is_lost else "not connected"
         state = "lost" if self.is_lost else "eof" if self.is_eof else "tls" if self.tls else "clear"
         return f"<Stream {ends} {state}>"
 
@@ -300,10 +300,9 @@ class Stream(asyncio.BufferedProtocol):
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Send `data`, without waiting; one call is one send where the kernel takes it. Lost connections take all."""
         transport = self._transport
-        if transport is None or self.is_lost:
-            return
-        self.octets_sent += len(data)
-        transport.write(data)
+        if transport is not None:
+            self.octets_sent += len(data)
+            transport.write(data)
 
     async def drain(self, *, timeout_seconds: float = DRAIN_SECONDS) -> None:
         """Wait until less than `LOW_WATER_OCTETS` are unsent, if more than `HIGH_WATER_OCTETS` are.
@@ -329,7 +328,7 @@ class Stream(asyncio.BufferedProtocol):
 
     def close(self) -> None:
         """Send what is unsent, then close; abort after `LINGER_SECONDS`. Idempotent."""
-        if self._transport is None or self.is_lost:
+        if self._transport is None:
             return
         ending = self._end()
         if ending.linger is not None:
@@ -363,7 +362,7 @@ class Stream(asyncio.BufferedProtocol):
 
     def abort(self) -> None:
         """Close at once; what is unsent is dropped. Idempotent."""
-        if self._transport is not None and not self.is_lost:
+        if self._transport is not None:
             self._stop_timer()
             self._transport.abort()
 
@@ -403,7 +402,7 @@ class Stream(asyncio.BufferedProtocol):
 
         After an error the connection is gone.
         """
-        if self._transport is None or self.is_lost:
+        if self._transport is None:
             raise self._connection_error()
         await self.drain()
         clear = self._transport
@@ -428,7 +427,8 @@ class Stream(asyncio.BufferedProtocol):
             clear.abort()
             self.connection_lost(error if isinstance(error, Exception) else None)
             raise
-        self._transport = transport
+        if not self.is_lost:
+            self._transport = transport
         transport.set_write_buffer_limits(high=HIGH_WATER_OCTETS, low=LOW_WATER_OCTETS)
         self._owner_pauses = False
         self._apply_pause()
@@ -507,6 +507,7 @@ class Stream(asyncio.BufferedProtocol):
         if self.is_lost:
             return
         self.is_lost = True
+        self._transport = None
         ending = self._end()
         ending.loss = exc
         self._stop_timer()

@@ -35,6 +35,7 @@ _GENTLE_ENDS: Final = frozenset(
     {CloseReason.TIMEOUT, CloseReason.TOO_MANY_ERRORS, CloseReason.REFUSED, CloseReason.INTERNAL_ERROR}
 )
 _ELSEWHERE: Final = "elsewhere "  # so begin the shares of clients that are not on this machine
+REPLIES_TO_CONTENT: Final = 3  # that may follow without being news: to the last recipient, to DATA, to the content
 # A segment is cut between transactions. One that has grown to so many times its size is cut wherever it is, so that a
 # client cannot make it grow without end within one transaction. Replies count likewise: those to a thousand recipients,
 # or to chunk after chunk, come without transitions.
@@ -166,27 +167,29 @@ class Conversation:
 
     def _call(self, work: Callable[..., None], *arguments: Any) -> None:
         """`_step` for work that takes any number of arguments."""
+        self._protocol.now_ns = monotonic_ns()
         self._step(None, lambda _: work(*arguments))
 
     def _step(self, data: Any, work: Callable[[Any], None] | None = None) -> None:
-        """Do `work`, called from outside, with its own time. Then observers hear what was recorded, what was decided is
-        written, and what has ended is closed. A bug of ours ends the session, and nothing else.
+        """Do `work`, called from outside. Then observers hear what was recorded, what was decided is written, and what
+        has ended is closed. A bug of ours ends the session, and nothing else.
 
         Most steps are of mail that goes its common way. They have no news: all that is left to do is to write.
 
         Args:
             data: what `work` is given.
             work: None: to take octets of the client, which is what most steps are about; see `Receiver.data_received`.
+                They come at their own time. For all else the caller has set that of the engine.
         """
         protocol = self._protocol
         if self._is_busy:
             if not self._has_ended:
                 (work or protocol.receive_data)(data)  # within such a call
             return
-        protocol.now_ns = monotonic_ns()
         self._is_busy = True
         try:
             if work is None:
+                protocol.now_ns = monotonic_ns()
                 protocol.receive_data(data)
             else:
                 work(data)
@@ -194,18 +197,16 @@ class Conversation:
             self._log_failure()
             protocol.fail(replies.INTERNAL_CLOSING, CloseReason.INTERNAL_ERROR)
         self._is_busy = False
-        has_news = protocol.has_news or self._pauses  # an answer may let the client go on
+        has_news = protocol.has_news
         if has_news:
             self._tell_news()
         if out := protocol.out:
-            stream, record = self._stream, self.record
-            record.messages = protocol.messages
+            protocol.out = b""
+            stream = self._stream
             self._began = self._loop.time()
             self._request_octets = stream.octets_received
             stream.write(out)
-            protocol.out = b""
-            # There are as many replies as transitions, or nearly; where there are not, that was news.
-            if stream.is_write_paused or len(record.replies) >= self._house.segments.transitions:
+            if stream.is_write_paused:
                 has_news = True
         if has_news:
             self._act_on_news()
@@ -226,7 +227,14 @@ class Conversation:
         """Before anything is written: what ends now, and what observers are to know."""
         protocol, house, record = self._protocol, self._house, self.record
         is_watched = house.observer.wants_transitions
-        protocol.has_news = is_watched or house.is_draining  # then each turn has
+        # Each step has, while somebody wants to know, while an answer may let the client go on, and while a segment
+        # that is full waits for the end of its transaction.
+        protocol.has_news = bool(
+            is_watched
+            or house.is_draining
+            or self._pauses
+            or len(record.replies) >= house.segments.transitions - REPLIES_TO_CONTENT
+        )
         if house.is_draining and not protocol.is_in_transaction:
             protocol.fail(replies.SHUTTING_DOWN, CloseReason.SHUTDOWN)
         record.errors = protocol.errors
@@ -272,6 +280,7 @@ class Conversation:
         if not self._pauses:
             self._stream.pause_reading()
         self._pauses |= why
+        self._protocol.has_news = True  # in each step, until it is resumed
 
     def _resume(self, why: Pause) -> None:
         if self._pauses:
@@ -313,7 +322,7 @@ class Conversation:
     @property
     def has_moved_mail(self) -> bool:
         """See `PlaceHolder`."""
-        return self.record.messages > 0
+        return self._protocol.messages > 0
 
     def idle_seconds(self, now: float) -> float:
         """See `PlaceHolder`."""
@@ -419,6 +428,7 @@ class Conversation:
 
     def _end_segment(self) -> None:
         record, protocol = self.record, self._protocol
+        record.messages = protocol.messages
         self._house.observer.segment_ended(record)
         record.begin_segment(time.monotonic_ns())
         protocol.recorded = record.transitions
@@ -473,6 +483,7 @@ class Conversation:
         finally:
             if self._task is mine:
                 self._task = None
+        self._protocol.now_ns = monotonic_ns()
         self._step(None, _nothing_more)
 
 

@@ -34,7 +34,7 @@ from otel_smtp.forwarding.base import DeliveryFailed, MailTransaction
 from otel_smtp.net import Stream
 from otel_smtp.observing import ConnectionRecord, Outcome, TraceHeaders, TransactionRecord, trace_fields
 from otel_smtp.server.admission import Admission
-from otel_smtp.server.conversation import Pause, internal_error
+from otel_smtp.server.conversation import REPLIES_TO_CONTENT, Pause, internal_error
 from otel_smtp.server.policy import House, ListenerPolicy
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Body, Mail, Recipient
@@ -121,12 +121,17 @@ class Session(Admission):
         batch, self._batch = self._batch, ()
         if transaction is None or not batch:
             return  # the transaction was given up while the upstream was asked
-        for place, reply in enumerate(decided):
-            if 200 <= reply.code < 300:
-                transaction.accepted.append(batch[place])
+        protocol = self._protocol
+        protocol.now_ns = now_ns = time.monotonic_ns()
+        for recipient, reply in zip(batch, decided, strict=False):  # whether they are as many, the engine judges
+            if reply.code < 300:
+                transaction.accepted.append(recipient)
             else:
-                transaction.refuse(batch[place], reply, time.monotonic_ns())
-        self._step(decided, self._protocol.answer)
+                transaction.refuse(recipient, reply, now_ns)
+        # What a segment can hold that is no news are mails and their recipients, so this is the place to look.
+        if len(self.record.replies) >= self._house.segments.transitions - REPLIES_TO_CONTENT:
+            protocol.has_news = True
+        self._step(decided, protocol.answer)
 
     def recipient_refused(self, recipient: Recipient, reply: Reply) -> None:
         """See `Handler`."""
@@ -238,18 +243,19 @@ class Session(Admission):
         transaction, forwarded = self._transaction, self._forwarded
         if transaction is None or forwarded is None:
             return  # given up, at a shutdown
-        now_ns = time.monotonic_ns()
+        self._protocol.now_ns = now_ns = time.monotonic_ns()
         if verdicts or reply.code >= 400:
             transaction.refuse_content(reply, verdicts, now_ns)
-        if 200 <= reply.code < 300:
+        if reply.code < 300:
             outcome = _RELAYED
             if (spool_id := forwarded.spool_id) is not None:
                 transaction.spool_id = spool_id
                 outcome = Outcome.QUEUED
             elif transaction.refused:
                 outcome = Outcome.PARTLY_RELAYED
-            names_trace = self._policy.trace_in_reply and self._trace_id is not None
-            reply = replies.message_accepted(self._trace_id) if names_trace else replies.OK
+            trace_id = self._trace_id
+            names_trace = trace_id is not None and self._policy.trace_in_reply
+            reply = replies.message_accepted(trace_id) if names_trace else replies.OK
         else:
             outcome = outcome_of(reply)
             if outcome is not Outcome.UNKNOWN and any(verdict.is_positive for verdict in verdicts):
@@ -263,6 +269,7 @@ class Session(Admission):
             self._step((*verdicts, *rest), self._protocol.answer)
         else:
             self._step((reply,), self._protocol.answer)
+        self.record.messages = self._protocol.messages
 
     def transaction_aborted(self, reply: Reply | None) -> None:
         """See `Handler`."""

@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import ClassVar, Final, NamedTuple
 
 from otel_smtp.smtp import replies
@@ -219,8 +219,7 @@ COMMON_LINES: Final[Mapping[bytes, Command]] = {**_ALONE, **{line.lower(): comma
 DATA_LINES: Final = frozenset(line for line, command in COMMON_LINES.items() if command.verb is Verb.DATA)
 
 # A NamedTuple's own constructor is a function in Python; each mail has one `Mail` and at least one `Recipient`.
-_mail_of: Final = partial(tuple.__new__, Mail)
-_recipient_of: Final = partial(tuple.__new__, Recipient)
+_new: Final = tuple.__new__
 
 
 def parse_command(line: bytes) -> Command:
@@ -248,7 +247,7 @@ def common_recipient(line: bytes) -> Recipient | None:
     match = _COMMON_RCPT.fullmatch(line)
     if match is None or len(mailbox := match[1]) > _COMMON_MAILBOX_OCTETS:
         return None
-    return _recipient_of((mailbox.decode(), None, None))
+    return _new(Recipient, (mailbox.decode(), None, None))
 
 
 def common_mail(line: bytes) -> Mail | None:
@@ -259,7 +258,8 @@ def common_mail(line: bytes) -> Mail | None:
     mailbox, size, body = match.groups()
     if len(mailbox) > _COMMON_MAILBOX_OCTETS:
         return None
-    return _mail_of(
+    return _new(
+        Mail,
         (
             mailbox.decode(),
             None if size is None else int(size),
@@ -269,7 +269,7 @@ def common_mail(line: bytes) -> Mail | None:
             None,
             False,
             None,
-        )
+        ),
     )
 
 

@@ -16,7 +16,7 @@ No field but the trace headers is ever changed, no octet of any other is touched
 import re
 from collections.abc import Iterable, Mapping
 from datetime import date
-from functools import lru_cache, partial
+from functools import lru_cache
 from itertools import islice
 from typing import Final, NamedTuple
 
@@ -81,7 +81,7 @@ class HeaderFacts(NamedTuple):
 
 
 # A NamedTuple's own constructor is a function in Python; each mail has one.
-_facts: Final = partial(tuple.__new__, HeaderFacts)
+_new: Final = tuple.__new__
 
 
 def with_protocol(*, is_extended: bool, is_lmtp: bool, is_tls: bool, is_authenticated: bool, is_utf8: bool) -> str:
@@ -173,7 +173,7 @@ def inspect_header(block: bytes) -> HeaderFacts:
         if _LF in value or _CR in value:
             value = _value(block, field)
         message_id = value[:MAX_MESSAGE_ID_OCTETS].decode("utf-8", "replace")
-    return _facts((hops, traceparents, tracestate, message_id))
+    return _new(HeaderFacts, (hops, traceparents, tracestate, message_id))
 
 
 def replace_trace_headers(block: bytes, carrier: Mapping[str, str] | None) -> bytes:

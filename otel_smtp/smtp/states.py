@@ -21,7 +21,6 @@ The names follow the ConnState proposal for go-smtp, which this project's users 
 
 from collections.abc import Callable, Mapping
 from enum import StrEnum
-from functools import partial
 from typing import Final, NamedTuple, Protocol
 
 from otel_smtp.smtp.errors import LocalProtocolError
@@ -105,10 +104,14 @@ LEGAL: Final[Mapping[ConnState, frozenset[ConnState]]] = {
 """Which recorded state may directly follow which: the one truth; the README's table and the tests read it here."""
 
 
-_FOLLOWING: Final[Mapping[ConnState | None, frozenset[ConnState]]] = {
-    None: frozenset({_S.NEW}),
-    **{state: LEGAL[state] for state in ConnState},
+# What may follow what, and whether that is a level: one look for both.
+_FOLLOWING: Final[Mapping[ConnState | None, Mapping[ConnState, bool]]] = {
+    None: {_S.NEW: True},
+    **{state: {following: following not in PULSES for following in LEGAL[state]} for state in ConnState},
 }
+_ACTIVE: Final = _S.ACTIVE
+_DATA: Final = _S.DATA
+_IDLE: Final = _S.IDLE
 _RESET: Final = _S.RESET
 
 
@@ -145,11 +148,6 @@ class TransactionOver(NamedTuple):
     """What Idle tells."""
 
     messages: int  # whose final reply was sent on this connection so far
-
-
-# A NamedTuple's own constructor is a function in Python; each mail has one of both.
-content_begun: Final = partial(tuple.__new__, ContentBegun)
-transaction_over: Final = partial(tuple.__new__, TransactionOver)
 
 
 class ResetBy(NamedTuple):
@@ -266,7 +264,7 @@ class Transition(NamedTuple):
 
 
 # A NamedTuple's own constructor is a function in Python; a mail records four transitions.
-_transition: Final = partial(tuple.__new__, Transition)
+_new: Final = tuple.__new__
 
 
 class IllegalTransition(LocalProtocolError):
@@ -329,13 +327,32 @@ class StateMachine:
         # The one repetition that counts: the pulse Reset is always followed by Active, also at level Active.
         if state is level and last is not _RESET and last is not None:
             return
-        if state not in _FOLLOWING[last]:
+        is_level = _FOLLOWING[last].get(state)
+        if is_level is None:
             self._on_illegal(IllegalTransition(last, state))
-        if state not in PULSES:
+            is_level = state not in PULSES
+        if is_level:
             self.level = level = state
         self._sequence = sequence = self._sequence + 1
         self.last = state
-        self.recorded.append(_transition((state, last, level, sequence, self.now_ns, detail)))
+        self.recorded.append(_new(Transition, (state, last, level, sequence, self.now_ns, detail)))
+
+    def settle(self, detail: TransactionOver) -> None:
+        """Record Active and then Idle: how each message ends that is accepted.
+
+        Raises:
+            IllegalTransition: see `enter`.
+        """
+        if self.last is not _DATA:
+            self.enter(_ACTIVE)
+            self.enter(_IDLE, detail)
+            return
+        # As `enter` would for these two, which `LEGAL` holds.
+        sequence, now_ns, record = self._sequence, self.now_ns, self.recorded.append
+        record(_new(Transition, (_ACTIVE, _DATA, _ACTIVE, sequence + 1, now_ns, None)))
+        record(_new(Transition, (_IDLE, _ACTIVE, _IDLE, sequence + 2, now_ns, detail)))
+        self._sequence = sequence + 2
+        self.last = self.level = _IDLE
 
     def fall_back(self, level: ConnState) -> None:
         """Change the level without recording it: after a failed AUTH exchange the connection is Active again."""

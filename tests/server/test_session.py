@@ -547,6 +547,31 @@ async def test_a_record_is_cut_into_segments_between_transactions() -> None:
     assert sequence == list(range(1, len(sequence) + 1))
 
 
+async def test_a_record_of_mails_without_news_is_cut_where_it_is_full() -> None:
+    async with serving(segments=Segments(transitions=12)) as served:
+        served.stream.feed(b"EHLO client.example\r\n")
+        for number in range(1, 7):  # as most clients send them: one command a turn
+            for line in (b"MAIL FROM:<a@example.com>\r\n", b"RCPT TO:<b@example.org>\r\n", b"DATA\r\n"):
+                served.stream.feed(line)
+            served.stream.feed(CONTENT + b".\r\n")
+            assert served.seen.record.messages == number
+        assert [len(segment) for segment in served.observer.segments] == [13, 12]
+        assert served.seen.record.transitions == []
+        assert len([one for one in served.forwarder.kept if one.is_accepted]) == 6
+
+
+async def test_a_record_of_recipients_without_news_is_bounded() -> None:
+    async with serving(segments=Segments(transitions=10)) as served:
+        for line in ENVELOPE.splitlines(keepends=True):
+            served.stream.feed(line)
+        most = 0
+        for _ in range(100):
+            served.stream.feed(b"RCPT TO:<c@example.org>\r\n")
+            most = max(most, len(served.seen.replies))
+        assert most == 39
+        assert len(served.observer.segments) == 2
+
+
 async def test_within_a_transaction_a_record_is_bounded_too() -> None:
     protocol = replace(POLICY.protocol, limits=ServerLimits(recipients=1))
     async with serving(replace(POLICY, protocol=protocol), segments=Segments(transitions=10)) as served:

@@ -91,6 +91,35 @@ def test_every_pair_of_states_is_taken_or_refused_as_the_table_says(from_state: 
         assert len(seen) == before
 
 
+@pytest.mark.parametrize(
+    "before",
+    [
+        [S.NEW, S.ACTIVE, S.DATA],
+        [S.NEW, S.ACTIVE, S.DATA, S.ERROR],
+        [S.NEW, S.ACTIVE],
+        [S.NEW, S.ACTIVE, S.RESET],
+        [S.NEW, S.ACTIVE, S.DATA, S.ACTIVE, S.IDLE],
+        [S.NEW],
+        [S.NEW, S.STARTTLS],
+    ],
+    ids=lambda before: before[-1],
+)
+def test_to_settle_is_to_be_active_and_then_idle(before: Sequence[ConnState]) -> None:
+    (one, seen), (other, expected) = machine(), machine()
+    for states in (one, other):
+        for step in before:
+            states.enter(step)
+        states.now_ns = 7
+    one.settle(TransactionOver(3))
+    other.enter(S.ACTIVE)
+    other.enter(S.IDLE, TransactionOver(3))
+    assert seen == expected
+    assert type(seen[-1]) is Transition
+    for states in (one, other):
+        states.enter(S.CLOSED)  # from the same place, with the next number
+    assert (one.level, one.last, seen) == (other.level, other.last, expected)
+
+
 def test_a_pulse_leaves_the_level_and_tells_it() -> None:
     seen = drive([S.NEW, S.ACTIVE, S.DATA, S.ERROR])
     assert seen[-1].level is S.DATA

@@ -254,6 +254,16 @@ class Dispatching(Receiving):
         if len(decided) != len(self._batch):
             raise LocalProtocolError("not as many replies as recipients")
         self._batch = ()
+        transaction = self._transaction
+        if transaction is not None and len(decided) == 1:
+            reply = decided[0]
+            if reply.code == 250 and reply.enhanced is not None:
+                # As below, for most recipients.
+                transaction.recipients += 1
+                self.phase = _RECIPIENTS
+                self.said.append((_RCPT, reply))
+                self.out += reply.wire
+                return
         wires = []  # of a thousand recipients, joined once
         for reply in decided:
             if reply.code < 300 and (transaction := self._transaction) is not None:

@@ -20,8 +20,8 @@ from otel_smtp.smtp.server.replying import ChunkRefusal, IncomingChunk, OpenTran
 from otel_smtp.smtp.server.securing import Securing
 from otel_smtp.smtp.states import (
     ConnState,
-    content_begun,
-    transaction_over,
+    ContentBegun,
+    TransactionOver,
 )
 
 _ACTIVE: Final = ConnState.ACTIVE
@@ -33,6 +33,7 @@ _DATA_STATE: Final = ConnState.DATA
 _ENDING: Final = Phase.ENDING
 _IDLE: Final = ConnState.IDLE
 _READY: Final = Phase.READY
+_new: Final = tuple.__new__  # a NamedTuple's own constructor is a function in Python
 _GO_ON: Final = (_DATA, replies.SEND_CONTENT)
 
 
@@ -73,7 +74,7 @@ class Receiving(Securing):
     def _begin_content(self, transaction: OpenTransaction, by_data: bool) -> None:
         transaction.by_data = by_data
         self.phase = _CONTENT
-        self.enter(_DATA_STATE, content_begun((transaction.number, transaction.recipients)))
+        self.enter(_DATA_STATE, _new(ContentBegun, (transaction.number, transaction.recipients)))
         self._handler.content_begun()
 
     def _begin_pieces(self, transaction: OpenTransaction) -> IncomingContent:
@@ -197,9 +198,16 @@ class Receiving(Securing):
         if misconduct is not None:
             misconduct.junk = 0
         self.messages += 1
-        if decided[0].code < 400 or any(reply.is_positive for reply in decided):
+        reply = decided[0]
+        if reply.code < 400 or any(reply.is_positive for reply in decided):
             if misconduct is not None:
                 misconduct.refusals = 0
+            if len(decided) == 1 and reply.code == 250 and reply.enhanced is not None:
+                # As below, for most messages.
+                self.settle(_new(TransactionOver, (self.messages,)))
+                self.said.append((verb, reply))
+                self.out += reply.wire
+                return
             self.enter(_ACTIVE)
         wires = []  # one for each recipient over LMTP, joined once
         for reply in decided:
@@ -212,7 +220,7 @@ class Receiving(Securing):
                 self._send(reply.as_plain_success() if 250 < reply.code < 300 else reply, verb)
         self.out += b"".join(wires)
         if self.phase is not _ENDING:
-            self.enter(_IDLE, transaction_over((self.messages,)))
+            self.enter(_IDLE, _new(TransactionOver, (self.messages,)))
 
 
 def _refusal_of_8bit(mail: Mail, offer: Extensions) -> Reply | None:

@@ -26,9 +26,9 @@ from otel_smtp.smtp.states import (
     ResetBy,
     ResetCause,
     StateMachine,
+    TransactionOver,
     TransitionSink,
     raise_illegal,
-    transaction_over,
 )
 
 # Replies that count towards the error limit: the client's own doing. An upstream that refuses many recipients, or is
@@ -253,7 +253,7 @@ class Replying(StateMachine):
         if self.phase is not _ENDING:
             if self._misconduct is not None:
                 self._misconduct.junk = 0
-            self.enter(_IDLE, transaction_over((self.messages,)))
+            self.enter(_IDLE, TransactionOver(self.messages))
 
     def _reset(self, cause: ResetCause) -> None:
         self._drop_transaction(None)
