@@ -228,7 +228,7 @@ class Store(Protocol):
         ...
 
     async def mark_corrupt(self, lease: Lease) -> None:
-        """Its content is damaged: it waits for an operator, and counts as nothing else."""
+        """Its content is damaged: it waits for an operator, does not age meanwhile, and counts as nothing else."""
         ...
 
     async def end_overdue(self, most: int, *, outcomes: bool = False) -> Sequence[Lease]:
@@ -323,7 +323,7 @@ class Store(Protocol):
         ...
 
     async def expire(self, message_id: str) -> bool:
-        """Let a message be too old: it goes back to its sender. Held ones are released for that."""
+        """Let a message be too old: it goes back to its sender. Held and corrupt ones are released for that."""
         ...
 
     async def reset(self, message_id: str, expires_in: float) -> bool:

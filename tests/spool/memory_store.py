@@ -227,7 +227,7 @@ class MemoryStore:
             self.memory.contents.pop(entry.id, None)
 
     async def mark_corrupt(self, lease: Lease) -> None:
-        self._leased(lease).owned(lease).state = DeliveryState.CORRUPT
+        self._leased(lease).mark_corrupt(lease, self._now())
 
     async def end_overdue(self, most: int, *, outcomes: bool = False) -> Sequence[Lease]:
         leases: list[Lease] = []

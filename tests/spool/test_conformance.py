@@ -338,6 +338,35 @@ async def test_a_damaged_message_is_set_aside(case: Case) -> None:
     assert len(await leased(case.store)) == 1
 
 
+async def test_a_damaged_message_does_not_age_until_it_is_released(case: Case) -> None:
+    """As one that is held: whoever has put its content right wants it delivered, however long that took."""
+    one = await queued(case.store, message(max_age_seconds=100))
+    expires_at = (await case.store.show(one)).expires_at
+    (lease,) = await leased(case.store)
+    await case.store.mark_corrupt(lease)
+    case.clock.ahead += 1000
+    assert await case.store.end_overdue(10) == []
+    assert await case.store.release(one)
+    assert (await case.store.show(one)).expires_at == pytest.approx(expires_at + 1000, abs=1)
+    assert await case.store.end_overdue(10) == []
+    (lease,) = await leased(case.store)
+    await case.store.mark_corrupt(lease)
+    case.clock.ahead += 1000
+    assert await case.store.release(one)
+    case.clock.ahead += 110
+    assert await leased(case.store) == []
+    assert [lease.message_id for lease in await case.store.end_overdue(10)] == [one]
+
+
+async def test_a_damaged_message_that_an_operator_gives_up_is_ended(case: Case) -> None:
+    one = await queued(case.store)
+    (lease,) = await leased(case.store)
+    await case.store.mark_corrupt(lease)
+    assert await case.store.expire(one)
+    assert await leased(case.store) == []
+    assert [lease.message_id for lease in await case.store.end_overdue(10)] == [one]
+
+
 async def test_destinations_are_those_that_something_waits_for(case: Case) -> None:
     assert list(await case.store.destinations()) == []
     await queued(case.store, message(destination="a"))

@@ -166,7 +166,7 @@ class Compaction:
         is_lost = content is None or entry.id in self._memory.lost
         if content is None:
             self._unreadable.add(segment)
-            moved.lose_content()
+            moved.lose_content(self._journal.now_ms())
             content = ()
 
         def durable(step: Step) -> None:

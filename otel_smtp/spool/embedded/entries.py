@@ -412,6 +412,7 @@ class Entry:
     def expire(self, now_ms: int) -> bool:
         """Let it be too old."""
         self._each(DeliveryState.HELD, DeliveryState.READY, now_ms)
+        self._each(DeliveryState.CORRUPT, DeliveryState.READY, now_ms)
         self.expires_ms = min(self.expires_ms, now_ms)
         self.held_ms = None
         self.is_forced = True
@@ -453,12 +454,24 @@ class Entry:
                 one.due_ms = due_ms
         return bool(found)
 
-    def lose_content(self) -> None:
-        """Its content is gone: only an operator lets it go on."""
+    def mark_corrupt(self, lease: Lease, now_ms: int) -> None:
+        """Its content is damaged: only an operator lets it go on, and it does not age until then.
+
+        Raises:
+            StaleLease: the lease is not its delivery's last one.
+        """
+        self.owned(lease).state = DeliveryState.CORRUPT
+        if self.held_ms is None:
+            self.held_ms = now_ms
+
+    def lose_content(self, now_ms: int) -> None:
+        """Its content is gone: likewise."""
         self.is_large = True  # there is no file of its own either
         for one in self.deliveries:
             one.is_possible_duplicate |= one.state is _LEASED  # it may come back, and have been delivered
             one.state = DeliveryState.CORRUPT
+        if self.held_ms is None:
+            self.held_ms = now_ms
 
     def take_back(self, *, crashes_allowed: int | None, now_ms: int) -> bool:
         """Take back what is leased, since nobody can be attempting it; whether it is held now.

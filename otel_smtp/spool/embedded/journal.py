@@ -26,16 +26,17 @@ class Journal:
     """Writes what happens to messages.
 
     Args:
-        now_ms: milliseconds since the epoch.
+        now_ms: gives milliseconds since the epoch.
         remove_large: removes the file of a content; called in a thread.
 
     Attributes:
+        now_ms: as above.
         is_closing: no new mail is taken, and nothing waits for company.
     """
 
     def __init__(self, memory: Memory, now_ms: Callable[[], int], remove_large: Callable[[str], None]) -> None:
         self._memory = memory
-        self._now_ms = now_ms
+        self.now_ms = now_ms
         self._remove_large = remove_large
         self._log: Log | None = None
         self.is_closing = False
@@ -155,7 +156,7 @@ class Journal:
         if notices:
             counted = dict(ended)
             for message, content in notices:
-                notice = Entry.of(message, self._now_ms(), len(content), is_leased=False, is_large=False)
+                notice = Entry.of(message, self.now_ms(), len(content), is_leased=False, is_large=False)
                 added.append(notice)
                 parts.append(message_part(notice, (content,), None, is_new=True))
                 name, recipients = notice.accepted

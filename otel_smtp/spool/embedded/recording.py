@@ -6,7 +6,7 @@ from typing import Any
 
 from otel_smtp.spool.embedded.entries import Entry
 from otel_smtp.spool.embedded.parts import EmbeddedParts
-from otel_smtp.spool.messages import DeliveryState, Lease, NoSuchMessage, StaleLease, Verdict, stale
+from otel_smtp.spool.messages import Lease, NoSuchMessage, StaleLease, Verdict, stale
 from otel_smtp.spool.store import Notice
 
 
@@ -79,7 +79,7 @@ class EmbeddedRecording(EmbeddedParts):
         if (entry := self.memory.hot.get(lease.message_id)) is None:
             raise stale(lease)
         changed = entry.copy()
-        changed.owned(lease).state = DeliveryState.CORRUPT
+        changed.mark_corrupt(lease, self._now_ms())
         await self.journal.change(entry, changed, {})
 
     async def warn(self, message_id: str, notices: Sequence[Notice]) -> bool:

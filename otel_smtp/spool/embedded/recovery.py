@@ -40,7 +40,7 @@ class Recovered:
         markers: of the segments that are there, by number.
         clock_jump_ms: by how much the clock was set since the spool was used last; 0: it was not.
         tally: recipients by what became of them.
-        lost: messages whose content is gone or damaged.
+        lost: messages whose content is gone or damaged; newly_lost: those of which the log does not say so yet.
         remarks: what operators should know, in words.
         alarms: what was set aside and may be mail, in words.
         not_found: messages that an index of another time, or a damaged one, knew, and the log does not.
@@ -53,6 +53,7 @@ class Recovered:
     tally: dict[str, int]
     clock_jump_ms: int = 0
     lost: list[str] = field(default_factory=list)
+    newly_lost: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     alarms: list[str] = field(default_factory=list)
     not_found: list[NotFound] = field(default_factory=list)
@@ -98,6 +99,7 @@ class _Recovery:
         self._tally: dict[str, int] = {}
         self._touched: dict[str, Entry | None] = {}
         self._corrupt: list[str] = []
+        self._newly_lost: list[str] = []
         self.alarms: list[str] = []
         self._larges = directory.larges()
         self._ended: set[str] = set()  # of those that have a file of their own
@@ -151,6 +153,7 @@ class _Recovery:
             self._tally,
             jump_ms,
             [*lost, *self._corrupt],
+            self._newly_lost,
             self.remarks,
             self.alarms,
             self._not_found,
@@ -447,6 +450,8 @@ class _Recovery:
         self._remark(f"the content of {entry.id} is damaged")
         for one in entry.deliveries:
             one.state = DeliveryState.CORRUPT
+        if entry.held_ms is None:
+            entry.held_ms = self._clocks.now_ms()
 
     def _known(self, message_id: str) -> Entry | None:
         """A message as far as it has been read, to be changed by what is read next."""
@@ -504,7 +509,9 @@ class _Recovery:
             if entry.place.segment not in numbers:
                 # One that has a file of its own, or gets it back, is whole, as far as that is: it may be released.
                 entry.place = Place(0, 0, 0, -1, entry.place.crc)
-            entry.lose_content()
+            if entry.held_ms is None or not all(one.state is DeliveryState.CORRUPT for one in entry.deliveries):
+                self._newly_lost.append(entry.id)
+            entry.lose_content(self._clocks.now_ms())
         if entries:
             self._index_in_use.write([row_of(entry) for entry in entries], (), {})
         return [entry.id for entry in entries]

@@ -22,6 +22,7 @@ While a message's record is on its way, the message is busy, and whoever else wa
 """
 
 import asyncio
+import contextlib
 import logging
 import sqlite3
 import time
@@ -160,6 +161,7 @@ class EmbeddedStore(EmbeddedSubmitting, EmbeddedLeasing, EmbeddedRecording, Rebu
         try:
             self._not_found = recovered.not_found
             held, interrupted = await self._take_over(recovered)
+            await self._note_lost(recovered.newly_lost)
             await self.indexing.move_clock(recovered.clock_jump_ms)
             carried = await first_version.carry_over(self.directory, self._add_carried)
             recovered.remarks.extend(carried.remarks)
@@ -213,6 +215,15 @@ class EmbeddedStore(EmbeddedSubmitting, EmbeddedLeasing, EmbeddedRecording, Rebu
             memory.admit(entry)
         await self._take_back(leased, self._crashes_allowed, held)
         return held, interrupted
+
+    async def _note_lost(self, ids: Sequence[str]) -> None:
+        """Have the log say which contents were found to be lost, and that these messages do not age from now on."""
+        noted: list[asyncio.Future[None]] = []
+        with contextlib.suppress(SpoolError):  # a full disk: it is found out again at the next start
+            for message_id in ids:
+                entry = await self.indexing.get(message_id)
+                noted.append(self.journal.change(entry, entry.copy(), {}))
+        await asyncio.gather(*noted, return_exceptions=True)
 
     async def close(self) -> None:
         """Finish what was asked for, and give the directory up. Idempotent."""

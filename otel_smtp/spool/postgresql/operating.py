@@ -219,7 +219,7 @@ class PostgresqlOperating(PostgresqlParts):
         """See `Store.expire`."""
 
         async def expire(connection: Connection) -> bool:
-            await connection.fetch(self._statements.release, message_id, ["h"])
+            await connection.fetch(self._statements.release, message_id, ["h", "c"])
             await connection.execute(self._statements.expire, message_id)
             return True
 

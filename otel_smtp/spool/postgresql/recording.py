@@ -184,7 +184,7 @@ class PostgresqlRecording(PostgresqlParts):
             for message, content in one.notices:
                 has_notices = True
                 new.add_notice(message, content)
-        if held := [one.lease.message_id for one in back if one.state == "h" and one.place in done]:
+        if held := [one.lease.message_id for one in back if one.state in ("h", "c") and one.place in done]:
             await connection.execute(statements.hold_messages, held)
         if ended := sorted({one.lease.message_id for one in over if one.place in done}):
             await connection.execute(statements.end_messages, ended)

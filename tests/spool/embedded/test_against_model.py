@@ -190,7 +190,7 @@ class Agreement(RuleBasedStateMachine):
         """A store finds out which contents are gone when it is opened."""
         for message_id, entry in self._model.memory.entries.items():
             if message_id not in self._model.memory.contents:
-                entry.lose_content()
+                entry.lose_content(round(self._now * 1000))
 
     @precondition(lambda self: hasattr(self, "_store") and self._store.directory.larges())
     @rule(data=st.data(), loses_index=st.booleans(), is_crash=st.booleans())
