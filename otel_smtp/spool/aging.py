@@ -7,6 +7,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from otel_smtp.observing import Fate, Observer, SpoolAction, TransactionRecord
@@ -68,7 +69,10 @@ class Aging:
         await self._store.housekeep()
         await self._give_up_held_notices()
         for lease in await self._store.end_overdue(max(MOST_AT_ONCE, messages // 100)):
-            await self._end(lease)
+            if self._recording.is_stopping:
+                await self._recording.record(lease, partial(self._store.finish, lease, ()))
+            else:
+                await self._end(lease)
         if self._warn_after_seconds is not None:
             for lease in await self._store.unwarned(self._warn_after_seconds, MOST_AT_ONCE):
                 await self._warn(lease)

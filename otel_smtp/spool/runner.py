@@ -128,6 +128,7 @@ class Runner:
         self._look_is_due = True
         self._loop_task: asyncio.Task[None] | None = None
         self._is_stopping = False
+        self._has_stopped = False
         self._noting: set[asyncio.Task[None]] = set()
         self._counted_at = float("-inf")
         self._has_changed = True
@@ -157,6 +158,9 @@ class Runner:
         """Begin nothing any more, and let what is under way come to its end within the grace. Idempotent."""
         self._is_stopping = self._recording.is_stopping = True
         if self._loop_task is not None:
+            # What is being claimed, or ended for its age, comes to its end: else nobody would know what was leased.
+            self._wake.set()
+            await asyncio.wait({self._loop_task}, timeout=min(grace_seconds, CONNECTION_GRACE_SECONDS))
             self._loop_task.cancel()
             await asyncio.gather(self._loop_task, return_exceptions=True)
             self._loop_task = None
@@ -169,6 +173,7 @@ class Runner:
         # Those that wait for a connection, or for a provider's rate, might take all of the grace. Nothing was said yet.
         await asyncio.gather(*(attempt.cut_short() for attempt in list(self._attempts) if attempt.has_said_nothing))
         await self._idle_until(ends)
+        self._has_stopped = True
         await asyncio.gather(*(attempt.cut_short() for attempt in list(self._attempts)))
 
     async def _idle_until(self, ends: float) -> None:
@@ -221,7 +226,10 @@ class Runner:
                     self._new[destination] -= 1
                     self._all_new -= 1
         for lease in leases:  # each has the room of its destination
-            self._begin(lease, content, is_new=True)
+            if self._has_stopped:
+                self._give_back(lease, is_new=True)
+            else:
+                self._begin(lease, content, is_new=True)
 
     def wake(self, destinations: Sequence[str] = ()) -> None:
         """See `DeliveryAgent.wake`."""
@@ -259,7 +267,7 @@ class Runner:
 
     async def _run(self) -> None:
         looked_at = float("-inf")
-        while True:
+        while not self._is_stopping:
             self._wake.clear()
             now = time.monotonic()
             try:
@@ -304,7 +312,10 @@ class Runner:
             self._destinations.add(lease.destination)
             self._claimed[lease.destination] += 1
             self._all_claimed += 1
-            self._begin(lease, content, is_new=False)
+            if self._is_stopping:
+                self._give_back(lease, is_new=False)
+            else:
+                self._begin(lease, content, is_new=False)
         if claimed:
             return 0.0
         waits = [self._look_seconds]
@@ -341,6 +352,12 @@ class Runner:
         else:
             self._attempting[destination] = attempting + 1
             attempt.start()
+
+    def _give_back(self, lease: Lease, *, is_new: bool) -> None:
+        """Nothing is begun any more, and of this nothing was sent."""
+        attempt = Attempt(lease, None, self._means, is_new=is_new)
+        self._attempts.add(attempt)
+        attempt.give_back()
 
     def _judged(self, attempt: Attempt) -> None:
         """An attempt has no use for an upstream any more: whoever is the first in line may have one."""

@@ -28,6 +28,7 @@ class ScriptedRelay:
         finals: what the next messages are answered, in turn, each with the recipients' own; else taken.
         routes: destination by address; else `destination_name`.
         room: how many chunks a transaction takes before it holds the writer back; None: any number.
+        is_silent: recipients are never answered.
         is_held: final answers wait until `let_go`.
         taken: mails that were answered 2yz: their recipients and content.
         transactions: all there were. `along`: the destinations of those whose route was given.
@@ -40,6 +41,7 @@ class ScriptedRelay:
     destination_name: str = "up"
     window: int = 20
     room: int | None = None
+    is_silent: bool = False
     is_held: bool = False
     observer: Observer = field(default_factory=Observer)
     can: Extensions = MOST
@@ -106,7 +108,8 @@ class ScriptedTransaction(MailTransaction):
         self.calls.append("recipients")
         verdicts = [self._relay.verdicts.get(one.address, replies.RECIPIENT_OK) for one in batch]
         self._accepted += [one for one, verdict in zip(batch, verdicts, strict=True) if verdict.is_positive]
-        asyncio.get_running_loop().call_soon(answered, verdicts)
+        if not self._relay.is_silent:
+            asyncio.get_running_loop().call_soon(answered, verdicts)
 
     def content(self, resume: Callable[[], None]) -> None:
         self.calls.append("content")

@@ -167,6 +167,75 @@ async def test_what_was_claimed_has_its_turns_while_new_messages_wait_in_line() 
         assert senders(relay)[:4] == ["first", "second", "waiting", "third"]
 
 
+class _Slow(MemoryStore):
+    """Answers when it may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_asked = asyncio.Event()
+        self.may_answer = asyncio.Event()
+
+    async def _wait(self) -> None:
+        self.is_asked.set()
+        await self.may_answer.wait()
+
+    async def claim(
+        self, wanted: Mapping[str, int]
+    ) -> tuple[Sequence[tuple[Lease, Sequence[bytes] | None]], float | None]:
+        claimed = await super().claim(wanted)
+        if claimed[0]:
+            await self._wait()
+        return claimed
+
+    async def end_overdue(self, most: int, *, outcomes: bool = False) -> Sequence[Lease]:
+        leases = await super().end_overdue(most, outcomes=outcomes)
+        if leases:
+            await self._wait()
+        return leases
+
+
+@pytest.mark.parametrize("is_too_old", [False, True], ids=["to be attempted", "to be ended"])
+async def test_what_is_leased_while_the_runner_stops_goes_back_unmarked(is_too_old: bool) -> None:
+    """Nothing was sent of it: whoever attempts it next need not warn of a duplicate."""
+    store = _Slow()
+    async with running(store=store) as up:
+        one = await queued(store, message(max_age_seconds=0.0 if is_too_old else 100.0))
+        up.runner.wake(["up"])
+        up.runner.look_soon()
+        await store.is_asked.wait()
+        stopping = asyncio.create_task(up.runner.stop(grace_seconds=60))
+        await asyncio.sleep(0)
+        store.may_answer.set()
+        await stopping
+        assert list(store.memory.entries) == [one]
+        (delivery,) = store.memory.entries[one].deliveries
+        assert (delivery.state, delivery.attempts) == (DeliveryState.READY, 0)
+        assert not delivery.is_possible_duplicate
+        assert up.relay.transactions == []
+
+
+async def test_what_becomes_durable_when_the_runner_has_stopped_goes_back_unmarked() -> None:
+    async with running() as up:
+        assert up.runner.reserve(["up"])
+        leases = await up.store.submit(message(), await written(up.store.draft()), lease=True)
+        await up.runner.stop(grace_seconds=0)
+        up.runner.begin(["up"], leases, (HEADER, BODY))
+        await eventually(lambda: not up.runner._attempts)
+        assert {(one.attempts, one.is_possible_duplicate) for one in waiting(up.store)} == {(0, False)}
+        assert up.relay.transactions == []
+
+
+@pytest.mark.parametrize("is_cut_in", ["recipients", "content", "finish"])
+async def test_what_a_stop_cuts_off_is_marked_if_its_content_was_on_its_way(is_cut_in: str) -> None:
+    relay = ScriptedRelay(is_silent=is_cut_in == "recipients", room=0 if is_cut_in == "content" else None, is_held=True)
+    async with running(relay) as up:
+        await up.put()
+        await eventually(lambda: relay.transactions and relay.transactions[0].calls[-1:] == [is_cut_in])
+        await up.runner.stop(grace_seconds=0)
+        (delivery,) = waiting(up.store)
+        assert delivery.is_possible_duplicate is (is_cut_in != "recipients")
+
+
 @pytest.mark.parametrize("stops", [False, True])
 async def test_a_line_before_an_upstream_that_takes_no_more_goes_back_into_the_store(stops: bool) -> None:
     relay, store = ScriptedRelay(window=2, is_held=True), MemoryStore()

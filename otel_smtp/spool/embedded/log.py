@@ -234,6 +234,11 @@ class Log:
         self._is_asleep = False
         self._wakes.put(None)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether all that was asked for is written. Call on the event loop."""
+        return self._is_asleep and not self._is_urgent and not self._steps
+
     async def close(self) -> None:
         """Write what was asked for, and stop. Idempotent."""
         self._is_stopping = True

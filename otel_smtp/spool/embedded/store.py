@@ -238,10 +238,12 @@ class EmbeddedStore(EmbeddedSubmitting, EmbeddedLeasing, EmbeddedRecording, Rebu
         is_clean = True
         log = self.journal.log
         try:
+            if not log.is_idle:  # what is being leased is known behind it, and taken back
+                await self._write_marker()
             await self._take_back([entry for entry in self.memory.hot.values() if entry.is_leased], None, [])
             if log.told != self.indexing.known or self.memory.unindexed:
                 # What was answered is followed by a record that says so: damage to it is known from a torn tail.
-                await self.journal.append([(RecordKind.CLOCK, dumps({"moved_ms": 0, "ended": {}}), ())])
+                await self._write_marker()
         except SpoolError as error:
             is_clean = False
             logger.error("spool not closed cleanly", extra={"fault": str(error)})
@@ -252,6 +254,10 @@ class EmbeddedStore(EmbeddedSubmitting, EmbeddedLeasing, EmbeddedRecording, Rebu
             logger.error("spool not closed cleanly", extra={"fault": str(error)})
         await self.index.close()
         await asyncio.to_thread(self.directory.close)
+
+    async def _write_marker(self) -> None:
+        """Write a record that changes nothing: those before it are written, and told of, when it is."""
+        await self.journal.append([(RecordKind.CLOCK, dumps({"moved_ms": 0, "ended": {}}), ())])
 
     async def _take_back(self, entries: Sequence[Entry], crashes_allowed: int | None, held: list[str]) -> None:
         changes: list[asyncio.Future[None]] = []

@@ -175,6 +175,40 @@ async def test_an_attempt_that_began_beside_new_mail_is_known_after_a_crash(
         assert (lease.message_id, lease.is_possible_duplicate) == (old, True)
 
 
+@pytest.mark.parametrize("is_new", [False, True], ids=["claimed", "leased as it came"])
+async def test_what_is_leased_while_the_store_closes_was_part_of_no_crash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_new: bool
+) -> None:
+    """Whoever asked for it has been cancelled, and its record is on its way to the disk."""
+    is_asked, may_write = threading.Event(), threading.Event()
+
+    def write_when_told(file: int, data: bytes, at: int, *, in_one_call: bool) -> bool:
+        is_asked.set()
+        assert may_write.wait(30)
+        return write_durably(file, data, at, in_one_call=in_one_call)
+
+    async with opened(tmp_path / "spool") as (store, _):
+        if not is_new:
+            await queued(store)
+        monkeypatch.setattr("otel_smtp.spool.embedded.log.write_durably", write_when_told)
+        if is_new:
+            store.submit(message(), await written(store.draft()), lease=True)
+        else:
+            claiming = asyncio.ensure_future(store.claim({"up": 1}))
+            await eventually(is_asked.is_set)
+            claiming.cancel()
+        await eventually(is_asked.is_set)
+        closing = asyncio.ensure_future(store.close())
+        for _ in range(100):  # as far as it comes
+            await asyncio.sleep(0)
+        may_write.set()
+        await closing
+    async with opened(tmp_path / "spool") as (after, recovery):
+        assert recovery.interrupted == 0
+        (lease,) = await leased(after)
+        assert lease.attempt == 1
+
+
 async def test_what_is_part_of_three_crashes_is_held(store: EmbeddedStore) -> None:
     poison = await queued(store)
     path = store.directory.path
