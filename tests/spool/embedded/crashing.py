@@ -33,6 +33,7 @@ from otel_smtp.spool.embedded import directory as directory_module
 from otel_smtp.spool.embedded import index as index_module
 from otel_smtp.spool.embedded.index_thread import IndexThread
 from otel_smtp.spool.messages import ContentLost, DeliveryState
+from tests.spool.embedded.books import books, recount
 from tests.spool.embedded.working import Ledger, Worker
 from tests.spool.queueing import eventually
 
@@ -482,6 +483,7 @@ async def crash_at_any_call(
                     for number in range(workers)
                 ]
             )
+            assert await books(store) == await recount(store)
         finally:
             await store.close()
         # Contents of mail that has ended are removed in the background.
@@ -489,17 +491,19 @@ async def crash_at_any_call(
             await eventually(lambda: not disk.differences(), timeout_seconds=30)
         assert not (different := disk.differences()), different
     outcome = Outcome(disk.calls, len(disk.moments))
-    for moment in disk.moments:
-        kinds = [Crash(False, 0), Crash(False, None)]
-        kinds += [Crash(True, chance.choice((0, chance.randrange(OLD_INDEXES), None))) for _ in range(crashes)]
-        for number, crash in enumerate(kinds[:crashes]):
-            left = directory / f"{moment.number}-{number}"
-            crash.leave(moment, root, left, chance)
-            outcome.crashes += 1
-            faults = await faults_of(left, moment.books, ledger.contents)
-            outcome.faults += [
-                f"seed {seed}, {moment.call} {moment.number}, {crash}: {fault}, in {left}" for fault in faults
-            ]
-            if not faults:
-                shutil.rmtree(left)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(index_module, "WAL_OCTETS", WAL_OCTETS)  # made at each start
+        for moment in disk.moments:
+            kinds = [Crash(False, 0), Crash(False, None)]
+            kinds += [Crash(True, chance.choice((0, chance.randrange(OLD_INDEXES), None))) for _ in range(crashes)]
+            for number, crash in enumerate(kinds[:crashes]):
+                left = directory / f"{moment.number}-{number}"
+                crash.leave(moment, root, left, chance)
+                outcome.crashes += 1
+                faults = await faults_of(left, moment.books, ledger.contents)
+                outcome.faults += [
+                    f"seed {seed}, {moment.call} {moment.number}, {crash}: {fault}, in {left}" for fault in faults
+                ]
+                if not faults:
+                    shutil.rmtree(left)
     return outcome

@@ -169,6 +169,44 @@ async def test_the_last_mail_of_a_segment_may_end_while_the_index_is_written(
     assert not caplog.records
 
 
+async def test_a_segment_stays_until_the_index_is_complete_beyond_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing lives in it any more, but one that did is changed each time that the index could be given its row: were
+    the segment to go, an index that is complete up to a place in it would belong to no log."""
+    disk, path = SlowDisk(monkeypatch), tmp_path / "spool"
+    async with opened_without_keeper(path) as store:
+        kept = await queued(store, message(due_in_seconds=900.0))
+        await begin_segments(store, 3)
+        changes = [await disk.hold(store.retry(kept))]
+        write_all = store.indexing.write_all
+        is_moved = asyncio.Event()
+
+        async def write_all_but_this() -> None:
+            entry = store.memory.hot[kept]
+            if entry.place is not None and entry.place.segment > 1:
+                changes.append(await disk.hold(store.retry(kept)))
+                is_moved.set()
+            await write_all()
+
+        monkeypatch.setattr(store.indexing, "write_all", write_all_but_this)
+        compacting = asyncio.ensure_future(store.compaction.compact())
+        await eventually(lambda: kept in store.memory._free)  # that it is changed is found out, and waited for
+        disk.go_on()
+        await is_moved.wait()
+        await compacting
+        monkeypatch.setattr(store.indexing, "write_all", write_all)
+        assert segments(path)[0].name == "000000000001"
+        async with opened(left_by_a_crash(store), segment_octets=SEGMENT_OCTETS) as (after, recovery):
+            assert not [one for one in recovery.remarks if "made again" in one]
+            assert await ids_in(after) == [kept]
+        disk.go_on()
+        await asyncio.gather(*changes)
+        await store.compaction.compact()
+        assert segments(path)[0].name > "000000000001"
+        await is_found_after_a_crash(store, kept)
+
+
 @pytest.mark.parametrize("verb", ["read", "is_intact"])
 async def test_a_content_that_is_moved_while_it_is_read_is_read_where_it_went(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str

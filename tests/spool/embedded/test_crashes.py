@@ -3,11 +3,21 @@
 `python -m tests.durability crashes` tries many more of them.
 """
 
+import random
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
-from tests.spool.embedded.crashing import crash_at_any_call
+from otel_smtp.smtp import replies
+from otel_smtp.spool.embedded import EmbeddedStore
+from otel_smtp.spool.embedded import index as index_module
+from otel_smtp.spool.embedded.directory import SpoolDirectory
+from otel_smtp.spool.messages import End, Verdict
+from tests.spool.embedded.crashing import SEGMENT_OCTETS, WAL_OCTETS, Crash, Disk, crash_at_any_call, faults_of
+from tests.spool.embedded.working import Ledger
+from tests.spool.messages import HEADER, message, written
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -15,3 +25,46 @@ async def test_what_was_answered_is_found_after_a_crash_at_whichever_call(tmp_pa
     outcome = await crash_at_any_call(tmp_path, seed, workers=10, steps=20, moments=10, crashes=3)
     assert outcome.faults == []
     assert outcome.crashes >= 30, outcome.told()
+
+
+async def test_a_name_of_before_does_not_lead_to_what_a_segment_that_is_used_again_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is made ready while nobody waits: each segment is one that was retired. The power fails at each call that
+    may find a segment by a name that it has no more."""
+    ledger, root, body = Ledger(), tmp_path / "spool", b"\r\n" + b"x" * 40_000
+    monkeypatch.setattr(SpoolDirectory, "prepare", lambda *_: None)
+    disk = Disk(root, monkeypatch, ledger, random.Random(0), most=10_000, pause=lambda: None)
+    store = EmbeddedStore(root, least_free_octets=0, segment_octets=SEGMENT_OCTETS)
+    await store.open()
+    assert store._keeper is not None
+    store._keeper.cancel()
+    used: dict[int, set[str]] = {}  # names by file
+    try:
+        while store.journal.log.told[0] < 5:
+            new = message()
+            ledger.add(new.id, HEADER + body)
+            (lease,) = await store.submit(new, await written(store.draft(), HEADER, body), lease=True)
+            await store.finish(lease, [Verdict(0, End.DELIVERED, replies.OK)])
+            await store.compaction.compact()
+            for file in (root / "log").iterdir():
+                used.setdefault(file.stat().st_ino, set()).add(file.name)
+    finally:
+        await store.close()
+    monkeypatch.undo()
+    monkeypatch.setattr(index_module, "WAL_OCTETS", WAL_OCTETS)  # made at each start
+    assert any(sum(map(str.isdigit, names)) >= 2 for names in used.values()), "a segment was used again"
+    log = str(root / "log")
+    moments = [one for one in disk.moments if log in one.directories and _may_be_found_again(one.directories[log])]
+    assert moments
+    for moment in moments:
+        for seed in range(2):
+            left = tmp_path / f"{moment.number}-{seed}"
+            Crash(True, seed % 2 or None).leave(moment, root, left, random.Random(seed))
+            assert await faults_of(left, moment.books, ledger.contents) == [], (moment.number, moment.call, seed)
+            shutil.rmtree(left)
+
+
+def _may_be_found_again(names: Sequence[Mapping[str, object]]) -> bool:
+    """Whether a segment was retired that is there by its name if the power fails."""
+    return any(name.isdigit() for name in names[0].keys() - names[-1].keys())

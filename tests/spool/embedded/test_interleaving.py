@@ -16,6 +16,7 @@ import pytest
 from otel_smtp.spool.embedded import EmbeddedStore
 from otel_smtp.spool.embedded.files import write_durably
 from otel_smtp.spool.embedded.index_thread import IndexThread
+from tests.spool.embedded.books import books, recount
 from tests.spool.embedded.test_recovery import ids_in, left_by_a_crash
 from tests.spool.embedded.working import Ledger, Worker
 
@@ -53,6 +54,7 @@ async def test_many_do_everything_at_once(tmp_path: Path, monkeypatch: pytest.Mo
             )
         assert await ids_in(store) == sorted(ledger.bodies)
         assert dict(await store.tally()) == ledger.counted
+        assert await books(store) == await recount(store)
         crashed = left_by_a_crash(store)
     finally:
         await store.close()
@@ -67,6 +69,7 @@ async def test_many_do_everything_at_once(tmp_path: Path, monkeypatch: pytest.Mo
             assert (list(recovery.lost), list(recovery.alarms)) == ([], [])
             assert await ids_in(store) == sorted(ledger.bodies)
             assert dict(await store.tally()) == ledger.counted
+            assert await books(store) == await recount(store)
             for shown in await store.page("", 10_000):
                 assert await store.read(shown.content, 0, shown.content.octets) == ledger.bodies[shown.id]
                 assert await store.is_intact(shown.content)
