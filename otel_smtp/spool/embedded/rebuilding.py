@@ -58,15 +58,19 @@ class Rebuilding(EmbeddedOperating):
                 elif len(back) < len(found):
                     told.append(f"{path.name}: {len(found) - len(back)} messages in it are queued")
         await self._look_aside()
-        return Rebuilt(told, await self._look_for_contents())
+        not_found = await self._look_for_contents(told)
+        return Rebuilt(told, not_found)
 
-    async def _look_for_contents(self) -> list[NotFound]:
-        """The messages whose contents nothing gives back."""
+    async def _look_for_contents(self, told: list[str]) -> list[NotFound]:
+        """The messages whose contents nothing gives back; of those that are whole again, people are told."""
         await self.indexing.write_all()
         not_found: list[NotFound] = []
         for message_id in await self.index.run(Index.corrupt):
             entry = await self._known(message_id)
-            if entry is None or not entry.is_corrupt or await self._contents.is_intact(entry.content_ref()):
+            if entry is None or not entry.is_corrupt:
+                continue
+            if await self._contents.is_intact(entry.content_ref()):
+                told.append(f"message {message_id} is set aside as corrupt, and its content is whole: release it")
                 continue
             recipients = [there.recipient.address for one in entry.deliveries for there in one.recipients]
             reason = "its content is damaged" if await self._is_there(entry) else "its content is lost"
