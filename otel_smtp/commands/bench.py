@@ -9,7 +9,7 @@ import click
 
 from otel_smtp.commands.asking import AskedGateway, NoAnswer, running_gateway, url_option
 from otel_smtp.commands.load_generator import Load, LoadPlan, LoadResult
-from otel_smtp.commands.options import FAILED, fail, global_options, settings_options
+from otel_smtp.commands.options import FAILED, fail, global_flags, global_options
 
 # A status port makes its metrics page once per second; and by then, most telemetry of the last messages is exported.
 _SETTLE_SECONDS: Final = 1.1
@@ -53,9 +53,8 @@ class GatewayCost:
     metavar="N",
     help="Messages per second, evenly spaced; default: as many as the sessions can send.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object and no progress bar.")
 @url_option
-@settings_options
+@global_flags("Print one JSON object and no progress bar.")
 @click.pass_context
 def bench(
     context: click.Context,

@@ -4,7 +4,6 @@ import asyncio
 import json
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -12,12 +11,11 @@ import click
 from otel_smtp.commands.options import (
     FAILED,
     WRONG,
-    config_option,
     console,
     fail,
+    global_flags,
     global_options,
     listen_option,
-    set_option,
     upstream_option,
 )
 from otel_smtp.config import Settings, describe
@@ -30,11 +28,9 @@ if TYPE_CHECKING:
 @click.command()
 @click.option("--all", "-a", "everything", is_flag=True, help="Show all settings, defaults too.")
 @click.option("--connect", is_flag=True, help="Try listeners, upstreams, receivers and collectors; no mail is sent.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object: settings, warnings, findings.")
 @listen_option
 @upstream_option
-@config_option
-@set_option
+@global_flags("Print one JSON object: settings, warnings, findings.")
 @click.pass_context
 def check(
     context: click.Context,
@@ -44,8 +40,6 @@ def check(
     as_json: bool,
     listen: tuple[str, ...],
     upstream: tuple[str, ...],
-    config: Path | None,
-    assignments: tuple[str, ...],
 ) -> None:
     """Print what would run; --connect tries it.
 
@@ -54,9 +48,7 @@ def check(
     from otel_smtp.telemetry.logs import set_up_logging
 
     set_up_logging("auto", "warning", sys.stderr)
-    settings = global_options(context).settings(
-        config=config, assignments=assignments, listen=listen, upstream=upstream
-    )
+    settings = global_options(context).settings(listen=listen, upstream=upstream)
     gateway = _unstarted_gateway(settings)
     settings = gateway.settings
     traces_to = gateway.ready.traces_to

@@ -5,13 +5,11 @@ time is a figure that the project keeps. Exit status: 0 done, 1 failed, 2 wrong 
 """
 
 import importlib
-from pathlib import Path
 from typing import Final
 
 import click
 
-from otel_smtp import __version__
-from otel_smtp.commands.options import GlobalOptions, config_option, set_option
+from otel_smtp.commands.options import global_flags
 
 COMMANDS: Final = (
     "serve", "reload", "check", "send", "passwd", "demo", "queue", "tail", "why", "bench", "settings", "telemetry",
@@ -32,13 +30,9 @@ class _Commands(click.Group):
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@config_option
-@set_option
-@click.version_option(__version__, message="otel-smtp %(version)s")
-@click.pass_context
-def cli(context: click.Context, config: Path | None, assignments: tuple[str, ...]) -> None:
+@global_flags("Print JSON, whatever the command.", takes_json=False)
+def cli() -> None:
     """An OpenTelemetry-traced SMTP gateway: every connection a span, every state transition an event."""
-    context.obj = GlobalOptions(config, assignments)
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 import click
 
+from otel_smtp import __version__
 from otel_smtp.config import Flag, Settings, SettingsError, assignment, load
 
 if TYPE_CHECKING:
@@ -19,14 +20,6 @@ if TYPE_CHECKING:
 FAILED: Final = 1
 WRONG: Final = 2
 
-config_option: Final = click.option(
-    "--config", "-c", type=click.Path(path_type=Path), metavar="FILE",
-    help="TOML file with settings; also OTELSMTP_CONFIG.",
-)  # fmt: skip
-set_option: Final = click.option(
-    "--set", "-s", "assignments", multiple=True, metavar="KEY=VALUE",
-    help="One setting, for example limits.recipients=50; repeatable.",
-)  # fmt: skip
 listen_option: Final = click.option(
     "--listen", "-l", multiple=True, metavar="HOST:PORT", help="Where to listen; repeatable; also OTELSMTP_LISTEN."
 )
@@ -46,34 +39,62 @@ def _add_assignments(context: click.Context, _: click.Parameter, assignments: tu
     context.obj = dataclasses.replace(known, assignments=known.assignments + assignments)
 
 
-def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command the global options, so that they may stand behind its name too."""
-    for option in (
+def _add_json(context: click.Context, _: click.Parameter, as_json: bool) -> bool:
+    known = global_options(context)
+    if as_json:
+        context.obj = dataclasses.replace(known, as_json=True)
+    return as_json or known.as_json
+
+
+def global_flags(
+    json_help: str = "Print JSON.", *, takes_json: bool = True
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a command the global options: they may stand in front of its name and behind it.
+
+    The command finds them by `global_options`, and whether to print JSON is its argument `as_json` too.
+
+    Args:
+        json_help: what it prints with --json.
+        takes_json: it has that argument.
+    """
+    options = (
         click.option(
             "--config", "-c", type=click.Path(path_type=Path), metavar="FILE", expose_value=False,
             callback=_add_config, help="TOML file with settings; also OTELSMTP_CONFIG.",
         ),
         click.option(
             "--set", "-s", "assignments", multiple=True, metavar="KEY=VALUE", expose_value=False,
-            callback=_add_assignments, help="One setting; repeatable.",
+            callback=_add_assignments, help="One setting, for example limits.recipients=50; repeatable.",
         ),
-    ):  # fmt: skip
-        command = option(command)
-    return command
+        click.option(
+            "--json", "as_json", is_flag=True, expose_value=takes_json, callback=_add_json, help=json_help
+        ),
+        click.version_option(__version__, message="otel-smtp %(version)s"),
+    )  # fmt: skip
+
+    def give(command: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return give
 
 
 @dataclass(frozen=True, slots=True)
 class GlobalOptions:
-    """The options in front of the command's name."""
+    """The options that every command has, in front of its name or behind it.
+
+    Attributes:
+        assignments: all of `--set`, those behind the command's name last.
+    """
 
     config: Path | None = None
     assignments: tuple[str, ...] = ()
+    as_json: bool = False
 
     def settings(
         self,
         *,
-        config: Path | None = None,
-        assignments: Sequence[str] = (),
         flags: Sequence[Flag] = (),
         listen: Sequence[str] = (),
         upstream: Sequence[str] = (),
@@ -87,22 +108,13 @@ class GlobalOptions:
         Invalid settings end the process with status 2, and a line on stderr for each problem.
         """
         try:
-            return self.read(
-                config=config,
-                assignments=assignments,
-                flags=flags,
-                listen=listen,
-                upstream=upstream,
-                needs_upstream=needs_upstream,
-            )
+            return self.read(flags=flags, listen=listen, upstream=upstream, needs_upstream=needs_upstream)
         except SettingsError as error:
             fail_settings(error)
 
     def read(
         self,
         *,
-        config: Path | None = None,
-        assignments: Sequence[str] = (),
         flags: Sequence[Flag] = (),
         listen: Sequence[str] = (),
         upstream: Sequence[str] = (),
@@ -114,26 +126,26 @@ class GlobalOptions:
             SettingsError: they are invalid.
         """
         return load(
-            file=config or self.config,
+            file=self.config,
             environ=os.environ,
-            flags=[*self.flags(assignments), *flags],
+            flags=[*self.flags(), *flags],
             listen=listen,
             upstream=upstream,
             needs_upstream=needs_upstream,
             is_command=True,
         )
 
-    def flags(self, assignments: Sequence[str]) -> list[Flag]:
-        """All `--set` options, those behind the command's name last.
+    def flags(self) -> list[Flag]:
+        """All `--set` options.
 
         Raises:
             SettingsError: one of them is no assignment.
         """
-        return [assignment(text) for text in [*self.assignments, *assignments]]
+        return [assignment(text) for text in self.assignments]
 
 
 def global_options(context: click.Context) -> GlobalOptions:
-    """The options in front of the command's name."""
+    """The options that every command has, as they were given so far."""
     options = context.find_object(GlobalOptions)
     return GlobalOptions() if options is None else options
 

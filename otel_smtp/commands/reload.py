@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import click
 
-from otel_smtp.commands.options import FAILED, WRONG, fail, global_options, settings_options
+from otel_smtp.commands.options import FAILED, WRONG, fail, global_flags, global_options
 from otel_smtp.observing import Endpoint
 
 ANSWER_SECONDS: Final = 5.0
@@ -20,8 +20,7 @@ _ASK_AGAIN_SECONDS: Final = 0.05
 
 
 @click.command()
-@settings_options
-@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON per process.")
+@global_flags("Print one line of JSON per process.")
 @click.pass_context
 def reload(context: click.Context, *, as_json: bool) -> None:
     """Let the running gateway read its settings again.

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import click
 
-from otel_smtp.commands.options import FAILED, WRONG, console, fail, parse
+from otel_smtp.commands.options import FAILED, WRONG, console, fail, global_flags, parse
 from otel_smtp.config import Secret, UpstreamUrl
 from otel_smtp.smtp.paths import is_mailbox
 from otel_smtp.smtp.states import TlsMode
@@ -54,7 +54,7 @@ OnExchange = Callable[[str, int, str], None]
 @click.option("--file", type=click.Path(path_type=Path), metavar="FILE", help="Message to send, as .eml.")
 @click.option("--size", metavar="SIZE", help='Size of the test mail, for example "5MiB".')
 @click.option("--timeout", default=30.0, metavar="SECONDS", show_default=True, help="Timeout of each reply.")
-@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON: outcome, exchanges, trace id.")
+@global_flags("Print one line of JSON: outcome, exchanges, trace id.")
 def send(
     gateway: str,
     *,

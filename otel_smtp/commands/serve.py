@@ -4,22 +4,21 @@ Nothing is imported here that the first greeting does not need.
 """
 
 import gc
+import json
 import logging
 import os
 import resource
 import sys
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from otel_smtp.commands.options import (
-    config_option,
     fail_settings,
+    global_flags,
     global_options,
     listen_option,
-    set_option,
     upstream_option,
 )
 from otel_smtp.config import Flag, SettingsError
@@ -37,8 +36,7 @@ logger: Final = logging.getLogger("otel_smtp.commands.serve")
 @click.option("--workers", "-w", metavar="NUMBER", help="Number of processes that share the ports.")
 @click.option("--status", metavar="HOST:PORT|off", help="Where the status page listens.")
 @click.option("--log-level", metavar="LEVEL", help="debug, info, warning or error.")
-@config_option
-@set_option
+@global_flags("Print the line that says it is ready, and those of the log, as JSON.")
 @click.pass_context
 def serve(
     context: click.Context,
@@ -48,8 +46,7 @@ def serve(
     workers: str | None,
     status: str | None,
     log_level: str | None,
-    config: Path | None,
-    assignments: tuple[str, ...],
+    as_json: bool,
 ) -> None:
     """Run the gateway.
 
@@ -66,16 +63,10 @@ def serve(
         "--workers": ("workers", workers),
         "--status": ("status.address", status),
         "--log-level": ("log.level", log_level),
+        "--json": ("log.format", "json" if as_json else None),
     }
     flags = [Flag(option, key, value) for option, (key, value) in options.items() if value is not None]
-    read_settings = partial(
-        global_options(context).read,
-        config=config,
-        assignments=assignments,
-        flags=flags,
-        listen=listen,
-        upstream=upstream,
-    )
+    read_settings = partial(global_options(context).read, flags=flags, listen=listen, upstream=upstream)
     try:
         settings = read_settings()
     except SettingsError as error:
@@ -89,7 +80,10 @@ def serve(
         logger.warning("questionable setting", extra={"setting": warning})
     from otel_smtp.gateway.running import run
 
-    raise SystemExit(run(settings, on_ready=lambda ready: click.echo(ready_line(ready)), read_settings=read_settings))
+    def say_ready(ready: "Ready") -> None:
+        click.echo(json.dumps(ready_fields(ready)) if as_json else ready_line(ready))
+
+    raise SystemExit(run(settings, on_ready=say_ready, read_settings=read_settings))
 
 
 def _leave_out_what_httpx_would_draw_with() -> None:
@@ -110,6 +104,20 @@ def _raise_file_limit() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         except (ValueError, OSError):
             return  # macOS has a hard limit that it does not grant; the soft one stays
+
+
+def ready_fields(ready: "Ready") -> dict[str, Any]:
+    """The same for `--json`."""
+    return {
+        "event": "ready",
+        "listeners": {
+            listener.name: [str(address) for address in ready.addresses.get(listener.name, ())]
+            for listener in ready.settings.listener
+        },
+        "upstreams": {upstream.name: str(upstream.url) for upstream in ready.settings.upstream},
+        "status": f"http://{ready.status}" if ready.status is not None else None,
+        "traces_to": ready.traces_to,
+    }
 
 
 def ready_line(ready: "Ready") -> str:

@@ -11,7 +11,8 @@ from typing import Any, Final
 import click
 
 from otel_smtp.commands.asking import AskedGateway, NoAnswer, running_gateway, url_option
-from otel_smtp.commands.options import FAILED, fail, global_options, settings_options
+from otel_smtp.commands.options import FAILED, fail, global_flags, global_options
+from otel_smtp.observing import Fate, Outcome
 
 # A request waits for ten seconds in the gateway, and a gateway that is busy may take its time.
 _ANSWER_SECONDS: Final = 30.0
@@ -23,11 +24,17 @@ _AGAIN_SECONDS: Final = 1.0
 @click.option("--from", "sender", metavar="ADDRESS|DOMAIN", help="Only mails of such a sender.")
 @click.option("--code", metavar="CODE", help="Only with this reply: 550, 5xx, 5.1.1.")
 @click.option("--text", metavar="TEXT", help="Only where an upstream said this, or why something failed.")
+@click.option(
+    "--outcome",
+    "outcomes",
+    multiple=True,
+    type=click.Choice(list(dict.fromkeys(one.value for one in (*Outcome, *Fate)))),
+    help="Only what ended so; repeatable.",
+)
 @click.option("--errors", is_flag=True, help="Only what was not relayed or queued.")
 @click.option("--lines", "-n", "most", metavar="N", type=click.IntRange(min=1), help="End after N lines.")
-@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON per mail.")
 @url_option
-@settings_options
+@global_flags("Print one line of JSON per mail.")
 @click.pass_context
 def tail(
     context: click.Context,
@@ -36,6 +43,7 @@ def tail(
     sender: str | None,
     code: str | None,
     text: str | None,
+    outcomes: tuple[str, ...],
     errors: bool,
     most: int | None,
     as_json: bool,
@@ -56,12 +64,13 @@ def tail(
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, which a shell's background jobs ignore
     settings = global_options(context).settings(needs_upstream=False)
     gateway = running_gateway(settings, url)
+    only = [*outcomes, *(["errors"] if errors else [])]
     words = {"to": to, "from": sender, "code": code, "text": text}
     query = " ".join(f'{field}:"{_unquoted(value)}"' for field, value in words.items() if value)
     # https://no-color.org: whatever its value, unless it is empty.
     printing = _Printing(as_json=as_json, colors=sys.stdout.isatty() and not os.environ.get("NO_COLOR"), most=most)
     try:
-        _follow(gateway, {"q": query, **({"only": "errors"} if errors else {})}, printing)
+        _follow(gateway, {"q": query, **({"only": ",".join(only)} if only else {})}, printing)
     except NoAnswer as error:
         fail(FAILED, f"tail: {error}")
     except (KeyboardInterrupt, BrokenPipeError):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 import click
 
 from otel_smtp.commands.asking import AskedGateway, NoAnswer, running_gateway
-from otel_smtp.commands.options import FAILED, console, fail, global_options, settings_options
+from otel_smtp.commands.options import FAILED, console, fail, global_flags, global_options
 from otel_smtp.config import Settings
 
 if TYPE_CHECKING:
@@ -54,7 +54,6 @@ class _Found(NamedTuple):
     help="Look in this JSON log of the gateway too; repeatable.",
 )  # fmt: skip
 @click.option("--waterfall/--no-waterfall", default=None, help="Draw the trace; default: where one mail is found.")
-@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON per mail.")
 @click.option(
     "--url",
     "urls",
@@ -62,7 +61,7 @@ class _Found(NamedTuple):
     multiple=True,
     help="Status port of the gateway; default: status.address of the settings; repeatable, for several gateways.",
 )
-@settings_options
+@global_flags("Print one line of JSON per mail.")
 @click.pass_context
 def why(
     context: click.Context,

@@ -20,7 +20,7 @@ The loader reads files and nothing else. It resolves no name and opens no socket
 
 from otel_smtp.config.addresses import Network, UpstreamUrl
 from otel_smtp.config.changing import Change, change
-from otel_smtp.config.description import Row, describe, json_schema, settings_table
+from otel_smtp.config.description import Row, describe, documented_settings, json_schema, settings_table
 from otel_smtp.config.loading import PREFIX, Flag, assignment, load
 from otel_smtp.config.problems import Problem, SettingsError
 from otel_smtp.config.settings import (
@@ -62,6 +62,7 @@ __all__ = [
     "assignment",
     "change",
     "describe",
+    "documented_settings",
     "json_schema",
     "load",
     "settings_table",

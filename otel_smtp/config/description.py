@@ -42,15 +42,29 @@ def _may_be_none(key: Key) -> bool:
     return bool(getattr(key.kind, "may_be_off", False))
 
 
+class Documented(NamedTuple):
+    """What the reference says of a setting: key, default, what a new value needs (reload or restart), meaning with the
+    source of the default. Default and meaning are Markdown."""
+
+    key: str
+    default: str
+    holds_after: str
+    meaning: str
+
+
+def documented_settings() -> list[Documented]:
+    """The reference of all settings."""
+    return list(_documented(Settings, ""))
+
+
 def settings_table() -> str:
-    """The reference table of settings in Markdown: key, default, what a new value needs, meaning with the source of the
-    default."""
+    """The reference as a table in Markdown."""
     rows = ["| key | default | holds after | meaning |", "|---|---|---|---|"]
-    rows += (f"| {' | '.join(row)} |" for row in _documented(Settings, ""))
+    rows += (f"| `{row.key}` | {' | '.join(row[1:])} |" for row in documented_settings())
     return "\n".join(rows)
 
 
-def _documented(table: type[Table], prefix: str) -> Iterator[tuple[str, str, str, str]]:
+def _documented(table: type[Table], prefix: str) -> Iterator[Documented]:
     defaults = {field.name: field for field in msgspec.structs.fields(table)}
     for name, entry in SCHEMA[table].items():
         path = f"{prefix}{name}"
@@ -59,7 +73,7 @@ def _documented(table: type[Table], prefix: str) -> Iterator[tuple[str, str, str
             meaning = f"{entry.meaning} ({entry.source})" if entry.source else entry.meaning
             if isinstance(entry.kind, Choice) and not all(f"`{word}`" in meaning for word in entry.kind.words):
                 meaning = f"{', '.join(f'`{word}`' for word in entry.kind.words)}: {meaning}"
-            yield f"`{path}`", default, "reload" if holds_at_once(table, name) else "restart", meaning
+            yield Documented(path, default, "reload" if holds_at_once(table, name) else "restart", meaning)
         elif isinstance(entry, Tables):
             yield from _documented(entry.item, f"{path}[].")
         else:

@@ -92,7 +92,8 @@ class Following:
         """The lines that came after `after`; without it, where to begin.
 
         Args:
-            parameters: `after`, from the answer before; `q`, see `search`; `only=errors`; `wait=no`.
+            parameters: `after`, from the answer before; `q`, see `search`; `only`, `errors` or outcomes with commas
+                between them; `wait=no`.
             stopping: ends the wait.
         """
         self._linger()
@@ -101,10 +102,11 @@ class Following:
         after = _positions(parameters.get("after", ""))
         if not after:
             return {"after": _cursor(await self._begin()), "lines": [], "missed": 0, **notes}
-        has_errors_only = parameters.get("only") == "errors"
+        only = frozenset(filter(None, parameters.get("only", "").split(",")))
 
         def is_wanted(line: Mapping[str, Any]) -> bool:
-            if has_errors_only and line["outcome"] in _GOOD_OUTCOMES:
+            outcome = line["outcome"]
+            if only and outcome not in only and ("errors" not in only or outcome in _GOOD_OUTCOMES):
                 return False
             fields = line["fields"]
             return not query.words or TraceIndex(fields.get("trace_id", ""), [fields], [line["text"]]).has(query)

@@ -8,7 +8,7 @@ deploy/reference/telemetry.md is made by `tables` and compared by a test.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Final
 
@@ -948,6 +948,17 @@ LOG_FIELDS: Final[Mapping[str, str]] = {
     LOG_TRACEBACK: "in one line, on unexpected errors",
     LOG_SUPPRESSED: "where lines like it were left out, too many in one second: how many",
 }
+
+
+def as_lists() -> dict[str, list[dict[str, object]]]:
+    """The same for programs: a list for each kind."""
+    return {
+        "spans": [asdict(one) for one in SPANS.values()],
+        "events": [asdict(one) for one in EVENTS.values()],
+        "attributes": [asdict(one) for one in ATTRIBUTES.values()],
+        "metrics": [asdict(one) for one in METRICS.values()],
+        "log_fields": [{"name": name, "holds": holds} for name, holds in LOG_FIELDS.items()],
+    }
 
 
 def tables() -> str:

@@ -7,11 +7,16 @@ import signal
 import smtplib
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import click
 import pytest
+from click.testing import CliRunner
 
 from otel_smtp import __version__
+from otel_smtp.commands.cli import cli
 from otel_smtp.server.users import load_users
 from tests.support.capture import CapturingUpstream
 from tests.support.otlp_receiver import OtlpReceiver
@@ -109,7 +114,72 @@ def test_settings_in_front_of_a_command_hold_for_it() -> None:
     assert "unknown key; did you mean hops?" in result.stderr
 
 
+# What all commands take -----------------------------------------------------------------------------------------
+
+
+def commands(group: click.Group, *path: str) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    context = click.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        assert command is not None
+        yield (*path, name), command
+        if isinstance(command, click.Group):
+            yield from commands(command, *path, name)
+
+
+def test_the_global_options_stand_in_front_of_a_command_and_behind_it() -> None:
+    wanted = {"--config", "-c", "--set", "-s", "--json", "--version"}
+    for path, command in [((), cli), *commands(cli)]:
+        assert not wanted - {option for parameter in command.params for option in parameter.opts}, path
+        for option, told in (("--version", f"otel-smtp {__version__}"), ("--help", "Usage: ")):
+            ran = CliRunner().invoke(cli, [*path, option])
+            assert (ran.exit_code, ran.stdout.startswith(told)) == (0, True), path
+
+
+def test_json_is_printed_wherever_it_was_asked_for() -> None:
+    def told(*arguments: str) -> Any:
+        ran = CliRunner().invoke(cli, arguments, input="secret\n")
+        assert ran.exit_code == 0, ran.output
+        return json.loads(ran.stdout)
+
+    for arguments in (["check", "-u", "smtp://127.0.0.1:1"], ["settings"], ["telemetry"]):
+        assert told("--json", *arguments) == told(*arguments, "--json")
+    [hops] = [setting for setting in told("settings", "--json") if setting["key"] == "limits.hops"]
+    assert (hops["default"], hops["holds_after"]) == ("`100`", "reload")
+    names = [metric["name"] for metric in told("telemetry", "--json")["metrics"]]
+    assert "smtp.server.transactions" in names
+    user = told("--json", "passwd", "ann")
+    assert (user["name"], user["line"].partition(":")[0]) == ("ann", "ann")
+
+
+def test_settings_behind_a_command_come_after_those_in_front(tmp_path: Path) -> None:
+    for name, hops in (("front", 5), ("behind", 6)):
+        (tmp_path / name).write_text(f'[limits]\nhops = {hops}\nrecipients = 7\n[[upstream]]\nurl = "smtp://h"\n')
+    arguments = ["-c", str(tmp_path / "front"), "-s", "limits.recipients=8", "--json", "check"]
+    arguments += ["-c", str(tmp_path / "behind"), "-s", "limits.recipients=9"]
+    rows = json.loads(CliRunner().invoke(cli, arguments).stdout)["settings"]
+    values = {row["key"]: row["value"] for row in rows}
+    assert (values["limits.hops"], values["limits.recipients"]) == ("6", "9")
+
+
 # serve --------------------------------------------------------------------------------------------------------
+
+
+def test_serve_is_ready_in_json_too() -> None:
+    command = [sys.executable, "-m", "otel_smtp", "serve", "-u", "smtp://127.0.0.1:1", "-l", "127.0.0.1:0", "--json"]
+    with subprocess.Popen(
+        [*command, "--status", "off"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+    ) as process:
+        assert process.stdout is not None
+        ready = json.loads(process.stdout.readline())
+        process.send_signal(signal.SIGTERM)
+        _, log = process.communicate(timeout=60)
+    assert process.returncode == 0, log
+    assert ready["listeners"]["local"][0].startswith("127.0.0.1:")
+    assert (ready["event"], ready["upstreams"], ready["status"]) == (
+        "ready", {"127.0.0.1:1": "smtp://127.0.0.1:1"}, None,
+    )  # fmt: skip
+    assert [json.loads(line)["event"] for line in log.splitlines()][-1] == "draining"
 
 
 def test_serve_says_one_line_relays_and_drains(tmp_path: Path) -> None:

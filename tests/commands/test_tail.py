@@ -97,8 +97,9 @@ def test_it_prints_a_line_a_mail(upstream: CapturingUpstream, tmp_path: Path) ->
 
 
 def test_it_prints_what_is_asked_for_as_json(upstream: CapturingUpstream, tmp_path: Path) -> None:
-    wanted = ("--errors", "--to", "example.org", "--from", "shop.example", "--code", "550", "--text", "no such user")
-    with followed(upstream, tmp_path) as running, tailing(tmp_path, *wanted, "--json") as output:
+    wanted = ("--to", "example.org", "--from", "shop.example", "--code", "550", "--text", "no such user")
+    outcomes = ("--outcome", "refused", "--outcome", "partly_relayed")
+    with followed(upstream, tmp_path) as running, tailing(tmp_path, *wanted, *outcomes, "--json") as output:
         send(running, "bob@example.net")
         text = printed(running, output, "bob@example.net", "ann@example.org")
     for line in map(json.loads, text.splitlines()):

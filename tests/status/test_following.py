@@ -93,6 +93,9 @@ async def test_only_what_is_asked_for_comes() -> None:
             ({"q": "code:4xx"}, ["line 3"]),
             ({"only": "errors"}, ["line 2", "line 3"]),
             ({"only": "errors", "q": "to:example.net"}, ["line 3"]),
+            ({"only": "refused"}, ["line 2"]),
+            ({"only": "deferred,relayed"}, ["line 1", "line 3"]),
+            ({"only": "held"}, []),
             ({"q": "id:ab"}, ["line 1", "line 2", "line 3"]),
         ):
             assert texts(await ask(client, after="0:0", wait="no", **parameters)) == expected, parameters

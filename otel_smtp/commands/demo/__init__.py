@@ -10,10 +10,10 @@ from otel_smtp.commands.options import (
     console,
     fail,
     fail_settings,
+    global_flags,
     global_options,
     listen_option,
     parse,
-    set_option,
 )
 from otel_smtp.config import SettingsError
 
@@ -25,11 +25,9 @@ from otel_smtp.config import SettingsError
     "--slow", default="25ms", metavar="DURATION", help="How long the upstream takes to answer each message.",
     show_default=True,
 )  # fmt: skip
-@set_option
+@global_flags("Print one line of JSON per trace, and nothing else.")
 @click.pass_context
-def demo(
-    context: click.Context, *, once: bool, listen: tuple[str, ...], slow: str, assignments: tuple[str, ...]
-) -> None:
+def demo(context: click.Context, *, once: bool, listen: tuple[str, ...], slow: str, as_json: bool) -> None:
     """Show four mails and their traces.
 
     It runs a gateway and an upstream that keeps what arrives, draws the traces, and then waits for your mails.
@@ -44,8 +42,9 @@ def demo(
     try:
         demonstration = Demonstration(
             console(),
+            as_json=as_json,
             listen=listen,
-            flags=global_options(context).flags(assignments),
+            flags=global_options(context).flags(),
             answer_after_seconds=parse(Duration(0.0), slow, "--slow"),
         )
         asyncio.run(demonstration.run(once=once))

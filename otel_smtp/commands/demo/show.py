@@ -2,13 +2,14 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import shlex
 import shutil
 import signal
 import sys
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 from rich.console import Console
 from rich.text import Text
@@ -34,6 +35,7 @@ class Demonstration:
 
     Args:
         console: where it draws.
+        as_json: print a line of JSON for each trace in place of all else.
         listen: addresses to listen on; (): the default ones, or another port if that is taken.
         flags: further settings.
         answer_after_seconds: how long the upstream takes to answer each message.
@@ -43,11 +45,13 @@ class Demonstration:
         self,
         console: Console,
         *,
+        as_json: bool = False,
         listen: Sequence[str] = (),
         flags: Sequence[Flag] = (),
         answer_after_seconds: float = 0.0,
     ) -> None:
         self._console = console
+        self._as_json = as_json
         self._listen = listen
         self._flags = flags
         self._upstream = KeepingUpstream(KeepingForwarder(answer_after_seconds=answer_after_seconds))
@@ -69,14 +73,16 @@ class Demonstration:
             async with contextlib.AsyncExitStack() as running:
                 running.push_async_callback(gateway.stop)
                 address = gateway.addresses["local"][0]
-                self._say_where(gateway, upstream)
+                if not self._as_json:
+                    self._say_where(gateway, upstream)
                 for number, visit in enumerate(VISITS, 1):
                     await visit.pay(address)
                     async with asyncio.timeout(_PATIENCE_SECONDS):
                         story = await self._ended.get()
                     self._draw(f"{number}  {visit.title}", story)
                 if not once:
-                    self._invite(address)
+                    if not self._as_json:
+                        self._invite(address)
                     await self._draw_until_signal()
         finally:
             await self._upstream.stop()
@@ -136,7 +142,7 @@ class Demonstration:
             story = await self._ended.get()
             number += 1
             self._draw(f"{number}  Yours", story)
-            if self._missed:
+            if self._missed and not self._as_json:
                 self._console.print(f"({self._missed} more connections were not drawn)", style="dim")
                 self._missed = 0
 
@@ -156,6 +162,11 @@ class Demonstration:
 
     def _draw(self, title: str, story: Sequence[DrawnSpan]) -> None:
         console = self._console
+        if self._as_json:
+            print(
+                json.dumps({"title": title, "spans": [_as_json(span) for span in story]}), file=console.file, flush=True
+            )
+            return
         console.print()
         console.rule(Text(title, "bold"), align="left", characters="─" if self._has_unicode else "-", style="dim")
         glyphs = UNICODE if self._has_unicode else ASCII
@@ -172,6 +183,23 @@ class Demonstration:
         console.print("Now you: each connection is drawn when it ends; Ctrl-C exits.", style="bold")
         for line in invitations(called_as(), address):
             console.print(f"  {line}", style="cyan", soft_wrap=True)
+
+
+def _as_json(span: DrawnSpan) -> dict[str, Any]:
+    """A span as JSON has it; times are nanoseconds since the epoch."""
+    return {
+        "name": span.name,
+        "trace_id": f"{span.context.trace_id:032x}",
+        "span_id": f"{span.context.span_id:016x}",
+        "parent_span_id": f"{span.parent.span_id:016x}" if span.parent is not None else None,
+        "start_unix_nano": span.start_ns,
+        "end_unix_nano": span.end_ns,
+        "attributes": dict(span.attributes),
+        "events": [
+            {"name": event.name, "time_unix_nano": event.time_ns, "attributes": dict(event.attributes)}
+            for event in span.events
+        ],
+    }
 
 
 def invitations(program: str, address: Endpoint) -> list[str]:

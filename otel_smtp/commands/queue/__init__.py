@@ -8,7 +8,7 @@ from typing import Final
 
 import click
 
-from otel_smtp.commands.options import settings_options
+from otel_smtp.commands.options import global_flags
 from otel_smtp.commands.queue import messages, shared
 from otel_smtp.commands.queue.asking import ask_queue
 
@@ -16,7 +16,7 @@ __all__: Final = ("ask_queue", "queue")
 
 
 @click.group()
-@settings_options
+@global_flags(takes_json=False)
 def queue() -> None:
     """Show queued mail and act on it.
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import click
 
-from otel_smtp.commands.options import FAILED, WRONG, console, fail
+from otel_smtp.commands.options import FAILED, WRONG, console, fail, global_flags
 from otel_smtp.commands.queue.asking import print_row, progress, work_on
 from otel_smtp.commands.queue.options import (
     all_option,
@@ -17,7 +17,7 @@ from otel_smtp.commands.queue.options import (
     chosen,
     filter_options,
     ids_argument,
-    json_option,
+    message_flags,
     spool_option,
 )
 
@@ -25,7 +25,7 @@ from otel_smtp.commands.queue.options import (
 @click.command("list")
 @filter_options
 @spool_option
-@json_option
+@message_flags
 @click.pass_context
 def list_(context: click.Context, /, *, spool: Path | None, as_json: bool, **filters: str | bool | None) -> None:
     """List messages and why they wait.
@@ -41,7 +41,7 @@ def list_(context: click.Context, /, *, spool: Path | None, as_json: bool, **fil
 @click.option("--sender", metavar="ADDRESS", help="Sender of the envelope.")
 @click.option("--recipient", metavar="ADDRESS", help="One of its recipients.")
 @spool_option
-@json_option
+@message_flags
 @click.pass_context
 def find(
     context: click.Context,
@@ -72,7 +72,7 @@ def find(
 )
 @filter_options
 @spool_option
-@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON per group.")
+@global_flags("Print one line of JSON per group.")
 @click.pass_context
 def shape(
     context: click.Context, /, *, by: str, spool: Path | None, as_json: bool, **filters: str | bool | None
@@ -101,7 +101,7 @@ def shape(
 @click.argument("message", metavar="ID")
 @click.option("--content", is_flag=True, help="Print its header block and body too.")
 @spool_option
-@json_option
+@message_flags
 @click.pass_context
 def show(context: click.Context, message: str, *, content: bool, spool: Path | None, as_json: bool) -> None:
     """Show a message, its recipients and trace."""
@@ -126,7 +126,7 @@ def _changing(name: str, text: str) -> click.Command:
     @filter_options
     @spool_option
     @as_option
-    @json_option
+    @message_flags
     @click.pass_context
     def change(
         context: click.Context, /, ids: tuple[str, ...], *, every: bool, spool: Path | None, operator: str,
@@ -158,7 +158,7 @@ changing: Final = tuple(
 @filter_options
 @spool_option
 @as_option
-@json_option
+@message_flags
 @click.pass_context
 def delete(
     context: click.Context, /, ids: tuple[str, ...], *, every: bool, yes: bool, spool: Path | None, operator: str,
@@ -186,8 +186,11 @@ def delete(
 )
 @all_option
 @spool_option
+@message_flags
 @click.pass_context
-def export(context: click.Context, ids: tuple[str, ...], *, to: Path, every: bool, spool: Path | None) -> None:
+def export(
+    context: click.Context, ids: tuple[str, ...], *, to: Path, every: bool, spool: Path | None, as_json: bool
+) -> None:
     """Copy messages to files.
 
     ID.eml has the message as it would be sent, ID.json its envelope. The messages stay queued.
@@ -206,7 +209,8 @@ def export(context: click.Context, ids: tuple[str, ...], *, to: Path, every: boo
             else:
                 (to / f"{name}.json").write_text(json_line(answer) + "\n", encoding="utf-8")
                 (to / f"{name}.eml").write_bytes(b"")
-                click.echo(str(to / f"{name}.eml"))
+                file_name = str(to / f"{name}.eml")
+                click.echo(json_line({"queue_id": name, "file": file_name}) if as_json else file_name)
 
     if chosen:
         work_on(context, spool, {"command": "export", "ids": chosen}, work)
@@ -214,7 +218,7 @@ def export(context: click.Context, ids: tuple[str, ...], *, to: Path, every: boo
 
 @click.command()
 @spool_option
-@json_option
+@global_flags("Print one line of JSON per finding.")
 @click.pass_context
 def rebuild(context: click.Context, *, spool: Path | None, as_json: bool) -> None:
     """Queue again what is in lost+found/.
@@ -242,6 +246,7 @@ def rebuild(context: click.Context, *, spool: Path | None, as_json: bool) -> Non
 
 @click.command()
 @spool_option
+@global_flags("Print JSON, as without it.", takes_json=False)
 @click.pass_context
 def counts(context: click.Context, *, spool: Path | None) -> None:
     """Print counts as JSON.

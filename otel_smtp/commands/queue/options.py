@@ -6,16 +6,11 @@ from typing import Any, Final
 
 import click
 
-from otel_smtp.commands.options import parse, settings_options
+from otel_smtp.commands.options import global_flags, parse
 
-
-def spool_option(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Which spool: by its directory, or by the settings."""
-    which = click.option(
-        "--spool", type=click.Path(path_type=Path), metavar="DIR",
-        help="Directory of the spool, instead of the settings'.",
-    )  # fmt: skip
-    return which(settings_options(command))
+spool_option: Final = click.option(
+    "--spool", type=click.Path(path_type=Path), metavar="DIR", help="Directory of the spool, instead of the settings'."
+)
 
 
 def filter_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -43,7 +38,7 @@ def chosen(filters: dict[str, str | bool | None]) -> dict[str, Any]:
     return wanted
 
 
-json_option: Final = click.option("--json", "as_json", is_flag=True, help="Print one line of JSON per message.")
+message_flags: Final = global_flags("Print one line of JSON per message.")
 as_option: Final = click.option(
     "--as", "operator", default="", metavar="NAME",
     help="Who does it, for the log and the trace; default: the login, or with spool.url the database's user.",

@@ -8,17 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from otel_smtp.commands.options import FAILED, console, fail, settings_options
+from otel_smtp.commands.options import FAILED, console, fail, global_flags
 from otel_smtp.commands.queue.asking import ask_database, print_row, progress, shared_queue
-from otel_smtp.commands.queue.options import json_option
 
 if TYPE_CHECKING:
     from otel_smtp.spool.postgresql import PostgresqlStore
 
 
 @click.command()
-@settings_options
-@json_option
+@global_flags("Print one line of JSON per gateway.")
 @click.pass_context
 def gateways(context: click.Context, *, as_json: bool) -> None:
     """List the gateways of a shared queue.
@@ -42,8 +40,7 @@ def gateways(context: click.Context, *, as_json: bool) -> None:
 
 
 @click.command()
-@settings_options
-@json_option
+@global_flags("Print one line of JSON per limit and upstream.")
 @click.pass_context
 def limits(context: click.Context, *, as_json: bool) -> None:
     """List the limits of a shared queue, and its connection slots.
@@ -80,9 +77,9 @@ def limits(context: click.Context, *, as_json: bool) -> None:
     required=True,
     help="Directory of the spool whose mail is moved.",
 )
-@settings_options
+@global_flags("Print one line of JSON.")
 @click.pass_context
-def move(context: click.Context, *, directory: Path) -> None:
+def move(context: click.Context, *, directory: Path, as_json: bool) -> None:
     """Move mail from a directory into the shared queue.
 
     Ids, ages, attempts, holds and traces stay the same. The gateway of the directory must be stopped. If the command is
@@ -113,7 +110,11 @@ def move(context: click.Context, *, directory: Path) -> None:
         done = asyncio.run(work())
     except SpoolError as error:
         fail(FAILED, f"queue move: {error}; nothing is lost; correct that and run the command again")
-    click.echo(f"{done.messages + done.finished} moved")
+    moved = done.messages + done.finished
+    if as_json:
+        print_row({"moved": moved, "left": dict(done.left)}, as_json=True)
+    else:
+        click.echo(f"{moved} moved")
     for message_id, why in done.left.items():
         click.echo(f"otel-smtp: queue move: {message_id} stays in {directory}: {why}", err=True)
     if done.left:
@@ -122,9 +123,9 @@ def move(context: click.Context, *, directory: Path) -> None:
 
 @click.command()
 @click.option("--dry-run", is_flag=True, help="Print the statements and run none.")
-@settings_options
+@global_flags("Print one line of JSON.")
 @click.pass_context
-def migrate(context: click.Context, *, dry_run: bool) -> None:
+def migrate(context: click.Context, *, dry_run: bool, as_json: bool) -> None:
     """Make the schema of a shared queue, or update it.
 
     Gateways of the version before go on meanwhile.
@@ -137,6 +138,9 @@ def migrate(context: click.Context, *, dry_run: bool) -> None:
         done = asyncio.run(migrate_shared(settings, dry_run=dry_run))
     except SpoolError as error:
         fail(FAILED, f"queue migrate: {error}")
+    if as_json:
+        print_row({"steps": list(done), "is_done": not dry_run}, as_json=True)
+        return
     if dry_run:
         for statements in done:
             click.echo(statements)

@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import json
 from collections.abc import AsyncIterator
 
 import pytest
@@ -70,9 +71,14 @@ async def test_a_port_that_is_taken_at_the_last_moment_is_left_to_the_kernel(
     server = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
     address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
     monkeypatch.setattr(show, "default_addresses", lambda port: [address if port == taken else "127.0.0.1:0"])
-    console = Console(file=io.StringIO(), width=120)
+    told = io.StringIO()
+    console = Console(file=told, width=120)
     async with server:
-        await show.Demonstration(console).run(once=True)
+        await show.Demonstration(console, as_json=True).run(once=True)
+        stories = [json.loads(line)["spans"] for line in told.getvalue().splitlines()]
+        assert [spans[0]["name"] for spans in stories] == ["smtp.connection"] * 4
+        assert all(span["end_unix_nano"] > span["start_unix_nano"] for spans in stories for span in spans)
+        assert stories[0][0]["events"][0]["attributes"]["smtp.state"] == "New"
         monkeypatch.undo()
         with pytest.raises(CannotListen):  # an address that was asked for is another matter
             await show.Demonstration(console, listen=[address]).run(once=True)
