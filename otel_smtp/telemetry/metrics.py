@@ -32,6 +32,7 @@ from otel_smtp.telemetry import attributes as names
 from otel_smtp.telemetry.attributes import Metric
 from otel_smtp.telemetry.collector import Signal
 from otel_smtp.telemetry.environment import ExemplarFilter
+from otel_smtp.telemetry.expected_replies import EXPECTED_REPLIES
 from otel_smtp.telemetry.exporting import DropReason
 from otel_smtp.telemetry.propagation import SAMPLED, TraceContext
 from otel_smtp.telemetry.sampling import Identity
@@ -327,7 +328,9 @@ class Metrics(Observer):
         self._noted_attempts: defaultdict[str, list[_MeasuredAttempt]] = defaultdict(list)
         self._active: dict[Labels, int] = {}
         self._transitions: Counter[tuple[ConnState | None, ConnState]] = Counter()
-        self._replies: Counter[tuple[str | None, int]] = Counter()
+        self._replies: Counter[tuple[str | None, int]] = Counter(
+            {(verb, code): 0 for verb, codes in EXPECTED_REPLIES.items() for code in codes}
+        )
         self._transactions = LabelledCounts(names.TRANSACTIONS)
         self._recipients = LabelledCounts(names.SERVER_RECIPIENTS)
         self._auth = LabelledCounts(names.SERVER_AUTH)
