@@ -87,9 +87,10 @@ class Attempts(Connecting):
                 if not self._connect():
                     return
             else:
-                self._smarthost.unpark(self._connection)
-                if not self._connection.is_alive:
-                    self._connection.ensure_alive()
+                connection = self._connection
+                connection.parked = None
+                if not connection.is_alive:
+                    connection.ensure_alive()
             self._work(self)
         except Exception as error:  # noqa: BLE001 - see `_recover`
             self._recover(error)

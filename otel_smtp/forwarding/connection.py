@@ -24,6 +24,7 @@ from otel_smtp.forwarding.settings import (
     ReplyLimits,
     Timeouts,
 )
+from otel_smtp.forwarding.tickets import Parked
 from otel_smtp.net import Stream
 from otel_smtp.observing import DeliveryPhase
 from otel_smtp.smtp.client import NO_ANSWERS, Answer, Awaited, ClientProtocol, ExchangeAnswers
@@ -50,6 +51,8 @@ class UpstreamConnection:
         opened_at, used_at: by the loop's clock; when it was opened, and released last. `expires_at`: from when on no
             transaction is begun on it.
         is_spent: no further transaction is begun on it.
+        parked: its transaction has nothing to say for now, and the pool may take it away; None: it goes on, or there is
+            none.
         needs_reset: the last transaction was left open: RSET goes before the next MAIL, in the same group.
         round_trips: for the present mail, each wait for an answer to something that was sent.
         on_lost: called when the connection stops being alive between two exchanges.
@@ -74,6 +77,7 @@ class UpstreamConnection:
         "on_lost",
         "opened_at",
         "opening",
+        "parked",
         "protocol",
         "round_trips",
         "stream",
@@ -99,6 +103,7 @@ class UpstreamConnection:
             disabled=disabled,
         )
         self.is_alive = self.is_spent = False
+        self.parked: Parked | None = None
         self.messages = 0
         self.opening: Sequence[tuple[DeliveryPhase, Reply | None]] | None = None
         self.most_recipients = DEFAULT_RECIPIENTS

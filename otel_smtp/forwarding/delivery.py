@@ -155,8 +155,6 @@ class Delivery(Transmitting):
         if not self.is_under_way or self.has_ended_content:
             return
         self._stop()
-        if self._is_connected:
-            self._smarthost.unpark(self._connection)
         refusal = self._refusal
         if refusal is not None and not self.accepted and self._is_connected:
             error_type = ErrorType.UPSTREAM_AUTH if is_about_credentials(refusal) else refusal.error_type

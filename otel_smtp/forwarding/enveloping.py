@@ -6,6 +6,7 @@ left: the client was promised a place for them, and they go in a further transac
 
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from time import monotonic, monotonic_ns
 from typing import Any, Final
 
@@ -16,6 +17,7 @@ from otel_smtp.forwarding.content import Content
 from otel_smtp.forwarding.faults import CredentialsRefused, Spent, UpstreamFault
 from otel_smtp.forwarding.pace import WaitingMail
 from otel_smtp.forwarding.settings import TracePolicy
+from otel_smtp.forwarding.tickets import Parked
 from otel_smtp.forwarding.verdicts import is_about_credentials, outcome_of, wants_another_transaction
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.client import MAIL, NO_ANSWERS, RSET, Answer, ExchangeAnswers
@@ -30,6 +32,7 @@ MOST_TRANSACTIONS: Final = 50
 _MAIL: Final = frozenset({RSET, MAIL})
 # See `smtp.client.answers` for why such names are here.
 _INJECT: Final = TracePolicy.INJECT
+_parked: Final = partial(tuple.__new__, Parked)  # as `answer_of` there
 
 
 class Enveloping(Attempts):
@@ -172,7 +175,7 @@ class Enveloping(Attempts):
         judged, self._judged = self._judged, None
         if judged is not None:
             # The connection is left alone until the client says something: it may be taken away meanwhile.
-            self._smarthost.park(self._connection, monotonic(), self._reclaimed)
+            self._connection.parked = _parked((monotonic(), self._reclaimed))
             judged(verdicts)
 
     def _sorted_out(self, answers: ExchangeAnswers) -> Sequence[Reply]:

@@ -25,7 +25,6 @@ its turn.
 
 import math
 from collections import deque
-from collections.abc import Callable
 from typing import Final, Generic
 
 from otel_smtp.forwarding.breaker import Breaker
@@ -55,7 +54,6 @@ class Pool(Generic[C]):
     Args:
         ceiling: what is known, perhaps with other workers, of how many connections the upstream takes.
         slots: of its connections; None: there are none, and none are needed.
-        contended: called when a connection is parked while somebody waits: `serve` may be able to reclaim it soon.
 
     Attributes:
         closing: connections that are to be closed now; see `take_closing`.
@@ -64,9 +62,8 @@ class Pool(Generic[C]):
     """
 
     __slots__ = (
-        "_busy", "_closed", "_contended", "_has_all_rights", "_idle", "_is_closed", "_is_retired", "_is_unexplained",
-        "_limits", "_opening", "_parked", "_parting", "_retry_at", "_slots", "breaker", "ceiling", "closing",
-        "heard_at", "waiting",
+        "_closed", "_has_all_rights", "_idle", "_in_use", "_is_closed", "_is_retired", "_is_unexplained", "_limits",
+        "_opening", "_parting", "_retry_at", "_slots", "breaker", "ceiling", "closing", "heard_at", "waiting",
     )  # fmt: skip
 
     def __init__(
@@ -74,9 +71,7 @@ class Pool(Generic[C]):
         limits: PoolLimits,
         ceiling: Ceiling | None = None,
         slots: AnySlots | None = None,
-        contended: Callable[[], None] = lambda: None,
     ) -> None:
-        self._contended = contended
         self._limits = limits
         self._slots = slots
         self._parting = 0  # given up, and their slots are not free yet
@@ -89,8 +84,7 @@ class Pool(Generic[C]):
         self._retry_at = 0.0  # not before: another connection beside those that work
         self._closed: deque[float] = deque(maxlen=64)  # when connections were closed, the latest on the right
         self._idle: deque[C] = deque()  # the one released last on the right
-        self._busy = 0  # the parked ones among them
-        self._parked: dict[C, tuple[float, Callable[[], None]]] = {}  # since when, the longest first; whom to tell
+        self._in_use: dict[C, None] = {}  # in the order in which they were taken; the parked ones among them
         self._opening = 0
         self.waiting: deque[Ticket[C]] = deque()
         self._is_closed = False
@@ -99,15 +93,15 @@ class Pool(Generic[C]):
 
     def __repr__(self) -> str:
         return (
-            f"<Pool {len(self._idle)} idle, {self._busy} busy, {self._opening} opening, {len(self.waiting)} waiting,"
-            f" {self.breaker!r}>"
+            f"<Pool {len(self._idle)} idle, {len(self._in_use)} busy, {self._opening} opening,"
+            f" {len(self.waiting)} waiting, {self.breaker!r}>"
         )
 
     def snapshot(self) -> PoolSnapshot:
         """The pool at this moment."""
         return PoolSnapshot(
             idle=len(self._idle),
-            busy=self._busy,
+            busy=len(self._in_use),
             opening=self._opening,
             waiting=len(self.waiting),
             most=self._limits.connections,
@@ -127,7 +121,7 @@ class Pool(Generic[C]):
         while idle:
             connection = idle.pop()
             if connection.is_alive and now < connection.expires_at:
-                self._busy += 1
+                self._in_use[connection] = None
                 return connection
             self._give_up(connection, now)
         return None
@@ -177,11 +171,12 @@ class Pool(Generic[C]):
             answered: the upstream answered what it was asked.
         """
         connection.used_at = now
+        connection.parked = None
         if answered:
             self.heard_at = now
             if not self.breaker.is_at_best:
                 self.breaker.succeeded()
-        self._busy -= 1
+        del self._in_use[connection]
         if (
             connection.is_alive
             and not connection.is_spent
@@ -196,7 +191,7 @@ class Pool(Generic[C]):
 
     def add(self, connection: C, now: float) -> None:
         """Take an idle connection that no ticket asked for; one too many is to be closed."""
-        if self._is_closed or self._busy + self._opening + len(self._idle) >= self._limits.connections:
+        if self._is_closed or len(self._in_use) + self._opening + len(self._idle) >= self._limits.connections:
             self._give_up(connection, now)
             return
         self.heard_at = connection.used_at = now
@@ -204,21 +199,11 @@ class Pool(Generic[C]):
         self._note()
         self._assign(now)
 
-    def park(self, connection: C, now: float, on_reclaimed: Callable[[], None]) -> None:
-        """A mail leaves its connection alone for now; from the call of `on_reclaimed` on, it is another mail's."""
-        self._parked[connection] = (now, on_reclaimed)
-        if self.waiting:
-            self._contended()
-
-    def unpark(self, connection: C) -> None:
-        """The mail goes on with its connection."""
-        self._parked.pop(connection, None)
-
-    def opened(self, ticket: Ticket[C], now: float) -> None:
+    def opened(self, ticket: Ticket[C], connection: C, now: float) -> None:
         """The connection that a ticket allowed is open, and in use by the ticket's mail."""
         ticket.on_decided = None
         self._opening -= 1
-        self._busy += 1
+        self._in_use[connection] = None
         self.heard_at = now
         self.breaker.succeeded()
         self._note()
@@ -328,7 +313,7 @@ class Pool(Generic[C]):
         """How many connections would be opened now, were there slots for them."""
         if self._is_closed:
             return 0
-        in_use = self._busy + self._opening
+        in_use = len(self._in_use) + self._opening
         return max(0, min(len(self.waiting), self._limits.connections - in_use, self.breaker.concurrency(now) - in_use))
 
     def look_at_slots(self, now: float) -> None:
@@ -361,16 +346,16 @@ class Pool(Generic[C]):
         """Reclaim what has been parked for long enough, for those who wait.
 
         Returns:
-            Whether to ask again within `RECLAIM_SOONEST_SECONDS`: somebody waits, and something is parked.
+            Whether to ask again within `RECLAIM_SOONEST_SECONDS`: somebody waits.
         """
-        if self.waiting and self._parked:
+        if self.waiting and any(connection.parked is not None for connection in self._in_use):
             self._assign(now)
-        return bool(self.waiting and self._parked)
+        return bool(self.waiting)
 
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing that could be late: no connection that is open or opening, and nobody who waits."""
-        return not (self._idle or self._busy or self._opening or self.waiting or self.closing or self._parting)
+        return not (self._idle or len(self._in_use) or self._opening or self.waiting or self.closing or self._parting)
 
     @property
     def is_parting(self) -> bool:
@@ -419,7 +404,7 @@ class Pool(Generic[C]):
 
     def _note(self) -> None:
         """Let the other workers know how things stand here."""
-        self.ceiling.note(len(self._idle) + self._busy, self._opening, len(self.waiting), self.heard_at or 0.0)
+        self.ceiling.note(len(self._idle) + len(self._in_use), self._opening, len(self.waiting), self.heard_at or 0.0)
 
     def _give_up(self, connection: C, now: float) -> None:
         self.closing.append(connection)
@@ -441,7 +426,7 @@ class Pool(Generic[C]):
         if self.ceiling.level == math.inf:
             return False
         self._note()
-        return not self.waiting or len(self._idle) + self._busy + self._opening >= self.ceiling.share(now)
+        return not self.waiting or len(self._idle) + len(self._in_use) + self._opening >= self.ceiling.share(now)
 
     def _make_room_for_others(self, now: float) -> None:
         """Give up what lies idle below a ceiling, and what is parked beyond our share of it."""
@@ -449,8 +434,11 @@ class Pool(Generic[C]):
             return
         while self._idle:
             self._give_up(self._idle.popleft(), now)
-        while self._busy + self._opening > self.ceiling.share(now) and (reclaimed := self._reclaimed(now)) is not None:
-            self._busy -= 1
+        while (
+            len(self._in_use) + self._opening > self.ceiling.share(now)
+            and (reclaimed := self._reclaimed(now)) is not None
+        ):
+            del self._in_use[reclaimed]
             self._give_up(reclaimed, now)
         self._note()
 
@@ -468,7 +456,7 @@ class Pool(Generic[C]):
             if reclaimed.is_alive and now < reclaimed.expires_at and not reclaimed.is_spent and not ticket.wants_fresh:
                 return Decision.REUSE, reclaimed
             self._give_up(reclaimed, now)
-            self._busy -= 1
+            del self._in_use[reclaimed]
             return self._decide(ticket, now)
         if self.breaker.is_dead(now):
             return Decision.NONE, None
@@ -476,16 +464,20 @@ class Pool(Generic[C]):
 
     def _reclaimed(self, now: float) -> C | None:
         """The connection that has been parked for the longest, if that is long enough; its mail is notified."""
-        for connection, (since, on_reclaimed) in self._parked.items():
-            if now - since < max(RECLAIM_SOONEST_SECONDS, RECLAIM_AFTER_SECONDS / max(1, len(self.waiting))):
-                return None
-            del self._parked[connection]
-            on_reclaimed()
-            return connection
-        return None
+        oldest, longest = None, None
+        for connection in self._in_use:
+            parked = connection.parked
+            if parked is not None and (longest is None or parked.since < longest.since):
+                oldest, longest = connection, parked
+        least = max(RECLAIM_SOONEST_SECONDS, RECLAIM_AFTER_SECONDS / max(1, len(self.waiting)))
+        if oldest is None or longest is None or now - longest.since < least:
+            return None
+        oldest.parked = None
+        longest.on_reclaimed()
+        return oldest
 
     def _may_open(self, ticket: Ticket[C], now: float) -> bool:
-        in_use = self._busy + self._opening
+        in_use = len(self._in_use) + self._opening
         if in_use >= self._limits.connections:
             return False
         if not self.breaker.allows(now, in_use):

@@ -72,11 +72,9 @@ class Reaching(ABC):
         "last_fault",
         "name",
         "pace",
-        "park",
         "settings",
         "slots",
         "take",
-        "unpark",
     )
 
     def __init__(
@@ -106,14 +104,14 @@ class Reaching(ABC):
         self.last_fault: UpstreamFault | None = None
         self._hostname = hostname
         self._context = self.tls_context()
-        self._pool: Pool[UpstreamConnection] = Pool(settings.limits, ceiling, slots, self._reclaim_soon)
+        self._pool: Pool[UpstreamConnection] = Pool(settings.limits, ceiling, slots)
         if slots is not None:
             slots.watch(self)
-        self.take, self.park, self.unpark = self._pool.take, self._pool.park, self._pool.unpark
+        self.take = self._pool.take
         self._connections: set[UpstreamConnection] = set()  # all that are open
         self._sweep = sweep
         self._is_swept = False
-        self._reclaiming: asyncio.TimerHandle | None = None  # while somebody waits and something is parked
+        self._reclaiming: asyncio.TimerHandle | None = None  # while somebody waits
         self._level = self._pool.ceiling.level  # of which people were told
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -163,7 +161,7 @@ class Reaching(ABC):
 
     @abstractmethod
     def _reclaim_soon(self) -> None:
-        """Somebody waits, and something is parked."""
+        """Somebody waits: what is parked may soon be theirs."""
 
     @abstractmethod
     def _be_swept(self) -> None:
@@ -215,6 +213,7 @@ class Reaching(ABC):
             last = self.last_fault = _alone(fault)
             self._learn(self.extensions)
             if self._pool.failed(ticket, self._loop.time(), last):
+                self._reclaim_soon()
                 self._tell_ceiling(fault)
                 raise _WaitsAgain from None
             self._note(fault)
@@ -225,7 +224,7 @@ class Reaching(ABC):
         connection.on_lost = self._lost
         self._connections.add(connection)
         self._learn(connection.extensions)
-        self._pool.opened(ticket, self._loop.time())
+        self._pool.opened(ticket, connection, self._loop.time())
         self._tell_ceiling(None)
         return connection
 

@@ -25,9 +25,8 @@ class Smarthost(Reaching):
         slots: of its connections; None: they need none.
         extensions: what its last EHLO offered; None before the first.
         is_unheard: nobody knows yet what it offers, nor that it cannot be asked now.
-        take: `take(now)`: a connection that is idle; None: see `ask`. It is given back by `release`.
-        park, unpark: leave a connection alone in the middle of a transaction, as others may need it more, and go on
-            with it: see `Pool`, whose methods these are. All take the time of the loop's clock.
+        take: `take(now)`: a connection that is idle, by the loop's clock; None: see `ask`. It is given back by
+            `release`. In the middle of a transaction others may need it more: see `UpstreamConnection.parked`.
         failed_at, failure: when a connection to it last failed, and what became of it, in a word; None: never.
         last_fault: likewise, with what it said.
 

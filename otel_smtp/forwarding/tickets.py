@@ -2,9 +2,21 @@
 
 from collections.abc import Callable
 from enum import Enum, auto
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from otel_smtp.forwarding.faults import UpstreamFault
+
+
+class Parked(NamedTuple):
+    """Says that a mail leaves its connection alone for now.
+
+    Attributes:
+        since: by the pool's clock.
+        on_reclaimed: called when the connection is taken away; from then on it is another mail's.
+    """
+
+    since: float
+    on_reclaimed: Callable[[], None]
 
 
 class Pooled(Protocol):
@@ -12,6 +24,8 @@ class Pooled(Protocol):
 
     used_at: float
     """When it was released last; the pool notes that."""
+    parked: Parked | None
+    """Whether it is left alone by the mail that has it. That says so, and that it goes on with it (None)."""
 
     @property
     def is_alive(self) -> bool:

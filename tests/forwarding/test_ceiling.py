@@ -54,8 +54,8 @@ class Upstream:
         for ticket in list(worker.waiting):
             if ticket.decision is Decision.OPEN:
                 if self.open < self.cap:
-                    worker.pool.opened(ticket, self.now)
                     worker.held.append(Connection())
+                    worker.pool.opened(ticket, worker.held[-1], self.now)
                 else:
                     self.refused += 1
                     worker.pool.failed(ticket, self.now, REFUSED)

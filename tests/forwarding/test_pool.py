@@ -25,7 +25,7 @@ from otel_smtp.forwarding.pool import (
     Pool,
 )
 from otel_smtp.forwarding.settings import PoolLimits
-from otel_smtp.forwarding.tickets import Decision, Ticket
+from otel_smtp.forwarding.tickets import Decision, Parked, Ticket
 
 
 @dataclass(eq=False)
@@ -35,6 +35,7 @@ class Connection:
     most_uses: int = 100
     opened_at: float = 0.0
     used_at: float = 0.0
+    parked: Parked | None = None
     expires_at: float = math.inf
 
     @property
@@ -51,8 +52,9 @@ REFUSED = UpstreamFault("refused")
 
 def opened(pool: Connections, ticket: Ticket[Connection]) -> Connection:
     assert decided(ticket, Decision.OPEN)
-    pool.opened(ticket, 0)
-    return Connection()
+    connection = Connection()
+    pool.opened(ticket, connection, 0)
+    return connection
 
 
 def decided(ticket: Ticket[Connection], decision: Decision) -> bool:
@@ -137,17 +139,17 @@ def test_a_parked_connection_is_reclaimed_for_who_waits_and_not_at_once() -> Non
     pool = grown(connections=2)
     told: list[str] = []
     first, second = (opened(pool, pool.ask(0)) for _ in range(2))
-    pool.park(first, 0, lambda: told.append("first"))
-    pool.park(second, 0.1, lambda: told.append("second"))
+    first.parked = Parked(0, lambda: told.append("first"))
+    second.parked = Parked(0.1, lambda: told.append("second"))
     waiting = pool.ask(0.1)
     assert decided(waiting, Decision.WAITING)
     pool.expire(0.9 * RECLAIM_AFTER_SECONDS)
     assert decided(waiting, Decision.WAITING)
     pool.expire(RECLAIM_AFTER_SECONDS)
     assert (waiting.connection, told) == (first, ["first"])
-    pool.unpark(second)
+    second.parked = None
     assert decided(pool.ask(9), Decision.WAITING)
-    pool.park(second, 9, lambda: told.append("second"))
+    second.parked = Parked(9, lambda: told.append("second"))
     fresh = pool.ask(9, fresh=True)
     pool.expire(10)
     assert decided(fresh, Decision.WAITING)  # one was served, one still waits
@@ -160,7 +162,7 @@ def test_a_parked_connection_is_reclaimed_for_who_waits_and_not_at_once() -> Non
 def test_a_parked_connection_that_cannot_be_used_again_makes_room() -> None:
     pool = grown(connections=1)
     connection = opened(pool, pool.ask(0))
-    pool.park(connection, 0, lambda: None)
+    connection.parked = Parked(0, lambda: None)
     connection.is_alive = False
     assert decided(pool.ask(5), Decision.OPEN)
     assert pool.take_closing() == [connection]
@@ -176,7 +178,7 @@ def test_many_idle_transactions_delay_a_mail_little_more_than_a_few(idle_transac
         for ticket in [ticket for ticket in asking if ticket.decision is not Decision.WAITING]:
             asking.remove(ticket)
             connection = ticket.connection or opened(pool, ticket)
-            pool.park(connection, now, lambda: None)
+            connection.parked = Parked(now, lambda: None)
         now += RECLAIM_SOONEST_SECONDS
         pool.serve(now)
     # An upstream that has proved nothing gets five connections.
@@ -199,8 +201,9 @@ def test_nobody_asks_again_for_what_nobody_waits_for() -> None:
     pool = grown(connections=1)
     connection = opened(pool, pool.ask(0))
     waiting = pool.ask(1)
-    assert not pool.serve(9)  # nothing is parked
-    pool.park(connection, 9, lambda: None)
+    assert pool.serve(9)
+    assert waiting.decision is Decision.WAITING  # nothing is parked
+    connection.parked = Parked(9, lambda: None)
     assert pool.serve(9)
     assert not pool.serve(10)
     assert waiting.connection is connection
@@ -392,7 +395,7 @@ def test_one_connection_more_is_tried_again_ever_more_seldom() -> None:
     pool.heard_at = 320
     pool.expire(320)
     (probe,) = (ticket for ticket in waiting if ticket.decision is Decision.OPEN)
-    pool.opened(probe, 320)
+    pool.opened(probe, Connection(), 320)
     assert pool.snapshot().window == 4
     pool.expire(321)
     assert [ticket.decision for ticket in waiting].count(Decision.OPEN) == 1  # the same
@@ -411,7 +414,7 @@ def test_what_was_learnt_from_a_passing_fault_is_soon_forgotten() -> None:
         pool.expire(float(second))
         for ticket in [one for one in waiting if one.decision is Decision.OPEN]:
             waiting.remove(ticket)
-            pool.opened(ticket, float(second))
+            pool.opened(ticket, Connection(), float(second))
     assert pool.snapshot().window == 20
 
 
@@ -629,8 +632,9 @@ class AnyOrder(RuleBasedStateMachine):
     def end_opening(self, verdict: str) -> None:
         ticket = self.open_tickets.pop()
         if verdict == "opened":
-            self.pool.opened(ticket, self.now)
-            self.busy.append(Connection(uses=1, most_uses=5, expires_at=self.now + 15))
+            connection = Connection(uses=1, most_uses=5, expires_at=self.now + 15)
+            self.pool.opened(ticket, connection, self.now)
+            self.busy.append(connection)
         elif verdict == "failed":
             # The pool may have given it something else within the call.
             self.waiting.append(ticket)
@@ -664,12 +668,12 @@ class AnyOrder(RuleBasedStateMachine):
             self.idle_or_closed.append(connection)
 
         self.parked.append(connection)
-        self.pool.park(connection, self.now, reclaimed)
+        connection.parked = Parked(self.now, reclaimed)
         if unpark:
             self.unpark(connection)
 
     def unpark(self, connection: Connection) -> None:
-        self.pool.unpark(connection)
+        connection.parked = None
         if connection in self.parked:
             self.parked.remove(connection)
 
