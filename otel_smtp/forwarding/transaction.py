@@ -60,6 +60,10 @@ class Transaction(Delivery, MailTransaction):
     spool_id: Final = None  # nothing is made durable here
     _refuses_all_for_one: ClassVar = False  # the refusal of a recipient is that of the message, while nobody has it
 
+    # Set when they are needed.
+    _answered: MessageAnswered | None
+    _pledged: list[Recipient]  # all that were accepted, in order, where there are parts
+
     def __init__(
         self,
         relaying: Relaying,
@@ -73,9 +77,7 @@ class Transaction(Delivery, MailTransaction):
         self._serving = serving
         self._route = route  # of the first recipients
         self._parts: list[Part] | None = None  # of other routes, then of all; None: there is one transaction upstream
-        self._pledged: list[Recipient] | None = None  # all that were accepted, in order, where there are parts
         self._collected: Content | None = None
-        self._answered: MessageAnswered | None = None
 
     @abstractmethod
     def recipients(self, batch: Sequence[Recipient], answered: RecipientsAnswered) -> None:
@@ -181,7 +183,7 @@ class Transaction(Delivery, MailTransaction):
         """
         content = self._collected
         assert content is not None
-        promised = self.promised if self._pledged is None else self._pledged
+        promised = self.promised if self._parts is None else self._pledged
         part = Part(self._route)
         part.leave(self)
         self._parts = [part, *(self._parts or ())]
@@ -301,7 +303,7 @@ class Transparent(Transaction):
                 finished()
 
         def finished() -> None:
-            if self._pledged is not None:
+            if self._parts is not None:
                 self._pledged += [one for one, verdict in zip(batch, verdicts, strict=True) if verdict.code < 400]
             answered(verdicts)
 
@@ -350,7 +352,7 @@ class Buffered(Transaction):
         if len(accepted) >= MOST_TRANSACTIONS * upstream.most_recipients:
             return replies.TOO_MANY_RECIPIENTS
         accepted.append(recipient)
-        if self._pledged is not None:
+        if self._parts is not None:
             self._pledged.append(recipient)
         return replies.RECIPIENT_OK
 

@@ -46,10 +46,10 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 @pytest.mark.parametrize(
     ("observers", "strategy", "python", "c"),
     [
-        ("none", "transparent", 108, 141),
-        ("none", "buffered", 100, 132),
-        ("everything", "transparent", 134, 204),
-        ("everything", "buffered", 126, 194),
+        ("none", "transparent", 106, 123),
+        ("none", "buffered", 99, 120),
+        ("everything", "transparent", 125, 180),
+        ("everything", "buffered", 118, 174),
         # How many lines are written together depends on time; these bounds hold where each mail's are written alone.
         ("as installed", "transparent", 158, 246),
     ],

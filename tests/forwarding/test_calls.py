@@ -126,7 +126,7 @@ async def relay_many(forwarder: UpstreamForwarder, records: list[TransactionReco
 
 
 @pytest.mark.parametrize(
-    ("strategy", "most_python", "most_c"), [(Strategy.TRANSPARENT, 48, 57), (Strategy.BUFFERED, 42, 51)]
+    ("strategy", "most_python", "most_c"), [(Strategy.TRANSPARENT, 46, 51), (Strategy.BUFFERED, 41, 50)]
 )
 async def test_calls_of_a_mail_on_a_kept_connection(
     strategy: Strategy, most_python: int, most_c: int, monkeypatch: pytest.MonkeyPatch
