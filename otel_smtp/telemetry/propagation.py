@@ -17,8 +17,6 @@ from otel_smtp.observing import TraceHeaders
 SAMPLED: Final = 0x01
 RANDOM: Final = 0x02  # level 2: the trace id's last 7 octets are random
 
-_TWO_DIGITS: Final = tuple(f"{octet:02x}" for octet in range(0x100))
-
 TRACEPARENT: Final = "traceparent"
 TRACESTATE: Final = "tracestate"
 
@@ -129,17 +127,16 @@ def checked_tracestate(text: str) -> str:
 
 def carrier(context: TraceContext) -> Mapping[str, str]:
     """`context` as header fields, names in lower case."""
-    return carrier_of(context.trace_id_hex, context.span_id, context.flags, context.trace_state)
+    before, behind = around_span_id(context)
+    traceparent = f"{before}{context.span_id_hex}{behind}"
+    state = context.trace_state
+    return {TRACEPARENT: traceparent, TRACESTATE: state} if state else {TRACEPARENT: traceparent}
 
 
-def carrier_of(trace_id: str, span_id: int, flags: int, trace_state: str) -> Mapping[str, str]:
-    """The same of the parts of a context.
-
-    Args:
-        trace_id: 32 hexadecimal digits.
-    """
-    traceparent = f"00-{trace_id}-{span_id.to_bytes(8, 'big').hex()}-{_TWO_DIGITS[flags & 0xFF]}"
-    return {TRACEPARENT: traceparent, TRACESTATE: trace_state} if trace_state else {TRACEPARENT: traceparent}
+def around_span_id(context: TraceContext) -> tuple[str, str]:
+    """What stands before and behind the span's id in the traceparent of `context`, and of each span that has all but
+    its id from that one (W3C Trace Context 3.2.2)."""
+    return f"00-{context.trace_id_hex}-", f"-{context.flags & 0xFF:02x}"
 
 
 def from_carrier(fields: Mapping[str, str]) -> TraceContext | None:

@@ -10,7 +10,7 @@ from opentelemetry.trace import Link, NonRecordingSpan, SpanContext, SpanKind, T
 from opentelemetry.trace.span import TraceState
 
 from otel_smtp.telemetry.attributes import SAMPLING_REASON, Attributes
-from otel_smtp.telemetry.propagation import RANDOM, SAMPLED, TraceContext
+from otel_smtp.telemetry.propagation import RANDOM, SAMPLED, TraceContext, around_span_id
 from otel_smtp.telemetry.records import LinkRecord
 from otel_smtp.telemetry.sdk import Decision, IdGenerator, RandomIdGenerator, Sampler
 from otel_smtp.telemetry.shapes import SpanShape
@@ -66,11 +66,12 @@ class SegmentIdentity(Identity):
 
     Attributes:
         trace_text: its trace id in hexadecimal; "" before it is first asked for, as an idle connection needs none.
+        traceparent: see `propagation.around_span_id`; None before the first mail that is to carry it.
         octets: its trace id, its span id, and the attribute that names the connection, as `ordinary` writes them; None
             before the first mail.
     """
 
-    __slots__ = ("octets", "trace_text")
+    __slots__ = ("octets", "trace_text", "traceparent")
 
     def __init__(self, identity: Identity) -> None:
         super().__init__(
@@ -81,12 +82,18 @@ class SegmentIdentity(Identity):
             attributes=identity.attributes,
         )
         self.trace_text = ""
+        self.traceparent: tuple[str, str] | None = None
         self.octets: tuple[bytes, bytes, bytes] | None = None
 
     def tell_trace(self) -> str:
         """Its trace id in hexadecimal."""
         self.trace_text = self.context.trace_id_hex
         return self.trace_text
+
+    def tell_traceparent(self) -> tuple[str, str]:
+        """See `propagation.around_span_id`."""
+        self.traceparent = around_span_id(self.context)
+        return self.traceparent
 
 
 class Sampling:

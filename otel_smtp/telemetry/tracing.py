@@ -447,11 +447,13 @@ class Tracing(Observer):
         connection, above = transaction.connection, transaction.trace
         if span_id.__class__ is int and connection is not None:
             segment: SegmentIdentity = connection.trace
-            context = segment.context
-            if above is None or above is segment or above.parent is context:
+            if above is None or above is segment or above.parent is segment.context:
                 # A transaction below its segment has all but its span's id from that.
-                trace_id = segment.trace_text or segment.tell_trace()
-                return propagation.carrier_of(trace_id, span_id, context.flags, context.trace_state)
+                before, behind = segment.traceparent or segment.tell_traceparent()
+                carrier = {propagation.TRACEPARENT: f"{before}{span_id.to_bytes(8, 'big').hex()}{behind}"}
+                if state := segment.context.trace_state:
+                    carrier[propagation.TRACESTATE] = state
+                return carrier
         return propagation.carrier(self._settle_delivery(delivery, transaction).context)
 
     def _settle(self, transaction: TransactionRecord) -> Identity | None:
