@@ -274,6 +274,8 @@ class Tracing(Observer):
             identity: Identity | None = transaction.trace
             if identity.__class__ is not Identity:
                 identity = self._settle_unless_dropped(transaction)
+                if identity is None and transaction.connection is not None:
+                    continue
             spans = None
             if encodes and identity is not None and identity.is_recording and identity.context.flags & SAMPLED:
                 spans = ordinary.spans(transaction, identity)
@@ -309,11 +311,9 @@ class Tracing(Observer):
         """Make the spans of a transaction and of its deliveries that are over.
 
         Args:
-            identity: None for one that is dropped, and for a message from the spool without a trace.
+            identity: None for a message from the spool without a trace.
             is_encoded: those who take octets have them.
         """
-        if identity is None and transaction.connection is not None:
-            return
         if identity is not None and not identity.is_recording:
             if self._keeping is not None:
                 self._keep_by_outcome(self._keeping, identity, transaction)
