@@ -46,10 +46,10 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 @pytest.mark.parametrize(
     ("observers", "strategy", "python", "c"),
     [
-        ("none", "transparent", 106, 123),
-        ("none", "buffered", 99, 120),
-        ("everything", "transparent", 125, 180),
-        ("everything", "buffered", 118, 174),
+        ("none", "transparent", 107, 131),
+        ("none", "buffered", 100, 129),
+        ("everything", "transparent", 126, 190),
+        ("everything", "buffered", 119, 190),
         # How many lines are written together depends on time; these bounds hold where each mail's are written alone.
         ("as installed", "transparent", 158, 246),
     ],
