@@ -100,4 +100,8 @@ class StateCallback(Observer):
             info = self._infos[connection] = connection.info
         if transition.state is ConnState.CLOSED:
             del self._infos[connection]
-        self._callback(info, transition)
+        try:
+            self._callback(info, transition)
+        except Exception:
+            self._infos.clear()  # it is dropped now, and would hear of no end
+            raise

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache
 from time import monotonic_ns
 from typing import Any, Final
 
@@ -300,7 +301,7 @@ class Conversation:
         """Find out whose the connection is; see `Places`."""
         host = self.record.client.host
         owner = owner_of_peer(self._stream) if is_local else _ELSEWHERE + network_of(host)
-        self.share = sys.intern(owner or f"address {host}")  # one object for all connections of a share
+        self.share = _one_of_share(owner or f"address {host}")
 
     @property
     def is_local(self) -> bool:
@@ -485,6 +486,12 @@ class Conversation:
                 self._task = None
         self._protocol.now_ns = monotonic_ns()
         self._step(None, _nothing_more)
+
+
+@lru_cache(maxsize=1024)  # and not `sys.intern`: what that has seen, Python 3.12 keeps for ever before 3.12.6
+def _one_of_share(share: str) -> str:
+    """One object for all connections of a share."""
+    return share
 
 
 def _nothing_more(_: None) -> None:

@@ -30,6 +30,7 @@ TRANSACTION: Final = TransactionRecord(Mail("a@example.com"), 1, CONNECTION, 3, 
 DELIVERY: Final = DeliveryRecord(TRANSACTION, "provider", Endpoint("upstream.example", 25), 1, 4)
 NEW: Final = Transition(ConnState.NEW, None, ConnState.NEW, 1)
 ACTIVE: Final = Transition(ConnState.ACTIVE, ConnState.NEW, ConnState.ACTIVE, 2)
+CLOSED: Final = Transition(ConnState.CLOSED, ConnState.NEW, ConnState.CLOSED, 2)
 # Each hook with arguments of its kind: a hook that is added to the interface has to be added here.
 CALLS: Final[Mapping[str, tuple[Any, ...]]] = {
     "connection_opened": (CONNECTION,),
@@ -258,6 +259,23 @@ def test_a_conn_state_callback_gets_the_connection_and_each_transition() -> None
     fan.conn_state(CONNECTION, NEW)
     fan.conn_state(CONNECTION, ACTIVE)
     assert told == [(CONNECTION.info, NEW), (CONNECTION.info, ACTIVE)]
+    assert told[0][0] is told[1][0]
+
+
+def test_a_conn_state_callback_keeps_no_connection_that_is_closed_and_none_once_it_has_raised() -> None:
+    def refuse(_: ConnectionInfo, transition: Transition) -> None:
+        if transition is ACTIVE:
+            raise ValueError
+
+    callback = StateCallback(refuse)
+    others = ConnectionRecord(CONNECTION.info, 1, 2)
+    callback.conn_state(others, NEW)
+    callback.conn_state(CONNECTION, NEW)
+    callback.conn_state(others, CLOSED)
+    assert [*callback._infos] == [CONNECTION]
+    with pytest.raises(ValueError):
+        callback.conn_state(CONNECTION, ACTIVE)
+    assert not callback._infos
 
 
 def test_refused_recipients_are_counted_all_and_kept_to_a_bound() -> None:
