@@ -1,9 +1,9 @@
 """One transaction upstream: what is said on a connection for one mail, and what the answers mean.
 
-A transaction tells a `Delivery` what to do (`ask` about recipients, `send` the content, `burst` all of it), and learns
-by one call back what came of it. In between it goes on by itself: each step queues commands, begins an exchange on its
-connection, and names the step that takes the answers. Whatever is not an answer goes to `attempts`, which finds the
-next connection; there what was accepted for the client is put to the upstream first, and must be accepted again.
+A `Delivery` is told what to do (`ask` about recipients, `send` the content, `burst` all of it), and tells by one call
+back what came of it. In between it goes on by itself: each step queues commands, begins an exchange on its connection,
+and names the step that takes the answers. Whatever is not an answer goes to `attempts`, which finds the next
+connection; there what was accepted for the client is put to the upstream first, and must be accepted again.
 
 * MAIL and the first recipients are one group, or all of a small message is.
 * `has_ended_content` says that the final dot, or the last chunk, is on its way.

@@ -159,6 +159,17 @@ def test_a_parked_connection_is_reclaimed_for_who_waits_and_not_at_once() -> Non
     assert decided(fresh, Decision.OPEN)
 
 
+def test_a_connection_that_is_given_back_while_it_is_parked_is_not_taken_from_the_next_mail() -> None:
+    pool = grown(connections=1)
+    connection = opened(pool, pool.ask(0))
+    connection.parked = Parked(0, lambda: pytest.fail("its mail was given up"))
+    pool.release(connection, 1)
+    assert pool.take(2) is connection
+    waiting = pool.ask(2)
+    pool.expire(9)
+    assert decided(waiting, Decision.WAITING)
+
+
 def test_a_parked_connection_that_cannot_be_used_again_makes_room() -> None:
     pool = grown(connections=1)
     connection = opened(pool, pool.ask(0))
@@ -648,7 +659,8 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(data=st.data(), alive=st.booleans(), answered=st.booleans())
     def release(self, data: st.DataObject, alive: bool, answered: bool) -> None:
         connection = data.draw(st.sampled_from(self.busy))
-        self.unpark(connection)
+        if connection in self.parked:
+            self.parked.remove(connection)
         self.busy.remove(connection)
         connection.is_alive = alive
         self.pool.release(connection, self.now, answered=answered)
