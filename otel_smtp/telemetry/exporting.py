@@ -194,7 +194,7 @@ class Export(Generic[T]):
             self._wake.set()
 
     def put_all(self, records: Sequence[bytes], items: int) -> None:
-        """Queue several that are encoded, none of which is larger than a batch may be, as `put` does each.
+        """Queue several that are encoded, as `put` does each.
 
         Args:
             items: how many they are in all.

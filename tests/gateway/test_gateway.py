@@ -6,7 +6,7 @@ import gc
 import pkgutil
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,6 +15,8 @@ import pytest
 import otel_smtp
 from otel_smtp import CannotListen, ConnectionInfo, Gateway, Settings, Transition, load
 from otel_smtp.gateway.running import leave_out_of_garbage_collection
+from otel_smtp.telemetry import turns
+from otel_smtp.telemetry.records import SpanRecord
 from tests.support.capture import CapturingUpstream
 
 BY_TOKEN: Final = {
@@ -23,6 +25,7 @@ BY_TOKEN: Final = {
     "auth": "required",
     "auth_in_clear": True,
 }
+OPEN: Final = {"name": "open", "address": ["127.0.0.1:0"]}
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +61,57 @@ async def conversation(gateway: Gateway, listener: str, *flights: str) -> list[s
         writer.close()
         await writer.wait_closed()
     return answers
+
+
+ONE_MAIL: Final = ("MAIL FROM:<a@client.example>", "RCPT TO:<b@example.net>", "DATA", "Subject: x\r\n\r\nx\r\n.")
+
+
+async def mails(gateway: Gateway, listener: str, answered: Callable[[], None]) -> None:
+    """Send three over one connection, one behind the other; `answered` is called at the reply to each."""
+    (address,) = gateway.addresses[listener]
+    reader, writer = await asyncio.open_connection(address.host, address.port)
+    async with asyncio.timeout(10):
+        await reader.readline()
+        for flight in ("HELO client.example", *ONE_MAIL, *ONE_MAIL, *ONE_MAIL):
+            writer.write(f"{flight}\r\n".encode())
+            reply = await reader.readline()
+            if flight == ONE_MAIL[-1]:
+                assert reply.startswith(b"250 ")
+                answered()
+    writer.close()
+    await writer.wait_closed()
+
+
+async def test_a_scrape_counts_each_mail_that_was_answered_before(
+    upstream: CapturingUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turns, "PATIENCE_SECONDS", 3600)  # what is made of the second mail would wait for others
+    found: list[str] = []
+
+    async with Gateway(settings_for(upstream, OPEN)) as gateway:
+
+        def scrape() -> None:
+            page, _ = gateway.metrics("")
+            found.extend(re.findall(r'^smtp_server_transactions_total.*"relayed"} (.*)$', page.decode(), re.MULTILINE))
+
+        await mails(gateway, "open", scrape)
+    assert found == ["1.0", "2.0", "3.0"]
+
+
+async def test_who_takes_spans_in_this_process_has_those_of_a_mail_when_it_is_answered(
+    upstream: CapturingUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OTEL_SDK_DISABLED")
+
+    class Sink:
+        def take(self, record: SpanRecord) -> None:
+            names.append(record.name)
+
+    names: list[str] = []
+    counts: list[int] = []
+    async with Gateway(settings_for(upstream, OPEN), span_sinks=[Sink()]) as gateway:
+        await mails(gateway, "open", lambda: counts.append(names.count("smtp.transaction")))
+    assert counts == [1, 2, 3]
 
 
 async def verify(name: str, token: str) -> str | None:

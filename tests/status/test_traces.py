@@ -229,6 +229,21 @@ def test_one_endless_trace_shows_its_newest_spans() -> None:
     assert trace.summary()["dropped_spans"] == 3 * TRACE_ITEMS - len(shown) > 0
 
 
+def test_whoever_reads_finds_the_spans_that_were_still_to_be_made() -> None:
+    late = list(mail_trace(1))
+
+    def catch_up() -> None:
+        made, late[:] = late[:], []
+        traces.add(made)
+
+    traces = RecentTraces(catch_up=catch_up)
+    trace = traces.get("1")
+    assert trace is not None
+    assert trace.held == 3
+    late += mail_trace(2)
+    assert len(newest_first(traces)) == 2
+
+
 def test_a_span_larger_than_the_bound_is_held_all_the_same() -> None:
     traces = RecentTraces(recent_octets=30)
     for span in mail_trace(1):

@@ -219,6 +219,37 @@ def test_of_spans_that_come_together_those_without_room_are_lost() -> None:
     assert lost(export) == {"queue_full": 3, "too_large": 1}
 
 
+def test_several_are_queued_as_each_of_them_is() -> None:
+    together, one_by_one = (
+        export_to(Held, replace(QUICK, queue_spans=9, batch_spans=100, delay_seconds=3600)) for _ in range(2)
+    )
+    large = span(9, value="x" * MAX_BATCH_OCTETS)
+    lots = [
+        [span(1)],
+        [pair(2, 3), span(4)],
+        [span(5), large, span(6)],
+        [pair(7, 8), pair(10, 11), span(12)],
+        [span(13)],
+    ]
+    for lot in lots:
+        together.put_all(lot, sum(one.spans for one in lot))
+        for one in lot:
+            one_by_one.put(one, one.spans)
+        assert together.queued == one_by_one.queued
+        assert lost(together) == lost(one_by_one)
+    assert together.queued == 9
+    assert lost(together) == {"queue_full": 3, "too_large": 1}
+    assert list(together._queue) == list(one_by_one._queue)
+
+
+def test_a_batch_that_is_full_when_several_come_is_sent_at_once(receiver: OtlpReceiver) -> None:
+    export = export_to(http(receiver), replace(QUICK, batch_spans=4, delay_seconds=3600))
+    export.put_all([span(1)], 1)  # starts the thread
+    export.put_all([pair(2, 3), span(4)], 3)
+    receiver.wait_for_spans(4)
+    assert export.shutdown(WAIT_SECONDS)
+
+
 def test_two_spans_that_ended_together_count_as_two(receiver: OtlpReceiver) -> None:
     export = export_to(http(receiver), replace(QUICK, batch_spans=4, delay_seconds=3600))
     export.put(pair(1, 2), 2)
