@@ -193,7 +193,8 @@ _MAILBOX = (
     rb"@[A-Za-z0-9]+(?:(?:\.|-+)[A-Za-z0-9]+)*"
 )
 _COMMON_MAIL = re.compile(
-    rb"(?i:MAIL FROM:)<(%b)>(?: (?i:SIZE)=([0-9]{1,20}))?(?: (?i:BODY)=(7BIT|8BITMIME))?\r\n" % _MAILBOX
+    rb"(?i:MAIL FROM:)<(%b)>(?: (?i:SIZE)=([0-9]{1,20}))?(?: (?i:BODY)=(7BIT|8BITMIME))?( (?i:SMTPUTF8))?\r\n"
+    % _MAILBOX
 )
 _COMMON_RCPT = re.compile(rb"(?i:RCPT TO:)<(%b)>\r\n" % _MAILBOX)
 _COMMON_MAILBOX_OCTETS: Final = 64  # so short that neither local part nor label nor path can be over its limit
@@ -251,11 +252,12 @@ def common_recipient(line: bytes) -> Recipient | None:
 
 
 def common_mail(line: bytes) -> Mail | None:
-    """The mail of a MAIL with a short ASCII mailbox, and SIZE and BODY at most; else as `common_recipient`."""
+    """The mail of a MAIL with a short ASCII mailbox, and SIZE, BODY and SMTPUTF8 at most, in this order; else as
+    `common_recipient`."""
     match = _COMMON_MAIL.fullmatch(line)
     if match is None:
         return None
-    mailbox, size, body = match.groups()
+    mailbox, size, body, smtputf8 = match.groups()
     if len(mailbox) > _COMMON_MAILBOX_OCTETS:
         return None
     return _new(
@@ -264,7 +266,7 @@ def common_mail(line: bytes) -> Mail | None:
             mailbox.decode(),
             None if size is None else int(size),
             None if body is None else _COMMON_BODIES[body],
-            False,
+            smtputf8 is not None,
             None,
             None,
             False,

@@ -208,13 +208,13 @@ def unsupported(mail: Mail, offer: Extensions) -> Reply | None:
     """
     if not mail.reverse_path.isascii() and not (mail.smtputf8 and "SMTPUTF8" in offer.keywords):
         return replies.NEEDS_SMTPUTF8  # RFC 6531 3.5: 553 (or 550) 5.6.7
-    if mail.size is None and mail[2:] == BEYOND_SIZE:
-        return None
-    for row, place, value in _USES:
+    if mail[2:] == BEYOND_SIZE and (mail.size is None or "SIZE" in offer.keywords):
+        return None  # which all but a few mails are
+    for row, place, value in _REFUSABLE_USES:
         given = mail[place]
-        if given is None or given is False or row.keyword in offer.keywords or row.is_taken_unoffered:
+        if given is None or given is False or (value is not None and given is not value):
             continue
-        if value is None or given is value:
+        if row.keyword not in offer.keywords:
             return replies.UNKNOWN_PARAMETER
     return None
 
@@ -251,9 +251,9 @@ def missing_extension(mail: Mail, upstream: Extensions, *, is_tls: bool) -> Repl
         # discarded" (RFC 8689 5): it is asked for where it is offered.
         mail = mail._replace(require_tls=False)
     passing: Reply | None = None
-    for row, place, value in _USES if mail[2:] != BEYOND_SIZE else ():
+    for row, place, value in _NEEDING_USES if mail[2:] != BEYOND_SIZE else ():
         given = mail[place]
-        if given is None or given is False or row.lacking is None or (value is not None and given is not value):
+        if given is None or given is False or (value is not None and given is not value):
             continue
         if row.keyword in upstream.keywords and (is_tls or not row.needs_tls):
             continue
@@ -411,6 +411,9 @@ _USES: Final[Sequence[tuple[Extension, int, Body | None]]] = tuple(
     for row in EXTENSIONS
     for name in (["body"] if row.body is not None else [parameter.field for parameter in row.mail])
 )
+# Those that are refused where they were not offered, and those that an upstream must offer.
+_REFUSABLE_USES: Final = tuple(use for use in _USES if not use[0].is_taken_unoffered)
+_NEEDING_USES: Final = tuple(use for use in _USES if use[0].lacking is not None)
 _MAIL_PARAMETERS: Final = {parameter.keyword: parameter for _, parameter, _ in OF_MAIL}
 _RCPT_PARAMETERS: Final = {parameter.keyword: parameter for _, parameter, _ in OF_RECIPIENT}
 

@@ -25,6 +25,7 @@ from otel_smtp.smtp.commands import (
     StartTls,
     Verb,
     Vrfy,
+    common_mail,
     parse_by_grammar,
     parse_command,
 )
@@ -281,7 +282,19 @@ LIKELY_PATHS = st.builds(
         st.sampled_from([b"MAIL FROM:<", b"RCPT TO:<", b"mail from:<"]),
         LIKELY_MAILBOXES,
         st.sampled_from(
-            [b"", b" SIZE=1", b" BODY=7BIT", b" SIZE=1 BODY=8BITMIME", b" size=00 body=7BIT", b" SIZE=", b" "]
+            [
+                b"",
+                b" SIZE=1",
+                b" BODY=7BIT",
+                b" SIZE=1 BODY=8BITMIME",
+                b" size=00 body=7BIT",
+                b" SIZE=",
+                b" ",
+                b" BODY=8BITMIME SMTPUTF8",
+                b" smtputf8",
+                b" SMTPUTF8=",
+                b" SIZE=1 SMTPUTF8 SMTPUTF8",
+            ]
         ),
     ),
 )
@@ -294,6 +307,23 @@ LIKELY_PATHS = st.builds(
 @example(b"RCPT TO:<a@" + b"d" * 62 + b">")
 @example(b"RCPT TO:<a@" + b"d" * 64 + b">")
 def test_the_short_cut_agrees_with_the_grammar(line: bytes) -> None:
+    assert outcome(line) == outcome(line, by_grammar=True)
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        b"",
+        b" size=1234",  # smtplib
+        b" SIZE=1234 BODY=8BITMIME",  # Postfix
+        b" BODY=8BITMIME",  # Go's net/smtp
+        b" BODY=8BITMIME SMTPUTF8",  # likewise
+        b" SIZE=1 BODY=7BIT SMTPUTF8",
+    ],
+)
+def test_what_common_clients_send_takes_the_short_cut(parameters: bytes) -> None:
+    line = b"MAIL FROM:<app@mail.example.com>" + parameters
+    assert common_mail(line + b"\r\n") is not None
     assert outcome(line) == outcome(line, by_grammar=True)
 
 
