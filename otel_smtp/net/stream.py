@@ -45,6 +45,7 @@ TLS_SHUTDOWN_SECONDS: Final = 2.0  # for the peer's close_notify; few peers send
 CLOCK_SLACK_SECONDS: Final = 0.002  # uvloop's timers count whole milliseconds
 
 _own_endpoint: Final = lru_cache(maxsize=64)(endpoint)  # of a listener: the same for all of its connections
+_one_of_tls: Final = lru_cache(maxsize=64)(TlsInfo)  # what handshakes agree on is nearly always the same
 # A slice of a mapping is bytes, for half of what it takes to slice a memoryview and to copy that. It is private: a
 # process that has forked does not read into its child's.
 _RECEIVED: Final = mmap(-1, RECEIVE_BUFFER_OCTETS, flags=MAP_PRIVATE | MAP_ANONYMOUS)
@@ -612,9 +613,6 @@ def _deliver(transport: asyncio.Transport, data: bytes) -> None:
 def _tls_info(tls: ssl.SSLObject, server_name: str | None) -> TlsInfo:
     version = tls.version() or ""
     cipher = tls.cipher()
-    return TlsInfo(
-        version=version.removeprefix("TLSv"),
-        cipher=cipher[0] if cipher is not None else "",
-        resumed=bool(tls.session_reused),
-        server_name=server_name,
+    return _one_of_tls(
+        version.removeprefix("TLSv"), cipher[0] if cipher is not None else "", bool(tls.session_reused), server_name
     )

@@ -560,6 +560,22 @@ async def test_starttls_whenever_the_client_hello_comes(
         assert pair.server.octets_received == 19  # what the application saw; not the handshake
 
 
+async def test_connections_share_what_their_handshakes_agreed_on(
+    server_context: ssl.SSLContext, client_context: ssl.SSLContext
+) -> None:
+    agreed = []
+    for _ in range(2):
+        async with joined() as pair:
+            serving = asyncio.ensure_future(
+                pair.server.start_tls(server_context, server_side=True, timeout_seconds=SECONDS)
+            )
+            await pair.client.start_tls(
+                client_context, server_side=False, server_hostname="localhost", timeout_seconds=SECONDS
+            )
+            agreed.append(await serving)
+    assert agreed[0] is agreed[1]
+
+
 async def serving_tls(context: ssl.SSLContext) -> tuple[Listener, list[Stream], list[BaseException | None]]:
     streams: list[Stream] = []
     ends: list[BaseException | None] = []
