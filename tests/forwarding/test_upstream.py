@@ -2,7 +2,9 @@
 
 import asyncio
 import re
+import tempfile
 from collections.abc import Callable, Sequence
+from typing import IO, Any
 
 import pytest
 
@@ -123,6 +125,30 @@ async def test_large_content_goes_through_a_file_and_arrives_whole(
         assert relayed.reply is not None
         assert relayed.reply.code == 250
         assert upstream.kept[0].content == HEADER + b"".join(body)
+
+
+@pytest.mark.parametrize(("octets", "files"), [(1000, 0), (1001, 1)])
+@both_strategies
+async def test_a_message_that_came_whole_is_held_in_memory_up_to_the_limit(
+    strategy: Strategy, octets: int, files: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[IO[bytes]] = []
+    make = tempfile.TemporaryFile
+
+    def make_file(**more: Any) -> IO[bytes]:
+        made.append(make(**more))
+        return made[-1]
+
+    monkeypatch.setattr("tempfile.TemporaryFile", make_file)
+    body = b"\r\n" + b"x" * (octets - 4) + b"\r\n"
+    async with (
+        ScriptedUpstream() as upstream,
+        relaying(settings(upstream), strategy=strategy, memory_limit_octets=1000) as forwarder,
+    ):
+        assert (await relay(forwarder, chunks=(HEADER, body))).told.code == 250
+        assert upstream.kept[0].content == HEADER + body
+    assert len(made) == files
+    assert all(file.closed for file in made)
 
 
 @pytest.mark.parametrize("extensions", [EXTENSIONS, without("CHUNKING")])
