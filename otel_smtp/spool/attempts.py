@@ -7,8 +7,9 @@ task, piece by piece, as fast as the upstream takes it.
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from otel_smtp.forwarding.base import DeliveryFailed, MailTransaction, Relay
@@ -28,7 +29,7 @@ from otel_smtp.spool.messages import (
     StorageBroken,
     Verdict,
 )
-from otel_smtp.spool.store import Notice, Store
+from otel_smtp.spool.store import Notice, Pending, Store
 
 if TYPE_CHECKING:
     from otel_smtp.spool.outcomes.recording import Outcomes
@@ -41,6 +42,9 @@ RECORD_AGAIN_SECONDS: Final = 1.0
 # Looked up in its class, a member costs as much as a call.
 _MAIL: Final = Kind.MAIL
 _DELIVERED: Final = End.DELIVERED
+
+_NOTHING: Final[Iterator[bytes]] = iter(())
+_make_verdict: Final = partial(tuple.__new__, Verdict)  # the constructor of a named tuple is a function in Python
 
 MESSAGE_KINDS: Final = {
     Kind.MAIL: MessageKind.MAIL,
@@ -63,7 +67,7 @@ class Recording:
         self._store = store
         self.is_stopping = False
 
-    async def record(self, lease: Lease, recording: Callable[[], asyncio.Future[None]]) -> None:
+    async def record(self, lease: Lease, recording: Callable[[], Awaitable[None]]) -> None:
         """Have `recording` done until it succeeds, or never will."""
         while True:
             try:
@@ -158,7 +162,7 @@ class Attempt:
         record.octets = octets
         self._transaction: MailTransaction | None = None
         self._answers: Sequence[Reply] = ()
-        self._left: list[bytes] = []  # chunks that have not been written, the last one first
+        self._left: Iterator[bytes] = _NOTHING  # chunks that have not been written
         self._room: asyncio.Future[None] | None = None  # waited for by the task that reads
         self._has_content_left = False  # from here on, the upstream may have taken it
         self._is_judged = False
@@ -241,8 +245,7 @@ class Attempt:
             if self._content is None:
                 self._task = asyncio.get_running_loop().create_task(self._read_and_write())
             else:
-                self._left = [*self._content]
-                self._left.reverse()
+                self._left = iter(self._content)
                 self._content = None
                 self._go_on()
         except Exception:  # noqa: BLE001 - it is logged
@@ -256,10 +259,9 @@ class Attempt:
             return
         if self._is_judged or self._task is not None:
             return
-        transaction, left = self._transaction, self._left
+        transaction = self._transaction
         assert transaction is not None
-        while left:
-            chunk = left.pop()
+        for chunk in self._left:  # goes on where it was left
             if chunk and not transaction.write(chunk):
                 return
         if self._holds is None or not self._has_lost_its_lease():
@@ -357,7 +359,7 @@ class Attempt:
         if len(recipients) == 1 and means.outcomes is None and answers[0].is_positive:
             number, recipient, _ = recipients[0]
             if recipient.notify is None:
-                self._verdicts = (Verdict(number, _DELIVERED, answers[0]),)
+                self._verdicts = (_make_verdict((number, _DELIVERED, answers[0])),)
                 self._tell(())
                 means.store.finish(lease, self._verdicts, is_urgent=False).add_done_callback(self._recorded)
                 return
@@ -391,16 +393,18 @@ class Attempt:
         logger.warning("null sender refused, notice_sender is used", extra={**told(self.lease), **_codes(said)})
         self._mail = self._mail._replace(reverse_path=self._means.notices.sender)
         self._answers = ()
-        self._left = []
+        self._left = _NOTHING
         self._room = self._task = self._content = None
         self._has_content_left = False
         asyncio.get_running_loop().call_soon(self._begin)
 
-    def _recorded(self, done: asyncio.Future[None]) -> None:
-        if not done.cancelled() and done.exception() is None:
-            self._means.ended(self)
-        else:
+    def _recorded(self, done: Pending[None]) -> None:
+        try:
+            done.result()
+        except (Exception, asyncio.CancelledError):  # noqa: BLE001 - it is recorded again, and told of then
             self._task = asyncio.get_running_loop().create_task(self._settle(self._verdicts))
+        else:
+            self._means.ended(self)
 
     async def _settle(self, verdicts: Sequence[Verdict]) -> None:
         """Record what it came to, with the notices that are due for it."""

@@ -59,9 +59,14 @@ class SpillingDraft(ABC):
 
     def write(self, chunk: bytes, resume: Callable[[], None]) -> bool:
         """See `store.Draft.write`."""
-        if self.octets == 0:
+        octets = self.octets
+        if octets == 0:
             self.header_octets = len(chunk)
-        self.octets += len(chunk)
+        octets = self.octets = octets + len(chunk)
+        if octets <= self._memory_limit:  # as most contents are; then there is neither file nor fault
+            self._held.append(chunk)
+            self._held_octets = octets
+            return True
         if self._fault is not None:
             return True
         self._held.append(chunk)

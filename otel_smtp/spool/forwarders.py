@@ -5,7 +5,10 @@ Both say 250 only when the upstream did or the message is durable.
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
 from typing import Final, Protocol
 
 from otel_smtp.forwarding.base import (
@@ -23,10 +26,14 @@ from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Body, Mail, Recipient
 from otel_smtp.smtp.extensions import Extensions
 from otel_smtp.smtp.replies import ErrorType, Reply
-from otel_smtp.spool.messages import Lease, NewMessage, SpoolError, StorageFull, new_id
-from otel_smtp.spool.store import Draft, Store
+from otel_smtp.spool.messages import Kind, Lease, NewMessage, SpoolError, StorageFull, new_id
+from otel_smtp.spool.store import Draft, Pending, Store
 
 logger: Final = logging.getLogger("otel_smtp.spool.forwarders")
+
+
+_new_message: Final = partial(tuple.__new__, NewMessage)  # the constructor of a named tuple is a function in Python
+_NO_REPLIES: Final[Mapping[str, str]] = MappingProxyType({})
 
 
 class DeliveryAgent(Protocol):
@@ -74,6 +81,7 @@ class Intake:
         self._attempts = attempts
         self._observer = observer
         self._max_age_seconds = max_age_seconds
+        self._durable: deque[tuple[Sequence[str], Sequence[Lease], Sequence[bytes] | None]] = deque()
         self.relay = relay
 
     def refusal(self, record: TransactionRecord | None = None) -> Reply | None:
@@ -115,32 +123,37 @@ class Intake:
             is_possible_duplicate: that attempt may have succeeded.
         """
         was_tried = refusals is not None
-        message = NewMessage(
-            id=new_id(),
-            mail=mail,
-            deliveries=deliveries,
-            header_octets=draft.header_octets,
-            expires_in=self._max_age_seconds,
-            carrier=self._observer.carrier(record),
-            is_possible_duplicate=is_possible_duplicate,
-            retry_in=self._first_wait_seconds() if was_tried else 0.0,
-            attempts=int(was_tried),
-            last_replies={address: str(reply) for address, reply in refusals.items()} if refusals else {},
-        )
+        message_id = new_id()
+        message = _new_message(
+            (
+                message_id, mail, deliveries, draft.header_octets, self._max_age_seconds,
+                self._observer.carrier(record), Kind.MAIL, is_possible_duplicate,
+                self._first_wait_seconds() if was_tried else 0.0,
+                int(was_tried),
+                {address: str(reply) for address, reply in refusals.items()} if refusals else _NO_REPLIES,
+            )
+        )  # fmt: skip
         destinations = list(deliveries)
         is_leased = not was_tried and self._attempts.reserve(destinations)
         content = draft.in_memory
 
-        def submitted(done: asyncio.Future[Sequence[Lease]]) -> None:
-            leases, answer = _outcome_of(done, message.id)
-            if isinstance(answer, str):
-                record.spool_id = answer
-            elif not done.cancelled():
-                record.failure = _why(done.exception())
-            # The client first: what follows is not its business.
+        def submitted(done: Pending[Sequence[Lease]]) -> None:
+            leases: Sequence[Lease] = ()
+            try:
+                leases = done.result()
+            except asyncio.CancelledError:
+                answer: str | Reply = replies.STORAGE_FAILED
+            except Exception as error:  # noqa: BLE001 - it is logged
+                answer = _refusal_for(error, message_id)
+                record.failure = _why(error)
+            else:
+                answer = record.spool_id = message_id
             answered(answer)
             if is_leased:
-                self._attempts.begin(destinations, leases, content)
+                # All clients whose messages became durable with this one are answered first.
+                if not self._durable:
+                    asyncio.get_running_loop().call_soon(self._begin_attempts)
+                self._durable.append((destinations, leases, content))
             elif isinstance(answer, str):
                 self._attempts.wake(destinations)
 
@@ -151,23 +164,29 @@ class Intake:
                 self._attempts.begin(destinations, (), None)
             raise
 
+    def _begin_attempts(self) -> None:
+        """Begin with what has become durable; what came to nothing gives its room back."""
+        durable = self._durable
+        try:
+            while durable:
+                self._attempts.begin(*durable.popleft())
+        finally:
+            if durable:
+                asyncio.get_running_loop().call_soon(self._begin_attempts)
 
-def _outcome_of(done: asyncio.Future[Sequence[Lease]], message_id: str) -> tuple[Sequence[Lease], str | Reply]:
-    if done.cancelled():
-        return (), replies.STORAGE_FAILED
-    error = done.exception()
-    if error is None:
-        return done.result(), message_id
+
+def _refusal_for(error: Exception, message_id: str) -> Reply:
+    """What the client is told whose message could not be made durable."""
     if isinstance(error, SpoolError):
-        return (), reply_to(error)
+        return reply_to(error)
     logger.error("message not queued: internal error", extra={"spool_id": message_id}, exc_info=error)
-    return (), replies.STORAGE_FAILED
+    return replies.STORAGE_FAILED
 
 
-def _why(error: BaseException | None) -> str | None:
+def _why(error: Exception) -> str:
     """Why the spool could not take a message, for operators."""
-    if error is None or isinstance(error, SpoolError):
-        return None if error is None else f"spool: {error}"
+    if isinstance(error, SpoolError):
+        return f"spool: {error}"
     return f"internal error: {type(error).__name__}"
 
 

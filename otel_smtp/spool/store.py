@@ -4,10 +4,9 @@ A store may be a directory of this machine, or a database that gateways share. S
 connection or an instant of the caller's clock: times that go in are durations, and the store adds its own now.
 """
 
-import asyncio
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from otel_smtp.forwarding.base import Ledger
 from otel_smtp.spool.messages import (
@@ -26,6 +25,27 @@ from otel_smtp.spool.messages import (
 
 Notice = tuple[NewMessage, bytes]
 """A message of our own that tells of others, with its content; the first octets are its header block."""
+
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Pending(Protocol[T_co]):
+    """An answer that is to come, as far as its callers need it; an `asyncio.Future` is one."""
+
+    def add_done_callback(self, callback: Callable[[Any], object], /) -> None:
+        """Call `callback` with this on the event loop when there is an answer."""
+        ...
+
+    def done(self) -> bool:
+        """Whether there is an answer."""
+        ...
+
+    def result(self) -> T_co:
+        """The answer, where there is one; raises the error where that is it."""
+        ...
+
+    def __await__(self) -> Generator[Any, Any, T_co]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +191,7 @@ class Store(Protocol):
         """A new content."""
         ...
 
-    def submit(self, message: NewMessage, draft: Draft, *, lease: bool) -> asyncio.Future[Sequence[Lease]]:
+    def submit(self, message: NewMessage, draft: Draft, *, lease: bool) -> Pending[Sequence[Lease]]:
         """Make a message durable.
 
         Args:
@@ -215,7 +235,7 @@ class Store(Protocol):
         hold: bool = False,
         notices: Sequence[Notice] = (),
         is_urgent: bool = True,
-    ) -> asyncio.Future[None]:
+    ) -> Pending[None]:
         """Note what an attempt came to, together with the messages that tell of it: all or nothing.
 
         Args:

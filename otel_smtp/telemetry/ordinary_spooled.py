@@ -12,6 +12,7 @@ from otel_smtp.smtp.replies import Reply
 from otel_smtp.telemetry import attributes as names
 from otel_smtp.telemetry.ordinary import OrdinaryMail
 from otel_smtp.telemetry.otlp import TAGS, Integers, Mould, length, text_head
+from otel_smtp.telemetry.propagation import TraceContext
 from otel_smtp.telemetry.sampling import Identity
 from otel_smtp.telemetry.shapes import (
     AFTER_LAST_EVENT_NS,
@@ -72,37 +73,37 @@ class OrdinarySpooled:
         reply, octets, connection, spool_id = record.reply, record.octets, record.connection, record.spool_id
         context, parent = identity.context, identity.parent
         if (
-            record.outcome is not _QUEUED
-            or reply is None
+            reply is None
             or octets is None
             or connection is None
             or spool_id is None
             or parent is None
-            or reply.code >= 400
-            or reply.error_type is not None
-            or record.deliveries
-            or record.refused
-            or record.refused_count
-            or record.deferred_count
-            or record.error_type is not None
-            or record.failure is not None
             or identity.attributes
-            or context.trace_state
             or not (spool_id.isascii() and spool_id.isalnum())  # it is shown as it is
-            or not self._has_plain_attributes
         ):
             return None
         origin = SPAN_PAIRS[names.CONNECTION_ID, connection.id]
+        # What decides whether a transaction is ordinary stands in the key too: only those that are have moulds.
         key = (
-            len(origin),
-            reply.code,
-            reply.enhanced,
-            len(record.accepted),
-            record.mail.body,
-            parent.is_remote,
-        )
+            len(origin), reply.code, reply.enhanced, len(record.accepted), record.mail.body, parent.is_remote,
+            record.outcome, reply.error_type, len(record.deliveries), record.refused_count, record.deferred_count,
+            record.error_type, record.failure, context.trace_state,
+        )  # fmt: skip
         mould = self._transactions.get(key)
         if mould is None:
+            if not (
+                record.outcome is _QUEUED
+                and reply.code < 400
+                and reply.error_type is None
+                and not record.deliveries
+                and not record.refused_count
+                and not record.deferred_count
+                and record.error_type is None
+                and record.failure is None
+                and not context.trace_state
+                and self._has_plain_attributes
+            ):
+                return None
             shape, _, _ = self._attributes.transaction(record, is_in_application=parent.is_remote)
             span = Mould(*frame_of_span(shape, is_remote=parent.is_remote), f"{len(origin)}s")
             mould = _Mould(span, line_shape(shape))
@@ -161,8 +162,7 @@ class OrdinarySpooled:
         wait_ns, spool_id, links = delivery.pool_wait_ns, record.spool_id, identity.links
         context, parent = identity.context, identity.parent
         if (
-            delivery.outcome is not _RELAYED
-            or record.connection is not None
+            record.connection is not None
             or reply is None
             or peer is None
             or wait_ns is None
@@ -170,39 +170,10 @@ class OrdinarySpooled:
             or parent is None
             or len(links) != 1
             or links[0].context is not parent
-            or reply.code >= 400
-            or reply.error_type is not None
-            or delivery.error_type is not None
-            or delivery.failure is not None
-            or delivery.refused
-            or delivery.refused_count
-            or delivery.deferred_count
-            or delivery.paced is not None
-            or record.taken_over is not None
             or identity.attributes
-            or context.trace_state
-            or parent.trace_state
             or not (spool_id.isascii() and spool_id.isalnum())  # it is shown as it is
         ):
             return None
-        alike: list[object] = [
-            len(spool_id),
-            record.kind,
-            record.is_possible_duplicate,
-            delivery.upstream,
-            server.host,
-            server.port,
-            peer.host,
-            peer.port,
-            None if tls is None else (tls.version, tls.cipher, tls.resumed),
-            delivery.attempt,
-            delivery.accepted_count,
-            delivery.round_trips,
-            delivery.is_reused,
-            reply.code,
-            reply.enhanced,
-            parent.is_remote,
-        ]
         offset, parents_id = record.wall_offset_ns, parent.span_id.to_bytes(8, "big")
         values: list[bytes | float] = [
             context.trace_id.to_bytes(16, "big"),
@@ -213,16 +184,30 @@ class OrdinarySpooled:
             spool_id.encode("ascii"),
             wait_ns / 1e9,
         ]
+        said: list[object] = []
         for at_ns, phase, answer in delivery.phases:
             values.append(at_ns + offset)
             if answer is None:
-                alike.append(phase)
+                said.append(phase)
             else:
-                alike += (phase, answer.code, answer.enhanced)
+                said += (phase, answer.code, answer.enhanced)
         values += (parent.trace_id.to_bytes(16, "big"), parents_id)
-        key = tuple(alike)
+        # As above: what decides whether an attempt is ordinary stands here too.
+        key = (
+            len(spool_id), record.kind, record.is_possible_duplicate, delivery.upstream,
+            server.host, server.port, peer.host, peer.port,
+            None if tls is None else (tls.version, tls.cipher, tls.resumed),
+            delivery.attempt, delivery.accepted_count, delivery.round_trips, delivery.is_reused,
+            reply.code, reply.enhanced, parent.is_remote,
+            delivery.outcome, reply.error_type, delivery.error_type, delivery.failure, len(delivery.refused),
+            delivery.refused_count, delivery.deferred_count, delivery.paced, record.taken_over,
+            context.trace_state, parent.trace_state,
+            *said,
+        )  # fmt: skip
         mould = self._attempts.get(key)
         if mould is None:
+            if not self._is_ordinary(delivery, reply, context, parent):
+                return None
             mould = self._mould_of_attempt(delivery, identity, len(spool_id))
             _keep(self._attempts, key, mould)
         text, words, before_words = self._words(reply)
@@ -230,6 +215,23 @@ class OrdinarySpooled:
         self._told = shape_of_line, text, _NO_DOMAINS, _NO_DOMAINS
         size = length(of_all.size + len(before_words) + len(words))
         return EncodedSpan(b"".join((TAGS[2], size, of_all.fill(values), before_words, words)))
+
+    def _is_ordinary(self, delivery: DeliveryRecord, reply: Reply, context: TraceContext, parent: TraceContext) -> bool:
+        """Whether nothing went wrong in an attempt, and it is one of mail that was not taken over."""
+        return (
+            delivery.outcome is _RELAYED
+            and reply.code < 400
+            and reply.error_type is None
+            and delivery.error_type is None
+            and delivery.failure is None
+            and not delivery.refused
+            and not delivery.refused_count
+            and not delivery.deferred_count
+            and delivery.paced is None
+            and delivery.transaction.taken_over is None
+            and not context.trace_state
+            and not parent.trace_state
+        )
 
     def line_of_attempt(self, delivery: DeliveryRecord, identity: Identity) -> LineOfSpan:
         """What stands on the line of an attempt: that of which the span was made last."""

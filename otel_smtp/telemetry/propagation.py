@@ -9,7 +9,7 @@ import ipaddress
 import re
 from collections.abc import Mapping
 from enum import StrEnum
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Final, NamedTuple
 
 from otel_smtp.observing import TraceHeaders
@@ -51,6 +51,9 @@ class TraceContext(NamedTuple):
     def span_id_hex(self) -> str:
         """16 hexadecimal digits."""
         return f"{self.span_id:016x}"
+
+
+_context: Final = partial(tuple.__new__, TraceContext)  # the constructor of a named tuple is a function in Python
 
 
 class InboundPolicy(StrEnum):
@@ -125,12 +128,27 @@ def checked_tracestate(text: str) -> str:
     return ",".join(members) if all(_TRACESTATE_MEMBER.fullmatch(member) for member in members) else ""
 
 
+class Carrier(dict[str, str]):
+    """A context as header fields. While this process has the message to which it belongs, nobody need parse it.
+
+    Attributes:
+        context: whose fields these are.
+    """
+
+    __slots__ = ("context",)
+
+    context: TraceContext
+
+
 def carrier(context: TraceContext) -> Mapping[str, str]:
     """`context` as header fields, names in lower case."""
     before, behind = around_span_id(context)
-    traceparent = f"{before}{context.span_id_hex}{behind}"
-    state = context.trace_state
-    return {TRACEPARENT: traceparent, TRACESTATE: state} if state else {TRACEPARENT: traceparent}
+    fields = Carrier()
+    fields[TRACEPARENT] = f"{before}{context.span_id_hex}{behind}"
+    if state := context.trace_state:
+        fields[TRACESTATE] = state
+    fields.context = context
+    return fields
 
 
 def around_span_id(context: TraceContext) -> tuple[str, str]:
@@ -141,6 +159,10 @@ def around_span_id(context: TraceContext) -> tuple[str, str]:
 
 def from_carrier(fields: Mapping[str, str]) -> TraceContext | None:
     """The context that `carrier` wrote earlier, into our own spool: its state is trusted."""
+    if fields.__class__ is Carrier:
+        trace_id, span_id, flags, _, trace_state = fields.context
+        if not trace_state:
+            return _context((trace_id, span_id, flags & (SAMPLED | RANDOM), True, ""))
     traceparent = fields.get(TRACEPARENT)
     if traceparent is None:
         return None

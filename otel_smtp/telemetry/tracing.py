@@ -531,6 +531,9 @@ class Tracing(Observer):
         self, delivery: DeliveryRecord, transaction: TransactionRecord, parent: TraceContext | None
     ) -> Identity:
         links = _links(transaction, parent) if transaction.connection is None else ()
+        if parent is not None and (inherited := self._sampling.inherit(parent)) is not None:
+            inherited.links = links
+            return inherited
 
         def at_start() -> names.Attributes:
             return self.attributes.delivery_at_start(delivery)

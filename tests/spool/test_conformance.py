@@ -147,7 +147,8 @@ async def test_what_was_tried_before_it_came_says_so(case: Case) -> None:
 async def test_who_gives_up_waiting_leaves_a_whole_message_or_none(case: Case, octets: int) -> None:
     body = os.urandom(octets)
     for _ in range(20):
-        submitting = case.store.submit(message(), await written(case.store.draft(), HEADER, body), lease=False)
+        draft = await written(case.store.draft(), HEADER, body)
+        submitting = asyncio.ensure_future(case.store.submit(message(), draft, lease=False))
         await asyncio.sleep(0)
         submitting.cancel()
         await asyncio.gather(submitting, return_exceptions=True)

@@ -122,6 +122,39 @@ def files(store: EmbeddedStore) -> list[Path]:
     return [file for file in (store.directory.path / "tmp").iterdir() if file.stat().st_size]
 
 
+class Attempts(NoAttempts):
+    """A runner with room for everything: what clients had heard when an attempt began, for each."""
+
+    def __init__(self, clients: Callable[[], list[bool]]) -> None:
+        self._clients = clients
+        self.begun: list[list[bool]] = []
+
+    def reserve(self, destinations: Sequence[str]) -> bool:
+        return True
+
+    def begin(self, destinations: Sequence[str], leases: Sequence[Lease], content: Sequence[bytes] | None) -> None:
+        assert len(leases) == 1
+        self.begun.append(self._clients())
+
+
+async def test_all_clients_of_a_group_are_answered_before_any_of_its_mails_is_attempted(store: EmbeddedStore) -> None:
+    clients: list[Client] = []
+    attempts = Attempts(lambda: [bool(client.answers) for client in clients])
+    intake = Intake(
+        store, ScriptedRelay(), attempts, ResumedDeliveries(), max_age_seconds=3600.0, first_wait_seconds=lambda: 60.0
+    )
+    gateway = Gateway(store, ScriptedRelay(), intake)
+    clients += [gateway.queued() for _ in range(3)]
+    for client in clients:
+        await client.ask(BOB)
+        client.begin_content()
+        client.write(HEADER, BODY)
+    for client in clients:
+        client.finish()
+    await eventually(lambda: len(attempts.begun) == 3)
+    assert attempts.begun == [[True] * 3] * 3
+
+
 async def test_a_mail_waits_for_those_whose_transaction_is_open_and_not_for_those_given_up(
     gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:

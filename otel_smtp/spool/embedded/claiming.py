@@ -133,7 +133,7 @@ class Claiming:
             for one in leased
         ]
 
-        def durable(step: Step) -> None:
+        def durable(step: Step[None]) -> None:
             position = (step.segment, step.places[0][0])
             for entry, changed, _ in changes.values():
                 changed.place = entry.place

@@ -169,7 +169,7 @@ class Compaction:
             moved.lose_content(self._journal.now_ms())
             content = ()
 
-        def durable(step: Step) -> None:
+        def durable(step: Step[None]) -> None:
             self._memory.set_free(entry)
             self._memory.note_moved(entry, moved, step, before.crc, is_lost=is_lost)
 

@@ -335,10 +335,14 @@ class Entry:
             StaleLease: the lease is not its delivery's last one.
         """
         delivery = self.owned(lease)
-        if len(self.deliveries) > 1 or len(verdicts) < len(delivery.recipients):
+        recipients = delivery.recipients
+        if len(self.deliveries) > 1 or len(verdicts) < len(recipients):
             return None
+        if len(recipients) == 1:  # as of most messages
+            number, end, _ = verdicts[0]
+            return None if end is None or number != recipients[0].number else {end_name(self.kind, end): 1}
         ended: dict[str, int] = {}
-        for there, (number, end, _) in zip(delivery.recipients, verdicts, strict=False):
+        for there, (number, end, _) in zip(recipients, verdicts, strict=False):
             if end is None or number != there.number:  # they come in the order of the recipients
                 return None
             name = end_name(self.kind, end)

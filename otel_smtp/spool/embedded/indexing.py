@@ -146,7 +146,7 @@ class Indexing:
         place: Position = (0, 0)
         busy: list[tuple[str, int]] = []  # their next records, with instants of before, lie behind this one
 
-        def durable(step: Step) -> None:
+        def durable(step: Step[None]) -> None:
             nonlocal place
             place = (step.segment, step.places[0][0])
             noted()

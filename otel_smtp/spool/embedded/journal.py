@@ -1,7 +1,7 @@
 """Records: written to the log, and noted in memory when they are durable.
 
-What a record says is noted in the `done` of its step, never by whoever waits for it: that one goes on later than the
-records behind it are told of, when the index may be said to be complete up to one of them.
+What a record says is noted by its step, never by whoever waits for it: that one may go on later than the records behind
+it are told of, when the index may be said to be complete up to one of them.
 """
 
 import asyncio
@@ -11,6 +11,7 @@ from typing import Any, Final
 from otel_smtp.spool.embedded.entries import Entry
 from otel_smtp.spool.embedded.log import Log, Part, Room, Step
 from otel_smtp.spool.embedded.memory import Memory
+from otel_smtp.spool.embedded.promises import Promise
 from otel_smtp.spool.embedded.records import RecordKind
 from otel_smtp.spool.messages import Lease, SpoolError, StorageBroken
 from otel_smtp.spool.store import Notice
@@ -30,12 +31,12 @@ class Journal:
         remove_large: removes the file of a content; called in a thread.
 
     Attributes:
-        now_ms: as above.
+        memory, now_ms: as above.
         is_closing: no new mail is taken, and nothing waits for company.
     """
 
     def __init__(self, memory: Memory, now_ms: Callable[[], int], remove_large: Callable[[str], None]) -> None:
-        self._memory = memory
+        self.memory = memory
         self.now_ms = now_ms
         self._remove_large = remove_large
         self._log: Log | None = None
@@ -57,7 +58,7 @@ class Journal:
         if isinstance(error, StorageBroken) and self._log is not None:
             self._log.latch(error)
 
-    def _start(self, step: Step, *, is_urgent: bool = True) -> None:
+    def _start(self, step: Step[Any], *, is_urgent: bool = True) -> None:
         if self._log is None or (self.is_closing and step.room is _MAIL):
             raise SpoolError("the spool is closed")
         self._log.append(step, is_urgent=is_urgent or self.is_closing)
@@ -67,7 +68,7 @@ class Journal:
         parts: Sequence[Part],
         *,
         ended: Mapping[str, int] | None = None,
-        durable: Callable[[Step], None] = lambda _: None,
+        durable: Callable[[Step[None]], None] = lambda _: None,
         failed: Callable[[], None] = lambda: None,
     ) -> None:
         """Write records.
@@ -76,59 +77,28 @@ class Journal:
             durable: notes what they say, called before the records behind them are told of.
             failed: called instead where they are not; either is, also where nobody waits for the answer any more.
         """
-        answer: asyncio.Future[None] = self._loop.create_future()
-
-        def done(step: Step, error: SpoolError | None) -> None:
-            if error is not None:
-                failed()
-                fail(answer, error)
-                return
-            durable(step)
-            if not answer.done():
-                answer.set_result(None)
-
+        step = _Work(parts, ended or {}, durable, failed)
         try:
-            self._start(Step(parts, done, ended=ended or {}, room=Room.WORK))
+            self._start(step)
         except SpoolError:
             failed()
             raise
-        await answer
+        await step
 
     def add(
-        self,
-        entry: Entry,
-        content: Sequence[bytes],
-        crc: int | None,
-        answer: "asyncio.Future[Sequence[Lease]]",
-        *,
-        is_new: bool = True,
-    ) -> None:
+        self, entry: Entry, content: Sequence[bytes], crc: int | None, *, is_new: bool = True
+    ) -> Promise[Sequence[Lease]]:
         """Write a message that has come. The answer is given when it is durable.
 
         Args:
             crc: of the content, where it has a file of its own.
         """
-
-        def done(step: Step, error: SpoolError | None) -> None:
-            if error is not None:
-                fail(answer, error)
-                return
-            self._memory.note_new(entry, step, 0, crc)
-            if content and is_new:
-                self._memory.keep_content(entry, content)
-            if not answer.done():
-                answer.set_result(entry.leases())
-
-        name, recipients = entry.accepted
+        step = _Addition(self.memory, entry, content, crc, is_new=is_new)
         try:
-            self._start(
-                Step(
-                    [message_part(entry, content, crc, is_new=is_new)], done,
-                    ended={name: recipients} if is_new else {}, room=_MAIL,
-                )
-            )  # fmt: skip
+            self._start(step)
         except SpoolError as error:
-            fail(answer, error)
+            step.fail(error)
+        return step
 
     def change(
         self,
@@ -138,15 +108,13 @@ class Journal:
         notices: Sequence[Notice] = (),
         *,
         is_urgent: bool = True,
-    ) -> "asyncio.Future[None]":
+    ) -> Promise[None]:
         """Have `changed` take the place of `entry`, which is not busy, with the notices that tell of it.
 
         Args:
             changed: None: nothing is left of it.
             ended: by how many recipients the tally grows, by name.
         """
-        answer: asyncio.Future[None] = self._loop.create_future()
-        memory = self._memory
         if changed is None:
             parts: list[Part] = [(_END, f'{{"id":"{entry.id}","ended":{_tally(ended)}}}', ())]
         else:
@@ -161,33 +129,107 @@ class Journal:
                 parts.append(message_part(notice, (content,), None, is_new=True))
                 name, recipients = notice.accepted
                 counted[name] = counted.get(name, 0) + recipients
-
-        def done(step: Step, error: SpoolError | None) -> None:
-            memory.set_free(entry)
-            if error is not None:
-                memory.waiting.offer(entry)
-                fail(answer, error)
-                return
-            position = (step.segment, step.places[0][0])
-            if changed is None:
-                memory.note_end(entry, position)
-                if entry.is_large:
-                    self._loop.run_in_executor(None, self._remove_large, entry.id)
-            else:
-                changed.place = entry.place  # it may have moved meanwhile
-                memory.note(changed, position)
-            for part, notice in enumerate(added, 1):
-                memory.note_new(notice, step, part, None)
-            if not answer.done():
-                answer.set_result(None)
-
+        step = _Change(parts, counted, self, entry, changed, added)
         entry.is_busy = True
         try:
-            self._start(Step(parts, done, ended=counted, room=_RESULT), is_urgent=is_urgent)
+            self._start(step, is_urgent=is_urgent)
         except SpoolError as error:
-            memory.set_free(entry)
-            fail(answer, error)
-        return answer
+            self.memory.set_free(entry)
+            step.fail(error)
+        return step
+
+    def remove_large(self, message_id: str) -> None:
+        """Remove the file of the content of a message that has ended."""
+        self._loop.run_in_executor(None, self._remove_large, message_id)
+
+
+class _Work(Step[None]):
+    """Records that tell of several messages, or of none; see `Journal.append`."""
+
+    __slots__ = ("_durable", "_failed")
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        ended: Mapping[str, int],
+        durable: Callable[[Step[None]], None],
+        failed: Callable[[], None],
+    ) -> None:
+        super().__init__(parts, ended=ended, room=Room.WORK)
+        self._durable = durable
+        self._failed = failed
+
+    def is_durable(self) -> None:
+        self._durable(self)
+
+    def is_not_durable(self) -> None:
+        self._failed()
+
+
+class _Addition(Step[Sequence[Lease]]):
+    """A message that has come."""
+
+    __slots__ = ("_content", "_crc", "_entry", "_memory")
+
+    def __init__(
+        self, memory: Memory, entry: Entry, content: Sequence[bytes], crc: int | None, *, is_new: bool
+    ) -> None:
+        name, recipients = entry.accepted
+        super().__init__(
+            (message_part(entry, content, crc, is_new=is_new),), ended={name: recipients} if is_new else {}, room=_MAIL
+        )
+        self._memory = memory
+        self._entry = entry
+        self._content = content if is_new else ()
+        self._crc = crc
+
+    def is_durable(self) -> Sequence[Lease]:
+        entry = self._entry
+        self._memory.note_new(entry, self, 0, self._crc)
+        leases = entry.leases()
+        if self._content and len(leases) < len(entry.deliveries):
+            self._memory.keep_content(entry, self._content)
+        return leases
+
+
+class _Change(Step[None]):
+    """A message that changes, or ends, with the notices that tell of it."""
+
+    __slots__ = ("_added", "_changed", "_entry", "_journal")
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        ended: Mapping[str, int],
+        journal: Journal,
+        entry: Entry,
+        changed: Entry | None,
+        added: Sequence[Entry],
+    ) -> None:
+        super().__init__(parts, ended=ended, room=_RESULT)
+        self._journal = journal
+        self._entry = entry
+        self._changed = changed
+        self._added = added
+
+    def is_durable(self) -> None:
+        entry, changed, memory = self._entry, self._changed, self._journal.memory
+        position = (self.segment, self.places[0][0])
+        memory.set_free(entry)
+        if changed is None:
+            memory.note_end(entry, position)
+            if entry.is_large:
+                self._journal.remove_large(entry.id)
+        else:
+            changed.place = entry.place  # it may have moved meanwhile
+            memory.note(changed, position)
+        for part, notice in enumerate(self._added, 1):
+            memory.note_new(notice, self, part, None)
+
+    def is_not_durable(self) -> None:
+        memory = self._journal.memory
+        memory.set_free(self._entry)
+        memory.waiting.offer(self._entry)
 
 
 def message_part(entry: Entry, content: Sequence[bytes], crc: int | None, *, is_new: bool) -> Part:
@@ -206,9 +248,3 @@ def _tally(ended: Mapping[str, int]) -> str:
     for name, recipients in ended.items():
         counts += f',"{name}":{recipients}'
     return f"{{{counts[1:]}}}"
-
-
-def fail(answer: "asyncio.Future[Any]", error: BaseException) -> None:
-    """Give an error as the answer, unless who asked has given up."""
-    if not answer.done():
-        answer.set_exception(error)

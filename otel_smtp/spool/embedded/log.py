@@ -24,15 +24,17 @@ import os
 import queue
 import threading
 import time
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from enum import IntEnum
-from typing import Final
+from typing import Any, Final, TypeVar
 
 from otel_smtp.spool.embedded import records
 from otel_smtp.spool.embedded.directory import SpoolDirectory
 from otel_smtp.spool.embedded.entries import dumps
 from otel_smtp.spool.embedded.files import open_regular, storage_error, sync_directory, write_all_at, write_durably
+from otel_smtp.spool.embedded.promises import Promise
 from otel_smtp.spool.embedded.records import FIRST, HEADER_OCTETS, RecordKind
 from otel_smtp.spool.messages import SpoolError, StorageBroken, StoreVerb, Timings
 
@@ -45,6 +47,8 @@ GROUP_MOST: Final = 512  # steps that share a sync: beyond, the first would wait
 GROUP_OCTETS: Final = 2 * 1024 * 1024
 GATHER_SECONDS: Final = 0.005  # a delivery's result waits so long for a message that comes in, to share its sync
 COMPANY_SECONDS: Final = 0.001  # a message waits so long for others that are on their way
+
+T = TypeVar("T")
 
 Part = tuple[RecordKind, str, Sequence[bytes]]
 """A record to be written: kind, text, content."""
@@ -65,28 +69,23 @@ _VERBS: Final = (
 )  # fmt: skip
 
 
-class Step:
-    """Records that become durable together or not at all, and who waits for them.
+class Step(Promise[T]):
+    """Records that become durable together or not at all; and the answer of whoever waits for that.
 
     Attributes:
         ended: by how many recipients the tally grows, by name.
         room: what it may take.
-        done: called on the event loop, once: the error, or None.
         segment, places: where the records are, once they are durable: offset, octets, offset and checksum of content.
     """
 
-    __slots__ = ("done", "ended", "octets", "parts", "places", "room", "segment")
+    __slots__ = ("ended", "octets", "parts", "places", "room", "segment")
 
-    def __init__(
-        self,
-        parts: Sequence[Part],
-        done: Callable[["Step", SpoolError | None], None],
-        *,
-        ended: Mapping[str, int],
-        room: Room,
-    ) -> None:
+    def __init__(self, parts: Sequence[Part], *, ended: Mapping[str, int], room: Room) -> None:
+        # As `Promise` has it: one call less for every message and every result.
+        self._callbacks = ()
+        self._error = self._result = None
+        self._is_done = False
         self.parts = parts
-        self.done = done
         self.ended = ended
         self.room = room
         octets = 0
@@ -95,6 +94,21 @@ class Step:
         self.octets = octets
         self.segment = 0
         self.places: list[tuple[int, int, int, int]] = []
+
+    @abstractmethod
+    def is_durable(self) -> T:
+        """Note what the records say, which are durable; called on the event loop, in the order of the log.
+
+        Returns:
+            The answer.
+        """
+
+    def is_not_durable(self) -> None:
+        """Note that nothing has changed; called on the event loop."""
+
+
+Outcome = tuple[Sequence[Step[Any]], SpoolError | None]
+"""Steps, in the order of the log, and why they are not durable; None: they are."""
 
 
 class Log:
@@ -141,7 +155,7 @@ class Log:
         self.markers = markers
         self.tally = tally
         self.told = (self._number, self._at)
-        self._steps: deque[Step] = deque()
+        self._steps: deque[Step[Any]] = deque()
         # Woken by a token where it sleeps: an `Event` costs several times as much.
         self._wakes: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._is_asleep = False
@@ -158,7 +172,7 @@ class Log:
         self._thread = threading.Thread(target=self._run, name="spool", daemon=True)
         self._thread.start()
 
-    def append(self, step: Step, *, is_urgent: bool = True) -> None:
+    def append(self, step: Step[Any], *, is_urgent: bool = True) -> None:
         """Make a step durable. Call on the event loop.
 
         Raises:
@@ -263,7 +277,7 @@ class Log:
 
     def _serve(self) -> None:
         began = time.monotonic()
-        group: list[Step] = []
+        group: list[Step[Any]] = []
         octets = rooms = 0
         while self._steps and len(group) < GROUP_MOST and octets < GROUP_OCTETS:
             step = self._steps.popleft()
@@ -272,14 +286,14 @@ class Log:
             group.append(step)
         if self._steps:  # more than a group, or it has just come
             self._is_urgent = True
-        outcomes: list[tuple[Step, SpoolError | None]] = []
+        outcomes: list[Outcome] = []
         try:
             self._write(group, outcomes)
         except Exception:
             # Our bug fails the group it met, and nothing else: the thread serves on.
             logger.exception("spool failed: internal error")
-            told = {id(step) for step, _ in outcomes}
-            outcomes += [(step, SpoolError("internal error")) for step in group if id(step) not in told]
+            told = {id(step) for steps, _ in outcomes for step in steps}
+            outcomes.append(([step for step in group if id(step) not in told], SpoolError("internal error")))
         seconds, items = time.monotonic() - began, len(group)
         for verb, bit in _VERBS:
             if rooms & bit:
@@ -288,20 +302,25 @@ class Log:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
             self._loop.call_soon_threadsafe(self._tell, outcomes, (self._number, self._at))
 
-    def _tell(self, outcomes: Sequence[tuple[Step, SpoolError | None]], told: tuple[int, int]) -> None:
+    def _tell(self, outcomes: Sequence[Outcome], told: tuple[int, int]) -> None:
         """On the event loop."""
-        for step, error in outcomes:
-            try:
-                step.done(step, error)
-            except Exception:
-                logger.exception("spool failed: internal error")
+        for steps, error in outcomes:
+            for step in steps:
+                try:
+                    if error is None:
+                        step.settle(step.is_durable())
+                    else:
+                        step.is_not_durable()
+                        step.fail(error)
+                except Exception:
+                    logger.exception("spool failed: internal error")
         self.told = told
 
-    def _write(self, group: Sequence[Step], outcomes: list[tuple[Step, SpoolError | None]]) -> None:
+    def _write(self, group: Sequence[Step[Any]], outcomes: list[Outcome]) -> None:
         """Make a group durable; what became of it is noted in `outcomes`."""
         while group:
             if self.fault is not None:
-                outcomes += [(step, self.fault) for step in group]
+                outcomes.append((group, self.fault))
                 return
             if fitting := self._that_fit(group):
                 group = group[len(fitting) :]
@@ -321,7 +340,7 @@ class Log:
                         refused, group = [*refused, *group], []
                 if refused:
                     self.latch(fault)
-                outcomes += [(step, fault) for step in refused]
+                outcomes.append((refused, fault))
 
     def _has_gone_on(self) -> bool:
         """Go on in the segment that was the last one before this start, if there is one that can be written.
@@ -359,7 +378,7 @@ class Log:
             return False
         return True
 
-    def _that_fit(self, group: Sequence[Step]) -> Sequence[Step]:
+    def _that_fit(self, group: Sequence[Step[Any]]) -> Sequence[Step[Any]]:
         """The first steps of a group that the segment has room for."""
         if self._file < 0:
             return ()
@@ -372,7 +391,7 @@ class Log:
                 return group[:number]
         return group
 
-    def _put(self, group: Sequence[Step], outcomes: list[tuple[Step, SpoolError | None]]) -> None:
+    def _put(self, group: Sequence[Step[Any]], outcomes: list[Outcome]) -> None:
         start, marker = self._at, self._marker
         at = start
         pieces: list[bytes] = []
@@ -395,14 +414,14 @@ class Log:
             fault = storage_error(error)
             self.latch(fault)
             self._take_back(start, at - start)
-            outcomes += [(step, fault) for step in group]
+            outcomes.append((group, fault))
             return
+        outcomes.append((group, None))
         self._at = at
         tally = self.tally
         for step in group:
             for name, recipients in step.ended.items():
                 tally[name] = tally.get(name, 0) + recipients
-            outcomes.append((step, None))
 
     def _take_back(self, start: int, octets: int) -> None:
         """Leave nothing of a group that was not made durable, as far as the disk lets us."""

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Container, Sequence
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 from otel_smtp.spool.embedded.entries import Entry, Place
 from otel_smtp.spool.embedded.log import Step
@@ -87,7 +87,7 @@ class Memory:
         """Of all mail, with what the log says of it."""
         return self.large_octets + sum(octets for _, octets in self.live.values()) - self.outcome_octets
 
-    def note_new(self, entry: Entry, step: Step, part: int, crc: int | None) -> None:
+    def note_new(self, entry: Entry, step: Step[Any], part: int, crc: int | None) -> None:
         """A message has come: the record is a step's part of that number."""
         entry.place = self.place(entry, step, part, crc)
         self.messages += 1
@@ -95,12 +95,19 @@ class Memory:
             self.large_octets += entry.octets
         if entry.kind is _OUTCOME:
             self._count_outcome(entry, 1)
-        self.note(entry, (step.segment, step.places[part][0]))
+        position = (step.segment, step.places[part][0])
+        if entry.id in self.unindexed:  # one of that id has ended a moment ago
+            self.note(entry, position)
+            return
+        self.hot[entry.id] = entry
+        self.unindexed[entry.id] = (time.monotonic(), position, entry)
+        self.waiting.offer(entry)
 
     def note_end(self, entry: Entry, position: Position) -> None:
         """A message has ended: the record that says so is durable at `position`. Call in the order of the log."""
         self.hot.pop(entry.id, None)
-        self._drop_content(entry)
+        if self._contents:
+            self._drop_content(entry)
         self.messages -= 1
         self._leave_large(entry)
         assert entry.place is not None
@@ -114,7 +121,7 @@ class Memory:
         else:
             self.unindexed.pop(entry.id, None)
 
-    def note_moved(self, entry: Entry, moved: Entry, step: Step, crc: int, *, is_lost: bool) -> None:
+    def note_moved(self, entry: Entry, moved: Entry, step: Step[Any], crc: int, *, is_lost: bool) -> None:
         """A message lies elsewhere from now on: the record is all of a step. Call in the order of the log.
 
         Args:
@@ -150,7 +157,7 @@ class Memory:
             if one.is_pending:
                 self.outcomes[one.destination] += by
 
-    def place(self, entry: Entry, step: Step, part: int, crc: int | None) -> Place:
+    def place(self, entry: Entry, step: Step[Any], part: int, crc: int | None) -> Place:
         """Where a message lies from now on: in a step's part of that number.
 
         Args:

@@ -11,7 +11,7 @@ from otel_smtp.spool.embedded.index import Index
 from otel_smtp.spool.embedded.journal import message_part
 from otel_smtp.spool.embedded.log import Step
 from otel_smtp.spool.embedded.operating import EmbeddedOperating
-from otel_smtp.spool.messages import ContentLost, End, Kind, Lease, NoSuchMessage, SpoolError
+from otel_smtp.spool.messages import ContentLost, End, Kind, NoSuchMessage, SpoolError
 from otel_smtp.spool.store import NotFound, Rebuilt
 
 
@@ -123,7 +123,7 @@ class Rebuilding(EmbeddedOperating):
             self.memory.set_free(entry)
             raise
 
-        def durable(step: Step) -> None:
+        def durable(step: Step[None]) -> None:
             self.memory.set_free(entry)
             self.memory.note_moved(entry, moved, step, found.crc, is_lost=False)
 
@@ -138,11 +138,9 @@ class Rebuilding(EmbeddedOperating):
         hold_again(entry, self._now_ms())
         if found.content is None:
             await asyncio.to_thread(self.directory.put_back, path, entry.id)
-        answer: asyncio.Future[Sequence[Lease]] = self._loop.create_future()
         content = () if found.content is None else (found.content,)
-        self.journal.add(entry, content, crc, answer, is_new=not is_counted)
         try:
-            await answer
+            await self.journal.add(entry, content, crc, is_new=not is_counted)
         except SpoolError:
             if found.content is None:
                 await asyncio.to_thread(self.directory.move_aside, self.directory.large(entry.id))

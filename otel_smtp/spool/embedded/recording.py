@@ -1,13 +1,13 @@
 """Results: what an attempt came to, with the messages that tell of it."""
 
-import asyncio
 from collections.abc import Sequence
 from typing import Any
 
 from otel_smtp.spool.embedded.entries import Entry
 from otel_smtp.spool.embedded.parts import EmbeddedParts
+from otel_smtp.spool.embedded.promises import Promise
 from otel_smtp.spool.messages import Lease, NoSuchMessage, StaleLease, Verdict, stale
-from otel_smtp.spool.store import Notice
+from otel_smtp.spool.store import Notice, Pending
 
 
 class EmbeddedRecording(EmbeddedParts):
@@ -24,7 +24,7 @@ class EmbeddedRecording(EmbeddedParts):
         hold: bool = False,
         notices: Sequence[Notice] = (),
         is_urgent: bool = True,
-    ) -> asyncio.Future[None]:
+    ) -> Pending[None]:
         """See `Store.finish`."""
         entry = self.memory.hot.get(lease.message_id)
         if entry is not None and entry.is_busy:
@@ -47,7 +47,7 @@ class EmbeddedRecording(EmbeddedParts):
         hold: bool,
         notices: Sequence[Notice],
         is_urgent: bool,
-    ) -> asyncio.Future[None]:
+    ) -> Pending[None]:
         """As `finish`; the message is not busy."""
         try:
             if (entry := self.memory.hot.get(lease.message_id)) is None:
@@ -64,8 +64,8 @@ class EmbeddedRecording(EmbeddedParts):
                 if not changed.deliveries:
                     changed = None
         except StaleLease as error:
-            answer: asyncio.Future[None] = self._loop.create_future()
-            answer.set_exception(error)
+            answer: Promise[None] = Promise()
+            answer.fail(error)
             return answer
         return self.journal.change(entry, changed, ended, notices, is_urgent=is_urgent)
 

@@ -27,7 +27,7 @@ import logging
 import sqlite3
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -218,7 +218,7 @@ class EmbeddedStore(EmbeddedSubmitting, EmbeddedLeasing, EmbeddedRecording, Rebu
 
     async def _note_lost(self, ids: Sequence[str]) -> None:
         """Have the log say which contents were found to be lost, and that these messages do not age from now on."""
-        noted: list[asyncio.Future[None]] = []
+        noted: list[Awaitable[None]] = []
         with contextlib.suppress(SpoolError):  # a full disk: it is found out again at the next start
             for message_id in ids:
                 entry = await self.indexing.get(message_id)
@@ -260,7 +260,7 @@ class EmbeddedStore(EmbeddedSubmitting, EmbeddedLeasing, EmbeddedRecording, Rebu
         await self.journal.append([(RecordKind.CLOCK, dumps({"moved_ms": 0, "ended": {}}), ())])
 
     async def _take_back(self, entries: Sequence[Entry], crashes_allowed: int | None, held: list[str]) -> None:
-        changes: list[asyncio.Future[None]] = []
+        changes: list[Awaitable[None]] = []
         for entry in entries:
             await self.memory.until_free(entry.id)
             if (known := self.memory.hot.get(entry.id)) is None or not known.is_leased:
