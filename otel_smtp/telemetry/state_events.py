@@ -361,7 +361,7 @@ _SHAPES: Final = {name: EventShape(name, {}) for name in (names.RECIPIENT_EVENT,
 
 
 def encode_events(events: Iterable[EventRecord]) -> list[bytes]:
-    """The events that tell of recipients, or of a gateway that had the mail before, as pieces of their span."""
+    """The events that tell of recipients, or of a gateway that had the mail before, each as a piece of its span."""
     return [encode_event(event.time_ns, _SHAPES[event.name], event.attributes.items()) for event in events]
 
 
@@ -432,3 +432,14 @@ def encode_phases(delivery: DeliveryRecord) -> list[bytes]:
         else:
             pieces += (shape.before, pack_time(at_ns + offset), shape.octets)
     return pieces
+
+
+def encode_phases_among(delivery: DeliveryRecord, events: Sequence[EventRecord]) -> list[bytes]:
+    """The same with other events among them, by their times."""
+    offset = delivery.transaction.wall_offset_ns
+    placed = [(event.time_ns, octets) for event, octets in zip(events, encode_events(events), strict=True)]
+    for at_ns, shape in describe_phases(delivery):
+        pairs = _pace_pairs(delivery) if shape.name == _PACED else ()
+        placed.append((at_ns + offset, encode_event(at_ns + offset, shape, pairs)))
+    placed.sort(key=itemgetter(0))
+    return [octets for _, octets in placed]

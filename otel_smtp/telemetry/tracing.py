@@ -25,6 +25,7 @@ A span that is not sampled costs its identity and a few comparisons, unless a li
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from operator import attrgetter
 from typing import Final, Protocol
 
 from opentelemetry.trace import SpanKind
@@ -51,6 +52,7 @@ from otel_smtp.telemetry.state_events import (
     StateEvents,
     encode_events,
     encode_phases,
+    encode_phases_among,
     encode_states,
     encode_states_by,
     phase_events,
@@ -562,13 +564,12 @@ class Tracing(Observer):
         if (taken := transaction.taken_over) is not None:
             told = [taken_over_event(times[0], *taken), *told]
         if encodes:
-            events = encode_phases(delivery)
-            if told:
-                events += encode_events(told)
+            events = encode_phases_among(delivery, told) if told else encode_phases(delivery)
             self._give(identity, described, times, events)
         if reads:
             phases = phase_events(delivery) if identity.is_recording else []
-            self._show(identity, described, times, [*phases, *told] if told else phases)
+            in_order = sorted([*phases, *told], key=attrgetter("time_ns")) if told else phases
+            self._show(identity, described, times, in_order)
         if self._lines:
             self._tell_lines(identity, described, times, told)
 

@@ -9,7 +9,16 @@ from typing import Any
 import pytest
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
 
-from otel_smtp.observing import Fate, MessageKind, Observer, Outcome, SpoolAction, TransactionRecord, fan_out
+from otel_smtp.observing import (
+    DeliveryPhase,
+    Fate,
+    MessageKind,
+    Observer,
+    Outcome,
+    SpoolAction,
+    TransactionRecord,
+    fan_out,
+)
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Mail, Recipient
 from otel_smtp.smtp.replies import ErrorType, Reply
@@ -176,6 +185,30 @@ def test_an_attempt_that_lost_a_recipient_has_failed_and_says_how_many() -> None
     assert span.attributes["smtp.outcome"] == "partly_relayed"
     assert [event.attributes["smtp.upstream.name"] for event in transaction.events] == ["provider"]
     assert all(event.name != "smtp.recipient" for event in span.events)  # the transaction's has told it
+
+
+def test_events_of_a_delivery_are_in_the_order_of_their_times() -> None:
+    """Mail that was queued only for those whom the upstream deferred: its first attempt tells of them."""
+    kept = Kept()
+    encoded: list[EncodedSpan] = []
+    tracing = Tracing(sinks=[kept], exports=[lambda spans, items: encoded.extend(spans)])
+    client = Client(tracing).ehlo().mail().rcpt().rcpt("later@example.com").data().header()
+    transaction = client.transaction
+    assert transaction is not None
+    transaction.taken_over = ("other", 2.5)
+    delivery = begin_delivery(transaction, "provider", 1, client.clock)
+    delivery.phases.append((client.clock.monotonic_ns(), DeliveryPhase.PACED, None))
+    delivery.paced = ("a limit", 1)
+    delivery.refuse(transaction.accepted[1], GREYLISTED, client.clock.monotonic_ns())
+    finish_delivery(client.observer, delivery, outcome=Outcome.PARTLY_RELAYED, clock=client.clock)
+    client.final(outcome=Outcome.QUEUED).quit()
+    events = kept.one("smtp.delivery").events
+    names = [event.name for event in events]
+    assert names[:3] == ["smtp.spool.taken_over", "smtp.upstream.paced", "smtp.recipient"]
+    assert names[-1] == "smtp.upstream.reply"
+    assert [event.time_ns for event in events] == sorted(event.time_ns for event in events)
+    [span] = [span for octets in encoded for span in octets.to_records() if span.name == "smtp.delivery"]
+    assert span.events == events
 
 
 # The log -----------------------------------------------------------------------------------------------------------
