@@ -9,7 +9,7 @@ import pytest
 from otel_smtp.forwarding.settings import Timeouts
 from otel_smtp.forwarding.upstream import UpstreamForwarder
 from otel_smtp.observing import DeliveryPhase, DeliveryRecord
-from tests.support.relaying import QUICK, Relayed, both_strategies, relay, relaying, settings
+from tests.support.relaying import PATIENT, Relayed, both_strategies, relay, relaying, settings
 from tests.support.upstream import Fault, Kind, Phase, ScriptedUpstream
 from tests.support.waiting import until
 
@@ -90,7 +90,7 @@ async def test_who_waits_in_vain_below_a_cap_is_told_what_the_upstream_said() ->
 
 async def test_a_mail_that_is_given_up_while_it_waits_below_a_cap_leaves_nothing_behind() -> None:
     upstream = ScriptedUpstream(most_connections=1, faults={Phase.REPLY: Fault(Kind.LATE)})
-    async with upstream, relaying(settings(upstream, timeouts=QUICK)) as forwarder:
+    async with upstream, relaying(settings(upstream, timeouts=PATIENT)) as forwarder:
         mails = [asyncio.create_task(relay(forwarder)) for _ in range(3)]
         await until(lambda: upstream.refused_connections == 2 and upstream.stalled > 0)
         await until(lambda: forwarder.snapshot()[0].pool.waiting == 2)

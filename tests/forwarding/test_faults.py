@@ -8,6 +8,7 @@ import asyncio
 import errno
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ from tests.support.relaying import (
     CAROL,
     CHUNKS,
     HEADER,
+    PATIENT,
     both_strategies,
     relay,
     relaying,
@@ -39,7 +41,6 @@ from tests.support.relaying import (
 from tests.support.upstream import EXTENSIONS, Fault, Kind, Phase, ScriptedUpstream
 from tests.support.waiting import SECONDS, until
 
-PATIENT = Timeouts(connect=5, greeting=5, command=5, data=5, block=5, reply=5, pool=5)
 SHORT = 0.25
 NO_CHUNKING = tuple(without("CHUNKING"))
 NO_PIPELINING = tuple(without("CHUNKING", "PIPELINING"))
@@ -51,13 +52,13 @@ def impatient_at(phase: Phase, kind: Kind) -> Timeouts:
         return PATIENT
     match phase:
         case Phase.CONNECT | Phase.GREETING:
-            return Timeouts(5, SHORT, 5, 5, 5, 5, 5)
+            return replace(PATIENT, greeting=SHORT)
         case Phase.DATA:
-            return Timeouts(5, 5, 5, SHORT, 5, SHORT, 5)
+            return replace(PATIENT, data=SHORT, reply=SHORT)
         case Phase.REPLY:
-            return Timeouts(5, 5, 5, 5, 5, SHORT, 5)
+            return replace(PATIENT, reply=SHORT)
         case _:
-            return Timeouts(5, 5, SHORT, SHORT, 5, SHORT, 5)
+            return replace(PATIENT, command=SHORT, data=SHORT, reply=SHORT)
 
 
 def nothing_is_kept_out_of_step(forwarder_snapshot: Sequence[object]) -> bool:

@@ -22,7 +22,7 @@ from otel_smtp.smtp.replies import Reply
 from otel_smtp.smtp.states import TlsMode
 from tests.support.deliveries import phases_of
 from tests.support.fake_stream import FakeStream
-from tests.support.relaying import QUICK, relay, relaying, said_by
+from tests.support.relaying import PATIENT, relay, relaying, said_by
 from tests.support.upstream import EXTENSIONS, Fault, Kind, Phase, ScriptedUpstream
 from tests.support.waiting import until
 
@@ -55,7 +55,7 @@ def secured(upstream: ScriptedUpstream, ca_file: str | None, **more: object) -> 
         "ca_file": ca_file,
         "server_name": "localhost",
         "credentials": SECRET,
-        "timeouts": QUICK,
+        "timeouts": PATIENT,
         **more,
     }
     return UpstreamSettings("up", "127.0.0.1", upstream.port, **wanted)  # type: ignore[arg-type]
@@ -264,7 +264,7 @@ class Tokens:
 )
 async def test_the_best_mechanism_that_is_wanted_and_offered(auth: str, offered: Sequence[str], expected: str) -> None:
     async with ScriptedUpstream(users=USERS, mechanisms=offered) as upstream:
-        settings = UpstreamSettings("up", "127.0.0.1", upstream.port, credentials=SECRET, auth=auth, timeouts=QUICK)
+        settings = UpstreamSettings("up", "127.0.0.1", upstream.port, credentials=SECRET, auth=auth, timeouts=PATIENT)
         async with relaying(settings) as forwarder:  # the loopback interface: the one place for AUTH in clear
             assert (await relay(forwarder)).told.code == 250
         assert upstream.kept[0].user == "relay"
@@ -279,7 +279,7 @@ async def test_a_refused_password_is_our_configurations_fault_and_is_not_repeate
     encoded = base64.b64encode(b"\0relay\0wr0ng").decode()
     refusal = f"535 5.7.8 no Relay ({encoded}) with wr0ng, Tenant says AuthenticationUnsuccessful\r\n".encode()
     async with ScriptedUpstream(users=USERS, mechanisms=(mechanism,), auth_refusal=refusal) as upstream:
-        settings = UpstreamSettings("up", "127.0.0.1", upstream.port, credentials=wrong, timeouts=QUICK)
+        settings = UpstreamSettings("up", "127.0.0.1", upstream.port, credentials=wrong, timeouts=PATIENT)
         async with relaying(settings) as forwarder:
             relayed = await relay(forwarder)
             if relayed.seen.deliveries[0].reply is None:
@@ -301,7 +301,7 @@ async def test_a_refused_password_is_our_configurations_fault_and_is_not_repeate
 async def test_no_wanted_mechanism_means_no_mail(offered: Sequence[str]) -> None:
     users = USERS if offered else {}
     async with ScriptedUpstream(users=users, mechanisms=offered) as upstream:
-        settings = UpstreamSettings("up", "127.0.0.1", upstream.port, credentials=SECRET, timeouts=QUICK)
+        settings = UpstreamSettings("up", "127.0.0.1", upstream.port, credentials=SECRET, timeouts=PATIENT)
         async with relaying(settings) as forwarder:
             assert (await relay(forwarder)).told is replies.UPSTREAM_LOGIN
         assert upstream.kept == []
@@ -309,7 +309,7 @@ async def test_no_wanted_mechanism_means_no_mail(offered: Sequence[str]) -> None
 
 async def test_auth_off_sends_no_credential() -> None:
     async with ScriptedUpstream(users=USERS) as upstream:
-        settings = UpstreamSettings("up", "127.0.0.1", upstream.port, credentials=SECRET, auth="off", timeouts=QUICK)
+        settings = UpstreamSettings("up", "127.0.0.1", upstream.port, credentials=SECRET, auth="off", timeouts=PATIENT)
         async with relaying(settings) as forwarder:
             assert (await relay(forwarder)).told.code == 250
         assert "AUTH" not in upstream.verbs
@@ -339,7 +339,7 @@ async def test_xoauth2_renews_a_refused_token() -> None:
     tokens = Tokens("old", "new")
     credentials = Credentials("relay", tokens=tokens)
     async with ScriptedUpstream(tokens={"relay": "new"}, mechanisms=("PLAIN", "XOAUTH2")) as upstream:
-        settings = UpstreamSettings("up", "127.0.0.1", upstream.port, credentials=credentials, timeouts=QUICK)
+        settings = UpstreamSettings("up", "127.0.0.1", upstream.port, credentials=credentials, timeouts=PATIENT)
         async with relaying(settings) as forwarder:
             assert (await relay(forwarder)).told.text.startswith(replies.UPSTREAM_LOGIN.text + ": 535")
             assert tokens.invalidated == 1
@@ -350,7 +350,7 @@ async def test_xoauth2_renews_a_refused_token() -> None:
 async def test_no_token_means_no_mail() -> None:
     for credentials in (Credentials("relay", tokens=Tokens()), Credentials("relay", tokens=Tokens("not a token"))):
         async with ScriptedUpstream(tokens={"relay": "x"}, mechanisms=("XOAUTH2",)) as upstream:
-            settings = UpstreamSettings("up", "127.0.0.1", upstream.port, credentials=credentials, timeouts=QUICK)
+            settings = UpstreamSettings("up", "127.0.0.1", upstream.port, credentials=credentials, timeouts=PATIENT)
             async with relaying(settings) as forwarder:
                 assert (await relay(forwarder)).told is replies.UPSTREAM_LOGIN
             assert "AUTH" not in upstream.verbs
@@ -406,7 +406,7 @@ async def test_questions_that_never_end_are_not_answered() -> None:
 async def test_auth_that_stalls_or_is_garbled_fails_the_connection() -> None:
     for fault in (Fault(Kind.CLOSE), Fault(Kind.GARBAGE), Fault(Kind.GOODBYE), Fault(Kind.REFUSE, b"334 !\r\n")):
         async with ScriptedUpstream(users=USERS, mechanisms=("PLAIN",), faults={Phase.AUTH: fault}) as upstream:
-            settings = UpstreamSettings("up", "127.0.0.1", upstream.port, credentials=SECRET, timeouts=QUICK)
+            settings = UpstreamSettings("up", "127.0.0.1", upstream.port, credentials=SECRET, timeouts=PATIENT)
             async with relaying(settings) as forwarder:
                 assert (await relay(forwarder)).told.is_transient
             assert upstream.kept == []
@@ -417,7 +417,7 @@ async def test_auth_that_stalls_or_is_garbled_fails_the_connection() -> None:
 
 async def test_quit_is_said_without_waiting_for_its_reply() -> None:
     async with ScriptedUpstream(extensions=EXTENSIONS) as upstream:
-        settings = UpstreamSettings("up", "127.0.0.1", upstream.port, timeouts=QUICK)
+        settings = UpstreamSettings("up", "127.0.0.1", upstream.port, timeouts=PATIENT)
         phases: list[tuple[DeliveryPhase, Reply | None]] = []
         connection = await open_connection(settings, None, "gw.example", lambda *step: phases.append(step))
         connection.close()

@@ -17,7 +17,7 @@ from aiosmtpd.smtp import SMTP
 from otel_smtp.forwarding.settings import Strategy, UpstreamSettings
 from otel_smtp.observing import Outcome
 from otel_smtp.smtp import replies
-from tests.support.relaying import BOB, CAROL, QUICK, both_strategies, relay, relaying
+from tests.support.relaying import BOB, CAROL, PATIENT, both_strategies, relay, relaying
 from tests.support.tools import tool
 from tests.support.waiting import until
 
@@ -37,7 +37,7 @@ class Keeping(MessageHandler):
 async def test_aiosmtpd_takes_our_mail(strategy: Strategy) -> None:
     handler = Keeping()
     server = await asyncio.get_running_loop().create_server(lambda: SMTP(handler, enable_SMTPUTF8=True), "127.0.0.1", 0)
-    settings = UpstreamSettings("aiosmtpd", "127.0.0.1", server.sockets[0].getsockname()[1], timeouts=QUICK)
+    settings = UpstreamSettings("aiosmtpd", "127.0.0.1", server.sockets[0].getsockname()[1], timeouts=PATIENT)
     async with relaying(settings, strategy=strategy) as forwarder:
         for _ in range(3):
             relayed = await relay(forwarder, BOB, CAROL)
@@ -66,7 +66,7 @@ async def smtp_sink(directory: Path, *arguments: str) -> AsyncIterator[UpstreamS
 
     try:
         await until(listens)
-        yield UpstreamSettings("sink", path, None, is_lmtp="-L" in arguments, timeouts=QUICK)
+        yield UpstreamSettings("sink", path, None, is_lmtp="-L" in arguments, timeouts=PATIENT)
     finally:
         process.kill()
         await process.wait()

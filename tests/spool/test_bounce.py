@@ -31,7 +31,7 @@ from otel_smtp.spool.dsn.report import (
     returns_content,
     wanted,
 )
-from tests.support.relaying import QUICK, relay, relaying
+from tests.support.relaying import PATIENT, relay, relaying
 
 MAIL: Final = Mail("app@example.com")
 BOB: Final = Recipient("bob@example.net")
@@ -666,7 +666,7 @@ def test_a_mailing_list_server_knows_what_it_is_told(
 async def test_a_server_that_others_wrote_takes_it_and_reads_it(body: bytes) -> None:
     handler = Keeping()
     server = await asyncio.get_running_loop().create_server(lambda: SMTP(handler, enable_SMTPUTF8=True), "127.0.0.1", 0)
-    settings = UpstreamSettings("aiosmtpd", "127.0.0.1", server.sockets[0].getsockname()[1], timeouts=QUICK)
+    settings = UpstreamSettings("aiosmtpd", "127.0.0.1", server.sockets[0].getsockname()[1], timeouts=PATIENT)
     octets = notice(content=HEADER + body)
     mail, recipient = envelope(MAIL, is_ascii=octets.isascii())
     head, _, rest = octets.partition(b"\r\n\r\n")

@@ -19,13 +19,13 @@ BODY = b"\r\nhello\r\n.dot\r\n..\r\n"
 CHUNKS = (HEADER, BODY)
 BOB = Recipient("bob@example.net")
 CAROL = Recipient("carol@example.net")
-QUICK = Timeouts(connect=2, greeting=2, command=2, data=2, block=2, reply=2, pool=2)
+PATIENT = Timeouts(connect=30, greeting=30, command=30, data=30, block=30, reply=30, pool=30)  # however busy we are
 
 both_strategies = pytest.mark.parametrize("strategy", list(Strategy))
 
 
 def settings(upstream: ScriptedUpstream, name: str = "up", **more: object) -> UpstreamSettings:
-    return UpstreamSettings(name, "127.0.0.1", upstream.port, **{"timeouts": QUICK, **more})  # type: ignore[arg-type]
+    return UpstreamSettings(name, "127.0.0.1", upstream.port, **{"timeouts": PATIENT, **more})  # type: ignore[arg-type]
 
 
 @asynccontextmanager

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable
 
-SECONDS = 5.0
+SECONDS = 30.0
 
 
 async def until(condition: Callable[[], object], *, timeout_seconds: float = SECONDS) -> None:

@@ -583,6 +583,7 @@ async def test_nobody_else_can_read_it_whatever_the_umask(tmp_path: Path, umask:
             await queued(store)
             await queued(store, None, HEADER, LARGE)
             await store.page("", 1)
+            store.directory.prepare(SEGMENT_OCTETS)  # what is being made ready meanwhile has its name and mode after it
             modes = {
                 file: stat.S_IMODE(file.lstat().st_mode) for file in (path, *path.rglob("*")) if not file.is_symlink()
             }
