@@ -216,12 +216,16 @@ class Admission(Conversation):
         try:
             step = await exchange.step(response)
         except TooManyGuesses:
+            self._auth = None
             self._call(self._protocol.reply, replies.TOO_MANY_AUTH_FAILURES)
             return
         except Exception:
+            self._auth = None
             logger.exception("authentication not run: internal error", extra=self._named())
             self._call(self._protocol.reply, replies.AUTH_UNAVAILABLE)
             return
+        if not isinstance(step, Challenge):
+            self._auth = None  # an exchange may hold what the client has said to prove itself
         protocol.now_ns = time.monotonic_ns()
         match step:
             case Challenge(data):

@@ -130,7 +130,7 @@ class Conversation:
         self._trace_id: str | None = None  # of the message at hand
         self._failed_content: Reply | None = None  # the forwarder has failed while the client was still sending
         self._batch: Sequence[Recipient] = ()
-        self._auth: Login | None = None
+        self._auth: Login | None = None  # until it is judged
         self._task: asyncio.Task[None] | None = None  # what is rare enough to be a coroutine
         self._allows: bool | None = None  # whether this client may relay without AUTH; None: not looked up yet
         self._received_head: bytes | None = None  # of this session's Received fields, but for SMTPUTF8 messages

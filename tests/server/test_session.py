@@ -890,6 +890,23 @@ async def test_who_may_not_relay_by_address_must_authenticate() -> None:
         await served.stream.sends(b"250 2.1.0 ")
 
 
+@pytest.mark.parametrize(
+    ("said", "answer"),
+    [
+        (LOGIN, b"235 "),
+        (b"AUTH PLAIN AHVzZXIAd3Jvbmc=\r\n", b"535 "),
+        (b"AUTH LOGIN\r\ndXNlcg==\r\nc2VjcmV0\r\n", b"235 "),
+        (b"AUTH LOGIN\r\ndXNlcg==\r\nd3Jvbmc=\r\n" + LOGIN, b"235 "),
+    ],
+)
+async def test_nothing_of_a_login_is_kept_once_it_is_judged(said: bytes, answer: bytes) -> None:
+    protocol = replace(STRANGERS.protocol, auth_mechanisms=("PLAIN", "LOGIN"))
+    async with serving(replace(STRANGERS, protocol=protocol)) as served:
+        served.stream.feed(b"EHLO c\r\n" + said)
+        await served.stream.sends(answer)
+        assert served.session._auth is None
+
+
 async def test_who_authenticated_in_clear_is_a_stranger_again_under_tls() -> None:
     async with serving(STRANGERS) as served:
         served.stream.feed(b"EHLO c\r\n" + LOGIN)
