@@ -289,7 +289,7 @@ class TransactionRecord:
         self.begun_ns = begun_ns
         self.wall_offset_ns = wall_offset_ns
         self.accepted: list[Recipient] = []
-        self.refused: list[RecipientRecord] = []
+        self.refused: Sequence[RecipientRecord] = ()
         self.refused_count = self.deferred_count = self.own_count = self.lost_count = 0
         self.trace_headers: TraceHeaders | None = None
         self.message_id: str | None = None
@@ -351,7 +351,8 @@ class TransactionRecord:
             self.refused_count += 1
         if len(self.refused) < MOST_REFUSED:
             fate = Fate.DEFERRED if is_deferred else Fate.REFUSED
-            self.refused.append(RecipientRecord(now_ns, recipient, fate, reply, self._who_said(recipient, reply)))
+            refused = RecipientRecord(now_ns, recipient, fate, reply, self._who_said(recipient, reply))
+            self.refused = (*self.refused, refused)
 
     def end_in_spool(self, fates: Sequence[tuple[Recipient, Fate, Reply | None]], now_ns: int) -> None:
         """Note what became of recipients of a message from the spool who were not delivered to; the observers are to be

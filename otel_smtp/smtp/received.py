@@ -14,10 +14,9 @@ No field but the trace headers is ever changed, no octet of any other is touched
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from functools import lru_cache
-from itertools import islice
 from typing import Final, NamedTuple
 
 from otel_smtp.smtp.errors import LocalProtocolError
@@ -157,23 +156,18 @@ def inspect_header(block: bytes) -> HeaderFacts:
     """
     lower = b"\n" + block.lower()
     hops = 0
-    traceparents: tuple[str, ...] = ()
-    tracestate = ""
+    traceparents: Sequence[str] = ()
+    tracestates: Sequence[str] = ()
     message_id = None
     # Whether a field may be there is found at a tenth of what a pattern takes to look through the whole block.
     if (start := lower.find(b"\nreceived")) >= 0:
         hops = len(_RECEIVED.findall(lower, start))
-    if (start := lower.find(b"\ntrace")) >= 0:
-        traceparents = tuple(_trace_value(block, field) for field in islice(_TRACEPARENT.finditer(lower, start), 2))
-        if (field := _TRACESTATE.search(lower, start)) is not None:
-            tracestate = _trace_value(block, field)
+    if lower.find(b"\ntrace") >= 0:
+        traceparents = _trace_values(block, lower, b"\ntraceparent", _TRACEPARENT, 2)
+        tracestates = _trace_values(block, lower, b"\ntracestate", _TRACESTATE, 1)
     if (start := lower.find(b"\nmessage-id")) >= 0 and (field := _MESSAGE_ID.search(lower, start)) is not None:
-        start, end = field.span(1)
-        value = block[start - 1 : end - 1].strip(b" \t\r")
-        if _LF in value or _CR in value:
-            value = _value(block, field)
-        message_id = value[:MAX_MESSAGE_ID_OCTETS].decode("utf-8", "replace")
-    return _new(HeaderFacts, (hops, traceparents, tracestate, message_id))
+        message_id = _value(block, field)[:MAX_MESSAGE_ID_OCTETS].decode("utf-8", "replace")
+    return _new(HeaderFacts, (hops, tuple(traceparents), tracestates[0] if tracestates else "", message_id))
 
 
 def replace_trace_headers(block: bytes, carrier: Mapping[str, str] | None) -> bytes:
@@ -252,9 +246,24 @@ def _without(block: bytes, fields: Iterable[re.Match[bytes]]) -> bytes:
 def _value(block: bytes, field: re.Match[bytes]) -> bytes:
     """The unfolded value (RFC 5322 2.2.3) of a field found in the copy, which has one octet more in front."""
     start, end = field.span(1)
-    return block[start - 1 : end - 1].replace(b"\r", b"").replace(b"\n", b"").strip(b" \t")
+    value = block[start - 1 : end - 1].strip(b" \t\r")
+    if _LF in value or _CR in value:
+        return value.replace(b"\r", b"").replace(b"\n", b"").strip(b" \t")
+    return value  # on one line, as most are
 
 
-def _trace_value(block: bytes, field: re.Match[bytes]) -> str:
-    value = _value(block, field)
-    return value.decode("ascii") if len(value) <= MAX_TRACE_VALUE_OCTETS and value.isascii() else ""
+def _trace_values(block: bytes, lower: bytes, name: bytes, pattern: re.Pattern[bytes], most: int) -> Sequence[str]:
+    """The values of the first `most` fields that are called `name`, which has its LF in front."""
+    values: list[str] = []
+    start = lower.find(name)
+    while start >= 0 and len(values) < most:
+        field = pattern.match(lower, start)
+        if field is not None:
+            value = _value(block, field)
+            is_fit = len(value) <= MAX_TRACE_VALUE_OCTETS and value.isascii()
+            values.append(value.decode("ascii") if is_fit else "")
+            start = field.end()
+        else:
+            start += len(name)
+        start = lower.find(name, start)
+    return values
