@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from otel_smtp.smtp.states import TlsMode
 
@@ -65,11 +66,17 @@ class TraceHeaders:
     tracestate: str = ""
 
 
-def trace_fields(carrier: Mapping[str, str]) -> dict[str, str]:
-    """How a log line names its span: `trace_id` and `span_id` in hexadecimal, of a trace context as headers (W3C Trace
-    Context 3.2); nothing where there is none."""
+def trace_fields(carrier: Mapping[str, str]) -> dict[str, Any]:
+    """How a log record names its span: `trace_id` and `span_id` in hexadecimal, and `trace_flags`, which no line shows;
+    of a trace context as headers, nothing where there is none."""
     parts = carrier.get("traceparent", "").split("-")
-    return {"trace_id": parts[1], "span_id": parts[2]} if len(parts) >= 4 else {}
+    if len(parts) < 4:
+        return {}
+    try:
+        flags = int(parts[3], 16)
+    except ValueError:  # nobody of ours wrote that
+        flags = 0
+    return {"trace_id": parts[1], "span_id": parts[2], "trace_flags": flags}
 
 
 class Outcome(StrEnum):

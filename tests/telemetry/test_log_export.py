@@ -1,5 +1,6 @@
 """Log lines over OTLP, as a real receiver gets them, and beside what the SDK makes of the same record."""
 
+import json
 import logging
 import time
 from collections.abc import Iterator
@@ -8,8 +9,10 @@ import pytest
 from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest
 from opentelemetry.sdk.resources import Resource
 
+from otel_smtp.observing import trace_fields
 from otel_smtp.telemetry.attributes import SCHEMA_URL, SCOPE_NAME
 from otel_smtp.telemetry.log_export import log_record_of
+from otel_smtp.telemetry.logs import JsonRenderer, LineFormatter
 from otel_smtp.telemetry.otlp import LogEncoder
 from otel_smtp.telemetry.setup import Telemetry, TelemetryOptions, set_up
 from otel_smtp.telemetry.state_events import StateEvents
@@ -169,6 +172,17 @@ def test_a_record_is_encoded_as_the_protocol_has_it() -> None:
     assert log.observed_time_unix_nano > 0
     attributes = {pair.key: pair.value.string_value for pair in log.attributes}
     assert attributes == {"smtp.logger": "otel_smtp.state", "smtp.state": "New"}
+
+
+@pytest.mark.parametrize(("flags", "expected"), [("01", 1), ("03", 3), ("00", 0), ("no", 0)])
+def test_a_line_about_a_message_has_the_ids_and_flags_of_its_trace(flags: str, expected: int) -> None:
+    extra = trace_fields({"traceparent": f"00-{'a' * 32}-{'b' * 16}-{flags}"})
+    record = logging.makeLogRecord({"name": "otel_smtp.spool.attempts", "levelno": 20, "msg": "x", **extra})
+    made = log_record_of(record)
+    assert (made.trace_id.hex(), made.span_id.hex(), made.flags) == ("a" * 32, "b" * 16, expected)
+    line = json.loads(LineFormatter(JsonRenderer()).format(record))
+    assert (line["trace_id"], line["span_id"]) == ("a" * 32, "b" * 16)
+    assert "trace_flags" not in line
 
 
 def test_values_of_an_operators_line_are_made_fit() -> None:
