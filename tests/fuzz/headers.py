@@ -1,9 +1,9 @@
 """Target: header blocks and what telemetry makes of a peer's text. The input is a block, or any text.
 
 Claimed: `inspect_header` counts and reads what a reading line by line finds; `replace_trace_headers` takes out every
-trace field, and nothing else; the Received field is well formed whatever a client says; what is shown of a peer's text
-is bounded, can be encoded, and holds no control character and no mailbox that it should not; a trace context that is
-taken is written back as it was.
+trace field, and nothing else, and puts ours below our Received field; that field is well formed whatever a client
+says; what is shown of a peer's text is bounded, can be encoded, and holds no control character and no mailbox that it
+should not; a trace context that is taken is written back as it was.
 """
 
 import re
@@ -54,6 +54,16 @@ def _is_trace(name: bytes) -> bool:
     return name in (b"traceparent", b"tracestate")
 
 
+def _end_of_own_field(block: bytes) -> int:
+    """Where the Received field that the block begins with ends; 0 where it begins with another one."""
+    end = 0
+    for line in re.findall(rb"[^\n]*\n", block):
+        if not line.startswith((b" ", b"\t") if end else b"Received:"):
+            break
+        end += len(line)
+    return end
+
+
 def _try_block(block: bytes) -> None:
     facts = inspect_header(block)
     fields = _fields(block)
@@ -73,7 +83,8 @@ def _try_block(block: bytes) -> None:
     assert without in (kept, kept + b"\n"), "more than the trace fields was changed"
     assert replace_trace_headers(without, {}) == without
     top = b"".join(f"{name}: {value}\r\n".encode() for name, value in _CARRIER.items())
-    assert replace_trace_headers(block, _CARRIER) == top + without
+    place = _end_of_own_field(without)
+    assert replace_trace_headers(block, _CARRIER) == without[:place] + top + without[place:]
     context = propagation.parse(TraceHeaders(facts.traceparents, facts.tracestate), with_state=True)
     if context is not None:
         again = propagation.from_carrier(propagation.carrier(context))
