@@ -159,7 +159,7 @@ async def test_a_mail_waits_for_those_whose_transaction_is_open_and_not_for_thos
     gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("otel_smtp.spool.embedded.log.COMPANY_SECONDS", 3600.0)
-    begun, other = gateway.queued(), gateway.queued()
+    begun, _, other = (gateway.queued() for _ in range(3))
     await other.ask(BOB)
     other.begin_content()
     other.write(HEADER, BODY)

@@ -1,8 +1,9 @@
 """The log: segments that are only appended to, by one thread, which makes durable in one go whatever waits for it.
 
-While the thread syncs, more work gathers; that becomes the next group. A message that is complete while others are on
-their way waits for them, a moment at most, since each group costs as much as some messages. So a lone message waits for
-nobody, and under load one sync serves many. The order within a group is the promise::
+While the thread syncs, more work gathers; that becomes the next group. A message that is complete while more are on
+their way waits, a moment at most, until half of all are complete: each group costs as much as some messages, and while
+one half is synced, the event loop has the other half to receive. So a lone message waits for nobody, and under load one
+sync serves many. The order within a group is the promise::
 
     records written and segment synced (in one system call where that can be relied on) > 250
 
@@ -164,6 +165,7 @@ class Log:
         self._is_stopping = False
         self._writes_in_one_call = directory.has_durable_writes
         self._nudge: asyncio.TimerHandle | None = None  # wakes the thread for what is not urgent
+        self._complete = 0  # messages, since the thread was last to hurry
         self._expected = 0  # messages on their way, but for those of which one was waited for in vain
         self._round = 0  # how often that was
         self._company: asyncio.TimerHandle | None = None  # until a message waits for them
@@ -186,7 +188,8 @@ class Log:
             raise SpoolError(f"{step.octets} octets are more than the spool takes at once")
         self._steps.append(step)
         if is_urgent:
-            if not self._expected or step.room is not _MAIL:
+            self._complete += 1
+            if self._complete >= self._expected or step.room is not _MAIL:
                 self._hurry()
             elif self._company is None:
                 self._company = self._loop.call_later(COMPANY_SECONDS, self._have_waited)
@@ -207,19 +210,20 @@ class Log:
         if since != self._round:
             return  # it was waited for in vain, and is not expected any more
         self._expected -= 1
-        if not self._expected and self._company is not None:
+        if self._company is not None and self._complete >= self._expected:
             self._hurry()
 
     def _have_waited(self) -> None:
         """Some that are on their way take longer than others are to wait: these are not waited for again."""
         self._company = None
-        self._round += 1
-        self._expected = 0
         if self._steps:
+            self._round += 1
+            self._expected = 0
             self._hurry()
 
     def _hurry(self) -> None:
         """Have the thread write what has been appended, as soon as it can."""
+        self._complete = 0
         if self._company is not None:
             self._company.cancel()
             self._company = None
