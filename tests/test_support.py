@@ -3,11 +3,13 @@
 import contextlib
 import itertools
 import os
+import signal
 import smtplib
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Final
 
 import pytest
 
@@ -15,7 +17,7 @@ from tests.support import ports, skipped
 from tests.support.capture import CapturingUpstream
 from tests.support.dialogue import UpstreamScript, scripted_reply
 from tests.support.ports import unclaimed_port
-from tests.support.process import until
+from tests.support.process import ROOT, until
 from tests.support.rotel import needs_libraries
 from tests.support.tools import smtp_sink, swaks, tool
 
@@ -184,3 +186,34 @@ def test_no_two_runs_of_tests_are_told_the_same_port() -> None:
             return told
 
         assert set(ports_of_a_run()).isdisjoint(ports_of_a_run())
+
+
+STARTS_A_GROUP: Final = """
+import subprocess, time
+from tests.support.process import outliving_nobody
+
+process = subprocess.Popen(["sh", "-c", "sleep 600 & echo $!; wait"], stdout=subprocess.PIPE, start_new_session=True)
+with outliving_nobody(process):
+    print(process.pid, process.stdout.readline().decode(), flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_no_process_of_ours_outlives_us_however_we_end(number: signal.Signals) -> None:
+    command = [sys.executable, "-c", STARTS_A_GROUP]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout is not None
+        group = [int(one) for one in process.stdout.readline().split()]
+        assert len(group) == 2
+        assert all(map(_lives, group))
+        process.send_signal(number)
+    until(lambda: None if any(map(_lives, group)) else True, "all have ended", timeout_seconds=30)
+
+
+def _lives(process_id: int) -> bool:
+    try:
+        stat = Path(f"/proc/{process_id}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"

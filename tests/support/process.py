@@ -6,6 +6,7 @@ with gateway({"upstream.url": upstream.url}, tmp_path) as running:
 """
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -192,6 +193,42 @@ def environment(more: Mapping[str, str], directory: Path, *, uses_uvloop: bool) 
     return {**environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONWARNINGS": "error", **more}
 
 
+_REAP: Final = """
+left=" "
+while read -r what group; do
+    case $what in
+        begun) left="$left$group " ;;
+        ended) left="${left%" $group "*} ${left##*" $group "}" ;;
+    esac
+done
+for group in $left; do kill -s KILL -- "-$group"; done
+"""
+
+
+@functools.cache
+def _reaper() -> int:
+    """Where a process of our own is told of the groups that end with us, whatever ends us: it reads that end."""
+    told, tell = os.pipe()
+    os.posix_spawn(
+        "/bin/sh", ["sh", "-c", _REAP], os.environ, setsid=True, file_actions=[(os.POSIX_SPAWN_DUP2, told, 0)]
+    )
+    os.close(told)
+    return tell
+
+
+@contextlib.contextmanager
+def outliving_nobody(process: "subprocess.Popen[bytes]") -> Iterator[None]:
+    """Have a process that leads its group killed with all its group: when this is left, or we have died."""
+    os.write(_reaper(), f"begun {process.pid}\n".encode())
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        os.write(_reaper(), f"ended {process.pid}\n".encode())
+
+
 @contextlib.contextmanager
 def gateway(
     settings: Mapping[str, Any],
@@ -227,11 +264,6 @@ def gateway(
             stderr=stderr,
             start_new_session=True,
         )
-    try:
+    assert process.stdout is not None
+    with process.stdout, outliving_nobody(process):  # nor its workers: it was started as the leader of a group
         yield GatewayProcess(process, log)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # itself and its workers: it was started as the leader of a group
-        process.wait()
-        if process.stdout is not None:
-            process.stdout.close()
