@@ -69,6 +69,7 @@ class FanOut(Observer):
                 setattr(self, hook, (_asker if asks else _teller)(hook, listeners))
         self._soon = soon
         self._waiting: list[TransactionRecord] = []
+        self._batch = 0  # the number of those
         self._tell_at_once: Callable[[TransactionRecord], None] | None = None
         if "transactions_settled" in self.__dict__:
             self._tell_at_once = self.__dict__.get("transaction_ended")
@@ -80,6 +81,7 @@ class FanOut(Observer):
         """Tell the transactions that wait: for whoever wants to read what observers make of them."""
         if waiting := self._waiting:
             self._waiting = []
+            self._batch += 1
             self.transactions_settled(waiting)
 
     def _transaction_ended(self, transaction: TransactionRecord) -> None:
@@ -95,10 +97,10 @@ class FanOut(Observer):
         ):
             self.catch_up()
         elif len(waiting) == 1:
-            self._soon(partial(self._told_soon, waiting))
+            self._soon(partial(self._catch_up_with, self._batch))
 
-    def _told_soon(self, waiting: list[TransactionRecord]) -> None:
-        if waiting is self._waiting:  # else they have been told before
+    def _catch_up_with(self, batch: int) -> None:
+        if batch == self._batch:  # else it has been told before
             self.catch_up()
 
     def _after_those_waiting(self, tell: Callable[[ConnectionRecord], None], connection: ConnectionRecord) -> None:

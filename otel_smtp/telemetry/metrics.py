@@ -84,8 +84,8 @@ _QUEUED_OUTCOME: Final = Outcome.QUEUED
 _MAIL: Final = MessageKind.MAIL
 _NO_VERB: Final = "none"
 _OF_A_MAIL: Final = 4
-# So many transitions of a busy connection are counted in one go: thirty mails, some 50 us.
-_COUNTED_AT_ONCE: Final = 120
+# So many transitions of a busy connection are counted in one go: sixty mails, some 60 us.
+_COUNTED_AT_ONCE: Final = 240
 # So many connections are looked at in one go: each may have done as much as that.
 _CONNECTIONS_A_STEP: Final = 16
 # So many ordinary mails are, likewise.
