@@ -8,8 +8,10 @@ import pytest
 
 from otel_smtp.forwarding.settings import Timeouts
 from otel_smtp.forwarding.upstream import UpstreamForwarder
+from otel_smtp.net import sweep
 from otel_smtp.observing import DeliveryPhase, DeliveryRecord
-from tests.support.relaying import PATIENT, Relayed, both_strategies, relay, relaying, settings
+from tests.support.deliveries import MAIL, Awaited, RecordedTransaction
+from tests.support.relaying import BOB, CHUNKS, PATIENT, Relayed, both_strategies, relay, relaying, settings
 from tests.support.upstream import Fault, Kind, Phase, ScriptedUpstream
 from tests.support.waiting import until
 
@@ -86,6 +88,19 @@ async def test_who_waits_in_vain_below_a_cap_is_told_what_the_upstream_said() ->
     assert told[0].startswith("250 ")
     assert told[1].startswith("451 4.4.1 All connections to the upstream are busy")
     assert told[1].endswith("421 4.3.2 too many connections")
+
+
+async def test_who_waits_below_a_cap_gets_a_connection_whose_client_says_nothing_before_the_next_sweep(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sweep, "SWEEP_SECONDS", 3600)
+    async with ScriptedUpstream(most_connections=1) as upstream, relaying(settings(upstream)) as forwarder:
+        silent = Awaited.begin(forwarder, MAIL, RecordedTransaction())
+        assert (await silent.recipients([BOB]))[0].code == 250
+        async with asyncio.timeout(30):
+            assert (await relay(forwarder)).told.code == 250
+        assert upstream.refused_connections == 1
+        assert (await silent.content(CHUNKS)).code == 250
 
 
 async def test_a_mail_that_is_given_up_while_it_waits_below_a_cap_leaves_nothing_behind() -> None:

@@ -170,6 +170,17 @@ def test_a_connection_that_is_given_back_while_it_is_parked_is_not_taken_from_th
     assert decided(waiting, Decision.WAITING)
 
 
+def test_a_connection_that_is_given_back_unused_is_as_old_as_before() -> None:
+    pool = grown(connections=1)
+    connection = opened(pool, pool.ask(0))
+    connection.parked = Parked(0, lambda: None)
+    ticket = pool.ask(9)
+    assert ticket.connection is connection
+    pool.withdraw(ticket, 9)
+    assert connection.used_at == 0  # nothing has been heard of it since
+    assert pool.take(9) is connection
+
+
 def test_a_parked_connection_that_cannot_be_used_again_makes_room() -> None:
     pool = grown(connections=1)
     connection = opened(pool, pool.ask(0))

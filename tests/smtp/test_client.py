@@ -8,11 +8,18 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from otel_smtp.smtp import replies
-from otel_smtp.smtp.client import MAX_REPLY_LINE_OCTETS, Awaited, ClientProtocol, challenge_of, is_safe_path
+from otel_smtp.smtp.client import (
+    MAX_REPLY_LINE_OCTETS,
+    Awaited,
+    ClientProtocol,
+    ExchangeAnswers,
+    challenge_of,
+    is_safe_path,
+)
 from otel_smtp.smtp.envelope import Body, DsnReturn, Mail, Notify, Recipient
 from otel_smtp.smtp.errors import LocalProtocolError, RemoteProtocolError
 from otel_smtp.smtp.extensions import Extensions
-from otel_smtp.smtp.replies import ErrorType
+from otel_smtp.smtp.replies import ErrorType, Reply
 from tests.support.held import held_octets
 
 EVERYTHING = (
@@ -826,3 +833,39 @@ def test_what_is_held_is_bounded_also_where_nobody_listens_any_more() -> None:
             client.receive(b"250 x" * 1000)
         assert client.fault is not None
         assert held_octets(client) <= MAX_REPLY_LINE_OCTETS * 2 + 5000
+
+
+def codes_of(pairs: Iterable[tuple[Awaited | None, Reply]]) -> list[tuple[Awaited | None, int]]:
+    return [(verb, reply.code) for verb, reply in pairs]
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_the_answers_of_an_exchange_say_what_they_come_to(at_once: bool) -> None:
+    client = greeted()
+    client.send_reset()
+    client.send_envelope(Mail("a@example.com"), [Recipient(f"{name}@example.com") for name in "bcdef"])
+    client.data_to_send()
+    wire = b"250 r\r\n250 m\r\n250 b\r\n250 c\r\n550 d\r\n450 e\r\n250 f\r\n"
+    if at_once:
+        answers = client.receive(wire)
+    else:
+        answers = ExchangeAnswers([answer for octet in wire for answer in client.receive(bytes([octet]))])
+    assert len(answers) == 7
+    assert [reply.code for reply in answers.verdicts] == [250, 250, 550, 450, 250]
+    assert (answers.accepted, answers.contents, answers.begins_with_reset) == (3, (), True)
+    assert answers.refusal is answers.verdicts[2]
+    # Of those alike in a row the last one stands for all.
+    mail, rcpt = Awaited.MAIL, Awaited.RCPT
+    assert codes_of(answers.steps) == [(mail, 250), (rcpt, 250), (rcpt, 550), (rcpt, 450), (rcpt, 250)]
+    assert answers.steps[1].reply.text == "c"
+
+
+def test_a_content_that_is_refused_is_no_refusal_of_the_envelope() -> None:
+    client = greeted()
+    client.send_envelope(Mail("a@example.com"), [Recipient("b@example.com")])
+    client.send_last_chunk(b"x")
+    client.data_to_send()
+    answers = client.receive(b"250 m\r\n250 b\r\n552 too big\r\n")
+    assert answers.refusal is None
+    assert not answers.begins_with_reset
+    assert [reply.code for reply in answers.contents] == [552]
