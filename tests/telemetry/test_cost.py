@@ -7,7 +7,7 @@ from tests.telemetry.cost import House, count_calls, count_octets, in_batches
 # Of everything: metrics, three spans and nine events encoded and queued, recent traces, the page's counters, and the
 # dispatch of the hooks. What one more call per event would add is more than what is left. Five are for the
 # weak reference from a delivery to its transaction, which keeps mails away from the garbage collector.
-MAX_PYTHON_CALLS = 30
+MAX_PYTHON_CALLS = 25
 MAX_C_CALLS = 54
 MAX_OCTETS = 2300
 
