@@ -561,6 +561,18 @@ async def test_what_needs_smtputf8_goes_to_an_upstream_that_has_it_or_nowhere_no
         assert (await relay(forwarder)).told.code == 250
 
 
+async def test_a_sender_beyond_ascii_needs_smtputf8_whether_its_mail_says_so_or_not() -> None:
+    async with (
+        ScriptedUpstream(extensions=without("SMTPUTF8")) as upstream,
+        relaying(settings(upstream)) as forwarder,
+    ):
+        assert (await relay(forwarder)).told.code == 250  # and it is known what the upstream offers
+        for smtputf8 in (False, True):
+            with pytest.raises(Transient) as refused:
+                forwarder.begin(Mail("dörte@example.com", smtputf8=smtputf8), RecordedTransaction())
+            assert refused.value.reply is replies.UPSTREAM_LACKS_SMTPUTF8
+
+
 async def test_8bit_content_is_refused_for_good_where_8bitmime_was_not_offered() -> None:
     async with ScriptedUpstream(extensions=()) as upstream, relaying(settings(upstream)) as forwarder:
         seen = RecordedTransaction(EIGHT_BIT)
