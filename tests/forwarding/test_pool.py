@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 from hypothesis import settings
@@ -157,6 +158,18 @@ def test_a_parked_connection_is_reclaimed_for_who_waits_and_not_at_once() -> Non
     assert pool.snapshot().busy == 2
     pool.release(first, 10)
     assert decided(fresh, Decision.OPEN)
+
+
+def test_the_connection_that_was_parked_first_is_reclaimed_first_whenever_it_was_taken() -> None:
+    pool = grown(connections=3)
+    connections = [opened(pool, pool.ask(0)) for _ in range(3)]
+    told: list[float] = []
+    for connection, since in zip(connections, (2, 1, 3), strict=True):
+        connection.parked = Parked(since, partial(told.append, since))
+    waiting = [pool.ask(3) for _ in range(3)]
+    pool.expire(9)
+    assert told == [1, 2, 3]
+    assert [ticket.connection for ticket in waiting] == [connections[1], connections[0], connections[2]]
 
 
 def test_a_connection_that_is_given_back_while_it_is_parked_is_not_taken_from_the_next_mail() -> None:
