@@ -36,6 +36,18 @@ def is_loopback_host(host: str) -> bool:
     return host.lower().rstrip(".") == "localhost"
 
 
+def reached_host(host: str) -> str:
+    """What a connection to `host` reaches: of an address its one form, and this machine where it is 0.0.0.0 or [::]."""
+    address = literal_address(host)
+    if address is None:
+        return host
+    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
+        address = address.ipv4_mapped
+    if address.is_unspecified:
+        return "127.0.0.1" if address.version == 4 else "::1"
+    return str(address)
+
+
 def is_local(endpoint: Endpoint) -> bool:
     """Whether only this machine can reach `endpoint`: loopback, or a unix socket."""
     return endpoint.port is None or is_loopback_host(endpoint.host)

@@ -4,7 +4,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from ipaddress import IPv4Network, IPv6Network, collapse_addresses
 from typing import Final, TypeVar
 
-from otel_smtp.config.addresses import ListenAddress, Network, is_local, is_loopback_host, literal_address
+from otel_smtp.config.addresses import (
+    ListenAddress,
+    Network,
+    is_local,
+    is_loopback_host,
+    literal_address,
+    reached_host,
+)
 from otel_smtp.config.problems import Problem
 from otel_smtp.config.settings import (
     ListenerTable,
@@ -296,14 +303,14 @@ class Consistency:
     def _is_same(self, target: Endpoint, address: Endpoint) -> bool:
         if target.port != address.port or target.port == 0:
             return False
-        if target == address:
+        host, listening = reached_host(target.host), literal_address(address.host)
+        if host in (address.host, reached_host(address.host)):
             return True
-        listening = literal_address(address.host)
         if listening is not None and listening.is_unspecified:
             # It listens on all addresses, so every name of this machine is ours.
-            return is_loopback_host(target.host) or target.host.lower() == self._settings.hostname.lower()
-        is_by_name = "localhost" in (target.host.lower(), address.host.lower())
-        return is_by_name and is_loopback_host(target.host) and is_loopback_host(address.host)
+            return is_loopback_host(host) or host.lower() == self._settings.hostname.lower()
+        is_by_name = "localhost" in (host.lower(), address.host.lower())
+        return is_by_name and is_loopback_host(host) and is_loopback_host(address.host)
 
     # The rest
 

@@ -224,6 +224,13 @@ def test_two_upstreams_of_one_name_are_refused() -> None:
         ("127.0.0.1:2525", "smtp://[::1]:2525", False),  # a server on the other family is another server
         ("0.0.0.0:2525", "smtp://127.0.0.1:2525", True),
         ("[::]:2525", "smtp://localhost:2525", True),
+        ("127.0.0.1:2525", "smtp://0.0.0.0:2525", True),  # a connection to it reaches this machine
+        ("[::1]:2525", "smtp://[::]:2525", True),
+        ("0.0.0.0:2525", "smtp://0.0.0.0:2525", True),
+        ("127.0.0.1:2525", "smtp://[::ffff:127.0.0.1]:2525", True),
+        ("127.0.0.1:2525", "smtp://[::ffff:127.0.0.1]:2526", False),
+        ("10.0.0.1:2525", "smtp://0.0.0.0:2525", False),
+        ("[::1]:2525", "smtp://[0:0::1]:2525", True),
         ("0.0.0.0:25", "smtp://gw.example.com", True),
         ("0.0.0.0:25", "smtp://m.example.com", False),
         ("10.0.0.1:25", "smtp://10.0.0.1", True),
