@@ -267,7 +267,7 @@ class DeliveryTable(Table, frozen=True, kw_only=True):
         DeliveryStrategy,
         Key(
             "`transparent`: each recipient is asked upstream; `buffered`: the whole transaction in one burst, "
-            "and one refused recipient refuses the message for all",
+            "and one refused recipient refuses the message for all (but for LMTP clients, who get a reply for each)",
             Choice(get_args(DeliveryStrategy)),
         ),
     ] = "transparent"

@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 from time import monotonic_ns
-from typing import ClassVar, Final
+from typing import Final
 
 from otel_smtp.forwarding.base import MailTransaction, MessageAnswered, RecipientsAnswered, nobody_waits
 from otel_smtp.forwarding.connecting import Relaying
@@ -58,7 +58,6 @@ class Transaction(Delivery, MailTransaction):
     )
 
     spool_id: Final = None  # nothing is made durable here
-    _refuses_all_for_one: ClassVar = False  # the refusal of a recipient is that of the message, while nobody has it
 
     # Set when they are needed.
     _answered: MessageAnswered | None
@@ -78,6 +77,11 @@ class Transaction(Delivery, MailTransaction):
         self._route = route  # of the first recipients
         self._parts: list[Part] | None = None  # of other routes, then of all; None: there is one transaction upstream
         self._collected: Content | None = None
+
+    @property
+    def _refuses_all_for_one(self) -> bool:
+        """Whether the refusal of a recipient is that of the message, while nobody has it."""
+        return False
 
     @abstractmethod
     def recipients(self, batch: Sequence[Recipient], answered: RecipientsAnswered) -> None:
@@ -151,7 +155,7 @@ class Transaction(Delivery, MailTransaction):
             if reply.code >= 400 and self._refuses_all_for_one and not verdicts:
                 reply = self._naming(reply)
             self._answer(reply, verdicts)
-        elif self._refuses_all_for_one and reply.code >= 400 and not any(one.is_positive for one in verdicts):
+        elif reply.code >= 400 and self._refuses_all_for_one and not any(one.is_positive for one in verdicts):
             # Nobody has it yet, and nobody gets it.
             self._answer(reply if verdicts else self._naming(reply), ())
         else:
@@ -327,11 +331,18 @@ class Transparent(Transaction):
 
 
 class Buffered(Transaction):
-    """Recipients are accepted by us, and put to the upstream with the content."""
+    """Recipients are accepted by us, and put to the upstream with the content.
+
+    An SMTP client can be told one thing only, so a refused recipient refuses the message. An LMTP client gets a reply
+    for each of them (RFC 2033 4.2).
+    """
 
     __slots__ = ()
 
-    _refuses_all_for_one = True
+    @property
+    def _refuses_all_for_one(self) -> bool:
+        connection = self._record.connection
+        return connection is None or connection.info.protocol != "lmtp"
 
     def recipients(self, batch: Sequence[Recipient], answered: RecipientsAnswered) -> None:
         """See `MailTransaction.recipients`."""
@@ -357,7 +368,11 @@ class Buffered(Transaction):
         return replies.RECIPIENT_OK
 
     def _relay(self, content: Content) -> None:
-        self.burst(content, self._first_ended)
+        if len(self.accepted) > 1 and not self._refuses_all_for_one:
+            self.left = self.accepted  # each is asked about before the content, as in any further transaction
+            self._go_further()
+        else:
+            self.burst(content, self._first_ended)
 
 
 class Spooled(Transparent):

@@ -363,6 +363,45 @@ async def test_recipients_of_an_lmtp_upstream_have_their_verdicts_in_order_over_
     assert [reply.code for reply in transaction.verdicts] == [250, 552, 250, 250, 452]
 
 
+@pytest.mark.parametrize("most", [100, 2, 1])
+@pytest.mark.parametrize("extensions", [EXTENSIONS, without("PIPELINING"), without("CHUNKING")])
+@both_strategies
+async def test_who_is_refused_for_an_lmtp_client_refuses_nobody_else(
+    strategy: Strategy, extensions: Sequence[str], most: int
+) -> None:
+    refused = {"r0@example.net": b"550 5.1.1 gone\r\n", "r3@example.net": b"450 4.2.0 later\r\n"}
+    upstream = ScriptedUpstream(extensions=extensions, verdict=refused.get)
+    async with (
+        upstream,
+        relaying(settings(upstream, recipients_per_transaction=most), strategy=strategy) as forwarder,
+    ):
+        transaction = Awaited.begin(forwarder, MAIL, RecordedTransaction(MAIL, protocol="lmtp"))
+        asked = await transaction.recipients(people(5))
+        reply = await transaction.content(CHUNKS)
+        own = iter(transaction.verdicts or [reply] * 5)
+        codes = [next(own).code if verdict.code == 250 else verdict.code for verdict in asked]
+    assert codes == [550, 250, 250, 450, 250]
+    assert delivered(upstream) == ["r1@example.net", "r2@example.net", "r4@example.net"]
+
+
+async def test_a_single_recipient_of_an_lmtp_client_beside_other_routes_refuses_nobody_else() -> None:
+    refused = {"p0@a.example": b"550 5.1.1 gone\r\n"}
+    async with (
+        ScriptedUpstream(verdict=refused.get) as first,
+        ScriptedUpstream() as second,
+        relaying(
+            settings(first, name="first", recipients=("*@a.example",)),
+            settings(second, name="second"),
+            strategy=Strategy.BUFFERED,
+        ) as forwarder,
+    ):
+        transaction = Awaited.begin(forwarder, MAIL, RecordedTransaction(MAIL, protocol="lmtp"))
+        await transaction.recipients([Recipient("p0@a.example"), Recipient("p1@b.example")])
+        await transaction.content(CHUNKS)
+    assert [reply.code for reply in transaction.verdicts] == [550, 250]
+    assert delivered(first, second) == ["p1@b.example"]
+
+
 async def test_duplicates_among_the_recipients_each_have_their_verdict() -> None:
     twice = [*people(2), *people(2), *people(1)]
     async with ScriptedUpstream(most_recipients=2) as upstream, relaying(settings(upstream)) as forwarder:

@@ -22,18 +22,18 @@ from otel_smtp.smtp.replies import Reply
 MAIL = Mail("a@example.com")
 
 
-def connection_record() -> ConnectionRecord:
+def connection_record(protocol: str = "smtp") -> ConnectionRecord:
     """That of some client."""
     now_ns = time.monotonic_ns()
-    info = ConnectionInfo("0" * 32, Endpoint("192.0.2.7", 40000), Endpoint("192.0.2.1", 25), "local")
+    info = ConnectionInfo("0" * 32, Endpoint("192.0.2.7", 40000), Endpoint("192.0.2.1", 25), "local", protocol=protocol)
     return ConnectionRecord(info, now_ns, time.time_ns() - now_ns)
 
 
 class RecordedTransaction(TransactionRecord):
     """The record of a transaction of some client, with what tests ask of it."""
 
-    def __init__(self, mail: Mail = MAIL) -> None:
-        connection = connection_record()
+    def __init__(self, mail: Mail = MAIL, *, protocol: str = "smtp") -> None:
+        connection = connection_record(protocol)
         super().__init__(mail, 1, connection, connection.opened_ns, connection.wall_offset_ns)
 
     @property
