@@ -22,7 +22,7 @@ from otel_smtp.forwarding.verdicts import is_about_credentials, outcome_of, want
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.client import MAIL, NO_ANSWERS, RSET, Answer, ExchangeAnswers
 from otel_smtp.smtp.envelope import Recipient
-from otel_smtp.smtp.extensions import is_ascii
+from otel_smtp.smtp.extensions import is_ascii, of_ascii_content
 from otel_smtp.smtp.received import TRACEPARENT_FIELD_OCTETS
 from otel_smtp.smtp.replies import Reply
 
@@ -153,7 +153,10 @@ class Enveloping(Attempts):
             connection.protocol.send_reset()
         # Until the upstream has taken the message. RFC 3030 2 wants RSET after a chunk that was refused too.
         connection.needs_reset = True
-        connection.protocol.send_envelope(self._mail, recipients, size=octets)
+        mail = self._mail
+        if not self._is_plain and self._delivered is not None and mail.smtputf8 and not self._content.is_8bit:
+            mail = of_ascii_content(mail, recipients)
+        connection.protocol.send_envelope(mail, recipients, size=octets)
 
     def _fitting(self) -> Sequence[Recipient]:
         """Those that were accepted before, as far as this upstream takes so many at once; the others are left."""

@@ -25,6 +25,7 @@ from otel_smtp.observing import DeliveryPhase, TransactionRecord
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.client import is_safe_path
 from otel_smtp.smtp.envelope import Mail, Recipient
+from otel_smtp.smtp.extensions import of_ascii_content
 from otel_smtp.smtp.replies import Reply
 
 MOST_NAMED_CHARACTERS: Final = 128  # of a recipient whose refusal is that of the whole message
@@ -188,6 +189,8 @@ class Transaction(Delivery, MailTransaction):
         content = self._collected
         assert content is not None
         promised = self.promised if self._parts is None else self._pledged
+        if not self._is_plain and self._mail.smtputf8 and not content.is_8bit:
+            self._mail = of_ascii_content(self._mail, promised)
         part = Part(self._route)
         part.leave(self)
         self._parts = [part, *(self._parts or ())]

@@ -13,7 +13,7 @@ on *this* connection is asked by `unsupported` and `unsupported_recipient`.
 """
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple, Self
@@ -232,6 +232,16 @@ def unsupported_recipient(recipient: Recipient, mail: Mail, offer: Extensions) -
 def is_ascii(recipient: Recipient) -> bool:
     """Whether RCPT of it needs no SMTPUTF8."""
     return recipient.address.isascii() and (recipient.orcpt is None or recipient.orcpt.isascii())
+
+
+def of_ascii_content(mail: Mail, recipients: Iterable[Recipient]) -> Mail:
+    """A mail whose content is ASCII without SMTPUTF8, where its envelope does not need it either.
+
+    A client that knows so "SHOULD NOT supply the SMTPUTF8 parameter" (RFC 6531 3.4): a hop further on may lack it.
+    """
+    if mail.smtputf8 and mail.reverse_path.isascii() and all(map(is_ascii, recipients)):
+        return mail._replace(smtputf8=False)
+    return mail
 
 
 def missing_extension(mail: Mail, upstream: Extensions, *, is_tls: bool) -> Reply | None:

@@ -8,6 +8,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from types import MappingProxyType
 from typing import Final, Protocol
 
@@ -24,7 +25,7 @@ from otel_smtp.forwarding.base import (
 from otel_smtp.observing import Observer, TransactionRecord
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Body, Mail, Recipient
-from otel_smtp.smtp.extensions import Extensions
+from otel_smtp.smtp.extensions import Extensions, of_ascii_content
 from otel_smtp.smtp.replies import ErrorType, Reply
 from otel_smtp.spool.messages import Kind, Lease, NewMessage, SpoolError, StorageFull, new_id
 from otel_smtp.spool.store import Draft, Pending, Store
@@ -123,6 +124,9 @@ class Intake:
             is_possible_duplicate: that attempt may have succeeded.
         """
         was_tried = refusals is not None
+        content = draft.in_memory
+        if mail.smtputf8 and content is not None and all(map(bytes.isascii, content)):
+            mail = of_ascii_content(mail, chain.from_iterable(deliveries.values()))
         message_id = new_id()
         message = _new_message(
             (
@@ -135,7 +139,6 @@ class Intake:
         )  # fmt: skip
         destinations = list(deliveries)
         is_leased = not was_tried and self._attempts.reserve(destinations)
-        content = draft.in_memory
 
         def submitted(done: Pending[Sequence[Lease]]) -> None:
             leases: Sequence[Lease] = ()

@@ -516,6 +516,58 @@ async def test_smtputf8_is_left_out_where_it_is_neither_offered_nor_needed(
 
 
 @pytest.mark.parametrize("memory_limit", [10, 100_000])
+@pytest.mark.parametrize("most", [1, 100])
+@pytest.mark.parametrize(
+    ("mail", "recipients", "chunks", "is_needed_by_all"),
+    [
+        (INTERNATIONAL, (BOB,), CHUNKS, False),
+        (INTERNATIONAL, (BOB, CAROL), CHUNKS, False),
+        (INTERNATIONAL, (BOB, CAROL), (HEADER, b"\r\n\xc3\xa4\r\n"), True),
+        (INTERNATIONAL, (BOB, Recipient("ä@example.net")), CHUNKS, False),
+        (INTERNATIONAL, (BOB, Recipient("b@example.net", orcpt="utf-8;ä@example.net")), CHUNKS, False),
+        (Mail("ä@example.com", smtputf8=True), (BOB, CAROL), CHUNKS, True),
+    ],
+)
+async def test_smtputf8_is_not_asked_for_where_it_is_known_that_nothing_needs_it(
+    mail: Mail,
+    recipients: Sequence[Recipient],
+    chunks: Sequence[bytes],
+    is_needed_by_all: bool,
+    most: int,
+    memory_limit: int,
+) -> None:
+    """RFC 6531 3.4. Buffered, all is known at MAIL."""
+    async with (
+        ScriptedUpstream() as upstream,
+        relaying(
+            settings(upstream, recipients_per_transaction=most),
+            strategy=Strategy.BUFFERED,
+            memory_limit_octets=memory_limit,
+        ) as forwarder,
+    ):
+        assert (await relay(forwarder, *recipients, mail=mail, chunks=chunks)).told.code == 250
+        assert sum(len(kept.addresses) for kept in upstream.kept) == len(recipients)
+        for kept in upstream.kept:
+            is_needed = is_needed_by_all or not b"".join(kept.recipients).isascii()
+            assert (b"SMTPUTF8" in kept.mail) is is_needed
+
+
+async def test_smtputf8_is_asked_for_on_each_route_that_needs_it() -> None:
+    async with (
+        ScriptedUpstream() as first,
+        ScriptedUpstream() as second,
+        relaying(
+            settings(first, "first", recipients=("*@a.example",)),
+            settings(second, "second"),
+            strategy=Strategy.BUFFERED,
+        ) as forwarder,
+    ):
+        people = (Recipient("p@a.example"), Recipient("ä@b.example"))
+        assert (await relay(forwarder, *people, mail=INTERNATIONAL)).told.code == 250
+        assert [b"SMTPUTF8" in one.kept[0].mail for one in (first, second)] == [False, True]
+
+
+@pytest.mark.parametrize("memory_limit", [10, 100_000])
 @pytest.mark.parametrize("has_other", [False, True])
 @pytest.mark.parametrize(
     ("recipients", "chunks"),

@@ -283,6 +283,17 @@ async def test_a_bounce_fits_what_the_upstream_takes(tmp_path: Path, takes_eight
         assert bounce.content.isascii() is not takes_eight_bit
 
 
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("line", [b"hello", b"h\xc3\xa4llo"])
+async def test_smtputf8_is_not_asked_for_where_nothing_needs_it(tmp_path: Path, line: bytes, count: int) -> None:
+    recipients = [Recipient(f"r{number}@example.net") for number in range(count)]
+    async with ScriptedUpstream() as upstream, queueing(tmp_path, settings(upstream)) as queue:
+        await queue.take(*recipients, mail=MAIL._replace(smtputf8=True), chunks=(HEADER, b"\r\n" + line + b"\r\n"))
+        await queue.empties()
+        (kept,) = upstream.kept
+        assert (b"SMTPUTF8" in kept.mail) is not line.isascii()
+
+
 async def test_a_bounce_goes_without_an_original_that_is_lost(tmp_path: Path) -> None:
     async with ScriptedUpstream() as upstream, queueing(tmp_path, settings(upstream)) as queue:
 
