@@ -333,7 +333,8 @@ class Consistency:
             )
         if spool.notice_sender and spool.bounce != "mail":
             self._add("spool.notice_sender", spool.notice_sender, f"has no effect with spool.bounce = {spool.bounce}")
-        if spool.warn_after is not None and spool.warn_after >= spool.max_age:
+        is_set = "spool.warn_after" in self._origins  # the default follows
+        if is_set and spool.warn_after is not None and spool.warn_after >= spool.max_age:
             shown = Duration().show(spool.warn_after)
             self._add("spool.warn_after", shown, 'must be before spool.max_age, or "off"')
 

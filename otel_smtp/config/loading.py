@@ -11,7 +11,17 @@ import msgspec
 from otel_smtp.config.addresses import UpstreamUrl, UpstreamUrlKind
 from otel_smtp.config.consistency import Consistency
 from otel_smtp.config.problems import Problem, SettingsError, unknown_key
-from otel_smtp.config.settings import SCHEMA, Key, NotifyTable, RateLimitTable, Settings, Table, Tables, UpstreamTable
+from otel_smtp.config.settings import (
+    SCHEMA,
+    Key,
+    NotifyTable,
+    RateLimitTable,
+    Settings,
+    SpoolTable,
+    Table,
+    Tables,
+    UpstreamTable,
+)
 from otel_smtp.config.values import MINUTE, BadValue, FilePath, Given, Rate
 from otel_smtp.observing import Endpoint
 from otel_smtp.smtp.states import TlsMode
@@ -384,6 +394,7 @@ def load(
         settings,
         limits=msgspec.structs.replace(settings.limits, connections=connections),
         upstream=tuple(_patient(one, index, settings, loader.origins) for index, one in enumerate(settings.upstream)),
+        spool=_warning_in_time(settings.spool, loader.origins),
         origins=loader.origins,
         warnings=tuple(checks.warnings),
     )
@@ -395,3 +406,10 @@ def _patient(upstream: UpstreamTable, index: int, settings: Settings, origins: M
         return upstream
     timeout = msgspec.structs.replace(upstream.timeout, reply=10 * MINUTE)
     return msgspec.structs.replace(upstream, timeout=timeout)
+
+
+def _warning_in_time(spool: SpoolTable, origins: Mapping[str, str]) -> SpoolTable:
+    """A default never contradicts what is set: of mail that does not get old, half its age is late enough."""
+    if spool.warn_after is None or "spool.warn_after" in origins:
+        return spool
+    return msgspec.structs.replace(spool, warn_after=min(spool.warn_after, spool.max_age / 2))

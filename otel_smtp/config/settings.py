@@ -539,7 +539,12 @@ class SpoolTable(Table, frozen=True, kw_only=True):
     ] = 5 * DAY
     warn_after: Annotated[
         float | None,
-        Key("age at which the sender is notified of the delay, once", Duration(1.0, may_be_off=True), "sendmail: 4 h"),
+        Key(
+            "age at which the sender is notified of the delay, once",
+            Duration(1.0, may_be_off=True),
+            "sendmail: 4 h",
+            default="4h; half of a max_age that is below 8h",
+        ),
     ] = 4 * HOUR
     bounce: Annotated[
         BouncePolicy,

@@ -359,6 +359,21 @@ def test_trace_context_is_passed_on_to_loopback_upstreams_only_by_default(
 
 
 @pytest.mark.parametrize(
+    ("spool", "expected"),
+    [
+        ({}, 4 * 3600.0),
+        ({"max_age": "8h"}, 4 * 3600.0),
+        ({"max_age": "4h"}, 2 * 3600.0),
+        ({"max_age": "1h"}, 1800.0),
+        ({"max_age": "1h", "warn_after": "50m"}, 3000.0),
+        ({"max_age": "1h", "warn_after": "off"}, None),
+    ],
+)
+def test_the_warning_of_a_delay_comes_before_the_end(spool: dict[str, str], expected: float | None) -> None:
+    assert load(values={"spool": spool}, needs_upstream=False).spool.warn_after == expected
+
+
+@pytest.mark.parametrize(
     ("mode", "reply", "expected"),
     [("direct", None, 570.0), ("direct-then-queue", None, 570.0), ("queue", None, 600.0), ("queue", "1m", 60.0)],
 )
