@@ -238,7 +238,7 @@ async def command_line(site: Site, amount: int) -> bool:
 async def auth_line(site: Site, amount: int) -> bool:
     client = await site.greeted()
     reply = await client.asks("AUTH XOAUTH2 " + "!" * (amount - 15))
-    assert reply.startswith(("501 5.5.2", "500 5.5.2"))  # no base64 at all, and that is seen in a line that is taken
+    assert reply.startswith(("501 5.5.2", "500 5.5.6"))  # no base64 at all, and that is seen in a line that is taken
     return reply.startswith("501")
 
 

@@ -280,6 +280,8 @@ AUTH_UNAVAILABLE: Final = _reply(454, "4.7.0", "Temporary authentication failure
 # 5yz ----------------------------------------------------------------------------------------------------------
 
 LINE_TOO_LONG: Final = _reply(500, "5.5.2", "Line too long", ErrorType.SYNTAX)
+AUTH_LINE_TOO_LONG: Final = _reply(500, "5.5.6", "Authentication exchange line is too long", ErrorType.SYNTAX)
+"""RFC 4954 4 and 6."""
 BARE_LINE_FEED: Final = _reply(500, "5.5.2", "Command lines end in CRLF", ErrorType.PROTOCOL, closes=True)
 UNKNOWN_COMMAND: Final = _reply(500, "5.5.2", "Command not recognized", ErrorType.SYNTAX)
 BAD_ARGUMENT: Final = _reply(501, "5.5.4", "Syntax error in arguments", ErrorType.SYNTAX)

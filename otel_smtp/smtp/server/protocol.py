@@ -255,6 +255,8 @@ class ServerProtocol(Dispatching):
             if length == 0 or self._batch:
                 return None  # a line that is too long is answered in its turn
             self._discard_limit = limit * _DISCARD_FACTOR
+            is_auth = self.phase is _AUTHENTICATING or self.received.peek(5).upper() == b"AUTH "
+            self._too_long = replies.AUTH_LINE_TOO_LONG if is_auth else replies.LINE_TOO_LONG
         discarded, end = self.received.discard_line()
         self._discarded += discarded
         if self._discarded > self._discard_limit:
@@ -268,12 +270,11 @@ class ServerProtocol(Dispatching):
         return None
 
     def _refuse_long_line(self) -> None:
-        # RFC 4954 6 has 5.5.6 for lines of an AUTH exchange, as a SHOULD; one code for every line is easier to find.
         if self.phase is Phase.AUTHENTICATING:
             self.phase = Phase.READY
-            self._fail_auth(replies.LINE_TOO_LONG)
+            self._fail_auth(self._too_long)
         else:
-            self._send(replies.LINE_TOO_LONG, "other")
+            self._send(self._too_long, "other")
 
     def _read_command(self) -> bool:
         if not self.received.held:

@@ -138,6 +138,7 @@ class Replying(StateMachine):
         "_offer",
         "_policy",
         "_told",
+        "_too_long",
         "_transaction",
         "asked",
         "close_reason",
@@ -188,6 +189,7 @@ class Replying(StateMachine):
         self._chunk: IncomingChunk | None = None
         self._discarded = 0  # octets of a line that is too long, so far; 0: not discarding
         self._discard_limit = 0
+        self._too_long = replies.LINE_TOO_LONG  # what is said to the line that is being discarded
         self._auth_mechanism = "other"
         self._misconduct: Misconduct | None = None
         self._eof = False
