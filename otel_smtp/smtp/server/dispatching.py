@@ -1,5 +1,6 @@
 """Commands of a server session: which may run now, and what runs it; and the envelope."""
 
+import re
 from collections.abc import Sequence
 from typing import Final
 
@@ -31,9 +32,13 @@ from otel_smtp.smtp.sequence import IN_TRANSACTION, SEQUENCE, Phase
 from otel_smtp.smtp.server.receiving import Receiving
 from otel_smtp.smtp.server.replying import OpenTransaction
 from otel_smtp.smtp.states import (
+    CloseReason,
     ConnState,
     ResetCause,
 )
+
+# How the first line of an HTTP request ends, whatever its method is (RFC 9112 3).
+_HTTP_REQUEST_LINE: Final = re.compile(rb" HTTP/[0-9](?:\.[0-9])?\r\n\Z", re.IGNORECASE)
 
 # RFC 3207 4: what may be said while TLS is required and not on.
 _BEFORE_TLS: Final = frozenset({Verb.NOOP, Verb.EHLO, Verb.LHLO, Verb.STARTTLS, Verb.QUIT})
@@ -86,6 +91,9 @@ class Dispatching(Receiving):
         try:
             command = parse_by_grammar(line[:-2])
         except CommandRefused as refusal:
+            if phase is Phase.CONNECTED and _HTTP_REQUEST_LINE.search(line) is not None:
+                self._end(CloseReason.PROTOCOL_MISMATCH)  # of a method that is not known: its body may hold commands
+                return
             command = self._completed(refusal) if self._policy.default_domain else refusal
         self._run(command)
 
