@@ -39,6 +39,12 @@ class HandshakingStream(FakeStream):
         self.is_shaking_hands = False
         self.begun = asyncio.Event()
 
+    async def wait_for_input(self) -> bool:
+        self.is_shaking_hands = True
+        self.begun.set()
+        await asyncio.wait([self.handshake])  # the dialogue's client says nothing else first
+        return True
+
     async def start_tls(
         self,
         context: ssl.SSLContext,

@@ -270,6 +270,17 @@ class Stream(asyncio.BufferedProtocol):
             pulled.unread += len(data) - octets
         return data[:octets]
 
+    async def wait_for_input(self) -> bool:
+        """Wait for an octet, and leave it to the next reader or to TLS; False: the stream ends without one.
+
+        Reading must have been paused, as for `read_sparingly`.
+
+        Raises:
+            TimeoutError: as `read`.
+        """
+        await self.read_sparingly(0)
+        return self._pulled is not None and bool(self._pulled.chunks)
+
     def has_input(self) -> bool:
         """Whether octets, or the end of the stream, have arrived: here, or in clear with the kernel."""
         if self.is_eof or (self._pulled is not None and self._pulled.chunks):

@@ -65,7 +65,7 @@ class Admission(Conversation):
                 self._protocol.refuse(refusal)
                 return
             self._protocol.handshake_begins()
-            if not await self._shake_hands():
+            if not await self._shake_hands_at_once():
                 return
         self._task = None
         self._open(refusal)  # written at the end of this task
@@ -82,6 +82,23 @@ class Admission(Conversation):
         self._stream.resume_reading()
         if not is_early:
             self._protocol.greet()
+
+    async def _shake_hands_at_once(self) -> bool:
+        """The handshake of implicit TLS. A client that goes before it has said anything is a health check: no
+        handshake has failed."""
+        stream = self._stream
+        stream.deadline = ends = self._loop.time() + self._policy.timeouts.tls_handshake
+        try:
+            has_spoken = await stream.wait_for_input()
+        except TimeoutError as error:
+            self._handshake_failed(error)
+            return False
+        finally:
+            stream.deadline = None
+        if not has_spoken:
+            self._protocol.fail(None, CloseReason.CLIENT_DISCONNECT)
+            return False
+        return await self._shake_hands(ends - self._loop.time())
 
     async def _read_proxy_header(self) -> ProxyHeader | None:
         """Read the PROXY header that a listed network must send; None: the connection is at its end."""
@@ -155,27 +172,22 @@ class Admission(Conversation):
 
     async def _upgraded(self) -> None:
         self._pauses = 0
-        if await self._shake_hands():
+        if await self._shake_hands(self._policy.timeouts.tls_handshake):
             self._began = self._loop.time()
             self._stream.receive_by(self)
 
-    async def _shake_hands(self) -> bool:
+    async def _shake_hands(self, timeout_seconds: float) -> bool:
         context = self._policy.tls_context
         assert context is not None
         try:
             tls = await self._stream.start_tls(
                 context,
                 server_side=True,
-                timeout_seconds=self._policy.timeouts.tls_handshake,
+                timeout_seconds=timeout_seconds,
                 from_first_octet=self._policy.protocol.tls_mode is TlsMode.IMPLICIT,
             )
         except (OSError, TimeoutError) as error:  # ssl.SSLError is an OSError
-            seconds = self._policy.timeouts.tls_handshake
-            is_late = isinstance(error, TimeoutError)
-            self.record.failure = f"no TLS handshake within {seconds:g} s" if is_late else reason_of(error)
-            logger.info("TLS handshake failed", extra={**self._named(), "fault": self.record.failure})
-            self._protocol.now_ns = time.monotonic_ns()
-            self._protocol.tls_failed()
+            self._handshake_failed(error)
             return False
         record = self.record
         record.hello_verb = record.hello_name = ""
@@ -184,6 +196,14 @@ class Admission(Conversation):
         self._protocol.now_ns = time.monotonic_ns()
         self._protocol.tls_started(tls.version, tls.cipher)
         return True
+
+    def _handshake_failed(self, error: OSError | TimeoutError) -> None:
+        seconds = self._policy.timeouts.tls_handshake
+        is_late = isinstance(error, TimeoutError)
+        self.record.failure = f"no TLS handshake within {seconds:g} s" if is_late else reason_of(error)
+        logger.info("TLS handshake failed", extra={**self._named(), "fault": self.record.failure})
+        self._protocol.now_ns = time.monotonic_ns()
+        self._protocol.tls_failed()
 
     def auth_requested(self, mechanism: str, initial_response: bytes | None) -> None:
         """See `Handler`."""

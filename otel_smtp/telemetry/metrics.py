@@ -36,6 +36,7 @@ from otel_smtp.telemetry.expected_replies import EXPECTED_REPLIES
 from otel_smtp.telemetry.exporting import DropReason
 from otel_smtp.telemetry.propagation import SAMPLED, TraceContext
 from otel_smtp.telemetry.sampling import Identity
+from otel_smtp.telemetry.span_attributes import is_probe
 
 if TYPE_CHECKING:
     from otel_smtp.telemetry.metrics_page import MetricsPage
@@ -423,7 +424,7 @@ class Metrics(Observer):
         if (listener, _NAMES[ConnState.NEW]) not in self._active:
             self._active |= {(listener, _NAMES[level]): 0 for level in LEVELS}  # there all the same, and none
         self._connection_duration.series[labels].add((connection.end.at_ns - connection.opened_ns) / 1e9)
-        if connection.end.octets_received == 0:
+        if is_probe(connection):
             self._probes.add(labels)
 
     def transactions_settled(self, transactions: Sequence[TransactionRecord]) -> None:

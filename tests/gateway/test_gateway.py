@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
+import trustme
 
 import otel_smtp
-from otel_smtp import CannotListen, ConnectionInfo, Gateway, Settings, Transition, load
+from otel_smtp import CannotListen, ConnectionInfo, Gateway, Observer, Settings, Transition, load
 from otel_smtp.gateway.running import leave_out_of_garbage_collection
+from otel_smtp.observing import ConnectionRecord
+from otel_smtp.smtp.states import CloseReason
 from otel_smtp.telemetry import turns
 from otel_smtp.telemetry.records import SpanRecord
 from tests.support.capture import CapturingUpstream
@@ -148,6 +151,38 @@ async def test_auth_without_a_users_file_needs_the_promised_token_verifier(upstr
     settings = settings_for(upstream, BY_TOKEN, verifies_tokens=True)
     with pytest.raises(ValueError, match="listener 'tokens' has AUTH, but neither a users file nor a token verifier"):
         Gateway(settings)
+
+
+@pytest.mark.parametrize(
+    ("first_octets", "states", "reason"),
+    [
+        (b"", "New StartTLS Closed", CloseReason.CLIENT_DISCONNECT),
+        (b"\x16\x03\x01", "New StartTLS Error Closed", CloseReason.TLS_FAILURE),
+        (b"EHLO me\r\n", "New StartTLS Error Closed", CloseReason.TLS_FAILURE),
+    ],
+)
+async def test_a_health_check_of_a_port_with_implicit_tls_is_no_failed_handshake(
+    first_octets: bytes, states: str, reason: CloseReason, upstream: CapturingUpstream, tmp_path: Path
+) -> None:
+    certificate = trustme.CA().issue_cert("localhost")
+    certificate.private_key_and_cert_chain_pem.write_to_path(tmp_path / "cert.pem")
+    files = {"tls_cert": str(tmp_path / "cert.pem"), "tls_key": str(tmp_path / "cert.pem")}
+    closed: asyncio.Queue[ConnectionRecord] = asyncio.Queue()
+
+    class Closed(Observer):
+        def connection_closed(self, connection: ConnectionRecord) -> None:
+            closed.put_nowait(connection)
+
+    settings = settings_for(upstream, OPEN | files | {"tls": "implicit"})
+    async with Gateway(settings, observers=[Closed()]) as gateway:
+        (address,) = gateway.addresses["open"]
+        _, writer = await asyncio.open_connection(address.host, address.port)
+        writer.write(first_octets)
+        writer.close()
+        async with asyncio.timeout(10):
+            connection = await closed.get()
+        assert " ".join(one.state for one in connection.transitions) == states
+        assert (connection.end.reason, connection.end.octets_received) == (reason, 0)
 
 
 def test_no_module_takes_the_place_of_a_name_that_programs_import() -> None:

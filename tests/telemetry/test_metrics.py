@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from otel_smtp.observing import ConnectionRecord, Observer, Outcome, fan_out
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.commands import Verb
-from otel_smtp.smtp.states import ConnState, Transition
+from otel_smtp.smtp.states import CloseReason, ConnState, Transition
 from otel_smtp.telemetry import attributes
 from otel_smtp.telemetry.expected_replies import EXPECTED_REPLIES
 from otel_smtp.telemetry.metrics import Buckets, Metrics, SharedQueue
@@ -261,6 +261,7 @@ def test_an_exchange_of_auth_is_counted_by_how_it_ended() -> None:
 def test_a_connection_that_says_nothing_is_a_probe_and_a_refused_one_is_counted() -> None:
     metrics = Metrics()
     Client(metrics).close()
+    Client(metrics).close(CloseReason.TLS_FAILURE)  # what came was no octet of SMTP
     metrics.connection_refused("capacity")
     seen = samples(metrics)
     assert seen["smtp_server_probes_total", (("smtp_listener", "local"),)] == 1
