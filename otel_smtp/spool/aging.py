@@ -141,7 +141,10 @@ class Aging:
 
     async def _warn(self, lease: Lease) -> None:
         waiting = [(one, parsed(one.last_reply)) for one in lease.recipients]
-        notices = await self._notices.of(NoticeKind.DELAYED, lease, waiting, retry_until=lease.expires_at)
+        try:
+            notices = await self._notices.of(NoticeKind.DELAYED, lease, waiting, retry_until=lease.expires_at)
+        except NoSuchMessage:
+            return  # it was only shown to us, and has ended meanwhile
         if await self._store.warn(lease.message_id, notices):
             logger.warning("message delayed; sender warned", extra=told(lease))
             self._wake([destination for notice, _ in notices for destination in notice.deliveries])

@@ -151,14 +151,16 @@ class Intake:
                 record.failure = _why(error)
             else:
                 answer = record.spool_id = message_id
-            answered(answer)
-            if is_leased:
-                # All clients whose messages became durable with this one are answered first.
-                if not self._durable:
-                    asyncio.get_running_loop().call_soon(self._begin_attempts)
-                self._durable.append((destinations, leases, content))
-            elif isinstance(answer, str):
-                self._attempts.wake(destinations)
+            try:
+                answered(answer)
+            finally:  # a fault on the client's side is none of the message
+                if is_leased:
+                    # All clients whose messages became durable with this one are answered first.
+                    if not self._durable:
+                        asyncio.get_running_loop().call_soon(self._begin_attempts)
+                    self._durable.append((destinations, leases, content))
+                elif isinstance(answer, str):
+                    self._attempts.wake(destinations)
 
         try:
             self._store.submit(message, draft, lease=is_leased).add_done_callback(submitted)

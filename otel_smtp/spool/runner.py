@@ -177,12 +177,20 @@ class Runner:
         await asyncio.gather(*(attempt.cut_short() for attempt in list(self._attempts)))
 
     async def _idle_until(self, ends: float) -> None:
-        """Wait for the end of all attempts, but no longer than until then."""
-        if self._attempts:
+        """Wait for the end of all attempts, and of what is becoming durable for one, but no longer than until then."""
+        if not self._is_idle:
             self._has_become_idle = asyncio.Event()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout_at(ends):
                     await self._has_become_idle.wait()
+
+    @property
+    def _is_idle(self) -> bool:
+        return not self._attempts and not self._all_new
+
+    def _tell_if_idle(self) -> None:
+        if self._has_become_idle is not None and self._is_idle:
+            self._has_become_idle.set()
 
     # What the forwarders ask for --------------------------------------------------------------------------
 
@@ -225,6 +233,7 @@ class Runner:
                 if destination not in leased:
                     self._new[destination] -= 1
                     self._all_new -= 1
+            self._tell_if_idle()
         for lease in leases:  # each has the room of its destination
             if self._has_stopped:
                 self._give_back(lease, is_new=True)
@@ -410,8 +419,7 @@ class Runner:
             self._claimed[destination] -= 1
             self._all_claimed -= 1
         self._has_changed = True
-        if self._has_become_idle is not None and not self._attempts:
-            self._has_become_idle.set()
+        self._tell_if_idle()
         if destination in self._has_backlog and self._room(destination) > self._relay.concurrency(destination) // 4:
             self._wake.set()  # a few at a time: each look into the store costs as much as some deliveries
 

@@ -155,6 +155,22 @@ async def test_all_clients_of_a_group_are_answered_before_any_of_its_mails_is_at
     assert attempts.begun == [[True] * 3] * 3
 
 
+async def test_a_fault_on_the_client_s_side_takes_no_attempt_from_its_mail(
+    store: EmbeddedStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    attempts = Attempts(list)
+    intake = Intake(
+        store, ScriptedRelay(), attempts, ResumedDeliveries(), max_age_seconds=3600.0, first_wait_seconds=lambda: 60.0
+    )
+    client = Gateway(store, ScriptedRelay(), intake).queued()
+    await client.ask(BOB)
+    client.begin_content()
+    client.write(HEADER, BODY)
+    client.transaction.finish(lambda *_: 1 / 0)  # type: ignore[arg-type]
+    await eventually(lambda: attempts.begun)
+    assert "internal error" in caplog.text
+
+
 async def test_a_mail_waits_for_those_whose_transaction_is_open_and_not_for_those_given_up(
     gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:

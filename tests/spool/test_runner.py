@@ -225,6 +225,67 @@ async def test_what_becomes_durable_when_the_runner_has_stopped_goes_back_unmark
         assert up.relay.transactions == []
 
 
+async def test_what_becomes_durable_while_the_runner_stops_is_waited_for_and_delivered() -> None:
+    async with running() as up:
+        assert up.runner.reserve(["up", "elsewhere"])
+        stopping = asyncio.create_task(up.runner.stop(grace_seconds=60))
+        for _ in range(20):  # as far as it comes
+            await asyncio.sleep(0)
+        draft = await written(up.store.draft())
+        leases = await up.store.submit(message(), draft, lease=True)
+        up.runner.begin(["up", "elsewhere"], leases, draft.in_memory)
+        await stopping
+        assert len(up.relay.taken) == 1
+        assert await up.store.tally() == {"accepted": 1, "delivered": 1}
+
+
+async def test_what_was_reserved_and_came_to_nothing_holds_up_no_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner_module, "CONNECTION_GRACE_SECONDS", 3600.0)
+    async with running() as up:
+        assert up.runner.reserve(["up"])
+        async with asyncio.timeout(30):
+            stopping = asyncio.create_task(up.runner.stop(grace_seconds=3600))
+            for _ in range(20):
+                await asyncio.sleep(0)
+            up.runner.begin(["up"], (), None)
+            await stopping
+
+
+class _Ending(MemoryStore):
+    """The first message that is shown for a warning ends before its content is read."""
+
+    async def unwarned(self, age: float, most: int) -> Sequence[Lease]:
+        shown = await super().unwarned(age, most)
+        if len(shown) > 1:
+            await self.delete(shown[0].message_id)
+        return shown
+
+    async def read(self, content: ContentRef, start: int, octets: int) -> bytes:
+        await self.show(str(content.key))  # the others look for the message first
+        return await super().read(content, start, octets)
+
+
+async def test_a_message_that_ends_before_its_warning_is_written_holds_up_no_other_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    relay, store = ScriptedRelay(), _Ending()
+    relay.mail_refusals.extend([BUSY, BUSY])
+    await store.open()
+    schedule = Schedule((3600.0,), warn_after_seconds=0.001)
+    runner = Runner(store, relay, Notices(store, relay, policy="mail", hostname="gw.example"), schedule, relay.observer)
+    ids = [await queued(store) for _ in range(2)]
+    await runner.start()
+    await eventually(lambda: sum(one.attempts for one in waiting(store)) == 2)
+    while not relay.taken:
+        runner.look_soon()
+        await asyncio.sleep(0)
+    await runner.stop(grace_seconds=1)
+    assert "spool unavailable" not in caplog.text
+    assert ids[0] not in store.memory.entries
+    assert store.memory.entries[ids[1]].is_warned
+    await store.close()
+
+
 @pytest.mark.parametrize("is_cut_in", ["recipients", "content", "finish"])
 async def test_what_a_stop_cuts_off_is_marked_if_its_content_was_on_its_way(is_cut_in: str) -> None:
     relay = ScriptedRelay(is_silent=is_cut_in == "recipients", room=0 if is_cut_in == "content" else None, is_held=True)

@@ -20,6 +20,7 @@ class Rebuilding(EmbeddedOperating):
 
     _alarm: str | None = None
     _not_found: Sequence[NotFound] = ()  # when the store was opened
+    _rebuilding: asyncio.Lock  # what one puts back must not be put back by another meanwhile
 
     async def _look_aside(self) -> None:
         aside = len(await asyncio.to_thread(self.directory.aside))
@@ -31,6 +32,10 @@ class Rebuilding(EmbeddedOperating):
 
     async def rebuild(self) -> Rebuilt:
         """See `Store.rebuild`: what lies in lost+found/ and has its envelope."""
+        async with self._rebuilding:
+            return await self._rebuild()
+
+    async def _rebuild(self) -> Rebuilt:
         told: list[str] = []
         tally = await self.tally()
         # Recipients that were counted as accepted, and are nowhere; the count itself may be lost with the log.

@@ -121,6 +121,7 @@ class EmbeddedStore(EmbeddedSubmitting, EmbeddedLeasing, EmbeddedRecording, Rebu
         self._keeper: asyncio.Task[None] | None = None
         self.timings = deque(maxlen=MOST_TIMINGS)
         self._submitting = set()
+        self._rebuilding = asyncio.Lock()
         self.memory = memory = Memory()
         self.journal = journal = Journal(memory, self._now_ms, self.directory.remove_large)
         self.index = index = IndexThread(journal.latch)

@@ -14,6 +14,7 @@ from otel_smtp.spool.embedded import EmbeddedStore, ask
 from otel_smtp.spool.embedded.aside import found_in
 from otel_smtp.spool.messages import DeliveryState, End, Verdict
 from otel_smtp.spool.operators import ControlSocket, Operations
+from tests.spool.embedded.books import books, recount
 from tests.spool.embedded.test_recovery import ids_in, left_by_a_crash, opened, segments
 from tests.spool.messages import BODY, CARRIER, HEADER, leased, message, queued
 from tests.spool.queueing import eventually
@@ -87,6 +88,19 @@ async def test_it_is_put_back_beside_a_running_gateway_and_counted_once(store: E
         assert await ids_in(after) == [kept, large]
         assert (await after.tally())["accepted"] == 2
         assert await _rebuilt_again(after) == []
+
+
+async def test_two_who_rebuild_at_once_put_each_message_back_once(tmp_path: Path) -> None:
+    path = tmp_path / "spool"
+    async with opened(path) as (store, _):
+        ids = [await queued(store) for _ in range(3)]
+    (segment,) = segments(path)
+    segment.rename(segment.with_name("000000000007"))
+    (path / "index.db").unlink()
+    async with opened(path) as (store, _):
+        await asyncio.gather(store.rebuild(), store.rebuild())
+        assert await ids_in(store) == ids
+        assert await books(store) == await recount(store)
 
 
 async def _rebuilt_again(store: EmbeddedStore) -> list[str]:
