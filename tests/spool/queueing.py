@@ -115,7 +115,7 @@ class Queueing:
         await eventually(self.is_empty)
 
 
-async def eventually(found: Callable[[], object], *, timeout_seconds: float = 10.0) -> None:
+async def eventually(found: Callable[[], object], *, timeout_seconds: float = 60.0) -> None:
     """Wait until `found()`, which may be a coroutine function, is true."""
     async with asyncio.timeout(timeout_seconds):
         while True:

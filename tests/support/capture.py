@@ -180,7 +180,7 @@ class CapturingUpstream:
             self._mail_replies = deque(reply.wire for reply in script.mail)
             self._content_replies = deque(reply.wire for reply in script.content)
 
-    def wait_for_messages(self, count: int, timeout_seconds: float = 15) -> list[CapturedMessage]:
+    def wait_for_messages(self, count: int, timeout_seconds: float = 60) -> list[CapturedMessage]:
         """All messages so far, once there are `count` of them.
 
         Raises:
@@ -188,7 +188,7 @@ class CapturingUpstream:
         """
         return self.wait_for(lambda: self.messages if len(self.messages) >= count else None, timeout_seconds)
 
-    def wait_for(self, wanted: Callable[[], T | None], timeout_seconds: float = 15) -> T:
+    def wait_for(self, wanted: Callable[[], T | None], timeout_seconds: float = 60) -> T:
         """What `wanted` gives, once it is not None; asked again at whatever happens."""
         with self.changed:
             self.changed.wait_for(lambda: wanted() is not None, timeout_seconds)

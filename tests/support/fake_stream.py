@@ -111,7 +111,7 @@ class FakeStream(Stream):
         """The far end reads no more; `drain` waits from now on."""
         self.pause_writing()
 
-    async def sends(self, expected: bytes, *, timeout_seconds: float = 5) -> bytes:
+    async def sends(self, expected: bytes, *, timeout_seconds: float = 60) -> bytes:
         """Wait until `expected` was written, and take everything up to it."""
         async with asyncio.timeout(timeout_seconds):
             while expected not in self.sent:

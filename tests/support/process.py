@@ -27,7 +27,7 @@ USES_UVLOOP: Final = os.environ.get("OTELSMTP_TEST_LOOP", "uvloop") == "uvloop" 
 T = TypeVar("T")
 
 
-def until(found: Callable[[], T | None], what: str, *, timeout_seconds: float = 15.0) -> T:
+def until(found: Callable[[], T | None], what: str, *, timeout_seconds: float = 60.0) -> T:
     """What `found` gives, once it gives something: for what happens in another process and tells nobody.
 
     Raises:
