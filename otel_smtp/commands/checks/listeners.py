@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Final
 
+from otel_smtp.commands.asking import NoAnswer, running_gateway
 from otel_smtp.commands.checks.certificates import check_certificate
 from otel_smtp.commands.checks.connecting import connection, printable, reason
 from otel_smtp.commands.checks.findings import TIMEOUT_SECONDS, Finding
@@ -21,6 +22,7 @@ from otel_smtp.smtp.states import TlsMode
 
 # RFC 2606 2: no such domain exists, should a server accept the recipient.
 _STRANGER: Final = "relay-probe@otel-smtp.invalid"
+_STATUS_SECONDS: Final = 2.0  # for a gateway on this machine to say that it is one
 
 
 async def check_listeners(settings: Settings) -> AsyncIterator[Finding]:
@@ -41,15 +43,25 @@ async def check_listeners(settings: Settings) -> AsyncIterator[Finding]:
 
 
 def check_status(settings: Settings) -> Finding | None:
-    """Check whether the status port is free; None without one. A gateway runs without it if its default is taken."""
+    """Check whether the status port is free, or a gateway answers there; None without one. A gateway runs without it if
+    its default is taken."""
     address = settings.status.address
     if address is None:
         return None
     subject = f"status {address}"
-    finding = _try_to_bind(subject, address, is_dual_stack=True) or Finding("failed", subject, "is taken")
+    finding = _try_to_bind(subject, address, is_dual_stack=True) or _answering_status(subject, settings)
     if finding.verdict == "failed" and "status.address" not in settings.origins:
         return Finding("warning", subject, f"{finding.detail}; it is the default, so the gateway would run without it")
     return finding
+
+
+def _answering_status(subject: str, settings: Settings) -> Finding:
+    """Find out whether a gateway answers at a status port that is taken."""
+    try:
+        answer = running_gateway(settings, None).ask("livez", seconds=_STATUS_SECONDS)
+        return Finding("ok", subject, f"a gateway answers, up for {float(answer['uptime_seconds']):.0f} s")
+    except (NoAnswer, TypeError, KeyError, ValueError):  # or something else answers, in words of its own
+        return Finding("failed", subject, "is taken, and not by a gateway that answers")
 
 
 def _try_to_bind(subject: str, address: Endpoint, *, is_dual_stack: bool = False) -> Finding | None:

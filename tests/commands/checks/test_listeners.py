@@ -1,7 +1,9 @@
 """Listeners and the status port: free, taken by us or by another server, exposed."""
 
 import asyncio
+import http.server
 import socket
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -117,8 +119,39 @@ async def test_a_path_that_is_no_socket_or_cannot_be_made(tmp_path: Path) -> Non
     assert finding.verdict == "ok"
 
 
+@pytest.mark.parametrize(
+    ("answer", "verdict", "words"),
+    [
+        (b'{"status":"alive","uptime_seconds":61.7}', "ok", "a gateway answers, up for 62 s"),
+        (b"<html>It works!</html>", "failed", "is taken, and not by a gateway that answers"),
+        (b"[]", "failed", "is taken, and not by a gateway that answers"),
+    ],
+)
+def test_who_answers_at_the_status_port(answer: bytes, verdict: str, words: str) -> None:
+    class Answers(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path == "/livez" else 404)
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Answers) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            status = {"address": f"127.0.0.1:{server.server_port}"}
+            finding = check_status(load(values={"upstream": [{"url": "smtp://127.0.0.1:1"}], "status": status}))
+        finally:
+            server.shutdown()
+            thread.join()
+    assert finding == Finding(verdict, f"status {status['address']}", words)  # type: ignore[arg-type]  # a literal
+
+
 @pytest.mark.parametrize(("is_asked_for", "verdict"), [(True, "failed"), (False, "warning")])
-def test_a_status_port_that_is_taken(is_asked_for: bool, verdict: str) -> None:
+def test_a_status_port_that_is_taken(is_asked_for: bool, verdict: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("otel_smtp.commands.checks.listeners._STATUS_SECONDS", 0.01)  # nobody accepts, so none answers
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = Endpoint("127.0.0.1", taken.getsockname()[1])
         settings = load(values={"upstream": [{"url": "smtp://127.0.0.1:1"}], "status": {"address": str(address)}})
