@@ -257,8 +257,16 @@ class Enveloping(Attempts):
         """MAIL was refused: so is whatever is asked."""
         self._refusal = self._mail_refusal = refusal
         self._is_full = True
+        self._count_as_refused()
         self._end(outcome_of(refusal), refusal, refusal.error_type, answered=True)
         self._answer_for_all(refusal)
+
+    def _count_as_refused(self) -> None:
+        """MAIL was refused: that is the answer about each who was asked, but for those who had another one before."""
+        asked = len(self.accepted) + (len(self._asked) if self._judged is not None else 0)
+        attempt = self._attempt
+        # They are counted by the way in which the attempt ends.
+        attempt.accepted_count = max(0, asked - attempt.refused_count - attempt.deferred_count)
 
     def _as_told(self, refusal: Reply) -> Reply:
         """The reply to the client for a refusal: one about our credentials is not about the mail."""

@@ -215,6 +215,7 @@ class Transmitting(Enveloping):
         assert refusal is not None
         if answers[0].reply.code >= 400:
             self._check_sender_refusal(refusal)
+            self._count_as_refused()
         else:
             if wants_another_transaction(refusal) and not answers.accepted:
                 self._check_quota(refusal)

@@ -1019,7 +1019,10 @@ async def test_a_refusal_counts_though_the_connection_ends_behind_it(
         relayed = await relay(forwarder)
         assert relayed.told.wire == refusal
         assert relayed.seen.outcomes == [("up", Outcome.DEFERRED if refusal[:1] == b"4" else Outcome.REFUSED)]
-        assert relayed.seen.deliveries[0].reply == relayed.told
+        (attempt,) = relayed.seen.deliveries
+        assert attempt.reply == relayed.told
+        counts = (attempt.accepted_count, attempt.refused_count, attempt.deferred_count)
+        assert counts == ((0, 0, 1) if refusal[:1] == b"4" else (0, 1, 0))
         assert (upstream.connections, other.connections) == (1, 0)
         assert nothing_is_kept_out_of_step(forwarder.snapshot())
         await until(lambda: forwarder.snapshot()[0].pool.idle == 0)

@@ -303,6 +303,7 @@ async def test_a_refused_sender_refuses_its_recipients() -> None:
         assert [str(answer) for answer in answers] == ["550 5.7.1 not you"] * 3
         transaction.abort()
         assert seen.outcomes == [("up", Outcome.REFUSED)]
+        assert (seen.deliveries[0].accepted_count, seen.deliveries[0].refused_count) == (0, 2)
         assert upstream.verbs.count("MAIL") == 1
         assert (await relay(forwarder)).codes == [250]
         assert upstream.connections == 1
