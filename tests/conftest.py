@@ -1,6 +1,7 @@
 """What all tests share: the event loops that they run on, and which of them wait for a long run."""
 
 import asyncio
+import logging
 import os
 from collections.abc import Callable, Generator, Mapping
 
@@ -47,6 +48,19 @@ def pytest_asyncio_loop_factories(config: pytest.Config, item: pytest.Item) -> M
     if item.get_closest_marker("movable_clock") is not None:
         return {"movable": MovableClockLoop}
     return {"asyncio": asyncio.new_event_loop}
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol() -> Generator[None, object, object]:
+    """Leave logging as it was: a command that a test runs in this process sets it up for itself."""
+    root, ours = logging.getLogger(), logging.getLogger("otel_smtp")
+    handlers, levels = list(root.handlers), (root.level, ours.level)
+    try:
+        return (yield)
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(levels[0])
+        ours.setLevel(levels[1])
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -4,7 +4,6 @@ import io
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -36,16 +35,6 @@ from tests.telemetry.driving import Client, Kept
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
-
-
-@pytest.fixture(autouse=True)
-def _logging_as_it_was() -> Iterator[None]:
-    root, ours = logging.getLogger(), logging.getLogger("otel_smtp")
-    kept = (list(root.handlers), root.level, ours.level)
-    yield
-    root.handlers[:], root.level = kept[0], kept[1]
-    ours.setLevel(kept[2])
-    root.setLevel(kept[1])
 
 
 def lines(stream: io.StringIO) -> list[dict[str, Any]]:

@@ -199,7 +199,11 @@ def _sayings(
         chosen = [*attempts[: _ATTEMPTS_TOLD // 2], *attempts[-_ATTEMPTS_TOLD // 2 :]]
     is_shared = len({span.instance for span in [*below, *([transaction] if transaction else [])]}) > 1
     of_attempts = [_of_attempt(attempt, transaction, is_shared=is_shared) for attempt in chosen]
+    unanswered = [span.attributes for span in attempts if names.REPLY_CODE not in span.attributes]
+    explained = {about.get(names.ERROR_TYPE) for about in unanswered if names.FAILURE_REASON in about}
     for event in errors:
+        if event.attributes.get(names.ERROR_TYPE) in explained:
+            continue  # our own words for an attempt that had no reply, which says why
         said = _of_error(event, attempts, connection)
         # What the client was told is what an upstream said: told once, in the upstream's full words.
         same = next((one for one in of_attempts if f"{one.words} ".startswith(f"{said.words} ")), None)

@@ -318,6 +318,8 @@ class Log:
                         step.fail(error)
                 except Exception:
                     logger.exception("spool failed: internal error")
+                    if not step.done():  # who waits is not left without an answer: twice is better than never
+                        step.fail(SpoolError("internal error"))
         self.told = told
 
     def _write(self, group: Sequence[Step[Any]], outcomes: list[Outcome]) -> None:

@@ -181,6 +181,15 @@ def test_a_failure_says_why() -> None:
     assert text(mail)[1] == (
         "  deferred by provider (smtp.example.com:587): certificate verify failed: self-signed certificate"
     )
+    # The error reply is our own words for it; one that is about something else stands.
+    for of_error, lines in (("tls", 0), ("policy", 1)):
+        [mail] = told(
+            delivery(failed),
+            transaction({"smtp.outcome": "deferred"}),
+            connection([error("DATA", 451, of_error, "not now")]),
+        )
+        assert sum("not now" in line for line in text(mail)) == lines
+        assert sum("self-signed" in line for line in text(mail)) == 1
     [mail] = told(delivery({"smtp.outcome": "deferred", "error.type": "timeout"}), transaction({"smtp.outcome": "x"}))
     assert text(mail)[1] == "  deferred by provider (smtp.example.com:587): timeout"
 

@@ -10,7 +10,8 @@ import pytest
 
 from otel_smtp.smtp import replies
 from otel_smtp.spool.embedded.files import write_durably
-from otel_smtp.spool.messages import End, StorageFull, Verdict
+from otel_smtp.spool.embedded.log import Step
+from otel_smtp.spool.messages import End, SpoolError, StorageFull, Verdict
 from tests.spool.embedded.test_recovery import ids_in, opened
 from tests.spool.messages import BODY, HEADER, message, queued, written
 from tests.spool.stores import SEGMENT_OCTETS
@@ -76,6 +77,20 @@ async def test_what_comes_at_the_same_time_shares_a_sync(tmp_path: Path, monkeyp
         await asyncio.gather(*[queued(store) for _ in range(100)])
         monkeypatch.undo()
         assert syncs < 20
+
+
+async def test_a_bug_of_ours_leaves_nobody_without_an_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Step[object]) -> None:
+        raise ZeroDivisionError
+
+    async with opened(tmp_path / "spool") as (store, _):
+        for kind in Step.__subclasses__():
+            monkeypatch.setattr(kind, "is_durable", fail)
+        async with asyncio.timeout(30):
+            with pytest.raises(SpoolError, match="internal error"):
+                await queued(store)
+        monkeypatch.undo()
+        await queued(store)
 
 
 @pytest.fixture
