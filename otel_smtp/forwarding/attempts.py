@@ -223,7 +223,7 @@ class Attempts(Connecting):
                 connection.abandon()
             self._smarthost.release(connection, answered=answered)
         if self._is_aborted:
-            # Who observes a mail is told of its attempts with it; what ends later is told by itself.
+            # Observers get a transaction with its attempts; an attempt that outlives it is reported by itself.
             if self._record.ended_ns:
                 self._relaying.observer.delivery_ended(attempt)
             self._relaying.unwatch(self)

@@ -1,7 +1,7 @@
 """One transaction upstream: what is said on a connection for one mail, and what the answers mean.
 
-A `Delivery` is told what to do (`ask` about recipients, `send` the content, `burst` all of it), and tells by one call
-back what came of it. In between it goes on by itself: each step queues commands, begins an exchange on its connection,
+A `Delivery` takes orders (`ask` about recipients, `send` the content, `burst` all of it), and reports the result of
+each by one callback. In between it goes on by itself: each step queues commands, begins an exchange on its connection,
 and names the step that takes the answers. Whatever is not an answer goes to `attempts`, which finds the next
 connection; there what was accepted for the client is put to the upstream first, and must be accepted again.
 

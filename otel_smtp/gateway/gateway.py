@@ -185,7 +185,7 @@ class Gateway:
         return self._telemetry.metrics_page(accept)
 
     def catch_up(self) -> None:
-        """Make the spans of mails that have ended: for whoever reads them now."""
+        """Make the spans of all mails that have ended; call it before reading spans."""
         self._observer.catch_up()
 
     @property

@@ -78,7 +78,7 @@ class FanOut(Observer):
                 setattr(self, hook, partial(self._after_those_waiting, getattr(self, hook)))
 
     def catch_up(self) -> None:
-        """Tell the transactions that wait: for whoever wants to read what observers make of them."""
+        """Pass the waiting transactions to the observers; call it before reading what those make of them."""
         if waiting := self._waiting:
             self._waiting = []
             self._batch += 1
@@ -176,7 +176,7 @@ def fan_out(observers: Iterable[Observer], soon: Soon | None = None) -> FanOut:
     Where several could answer a question, the first answer that is not empty holds.
 
     Args:
-        soon: lets transactions wait for others (`Observer.transactions_settled`); None: each is told at once.
+        soon: lets transactions wait for others (`Observer.transactions_settled`); None: each is passed on at once.
 
     Raises:
         TypeError: a method of an observer is named almost like a hook and is none, so it would never be called.

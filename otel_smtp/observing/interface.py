@@ -43,12 +43,11 @@ class Observer:
         """
 
     def transactions_settled(self, transactions: Sequence[TransactionRecord]) -> None:
-        """Transactions are over, in the order in which they ended: the same as `transaction_ended` says, for those who
-        need not know at once.
+        """Transactions are over, in the order in which they ended: `transaction_ended` for observers that can wait.
 
-        Most are told a few milliseconds later, together: work on several mails in a row costs less than the same work
-        between everything else that a mail needs. All are told before their connection's segment ends, and one with a
-        delivery that is still under way, or that went wrong, is told at once.
+        Most come a few milliseconds later, together: work on several mails in a row costs less than the same work
+        between everything else that a mail needs. All come before their connection's segment ends. A transaction that
+        failed, or has a delivery under way, comes at once.
         """
 
     def delivery_ended(self, delivery: DeliveryRecord) -> None:

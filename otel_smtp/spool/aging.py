@@ -36,7 +36,7 @@ class Aging:
         wake: called with destinations for which something waits now.
 
     Attributes:
-        outcomes: writes the messages that tell the application of recipients that ended; None: it is told nothing.
+        outcomes: writes the messages that report recipients' outcomes to the application; None: nothing is reported.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Aging:
         return held
 
     async def _end(self, lease: Lease) -> None:
-        """Give up what is too old. Of a notice nobody is told but the log."""
+        """Expire a delivery. An expired notice is only logged."""
         notices: Sequence[Notice] = ()
         self._tell(lease, SpoolAction.EXPIRED)
         if lease.kind is not Kind.MAIL:

@@ -184,14 +184,10 @@ class Export(Generic[T]):
         ):
             self._lost[self._why_not(octets, waiting_items)] += items
             return
-        self._queue.append(record)
-        self._items_in += items
-        self._octets_in += octets
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name=f"otlp-{self._signal}", daemon=True)
             self._thread.start()
-        if (waiting_items >= self._batch_items or waiting > MAX_BATCH_OCTETS) and not self._wake.is_set():
-            self._wake.set()
+        self._add((record,), items, octets)
 
     def put_all(self, records: Sequence[bytes], items: int) -> None:
         """Queue several that are encoded, as `put` does each.
@@ -212,10 +208,15 @@ class Export(Generic[T]):
             for record in records:  # what there is room for is queued
                 self.put(record, self._count((record,)))
             return
+        self._add(records, items, octets)
+
+    def _add(self, records: Sequence[bytes], items: int, octets: int) -> None:
+        """Queue what there is room for, and wake the thread where that makes a batch."""
         self._queue.extend(records)
         self._items_in += items
         self._octets_in += octets
-        if (waiting_items >= self._batch_items or waiting > MAX_BATCH_OCTETS) and not self._wake.is_set():
+        is_batch = self._items_in - self._items_out >= self._batch_items
+        if (is_batch or self._octets_in - self._octets_out > MAX_BATCH_OCTETS) and not self._wake.is_set():
             self._wake.set()
 
     def _why_not(self, octets: int, waiting_items: int) -> DropReason:
