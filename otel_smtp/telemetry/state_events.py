@@ -435,11 +435,13 @@ def encode_phases(delivery: DeliveryRecord) -> list[bytes]:
 
 
 def encode_phases_among(delivery: DeliveryRecord, events: Sequence[EventRecord]) -> list[bytes]:
-    """The same with other events among them, by their times."""
+    """The same with other events among them, by their times; of those at one instant the phases come first, as they do
+    where both are read as values."""
     offset = delivery.transaction.wall_offset_ns
-    placed = [(event.time_ns, octets) for event, octets in zip(events, encode_events(events), strict=True)]
+    placed: list[tuple[int, bytes]] = []
     for at_ns, shape in describe_phases(delivery):
         pairs = _pace_pairs(delivery) if shape.name == _PACED else ()
         placed.append((at_ns + offset, encode_event(at_ns + offset, shape, pairs)))
+    placed += [(event.time_ns, octets) for event, octets in zip(events, encode_events(events), strict=True)]
     placed.sort(key=itemgetter(0))
     return [octets for _, octets in placed]

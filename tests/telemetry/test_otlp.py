@@ -433,6 +433,24 @@ def deliveries(draw: st.DrawFn, transaction: TransactionRecord) -> DeliveryRecor
     return record
 
 
+def test_of_events_at_one_instant_the_phases_come_first_in_both_forms() -> None:
+    """The clock is read once a turn, so what a turn decides has one time."""
+    both = Both()
+    transaction = TransactionRecord.resumed("01J9", {}, Mail("a@example.com"))
+    attempt = DeliveryRecord(transaction, "u", Endpoint("192.0.2.9", 25), 1, 1)
+    transaction.taken_over = ("gateway-1", 7.0)
+    refusal = Reply(550, None, ("no",))
+    attempt.refuse(Recipient("x@there.example"), refusal, 3)
+    attempt.phases = [(1, DeliveryPhase.CONNECT, None), (3, DeliveryPhase.RCPT, refusal), (3, DeliveryPhase.PACED, None)]
+    attempt.end(Outcome.REFUSED, refusal, None, 4)
+    both.tracing.delivery_ended(attempt)
+    both.check()
+    [record] = both.records
+    assert [event.name.removeprefix("smtp.") for event in record.events] == [
+        "upstream.connect", "spool.taken_over", "upstream.rcpt", "upstream.paced", "recipient",
+    ]  # fmt: skip
+
+
 @settings(suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(st.data())
 def test_whatever_happens_is_encoded_as_the_sdks_exporter_encodes_it(data: st.DataObject) -> None:
