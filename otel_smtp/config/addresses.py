@@ -213,7 +213,7 @@ class UpstreamUrlKind(msgspec.Struct, frozen=True):
 
 
 class ReceiverUrlKind(msgspec.Struct, frozen=True):
-    """The URL that events are sent to: https, or http on this machine."""
+    """A URL that requests are sent to: https, or http on this machine."""
 
     allowed: str = "an https URL, or http on this machine, without user, password and fragment"
 

@@ -102,7 +102,13 @@ class Consistency:
         return [(f"{path}.{index}", table) for index, table in enumerate(tables) if self._is_sound(f"{path}.{index}")]
 
     def _add(self, key: str, value: object, message: str) -> None:
-        self.problems.append(Problem(self._origins.get(key, "default"), key, value, message))
+        self.problems.append(Problem(self._origin(key), key, value, message))
+
+    def _origin(self, key: str) -> str:
+        """Where a setting was set; of a default, or of one that is missing, where another of its table was."""
+        table = f"{key.rpartition('.')[0]}."
+        beside = (source for path, source in self._origins.items() if table != "." and path.startswith(table))
+        return self._origins.get(key) or next(beside, "default")
 
     # Listeners
 
@@ -218,8 +224,10 @@ class Consistency:
             if upstream.auth not in ("auto", "off"):
                 self._add(f"{path}.auth", upstream.auth, f"needs {path}.username")
         self._upstream_tokens(path, upstream)
-        if (upstream.tls_cert is None) is not (upstream.tls_key is None):
-            self._add(f"{path}.tls_cert", str(upstream.tls_cert), f"needs {path}.tls_key, and {path}.tls_key needs it")
+        if upstream.tls_cert is not None and upstream.tls_key is None:
+            self._add(f"{path}.tls_cert", str(upstream.tls_cert), f"needs {path}.tls_key")
+        if upstream.tls_key is not None and upstream.tls_cert is None:
+            self._add(f"{path}.tls_key", str(upstream.tls_key), f"needs {path}.tls_cert")
         if url.tls is TlsMode.OFF:
             # An operator who names an authority believes that TLS is on.
             for name in ("ca_file", "server_name", "tls_cert"):
@@ -279,7 +287,7 @@ class Consistency:
         self._names_differ(receivers)
         for path, receiver in receivers:
             if receiver.key is None:
-                self._add(f"{path}.key_file", "", "is missing; what is not signed could be anybody's")
+                self._add(f"{path}.key_file", None, "is missing; nobody could tell unsigned outcomes from forged ones")
             if self._is_sound("delivery") and self._settings.delivery.mode == "direct":
                 self._add(
                     f"{path}.url", receiver.url,

@@ -8,7 +8,7 @@ from typing import Any, Final, NamedTuple
 
 import msgspec
 
-from otel_smtp.config.addresses import UpstreamUrl, UpstreamUrlKind
+from otel_smtp.config.addresses import ReceiverUrlKind, UpstreamUrl, UpstreamUrlKind
 from otel_smtp.config.consistency import Consistency
 from otel_smtp.config.problems import Problem, SettingsError, unknown_key
 from otel_smtp.config.settings import (
@@ -259,7 +259,8 @@ class _Loader:
             value = key.kind.parse(given)
         except BadValue as why:
             # No secrets, and no URL that contains one.
-            is_secret = key.secret or (isinstance(key.kind, UpstreamUrlKind) and "@" in str(given.value))
+            is_url = isinstance(key.kind, UpstreamUrlKind | ReceiverUrlKind)
+            is_secret = key.secret or (is_url and "@" in str(given.value))
             more = f"{why}; " if str(why) else ""
             self.add(given.source, path, "***" if is_secret else given.value, f"{more}allowed: {key.kind.allowed}")
             return
@@ -279,8 +280,11 @@ class _Loader:
             return
         try:
             path = FilePath(may_be_empty=True).parse(given)
-            if path is None or not path.is_file():
-                return  # reported with `<key>_file` itself; reading a device or pipe might never end
+        except BadValue:
+            return  # reported with `<key>_file` itself
+        if path is None or not path.is_file():
+            return  # so is this; reading a device or pipe might never end
+        try:
             # Editors and `echo` end a file with one line end; any further one belongs to the secret.
             # Some of them begin it with a byte order mark, which "utf-8-sig" leaves out.
             text = path.read_text(encoding="utf-8-sig").removesuffix("\n").removesuffix("\r")

@@ -323,10 +323,7 @@ class UpstreamTable(Table, frozen=True, kw_only=True):
         str,
         Key(
             "OAuth 2 token endpoint, for xoauth2; tokens are fetched and renewed off the mail path",
-            Text(
-                "an https URL, or http on this machine",
-                r"(?:https://|http://(?:127\.0\.0\.1|localhost|\[::1\])[:/])\S+",
-            ),
+            ReceiverUrlKind(),
             default="no token is fetched",
         ),
     ] = ""

@@ -52,7 +52,7 @@ def run(settings: Settings, *, on_ready: OnReady, read_settings: ReadSettings) -
     """
     for problem in environment.read().problems:  # here, once for all workers
         logger.warning(
-            "telemetry variable ignored",
+            "telemetry variable cannot be used",
             extra={"variable": problem.variable, "value": problem.value, "allowed": problem.allowed},
         )
     if settings.workers == 1:

@@ -93,7 +93,9 @@ _SAMPLERS: Final[Mapping[str, Callable[[float], Sampler]]] = {
 }
 
 
-_LISTS: Final = ("_HEADERS", "_EXPORTER", OTEL_RESOURCE_ATTRIBUTES)
+# Variables that stay in the environment of the SDK's exporters although something is wrong with them: of a list they
+# use what they can, and a file may be there at the next export.
+_KEPT: Final = ("_HEADERS", "_EXPORTER", OTEL_RESOURCE_ATTRIBUTES, "_CERTIFICATE", "_CLIENT_KEY")
 # The limits of the SDK's spans and log records; a number of 0 and more, or no limit.
 _LIMITS: Final = tuple(
     f"OTEL_{what}_LIMIT"
@@ -256,10 +258,9 @@ def own_resource(worker: int | None = None, *, version: str = "") -> Resource:
 def without(problems: Iterable[VariableProblem]) -> Iterator[None]:
     """Take variables that cannot be used out of the process's environment, and put them back afterwards.
 
-    For the SDK's exporters, which read it for themselves and raise at some values. Lists stay: of those they use what
-    they can.
+    For the SDK's exporters, which read it for themselves and raise at some values. Lists and files stay.
     """
-    names = {problem.variable for problem in problems if not problem.variable.endswith(_LISTS)}
+    names = {problem.variable for problem in problems if not problem.variable.endswith(_KEPT)}
     taken = {name: os.environ.pop(name) for name in names & os.environ.keys()}
     try:
         yield
@@ -422,9 +423,9 @@ class _Reading:
             is_insecure=scheme == "http" or (scheme != "https" and is_insecure),
             headers=self._headers(signal),
             compression=self._compression(signal, protocol),
-            certificate=self._first(signal, "CERTIFICATE"),
-            client_key=self._first(signal, "CLIENT_KEY"),
-            client_certificate=self._first(signal, "CLIENT_CERTIFICATE"),
+            certificate=self._file(signal, "CERTIFICATE"),
+            client_key=self._file(signal, "CLIENT_KEY"),
+            client_certificate=self._file(signal, "CLIENT_CERTIFICATE"),
             user_agent=f"otel-smtp/{self._version}" if self._version else "otel-smtp",
         )
 
@@ -464,8 +465,13 @@ class _Reading:
         chosen = [self._choice(variable, choices) for variable in _both(signal, "PROTOCOL")]
         return next((one for one in chosen if one is not None), Protocol.HTTP)
 
-    def _first(self, signal: Signal, what: str) -> str:
-        return next(filter(None, map(self._value, _both(signal, what))), "")
+    def _file(self, signal: Signal, what: str) -> str:
+        """The path that the variable names, also where there is no such file: it is looked for at each connection."""
+        paths = {variable: self._value(variable) for variable in _both(signal, what)}
+        for variable, path in paths.items():
+            if path and not (os.path.isfile(path) and os.access(path, os.R_OK)):
+                self._unusable(variable, path, "the path of a file that this user can read")
+        return next(filter(None, paths.values()), "")
 
     def _first_number(self, signal: Signal, what: str) -> float | None:
         numbers = [self._number(variable) for variable in _both(signal, what)]

@@ -170,7 +170,7 @@ def test_only_a_program_that_verifies_tokens_needs_no_users_file() -> None:
 
 def test_two_listeners_of_one_name_are_refused() -> None:
     listeners = [{"address": ["127.0.0.1:0"]}, {"address": ["127.0.0.1:0"]}]
-    assert 'listener.1.name = "local": is also the name of listener.0' in refusal_of(listener=listeners)
+    assert 'settings: listener.1.name = "local": is also the name of listener.0' in refusal_of(listener=listeners)
 
 
 @pytest.mark.parametrize(
@@ -298,7 +298,10 @@ TOKENS = {
         ({"auth": "plain"}, 'upstream.0.auth = "plain": contradicts upstream.0.token_url'),
         ({"token_url": None, "password": "p"}, "needs upstream.0.token_url"),
         ({"token_url": "http://login.example/token"}, "an https URL"),  # a secret would go in clear
+        ({"token_url": "https://me:hunter2@login.example/"}, 'upstream.0.token_url = "***": allowed: an https URL'),
         ({"tls_cert": __file__}, "needs upstream.0.tls_key"),
+        ({"tls_key": __file__}, f'settings: upstream.0.tls_key = "{__file__}": needs upstream.0.tls_cert'),
+        ({"tls_cert": __file__, "tls_key": __file__}, None),
     ],
 )
 def test_tokens_and_client_certificates_are_whole_or_refused(change: dict[str, Any], expected: str | None) -> None:
@@ -402,14 +405,14 @@ def test_a_receiver_in_a_mode_with_a_queue(mode: str, tmp_path: Path) -> None:
     [
         ({"url": "http://app.example/"}, "other machines could read and change what is sent in clear"),
         ({"url": "http://127.0.0.1.evil.example/"}, "other machines could read"),
-        ({"url": "https://user:secret@app.example/"}, "an https URL, or http on this machine"),
+        ({"url": "https://user:too short@app.example/"}, "notify.0.url = '***': allowed: an https URL"),
         ({"url": "ftp://app.example/"}, "an https URL"),
         ({"url": "https://app.example/#part"}, "an https URL"),
         ({"url": "https://app.example:0/"}, "an https URL"),
         ({"url": "https:///events"}, "an https URL"),
         ({"key": "too short"}, "at least 24 other characters"),
         ({"key": "whsec_dG9vIHNob3J0"}, "base64 of at least 24 octets"),
-        ({"key": None}, "notify.0.key_file = '': is missing"),
+        ({"key": None}, "settings: notify.0.key_file: is missing"),
         ({"key": None, "key_file": "nowhere"}, "no such file"),
         ({"key": None, "key_file": "key"}, "the file's content is invalid"),
         (

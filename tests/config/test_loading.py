@@ -234,6 +234,7 @@ def test_certificates_are_relative_to_the_file_that_names_them(write: Any, tmp_p
         ('[[upstream]]\nname = "x"', "upstream.0.url: is missing; allowed: smtp://host:port (clear)"),
         ('status.address = "localhost"', 'status.address = "localhost": allowed: "host:port", "[::1]:port", "off"'),
         ('log.level = "loud\\u0007"', 'log.level = "loud\\x07": allowed: debug, info, warning, error'),
+        ("[[upstream]]\nurl = 'smtp://h'\npassword_file = [1]", "upstream.0.password_file = [1]: allowed: a path"),
         ("workers = " + "1" * 300, "..."),
     ],
 )

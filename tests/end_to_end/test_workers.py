@@ -130,7 +130,7 @@ def test_variables_that_cannot_be_used_stop_no_mail_and_are_named_once(
     send(running.port)
     assert running.stop() == 0
     assert len(upstream.messages) == 1
-    told = [line["variable"] for line in running.log if line["event"] == "telemetry variable ignored"]
+    told = [line["variable"] for line in running.log if line["event"] == "telemetry variable cannot be used"]
     assert sorted(told) == sorted(wrong)
     assert "sesame" not in running.stderr
 

@@ -216,6 +216,11 @@ LOOKED_AT = [
     ("OTEL_SERVICE_NAME", "anything", ""),
     ("OTEL_CONFIG_FILE", "", "/etc/otel.yaml"),
     ("OTEL_TRACES_SAMPLER_ARG", "0.5", "2"),
+    *[
+        (OTLP + name, __file__, bad)
+        for name in ("CERTIFICATE", "CLIENT_KEY", "CLIENT_CERTIFICATE", "METRICS_CERTIFICATE", "LOGS_CLIENT_KEY")
+        for bad in ("/no/such.pem", os.path.dirname(__file__))
+    ],
 ]
 GENERAL = {OTLP + "ENDPOINT": "http://general:4318"}
 
@@ -276,6 +281,16 @@ def test_what_is_wrong_in_the_signals_own_variable_leaves_that_for_all() -> None
     }
 
 
+def test_a_certificate_that_is_not_there_is_reported_and_looked_for_at_each_connection() -> None:
+    asked = read({**GENERAL, OTLP + "CERTIFICATE": "/no/such.pem", TRACES + "CLIENT_KEY": "/no/key"})
+    assert asked.traces.collector is not None
+    assert (asked.traces.collector.certificate, asked.traces.collector.client_key) == ("/no/such.pem", "/no/key")
+    assert [str(problem) for problem in asked.problems] == [
+        f"{OTLP}CERTIFICATE='/no/such.pem': allowed is the path of a file that this user can read",
+        f"{TRACES}CLIENT_KEY='/no/key': allowed is the path of a file that this user can read",
+    ]
+
+
 def test_of_a_list_of_exporters_those_count_that_exist() -> None:
     asked = read({"OTEL_TRACES_EXPORTER": "console,zipkin", **GENERAL})
     assert (asked.traces.to_console, asked.traces.collector) == (True, None)
@@ -304,10 +319,12 @@ def test_the_sdks_exporters_do_not_see_what_cannot_be_used(monkeypatch: pytest.M
     monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "x")
     monkeypatch.setenv(OTLP + "TIMEOUT", "3")
     monkeypatch.setenv(OTLP + "HEADERS", "a=b,wrong")
+    monkeypatch.setenv(OTLP + "CERTIFICATE", "/no/such.pem")
     with without(read().problems):
         assert "OTEL_BSP_SCHEDULE_DELAY" not in os.environ
         assert os.environ[OTLP + "TIMEOUT"] == "3"
         assert os.environ[OTLP + "HEADERS"] == "a=b,wrong"
+        assert os.environ[OTLP + "CERTIFICATE"] == "/no/such.pem"  # it may be there at the next export
     assert os.environ["OTEL_BSP_SCHEDULE_DELAY"] == "x"
 
 

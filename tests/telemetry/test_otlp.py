@@ -441,7 +441,11 @@ def test_of_events_at_one_instant_the_phases_come_first_in_both_forms() -> None:
     transaction.taken_over = ("gateway-1", 7.0)
     refusal = Reply(550, None, ("no",))
     attempt.refuse(Recipient("x@there.example"), refusal, 3)
-    attempt.phases = [(1, DeliveryPhase.CONNECT, None), (3, DeliveryPhase.RCPT, refusal), (3, DeliveryPhase.PACED, None)]
+    attempt.phases = [
+        (1, DeliveryPhase.CONNECT, None),
+        (3, DeliveryPhase.RCPT, refusal),
+        (3, DeliveryPhase.PACED, None),
+    ]
     attempt.end(Outcome.REFUSED, refusal, None, 4)
     both.tracing.delivery_ended(attempt)
     both.check()
