@@ -19,6 +19,9 @@ from typing import Final
 
 END_OF_DATA: Final = b"\r\n.\r\n"
 
+LINE_TAIL_OCTETS: Final = 11
+"""Of the end of a line that is thrown away, what is seen in one piece: " HTTP/1.1" and CRLF."""
+
 # What the end of a piece may leave undecided: a CR that may become CRLF, a line end that a dot may follow, a dot at
 # the start of a line that may be stuffed, stand alone, or begin the end of data.
 _UNDECIDED = re.compile(rb"(?:\r\n?|\n)(?:\.\r?)?\Z")
@@ -62,15 +65,17 @@ class ReceiveBuffer:
             return end + 1 - self._start
         return -1 if end >= 0 or len(self) >= limit_octets else 0
 
-    def discard_line(self) -> tuple[int, bytes]:
-        """Throw octets away up to and including the next LF: how many, and the line end: CRLF, a bare LF, or b""."""
+    def discard_line(self) -> bytes:
+        """Throw octets away up to and including the next LF, and say which: they end in LF if the line has ended.
+
+        The last few of a line that has not ended stay: the end of a line may say what it was, and tells a bare LF.
+        """
         end = self.held.find(b"\n", self._start)
         if end >= 0:
-            discarded = self.take(end + 1 - self._start)
-            return len(discarded), b"\r\n" if discarded.endswith(b"\r\n") else b"\n"
-        # A CR at the very end may be half of the CRLF that ends the line: it stays.
-        keep = 1 if self.held.endswith(b"\r") and len(self) else 0
-        return len(self.take(len(self) - keep)), b""
+            return self.take(end + 1 - self._start)
+        discarded = self.take(max(0, len(self) - LINE_TAIL_OCTETS))
+        self.feed(b"")  # what was thrown away is not held
+        return discarded
 
     def starts_with(self, prefix: bytes) -> bool:
         """Whether what is held begins with `prefix`."""

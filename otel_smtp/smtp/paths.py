@@ -15,8 +15,8 @@ Deviations, each because refusing breaks mail that upstreams take, and none adds
 header:
 
 * an underscore in a domain label (container and service names have them);
-* a local part of more than 64 octets, or with dots at its ends or in a row: such mailboxes exist, and the upstream is
-  the judge of them;
+* a local part of more than 64 octets, or with dots at its ends, in a row, or alone: such mailboxes exist, and the
+  upstream is the judge of them;
 * a dot at the end of a domain, which is dropped: it names the same domain, and routes are written without it;
 * a path of up to 512 octets, as a local part may be long;
 * a path without its angle brackets, as Postfix and Exim take it; what we send on always has them;
@@ -41,12 +41,12 @@ MAX_LABEL_OCTETS: Final = 63
 
 # Everything above ASCII is UTF8-non-ascii in RFC 6531 3.3; `characters.INVISIBLE` takes the dangerous ones out again.
 # The classes name what is not in them: to compile one that names a million characters takes ten milliseconds.
-_ATEXT = r'[^\x00-\x20"(),.:;<>@\[\\\]\x7f]'
+_ATEXT_OR_DOT = r'[^\x00-\x20"(),:;<>@\[\\\]\x7f]'
 _LET_DIG = r"[^\x00-/:-@\[-^`{-\x7f]"  # and the underscore, as in names that exist
 _LABEL = rf"{_LET_DIG}+(?:-+{_LET_DIG}+)*"
 _DOMAIN_PATTERN = rf"{_LABEL}(?:\.{_LABEL})*"
 
-_DOT_STRING = re.compile(rf"\.*{_ATEXT}{_ATEXT.replace('.', '')}*")  # and dots anywhere
+_DOT_STRING = re.compile(rf"{_ATEXT_OR_DOT}+")
 # QcontentSMTP = qtextSMTP / quoted-pairSMTP
 _QUOTED_STRING = re.compile(r'"[^\x00-\x1f"\\\x7f]*(?:\\[ -~][^\x00-\x1f"\\\x7f]*)*"')
 _DOMAIN = re.compile(_DOMAIN_PATTERN)

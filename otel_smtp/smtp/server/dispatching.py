@@ -91,7 +91,7 @@ class Dispatching(Receiving):
         try:
             command = parse_by_grammar(line[:-2])
         except CommandRefused as refusal:
-            if phase is Phase.CONNECTED and _HTTP_REQUEST_LINE.search(line) is not None:
+            if phase is Phase.CONNECTED and is_http_request_line(line):
                 self._end(CloseReason.PROTOCOL_MISMATCH)  # of a method that is not known: its body may hold commands
                 return
             command = self._completed(refusal) if self._policy.default_domain else refusal
@@ -287,3 +287,12 @@ class Dispatching(Receiving):
             wires.clear()
             self._send(reply, _RCPT)
         self.out += b"".join(wires)
+
+
+def is_http_request_line(end: bytes) -> bool:
+    """Whether a line that ends so is the first one of an HTTP request.
+
+    Args:
+        end: at least the last `LINE_TAIL_OCTETS`, CRLF included.
+    """
+    return _HTTP_REQUEST_LINE.search(end) is not None

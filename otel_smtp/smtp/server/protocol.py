@@ -11,7 +11,7 @@ from otel_smtp.smtp.errors import LocalProtocolError
 from otel_smtp.smtp.handler import Asked
 from otel_smtp.smtp.replies import Reply
 from otel_smtp.smtp.sequence import Phase
-from otel_smtp.smtp.server.dispatching import Dispatching
+from otel_smtp.smtp.server.dispatching import Dispatching, is_http_request_line
 from otel_smtp.smtp.server.replying import NOTHING_RECEIVED
 from otel_smtp.smtp.server.securing import decoded_response
 from otel_smtp.smtp.states import (
@@ -257,20 +257,22 @@ class ServerProtocol(Dispatching):
             self._discard_limit = limit * _DISCARD_FACTOR
             is_auth = self.phase is _AUTHENTICATING or self.received.peek(5).upper() == b"AUTH "
             self._too_long = replies.AUTH_LINE_TOO_LONG if is_auth else replies.LINE_TOO_LONG
-        discarded, end = self.received.discard_line()
-        self._discarded += discarded
+        discarded = self.received.discard_line()
+        self._discarded += len(discarded)
         if self._discarded > self._discard_limit:
             self._send(replies.LINE_DISCARD_EXCEEDED, None)
-        elif end == b"\n":
+        elif discarded.endswith(b"\r\n"):
+            self._discarded = 0
+            self._refuse_long_line(discarded)
+        elif discarded.endswith(b"\n"):
             # The server that passed it on may have taken what follows for content: smuggling. None of it is run.
             self._send(replies.BARE_LINE_FEED, "other")
-        elif end:
-            self._discarded = 0
-            self._refuse_long_line()
         return None
 
-    def _refuse_long_line(self) -> None:
-        if self.phase is Phase.AUTHENTICATING:
+    def _refuse_long_line(self, tail: bytes) -> None:
+        if self.phase is _CONNECTED and is_http_request_line(tail):
+            self._end(CloseReason.PROTOCOL_MISMATCH)
+        elif self.phase is Phase.AUTHENTICATING:
             self.phase = Phase.READY
             self._fail_auth(self._too_long)
         else:
