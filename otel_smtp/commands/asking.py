@@ -89,8 +89,12 @@ def running_gateway(settings: Settings, url: str | None) -> AskedGateway:
     A URL or settings that name none end the process with status 2.
     """
     if url is not None:
-        parts = urlsplit(url if "//" in url else f"http://{url}")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            parts = urlsplit(url if "//" in url else f"http://{url}")
+            is_url = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            is_url = False
+        if not is_url:
             fail(WRONG, f'--url = "{url}": allowed: http://host:port')
         return AskedGateway(f"{parts.scheme}://{parts.netloc}")
     address = settings.status.address

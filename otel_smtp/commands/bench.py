@@ -1,6 +1,7 @@
 """`otel-smtp bench`: load through a running gateway, with a progress bar, and what it cost the gateway."""
 
 import json
+import math
 import time
 from dataclasses import dataclass
 from typing import Final
@@ -9,9 +10,10 @@ import click
 
 from otel_smtp.commands.asking import AskedGateway, NoAnswer, running_gateway, url_option
 from otel_smtp.commands.load_generator import Load, LoadPlan, LoadResult
-from otel_smtp.commands.options import FAILED, fail, global_flags, global_options
+from otel_smtp.commands.options import FAILED, WRONG, fail, global_flags, global_options
 
-# A status port makes its metrics page once per second; and by then, most telemetry of the last messages is exported.
+# The status port renders its metrics page at most once per second, and nothing reports a newer one; by then, most
+# telemetry of the last messages is exported.
 _SETTLE_SECONDS: Final = 1.1
 
 
@@ -77,6 +79,8 @@ def bench(
     --url or the settings say where they are. Latency says most at a rate that the gateway can sustain: --rate with
     half of the highest. Exit status 1 if a message failed.
     """
+    if rate is not None and not math.isfinite(rate):
+        fail(WRONG, f"--rate: {rate} is no number of messages per second")
     gateway = _status_port(context, url)
     plan = LoadPlan(
         host=host,

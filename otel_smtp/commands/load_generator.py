@@ -409,7 +409,8 @@ class Load:
         session.is_open = is_open
 
     def _fail(self, reason: str) -> None:
-        self._ended = perf_counter()
+        if self._has_begun:
+            self._ended = perf_counter()
         self.result.failed += 1
         self.result.failures[reason] += 1
 

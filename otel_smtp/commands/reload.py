@@ -17,6 +17,7 @@ ANSWER_SECONDS: Final = 5.0
 RELOAD_SECONDS: Final = 30.0
 """For the reload itself: a gateway that is busy takes its signals late."""
 _ASK_AGAIN_SECONDS: Final = 0.05
+"""Between two questions: the status port answers at once, and a signal has no reply that could be waited for."""
 
 
 @click.command()
@@ -30,7 +31,7 @@ def reload(context: click.Context, *, as_json: bool) -> None:
     The settings say where the gateway's status port is; the gateway itself reads those that it was started with. Run it
     where the gateway runs, as the gateway's user or as root.
     """
-    settings = global_options(context).settings()
+    settings = global_options(context).settings(needs_upstream=False)
     address = settings.status.address
     if address is None:
         fail(FAILED, "reload: the settings have no status port; send SIGHUP to the gateway, and look at its log")

@@ -53,7 +53,7 @@ OnExchange = Callable[[str, int, str], None]
 )
 @click.option("--file", type=click.Path(path_type=Path), metavar="FILE", help="Message to send, as .eml.")
 @click.option("--size", metavar="SIZE", help='Size of the test mail, for example "5MiB".')
-@click.option("--timeout", default=30.0, metavar="SECONDS", show_default=True, help="Timeout of each reply.")
+@click.option("--timeout", default="30s", metavar="DURATION", show_default=True, help="Timeout of each reply.")
 @global_flags("Print one line of JSON: outcome, exchanges, trace id.")
 def send(
     gateway: str,
@@ -66,7 +66,7 @@ def send(
     password_file: Path | None,
     file: Path | None,
     size: str | None,
-    timeout: float,
+    timeout: str,
     as_json: bool,
 ) -> None:
     """Send a test mail; print replies and trace id.
@@ -75,7 +75,7 @@ def send(
     """
     from otel_smtp.commands.terminal.tables import exchange_line
     from otel_smtp.config.addresses import UpstreamUrlKind
-    from otel_smtp.config.values import Size
+    from otel_smtp.config.values import Duration, Size
 
     for option, address in (("--from", sender), *(("--to", address) for address in to)):
         if not (is_mailbox(address) or (option == "--from" and not address)):
@@ -84,11 +84,20 @@ def send(
     url = gateway if "://" in gateway else f"smtp{'+starttls' if starttls else ''}://{gateway}"
     target = parse(UpstreamUrlKind(schemes=("smtp", "smtp+starttls", "smtps")), url, "GATEWAY")
     octets = parse(Size(), size, "--size") if size else 0
-    try:
-        content = file.read_bytes() if file else sample_message(sender=sender, recipients=to, octets=octets)
-        password = Secret(password_file.read_text().splitlines()[0]) if password_file else None
-    except (OSError, IndexError) as why:
-        fail(WRONG, f"cannot read the message or the password: {why}")
+    timeout_seconds = parse(Duration(), timeout, "--timeout")
+    for is_wrong, words in (
+        (starttls and target.tls is not TlsMode.STARTTLS, f"--starttls: contradicts {target}; use smtp+starttls://"),
+        (ca_file and target.tls is TlsMode.OFF, f"--ca-file: has no effect with {target}; add --starttls"),
+        (user is not None and password_file is None, "--user: needs --password-file"),
+        (user is None and password_file is not None, "--password-file: needs --user"),
+        (file and size, "--size: contradicts --file, whose message is sent as it is"),
+    ):
+        if is_wrong:
+            fail(WRONG, words)
+    content = _read(file, "--file") if file else sample_message(sender=sender, recipients=to, octets=octets)
+    password = _password(password_file) if password_file else None
+    if ca_file:
+        _check_authorities(ca_file)
     exchanges: list[dict[str, str | int]] = []
 
     def report(said: str, code: int, text: str) -> None:
@@ -107,7 +116,7 @@ def send(
             user=user,
             password=password,
             ca_file=str(ca_file) if ca_file else None,
-            timeout=timeout,
+            timeout=timeout_seconds,
         )
     except SendingFailed as why:
         failure = str(why)
@@ -127,6 +136,30 @@ def send(
         output.print(f"trace {sent.trace_id}", style="bold")
     if failure:
         fail(FAILED, failure)
+
+
+def _read(path: Path, option: str) -> bytes:
+    """The content of a file that an option names."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        fail(WRONG, f"{option}: cannot read {path}: {(error.strerror or str(error)).lower()}")
+
+
+def _password(path: Path) -> Secret:
+    lines = _read(path, "--password-file").splitlines()
+    try:
+        return Secret(lines[0].decode("utf-8-sig"))
+    except (IndexError, UnicodeDecodeError):
+        fail(WRONG, f"--password-file: the first line of {path} is no password in UTF-8")
+
+
+def _check_authorities(path: Path) -> None:
+    _read(path, "--ca-file")
+    try:
+        ssl.create_default_context(cafile=path)
+    except OSError:
+        fail(WRONG, f"--ca-file: {path} holds no certificate in PEM")
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,6 +307,8 @@ def _why(error: Exception) -> str:
         return f"the certificate is not trusted: {error.verify_message}"
     if isinstance(error, ssl.SSLError) and error.reason:
         return f"TLS: {error.reason.lower().replace('_', ' ')}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
     return str(error)
 
 

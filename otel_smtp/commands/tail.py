@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -11,12 +12,15 @@ from typing import Any, Final
 import click
 
 from otel_smtp.commands.asking import AskedGateway, NoAnswer, running_gateway, url_option
-from otel_smtp.commands.options import FAILED, fail, global_flags, global_options
+from otel_smtp.commands.options import FAILED, WRONG, fail, global_flags, global_options
 from otel_smtp.observing import Fate, Outcome
 
 # A request waits for ten seconds in the gateway, and a gateway that is busy may take its time.
 _ANSWER_SECONDS: Final = 30.0
+# Between two attempts at a gateway that has gone: nothing reports that it is back.
 _AGAIN_SECONDS: Final = 1.0
+# A reply code, a class of them, an enhanced code or its beginning.
+_CODE: Final = re.compile(r"[2-5](?:[0-9]{2}|xx|yz)?|[245]\.[0-9]{1,3}(?:\.[0-9]{1,3})?", re.IGNORECASE)
 
 
 @click.command()
@@ -62,6 +66,8 @@ def tail(
     2 wrong use or settings.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, which a shell's background jobs ignore
+    if code is not None and _CODE.fullmatch(code) is None:
+        fail(WRONG, f'--code = "{code}": allowed: a reply code as 550, a class as 5xx, an enhanced code as 5.1.1')
     settings = global_options(context).settings(needs_upstream=False)
     gateway = running_gateway(settings, url)
     only = [*outcomes, *(["errors"] if errors else [])]

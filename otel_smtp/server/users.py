@@ -251,6 +251,10 @@ def users_line(name: str, password: str, *, scram: bool = False) -> str:
     name = _checked_name(name)
     if not password or "\0" in password:
         raise ValueError("a password is not empty and holds no NUL")
+    try:
+        password.encode()
+    except UnicodeEncodeError:  # octets that were no UTF-8 when they were read
+        raise ValueError("the password is not UTF-8, as which clients send it (RFC 4616 2)") from None
     if not scram:
         return f"{name}:{_HASHER.hash(_prepared(password))}"
     try:

@@ -232,3 +232,4 @@ def test_nobody_listening_is_a_failure_and_not_an_exception() -> None:
     result = Load(plan(unclaimed_port(), messages=5, sessions=1)).run()
     assert result.accepted == 0
     assert result.failed == 1
+    assert result.seconds >= 0

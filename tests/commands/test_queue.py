@@ -168,6 +168,13 @@ def test_wrong_use_is_explained(
     assert len(rows(tmp_path / "spool")) == 3
 
 
+def test_an_export_into_a_directory_that_cannot_be_made(running: GatewayProcess, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    told = queue(tmp_path / "spool", "export", "--all", "--to", str(tmp_path / "file" / "below"))
+    assert (told.returncode, told.stdout) == (1, "")
+    assert told.stderr == f"otel-smtp: queue: {tmp_path / 'file' / 'below'}: Not a directory\n"
+
+
 def test_no_spool_is_an_error(tmp_path: Path) -> None:
     told = queue(tmp_path / "nowhere", "list")
     assert told.returncode == 1

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import trustme
+from click.testing import CliRunner
 
-from otel_smtp.commands.send import SendingFailed, Sent, sample_message, send_message
+from otel_smtp.commands.send import SendingFailed, Sent, sample_message, send, send_message
 from otel_smtp.config import Secret, UpstreamUrl
 from otel_smtp.config.addresses import UpstreamUrlKind
 from otel_smtp.config.values import Given
@@ -91,7 +92,7 @@ def test_a_final_refusal_reports_the_reply() -> None:
 
 
 def test_a_server_that_is_away() -> None:
-    with pytest.raises(SendingFailed, match=r"connecting to smtp://127\.0\.0\.1:1 failed: .*refused"):
+    with pytest.raises(SendingFailed, match=r"^connecting to smtp://127\.0\.0\.1:1 failed: connection refused$"):
         sent_to("smtp://127.0.0.1:1", [])
 
 
@@ -174,6 +175,41 @@ def test_an_address_that_is_none_is_refused_before_anything_is_sent(arguments: t
     result = run("send", "127.0.0.1:1", *arguments)
     assert (result.returncode, result.stdout) == (2, "")
     assert told in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("--starttls smtp://127.0.0.1:1", "--starttls: contradicts smtp://127.0.0.1:1"),
+        ("--starttls smtps://127.0.0.1:1", "--starttls: contradicts smtps://127.0.0.1:1"),
+        ("--ca-file missing", "--ca-file: has no effect with smtp://127.0.0.1:2525"),
+        ("--ca-file missing --starttls", "--ca-file: cannot read missing: no such file or directory"),
+        ("--ca-file text smtps://127.0.0.1:1", "--ca-file: text holds no certificate in PEM"),
+        ("--user me", "--user: needs --password-file"),
+        ("--password-file text", "--password-file: needs --user"),
+        ("--user me --password-file missing", "--password-file: cannot read missing: no such file or directory"),
+        ("--user me --password-file empty", "--password-file: the first line of empty is no password"),
+        ("--user me --password-file latin1", "--password-file: the first line of latin1 is no password"),
+        ("--file missing", "--file: cannot read missing: no such file or directory"),
+        ("--file text --size 1KiB", "--size: contradicts --file"),
+        ("--timeout 0", '--timeout = "0": allowed: seconds'),
+        ("--timeout -1", '--timeout = "-1": allowed: seconds'),
+        ("--timeout nan", '--timeout = "nan": allowed: seconds'),
+    ],
+)
+def test_wrong_use_is_explained(arguments: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, octets in (("empty", b""), ("latin1", b"p\xe4ss\n"), ("text", b"hello\n")):
+        (tmp_path / name).write_bytes(octets)
+    result = CliRunner().invoke(send, ["--to", "you@example.net", *arguments.split()])
+    assert (result.exit_code, told in result.output) == (2, True), result.output
+
+
+def test_starttls_is_that_of_the_url_or_of_the_option(upstream: CapturingUpstream) -> None:
+    for where in (f"127.0.0.1:{upstream.port}", f"smtp+starttls://127.0.0.1:{upstream.port}"):
+        result = CliRunner().invoke(send, ["--to", "you@example.net", "--starttls", where])
+        assert (result.exit_code, "STARTTLS failed" in result.output) == (1, True)
+    assert upstream.messages == []
 
 
 def test_for_machines_it_is_one_line() -> None:

@@ -232,6 +232,13 @@ def test_redaction_changes_with_the_next_mail(
         assert sum(line["event"] == "smtp.transaction" for line in running.log) == 1
 
 
+def test_a_reload_needs_no_upstream_in_its_own_settings(tmp_path: Path) -> None:
+    changed = Reloaded(tmp_path, {})
+    (tmp_path / "settings.toml").write_text(f'status.address = "127.0.0.1:{changed.status}"\n')
+    done = changed.reload()
+    assert (done.returncode, "no gateway answers at 127.0.0.1" in done.stderr) == (1, True)
+
+
 def test_a_signal_that_nobody_can_send_is_said(tmp_path: Path, upstream: CapturingUpstream) -> None:
     changed = Reloaded(tmp_path, {"upstream.url": upstream.url})
     changed.write()

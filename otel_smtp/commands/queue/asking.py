@@ -34,6 +34,8 @@ def work_on(context: click.Context, spool: Path | None, request: dict[str, Any],
         fail(FAILED, f"queue: {error}")
     except BrokenPipeError:
         raise SystemExit(FAILED) from None
+    except OSError as error:  # of a file that `work` writes
+        fail(FAILED, f"queue: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}")
 
 
 def ask_queue(directory: Path | None, settings: SpoolTable, request: dict[str, Any]) -> AsyncIterator[Any]:

@@ -197,8 +197,12 @@ def export(
     """
     from otel_smtp.commands.terminal.listing import json_line
 
-    to.mkdir(parents=True, exist_ok=True)
     chosen = _every_id(context, spool) if every else _given(ids)
+
+    try:
+        to.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(FAILED, f"queue: {to}: {error.strerror}")
 
     async def work(answers: AsyncIterator[Any]) -> None:
         async for answer in answers:
