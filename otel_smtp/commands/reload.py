@@ -69,7 +69,7 @@ def _ask(address: Endpoint) -> Sequence[Mapping[str, Any]]:
     try:
         answer = httpx.get(url, timeout=ANSWER_SECONDS, trust_env=False)
     except httpx.HTTPError as error:
-        why = str(error) or type(error).__name__
+        why = _why(error)
         fail(
             FAILED,
             f"reload: no gateway answers at {address}, the status.address of these settings: {why}",
@@ -81,6 +81,16 @@ def _ask(address: Endpoint) -> Sequence[Mapping[str, Any]]:
     except (httpx.HTTPStatusError, ValueError, LookupError, TypeError):
         fail(FAILED, f"reload: what answers at {address} (status.address) is no gateway that this command can reload")
     return processes
+
+
+def _why(error: Exception) -> str:
+    """What the system said, if it did: the library's own words have its number for it."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror.lower()
+        cause = cause.__cause__ or cause.__context__
+    return str(error) or type(error).__name__
 
 
 def _signal(process: Mapping[str, Any]) -> None:

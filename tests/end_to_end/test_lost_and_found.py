@@ -43,6 +43,7 @@ def test_nothing_acknowledged_is_erased_where_log_and_index_are_lost(tmp_path: P
             assert send(running.port, "two") == 250
             until(lambda: upstream.taken["two"] or None, "other mail goes on")
             assert "queued again, and held" in queue_command(spool, "rebuild")
+            assert queue_command(spool, "rebuild") == "nothing to queue again\n"
             assert _readiness(status) == (200, {})
             queue_command(spool, "release", "--all")
             until(lambda: upstream.taken["one"] or None, "it is delivered")

@@ -39,7 +39,7 @@ async def check_upstream(settings: UpstreamSettings, hostname: str) -> Finding:
             smarthost.close()
             await stream.wait_closed()
     except TimeoutError:
-        return Finding("failed", subject, f"no answer within {_TIMEOUT_SECONDS:g} s, {_after(phases)}")
+        return Finding("failed", subject, f"no answer within {_TIMEOUT_SECONDS:g} s{_after(phases)}")
     except UpstreamFault as fault:
         said = f": {fault.upstream_reply}" if fault.upstream_reply is not None else ""
         cause = fault.__cause__
@@ -47,7 +47,7 @@ async def check_upstream(settings: UpstreamSettings, hostname: str) -> Finding:
         failure = (
             f"no connection: {reason(cause)}" if cause is not None and is_plain and not _got_far(phases) else str(fault)
         )
-        return Finding("failed", subject, f"{failure}{said}, {_after(phases)}{_hint(fault)}")
+        return Finding("failed", subject, f"{failure}{said}{_after(phases)}{_hint(fault)}")
     finally:
         smarthost.close()
     words = [f"answers at {peer}" if peer != str(settings.endpoint) else "answers"]
@@ -69,7 +69,7 @@ def _hint(fault: UpstreamFault) -> str:
 
 
 def _after(phases: Sequence[DeliveryPhase]) -> str:
-    return f"after {phases[-1]}" if _got_far(phases) else "before a connection"
+    return f", after {phases[-1]}" if _got_far(phases) else ""
 
 
 def _got_far(phases: Sequence[DeliveryPhase]) -> bool:

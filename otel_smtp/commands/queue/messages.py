@@ -21,6 +21,15 @@ from otel_smtp.commands.queue.options import (
     spool_option,
 )
 
+_DONE: Final = {
+    "retry": "due now",
+    "hold": "held",
+    "release": "released",
+    "expire": "given up",
+    "reset": "reset",
+    "delete": "removed",
+}
+
 
 @click.command("list")
 @filter_options
@@ -231,9 +240,12 @@ def rebuild(context: click.Context, *, spool: Path | None, as_json: bool) -> Non
     Messages whose contents are not found are listed, and the exit status is 1.
     """
     not_found: list[bool] = []
+    found = 0
 
     async def work(answers: AsyncIterator[Any]) -> None:
+        nonlocal found
         async for answer in answers:
+            found += 1
             if "told" not in answer:
                 not_found.append(answer["queue_name"] is not None)
             if as_json:
@@ -242,6 +254,8 @@ def rebuild(context: click.Context, *, spool: Path | None, as_json: bool) -> Non
                 click.echo(answer["told"] if "told" in answer else _not_found(answer))
 
     work_on(context, spool, {"command": "rebuild"}, work)
+    if not found and not as_json:
+        click.echo("nothing to queue again")
     if not_found:
         if not as_json:
             click.echo(f"{len(not_found)} not found; {sum(not_found)} of them are in the queue, as corrupt")
@@ -324,8 +338,7 @@ def _change(
 
     work_on(context, spool, request, work)
     if not as_json:
-        done = {"retry": "due now", "hold": "held", "release": "released", "expire": "given up", "delete": "removed"}
-        click.echo(f"{len(changed)} {done.get(command, 'changed')}")
+        click.echo(f"{len(changed)} {_DONE[command]}")
     if failed:
         raise SystemExit(FAILED)
 

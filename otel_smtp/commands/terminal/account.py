@@ -341,8 +341,12 @@ def _longest(transaction: OtlpSpan | None, attempts: Sequence[OtlpSpan]) -> str:
                 limit = plain(event.attributes.get(names.LIMIT_NAME, "of the settings"))
                 waits.append((event.time_ns - before, phase.format(upstream=upstream, limit=limit)))
                 before = event.time_ns
-        is_clients = attempt.attributes.get(names.OUTCOME, "aborted") == "aborted"
-        last = "the client, which gave up" if is_clients else f"{upstream}'s answer, which did not come"
+        if attempt.attributes.get(names.OUTCOME, "aborted") == "aborted":
+            last = "the client, which gave up"
+        elif names.FAILURE_REASON in attempt.attributes:
+            last = f"{upstream}'s answer, which did not come"
+        else:
+            last = f"the client, after {upstream}'s last answer"
         waits.append((attempt.end_ns - before, last))
     for one, after in pairwise(attempts):
         waits.append((after.start_ns - one.end_ns, f"the wait until attempt {_attempt(after)}"))

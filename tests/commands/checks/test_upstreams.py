@@ -65,9 +65,7 @@ async def test_an_upstream_that_refuses_is_quoted() -> None:
 
 async def test_an_upstream_that_is_away() -> None:
     finding = await check_upstream(UpstreamSettings("p", "127.0.0.1", 1), "gw.example")
-    assert finding == Finding(
-        "failed", "upstream p 127.0.0.1:1", "no connection: Connection refused, before a connection"
-    )
+    assert finding == Finding("failed", "upstream p 127.0.0.1:1", "no connection: Connection refused")
     finding = await check_upstream(
         UpstreamSettings("p", "127.0.0.1", 1, tls=TlsMode.IMPLICIT, ca_file="/nowhere"), "gw.example"
     )

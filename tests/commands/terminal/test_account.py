@@ -109,6 +109,21 @@ def test_a_relayed_mail() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("ended", "words"),
+    [
+        # The attempt stays open until the client resets or ends its transaction.
+        ({"smtp.outcome": "refused", "smtp.reply.code": 550}, "the client, after provider's last answer"),
+        ({"smtp.outcome": "deferred", "smtp.failure.reason": "no reply"}, "provider's answer, which did not come"),
+        ({"smtp.outcome": "aborted"}, "the client, which gave up"),
+    ],
+)
+def test_the_longest_wait_at_the_end_of_an_attempt_is_whose_it_was(ended: dict[str, Value], words: str) -> None:
+    steps = [Event(START + MILLISECOND, "smtp.upstream.rcpt", {})]
+    [mail] = told(delivery(ended, events=steps), transaction(ended))
+    assert f"  Longest: {words} (9.00 ms)" in text(mail)
+
+
 def test_a_recipient_that_the_upstream_refuses_is_told_with_its_words() -> None:
     refused = Event(
         START + MILLISECOND,
