@@ -17,6 +17,7 @@ from typing import IO, Final, NamedTuple, TypeVar, TypeVarTuple, Unpack
 from otel_smtp.forwarding.base import nobody_waits
 from otel_smtp.forwarding.reencoding import CannotReencode, Reencoder, Survey
 from otel_smtp.smtp import replies
+from otel_smtp.smtp.content import needs_smtputf8
 from otel_smtp.smtp.replies import Reply
 
 logger: Final = logging.getLogger("otel_smtp.forwarding.content")
@@ -131,6 +132,11 @@ class Content:
         if self._file is not None and self._has_8bit_in_file:
             return True
         return not self.header.isascii() or not all(map(bytes.isascii, self._held))
+
+    @property
+    def needs_smtputf8(self) -> bool:
+        """Whether a header of it may hold octets above 127; see there."""
+        return self.is_8bit and needs_smtputf8(self.header)
 
     # Reading ----------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from otel_smtp.forwarding.tickets import Parked
 from otel_smtp.forwarding.verdicts import is_about_credentials, outcome_of, wants_another_transaction
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.client import MAIL, NO_ANSWERS, RSET, Answer, ExchangeAnswers
-from otel_smtp.smtp.envelope import Recipient
+from otel_smtp.smtp.envelope import Body, Recipient
 from otel_smtp.smtp.extensions import is_ascii, of_ascii_content
 from otel_smtp.smtp.received import TRACEPARENT_FIELD_OCTETS
 from otel_smtp.smtp.replies import Reply
@@ -154,8 +154,11 @@ class Enveloping(Attempts):
         # Until the upstream has taken the message. RFC 3030 2 wants RSET after a chunk that was refused too.
         connection.needs_reset = True
         mail = self._mail
-        if not self._is_plain and self._delivered is not None and mail.smtputf8 and not self._content.is_8bit:
-            mail = of_ascii_content(mail, recipients)
+        if not self._is_plain and self._delivered is not None and mail.smtputf8:
+            if not self._content.is_8bit:
+                mail = of_ascii_content(mail, recipients)
+            elif mail.body is None and not connection.protocol.extensions.smtputf8:
+                mail = mail._replace(body=Body.EIGHT_BIT_MIME)  # as which it can go
         connection.protocol.send_envelope(mail, recipients, size=octets)
 
     def _fitting(self) -> Sequence[Recipient]:

@@ -64,8 +64,10 @@ class Transmitting(Enveloping):
                     return _TO_BE_REENCODED
                 # Promised in good faith: another upstream, or this one another time, may take it.
                 return replies.UPSTREAM_LACKS_8BITMIME if self._record.is_8bit_offered else replies.NEEDS_8BITMIME
-        if not self._is_plain and self._mail.smtputf8 and not extensions.smtputf8 and content.is_8bit:
-            return replies.UPSTREAM_LACKS_SMTPUTF8  # it was offered: else such content would have been refused before
+        if not self._is_plain and self._mail.smtputf8 and not extensions.smtputf8:
+            is_lacking = content.needs_smtputf8 if extensions.eight_bit_mime else content.is_8bit
+            if is_lacking:  # it was offered: else such content would have been refused before
+                return replies.UPSTREAM_LACKS_SMTPUTF8
         octets = self._octets = len(header) + content.body_octets
         size = extensions.size
         if size and octets > size:

@@ -8,6 +8,7 @@ Most messages are small, come in one piece, and hold nothing that would have to 
 the whole answer every question: `whole_message` gives what the general way would give for them, and nothing for others.
 """
 
+import re
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -27,6 +28,17 @@ _NUL: Final = 0  # as a number: `in` takes bytes to be one, and then recovers fr
 _NO_FIELD: Final = frozenset(b".\r \t")
 """How content begins whose first octet is a dot, or that has no header block, or none that may be put behind our own
 fields; see `HeaderSplitter`."""
+_CONTENT_TYPE: Final = re.compile(rb"^content-type[ \t]*:[ \t\r\n]*([a-z]*)", re.IGNORECASE | re.MULTILINE)
+_OF_PARTS: Final = frozenset({b"multipart", b"message", b""})
+
+
+def needs_smtputf8(header: bytes) -> bool:
+    """Whether a content with octets above 127 may be an internationalized message, by its header block.
+
+    It is one where such octets stand in a header, be it that of a part (RFC 6532 3, RFC 6531 1.2): in this block, or
+    behind it where there can be parts. What is 8-bit in a body alone needs 8BITMIME and no more.
+    """
+    return not header.isascii() or not _OF_PARTS.isdisjoint(map(bytes.lower, _CONTENT_TYPE.findall(header)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +121,7 @@ class IncomingContent:
         is_binary: BODY=BINARYMIME was declared: nothing is normalised, NUL and long lines are fine.
         refusal_of_8bit: the reply where any octet is above 127: the client used an extension that was not offered,
             which 7-bit content does not need; None: such content is accepted.
+        takes_8bit_bodies: that reply is only for content that `needs_smtputf8`.
         by_data: it comes by DATA and ends with a lone dot; else by BDAT, and `finish` says where it ends.
         sink: see there.
 
@@ -129,6 +142,7 @@ class IncomingContent:
         "_refusal_of_8bit",
         "_sink",
         "_size_limit",
+        "_takes_8bit_bodies",
         "by_data",
         "facts",
         "is_ended",
@@ -145,12 +159,14 @@ class IncomingContent:
         is_binary: bool,
         by_data: bool,
         refusal_of_8bit: Reply | None = None,
+        takes_8bit_bodies: bool = False,
     ) -> None:
         self._limits = limits
         self._size_limit = size_limit
         self._sink = sink
         self._is_binary = is_binary
         self._refusal_of_8bit = refusal_of_8bit
+        self._takes_8bit_bodies = takes_8bit_bodies
         self.by_data = by_data
         if by_data:
             self._dots = DotReader()
@@ -196,7 +212,9 @@ class IncomingContent:
         has_bare_line_ends = self._dots.bare_line_ends if self.by_data else self._chunks.bare_line_ends
         if has_bare_line_ends and limits.rejects_bare_line_ends:
             return replies.BARE_LINE_END
-        if inspector.has_8bit and self._refusal_of_8bit is not None:
+        # Before the header block is whole, nobody knows whether it needs what is refused.
+        is_known = self.facts is not None or not self._takes_8bit_bodies
+        if inspector.has_8bit and self._refusal_of_8bit is not None and is_known:
             return self._refusal_of_8bit
         if inspector.has_long_line and not self._is_binary:
             return replies.LINE_IN_CONTENT_TOO_LONG
@@ -219,6 +237,8 @@ class IncomingContent:
         block = self._header.block
         if self.facts is None and block is not None:
             self.facts = inspect_header(block)
+            if self._takes_8bit_bodies and not needs_smtputf8(block):
+                self._refusal_of_8bit = None
             self._sink.header_received(block, self.facts)
         if body:
             self._sink.content_received(body)

@@ -25,15 +25,15 @@ class SpillingDraft(ABC):
     """
 
     __slots__ = (
-        "_fault", "_has_file", "_held", "_held_octets", "_memory_limit", "_resume", "_running", "header_octets",
-        "octets",
+        "_fault", "_has_8bit_in_file", "_has_file", "_held", "_held_octets", "_memory_limit", "_resume", "_running",
+        "header_octets", "octets",
     )  # fmt: skip
 
     def __init__(self, *, memory_limit_octets: int = MEMORY_LIMIT_OCTETS) -> None:
         self._memory_limit = memory_limit_octets
         self._held: list[bytes] = []
         self._held_octets = 0
-        self._has_file = False
+        self._has_file = self._has_8bit_in_file = False
         self._fault: SpoolError | None = None
         self._resume: Callable[[], None] | None = None
         self._running: asyncio.Future[None] | None = None  # what a thread does with the file
@@ -56,6 +56,11 @@ class SpillingDraft(ABC):
     def in_memory(self) -> Sequence[bytes] | None:
         """All of it; None where it is in a file, or will be, or would be but for a fault of the disk."""
         return None if self._has_file else self._held
+
+    @property
+    def is_8bit(self) -> bool:
+        """Whether any octet of it is above 127."""
+        return self._has_8bit_in_file or not all(map(bytes.isascii, self._held))
 
     def write(self, chunk: bytes, resume: Callable[[], None]) -> bool:
         """See `store.Draft.write`."""
@@ -108,6 +113,7 @@ class SpillingDraft(ABC):
     def _spill(self) -> None:
         data, self._held, self._held_octets = b"".join(self._held), [], 0
         self._has_file = True
+        self._has_8bit_in_file = self._has_8bit_in_file or not data.isascii()
         self._running = asyncio.get_running_loop().run_in_executor(None, self._write, data)
         self._running.add_done_callback(self._has_spilled)
 

@@ -125,7 +125,7 @@ class Intake:
         """
         was_tried = refusals is not None
         content = draft.in_memory
-        if mail.smtputf8 and content is not None and all(map(bytes.isascii, content)):
+        if mail.smtputf8 and not draft.is_8bit:
             mail = of_ascii_content(mail, chain.from_iterable(deliveries.values()))
         message_id = new_id()
         message = _new_message(
@@ -288,20 +288,11 @@ class _Queued(MailTransaction):
 class _QueuedIf7Bit(_Queued):
     """A transaction that ends in the spool, but for 8-bit content: its client was told that nobody takes that."""
 
-    __slots__ = ("_is_8bit",)
-
-    def __init__(self, intake: Intake, mail: Mail, record: TransactionRecord) -> None:
-        super().__init__(intake, mail, record)
-        self._is_8bit = False
-
-    def write(self, chunk: bytes) -> bool:
-        """See `MailTransaction.write`."""
-        self._is_8bit = self._is_8bit or not chunk.isascii()
-        return super().write(chunk)
+    __slots__ = ()
 
     def finish(self, answered: MessageAnswered) -> None:
         """See `MailTransaction.finish`."""
-        if self._is_8bit:
+        if self._draft is not None and self._draft.is_8bit:
             self.abort()
             answered(replies.NEEDS_8BITMIME, ())
         else:

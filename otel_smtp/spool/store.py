@@ -110,6 +110,11 @@ class Draft(Protocol):
         """All chunks, where they are at hand."""
         ...
 
+    @property
+    def is_8bit(self) -> bool:
+        """Whether any octet of it is above 127."""
+        ...
+
     def write(self, chunk: bytes, resume: Callable[[], None]) -> bool:
         """Add some more; the first chunk is the header block.
 

@@ -553,6 +553,25 @@ async def test_smtputf8_is_not_asked_for_where_it_is_known_that_nothing_needs_it
             assert (b"SMTPUTF8" in kept.mail) is is_needed
 
 
+@pytest.mark.parametrize("memory_limit", [10, 100_000])
+@both_strategies
+async def test_an_8bit_body_needs_no_smtputf8(strategy: Strategy, memory_limit: int) -> None:
+    async with (
+        ScriptedUpstream(extensions=("PIPELINING", "8BITMIME")) as upstream,
+        relaying(settings(upstream), strategy=strategy, memory_limit_octets=memory_limit) as forwarder,
+    ):
+        body = b"\r\n\xc3\xa4\r\n"
+        assert (await relay(forwarder, mail=INTERNATIONAL, chunks=(HEADER, body))).told.code == 250
+        (kept,) = upstream.kept
+        assert kept.content.endswith(body)
+        assert b"SMTPUTF8" not in kept.mail
+        assert (b"BODY=8BITMIME" in kept.mail) is (strategy is Strategy.BUFFERED)  # where it is known at MAIL
+        header = HEADER + b"Content-Type: multipart/mixed; boundary=x\r\n"
+        relayed = await relay(forwarder, mail=INTERNATIONAL, chunks=(header, body))
+        assert relayed.told is replies.UPSTREAM_LACKS_SMTPUTF8
+        assert len(upstream.kept) == 1
+
+
 async def test_smtputf8_is_asked_for_on_each_route_that_needs_it() -> None:
     async with (
         ScriptedUpstream() as first,
@@ -577,7 +596,7 @@ async def test_smtputf8_is_asked_for_on_each_route_that_needs_it() -> None:
         ((BOB, Recipient("ä@example.net")), CHUNKS),
         ((BOB, Recipient("b@example.net", orcpt="utf-8;ä@example.net")), CHUNKS),
         ((BOB,), (b"Subject: \xc3\xa4\r\n", b"\r\nseven\r\n")),
-        ((BOB, CAROL), (HEADER, b"\r\n\xc3\xa4\r\n")),
+        ((BOB, CAROL), (b"Content-Type: multipart/mixed\r\n", b"\r\n\xc3\xa4\r\n")),
     ],
 )
 @both_strategies

@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from otel_smtp.smtp import replies
-from otel_smtp.smtp.content import ContentLimits, IncomingContent, whole_message
+from otel_smtp.smtp.content import ContentLimits, IncomingContent, needs_smtputf8, whole_message
 from otel_smtp.smtp.received import HeaderFacts
 from otel_smtp.smtp.replies import Reply
 
@@ -165,3 +165,24 @@ def test_a_message_that_is_too_big_is_counted_and_not_handed_up() -> None:
     assert content.octets > 5 * SIZE_LIMIT
     assert len(taken.body) <= SIZE_LIMIT
     assert content.refusal() is replies.MESSAGE_TOO_BIG
+
+
+@pytest.mark.parametrize(
+    ("header", "is_needed"),
+    [
+        (b"", False),
+        (b"Subject: x\r\n", False),
+        (b"Subject: \xc3\xa4\r\n", True),
+        (b"Content-Type: text/plain\r\n", False),
+        (b"Subject: x\r\nContent-Type: application/pdf\r\n", False),
+        (b"Content-Type: multipart/mixed\r\n", True),
+        (b"Subject: x\r\ncontent-type :\r\n\tMessage/RFC822\r\n", True),
+        (b"Content-Type: text/plain\r\nContent-Type: multipart/mixed\r\n", True),
+        (b"Content-Type: (a comment) multipart/mixed\r\n", True),
+        (b"Content-Type:\r\n", True),  # nobody knows
+        (b"X-Content-Type: multipart/mixed\r\n", False),
+        (b"Subject: the\r\n content-type: multipart/mixed\r\n", False),
+    ],
+)
+def test_8bit_content_needs_smtputf8_where_its_headers_may_be_8bit(header: bytes, is_needed: bool) -> None:
+    assert needs_smtputf8(header) is is_needed

@@ -51,6 +51,10 @@ class MemoryDraft:
     def in_memory(self) -> Sequence[bytes] | None:
         return self.chunks
 
+    @property
+    def is_8bit(self) -> bool:
+        return not b"".join(self.chunks).isascii()
+
     def write(self, chunk: bytes, resume: Callable[[], None]) -> bool:
         self.chunks.append(chunk)
         return True

@@ -284,7 +284,7 @@ async def test_a_bounce_fits_what_the_upstream_takes(tmp_path: Path, takes_eight
 
 
 @pytest.mark.parametrize("count", [1, 3])
-@pytest.mark.parametrize("line", [b"hello", b"h\xc3\xa4llo"])
+@pytest.mark.parametrize("line", [b"hello", b"h\xc3\xa4llo", b"hello" * 20_000, b"h\xc3\xa4llo" + b"hello" * 20_000])
 async def test_smtputf8_is_not_asked_for_where_nothing_needs_it(tmp_path: Path, line: bytes, count: int) -> None:
     recipients = [Recipient(f"r{number}@example.net") for number in range(count)]
     async with ScriptedUpstream() as upstream, queueing(tmp_path, settings(upstream)) as queue:

@@ -87,6 +87,7 @@ class Receiving(Securing):
             is_binary=mail.body is _BINARY,
             by_data=transaction.by_data is True,
             refusal_of_8bit=_refusal_of_8bit(mail, transaction.offer),
+            takes_8bit_bodies=transaction.offer.eight_bit_mime,
         )
         return content
 
