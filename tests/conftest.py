@@ -7,14 +7,24 @@ from collections.abc import Callable, Generator, Mapping
 
 import pytest
 import uvloop
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, is_hypothesis_test, settings
 
 from tests.support import skipped
 from tests.support.clock import MovableClockLoop
 
-# A deadline measures the machine's other tenants. The long profile is for a night or a change of the engine.
-settings.register_profile("default", max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.register_profile("long", parent=settings.get_profile("default"), max_examples=5000)
+# A deadline measures the machine's other tenants. A run decides about a change, so that each tries the same examples;
+# the long profile, for a night or a change of the engine, tries others each time. Whatever fails says by which line it
+# is made again.
+settings.register_profile(
+    "default",
+    max_examples=100,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.register_profile("long", parent=settings.get_profile("default"), max_examples=5000, derandomize=False)
 settings.load_profile("default")
 
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
@@ -33,6 +43,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if is_hypothesis_test(getattr(item, "obj", None)) and item.get_closest_marker("timeout") is None:
+            # What fails is made small before it is shown, for up to five minutes; cut short, it is not shown at all.
+            item.add_marker(pytest.mark.timeout(9 * settings().max_examples))
     is_named = any("::" in argument for argument in config.args)
     if os.environ.get("CI") or config.option.long or is_named:
         return

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from otel_smtp.forwarding.limits import IN_FLIGHT_SECONDS, MARGIN_SECONDS, Limit, LimitSettings, Permit, SharedLimits
 from otel_smtp.forwarding.pace import Pace, WaitingMail
+from tests.support.examples import scaled
 from tests.support.waiting import until
 
 
@@ -60,7 +61,7 @@ def test_a_burst_leaves_at_once_and_the_window_counts_it() -> None:
     assert most_in_a_window([(at, 1) for at in times], 60) == 30
 
 
-@settings(max_examples=60)
+@settings(max_examples=scaled(60))
 @given(
     count=st.integers(1, 40),
     share=st.floats(0, 1),

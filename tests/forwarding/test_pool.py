@@ -747,5 +747,5 @@ class AnyOrder(RuleBasedStateMachine):
         assert self.pool.is_empty == (not (self.busy or self.open_tickets or self.waiting or self.pool.snapshot().idle))
 
 
-AnyOrder.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+AnyOrder.TestCase.settings = settings(stateful_step_count=40)
 TestAnyOrder = AnyOrder.TestCase

@@ -21,6 +21,7 @@ from otel_smtp.gateway.supervision import (
     WorkerEvent,
     WorkerState,
 )
+from tests.support.examples import scaled
 
 DRAIN_SECONDS = 20.0
 UNREADY = (WorkerState.STARTING, WorkerState.SUCCEEDING)
@@ -278,7 +279,7 @@ class AnyOrder(RuleBasedStateMachine):
         assert self.supervision.status == 0
 
 
-AnyOrder.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+AnyOrder.TestCase.settings = settings(max_examples=scaled(150), stateful_step_count=40)
 TestAnyOrder = AnyOrder.TestCase
 
 

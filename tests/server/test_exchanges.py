@@ -16,6 +16,7 @@ from otel_smtp.smtp.sasl import (
     build_xoauth2,
 )
 from tests.support.bearer import oauthbearer
+from tests.support.examples import scaled
 
 
 def begun(users: Users, mechanism: str) -> Exchange:
@@ -126,7 +127,7 @@ async def test_malformed_scram_is_refused(scram_users: Users, message: bytes) ->
     assert await begun(scram_users, "SCRAM-SHA-256").step(message) == Rejected()
 
 
-@settings(max_examples=200)
+@settings(max_examples=scaled(200))
 @given(
     st.one_of(st.binary(max_size=80), st.text(max_size=40).map(lambda text: f"n,,n={text},r=abc".encode())),
     st.one_of(st.binary(max_size=80), st.sampled_from([b"c=biws,r=abc,p=AAAA", b"c=!,r=x,p=y", b"c=biws,p=AA==,r=x"])),

@@ -17,6 +17,7 @@ from otel_smtp.server.places import (
     Places,
     Standing,
 )
+from tests.support.examples import scaled
 
 MOST = 32
 
@@ -211,5 +212,5 @@ class AnyOrder(RuleBasedStateMachine):
         assert len(self.gateway.held) <= MOST
 
 
-AnyOrder.TestCase.settings = settings(max_examples=50, stateful_step_count=30, deadline=None)
+AnyOrder.TestCase.settings = settings(max_examples=scaled(50), stateful_step_count=30)
 TestAnyOrder = AnyOrder.TestCase

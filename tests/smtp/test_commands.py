@@ -32,6 +32,7 @@ from otel_smtp.smtp.commands import (
 from otel_smtp.smtp.envelope import Body, Mail, Notify, Recipient
 from otel_smtp.smtp.paths import is_visible
 from otel_smtp.smtp.replies import Reply
+from tests.support.examples import scaled
 
 
 def mail(address: str = "a@b.c", **fields: object) -> MailFrom:
@@ -300,7 +301,7 @@ LIKELY_PATHS = st.builds(
 )
 
 
-@settings(max_examples=500)
+@settings(max_examples=scaled(500))
 @given(st.one_of(st.binary(max_size=200), LIKELY_LINES, LIKELY_PATHS))
 @example(b"MAIL FROM:<" + b"l" * 64 + b"@b>")
 @example(b"MAIL FROM:<" + b"l" * 65 + b"@b>")

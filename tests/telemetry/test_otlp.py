@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from google.protobuf.message import Message
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, example, given, note, settings
 from hypothesis import strategies as st
 from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
@@ -88,6 +88,31 @@ def canonical(message: Message) -> bytes:
     return message.SerializeToString(deterministic=True)
 
 
+def assert_same(ours: Message, theirs: Message) -> None:
+    """Fails with what differs, as text."""
+    if canonical(ours) != canonical(theirs):
+        assert str(ours) == str(theirs)
+        raise AssertionError(f"they differ in what text does not show: {ours}")
+
+
+def shown(record: object) -> str:
+    """All that a record of what happened holds: of one that was drawn, what is needed to make it by hand."""
+    names_of = [name for kind in type(record).__mro__ for name in getattr(kind, "__slots__", ())]
+    own = {name: getattr(record, name) for name in sorted(names_of) if name not in ("__weakref__", "_transaction")}
+    return f"{type(record).__name__}({', '.join(f'{name}={_shown(value)}' for name, value in own.items())})"
+
+
+def _shown(value: object) -> str:
+    match value:
+        case DeliveryRecord():
+            return shown(value)
+        case ConnectionRecord():
+            return "ConnectionRecord(...)"
+        case [DeliveryRecord(), *_]:
+            return f"[{', '.join(map(shown, value))}]"
+    return repr(value)
+
+
 # Any value of any type -----------------------------------------------------------------------------------------------
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=200)
@@ -152,7 +177,7 @@ def span(**more: Any) -> SpanRecord:
 @example([span(attributes={"a": value}) for value in (-1, 0, 127, 128, 16383, 16384, 1 << 40)], 0)
 @example([span(context=TraceContext(1, 2, 1, False, "a=1"), parent=TraceContext(1, 3, 1, True, "b=2"))], 0)
 def test_the_message_is_that_of_the_sdks_exporter(given_records: list[SpanRecord], constant: int) -> None:
-    assert canonical(ours(given_records, constant=constant)) == canonical(of_the_sdk(given_records))
+    assert_same(ours(given_records, constant=constant), of_the_sdk(given_records))
 
 
 @given(records)
@@ -190,7 +215,7 @@ def test_a_span_reads_back_as_it_was_but_for_what_otlp_does_not_tell(record: Spa
 @given(few_attributes)
 def test_any_resource_is_that_of_the_sdks_exporter(about: dict[str, Any]) -> None:
     resource = Resource(about)
-    assert canonical(ours([span()], resource)) == canonical(of_the_sdk([span()], resource))
+    assert_same(ours([span()], resource), of_the_sdk([span()], resource))
 
 
 # Real traces ---------------------------------------------------------------------------------------------------------
@@ -211,7 +236,7 @@ class Both:
     def check(self) -> None:
         """The octets are those that the SDK's exporter writes of the values."""
         assert self.spans
-        assert canonical(request(self.spans)) == canonical(of_the_sdk(self.records))
+        assert_same(request(self.spans), of_the_sdk(self.records))
 
 
 REMOTE = f"00-{'a' * 32}-{'b' * 16}-01"
@@ -263,7 +288,21 @@ details = st.one_of(
     ),
     st.builds(ConnectionOver, st.sampled_from(CloseReason), st.integers(0, 300)),
 )
-moments = st.integers(1, 10**15)
+# What one turn of the event loop does has one time, so equal times are the rule.
+moments = st.one_of(st.sampled_from([1, 2, 3, 4]), st.integers(1, 10**15))
+kinds = st.one_of(st.just(MessageKind.MAIL), st.sampled_from(MessageKind))
+
+
+SOMEBODY = Recipient("x@there.example")
+
+
+@st.composite
+def many(draw: st.DrawFn, each: st.SearchStrategy[Any]) -> list[Any]:
+    """None or few of them; or as many as are told of one by one (50), or one less or more, most of them alike."""
+    some = draw(st.lists(each, max_size=2))
+    if some and draw(st.integers(0, 3)) == 0:
+        some += [some[-1]] * (draw(st.sampled_from([49, 50, 51])) - len(some))
+    return some
 
 
 # The states of a mail that goes well, with their details.
@@ -288,7 +327,7 @@ def transitions(draw: st.DrawFn) -> list[Transition]:
             steps.insert(draw(st.integers(0, len(steps))), (draw(st.sampled_from(ConnState)), draw(details)))
         for state, detail in steps:
             previous = draw(st.one_of(st.none(), st.sampled_from(ConnState)))
-            at_ns += draw(st.integers(0, 10**10))
+            at_ns += draw(st.one_of(st.sampled_from([0, 1]), st.integers(0, 10**10)))
             found.append(Transition(state, previous, draw(st.sampled_from(ConnState)), sequence, at_ns, detail))
             sequence += 1
     return found
@@ -385,6 +424,7 @@ def connections(draw: st.DrawFn) -> ConnectionRecord:
     record.auth_mechanism = draw(st.one_of(st.none(), st.just("PLAIN")))
     record.messages, record.errors = draw(st.integers(0, 20_000)), draw(st.integers(0, 3))
     record.end = ConnectionEnd(draw(st.integers(0, 3)), draw(st.integers(0, 1 << 40)))
+    note(shown(record))
     return record
 
 
@@ -394,15 +434,19 @@ def transactions(draw: st.DrawFn, connection: ConnectionRecord | None) -> Transa
     mail = Mail(draw(sender), body=draw(st.one_of(st.none(), st.sampled_from(Body))))
     if connection is None:
         carrier = draw(st.sampled_from([{}, {"traceparent": REMOTE}, {"traceparent": REMOTE, "tracestate": "v=1"}]))
-        record = TransactionRecord.resumed("01J9", carrier, mail, is_possible_duplicate=draw(st.booleans()))
+        attempt = draw(st.integers(1, 3))
+        record = TransactionRecord.resumed("01J9", carrier, mail, kind=draw(kinds), attempt=attempt)
+        record.is_possible_duplicate = draw(st.booleans())
+        record.taken_over = draw(st.one_of(st.none(), st.tuples(cleanable, st.floats(0, 1e6))))
+        record.wall_offset_ns = draw(moments)
     else:
         record = TransactionRecord(mail, draw(st.integers(1, 20_000)), connection, draw(moments), draw(moments))
         record.spool_id = draw(st.one_of(st.none(), cleanable))
     record.accepted = [Recipient(address) for address in draw(st.lists(sender, max_size=14))]
     record.refused_count = draw(st.integers(0, 3))
     record.failure = draw(st.one_of(st.none(), cleanable))
-    for number in range(draw(st.integers(0, 2))):
-        record.refuse(Recipient(draw(sender)), draw(some_replies), number)
+    for recipient, reply in draw(many(st.tuples(st.builds(Recipient, sender), some_replies))):
+        record.refuse(recipient, reply, draw(moments))
     headers = st.builds(
         TraceHeaders,
         st.sampled_from([(), (REMOTE,), (REMOTE, REMOTE), ("x",), (REMOTE[:-1] + "0",)]),
@@ -412,7 +456,11 @@ def transactions(draw: st.DrawFn, connection: ConnectionRecord | None) -> Transa
     record.message_id = draw(st.one_of(st.none(), cleanable))
     record.octets = draw(st.one_of(st.none(), st.integers(0, 1 << 40)))
     record.deliveries = [draw(deliveries(record)) for _ in range(draw(st.integers(0, 2)))]
+    if draw(st.booleans()):
+        verdicts = draw(st.lists(some_replies, max_size=len(record.accepted)))
+        record.refuse_content(draw(some_replies), verdicts, draw(moments))
     record.end(draw(st.sampled_from(Outcome)), draw(st.one_of(st.none(), some_replies)), draw(moments))
+    note(shown(record))
     return record
 
 
@@ -424,10 +472,15 @@ def deliveries(draw: st.DrawFn, transaction: TransactionRecord) -> DeliveryRecor
     record.peer, record.tls = draw(st.one_of(st.none(), endpoints)), draw(tls)
     phase = st.tuples(moments, st.sampled_from(DeliveryPhase), st.one_of(st.none(), some_replies))
     record.phases = draw(st.lists(phase, max_size=5))
+    if draw(st.booleans()):
+        record.note_pace(draw(cleanable), draw(moments), draw(moments))
     record.round_trips = draw(st.integers(0, 300))
     record.failure = draw(st.one_of(st.none(), cleanable))
-    for number in range(draw(st.integers(0, 2))):
-        record.refuse(Recipient("x@there.example"), draw(some_replies), number)
+    # Recipients of the transaction, of which some may be asked about again, and others.
+    asked = st.sampled_from([SOMEBODY, *transaction.accepted])
+    for recipient, reply in draw(many(st.tuples(asked | st.builds(Recipient, st.just("y@z.example")), some_replies))):
+        record.refuse(recipient, reply, draw(moments))
+    record.accepted_count = draw(st.integers(0, 3))
     error = draw(st.one_of(st.none(), st.sampled_from(ErrorType)))
     record.end(draw(st.sampled_from(Outcome)), draw(st.one_of(st.none(), some_replies)), error, draw(moments))
     return record
@@ -525,6 +578,7 @@ def ordinary_mails(draw: st.DrawFn, connection: ConnectionRecord) -> Transaction
     delivery.accepted_count, delivery.round_trips = draw(st.integers(0, 300)), draw(st.integers(0, 300))
     delivery.end(Outcome.RELAYED, draw(good_replies), None, draw(moments))
     record.end(Outcome.RELAYED, draw(good_replies), draw(moments))
+    note(shown(record))
     return record
 
 
@@ -544,7 +598,6 @@ class Choosing(Sampler):
 REFUSAL = Reply(550, EnhancedStatus(5, 1, 1), ("no such user",), ErrorType.UPSTREAM_REFUSED)
 BUSY = Reply(451, None, ("busy",))
 ODD = Reply(250, EnhancedStatus(2, 0, 0), ("odd",), ErrorType.STORAGE)
-SOMEBODY = Recipient("x@there.example")
 
 
 def _another_attempt(record: TransactionRecord) -> None:

@@ -19,6 +19,7 @@ from tests.commands.terminal.traces import (
     two_mails_with_failover,
     vanished_client,
 )
+from tests.support.examples import scaled
 
 PICTURES = Path(__file__).parent / "pictures"
 TRACES = {
@@ -130,7 +131,7 @@ _events = strategies.builds(
 )
 
 
-@settings(max_examples=60)
+@settings(max_examples=scaled(60))
 @given(
     strategies.lists(
         strategies.tuples(_names, strategies.integers(0, 8), strategies.integers(0, 10**10), strategies.lists(_events)),

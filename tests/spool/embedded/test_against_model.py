@@ -20,6 +20,7 @@ from otel_smtp.spool.store import Store
 from tests.spool.embedded.books import books, recount
 from tests.spool.memory_store import MemoryStore
 from tests.spool.messages import BODY, HEADER, message
+from tests.support.examples import scaled
 
 T = TypeVar("T")
 
@@ -273,5 +274,5 @@ def _plain(lease: Lease) -> str:
 
 TestAgreement = Agreement.TestCase
 TestAgreement.settings = settings(
-    max_examples=15, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=scaled(15), stateful_step_count=25, suppress_health_check=list(HealthCheck)
 )
