@@ -9,6 +9,7 @@ import random
 from collections.abc import Iterator
 from typing import Final
 
+import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -17,6 +18,7 @@ from otel_smtp.smtp.envelope import Body
 from otel_smtp.smtp.policy import ServerLimits, ServerPolicy
 from otel_smtp.smtp.replies import ErrorType, Reply
 from otel_smtp.smtp.sequence import Phase
+from otel_smtp.smtp.server import dispatching, protocol, receiving
 from otel_smtp.smtp.states import TlsMode
 from tests.support.dialogue import UpstreamScript, scripted_reply
 from tests.support.engine import HOSTNAME, EngineDriver, Record, base64_of
@@ -172,6 +174,80 @@ def test_any_client_gets_replies_or_a_close_and_cutting_changes_nothing(
     assert cut.replies == whole.replies
     assert cut.events == whole.events
     assert cut.messages == whole.messages
+
+
+# What a common mail consists of, as those write it who take the short ways through the engine, and nearly so.
+COMMON: Final = (
+    b"MAIL FROM:<a@client.example>\r\n",
+    b"MAIL FROM:<a@client.example> SIZE=200\r\n",
+    b"mail from:<a@client.example> size=201 body=8BITMIME\r\n",
+    b"MAIL FROM:<" + b"a" * 50 + b"@client.example> SIZE=10\r\n",  # over the limit of a line
+    b"RCPT TO:<b@there.example>\r\n",
+    b"rcpt to:<c@there.example>\r\n",
+    b"RCPT TO:<" + b"b" * 60 + b"@there.example>\r\n",
+    b"DATA\r\n",
+    b"data\r\n",
+    b"QUIT",
+    b"\r\n",
+)
+MESSAGES: Final = (
+    b"Subject: x\r\n\r\nHello\r\n.\r\n",
+    b"Subject: x\r\n\r\n.\r\n",
+    b"\r\nx\r\n.\r\n",
+    b".\r\n",
+    b"x\r\n\r\n..dot\r\n.\r\n",
+    b"x: \xc3\xa4\r\n\r\n\xff\r\n.\r\n",
+    b"x: y\r\n\r\nbare\nend\r\n.\r\n",
+    b"x: y\r\n\r\nz\r\n.\r\nNOOP\r\n",
+    b"x: " + b"y" * 60 + b"\r\n\r\n" + b"z" * 50 + b"\r\n.\r\n",
+    b"x: y\r\n\r\n" + b"z" * 250 + b"\r\n.\r\n",
+    b"x: y\r\n\r\nno end\r\n",
+)
+ODD = st.one_of(
+    st.sampled_from(COMMON),
+    st.sampled_from(MESSAGES),
+    st.sampled_from(COMMANDS),
+    st.tuples(st.sampled_from(COMMON), st.sampled_from(COMMON)).map(b"".join),
+)
+
+
+@st.composite
+def turns_of_a_mail(draw: st.DrawFn) -> list[bytes]:
+    """What a client says in one turn each: a mail, of which something may be odd, too much, or missing."""
+    turns = [
+        draw(st.sampled_from(COMMON[:4])),
+        *draw(st.lists(st.sampled_from(COMMON[4:7]), min_size=1, max_size=5)),
+        draw(st.sampled_from(COMMON[7:9])),
+        draw(st.sampled_from(MESSAGES)),
+    ]
+    for odd in draw(st.lists(ODD, max_size=2)):
+        at = draw(st.integers(0, len(turns)))
+        turns[at : at + draw(st.integers(0, 1))] = [odd]
+    return turns
+
+
+def by_the_long_way(policy: ServerPolicy, flights: list[bytes]) -> Record:
+    """As `run`, by an engine without short ways: it holds what comes, reads it as lines, and parses by the grammar."""
+    modules = (protocol, dispatching)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in modules:
+            patch.setattr(module, "common_mail", lambda line: None)
+            patch.setattr(module, "common_recipient", lambda line: None)
+        patch.setattr(protocol, "DATA_LINES", frozenset())
+        patch.setattr(dispatching, "COMMON_LINES", {})
+        patch.setattr(receiving, "whole_message", lambda *_: None)
+        return run(policy, flights, None)
+
+
+@given(st.sampled_from(sorted(POLICIES)), st.lists(turns_of_a_mail(), max_size=4))
+def test_short_ways_lead_where_the_long_way_does(policy: str, mails: list[list[bytes]]) -> None:
+    flights = [turn for mail in mails for turn in mail]
+    short, long = run(POLICIES[policy], flights, None), by_the_long_way(POLICIES[policy], flights)
+    event(f"messages taken: {len(short.messages)}")
+    assert short.transitions == long.transitions
+    assert short.replies == long.replies
+    assert short.events == long.events
+    assert short.messages == long.messages
 
 
 @given(st.binary(max_size=400), st.integers(0, 2**32))

@@ -305,6 +305,7 @@ async def test_content_that_is_held_back_stays_with_the_kernel_until_it_may_come
         assert served.stream.octets_received == received
         served.forwarder.holds_back = None
         served.forwarder.resume()
+        await turns()
         assert served.stream.octets_received == received + 302
         served.stream.feed(b".\r\n")
         await served.stream.sends(b"250 2.0.0 Ok trace=")

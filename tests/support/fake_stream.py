@@ -56,7 +56,7 @@ class _MemoryTransport(asyncio.Transport):
 
     def resume_reading(self) -> None:
         self._paused = False
-        self._flush()
+        asyncio.get_running_loop().call_soon(self._flush)  # as every transport: never within the call
 
     def is_closing(self) -> bool:
         return self._closing

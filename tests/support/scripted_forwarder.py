@@ -29,14 +29,14 @@ class ScriptedForwarder:
     def capabilities(self) -> Extensions:
         return self._can
 
-    def begin(self, mail: Mail, record: TransactionRecord) -> "_Transaction":
+    def begin(self, mail: Mail, record: TransactionRecord) -> "ScriptedTransaction":
         reply = self.mail_replies.popleft() if self.mail_replies else replies.SENDER_OK
         if not reply.is_positive:
             raise DeliveryFailed(reply)
-        return _Transaction(self, mail)
+        return ScriptedTransaction(self, mail)
 
 
-class _Transaction(MailTransaction):
+class ScriptedTransaction(MailTransaction):
     spool_id: str | None = None
 
     def __init__(self, forwarder: ScriptedForwarder, mail: Mail) -> None:
