@@ -53,7 +53,8 @@ class Transmitting(Enveloping):
         header = content.header
         policy = self._smarthost.settings.trace_context
         if policy is _INJECT:
-            header = replace_trace_headers(header, self._relaying.observer.delivery_carrier(self._attempt))
+            carrier = self._relaying.observer.delivery_carrier(self._attempt)
+            header = replace_trace_headers(header, carrier, self._record.added_octets)
         elif policy is _STRIP and b"trace" in header.lower():
             header = replace_trace_headers(header, {})
         self._header = header

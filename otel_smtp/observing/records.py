@@ -221,8 +221,8 @@ class TransactionRecord:
             `own_count`: all of those, each with a reply of its own. `refused_count`, `deferred_count`: by 5yz and 4yz,
             with those for whom one reply refused the content; `lost_count`: of both, those accepted before.
         trace_headers: of the header block; None until it has been read. `message_id`: likewise, None where none.
-        octets: of the content, once it is complete. `added_octets`: of our own fields, which the content does not
-            include where it is a client's.
+        octets: of the content, once it is complete. `added_octets`: of our own Received field, which stands before a
+            client's content: an upper bound until the header block has been read; 0 of a message from the spool.
         spool_id: under which the message is durable; None where it is not.
         deliveries: attempts, in the order in which they began.
         ended_ns: 0 while it is open.

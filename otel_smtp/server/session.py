@@ -190,7 +190,9 @@ class Session(Admission):
         if head is None or transaction.mail.smtputf8:
             head = self._make_received_head(is_utf8=transaction.mail.smtputf8)
         self._trace_id = self._house.observer.trace_id(transaction)
-        return received_field(head, self._trace_id or self.record.id, time.time()) + block
+        received = received_field(head, self._trace_id or self.record.id, time.time())
+        transaction.added_octets = len(received)
+        return received + block
 
     def content_received(self, data: bytes) -> None:
         """See `Handler`."""

@@ -170,7 +170,7 @@ def inspect_header(block: bytes) -> HeaderFacts:
     return _new(HeaderFacts, (hops, tuple(traceparents), tracestates[0] if tracestates else "", message_id))
 
 
-def replace_trace_headers(block: bytes, carrier: Mapping[str, str] | None) -> bytes:
+def replace_trace_headers(block: bytes, carrier: Mapping[str, str] | None, own_octets: int = 0) -> bytes:
     """Take every traceparent and tracestate field out of `block` and put those of `carrier` in: below the Received
     field that it begins with, which stays the first line (RFC 5321 4.4); on top where it begins with another field, as
     our own notices do.
@@ -179,23 +179,23 @@ def replace_trace_headers(block: bytes, carrier: Mapping[str, str] | None) -> by
         block: as for `inspect_header`.
         carrier: fields by name, as a propagator writes them; empty: only take out; None: leave the block as it is.
             What is not fit for a header line is left out: a lost trace is better than a lost mail.
+        own_octets: of that Received field, which is there then; 0: it is looked for.
     """
     if carrier is None:
         return block
-    lower = b"\n" + block.lower()
-    if b"\ntrace" in lower:
-        block = _without(block, _TRACE_FIELD.finditer(lower))
+    lower = block.lower()
+    if b"\ntrace" in lower or lower.startswith(b"trace"):
+        block = _without(block, _TRACE_FIELD.finditer(b"\n" + lower))
     fields = ""
     for name, value in carrier.items():
         is_short = len(value) <= _MOST_IN_A_FIELD
-        if is_short and value.isascii() and value.isprintable() and _FIELD_NAME.fullmatch(name) is not None:
+        if is_short and value.isascii() and value.isprintable() and _is_field_name(name):
             fields += f"{name}: {value}\r\n"
     if not fields:
         return block
-    own = _FIRST_RECEIVED.match(block)
-    if own is None:
-        return fields.encode("ascii") + block
-    place = own.end()
+    place = own_octets
+    if not place and (own := _FIRST_RECEIVED.match(block)) is not None:
+        place = own.end()
     return b"".join((block[:place], fields.encode("ascii"), block[place:]))
 
 
@@ -206,6 +206,11 @@ def _peer(host: str) -> str:
         return address_literal(host)
     except ValueError:
         return ""
+
+
+@lru_cache(maxsize=64)
+def _is_field_name(name: str) -> bool:
+    return _FIELD_NAME.fullmatch(name) is not None
 
 
 @lru_cache(maxsize=16)

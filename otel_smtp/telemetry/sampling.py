@@ -10,7 +10,7 @@ from opentelemetry.trace import Link, NonRecordingSpan, SpanContext, SpanKind, T
 from opentelemetry.trace.span import TraceState
 
 from otel_smtp.telemetry.attributes import SAMPLING_REASON, Attributes
-from otel_smtp.telemetry.propagation import RANDOM, SAMPLED, TraceContext, around_span_id
+from otel_smtp.telemetry.propagation import RANDOM, SAMPLED, TraceContext, around_span_id, carrier
 from otel_smtp.telemetry.records import LinkRecord
 from otel_smtp.telemetry.sdk import Decision, IdGenerator, RandomIdGenerator, Sampler
 from otel_smtp.telemetry.shapes import SpanShape
@@ -67,11 +67,12 @@ class SegmentIdentity(Identity):
     Attributes:
         trace_text: its trace id in hexadecimal; "" before it is first asked for, as an idle connection needs none.
         traceparent: see `propagation.around_span_id`; None before the first mail that is to carry it.
+        carrier: its own context as header fields; None before they are first asked for.
         octets: its trace id, its span id, and the attribute that names the connection, as `ordinary` writes them; None
             before the first mail.
     """
 
-    __slots__ = ("octets", "trace_text", "traceparent")
+    __slots__ = ("carrier", "octets", "trace_text", "traceparent")
 
     def __init__(self, identity: Identity) -> None:
         super().__init__(
@@ -83,6 +84,7 @@ class SegmentIdentity(Identity):
         )
         self.trace_text = ""
         self.traceparent: tuple[str, str] | None = None
+        self.carrier: Mapping[str, str] | None = None
         self.octets: tuple[bytes, bytes, bytes] | None = None
 
     def tell_trace(self) -> str:
@@ -94,6 +96,11 @@ class SegmentIdentity(Identity):
         """See `propagation.around_span_id`."""
         self.traceparent = around_span_id(self.context)
         return self.traceparent
+
+    def tell_carrier(self) -> Mapping[str, str]:
+        """Its own context as header fields."""
+        self.carrier = carrier(self.context)
+        return self.carrier
 
 
 class Sampling:

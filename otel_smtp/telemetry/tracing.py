@@ -274,6 +274,8 @@ class Tracing(Observer):
         ordinary, encodes = self._ordinary, self._encodes
         for transaction in transactions:
             identity: Identity | None = transaction.trace
+            if identity.__class__ is SegmentIdentity and self._drops_mails:
+                continue
             if identity.__class__ is not Identity:
                 identity = self._settle_unless_dropped(transaction)
                 if identity is None and transaction.connection is not None:
@@ -443,13 +445,17 @@ class Tracing(Observer):
         return {} if identity is None else propagation.carrier(identity.context)
 
     def delivery_carrier(self, delivery: DeliveryRecord) -> Mapping[str, str]:
-        """The attempt's own context."""
+        """The attempt's own context; where nothing is made of the mail, that of its connection's segment, which makes
+        nothing either."""
         transaction = delivery.transaction
+        if transaction.trace.__class__ is SegmentIdentity:  # see `trace_id`
+            dropped: SegmentIdentity = transaction.trace
+            return dropped.carrier or dropped.tell_carrier()
         span_id = delivery.trace or self._settle_attempt(delivery, transaction)
         connection, above = transaction.connection, transaction.trace
         if span_id.__class__ is int and connection is not None:
             segment: SegmentIdentity = connection.trace
-            if above is None or above is segment or above.parent is segment.context:
+            if above is None or above.parent is segment.context:
                 # A transaction below its segment has all but its span's id from that.
                 before, behind = segment.traceparent or segment.tell_traceparent()
                 carrier = {propagation.TRACEPARENT: f"{before}{span_id.to_bytes(8, 'big').hex()}{behind}"}

@@ -30,7 +30,7 @@ from unittest import mock
 
 import msgspec
 
-from otel_smtp.forwarding.settings import Strategy, UpstreamSettings
+from otel_smtp.forwarding.settings import Strategy, TracePolicy, UpstreamSettings
 from otel_smtp.forwarding.upstream import UpstreamForwarder
 from otel_smtp.gateway.running import leave_out_of_garbage_collection
 from otel_smtp.net import Stream, Sweep
@@ -202,7 +202,7 @@ async def serving(
     house = observers()
     sweep = Sweep()
     forwarder = UpstreamForwarder(
-        [UpstreamSettings(name="sink", host="127.0.0.1", port=2525)],
+        [UpstreamSettings(name="sink", host="127.0.0.1", port=2525, trace_context=TracePolicy.INJECT)],
         strategy=Strategy(strategy), hostname="gateway.example.com", observer=house.observer, sweep=sweep,
     )  # fmt: skip
     limits = ServerLimits(messages_per_connection=sys.maxsize)

@@ -85,6 +85,7 @@ def _try_block(block: bytes) -> None:
     top = b"".join(f"{name}: {value}\r\n".encode() for name, value in _CARRIER.items())
     place = _end_of_own_field(without)
     assert replace_trace_headers(block, _CARRIER) == without[:place] + top + without[place:]
+    assert replace_trace_headers(block, _CARRIER, place) == without[:place] + top + without[place:]
     context = propagation.parse(TraceHeaders(facts.traceparents, facts.tracestate), with_state=True)
     if context is not None:
         again = propagation.from_carrier(propagation.carrier(context))

@@ -106,6 +106,7 @@ async def test_a_mail_goes_through_and_its_reply_names_the_trace() -> None:
         assert served.seen.close_reason is CloseReason.QUIT
         assert served.seen.transactions[0].outcome is Outcome.RELAYED
         assert served.seen.transactions[0].octets == len(CONTENT)
+        assert served.seen.transactions[0].added_octets == len(received)
 
 
 def pipelined(chance: random.Random) -> tuple[bytes, list[bytes]]:

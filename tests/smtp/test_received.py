@@ -218,7 +218,9 @@ def test_trace_headers_are_replaced(block: bytes, without: bytes) -> None:
 @pytest.mark.parametrize("below", [b"", FIELDS, b"Received: by x;\r\n date\r\n", b"\r\n folded: no field\r\n"])
 @pytest.mark.parametrize("own", [received(), b"Received: x\r\n", b"Received:\r\n\tx\r\n y\r\n"])
 def test_trace_headers_stand_below_the_received_field_that_comes_first(own: bytes, below: bytes) -> None:
-    put = replace_trace_headers(own + b"TraceParent: old\r\n" + below, {"traceparent": PARENT})
+    block = own + b"TraceParent: old\r\n" + below
+    put = replace_trace_headers(block, {"traceparent": PARENT})
+    assert replace_trace_headers(block, {"traceparent": PARENT}, len(own)) == put
     assert put == own + f"traceparent: {PARENT}\r\n".encode() + below
     assert replace_trace_headers(FIELDS + own, {"traceparent": PARENT}).startswith(b"traceparent: ")
 
