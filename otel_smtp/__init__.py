@@ -19,7 +19,8 @@ Where a change is made
 * Who may connect, log in, and how long they may take: `server`. Sockets and their deadlines themselves: `net`.
 * Which upstream gets a mail, when, over which connection, and what its answers mean: `forwarding`.
 * What becomes of a mail that waits: `spool`; how it is kept: `spool.embedded` (a directory), `spool.postgresql` (a
-  database); what its sender and its application are told: `spool.dsn`, `spool.outcomes`.
+  database); what its sender and its application receive: `spool.dsn`,
+  `spool.outcomes`.
 * What is noted of all this: `observing`. How OpenTelemetry says it: `telemetry`, with every name in
   `telemetry.attributes`. What the status port shows: `status`.
 * A setting: its row in `config.settings`, and `gateway.wiring`, which gives it to the room that uses it. Start, reload,

@@ -14,7 +14,7 @@ MAX_RECIPIENT_EVENTS: Final = 50  # well below the 128 events at which an SDK be
 
 
 class ClientAttribute(NamedTuple):
-    """One attribute, as the README tells of it."""
+    """One attribute, as the README describes it."""
 
     name: str
     type: str

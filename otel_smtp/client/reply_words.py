@@ -1,11 +1,11 @@
 """What of an upstream's words may be shown: what is recognised as harmless stays, and all else goes.
 
-Upstreams repeat what they were told: addresses in any spelling (bare, quoted, percent-encoded, encoded), subjects,
+Upstreams repeat what clients sent: addresses in any spelling (bare, quoted, percent-encoded, encoded), subjects,
 display names. No list of such spellings is ever complete, so it is the other way round. What explains a refusal is
 known: reply codes and enhanced codes, numbers, queue ids, plain words, references to a provider's help. Where a word
 stands for a person's name by its place (behind "user", before "..."), it must be one that replies are made of.
 
-What a plain word cannot be told from is another plain word: a name amid a sentence stays.
+A plain word cannot be distinguished from another plain word: a name amid a sentence stays.
 """
 
 import base64

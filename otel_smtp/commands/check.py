@@ -101,7 +101,7 @@ def _print_findings(settings: Settings, findings: "list[Finding]") -> None:
 
 
 def _try_everything(settings: Settings, found: "Callable[[Finding], None]") -> None:
-    """Try listeners, status port, spool, upstreams, receivers and collectors, and tell each finding as it comes."""
+    """Try listeners, status port, spool, upstreams, receivers and collectors, and report each finding as it comes."""
     from otel_smtp.commands.checks.collector import check_collectors
     from otel_smtp.commands.checks.listeners import check_listeners, check_status
     from otel_smtp.commands.checks.spool import check_shared_queue, check_spool

@@ -61,7 +61,7 @@ def _tell(last: Mapping[str, Any]) -> None:
 
 
 def _ask(address: Endpoint) -> Sequence[Mapping[str, Any]]:
-    """What each process of the gateway tells of its reloads."""
+    """What each process of the gateway reports about its reloads."""
     import httpx
 
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address.host, address.host)  # noqa: S104 - where to ask

@@ -13,7 +13,7 @@ from otel_smtp.commands.options import global_flags
 def settings(*, is_schema: bool, as_json: bool) -> None:
     """Print the reference of all settings, as a table in Markdown.
 
-    What this machine's settings are, `otel-smtp check` tells.
+    `otel-smtp check` shows the settings of this machine.
     """
     from otel_smtp.config import documented_settings, json_schema, settings_table
 

@@ -113,7 +113,7 @@ class _Printing:
         return True
 
     def say(self, words: str) -> None:
-        """Tell something that is no line."""
+        """Print a remark on standard error."""
         click.echo(f"otel-smtp: tail: {words}", err=True)
 
     def _shown(self, line: dict[str, Any]) -> str:

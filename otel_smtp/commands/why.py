@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from otel_smtp.commands.terminal.account import Account
 
-# Recent traces are looked through until there are as many mails as are told; a trace may hold many mails.
+# Recent traces are searched until there are as many mails as are shown; a trace may hold many mails.
 _TRACES_READ: Final = 100
 _SHOWN_MAILS: Final = 5
 
@@ -29,7 +29,7 @@ class _Found(NamedTuple):
 
     Attributes:
         mails: newest first.
-        logged: those of them that the log alone tells of.
+        logged: those of them that only the log has.
         queued: messages in the queue, as `queue list --json` has them.
         searched: where, and since when, in words.
         notes: what to know about the search.
@@ -73,7 +73,7 @@ def why(
     as_json: bool,
     urls: Sequence[str],
 ) -> None:
-    """Tell what became of a mail, and why.
+    """Explain what became of a mail, and why.
 
     It asks the running gateway for its recent traces, and the queue of the
     settings; with --log it looks in a log too, which needs no gateway. Part of
@@ -202,7 +202,7 @@ def _matching(
 
 
 def _told(gateways: Sequence[AskedGateway], trace_id: str, problems: list[str]) -> Sequence["Account"]:
-    """The mails of a trace, as all gateways together tell it; none where it has left memory meanwhile."""
+    """The mails of a trace, with what all gateways have of it; none where it has left memory meanwhile."""
     from otel_smtp.commands.terminal.account import accounts
     from otel_smtp.commands.terminal.otlp_spans import OtlpSpan, spans_of
 
@@ -224,7 +224,7 @@ def _no_gateway(gateway: AskedGateway, error: Exception) -> NoAnswer:
 
 
 def _in_logs(paths: Sequence[Path], what: str, most: int) -> list["Account"]:
-    """The mails that JSON logs tell of together, newest first.
+    """The mails that JSON logs describe together, newest first.
 
     Raises:
         OSError: one cannot be read.
@@ -254,7 +254,7 @@ def _in_logs(paths: Sequence[Path], what: str, most: int) -> list["Account"]:
 
 
 def _log_lines(paths: Sequence[Path], sought: str) -> Iterator[Mapping[str, Any]]:
-    """The lines that tell of a trace, and have `sought`, in lower case, anywhere."""
+    """The lines that belong to a trace, and have `sought`, in lower case, anywhere."""
     for path in paths:
         with path.open(encoding="utf-8", errors="replace") as log:
             for text in log:

@@ -49,7 +49,7 @@ LEDGER: Final = (
         _CLIENT,
         "connections",
         ("limits.connections",),
-        "the one least missed gives way to who has fewer, else 421",
+        "the one least missed gives way to a client that has fewer, else 421",
         f"{_DRIVEN}test_far_beyond_a_bound",
     ),
     Bound(_CLIENT, "connections of one address", ("limits.connections_per_client",), "421, and closed", _LIMITS),
@@ -180,7 +180,7 @@ LEDGER: Final = (
     Bound(_CLIENT, "recipients", ("limits.recipients",), "452", f"{_DRIVEN}test_far_beyond_a_bound"),
     Bound(
         _CLIENT,
-        "refused recipients that are told one by one",
+        "refused recipients that are reported one by one",
         ("otel_smtp.observing.records.MOST_REFUSED",),
         "counted",
         "tests/telemetry/test_recipients.py::test_at_most_fifty_are_events_and_then_one_counts_the_rest",

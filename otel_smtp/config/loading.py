@@ -358,7 +358,7 @@ def load(
 
     Args:
         file: TOML file; None: the one that OTELSMTP_CONFIG of `environ` names, if any.
-        environ: environment variables; those that begin with OTELSMTP_ are settings.
+        environ: environment variables; those that begin with OTELSMTP_ are settings. None: none are read.
         flags: values of flags, see `assignment`; later ones win.
         listen: addresses of the one listener.
         upstream: URLs of upstreams, in order of preference.

@@ -446,7 +446,7 @@ class NotifyTable(Table, frozen=True, kw_only=True):
     events: Annotated[
         tuple[str, ...],
         Key(
-            "the ends that are told: `delivered`, `bounced` (refused for good, and the sender gets a bounce), "
+            "the ends that are reported: `delivered`, `bounced` (refused for good, and the sender gets a bounce), "
             "`refused` (the same without a bounce), `expired`",
             Many(Choice(OUTCOMES), may_be_empty=False),
         ),

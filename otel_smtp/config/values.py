@@ -102,7 +102,7 @@ def text_of(given: Given) -> str:
 
 
 def _whole(pattern: str) -> str:
-    """A pattern as JSON Schema wants it: ECMA 262 has no `\\Z`, and looks for a part unless told otherwise."""
+    """A pattern as JSON Schema wants it: ECMA 262 has no `\\Z`, and matches a part unless it is anchored."""
     return f"^(?:{pattern.replace(chr(92) + 'Z', '$')})$"
 
 

@@ -47,7 +47,7 @@ class Attempts(Connecting):
 
     Args:
         record: gets a `DeliveryRecord` for each attempt.
-        relaying: told when an attempt is over that went on without its client, after `abort`.
+        relaying: notified when an attempt is over that went on without its client, after `abort`.
         route: see below.
 
     Attributes:
@@ -72,7 +72,7 @@ class Attempts(Connecting):
 
     @abstractmethod
     def _answer_for_all(self, reply: Reply) -> None:
-        """Tell who waits that it came to nothing."""
+        """Notify the waiter that the attempt has failed."""
 
     @abstractmethod
     def _refused_by(self, refusal: Reply) -> None:

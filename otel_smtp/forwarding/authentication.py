@@ -102,7 +102,7 @@ _NO_WORD: Final = re.compile(r"[0-9=]")
 def without_secrets(reply: Reply, credentials: Credentials) -> Reply:
     """`reply` fit to be shown: what we said of ourselves is taken out of its text, plain or encoded.
 
-    Servers repeat user names, and worse, in what they say to AUTH; yet their words tell an operator what to do.
+    Servers repeat user names, and worse, in what they say to AUTH; yet an operator needs their words in order to act.
     """
     name, password = credentials.username, credentials.password
     secrets = [name, password, f"\0{name}\0{password}"]

@@ -30,7 +30,7 @@ MOST: Final = every_relayed()
 
 
 class DeliveryFailed(Exception):
-    """The mail cannot be taken. `reply` is what the client is to be told."""
+    """The mail cannot be taken. `reply` is the client's."""
 
     def __init__(self, reply: Reply) -> None:
         super().__init__(str(reply))
@@ -216,7 +216,7 @@ HeldSlot = tuple[int, Hashable]
 
 
 class SlotHeard(Protocol):
-    """Told what another gateway says of slots."""
+    """Called with what another gateway says about slots."""
 
     def __call__(self, *, is_wish: bool) -> None:
         """It waits for some; or it has given some back."""
@@ -245,7 +245,7 @@ class SlotLedger(Protocol):
         ...
 
     def watch_slots(self, name: str, heard: SlotHeard) -> None:
-        """Have somebody told of what other gateways say of the slots of an upstream."""
+        """Pass on what other gateways say about the slots of an upstream."""
         ...
 
 

@@ -1,7 +1,8 @@
 """How many connections one upstream takes at once, as learnt from those that it refused.
 
-An upstream that caps connections tells nobody how many it takes; it refuses the next one. As many as were open then are
-its ceiling. It is remembered, and tried again by one connection more from time to time: seldom, if that is refused.
+An upstream that caps connections does not announce how many it takes; it refuses the next one. The number that was
+open then is its ceiling. It is remembered, and probed with one connection more from time to time: rarely, if that is
+refused.
 
 The workers of one gateway share what was learnt, and the connections below the ceiling: each has an equal part, and
 where there are fewer connections than workers that want one, they take turns. What they share is a few numbers in
@@ -176,7 +177,7 @@ class Ceiling:
     def allows(self, now: float) -> bool:
         """Whether one more connection may be opened here, as `note` was told how things stand.
 
-        Where only a try can tell, it may, once in a while.
+        Where only an attempt can show it, one is allowed once in a while.
         """
         level = self.level
         if level == math.inf:

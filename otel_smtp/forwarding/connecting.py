@@ -63,7 +63,7 @@ class Relaying(Protocol):
 
     @property
     def observer(self) -> Observer:
-        """Asked for the trace headers of a delivery, and told of those that end late."""
+        """Provides the trace headers of a delivery, and is notified of deliveries that end late."""
         ...
 
     @property
@@ -240,7 +240,7 @@ class Connecting(ABC):
         if self._is_plain and (declared is None or not size or declared <= size):
             return True  # as most mail, it needs nothing
         refusal = missing_extension(self._mail, extensions, is_tls=stream.tls is not None)
-        # What was declared 8-bit may be 7-bit; where nobody else is left, the content tells.
+        # What was declared 8-bit may be 7-bit; where no other upstream is left, the content decides.
         if refusal is not None and (
             refusal is not replies.NEEDS_8BITMIME or (self.route and not self._smarthost.settings.reencode_8bit)
         ):

@@ -277,7 +277,7 @@ class UpstreamConnection:
         self.stream.close()
 
     def part(self, gone: Callable[[bool], None]) -> None:
-        """End it, and tell when the upstream has ended it too: QUIT, and wait for that (RFC 5321 4.1.1.10).
+        """End it, and report when the upstream has ended it too: QUIT, and wait for that (RFC 5321 4.1.1.10).
 
         Args:
             gone: called with whether the upstream is known to have noticed.

@@ -48,8 +48,8 @@ class GlobalLimit:
         self._stock = 0  # taken there, and not used here
         self._stocked_at = 0.0
         self._in_use = 0
-        self._landed = 0  # and not told yet
-        self._rest_seconds = 0.0  # to be told
+        self._landed = 0  # and not reported yet
+        self._rest_seconds = 0.0  # to be reported
         self._rest_until = 0.0
         self._not_before = 0.0
         self._known = (0.0, settings.burst)  # when how many more were available
@@ -103,7 +103,7 @@ class GlobalLimit:
         self._soon()
 
     async def told(self) -> None:
-        """Wait until all has been told that is to be told now."""
+        """Wait until everything that is due has been reported."""
         if self._claiming is not None:
             await asyncio.wait([self._claiming])
 

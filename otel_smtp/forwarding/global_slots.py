@@ -39,7 +39,7 @@ class GlobalSlots:
         self._users: weakref.WeakSet[SlotUser] = weakref.WeakSet()
         self._term: object | None = None
         self._ours: set[HeldSlot] = set()
-        self._releasing: set[HeldSlot] = set()  # of this term; told, and not known to be done
+        self._releasing: set[HeldSlot] = set()  # of this term; reported, and not known to have arrived
         self._in_use = 0
         self._lingering: list[float] = []  # until when the upstream may count connections that are gone
         self._not_before = 0.0

@@ -168,7 +168,7 @@ class Limit:
             self._cells[_REST_UNTIL] = max(self._cells[_REST_UNTIL], now + seconds)
 
     def watch(self, pace: object) -> None:
-        """See `AnyLimit.watch`: who waits looks again when it was told to."""
+        """See `AnyLimit.watch`: a waiter looks again when it is notified."""
 
     # ------------------------------------------------------------------------------------------------------
 

@@ -47,7 +47,7 @@ class AnyLimit(Protocol):
         ...
 
     def watch(self, pace: "Pace") -> None:
-        """Tell one that waits for permits when there may be some."""
+        """Notify a waiter when there may be permits."""
         ...
 
 

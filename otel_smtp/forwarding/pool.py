@@ -303,7 +303,7 @@ class Pool(Generic[C]):
             self._assign(now)
         late = [one for one in self.waiting if now - one.asked_at >= most_wait_seconds]
         for ticket in late:
-            if ticket in self.waiting:  # what became of one may have been told to another
+            if ticket in self.waiting:  # the outcome of one may have gone to another
                 self.waiting.remove(ticket)
                 ticket.decide(Decision.NONE)
 
@@ -487,7 +487,7 @@ class Pool(Generic[C]):
             self._give_up(self._idle.popleft(), now)
         self._note()
         if ticket.fault is not None and not self.ceiling.works(now) and self.ceiling.is_opening:
-            return False  # what is being opened tells first
+            return False  # a connection that is being opened reports first
         if now < self._retry_at and (self.ceiling.works(now) or self.ceiling.may_count_closed(now)):
             return False
         if self._slots is not None and not self._slots.take(now):

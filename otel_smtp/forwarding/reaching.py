@@ -112,7 +112,7 @@ class Reaching(ABC):
         self._sweep = sweep
         self._is_swept = False
         self._reclaiming: asyncio.TimerHandle | None = None  # while somebody waits
-        self._level = self._pool.ceiling.level  # of which people were told
+        self._level = self._pool.ceiling.level  # of which the log has a line
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def snapshot(self) -> PoolSnapshot:
@@ -229,7 +229,7 @@ class Reaching(ABC):
         return connection
 
     def _tell_ceiling(self, fault: UpstreamFault | None) -> None:
-        """Tell people where another number of connections was learnt."""
+        """Log it where another number of connections was learnt."""
         level = self._pool.ceiling.level
         if level == self._level:
             return

@@ -1,4 +1,4 @@
-"""What an upstream relay needs to be told, as plain values; `app` fills them from the settings."""
+"""What an upstream relay needs to know, as plain values; `gateway.wiring` fills them from the settings."""
 
 import ssl
 from dataclasses import dataclass, field

@@ -94,7 +94,7 @@ class AnySlots(Protocol):
         ...
 
     def watch(self, user: SlotUser) -> None:
-        """Tell one that wanted slots when there may be some."""
+        """Notify one that wanted slots when there may be some."""
         ...
 
     async def told(self) -> None:

@@ -56,7 +56,7 @@ class Decision(Enum):
 
     WAITING = auto()
     REUSE = auto()  # `connection` is it
-    OPEN = auto()  # open one, then tell `opened`, `failed` or `gave_up`
+    OPEN = auto()  # open one, then call `opened`, `failed` or `gave_up`
     FAILED = auto()  # the one that it had opened was refused, and so were all others; `fault` says how
     NONE = auto()  # none is available: the upstream is in backoff, all were busy for too long, or the pool is closed
 

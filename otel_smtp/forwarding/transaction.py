@@ -163,7 +163,7 @@ class Transaction(Delivery, MailTransaction):
             self._go_further(reply, verdicts)
 
     def _naming(self, reply: Reply) -> Reply:
-        """The refusal of a message for one of its recipients, with whom it is: nothing else tells the client."""
+        """The refusal of a message for one of its recipients, with its address: nothing else names it to the client."""
         deliveries = self._record.deliveries
         if len(self.accepted) + len(self.left) < 2 or not deliveries:
             return reply
@@ -336,7 +336,7 @@ class Transparent(Transaction):
 class Buffered(Transaction):
     """Recipients are accepted by us, and put to the upstream with the content.
 
-    An SMTP client can be told one thing only, so a refused recipient refuses the message. An LMTP client gets a reply
+    An SMTP client gets one reply, so a refused recipient refuses the message. An LMTP client gets a reply
     for each of them (RFC 2033 4.2).
     """
 

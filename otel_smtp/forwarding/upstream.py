@@ -48,7 +48,7 @@ class UpstreamForwarder:
         upstreams: the preferred one first; at least one.
         strategy: when they are asked.
         hostname: what we call ourselves in EHLO.
-        observer: asked for trace headers, and told of deliveries that end after their transaction.
+        observer: provides trace headers, and is notified of deliveries that end after their transaction.
         sweep: looks at the clock, for everything here that can be late.
         ceilings: of the upstreams' connections, by name, where workers share them.
         limits: that upstreams may be paced by, by name.

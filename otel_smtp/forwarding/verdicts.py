@@ -16,7 +16,7 @@ _ABOUT_CREDENTIALS: Final = frozenset({530, 534, 535, 538})
 def is_about_credentials(reply: Reply) -> bool:
     """Whether a refusal says that the gateway has to log in, or to log in otherwise (RFC 4954 6).
 
-    Nothing is wrong with the mail then: to pass it on as 5yz would tell the client to give the mail up.
+    Nothing is wrong with the mail then: passed on as 5yz, it would make the client give the mail up.
     """
     return reply.code in _ABOUT_CREDENTIALS
 

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 # The flush at exit has a budget of its own, so that a dead collector cannot hold a pod's shutdown.
 TELEMETRY_FLUSH_SECONDS: Final = 2.0
-# How long the listeners wait for what the upstream offers, which clients are told. It takes a few round trips.
+# How long the listeners wait for what the upstream offers, which they offer to clients. It takes a few round trips.
 LEARN_SECONDS: Final = 0.3
 # How often the metrics that are exported catch up with open connections; OTLP exports them once a minute.
 MAILS_COUNTED_SECONDS: Final = 1.0
@@ -84,7 +84,7 @@ class Gateway:
 
     Attributes:
         addresses: of each listener by its name, with real ports, once it is started.
-        told_of_reloads: what the status port tells of reloads, as plain values.
+        told_of_reloads: what the status port reports about reloads, as plain values.
     """
 
     def __init__(

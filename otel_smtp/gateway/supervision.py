@@ -137,7 +137,7 @@ class Supervision:
     Args:
         count: number of places.
         workforce: starts and signals processes.
-        drain_seconds: a worker that has not ended this long after it was told to is killed.
+        drain_seconds: a worker that has not ended this long after its SIGTERM is killed.
 
     Attributes:
         status: the exit status: 0, or that of the worker that failed.

@@ -179,7 +179,7 @@ def _pool_limits(upstream: UpstreamTable) -> PoolLimits:
 
 
 def receivers(settings: Settings) -> "list[ReceiverSettings]":
-    """Whom outcomes are told; nothing is imported where there is nobody."""
+    """The receivers of outcomes; nothing is imported where there are none."""
     if not settings.notify:
         return []
     from otel_smtp.spool.outcomes.events import RecipientOutcome, key_of
@@ -319,7 +319,7 @@ def shared_store(spool: SpoolTable, *, name: str, is_gateway: bool = True) -> "P
 
 
 def store_verbs() -> Sequence[str]:
-    """What the store of a queue is asked for, as metrics tell it apart."""
+    """An operation of a queue's store, as metrics distinguish it."""
     from otel_smtp.spool.messages import StoreVerb
 
     return [verb.value for verb in StoreVerb]

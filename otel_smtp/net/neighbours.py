@@ -1,8 +1,8 @@
 """Who on this machine is at the other end of a connection: the owner of its socket, as the kernel knows it.
 
-Of a unix socket SO_PEERCRED tells who connected it. Of a TCP connection over loopback the kernel is asked by
-NETLINK_SOCK_DIAG (sock_diag(7)), which any process may do: it tells the user of the socket at the other end, and its
-control group. So the containers of a pod, which share loopback and often the user, can be told apart.
+SO_PEERCRED gives the process that connected a unix socket. For a TCP connection over loopback the kernel is asked by
+NETLINK_SOCK_DIAG (sock_diag(7)), which any process may do: it gives the user of the socket at the other end, and its
+control group. So the containers of a pod, which share loopback and often the user, can be distinguished.
 
 The kernel answers at once, in some twenty microseconds. Where the owner is not available (another system than Linux, a
 sandbox without netlink, a peer that has gone), it is unknown.

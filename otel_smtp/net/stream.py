@@ -435,7 +435,7 @@ class Stream(asyncio.BufferedProtocol):
                 if transport is None:
                     raise ConnectionResetError("connection lost in the TLS handshake")
         except BaseException as error:
-            # A transport that is lost in mid-handshake tells the TLS layer, and that does not tell us.
+            # A transport that is lost in mid-handshake notifies the TLS layer, which does not notify us.
             clear.abort()
             self.connection_lost(error if isinstance(error, Exception) else None)
             raise
@@ -472,7 +472,7 @@ class Stream(asyncio.BufferedProtocol):
     # asyncio.BufferedProtocol -----------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Take the transport, and tell who waits for the connection."""
+        """Take the transport, and wake the task that waits for the connection."""
         self._transport = cast("asyncio.Transport", transport)
         self._transport.set_write_buffer_limits(high=HIGH_WATER_OCTETS, low=LOW_WATER_OCTETS)
         self.peer = endpoint(transport.get_extra_info("peername"))
@@ -488,7 +488,7 @@ class Stream(asyncio.BufferedProtocol):
 
     else:
         # The same for any size hint, which `get` takes for what else it might give: a mail is read in six reads, and
-        # none of them calls a function of Python to be told this.
+        # none of them calls a function of Python to learn this.
         get_buffer = staticmethod(partial({None: _RECEIVE_BUFFER}.get, None))
 
     def buffer_updated(self, nbytes: int) -> None:

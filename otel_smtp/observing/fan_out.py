@@ -2,8 +2,8 @@
 
 The dispatch of every hook is derived from `Observer`: a hook that is added there is dispatched from then on.
 
-Transactions that went well wait here for a moment, to be told to `transactions_settled` together. Nobody writes to such
-a record or to its deliveries any more, and the connection's segment in which it happened lasts until it has been told.
+Transactions that went well wait here for a moment, to be handed to `transactions_settled` together. Such a record and
+its deliveries are written to no more, and the connection's segment that holds it stays open until it is handed on.
 """
 
 import difflib
@@ -100,7 +100,7 @@ class FanOut(Observer):
             self._soon(partial(self._catch_up_with, self._batch))
 
     def _catch_up_with(self, batch: int) -> None:
-        if batch == self._batch:  # else it has been told before
+        if batch == self._batch:  # else it was reported before
             self.catch_up()
 
     def _after_those_waiting(self, tell: Callable[[ConnectionRecord], None], connection: ConnectionRecord) -> None:
@@ -171,7 +171,7 @@ def _takes_one(hook: str) -> bool:
 
 
 def fan_out(observers: Iterable[Observer], soon: Soon | None = None) -> FanOut:
-    """One observer that tells all of `observers`; one that raises is logged once and dropped.
+    """One observer that passes everything to all of `observers`; one that raises is logged once and dropped.
 
     Where several could answer a question, the first answer that is not empty holds.
 

@@ -226,9 +226,9 @@ class TransactionRecord:
         spool_id: under which the message is durable; None where it is not.
         deliveries: attempts, in the order in which they began.
         ended_ns: 0 while it is open.
-        outcome, reply, error_type: how it ended; `reply` is what the client was told, None where it was told nothing.
+        outcome, reply, error_type: how it ended; `reply` is what the client was sent, None where it was sent nothing.
         failure: why it failed, where that is no upstream's reply: of the attempt that decided, or what befell us.
-        kind: what it is. `action`: what befell a message in the spool without an attempt, where this record tells that.
+        kind: what it is. `action`: what befell a message in the spool without an attempt, where the record is of that.
             `operator`: who did it; None: no operator.
         carrier: for a message from the spool, the trace context that was stored with it, as headers.
         is_possible_duplicate: an attempt before may have been taken by an upstream.
@@ -238,7 +238,7 @@ class TransactionRecord:
             the attempt was aborted. None: it cannot be lost.
         waited_seconds: for a mail from the spool, since its acceptance when this attempt began; None for anything else,
             notices among it.
-        is_8bit_offered: 8BITMIME had been offered to the client; only told where MAIL asks for it.
+        is_8bit_offered: 8BITMIME had been offered to the client; only set where MAIL asks for it.
         trace: what tracing keeps of it.
     """
 
@@ -410,7 +410,7 @@ class TransactionRecord:
         return self.deliveries[-1].upstream if is_passed_on else None
 
     def end(self, outcome: Outcome, reply: Reply | None, now_ns: int) -> None:
-        """Note how it ended; the observers are to be told by the caller."""
+        """Note how it ended; the caller notifies the observers."""
         self.outcome = outcome
         self.reply = reply
         self.error_type = error_type = reply.error_type if reply is not None else None
@@ -497,7 +497,7 @@ class DeliveryRecord:
     def transaction(self) -> TransactionRecord:
         """The transaction that this is an attempt of.
 
-        Whoever relays it keeps its record, until the attempt has ended and observers have been told.
+        The forwarder keeps its record, until the attempt has ended and observers have been notified.
 
         Raises:
             ReferenceError: an observer kept the attempt, but not the transaction.

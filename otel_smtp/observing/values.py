@@ -27,7 +27,7 @@ class ConnectionInfo:
 
     Attributes:
         id: 32 hexadecimal digits, unique; the identity of the connection for its whole life.
-        peer: the socket's other end. Where a PROXY header is believed, `proxied` tells the client behind it.
+        peer: the socket's other end. Where a PROXY header is trusted, `proxied` has the client behind it.
         local: the address that was connected to.
         listener: the listener's configured name.
         protocol: "smtp" or "lmtp".
@@ -112,7 +112,7 @@ class MessageKind(StrEnum):
     __hash__ = str.__hash__
 
     MAIL = "mail"  # a client's
-    # Messages of our own, from the spool, that tell of a mail:
+    # Messages of our own, from the spool, that report on a mail:
     BOUNCE = "bounce"
     DELAY_WARNING = "delay_warning"
     SUCCESS_REPORT = "success_report"

@@ -146,7 +146,7 @@ class Conversation:
         self._is_served = False  # not refused at accept: a flood of those must not hold sockets
         self._has_ended = False
 
-    # What the stream tells ---------------------------------------------------------------------------------------
+    # What the stream reports -------------------------------------------------------------------------------------
 
     def input_ended(self) -> None:
         """See `Receiver`."""
@@ -220,7 +220,7 @@ class Conversation:
         logger.exception("session failed", extra=self._named())
 
     def _named(self) -> dict[str, object]:
-        """How log lines name the connection, and the span that tells of it."""
+        """How log lines name the connection, and its span."""
         record = self.record
         return {"connection_id": record.id, **trace_fields(self._house.observer.connection_carrier(record))}
 

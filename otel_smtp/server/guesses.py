@@ -1,12 +1,12 @@
-"""Whose turn it is to have a password judged, where somebody guesses.
+"""Whose turn it is to have a password verified, where somebody guesses.
 
-One client, as far as it can be told from others, has one password judged at a time, so that however many connections it
-has, it takes one hashing thread and leaves the rest to others. Once it has failed too often in a minute, it has one
-judged every `GUESS_SECONDS`, right or wrong: an answer that only a wrong one waits for need not be waited for, since
-its silence tells the same. Those that wait are in line, the fewest failures of their name first; beyond
+One client, as far as it can be distinguished from others, has one password verified at a time: however many connections
+it has, it takes one hashing thread and leaves the rest to others. Once it has failed too often in a minute, it has one
+verified every `GUESS_SECONDS`, right or wrong: if only wrong passwords were delayed, a guesser would not need to wait,
+since silence would be the answer. Those that wait are in line, the fewest failures of their name first; beyond
 `MOST_WAITING` they are refused.
 
-A name that has logged in from there before, and is not itself guessed at, waits for nobody: it may be an application
+A name that has logged in from there before, and is not itself guessed at, never waits: it may be an application
 beside one that has a wrong password.
 """
 
@@ -21,13 +21,13 @@ from otel_smtp.server.failure_rate import FailureRate, network_of
 GUESS_SECONDS: Final = 0.2
 """Five in a second are nothing to a guesser, and some hundredths of a processor."""
 MOST_WAITING: Final = 64
-"""To be kept waiting costs a guesser more than to be sent away, and less of ours."""
+"""Waiting costs a guesser more than a refusal does, and costs us less."""
 MOST_KNOWN: Final = 4096
 MOST_NAME_CHARACTERS: Final = 255
 
 
 class TooManyGuesses(Exception):
-    """The line of those that wait to have a password judged is full."""
+    """Too many logins wait for their password to be verified."""
 
 
 class Guesses:
@@ -40,7 +40,7 @@ class Guesses:
     """
 
     def __init__(self, limit: int) -> None:
-        # Of each guesser of which a password is judged, or was a moment ago: the logins that wait.
+        # Of each guesser with a password that is being verified, or was a moment ago: the logins that wait.
         self._lines: dict[str, list[tuple[str, asyncio.Future[None]]]] = {}
         self._known: OrderedDict[str, None] = OrderedDict()  # guessers and names that logged in
         self.hold_to(limit)
@@ -86,7 +86,7 @@ class Guesses:
         try:
             yield
         except asyncio.CancelledError:
-            self.failed(guesser, name)  # gone before it was told: that no good word came told it
+            self.failed(guesser, name)  # gone before the answer, and knew from the silence
             raise
         finally:
             if self.are_too_many(guesser):

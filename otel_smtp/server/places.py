@@ -1,17 +1,17 @@
-"""Who gets one of the connections that may be open at once, where not everybody can. Decides; does no I/O.
+"""Which clients get the connections that may be open at once, where not all can. Decides; does no I/O.
 
-Each connection belongs to a *share*: those that one client, as far as it can be told from others, has. For a client on
-this machine that is the owner of its socket, for any other its address. While there are places nobody asks whose they
-are. When all are taken,
+Each connection belongs to a *share*: the connections of one client, as far as it can be distinguished from others. For
+a client on this machine that is the owner of its socket, for any other its address. While places are free, shares do
+not matter. When all are taken,
 
-* a newcomer whose share has fewer than another gets a place of that other, of the largest first. The one that gives
-  way is the one least missed: idle before in the middle of a mail, and for the longest. So a share keeps what is its
-  part of all, and who has no connection yet gets one at once. Clients elsewhere take no places of those on this
-  machine.
-* a newcomer on this machine of a share that has its part already gets the place of a connection that does nothing:
-  that has moved no mail, and says nothing. It may be the only application there is, with a part of it that opens
-  connections and forgets them. Once that has happened, newcomers wait a moment for such a place, one after the other,
-  instead of being sent away: who opens connections as fast as they are closed waits in line with everybody else.
+* a newcomer whose share has fewer than another replaces a connection of that other, of the largest share first. The one
+  that gives way is the one least missed: idle rather than in the middle of a mail, and idle for the longest. So a share
+  keeps its part of all, and a client without a connection gets one at once. Clients elsewhere take no places of clients
+  on this machine.
+* a newcomer on this machine of a share that has its part already replaces a connection that does nothing: that has moved
+  no mail, and is silent. It may be the only application there is, with a part of it that opens connections and forgets
+  them. Once that has happened, newcomers wait a moment for such a place, one after the other, instead of being refused:
+  a client that opens connections as fast as they are closed waits in line with all others.
 * any other is refused.
 
 A connection whose mail is complete, or that waits for our answer, never gives way.

@@ -139,7 +139,7 @@ class Session(Admission):
         self._transaction.refuse(recipient, reply, self._protocol.now_ns)
 
     def as_told(self, reply: Reply, *, is_of_content: bool) -> Reply:
-        """See `Handler`: with the id of the trace that tells of it. Before there is a header block that is the
+        """See `Handler`: with the id of its trace. Before there is a header block that is the
         connection's: it holds the Error event."""
         if not self._policy.trace_in_reply:
             return reply

@@ -153,7 +153,7 @@ class Users:
         self._proven_key = secrets.token_bytes(32)
         self._threads = ThreadPoolExecutor(HASHING_THREADS, "otel-smtp-passwords", initializer=_give_way)
         # From the file, not from chance: the salts that strangers are shown must not change from one connection, or
-        # one worker process, to the next, or they could be told from users'.
+        # one worker process, to the next, or they could be distinguished from users'.
         secret = hashlib.sha256(b"strangers")
         for name, proof in sorted(self._proofs.items()):
             secret.update(f"{name}\0{proof.server_key.hex() if isinstance(proof, ScramKeys) else ''}\0".encode())

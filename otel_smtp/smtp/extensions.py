@@ -339,7 +339,7 @@ EXTENSIONS: Final = (
         body=Body.EIGHT_BIT_MIME,
         is_relayed=True,
         can_be_disabled=True,
-        # Libraries send BODY=8BITMIME whatever they were told, mostly with content that is 7-bit. Whether it is, is
+        # Libraries send BODY=8BITMIME whatever they were offered, mostly with content that is 7-bit. Whether it is, is
         # seen when it is there.
         is_taken_unoffered=True,
         lacking=replies.NEEDS_8BITMIME,

@@ -68,7 +68,7 @@ class ReceiveBuffer:
     def discard_line(self) -> bytes:
         """Throw octets away up to and including the next LF, and say which: they end in LF if the line has ended.
 
-        The last few of a line that has not ended stay: the end of a line may say what it was, and tells a bare LF.
+        The last few of a line that has not ended stay: the end of a line may say what it was, and shows a bare LF.
         """
         end = self.held.find(b"\n", self._start)
         if end >= 0:

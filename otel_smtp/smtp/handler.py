@@ -1,4 +1,4 @@
-"""Who decides for a session: what the engine asks and tells, and where it puts what it says."""
+"""The interface that decides for a session: what the engine asks and reports, and where it puts its output."""
 
 from collections.abc import Sequence
 from enum import Enum, auto
@@ -21,7 +21,7 @@ class Said(Protocol):
 class Handler(ContentSink, Protocol):
     """Who decides for a session. Called from within the engine's calls; it may answer there, or later.
 
-    A method that is marked *decide* waits for `ServerProtocol.reply`. The others only tell.
+    A method that is marked *decide* waits for `ServerProtocol.reply`. The others only notify.
     """
 
     def hello_received(self, verb: str, name: str) -> None:
@@ -92,7 +92,7 @@ class Handler(ContentSink, Protocol):
         engine refused, or the connection's end.
 
         Args:
-            reply: what the client is about to be told, where the content itself was refused; else None.
+            reply: what the client is about to be sent, where the content itself was refused; else None.
         """
         ...
 

@@ -28,7 +28,7 @@ MAX_NAME_OCTETS: Final = 255
 """RFC 4616 2: authcid = 1*SAFE, of which RFC 2595 6 says "1*255"."""
 
 OAUTH_REFUSED: Final = b'{"status":"invalid_token","schemes":"bearer"}'
-"""The challenge that tells an OAuth client why; it answers with nothing that matters, then fails (RFC 7628 3.2.3)."""
+"""The challenge that gives an OAuth client the reason; its answer does not matter, and it fails (RFC 7628 3.2.3)."""
 
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # b64token (RFC 6750 2.1)
 _GS2_HEADER = re.compile(r"[ny],(?:a=([^,]*))?,")

@@ -116,7 +116,7 @@ _RESET: Final = _S.RESET
 
 
 class TlsOffer(NamedTuple):
-    """What New and StartTLS tell: how TLS comes to the connection."""
+    """The detail of New and StartTLS: how TLS comes to the connection."""
 
     tls_mode: TlsMode
 
@@ -125,39 +125,39 @@ TLS_OFFERS: Final = {mode: TlsOffer(mode) for mode in TlsMode}  # every connecti
 
 
 class TlsAgreed(NamedTuple):
-    """What Active tells after a handshake."""
+    """The detail of Active after a handshake."""
 
     tls_version: str  # as "1.3"
     tls_cipher: str
 
 
 class AuthBegun(NamedTuple):
-    """What Auth tells, and Active after 235: a known SASL mechanism, or "other"; never the client's text."""
+    """The detail of Auth, and of Active after 235: a known SASL mechanism, or "other"; never the client's text."""
 
     mechanism: str
 
 
 class ContentBegun(NamedTuple):
-    """What Data tells."""
+    """The detail of Data."""
 
     transaction: int  # number of the transaction on this connection, from 1
     recipients: int  # accepted
 
 
 class TransactionOver(NamedTuple):
-    """What Idle tells."""
+    """The detail of Idle."""
 
     messages: int  # whose final reply was sent on this connection so far
 
 
 class ResetBy(NamedTuple):
-    """What Reset tells."""
+    """The detail of Reset."""
 
     cause: ResetCause
 
 
 class ErrorReply(NamedTuple):
-    """What Error tells."""
+    """The detail of Error."""
 
     verb: str | None  # the known verb or "other"; None where no command was being answered
     reply: Reply | None  # None for a handshake that failed, where no reply is possible
@@ -166,7 +166,7 @@ class ErrorReply(NamedTuple):
 
 
 class ConnectionOver(NamedTuple):
-    """What Closed tells."""
+    """The detail of Closed."""
 
     reason: CloseReason
     messages: int

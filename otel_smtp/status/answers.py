@@ -18,7 +18,7 @@ REQUESTS_PER_SECOND: Final = 50.0
 REQUESTS_AT_ONCE: Final = 30
 PROBES: Final = frozenset({"/livez", "/readyz"})
 STREAM_PATH: Final = "/api/stream"
-# Not what tells a command of its own doing, and not what waits for something to happen.
+# Not the answers to a command's own action, and not those that wait for something to happen.
 _KEPT: Final = frozenset({"/metrics", "/api/status", "/api/connections", "/api/upstreams", "/api/queue", "/api/traces"})
 
 _Key = tuple[str, str, bytes, bytes]

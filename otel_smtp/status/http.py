@@ -120,7 +120,7 @@ class _BoundedProtocol(H11Protocol):
     def _make_room(self, among: "Sequence[_BoundedProtocol]") -> None:
         others = [each for each in among if each is not self]
         oldest = min(others, key=lambda each: (not each.is_silent, each._since))
-        self.connections.discard(oldest)  # now: its end is told in a later turn of the event loop
+        self.connections.discard(oldest)  # now: its end is reported in a later turn of the event loop
         oldest.transport.abort()
 
     def _close_if_silent(self) -> None:

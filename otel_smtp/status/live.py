@@ -15,7 +15,7 @@ from otel_smtp.smtp.states import PULSES, ConnState, Transition
 
 # What fits a row of the page; the whole story is in the trace.
 PATH_LENGTH: Final = 24
-# 256 connections is the default limit; beyond this the page tells the number only.
+# 256 connections is the default limit; beyond this the page shows the number only.
 CONNECTIONS_SHOWN: Final = 500
 _NAME_CHARACTERS: Final = 64
 
@@ -132,7 +132,7 @@ class LiveView(Observer):
         host = self._shown_host(client.host)
         if host is None:
             return ""
-        # A port tells clients behind one address apart; beside a shortened address it would undo the shortening.
+        # A port distinguishes clients behind one address; beside a shortened address it would undo the shortening.
         return str(client) if host == client.host else host
 
 

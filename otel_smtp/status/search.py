@@ -61,7 +61,7 @@ class Query(NamedTuple):
     """What is searched for: all of `words`.
 
     Attributes:
-        notes: what to tell about the search.
+        notes: remarks on the search.
     """
 
     words: Sequence[QueryWord]

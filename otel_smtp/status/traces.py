@@ -385,7 +385,7 @@ def _words(spans: Sequence[FinishedSpan], events: Sequence[SpanEvent]) -> list[s
     told = [span.attributes for span in spans] + [event.attributes for event in events]
     reasons = [attributes[names.FAILURE_REASON] for attributes in told if names.FAILURE_REASON in attributes]
     refusals = [_reply(attributes) for attributes in told if _is_refusal(attributes)]
-    # One refusal is told by several spans and events, and not by each in full.
+    # One refusal is on several spans and events, and not on each in full.
     refusals = [one for one in refusals if not any(other.startswith(f"{one} ") for other in refusals)]
     if reasons or refusals:
         return _distinct([*reasons, *refusals])[:_WORDS_SHOWN]

@@ -90,7 +90,7 @@ class Recorder:
         """What `wanted` finds in the spans, once it is not None.
 
         Raises:
-            TimeoutError: it found nothing in time; the message tells which spans there are.
+            TimeoutError: it found nothing in time; the message lists the spans that there are.
         """
         with self._changed:
             self._changed.wait_for(lambda: wanted(self._spans) is not None, timeout_seconds)
@@ -171,7 +171,7 @@ class Trace:
 
 
 def find_transaction(spans: Sequence[Span], told: Told) -> Span | None:
-    """The transaction that `told` tells of: of several, the newest."""
+    """The transaction that `told` belongs to: of several, the newest."""
     transactions = [span for span in reversed(spans) if span.name == TRANSACTION]
     if isinstance(told, Message):
         return _of_message(spans, transactions, told)

@@ -674,7 +674,7 @@ DRIVES: Final = (
     Drive(("the header block",), "5 MiB of 512 KiB; 100,000 lines of 10,000", header_blocks),
     Drive(("Received fields",), "1,000 of 100", received_fields),
     Drive(
-        ("refused recipients that are told one by one",), "500 of 50, ten times", refused_recipients, WITH_STATUS,
+        ("refused recipients that are reported one by one",), "500 of 50, ten times", refused_recipients, WITH_STATUS,
         script=_refusing(550, x=("no",)),
     ),
     Drive(

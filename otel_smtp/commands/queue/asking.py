@@ -80,7 +80,7 @@ async def _ask_database(settings: SpoolTable, request: dict[str, Any]) -> AsyncI
 
 
 class _Told:
-    """What the gateways of a queue are to be told."""
+    """What the gateways of a queue are to be notified of."""
 
     def __init__(self) -> None:
         self.what: list[str] = []
@@ -95,7 +95,7 @@ class _Told:
         self.what.append("look")
 
     def note(self, deed: str) -> None:
-        """One of them is to tell of it."""
+        """One of them is to log it."""
         self.deeds.append(deed)
 
     def note_crashes(self, message_ids: Sequence[str]) -> None:

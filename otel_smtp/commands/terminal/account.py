@@ -205,7 +205,7 @@ def _sayings(
         if event.attributes.get(names.ERROR_TYPE) in explained:
             continue  # our own words for an attempt that had no reply, which says why
         said = _of_error(event, attempts, connection)
-        # What the client was told is what an upstream said: told once, in the upstream's full words.
+        # The client was given an upstream's reply: it is shown once, in the upstream's full words.
         same = next((one for one in of_attempts if f"{one.words} ".startswith(f"{said.words} ")), None)
         if same is not None:
             of_attempts.remove(same)

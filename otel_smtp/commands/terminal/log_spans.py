@@ -1,4 +1,4 @@
-"""Lines of the gateway's JSON log made spans, so that a log alone tells what became of a mail.
+"""Spans made of lines of the gateway's JSON log, so that a log alone shows what became of a mail.
 
 A line has what its span had, but for events other than recipients', and for its parent: that is found again by
 connection, queue id and time.
@@ -27,7 +27,7 @@ _NO_SPAN: Final = 0  # below which those stand whose parent is not in the log
 
 
 def spans_of_lines(lines: Iterable[Mapping[str, Any]]) -> list[OtlpSpan]:
-    """The spans that lines of one trace tell of, in order of their start.
+    """The spans that the lines of one trace describe, in order of their start.
 
     Raises:
         ValueError, KeyError, TypeError: a line is none of the gateway's.

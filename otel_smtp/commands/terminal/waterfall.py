@@ -2,7 +2,7 @@
 
 Lanes on the left show what belongs together, as in a graph of revisions: a span opens a lane to the right of its
 parent's, its events are in that lane, and the line ends where the span ends. So the events of all spans can be read in
-one order of time and still be told apart:
+one order of time and still be distinguished:
 
     ◆      smtp.connection    0.0  ━━━━━━━━━━━━  53.1 ms  127.0.0.1:48122 → 127.0.0.1:2525
     ●      New                0.0  ╿

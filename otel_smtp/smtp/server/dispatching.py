@@ -186,7 +186,7 @@ class Dispatching(Receiving):
 
     def _run_mail(self, mail: Mail) -> None:
         policy, told, behind = self._policy, self._told, self._offer()
-        # A mail is held against what this session was told; whether the upstream still keeps it is asked above. Its
+        # A mail is judged by what this session was offered; whether the upstream still keeps it is asked above. Its
         # size is held against what the upstream takes now.
         now = told if told is not None and told.behind is behind else policy.own_offer(behind, is_tls=self.is_tls)
         offer = now.offer if told is None else told.offer

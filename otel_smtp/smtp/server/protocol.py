@@ -75,7 +75,7 @@ class ServerProtocol(Dispatching):
 
     __slots__ = ()
 
-    # What the driver tells -------------------------------------------------------------------------------------
+    # What the driver reports -----------------------------------------------------------------------------------
 
     def accepted(self, tls_mode: TlsMode) -> None:
         """Record New: the socket has been accepted."""
