@@ -148,7 +148,7 @@ _GENERIC_DOMAINS: Final = frozenset(
         "arpa",
     }
 )
-# Of those who list senders, and not of a person; shown whatever is said of domains.
+# Of services that list senders, and not of a person; shown whatever the policy for domains.
 _LISTS: Final = (".spamhaus.org", ".spamcop.net", ".sorbs.net", ".barracudacentral.org", ".surbl.org", ".uribl.com")
 
 

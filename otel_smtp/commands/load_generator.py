@@ -401,7 +401,7 @@ class Load:
         try:
             session = _Session(self)
         except (OSError, _Failed) as refusal:
-            # Nobody listens, so a retry would fail at once, too.
+            # Nothing listens there, so a retry would fail at once, too.
             self._fail(str(refusal))
             self._unstarted = 0
             return

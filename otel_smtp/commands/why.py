@@ -79,7 +79,7 @@ def why(
     settings; with --log it looks in a log too, which needs no gateway. Part of
     an id is enough.
 
-    Exit status: 0 found, 1 nothing found or nobody to ask, 2 wrong use or
+    Exit status: 0 found, 1 nothing found or no gateway answers, 2 wrong use or
     settings.
     """
     from otel_smtp.commands.terminal.account import account_lines, queued_lines
@@ -153,7 +153,7 @@ def _find(settings: Settings, gateways: Sequence[AskedGateway], what: str, most:
 def _in_traces(
     gateways: Sequence[AskedGateway], what: str, most: int
 ) -> tuple[Sequence["Account"], list[str], Sequence[str], list[str]]:
-    """The mails that are found in traces, newest first; what was searched; notes; who could not be asked.
+    """The mails that are found in traces, newest first; what was searched; notes; the gateways that did not answer.
 
     What several gateways hold of one trace is put together.
     """
@@ -165,7 +165,7 @@ def _in_traces(
     notes: dict[str, None] = {}
     problems: list[str] = []
     answering = list(gateways)
-    # Recipients first: whom a question is about more often than not; then anything that holds the words.
+    # Recipients first: most questions are about one; then anything that holds the words.
     for query in (f"to:{quoted}", quoted):
         ended: dict[str, float] = {}
         for gateway in list(answering):

@@ -153,7 +153,7 @@ class UpstreamUrl(msgspec.Struct, frozen=True):
 
     @property
     def is_local(self) -> bool:
-        """Whether it is on this machine, where nobody else can read clear text."""
+        """Whether it is on this machine, so that clear text does not cross a network."""
         return is_local(self.endpoint)
 
     def __str__(self) -> str:

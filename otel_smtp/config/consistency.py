@@ -348,7 +348,7 @@ class Consistency:
 
     def _telemetry(self, telemetry: TelemetryTable) -> None:
         if telemetry.addresses == "hash" and telemetry.addresses_hash_key is None:
-            # Without a key, anybody who knows an address can find it in the traces.
+            # Without a key, anyone who knows an address could find it in the traces.
             self._add("telemetry.addresses", "hash", "needs telemetry.addresses_hash_key_file")
 
     def connections(self, file_limit: int | None) -> int:

@@ -1,7 +1,7 @@
 """The attempts of one mail: along the upstreams that serve it, until one of them gives a usable answer.
 
-* Once the end of the content has been sent (`has_ended_content`) nobody else may be tried: a lost connection means that
-  nobody knows whether the mail was delivered, and a second try might deliver it twice.
+* Once the end of the content has been sent (`has_ended_content`) no other upstream may be tried: after a lost
+  connection it is unknown whether the mail was delivered, and a second attempt might deliver it twice.
 * Before that, an upstream that gives no usable answer makes way for the next one.
 * One connection that dies says little about its upstream. So an upstream that is lost with a kept connection, or in the
   middle of a transaction, or that refuses MAIL for now on a kept one (it may count mails per connection), is tried once
@@ -43,7 +43,7 @@ class Attempts(Connecting):
     """Carries a piece of work along upstreams.
 
     A subclass sets `_work`, calls `_proceed`, and has the work done on `_connection`; whatever that raises decides what
-    comes next. It ends an attempt by `_end`, and answers by `_answer_for_all` when nobody is left.
+    comes next. It ends an attempt by `_end`, and answers by `_answer_for_all` when no upstream is left.
 
     Args:
         record: gets a `DeliveryRecord` for each attempt.
@@ -65,7 +65,7 @@ class Attempts(Connecting):
         return not self.is_under_way or self._smarthost in smarthosts
 
     def give_up(self) -> None:
-        """End an attempt that goes on without its client: nobody will know what came of it."""
+        """End an attempt that goes on without its client: its outcome stays unknown."""
         if self.is_under_way:
             self._attempt.failure = "the gateway ended before the reply came"
             self._end(Outcome.UNKNOWN, None, ErrorType.OUTCOME_UNKNOWN)
@@ -101,7 +101,7 @@ class Attempts(Connecting):
             self._work(self)
 
     def _recover(self, error: Exception) -> None:
-        """Decide what follows from whatever went wrong in a step. Nothing of it reaches those who called us."""
+        """Decide what follows from an exception in a step. None of it reaches the caller."""
         while True:  # each turn uses up an upstream, a second chance, or the answer
             try:
                 if isinstance(error, UpstreamFault):

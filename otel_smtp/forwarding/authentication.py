@@ -1,4 +1,4 @@
-"""Saying to an upstream who we are: PLAIN, LOGIN, SCRAM-SHA-256, XOAUTH2.
+"""Authentication to an upstream: PLAIN, LOGIN, SCRAM-SHA-256, XOAUTH2.
 
 A mechanism is an object that answers challenges. It knows nothing of SMTP, and the connection knows nothing of it.
 """

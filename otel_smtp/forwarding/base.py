@@ -8,7 +8,7 @@ called once, on the event loop, possibly before the call returns. What the sessi
 * Until `finish` is called nothing ends the message upstream: no final dot was sent, no last chunk. After `abort`
   instead of `finish`, nothing of the message is with the upstream. What is said of `finish` holds for `message`.
 * `abort` is idempotent, never raises, and frees what the transaction holds. It is called once for every transaction
-  whose `finish` was not called, and after `finish` where nobody waits for its answer any more (shutdown): then a
+  whose `finish` was not called, and after `finish` where its answer is no longer awaited (shutdown): then a
   message that is out of our hands comes to its end all the same, for the record, and no callback is called.
 * A call that raises has done nothing; the session answers 451 and aborts.
 """
@@ -129,7 +129,7 @@ class Forwarder(Protocol):
         ...
 
     def begin(self, mail: Mail, record: TransactionRecord) -> MailTransaction:
-        """Open a transaction for `mail`. Decides what is already known; asks nobody.
+        """Open a transaction for `mail`. Decides what is already known; asks no upstream.
 
         Args:
             record: the forwarder adds its deliveries, and the spool its id. `record.trace_headers` is set before the
@@ -142,7 +142,7 @@ class Forwarder(Protocol):
 
 
 class Relay(Forwarder, Protocol):
-    """A forwarder that the spool delivers through: it says beforehand who would be asked, and how many may ask."""
+    """A forwarder that the spool delivers through: it names the upstreams beforehand, and how many may be asked at once."""
 
     def begin_along(self, destination: str, mail: Mail, record: TransactionRecord) -> MailTransaction:
         """`begin`, by the upstreams of a destination, whatever senders and recipients they serve."""
@@ -153,7 +153,7 @@ class Relay(Forwarder, Protocol):
         ...
 
     def destination(self, mail: Mail, recipient: Recipient) -> str | Reply:
-        """The name of whatever serves a recipient, or why nobody does. Recipients of one name travel together."""
+        """The name of the upstreams of a recipient, or why there are none. Recipients of one name travel together."""
         ...
 
     def keeps_8bit(self) -> bool:
@@ -180,7 +180,7 @@ class Claim:
         unused: given back since then.
         least: permits that are wanted, or none; 0: none are.
         wanted: rather so many.
-        rest_seconds: nobody is to send anything for so long: the provider said that it is too much.
+        rest_seconds: nothing is to be sent for this long: the provider said that it is too much.
     """
 
     name: str

@@ -7,7 +7,7 @@ refused.
 The workers of one gateway share what was learnt, and the connections below the ceiling: each has an equal part, and
 where there are fewer connections than workers that want one, they take turns. What they share is a few numbers in
 memory that their parent made before it forked them. Each worker writes a column of its own; the head of the table is
-everybody's. There is no lock: an update that is lost costs one more refused connection, which costs nobody a mail.
+everybody's. There is no lock: an update that is lost costs one more refused connection, and no mail.
 
 All times are by the monotonic clock, which all processes of a machine share.
 """

@@ -77,7 +77,7 @@ class Relaying(Protocol):
         ...
 
     def watch(self, delivery: Any) -> None:
-        """A delivery comes to its end though nobody waits for it any more."""
+        """End a delivery that is no longer awaited."""
         ...
 
     def unwatch(self, delivery: Any) -> None:
@@ -127,7 +127,7 @@ class Connecting(ABC):
     waits_for_limits: bool
     _tried: "Tried"
     _retry: Retry | None  # the next connection is one to the same upstream, within the same attempt
-    _since: float | None  # its place among those who wait for a connection; None: a new one
+    _since: float | None  # its place among the waiters for a connection; None: a new one
     _ticket: Ticket[UpstreamConnection] | None
     _permission: WaitingMail | None  # of the upstream's limits, where it has some
     _is_connected: bool
@@ -232,7 +232,7 @@ class Connecting(ABC):
         self._connection = connection
         self._is_connected = True
         self._is_open = False
-        attempt.accepted_count = 0  # who was accepted on a connection before is asked about again
+        attempt.accepted_count = 0  # recipients accepted on an earlier connection are asked about again
         stream, extensions = connection.stream, connection.protocol.extensions
         attempt.peer = stream.peer
         attempt.tls = stream.tls

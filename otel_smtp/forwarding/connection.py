@@ -261,7 +261,7 @@ class UpstreamConnection:
         return self.protocol.awaited[0] if self.protocol.awaited else None
 
     def abandon(self) -> None:
-        """The exchange under way is of interest to nobody any more; the connection stays out of step."""
+        """The result of the exchange under way is no longer wanted; the connection stays out of step."""
         self._on_settled = self._on_writable = None
 
     def close(self) -> None:
@@ -270,7 +270,7 @@ class UpstreamConnection:
         if not self.is_alive:
             self.stream.abort()
             return
-        # RFC 5321 4.1.1.10 asks a client to wait for the reply; nobody gains anything by that.
+        # RFC 5321 4.1.1.10 asks a client to wait for the reply; nothing is gained by that.
         self.is_alive = False
         self.protocol.send_quit()
         self._flush()

@@ -114,7 +114,7 @@ class Content:
         self._completed = completed
 
     def close(self) -> None:
-        """Free what it holds, and call nobody any more; the file has no name and is gone with this. Idempotent."""
+        """Free what it holds, and make no further call; the file has no name and is gone with this. Idempotent."""
         self._is_closed = True
         self._held.clear()
         if isinstance(self._reencoded, Content):

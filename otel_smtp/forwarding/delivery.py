@@ -9,7 +9,7 @@ connection; there what was accepted for the client is put to the upstream first,
 * `has_ended_content` says that the final dot, or the last chunk, is on its way.
 
 A refused recipient in `burst` must refuse the whole. So nothing that ends the content is sent before all are known to
-be accepted, but for a single recipient: where that is refused, the last chunk has nobody to go to.
+be accepted, but for a single recipient: where that is refused, the last chunk has no recipient.
 """
 
 import logging
@@ -138,7 +138,7 @@ class Delivery(Transmitting):
     def burst(self, content: Content, delivered: MessageAnswered) -> None:
         """Do all of it: one round trip with CHUNKING, for a single recipient and a small message; else two.
 
-        `delivered` gets the reply to the message, or the first refusal on the way: then nobody got anything.
+        `delivered` gets the reply to the message, or the first refusal on the way: then no recipient got anything.
         """
         self._content = content
         self._delivered = delivered
@@ -146,7 +146,7 @@ class Delivery(Transmitting):
         self._proceed()
 
     def abort(self) -> None:
-        """Nobody waits for an answer any more. A message that is out of our hands comes to its end for the record."""
+        """Stop waiting for an answer. A message that was sent completely is still followed to its end."""
         self._is_aborted = True
         self._judged = self._delivered = None
         if self._more is not None and self._more.is_waiting:
@@ -204,14 +204,14 @@ class Delivery(Transmitting):
         if answers.begins_with_reset:
             answers = ExchangeAnswers(answers[1:])
         if answers.contents:
-            # LMTP: these are known. Of the others nobody knows, or 421 says that they do not have it.
+            # LMTP: these are known. The others are unknown, or 421 says that they do not have it.
             verdicts = [self._as_told(verdict) for verdict in answers.contents]
             rest = fault.told if said_goodbye else replies.OUTCOME_UNKNOWN
             verdicts += [rest] * (len(self.accepted) - len(verdicts))
             self._conclude_each(verdicts)
             return
         if self._delivered is not None and answers.refusal is not None and self._work is _BURST:
-            # Whatever comes behind it, the message is refused, and nobody got it.
+            # Whatever comes behind it, the message is refused, and no recipient got it.
             self._refused_in_burst(answers)
             return
         if self._work is _PUT_RECIPIENTS and not self._is_open and answers:
@@ -321,7 +321,7 @@ class Delivery(Transmitting):
             self._conclude(refusal)
             return
         # RFC 2920 3.1: "the client cannot assume that the DATA command will be rejected just because none of the RCPT
-        # TO commands worked"; then a lone dot ends it, and nobody is there to get the empty message.
+        # TO commands worked"; then a lone dot ends it, and there is no recipient to get the empty message.
         protocol.end_content()
         self._refusal = refusal
         self._after = Delivery._data_taken_back

@@ -62,8 +62,8 @@ class Enveloping(Attempts):
     accepted: list[Recipient]
     left: list[Recipient]
     wants_fresh: bool
-    _is_full: bool  # nobody else is asked about: all that fit are there, or MAIL was refused
-    _promised: list[Recipient] | None  # see `promised`; None: nobody was left
+    _is_full: bool  # no further recipient is asked about: all that fit are there, or MAIL was refused
+    _promised: list[Recipient] | None  # see `promised`; None: no recipient was left
     _asked: Sequence[Recipient]  # set with the next
     _judged: RecipientsAnswered | None
     _delivered: MessageAnswered | None
@@ -232,7 +232,7 @@ class Enveloping(Attempts):
         return told
 
     def _keep_refusals(self, answers: Sequence[Answer]) -> None:
-        """Note who was refused, for the case that nobody can be asked again."""
+        """Note the refused recipient, for the case that no upstream can be asked again."""
         read = dict(self._tried.refusals)
         for recipient, (_, verdict) in zip(self._asked, answers, strict=False):
             if verdict.code >= 400:
@@ -265,7 +265,7 @@ class Enveloping(Attempts):
         self._answer_for_all(refusal)
 
     def _count_as_refused(self) -> None:
-        """MAIL was refused: that is the answer about each who was asked, but for those who had another one before."""
+        """MAIL was refused: that is the answer for each recipient asked about that had no other one before."""
         asked = len(self.accepted) + (len(self._asked) if self._judged is not None else 0)
         attempt = self._attempt
         # They are counted by the way in which the attempt ends.
@@ -312,7 +312,7 @@ class Enveloping(Attempts):
         self.accepted = [recipient for number, recipient in enumerate(self.accepted) if number not in numbers]
 
     def _note_limit(self) -> None:
-        """There was one too many for the transaction, or for the connection: nobody knows which."""
+        """There was one too many for the transaction, or for the connection: it is unknown which."""
         self.wants_fresh = True
         self._connection.is_spent = True
 
@@ -334,7 +334,7 @@ class Enveloping(Attempts):
         """
         asked = self._asked
         if beyond and not self.accepted:
-            # One too many beside nobody is a refusal like any other.
+            # One too many without another recipient is a refusal like any other.
             self._check_quota(verdicts[min(beyond)])
             for number in beyond:
                 self._refusal = verdicts[number]

@@ -59,7 +59,7 @@ class Further:
         begin: makes a transaction upstream.
         content: of the message; it is complete.
         until_ns: by the monotonic clock, when no other transaction is begun any more; infinity: never.
-        ended: called, once, when nobody is left; not after the transactions that were open are aborted.
+        ended: called, once, when no recipient is left; not after the transactions that were open are aborted.
     """
 
     __slots__ = ("_begin", "_begun", "_content", "_ended", "_parts", "_until_ns", "_verdicts")
@@ -92,7 +92,7 @@ class Further:
             self._verdicts.setdefault(recipient, []).append(verdict)
 
     def in_order(self, recipients: Sequence[Recipient]) -> list[Reply]:
-        """The verdicts on `recipients`, who are all that there are."""
+        """The verdicts on `recipients`, which are all that there are."""
         left = {recipient: iter(verdicts) for recipient, verdicts in self._verdicts.items()}
         return [next(left[recipient]) for recipient in recipients]
 
@@ -106,7 +106,7 @@ class Further:
                 delivery.send(self._content, partial(self._sent, part, delivery))
                 return
             if delivery is not None:
-                delivery.abort()  # nobody is left of those that it asked about
+                delivery.abort()  # none is left of those that it asked about
                 part.leave(delivery)
             elif part.left and (refusal := self._refusal()) is not None:
                 self.note(part.left, refusal)
@@ -150,7 +150,7 @@ class Further:
         """Try the rest of a part no further where the last transaction of it, with `reply`, got no answer."""
         if reply.code < 400 or reply.error_type is ErrorType.UPSTREAM_REFUSED:
             return
-        # Of these it is known that nobody has them.
+        # These are known not to have the message.
         is_unknown = reply.error_type is ErrorType.OUTCOME_UNKNOWN
         self.note(part.left, replies.UPSTREAM_LOST if is_unknown else reply)
         part.left = []

@@ -64,7 +64,7 @@ class GlobalLimit:
         self._paces.add(pace)
 
     def take(self, amount: int, now: float) -> Permit | float:
-        """See `Limit.take`. Where there are none in stock, they are asked for, and those who wait are told."""
+        """See `Limit.take`. Where there are none in stock, they are requested, and the waiters are notified."""
         if now >= self._rest_until and self._is_ours() and self._stock >= amount:
             self._stock -= amount
             self._in_use += amount

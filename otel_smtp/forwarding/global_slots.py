@@ -156,7 +156,7 @@ class GlobalSlots:
         unused = self._unused(now)
         if self._lingering:
             self._later(max(0.01, min(self._lingering) - now))
-        # Those who had their turn keep nothing in stock.
+        # Gateways that had their turn keep nothing in stock.
         surplus = unused if now < self._not_before else unused - wanted
         for _ in range(max(0, surplus)):
             self._releasing.add(self._ours.pop())

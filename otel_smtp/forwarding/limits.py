@@ -17,7 +17,7 @@ All numbers are in memory that processes can share, under a lock that the kernel
 workers of a gateway keep a limit together, exactly. Times are of the monotonic clock, which they share too. Gateways
 that share a queue keep a limit in its database: see `global_limits`.
 
-Where a provider says all the same that it is too much, a limit rests: nobody is given anything for a while, longer each
+Where a provider says all the same that it is too much, a limit rests: it gives no permits for a while, longer each
 time that this happens again.
 
 How an upstream's mails are held to its limits: see `pace`.

@@ -1,4 +1,4 @@
-"""How an upstream's mails are held to its limits, wherever these are kept: who comes first is served first."""
+"""How an upstream's mails are held to its limits, wherever these are kept: first come, first served."""
 
 import asyncio
 import math
@@ -43,7 +43,7 @@ class AnyLimit(Protocol):
         ...
 
     def rest(self, seconds: float, now: float) -> None:
-        """The provider said that it is too much: nobody is given anything for so long."""
+        """The provider said that it is too much: give no permits for this long."""
         ...
 
     def watch(self, pace: "Pace") -> None:
@@ -225,7 +225,7 @@ class Pace:
         waiting.permits = []
 
     def close(self) -> None:
-        """Nobody is given leave any more."""
+        """Give no further permits."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -1,4 +1,4 @@
-"""The connections to one upstream: who may use which, who waits, what is to be closed. Decides; does no I/O.
+"""The connections to one upstream: their users, their waiters, and which are to be closed. Decides; does no I/O.
 
 A mail takes an idle connection (`take`), or asks with a `Ticket` (`ask`), which is decided at once or later, when
 something is released: use that connection, open one, or none is available. What the pool wants closed it collects for
@@ -9,7 +9,7 @@ A connection may be in the middle of a transaction whose client has nothing to s
 and a connection has been parked for a while, it is reclaimed: its transaction can be restarted on another connection.
 Else as many slow clients as there are connections would stop all mail. The more tickets wait, the shorter is that
 while, so that many idle transactions together delay a mail little longer than a few. A transaction that goes on after
-it lost its connection keeps its place among those who wait: it asked before them.
+it lost its connection keeps its place among the waiters: it asked before them.
 
 A connection that was refused while others of the same upstream work says nothing of a mail, and little of the upstream:
 it takes no more at once (see `ceiling`). So the ticket goes back to its place, and waits for one of those others. While
@@ -36,8 +36,8 @@ from otel_smtp.forwarding.snapshots import PoolSnapshot
 from otel_smtp.forwarding.tickets import C, Decision, Ticket
 
 RECLAIM_AFTER_SECONDS: Final = 0.25
-"""A client on the same continent sends its content within a few round trips; who takes longer is slow, or gone. So long
-where one ticket waits; where more do, each has its part of it."""
+"""A client on the same continent sends its content within a few round trips; one that takes longer is slow, or
+gone. This holds where one ticket waits; where more do, each has its part of it."""
 RECLAIM_SOONEST_SECONDS: Final = 0.05
 """However many wait: a client nearby, which sends on at once, is not sent round twice."""
 PENDING_SECONDS: Final = 10.0
@@ -77,7 +77,7 @@ class Pool(Generic[C]):
         self._parting = 0  # given up, and their slots are not free yet
         self.breaker = Breaker(limits.connections)
         self.ceiling = ceiling if ceiling is not None else Ceiling()
-        # Whoever is done with a connection that can be used leaves it here: nobody else has a right to it.
+        # A delivery that is done with a reusable connection leaves it here: no other has a right to it.
         self._has_all_rights = slots is None and not self.ceiling.is_shared
         self.heard_at: float | None = None
         self._is_unexplained = False  # some were refused, and whether the upstream works is not known yet
@@ -114,8 +114,8 @@ class Pool(Generic[C]):
     def take(self, now: float) -> C | None:
         """An idle connection; None: there is none, see `ask`. It is given back by `release`.
 
-        It is proof enough of the upstream's health, whatever the breaker says. It is taken from nobody: where
-        connections are idle, those who wait want fresh ones. Those that have died or expired meanwhile are given up.
+        It is proof enough of the upstream's health, whatever the breaker says. It is taken from no other: where
+        connections are idle, the waiters want fresh ones. Connections that have died or expired meanwhile are given up.
         """
         idle = self._idle
         while idle:
@@ -343,7 +343,7 @@ class Pool(Generic[C]):
         return not slots.are_wanted(now) or (bool(self.waiting) and now - connection.opened_at < TURN_SECONDS)
 
     def serve(self, now: float) -> bool:
-        """Reclaim what has been parked for long enough, for those who wait.
+        """Reclaim connections that have been parked for long enough, for the waiters.
 
         Returns:
             Whether to ask again within `RECLAIM_SOONEST_SECONDS`: somebody waits.
@@ -354,7 +354,7 @@ class Pool(Generic[C]):
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing that could be late: no connection that is open or opening, and nobody who waits."""
+        """Whether there is nothing that could be late: no connection that is open or opening, and no waiter."""
         return not (self._idle or len(self._in_use) or self._opening or self.waiting or self.closing or self._parting)
 
     @property
@@ -394,7 +394,7 @@ class Pool(Generic[C]):
             if decision is Decision.WAITING:
                 break
             self.waiting.popleft().decide(decision, connection)
-        # Who waits for a fresh connection keeps nobody from those that lie idle.
+        # Waiters for a fresh connection keep no other from idle ones.
         while self._idle:
             ticket = next((ticket for ticket in self.waiting if not ticket.wants_fresh), None)
             if ticket is None or (idle := self.take(now)) is None:
@@ -414,7 +414,7 @@ class Pool(Generic[C]):
         self.ceiling.closed(now)
 
     def _may_keep(self, connection: C, now: float) -> bool:
-        """Whether nobody else has more right to a connection."""
+        """Whether no other has a prior claim to a connection."""
         if self._is_retired:
             return False
         if self.ceiling.is_shared and self._is_for_others(now):

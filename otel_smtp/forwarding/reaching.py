@@ -281,7 +281,7 @@ class Reaching(ABC):
     async def learn(self) -> None:
         """Connect to it until it has said what it offers, to this or to a mail; the connection is kept for a mail.
 
-        The breaker hears nothing of it: no mail waits because nobody was there before there was any.
+        The breaker does not count it: no mail is to wait because the upstream was away before there was any mail.
         """
         wait_seconds = LEARN_AGAIN_SECONDS
         while self.extensions is None:

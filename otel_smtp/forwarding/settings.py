@@ -18,7 +18,8 @@ class Strategy(StrEnum):
 
     TRANSPARENT: at RCPT, so that each recipient gets the upstream's own verdict.
     BUFFERED: at the end of the content, all in one group; recipients were accepted by us, and a refusal of any
-        refuses the message, while nobody has it: those that go in a further transaction have verdicts of their own.
+        refuses the message, while no recipient has it. Those that go in a further transaction have verdicts of their
+        own.
     """
 
     TRANSPARENT = "transparent"
@@ -54,7 +55,7 @@ class TokenSource(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """Who we are for the upstream: a password, or a source of tokens (then XOAUTH2 is the mechanism)."""
+    """Our identity for the upstream: a password, or a source of tokens (then XOAUTH2 is the mechanism)."""
 
     username: str
     password: str = field(default="", repr=False)

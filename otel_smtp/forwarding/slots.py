@@ -26,7 +26,7 @@ TURN_MESSAGES: Final = 100
 TURN_SECONDS: Final = 10.0
 """Likewise, where others wait: a slow upstream may need minutes for so many messages."""
 IDLE_SECONDS: Final = 5.0
-"""How long a slot is kept for a connection that nobody uses, and that nobody else wants."""
+"""How long a slot is kept for a connection that is not in use, and that no other opener wants."""
 LINGERING_SECONDS: Final = 1.0
 """After a connection was broken off, how long the upstream may still count it."""
 PAUSE_SECONDS: Final = 0.5
@@ -50,7 +50,7 @@ class SlotSettings:
 
 
 class SlotUser(Protocol):
-    """Who opens connections."""
+    """Opens connections."""
 
     def wanted_slots(self) -> int:
         """How many more could be used now."""
@@ -144,7 +144,9 @@ class Slots:
                 self._cells[slot + _OWNER] = os.getpid()
                 self.held += 1
                 return True
-            if not (self.held and self.are_wanted(now)):  # who has some does not speak for those who have none
+            if not (
+                self.held and self.are_wanted(now)
+            ):  # an opener that has slots does not speak for those that have none
                 self._cells[_WANTED_BY], self._cells[_WANTED_UNTIL] = os.getpid(), now + WISH_SECONDS
         self._look_again()
         return False

@@ -24,7 +24,7 @@ class Smarthost(Reaching):
         pace: the limits that its mails are held to; None: there are none.
         slots: of its connections; None: they need none.
         extensions: what its last EHLO offered; None before the first.
-        is_unheard: nobody knows yet what it offers, nor that it cannot be asked now.
+        is_unheard: it is not known yet what it offers, nor that it cannot be asked now.
         take: `take(now)`: a connection that is idle, by the loop's clock; None: see `ask`. It is given back by
             `release`. In the middle of a transaction others may need it more: see `UpstreamConnection.parked`.
         failed_at, failure: when a connection to it last failed, and what became of it, in a word; None: never.
@@ -46,17 +46,17 @@ class Smarthost(Reaching):
 
     @property
     def is_over(self) -> bool:
-        """Whether it has no connection, and nobody waits for one."""
+        """Whether it has no connection, and no waiter for one."""
         return self._pool.is_empty
 
-    # Who may use which connection --------------------------------------------------------------------------
+    # Use of connections -----------------------------------------------------------------------------------
 
     def ask(self, *, fresh: bool = False, since: float | None = None) -> Ticket[UpstreamConnection]:
         """Ask for a connection. A decision to open one is followed by `open`.
 
         Args:
             fresh: none that was used before: those may all be as stale as the one that just died.
-            since: keep the place among those who wait that it had then; None: behind them.
+            since: keep the place among the waiters that it had then; None: behind them.
         """
         loop = self._loop = asyncio.get_running_loop()
         ticket = self._pool.ask(loop.time(), fresh=fresh, since=since)

@@ -34,7 +34,7 @@ class Pooled(Protocol):
 
     @property
     def is_spent(self) -> bool:
-        """No other transaction is begun on it. Does not change while nobody uses it."""
+        """No other transaction is begun on it. Does not change while it is not in use."""
         ...
 
     @property

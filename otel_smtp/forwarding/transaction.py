@@ -81,7 +81,7 @@ class Transaction(Delivery, MailTransaction):
 
     @property
     def _refuses_all_for_one(self) -> bool:
-        """Whether the refusal of a recipient is that of the message, while nobody has it."""
+        """Whether the refusal of a recipient refuses the message, while no recipient has it."""
         return False
 
     @abstractmethod
@@ -157,7 +157,7 @@ class Transaction(Delivery, MailTransaction):
                 reply = self._naming(reply)
             self._answer(reply, verdicts)
         elif reply.code >= 400 and self._refuses_all_for_one and not any(one.is_positive for one in verdicts):
-            # Nobody has it yet, and nobody gets it.
+            # No recipient has it yet, and none gets it.
             self._answer(reply if verdicts else self._naming(reply), ())
         else:
             self._go_further(reply, verdicts)
@@ -181,10 +181,10 @@ class Transaction(Delivery, MailTransaction):
             answered(reply, verdicts)
 
     def _go_further(self, reply: Reply | None = None, verdicts: Sequence[Reply] = ()) -> None:
-        """Deliver to those whom the first transaction upstream had no place for.
+        """Deliver to the recipients that the first transaction upstream had no place for.
 
         Args:
-            reply: its final one; None: it had nobody to deliver to.
+            reply: its final one; None: it had no recipient.
         """
         content = self._collected
         assert content is not None

@@ -226,7 +226,7 @@ class Transmitting(Enveloping):
         self._conclude(refusal)
 
     def _note_refused(self, answers: ExchangeAnswers) -> None:
-        """Note for whom a message was refused before its content counted."""
+        """Note the recipients for which a message was refused before its content counted."""
         for recipient, verdict in zip(self.accepted, answers.verdicts, strict=False):
             if verdict.code >= 400:
                 self._attempt.refuse(recipient, self._as_told(verdict), monotonic_ns())

@@ -151,7 +151,7 @@ class UpstreamForwarder:
         strategy: type[Transaction] | None = None,
         destination: str | None = None,
     ) -> MailTransaction:
-        """Open a transaction. Nobody is asked yet.
+        """Open a transaction. No upstream is asked yet.
 
         Args:
             strategy: where it is not ours.
@@ -347,7 +347,7 @@ class UpstreamForwarder:
             smarthost.close()
 
     def watch(self, delivery: Delivery) -> None:
-        """A delivery comes to its end though nobody waits for it any more: `close` does."""
+        """End a delivery that is no longer awaited, except by `close`."""
         self._watched.add(delivery)
 
     def unwatch(self, delivery: Delivery) -> None:

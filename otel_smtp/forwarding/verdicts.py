@@ -65,7 +65,7 @@ def fold(verdicts: Sequence[Reply]) -> Reply:
     All accepted: the first. None accepted: a refusal that lets the client try again, if there is one. Some of both says
     for how many, since a client that gets one reply for all recipients must not take it for success: 451 where another
     try may help one of the others (those who have it may get it twice then), else the first refusal's code and words,
-    so that nobody gets a copy with each of many tries.
+    so that no recipient gets a copy with each of many attempts.
     """
     refusals = [reply for reply in verdicts if reply.code >= 400]
     if not refusals:

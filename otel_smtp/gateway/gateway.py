@@ -123,7 +123,7 @@ class Gateway:
         members[:0] = self._telemetry.observers
         if conn_state is not None:
             members.append(StateCallback(conn_state))
-        # Who reads spans in this process finds a mail's there when its reply has come.
+        # Readers of spans in this process find a mail's as soon as its reply has come.
         self._observer = fan_out(members, None if span_sinks else AtEndOfTurn())
         self._sweep = Sweep()
         store: Store | None = None
@@ -190,7 +190,7 @@ class Gateway:
 
     @property
     def mail_tail(self) -> MailTail | None:
-        """The lines of mails, for who follows them; None where telemetry makes nothing of them."""
+        """The log lines of mails, for followers; None where telemetry makes none."""
         return self._telemetry.tail
 
     @property

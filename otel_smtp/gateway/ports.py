@@ -69,8 +69,8 @@ class SharedPorts:
         return msgspec.structs.replace(settings, listener=listeners)
 
     def _hold_alone(self, address: Endpoint) -> Endpoint:
-        """`_hold`, if nobody else serves the address: a port that any process of this user may share would be shared
-        with another gateway, too, and each would get some of the clients.
+        """`_hold`, if no other process serves the address: a port that any process of this user may share would be
+        shared with another gateway, too, and each would get some of the clients.
 
         Raises:
             CannotListen: somebody does.

@@ -175,7 +175,7 @@ class StatusPort:
         request = {"command": command, "ids": list(ids), "operator": f"page at {shown}" if shown else "page"}
         try:
             done = [answer async for answer in spool.operations.run(request)]
-            await spool.runner.look()  # who did it wants to see it
+            await spool.runner.look()  # the operator wants to see the result
         except SpoolError as error:
             return [{"queue_id": one, "error": str(error)} for one in ids]
         return [answer for answer in done if "queue_id" in answer]

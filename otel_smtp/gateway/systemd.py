@@ -17,7 +17,7 @@ class ServiceManager:
     """The service manager that started this process, if it wants to be notified.
 
     Args:
-        address: the value of `NOTIFY_SOCKET`: a path, or "@" and an abstract name; None or "": nobody listens.
+        address: the value of `NOTIFY_SOCKET`: a path, or "@" and an abstract name; None or "": no service manager.
 
     No method blocks or raises: mail goes on without the manager.
     """

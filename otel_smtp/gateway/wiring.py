@@ -99,7 +99,7 @@ class ServerArguments(TypedDict):
 
 
 def admission(settings: Settings) -> ServerArguments:
-    """Who is let in, over all listeners, and where records are cut."""
+    """Admission, over all listeners, and where records are cut."""
     limits, telemetry = settings.limits, settings.telemetry
     return ServerArguments(
         connections=limits.connections,

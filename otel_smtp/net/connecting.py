@@ -60,7 +60,7 @@ async def connect_unix(path: str, *, timeout_seconds: float) -> Stream:
     """Connect to the unix socket at `path`.
 
     Raises:
-        OSError: nobody listens there; TimeoutError among them.
+        OSError: no connection; TimeoutError among them.
     """
     async with asyncio.timeout(timeout_seconds):
         _, stream = await asyncio.get_running_loop().create_unix_connection(Stream, path)

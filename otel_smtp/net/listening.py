@@ -115,7 +115,7 @@ def refuse_served(address: Endpoint) -> None:
         except BlockingIOError:
             pass  # so many wait there that there is no room for another one
         except OSError:
-            return  # there is none, or nobody is behind it
+            return  # there is none, or no process listens on it
     raise CannotListen(address, OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE)))
 
 

@@ -1,4 +1,4 @@
-"""Who on this machine is at the other end of a connection: the owner of its socket, as the kernel knows it.
+"""The owner of the socket at the other end of a connection on this machine, as the kernel knows it.
 
 SO_PEERCRED gives the process that connected a unix socket. For a TCP connection over loopback the kernel is asked by
 NETLINK_SOCK_DIAG (sock_diag(7)), which any process may do: it gives the user of the socket at the other end, and its
@@ -83,7 +83,7 @@ def _by_socket(peer: tuple[str, int], local: tuple[str, int]) -> str | None:
 def _owner(answer: bytes) -> str | None:
     user, inode = _OWNER.unpack_from(answer, _OWNER_AT)
     if not inode:
-        return None  # closed already: it is nobody's
+        return None  # closed already: it has no owner
     at = _ANSWER_OCTETS
     while at + _ATTRIBUTE.size <= len(answer):
         length, kind = _ATTRIBUTE.unpack_from(answer, at)

@@ -74,7 +74,7 @@ class _Pulled:
     Attributes:
         chunks: what arrived and was not read. `unread`: octets of it; beyond `HIGH_WATER_OCTETS` it `is_full`, and
             reading is paused.
-        reader: who waits for more.
+        reader: the task that waits for more.
         deadline: when reads give up. `timer`: looks at it, then or sooner. `has_expired`: it has passed.
         reads_once: reading is paused by whatever comes next.
     """
@@ -352,7 +352,7 @@ class Stream(asyncio.BufferedProtocol):
     async def close_gently(self) -> None:
         """End our side, read off what the peer still sends until it ends its own, then `close`.
 
-        For a peer that may be in the middle of sending. The kernel answers octets that nobody has read, or that come
+        For a peer that may be in the middle of sending. The kernel answers octets that were not read, or that come
         after the close, with a reset: what the peer then gets is an error at its next send, and not our last reply.
 
         Reads off at most `READ_OFF_OCTETS`, for at most `READ_OFF_SECONDS`. Under TLS it is `close`: there the

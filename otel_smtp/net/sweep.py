@@ -1,6 +1,6 @@
 """The one periodic look at the clock: deadlines are numbers, and nothing of a mail or a command has a timer.
 
-Whoever keeps things that can be late registers a function. It is called a few times a second with the loop's time,
+An owner of things that can be late registers a function. It is called a few times a second with the loop's time,
 compares, and acts. So a deadline is met at most `SWEEP_SECONDS` late, and moving one costs an attribute.
 """
 

@@ -64,7 +64,7 @@ class FanOut(Observer):
             )
             if hook == "conn_state":
                 self.wants_transitions = bool(listeners)
-            # Bound to those who listen, so that a call has nothing to look up; of those who do not, the interface's.
+            # Bound to the observers that override it, so that a call has nothing to look up; else the interface's own.
             if listeners:
                 setattr(self, hook, (_asker if asks else _teller)(hook, listeners))
         self._soon = soon
@@ -154,7 +154,7 @@ def _asker(hook: str, listeners: _Listeners) -> Callable[..., Any]:
     [(member, method), *others] = listeners
 
     def ask_one(record: Any) -> Any:
-        """The same where nobody else could answer, as it is of each mail."""
+        """The same where no other observer could answer, as it is for each mail."""
         if member.raised:
             return no_answer
         try:

@@ -1,4 +1,4 @@
-"""Who observes: the one interface, `Observer`. Every hook is defined here and nowhere else; `fan_out` reads it here.
+"""The one interface of observers, `Observer`. Every hook is defined here and nowhere else; `fan_out` reads it here.
 
 A hook either *tells* (it returns None) or *asks* (it returns something, and the first answer that is not empty holds).
 Hooks are called on the event loop, so they neither block nor wait. Whatever one raises is logged once, and that
@@ -26,7 +26,7 @@ class Observer:
     def conn_state(self, connection: ConnectionRecord, transition: Transition) -> None:
         """The connection entered a state; called before the client can see the reply that goes with it.
 
-        For those who need each transition at once. All others find them in `ConnectionRecord.transitions`.
+        For observers that need each transition at once. All others find them in `ConnectionRecord.transitions`.
         """
 
     def segment_ended(self, connection: ConnectionRecord) -> None:

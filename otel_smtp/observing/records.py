@@ -88,7 +88,7 @@ class ConnectionRecord:
         opened_ns, wall_offset_ns: see the head of the module.
         hello_verb, hello_name: the last EHLO, HELO or LHLO that was accepted, as the peer said it; "" before.
         tls: what the handshake agreed on; None in clear.
-        user: who AUTH said the client is; None before. `auth_mechanism`: of the last attempt, good or bad.
+        user: the name the client authenticated as; None before. `auth_mechanism`: of the last attempt, good or bad.
         messages, errors: messages that got their final reply; replies of 400 and above, and failed handshakes.
         segment: number of the present segment, from 1. `begun_ns`: when it began.
         transitions: those of the present segment, the oldest first. Recorded before the client can see the reply
@@ -195,10 +195,10 @@ def _one_of_accepted(*accepted: Any) -> _Accepted:
 
 
 class RecipientRecord(NamedTuple):
-    """What became of a recipient who did not get the mail, or not yet.
+    """What became of a recipient that did not get the mail, or not yet.
 
     Attributes:
-        reply: who said so, and how; None where nobody was asked.
+        reply: the reply that says so; None where no upstream was asked.
         upstream: the name of the upstream whose reply it is; None where it is ours.
     """
 
@@ -375,7 +375,7 @@ class TransactionRecord:
             self.refused, self.own_count = refused, len(refused)
 
     def refuse_content(self, reply: Reply, verdicts: Sequence[Reply], now_ns: int) -> None:
-        """Note that recipients who were accepted do not get the mail after all.
+        """Note that recipients that were accepted do not get the mail after all.
 
         Args:
             reply: the final one; it holds for those that have no verdict of their own.
@@ -387,7 +387,7 @@ class TransactionRecord:
                 self.lost_count += 1
         rest = len(self.accepted) - len(verdicts)
         if reply.code < 400 or rest <= 0 or reply.error_type is ErrorType.OUTCOME_UNKNOWN:
-            return  # the rest have it, or nobody knows
+            return  # the rest have it, or it is unknown
         self.lost_count += rest
         # One reply for all of them is the transaction's own. But an upstream may have refused it because of some.
         for delivery in self.deliveries[-1:]:

@@ -74,7 +74,7 @@ def trace_fields(carrier: Mapping[str, str]) -> dict[str, Any]:
         return {}
     try:
         flags = int(parts[3], 16)
-    except ValueError:  # nobody of ours wrote that
+    except ValueError:  # not written by us
         flags = 0
     return {"trace_id": parts[1], "span_id": parts[2], "trace_flags": flags}
 
@@ -94,7 +94,7 @@ class Outcome(StrEnum):
 
 
 class Fate(StrEnum):
-    """What became of a recipient who did not get the mail, or not yet: `smtp.recipient.fate`."""
+    """What became of a recipient that did not get the mail, or not yet: `smtp.recipient.fate`."""
 
     __hash__ = str.__hash__
 

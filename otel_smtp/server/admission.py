@@ -1,4 +1,4 @@
-"""Who the client of a session is: PROXY header, access, TLS, AUTH."""
+"""The identity of a session's client: PROXY header, access, TLS, AUTH."""
 
 import contextlib
 import logging
@@ -26,7 +26,7 @@ PROXY_HEADER_SECONDS: Final = 5.0
 
 
 class Admission(Conversation):
-    """A session that finds out whom it serves, and whether it does."""
+    """A session that finds out which client it serves, and whether it may."""
 
     __slots__ = ()
 
@@ -263,7 +263,7 @@ class Admission(Conversation):
                 self._call(self._protocol.reply, replies.AUTH_FAILED)
 
     def _guesser(self) -> str:
-        """Who guesses: on this machine the owner of the socket, since it may have any of the addresses of loopback."""
+        """The guesser: on this machine the owner of the socket, since it may have any of the addresses of loopback."""
         record = self.record
         is_tcp = record.transport != "unix"
         is_here = record.client == self._stream.peer and (not is_tcp or is_loopback(record.client.host))

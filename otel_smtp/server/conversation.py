@@ -48,7 +48,7 @@ class Login:
     """One AUTH command.
 
     Attributes:
-        claimed: whom the client says to be.
+        claimed: the name that the client claims.
         awaits_turn: that is to be judged, and others are before it.
     """
 

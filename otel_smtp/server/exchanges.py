@@ -1,4 +1,4 @@
-"""The AUTH exchanges: from the client's first response to whether it is who it says.
+"""The AUTH exchanges: from the client's first response to the verification of its identity.
 
 `users` knows the users, `smtp.sasl` the format of the messages. The refusal is the same for every reason, so that it
 does not show which names exist.
@@ -45,7 +45,7 @@ class Challenge:
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """The client is who it says (235)."""
+    """The client's identity is verified (235)."""
 
     user: str
 
@@ -81,7 +81,7 @@ class Exchange(Protocol):
 
 
 class Authenticator:
-    """Begins exchanges with those who know the users.
+    """Begins exchanges, with the verifiers that know the users.
 
     Args:
         users: for PLAIN, LOGIN and SCRAM-SHA-256; None: these are not offered.
@@ -103,7 +103,7 @@ class Authenticator:
         """A new exchange.
 
         Args:
-            turn: of the client, to have its credentials judged; None: it waits for nobody.
+            turn: of the client, to have its credentials verified; None: it need not wait.
 
         Raises:
             LocalProtocolError: the mechanism is none of `mechanisms`.
@@ -208,7 +208,7 @@ class _ScramExchange:
                 server_final = self._server.get_server_final().encode()
         except self._refusals:
             return Rejected()
-        # Nobody knows a password that fits a stranger's keys; still, only a user may come in.
+        # No password fits the keys made for an unknown name; still, only a user may come in.
         self._is_proven = self._users.knows(self._name)
         return Challenge(server_final) if self._is_proven else Rejected()
 

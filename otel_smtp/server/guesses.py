@@ -31,7 +31,7 @@ class TooManyGuesses(Exception):
 
 
 class Guesses:
-    """Failed logins, and the turns of those who make them.
+    """Failed logins, and the turns of the clients that make them.
 
     A guesser is an address, or in words the owner of a socket on this machine.
 

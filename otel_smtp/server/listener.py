@@ -28,7 +28,7 @@ NAMED_WITH_EACH: Final = 2
 LOOKS_A_TURN: Final = 64
 # All of them do so often; at each sweep only those for which something may be due before all do again.
 ALL_LOOK_SECONDS: Final = 5.0
-# Two looks at two clocks differ by less. Connections share the offset while nobody sets the clock.
+# Two readings of two clocks differ by less. Connections share the offset while the clock is not set.
 SAME_OFFSET_NS: Final = 10_000
 
 logger: Final = logging.getLogger("otel_smtp.server.listener")
@@ -49,7 +49,7 @@ class Server:
         listeners: what to listen on.
         forwarder: where accepted mail goes.
         observer: is given every accepted socket, refused ones too.
-        connections: how many at once, over all listeners; see `Places` for who gets them, and who is refused with 421.
+        connections: how many at once, over all listeners; see `Places` for how they are shared out.
         connections_per_client: how many at once from one address that is not loopback.
         stress_percent: of `connections`; while more are taken, idle ones give way sooner. Postfix shortens its timers
             when its processes run out; ours, before that.
@@ -217,7 +217,7 @@ class Server:
 
     @staticmethod
     def illegal_step(step: IllegalTransition) -> None:
-        """A state step that the table does not hold: a bug of ours, which costs nobody a connection."""
+        """A state step that the table does not hold: a bug of ours, which costs no client its connection."""
         logger.error("illegal state step", extra={"from_state": str(step.previous), "to_state": str(step.state)})
 
     def wait_turn(self, session: Conversation) -> None:
@@ -264,7 +264,7 @@ class Server:
     async def _listen(self, name: str, address: Endpoint) -> Listener:
         acceptor = self._acceptor(name)
         if address.port is None:
-            if not self._reuse_port:  # else who started us has looked, and our siblings may be there already
+            if not self._reuse_port:  # else the parent has looked, and our siblings may be there already
                 refuse_served(address)
             return await listen(acceptor, path=address.host)
         return await listen(acceptor, host=address.host, port=address.port, reuse_port=self._reuse_port)

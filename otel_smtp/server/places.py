@@ -8,7 +8,7 @@ not matter. When all are taken,
   that gives way is the one least missed: idle rather than in the middle of a mail, and idle for the longest. So a share
   keeps its part of all, and a client without a connection gets one at once. Clients elsewhere take no places of clients
   on this machine.
-* a newcomer on this machine of a share that has its part already replaces a connection that does nothing: that has moved
+* a newcomer on this machine of a share that has its part already replaces a connection that does nothing: it has moved
   no mail, and is silent. It may be the only application there is, with a part of it that opens connections and forgets
   them. Once that has happened, newcomers wait a moment for such a place, one after the other, instead of being refused:
   a client that opens connections as fast as they are closed waits in line with all others.
@@ -50,7 +50,7 @@ class PlaceHolder(Protocol):
     """A connection, as far as this decides about it.
 
     Attributes:
-        share: whose it is; "" while nobody has asked.
+        share: the one that it belongs to; "" until that is looked up.
     """
 
     share: str
@@ -83,7 +83,7 @@ P = TypeVar("P", bound=PlaceHolder)
 
 
 class Admittance(Enum):
-    """What becomes of a newcomer where nobody gives way."""
+    """What becomes of a newcomer where no connection gives way."""
 
     ADMIT = auto()
     WAIT = auto()  # in line: ask again when something has changed
@@ -141,7 +141,7 @@ class Places(Generic[P]):
         if len(held) < self.most:
             return Admittance.WAIT if before and newcomer.is_local and is_line_open else Admittance.ADMIT
         if not newcomer.share:
-            return Admittance.REFUSE  # it comes from a balancer that has not said yet for whom
+            return Admittance.REFUSE  # it comes from a balancer that has not yet named the client
         if (larger := self._in_a_larger_share(newcomer, held, now)) is not None:
             return larger
         if not newcomer.is_local or self.most < LEAST_CONNECTIONS:

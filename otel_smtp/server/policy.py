@@ -70,7 +70,7 @@ class ListenerPolicy:
         allow: networks that may relay without AUTH; unix sockets always may.
         proxy_protocol_from: networks whose PROXY header is required and believed.
         trace_in_reply: the final 250, and whatever refuses MAIL, RCPT or content, names the trace.
-        names_client: our Received field says who the client is: its greeting and its address.
+        names_client: our Received field names the client: its greeting and its address.
     """
 
     name: str
@@ -94,7 +94,7 @@ class House(Protocol):
 
     @property
     def observer(self) -> FanOut:
-        """Who observes."""
+        """The observers."""
         ...
 
     @property

@@ -1,4 +1,4 @@
-"""The PROXY header, versions 1 and 2: who the client behind a load balancer is (haproxy's proxy-protocol.txt).
+"""The PROXY header, versions 1 and 2: the client behind a load balancer (haproxy's proxy-protocol.txt).
 
 Pure: octets in, a header out. Whether a peer's header is required and believed is the listener's decision; a header
 from anybody else must never be parsed, or every client could choose its own address.

@@ -21,8 +21,8 @@ it has pipelined more than its turn. What the engine holds is bounded by that.
 The client may vanish at any moment. Before its content is complete the transaction is aborted, and nothing is relayed.
 After that the delivery goes on to its end, so that its outcome is known and recorded, and only the reply is lost.
 
-The class is written in layers: `conversation` (the turns of stream and engine, time, the end), `admission` (who the
-client is), and the transaction, here.
+The class is written in layers: `conversation` (the turns of stream and engine, time, the end), `admission` (the
+client's identity), and the transaction, here.
 """
 
 import logging

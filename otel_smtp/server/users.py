@@ -1,4 +1,4 @@
-"""Who may authenticate: the users file.
+"""The users that may authenticate: the users file.
 
 The users file is UTF-8 text, a user a line, ``NAME:HASH``; blank lines and lines that begin with ``#`` are passed over.
 HASH is one of

@@ -1,4 +1,4 @@
-"""Which characters hide or mislead: the one table, for those who refuse such text and for those who clean it."""
+"""Which characters hide or mislead: the one table, for code that refuses such text and for code that cleans it."""
 
 import re
 from typing import Final

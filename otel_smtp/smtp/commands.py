@@ -11,7 +11,7 @@ Rules that hold for every line:
 * The verb is what stands before the first space, in any case. A verb that is not ours is 500, whatever follows.
 * Blanks (space, TAB) at the end of a line are dropped (RFC 5321 4.1.1: "SMTP receivers SHOULD tolerate trailing white
   space"). Any other control octet, a TAB inside the line included, is 501: in SMTP's grammar only the space separates,
-  and who reads a TAB as one would find other arguments in the line than we do.
+  and a server that reads a TAB as one would find other arguments in the line than we do.
 * A non-ASCII line must be UTF-8 (RFC 6531 3.3). No octet of an argument is ever repeated in a reply.
 """
 
@@ -167,7 +167,7 @@ class Quit:
 
 @dataclass(frozen=True, slots=True)
 class Vrfy:
-    """VRFY (RFC 5321 4.1.1.6); whom it asks for is not kept, so that no answer can depend on it."""
+    """VRFY (RFC 5321 4.1.1.6); its argument is not kept, so that no answer can depend on it."""
 
     verb: ClassVar[Verb] = Verb.VRFY
 
@@ -391,7 +391,7 @@ def _alone(command: Command) -> Callable[[Verb, bytes], Command]:
 
 
 def _with_anything(command: Command) -> Callable[[Verb, bytes], Command]:
-    # The argument of NOOP and HELP is for nobody (RFC 5321 4.1.1.9: "the parameter ... is ignored"); EXPN is refused
+    # The argument of NOOP and HELP has no meaning (RFC 5321 4.1.1.9: "the parameter ... is ignored"); EXPN is refused
     # whatever it asks.
     return lambda verb, argument: command
 

@@ -212,7 +212,7 @@ class IncomingContent:
         has_bare_line_ends = self._dots.bare_line_ends if self.by_data else self._chunks.bare_line_ends
         if has_bare_line_ends and limits.rejects_bare_line_ends:
             return replies.BARE_LINE_END
-        # Before the header block is whole, nobody knows whether it needs what is refused.
+        # Before the header block is complete, it is unknown whether it needs what is refused.
         is_known = self.facts is not None or not self._takes_8bit_bodies
         if inspector.has_8bit and self._refusal_of_8bit is not None and is_known:
             return self._refusal_of_8bit

@@ -19,7 +19,7 @@ class Said(Protocol):
 
 
 class Handler(ContentSink, Protocol):
-    """Who decides for a session. Called from within the engine's calls; it may answer there, or later.
+    """Decides for a session. Called from within the engine's calls; it may answer there, or later.
 
     A method that is marked *decide* waits for `ServerProtocol.reply`. The others only notify.
     """

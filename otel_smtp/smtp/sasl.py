@@ -1,10 +1,10 @@
 """SASL messages, both sides: PLAIN, LOGIN, XOAUTH2, OAUTHBEARER (RFC 4954, RFC 4616, RFC 7628).
 
-Pure: octets to credentials and back. Who checks credentials, and SCRAM's key exchange, are elsewhere.
+Pure: octets to credentials and back. The verification of credentials, and SCRAM's key exchange, are elsewhere.
 
 Two servers can disagree about one message only if it can be read in two ways, so nothing that can is taken: base64 has
 one form, PLAIN has exactly two NULs, a name holds no control or invisible character, and an authorization identity that
-differs from the authenticated one is refused (nobody may act for somebody else here).
+differs from the authenticated one is refused (acting for another user is not supported).
 
 Secrets are kept out of every ``repr``.
 """

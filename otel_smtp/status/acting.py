@@ -33,7 +33,7 @@ class QueueActions:
 
     Args:
         act: does one.
-        token: who knows it may.
+        token: whoever has it may act.
     """
 
     def __init__(self, act: Act, token: str) -> None:

@@ -1,6 +1,6 @@
 """How often answers are made: readers of the status port share the event loop with the mail, and must not slow it.
 
-What is read again and again, metrics and JSON, is made once a second for all who ask the same, and one after the other.
+Metrics and JSON, which are read again and again, are made once a second for all equal requests, one after the other.
 And all requests together have a pace, beyond which they wait; probes have one of their own, so that they wait for
 nobody.
 """
@@ -47,11 +47,11 @@ class RequestRate:
 
 
 class Answers:
-    """Paces requests, and keeps answers for `KEPT_SECONDS`. Who may see them has been checked before.
+    """Paces requests, and keeps answers for `KEPT_SECONDS`. The client's permission has been checked before.
 
     Args:
         inner: the application.
-        keeps: False: each answer is made anew, and nobody waits: for processes that ask each other.
+        keeps: False: each answer is made for its request, and none waits: for processes that ask each other.
     """
 
     def __init__(self, inner: ASGIApp, *, keeps: bool = True) -> None:

@@ -1,7 +1,7 @@
 """Following the mails of a gateway: a request waits until there is a line, and brings what has come since the last one.
 
 Nothing is pushed, so a reader that is slow holds nothing up; it finds that lines are missing. Lines are kept from the
-first request on, until nobody has asked for a while.
+first request on, until there has been none for a while.
 """
 
 import asyncio
@@ -56,7 +56,7 @@ class Tail(Protocol):
 
 
 class Following:
-    """Answers those who follow.
+    """Answers followers.
 
     Args:
         tail: of this process.

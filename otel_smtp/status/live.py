@@ -25,7 +25,7 @@ class LiveView(Observer):
 
     Args:
         shown_host, shown_name: what may be shown of a client's address and of the name that it gives itself (the
-            operator's redaction), None for nothing. Called for who looks, never on the mail path.
+            operator's redaction), None for nothing. Called for viewers, never on the mail path.
         clock: monotonic seconds, as the records have them.
 
     Attributes:
@@ -75,7 +75,7 @@ class LiveView(Observer):
 
     @property
     def version(self) -> int:
-        """Grows with every change; whoever shows the view compares it instead of being called."""
+        """Grows with every change; a viewer compares it instead of being called."""
         return self._gone + sum(map(_changes, self._connections))
 
     def open_connections(self) -> Iterable[ConnectionRecord]:

@@ -34,7 +34,7 @@ class RecordedForm(NamedTuple):
 
     Attributes:
         text: None: nothing.
-        note: what who searches for a mailbox needs to know; "" for nothing.
+        note: a remark for a search for a mailbox; "" for none.
     """
 
     text: str | None

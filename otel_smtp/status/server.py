@@ -1,6 +1,6 @@
 """The status port: probes, metrics, the page and what it reads. Read-only, without secrets or content.
 
-It shares the event loop with the mail and must not slow it. Nobody notifies it of anything: the page's stream compares
+It shares the event loop with the mail and must not slow it. It is notified of nothing: the page's stream compares
 two version numbers a few times a second and makes one text for all watchers, and long searches yield to the loop
 between traces.
 

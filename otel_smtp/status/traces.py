@@ -2,7 +2,7 @@
 
 Spans come one by one as they end, of any trace in any order, and encoded: their octets are all that is kept. Adding one
 is an append; which spans make a trace, what it says in short (`KeptTrace.summary`) and in full
-(`KeptTrace.otlp_json`) is decoded and worked out for who looks.
+(`KeptTrace.otlp_json`) is decoded only when it is looked at.
 
 Two bounded shelves: the recent spans, and behind them those of traces in which something failed, so that an error of
 last night is still found after ten thousand good mails. The bounds are on octets, which are what takes memory, and on
@@ -109,7 +109,7 @@ class Severity(StrEnum):
 
     FAILED = "failed"  # the gateway, or what it depends on
     REFUSED = "refused"  # a client's fault, policy, or the upstream's verdict on the mail
-    ABORTED = "aborted"  # a client gave up a mail that nobody had refused
+    ABORTED = "aborted"  # a client gave up a mail that was not refused
     OK = "ok"
 
 

@@ -82,7 +82,7 @@ class DepartureView:
     Attributes:
         silent_seconds: for how long it had been silent when another took over; None: it left in order.
         deliveries: that it had, and that go on elsewhere.
-        found_by: who took over; "" where it left in order.
+        found_by: the gateway that took over; "" where it left in order.
     """
 
     id: str

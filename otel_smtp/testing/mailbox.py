@@ -174,7 +174,7 @@ class Mailbox:
         self._add(_Fault(Stage.DELAY, _pattern(recipient), times, seconds=seconds))
 
     def drop_after_dot(self, recipient: str = EVERYONE, *, keep: bool = False, times: int | None = None) -> None:
-        """Close the connection in place of the reply to the end of data: nobody knows whether the message was taken.
+        """Close the connection in place of the reply to the end of data: it is unknown whether the message was taken.
 
         Args:
             keep: it was: the message is in the mailbox all the same.

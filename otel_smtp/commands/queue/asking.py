@@ -52,7 +52,7 @@ def ask_queue(directory: Path | None, settings: SpoolTable, request: dict[str, A
 
 
 def _login() -> str:
-    """Who is logged in, also where that is another than whose process this is."""
+    """The user that is logged in, also where the process is another user's, as by sudo."""
     with contextlib.suppress(OSError, KeyError):  # of KeyError, before Python 3.13: a uid without a name
         return os.environ.get("SUDO_USER") or getpass.getuser()
     return f"uid {os.getuid()}"

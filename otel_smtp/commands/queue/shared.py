@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def gateways(context: click.Context, *, as_json: bool) -> None:
     """List the gateways of a shared queue.
 
-    With how many deliveries each attempts, and for how long nobody may take them over.
+    With how many deliveries each attempts, and for how long its lease protects them from takeover.
     """
     from otel_smtp.commands.terminal.listing import gateways_table
 

@@ -43,7 +43,7 @@ class Saying(NamedTuple):
     Attributes:
         whom: a recipient, or several; "" for the whole mail.
         fate: in a word, or a few.
-        who: "this gateway", or the upstream's name; "" where nobody said it.
+        who: "this gateway", or the upstream's name; "" where neither said it.
         words: the reply, or why there was none.
     """
 
@@ -283,7 +283,7 @@ def _of_attempt(attempt: OtlpSpan, transaction: OtlpSpan | None, *, is_shared: b
 
 
 def _whose(attempt: OtlpSpan, *, is_shared: bool) -> Iterator[str]:
-    """Which of several gateways attempted it, and from whom it had the mail."""
+    """Which of several gateways attempted it, and which gateway it took the mail over from."""
     if is_shared and attempt.instance:
         yield f"by gateway {plain(attempt.instance)}"
     for event in attempt.events:

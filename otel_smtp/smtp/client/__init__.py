@@ -7,7 +7,7 @@ offers PIPELINING, up to the command that must end it (RFC 2920 3.1); else one a
 given, hands every piece that arrives to `receive`, and gets one `Answer` for each command, in order. So the same
 strategy is right with and without PIPELINING, and cutting what arrives differently changes nothing.
 
-Replies are bounded, and matched to commands by order alone. Whatever does not fit (a reply that nobody asked for, a
+Replies are bounded, and matched to commands by order alone. Whatever does not fit (an unsolicited reply, a
 class that the command cannot have, a line that is no reply, octets behind the 220 of STARTTLS) is a fault of the
 upstream: `fault` is set, and the engine takes nothing more, as one reply too many would make every following answer
 that of another command. ExchangeAnswers that came before the fault stay true: a reply that has been read counts.

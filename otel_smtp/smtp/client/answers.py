@@ -44,7 +44,7 @@ RSET: Final = Awaited.RSET
 
 
 class Answer(NamedTuple):
-    """One reply and what it answers; `verb` is None for a 421 that nobody had asked for."""
+    """One reply and what it answers; `verb` is None for an unsolicited 421."""
 
     verb: Awaited | None
     reply: Reply

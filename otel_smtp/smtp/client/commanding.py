@@ -90,7 +90,7 @@ class Commanding:
         self._max_lines = max_reply_lines
         # Of a read that may be looked up whole; with LMTP the content has several replies.
         self._most_known_octets = -1 if is_lmtp else min(MOST_KNOWN_OCTETS, max_reply_line_octets)
-        self._rest = b""  # what was received and not read: the beginning of a line, or what nobody had asked for
+        self._rest = b""  # what was received and not read: the beginning of a line, or unsolicited octets
         self._lines: list[bytes] = []  # of the reply that is arriving
         self.queued: deque[tuple[Sequence[Awaited], Sequence[bytes]]] = deque()
         self._out: list[bytes] = []

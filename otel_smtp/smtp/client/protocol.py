@@ -68,7 +68,7 @@ class ClientProtocol(Commanding):
             data: as read from the network, any length; b"" only judges what has been left over.
 
         Returns:
-            An answer whose verb is None is a 421 that nobody had asked for.
+            An answer whose verb is None is an unsolicited 421.
         """
         awaited = self.awaited
         if self._is_clear and len(data) <= self._most_known_octets and len(awaited) <= MOST_KNOWN_ANSWERS:

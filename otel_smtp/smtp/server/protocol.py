@@ -47,7 +47,7 @@ class ServerProtocol(Dispatching):
 
     Args:
         policy: how the listener speaks.
-        handler: who decides.
+        handler: decides.
         offer: what content and envelope extensions can be promised now; asked at each EHLO and MAIL, and cheapest if
             the same object comes back while nothing has changed. Its `starttls` and `auth_mechanisms` are ignored:
             those are the engine's own.

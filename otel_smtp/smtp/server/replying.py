@@ -96,7 +96,7 @@ class Misconduct:
 
     Attributes:
         faults: refusals of the client's own doing.
-        refusals: of nobody's doing, since a message was accepted.
+        refusals: no fault of the client's, since a message was accepted.
         junk: commands that moved no mail, since a message was answered.
         auth_failures: of this session.
     """
