@@ -645,7 +645,7 @@ class StatusTable(Table, frozen=True, kw_only=True):
     token: Annotated[
         Secret | None,
         Key(
-            "whoever has it may retry, hold, release and expire queued messages on the page; without it the page is "
+            "anyone with it may retry, hold, release and expire queued messages on the page; without it the page is "
             "read-only",
             SecretText("16 to 200 printable ASCII characters without a space", r"[!-~]{16,200}"),
             secret=True,

@@ -33,7 +33,7 @@ class QueueActions:
 
     Args:
         act: does one.
-        token: whoever has it may act.
+        token: anyone with it may act.
     """
 
     def __init__(self, act: Act, token: str) -> None:
