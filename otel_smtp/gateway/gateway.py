@@ -4,6 +4,7 @@ There is no `if` about mail here. Adapters meet only as constructor arguments.
 """
 
 import asyncio
+import logging
 import ssl
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -35,6 +36,8 @@ from otel_smtp.telemetry.turns import AtEndOfTurn
 if TYPE_CHECKING:
     from otel_smtp.spool.service import Spool
     from otel_smtp.spool.store import Store
+
+logger: Final = logging.getLogger("otel_smtp.gateway")
 
 # The flush at exit has a budget of its own, so that a dead collector cannot hold a pod's shutdown.
 TELEMETRY_FLUSH_SECONDS: Final = 2.0
@@ -313,12 +316,18 @@ class Gateway:
 
     async def _catch_up(self) -> None:
         """Count mails soon after they ended, and what long-lived connections have done while they live."""
+        has_failed = False
         while True:
-            for _ in range(round(METRICS_CATCH_UP_SECONDS / MAILS_COUNTED_SECONDS)):
-                await asyncio.sleep(MAILS_COUNTED_SECONDS)
-                self._telemetry.count_mails()
-            for _ in self._telemetry.catching_up():
-                await asyncio.sleep(0)
+            try:
+                for _ in range(round(METRICS_CATCH_UP_SECONDS / MAILS_COUNTED_SECONDS)):
+                    await asyncio.sleep(MAILS_COUNTED_SECONDS)
+                    self._telemetry.count_mails()
+                for _ in self._telemetry.catching_up():
+                    await asyncio.sleep(0)
+            except Exception:
+                if not has_failed:
+                    has_failed = True
+                    logger.exception("metrics cannot catch up; mail is unaffected")
 
     def reload(self, settings: Settings) -> None:
         """Go on by other settings, without dropping a connection; certificates and users are read again in any case.

@@ -9,7 +9,8 @@ its deliveries are written to no more, and the connection's segment that holds i
 import difflib
 import inspect
 import logging
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, Final
 
@@ -22,6 +23,8 @@ logger: Final = logging.getLogger("otel_smtp.observing")
 # So many records wait at most: what is made of them takes half a millisecond, twice as long with an access log, for
 # which mail waits. The time for which they may wait ends most batches sooner: 25 mails at five thousand a second.
 MOST_WAITING: Final = 64
+
+_TRACE_ID: Final = re.compile(r"[0-9a-f]{32}")  # W3C Trace Context 3.2.2.3
 
 _RELAYED: Final = Outcome.RELAYED  # looked up in its class, a member costs as much as a call
 _QUEUED: Final = Outcome.QUEUED
@@ -39,8 +42,16 @@ class _Member:
         self.observer = observer
         self.raised = False
 
-    def drop(self, hook: str) -> None:
-        """Log the exception at hand, once, and drop the member."""
+    def drop(self, hook: str, error: BaseException) -> None:
+        """Log the exception at hand, the first time, and drop the member.
+
+        A hook never waits, so that a cancellation out of it is its own affair: of a future that it asked, say.
+
+        Raises:
+            KeyboardInterrupt, SystemExit: it is that, and the process is to end.
+        """
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise error
         if not self.raised:
             self.raised = True
             logger.exception(
@@ -121,8 +132,8 @@ def _teller(hook: str, listeners: _Listeners) -> Callable[..., None]:
             if not member.raised:
                 try:
                     method(*about)
-                except Exception:  # noqa: BLE001 - telemetry never touches mail
-                    member.drop(hook)
+                except BaseException as error:  # noqa: BLE001 - telemetry never touches mail
+                    member.drop(hook, error)
 
     def tell_one(record: Any) -> None:
         """The same of one argument, as nearly all hooks have: several times a mail."""
@@ -130,40 +141,60 @@ def _teller(hook: str, listeners: _Listeners) -> Callable[..., None]:
             if not member.raised:
                 try:
                     method(record)
-                except Exception:  # noqa: BLE001 - as above
-                    member.drop(hook)
+                except BaseException as error:  # noqa: BLE001 - as above
+                    member.drop(hook, error)
 
     return tell_one if _takes_one(hook) else tell
 
 
 def _asker(hook: str, listeners: _Listeners) -> Callable[..., Any]:
     no_answer = getattr(Observer(), hook)(None)  # what the interface itself says
+    kind, is_answer = (str, _is_trace_id) if hook == "trace_id" else (dict, _is_carrier)
 
     def ask(record: Any) -> Any:
         for member, method in listeners:
             if not member.raised:
                 try:
-                    answer = method(record)
-                except Exception:  # noqa: BLE001 - telemetry never touches mail
-                    member.drop(hook)
-                    continue
-                if answer:
-                    return answer
+                    if answer := method(record):
+                        return _checked(answer, is_answer)
+                except BaseException as error:  # noqa: BLE001 - telemetry never touches mail
+                    member.drop(hook, error)
         return no_answer
 
     [(member, method), *others] = listeners
 
     def ask_one(record: Any) -> Any:
-        """The same where no other observer could answer, as it is for each mail."""
+        """The same of an observer of ours where no other could answer, as it is for each mail."""
         if member.raised:
             return no_answer
         try:
-            return method(record) or no_answer
-        except Exception:  # noqa: BLE001 - as above
-            member.drop(hook)
+            answer = method(record)
+            if answer.__class__ is kind:
+                return answer
+            return _checked(answer, is_answer) if answer else no_answer
+        except BaseException as error:  # noqa: BLE001 - as above
+            member.drop(hook, error)
             return no_answer
 
-    return ask if others else ask_one
+    is_ours = type(member.observer).__module__.startswith("otel_smtp.")
+    return ask_one if is_ours and not others else ask
+
+
+def _checked(answer: Any, is_answer: Callable[[Any], bool]) -> Any:
+    """An answer that may go into replies, fields of messages and the spool."""
+    if not is_answer(answer):
+        raise TypeError(f"no answer to that: {type(answer).__qualname__}")  # its text may be anything
+    return answer
+
+
+def _is_trace_id(answer: Any) -> bool:
+    return isinstance(answer, str) and _TRACE_ID.fullmatch(answer) is not None
+
+
+def _is_carrier(answer: Any) -> bool:
+    return isinstance(answer, Mapping) and all(
+        isinstance(name, str) and isinstance(value, str) for name, value in answer.items()
+    )
 
 
 def _takes_one(hook: str) -> bool:

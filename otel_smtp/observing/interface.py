@@ -101,6 +101,6 @@ class StateCallback(Observer):
             del self._infos[connection]
         try:
             self._callback(info, transition)
-        except Exception:
+        except BaseException:
             self._infos.clear()  # it is dropped now, and would hear of no end
             raise

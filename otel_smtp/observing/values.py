@@ -1,11 +1,15 @@
 """The values that observers are given: addresses, identities, outcomes."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Final
 
 from otel_smtp.smtp.states import TlsMode
+
+# W3C Trace Context 3.2.2: version, trace id, parent id and flags.
+_TRACEPARENT: Final = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-(?:([0-9a-f]{2})(?![^-]))?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +73,11 @@ class TraceHeaders:
 def trace_fields(carrier: Mapping[str, str]) -> dict[str, Any]:
     """How a log record names its span: `trace_id` and `span_id` in hexadecimal, and `trace_flags`, which no line shows;
     of a trace context as headers, nothing where there is none."""
-    parts = carrier.get("traceparent", "").split("-")
-    if len(parts) < 4:
+    found = _TRACEPARENT.match(carrier.get("traceparent", ""))
+    if found is None:
         return {}
-    try:
-        flags = int(parts[3], 16)
-    except ValueError:  # not written by us
-        flags = 0
-    return {"trace_id": parts[1], "span_id": parts[2], "trace_flags": flags}
+    trace_id, span_id, flags = found.groups("0")  # flags not written by us
+    return {"trace_id": trace_id, "span_id": span_id, "trace_flags": int(flags, 16)}
 
 
 class Outcome(StrEnum):

@@ -1,6 +1,7 @@
 """The turns of a session: what arrives, what the engine makes of it, what is written, and the deadlines."""
 
 import asyncio
+import contextlib
 import logging
 import sys
 import time
@@ -215,9 +216,10 @@ class Conversation:
     data_received = _step
 
     def _log_failure(self) -> None:
-        """Log the exception at hand, a bug of ours."""
+        """Log the exception at hand, a bug of ours. The client gets its answer, whatever becomes of the line."""
         self.record.failure = internal_error()
-        logger.exception("session failed", extra=self._named())
+        with contextlib.suppress(Exception):
+            logger.exception("session failed", extra=self._named())
 
     def _named(self) -> dict[str, object]:
         """How log lines name the connection, and its span."""

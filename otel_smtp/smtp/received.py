@@ -188,8 +188,8 @@ def replace_trace_headers(block: bytes, carrier: Mapping[str, str] | None, own_o
         block = _without(block, _TRACE_FIELD.finditer(b"\n" + lower))
     fields = ""
     for name, value in carrier.items():
-        is_short = len(value) <= _MOST_IN_A_FIELD
-        if is_short and value.isascii() and value.isprintable() and _is_field_name(name):
+        is_text = value.__class__ is str and len(value) <= _MOST_IN_A_FIELD
+        if is_text and value.isascii() and value.isprintable() and _is_field_name(name):
             fields += f"{name}: {value}\r\n"
     if not fields:
         return block

@@ -13,6 +13,7 @@ A line holds nothing that a peer could forge it with: JSON escapes what is not p
 of telemetry carry the attributes of the span, so what `redaction` keeps back stays back here too.
 """
 
+import contextlib
 import json
 import logging
 import traceback
@@ -27,6 +28,7 @@ from otel_smtp.telemetry.attributes import Attributes
 from otel_smtp.telemetry.line_output import line_output
 from otel_smtp.telemetry.propagation import TraceContext
 from otel_smtp.telemetry.redaction import clean
+from otel_smtp.telemetry.safe_handler import SafeHandler
 from otel_smtp.telemetry.shapes import Pair
 from otel_smtp.telemetry.span_lines import LineShape, LinesOfMail, SpanLineHandler, SpanLinesAsJson
 from otel_smtp.telemetry.terminal_log import LINE, MailFilter
@@ -101,7 +103,7 @@ def set_log_level(level: str) -> None:
     logging.getLogger(ROOT).setLevel(level.upper())
 
 
-class LineHandler(logging.Handler):
+class LineHandler(SafeHandler):
     """Writes a line for each record.
 
     Args:
@@ -120,6 +122,11 @@ class LineHandler(logging.Handler):
             self._output.write(self.format(record) + "\n")
         except Exception:  # noqa: BLE001 - the contract of handlers: an error is reported and never raised
             self.handleError(record)
+
+    def say_plainly(self, line: str) -> None:
+        """Write a line as it is."""
+        with contextlib.suppress(Exception):  # then nobody can be told
+            self._output.write(line + "\n")
 
     def flush(self) -> None:
         """Write what waits, without waiting long for whoever reads."""

@@ -32,6 +32,7 @@ from otel_smtp.telemetry.otlp import (
     text_head,
 )
 from otel_smtp.telemetry.propagation import TraceContext
+from otel_smtp.telemetry.safe_handler import SafeHandler
 from otel_smtp.telemetry.shapes import SPAN_PAIRS, Pair, SpanShape
 
 ON_LINES: Final = frozenset(attribute.name for attribute in ATTRIBUTES.values() if On.LOG in attribute.on)
@@ -147,7 +148,7 @@ class LineOfSpan(NamedTuple):
     time_ns: int
 
 
-class SpanLineHandler(logging.Handler):
+class SpanLineHandler(SafeHandler):
     """A handler that can write a span's line without a record of `logging`.
 
     Attributes:

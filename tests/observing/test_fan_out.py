@@ -1,5 +1,6 @@
 """Observers side by side: every hook arrives, one that raises is dropped, and nobody else notices."""
 
+import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
@@ -52,15 +53,16 @@ CALLS: Final[Mapping[str, tuple[Any, ...]]] = {
 class Recording(Observer):
     """Notes what it is told. Its hooks are made from the interface, so that none is forgotten."""
 
-    def __init__(self, *, raises_at: str = "", answer: object = None) -> None:
+    def __init__(self, *, raises_at: str = "", error: type[BaseException] = ValueError, answer: object = None) -> None:
         self.raises_at = raises_at
+        self.error = error
         self.answer = answer
         self.told: list[tuple[str, tuple[Any, ...]]] = []
 
     def note(self, hook: str, arguments: tuple[Any, ...]) -> object:
         self.told.append((hook, arguments))
         if hook == self.raises_at:
-            raise ValueError(hook)
+            raise self.error(hook)
         return self.answer
 
 
@@ -107,14 +109,73 @@ def test_a_member_that_raises_is_dropped_for_good_and_logged_once(hook: str, cap
     assert len(caplog.records) == 1
 
 
-@pytest.mark.parametrize("hook", [hook for hook, asks in HOOKS.items() if asks])
+@pytest.mark.parametrize("error", [asyncio.CancelledError, MemoryError, RecursionError])
+@pytest.mark.parametrize("hook", CALLS)
+def test_whatever_a_member_raises_stays_with_it(
+    hook: str, error: type[BaseException], caplog: pytest.LogCaptureFixture
+) -> None:
+    bad, good = Recording(raises_at=hook, error=error), Recording()
+    with caplog.at_level(logging.ERROR, "otel_smtp"):
+        call_all(fan_out([bad, good]))
+    assert [told for told, _ in good.told] == TOLD
+    assert len(caplog.records) == 1
+
+
+def test_what_ends_the_process_ends_it() -> None:
+    with pytest.raises(SystemExit):
+        fan_out([Recording(raises_at="connection_opened", error=SystemExit)]).connection_opened(CONNECTION)
+
+
+ASKS: Final = [hook for hook, asks in HOOKS.items() if asks]
+TRACE_IDS: Final = ("0af7651916cd43dd8448eb211c80319c", "4bf92f3577b34da6a3ce929d0e0e4736")
+
+
+def answers(hook: str) -> Sequence[object]:
+    """Two to a hook that asks."""
+    return [one if hook == "trace_id" else {"traceparent": f"00-{one}-00f067aa0ba902b7-01"} for one in TRACE_IDS]
+
+
+@pytest.mark.parametrize("hook", ASKS)
 def test_the_first_answer_that_is_not_empty_holds(hook: str) -> None:
-    members = [Recording(), Recording(answer={}), Recording(answer="first"), Recording(answer="second")]
-    assert getattr(fan_out(members), hook)(*CALLS[hook]) == "first"
+    first, second = answers(hook)
+    members = [Recording(), Recording(answer={}), Recording(answer=first), Recording(answer=second)]
+    assert getattr(fan_out(members), hook)(*CALLS[hook]) == first
     assert len(members[3].told) == 0
 
 
-@pytest.mark.parametrize("hook", [hook for hook, asks in HOOKS.items() if asks])
+class AsOurs(Recording):
+    """Defined, as far as can be seen, in the package."""
+
+
+AsOurs.__module__ = "otel_smtp.telemetry.tracing"
+
+
+@pytest.mark.parametrize("kind", [Recording, AsOurs])
+@pytest.mark.parametrize("answer", [17, object(), b"00", ["traceparent"], Mapping])
+@pytest.mark.parametrize("hook", ASKS)
+def test_an_answer_of_another_type_is_no_answer(
+    hook: str, answer: object, kind: type[Recording], caplog: pytest.LogCaptureFixture
+) -> None:
+    good, _ = answers(hook)
+    alone, beside = fan_out([kind(answer=answer)]), fan_out([kind(answer=answer), Recording(answer=good)])
+    for _ in range(2):
+        assert getattr(alone, hook)(*CALLS[hook]) == getattr(Observer(), hook)(*CALLS[hook])
+        assert getattr(beside, hook)(*CALLS[hook]) == good
+    assert [record.__dict__["hook"] for record in caplog.records] == [hook, hook]
+
+
+@pytest.mark.parametrize("answer", ["", None, "abc", TRACE_IDS[0].upper(), f"{TRACE_IDS[0]}\r\n250 Ok"])
+def test_a_trace_id_is_32_hexadecimal_digits(answer: str | None) -> None:
+    assert fan_out([Recording(answer=answer)]).trace_id(TRANSACTION) is None
+
+
+@pytest.mark.parametrize("answer", [{"traceparent": 1}, {1: "a"}, {"traceparent": None}, "traceparent", TRACE_IDS[0]])
+@pytest.mark.parametrize("hook", [hook for hook in ASKS if hook != "trace_id"])
+def test_headers_are_texts(hook: str, answer: object) -> None:
+    assert getattr(fan_out([Recording(answer=answer)]), hook)(*CALLS[hook]) == {}
+
+
+@pytest.mark.parametrize("hook", ASKS)
 def test_where_nobody_answers_the_answer_is_the_interfaces_own(hook: str) -> None:
     assert getattr(fan_out([Recording()]), hook)(*CALLS[hook]) == getattr(Observer(), hook)(*CALLS[hook])
 

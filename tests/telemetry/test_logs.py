@@ -253,3 +253,58 @@ def test_state_events_in_the_log_are_lines_that_name_their_span() -> None:
         assert (line["trace_id"], line["span_id"]) == (connection.context.trace_id_hex, connection.context.span_id_hex)
         assert line["smtp.connection.id"] == client.info.id
         assert line["smtp.state.sequence"] == number
+
+
+def broken(*_: object) -> Any:
+    raise RuntimeError("broken")
+
+
+class NoText:
+    __str__ = broken
+
+
+def test_what_cannot_be_written_is_told_once_and_on_the_log(capfd: pytest.CaptureFixture[str]) -> None:
+    stream = io.StringIO()
+    set_up_logging("json", "info", stream)
+    logger = logging.getLogger("otel_smtp.server")
+    for _ in range(3):
+        logger.warning("one", extra={"value": NoText()})
+    logger.warning("another")
+    told, another = lines(stream)
+    assert told["event"] == "log handler raised: lines may be missing, mail is unaffected"
+    assert (told["level"], told["handler"], told["about"]) == ("error", "JsonLines", "otel_smtp.server")
+    assert told["traceback"].endswith("RuntimeError: broken")
+    assert another["event"] == "another"
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_log_that_can_write_no_line_at_all_says_so_in_one(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(JsonRenderer, "__call__", broken)
+    stream = io.StringIO()
+    set_up_logging("json", "info", stream)
+    for _ in range(3):
+        logging.getLogger("otel_smtp.server").warning("lost")
+    [told] = lines(stream)
+    assert told["event"].startswith("log handler raised")
+    assert told["traceback"].endswith("RuntimeError: broken\n")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_stream_that_is_closed_is_no_ones_trouble(capfd: pytest.CaptureFixture[str]) -> None:
+    stream = io.StringIO()
+    set_up_logging("json", "info", stream)
+    stream.close()
+    logging.getLogger("otel_smtp.server").warning("lost")
+    assert capfd.readouterr() == ("", "")
+    set_up_logging("json", "info", io.StringIO())
+
+
+def test_a_filter_that_raises_is_no_trouble_of_who_logs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FloodGate, "filter", broken)
+    stream = io.StringIO()
+    set_up_logging("json", "info", stream)
+    for _ in range(2):
+        logging.getLogger("otel_smtp.server").warning("written")
+    assert [line["event"].split(":")[0] for line in lines(stream)] == ["log handler raised", "written", "written"]

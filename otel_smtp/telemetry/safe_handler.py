@@ -1,0 +1,52 @@
+"""A handler of log records whose own errors reach nobody who logs, and are told once.
+
+The standard library's handlers print a traceback on stderr for each record that they fail on: several times a mail, and
+waiting for whoever reads stderr. An error in a filter reaches the caller, who may be relaying a mail.
+"""
+
+import json
+import logging
+import traceback
+from typing import Final
+
+logger: Final = logging.getLogger("otel_smtp.telemetry.logs")
+
+_SAID: Final = "log handler raised: lines may be missing, mail is unaffected"
+
+
+class SafeHandler(logging.Handler):
+    """Tells of its first error, and is silent about others."""
+
+    _errors = 0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record passes; so does one that a filter cannot judge."""
+        try:
+            return super().filter(record)
+        except Exception:  # noqa: BLE001 - the contract of handlers: an error is reported and never raised
+            if not self._errors:
+                self.handleError(record)
+            return True
+
+    def handle(self, record: logging.LogRecord) -> bool:
+        """Write the record, if it passes; what `emit` raises stays here too."""
+        try:
+            return super().handle(record)
+        except Exception:  # noqa: BLE001 - as above
+            self.handleError(record)
+            return True
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the standard library's name
+        """Tell of the exception at hand, if it is the first: by the handlers beside this one, and by this one too if it
+        can."""
+        self._errors += 1
+        if self._errors > 1:
+            return
+        about = {"handler": type(self).__qualname__, "about": record.name}
+        told = traceback.format_exc()
+        logger.exception(_SAID, extra=about)
+        if self._errors > 1:  # this one cannot
+            self.say_plainly(json.dumps({"level": "error", "event": _SAID, **about, "traceback": told}))
+
+    def say_plainly(self, line: str) -> None:
+        """Say it without all that may have raised; where there is a way."""
