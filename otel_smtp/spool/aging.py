@@ -127,7 +127,7 @@ class Aging:
         self._wake([destination for notice, _ in notices for destination in notice.deliveries])
 
     def _tell(self, lease: Lease, action: SpoolAction) -> None:
-        """Tell the observers how it ended, with what was said of each recipient last."""
+        """Report its end to the observers, with the last reply about each recipient."""
         fate = Fate(action)
         record = TransactionRecord.resumed(
             lease.message_id, lease.carrier, lease.mail, kind=MESSAGE_KINDS[lease.kind], attempt=lease.attempt

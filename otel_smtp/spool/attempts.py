@@ -101,7 +101,7 @@ class Means:
     """What all attempts of one runner have in common.
 
     Attributes:
-        outcomes: makes what the application is told of recipients that end; None: it is told nothing.
+        outcomes: makes the outcomes that the application receives; None: it receives none.
         retry_in: gives the wait after an attempt of some number, in seconds.
         wake: called with destinations for which something waits now.
         judged: called, once for each attempt that was begun, when no upstream has to do with it any more.
@@ -196,7 +196,7 @@ class Attempt:
             self._fail()
 
     def give_back(self) -> None:
-        """Do not begin: it is due for the next who asks the store."""
+        """Do not begin: it is due at the next claim."""
         self._is_judged = True
         self._task = asyncio.get_running_loop().create_task(self._give_back())
 
@@ -303,7 +303,7 @@ class Attempt:
     def _answered(self, final: Reply, each: Sequence[Reply]) -> None:
         if self._is_judged:
             return
-        # Who has it already must not get it again because another recipient was refused.
+        # A recipient that has it already must not get it again because another was refused.
         own = iter(each)
         self._transaction = None
         self._judge([next(own, final) if answer.is_positive else answer for answer in self._answers])
@@ -320,7 +320,7 @@ class Attempt:
         return True
 
     async def _give_back(self) -> None:
-        """Let it be made again, by whoever has it."""
+        """Let it be made again, by the gateway that has it."""
         try:
             await self._means.recording.record(
                 self.lease,
@@ -376,7 +376,7 @@ class Attempt:
         )
 
     def _is_about_recipient(self, refusal: Reply) -> bool:
-        """Whether a notice was refused for whom it is to, and not for whom it is from, or for what it is."""
+        """Whether a notice was refused for its recipient, and not for its sender or its content."""
         deliveries = self._record.deliveries
         phases = deliveries[-1].phases if deliveries else ()
         if any(phase is DeliveryPhase.MAIL and reply is not None and reply.is_permanent for _, phase, reply in phases):
@@ -401,7 +401,7 @@ class Attempt:
     def _recorded(self, done: Pending[None]) -> None:
         try:
             done.result()
-        except (Exception, asyncio.CancelledError):  # noqa: BLE001 - it is recorded again, and told of then
+        except (Exception, asyncio.CancelledError):  # noqa: BLE001 - it is recorded again, and reported then
             self._task = asyncio.get_running_loop().create_task(self._settle(self._verdicts))
         else:
             self._means.ended(self)
@@ -430,7 +430,8 @@ class Attempt:
             try:
                 notices = await self._notices_of(verdicts)
             except Exception:
-                # Who has the mail must not get it again for that; who was refused is asked once more, and told then.
+                # Recipients that have the mail must not get it again for that; refused ones are attempted once more, and
+                # reported then.
                 logger.exception("notice not created", extra=told(lease))
                 verdicts = [
                     one if one.end is End.DELIVERED else Verdict(one.number, None, one.reply) for one in verdicts

@@ -1,7 +1,7 @@
-"""What operators did to queued mail, told in the log and in the mail's trace, with the operator's name.
+"""What operators did to queued mail, for the log and the mail's trace, with the operator's name.
 
 Where several gateways share a queue, a command changes it in the database and none of them need notice; so a deed has a
-form as text too, in which one of them is asked to tell of it.
+form as text too, in which one of them is asked to report it.
 """
 
 import json
@@ -27,7 +27,7 @@ _ACTIONS: Final = {
     "expire": SpoolAction.GIVEN_UP,
     "delete": SpoolAction.REMOVED,
 }
-"""What of an operator's commands the trace of a message tells; what is attempted tells of itself."""
+"""The operator's commands that are shown in the trace of a message; an attempt has a span of its own."""
 
 
 def operator_name(text: str) -> str:
@@ -41,7 +41,7 @@ class Deed:
 
     Attributes:
         command: as in `otel-smtp queue`.
-        operator: who did it; "": no operator.
+        operator: the name of the operator; "": none did it.
         recipients: those that it had, and what was said of each last.
     """
 
@@ -89,7 +89,7 @@ class Deed:
             raise ValueError(f"no deed: {error}") from error
 
     def note(self, observer: Observer) -> None:
-        """Tell of it in the log and in the message's trace."""
+        """Report it in the log and in the message's trace."""
         level = logging.WARNING if self.command in ("delete", "expire") else logging.INFO
         logger.log(
             level, "queued message changed by an operator",
@@ -121,7 +121,7 @@ class Deed:
 
 
 def note_crashes(held: MessageView, observer: Observer) -> None:
-    """Tell of a message that is held since it was part of too many crashes."""
+    """Report a message that is held since it was part of too many crashes."""
     record = Deed.of("hold", "", held).record(SpoolAction.HELD)
     record.error_type, record.failure = ErrorType.INTERNAL, "it was part of too many crashes"
     observer.spool_acted(record)

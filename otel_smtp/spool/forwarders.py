@@ -38,7 +38,7 @@ _NO_REPLIES: Final[Mapping[str, str]] = MappingProxyType({})
 
 
 class DeliveryAgent(Protocol):
-    """Who attempts deliveries."""
+    """Attempts deliveries."""
 
     def reserve(self, destinations: Sequence[str]) -> bool:
         """Whether a new message can be attempted at once; if so, room for it is kept."""
@@ -118,7 +118,7 @@ class Intake:
         Args:
             draft: all of it has been written; it is the store's from here on.
             record: given the message's id.
-            answered: called, once, with the id of the message when it is durable; else with what the client is told.
+            answered: called, once, with the id of the message when it is durable; else with the client's reply.
             refusals: it was attempted a moment ago, and this is what it came to for the recipients of these addresses:
                 it waits first.
             is_possible_duplicate: that attempt may have succeeded.
@@ -181,7 +181,7 @@ class Intake:
 
 
 def _refusal_for(error: Exception, message_id: str) -> Reply:
-    """What the client is told whose message could not be made durable."""
+    """The reply to a client whose message could not be made durable."""
     if isinstance(error, SpoolError):
         return reply_to(error)
     logger.error("message not queued: internal error", extra={"spool_id": message_id}, exc_info=error)
@@ -196,7 +196,7 @@ def _why(error: Exception) -> str:
 
 
 def reply_to(error: SpoolError) -> Reply:
-    """What a client is told where the spool fails it (RFC 3463 3.4: 4.3.1 is a full mail system)."""
+    """The reply to a client where the spool fails (RFC 3463 3.4: 4.3.1 is a full mail system)."""
     return replies.STORAGE_FULL if isinstance(error, StorageFull) else replies.STORAGE_FAILED
 
 
@@ -286,7 +286,7 @@ class _Queued(MailTransaction):
 
 
 class _QueuedIf7Bit(_Queued):
-    """A transaction that ends in the spool, but for 8-bit content: its client was told that nobody takes that."""
+    """A transaction that ends in the spool, except with 8-bit content, which no upstream takes, as its client knows."""
 
     __slots__ = ()
 
@@ -447,7 +447,7 @@ class _DirectThenQueued(MailTransaction):
             if isinstance(answer, str):
                 self.spool_id, answer = answer, replies.OK
             elif verdict is not None and not verdict.is_positive:
-                # Those that the upstream has taken may get it twice: the client keeps the mail, and nobody loses it.
+                # Those that the upstream has taken may get it twice: the client keeps the mail, and none loses it.
                 answer = verdict
             self._answer_message(answer)
 
@@ -457,7 +457,7 @@ class _DirectThenQueued(MailTransaction):
             self._draft,
             self._record,
             submitted,
-            # Who waits for a limit was not tried.
+            # Recipients that wait for a limit were not attempted.
             refusals=self._refusals
             if any(one is not replies.UPSTREAM_PACED for one in self._refusals.values())
             else None,

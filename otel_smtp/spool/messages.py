@@ -72,7 +72,7 @@ class ContentLost(SpoolError):
 
 
 class StaleLease(SpoolError):
-    """A result came from somebody who does not own the delivery any more; it is refused."""
+    """A result came from a gateway that no longer owns the delivery; it is refused."""
 
 
 class NoSuchMessage(SpoolError):
@@ -151,7 +151,7 @@ class ContentRef(NamedTuple):
     """A content in a store.
 
     Attributes:
-        key: where it is, for the store that gave it and nobody else.
+        key: where it is, for the store that gave it only.
     """
 
     octets: int
@@ -187,7 +187,7 @@ class Lease(NamedTuple):
         attempt: which this is, from 1; it was committed before this lease was given.
         arrived_at, expires_at: seconds since the epoch, by the store's clock.
         is_possible_duplicate: an attempt before may have been taken by an upstream.
-        taken_over: from whom, if the attempt before was another gateway's that died.
+        taken_over: from which gateway, if the attempt before was another's that died.
     """
 
     delivery: int
@@ -323,7 +323,7 @@ class Departure:
         at: seconds since the epoch.
         silent_seconds: for how long it had said nothing when it was declared dead; None: it left in order.
         deliveries: that it had, and that go on elsewhere.
-        found_by: who declared it dead; "" where it left in order.
+        found_by: the gateway that declared it dead; "" where it left in order.
     """
 
     id: str
@@ -356,7 +356,7 @@ class ShareOfQueue:
         away_seconds: for how long the database has been silent, beyond what leases allow; 0: it answers.
         taken_over: deliveries of others that went on, as this process found out.
         stale: results that came too late.
-        unanswered: messages that were stored though their client was told 451.
+        unanswered: messages that were stored though their client was answered 451.
     """
 
     is_housekeeper: bool
@@ -368,7 +368,7 @@ class ShareOfQueue:
 
 
 class StoreVerb(StrEnum):
-    """What a store is asked for, as metrics tell it apart.
+    """An operation of a store, as metrics distinguish it.
 
     SUBMIT, FINISH: to make messages, and results of attempts, durable; those that come together share a group.
     CLAIM: what is due. READ: a content. LIMIT: permits and connection slots. OTHER: whatever operators ask, and upkeep.
@@ -388,7 +388,7 @@ told of another verb, or of none."""
 Timings = deque[Timing]
 
 MOST_TIMINGS: Final = 8192
-"""Which nobody has asked for; the oldest go."""
+"""Which were not asked for; the oldest go."""
 
 
 @dataclass(frozen=True, slots=True)

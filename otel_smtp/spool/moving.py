@@ -119,7 +119,7 @@ async def _move(source: Source, target: Target, moved: Callable[[], None], done:
             there.append(shown.id)
             done.messages += is_new
             done.finished += not is_new
-        # All of them, whatever happens to one: what has ended here is told below, or at the next run.
+        # All of them, whatever happens to one: what has ended here is reported below, or at the next run.
         results = await asyncio.gather(*(source.forget(one) for one in there), return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException):

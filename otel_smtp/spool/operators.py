@@ -1,8 +1,8 @@
 """What operators do with the spool: asked over a unix socket of the gateway that owns it, or done here while none does.
 
 One line of JSON asks, lines of JSON answer, one for each message, then a last one that says `done` or `error`. The
-socket lies in the spool's directory, which belongs to the gateway's user alone; who can reach it could read the mail
-anyway.
+socket lies in the spool's directory, which belongs to the gateway's user alone; a user who can reach it could read
+the mail anyway.
 
 Nothing vanishes without a record: what is removed is logged, and counted with the recipients that it had.
 """
@@ -52,7 +52,7 @@ COMMANDS: Final = (
     "rebuild",
 )
 
-# What became of recipients that were ever accepted, as `counts` tells it: zeros too.
+# What became of recipients that were ever accepted, as `counts` shows it: zeros too.
 TALLIED: Final = ("accepted", *(end.value for end in End))
 
 Answer = Mapping[str, Any]
@@ -130,7 +130,7 @@ class Operations:
             request: `command`; `ids`, or `all`; for `find`, what is known: `trace_id`, `sender`, `recipient`. For
                 `list` and with `all`, which messages (see `Filter`): `domain`, `sender`, `reason`,
                 `older_than_seconds`; `outcomes`: those that wait for their receivers, in place of mail. With what
-                changes messages, `operator`: who asks.
+                changes messages, `operator`: the name of the operator.
 
         Raises:
             SpoolError: it is not understood, or the spool is broken.

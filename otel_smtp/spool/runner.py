@@ -78,7 +78,7 @@ class Runner:
     """Attempts deliveries.
 
     Args:
-        relay: gives each recipient its own verdict, and tells its observer of each attempt.
+        relay: gives each recipient its own verdict, and notifies its observer of each attempt.
         chance: a number from 0 to 1, for jitter.
 
     Attributes:
@@ -138,7 +138,7 @@ class Runner:
         self.company: Company | None = None
 
     def tell_of(self, outcomes: "Outcomes") -> None:
-        """Store with each end, from now on, what the application is told of it."""
+        """Store with each end, from now on, its outcome for the application."""
         self._means.outcomes = self._aging.outcomes = outcomes
 
     # Life -------------------------------------------------------------------------------------------------
@@ -369,7 +369,7 @@ class Runner:
         attempt.give_back()
 
     def _judged(self, attempt: Attempt) -> None:
-        """An attempt has no use for an upstream any more: whoever is the first in line may have one."""
+        """An attempt has no use for an upstream any more: the first in line may have one."""
         destination = attempt.lease.destination
         self._attempting[destination] -= 1
         if destination in self._lines:
@@ -386,7 +386,7 @@ class Runner:
             line.next().start()
         if not line:
             del self._lines[destination]
-        elif not self._attempting[destination]:  # who waits for an upstream's backoff waits in the store
+        elif not self._attempting[destination]:  # mail that waits for an upstream's backoff waits in the store
             self._give_line_back(destination)
 
     def _give_line_back(self, destination: str) -> None:
@@ -395,7 +395,7 @@ class Runner:
             line.next().give_back()
 
     def _look_at_lines(self) -> None:
-        """Nobody waits here for long."""
+        """No attempt waits here for long."""
         self._line_timer = None
         now = time.monotonic()
         for destination, line in list(self._lines.items()):
@@ -437,7 +437,7 @@ class Runner:
         Raises:
             SpoolError: it cannot be read.
         """
-        # Others change what is shared, and bring mail for destinations of which nobody has spoken here.
+        # Others change what is shared, and bring mail for destinations that this process does not know.
         is_shared = self._store.look_again_seconds is not None
         self._counted_at, self._has_changed = time.monotonic(), is_shared
         if is_shared:

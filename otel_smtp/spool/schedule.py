@@ -1,4 +1,4 @@
-"""When a message is attempted again, when its sender is told of a delay, and when it is given up."""
+"""When a message is attempted again, when its sender is warned of a delay, and when it is given up."""
 
 import math
 from dataclasses import dataclass

@@ -47,12 +47,12 @@ class Spool:
 
     Args:
         store: not opened yet.
-        relay: delivers what is due, with a verdict for each recipient, and tells `observer` of each attempt.
+        relay: delivers what is due, with a verdict for each recipient, and notifies `observer` of each attempt.
         direct: where it is asked first, and the spool only takes what it cannot deliver now.
         observer: gives the trace context that is stored with a message.
 
     Attributes:
-        store, runner: for whoever looks into them.
+        store, runner: for inspection.
         operations: what operators may do.
     """
 
@@ -135,7 +135,7 @@ class Spool:
         await self.store.close()
 
     def tell(self, receivers: "Sequence[ReceiverSettings]") -> None:
-        """Tell these receivers, from now on, what becomes of each recipient. Without any, nothing is imported."""
+        """Report each recipient's outcome to these receivers, from now on. Without any, nothing is imported."""
         if self._telling is None:
             if not receivers:
                 return

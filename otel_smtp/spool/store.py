@@ -24,7 +24,7 @@ from otel_smtp.spool.messages import (
 )
 
 Notice = tuple[NewMessage, bytes]
-"""A message of our own that tells of others, with its content; the first octets are its header block."""
+"""A message of our own that reports on others, with its content; the first octets are its header block."""
 
 
 T_co = TypeVar("T_co", covariant=True)
@@ -132,7 +132,7 @@ class Draft(Protocol):
 
 
 class Woken(Protocol):
-    """Who works on the queue, as far as others need it."""
+    """The worker on the queue, as far as others need it."""
 
     def wake(self, destinations: Sequence[str] = ()) -> None:
         """Something is due."""
@@ -143,11 +143,11 @@ class Woken(Protocol):
         ...
 
     def note(self, deed: str) -> None:
-        """An operator has changed a message, see `deeds.Deed.as_text`: tell of it."""
+        """An operator has changed a message, see `deeds.Deed.as_text`: report it."""
         ...
 
     def note_crashes(self, message_ids: Sequence[str]) -> None:
-        """These are held now, since they were part of too many crashes: tell of it."""
+        """These are held now, since they were part of too many crashes: report it."""
         ...
 
 
@@ -158,8 +158,8 @@ class Store(Protocol):
     the store is closed; results of a lease that is not its delivery's last one raise `StaleLease`.
 
     Attributes:
-        look_again_seconds: how often to look for what others have queued; None: nobody else does.
-        timings: what it did lately; whoever reads them takes them away.
+        look_again_seconds: how often to look for what others have queued; None: there are no others.
+        timings: what it did lately; reading them takes them away.
     """
 
     look_again_seconds: float | None
@@ -187,7 +187,7 @@ class Store(Protocol):
         ...
 
     def watch(self, woken: Woken) -> None:
-        """Tell somebody when another process has changed what is queued."""
+        """Notify a watcher when another process has changed what is queued."""
         ...
 
     # Messages in -----------------------------------------------------------------------------------------------
@@ -205,7 +205,7 @@ class Store(Protocol):
 
         Returns:
             Done when the message is durable, with its leases, or with a `SpoolError`: then nothing of it is left.
-            Whoever gives up waiting leaves a whole message.
+            A caller that gives up waiting leaves a whole message.
         """
         ...
 
@@ -241,12 +241,12 @@ class Store(Protocol):
         notices: Sequence[Notice] = (),
         is_urgent: bool = True,
     ) -> Pending[None]:
-        """Note what an attempt came to, together with the messages that tell of it: all or nothing.
+        """Note what an attempt came to, together with the messages that report it: all or nothing.
 
         Args:
             retry_in: in how many seconds what has not ended is due again.
             is_possible_duplicate: an upstream may have taken it without our knowing.
-            counts_attempt: False: nobody was asked; it was no attempt.
+            counts_attempt: False: no upstream was asked; it was no attempt.
             hold: what has not ended waits for an operator.
             is_urgent: False: it may wait a moment for others to share its sync.
         """
@@ -276,7 +276,7 @@ class Store(Protocol):
         """All destinations that mail waits for; or, with `outcomes`, those that outcomes wait for.
 
         Args:
-            known: those that need not be told.
+            known: those that are left out.
         """
         ...
 
@@ -359,12 +359,12 @@ class Store(Protocol):
         """Remove a message; how many recipients will not get it.
 
         Raises:
-            SpoolError: it is being attempted: nobody can say what it would come to.
+            SpoolError: it is being attempted: its outcome is open.
         """
         ...
 
     def standing(self) -> ShareOfQueue | None:
-        """How this process stands among all that share the store; None: nobody else does. Cheap."""
+        """How this process stands among all that share the store; None: it is not shared. Cheap."""
         ...
 
     async def company(self) -> Company | None:

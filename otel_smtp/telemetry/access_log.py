@@ -1,6 +1,6 @@
 """The access log: a line for each connection, transaction and delivery that is over, and each recipient left out.
 
-Nearly all lines tell of mail that went well, and go to handlers of ours. They are made from templates (`span_lines`),
+Nearly all lines are about mail that went well, and go to handlers of ours. They are made from templates (`span_lines`),
 without a record of `logging`: a fifth of the cost. Everything else goes the general way, by `logging`: lines that a
 filter may leave out, lines about recipients, and all lines where somebody else listens. Both ways give the same octets.
 """
@@ -33,7 +33,7 @@ class AccessLog:
     So is each recipient that was refused or deferred, or that ended in the spool without the mail.
 
     Args:
-        logger: to whom the lines go, in place of the log.
+        logger: where the lines go, in place of the log.
     """
 
     __slots__ = ("_logger",)
@@ -52,7 +52,7 @@ class AccessLog:
 
         Args:
             times: start and end, in nanoseconds since the epoch.
-            told: events that tell of recipients, among them.
+            told: events about recipients, among them.
         """
         shape, pairs, on_line = described
         line = shape.line or line_shape(shape)

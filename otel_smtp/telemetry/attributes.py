@@ -856,7 +856,7 @@ SPOOL_MESSAGES: Final = _metric(
     Instrument.UP_DOWN,
     "{message}",
     (SPOOL_STATE,),
-    "Messages in the spool; of a shared queue one of its gateways tells it for all",
+    "Messages in the spool; of a shared queue one of its gateways reports it for all",
 )
 SPOOL_AGE: Final = _metric("smtp.spool.age", Instrument.GAUGE, "s", (), "Age of the oldest message in the spool")
 SPOOL_DEAD: Final = _metric(
@@ -903,7 +903,7 @@ SPOOL_UNANSWERED: Final = _metric(
     Instrument.COUNTER,
     "{message}",
     (),
-    "Messages that were stored though their client was told 451: it may send them again",
+    "Messages that were stored though their client was answered 451: it may send them again",
 )
 NOTIFY_OUTCOMES: Final = _metric(
     "smtp.notify.outcomes",
@@ -935,7 +935,7 @@ LOG_EVENT: Final = "event"
 LOG_TRACE_ID: Final = "trace_id"
 LOG_SPAN_ID: Final = "span_id"
 LOG_TRACEBACK: Final = "traceback"
-LOG_DURATION: Final = "duration"  # seconds from the start to the end of what a line tells
+LOG_DURATION: Final = "duration"  # seconds from the start to the end of the line's subject
 LOG_SUPPRESSED: Final = "suppressed"
 LOG_FIELDS: Final[Mapping[str, str]] = {
     LOG_TIMESTAMP: "ISO 8601, UTC, microseconds",

@@ -232,14 +232,14 @@ def own_instance_id(worker: int | None = None) -> str:
 
 
 def own_resource(worker: int | None = None, *, version: str = "") -> Resource:
-    """Who we are: what the SDK's detectors say, the host and the process.
+    """Our identity: what the SDK's detectors find, the host and the process.
 
     The service is `otel-smtp` if nothing names it.
 
     Args:
         worker: the number of this worker, where there are several: one id that is given for all of them would make one
             instance of them, whose metrics overwrite one another.
-        version: of this program; "": it is not told.
+        version: of this program; "": it is left out.
     """
     given = OTELResourceDetector().detect().attributes
     own: dict[str, str | int] = {HOST_NAME: socket.gethostname(), PROCESS_PID: os.getpid()}
@@ -391,7 +391,7 @@ class _Reading:
         protocols = [protocol] if is_sdk else []
         protocols += [_SDK_NAMES[name] for name in exporters if name in _SDK_NAMES]
         is_ours = is_otlp and not is_sdk
-        # Read though nothing may be exported: the operator is told of all that is wrong at once.
+        # Read though nothing may be exported: everything that is wrong is reported at once.
         collector, batches = self._collector(signal, protocol), self._batches(signal, metrics_interval_seconds)
         return SignalExport(
             to_console="console" in exporters and signal is not Signal.LOGS,

@@ -50,7 +50,7 @@ _LONGEST_BACKOFF_SECONDS: Final = 5.0
 _JITTER: Final = 0.2
 # A collector may ask for patience, but not for ever.
 _LONGEST_RETRY_AFTER_SECONDS: Final = 60.0
-# One that comes and goes is told of once in this time.
+# One that comes and goes is logged once in this time.
 _QUIET_SECONDS: Final = 60.0
 
 
@@ -232,7 +232,7 @@ class Export(Generic[T]):
         Returns:
             Whether everything was sent or given up in time.
         """
-        # A last request that hangs ends before the budget does, and is counted by whoever sent it.
+        # A last request that hangs ends before the budget does, and is counted by its sender.
         self._stop_by = time.monotonic() + 0.9 * budget_seconds
         self._is_stopping = True
         self._stopping.set()
@@ -340,7 +340,7 @@ class Export(Generic[T]):
         return self._collector.send(request, seconds)
 
     def _settle(self, spans: int, answer: CollectorAnswer, reason: DropReason) -> None:
-        """Count what became of a batch, and tell when that changes."""
+        """Count what became of a batch, and log it when that changes."""
         if self._is_abandoned:
             return  # it was counted as lost
         self._sending = 0
@@ -354,7 +354,7 @@ class Export(Generic[T]):
             self._works()
 
     def _failed(self, why: str, *, is_final: bool = False) -> None:
-        """Tell that spans are not exported: from the second attempt on, since one may meet a connection just closed."""
+        """Log that spans are not exported: from the second attempt on, since one may meet a connection just closed."""
         self._failures += 1
         now = time.monotonic()
         if self._is_told or now < self._quiet_until or not (is_final or self._failures > 1):

@@ -1,17 +1,17 @@
-"""Where log lines leave the process: whole lines, in few writes, without ever waiting for whoever reads them.
+"""Where log lines leave the process: whole lines, in few writes, without ever waiting for their reader.
 
 Theory of operation
 -------------------
-Lines of mails that were told together are written together (`write_all`). A line of a span by itself (`add`) waits for
-the others of the same turn of the event loop and is written at its end; under load, where one turn follows the other,
-for at most `BATCH_SECONDS`. Any other line (`write`) is written at once, after those that wait. So the order of lines
+Lines of mails that were reported together are written together (`write_all`). A line of a span by itself (`add`)
+waits for the others of the same turn of the event loop and is written at its end; under load, where one turn follows
+the other, for at most `BATCH_SECONDS`. Any other line (`write`) is written at once, after those that wait. So the order of lines
 is the order of calls, and a process that is killed loses the lines of mail of its last turn or few milliseconds, and no
 other. One that ends by itself, or by an exception, writes everything first.
 
 A write has whole lines, and of several at most `PIPE_BUF` octets, so that lines of processes that share a pipe are
 never torn apart (pipe(7): such a write is atomic).
 
-Who reads the pipe may be slow, or stopped. The event loop writes without blocking, by a descriptor of its own: whether
+The pipe's reader may be slow, or stopped. The event loop writes without blocking, by a descriptor of its own: whether
 a descriptor blocks is a property that all processes that inherited it share, so the given one is never changed. What
 finds no room is left to a thread, which waits, as are all lines until it has written what there was. Beyond
 `HELD_OCTETS` lines are lost, and counted; a line says so when there is room again. Where the system gives no such
@@ -37,7 +37,7 @@ HELD_OCTETS: Final = 1024 * 1024  # some two thousand lines
 FLUSH_SECONDS: Final = 1.0  # at the end, for a reader that has stopped
 
 OnLost = Callable[[int], None]
-"""Is told how many lines were lost, once there is room again; called by the thread that writes."""
+"""Receives the number of lost lines, once there is room again; called by the thread that writes."""
 
 
 class LineOutput(Protocol):

@@ -2,11 +2,11 @@
 
 Of a mail, people get one line in all (`terminal_log`), machines one for each span.
 
-Whoever has something to say uses the standard library's `logging`, a constant text and values in `extra`. Here is how a
+Code that logs uses the standard library's `logging`, a constant text and values in `extra`. Here is how a
 line comes out of that. Lines of telemetry's own are those of the access log (`access_log`), a line for each connection,
 transaction and delivery that is over, and of `StateLogger`, a line for each state transition where those are wanted.
 
-Whoever can connect can make lines, a refused connection each time: `FloodGate` bounds what comes of that. Lines of mail
+Any client that can connect can cause lines, one for each refused connection: `FloodGate` bounds that. Lines of mail
 are never left out.
 
 A line holds nothing that a peer could forge it with: JSON escapes what is not printable ASCII, text is cleaned. Lines
@@ -38,7 +38,7 @@ logger: Final = logging.getLogger("otel_smtp.telemetry.logs")
 ROOT: Final = "otel_smtp"
 ACCESS: Final = "otel_smtp.access"
 STATES: Final = "otel_smtp.state"
-SPOOL: Final = "otel_smtp.spool."  # each line tells of a message: its end, or what became of it
+SPOOL: Final = "otel_smtp.spool."  # each line is about one message: its end, or what became of it
 
 # On records of ours: when it happened, in nanoseconds since the epoch. Never in a line, which has `timestamp`.
 EVENT_TIME_NS: Final = "event_time_ns"
@@ -54,7 +54,7 @@ _STANDARD: Final = frozenset(logging.LogRecord("", 0, "", 0, "", None, None).__d
     TRACE_FLAGS,
     LINE,
 }
-LINES_A_SECOND: Final = 50  # for people to see what is going on; how often, the metrics tell
+LINES_A_SECOND: Final = 50  # for people to see what is going on; the metrics count it
 _MAX_TEXTS: Final = 1000
 # A traceback may be long, and its end is what counts; everything else has its own bound before it comes here.
 _MAX_TRACEBACK_CHARACTERS: Final = 8192
@@ -129,7 +129,7 @@ class LineHandler(SafeHandler):
             self._output.write(line + "\n")
 
     def flush(self) -> None:
-        """Write what waits, without waiting long for whoever reads."""
+        """Write what waits, without waiting long for the reader."""
         self._output.flush()
 
     def close(self) -> None:
@@ -188,7 +188,7 @@ class FloodGate:
         self._seconds: dict[tuple[str, str], tuple[int, int]] = {}  # alike -> the second, and the lines in it so far
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Whether the line is written; the first one of a second tells how many were not."""
+        """Whether the line is written; the first one of a second says how many were not."""
         if record.name == STATES or record.name.startswith(SPOOL) or (record.name == ACCESS and _is_of_mail(record)):
             return True
         alike = (record.name, str(record.msg))
@@ -309,9 +309,9 @@ def write_line(
 
     Args:
         event: its text. `time_ns`: when that happened, since the epoch.
-        context: of the span that it tells of, or within which it happened.
+        context: of the span that it describes, or within which it happened.
     """
-    # Not by logger.log: looking for the calling line costs as much as writing the line, and tells nothing here.
+    # Not by logger.log: looking for the calling line costs as much as writing the line, and adds nothing here.
     logger.handle(
         logging.makeLogRecord(
             {

@@ -1,4 +1,4 @@
-"""The metrics: folded out of records when these are complete, told when somebody asks.
+"""The metrics: folded out of records when these are complete, rendered on request.
 
 A record is counted once: a connection's transitions and replies when a transaction or a segment of it ends, some dozens
 at a time; a transaction and its deliveries when they end. What was measured of an ordinary mail is only noted then, and
@@ -276,7 +276,7 @@ class Measurements:
 
 
 class Metrics(Observer):
-    """Counts everything that happens, and gives it out as Prometheus text. To be told after tracing.
+    """Counts everything that happens, and gives it out as Prometheus text. To be notified after tracing.
 
     Args:
         open_connections: asked on the event loop.
@@ -287,7 +287,7 @@ class Metrics(Observer):
         store_timings: of the spool, asked on the event loop. `store_verbs`: its verbs.
         receivers: those of outcomes now.
         dropped: what telemetry itself has lost so far: signal, reason, how many.
-        resource: who we are, by attribute, for the page.
+        resource: our identity, by attribute, for the page.
         exemplars: which measurements name a span.
         listeners, upstreams, limits: their configured names, whose series exist from the start, as do those of
             `mechanisms`.
@@ -371,7 +371,7 @@ class Metrics(Observer):
     def _begin(self, listeners: Sequence[str], upstreams: Sequence[str], mechanisms: Sequence[str]) -> None:
         """Begin every series whose labels are known with 0: a series that is born at 1 has no increase.
 
-        Replies are told as they occur: most of the pairs of a verb and a code exist for no mail.
+        Replies are counted as they occur: most of the pairs of a verb and a code exist for no mail.
         """
         self._transitions[None, ConnState.NEW] = 0
         for previous, following in LEGAL.items():
@@ -686,14 +686,14 @@ class Metrics(Observer):
                 self._replies.update(zip(verbs, codes, strict=True))
 
     def _count_auth(self, auth: Transition, then: Transition) -> None:
-        """Count an exchange that is over; one that nobody could judge was neither accepted nor refused."""
+        """Count an exchange that is over; one that could not be judged was neither accepted nor refused."""
         if auth.mechanism is not None:
             if then.state is ConnState.ACTIVE:
                 self._auth.add((auth.mechanism, _ACCEPTED))
             elif then.reply_code == AUTH_FAILED.code:
                 self._auth.add((auth.mechanism, _REFUSED))
 
-    # What is told --------------------------------------------------------------------------------------------------
+    # Output --------------------------------------------------------------------------------------------------------
 
     def count_mails(self) -> None:
         """Count the ordinary mails that are only noted. On the event loop; `catch_up` does it too."""

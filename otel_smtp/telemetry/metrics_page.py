@@ -41,7 +41,7 @@ class MetricsPage:
         """Everything as of the latest `catch_up`, as prometheus_client wants it of a collector."""
         metrics = self._metrics
         if metrics.resource:
-            yield InfoMetricFamily("target", "Who is measured: the resource of all telemetry", metrics.resource)
+            yield InfoMetricFamily("target", "The resource that is measured, as in all telemetry", metrics.resource)
         for metric, rows in metrics.numbers():
             yield _family(_FAMILIES[metric.instrument], metric, rows)
         for measured in metrics.measurements:

@@ -57,7 +57,7 @@ class OrdinaryMail:
 
     Args:
         attributes: says which attributes spans have.
-        settle_delivery: settles who an attempt is: gives the id of its span, where all else follows from its
+        settle_delivery: settles the identity of an attempt: gives the id of its span, where all else follows from its
             transaction's.
     """
 
@@ -239,7 +239,7 @@ class OrdinaryMail:
         )
 
     def domains(self, record: TransactionRecord) -> tuple[ShownDomains, ShownDomains]:
-        """The attributes that tell the domains of sender and recipients."""
+        """The attributes with the domains of sender and recipients."""
         path, accepted = record.mail.reverse_path, record.accepted
         domain = path[path.rfind("@") :]  # of a path without one, that of which is all the same, its last character
         sender = self._senders.get(domain)

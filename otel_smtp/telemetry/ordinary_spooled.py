@@ -50,7 +50,7 @@ class OrdinarySpooled:
 
     Args:
         attributes: says which attributes spans have.
-        mail: knows what tells the domains of senders and recipients.
+        mail: has the attributes with the domains of senders and recipients.
     """
 
     __slots__ = ("_attempts", "_attributes", "_has_plain_attributes", "_mail", "_told", "_transactions")

@@ -299,7 +299,7 @@ class RequestFrame:
     """Requests of one resource: what is around the spans, or the log records, which have the same fields around them.
 
     Args:
-        resource: who we are.
+        resource: our identity.
         version: of the gateway: the instrumentation scope's.
     """
 

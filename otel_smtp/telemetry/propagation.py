@@ -1,6 +1,6 @@
-"""Trace context in and out of mail: who is believed, and how it is written (W3C Trace Context, level 2).
+"""Trace context in and out of mail: which is trusted, and how it is written (W3C Trace Context, level 2).
 
-A message's header block is written by whoever sent it. A stranger who is believed can glue mails to a trace of his
+A message's header block is written by its sender. A stranger who is trusted can attach mails to a trace of his
 choice, switch tracing off by a flag, or pass 8 KiB of `tracestate` through us. So whose context becomes a parent is a
 policy of the listener, `tracestate` is dropped unless its sender is trusted, and baggage is not read at all.
 """
@@ -22,7 +22,7 @@ TRACESTATE: Final = "tracestate"
 
 # 55 octets in version 00; a later version may add fields, and 128 is more than twice of what is known.
 MAX_TRACEPARENT_CHARACTERS: Final = 128
-# What a participant must at least pass on (3.3.1.5); nobody may use us as an amplifier of more.
+# What a participant must at least pass on (3.3.1.5); we do not amplify more.
 MAX_TRACESTATE_CHARACTERS: Final = 512
 
 _TRACEPARENT: Final = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-[\x21-\x7e]*)?")

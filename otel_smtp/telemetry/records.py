@@ -1,4 +1,4 @@
-"""Finished spans and log records as plain values, and who takes them.
+"""Finished spans and log records as plain values, and the interfaces that take them.
 
 A span is never a live object here. Most finished spans exist as octets only (`shapes.EncodedSpan`); a `SpanRecord` is
 made for those who want to read one: the log, the SDK's processors, the status page.

@@ -3,7 +3,7 @@
 Two settings rule it: `addresses` for mailboxes, host names of clients and user names, `client_ip` for IP addresses of
 clients. AUTH arguments and content never come to this package at all. Whatever a peer wrote goes through `clean`,
 since one lone surrogate in a name or a status makes the OpenTelemetry SDK lose a whole batch, and a terminal escape
-in a log line is an attack on who reads it.
+in a log line is an attack on its reader.
 """
 
 import hashlib
@@ -147,7 +147,7 @@ class Redaction:
                 return clean(name)
 
     def user(self, name: str) -> Mapping[str, str]:
-        """The attribute that tells an authenticated user: the name in `full`, its hash in `hash`, none else."""
+        """The attribute for an authenticated user: the name in `full`, its hash in `hash`, none else."""
         match self.addresses:
             case Addresses.FULL:
                 return {USER_NAME: clean(name)}
@@ -157,7 +157,7 @@ class Redaction:
                 return {}
 
     def ip(self, host: str) -> str | None:
-        """An IP address of a client; a unix socket's path is nobody's and stays."""
+        """An IP address of a client; a unix socket's path identifies no client and stays."""
         match self.client_ip:
             case ClientIp.FULL:
                 return clean(host)

@@ -15,7 +15,7 @@ from otel_smtp.telemetry.records import LinkRecord
 from otel_smtp.telemetry.sdk import Decision, IdGenerator, RandomIdGenerator, Sampler
 from otel_smtp.telemetry.shapes import SpanShape
 
-# Of these the decision for a child of our own span follows from the span's, so nobody has to be asked again.
+# Of these the decision for a child of our own span follows from the span's, so the sampler need not be asked again.
 _STATIC: Final = ("AlwaysOnSampler", "AlwaysOffSampler", "TraceIdRatioBased{")
 _PARENT_BASED: Final = "localParentSampled:AlwaysOnSampler,localParentNotSampled:AlwaysOffSampler"
 # The same of a span that somebody else made, or we did before: mail from the spool is below such a one.
@@ -31,7 +31,7 @@ class Identity:
 
     Attributes:
         attributes: what the sampler adds.
-        is_kept: the sampler dropped it, and it is exported all the same; whoever inherits its flags is not.
+        is_kept: the sampler dropped it, and it is exported all the same; spans that inherit its flags are not.
         failure: of a connection's segment, the shape of a transaction's span in it that failed.
     """
 

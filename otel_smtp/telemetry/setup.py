@@ -96,8 +96,8 @@ class Telemetry:
         observers: to observe everything, in this order. With OTEL_SDK_DISABLED they make no traces, and count all the
             same.
         traces_to: where traces go, in words.
-        tail: for who follows the mails; None where nothing is made of them (OTEL_SDK_DISABLED).
-        leaves_out: which mails have no trace, in words for who looks for one; "" where all have.
+        tail: for followers of the mails; None where nothing is made of them (OTEL_SDK_DISABLED).
+        leaves_out: which mails have no trace, in words for people who look for one; "" where all have.
     """
 
     def __init__(

@@ -242,13 +242,13 @@ class EncodedSpan(bytes):
 
     @property
     def trace_id(self) -> bytes:
-        """The 16 octets that tell its trace."""
+        """The 16 octets of its trace id."""
         # They stand first: tag and length of the whole, tag and length of the id.
         _, at = _length_at(self, 1)
         return self[at + 2 : at + 18]
 
     def to_records(self) -> list[SpanRecord]:
-        """The spans as values; of flags and trace states, what OTLP tells of them."""
+        """The spans as values; of flags and trace states, what OTLP holds of them."""
         from opentelemetry.proto.trace.v1.trace_pb2 import ScopeSpans  # on demand: 30 ms
 
         return [_decoded(span) for span in ScopeSpans.FromString(self).spans]

@@ -29,7 +29,7 @@ from otel_smtp.telemetry.state_events import ENHANCED_CODE
 
 Described = tuple[SpanShape, list[Pair], Sequence[Pair]]
 """What a span consists of, beside ids, times, events and links; and what its line in the log, which stands alone, has
-besides: what another span of the trace tells."""
+besides: what another span of the trace has."""
 
 # Failures of the gateway or of what it depends on. All else is the client's doing, or a policy that was kept: an Error
 # event, not an ERROR status.
@@ -147,7 +147,7 @@ class SpanAttributes:
     def __init__(self, redaction: Redaction, *, with_message_id: bool = False) -> None:
         self.redaction = redaction
         self.with_message_id = with_message_id
-        # Of the latest reply: a delivery and its transaction tell the same one.
+        # Of the latest reply: a delivery and its transaction show the same one.
         self._worded: Reply | None = None
         self._words = ""
 
@@ -393,7 +393,7 @@ class SpanAttributes:
     # Recipients --------------------------------------------------------------------------------------------------
 
     def recipients(self, refused: Sequence[RecipientRecord], count: int, wall_offset_ns: int) -> list[EventRecord]:
-        """The events that tell of recipients who did not get a mail.
+        """The events about recipients that did not get a mail.
 
         Args:
             refused: those that are known.

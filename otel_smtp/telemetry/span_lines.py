@@ -84,7 +84,7 @@ def line_shape(shape: SpanShape) -> LineShape:
 
 
 class ShownDomains:
-    """The attributes that tell the domains of a sender, or of recipients: in each form made once.
+    """The attributes with the domains of a sender, or of recipients: made once in each form.
 
     Attributes:
         pairs: the attributes.

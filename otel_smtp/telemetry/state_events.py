@@ -135,7 +135,7 @@ def state_events(
     wall_offset_ns: int,
     more: Callable[[Transition], Iterable[Pair]],
 ) -> list[EventRecord]:
-    """The events that tell `transitions`, as values.
+    """The events of `transitions`, as values.
 
     Args:
         before_ns: when the transition before the first of them was; None if that is New.
@@ -166,7 +166,7 @@ def encode_states(
     wall_offset_ns: int,
     more: Callable[[Transition], Iterable[Pair]],
 ) -> list[bytes]:
-    """The events that tell `transitions`, as pieces of their span; else as `state_events`."""
+    """The events of `transitions`, as pieces of their span; else as `state_events`."""
     return [
         piece
         for pieces in encode_states_by(len(transitions), transitions, before_ns, wall_offset_ns, more)
@@ -361,7 +361,7 @@ _SHAPES: Final = {name: EventShape(name, {}) for name in (names.RECIPIENT_EVENT,
 
 
 def encode_events(events: Iterable[EventRecord]) -> list[bytes]:
-    """The events that tell of recipients, or of a gateway that had the mail before, each as a piece of its span."""
+    """The events about recipients, or a gateway that had the mail before, each as a piece of its span."""
     return [encode_event(event.time_ns, _SHAPES[event.name], event.attributes.items()) for event in events]
 
 
@@ -387,7 +387,7 @@ _PHASES: Final = ShapeTable((None, names.REPLY_CODE, ENHANCED_CODE), _phase_shap
 
 
 def describe_phases(delivery: DeliveryRecord) -> list[tuple[int, EventShape]]:
-    """What the events consist of that tell the phases of a delivery: when they are over, and their shapes.
+    """What the events of a delivery's phases consist of: when they are over, and their shapes.
 
     That of the wait for a limit has `_pace_pairs` beside.
     """

@@ -1,8 +1,8 @@
-"""The log's lines of mails, for those who follow a running gateway from outside.
+"""The log's lines of mails, for followers of a running gateway.
 
-Nothing is made of a mail while nobody follows. While somebody does, what happens on the mail path is what the access
+Nothing is made of a mail without a follower. While there is one, what happens on the mail path is what the access
 log does, whose record is put aside; lines are made of the records when they are asked for. Nobody is waited for: a
-reader that is too slow misses lines, and is told how many.
+reader that is too slow misses lines, and learns how many.
 """
 
 import asyncio
@@ -44,7 +44,7 @@ class MailTail:
     """The last lines, from when it was started.
 
     Args:
-        tracing: whose spans they tell of.
+        tracing: the source of their spans.
         held: so many records that no line was made of, and so many lines.
     """
 
@@ -81,7 +81,7 @@ class MailTail:
     def put(self, record: logging.LogRecord) -> None:
         """Put a record of the access log aside. Called on the mail path."""
         if len(self._records) == self._held:
-            self._made += 1  # whoever follows finds a number missing
+            self._made += 1  # a follower finds a number missing
         self._records.append(record)
 
     async def last(self) -> int:

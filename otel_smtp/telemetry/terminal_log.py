@@ -4,7 +4,7 @@
     22:14:03.120 % 250 example.com -> example.net  provider  0.012s  2.0.0 Ok: queued as 4XyZ12  4bf92f35
 
 Time, mark, reply, sender's domain and recipients', upstream, duration, the upstream's words, the head of the trace id.
-A recipient who did not get the mail, or not yet, has a line of its own before it, with what became of that one.
+A recipient that did not get the mail, or not yet, has a line of its own before it.
 A mail's line is made of two records, the delivery's and its transaction's, which follows it. Connections that brought
 mail have said all with it, so they have no line; one that was refused, or ended in trouble, has.
 """
@@ -34,7 +34,7 @@ MARKS: Final[Mapping[str, str]] = {
     "aborted": "-",
     "unknown": "?",
 }
-"""What became of a mail, in one character; `otel-smtp tail --help` and the README tell them."""
+"""What became of a mail, in one character; `otel-smtp tail --help` and deploy/guides/operating.md explain them."""
 
 _COLORS: Final[Mapping[str, str]] = {
     "relayed": "32",
@@ -57,8 +57,8 @@ class MailLine(NamedTuple):
     """One line.
 
     Attributes:
-        outcome: of the mail, or the fate of the recipient, that it tells.
-        fields: what was known, of which the line tells the most important.
+        outcome: of the mail, or the fate of the recipient, that it shows.
+        fields: what was known, of which the line shows the most important.
     """
 
     text: str
@@ -130,7 +130,7 @@ class MailLines:
         mark = MARKS.get(outcome, "?")
         spool_id, attempt = fields.get(names.SPOOL_ID), fields.get(names.DELIVERY_ATTEMPT)
         facts = [fields.get(names.UPSTREAM_NAME), _seconds(fields.get(names.LOG_DURATION))]
-        if attempt is not None and spool_id:  # from the spool, where sender and recipients have been told before
+        if attempt is not None and spool_id:  # from the spool, where sender and recipients were shown before
             kind = str(fields.get(names.MESSAGE_KIND, "mail"))
             whose = "" if kind == "mail" else f"{kind.replace('_', ' ')} "
             facts.insert(0, f"{whose}{spool_id} attempt {attempt}")
@@ -143,7 +143,7 @@ class MailLines:
         return self._put(when, mark, code, outcome, [str(fact) for fact in facts if fact], str(words), fields)
 
     def _recipient(self, when: float, fields: Fields) -> MailLine:
-        """A recipient who did not get the mail, or not yet."""
+        """A recipient that did not get the mail, or not yet."""
         fate = str(fields.get(names.RECIPIENT_FATE, ""))
         who = fields.get(names.RCPT_ADDRESS) or fields.get(names.RCPT_DOMAIN) or "..."
         if more := fields.get(names.RECIPIENTS_NOT_SHOWN):
@@ -203,7 +203,7 @@ class MailFilter(logging.Filter):
 
 
 def _of_delivery(delivery: Fields) -> Fields:
-    """What a mail's line tells of its delivery; the rest is the transaction's to say."""
+    """What a mail's line shows of its delivery; the rest is on the transaction."""
     return {name: delivery[name] for name in (names.UPSTREAM_NAME, names.REPLY_TEXT) if name in delivery}
 
 

@@ -1,1 +1,1 @@
-"""Delivery status notifications: their format, and who is sent one."""
+"""Delivery status notifications: their format, and the senders that get one."""

@@ -1,7 +1,7 @@
-"""Messages of our own: bounces, warnings of a delay, and notes of success for those who asked for them.
+"""Messages of our own: bounces, warnings of a delay, and reports of success where they were asked for.
 
 What they say is `report`'s business; whether and where they go is decided here. They are stored in the same commit as
-the end of what they tell of, so that neither can be lost without the other.
+the end that they report, so that neither can be lost without the other.
 """
 
 import logging
@@ -132,7 +132,7 @@ class Notices:
         notice = NewMessage(
             id=message_id,
             mail=mail,
-            # By the route of the mail that it tells of, whatever senders and recipients that is for: `attempts`.
+            # By the route of the mail that it reports on, whatever senders and recipients that is for: `attempts`.
             deliveries={lease.destination: [recipient]},
             header_octets=header_octets,
             expires_in=self._max_age_seconds,

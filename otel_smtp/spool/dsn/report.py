@@ -1,4 +1,4 @@
-"""Delivery status notifications: what a sender is told of recipients that failed, wait, or were handed on without DSN.
+"""Delivery status notifications: reports to a sender on recipients that failed, wait, or were handed on without DSN.
 
 A notice is a `multipart/report` (RFC 6522) of three parts: words for people, `message/delivery-status` for programs
 (RFC 3464), and the header block of the original, or all of it (RFC 3461 4.3). It is put together octet by octet: the
@@ -35,7 +35,7 @@ from otel_smtp.smtp.replies import Reply
 
 LINE_OCTETS: Final = 998  # RFC 5322 2.1.1, without CRLF
 HEADER_OCTETS: Final = 50_000
-"""Most of a header block that is returned: who sends a larger one does not get it back as often as it likes."""
+"""Most of a header block that is returned: a client cannot have larger ones sent back as often as it likes."""
 
 _WRAP_CHARACTERS: Final = 72
 _VALUE_OCTETS: Final = 900  # the rest of a line is for what stands before a value
@@ -46,7 +46,7 @@ _NOT_QCHAR = re.compile(r"[^!-*,-<>-\[\]-~]")
 
 
 class NoticeKind(StrEnum):
-    """What a notice tells; the values are those of the Action field (RFC 3464 2.3.3).
+    """What a notice reports; the values are those of the Action field (RFC 3464 2.3.3).
 
     What expired has failed, with status 4.4.7 (RFC 3463 3.5). "delivered" and "expanded" are for those who own
     mailboxes and lists.
@@ -54,7 +54,7 @@ class NoticeKind(StrEnum):
 
     FAILED = "failed"
     DELAYED = "delayed"
-    RELAYED = "relayed"  # to an upstream that will not tell of success
+    RELAYED = "relayed"  # to an upstream that does not report success
 
 
 # Which classes of status may stand beside an action, the usual one first: what fails by its age has "4.X.X".
@@ -83,7 +83,7 @@ def wanted(kind: NoticeKind, recipient: Recipient, mail: Mail) -> bool:
     """Whether the sender wants a notice of this kind (RFC 3461 4.1 and 5.2).
 
     Without NOTIFY: of failures and delays. Never for the null reverse-path: "MUST NOT" (RFC 5321 6.1). That success is
-    told only if the upstream will not do so itself is the caller's to know (RFC 3461 5.2.1).
+    reported only if the upstream does not do so itself is for the caller to decide (RFC 3461 5.2.1).
     """
     if not mail.reverse_path:
         return False
@@ -103,7 +103,7 @@ def returns_content(kind: NoticeKind, mail: Mail) -> bool:
 
 
 def envelope(mail: Mail, *, is_ascii: bool) -> tuple[Mail, Recipient]:
-    """The envelope of a notice for `mail`: from nobody, to its sender, and never answered (RFC 3461 6.1).
+    """The envelope of a notice for `mail`: from the null path, to its sender, and never answered (RFC 3461 6.1).
 
     It needs the TLS that `mail` needed, whose header it repeats (RFC 8689 5).
 
@@ -139,7 +139,7 @@ def notification(
     """The whole content of a notice: CRLF line ends, no NUL, no line over 998 octets.
 
     Args:
-        statuses: of the recipients that it tells of, one or more.
+        statuses: of the recipients that it reports on, one or more.
         header: the original's header block, complete or cut anywhere, without the empty line behind it.
         content: the whole original, header block included, where that is to be returned and not too large.
         reporting_mta: our host name.
@@ -148,7 +148,7 @@ def notification(
             which says so itself).
 
     Returns:
-        The notice; what it holds beyond ASCII, `envelope` must be told of.
+        The notice; `envelope` must know whether it holds anything beyond ASCII.
     """
     is_international = mail.smtputf8 and eight_bit
     report = _Report(kind, mail, statuses, reporting_mta, spool_id, arrived, trace_id)
@@ -359,7 +359,7 @@ def _words_part(lines: Iterable[str]) -> _Part:
 def _status_part(report: _Report, *, is_international: bool) -> _Part:
     lines = "".join(f"{line}\r\n" for line in report.fields(is_international=is_international))
     if lines.isascii() or not is_international:
-        # Addresses have a form for this; whatever else is beyond ASCII here, nobody was allowed to say.
+        # Addresses have a form for this; nothing else here can be beyond ASCII.
         return _Part("message/delivery-status", "Delivery report", "7bit", lines.encode("ascii", "replace"))
     return _Part("message/global-delivery-status", "Delivery report", "8bit", lines.encode())
 

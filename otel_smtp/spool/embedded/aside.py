@@ -1,4 +1,4 @@
-"""What was set aside: how a large content tells whose it is, and what is found in segments that nobody could place.
+"""What was set aside: how a large content shows which message it belongs to, and what is found in unknown segments.
 
 A large content has its message's envelope behind it, as it was when it came::
 
@@ -109,7 +109,7 @@ def _in_segment(data: bytes) -> list[Found]:
         match record.kind:
             case RecordKind.MESSAGE if record.is_intact:
                 entry = Entry.from_values(said[2])
-                if not entry.is_large:  # else its content tells for itself
+                if not entry.is_large:  # else its content shows it
                     content = data[record.content_at : record.end]
                     found[entry.id] = Found(entry, content, record.content_crc if said[1] is None else said[1])
             case RecordKind.STATE:

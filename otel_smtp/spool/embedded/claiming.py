@@ -153,7 +153,7 @@ class Claiming:
             if entry.is_indexed
         ]
         if rows:
-            # Where it cannot be told now, it is found out when the index offers them: they are in memory.
+            # Where it is not known now, it is found out when the index offers them: they are in memory.
             with contextlib.suppress(SpoolError):
                 await self._index.run(lambda index: index.note_leased(rows))
         return [(changed, one) for _, changed, leased in changes.values() for one in leased]

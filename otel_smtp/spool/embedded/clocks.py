@@ -1,8 +1,8 @@
 """What time it is, and how much of it has really passed: a wall clock may be wrong, and be put right.
 
 Instants of mail are those of the wall clock, since they outlive processes. Where it jumps, they move with it: the age
-of mail is the time that has passed. How much that is, the time since the boot tells, also between two processes. Across
-boots nobody knows, and a long time counts as a day.
+of mail is the time that has passed. The time since the boot measures it, also between two processes. Across
+boots it is unknown, and a long time counts as a day.
 """
 
 import functools
@@ -21,7 +21,7 @@ class Uptime:
     """How long the machine has been up.
 
     Attributes:
-        boot: which boot that is; "": nobody knows.
+        boot: which boot that is; "": unknown.
     """
 
     boot: str
@@ -81,7 +81,7 @@ class Clocks:
         return {"seen_ms": seen_ms, "seen_boot": up.boot, "seen_up_ms": up.milliseconds}
 
     def jump_since_ms(self, seen: Mapping[str, Any]) -> int:
-        """By how much the wall clock was set since a moment that `seen` told of, as far as can be known; else 0."""
+        """By how much the wall clock was set since the moment of `seen`, as far as can be known; else 0."""
         if "seen_ms" not in seen:
             return 0
         gap, up = self.now_ms() - int(seen["seen_ms"]), self._up()

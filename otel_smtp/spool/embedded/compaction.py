@@ -153,7 +153,7 @@ class Compaction:
             return True
         if entry.place is None or entry.place.segment != segment:
             return True
-        if entry.is_leased:  # whoever attempts it may be reading it
+        if entry.is_leased:  # an attempt may be reading it
             return False
         before = entry.place
         moved = entry.copy()  # the index may just be given `entry`, with its place of before
@@ -190,6 +190,6 @@ class Compaction:
             )
             return None
         if zlib.crc32(content) != place.crc:
-            # As it is: who needs it finds out, and it stays damaged.
+            # As it is: an attempt finds out, and it stays damaged.
             logger.critical("queued content damaged", extra={"spool_id": entry.id})
         return (content,)

@@ -87,7 +87,7 @@ class Contents:
         for entry in entries:
             content = None
             if not entry.is_large:
-                # Whoever needs one that cannot be read will see for themselves, and say so.
+                # An attempt that needs an unreadable one finds out, and reports it.
                 with contextlib.suppress(SpoolError):
                     content = self.part(entry, 0, entry.octets)
             if content is None or entry.place is None or zlib.crc32(content) != entry.place.crc:

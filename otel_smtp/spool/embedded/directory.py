@@ -1,4 +1,4 @@
-"""The directory of a spool: who owns it, what is in it, and what is not ours.
+"""The directory of a spool: its owner, what is in it, and what is not ours.
 
 ::
 
@@ -10,9 +10,9 @@
     index.db       for what waits and for operators; made again out of the log where it is missing
     moving         into which other store its messages are being moved, while they are
     index.reserve  room for the index's write-ahead log, while it has none
-    lost+found/    what was damaged or nobody knows, for `otel-smtp queue rebuild` and for people to look at
+    lost+found/    what was damaged or is unknown, for `otel-smtp queue rebuild` and for people to look at
 
-Whatever else lies there is told, and neither opened nor removed. Nothing is opened that is no regular file, and nothing
+Anything else there is reported, and neither opened nor removed. Nothing is opened that is no regular file, and nothing
 is removed that may be mail.
 """
 
@@ -52,7 +52,7 @@ _FILES: Final = ("LOCK", *INDEX_FILES, "index.reserve", "moving")
 _BEFORE: Final = frozenset({"spool.db", "spool.db-wal", "spool.db-shm", "body", "reserve", "clean"})
 _SPARES: Final = ("spare", "reserve")  # in the log's directory; `-` and a number follow where a name is not ours to use
 _MAKING: Final = ".new"
-_NO_MAIL: Final = ("torn-", "index.db")  # nobody was answered for it; it is made again out of the log
+_NO_MAIL: Final = ("torn-", "index.db")  # no client was answered for it; it is made again out of the log
 _SECTOR: Final = 4096
 _PID_OCTETS: Final = 32
 # Errors of this process or this moment, not of the file that was to be read.
@@ -82,7 +82,7 @@ class SpoolDirectory:
         """Whether it could be opened, without touching what is in it.
 
         Returns:
-            The process that owns it, in words; None: nobody does.
+            The process that owns it, in words; None: none does.
 
         Raises:
             SpoolError: why it could not.
@@ -145,11 +145,11 @@ class SpoolDirectory:
             os.close(lock)
             raise SpoolError(f"{self.path} belongs to another process{f', pid {owner}' if owner else ''}") from None
         self._lock = lock
-        with contextlib.suppress(OSError):  # a full disk: who owns it is the lock's to say
+        with contextlib.suppress(OSError):  # a full disk: the lock alone decides on the owner
             os.pwrite(lock, f"{os.getpid()}\n".encode().ljust(_PID_OCTETS), 0)
 
     def close(self) -> None:
-        """Give it up, once nobody writes in it any more. Idempotent."""
+        """Give it up, once nothing is written in it any more. Idempotent."""
         with self._making_spare:
             if self._lock is not None:
                 os.close(self._lock)
@@ -257,7 +257,7 @@ class SpoolDirectory:
             return spare, file, False
 
     def prepare(self, octets: int) -> None:
-        """While nobody waits, make a spare segment and what is kept in reserve, unless they are there."""
+        """While no message waits, make a spare segment and the reserve, unless they are there."""
         with self._making_spare:
             if self._lock is None:
                 return
@@ -327,7 +327,7 @@ class SpoolDirectory:
         """Make a content durable that was written to a temporary file.
 
         Args:
-            envelope: written behind it, so that the file tells what it is where nothing else knows.
+            envelope: written behind it, so that the file identifies itself where nothing else does.
 
         Raises:
             StorageFull, StorageBroken: it is not.
@@ -353,7 +353,7 @@ class SpoolDirectory:
         return {entry.name for entry in os.scandir(self.path / "large") if entry.is_file(follow_symlinks=False)}
 
     def remove_large(self, message_id: str) -> None:
-        """Remove a content that nobody needs; one that stays is removed at the next start."""
+        """Remove a content that is no longer needed; one that stays is removed at the next start."""
         with contextlib.suppress(OSError):
             self.large(message_id).unlink()
 
@@ -402,7 +402,7 @@ class SpoolDirectory:
 
     @property
     def former_index(self) -> Path:
-        """An index that cannot be used, for as long as nobody has asked it for what the log has lost."""
+        """An index that cannot be used, until it has been searched for what the log has lost."""
         return self.path / "lost+found" / "index.db.unread"
 
     def set_index_aside(self) -> None:
@@ -418,7 +418,7 @@ class SpoolDirectory:
             file.unlink(missing_ok=True)
 
     def keep_former_index(self, *, is_needed: bool) -> None:
-        """Keep the former index, if there is one, for people to look at: nobody else will.
+        """Keep the former index, if there is one, for people to look at: no program will.
 
         Args:
             is_needed: also when the next one comes: else it is kept until then.
@@ -432,7 +432,7 @@ class SpoolDirectory:
                 self.former_index.replace(aside / "index.db")
 
     def aside(self) -> list[Path]:
-        """What is kept there and may be mail, and nobody has looked at."""
+        """What is kept there, may be mail, and has not been looked at."""
         with contextlib.suppress(OSError):
             return sorted(
                 Path(entry.path)
@@ -451,7 +451,7 @@ class SpoolDirectory:
         sync_directory(self.path / "large")
 
     def moving(self) -> str | None:
-        """Into which other store the messages are being moved, as `begin_move` was told; None: they are not.
+        """Into which other store the messages are being moved, see `begin_move`; None: they are not.
 
         Raises:
             OSError: that cannot be read.

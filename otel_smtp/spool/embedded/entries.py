@@ -478,7 +478,7 @@ class Entry:
             self.held_ms = now_ms
 
     def take_back(self, *, crashes_allowed: int | None, now_ms: int) -> bool:
-        """Take back what is leased, since nobody can be attempting it; whether it is held now.
+        """Take back what is leased, since it cannot be under way; whether it is held now.
 
         Args:
             crashes_allowed: the process that had it died in the midst: that many times a message may be part of a crash

@@ -176,7 +176,7 @@ class _Source:
                 reverse_path, json.loads(parameters), json.loads(carrier), list(self._deliveries(message_id)),
             )
         )  # fmt: skip
-        # Nobody owned the spool since its process died: what it was attempting may have succeeded.
+        # The spool had no owner since its process died: what that was attempting may have succeeded.
         entry.take_back(crashes_allowed=_CRASHES_ALLOWED, now_ms=round(time.time() * 1000))
         path = self._directory.path / "body" / file[-1] / file
         content, crc = self._copied(entry, path, offset, octets, digest)

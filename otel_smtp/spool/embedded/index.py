@@ -330,7 +330,7 @@ class Index:
         """The first deliveries that are due, and not too old: since when, message, number, sender.
 
         Args:
-            is_known: whether a message, by its id, is passed over: whoever asks knows of it what its row does not tell.
+            is_known: whether a message, by its id, is passed over: the caller knows more of it than its row has.
                 While nothing can be written, such rows may be the first thousands.
         """
         found: list[tuple[int, str, int, str]] = []

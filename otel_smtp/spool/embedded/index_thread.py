@@ -16,7 +16,7 @@ class IndexThread:
     """Does one thing after the other with the index, in the order in which they are asked for.
 
     Args:
-        latch: told of an error after which the disk cannot be trusted.
+        latch: takes an error after which the disk cannot be trusted.
 
     Attributes:
         index: the index, once `begin` was called; only to be used within the thread.

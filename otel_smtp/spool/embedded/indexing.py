@@ -67,7 +67,7 @@ class Indexing:
         raise NoSuchMessage(f"no message {message_id}")
 
     async def look_up(self, message_id: str) -> Entry:
-        """A message as it is, for who only looks at it: it is not taken into memory.
+        """A message as it is, for readers only: it is not taken into memory.
 
         Raises:
             NoSuchMessage: there is none.
@@ -89,7 +89,7 @@ class Indexing:
         return self._memory.first_unindexed() or self._journal.log.told
 
     async def write_all(self, *, is_clean: bool = False) -> None:
-        """Bring the index up to date, for whoever asks it about all there is."""
+        """Bring the index up to date, for queries over everything."""
         await self.write(before=float("inf"), is_clean=is_clean)
 
     async def write_cooled(self) -> None:

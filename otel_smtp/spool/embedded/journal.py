@@ -75,7 +75,7 @@ class Journal:
 
         Args:
             durable: notes what they say, called before the records behind them are told of.
-            failed: called instead where they are not; either is, also where nobody waits for the answer any more.
+            failed: called instead where they are not; one of the two is, also where the answer is no longer awaited.
         """
         step = _Work(parts, ended or {}, durable, failed)
         try:
@@ -109,7 +109,7 @@ class Journal:
         *,
         is_urgent: bool = True,
     ) -> Promise[None]:
-        """Have `changed` take the place of `entry`, which is not busy, with the notices that tell of it.
+        """Have `changed` take the place of `entry`, which is not busy, with the notices that report it.
 
         Args:
             changed: None: nothing is left of it.
@@ -144,7 +144,7 @@ class Journal:
 
 
 class _Work(Step[None]):
-    """Records that tell of several messages, or of none; see `Journal.append`."""
+    """Records about several messages, or none; see `Journal.append`."""
 
     __slots__ = ("_durable", "_failed")
 
@@ -193,7 +193,7 @@ class _Addition(Step[Sequence[Lease]]):
 
 
 class _Change(Step[None]):
-    """A message that changes, or ends, with the notices that tell of it."""
+    """A message that changes, or ends, with the notices that report it."""
 
     __slots__ = ("_added", "_changed", "_entry", "_journal")
 

@@ -303,7 +303,7 @@ class Log:
             if rooms & bit:
                 self._timings.append((verb, seconds, items))
                 items = 0
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nothing waits any more
             self._loop.call_soon_threadsafe(self._tell, outcomes, (self._number, self._at))
 
     def _tell(self, outcomes: Sequence[Outcome], told: tuple[int, int]) -> None:
@@ -318,7 +318,7 @@ class Log:
                         step.fail(error)
                 except Exception:
                     logger.exception("spool failed: internal error")
-                    if not step.done():  # who waits is not left without an answer: twice is better than never
+                    if not step.done():  # a waiter is not left without an answer: twice is better than never
                         step.fail(SpoolError("internal error"))
         self.told = told
 

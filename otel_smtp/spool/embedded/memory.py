@@ -161,7 +161,7 @@ class Memory:
         """Where a message lies from now on: in a step's part of that number.
 
         Args:
-            crc: of its content, where the record's own does not tell.
+            crc: of its content, where the record's own does not cover it.
         """
         at, octets, content_at, written_crc = step.places[part]
         segment = step.segment

@@ -10,7 +10,7 @@ T = TypeVar("T")
 class Promise(Generic[T]):
     """A future whose callbacks are called by the call that answers it: a turn of the event loop sooner, and for less.
 
-    Whoever awaits it goes on later, as with any other; to give up waiting changes nothing about it.
+    A task that awaits it goes on later, as with any other; to give up waiting changes nothing about it.
     """
 
     __slots__ = ("_callbacks", "_error", "_is_done", "_result")

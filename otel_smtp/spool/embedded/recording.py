@@ -1,4 +1,4 @@
-"""Results: what an attempt came to, with the messages that tell of it."""
+"""Results: the outcome of an attempt, with the messages that report it."""
 
 from collections.abc import Sequence
 from typing import Any

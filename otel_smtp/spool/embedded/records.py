@@ -7,7 +7,7 @@ A record is a header, a text (JSON, what the record says) and a content (a mail'
 
 The marker is random, of this segment alone: neither a mail's content nor what a reused file held before can pass for a
 record. The header's checksum covers its place. `synced` is how far the segment was durable when the record was written,
-so that a scan can tell damage to what was answered 250 from a tail that was torn before anybody was answered.
+so that a scan can distinguish damage to what was answered 250 from a tail that was torn before any answer.
 """
 
 import os
@@ -98,7 +98,7 @@ def read_head(data: bytes) -> tuple[int, bytes] | None:
 
 
 def new_marker() -> bytes:
-    """A marker that nobody can guess."""
+    """A marker that cannot be guessed."""
     return os.urandom(8)
 
 
@@ -143,7 +143,7 @@ def is_record(data: memoryview, at: int) -> bool:
 
 
 def scan(data: bytes, marker: bytes) -> Iterator[Record | Damage]:
-    """All records of a segment, in order, with the damage between them; what follows the last one is not told.
+    """All records of a segment, in order, with the damage between them; what follows the last one is not reported.
 
     Args:
         data: the segment, with its head.

@@ -176,7 +176,7 @@ class _Recovery:
                 self._markers[number] = told[1]
                 found.append(number)
             elif told is None and head and any(records.scan(self._directory.read_segment(number), head[FIRST:])):
-                # Each record begins with the marker that the head is to tell.
+                # Each record begins with the marker that the head should have.
                 self._remark(f"the head of segment {number} is damaged; its records are read all the same")
                 self._markers[number] = head[FIRST:]
                 found.append(number)
@@ -431,7 +431,7 @@ class _Recovery:
                     self._write()
                     self._clock_place = (number, record.at)
                     meta = clock_meta(self._clock_place)
-                    if "seen_ms" in self._seen:  # the moment that it tells of was before
+                    if "seen_ms" in self._seen:  # the moment that it records was before
                         meta["seen_ms"] = self._seen["seen_ms"] = int(self._seen["seen_ms"]) + instants_ms
                     self._index_in_use.move(due_ms, instants_ms, meta)
                     return
@@ -493,7 +493,7 @@ class _Recovery:
                 while ids := index.in_segment(segment, _HELD_MOST):
                     lost += self._lose(index.load(ids), numbers)
         strays = there - needed
-        # Nobody was answered 250 for it, or its message has ended, as far as log and index are whole.
+        # No client was answered 250 for it, or its message has ended, as far as log and index are intact.
         over = strays if self._is_complete else strays & self._ended
         for stray in over:
             directory.remove_large(stray)

@@ -18,7 +18,7 @@ The class is put together from those that are below, by what they are asked for:
     rebuilding  what was set aside, queued again
     moving_out  messages on their way into another store
 
-While a message's record is on its way, the message is busy, and whoever else wants to change it waits.
+While a message's record is on its way, the message is busy, and any other change to it waits.
 """
 
 import asyncio
@@ -257,7 +257,7 @@ class EmbeddedStore(EmbeddedSubmitting, EmbeddedLeasing, EmbeddedRecording, Rebu
         await asyncio.to_thread(self.directory.close)
 
     async def _write_marker(self) -> None:
-        """Write a record that changes nothing: those before it are written, and told of, when it is."""
+        """Write a record that changes nothing: those before it are written, and reported, when it is."""
         await self.journal.append([(RecordKind.CLOCK, dumps({"moved_ms": 0, "ended": {}}), ())])
 
     async def _take_back(self, entries: Sequence[Entry], crashes_allowed: int | None, held: list[str]) -> None:

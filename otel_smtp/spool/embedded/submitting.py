@@ -42,7 +42,7 @@ class EmbeddedSubmitting(EmbeddedParts):
         )
         self._submitting.add(task)
         task.add_done_callback(self._submitting.discard)
-        # Whoever gives up waiting does not undo what is on its way to the disk.
+        # A caller that gives up waiting does not undo what is on its way to the disk.
         return asyncio.shield(task)
 
     async def _submit_later(self, entry: Entry, content: Sequence[bytes]) -> Sequence[Lease]:

@@ -42,7 +42,7 @@ class Waiting:
         heapq.heappush(heap, (delivery.due_ms, entry.id, delivery.number, entry.mail.reverse_path))
 
     def take(self, destination: str, most: int, now_ms: int, *, was_tried: bool) -> list[Candidate]:
-        """The first that are due and not too old, a sample of them; whoever is not attempted is to be offered again."""
+        """The first that are due and not too old, a sample of them; those that are not attempted are offered again."""
         heap = self._heaps.get((destination, was_tried))
         found: dict[tuple[str, int], Candidate] = {}
         while heap and heap[0][0] <= now_ms and len(found) < SAMPLE * most:

@@ -1,9 +1,9 @@
 """Outcomes: what became of each recipient of queued mail, POSTed to the application as signed CloudEvents.
 
     events     what an outcome says, and its signature: values in, octets out
-    recording  which ends are told to which receivers; each is stored in the same commit as the end that it tells of
+    recording  which ends are reported to which receivers; each is stored in the same commit as the end that it reports
     posting    one exchange with a receiver, within its bounds
-    receivers  whom they are for, and how each fares
+    receivers  the receivers, and how each fares
     sending    claims what is due, posts it, and backs off from a receiver that fails
     telling    all of it as one thing, which the spool has where there are receivers
 

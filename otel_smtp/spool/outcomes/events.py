@@ -31,7 +31,7 @@ class RecipientOutcome(StrEnum):
 
     DELIVERED = "delivered"  # an upstream took it
     BOUNCED = "bounced"  # refused for good, and the sender gets a bounce
-    REFUSED = "refused"  # refused for good, and nobody gets a bounce
+    REFUSED = "refused"  # refused for good, and no bounce is sent
     EXPIRED = "expired"  # too old
 
 
@@ -72,7 +72,7 @@ def signed_headers(key: bytes, event_id: str, unix_seconds: int, body: bytes) ->
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """What a CloudEvent tells of one recipient.
+    """What a CloudEvent reports about one recipient.
 
     Attributes:
         source: the gateway, as a URI reference.

@@ -23,7 +23,7 @@ class ReceiverSettings:
         name: in metrics and logs, and of its backlog.
         url: https, or http on this machine.
         key: signs what is sent.
-        outcomes: those that it is told of.
+        outcomes: those that it receives.
         ca_file: authorities to trust; None: the system's.
         connections: at most so many outcomes are sent to it at once.
         timeout_seconds: of a whole exchange.

@@ -1,4 +1,4 @@
-"""Which ends are told to which receivers, as messages that are stored with the end itself."""
+"""Which ends are reported to which receivers, as messages that are stored with the end itself."""
 
 import logging
 import time
@@ -45,7 +45,7 @@ class Outcomes:
     ) -> Sequence[Notice]:
         """What is to be stored with the ends among these verdicts.
 
-        Never raises: a mail's end is recorded, whatever becomes of what tells of it.
+        Never raises: a mail's end is recorded, whatever becomes of its report.
 
         Args:
             bounces: whether the sender of the mail gets a bounce for a recipient that was refused.

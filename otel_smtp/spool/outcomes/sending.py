@@ -58,7 +58,7 @@ class Sender:
             self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def stop(self) -> None:
-        """End: what is under way is cut short after a moment, and sent again by whoever comes next. Idempotent."""
+        """End: what is under way is cut short after a moment, and sent again by the next process. Idempotent."""
         self._recording.is_stopping = True
         if self._task is not None:
             self._task.cancel()
@@ -225,6 +225,6 @@ class Sender:
 
 
 def _as_reply(answer: PostAnswer) -> Reply:
-    """Why a receiver did not take an outcome, as `queue show` tells what was said last."""
+    """Why a receiver did not take an outcome, as `queue show` prints it."""
     why = (answer.why or "").encode("ascii", "replace").decode()
     return Reply(451, None, (" ".join(why.split())[:200],), ErrorType.UPSTREAM_UNAVAILABLE)

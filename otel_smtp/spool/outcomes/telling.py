@@ -11,7 +11,7 @@ class Telling:
     """Makes outcomes, and sends them.
 
     Attributes:
-        receivers: whom they are for. `outcomes`: makes them.
+        receivers: of the outcomes. `outcomes`: makes them.
     """
 
     def __init__(self, store: Store, schedule: Schedule, *, hostname: str) -> None:

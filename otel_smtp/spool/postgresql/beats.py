@@ -36,13 +36,13 @@ PERMITS_SECONDS: Final = 60.0
 """How long a permit that a silent gateway had in flight counts on, before it leaves the window of its limit: as long as
 the reply may take to what was sent before."""
 SLOTS_SECONDS: Final = 5.0
-"""How long nobody else uses the connection slots that a gateway still had when it left."""
+"""How long the connection slots that a gateway still had when it left are kept from others."""
 DEPARTURES_KEPT: Final = 20
 _GONE: Final = "gone "
 
 
 def channel(place: QueueLocation) -> str:
-    """Where the processes of one queue tell each other that something has changed."""
+    """Where the processes of one queue notify each other of changes."""
     return f"otel_smtp_{place.schema}"[:63]
 
 
@@ -209,7 +209,7 @@ class Beats:
             await self._take_over(connection)
 
     def _note_clocks(self, monotonic: float, clock: float) -> None:
-        """A step of the database's clock moves the ends of all leases: nobody may be declared dead for it."""
+        """A step of the database's clock moves the ends of all leases: no gateway may be declared dead for it."""
         before, self._clocks = self._clocks, (monotonic, clock)
         if before is not None and abs((clock - before[1]) - (monotonic - before[0])) > CLOCK_STEP_SECONDS:
             logger.warning("database clock jumped")

@@ -3,7 +3,7 @@ failures mean.
 
 A connection that commits is never given a timeout, and no task that waits for it is cancelled: asyncpg would send a
 cancel request, upon which PostgreSQL stops waiting for its synchronous standby and leaves the commit on the primary
-alone. Who gives up calls `terminate()`.
+alone. A caller that gives up calls `terminate()`.
 """
 
 import logging
@@ -104,7 +104,7 @@ def may_succeed_again(error: BaseException) -> bool:
 
 
 def storage_error(error: BaseException) -> SpoolError:
-    """What a failure of the database means to whoever wanted to store something."""
+    """What a failure of the database means to the caller that wanted to store something."""
     if isinstance(error, SpoolError):
         return error
     if isinstance(error, asyncpg.DiskFullError):
@@ -144,7 +144,7 @@ async def connect(
 
     Raises:
         SpoolError: the server, the database or our rights are not what they must be; the text says what to do.
-        StorageAway: nobody answers, for now.
+        StorageAway: no server answers, for now.
     """
     context = _tls(place.url)
     try:
@@ -339,7 +339,7 @@ class LastingConnection:
         return wait * (0.5 + random.random())  # noqa: S311 - jitter, no secret
 
     def terminate(self) -> None:
-        """Break the connection off: who waits for an answer over it learns that the outcome is unknown."""
+        """Abort the connection: callers that wait for an answer over it learn that the outcome is unknown."""
         if self._connection is not None:
             self._connection.terminate()
 

@@ -1,4 +1,4 @@
-"""Group commit: what comes while one group commits is the next group. A lone mail waits for nobody.
+"""Group commit: what comes while one group commits is the next group. A lone mail does not wait.
 
 A group costs as much as ten mails, here and in the database. So a second group is under way beside the first only where
 many wait, or the first takes long; and what nobody waits for gathers for a moment.
@@ -256,4 +256,4 @@ class Lanes(Generic[I]):
             self._given_up(item)
         if not item.answer.done():
             item.answer.set_exception(fault)
-            item.answer.exception()  # whoever gave up waiting does not ask
+            item.answer.exception()  # a caller that gave up waiting does not ask

@@ -59,7 +59,7 @@ class PostgresqlLeasing(PostgresqlParts):
         return None if due_in is None else max(0.0, due_in)
 
     async def _adopt(self, incarnation: UUID, are_outcomes: Container[bool]) -> Sequence[Row]:
-        """Leases of ours that nobody here knows of.
+        """Leases of ours that this process does not know of.
 
         Args:
             are_outcomes: outcomes are claimed, mail is, or both: who sends the one must never be given the other.

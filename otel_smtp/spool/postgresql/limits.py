@@ -1,6 +1,6 @@
 """The limits and connection slots of all gateways of a queue.
 
-See `schema` for what is kept, and `forwarding.base.Ledger` for who asks.
+See `schema` for what is kept, and `forwarding.base.Ledger` for the interface.
 """
 
 import json
@@ -21,7 +21,7 @@ from otel_smtp.spool.postgresql.working import Working
 logger: Final = logging.getLogger("otel_smtp.spool.postgresql.limits")
 
 SLOTS: Final = "slots "
-"""What gateways tell each other of slots begins with this; then [the upstream, the gateway, it waits for some]."""
+"""Notifications between gateways about slots begin with this; then [the upstream, the gateway, it waits for some]."""
 
 
 class DatabaseLedger:
@@ -76,7 +76,7 @@ class DatabaseLedger:
                 if wanted:
                     await connection.execute(statements.make_slots, name, total)
                     taken = len(await connection.fetch(statements.take_slots, me, name, total, wanted))
-                # Who waits is told of what was given back; who has some, that somebody waits.
+                # Waiters are notified of what was given back; holders, that others wait.
                 for is_wish, is_so in ((False, bool(released)), (True, taken < wanted)):
                     if is_so:
                         what = SLOTS + json.dumps([name, str(me), is_wish])
@@ -94,7 +94,7 @@ class DatabaseLedger:
         self._watching[name] = heard
 
     def hear(self, what: str) -> None:
-        """Another gateway, or this one, tells of slots."""
+        """Another gateway, or this one, reports about slots."""
         try:
             name, gateway, is_wish = json.loads(what.removeprefix(SLOTS))
         except (ValueError, TypeError):  # a newer program's

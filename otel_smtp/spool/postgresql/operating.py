@@ -142,7 +142,7 @@ class PostgresqlOperating(PostgresqlParts):
         )  # fmt: skip
 
     async def session_user(self) -> str:
-        """Who is logged in to the database."""
+        """The user that is logged in to the database."""
         name: str = await self._working.do(lambda connection: connection.fetchval("SELECT session_user::text"))
         return name
 
@@ -166,7 +166,7 @@ class PostgresqlOperating(PostgresqlParts):
         )
 
     async def tell_deed(self, deed: str) -> None:
-        """Have one gateway of the queue tell of what an operator did; a notification is short, so it comes in pieces.
+        """Have one gateway of the queue report what an operator did; a notification is short, so it comes in pieces.
 
         Args:
             deed: see `deeds.Deed.as_text`, in ASCII characters.

@@ -16,7 +16,7 @@ class Figures:
     Attributes:
         stale: results that came too late.
         taken_over: deliveries of others that went on.
-        unanswered: messages that may have been stored though their client was told 451.
+        unanswered: messages that may have been stored though their client was answered 451.
     """
 
     stale: int = 0

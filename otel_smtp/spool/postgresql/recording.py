@@ -1,4 +1,4 @@
-"""Results: what attempts came to, in groups, with the messages that tell of it."""
+"""Results: what attempts came to, in groups, with the messages that report it."""
 
 import asyncio
 import time

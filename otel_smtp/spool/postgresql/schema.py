@@ -287,7 +287,7 @@ async def migrate(connection: "asyncpg.Connection[asyncpg.Record]", schema: str,
 
 
 async def _keep_meta(connection: "asyncpg.Connection[asyncpg.Record]", name: str, *, dry_run: bool) -> Sequence[str]:
-    """Let nobody but its owner write what version the schema has; the statements."""
+    """Let only the owner write the schema's version; the statements."""
     others = [row["name"] for row in await connection.fetch(_WHO_WRITES_META, f"{name}.meta")]
     statements = [f"REVOKE INSERT, UPDATE, DELETE, TRUNCATE ON {name}.meta FROM {other}" for other in others]
     for statement in statements if not dry_run else ():

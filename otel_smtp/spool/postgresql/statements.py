@@ -203,7 +203,7 @@ FROM {s}.msg WHERE id = $1"""
 
 _CHUNK: Final = "INSERT INTO {s}.chunk (msg_id, n, data) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING"
 
-# Mail whose client was told 451, though it may be there. The insertion waits for a commit that is still under way.
+# Mail whose client was answered 451, though it may be there. The insertion waits for a commit that is still under way.
 _WITHDRAW_WAIT: Final = """
 INSERT INTO {s}.msg (id, kind, arrived_at, expires_at, reverse_path, parameters, carrier, accepted_by, octets,
   header_octets, digest, held_at)

@@ -124,7 +124,7 @@ class PostgresqlStore(PostgresqlSubmitting, PostgresqlLeasing, PostgresqlOperati
             verb=StoreVerb.FINISH,
             timings=timings,
         )
-        # An operator who only looks needs no more rights than that.
+        # An operator's session that only reads needs no more rights than that.
         self._working = Working(place, "claims" if is_gateway else "command", timings=timings, checks_rights=is_gateway)
         self.ledger = DatabaseLedger(place, statements, self.beats, timings)
         self._vacuum = VacuumWatch(statements, self._working)
@@ -253,7 +253,7 @@ class PostgresqlStore(PostgresqlSubmitting, PostgresqlLeasing, PostgresqlOperati
                         folded_at = time.monotonic()
                         await self._fold()
             except SpoolError:
-                pass  # beats tell of it
+                pass  # beats report it
             except Exception:
                 logger.exception("queue housekeeping failed; retrying")
 

@@ -119,7 +119,7 @@ class PostgresqlSubmitting(PostgresqlRecording):
                 self._woken.wake(list(one.message.deliveries))
 
     def _give_back(self, leases: Sequence[Lease]) -> None:
-        """Nobody waits for these any more: they are attempted like others."""
+        """These are no longer awaited: they are attempted like others."""
         for lease in leases:
             self.finish(lease, (), counts_attempt=False)
 
@@ -129,7 +129,7 @@ class PostgresqlSubmitting(PostgresqlRecording):
         self._withdrawn[one.message.id] = one.message.attempts
 
     async def _withdraw(self) -> None:
-        """Take back what may have been stored though its client was told that it was not."""
+        """Take back what may have been stored though its client was answered that it was not."""
         for message_id, attempts in list(self._withdrawn.items()):
 
             async def withdraw(connection: Connection, message_id: str = message_id, attempts: int = attempts) -> None:
@@ -155,5 +155,5 @@ class PostgresqlSubmitting(PostgresqlRecording):
             try:
                 await self._working.do(withdraw)
             except SpoolError:
-                return  # beats tell of it; it is tried again
+                return  # beats report it; it is tried again
             self._withdrawn.pop(message_id, None)

@@ -61,7 +61,7 @@ class Working:
         return self._line.facts
 
     async def do(self, work: Callable[[Connection], Awaitable[T]], verb: StoreVerb = StoreVerb.OTHER) -> T:
-        """Do some work. It goes on where whoever asked for it is cancelled: a commit is not to be disturbed.
+        """Do some work. It goes on where its caller is cancelled: a commit is not to be disturbed.
 
         Raises:
             StorageAway: its outcome is unknown, or it was not begun.
@@ -75,7 +75,7 @@ class Working:
     def _ended(self, task: "asyncio.Task[object]") -> None:
         self._running.discard(task)
         if not task.cancelled():
-            task.exception()  # whoever was cancelled does not ask
+            task.exception()  # a caller that was cancelled does not ask
 
     async def _do(self, work: Callable[[Connection], Awaitable[T]], verb: StoreVerb) -> T:
         loop = asyncio.get_running_loop()
