@@ -430,8 +430,8 @@ class Attempt:
             try:
                 notices = await self._notices_of(verdicts)
             except Exception:
-                # Recipients that have the mail must not get it again for that; refused ones are attempted once more, and
-                # reported then.
+                # Recipients that have the mail must not get it again for that; refused ones are attempted once more,
+                # and reported then.
                 logger.exception("notice not created", extra=told(lease))
                 verdicts = [
                     one if one.end is End.DELIVERED else Verdict(one.number, None, one.reply) for one in verdicts

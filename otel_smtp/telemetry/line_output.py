@@ -4,9 +4,9 @@ Theory of operation
 -------------------
 Lines of mails that were reported together are written together (`write_all`). A line of a span by itself (`add`)
 waits for the others of the same turn of the event loop and is written at its end; under load, where one turn follows
-the other, for at most `BATCH_SECONDS`. Any other line (`write`) is written at once, after those that wait. So the order of lines
-is the order of calls, and a process that is killed loses the lines of mail of its last turn or few milliseconds, and no
-other. One that ends by itself, or by an exception, writes everything first.
+the other, for at most `BATCH_SECONDS`. Any other line (`write`) is written at once, after those that wait. So the order
+of lines is the order of calls, and a process that is killed loses the lines of mail of its last turn or few
+milliseconds, and no other. One that ends by itself, or by an exception, writes everything first.
 
 A write has whole lines, and of several at most `PIPE_BUF` octets, so that lines of processes that share a pipe are
 never torn apart (pipe(7): such a write is atomic).
