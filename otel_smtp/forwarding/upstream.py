@@ -116,7 +116,9 @@ class UpstreamForwarder:
 
     def _relay_by(self, smarthosts: Sequence[Smarthost], strategy: Strategy) -> None:
         self._smarthosts = smarthosts
-        self._routes = Routes([(smarthost.settings, smarthost) for smarthost in smarthosts])
+        self._routes = routes = Routes([(smarthost.settings, smarthost) for smarthost in smarthosts])
+        # What `destination` says of all mail; "": that depends on sender or recipient.
+        self._name_of_all = _name(smarthosts) if routes.for_all is not None and routes.for_all.for_all else ""
         self._strategy = _STRATEGIES[strategy]
         self._capabilities: Extensions | None = None
 
@@ -188,8 +190,10 @@ class UpstreamForwarder:
         """The names of the upstreams that serve a recipient, the preferred one first, or why none does."""
         if (refusal := bad_recipient(mail, recipient)) is not None:
             return refusal
+        if self._name_of_all:
+            return self._name_of_all
         route = self._routes.for_mail(mail).for_recipient(recipient)
-        return ",".join([smarthost.settings.name for smarthost in route]) if route else replies.RELAY_DENIED
+        return _name(route) if route else replies.RELAY_DENIED
 
     def keeps_8bit(self) -> bool:
         """See `Relay.keeps_8bit`."""
@@ -205,6 +209,8 @@ class UpstreamForwarder:
         return max(smarthost.concurrency() for smarthost in named)
 
     def _named(self, destination: str) -> Sequence[Smarthost]:
+        if destination == self._name_of_all:
+            return self._smarthosts
         names = destination.split(",")
         # The settings may have changed since the name was noted; then any of them may serve it.
         return [smarthost for smarthost in self._smarthosts if smarthost.settings.name in names] or self._smarthosts
@@ -359,6 +365,11 @@ class UpstreamForwarder:
 
 def _nothing() -> None:
     """Nobody wants to know."""
+
+
+def _name(route: Sequence[Smarthost]) -> str:
+    """The destination that those are who serve a recipient."""
+    return ",".join([smarthost.settings.name for smarthost in route])
 
 
 def _capabilities_of(smarthost: Smarthost) -> Extensions:

@@ -2,8 +2,9 @@
 
 The dispatch of every hook is derived from `Observer`: a hook that is added there is dispatched from then on.
 
-Transactions that went well wait here for a moment, to be handed to `transactions_settled` together. Such a record and
-its deliveries are written to no more, and the connection's segment that holds it stays open until it is handed on.
+Transactions that went well wait here for a moment, to be handed to `transactions_settled` together, and so do attempts
+from the spool that went well, for `deliveries_settled`. Such a record and its deliveries are written to no more, and
+the connection's segment that holds it stays open until it is handed on.
 """
 
 import difflib
@@ -15,7 +16,7 @@ from functools import partial
 from typing import Any, Final
 
 from otel_smtp.observing.interface import HOOKS, Observer
-from otel_smtp.observing.records import ConnectionRecord, TransactionRecord
+from otel_smtp.observing.records import ConnectionRecord, DeliveryRecord, TransactionRecord
 from otel_smtp.observing.values import Outcome
 
 logger: Final = logging.getLogger("otel_smtp.observing")
@@ -80,7 +81,13 @@ class FanOut(Observer):
                 setattr(self, hook, (_asker if asks else _teller)(hook, listeners))
         self._soon = soon
         self._waiting: list[TransactionRecord] = []
-        self._batch = 0  # the number of those
+        self._attempts: list[DeliveryRecord] = []  # that wait too
+        self._attempted: list[TransactionRecord] = []  # the transactions of those, which they do not hold
+        self._batch = 0  # the number of all those
+        self._tell_delivery_at_once: Callable[[DeliveryRecord], None] | None = None
+        if "deliveries_settled" in self.__dict__:
+            self._tell_delivery_at_once = self.__dict__.get("delivery_ended")
+            self.delivery_ended = self._delivery_ended  # type: ignore[method-assign]
         self._tell_at_once: Callable[[TransactionRecord], None] | None = None
         if "transactions_settled" in self.__dict__:
             self._tell_at_once = self.__dict__.get("transaction_ended")
@@ -89,11 +96,17 @@ class FanOut(Observer):
                 setattr(self, hook, partial(self._after_those_waiting, getattr(self, hook)))
 
     def catch_up(self) -> None:
-        """Pass the waiting transactions to the observers; call it before reading what those make of them."""
-        if waiting := self._waiting:
-            self._waiting = []
-            self._batch += 1
+        """Pass what waits to the observers; call it before reading what those make of it."""
+        waiting, attempts, attempted = self._waiting, self._attempts, self._attempted
+        if not waiting and not attempts:
+            return
+        self._waiting, self._attempts, self._attempted = [], [], []
+        self._batch += 1
+        if waiting:
             self.transactions_settled(waiting)
+        if attempts:
+            self.deliveries_settled(attempts)
+        del attempted  # those records had to live until here
 
     def _transaction_ended(self, transaction: TransactionRecord) -> None:
         if self._tell_at_once is not None:
@@ -104,10 +117,27 @@ class FanOut(Observer):
             self._soon is None
             or (outcome is not _RELAYED and outcome is not _QUEUED)
             or (deliveries and not deliveries[-1].ended_ns)  # each begins when the one before has ended
-            or len(waiting) >= MOST_WAITING
+            or len(waiting) + len(self._attempts) >= MOST_WAITING
         ):
             self.catch_up()
-        elif len(waiting) == 1:
+        elif len(waiting) == 1 and not self._attempts:
+            self._soon(partial(self._catch_up_with, self._batch))
+
+    def _delivery_ended(self, delivery: DeliveryRecord) -> None:
+        if self._tell_delivery_at_once is not None:
+            self._tell_delivery_at_once(delivery)
+        transaction, attempts = delivery.transaction, self._attempts
+        attempts.append(delivery)
+        self._attempted.append(transaction)
+        waiting = len(attempts) + len(self._waiting)
+        if (
+            self._soon is None
+            or delivery.outcome is not _RELAYED
+            or transaction.connection is not None
+            or waiting >= MOST_WAITING
+        ):
+            self.catch_up()
+        elif waiting == 1:
             self._soon(partial(self._catch_up_with, self._batch))
 
     def _catch_up_with(self, batch: int) -> None:

@@ -56,6 +56,12 @@ class Observer:
         Of one from the spool, what it came to for each recipient is known by then.
         """
 
+    def deliveries_settled(self, deliveries: Sequence[DeliveryRecord]) -> None:
+        """Attempts are over whose transactions had ended before: `delivery_ended` for observers that can wait.
+
+        As `transactions_settled`: those from the spool that went well come together, after the transactions that wait.
+        """
+
     def spool_acted(self, transaction: TransactionRecord) -> None:
         """Something befell a message in the spool without an attempt: see `TransactionRecord.action`. Its recipients
         that ended by it, or wait for an operator, are in `TransactionRecord.refused`."""

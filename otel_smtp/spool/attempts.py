@@ -7,7 +7,7 @@ task, piece by piece, as fast as the upstream takes it.
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -43,7 +43,6 @@ RECORD_AGAIN_SECONDS: Final = 1.0
 _MAIL: Final = Kind.MAIL
 _DELIVERED: Final = End.DELIVERED
 
-_NOTHING: Final[Iterator[bytes]] = iter(())
 _make_verdict: Final = partial(tuple.__new__, Verdict)  # the constructor of a named tuple is a function in Python
 
 MESSAGE_KINDS: Final = {
@@ -132,7 +131,7 @@ class Attempt:
     """
 
     __slots__ = (
-        "_answers", "_content", "_has_content_left", "_header", "_holds", "_is_judged", "_left", "_mail", "_means",
+        "_answers", "_content", "_has_content_left", "_header", "_holds", "_is_judged", "_mail", "_means",
         "_record", "_room", "_task", "_transaction", "_verdicts", "in_line_since", "is_new", "lease",
     )  # fmt: skip
 
@@ -162,7 +161,6 @@ class Attempt:
         record.octets = octets
         self._transaction: MailTransaction | None = None
         self._answers: Sequence[Reply] = ()
-        self._left: Iterator[bytes] = _NOTHING  # chunks that have not been written
         self._room: asyncio.Future[None] | None = None  # waited for by the task that reads
         self._has_content_left = False  # from here on, the upstream may have taken it
         self._is_judged = False
@@ -240,32 +238,21 @@ class Attempt:
             return
         try:
             self._has_content_left = True
-            assert self._transaction is not None
-            self._transaction.content(self._go_on)
-            if self._content is None:
-                self._task = asyncio.get_running_loop().create_task(self._read_and_write())
-            else:
-                self._left = iter(self._content)
+            transaction, content = self._transaction, self._content
+            assert transaction is not None
+            if content:
                 self._content = None
-                self._go_on()
+                transaction.message(content[0], b"".join(content[1:]), self._answered)
+            else:
+                transaction.content(self._go_on)
+                self._task = asyncio.get_running_loop().create_task(self._read_and_write())
         except Exception:  # noqa: BLE001 - it is logged
             self._fail()
 
     def _go_on(self) -> None:
-        """Write what is at hand, as far as it is taken; or let the task that reads do so."""
-        if self._room is not None:
-            if not self._room.done():
-                self._room.set_result(None)
-            return
-        if self._is_judged or self._task is not None:
-            return
-        transaction = self._transaction
-        assert transaction is not None
-        for chunk in self._left:  # goes on where it was left
-            if chunk and not transaction.write(chunk):
-                return
-        if self._holds is None or not self._has_lost_its_lease():
-            transaction.finish(self._answered)
+        """More is taken: let the task that reads write it."""
+        if self._room is not None and not self._room.done():
+            self._room.set_result(None)
 
     async def _read_and_write(self) -> None:
         assert self._transaction is not None
@@ -393,7 +380,6 @@ class Attempt:
         logger.warning("null sender refused, notice_sender is used", extra={**told(self.lease), **_codes(said)})
         self._mail = self._mail._replace(reverse_path=self._means.notices.sender)
         self._answers = ()
-        self._left = _NOTHING
         self._room = self._task = self._content = None
         self._has_content_left = False
         asyncio.get_running_loop().call_soon(self._begin)

@@ -85,6 +85,17 @@ class SpillingDraft(ABC):
             self._spill()
         return False
 
+    def hold(self, header: bytes, body: bytes) -> bool:
+        """See `store.Draft.hold`."""
+        header_octets = len(header)
+        octets = header_octets + len(body)
+        if octets > self._memory_limit:
+            return False
+        self._held = [header, body] if body else [header]
+        self._held_octets = self.octets = octets
+        self.header_octets = header_octets
+        return True
+
     async def end(self) -> None:
         """It is complete.
 

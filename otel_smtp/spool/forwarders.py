@@ -140,7 +140,7 @@ class Intake:
         destinations = list(deliveries)
         is_leased = not was_tried and self._attempts.reserve(destinations)
 
-        def submitted(done: Pending[Sequence[Lease]]) -> None:
+        def submitted(done: "Pending[Sequence[Lease]]") -> None:  # quoted: it would be put together for each message
             leases: Sequence[Lease] = ()
             try:
                 leases = done.result()
@@ -252,6 +252,14 @@ class _Queued(MailTransaction):
             return destination
         self._deliveries.setdefault(destination, []).append(recipient)
         return replies.RECIPIENT_OK
+
+    def message(self, header: bytes, body: bytes, answered: MessageAnswered) -> None:
+        """See `MailTransaction.message`."""
+        assert self._draft is not None
+        if self._draft.hold(header, body):
+            self.finish(answered)
+        else:
+            super().message(header, body, answered)
 
     def content(self, resume: Callable[[], None]) -> None:
         """See `MailTransaction.content`."""

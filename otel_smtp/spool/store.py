@@ -126,6 +126,17 @@ class Draft(Protocol):
         """
         ...
 
+    def hold(self, header: bytes, body: bytes) -> bool:
+        """Take a content that is whole: each `write` in one, where that needs no file.
+
+        Args:
+            body: may be empty.
+
+        Returns:
+            Whether it was taken; if not, it is to be written.
+        """
+        ...
+
     def discard(self) -> None:
         """Forget it. Idempotent; what was submitted is not touched."""
         ...

@@ -593,18 +593,19 @@ class Metrics(Observer):
         series = self._delivery_duration.series[upstream, *_RELAYED]
         series.add_each([ns / 1e9 for ns in deliveries], contexts, delivered)
 
-    def delivery_ended(self, delivery: DeliveryRecord) -> None:
-        """Count an attempt that outlived its transaction."""
-        transaction = delivery.transaction
-        trace: Identity | None = transaction.trace
-        context = None if trace is None else trace.context
-        if context is not None and not (context.flags | _UNSAMPLED) & self._exemplar_flags:
-            context = None
-        if self._note_attempt(delivery, transaction, context):
-            return
-        self._measure(delivery, transaction, context)
-        if transaction.connection is None and transaction.kind is MessageKind.MAIL:
-            self._count_ended(delivery)
+    def deliveries_settled(self, deliveries: Sequence[DeliveryRecord]) -> None:
+        """Count attempts that outlived their transactions."""
+        for delivery in deliveries:
+            transaction = delivery.transaction
+            trace: Identity | None = transaction.trace
+            context = None if trace is None else trace.context
+            if context is not None and not (context.flags | _UNSAMPLED) & self._exemplar_flags:
+                context = None
+            if self._note_attempt(delivery, transaction, context):
+                continue
+            self._measure(delivery, transaction, context)
+            if transaction.connection is None and transaction.kind is MessageKind.MAIL:
+                self._count_ended(delivery)
 
     def spool_acted(self, transaction: TransactionRecord) -> None:
         """Count the recipients that ended, or wait for an operator."""

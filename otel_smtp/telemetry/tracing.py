@@ -44,7 +44,7 @@ from otel_smtp.telemetry.records import EventRecord, LinkRecord, SpanRecord, Spa
 from otel_smtp.telemetry.redaction import Redaction
 from otel_smtp.telemetry.sampling import Identity, Sampling, SegmentIdentity
 from otel_smtp.telemetry.sdk import DEFAULT_ON, IdGenerator, RandomIdGenerator, Sampler
-from otel_smtp.telemetry.shapes import AFTER_LAST_EVENT_NS, EncodedPair, EncodedSpan, Pair, SpanShape, encode
+from otel_smtp.telemetry.shapes import AFTER_LAST_EVENT_NS, EncodedSpan, Pair, SpanShape, encode
 from otel_smtp.telemetry.span_attributes import Described, SpanAttributes, is_probe
 from otel_smtp.telemetry.span_lines import LineOfSpan, LinesOfMail, WriteLines
 from otel_smtp.telemetry.state_events import (
@@ -284,14 +284,15 @@ class Tracing(Observer):
             if encodes and identity is not None and identity.is_recording and identity.context.flags & SAMPLED:
                 spans = ordinary.spans(transaction, identity)
             if spans is None or identity is None:
-                self._give_together(together, lines, write_lines)
-                self._finish_transaction(transaction, identity)
+                if lines:  # they come before what is told of this one
+                    self._give_together(together, lines, write_lines)
+                self._finish_transaction(transaction, identity, together)
                 continue
             together.append(spans)
             if write_lines is not None:
                 lines.append(ordinary.lines(transaction, identity))
             elif not self._only_encodes:
-                self._finish_transaction(transaction, identity, is_encoded=True)
+                self._finish_transaction(transaction, identity, together, is_encoded=True)
         self._give_together(together, lines, write_lines)
 
     def _writer_of_lines(self) -> WriteLines | None:
@@ -310,12 +311,18 @@ class Tracing(Observer):
         return self._settle(transaction)
 
     def _finish_transaction(
-        self, transaction: TransactionRecord, identity: Identity | None, *, is_encoded: bool = False
+        self,
+        transaction: TransactionRecord,
+        identity: Identity | None,
+        together: list[EncodedSpan],
+        *,
+        is_encoded: bool = False,
     ) -> None:
         """Make the spans of a transaction and of its deliveries that are over.
 
         Args:
             identity: None for a message from the spool without a trace.
+            together: gets those that are encoded, exported, and no trouble, for `_give_together`.
             is_encoded: those who take octets have them.
         """
         if identity is not None and not identity.is_recording:
@@ -329,7 +336,7 @@ class Tracing(Observer):
                 span = self._ordinary_spooled.transaction(transaction, identity)
             if span is not None:
                 is_encoded = True
-                self._pass_on(span, is_exported=_is_exported(identity), is_trouble=False)
+                self._pass_on_together(span, identity, together)
                 if not self._reads[True] and (
                     not self._lines
                     or self._have_taken_line(self._ordinary_spooled.line_of_transaction(transaction, identity))
@@ -337,7 +344,7 @@ class Tracing(Observer):
                     return
         for delivery in transaction.deliveries:
             if delivery.ended_ns:
-                self._finish_delivery(delivery, is_encoded=is_encoded)
+                self._finish_delivery(delivery, together, is_encoded=is_encoded)
         if identity is None:
             return
         encodes, reads = self._wanted(identity, is_encoded=is_encoded)
@@ -376,13 +383,17 @@ class Tracing(Observer):
         if transaction.connection is not None:
             self.segment(transaction.connection).keep(reason.value)
 
-    def delivery_ended(self, delivery: DeliveryRecord) -> None:
-        """Make the span of an attempt that outlived its transaction."""
-        if self._keeping is not None and delivery.transaction.connection is None:
-            identity = self._settle_delivery(delivery, delivery.transaction)
-            if not identity.is_recording and (reason := self._keeping.attempt(delivery)) is not None:
-                _keep_alone(identity, reason)
-        self._finish_delivery(delivery)
+    def deliveries_settled(self, deliveries: Sequence[DeliveryRecord]) -> None:
+        """Make the spans of attempts that outlived their transactions; those of ordinary ones are given away
+        together."""
+        together: list[EncodedSpan] = []
+        for delivery in deliveries:
+            if self._keeping is not None and delivery.transaction.connection is None:
+                identity = self._settle_delivery(delivery, delivery.transaction)
+                if not identity.is_recording and (reason := self._keeping.attempt(delivery)) is not None:
+                    _keep_alone(identity, reason)
+            self._finish_delivery(delivery, together)
+        self._give_together(together, [], None)
 
     def spool_acted(self, transaction: TransactionRecord) -> None:
         """Make a span of what befell a message in the spool, in the trace of its transaction."""
@@ -548,7 +559,9 @@ class Tracing(Observer):
 
         return self._sampling.decide(names.SPAN_DELIVERY, SpanKind.CLIENT, parent, at_start, links)
 
-    def _finish_delivery(self, delivery: DeliveryRecord, *, is_encoded: bool = False) -> None:
+    def _finish_delivery(
+        self, delivery: DeliveryRecord, together: list[EncodedSpan], *, is_encoded: bool = False
+    ) -> None:
         identity = self._settle_delivery(delivery, delivery.transaction)
         encodes, reads = self._wanted(identity, is_encoded=is_encoded)
         if not encodes and not reads and not self._lines:
@@ -558,7 +571,7 @@ class Tracing(Observer):
             span = self._ordinary_spooled.attempt(delivery, identity)
             if span is not None:
                 encodes = False
-                self._pass_on(span, is_exported=_is_exported(identity), is_trouble=False)
+                self._pass_on_together(span, identity, together)
                 if not reads and (
                     not self._lines or self._have_taken_line(self._ordinary_spooled.line_of_attempt(delivery, identity))
                 ):
@@ -638,16 +651,24 @@ class Tracing(Observer):
         for keep in self._memories:
             keep((span,), is_trouble)
 
+    def _pass_on_together(self, span: EncodedSpan, identity: Identity, together: list[EncodedSpan]) -> None:
+        """The same of the span of an ordinary mail: with others, if it is exported."""
+        if _is_exported(identity):
+            together.append(span)
+        else:
+            self._pass_on(span, is_exported=False, is_trouble=False)
+
     def _give_together(
-        self, pairs: list[EncodedSpan], lines: list[LinesOfMail], write_lines: WriteLines | None
+        self, spans: list[EncodedSpan], lines: list[LinesOfMail], write_lines: WriteLines | None
     ) -> None:
         """Give away the spans of ordinary mails, all of which are exported, and their lines; leaves none of them."""
-        if pairs:
+        if spans:
+            count = sum([span.spans for span in spans])
             for take in self._exports:
-                take(pairs, len(pairs) * EncodedPair.spans)
+                take(spans, count)
             for keep in self._memories:
-                keep(pairs, False)
-            pairs.clear()
+                keep(spans, False)
+            spans.clear()
         if lines and write_lines is not None:
             write_lines(lines)
             lines.clear()

@@ -42,6 +42,7 @@ CALLS: Final[Mapping[str, tuple[Any, ...]]] = {
     "transaction_ended": (TRANSACTION,),
     "transactions_settled": ([TRANSACTION],),
     "delivery_ended": (DELIVERY,),
+    "deliveries_settled": ([DELIVERY],),
     "spool_acted": (TRANSACTION,),
     "trace_id": (TRANSACTION,),
     "carrier": (TRANSACTION,),
@@ -74,8 +75,14 @@ for _hook in HOOKS:
     setattr(Recording, _hook, _recorder(_hook))
 
 
-TOLD: Final = [*CALLS]  # what a fan-out tells when it is told all that: an ended transaction by both hooks
-TOLD.insert(TOLD.index("transaction_ended") + 1, "transactions_settled")
+# Those by which a fan-out tells what it is told by one of them.
+BOTH: Final[Mapping[str, tuple[str, tuple[Any, ...]]]] = {
+    "transaction_ended": ("transactions_settled", ([TRANSACTION],)),
+    "delivery_ended": ("deliveries_settled", ([DELIVERY],)),
+}
+TOLD: Final = [*CALLS]  # when it is told all that
+for one, (other, _) in BOTH.items():
+    TOLD.insert(TOLD.index(one) + 1, other)
 
 
 def call_all(observer: Observer) -> None:
@@ -92,8 +99,8 @@ def test_every_hook_arrives_at_every_member_with_its_arguments(hook: str) -> Non
     members = [Recording(), Recording(), Recording()]
     getattr(fan_out(members), hook)(*CALLS[hook])
     told = [(hook, CALLS[hook])]
-    if hook == "transaction_ended":
-        told.append(("transactions_settled", ([TRANSACTION],)))
+    if hook in BOTH:
+        told.append(BOTH[hook])
     assert [member.told for member in members] == [told] * 3
 
 
@@ -215,8 +222,18 @@ class Settled(Observer):
     def connection_closed(self, connection: ConnectionRecord) -> None:
         self.told.append("closed")
 
-    def delivery_ended(self, delivery: DeliveryRecord) -> None:
-        self.told.append("delivery")
+    def deliveries_settled(self, deliveries: Sequence[DeliveryRecord]) -> None:
+        self.told.append([f"delivery {delivery.transaction.number}" for delivery in deliveries])
+
+
+def attempt(
+    fan: Observer, number: int, outcome: Outcome = Outcome.RELAYED, connection: ConnectionRecord | None = None
+) -> None:
+    """Tell of an attempt at a message of the spool, whose record nobody else keeps."""
+    record = TransactionRecord(Mail("a@example.com"), number, connection, 3, 2)
+    record.deliveries.append(DeliveryRecord(record, "provider", Endpoint("upstream.example", 25), 1, 4))
+    record.deliveries[0].end(outcome, replies.OK, None, 5)
+    fan.delivery_ended(record.deliveries[0])
 
 
 def ended(number: int, outcome: Outcome = Outcome.RELAYED, delivery_ended_ns: int | None = 5) -> TransactionRecord:
@@ -277,6 +294,42 @@ def test_no_more_wait_than_a_turn_of_the_loop_has_time_for() -> None:
     for number in range(MOST_WAITING + 1):
         fan.transaction_ended(ended(number))
     assert settled.told == [[*range(MOST_WAITING)]]
+
+
+def test_attempts_from_the_spool_that_went_well_are_told_together_after_the_transactions() -> None:
+    settled, due = Settled(), list[Callable[[], None]]()
+    fan = fan_out([settled], due.append)
+    attempt(fan, 1)
+    fan.transaction_ended(ended(2))
+    attempt(fan, 3)
+    assert (settled.told, len(due)) == ([], 1)
+    due[0]()
+    due[0]()
+    assert settled.told == [[2], ["delivery 1", "delivery 3"]]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "connection"),
+    [*((outcome, None) for outcome in Outcome if outcome is not Outcome.RELAYED), (Outcome.RELAYED, CONNECTION)],
+)
+def test_an_attempt_that_went_wrong_or_whose_client_is_gone_is_told_at_once(
+    outcome: Outcome, connection: ConnectionRecord | None
+) -> None:
+    settled = Settled()
+    fan = fan_out([settled], lambda work: None)
+    attempt(fan, 1)
+    assert settled.told == []
+    attempt(fan, 2, outcome, connection)
+    assert settled.told == [["delivery 1", "delivery 2"]]
+
+
+def test_attempts_and_transactions_have_one_bound() -> None:
+    settled = Settled()
+    fan = fan_out([settled], lambda work: None)
+    fan.transaction_ended(ended(0))
+    for number in range(MOST_WAITING):
+        attempt(fan, number)
+    assert settled.told == [[0], [f"delivery {number}" for number in range(MOST_WAITING - 1)]]
 
 
 def test_who_needs_a_transaction_at_once_is_told_it_at_once() -> None:

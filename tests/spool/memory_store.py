@@ -59,6 +59,10 @@ class MemoryDraft:
         self.chunks.append(chunk)
         return True
 
+    def hold(self, header: bytes, body: bytes) -> bool:
+        self.chunks = [header, body] if body else [header]
+        return True
+
     def discard(self) -> None:
         self.chunks = []
 

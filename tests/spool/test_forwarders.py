@@ -10,7 +10,8 @@ import pytest
 from otel_smtp.forwarding.base import MailTransaction, Transient
 from otel_smtp.observing import TransactionRecord
 from otel_smtp.smtp import replies
-from otel_smtp.smtp.envelope import Recipient
+from otel_smtp.smtp.envelope import Body, Recipient
+from otel_smtp.smtp.extensions import Extensions
 from otel_smtp.smtp.replies import Reply
 from otel_smtp.spool.embedded import EmbeddedStore
 from otel_smtp.spool.forwarders import DirectThenQueueForwarder, Intake, SpoolForwarder
@@ -194,6 +195,40 @@ async def test_a_message_is_answered_with_its_id_once_it_is_durable(gateway: Gat
     assert client.record.spool_id == client.transaction.spool_id == spool_id
     shown = await gateway.store.show(spool_id)
     assert shown.carrier == CARRIER
+
+
+@pytest.mark.parametrize("body", [BODY, b"", LARGE * 2], ids=["small", "none", "large"])
+async def test_a_message_that_is_whole_is_stored_as_one_that_comes_in_pieces(gateway: Gateway, body: bytes) -> None:
+    client = gateway.queued()
+    await client.ask(BOB)
+    client.transaction.message(HEADER, body, lambda final, own: client.answers.append((final, own)))
+    assert (await client.answer()).code == 250
+    ((spool_id, _),) = await gateway.spooled()
+    shown = await gateway.store.show(spool_id)
+    assert await gateway.store.read(shown.content, 0, shown.content.octets) == HEADER + body
+    assert shown.header_octets == len(HEADER)
+
+
+@pytest.mark.parametrize(
+    ("header", "body", "answer"),
+    [
+        (HEADER, BODY, replies.OK),
+        (HEADER, LARGE[:-1].hex().encode(), replies.OK),
+        (HEADER, b"\r\n\xe4\r\n", replies.NEEDS_8BITMIME),
+        (HEADER.replace(b"Subject: ", b"Subject: \xe4"), BODY, replies.NEEDS_8BITMIME),
+        (HEADER, LARGE * 2, replies.NEEDS_8BITMIME),
+    ],
+)
+async def test_a_whole_message_is_refused_for_8_bit_content_that_was_not_offered(
+    gateway: Gateway, header: bytes, body: bytes, answer: Reply
+) -> None:
+    gateway.relay.can = Extensions(size=1)  # it is known, and does not take it
+    mail, record = MAIL._replace(body=Body.EIGHT_BIT_MIME), client_record(MAIL)
+    record.is_8bit_offered = False
+    client = Client(SpoolForwarder(gateway.intake).begin(mail, record), record)
+    await client.ask(BOB)
+    client.transaction.message(header, body, lambda final, own: client.answers.append((final, own)))
+    assert await client.answer() == answer
 
 
 async def test_a_large_content_holds_its_client_back_until_the_disk_has_it(gateway: Gateway) -> None:

@@ -374,7 +374,7 @@ def finish_delivery(
     delivery.round_trips = 2
     delivery.end(outcome, reply, error_type, now())
     if delivery.transaction.ended_ns or delivery.transaction.connection is None:
-        observer.delivery_ended(delivery)
+        (observer if isinstance(observer, FanOut) else fan_out([observer])).delivery_ended(delivery)
     return carried
 
 

@@ -194,7 +194,7 @@ def drive_queued(tracing: Observer, scenario: dict[str, Any]) -> None:
         delivery.failure = scenario["failure"]
         delivery.end(scenario["outcome"], reply, scenario["error_type"], attempted.begun_ns + 1_234_567)
         attempted.deliveries.append(delivery)
-        tracing.delivery_ended(delivery)
+        tracing.deliveries_settled([delivery])
     client.close()
 
 

@@ -84,7 +84,7 @@ def test_what_happens_in_the_spool_is_kept_as_a_root_with_a_link() -> None:
         record = TransactionRecord.resumed("01J9", stored, Mail(""))
         delivery = begin_delivery(record, "provider", 1, time)
         finish_delivery(Observer(), delivery, replies.RELAY_DENIED if outcome is Outcome.REFUSED else None, outcome)
-        exported.observer.delivery_ended(delivery)
+        exported.observer.deliveries_settled([delivery])
     removed = TransactionRecord.resumed("01J9", stored, Mail(""))
     removed.action = SpoolAction.REMOVED
     removed.end_in_spool([(Recipient("a@example.net"), Fate.REMOVED, None)], removed.begun_ns)

@@ -500,7 +500,7 @@ def test_of_events_at_one_instant_the_phases_come_first_in_both_forms() -> None:
         (3, DeliveryPhase.PACED, None),
     ]
     attempt.end(Outcome.REFUSED, refusal, None, 4)
-    both.tracing.delivery_ended(attempt)
+    both.tracing.deliveries_settled([attempt])
     both.check()
     [record] = both.records
     assert [event.name.removeprefix("smtp.") for event in record.events] == [
@@ -527,7 +527,7 @@ def test_whatever_happens_is_encoded_as_the_sdks_exporter_encodes_it(data: st.Da
         transaction = data.draw(transactions(where))
         if where is None:
             for delivery in transaction.deliveries:
-                both.tracing.delivery_ended(delivery)
+                both.tracing.deliveries_settled([delivery])
         else:
             both.tracing.transactions_settled([transaction])
     connection.transitions = data.draw(transitions())
@@ -787,7 +787,7 @@ def test_queued_mail_that_differs_in_one_thing_from_an_ordinary_one_is_told_as_i
             record = _attempted(_ordinary_mail(connection))
             delivery = record.deliveries[0]
             spoil(record, delivery)
-            both.tracing.delivery_ended(delivery)
+            both.tracing.deliveries_settled([delivery])
         both.check()
 
 
@@ -800,7 +800,7 @@ def test_ordinary_queued_mail_is_encoded_as_any_other(data: st.DataObject) -> No
     for _ in range(data.draw(st.integers(1, 3))):
         both.tracing.transactions_settled([_queued_mail(data.draw(ordinary_mails(connection)))])
         attempted = _attempted(data.draw(ordinary_mails(connection)))
-        both.tracing.delivery_ended(attempted.deliveries[0])
+        both.tracing.deliveries_settled([attempted.deliveries[0]])
     both.check()
 
 
