@@ -27,7 +27,7 @@ from otel_smtp.server.policy import ListenerPolicy
 from otel_smtp.server.tls import CertificateError, server_context
 from otel_smtp.smtp.states import TlsMode, Transition
 from otel_smtp.telemetry.environment import own_instance_id
-from otel_smtp.telemetry.metrics import SharedQueue
+from otel_smtp.telemetry.gauges import SharedQueue
 from otel_smtp.telemetry.records import SpanSink
 from otel_smtp.telemetry.setup import set_up
 from otel_smtp.telemetry.tail import MailTail

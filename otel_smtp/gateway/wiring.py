@@ -32,9 +32,9 @@ from otel_smtp.server.exchanges import Authenticator
 from otel_smtp.server.policy import ListenerPolicy, Segments, ServerTimeouts
 from otel_smtp.smtp.policy import ServerLimits, ServerPolicy
 from otel_smtp.smtp.sasl import MECHANISMS
+from otel_smtp.telemetry.gauges import OpenConnections, ReceiverCounts, SharedQueueFigures, StoreTimings
 from otel_smtp.telemetry.keeping import Keep as KeepReason
 from otel_smtp.telemetry.keeping import Keeping
-from otel_smtp.telemetry.metrics import OpenConnections, ReceiverCounts, SharedQueueFigures, StoreTimings
 from otel_smtp.telemetry.propagation import InboundPolicy
 from otel_smtp.telemetry.records import SpanSink
 from otel_smtp.telemetry.redaction import Addresses, ClientIp, Redaction

@@ -24,7 +24,8 @@ from otel_smtp.telemetry.collector import BatchOutcome, Collector, CollectorAnsw
 from otel_smtp.telemetry.environment import Temporality
 from otel_smtp.telemetry.export_failures import file_failure
 from otel_smtp.telemetry.exporting import DropReason
-from otel_smtp.telemetry.metrics import Buckets, Labels, Metrics
+from otel_smtp.telemetry.measurements import Buckets, Labels
+from otel_smtp.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.metrics.export import Gauge, Histogram, HistogramDataPoint, MetricsData, Sum

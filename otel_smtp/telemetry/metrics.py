@@ -10,9 +10,8 @@ mechanisms, outcomes and reasons are our own words, listeners and upstreams the 
 a bound that no client can move.
 """
 
-from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -34,43 +33,21 @@ from otel_smtp.telemetry.collector import Signal
 from otel_smtp.telemetry.environment import ExemplarFilter
 from otel_smtp.telemetry.expected_replies import EXPECTED_REPLIES
 from otel_smtp.telemetry.exporting import DropReason
+from otel_smtp.telemetry.gauges import (
+    ConnectionCounts,
+    OpenConnections,
+    ReceiverCounts,
+    SharedQueueFigures,
+    SpoolCounts,
+    StoreTimings,
+)
+from otel_smtp.telemetry.measurements import LabelledCounts, Labels, Measurements
 from otel_smtp.telemetry.propagation import SAMPLED, TraceContext
 from otel_smtp.telemetry.sampling import Identity
 from otel_smtp.telemetry.span_attributes import is_probe
 
 if TYPE_CHECKING:
     from otel_smtp.telemetry.metrics_page import MetricsPage
-
-Labels = tuple[str, ...]
-ConnectionCounts = Callable[[], Iterable[tuple[str, str, int]]]
-"""Connections to upstreams now: upstream, state, how many."""
-OpenConnections = Callable[[], Iterable[ConnectionRecord]]
-"""The client connections that are open now."""
-SpoolCounts = Callable[[], tuple[Mapping[str, int], float, int] | None]
-
-
-class SharedQueue(NamedTuple):
-    """How this gateway fares with a queue that several share.
-
-    Attributes:
-        tells_messages: it is the one that tells the messages for all: counts of one queue would add up.
-        gateways, away_seconds, taken_over, stale, unanswered: see the registry.
-    """
-
-    tells_messages: bool
-    gateways: int
-    away_seconds: float
-    taken_over: int
-    stale: int
-    unanswered: int
-
-
-StoreTimings = Callable[[], Iterable[tuple[str, float, int]]]
-"""What the spool's store did since this was asked last: verb, seconds, and how many shared it; 0: that is told
-elsewhere."""
-SharedQueueFigures = Callable[[], SharedQueue | None]
-ReceiverCounts = Callable[[], Iterable[tuple[str, Mapping[str, int], int, float]]]
-"""The receivers of outcomes: name, outcomes by result, how many wait, and the age of the oldest in seconds."""
 
 # A look-up is quicker than `value`, which is a descriptor in Python.
 _NAMES: Final[Mapping[ConnState, str]] = {state: state.value for state in ConnState}
@@ -155,124 +132,6 @@ _EXEMPLAR_FLAGS: Final[Mapping[ExemplarFilter, int]] = {
     ExemplarFilter.ALWAYS_ON: _UNSAMPLED,
     ExemplarFilter.ALWAYS_OFF: 0,
 }
-
-
-class LabelledCounts:
-    """A counter or gauge: a number for each combination of label values."""
-
-    __slots__ = ("metric", "values")
-
-    def __init__(self, metric: Metric) -> None:
-        self.metric = metric
-        self.values: defaultdict[Labels, int] = defaultdict(int)
-
-    def add(self, labels: Labels, by: int = 1) -> None:
-        """Count."""
-        self.values[labels] += by
-
-
-class Buckets:
-    """The measurements of one series of a histogram."""
-
-    __slots__ = ("_bounds", "_latest", "counts", "least", "most", "total")
-
-    def __init__(self, bounds: Sequence[float]) -> None:
-        self._bounds = bounds
-        self._latest: list[tuple[TraceContext, float, float] | None] = [None] * (len(bounds) + 1)
-        self.counts = [0] * (len(bounds) + 1)
-        self.total = 0.0
-        self.least = float("inf")
-        self.most = float("-inf")
-
-    def add(self, value: float, context: TraceContext | None = None, unix_ns: int = 0) -> None:
-        """Measure; `context` names a span in whose trace it can be seen, `unix_ns` when that was."""
-        place = bisect_left(self._bounds, value)
-        self.counts[place] += 1
-        self.total += value
-        if value < self.least:
-            self.least = value
-        if value > self.most:
-            self.most = value
-        if context is not None:
-            self._latest[place] = (context, value, unix_ns / 1e9)
-
-    def add_each(
-        self, values: Sequence[float], contexts: Sequence[TraceContext | None], moments_ns: Sequence[int]
-    ) -> None:
-        """Measure several, at least one, in their order; each as `add` does."""
-        if contexts[0] is None and contexts.count(None) == len(contexts):
-            self.add_all([*values])
-            return
-        if None in contexts:
-            for value, context, unix_ns in zip(values, contexts, moments_ns, strict=True):
-                self.add(value, context, unix_ns)
-            return
-        places = self.add_all([*values])
-        # The latest of each bucket: of so many there, one is among the last few.
-        bounds, latest = self._bounds, self._latest
-        for at in range(len(values) - 1, -1, -1):
-            value = values[at]
-            place = bisect_left(bounds, value)
-            if place in places:
-                places.remove(place)
-                context = contexts[at]
-                assert context is not None
-                latest[place] = (context, value, moments_ns[at] / 1e9)
-                if not places:
-                    return
-
-    def add_all(self, values: list[float]) -> set[int]:
-        """Measure many, at least one, of which none names a trace; sorts them.
-
-        Returns:
-            Which buckets they fell into.
-        """
-        places: set[int] = set()
-        self.total += sum(values)
-        values.sort()
-        self.least = min(self.least, values[0])
-        self.most = max(self.most, values[-1])
-        counts, below, most = self.counts, 0, len(values)
-        for place, bound in enumerate(self._bounds):
-            so_far = bisect_right(values, bound)
-            if so_far != below:
-                counts[place] += so_far - below
-                places.add(place)
-                below = so_far
-                if below == most:
-                    return places
-        counts[-1] += most - below
-        places.add(len(counts) - 1)
-        return places
-
-    @property
-    def exemplars(self) -> Sequence[tuple[TraceContext, float, float] | None]:
-        """For each bucket the latest measurement with a span: the span, the value, seconds since the epoch."""
-        return self._latest
-
-
-class _Series(dict[Labels, Buckets]):
-    """Buckets by label values, made when first asked for."""
-
-    __slots__ = ("_bounds",)
-
-    def __init__(self, bounds: Sequence[float]) -> None:
-        super().__init__()
-        self._bounds = bounds
-
-    def __missing__(self, labels: Labels) -> Buckets:
-        buckets = self[labels] = Buckets(self._bounds)
-        return buckets
-
-
-class Measurements:
-    """A histogram: for each combination of label values, how many fell between which bounds."""
-
-    __slots__ = ("metric", "series")
-
-    def __init__(self, metric: Metric) -> None:
-        self.metric = metric
-        self.series: dict[Labels, Buckets] = _Series(metric.bounds)
 
 
 class Metrics(Observer):

@@ -18,7 +18,8 @@ from otel_smtp.telemetry.attributes import Instrument, Metric
 from otel_smtp.telemetry.propagation import TraceContext
 
 if TYPE_CHECKING:
-    from otel_smtp.telemetry.metrics import Labels, Measurements, Metrics
+    from otel_smtp.telemetry.measurements import Labels, Measurements
+    from otel_smtp.telemetry.metrics import Metrics
 
 _UNITS: Final[Mapping[str, str]] = {"s": "seconds", "By": "bytes"}
 

@@ -15,19 +15,19 @@ from otel_smtp.telemetry.access_log import AccessLog
 from otel_smtp.telemetry.collector import Protocol, Signal, connect
 from otel_smtp.telemetry.environment import Environment, SignalExport, VariableProblem
 from otel_smtp.telemetry.exporting import BatchSettings, Export, TraceExport
-from otel_smtp.telemetry.keeping import Keeping
-from otel_smtp.telemetry.log_export import LogExportHandler
-from otel_smtp.telemetry.logs import StateLogger
-from otel_smtp.telemetry.metric_export import MetricExport, MetricsReading
-from otel_smtp.telemetry.metrics import (
+from otel_smtp.telemetry.gauges import (
     ConnectionCounts,
-    Metrics,
     OpenConnections,
     ReceiverCounts,
     SharedQueueFigures,
     SpoolCounts,
     StoreTimings,
 )
+from otel_smtp.telemetry.keeping import Keeping
+from otel_smtp.telemetry.log_export import LogExportHandler
+from otel_smtp.telemetry.logs import StateLogger
+from otel_smtp.telemetry.metric_export import MetricExport, MetricsReading
+from otel_smtp.telemetry.metrics import Metrics
 from otel_smtp.telemetry.otlp import LogEncoder, RequestFrame
 from otel_smtp.telemetry.propagation import InboundPolicy
 from otel_smtp.telemetry.records import LogRecord, SpanSink

@@ -17,7 +17,8 @@ from prometheus_client.samples import Sample
 from otel_smtp.observing import Outcome
 from otel_smtp.server.users import users_line
 from otel_smtp.telemetry import attributes
-from otel_smtp.telemetry.metrics import Metrics, SharedQueue
+from otel_smtp.telemetry.gauges import SharedQueue
+from otel_smtp.telemetry.metrics import Metrics
 from otel_smtp.telemetry.metrics_page import MetricsPage
 from tests.support.capture import CapturingUpstream
 from tests.support.ports import unclaimed_port

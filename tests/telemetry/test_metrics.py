@@ -4,7 +4,6 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -18,8 +17,9 @@ from otel_smtp.smtp.commands import Verb
 from otel_smtp.smtp.states import CloseReason, ConnState, Transition
 from otel_smtp.telemetry import attributes
 from otel_smtp.telemetry.expected_replies import EXPECTED_REPLIES
-from otel_smtp.telemetry.metrics import Buckets, Metrics, SharedQueue
-from otel_smtp.telemetry.propagation import InboundPolicy, TraceContext
+from otel_smtp.telemetry.gauges import SharedQueue
+from otel_smtp.telemetry.metrics import Metrics
+from otel_smtp.telemetry.propagation import InboundPolicy
 from otel_smtp.telemetry.setup import TelemetryOptions, set_up
 from otel_smtp.telemetry.tracing import Tracing
 from tests.cardinality import series_before_and_after
@@ -161,17 +161,6 @@ def test_a_state_lasts_until_the_next_one_whatever_segments_they_are_in() -> Non
     client.rset().quit()
     seconds = samples(metrics)["smtp_server_state_duration_seconds_sum", (("smtp_state", "Active"),)]
     assert seconds == pytest.approx(12, abs=0.1)
-
-
-@given(st.lists(st.floats(0, 1000) | st.sampled_from([0.1, 0.2, 0.5, 700.0]), min_size=1))
-def test_many_measurements_at_once_are_those_one_by_one(values: list[float]) -> None:
-    once, single = Buckets((0.1, 0.2, 0.5, 600.0)), Buckets((0.1, 0.2, 0.5, 600.0))
-    for value in values:
-        single.add(value)
-    once.add_all(list(values))
-    assert once.counts == single.counts
-    assert (once.least, once.most) == (single.least, single.most)
-    assert once.total == pytest.approx(single.total)
 
 
 _OF_A_MAIL = [ConnState.ACTIVE, ConnState.DATA, ConnState.ACTIVE, ConnState.IDLE]
@@ -392,28 +381,6 @@ def test_queued_mails_and_their_attempts_are_counted_together_and_as_each_of_the
     for ours, theirs in zip(together.measurements, one_by_one.measurements, strict=True):
         for name, series in ours.series.items():
             assert list(map(bool, series.exemplars)) == list(map(bool, theirs.series[name].exemplars))
-
-
-_contexts = st.builds(TraceContext, st.integers(1, 9), st.integers(1, 9), st.just(1))
-_values = st.floats(0, 400) | st.just(10_000.0)
-
-
-def _lots(contexts: st.SearchStrategy[TraceContext | None]) -> st.SearchStrategy[list[tuple[float, Any, int]]]:
-    return st.lists(st.tuples(_values, contexts, st.integers(0, 10**18)), min_size=1)
-
-
-@given(st.lists(_lots(_contexts) | _lots(st.none()) | _lots(st.none() | _contexts), max_size=4))
-def test_several_measurements_count_as_each_of_them(lots: list[list[tuple[float, TraceContext | None, int]]]) -> None:
-    one_by_one, together = (Buckets(attributes.TRANSACTION_DURATION.bounds) for _ in range(2))
-    for lot in lots:
-        for value, context, unix_ns in lot:
-            one_by_one.add(value, context, unix_ns)
-        values, contexts, moments_ns = zip(*lot, strict=True)
-        together.add_each(values, contexts, moments_ns)
-    assert together.counts == one_by_one.counts
-    assert together.exemplars == one_by_one.exemplars
-    assert (together.least, together.most) == (one_by_one.least, one_by_one.most)
-    assert together.total == pytest.approx(one_by_one.total)
 
 
 @pytest.mark.parametrize("name", ["smtp.server.state.duration", "smtp.client.pool.wait"])
