@@ -3,9 +3,7 @@
 Only `Aging.look` ends mail for its age, a small part of the spool at a time: a clock that jumped cannot empty it.
 """
 
-import contextlib
 import logging
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -16,7 +14,7 @@ from otel_smtp.smtp.replies import EnhancedStatus, Reply
 from otel_smtp.spool.attempts import MESSAGE_KINDS, Recording, told
 from otel_smtp.spool.dsn.notices import Notices
 from otel_smtp.spool.dsn.report import NoticeKind
-from otel_smtp.spool.messages import DeliveryState, End, Kind, Lease, NoSuchMessage, Verdict
+from otel_smtp.spool.messages import End, Kind, Lease, NoSuchMessage, Verdict
 from otel_smtp.spool.store import Notice, Store
 
 if TYPE_CHECKING:
@@ -24,7 +22,6 @@ if TYPE_CHECKING:
 
 logger: Final = logging.getLogger("otel_smtp.spool.aging")
 
-PAGE: Final = 200
 MOST_AT_ONCE: Final = 100  # ended for their age in one look, or a hundredth of the spool if that is more
 
 
@@ -67,7 +64,6 @@ class Aging:
             SpoolError: the spool cannot be worked on.
         """
         await self._store.housekeep()
-        await self._give_up_held_notices()
         for lease in await self._store.end_overdue(max(MOST_AT_ONCE, messages // 100)):
             if self._recording.is_stopping:
                 await self._recording.record(lease, partial(self._store.finish, lease, ()))
@@ -76,31 +72,6 @@ class Aging:
         if self._warn_after_seconds is not None:
             for lease in await self._store.unwarned(self._warn_after_seconds, MOST_AT_ONCE):
                 await self._warn(lease)
-
-    async def _give_up_held_notices(self) -> None:
-        """Let notices that are held be too old in their time: held mail does not age by itself, but the failure that
-        they tell of does not wait for ever."""
-        if self._notices.held is None:
-            self._notices.held = await self._held_notices()
-        now = time.time()
-        for message_id, until in list(self._notices.held.items()):
-            if until <= now:
-                del self._notices.held[message_id]
-                with contextlib.suppress(NoSuchMessage):
-                    await self._store.expire(message_id)
-
-    async def _held_notices(self) -> dict[str, float]:
-        held: dict[str, float] = {}
-        last = ""
-        if (await self._store.counts()).held:
-            while page := await self._store.page(last, PAGE):
-                last = page[-1].id
-                held |= {
-                    one.id: one.expires_at
-                    for one in page
-                    if one.kind is not Kind.MAIL and one.state is DeliveryState.HELD
-                }
-        return held
 
     async def _end(self, lease: Lease) -> None:
         """Expire a delivery. An expired notice is only logged."""

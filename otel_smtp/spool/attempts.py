@@ -441,8 +441,6 @@ class Attempt:
             )  # fmt: skip
             if self._means.outcomes is not None:
                 self._means.outcomes.stored(outcomes)
-            if is_held and self._means.notices.held is not None:
-                self._means.notices.held[lease.message_id] = lease.expires_at
             if notices or waiting:
                 self._means.wake([destination for notice, _ in notices for destination in notice.deliveries])
         finally:

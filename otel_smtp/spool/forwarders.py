@@ -7,6 +7,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from types import MappingProxyType
@@ -205,10 +206,18 @@ class SpoolForwarder:
 
     def __init__(self, intake: Intake) -> None:
         self._intake = intake
+        self._known: Extensions | None = None  # of the upstream, when it was asked last; and what was offered then
+        self._offered = Extensions()
 
     def capabilities(self) -> Extensions:
-        """What the upstream is known to take: what it would refuse later is better refused now."""
-        return self._intake.relay.capabilities()
+        """What the upstream is known to take: what it would refuse later is better refused now.
+
+        DSN it need not take: what it does not report on is reported from here (RFC 3461 5.2.2).
+        """
+        known = self._intake.relay.capabilities()
+        if known is not self._known:
+            self._known, self._offered = known, replace(known, dsn=True)
+        return self._offered
 
     def begin(self, mail: Mail, record: TransactionRecord) -> MailTransaction:
         """Open a transaction.

@@ -110,6 +110,9 @@ class Kind(StrEnum):
     OUTCOME = "outcome"
 
 
+NOTICES: Final = frozenset(Kind) - {Kind.MAIL, Kind.OUTCOME}
+"""Those that tell of a mail. They age also while they are held: what they tell of does not wait for ever."""
+
 OUTCOME_PREFIX: Final = "notify "
 """What the destinations of outcomes begin with; no upstream's name has a space."""
 

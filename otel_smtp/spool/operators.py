@@ -23,7 +23,16 @@ from typing import Any, Final, Self
 
 from otel_smtp.observing import Observer
 from otel_smtp.spool.deeds import Deed, operator_name
-from otel_smtp.spool.messages import OUTCOME_PREFIX, DeliveryState, End, MessageView, SpoolError, trace_id_of
+from otel_smtp.spool.messages import (
+    OUTCOME_PREFIX,
+    ContentLost,
+    DeliveryState,
+    End,
+    MessageView,
+    NoSuchMessage,
+    SpoolError,
+    trace_id_of,
+)
 from otel_smtp.spool.store import Store, Woken
 
 logger: Final = logging.getLogger("otel_smtp.spool.operators")
@@ -128,9 +137,9 @@ class Operations:
 
         Args:
             request: `command`; `ids`, or `all`; for `find`, what is known: `trace_id`, `sender`, `recipient`. For
-                `list` and with `all`, which messages (see `Filter`): `domain`, `sender`, `reason`,
-                `older_than_seconds`; `outcomes`: those that wait for their receivers, in place of mail. With what
-                changes messages, `operator`: the name of the operator.
+                `list`, and for what changes messages with `all`, which of them (see `Filter`): `domain`, `sender`,
+                `reason`, `older_than_seconds`; `outcomes`: those that wait for their receivers, in place of mail. With
+                what changes messages, `operator`: the name of the operator.
 
         Raises:
             SpoolError: it is not understood, or the spool is broken.
@@ -151,10 +160,12 @@ class Operations:
                 found = await self._store.find(trace_id=trace_id, sender=sender, recipient=recipient, most=MOST_FOUND)
                 for shown in found:
                     yield as_answer(shown)
-            case "show" | "export" as command:
+            case "show":
                 for message_id in _ids(request):
-                    async for answer in self._show(message_id, with_content=command == "export"):
-                        yield answer
+                    yield as_answer(await self._store.show(message_id))
+            case "export":
+                async for answer in self._export(request):
+                    yield answer
             case "retry" | "hold" | "release" | "expire" | "delete" | "reset" as command:
                 async for answer in self._change(command, request):
                     yield answer
@@ -201,17 +212,32 @@ class Operations:
                 yield shown
             after = page[-1].id
 
-    async def _show(self, message_id: str, *, with_content: bool) -> AsyncIterator[Answer]:
-        shown = await self._store.show(message_id)
-        yield as_answer(shown)
-        if with_content:
-            for start in range(0, shown.content.octets, PIECE_OCTETS):
-                piece = await self._store.read(shown.content, start, PIECE_OCTETS)
-                yield {"queue_id": message_id, "content": base64.b64encode(piece).decode("ascii")}
+    async def _export(self, request: Answer) -> AsyncIterator[Answer]:
+        is_all = bool(request.get("all"))
+        # The ids first, as below.
+        ids = [shown.id async for shown in self._all(outcomes=False)] if is_all else _ids(request)
+        for message_id in ids:
+            try:
+                shown = await self._store.show(message_id)
+                yield as_answer(shown)
+                for start in range(0, shown.content.octets, PIECE_OCTETS):
+                    piece = await self._store.read(shown.content, start, PIECE_OCTETS)
+                    yield {"queue_id": message_id, "content": base64.b64encode(piece).decode("ascii")}
+            except (NoSuchMessage, ContentLost) as error:  # which says nothing of those that follow
+                if await self._is_there(message_id) or not is_all:  # else it has ended meanwhile
+                    yield {"queue_id": message_id, "error": str(error)}
+
+    async def _is_there(self, message_id: str) -> bool:
+        try:
+            await self._store.show(message_id)
+        except NoSuchMessage:
+            return False
+        return True
 
     async def _change(self, command: str, request: Answer) -> AsyncIterator[Answer]:
         operator = operator_name(str(request.get("operator") or ""))
-        if request.get("all"):
+        is_all = bool(request.get("all"))
+        if is_all:
             # The ids first: a message that comes meanwhile was not meant.
             wanted = Filter.of(request)
             everything = self._all(outcomes=bool(request.get("outcomes")))
@@ -224,7 +250,10 @@ class Operations:
                 before = await self._store.show(message_id)
                 changed = await self._do(command, message_id)
             except SpoolError as error:
-                yield {"queue_id": message_id, "error": str(error)}
+                if is_all and isinstance(error, NoSuchMessage):  # it has ended meanwhile
+                    yield {"queue_id": message_id, "changed": False}
+                else:
+                    yield {"queue_id": message_id, "error": str(error)}
                 continue
             if changed:
                 deed = Deed.of(command, operator, before)

@@ -1,6 +1,8 @@
 """`otel-smtp queue` as a process: with a gateway that owns the spool, and without one."""
 
+import errno
 import json
+import os
 import re
 import smtplib
 from collections.abc import Iterator
@@ -10,6 +12,9 @@ from typing import Any
 import pytest
 
 from otel_smtp.smtp.replies import Reply
+from otel_smtp.spool.embedded import to_be_moved
+from otel_smtp.spool.embedded.directory import SpoolDirectory
+from otel_smtp.spool.messages import SpoolError
 from tests.commands.test_cli import Result, run
 from tests.support.capture import CapturingUpstream
 from tests.support.dialogue import UpstreamScript
@@ -133,6 +138,14 @@ def test_an_export_has_the_message_and_its_envelope(running: GatewayProcess, tmp
     assert envelope["sender"] == "app@example.com"
     shown = queue(tmp_path / "spool", "show", files[0].stem, "--content").stdout
     assert shown.endswith(MAIL.decode().replace("\r\n", "\n"))
+    # What cannot be exported does not keep the others from it.
+    told = queue(tmp_path / "spool", "export", "nothing", files[1].stem, "--to", str(tmp_path / "other"))
+    assert (told.returncode, told.stdout) == (1, f"{tmp_path / 'other' / files[1].name}\n")
+    assert "queue export: no message nothing" in told.stderr
+    assert [file.name for file in (tmp_path / "other").glob("*.eml")] == [files[1].name]
+    told = queue(tmp_path / "spool", "export", "--all", "--to", str(files[0]))
+    assert (told.returncode, told.stderr) == (1, f"otel-smtp: queue: {files[0]}: File exists\n")
+    assert files[0].read_bytes().endswith(MAIL)
 
 
 def test_a_queued_message_has_its_trace_id(running: GatewayProcess, tmp_path: Path) -> None:
@@ -152,6 +165,9 @@ def test_a_queued_message_has_its_trace_id(running: GatewayProcess, tmp_path: Pa
         (("find",), 2, "give --trace, --sender or --recipient"),
         (("delete", "--all"), 2, "deletes every queued message; add --yes to confirm"),
         (("delete", "--all", "--domain", "x"), 2, "deletes each that fits; add --yes to confirm"),
+        (("delete", "an-id", "--all", "--yes"), 2, "queue delete: give ids, or --all, not both"),
+        (("hold", "--all", "-"), 2, "queue hold: give ids, or --all, not both"),
+        (("export", "an-id", "--all"), 2, "queue export: give ids, or --all, not both"),
         (("hold", "--domain", "x"), 2, "choose among --all"),
         (("list", "--older-than", "soon"), 2, '--older-than = "soon": allowed: seconds'),
         (("show", "nothing"), 1, "no message nothing"),
@@ -173,6 +189,19 @@ def test_an_export_into_a_directory_that_cannot_be_made(running: GatewayProcess,
     told = queue(tmp_path / "spool", "export", "--all", "--to", str(tmp_path / "file" / "below"))
     assert (told.returncode, told.stdout) == (1, "")
     assert told.stderr == f"otel-smtp: queue: {tmp_path / 'file' / 'below'}: Not a directory\n"
+
+
+def test_a_spool_that_is_out_of_reach_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for another user, below a directory that only its owner enters: root, as which tests may run, enters all."""
+
+    def out_of_reach(path: Path, **_: bool) -> os.stat_result:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "stat", out_of_reach)
+    with pytest.raises(SpoolError, match=r"^/spool: Permission denied$"):
+        to_be_moved(Path("/spool"))
+    with pytest.raises(SpoolError, match=r"^/spool: Permission denied$"):
+        SpoolDirectory(Path("/spool")).try_out()
 
 
 def test_no_spool_is_an_error(tmp_path: Path) -> None:

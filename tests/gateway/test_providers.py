@@ -182,12 +182,13 @@ async def test_nothing_is_promised_before_it_is_known(mode: str, tmp_path: Path)
             async with client(running) as app:
                 await app.ehlo()
                 promised = set(app.esmtp_extensions)
-                assert promised == {"pipelining", "size", "enhancedstatuscodes", "chunking", "limits"}
+                ours = {"dsn"} if mode == "queue" else set()  # what depends on the upstream is another matter
+                assert promised == {"pipelining", "size", "enhancedstatuscodes", "chunking", "limits"} | ours
             upstream.let_go.set()
             await until(lambda: "EHLO" in upstream.verbs)
             async with client(running) as app:
                 await app.ehlo()
-                assert set(app.esmtp_extensions) - promised == {"8bitmime", "smtputf8", "binarymime", "dsn"}
+                assert set(app.esmtp_extensions) - promised == {"8bitmime", "smtputf8", "binarymime", "dsn"} - ours
 
 
 @every_mode

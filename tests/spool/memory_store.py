@@ -243,7 +243,7 @@ class MemoryStore:
             if entry.is_outcome is not outcomes or not _is_overdue(entry, self._now()) or len(leases) >= most:
                 continue
             for one in entry.deliveries:
-                if one.state is DeliveryState.READY:
+                if one.state in (DeliveryState.READY, DeliveryState.HELD):
                     one.lease()
                     leases.append(entry.lease_of(one))
         return leases

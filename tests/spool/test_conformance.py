@@ -10,6 +10,7 @@ import pytest
 
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Body, DsnReturn, Mail, Notify, Recipient
+from otel_smtp.smtp.replies import Reply
 from otel_smtp.spool.messages import (
     OUTCOME_PREFIX,
     Backlog,
@@ -510,6 +511,39 @@ async def test_expired_by_an_operator(case: Case) -> None:
     assert (await case.store.show(one)).is_forced_to_expire
     assert await leased(case.store) == []
     assert {lease.message_id for lease in await case.store.end_overdue(10)} == {one, held}
+
+
+@pytest.mark.parametrize("by", ["the attempt", "an operator"])
+async def test_a_notice_ages_also_while_it_is_held(case: Case, by: str) -> None:
+    """What it tells of does not wait for ever; whoever looks ends it, not only who held it."""
+    mail = await queued(case.store, message(max_age_seconds=100))
+    notice = await queued(case.store, message(sender="", kind=Kind.BOUNCE, max_age_seconds=100))
+    if by == "an operator":
+        assert await case.store.hold(mail)
+        assert await case.store.hold(notice)
+    else:
+        for lease in await leased(case.store):
+            waits = [Verdict(one.number, None, Reply(550, None, ("no",))) for one in lease.recipients]
+            await case.store.finish(lease, waits, hold=True)
+    case.clock.ahead += 90
+    assert await case.store.end_overdue(10) == []
+    assert (await case.store.show(notice)).state is DeliveryState.HELD
+    case.clock.ahead += 20
+    (lease,) = await case.store.end_overdue(10)
+    assert lease.message_id == notice
+    await case.store.finish(lease, [Verdict(one.number, End.EXPIRED, None) for one in lease.recipients])
+    assert [one.id for one in await case.store.page("", 10)] == [mail]
+    assert await case.store.end_overdue(10) == []
+
+
+async def test_a_notice_that_is_released_is_as_old_as_before(case: Case) -> None:
+    notice = await queued(case.store, message(sender="", kind=Kind.BOUNCE, max_age_seconds=100))
+    expires_at = (await case.store.show(notice)).expires_at
+    assert await case.store.hold(notice)
+    case.clock.ahead += 90
+    assert await case.store.release(notice)
+    assert (await case.store.show(notice)).expires_at == pytest.approx(expires_at, abs=1)
+    assert [lease.message_id for lease in await leased(case.store)] == [notice]
 
 
 async def test_reset_begins_again(case: Case) -> None:

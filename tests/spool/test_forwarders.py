@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -154,6 +154,17 @@ async def test_all_clients_of_a_group_are_answered_before_any_of_its_mails_is_at
         client.finish()
     await eventually(lambda: len(attempts.begun) == 3)
     assert attempts.begun == [[True] * 3] * 3
+
+
+async def test_a_queue_reports_itself_where_the_upstream_does_not(gateway: Gateway) -> None:
+    """RFC 3461 5.2.2: whoever hands mail on to a server without DSN tells of it, and obeys NOTIFY."""
+    queue = SpoolForwarder(gateway.intake)
+    for known in (Extensions(), Extensions(smtputf8=True, size=1000), Extensions(dsn=True)):
+        gateway.relay.can = known
+        assert queue.capabilities() == replace(known, dsn=True)
+        assert queue.capabilities() is queue.capabilities()
+    gateway.relay.can = Extensions()
+    assert not DirectThenQueueForwarder(gateway.relay, gateway.intake).capabilities().dsn
 
 
 async def test_a_fault_on_the_client_s_side_takes_no_attempt_from_its_mail(

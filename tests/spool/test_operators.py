@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from otel_smtp.spool.embedded import EmbeddedStore, ask
-from otel_smtp.spool.messages import SpoolError
+from otel_smtp.spool.messages import MessageView, NoSuchMessage, SpoolError
 from otel_smtp.spool.operators import COMMANDS, MOST_CONVERSATIONS, MOST_REQUEST_OCTETS, Answer
 from tests.spool.messages import BODY, HEADER, TRACE_ID, message, queued
 from tests.spool.queueing import NEVER_AGAIN, eventually, queueing
@@ -139,6 +139,34 @@ async def test_an_export_is_the_message_as_it_came(tmp_path: Path) -> None:
         shown, *pieces = await asked(tmp_path / "spool", "export", only)
         assert shown["queue_id"] == only
         assert b"".join(base64.b64decode(piece["content"]) for piece in pieces) == HEADER + BODY
+
+
+async def test_what_cannot_be_exported_does_not_keep_the_others_from_it(tmp_path: Path) -> None:
+    async with filled(tmp_path / "spool", 2) as ids:
+        first, piece, error, *rest = await asked(tmp_path / "spool", "export", ids[0], "nothing", ids[1])
+        assert (first["queue_id"], base64.b64decode(piece["content"])) == (ids[0], HEADER + BODY)
+        assert error == {"queue_id": "nothing", "error": "no message nothing"}
+        assert [answer["queue_id"] for answer in rest] == [ids[1]] * 2
+
+
+@pytest.mark.parametrize("command", ["retry", "export"])
+async def test_what_ends_while_all_is_worked_on_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    async with filled(tmp_path / "spool", 3) as ids:
+        show = EmbeddedStore.show
+
+        async def show_and_end(store: EmbeddedStore, message_id: str) -> MessageView:
+            if message_id == ids[1]:
+                raise NoSuchMessage(f"no message {message_id}")
+            return await show(store, message_id)
+
+        monkeypatch.setattr(EmbeddedStore, "show", show_and_end)
+        answers = await asked(tmp_path / "spool", command, all=True)
+        assert not any("error" in answer for answer in answers)
+        assert {answer["queue_id"] for answer in answers if answer.get("changed") or "content" in answer} == {
+            ids[0], ids[2],
+        }  # fmt: skip
 
 
 @pytest.mark.parametrize("depth", [1, 12])  # a socket's name may have 107 octets

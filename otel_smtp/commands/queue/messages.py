@@ -117,6 +117,8 @@ def show(context: click.Context, message: str, *, content: bool, spool: Path | N
 
     async def work(answers: AsyncIterator[Any]) -> None:
         async for answer in answers:
+            if "error" in answer:
+                fail(FAILED, f"queue show: {answer['error']}")
             if "content" in answer:
                 sys.stdout.flush()
                 sys.stdout.buffer.write(base64.b64decode(answer["content"]))
@@ -151,7 +153,7 @@ changing: Final = tuple(
     _changing(name, text)
     for name, text in {
         "retry": "Attempt messages now.\n\nHow many at once is limited by the upstream's concurrency.",
-        "hold": "Hold messages.\n\nHeld messages are not attempted and do not age.",
+        "hold": "Hold messages.\n\nHeld messages are not attempted. Mail does not age then; bounces do.",
         "release": "Release held messages.",
         "expire": "Give messages up.\n\nA running gateway returns them to their senders.",
         "reset": "Reset attempts and age of messages.\n\nThey are treated as if they had just arrived.",
@@ -206,8 +208,10 @@ def export(
     """
     from otel_smtp.commands.terminal.listing import json_line
 
-    chosen = _every_id(context, spool) if every else _given(ids)
-
+    if every and ids:
+        fail(WRONG, "queue export: give ids, or --all, not both")
+    request = {"command": "export", **({"all": True} if every else {"ids": _given(ids)})}
+    failed: list[str] = []
     try:
         to.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -216,17 +220,25 @@ def export(
     async def work(answers: AsyncIterator[Any]) -> None:
         async for answer in answers:
             name = answer["queue_id"]
-            if "content" in answer:
-                with (to / f"{name}.eml").open("ab") as file:
+            path = to / f"{name}.eml"
+            if "error" in answer:
+                failed.append(name)
+                path.unlink(missing_ok=True)
+                if as_json:
+                    print_row(answer, as_json=True)
+                else:
+                    click.echo(f"otel-smtp: queue export: {answer['error']}", err=True)
+            elif "content" in answer:
+                with path.open("ab") as file:
                     file.write(base64.b64decode(answer["content"]))
             else:
                 (to / f"{name}.json").write_text(json_line(answer) + "\n", encoding="utf-8")
-                (to / f"{name}.eml").write_bytes(b"")
-                file_name = str(to / f"{name}.eml")
-                click.echo(json_line({"queue_id": name, "file": file_name}) if as_json else file_name)
+                path.write_bytes(b"")
+                click.echo(json_line({"queue_id": name, "file": str(path)}) if as_json else path)
 
-    if chosen:
-        work_on(context, spool, {"command": "export", "ids": chosen}, work)
+    work_on(context, spool, request, work)
+    if failed:
+        raise SystemExit(FAILED)
 
 
 @click.command()
@@ -315,6 +327,8 @@ def _change(
     request: dict[str, Any] = {"command": command, "operator": operator}
     if wanted and not every:
         fail(WRONG, f"queue {command}: --domain, --sender, --reason and --older-than choose among --all")
+    if every and ids:
+        fail(WRONG, f"queue {command}: give ids, or --all, not both")
     if every:
         request.update({"all": True, **wanted})
     else:
@@ -347,14 +361,4 @@ def _given(ids: Sequence[str]) -> list[str]:
     found = [one for given in ids for one in ([*sys.stdin.read().split()] if given == "-" else [given])]
     if not found:
         fail(WRONG, "queue: no messages named; give ids, - to read them, or --all")
-    return found
-
-
-def _every_id(context: click.Context, spool: Path | None) -> list[str]:
-    found: list[str] = []
-
-    async def work(answers: AsyncIterator[Any]) -> None:
-        found.extend([answer["queue_id"] async for answer in answers])
-
-    work_on(context, spool, {"command": "list"}, work)
     return found

@@ -46,10 +46,6 @@ class Notices:
         hostname: ours: the reporting MTA.
         max_age_seconds: after which a notice that cannot leave is given up.
         sender: the reverse-path for upstreams that refuse the null one; "": there is none.
-
-    Attributes:
-        held: the notices that wait for an operator: when each is given up, in seconds since the epoch, by its id; None:
-            that is not known yet.
     """
 
     def __init__(
@@ -68,7 +64,6 @@ class Notices:
         self._hostname = hostname
         self._max_age_seconds = max_age_seconds
         self.sender = sender
-        self.held: dict[str, float] | None = None
 
     async def of(
         self,

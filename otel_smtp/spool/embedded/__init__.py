@@ -46,5 +46,9 @@ def to_be_moved(directory: Path) -> EmbeddedStore:
 
 def _check_is_spool(directory: Path) -> None:
     """A store must have been here, of this version or the first: a question does not make one."""
-    if not all((directory / name).is_dir() for name in ("log", "large")) and not (directory / "spool.db").is_file():
+    try:
+        is_there = all((directory / name).is_dir() for name in ("log", "large")) or (directory / "spool.db").is_file()
+    except OSError as error:  # others may not even look into it
+        raise SpoolError(f"{directory}: {error.strerror}") from error
+    if not is_there:
         raise SpoolError(f"{directory}: there is no spool")

@@ -21,7 +21,7 @@ from otel_smtp.spool.embedded import records
 from otel_smtp.spool.embedded.entries import Entry
 from otel_smtp.spool.embedded.files import open_regular, read_at
 from otel_smtp.spool.embedded.records import Record, RecordKind
-from otel_smtp.spool.messages import DeliveryState
+from otel_smtp.spool.messages import DeliveryState, Kind
 
 _MAGIC: Final = b"OTELENV1"
 _TRAILER: Final = struct.Struct("<8sIII")
@@ -138,5 +138,5 @@ def hold_again(entry: Entry, now_ms: int) -> None:
     for one in entry.deliveries:
         one.state = DeliveryState.READY if entry.is_outcome else DeliveryState.HELD
         one.is_possible_duplicate = True
-    entry.held_ms = None if entry.is_outcome else now_ms
+    entry.held_ms = now_ms if entry.kind is Kind.MAIL else None
     entry.expires_ms = max(entry.expires_ms, now_ms + _LEAST_SECONDS * 1000)

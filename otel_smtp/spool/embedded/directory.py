@@ -87,7 +87,10 @@ class SpoolDirectory:
         Raises:
             SpoolError: why it could not.
         """
-        there = next(path for path in (self.path, *self.path.parents) if path.exists())
+        try:
+            there = next(path for path in (self.path, *self.path.parents) if path.exists())
+        except OSError as error:
+            raise SpoolError(f"{self.path}: {error.strerror}") from error
         self._refuse_remote(there)
         if not there.is_dir():
             raise SpoolError(f"{there} is no directory")

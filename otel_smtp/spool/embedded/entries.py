@@ -10,6 +10,7 @@ from otel_smtp.smtp.envelope import Mail, Notify
 from otel_smtp.spool.embedded.deliveries import DeliveryEntry
 from otel_smtp.spool.encoding import mail_of, parameters_of, recipient_of
 from otel_smtp.spool.messages import (
+    NOTICES,
     ContentRef,
     DeliveryState,
     Kind,
@@ -387,8 +388,8 @@ class Entry:
         delivery.crashes = 0
         delivery.attempts -= not counts_attempt
         delivery.is_possible_duplicate |= is_possible_duplicate
-        if hold and self.held_ms is None:
-            self.held_ms = now_ms
+        if hold:
+            self._stop_aging(now_ms)
         return ended
 
     def retry(self, now_ms: int) -> bool:
@@ -399,8 +400,7 @@ class Entry:
         """Let what waits wait for an operator."""
         if not self._each(DeliveryState.READY, DeliveryState.HELD):
             return False
-        if self.held_ms is None:
-            self.held_ms = now_ms
+        self._stop_aging(now_ms)
         return True
 
     def release(self, now_ms: int) -> bool:
@@ -444,6 +444,10 @@ class Entry:
             # The log does not say which contents are lost: what is found to be corrupt was ready by its records.
             if one.state in (DeliveryState.READY, DeliveryState.CORRUPT):
                 one.due_ms += due_ms
+
+    def _stop_aging(self, now_ms: int) -> None:
+        if self.held_ms is None and self.kind not in NOTICES:
+            self.held_ms = now_ms
 
     def _age_again(self, now_ms: int) -> None:
         if self.held_ms is not None:
@@ -499,8 +503,8 @@ class Entry:
             if one.crashes >= crashes_allowed and not self.is_outcome:
                 one.state = DeliveryState.HELD
                 is_held = True
-        if is_held and self.held_ms is None:
-            self.held_ms = now_ms
+        if is_held:
+            self._stop_aging(now_ms)
         return is_held
 
 

@@ -23,7 +23,7 @@ from otel_smtp.spool.embedded.aside import envelope
 from otel_smtp.spool.embedded.directory import SpoolDirectory
 from otel_smtp.spool.embedded.entries import Entry
 from otel_smtp.spool.embedded.files import open_regular, sync_directory, write_all_at
-from otel_smtp.spool.messages import DeliveryState, SpoolError
+from otel_smtp.spool.messages import DeliveryState, Kind, SpoolError
 
 _SCHEMA_VERSION: Final = 1
 _AT_ONCE: Final = 200
@@ -172,7 +172,8 @@ class _Source:
         is_large = octets > MEMORY_LIMIT_OCTETS
         entry = Entry.from_values(
             (
-                message_id, kind, arrived, expires, held, warned, forced, header_octets, octets, is_large,
+                message_id, kind, arrived, expires, held if Kind(kind) is Kind.MAIL else None, warned, forced,
+                header_octets, octets, is_large,
                 reverse_path, json.loads(parameters), json.loads(carrier), list(self._deliveries(message_id)),
             )
         )  # fmt: skip

@@ -364,10 +364,10 @@ class Index:
         return min(times, default=None)
 
     def overdue(self, now_ms: int, most: int, *, outcomes: bool) -> list[str]:
-        """Messages that are too old, and wait; or outcomes."""
+        """Messages that are too old, and wait, also for an operator where they age meanwhile; or outcomes."""
         return self._ids(
             "SELECT DISTINCT message.id FROM message CROSS JOIN delivery ON delivery.id = message.id"  # noqa: S608 - ours
-            f" WHERE expires <= ? AND state = 'ready' AND ({_OUTCOME}) = ? LIMIT ?",
+            f" WHERE expires <= ? AND state IN ('ready', 'held') AND ({_OUTCOME}) = ? LIMIT ?",
             (now_ms, int(outcomes), most),
         )
 
@@ -492,18 +492,20 @@ def row_of(entry: Entry, text: str | None = None) -> tuple[Any, ...]:
     place = entry.place
     assert place is not None
     sender = entry.mail.reverse_path
-    is_ready = is_attempted = False
+    is_waiting = is_attempted = False
     addresses: list[str] = []
     for one in entry.deliveries:
         if one.state is DeliveryState.READY:
-            is_ready = True
+            is_waiting = True
             is_attempted |= one.attempts > 0
+        elif one.state is DeliveryState.HELD:
+            is_waiting = True
         addresses += [there.recipient.address for there in one.recipients]
     is_unwarned = is_attempted and not entry.is_warned and entry.kind is Kind.MAIL
     return (
         (
             entry.id, place.segment, place.at, place.octets, place.content_at, place.crc, entry.arrived_ms,
-            entry.expires_ms if is_ready and entry.held_ms is None else None,
+            entry.expires_ms if is_waiting and entry.held_ms is None else None,
             entry.arrived_ms if is_unwarned else None,
             sender, "\n".join(["", *addresses, ""]), entry.trace_id,
             entry.encode() if text is None else text,

@@ -34,7 +34,7 @@ class EmbeddedLeasing(EmbeddedParts):
                     raise
                 break
             changed = entry.copy()
-            waiting = [one for one in changed.deliveries if one.state is DeliveryState.READY]
+            waiting = [one for one in changed.deliveries if one.state in (DeliveryState.READY, DeliveryState.HELD)]
             if not waiting or changed.held_ms is not None or changed.expires_ms > now_ms:
                 continue
             for one in waiting:

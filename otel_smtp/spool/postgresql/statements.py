@@ -107,7 +107,10 @@ FROM unnest($2::text[], $3::smallint[], $4::int[], $5::text[], $6::jsonb[], $7::
 WHERE dlv.msg_id = w.id AND dlv.d = w.d AND dlv.epoch = w.epoch AND dlv.owner = $1 AND dlv.state = 'l'
 RETURNING dlv.msg_id, dlv.d"""
 
-_HOLD_MESSAGES: Final = "UPDATE {s}.msg SET held_at = coalesce(held_at, now()) WHERE id = ANY($1::text[])"
+# A notice ages also while it is held, but not while it is damaged.
+_HOLD_MESSAGES: Final = f"""
+UPDATE {{s}}.msg SET held_at = coalesce(held_at, now()) WHERE id = ANY($1::text[]) AND (
+  kind IN ('{Kind.MAIL}', '{Kind.OUTCOME}') OR EXISTS (SELECT FROM {{s}}.dlv WHERE msg_id = msg.id AND state = 'c'))"""
 
 # A message ages as one, and not while an operator holds a part of it.
 _MAY_BE_ATTEMPTED: Final = "expires_at > now() OR held_at IS NOT NULL"
@@ -157,9 +160,9 @@ WHERE dlv.owner = $1 AND dlv.state = 'l' AND dlv.msg_id || '/' || dlv.d <> ALL($
 _END_OVERDUE: Final = f"""
 WITH {_ME},
 o AS (SELECT id FROM {{s}}.msg WHERE held_at IS NULL AND expires_at <= now() AND ({_IS_OUTCOME}) = $3
-  AND EXISTS (SELECT FROM {{s}}.dlv WHERE msg_id = msg.id AND state = 'r') ORDER BY expires_at LIMIT $2),
+  AND EXISTS (SELECT FROM {{s}}.dlv WHERE msg_id = msg.id AND state IN ('r', 'h')) ORDER BY expires_at LIMIT $2),
 c AS (SELECT dlv.msg_id, dlv.d, dlv.taken_from FROM {{s}}.dlv JOIN o ON o.id = dlv.msg_id
-  WHERE dlv.state = 'r' AND EXISTS (SELECT FROM me) FOR UPDATE OF dlv SKIP LOCKED)
+  WHERE dlv.state IN ('r', 'h') AND EXISTS (SELECT FROM me) FOR UPDATE OF dlv SKIP LOCKED)
 UPDATE {{s}}.dlv SET state = 'l', owner = $1, epoch = epoch + 1
 FROM c JOIN {{s}}.msg ON msg.id = c.msg_id WHERE dlv.msg_id = c.msg_id AND dlv.d = c.d
 RETURNING {_COLUMNS}, NULL AS content, 0 AS place, false AS tried, c.taken_from"""
