@@ -220,7 +220,7 @@ class MailInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # as above
 
     @abstractmethod
     def _wrappers(self, tracer: trace.Tracer, addresses: AddressDetail) -> Mapping[str, Wrapper]:
-        """What its methods are replaced by."""
+        """The replacements of its methods."""
 
     def _instrument(
         self, *, tracer_provider: TracerProvider | None = None, addresses: str | None = None, **_: Any

@@ -54,7 +54,7 @@ def inject(message: "Message[Any, Any]", context: Context | None = None) -> None
 
 
 class HeaderBlock(NamedTuple):
-    """What decides whether a flattened message gets trace headers.
+    """Decides whether a flattened message gets trace headers.
 
     Attributes:
         line_end: between its first two lines; "" where there is no header block.

@@ -116,7 +116,7 @@ def _status_port(context: click.Context, url: str | None) -> AskedGateway | None
 
 
 def _consumed(gateway: AskedGateway | None) -> GatewayCost:
-    """What it has consumed since its start."""
+    """The CPU time it has used, and the transactions it has ended, since its start."""
     if gateway is None:
         return GatewayCost(problem="the settings name no status port; --url does")
     from prometheus_client.parser import text_string_to_metric_families

@@ -242,7 +242,7 @@ def _in_logs(paths: Sequence[Path], what: str, most: int) -> list["Account"]:
         traces = {trace_id: [] for trace_id in sorted(found, key=found.__getitem__)[-most:]}
         if traces:
             break
-    # What a trace has besides may be anywhere: an attempt from the queue is hours later.
+    # Other lines of a trace may be anywhere: an attempt from the queue is hours later.
     for line in _log_lines(paths, "") if traces else ():
         if line["trace_id"] in traces:
             traces[line["trace_id"]].append(line)

@@ -13,7 +13,7 @@ Settings come from four places, each over the one before: defaults, the TOML fil
 by key, never one source instead of another. `Settings.origins` remembers where each value came from.
 
 All problems are collected and reported at once: source, key, value, what is allowed. The value of a secret is never
-shown. What `OTEL_*` variables set has no second name here.
+shown. Settings of `OTEL_*` variables have no second name here.
 
 The loader reads files and nothing else. It resolves no name and opens no socket; `check --connect` does.
 """

@@ -82,7 +82,7 @@ LEDGER: Final = (
         _CLIENT,
         "octets that are not read yet, or replies that it does not read, each",
         ("otel_smtp.net.stream.HIGH_WATER_OCTETS",),
-        "what it sends waits with the kernel",
+        "its input stays with the kernel",
         f"{_DRIVEN}test_far_beyond_a_bound",
     ),
     Bound(

@@ -90,7 +90,7 @@ def _default_text(key: Key, default: object) -> str:
 def json_schema() -> dict[str, Any]:
     """A JSON Schema (draft 2020-12) of a settings file, for editors: keys, kinds of values, meanings, defaults.
 
-    It knows less than `load`: what contradicts each other is found there, and whether a file can be read.
+    It knows less than `load`, which finds contradictions, and files that cannot be read.
     """
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",

@@ -302,7 +302,7 @@ class _Loader:
 # Stands for an upstream whose URL is invalid, so that the others keep their numbers. Never leaves `load`.
 _NOWHERE: Final = UpstreamUrl("smtp", TlsMode.OFF, "smtp", Endpoint("", 0))
 
-# What a table must have, and what stands for it where it is missing, as above.
+# Keys that a table must have, and placeholders for missing ones, as above.
 _REQUIRED: Final[Mapping[type[Table], Mapping[str, Any]]] = {
     RateLimitTable: {"name": "", "rate": Rate(1, 1.0)},
     NotifyTable: {"url": ""},

@@ -71,7 +71,7 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 
 
 class Key(msgspec.Struct, frozen=True):
-    """What there is to know about one setting.
+    """The description of one setting.
 
     Attributes:
         meaning: for the README's table.
@@ -419,7 +419,7 @@ class NotifyTable(Table, frozen=True, kw_only=True):
 
     name: Annotated[
         str,
-        Key("its name in metrics and logs; what waits for it goes by that", _NAME, default="the URL's host and port"),
+        Key("its name in metrics and logs; waiting outcomes belong to it", _NAME, default="the URL's host and port"),
     ] = ""
     url: Annotated[
         str,
@@ -456,7 +456,11 @@ class NotifyTable(Table, frozen=True, kw_only=True):
     ] = None
     connections: Annotated[int, Key("requests at once, per process", Integer(1, 100))] = 4
     timeout: Annotated[
-        float, Key("a whole exchange; what is not taken by then is sent again, as `spool.retry` says", Duration(0.1))
+        float,
+        Key(
+            "a whole exchange; an outcome that is not accepted by then is sent again, as `spool.retry` says",
+            Duration(0.1),
+        ),
     ] = 10.0
     most_pending: Annotated[
         int, Key("outcomes that wait for it; beyond, new ones are dropped and counted, and mail goes on", _COUNT)

@@ -7,7 +7,7 @@
   middle of a transaction, or that refuses MAIL for now on a kept one (it may count mails per connection), is tried once
   more on a fresh one, before the next in order, and within the same attempt.
 
-What is done with a connection is not said here: see `delivery`.
+For the use of a connection see `delivery`.
 """
 
 import logging
@@ -150,7 +150,7 @@ class Attempts(Connecting):
                 self._next_attempt()
                 return
         elif not was_connected and self._tried.put_off is not None and not self._is_aborted:
-            # There was no second connection; what it said on the first is its answer.
+            # There was no second connection; its reply on the first is its answer.
             self._refused_by(self._tried.put_off)
             return
         if isinstance(fault, CredentialsRefused):
@@ -161,7 +161,7 @@ class Attempts(Connecting):
         self._end(Outcome.DEFERRED, fault.upstream_reply, fault.reply.error_type)
         self._note_fault(fault)
         if was_connected and fault.reply is replies.UPSTREAM_PROTOCOL:
-            # What it makes of the mail is anybody's guess; the next upstream would be asked behind its back.
+            # Its outcome is unknown; the next upstream would be asked while this one may still deliver.
             self._answer_for_all(fault.reply)
         elif not self._is_aborted:
             self._next_attempt()
@@ -188,7 +188,7 @@ class Attempts(Connecting):
         tried = [fault for fault in faults if not isinstance(fault, NoConnectionFree)] or faults
         passing = [fault for fault in reversed(tried) if fault.reply.is_transient]
         if passing:
-            # What an upstream said, else what became of one that was reached.
+            # An upstream's reply, else the fault of one that was reached.
             said = next((fault for fault in passing if fault.upstream_reply is not None), None)
             met = next((fault for fault in passing if fault.reply is not replies.UPSTREAM_UNAVAILABLE), passing[0])
             self._answer_for_all((said or met).told)

@@ -100,7 +100,7 @@ _NO_WORD: Final = re.compile(r"[0-9=]")
 
 
 def without_secrets(reply: Reply, credentials: Credentials) -> Reply:
-    """`reply` fit to be shown: what we said of ourselves is taken out of its text, plain or encoded.
+    """`reply` fit to be shown: our own credentials are removed from its text, plain or encoded.
 
     Servers repeat user names, and worse, in what they say to AUTH; yet an operator needs their words in order to act.
     """

@@ -1,6 +1,6 @@
 """The one interface by which accepted mail leaves: the upstream relay and the durable spool both implement it.
 
-The session does not know which it talks to. Nothing here waits: what needs an answer is given a callback, which is
+The session does not know which it talks to. Nothing here waits: a call that needs an answer takes a callback, which is
 called once, on the event loop, possibly before the call returns. What the session may rely on:
 
 * The final reply of a `MailTransaction` is 2yz only if the upstream said 2yz to the end of data, or the message is
@@ -23,7 +23,7 @@ from otel_smtp.smtp.extensions import NONE, Extensions, every_relayed
 from otel_smtp.smtp.replies import Reply
 
 LEAST: Final = NONE
-"""What can be promised while nothing is known of the upstream."""
+"""The promises that can be kept while nothing is known of the upstream."""
 
 MOST: Final = every_relayed()
 """What can be promised on behalf of something that takes all there is."""
@@ -227,7 +227,7 @@ class SlotLedger(Protocol):
     """Where the connection slots of several gateways are kept."""
 
     def term(self) -> object | None:
-        """What changes when slots that were taken here are ours no more; None: it is not known whether they are."""
+        """A value that changes when slots that were taken here are no longer ours; None: that is unknown."""
         ...
 
     async def hold(

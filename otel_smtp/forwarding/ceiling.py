@@ -5,7 +5,7 @@ open then is its ceiling. It is remembered, and probed with one connection more 
 refused.
 
 The workers of one gateway share what was learnt, and the connections below the ceiling: each has an equal part, and
-where there are fewer connections than workers that want one, they take turns. What they share is a few numbers in
+where there are fewer connections than workers that want one, they take turns. They share a few numbers in
 memory that their parent made before it forked them. Each worker writes a column of its own; the head of the table is
 everybody's. There is no lock: an update that is lost costs one more refused connection, and no mail.
 
@@ -20,7 +20,7 @@ from typing import Final
 
 FIRST_PROBE_SECONDS: Final = 10.0
 """After a ceiling was learnt, until one connection more is tried; doubled each time that it is refused, and halved each
-time that it is taken: what was learnt from a passing fault is soon forgotten."""
+time that it is taken: a ceiling learnt from a passing fault is soon forgotten."""
 SHORTEST_PROBE_SECONDS: Final = 1.0
 LONGEST_PROBE_SECONDS: Final = 600.0
 WORKS_SECONDS: Final = 60.0

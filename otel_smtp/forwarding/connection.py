@@ -5,8 +5,8 @@ answer brings it back. Whatever ends the exchange otherwise (a deadline, a mail 
 leaves it out of step, and such a connection is closed and never used again. There is nothing to remember and nothing to
 clean up.
 
-An exchange is begun by `exchange`, and ends by one call back. What arrives is pushed here by the stream, in the call in
-which the transport delivers it. `opening` opens connections.
+An exchange is begun by `exchange`, and ends by one call back. Octets that arrive are pushed here by the stream, in the
+call in which the transport delivers it. `opening` opens connections.
 """
 
 import asyncio
@@ -135,7 +135,7 @@ class UpstreamConnection:
         return self._loop.time() - self.used_at
 
     def ensure_alive(self) -> None:
-        """Look, before an exchange begins: what is sent to a connection that is known to be dead has no known outcome.
+        """Check before an exchange begins: commands sent over a dead connection would have an unknown outcome.
 
         Raises:
             ConnectionLost: the upstream is gone, or has said 421.

@@ -42,7 +42,7 @@ class Content:
         pieces: the body, while it is in memory; None: it is in the file, see `read`.
         body_octets: of all that follows the header block, the empty line included.
         failure: the reply to the client if the message could not be held; from then on it is taken, and dropped.
-        original: what this is the re-encoded form of; None: it is as the client sent it.
+        original: the content that this is the re-encoded form of; None: it is as the client sent it.
     """
 
     __slots__ = (

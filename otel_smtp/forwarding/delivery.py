@@ -37,7 +37,8 @@ STALE_AFTER_SECONDS: Final = 5.0
 """A connection that was idle for longer is asked MAIL and RCPT before it is given content: were it dead, which shows
 only then, a message sent in one piece would have an unknown outcome instead of another connection."""
 BURST_OCTETS: Final = 256 * 1024
-"""A message up to this size may leave with its envelope: what is lost of it in the middle has an unknown outcome."""
+"""A message up to this size may leave with its envelope: if the connection is lost in the middle, its outcome is
+unknown."""
 
 _MAIL: Final = frozenset({RSET, MAIL})
 _ENVELOPE: Final = frozenset({RSET, MAIL, RCPT})
@@ -72,7 +73,7 @@ class Delivery(Transmitting):
         route: Sequence[Smarthost],
         is_plain: bool,
     ) -> None:
-        # What each of these is says the part that uses it, from `Connecting` on. They are set here, as a chain of
+        # Each of these is described by the part that uses it, from `Connecting` on. They are set here, as a chain of
         # constructors costs more than what it sets; each mail has one of this.
         self._mail = mail
         self._record = record
@@ -227,7 +228,7 @@ class Delivery(Transmitting):
 
     def _check_reset(self, reply: Reply) -> None:
         if reply.code >= 400:
-            # What it keeps of the transaction before is anybody's guess.
+            # Its state after the transaction before is unknown.
             self._connection.close()
             raise OutOfStep("RSET refused")
 
@@ -235,7 +236,7 @@ class Delivery(Transmitting):
 
     def _send(self) -> None:
         if not self._is_open:
-            # What was accepted elsewhere is put to this upstream before it gets the content.
+            # Recipients accepted elsewhere are asked of this upstream before it gets the content.
             self._send_envelope(None, self._fitting())
             self._after = Delivery._reopened
             self._connection.exchange(self._settled, stop_at=_MAIL)

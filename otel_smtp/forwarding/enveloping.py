@@ -287,7 +287,7 @@ class Enveloping(Attempts):
 
     def _promise(self, recipient: Recipient) -> Reply:
         """Leave a recipient that was not asked about, or is one too many."""
-        # What a fresh connection took is what one takes.
+        # The number that a fresh connection accepted is the connection's limit.
         is_measured = self.wants_fresh and not self._was_reused
         most = max(1, len(self.accepted)) if is_measured else self._connection.most_recipients
         if len(self.left) >= (MOST_TRANSACTIONS - 1) * most:

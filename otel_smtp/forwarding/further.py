@@ -46,7 +46,7 @@ class Part:
         self.wants_fresh = False
 
     def leave(self, delivery: Delivery) -> None:
-        """A transaction is over; what it had no room for is left."""
+        """A transaction is over; the recipients that it had no room for are left."""
         self.delivery = None
         self.left = delivery.left
         self.wants_fresh = delivery.wants_fresh

@@ -1,8 +1,8 @@
 """Limits that several gateways keep together, in the database of their queue.
 
 A gateway takes permits there for the mails that wait for them, one claim at a time for each limit, and tells with each
-claim what has landed since the last. What it has in flight it tells as a whole; so a claim whose answer was lost leaves
-nothing behind but permits that nobody uses until the next one. What is not known counts as used: a limit is never
+claim what has landed since the last. It reports all it has in flight as a whole; so a claim whose answer was lost
+leaves nothing behind but permits that stay unused until the next one. Unknown use counts as use: a limit is never
 exceeded to make up for a failure.
 
 Permits belong to the gateway as long as it is known to live. One that was silent for too long was declared dead, and
@@ -110,7 +110,7 @@ class GlobalLimit:
     # ------------------------------------------------------------------------------------------------------
 
     def _is_ours(self) -> bool:
-        """Whether what is in stock counts for us; what does not is thrown away."""
+        """Whether the permits in stock are valid for us; invalid ones are discarded."""
         term = self._ledger.term()
         if term is None:
             return False

@@ -147,7 +147,7 @@ class Limit:
             return max(0, min(at_once, settings.count - int(cells[_USED])))
 
     def landed(self, permit: Permit, now: float) -> None:
-        """What a permit was for has come to its end."""
+        """The mail that a permit was for has ended."""
         with _held(self._lock):
             if (cell := self._cell(permit)) is not None:
                 self._cells[cell] = now

@@ -176,7 +176,7 @@ async def _start_tls(
         raise ConnectFailed("STARTTLS refused", replies.UPSTREAM_TLS, reply)
     stream = connection.stream
     try:
-        # What has arrived since was written by somebody in the middle: the engine refuses it.
+        # Octets that have arrived since were injected by a man in the middle: the engine refuses them.
         connection.protocol.tls_started()
         await stream.start_tls(
             context,

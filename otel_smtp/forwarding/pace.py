@@ -17,7 +17,7 @@ CONTEND_SECONDS: Final = 0.01
 
 
 class AnyLimit(Protocol):
-    """What `Pace` asks of a limit, wherever it is kept.
+    """The interface of a limit for `Pace`, wherever it is kept.
 
     Attributes:
         answer_seconds: how long a mail has to wait for an answer at most, be it that there are no permits.
@@ -57,7 +57,7 @@ class WaitingMail:
     Attributes:
         since: when it asked.
         held_by: the name of the limit that it waits, or waited, for; "" where it did not.
-        permits: what it was given; none while it waits.
+        permits: those that it was given; none while it waits.
         is_waiting: neither given nor refused. `given_at`: when it was given leave.
         patience: a look when its time is over.
     """

@@ -142,7 +142,7 @@ class Pool(Generic[C]):
         return ticket
 
     def withdraw(self, ticket: Ticket[C], now: float) -> None:
-        """The mail that asked is gone. What it was given is given back."""
+        """The mail that asked is gone. Its connection, if it has one, is given back."""
         match ticket.decision:
             case Decision.WAITING:
                 self.waiting.remove(ticket)
@@ -238,7 +238,7 @@ class Pool(Generic[C]):
         return waits
 
     def _explain_refusals(self, now: float) -> None:
-        """What was refused while the upstream works was one connection too many."""
+        """Refusals while the upstream works mean one connection too many."""
         if not self._is_unexplained or not self.ceiling.works(now):
             return
         self._is_unexplained = False

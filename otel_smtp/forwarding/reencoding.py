@@ -1,14 +1,14 @@
 """8-bit content made 7-bit, part by part, for an upstream without 8BITMIME (RFC 6152 3, RFC 2045 6).
 
 Each part of a message that holds octets above 127 gets an encoding that 7-bit transport keeps: quoted-printable where
-it is text, base64 else. What a reader decodes stays the same octets. Whatever is 7-bit already stays as it is; but a
+it is text, base64 else. Decoded, the content is the same octets. Parts that are 7-bit already stay as they are; but a
 signature over the message (DKIM) does not survive any change.
 
 That a part holds such octets shows behind its header, where the encoding must be named. So a message is read twice: by
 a `Survey`, then by a `Reencoder`, which knows from it what to change. Both take octets in pieces of any size, hold no
 more than a header or a line of them and an octet for each part, and take time in proportion to their length.
 
-What would not be the same message afterwards is refused (`CannotReencode`): see there.
+Content that would not be the same message afterwards is refused (`CannotReencode`): see there.
 """
 
 import re

@@ -2,7 +2,7 @@
 
 Providers that bind a login to one address refuse every other reverse-path, and the applications behind a relay have
 many. The content is not touched, so its From field still names the author (RFC 5322 3.6.2), and DKIM signatures
-survive. The null reverse-path stays as it is: what has it is a notice, and an address in its place would let notices be
+survive. The null reverse-path stays as it is: it marks a notice, and an address in its place would let notices be
 answered by notices (RFC 5321 4.5.5).
 """
 

@@ -62,7 +62,7 @@ class SlotUser(Protocol):
 
 
 class AnySlots(Protocol):
-    """What a pool asks of the slots of its upstream, wherever they are kept."""
+    """The interface of an upstream's slots for its pool, wherever they are kept."""
 
     @property
     def held(self) -> int:

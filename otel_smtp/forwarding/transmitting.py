@@ -1,6 +1,6 @@
 """The content of a transaction upstream, and what the reply to it means.
 
-What is small leaves in one write; what is large as the upstream takes it, from memory or from a file.
+Small content is sent in one write, large content as fast as the upstream takes it, from memory or from a file.
 """
 
 import logging

@@ -167,7 +167,7 @@ class UpstreamForwarder:
             serving = whatever_they_serve(self._named(destination))
         else:
             serving = self._routes.for_all or self._routes.for_mail(mail)
-        # What needs nothing, and fits into what is taken by the one that is asked first, is refused by none: most mail.
+        # Mail without special needs that fits the first upstream's SIZE is refused by none here: most mail.
         reverse_path, size, *needs = mail
         known = serving.upstreams[0].extensions if serving.upstreams else None
         is_plain = needs == _NO_NEEDS and reverse_path.isascii()

@@ -48,7 +48,7 @@ MAILS_COUNTED_SECONDS: Final = 1.0
 METRICS_CATCH_UP_SECONDS: Final = 5.0
 
 WRONG_FILES: Final = (CertificateError, UsersFileError)
-"""What a gateway raises if the settings are right, and a file or variable that they name is not."""
+"""Raised by a gateway if the settings are right, and a file or variable that they name is not."""
 
 
 class Ready(NamedTuple):
@@ -141,7 +141,7 @@ class Gateway:
             sweep=self._sweep,
             limits=wiring.limits(settings, store, shared_limits),
             slots=wiring.slots(settings, store, process.slots.slots if process is not None and process.slots else None),
-            # What a client would have to wait for is queued there instead.
+            # Mail that its client would have to wait for is queued there instead.
             pace_patience_seconds=0.0 if settings.delivery.mode == "direct-then-queue" else PACE_PATIENCE_SECONDS,
             ceilings=process.ceilings.claim(process.number) if process is not None and process.ceilings else None,
         )

@@ -199,7 +199,7 @@ def _import_server() -> None:
 
 
 def recorded_mailbox(text: str, redaction: Redaction) -> RecordedForm:
-    """What spans hold of a mailbox, or of a part of one, that is searched for."""
+    """The form in which spans hold a mailbox, or part of one, that is searched for."""
     choice = f"telemetry.addresses = {redaction.addresses}"
     is_address = "@" in text.strip("@")
     match redaction.addresses:

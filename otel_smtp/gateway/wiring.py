@@ -275,7 +275,7 @@ def spool_settings(settings: Settings) -> "SpoolSettings":
 
 
 def spool_store(settings: Settings, *, name: str) -> "Store":
-    """What keeps the mail of the durable queue, in a mode that has one.
+    """The store of the durable queue, in a mode that has one.
 
     Args:
         name: of this process in telemetry.

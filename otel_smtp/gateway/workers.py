@@ -2,7 +2,7 @@
 
 The kernel spreads connections over the workers' sockets (SO_REUSEPORT). The parent never runs an event loop, opens no
 exporter and starts no thread, so it can fork at any time. It forwards SIGTERM, SIGINT and SIGHUP, restarts workers that
-die, and on SIGUSR2 replaces the workers one by one, each only when its successor is ready. What it decides is in
+die, and on SIGUSR2 replaces the workers one by one, each only when its successor is ready. Its decisions are in
 `supervision`; here are the processes, pipes and signals.
 
 Ctrl-C in a terminal signals the whole process group, so a worker gets each signal twice: from the terminal and from the
@@ -213,7 +213,7 @@ class Supervisor:
 
 
 def _death_signal() -> Callable[[], None]:
-    """What a worker calls so that it gets SIGTERM when its parent ends, whatever ends it."""
+    """Called by a worker so that it gets SIGTERM when its parent ends, whatever the reason."""
     if not sys.platform.startswith("linux"):
         return lambda: None
     import ctypes

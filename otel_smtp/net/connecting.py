@@ -99,7 +99,7 @@ async def _connect_socket(address: _Address) -> socket.socket:
 
 
 async def _race(addresses: Sequence[_Address]) -> socket.socket:
-    """The first of `addresses` that connects; what else is on its way is closed."""
+    """The first of `addresses` that connects; other attempts under way are closed."""
     if len(addresses) == 1:
         return await _connect_socket(addresses[0])
     left = list(addresses)

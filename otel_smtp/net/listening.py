@@ -85,8 +85,8 @@ async def listen(
 
     Args:
         on_connection: called with each stream at accept, synchronously, before anything was read from it. It keeps
-            the stream. Implicit TLS is its caller's: `start_tls` at once; what the client sent meanwhile is not lost
-            if `pause_reading` is called first.
+            the stream. Implicit TLS is its caller's: `start_tls` at once; octets that the client sent meanwhile are not
+            lost if `pause_reading` is called first.
         port: 0: the kernel chooses; see `Listener.addresses`.
         reuse_port: several processes share the port (SO_REUSEPORT).
 

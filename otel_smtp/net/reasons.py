@@ -6,7 +6,7 @@ import ssl
 
 
 def reason_of(error: OSError) -> str:
-    """What `error` says of a connection that did not come about, or was lost: one line of a few words.
+    """The reason in `error` for a connection that was not made, or was lost: one line of a few words.
 
     Whatever was raised, resolver, kernel and TLS say it differently; here it reads alike, without numbers and classes.
     """

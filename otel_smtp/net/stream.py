@@ -2,8 +2,8 @@
 
 A stream is read in one of two ways. While it has a `receiver`, octets are *pushed*: the receiver is called with what
 arrived, in the call in which the transport delivers it. That is the mail path: no task, no future, no timer. Without a
-receiver octets are *pulled* by the coroutine `read`; what waits for long or comes seldom is written so (PROXY headers,
-TLS handshakes, greeting and AUTH towards an upstream). `receive_by` switches, and hands over what had arrived.
+receiver octets are *pulled* by the coroutine `read`; code that waits for long or runs rarely is written so (PROXY
+headers, TLS handshakes, greeting and AUTH towards an upstream). `receive_by` switches, and hands over what had arrived.
 
 `Stream` is all that server and upstream know of the network. It is a `BufferedProtocol` on purpose: asyncio's plain
 protocols allocate 256 KiB for each read and give it back at once, which costs one mmap, mremap and munmap a read and a
@@ -69,7 +69,7 @@ class Receiver(Protocol):
 
 
 class _Pulled:
-    """What a stream keeps while it has no receiver, and only then: most connections are idle, and have one.
+    """The state of a stream without a receiver, kept only then: most connections are idle, and have one.
 
     Attributes:
         chunks: what arrived and was not read. `unread`: octets of it; beyond `HIGH_WATER_OCTETS` it `is_full`, and
@@ -235,7 +235,7 @@ class Stream(asyncio.BufferedProtocol):
         return self.take_pending()
 
     def take_pending(self) -> bytes:
-        """What has arrived and was not read, without waiting; b"" where nothing has."""
+        """Octets that have arrived and were not read, without waiting; b"" where there are none."""
         pulled = self._pulled
         if pulled is None or not pulled.chunks:
             return b""
@@ -248,7 +248,7 @@ class Stream(asyncio.BufferedProtocol):
         return data
 
     async def read_sparingly(self, octets: int) -> bytes:
-        """At most `octets`. What came with them is left for the next reader, TLS behind a PROXY header; what follows is
+        """At most `octets`. Octets behind them are left for the next reader, TLS behind a PROXY header; what follows is
         left with the kernel.
 
         Reading must have been paused since the connection was accepted, and is paused when this returns.
@@ -353,7 +353,7 @@ class Stream(asyncio.BufferedProtocol):
         """End our side, read off what the peer still sends until it ends its own, then `close`.
 
         For a peer that may be in the middle of sending. The kernel answers octets that were not read, or that come
-        after the close, with a reset: what the peer then gets is an error at its next send, and not our last reply.
+        after the close, with a reset: the peer then gets an error at its next send, and not our last reply.
 
         Reads off at most `READ_OFF_OCTETS`, for at most `READ_OFF_SECONDS`. Under TLS it is `close`: there the
         connection goes on until the peer's close_notify anyway.
@@ -373,7 +373,7 @@ class Stream(asyncio.BufferedProtocol):
             self.close()
 
     def abort(self) -> None:
-        """Close at once; what is unsent is dropped. Idempotent."""
+        """Close at once; unsent octets are dropped. Idempotent."""
         if self._transport is not None:
             self._stop_timer()
             self._transport.abort()
@@ -459,7 +459,7 @@ class Stream(asyncio.BufferedProtocol):
         await asyncio.sleep(0)  # the loop puts its TLS layer in our place and reads no more until that is connected
         if data := self.take_pending():
             loop.call_soon(_deliver, clear, data)  # behind its `connection_made`, before it reads
-            self.octets_received -= len(data)  # what the application sees is counted, not the handshake
+            self.octets_received -= len(data)  # octets of the application are counted, not those of the handshake
         return await task
 
     @property

@@ -48,7 +48,7 @@ _DEFERRED: Final = Outcome.DEFERRED
 _Accepted = tuple[str, str, str, TlsMode]  # listener, protocol, transport and TLS, as `ConnectionInfo` has them
 _NO_CARRIER: Final[Mapping[str, str]] = MappingProxyType({})
 
-# What a transaction comes to when its attempts fail; the last of these says why.
+# Faults of attempts that decide a transaction; the last one gives the reason.
 _OF_ATTEMPTS: Final = frozenset(
     {
         ErrorType.UPSTREAM_UNAVAILABLE,

@@ -44,7 +44,7 @@ class Admission(Conversation):
             self._session_ends = self._began + policy.timeouts.session
         self._protocol.accepted(policy.protocol.tls_mode)
         if policy.protocol.tls_mode is TlsMode.IMPLICIT or is_in(policy.proxy_protocol_from, self._stream.peer.host):
-            # What comes first is for the TLS layer, or is a PROXY header and not one octet more.
+            # The first octets are for the TLS layer, or are a PROXY header and not one octet more.
             self._stream.pause_reading()
             self._start(self._prepare(refusal))
         else:

@@ -72,7 +72,7 @@ class Pause(IntEnum):
     DECISION = 2  # one is awaited, and more has come
     UNREAD = 4  # the client does not read its replies
     TURN = 8  # other connections come first
-    TLS = 16  # what comes next is the TLS layer's
+    TLS = 16  # further octets are for the TLS layer
 
 
 class Conversation:
@@ -336,7 +336,7 @@ class Conversation:
         return now - self.record.opened_ns / 1e9
 
     def wait_in_line(self) -> None:
-        """It is not served yet: what the client sends stays with the kernel."""
+        """It is not served yet: the client's octets stay with the kernel."""
         self._stream.pause_reading()
 
     def leave_line(self) -> None:
@@ -376,7 +376,7 @@ class Conversation:
         if now >= deadline - CLOCK_SLACK_SECONDS:
             self._end_from_outside(replies.TIMED_OUT, CloseReason.TIMEOUT)
             return False
-        # What the client says from now on has a deadline of its own.
+        # The client's next command has a deadline of its own.
         return min(deadline, now + self._policy.timeouts.shortest, now + age_left) < until
 
     @property

@@ -50,7 +50,7 @@ class FailureRate:
 
 
 def network_of(host: str) -> str:
-    """What one client has of addresses: an IPv4 address, the /64 of an IPv6 address; else `host` itself."""
+    """The addresses that one client can use: an IPv4 address, the /64 of an IPv6 address; else `host` itself."""
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:

@@ -3,7 +3,7 @@
 Pure: octets in, a header out. Whether a peer's header is required and believed is the listener's decision; a header
 from anybody else must never be parsed, or every client could choose its own address.
 
-What is taken is bounded: version 1 by its own 107 octets, version 2 by `MAX_V2_OCTETS`. Additional fields (TLVs) of
+Input is bounded: version 1 by its own 107 octets, version 2 by `MAX_V2_OCTETS`. Additional fields (TLVs) of
 version 2 are passed over.
 """
 
@@ -33,7 +33,7 @@ _UNIX_PATH_OCTETS: Final = 108
 
 
 class ProxyProtocolError(Exception):
-    """What came is no PROXY header; never says what it was."""
+    """The input is no PROXY header; the text never quotes it."""
 
 
 @dataclass(frozen=True, slots=True)

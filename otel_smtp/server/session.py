@@ -16,7 +16,7 @@ rare: PROXY headers, TLS handshakes, AUTH, and a gentle end.
 
 Reading stops, so that what a client sends stays with the kernel, for each of these reasons: the forwarder takes the
 content slower than it comes, a decision is awaited and more has come already, the client does not read its replies, or
-it has pipelined more than its turn. What the engine holds is bounded by that.
+it has pipelined more than its turn. That bounds the octets that the engine holds.
 
 The client may vanish at any moment. Before its content is complete the transaction is aborted, and nothing is relayed.
 After that the delivery goes on to its end, so that its outcome is known and recorded, and only the reply is lost.
@@ -128,7 +128,7 @@ class Session(Admission):
                 transaction.accepted.append(recipient)
             else:
                 transaction.refuse(recipient, reply, now_ns)
-        # What a segment can hold that is no news are mails and their recipients, so this is the place to look.
+        # A segment grows by mails and their recipients, so its bound is checked here.
         if len(self.record.replies) >= self._house.segments.transitions - REPLIES_TO_CONTENT:
             protocol.has_news = True
         self._step(decided, protocol.answer)
@@ -143,7 +143,7 @@ class Session(Admission):
         connection's: it holds the Error event."""
         if not self._policy.trace_in_reply:
             return reply
-        # What comes out of turn is of no message; the last one's id may still be at hand.
+        # A reply out of turn belongs to no message; the last one's id may still be set.
         trace_id = self._trace_id if is_of_content and reply.error_type is not ErrorType.SEQUENCE else None
         if trace_id is None:
             trace_id = trace_fields(self._house.observer.connection_carrier(self.record)).get("trace_id")

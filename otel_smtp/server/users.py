@@ -68,7 +68,7 @@ _SCRAM_LINE = re.compile(r"SCRAM-SHA-256\$([0-9]{4,7}):([^$:]+)\$([^$:]+):([^$:]
 
 
 class Proof(Protocol):
-    """What a user's password is checked against."""
+    """The hash or keys that a user's password is checked against."""
 
     def is_proven_by(self, password: str) -> bool:
         """Whether `password` is the one; takes milliseconds by design, so never on the event loop."""

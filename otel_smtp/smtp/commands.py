@@ -327,7 +327,7 @@ def _rcpt(verb: Verb, argument: bytes) -> RcptTo:
 
 
 class _BadAddress(NamedTuple):
-    """What is said to an address that is none."""
+    """The reply to a malformed address."""
 
     syntax: Reply
     too_long: Reply

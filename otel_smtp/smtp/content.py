@@ -36,7 +36,7 @@ def needs_smtputf8(header: bytes) -> bool:
     """Whether a content with octets above 127 may be an internationalized message, by its header block.
 
     It is one where such octets stand in a header, be it that of a part (RFC 6532 3, RFC 6531 1.2): in this block, or
-    behind it where there can be parts. What is 8-bit in a body alone needs 8BITMIME and no more.
+    behind it where there can be parts. 8-bit octets in a body alone need 8BITMIME and no more.
     """
     return not header.isascii() or not _OF_PARTS.isdisjoint(map(bytes.lower, _CONTENT_TYPE.findall(header)))
 

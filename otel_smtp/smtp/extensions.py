@@ -88,7 +88,7 @@ class Extensions:
 
     @classmethod
     def parse(cls, lines: Sequence[str], *, disabled: Collection[str] = ()) -> Self:
-        """Read the keyword lines of an EHLO reply: all but its first line. What is not understood is left out.
+        """Read the keyword lines of an EHLO reply: all but its first line. Unknown keywords are left out.
 
         Args:
             disabled: keywords, in capitals, that count as not offered.

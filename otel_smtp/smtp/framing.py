@@ -7,7 +7,8 @@ Content goes through three small machines, each fed with octets in pieces of any
 
 Rules that hold throughout:
 
-* Cutting the input differently never changes the result. What cannot be decided yet is held back, never guessed.
+* Cutting the input differently never changes the result. Octets that cannot be decided yet are held back, never
+guessed.
 * Only CRLF.CRLF ends DATA. Any other line end in content is bare: it is normalised to CRLF or refused, and the
   dots of the lines that it begins are treated after that, so that no receiver can read an end where we saw none.
 * No loop over single octets: everything is done by searches and replacements over whole pieces.
@@ -74,7 +75,7 @@ class ReceiveBuffer:
         if end >= 0:
             return self.take(end + 1 - self._start)
         discarded = self.take(max(0, len(self) - LINE_TAIL_OCTETS))
-        self.feed(b"")  # what was thrown away is not held
+        self.feed(b"")  # discarded octets are not held
         return discarded
 
     def starts_with(self, prefix: bytes) -> bool:

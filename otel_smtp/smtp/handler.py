@@ -98,7 +98,7 @@ class Handler(ContentSink, Protocol):
 
 
 class Asked(Enum):
-    """What the handler has been asked and has not answered."""
+    """The question that the handler has not answered yet."""
 
     NOTHING = auto()
     MAIL = auto()

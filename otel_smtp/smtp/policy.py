@@ -95,7 +95,7 @@ class ServerPolicy:
         object.__setattr__(self, "content_limits", of_content)
 
     def own_offer(self, behind: Extensions, *, is_tls: bool) -> OwnOffer:
-        """What a session is offered now. One value serves all sessions, until `behind` changes."""
+        """The offer to a session now. One value serves all sessions, until `behind` changes."""
         own = self._offers.get(is_tls)
         if own is None or own.behind is not behind:
             limits = self.limits

@@ -104,7 +104,7 @@ LEGAL: Final[Mapping[ConnState, frozenset[ConnState]]] = {
 """Which recorded state may directly follow which: the one truth; the README's table and the tests read it here."""
 
 
-# What may follow what, and whether that is a level: one look for both.
+# Legal transitions, and whether they lead to a level: one look-up for both.
 _FOLLOWING: Final[Mapping[ConnState | None, Mapping[ConnState, bool]]] = {
     None: {_S.NEW: True},
     **{state: {following: following not in PULSES for following in LEGAL[state]} for state in ConnState},

@@ -1,4 +1,4 @@
-"""What time does to queued mail: a warning to its sender, and its end.
+"""The age of queued mail: a warning to its sender, and expiry.
 
 Only `Aging.look` ends mail for its age, a small part of the spool at a time: a clock that jumped cannot empty it.
 """

@@ -98,7 +98,7 @@ class Deed:
                 "recipients": len(self.recipients), **trace_fields(self.carrier),
             },
         )  # fmt: skip
-        # An outcome is in no trace: what was done to it is in the log alone.
+        # An outcome is in no trace: what was done to it is only logged.
         if self.kind is not Kind.OUTCOME and (action := _ACTIONS.get(self.command)) is not None:
             observer.spool_acted(self.record(action))
 

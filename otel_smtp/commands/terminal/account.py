@@ -19,7 +19,7 @@ from otel_smtp.telemetry import attributes as names
 
 # Attempts shown per mail; of more, the first and the last.
 _ATTEMPTS_TOLD: Final = 6
-# What took less is not worth a word.
+# Shorter waits are not mentioned.
 _SHORT_NS: Final = 1_000_000
 _PHASES: Final[Mapping[str, str]] = {
     "pool": "a free connection to {upstream}",

@@ -155,7 +155,7 @@ class KnownAnswers(NamedTuple):
 def read_answers(data: bytes, verbs: tuple[Awaited, ...]) -> KnownAnswers | None:
     """The answers to `verbs`, where `data` is one short line for each of them, and nothing more.
 
-    Upstreams say the same again and again; what they said before is not read again.
+    Upstreams repeat the same replies; a reply that was parsed before is not parsed again.
 
     Returns:
         None where it is anything else, a command is not one of those that every mail has, or a reply asks for more than

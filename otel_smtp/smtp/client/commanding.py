@@ -180,7 +180,7 @@ class Commanding:
         self._command(Awaited.STARTTLS, "STARTTLS")
 
     def tls_started(self) -> None:
-        """The handshake is done. What the upstream said in clear is forgotten (RFC 3207 4.2): say EHLO again.
+        """The handshake is done. All that the upstream said in clear is forgotten (RFC 3207 4.2): send EHLO again.
 
         Raises:
             RemoteProtocolError: the upstream sent octets between its 220 and TLS.

@@ -61,8 +61,8 @@ class ClientProtocol(Commanding):
         """Take octets from the upstream, and give the replies that are whole now, with what they answer.
 
         Never raises: what breaks the protocol sets `fault`, behind the answers that came before it. It goes no further
-        than the answer to the last command; what lies behind is judged by the next call, and until then `is_in_step` is
-        false. Nothing is read behind a 421, or a refusal that comes before the content has ended.
+        than the answer to the last command; octets behind it are judged by the next call, and until then `is_in_step`
+        is false. Nothing is read behind a 421, or a refusal that comes before the content has ended.
 
         Args:
             data: as read from the network, any length; b"" only judges what has been left over.

@@ -12,8 +12,8 @@ How it is driven::
 
 What the engine promises:
 
-* It answers by itself all that needs no decision: syntax, order, limits, EHLO, NOOP, and so on. What needs one is asked
-  of the `Handler`; until it is made nothing further is run.
+* It answers by itself where no decision is needed: syntax, order, limits, EHLO, NOOP, and so on. Decisions are asked
+  of the `Handler`; until one is made nothing further is run.
 * Replies leave in the order of their commands. Recipients of a pipelined group are asked about together.
 * `_send` is the one place where a reply is written, so it is the one place where Error is raised; every state is
   recorded inside the call that decides the reply, before `data_to_send` can give its octets.

@@ -40,7 +40,7 @@ from otel_smtp.smtp.states import (
 # How the first line of an HTTP request ends, whatever its method is (RFC 9112 3).
 _HTTP_REQUEST_LINE: Final = re.compile(rb" HTTP/[0-9](?:\.[0-9])?\r\n\Z", re.IGNORECASE)
 
-# RFC 3207 4: what may be said while TLS is required and not on.
+# RFC 3207 4: the commands that are allowed while TLS is required and not on.
 _BEFORE_TLS: Final = frozenset({Verb.NOOP, Verb.EHLO, Verb.LHLO, Verb.STARTTLS, Verb.QUIT})
 # Commands that do not move mail; a session of nothing else holds a slot for nothing.
 _HELLOS: Final = frozenset({Verb.EHLO, Verb.HELO, Verb.LHLO})
@@ -153,7 +153,7 @@ class Dispatching(Receiving):
             self._send(refused.reply, refused.verb or "other")
 
     def _refuse(self, reply: Reply, verb: Verb, command: Command) -> None:
-        """Refuse a command before it is looked at; what announces itself is announced, what follows it is read off."""
+        """Refuse a command before it is run. Its announcement is made, and octets that follow it are read off."""
         match command:
             case Auth():
                 self._announce_auth(command.mechanism)

@@ -63,7 +63,7 @@ class ServerProtocol(Dispatching):
         messages: that got their final reply on this connection. `transactions`: begun on it.
         errors: replies of 400 and above, and a failed handshake.
         close_reason: why the session ends; None while it goes on.
-        asked: what the handler was asked and has not answered: nothing is run until it does.
+        asked: the question that the handler has not answered yet: nothing is run until it does.
         received: octets that have not been run yet.
         out: the replies that have not been taken by `data_to_send`.
         has_news: something but the common course of a mail, received whole, has happened: an error, an end, octets that
@@ -102,7 +102,7 @@ class ServerProtocol(Dispatching):
         if self._is_behind or self.asked is not _NOTHING:
             if self._eof:
                 raise LocalProtocolError("receive_data after receive_eof")
-        # Nothing is to be run before it. What common mail consists of is run here, as `run` would run it.
+        # Nothing is to be run before it. The commands of common mail are run here, as `run` would run them.
         elif phase is _CONTENT:
             if self._chunk is None:
                 self._take_content(data)
@@ -135,7 +135,7 @@ class ServerProtocol(Dispatching):
             self.run()
 
     def receive_eof(self) -> None:
-        """The peer will send no more. What it sent before is still answered."""
+        """The peer will send no more. Earlier commands are still answered."""
         self._eof = True
         self.run()
 

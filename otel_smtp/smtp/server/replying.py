@@ -112,7 +112,7 @@ class Misconduct:
 
 @dataclass(frozen=True, slots=True)
 class ChunkRefusal:
-    """What is said to a BDAT that is refused, once its octets are read off."""
+    """The reply to a refused BDAT, once its octets are read off."""
 
     reply: Reply
     copies: int  # the reply is sent so many times: once for each recipient over LMTP
@@ -189,7 +189,7 @@ class Replying(StateMachine):
         self._chunk: IncomingChunk | None = None
         self._discarded = 0  # octets of a line that is too long, so far; 0: not discarding
         self._discard_limit = 0
-        self._too_long = replies.LINE_TOO_LONG  # what is said to the line that is being discarded
+        self._too_long = replies.LINE_TOO_LONG  # the reply to the line that is being discarded
         self._auth_mechanism = "other"
         self._misconduct: Misconduct | None = None
         self._eof = False

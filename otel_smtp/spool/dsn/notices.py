@@ -1,6 +1,6 @@
 """Messages of our own: bounces, warnings of a delay, and reports of success where they were asked for.
 
-What they say is `report`'s business; whether and where they go is decided here. They are stored in the same commit as
+Their text is made by `report`; whether and where they go is decided here. They are stored in the same commit as
 the end that they report, so that neither can be lost without the other.
 """
 

@@ -317,7 +317,7 @@ def _embedded(char: str) -> str:
 
 
 def _threading(header: bytes) -> Iterable[str]:
-    """What lets a mail program show the notice beside the mail that it is about (RFC 3834 3.1.5)."""
+    """Fields that let a mail program show the notice beside the mail that it is about (RFC 3834 3.1.5)."""
     message_id = inspect_header(header).message_id or ""
     if _MESSAGE_ID.fullmatch(message_id) is not None:
         yield f"In-Reply-To: {message_id}"
@@ -381,7 +381,7 @@ def _returned_part(header: bytes, content: bytes | None, *, is_international: bo
 
 
 def _cut(header: bytes) -> bytes:
-    """As many whole lines of a header block as are returned; what the caller cut in two is left out."""
+    """As many whole lines of a header block as are returned; a line that the caller cut in two is left out."""
     end = header.rfind(b"\r\n", 0, HEADER_OCTETS)
     return header[: end + 2] if end >= 0 else header[:HEADER_OCTETS]
 
