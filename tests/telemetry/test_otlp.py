@@ -747,13 +747,13 @@ def test_ordinary_mail_is_encoded_in_its_own_way(headers: tuple[str, ...]) -> No
 QUEUED_ID = "01j9zq4k5m6n7p8q9r0s1t2v3w"
 
 
-def _queued_mail(ordinary: TransactionRecord) -> TransactionRecord:
+def queued_mail(ordinary: TransactionRecord) -> TransactionRecord:
     ordinary.deliveries.clear()
     ordinary.outcome, ordinary.spool_id = Outcome.QUEUED, QUEUED_ID
     return ordinary
 
 
-def _attempted(ordinary: TransactionRecord) -> TransactionRecord:
+def attempted(ordinary: TransactionRecord) -> TransactionRecord:
     record = TransactionRecord.resumed(QUEUED_ID, {"traceparent": REMOTE}, ordinary.mail)
     record.accepted, record.octets = ordinary.accepted, ordinary.octets
     [before] = ordinary.deliveries
@@ -781,10 +781,10 @@ def test_queued_mail_that_differs_in_one_thing_from_an_ordinary_one_is_told_as_i
         for spoil in (SPOILT_SPOOLED["nothing"], SPOILT_SPOOLED[spoilt], SPOILT_SPOOLED["nothing"]):
             ordinary = _ordinary_mail(connection)
             delivery = ordinary.deliveries[0]
-            record = _queued_mail(ordinary)
+            record = queued_mail(ordinary)
             spoil(record, delivery)
             both.tracing.transactions_settled([record])
-            record = _attempted(_ordinary_mail(connection))
+            record = attempted(_ordinary_mail(connection))
             delivery = record.deliveries[0]
             spoil(record, delivery)
             both.tracing.deliveries_settled([delivery])
@@ -798,9 +798,9 @@ def test_ordinary_queued_mail_is_encoded_as_any_other(data: st.DataObject) -> No
     connection = data.draw(connections())
     both.tracing.connection_opened(connection)
     for _ in range(data.draw(st.integers(1, 3))):
-        both.tracing.transactions_settled([_queued_mail(data.draw(ordinary_mails(connection)))])
-        attempted = _attempted(data.draw(ordinary_mails(connection)))
-        both.tracing.deliveries_settled([attempted.deliveries[0]])
+        both.tracing.transactions_settled([queued_mail(data.draw(ordinary_mails(connection)))])
+        record = attempted(data.draw(ordinary_mails(connection)))
+        both.tracing.deliveries_settled([record.deliveries[0]])
     both.check()
 
 
@@ -810,12 +810,12 @@ def test_ordinary_queued_mail_is_encoded_in_its_own_way(headers: tuple[str, ...]
     tracing = Tracing(exports=[lambda span, items: None])
     connection = _connection()
     tracing.connection_opened(connection)
-    record = _queued_mail(_ordinary_mail(connection))
+    record = queued_mail(_ordinary_mail(connection))
     record.trace_headers = TraceHeaders(headers)
     tracing.trace_id(record)
     ours = OrdinarySpooled(tracing.attributes, OrdinaryMail(tracing.attributes, tracing._settle_attempt))
     assert ours.transaction(record, record.trace) is not None
-    record = _attempted(_ordinary_mail(connection))
+    record = attempted(_ordinary_mail(connection))
     delivery = record.deliveries[0]
     assert ours.attempt(delivery, tracing._settle_delivery(delivery, record)) is not None
 
