@@ -17,6 +17,7 @@ from otel_smtp.server.conversation import UNREAD_REPLIES_SECONDS
 from otel_smtp.server.guesses import GUESS_SECONDS
 from otel_smtp.server.users import HASHING_THREADS
 from otel_smtp.smtp.replies import ErrorType, Reply
+from otel_smtp.status.http import ANSWER_SECONDS
 from otel_smtp.telemetry.exporting import LEAST_QUEUE_OCTETS, MAX_BATCH_OCTETS
 from otel_smtp.telemetry.logs import LINES_A_SECOND
 from tests.bounds.driving import KEPT, MIB, Drive, Site
@@ -145,7 +146,7 @@ def dripping_content(site: Site) -> None:
             with suppress(ConnectionError):
                 for _ in range(100):
                     connection.sendall(piece)
-                    time.sleep(0.2)
+                    time.sleep(0.2)  # the drip, far below limits.octets_per_second
                 raise AssertionError("twenty seconds for content")
             answers = rest(connection)
             assert not answers or b"421 " in answers  # a reset may overtake them
@@ -162,7 +163,7 @@ def a_long_session(site: Site) -> None:
                 connection.sendall(b"NOOP\r\n")
                 if b"421 " in connection.recv(1000):
                     return
-                time.sleep(0.05)
+                time.sleep(0.05)  # so that time ends the session, and not limits.junk_commands
         assert time.monotonic() - began < 10
 
 
@@ -198,7 +199,7 @@ def replies_that_nobody_reads(site: Site) -> None:
         ends = began + 10 * UNREAD_REPLIES_SECONDS
         while held and time.monotonic() < ends:
             held = [chunks for chunks in held if chunks.send()]
-            time.sleep(0.01)
+            time.sleep(0.01)  # of a connection that is not read, only sending shows the end
         assert not held
         assert time.monotonic() - began > UNREAD_REPLIES_SECONDS / 2  # it was that which ended them
 
@@ -213,7 +214,7 @@ def tiny_chunks_unread(site: Site) -> None:
         ends = time.monotonic() + 3
         while time.monotonic() < ends:
             assert all(chunks.send() for chunks in held)
-            time.sleep(0.001)
+            time.sleep(0.001)  # a processor is left for the gateway and the honest client
 
 
 def pipelined_commands(site: Site) -> None:
@@ -282,7 +283,7 @@ def guesses_that_wait(site: Site) -> None:
             with suppress(ConnectionError):
                 connection.recv(1000)
                 connection.sendall(b"EHLO c\r\n" + login("bob", str(number)))
-        time.sleep(2)
+        time.sleep(2)  # they go on waiting, beside the honest client: nothing reports that
 
 
 def guesses_from_everywhere(site: Site) -> None:
@@ -404,7 +405,7 @@ def open_transactions(site: Site) -> None:
     with ExitStack() as held:
         for _ in range(40):
             held.enter_context(greeted(site.port)).sendall(OPEN)
-        time.sleep(3)
+        time.sleep(3)  # they stay open, beside the honest client: nothing reports that
 
 
 def an_upstream_that_stalls(site: Site) -> None:
@@ -414,7 +415,7 @@ def an_upstream_that_stalls(site: Site) -> None:
         with greeted(site.port) as connection:
             connection.settimeout(20)
             connection.sendall(said)
-            time.sleep(0.5)
+            time.sleep(0.5)  # the end of the content is not to come with its begin; the upstream says nothing meanwhile
             with suppress(ConnectionError):
                 connection.sendall(b".\r\n")
                 connection.shutdown(socket.SHUT_WR)
@@ -442,7 +443,7 @@ def mail_that_stays(site: Site) -> None:
 def a_few_mails(site: Site) -> None:
     for _ in range(5):
         says(site.port, b"EHLO c\r\n" + b"MAIL FROM:<>\r\nRCPT TO:<b@there.example>\r\nBDAT 3 LAST\r\nx\r\n" * 20)
-        time.sleep(0.5)
+        time.sleep(0.5)  # so that each round is exported by itself; the collector's answer is what is driven
 
 
 def outcomes(site: Site) -> None:
@@ -493,7 +494,7 @@ def answers_that_nobody_reads(site: Site) -> None:
             connection.connect(("127.0.0.1", site.status_port))
             connection.sendall(b"GET /api/traces HTTP/1.1\r\nHost: localhost\r\n\r\n")
             held.append(connection)
-        time.sleep(45)
+        time.sleep(ANSWER_SECONDS + 5)  # a client that reads nothing is not shown the end of its connection
         probed(site)
 
 

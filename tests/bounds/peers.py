@@ -62,7 +62,7 @@ def dripping(connection: socket.socket) -> None:
     connection.sendall(b"HTTP/1.1 200 OK\r\nX: ")
     while True:
         connection.sendall(b"x")
-        time.sleep(DRIP_SECONDS)
+        time.sleep(DRIP_SECONDS)  # the drip
 
 
 def stalling(connection: socket.socket) -> None:
@@ -73,13 +73,13 @@ def stalling(connection: socket.socket) -> None:
     while line := said.readline():
         verb = line[:4].upper()
         if b"<stall@" in line:
-            time.sleep(600)
+            time.sleep(600)  # silent until the process that holds it ends
         elif verb == b"DATA":
             connection.sendall(b"354 Go on\r\n")
             while said.readline() != b".\r\n":
                 pass
             if is_late:
-                time.sleep(600)
+                time.sleep(600)  # likewise
             connection.sendall(b"250 Ok\r\n")
         else:
             is_late = (is_late or b"<late@" in line) and verb != b"MAIL"
