@@ -1,7 +1,9 @@
-"""What operators read is plain English: words that send a reader to a dictionary, or back to the sentence's start."""
+"""What operators and engineers read is plain English, without words that send a reader back to the sentence's start."""
 
 import ast
+import io
 import re
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -45,14 +47,31 @@ def spoken() -> Iterator[tuple[str, str]]:
                         yield f"{path.relative_to(ROOT)}:{node.lineno}", text
 
 
+def explained() -> Iterator[tuple[str, str]]:
+    """Docstrings and comments, which engineers read."""
+    for path in sorted((ROOT / "otel_smtp").rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        place = str(path.relative_to(ROOT))
+        for token in tokenize.generate_tokens(io.StringIO(text).readline):
+            if token.type == tokenize.COMMENT:
+                yield f"{place}:{token.start[0]}", token.string
+        for node in ast.walk(ast.parse(text)):
+            if (
+                isinstance(node, ast.Expr)
+                and isinstance(node.value, ast.Constant)
+                and isinstance(node.value.value, str)
+            ):
+                yield f"{place}:{node.lineno}", node.value.value
+
+
 def test_the_list_finds_what_it_is_for() -> None:
     assert _FOUND.search("The spool starts anew.")
     assert not _FOUND.search("The spool is empty; renewed certificates are used.")
     assert sum(1 for _ in spoken()) > 300
 
 
-@pytest.mark.parametrize("where", [documents, spoken])
-def test_operators_read_plain_english(where: object) -> None:
+@pytest.mark.parametrize("where", [documents, spoken, explained])
+def test_texts_are_plain_english(where: object) -> None:
     assert callable(where)
     found = [(place, text) for place, text in where() if _FOUND.search(text)]
     assert found == []

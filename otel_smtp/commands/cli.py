@@ -4,12 +4,13 @@ A command is a function in the module of its name; only the module of the comman
 time is a figure that the project keeps. Exit status: 0 done, 1 failed, 2 wrong use or settings.
 """
 
+import errno
 import importlib
 from typing import Final
 
 import click
 
-from otel_smtp.commands.options import global_flags
+from otel_smtp.commands.options import FAILED, fail, global_flags
 
 COMMANDS: Final = (
     "serve", "reload", "check", "send", "passwd", "demo", "queue", "tail", "why", "bench", "settings", "telemetry",
@@ -37,7 +38,12 @@ def cli() -> None:
 
 def main() -> None:
     """The entry point."""
-    cli(prog_name="otel-smtp")
+    try:
+        cli(prog_name="otel-smtp")
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename is not None:
+            raise
+        fail(FAILED, "cannot write the output: no space left on device")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 the upstream.
 
 The common case goes straight through: `_connect` takes a connection that lies idle, and `_begin` goes on with it.
-Whoever waits is called back by the pool, by the opening of a connection, or by the limits, and has the work done then.
+A delivery that waits is called back by the pool, by the opening of a connection, or by the limits, and goes on then.
 """
 
 import asyncio

@@ -86,7 +86,7 @@ class Outcome(StrEnum):
     __hash__ = str.__hash__  # of Enum it is a function of Python, called several times an event
 
     RELAYED = "relayed"  # the upstream said 2yz to the end of data
-    PARTLY_RELAYED = "partly_relayed"  # so it did, and at least one recipient was refused or deferred, by whomever
+    PARTLY_RELAYED = "partly_relayed"  # so it did, and at least one recipient was refused or deferred, by it or by us
     QUEUED = "queued"  # durable in the spool
     REFUSED = "refused"  # 5yz
     DEFERRED = "deferred"  # 4yz

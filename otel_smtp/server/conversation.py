@@ -490,7 +490,7 @@ class Conversation:
         self._step(None, _nothing_more)
 
 
-@lru_cache(maxsize=1024)  # and not `sys.intern`: what that has seen, Python 3.12 keeps for ever before 3.12.6
+@lru_cache(maxsize=1024)  # and not `sys.intern`: Python 3.12 before 3.12.6 never frees what that has seen
 def _one_of_share(share: str) -> str:
     """One object for all connections of a share."""
     return share

@@ -30,7 +30,7 @@ def server_context(certificate: Path, key: Path) -> ssl.SSLContext:
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     require_modern_tls(context)
-    # A client could make us do handshakes for ever on one connection; TLS 1.3 has none, and 1.2 needs none.
+    # A client could make us do endless handshakes on one connection; TLS 1.3 has none, and 1.2 needs none.
     context.options |= ssl.OP_NO_RENEGOTIATION
     try:
         if key.stat().st_mode & stat.S_IROTH:

@@ -326,7 +326,7 @@ class Attempt:
             transaction.abort()
 
     def _fail(self) -> None:
-        """By our fault; called where the exception is at hand."""
+        """An internal error; called while the exception is handled."""
         logger.exception("delivery attempt failed: internal error", extra=told(self.lease))
         self._abort()
         self._judge([replies.INTERNAL] * len(self.lease.recipients))
@@ -464,7 +464,7 @@ class Attempt:
         return fates
 
     def _tell(self, fates: Sequence[tuple[Recipient, Fate, Reply | None]]) -> None:
-        """Tell the observers of the attempt; what of it goes on for the record alone tells of itself."""
+        """Report the attempt to the observers; a delivery that goes on for the record alone is reported at its end."""
         self._record.end_in_spool(fates, time.monotonic_ns())
         for delivery in self._record.deliveries:
             if delivery.ended_ns:
@@ -486,7 +486,7 @@ class Attempt:
                     extra={**told(lease), "recipients": len(ended), **_codes(ended[0][1])},
                 )
             elif self._means.relay.capabilities().dsn:
-                continue  # the upstream has taken over to tell of success (RFC 3461 5.2.1)
+                continue  # the upstream has taken over the report of success (RFC 3461 5.2.1)
             notices += await self._means.notices.of(kind, lease, ended, remote=remote)
         return notices
 

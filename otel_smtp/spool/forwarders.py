@@ -442,7 +442,7 @@ class _DirectThenQueued(MailTransaction):
         """Turn the upstream's verdict into the client's, with what is left made durable.
 
         Where it has taken the mail for some of its recipients, the others go to the spool, whatever it said of them:
-        the client can be told one thing only, and those it was not delivered to are told of there.
+        the client gets one reply, and the spool reports those that it was not delivered to.
         """
         verdicts = [*own[: len(self._accepted)], *[verdict] * (len(self._accepted) - len(own))]
         if verdict.is_permanent and not any(one.is_positive for one in verdicts):

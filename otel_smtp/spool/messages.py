@@ -60,7 +60,7 @@ class StorageFull(SpoolError):
 
 
 class StorageBroken(SpoolError):
-    """The disk or the index failed. Nothing is accepted or delivered until the gateway was started anew."""
+    """The disk or the index failed. Nothing is accepted or delivered until the gateway is restarted."""
 
 
 class StorageAway(SpoolError):
@@ -111,7 +111,7 @@ class Kind(StrEnum):
 
 
 NOTICES: Final = frozenset(Kind) - {Kind.MAIL, Kind.OUTCOME}
-"""Those that tell of a mail. They age also while they are held: what they tell of does not wait for ever."""
+"""Those that report on a mail. They age also while they are held: a report must not come years later."""
 
 OUTCOME_PREFIX: Final = "notify "
 """What the destinations of outcomes begin with; no upstream's name has a space."""
@@ -387,7 +387,7 @@ class StoreVerb(StrEnum):
 
 Timing = tuple[StoreVerb, float, int]
 """What a store did: the verb, how many seconds that took, and how many messages and results shared it; 0 where that is
-told of another verb, or of none."""
+counted for another verb, or for none."""
 Timings = deque[Timing]
 
 MOST_TIMINGS: Final = 8192

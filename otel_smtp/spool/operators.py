@@ -118,8 +118,8 @@ class Operations:
     """The operators' commands.
 
     Args:
-        runner: who works on the queue, and tells of what operators do; None: nobody works here, and only the log of
-            this process tells of it.
+        runner: works on the queue, and reports what operators do; None: there is none here, and only the log of this
+            process reports it.
         max_age_seconds: what `reset` gives a message again.
 
     Attributes:

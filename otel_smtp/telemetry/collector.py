@@ -308,7 +308,7 @@ def _bounded(response: "httpx.Response", deadline: float) -> bytes:
     body = bytearray()
     for chunk in response.iter_raw():
         body += chunk
-        # The library's timeout is per read: one octet every nine seconds would keep us for ever.
+        # The library's timeout is per read: one octet every nine seconds would keep us without end.
         if len(body) > MAX_REPLY_OCTETS or time.monotonic() > deadline:
             return b""
     return bytes(body)

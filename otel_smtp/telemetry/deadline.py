@@ -1,6 +1,6 @@
 """One deadline over a whole exchange, for a blocking HTTP client whose timeouts are per read and per write.
 
-A peer that sends one octet every nine seconds never runs into a timeout of ten: it can keep a thread for ever with a
+A peer that sends one octet every nine seconds never runs into a timeout of ten: it can keep a thread without end with a
 status line or a header. Nothing in the thread that waits can end that. So a second thread shuts the connection down
 when the time is over; the one that waits sees a connection that was lost.
 

@@ -48,7 +48,7 @@ LEAST_QUEUE_OCTETS: Final = 32 * 1024 * 1024
 _FIRST_BACKOFF_SECONDS: Final = 1.0
 _LONGEST_BACKOFF_SECONDS: Final = 5.0
 _JITTER: Final = 0.2
-# A collector may ask for patience, but not for ever.
+# A collector may ask for a delay, but not for any.
 _LONGEST_RETRY_AFTER_SECONDS: Final = 60.0
 # One that comes and goes is logged once in this time.
 _QUIET_SECONDS: Final = 60.0
@@ -96,7 +96,7 @@ class Export(Generic[T]):
 
     Args:
         items: what is taken, in the log's words: spans.
-        encode: makes one of them the octets of a field of a request; called by whoever calls `take`.
+        encode: makes one of them the octets of a field of a request; called by the caller of `take`.
         request: makes a request of such fields; called by the thread.
         connect: makes the collector; called by the thread. Its OSError counts as a failure to send.
         address: the collector's, for the log.

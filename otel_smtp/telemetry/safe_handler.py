@@ -1,7 +1,7 @@
-"""A handler of log records whose own errors reach nobody who logs, and are told once.
+"""A handler of log records whose own errors never reach the code that logs, and are reported once.
 
-The standard library's handlers print a traceback on stderr for each record that they fail on: several times a mail, and
-waiting for whoever reads stderr. An error in a filter reaches the caller, who may be relaying a mail.
+The standard library's handlers print a traceback on stderr for each record that they fail on: several times per mail,
+and waiting for the reader of stderr. An error in a filter reaches the caller, which may be relaying a mail.
 """
 
 import json
@@ -15,7 +15,7 @@ _SAID: Final = "log handler raised: lines may be missing, mail is unaffected"
 
 
 class SafeHandler(logging.Handler):
-    """Tells of its first error, and is silent about others."""
+    """Reports its first error, and no others."""
 
     _errors = 0
 
@@ -37,7 +37,7 @@ class SafeHandler(logging.Handler):
             return True
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the standard library's name
-        """Tell of the exception at hand, if it is the first: by the handlers beside this one, and by this one too if it
+        """Report the current exception, if it is the first: by the handlers beside this one, and by this one if it
         can."""
         self._errors += 1
         if self._errors > 1:

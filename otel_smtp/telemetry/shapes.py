@@ -5,8 +5,8 @@ Theory of operation
 The attributes of a span or event are a *row* of values that come from closed or small sets (its codes, its upstream,
 its outcome) and some values that vary (ids, times, sizes). A `ShapeTable` has a header, the names of the row's columns,
 and keeps one shape per row. A shape is made of its row and of nothing else, so two spans that differ in any constant
-attribute cannot share one. It holds the octets of all that is constant, and the same attributes as a mapping: whoever
-wants a span decoded is given what was encoded, as there is no second list of attributes.
+attribute cannot share one. It holds the octets of all that is constant, and the same attributes as a mapping: a
+decoded span has what was encoded, as there is no second list of attributes.
 
 An `EncodedSpan` is octets, and can be decoded for people who look at it.
 """

@@ -1,4 +1,4 @@
-"""Which attributes a finished connection, transaction or delivery has: said here once, whoever wants them.
+"""Which attributes a finished connection, transaction or delivery has: stated here once, for all formats.
 
 Each is described by a shape (`shapes`), found by the values that come from small sets, and by the pairs that vary.
 """

@@ -180,7 +180,8 @@ class SpanLineHandler(SafeHandler):
 
 
 class _JsonFields(dict[Pair, str]):
-    """Pairs as they stand in a JSON object. Texts are remembered, as they come back: in a mail, a connection, for ever.
+    """Pairs as they stand in a JSON object. Texts are remembered, as they come back: in a mail, in a connection,
+    always.
 
     Under one name there is one type of value, so that 1, 1.0 and True never stand for one another.
     """
@@ -194,7 +195,7 @@ class _JsonFields(dict[Pair, str]):
         made = f', "{name}": {_quoted(value) if value.__class__ is str else json.dumps(value)}'
         if value.__class__ is not float:
             if len(self) >= _MAX_REMEMBERED:
-                self.clear()  # the dozen that come back for ever are soon made again
+                self.clear()  # the dozen that keep coming back are soon made again
             self[pair] = made
         return made
 

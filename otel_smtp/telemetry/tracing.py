@@ -84,7 +84,7 @@ class LineSink(Protocol):
 
         Args:
             times: start and end, in nanoseconds since the epoch.
-            told: its events that tell of recipients, and of whoever had the mail before.
+            told: its events about recipients, and about the gateway that had the mail before.
         """
         ...
 
@@ -284,7 +284,7 @@ class Tracing(Observer):
             if encodes and identity is not None and identity.is_recording and identity.context.flags & SAMPLED:
                 spans = ordinary.spans(transaction, identity)
             if spans is None or identity is None:
-                if lines:  # they come before what is told of this one
+                if lines:  # they come before the lines of this one
                     self._give_together(together, lines, write_lines)
                 self._finish_transaction(transaction, identity, together)
                 continue
@@ -301,7 +301,7 @@ class Tracing(Observer):
 
     def _settle_unless_dropped(self, transaction: TransactionRecord) -> Identity | None:
         """The transaction's identity; None for one that needs none: it is below a segment that the sampler dropped, and
-        nobody will hear of it. All that is ever told of it is its trace id, which is the segment's. None as well for a
+        is exported nowhere. Only its trace id, which is the segment's, is ever shown. None as well for a
         message from the spool without a trace."""
         connection, headers = transaction.connection, transaction.trace_headers
         if self._drops_mails and connection is not None and (headers is None or not headers.traceparents):
@@ -498,7 +498,7 @@ class Tracing(Observer):
         headers = transaction.trace_headers
         if headers is not None and headers.traceparents:
             policy = self._inbound_policy(connection)
-            # Whoever is let into a trace as its parent is trusted with its state too.
+            # A client that may be a trace's parent is trusted with its state too.
             is_parent = policy is InboundPolicy.PARENT
             remote = None if policy is InboundPolicy.IGNORE else propagation.parse(headers, with_state=is_parent)
             if remote is not None and is_parent:
@@ -593,7 +593,7 @@ class Tracing(Observer):
             self._tell_lines(identity, described, times, told)
 
     def _recipients_of(self, delivery: DeliveryRecord) -> Sequence[EventRecord]:
-        """The events of recipients that no transaction's span tells of: of mail from the spool, or that went there."""
+        """The events of recipients that are on no transaction's span: of mail from the spool, or that went there."""
         transaction = delivery.transaction
         told = [id(one.recipient) for one in transaction.refused]
         left = [one for one in delivery.refused if id(one.recipient) not in told]
@@ -700,7 +700,7 @@ class Tracing(Observer):
     def _tell_lines(
         self, identity: Identity, described: Described, times: tuple[int, int], told: Sequence[EventRecord]
     ) -> None:
-        """Give what the log tells of a span to those who write it."""
+        """Give the log's description of a span to its writers."""
         if identity.attributes:
             shape, pairs, on_line = described
             described = shape, [*_sampler_pairs(identity, shape, [*on_line, *pairs]), *pairs], on_line
@@ -761,7 +761,7 @@ def _keep_alone(identity: Identity, reason: KeepReason) -> None:
 
 def _links(transaction: TransactionRecord, parent: TraceContext | None) -> tuple[LinkRecord, ...]:
     """From what happens to a message in the spool to the transaction that brought it; from what happens to a message of
-    our own to the one that it tells of."""
+    our own to the one that it reports on."""
     if parent is None:
         return ()
     return (LinkRecord(parent, _TO_SPOOLED if transaction.kind is MessageKind.MAIL else _TO_REPORTED),)

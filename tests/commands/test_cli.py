@@ -88,6 +88,13 @@ def test_wrong_use_is_exit_status_2_with_a_reason_on_stderr(arguments: list[str]
     assert "Traceback" not in result.stderr
 
 
+def test_an_output_that_cannot_be_written_is_said() -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "otel_smtp", "settings"]
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment(), check=False)
+    assert (result.returncode, result.stderr) == (1, "otel-smtp: cannot write the output: no space left on device\n")
+
+
 @pytest.mark.parametrize("more", [[], ["--connect"]])
 def test_a_check_refuses_otel_variables_that_cannot_be_used(more: list[str]) -> None:
     result = run(

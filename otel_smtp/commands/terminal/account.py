@@ -330,7 +330,7 @@ def _recipients(attributes: Mapping[str, Any]) -> Sequence[str]:
 
 
 def _longest(transaction: OtlpSpan | None, attempts: Sequence[OtlpSpan]) -> str:
-    """The longest wait of all, if it is worth a word."""
+    """The longest wait of all, if it is long enough to be mentioned."""
     waits: list[tuple[int, str]] = []
     for attempt in attempts:
         upstream = plain(attempt.attributes.get(names.UPSTREAM_NAME, "the upstream"))

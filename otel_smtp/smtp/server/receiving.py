@@ -124,7 +124,7 @@ class Receiving(Securing):
             content = self._begin_pieces(transaction)
         content.feed(data)
         if content.octets > 2 * transaction.size_limit:
-            # The rest is read off within a bound; then the connection ends, or one client could send for ever.
+            # The rest is read off within a bound; then the connection ends, or one client could send without end.
             self._refuse_message(replace(replies.MESSAGE_TOO_BIG, closes=True), Verb.DATA)
         elif content.is_ended:
             if content.rest:

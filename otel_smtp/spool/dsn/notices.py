@@ -141,7 +141,7 @@ class Notices:
         return self._policy == "mail" and self._is_wanted(kind, lease, one)
 
     def _is_wanted(self, kind: NoticeKind, lease: Lease, one: SpooledRecipient) -> bool:
-        # "MUST NOT" answer a notice with a notice: mail would go round for ever (RFC 5321 6.1).
+        # "MUST NOT" answer a notice with a notice: mail would loop (RFC 5321 6.1).
         return lease.kind is Kind.MAIL and wanted(kind, one.recipient, lease.mail)
 
 

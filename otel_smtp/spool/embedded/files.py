@@ -12,8 +12,8 @@ from otel_smtp.spool.messages import SpoolError, StorageBroken, StorageFull
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _OPEN: Final = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a FIFO answers at once, and is found out
 _ZEROS: Final = bytes(1024 * 1024)
-# Where a write that is asked to be durable is just that, by the kernel's own code. Others leave it to whoever keeps the
-# file, as FUSE does, and need not say so.
+# Where the kernel's own code makes a durable write durable. Other file systems, such as FUSE, leave that to a server,
+# which need not do it.
 _DURABLE_WRITES: Final = frozenset({"ext3", "ext4", "xfs", "btrfs"})
 _UNKNOWN_CALL: Final = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM})  # to the kernel, or a sandbox
 

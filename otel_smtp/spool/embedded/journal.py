@@ -1,7 +1,7 @@
 """Records: written to the log, and noted in memory when they are durable.
 
-What a record says is noted by its step, never by whoever waits for it: that one may go on later than the records behind
-it are told of, when the index may be said to be complete up to one of them.
+What a record says is noted by its step, never by the task that waits for it: that may resume after the records behind
+it are reported, when the index may be said to be complete up to one of them.
 """
 
 import asyncio
@@ -74,7 +74,7 @@ class Journal:
         """Write records.
 
         Args:
-            durable: notes what they say, called before the records behind them are told of.
+            durable: notes what they say, called before the records behind them are reported.
             failed: called instead where they are not; one of the two is, also where the answer is no longer awaited.
         """
         step = _Work(parts, ended or {}, durable, failed)

@@ -12,7 +12,7 @@ is made ready while nobody waits, mostly out of one whose messages have all ende
 its head is synced, its name moved into place and the directory synced.
 
 An error that says that the disk cannot be trusted *latches*: nothing is written any more until the gateway was started
-again, since a delivery whose result cannot be recorded would be repeated for ever. A full disk is less: new mail is
+again, since a delivery whose result cannot be recorded would be repeated without end. A full disk is less: new mail is
 refused; deliveries go on, since they make room, in a segment that is kept in reserve; and the last part of each segment
 is kept for the results of what is being delivered. After a start on a full disk they go on where the log ended: each
 start would use up a segment else, and a disk that stays full gives none.
@@ -71,7 +71,7 @@ _VERBS: Final = (
 
 
 class Step(Promise[T]):
-    """Records that become durable together or not at all; and the answer of whoever waits for that.
+    """Records that become durable together or not at all, and the answer for the task that waits for that.
 
     Attributes:
         ended: by how many recipients the tally grows, by name.

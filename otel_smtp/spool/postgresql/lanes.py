@@ -1,10 +1,10 @@
 """Group commit: what comes while one group commits is the next group. A lone mail does not wait.
 
 A group costs as much as ten mails, here and in the database. So a second group is under way beside the first only where
-many wait, or the first takes long; and what nobody waits for gathers for a moment.
+many wait, or the first takes long; and items that are not awaited gather for a moment.
 
 The outcome of a group is unknown where its connection broke before the server answered. It is sent again then, as it
-was, for as long as whoever waits has time; each item knows that it may have been done before.
+was, while its waiters have time; each item knows that it may have been done before.
 """
 
 import asyncio

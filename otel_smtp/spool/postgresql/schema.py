@@ -234,8 +234,8 @@ def why_unusable(found: tuple[int, int] | None, schema: str) -> str | None:
 async def migrate(connection: "asyncpg.Connection[asyncpg.Record]", schema: str, *, dry_run: bool) -> Sequence[str]:
     """Make the schema, or bring it up to date.
 
-    Each step is one transaction; who migrates at the same time waits. What version the schema has is its owner's to
-    say: whoever else may is deprived of that.
+    Each step is one transaction; a concurrent migration waits. Only the owner may write the schema's version: other
+    roles lose that right.
 
     Args:
         dry_run: change nothing.

@@ -336,7 +336,7 @@ WITH d AS (UPDATE {s}.dlv SET state = 'r', attempts = attempts - 1, next_at = le
 g AS (DELETE FROM {s}.gateway WHERE id = $1 RETURNING id, name)
 SELECT pg_notify($2, $3::text || json_build_array(g.id, g.name, NULL, (SELECT count(*) FROM d), '')) FROM g"""
 
-# All gateways hear who has gone: no row tells of one that is not there.
+# All gateways are notified of one that has gone: it has no row any more.
 _TELL_GONE: Final = """
 SELECT pg_notify($1, $2::text || json_build_array(n.id, n.name, n.silent, n.deliveries, $3::text))
 FROM unnest($4::uuid[], $5::text[], $6::float8[], $7::bigint[]) AS n(id, name, silent, deliveries)"""
