@@ -34,8 +34,10 @@ EXHAUSTION_LOG_SECONDS: Final = 10.0
 
 FAILED: Final = 1
 WRONG: Final = 2
-# Objects that are new beyond those that are gone: then the garbage collector looks at the young ones.
-YOUNG_OBJECTS: Final = 5000
+# Objects that are new beyond those that are gone: then the garbage collector looks at the young ones. A connection has
+# some ten for each mail until its segment ends, and the segments of busy connections that came together end together:
+# ten of them have some twelve thousand by then, none of which is garbage.
+YOUNG_OBJECTS: Final = 20_000
 
 OnReady = Callable[[Ready], None]
 

@@ -97,7 +97,7 @@ class Export(Generic[T]):
     Args:
         items: what is taken, in the log's words: spans.
         encode: makes one of them the octets of a field of a request; called by the caller of `take`.
-        request: makes a request of such fields; called by the thread.
+        request: makes a request of such fields, in parts; called by the thread.
         connect: makes the collector; called by the thread. Its OSError counts as a failure to send.
         address: the collector's, for the log.
     """
@@ -109,7 +109,7 @@ class Export(Generic[T]):
         signal: Signal,
         items: str,
         encode: Callable[[T], bytes],
-        request: Callable[[Sequence[bytes]], bytes],
+        request: Callable[[Sequence[bytes]], Sequence[bytes]],
         connect: Callable[[], Collector],
         settings: BatchSettings | None = None,
         *,
@@ -328,7 +328,7 @@ class Export(Generic[T]):
             DropReason.REJECTED if answer.verdict is BatchOutcome.REJECTED else DropReason.EXPORT_FAILED,
         )
 
-    def _attempt(self, request: bytes, deadline: float) -> CollectorAnswer:
+    def _attempt(self, request: Sequence[bytes], deadline: float) -> CollectorAnswer:
         seconds = min(self._settings.request_seconds, min(deadline, self._stop_by) - time.monotonic())
         if seconds <= 0:
             return CollectorAnswer(BatchOutcome.AGAIN, "no time left")

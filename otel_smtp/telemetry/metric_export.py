@@ -321,7 +321,7 @@ class MetricExport:
                 self._collector = self._connect()
             except OSError as error:
                 return CollectorAnswer(BatchOutcome.AGAIN, file_failure(error))
-        return self._collector.send(request, seconds)
+        return self._collector.send([request], seconds)
 
     def _failed(self, why: str, *, with_traceback: bool = False) -> None:
         if not self._is_failing:

@@ -147,7 +147,7 @@ def _continued(connection: ConnectionRecord) -> ConnectionRecord:
 class Taking:
     """A collector that takes everything at once."""
 
-    def send(self, request: bytes, timeout_seconds: float) -> CollectorAnswer:
+    def send(self, request: Sequence[bytes], timeout_seconds: float) -> CollectorAnswer:
         return CollectorAnswer(BatchOutcome.TAKEN)
 
     def close(self) -> None:

@@ -1,13 +1,16 @@
 """What a collector's answers mean, hostile ones too: octets on real sockets."""
 
 import contextlib
+import gzip
 import socket
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -22,6 +25,7 @@ from otel_smtp.telemetry.collector import (
     BatchOutcome,
     CollectorAnswer,
     CollectorSettings,
+    Compression,
     Protocol,
     Signal,
     connect,
@@ -63,7 +67,7 @@ def playing(play: Play) -> Iterator[str]:
 def ask(url: str, timeout_seconds: float = WAIT_SECONDS) -> CollectorAnswer:
     collector = connect(CollectorSettings(url))
     try:
-        return collector.send(b"", timeout_seconds)
+        return collector.send([], timeout_seconds)
     finally:
         collector.close()
 
@@ -193,7 +197,7 @@ def test_a_head_that_drips_is_cut_off_at_the_deadline(octets: bytes, signal: Sig
     with playing(drip) as url:
         began = time.monotonic()
         collector = connect(CollectorSettings(url, signal=signal))
-        assert collector.send(b"", 0.3) == CollectorAnswer(BatchOutcome.AGAIN, "no answer within 0.3 s")
+        assert collector.send([], 0.3) == CollectorAnswer(BatchOutcome.AGAIN, "no answer within 0.3 s")
         assert 0.29 < time.monotonic() - began < 3
         collector.close()
 
@@ -216,7 +220,7 @@ def test_a_handshake_that_drips_is_cut_off_at_the_deadline() -> None:
         thread.start()
         began = time.monotonic()
         collector = connect(CollectorSettings(f"https://127.0.0.1:{listener.getsockname()[1]}/v1/traces"))
-        assert collector.send(b"", 0.3) == CollectorAnswer(BatchOutcome.AGAIN, "no answer within 0.3 s")
+        assert collector.send([], 0.3) == CollectorAnswer(BatchOutcome.AGAIN, "no answer within 0.3 s")
         assert 0.29 < time.monotonic() - began < 3
         collector.close()
         thread.join(WAIT_SECONDS)
@@ -236,7 +240,7 @@ def test_a_collector_that_reads_a_request_in_drips_is_cut_off_at_the_deadline() 
         thread.start()
         began = time.monotonic()
         collector = connect(CollectorSettings(f"http://127.0.0.1:{listener.getsockname()[1]}/v1/traces"))
-        assert collector.send(b"x" * 8_000_000, 0.3) == CollectorAnswer(BatchOutcome.AGAIN, "no answer within 0.3 s")
+        assert collector.send([b"x" * 8_000_000], 0.3) == CollectorAnswer(BatchOutcome.AGAIN, "no answer within 0.3 s")
         assert time.monotonic() - began < 3
         collector.close()
 
@@ -255,9 +259,9 @@ def test_after_one_that_was_cut_off_the_next_exchange_has_its_own_time() -> None
 
     with playing(first_drips) as url:
         collector = connect(CollectorSettings(url))
-        assert collector.send(b"", 0.1).verdict is BatchOutcome.AGAIN
+        assert collector.send([], 0.1).verdict is BatchOutcome.AGAIN
         for _ in range(3):
-            assert collector.send(b"", WAIT_SECONDS) == TAKEN
+            assert collector.send([], WAIT_SECONDS) == TAKEN
         collector.close()
 
 
@@ -285,9 +289,40 @@ def test_a_connection_is_used_again_and_one_that_was_closed_is_not() -> None:
 
     with playing(twice) as url:
         collector = connect(CollectorSettings(url))
-        assert [collector.send(b"", WAIT_SECONDS) for _ in range(2)] == [TAKEN, TAKEN]
+        assert [collector.send([], WAIT_SECONDS) for _ in range(2)] == [TAKEN, TAKEN]
         assert connections == 1
         collector.close()
+
+
+@pytest.mark.parametrize(
+    ("compression", "plain"),
+    [(Compression.NONE, bytes), (Compression.GZIP, gzip.decompress), (Compression.DEFLATE, zlib.decompress)],
+)
+def test_a_large_request_arrives_whole_in_one_body_of_a_known_length(
+    compression: Compression, plain: Callable[[bytes], bytes]
+) -> None:
+    received: list[tuple[str | None, bytes]] = []
+
+    class Taking(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["content-length"]))
+            received.append((self.headers["transfer-encoding"], plain(body)))
+            self.send_response(200)
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    parts = [bytes([65 + number]) * octets for number, octets in enumerate((1, 70_000, 70_000, 0, 300_000, 5))]
+    with HTTPServer(("127.0.0.1", 0), Taking) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        collector = connect(CollectorSettings(f"http://127.0.0.1:{server.server_port}/", compression=compression))
+        assert collector.send(parts, WAIT_SECONDS) == TAKEN
+        collector.close()
+        thread.join(WAIT_SECONDS)
+    assert received == [(None, b"".join(parts))]
 
 
 @pytest.mark.parametrize(
@@ -349,7 +384,7 @@ def test_the_collectors_certificate_is_verified_and_ours_shown(tmp_path: Path, t
             client_certificate=str(tmp_path / "ours.pem"),
         )
         collector = connect(settings)
-        answer = collector.send(b"", WAIT_SECONDS)
+        answer = collector.send([], WAIT_SECONDS)
         collector.close()
         thread.join(WAIT_SECONDS)
     untrusted = CollectorAnswer(BatchOutcome.AGAIN, "TLS: self-signed certificate in certificate chain")
@@ -361,7 +396,7 @@ def test_grpc_without_a_trusted_certificate_takes_nothing() -> None:
     with OtlpReceiver() as receiver:
         settings = CollectorSettings(receiver.grpc_endpoint, protocol=Protocol.GRPC, is_insecure=False)
         collector = connect(settings)
-        assert collector.send(b"", 0.5).verdict is BatchOutcome.AGAIN
+        assert collector.send([], 0.5).verdict is BatchOutcome.AGAIN
         collector.close()
         assert receiver.requests == 0
 

@@ -50,7 +50,7 @@ def why(protocol: Protocol, address: str, *, tls: bool = False, seconds: float =
     scheme = "https" if tls else "http"
     collector = connect(CollectorSettings(f"{scheme}://{address}/", protocol=protocol, is_insecure=not tls))
     try:
-        answer = collector.send(b"", seconds)
+        answer = collector.send([], seconds)
     finally:
         collector.close()
     assert answer.verdict is BatchOutcome.AGAIN

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -106,13 +106,13 @@ class Held:
     """A collector that answers when the test says what; `arrived` is released once for each request."""
 
     def __init__(self) -> None:
-        self.requests: list[bytes] = []
+        self.requests: list[Sequence[bytes]] = []
         self.arrived = threading.Semaphore(0)
         self.answers: list[CollectorAnswer] = []
         self.answered = threading.Semaphore(0)
         self.is_closed = False
 
-    def send(self, request: bytes, timeout_seconds: float) -> CollectorAnswer:
+    def send(self, request: Sequence[bytes], timeout_seconds: float) -> CollectorAnswer:
         self.requests.append(request)
         self.arrived.release()
         if not self.answered.acquire(timeout=timeout_seconds):
@@ -441,7 +441,7 @@ def test_what_comes_after_the_end_is_counted() -> None:
 
 def test_an_unexpected_error_loses_a_batch_and_no_more(log: pytest.LogCaptureFixture) -> None:
     class Broken(Held):
-        def send(self, request: bytes, timeout_seconds: float) -> CollectorAnswer:
+        def send(self, request: Sequence[bytes], timeout_seconds: float) -> CollectorAnswer:
             if not self.requests:
                 self.requests.append(request)
                 raise RuntimeError("a bug")

@@ -160,7 +160,7 @@ def test_a_record_is_encoded_as_the_protocol_has_it() -> None:
         }
     )
     encoder = LogEncoder(Resource({"service.name": "gw"}, "https://resource/1"), "1.2")
-    request = ExportLogsServiceRequest.FromString(encoder.request([encoder.record(log_record_of(record))]))
+    request = ExportLogsServiceRequest.FromString(b"".join(encoder.request([encoder.record(log_record_of(record))])))
     [resource] = request.resource_logs
     assert resource.schema_url == "https://resource/1"
     [scoped] = resource.scope_logs

@@ -72,7 +72,7 @@ async def check_collector(settings: CollectorSettings, *, is_sdk: bool = False) 
 def _send_empty_batch(settings: CollectorSettings) -> CollectorAnswer:
     collector = connect(settings)
     try:
-        return collector.send(b"", TIMEOUT_SECONDS)
+        return collector.send([], TIMEOUT_SECONDS)
     finally:
         collector.close()
 
