@@ -129,6 +129,7 @@ class SpoolAction(StrEnum):
     HELD = "held"  # by an operator; or it was part of too many crashes, or is a notice that was too old
     RELEASED = "released"  # by an operator
     GIVEN_UP = "given_up"  # by an operator: it expires next
+    SUPERSEDED = "superseded"  # the result of an attempt came too late: another gateway has the delivery
 
 
 class DeliveryPhase(StrEnum):

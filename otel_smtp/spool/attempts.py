@@ -13,7 +13,15 @@ from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from otel_smtp.forwarding.base import DeliveryFailed, MailTransaction, Relay
-from otel_smtp.observing import DeliveryPhase, Fate, MessageKind, Observer, TransactionRecord, trace_fields
+from otel_smtp.observing import (
+    DeliveryPhase,
+    Fate,
+    MessageKind,
+    Observer,
+    SpoolAction,
+    TransactionRecord,
+    trace_fields,
+)
 from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Recipient
 from otel_smtp.smtp.replies import ErrorType, Reply
@@ -62,31 +70,53 @@ class Recording:
         is_stopping: a result that cannot be recorded now is not waited for.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, observer: Observer) -> None:
         self._store = store
+        self._observer = observer
         self.is_stopping = False
 
-    async def record(self, lease: Lease, recording: Callable[[], Awaitable[None]]) -> None:
-        """Have `recording` done until it succeeds, or never will."""
+    async def record(
+        self, lease: Lease, recording: Callable[[], Awaitable[None]], *, failed: SpoolError | None = None
+    ) -> None:
+        """Have `recording` done until it succeeds, or never will.
+
+        Args:
+            failed: it was done once before, and this is what it came to.
+        """
         while True:
+            if failed is not None:
+                if not self._may_succeed(lease, failed):
+                    return
+                await asyncio.sleep(RECORD_AGAIN_SECONDS)
             try:
                 await recording()
             except SpoolError as error:
-                if not self._may_succeed(lease, error):
-                    return
-                await asyncio.sleep(RECORD_AGAIN_SECONDS)
+                failed = error
             else:
                 return
 
     def _may_succeed(self, lease: Lease, error: SpoolError) -> bool:
         if isinstance(error, StaleLease):
             logger.error("delivery result discarded: lease ended", extra={**told(lease), "fault": str(error)})
+            self._tell_superseded(lease)
             return False
         if isinstance(error, StorageBroken):
             logger.critical("delivery result not recorded", extra={**told(lease), "fault": str(error)})
             return False
         logger.error("delivery result not recorded yet", extra={**told(lease), "fault": str(error)})
         return not self.is_stopping
+
+    def _tell_superseded(self, lease: Lease) -> None:
+        """The trace has the attempt, and what it came to: that this is not its end has to stand there, too."""
+        if lease.kind is Kind.OUTCOME:
+            return
+        record = TransactionRecord.resumed(
+            lease.message_id, lease.carrier, lease.mail, kind=MESSAGE_KINDS[lease.kind], attempt=lease.attempt
+        )
+        record.action = SpoolAction.SUPERSEDED
+        record.error_type, record.failure = ErrorType.TIMEOUT, "lease ended: another gateway makes the attempt again"
+        record.end_in_spool((), record.begun_ns)
+        self._observer.spool_acted(record)
 
     async def mark_corrupt(self, lease: Lease) -> None:
         """Set a message aside whose content is damaged."""
@@ -385,12 +415,27 @@ class Attempt:
         asyncio.get_running_loop().call_soon(self._begin)
 
     def _recorded(self, done: Pending[None]) -> None:
+        failed: SpoolError | None = None
         try:
             done.result()
-        except (Exception, asyncio.CancelledError):  # noqa: BLE001 - it is recorded again, and reported then
-            self._task = asyncio.get_running_loop().create_task(self._settle(self._verdicts))
+        except SpoolError as error:
+            failed = error
+        except (Exception, asyncio.CancelledError):  # noqa: BLE001, S110 - it is recorded again, and reported then
+            pass
         else:
             self._means.ended(self)
+            return
+        self._task = asyncio.get_running_loop().create_task(self._record_again(failed))
+
+    async def _record_again(self, failed: SpoolError | None) -> None:
+        """Record that all of it was delivered, which the observers know."""
+        lease, means = self.lease, self._means
+        try:
+            await means.recording.record(
+                lease, lambda: means.store.finish(lease, self._verdicts, is_urgent=False), failed=failed
+            )
+        finally:
+            means.ended(self)
 
     async def _settle(self, verdicts: Sequence[Verdict]) -> None:
         """Record what it came to, with the notices that are due for it."""

@@ -102,7 +102,7 @@ class Runner:
         self._observer = observer
         self._most_at_once = most_at_once
         self._look_seconds = look_seconds
-        self._recording = Recording(store)
+        self._recording = Recording(store, observer)
         self._means = Means(
             store, relay, notices, self._recording, observer,
             retry_in=lambda attempt: schedule.next_delay(attempt, chance()),

@@ -560,7 +560,7 @@ SPOOL_ACTION: Final = _attribute(
     Type.STRING,
     (On.SPOOL, On.LOG),
     "always: expired, removed, held, released, given_up; but for the first by an operator, or held as part of too many "
-    "crashes",
+    "crashes; superseded: the result of an attempt came too late, and another gateway makes it again",
     "held",
 )
 SPOOL_OPERATOR: Final = _attribute(

@@ -2,21 +2,34 @@
 
 import asyncio
 import math
+from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
+from otel_smtp.observing import SpoolAction, TransactionRecord
+from otel_smtp.spool import attempts as attempts_module
 from otel_smtp.spool import runner as runner_module
 from otel_smtp.spool.dsn.notices import Notices
 from otel_smtp.spool.embedded.deliveries import DeliveryEntry
-from otel_smtp.spool.messages import ContentRef, DeliveryState, Lease, SpoolError
+from otel_smtp.spool.messages import (
+    ContentRef,
+    DeliveryState,
+    Lease,
+    SpoolError,
+    StaleLease,
+    StorageAway,
+    StorageFull,
+    Verdict,
+)
 from otel_smtp.spool.runner import Runner
 from otel_smtp.spool.schedule import Schedule
 from tests.spool.memory_store import MemoryStore
 from tests.spool.messages import BODY, HEADER, message, queued, written
-from tests.spool.queueing import eventually
+from tests.spool.queueing import ResumedDeliveries, eventually
 from tests.spool.scripted_relay import BUSY, GONE, ScriptedRelay
 
 AT_ONCE = Schedule((0.01,), warn_after_seconds=None)
@@ -124,6 +137,58 @@ async def test_a_store_that_is_away_for_a_while_is_worked_on_again(monkeypatch: 
         await up.put()
         await up.empties()
         assert next(failures, None) is None
+
+
+class _NotRecorded(MemoryStore):
+    """The first results come to an error."""
+
+    def __init__(self, *errors: SpoolError) -> None:
+        super().__init__()
+        self.errors = deque(errors)
+        self.results = 0
+
+    def finish(self, lease: Lease, verdicts: Sequence[Verdict], **more: Any) -> asyncio.Future[None]:
+        self.results += 1
+        if self.errors:
+            answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            answer.set_exception(self.errors.popleft())
+            return answer
+        return super().finish(lease, verdicts, **more)
+
+
+class _Told(ResumedDeliveries):
+    def __init__(self) -> None:
+        super().__init__()
+        self.acts: list[TransactionRecord] = []
+
+    def spool_acted(self, transaction: TransactionRecord) -> None:
+        self.acts.append(transaction)
+
+
+@pytest.mark.parametrize("recipients", [("a@x.example",), ("a@x.example", "b@x.example")])
+async def test_an_attempt_whose_result_is_recorded_late_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, recipients: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(attempts_module, "RECORD_AGAIN_SECONDS", 0.01)
+    observer = _Told()
+    store = _NotRecorded(StorageAway("gone"), StorageFull("full"))
+    async with running(ScriptedRelay(observer=observer), store) as up:
+        await up.put(*recipients)
+        await up.empties()
+        assert (len(observer.ended), observer.acts, store.results) == (1, [], 3)
+        assert await store.tally() == {"accepted": len(recipients), "delivered": len(recipients)}
+
+
+@pytest.mark.parametrize("recipients", [("a@x.example",), ("a@x.example", "b@x.example")])
+async def test_a_result_that_comes_too_late_stands_in_the_trace(recipients: tuple[str, ...]) -> None:
+    observer = _Told()
+    store = _NotRecorded(StaleLease("not ours any more"))
+    async with running(ScriptedRelay(observer=observer), store) as up:
+        one = await up.put(*recipients)
+        await eventually(lambda: observer.acts)
+        ((told,), (delivery,)) = observer.acts, observer.ended
+        assert (told.action, told.spool_id, told.attempt) == (SpoolAction.SUPERSEDED, one, 1)
+        assert (told.carrier, store.results) == (delivery.transaction.carrier, 1)
 
 
 async def given(up: Running, *senders: str) -> None:

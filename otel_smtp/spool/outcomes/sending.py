@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Final
 
+from otel_smtp.observing import Observer
 from otel_smtp.smtp.replies import ErrorType, Reply
 from otel_smtp.spool.attempts import Recording
 from otel_smtp.spool.messages import Backlog, ContentLost, End, Lease, SpoolError, StorageAway, StorageBroken, Verdict
@@ -44,7 +45,7 @@ class Sender:
         self._receivers = receivers
         self._schedule = schedule
         self._chance = chance
-        self._recording = Recording(store)
+        self._recording = Recording(store, Observer())  # outcomes are in no trace
         self._posters: dict[str, Poster] = {}
         self._exchanges: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
