@@ -82,6 +82,18 @@ async def test_a_message_comes_back_as_it_went_in(case: Case) -> None:
     assert await case.store.is_intact(lease.content)
 
 
+@pytest.mark.parametrize("body", [BODY, b""])
+async def test_a_content_that_came_whole_is_claimed_as_it_came(case: Case, body: bytes) -> None:
+    draft = case.store.draft()
+    assert draft.hold(HEADER, body)
+    await case.store.submit(message(), draft, lease=False)
+    (((lease, content),), _) = await case.store.claim({"up": 1})
+    assert content is not None
+    assert b"".join(content) == HEADER + body
+    assert await case.store.is_intact(lease.content)
+    assert await case.store.read(lease.content, 0, 1000) == HEADER + body
+
+
 async def test_it_tells_what_it_did_and_how_many_shared_it(case: Case) -> None:
     if isinstance(case.store, MemoryStore):
         return  # which takes no time

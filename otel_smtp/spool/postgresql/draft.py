@@ -35,6 +35,14 @@ class PostgresqlDraft(SpillingDraft):
         self._digest.update(chunk)
         return super().write(chunk, resume)
 
+    def hold(self, header: bytes, body: bytes) -> bool:
+        """See `store.Draft.hold`."""
+        if not super().hold(header, body):
+            return False
+        self._digest.update(header)
+        self._digest.update(body)
+        return True
+
     async def chunk(self, number: int) -> bytes:
         """The chunk of that number, of `CHUNK_OCTETS` but for the last, once it is complete."""
         file = self._file
