@@ -51,6 +51,8 @@ if TYPE_CHECKING:
 
 # A look-up is quicker than `value`, which is a descriptor in Python.
 _NAMES: Final[Mapping[ConnState, str]] = {state: state.value for state in ConnState}
+_STATE_LABELS: Final[Mapping[ConnState, Labels]] = {state: (state.value,) for state in ConnState}
+_AUTH: Final = ConnState.AUTH
 _OUTCOMES: Final[Mapping[Outcome, str]] = {outcome: outcome.value for outcome in Outcome}
 _ACCEPTED, _REFUSED = "accepted", "refused"
 _REFUSED_FATE, _DEFERRED_FATE = (Fate.REFUSED.value,), (Fate.DEFERRED.value,)
@@ -116,6 +118,10 @@ class _MeasuredAttempt(NamedTuple):
 _measured: Final = partial(tuple.__new__, _Measured)  # its own constructor is a function in Python
 _measured_queued: Final = partial(tuple.__new__, _MeasuredQueued)
 _measured_attempt: Final = partial(tuple.__new__, _MeasuredAttempt)
+
+
+# So many transitions, or replies, are counted one by one: the connection's own, and those of one mail.
+_FEW: Final = 12
 
 
 def _by_place_in_mail(*columns: Sequence[Any]) -> Iterator[tuple[Sequence[Any], ...]]:
@@ -239,7 +245,7 @@ class Metrics(Observer):
                     self._transitions[previous, state] = 0
         for state in ConnState:
             if LEGAL[state]:
-                self._state_duration.series[(_NAMES[state],)]
+                self._state_duration.series[_STATE_LABELS[state]]
         for fate in Fate:
             self._recipients.values[(fate.value,)] = 0
         for outcome in _OUTCOMES.values():
@@ -519,6 +525,24 @@ class Metrics(Observer):
 
     def _count_transitions(self, before: Transition, new: Sequence[Transition]) -> None:
         """Count transitions, and how long the states lasted that they ended; `before` is counted already."""
+        if len(new) > _FEW:
+            has_auth = self._count_many(before, new)
+        else:
+            has_auth, from_ns = False, before.at_ns
+            counts, series = self._transitions, self._state_duration.series
+            for state, left, _, _, to_ns, _ in new:
+                counts[left, state] += 1
+                assert left is not None  # as that of New alone is
+                series[_STATE_LABELS[left]].add((to_ns - from_ns) / 1e9)
+                from_ns = to_ns
+                has_auth = has_auth or left is _AUTH
+        if has_auth:
+            for auth, then in pairwise((before, *new)):
+                if auth.state is _AUTH:
+                    self._count_auth(auth, then)
+
+    def _count_many(self, before: Transition, new: Sequence[Transition]) -> bool:
+        """The same of so many that most are of mails alike; whether an AUTH exchange is among them."""
         states, left, _, _, moments, _ = zip(*new, strict=True)
         lasted = [(to_ns - from_ns) / 1e9 for from_ns, to_ns in pairwise((before.at_ns, *moments))]
         durations: defaultdict[ConnState, list[float]] = defaultdict(list)
@@ -531,14 +555,15 @@ class Metrics(Observer):
                 for state, seconds_of_one in zip(left_column, seconds, strict=True):
                     durations[state].append(seconds_of_one)
         for state, seconds in durations.items():
-            self._state_duration.series[(_NAMES[state],)].add_all(seconds)
-        if ConnState.AUTH in durations:
-            for auth, then in pairwise((before, *new)):
-                if auth.state is ConnState.AUTH:
-                    self._count_auth(auth, then)
+            self._state_duration.series[_STATE_LABELS[state]].add_all(seconds)
+        return _AUTH in durations
 
     def _count_replies(self, said: Sequence[tuple[str | None, Reply]]) -> None:
         """Count replies by verb and code."""
+        if len(said) <= _FEW:
+            for verb, reply in said:
+                self._replies[verb, reply.code] += 1
+            return
         for verbs, codes in _by_place_in_mail([verb for verb, _ in said], [reply.code for _, reply in said]):
             if verbs.count(verbs[0]) == codes.count(codes[0]) == len(verbs):
                 self._replies[verbs[0], codes[0]] += len(verbs)

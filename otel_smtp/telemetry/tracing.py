@@ -274,9 +274,10 @@ class Tracing(Observer):
         ordinary, encodes = self._ordinary, self._encodes
         for transaction in transactions:
             identity: Identity | None = transaction.trace
-            if identity.__class__ is SegmentIdentity and self._drops_mails:
-                continue
-            if identity.__class__ is not Identity:
+            kind = identity.__class__
+            if kind is not Identity:
+                if kind is SegmentIdentity and self._drops_mails:
+                    continue
                 identity = self._settle_unless_dropped(transaction)
                 if identity is None and transaction.connection is not None:
                     continue
