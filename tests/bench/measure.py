@@ -262,7 +262,8 @@ class Bench:
     # Memory and start
 
     def idle_memory(self, targets: Sequence[Target], *, connections: int, rounds: int) -> None:
-        """Resident octets that each connection costs after its EHLO, beyond what the first ones brought in."""
+        """Resident octets, but for files', that each connection costs after its EHLO, beyond what the first ones
+        brought in."""
         found: dict[str, list[float]] = {}
         wanted = list(targets)
         for _ in range(rounds):
@@ -272,9 +273,9 @@ class Bench:
                     try:
                         with self._held(relay, _WARM_CONNECTIONS):
                             self._settle(target, relay)  # its start goes on after the first greeting
-                            before = relay.child.rss_octets()
+                            before = relay.child.private_octets()
                             with self._held(relay, connections):
-                                grown = relay.child.rss_octets() - before
+                                grown = relay.child.private_octets() - before
                     finally:
                         relay.stop()
                 except _FAILURES as failure:

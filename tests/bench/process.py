@@ -109,6 +109,11 @@ class Child:
         """Resident memory of the tree now; pages that processes share count in each."""
         return self._memory("VmRSS")
 
+    def private_octets(self) -> int:
+        """Of the resident memory of the tree that which is no file's: pages of programs and libraries come and go with
+        what else happens on the machine."""
+        return self._memory("RssAnon")
+
     def peak_rss_octets(self) -> int:
         """The highest resident memory of each process of the tree, added up."""
         return self._memory("VmHWM")
