@@ -53,7 +53,7 @@ PURE_LIBRARY: Final = frozenset(
 )
 # What of the spool its stores may know.
 SPOOL_TYPES: Final = tuple(
-    f"otel_smtp.spool.{module}" for module in ("drafting", "encoding", "messages", "operators", "store")
+    f"otel_smtp.spool.{module}" for module in ("drafting", "encoding", "messages", "operators", "promises", "store")
 )
 INPUT_OUTPUT: Final = frozenset(
     {

@@ -135,6 +135,7 @@ class Means:
         wake: called with destinations for which something waits now.
         judged: called, once for each attempt that was begun, when no upstream has to do with it any more.
         ended: called, once for each attempt, when its result is recorded.
+        holds: whether a lease is still ours; None: no other process shares the store, and none is lost.
     """
 
     store: Store
@@ -146,6 +147,7 @@ class Means:
     wake: Callable[[Sequence[str]], None]
     judged: Callable[["Attempt"], None]
     ended: Callable[["Attempt"], None]
+    holds: Callable[[Lease], bool] | None
     outcomes: "Outcomes | None" = None
 
 
@@ -161,8 +163,8 @@ class Attempt:
     """
 
     __slots__ = (
-        "_answers", "_content", "_has_content_left", "_header", "_holds", "_is_judged", "_mail", "_means",
-        "_record", "_room", "_task", "_transaction", "_verdicts", "in_line_since", "is_new", "lease",
+        "_answers", "_content", "_has_content_left", "_header", "_is_judged", "_mail", "_means", "_record", "_room",
+        "_task", "_transaction", "_verdicts", "in_line_since", "is_new", "lease",
     )  # fmt: skip
 
     def __init__(self, lease: Lease, content: Sequence[bytes] | None, means: Means, *, is_new: bool) -> None:
@@ -195,10 +197,7 @@ class Attempt:
         self._has_content_left = False  # from here on, the upstream may have taken it
         self._is_judged = False
         self._verdicts: Sequence[Verdict] = ()  # of one that was delivered, until that is recorded
-        # A store that no other process shares cannot lose a lease.
-        self._holds: Callable[[Lease], bool] | None = None
-        if means.store.look_again_seconds is not None:
-            self._holds = means.store.holds
+        if means.holds is not None:
             record.has_lost_lease = self._has_lost_its_lease
         self._task: asyncio.Task[None] | None = None  # what of it takes long: to read the content, to record the result
 
@@ -209,7 +208,7 @@ class Attempt:
         self._begin()
 
     def _begin(self) -> None:
-        if self._is_judged or (self._holds is not None and self._has_lost_its_lease()):
+        if self._is_judged or (self._means.holds is not None and self._has_lost_its_lease()):
             return
         try:
             if self.lease.kind is _MAIL:
@@ -264,7 +263,7 @@ class Attempt:
             self._abort()
             self._judge(answers)
             return
-        if self._holds is not None and self._has_lost_its_lease():
+        if self._means.holds is not None and self._has_lost_its_lease():
             return
         try:
             self._has_content_left = True
@@ -327,7 +326,8 @@ class Attempt:
 
     def _has_lost_its_lease(self) -> bool:
         """Whether the lease may be another gateway's by now: then nothing more leaves, and no final dot."""
-        if self._holds is None or self._holds(self.lease):
+        holds = self._means.holds
+        if holds is None or holds(self.lease):
             return False
         logger.warning("delivery attempt abandoned: its lease may have ended", extra=told(self.lease))
         self._abort()
@@ -511,6 +511,8 @@ class Attempt:
     def _tell(self, fates: Sequence[tuple[Recipient, Fate, Reply | None]]) -> None:
         """Report the attempt to the observers; a delivery that goes on for the record alone is reported at its end."""
         self._record.end_in_spool(fates, time.monotonic_ns())
+        # No more of it leaves. Else the two would hold each other, and wait for the garbage collection.
+        self._record.has_lost_lease = None
         for delivery in self._record.deliveries:
             if delivery.ended_ns:
                 self._means.observer.delivery_ended(delivery)

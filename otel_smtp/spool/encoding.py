@@ -34,16 +34,7 @@ def mail_of(reverse_path: str, parameters: Mapping[str, Any] | None) -> Mail:
     return Mail(reverse_path, body=body and Body(body), ret=ret and DsnReturn(ret), **given)
 
 
-def recipient_values(there: SpooledRecipient) -> tuple[object, ...]:
-    """A recipient that has not ended: number, address, NOTIFY, ORCPT, last reply."""
-    recipient = there.recipient
-    return (
-        there.number, recipient.address, None if recipient.notify is None else recipient.notify.value,
-        recipient.orcpt, there.last_reply,
-    )  # fmt: skip
-
-
 def recipient_of(values: Sequence[Any]) -> SpooledRecipient:
-    """What `recipient_values` was given."""
+    """A recipient that has not ended, of number, address, NOTIFY, ORCPT and last reply."""
     number, address, notify, orcpt, last_reply = values
     return SpooledRecipient(number, Recipient(address, None if notify is None else Notify(notify), orcpt), last_reply)

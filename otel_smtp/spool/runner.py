@@ -107,6 +107,7 @@ class Runner:
             store, relay, notices, self._recording, observer,
             retry_in=lambda attempt: schedule.next_delay(attempt, chance()),
             wake=self.wake, judged=self._judged, ended=self._ended,
+            holds=None if store.look_again_seconds is None else store.holds,
         )  # fmt: skip
         self._aging = Aging(
             store, notices, self._recording, observer, warn_after_seconds=schedule.warn_after_seconds, wake=self.wake

@@ -15,6 +15,7 @@ from typing import Any, Final
 from otel_smtp.smtp import replies
 from otel_smtp.spool.messages import End, Verdict
 from otel_smtp.spool.postgresql import PostgresqlStore
+from otel_smtp.spool.store import Pending
 from tests.spool.messages import message, written
 from tests.spool.postgresql.schemas import new_place, store
 from tests.support.postgresql import Server, connected
@@ -148,7 +149,7 @@ class _Running:
 
     async def _submit(self) -> None:
         began = time.monotonic()
-        submitted: set[asyncio.Future[Any]] = set()
+        submitted: set[Pending[Any]] = set()
         while not self._is_over:
             while self._done.sent < (time.monotonic() - began) * self._rate:
                 draft = await written(self._gateway.draft(), b"Subject: churn\r\n", BODY)

@@ -11,9 +11,9 @@ from typing import Any, Final
 from otel_smtp.spool.embedded.entries import Entry
 from otel_smtp.spool.embedded.log import Log, Part, Room, Step
 from otel_smtp.spool.embedded.memory import Memory
-from otel_smtp.spool.embedded.promises import Promise
 from otel_smtp.spool.embedded.records import RecordKind
 from otel_smtp.spool.messages import Lease, SpoolError, StorageBroken
+from otel_smtp.spool.promises import Promise
 from otel_smtp.spool.store import Notice
 
 # Looked up in its class, a member costs as much as a call.

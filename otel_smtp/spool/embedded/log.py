@@ -35,9 +35,9 @@ from otel_smtp.spool.embedded import records
 from otel_smtp.spool.embedded.directory import SpoolDirectory
 from otel_smtp.spool.embedded.entries import dumps
 from otel_smtp.spool.embedded.files import open_regular, storage_error, sync_directory, write_all_at, write_durably
-from otel_smtp.spool.embedded.promises import Promise
 from otel_smtp.spool.embedded.records import FIRST, HEADER_OCTETS, RecordKind
 from otel_smtp.spool.messages import SpoolError, StorageBroken, StoreVerb, Timings
+from otel_smtp.spool.promises import Promise
 
 logger: Final = logging.getLogger("otel_smtp.spool.embedded.log")
 

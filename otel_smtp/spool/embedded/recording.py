@@ -5,8 +5,8 @@ from typing import Any
 
 from otel_smtp.spool.embedded.entries import Entry
 from otel_smtp.spool.embedded.parts import EmbeddedParts
-from otel_smtp.spool.embedded.promises import Promise
 from otel_smtp.spool.messages import Lease, NoSuchMessage, StaleLease, Verdict, stale
+from otel_smtp.spool.promises import Promise
 from otel_smtp.spool.store import Notice, Pending
 
 

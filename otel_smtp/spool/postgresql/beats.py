@@ -97,7 +97,8 @@ class Beats:
 
     def holds(self, incarnation: uuid.UUID | None) -> bool:
         """Whether the leases of an incarnation are surely ours at this moment."""
-        return incarnation == self.incarnation and time.monotonic() < self._ok_until
+        # The very object: leases of ours are made with it, and to compare it is a function in Python.
+        return incarnation is self.incarnation and time.monotonic() < self._ok_until
 
     @property
     def silent_for(self) -> float:

@@ -6,7 +6,6 @@ The file is a cache: nothing of it is durable, nothing is synced.
 import asyncio
 import hashlib
 import tempfile
-from collections.abc import Callable
 from typing import IO, Final
 
 from otel_smtp.spool.drafting import SpillingDraft
@@ -22,26 +21,12 @@ class PostgresqlDraft(SpillingDraft):
 
     def __init__(self) -> None:
         super().__init__()
-        self._digest = hashlib.sha256()
         self._file: IO[bytes] | None = None
 
     @property
     def digest(self) -> bytes:
-        """SHA-256 of what was added."""
+        """SHA-256 of what is in the file."""
         return self._digest.digest()
-
-    def write(self, chunk: bytes, resume: Callable[[], None]) -> bool:
-        """See `store.Draft.write`."""
-        self._digest.update(chunk)
-        return super().write(chunk, resume)
-
-    def hold(self, header: bytes, body: bytes) -> bool:
-        """See `store.Draft.hold`."""
-        if not super().hold(header, body):
-            return False
-        self._digest.update(header)
-        self._digest.update(body)
-        return True
 
     async def chunk(self, number: int) -> bytes:
         """The chunk of that number, of `CHUNK_OCTETS` but for the last, once it is complete."""
@@ -57,6 +42,8 @@ class PostgresqlDraft(SpillingDraft):
     def _write(self, data: bytes) -> None:
         if self._file is None:
             self._file = tempfile.TemporaryFile()  # noqa: SIM115 - it outlives this call
+            self._digest = hashlib.sha256()
+        self._digest.update(data)
         self._file.write(data)
         self._file.flush()
 

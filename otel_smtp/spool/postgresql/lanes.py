@@ -9,11 +9,12 @@ was, while its waiters have time; each item knows that it may have been done bef
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Final, Generic, Protocol, TypeVar
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from typing import Any, Final, Generic, TypeVar
 
 from otel_smtp.spool.messages import SpoolError, StorageAway, StoreVerb, Timings
 from otel_smtp.spool.postgresql.connecting import (
@@ -23,6 +24,9 @@ from otel_smtp.spool.postgresql.connecting import (
     may_succeed_again,
     storage_error,
 )
+from otel_smtp.spool.promises import Promise
+
+T = TypeVar("T")
 
 logger: Final = logging.getLogger("otel_smtp.spool.postgresql.lanes")
 
@@ -33,22 +37,40 @@ GATHER_SECONDS: Final = 0.005  # what is not urgent waits for company; and what 
 PATIENCE_SECONDS: Final = 0.02  # what is not urgent waits for that
 
 
-class Item(Protocol):
-    """One thing to be written.
+class Item(Promise[T]):
+    """One thing to be written, and the answer that its caller waits for.
 
     Attributes:
-        answer: done when it is durable, or will not be.
-        deadline: in seconds of the monotonic clock.
+        deadline: in seconds of the monotonic clock; the items of a lane all have the same time.
         may_be_done: it was sent before, and what became of that is unknown.
     """
 
-    answer: "asyncio.Future[Any]"
-    octets: int
-    deadline: float
-    may_be_done: bool
+    __slots__ = ("deadline", "may_be_done", "octets")
+
+    def __init__(self, octets: int, deadline: float) -> None:
+        super().__init__()
+        self.octets = octets
+        self.deadline = deadline
+        self.may_be_done = False
+
+    def answer(self, result: T) -> None:
+        """It is durable: give the answer, unless there is one. What a caller does wrong with it harms no other item."""
+        if not self._is_done:
+            try:
+                self.settle(result)
+            except Exception:
+                logger.exception("answer of the queue not taken: internal error")
+
+    def refuse(self, fault: SpoolError) -> None:
+        """As `answer`: it is not durable, and will not be."""
+        if not self._is_done:
+            try:
+                self.fail(fault)
+            except Exception:
+                logger.exception("answer of the queue not taken: internal error")
 
 
-I = TypeVar("I", bound=Item)  # noqa: E741 - an item
+I = TypeVar("I", bound=Item[Any])  # noqa: E741 - an item
 
 
 class Lanes(Generic[I]):
@@ -80,7 +102,8 @@ class Lanes(Generic[I]):
         self._is_urgent = False  # one of these
         self._is_over_time = False  # they have waited for long enough
         self._patience: asyncio.TimerHandle | None = None
-        self._under_way = 0
+        self._octets = 0  # of what waits
+        self._groups: list[Sequence[I]] = []  # under way
         self._idle_lanes: list[asyncio.Future[None]] = []
         self._is_called = False  # a lane, to take them
         self._is_idle = asyncio.Event()
@@ -98,11 +121,16 @@ class Lanes(Generic[I]):
         """How many items no lane has taken yet."""
         return len(self._waiting)
 
+    def items(self) -> Iterator[I]:
+        """All that has no answer yet."""
+        return itertools.chain(self._waiting, *self._groups)
+
     def add(self, item: I, *, is_urgent: bool = True) -> None:
         """Have an item written."""
         if not self._waiting:
             self._is_idle.clear()
         self._waiting.append(item)
+        self._octets += item.octets
         if is_urgent:
             self._is_urgent = True
         self._call()
@@ -113,7 +141,7 @@ class Lanes(Generic[I]):
     def _is_due(self) -> bool:
         """Whether an idle lane is to take what waits."""
         return bool(self._waiting) and (
-            (self._is_urgent and not self._under_way) or len(self._waiting) >= ENOUGH_ITEMS or self._is_over_time
+            (self._is_urgent and not self._groups) or len(self._waiting) >= ENOUGH_ITEMS or self._is_over_time
         )
 
     def _call(self) -> None:
@@ -122,7 +150,7 @@ class Lanes(Generic[I]):
             return
         if not self._is_due:
             if self._patience is None:
-                seconds = PATIENCE_SECONDS if self._under_way and not self._is_urgent else GATHER_SECONDS
+                seconds = PATIENCE_SECONDS if self._groups and not self._is_urgent else GATHER_SECONDS
                 self._patience = asyncio.get_running_loop().call_later(seconds, self._lose_patience)
         elif self._idle_lanes:
             self._is_called = True
@@ -157,13 +185,15 @@ class Lanes(Generic[I]):
         self._sweep = None
         now = time.monotonic()
         while self._waiting and self._waiting[0].deadline <= now:
-            self._fail(self._waiting.popleft(), StorageAway("the database did not answer in time"))
+            late = self._waiting.popleft()
+            self._octets -= late.octets
+            self._fail(late, StorageAway("the database did not answer in time"))
         if self._waiting:
             self._sweep_at(self._waiting[0].deadline)
         self._note_idle()
 
     def _note_idle(self) -> None:
-        if not self._waiting and not self._under_way:
+        if not self._waiting and not self._groups:
             self._is_idle.set()
 
     async def _run(self, number: int, line: LastingConnection) -> None:
@@ -180,7 +210,7 @@ class Lanes(Generic[I]):
                 finally:
                     self._is_called = False
             group = self._take()
-            self._under_way += len(group)
+            self._groups.append(group)
             self._call()
             try:
                 await self._write_until_done(number, line, group)
@@ -189,16 +219,23 @@ class Lanes(Generic[I]):
                 for item in group:
                     self._fail(item, storage_error(error))
             finally:
-                self._under_way -= len(group)
+                self._groups.remove(group)
                 self._note_idle()
 
     def _take(self) -> list[I]:
-        group = [self._waiting.popleft()]
-        octets = group[0].octets
-        while self._waiting and len(group) < self._most_items and octets + self._waiting[0].octets <= MOST_OCTETS:
-            octets += self._waiting[0].octets
-            group.append(self._waiting.popleft())
-        if not self._waiting:
+        waiting = self._waiting
+        if len(waiting) <= self._most_items and self._octets <= MOST_OCTETS:
+            group = [*waiting]
+            waiting.clear()
+            self._octets = 0
+        else:
+            group = [waiting.popleft()]
+            octets = group[0].octets
+            while waiting and len(group) < self._most_items and octets + waiting[0].octets <= MOST_OCTETS:
+                group.append(waiting.popleft())
+                octets += group[-1].octets
+            self._octets -= octets
+        if not waiting:
             self._is_urgent = self._is_over_time = False
             if self._patience is not None:
                 self._patience.cancel()
@@ -209,11 +246,11 @@ class Lanes(Generic[I]):
         fault: SpoolError = StorageAway("the database did not answer in time")
         while True:
             now = time.monotonic()
-            for late in [item for item in group if item.deadline <= now]:
-                self._fail(late, fault)
-            group = [item for item in group if item.deadline > now]
-            if not group:
-                return
+            while group[0].deadline <= now:  # they came in this order
+                self._fail(group[0], fault)
+                group = group[1:]
+                if not group:
+                    return
             try:
                 connection = await line.get()
             except SpoolError as error:
@@ -221,9 +258,7 @@ class Lanes(Generic[I]):
                 await asyncio.sleep(line.next_wait())
                 continue
             try:
-                watchdog = asyncio.get_running_loop().call_later(
-                    min(item.deadline for item in group) - now, line.terminate
-                )
+                watchdog = asyncio.get_running_loop().call_later(group[0].deadline - now, line.terminate)
                 began = time.monotonic()
                 try:
                     await self._write(connection, number, group)
@@ -254,6 +289,4 @@ class Lanes(Generic[I]):
     def _fail(self, item: I, fault: SpoolError) -> None:
         if item.may_be_done:
             self._given_up(item)
-        if not item.answer.done():
-            item.answer.set_exception(fault)
-            item.answer.exception()  # a caller that gave up waiting does not ask
+        item.refuse(fault)

@@ -7,7 +7,7 @@ from uuid import UUID
 
 from otel_smtp.spool.messages import Lease, StorageAway, StoreVerb, is_for_receiver
 from otel_smtp.spool.postgresql.parts import PostgresqlParts
-from otel_smtp.spool.postgresql.rows import Row, key_of, lease_of, small_content
+from otel_smtp.spool.postgresql.rows import ContentKey, Row, lease_of, small_content
 
 ADOPT_SECONDS: Final = 60.0  # how long a claim whose answer was lost may still be committed
 MOST_CLAIMED: Final = 100
@@ -68,11 +68,12 @@ class PostgresqlLeasing(PostgresqlParts):
         rows: Sequence[Row] = await self._working.do(
             lambda connection: connection.fetch(self._statements.unknown_leases, incarnation, known)
         )
+        submitted = self._being_submitted()
         return [
             row
             for row in rows
             if is_for_receiver(row["dest"]) in are_outcomes
-            and row["id"] not in self._submitting
+            and row["id"] not in submitted
             and row["id"] not in self._withdrawn
             and (row["id"], row["d"]) not in self._held
         ]
@@ -115,4 +116,5 @@ class PostgresqlLeasing(PostgresqlParts):
 
     def holds(self, lease: Lease) -> bool:
         """See `Store.holds`."""
-        return self.beats.holds(key_of(lease.content).incarnation)
+        key: ContentKey = lease.content.key  # type: ignore[assignment]  # asked several times for each mail
+        return self.beats.holds(key.incarnation)

@@ -1,5 +1,7 @@
 """What the parts of the store's class have in common."""
 
+from abc import ABC, abstractmethod
+from collections.abc import Container
 from dataclasses import dataclass
 
 from otel_smtp.spool.postgresql.beats import Beats
@@ -24,7 +26,7 @@ class Figures:
     unanswered: int = 0
 
 
-class PostgresqlParts:
+class PostgresqlParts(ABC):
     """What `PostgresqlStore` is made of, for the classes that it is put together from; it makes them."""
 
     beats: Beats
@@ -38,6 +40,9 @@ class PostgresqlParts:
     # What this process knows to be its own, by message and delivery: whatever else the database says is ours comes of a
     # claim whose answer was lost.
     _held: dict[tuple[str, int], int]
-    _submitting: set[str]
     _not_asked_for: tuple[set[str], set[str]]  # destinations of the other kind, where mail is asked for or outcomes are
     _withdrawn: dict[str, int]  # may have been stored, though the client was told otherwise: attempts, by message
+
+    @abstractmethod
+    def _being_submitted(self) -> Container[str]:
+        """Ids of the messages that may be in the database, and whose clients have no answer yet."""

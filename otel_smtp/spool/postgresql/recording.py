@@ -1,15 +1,14 @@
 """Results: what attempts came to, in groups, with the messages that report it."""
 
-import asyncio
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Final
 from uuid import UUID
 
 from otel_smtp.spool.messages import End, Kind, Lease, SpooledRecipient, SpoolError, Verdict, end_name, stale
 from otel_smtp.spool.postgresql.connecting import Connection
-from otel_smtp.spool.postgresql.lanes import Lanes
+from otel_smtp.spool.postgresql.lanes import Item, Lanes
 from otel_smtp.spool.postgresql.parts import PostgresqlParts
 from otel_smtp.spool.postgresql.rows import NewRows, Row, key_of, recipients_json
 from otel_smtp.spool.store import Notice
@@ -17,43 +16,51 @@ from otel_smtp.spool.store import Notice
 FINISH_SECONDS: Final = 10.0  # then the attempt asks again
 
 
-@dataclass(eq=False, slots=True)
-class Result:
+class Result(Item[None]):
     """What an attempt came to.
 
     Attributes:
+        place: message and delivery.
         ended: recipients by the name of their end.
         left: those that have not ended.
         state: of the delivery from now on; None: all of it has ended.
+        is_alone: its message ends with it.
+        is_simple: one statement is enough.
     """
 
-    lease: Lease
-    ended: Mapping[str, int]
-    left: Sequence[SpooledRecipient]
-    state: str | None
-    retry_in: float
-    is_possible_duplicate: bool
-    counts_attempt: bool
-    notices: Sequence[Notice]
-    octets: int
-    deadline: float
-    answer: "asyncio.Future[None]"
-    may_be_done: bool = False
+    __slots__ = (
+        "counts_attempt", "ended", "is_alone", "is_possible_duplicate", "is_simple", "lease", "left", "notices",
+        "place", "retry_in", "state",
+    )  # fmt: skip
 
-    @property
-    def place(self) -> tuple[str, int]:
-        """Message and delivery."""
-        return self.lease.message_id, self.lease.delivery
+    def __init__(
+        self,
+        lease: Lease,
+        ended: Mapping[str, int],
+        left: Sequence[SpooledRecipient],
+        state: str | None,
+        deadline: float,
+        *,
+        retry_in: float,
+        is_possible_duplicate: bool,
+        counts_attempt: bool,
+        notices: Sequence[Notice],
+    ) -> None:
+        super().__init__(sum(len(content) for _, content in notices) if notices else 0, deadline)
+        self.lease = lease
+        self.place = (lease.message_id, lease.delivery)
+        self.ended = ended
+        self.left = left
+        self.state = state
+        self.retry_in = retry_in
+        self.is_possible_duplicate = is_possible_duplicate
+        self.counts_attempt = counts_attempt
+        self.notices = notices
+        self.is_alone = key_of(lease.content).is_alone
+        self.is_simple = state is None and self.is_alone and not notices and len(ended) == 1
 
-    @property
-    def is_alone(self) -> bool:
-        """Whether its message ends with it."""
-        return key_of(self.lease.content).is_alone
 
-    @property
-    def is_simple(self) -> bool:
-        """Whether one statement is enough."""
-        return self.state is None and self.is_alone and not self.notices and len(self.ended) == 1
+_PLACE: Final = attrgetter("place")
 
 
 class PostgresqlRecording(PostgresqlParts):
@@ -73,11 +80,11 @@ class PostgresqlRecording(PostgresqlParts):
         hold: bool = False,
         notices: Sequence[Notice] = (),
         is_urgent: bool = True,
-    ) -> asyncio.Future[None]:
+    ) -> Result:
         """See `Store.finish`."""
-        by_number = {verdict.number: verdict for verdict in verdicts}
         ended: dict[str, int] = {}
         left: list[SpooledRecipient] = []
+        by_number = {verdict.number: verdict for verdict in verdicts}
         for there in lease.recipients:
             verdict = by_number.get(there.number)
             if verdict is not None and verdict.end is not None:
@@ -106,48 +113,47 @@ class PostgresqlRecording(PostgresqlParts):
         counts_attempt: bool = True,
         notices: Sequence[Notice] = (),
         is_urgent: bool = True,
-    ) -> asyncio.Future[None]:
-        answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        if not self._is_open:
-            answer.set_exception(SpoolError("the queue is closed"))
-            return answer
+    ) -> Result:
         result = Result(
-            lease, ended, left, state, retry_in, is_possible_duplicate, counts_attempt, notices,
-            sum(len(content) for _, content in notices), time.monotonic() + FINISH_SECONDS, answer,
-            (lease.message_id, lease.delivery, lease.epoch) in self._unknown_results,
+            lease, ended, left, state, time.monotonic() + FINISH_SECONDS,
+            retry_in=retry_in, is_possible_duplicate=is_possible_duplicate, counts_attempt=counts_attempt,
+            notices=notices,
         )  # fmt: skip
-        self._recording.add(result, is_urgent=is_urgent)
-        return answer
+        if self._unknown_results and (*result.place, lease.epoch) in self._unknown_results:
+            result.may_be_done = True
+        if self._is_open:
+            self._recording.add(result, is_urgent=is_urgent)
+        else:
+            result.fail(SpoolError("the queue is closed"))
+        return result
 
     async def _write_results(self, connection: Connection, lane: int, group: Sequence[Result]) -> None:
-        by_place = {one.place: one for one in group}
-        if len(by_place) < len(group):
+        places = {one.place for one in group}
+        if len(places) < len(group):
             # Two results of one lease: the second is too late.
             for one in group:
                 await self._write_results(connection, lane, [one])
             return
+        group = sorted(group, key=_PLACE)  # everybody locks rows in one order
         incarnation = self.beats.incarnation
-        is_repeated = any(one.may_be_done for one in group)
-        if not is_repeated and all(one.is_simple for one in group):
-            sorted_group = _in_order(group)
-            rows: Sequence[Row] = await connection.fetch(
-                self._statements.end, incarnation,
-                [one.lease.message_id for one in sorted_group], [one.lease.delivery for one in sorted_group],
-                [one.lease.epoch for one in sorted_group],
-                [next(iter(one.ended)) for one in sorted_group], [sum(one.ended.values()) for one in sorted_group],
-                str(lane),
-            )  # fmt: skip
+        is_simple, is_repeated = True, False
+        for one in group:
+            is_simple = is_simple and one.is_simple
+            is_repeated = is_repeated or one.may_be_done
+        if is_simple and not is_repeated:
+            rows: Sequence[Row] = await connection.fetch(self._statements.end, incarnation, str(lane), _ended(group))
+            gone = {(row["msg_id"], row["d"]) for row in rows}
         else:
             async with connection.transaction():
-                rows = await self._write_mixed(connection, lane, _in_order(group), incarnation)
+                rows = await self._write_mixed(connection, lane, group, incarnation)
                 if is_repeated:
                     # What is there already may be on the primary alone: a transaction that writes nothing waits for no
                     # standby.
                     name = end_name(Kind.MAIL, End.DELIVERED)
                     await connection.execute(self._statements.tally, incarnation, str(lane), [name], [0])
-        done = {(row["msg_id"], row["d"]) for row in rows}
+            gone = places - {(row["msg_id"], row["d"]) for row in rows}
         for one in group:
-            self._recorded(one, is_done=one.place in done)
+            self._recorded(one, is_done=one.place not in gone)
 
     async def _write_mixed(
         self, connection: Connection, lane: int, group: Sequence[Result], incarnation: UUID
@@ -200,19 +206,16 @@ class PostgresqlRecording(PostgresqlParts):
         lease = one.lease
         if self._held.get(one.place) == lease.epoch:
             del self._held[one.place]
-        was_unknown = one.may_be_done
-        self._unknown_results.discard((lease.message_id, lease.delivery, lease.epoch))
-        if not is_done and not was_unknown:
-            self.figures.stale += 1
-        if one.answer.done():
-            return
-        if is_done or was_unknown:
-            one.answer.set_result(None)
+        if self._unknown_results:
+            self._unknown_results.discard((*one.place, lease.epoch))
+        if is_done or one.may_be_done:
+            one.answer(None)
         else:
-            one.answer.set_exception(stale(lease))
+            self.figures.stale += 1
+            one.refuse(stale(lease))
 
     def _gave_up_result(self, one: Result) -> None:
-        self._unknown_results.add((one.lease.message_id, one.lease.delivery, one.lease.epoch))
+        self._unknown_results.add((*one.place, one.lease.epoch))
 
     async def mark_corrupt(self, lease: Lease) -> None:
         """See `Store.mark_corrupt`."""
@@ -236,6 +239,12 @@ class PostgresqlRecording(PostgresqlParts):
         return done
 
 
-def _in_order(group: Sequence[Result]) -> list[Result]:
-    """Everybody locks rows in one order."""
-    return sorted(group, key=lambda one: one.place)
+def _ended(group: Iterable[Result]) -> str:
+    """What `end` is given, as JSON; the names are ours."""
+    rows: list[str] = []
+    for one in group:
+        (message_id, delivery), ((name, recipients),) = one.place, one.ended.items()
+        rows.append(
+            f'{{"id":"{message_id}","d":{delivery},"epoch":{one.lease.epoch},"name":"{name}","recipients":{recipients}}}'
+        )
+    return f"[{','.join(rows)}]"

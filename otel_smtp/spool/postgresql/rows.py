@@ -2,17 +2,18 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import groupby
-from operator import itemgetter
-from typing import Final
+from json.encoder import encode_basestring as quoted
+from typing import Final, NamedTuple
 from uuid import UUID
 
 import asyncpg
 
-from otel_smtp.smtp.envelope import Mail
-from otel_smtp.spool.encoding import mail_of, parameters_of, recipient_of, recipient_values
+from otel_smtp.smtp.envelope import Mail, Recipient
+from otel_smtp.spool.encoding import mail_of, parameters_of, recipient_of
 from otel_smtp.spool.messages import (
     ContentRef,
     DeliveryState,
@@ -33,11 +34,9 @@ _LETTERS: Final = {state: letter for letter, state in STATES.items()}
 _MOST_TELLING: Final = (DeliveryState.LEASED, DeliveryState.CORRUPT, DeliveryState.HELD, DeliveryState.READY)
 
 Row = asyncpg.Record
-_NUMBER: Final = itemgetter("d")
 
 
-@dataclass(frozen=True, slots=True)
-class ContentKey:
+class ContentKey(NamedTuple):
     """Where a content is, and whose lease brought it.
 
     Attributes:
@@ -50,22 +49,55 @@ class ContentKey:
     incarnation: UUID | None
 
 
-_encoded = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
+# The constructor of a named tuple is a function in Python.
+_content_key: Final = partial(tuple.__new__, ContentKey)
+_content_ref: Final = partial(tuple.__new__, ContentRef)
+_lease: Final = partial(tuple.__new__, Lease)
+_spooled_recipient: Final = partial(tuple.__new__, SpooledRecipient)
+
+_encoded: Final = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
+_NUL: Final = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")
+_BOOLEANS: Final = ("false", "true")
 
 
 def as_json(value: object) -> str:
+    """JSON that PostgreSQL takes."""
+    return _taken(_encoded(value))
+
+
+def _taken(text: str) -> str:
     """JSON that PostgreSQL takes: it has no NUL and no half of a surrogate pair in its texts."""
-    text = _encoded(value).replace("\\u0000", "")
+    if "\\u0000" in text:
+        text = _NUL.sub(r"\1", text)
     return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
-def recipients_json(recipients: Sequence[SpooledRecipient]) -> str:
-    """What dlv.rcpt has."""
-    return as_json([recipient_values(there) for there in recipients])
+def _recipients_text(recipients: Iterable[SpooledRecipient]) -> str:
+    """What dlv.rcpt has: number, address, NOTIFY, ORCPT and last reply of each."""
+    text = ""
+    for number, (address, notify, orcpt), last_reply in recipients:
+        plain = "null,null"
+        if notify is not None or orcpt is not None:
+            plain = f"{'null' if notify is None else notify.value},{'null' if orcpt is None else quoted(orcpt)}"
+        text += f",[{number},{quoted(address)},{plain},{quoted(last_reply)}]"
+    return f"[{text[1:]}]"
+
+
+def recipients_json(recipients: Iterable[SpooledRecipient]) -> str:
+    """As JSON that PostgreSQL takes: see `_recipients_text`."""
+    return _taken(_recipients_text(recipients))
+
+
+def documents(rows: Iterable[str]) -> str:
+    """JSON objects in an array that PostgreSQL takes."""
+    return _taken(f"[{','.join(rows)}]")
 
 
 class NewRows:
     """The arguments of `submit` for some messages.
+
+    They are written as JSON by hand: arrays of what each column gets cost three times as much here, since the driver
+    asks of each value in them whether it is an array as well; and an encoder sets itself up for each document.
 
     Args:
         incarnation: of this gateway.
@@ -75,8 +107,9 @@ class NewRows:
     def __init__(self, incarnation: UUID, lane: str) -> None:
         self._incarnation = incarnation
         self._lane = lane
-        self._messages: list[tuple[object, ...]] = []
-        self._deliveries: list[tuple[object, ...]] = []
+        self._messages: list[str] = []
+        self._contents: list[bytes | None] = []
+        self._deliveries: list[str] = []
 
     def add(
         self,
@@ -95,25 +128,28 @@ class NewRows:
             is_leased: its deliveries are attempted at once.
             is_marked: it may have been here, and be delivered.
         """
-        sender = message.mail.reverse_path
-        trace_id = trace_id_of(message.carrier)
+        sender = quoted(message.mail.reverse_path)
+        parameters = parameters_of(message.mail)
+        carrier = ""
+        for name, value in message.carrier.items():
+            carrier += f",{quoted(name)}:{quoted(value)}"
+        trace_id = _octets_of(trace_id_of(message.carrier))
+        trace = "null" if trace_id is None else f'"\\\\x{trace_id.hex()}"'
         self._messages.append(
-            (
-                message.id, message.kind.value, message.expires_in, sender, as_json(parameters_of(message.mail)),
-                as_json(dict(message.carrier)), _octets_of(trace_id), octets, message.header_octets, digest, content,
-            )
-        )  # fmt: skip
+            f'{{"id":"{message.id}","kind":"{message.kind}","expires_in":{message.expires_in},"reverse_path":{sender},'
+            f'"parameters":{_encoded(parameters) if parameters else "{}"},"carrier":{{{carrier[1:]}}},'
+            f'"trace_id":{trace},"octets":{octets},"header_octets":{message.header_octets},'
+            f'"digest":"\\\\x{digest.hex()}"}}'
+        )
+        self._contents.append(content)
+        leased = _BOOLEANS[is_leased]
+        dup = _BOOLEANS[message.is_possible_duplicate or is_marked]
         for number, (destination, recipients) in enumerate(message.deliveries.items()):
-            there = [
-                SpooledRecipient(place, one, message.last_replies.get(one.address, ""))
-                for place, one in enumerate(recipients)
-            ]
             self._deliveries.append(
-                (
-                    message.id, number, destination, sender, is_leased, message.attempts, message.retry_in,
-                    message.is_possible_duplicate or is_marked, recipients_json(there),
-                )
-            )  # fmt: skip
+                f'{{"id":"{message.id}","d":{number},"dest":{quoted(destination)},"sender":{sender},'
+                f'"is_leased":{leased},"attempts":{message.attempts},"retry_in":{message.retry_in},"dup":{dup},'
+                f'"rcpt":{_recipients_text(_spooled(message, recipients))}}}'
+            )
 
     def add_notice(self, message: NewMessage, content: bytes) -> None:
         """Add a message of our own."""
@@ -124,11 +160,17 @@ class NewRows:
     def arguments(self) -> list[object]:
         """In the order of the statement."""
         return [
-            self._incarnation,
-            *map(list, zip(*self._messages, strict=True)),
-            *map(list, zip(*self._deliveries, strict=True)),
-            self._lane,
-        ]
+            self._incarnation, self._lane, documents(self._messages), self._contents, documents(self._deliveries),
+        ]  # fmt: skip
+
+
+def _spooled(message: NewMessage, recipients: Sequence[Recipient]) -> list[SpooledRecipient]:
+    """Recipients of one delivery of a message, before any attempt here."""
+    replies = message.last_replies
+    waiting: list[SpooledRecipient] = []
+    for one in recipients:
+        waiting.append(_spooled_recipient((len(waiting), one, replies.get(one.address, "") if replies else "")))
+    return waiting
 
 
 def _octets_of(trace_id: str | None) -> bytes | None:
@@ -158,31 +200,46 @@ def moved_deliveries(message: MovedMessage) -> list[tuple[object, ...]]:
     ]  # fmt: skip
 
 
-def new_leases(message: NewMessage, octets: int, rows: Sequence[Row], incarnation: UUID) -> list[Lease]:
-    """The leases that a submission gave.
+def new_leases(
+    message: NewMessage, octets: int, incarnation: UUID, arrived_at: float, *, is_marked: bool
+) -> list[Lease]:
+    """The leases of a message that was not there before, all of whose deliveries are ours.
 
     Args:
-        rows: what the statement said of the message's deliveries.
+        is_marked: see `NewRows.add`.
     """
+    deliveries = message.deliveries
+    content = _content_ref((octets, _content_key((message.id, len(deliveries) == 1, incarnation))))
     leases: list[Lease] = []
-    deliveries = list(message.deliveries.items())
-    for row in sorted(rows, key=_NUMBER) if len(rows) > 1 else rows:
-        if row["state"] != "l" or not row["is_ours"]:
-            continue
-        destination, recipients = deliveries[row["d"]]
+    for destination, recipients in deliveries.items():
         leases.append(
-            Lease(
-                row["d"], row["epoch"], message.id, message.kind, message.mail, destination,
-                [
-                    SpooledRecipient(place, one, message.last_replies.get(one.address, ""))
-                    for place, one in enumerate(recipients)
-                ],
-                row["attempts"], row["arrived_at"], row["expires_at"], message.carrier,
-                ContentRef(octets, ContentKey(message.id, len(deliveries) == 1, incarnation)),
-                message.header_octets, row["dup"],
+            _lease(
+                (
+                    len(leases), 1, message.id, message.kind, message.mail, destination, _spooled(message, recipients),
+                    message.attempts + 1, arrived_at, arrived_at + message.expires_in, message.carrier, content,
+                    message.header_octets, message.is_possible_duplicate or is_marked, None,
+                )
             )
         )  # fmt: skip
     return leases
+
+
+def leases_again(
+    message: NewMessage, octets: int, incarnation: UUID, found: Iterable[tuple[int, int, int, bool, float, float]]
+) -> list[Lease]:
+    """The leases of a message that was there already.
+
+    Args:
+        found: what `submit` said of the deliveries that are still ours.
+    """
+    new = new_leases(message, octets, incarnation, 0.0, is_marked=False)
+    return [
+        new[number]._replace(
+            epoch=epoch, attempt=attempt, is_possible_duplicate=is_possible_duplicate, arrived_at=arrived_at,
+            expires_at=expires_at,
+        )
+        for number, epoch, attempt, is_possible_duplicate, arrived_at, expires_at in sorted(found)
+    ]  # fmt: skip
 
 
 def lease_of(row: Row, incarnation: UUID | None) -> Lease:

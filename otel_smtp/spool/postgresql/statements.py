@@ -25,7 +25,9 @@ _COLUMNS: Final = """
   NOT EXISTS (SELECT FROM {s}.dlv AS other WHERE other.msg_id = msg.id AND other.d <> dlv.d) AS is_alone"""
 
 # Repeated after an unknown commit it must write: a transaction that writes nothing waits for no standby. What is not
-# there then may have been delivered by another gateway meanwhile: it is marked as a possible duplicate.
+# there then may have been delivered by another gateway meanwhile: it is marked as a possible duplicate. The answer is
+# one row: of what is new all is known but when it came, and whether it could be leased; `again` has the leases of the
+# rest, as an array for each message: delivery, epoch, attempts, possible duplicate, instants of arrival and expiry.
 _ACCEPTED: Final = (
     f"CASE m.kind WHEN '{Kind.MAIL}' THEN '{accepted_name(Kind.MAIL)}'"
     f" WHEN '{Kind.OUTCOME}' THEN '{accepted_name(Kind.OUTCOME)}' ELSE '{accepted_name(Kind.BOUNCE)}' END"
@@ -40,8 +42,10 @@ m AS (
     accepted_by, octets, header_octets, digest, content)
   SELECT n.id, n.kind, now(), now() + n.expires_in * interval '1 second', n.reverse_path = '', n.reverse_path,
     n.parameters, n.carrier, n.trace_id, $1, n.octets, n.header_octets, n.digest, n.content
-  FROM unnest($2::text[], $3::text[], $4::float8[], $5::text[], $6::jsonb[], $7::jsonb[], $8::bytea[], $9::bigint[],
-    $10::int[], $11::bytea[], $12::bytea[])
+  FROM ROWS FROM (
+    json_to_recordset($3::json) AS (id text, kind text, expires_in float8, reverse_path text, parameters jsonb,
+      carrier jsonb, trace_id bytea, octets bigint, header_octets int, digest bytea),
+    unnest($4::bytea[]))
     AS n(id, kind, expires_in, reverse_path, parameters, carrier, trace_id, octets, header_octets, digest, content)
   ON CONFLICT (id) DO UPDATE SET accepted_by = excluded.accepted_by
   RETURNING id, kind, arrived_at, expires_at, xmax = 0 AS is_new),
@@ -53,29 +57,32 @@ e AS (
     now() + n.retry_in * interval '1 second',
     CASE WHEN n.is_leased AND EXISTS (SELECT FROM me) THEN $1 END,
     (n.is_leased AND EXISTS (SELECT FROM me))::int, n.dup, n.rcpt
-  FROM unnest($13::text[], $14::smallint[], $15::text[], $16::text[], $17::bool[], $18::int[], $19::float8[],
-    $20::bool[], $21::jsonb[]) AS n(id, d, dest, sender, is_leased, attempts, retry_in, dup, rcpt)
+  FROM json_to_recordset($5::json) AS n(id text, d smallint, dest text, sender text, is_leased bool, attempts int,
+    retry_in float8, dup bool, rcpt jsonb)
   ON CONFLICT (msg_id, d) DO UPDATE SET dup = dlv.dup
   RETURNING msg_id, d, state::text AS state, owner, epoch, attempts, dup, rcpt),
 t AS (
   INSERT INTO {{s}}.tally AS tally (gateway, name, recipients)
-  SELECT $1, {_ACCEPTED} || '/' || $22::text,
+  SELECT $1, {_ACCEPTED} || '/' || $2::text,
     sum(jsonb_array_length(e.rcpt))
   FROM e JOIN m ON m.id = e.msg_id WHERE m.is_new GROUP BY 2
   ON CONFLICT (gateway, name) DO UPDATE SET recipients = tally.recipients + excluded.recipients)
-SELECT e.msg_id, e.d, e.state, e.epoch, e.attempts, e.dup, e.owner = $1 AS is_ours,
-  extract(epoch FROM m.arrived_at)::float8 AS arrived_at, extract(epoch FROM m.expires_at)::float8 AS expires_at
-FROM e JOIN m ON m.id = e.msg_id"""
+SELECT extract(epoch FROM now())::float8 AS arrived_at, EXISTS (SELECT FROM me) AS may_lease,
+  (SELECT json_object_agg(m.id, (
+      SELECT coalesce(json_agg(json_build_array(e.d, e.epoch, e.attempts, e.dup,
+        extract(epoch FROM m.arrived_at), extract(epoch FROM m.expires_at))), '[]')
+      FROM e WHERE e.msg_id = m.id AND e.state = 'l' AND e.owner = $1))
+    FROM m WHERE NOT m.is_new)::text AS again"""
 
 _TALLY: Final = """
 INSERT INTO {s}.tally AS tally (gateway, name, recipients)
 SELECT $1, n.name || '/' || $2::text, n.recipients FROM unnest($3::text[], $4::bigint[]) AS n(name, recipients)
 ON CONFLICT (gateway, name) DO UPDATE SET recipients = tally.recipients + excluded.recipients"""
 
-# The common end: the only delivery of a message, all of it ended in one way.
+# The common end: the only delivery of a message, all of it ended in one way. The answer has those that are not ours.
 _END: Final = """
-WITH w AS (SELECT * FROM unnest($2::text[], $3::smallint[], $4::int[], $5::text[], $6::int[])
-    AS w(id, d, epoch, name, recipients)),
+WITH w AS MATERIALIZED (
+  SELECT * FROM json_to_recordset($3::json) AS w(id text, d smallint, epoch int, name text, recipients int)),
 e AS (
   DELETE FROM {s}.dlv USING w
   WHERE dlv.msg_id = w.id AND dlv.d = w.d AND dlv.epoch = w.epoch AND dlv.owner = $1 AND dlv.state = 'l'
@@ -83,9 +90,9 @@ e AS (
 g AS (DELETE FROM {s}.msg WHERE id IN (SELECT msg_id FROM e)),
 t AS (
   INSERT INTO {s}.tally AS tally (gateway, name, recipients)
-  SELECT $1, e.name || '/' || $7::text, sum(e.recipients) FROM e GROUP BY e.name
+  SELECT $1, e.name || '/' || $2::text, sum(e.recipients) FROM e GROUP BY e.name
   ON CONFLICT (gateway, name) DO UPDATE SET recipients = tally.recipients + excluded.recipients)
-SELECT msg_id, d FROM e"""
+SELECT id AS msg_id, d FROM w WHERE NOT EXISTS (SELECT FROM e WHERE e.msg_id = w.id AND e.d = w.d)"""
 
 # Several deliveries of one message may end at once, here and elsewhere: one after the other, lest each sees the other.
 _LOCK_MESSAGES: Final = "SELECT FROM {s}.msg WHERE id = ANY($1::text[]) ORDER BY id FOR NO KEY UPDATE"

@@ -134,7 +134,6 @@ class PostgresqlStore(PostgresqlSubmitting, PostgresqlLeasing, PostgresqlOperati
         self._keeper: asyncio.Task[None] | None = None
         self._ending = set()
         self._held = {}
-        self._submitting = set()
         self._unknown_results = set()
         self._not_asked_for = (set(), set())
         self._withdrawn = {}

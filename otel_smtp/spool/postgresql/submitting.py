@@ -1,19 +1,20 @@
 """Messages in: in groups, and large ones alone; and what is withdrawn that may have been stored."""
 
 import asyncio
+import hashlib
+import json
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Final
 from uuid import UUID
 
 from otel_smtp.spool.messages import Lease, NewMessage, SpoolError
 from otel_smtp.spool.postgresql.connecting import Connection
 from otel_smtp.spool.postgresql.draft import CHUNK_OCTETS, PostgresqlDraft
-from otel_smtp.spool.postgresql.lanes import Lanes
+from otel_smtp.spool.postgresql.lanes import Item, Lanes
 from otel_smtp.spool.postgresql.recording import PostgresqlRecording
-from otel_smtp.spool.postgresql.rows import NewRows, Row, new_leases
+from otel_smtp.spool.postgresql.rows import NewRows, Row, leases_again, new_leases
 from otel_smtp.spool.store import Draft as AnyDraft
 
 logger: Final = logging.getLogger("otel_smtp.spool.postgresql.submitting")
@@ -21,18 +22,23 @@ logger: Final = logging.getLogger("otel_smtp.spool.postgresql.submitting")
 SUBMIT_SECONDS: Final = 30.0  # then 451; the client waits ten minutes for its reply
 
 
-@dataclass(eq=False, slots=True)
-class Submission:
-    """A message on its way in."""
+class Submission(Item[Sequence[Lease]]):
+    """A message on its way in.
 
-    message: NewMessage
-    draft: PostgresqlDraft
-    is_leased: bool
-    content: bytes | None
-    octets: int
-    deadline: float
-    answer: "asyncio.Future[Sequence[Lease]]"
-    may_be_done: bool = False
+    Attributes:
+        content: None: the draft has a file of it.
+    """
+
+    __slots__ = ("content", "draft", "is_leased", "message")
+
+    def __init__(
+        self, message: NewMessage, draft: PostgresqlDraft, content: bytes | None, deadline: float, *, is_leased: bool
+    ) -> None:
+        super().__init__(draft.octets, deadline)
+        self.message = message
+        self.draft = draft
+        self.content = content
+        self.is_leased = is_leased
 
 
 class PostgresqlSubmitting(PostgresqlRecording):
@@ -46,36 +52,28 @@ class PostgresqlSubmitting(PostgresqlRecording):
         """See `Store.draft`."""
         return PostgresqlDraft()
 
-    def submit(self, message: NewMessage, draft: AnyDraft, *, lease: bool) -> asyncio.Future[Sequence[Lease]]:
+    def submit(self, message: NewMessage, draft: AnyDraft, *, lease: bool) -> Submission:
         """See `Store.submit`."""
         assert isinstance(draft, PostgresqlDraft)
-        loop = asyncio.get_running_loop()
-        answer: asyncio.Future[Sequence[Lease]] = loop.create_future()
-        if not self._is_open or not self._is_gateway:
-            answer.set_exception(SpoolError("the queue is closed"))
-            return answer
         chunks = draft.in_memory
-        submission = Submission(
-            message, draft, lease, None if chunks is None else b"".join(chunks), draft.octets,
-            time.monotonic() + SUBMIT_SECONDS, answer,
-        )  # fmt: skip
-        self._submitting.add(message.id)
-        if submission.content is not None:
+        content = None if chunks is None else b"".join(chunks)
+        submission = Submission(message, draft, content, time.monotonic() + SUBMIT_SECONDS, is_leased=lease)
+        if not self._is_open or not self._is_gateway:
+            submission.fail(SpoolError("the queue is closed"))
+        elif content is not None:
             self._accepting.add(submission)
         else:
-            task = loop.create_task(self._submit_large(submission))
+            task = asyncio.get_running_loop().create_task(self._submit_large(submission))
             self._ending.add(task)
             task.add_done_callback(self._ending.discard)
-        return answer
+        return submission
 
     async def _submit_large(self, submission: Submission) -> None:
         try:
             await submission.draft.end()
         except SpoolError as error:
-            self._submitting.discard(submission.message.id)
             submission.draft.discard()
-            if not submission.answer.done():
-                submission.answer.set_exception(error)
+            submission.refuse(error)
         else:
             self._large.add(submission)
 
@@ -83,8 +81,9 @@ class PostgresqlSubmitting(PostgresqlRecording):
         incarnation = self.beats.incarnation
         rows = NewRows(incarnation, str(lane))
         for one in group:
+            assert one.content is not None
             rows.add(
-                one.message, one.octets, one.draft.digest, one.content,
+                one.message, one.octets, hashlib.sha256(one.content).digest(), one.content,
                 is_leased=one.is_leased, is_marked=one.may_be_done,
             )  # fmt: skip
         self._submitted(group, await connection.fetch(self._statements.submit, *rows.arguments), incarnation)
@@ -100,31 +99,27 @@ class PostgresqlSubmitting(PostgresqlRecording):
                 await connection.execute(self._statements.chunk, one.message.id, number, await one.draft.chunk(number))
         self._submitted(group, found, incarnation)
 
+    def _being_submitted(self) -> set[str]:
+        return {one.message.id for lanes in (self._accepting, self._large) for one in lanes.items()}
+
     def _submitted(self, group: Sequence[Submission], rows: Sequence[Row], incarnation: UUID) -> None:
-        by_message: dict[str, list[Row]] = {}
-        for row in rows:
-            by_message.setdefault(row["msg_id"], []).append(row)
+        ((arrived_at, may_lease, text),) = rows
+        again = json.loads(text) if text is not None else {}
         for one in group:
-            leases = new_leases(one.message, one.octets, by_message[one.message.id], incarnation)
-            self._submitting.discard(one.message.id)
+            message, octets = one.message, one.octets
+            leases: Sequence[Lease] = ()
+            if message.id in again:
+                leases = leases_again(message, octets, incarnation, again[message.id])
+            elif one.is_leased and may_lease:
+                leases = new_leases(message, octets, incarnation, arrived_at, is_marked=one.may_be_done)
             one.draft.discard()
             for lease in leases:
                 self._held[lease.message_id, lease.delivery] = lease.epoch
-            if not one.answer.done():
-                one.answer.set_result(leases)
-            else:
-                self._give_back(leases)
-                leases = []
+            one.answer(leases)
             if one.is_leased and not leases and self._woken is not None:
-                self._woken.wake(list(one.message.deliveries))
-
-    def _give_back(self, leases: Sequence[Lease]) -> None:
-        """These are no longer awaited: they are attempted like others."""
-        for lease in leases:
-            self.finish(lease, (), counts_attempt=False)
+                self._woken.wake(list(message.deliveries))
 
     def _gave_up_submission(self, one: Submission) -> None:
-        self._submitting.discard(one.message.id)
         one.draft.discard()
         self._withdrawn[one.message.id] = one.message.attempts
 

@@ -9,7 +9,7 @@ from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Body, DsnReturn, Mail, Notify, Recipient
 from otel_smtp.spool.embedded.deliveries import DeliveryEntry
 from otel_smtp.spool.embedded.entries import Entry
-from otel_smtp.spool.encoding import parameters_of, recipient_values
+from otel_smtp.spool.encoding import parameters_of
 from otel_smtp.spool.messages import DeliveryState, End, Kind, SpooledRecipient, Verdict, new_id
 
 numbers = st.integers(0, 3)
@@ -57,6 +57,15 @@ entries = st.builds(
     is_forced=st.booleans(),
     held_ms=st.none() | numbers,
 )
+
+
+def recipient_values(there: SpooledRecipient) -> tuple[object, ...]:
+    """A recipient that has not ended: number, address, NOTIFY, ORCPT, last reply."""
+    recipient = there.recipient
+    return (
+        there.number, recipient.address, None if recipient.notify is None else recipient.notify.value,
+        recipient.orcpt, there.last_reply,
+    )  # fmt: skip
 
 
 @given(entries)

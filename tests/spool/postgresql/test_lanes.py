@@ -4,26 +4,23 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import pytest
 
 from otel_smtp.spool.messages import StoreVerb
 from otel_smtp.spool.postgresql import lanes as lanes_module
 from otel_smtp.spool.postgresql.connecting import LastingConnection
-from otel_smtp.spool.postgresql.lanes import ENOUGH_ITEMS, MOST_ITEMS, Lanes
+from otel_smtp.spool.postgresql.lanes import ENOUGH_ITEMS, MOST_ITEMS, Item, Lanes
 from tests.spool.queueing import eventually
 
 NEVER = 3600.0
+NEVER_COMES = float("inf")
 
 
-@dataclass(eq=False)
-class _Item:
-    answer: "asyncio.Future[Any]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-    octets: int = 1
-    deadline: float = float("inf")
-    may_be_done: bool = False
+class _Item(Item[None]):
+    def __init__(self) -> None:
+        super().__init__(octets=1, deadline=NEVER_COMES)
 
 
 class _Line:
@@ -52,7 +49,7 @@ class _Written:
         self._under_way.append(let_go)
         await let_go.wait()
         for item in group:
-            item.answer.set_result(None)
+            item.answer(None)
 
     def let_go(self, number: int) -> None:
         self._under_way[number].set()
@@ -98,7 +95,7 @@ async def test_a_lone_one_waits_for_nobody() -> None:
         (item,) = _add(lanes, 1)
         await eventually(lambda: written.groups == [1])
         written.let_go(0)
-        await item.answer
+        await item
 
 
 async def test_what_comes_while_a_group_is_under_way_is_the_next() -> None:
@@ -159,7 +156,7 @@ async def test_it_does_not_gather_for_long(monkeypatch: pytest.MonkeyPatch) -> N
 async def test_nor_when_all_is_to_end() -> None:
     async with _running() as (lanes, written):
         (item,) = _add(lanes, 1, is_urgent=False)
-    assert (written.groups, item.answer.done()) == ([1], True)
+    assert (written.groups, item.done()) == ([1], True)
 
 
 async def test_enough_of_it_gathers_no_more() -> None:
@@ -185,4 +182,4 @@ async def test_all_are_written_once_whatever_comes_when(lines: int, monkeypatch:
             written.let_all_go()
             await asyncio.sleep(0)
         assert sum(written.groups) == len(items)
-        assert all(item.answer.done() for item in items)
+        assert all(item.done() for item in items)

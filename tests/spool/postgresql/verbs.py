@@ -29,6 +29,7 @@ from otel_smtp.spool.messages import (
 )
 from otel_smtp.spool.postgresql import PostgresqlStore, QueueLocation
 from otel_smtp.spool.postgresql.limits import DatabaseLedger
+from otel_smtp.spool.promises import Promise
 from tests.spool.messages import BODY, CARRIER, HEADER, TRACE_ID, leased, message, queued, written
 
 LARGE: Final = b"x" * 600_000  # three chunks
@@ -85,7 +86,8 @@ def verbs_of_the_interface() -> set[str]:
             if name.startswith("_"):
                 continue
             answer = typing.get_type_hints(member).get("return")
-            if inspect.iscoroutinefunction(member) or typing.get_origin(answer) is Future:
+            is_promise = inspect.isclass(answer) and issubclass(answer, Promise)
+            if inspect.iscoroutinefunction(member) or is_promise or typing.get_origin(answer) is Future:
                 found.add(before + name)
     return found - LIVES - ASKS_NOTHING - {"ledger.close", "note_stat"}  # the last is housekeeping, now and then
 

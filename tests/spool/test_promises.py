@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from otel_smtp.spool.embedded.promises import Promise
 from otel_smtp.spool.messages import SpoolError
+from otel_smtp.spool.promises import Promise
 
 
 async def test_callbacks_are_called_by_the_call_that_answers() -> None:
