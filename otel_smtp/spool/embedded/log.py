@@ -161,7 +161,7 @@ class Log:
         self._wakes: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._is_asleep = False
         self._is_urgent = False  # something waits that is to be written without waiting for more
-        self._will_wake = False  # at the end of this turn of the loop
+        self._will_wake = False  # at the end of this turn of the loop, or of the next
         self._is_stopping = False
         self._writes_in_one_call = directory.has_durable_writes
         self._nudge: asyncio.TimerHandle | None = None  # wakes the thread for what is not urgent
@@ -229,9 +229,13 @@ class Log:
             self._company = None
         self._is_urgent = True  # behind the step: who takes this back takes the step
         if self._is_asleep and not self._will_wake:
-            # What else comes in this turn of the loop shares the sync.
+            # What else comes in this turn of the loop shares the sync; where more is on its way, what comes in the next
+            # one, too: to wake the thread for each half of what arrives together costs more than it gains.
             self._will_wake = True
-            self._loop.call_soon(self._wake_if_asleep)
+            self._loop.call_soon(self._wake_in_next_turn if self._expected else self._wake_if_asleep)
+
+    def _wake_in_next_turn(self) -> None:
+        self._loop.call_soon(self._wake_if_asleep)
 
     def _wake_if_asleep(self) -> None:
         self._will_wake = False

@@ -14,6 +14,7 @@ from otel_smtp.spool.embedded.log import Step
 from otel_smtp.spool.messages import End, SpoolError, StorageFull, Verdict
 from tests.spool.embedded.test_recovery import ids_in, opened
 from tests.spool.messages import BODY, HEADER, message, queued, written
+from tests.spool.queueing import eventually
 from tests.spool.stores import SEGMENT_OCTETS
 
 DELIVERED = (Verdict(0, End.DELIVERED, replies.OK),)
@@ -122,6 +123,31 @@ async def test_messages_wait_until_half_of_those_on_their_way_are_complete(
             await store.submit(message(), drafts[2], lease=False)
             await store.submit(message(), drafts[3], lease=False)
         assert len(writes) == 3
+
+
+async def test_those_on_their_way_have_another_turn_of_the_loop_before_the_thread_is_woken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: list[int]
+) -> None:
+    monkeypatch.setattr("otel_smtp.spool.embedded.log.COMPANY_SECONDS", 3600.0)
+    async with opened(tmp_path / "spool") as (store, _):
+        log = store.journal.log
+        await eventually(lambda: log.is_idle)
+        woken_for: list[int] = []
+        wake = log._wake
+
+        def note() -> None:
+            woken_for.append(len(log._steps))
+            wake()
+
+        monkeypatch.setattr(log, "_wake", note)
+        drafts = [await written(store.draft()) for _ in range(4)]
+        first = [store.submit(message(), draft, lease=False) for draft in drafts[:2]]
+        await asyncio.sleep(0)
+        assert woken_for == [], "half of them are complete"
+        second = [store.submit(message(), draft, lease=False) for draft in drafts[2:]]
+        async with asyncio.timeout(30):
+            await asyncio.gather(*first, *second)
+        assert (woken_for, len(writes)) == ([4], 1)
 
 
 async def test_a_message_waits_no_longer_for_those_that_will_not_come(
