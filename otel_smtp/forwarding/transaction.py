@@ -405,8 +405,7 @@ class Spooled(Transparent):
         if len(batch) > 1 or self.accepted:
             super().recipients(batch, answered)
             return
-        refusal = self._judge(batch[0])
-        if isinstance(refusal, Reply):
+        if not self._have_one_route(batch) and isinstance(refusal := self._judge(batch[0]), Reply):
             answered([refusal])
             return
         self.accepted.append(batch[0])

@@ -409,39 +409,24 @@ def _refusal(mail: Mail, serving: Serving[Smarthost]) -> Reply | None:
 
 
 class SpoolRelay:
-    """A `Relay` over the upstreams of a forwarder, for the spool: see `UpstreamForwarder.for_spool`."""
+    """A `Relay` over the upstreams of a forwarder, for the spool: see `UpstreamForwarder.for_spool`.
+
+    What both have in common is the forwarder's own: to hand it on would be some calls more for each message.
+    """
 
     def __init__(self, forwarder: UpstreamForwarder) -> None:
-        self._forwarder = forwarder
-
-    def capabilities(self) -> Extensions:
-        """As `UpstreamForwarder`."""
-        return self._forwarder.capabilities()
+        self._begin = forwarder.begin
+        self.capabilities = forwarder.capabilities
+        self.refusal = forwarder.refusal
+        self.destination = forwarder.destination
+        self.keeps_8bit = forwarder.keeps_8bit
+        self.concurrency = forwarder.concurrency
+        self.watch_room = forwarder.watch_room
 
     def begin(self, mail: Mail, record: TransactionRecord) -> MailTransaction:
         """As `UpstreamForwarder`."""
-        return self._forwarder.begin(mail, record, strategy=Spooled)
+        return self._begin(mail, record, strategy=Spooled)
 
     def begin_along(self, destination: str, mail: Mail, record: TransactionRecord) -> MailTransaction:
         """See `Relay.begin_along`."""
-        return self._forwarder.begin(mail, record, strategy=Spooled, destination=destination)
-
-    def refusal(self, mail: Mail) -> Reply | None:
-        """As `UpstreamForwarder`."""
-        return self._forwarder.refusal(mail)
-
-    def destination(self, mail: Mail, recipient: Recipient) -> str | Reply:
-        """As `UpstreamForwarder`."""
-        return self._forwarder.destination(mail, recipient)
-
-    def keeps_8bit(self) -> bool:
-        """As `UpstreamForwarder`."""
-        return self._forwarder.keeps_8bit()
-
-    def concurrency(self, destination: str) -> int:
-        """As `UpstreamForwarder`."""
-        return self._forwarder.concurrency(destination)
-
-    def watch_room(self, made: Callable[[], None]) -> None:
-        """As `UpstreamForwarder`."""
-        self._forwarder.watch_room(made)
+        return self._begin(mail, record, strategy=Spooled, destination=destination)

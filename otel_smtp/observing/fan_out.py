@@ -180,6 +180,7 @@ def _teller(hook: str, listeners: _Listeners) -> Callable[..., None]:
 def _asker(hook: str, listeners: _Listeners) -> Callable[..., Any]:
     no_answer = getattr(Observer(), hook)(None)  # what the interface itself says
     kind, is_answer = (str, _is_trace_id) if hook == "trace_id" else (dict, _is_carrier)
+    kinds: set[type] = {kind}  # of answers by an observer of ours that need no look: with those of which one was right
 
     def ask(record: Any) -> Any:
         for member, method in listeners:
@@ -199,9 +200,12 @@ def _asker(hook: str, listeners: _Listeners) -> Callable[..., Any]:
             return no_answer
         try:
             answer = method(record)
-            if answer.__class__ is kind:
+            if answer.__class__ in kinds:
                 return answer
-            return _checked(answer, is_answer) if answer else no_answer
+            if not answer:
+                return no_answer
+            kinds.add(_checked(answer, is_answer).__class__)
+            return answer
         except BaseException as error:  # noqa: BLE001 - as above
             member.drop(hook, error)
             return no_answer

@@ -189,7 +189,9 @@ class Attempt:
         )
         if lease.taken_over is not None:
             record.taken_over = (lease.taken_over.gateway, lease.taken_over.silent_seconds)
-        record.accepted = [one.recipient for one in lease.recipients]
+        recipients = lease.recipients
+        # Most have one, and a comprehension is a call.
+        record.accepted = [recipients[0][1]] if len(recipients) == 1 else [one.recipient for one in recipients]
         record.octets = octets
         self._transaction: MailTransaction | None = None
         self._answers: Sequence[Reply] = ()

@@ -253,7 +253,8 @@ class _Queued(MailTransaction):
 
     def recipients(self, batch: Sequence[Recipient], answered: RecipientsAnswered) -> None:
         """See `MailTransaction.recipients`."""
-        answered([self._accept(recipient) for recipient in batch])
+        # Most have one, and a comprehension is a call.
+        answered([self._accept(batch[0])] if len(batch) == 1 else [self._accept(recipient) for recipient in batch])
 
     def _accept(self, recipient: Recipient) -> Reply:
         destination = self._intake.relay.destination(self._mail, recipient)

@@ -420,7 +420,8 @@ class Runner:
             self._claimed[destination] -= 1
             self._all_claimed -= 1
         self._has_changed = True
-        self._tell_if_idle()
+        if self._has_become_idle is not None:
+            self._tell_if_idle()
         if destination in self._has_backlog and self._room(destination) > self._relay.concurrency(destination) // 4:
             self._wake.set()  # a few at a time: each look into the store costs as much as some deliveries
 

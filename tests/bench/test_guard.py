@@ -66,7 +66,7 @@ def test_calls_of_a_message(observers: str, strategy: str, python: float, c: flo
         assert sum(calls.values()) <= most, calls.most_common(30)
 
 
-@pytest.mark.parametrize(("observers", "python", "c"), [("none", 240, 212), ("everything", 320, 315)])
+@pytest.mark.parametrize(("observers", "python", "c"), [("none", 214, 210), ("everything", 283, 310)])
 def test_calls_of_a_queued_message(observers: str, python: float, c: float, tmp_path: Path) -> None:
     """Those of the event loop, from the client's MAIL to the record that it has been delivered."""
     figures = run(measure(OBSERVERS[observers], batches=2, mails=40, counts=True, spool=tmp_path / "spool", sessions=5))

@@ -32,26 +32,23 @@ class Journal:
 
     Attributes:
         memory, now_ms: as above.
+        log: where the records go; set by `begin`.
         is_closing: no new mail is taken, and nothing waits for company.
     """
+
+    log: Log
 
     def __init__(self, memory: Memory, now_ms: Callable[[], int], remove_large: Callable[[str], None]) -> None:
         self.memory = memory
         self.now_ms = now_ms
         self._remove_large = remove_large
-        self._log: Log | None = None
+        self._log: Log | None = None  # until `begin`
         self.is_closing = False
 
     def begin(self, log: Log) -> None:
         """Write to this log from now on. Call on the event loop."""
-        self._log = log
+        self._log = self.log = log
         self._loop = asyncio.get_running_loop()
-
-    @property
-    def log(self) -> Log:
-        """Where the records go."""
-        assert self._log is not None
-        return self._log
 
     def latch(self, error: SpoolError) -> None:
         """Note an error; after one that says that the disk cannot be trusted, nothing is written any more."""

@@ -101,7 +101,10 @@ class Memory:
             return
         self.hot[entry.id] = entry
         self.unindexed[entry.id] = (time.monotonic(), position, entry)
-        self.waiting.offer(entry)
+        for one in entry.deliveries:
+            if one.state is _READY:  # else, as most, it is being attempted
+                self.waiting.offer(entry)
+                break
 
     def note_end(self, entry: Entry, position: Position) -> None:
         """A message has ended: the record that says so is durable at `position`. Call in the order of the log."""
@@ -109,7 +112,8 @@ class Memory:
         if self._contents:
             self._drop_content(entry)
         self.messages -= 1
-        self._leave_large(entry)
+        if entry.is_large or self.lost:
+            self._leave_large(entry)
         assert entry.place is not None
         if entry.kind is _OUTCOME:
             self._count_outcome(entry, -1)

@@ -35,22 +35,8 @@ class EmbeddedRecording(EmbeddedParts):
                     hold=hold, notices=notices, is_urgent=is_urgent,
                 )
             )  # fmt: skip
-        return self._finish(lease, verdicts, retry_in, is_possible_duplicate, counts_attempt, hold, notices, is_urgent)
-
-    def _finish(
-        self,
-        lease: Lease,
-        verdicts: Sequence[Verdict],
-        retry_in: float,
-        is_possible_duplicate: bool,
-        counts_attempt: bool,
-        hold: bool,
-        notices: Sequence[Notice],
-        is_urgent: bool,
-    ) -> Pending[None]:
-        """As `finish`; the message is not busy."""
         try:
-            if (entry := self.memory.hot.get(lease.message_id)) is None:
+            if entry is None:
                 raise stale(lease)
             changed: Entry | None = None
             if (ended := entry.ended_by(lease, verdicts)) is None:
@@ -71,7 +57,7 @@ class EmbeddedRecording(EmbeddedParts):
 
     async def _finish_later(self, lease: Lease, verdicts: Sequence[Verdict], **how: Any) -> None:
         await self.memory.until_free(lease.message_id)
-        await self._finish(lease, verdicts, **how)
+        await self.finish(lease, verdicts, **how)
 
     async def mark_corrupt(self, lease: Lease) -> None:
         """See `Store.mark_corrupt`."""
