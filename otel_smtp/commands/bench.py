@@ -10,7 +10,7 @@ import click
 
 from otel_smtp.commands.asking import AskedGateway, NoAnswer, running_gateway, url_option
 from otel_smtp.commands.load_generator import Load, LoadPlan, LoadResult
-from otel_smtp.commands.options import FAILED, WRONG, fail, global_flags, global_options
+from otel_smtp.commands.options import FAILED, WRONG, check_address, fail, global_flags, global_options
 
 # The status port renders its metrics page at most once per second, and nothing reports a newer one; by then, most
 # telemetry of the last messages is exported.
@@ -81,6 +81,8 @@ def bench(
     """
     if rate is not None and not math.isfinite(rate):
         fail(WRONG, f"--rate: {rate} is no number of messages per second")
+    check_address(sender, "--from", may_be_null=True)
+    check_address(recipient, "--to")
     gateway = _status_port(context, url)
     plan = LoadPlan(
         host=host,

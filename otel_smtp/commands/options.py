@@ -152,12 +152,22 @@ def global_options(context: click.Context) -> GlobalOptions:
 
 def parse(kind: "ValueKind", text: str, source: str) -> Any:
     """Parse an option by the rules of settings; an invalid one ends the process with status 2."""
+    from otel_smtp.config.addresses import UpstreamUrlKind
     from otel_smtp.config.values import BadValue, Given
 
     try:
         return kind.parse(Given(text, source, is_text=True))
     except BadValue as why:
-        fail(WRONG, f'{source} = "{text}": {str(why) or f"allowed: {kind.allowed}"}')
+        shown = "***" if isinstance(kind, UpstreamUrlKind) and "@" in text else text
+        fail(WRONG, f'{source} = "{shown}": {str(why) or f"allowed: {kind.allowed}"}')
+
+
+def check_address(address: str, option: str, *, may_be_null: bool = False) -> None:
+    """End the process with status 2 unless the option's value is a mail address, or "" where that is allowed."""
+    from otel_smtp.smtp.paths import is_mailbox
+
+    if not (is_mailbox(address) or (may_be_null and not address)):
+        fail(WRONG, f'{option} = "{address}": allowed: an address such as alice@example.com')
 
 
 def fail(status: int, message: str, *details: str) -> NoReturn:

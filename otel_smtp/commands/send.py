@@ -18,9 +18,8 @@ from typing import Any, Final
 
 import click
 
-from otel_smtp.commands.options import FAILED, WRONG, console, fail, global_flags, parse
+from otel_smtp.commands.options import FAILED, WRONG, check_address, console, fail, global_flags, parse
 from otel_smtp.config import Secret, UpstreamUrl
-from otel_smtp.smtp.paths import is_mailbox
 from otel_smtp.smtp.states import TlsMode
 
 # In the gateway's final 250; other servers say nothing of the kind.
@@ -77,9 +76,9 @@ def send(
     from otel_smtp.config.addresses import UpstreamUrlKind
     from otel_smtp.config.values import Duration, Size
 
-    for option, address in (("--from", sender), *(("--to", address) for address in to)):
-        if not (is_mailbox(address) or (option == "--from" and not address)):
-            fail(WRONG, f'{option} = "{address}": allowed: an address such as alice@example.com')
+    check_address(sender, "--from", may_be_null=True)
+    for address in to:
+        check_address(address, "--to")
     output = console()
     url = gateway if "://" in gateway else f"smtp{'+starttls' if starttls else ''}://{gateway}"
     target = parse(UpstreamUrlKind(schemes=("smtp", "smtp+starttls", "smtps")), url, "GATEWAY")

@@ -75,8 +75,11 @@ def test_the_version_and_the_commands() -> None:
         (["tail", "--url", "http://[::1"], '--url = "http://[::1": allowed: http://host:port'),
         (["tail", "--url", "http://127.0.0.1:http"], '--url = "http://127.0.0.1:http": allowed'),
         (["passwd", "a:b"], "a user name holds no colon"),
+        (["bench", "--to", "you\r\nRSET"], '--to = "you'),
+        (["bench", "--from", "you"], '--from = "you": allowed: an address'),
         (["bench", "--rate", "nan"], "--rate: nan is no number of messages per second"),
         (["demo", "--slow", "soon"], '--slow = "soon": allowed: seconds'),
+        (["demo", "--once", "-l", "nowhere"], '--listen: listener.0.address = ["nowhere"]: allowed: a list'),
         (["demo", "--once", "-s", "limits.hops=x"], '--set limits.hops: limits.hops = "x"'),
     ],
 )  # fmt: skip

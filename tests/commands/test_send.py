@@ -192,6 +192,7 @@ def test_an_address_that_is_none_is_refused_before_anything_is_sent(arguments: t
         ("--user me --password-file latin1", "--password-file: the first line of latin1 is no password"),
         ("--file missing", "--file: cannot read missing: no such file or directory"),
         ("--file text --size 1KiB", "--size: contradicts --file"),
+        ("smtp://me:hunter2@127.0.0.1:1", 'GATEWAY = "***": logs and process lists show URLs'),
         ("--timeout 0", '--timeout = "0": allowed: seconds'),
         ("--timeout -1", '--timeout = "-1": allowed: seconds'),
         ("--timeout nan", '--timeout = "nan": allowed: seconds'),

@@ -106,12 +106,13 @@ class Demonstration:
         # Without the environment on purpose: an upstream named there is real, and would get the visitors' mail.
         return load(
             values={
-                "listener": [{"name": "local", "address": list(listen)}],
                 "upstream": [{"name": "keeper", "url": f"smtp://{upstream}"}],
                 "status": {"address": status},
                 "timeouts": {"shutdown_grace": "1s"},  # for Ctrl-C
             },
+            listen=listen,
             flags=self._flags,
+            is_command=True,
         )
 
     def take(self, span: DrawnSpan) -> None:
