@@ -13,7 +13,7 @@ from tests.readme import constant, setting_default
 from tests.test_limits import TABLES
 
 ROOT: Final = Path(__file__).parent.parent
-# They say how often something is made anew or when to be strict, and bound nothing that grows.
+# They say how often something is renewed or when to be strict, and bound nothing that grows.
 NO_BOUNDS: Final = {
     "limits.stress",
     "timeouts.shutdown_grace",

@@ -121,7 +121,7 @@ ROOMS: Final = {
     "otel_smtp.server": Room(_ADAPTER, frozenset({"argon2", "scramp"})),
     "otel_smtp.spool": Room(_ADAPTER),
     "otel_smtp.spool.outcomes.posting": Room(_ADAPTER, frozenset({"httpx"})),
-    # Two stores that know nothing of each other, and nobody else knows which one there is.
+    # Two stores that know nothing of each other; no other room knows which one there is.
     "otel_smtp.spool.embedded": Room((*_ADAPTER, *SPOOL_TYPES), stands_apart=True),
     "otel_smtp.spool.postgresql": Room((*_ADAPTER, *SPOOL_TYPES), frozenset({"asyncpg"}), stands_apart=True),
     # What of a peer's words may be shown is one decision for the gateway and for what applications install.
@@ -156,7 +156,7 @@ ROOMS: Final = {
     "otel_smtp.telemetry.setup": Room(
         ("otel_smtp.observing", "otel_smtp.telemetry", *SMTP_TYPES), frozenset({"opentelemetry"})
     ),
-    # The names alone, which know nothing of the libraries: whoever shows telemetry reads them there.
+    # The names alone, which know nothing of the libraries: rooms that show telemetry read them there.
     "otel_smtp.telemetry.attributes": Room(("otel_smtp.observing", *SMTP_TYPES)),
     "otel_smtp.status": Room(
         ("otel_smtp.observing", "otel_smtp.telemetry.attributes", *SMTP_TYPES),

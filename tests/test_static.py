@@ -1,4 +1,4 @@
-"""Types, lint and format are part of the suite: whoever runs the tests has run them."""
+"""Types, lint and format are part of the suite: a run of the tests includes them."""
 
 import subprocess
 import sys

@@ -119,7 +119,7 @@ class Child:
         return self._memory("VmHWM")
 
     def forget_peak(self) -> None:
-        """Let the peak start anew from what is resident now (proc(5), clear_refs)."""
+        """Reset the peak to what is resident now (proc(5), clear_refs)."""
         for pid in self.tree():
             with contextlib.suppress(OSError):
                 Path(f"/proc/{pid}/clear_refs").write_text("5", encoding="ascii")

@@ -1,7 +1,7 @@
 """What a message costs in counts, not in time: calls of our own functions, and system calls on sockets.
 
 A machine's load changes every time that is measured on it, and none of these. Each bound is what was counted when it
-was set, and a tenth more; whoever needs more says why, and raises it.
+was set, and a tenth more; a change that needs more says why, and raises it.
 """
 
 import asyncio

@@ -154,7 +154,7 @@ def run(drive: Drive, directory: Path, *, mails: int = MAILS) -> Driven:
         ) as honest:
             until(lambda: len(honest.seconds) >= mails or None, "mails in quiet", timeout_seconds=60)
             before = running.memory("VmRSS")
-            Path(f"/proc/{running.pid}/clear_refs").write_text("5")  # VmHWM begins anew
+            Path(f"/proc/{running.pid}/clear_refs").write_text("5")  # resets VmHWM
             del honest.seconds[:]
             began = time.monotonic()
             _as_another_process(drive.attack, site)

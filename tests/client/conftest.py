@@ -55,7 +55,7 @@ def server() -> Iterator[CapturingUpstream]:
 
 @pytest.fixture
 def spans() -> Iterator[Spans]:
-    """The application's tracing; mail spans and their events have no attribute that the registry does not tell of."""
+    """The application's tracing; mail spans and their events have no attribute that the registry lacks."""
     made = Spans()
     yield made
     mails = [span for span in made.finished if span.name == names.SPAN]

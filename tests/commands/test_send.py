@@ -1,4 +1,4 @@
-"""`send`: one message with the standard library's client, and what is told of it."""
+"""`send`: one message with the standard library's client, and what is reported of it."""
 
 import email
 import email.policy

@@ -141,7 +141,7 @@ def test_every_variable_is_one_that_the_program_or_the_sdk_reads() -> None:
     asked = Asked({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:4318"})
     environment.read(asked)
     for path in sorted(DEPLOY.rglob("*")):
-        # The guides tell of applications' variables as well.
+        # The guides describe applications' variables as well.
         if path.is_file() and path.suffix != ".png" and path.parent.name != "guides":
             for variable in re.findall(r"\bOTEL_[A-Z_]+\b", path.read_text(encoding="utf-8")):
                 assert variable in sdk, f"{variable} in {path.name}"

@@ -1,4 +1,4 @@
-"""The image: what it is made of is pinned, and what it says by default lets private networks in and nobody else."""
+"""The image: what it is made of is pinned, and its defaults admit private networks only."""
 
 import re
 import subprocess

@@ -80,7 +80,7 @@ def send(port: int, one: str, *, octets: int = 100) -> int:
 
 
 def inject(call: str, error: str, when: int, directory: Path) -> Outcome:
-    """Let the `when`th `call` fail, once, while mails are taken; then start anew without the fault."""
+    """Let the `when`th `call` fail, once, while mails are taken; then restart without the fault."""
     outcome = Outcome()
     directory.mkdir()
     spool = directory / "spool"

@@ -40,10 +40,10 @@ class LyingUpstream(ThreadedUpstream):
         taken: copies, and how often it took them.
         promised: of these, for how many it said so.
         refused: copies that it refused for good.
-        bounced: copies that a notice told of as failed.
+        bounced: copies that a notice reported as failed.
         torn: ids of messages that came in part.
         traces: trace ids by message.
-        said: what became of the transactions of a message, in words, for whoever has to understand it.
+        said: what became of the transactions of a message, in words, for the developer who has to understand it.
     """
 
     def __init__(self, seed: int, script: Sequence[str] | None = None) -> None:

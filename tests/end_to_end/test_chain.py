@@ -117,7 +117,7 @@ def check_parents(chain: Chain, trace_id: str, message: CapturedMessage) -> dict
     assert above is not None
     first = carried(message)[0]
     assert re.fullmatch(rf"(?i)traceparent: 00-{trace_id}-{above.span_id}-0[0-3]", first)
-    # Each gateway's Received says the trace too: whoever has the mail can find it.
+    # Each gateway's Received has the trace, too: a recipient of the mail can find it.
     head = message.content.partition(b"\r\n\r\n")[0].decode("utf-8", "replace")
     assert head.count(trace_id) == len(GATEWAYS) + 1
     return story

@@ -1,4 +1,5 @@
-"""Outcomes from a real gateway to a real receiver: at least once, whoever is killed, and never in the way of mail."""
+"""Outcomes from a real gateway to a real receiver: at least once, whichever process is killed, and never in the way of
+mail."""
 
 import asyncio
 import json

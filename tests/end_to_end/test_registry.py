@@ -47,7 +47,7 @@ SHOWN: Final = {"domain": DOMAINS, "none": set[str](), "hash": set[str](), "full
 
 
 class BehindProxy(smtplib.SMTP):
-    """A client whose balancer tells of it."""
+    """A client whose balancer names it."""
 
     def _get_socket(self, host: str, port: int, timeout: float) -> socket.socket:
         connected = socket.create_connection((host, port), timeout)

@@ -3,7 +3,7 @@
 Each story is a real gateway before real peers. What is read is written down as an operator would retell it: a line for
 each span, below its parent, with what became of it and why, and a line for each recipient who did not get the mail.
 
-The same trace is asked of whoever has it: the collector that got it, the status page's API, and a real Jaeger, where
+The same trace is read wherever it is kept: the collector that got it, the status page's API, and a real Jaeger, where
 the program is on the PATH, which is given what the collector got, octet for octet. `otel-smtp why` tells the rest.
 """
 
@@ -376,7 +376,7 @@ def test_a_sampler_that_drops_everything_leaves_the_mail_that_lost_a_recipient(
 
 
 def failing_mail(running: GatewayProcess) -> tuple[int, bytes]:
-    """What the client is told of its one recipient, or of its mail."""
+    """The reply to the client about its one recipient, or about its mail."""
     with smtplib.SMTP("127.0.0.1", running.port, timeout=30) as client:
         client.ehlo()
         client.mail("a@client.example")

@@ -309,7 +309,7 @@ def test_one_status_page_tells_of_all_workers(
         except OSError:  # the last that the old one was asked
             return None
 
-    rows = until(of_successors, "the page tells of the successors")
+    rows = until(of_successors, "the page shows the successors")
     assert {row["worker"] for row in rows} == {0, 1}
     assert running.stop() == 0
 
@@ -348,7 +348,7 @@ def test_the_page_names_a_worker_that_is_gone_until_it_is_back(
         os.kill(victim, signal.SIGSTOP)  # it holds its ports, and answers nobody
         missed.append(until(lambda: silent_processes(status) or None, "the page misses it"))
         os.kill(victim, signal.SIGKILL)
-        until(lambda: (silent_processes(status) == []) or None, "the page tells of all again")
+        until(lambda: (silent_processes(status) == []) or None, "the page shows all again")
     assert sorted(missed) == [[0, 1], [1]]  # without the first there is no page
     assert json.loads(asked(status, "/readyz"))["reasons"] == {}
     assert running.stop() == 0

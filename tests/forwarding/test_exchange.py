@@ -233,7 +233,7 @@ async def test_nobody_is_called_for_an_exchange_that_was_abandoned() -> None:
     stream.feed(b"250 ok\r\n")
     connection.check_deadline(1e12)
     assert ends.answers == []
-    assert not connection.is_alive  # its late answer is nobody else's
+    assert not connection.is_alive  # its late answer belongs to no other exchange
 
 
 # Content ------------------------------------------------------------------------------------------------------

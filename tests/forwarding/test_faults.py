@@ -613,7 +613,7 @@ async def test_a_cancel_while_the_upstream_is_asked_closes_its_connection(phase:
         transaction.abort()
         assert seen.outcomes == [("up", Outcome.ABORTED)]
         upstream.let_go.set()
-        # Its late reply answers nobody else's command.
+        # Its late reply answers no other command.
         assert (await relay(forwarder)).told.code == 250
         assert upstream.connections == 2
         assert nothing_is_kept_out_of_step(forwarder.snapshot())

@@ -53,7 +53,7 @@ async def test_aiosmtpd_takes_our_mail(strategy: Strategy) -> None:
 @asynccontextmanager
 async def smtp_sink(directory: Path, *arguments: str) -> AsyncIterator[UpstreamSettings]:
     path = str(directory / "sink")
-    # It asks a superuser whom to be; whoever it is must be able to write here.
+    # Started as root it asks for a user to become; that user must be able to write here.
     command = [tool("smtp-sink"), *arguments, *(("-u", "root") if os.geteuid() == 0 else ())]
     command += ["-D", str(directory / "dump"), f"unix:{path}", "100"]
     process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.DEVNULL)

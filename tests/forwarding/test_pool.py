@@ -226,7 +226,7 @@ def test_a_transaction_that_was_reclaimed_keeps_its_place() -> None:
     before, behind = pool.ask(1), pool.ask(3)
     reclaimed = pool.ask(9, since=2)
     assert list(pool.waiting) == [before, reclaimed, behind]
-    pool.expire(11, most_wait_seconds=10)  # its time to wait begins anew all the same
+    pool.expire(11, most_wait_seconds=10)  # its time to wait restarts all the same
     assert list(pool.waiting) == [reclaimed, behind]
     pool.expire(13, most_wait_seconds=10)
     assert list(pool.waiting) == [reclaimed]
@@ -738,7 +738,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     @invariant()
     def nobody_waits_for_nothing(self) -> None:
-        """Whoever waits will be served by an event that must still come; below a ceiling, by time."""
+        """A waiter will be served by an event that must still come; below a ceiling, by time."""
         if self.waiting:
             assert self.busy or self.open_tickets or self.pool.ceiling.level <= self.limits.connections
 

@@ -1,4 +1,4 @@
-"""What probes are told of upstreams: known already, or found out meanwhile, and never by a mail."""
+"""What probes learn about upstreams: known already, or found out meanwhile, and never by a mail."""
 
 from otel_smtp.forwarding.upstream import UpstreamForwarder
 from tests.support.relaying import relay, relaying, settings

@@ -119,7 +119,7 @@ def _run(target: str, directory: Path, options: argparse.Namespace) -> Result:
 
 
 def _keep(target: str, work: Path) -> None:
-    """Choose anew which inputs are kept; those that once failed stay."""
+    """Choose again which inputs are kept; those that once failed stay."""
     kept = CORPUS / target
     inputs = [path.read_bytes() for path in (*work.iterdir(), *kept.glob("seed-*"))]
     chosen = choose(target, inputs, most=KEPT_FILES, most_octets=KEPT_OCTETS)

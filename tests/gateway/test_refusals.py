@@ -208,7 +208,7 @@ async def test_each_recipient_of_an_lmtp_upstream_has_its_own_end(
             if mode == "queue":
                 await arrived(upstream, good + bounces)
                 assert bounces == any(kept.addresses == ("app@here.example",) for kept in upstream.kept)
-            # Straight after the client's own attempt the refused ones are there too: they are told of at the next.
+            # Straight after the client's own attempt the refused ones are there too: they are reported at the next.
             waiting = recipients[good:] if mode == "direct-then-queue" else left
             shown = [(one, TO_LOG_IN if one == LOGIN else VERDICTS[one].decode().strip()) for one in waiting]
             assert [(who, last) for _, _, who, last in await queued(running, len(shown))] == shown

@@ -1,4 +1,4 @@
-"""Observers side by side: every hook arrives, one that raises is dropped, and nobody else notices."""
+"""Observers side by side: every hook arrives, one that raises is dropped, and no other notices."""
 
 import asyncio
 import logging
@@ -229,7 +229,7 @@ class Settled(Observer):
 def attempt(
     fan: Observer, number: int, outcome: Outcome = Outcome.RELAYED, connection: ConnectionRecord | None = None
 ) -> None:
-    """Tell of an attempt at a message of the spool, whose record nobody else keeps."""
+    """Report an attempt at a message of the spool, whose record nothing else keeps."""
     record = TransactionRecord(Mail("a@example.com"), number, connection, 3, 2)
     record.deliveries.append(DeliveryRecord(record, "provider", Endpoint("upstream.example", 25), 1, 4))
     record.deliveries[0].end(outcome, replies.OK, None, 5)

@@ -1,4 +1,5 @@
-"""A session does what its engine does alone: however octets are cut, whichever answers are late, whoever watches."""
+"""A session does what its engine does alone: however octets are cut, whichever answers are late, whichever observers
+there are."""
 
 import asyncio
 import ipaddress

@@ -169,7 +169,7 @@ def test_newcomers_wait_in_line_once_one_had_to_give_way() -> None:
 
 
 class AnyOrder(RuleBasedStateMachine):
-    """Whoever comes and goes: nobody keeps more than its part of the places from others."""
+    """Whichever clients come and go: none keeps more than its part of the places from others."""
 
     def __init__(self) -> None:
         super().__init__()

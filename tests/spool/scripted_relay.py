@@ -154,5 +154,5 @@ class ScriptedTransaction(MailTransaction):
         if self._delivery.ended_ns:
             return
         self._delivery.end(outcome, reply, reply.error_type if reply is not None else None, time.monotonic_ns())
-        if self._record.connection is not None and self._record.ended_ns:  # else others tell of it
+        if self._record.connection is not None and self._record.ended_ns:  # else others report it
             self._relay.observer.delivery_ended(self._delivery)

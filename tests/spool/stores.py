@@ -35,7 +35,7 @@ class Clock:
             follow(seconds)
 
     def follow(self, told: Callable[[float], None]) -> None:
-        """Tell of each change, and of the present state."""
+        """Report each change, and the present state."""
         self._followers.append(told)
         told(self._ahead)
 

@@ -584,7 +584,7 @@ def test_whatever_peers_write_there_are_three_parts_and_the_given_recipients(
         trace_id=trace_id,
         reporting_mta=reporting_mta,
     )
-    # It is a mail: CRLF alone, no NUL, lines within bounds, no octet that its envelope does not tell of.
+    # It is a mail: CRLF alone, no NUL, lines within bounds, no octet that its envelope does not declare.
     assert octets.endswith(b"\r\n")
     assert b"\0" not in octets
     lines = octets.split(b"\r\n")
@@ -595,7 +595,7 @@ def test_whatever_peers_write_there_are_three_parts_and_the_given_recipients(
     message = email.message_from_bytes(octets, policy=email.policy.compat32)
     assert is_in_order(message.keys(), TOP_FIELDS)
     assert not message.defects
-    # It has three parts, and the second one tells of exactly these recipients.
+    # It has three parts, and the second one is about exactly these recipients.
     parts = inner(message)
     assert len(parts) == len(split(octets)) == 3
     about, *recipients = blocks(octets)

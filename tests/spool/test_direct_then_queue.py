@@ -34,7 +34,7 @@ async def test_what_the_upstream_takes_never_touches_the_spool(tmp_path: Path, s
 async def test_what_fails_for_now_is_answered_250_and_delivered_later(
     tmp_path: Path, strategy: Strategy, phase: Phase, kind: Kind
 ) -> None:
-    # Twice: whoever is lost in the middle of a transaction is tried once more before it counts as failed.
+    # Twice: an upstream that is lost in the middle of a transaction is tried once more before it counts as failed.
     async with (
         ScriptedUpstream(faults={phase: Fault(kind, times=2)}) as upstream,
         queueing(tmp_path, settings(upstream), direct=strategy) as queue,

@@ -94,7 +94,7 @@ async def test_mail_waits_for_an_upstream_that_is_away(tmp_path: Path) -> None:
         await again.start(port=port)
         await queue.empties()
         assert len(again.kept) == 20
-        # While the upstream is given a rest, nothing is attempted but by its probe.
+        # While the upstream is in backoff, nothing is attempted but by its probe.
         assert attempts < 20
         await again.stop()
 

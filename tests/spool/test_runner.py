@@ -280,7 +280,7 @@ class _Slow(MemoryStore):
 
 @pytest.mark.parametrize("is_too_old", [False, True], ids=["to be attempted", "to be ended"])
 async def test_what_is_leased_while_the_runner_stops_goes_back_unmarked(is_too_old: bool) -> None:
-    """Nothing was sent of it: whoever attempts it next need not warn of a duplicate."""
+    """Nothing was sent of it: the next attempt need not warn of a duplicate."""
     store = _Slow()
     async with running(store=store) as up:
         one = await queued(store, message(max_age_seconds=0.0 if is_too_old else 100.0))

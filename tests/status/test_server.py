@@ -499,7 +499,7 @@ async def test_what_is_read_again_within_a_second_is_made_once(monkeypatch: pyte
         assert len((await client.get("/api/connections?again")).json()["connections"]) == 1
         port.not_ready["spool"] = "the disk is full"
         assert (await client.get("/readyz")).status_code == 503  # which is never kept
-        await client.post("/api/connections")  # whoever has done something sees what it did
+        await client.post("/api/connections")  # a client that has changed something sees the result
         assert len((await client.get("/api/connections")).json()["connections"]) == 1
 
 

@@ -71,7 +71,7 @@ def _install(prepare: Callable[[Path], Sequence[str]], home: Path) -> str | None
 
 
 def _own_directory() -> Path:
-    """Writable by nobody else: programs are run from it."""
+    """Writable by this user only: programs are run from it."""
     directory = Path(tempfile.gettempdir()) / f"otel-smtp-tests-{os.getuid()}"
     directory.mkdir(mode=0o700, exist_ok=True)
     status = directory.lstat()

@@ -217,7 +217,7 @@ class OtlpReceiver:
         self._http: ThreadingHTTPServer | None = None
         self._grpc: grpc.Server | None = None
         self._with_grpc = with_grpc
-        # Bound, never listening: the kernel gives the ports to nobody else while they refuse.
+        # Bound, never listening: the kernel gives the ports to no other process while they refuse.
         self._http_port, self._http_guard = _reserved_port()
         self._grpc_port, self._grpc_guard = _reserved_port()
         self.come_back()

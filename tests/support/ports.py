@@ -51,8 +51,8 @@ _ports = _claimed(_claims)
 def unclaimed_port() -> int:
     """A port of the loopback interface where nobody listens, and that no other test is given, of whatever run.
 
-    A port that the kernel chose and that is closed again goes to whoever asks next, among them the connections of other
-    tests; so it is chosen from those that the kernel keeps for people who name one.
+    A port that the kernel chose and that is closed again goes to the next that asks, among them the connections of
+    other tests; so it is chosen from those that the kernel keeps for people who name one.
     """
     for port in _ports:
         with socket.socket() as probe:

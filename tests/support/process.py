@@ -207,7 +207,7 @@ for group in $left; do kill -s KILL -- "-$group"; done
 
 @functools.cache
 def _reaper() -> int:
-    """Where a process of our own is told of the groups that end with us, whatever ends us: it reads that end."""
+    """Where a process of our own learns of the groups that end with us, whatever ends us: it reads that end."""
     told, tell = os.pipe()
     os.posix_spawn(
         "/bin/sh", ["sh", "-c", _REAP], os.environ, setsid=True, file_actions=[(os.POSIX_SPAWN_DUP2, told, 0)]

@@ -41,7 +41,7 @@ def needs_libraries(program: Path) -> None:
 
 @contextlib.contextmanager
 def collector(directory: Path) -> Iterator[Chain]:
-    """Run rotel between whoever sends and an `OtlpReceiver`."""
+    """Run rotel between a sender and an `OtlpReceiver`."""
     found = importlib.util.find_spec("rotel")
     if found is None or found.origin is None:
         missing("rotel is not installed (from PyPI, with the test extra)")

@@ -1,4 +1,4 @@
-"""Finished spans as values and as octets, for whoever reads them."""
+"""Finished spans as values and as octets, for the tests that read them."""
 
 from collections.abc import Sequence
 

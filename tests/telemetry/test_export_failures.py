@@ -60,7 +60,7 @@ def why(protocol: Protocol, address: str, *, tls: bool = False, seconds: float =
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_nobody_listens(protocol: Protocol) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        taken.shutdown(socket.SHUT_RDWR)  # bound, so that nobody else gets the port, and not listening
+        taken.shutdown(socket.SHUT_RDWR)  # bound, so that no other process gets the port, and not listening
         assert why(protocol, f"127.0.0.1:{taken.getsockname()[1]}") == "connection refused"
 
 

@@ -369,7 +369,7 @@ def test_queued_mails_and_their_attempts_are_counted_together_and_as_each_of_the
     client.final(replies.OK, Outcome.QUEUED)
     for _ in range(2):
         found, expected = (
-            # What a connection did is counted once, by whoever comes first.
+            # What a connection did is counted once, by the first that comes.
             {key: n for key, n in samples(metrics).items() if not re.search("_(replies|transitions|state)_", key[0])}
             for metrics in (together, one_by_one)
         )

@@ -1,4 +1,4 @@
-"""Every name of our telemetry is written down once: whoever uses one reads it from the registry."""
+"""Every name of our telemetry is written down once: code that uses one reads it from the registry."""
 
 import ast
 from pathlib import Path

@@ -298,7 +298,7 @@ SOMEBODY = Recipient("x@there.example")
 
 @st.composite
 def many(draw: st.DrawFn, each: st.SearchStrategy[Any]) -> list[Any]:
-    """None or few of them; or as many as are told of one by one (50), or one less or more, most of them alike."""
+    """None or few of them; or as many as are reported one by one (50), or one less or more, most of them alike."""
     some = draw(st.lists(each, max_size=2))
     if some and draw(st.integers(0, 3)) == 0:
         some += [some[-1]] * (draw(st.sampled_from([49, 50, 51])) - len(some))

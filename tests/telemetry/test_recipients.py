@@ -188,7 +188,7 @@ def test_an_attempt_that_lost_a_recipient_has_failed_and_says_how_many() -> None
 
 
 def test_events_of_a_delivery_are_in_the_order_of_their_times() -> None:
-    """Mail that was queued only for those whom the upstream deferred: its first attempt tells of them."""
+    """Mail that was queued only for those that the upstream deferred: its first attempt reports them."""
     kept = Kept()
     encoded: list[EncodedSpan] = []
     tracing = Tracing(sinks=[kept], exports=[lambda spans, items: encoded.extend(spans)])

@@ -119,7 +119,7 @@ async def test_messages_wait_until_half_of_those_on_their_way_are_complete(
         async with asyncio.timeout(30):
             await asyncio.gather(first, store.submit(message(), drafts[1], lease=False))
             assert len(writes) == 1
-            # Of the other two, either waits for nobody else.
+            # Neither of the other two waits for another.
             await store.submit(message(), drafts[2], lease=False)
             await store.submit(message(), drafts[3], lease=False)
         assert len(writes) == 3

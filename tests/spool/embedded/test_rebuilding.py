@@ -1,4 +1,4 @@
-"""What a rebuild makes of mail whose content is lost: it is told of, and nothing that is known of it is dropped."""
+"""What a rebuild makes of mail whose content is lost: it is reported, and nothing that is known of it is dropped."""
 
 import asyncio
 import shutil
@@ -108,7 +108,7 @@ async def test_a_content_that_is_damaged_is_told_of(store: EmbeddedStore) -> Non
 
 
 async def test_mail_whose_record_alone_is_damaged_is_held_and_whole(store: EmbeddedStore) -> None:
-    """The log does not tell of it, but the index knows its place and its checksum."""
+    """The log does not have it, but the index knows its place and its checksum."""
     kept = await queued(store)
     damaged = await queued(store)
     await queued(store)

@@ -179,7 +179,7 @@ async def test_an_attempt_that_began_beside_new_mail_is_known_after_a_crash(
 async def test_what_is_leased_while_the_store_closes_was_part_of_no_crash(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_new: bool
 ) -> None:
-    """Whoever asked for it has been cancelled, and its record is on its way to the disk."""
+    """Its caller has been cancelled, and its record is on its way to the disk."""
     is_asked, may_write = threading.Event(), threading.Event()
 
     def write_when_told(file: int, data: bytes, at: int, *, in_one_call: bool) -> bool:
@@ -555,7 +555,7 @@ async def test_a_directory_that_cannot_be_made_is_told_by_name(tmp_path: Path) -
 
 
 async def test_nobody_writes_in_it_once_it_is_given_up(tmp_path: Path) -> None:
-    """Whoever opens it next makes a spare segment under the same name."""
+    """The next process to open it makes a spare segment under the same name."""
     for _ in range(20):
         async with opened(tmp_path / "spool") as (store, _):
             await queued(store)  # begins a segment; the next one is made ready meanwhile

@@ -170,7 +170,7 @@ def test_workers_share_the_queue_and_commands_reach_it(place: QueueLocation, tmp
         assert "451 4.3.0 later" in queue_command(path, "show", queue_id)
         assert queue_command(path, "hold", queue_id, "--as", "ann") == "1 held\n"
         assert queue_command(path, "release", queue_id) == "1 released\n"
-        upstream.wait_for_messages(2, 10)  # at once: the gateways are told, whoever made the change
+        upstream.wait_for_messages(2, 10)  # at once: the gateways are notified, whatever process made the change
         assert running.stop() == 0
     # By one of them, in its log and in the mail's trace.
     changes = [line for line in running.log if line["event"] == "queued message changed by an operator"]

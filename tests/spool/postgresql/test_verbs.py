@@ -120,7 +120,7 @@ async def is_unknown(verb: Verb, doing: "asyncio.Task[object]") -> None:
 
 
 async def again(verb: Verb, store: PostgresqlStore, ready: Any) -> None:
-    """What whoever was not answered does: ask until somebody answers."""
+    """What an unanswered caller does: ask until there is an answer."""
     async with asyncio.timeout(60):
         while True:
             try:

@@ -53,7 +53,7 @@ class Verb:
 
     Attributes:
         line: the connection that it goes over, as the server shows it; those that gather in groups are sent again by
-            the store itself, all others by whoever called.
+            the store itself, all others by the caller.
         prepare: makes the queue ready for it.
         changes: something is written.
         is_promise: what it answers must not be lost with the primary.
@@ -165,7 +165,7 @@ async def _submit(store: PostgresqlStore, new: NewMessage, *chunks: bytes, lease
 
 
 async def _settle(store: PostgresqlStore, claim: Claim) -> object:
-    """Refused where the database did not answer: whoever waits for a permit asks again."""
+    """Refused where the database did not answer: a waiter for a permit asks again."""
     grant = await store.ledger.settle(claim)
     return None if grant is None else grant.granted
 
