@@ -15,7 +15,8 @@ little: it may lie in a socket for a while. One that was not used is given back 
 
 All numbers are in memory that processes can share, under a lock that the kernel takes from a process that dies. So the
 workers of a gateway keep a limit together, exactly. Times are of the monotonic clock, which they share too. Gateways
-that share a queue keep a limit in its database: see `global_limits`.
+that share a queue keep a limit in its database: see `global_limits`. One that has its queue in a directory keeps there
+how far its limits are used up, and goes on from that when it is started again: see `gateway.kept_limits`.
 
 Where a provider says all the same that it is too much, a limit rests: it gives no permits for a while, longer each
 time that this happens again.
@@ -32,20 +33,22 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 MARGIN_SECONDS: Final = 0.05
 """By which a window is longer here than at the provider: what is on its way takes now less, now more time."""
 MOST_CELLS: Final = 32_768
 """Of a window that is full. A rate of more is counted in groups, which leave the window with their last permit."""
+MOST_KEPT_CELLS: Final = 256
+"""Of a `LimitState`."""
 IN_FLIGHT_SECONDS: Final = 1200.0
 """After which a permit counts as used whatever became of it: as long as a client may take for its content."""
 IN_FLIGHT_POLL_SECONDS: Final = 0.05
 """Between two looks at a permit that another process has in flight."""
 
-# The head of a limit's table, then a ring of cells three times: their times (negative: in flight, until then), their
-# permits, their numbers.
+# The head of a limit's table, then a ring of cells three times: their times, their permits, their numbers.
 _TAT, _FIRST, _CELLS, _USED, _NEXT, _REST_UNTIL, _HEAD = 0, 1, 2, 3, 4, 5, 6
+_IN_FLIGHT: Final = 2.0**40  # is added to the time until which a permit is in flight
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,22 @@ class LimitSettings:
     def most_cells(self) -> int:
         """Of a window: twice what permits can fill, so that cells whose permits were given back are seldom removed."""
         return 2 * (self.count // self.group + 2)
+
+
+class LimitState(NamedTuple):
+    """How far a limit is used up at some moment.
+
+    Attributes:
+        ahead_seconds: by which the theoretical arrival time is in the future.
+        rest_seconds: for how long it still rests.
+        in_flight: permits whose mail has not ended.
+        used: the permits of the last period, in groups: age of the youngest, in seconds, and how many.
+    """
+
+    ahead_seconds: float
+    rest_seconds: float
+    in_flight: int
+    used: tuple[tuple[float, int], ...]
 
 
 class Permit:
@@ -170,6 +189,49 @@ class Limit:
     def watch(self, pace: object) -> None:
         """See `AnyLimit.watch`: a waiter looks again when it is notified."""
 
+    def state(self, now: float) -> LimitState:
+        """How far it is used up."""
+        with _held(self._lock):
+            self._expire(now)
+            cells, in_flight = self._cells, 0
+            used: list[tuple[float, int]] = []
+            size = -(-int(cells[_CELLS]) // MOST_KEPT_CELLS)
+            for position in range(int(cells[_CELLS])):
+                cell = self._at(position)
+                permits, age = int(cells[cell + self._most_cells]), now - cells[cell]
+                if cells[cell] >= _IN_FLIGHT:
+                    in_flight += permits
+                elif used and position % size:
+                    used[-1] = (min(used[-1][0], age), used[-1][1] + permits)
+                else:
+                    used.append((age, permits))
+            return LimitState(max(0.0, cells[_TAT] - now), max(0.0, cells[_REST_UNTIL] - now), in_flight, tuple(used))
+
+    def resume(self, state: LimitState, elapsed: float, unknown_seconds: float, now: float) -> None:
+        """Go on from where another process was. What is not known counts as used now.
+
+        Args:
+            state: of that other one, `elapsed` seconds ago.
+            unknown_seconds: for how long it may have gone on since then, and taken what it could get.
+        """
+        with _held(self._lock):
+            cells, settings = self._cells, self.settings
+            for age, permits in sorted(state.used, reverse=True):
+                if age + elapsed < self._window_seconds:
+                    self._note_used(permits, now - elapsed - age)
+            unknown = settings.burst + math.ceil(unknown_seconds / self._interval) if unknown_seconds else 0
+            self._note_used(state.in_flight + unknown, now)
+            ahead = max(0.0, state.ahead_seconds - elapsed) + unknown * self._interval
+            cells[_TAT] = now + min(ahead, settings.burst * self._interval)
+            cells[_REST_UNTIL] = now + max(0.0, state.rest_seconds - elapsed)
+
+    def _note_used(self, permits: int, at: float) -> None:
+        permits = min(permits, self.settings.count - int(self._cells[_USED]))
+        if permits > 0:
+            self._cells[_USED] += permits
+            self._note(permits, at)
+            self._cells[self._at(int(self._cells[_CELLS]) - 1)] = at
+
     # ------------------------------------------------------------------------------------------------------
 
     def _wait(self, amount: int, now: float) -> float:
@@ -185,7 +247,7 @@ class Limit:
             cell = self._at(position)
             missing -= int(cells[cell + self._most_cells])
             at = cells[cell]
-            by_window = max(by_window, IN_FLIGHT_POLL_SECONDS if at < 0 else at + self._window_seconds - now)
+            by_window = max(by_window, IN_FLIGHT_POLL_SECONDS if at >= _IN_FLIGHT else at + self._window_seconds - now)
         # A sum of intervals is not the period to the last digit.
         return max(by_rate if by_rate > 1e-9 else 0.0, by_window, cells[_REST_UNTIL] - now)
 
@@ -196,7 +258,7 @@ class Limit:
             cell = self._at(0)
             permits = cells[cell + self._most_cells]
             at = cells[cell]
-            if permits and (-at if at < 0 else at + self._window_seconds) > now:
+            if permits and (at - _IN_FLIGHT if at >= _IN_FLIGHT else at + self._window_seconds) > now:
                 return
             cells[_USED] -= permits
             cells[_FIRST] = (cells[_FIRST] + 1) % self._most_cells
@@ -218,7 +280,7 @@ class Limit:
         cells[_CELLS] += 1
         cell = self._at(int(cells[_CELLS]) - 1)
         # Of a group, some would be in flight and others not.
-        cells[cell] = now if self.settings.group > 1 else -(now + IN_FLIGHT_SECONDS)
+        cells[cell] = now if self.settings.group > 1 else now + IN_FLIGHT_SECONDS + _IN_FLIGHT
         cells[cell + most] = amount
         cells[cell + 2 * most] = number
         return number

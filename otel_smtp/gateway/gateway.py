@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from otel_smtp.config import ListenerTable, Settings
 from otel_smtp.forwarding.base import Forwarder
+from otel_smtp.forwarding.pace import AnyLimit
 from otel_smtp.forwarding.rewriting import SenderRewritingForwarder
 from otel_smtp.forwarding.settings import PACE_PATIENCE_SECONDS, Strategy
 from otel_smtp.forwarding.snapshots import UpstreamSnapshot
@@ -132,7 +133,12 @@ class Gateway:
         store: Store | None = None
         if settings.delivery.mode != "direct":
             store = wiring.spool_store(settings, name=own_instance_id(None if process is None else process.number))
-        shared_limits = process.limits.limits if process is not None and process.limits is not None else None
+        self._kept_limits = wiring.kept_limits(settings)
+        shared_limits: Mapping[str, AnyLimit] | None = None
+        if self._kept_limits is not None:
+            shared_limits = self._kept_limits.limits
+        elif process is not None and process.limits is not None:
+            shared_limits = process.limits.limits
         self._forwarder = UpstreamForwarder(
             [wiring.upstream_settings(upstream) for upstream in settings.upstream],
             strategy=Strategy(settings.delivery.strategy),
@@ -263,7 +269,7 @@ class Gateway:
             SpoolError: the spool cannot be used.
         """
         if self._spool is not None:
-            await self._spool.start()
+            await self._spool.start(None if self._kept_limits is None else self._kept_limits.open)
         try:
             await self._forwarder.learn(wait_seconds=LEARN_SECONDS)
             with naming_settings(self._settings):
@@ -292,9 +298,7 @@ class Gateway:
         ends = loop.time() + (0.0 if immediately else self._settings.timeouts.shutdown_grace)
         await self._server.drain(max(0.0, ends - loop.time()))
         if self._spool is not None:
-            await self._spool.stop(
-                grace_seconds=max(0.0, ends - loop.time()), before_leaving=self._forwarder.give_slots_back
-            )
+            await self._spool.stop(grace_seconds=max(0.0, ends - loop.time()), before_leaving=self._leave_spool)
         await self._forwarder.close(grace_seconds=min(CLOSE_GRACE_SECONDS, max(0.0, ends - loop.time())))
         if self._catching_up is not None:
             self._catching_up.cancel()
@@ -303,6 +307,12 @@ class Gateway:
         self._observer.catch_up()
         self._telemetry.finish()
         await asyncio.to_thread(self._telemetry.flush_and_shutdown, TELEMETRY_FLUSH_SECONDS)
+
+    async def _leave_spool(self) -> None:
+        """No attempt is under way any more, and the spool is still ours."""
+        await self._forwarder.give_slots_back()
+        if self._kept_limits is not None:
+            self._kept_limits.close()
 
     async def leave_status_port(self) -> None:
         """Stop listening on the status port, within about a second, and go on with everything else.

@@ -8,6 +8,7 @@ compares those that a room has too, for use without settings.
 import dataclasses
 import ssl
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, cast
 
 from otel_smtp import __version__
@@ -28,6 +29,7 @@ from otel_smtp.forwarding.settings import (
     UpstreamSettings,
 )
 from otel_smtp.forwarding.slots import IDLE_SECONDS, TURN_MESSAGES, AnySlots, SlotSettings, slots_of
+from otel_smtp.gateway.kept_limits import KeptLimits
 from otel_smtp.server.exchanges import Authenticator
 from otel_smtp.server.policy import ListenerPolicy, Segments, ServerTimeouts
 from otel_smtp.smtp.policy import ServerLimits, ServerPolicy
@@ -214,12 +216,20 @@ def limit_settings(settings: Settings) -> list[LimitSettings]:
     ]
 
 
+def kept_limits(settings: Settings) -> KeptLimits | None:
+    """The limits of a gateway that has its queue in a directory; None: there are none, or they are kept elsewhere."""
+    directory = settings.spool.directory
+    if settings.delivery.mode == "direct" or directory is None or not settings.limit:
+        return None
+    return KeptLimits(limit_settings(settings), Path(directory) / "limits")
+
+
 def limits(settings: Settings, store: "Store | None", shared: Mapping[str, AnyLimit] | None) -> Mapping[str, AnyLimit]:
     """The limits themselves, by name.
 
     Args:
         store: of the durable queue; gateways that share one keep their limits there.
-        shared: those that the workers of a gateway share.
+        shared: those that the workers of a gateway share, or that hold over a restart.
     """
     if store is not None and store.ledger is not None:
         return {one.name: GlobalLimit(one, store.ledger) for one in limit_settings(settings)}

@@ -232,7 +232,16 @@ class Attempt:
     @property
     def has_said_nothing(self) -> bool:
         """Whether no upstream has been reached yet."""
-        return not self._is_judged and not any(delivery.peer for delivery in self._record.deliveries)
+        return not self._is_judged and not self._has_reached_one
+
+    @property
+    def _has_reached_one(self) -> bool:
+        return any(delivery.peer for delivery in self._record.deliveries)
+
+    @property
+    def _may_have_left(self) -> bool:
+        """Whether an upstream may have the content: it was given to be sent, and there was a connection."""
+        return self._has_content_left and self._has_reached_one
 
     async def cut_short(self) -> None:
         """End it now, and let it be made again; or wait for the record of its result, where it has one."""
@@ -246,7 +255,9 @@ class Attempt:
             self._tell(())
             await self._means.recording.record(
                 self.lease,
-                lambda: self._means.store.finish(self.lease, (), is_possible_duplicate=self._has_content_left),
+                lambda: self._means.store.finish(
+                    self.lease, (), is_possible_duplicate=self._may_have_left, counts_attempt=self._has_reached_one
+                ),
             )
             self._means.ended(self)
         elif self._task is not None:
@@ -345,7 +356,7 @@ class Attempt:
                 self.lease,
                 lambda: self._means.store.finish(
                     self.lease, (),
-                    is_possible_duplicate=self._has_content_left, counts_attempt=self._has_content_left,
+                    is_possible_duplicate=self._may_have_left, counts_attempt=self._may_have_left,
                 ),
             )  # fmt: skip
             self._means.wake((self.lease.destination,))

@@ -90,14 +90,19 @@ class Spool:
         if settings.control_path is not None:
             self._control = ControlSocket(settings.control_path, self.operations)
 
-    async def start(self) -> None:
+    async def start(self, opened: Callable[[], None] | None = None) -> None:
         """Open the store, and begin with what is in it.
+
+        Args:
+            opened: called when the store is ours, before the first attempt.
 
         Raises:
             SpoolError: it cannot be used.
             OSError: the operators' socket cannot be bound.
         """
         recovery = await self.store.open()
+        if opened is not None:
+            opened()
         if recovery.messages:
             logger.info(
                 "queued mail found",

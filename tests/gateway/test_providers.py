@@ -14,6 +14,7 @@ import pytest
 
 from otel_smtp import Gateway, Observer, load
 from otel_smtp.observing import DeliveryRecord, TransactionRecord
+from otel_smtp.spool.embedded.directory import SpoolDirectory
 from tests.support.upstream import Fault, Kept, Kind, Phase, ScriptedUpstream
 from tests.support.waiting import until
 
@@ -397,6 +398,20 @@ async def test_mail_that_a_rate_holds_back_is_queued_instead_of_refused_and_was_
         assert len(upstream.kept) == 1
         began = time.monotonic()
     assert time.monotonic() - began < 15  # of the 25 s that the gateway may drain
+
+
+async def test_a_rate_holds_over_a_restart(tmp_path: Path) -> None:
+    limit = [{"name": "provider-rate", "rate": "5/h", "burst": 4}]
+    values = {"more": {"limits": ["provider-rate"]}, "limit": limit, **delivery("direct-then-queue", tmp_path)}
+    async with ScriptedUpstream() as upstream:
+        for waiting in (0, 1):
+            async with gateway(upstream, **values) as running:
+                await send_some(running, 1 if waiting else 4)  # what has no leave is queued at once
+                assert running.spool is not None
+                assert len(await running.spool.store.page("", 10)) == waiting
+                assert not list(SpoolDirectory(tmp_path / "spool").foreign())
+            assert b'"is_final":true' in (tmp_path / "spool" / "limits").read_bytes()
+        assert len(upstream.kept) == 4
 
 
 async def test_a_failed_connection_uses_no_permit(tmp_path: Path) -> None:

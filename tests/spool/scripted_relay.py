@@ -29,6 +29,7 @@ class ScriptedRelay:
         routes: destination by address; else `destination_name`.
         room: how many chunks a transaction takes before it holds the writer back; None: any number.
         is_silent: recipients are never answered.
+        is_away: there is never a connection; recipients may be answered all the same, as in a burst.
         is_held: final answers wait until `let_go`.
         taken: mails that were answered 2yz: their recipients and content.
         transactions: all there were. `along`: the destinations of those whose route was given.
@@ -42,6 +43,7 @@ class ScriptedRelay:
     window: int = 20
     room: int | None = None
     is_silent: bool = False
+    is_away: bool = False
     is_held: bool = False
     observer: Observer = field(default_factory=Observer)
     can: Extensions = MOST
@@ -106,6 +108,8 @@ class ScriptedTransaction(MailTransaction):
 
     def recipients(self, batch: Sequence[Recipient], answered: RecipientsAnswered) -> None:
         self.calls.append("recipients")
+        if not self._relay.is_away:
+            self._delivery.peer = SERVER
         verdicts = [self._relay.verdicts.get(one.address, replies.RECIPIENT_OK) for one in batch]
         self._accepted += [one for one, verdict in zip(batch, verdicts, strict=True) if verdict.is_positive]
         if not self._relay.is_silent:

@@ -391,6 +391,17 @@ async def test_what_a_stop_cuts_off_is_marked_if_its_content_was_on_its_way(is_c
         assert delivery.is_possible_duplicate is (is_cut_in != "recipients")
 
 
+@pytest.mark.parametrize("grace_seconds", [0, 60])
+async def test_what_waits_for_an_upstream_at_the_end_is_not_marked(grace_seconds: float) -> None:
+    """Nor is its attempt counted: nobody was asked."""
+    relay = ScriptedRelay(is_away=True, is_held=True)
+    async with running(relay, MemoryStore()) as up:
+        await up.put()
+        await eventually(lambda: relay.transactions and relay.transactions[0].calls[-1:] == ["finish"])
+        await up.runner.stop(grace_seconds=grace_seconds)
+        assert {(one.attempts, one.is_possible_duplicate) for one in waiting(up.store)} == {(0, False)}
+
+
 @pytest.mark.parametrize("stops", [False, True])
 async def test_a_line_before_an_upstream_that_takes_no_more_goes_back_into_the_store(stops: bool) -> None:
     relay, store = ScriptedRelay(window=2, is_held=True), MemoryStore()

@@ -9,6 +9,7 @@
     tmp/           contents that are being received
     index.db       for what waits and for operators; made again out of the log where it is missing
     moving         into which other store its messages are being moved, while they are
+    limits         how far the rates of upstreams are used up: see `gateway.kept_limits`
     index.reserve  room for the index's write-ahead log, while it has none
     lost+found/    what was damaged or is unknown, for `otel-smtp queue rebuild` and for people to look at
 
@@ -47,7 +48,7 @@ _REMOTE_FILE_SYSTEMS: Final = frozenset(
 )
 _DIRECTORIES: Final = ("log", "large", "tmp", "lost+found")
 INDEX_FILES: Final = ("index.db", "index.db-wal", "index.db-shm", "index.db-journal")
-_FILES: Final = ("LOCK", *INDEX_FILES, "index.reserve", "moving")
+_FILES: Final = ("LOCK", *INDEX_FILES, "index.reserve", "moving", "limits", "limits.new")
 # Of the first version, until its mail is carried over.
 _BEFORE: Final = frozenset({"spool.db", "spool.db-wal", "spool.db-shm", "body", "reserve", "clean"})
 _SPARES: Final = ("spare", "reserve")  # in the log's directory; `-` and a number follow where a name is not ours to use

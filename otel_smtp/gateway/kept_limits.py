@@ -1,0 +1,153 @@
+"""Limits that hold over a restart, of a gateway that has its queue in a directory.
+
+How far they are used up is written to a file there: soon after something was taken, and when the gateway stops. What a
+process that was killed may have taken behind that counts as used: a limit is never exceeded to make up for a failure.
+"""
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from otel_smtp.forwarding.limits import Limit, LimitSettings, LimitState, Permit
+from otel_smtp.spool.embedded.files import open_regular
+
+SAVE_SECONDS: Final = 1.0
+"""Between something that was taken, and when it is written."""
+
+_BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
+
+logger: Final = logging.getLogger("otel_smtp.gateway.kept_limits")
+
+
+class _Kept(msgspec.Struct, frozen=True):
+    count: int
+    period_seconds: float
+    per_recipient: bool
+    state: LimitState
+
+
+class _File(msgspec.Struct, frozen=True):
+    """Attributes:
+    boot: of the machine; within it the monotonic clock tells how long ago this was, else only the wall clock does.
+    monotonic, wall: when this was.
+    is_final: nothing was taken behind it.
+    """
+
+    boot: str
+    monotonic: float
+    wall: float
+    is_final: bool
+    limits: dict[str, _Kept]
+
+
+class KeptLimits:
+    """The limits of one gateway, by name.
+
+    Args:
+        path: of the file; it is read by `open`, when the directory is ours.
+    """
+
+    def __init__(
+        self,
+        settings: Sequence[LimitSettings],
+        path: Path,
+        *,
+        monotonic: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self.limits = {one.name: _KeptLimit(one, self._changed) for one in settings}
+        self._path = path
+        self._monotonic = monotonic
+        self._wall = wall
+        self._is_open = False
+        self._has_failed = False
+        self._saving: asyncio.TimerHandle | None = None
+
+    def open(self) -> None:
+        """Go on from where the process before was."""
+        self._is_open = True
+        try:
+            with open(open_regular(self._path, os.O_RDONLY), "rb") as file:
+                kept = msgspec.json.decode(file.read(), type=_File)
+        except FileNotFoundError:
+            kept = None
+        except (OSError, msgspec.DecodeError) as error:
+            logger.warning("use of limits unknown, they count from now", extra={"reason": str(error)})
+            kept = None
+        if kept is not None:
+            now = self._monotonic()
+            is_same_boot = kept.boot == _boot_id() != ""
+            elapsed = max(0.0, now - kept.monotonic if is_same_boot else self._wall() - kept.wall)
+            for name, one in self.limits.items():
+                if (of_name := kept.limits.get(name)) is not None and of_name == _kept(one, of_name.state):
+                    one.resume(of_name.state, elapsed, 0.0 if kept.is_final else SAVE_SECONDS, now)
+        self.save()
+
+    def close(self) -> None:
+        """Write them for the last time: nothing will be taken any more, and the directory is still ours."""
+        if self._saving is not None:
+            self._saving.cancel()
+        if self._is_open:
+            self._is_open = False
+            self._save(is_final=True)
+
+    def _changed(self) -> None:
+        if self._saving is None and self._is_open:
+            self._saving = asyncio.get_running_loop().call_later(SAVE_SECONDS, self.save)
+
+    def save(self) -> None:
+        """Write how far they are used up; done `SAVE_SECONDS` after something was taken."""
+        self._saving = None
+        self._save(is_final=False)
+
+    def _save(self, *, is_final: bool) -> None:
+        now = self._monotonic()
+        limits = {name: _kept(one, one.state(now)) for name, one in self.limits.items()}
+        data = msgspec.json.encode(_File(_boot_id(), now, self._wall(), is_final, limits))
+        new = self._path.with_name(self._path.name + ".new")
+        try:
+            with open(open_regular(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb") as file:
+                file.write(data)
+            new.replace(self._path)
+        except OSError as error:
+            if not self._has_failed:
+                logger.warning("use of limits cannot be kept", extra={"reason": str(error)})
+            self._has_failed = True
+        else:
+            self._has_failed = False
+
+
+class _KeptLimit(Limit):
+    """A limit that tells when something was taken, or its time to rest has changed."""
+
+    def __init__(self, settings: LimitSettings, changed: Callable[[], None]) -> None:
+        super().__init__(settings)
+        self._changed = changed
+
+    def take(self, amount: int, now: float) -> Permit | float:
+        taken = super().take(amount, now)
+        if isinstance(taken, Permit):
+            self._changed()
+        return taken
+
+    def rest(self, seconds: float, now: float) -> None:
+        super().rest(seconds, now)
+        self._changed()
+
+
+def _kept(limit: Limit, state: LimitState) -> _Kept:
+    settings = limit.settings
+    return _Kept(settings.count, settings.period_seconds, settings.per_recipient, state)
+
+
+def _boot_id() -> str:
+    try:
+        return _BOOT_ID.read_text().strip()
+    except OSError:
+        return ""
