@@ -162,7 +162,7 @@ class Attempts(Connecting):
         self._note_fault(fault)
         if was_connected and fault.reply is replies.UPSTREAM_PROTOCOL:
             # Its outcome is unknown; the next upstream would be asked while this one may still deliver.
-            self._answer_for_all(fault.reply)
+            self._answer_for_all(fault.told)
         elif not self._is_aborted:
             self._next_attempt()
 

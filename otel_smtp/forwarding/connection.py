@@ -344,7 +344,7 @@ class UpstreamConnection:
             if reply.code >= 400 and self._stop_at is not None and verb in self._stop_at:
                 protocol.cancel_queued()
         if protocol.fault is not None:
-            fault = OutOfStep(str(protocol.fault))
+            fault = OutOfStep(str(protocol.fault), protocol.fault.said)
             fault.__cause__ = protocol.fault
             self._end(fault)
         elif answers:

@@ -178,6 +178,11 @@ class Delivery(Transmitting):
                     phases.append((now_ns, _PHASES[verb], reply))
             attempt.accepted_count += answers.accepted
             if fault is not None:
+                if isinstance(fault, OutOfStep) and fault.upstream_reply is not None:
+                    # A reply that answers nothing, to the command whose turn it was.
+                    verb = self._connection.protocol.awaited[0]
+                    if verb is not RSET:
+                        phases.append((now_ns, _PHASES[verb], fault.upstream_reply))
                 self._cut_short(answers, fault)
                 return
             if answers.begins_with_reset:

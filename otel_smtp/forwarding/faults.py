@@ -84,8 +84,8 @@ class TimedOut(ConnectionLost):
 class OutOfStep(UpstreamFault):
     """It broke the protocol."""
 
-    def __init__(self, what: str) -> None:
-        super().__init__(what, replies.UPSTREAM_PROTOCOL)
+    def __init__(self, what: str, upstream_reply: Reply | None = None) -> None:
+        super().__init__(what, replies.UPSTREAM_PROTOCOL, upstream_reply)
 
 
 def quoting(own: Reply, said: Reply | None) -> Reply:

@@ -16,8 +16,10 @@ class RemoteProtocolError(Exception):
     Attributes:
         reply: what to answer if the peer is a client; what to make of it for our client if the peer is an
             upstream.
+        said: the reply by which an upstream did so, where it was one.
     """
 
-    def __init__(self, message: str, reply: "Reply") -> None:
+    def __init__(self, message: str, reply: "Reply", said: "Reply | None" = None) -> None:
         super().__init__(message)
         self.reply = reply
+        self.said = said

@@ -215,8 +215,16 @@ async def test_a_reply_of_the_wrong_class_is_never_passed_on(strategy: Strategy,
         relayed = await relay(forwarder)
         # Buffered, the end of the content goes out with the envelope: what was made of it is known to nobody.
         has_ended = phase is Phase.REPLY or strategy is Strategy.BUFFERED
-        assert relayed.told is (replies.GARBLED_OUTCOME if has_ended else replies.UPSTREAM_PROTOCOL)
+        is_reply = wrong.startswith(b"3")
+        if has_ended:
+            assert relayed.told is replies.GARBLED_OUTCOME
+        elif is_reply:
+            assert relayed.told == quoting(replies.UPSTREAM_PROTOCOL, Reply(int(wrong[:3]), None, ("go",)))
+        else:
+            assert relayed.told is replies.UPSTREAM_PROTOCOL
         assert (relayed.seen.outcomes[0][1] is Outcome.UNKNOWN) == has_ended
+        told_at = [(at, reply.code) for _, at, reply in relayed.seen.deliveries[0].phases if reply is not None]
+        assert ((DeliveryPhase(phase), int(wrong[:3])) in told_at) is is_reply
         assert forwarder.snapshot()[0].pool.idle == 0
 
 
@@ -227,7 +235,9 @@ async def test_a_2yz_to_data_is_never_passed_on(strategy: Strategy) -> None:
         ScriptedUpstream(extensions=NO_CHUNKING, faults=faults) as upstream,
         relaying(settings(upstream), strategy=strategy) as forwarder,
     ):
-        assert (await relay(forwarder)).told is replies.UPSTREAM_PROTOCOL
+        told = (await relay(forwarder)).told
+        assert (told.code, str(told.enhanced)) == (451, "4.5.0")
+        assert told.text.endswith(": 250 2.0.0 delivered, trust me")
 
 
 @pytest.mark.parametrize("phase", [Phase.MAIL, Phase.RCPT, Phase.REPLY])
@@ -243,7 +253,9 @@ async def test_one_reply_too_many_spoils_the_connection_and_no_later_mail(
     ):
         first = await relay(forwarder)
         is_unknown = first.seen.outcomes[0][1] is Outcome.UNKNOWN
-        assert first.told is (replies.GARBLED_OUTCOME if is_unknown else replies.UPSTREAM_PROTOCOL)
+        own = replies.GARBLED_OUTCOME if is_unknown else replies.UPSTREAM_PROTOCOL
+        assert (first.told.code, first.told.enhanced) == (451, own.enhanced)
+        assert first.told.text.startswith(own.text)
         held = len(upstream.kept)
         second = await relay(forwarder)
         assert second.told.code == 250

@@ -20,6 +20,7 @@ from otel_smtp.smtp.client.answers import (
 from otel_smtp.smtp.envelope import Mail, Recipient
 from otel_smtp.smtp.errors import LocalProtocolError, RemoteProtocolError
 from otel_smtp.smtp.extensions import BEYOND_SIZE, NONE, OF_MAIL, OF_RECIPIENT, Extension, Parameter
+from otel_smtp.smtp.replies import Reply
 
 # RFC 2920 3.1: "can only appear as the last command in a group, since their success or failure produces a change of
 # state which the client SMTP must accommodate". The last chunk ends a group since nothing may follow it unanswered.
@@ -131,9 +132,9 @@ class Commanding:
         """Recipients of the open transaction that got a 2yz."""
         return self._accepted
 
-    def _break(self, what: str) -> RemoteProtocolError:
+    def _break(self, what: str, said: Reply | None = None) -> RemoteProtocolError:
         """Note how the upstream broke the protocol; nothing is sent or kept any more."""
-        self.fault = RemoteProtocolError(what, replies.UPSTREAM_PROTOCOL)
+        self.fault = RemoteProtocolError(what, replies.UPSTREAM_PROTOCOL, said)
         self.is_in_step = self._is_clear = False
         self.queued.clear()
         self._out.clear()

@@ -128,7 +128,7 @@ class ClientProtocol(Commanding):
             verb = awaited[0]
             # Those of 4yz and 5yz are answers to anything, and 2yz is to all but DATA.
             if code < 400 and (code >= 300 or verb is DATA) and code // 100 not in _CLASSES[verb]:
-                self._break(f"{verb} answered with {code}")
+                self._break(f"{verb} answered with {code}", reply)
                 return answers
             awaited.popleft()
             if verb is RCPT:
