@@ -339,7 +339,7 @@ def test_what_befalls_a_queued_mail_without_an_attempt_is_a_span_of_its_trace(ac
     record = TransactionRecord.resumed("01J9", STORED, Mail("a@example.com"), attempt=3)
     record.action = action
     record.operator = "ann"
-    is_settled = action not in (SpoolAction.RELEASED, SpoolAction.GIVEN_UP)
+    is_settled = action not in (SpoolAction.RELEASED, SpoolAction.GIVEN_UP, SpoolAction.SUPERSEDED)
     fates = [] if not is_settled else [(Recipient("b@example.org"), Fate(action), GREYLISTED)]
     record.end_in_spool(fates, record.begun_ns)
     fan_out([Tracing(exports=[each_to(exported)], sinks=[kept]), metrics]).spool_acted(record)
