@@ -125,7 +125,7 @@ def _try_everything(settings: Settings, found: "Callable[[Finding], None]") -> N
         for upstream in settings.upstream:
             report(await check_upstream(upstream_settings(upstream), settings.hostname))
         for receiver in receivers(settings):
-            from otel_smtp.commands.checks.receivers import check_receiver  # HTTP, for terminals that follow links
+            from otel_smtp.commands.checks.receivers import check_receiver  # which imports HTTP: only where there are receivers
 
             report(await check_receiver(receiver, settings.hostname))
         async for finding in check_collectors():

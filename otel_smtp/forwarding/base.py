@@ -142,7 +142,7 @@ class Forwarder(Protocol):
 
 
 class Relay(Forwarder, Protocol):
-    """A forwarder that the spool delivers through: it names upstreams beforehand, and how many may be asked at once."""
+    """A forwarder that the spool delivers through: it names the upstreams, and how many deliveries they allow at once."""
 
     def begin_along(self, destination: str, mail: Mail, record: TransactionRecord) -> MailTransaction:
         """`begin`, by the upstreams of a destination, whatever senders and recipients they serve."""

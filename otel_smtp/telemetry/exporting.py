@@ -48,7 +48,7 @@ LEAST_QUEUE_OCTETS: Final = 32 * 1024 * 1024
 _FIRST_BACKOFF_SECONDS: Final = 1.0
 _LONGEST_BACKOFF_SECONDS: Final = 5.0
 _JITTER: Final = 0.2
-# A collector may ask for a delay, but not for any.
+# A collector may ask for a delay, within this bound.
 _LONGEST_RETRY_AFTER_SECONDS: Final = 60.0
 # One that comes and goes is logged once in this time.
 _QUIET_SECONDS: Final = 60.0

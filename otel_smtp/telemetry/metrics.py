@@ -595,8 +595,8 @@ class Metrics(Observer):
         """Count what was noted of mails, what open connections, and the spool's store, have done so far, and how many
         connections there are in which state.
 
-        On the event loop, which writes the records. `page` does it by itself; a gateway whose other threads read calls
-        it every few seconds.
+        On the event loop, which writes the records. `page` does it by itself; for readers in other threads it is
+        called every few seconds.
         """
         for _ in self.catching_up():
             pass
