@@ -125,7 +125,7 @@ def _try_everything(settings: Settings, found: "Callable[[Finding], None]") -> N
         for upstream in settings.upstream:
             report(await check_upstream(upstream_settings(upstream), settings.hostname))
         for receiver in receivers(settings):
-            from otel_smtp.commands.checks.receivers import check_receiver  # which imports HTTP: only where there are receivers
+            from otel_smtp.commands.checks.receivers import check_receiver  # it imports HTTP
 
             report(await check_receiver(receiver, settings.hostname))
         async for finding in check_collectors():

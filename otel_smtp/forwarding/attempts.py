@@ -72,7 +72,7 @@ class Attempts(Connecting):
 
     @abstractmethod
     def _answer_for_all(self, reply: Reply) -> None:
-        """Notify the waiter that the attempt has failed."""
+        """Answer the pending question with `reply`: no upstream is left."""
 
     @abstractmethod
     def _refused_by(self, refusal: Reply) -> None:

@@ -142,7 +142,7 @@ class Forwarder(Protocol):
 
 
 class Relay(Forwarder, Protocol):
-    """A forwarder that the spool delivers through: it names the upstreams, and how many deliveries they allow at once."""
+    """A forwarder that the spool delivers through: it names the upstreams, and how many deliveries they allow."""
 
     def begin_along(self, destination: str, mail: Mail, record: TransactionRecord) -> MailTransaction:
         """`begin`, by the upstreams of a destination, whatever senders and recipients they serve."""
@@ -245,7 +245,7 @@ class SlotLedger(Protocol):
         ...
 
     def watch_slots(self, name: str, heard: SlotHeard) -> None:
-        """Pass on what other gateways say about the slots of an upstream."""
+        """Call `heard` with what other gateways say about the slots of an upstream."""
         ...
 
 

@@ -77,11 +77,11 @@ class Relaying(Protocol):
         ...
 
     def watch(self, delivery: Any) -> None:
-        """End a delivery that is no longer awaited."""
+        """Note a delivery that goes on to its end, though its client no longer waits for it."""
         ...
 
     def unwatch(self, delivery: Any) -> None:
-        """It has."""
+        """Forget it: it has ended."""
         ...
 
 

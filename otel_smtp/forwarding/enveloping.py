@@ -97,7 +97,7 @@ class Enveloping(Attempts):
         return all(map(is_ascii, self.accepted)) and all(map(is_ascii, asked))
 
     def _answer_for_all(self, reply: Reply) -> None:
-        """Notify the waiter that there is no connection."""
+        """Answer the pending question with `reply`: no upstream is left."""
         judged, self._judged = self._judged, None
         delivered, self._delivered = self._delivered, None
         if judged is not None:

@@ -144,9 +144,8 @@ class Slots:
                 self._cells[slot + _OWNER] = os.getpid()
                 self.held += 1
                 return True
-            if not (
-                self.held and self.are_wanted(now)
-            ):  # an opener that has slots does not speak for those that have none
+            # An opener that has slots does not speak for those that have none.
+            if not (self.held and self.are_wanted(now)):
                 self._cells[_WANTED_BY], self._cells[_WANTED_UNTIL] = os.getpid(), now + WISH_SECONDS
         self._look_again()
         return False

@@ -353,11 +353,11 @@ class UpstreamForwarder:
             smarthost.close()
 
     def watch(self, delivery: Delivery) -> None:
-        """End a delivery that is no longer awaited, except by `close`."""
+        """Note a delivery that goes on to its end, though its client no longer waits for it: `close` does."""
         self._watched.add(delivery)
 
     def unwatch(self, delivery: Delivery) -> None:
-        """It has."""
+        """Forget it: it has ended."""
         self._watched.discard(delivery)
         if not self._watched and self._all_ended is not None:
             self._all_ended.set()

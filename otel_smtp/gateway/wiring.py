@@ -329,7 +329,7 @@ def shared_store(spool: SpoolTable, *, name: str, is_gateway: bool = True) -> "P
 
 
 def store_verbs() -> Sequence[str]:
-    """An operation of a queue's store, as metrics distinguish it."""
+    """The operations of a queue's store that metrics distinguish."""
     from otel_smtp.spool.messages import StoreVerb
 
     return [verb.value for verb in StoreVerb]
