@@ -195,16 +195,17 @@ class Limit:
             self._expire(now)
             cells, in_flight = self._cells, 0
             used: list[tuple[float, int]] = []
-            size = -(-int(cells[_CELLS]) // MOST_KEPT_CELLS)
-            for position in range(int(cells[_CELLS])):
-                cell = self._at(position)
-                permits, age = int(cells[cell + self._most_cells]), now - cells[cell]
-                if cells[cell] >= _IN_FLIGHT:
-                    in_flight += permits
-                elif used and position % size:
-                    used[-1] = (min(used[-1][0], age), used[-1][1] + permits)
-                else:
-                    used.append((age, permits))
+            times, amounts = self._in_order(0), self._in_order(self._most_cells)
+            size = max(1, -(-len(times) // MOST_KEPT_CELLS))
+            for first in range(0, len(times), size):
+                noted_at, noted = times[first : first + size], amounts[first : first + size]
+                if max(noted_at) >= _IN_FLIGHT:
+                    both = [*zip(noted_at, noted, strict=True)]
+                    in_flight += int(sum(amount for at, amount in both if at >= _IN_FLIGHT))
+                    noted_at = [at for at in noted_at if at < _IN_FLIGHT]
+                    noted = [amount for at, amount in both if at < _IN_FLIGHT]
+                if noted:
+                    used.append((now - max(noted_at), int(sum(noted))))
             return LimitState(max(0.0, cells[_TAT] - now), max(0.0, cells[_REST_UNTIL] - now), in_flight, tuple(used))
 
     def resume(self, state: LimitState, elapsed: float, unknown_seconds: float, now: float) -> None:
@@ -302,6 +303,16 @@ class Limit:
     def _at(self, position: int) -> int:
         """Where the time of a cell is; the oldest is at position 0."""
         return _HEAD + (int(self._cells[_FIRST]) + position) % self._most_cells
+
+    def _in_order(self, table: int) -> list[float]:
+        """The numbers of one table, of the oldest cell first, read by few steps: there may be thousands of them."""
+        begin, count = int(self._cells[_FIRST]), int(self._cells[_CELLS])
+        table += _HEAD
+        until_end = min(count, self._most_cells - begin)
+        return [
+            *self._cells[table + begin : table + begin + until_end].tolist(),
+            *self._cells[table : table + count - until_end].tolist(),
+        ]
 
     def _cell(self, permit: Permit) -> int | None:
         """Where the time of its cell is; None: it has left the window."""

@@ -11,7 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from otel_smtp.forwarding.limits import IN_FLIGHT_SECONDS, MARGIN_SECONDS, Limit, LimitSettings, Permit, SharedLimits
+from otel_smtp.forwarding.limits import (
+    IN_FLIGHT_SECONDS,
+    MARGIN_SECONDS,
+    MOST_KEPT_CELLS,
+    Limit,
+    LimitSettings,
+    Permit,
+    SharedLimits,
+)
 from otel_smtp.forwarding.pace import Pace, WaitingMail
 from tests.support.examples import scaled
 from tests.support.waiting import until
@@ -321,3 +329,27 @@ async def test_one_waits_and_the_others_stay_in_the_queue() -> None:
     assert Mail(pace).is_waiting
     assert pace.concurrency(20) == 4  # all of them are under way
     pace.close()
+
+
+def test_the_state_of_a_long_window_has_each_permit_once_and_none_too_old() -> None:
+    limit = Limit(LimitSettings("l", 2000, 1000.0, 2000))
+    used: list[float] = []
+    in_flight = 0
+    # The first cells leave the window, so that those in use do not begin where their table does.
+    for number in range(2600):
+        permit = limit.take(1, 0.6 * number)
+        assert isinstance(permit, Permit)
+        if number > 1500 and not number % 7:
+            in_flight += 1
+        else:
+            limit.landed(permit, 0.6 * number)
+            used.append(0.6 * number)
+    now = 0.6 * 2600
+    used = [at for at in used if at + 1000.0 + MARGIN_SECONDS > now]
+    state = limit.state(now)
+    assert len(used) > 4 * MOST_KEPT_CELLS >= 4 * len(state.used)
+    assert state.in_flight == in_flight
+    assert sum(permits for _, permits in state.used) == len(used)
+    for age, _ in state.used:
+        older = sum(now - at >= age - 1e-9 for at in used)
+        assert sum(permits for other, permits in state.used if other >= age) <= older
