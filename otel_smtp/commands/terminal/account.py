@@ -12,7 +12,7 @@ from typing import Any, Final, NamedTuple
 
 from rich.text import Text
 
-from otel_smtp.commands.terminal.listing import age
+from otel_smtp.commands.terminal.listing import age, is_aging
 from otel_smtp.commands.terminal.otlp_spans import OtlpEvent, OtlpSpan
 from otel_smtp.commands.terminal.words import counted, duration, outcome_style, plain
 from otel_smtp.telemetry import attributes as names
@@ -414,11 +414,13 @@ def queued_lines(row: Mapping[str, Any], now: float) -> list[Text]:
     words = [f"{counted(row['attempts'], 'attempt')} in {age(now - row['arrival_time'])}"]
     if state == "hold":
         words.append("held: an operator has to release it")
+    elif state == "corrupt":
+        words.append("its content is damaged: an operator has to act")
     elif state == "active":
         words.append("being delivered now" + (f" by gateway {plain(row['gateway'])}" if row.get("gateway") else ""))
     elif row["next_attempt"] > now:
         words.append(f"next attempt in {age(row['next_attempt'] - now)}")
-    if row["expires"] is not None:
+    if row["expires"] is not None and is_aging(row):
         words.append(f"given up in {age(max(0.0, row['expires'] - now))}")
     head = Text.assemble("  in the queue as ", (plain(row["queue_id"]), "cyan"), f": {', '.join(words)}")
     lines = [head]

@@ -162,7 +162,7 @@ def details(row: Row, *, now: float | None = None) -> Group:
         ("sender", plain(row["sender"]) or "<> (a bounce, or mail that wants none)"),
         ("size", octets(row["message_size"])),
         ("arrived", f"{_moment(row['arrival_time'])}, {age(now - row['arrival_time'])} ago"),
-        ("expires", _moment(row["expires"])),
+        ("expires", _moment(row["expires"]) if is_aging(row) else "not before an operator releases it"),
         ("attempts", str(row["attempts"])),
         ("next attempt", _waits(row, now)),
         *([("gateway", _whose(row, now))] if row.get("gateway") else []),
@@ -172,6 +172,11 @@ def details(row: Row, *, now: float | None = None) -> Group:
         (plain(one["address"]), one["state"], plain(one.get("delay_reason", ""))) for one in row["recipients"]
     ]
     return Group(_table(("", ""), facts), Text(""), _table(("recipient", "state", "last reply"), recipients))
+
+
+def is_aging(row: Row) -> bool:
+    """Whether a message gets older: held or damaged mail does not, a report on mail always does."""
+    return row["queue_name"] not in ("hold", "corrupt") or row.get("kind", "mail") not in ("mail", "outcome")
 
 
 def gateways_table(rows: Sequence[Row], *, now: float | None = None) -> Table:
@@ -186,7 +191,7 @@ def gateways_table(rows: Sequence[Row], *, now: float | None = None) -> Table:
         [
             (
                 plain(row["name"]), plain(row["version"]), age(now - row["started_at"]), str(row["leases"]),
-                f"lives ({row['alive_for']:.1f} s left)" if row["alive_for"] > 0
+                f"alive ({row['alive_for']:.1f} s left)" if row["alive_for"] > 0
                 else f"silent, its lease ended {age(-row['alive_for'])} ago",
             )
             for row in rows
