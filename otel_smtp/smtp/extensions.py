@@ -15,6 +15,7 @@ on *this* connection is asked by `unsupported` and `unsupported_recipient`.
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple, Self
 
@@ -260,18 +261,24 @@ def missing_extension(mail: Mail, upstream: Extensions, *, is_tls: bool) -> Repl
         # "When the MAIL FROM return-path is empty, the REQUIRETLS parameter SHOULD NOT cause a bounce message to be
         # discarded" (RFC 8689 5): it is asked for where it is offered.
         mail = mail._replace(require_tls=False)
+    missing = None if mail[2:] == BEYOND_SIZE else _missing_use(mail[2:], upstream.keywords, is_tls)
+    is_too_big = mail.size is not None and upstream.size and mail.size > upstream.size
+    return replies.MESSAGE_TOO_BIG if is_too_big and missing in (None, replies.NEEDS_8BITMIME) else missing
+
+
+@lru_cache(maxsize=256)
+def _missing_use(beyond_size: tuple[Any, ...], offered: frozenset[str], is_tls: bool) -> Reply | None:
+    """`missing_extension` of what follows the size in a `Mail`, which is the same for nearly all mails of a client."""
     passing: Reply | None = None
-    for row, place, value in _NEEDING_USES if mail[2:] != BEYOND_SIZE else ():
-        given = mail[place]
+    for row, place, value in _NEEDING_USES:
+        given = beyond_size[place]
         if given is None or given is False or (value is not None and given is not value):
             continue
-        if row.keyword in upstream.keywords and (is_tls or not row.needs_tls):
+        if row.keyword in offered and (is_tls or not row.needs_tls):
             continue
         if not row.is_taken_unoffered:
             return row.lacking
         passing = row.lacking
-    if mail.size is not None and upstream.size and mail.size > upstream.size:
-        return replies.MESSAGE_TOO_BIG
     return passing
 
 
@@ -423,7 +430,10 @@ _USES: Final[Sequence[tuple[Extension, int, Body | None]]] = tuple(
 )
 # Those that are refused where they were not offered, and those that an upstream must offer.
 _REFUSABLE_USES: Final = tuple(use for use in _USES if not use[0].is_taken_unoffered)
-_NEEDING_USES: Final = tuple(use for use in _USES if use[0].lacking is not None)
+# The place of these is that behind the size.
+_NEEDING_USES: Final = tuple(
+    (row, place - len(Mail._fields) + len(BEYOND_SIZE), value) for row, place, value in _USES if row.lacking is not None
+)
 _MAIL_PARAMETERS: Final = {parameter.keyword: parameter for _, parameter, _ in OF_MAIL}
 _RCPT_PARAMETERS: Final = {parameter.keyword: parameter for _, parameter, _ in OF_RECIPIENT}
 
