@@ -42,6 +42,8 @@ logger: Final = logging.getLogger("otel_smtp.gateway")
 
 # The flush at exit has a budget of its own, so that a dead collector cannot hold a pod's shutdown.
 TELEMETRY_FLUSH_SECONDS: Final = 2.0
+# How long those that are connected when a successor takes over are served as before: most send one mail and leave.
+NEWCOMERS_SECONDS: Final = 1.0
 # How long the listeners wait for what the upstream offers, which they offer to clients. It takes a few round trips.
 LEARN_SECONDS: Final = 0.3
 # How often the metrics that are exported catch up with open connections; OTLP exports them once a minute.
@@ -314,15 +316,19 @@ class Gateway:
         if self._kept_limits is not None:
             self._kept_limits.close()
 
-    async def leave_status_port(self) -> None:
-        """Stop listening on the status port, within about a second, and go on with everything else.
+    async def leave_ports(self) -> None:
+        """Stop listening, and go on with everything else for about a second.
 
-        For a process whose successor listens on the same port. If both kept it during the drain, each would answer
-        some of the requests: probes would take a healthy gateway for one that shuts down, and each change from one
-        process's counters to the other's would look like a counter reset.
+        For a process whose successor listens on the same ports. If both kept the status port during the drain, each
+        would answer some of the requests: probes would take a healthy gateway for one that shuts down, and each change
+        from one process's counters to the other's would look like a counter reset. And a client that has just connected
+        gets its mail through; the drain would answer 421 before it can say anything.
         """
+        self._server.stop_accepting()
+        newcomers_end = asyncio.get_running_loop().time() + NEWCOMERS_SECONDS
         if self._status_port is not None:
             await self._status_port.stop()
+        await asyncio.sleep(newcomers_end - asyncio.get_running_loop().time())
 
     async def _catch_up(self) -> None:
         """Count mails soon after they ended, and what long-lived connections have done while they live."""

@@ -193,7 +193,7 @@ async def serve(
 
 async def _drain(gateway: Gateway, *, has_successor: bool) -> None:
     if has_successor:
-        await gateway.leave_status_port()  # first: probes ask about the gateway, not about this process
+        await gateway.leave_ports()  # first: probes and new clients mean the gateway, not this process
     await gateway.stop()
 
 

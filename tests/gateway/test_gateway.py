@@ -15,8 +15,9 @@ import trustme
 
 import otel_smtp
 from otel_smtp import CannotListen, ConnectionInfo, Gateway, Observer, Settings, Transition, load
+from otel_smtp.gateway import gateway as gateway_module
 from otel_smtp.gateway.running import leave_out_of_garbage_collection
-from otel_smtp.observing import ConnectionRecord
+from otel_smtp.observing import ConnectionRecord, Endpoint
 from otel_smtp.smtp.states import CloseReason
 from otel_smtp.telemetry import turns
 from otel_smtp.telemetry.records import SpanRecord
@@ -230,3 +231,36 @@ async def test_a_status_port_that_is_taken_ends_the_start_and_leaves_nothing_ope
     with pytest.raises(ConnectionRefusedError):
         await asyncio.open_connection(address.host, address.port)
     await gateway.stop(immediately=True)
+
+
+async def refuses(address: Endpoint) -> bool:
+    """Whether nobody listens there any more."""
+    try:
+        _, writer = await asyncio.open_connection(address.host, address.port)
+    except ConnectionRefusedError:
+        return True
+    except ConnectionResetError:
+        return False  # it was just being closed
+    writer.close()
+    return False
+
+
+async def test_who_has_just_connected_gets_a_mail_through_when_a_successor_takes_over(
+    upstream: CapturingUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gateway_module, "NEWCOMERS_SECONDS", 3600.0)
+    async with Gateway(settings_for(upstream, OPEN)) as gateway:
+        (address,) = gateway.addresses["open"]
+        reader, writer = await asyncio.open_connection(address.host, address.port)
+        leaving = asyncio.create_task(gateway.leave_ports())
+        async with asyncio.timeout(60):
+            while not await refuses(address):
+                pass
+        writer.write(b"EHLO x\r\nMAIL FROM:<a@example.com>\r\nRCPT TO:<b@example.net>\r\nBDAT 1 LAST\r\nxQUIT\r\n")
+        async with asyncio.timeout(60):
+            said = await reader.read()
+        assert re.findall(rb"(?m)^(\d{3}) ", said) == [b"220", b"250", b"250", b"250", b"250", b"221"]
+        assert len(upstream.messages) == 1
+        assert not leaving.done()
+        leaving.cancel()
+        writer.close()
