@@ -3,6 +3,7 @@
 Nothing is imported here that the first greeting does not need.
 """
 
+import contextlib
 import gc
 import json
 import logging
@@ -54,6 +55,7 @@ def serve(
     `otel-smtp reload` does.
     """
     hold_back()  # first: from here on an early SIGHUP is a late reload
+    _fill_standard_descriptors()
     # Until it serves (`leave_out_of_garbage_collection`): what a start makes stays, and looking through it is a sixth
     # of the time to the first greeting.
     gc.disable()
@@ -71,6 +73,7 @@ def serve(
         settings = read_settings()
     except SettingsError as error:
         fail_settings(error)
+    from otel_smtp.telemetry.line_output import Console
     from otel_smtp.telemetry.logs import set_up_logging
 
     # https://no-color.org: whatever its value, unless it is empty.
@@ -81,9 +84,25 @@ def serve(
     from otel_smtp.gateway.running import run
 
     def say_ready(ready: "Ready") -> None:
-        click.echo(json.dumps(ready_fields(ready)) if as_json else ready_line(ready))
+        # Nothing depends on this line but who waits for it: a pipe that is full or closed stops no mail.
+        with contextlib.suppress(OSError, ValueError):
+            Console().write((json.dumps(ready_fields(ready)) if as_json else ready_line(ready)) + "\n")
 
     raise SystemExit(run(settings, on_ready=say_ready, read_settings=read_settings))
+
+
+def _fill_standard_descriptors() -> None:
+    """Open the null device in the place of each standard stream that is closed.
+
+    Else a connection gets its descriptor, and what a library prints there goes to that peer.
+    """
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest descriptor that is free (open(2)): this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(descriptor, "w" if descriptor else "r", closefd=False))
 
 
 def _leave_out_what_httpx_would_draw_with() -> None:

@@ -4,6 +4,7 @@ There is no `if` about mail here. Adapters meet only as constructor arguments.
 """
 
 import asyncio
+import contextlib
 import logging
 import ssl
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +31,7 @@ from otel_smtp.smtp.states import TlsMode, Transition
 from otel_smtp.telemetry.environment import own_instance_id
 from otel_smtp.telemetry.gauges import SharedQueue
 from otel_smtp.telemetry.records import SpanSink
-from otel_smtp.telemetry.setup import set_up
+from otel_smtp.telemetry.setup import Telemetry, TelemetryOptions, set_up
 from otel_smtp.telemetry.tail import MailTail
 from otel_smtp.telemetry.turns import AtEndOfTurn
 
@@ -67,6 +68,24 @@ class Ready(NamedTuple):
     addresses: Mapping[str, Sequence[Endpoint]]
     traces_to: str
     status: Endpoint | None
+
+
+def _set_up(options: TelemetryOptions) -> Telemetry:
+    """Set telemetry up; where that fails, as with OTEL_SDK_DISABLED: its faults stop no mail."""
+    try:
+        return set_up(options)
+    except Exception:
+        logger.exception("telemetry cannot be set up: no traces, no export, and only the metrics of the status port")
+        return set_up(options, {"OTEL_SDK_DISABLED": "true"})
+
+
+@contextlib.contextmanager
+def _mail_unaffected(what: str) -> Iterator[None]:
+    """Log an error of telemetry, and go on."""
+    try:
+        yield
+    except Exception:
+        logger.exception("%s; mail is unaffected", what)
 
 
 class Gateway:
@@ -111,7 +130,7 @@ class Gateway:
             self._status_port = StatusPort(self, settings.status.address, redaction, process)
             members.append(self._status_port.live)
         self._spool: Spool | None = None
-        self._telemetry = set_up(
+        self._telemetry = _set_up(
             wiring.telemetry_options(
                 settings,
                 redaction,
@@ -285,7 +304,8 @@ class Gateway:
                 await self._spool.stop(grace_seconds=0)
             await self._forwarder.close(grace_seconds=0)
             raise
-        self._telemetry.start()
+        with _mail_unaffected("start of telemetry failed"):
+            self._telemetry.start()
         self._catching_up = asyncio.get_running_loop().create_task(self._catch_up())
 
     async def stop(self, *, immediately: bool = False) -> None:
@@ -307,8 +327,9 @@ class Gateway:
         if self._status_port is not None:
             await self._status_port.stop()
         self._observer.catch_up()
-        self._telemetry.finish()
-        await asyncio.to_thread(self._telemetry.flush_and_shutdown, TELEMETRY_FLUSH_SECONDS)
+        with _mail_unaffected("end of telemetry failed"):
+            self._telemetry.finish()
+            await asyncio.to_thread(self._telemetry.flush_and_shutdown, TELEMETRY_FLUSH_SECONDS)
 
     async def _leave_spool(self) -> None:
         """No attempt is under way any more, and the spool is still ours."""
@@ -344,6 +365,7 @@ class Gateway:
                 if not has_failed:
                     has_failed = True
                     logger.exception("metrics cannot catch up; mail is unaffected")
+                await asyncio.sleep(MAILS_COUNTED_SECONDS)
 
     def reload(self, settings: Settings) -> None:
         """Go on by other settings, without dropping a connection; certificates and users are read again in any case.

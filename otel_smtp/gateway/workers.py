@@ -129,8 +129,9 @@ class Supervisor:
             OSError: the system has no process, memory or file descriptor for it.
         """
         reader, writer = os.pipe()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError, ValueError):  # their readers may have gone
+            sys.stdout.flush()
+            sys.stderr.flush()
         signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)
         try:
             process_id = os.fork()

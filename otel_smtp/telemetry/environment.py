@@ -19,12 +19,13 @@ import contextlib
 import logging
 import math
 import os
+import re
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from opentelemetry.environment_variables import OTEL_PROPAGATORS
 from opentelemetry.sdk.environment_variables import (
@@ -49,7 +50,6 @@ from opentelemetry.sdk.resources import (
     OTELResourceDetector,
     Resource,
 )
-from opentelemetry.util.re import parse_env_headers
 
 from otel_smtp.telemetry.attributes import DEFAULT_SERVICE_NAME
 from otel_smtp.telemetry.collector import CollectorSettings, Compression, Protocol, Signal
@@ -421,7 +421,7 @@ class _Reading:
             signal=signal,
             # The scheme decides. Without one gRPC is encrypted, unless the variable says otherwise.
             is_insecure=scheme == "http" or (scheme != "https" and is_insecure),
-            headers=self._headers(signal),
+            headers=self._headers(signal, protocol),
             compression=self._compression(signal, protocol),
             certificate=self._file(signal, "CERTIFICATE"),
             client_key=self._file(signal, "CLIENT_KEY"),
@@ -482,14 +482,18 @@ class _Reading:
         flags = {variable: self._flag(variable) for variable in (own, general)}
         return flags[own if self._value(own) else general]
 
-    def _headers(self, signal: Signal) -> tuple[tuple[str, str], ...]:
+    def _headers(self, signal: Signal, protocol: Protocol) -> tuple[tuple[str, str], ...]:
+        # Not by the API's parser, which logs what it does not like with its value, a credential. What a library could
+        # not send it would raise with its value too.
         chosen: tuple[tuple[str, str], ...] = ()
         for variable in _both(signal, "HEADERS"):
-            parts = [part.strip() for part in self._value(variable).split(",") if part.strip()]
-            usable = [part for part in parts if part.partition("=")[0].strip() and "=" in part]
-            headers = parse_env_headers(",".join(usable), liberal=True)
-            if len(usable) < len(parts):
-                self._unusable(variable, "", "name=value, or a list of them")
+            headers: dict[str, str] = {}
+            for part in filter(None, map(str.strip, self._value(variable).split(","))):
+                name, equals, value = (unquote(one).strip() for one in part.partition("="))
+                if equals and _HEADER_NAMES[protocol].fullmatch(name) and value.isascii() and value.isprintable():
+                    headers[name.lower()] = value
+                else:
+                    self._unusable(variable, "", "name=value, or a list of them")
             chosen = chosen or tuple(headers.items())
         return chosen
 
@@ -522,6 +526,11 @@ class _Reading:
         return f"{url.removesuffix('/')}/v1/{signal}" if variable == f"{_OTLP}_ENDPOINT" else url
 
 
+# RFC 9110 5.6.2; gRPC over HTTP2, "Custom-Metadata".
+_HEADER_NAMES: Final = {
+    Protocol.HTTP: re.compile(r"[-!#$%&'*+.^_`|~0-9A-Za-z]+"),
+    Protocol.GRPC: re.compile(r"(?!(?i:grpc-))[-_.0-9A-Za-z]+(?<!(?i:-bin))"),
+}
 _ENDPOINTS: Final = {Protocol.HTTP: "a URL as http://collector:4318", Protocol.GRPC: "a URL as http://collector:4317"}
 
 

@@ -48,6 +48,9 @@ LEAST_QUEUE_OCTETS: Final = 32 * 1024 * 1024
 _FIRST_BACKOFF_SECONDS: Final = 1.0
 _LONGEST_BACKOFF_SECONDS: Final = 5.0
 _JITTER: Final = 0.2
+# One that says "at once" each time would be asked a thousand times a second, by a thread that mail shares the
+# interpreter with: never sooner than this, doubled likewise.
+_LEAST_PAUSE_SECONDS: Final = 0.1
 # A collector may ask for a delay, within this bound.
 _LONGEST_RETRY_AFTER_SECONDS: Final = 60.0
 # One that comes and goes is logged once in this time.
@@ -306,7 +309,7 @@ class Export(Generic[T]):
         request = self._request(batch)
         self._sending = items
         deadline = time.monotonic() + self._settings.export_seconds
-        backoff = self._settings.first_backoff_seconds
+        backoff, least = self._settings.first_backoff_seconds, _LEAST_PAUSE_SECONDS
         while True:
             # Ends at once when we are to stop: from then on each batch is tried once, without patience.
             self._stopping.wait(max(0.0, self._not_before - time.monotonic()))
@@ -317,8 +320,8 @@ class Export(Generic[T]):
             pause = answer.retry_after_seconds
             if pause is None:
                 pause = backoff * random.uniform(1 - _JITTER, 1 + _JITTER)  # noqa: S311 - no secret
-            self._not_before = time.monotonic() + min(pause, _LONGEST_RETRY_AFTER_SECONDS)
-            backoff = min(2 * backoff, _LONGEST_BACKOFF_SECONDS)
+            self._not_before = time.monotonic() + min(max(pause, least), _LONGEST_RETRY_AFTER_SECONDS)
+            backoff, least = (min(2 * seconds, _LONGEST_BACKOFF_SECONDS) for seconds in (backoff, least))
             if is_last or self._not_before >= deadline:
                 break
             self._failed(answer.why)

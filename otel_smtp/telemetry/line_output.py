@@ -20,16 +20,20 @@ descriptor (another user's pipe, or no /proc), the thread writes everything. A f
 
 import asyncio
 import contextlib
+import logging
 import os
 import select
 import socket
 import stat
+import sys
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final, Protocol, TextIO
+
+logger: Final = logging.getLogger("otel_smtp.telemetry.line_output")
 
 PIPE_BUF: Final = 4096  # Linux; POSIX has 512 as the least, and macOS that
 BATCH_SECONDS: Final = 0.002
@@ -72,6 +76,32 @@ def line_output(stream: TextIO, on_lost: OnLost) -> LineOutput:
     except (OSError, ValueError, AttributeError):  # io.UnsupportedOperation is the first two
         return StreamOutput(stream)
     return DescriptorOutput(descriptor, on_lost, encoding=stream.encoding or "utf-8")
+
+
+class Console:
+    """Standard output, as far as a library's exporter needs it: nothing that is written to it waits for its reader."""
+
+    def __init__(self) -> None:
+        self._output = line_output(sys.stdout, _say_lost_on_console)
+
+    def write(self, text: str) -> None:
+        """Write whole lines.
+
+        Raises:
+            OSError, ValueError: as `StreamOutput.write` does.
+        """
+        self._output.write(text)
+
+    def flush(self) -> None:
+        """Nothing waits but what has no room."""
+
+    def finish(self) -> None:
+        """Write what had no room. Blocks for `FLUSH_SECONDS` at most: not for the event loop."""
+        self._output.flush()
+
+
+def _say_lost_on_console(lines: int) -> None:
+    logger.warning("lines on standard output lost: their reader was too slow", extra={"lines": lines})
 
 
 class StreamOutput:

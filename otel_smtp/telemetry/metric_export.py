@@ -11,7 +11,6 @@ buckets by definition.
 """
 
 import logging
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +23,7 @@ from otel_smtp.telemetry.collector import BatchOutcome, Collector, CollectorAnsw
 from otel_smtp.telemetry.environment import Temporality
 from otel_smtp.telemetry.export_failures import file_failure
 from otel_smtp.telemetry.exporting import DropReason
+from otel_smtp.telemetry.line_output import Console
 from otel_smtp.telemetry.measurements import Buckets, Labels
 from otel_smtp.telemetry.metrics import Metrics
 
@@ -224,6 +224,7 @@ class MetricExport:
         self._request_seconds = request_seconds
         self._address = address
         self._collector: Collector | None = None
+        self._console: Console | None = None
         self._lost = dict.fromkeys((DropReason.EXPORT_FAILED, DropReason.REJECTED, DropReason.SHUTDOWN), 0)
         self._stopping = threading.Event()
         self._stop_by = float("inf")
@@ -286,8 +287,9 @@ class MetricExport:
         data = self._read()
         self._points = sum(len(metric.data.data_points) for metric in data.resource_metrics[0].scope_metrics[0].metrics)
         if self._connect is None:
-            sys.stdout.write(data.to_json() + "\n")
-            sys.stdout.flush()
+            self._console = self._console or Console()
+            self._console.write(data.to_json() + "\n")
+            self._console.finish()
             self._settle()
             return
         from opentelemetry.exporter.otlp.proto.common.metrics_encoder import encode_metrics

@@ -24,6 +24,7 @@ from otel_smtp.telemetry.gauges import (
     StoreTimings,
 )
 from otel_smtp.telemetry.keeping import Keeping
+from otel_smtp.telemetry.line_output import Console
 from otel_smtp.telemetry.log_export import LogExportHandler
 from otel_smtp.telemetry.logs import StateLogger
 from otel_smtp.telemetry.metric_export import MetricExport, MetricsReading
@@ -367,12 +368,19 @@ def _takes(export: TraceExport, batches: BatchSettings) -> Take:
 def _sdk_processors(traces: SignalExport, problems: Sequence[VariableProblem]) -> list[SpanProcessor]:
     processors: list[SpanProcessor] = []
     if traces.to_console:
-        from opentelemetry.sdk.trace.export import ConsoleSpanExporter, SimpleSpanProcessor
-
-        processors.append(LazyProcessor(lambda: SimpleSpanProcessor(ConsoleSpanExporter())))
+        processors.append(LazyProcessor(_to_console))
     return processors + [
         _batching(_SDK_EXPORTERS[collector.protocol](), problems) for collector in traces.sdk_collectors
     ]
+
+
+def _to_console() -> SpanProcessor:
+    from opentelemetry.sdk.trace.export import ConsoleSpanExporter, SimpleSpanProcessor
+
+    console = Console()  # on the event loop: the library's own would wait for whatever reads it
+    exporter = ConsoleSpanExporter(out=console)  # type: ignore[arg-type]  # all that it uses
+    exporter.shutdown = console.finish  # type: ignore[method-assign]
+    return SimpleSpanProcessor(exporter)
 
 
 def _sdk_http_exporter() -> Callable[[], "SpanExporter"]:
@@ -395,6 +403,8 @@ def _batching(make_exporter: Callable[[], "SpanExporter"], problems: Sequence[Va
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
     def make() -> SpanProcessor:
+        # It logs a header that it does not like with its value, a credential; the variable has been named before.
+        logging.getLogger("opentelemetry.util.re").disabled = True
         with environment.without(problems):
             return BatchSpanProcessor(make_exporter())
 

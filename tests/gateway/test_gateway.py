@@ -21,6 +21,7 @@ from otel_smtp.observing import ConnectionRecord, Endpoint
 from otel_smtp.smtp.states import CloseReason
 from otel_smtp.telemetry import turns
 from otel_smtp.telemetry.records import SpanRecord
+from otel_smtp.telemetry.setup import Telemetry, set_up
 from tests.support.capture import CapturingUpstream
 
 BY_TOKEN: Final = {
@@ -116,6 +117,42 @@ async def test_who_takes_spans_in_this_process_has_those_of_a_mail_when_it_is_an
     async with Gateway(settings_for(upstream, OPEN), span_sinks=[Sink()]) as gateway:
         await mails(gateway, "open", lambda: counts.append(names.count("smtp.transaction")))
     assert counts == [1, 2, 3]
+
+
+def broken(*_: object, **__: object) -> Any:
+    raise RuntimeError("broken")
+
+
+def broken_at_first(method: Callable[..., Any]) -> Callable[..., Any]:
+    """As `method`, but for its first call."""
+    calls = iter([broken])
+    return lambda *arguments, **named: next(calls, method)(*arguments, **named)
+
+
+@pytest.mark.parametrize("where", ["set_up", "start", "finish", "flush_and_shutdown"])
+async def test_telemetry_that_fails_at_the_start_or_the_end_stops_no_mail(
+    where: str, upstream: CapturingUpstream, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if where == "set_up":
+        monkeypatch.setattr(gateway_module, where, broken_at_first(set_up))
+    else:
+        monkeypatch.setattr(Telemetry, where, broken)
+    async with Gateway(settings_for(upstream, OPEN)) as gateway:
+        await mails(gateway, "open", lambda: None)
+    [told] = [record for record in caplog.records if record.name == "otel_smtp.gateway"]
+    assert told.exc_info is not None
+
+
+async def test_metrics_go_on_after_an_error_in_them(
+    upstream: CapturingUpstream, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(gateway_module, "MAILS_COUNTED_SECONDS", 0.001)
+    went_on = asyncio.Event()
+    results = iter([broken, broken])
+    monkeypatch.setattr(Telemetry, "count_mails", lambda _: next(results, went_on.set)())
+    async with Gateway(settings_for(upstream, OPEN)):
+        await asyncio.wait_for(went_on.wait(), 30)
+    assert [record.message for record in caplog.records] == ["metrics cannot catch up; mail is unaffected"]
 
 
 async def verify(name: str, token: str) -> str | None:

@@ -267,6 +267,29 @@ def test_a_problem_names_the_variable_and_what_is_allowed_and_never_a_credential
     assert [str(problem) for problem in read(environ).problems] == [words]
 
 
+@pytest.mark.parametrize("protocol", ["http/protobuf", "grpc"])
+@pytest.mark.parametrize(
+    "part",
+    ["sesame", "=sesame", "a b=sesame", "a;b=c;sesame=x", "a:=sesame", "k%C3%A4se=sesame", "a%0d%0ab=sesame",
+     "a=sesame%00", "a=sesame%0d%0aX: y", "a=sesame%E2%82%AC", "a=\x7fsesame"],
+)  # fmt: skip
+def test_a_header_that_cannot_be_sent_is_left_out_and_its_value_told_to_nobody(
+    part: str, protocol: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = read({**GENERAL, OTLP + "PROTOCOL": protocol, OTLP + "HEADERS": f"good=one, {part}, too=two"})
+    assert asked.traces.collector is not None
+    assert asked.traces.collector.headers == (("good", "one"), ("too", "two"))
+    assert [str(one) for one in asked.problems] == [f"{OTLP}HEADERS: allowed is name=value, or a list of them"]
+    assert "sesame" not in repr(asked.problems) + caplog.text
+
+
+@pytest.mark.parametrize(("protocol", "names"), [("http/protobuf", "!x grpc-a b-bin"), ("grpc", "")])
+def test_what_a_header_may_be_called_depends_on_the_protocol(protocol: str, names: str) -> None:
+    asked = read({**GENERAL, OTLP + "PROTOCOL": protocol, OTLP + "HEADERS": "!x=1,grpc-a=2,b-bin=3,C.d_e-9=4"})
+    assert asked.traces.collector is not None
+    assert [name for name, _ in asked.traces.collector.headers] == [*names.split(), "c.d_e-9"]
+
+
 def test_what_is_wrong_in_the_signals_own_variable_leaves_that_for_all() -> None:
     environ = {**GENERAL, OTLP + "COMPRESSION": "gzip", TRACES + "COMPRESSION": "br", OTLP + "TIMEOUT": "4"}
     asked = read({**environ, TRACES + "ENDPOINT": "nowhere", TRACES + "TIMEOUT": "-1"})

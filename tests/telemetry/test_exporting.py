@@ -336,6 +336,24 @@ def test_a_collector_says_itself_when_to_come_again(
     assert export.shutdown(WAIT_SECONDS)
 
 
+def test_a_collector_that_says_at_once_each_time_is_asked_less_and_less_often() -> None:
+    class Hurrying:
+        asked = 0
+
+        def send(self, request: Sequence[bytes], timeout_seconds: float) -> CollectorAnswer:
+            self.asked += 1
+            return CollectorAnswer(BatchOutcome.AGAIN, "HTTP 429", 0.0)
+
+        def close(self) -> None: ...
+
+    collector = Hurrying()
+    export = export_to(lambda: collector, replace(QUICK, export_seconds=0.6))
+    export.take(span(1))
+    until(lambda: lost(export) == {"export_failed": 1})
+    # At 0, 0.1 and 0.3 s, and on a busy machine less often; without a pause it would be thousands of times.
+    assert 1 <= collector.asked <= 4
+
+
 def test_a_batch_that_fails_for_its_whole_time_is_given_up(
     receiver: OtlpReceiver, log: pytest.LogCaptureFixture
 ) -> None:

@@ -1,9 +1,12 @@
 """Set-up by the standard variables, and the way of spans to a real receiver."""
 
 import asyncio
+import contextlib
 import logging
+import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 
@@ -204,3 +207,42 @@ def test_who_looks_for_a_mail_is_told_which_have_no_trace(environ: Mapping[str, 
     told = set_up(TelemetryOptions(), environ).leaves_out
     assert words in told
     assert bool(told) is bool(words)
+
+
+def full_pipe() -> tuple[int, int]:
+    """A pipe that nothing more can be written to without waiting."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, b" " * 65536)
+    os.set_blocking(writer, True)
+    return reader, writer
+
+
+def test_on_the_console_spans_and_metrics_wait_for_no_reader(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = full_pipe()
+    with open(writer, "w") as blocked:
+        monkeypatch.setattr(sys, "stdout", blocked)
+        telemetry = set_up(TelemetryOptions(), {"OTEL_TRACES_EXPORTER": "console", "OTEL_METRICS_EXPORTER": "console"})
+        telemetry.start()
+        mails = threading.Thread(target=lambda: one_mail(telemetry), daemon=True)
+        mails.start()
+        mails.join(30)
+        assert not mails.is_alive()
+        ending = threading.Thread(target=telemetry.flush_and_shutdown, daemon=True)
+        ending.start()
+        ending.join(30)
+        assert not ending.is_alive()
+        os.close(reader)
+        for thread in threading.enumerate():
+            if thread.name == "log-lines":  # it must not write to whatever has this descriptor next
+                thread.join(30)
+
+
+def test_on_the_console_spans_are_json(capfd: pytest.CaptureFixture[str]) -> None:
+    telemetry = set_up(TelemetryOptions(), {"OTEL_TRACES_EXPORTER": "console"})
+    one_mail(telemetry)
+    assert telemetry.flush_and_shutdown(10)
+    told = capfd.readouterr().out
+    assert [told.count(f'"name": "smtp.{name}"') for name in ("connection", "transaction", "delivery")] == [1, 1, 1]
