@@ -273,6 +273,7 @@ SOME_RECIPIENTS_DEFERRED: Final = _reply(
 )
 STORAGE_FULL: Final = _reply(452, "4.3.1", "Insufficient storage, try again later", ErrorType.STORAGE)
 STORAGE_FAILED: Final = _reply(451, "4.3.0", "Storage failed, try again later", ErrorType.STORAGE)
+STORAGE_BUSY: Final = _reply(451, "4.3.2", "Storage does not keep up, try again later", ErrorType.STORAGE)
 EXPIRED: Final = _reply(451, "4.4.7", "Delivery time expired", ErrorType.TIMEOUT)
 TOO_MANY_RECIPIENTS: Final = _reply(452, "4.5.3", "Too many recipients", ErrorType.LIMIT)
 AUTH_UNAVAILABLE: Final = _reply(454, "4.7.0", "Temporary authentication failure", ErrorType.AUTH)

@@ -28,7 +28,7 @@ from otel_smtp.smtp import replies
 from otel_smtp.smtp.envelope import Body, Mail, Recipient
 from otel_smtp.smtp.extensions import Extensions, of_ascii_content
 from otel_smtp.smtp.replies import ErrorType, Reply
-from otel_smtp.spool.messages import Kind, Lease, NewMessage, SpoolError, StorageFull, new_id
+from otel_smtp.spool.messages import Kind, Lease, NewMessage, SpoolError, StorageBusy, StorageFull, new_id
 from otel_smtp.spool.store import Draft, Pending, Store
 
 logger: Final = logging.getLogger("otel_smtp.spool.forwarders")
@@ -197,8 +197,15 @@ def _why(error: Exception) -> str:
 
 
 def reply_to(error: SpoolError) -> Reply:
-    """The reply to a client where the spool fails (RFC 3463 3.4: 4.3.1 is a full mail system)."""
-    return replies.STORAGE_FULL if isinstance(error, StorageFull) else replies.STORAGE_FAILED
+    """The reply to a client where the spool fails (RFC 3463 3.4: 4.3.1 is a full mail system, 4.3.2 one that takes no
+    mail for now)."""
+    match error:
+        case StorageFull():
+            return replies.STORAGE_FULL
+        case StorageBusy():
+            return replies.STORAGE_BUSY
+        case _:
+            return replies.STORAGE_FAILED
 
 
 class SpoolForwarder:

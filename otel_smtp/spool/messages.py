@@ -67,6 +67,10 @@ class StorageAway(SpoolError):
     """The database cannot be reached or does not take anything now: 451, and it is tried again."""
 
 
+class StorageBusy(StorageAway):
+    """The database takes what it is given, and not as fast as it comes: 451, as long as that is so."""
+
+
 class ContentLost(SpoolError):
     """A content is not there, or not all of it."""
 

@@ -15,7 +15,7 @@ from otel_smtp.smtp.extensions import Extensions
 from otel_smtp.smtp.replies import Reply
 from otel_smtp.spool.embedded import EmbeddedStore
 from otel_smtp.spool.forwarders import DirectThenQueueForwarder, Intake, SpoolForwarder
-from otel_smtp.spool.messages import Lease, StorageFull
+from otel_smtp.spool.messages import Lease, SpoolError, StorageAway, StorageBusy, StorageFull
 from tests.spool.messages import CARRIER
 from tests.spool.queueing import ResumedDeliveries, client_record, eventually, some_bytes
 from tests.spool.scripted_relay import BUSY, GONE, ScriptedRelay
@@ -309,6 +309,24 @@ async def test_a_disk_that_fails_while_content_comes_is_told_at_the_end(
     assert await client.answer() is replies.STORAGE_FULL
     await eventually(lambda: not files(gateway.store))
     assert client.record.spool_id is None
+
+
+@pytest.mark.parametrize(
+    ("error", "reply"),
+    [
+        (StorageFull("full"), replies.STORAGE_FULL),
+        (StorageBusy("slow"), replies.STORAGE_BUSY),
+        (StorageAway("gone"), replies.STORAGE_FAILED),
+        (SpoolError("broken"), replies.STORAGE_FAILED),
+    ],
+)
+async def test_a_client_is_told_what_the_spool_lacks(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch, error: SpoolError, reply: Reply
+) -> None:
+    monkeypatch.setattr(gateway.store, "refusal", lambda: error)
+    with pytest.raises(Transient) as refused:
+        gateway.queued()
+    assert refused.value.reply is reply
 
 
 async def test_a_bug_of_ours_is_an_answer_too(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -35,6 +35,10 @@ MOST_OCTETS: Final = 4 * 1024 * 1024
 ENOUGH_ITEMS: Final = 64  # for another group beside one that is under way
 GATHER_SECONDS: Final = 0.005  # what is not urgent waits for company; and what is, for a group that is under way
 PATIENCE_SECONDS: Final = 0.02  # what is not urgent waits for that
+SLOW_SECONDS: Final = 1.0  # of a group
+RECENT_GROUPS: Final = 9
+MOST_SLOW: Final = RECENT_GROUPS // 2  # of the recent ones; with one more the median is slow
+RELIEF_SECONDS: Final = 5.0  # then the next group shows whether it still is so
 
 
 class Item(Promise[T]):
@@ -110,6 +114,8 @@ class Lanes(Generic[I]):
         self._is_idle.set()
         self._tasks: list[asyncio.Task[None]] = []
         self._sweep: asyncio.TimerHandle | None = None
+        self._were_slow: deque[bool] = deque(maxlen=RECENT_GROUPS)
+        self._slow_until = 0.0
 
     def start(self) -> None:
         """Begin."""
@@ -120,6 +126,11 @@ class Lanes(Generic[I]):
     def waiting(self) -> int:
         """How many items no lane has taken yet."""
         return len(self._waiting)
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether the median of the recent groups took long, a moment ago."""
+        return time.monotonic() < self._slow_until
 
     def items(self) -> Iterator[I]:
         """All that has no answer yet."""
@@ -262,7 +273,7 @@ class Lanes(Generic[I]):
                 began = time.monotonic()
                 try:
                     await self._write(connection, number, group)
-                    self._timings.append((self._verb, time.monotonic() - began, len(group)))
+                    self._note_time(time.monotonic() - began, len(group))
                 finally:
                     watchdog.cancel()
             except Exception as error:  # noqa: BLE001 - it is judged
@@ -285,6 +296,16 @@ class Lanes(Generic[I]):
                 await asyncio.sleep(line.next_wait())
             else:
                 return
+
+    def _note_time(self, seconds: float, items: int) -> None:
+        self._timings.append((self._verb, seconds, items))
+        is_slow = seconds > SLOW_SECONDS
+        self._were_slow.append(is_slow)
+        if is_slow or self._slow_until:
+            if sum(self._were_slow) <= MOST_SLOW:
+                self._slow_until = 0.0
+            elif is_slow:
+                self._slow_until = time.monotonic() + RELIEF_SECONDS
 
     def _fail(self, item: I, fault: SpoolError) -> None:
         if item.may_be_done:

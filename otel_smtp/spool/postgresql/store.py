@@ -38,6 +38,7 @@ from otel_smtp.spool.messages import (
     ShareOfQueue,
     SpoolError,
     StorageAway,
+    StorageBusy,
     StorageFull,
     StoreVerb,
     Timing,
@@ -231,8 +232,8 @@ class PostgresqlStore(PostgresqlSubmitting, PostgresqlLeasing, PostgresqlOperati
             return StorageFull(f"the queue holds {stat['messages']} messages already")
         if self._most_octets is not None and stat.get("octets", 0) >= self._most_octets:
             return StorageFull(f"the queue holds {stat['octets']} octets already")
-        if self._accepting.waiting + self._large.waiting > MOST_WAITING:
-            return StorageAway("the queue's database does not keep up")
+        if self._accepting.is_slow or self._accepting.waiting + self._large.waiting > MOST_WAITING:
+            return StorageBusy("the queue's database does not keep up")
         return None
 
     def alarm(self) -> str | None:

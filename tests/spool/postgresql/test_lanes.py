@@ -4,6 +4,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from otel_smtp.spool.messages import StoreVerb
 from otel_smtp.spool.postgresql import lanes as lanes_module
 from otel_smtp.spool.postgresql.connecting import LastingConnection
-from otel_smtp.spool.postgresql.lanes import ENOUGH_ITEMS, MOST_ITEMS, Item, Lanes
+from otel_smtp.spool.postgresql.lanes import ENOUGH_ITEMS, MOST_ITEMS, RELIEF_SECONDS, Item, Lanes
 from tests.spool.queueing import eventually
 
 NEVER = 3600.0
@@ -122,6 +123,32 @@ async def test_what_exceeds_a_group_is_another_at_once() -> None:
     async with _running() as (lanes, written):
         _add(lanes, MOST_ITEMS + ENOUGH_ITEMS)
         await eventually(lambda: written.groups == [MOST_ITEMS, ENOUGH_ITEMS])
+
+
+async def test_it_is_slow_while_the_median_of_recent_groups_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a moment later the next group shows whether it still is: nobody would ever write one else."""
+    now = 1000.0
+    monkeypatch.setattr(lanes_module, "time", SimpleNamespace(monotonic=lambda: now))
+    async with _running() as (lanes, written):
+
+        async def write(seconds: float) -> bool:
+            nonlocal now
+            groups = len(written.groups)
+            (item,) = _add(lanes, 1)
+            await eventually(lambda: len(written.groups) > groups)
+            now += seconds
+            written.let_go(groups)
+            await item
+            await asyncio.sleep(0)
+            return lanes.is_slow
+
+        assert [await write(seconds) for seconds in (0.5, 1.5, 1.5, 1.5, 1.5)] == [False] * 5
+        assert await write(1.5)
+        now += RELIEF_SECONDS
+        assert not lanes.is_slow
+        assert await write(1.5)
+        assert [await write(0.1) for _ in range(5)] == [True, True, True, True, False]
+        assert [await write(seconds) for seconds in (1.5, 0.1)] == [False, False]
 
 
 @pytest.mark.parametrize(("is_urgent", "patience"), [(True, "GATHER_SECONDS"), (False, "PATIENCE_SECONDS")])

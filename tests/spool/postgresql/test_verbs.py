@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from otel_smtp.spool.messages import NoSuchMessage, StorageAway
+from otel_smtp.spool.messages import NoSuchMessage, StorageAway, StorageBusy
 from otel_smtp.spool.postgresql import PostgresqlStore, QueueLocation
 from otel_smtp.spool.postgresql import store as store_module
+from otel_smtp.spool.postgresql.lanes import Lanes
 from tests.spool.postgresql.cutting import CuttingProxy
 from tests.spool.postgresql.schemas import new_place, store
 from tests.spool.postgresql.verbs import VERBS, Verb, call, empty, state_of, verb_of, verbs_of_the_interface, waiting
@@ -53,6 +54,14 @@ async def gateway() -> AsyncIterator[Gateway]:
 
 async def test_each_verb_of_the_interface_has_a_row() -> None:
     assert {verb_of(label) for label in VERBS} == verbs_of_the_interface()
+
+
+async def test_it_takes_no_mail_while_the_database_does_not_keep_up(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert gateway.store.refusal() is None
+    monkeypatch.setattr(Lanes, "is_slow", True)
+    assert isinstance(gateway.store.refusal(), StorageBusy)
 
 
 @pytest.mark.parametrize("label", VERBS)
