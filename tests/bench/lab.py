@@ -6,7 +6,8 @@ microseconds of CPU per mail, as the minimum of many batches (the machine's othe
 without observers, with metrics, with traces that the sampler drops, that are not encoded, that are encoded and queued
 for export, and with all that is on by default. `--calls` counts as well: Python functions and C functions per mail,
 which is what the guard test bounds.
-`--queue` puts a spool between, whose thread and system calls are not counted: what mail costs the event loop.
+`--queue` puts a spool between: what mail costs the event loop. The thread and the system calls of a directory's are not
+counted; of one in PostgreSQL, those of its connections are.
 `--json` prints all that as one object, with what an idle connection holds and a profile, for `python -m tests.bench`.
 """
 
@@ -38,9 +39,11 @@ from otel_smtp.server.listener import Server
 from otel_smtp.server.policy import ListenerPolicy, ServerTimeouts
 from otel_smtp.smtp.policy import ServerLimits, ServerPolicy
 from otel_smtp.spool.embedded import EmbeddedStore
+from otel_smtp.spool.postgresql import PostgresqlStore, QueueLocation, migrate_place
 from otel_smtp.spool.schedule import Schedule
 from otel_smtp.spool.service import Spool, SpoolSettings
 from tests.bench.figures import Lab, Spent
+from tests.support import postgresql
 from tests.telemetry.cost import House, count_octets
 
 KIB: Final = 1024
@@ -192,12 +195,12 @@ class Figures(NamedTuple):
 
 @asynccontextmanager
 async def serving(
-    observers: Observers, strategy: str = "transparent", *, spool: Path | None = None
+    observers: Observers, strategy: str = "transparent", *, spool: Path | QueueLocation | None = None
 ) -> AsyncIterator[Callable[["Client"], None]]:
     """A gateway in memory; gives what connects a client to it.
 
     Args:
-        spool: a directory: it queues all mail there, which is on a disk.
+        spool: a directory or a database: it queues all mail there.
     """
     house = observers()
     sweep = Sweep()
@@ -213,7 +216,8 @@ async def serving(
     queue: Spool | None = None
     if spool is not None:
         settings = SpoolSettings(None, Schedule((60.0,), warn_after_seconds=None), "off", "gateway.example.com")
-        queue = Spool(settings, EmbeddedStore(spool), forwarder.for_spool(), None, house.observer)
+        store = PostgresqlStore(spool) if isinstance(spool, QueueLocation) else EmbeddedStore(spool)
+        queue = Spool(settings, store, forwarder.for_spool(), None, house.observer)
     server = Server(
         [], forwarder if queue is None else queue.forwarder, house.observer,
         connections=1000, connections_per_client=1000, sweep=sweep,
@@ -242,14 +246,14 @@ async def measure(
     batches: int = 40,
     mails: int = 200,
     counts: bool = False,
-    spool: Path | None = None,
+    spool: Path | QueueLocation | None = None,
     sessions: int = 1,
 ) -> Figures:
     """Send batches of mails through a gateway in memory: what its event loop does for them.
 
     Args:
         mails: in a batch, of each session.
-        spool: where it queues them, on a disk.
+        spool: where it queues them.
     """
     figures = Figures([], Counter(), Counter())
     async with serving(observers, strategy, spool=spool) as accept:
@@ -397,6 +401,17 @@ def _runner(loop: str) -> Callable[[Coroutine[Any, Any, T]], T]:
     return uvloop.run
 
 
+def _new_spool(where: str, stack: ExitStack) -> Path | QueueLocation:
+    """An empty spool until the end of `stack`; see `--queue`."""
+    if where != "postgresql":
+        return Path(stack.enter_context(tempfile.TemporaryDirectory(dir=where))) / "spool"
+    server = postgresql.Server()
+    stack.callback(server.remove)
+    place = QueueLocation(server.start().url())
+    asyncio.run(migrate_place(place, dry_run=False))
+    return place
+
+
 def main() -> None:
     """Measure, and print."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench.lab", description=__doc__)
@@ -405,7 +420,11 @@ def main() -> None:
     parser.add_argument("--strategy", default="transparent")
     parser.add_argument("--batches", type=int, default=40)
     parser.add_argument("--sessions", type=int, default=1)
-    parser.add_argument("--queue", metavar="DIRECTORY", type=Path, help="queue mail, in a new directory below this one")
+    parser.add_argument(
+        "--queue",
+        metavar="DIRECTORY|postgresql",
+        help="queue mail: in a new directory below this one, or in a PostgreSQL server of its own",
+    )
     parser.add_argument("--loop", choices=("uvloop", "asyncio"), default="uvloop")
     parser.add_argument("--calls", action="store_true")
     parser.add_argument("--json", action="store_true", help="all observers, 1 KB, uvloop")
@@ -415,9 +434,7 @@ def main() -> None:
         return
     for name in options.observers or OBSERVERS:
         with ExitStack() as stack:
-            spool = None
-            if options.queue is not None:
-                spool = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=options.queue))) / "spool"
+            spool = None if options.queue is None else _new_spool(options.queue, stack)
             work = measure(
                 OBSERVERS[name],
                 octets=options.size,

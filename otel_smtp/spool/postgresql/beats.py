@@ -56,6 +56,7 @@ class Beats:
 
     Attributes:
         incarnation: a new one after this gateway was declared dead.
+        ok_until: in seconds of the monotonic clock; before, the leases of this incarnation are surely ours.
         stat: what the housekeeper counted.
         gateways: how many live.
         is_housekeeper: this gateway does what one alone has to do.
@@ -82,7 +83,7 @@ class Beats:
         self.line = LastingConnection(place, "beats", self._made)
         self._interval = min(BEAT_SECONDS, place.takeover_seconds * MARGIN)
         self._margin = place.takeover_seconds * MARGIN
-        self._ok_until = float("-inf")
+        self.ok_until = float("-inf")
         self._unbroken_since: float | None = None
         self._clocks: tuple[float, float] | None = None
         self._task: asyncio.Task[None] | None = None
@@ -98,12 +99,12 @@ class Beats:
     def holds(self, incarnation: uuid.UUID | None) -> bool:
         """Whether the leases of an incarnation are surely ours at this moment."""
         # The very object: leases of ours are made with it, and to compare it is a function in Python.
-        return incarnation is self.incarnation and time.monotonic() < self._ok_until
+        return incarnation is self.incarnation and time.monotonic() < self.ok_until
 
     @property
     def silent_for(self) -> float:
         """For how many seconds no beat has been answered, beyond what leases allow; 0: none."""
-        return max(0.0, time.monotonic() - self._ok_until)
+        return max(0.0, time.monotonic() - self.ok_until)
 
     async def start(self) -> None:
         """Enter.
@@ -139,7 +140,7 @@ class Beats:
                 )
             finally:
                 await close(connection)
-        self._ok_until = float("-inf")
+        self.ok_until = float("-inf")
         await self.line.close()
 
     def _made(self, connection: Connection, facts: ServerFacts) -> None:
@@ -153,7 +154,7 @@ class Beats:
             )
         except Exception as error:
             raise storage_error(error) from error
-        self._ok_until = sent + self._place.takeover_seconds - self._margin
+        self.ok_until = sent + self._place.takeover_seconds - self._margin
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -195,7 +196,7 @@ class Beats:
             self._unbroken_since = None
             await self._enter(connection)
             return
-        self._ok_until = sent + self._place.takeover_seconds - self._margin
+        self.ok_until = sent + self._place.takeover_seconds - self._margin
         self.stat = json.loads(row["stat"]) if row["stat"] is not None else {}
         self.gateways = row["gateways"]
         self._note_clocks(sent, row["clock"])
@@ -263,6 +264,6 @@ class Beats:
 
     def refusal(self) -> SpoolError | None:
         """Why nothing can be taken in for now."""
-        if time.monotonic() < self._ok_until:
+        if time.monotonic() < self.ok_until:
             return None
         return StorageAway("queue database unavailable")

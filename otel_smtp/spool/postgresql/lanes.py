@@ -52,7 +52,10 @@ class Item(Promise[T]):
     __slots__ = ("deadline", "may_be_done", "octets")
 
     def __init__(self, octets: int, deadline: float) -> None:
-        super().__init__()
+        # As `Promise` has it: one call less for every message and every result.
+        self._callbacks = ()
+        self._error = self._result = None
+        self._is_done = False
         self.octets = octets
         self.deadline = deadline
         self.may_be_done = False
@@ -144,7 +147,8 @@ class Lanes(Generic[I]):
         self._octets += item.octets
         if is_urgent:
             self._is_urgent = True
-        self._call()
+        if self._patience is None or self._is_due:
+            self._call()
         if self._sweep is None:
             self._sweep_at(item.deadline)
 

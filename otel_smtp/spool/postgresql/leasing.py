@@ -117,4 +117,5 @@ class PostgresqlLeasing(PostgresqlParts):
     def holds(self, lease: Lease) -> bool:
         """See `Store.holds`."""
         key: ContentKey = lease.content.key  # type: ignore[assignment]  # asked several times for each mail
-        return self.beats.holds(key.incarnation)
+        beats = self.beats
+        return key.incarnation is beats.incarnation and time.monotonic() < beats.ok_until

@@ -82,10 +82,18 @@ class PostgresqlRecording(PostgresqlParts):
         is_urgent: bool = True,
     ) -> Result:
         """See `Store.finish`."""
+        recipients = lease.recipients
+        if len(recipients) == len(verdicts) == 1:
+            number, end, _ = verdicts[0]
+            if end is not None and number == recipients[0].number:  # as most end
+                return self._record(
+                    lease, {end_name(lease.kind, end): 1}, (), None,
+                    is_possible_duplicate=is_possible_duplicate, notices=notices, is_urgent=is_urgent,
+                )  # fmt: skip
         ended: dict[str, int] = {}
         left: list[SpooledRecipient] = []
         by_number = {verdict.number: verdict for verdict in verdicts}
-        for there in lease.recipients:
+        for there in recipients:
             verdict = by_number.get(there.number)
             if verdict is not None and verdict.end is not None:
                 name = end_name(lease.kind, verdict.end)

@@ -150,7 +150,7 @@ async def test_without_the_database_no_connection_is_opened_and_idle_ones_are_cl
     async with upstream, gateway(place, upstream, "one", 2) as (one, forwarder):
         assert (await relay(forwarder)).told.code == 250
         assert upstream.open_connections == 1
-        monkeypatch.setattr(one.beats, "_ok_until", time.monotonic() - 1.0)
+        monkeypatch.setattr(one.beats, "ok_until", time.monotonic() - 1.0)
         mail = asyncio.create_task(relay(forwarder))
         assert (await mail).told.code == 250  # a connection is at hand, and no other has its slot yet
         await until(lambda: upstream.open_connections == 0)
