@@ -208,19 +208,18 @@ class Limit:
                     used.append((now - max(noted_at), int(sum(noted))))
             return LimitState(max(0.0, cells[_TAT] - now), max(0.0, cells[_REST_UNTIL] - now), in_flight, tuple(used))
 
-    def resume(self, state: LimitState, elapsed: float, unknown_seconds: float, now: float) -> None:
+    def resume(self, state: LimitState, elapsed: float, unknown: int, now: float) -> None:
         """Go on from where another process was. What is not known counts as used now.
 
         Args:
             state: of that other one, `elapsed` seconds ago.
-            unknown_seconds: for how long it may have gone on since then, and taken what it could get.
+            unknown: permits that it may have taken since then.
         """
         with _held(self._lock):
             cells, settings = self._cells, self.settings
             for age, permits in sorted(state.used, reverse=True):
                 if age + elapsed < self._window_seconds:
                     self._note_used(permits, now - elapsed - age)
-            unknown = settings.burst + math.ceil(unknown_seconds / self._interval) if unknown_seconds else 0
             self._note_used(state.in_flight + unknown, now)
             ahead = max(0.0, state.ahead_seconds - elapsed) + unknown * self._interval
             cells[_TAT] = now + min(ahead, settings.burst * self._interval)

@@ -1,11 +1,13 @@
 """Limits that hold over a restart, of a gateway that has its queue in a directory.
 
-How far they are used up is written to a file there: soon after something was taken, and when the gateway stops. What a
-process that was killed may have taken behind that counts as used: a limit is never exceeded to make up for a failure.
+How far they are used up is written to a file there: soon after something was taken, at once where that is much, and
+when the gateway stops. What a process that was killed may have taken without that counts as used: a limit is never
+exceeded to make up for a failure.
 """
 
 import asyncio
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +20,9 @@ from otel_smtp.forwarding.limits import Limit, LimitSettings, LimitState, Permit
 from otel_smtp.spool.embedded.files import open_regular
 
 SAVE_SECONDS: Final = 1.0
-"""Between something that was taken, and when it is written."""
+"""Between something that was taken, or has ended, and when it is written."""
+UNSAVED_PART: Final = 0.01
+"""Of a limit, may be taken without that it is written: what a kill costs at most, where little is taken in a second."""
 
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 
@@ -61,7 +65,7 @@ class KeptLimits:
         monotonic: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
     ) -> None:
-        self.limits = {one.name: _KeptLimit(one, self._changed) for one in settings}
+        self.limits = {one.name: _KeptLimit(one, self._changed, self.save) for one in settings}
         self._path = path
         self._monotonic = monotonic
         self._wall = wall
@@ -86,7 +90,7 @@ class KeptLimits:
             elapsed = max(0.0, now - kept.monotonic if is_same_boot else self._wall() - kept.wall)
             for name, one in self.limits.items():
                 if (of_name := kept.limits.get(name)) is not None and of_name == _kept(one, of_name.state):
-                    one.resume(of_name.state, elapsed, 0.0 if kept.is_final else SAVE_SECONDS, now)
+                    one.resume(of_name.state, elapsed, 0 if kept.is_final else one.most_unsaved - 1, now)
         self.save()
 
     def close(self) -> None:
@@ -102,13 +106,18 @@ class KeptLimits:
             self._saving = asyncio.get_running_loop().call_later(SAVE_SECONDS, self.save)
 
     def save(self) -> None:
-        """Write how far they are used up; done `SAVE_SECONDS` after something was taken."""
-        self._saving = None
-        self._save(is_final=False)
+        """Write how far they are used up."""
+        if self._saving is not None:
+            self._saving.cancel()
+            self._saving = None
+        if self._is_open:
+            self._save(is_final=False)
 
     def _save(self, *, is_final: bool) -> None:
         now = self._monotonic()
         limits = {name: _kept(one, one.state(now)) for name, one in self.limits.items()}
+        for one in self.limits.values():
+            one.unsaved = 0
         data = msgspec.json.encode(_File(_boot_id(), now, self._wall(), is_final, limits))
         new = self._path.with_name(self._path.name + ".new")
         try:
@@ -124,17 +133,36 @@ class KeptLimits:
 
 
 class _KeptLimit(Limit):
-    """A limit that tells when something was taken, or its time to rest has changed."""
+    """A limit that is to be written.
 
-    def __init__(self, settings: LimitSettings, changed: Callable[[], None]) -> None:
+    Args:
+        changed: called when it is to be written soon. `save`: writes it.
+
+    Attributes:
+        unsaved: permits that were taken since it was written; below `most_unsaved` whenever anything leaves.
+    """
+
+    def __init__(self, settings: LimitSettings, changed: Callable[[], None], save: Callable[[], None]) -> None:
         super().__init__(settings)
         self._changed = changed
+        self._save = save
+        self.unsaved = 0
+        a_while = math.ceil(SAVE_SECONDS * settings.count / settings.period_seconds)
+        self.most_unsaved = max(a_while, int(settings.count * UNSAVED_PART), 1)
 
     def take(self, amount: int, now: float) -> Permit | float:
         taken = super().take(amount, now)
         if isinstance(taken, Permit):
-            self._changed()
+            self.unsaved += amount
+            if self.unsaved >= self.most_unsaved:
+                self._save()
+            else:
+                self._changed()
         return taken
+
+    def landed(self, permit: Permit, now: float) -> None:
+        super().landed(permit, now)
+        self._changed()
 
     def rest(self, seconds: float, now: float) -> None:
         super().rest(seconds, now)
