@@ -235,11 +235,12 @@ async def test_an_upstream_that_takes_over_may_take_fewer(strategy: Strategy) ->
                 assert sizes(other) == expected
 
 
-async def test_a_message_is_divided_into_so_many_transactions_and_no_more() -> None:
+@both_strategies
+async def test_a_message_is_divided_into_so_many_transactions_and_no_more(strategy: Strategy) -> None:
     recipients = people(2 * MOST_TRANSACTIONS + 3)
     async with (
         ScriptedUpstream() as upstream,
-        relaying(settings(upstream, recipients_per_transaction=2)) as forwarder,
+        relaying(settings(upstream, recipients_per_transaction=2), strategy=strategy) as forwarder,
     ):
         relayed = await relay(forwarder, *recipients)
         assert relayed.codes == [250] * (2 * MOST_TRANSACTIONS) + [452] * 3

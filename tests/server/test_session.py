@@ -801,6 +801,26 @@ async def test_at_the_drain_an_open_transaction_is_finished_first() -> None:
         assert served.forwarder.kept[0].is_accepted
 
 
+async def test_a_transaction_that_is_finished_step_by_step_after_the_drain_is_the_last_one() -> None:
+    async with serving() as served:
+        served.stream.feed(b"EHLO client.example\r\n")
+        await served.stream.sends(b"250 ")
+        served.stream.feed(b"MAIL FROM:<a@example.com>\r\n")
+        await served.stream.sends(b"250 2.1.0")
+        served.server.is_draining = True
+        served.session.drain()
+        for said, expected in (
+            (b"RCPT TO:<b@example.org>\r\n", b"250 2.1.5"),
+            (b"DATA\r\n", b"354 "),
+            (CONTENT + b".\r\n", b"250 2.0.0 Ok trace="),
+        ):
+            served.stream.feed(said)
+            await served.stream.sends(expected)
+        await served.ended()
+        assert served.stream.sent.endswith(replies.SHUTTING_DOWN.wire)
+        assert served.forwarder.kept[0].is_accepted
+
+
 async def test_cancelled_in_data_nothing_is_accepted_and_the_client_is_told() -> None:
     async with serving() as served:
         served.stream.feed(ENVELOPE + b"DATA\r\n" + CONTENT)
