@@ -80,6 +80,18 @@ async def test_what_comes_at_the_same_time_shares_a_sync(tmp_path: Path, monkeyp
         assert syncs < 20
 
 
+async def test_what_is_more_than_a_group_is_written_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing comes behind it that would wake the log."""
+    monkeypatch.setattr("otel_smtp.spool.embedded.log.GROUP_MOST", 3)
+    async with opened(tmp_path / "spool") as (store, _):
+        drafts = [await written(store.draft()) for _ in range(10)]
+        async with asyncio.timeout(30):
+            await asyncio.gather(*[store.submit(message(), draft, lease=False) for draft in drafts])
+        assert len(await ids_in(store)) == 10
+
+
 async def test_a_bug_of_ours_leaves_nobody_without_an_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_: Step[object]) -> None:
         raise ZeroDivisionError
