@@ -111,6 +111,32 @@ def gateway(store: EmbeddedStore) -> Gateway:
     return Gateway(store, relay, intake)
 
 
+async def test_room_that_was_kept_for_a_message_is_given_back_where_our_own_code_fails(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[Sequence[Lease]] = []
+
+    class Roomy(NoAttempts):
+        def reserve(self, destinations: Sequence[str]) -> bool:
+            return True
+
+        def begin(self, destinations: Sequence[str], leases: Sequence[Lease], content: object) -> None:
+            begun.append(leases)
+
+    def submit(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(gateway.intake, "_attempts", Roomy())
+    monkeypatch.setattr(gateway.store, "submit", submit)
+    client = gateway.queued()
+    await client.ask(BOB)
+    client.begin_content()
+    client.write(HEADER, BODY)
+    with pytest.raises(ZeroDivisionError):
+        client.finish()
+    assert begun == [()]
+
+
 def failed(error: Exception) -> asyncio.Future[Sequence[Lease]]:
     """What a store that fails answers."""
     answer: asyncio.Future[Sequence[Lease]] = asyncio.get_running_loop().create_future()

@@ -140,6 +140,20 @@ async def test_a_content_that_cannot_be_read_is_set_aside_and_not_retried() -> N
         assert up.relay.taken[0][2] == HEADER + BODY
 
 
+async def test_of_a_content_that_came_in_part_all_is_read_before_any_is_sent() -> None:
+    class Partial(MemoryStore):
+        async def claim(
+            self, wanted: Mapping[str, int]
+        ) -> tuple[Sequence[tuple[Lease, Sequence[bytes] | None]], float | None]:
+            claimed, due_in = await super().claim(wanted)
+            return [(lease, None if content is None else content[:1]) for lease, content in claimed], due_in
+
+    async with running(store=Partial()) as up:
+        await up.put()
+        await up.empties()
+        assert [content for _, _, content in up.relay.taken] == [HEADER + BODY]
+
+
 async def test_a_store_that_is_away_for_a_while_is_worked_on_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner_module, "AGAIN_SECONDS", 0.01)
     failures = iter(range(5))

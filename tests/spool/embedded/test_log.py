@@ -1,6 +1,7 @@
 """The log's groups: who shares a sync, and that nobody is left behind."""
 
 import asyncio
+import errno
 import os
 import threading
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from otel_smtp.smtp import replies
 from otel_smtp.spool.embedded.files import write_durably
 from otel_smtp.spool.embedded.log import Step
 from otel_smtp.spool.messages import End, SpoolError, StorageFull, Verdict
-from tests.spool.embedded.test_recovery import ids_in, opened
+from tests.spool.embedded.test_recovery import ids_in, left_by_a_crash, opened
 from tests.spool.messages import BODY, HEADER, message, queued, written
 from tests.spool.queueing import eventually
 from tests.spool.stores import SEGMENT_OCTETS
@@ -90,6 +91,26 @@ async def test_what_is_more_than_a_group_is_written_all_the_same(
         async with asyncio.timeout(30):
             await asyncio.gather(*[store.submit(message(), draft, lease=False) for draft in drafts])
         assert len(await ids_in(store)) == 10
+
+
+async def test_what_was_written_and_not_promised_is_not_there_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its client heard 451 and sends it again."""
+
+    def write_and_fail(file: int, data: bytes, at: int, *, in_one_call: bool) -> bool:
+        write_durably(file, data, at, in_one_call=in_one_call)
+        raise OSError(errno.ENOSPC, "no space, says the sync")
+
+    async with opened(tmp_path / "spool") as (store, _):
+        kept = await queued(store)
+        monkeypatch.setattr("otel_smtp.spool.embedded.log.write_durably", write_and_fail)
+        with pytest.raises(StorageFull):
+            await queued(store)
+        monkeypatch.undo()
+        crashed = left_by_a_crash(store)  # before anything is written in its place
+    async with opened(crashed) as (store, _):
+        assert await ids_in(store) == [kept]
 
 
 async def test_a_bug_of_ours_leaves_nobody_without_an_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
