@@ -888,6 +888,13 @@ SPOOL_AWAY: Final = _metric(
     (),
     "For how long the database of a shared queue has been silent, beyond what leases allow; 0: it answers",
 )
+SPOOL_POSSIBLE_DUPLICATES: Final = _metric(
+    "smtp.spool.possible_duplicates",
+    Instrument.COUNTER,
+    "{delivery}",
+    (),
+    "Attempts at mail that an upstream may have already: an attempt before was cut off, or its reply was lost",
+)
 SPOOL_TAKEN_OVER: Final = _metric(
     "smtp.spool.taken_over",
     Instrument.COUNTER,

@@ -202,6 +202,7 @@ class Metrics(Observer):
         self._auth = LabelledCounts(names.SERVER_AUTH)
         self._refused = LabelledCounts(names.REFUSED)
         self._probes = LabelledCounts(names.PROBES)
+        self._possible_duplicates = 0
         self._connection_duration = Measurements(names.SERVER_CONNECTION_DURATION)
         self._state_duration = Measurements(names.STATE_DURATION)
         self._transaction_duration = Measurements(names.TRANSACTION_DURATION)
@@ -405,6 +406,7 @@ class Metrics(Observer):
             or delivery.refused
             or transaction.connection is not None
             or transaction.kind is not _MAIL
+            or transaction.is_possible_duplicate
         ):
             return False
         ended_ns, noted = delivery.ended_ns, self._noted_attempts[delivery.upstream]
@@ -469,6 +471,7 @@ class Metrics(Observer):
             if self._note_attempt(delivery, transaction, context):
                 continue
             self._measure(delivery, transaction, context)
+            self._possible_duplicates += transaction.is_possible_duplicate
             if transaction.connection is None and transaction.kind is MessageKind.MAIL:
                 self._count_ended(delivery)
 
@@ -658,6 +661,7 @@ class Metrics(Observer):
             if shared is None or shared.tells_messages:
                 yield names.SPOOL_MESSAGES, [((state,), count) for state, count in states.items()]
             yield names.SPOOL_AGE, [((), oldest_age_seconds)]
+            yield names.SPOOL_POSSIBLE_DUPLICATES, [((), self._possible_duplicates)]
             if shared is None:
                 yield names.SPOOL_DEAD, [((), dead_octets)]
             else:

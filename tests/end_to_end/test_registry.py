@@ -317,7 +317,7 @@ def test_metrics_are_those_of_the_registry_with_its_labels(played: dict[str, Pla
         one.name
         for one in (
             names.SPOOL_GATEWAYS, names.SPOOL_AWAY, names.SPOOL_TAKEN_OVER, names.SPOOL_STALE, names.SPOOL_UNANSWERED,
-            names.SPOOL_STORE, names.SPOOL_GROUP_SIZE,
+            names.SPOOL_STORE, names.SPOOL_GROUP_SIZE, names.SPOOL_POSSIBLE_DUPLICATES,
         )
     }  # fmt: skip
     told = {names.NOTIFY_OUTCOMES.name, names.NOTIFY_PENDING.name, names.NOTIFY_AGE.name}

@@ -340,6 +340,18 @@ def test_mails_are_counted_together_and_each_once() -> None:
         assert found["smtp_client_pool_wait_seconds_count", (("smtp_upstream_name", "provider"),)] == 120
 
 
+@pytest.mark.parametrize("attempt", [1, 2])  # the first: one before was cut off where a gateway stopped
+def test_attempts_that_may_make_a_duplicate_are_counted_where_there_is_a_spool(attempt: int) -> None:
+    metrics = Metrics(upstreams=["provider"], spool=lambda: ({}, 0.0, 0))
+    name = "smtp_spool_possible_duplicates_total", ()
+    resume(metrics, {}, attempt=attempt, waited_seconds=1.0)
+    assert samples(metrics)[name] == 0
+    resume(metrics, {}, attempt=attempt, waited_seconds=1.0, is_possible_duplicate=True)
+    assert samples(metrics)[name] == 1
+    labels = (("smtp_upstream_name", "provider"),)
+    assert samples(metrics)["smtp_client_delivery_age_seconds_count", labels] == 2
+
+
 class _CountsAtOnce(Metrics):
     """Notes nothing of queued mail for later."""
 
