@@ -29,7 +29,6 @@ from otel_smtp.forwarding.settings import (
     UpstreamSettings,
 )
 from otel_smtp.forwarding.slots import IDLE_SECONDS, TURN_MESSAGES, AnySlots, SlotSettings, slots_of
-from otel_smtp.gateway.kept_limits import KeptLimits
 from otel_smtp.server.exchanges import Authenticator
 from otel_smtp.server.policy import ListenerPolicy, Segments, ServerTimeouts
 from otel_smtp.smtp.policy import ServerLimits, ServerPolicy
@@ -45,6 +44,7 @@ from otel_smtp.telemetry.state_events import StateEvents
 from otel_smtp.telemetry.tracing import Keep
 
 if TYPE_CHECKING:
+    from otel_smtp.gateway.kept_limits import KeptLimits
     from otel_smtp.spool.outcomes.receivers import ReceiverSettings
     from otel_smtp.spool.postgresql import PostgresqlStore, QueueLocation
     from otel_smtp.spool.service import SpoolSettings
@@ -216,11 +216,13 @@ def limit_settings(settings: Settings) -> list[LimitSettings]:
     ]
 
 
-def kept_limits(settings: Settings) -> KeptLimits | None:
+def kept_limits(settings: Settings) -> "KeptLimits | None":
     """The limits of a gateway that has its queue in a directory; None: there are none, or they are kept elsewhere."""
     directory = settings.spool.directory
     if settings.delivery.mode == "direct" or directory is None or not settings.limit:
         return None
+    from otel_smtp.gateway.kept_limits import KeptLimits  # late: it brings SQLite
+
     return KeptLimits(limit_settings(settings), Path(directory) / "limits")
 
 
