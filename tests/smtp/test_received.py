@@ -2,9 +2,10 @@
 
 import datetime
 import email.utils
+import re
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from otel_smtp.smtp.errors import LocalProtocolError
@@ -257,6 +258,16 @@ PIECES = [
     b"Received",
     b"\xff",
 ]
+
+
+@given(st.lists(st.sampled_from([*PIECES, b"\nreceived", b" :"]), max_size=40).map(b"".join))
+@example(b"Received : x\r\n")
+@example(b"Subject: x\r\nRECEIVED\t:\r\n x\r\nreceived:y\r\n")
+@example(b"X-Received: x\r\n received: y\r\nreceived x: y\r\n")
+def test_hops_are_the_received_fields_however_they_are_written(block: bytes) -> None:
+    """A blank before the colon is the obsolete form (RFC 5322 4.5); without it a loop would not be seen."""
+    fields = [line for line in block.split(b"\n") if re.match(rb"received[ \t]*:", line, re.IGNORECASE)]
+    assert inspect_header(block).hops == len(fields)
 
 
 @given(st.lists(st.sampled_from(PIECES), max_size=40).map(b"".join))
