@@ -59,6 +59,9 @@ def serve(
     # Until it serves (`leave_out_of_garbage_collection`): what a start makes stays, and looking through it is a sixth
     # of the time to the first greeting.
     gc.disable()
+    # gRPC writes lines of its own between those of the log, one for each handshake that fails; why it failed, the log
+    # says.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     _leave_out_what_httpx_would_draw_with()
     _raise_file_limit()
     options = {

@@ -251,7 +251,13 @@ def own_resource(worker: int | None = None, *, version: str = "") -> Resource:
     own = {name: value for name, value in own.items() if name not in given}
     if worker is not None and (instance := given.get(SERVICE_INSTANCE_ID)):
         own[SERVICE_INSTANCE_ID] = f"{instance}-{worker}"
-    return found.merge(Resource(own))
+    resource = found.merge(Resource(own))
+    return Resource({_text(name): _text(value) for name, value in resource.attributes.items()}, resource.schema_url)
+
+
+def _text(value: T) -> T:
+    """A value that the metrics page and OTLP can hold: what is not UTF-8 in the environment is lone surrogates here."""
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value  # type: ignore[return-value]
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from otel_smtp.telemetry.environment import (
     read,
     without,
 )
+from otel_smtp.telemetry.setup import TelemetryOptions, set_up
 
 OTLP, TRACES = "OTEL_EXPORTER_OTLP_", "OTEL_EXPORTER_OTLP_TRACES_"
 GRPC = {OTLP + "PROTOCOL": "grpc"}
@@ -222,6 +223,7 @@ LOOKED_AT = [
         for bad in ("/no/such.pem", os.path.dirname(__file__))
     ],
 ]
+
 GENERAL = {OTLP + "ENDPOINT": "http://general:4318"}
 
 
@@ -429,6 +431,15 @@ def test_the_service_has_a_name(environ: dict[str, str], name: str, monkeypatch:
     for variable, value in environ.items():
         monkeypatch.setenv(variable, value)
     assert own_resource().attributes["service.name"] == name
+
+
+def test_octets_that_are_not_utf8_stay_out_of_the_resource(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_SERVICE_NAME", "caf\udce9")
+    monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "team=\udcffx,process.pid=7")
+    about = own_resource().attributes
+    assert (about["service.name"], about["team"]) == ("caf?", "?x")
+    page, _ = set_up(TelemetryOptions()).metrics_page("text/plain")
+    assert b'service_name="caf?"' in page
 
 
 def test_the_resource_names_host_and_process(monkeypatch: pytest.MonkeyPatch) -> None:
