@@ -499,7 +499,7 @@ class Attempt:
             )  # fmt: skip
             if self._means.outcomes is not None:
                 self._means.outcomes.stored(outcomes)
-            if notices or waiting:
+            if notices or any(verdict.end is None for verdict in verdicts):  # also where a notice was not created
                 self._means.wake([destination for notice, _ in notices for destination in notice.deliveries])
         finally:
             self._means.ended(self)

@@ -224,6 +224,25 @@ async def test_a_result_that_comes_too_late_stands_in_the_trace(recipients: tupl
         assert (told.carrier, store.results) == (delivery.transaction.carrier, 1)
 
 
+async def test_who_has_the_mail_does_not_get_it_again_where_a_bounce_cannot_be_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    failures = iter(range(2))
+    of = Notices.of
+
+    async def fail(self: Notices, *about: Any, **more: Any) -> Any:
+        if next(failures, None) is not None:
+            raise ZeroDivisionError
+        return await of(self, *about, **more)
+
+    monkeypatch.setattr(Notices, "of", fail)
+    async with running(ScriptedRelay(verdicts={"b@x.example": GONE})) as up:
+        await up.put("a@x.example", "b@x.example")
+        await up.empties()
+        assert [recipients for _, recipients, _ in up.relay.taken] == [("a@x.example",), ("app@example.com",)]
+        assert (await up.store.tally())["delivered"] == 1
+
+
 async def given(up: Running, *senders: str) -> None:
     """Messages that are leased with the record that makes them durable, as clients' are."""
     for sender in senders:

@@ -352,6 +352,18 @@ def test_attempts_that_may_make_a_duplicate_are_counted_where_there_is_a_spool(a
     assert samples(metrics)["smtp_client_delivery_age_seconds_count", labels] == 2
 
 
+def test_a_mail_that_a_limit_held_back_is_measured_so_however_well_it_went() -> None:
+    metrics = Metrics(upstreams=["provider"])
+    client = Client(metrics).ehlo().mail().rcpt().data().header()
+    client.deliver()
+    assert client.transaction is not None
+    client.transaction.deliveries[0].note_pace("daily", 1, 2_000_000_000)
+    client.final()
+    labels = (("smtp_limit_name", "daily"),)
+    found = {key: value for key, value in samples(metrics).items() if "pace" in key[0] or "limit" in key[0]}
+    assert [value for (name, of), value in found.items() if of == labels and name.endswith("_sum")] == [2.0], found
+
+
 class _CountsAtOnce(Metrics):
     """Notes nothing of queued mail for later."""
 
