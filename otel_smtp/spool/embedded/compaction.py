@@ -10,6 +10,7 @@ from typing import Final
 from otel_smtp.spool.embedded.contents import Contents
 from otel_smtp.spool.embedded.directory import SpoolDirectory
 from otel_smtp.spool.embedded.entries import Entry, Place
+from otel_smtp.spool.embedded.index import Index
 from otel_smtp.spool.embedded.index_thread import IndexThread
 from otel_smtp.spool.embedded.indexing import Indexing
 from otel_smtp.spool.embedded.journal import Journal, message_part
@@ -106,6 +107,9 @@ class Compaction:
             await self._indexing.write_all()
             if oldest in self._memory.live or self._indexing.known[0] <= oldest:
                 return  # what is busy is for the next time, and so is what the index is not complete up to
+            # An earlier index, found after a loss of power, would not belong to the log any more, and would list mail
+            # that has ended since then.
+            await self._index.run(Index.sync)
             self._segments.discard(oldest)
             if oldest in self._unreadable:
                 self._unreadable.discard(oldest)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from otel_smtp.spool.embedded.entries import Entry, Place
-from otel_smtp.spool.embedded.files import open_regular, write_zeros
+from otel_smtp.spool.embedded.files import open_regular, storage_error, sync_directory, write_zeros
 from otel_smtp.spool.messages import OUTCOME_PREFIX, DeliveryState, Kind, SpoolError, StorageBroken, StorageFull
 
 VERSION: Final = 1
@@ -254,6 +254,26 @@ class Index:
                     execute("ROLLBACK")
             raise index_error(error) from error
         self.messages, self._deliveries = messages, deliveries
+
+    def sync(self) -> None:
+        """Make durable what was written, which SQLite itself does only when it moves its log into the database.
+
+        Raises:
+            StorageFull, StorageBroken: it is not.
+        """
+        if self._path is None:
+            return
+        try:
+            # The log alone: SQLite's locks are on the database, and to open and close that file drops them.
+            with contextlib.suppress(FileNotFoundError):  # on a full disk SQLite could not make one, and writes nothing
+                file = open_regular(self._wal, os.O_RDWR)
+                try:
+                    os.fdatasync(file)
+                finally:
+                    os.close(file)
+            sync_directory(self._path.parent)
+        except OSError as error:
+            raise storage_error(error) from error
 
     def note_leased(self, leased: Sequence[tuple[str, int]]) -> None:
         """Do not offer these deliveries any more. The rows follow when they are written; the log knows already."""

@@ -7,8 +7,8 @@ what of it was synced, and which names are durable. So at each call there are tw
 * the power fails: of what was written since a file's last sync any sectors are there, and of what was done to the names
   in a directory since its last sync the first few things, none or all.
 
-The index syncs nothing between its checkpoints, and can be made again: after a crash it is there as it was at that
-moment, as it was a while before, or not at all. What is done in its thread is done under the lock too, so that it is
+The index is seldom synced, and can be made again: after a crash it is there as it was at that moment, as it was at any
+moment since it was synced last, or not at all. What is done in its thread is done under the lock too, so that it is
 never copied in the midst of a transaction, which SQLite itself takes back.
 """
 
@@ -285,6 +285,10 @@ class Disk:
                 return False
             self._names[directory] = [self._now(directory)]
             return True
+        if os.readlink(f"/proc/self/fd/{file}") == f"{self._root}/index.db-wal":
+            self._indexes.clear()  # those of before are gone for good
+            self._is_index_changed = True
+            return False
         if (found := self._file(file)) is None:
             return False
         found.sync()

@@ -3,6 +3,7 @@
 `python -m tests.durability crashes` tries many more of them.
 """
 
+import os
 import random
 import shutil
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,15 @@ from otel_smtp.spool.embedded import EmbeddedStore
 from otel_smtp.spool.embedded import index as index_module
 from otel_smtp.spool.embedded.directory import SpoolDirectory
 from otel_smtp.spool.messages import End, Verdict
-from tests.spool.embedded.crashing import SEGMENT_OCTETS, WAL_OCTETS, Crash, Disk, crash_at_any_call, faults_of
+from tests.spool.embedded.crashing import (
+    INDEX_FILES,
+    SEGMENT_OCTETS,
+    WAL_OCTETS,
+    Crash,
+    Disk,
+    crash_at_any_call,
+    faults_of,
+)
 from tests.spool.embedded.working import Ledger
 from tests.spool.messages import HEADER, message, written
 
@@ -63,6 +72,56 @@ async def test_a_name_of_before_does_not_lead_to_what_a_segment_that_is_used_aga
             Crash(True, seed % 2 or None).leave(moment, root, left, random.Random(seed))
             assert await faults_of(left, moment.books, ledger.contents) == [], (moment.number, moment.call, seed)
             shutil.rmtree(left)
+
+
+async def test_the_index_that_a_loss_of_power_leaves_is_one_of_the_log_that_it_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would be made again out of the log, and tell of mail that has ended as of mail that is missing."""
+    root, durable, body = tmp_path / "spool", tmp_path / "durable", b"\r\n" + b"x" * 40_000
+    fdatasync = os.fdatasync
+
+    def sync(file: int) -> None:
+        fdatasync(file)
+        if os.readlink(f"/proc/self/fd/{file}") == str(root / "index.db-wal"):
+            keep_index()
+
+    def keep_index() -> None:
+        for name in INDEX_FILES:
+            if (root / name).exists():
+                shutil.copy(root / name, durable / name)
+
+    durable.mkdir()
+    store = EmbeddedStore(root, least_free_octets=0, segment_octets=SEGMENT_OCTETS)
+    await store.open()
+    assert store._keeper is not None
+    store._keeper.cancel()
+    try:
+        deferred = [await store.submit(message(), await written(store.draft()), lease=True) for _ in range(3)]
+        await store.indexing.write_all()
+        keep_index()
+        monkeypatch.setattr(os, "fdatasync", sync)
+        for (lease,) in deferred:
+            await store.finish(lease, [Verdict(0, End.DELIVERED, replies.OK)])
+        first = store.journal.log.told[0]
+        while store.journal.log.told[0] < first + 5:
+            (lease,) = await store.submit(message(), await written(store.draft(), HEADER, body), lease=True)
+            await store.finish(lease, [Verdict(0, End.DELIVERED, replies.OK)])
+            await store.compaction.compact()
+        assert not (root / "log" / f"{first:012}").exists()
+        left = tmp_path / "left"
+        shutil.copytree(root, left, ignore=shutil.ignore_patterns("LOCK", "index*"))
+        shutil.copytree(durable, left, dirs_exist_ok=True)
+    finally:
+        await store.close()
+    monkeypatch.undo()
+    found = EmbeddedStore(left, least_free_octets=0, segment_octets=SEGMENT_OCTETS)
+    recovery = await found.open()
+    try:
+        assert (recovery.alarms, recovery.remarks) == ([], [])
+        assert await found.page("", 10) == []
+    finally:
+        await found.close()
 
 
 def _may_be_found_again(names: Sequence[Mapping[str, object]]) -> bool:
