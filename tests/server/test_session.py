@@ -160,6 +160,17 @@ async def test_whatever_comes_while_a_decision_is_awaited_is_served_after_it(end
             assert told == codes, f"seed {seed}"
 
 
+async def test_the_received_field_says_how_each_mail_came() -> None:
+    said = b"MAIL FROM:<a@example.com>%b\r\nRCPT TO:<b@example.org>\r\nDATA\r\n" + CONTENT + b".\r\n"
+    async with serving() as served:
+        served.stream.feed(b"EHLO client.example\r\n")
+        for parameters in (b"", b" SMTPUTF8", b""):
+            served.stream.feed(said % parameters)
+            await served.stream.sends(b"250 2.0.0 Ok trace=")
+        words = [kept.content.partition(b" with ")[2].split()[0] for kept in served.forwarder.kept]
+        assert words == [b"ESMTP", b"UTF8SMTP", b"ESMTP"]
+
+
 async def test_an_lmtp_client_gets_the_verdict_of_each_recipient() -> None:
     policy = replace(POLICY, protocol=replace(POLICY.protocol, is_lmtp=True))
     full = Reply(552, EnhancedStatus(5, 2, 2), ("full",), ErrorType.UPSTREAM_REFUSED)
