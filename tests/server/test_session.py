@@ -192,6 +192,22 @@ async def test_an_lmtp_client_gets_the_verdict_of_each_recipient() -> None:
         ]
 
 
+@pytest.mark.parametrize("is_first", [True, False])
+async def test_a_message_that_some_lmtp_recipient_got_was_taken_whichever_that_is(is_first: bool) -> None:
+    policy = replace(POLICY, protocol=replace(POLICY.protocol, is_lmtp=True))
+    full = Reply(552, EnhancedStatus(5, 2, 2), ("full",), ErrorType.UPSTREAM_REFUSED)
+    async with serving(policy) as served:
+        served.forwarder.final = full
+        served.forwarder.verdicts = (replies.OK, full) if is_first else (full, replies.OK)
+        served.stream.feed(
+            b"LHLO c.example\r\nMAIL FROM:<a@c.example>\r\nRCPT TO:<b@d.example>\r\nRCPT TO:<c@d.example>\r\n"
+            b"DATA\r\nSubject: x\r\n\r\nx\r\n.\r\nQUIT\r\n"
+        )
+        await served.ended()
+        assert served.seen.states == "New Active Data Active Error Idle Closed"
+        assert served.seen.transactions[0].outcome is Outcome.PARTLY_RELAYED
+
+
 async def test_a_pipelined_group_of_recipients_is_one_batch_and_its_replies_one_write() -> None:
     async with serving() as served:
         served.forwarder.refuses["bad@example.org"] = replies.RELAY_DENIED
