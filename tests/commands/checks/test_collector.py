@@ -168,7 +168,8 @@ async def test_tls_that_fails_and_a_file_that_is_missing() -> None:
         (finding,) = await findings(environ)
         assert finding.verdict == "failed"
         assert finding.detail.startswith("cannot be reached: TLS: ")
-        (finding,) = await findings({**environ, "OTEL_EXPORTER_OTLP_CERTIFICATE": "/nonexistent.pem"})
+        wrong, finding = await findings({**environ, "OTEL_EXPORTER_OTLP_CERTIFICATE": "/nonexistent.pem"})
+        assert wrong.detail.startswith("OTEL_EXPORTER_OTLP_CERTIFICATE='/nonexistent.pem': ")
         assert finding.detail == "its TLS files cannot be used: No such file or directory"
 
 
