@@ -62,7 +62,7 @@ async def test_a_gateway_for_which_the_schema_becomes_too_new_takes_no_more_mail
         lambda: any("install a newer otel-smtp" in str(vars(record).get("fault")) for record in caplog.records),
         timeout_seconds=30,
     )
-    assert gateway.refusal() is not None
+    await until(lambda: gateway.refusal() is not None, timeout_seconds=30)
     server().do(f"UPDATE {place.schema}.meta SET version = {schema.VERSION}, oldest_reader = 1")
     await until(lambda: gateway.refusal() is None, timeout_seconds=30)
     assert (await gateway.show(one)).id == one
