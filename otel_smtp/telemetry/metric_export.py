@@ -260,12 +260,13 @@ class MetricExport:
         if self._thread is None:
             return True
         self._thread.join(budget_seconds)
+        points = max(self._points, 1)  # none: it has not even read them
         with self._counting:
             self._is_abandoned = self._thread.is_alive()
             if self._is_abandoned:
-                self._lost[DropReason.SHUTDOWN] += self._points
+                self._lost[DropReason.SHUTDOWN] += points
         if self._is_abandoned:
-            logger.warning("metrics lost at shutdown", extra={"points": self._points, "collector": self._address})
+            logger.warning("metrics lost at shutdown", extra={"points": points, "collector": self._address})
         return not self._is_abandoned
 
     # The thread --------------------------------------------------------------------------------------------------

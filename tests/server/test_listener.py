@@ -311,7 +311,7 @@ async def test_trickling_clients_are_cut_off_and_delay_nobody() -> None:
             writer.write(MESSAGE[: MESSAGE.index(b"Subject")])
             await reader.readuntil(b"354 ")
         for second in range(62):
-            if second < 58:  # who writes to a connection that is over may lose what was said on it
+            if second < 40:  # who writes to a connection that is over may lose what was said on it
                 for _, writer in in_command + in_data:
                     writer.write(b"x")
             advance(1)

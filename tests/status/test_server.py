@@ -438,6 +438,14 @@ async def test_probes_are_answered_however_many_connections_are_silent() -> None
 
 async def test_an_answer_that_is_not_read_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(status_http, "ANSWER_SECONDS", 0.2)
+    loop, given_up = asyncio.get_running_loop(), asyncio.Event()
+    abort = status_http._BoundedProtocol._abort_if_unread
+
+    def noted(self: Any) -> None:
+        abort(self)
+        loop.call_soon_threadsafe(given_up.set)
+
+    monkeypatch.setattr(status_http._BoundedProtocol, "_abort_if_unread", noted)
 
     async def queue_of_many() -> QueueView:
         return QueueView({"due": 1}, 60.0, [*(await queue()).messages] * 50_000)
@@ -449,10 +457,10 @@ async def test_an_answer_that_is_not_read_is_given_up(monkeypatch: pytest.Monkey
         sock.sendall(b"GET /api/queue HTTP/1.1\r\nHost: localhost\r\n\r\n")
         sock.setblocking(False)
         received = b""
-        async with asyncio.timeout(10):
-            await asyncio.sleep(0.5)  # it reads too late
+        async with asyncio.timeout(60):
+            await given_up.wait()  # it reads too late
             with contextlib.suppress(ConnectionError):
-                while data := await asyncio.get_running_loop().sock_recv(sock, 1 << 20):
+                while data := await loop.sock_recv(sock, 1 << 20):
                     received += data
     assert not received.endswith(b"}")
     await port.server.stop()

@@ -256,6 +256,23 @@ def test_a_request_that_hangs_from_before_is_given_up_with_the_budget_and_counte
     assert _dropped(telemetry, "export_failed") == 0
 
 
+def test_numbers_that_are_not_read_in_time_are_counted_as_lost(log: pytest.LogCaptureFixture) -> None:
+    reading, over = threading.Event(), threading.Event()
+
+    def read() -> MetricsData:
+        reading.set()
+        over.wait(WAIT_SECONDS)
+        raise RuntimeError("too late to be counted again")
+
+    export = MetricExport(read, None, interval_seconds=0.01)
+    export.start()
+    assert reading.wait(WAIT_SECONDS)
+    assert not export.shutdown(0.05)
+    over.set()
+    assert {reason: count for _, reason, count in export.dropped() if count} == {"shutdown": 1}
+    assert "metrics lost at shutdown" in [record.message for record in log.records]
+
+
 def test_numbers_that_cannot_be_read_are_counted_as_lost(log: pytest.LogCaptureFixture) -> None:
     def read() -> MetricsData:
         raise RuntimeError("a fault of ours")
