@@ -268,7 +268,9 @@ def test_numbers_that_are_not_read_in_time_are_counted_as_lost(log: pytest.LogCa
     export.start()
     assert reading.wait(WAIT_SECONDS)
     assert not export.shutdown(0.05)
+    [thread] = [each for each in threading.enumerate() if each.name == "otlp-metrics"]
     over.set()
+    thread.join(WAIT_SECONDS)
     assert {reason: count for _, reason, count in export.dropped() if count} == {"shutdown": 1}
     assert "metrics lost at shutdown" in [record.message for record in log.records]
 
