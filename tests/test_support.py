@@ -189,9 +189,10 @@ def test_no_two_runs_of_tests_are_told_the_same_port() -> None:
 
 
 STARTS_A_GROUP: Final = """
-import subprocess, time
+import signal, subprocess, time
 from tests.support.process import outliving_nobody
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its jobs in the background ignore it
 process = subprocess.Popen(["sh", "-c", "sleep 600 & echo $!; wait"], stdout=subprocess.PIPE, start_new_session=True)
 with outliving_nobody(process):
     print(process.pid, process.stdout.readline().decode(), flush=True)
