@@ -338,18 +338,17 @@ class Gateway:
             self._kept_limits.close()
 
     async def leave_ports(self) -> None:
-        """Stop listening, and go on with everything else for about a second.
+        """Stop listening, on the status port first, and go on with everything else for a second or two.
 
         For a process whose successor listens on the same ports. If both kept the status port during the drain, each
         would answer some of the requests: probes would take a healthy gateway for one that shuts down, and each change
         from one process's counters to the other's would look like a counter reset. And a client that has just connected
         gets its mail through; the drain would answer 421 before it can say anything.
         """
-        self._server.stop_accepting()
-        newcomers_end = asyncio.get_running_loop().time() + NEWCOMERS_SECONDS
         if self._status_port is not None:
             await self._status_port.stop()
-        await asyncio.sleep(newcomers_end - asyncio.get_running_loop().time())
+        self._server.stop_accepting()
+        await asyncio.sleep(NEWCOMERS_SECONDS)
 
     async def _catch_up(self) -> None:
         """Count mails soon after they ended, and what long-lived connections have done while they live."""

@@ -248,7 +248,7 @@ class Runner:
         self._wake.set()
 
     def note(self, deed: str) -> None:
-        """An operator has changed a message: it is told in the log and in the message's trace."""
+        """Record in the log and in the message's trace that an operator has changed it."""
         try:
             Deed.parse(deed).note(self._observer)
         except ValueError:

@@ -17,12 +17,14 @@ import otel_smtp
 from otel_smtp import CannotListen, ConnectionInfo, Gateway, Observer, Settings, Transition, load
 from otel_smtp.gateway import gateway as gateway_module
 from otel_smtp.gateway.running import leave_out_of_garbage_collection
+from otel_smtp.gateway.status_port import StatusPort
 from otel_smtp.observing import ConnectionRecord, Endpoint
 from otel_smtp.smtp.states import CloseReason
 from otel_smtp.telemetry import turns
 from otel_smtp.telemetry.records import SpanRecord
 from otel_smtp.telemetry.setup import Telemetry, set_up
 from tests.support.capture import CapturingUpstream
+from tests.support.ports import unclaimed_port
 
 BY_TOKEN: Final = {
     "name": "tokens",
@@ -301,3 +303,28 @@ async def test_who_has_just_connected_gets_a_mail_through_when_a_successor_takes
         assert not leaving.done()
         leaving.cancel()
         writer.close()
+
+
+async def test_the_status_port_is_left_before_the_listeners_when_a_successor_takes_over(
+    upstream: CapturingUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever finds new listeners alone finds a page of their gateway alone."""
+    monkeypatch.setattr(gateway_module, "NEWCOMERS_SECONDS", 0.0)
+    values = {
+        "listener": [OPEN],
+        "upstream": [{"url": upstream.url}],
+        "status": {"address": f"127.0.0.1:{unclaimed_port()}"},
+    }
+    async with Gateway(load(values=values)) as gateway:
+        (address,) = gateway.addresses["open"]
+        leave, accepted_then = StatusPort.stop, []
+
+        async def noted(self: StatusPort) -> None:
+            await leave(self)
+            accepted_then.append(not await refuses(address))
+
+        with monkeypatch.context() as patched:
+            patched.setattr(StatusPort, "stop", noted)
+            await gateway.leave_ports()
+        assert accepted_then == [True]
+        assert await refuses(address)

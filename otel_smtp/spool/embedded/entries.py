@@ -485,9 +485,9 @@ class Entry:
         """Take back what is leased, since it cannot be under way; whether it is held now.
 
         Args:
-            crashes_allowed: the process that had it died in the midst: that many times a message may be part of a crash
-                before it is held, since it may be the cause. An outcome is never held: it is a few lines of our own.
-                None: it ended in good order, and the attempt does not count.
+            crashes_allowed: the process that had it died during an attempt; so many crashes a message may be part of
+                before it is held, since it may be their cause. An outcome is never held: it is a few lines of our own.
+                None: the process ended in good order, and the attempt does not count.
         """
         is_held = False
         for one in self.deliveries:

@@ -100,8 +100,8 @@ CREATE TABLE {schema}.permit(
 -- Messages that have come from the directory of one gateway, and may be there still.
 CREATE TABLE {schema}.moved(id text COLLATE "C" PRIMARY KEY, at timestamptz NOT NULL);
 
--- Take permits of a limit, and tell what became of those that were taken before. What a gateway has in flight is told
--- as a whole, so that a call whose answer was lost leaves nothing behind; `turn` grows with each call, so that such a
+-- Take permits of a limit, and report what became of earlier ones. A gateway reports what it has in flight as a
+-- whole, so that a call whose answer was lost leaves nothing behind; `turn` grows with each call, so that such a
 -- call does not undo a later one. In one function, since each statement of it sees what was committed before, also
 -- while it waited for the row of the limit.
 --   in_flight: what the gateway has taken and not landed; landed, unused: since the last call
