@@ -30,6 +30,9 @@ LINES = 8  # fewer than there are mails and attempts
 # What keeps the faults of all others from harm, or does nothing.
 GUARDS = frozenset({"SafeHandler.handle", "SafeHandler.handleError"})
 
+# What a function gives when it is called: an object that runs later, or what it returns.
+KINDS = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
+
 
 def functions() -> Iterator[FunctionType]:
     """All functions, methods and properties of telemetry, and of what else observes."""
@@ -48,14 +51,17 @@ def functions() -> Iterator[FunctionType]:
 def raising(code: CodeType) -> CodeType:
     """What raises in place of `code`: to take a function's code reaches all who hold the function.
 
-    It has to have the same variables of the functions around it.
+    It has to be of the same kind, and to have the same variables of the functions around it.
     """
     free = code.co_freevars
+    is_async = code.co_flags & (inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR)
+    yields = code.co_flags & (inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR)
     lines = [
         "def outer():",
         *(f"    {name} = None" for name in free),
-        "    def broken(*_, **__):",
+        f"    {'async ' if is_async else ''}def broken(*_, **__):",
         "        raise RuntimeError('a fault')",
+        *(["        yield"] if yields else []),
         f"        return {', '.join(free) or None}",
         "    return broken",
     ]
@@ -63,6 +69,7 @@ def raising(code: CodeType) -> CodeType:
     exec("\n".join(lines), namespace)  # the names of variables
     broken = namespace["outer"]().__code__
     assert broken.co_freevars == free
+    assert broken.co_flags & KINDS == code.co_flags & KINDS
     return broken
 
 
@@ -135,10 +142,11 @@ def test_no_function_of_telemetry_can_harm_who_observes_or_logs(
         handler = make_handler(told)
         view = live.LiveView(shown_host=str, shown_name=str)
         observer = fan_out([*telemetry.observers, view, StateCallback(heard)])
-        log.addHandler(handler)
         code = function.__code__
-        function.__code__ = raising(code)
+        broken = raising(code)
+        log.addHandler(handler)
         try:
+            function.__code__ = broken
             mails(observer)
             logging.getLogger("otel_smtp.server").warning("something else")
         except Exception as error:
