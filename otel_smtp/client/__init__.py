@@ -6,8 +6,7 @@ own. ``inject`` needs ``opentelemetry-api`` alone, the instrumentors also ``open
 the gateway is imported.
 
 The package is installed under two names: `otel_smtp.client` with the gateway, and `otel_smtp_client`, which the small
-distribution ``otel-smtp-client`` owns. The files are the same, and therefore import each other by relative names: a
-package that knew its own absolute name could not be both.
+distribution ``otel-smtp-client`` owns. The files are the same, so they import each other by relative names.
 """
 
 from .trace_headers import inject

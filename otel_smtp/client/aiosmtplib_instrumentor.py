@@ -26,7 +26,7 @@ class AiosmtplibInstrumentor(MailInstrumentor):
     """
 
     def instrumentation_dependencies(self) -> Collection[str]:
-        """The versions whose methods are known."""
+        """The versions of aiosmtplib whose methods it replaces."""
         return ("aiosmtplib >= 3.0, < 6",)
 
     def _client_class(self) -> type:
@@ -96,7 +96,7 @@ def _reply_in(error: BaseException) -> ServerReply | None:
             return ServerReply(error.code, error.message)
         case aiosmtplib.SMTPRecipientsRefused() if error.recipients:
             replies = [ServerReply(one.code, one.message) for one in error.recipients]
-            # One that may be taken later makes the message one that may be taken later.
+            # A deferred recipient makes the whole message deferred.
             return min(replies, key=lambda reply: reply.code // 100)
         case _:
             return None

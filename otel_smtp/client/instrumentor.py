@@ -1,4 +1,4 @@
-"""What both instrumentors share: which messages get a span, and how a client library's methods are replaced.
+"""The common part of both instrumentors: which messages get a span, and how a client library's methods are replaced.
 
 A message is sent by `sendmail`, or by a program that calls `mail`, `rcpt` and `data` itself. `sendmail` calls these
 three too; they then note what the server said in the transaction that is under way. In a direct use `data` opens the
@@ -28,8 +28,8 @@ from .version import __version__
 logger: Final = logging.getLogger(__name__)
 
 ADDRESSES_VARIABLE: Final = "OTEL_PYTHON_SMTP_ADDRESSES"
-# On the class whose methods are replaced. This package may be installed under both of its names, each with entry points
-# of its own: the second instrumentor finds the mark and leaves the class alone, or each message would get two spans.
+# Marks the class whose methods are replaced. This package may be installed under both of its names, each with its own
+# entry points: the second instrumentor finds the mark and leaves the class alone, or each message would get two spans.
 _MARK: Final = "__otel_smtp_client__"
 
 
@@ -40,11 +40,11 @@ class Arguments(NamedTuple):
     kwargs: Mapping[str, Any]
 
     def value(self, index: int, name: str) -> Any:
-        """One of them; None where the call lacks it, which the called function will complain about."""
+        """One of them; None if the call lacks it, which the called function will report."""
         return self.args[index] if index < len(self.args) else self.kwargs.get(name)
 
     def replaced(self, index: int, name: str, value: object) -> "Arguments":
-        """The same arguments but for one, which the call has."""
+        """The same arguments with one replaced, which the call must have."""
         if index < len(self.args):
             return Arguments((*self.args[:index], value, *self.args[index + 1 :]), self.kwargs)
         return Arguments(self.args, {**self.kwargs, name: value})
@@ -58,11 +58,11 @@ class Sending:
 
     Args:
         server_of: the server that a client of the library is connected to.
-        reply_of: the reply in what the library answers to a command.
-        reply_in: the reply that an exception of the library stands for; None where it stands for none.
+        reply_of: the reply in what the library returns for a command.
+        reply_in: the reply that an exception of the library carries; None if it carries none.
 
-    None of its methods raises anything of its own: a fault of the tracing is logged, the first as a warning, and the
-    message is sent as it would have been.
+    Its methods raise no error of their own: a fault in tracing is logged, the first as a warning, and the message is
+    sent unchanged.
     """
 
     def __init__(
@@ -84,17 +84,17 @@ class Sending:
 
     @contextlib.contextmanager
     def harmless(self) -> Iterator[None]:
-        """Keep a fault of the tracing out of the mail's way."""
+        """Log a fault in tracing instead of raising it into the mail."""
         try:
             yield
         except Exception:
-            # Lowered first: a handler of the log may send mail, which is traced, and fails likewise.
+            # Lowered first: a log handler may send mail, whose tracing fails likewise.
             level, self._fault_level = self._fault_level, logging.DEBUG
             logger.log(level, "mail not traced in full", exc_info=True)
 
     @contextlib.contextmanager
     def message(self, client: object, arguments: Arguments, index: int, name: str) -> Iterator[Arguments]:
-        """Within it a whole message is sent, and its span is current.
+        """Trace the sending of a whole message; its span is current inside.
 
         Args:
             arguments: of the call that sends it; the message is argument `index`, called `name`.
@@ -109,11 +109,11 @@ class Sending:
     def content(
         self, client: object, arguments: Arguments, name: str, octets: Callable[[Any], int]
     ) -> Iterator[tuple[Arguments, ClientTransaction]]:
-        """Within it the content is sent, by `message` or directly.
+        """Trace the sending of content, within `message` or directly.
 
         Args:
             arguments: of the call; the content is the first, called `name`.
-            octets: how many the content has on the wire.
+            octets: the content's size on the wire.
 
         Yields:
             The arguments to call with, and the transaction, for `answered`.
@@ -131,10 +131,10 @@ class Sending:
             yield opened, transaction
 
     def sender(self, client: object, transaction: ClientTransaction, address: object) -> None:
-        """MAIL was answered, with whatever: a refusal is the last that is heard of the transaction.
+        """MAIL was answered. A refusal ends the transaction, as no other call may follow.
 
         Args:
-            transaction: made before the command was sent; kept where the message is sent directly.
+            transaction: made before the command was sent; kept if the message is sent directly.
         """
         with self.harmless():
             current = self._current(client)
@@ -190,7 +190,7 @@ class Sending:
                 span.end(None)
         finally:
             context.detach(token)
-            # A coroutine that is dropped half-way is closed in a context that is not its own.
+            # A coroutine that is dropped half-way is closed in another context.
             with contextlib.suppress(ValueError):
                 self._under_way.reset(under_way)
 
@@ -212,11 +212,11 @@ class MailInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # as above
         addresses: "none", "domain" or "full"; OTEL_PYTHON_SMTP_ADDRESSES if None, else "domain".
     """
 
-    _replaced: tuple[str, ...] = ()  # the methods that are ours at the moment
+    _replaced: tuple[str, ...] = ()  # the methods now replaced
 
     @abstractmethod
     def _client_class(self) -> type:
-        """The class of the library whose instances send mail."""
+        """The library's class whose instances send mail."""
 
     @abstractmethod
     def _wrappers(self, tracer: trace.Tracer, addresses: AddressDetail) -> Mapping[str, Wrapper]:
@@ -225,7 +225,7 @@ class MailInstrumentor(BaseInstrumentor):  # type: ignore[misc]  # as above
     def _instrument(
         self, *, tracer_provider: TracerProvider | None = None, addresses: str | None = None, **_: Any
     ) -> None:
-        # `opentelemetry-instrument` does not ask: it looks at what the whole distribution instruments.
+        # `opentelemetry-instrument` does not check this: it looks only at what the whole distribution instruments.
         if (conflict := get_dependency_conflicts(self.instrumentation_dependencies())) is not None:
             logger.error("mail not traced: %s", conflict)
             return

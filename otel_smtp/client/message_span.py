@@ -1,7 +1,7 @@
-"""The span of one message that an application sends, from its first command to the reply that decides.
+"""The span of one message that an application sends, from its first command to the deciding reply.
 
-While the client library works, what happens is noted as plain facts; at the end the attributes are made of them, once.
-Whatever goes wrong in here is the caller's to catch: it must not disturb a mail.
+Facts are noted while the client library works, and turned into attributes once, at the end. The caller must catch every
+exception raised here, so that tracing never disturbs a mail.
 """
 
 import re
@@ -28,7 +28,7 @@ class AddressDetail(StrEnum):
     """How much of a mailbox the spans show."""
 
     NONE = "none"
-    DOMAIN = "domain"  # what is behind the @
+    DOMAIN = "domain"  # the part behind the @
     FULL = "full"
 
 
@@ -46,12 +46,12 @@ class ServerReply(NamedTuple):
 
     @property
     def is_positive(self) -> bool:
-        """Whether the server did what it was asked to do."""
+        """Whether the server accepted the command."""
         return self.code < 400
 
     @property
     def fate(self) -> str:
-        """What a negative reply makes of a recipient or a message (RFC 5321 4.2.1)."""
+        """The fate of a recipient or a message after a negative reply (RFC 5321 4.2.1)."""
         return "refused" if self.code >= 500 else "deferred"
 
 
@@ -61,7 +61,7 @@ class MailServer(NamedTuple):
     Attributes:
         address: as the application named it; a path for a unix socket.
         port: None for a unix socket.
-        peer: address and port at the other end; None where there is none.
+        peer: address and port of the other end; None if there is none.
         protocol: smtp, lmtp.
     """
 
@@ -73,7 +73,7 @@ class MailServer(NamedTuple):
 
 @dataclass(slots=True)
 class ClientTransaction:
-    """What is known of one mail transaction.
+    """The facts of one mail transaction.
 
     Attributes:
         started_ns: since the epoch.
@@ -101,9 +101,9 @@ class _Conclusion(NamedTuple):
     """How a transaction ended.
 
     Attributes:
-        reply: the one that decided; None where none did.
-        error_type: None where every recipient was accepted.
-        reason: in words, where no reply decided.
+        reply: the one that decided; None if none did.
+        error_type: None if every recipient was accepted.
+        reason: in words, if no reply decided.
     """
 
     outcome: str
@@ -140,7 +140,7 @@ class MessageSpan:
         """The message with this span's context on top of its header block.
 
         Returns:
-            `message` itself where it has trace headers, is signed, has no header block or is neither str nor bytes.
+            `message` itself if it has trace headers, is signed, has no header block or is neither str nor bytes.
         """
         if not isinstance(message, str | bytes):
             return message
@@ -156,7 +156,7 @@ class MessageSpan:
         return trace.set_span_in_context(self._span)
 
     def end(self, error: BaseException | None) -> None:
-        """Describe what became of the message, and end the span even if that fails.
+        """Describe the outcome of the message, and end the span even if that fails.
 
         Args:
             error: what the sending raised.
@@ -174,7 +174,7 @@ class MessageSpan:
             return _Conclusion(reply.fate, reply, str(reply.code))
         if error is not None:
             outcome = "aborted" if transaction.octets is None else "unknown"
-            # Only what the system or the connection says: the words of another exception may quote the message.
+            # Only errors of the system or the connection: the text of another exception may quote the message.
             reason = _shown(str(error), self._addresses) if isinstance(error, OSError) else ""
             return _Conclusion(outcome, None, _qualified_name(type(error)), reason or None)
         if transaction.refused:
@@ -209,7 +209,7 @@ class MessageSpan:
             span.set_status(Status(StatusCode.ERROR, _description(conclusion)))
 
     def _envelope(self) -> dict[str, Any]:
-        """Who wrote to whom, as far as may be shown."""
+        """Sender and recipients, as far as they may be shown."""
         attributes: dict[str, Any] = {}
         sender = self.transaction.sender
         recipients = [*self.transaction.accepted, *(address for address, _ in self.transaction.refused)]
@@ -270,16 +270,17 @@ def _description(conclusion: _Conclusion) -> str | None:
 
 
 def _domain_of(address: str) -> str:
-    """What stands behind the @ and can be a domain or an address literal; "" where there is no @."""
+    """The domain or address literal behind the @; "" without an @."""
     found = _DOMAIN.search(address)
     return "" if found is None else _clean(found[1].lower())
 
 
 def _shown(text: str, addresses: AddressDetail) -> str:
-    """A server's or library's words: but for `full`, what of them is recognised as harmless, see `reply_words`.
+    """A server's or library's words: all of them for `full`, otherwise only those recognised as harmless, see
+    `reply_words`.
 
-    Cut before they are read, so that the reading is bounded, and at double the limit, so that no half of an address is
-    left where it was cut.
+    Cut before they are read, to bound the work, and at double the limit, so that no half of an address is left at the
+    cut.
     """
     if addresses is not AddressDetail.FULL:
         text = shown_words(text[: 2 * names.MAX_VALUE_CHARACTERS], _SHOWN[addresses])

@@ -1,4 +1,4 @@
-"""The names that the application's mail spans bear, each written down once.
+"""The names in an application's mail spans, each defined once.
 
 Registered names wherever one fits; those under `smtp.` mean what they mean on the gateway's own spans.
 """

@@ -1,9 +1,9 @@
-"""What of an upstream's words may be shown: what is recognised as harmless stays, and all else goes.
+"""Which of an upstream's words may be shown: harmless words are recognised and kept, all others are hidden.
 
 Upstreams repeat what clients sent: addresses in any spelling (bare, quoted, percent-encoded, encoded), subjects,
-display names. No list of such spellings is ever complete, so it is the other way round. What explains a refusal is
-known: reply codes and enhanced codes, numbers, queue ids, plain words, references to a provider's help. Where a word
-stands for a person's name by its place (behind "user", before "..."), it must be one that replies are made of.
+display names. No list of such spellings is ever complete, so this one lists what to keep: reply codes and enhanced
+codes, numbers, queue ids, plain words, references to a provider's help explain a refusal. A word in a place where names
+stand (behind "user", before "...") is kept only if replies are known to use it.
 
 A plain word cannot be distinguished from another plain word: a name amid a sentence stays.
 """
@@ -40,7 +40,7 @@ _NUMBER: Final = re.compile(r"[+-]?\d{1,6}(?:[.,:/-]\d{1,4}){0,6}(?:[A-Za-z]{1,3
 _MOMENT: Final = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{1,9})?(?:Z|[+-]\d\d:?\d\d)?")
 _ID: Final = re.compile(r"[A-Za-z0-9]{1,64}(?:[-._][A-Za-z0-9]{1,64}){0,8}")
 _LIKE_A_NAME: Final = re.compile(r"[A-Za-z]+(?:[._-][A-Za-z]+)*[._-]?\d{0,4}|\d+(?:[._-]\d+)*")
-# "ann.lee", "ann_lee42": no queue makes such ids, and one logs in, or is known, "as" a person too.
+# "ann.lee", "ann_lee42": no queue makes such ids, and "as" may precede a person's name too.
 _JOINED_NAMES: Final = re.compile(r"[A-Za-z]{2,}(?:[._][A-Za-z]{2,})+\d{0,4}")
 _DOMAIN: Final = re.compile(r"(?:[A-Za-z0-9_-]{1,63}\.){1,10}([A-Za-z]{2,24}|xn--[A-Za-z0-9-]{1,59})")
 _BASE64: Final = re.compile(r"[A-Za-z0-9+/_-]{12,}={0,2}")
@@ -69,7 +69,7 @@ _BEFORE_NAME: Final = frozenset(
         "name",
     }
 )
-# Behind these, and a colon or a sign of equality, stands what a person has written, to the end.
+# Behind these and a colon or equals sign, the rest of the text is a person's own words.
 _BEFORE_WORDS: Final = frozenset({"subject", "from", "to", "cc", "bcc", "reply-to", "header", "body", "message-id"})
 _TECHNICAL: Final = frozenset(
     {
@@ -97,7 +97,7 @@ _TECHNICAL: Final = frozenset(
         "xoauth2",
     }
 )
-# What replies are made of, where a word may also be a name.
+# Words of replies, in places where a word may also be a name.
 _WORDS: Final = """
     a able accept accepted accepting access account accounts action active address addresses administrator again age
     alias aliases all allowed already also an and another any are as at attempts authenticated authentication authorized
@@ -148,13 +148,13 @@ _GENERIC_DOMAINS: Final = frozenset(
         "arpa",
     }
 )
-# Of services that list senders, and not of a person; shown whatever the policy for domains.
+# Services that list senders, not a person's domain; shown under every policy.
 _LISTS: Final = (".spamhaus.org", ".spamcop.net", ".sorbs.net", ".barracudacentral.org", ".surbl.org", ".uribl.com")
 
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """How what is recognised is shown.
+    """How recognised words are shown.
 
     Attributes:
         mailbox: takes a mailbox as it stood in the text.
@@ -178,7 +178,7 @@ class _Reading:
     def __init__(self, shown: Shown) -> None:
         self._shown = shown
         self._out: list[str] = []
-        self._before = ""  # the plain word before, in small letters
+        self._before = ""  # the plain word before, in lower case
         self._is_hidden = False  # what was written last
 
     def of(self, text: str) -> str:
@@ -214,7 +214,7 @@ class _Reading:
         self._out.append(piece)
 
     def _ends_at(self, word: str) -> bool:
-        """Whether all behind `word` is what a person has written; then it has been put."""
+        """Whether all behind `word` is a person's own words; if so, it has been written."""
         label, sign, _ = word.partition(":") if ":" in word else word.partition("=")
         if sign and label.lower() in _BEFORE_WORDS:
             self._put(label + sign)
@@ -245,7 +245,7 @@ class _Reading:
         return HIDDEN + trailing.lstrip(".") if known is None else leading + known + trailing
 
     def _known(self, core: str, before: str) -> str | None:
-        """A word that is not plain, as it is shown; None where it is not recognised."""
+        """A word that is not plain, as it is shown; None if it is not recognised."""
         if core.lower() in _TECHNICAL or _CODE.fullmatch(core):
             return core
         address = _ip(core)
@@ -282,7 +282,7 @@ class _Reading:
         return None if known is None else f"{key}={known}"
 
     def _url(self, url: str) -> str:
-        """Scheme, host and plain path; of the query what is plain too. All else may name somebody."""
+        """Scheme, host, plain path and the plain parts of the query. All else may name somebody."""
         self._before = ""
         if not self._shown.has_domains:
             return HIDDEN
@@ -315,7 +315,7 @@ def _ip(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 
 def _hides_text(word: str) -> bool:
-    """Whether `word` is readable text in base64 or in hexadecimal digits; an id is not, or by the rarest chance."""
+    """Whether `word` is readable text in base64 or in hexadecimal digits; an id almost never is."""
     decoded = []
     if _HEX.fullmatch(word):
         decoded.append(bytes.fromhex(word))

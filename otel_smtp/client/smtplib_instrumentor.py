@@ -109,7 +109,7 @@ def _reply_in(error: BaseException) -> ServerReply | None:
             return _reply(error.smtp_code, error.smtp_error)
         case smtplib.SMTPRecipientsRefused() if error.recipients:
             replies = [_reply(*answer) for answer in error.recipients.values()]
-            # One that may be taken later makes the message one that may be taken later.
+            # A deferred recipient makes the whole message deferred.
             return min(replies, key=lambda reply: reply.code // 100)
         case _:
             return None

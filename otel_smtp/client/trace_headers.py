@@ -1,7 +1,7 @@
 """The trace context in a message: into an `email` message, or into one that is flattened already.
 
-Always as W3C Trace Context, whatever propagators the application has set up: that is what gateways read in mail, and
-baggage, which they would not, has no business in a header block that strangers may see.
+Always as W3C Trace Context, whatever propagators the application has set up: gateways read that in mail. They do not
+read baggage, which has no business in a header block that strangers may see.
 """
 
 import re
@@ -15,13 +15,13 @@ from opentelemetry.trace import SpanContext
 _TRACEPARENT: Final = "traceparent"
 _TRACESTATE: Final = "tracestate"
 # A header line has 78 characters (RFC 5322 2.1.1) and is folded at spaces only; the email package writes a longer word
-# as an encoded one (RFC 2047), in which no reader of tracestate looks. One is for the comma.
+# as an encoded one (RFC 2047), which readers of tracestate do not decode. One is for the comma.
 _MAX_MEMBER_CHARACTERS: Final = 78 - len(f"{_TRACESTATE}: ") - 1
 
-# Octets are read as Latin-1, in which each is one character: one set of patterns serves both kinds of message.
+# Octets are read as Latin-1, one character each, so one set of patterns serves both kinds of message.
 _LINE_END: Final = re.compile("\r\n|\r|\n")
-# A field's name is printable US-ASCII without the colon (RFC 5322 2.2). What does not begin with one has no header
-# block to add to: an mbox line, or a body alone.
+# A field's name is printable US-ASCII without the colon (RFC 5322 2.2). A message that begins otherwise, with an mbox
+# line or its body, has no header block to add to.
 _FIRST_FIELD: Final = re.compile("[!-9;-~]+[ \t]*:")
 _TRACE_FIELD: Final = re.compile("(?:\\A|[\r\n])(?:traceparent|tracestate)[ \t]*:", re.IGNORECASE)
 _SIGNATURE_FIELD: Final = re.compile(
@@ -33,10 +33,10 @@ _END_OF_BYTES_HEADER: Final = re.compile(_END_OF_HEADER.encode("ascii"))
 
 
 def inject(message: "Message[Any, Any]", context: Context | None = None) -> None:
-    """Give `message` the current span as `traceparent` and `tracestate`, in place of what it has of these.
+    """Set the `traceparent` and `tracestate` of `message` to the current span, replacing any it has.
 
-    Call it within the span that stands for the sending, of kind CLIENT if a service graph is to show the edge. Without
-    a valid span in `context` the message is left as it is.
+    Call it within the span of the sending, of kind CLIENT if a service graph should show the edge. Without a valid span
+    in `context` the message is left unchanged.
 
     Args:
         message: of the `email` package; `EmailMessage` is one.
@@ -54,7 +54,7 @@ def inject(message: "Message[Any, Any]", context: Context | None = None) -> None
 
 
 class HeaderBlock(NamedTuple):
-    """Decides whether a flattened message gets trace headers.
+    """A flattened message's header block: whether trace headers may be added.
 
     Attributes:
         line_end: between its first two lines; "" where there is no header block.
@@ -68,16 +68,15 @@ class HeaderBlock(NamedTuple):
 
     @property
     def may_be_extended(self) -> bool:
-        """Whether a field on top leaves everything else about the message as it is.
+        """Whether a field on top changes nothing else about the message.
 
-        Which fields a signature covers, and whether it forbids a further one, is not looked at: a signed message is
-        never touched.
+        A signed message is never touched, whichever fields its signature covers.
         """
         return bool(self.line_end) and not self.is_traced and not self.is_signed
 
 
 def header_block(message: str | bytes) -> HeaderBlock:
-    """Look at the header block of a flattened message, and at nothing behind it."""
+    """Inspect the header block of a flattened message, and nothing behind it."""
     if isinstance(message, str):
         end = _END_OF_TEXT_HEADER.search(message)
         text = message if end is None else message[: end.end()]
@@ -95,7 +94,7 @@ def header_block(message: str | bytes) -> HeaderBlock:
 
 
 def trace_headers(span: SpanContext, line_end: str) -> str:
-    """The trace headers of `span` as lines, to stand on top of a header block; "" where `span` is not valid.
+    """The trace headers of `span` as lines for the top of a header block; "" if `span` is not valid.
 
     Args:
         line_end: as the message has it.

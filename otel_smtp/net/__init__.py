@@ -1,4 +1,4 @@
-"""The network: streams over asyncio's or uvloop's transports, connecting, listening, and the look at the clock."""
+"""The network: streams over asyncio's or uvloop's transports, connecting, listening, and the deadline sweep."""
 
 from otel_smtp.net.ciphers import TLS_1_2_SUITES, require_modern_tls
 from otel_smtp.net.connecting import connect, connect_unix

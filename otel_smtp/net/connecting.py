@@ -1,4 +1,4 @@
-"""Connections that we open: by TCP to whichever address answers first, or to a unix socket."""
+"""Connections that we open: by TCP to the first address that answers, or to a unix socket."""
 
 import asyncio
 import errno
@@ -23,14 +23,14 @@ async def connect(
     context: ssl.SSLContext | None = None,
     server_hostname: str | None = None,
 ) -> Stream:
-    """Connect by TCP, to whichever address of `host` answers first; under TLS where a `context` is given.
+    """Connect by TCP to the first address of `host` that answers; under TLS if a `context` is given.
 
-    Addresses are tried in the resolver's order, families interleaved, the next one as soon as one fails or after
-    `HAPPY_EYEBALLS_SECONDS` (RFC 8305). Done here since uvloop has no such option.
+    Tries addresses in the resolver's order, families interleaved, and goes on to the next one when one fails or after
+    `HAPPY_EYEBALLS_SECONDS` (RFC 8305). Implemented here because uvloop has no such option.
 
     Args:
         timeout_seconds: for name, connection and handshake together.
-        server_hostname: the name that the certificate must have; `host` where None.
+        server_hostname: the name that the certificate must have; `host` if None.
 
     Raises:
         OSError: the name has no address, or none of them accepts; ConnectionError among them.
@@ -133,11 +133,11 @@ async def _race(addresses: Sequence[_Address]) -> socket.socket:
 
 
 def _close_late(attempt: "asyncio.Task[socket.socket]") -> None:
-    """Close the socket of an attempt that won after the race was over; take note of its error, if any."""
+    """Close the socket of an attempt that won after the race was over; retrieve its error, if any."""
     if not attempt.cancelled() and attempt.exception() is None:
         attempt.result().close()
 
 
 def _set_no_delay(sock: socket.socket) -> None:
-    """Switch Nagle's algorithm off: with the peer's delayed ACK it costs 40 ms a group of commands."""
+    """Switch Nagle's algorithm off: with the peer's delayed ACK it costs 40 ms per group of commands."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -8,7 +8,7 @@ from otel_smtp.observing.values import Endpoint
 
 
 def endpoint(name: Any) -> Endpoint:
-    """What getpeername and getsockname say, as an Endpoint; IPv4 seen through an IPv6 socket is IPv4."""
+    """The result of getpeername or getsockname as an Endpoint; an IPv4-mapped IPv6 address becomes plain IPv4."""
     match name:
         case (str(host), int(port), *_):
             return Endpoint(_host(host), port)

@@ -1,4 +1,4 @@
-"""Sockets that we listen at."""
+"""Listening sockets."""
 
 import asyncio
 import errno
@@ -12,10 +12,9 @@ from otel_smtp.net.endpoints import endpoint
 from otel_smtp.net.stream import Stream
 from otel_smtp.observing.values import Endpoint
 
-BACKLOG: Final = 1024  # cut by net.core.somaxconn; a burst must not meet refused connections
-# asyncio accepts as many connections as its backlog is long (since CPython 3.14 one more) before it serves one of them.
-# Those that are refused at once would be open all together, and 300 at once take all files of a process that may open
-# 256.
+BACKLOG: Final = 1024  # capped by net.core.somaxconn; a burst of clients must not find connections refused
+# asyncio accepts a whole backlog of connections (since CPython 3.14 one more) before it serves the first. Connections
+# that we refuse at once would all be open together, and 300 of them exhaust a process that may open 256 files.
 ACCEPTS_AT_ONCE: Final = 4
 
 
@@ -24,7 +23,7 @@ class CannotListen(OSError):
 
     Attributes:
         address: the address.
-        setting: the key of the setting that names it; "" where that is not known.
+        setting: the key of the setting that names it; "" if unknown.
     """
 
     def __init__(self, address: Endpoint, error: OSError, setting: str = "") -> None:
@@ -35,7 +34,7 @@ class CannotListen(OSError):
 
     def __str__(self) -> str:
         where = f"{self.setting}: " if self.setting else ""
-        # The event loop words the reason as a sentence of its own; a name that does not resolve has no errno.
+        # The event loop puts the reason into a sentence of its own; a name that does not resolve has no errno.
         why = os.strerror(self.errno) if self.errno in errno.errorcode else str(self.strerror)
         if self.errno == errno.ENOENT and self.address.port is None:
             why = f"no such directory: {os.path.dirname(self.address.host) or '.'}"
@@ -60,7 +59,7 @@ class Listener:
         return f"<Listener {', '.join(map(str, self.addresses))}>"
 
     def close(self) -> None:
-        """Stop accepting; connections live on. A unix socket's path is removed if it is still ours. Idempotent."""
+        """Stop accepting; open connections stay open. Removes a unix socket's path if it is still ours. Idempotent."""
         self._server.close()
         if self._unix is not None:
             path, inode = self._unix
@@ -84,10 +83,10 @@ async def listen(
     """Listen at `host` and `port`, at the unix socket `path`, or on the bound socket `sock`: one of the three.
 
     Args:
-        on_connection: called with each stream at accept, synchronously, before anything was read from it. It keeps
-            the stream. Implicit TLS is its caller's: `start_tls` at once; octets that the client sent meanwhile are not
-            lost if `pause_reading` is called first.
-        port: 0: the kernel chooses; see `Listener.addresses`.
+        on_connection: called synchronously with each accepted stream, before anything is read from it; it must keep the
+            stream. For implicit TLS it calls `start_tls` at once; octets that the client sent meanwhile are not lost if
+            `pause_reading` is called first.
+        port: 0 lets the kernel choose; see `Listener.addresses`.
         reuse_port: several processes share the port (SO_REUSEPORT).
 
     Raises:
@@ -113,9 +112,9 @@ def refuse_served(address: Endpoint) -> None:
         try:
             probe.connect(address.host)
         except BlockingIOError:
-            pass  # so many wait there that there is no room for another one
+            pass  # its backlog is full, so a process listens there
         except OSError:
-            return  # there is none, or no process listens on it
+            return  # there is no such socket, or no process listens on it
     raise CannotListen(address, OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE)))
 
 
@@ -136,7 +135,7 @@ async def _listen(
 
     unix: tuple[str, int] | None = None
     if path is not None:
-        # A socket file that a killed process left behind is removed by the loop, any other file is not.
+        # The loop removes a socket file that a killed process left behind, but no other file.
         server = await loop.create_unix_server(factory, path, backlog=ACCEPTS_AT_ONCE)
         unix = (path, os.stat(path).st_ino)
     elif sock is not None:
@@ -144,7 +143,7 @@ async def _listen(
     else:
         server = await loop.create_server(factory, host, port, reuse_port=reuse_port or None, backlog=ACCEPTS_AT_ONCE)
     for listening in server.sockets:
-        # How many wait in the kernel is another matter.
+        # The kernel's own backlog is set separately.
         with socket.socket(fileno=os.dup(listening.fileno())) as same:
             same.listen(backlog)
     return Listener(server, [endpoint(listening.getsockname()) for listening in server.sockets], unix)
@@ -156,7 +155,7 @@ _EXHAUSTED: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.
 def is_accept_exhausted(context: Mapping[str, Any]) -> bool:
     """Whether an event loop's exception handler was called because accept ran out of descriptors or memory.
 
-    The loop goes on by itself after a second and reports each time: worth counting, and one log line in a while.
+    The loop retries by itself after a second and reports each failure: count them all, but log only now and then.
 
     Args:
         context: as `loop.set_exception_handler` hands it over.

@@ -1,11 +1,11 @@
 """The owner of the socket at the other end of a connection on this machine, as the kernel knows it.
 
-SO_PEERCRED gives the process that connected a unix socket. For a TCP connection over loopback the kernel is asked by
-NETLINK_SOCK_DIAG (sock_diag(7)), which any process may do: it gives the user of the socket at the other end, and its
-control group. So the containers of a pod, which share loopback and often the user, can be distinguished.
+SO_PEERCRED gives the process that connected a unix socket. For a TCP connection over loopback we ask the kernel by
+NETLINK_SOCK_DIAG (sock_diag(7)), which needs no privilege: it returns the user and the control group of the socket at
+the other end. This distinguishes the containers of a pod, which share loopback and often the user.
 
-The kernel answers at once, in some twenty microseconds. Where the owner is not available (another system than Linux, a
-sandbox without netlink, a peer that has gone), it is unknown.
+The kernel answers at once, in some twenty microseconds. The owner is unknown on systems other than Linux, in a sandbox
+without netlink, or once the peer has gone.
 """
 
 import ipaddress
@@ -35,10 +35,10 @@ _CREDENTIALS: Final = struct.Struct("=iII")  # struct ucred
 
 
 def owner_of_peer(stream: Stream) -> str | None:
-    """Whose the other end of a connection is, in words that are the same for all of one owner's connections.
+    """The owner of the other end of a connection, in words that are the same for all of the owner's connections.
 
     Returns:
-        ``"uid 1000"``, or ``"uid 1000, cgroup 4711"``; None: that is not known.
+        ``"uid 1000"``, or ``"uid 1000, cgroup 4711"``; None: unknown.
     """
     if not sys.platform.startswith("linux"):
         return None
@@ -60,7 +60,7 @@ def _by_credentials(stream: Stream) -> str | None:
 
 
 def _by_socket(peer: tuple[str, int], local: tuple[str, int]) -> str | None:
-    """Ask for the TCP socket that is at `peer` and connected to `local`: seen from there, the other way round."""
+    """Ask for the TCP socket bound to `peer` and connected to `local`: the peer's view, with the ends swapped."""
     address = ipaddress.ip_address(peer[0].partition("%")[0])
     own = ipaddress.ip_address(local[0].partition("%")[0])
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6

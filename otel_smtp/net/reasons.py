@@ -1,4 +1,4 @@
-"""Why a connection or a handshake failed, in the words that an operator needs."""
+"""Why a connection or a handshake failed, in words for operators."""
 
 import os
 import socket
@@ -6,9 +6,9 @@ import ssl
 
 
 def reason_of(error: OSError) -> str:
-    """The reason in `error` for a connection that was not made, or was lost: one line of a few words.
+    """Why a connection failed or was lost, from `error`: one line of a few words.
 
-    Whatever was raised, resolver, kernel and TLS say it differently; here it reads alike, without numbers and classes.
+    Resolver, kernel and TLS word the same failure differently; this gives one wording, without numbers and class names.
     """
     match error:
         case ssl.SSLCertVerificationError():

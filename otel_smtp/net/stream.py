@@ -1,13 +1,13 @@
 """The stream port: octets to and from a peer, over asyncio's or uvloop's transports.
 
-A stream is read in one of two ways. While it has a `receiver`, octets are *pushed*: the receiver is called with what
-arrived, in the call in which the transport delivers it. That is the mail path: no task, no future, no timer. Without a
-receiver octets are *pulled* by the coroutine `read`; code that waits for long or runs rarely is written so (PROXY
-headers, TLS handshakes, greeting and AUTH towards an upstream). `receive_by` switches, and hands over what had arrived.
+A stream is read in one of two ways. While it has a `receiver`, octets are *pushed*: the transport's call passes them
+straight to the receiver. That is the mail path: no task, no future, no timer. Without a receiver, octets are *pulled*
+by the coroutine `read`; code that waits long or runs rarely uses it (PROXY headers, TLS handshakes, greeting and AUTH
+towards an upstream). `receive_by` switches, and hands over what has already arrived.
 
 `Stream` is all that server and upstream know of the network. It is a `BufferedProtocol` on purpose: asyncio's plain
-protocols allocate 256 KiB for each read and give it back at once, which costs one mmap, mremap and munmap a read and a
-third of the rate. Here the whole process reads into one buffer and copies out what arrived.
+protocols allocate 256 KiB for each read and free it at once, which costs an mmap, mremap and munmap per read and a
+third of the throughput. Here the whole process reads into one buffer and copies out what arrived.
 
 Three rules:
 
@@ -19,7 +19,7 @@ Three rules:
   timer re-arms itself when it fires early.
 * A Stream has one owner: one task reads, one drains. Nothing here retries.
 
-Not here: which octets may be read before TLS. That is for the protocol engines, which know the state.
+The protocol engines, which know the state, decide which octets may be read before TLS.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 from otel_smtp.net.endpoints import endpoint
 from otel_smtp.observing.values import Endpoint, TlsInfo
 
-RECEIVE_BUFFER_OCTETS: Final = 256 * 1024  # what asyncio itself asks of one recv
+RECEIVE_BUFFER_OCTETS: Final = 256 * 1024  # what asyncio itself requests per recv
 HIGH_WATER_OCTETS: Final = 256 * 1024  # unread, or unsent: beyond, the faster side waits
 LOW_WATER_OCTETS: Final = 64 * 1024
 DRAIN_SECONDS: Final = 180.0  # RFC 5321 4.5.3.2.5: three minutes for a block of content
@@ -44,16 +44,16 @@ READ_OFF_OCTETS: Final = 1024 * 1024  # more than sockets' buffers hold on their
 TLS_SHUTDOWN_SECONDS: Final = 2.0  # for the peer's close_notify; few peers send one
 CLOCK_SLACK_SECONDS: Final = 0.002  # uvloop's timers count whole milliseconds
 
-_own_endpoint: Final = lru_cache(maxsize=64)(endpoint)  # of a listener: the same for all of its connections
-_one_of_tls: Final = lru_cache(maxsize=64)(TlsInfo)  # what handshakes agree on is nearly always the same
-# A slice of a mapping is bytes, for half of what it takes to slice a memoryview and to copy that. It is private: a
-# process that has forked does not read into its child's.
+_own_endpoint: Final = lru_cache(maxsize=64)(endpoint)  # a listener's own address: the same for all of its connections
+_one_of_tls: Final = lru_cache(maxsize=64)(TlsInfo)  # handshakes nearly always agree on the same
+# Slicing a mapping gives bytes at half the cost of slicing a memoryview and copying. The mapping is private, so a
+# forked process does not read into its child's memory.
 _RECEIVED: Final = mmap(-1, RECEIVE_BUFFER_OCTETS, flags=MAP_PRIVATE | MAP_ANONYMOUS)
 _RECEIVE_BUFFER: Final = memoryview(_RECEIVED)  # what TLS layers slice to write into
 
 
 class Receiver(Protocol):
-    """Takes what arrives on a stream, on the event loop. It must not raise."""
+    """Receives a stream's octets, on the event loop. It must not raise."""
 
     def data_received(self, data: bytes) -> None:
         """Some octets, at least one."""
@@ -72,11 +72,11 @@ class _Pulled:
     """The state of a stream without a receiver, kept only then: most connections are idle, and have one.
 
     Attributes:
-        chunks: what arrived and was not read. `unread`: octets of it; beyond `HIGH_WATER_OCTETS` it `is_full`, and
-            reading is paused.
+        chunks: what arrived and was not read. `unread`: its size in octets; beyond `HIGH_WATER_OCTETS` it `is_full`,
+            and reading is paused.
         reader: the task that waits for more.
-        deadline: when reads give up. `timer`: looks at it, then or sooner. `has_expired`: it has passed.
-        reads_once: reading is paused by whatever comes next.
+        deadline: when reads give up. `timer`: fires then or sooner, and checks it. `has_expired`: it has passed.
+        reads_once: the next octets to arrive pause reading.
     """
 
     __slots__ = ("chunks", "deadline", "has_expired", "is_full", "reader", "reads_once", "timer", "unread")
@@ -93,12 +93,12 @@ class _Pulled:
 
 
 class _Ending:
-    """What the end of a stream needs.
+    """State that only a stream's end needs.
 
     Attributes:
-        linger: gives up sending what is unsent.
+        linger: the timer that gives up sending the rest.
         closed: done when the transport is gone.
-        loss: why it is gone, where that was an error.
+        loss: the error that ended it, if any.
     """
 
     __slots__ = ("closed", "linger", "loss")
@@ -110,22 +110,22 @@ class _Ending:
 
 
 class Stream(asyncio.BufferedProtocol):
-    """One connection, in clear or under TLS.
+    """One connection, in the clear or under TLS.
 
     Args:
-        on_connected: called with the stream as soon as it has its transport; None for connections that we open.
+        on_connected: called with the stream once it has its transport; None for connections that we open.
 
     Attributes:
-        peer: the other end. A unix socket's client has no name: `Endpoint("")`; so has a peer that left before
-            it could be asked for.
+        peer: the other end; `Endpoint("")` for a unix socket's client, which has no name, and for a peer that left
+            before its name was read.
         local: this end.
-        tls: what the handshake agreed on; None in clear.
-        octets_received, octets_sent: of the application: TLS is not counted.
+        tls: what the handshake agreed on; None in the clear.
+        octets_received, octets_sent: application octets, without TLS's own.
         is_eof: nothing more will arrive: the peer has sent its end of stream, or the connection is lost.
         is_lost: the transport is gone.
         receiver: see the head of the module; set it by `receive_by`.
-        is_write_paused: more than `HIGH_WATER_OCTETS` are unsent: give it no more.
-        on_lost: called once, when `is_eof` becomes true; for owners that keep a connection and do not read from it.
+        is_write_paused: more than `HIGH_WATER_OCTETS` are unsent: write no more.
+        on_lost: called once, when `is_eof` becomes true; for owners that keep a connection without reading from it.
     """
 
     __slots__ = (
@@ -176,9 +176,9 @@ class Stream(asyncio.BufferedProtocol):
     # Reading ----------------------------------------------------------------------------------------------
 
     def receive_by(self, receiver: Receiver | None) -> None:
-        """Push what arrives to `receiver` from now on, what has arrived already at once; None: back to `read`.
+        """Push octets to `receiver` from now on, beginning with those that wait here; None: back to `read`.
 
-        `input_ended` is called at once, too, where the input had ended before.
+        Calls `input_ended` at once if the input has already ended.
         """
         self.receiver = receiver
         if receiver is None:
@@ -193,7 +193,7 @@ class Stream(asyncio.BufferedProtocol):
 
     @property
     def deadline(self) -> float | None:
-        """When reads give up, by the loop's clock; None: never. May be moved at any time, also while a read waits."""
+        """When reads give up, by the loop's clock; None: never. It may move at any time, even while a read waits."""
         return None if self._pulled is None else self._pulled.deadline
 
     @deadline.setter
@@ -212,13 +212,13 @@ class Stream(asyncio.BufferedProtocol):
             self._arm(pulled, deadline)
 
     async def read(self) -> bytes:
-        """Whatever has arrived, in one piece, waiting for at least one octet.
+        """Wait for at least one octet, and return all that has arrived in one piece.
 
         Returns:
             b"" at the end of the stream, or when the connection is lost.
 
         Raises:
-            TimeoutError: the deadline has passed, also where octets keep trickling in. It stays so until the
+            TimeoutError: the deadline has passed, even if octets keep trickling in. Every read raises it until the
                 deadline is moved; nothing that arrived is lost.
         """
         pulled = self._pull()
@@ -235,7 +235,7 @@ class Stream(asyncio.BufferedProtocol):
         return self.take_pending()
 
     def take_pending(self) -> bytes:
-        """Octets that have arrived and were not read, without waiting; b"" where there are none."""
+        """Return unread octets without waiting; b"" if there are none."""
         pulled = self._pulled
         if pulled is None or not pulled.chunks:
             return b""
@@ -248,10 +248,10 @@ class Stream(asyncio.BufferedProtocol):
         return data
 
     async def read_sparingly(self, octets: int) -> bytes:
-        """At most `octets`. Octets behind them are left for the next reader, TLS behind a PROXY header; what follows is
-        left with the kernel.
+        """Read at most `octets`. The rest is left for the next reader (TLS behind a PROXY header), and later octets
+        stay in the kernel.
 
-        Reading must have been paused since the connection was accepted, and is paused when this returns.
+        Call it only while reading has been paused since accept; reading is paused again when it returns.
 
         Raises:
             TimeoutError: as `read`.
@@ -271,7 +271,7 @@ class Stream(asyncio.BufferedProtocol):
         return data[:octets]
 
     async def wait_for_input(self) -> bool:
-        """Wait for an octet, and leave it to the next reader or to TLS; False: the stream ends without one.
+        """Wait for an octet, and leave it to the next reader or to TLS; False if the stream ends without one.
 
         Reading must have been paused, as for `read_sparingly`.
 
@@ -282,7 +282,7 @@ class Stream(asyncio.BufferedProtocol):
         return self._pulled is not None and bool(self._pulled.chunks)
 
     def has_input(self) -> bool:
-        """Whether octets, or the end of the stream, have arrived: here, or in clear with the kernel."""
+        """Whether octets, or the end of the stream, have arrived: here or, in the clear, in the kernel."""
         if self.is_eof or (self._pulled is not None and self._pulled.chunks):
             return True
         descriptor = self.fileno()
@@ -293,12 +293,12 @@ class Stream(asyncio.BufferedProtocol):
         return bool(poll.poll(0))
 
     def fileno(self) -> int:
-        """The descriptor of the socket, for looking at it; -1 where there is none any more."""
+        """The socket's file descriptor, only for inspecting it; -1 once it is closed."""
         sock = None if self._transport is None else self._transport.get_extra_info("socket")
         return -1 if sock is None else int(sock.fileno())
 
     def pause_reading(self) -> None:
-        """Leave what arrives with the kernel until `resume_reading` or `start_tls`."""
+        """Leave new octets in the kernel until `resume_reading` or `start_tls`."""
         self._owner_pauses = True
         self._apply_pause()
 
@@ -310,7 +310,9 @@ class Stream(asyncio.BufferedProtocol):
     # Writing ----------------------------------------------------------------------------------------------
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Send `data`, without waiting; one call is one send where the kernel takes it. Lost connections take all."""
+        """Send `data` without waiting: one call is one send if the kernel takes it all. A lost connection drops it
+        silently.
+        """
         transport = self._transport
         if transport is not None:
             self.octets_sent += len(data)
@@ -350,13 +352,13 @@ class Stream(asyncio.BufferedProtocol):
         self._transport.close()
 
     async def close_gently(self) -> None:
-        """End our side, read off what the peer still sends until it ends its own, then `close`.
+        """End our side, discard what the peer still sends until it ends its own, then `close`.
 
         For a peer that may be in the middle of sending. The kernel answers octets that were not read, or that come
-        after the close, with a reset: the peer then gets an error at its next send, and not our last reply.
+        after the close, with a reset: the peer then gets an error at its next send instead of our last reply.
 
-        Reads off at most `READ_OFF_OCTETS`, for at most `READ_OFF_SECONDS`. Under TLS it is `close`: there the
-        connection goes on until the peer's close_notify anyway.
+        Discards at most `READ_OFF_OCTETS`, for at most `READ_OFF_SECONDS`. Under TLS it is `close`: there the
+        connection lasts until the peer's close_notify anyway.
         """
         transport = self._transport
         try:
@@ -399,16 +401,16 @@ class Stream(asyncio.BufferedProtocol):
     ) -> TlsInfo:
         """Put the connection under TLS.
 
-        A server calls `pause_reading` before it writes the 220 that invites the ClientHello; else a quick client's
-        ClientHello is read as clear text and the handshake hangs. Octets read in clear before this call are the
+        A server calls `pause_reading` before it writes the 220 that invites the ClientHello; otherwise a quick client's
+        ClientHello is read as clear text and the handshake hangs. Octets read in the clear before this call are the
         caller's to judge (`take_pending`); none of them is ever handed to TLS.
 
         Args:
-            from_first_octet: TLS begins where the connection does (or its PROXY header ends), so what was read and not
-                taken is TLS's. Never for STARTTLS: there it was said in clear.
+            from_first_octet: TLS begins with the connection (or behind its PROXY header), so octets that were read and
+                not taken belong to TLS. Never for STARTTLS, where they were sent in the clear.
 
         Raises:
-            ssl.SSLError: the handshake failed; ssl.SSLCertVerificationError: the peer's certificate is no good.
+            ssl.SSLError: the handshake failed; ssl.SSLCertVerificationError: the peer's certificate is not acceptable.
             TimeoutError: it took longer than `timeout_seconds`.
             ConnectionError: the peer went away.
 
@@ -431,7 +433,7 @@ class Stream(asyncio.BufferedProtocol):
                     ssl_shutdown_timeout=TLS_SHUTDOWN_SECONDS,
                 )
                 transport = await (self._handed_over(handshake, clear) if from_first_octet else handshake)
-                # asyncio hands out no transport, and no error, where the peer left in mid-handshake.
+                # asyncio returns no transport, and raises nothing, if the peer left in mid-handshake.
                 if transport is None:
                     raise ConnectionResetError("connection lost in the TLS handshake")
         except BaseException as error:
@@ -452,11 +454,12 @@ class Stream(asyncio.BufferedProtocol):
     ) -> asyncio.Transport | None:
         """Run a handshake, with what was read before it as its first octets.
 
-        uvloop reads at accept, whatever `connection_made` asked for, and a quick client's ClientHello is there by then.
+        uvloop reads at accept, even if `connection_made` paused reading, and by then a quick client's ClientHello is
+        there.
         """
         loop = asyncio.get_running_loop()
         task = loop.create_task(handshake)
-        await asyncio.sleep(0)  # the loop puts its TLS layer in our place and reads no more until that is connected
+        await asyncio.sleep(0)  # the loop replaces us by its TLS layer and reads no more until that is connected
         if data := self.take_pending():
             loop.call_soon(_deliver, clear, data)  # behind its `connection_made`, before it reads
             self.octets_received -= len(data)  # octets of the application are counted, not those of the handshake
@@ -464,7 +467,7 @@ class Stream(asyncio.BufferedProtocol):
 
     @property
     def tls_object(self) -> ssl.SSLObject | None:
-        """The TLS session of the standard library, for certificates and session tickets; None in clear."""
+        """The standard library's TLS object, for certificates and session tickets; None in the clear."""
         if self._transport is None:
             return None
         return cast("ssl.SSLObject | None", self._transport.get_extra_info("ssl_object"))
@@ -487,12 +490,12 @@ class Stream(asyncio.BufferedProtocol):
             ...
 
     else:
-        # The same for any size hint, which `get` takes for what else it might give: a mail is read in six reads, and
-        # none of them calls a function of Python to learn this.
+        # A dictionary's `get`, which takes the size hint for its default: six reads per mail then call no Python
+        # function.
         get_buffer = staticmethod(partial({None: _RECEIVE_BUFFER}.get, None))
 
     def buffer_updated(self, nbytes: int) -> None:
-        """Copy out what arrived; give it to the receiver, or keep it and wake the reader."""
+        """Copy out what arrived; pass it to the receiver, or keep it and wake the reader."""
         receiver = self.receiver
         if receiver is not None:
             self.octets_received += nbytes
@@ -558,13 +561,13 @@ class Stream(asyncio.BufferedProtocol):
                 self.receiver.input_ended()
 
     def _pull(self) -> _Pulled:
-        """What is kept of pulled octets, from now on."""
+        """The state of pulled reading, made at first use."""
         if self._pulled is None:
             self._pulled = _Pulled()
         return self._pulled
 
     def _end(self) -> _Ending:
-        """What its end needs, from now on."""
+        """The state of its end, made at first use."""
         if self._ending is None:
             self._ending = _Ending()
         return self._ending

@@ -1,7 +1,7 @@
-"""The one periodic look at the clock: deadlines are numbers, and nothing of a mail or a command has a timer.
+"""The one periodic look at the clock: deadlines are numbers, and no mail or command has a timer.
 
-An owner of things that can be late registers a function. It is called a few times a second with the loop's time,
-compares, and acts. So a deadline is met at most `SWEEP_SECONDS` late, and moving one costs an attribute.
+An owner of deadlines registers a function, which is called a few times per second with the loop's time, compares, and
+acts. So a deadline fires at most `SWEEP_SECONDS` late, and moving one costs an assignment.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ logger: Final = logging.getLogger("otel_smtp.net.sweep")
 
 
 class Sweep:
-    """Calls every registered function with `loop.time()`, each `SWEEP_SECONDS`, while there is one."""
+    """Calls every registered function with `loop.time()` every `SWEEP_SECONDS`, while any is registered."""
 
     __slots__ = ("_handle", "_swept")
 
@@ -24,13 +24,13 @@ class Sweep:
         self._handle: asyncio.TimerHandle | None = None
 
     def add(self, swept: Callable[[float], None]) -> None:
-        """Call `swept` from now on; needs a running loop. Adding it twice is adding it once."""
+        """Call `swept` from now on; needs a running loop. Idempotent."""
         self._swept[swept] = None
         if self._handle is None:
             self._handle = asyncio.get_running_loop().call_later(SWEEP_SECONDS, self._sweep)
 
     def remove(self, swept: Callable[[float], None]) -> None:
-        """Call it no more. Idempotent."""
+        """Stop calling `swept`. Idempotent."""
         self._swept.pop(swept, None)
         if not self._swept and self._handle is not None:
             self._handle.cancel()

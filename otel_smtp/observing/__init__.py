@@ -1,4 +1,4 @@
-"""What is observed, who observes, and how one observation reaches several observers."""
+"""The records that are observed, the observer interface, and the fan-out to several observers."""
 
 from otel_smtp.observing.fan_out import FanOut, fan_out
 from otel_smtp.observing.interface import HOOKS, Observer, StateCallback

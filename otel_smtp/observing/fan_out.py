@@ -1,10 +1,10 @@
 """Several observers as one, each kept from harming the others and the mail.
 
-The dispatch of every hook is derived from `Observer`: a hook that is added there is dispatched from then on.
+The dispatch of every hook is derived from `Observer`: a hook added there is dispatched without further code.
 
-Transactions that went well wait here for a moment, to be handed to `transactions_settled` together, and so do attempts
-from the spool that went well, for `deliveries_settled`. Such a record and its deliveries are written to no more, and
-the connection's segment that holds it stays open until it is handed on.
+Successful transactions wait here for a moment, to be passed to `transactions_settled` together; so do successful
+attempts from the spool, for `deliveries_settled`. Nothing writes to such a record or its deliveries any more, and the
+connection's segment that holds it stays open until it is passed on.
 """
 
 import difflib
@@ -21,17 +21,17 @@ from otel_smtp.observing.values import Outcome
 
 logger: Final = logging.getLogger("otel_smtp.observing")
 
-# So many records wait at most: what is made of them takes half a millisecond, twice as long with an access log, for
-# which mail waits. The time for which they may wait ends most batches sooner: 25 mails at five thousand a second.
+# The most records that wait: processing them takes half a millisecond, twice that with an access log, and mail waits
+# meanwhile. Most batches end sooner, by time: 25 mails at five thousand per second.
 MOST_WAITING: Final = 64
 
 _TRACE_ID: Final = re.compile(r"[0-9a-f]{32}")  # W3C Trace Context 3.2.2.3
 
-_RELAYED: Final = Outcome.RELAYED  # looked up in its class, a member costs as much as a call
+_RELAYED: Final = Outcome.RELAYED  # looking a member up in its class costs as much as a call
 _QUEUED: Final = Outcome.QUEUED
 
 Soon = Callable[[Callable[[], None]], None]
-"""Calls what it is given within a few milliseconds, on the event loop, or at once."""
+"""Schedules a function: it is called within a few milliseconds on the event loop, or at once."""
 
 
 class _Member:
@@ -46,10 +46,10 @@ class _Member:
     def drop(self, hook: str, error: BaseException) -> None:
         """Log the exception at hand, the first time, and drop the member.
 
-        A hook never waits, so that a cancellation out of it is its own affair: of a future that it asked, say.
+        A hook never awaits, so a CancelledError out of it is its own fault: from a future that it read, say.
 
         Raises:
-            KeyboardInterrupt, SystemExit: it is that, and the process is to end.
+            KeyboardInterrupt, SystemExit: the observer raised it, and the process must end.
         """
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise error
@@ -65,7 +65,7 @@ class FanOut(Observer):
     """See `fan_out`.
 
     Attributes:
-        wants_transitions: somebody overrides `conn_state`, so that it has to be called.
+        wants_transitions: an observer overrides `conn_state`, so it must be called.
     """
 
     def __init__(self, observers: Iterable[Observer], soon: Soon | None = None) -> None:
@@ -76,7 +76,8 @@ class FanOut(Observer):
             )
             if hook == "conn_state":
                 self.wants_transitions = bool(listeners)
-            # Bound to the observers that override it, so that a call has nothing to look up; else the interface's own.
+            # Bound to the observers that override the hook, so a call looks nothing up; without any, the interface's
+            # own.
             if listeners:
                 setattr(self, hook, (_asker if asks else _teller)(hook, listeners))
         self._soon = soon
@@ -96,7 +97,7 @@ class FanOut(Observer):
                 setattr(self, hook, partial(self._after_those_waiting, getattr(self, hook)))
 
     def catch_up(self) -> None:
-        """Pass what waits to the observers; call it before reading what those make of it."""
+        """Pass waiting records to the observers; call it before reading what the observers make of them."""
         waiting, attempts, attempted = self._waiting, self._attempts, self._attempted
         if not waiting and not attempts:
             return
@@ -106,7 +107,7 @@ class FanOut(Observer):
             self.transactions_settled(waiting)
         if attempts:
             self.deliveries_settled(attempts)
-        del attempted  # those records had to live until here
+        del attempted  # those records had to stay alive until here
 
     def _transaction_ended(self, transaction: TransactionRecord) -> None:
         if self._tell_at_once is not None:
@@ -141,7 +142,7 @@ class FanOut(Observer):
             self._soon(partial(self._catch_up_with, self._batch))
 
     def _catch_up_with(self, batch: int) -> None:
-        if batch == self._batch:  # else it was reported before
+        if batch == self._batch:  # otherwise it has been reported already
             self.catch_up()
 
     def _after_those_waiting(self, tell: Callable[[ConnectionRecord], None], connection: ConnectionRecord) -> None:
@@ -166,7 +167,7 @@ def _teller(hook: str, listeners: _Listeners) -> Callable[..., None]:
                     member.drop(hook, error)
 
     def tell_one(record: Any) -> None:
-        """The same of one argument, as nearly all hooks have: several times a mail."""
+        """As `tell`, for one argument: nearly all hooks have one, and this runs several times per mail."""
         for member, method in listeners:
             if not member.raised:
                 try:
@@ -195,7 +196,7 @@ def _asker(hook: str, listeners: _Listeners) -> Callable[..., Any]:
     [(member, method), *others] = listeners
 
     def ask_one(record: Any) -> Any:
-        """The same of an observer of ours where no other could answer, as it is for each mail."""
+        """As `ask`, if only one observer of ours could answer: the case of every mail."""
         if member.raised:
             return no_answer
         try:
@@ -215,7 +216,7 @@ def _asker(hook: str, listeners: _Listeners) -> Callable[..., Any]:
 
 
 def _checked(answer: Any, is_answer: Callable[[Any], bool]) -> Any:
-    """An answer that may go into replies, fields of messages and the spool."""
+    """Check an answer that may go into replies, header fields and the spool."""
     if not is_answer(answer):
         raise TypeError(f"no answer to that: {type(answer).__qualname__}")  # its text may be anything
     return answer
@@ -236,15 +237,15 @@ def _takes_one(hook: str) -> bool:
 
 
 def fan_out(observers: Iterable[Observer], soon: Soon | None = None) -> FanOut:
-    """One observer that passes everything to all of `observers`; one that raises is logged once and dropped.
+    """One observer that passes everything to all of `observers`; an observer that raises is logged once and dropped.
 
-    Where several could answer a question, the first answer that is not empty holds.
+    If several answer a question, the first answer that is not empty counts.
 
     Args:
         soon: lets transactions wait for others (`Observer.transactions_settled`); None: each is passed on at once.
 
     Raises:
-        TypeError: a method of an observer is named almost like a hook and is none, so it would never be called.
+        TypeError: an observer's method is named almost like a hook: a typing mistake, and it would never be called.
     """
     observers = list(observers)
     for observer in observers:

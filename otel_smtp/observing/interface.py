@@ -1,8 +1,8 @@
 """The one interface of observers, `Observer`. Every hook is defined here and nowhere else; `fan_out` reads it here.
 
-A hook either *tells* (it returns None) or *asks* (it returns something, and the first answer that is not empty holds).
-Hooks are called on the event loop, so they neither block nor wait. Whatever one raises is logged once, and that
-observer is dropped; mail is unaffected.
+A hook either *tells* (it returns None) or *asks* (the first answer that is not empty counts). Hooks are called on the
+event loop, so they must not block. If one raises, the exception is logged once and that observer is dropped; mail is
+unaffected.
 """
 
 import inspect
@@ -15,10 +15,10 @@ from otel_smtp.smtp.states import ConnState, Transition
 
 
 class Observer:
-    """Everything that happens in one gateway process. Override what is of interest; the rest costs nothing."""
+    """Everything that happens in one gateway process. Override the hooks you need; the others cost nothing."""
 
     def connection_opened(self, connection: ConnectionRecord) -> None:
-        """A socket was accepted; nothing has been recorded of it yet."""
+        """A socket was accepted; none of its states has been recorded yet."""
 
     def connection_refused(self, reason: str) -> None:
         """A connection was refused at accept; `reason` comes from a closed set (capacity, client_limit, ...)."""
@@ -30,57 +30,59 @@ class Observer:
         """
 
     def segment_ended(self, connection: ConnectionRecord) -> None:
-        """The connection goes on, and its record begins a new segment when all observers have seen this one."""
+        """The connection goes on; its record begins a new segment once all observers have seen this one."""
 
     def connection_closed(self, connection: ConnectionRecord) -> None:
-        """The transport is gone: the last call for this connection. Its last segment is in the record."""
+        """The transport is gone: the last call for this connection. The record holds its last segment."""
 
     def transaction_ended(self, transaction: TransactionRecord) -> None:
         """A transaction is over; called before the client can see its final reply.
 
-        Its deliveries are in the record. One that is still under way (the client is gone, and the upstream's answer is
-        awaited for the record) comes by `delivery_ended`.
+        Its deliveries are in the record. One that is still under way (the client has gone, and the upstream's reply is
+        still recorded) is reported later by `delivery_ended`.
         """
 
     def transactions_settled(self, transactions: Sequence[TransactionRecord]) -> None:
-        """Transactions are over, in the order in which they ended: `transaction_ended` for observers that can wait.
+        """Transactions are over, in the order in which they ended: `transaction_ended` for observers without hurry.
 
-        Most come a few milliseconds later, together: work on several mails in a row costs less than the same work
-        between everything else that a mail needs. All come before their connection's segment ends. A transaction that
-        failed, or has a delivery under way, comes at once.
+        Most are reported a few milliseconds later, in batches: handling several mails in a row costs less than handling
+        each amid its other work. All come before their connection's segment ends. A transaction that failed, or has a
+        delivery under way, is reported at once.
         """
 
     def delivery_ended(self, delivery: DeliveryRecord) -> None:
-        """An attempt is over whose transaction had ended before: one from the spool, or whose client is gone.
+        """An attempt is over whose transaction had already ended: one from the spool, or one whose client has gone.
 
-        Of one from the spool, what it came to for each recipient is known by then.
+        For an attempt from the spool, the outcome for each recipient is known by then.
         """
 
     def deliveries_settled(self, deliveries: Sequence[DeliveryRecord]) -> None:
-        """Attempts are over whose transactions had ended before: `delivery_ended` for observers that can wait.
+        """Attempts are over whose transactions had already ended: `delivery_ended` for observers without hurry.
 
-        As `transactions_settled`: those from the spool that went well come together, after the transactions that wait.
+        As `transactions_settled`: successful attempts from the spool come in batches, after the transactions that wait.
         """
 
     def spool_acted(self, transaction: TransactionRecord) -> None:
-        """Something befell a message in the spool without an attempt: see `TransactionRecord.action`. Its recipients
-        that ended by it, or wait for an operator, are in `TransactionRecord.refused`."""
+        """Something happened to a message in the spool without an attempt: see `TransactionRecord.action`.
+        `TransactionRecord.refused` has the recipients that ended by it or now wait for an operator.
+        """
 
     def connection_carrier(self, connection: ConnectionRecord) -> Mapping[str, str]:
-        """The trace context of the connection, of its present segment, as headers; empty where there is no trace."""
+        """The trace context of the connection's current segment, as headers; empty without a trace."""
         return {}
 
     def trace_id(self, transaction: TransactionRecord) -> str | None:
-        """The trace id that people are shown, 32 hexadecimal digits; asked once the header block has been read, or
-        when there will be none. None where there is no trace."""
+        """The trace id to show to people, 32 hexadecimal digits; asked once the header block has been read, or when
+        there will be none. None without a trace.
+        """
         return None
 
     def carrier(self, transaction: TransactionRecord) -> Mapping[str, str]:
-        """The transaction's trace context as headers, for what outlives it (the spool); empty where none."""
+        """The transaction's trace context as headers, for the spool, which outlives it; empty without a trace."""
         return {}
 
     def delivery_carrier(self, delivery: DeliveryRecord) -> Mapping[str, str]:
-        """Trace headers for the message that this attempt relays; empty where there is no trace."""
+        """Trace headers for the message that this attempt relays; empty without a trace."""
         return {}
 
 
@@ -97,7 +99,7 @@ class StateCallback(Observer):
 
     def __init__(self, callback: Callable[[ConnectionInfo, Transition], None]) -> None:
         self._callback = callback
-        self._infos: dict[ConnectionRecord, ConnectionInfo] = {}  # of open connections: a record makes one each time
+        self._infos: dict[ConnectionRecord, ConnectionInfo] = {}  # a record makes one each time
 
     def conn_state(self, connection: ConnectionRecord, transition: Transition) -> None:
         info = self._infos.get(connection)
@@ -108,5 +110,5 @@ class StateCallback(Observer):
         try:
             self._callback(info, transition)
         except BaseException:
-            self._infos.clear()  # it is dropped now, and would hear of no end
+            self._infos.clear()  # it is dropped now, and would not learn of their ends
             raise

@@ -1,15 +1,15 @@
 """The records of what happens: one per connection, per transaction and per delivery attempt.
 
 While a mail is under way, the session and the forwarder write its facts into these records, as plain attributes and
-entries of lists. Observers get a record when it is complete and interpret it then; that is what makes observing cheap.
-A record is written by its owner alone (the session its connection and transactions, the forwarder its deliveries).
-Observers only read, but for the two slots that are theirs: `trace` and `counted`.
+entries of lists. Observers get a record when it is complete and interpret it then, which keeps observing cheap. Only
+its owner writes a record: the session its connection and transactions, the forwarder its deliveries. Observers only
+read, except for two slots of their own: `trace` and `counted`.
 
 Times are nanoseconds of the monotonic clock. `wall_offset_ns` added to one gives nanoseconds since the epoch; it is
 taken once per connection, so that the order of times is the order of what happened.
 
-Everything that a peer can make grow is bounded here: refused recipients and phases by the constants below, transitions
-and replies by the segments into which the session cuts them.
+Everything that a peer can make grow is bounded: refused recipients and phases by the constants below, transitions and
+replies by the segments into which the session cuts them.
 """
 
 import time
@@ -34,13 +34,13 @@ from otel_smtp.smtp.envelope import Mail, Recipient
 from otel_smtp.smtp.replies import ErrorType, Reply
 from otel_smtp.smtp.states import CloseReason, TlsMode, Transition
 
-# Beyond this the number says enough; each is one event of a span.
+# Each is an event of a span; beyond this the count says enough.
 MOST_REFUSED: Final = 50
 # An attempt has about ten phases beside those of its recipients.
 MOST_PHASES: Final = 64
 
 
-# A member that is looked up in its enumeration costs as much as a call; each mail passes these.
+# Looking a member up in its enumeration costs as much as a call; every mail uses these.
 _MAIL: Final = MessageKind.MAIL
 _RCPT: Final = DeliveryPhase.RCPT
 _REFUSED: Final = Outcome.REFUSED
@@ -83,22 +83,21 @@ class ConnectionRecord:
 
     Attributes:
         id, listener, transport: as `ConnectionInfo` has them.
-        client, server: the two ends as the client sees them: those of the socket, or what a believed PROXY header
-            named.
+        client, server: the two ends as the client sees them: the socket's, or those named by a trusted PROXY header.
         opened_ns, wall_offset_ns: see the head of the module.
-        hello_verb, hello_name: the last EHLO, HELO or LHLO that was accepted, as the peer said it; "" before.
-        tls: what the handshake agreed on; None in clear.
-        user: the name the client authenticated as; None before. `auth_mechanism`: of the last attempt, good or bad.
+        hello_verb, hello_name: the last accepted EHLO, HELO or LHLO, as the peer sent it; "" before.
+        tls: what the handshake agreed on; None in the clear.
+        user: the name the client authenticated as; None before. `auth_mechanism`: of the last attempt, successful or
+            not.
         messages, errors: messages that got their final reply; replies of 400 and above, and failed handshakes.
-        segment: number of the present segment, from 1. `begun_ns`: when it began.
-        transitions: those of the present segment, the oldest first. Recorded before the client can see the reply
-            that goes with them.
-        replies: of the present segment: the verb that was answered, "other", or None; and the reply.
+        segment: number of the current segment, from 1. `begun_ns`: when it began.
+        transitions: those of the current segment, the oldest first, each recorded before the client can see its reply.
+        replies: of the current segment, each with the verb that it answers ("other" or None where it has none).
         earlier: the last transitions of the segments before, for views that show a path.
-        failure: why it failed, in the words that an operator needs, where no reply says it: a TLS handshake.
+        failure: why it failed, in words for operators, if no reply says so: a TLS handshake.
         end: how it ended, once it is closed.
-        trace: what tracing keeps of the present segment; None until it is needed.
-        counted_transitions, counted_replies: of the present segment, those that the metrics have counted already.
+        trace: what tracing keeps of the current segment; None until needed.
+        counted_transitions, counted_replies: how many of the current segment's the metrics have counted.
     """
 
     __slots__ = (
@@ -131,7 +130,7 @@ class ConnectionRecord:
     def __init__(self, info: ConnectionInfo, opened_ns: int, wall_offset_ns: int) -> None:
         self.id = info.id
         self._accepted = _one_of_accepted(info.listener, info.protocol, info.transport, info.tls_mode)
-        self._socket: tuple[Endpoint, Endpoint] | None = None  # its ends, where a PROXY header named others
+        self._socket: tuple[Endpoint, Endpoint] | None = None  # the ends that a PROXY header named
         self.client = info.peer
         self.server = info.local
         self.opened_ns = self.begun_ns = opened_ns
@@ -163,22 +162,21 @@ class ConnectionRecord:
 
     @property
     def info(self) -> ConnectionInfo:
-        """Its identity from accept on. It is put together when asked for: most of it is the same for all connections of
-        a listener."""
+        """Its identity from accept on, built on demand: most of it is the same for all connections of a listener."""
         peer, local = self._socket or (self.client, self.server)
         return ConnectionInfo(self.id, peer, local, *self._accepted)
 
     def proxied(self, client: Endpoint, server: Endpoint) -> None:
-        """Note the ends that a believed PROXY header named."""
+        """Note the ends that a trusted PROXY header named."""
         self._socket = self._socket or (self.client, self.server)
         self.client = client
         self.server = server
 
     def begin_segment(self, now_ns: int, *, keep: int = 24) -> None:
-        """Leave the present segment behind; observers have been given it.
+        """Begin a new segment, once observers have been given the current one.
 
         Args:
-            keep: how many of its last transitions stay in `earlier`.
+            keep: how many of the old one's last transitions stay in `earlier`.
         """
         self.earlier = (*self.earlier, *self.transitions[-keep:])[-keep:]
         self.transitions = []
@@ -190,16 +188,16 @@ class ConnectionRecord:
 
 @lru_cache(maxsize=64)
 def _one_of_accepted(*accepted: Any) -> _Accepted:
-    """One object for all connections of a listener."""
+    """Share one object among all connections of a listener."""
     return accepted
 
 
 class RecipientRecord(NamedTuple):
-    """What became of a recipient that did not get the mail, or not yet.
+    """The fate of a recipient that did not get the mail, or not yet.
 
     Attributes:
-        reply: the reply that says so; None where no upstream was asked.
-        upstream: the name of the upstream whose reply it is; None where it is ours.
+        reply: the reply that says so; None if no upstream was asked.
+        upstream: the name of the upstream whose reply it is; None if it is ours.
     """
 
     at_ns: int
@@ -210,12 +208,12 @@ class RecipientRecord(NamedTuple):
 
 
 class TransactionRecord:
-    """One mail transaction, from MAIL to its final reply; or, from the spool, a message that is attempted later.
+    """One mail transaction, from MAIL to its final reply; or a later attempt at a message from the spool.
 
     Attributes:
         connection: None for a message from the spool: its transaction ended long ago.
         number: from 1 on its connection; 0 for a message from the spool.
-        attempt: at a message from the spool, which this is, from 1; 0 for a client's transaction.
+        attempt: the number of this attempt at a message from the spool, from 1; 0 for a client's transaction.
         accepted: recipients that were accepted, though some may have been refused with the content (LMTP upstreams
             answer for each). `refused`: the first `MOST_REFUSED` that were refused or deferred, at RCPT or then;
             `own_count`: all of those, each with a reply of its own. `refused_count`, `deferred_count`: by 5yz and 4yz,

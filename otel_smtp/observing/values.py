@@ -1,4 +1,4 @@
-"""The values that observers are given: addresses, identities, outcomes."""
+"""Values in the records for observers: addresses, identities, outcomes."""
 
 import re
 from collections.abc import Mapping
@@ -59,11 +59,12 @@ class TlsInfo:
 
 @dataclass(frozen=True, slots=True)
 class TraceHeaders:
-    """Trace headers found in a message's header block, unfolded, not yet judged.
+    """Trace headers found in a message's header block: unfolded, not yet validated.
 
     Attributes:
-        traceparents: the values of all `traceparent` fields, at most two (two are ignored as one forged).
-        tracestate: the value of the first `tracestate` field, "" where none.
+        traceparents: the values of all `traceparent` fields, at most two (of two, one may be forged, so both are
+            ignored).
+        tracestate: the value of the first `tracestate` field, "" without one.
     """
 
     traceparents: tuple[str, ...] = ()
@@ -71,8 +72,9 @@ class TraceHeaders:
 
 
 def trace_fields(carrier: Mapping[str, str]) -> dict[str, Any]:
-    """How a log record names its span: `trace_id` and `span_id` in hexadecimal, and `trace_flags`, which no line shows;
-    of a trace context as headers, nothing where there is none."""
+    """A log record's fields for its span, from a trace context as headers: `trace_id` and `span_id` in hexadecimal, and
+    `trace_flags`, which no line shows; empty without a context.
+    """
     found = _TRACEPARENT.match(carrier.get("traceparent", ""))
     if found is None:
         return {}
@@ -86,7 +88,7 @@ class Outcome(StrEnum):
     __hash__ = str.__hash__  # of Enum it is a function of Python, called several times an event
 
     RELAYED = "relayed"  # the upstream said 2yz to the end of data
-    PARTLY_RELAYED = "partly_relayed"  # so it did, and at least one recipient was refused or deferred, by it or by us
+    PARTLY_RELAYED = "partly_relayed"  # likewise, and at least one recipient was refused or deferred, by it or by us
     QUEUED = "queued"  # durable in the spool
     REFUSED = "refused"  # 5yz
     DEFERRED = "deferred"  # 4yz
@@ -95,7 +97,7 @@ class Outcome(StrEnum):
 
 
 class Fate(StrEnum):
-    """What became of a recipient that did not get the mail, or not yet: `smtp.recipient.fate`."""
+    """The fate of a recipient that did not get the mail, or not yet: `smtp.recipient.fate`."""
 
     __hash__ = str.__hash__
 
@@ -120,13 +122,13 @@ class MessageKind(StrEnum):
 
 
 class SpoolAction(StrEnum):
-    """What befell a message in the spool without an attempt: `smtp.spool.action`."""
+    """What happened to a message in the spool without an attempt: `smtp.spool.action`."""
 
     __hash__ = str.__hash__
 
     EXPIRED = "expired"  # it was too old, or an operator gave it up
     REMOVED = "removed"  # by an operator
-    HELD = "held"  # by an operator; or it was part of too many crashes, or is a notice that was too old
+    HELD = "held"  # by an operator; or it was part of too many crashes, or is an expired notice
     RELEASED = "released"  # by an operator
     GIVEN_UP = "given_up"  # by an operator: it expires next
     SUPERSEDED = "superseded"  # the result of an attempt came too late: another gateway has the delivery

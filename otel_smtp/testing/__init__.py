@@ -24,7 +24,7 @@ __all__ = ["Event", "Mailbox", "ReceivedMail", "RunningGateway", "Span", "Trace"
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is heavy when it is first asked for: pytest loads this package in every run."""
+    """Import heavy modules at first use: pytest loads this package in every run."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from otel_smtp.testing import mailbox, running_gateway, traces

@@ -1,4 +1,4 @@
-"""The mailbox: messages that arrived, and what the server that takes them is to do wrong."""
+"""The mailbox: messages that arrived, and the faults that its server is to show."""
 
 import email
 import threading
@@ -29,7 +29,7 @@ class ReceivedMail:
 
     @property
     def message(self) -> EmailMessage:
-        """The content, parsed; line ends are those of Python's text, as in a message that was never sent."""
+        """The parsed content, with "\n" line ends, as in a message that was never sent."""
         return email.message_from_bytes(self.content.replace(b"\r\n", b"\n"), policy=policy.default)
 
 
@@ -53,10 +53,10 @@ class _Fault:
 
 
 class EndOfData(NamedTuple):
-    """What the server does when a whole message has arrived.
+    """The server's reaction to a whole message.
 
     Attributes:
-        line: the reply; None: the connection is closed without one.
+        line: the reply; None: close the connection without one.
         seconds: waited before it.
     """
 
@@ -66,7 +66,7 @@ class EndOfData(NamedTuple):
 
 @dataclass
 class _Shared:
-    """What the test's threads and the server's share; guarded by `changed`."""
+    """State shared by the test's threads and the server's; guarded by `changed`."""
 
     changed: threading.Condition = field(default_factory=threading.Condition)
     mails: list[ReceivedMail] = field(default_factory=list)
@@ -77,7 +77,7 @@ class Mailbox:
     """Messages by recipient, and faults. All methods may be called from any thread.
 
     A recipient is named by the whole address ("bob@there.example"), the local part ("bob@"), the domain
-    ("@there.example"), or "@" for everyone, in any case of letters. The newest fault that fits decides.
+    ("@there.example"), or "@" for everyone, in any case of letters. The newest matching fault decides.
     """
 
     def __init__(self) -> None:
@@ -87,17 +87,17 @@ class Mailbox:
 
     @property
     def mails(self) -> list[ReceivedMail]:
-        """Everything that arrived, in order, with envelopes."""
+        """All mails that arrived, in order, with envelopes."""
         with self._shared.changed:
             return list(self._shared.mails)
 
     @property
     def messages(self) -> list[EmailMessage]:
-        """Everything that arrived, in order."""
+        """All messages that arrived, in order."""
         return [mail.message for mail in self.mails]
 
     def __getitem__(self, recipient: str) -> list[EmailMessage]:
-        """The messages for a recipient, in order; none is no error.
+        """The messages for a recipient, in order; may be empty.
 
         Raises:
             ValueError: `recipient` names nobody; see the class.
@@ -107,7 +107,7 @@ class Mailbox:
     def wait_for(
         self, count: int = 1, recipient: str = EVERYONE, *, timeout_seconds: float = WAIT_SECONDS
     ) -> list[EmailMessage]:
-        """The messages for a recipient, once there are `count` of them: for mail that something else sends.
+        """Wait until a recipient has `count` messages, and return them: for mail that another program sends.
 
         Raises:
             TimeoutError: there were not, in time.
@@ -124,7 +124,7 @@ class Mailbox:
             return [mail.message for mail in arrived()]
 
     def clear(self) -> None:
-        """Forget what arrived; faults stay."""
+        """Forget all messages; faults stay."""
         with self._shared.changed:
             self._shared.mails.clear()
 
@@ -141,7 +141,7 @@ class Mailbox:
             times: how often; None: until `recover`.
 
         Raises:
-            ValueError: one of them is not as said here.
+            ValueError: an argument breaks these rules.
         """
         self._add(_Fault(Stage.RECIPIENT, _pattern(recipient), times, _line(code, 5, text)))
 
@@ -177,7 +177,7 @@ class Mailbox:
         """Close the connection in place of the reply to the end of data: it is unknown whether the message was taken.
 
         Args:
-            keep: it was: the message is in the mailbox all the same.
+            keep: it was taken: put the message into the mailbox all the same.
         """
         self._add(_Fault(Stage.DROP, _pattern(recipient), times, is_kept=keep))
 
@@ -201,7 +201,7 @@ class Mailbox:
         return fault.line if fault is not None else None
 
     def take(self, mail: ReceivedMail) -> EndOfData:
-        """Judge a whole message, and keep it if that is its fate. It is kept before its reply can be seen."""
+        """Judge a whole message, and keep it if accepted, before its reply can be seen."""
         with self._shared.changed:
             delay = self._strike(Stage.DELAY, mail.recipients)
             refused = self._strike(Stage.CONTENT, mail.recipients)

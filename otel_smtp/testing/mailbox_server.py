@@ -1,7 +1,6 @@
 """The SMTP server in front of the mailbox, as far as a gateway on the same machine needs one.
 
-It shares nothing with the gateway's own engine, so that what a test sees in the mailbox is what another server would
-have understood.
+It shares nothing with the gateway's own engine, so the mailbox holds what an independent server would have understood.
 """
 
 import asyncio
@@ -20,7 +19,7 @@ class MailboxServer(asyncio.Protocol):
         self._mailbox = mailbox
         self._transport: asyncio.Transport | None = None
         self._received = bytearray()
-        self._searched = 0  # where the end of data cannot begin before
+        self._searched = 0  # the end of data cannot begin before this
         self._is_content = False
         self._is_waiting = False
         self._sender: str | None = None
@@ -33,12 +32,12 @@ class MailboxServer(asyncio.Protocol):
         self._say("220 mailbox.test ESMTP")
 
     def data_received(self, data: bytes) -> None:
-        """Answer what is complete."""
+        """Answer complete commands and content."""
         self._received += data
         self._answer_all()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the connection: a reply that is still to come has nowhere to go."""
+        """Forget the connection, so that no pending reply is written to it."""
         self._transport = None
 
     def _answer_all(self) -> None:
@@ -134,6 +133,6 @@ class MailboxServer(asyncio.Protocol):
 
 
 def _path(line: bytes) -> str | None:
-    """What stands between the angle brackets of MAIL and RCPT; a quoted local part may hold some of its own."""
+    """The path between the angle brackets of MAIL and RCPT; a quoted local part may hold angle brackets too."""
     start, end = line.find(b"<"), line.rfind(b">")
     return line[start + 1 : end].decode("utf-8", "replace") if 0 <= start < end else None

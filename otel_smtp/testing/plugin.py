@@ -38,5 +38,5 @@ def smtp_gateway(smtp_gateway_settings: Mapping[str, object]) -> "Iterator[Runni
 
 @pytest.fixture
 def mailbox(smtp_gateway: "RunningGateway") -> "Mailbox":
-    """Where the mail arrives that the gateway takes: messages by recipient, and faults on demand."""
+    """The mailbox behind the gateway: messages by recipient, and faults on demand."""
     return smtp_gateway.mailbox

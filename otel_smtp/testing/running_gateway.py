@@ -15,7 +15,7 @@ from otel_smtp.testing.mailbox_server import MailboxServer
 from otel_smtp.testing.traces import TRANSACTION, WAIT_SECONDS, Recorder, Span, Told, Trace, find_transaction
 
 _HOST: Final = "127.0.0.1"
-# Bounds that only a machine at its limit comes near: a start takes a few milliseconds, after a first import of 0.3 s.
+# Only an overloaded machine comes near these: a start takes a few milliseconds, after a first import of 0.3 s.
 START_SECONDS: Final = 30.0
 STOP_SECONDS: Final = 10.0
 # Only one gateway is made at a time: see `_without_otel_variables`.
@@ -23,7 +23,7 @@ _making: Final = threading.Lock()
 
 
 class RunningGateway:
-    """A gateway that a test sends to, and what came of it; made by `run_gateway`.
+    """A gateway under test, its mailbox and its traces; made by `run_gateway`.
 
     Attributes:
         host, port: where it takes mail.
@@ -38,7 +38,7 @@ class RunningGateway:
 
     @property
     def url(self) -> str:
-        """The same as `smtp://host:port`."""
+        """Its address as `smtp://host:port`."""
         return f"smtp://{self.host}:{self.port}"
 
     @property
@@ -48,7 +48,7 @@ class RunningGateway:
 
     @property
     def traces(self) -> list[Trace]:
-        """The traces of all transactions that are over, refused ones too, in the order of their ends."""
+        """The traces of all finished transactions, refused ones too, in the order of their ends."""
         return [Trace(self._recorder, span) for span in self.spans if span.name == TRANSACTION]
 
     def trace_of(self, message: Told, *, timeout_seconds: float = WAIT_SECONDS) -> Trace:
@@ -75,10 +75,9 @@ def run_gateway(settings: Mapping[str, object] | None = None) -> Iterator[Runnin
     """Run a gateway on a port that the kernel chooses, with a mailbox as its upstream.
 
     Args:
-        settings: as in the gateway's TOML file; they are merged over the defaults of a test, tables of a list by their
-            position.
+        settings: as in the gateway's TOML file, merged over this module's defaults, lists of tables by position.
 
-    It exports nothing, and no `OTEL_*` variable of the environment changes what it traces.
+    It exports nothing, and ignores the environment's `OTEL_*` variables.
 
     Raises:
         otel_smtp.config.SettingsError: with everything that is wrong about the settings.
@@ -138,7 +137,7 @@ def _defaults(upstream_port: int) -> dict[str, object]:
 
 
 def _merged(below: Mapping[str, object], above: Mapping[str, object]) -> dict[str, object]:
-    """Two trees of settings, key by key, where `above` decides."""
+    """Merge two trees of settings, key by key; `above` wins."""
     merged = dict(below)
     for key, value in above.items():
         under = merged.get(key)
@@ -154,10 +153,10 @@ def _merged(below: Mapping[str, object], above: Mapping[str, object]) -> dict[st
 
 @contextlib.contextmanager
 def _without_otel_variables() -> Iterator[None]:
-    """Hide `OTEL_*` from the gateway while it is made, which is when it reads them.
+    """Hide `OTEL_*` variables while the gateway is made, which is when it reads them.
 
-    They are the application's: its tests are often run with OTEL_SDK_DISABLED=true, which would leave no trace to look
-    at, or with an endpoint that is not there.
+    They are the application's: its tests often run with OTEL_SDK_DISABLED=true, which would leave no traces, or with an
+    endpoint that does not exist.
     """
     hidden = {name: value for name, value in os.environ.items() if name.startswith("OTEL_")}
     for name in hidden:

@@ -1,4 +1,4 @@
-"""What the gateway traced, as plain values for assertions."""
+"""The gateway's traces, as plain values for assertions."""
 
 import re
 import threading
@@ -8,7 +8,8 @@ from email.message import Message
 from typing import Any, Final, TypeAlias, TypeVar
 
 _T = TypeVar("_T")
-# What names a message: itself; or a trace id, a reply or a client library's exception, with the trace id in its words.
+# What identifies a message: itself; or a trace id, or a reply or a client library's exception whose text has the trace
+# id.
 Told: TypeAlias = "Message[Any, Any] | str | bytes | BaseException"
 
 TRANSACTION: Final = "smtp.transaction"
@@ -67,7 +68,7 @@ class Span:
 
 
 class Recorder:
-    """Keeps the spans that a gateway finishes; a `SpanSink` of the gateway."""
+    """Collects the spans that a gateway finishes; one of its `SpanSink`s."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -87,10 +88,10 @@ class Recorder:
             return list(self._spans)
 
     def wait_for(self, wanted: Callable[[Sequence[Span]], _T | None], timeout_seconds: float, what: str) -> _T:
-        """What `wanted` finds in the spans, once it is not None.
+        """Wait until `wanted` finds something in the spans, and return it.
 
         Raises:
-            TimeoutError: it found nothing in time; the message lists the spans that there are.
+            TimeoutError: it found nothing in time; the message lists the spans.
         """
         with self._changed:
             self._changed.wait_for(lambda: wanted(self._spans) is not None, timeout_seconds)
@@ -102,7 +103,7 @@ class Recorder:
 
 
 class Trace:
-    """What the gateway traced about one message.
+    """The gateway's trace of one message.
 
     Attributes:
         transaction: the span of its transaction.
@@ -119,7 +120,7 @@ class Trace:
 
     @property
     def outcome(self) -> str:
-        """What became of the message: relayed, queued, refused, deferred, aborted, unknown."""
+        """The message's outcome: relayed, queued, refused, deferred, aborted, unknown."""
         return str(self.transaction.attributes["smtp.outcome"])
 
     @property
@@ -133,7 +134,7 @@ class Trace:
 
     @property
     def connection(self) -> Span:
-        """The connection that carried it; waits until the client has closed it.
+        """The span of the connection that carried it; waits until the client has closed it.
 
         Raises:
             TimeoutError: it is still open.
@@ -171,7 +172,7 @@ class Trace:
 
 
 def find_transaction(spans: Sequence[Span], told: Told) -> Span | None:
-    """The transaction that `told` belongs to: of several, the newest."""
+    """The transaction that `told` identifies: of several, the newest."""
     transactions = [span for span in reversed(spans) if span.name == TRANSACTION]
     if isinstance(told, Message):
         return _of_message(spans, transactions, told)
@@ -182,7 +183,7 @@ def find_transaction(spans: Sequence[Span], told: Told) -> Span | None:
 
 def _of_message(spans: Sequence[Span], transactions: Sequence[Span], message: "Message[Any, Any]") -> Span | None:
     ids = {match[2] for value in message.get_all("traceparent", []) if (match := _TRACEPARENT.search(str(value)))}
-    # As it left the gateway: the context is that of the delivery. As the application made it: the transaction's parent.
+    # A delivered message carries the delivery's context, one from the application that of the transaction's parent.
     parents = {span.parent_id for span in spans if span.name == DELIVERY and span.span_id in ids}
     message_id = str(message.get("Message-ID", "")).strip()
     for span in transactions:
@@ -195,7 +196,7 @@ def _of_message(spans: Sequence[Span], transactions: Sequence[Span], message: "M
 
 
 def _span(record: Any) -> Span:
-    """A span as the gateway gives it to its sinks."""
+    """Convert a span that the gateway gave to its sinks."""
     parent = record.parent
     return Span(
         name=record.name,
