@@ -45,7 +45,6 @@ _JOINED_NAMES: Final = re.compile(r"[A-Za-z]{2,}(?:[._][A-Za-z]{2,})+\d{0,4}")
 _DOMAIN: Final = re.compile(r"(?:[A-Za-z0-9_-]{1,63}\.){1,10}([A-Za-z]{2,24}|xn--[A-Za-z0-9-]{1,59})")
 _BASE64: Final = re.compile(r"[A-Za-z0-9+/_-]{12,}={0,2}")
 _HEX: Final = re.compile(r"(?:[0-9A-Fa-f]{2}){8,}")
-_PUNCTUATION: Final = re.compile(r"[-–—.,:;!?/|*#&+=~]+")
 _LEADING: Final = "-*#.:/!'"
 _TRAILING: Final = ".:!?'-*/"
 # Behind these the next word is an id, of whatever shape.
