@@ -363,7 +363,8 @@ class Store(Protocol):
         ...
 
     async def reset(self, message_id: str, expires_in: float) -> bool:
-        """Begin again: no attempt was made, it has just arrived, and its sender was not warned."""
+        """Begin again: no attempt was made, and its age counts from now. Its sender is not warned of the same delay
+        twice."""
         ...
 
     async def delete(self, message_id: str) -> int:

@@ -575,7 +575,16 @@ async def test_reset_begins_again(case: Case) -> None:
     (lease,) = await leased(case.store)
     assert lease.attempt == 1
     await case.store.finish(lease, (), retry_in=1000)
-    assert [lease.message_id for lease in await case.store.unwarned(10, 10)] == [one], "its sender is warned again"
+    assert await case.store.unwarned(10, 10) == [], "its sender was warned of this delay before"
+
+
+async def test_a_sender_who_was_not_warned_before_a_reset_is_warned_after_it(case: Case) -> None:
+    one = await queued(case.store)
+    case.clock.ahead += 100
+    assert await case.store.reset(one, 500.0)
+    (lease,) = await leased(case.store)
+    await case.store.finish(lease, (), retry_in=1000)
+    assert [lease.message_id for lease in await case.store.unwarned(10, 10)] == [one]
 
 
 async def test_reset_leaves_a_sender_unwarned_who_is_nobody(case: Case) -> None:

@@ -156,7 +156,7 @@ changing: Final = tuple(
         "hold": "Hold messages.\n\nHeld messages are not attempted. Mail does not age then; bounces do.",
         "release": "Release held messages.",
         "expire": "Give messages up.\n\nA running gateway returns them to their senders.",
-        "reset": "Reset attempts and age of messages.\n\nThey are treated as if they had just arrived.",
+        "reset": "Reset attempts and age of messages.\n\nThey are attempted now, and age as if they had just arrived.",
     }.items()
 )
 """The commands that change messages and have no options of their own."""

@@ -427,7 +427,6 @@ class Entry:
         if not self._each(DeliveryState.READY, DeliveryState.READY, now_ms):
             return False
         self.expires_ms = expires_ms
-        self.is_warned = not self.mail.reverse_path
         self.is_forced = False
         for one in self.deliveries:
             if one.state is DeliveryState.READY:

@@ -170,6 +170,7 @@ class Beats:
             else:
                 if self._is_away:
                     self._is_away = False
+                    self.line.forget_faults()
                     logger.warning("queue database recovered")
                 wait = began + self._interval - time.monotonic()
             finally:

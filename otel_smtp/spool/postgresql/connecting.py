@@ -6,13 +6,14 @@ cancel request, upon which PostgreSQL stops waiting for its synchronous standby 
 alone. A caller that gives up calls `terminate()`.
 """
 
+import asyncio
 import logging
 import random
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeAlias
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, urlsplit, urlunsplit
 
 import asyncpg
 from asyncpg.connect_utils import SessionAttribute
@@ -28,6 +29,7 @@ else:
     Connection = asyncpg.Connection
 
 CONNECT_SECONDS: Final = 10.0
+"""How long all hosts of the URL together may take to connect; and then the one that did, to say what it is."""
 CLOSE_SECONDS: Final = 2.0
 LEAST_VERSION: Final = 150_000  # as server_version_num has it
 RETRY_SECONDS: Final = (0.1, 5.0)  # first and longest wait between attempts to connect
@@ -126,11 +128,56 @@ def _tls(url: str) -> ssl.SSLContext | None:
     given = parse_qs(parts.query)
     if "sslmode" in given or "host" in given:
         return None
-    hosts = [one.rpartition("@")[2] for one in parts.netloc.split(",")]
+    hosts = parts.netloc.rpartition("@")[2].split(",")
     names = [one[1 : one.find("]")] if one.startswith("[") else one.partition(":")[0] for one in hosts]
     if all(name in _LOOPBACK or name.startswith(("/", "%2F", "%2f")) for name in names):
         return None
     return ssl.create_default_context()
+
+
+def _of_each_host(url: str) -> list[str]:
+    """A URL for each host that one names."""
+    parts = urlsplit(url)
+    login, at, hosts = parts.netloc.rpartition("@")
+    if "," not in hosts:
+        return [url]
+    return [urlunsplit(parts._replace(netloc=f"{login}{at}{host}")) for host in hosts.split(",")]
+
+
+async def _to_primary(place: QueueLocation, purpose: str) -> Connection:
+    """A connection to the first host that is a primary.
+
+    Each host has its share of the time: one that takes connections and says nothing, or is not there at all, must not
+    keep us from the one that was promoted for it.
+    """
+    context = _tls(place.url)
+    urls = _of_each_host(place.url)
+    fault: Exception | None = None
+    for url in urls:
+        try:
+            return await asyncpg.connect(
+                url,
+                timeout=CONNECT_SECONDS / len(urls),
+                target_session_attrs=SessionAttribute.primary,
+                ssl=context,
+                server_settings={
+                    "application_name": f"otel-smtp {purpose}",
+                    "timezone": "UTC",
+                    "jit": "off",
+                    "lock_timeout": f"{LOCK_SECONDS}s",
+                    "idle_in_transaction_session_timeout": f"{min(10.0, place.takeover_seconds):.0f}s",
+                    "tcp_keepalives_idle": "5",
+                    "tcp_keepalives_interval": "5",
+                    "tcp_keepalives_count": "3",
+                    "tcp_user_timeout": "15000",
+                },
+            )
+        except (OSError, asyncpg.PostgresConnectionError, asyncpg.CannotConnectNowError) as error:
+            fault = error
+        except asyncpg.TargetServerAttributeNotMatched as error:
+            fault = fault or error  # that another does not answer says more
+    assert fault is not None
+    raise fault
 
 
 async def connect(
@@ -146,25 +193,8 @@ async def connect(
         SpoolError: the server, the database or our rights are not what they must be; the text says what to do.
         StorageAway: no server answers, for now.
     """
-    context = _tls(place.url)
     try:
-        connection = await asyncpg.connect(
-            place.url,
-            timeout=CONNECT_SECONDS,
-            target_session_attrs=SessionAttribute.primary,
-            ssl=context,
-            server_settings={
-                "application_name": f"otel-smtp {purpose}",
-                "timezone": "UTC",
-                "jit": "off",
-                "lock_timeout": f"{LOCK_SECONDS}s",
-                "idle_in_transaction_session_timeout": f"{min(10.0, place.takeover_seconds):.0f}s",
-                "tcp_keepalives_idle": "5",
-                "tcp_keepalives_interval": "5",
-                "tcp_keepalives_count": "3",
-                "tcp_user_timeout": "15000",
-            },
-        )
+        connection = await _to_primary(place, purpose)
     except (asyncpg.InvalidPasswordError, asyncpg.InvalidAuthorizationSpecificationError) as error:
         raise SpoolError(
             f"the database refused the login: {_words(error)}; see user and password of spool.url"
@@ -184,6 +214,8 @@ async def connect(
         ) from error
     except asyncpg.PostgresError as error:
         raise StorageAway(f"the database took no connection: {_words(error)}") from error
+    # A server may fall silent here too.
+    watchdog = asyncio.get_running_loop().call_later(CONNECT_SECONDS, connection.terminate)
     try:
         facts = await _check(connection, place, checks_schema=checks_schema, checks_rights=checks_rights)
     except BaseException as error:
@@ -191,6 +223,8 @@ async def connect(
         if isinstance(error, SpoolError) or not isinstance(error, Exception):
             raise
         raise storage_error(error) from error
+    finally:
+        watchdog.cancel()
     return connection, facts
 
 
@@ -334,9 +368,16 @@ class LastingConnection:
         return connection
 
     def next_wait(self) -> float:
-        """How many seconds to wait before the next attempt: longer each time, and not all gateways at once."""
+        """How many seconds to wait before the next attempt: longer each time, and not all gateways at once.
+
+        A new connection, or `forget_faults`, begins again.
+        """
         wait, self._wait = self._wait, min(RETRY_SECONDS[1], self._wait * 2)
         return wait * (0.5 + random.random())  # noqa: S311 - jitter, no secret
+
+    def forget_faults(self) -> None:
+        """It works again: what fails much later over the same connection does not wait for long."""
+        self._wait = RETRY_SECONDS[0]
 
     def terminate(self) -> None:
         """Abort the connection: callers that wait for an answer over it learn that the outcome is unknown."""

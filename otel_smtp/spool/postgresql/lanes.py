@@ -259,22 +259,27 @@ class Lanes(Generic[I]):
 
     async def _write_until_done(self, number: int, line: LastingConnection, group: Sequence[I]) -> None:
         fault: SpoolError = StorageAway("the database did not answer in time")
+        has_failed = False
         while True:
-            now = time.monotonic()
-            while group[0].deadline <= now:  # they came in this order
+            began = time.monotonic()
+            while group[0].deadline <= began:  # they came in this order
                 self._fail(group[0], fault)
                 group = group[1:]
                 if not group:
                     return
-            try:
-                connection = await line.get()
-            except SpoolError as error:
-                fault = error
-                await asyncio.sleep(line.next_wait())
-                continue
-            try:
-                watchdog = asyncio.get_running_loop().call_later(group[0].deadline - now, line.terminate)
+            deadline = group[0].deadline
+            if (connection := line.present) is None:
+                try:
+                    async with asyncio.timeout(deadline - began):
+                        connection = await line.get()
+                except (SpoolError, TimeoutError) as error:
+                    fault = error if isinstance(error, SpoolError) else fault
+                    has_failed = True
+                    await _pause(line, deadline)
+                    continue
                 began = time.monotonic()
+            try:
+                watchdog = asyncio.get_running_loop().call_later(deadline - began, line.terminate)
                 try:
                     await self._write(connection, number, group)
                     self._note_time(time.monotonic() - began, len(group))
@@ -297,8 +302,11 @@ class Lanes(Generic[I]):
                     logger.error("row refused by the database", extra={"fault": str(error)})
                     self._fail(group[0], storage_error(error))
                     return
-                await asyncio.sleep(line.next_wait())
+                has_failed = True
+                await _pause(line, deadline)
             else:
+                if has_failed:
+                    line.forget_faults()
                 return
 
     def _note_time(self, seconds: float, items: int) -> None:
@@ -315,3 +323,8 @@ class Lanes(Generic[I]):
         if item.may_be_done:
             self._given_up(item)
         item.refuse(fault)
+
+
+async def _pause(line: LastingConnection, deadline: float) -> None:
+    """Wait before the next attempt, but not past the deadline of the first item."""
+    await asyncio.sleep(min(line.next_wait(), deadline - time.monotonic()))

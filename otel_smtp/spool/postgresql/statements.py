@@ -423,8 +423,7 @@ _EXPIRE: Final = "UPDATE {s}.msg SET expires_at = least(expires_at, now()), held
 _RESET: Final = """
 UPDATE {s}.dlv SET next_at = now(), attempts = 0, crashes = 0 WHERE msg_id = $1 AND state = 'r' RETURNING d"""
 _RESET_AGE: Final = """
-UPDATE {s}.msg SET expires_at = now() + $2::float8 * interval '1 second', warned = reverse_path = '', forced = false
-WHERE id = $1"""
+UPDATE {s}.msg SET expires_at = now() + $2::float8 * interval '1 second', forced = false WHERE id = $1"""
 _STATES: Final = """
 SELECT state::text AS state, jsonb_array_length(rcpt) AS recipients FROM {s}.dlv WHERE msg_id = $1 FOR UPDATE"""
 _DELETE: Final = "DELETE FROM {s}.msg WHERE id = $1 RETURNING kind"

@@ -1,15 +1,17 @@
 """Which items are written together, and when another group begins beside one that is under way."""
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import cast
 
+import asyncpg
 import pytest
 
-from otel_smtp.spool.messages import StoreVerb
+from otel_smtp.spool.messages import StorageAway, StoreVerb
 from otel_smtp.spool.postgresql import lanes as lanes_module
 from otel_smtp.spool.postgresql.connecting import LastingConnection
 from otel_smtp.spool.postgresql.lanes import ENOUGH_ITEMS, MOST_ITEMS, RELIEF_SECONDS, Item, Lanes
@@ -20,15 +22,33 @@ NEVER_COMES = float("inf")
 
 
 class _Item(Item[None]):
-    def __init__(self) -> None:
-        super().__init__(octets=1, deadline=NEVER_COMES)
+    def __init__(self, deadline: float = NEVER_COMES) -> None:
+        super().__init__(octets=1, deadline=deadline)
 
 
 class _Line:
-    """A connection that is there."""
+    """A connection that is there, and is asked for long waits.
 
-    async def get(self) -> None:
-        pass
+    Attributes:
+        waits: those that were asked for.
+        forgotten: how often its faults were.
+    """
+
+    present: object = object()
+
+    def __init__(self) -> None:
+        self.waits = 0
+        self.forgotten = 0
+
+    async def get(self) -> object:
+        return self.present
+
+    def next_wait(self) -> float:
+        self.waits += 1
+        return NEVER
+
+    def forget_faults(self) -> None:
+        self.forgotten += 1
 
     async def close(self) -> None:
         pass
@@ -210,3 +230,68 @@ async def test_all_are_written_once_whatever_comes_when(lines: int, monkeypatch:
             await asyncio.sleep(0)
         assert sum(written.groups) == len(items)
         assert all(item.done() for item in items)
+
+
+class _Away(_Line):
+    """A database that refuses connections."""
+
+    present = None
+
+    async def get(self) -> object:
+        raise StorageAway("away")
+
+
+class _Silent(_Line):
+    """A database that takes connections, and from the second one on says nothing."""
+
+    present = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._is_first = True
+
+    async def get(self) -> object:
+        if self._is_first:
+            self._is_first = False
+        else:
+            await asyncio.Event().wait()
+        return object()
+
+
+@pytest.mark.parametrize("line", [_Away(), _Silent(), _Line()], ids=["away", "silent", "locked"])
+async def test_its_time_over_it_is_refused_whatever_is_waited_for(line: _Line) -> None:
+    async def write(connection: object, lane: int, group: Sequence[_Item]) -> None:
+        raise asyncpg.LockNotAvailableError("locked")
+
+    lanes = Lanes[_Item]([cast(LastingConnection, line)], write, lambda _: None, verb=StoreVerb.SUBMIT, timings=deque())
+    lanes.start()
+    await asyncio.sleep(0)  # each lane connects before the first mail
+    items = [_Item(time.monotonic() + seconds) for seconds in (0.05, 0.06)]
+    for item in items:
+        lanes.add(item)
+    async with asyncio.timeout(10):
+        for item in items:
+            with pytest.raises(StorageAway):
+                await item
+    await lanes.close()
+
+
+async def test_what_succeeds_again_forgets_what_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else each lock that is waited for too long, in all the life of a connection, makes the next wait longer."""
+    faults = [asyncpg.LockNotAvailableError("locked"), asyncpg.DeadlockDetectedError("deadlock")]
+
+    async def write(connection: object, lane: int, group: Sequence[_Item]) -> None:
+        if faults:
+            raise faults.pop()
+        for item in group:
+            item.answer(None)
+
+    line = _Line()
+    monkeypatch.setattr(line, "next_wait", lambda: 0.0)
+    lanes = Lanes[_Item]([cast(LastingConnection, line)], write, lambda _: None, verb=StoreVerb.SUBMIT, timings=deque())
+    lanes.start()
+    for forgotten in (1, 1):  # the second one fails at nothing
+        (item,) = _add(lanes, 1)
+        await item
+        assert line.forgotten == forgotten
+    await lanes.close()

@@ -1,5 +1,6 @@
 """What a gateway says of a database that it cannot trust with mail, and what it does to one that it can."""
 
+import asyncio
 import contextlib
 import dataclasses
 import os
@@ -11,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from otel_smtp.spool.messages import SpoolError
-from otel_smtp.spool.postgresql import PostgresqlStore, QueueLocation, migrate
+from otel_smtp.spool.messages import SpoolError, StorageAway
+from otel_smtp.spool.postgresql import PostgresqlStore, QueueLocation, connecting, migrate
 from otel_smtp.spool.postgresql import schema as schemas
 from otel_smtp.spool.postgresql.connecting import connect
 from tests.spool.messages import message, queued
 from tests.spool.postgresql.schemas import migrate_to, new_place, store
+from tests.support.fault_proxy import FaultProxy
 from tests.support.ports import unclaimed_port
 from tests.support.postgresql import OWNER, Server, server
 from tests.support.process import until as process_until
@@ -184,11 +186,62 @@ def open_directory() -> Iterator[Path]:
         yield Path(path)
 
 
+@contextlib.contextmanager
+def silent_port() -> Iterator[int]:
+    """A port that takes connections, behind which nobody says anything."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield listening.getsockname()[1]
+
+
+async def test_a_host_that_says_nothing_leaves_time_for_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a failover, when the former primary is stopped or cut off, and its name is still the first one."""
+    monkeypatch.setattr(connecting, "CONNECT_SECONDS", 2.0)
+    place = await new_place()
+    with silent_port() as port:
+        url = place.url.replace("127.0.0.1", f"127.0.0.1:{port},127.0.0.1")
+        connection, _ = await connect(dataclasses.replace(place, url=url), purpose="test")
+    await connection.close()
+
+
+async def test_a_host_that_says_nothing_hides_no_replica_and_no_wrong_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connecting, "CONNECT_SECONDS", 0.4)
+    with silent_port() as port:
+        url = server().url("elsewhere").replace("127.0.0.1", f"127.0.0.1:{port},127.0.0.1")
+        assert "there is no such database" in await refused(QueueLocation(url))
+        url = f"postgresql://127.0.0.1:{port},127.0.0.1:{port}/postgres"
+        assert "no PostgreSQL answers" in await refused(QueueLocation(url))
+
+
+async def test_a_server_that_falls_silent_while_it_is_checked_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = await new_place()
+    monkeypatch.setattr(connecting, "CONNECT_SECONDS", 1.0)
+    async with FaultProxy(server().port) as proxy:
+        behind = dataclasses.replace(place, url=place.url.replace(str(server().port), str(proxy.port)))
+        version_of = schemas.version_of
+
+        async def falls_silent(connection: object, schema: str) -> object:
+            proxy.swallow()
+            return await version_of(connection, schema)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(schemas, "version_of", falls_silent)
+        async with asyncio.timeout(30):
+            with pytest.raises(StorageAway):
+                await connect(behind, purpose="test")
+
+
+async def test_a_comma_in_a_password_is_none_between_hosts() -> None:
+    url = server().url().replace("owner@", "owner:a,b@")
+    connection, _ = await connect(QueueLocation(url), purpose="test", checks_schema=False)
+    await connection.close()
+
+
 async def test_a_replica_is_refused(own_server: Server) -> None:
     place = await new_place(own_server)
     replica = Server(standby_of=own_server).start()
     try:
         assert "read-only replicas" in await refused(dataclasses.replace(place, url=replica.url()))
+        url = replica.url().replace("127.0.0.1", "127.0.0.1:1,127.0.0.1")
+        assert "no PostgreSQL answers" in await refused(dataclasses.replace(place, url=url)), "that is the primary"
     finally:
         replica.remove()
 
