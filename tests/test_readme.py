@@ -53,6 +53,18 @@ def test_its_links_lead_somewhere(path: Path) -> None:
         assert (README.parent / named).exists(), named
 
 
+TABLES = [*DOCUMENTS, README.parent / "deploy" / "README.md", *sorted(REFERENCE.glob("*.md"))]
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_the_rows_of_its_tables_have_the_cells_of_their_heads(path: Path) -> None:
+    """A row with more loses the last on GitHub."""
+    text = re.sub(r"^( *)```.*?^ *```$", "", path.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    for rows in re.findall(r"(?:^ *\|.*\n)+", text, re.MULTILINE):
+        cells = [len(re.findall(r"(?<!\\)\|", row)) for row in rows.splitlines()]
+        assert set(cells) == {cells[0]}, rows.splitlines()[next(n for n, c in enumerate(cells) if c != cells[0])]
+
+
 def test_the_readme_is_short() -> None:
     assert len(README.read_text(encoding="utf-8").splitlines()) <= 250
 

@@ -135,7 +135,7 @@ def _try_everything(settings: Settings, found: "Callable[[Finding], None]") -> N
 
 
 def _print_plan(settings: Settings, *, traces_to: str, everything: bool) -> None:
-    from otel_smtp.commands.terminal.tables import table, verdict_line
+    from otel_smtp.commands.terminal.tables import settings_table, table, verdict_line
 
     output = console()
     rows = describe(settings)
@@ -170,7 +170,7 @@ def _print_plan(settings: Settings, *, traces_to: str, everything: bool) -> None
     output.print(f"[bold]Status[/] {values['status.address']}   [bold]Traces[/] to {traces_to}", soft_wrap=True)
     output.print()
     shown = [row for row in rows if everything or row.origin != "default"]
-    output.print(table("All settings" if everything else "Settings that are set", ("key", "value", "set in"), shown))
+    output.print(settings_table("All settings" if everything else "Settings that are set", shown, output.width))
     for warning in settings.warnings:
         output.print(verdict_line("warning", "warning", warning), soft_wrap=True)
 

@@ -1,7 +1,16 @@
 """How settings write where something is: listen addresses, networks, URLs, and mail addresses."""
 
 import re
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from collections.abc import Iterable
+from ipaddress import (
+    IPv4Address,
+    IPv4Network,
+    IPv6Address,
+    IPv6Network,
+    collapse_addresses,
+    ip_address,
+    ip_network,
+)
 from typing import Any, Final
 
 import msgspec
@@ -136,6 +145,23 @@ class NetworkKind(msgspec.Struct, frozen=True):
 
     def show(self, value: Network) -> str:
         return str(value)
+
+
+def covers_everybody(networks: Iterable[Network]) -> bool:
+    """Whether strangers belong to some networks: they hold a quarter of all IPv4 addresses, or a quarter of those that
+    IPv6 gives out (2000::/3, RFC 4291 2.4), in whatever parts they are written. No site is as large."""
+    four = [network for network in networks if isinstance(network, IPv4Network)]
+    six = [network for network in networks if isinstance(network, IPv6Network)]
+    given_out = IPv6Network("2000::/3")
+    return (
+        sum(network.num_addresses for network in collapse_addresses(four)) >= 2**30
+        or sum(
+            min(network.num_addresses, given_out.num_addresses)
+            for network in collapse_addresses(six)
+            if network.overlaps(given_out)
+        )
+        >= given_out.num_addresses // 4
+    )
 
 
 class UpstreamUrl(msgspec.Struct, frozen=True):

@@ -1,12 +1,14 @@
 """Settings read again while a gateway runs: what has changed, and what of it holds without a restart."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import msgspec
 
+from otel_smtp.config.consistency import contradictions
 from otel_smtp.config.settings import (
     SCHEMA,
+    DeliveryMode,
     DeliveryTable,
     Key,
     LimitsTable,
@@ -21,6 +23,7 @@ from otel_smtp.config.settings import (
     UpstreamTable,
     UpstreamTimeoutTable,
 )
+from otel_smtp.config.values import MINUTE
 
 AT_ONCE: Final[Mapping[type[Table], frozenset[str]]] = {
     ListenerTable: frozenset(SCHEMA[ListenerTable]) - {"name", "address"},
@@ -68,8 +71,13 @@ def change(before: Settings, after: Settings) -> Change:
     A listener whose address changes keeps all of its old settings, and so do all of them where one comes, goes or is
     renamed: what was checked as a whole must hold as a whole. A new `allow` that suits a new loopback address would
     make an open relay at the old one. Upstreams stay as they are where one of them names a limit that is new, or
-    shares another number of connections.
+    shares another number of connections. So does a table that would contradict what stays, as an upstream at the
+    address that a listener keeps until the restart.
     """
+    if before.delivery.mode != after.delivery.mode:
+        # A default that follows the mode stays with it.
+        upstreams = patient(after.upstream, before.delivery.mode, after.origins)
+        after = msgspec.structs.replace(after, upstream=upstreams)
     changed: list[str] = []
     needs_restart: list[str] = []
     values: dict[str, Any] = {}
@@ -87,11 +95,23 @@ def change(before: Settings, after: Settings) -> Change:
             values[name] = _lists(entry, name, old, new, changed, needs_restart)
         else:
             values[name] = _table(old, new, f"{name}.", changed, needs_restart)
+    for name in _contradicted(msgspec.structs.replace(after, **values), after):
+        values[name] = getattr(before, name)
+        kept = [key for key in changed if key.partition(".")[0] == name]
+        changed = [key for key in changed if key not in kept]
+        needs_restart += kept
     return Change(
         msgspec.structs.replace(after, **values),
         tuple(changed),
         tuple(needs_restart),
     )
+
+
+def _contradicted(merged: Settings, after: Settings) -> Sequence[str]:
+    """The tables with contradictions that are none between the new settings."""
+    of_after = {(problem.key, problem.message) for problem in contradictions(after)}
+    found = [problem for problem in contradictions(merged) if (problem.key, problem.message) not in of_after]
+    return tuple(dict.fromkeys(problem.key.partition(".")[0] for problem in found))
 
 
 def _names_known_limits(upstreams: tuple[UpstreamTable, ...], before: Settings) -> bool:
@@ -162,3 +182,19 @@ def _lists(
 def holds_at_once(table: type[Table], name: str) -> bool:
     """Whether a setting's new value holds without a restart."""
     return name in AT_ONCE.get(table, ())
+
+
+def patient(
+    upstreams: tuple[UpstreamTable, ...], mode: DeliveryMode, origins: Mapping[str, str]
+) -> tuple[UpstreamTable, ...]:
+    """Upstreams whose default wait for the final reply suits the mode.
+
+    In mode queue no client waits for it, so that it is the full time of RFC 5321 4.5.3.2.6.
+    """
+    reply = 10 * MINUTE if mode == "queue" else UpstreamTimeoutTable().reply
+    return tuple(
+        one
+        if f"upstream.{index}.timeout.reply" in origins
+        else msgspec.structs.replace(one, timeout=msgspec.structs.replace(one.timeout, reply=reply))
+        for index, one in enumerate(upstreams)
+    )

@@ -1,12 +1,11 @@
 """Settings that are each valid and contradict each other."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from ipaddress import IPv4Network, IPv6Network, collapse_addresses
+from collections.abc import Mapping, Sequence
 from typing import Final, TypeVar
 
 from otel_smtp.config.addresses import (
     ListenAddress,
-    Network,
+    covers_everybody,
     is_local,
     is_loopback_host,
     literal_address,
@@ -29,23 +28,6 @@ _T = TypeVar("_T")
 
 HANDED_ON_MESSAGES: Final = 100
 """After which a connection slot is another's turn; see `forwarding.slots`."""
-
-
-def covers_everybody(networks: Iterable[Network]) -> bool:
-    """Whether strangers belong to some networks: they hold a quarter of all IPv4 addresses, or a quarter of those that
-    IPv6 gives out (2000::/3, RFC 4291 2.4), in whatever parts they are written. No site is as large."""
-    four = [network for network in networks if isinstance(network, IPv4Network)]
-    six = [network for network in networks if isinstance(network, IPv6Network)]
-    given_out = IPv6Network("2000::/3")
-    return (
-        sum(network.num_addresses for network in collapse_addresses(four)) >= 2**30
-        or sum(
-            min(network.num_addresses, given_out.num_addresses)
-            for network in collapse_addresses(six)
-            if network.overlaps(given_out)
-        )
-        >= given_out.num_addresses // 4
-    )
 
 
 class Consistency:
@@ -135,6 +117,12 @@ class Consistency:
 
     def _listener_auth(self, path: str, listener: ListenerTable) -> None:
         if listener.auth == "off":
+            if listener.auth_users_file is not None:
+                # An operator who names users believes that clients log in.
+                self._add(
+                    f"{path}.auth_users_file", str(listener.auth_users_file),
+                    f"has no effect with auth = off; set {path}.auth to required or optional",
+                )  # fmt: skip
             return
         if listener.auth_users_file is None and not self._verifies_tokens:
             self._add(f"{path}.auth", listener.auth, f"needs {path}.auth_users_file")
@@ -276,10 +264,12 @@ class Consistency:
             return  # the names of the others may be wrong
         names = [limit.name for _, limit in limits]
         for path, upstream in upstreams:
-            for name in upstream.limits:
+            for name in dict.fromkeys(upstream.limits):
                 if name not in names:
                     known = ", ".join(names) or "there is no [[limit]]"
                     self._add(f"{path}.limits", list(upstream.limits), f"no [[limit]] is called {name}: {known}")
+                elif upstream.limits.count(name) > 1:
+                    self._add(f"{path}.limits", list(upstream.limits), f"names {name} twice")
         used = {name for _, upstream in upstreams for name in upstream.limits}
         self.warnings += [f"{path}: no upstream names it" for path, limit in limits if limit.name not in used]
 
@@ -288,6 +278,8 @@ class Consistency:
         for path, receiver in receivers:
             if receiver.key is None:
                 self._add(f"{path}.key_file", None, "is missing; nobody could tell unsigned outcomes from forged ones")
+            if receiver.ca_file is not None and receiver.url.startswith("http:"):
+                self._add(f"{path}.ca_file", str(receiver.ca_file), "has no effect with an http URL; use https")
             if self._is_sound("delivery") and self._settings.delivery.mode == "direct":
                 self._add(
                     f"{path}.url", receiver.url,
@@ -370,3 +362,10 @@ class Consistency:
             return wanted
         self.warnings.append(f"limits.connections lowered to {room}: this process may open only {file_limit} files")
         return room
+
+
+def contradictions(settings: Settings) -> Sequence[Problem]:
+    """Contradictions between settings that are each valid; see `Consistency`."""
+    checks = Consistency(settings, settings.origins, ())
+    checks.run()
+    return checks.problems

@@ -9,7 +9,9 @@ from typing import Any, Final, NamedTuple
 import msgspec
 
 from otel_smtp.config.addresses import ReceiverUrlKind, UpstreamUrl, UpstreamUrlKind
+from otel_smtp.config.changing import patient
 from otel_smtp.config.consistency import Consistency
+from otel_smtp.config.ineffective import ineffective
 from otel_smtp.config.problems import Problem, SettingsError, unknown_key
 from otel_smtp.config.settings import (
     SCHEMA,
@@ -22,7 +24,7 @@ from otel_smtp.config.settings import (
     Tables,
     UpstreamTable,
 )
-from otel_smtp.config.values import MINUTE, BadValue, FilePath, Given, Rate
+from otel_smtp.config.values import BadValue, FilePath, Given, Rate
 from otel_smtp.observing import Endpoint
 from otel_smtp.smtp.states import TlsMode
 
@@ -397,19 +399,11 @@ def load(
     return msgspec.structs.replace(
         settings,
         limits=msgspec.structs.replace(settings.limits, connections=connections),
-        upstream=tuple(_patient(one, index, settings, loader.origins) for index, one in enumerate(settings.upstream)),
+        upstream=patient(settings.upstream, settings.delivery.mode, loader.origins),
         spool=_warning_in_time(settings.spool, loader.origins),
         origins=loader.origins,
-        warnings=tuple(checks.warnings),
+        warnings=(*checks.warnings, *ineffective(settings, loader.origins)),
     )
-
-
-def _patient(upstream: UpstreamTable, index: int, settings: Settings, origins: Mapping[str, str]) -> UpstreamTable:
-    """In mode queue no client waits for the final reply, so the default is the full time of RFC 5321 4.5.3.2.6."""
-    if settings.delivery.mode != "queue" or f"upstream.{index}.timeout.reply" in origins:
-        return upstream
-    timeout = msgspec.structs.replace(upstream.timeout, reply=10 * MINUTE)
-    return msgspec.structs.replace(upstream, timeout=timeout)
 
 
 def _warning_in_time(spool: SpoolTable, origins: Mapping[str, str]) -> SpoolTable:

@@ -61,7 +61,7 @@ def test_what_needs_a_restart_stays_as_it_was(tables: dict[str, Any], key: str) 
     made = change(settings(), settings(**tables))
     assert made.changed == ()
     assert key in made.needs_restart
-    assert msgspec.structs.replace(made.settings, origins=settings().origins) == settings()
+    assert msgspec.structs.replace(made.settings, origins=settings().origins, warnings=()) == settings()
 
 
 def test_receivers_of_outcomes_change_at_once() -> None:
@@ -118,3 +118,39 @@ def test_a_new_limit_needs_a_restart_and_so_does_what_it_holds_for() -> None:
     new = change(settings(limit=[limit]), settings(limit=[limit], **limited))
     assert new.needs_restart == ()
     assert new.settings.upstream[0].limits == ("rate",)
+
+
+def test_an_upstream_at_an_address_that_a_listener_keeps_waits_for_the_restart() -> None:
+    """The new settings have no loop. Half of them would."""
+    before = settings()
+    after = settings(listener=[LISTENER | {"address": ["127.0.0.1:2526"]}], upstream=[{"url": "smtp://127.0.0.1:2525"}])
+    made = change(before, after)
+    assert made.settings.upstream == before.upstream
+    assert (made.changed, made.needs_restart) == ((), ("listener.0.address", "upstream.0.name", "upstream.0.url"))
+
+
+def test_receivers_wait_for_the_restart_that_brings_the_queue() -> None:
+    before = settings()
+    after = settings(
+        delivery={"mode": "queue", "strategy": "buffered"},
+        spool={"directory": "spool"},
+        notify=[{"url": "https://app.example/", "key": "a key of thirty-two octets, here"}],
+    )
+    made = change(before, after)
+    assert made.settings.notify == ()
+    assert made.changed == ("delivery.strategy",)
+    assert made.needs_restart == ("delivery.mode", "spool.directory", "notify")
+
+
+def test_a_program_that_verifies_tokens_changes_settings_without_users() -> None:
+    values: dict[str, Any] = {
+        "upstream": [UPSTREAM],
+        "listener": [LISTENER | {"auth": "required", "auth_in_clear": True}],
+    }
+    before = load(values=values, verifies_tokens=True)
+    after = load(values=values | {"limits": {"hops": 7}}, verifies_tokens=True)
+    assert change(before, after)[1:] == (("limits.hops",), ())
+    moved = [values["listener"][0] | {"auth": "optional"}]
+    assert change(before, load(values=values | {"listener": moved}, verifies_tokens=True)).changed == (
+        "listener.0.auth",
+    )

@@ -148,6 +148,7 @@ SECURE = {"url": "smtps://m.example", "username": "u", "password": "p"}
         ({"tls_required": True}, "listener.0.tls_required = true: contradicts listener.0.tls = off"),
         ({"auth": "optional"} | TLS, 'listener.0.auth = "optional": needs listener.0.auth_users_file'),
         (AUTH, 'listener.0.auth = "required": needs TLS'),
+        (AUTH | {"auth": "off"}, 'listener.0.auth_users_file = "users": has no effect with auth = off; set listener.0'),
         ({"protocol": "lmtp", "address": ["127.0.0.1:25"]}, "LMTP must not use port 25"),
         ({"address": ["127.0.0.1:2525", "127.0.0.1:2525"]}, "is also an address of listener.0"),
         ({"address": ["127.0.0.1:9925"]}, 'status.address = "127.0.0.1:9925": is also an address of listener.0'),
@@ -335,6 +336,11 @@ def test_a_limit_holds_for_the_upstreams_that_name_it() -> None:
 @pytest.mark.parametrize(
     ("limit", "limits", "expected"),
     [
+        (
+            [RATE],
+            ["provider-rate", "provider-rate"],
+            "upstream.0.limits = ['provider-rate', 'provider-rate']: names provider-rate twice",
+        ),
         ([RATE], ["other"], "upstream.0.limits = ['other']: no [[limit]] is called other: provider-rate"),
         ([], ["other"], "no [[limit]] is called other: there is no [[limit]]"),
         ([RATE | {"burst": 31}], [], "limit.0.burst = 31: is more than limit.0.rate lets leave: 30"),
@@ -422,6 +428,10 @@ def test_a_receiver_in_a_mode_with_a_queue(mode: str, tmp_path: Path) -> None:
         ({"events": []}, "at least one"),
         ({"url": None}, "notify.0.url: is missing"),
         ({"ca_file": "nowhere"}, "no such file"),
+        (
+            {"url": "http://127.0.0.1:9000/", "ca_file": "ca"},
+            "ca_file = 'ca': has no effect with an http URL; use https",
+        ),
     ],
 )
 def test_a_receiver_that_cannot_be_told(changes: dict[str, Any], expected: str) -> None:
