@@ -28,7 +28,6 @@ from otel_smtp.forwarding.faults import (
     Unsuitable,
     UpstreamFault,
 )
-from otel_smtp.forwarding.reaching import told
 from otel_smtp.forwarding.smarthost import Smarthost
 from otel_smtp.forwarding.verdicts import asks_for_less
 from otel_smtp.observing import DeliveryRecord, Outcome, trace_fields
@@ -154,10 +153,10 @@ class Attempts(Connecting):
             self._refused_by(self._tried.put_off)
             return
         if isinstance(fault, CredentialsRefused):
-            self._smarthost.credentials_refused(fault)
+            self._smarthost.credentials_refused(fault, self._named())
         self._attempt.failure = str(fault)
         if isinstance(fault, ConnectFailed):
-            logger.warning("no connection to the upstream", extra={**self._named(), **told(fault)})
+            logger.warning("no connection to the upstream", extra={**self._named(), **self._smarthost.told(fault)})
         self._end(Outcome.DEFERRED, fault.upstream_reply, fault.reply.error_type)
         self._note_fault(fault)
         if was_connected and fault.reply is replies.UPSTREAM_PROTOCOL:
@@ -250,9 +249,10 @@ class Attempts(Connecting):
             return
         if (refusal := _asks_for_less(attempt)) is not None:
             if (seconds := pace.is_too_much(leave)) is not None:
+                reply = self._smarthost.shown(str(refusal))
                 logger.warning(
                     "upstream asks for less mail; mail waits",
-                    extra={**self._named(), "seconds": seconds, "code": refusal.code, "reply": str(refusal)},
+                    extra={**self._named(), "seconds": seconds, "code": refusal.code, "reply": reply},
                 )
         elif attempt.outcome is Outcome.RELAYED:
             pace.got_through()

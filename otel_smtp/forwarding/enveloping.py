@@ -276,7 +276,7 @@ class Enveloping(Attempts):
         if refusal.code < 530 or not is_about_credentials(refusal):
             return refusal
         fault = CredentialsRefused(self._without_secrets(refusal))
-        self._smarthost.credentials_refused(fault)
+        self._smarthost.credentials_refused(fault, self._named())
         return fault.told
 
     def _without_secrets(self, refusal: Reply) -> Reply:

@@ -9,7 +9,7 @@ import contextlib
 import logging
 import ssl
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final
 
 from otel_smtp.forwarding.ceiling import Ceiling
@@ -73,6 +73,7 @@ class Reaching(ABC):
         "name",
         "pace",
         "settings",
+        "shown",
         "slots",
         "take",
     )
@@ -87,11 +88,13 @@ class Reaching(ABC):
         learnt: Callable[[], None] | None = None,
         slots: AnySlots | None = None,
         room_made: Callable[[], None] = lambda: None,
+        shown: Callable[[str], str] = str,
     ) -> None:
         self.settings = settings
         self.name = settings.name
         self.pace = pace
         self.slots = slots
+        self.shown = shown
         self._room_made = room_made
         self._learning: asyncio.Future[None] | None = None  # done when there may be a slot for that
         self._parted: asyncio.Event | None = None  # waited for at the end
@@ -234,7 +237,7 @@ class Reaching(ABC):
         if level == self._level:
             return
         is_less, self._level = level < self._level, level
-        why = {} if fault is None else told(fault)
+        why = {} if fault is None else self.told(fault)
         words = {"upstream": self.settings.name, "connections": int(level), **why}
         if is_less:
             logger.warning("upstream connection cap reached; mail waits", extra=words)
@@ -263,7 +266,7 @@ class Reaching(ABC):
             assert ticket.fault is not None
             raise ticket.fault from None
         except ConnectFailed as fault:
-            logger.warning("no connection to the upstream", extra={"upstream": self.settings.name, **told(fault)})
+            logger.warning("no connection to the upstream", extra={"upstream": self.settings.name, **self.told(fault)})
             raise
         except asyncio.CancelledError:
             assert self._loop is not None
@@ -293,7 +296,7 @@ class Reaching(ABC):
                 self._learn(None)
                 level = logging.WARNING if wait_seconds == LEARN_AGAIN_SECONDS else logging.DEBUG
                 extra = {"upstream": self.settings.name}
-                logger.log(level, "no connection to the upstream", extra=extra | told(fault))
+                logger.log(level, "no connection to the upstream", extra=extra | self.told(fault))
             except Exception:
                 extra = {"upstream": self.settings.name}
                 logger.exception("connecting to the upstream failed: internal error", extra=extra)
@@ -367,11 +370,24 @@ class Reaching(ABC):
         said = ticket.fault.upstream_reply if ticket.fault is not None else None
         return NoConnectionFree("all connections are busy", replies.UPSTREAM_BUSY, said)
 
-    def credentials_refused(self, fault: CredentialsRefused) -> None:
-        """It refused a mail for what the operator has to mend."""
+    def credentials_refused(self, fault: CredentialsRefused, named: Mapping[str, object]) -> None:
+        """It refused a mail for what the operator has to mend.
+
+        Args:
+            named: what log lines say of the mail, and of this upstream.
+        """
         assert self._loop is not None
         self._note(fault)
-        logger.error("upstream refused our credentials", extra={"upstream": self.settings.name, **told(fault)})
+        logger.error("upstream refused our credentials", extra={**named, **self.told(fault)})
+
+    def told(self, fault: UpstreamFault) -> dict[str, object]:
+        """What log lines say of a fault."""
+        said = fault.upstream_reply
+        return {
+            "fault": str(fault),
+            "code": said.code if said is not None else None,
+            "reply": self.shown(str(said)) if said is not None else None,
+        }
 
     def _note(self, fault: UpstreamFault) -> None:
         assert self._loop is not None
@@ -401,16 +417,6 @@ class Reaching(ABC):
 def _alone(fault: UpstreamFault) -> UpstreamFault:
     """A fault without what led to it: that would keep frames alive, and with them a mail."""
     return UpstreamFault(str(fault), fault.reply, fault.upstream_reply)
-
-
-def told(fault: UpstreamFault) -> dict[str, object]:
-    """What log lines say of a fault."""
-    said = fault.upstream_reply
-    return {
-        "fault": str(fault),
-        "code": said.code if said is not None else None,
-        "reply": str(said) if said is not None else None,
-    }
 
 
 def _note_nothing(phase: DeliveryPhase, reply: Reply | None) -> None:

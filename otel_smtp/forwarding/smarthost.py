@@ -18,6 +18,7 @@ class Smarthost(Reaching):
         ceiling: of its connections, shared with other workers; None: there are none.
         learnt: called when `extensions` or `is_unheard` has changed.
         room_made: called when more mails may be under way.
+        shown: what log lines may show of the upstream's words, which may name people.
 
     Attributes:
         settings: as configured. `name`: its name there. `endpoint`: where it is.

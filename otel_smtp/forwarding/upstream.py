@@ -55,6 +55,7 @@ class UpstreamForwarder:
         slots: of the connections to upstreams, by their names, of those that have some.
         pace_patience_seconds: how long a client's mail waits for them.
         memory_limit_octets: of one message's body; what exceeds it goes to a temporary file.
+        shown: what log lines may show of an upstream's words, which may name people.
 
     Raises:
         OSError: a file of an upstream's TLS settings cannot be read.
@@ -73,12 +74,14 @@ class UpstreamForwarder:
         slots: Mapping[str, AnySlots] | None = None,
         pace_patience_seconds: float = PACE_PATIENCE_SECONDS,
         memory_limit_octets: int = MEMORY_LIMIT_OCTETS,
+        shown: Callable[[str], str] = str,
     ) -> None:
         if not upstreams:
             raise ValueError("an upstream relay needs an upstream")
         self.observer = observer
         self.memory_limit_octets = memory_limit_octets
         self._hostname = hostname
+        self._shown = shown
         self._sweep = sweep
         self._retired: list[Smarthost] = []
         self._limits = limits or {}
@@ -112,6 +115,7 @@ class UpstreamForwarder:
             self._forget_promise,
             self._slots.get(settings.name),
             lambda: self._room_made(),
+            self._shown,
         )
 
     def _relay_by(self, smarthosts: Sequence[Smarthost], strategy: Strategy) -> None:

@@ -48,9 +48,10 @@ def asks_for_less(refusal: Reply) -> bool:
     """Whether an upstream says that it gets too much from us, and not that something is wrong with this mail.
 
     421 ends a connection that worked; 450 and 451 with X.7.x are a policy's (RFC 3463 3.8); others have words for it.
-    Greylisting, which has the same codes, is about one sender and one recipient.
+    Greylisting, which has the same codes, is about one sender and one recipient. A refusal of our credentials is passed
+    on as a 451 4.7.0 of ours.
     """
-    if not refusal.is_transient or wants_another_transaction(refusal):
+    if not refusal.is_transient or wants_another_transaction(refusal) or refusal.error_type is ErrorType.UPSTREAM_AUTH:
         return False
     text = " ".join(refusal.lines)
     if refusal.code == 421 or _TOO_MUCH.search(text) is not None:

@@ -123,7 +123,7 @@ class Gateway:
         process: Process | None = None,
     ) -> None:
         self._settings = settings = with_present_addresses(settings)
-        redaction = wiring.redaction(settings)
+        self._redaction = redaction = wiring.redaction(settings)
         members = list(observers)
         self._status_port: StatusPort | None = None
         if settings.status.address is not None:
@@ -171,6 +171,7 @@ class Gateway:
             # Mail that its client would have to wait for is queued there instead.
             pace_patience_seconds=0.0 if settings.delivery.mode == "direct-then-queue" else PACE_PATIENCE_SECONDS,
             ceilings=process.ceilings.claim(process.number) if process is not None and process.ceilings else None,
+            shown=lambda words: self._redaction.text(words),
         )
         if store is not None:
             self._spool = self._make_spool(store)
@@ -398,6 +399,7 @@ class Gateway:
         self._telemetry.show(redaction, inbound, probes=telemetry.probes, with_message_id=telemetry.message_id)
         if self._status_port is not None:
             self._status_port.show(redaction)
+        self._redaction = redaction
         self._settings = settings
 
     def heed_log_level(self) -> None:

@@ -82,7 +82,10 @@ class Observer:
         return {}
 
     def delivery_carrier(self, delivery: DeliveryRecord) -> Mapping[str, str]:
-        """Trace headers for the message that this attempt relays; empty without a trace."""
+        """Trace headers for the message that this attempt relays; empty without a trace.
+
+        Asked before the header block has been read, it is for a log line, and in the connection's trace.
+        """
         return {}
 
 

@@ -463,6 +463,8 @@ class Tracing(Observer):
         if transaction.trace.__class__ is SegmentIdentity:  # see `trace_id`
             dropped: SegmentIdentity = transaction.trace
             return dropped.carrier or dropped.tell_carrier()
+        if transaction.trace_headers is None and transaction.connection is not None and not transaction.ended_ns:
+            return self._carrier_before_header(delivery, transaction.connection)
         span_id = delivery.trace or self._settle_attempt(delivery, transaction)
         connection, above = transaction.connection, transaction.trace
         if span_id.__class__ is int and connection is not None:
@@ -475,6 +477,16 @@ class Tracing(Observer):
                     carrier[propagation.TRACESTATE] = state
                 return carrier
         return propagation.carrier(self._settle_delivery(delivery, transaction).context)
+
+    def _carrier_before_header(self, delivery: DeliveryRecord, connection: ConnectionRecord) -> Mapping[str, str]:
+        """What a log line about an attempt has while nobody knows which trace it will be in: the message's header may
+        name one. Until then its client is shown the connection's."""
+        context = self.segment(connection).context
+        if delivery.trace is None and self._sampling.inherits_ours:
+            delivery.trace = self._sampling.new_span_id()
+        if delivery.trace.__class__ is int:
+            context = context._replace(span_id=delivery.trace)
+        return propagation.carrier(context)
 
     def _settle(self, transaction: TransactionRecord) -> Identity | None:
         """The transaction's identity, known from now on; None for a message from the spool without a trace."""

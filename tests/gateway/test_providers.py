@@ -506,3 +506,42 @@ async def test_a_notice_that_cannot_leave_is_held_and_given_up_with_a_critical_l
         await states(running, [])
     (line,) = [one for one in caplog.records if one.levelname == "CRITICAL"]
     assert line.getMessage() == "notice expired undelivered"
+
+
+# What upstreams say of people, in the log ------------------------------------------------------------------------
+
+NAMING = "<ann@there.example> is not known here, says user bob"
+REDACTED = "<...@there.example> is not known here, says user ..."
+SAYING: list[tuple[str, Phase, str]] = [
+    ("no connection to the upstream", Phase.GREETING, "554 5.7.1"),
+    ("no connection to the upstream", Phase.EHLO, "451 4.7.1"),
+    ("upstream refused our credentials", Phase.MAIL, "530 5.7.0"),
+    ("upstream refused our credentials", Phase.RCPT, "535 5.7.8"),
+    ("upstream asks for less mail; mail waits", Phase.RCPT, "451 4.7.1"),
+]
+
+
+@pytest.mark.parametrize(("addresses", "shown"), [("domain", REDACTED), ("full", NAMING)])
+@pytest.mark.parametrize(("line", "phase", "code"), SAYING)
+async def test_log_lines_show_of_an_upstreams_words_what_telemetry_may(
+    line: str, phase: Phase, code: str, addresses: str, shown: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = "full" if addresses == "domain" else "domain"
+    said = f"{code} {NAMING}"
+    async with ScriptedUpstream(faults={phase: Fault(Kind.REFUSE, f"{said}\r\n".encode())}) as upstream:
+        values = {
+            "listener": [{"address": ["127.0.0.1:0"]}],
+            "upstream": [{"url": f"smtp://127.0.0.1:{upstream.port}", "limits": ["provider-rate"]}],
+            "limit": [{"name": "provider-rate", "rate": "1000/m"}],
+            "status": {"address": "off"},
+        }
+        async with Gateway(load(values={**values, "telemetry": {"addresses": other}})) as running:
+            caplog.clear()
+            running.reload(load(values={**values, "telemetry": {"addresses": addresses}}))
+            async with client(running) as app:
+                with pytest.raises(aiosmtplib.SMTPException):
+                    await app.sendmail("a@here.example", ["b@there.example"], CONTENT)
+    lines = [one for one in caplog.records if getattr(one, "reply", None)]
+    assert {one.getMessage() for one in lines} == {line}
+    assert {vars(one)["reply"] for one in lines} == {f"{code} {shown}"}
+    assert any("connection_id" in vars(one) for one in lines)  # not only what was learnt at the start

@@ -682,6 +682,38 @@ def test_an_attempt_that_ended_before_the_header_joins_the_trace_that_the_header
     assert all(record.start_ns >= kept.one(TRANSACTION).start_ns for record in deliveries)
 
 
+class AskedAboutEach(Sampler):
+    def should_sample(self, parent_context: Any, trace_id: int, name: str, *more: Any, **others: Any) -> Any:
+        return SamplingResult(Decision.RECORD_AND_SAMPLE)
+
+    def get_description(self) -> str:
+        return "AskedAboutEach"
+
+
+@pytest.mark.parametrize("sampler", [ALWAYS_ON, ALWAYS_OFF, DEFAULT_ON, AskedAboutEach()], ids=Sampler.get_description)
+def test_a_log_line_about_an_attempt_before_the_header_keeps_no_mail_out_of_its_trace(sampler: Sampler) -> None:
+    kept = Kept()
+    observer = tracing(Kept(), sampler=sampler, policies={"local": InboundPolicy.PARENT}, listeners=[kept])
+    client = Client(observer).ehlo().mail()
+    assert client.transaction is not None
+    first = begin_delivery(client.transaction, "first")
+    _, told, span_id, _ = observer.delivery_carrier(first)["traceparent"].split("-")  # what its line in the log has
+    assert told == observer.connection_carrier(client.record)["traceparent"].split("-")[1]
+    first.end(Outcome.DEFERRED, None, ErrorType.UPSTREAM_UNAVAILABLE, time.monotonic_ns())
+    second = begin_delivery(client.transaction, "second")
+    client.rcpt().data().header(APPLICATION)
+    assert client.trace_id() == f"{APPLICATION_TRACE:032x}"
+    finish_delivery(client.observer, second)
+    client.final().quit()
+    transaction, deliveries = kept.one(TRANSACTION), kept.named(DELIVERY)
+    assert transaction.parent is not None
+    assert transaction.parent.span_id == APPLICATION_SPAN
+    assert {record.context.trace_id for record in deliveries} == {APPLICATION_TRACE}
+    # A sampler that is asked about each span may decide only once the trace is known.
+    known = [kept.one(CONNECTION), deliveries[0]]
+    assert span_id in [record.context.span_id_hex for record in known]
+
+
 def test_an_attempt_of_a_transaction_that_never_had_a_header_is_told_at_its_end() -> None:
     kept = Kept()
     client = Client(tracing(kept)).ehlo().mail()
