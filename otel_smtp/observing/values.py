@@ -85,7 +85,7 @@ def trace_fields(carrier: Mapping[str, str]) -> dict[str, Any]:
 class Outcome(StrEnum):
     """How a transaction, or a delivery, ended: `smtp.outcome`."""
 
-    __hash__ = str.__hash__  # of Enum it is a function of Python, called several times an event
+    __hash__ = str.__hash__  # Enum's own is a Python function; this is called several times per event
 
     RELAYED = "relayed"  # the upstream said 2yz to the end of data
     PARTLY_RELAYED = "partly_relayed"  # likewise, and at least one recipient was refused or deferred, by it or by us
@@ -137,7 +137,7 @@ class SpoolAction(StrEnum):
 class DeliveryPhase(StrEnum):
     """A step of one delivery attempt: the last part of the delivery event's name."""
 
-    __hash__ = str.__hash__  # of Enum it is a function of Python, called several times an event
+    __hash__ = str.__hash__  # Enum's own is a Python function; this is called several times per event
 
     PACED = "paced"
     POOL = "pool"

@@ -1,4 +1,4 @@
-"""Which characters hide or mislead: the one table, for code that refuses such text and for code that cleans it."""
+"""Characters that hide or mislead: the one table, for code that refuses such text and for code that cleans it."""
 
 import re
 from typing import Final

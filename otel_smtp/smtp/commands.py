@@ -4,15 +4,15 @@ Theory of operation
 -------------------
 Most lines that a relay sees are MAIL and RCPT with a short ASCII mailbox; one regular expression each takes them whole.
 Everything else goes through `parse_by_grammar`, which also accepts every line that the expressions accept and gives the
-same result for it: the tests compare the two. The expressions are possessive; nothing here goes back over its input.
+same result for it: the tests compare the two. The expressions are possessive and never backtrack.
 
 Rules that hold for every line:
 
-* The verb is what stands before the first space, in any case. A verb that is not ours is 500, whatever follows.
+* The verb ends at the first space; case does not matter. An unknown verb gets 500, whatever follows.
 * Blanks (space, TAB) at the end of a line are dropped (RFC 5321 4.1.1: "SMTP receivers SHOULD tolerate trailing white
-  space"). Any other control octet, a TAB inside the line included, is 501: in SMTP's grammar only the space separates,
-  and a server that reads a TAB as one would find other arguments in the line than we do.
-* A non-ASCII line must be UTF-8 (RFC 6531 3.3). No octet of an argument is ever repeated in a reply.
+  space"). Any other control octet, a TAB inside the line included, gets 501: in SMTP's grammar only the space
+  separates, and a server that accepts TAB too would split the line into other arguments than we do.
+* A non-ASCII line must be UTF-8 (RFC 6531 3.3). No reply ever repeats an octet of an argument.
 """
 
 import re
@@ -58,10 +58,10 @@ class Verb(StrEnum):
 
 
 class CommandRefused(Exception):
-    """A command line that is no command.
+    """A command line that is refused.
 
     Attributes:
-        verb: the verb, None where it is unknown.
+        verb: the verb, None if it is unknown.
         reply: what to answer.
     """
 
@@ -72,7 +72,7 @@ class CommandRefused(Exception):
 
 
 class DomainMissing(CommandRefused):
-    """A MAIL or RCPT whose address is a bare local part; all else of the line may still be wrong."""
+    """A MAIL or RCPT whose address is a bare local part; the rest of the line has not been checked."""
 
     def __init__(self, verb: Verb, reply: Reply, before: str, behind: str) -> None:
         super().__init__(verb, reply)
@@ -80,10 +80,10 @@ class DomainMissing(CommandRefused):
         self._behind = behind
 
     def with_domain(self, domain: str) -> "Command":
-        """The command, had the client written "@" and `domain` behind the local part.
+        """The command with "@" and `domain` added behind the local part.
 
         Raises:
-            CommandRefused: it is none even so.
+            CommandRefused: the completed line is refused too.
         """
         return parse_by_grammar(f"{self.verb} {self._before}@{domain}{self._behind}".encode())
 
@@ -93,7 +93,7 @@ class Hello:
     """HELO, EHLO or LHLO (RFC 5321 4.1.1.1, RFC 2033 4.1)."""
 
     verb: Verb
-    name: str  # visible, at most 255 octets; no host name, perhaps: the peer's word, never proof of anything
+    name: str  # visible, at most 255 octets, not always a host name: a claim of the peer's that proves nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,7 @@ class MailFrom:
 
 @dataclass(frozen=True, slots=True)
 class RcptTo:
-    """RCPT (RFC 5321 4.1.1.3). A non-ASCII address is for the engine to judge: it knows whether MAIL had SMTPUTF8."""
+    """RCPT (RFC 5321 4.1.1.3). The engine judges a non-ASCII address: it knows whether MAIL had SMTPUTF8."""
 
     verb: ClassVar[Verb] = Verb.RCPT
     recipient: Recipient
@@ -124,7 +124,7 @@ class Bdat:
     """BDAT (RFC 3030 2)."""
 
     verb: ClassVar[Verb] = Verb.BDAT
-    size: int  # octets of the chunk that follows: up to twenty digits, not yet held against any limit
+    size: int  # octets of the chunk that follows: up to twenty digits, not yet checked against any limit
     last: bool
 
 
@@ -133,7 +133,7 @@ class Auth:
     """AUTH (RFC 4954 4)."""
 
     verb: ClassVar[Verb] = Verb.AUTH
-    mechanism: str  # upper case; a SASL name by its form, known or not
+    mechanism: str  # upper case; has the form of a SASL name, known or not
     initial_response: str | None = field(repr=False)  # as given: base64, not yet decoded, or "="
 
 
@@ -216,7 +216,7 @@ _ALONE: Final[Mapping[bytes, Command]] = {
     b"NOOP\r\n": Noop(),
 }
 COMMON_LINES: Final[Mapping[bytes, Command]] = {**_ALONE, **{line.lower(): command for line, command in _ALONE.items()}}
-"""Lines without arguments, as nearly everybody writes them; the lower case is that of smtplib."""
+"""Lines without arguments, as nearly all clients write them; smtplib writes lower case."""
 DATA_LINES: Final = frozenset(line for line, command in COMMON_LINES.items() if command.verb is Verb.DATA)
 
 # A NamedTuple's own constructor is a function in Python; each mail has one `Mail` and at least one `Recipient`.
@@ -243,8 +243,9 @@ def parse_command(line: bytes) -> Command:
 
 
 def common_recipient(line: bytes) -> Recipient | None:
-    """The recipient of a RCPT with a short ASCII mailbox and nothing else; None for any other line, and for what is
-    not one line, its CRLF included."""
+    """The recipient of a RCPT with a short ASCII mailbox and nothing else; None unless `line` is exactly such a line
+    with its CRLF.
+    """
     match = _COMMON_RCPT.fullmatch(line)
     if match is None or len(mailbox := match[1]) > _COMMON_MAILBOX_OCTETS:
         return None
@@ -252,8 +253,9 @@ def common_recipient(line: bytes) -> Recipient | None:
 
 
 def common_mail(line: bytes) -> Mail | None:
-    """The mail of a MAIL with a short ASCII mailbox, and SIZE, BODY and SMTPUTF8 at most, in this order; else as
-    `common_recipient`."""
+    """The mail of a MAIL with a short ASCII mailbox, and at most SIZE, BODY and SMTPUTF8 in this order; None otherwise,
+    as in `common_recipient`.
+    """
     match = _COMMON_MAIL.fullmatch(line)
     if match is None:
         return None
@@ -292,14 +294,15 @@ def parse_by_grammar(line: bytes) -> Command:
 
 
 def _hello(verb: Verb, argument: bytes) -> Hello:
-    """Any name will do: RFC 5321 4.1.4 "a server MUST NOT refuse to accept a message" for it, and libraries send names
-    with blanks, brackets, slashes and worse. It is cleaned, as it is shown to people."""
+    """Any name is accepted: RFC 5321 4.1.4 "a server MUST NOT refuse to accept a message" for it, and libraries send
+    names with blanks, brackets, slashes and worse. It is cleaned because people see it.
+    """
     if not argument:
         raise CommandRefused(verb, replies.BAD_ARGUMENT)
     return Hello(verb, _cleaned_name(argument))
 
 
-@lru_cache(maxsize=256)  # an application has one name and many connections, each of which keeps it
+@lru_cache(maxsize=256)  # the many connections of an application share one name
 def _cleaned_name(argument: bytes) -> str:
     name = INVISIBLE.sub("?", argument.decode("utf-8", "replace"))
     return name.encode()[:MAX_DOMAIN_OCTETS].decode("utf-8", "ignore")
@@ -341,7 +344,7 @@ _BAD_RECIPIENT: Final = _BadAddress(replies.BAD_RECIPIENT, replies.RECIPIENT_TOO
 def _path(
     verb: Verb, text: str, label: re.Pattern[str], take: Callable[[str, int], tuple[str, int]], bad: _BadAddress
 ) -> tuple[str, str]:
-    """The mailbox behind `label`, and the text behind the path."""
+    """Parse the mailbox behind `label`; returns it and the text behind the path."""
     match = label.match(text)
     if match is None:
         raise CommandRefused(verb, replies.BAD_ARGUMENT)
@@ -382,7 +385,7 @@ def _vrfy(verb: Verb, argument: bytes) -> Vrfy:
 
 def _alone(command: Command) -> Callable[[Verb, bytes], Command]:
     def parse(verb: Verb, argument: bytes) -> Command:
-        # STARTTLS most of all: RFC 3207 4, and whatever stands behind it was sent in clear.
+        # STARTTLS most of all: RFC 3207 4 forbids arguments, and they were sent in the clear.
         if argument:
             raise CommandRefused(verb, replies.BAD_ARGUMENT)
         return command

@@ -1,11 +1,11 @@
-"""The content of one message while it is received, by DATA or by BDAT: one object from the 354 to the end.
+"""The content of one message while it is received, by DATA or BDAT: one object from the 354 to the end.
 
-It joins the machines of `framing`: octets of the wire go in, in pieces of any size; the header block and the octets
-behind it come out, dots unstuffed and line ends normalised, with the verdict on all of it. How the input is cut changes
-neither what comes out, put together, nor the verdict.
+It joins the machines of `framing`: octets from the wire go in, in pieces of any size; the header block and the octets
+behind it come out, dots unstuffed and line ends normalised, with a verdict on the whole. Cutting the input differently
+changes neither the joined output nor the verdict.
 
-Most messages are small, come in one piece, and hold nothing that would have to be changed. For them a few searches over
-the whole answer every question: `whole_message` gives what the general way would give for them, and nothing for others.
+Most messages are small, come in one piece, and need no change. For these a few searches over the whole answer every
+question: `whole_message` gives the same result as the general way, and None for all other messages.
 """
 
 import re
@@ -24,29 +24,30 @@ from otel_smtp.smtp.framing import (
 from otel_smtp.smtp.received import HeaderFacts, inspect_header
 from otel_smtp.smtp.replies import Reply
 
-_NUL: Final = 0  # as a number: `in` takes bytes to be one, and then recovers from its error
+_NUL: Final = 0  # as a number: for bytes, `in` first tries to read them as one and recovers from the error
 _NO_FIELD: Final = frozenset(b".\r \t")
-"""How content begins whose first octet is a dot, or that has no header block, or none that may be put behind our own
-fields; see `HeaderSplitter`."""
+"""The first octets of content that begins with a dot, or whose header block is missing or must not follow our own
+fields; see `HeaderSplitter`.
+"""
 _CONTENT_TYPE: Final = re.compile(rb"^content-type[ \t]*:[ \t\r\n]*([a-z]*)", re.IGNORECASE | re.MULTILINE)
 _OF_PARTS: Final = frozenset({b"multipart", b"message", b""})
 
 
 def needs_smtputf8(header: bytes) -> bool:
-    """Whether a content with octets above 127 may be an internationalized message, by its header block.
+    """Whether content with octets above 127 may be an internationalized message, judged by its header block.
 
-    It is one where such octets stand in a header, be it that of a part (RFC 6532 3, RFC 6531 1.2): in this block, or
-    behind it where there can be parts. 8-bit octets in a body alone need 8BITMIME and no more.
+    It is one if such octets are in a header, even that of a part (RFC 6532 3, RFC 6531 1.2): in this block, or behind
+    it if there can be parts. 8-bit octets in a body alone need only 8BITMIME.
     """
     return not header.isascii() or not _OF_PARTS.isdisjoint(map(bytes.lower, _CONTENT_TYPE.findall(header)))
 
 
 @dataclass(frozen=True, slots=True)
 class ContentLimits:
-    """What content may be at most.
+    """Limits for content.
 
     Attributes:
-        text_line: octets of a line, its CRLF included.
+        text_line: octets of a line, CRLF included.
         header_size, header_lines: octets and lines of the header block.
         hops: Received fields.
         rejects_bare_line_ends: refuse a bare CR or LF instead of normalising it.
@@ -60,43 +61,42 @@ class ContentLimits:
 
 
 class ContentSink(Protocol):
-    """Takes the content, as far as it is decided."""
+    """Takes the decided part of the content."""
 
     def header_received(self, block: bytes, facts: HeaderFacts) -> None:
         """The whole header block, before any `content_received`; once per message.
 
         Args:
-            block: the header lines, each with its CRLF, without the empty line that ends them; b"" where the content
-                has no header.
-            facts: what the block says of hops and traces.
+            block: the header lines, each with its CRLF, without the empty line that ends them; b"" if the content has
+                no header.
+            facts: hops, trace headers and Message-ID of the block.
         """
         ...
 
     def content_received(self, data: bytes) -> None:
-        """Some octets behind the header block; the first ones are the empty line, where there is one.
+        """Some octets behind the header block, beginning with the empty line, if there is one.
 
-        It is there too, although the client sent none, before content that begins with a blank.
+        Content that begins with a blank gets an empty line too, although the client sent none.
         """
         ...
 
 
 def whole_message(data: bytes, limits: ContentLimits, size_limit: int) -> tuple[bytes, HeaderFacts, bytes] | None:
-    """Look at the octets behind DATA: whether they are one message from its beginning to its end, with a header, within
-    every limit, and such that nothing in it has to be changed.
+    """Whether the octets behind DATA are one whole message with a header, within every limit, that needs no change.
 
     Args:
         limits, size_limit: as for `IncomingContent`.
 
     Returns:
-        The header block, its facts, and what follows it, as they go to a `ContentSink`. None where it is not so, which
-        says nothing about the message.
+        The header block, its facts, and what follows it, as they go to a `ContentSink`. None otherwise, which says
+        nothing about the message.
     """
     size = len(data) - 3  # of the content: all but the lone dot and its CRLF
     if (
         size > size_limit
         or size > limits.text_line
         or data[-5:] != END_OF_DATA
-        or data.rfind(b"\r\n.", 0, size) >= 0  # a line begins with a dot; backwards this is found sooner
+        or data.rfind(b"\r\n.", 0, size) >= 0  # a line begins with a dot; searching backwards is faster
         or data[0] in _NO_FIELD
         or _NUL in data
         or has_bare_line_end(data)
@@ -117,12 +117,12 @@ class IncomingContent:
 
     Args:
         limits: what is acceptable.
-        size_limit: octets of the whole; more is counted and dropped.
-        is_binary: BODY=BINARYMIME was declared: nothing is normalised, NUL and long lines are fine.
-        refusal_of_8bit: the reply where any octet is above 127: the client used an extension that was not offered,
+        size_limit: octets of the whole; octets beyond it are counted and dropped.
+        is_binary: BODY=BINARYMIME was declared: nothing is normalised, NUL and long lines are accepted.
+        refusal_of_8bit: the reply if any octet is above 127: the client used an extension that was not offered,
             which 7-bit content does not need; None: such content is accepted.
         takes_8bit_bodies: that reply is only for content that `needs_smtputf8`.
-        by_data: it comes by DATA and ends with a lone dot; else by BDAT, and `finish` says where it ends.
+        by_data: it comes by DATA and ends with a lone dot; otherwise by BDAT, and `finish` ends it.
         sink: see there.
 
     Attributes:
@@ -191,7 +191,7 @@ class IncomingContent:
             self._take(self._chunks.feed(data))
 
     def finish(self) -> Reply | None:
-        """The content is complete: what is wrong with it, None where nothing is.
+        """The content is complete: returns what is wrong with it, or None.
 
         The rest of the content goes to the sink, unless it is larger than the limit.
         """
@@ -203,7 +203,7 @@ class IncomingContent:
         return self.refusal()
 
     def refusal(self) -> Reply | None:
-        """What is wrong with the content so far, in a fixed order: the verdict must not depend on cuts."""
+        """What is wrong with the content so far, checked in a fixed order: the verdict must not depend on cuts."""
         inspector, limits = self._inspector, self._limits
         if inspector.octets > self._size_limit:
             return replies.MESSAGE_TOO_BIG
@@ -212,7 +212,7 @@ class IncomingContent:
         has_bare_line_ends = self._dots.bare_line_ends if self.by_data else self._chunks.bare_line_ends
         if has_bare_line_ends and limits.rejects_bare_line_ends:
             return replies.BARE_LINE_END
-        # Before the header block is complete, it is unknown whether it needs what is refused.
+        # Until the header block is complete, it is unknown whether the content needs SMTPUTF8.
         is_known = self.facts is not None or not self._takes_8bit_bodies
         if inspector.has_8bit and self._refusal_of_8bit is not None and is_known:
             return self._refusal_of_8bit
@@ -230,7 +230,7 @@ class IncomingContent:
         inspector = self._inspector
         inspector.inspect(content)
         self.octets = inspector.octets
-        if inspector.octets <= self._size_limit:  # refused at its end; handing up more would only fill a disk
+        if inspector.octets <= self._size_limit:  # refused at its end; passing on more would only fill a disk
             self._hand_up(self._header.feed(content))
 
     def _hand_up(self, body: bytes) -> None:

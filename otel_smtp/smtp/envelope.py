@@ -1,4 +1,4 @@
-"""What travels through the house: the envelope of one mail, as values."""
+"""The envelope of one mail, as values that travel through the package."""
 
 from collections.abc import Iterable
 from enum import Flag, StrEnum, auto
@@ -40,8 +40,8 @@ class Mail(NamedTuple):
     Attributes:
         reverse_path: the mailbox as the client wrote it, without angle brackets and source route; "" is the null
             path of bounces.
-        size: SIZE= in octets, None where the client said nothing (RFC 1870).
-        body: BODY=, None where the client said nothing; such content may hold 8-bit octets all the same.
+        size: SIZE= in octets, None without one (RFC 1870).
+        body: BODY=, None without one; such content may hold 8-bit octets all the same.
         smtputf8: SMTPUTF8 was given (RFC 6531 3.4).
         ret, envid: DSN parameters (RFC 3461 4.3, 4.4); envid is kept in its xtext form.
         require_tls: REQUIRETLS was given (RFC 8689).
@@ -69,7 +69,7 @@ class Recipient(NamedTuple):
     Attributes:
         address: the mailbox as the client wrote it, without angle brackets and source route; "Postmaster" alone
             is allowed (RFC 5321 4.1.1.3).
-        notify: NOTIFY=, None where the client said nothing.
+        notify: NOTIFY=, None without one.
         orcpt: ORCPT= as given, "rfc822;" and xtext included (RFC 3461 4.2).
     """
 

@@ -1,4 +1,4 @@
-"""Whose fault a protocol error is: ours or the peer's."""
+"""Protocol errors by whose fault they are: ours or the peer's."""
 
 from typing import TYPE_CHECKING
 
@@ -14,9 +14,8 @@ class RemoteProtocolError(Exception):
     """The peer broke the protocol.
 
     Attributes:
-        reply: what to answer if the peer is a client; what to make of it for our client if the peer is an
-            upstream.
-        said: the reply by which an upstream did so, where it was one.
+        reply: what to answer the client: the peer itself, or ours if the peer is an upstream.
+        said: the upstream's reply that broke the protocol, if it was a reply.
     """
 
     def __init__(self, message: str, reply: "Reply", said: "Reply | None" = None) -> None:

@@ -1,15 +1,14 @@
 """SMTP extensions: the EHLO keywords that are offered, and the MAIL and RCPT parameters that belong to them.
 
-Theory of operation
--------------------
-`EXTENSIONS` has a row for each: what EHLO says of it and how that is read, which parameters it adds, whether a client
-is offered it only if the upstream offers it, and what becomes of a mail that uses it where the upstream does not. What
-a listener offers, what the client of an upstream may write, what settings can disable: all of it is read from there. A
-new extension is a row, a field of `Extensions`, and the fields of `Mail` or `Recipient` that its parameters fill.
+Theory of operation ------------------- `EXTENSIONS` has a row for each: its words in EHLO and how to read them, the
+parameters it adds, whether a client is offered it only if the upstream offers it, and the fate of a mail that uses it
+if the upstream does not. A listener's offer, the parameters for an upstream, and the extensions that settings can
+disable are all read from this table. A new extension is a row, a field of `Extensions`, and the fields of `Mail` or
+`Recipient` that its parameters fill.
 
-Parsing knows every parameter of every extension that the gateway can ever offer, whatever this connection offers; a
-parameter is refused here only if it is unknown everywhere, given twice, or malformed. Whether its extension is offered
-on *this* connection is asked by `unsupported` and `unsupported_recipient`.
+Parsing accepts every parameter of every extension that the gateway can offer on any connection; it refuses a parameter
+only if it is unknown everywhere, given twice, or malformed. `unsupported` and `unsupported_recipient` check whether its
+extension is offered on *this* connection.
 """
 
 import re
@@ -35,10 +34,10 @@ from otel_smtp.smtp.parameters import (
 from otel_smtp.smtp.replies import Reply
 
 MAX_LIMIT_VALUE: Final = 999_999
-"""RFC 9422 3: "6-digit maximum"; a limit beyond it is as good as none and is not announced."""
+"""RFC 9422 3: "6-digit maximum"; a larger limit is as good as none and is not announced."""
 
-# esmtp-keyword "=" esmtp-value (RFC 5321 4.1.2), the value opened to UTF-8 by RFC 6531 3.3: by what it must not have,
-# since a range up to the last character of all takes 2 ms to compile.
+# esmtp-keyword "=" esmtp-value (RFC 5321 4.1.2), the value opened to UTF-8 by RFC 6531 3.3: written as excluded
+# characters, since a range up to the last code point takes 2 ms to compile.
 _PARAMETER = re.compile(r"([A-Za-z0-9][A-Za-z0-9-]*)(?:=([^\x00-\x20=\x7f]+))?")
 
 
@@ -56,17 +55,17 @@ class ParameterRefused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Extensions:
-    """The extensions that one side offers: one field for each row of `EXTENSIONS`. The defaults: none at all.
+    """The extensions that one side offers: one field for each row of `EXTENSIONS`. The default is none at all.
 
-    Such a value says what an upstream offered in its last EHLO, what a forwarder can promise on behalf of upstreams,
-    and what a listener offers its clients.
+    Used for an upstream's offer in its last EHLO, for a forwarder's promise on behalf of upstreams, and for a
+    listener's offer to its clients.
 
     Attributes:
         size: octets of the largest message; 0: offered without a limit (RFC 1870 4); None: not offered.
-        auth_mechanisms: SASL mechanisms in the order offered, in capitals. A listener's stay after AUTH has succeeded,
-            for AUTH= of MAIL.
-        limits: RCPTMAX, MAILMAX, RCPTDOMAINMAX by name (RFC 9422), where they are numbers.
-        keywords: those that are offered, each with the extension that it needs.
+        auth_mechanisms: SASL mechanisms in the order offered, in capitals. A listener keeps them after a successful
+            AUTH, for AUTH= of MAIL.
+        limits: RCPTMAX, MAILMAX, RCPTDOMAINMAX by name (RFC 9422), if they are numbers.
+        keywords: the offered ones, each with the extension that it needs.
     """
 
     pipelining: bool = False
@@ -84,19 +83,19 @@ class Extensions:
     keywords: frozenset[str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Find out which keywords are offered: MAIL and RCPT ask for them with each parameter."""
+        """Collect the offered keywords: MAIL and RCPT need them for each parameter."""
         object.__setattr__(self, "keywords", frozenset([line.partition(" ")[0] for line in keyword_lines(self)]))
 
     @classmethod
     def parse(cls, lines: Sequence[str], *, disabled: Collection[str] = ()) -> Self:
-        """Read the keyword lines of an EHLO reply: all but its first line. Unknown keywords are left out.
+        """Read the keyword lines of an EHLO reply, that is all but its first line. Unknown keywords are left out.
 
         Args:
             disabled: keywords, in capitals, that count as not offered.
         """
         words: dict[str, list[str]] = {}
         for line in lines:
-            # AUTH=LOGIN is how it was announced before RFC 2554; some servers still say both.
+            # AUTH=LOGIN is the form from before RFC 2554; some servers still send both.
             keyword, *values = (
                 line.replace("=", " ", 1).split() if line[:5].upper() == "AUTH=" else line.split() or [""]
             )
@@ -116,8 +115,8 @@ class Parameter(NamedTuple):
 
     Attributes:
         field: of `Mail` or `Recipient`.
-        read: makes the field's value of what follows "=", or of None where there is no "="; raises ValueError.
-        write: makes what follows "=" of the value, for an upstream; a value of True is the keyword alone.
+        read: makes the field's value from the text behind "=", or from None without a "="; raises ValueError.
+        write: makes the text behind "=" from the value, for an upstream; a value of True is the keyword alone.
     """
 
     keyword: str
@@ -136,16 +135,16 @@ class Extension:
         mail: the parameters that it adds to MAIL.
         recipient: the parameters that it adds to RCPT.
         body: the value of BODY= that it adds.
-        needs: the keyword of another one, without which it does not count.
+        needs: the keyword of another extension, without which this one does not count.
         needs_tls: it counts under TLS only.
-        is_relayed: a client is offered it only if the upstream offers it; the others we can serve without.
-        can_be_disabled: an upstream's can be done without. STARTTLS and AUTH are asked for where they are needed.
-        is_taken_unoffered: its parameters are taken from clients that were not offered it.
-        lacking: the refusal of a mail that uses it where the upstream does not offer it; None: its parameters are left
+        is_relayed: a client is offered it only if the upstream offers it; the gateway serves the others by itself.
+        can_be_disabled: the gateway can do without an upstream's. STARTTLS and AUTH are required where they are needed.
+        is_taken_unoffered: clients that were not offered it may use its parameters.
+        lacking: the refusal of a mail that uses it if the upstream does not offer it; None: its parameters are left
             out.
-        read: makes the field's value of the words behind the keyword; else it is True.
-        words: makes the words behind the keyword of the field's value, or None where it is not offered; else there are
-            none.
+        read: makes the field's value from the words behind the keyword; without it the value is True.
+        words: makes the words behind the keyword from the field's value, or None if it is not offered; without it there
+            are none.
     """
 
     keyword: str
@@ -181,19 +180,19 @@ def keyword_lines(extensions: Extensions) -> tuple[str, ...]:
 
 
 def every_relayed() -> Extensions:
-    """All that a client can be offered on behalf of an upstream; a size without a limit is not among it."""
+    """All that a client can be offered on behalf of an upstream, except a size without a limit."""
     fields: dict[str, Any] = {row.field: True for row in EXTENSIONS if row.is_relayed and row.field != "size"}
     return Extensions(chunking=True, **fields)
 
 
 def offer_to_clients(behind: Extensions, *, is_tls: bool, **ours: Any) -> Extensions:
-    """What a listener offers.
+    """The offer of a listener.
 
     PIPELINING and ENHANCEDSTATUSCODES are always offered, which is also all that LMTP demands (RFC 2033 5).
 
     Args:
-        behind: what can be promised on behalf of what lies behind.
-        ours: fields that the listener settles itself.
+        behind: what can be promised on behalf of the upstream or the spool.
+        ours: fields that the listener sets itself.
     """
     relayed = {
         row.field: getattr(behind, row.field) for row in EXTENSIONS if row.is_relayed and (is_tls or not row.needs_tls)
@@ -202,15 +201,14 @@ def offer_to_clients(behind: Extensions, *, is_tls: bool, **ours: Any) -> Extens
 
 
 def unsupported(mail: Mail, offer: Extensions) -> Reply | None:
-    """The refusal of a MAIL that uses an extension which `offer` does not hold; None if all is offered.
+    """The refusal of a MAIL that uses an extension missing from `offer`; None if nothing is missing.
 
-    RFC 5321 4.1.1.11: 555 for a parameter that is not recognised here, as after HELO. Whether the size is acceptable
-    is not asked here.
+    RFC 5321 4.1.1.11: 555 for a parameter that is not recognised here, as after HELO. Does not check the size.
     """
     if not mail.reverse_path.isascii() and not (mail.smtputf8 and "SMTPUTF8" in offer.keywords):
         return replies.NEEDS_SMTPUTF8  # RFC 6531 3.5: 553 (or 550) 5.6.7
     if mail[2:] == BEYOND_SIZE and (mail.size is None or "SIZE" in offer.keywords):
-        return None  # which all but a few mails are
+        return None  # as nearly all mails are
     for row, place, value in _REFUSABLE_USES:
         given = mail[place]
         if given is None or given is False or (value is not None and given is not value):
@@ -221,7 +219,7 @@ def unsupported(mail: Mail, offer: Extensions) -> Reply | None:
 
 
 def unsupported_recipient(recipient: Recipient, mail: Mail, offer: Extensions) -> Reply | None:
-    """The refusal of a RCPT that uses what `offer`, or its own MAIL, does not hold; None if all is offered."""
+    """The refusal of a RCPT that uses something missing from `offer` or from its MAIL; None if nothing is missing."""
     if not is_ascii(recipient) and not (mail.smtputf8 and "SMTPUTF8" in offer.keywords):
         return replies.NEEDS_SMTPUTF8
     for row, _, place in OF_RECIPIENT:
@@ -231,14 +229,14 @@ def unsupported_recipient(recipient: Recipient, mail: Mail, offer: Extensions) -
 
 
 def is_ascii(recipient: Recipient) -> bool:
-    """Whether RCPT of it needs no SMTPUTF8."""
+    """Whether its address needs no SMTPUTF8."""
     return recipient.address.isascii() and (recipient.orcpt is None or recipient.orcpt.isascii())
 
 
 def of_ascii_content(mail: Mail, recipients: Iterable[Recipient]) -> Mail:
-    """A mail whose content is ASCII without SMTPUTF8, where its envelope does not need it either.
+    """The `Mail` of ASCII content without its SMTPUTF8, unless the envelope needs it.
 
-    A client that knows so "SHOULD NOT supply the SMTPUTF8 parameter" (RFC 6531 3.4): a hop further on may lack it.
+    RFC 6531 3.4: such a client "SHOULD NOT supply the SMTPUTF8 parameter", as a later hop may lack it.
     """
     if mail.smtputf8 and mail.reverse_path.isascii() and all(map(is_ascii, recipients)):
         return mail._replace(smtputf8=False)
@@ -246,20 +244,20 @@ def of_ascii_content(mail: Mail, recipients: Iterable[Recipient]) -> Mail:
 
 
 def missing_extension(mail: Mail, upstream: Extensions, *, is_tls: bool) -> Reply | None:
-    """The refusal of a mail that needs what an upstream does not offer; None if it offers all.
+    """The refusal of a mail that needs an extension missing upstream; None if nothing is missing.
 
-    A client is refused what was not offered to it (see `unsupported`), so what is missing here was offered in good
-    faith, and the upstream has changed, or another one stands in for it: the refusal is for now. Of what is taken from
-    clients that were not offered it, NEEDS_8BITMIME says that the content must be looked at; and SMTPUTF8 is asked
-    about for the reverse-path alone: recipients and content may need it all the same.
+    Clients may use only what they were offered (see `unsupported`), so an extension missing here was offered in good
+    faith, and the upstream has changed, or another one replaces it: the refusal is temporary. Of the extensions that
+    clients may use unoffered, NEEDS_8BITMIME means that the content must be checked; and SMTPUTF8 is checked for the
+    reverse-path alone: recipients and content may need it all the same.
 
-    DSN parameters are not needed: they are left out where they are not offered (RFC 3461 5.2.2 lets a relay do so).
+    DSN is never needed: its parameters are left out if the upstream does not offer it (RFC 3461 5.2.2 allows that).
     """
     if not mail.reverse_path.isascii() and "SMTPUTF8" not in upstream.keywords:
         return replies.UPSTREAM_LACKS_SMTPUTF8
     if not mail.reverse_path:
         # "When the MAIL FROM return-path is empty, the REQUIRETLS parameter SHOULD NOT cause a bounce message to be
-        # discarded" (RFC 8689 5): it is asked for where it is offered.
+        # discarded" (RFC 8689 5): it is requested if offered.
         mail = mail._replace(require_tls=False)
     missing = None if mail[2:] == BEYOND_SIZE else _missing_use(mail[2:], upstream.keywords, is_tls)
     is_too_big = mail.size is not None and upstream.size and mail.size > upstream.size
@@ -268,7 +266,9 @@ def missing_extension(mail: Mail, upstream: Extensions, *, is_tls: bool) -> Repl
 
 @lru_cache(maxsize=256)
 def _missing_use(beyond_size: tuple[Any, ...], offered: frozenset[str], is_tls: bool) -> Reply | None:
-    """`missing_extension` of what follows the size in a `Mail`, which is the same for nearly all mails of a client."""
+    """`missing_extension` for the fields behind the size in a `Mail`, which are the same for nearly all mails of a
+    client.
+    """
     passing: Reply | None = None
     for row, place, value in _NEEDING_USES:
         given = beyond_size[place]
@@ -283,11 +283,11 @@ def _missing_use(beyond_size: tuple[Any, ...], offered: frozenset[str], is_tls: 
 
 
 def mail_with(reverse_path: str, parameters: str) -> Mail:
-    """The `Mail` of a reverse-path and of the text behind it.
+    """Make a `Mail` from a reverse-path and the text behind it.
 
     Args:
         reverse_path: the mailbox, "" for the null path.
-        parameters: what follows the path on the line: no control octets, separated by spaces, "" where nothing does.
+        parameters: the rest of the line behind the path: no control octets, separated by spaces, may be "".
 
     Raises:
         ParameterRefused: 555 for an unknown parameter, 501 for one that is malformed or given twice.
@@ -296,12 +296,12 @@ def mail_with(reverse_path: str, parameters: str) -> Mail:
 
 
 def recipient_with(address: str, parameters: str) -> Recipient:
-    """The `Recipient` of an address and of the text behind it; arguments and errors as for `mail_with`."""
+    """Make a `Recipient` from an address and the text behind it; arguments and errors as for `mail_with`."""
     return Recipient(address, **_read(parameters, _RCPT_PARAMETERS))
 
 
 def _offered_size(words: Sequence[str]) -> int:
-    """0: "no fixed maximum message size is in force" (RFC 1870 4), or none that can be understood."""
+    """0: "no fixed maximum message size is in force" (RFC 1870 4), or an unreadable size."""
     return next((int(word) for word in words if word.isdecimal() and len(word) <= 20), 0)
 
 
@@ -346,8 +346,8 @@ EXTENSIONS: Final = (
         body=Body.EIGHT_BIT_MIME,
         is_relayed=True,
         can_be_disabled=True,
-        # Libraries send BODY=8BITMIME whatever they were offered, mostly with content that is 7-bit. Whether it is, is
-        # seen when it is there.
+        # Libraries send BODY=8BITMIME regardless of the offer, mostly with 7-bit content. The content decides once it
+        # is there.
         is_taken_unoffered=True,
         lacking=replies.NEEDS_8BITMIME,
     ),
@@ -358,8 +358,8 @@ EXTENSIONS: Final = (
         needs="8BITMIME",  # RFC 6531 3.1 item 8
         is_relayed=True,
         can_be_disabled=True,
-        # A mail that is all ASCII needs it as little, and is then sent without. An address that is not is seen at MAIL
-        # or RCPT, content at its end.
+        # Likewise an all-ASCII mail does not need it, and is sent without it. Other addresses are noticed at MAIL or
+        # RCPT, other content at its end.
         is_taken_unoffered=True,
     ),
     Extension("ENHANCEDSTATUSCODES", "enhanced_status_codes"),
@@ -400,13 +400,13 @@ EXTENSIONS: Final = (
     ),
     Extension("LIMITS", "limits", can_be_disabled=True, read=_read_limits, words=_limit_words),
 )
-"""Every extension that is known here, in the order in which EHLO says them."""
+"""Every known extension, in the order of the EHLO reply."""
 
 NONE: Final = Extensions()
-"""What a server offers that knows only HELO."""
+"""The offer of a server that knows only HELO."""
 
 OF_MAIL: Final = tuple((row, one, Mail._fields.index(one.field)) for row in EXTENSIONS for one in row.mail)
-"""Every parameter of MAIL, with its extension and the place of its field in a `Mail`."""
+"""Every parameter of MAIL, with its extension and the index of its field in a `Mail`."""
 
 OF_RECIPIENT: Final = tuple(
     (row, one, Recipient._fields.index(one.field)) for row in EXTENSIONS for one in row.recipient
@@ -414,23 +414,23 @@ OF_RECIPIENT: Final = tuple(
 """Every parameter of RCPT, likewise."""
 
 WITHOUT_PARAMETERS: Final = Mail("")[1:]
-"""What follows the reverse-path in a `Mail` without any."""
+"""The fields behind the reverse-path in a `Mail` without parameters."""
 
 BEYOND_SIZE: Final = Mail("")[2:]
-"""What follows the reverse-path and the size in most `Mail`s: nothing was asked for."""
+"""The fields behind reverse-path and size in most `Mail`s: no extension is used."""
 
 CAN_BE_DISABLED: Final = tuple(row.keyword for row in EXTENSIONS if row.can_be_disabled)
 """Extensions of an upstream that the gateway can do without."""
 
-# Each extension with the place in a `Mail` of the field that uses it, and the value by which it does; None: by any.
+# Each extension with the index of the `Mail` field that uses it, and the value that means so; None: any value.
 _USES: Final[Sequence[tuple[Extension, int, Body | None]]] = tuple(
     (row, Mail._fields.index(name), row.body)
     for row in EXTENSIONS
     for name in (["body"] if row.body is not None else [parameter.field for parameter in row.mail])
 )
-# Those that are refused where they were not offered, and those that an upstream must offer.
+# Extensions refused unless offered, and extensions that an upstream must offer.
 _REFUSABLE_USES: Final = tuple(use for use in _USES if not use[0].is_taken_unoffered)
-# The place of these is that behind the size.
+# These indexes count from behind the size.
 _NEEDING_USES: Final = tuple(
     (row, place - len(Mail._fields) + len(BEYOND_SIZE), value) for row, place, value in _USES if row.lacking is not None
 )

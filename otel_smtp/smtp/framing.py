@@ -1,4 +1,4 @@
-"""The receive buffer and what is cut out of it: lines, content by DATA, content by BDAT, the header block.
+"""The receive buffer, and the machines that cut lines, DATA and BDAT content, and the header block from it.
 
 Content goes through three small machines, each fed with octets in pieces of any size:
 
@@ -7,11 +7,10 @@ Content goes through three small machines, each fed with octets in pieces of any
 
 Rules that hold throughout:
 
-* Cutting the input differently never changes the result. Octets that cannot be decided yet are held back, never
-guessed.
-* Only CRLF.CRLF ends DATA. Any other line end in content is bare: it is normalised to CRLF or refused, and the
-  dots of the lines that it begins are treated after that, so that no receiver can read an end where we saw none.
-* No loop over single octets: everything is done by searches and replacements over whole pieces.
+* Cutting the input differently never changes the result. Undecided octets are held back, never guessed.
+* Only CRLF.CRLF ends DATA. Any other line end in content is bare: it is normalised to CRLF or refused, and a dot behind
+  it is handled only then, so that no receiver sees an end of data where we saw none.
+* No loop over single octets: only searches and replacements over whole pieces.
 """
 
 import re
@@ -21,27 +20,27 @@ from typing import Final
 END_OF_DATA: Final = b"\r\n.\r\n"
 
 LINE_TAIL_OCTETS: Final = 11
-"""Of the end of a line that is thrown away, what is seen in one piece: " HTTP/1.1" and CRLF."""
+"""Octets at the end of a discarded line that are returned in one piece: enough for " HTTP/1.1" and CRLF."""
 
-# What the end of a piece may leave undecided: a CR that may become CRLF, a line end that a dot may follow, a dot at
-# the start of a line that may be stuffed, stand alone, or begin the end of data.
+# The undecided end of a piece: a CR that may become CRLF, a line end that a dot may follow, a dot at the start of a
+# line that may be stuffed, alone on its line, or the beginning of the end of data.
 _UNDECIDED = re.compile(rb"(?:\r\n?|\n)(?:\.\r?)?\Z")
 _LINE_END = re.compile(rb"\r\n|\r|\n")
 # RFC 5321 4.5.2: a leading dot is deleted if there are other characters on the line. At the end of a piece there are
-# none: a dot is only left there if a line end follows it.
+# none: `_UNDECIDED` leaves no dot there unless a line end follows it.
 _STUFFED_DOT = re.compile(rb"(\r\n)\.(?!\r\n|\Z)")
-# The first line of a well-formed header field (RFC 5322 2.2), and the end of a line that neither another such line nor
-# a folded one follows, whole. A pattern for all fields at once would keep a place to come back to for each line.
+# The first line of a well-formed header field (RFC 5322 2.2), and the end of a line that is followed neither by another
+# such line nor by a folded one. A single pattern for all fields would store a backtracking position per line.
 _BLANKS: Final = (b" ", b"\t")
 _FIELD = re.compile(rb"[!-9;-~]+[ \t]*:[^\n]*\n")
 _LAST_OF_FIELDS = re.compile(rb"\n(?!(?:[!-9;-~]+[ \t]*:|[ \t])[^\n]*\n)")
 
 
 class ReceiveBuffer:
-    """Octets received and not yet used; it belongs to the engine, which knows the state they were received in.
+    """Octets received and not yet used. The engine owns it, as it knows the state they were received in.
 
     Attributes:
-        held: the octets, those that were used already in front; b"" where none is left.
+        held: the octets, including used ones at the front; b"" once all are used.
     """
 
     __slots__ = ("_start", "held")
@@ -59,17 +58,18 @@ class ReceiveBuffer:
         self._start = 0
 
     def find_line(self, limit_octets: int) -> int:
-        """Length of the first line, its CRLF included; 0 where it is not complete yet, -1 where it is longer than
-        `limit_octets` or ends in a bare LF."""
+        """Length of the first line, CRLF included; 0 if it is not complete yet, -1 if it is longer than `limit_octets`
+        or ends in a bare LF.
+        """
         end = self.held.find(b"\n", self._start, self._start + limit_octets)
         if end > self._start and self.held[end - 1] == 0x0D:
             return end + 1 - self._start
         return -1 if end >= 0 or len(self) >= limit_octets else 0
 
     def discard_line(self) -> bytes:
-        """Throw octets away up to and including the next LF, and say which: they end in LF if the line has ended.
+        """Discard octets up to and including the next LF; returns them, ending in LF if the line has ended.
 
-        The last few of a line that has not ended stay: the end of a line may say what it was, and shows a bare LF.
+        Keeps the last few octets of an unfinished line: the end of the line may tell what it was, and shows a bare LF.
         """
         end = self.held.find(b"\n", self._start)
         if end >= 0:
@@ -79,7 +79,7 @@ class ReceiveBuffer:
         return discarded
 
     def starts_with(self, prefix: bytes) -> bool:
-        """Whether what is held begins with `prefix`."""
+        """Whether the held octets begin with `prefix`."""
         return self.held.startswith(prefix, self._start)
 
     def peek(self, octets: int) -> bytes:
@@ -87,18 +87,18 @@ class ReceiveBuffer:
         return self.held[self._start : self._start + octets]
 
     def take(self, octets: int) -> bytes:
-        """Take the first `octets` octets, or all where there are fewer."""
+        """Take the first `octets` octets, or all if there are fewer."""
         if self._start == 0 and octets >= len(self.held):
             data, self.held = self.held, b""
             return data
         data = self.held[self._start : self._start + octets]
         self._start += len(data)
         if self._start == len(self.held):
-            self.clear()  # a client that falls silent must not keep what its last read brought
+            self.clear()  # a silent client must not hold the memory of its last read
         return data
 
     def give_back(self, data: bytes) -> None:
-        """Put octets back to the front: the rest behind the end of data."""
+        """Put octets back at the front: the rest behind the end of data."""
         if data:
             self.held = data + self.held[self._start :]
             self._start = 0
@@ -110,10 +110,10 @@ class ReceiveBuffer:
 
 
 def has_bare_line_end(data: bytes) -> bool:
-    """Whether `data` holds a CR or LF that is not part of a CRLF; a CRLF must not be cut by its ends.
+    """Whether `data` holds a CR or LF that is not part of a CRLF; `data` must not begin or end within a CRLF.
 
-    The codec behind universal newlines notes the kinds of line ends that it passes, in one pass: no search or count
-    of two octets comes near it.
+    The codec of universal newlines notes the kinds of line ends in one pass, far faster than any search for or count of
+    two octets.
     """
     line_ends = IncrementalNewlineDecoder(None, False)
     line_ends.decode(data.decode("latin-1"), True)
@@ -125,7 +125,7 @@ class DotReader:
     """Content by DATA, up to CRLF.CRLF (RFC 5321 4.1.1.4, 4.5.2).
 
     Attributes:
-        rest: what followed the end of data; set when `is_ended`.
+        rest: octets behind the end of data; set when `is_ended`.
         bare_line_ends: whether a bare CR or LF was seen.
     """
 
@@ -139,7 +139,7 @@ class DotReader:
         self.rest = b""
 
     def feed(self, data: bytes) -> bytes:
-        """Take octets; give the content that is decided, dots unstuffed, line ends normalised to CRLF.
+        """Take octets; returns the decided content, dots unstuffed, line ends normalised to CRLF.
 
         Holds back at most four octets.
         """
@@ -147,8 +147,8 @@ class DotReader:
             data = self._held + data
             self._held = b""
         if self._at_start:
-            # The CRLF of the DATA command is the first half of an end that stands at the very beginning. This must be
-            # looked at before searching, or what follows would be swallowed as content.
+            # The CRLF of the DATA command is the first half of an end of data at the very beginning. This must be
+            # checked before searching, or what follows would be swallowed as content.
             if data.startswith(b".\r\n"):
                 self.is_ended = True
                 self.rest = data[3:]
@@ -175,8 +175,8 @@ class DotReader:
             self.bare_line_ends = True
             data = _STUFFED_DOT.sub(rb"\1", _LINE_END.sub(b"\r\n", data))
             return data[1:] if is_first and data.startswith(b".") and data[1:3] not in (b"", b"\r\n") else data
-        # Every dot behind a CRLF is a stuffed one: a line of one dot would have been the end. Searching backwards costs
-        # a fifth of a replacement that finds nothing.
+        # Every dot behind a CRLF is stuffed: a line of one dot would have been the end. Searching backwards costs a
+        # fifth of a replacement that finds nothing.
         if data.rfind(b"\r\n.") >= 0:
             data = data.replace(b"\r\n.", b"\r\n")
         return data[1:] if is_first and data.startswith(b".") and data != b"." else data
@@ -186,7 +186,7 @@ class ChunkReader:
     """Content by BDAT: chunks of announced length, no dots (RFC 3030 2).
 
     Args:
-        is_binary: BODY=BINARYMIME was declared, so that nothing is normalised.
+        is_binary: BODY=BINARYMIME was declared, so nothing is normalised.
     """
 
     __slots__ = ("_held", "_is_binary", "bare_line_ends")
@@ -197,7 +197,7 @@ class ChunkReader:
         self.bare_line_ends = False
 
     def feed(self, data: bytes) -> bytes:
-        """Take octets of a chunk; give the content that is decided. Holds back at most one octet."""
+        """Take octets of a chunk; returns the decided content. Holds back at most one octet."""
         if self._is_binary:
             return data
         if self._held:
@@ -221,8 +221,8 @@ class ChunkReader:
 
 
 class ContentInspector:
-    """Counts content and notes what makes it unacceptable; it never stops, so that the verdict does not depend on
-    how the content was cut.
+    """Counts content and notes its faults; it never stops early, so the verdict does not depend on how the content was
+    cut.
 
     Attributes:
         octets: content so far, as RFC 1870 counts it (CRLF included, stuffed dots not).
@@ -234,14 +234,14 @@ class ContentInspector:
 
     def __init__(self, text_line_limit_octets: int) -> None:
         self._text_line_limit = text_line_limit_octets
-        self._line_octets = 0  # of the line that is not ended yet
+        self._line_octets = 0  # of the unfinished line
         self.octets = 0
         self.has_nul = False
         self.has_8bit = False
         self.has_long_line = False
 
     def inspect(self, content: bytes) -> None:
-        """Look at the next content; a CRLF is never cut by its ends."""
+        """Inspect the next piece of content, which never begins or ends within a CRLF."""
         size = len(content)
         self.octets += size
         if b"\0" in content:
@@ -254,9 +254,9 @@ class ContentInspector:
         self._line_octets = size - last - 1 if last >= 0 else self._line_octets + size
 
     def _has_long_line(self, content: bytes) -> bool:
-        """Whether a line of `content`, or the one that it goes on with, is too long.
+        """Whether a line of `content`, including the unfinished one it continues, is too long.
 
-        Jumps from one line end to the last one within the limit behind it, so that it looks at a few places only.
+        Jumps from one line end to the last one within the limit behind it, so it looks at few places.
         """
         limit = self._text_line_limit
         start = -self._line_octets  # where the line began
@@ -272,11 +272,11 @@ class ContentInspector:
 class HeaderSplitter:
     """Holds the header block back until it is whole (RFC 5322 2.1).
 
-    The block ends before the first empty line. Where none comes within the limits, it ends before the first line that
-    is not a header field, so that a long text without a header is content and not an endless header.
+    The block ends before the first empty line. If none comes within the limits, it ends before the first line that is
+    not a header field, so that a long text without a header is content and not an endless header.
 
-    Content whose first line begins with a blank has no header: that line would go on with whatever field is put before
-    it, and forge the date of our own. An empty line is put in front of it.
+    Content whose first line begins with a blank has no header: that line would continue whatever field is put before
+    it, and could forge the date of our own. An empty line is put in front of it.
 
     Attributes:
         block: the header block, None until it is known.
@@ -293,7 +293,7 @@ class HeaderSplitter:
         self.is_too_big = False
 
     def feed(self, content: bytes) -> bytes:
-        """Take content; once `block` is known, give what follows it (first the empty line), before that nothing."""
+        """Take content; once `block` is known, returns what follows it (first the empty line), before that b""."""
         if self.block is not None:
             return content
         if self.is_too_big:
@@ -307,13 +307,13 @@ class HeaderSplitter:
         end = held.find(b"\r\n\r\n", searched)
         if end >= 0 and self._fits(held, end + 2):
             return self._split(end + 2)
-        # Two octets more than the limit: by then the empty line behind a block of just that size has been seen.
+        # Two octets more than the limit: by then the empty line behind a block of exactly that size has been seen.
         if end >= 0 or len(held) > self._octet_limit + 2:
             return self._split_at_last_field()
         return b""
 
     def finish(self) -> bytes:
-        """The content is over: what follows the block."""
+        """The content is complete; returns what follows the block."""
         if self.block is not None or self.is_too_big:
             return b""
         end = self._fields_end()
@@ -329,12 +329,12 @@ class HeaderSplitter:
         if _FIELD.match(self._held) is None:
             return 0
         last = _LAST_OF_FIELDS.search(self._held)
-        assert last is not None  # the field's own line end, where nothing else is
+        assert last is not None  # the field's own line end, without an empty line behind it
         return last.end()
 
     def _split_at_last_field(self) -> bytes:
-        # Only what lies within the limit counts, and only if a line follows that is no field: then the decision is the
-        # same however much has been received.
+        # Only octets within the limit count, and only if a line follows that is no field: then the decision does not
+        # depend on how much has been received.
         self._held, rest = self._held[: self._octet_limit], self._held[self._octet_limit :]
         end = self._fields_end()
         line = self._held[end:]

@@ -1,4 +1,4 @@
-"""The interface that decides for a session: what the engine asks and reports, and where it puts its output."""
+"""The interface between an engine and its driver: decisions, notifications, and the sink of replies."""
 
 from collections.abc import Sequence
 from enum import Enum, auto
@@ -11,7 +11,7 @@ from otel_smtp.smtp.replies import Reply
 
 
 class Said(Protocol):
-    """Takes each reply with the verb that it answers, as it is decided; a list does."""
+    """Receives each reply with the verb that it answers, as soon as it is decided; a list will do."""
 
     def append(self, said: tuple[str | None, Reply], /) -> None:
         """Take one."""
@@ -19,20 +19,20 @@ class Said(Protocol):
 
 
 class Handler(ContentSink, Protocol):
-    """Decides for a session. Called from within the engine's calls; it may answer there, or later.
+    """Decides for a session. Its methods are called from within the engine's; it may answer there, or later.
 
-    A method that is marked *decide* waits for `ServerProtocol.reply`. The others only notify.
+    After a method marked *decide* the engine waits for `ServerProtocol.reply`. The others only notify.
     """
 
     def hello_received(self, verb: str, name: str) -> None:
-        """HELO, EHLO or LHLO was accepted; `name` is the peer's word: bounded by the command line, printable."""
+        """HELO, EHLO or LHLO was accepted; `name` is the peer's claim: bounded by the command line, printable."""
         ...
 
     def mail_requested(self, mail: Mail) -> Reply | None:
         """*decide*: MAIL. A 2yz opens the transaction.
 
         Returns:
-            The reply, where it is known; else None, and it is given by `ServerProtocol.reply` as any other.
+            The reply if it is known at once; otherwise None, and `ServerProtocol.reply` brings it like any other.
         """
         ...
 
@@ -41,11 +41,12 @@ class Handler(ContentSink, Protocol):
         ...
 
     def recipient_refused(self, recipient: Recipient, reply: Reply) -> None:
-        """A RCPT of the open transaction was refused by the engine, with `reply`."""
+        """The engine refused a RCPT of the open transaction with `reply`."""
         ...
 
     def as_told(self, reply: Reply, *, is_of_content: bool) -> Reply:
-        """A refusal of MAIL, RCPT or content as it is written: with what helps people to find it, if anything.
+        """The refusal of MAIL, RCPT or content as it is sent: with a trace id that helps people to find it, if there is
+        one.
 
         Args:
             is_of_content: it answers DATA or BDAT, or the content behind them.
@@ -61,8 +62,8 @@ class Handler(ContentSink, Protocol):
         """*decide*, by `challenge` or a final reply: AUTH.
 
         Args:
-            mechanism: one that we offered.
-            initial_response: decoded; None where none was given, b"" for "=".
+            mechanism: one of those offered.
+            initial_response: decoded; None without one, b"" for "=".
         """
         ...
 
@@ -75,12 +76,13 @@ class Handler(ContentSink, Protocol):
         ...
 
     def message_received(self, block: bytes, facts: HeaderFacts, body: bytes) -> None:
-        """*decide*: a message that came whole, by DATA: `header_received`, `content_received` and `content_ended` in
-        one. Its octets, as RFC 1870 counts them, are those of block and body."""
+        """*decide*: a message that came by DATA as a whole: `header_received`, `content_received` and `content_ended`
+        in one. Its size, as RFC 1870 counts it, is that of block and body.
+        """
         ...
 
     def content_ended(self, octets: int) -> None:
-        """*decide*: the content is complete, and acceptable to the engine. The reply is the message's final reply.
+        """*decide*: the content is complete and acceptable to the engine. The reply is the message's final one.
 
         Args:
             octets: of the content, as RFC 1870 counts them.
@@ -92,7 +94,7 @@ class Handler(ContentSink, Protocol):
         engine refused, or the connection's end.
 
         Args:
-            reply: what the client is about to be sent, where the content itself was refused; else None.
+            reply: the reply to the client if the content itself was refused; otherwise None.
         """
         ...
 

@@ -1,10 +1,10 @@
-"""Values of MAIL and RCPT parameters: read from a client's command, and written for an upstream.
+"""Values of MAIL and RCPT parameters: reading a client's, and writing them for an upstream.
 
-Values that travel on to the upstream (ENVID, ORCPT, AUTH) are xtext. They are decoded to be checked and encoded again
-to be kept, so that only canonical xtext is ever repeated: a CR LF encoded in ENVID or ORCPT has reached the headers of
-bounces in servers that kept what they got.
+Values that travel on to the upstream (ENVID, ORCPT, AUTH) are xtext. They are decoded for checking and encoded again
+for keeping, so that only canonical xtext is ever repeated: in servers that kept the original, a CR LF encoded in ENVID
+or ORCPT has reached the headers of bounces.
 
-Every reader takes what follows "=", or None where there is no "="; it raises ValueError if that is malformed.
+Every reader takes the text behind "=", or None without a "="; it raises ValueError if the value is malformed.
 """
 
 import re
@@ -24,16 +24,18 @@ _XTEXT = re.compile(r"[!-*,-<>-~]*(?:\+[0-9A-Fa-f]{2}[!-*,-<>-~]*)*")  # RFC 346
 _HEXCHAR = re.compile(rb"\+([0-9A-Fa-f]{2})")
 _NOT_XCHAR = re.compile(rb"[^!-*,-<>-~]")
 _EMBEDDED = re.compile(r"\\x\{(10[0-9A-F]{4}|[1-9A-F][0-9A-F]{1,4}|0[0-9A-F])\}")  # EmbeddedUnicodeChar (RFC 6533 3)
-_ADDRESS_TYPE = re.compile(r"[A-Za-z0-9!#$%&'*/?^_`{|}~-]+")  # an atom (RFC 3461 4.2) without what xtext would encode
+_ADDRESS_TYPE = re.compile(
+    r"[A-Za-z0-9!#$%&'*/?^_`{|}~-]+"
+)  # an atom (RFC 3461 4.2) without characters that xtext encodes
 
 
 def decode_xtext(text: str) -> str:
-    """The text that xtext stands for (RFC 3461 4).
+    """Decode xtext (RFC 3461 4).
 
-    Lower-case hexadecimal digits are read too; `encode_xtext` writes upper case only, as the RFC wants.
+    Also accepts lower-case hexadecimal digits; `encode_xtext` writes upper case only, as the RFC demands.
 
     Raises:
-        ValueError: not xtext, or it hides control octets or what is not UTF-8.
+        ValueError: not xtext, or the decoded text has control octets or is not UTF-8.
     """
     if _XTEXT.fullmatch(text) is None:
         raise ValueError("not xtext")
@@ -117,10 +119,10 @@ def _ascii_xtext(value: str, *, limit: int) -> str:
 
 
 def _utf8_address(address: str) -> str:
-    """An address of type utf-8 (RFC 6533 3), as ASCII xtext or as itself, with or without embedded characters.
+    """An address of type utf-8 (RFC 6533 3), as ASCII xtext or as UTF-8, with or without embedded characters.
 
     Raises:
-        ValueError: neither form, or an invisible character is hidden in an embedded one.
+        ValueError: neither form, or an embedded character is invisible.
     """
     if address.isascii():
         text = decode_xtext(address)
@@ -136,5 +138,5 @@ def _utf8_address(address: str) -> str:
 
 
 def notify_text(notify: Notify) -> str:
-    """NOTIFY, as it is written."""
+    """The value of NOTIFY."""
     return ",".join(flag.name or "" for flag in Notify if flag in notify)

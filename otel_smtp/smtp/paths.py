@@ -1,23 +1,21 @@
 """Mailboxes, domains and paths: the grammar of RFC 5321 4.1.2, opened to UTF-8 by RFC 6531 3.3.
 
-Theory of operation
--------------------
-In every pattern here the next character decides which way to go on: what may follow a repetition never begins like the
-repetition, and none is nested directly in another. Backtracking then finds no second way to try, and a hostile megabyte
-costs one pass. Possessive quantifiers and atomic groups would say the same, but CPython 3.11.2 misjudges them: what the
-last, failed iteration of a possessive group consumed stays consumed. The parser is positional, because only the grammar
-knows where a path ends: a quoted local part may hold spaces and angle brackets.
+Theory of operation ------------------- In every pattern here the next character decides how to continue: nothing that
+follows a repetition begins like the repetition, and no repetition is nested directly in another. So there is never a
+second way to match, and a hostile megabyte costs one pass. Possessive quantifiers and atomic groups would say the same,
+but CPython 3.11.2 misjudges them: the input of a possessive group's last, failed iteration stays consumed. The
+parser is positional, because only the grammar knows where a path ends: a quoted local part may hold spaces and angle
+brackets.
 
-Addresses are kept exactly as the client wrote them (RFC 6531 3.2: no transcoding; F5 of confusions between U-labels
-and A-labels). Whether a non-ASCII address may be used is not grammar; see `extensions`.
+Addresses are kept exactly as the client wrote them (RFC 6531 3.2: no transcoding between U-labels and A-labels).
+Whether a non-ASCII address may be used is not grammar; see `extensions`.
 
-Deviations, each because refusing breaks mail that upstreams take, and none adds an octet that could end a command or a
-header:
+Deviations: each one accepts mail that upstreams take, and none admits an octet that could end a command or a header:
 
 * an underscore in a domain label (container and service names have them);
 * a local part of more than 64 octets, or with dots at its ends, in a row, or alone: such mailboxes exist, and the
-  upstream is the judge of them;
-* a dot at the end of a domain, which is dropped: it names the same domain, and routes are written without it;
+  upstream judges them;
+* a dot at the end of a domain, which is dropped: the domain is the same, and routes are written without it;
 * a path of up to 512 octets, as a local part may be long;
 * a path without its angle brackets, as Postfix and Exim take it; what we send on always has them;
 * a source route is taken and dropped (RFC 5321 4.1.1.3 and appendix C: "MUST be accepted ... SHOULD be ignored").
@@ -39,10 +37,10 @@ bounce addresses of mailing lists and of signed senders exceed the former."""
 MAX_LABEL_OCTETS: Final = 63
 """RFC 1035 2.3.4."""
 
-# Everything above ASCII is UTF8-non-ascii in RFC 6531 3.3; `characters.INVISIBLE` takes the dangerous ones out again.
-# The classes name what is not in them: to compile one that names a million characters takes ten milliseconds.
+# Everything above ASCII is UTF8-non-ascii in RFC 6531 3.3; `characters.INVISIBLE` excludes the dangerous ones again.
+# The classes are negated, since compiling one that lists a million characters takes ten milliseconds.
 _ATEXT_OR_DOT = r'[^\x00-\x20"(),:;<>@\[\\\]\x7f]'
-_LET_DIG = r"[^\x00-/:-@\[-^`{-\x7f]"  # and the underscore, as in names that exist
+_LET_DIG = r"[^\x00-/:-@\[-^`{-\x7f]"  # and the underscore, which existing names have
 _LABEL = rf"{_LET_DIG}+(?:-+{_LET_DIG}+)*"
 _DOMAIN_PATTERN = rf"{_LABEL}(?:\.{_LABEL})*"
 
@@ -58,7 +56,7 @@ _LONG_LABEL = re.compile(rf"[A-Za-z0-9_-]{{{MAX_LABEL_OCTETS + 1}}}")
 
 
 class PathSyntaxError(ValueError):
-    """Not a path, a mailbox or a domain; says what is wrong and never repeats the address."""
+    """Not a path, a mailbox or a domain; the message says why and never repeats the address."""
 
 
 class PathTooLong(PathSyntaxError):
@@ -66,10 +64,10 @@ class PathTooLong(PathSyntaxError):
 
 
 class BareLocalPart(PathSyntaxError):
-    """A path that lacks only its domain.
+    """A path without a domain, otherwise valid.
 
     Attributes:
-        local_part_end: the index just behind the local part, where "@" and a domain would stand.
+        local_part_end: the index just behind the local part, where "@" and a domain would go.
     """
 
     def __init__(self, what: str, local_part_end: int) -> None:
@@ -78,7 +76,7 @@ class BareLocalPart(PathSyntaxError):
 
 
 def octets(text: str) -> int:
-    """How many octets `text` has on the wire."""
+    """The length of `text` on the wire, in octets."""
     return len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
 
 
@@ -88,15 +86,15 @@ def is_visible(text: str) -> bool:
 
 
 def reverse_path(text: str, start: int = 0) -> tuple[str, int]:
-    """Take the reverse-path that begins at `text[start]` (RFC 5321 4.1.1.2).
+    """Parse the reverse-path that begins at `text[start]` (RFC 5321 4.1.1.2).
 
     Returns:
         The mailbox as written, "" for the null path, and the index just behind the path.
 
     Raises:
         PathTooLong: it is longer than the limit.
-        BareLocalPart: it is a path but for its domain.
-        PathSyntaxError: there is no path at that place, or its domain is longer than a limit.
+        BareLocalPart: only its domain is missing.
+        PathSyntaxError: there is no path at this index, or its domain is too long.
     """
     if text.startswith("<>", start):
         return "", start + 2
@@ -107,9 +105,9 @@ def reverse_path(text: str, start: int = 0) -> tuple[str, int]:
 
 
 def forward_path(text: str, start: int = 0) -> tuple[str, int]:
-    """Take the forward-path that begins at `text[start]` (RFC 5321 4.1.1.3).
+    """Parse the forward-path that begins at `text[start]` (RFC 5321 4.1.1.3).
 
-    "Postmaster", in any case, needs no domain there; the null path is none.
+    "Postmaster", in upper or lower case, needs no domain; the null path is not allowed.
 
     Returns:
         The mailbox as written, and the index just behind the path.
@@ -124,7 +122,7 @@ def forward_path(text: str, start: int = 0) -> tuple[str, int]:
 
 
 def is_mailbox(text: str) -> bool:
-    """Whether `text`, whole, is a mailbox within the limits: local part, "@", domain or address literal."""
+    """Whether all of `text` is a mailbox within the limits: local part, "@", domain or address literal."""
     try:
         local_part_end, end = _take_mailbox(text, 0)
     except PathSyntaxError:
@@ -133,7 +131,7 @@ def is_mailbox(text: str) -> bool:
 
 
 def is_domain(text: str) -> bool:
-    """Whether `text`, whole, is a domain within the limits: labels of letters, digits, hyphens and underscores."""
+    """Whether all of `text` is a domain within the limits: labels of letters, digits, hyphens and underscores."""
     try:
         return _take_domain(text, 0) == len(text)
     except PathSyntaxError:
@@ -141,13 +139,13 @@ def is_domain(text: str) -> bool:
 
 
 def is_address_literal(text: str) -> bool:
-    """Whether `text`, whole, is a bracketed address literal: IPv4, "IPv6:" or a tagged general one."""
+    """Whether all of `text` is a bracketed address literal: IPv4, "IPv6:" or a tagged general one."""
     match = _LITERAL.fullmatch(text)
     return match is not None and _is_literal_content(match[1])
 
 
 def address_literal(host: str) -> str:
-    """The literal of an IP address, as EHLO and Received want it: "[192.0.2.1]", "[IPv6:2001:db8::1]".
+    """The literal of an IP address for EHLO and Received: "[192.0.2.1]", "[IPv6:2001:db8::1]".
 
     A zone index ("fe80::1%eth0") is dropped: it means nothing on another machine and has no place in the grammar.
 
@@ -159,7 +157,9 @@ def address_literal(host: str) -> str:
 
 
 def _take_path(text: str, start: int) -> tuple[str, int | None, int]:
-    """The mailbox of the path at `start`, where its domain is missing (None where it has one), and the index behind."""
+    """Parse the path at `start`; returns its mailbox, the index where its domain is missing (None if it has one), and
+    the index behind.
+    """
     is_bracketed = text.startswith("<", start)
     mailbox_start = start
     if is_bracketed:
@@ -182,7 +182,9 @@ def _take_path(text: str, start: int) -> tuple[str, int | None, int]:
 
 
 def _take_mailbox(text: str, start: int) -> tuple[int, int]:
-    """The index behind the local part at `start`, and the one behind its domain; the same where it has none."""
+    """Parse the mailbox at `start`; returns the index behind the local part and the one behind the domain, the same if
+    there is none.
+    """
     local_part = _DOT_STRING.match(text, start) or _QUOTED_STRING.match(text, start)
     if local_part is None:
         raise PathSyntaxError("no local part")
@@ -203,8 +205,8 @@ def _take_domain(text: str, start: int) -> int:
     if domain is None:
         raise PathSyntaxError("no domain")
     _check_visible(domain[0])
-    # The limit of a U-label holds for its A-label form (RFC 5890 2.3.2.1), which is not ours to compute; the domain's
-    # own limit bounds it.
+    # The limit of a U-label holds for its A-label form (RFC 5890 2.3.2.1), which we do not compute; the domain's own
+    # limit bounds it.
     if octets(domain[0]) > MAX_DOMAIN_OCTETS or _LONG_LABEL.search(domain[0]) is not None:
         raise PathSyntaxError("domain or label too long")
     return domain.end()
@@ -221,10 +223,9 @@ def _is_literal_content(content: str) -> bool:
     if content[:5].lower() == "ipv6:":
         return _is_ip(ipaddress.IPv6Address, content[5:])
     if ":" in content:
-        # An IPv6 address that lacks its tag has the form of a general literal; some take it for the one, some for the
-        # other.
+        # An IPv6 address without its tag has the form of a general literal, and servers disagree on which it is.
         return _GENERAL_LITERAL.fullmatch(content) is not None and not _is_ip(ipaddress.IPv6Address, content)
-    # A leading zero is refused though Snum allows it: some parsers read it as octal, that is, as another host.
+    # A leading zero is refused though Snum allows it: some parsers read it as octal, and so as another host.
     return _is_ip(ipaddress.IPv4Address, content)
 
 
@@ -233,4 +234,4 @@ def _is_ip(kind: type[ipaddress.IPv4Address] | type[ipaddress.IPv6Address], text
         kind(text)
     except ValueError:
         return False
-    return "%" not in text  # a zone index is this machine's word, not the peer's
+    return "%" not in text  # a zone index is meaningful on this machine alone

@@ -1,4 +1,4 @@
-"""How one listener speaks: its policy and its limits, as the engine is given them."""
+"""A listener's policy and limits, as values for the engine."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,7 +13,7 @@ from otel_smtp.smtp.states import TlsMode
 
 @dataclass(frozen=True, slots=True)
 class ServerLimits:
-    """What a client can make grow. All sizes in octets; None: unbounded."""
+    """Bounds on what a client can make grow. Sizes are in octets; None: unbounded."""
 
     message_size: int = 25 * 1024 * 1024
     recipients: int = 1000
@@ -31,20 +31,20 @@ class ServerLimits:
 
     @property
     def announced(self) -> dict[str, int]:
-        """What EHLO says of them (RFC 9422)."""
+        """Their announcement in EHLO (RFC 9422)."""
         most = {} if self.messages_per_connection is None else {"MAILMAX": self.messages_per_connection}
         return {**most, "RCPTMAX": self.recipients}
 
 
 @dataclass(frozen=True, slots=True)
 class OwnOffer:
-    """What a listener offers.
+    """A listener's current offer.
 
     Attributes:
-        behind: what can be offered on behalf of what lies behind; the very object that this was made from.
-        offer: that, and what is our own: limits, TLS, AUTH.
-        said: how EHLO says it, with the verb that it answers. Every session keeps what it said.
-        size_limit: octets of the largest message: our limit, or the upstream's where that is less.
+        behind: the upstream's or spool's offer: the very object that this one was made from.
+        offer: the same with our own extensions: limits, TLS, AUTH.
+        said: the reply to EHLO, with its verb. Every session keeps its replies.
+        size_limit: octets of the largest message: our limit, or the upstream's if that is lower.
     """
 
     behind: Extensions
@@ -55,7 +55,7 @@ class OwnOffer:
 
 @dataclass(frozen=True)
 class ServerPolicy:
-    """How one listener speaks.
+    """A listener's policy.
 
     Attributes:
         hostname: our name in the greeting and in EHLO.
@@ -65,10 +65,10 @@ class ServerPolicy:
         auth_mechanisms: offered SASL mechanisms, in order of preference; empty: no AUTH.
         auth_required: 530 to MAIL until authenticated (RFC 4954 6).
         auth_in_clear: AUTH is offered without TLS too.
-        default_domain: completes bare local parts; "": they are refused.
-        commands_per_turn: commands of one client that are run before the other connections get their turn.
+        default_domain: completes bare local parts; "": refuse them.
+        commands_per_turn: commands of one client that run before other connections get their turn.
         rejects_bare_line_ends: 550 5.6.11 to content with a bare CR or LF, instead of normalising it.
-        content_limits: what of all that concerns content.
+        content_limits: the limits for content among all these.
     """
 
     hostname: str
@@ -95,7 +95,7 @@ class ServerPolicy:
         object.__setattr__(self, "content_limits", of_content)
 
     def own_offer(self, behind: Extensions, *, is_tls: bool) -> OwnOffer:
-        """The offer to a session now. One value serves all sessions, until `behind` changes."""
+        """The current offer. All sessions share one value until `behind` changes."""
         own = self._offers.get(is_tls)
         if own is None or own.behind is not behind:
             limits = self.limits
@@ -114,10 +114,10 @@ class ServerPolicy:
         return own
 
     def mechanisms(self, *, is_tls: bool) -> tuple[str, ...]:
-        """The SASL mechanisms that are offered."""
+        """The SASL mechanisms to offer."""
         return self.auth_mechanisms if is_tls or self.auth_in_clear else ()
 
     @cached_property
     def greeting(self) -> tuple[None, Reply]:
-        """The 220, and that it answers no verb; every session keeps what it said."""
+        """The 220, which answers no verb, in the form in which sessions keep their replies."""
         return None, replies.greeting(self.hostname, protocol="LMTP" if self.is_lmtp else "ESMTP")

@@ -1,16 +1,14 @@
-"""The header block in passing: our Received field, the count of hops, trace headers in and out.
+"""The header block of mail in transit: our Received field, the hop count, trace headers in and out.
 
-Theory of operation
--------------------
-The block is searched, never parsed: whole-block `lower`, `find` and `count` cost microseconds where a loop over lines
-costs tens. A field begins at the start of the block or behind an LF, with its name in any case, blanks and a colon
-(the blanks before the colon are RFC 5322 4.5's obsolete form, which readers must understand). A line that begins with
-a blank belongs to the field before it.
+Theory of operation ------------------- The block is searched, never parsed: whole-block `lower`, `find` and `count`
+cost microseconds, a loop over lines tens of them. A field begins at the start of the block or behind an LF, with its
+name in any case, blanks and a colon (the blanks before the colon are RFC 5322 4.5's obsolete form, which readers must
+understand). A line that begins with a blank belongs to the field before it.
 
-A bare LF counts as a line end here although content normally has none left: a program that reads the message after
-us may take it for one, and would then see a header in a trace header that follows it.
+A bare LF counts as a line end here although content normally has none left: a later reader may take it for one, and
+would then see a trace header behind it.
 
-No field but the trace headers is ever changed, no octet of any other is touched.
+Only the trace headers are ever changed; no octet of another field is touched.
 """
 
 import re
@@ -23,31 +21,33 @@ from otel_smtp.smtp.errors import LocalProtocolError
 from otel_smtp.smtp.paths import address_literal, is_address_literal, is_domain
 
 MAX_TRACE_VALUE_OCTETS: Final = 512
-"""Longest trace header value that is read; W3C Trace Context 3.3.1.5 asks for at least this much of tracestate."""
+"""Longest trace header value to read; W3C Trace Context 3.3.1.5 demands at least this much for tracestate."""
 
 RECEIVED_TAIL_OCTETS: Final = 72
-"""Of our Received field behind its head: 32 digits of an id, the date, CRLF; UTF8SMTP is longer than ESMTP by three."""
+"""Length of our Received field behind its head: an id of 32 digits, the date, CRLF; UTF8SMTP is three longer than
+ESMTP.
+"""
 
 TRACEPARENT_FIELD_OCTETS: Final = 70
-"""Of a traceparent field (W3C Trace Context 3.2.2) with its CRLF."""
+"""Length of a traceparent field (W3C Trace Context 3.2.2) with its CRLF."""
 
 MAX_MESSAGE_ID_OCTETS: Final = 998
-"""Longest Message-ID that is read: a line of RFC 5322 2.1.1."""
+"""Longest Message-ID to read: a line of RFC 5322 2.1.1."""
 
 # Each pattern is for the lower-case block with an LF put in front; a match begins with the LF before the field and ends
-# before the field's own last LF, so that what is left without it is whole lines again. Literal beginnings and
-# loops that end where the next character says so keep the search fast and linear.
-_BODY = rb"[ \t]*:([^\n]*(?:\n[ \t](?s:.)*?(?=\n(?![ \t])|\Z))?)"  # (?:...)* would keep a place for each folded line
+# before the field's own last LF, so removing it leaves whole lines. Literal beginnings and loops whose end the next
+# character decides keep the search fast and linear.
+_BODY = rb"[ \t]*:([^\n]*(?:\n[ \t](?s:.)*?(?=\n(?![ \t])|\Z))?)"  # (?:...)* would store one position per folded line
 _RECEIVED = re.compile(rb"\nreceived[ \t]*:")
 _TRACEPARENT = re.compile(rb"\ntraceparent" + _BODY)
 _TRACESTATE = re.compile(rb"\ntracestate" + _BODY)
 _TRACE_FIELD = re.compile(rb"\ntrace(?:parent|state)" + _BODY)
 _MESSAGE_ID = re.compile(rb"\nmessage-id" + _BODY)
 
-# As `received_head` writes it: a few lines.
+# Our own, as `received_head` writes it: a few lines.
 _FIRST_RECEIVED = re.compile(rb"Received:[^\n]*\n(?:[ \t][^\n]*\n)*")
 
-# Octets that are looked for as numbers: `in` takes bytes to be one, and then recovers from its error.
+# Octets to search, as numbers: for bytes, `in` first tries to read them as a number and recovers from the error.
 _CR: Final = 0x0D
 _LF: Final = 0x0A
 
@@ -62,15 +62,15 @@ _MONTHS: Final = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep",
 
 
 class HeaderFacts(NamedTuple):
-    """What the gateway wants to know of a header block.
+    """The facts of a header block that the gateway uses.
 
     Attributes:
         hops: number of Received fields.
-        traceparents: the values of the traceparent fields, unfolded and not yet judged, at most two: a second one is
-            reason enough to believe none. A value that is too long or not ASCII is "".
-        tracestate: the value of the first tracestate field, as above; "" where there is none.
-        message_id: the value of the first Message-ID field, with its angle brackets; None where there is none. The
-            client's word: any printable or unprintable character.
+        traceparents: the values of the traceparent fields, unfolded, not yet validated, at most two: with a second one,
+            none is trusted. A value that is too long or not ASCII is "".
+        tracestate: the value of the first tracestate field, as above; "" without one.
+        message_id: the value of the first Message-ID field, with its angle brackets; None without one. It comes from
+            the client and may hold any character.
     """
 
     hops: int = 0
@@ -84,7 +84,7 @@ _new: Final = tuple.__new__
 
 
 def with_protocol(*, is_extended: bool, is_lmtp: bool, is_tls: bool, is_authenticated: bool, is_utf8: bool) -> str:
-    """The word of Received's "with" clause (RFC 3848, RFC 6531 4.3; IANA "Mail Transmission Types").
+    """The protocol in Received's "with" clause (RFC 3848, RFC 6531 4.3; IANA "Mail Transmission Types").
 
     Args:
         is_extended: the client greeted with EHLO, not with HELO.
@@ -97,29 +97,29 @@ def with_protocol(*, is_extended: bool, is_lmtp: bool, is_tls: bool, is_authenti
     return f"{prefix}{'LMTP' if is_lmtp else 'SMTP'}{'S' if is_tls else ''}{'A' if is_authenticated else ''}"
 
 
-@lru_cache(maxsize=256)  # an application has many connections, each of which keeps it
+@lru_cache(maxsize=256)  # the many connections of an application share it
 def received_head(
     *, helo: str, peer_host: str, by: str, with_protocol: str, tls: str | None = None, is_anonymous: bool = False
 ) -> bytes:
     """The part of our Received field that is the same for all messages of a session (RFC 5321 4.4), folded.
 
-    Only what has the form of its token goes in, so that nothing a client says can end the field or forge another one:
-    a greeting name that is no domain or literal gives way to the client's address.
+    Only valid tokens go in, so that no client can end the field or forge another one: a greeting name that is no domain
+    or literal is replaced by the client's address.
 
     Args:
-        helo: the client's name as it gave it.
+        helo: the client's name as in its greeting.
         peer_host: the client's IP address; anything else (the path of a unix socket) becomes "(local)".
         by: our own host name.
-        with_protocol: see the function of that name.
+        with_protocol: see `with_protocol`.
         tls: version and cipher, for people.
-        is_anonymous: no word of the client: neither its name nor its address.
+        is_anonymous: leave out the client's name and address.
 
     Raises:
-        LocalProtocolError: one of our own words is malformed.
+        LocalProtocolError: one of our own tokens is malformed.
     """
     host = _peer(peer_host)
     if is_anonymous:
-        # RFC 5321 4.4 wants a from clause: ours, as of a message that begins here.
+        # RFC 5321 4.4 demands a from clause: ours, as if the message began here.
         helo, host = by, ""
     if not (helo.isascii() and (is_domain(helo) or is_address_literal(helo))):
         helo = host or "unknown"
@@ -133,11 +133,11 @@ def received_head(
 
 
 def received_field(head: bytes, identifier: str, unix_seconds: float) -> bytes:
-    """Our Received field, to be put on top of a message, with its CRLF.
+    """Our Received field for the top of a message, with its CRLF.
 
     Args:
-        head: what `received_head` gave.
-        identifier: the message's id with us: letters, digits and what else an atom has.
+        head: the result of `received_head`.
+        identifier: the message's id with us: an atom: letters, digits and a few others.
         unix_seconds: now, since 1970-01-01 00:00 UTC.
 
     Raises:
@@ -149,7 +149,7 @@ def received_field(head: bytes, identifier: str, unix_seconds: float) -> bytes:
 
 
 def inspect_header(block: bytes) -> HeaderFacts:
-    """Count the hops and read trace headers and Message-ID.
+    """Count hops, and read trace headers and Message-ID.
 
     Args:
         block: the header lines, each with its line end, without the empty line behind them; b"" for none.
@@ -159,7 +159,7 @@ def inspect_header(block: bytes) -> HeaderFacts:
     traceparents: Sequence[str] = ()
     tracestates: Sequence[str] = ()
     message_id = None
-    # Whether a field may be there is found at a tenth of what a pattern takes to look through the whole block.
+    # Testing whether a field may be there costs a tenth of searching the whole block with a pattern.
     if (start := lower.find(b"\nreceived")) >= 0:
         hops = len(_RECEIVED.findall(lower, start))
     if lower.find(b"\ntrace") >= 0:
@@ -171,15 +171,15 @@ def inspect_header(block: bytes) -> HeaderFacts:
 
 
 def replace_trace_headers(block: bytes, carrier: Mapping[str, str] | None, own_octets: int = 0) -> bytes:
-    """Take every traceparent and tracestate field out of `block` and put those of `carrier` in: below the Received
-    field that it begins with, which stays the first line (RFC 5321 4.4); on top where it begins with another field, as
-    our own notices do.
+    """Replace every traceparent and tracestate field of `block` by those of `carrier`: placed below the Received field
+    that it begins with, which stays first (RFC 5321 4.4), or on top if it begins with another field, as our own notices
+    do.
 
     Args:
         block: as for `inspect_header`.
-        carrier: fields by name, as a propagator writes them; empty: only take out; None: leave the block as it is.
-            What is not fit for a header line is left out: a lost trace is better than a lost mail.
-        own_octets: of that Received field, which is there then; 0: it is looked for.
+        carrier: fields by name, as a propagator writes them; empty: only remove; None: leave the block unchanged.
+            Values unfit for a header line are left out: a lost trace is better than a lost mail.
+        own_octets: length of that Received field; 0: search for it.
     """
     if carrier is None:
         return block
@@ -201,7 +201,7 @@ def replace_trace_headers(block: bytes, carrier: Mapping[str, str] | None, own_o
 
 @lru_cache(maxsize=4096)
 def _peer(host: str) -> str:
-    """The address literal of `host`, "" if it is no IP address."""
+    """The address literal of `host`; "" if it is no IP address."""
     try:
         return address_literal(host)
     except ValueError:
@@ -220,12 +220,12 @@ def _is_own_name(name: str) -> bool:
 
 @lru_cache(maxsize=4)
 def _tail_of_second(unix_seconds: int) -> bytes:
-    """Of our Received field, behind the id."""
+    """The end of our Received field, behind the id."""
     return f";\r\n {rfc5322_date(unix_seconds)}\r\n".encode("ascii")
 
 
 def rfc5322_date(unix_seconds: int) -> str:
-    """A second since 1970-01-01 00:00 UTC as date-time of RFC 5322 3.3, in UTC: "Thu, 1 Jan 1970 00:00:00 +0000"."""
+    """A second since 1970-01-01 00:00 UTC as an RFC 5322 3.3 date-time in UTC: "Thu, 1 Jan 1970 00:00:00 +0000"."""
     days, second_of_day = divmod(unix_seconds, 86400)
     hour, second_of_hour = divmod(second_of_day, 3600)
     minute, second = divmod(second_of_hour, 60)
@@ -243,13 +243,13 @@ def _without(block: bytes, fields: Iterable[re.Match[bytes]]) -> bytes:
     for field in fields:
         kept.append(block[position : field.start()])
         position = field.end()
-    # A last field without its LF was taken with the LF before it; that one belongs to the line before.
+    # A removed last field without LF took the LF before it, which belongs to the line before.
     kept.append(block[position:] or b"\n")
     return b"".join(kept)[1:]
 
 
 def _value(block: bytes, field: re.Match[bytes]) -> bytes:
-    """The unfolded value (RFC 5322 2.2.3) of a field found in the copy, which has one octet more in front."""
+    """The unfolded value (RFC 5322 2.2.3) of a field found in the copy, which has one more octet in front."""
     start, end = field.span(1)
     value = block[start - 1 : end - 1].strip(b" \t\r")
     if _LF in value or _CR in value:
@@ -258,7 +258,7 @@ def _value(block: bytes, field: re.Match[bytes]) -> bytes:
 
 
 def _trace_values(block: bytes, lower: bytes, name: bytes, pattern: re.Pattern[bytes], most: int) -> Sequence[str]:
-    """The values of the first `most` fields that are called `name`, which has its LF in front."""
+    """The values of the first `most` fields called `name`, which begins with an LF."""
     values: list[str] = []
     start = lower.find(name)
     while start >= 0 and len(values) < most:

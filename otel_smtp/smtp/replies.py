@@ -1,8 +1,8 @@
 """Replies: the value type, and every reply that the gateway ever sends, by name.
 
-Codes are those of RFC 5321 4.2.3; enhanced status codes those of RFC 3463, RFC 5248 and the extension's own RFC.
-A constant says what is sent; where it is sent is the engine's business. Texts are for people: no exception text, no
-octet that a peer chose, and no address.
+Codes are those of RFC 5321 4.2.3; enhanced status codes those of RFC 3463, RFC 5248 and the extension's own RFC. A
+constant defines a reply; the engine decides when to send it. Texts are for people: no exception text, no octet that a
+peer chose, and no address.
 """
 
 import re
@@ -16,9 +16,9 @@ from typing import Final, NamedTuple, Self
 class ErrorType(StrEnum):
     """Low-cardinality class of a reply >= 400: ``error.type`` on the Error event."""
 
-    __hash__ = str.__hash__  # of Enum it is a function of Python, called several times an event
+    __hash__ = str.__hash__  # Enum's own is a Python function; this is called several times per event
 
-    SYNTAX = "syntax"  # the command or an argument cannot be understood
+    SYNTAX = "syntax"  # malformed command or argument
     SEQUENCE = "sequence"  # understood, not now
     UNSUPPORTED = "unsupported"  # understood, not here
     POLICY = "policy"  # relay, TLS or AUTH required, limits of policy
@@ -28,7 +28,7 @@ class ErrorType(StrEnum):
     LIMIT = "limit"  # one of the documented limits is reached
     PROTOCOL = "protocol"  # smuggling, injection, early talker
     UPSTREAM_REFUSED = "upstream_refused"  # the upstream's own 4xx or 5xx, passed on
-    UPSTREAM_UNAVAILABLE = "upstream_unavailable"  # no upstream could be asked
+    UPSTREAM_UNAVAILABLE = "upstream_unavailable"  # no upstream could be reached
     UPSTREAM_AUTH = "upstream_auth"  # the upstream refuses our credentials, or wants some
     UPSTREAM_TLS = "upstream_tls"  # TLS with the upstream failed, or its certificate is not trusted
     UPSTREAM_PROTOCOL = "upstream_protocol"  # the upstream's reply made no sense
@@ -65,13 +65,14 @@ class EnhancedStatus(NamedTuple):
 
 @lru_cache(maxsize=256)
 def _status(klass: str, subject: str, detail: str) -> EnhancedStatus:
-    """The code of these numbers: an upstream says the same few in each of its replies."""
+    """Cached by its numbers: an upstream repeats the same few in its replies."""
     return EnhancedStatus(int(klass), int(subject), int(detail))
 
 
 class _Wire:
-    """A reply's octets: made when they are first asked for, as most replies of upstreams never are, and found in the
-    instance from then on. `__getattr__` would do the same, and make all other attributes slower."""
+    """A reply's octets: made at first use, which most replies of upstreams never see, and then found in the instance.
+    `__getattr__` would do the same, but slow down all other attributes.
+    """
 
     def __get__(self, reply: "Reply", owner: type) -> bytes:
         prefix = f"{reply.enhanced} " if reply.enhanced is not None else ""
@@ -87,10 +88,9 @@ class Reply:
 
     Attributes:
         code: 200 to 599.
-        enhanced: as RFC 2034 puts it at the head of each line; None for the greeting, EHLO, 3yz and relayed
-            replies that had none.
+        enhanced: at the head of each line (RFC 2034); None for the greeting, EHLO, 3yz and relayed replies without one.
         lines: text without codes or line ends, at least one (it may be empty).
-        error_type: what telemetry calls it; set for every code >= 400.
+        error_type: its class in telemetry; set for every code >= 400.
         closes: the connection ends after this reply.
         wire: the octets to send, CRLF included.
     """
@@ -112,25 +112,26 @@ class Reply:
 
     @property
     def is_positive(self) -> bool:
-        """Whether this is a 2yz: the thing asked for is done."""
+        """Whether this is a 2yz: the command succeeded."""
         return 200 <= self.code < 300
 
     @property
     def is_transient(self) -> bool:
-        """Whether this is a 4yz: the same again may succeed later."""
+        """Whether this is a 4yz: a retry may succeed."""
         return 400 <= self.code < 500
 
     @property
     def is_permanent(self) -> bool:
-        """Whether this is a 5yz: the same again will fail again."""
+        """Whether this is a 5yz: a retry will fail too."""
         return self.code >= 500
 
     def with_trace(self, trace_id: str) -> Self:
-        """The same reply with ``trace=`` and 32 hexadecimal digits at the end of its last line, where the line keeps to
-        512 octets with it (RFC 5321 4.5.3.1.5)."""
+        """The same reply with ``trace=`` and 32 hexadecimal digits at the end of its last line, if the line then fits
+        into 512 octets (RFC 5321 4.5.3.1.5).
+        """
         *first, last = self.lines
         if last.endswith(f"trace={trace_id}"):
-            return self  # another gateway has said it, of the same trace
+            return self  # another gateway has added it, for the same trace
         told = f"{last} trace={trace_id}".lstrip()
         before = 4 if self.enhanced is None else 5 + len(str(self.enhanced))
         return self if before + len(told) + 2 > 512 else replace(self, lines=(*first, told))
@@ -140,20 +141,21 @@ class Reply:
         return replace(self, lines=lines)
 
     def with_general_status(self) -> Self:
-        """The same reply with the enhanced code that says no more than its class (RFC 3463 3.1: "other or undefined
+        """The same reply with an enhanced code that has only its class (RFC 3463 3.1: "other or undefined
         status")."""
         return replace(self, enhanced=EnhancedStatus(self.code // 100, 0, 0))
 
     def as_plain_success(self) -> Self:
-        """The same reply with code 250, the one 2yz that every client takes for success: smtplib counts 252 to RCPT as
-        a refusal."""
+        """The same reply with code 250, the only 2yz that every client takes for success: smtplib counts 252 to RCPT as
+        a refusal.
+        """
         return replace(self, code=250)
 
 
 def safe_text(text: str, *, limit: int = 512) -> str:
     """`text` fit for a reply, a log line or a span: printable ASCII, at most `limit` characters.
 
-    What a peer wrote must not bring line ends, control octets or terminal escapes to where we repeat it.
+    A peer's text must not carry line ends, control octets or terminal escapes to where we repeat it.
     """
     return _UNSAFE.sub("?", text)[:limit]
 
@@ -178,11 +180,11 @@ def greeting(hostname: str, *, protocol: str = "ESMTP") -> Reply:
 
 
 def hello(hostname: str, keywords: Iterable[str] = ()) -> Reply:
-    """The 250 to HELO, EHLO or LHLO; one extension keyword a line (RFC 5321 4.1.1.1)."""
+    """The 250 to HELO, EHLO or LHLO; one extension keyword per line (RFC 5321 4.1.1.1)."""
     return Reply(250, None, (hostname, *keywords))
 
 
-@lru_cache(maxsize=1024)  # the mails of a busy connection are in one trace
+@lru_cache(maxsize=1024)  # all mails of a busy connection share one trace
 def message_accepted(trace_id: str | None = None) -> Reply:
     """The final 250 of a message, with the trace id that leads people to its trace."""
     if trace_id is None:
@@ -192,7 +194,7 @@ def message_accepted(trace_id: str | None = None) -> Reply:
     return reply
 
 
-@lru_cache(maxsize=256)  # chunks are of the same few sizes, or of a hostile client
+@lru_cache(maxsize=256)  # chunks have the same few sizes, unless the client is hostile
 def chunk_received(octets: int) -> Reply:
     """The 250 to a BDAT chunk that is not the last (RFC 3030 2)."""
     return _reply(250, "2.0.0", f"{octets} octets received")

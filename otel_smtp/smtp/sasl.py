@@ -1,10 +1,10 @@
 """SASL messages, both sides: PLAIN, LOGIN, XOAUTH2, OAUTHBEARER (RFC 4954, RFC 4616, RFC 7628).
 
-Pure: octets to credentials and back. The verification of credentials, and SCRAM's key exchange, are elsewhere.
+Pure: octets to credentials and back. Verifying credentials, and SCRAM's key exchange, are not done here.
 
-Two servers can disagree about one message only if it can be read in two ways, so nothing that can is taken: base64 has
-one form, PLAIN has exactly two NULs, a name holds no control or invisible character, and an authorization identity that
-differs from the authenticated one is refused (acting for another user is not supported).
+Two servers can disagree about a message only if it can be read in two ways, so ambiguous messages are refused: base64
+has one form, PLAIN has exactly two NULs, a name holds no control or invisible character, and an authorization identity
+that differs from the authenticated one is refused (acting for another user is not supported).
 
 Secrets are kept out of every ``repr``.
 """
@@ -19,16 +19,16 @@ from typing import Final
 from otel_smtp.smtp.paths import is_visible
 
 MECHANISMS: Final = ("PLAIN", "LOGIN", "SCRAM-SHA-256", "XOAUTH2", "OAUTHBEARER")
-"""Every mechanism that the gateway can speak, and thereby every name that telemetry may show; else "other"."""
+"""Every mechanism that the gateway supports, and every name that telemetry may show; all others are "other"."""
 
 LOGIN_CHALLENGES: Final = (b"Username:", b"Password:")
-"""What LOGIN asks, in order; clients look for these very words (draft-murchison-sasl-login)."""
+"""LOGIN's prompts, in order; clients look for exactly these words (draft-murchison-sasl-login)."""
 
 MAX_NAME_OCTETS: Final = 255
 """RFC 4616 2: authcid = 1*SAFE, of which RFC 2595 6 says "1*255"."""
 
 OAUTH_REFUSED: Final = b'{"status":"invalid_token","schemes":"bearer"}'
-"""The challenge that gives an OAuth client the reason; its answer does not matter, and it fails (RFC 7628 3.2.3)."""
+"""The challenge that tells an OAuth client why it fails; its answer is ignored (RFC 7628 3.2.3)."""
 
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # b64token (RFC 6750 2.1)
 _GS2_HEADER = re.compile(r"[ny],(?:a=([^,]*))?,")
@@ -37,12 +37,12 @@ _SEPARATOR: Final = "\x01"
 
 
 class SaslError(ValueError):
-    """A message is malformed; never says what it held."""
+    """A message is malformed; the text never quotes it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Password:
-    """A name and the password that should prove it."""
+    """A name and its password."""
 
     name: str
     password: str = field(repr=False)
@@ -50,14 +50,14 @@ class Password:
 
 @dataclass(frozen=True, slots=True)
 class BearerToken:
-    """A token and the name that the client claims with it."""
+    """A token and the name that the client claims."""
 
     name: str  # "" where OAUTHBEARER named none
     token: str = field(repr=False)
 
 
 def decode_base64(text: bytes) -> bytes:
-    """The octets that `text` stands for, if it is their one base64 form (RFC 4648 4, RFC 4954 4).
+    """Decode `text`, which must be canonical base64 (RFC 4648 4, RFC 4954 4).
 
     White space, other alphabets, missing or superfluous padding and stray bits under the padding are refused.
 
@@ -93,7 +93,7 @@ def parse_plain(message: bytes) -> Password:
     """Read PLAIN's one message: authzid NUL authcid NUL password (RFC 4616 2).
 
     Raises:
-        SaslError: it is malformed, or asks to act for another name.
+        SaslError: it is malformed, or asks to act for another user.
     """
     parts = message.split(b"\0")
     if len(parts) != 3:
@@ -106,11 +106,7 @@ def parse_plain(message: bytes) -> Password:
 
 
 def build_plain(name: str, password: str) -> bytes:
-    """PLAIN's one message.
-
-    Raises:
-        SaslError: name or password cannot be sent by it.
-    """
+    """PLAIN's one message. Raises: SaslError: name or password cannot be sent by it."""
     return b"\0".join((b"", _name_to_send(name), _password(password).encode()))
 
 
@@ -148,7 +144,7 @@ def build_xoauth2(name: str, token: str) -> bytes:
 def parse_oauthbearer(message: bytes) -> BearerToken:
     """Read OAUTHBEARER's one message: a GS2 header, ^A, pairs each with ^A, ^A (RFC 7628 3.1).
 
-    Host and port of the message are the client's idea of where it is, and are not looked at.
+    Host and port in the message are ignored: the client's idea of the server's address proves nothing.
 
     Raises:
         SaslError: it is malformed, or wants channel binding.
@@ -187,7 +183,7 @@ def _token_to_send(token: str) -> bytes:
 
 
 def _pairs(text: str) -> dict[str, str]:
-    """The key=value pairs of `text`, each ended by ^A, all of them by one more."""
+    """The key=value pairs of `text`, each followed by ^A, and the last by one more."""
     if not text.endswith(_SEPARATOR * 2):
         raise SaslError("pairs without their end")
     pairs: dict[str, str] = {}

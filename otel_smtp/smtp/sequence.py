@@ -1,7 +1,7 @@
 """Which verb is legal when: RFC 5321 4.1.4, with RFC 3207 4 (STARTTLS), RFC 4954 4 (AUTH) and RFC 3030 2 (BDAT).
 
 The phases are finer than the nine states that people see, and share no fact with them. A verb that its phase does not
-list is answered 503; what else a verb needs (TLS on, a mechanism offered, a limit kept) is a guard in the engine.
+list gets 503; other conditions of a verb (TLS on, a mechanism offered, a limit kept) are guards in the engine.
 """
 
 from collections.abc import Mapping
@@ -14,13 +14,13 @@ from otel_smtp.smtp.commands import Verb
 class Phase(Enum):
     """Where a session stands in the order of commands.
 
-    What runs for each mail keeps the members of this and of other enums that it needs as globals of its module: on
+    Code that runs for each mail keeps the members it needs, of this and other enums, as globals of its module: on
     Python 3.11 reading one from its class takes as long as three calls.
     """
 
-    __hash__ = object.__hash__  # of Enum it is a function of Python, called several times a command
+    __hash__ = object.__hash__  # Enum's own is a Python function; this is called several times per command
 
-    UNGREETED = auto()  # our 220 has not been sent; nothing may be said
+    UNGREETED = auto()  # our 220 has not been sent; the client must wait
     CONNECTED = auto()  # greeted by us, no EHLO yet (again after TLS)
     READY = auto()  # EHLO or HELO done, no transaction
     MAIL = auto()  # a transaction without an accepted recipient
@@ -28,7 +28,7 @@ class Phase(Enum):
     CHUNKING = auto()  # between two BDAT chunks of one message
     CONTENT = auto()  # octets of DATA or of a BDAT chunk are read, no commands
     AUTHENTICATING = auto()  # lines of an AUTH exchange are read, no commands
-    HANDSHAKE = auto()  # TLS octets are read, not by us
+    HANDSHAKE = auto()  # the handshake: the transport reads the octets
     ENDING = auto()  # the last reply is written
 
 

@@ -1,14 +1,14 @@
-"""The nine connection states: what is recorded of a connection, and what may follow what.
+"""The nine connection states, and the table of legal transitions between them.
 
 Theory of operation
 -------------------
 At each moment a connection stands at one *level*: New, Active, Auth, Data, StartTLS, Idle, Closed. Two further
 states, Reset and Error, are *pulses*: they are recorded and do not, by themselves, change the level.
 
-The states are a report, not a decision. Which verb is legal is decided by phase in ``sequence.py``; the two tables
-share no fact. Only the connection's own protocol engine calls `StateMachine.enter`, and it does so inside the
-call that decides a reply, before that reply's octets can be fetched. A client that has read a reply can rely on its
-transition having been recorded ("record before reveal").
+The states are a report, not a decision. The phases in ``sequence.py`` decide which verb is legal; the two tables share
+no fact. Only the connection's own protocol engine calls `StateMachine.enter`, inside the call that decides a reply,
+before that reply's octets can be fetched. So once a client can read a reply, its transition has been recorded ("record
+before reveal").
 
 Three rules live here and nowhere else:
 
@@ -30,7 +30,7 @@ from otel_smtp.smtp.replies import ErrorType, Reply
 class ConnState(StrEnum):
     """A state of a client connection; the value is the name that telemetry shows."""
 
-    __hash__ = str.__hash__  # of Enum it is a function of Python, called several times an event
+    __hash__ = str.__hash__  # Enum's own is a Python function; this is called several times per event
 
     NEW = "New"
     ACTIVE = "Active"
@@ -44,10 +44,10 @@ class ConnState(StrEnum):
 
 
 PULSES: Final = frozenset({ConnState.RESET, ConnState.ERROR})
-"""States that are recorded at each occurrence and leave the level where it was."""
+"""States that are recorded at each occurrence and leave the level unchanged."""
 
 LEVELS: Final = tuple(state for state in ConnState if state not in PULSES and state is not ConnState.CLOSED)
-"""States at which an open connection can stand."""
+"""Levels of an open connection."""
 
 
 class CloseReason(StrEnum):
@@ -65,7 +65,7 @@ class CloseReason(StrEnum):
 
 
 class ResetCause(StrEnum):
-    """What threw an open transaction away, or asked for it."""
+    """The command that discarded, or was to discard, an open transaction."""
 
     RSET = "rset"
     EHLO = "ehlo"
@@ -76,7 +76,7 @@ class ResetCause(StrEnum):
 class TlsMode(StrEnum):
     """How TLS comes to a connection."""
 
-    __hash__ = str.__hash__  # of Enum it is a function of Python, called several times an event
+    __hash__ = str.__hash__  # Enum's own is a Python function; this is called several times per event
 
     OFF = "off"
     STARTTLS = "starttls"
@@ -101,7 +101,7 @@ LEGAL: Final[Mapping[ConnState, frozenset[ConnState]]] = {
     _S.ERROR: frozenset({_S.ACTIVE, _S.AUTH, _S.DATA, _S.STARTTLS, _S.RESET, _S.IDLE, _S.ERROR, _S.CLOSED}),
     _S.CLOSED: frozenset(),
 }
-"""Which recorded state may directly follow which: the one truth; the README's table and the tests read it here."""
+"""Which recorded state may directly follow which. The only such table: the README's and the tests are made from it."""
 
 
 # Legal transitions, and whether they lead to a level: one look-up for both.
@@ -121,7 +121,7 @@ class TlsOffer(NamedTuple):
     tls_mode: TlsMode
 
 
-TLS_OFFERS: Final = {mode: TlsOffer(mode) for mode in TlsMode}  # every connection keeps one
+TLS_OFFERS: Final = {mode: TlsOffer(mode) for mode in TlsMode}  # shared, as every connection keeps one
 
 
 class TlsAgreed(NamedTuple):
@@ -268,7 +268,7 @@ _new: Final = tuple.__new__
 
 
 class IllegalTransition(LocalProtocolError):
-    """A step that `LEGAL` does not hold: our bug, never the peer's."""
+    """A step that is not in `LEGAL`: our bug, never the peer's."""
 
     def __init__(self, previous: ConnState | None, state: ConnState) -> None:
         super().__init__(f"illegal connection state step: {previous} -> {state}")
@@ -277,12 +277,12 @@ class IllegalTransition(LocalProtocolError):
 
 
 def raise_illegal(step: IllegalTransition) -> None:
-    """Raise `step`: what tests want, and the default."""
+    """Raise `step`: the default, for tests."""
     raise step
 
 
 class TransitionSink(Protocol):
-    """Takes transitions as they are recorded; a list does."""
+    """Receives transitions as they are recorded; a list will do."""
 
     def append(self, transition: Transition, /) -> None:
         """Take one."""
@@ -294,15 +294,15 @@ class StateMachine:
 
     Args:
         recorded: where transitions go: anything with `append`, called once per transition, synchronously. A plain list
-            is quickest. May be exchanged at any time by setting the attribute.
-        on_illegal: called with a step that the table forbids, before that step is recorded. Raising (the
-            default) keeps the step unrecorded; returning lets it be recorded, so that production never loses a
-            connection to a bug in the report.
+            is fastest. May be replaced at any time by setting the attribute.
+        on_illegal: called with a step that the table forbids, before that step is recorded. If it raises (the default),
+            the step is not recorded; if it returns, it is, so that production never loses a connection to a bug in
+            reporting.
 
     Attributes:
-        level: at which the connection stands.
+        level: of the connection.
         last: the state recorded last, pulse or level; None before New.
-        now_ns: the time of whatever is recorded next: the driver sets it, as the engine has no clock.
+        now_ns: the time of the next transition; the driver sets it, as the engine has no clock.
     """
 
     __slots__ = ("_on_illegal", "_sequence", "last", "level", "now_ns", "recorded")
@@ -318,13 +318,13 @@ class StateMachine:
         self.now_ns = 0
 
     def enter(self, state: ConnState, detail: Detail | None = None) -> None:
-        """Record that the connection enters `state`; a level at which it already stands is not recorded again.
+        """Record that the connection enters `state`; its current level is not recorded again.
 
         Raises:
             IllegalTransition: the step is not in `LEGAL` and `on_illegal` raises.
         """
         last, level = self.last, self.level
-        # The one repetition that counts: the pulse Reset is always followed by Active, also at level Active.
+        # The only repeated level to be recorded: Active after the pulse Reset.
         if state is level and last is not _RESET and last is not None:
             return
         is_level = _FOLLOWING[last].get(state)
@@ -338,7 +338,7 @@ class StateMachine:
         self.recorded.append(_new(Transition, (state, last, level, sequence, self.now_ns, detail)))
 
     def settle(self, detail: TransactionOver) -> None:
-        """Record Active and then Idle: how each message ends that is accepted.
+        """Record Active and then Idle, the end of every accepted message.
 
         Raises:
             IllegalTransition: see `enter`.

@@ -1,22 +1,21 @@
 """ClientProtocol: our side of the conversation with an upstream, as a value machine.
 
-Theory of operation
--------------------
-Commands are *queued*, and `data_to_send` gives out as many of them as may travel now: all of a group where the upstream
-offers PIPELINING, up to the command that must end it (RFC 2920 3.1); else one at a time. The driver sends what it is
-given, hands every piece that arrives to `receive`, and gets one `Answer` for each command, in order. So the same
-strategy is right with and without PIPELINING, and cutting what arrives differently changes nothing.
+Theory of operation ------------------- Commands are *queued*, and `data_to_send` returns as many of them as may be sent
+now: a whole group if the upstream offers PIPELINING, up to the command that must end it (RFC 2920 3.1); otherwise one
+at a time. The driver sends these octets, passes every piece that arrives to `receive`, and gets one `Answer` for each
+command, in order. So the same strategy works with and without PIPELINING, and cutting the input differently changes
+nothing.
 
-Replies are bounded, and matched to commands by order alone. Whatever does not fit (an unsolicited reply, a
+Replies are bounded, and matched to commands by order alone. Anything out of place (an unsolicited reply, a reply of a
 class that the command cannot have, a line that is no reply, octets behind the 220 of STARTTLS) is a fault of the
-upstream: `fault` is set, and the engine takes nothing more, as one reply too many would make every following answer
-that of another command. ExchangeAnswers that came before the fault stay true: a reply that has been read counts.
+upstream: the engine sets `fault` and takes nothing more, since one surplus reply would shift every later answer to the
+wrong command. Answers that came before the fault stay valid: a reply that has been read counts.
 
-One writer makes every command line. It refuses what could end the line, open another path or smuggle a parameter. That
-is `LocalProtocolError`, as such an argument should have been refused long before; `is_safe_path` is how.
+One writer makes every command line. It raises `LocalProtocolError` for an argument that could end the line, open
+another path or smuggle a parameter: callers must have refused it long before, by `is_safe_path`.
 
-Content is put into wire form here: dots are stuffed for DATA, or the octets are counted for BDAT. A piece in which
-there is nothing to stuff is passed on as it is, uncopied.
+Content is put into wire form here: dots are stuffed for DATA, or octets are counted for BDAT. A piece without dots to
+stuff is passed on uncopied.
 
 `answers` reads a reply, `commanding` writes commands and content, `protocol` matches the one to the other.
 """

@@ -1,4 +1,4 @@
-"""Replies of an upstream: what each can answer, and how it is read."""
+"""Replies of an upstream: reading them, and the steps that they answer."""
 
 import base64
 import binascii
@@ -14,14 +14,14 @@ from otel_smtp.smtp.replies import EnhancedStatus, ErrorType, Reply, safe_text
 
 MAX_REPLY_LINE_OCTETS: Final = 2048  # RFC 5321 4.5.3.1.5 says 512; upstreams that put long texts there exist
 MAX_REPLY_LINES: Final = 100
-MAX_KEPT_LINES: Final = 10  # of a refusal that is passed on; the text of one line is bounded by MAX_KEPT_CHARACTERS
+MAX_KEPT_LINES: Final = 10  # of a refusal passed on to the client; MAX_KEPT_CHARACTERS bounds the text of each line
 MAX_KEPT_CHARACTERS: Final = 480  # with code, enhanced code and CRLF within the 512 octets of RFC 5321 4.5.3.1.5
 
 
 class Awaited(StrEnum):
     """What a reply can answer."""
 
-    __hash__ = str.__hash__  # of Enum it is a function of Python, called for each reply
+    __hash__ = str.__hash__  # Enum's own is a Python function; this is called for each reply
 
     GREETING = "greeting"  # the connection itself
     EHLO = "EHLO"  # HELO and LHLO too
@@ -35,7 +35,7 @@ class Awaited(StrEnum):
     QUIT = "QUIT"
 
 
-# A member that is looked up in its Enum costs as much as a call. What each mail passes has these names for them.
+# Looking a member up in its Enum costs as much as a call; code that runs for each mail uses these.
 MAIL: Final = Awaited.MAIL
 RCPT: Final = Awaited.RCPT
 DATA: Final = Awaited.DATA
@@ -57,15 +57,14 @@ _OF_TRANSACTION: Final = frozenset({MAIL, RCPT, DATA, CONTENT})
 
 
 class ExchangeAnswers(Sequence[Answer]):
-    """The answers of an exchange, in their order, and what they come to. It never changes: those that come again and
-    again are one object.
+    """The answers of an exchange, in order, and their summary. Immutable, so recurring answers share one object.
 
     Attributes:
-        steps: those to MAIL, RCPT, DATA and the content; of recipients that are answered alike in a row the last one.
+        steps: those to MAIL, RCPT, DATA and the content; of recipients answered alike in a row, only the last.
         verdicts: the replies to RCPT. `accepted`: how many of them are 2yz.
         contents: the replies to the content.
-        refusal: the first one of MAIL or a recipient; None where neither was refused.
-        begins_with_reset: the first one is that to RSET.
+        refusal: the first refusal of MAIL or a recipient; None if neither was refused.
+        begins_with_reset: the first answer is to RSET.
     """
 
     __slots__ = ("_each", "accepted", "begins_with_reset", "contents", "refusal", "steps", "verdicts")
@@ -119,31 +118,31 @@ def challenge_of(reply: Reply) -> bytes:
 
 
 REPLY_LINE: Final = re.compile(rb"([2-5][0-9]{2})(?:([ -])(.*))?", re.DOTALL)
-MOST_CACHED_OCTETS: Final = 128  # of a line, its end included
+MOST_CACHED_OCTETS: Final = 128  # of a line, line end included
 
 
 @lru_cache(maxsize=256)
 def read_reply(line: bytes) -> Reply | None:
-    """The reply of a line, with its end, of at most `MOST_CACHED_OCTETS`; None where it is not a whole one, or none.
+    """The reply in a line of at most `MOST_CACHED_OCTETS`, line end included; None if it is not a whole reply.
 
-    The few that come again and again are made once; replies are immutable.
+    The few that recur are made once; replies are immutable.
     """
     line = without_end(line)
     match = REPLY_LINE.fullmatch(line)
     return make_reply((line,)) if match is not None and match[2] != b"-" else None
 
 
-# What is read at once, and kept as a whole: the answers to the few commands of a mail.
+# Of the answers to one mail's few commands, which are parsed and cached as a whole.
 MOST_KNOWN_OCTETS: Final = 512
 MOST_KNOWN_ANSWERS: Final = 8
 _ORDINARY: Final = frozenset({MAIL, RCPT, CONTENT, RSET})
 
 
 class KnownAnswers(NamedTuple):
-    """What one read answered.
+    """The answers in one read.
 
     Attributes:
-        begins_anew: no recipient of before counts. `accepted`: how many were accepted since.
+        begins_anew: earlier recipients no longer count. `accepted`: how many were accepted since.
     """
 
     answers: ExchangeAnswers
@@ -153,13 +152,13 @@ class KnownAnswers(NamedTuple):
 
 @lru_cache(maxsize=256)
 def read_answers(data: bytes, verbs: tuple[Awaited, ...]) -> KnownAnswers | None:
-    """The answers to `verbs`, where `data` is one short line for each of them, and nothing more.
+    """The answers to `verbs`, if `data` is one short line for each of them and nothing more.
 
-    Upstreams repeat the same replies; a reply that was parsed before is not parsed again.
+    Upstreams repeat themselves, and no reply is parsed twice.
 
     Returns:
-        None where it is anything else, a command is not one of those that every mail has, or a reply asks for more than
-        to be noted. The reply to the content is one, as of SMTP.
+        None for anything else: other data, a command that not every mail has, or a reply that needs more than to be
+        noted. Content is taken to have one reply, as in SMTP.
     """
     *lines, rest = data.split(b"\n")
     if rest or not verbs or len(lines) != len(verbs) or not _ORDINARY.issuperset(verbs):
@@ -179,7 +178,7 @@ def read_answers(data: bytes, verbs: tuple[Awaited, ...]) -> KnownAnswers | None
 
 
 def without_end(line: bytes) -> bytes:
-    """A line without the LF, or CRLF, that ends it."""
+    """A line without its final LF or CRLF."""
     return line[:-1].removesuffix(b"\r")
 
 

@@ -1,4 +1,4 @@
-"""What we say to an upstream: commands, and content in wire form. One writer makes every line."""
+"""Our output to an upstream: commands, and content in wire form. One writer makes every line."""
 
 import base64
 import re
@@ -23,19 +23,19 @@ from otel_smtp.smtp.extensions import BEYOND_SIZE, NONE, OF_MAIL, OF_RECIPIENT, 
 from otel_smtp.smtp.replies import Reply
 
 # RFC 2920 3.1: "can only appear as the last command in a group, since their success or failure produces a change of
-# state which the client SMTP must accommodate". The last chunk ends a group since nothing may follow it unanswered.
+# state which the client SMTP must accommodate". The last chunk ends a group because no command may be sent before its
+# reply.
 _ENDS_GROUP: Final = frozenset(
     {Awaited.GREETING, Awaited.EHLO, Awaited.STARTTLS, Awaited.AUTH, Awaited.DATA, Awaited.CONTENT, Awaited.QUIT}
 )
-# What anyone takes for the end of a line, and lone surrogates, which no octets stand for.
+# Whatever any server takes for a line end, and lone surrogates, which have no encoding.
 _CONTROL: Final = r"\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff"
 _CONTROLS: Final = re.compile(f"[{_CONTROL}]")
-# A path as RFC 5321 4.1.2 lets it look to a reader that searches its end: blanks and angle brackets only within the
-# quotes of the local part, nothing that ends a line anywhere. There is one way to read an address by each of its
-# alternatives, so judging one takes time in proportion to its length.
+# A path whose end no reader can misplace: blanks and angle brackets only within the quotes of the local part (RFC 5321
+# 4.1.2), and no line end anywhere. Each alternative can match in one way only, so the time is linear.
 _QUOTED: Final = rf'"[^"\\{_CONTROL}]*(?:\\[ -~][^"\\{_CONTROL}]*)*"'
 _BARE: Final = rf'[^\s<>"{_CONTROL}]'
-_ORDINARY: Final = r"[!#-;=?-~]"  # of `_BARE`, those in ASCII: almost all addresses have no others, and are read faster
+_ORDINARY: Final = r"[!#-;=?-~]"  # `_BARE` within ASCII: matches almost all addresses, faster
 _PATH: Final = re.compile(rf"{_ORDINARY}*|{_QUOTED}(?:@{_BARE}+)?|{_BARE}*")
 _VALUE: Final = re.compile(r"[^\s\x00-\x20\x7f]+")
 _CONTENT: Final = (CONTENT,)
@@ -44,8 +44,7 @@ _OF_MAIL: Final = tuple(of for of in OF_MAIL if of[1].field != "size")  # SIZE c
 
 
 is_safe_path: Final = _PATH.fullmatch
-"""Whether an address can stand between the angle brackets of MAIL and RCPT without being read as anything else: its
-match, or None."""
+"""Whether an address is unambiguous between the angle brackets of MAIL and RCPT: its match, or None."""
 
 
 class Commanding:
@@ -89,23 +88,23 @@ class Commanding:
         self._is_lmtp = is_lmtp
         self._max_line_octets = max_reply_line_octets
         self._max_lines = max_reply_lines
-        # Of a read that may be looked up whole; with LMTP the content has several replies.
+        # Of a read whose answers may be cached whole; none with LMTP, whose content has several replies.
         self._most_known_octets = -1 if is_lmtp else min(MOST_KNOWN_OCTETS, max_reply_line_octets)
-        self._rest = b""  # what was received and not read: the beginning of a line, or unsolicited octets
-        self._lines: list[bytes] = []  # of the reply that is arriving
+        self._rest = b""  # received and not yet read: the beginning of a line, or unsolicited octets
+        self._lines: list[bytes] = []  # lines of the reply that is arriving
         self.queued: deque[tuple[Sequence[Awaited], Sequence[bytes]]] = deque()
         self._out: list[bytes] = []
         self.awaited: deque[Awaited] = deque((Awaited.GREETING,))
         self._accepted = 0  # recipients of the transaction
-        self._chunk_left = 0  # octets of a chunk that is sent in pieces
-        self._content_left = 0  # LMTP: replies to the content that are still to come
+        self._chunk_left = 0  # octets still to send of a chunk in pieces
+        self._content_left = 0  # LMTP: replies to the content still to come
         self._is_open = False  # 354 was given and the content is not ended
         self._tail = b"\r\n"  # the last two octets of the content: whether the next one begins a line
         self._tls_is_due = False  # 220 to STARTTLS was given: only tls_started may follow
         self._utf8 = False  # MAIL had SMTPUTF8
         self._is_closing = False
-        # Nothing that was received bears on what comes next: no part of a reply, no content that is open, no farewell,
-        # no fault. It is found out whenever something is received; what ends it in between says so.
+        # Nothing received so far affects the next read: no partial reply, no open content, no farewell, no fault.
+        # Recomputed after each read, and cleared by whatever ends it in between.
         self._is_clear = False
         self.fault: RemoteProtocolError | None = None
         self.is_in_step = False
@@ -115,7 +114,7 @@ class Commanding:
         queued = " ".join(verb for verbs, _ in self.queued for verb in verbs) or "nothing"
         return f"<ClientProtocol waits for {waits}, {queued} queued{', broken' if self.fault else ''}>"
 
-    # What is asked of it ----------------------------------------------------------------------------------
+    # Questions ----------------------------------------------------------------------------------
 
     @property
     def is_closing(self) -> bool:
@@ -133,7 +132,7 @@ class Commanding:
         return self._accepted
 
     def _break(self, what: str, said: Reply | None = None) -> RemoteProtocolError:
-        """Note how the upstream broke the protocol; nothing is sent or kept any more."""
+        """Note how the upstream broke the protocol; send and keep nothing more."""
         self.fault = RemoteProtocolError(what, replies.UPSTREAM_PROTOCOL, said)
         self.is_in_step = self._is_clear = False
         self.queued.clear()
@@ -143,7 +142,7 @@ class Commanding:
     # Output -----------------------------------------------------------------------------------------------
 
     def data_to_send(self) -> bytes:
-        """What may travel now; b"" where the answers to what was sent must come first. Each octet is given once."""
+        """Octets to send now; b"" if earlier commands must be answered first. Each octet is returned once."""
         queued, awaited, out = self.queued, self.awaited, self._out
         while queued:
             if awaited and (not self.extensions.pipelining or awaited[-1] in _ENDS_GROUP):
@@ -158,14 +157,14 @@ class Commanding:
         return data
 
     def cancel_queued(self) -> int:
-        """Take back the commands that were not sent yet; how many there were."""
+        """Take back unsent commands; returns how many there were."""
         count = sum(len(verbs) for verbs, _ in self.queued)
         self.queued.clear()
         self.is_in_step = self._is_clear and not self.awaited
         return count
 
     def send_hello(self, name: str) -> None:
-        """EHLO, or LHLO to an LMTP server; forgets what the upstream offered before."""
+        """EHLO, or LHLO to an LMTP server; forgets the upstream's earlier offer."""
         self._hello("LHLO" if self._is_lmtp else "EHLO", name)
 
     def send_helo(self, name: str) -> None:
@@ -181,7 +180,8 @@ class Commanding:
         self._command(Awaited.STARTTLS, "STARTTLS")
 
     def tls_started(self) -> None:
-        """The handshake is done. All that the upstream said in clear is forgotten (RFC 3207 4.2): send EHLO again.
+        """The handshake is done. Forgets everything that the upstream said in the clear (RFC 3207 4.2): send EHLO
+        again.
 
         Raises:
             RemoteProtocolError: the upstream sent octets between its 220 and TLS.
@@ -208,17 +208,17 @@ class Commanding:
     def send_envelope(
         self, mail: Mail | None, recipients: Sequence[Recipient] = (), *, size: int | None = None
     ) -> None:
-        """MAIL and RCPT, one for each recipient, with those of their parameters that the upstream offers.
+        """MAIL, and RCPT for each recipient, with the parameters that the upstream supports.
 
         Args:
-            mail: None: it was said before.
-            size: octets of the content, where it is known better than the client said.
+            mail: None if MAIL has been sent already.
+            size: octets of the content, if known better than from the client's SIZE.
 
         Raises:
-            LocalProtocolError: an address or parameter that must not stand in a command, or it is not its time.
+            LocalProtocolError: an address or parameter that no command may have, or the command is out of order.
         """
-        # Each line is written and checked here, and not by `_command`, which would be two calls more for each mail. A
-        # safe path in ASCII has no control characters; nor has a parameter.
+        # Writes and checks each line itself, as `_command` would cost two more calls per mail. A safe path in ASCII has
+        # no control characters, nor has a parameter.
         if not self.is_in_step or self._tls_is_due:
             self._check_turn(RCPT if mail is None else MAIL)
         verbs: Sequence[Awaited]
@@ -290,10 +290,10 @@ class Commanding:
         self.awaited.append(CONTENT)
 
     def send_last_chunk(self, *pieces: bytes) -> None:
-        """BDAT LAST (RFC 3030 2): the whole message, octets as they are; it may travel in the group of its envelope.
+        """BDAT LAST (RFC 3030 2): the whole message, octets unchanged; it may be sent in the group of its envelope.
 
         Raises:
-            LocalProtocolError: CHUNKING is not offered, or it is not its time.
+            LocalProtocolError: CHUNKING is not offered, or the command is out of order.
         """
         if not self.extensions.chunking:
             raise LocalProtocolError("BDAT without CHUNKING")
@@ -320,10 +320,10 @@ class Commanding:
         self._is_clear = False
 
     def send_chunk_octets(self, piece: bytes) -> None:
-        """Some octets of the chunk that was begun.
+        """Send some octets of the open chunk.
 
         Raises:
-            LocalProtocolError: more than it was said to have.
+            LocalProtocolError: more than were announced.
         """
         if len(piece) > self._chunk_left:
             raise LocalProtocolError("more octets than the chunk has")
@@ -341,25 +341,23 @@ class Commanding:
     # The one writer ---------------------------------------------------------------------------------------
 
     def _command(self, verb: Awaited, line: str) -> None:
-        """Queue one command line.
-
-        Raises:
-            LocalProtocolError: the line holds what must never be in one, or it is not its time.
-        """
+        """Queue one command line. Raises: LocalProtocolError: it holds forbidden characters, or is out of order."""
         self._check_text(verb, line)
         self._check_turn(verb)
         self.is_in_step = False
         self.queued.append(((verb,), (f"{line}\r\n".encode(),)))
 
     def _check_text(self, verb: Awaited, line: str) -> None:
-        """Refuse a command line that holds what must never be in one. Printable ASCII passes."""
+        """Refuse a command line with forbidden characters. Printable ASCII passes."""
         if _CONTROLS.search(line) is not None:
             raise LocalProtocolError("control character in a command")
         if not line.isascii() and not (self._utf8 and verb in (MAIL, RCPT)):
             raise LocalProtocolError("non-ASCII text in a command without SMTPUTF8")
 
     def _check_turn(self, verb: Awaited) -> None:
-        """Refuse a command out of its turn. Where the engine is in step, and TLS is not due, each has its turn."""
+        """Refuse a command that is out of order. While the engine is in step, and TLS is not due, any command may be
+        sent.
+        """
         if self.fault is not None:
             raise self.fault
         if self._is_open or self._tls_is_due or self._chunk_left:
@@ -369,7 +367,7 @@ class Commanding:
             raise self._break("a reply that nobody had asked for")
 
     def _parameters(self, given: Mail | Recipient, known: Sequence[tuple[Extension, Parameter, int]]) -> str:
-        """Those of the parameters that the upstream offers, each behind a space."""
+        """The parameters that the upstream supports, each after a space."""
         offered = self.extensions.keywords
         line = ""
         for row, parameter, place in known:
@@ -389,7 +387,7 @@ class Commanding:
         return text
 
     def _stuffed(self, chunk: bytes) -> bytes:
-        """`chunk` with a dot before each dot that begins a line, also where the line end came with an earlier chunk."""
+        """`chunk` with a dot before each dot that begins a line, even if the line end came with an earlier chunk."""
         stuffed = chunk.replace(b"\r\n.", b"\r\n..")
         if self._tail == b"\r\n":
             if chunk[0] == 0x2E:

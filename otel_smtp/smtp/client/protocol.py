@@ -1,4 +1,4 @@
-"""What arrives from an upstream, matched to what it answers."""
+"""Our input from an upstream: replies, matched to the commands that they answer."""
 
 from collections.abc import Mapping, Sequence
 from typing import Final
@@ -42,15 +42,15 @@ class ClientProtocol(Commanding):
         is_lmtp: LHLO instead of EHLO, and a reply for each accepted recipient after the content (RFC 2033 4.2).
         max_reply_line_octets: longest reply line, its line end included.
         max_reply_lines: most lines of one reply.
-        disabled: extensions, in capitals, that count as not offered whatever EHLO says.
+        disabled: extensions, in capitals, to be ignored in the reply to EHLO.
 
     Attributes:
         extensions: those of the last EHLO; none before it, after HELO, and from the start of TLS to the next EHLO.
-        fault: how the upstream broke the protocol; None while it has not. Close the connection.
-        awaited: what the next replies will answer, in order; to be read only.
-        queued: commands that `data_to_send` has not given out yet, in order, those together that always travel so; to
-            be read only.
-        is_in_step: the connection can serve another transaction: all is answered, and nothing more has arrived.
+        fault: how the upstream broke the protocol, or None. Close the connection then.
+        awaited: what the next replies will answer, in order; read-only.
+        queued: commands that `data_to_send` has not returned yet, in order, grouped if always sent together; read-only.
+        is_in_step: the connection can serve another transaction: every command is answered, and nothing more has
+            arrived.
 
     Holds at most one reply within its bounds, and what was queued and not sent.
     """
@@ -58,14 +58,14 @@ class ClientProtocol(Commanding):
     __slots__ = ()
 
     def receive(self, data: bytes) -> ExchangeAnswers:
-        """Take octets from the upstream, and give the replies that are whole now, with what they answer.
+        """Take octets from the upstream; returns the replies that are now complete, with what they answer.
 
-        Never raises: what breaks the protocol sets `fault`, behind the answers that came before it. It goes no further
-        than the answer to the last command; octets behind it are judged by the next call, and until then `is_in_step`
-        is false. Nothing is read behind a 421, or a refusal that comes before the content has ended.
+        Never raises: a violation of the protocol sets `fault`, after the answers that came before it. Reading stops at
+        the answer to the last command; the next call judges octets behind it, and until then `is_in_step` is false.
+        Nothing is read behind a 421, or behind a refusal that comes before the content has ended.
 
         Args:
-            data: as read from the network, any length; b"" only judges what has been left over.
+            data: as read from the network, any length; b"" only judges octets left over.
 
         Returns:
             An answer whose verb is None is an unsolicited 421.
@@ -95,7 +95,7 @@ class ClientProtocol(Commanding):
             data = self._rest + data
             self._rest = b""
         if self._tls_is_due and data:
-            # Injection before TLS: it is there to be read as if it had come under TLS.
+            # Injection before TLS: these octets were meant to be read as if they had come under TLS.
             self._break("octets behind the 220 of STARTTLS")
             return answers
         awaited, size = self.awaited, len(data)
@@ -126,7 +126,7 @@ class ClientProtocol(Commanding):
                 self._take_unasked(reply, answers)
                 return answers
             verb = awaited[0]
-            # Those of 4yz and 5yz are answers to anything, and 2yz is to all but DATA.
+            # 4yz and 5yz can answer any command, 2yz any but DATA.
             if code < 400 and (code >= 300 or verb is DATA) and code // 100 not in _CLASSES[verb]:
                 self._break(f"{verb} answered with {code}", reply)
                 return answers
@@ -137,7 +137,7 @@ class ClientProtocol(Commanding):
                 self._accepted = 0
             elif verb is CONTENT:
                 if position == size and not self._is_lmtp and not self._chunk_left:
-                    self._accepted = 0  # one reply, nothing behind it, and all of the content was sent: it stands
+                    self._accepted = 0  # a single reply after all of the content was sent: it counts
                 elif not self._settle_content(reply, data[position : position + 3]):
                     return answers
             elif not self._settle(verb, reply, lines, has_surplus=position < size):
@@ -152,10 +152,10 @@ class ClientProtocol(Commanding):
         return answers
 
     def _take_line(self, line: bytes) -> Sequence[bytes] | None:
-        """Take a line of a reply of several, or one that is long.
+        """Take a line of a multi-line reply, or a long line.
 
         Returns:
-            All lines of the reply; none where more of it is to come; None: it is no such line, and `fault` is set.
+            All lines of the reply once it is complete, no lines before; None: it is no reply line, and `fault` is set.
         """
         match = REPLY_LINE.fullmatch(line)
         lines = self._lines
@@ -172,7 +172,7 @@ class ClientProtocol(Commanding):
         return lines
 
     def _take_unasked(self, reply: Reply, answers: list[Answer]) -> None:
-        """A reply without a command: a farewell, or a refusal of the content before its end."""
+        """Take an unsolicited reply: a farewell, or a refusal of the content before its end."""
         if reply.code >= 400 and self._is_open:
             self._is_closing = True  # before the end of the content there is no way back
             answers.append(Answer(Awaited.CONTENT, reply))
@@ -182,7 +182,7 @@ class ClientProtocol(Commanding):
             self._break("a reply that nobody had asked for")
 
     def _settle(self, verb: Awaited, reply: Reply, lines: Sequence[bytes], *, has_surplus: bool) -> bool:
-        """Note what `reply` changes; whether it stands."""
+        """Apply `reply` to the state; returns whether it counts."""
         match verb:
             case Awaited.DATA:
                 self._is_open = reply.code < 400
@@ -199,7 +199,7 @@ class ClientProtocol(Commanding):
         return True
 
     def _settle_content(self, reply: Reply, surplus: bytes) -> bool:
-        """Note what the reply to the content changes; whether it stands. `surplus`: how what lies behind it begins."""
+        """Apply the reply to the content; returns whether it counts. `surplus`: the first octets behind it."""
         is_positive = reply.code < 400
         if self._chunk_left and is_positive:
             self._break("content accepted before its end")
@@ -214,8 +214,8 @@ class ClientProtocol(Commanding):
                 return True
             self._content_left = 0
         self._accepted = 0
-        # With one reply too many, this one was perhaps not meant for the message, and doubt is never success. What is,
-        # or may become, a farewell leaves no doubt.
+        # A surplus reply means that this one was perhaps not meant for the message, and doubt is never success. Only a
+        # farewell, or the beginning of one, leaves no doubt.
         if is_positive and not b"421".startswith(surplus):
             self._break("more replies than commands")
             return False

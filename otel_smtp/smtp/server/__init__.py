@@ -1,4 +1,4 @@
-"""ServerProtocol: the server side of a session, from octets to decisions and from replies to octets.
+"""ServerProtocol: the server side of a session: octets in, decisions asked, replies out.
 
 How it is driven::
 
@@ -10,23 +10,23 @@ How it is driven::
     write(protocol.data_to_send())          # after each of these calls; then close, once `close_reason` is set
     protocol.closed(reason)                 # Closed, once, whatever happened
 
-What the engine promises:
+The engine guarantees:
 
-* It answers by itself where no decision is needed: syntax, order, limits, EHLO, NOOP, and so on. Decisions are asked
-  of the `Handler`; until one is made nothing further is run.
-* Replies leave in the order of their commands. Recipients of a pipelined group are asked about together.
-* `_send` is the one place where a reply is written, so it is the one place where Error is raised; every state is
-  recorded inside the call that decides the reply, before `data_to_send` can give its octets.
-* A transaction is one object, made at MAIL and dropped at its end: nothing of it can reach the next.
-* Cutting the input differently changes neither what the handler is asked nor replies nor states. (Recipients may be
-  asked about one by one. Where content is refused, what is handed up of it before its end may be less or more.)
+* It answers by itself if no decision is needed: syntax, order, limits, EHLO, NOOP, and so on. The `Handler` decides the
+  rest; until it has, nothing further runs.
+* Replies leave in the order of their commands. The recipients of a pipelined group are decided together.
+* `_send` is the one place that writes a reply, and so the one place that raises Error; every state is recorded inside
+  the call that decides the reply, before `data_to_send` can return its octets.
+* A transaction is one object, made at MAIL and dropped at its end, so nothing of it can reach the next.
+* Cutting the input differently changes neither the handler's questions nor replies nor states. (Recipients may be asked
+  about one by one. Of refused content, more or less may reach the handler before its end.)
 
-Most commands come alone, as one line in one piece, with nothing else to be read. They and content that comes in one
-piece do not pass through the receive buffer; what `receive_data` does with them is what `run` would do.
+Most commands come alone, as one line in one piece. They, and content that comes in one piece, bypass the receive
+buffer; `receive_data` treats them exactly as `run` would.
 
-The class is written in layers, one subject each, and each on the one before: `replying` (the state of a session, its
+The class is built in layers, one subject each, each on top of the one before: `replying` (the state of a session, its
 replies and ends), `securing` (STARTTLS and AUTH), `receiving` (content), `dispatching` (commands, the envelope), and
-`protocol`, which reads the lines and is what the driver holds.
+`protocol`, which reads lines and is the driver's interface.
 """
 
 from otel_smtp.smtp.server.protocol import ServerProtocol

@@ -1,4 +1,4 @@
-"""Commands of a server session: which may run now, and what runs it; and the envelope."""
+"""Commands of a server session: whether a command may run now, running it, and the envelope."""
 
 import re
 from collections.abc import Sequence
@@ -37,12 +37,12 @@ from otel_smtp.smtp.states import (
     ResetCause,
 )
 
-# How the first line of an HTTP request ends, whatever its method is (RFC 9112 3).
+# The end of an HTTP request line of any method (RFC 9112 3).
 _HTTP_REQUEST_LINE: Final = re.compile(rb" HTTP/[0-9](?:\.[0-9])?\r\n\Z", re.IGNORECASE)
 
 # RFC 3207 4: the commands that are allowed while TLS is required and not on.
 _BEFORE_TLS: Final = frozenset({Verb.NOOP, Verb.EHLO, Verb.LHLO, Verb.STARTTLS, Verb.QUIT})
-# Commands that do not move mail; a session of nothing else holds a slot for nothing.
+# Commands that move no mail; a session with nothing else wastes a slot.
 _HELLOS: Final = frozenset({Verb.EHLO, Verb.HELO, Verb.LHLO})
 _JUNK: Final = frozenset({Verb.NOOP, Verb.RSET, Verb.VRFY, Verb.EXPN, Verb.HELP}) | _HELLOS
 # Commands that only get an answer.
@@ -92,13 +92,13 @@ class Dispatching(Receiving):
             command = parse_by_grammar(line[:-2])
         except CommandRefused as refusal:
             if phase is Phase.CONNECTED and is_http_request_line(line):
-                self._end(CloseReason.PROTOCOL_MISMATCH)  # of a method that is not known: its body may hold commands
+                self._end(CloseReason.PROTOCOL_MISMATCH)  # of an unknown method: its body may hold commands
                 return
             command = self._completed(refusal) if self._policy.default_domain else refusal
         self._run(command)
 
     def _completed(self, refused: CommandRefused) -> Command | CommandRefused:
-        """The command with our default domain, where that is all it lacks."""
+        """The command completed with our default domain, if that is all it lacks."""
         if not isinstance(refused, DomainMissing):
             return refused
         try:
@@ -108,7 +108,7 @@ class Dispatching(Receiving):
 
     def _run(self, command: Command | CommandRefused) -> None:
         if self._batch and not (isinstance(command, Command) and command.verb is Verb.RCPT):
-            self._held = command  # in its turn: what came before it must be answered first
+            self._held = command  # in its turn: earlier commands must be answered first
             return
         if isinstance(command, CommandRefused):
             self._run_refused(command)
@@ -147,13 +147,13 @@ class Dispatching(Receiving):
             self._announce_auth(None)
             self._fail_auth(refused.reply)
         elif refused.verb is Verb.BDAT and self.phase is Phase.CHUNKING:
-            # How many octets follow is not known, so the message cannot go on.
+            # The length of the chunk is unknown, so the message cannot continue.
             self._refuse_message(refused.reply, Verb.BDAT)
         else:
             self._send(refused.reply, refused.verb or "other")
 
     def _refuse(self, reply: Reply, verb: Verb, command: Command) -> None:
-        """Refuse a command before it is run. Its announcement is made, and octets that follow it are read off."""
+        """Refuse a command before it runs. Its state is still recorded, and octets that follow it are read off."""
         match command:
             case Auth():
                 self._announce_auth(command.mechanism)
@@ -163,7 +163,7 @@ class Dispatching(Receiving):
             case Data() if self.phase is Phase.MAIL:
                 self._send(replies.NO_VALID_RECIPIENTS, verb)
             case Data() if self.phase is Phase.CHUNKING:
-                # RFC 3030 2: DATA after BDAT is a 503 and leaves nothing that could go on.
+                # RFC 3030 2: DATA after BDAT gets 503 and ends the transaction.
                 self._refuse_message(reply, verb)
             case _:
                 self._send(reply, verb)
@@ -186,8 +186,8 @@ class Dispatching(Receiving):
 
     def _run_mail(self, mail: Mail) -> None:
         policy, told, behind = self._policy, self._told, self._offer()
-        # A mail is judged by what this session was offered; whether the upstream still keeps it is asked above. Its
-        # size is held against what the upstream takes now.
+        # A mail is judged by what this session was offered; the handler checks whether the upstream still offers it.
+        # Its size is checked against the upstream's current limit.
         now = told if told is not None and told.behind is behind else policy.own_offer(behind, is_tls=self.is_tls)
         offer = now.offer if told is None else told.offer
         size_limit = now.size_limit
@@ -228,7 +228,7 @@ class Dispatching(Receiving):
             else:
                 self._batch = [recipient]
         elif self._batch:
-            # In its turn, and judged again then: some of the recipients before it may be refused.
+            # In its turn, and judged again then: earlier recipients may be refused.
             self._held = RcptTo(recipient)
         else:
             self._refuse_recipient(recipient, replies.TOO_MANY_RECIPIENTS)
@@ -254,7 +254,7 @@ class Dispatching(Receiving):
         self.transactions += 1
         self._transaction = transaction
         self.phase = _MAIL
-        self.enter(_ACTIVE)  # recorded only where the level was Idle
+        self.enter(_ACTIVE)  # recorded only if the level was Idle
         self.said.append(_MAIL_OK if reply is _SENDER_OK else (_MAIL_VERB, reply))
         self.out += reply.wire
 
@@ -266,13 +266,13 @@ class Dispatching(Receiving):
         if transaction is not None and len(decided) == 1:
             reply = decided[0]
             if reply.code == 250 and reply.enhanced is not None:
-                # As below, for most recipients.
+                # The same as below, for most recipients.
                 transaction.recipients += 1
                 self.phase = _RECIPIENTS
                 self.said.append((_RCPT, reply))
                 self.out += reply.wire
                 return
-        wires = []  # of a thousand recipients, joined once
+        wires = []  # a thousand recipients' replies are joined once
         for reply in decided:
             if reply.code < 300 and (transaction := self._transaction) is not None:
                 transaction.recipients += 1
@@ -290,7 +290,7 @@ class Dispatching(Receiving):
 
 
 def is_http_request_line(end: bytes) -> bool:
-    """Whether a line that ends so is the first one of an HTTP request.
+    """Whether a line with this end is an HTTP request line.
 
     Args:
         end: at least the last `LINE_TAIL_OCTETS`, CRLF included.

@@ -1,4 +1,4 @@
-"""What the driver of a server session holds: it takes octets and decisions, and runs what was received in its order."""
+"""The driver's interface to a server session: takes octets and decisions, and runs the input in order."""
 
 import base64
 import re
@@ -22,8 +22,8 @@ from otel_smtp.smtp.states import (
     TlsMode,
 )
 
-# A line this many times over its limit is not worth reading off any more: 421. Unlimited discarding held sessions open
-# in other servers until 2026.
+# A line this many times over its limit is not read off any further: 421. In other servers unlimited discarding held
+# sessions open until 2026.
 _DISCARD_FACTOR: Final = 32
 _HTTP_REQUEST: Final = re.compile(rb"(?:GET|HEAD|POST|PUT|DELETE|CONNECT|OPTIONS|TRACE|PATCH|PRI) ", re.IGNORECASE)
 # The record header of a TLS handshake: type 22, version 3.x (RFC 8446 5.1).
@@ -48,34 +48,34 @@ class ServerProtocol(Dispatching):
     Args:
         policy: how the listener speaks.
         handler: decides.
-        offer: what content and envelope extensions can be promised now; asked at each EHLO and MAIL, and cheapest if
-            the same object comes back while nothing has changed. Its `starttls` and `auth_mechanisms` are ignored:
-            those are the engine's own.
+        offer: returns the content and envelope extensions that can be promised now; called at each EHLO and MAIL, and
+            cheapest if it returns the same object while nothing has changed. Its `starttls` and `auth_mechanisms` are
+            ignored: those are the engine's own.
         recorded: takes each transition; see `StateMachine`.
-        said: takes each reply, before it becomes visible in `data_to_send`.
+        said: takes each reply before it becomes visible in `data_to_send`.
         on_illegal: see `StateMachine`.
 
     Attributes:
         phase: of the session.
         level, last, now_ns, recorded: see `StateMachine`. The driver sets `now_ns` before it calls.
-        said: see above; may be exchanged at any time.
+        said: see above; may be replaced at any time.
         is_tls, is_authenticated: whether TLS is on; whether AUTH has succeeded.
-        messages: that got their final reply on this connection. `transactions`: begun on it.
-        errors: replies of 400 and above, and a failed handshake.
-        close_reason: why the session ends; None while it goes on.
-        asked: the question that the handler has not answered yet: nothing is run until it does.
-        received: octets that have not been run yet.
-        out: the replies that have not been taken by `data_to_send`.
-        has_news: something but the common course of a mail, received whole, has happened: an error, an end, octets that
-            are held. For the driver, which sets it back, and may set it.
-        wants_turn: commands are left to be run, and other connections come first: call `run` soon.
+        messages: how many got their final reply on this connection. `transactions`: how many began on it.
+        errors: replies of 400 and above, plus a failed handshake.
+        close_reason: why the session ends; None while it is open.
+        asked: the question that the handler has not answered yet; nothing runs until it does.
+        received: octets that have not run yet.
+        out: replies that `data_to_send` has not taken.
+        has_news: something other than the common course of a whole mail has happened: an error, an end, held octets.
+            The driver resets it, and may set it.
+        wants_turn: commands are left to run, but other connections come first: call `run` soon.
 
-    Holds at most one line (12 KiB), what one `receive_data` call brought, and one header block (256 KiB).
+    Holds at most one line (12 KiB), the octets of one `receive_data` call, and one header block (256 KiB).
     """
 
     __slots__ = ()
 
-    # What the driver reports -----------------------------------------------------------------------------------
+    # Reports from the driver -----------------------------------------------------------------------------------
 
     def accepted(self, tls_mode: TlsMode) -> None:
         """Record New: the socket has been accepted."""
@@ -93,7 +93,7 @@ class ServerProtocol(Dispatching):
                 self.run()
 
     def receive_data(self, data: bytes) -> None:
-        """Take octets from the peer, and run what they hold. A peer that speaks before it was greeted is greeted now.
+        """Take octets from the peer and run them. A peer that speaks before the greeting is greeted now.
 
         Raises:
             LocalProtocolError: called after `receive_eof`.
@@ -102,7 +102,7 @@ class ServerProtocol(Dispatching):
         if self._is_behind or self.asked is not _NOTHING:
             if self._eof:
                 raise LocalProtocolError("receive_data after receive_eof")
-        # Nothing is to be run before it. The commands of common mail are run here, as `run` would run them.
+        # Nothing waits to run before it. Commands of common mail run here, exactly as in `run`.
         elif phase is _CONTENT:
             if self._chunk is None:
                 self._take_content(data)
@@ -135,40 +135,40 @@ class ServerProtocol(Dispatching):
             self.run()
 
     def receive_eof(self) -> None:
-        """The peer will send no more. Earlier commands are still answered."""
+        """The peer will send no more. Commands already received are still answered."""
         self._eof = True
         self.run()
 
     def closed(self, reason: CloseReason) -> None:
-        """Record Closed: the transport is gone. `reason` holds unless the session had already found its own end."""
+        """Record Closed: the transport is gone. `reason` counts unless the session has already ended for another."""
         if self.level is not ConnState.CLOSED:
             self._end(reason)
             assert self.close_reason is not None
             self.enter(ConnState.CLOSED, ConnectionOver(self.close_reason, self.messages))
 
     def data_to_send(self) -> bytes:
-        """Take what is in `out`."""
+        """Take the octets in `out`."""
         data, self.out = self.out, b""
         return data
 
     # Decisions from above ----------------------------------------------------------------------------------------
 
     def reply(self, *decided: Reply) -> None:
-        """Answer what was asked, and run on.
+        """Answer the open question, and continue.
 
         Args:
-            decided: one reply; for recipients one each, in order; for content over LMTP one for each accepted
-                recipient (RFC 2033 4.2).
+            decided: one reply; for recipients one each, in order; for LMTP content one per accepted recipient (RFC 2033
+                4.2).
 
         Raises:
-            LocalProtocolError: nothing waits for an answer, or the replies are not as many as were asked for.
+            LocalProtocolError: no question is open, or the number of replies is wrong.
         """
         self.answer(decided)
 
     def answer(self, decided: Sequence[Reply]) -> None:
-        """`reply`, with the replies as one argument."""
+        """The same as `reply`, with the replies as one argument."""
         if self.phase is _ENDING:
-            return  # the session was ended from outside while the decision was being made
+            return  # the session was ended from outside before the decision
         asked, self.asked = self.asked, _NOTHING
         if asked is _RECIPIENTS_ASKED:
             self._answer_recipients(decided)
@@ -191,7 +191,7 @@ class ServerProtocol(Dispatching):
                 raise LocalProtocolError("a reply to nothing that was asked")
 
     def challenge(self, data: bytes) -> None:
-        """Go on with the AUTH exchange: 334 with `data`."""
+        """Continue the AUTH exchange: 334 with `data`."""
         if self.phase is Phase.ENDING:
             return
         if self.asked is not Asked.AUTH:
@@ -204,11 +204,12 @@ class ServerProtocol(Dispatching):
     # Reading -----------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Run what has been received, as far as decisions and the budget of one turn allow. Called by the driver only
-        where `wants_turn` says so."""
+        """Run the received input, as far as decisions and the budget of one turn allow. The driver calls it only after
+        `wants_turn`.
+        """
         self.has_news = True
         if self._is_running:
-            return  # a decision that was made within the call that asked for it: the loop below goes on
+            return  # decided within the call that asked: the loop below continues
         self._is_running = True
         self.wants_turn = False
         left = self._policy.commands_per_turn
@@ -232,7 +233,7 @@ class ServerProtocol(Dispatching):
             self._is_behind = bool(self.received.held or self._held is not None or self._discarded or self._eof)
 
     def _advance(self) -> bool:
-        """Use up some input; whether anything changed."""
+        """Use up some input; returns whether anything changed."""
         if self._held is not None:
             if self._batch:
                 return False
@@ -247,7 +248,7 @@ class ServerProtocol(Dispatching):
         return self._read_auth_line() if phase is _AUTHENTICATING else self._read_command()
 
     def _read_line(self, limit: int) -> bytes | None:
-        """The next line, its CRLF included, or None; a line that is too long is read off and answered here."""
+        """The next line, CRLF included, or None; a line that is too long is discarded and answered here."""
         if not self._discarded:
             length = self.received.find_line(limit)
             if length > 0:
@@ -265,7 +266,7 @@ class ServerProtocol(Dispatching):
             self._discarded = 0
             self._refuse_long_line(discarded)
         elif discarded.endswith(b"\n"):
-            # The server that passed it on may have taken what follows for content: smuggling. None of it is run.
+            # The server that passed it on may have taken the rest for content: smuggling. None of it runs.
             self._send(replies.BARE_LINE_FEED, "other")
         return None
 
@@ -293,9 +294,9 @@ class ServerProtocol(Dispatching):
         return True
 
     def _is_mismatch(self) -> bool:
-        """End the session if TLS or HTTP is spoken where SMTP in clear is expected.
+        """End the session if the client speaks TLS or HTTP instead of SMTP in the clear.
 
-        A browser or a forged server-side request would speak so; its headers and body may hold SMTP commands.
+        A browser or a forged server-side request does so; its headers and body may hold SMTP commands.
         """
         if self.received.starts_with(_TLS_HANDSHAKE) or _HTTP_REQUEST.match(self.received.peek(8)):
             self._end(CloseReason.PROTOCOL_MISMATCH)

@@ -78,7 +78,7 @@ class Receiving(Securing):
         self._handler.content_begun()
 
     def _begin_pieces(self, transaction: OpenTransaction) -> IncomingContent:
-        """The content has not come whole."""
+        """The content has not arrived as a whole."""
         mail = transaction.mail
         transaction.content = content = IncomingContent(
             self._policy.content_limits,
@@ -92,9 +92,9 @@ class Receiving(Securing):
         return content
 
     def _read_off(self, command: Bdat, reply: Reply, *, copies: int = 1) -> None:
-        """Refuse a BDAT, reading its octets off so that they are not run as commands (RFC 3030 2)."""
+        """Refuse a BDAT, and discard its octets so that they do not run as commands (RFC 3030 2)."""
         if command.size > 2 * self._policy.limits.message_size:
-            # Too much to read off: the session ends, or a client could hold it for as long as it liked.
+            # Too much to discard: the session ends, or a client could hold it for as long as it liked.
             self._send(replace(replies.BAD_ARGUMENT, closes=True), Verb.BDAT)
             return
         self._chunk = IncomingChunk(command.size, is_last=command.last)
@@ -110,7 +110,7 @@ class Receiving(Securing):
         return True
 
     def _take_content(self, data: bytes) -> None:
-        """Take octets of DATA; those behind its end go (back) to the buffer."""
+        """Take octets of DATA; octets behind its end go (back) to the buffer."""
         transaction = self._transaction
         assert transaction is not None
         content = transaction.content
@@ -124,7 +124,7 @@ class Receiving(Securing):
             content = self._begin_pieces(transaction)
         content.feed(data)
         if content.octets > 2 * transaction.size_limit:
-            # The rest is read off within a bound; then the connection ends, or one client could send without end.
+            # The rest is discarded up to a bound; beyond it the connection ends, or a client could send without end.
             self._refuse_message(replace(replies.MESSAGE_TOO_BIG, closes=True), Verb.DATA)
         elif content.is_ended:
             if content.rest:
@@ -175,7 +175,7 @@ class Receiving(Securing):
             self._handler.content_ended(content.octets)
 
     def _refuse_message(self, reply: Reply, verb: Verb, *, copies: int = 1) -> None:
-        """Refuse the message that is being received: Error, then Idle."""
+        """Refuse the message being received: Error, then Idle."""
         self.messages += 1
         self._drop_transaction(reply)
         for _ in range(copies):
@@ -183,7 +183,7 @@ class Receiving(Securing):
         self._settle()
 
     def _final_replies(self, transaction: OpenTransaction) -> int:
-        """How many replies answer the end of the content: one for each recipient over LMTP (RFC 2033 4.2, 4.3)."""
+        """The number of replies to the end of the content: one per recipient over LMTP (RFC 2033 4.2, 4.3)."""
         return transaction.recipients if self._policy.is_lmtp else 1
 
     def _answer_content(self, decided: Sequence[Reply]) -> None:
@@ -204,7 +204,7 @@ class Receiving(Securing):
             if misconduct is not None:
                 misconduct.refusals = 0
             if len(decided) == 1 and reply.code == 250 and reply.enhanced is not None:
-                # As below, for most messages.
+                # The same as below, for most messages.
                 self.settle(_new(TransactionOver, (self.messages,)))
                 self.said.append((verb, reply))
                 self.out += reply.wire
@@ -225,7 +225,7 @@ class Receiving(Securing):
 
 
 def _refusal_of_8bit(mail: Mail, offer: Extensions) -> Reply | None:
-    """The refusal of content with octets above 127; None where the client may send it."""
+    """The refusal of content with octets above 127; None if the client may send it."""
     if mail.body is Body.EIGHT_BIT_MIME and not offer.eight_bit_mime:
         return replies.NEEDS_8BITMIME
     if mail.smtputf8 and "SMTPUTF8" not in offer.keywords:

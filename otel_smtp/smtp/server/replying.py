@@ -31,8 +31,8 @@ from otel_smtp.smtp.states import (
     raise_illegal,
 )
 
-# Replies that count towards the error limit: the client's own doing. An upstream that refuses many recipients, or is
-# away, must not cost an honest client its connection; what else is refused has a limit of its own, far above.
+# Replies that count towards the error limit: faults of the client. An upstream that refuses many recipients, or is
+# unavailable, must not cost an honest client its connection; other refusals have their own, far higher limit.
 _CLIENT_FAULTS: Final = frozenset(
     {
         ErrorType.SYNTAX,
@@ -44,7 +44,7 @@ _CLIENT_FAULTS: Final = frozenset(
         ErrorType.PROTOCOL,
     }
 )
-NOTHING_RECEIVED: Final = ReceiveBuffer()  # of all sessions that hold nothing: idle ones; so it is never fed
+NOTHING_RECEIVED: Final = ReceiveBuffer()  # shared by all sessions that hold nothing, so it is never fed
 _ENDING: Final = Phase.ENDING
 _IDLE: Final = ConnState.IDLE
 _PASSED_ON: Final = (Verb.RCPT, Verb.DATA, Verb.BDAT)  # whose 2yz may be the upstream's own
@@ -76,11 +76,11 @@ class OpenTransaction:
         self.size_limit = size_limit
         self.recipients = 0  # accepted
         self.by_data: bool | None = None  # that the content comes by DATA, not by BDAT; None: it has not begun
-        self.content: IncomingContent | None = None  # there from its first octets on, unless it comes whole
+        self.content: IncomingContent | None = None  # from its first octets on, unless it arrives as a whole
 
 
 class IncomingChunk:
-    """A BDAT chunk that is being read, or read off."""
+    """A BDAT chunk that is being read, or discarded."""
 
     __slots__ = ("is_last", "refusal", "remaining", "size")
 
@@ -88,14 +88,14 @@ class IncomingChunk:
         self.size = size
         self.remaining = size
         self.is_last = is_last
-        self.refusal: ChunkRefusal | None = None  # the octets are only read off, then this is said
+        self.refusal: ChunkRefusal | None = None  # the octets are discarded, then this is sent
 
 
 class Misconduct:
-    """How often a client was refused, or has wasted our time: kept of those few that were, or have.
+    """Counts of a client's refused and useless commands, kept only for the few clients that have any.
 
     Attributes:
-        faults: refusals of the client's own doing.
+        faults: refusals through the client's own fault.
         refusals: no fault of the client's, since a message was accepted.
         junk: commands that moved no mail, since a message was answered.
         auth_failures: of this session.
@@ -112,15 +112,15 @@ class Misconduct:
 
 @dataclass(frozen=True, slots=True)
 class ChunkRefusal:
-    """The reply to a refused BDAT, once its octets are read off."""
+    """The reply to a refused BDAT, once its octets are discarded."""
 
     reply: Reply
-    copies: int  # the reply is sent so many times: once for each recipient over LMTP
-    phase: Phase  # where the session then stands
+    copies: int  # copies of the reply: one per recipient over LMTP
+    phase: Phase  # the session's next phase
 
 
 class Replying(StateMachine):
-    """What a session is, says and ends with; see `ServerProtocol` for its arguments and attributes."""
+    """A session's state, replies and end; see `ServerProtocol` for its arguments and attributes."""
 
     __slots__ = (
         "_auth_mechanism",
@@ -184,34 +184,34 @@ class Replying(StateMachine):
         self.asked = Asked.NOTHING
         self._mail: OpenTransaction | None = None  # that was asked about
         self._batch: list[Recipient] | tuple[()] = ()  # to be asked about, or asked about
-        self._held: Command | CommandRefused | None = None  # parsed; waits for the answer to the batch
+        self._held: Command | CommandRefused | None = None  # parsed; waits until the batch is answered
         self._transaction: OpenTransaction | None = None
         self._chunk: IncomingChunk | None = None
-        self._discarded = 0  # octets of a line that is too long, so far; 0: not discarding
+        self._discarded = 0  # octets so far of a line that is too long; 0: not discarding
         self._discard_limit = 0
         self._too_long = replies.LINE_TOO_LONG  # the reply to the line that is being discarded
         self._auth_mechanism = "other"
         self._misconduct: Misconduct | None = None
         self._eof = False
-        self._is_behind = False  # something received before waits to be run or read off, or the input has ended
+        self._is_behind = False  # earlier input waits to run or to be discarded, or the input has ended
         self._is_running = False
-        self._told: OwnOffer | None = None  # what the last EHLO of this session offered
+        self._told: OwnOffer | None = None  # the offer of this session's last EHLO
 
-    # What the driver reads -------------------------------------------------------------------------------------
+    # Questions of the driver -------------------------------------------------------------------------------------
 
     @property
     def awaits_content(self) -> bool:
-        """Whether octets of content are read next: the deadline of DATA holds, not that of commands."""
+        """Whether octets of content come next: the deadline of DATA applies, not that of commands."""
         return self.phase is Phase.CONTENT
 
     @property
     def is_in_transaction(self) -> bool:
-        """Whether a transaction is open, or a decision is awaited: not a moment to end the session."""
+        """Whether a transaction is open, or a decision is awaited: the session should not end now."""
         return self._transaction is not None or self.asked is not Asked.NOTHING
 
     @property
     def has_open_content(self) -> bool:
-        """Whether the content of a message has begun and not ended; so also between two BDAT chunks."""
+        """Whether the content of a message has begun and not ended, including between two BDAT chunks."""
         return self._transaction is not None and self._transaction.by_data is not None
 
     @property
@@ -220,13 +220,13 @@ class Replying(StateMachine):
         return self._mail is not None and self._mail.offer.eight_bit_mime
 
     def _hold(self, data: bytes) -> None:
-        """Hold octets that come after those held."""
+        """Hold octets behind those already held."""
         if self.received is NOTHING_RECEIVED:
             self.received = ReceiveBuffer()
         self.received.feed(data)
 
     def _hold_again(self, data: bytes) -> None:
-        """Hold octets that were taken, before those held."""
+        """Hold taken octets again, before those already held."""
         if self.received is NOTHING_RECEIVED:
             self.received = ReceiveBuffer()
         self.received.give_back(data)
@@ -237,12 +237,12 @@ class Replying(StateMachine):
     # Ends --------------------------------------------------------------------------------------------------------
 
     def refuse(self, reply: Reply) -> None:
-        """Answer the connection itself with `reply` (capacity, access) instead of greeting it."""
+        """Send `reply` (capacity, access) instead of the greeting."""
         self._send(reply, None)
         self._end(_CLOSE_REASONS.get(reply, CloseReason.REFUSED))
 
     def fail(self, reply: Reply | None, reason: CloseReason) -> None:
-        """End the session from outside: a deadline, the shutdown, a bug of ours. `reply` is said first, if given."""
+        """End the session from outside: a deadline, the shutdown, a bug of ours. `reply` is sent first, if given."""
         if self.phase is Phase.ENDING:
             return
         self._forget_questions()
@@ -251,7 +251,7 @@ class Replying(StateMachine):
         self._end(reason)
 
     def _settle(self) -> None:
-        """A transaction has ended with the final reply to its message: the connection is Idle."""
+        """A transaction has ended with the final reply to its message: record Idle."""
         if self.phase is not _ENDING:
             if self._misconduct is not None:
                 self._misconduct.junk = 0
@@ -263,7 +263,7 @@ class Replying(StateMachine):
         self.enter(ConnState.ACTIVE)
 
     def _end_transaction(self) -> None:
-        """Replace, never edit: nothing of a transaction survives its end (21 years of that bug elsewhere)."""
+        """Replace, never edit: nothing of a transaction survives its end (elsewhere that bug lived 21 years)."""
         self._transaction = None
         self._chunk = None
         if self.phase in IN_TRANSACTION:
@@ -292,13 +292,13 @@ class Replying(StateMachine):
     def _send(self, reply: Reply, verb: str | None) -> None:
         """Write a reply: the one place where Error is raised.
 
-        What a common mail is answered, each time the same and good, is written where it is decided: `said`, then `out`.
+        The constant positive replies to common mail are written where they are decided: `said`, then `out`.
         """
         if self.phase is _ENDING:
             return
         self.has_news = True
         if reply.enhanced is None and (reply.code >= 400 or (reply.code < 300 and verb in _PASSED_ON)):
-            reply = reply.with_general_status()  # RFC 2034 4 wants one in every reply, also where the upstream had none
+            reply = reply.with_general_status()  # RFC 2034 4 demands one in every reply; the upstream's may lack it
         if reply.code >= 400:
             reply = self._count_error(reply)
             transaction = self._transaction
@@ -312,13 +312,13 @@ class Replying(StateMachine):
             self._end(_CLOSE_REASONS.get(reply, CloseReason.REFUSED))
 
     def _say(self, said: tuple[str | None, Reply]) -> None:
-        """Write a reply that every session gives, and that is good."""
+        """Write a positive reply that is the same in every session."""
         self.has_news = True
         self.said.append(said)
         self.out += said[1].wire
 
     def _count_junk(self, verb: Verb) -> bool:
-        """Count a command that moves no mail; False where it was one too many, which has been answered."""
+        """Count a command that moves no mail; False if it was one too many, which has been answered."""
         misconduct = self._noted_misconduct()
         misconduct.junk += 1
         if misconduct.junk > self._policy.limits.junk_commands:

@@ -34,7 +34,7 @@ class Securing(Replying):
         elif self._policy.tls_mode is not TlsMode.STARTTLS:
             self._send(replies.NOT_IMPLEMENTED, Verb.STARTTLS)
         else:
-            # Octets behind it are looked for when it is answered: that is the last moment at which they may come.
+            # Octets behind it are checked when it is answered: the last moment at which they can come.
             self.asked = Asked.TLS
             self._handler.tls_requested()
 
@@ -56,12 +56,12 @@ class Securing(Replying):
         self.enter(ConnState.STARTTLS, TLS_OFFERS[TlsMode.IMPLICIT])
 
     def tls_started(self, version: str, cipher: str) -> None:
-        """The handshake is done: the session starts over, and nothing said in clear counts any more (RFC 3207 4.2)."""
+        """The handshake is done: the session starts over, and nothing sent in the clear counts (RFC 3207 4.2)."""
         if self.phase is not Phase.HANDSHAKE:
             raise LocalProtocolError("tls_started without a handshake")
         self.received.clear()
         self.is_tls = True
-        self.is_authenticated = False  # somebody in the middle may have said it
+        self.is_authenticated = False  # a man in the middle may have sent it
         self._told = None
         self.phase = Phase.CONNECTED if self._policy.tls_mode is TlsMode.STARTTLS else Phase.UNGREETED
         self.enter(ConnState.ACTIVE, TlsAgreed(version, cipher))
@@ -97,7 +97,7 @@ class Securing(Replying):
                 self._handler.auth_requested(command.mechanism, decoded)
 
     def _announce_auth(self, mechanism: str | None) -> None:
-        """Record Auth, before any check of the command; but not inside a transaction, where it is out of place."""
+        """Record Auth before any check of the command, but not inside a transaction, where AUTH is out of order."""
         if self.phase in (Phase.CONNECTED, Phase.READY):
             self._auth_mechanism = mechanism if mechanism is not None and mechanism in MECHANISMS else "other"
             self.enter(ConnState.AUTH, AuthBegun(self._auth_mechanism))
@@ -120,7 +120,7 @@ class Securing(Replying):
 
 
 def decoded_response(text: bytes) -> bytes | None:
-    """The octets of a response of the client's within AUTH; None where it is not base64."""
+    """The decoded response of a client within AUTH; None if it is not base64."""
     try:
         return decode_base64(text)
     except SaslError:
