@@ -223,25 +223,6 @@ DATA_LINES: Final = frozenset(line for line, command in COMMON_LINES.items() if 
 _new: Final = tuple.__new__
 
 
-def parse_command(line: bytes) -> Command:
-    """Parse one command line.
-
-    Args:
-        line: a command line without its CRLF, any octets, of bounded length.
-
-    Raises:
-        CommandRefused: the line is no command, or its arguments are wrong.
-    """
-    whole = line + b"\r\n"
-    recipient = common_recipient(whole)
-    if recipient is not None:
-        return RcptTo(recipient)
-    mail = common_mail(whole)
-    if mail is not None:
-        return MailFrom(mail)
-    return COMMON_LINES.get(whole) or parse_by_grammar(line)
-
-
 def common_recipient(line: bytes) -> Recipient | None:
     """The recipient of a RCPT with a short ASCII mailbox and nothing else; None unless `line` is exactly such a line
     with its CRLF.
@@ -278,7 +259,14 @@ def common_mail(line: bytes) -> Mail | None:
 
 
 def parse_by_grammar(line: bytes) -> Command:
-    """`parse_command` without its short cut; the same result for every line."""
+    """Parse any command line.
+
+    Args:
+        line: a command line without its CRLF, any octets, of bounded length.
+
+    Raises:
+        CommandRefused: the line is no command, or its arguments are wrong.
+    """
     line = line.rstrip(b" \t")
     head, _, argument = line.partition(b" ")
     known = _COMMANDS.get(head.upper())
