@@ -38,7 +38,8 @@ from otel_smtp.smtp.states import CloseReason, TlsMode, Transition
 MOST_REFUSED: Final = 50
 # An attempt has about ten phases beside those of its recipients.
 MOST_PHASES: Final = 64
-
+# The last transitions that a connection keeps of its earlier segments.
+EARLIER_TRANSITIONS: Final = 24
 
 # Looking a member up in its enumeration costs as much as a call; every mail uses these.
 _MAIL: Final = MessageKind.MAIL
@@ -172,13 +173,9 @@ class ConnectionRecord:
         self.client = client
         self.server = server
 
-    def begin_segment(self, now_ns: int, *, keep: int = 24) -> None:
-        """Begin a new segment, once observers have been given the current one.
-
-        Args:
-            keep: how many of the old one's last transitions stay in `earlier`.
-        """
-        self.earlier = (*self.earlier, *self.transitions[-keep:])[-keep:]
+    def begin_segment(self, now_ns: int) -> None:
+        """Begin a new segment, once observers have been given the current one."""
+        self.earlier = (*self.earlier, *self.transitions)[-EARLIER_TRANSITIONS:]
         self.transitions = []
         self.replies = []
         self.counted_transitions = self.counted_replies = 0

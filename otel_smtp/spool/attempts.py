@@ -485,7 +485,7 @@ class Attempt:
             if self._means.outcomes is not None:
                 outcomes = await self._means.outcomes.of(
                     lease, verdicts,
-                    bounces=lambda one: bool(notices) and self._means.notices.is_told(NoticeKind.FAILED, lease, one),
+                    bounces=lambda one: bool(notices) and self._means.notices.bounces(lease, one),
                     upstream=self._record.deliveries[-1].upstream if self._record.deliveries else lease.destination,
                     header=self._header,
                 )  # fmt: skip
@@ -516,7 +516,7 @@ class Attempt:
                 continue
             fate = Fate.HELD if is_held else Fate.DEFERRED
             if verdict.end is End.FAILED:
-                bounces = has_bounced and self._means.notices.is_told(NoticeKind.FAILED, self.lease, one)
+                bounces = has_bounced and self._means.notices.bounces(self.lease, one)
                 fate = Fate.BOUNCED if bounces else Fate.REFUSED
             fates.append((one.recipient, fate, verdict.reply))
         return fates

@@ -136,9 +136,9 @@ class Notices:
         )
         return [(notice, content)]
 
-    def is_told(self, kind: NoticeKind, lease: Lease, one: SpooledRecipient) -> bool:
-        """Whether the sender is sent a notice where a recipient ended, or waits, as `kind` says."""
-        return self._policy == "mail" and self._is_wanted(kind, lease, one)
+    def bounces(self, lease: Lease, one: SpooledRecipient) -> bool:
+        """Whether the sender gets a bounce if the recipient fails."""
+        return self._policy == "mail" and self._is_wanted(NoticeKind.FAILED, lease, one)
 
     def _is_wanted(self, kind: NoticeKind, lease: Lease, one: SpooledRecipient) -> bool:
         # "MUST NOT" answer a notice with a notice: mail would loop (RFC 5321 6.1).
